@@ -1,0 +1,71 @@
+"""The errors latentds raises, one tree.
+
+    LatentdsError
+    |-- FormatError              a file is not what latentds/1 says, or is of a version this reader does not know
+    |-- ContractError            a decoder, codebook or data set that does not belong to the others
+    |-- InputError               the user's images, labels or folders cannot be converted as they are
+    |-- ShapeError               an array's shape does not fit (also a ValueError)
+    |-- UnknownNameError         no autoencoder, split or column of that name (also a KeyError)
+    |-- MissingExtraError        an optional dependency is not installed (also an ImportError)
+    |-- WeightsError             weights that cannot be fetched or do not fit their network
+    `-- TooManyBadSamplesError   more unreadable inputs than `max_bad` allows
+
+Standard ones stay standard: `FileNotFoundError`, and `ValueError` for a plainly bad argument.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class LatentdsError(Exception):
+    """What every error of this library is; the command line prints its one line and exits with 1."""
+
+
+class FormatError(LatentdsError):
+    """A file that is not what the format says, or of a version or encoding this reader does not know."""
+
+
+class ContractError(LatentdsError):
+    """A decoder, a codebook or a data set that does not belong to the others."""
+
+
+class InputError(LatentdsError):
+    """Images, labels or folders that cannot be converted as they are."""
+
+
+class ShapeError(LatentdsError, ValueError):
+    """An array whose shape does not fit."""
+
+
+class UnknownNameError(LatentdsError, KeyError):
+    """A name that is not known; the message lists the known ones."""
+
+    def __str__(self) -> str:  # KeyError would print the message's repr
+        return str(self.args[0])
+
+
+class MissingExtraError(LatentdsError, ImportError):
+    """An optional dependency that is not installed."""
+
+
+class WeightsError(LatentdsError):
+    """Weights that cannot be fetched, or do not fit their network."""
+
+
+class TooManyBadSamplesError(LatentdsError):
+    """More unreadable inputs than the budget allows."""
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> UnknownNameError:
+    """An error that names the closest known name and lists them all."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f"; did you mean {close[0]!r}?" if close else ";"
+    return UnknownNameError(f"unknown {kind} {name!r}{hint} known: {', '.join(names) or 'none'}")
+
+
+def missing_extra(module: str, extra: str) -> MissingExtraError:
+    """An error that says which extra brings `module`."""
+    return MissingExtraError(f"{module} is not installed; pip install 'latentds[{extra}]'")

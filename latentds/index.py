@@ -1,0 +1,162 @@
+"""The tables beside the shards, derived from the shards alone: packs, patches, counts, names."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from latentds.format import NO_LABEL, PACK_DTYPE, PACKS_TABLE, PATCH_DTYPE, PATCHES_TABLE, Contract
+from latentds.manifest import ShardRecord
+from latentds.scan import ScannedPack, read_patch_rows, scan_shard
+from latentds.storage import sha256_file, write_atomically
+
+UNKNOWN_PX = -1  # x and y where a source has none
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class ShardIndex:
+    """What one shard contributes to the tables.
+
+    packs    PACK_DTYPE rows, first_patch counted from the shard's start
+    patches  PATCH_DTYPE rows, label and slide indexing `classes` and `slides` of this shard
+    """
+
+    record: ShardRecord
+    packs: np.ndarray
+    patches: np.ndarray
+    classes: tuple[str, ...]
+    slides: tuple[str, ...]
+
+
+def index_shard(folder: Path, name: str, contract: Contract) -> ShardIndex:
+    """Scan a finished shard: every header, every column, every checksum."""
+    path = folder / name
+    packs = list(scan_shard(path, contract))
+    rows = [row for pack in packs for row in read_patch_rows(path, pack)]
+    classes, labels = number_names([row["label"] for row in rows])
+    slides, slide_numbers = number_names([row["slide"] for row in rows])
+    counts = np.bincount(labels[labels >= 0], minlength=len(classes))
+    record = ShardRecord(
+        name=name,
+        split=name.removeprefix("data/").rpartition("-")[0],
+        bytes=path.stat().st_size,
+        sha256=sha256_file(path),
+        packs=len(packs),
+        patches=len(rows),
+        labels={label: int(count) for label, count in zip(classes, counts, strict=True)},
+    )
+    patches = np.zeros(len(rows), PATCH_DTYPE)
+    patches["label"], patches["slide"] = labels, slide_numbers
+    for field, unknown in (("x", UNKNOWN_PX), ("y", UNKNOWN_PX), ("mpp", np.nan), ("size_px", 0)):
+        patches[field] = [unknown if row[field] is None else row[field] for row in rows]
+    return ShardIndex(
+        record=record, packs=pack_rows(packs), patches=patches, classes=classes, slides=slides
+    )
+
+
+def number_names(values: Sequence[Any]) -> tuple[tuple[str, ...], np.ndarray]:
+    """The distinct names, sorted, and every value's number among them (-1 for None)."""
+    names = tuple(sorted({value for value in values if value is not None}))
+    numbers = {name: number for number, name in enumerate(names)}
+    return names, np.array([numbers.get(value, NO_LABEL) for value in values], np.int32)
+
+
+def pack_rows(packs: Sequence[ScannedPack]) -> np.ndarray:
+    """PACK_DTYPE rows of a shard's packs, the shard numbered 0."""
+    rows = np.zeros(len(packs), PACK_DTYPE)
+    rows["count"] = [pack.count for pack in packs]
+    rows["first_patch"] = np.cumsum(rows["count"]) - rows["count"]
+    rows["codes_offset"] = [pack.codes_offset for pack in packs]
+    rows["codes_crc32"] = [pack.codes_crc32 for pack in packs]
+    rows["patches_offset"] = [pack.patches.offset for pack in packs]
+    rows["patches_bytes"] = [pack.patches.size for pack in packs]
+    rows["masks_offset"] = [pack.masks.offset if pack.masks else 0 for pack in packs]
+    rows["masks_bytes"] = [pack.masks.size if pack.masks else 0 for pack in packs]
+    return rows
+
+
+def save_index(index: ShardIndex, path: Path) -> None:
+    """Keep a shard's index until all shards are there."""
+    names = {
+        "record": dataclasses.asdict(index.record),
+        "classes": index.classes,
+        "slides": index.slides,
+    }
+    buffer = io.BytesIO()
+    np.savez(buffer, packs=index.packs, patches=index.patches, names=np.frombuffer(
+        json.dumps(names).encode(), np.uint8))  # fmt: skip
+    write_atomically(path, buffer.getvalue())
+
+
+def load_index(path: Path) -> ShardIndex:
+    """What `save_index` kept."""
+    with np.load(path, allow_pickle=False) as arrays:
+        names = json.loads(arrays["names"].tobytes())
+        return ShardIndex(
+            record=ShardRecord(**names["record"]),
+            packs=arrays["packs"],
+            patches=arrays["patches"],
+            classes=tuple(names["classes"]),
+            slides=tuple(names["slides"]),
+        )
+
+
+def write_tables(
+    folder: Path, paths: Sequence[Path]
+) -> tuple[tuple[ShardRecord, ...], tuple[str, ...], tuple[str, ...]]:
+    """Join the shards' indexes (sorted by shard name) into the two tables, one shard in memory at a time.
+
+    returns  shard records, classes, slides, as the manifest lists them
+    """
+    records, classes, slides = [], set[str](), set[str]()
+    for path in paths:
+        index = load_index(path)
+        records.append(index.record)
+        classes.update(index.classes)
+        slides.update(index.slides)
+    names = (tuple(sorted(classes)), tuple(sorted(slides)))
+    packs = open_table(folder / PACKS_TABLE, PACK_DTYPE, sum(r.packs for r in records))
+    patches = open_table(folder / PATCHES_TABLE, PATCH_DTYPE, sum(r.patches for r in records))
+    first_pack = first_patch = 0
+    for number, path in enumerate(paths):
+        index = load_index(path)
+        pack_part, patch_part = renumber(index, number, first_patch, *names)
+        packs[first_pack : first_pack + len(pack_part)] = pack_part
+        patches[first_patch : first_patch + len(patch_part)] = patch_part
+        first_pack, first_patch = first_pack + len(pack_part), first_patch + len(patch_part)
+    for table, name in ((packs, PACKS_TABLE), (patches, PATCHES_TABLE)):
+        table.flush()
+        (folder / f"{name}.tmp").replace(folder / name)
+    return tuple(records), *names
+
+
+def open_table(path: Path, dtype: np.dtype[Any], rows: int) -> np.memmap[Any, Any]:
+    """A writable memory-mapped npy under the table's temporary name."""
+    return np.lib.format.open_memmap(path.with_name(f"{path.name}.tmp"), "w+", dtype, (rows,))
+
+
+def renumber(
+    index: ShardIndex,
+    shard: int,
+    first_patch: int,
+    classes: tuple[str, ...],
+    slides: tuple[str, ...],
+) -> tuple[np.ndarray, np.ndarray]:
+    """A shard's rows with numbers of the whole data set instead of its own."""
+    packs, patches = index.packs.copy(), index.patches.copy()
+    packs["shard"] = shard
+    packs["first_patch"] += np.uint64(first_patch)
+    for field, own, all_names in (
+        ("label", index.classes, classes),
+        ("slide", index.slides, slides),
+    ):
+        position = {name: number for number, name in enumerate(all_names)}
+        lookup = np.array([*(position[name] for name in own), NO_LABEL], np.int32)
+        patches[field] = lookup[patches[field]]  # -1 picks the last entry, which is -1
+    return packs, patches

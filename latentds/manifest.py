@@ -1,0 +1,199 @@
+"""The manifest: what a data set holds, shard by shard, and the contract of its codes; read as untrusted."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from latentds.errors import FormatError, unknown_name
+from latentds.format import (
+    FORMAT,
+    MANIFEST,
+    SHARD_PATTERN,
+    SPLIT_PATTERN,
+    Contract,
+    check_format,
+    digest_json,
+)
+
+MAX_MANIFEST_BYTES = 1 << 28
+SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ShardRecord:
+    """One shard: its path in the folder, split, size, hash, counts, and patches a class."""
+
+    name: str
+    split: str
+    bytes: int
+    sha256: str
+    packs: int
+    patches: int
+    labels: dict[str, int]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What `.latentds/manifest.json` says.
+
+    contract  what the codes mean
+    shards    in the order of the tables: splits sorted, shards of a split in sequence
+    classes   label names; a stored label is an index into them
+    slides    slide names; a stored slide is an index into them
+    tables    sha256 and bytes of the files beside the shards
+    made      how the run was made: options, versions, device, counts (no path, host, user or time)
+    """
+
+    contract: Contract
+    shards: tuple[ShardRecord, ...]
+    classes: tuple[str, ...]
+    slides: tuple[str, ...]
+    tables: dict[str, dict[str, Any]]
+    made: dict[str, Any]
+
+    @property
+    def patches(self) -> int:
+        """Patches of all splits."""
+        return sum(shard.patches for shard in self.shards)
+
+    @property
+    def packs(self) -> int:
+        """Packs of all splits."""
+        return sum(shard.packs for shard in self.shards)
+
+    @property
+    def splits(self) -> dict[str, int]:
+        """Patches of every split."""
+        counts: dict[str, int] = {}
+        for shard in self.shards:
+            counts[shard.split] = counts.get(shard.split, 0) + shard.patches
+        return counts
+
+    def labels(self, split: str | None = None) -> dict[str, int]:
+        """Patches of every class, of one split or all."""
+        counts = dict.fromkeys(self.classes, 0)
+        for shard in self.shards:
+            if split in (None, shard.split):
+                for name, count in shard.labels.items():
+                    counts[name] += count
+        return counts
+
+    def pack_range(self, split: str) -> tuple[int, int]:
+        """First pack of a split in the pack table, and one past its last."""
+        if split not in self.splits:
+            raise unknown_name("split", split, self.splits)
+        first = sum(shard.packs for shard in self.shards if shard.split < split)
+        return first, first + sum(shard.packs for shard in self.shards if shard.split == split)
+
+    @property
+    def dataset_id(self) -> str:
+        """Identity of the stored patches: hash of the shards' names and hashes."""
+        return digest_json([[shard.name, shard.sha256] for shard in self.shards])
+
+    def to_json(self) -> str:
+        """The manifest's text."""
+        record = {
+            "format": FORMAT,
+            "contract": self.contract.to_json(),
+            "patches": self.patches,
+            "packs": self.packs,
+            "splits": self.splits,
+            "classes": list(self.classes),
+            "slides": list(self.slides),
+            "shards": [dataclasses.asdict(shard) for shard in self.shards],
+            "tables": self.tables,
+            "made": self.made,
+        }
+        return json.dumps(record, indent=1, sort_keys=True) + "\n"
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The checked manifest of a data set's folder."""
+    path = folder / MANIFEST
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    if not path.is_file():
+        hint = (
+            "its conversion has not ended; run it again"
+            if (folder / ".latentds").exists()
+            else "convert first"
+        )
+        raise FormatError(f"{folder}: no {MANIFEST}; not a complete latentds data set ({hint})")
+    if path.stat().st_size > MAX_MANIFEST_BYTES:
+        raise FormatError(
+            f"{path}: {path.stat().st_size} bytes, more than a manifest can have; refused"
+        )
+    try:
+        record = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise FormatError(f"{path}: not JSON ({error}); fetch it anew") from error
+    return parse_manifest(record, str(path))
+
+
+def parse_manifest(record: Any, where: str) -> Manifest:
+    """A manifest from its JSON values; FormatError names what is wrong."""
+    if not isinstance(record, dict):
+        raise FormatError(f"{where}: not a JSON object; not a latentds data set")
+    check_format(record.get("format"), where)
+    contract = Contract.from_json(record.get("contract"), where)
+    try:
+        manifest = Manifest(
+            contract=contract,
+            shards=tuple(parse_shard(shard, where) for shard in record["shards"]),
+            classes=names(record["classes"]),
+            slides=names(record["slides"]),
+            tables={str(name): dict(entry) for name, entry in record["tables"].items()},
+            made=dict(record["made"]),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise FormatError(f"{where}: manifest is damaged ({error!r}); fetch it anew") from error
+    check_counts(manifest, record, where)
+    return manifest
+
+
+def parse_shard(record: Any, where: str) -> ShardRecord:
+    """One shard's record; its name may not lead out of the folder."""
+    name = record["name"]
+    if not isinstance(name, str) or not SHARD_PATTERN.fullmatch(name):
+        raise FormatError(f"{where}: shard name {name!r} is not data/SPLIT-000000.tar; refused")
+    split = name.removeprefix("data/").rpartition("-")[0]
+    if record["split"] != split or not SPLIT_PATTERN.fullmatch(split):
+        raise FormatError(f"{where}: {name} is listed under split {record['split']!r}")
+    counts = {field: record[field] for field in ("bytes", "packs", "patches")}
+    if any(type(value) is not int or value < 1 for value in counts.values()):
+        raise FormatError(f"{where}: {name} has counts {counts}; all must be positive integers")
+    if not SHA256.fullmatch(record["sha256"]):
+        raise FormatError(f"{where}: {name} has sha256 {record['sha256']!r}")
+    labels = dict(record["labels"])
+    if any(type(value) is not int or value < 0 for value in labels.values()):
+        raise FormatError(f"{where}: {name} has label counts {labels}")
+    return ShardRecord(name=name, split=split, sha256=record["sha256"], labels=labels, **counts)
+
+
+def names(values: Any) -> tuple[str, ...]:
+    """A list of distinct strings as a tuple (ValueError otherwise)."""
+    if any(not isinstance(value, str) for value in values) or len(set(values)) != len(values):
+        raise ValueError("classes and slides must be distinct strings")
+    return tuple(values)
+
+
+def check_counts(manifest: Manifest, record: dict[str, Any], where: str) -> None:
+    """Refuse a manifest whose own numbers disagree."""
+    if not manifest.shards:
+        raise FormatError(f"{where}: no shards; nothing to read")
+    order = [shard.name for shard in manifest.shards]
+    if order != sorted(set(order)):
+        raise FormatError(f"{where}: shards are not sorted, or one is listed twice")
+    for field in ("patches", "packs", "splits"):
+        if record.get(field) != getattr(manifest, field):
+            raise FormatError(
+                f"{where}: {field} is {record.get(field)}, its shards add up to {getattr(manifest, field)}"
+            )
+    for shard in manifest.shards:
+        unknown = set(shard.labels) - set(manifest.classes)
+        if unknown or sum(shard.labels.values()) > shard.patches or shard.packs > shard.patches:
+            raise FormatError(f"{where}: counts of {shard.name} contradict each other")

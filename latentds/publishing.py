@@ -1,0 +1,104 @@
+"""The data set's own README: a Hub card that pins the features and shows how to read a pack."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from latentds.autoencoders.base import short
+from latentds.format import CODES, FORMAT, MASKS, PATCHES
+from latentds.manifest import Manifest
+
+CARD = """---
+{front_matter}---
+
+# {patches:,} pathology patches as {format} latents
+
+Each patch of {width}x{height} px is {bytes_per_patch:,} bytes: the latents of the autoencoder `{autoencoder}` (latent_id
+`{latent_id}`), every value the index of one of {levels} codebook levels ({kind}; {codebook_origin}).
+Decoding loses detail. Not for diagnosis.
+
+| split | patches |
+|---|---|
+{splits}
+{labels}
+## Load
+
+    from latentds import LatentLoader
+    for batch in LatentLoader("this folder", split="{split}", batch_size=64, device="cuda"):
+        batch.images  # float (B, 3, {height}, {width}) in [0, 1]; batch.labels, batch.slides, batch.coords
+
+Without latentds, a row of `datasets.load_dataset("this folder", streaming=True)` is a pack of patches:
+
+    codes = row["{codes}"]                                       # uint8 (N, {channels}, {h}, {w})
+    columns = pyarrow.parquet.read_table(io.BytesIO(row["{parquet}"])).to_pylist()  # N rows: label, slide, x, y, ...
+    latents = levels[codes]                                        # levels: .latentds/manifest.json, contract.codebook
+
+Check with `latentds verify`. The format is described in latentds' docs/format.md.
+"""
+
+
+def dataset_card(manifest: Manifest) -> str:
+    """The text of a data set's README.md."""
+    contract = manifest.contract
+    channels, rows, columns = contract.codes_shape
+    made = manifest.made.get("codebook", {})
+    return CARD.format(
+        front_matter=front_matter(manifest),
+        patches=manifest.patches,
+        format=FORMAT,
+        width=contract.patch_px[1],
+        height=contract.patch_px[0],
+        bytes_per_patch=contract.bytes_per_patch,
+        autoencoder=contract.autoencoder.get("name", "unknown"),
+        latent_id=short(contract.latent_id),
+        levels=contract.codebook.levels.shape[1],
+        kind=contract.codebook.kind,
+        codebook_origin=made.get("origin", "origin not recorded"),
+        splits="\n".join(f"| {name} | {count:,} |" for name, count in manifest.splits.items()),
+        labels=label_table(manifest),
+        split=next(iter(manifest.splits)),
+        codes=CODES,
+        parquet=PATCHES,
+        channels=channels,
+        h=rows,
+        w=columns,
+    )
+
+
+def label_table(manifest: Manifest) -> str:
+    """A Markdown table of patches a class, empty where there are no labels."""
+    counts = manifest.labels()
+    if not counts:
+        return ""
+    lines = "\n".join(f"| {name} | {count:,} |" for name, count in counts.items())
+    return f"\n| label | patches |\n|---|---|\n{lines}\n"
+
+
+def front_matter(manifest: Manifest) -> str:
+    """The card's YAML: configs and pinned features, written out plainly (every value is ours)."""
+    channels, rows, columns = manifest.contract.codes_shape
+    lines = ["configs:", "- config_name: default", "  data_files:"]
+    for split in manifest.splits:
+        lines += [f"  - split: {split}", f"    path: data/{split}-*.tar"]
+    lines += ["dataset_info:", "  config_name: default", "  features:"]
+    lines += [
+        f"  - name: {CODES}",
+        "    dtype:",
+        "      array4_d:",
+        f"        shape: [null, {channels}, {rows}, {columns}]",
+        "        dtype: uint8",
+    ]
+    binaries = [MASKS, PATCHES] if has_masks(manifest.made) else [PATCHES]
+    for name, dtype in [
+        *((member, "binary") for member in binaries),
+        ("__key__", "string"),
+        ("__url__", "string"),
+    ]:
+        lines += [f"  - name: {name}", f"    dtype: {dtype}"]
+    lines += ["tags:", "- pathology", "- latents", "- webdataset", "library_name: latentds"]
+    return "\n".join(lines) + "\n"
+
+
+def has_masks(made: dict[str, Any]) -> bool:
+    """Whether the packs carry masks."""
+    return bool(made.get("masks"))

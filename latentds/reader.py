@@ -1,0 +1,230 @@
+"""Read a data set's folder: memory-mapped tables, and codes of any patches in any order."""
+# N patches asked for, C latent channels, h w latent cells, H W pixels
+
+from __future__ import annotations
+
+import io
+import mmap
+import os
+import zlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from latentds.errors import FormatError, unknown_name
+from latentds.format import PACK_DTYPE, PACKS_TABLE, PATCH_DTYPE, PATCHES_TABLE, pack_key, patch_key
+from latentds.manifest import Manifest, read_manifest
+
+MAX_OPEN_SHARDS = 256
+MAX_CACHED_COLUMNS = 256  # packs whose Parquet rows stay parsed
+
+
+class ShardSet:
+    """The shards, tables and manifest of a data set's folder.
+
+    folder       local folder
+    check_codes  compare a pack's checksum the first time this process reads from it
+    manifest     instead of the folder's own, while it is not yet written
+
+    Opening costs the manifest and one `stat` a shard, whatever the number of patches; it raises FormatError
+    for anything that contradicts the manifest. Pickles without its maps, so workers may carry it.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        check_codes: bool = True,
+        manifest: Manifest | None = None,
+    ) -> None:
+        self.folder = Path(folder)
+        self.manifest = manifest or read_manifest(self.folder)
+        self.check_codes = check_codes
+        check_sizes(self.folder, self.manifest)
+        self.packs = open_table(self.folder / PACKS_TABLE, PACK_DTYPE, self.manifest.packs)
+        self.patches = open_table(self.folder / PATCHES_TABLE, PATCH_DTYPE, self.manifest.patches)
+        self.reset()
+
+    def reset(self) -> None:
+        """Start without maps and caches."""
+        self.maps: OrderedDict[int, mmap.mmap] = OrderedDict()
+        self.columns: OrderedDict[int, dict[str, list[Any]]] = OrderedDict()
+        self.checked = np.zeros(len(self.packs), bool)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"folder": self.folder, "check_codes": self.check_codes}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["folder"], state["check_codes"])  # type: ignore[misc]
+
+    def __len__(self) -> int:
+        return self.manifest.patches
+
+    def key(self, pack: int) -> str:
+        """Key of a pack: split, shard number and place in the shard."""
+        shard = self.manifest.shards[int(self.packs["shard"][pack])]
+        number = int(shard.name.removesuffix(".tar").rpartition("-")[2])
+        first = int(np.searchsorted(self.packs["shard"], self.packs["shard"][pack]))
+        return pack_key(shard.split, number, pack - first)
+
+    def patch_range(self, split: str) -> tuple[int, int]:
+        """First row of a split in the patch table, and one past its last."""
+        first_pack, end_pack = self.manifest.pack_range(split)
+        last = self.packs[end_pack - 1]
+        return int(self.packs["first_patch"][first_pack]), int(last["first_patch"] + last["count"])
+
+    def read_codes(self, rows: np.ndarray) -> np.ndarray:
+        """Codes uint8 (N, C, h, w) of the patches at `rows` of the patch table, in that order."""
+        contract = self.manifest.contract
+        size = contract.bytes_per_patch
+        codes = np.empty((len(rows), size), np.uint8)
+        for pack, places in self.group_by_pack(rows):
+            local = rows[places] - int(self.packs["first_patch"][pack])
+            if local.min() < 0 or local.max() >= self.packs["count"][pack]:
+                raise FormatError(f"{self.folder / PACKS_TABLE}: rows of pack {pack} do not add up")
+            codes[places] = self.pack_view(pack)[local]
+        return codes.reshape(len(rows), *contract.codes_shape)
+
+    def group_by_pack(self, rows: np.ndarray) -> list[tuple[int, np.ndarray]]:
+        """(pack, places in `rows` that it serves) for every pack that is touched."""
+        packs = np.searchsorted(self.packs["first_patch"], rows.astype(np.uint64), side="right") - 1
+        order = np.argsort(packs, kind="stable")
+        touched, starts = np.unique(packs[order], return_index=True)
+        places = np.split(order, starts[1:])
+        return [(int(pack), place) for pack, place in zip(touched, places, strict=True)]
+
+    def pack_view(self, pack: int) -> np.ndarray:
+        """Codes of a pack, uint8 (N, C*h*w), without a copy."""
+        row, size = self.packs[pack], self.manifest.contract.bytes_per_patch
+        count = int(row["count"])
+        content = self.slice_shard(pack, int(row["codes_offset"]), count * size)
+        if self.check_codes and not self.checked[pack]:
+            if zlib.crc32(content) != int(row["codes_crc32"]):
+                raise FormatError(
+                    f"{self.shard_path(pack)}, key {self.key(pack)}: codes do not have the recorded checksum; "
+                    "the shard is damaged, fetch it anew ('latentds verify' lists all damage)"
+                )
+            self.checked[pack] = True
+        return np.frombuffer(content, np.uint8).reshape(count, size)
+
+    def shard_path(self, pack: int) -> Path:
+        """File of a pack's shard."""
+        return self.folder / self.manifest.shards[int(self.packs["shard"][pack])].name
+
+    def slice_shard(self, pack: int, offset: int, size: int) -> memoryview:
+        """Bytes of a pack's shard, refused where the table points outside of it."""
+        shard = int(self.packs["shard"][pack])
+        if shard >= len(self.manifest.shards):
+            raise FormatError(
+                f"{self.folder / PACKS_TABLE}: pack {pack} names shard {shard}; refused"
+            )
+        mapped = self.map_shard(shard)
+        if offset + size > len(mapped):
+            raise FormatError(
+                f"{self.folder / PACKS_TABLE}: pack {pack} lies at {offset}..{offset + size}, "
+                f"its shard has {len(mapped)} bytes; fetch the table anew"
+            )
+        return memoryview(mapped)[offset : offset + size]
+
+    def map_shard(self, shard: int) -> mmap.mmap:
+        """The memory map of a shard; the least recently used of many is closed."""
+        mapped = self.maps.pop(shard, None)
+        if mapped is None:
+            with (self.folder / self.manifest.shards[shard].name).open("rb") as file:
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            if len(self.maps) >= MAX_OPEN_SHARDS:
+                self.maps.popitem(last=False)  # unmapped when its last view is gone
+        self.maps[shard] = mapped
+        return mapped
+
+    def read_columns(self, rows: np.ndarray, names: Sequence[str]) -> dict[str, list[Any]]:
+        """Values of Parquet columns (key, source, source_encoding, ...) of the patches at `rows`."""
+        values: dict[str, list[Any]] = {name: [None] * len(rows) for name in names}
+        for pack, places in self.group_by_pack(rows):
+            columns = self.pack_columns(pack)
+            first = int(self.packs["first_patch"][pack])
+            for name in names:
+                if name not in columns:
+                    raise unknown_name("column", name, columns)
+                for place in places:
+                    values[name][place] = columns[name][int(rows[place]) - first]
+        return values
+
+    def pack_columns(self, pack: int) -> dict[str, list[Any]]:
+        """All Parquet columns of a pack, and the key that follows from them; kept for a while."""
+        from latentds.columns import decode_table
+
+        columns = self.columns.pop(pack, None)
+        if columns is None:
+            row = self.packs[pack]
+            content = self.slice_shard(pack, int(row["patches_offset"]), int(row["patches_bytes"]))
+            where = f"{self.shard_path(pack)}, {self.key(pack)}.patches.parquet"
+            columns = decode_table(bytes(content), int(row["count"]), where).to_pydict()
+            places = zip(columns["source"], columns["x"], columns["y"], strict=True)
+            columns["key"] = [patch_key(*place) for place in places]
+            if len(self.columns) >= MAX_CACHED_COLUMNS:
+                self.columns.popitem(last=False)
+        self.columns[pack] = columns
+        return columns
+
+    def read_masks(self, rows: np.ndarray) -> np.ndarray:
+        """Masks uint8 (N, H, W) of the patches at `rows`; zeros where a patch has none."""
+        from latentds.columns import decode_table
+
+        height, width = self.manifest.contract.patch_px
+        masks = np.zeros((len(rows), height, width), np.uint8)
+        for pack, places in self.group_by_pack(rows):
+            row = self.packs[pack]
+            if not row["masks_bytes"]:
+                continue
+            content = self.slice_shard(pack, int(row["masks_offset"]), int(row["masks_bytes"]))
+            where = f"{self.shard_path(pack)}, {self.key(pack)}.masks.parquet"
+            table = decode_table(bytes(content), int(row["count"]), where, ["mask_png"])
+            for place in places:
+                encoded = table["mask_png"][int(rows[place]) - int(row["first_patch"])].as_py()
+                if encoded is not None:
+                    masks[place] = decode_mask(encoded, (height, width), where)
+        return masks
+
+
+def decode_mask(encoded: bytes, size_px: tuple[int, int], where: str) -> np.ndarray:
+    """A mask (H, W) from its PNG bytes, size checked before a pixel is decoded."""
+    try:
+        with Image.open(io.BytesIO(encoded), formats=["PNG"]) as image:
+            if image.size != size_px[::-1] or image.mode not in ("L", "1"):
+                raise FormatError(
+                    f"{where}: mask is {image.mode} {image.size}, patches are {size_px[::-1]}"
+                )
+            return np.asarray(image.convert("L"))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise FormatError(f"{where}: damaged mask ({error})") from error
+
+
+def check_sizes(folder: Path, manifest: Manifest) -> None:
+    """Refuse missing, truncated or grown shards before anything is read from them."""
+    for shard in manifest.shards:
+        try:
+            size = (folder / shard.name).stat().st_size
+        except FileNotFoundError as error:
+            raise FormatError(
+                f"{folder / shard.name}: missing; the manifest lists it, fetch it"
+            ) from error
+        if size != shard.bytes:
+            raise FormatError(
+                f"{folder / shard.name}: {size} bytes, the manifest says {shard.bytes}; truncated or replaced, "
+                "fetch it anew"
+            )
+
+
+def open_table(path: Path, dtype: np.dtype[Any], rows: int) -> np.ndarray:
+    """A memory-mapped table of just the expected columns and rows."""
+    try:
+        table = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError, SyntaxError) as error:
+        raise FormatError(f"{path}: not a table ({error}); fetch it anew") from error
+    if table.dtype != dtype or table.shape != (rows,):
+        raise FormatError(f"{path}: {table.dtype} {table.shape}, expected {rows} rows of {dtype}")
+    return np.asarray(table)

@@ -1,0 +1,201 @@
+"""Walk a shard's tar from its first byte to its last, trusting nothing in it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tarfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from latentds.columns import MAX_COLUMNS_BYTES, decode_table
+from latentds.errors import FormatError
+from latentds.format import (
+    CODES,
+    HEADER_PREFIX,
+    MASKS,
+    MEMBER_PATTERN,
+    MEMBERS,
+    PATCHES,
+    Contract,
+    check_format,
+    check_npy,
+)
+from latentds.writer import BLOCK
+
+MAX_HEADER_BYTES = 1 << 24
+NPY_HEAD_BYTES = 4096  # a codes header has 128; numpy refuses longer than 10,000
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """A regular file in a tar: its pack's key, its kind, and where its bytes lie."""
+
+    key: str
+    kind: str
+    offset: int
+    size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ScannedPack:
+    """A pack as found in a shard; offsets from the shard's start."""
+
+    key: str
+    count: int
+    codes_offset: int
+    codes_crc32: int
+    patches: Member
+    masks: Member | None
+
+
+def read_contract(path: Path) -> Contract:
+    """The contract in a shard's global header, which is enough to decode it without its manifest."""
+    with path.open("rb") as file:
+        return parse_headers(read_global_header(file, str(path)), str(path))
+
+
+def read_global_header(file: BinaryIO, where: str) -> dict[str, str]:
+    """Fields of the PAX global header at the file's start; the file is left behind it."""
+    info = read_header(file, where)
+    if info is None or info.type != tarfile.XGLTYPE:
+        raise FormatError(f"{where}: no PAX global header; not a latentds shard")
+    if info.size > MAX_HEADER_BYTES:
+        raise FormatError(f"{where}: global header of {info.size} bytes; refused")
+    padded = info.size + -info.size % BLOCK
+    record = file.read(padded)
+    if len(record) != padded:
+        raise FormatError(f"{where}: ends inside its global header; truncated, fetch it anew")
+    return parse_pax(record[: info.size], where)
+
+
+def parse_pax(record: bytes, where: str) -> dict[str, str]:
+    """`length key=value` lines of a PAX header."""
+    fields = {}
+    try:
+        while record:
+            length = int(record[: record.index(b" ")])
+            key, value = record[:length].split(b" ", 1)[1].rstrip(b"\n").split(b"=", 1)
+            fields[key.decode()] = value.decode()
+            record = record[length:] if length > 0 else b""
+    except (ValueError, UnicodeDecodeError) as error:
+        raise FormatError(f"{where}: damaged global header; not a latentds shard") from error
+    return fields
+
+
+def parse_headers(fields: dict[str, str], where: str) -> Contract:
+    """The contract among a global header's fields."""
+    if not any(name.startswith(HEADER_PREFIX) for name in fields):
+        raise FormatError(f"{where}: a tar, but not a latentds shard (no {HEADER_PREFIX}format)")
+    check_format(fields.get(f"{HEADER_PREFIX}format"), where)
+    try:
+        record = json.loads(fields[f"{HEADER_PREFIX}contract"])
+    except (KeyError, ValueError) as error:
+        raise FormatError(f"{where}: no readable contract in its header; fetch it anew") from error
+    return Contract.from_json(record, where)
+
+
+def read_header(file: BinaryIO, where: str) -> tarfile.TarInfo | None:
+    """The next tar header, None at the archive's end."""
+    offset = file.tell()
+    block = file.read(BLOCK)
+    if len(block) == BLOCK and not any(block):
+        return None
+    try:
+        return tarfile.TarInfo.frombuf(block, "utf-8", "strict")
+    except (tarfile.HeaderError, ValueError) as error:
+        raise FormatError(
+            f"{where}: no tar header at byte {offset} ({error}); truncated or not a tar, fetch it anew"
+        ) from error
+
+
+def scan_members(file: BinaryIO, where: str) -> Iterator[Member]:
+    """The members after the global header; anything but a plain, well-named file is refused."""
+    size = file.seek(0, 2)
+    file.seek(0)
+    read_global_header(file, where)
+    while (info := read_header(file, where)) is not None:
+        match = MEMBER_PATTERN.fullmatch(info.name)
+        if info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or not match:
+            raise FormatError(
+                f"{where}: member {info.name!r} is not a plain KEY.NAME file; refused"
+            )
+        offset = file.tell()
+        end = offset + info.size + -info.size % BLOCK
+        if info.size < 0 or end > size:
+            raise FormatError(
+                f"{where}, {info.name}: {info.size} bytes from byte {offset}, but the shard has {size}; "
+                "truncated, fetch it anew"
+            )
+        yield Member(match[1], match[2], offset, info.size)
+        file.seek(end)
+
+
+def scan_shard(path: Path, contract: Contract) -> Iterator[ScannedPack]:
+    """Every pack of a shard, headers and checksums read; FormatError names file, key and value.
+
+    Members of kinds this reader does not know are passed over (the version rule allows them).
+    """
+    with path.open("rb") as file:
+        group: dict[str, Member] = {}
+        seen: set[str] = set()
+        for member in scan_members(file, str(path)):
+            if group and member.key not in {m.key for m in group.values()}:
+                yield scan_pack(file, group, contract, path)
+                group = {}
+            if member.kind == CODES and member.key in seen:
+                raise FormatError(f"{path}, {member.key}: a second pack of this key; refused")
+            seen.add(member.key)
+            if member.kind in MEMBERS:
+                group[member.kind] = member
+        if group:
+            yield scan_pack(file, group, contract, path)
+
+
+def scan_pack(
+    file: BinaryIO, group: dict[str, Member], contract: Contract, path: Path
+) -> ScannedPack:
+    """Check one pack's members and checksum its codes."""
+    key = next(iter(group.values())).key
+    where = f"{path}, {key}"
+    for kind in (CODES, PATCHES):
+        if kind not in group:
+            raise FormatError(f"{where}: no {kind} member; fetch the shard anew")
+    codes = group[CODES]
+    file.seek(codes.offset)
+    head = file.read(min(codes.size, NPY_HEAD_BYTES))
+    count = check_npy(head, codes.size, contract.codes_shape, where)
+    code_bytes = count * contract.bytes_per_patch
+    codes_offset = codes.offset + codes.size - code_bytes
+    crc32 = checksum(file, codes_offset, code_bytes)
+    return ScannedPack(key, count, codes_offset, crc32, group[PATCHES], group.get(MASKS))
+
+
+def checksum(file: BinaryIO, offset: int, size: int) -> int:
+    """zlib's crc32 of `size` bytes from `offset`, read in blocks."""
+    file.seek(offset)
+    crc32 = 0
+    while size and (block := file.read(min(size, 1 << 20))):
+        crc32 = zlib.crc32(block, crc32)
+        size -= len(block)
+    return crc32
+
+
+def read_member(path: Path, member: Member) -> bytes:
+    """The bytes of a columns or masks member, refused where it is larger than one can be."""
+    if member.size > MAX_COLUMNS_BYTES:
+        raise FormatError(f"{path}, {member.key}.{member.kind}: {member.size} bytes; refused")
+    with path.open("rb") as file:
+        file.seek(member.offset)
+        return file.read(member.size)
+
+
+def read_patch_rows(path: Path, pack: ScannedPack) -> list[dict[str, object]]:
+    """The column rows of a scanned pack."""
+    where = f"{path}, {pack.key}.{PATCHES}"
+    rows: list[dict[str, object]] = decode_table(
+        read_member(path, pack.patches), pack.count, where
+    ).to_pylist()
+    return rows

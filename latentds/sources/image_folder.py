@@ -1,0 +1,147 @@
+"""A folder of pictures: class folders as labels, train/val/test folders as splits, a slide folder below."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
+
+from latentds.errors import InputError
+from latentds.sources.pictures import Header, picture_suffixes
+
+SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+DEFAULT_SPLIT = "train"
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """A picture file found: path relative to the input folder (posix), and what its path says."""
+
+    source: str
+    split: str
+    label: str | None
+    slide: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Listing:
+    """Pictures in path order, and how many other files were passed over (with one of them)."""
+
+    pictures: tuple[Picture, ...]
+    ignored: int
+    ignored_example: str
+
+
+def list_pictures(root: Path, use_labels: bool = True) -> Listing:
+    """Every picture below `root`; InputError for an empty folder or labels on some only.
+
+    [split/][class/[slide/...]]picture: top folders are splits when all of them have split names.
+    """
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root}: no such folder")
+    suffixes = picture_suffixes()
+    found: list[str] = []
+    ignored: list[str] = []
+    for path in walk(root):
+        (found if PurePosixPath(path).suffix.lower() in suffixes else ignored).append(path)
+    if not found:
+        raise InputError(
+            f"{root}: no pictures in it ({len(ignored)} other files); nothing to convert"
+        )
+    check_names(root, found)
+    tops = {PurePosixPath(path).parts[0] for path in found if "/" in path}
+    has_splits = bool(tops) and tops <= SPLITS.keys() and all("/" in path for path in found)
+    pictures = tuple(place(path, has_splits, use_labels) for path in found)
+    check_labels(root, pictures, use_labels)
+    return Listing(pictures, len(ignored), ignored[0] if ignored else "")
+
+
+def walk(root: Path) -> Iterator[str]:
+    """Posix paths of the files below `root`, sorted by name in every folder; links followed, loops not."""
+    seen: set[str] = set()
+
+    def visit(folder: str, prefix: str) -> Iterator[str]:
+        real = os.path.realpath(folder)
+        if real in seen:
+            return
+        seen.add(real)
+        with os.scandir(folder) as entries:
+            visible = sorted(
+                (e for e in entries if not e.name.startswith(".")), key=lambda e: e.name
+            )
+        for entry in visible:
+            if entry.is_dir():
+                yield from visit(entry.path, f"{prefix}{entry.name}/")
+            else:
+                yield f"{prefix}{entry.name}"
+
+    yield from visit(str(root), "")
+
+
+def place(path: str, has_splits: bool, use_labels: bool) -> Picture:
+    """What the folders of a path say."""
+    folders = list(PurePosixPath(path).parts[:-1])
+    split = SPLITS[folders.pop(0)] if has_splits else DEFAULT_SPLIT
+    label = folders.pop(0) if folders and use_labels else None
+    return Picture(path, split, label, "/".join(folders) or None)
+
+
+def check_names(root: Path, paths: Sequence[str]) -> None:
+    """Refuse names that no table can hold."""
+    for path in paths:
+        try:
+            path.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"{root}: file name {path!r} is not UTF-8; rename it") from error
+
+
+def check_labels(root: Path, pictures: Sequence[Picture], use_labels: bool) -> None:
+    """Refuse a folder where some pictures have a class and others none."""
+    bare = [picture.source for picture in pictures if picture.label is None]
+    if use_labels and bare and len(bare) < len(pictures):
+        raise InputError(
+            f"{root}: {len(bare)} of {len(pictures)} pictures lie in no class folder (first: {bare[0]}); "
+            "move them into one, or pass --no-labels"
+        )
+
+
+def check_sizes(headers: dict[str, Header]) -> tuple[int, int]:
+    """The one (H, W) of all pictures; InputError lists the sizes seen and the ways out."""
+    sizes = Counter(header.size_px for header in headers.values())
+    if len(sizes) == 1:
+        return next(iter(sizes))
+    examples = {header.size_px: source for source, header in reversed(headers.items())}
+    seen = ", ".join(
+        f"{w}x{h} ({count} files, e.g. {examples[h, w]})" for (h, w), count in sizes.most_common(4)
+    )
+    more = f" and {len(sizes) - 4} more sizes" if len(sizes) > 4 else ""
+    raise InputError(
+        f"pictures differ in size: {seen}{more}; choose --patch-size PX with --resize, --tile or --pad"
+    )
+
+
+def name_fields(pattern: str) -> Callable[[str], dict[str, str]]:
+    """A function from a source path to the fields a `--name-pattern` finds in it.
+
+    Groups may be called label, slide, x, y and mpp; a path that does not match is an InputError.
+    """
+    known = {"label", "slide", "x", "y", "mpp"}
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise InputError(
+            f"--name-pattern {pattern!r} is not a regular expression ({error})"
+        ) from error
+    if not compiled.groupindex or set(compiled.groupindex) - known:
+        raise InputError(f"--name-pattern {pattern!r} needs named groups among {sorted(known)}")
+
+    def fields(source: str) -> dict[str, str]:
+        match = compiled.search(source)
+        if match is None:
+            raise InputError(f"{source}: does not match --name-pattern {pattern!r}")
+        return {name: value for name, value in match.groupdict().items() if value is not None}
+
+    return fields

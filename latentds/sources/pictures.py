@@ -1,0 +1,132 @@
+"""One picture file to uint8 RGB, or a reason why not; and how the file was coded."""
+
+from __future__ import annotations
+
+import dataclasses
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from latentds.errors import InputError
+
+# Formats that Pillow only names, or that are no 8-bit pictures.
+NOT_PICTURES = {"BUFR", "GRIB", "HDF5", "MPEG", "FITS", "EPS", "WMF"}
+CONVERTED = ("1", "L", "P", "CMYK", "RGBA", "LA", "PA", "RGBX", "YCbCr")  # to RGB, and counted
+DECODE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    struct.error,
+    Image.DecompressionBombError,
+)
+# First quantizer of the luma table in libjpeg's quality scale: table 16 at quality 50.
+JPEG_LUMA_AT_50 = np.array(
+    [16, 11, 10, 16, 24, 40, 51, 61, 12, 12, 14, 19, 26, 58, 60, 55], dtype=np.int64
+)  # ITU-T T.81 table K.1, first two rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Header:
+    """What a file's header says: (H, W), Pillow mode and coding; and how many bytes the file has."""
+
+    size_px: tuple[int, int]
+    mode: str
+    encoding: str
+    bytes: int
+
+
+def picture_suffixes() -> set[str]:
+    """Lower-case file suffixes Pillow opens as pictures."""
+    suffixes = Image.registered_extensions()
+    return {s for s, name in suffixes.items() if name in Image.OPEN and name not in NOT_PICTURES}
+
+
+def read_header(path: Path, max_px: int) -> Header:
+    """Size, mode and coding, no pixel decoded; InputError (without the name) where it cannot be converted."""
+    try:
+        with Image.open(path) as image:
+            check_mode(image.mode)
+            width, height = image.size
+            if width * height > max_px:
+                raise InputError(f"{width}x{height} px is more than --max-px {max_px}")
+            size = path.stat().st_size
+            return Header((height, width), image.mode, describe_encoding(image), size)
+    except DECODE_ERRORS as error:
+        raise InputError(f"cannot be read ({first_line(error)})") from error
+
+
+def read_picture(path: Path, max_px: int) -> tuple[np.ndarray, str]:
+    """Pixels uint8 (H, W, 3) and the mode they were converted from; InputError (without the name)."""
+    try:
+        with Image.open(path) as image:
+            check_mode(image.mode)
+            if image.width * image.height > max_px:
+                raise InputError(f"{image.width}x{image.height} px is more than --max-px {max_px}")
+            image.load()
+            check_alpha(image)
+            return np.asarray(image.convert("RGB")), image.mode
+    except DECODE_ERRORS as error:
+        raise InputError(f"cannot be decoded ({first_line(error)})") from error
+
+
+def read_mask(path: Path) -> np.ndarray:
+    """Mask uint8 (H, W), values untouched; InputError (without the name)."""
+    try:
+        with Image.open(path) as image:
+            if image.mode not in ("L", "1", "P"):
+                raise InputError(f"mask is of mode {image.mode}; 8-bit grey or palette masks only")
+            # A palette's indices are the classes; its colours are for looking at.
+            mask = np.asarray(image)
+            return mask.astype(np.uint8) * (255 if image.mode == "1" else 1)
+    except DECODE_ERRORS as error:
+        raise InputError(f"mask cannot be decoded ({first_line(error)})") from error
+
+
+def check_mode(mode: str) -> None:
+    """Refuse what has more than 8 bits or no way to RGB."""
+    if mode != "RGB" and mode not in CONVERTED:
+        raise InputError(
+            f"mode {mode} (16-bit or float); convert to 8-bit RGB with a scaling you choose"
+        )
+
+
+def check_alpha(image: Image.Image) -> None:
+    """Refuse real transparency: which colour lies behind it is not ours to guess."""
+    transparent = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
+    if transparent and image.convert("RGBA").getchannel("A").getextrema()[0] != 255:
+        raise InputError("has transparent pixels; flatten it onto a background first")
+
+
+def describe_encoding(image: Image.Image) -> str:
+    """`png`, `webp`, ..., or `jpeg:q=75:4:2:0` where the tables are libjpeg's at that quality."""
+    name = (image.format or "unknown").lower()
+    if name != "jpeg":
+        return name
+    from PIL import JpegImagePlugin
+
+    sampling = {0: "4:4:4", 1: "4:2:2", 2: "4:2:0"}.get(
+        JpegImagePlugin.get_sampling(image), "other"
+    )
+    return f"jpeg:q={jpeg_quality(getattr(image, 'quantization', {}))}:{sampling}"
+
+
+def jpeg_quality(tables: dict[int, Any]) -> str:
+    """libjpeg quality whose luma table (first two rows) is the file's, `?` where there is none."""
+    luma = np.asarray(tables.get(0, ()))[:16]
+    for quality in range(100, 0, -1):
+        scale = 5000 // quality if quality < 50 else 200 - 2 * quality
+        expected = np.clip((JPEG_LUMA_AT_50 * scale + 50) // 100, 1, 255)
+        if len(luma) == 16 and (luma == expected).all():
+            return str(quality)
+    return "?"
+
+
+def first_line(error: Exception) -> str:
+    """An error's first line; Pillow repeats the path in some, which a manifest must not carry."""
+    text = str(error).strip().splitlines()
+    line = text[0] if text else type(error).__name__
+    return "not a picture Pillow knows" if line.startswith("cannot identify image") else line

@@ -1,0 +1,61 @@
+"""Cards of the autoencoders known by name."""
+
+from __future__ import annotations
+
+from latentds.autoencoders.base import AutoencoderCard
+
+TINY = AutoencoderCard(
+    name="tiny-v1", class_name="Tiny", channels=4, factor=8, licence="Apache-2.0"
+)
+CARDS = {
+    "tiny-v1": TINY,
+    # The paper's "SD-1.5" is this fine-tune of its VAE (reproduced from the authors' weight repositories).
+    "sd15": AutoencoderCard(
+        name="sd15",
+        class_name="AutoencoderKL",
+        repository="stabilityai/sd-vae-ft-ema",
+        revision="f04b2c4b98319346dad8c65879f680b1997b204a",
+        channels=4,
+        factor=8,
+        licence="MIT",
+    ),
+    "sd3": AutoencoderCard(
+        name="sd3",
+        class_name="AutoencoderKL",
+        repository="stabilityai/stable-diffusion-3.5-large",
+        subfolder="vae",
+        revision="ceddf0a7fdf2064ea28e2213e3b84e4afa170a0f",
+        channels=16,
+        factor=8,
+        licence="Stability AI Community License",
+        gated=True,
+    ),
+    # No commit of the two DC-AE repositories could be confirmed offline: the commit that was loaded is
+    # resolved from the Hub and recorded, and latent_id pins the weights themselves.
+    "dcae-f32": AutoencoderCard(
+        name="dcae-f32",
+        class_name="AutoencoderDC",
+        repository="mit-han-lab/dc-ae-f32c32-in-1.0-diffusers",
+        channels=32,
+        factor=32,
+        licence="Apache-2.0",
+    ),
+    "dcae-f32-mix": AutoencoderCard(
+        name="dcae-f32-mix",
+        class_name="AutoencoderDC",
+        repository="mit-han-lab/dc-ae-f32c32-mix-1.0-diffusers",
+        channels=32,
+        factor=32,
+        licence="Apache-2.0",
+    ),
+    "taesd": AutoencoderCard(
+        name="taesd",
+        class_name="AutoencoderTiny",
+        repository="madebyollin/taesd",
+        revision="614f76814bbe30edbe2e627ace1c2234c81a2c0e",
+        channels=4,
+        factor=8,
+        licence="MIT",
+    ),
+}
+ALIASES = {"tiny": "tiny-v1"}

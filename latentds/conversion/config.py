@@ -1,0 +1,102 @@
+"""Settings of a conversion. No heavy import: `latentds convert --help` is built from this."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from latentds.errors import InputError
+
+# What may differ between a run and its resumption: it changes no byte of the result.
+NOT_RECORDED = ("source", "out", "masks", "codebook", "device", "workers", "max_bad", "overwrite")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConvertConfig:
+    """Convert a folder of pictures into a latentds data set.
+
+    Class folders become labels, train/val/test folders splits. A killed run is resumed by the same command.
+    """
+
+    source: Annotated[Path, tyro.conf.Positional]
+    """Folder of 8-bit pictures."""
+    out: Path
+    """Folder of the data set to be made."""
+    autoencoder: str = "tiny"
+    """tiny, sd15, sd3, dcae-f32, dcae-f32-mix, taesd, or a local folder of weights."""
+    quantizer: Literal["kmeans", "kmeans-channel", "int8-minmax", "int8-percentile"] = "kmeans"
+    """How latents become bytes; kmeans is the paper's one table of 256 centroids."""
+    levels: int = 256
+    """Levels of the codebook, 2 to 256."""
+    codebook: Path | None = None
+    """Codebook made by 'latentds fit-codebook' instead of one fitted to a sample of the input."""
+    fit_patches: int = 1000
+    """Patches the codebook is fitted to, drawn by --seed."""
+    patch_size: int | None = None
+    """Edge of a patch in pixels; with --resize, --tile or --pad where pictures differ."""
+    resize: bool = False
+    """Scale every picture to the patch size (area and Lanczos, proportions not kept)."""
+    tile: bool = False
+    """Cut every picture into a grid of patches; remainders at the right and bottom are dropped."""
+    stride: int | None = None
+    """Step of the tiles' grid in pixels; the patch size by default, smaller for overlap."""
+    pad: bool = False
+    """Reflect smaller pictures at the right and bottom up to the patch size."""
+    masks: Path | None = None
+    """Folder of masks: 8-bit PNG or TIFF of the same relative path and size, suffix aside; kept lossless."""
+    labels: bool = True
+    """Take class folders as labels."""
+    name_pattern: str | None = None
+    """Regular expression with groups among label, slide, x, y, mpp, searched in every relative path."""
+    mpp: float | None = None
+    """Micrometres a pixel of the pictures, recorded with every patch."""
+    order: Literal["shuffle", "path"] = "shuffle"
+    """Order on disk: shuffled by --seed, so that any stretch of a shard is a sample, or as the paths sort."""
+    pack_size: int = 256
+    """Patches stored as one record."""
+    pack_by_slide: bool = False
+    """All patches of a slide as one record (order is then by slide)."""
+    shard_mb: int = 256
+    """Size of a shard in MB of codes."""
+    encode_batch: int | None = None
+    """Patches encoded at once; chosen once and recorded where not given."""
+    seed: int = 0
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps; auto takes a GPU where there is one."""
+    workers: int | None = None
+    """Threads that read and decode pictures; the number of cores, at most 16, by default."""
+    max_px: int = 89_478_485
+    """Pixels above which a picture is refused (Pillow's own limit against decompression bombs)."""
+    max_bad: int = 0
+    """Pictures that may be left out because they cannot be read; listed with reasons in the manifest."""
+    overwrite: bool = False
+    """Replace what lies in --out."""
+
+    def __post_init__(self) -> None:
+        if self.resize + self.tile + self.pad > 1:
+            raise InputError("choose one of --resize, --tile and --pad")
+        if (self.resize or self.tile or self.pad) and self.patch_size is None:
+            raise InputError("--resize, --tile and --pad need --patch-size PX")
+        if self.stride is not None and not self.tile:
+            raise InputError("--stride is the step of --tile; pass both")
+        limits = {
+            "patch_size": (8, 8192), "stride": (1, 8192), "levels": (2, 256), "pack_size": (1, 65536),
+            "shard_mb": (1, 65536), "encode_batch": (1, 65536), "fit_patches": (1, 10**7),
+            "workers": (1, 256), "max_px": (64, 2**34), "max_bad": (0, 10**9), "seed": (0, 2**31),
+        }  # fmt: skip
+        for name, (low, high) in limits.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise InputError(
+                    f"--{name.replace('_', '-')} {value} is not between {low} and {high}"
+                )
+        if self.mpp is not None and not 0.01 <= self.mpp <= 100:
+            raise InputError(f"--mpp {self.mpp} micrometres a pixel is not between 0.01 and 100")
+
+    def recorded(self) -> dict[str, Any]:
+        """The options that decide about bytes: no path, no host, nothing of how fast."""
+        options = dataclasses.asdict(self)
+        return {name: value for name, value in options.items() if name not in NOT_RECORDED}

@@ -1,0 +1,64 @@
+"""The end of a conversion: tables, golden patches, card, and last the manifest."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from latentds.format import GOLDEN, MANIFEST, PACKS_TABLE, PATCHES_TABLE
+from latentds.golden import choose_rows, decode_pixels, encode_golden
+from latentds.index import write_tables
+from latentds.manifest import Manifest
+from latentds.publishing import dataset_card
+from latentds.reader import ShardSet
+from latentds.storage import sha256_file, write_atomically
+
+if TYPE_CHECKING:
+    from latentds.conversion.pipeline import Conversion
+
+
+def finish(conversion: Conversion) -> Manifest:
+    """Write everything beside the shards; the manifest's presence means that all is there."""
+    out, work = conversion.config.out, conversion.work
+    names = sorted(shard.name for shard in conversion.shards if work.index(shard.name).is_file())
+    records, classes, slides = write_tables(out, [work.index(name) for name in names])
+    bad = dict([*conversion.plan.bad, *work.all_bad()])
+    manifest = Manifest(
+        contract=conversion.contract,
+        shards=records,
+        classes=classes,
+        slides=slides,
+        tables={},
+        made=conversion.made | {"left_out": [{"source": s, "reason": bad[s]} for s in sorted(bad)]},
+    )
+    write_golden(conversion, manifest, set(bad))
+    tables = {name: describe_file(out / name) for name in (PACKS_TABLE, PATCHES_TABLE, GOLDEN)}
+    manifest = dataclasses.replace(manifest, tables=tables)
+    write_atomically(out / "README.md", dataset_card(manifest).encode())
+    write_atomically(out / MANIFEST, manifest.to_json().encode())
+    return manifest
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    """Bytes and sha256 of a file, as the manifest lists them."""
+    return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+
+
+def write_golden(conversion: Conversion, manifest: Manifest, bad: set[str]) -> None:
+    """Write the golden patches: stored codes, thumbnails of the pictures, pixels the decoder gives."""
+    plan, config = conversion.plan, conversion.config
+    rows = choose_rows(manifest.patches, config.seed)
+    usable = np.array([picture.source not in bad for picture in plan.pictures])
+    regions = np.flatnonzero(usable[plan.regions["picture"]])[
+        rows
+    ]  # stored rows follow the regions
+    chunks = conversion.reader.chunks((int(region), int(region) + 1) for region in regions)
+    originals = [chunk.pixels[0] for chunk in chunks]
+    codes = ShardSet(config.out, manifest=manifest).read_codes(rows)
+    decoded = decode_pixels(
+        codes, manifest.contract.codebook, conversion.encoder.autoencoder, plan.patch_px
+    )
+    write_atomically(config.out / GOLDEN, encode_golden(rows, codes, originals, decoded))

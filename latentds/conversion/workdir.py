@@ -1,0 +1,169 @@
+"""The folder a conversion keeps its progress in, so that a killed one goes on and a second one stays out."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from latentds.conversion.config import ConvertConfig
+from latentds.errors import InputError
+from latentds.format import MANIFEST, SHARD_PATTERN, SIDECARS
+from latentds.storage import exclusive_lock, write_atomically
+
+logger = logging.getLogger(__name__)
+SYNC_SECONDS = 2.0
+
+
+class Journal:
+    """What of a shard is durable: one line each time the shard was synced.
+
+    blocks, packs  so many are written; end  the shard's length after them (0 where nothing is)
+    bad            (source, reason) of the pictures left out
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.blocks = self.packs = self.end = 0
+        self.bad: list[tuple[str, str]] = []
+        text = path.read_text() if path.is_file() else ""
+        whole = text[
+            : text.rfind("\n") + 1
+        ]  # a torn last line, of a killed process, was not written
+        if whole != text:
+            write_atomically(path, whole.encode())
+        for line in whole.splitlines():
+            self.take(json.loads(line))
+
+    def take(self, record: dict[str, Any]) -> None:
+        """Account for one line."""
+        self.blocks += record["blocks"]
+        self.packs += record["packs"]
+        self.end = record["end"]
+        self.bad += [(source, reason) for source, reason in record["bad"]]
+
+    def append(self, end: int, blocks: int, packs: int, bad: list[tuple[str, str]]) -> None:
+        """Note that the shard is durable up to `end`, so many blocks and packs further than before."""
+        record = {"end": end, "blocks": blocks, "packs": packs, "bad": bad}
+        with self.path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.take(record)
+
+    def reset(self) -> None:
+        """Forget everything: the shard's bytes are gone."""
+        self.path.unlink(missing_ok=True)
+        self.__init__(self.path)  # type: ignore[misc]
+
+
+class Pending:
+    """Blocks written but not yet synced; a sync every two seconds costs a fast encoder nothing."""
+
+    def __init__(self) -> None:
+        self.blocks = self.packs = 0
+        self.bad: list[tuple[str, str]] = []
+        self.since = time.monotonic()
+
+    def add(self, packs: int, bad: list[tuple[str, str]]) -> None:
+        """Count one more block."""
+        self.blocks += 1
+        self.packs += packs
+        self.bad += bad
+
+    def is_due(self) -> bool:
+        """Whether it is time to sync."""
+        return time.monotonic() - self.since >= SYNC_SECONDS
+
+    def take(self) -> tuple[int, int, list[tuple[str, str]]]:
+        """Blocks, packs and bad pictures so far; starts anew."""
+        taken = (self.blocks, self.packs, self.bad)
+        self.__init__()  # type: ignore[misc]
+        return taken
+
+
+class WorkFolder:
+    """`.latentds/work` of a data set that is being made."""
+
+    def __init__(self, out: Path) -> None:
+        self.folder = out / SIDECARS / "work"
+        self.codebook = self.folder / "codebook.safetensors"
+        self.journals: dict[str, Journal] = {}
+
+    def journal(self, shard: str) -> Journal:
+        """The journal of a shard."""
+        return self.journals.setdefault(shard, Journal(self.folder / f"{Path(shard).stem}.jsonl"))
+
+    def index(self, shard: str) -> Path:
+        """Where a finished shard's index is kept."""
+        return self.folder / f"{Path(shard).stem}.index.npz"
+
+    def all_bad(self) -> list[tuple[str, str]]:
+        """Pictures left out of the shards so far."""
+        return [entry for journal in self.journals.values() for entry in journal.bad]
+
+    def read_plan(self) -> dict[str, Any]:
+        """What an earlier run decided; empty where there was none."""
+        path = self.folder / "plan.json"
+        plan: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+        return plan
+
+    def write_plan(self, plan: dict[str, Any]) -> None:
+        """Keep what this run decided; InputError where an earlier one decided otherwise."""
+        earlier = self.read_plan()
+        changed = [name for name in plan if earlier and earlier.get(name) != plan[name]]
+        if changed:
+            options = {name for name, value in plan["made"]["options"].items()
+                       if earlier["made"]["options"].get(name) != value}  # fmt: skip
+            what = ", ".join(sorted(options) or changed)
+            raise InputError(
+                f"{self.folder.parent.parent}: holds an unfinished conversion that differs in {what}; run it as "
+                "before to go on, or pass --overwrite to start anew"
+            )
+        if not earlier:
+            write_atomically(
+                self.folder / "plan.json", json.dumps(plan, indent=1, sort_keys=True).encode()
+            )
+        else:
+            logger.info("going on with the conversion in %s", self.folder.parent.parent)
+
+
+@contextlib.contextmanager
+def prepare_output(config: ConvertConfig) -> Iterator[WorkFolder]:
+    """The locked work folder of --out; InputError where --out holds something that must not be touched."""
+    out = config.out
+    if config.source.resolve() == out.resolve() or config.source.resolve() in out.resolve().parents:
+        raise InputError(f"{out}: lies in the input folder {config.source}; choose another --out")
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out}: is a file; choose another --out")
+    foreign = [p for p in out.iterdir() if p.name != SIDECARS] if out.is_dir() else []
+    if foreign and not (out / SIDECARS).is_dir():
+        raise InputError(f"{out}: not empty ({foreign[0].name}); choose another --out")
+    with exclusive_lock(out / SIDECARS / "lock"):
+        if config.overwrite:
+            remove_data_set(out)
+        elif (out / MANIFEST).is_file():
+            raise InputError(
+                f"{out}: holds a finished data set; choose another --out, or pass --overwrite"
+            )
+        work = WorkFolder(out)
+        work.folder.mkdir(parents=True, exist_ok=True)
+        yield work
+    (out / SIDECARS / "lock").unlink(missing_ok=True)
+
+
+def remove_data_set(out: Path) -> None:
+    """Delete what a conversion makes, and nothing else."""
+    (out / MANIFEST).unlink(missing_ok=True)  # first: what is left is then visibly incomplete
+    for path in (out / "data").glob("*.tar*"):
+        if SHARD_PATTERN.fullmatch(f"data/{path.name.removesuffix('.partial')}"):
+            path.unlink()
+    for path in (out / SIDECARS).iterdir():
+        if path.name != "lock":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()

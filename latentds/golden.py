@@ -1,0 +1,141 @@
+"""Golden patches: a few codes with what they were and what they decoded to, so that anyone can check a decoder."""
+# G golden patches, H W pixels
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+
+from latentds.autoencoders.base import Autoencoder
+from latentds.columns import decode_table, encode_table
+from latentds.errors import FormatError
+from latentds.format import GOLDEN
+from latentds.quantizer import Codebook, dequantize
+
+MIN_GOLDEN, MAX_GOLDEN = 8, 32
+PATCHES_A_GOLDEN = 1000
+THUMBNAIL_PX = 64
+# Largest difference of a decoded value, of 255, that another machine may show: fp32 sums in another order
+# move values by far less than half a level, but rounding can then tip either way.
+TOLERANCE_LEVELS = 2
+# A decoder of the same latents (fine-tuned, small) may look different, but not this different, in dB.
+THUMBNAIL_SLACK_DB = 3.0
+MAX_GOLDEN_BYTES = 1 << 28
+SCHEMA = pa.schema(
+    [
+        ("row", pa.uint64()),
+        ("codes", pa.binary()),
+        ("thumbnail_png", pa.binary()),
+        ("decoded_png", pa.binary()),
+        ("thumbnail_psnr_db", pa.float32()),
+        ("tolerance_levels", pa.uint8()),
+    ]
+)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Golden:
+    """Golden patches as read back: rows (G,), codes (G, C, h, w), decoded (G, H, W, 3), thumbnails, PSNR."""
+
+    rows: np.ndarray
+    codes: np.ndarray
+    decoded: np.ndarray
+    thumbnails: list[np.ndarray]
+    thumbnail_psnr_db: np.ndarray
+    tolerance_levels: int
+
+
+def choose_rows(patches: int, seed: int) -> np.ndarray:
+    """Rows of the golden patches: one a thousand, 8 to 32, drawn by `seed`, ascending."""
+    count = min(patches, int(np.clip(patches // PATCHES_A_GOLDEN, MIN_GOLDEN, MAX_GOLDEN)))
+    rng = np.random.default_rng([seed, 2])
+    return np.sort(rng.choice(patches, count, replace=False))
+
+
+def decode_pixels(
+    codes: np.ndarray, codebook: Codebook, autoencoder: Autoencoder, patch_px: tuple[int, int]
+) -> np.ndarray:
+    """Decoded uint8 (G, H, W, 3) of codes (G, C, h, w), one patch at a time."""
+    height, width = patch_px
+    decoded = np.empty((len(codes), height, width, 3), np.uint8)
+    with torch.no_grad():
+        for place in range(len(codes)):
+            latents = dequantize(torch.from_numpy(codes[place : place + 1].copy()), codebook)
+            image = autoencoder.decode(latents)[0, :, :height, :width].float().cpu()
+            decoded[place] = image.mul(255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    return decoded
+
+
+def encode_golden(
+    rows: np.ndarray, codes: np.ndarray, originals: Sequence[np.ndarray], decoded: np.ndarray
+) -> bytes:
+    """The golden file's bytes."""
+    thumbnails = [shrink(image) for image in originals]
+    columns = {
+        "row": rows.astype(np.uint64),
+        "codes": [patch.tobytes() for patch in codes],
+        "thumbnail_png": [to_png(image) for image in thumbnails],
+        "decoded_png": [to_png(image) for image in decoded],
+        "thumbnail_psnr_db": [
+            psnr_db(shrink(d), t) for d, t in zip(decoded, thumbnails, strict=True)
+        ],
+        "tolerance_levels": [TOLERANCE_LEVELS] * len(rows),
+    }
+    return encode_table(pa.table(columns, schema=SCHEMA))
+
+
+def read_golden(folder: Path, codes_shape: tuple[int, int, int]) -> Golden:
+    """The golden patches of a data set; FormatError where the file is damaged."""
+    path = folder / GOLDEN
+    if not path.is_file() or path.stat().st_size > MAX_GOLDEN_BYTES:
+        raise FormatError(f"{path}: missing or too large; fetch it anew")
+    content = path.read_bytes()
+    try:
+        rows = pq.read_metadata(pa.BufferReader(content)).num_rows
+        table = decode_table(content, rows, str(path), SCHEMA.names).to_pydict()
+        codes = [np.frombuffer(patch, np.uint8).reshape(codes_shape) for patch in table["codes"]]
+        return Golden(
+            rows=np.array(table["row"], np.int64),
+            codes=np.stack(codes),
+            decoded=np.stack([from_png(encoded) for encoded in table["decoded_png"]]),
+            thumbnails=[from_png(encoded) for encoded in table["thumbnail_png"]],
+            thumbnail_psnr_db=np.array(table["thumbnail_psnr_db"], np.float64),
+            tolerance_levels=max(table["tolerance_levels"]),
+        )
+    except (pa.ArrowException, OSError, ValueError, TypeError) as error:
+        raise FormatError(f"{path}: damaged golden patches ({error}); fetch it anew") from error
+
+
+def shrink(image: np.ndarray) -> np.ndarray:
+    """A thumbnail of at most 64 px a side, by area averaging."""
+    picture = Image.fromarray(image)
+    scale = THUMBNAIL_PX / max(picture.size)
+    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    return np.asarray(picture.resize(size, Image.Resampling.BOX))
+
+
+def psnr_db(image: np.ndarray, reference: np.ndarray) -> float:
+    """PSNR of two uint8 arrays, at most 99 dB."""
+    mse = float(np.square(image.astype(np.float64) - reference).mean())
+    return min(99.0, 10 * float(np.log10(255**2 / max(mse, 1e-9))))
+
+
+def to_png(image: np.ndarray) -> bytes:
+    """uint8 (H, W, 3) as PNG bytes."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG", compress_level=6)
+    return buffer.getvalue()
+
+
+def from_png(encoded: bytes) -> np.ndarray:
+    """uint8 (H, W, 3) from PNG bytes."""
+    with Image.open(io.BytesIO(encoded), formats=["PNG"]) as image:
+        return np.asarray(image.convert("RGB"))

@@ -1,0 +1,72 @@
+"""Fixtures: folders of small pictures, and a data set converted from one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from latentds.conversion.config import ConvertConfig
+from latentds.conversion.pipeline import convert
+from tests.fakes import MeanAutoencoder
+
+EDGE = 32
+
+
+def smooth_picture(seed: int, edge: int = EDGE) -> np.ndarray:
+    """A coloured ramp, uint8 (edge, edge, 3), different for every seed."""
+    rng = np.random.default_rng(seed)
+    corners = Image.fromarray(rng.integers(0, 256, (3, 3, 3), np.uint8))
+    return np.asarray(corners.resize((edge, edge), Image.Resampling.BICUBIC))
+
+
+def save_pictures(folder: Path, count: int, first_seed: int = 0, edge: int = EDGE) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        picture = Image.fromarray(smooth_picture(first_seed + number, edge))
+        picture.save(folder / f"p{number:03d}.png")
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Class folders: 20 tumour and 13 stroma pictures of 32 px."""
+    root = tmp_path / "pictures"
+    save_pictures(root / "tumour", 20)
+    save_pictures(root / "stroma", 13, first_seed=100)
+    return root
+
+
+def convert_with_mean(source: Path, out: Path, **options: object):
+    """Convert with the exact, fast autoencoder."""
+    settings = {"fit_patches": 16, "encode_batch": 4, "device": "cpu", "workers": 2} | options
+    return convert(ConvertConfig(source=source, out=out, **settings), MeanAutoencoder())
+
+
+@pytest.fixture(scope="session")
+def shared_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """600 patches in splits train and val, packs of 16, several shards; made once, read only."""
+    root = tmp_path_factory.mktemp("shared")
+    for split, count in (("train", 250), ("val", 50)):
+        save_pictures(root / "in" / split / "tumour" / "slide.A", count, first_seed=count)
+        save_pictures(root / "in" / split / "stroma" / "slide.B", count, first_seed=5000 + count)
+    convert_with_mean(root / "in", root / "out", pack_size=16)
+    return root / "out"
+
+
+@pytest.fixture
+def dataset(shared_dataset: Path, tmp_path: Path) -> Path:
+    """A copy of the shared data set that a test may damage."""
+    return Path(shutil.copytree(shared_dataset, tmp_path / "dataset"))
+
+
+@pytest.fixture
+def assets() -> Path:
+    """The folder of real material, where there is one."""
+    folder = os.environ.get("LATENTDS_ASSETS")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("LATENTDS_ASSETS names no folder")
+    return Path(folder)

@@ -1,0 +1,237 @@
+"""Conversion: right codes, splits, labels and columns; same bytes for any workers; what the options do."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from latentds.autoencoders.base import pad_to_factor
+from latentds.conversion.config import ConvertConfig
+from latentds.conversion.pipeline import convert
+from latentds.errors import InputError
+from latentds.quantizer import quantize
+from latentds.reader import ShardSet
+from tests.conftest import convert_with_mean, save_pictures, smooth_picture
+from tests.fakes import MeanAutoencoder
+
+
+def sources_and_codes(folder):
+    shards = ShardSet(folder)
+    rows = np.arange(len(shards))
+    return shards.read_columns(rows, ["source"])["source"], shards.read_codes(rows)
+
+
+def data_bytes(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_stored_codes_are_the_quantized_latents_of_their_source(pictures, tmp_path):
+    manifest = convert_with_mean(pictures, tmp_path / "out")
+    autoencoder = MeanAutoencoder()
+    for source, codes in zip(*sources_and_codes(tmp_path / "out"), strict=True):
+        image = torch.from_numpy(np.asarray(Image.open(pictures / source)).copy())
+        latents = autoencoder.encode(image.permute(2, 0, 1)[None].float() / 255)
+        assert torch.equal(
+            quantize(latents, manifest.contract.codebook)[0], torch.from_numpy(codes)
+        )
+
+
+def test_class_folders_become_labels(pictures, tmp_path):
+    manifest = convert_with_mean(pictures, tmp_path / "out")
+    assert manifest.labels() == {"stroma": 13, "tumour": 20}
+    shards = ShardSet(tmp_path / "out")
+    sources, _ = sources_and_codes(tmp_path / "out")
+    assert [manifest.classes[i] for i in shards.patches["label"]] == [
+        s.split("/")[0] for s in sources
+    ]
+
+
+def test_split_class_and_slide_folders(shared_dataset):
+    manifest = ShardSet(shared_dataset).manifest
+    assert manifest.splits == {"train": 500, "val": 100}
+    assert manifest.slides == ("slide.A", "slide.B")
+    assert manifest.labels("val") == {"stroma": 50, "tumour": 50}
+
+
+@pytest.mark.parametrize("pack_size", [1, 7, 256])
+def test_same_bytes_for_any_number_of_workers(pictures, tmp_path, pack_size):
+    for workers in (1, 4):
+        convert_with_mean(pictures, tmp_path / str(workers), workers=workers, pack_size=pack_size)
+    assert data_bytes(tmp_path / "1") == data_bytes(tmp_path / "4")
+
+
+def test_pack_size_does_not_change_codes(pictures, tmp_path):
+    for pack_size in (1, 8, 256):
+        convert_with_mean(pictures, tmp_path / str(pack_size), pack_size=pack_size)
+    first = sources_and_codes(tmp_path / "1")
+    for pack_size in (8, 256):
+        other = sources_and_codes(tmp_path / str(pack_size))
+        assert first[0] == other[0] and np.array_equal(first[1], other[1])
+    assert [ShardSet(tmp_path / p).manifest.packs for p in ("1", "8", "256")] == [33, 5, 1]
+
+
+def test_one_pack_a_slide(tmp_path):
+    for number, count in enumerate((3, 9, 5)):
+        save_pictures(tmp_path / "in" / "c" / f"TCGA-{number}.x", count, first_seed=number * 50)
+    convert_with_mean(tmp_path / "in", tmp_path / "out", pack_by_slide=True)
+    assert ShardSet(tmp_path / "out").packs["count"].tolist() == [3, 9, 5]
+
+
+def test_small_shards_split_the_set(shared_dataset, tmp_path):
+    save_pictures(tmp_path / "in", 600)
+    manifest = convert_with_mean(tmp_path / "in", tmp_path / "out", shard_mb=1)
+    assert len(manifest.shards) == 1  # 600 patches of 48 bytes stay far below a megabyte
+    config = ConvertConfig(source=tmp_path / "in", out=tmp_path / "o", shard_mb=1)
+    from latentds.conversion.plan import make_plan, plan_shards
+
+    shards = plan_shards(make_plan(config), config, bytes_per_patch=3000)
+    assert [sum(b - a for a, b in shard.blocks) for shard in shards] == [256, 256, 88]
+
+
+def test_tiles_with_overlap_carry_their_place(tmp_path):
+    save_pictures(tmp_path / "in", 1, edge=64)
+    convert_with_mean(tmp_path / "in", tmp_path / "out", tile=True, patch_size=32, stride=16)
+    shards = ShardSet(tmp_path / "out")
+    places = sorted(zip(shards.patches["x"].tolist(), shards.patches["y"].tolist(), strict=True))
+    assert places == [(x, y) for x in (0, 16, 32) for y in (0, 16, 32)]
+    keys = shards.read_columns(np.arange(9), ["key"])["key"]
+    assert len(set(keys)) == 9 and "p000_x16_y32" in keys
+
+
+def test_resize_brings_sizes_together(tmp_path):
+    save_pictures(tmp_path / "in" / "a", 2, edge=48)
+    save_pictures(tmp_path / "in" / "b", 2, edge=80)
+    manifest = convert_with_mean(
+        tmp_path / "in", tmp_path / "out", resize=True, patch_size=64, mpp=0.5
+    )
+    assert manifest.contract.patch_px == (64, 64)
+    patches = ShardSet(tmp_path / "out").patches
+    assert sorted(set(patches["size_px"].tolist())) == [48, 80]
+    assert np.allclose(patches["mpp"], 0.5 * patches["size_px"] / 64)
+
+
+def test_pad_reflects_up_to_the_patch_size(tmp_path):
+    save_pictures(tmp_path / "in", 3, edge=40)
+    manifest = convert_with_mean(tmp_path / "in", tmp_path / "out", pad=True, patch_size=48)
+    assert manifest.contract.codes_shape == (3, 6, 6)
+
+
+def test_sizes_the_factor_does_not_divide_are_padded_and_cropped_back(tmp_path):
+    (tmp_path / "in").mkdir()
+    for number in range(4):
+        Image.fromarray(smooth_picture(number, 48)[:37, :43]).save(
+            tmp_path / "in" / f"{number}.png"
+        )
+    manifest = convert_with_mean(tmp_path / "in", tmp_path / "out")
+    assert manifest.contract.patch_px == (37, 43) and manifest.contract.codes_shape == (3, 5, 6)
+    padded = pad_to_factor(torch.arange(37.0).view(1, 1, 37, 1).expand(1, 3, 37, 43), 8)
+    assert padded[0, 0, -3:, 0].tolist() == [35, 34, 33]
+
+
+def test_name_pattern_fills_columns(tmp_path):
+    save_pictures(tmp_path / "in", 3)
+    for path in sorted((tmp_path / "in").iterdir()):
+        path.rename(path.with_name(f"s{path.stem[-1]}_benign_x8_y16.png"))
+    pattern = r"(?P<slide>s\d)_(?P<label>[a-z]+)_x(?P<x>\d+)_y(?P<y>\d+)"
+    manifest = convert_with_mean(tmp_path / "in", tmp_path / "out", name_pattern=pattern)
+    assert manifest.slides == ("s0", "s1", "s2") and manifest.classes == ("benign",)
+    assert ShardSet(tmp_path / "out").patches["y"].tolist() == [16, 16, 16]
+
+
+def test_masks_come_back_to_the_pixel(tmp_path):
+    save_pictures(tmp_path / "in", 3)
+    (tmp_path / "masks").mkdir()
+    for number in range(3):
+        mask = np.random.default_rng(number).integers(0, 6, (32, 32), np.uint8)
+        Image.fromarray(mask).save(tmp_path / "masks" / f"p{number:03d}.png")
+    convert_with_mean(tmp_path / "in", tmp_path / "out", masks=tmp_path / "masks")
+    shards = ShardSet(tmp_path / "out")
+    sources, _ = sources_and_codes(tmp_path / "out")
+    for source, mask in zip(sources, shards.read_masks(np.arange(3)), strict=True):
+        assert np.array_equal(mask, np.asarray(Image.open(tmp_path / "masks" / source)))
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "CMYK", "RGBA", "1", "LA"])
+def test_other_8_bit_modes_are_converted_and_counted(tmp_path, mode):
+    save_pictures(tmp_path / "in", 2)
+    path = tmp_path / "in" / ("q.tif" if mode in ("CMYK", "LA") else "q.png")
+    Image.fromarray(smooth_picture(9)).convert("L" if mode == "LA" else "RGB").convert(mode).save(
+        path
+    )
+    manifest = convert_with_mean(tmp_path / "in", tmp_path / "out")
+    assert manifest.patches == 3 and manifest.made["converted_to_rgb"] == {mode: 1}
+
+
+def test_source_encoding_is_recorded_with_jpeg_quality(tmp_path):
+    (tmp_path / "in").mkdir()
+    for quality, sampling in ((70, "4:2:0"), (90, "4:4:4")):
+        Image.fromarray(smooth_picture(quality)).save(
+            tmp_path / "in" / f"{quality}.jpg", quality=quality, subsampling=sampling
+        )
+    manifest = convert_with_mean(tmp_path / "in", tmp_path / "out")
+    assert manifest.made["source_encodings"] == {"jpeg:q=70:4:2:0": 1, "jpeg:q=90:4:4:4": 1}
+
+
+def test_codebook_is_fitted_to_the_training_split_and_reported(shared_dataset):
+    made = ShardSet(shared_dataset).manifest.made["codebook"]
+    assert made["split"] == "train" and made["patches"] == 16 and made["seed"] == 0
+    assert made["snr_db"] > 20 and "dead_levels" in made
+
+
+@pytest.mark.parametrize("quantizer", ["kmeans-channel", "int8-minmax", "int8-percentile"])
+def test_every_quantizer_converts(pictures, tmp_path, quantizer):
+    manifest = convert_with_mean(pictures, tmp_path / "out", quantizer=quantizer, levels=64)
+    assert manifest.contract.codebook.kind == quantizer
+    assert ShardSet(tmp_path / "out").read_codes(np.arange(33)).max() < 64
+
+
+def test_files_that_are_no_pictures_are_counted(pictures, tmp_path):
+    (pictures / "labels.csv").write_text("a,b")
+    (pictures / ".DS_Store").write_text("x")
+    assert convert_with_mean(pictures, tmp_path / "out").made["ignored_files"] == 1
+
+
+def test_golden_patches_are_kept(shared_dataset):
+    from latentds.golden import read_golden
+
+    golden = read_golden(shared_dataset, (3, 4, 4))
+    assert len(golden.rows) == 8
+    assert np.array_equal(ShardSet(shared_dataset).read_codes(golden.rows), golden.codes)
+
+
+def test_the_embedded_autoencoder_converts_with_its_own_codebook(pictures, tmp_path):
+    manifest = convert(ConvertConfig(source=pictures, out=tmp_path / "out", device="cpu"))
+    assert manifest.contract.autoencoder["name"] == "tiny-v1"
+    assert manifest.made["codebook"]["origin"] == "ships with tiny-v1"
+
+
+def test_gnu_tar_lists_a_shard(shared_dataset):
+    shard = shared_dataset / "data" / "train-000000.tar"
+    listed = subprocess.run(["tar", "tf", shard], capture_output=True, text=True, check=True)
+    assert listed.stdout.splitlines()[0] == "train-000000-000000.codes.npy"
+
+
+def test_manifest_is_json_with_sorted_keys(shared_dataset):
+    text = (shared_dataset / ".latentds" / "manifest.json").read_text()
+    assert text == json.dumps(json.loads(text), indent=1, sort_keys=True) + "\n"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tile": True, "resize": True, "patch_size": 32},
+        {"tile": True},
+        {"stride": 4},
+        {"levels": 300},
+        {"pack_size": 0},
+        {"mpp": -1.0},
+        {"max_bad": -1},
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(tmp_path, options):
+    with pytest.raises(InputError):
+        ConvertConfig(source=tmp_path, out=tmp_path / "o", **options)

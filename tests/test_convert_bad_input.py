@@ -1,0 +1,304 @@
+"""Bad input to a conversion: one clear error with file, value and remedy, or a quarantine list; nothing lost."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from latentds.codebooks import StoredCodebook, save_codebook
+from latentds.conversion.config import ConvertConfig
+from latentds.conversion.pipeline import convert
+from latentds.errors import ContractError, FormatError, InputError, TooManyBadSamplesError
+from latentds.format import MANIFEST
+from latentds.quantizer import Codebook
+from latentds.reader import ShardSet
+from latentds.verification import verify
+from tests.conftest import convert_with_mean, save_pictures, smooth_picture
+from tests.fakes import MeanAutoencoder
+from tests.test_convert import data_bytes
+
+
+def spoil_truncated(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
+def spoil_16_bit(path: Path) -> None:
+    Image.fromarray(np.zeros((32, 32), np.uint16)).save(path)
+
+
+def spoil_alpha(path: Path) -> None:
+    image = Image.fromarray(smooth_picture(0)).convert("RGBA")
+    image.putalpha(100)
+    image.save(path)
+
+
+def spoil_text(path: Path) -> None:
+    path.write_text("not a picture")
+
+
+def spoil_empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+SPOILERS = {
+    spoil_truncated: "cannot be decoded",
+    spoil_16_bit: "16-bit",
+    spoil_alpha: "transparent",
+    spoil_text: "not a picture",
+    spoil_empty: "not a picture",
+}
+
+
+@pytest.mark.parametrize(("spoil", "reason"), SPOILERS.items())
+def test_bad_pictures_are_refused_by_name(pictures, tmp_path, spoil, reason):
+    spoil(pictures / "tumour" / "p003.png")
+    with pytest.raises(
+        TooManyBadSamplesError, match=rf"tumour/p003\.png: .*{reason}.*--max-bad is 0"
+    ):
+        convert_with_mean(pictures, tmp_path / "out")
+    assert not (tmp_path / "out" / MANIFEST).exists()
+
+
+@pytest.mark.parametrize(("spoil", "reason"), SPOILERS.items())
+def test_bad_pictures_within_the_budget_are_listed(pictures, tmp_path, spoil, reason):
+    spoil(pictures / "tumour" / "p003.png")
+    manifest = convert_with_mean(pictures, tmp_path / "out", max_bad=1, pack_size=8)
+    assert manifest.patches == 32
+    (left_out,) = manifest.made["left_out"]
+    assert left_out["source"] == "tumour/p003.png" and reason in left_out["reason"]
+    assert str(tmp_path) not in left_out["reason"]
+    assert verify(tmp_path / "out", "members").is_good
+
+
+def test_a_run_past_its_budget_goes_on_once_the_budget_is_raised(pictures, tmp_path):
+    spoil_truncated(pictures / "tumour" / "p003.png")
+    with pytest.raises(TooManyBadSamplesError):
+        convert_with_mean(pictures, tmp_path / "out")
+    convert_with_mean(pictures, tmp_path / "out", max_bad=1)
+    convert_with_mean(pictures, tmp_path / "unbroken", max_bad=1)
+    assert data_bytes(tmp_path / "out") == data_bytes(tmp_path / "unbroken")
+
+
+def test_pictures_beyond_max_px_are_refused(pictures, tmp_path):
+    with pytest.raises(TooManyBadSamplesError, match="32x32 px is more than --max-px 1000"):
+        convert_with_mean(pictures, tmp_path / "out", max_px=1000)
+
+
+def test_two_files_with_one_key_are_refused(pictures, tmp_path):
+    Image.fromarray(smooth_picture(1)).save(pictures / "tumour" / "p003.jpg")
+    with pytest.raises(InputError, match=r"p003\.jpg and tumour/p003\.png have one key"):
+        convert_with_mean(pictures, tmp_path / "out")
+
+
+def test_labels_missing_for_some_are_refused_and_can_be_dropped(pictures, tmp_path):
+    Image.fromarray(smooth_picture(1)).save(pictures / "bare.png")
+    with pytest.raises(
+        InputError, match=r"1 of 34 pictures lie in no class folder.*bare\.png.*--no-labels"
+    ):
+        convert_with_mean(pictures, tmp_path / "out")
+    assert convert_with_mean(pictures, tmp_path / "out", labels=False).classes == ()
+
+
+def test_an_empty_folder_is_refused(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "note.txt").write_text("x")
+    with pytest.raises(InputError, match="no pictures in it"):
+        convert_with_mean(tmp_path / "in", tmp_path / "out")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        convert_with_mean(tmp_path / "nowhere", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_differing_sizes_offer_the_ways_out(pictures, tmp_path):
+    save_pictures(pictures / "tumour" / "big", 1, edge=64)
+    with pytest.raises(
+        InputError, match=r"32x32 \(33 files.*64x64 \(1 files.*--resize, --tile or --pad"
+    ):
+        convert_with_mean(pictures, tmp_path / "out")
+
+
+def test_missing_and_misfitting_masks_are_refused(pictures, tmp_path):
+    with pytest.raises(TooManyBadSamplesError, match="has no mask"):
+        convert_with_mean(pictures, tmp_path / "out", masks=tmp_path)
+
+
+def test_name_pattern_that_does_not_match_names_the_file(pictures, tmp_path):
+    with pytest.raises(InputError, match=r"stroma/p000\.png: does not match"):
+        convert_with_mean(pictures, tmp_path / "out", name_pattern=r"_x(?P<x>\d+)")
+
+
+def test_pack_by_slide_without_slides_is_refused(pictures, tmp_path):
+    with pytest.raises(InputError, match="names no slide"):
+        convert_with_mean(pictures, tmp_path / "out", pack_by_slide=True)
+
+
+def test_nothing_foreign_is_overwritten(pictures, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("x")
+    with pytest.raises(InputError, match=r"not empty \(thesis\.tex\)"):
+        convert_with_mean(pictures, tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out" / "thesis.tex").read_text() == "x"
+
+
+def test_a_finished_data_set_is_replaced_only_when_asked(pictures, tmp_path):
+    convert_with_mean(pictures, tmp_path / "out")
+    with pytest.raises(InputError, match="--overwrite"):
+        convert_with_mean(pictures, tmp_path / "out")
+    assert convert_with_mean(pictures, tmp_path / "out", overwrite=True, pack_size=3).packs == 11
+
+
+def test_output_inside_the_input_is_refused(pictures):
+    with pytest.raises(InputError, match="lies in the input folder"):
+        convert_with_mean(pictures, pictures / "out")
+
+
+def test_codebook_of_other_latents_is_refused(pictures, tmp_path):
+    stored = StoredCodebook(
+        codebook=Codebook(np.array([[0.0, 1.0]], np.float32), "kmeans"),
+        latent_id="sha256:0",
+        made={},
+    )
+    save_codebook(stored, tmp_path / "cb.safetensors")
+    with pytest.raises(ContractError, match="fitted to other latents"):
+        convert_with_mean(pictures, tmp_path / "out", codebook=tmp_path / "cb.safetensors")
+    (tmp_path / "bad.safetensors").write_bytes(b"nothing")
+    with pytest.raises(FormatError, match="not a codebook file"):
+        convert_with_mean(pictures, tmp_path / "out2", codebook=tmp_path / "bad.safetensors")
+
+
+def test_a_full_disk_leaves_a_run_that_goes_on(pictures, tmp_path, monkeypatch):
+    """The operating system itself refuses the write: a file size limit stands in for a full disk."""
+    script = (
+        "import resource, signal, sys; from pathlib import Path;"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "from tests.conftest import convert_with_mean;"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (7000, resource.RLIM_INFINITY));"
+        f"convert_with_mean(Path({str(pictures)!r}), Path({str(tmp_path / 'out')!r}))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+    )
+    assert run.returncode == 1 and "File too large" in run.stderr
+    assert not (tmp_path / "out" / MANIFEST).exists()
+    convert_with_mean(pictures, tmp_path / "out")
+    convert_with_mean(pictures, tmp_path / "unbroken")
+    assert data_bytes(tmp_path / "out") == data_bytes(tmp_path / "unbroken")
+
+
+class Interrupt(RuntimeError):
+    pass
+
+
+class FailingAutoencoder(MeanAutoencoder):
+    """Fails after some encode calls, as a killed process does; black batches of the shape check count too."""
+
+    def __init__(self, calls: int) -> None:
+        super().__init__()
+        self.calls = calls
+
+    def encode(self, images):
+        self.calls -= 1
+        if self.calls < 0:
+            raise Interrupt
+        return super().encode(images)
+
+
+@pytest.mark.parametrize("calls", [3, 8, 69, 70, 110, 152])
+def test_a_run_stopped_anywhere_resumes_to_the_same_bytes(tmp_path, monkeypatch, calls):
+    monkeypatch.setattr("latentds.conversion.workdir.SYNC_SECONDS", 0.0)
+    save_pictures(tmp_path / "in" / "train", 300)
+    save_pictures(tmp_path / "in" / "val", 300, first_seed=900)
+    options = {
+        "source": tmp_path / "in",
+        "fit_patches": 16,
+        "encode_batch": 4,
+        "pack_size": 32,
+        "device": "cpu",
+    }
+    convert(ConvertConfig(out=tmp_path / "unbroken", **options), MeanAutoencoder())
+    with pytest.raises(Interrupt):
+        convert(ConvertConfig(out=tmp_path / "out", **options), FailingAutoencoder(calls))
+    convert(ConvertConfig(out=tmp_path / "out", **options), MeanAutoencoder())
+    assert data_bytes(tmp_path / "out") == data_bytes(tmp_path / "unbroken")
+
+
+def test_a_torn_journal_line_and_bytes_after_the_last_sync_are_dropped(tmp_path, monkeypatch):
+    monkeypatch.setattr("latentds.conversion.workdir.SYNC_SECONDS", 0.0)
+    save_pictures(tmp_path / "in", 600)
+    options = {"source": tmp_path / "in", "fit_patches": 16, "encode_batch": 4, "device": "cpu"}
+    convert(ConvertConfig(out=tmp_path / "unbroken", **options), MeanAutoencoder())
+    with pytest.raises(Interrupt):
+        convert(ConvertConfig(out=tmp_path / "out", **options), FailingAutoencoder(140))
+    work = tmp_path / "out" / ".latentds" / "work"
+    with (work / "train-000000.jsonl").open("a") as file:
+        file.write('{"end": 99')
+    with (tmp_path / "out" / "data" / "train-000000.tar.partial").open("ab") as file:
+        file.write(b"half a pack")
+    convert(ConvertConfig(out=tmp_path / "out", **options), MeanAutoencoder())
+    assert data_bytes(tmp_path / "out") == data_bytes(tmp_path / "unbroken")
+
+
+def test_resuming_with_other_options_or_input_is_refused(pictures, tmp_path):
+    options = {
+        "source": pictures,
+        "out": tmp_path / "out",
+        "fit_patches": 16,
+        "encode_batch": 4,
+        "device": "cpu",
+    }
+    with pytest.raises(Interrupt):
+        convert(ConvertConfig(**options), FailingAutoencoder(8))
+    with pytest.raises(InputError, match="differs in pack_size"):
+        convert(ConvertConfig(**options, pack_size=4), MeanAutoencoder())
+    (pictures / "tumour" / "p000.png").unlink()
+    with pytest.raises(InputError, match="differs in input"):
+        convert(ConvertConfig(**options), MeanAutoencoder())
+
+
+@pytest.mark.slow
+def test_a_process_killed_at_random_moments_resumes_to_the_same_bytes(tmp_path):
+    save_pictures(tmp_path / "in", 700, edge=64)
+    options = ["--encode-batch", "8", "--pack-size", "64", "--device", "cpu"]
+    command = [
+        sys.executable,
+        "-m",
+        "latentds_tools.cli",
+        "convert",
+        str(tmp_path / "in"),
+        *options,
+    ]
+    subprocess.run([*command, "--out", str(tmp_path / "unbroken")], check=True, capture_output=True)
+    for wait_s in (2.5, 3.5, 4.5):
+        process = subprocess.Popen(
+            [*command, "--out", str(tmp_path / "out")], stderr=subprocess.DEVNULL
+        )
+        time.sleep(wait_s)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        if (tmp_path / "out" / MANIFEST).exists():
+            break
+        with pytest.raises((FormatError, FileNotFoundError)):
+            ShardSet(tmp_path / "out")
+    if not (tmp_path / "out" / MANIFEST).exists():
+        subprocess.run([*command, "--out", str(tmp_path / "out")], check=True, capture_output=True)
+    assert data_bytes(tmp_path / "out") == data_bytes(tmp_path / "unbroken")
+
+
+def test_two_conversions_into_one_folder_keep_apart(pictures, tmp_path):
+    from latentds.storage import exclusive_lock
+
+    with (
+        exclusive_lock(tmp_path / "out" / ".latentds" / "lock"),
+        pytest.raises(InputError, match="another conversion is writing here"),
+    ):
+        convert_with_mean(pictures, tmp_path / "out")

@@ -1,0 +1,55 @@
+"""A batch of patches: codes or images, and what is known of each patch."""
+# B patches, C latent channels, h w latent cells, H W pixels
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Batch:
+    """B patches.
+
+    codes    uint8 (B, C, h, w)
+    labels   int64 (B,), index into the data set's `classes`, -1 for none
+    slides   slide names, None where unknown
+    coords   int64 (B, 2), x and y in pixels of level 0 (of the source picture for plain images), -1 where unknown
+    mpp      float32 (B,), micrometres a pixel, NaN where unknown
+    rows     int64 (B,), rows of the data set's patch table: a patch's identity
+    images   float (B, 3, H, W) in [0, 1], or what `transform` made of them; None before decoding
+    latents  float32 (B, C, h, w), None unless asked for
+    masks    uint8 (B, H, W), None unless asked for
+    columns  values of the columns asked for, lists of B
+    """
+
+    codes: Tensor
+    labels: Tensor
+    slides: list[str | None]
+    coords: Tensor
+    mpp: Tensor
+    rows: Tensor
+    images: Any = None
+    latents: Tensor | None = None
+    masks: Tensor | None = None
+    columns: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """The batch with every tensor on `device`."""
+        return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Batch:
+        """The batch in page-locked memory; DataLoader calls this where `pin_memory=True`."""
+        return self.map(lambda tensor: tensor.pin_memory())
+
+    def map(self, change: Any) -> Batch:
+        """The batch with `change` applied to every tensor."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        tensors = {name: change(v) for name, v in values.items() if isinstance(v, Tensor)}
+        return dataclasses.replace(self, **tensors)

@@ -1,0 +1,270 @@
+"""LatentDataset and LatentLoader: each patch once, the same order for any workers, resumable, pickled."""
+
+import json
+import multiprocessing
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from latentds.dataset import LatentDataset
+from latentds.errors import ContractError, LatentdsError, UnknownNameError, WeightsError
+from latentds.loader import LatentLoader
+from latentds.order import WINDOW_PATCHES, EpochOrder
+from latentds.reader import ShardSet
+from tests.conftest import convert_with_mean, save_pictures
+from tests.fakes import MeanAutoencoder
+
+
+def rows_of(batches) -> list[int]:
+    return [row for batch in batches for row in batch.rows.tolist()]
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize(("world_size", "workers"), [(1, 0), (1, 3), (2, 2), (3, 0), (7, 0)])
+def test_ranks_and_workers_lose_and_repeat_nothing(shared_dataset, shuffle, world_size, workers):
+    seen = []
+    for rank in range(world_size):
+        data = LatentDataset(
+            shared_dataset, batch_size=12, shuffle=shuffle, rank=rank, world_size=world_size
+        )
+        batches = list(DataLoader(data, batch_size=None, num_workers=workers))
+        assert len(batches) == len(data)
+        seen += rows_of(batches)
+    assert sorted(seen) == list(range(500))
+
+
+def test_any_number_of_workers_gives_the_same_batches(shared_dataset):
+    orders = []
+    for workers in (0, 1, 2, 5):
+        data = LatentDataset(shared_dataset, batch_size=32, shuffle=True, seed=4)
+        orders.append(rows_of(DataLoader(data, batch_size=None, num_workers=workers)))
+    assert orders[1:] == orders[:-1]
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_any_number_of_ranks_sees_the_same_global_batches(shared_dataset, world_size):
+    alone = [
+        set(b.rows.tolist()) for b in LatentDataset(shared_dataset, batch_size=64, shuffle=True)
+    ]
+    parts = [
+        list(
+            LatentDataset(
+                shared_dataset,
+                batch_size=64 // world_size,
+                shuffle=True,
+                rank=r,
+                world_size=world_size,
+            )
+        )
+        for r in range(world_size)
+    ]
+    together = [set(rows_of(group)) for group in zip(*parts, strict=False)]
+    assert together == alone
+
+
+def test_drop_last_gives_every_rank_as_many_full_batches(shared_dataset):
+    for rank in range(3):
+        data = LatentDataset(shared_dataset, batch_size=32, drop_last=True, rank=rank, world_size=3)
+        assert [len(batch) for batch in data] == [32] * 5 == [32] * len(data)
+
+
+def test_epochs_differ_and_repeat_by_seed(shared_dataset):
+    data = LatentDataset(shared_dataset, batch_size=50, shuffle=True, seed=1)
+    first = rows_of(data)
+    data.set_epoch(1)
+    second = rows_of(data)
+    data.set_epoch(0)
+    assert first != second and rows_of(data) == first and sorted(second) == sorted(first)
+    assert rows_of(LatentDataset(shared_dataset, batch_size=50, shuffle=True, seed=2)) != first
+
+
+@pytest.mark.parametrize("method", multiprocessing.get_all_start_methods())
+def test_dataset_pickles_under_every_start_method(shared_dataset, method):
+    data = LatentDataset(shared_dataset, batch_size=100)
+    loader = DataLoader(data, batch_size=None, num_workers=1, multiprocessing_context=method)
+    assert sorted(rows_of(loader)) == list(range(500))
+    assert rows_of(pickle.loads(pickle.dumps(data))) == rows_of(data)
+
+
+def test_batch_carries_labels_slides_coords_and_columns(shared_dataset):
+    data = LatentDataset(shared_dataset, "val", batch_size=100, columns=("source", "key"))
+    batch = next(iter(data))
+    assert data.classes == ["stroma", "tumour"] and data.class_to_idx == {"stroma": 0, "tumour": 1}
+    for label, slide, source in zip(
+        batch.labels.tolist(), batch.slides, batch.columns["source"], strict=True
+    ):
+        assert source.startswith(f"val/{data.classes[label]}/{slide}/")
+    assert batch.codes.dtype == torch.uint8 and batch.codes.shape == (100, 3, 4, 4)
+    assert batch.coords.tolist() == [[-1, -1]] * 100 and batch.mpp.isnan().all()
+
+
+def test_unlabelled_sets_have_no_classes(tmp_path):
+    save_pictures(tmp_path / "in", 5)
+    convert_with_mean(tmp_path / "in", tmp_path / "out")
+    data = LatentDataset(tmp_path / "out", batch_size=5)
+    assert data.classes == [] and next(iter(data)).labels.tolist() == [-1] * 5
+
+
+def test_latents_are_the_codebook_levels_of_the_codes(shared_dataset):
+    data = LatentDataset(shared_dataset, batch_size=8, decode="latents")
+    batch = next(iter(data))
+    levels = data.shards.manifest.contract.codebook.levels[0]
+    assert np.array_equal(batch.latents.numpy(), levels[batch.codes.numpy()])
+
+
+def test_unknown_split_and_bad_settings_are_refused(shared_dataset):
+    with pytest.raises(UnknownNameError, match="'tset'.*known: train, val"):
+        LatentDataset(shared_dataset, "tset")
+    with pytest.raises(ValueError, match="use LatentLoader for pixels"):
+        LatentDataset(shared_dataset, decode="pixels")
+    with pytest.raises(ValueError, match="rank 2 of 2"):
+        LatentDataset(shared_dataset, rank=2, world_size=2)
+
+
+def make_loader(folder, **options) -> LatentLoader:
+    return LatentLoader(folder, **{"autoencoder": MeanAutoencoder(), "batch_size": 32} | options)
+
+
+def test_loader_decodes_what_was_encoded(shared_dataset):
+    loader = make_loader(shared_dataset)
+    batch = next(iter(loader))
+    cells = MeanAutoencoder().encode(batch.images)
+    step = np.diff(loader.contract.codebook.levels[0]).max()
+    levels = loader.contract.codebook.levels[0][batch.codes.numpy()]
+    assert batch.images.shape == (32, 3, 32, 32) and float(batch.images.min()) >= 0
+    assert np.abs(cells.numpy() - levels).max() < step
+
+
+def test_loader_crops_padding_away(tmp_path):
+    from PIL import Image
+
+    from tests.conftest import smooth_picture
+
+    (tmp_path / "in").mkdir()
+    for number in range(3):
+        Image.fromarray(smooth_picture(number)[:27, :21]).save(tmp_path / "in" / f"{number}.png")
+    convert_with_mean(tmp_path / "in", tmp_path / "out")
+    assert next(iter(make_loader(tmp_path / "out"))).images.shape == (3, 3, 27, 21)
+
+
+def test_loader_gives_tuples_and_transforms_batches(shared_dataset):
+    loader = make_loader(
+        shared_dataset, as_tuple=True, transform=lambda images: images.mean((2, 3))
+    )
+    images, labels = next(iter(loader))
+    assert images.shape == (32, 3) and labels.dtype == torch.int64
+
+
+@pytest.mark.parametrize("decode", ["latents", "codes"])
+def test_loader_without_decoding_needs_no_autoencoder(shared_dataset, decode):
+    loader = LatentLoader(shared_dataset, batch_size=32, decode=decode)
+    batch = next(iter(loader))
+    assert loader.autoencoder is None and batch.images is None and len(loader) == 16
+
+
+def test_decoded_images_enter_a_graph(shared_dataset):
+    images = next(iter(make_loader(shared_dataset))).images
+    weight = torch.ones(3, requires_grad=True)
+    (images.mean((2, 3)) * weight).sum().backward()
+    assert weight.grad is not None
+
+
+def test_chunked_decoding_gives_the_same_images(shared_dataset):
+    whole, chunked = (
+        next(iter(make_loader(shared_dataset, decode_chunk=c))).images for c in (None, 5)
+    )
+    assert torch.equal(whole, chunked)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("stop", [1, 5, 16])
+def test_a_resumed_loader_gives_the_remaining_batches(shared_dataset, workers, stop):
+    unbroken = make_loader(shared_dataset, shuffle=True, num_workers=workers)
+    expected = [rows_of([batch]) for _ in range(2) for batch in unbroken]
+    stopped = make_loader(shared_dataset, shuffle=True, num_workers=workers)
+    batches = iter(stopped)
+    for _ in range(stop):
+        next(batches)
+    state = json.loads(json.dumps(stopped.state_dict()))
+    resumed = make_loader(shared_dataset, shuffle=True, num_workers=2 - workers)
+    resumed.load_state_dict(state)
+    remaining = [rows_of([batch]) for _ in range(2) for batch in resumed]
+    assert remaining[: 32 - stop] == expected[stop:]
+    assert len(json.dumps(state)) < 1024
+
+
+def test_set_epoch_of_a_resumed_epoch_keeps_its_place(shared_dataset):
+    loader = make_loader(shared_dataset)
+    next(iter(loader))
+    resumed = make_loader(shared_dataset)
+    resumed.load_state_dict(loader.state_dict())
+    resumed.set_epoch(0)
+    assert len(list(resumed)) == 15
+
+
+@pytest.mark.parametrize(
+    "changes", [{"batch_size": 16}, {"seed": 9}, {"split": "val"}, {"shuffle": True}]
+)
+def test_state_of_another_run_is_refused(shared_dataset, changes):
+    state = make_loader(shared_dataset).state_dict()
+    with pytest.raises(ContractError, match="loader state has"):
+        make_loader(shared_dataset, **changes).load_state_dict(state)
+
+
+def test_persistent_workers_see_the_next_epoch(shared_dataset):
+    loader = make_loader(shared_dataset, shuffle=True, num_workers=2)
+    first, second = rows_of(loader), rows_of(loader)
+    assert first != second and sorted(first) == sorted(second)
+
+
+def test_a_decoder_of_other_latents_is_refused(shared_dataset):
+    other = MeanAutoencoder(latent_id="sha256:" + "f" * 64)
+    with pytest.raises(
+        ContractError, match="latent_id aaaaaaaaaaaa, autoencoder 'mean8' reads ffffffffffff"
+    ):
+        LatentLoader(shared_dataset, autoencoder=other)
+
+
+def test_another_decoder_of_the_same_latents_is_welcome(shared_dataset):
+    other = MeanAutoencoder(decoder_id="sha256:" + "f" * 64)
+    assert len(list(LatentLoader(shared_dataset, autoencoder=other, batch_size=250))) == 2
+
+
+def test_a_local_autoencoder_must_be_passed(shared_dataset):
+    with pytest.raises(WeightsError, match="'mean8'; pass its folder"):
+        LatentLoader(shared_dataset)
+
+
+def test_damage_in_a_worker_reaches_the_trainer_by_name(dataset):
+    from tests.bad_shards import first_shard, flip_bit
+
+    flip_bit(first_shard(dataset), int(ShardSet(dataset).packs["codes_offset"][3]))
+    with pytest.raises(LatentdsError, match="train-000000-000003"):
+        list(make_loader(dataset, num_workers=1))
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_order_is_a_bijection_computed_anywhere(shuffle):
+    counts = np.random.default_rng(0).integers(1, 400, 300)
+    first = np.cumsum(counts) - counts
+    order = EpochOrder(first, counts, seed=1, epoch=2, shuffle=shuffle)
+    whole = order.rows(0, len(order))
+    assert (
+        np.array_equal(np.sort(whole), np.arange(counts.sum())) and len(order) > 2 * WINDOW_PATCHES
+    )
+    for start in (0, 1, WINDOW_PATCHES - 1, WINDOW_PATCHES, len(order) - 5):
+        assert np.array_equal(order.rows(start, start + 5), whole[start : start + 5])
+    assert np.array_equal(whole, np.arange(len(order))) is not shuffle
+
+
+@pytest.mark.gpu
+def test_cuda_decodes_as_the_cpu_does(shared_dataset):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    host, device = (
+        next(iter(make_loader(shared_dataset, device=d))).images for d in ("cpu", "cuda")
+    )
+    torch.testing.assert_close(device.cpu(), host, atol=1e-3, rtol=0)

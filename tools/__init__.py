@@ -1,0 +1,1 @@
+"""Commands of latentds, one a file; `cli` finds them."""

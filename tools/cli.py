@@ -1,0 +1,106 @@
+"""The `latentds` command: finds the tool's module, parses its config, prints errors as one line."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+from collections.abc import Sequence
+
+import tyro
+
+from latentds.errors import LatentdsError
+from latentds.version import __version__
+
+# command: (module, what it does). Modules are imported when their command is used: help stays fast.
+COMMANDS = {
+    "convert": ("convert", "convert a folder of pictures into a data set"),
+    "fit-codebook": ("fit_codebook", "fit a codebook to a sample of pictures"),
+    "info": ("info", "say what a data set holds and what loading it takes"),
+    "verify": (
+        "verify",
+        "check a data set against its manifest, its hashes and its golden patches",
+    ),
+    "show": ("show", "write a page of decoded patches with their columns"),
+    "demo": ("demo", "run the main job on a real micrograph and write a page about it"),
+    "bench convert": ("bench_convert", "rate of a conversion beside the encoder's alone"),
+    "bench container": ("bench_container", "container overhead for patch and pack sizes"),
+    "bench fidelity": (
+        "bench_fidelity",
+        "an autoencoder beside JPEG, WebP and AVIF at equal bytes",
+    ),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command; exit code 0 done, 1 an error told in one line, 2 wrong usage."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == ["--version"]:
+        print(f"latentds {__version__}")
+        return
+    if not words or words[0] in ("-h", "--help"):
+        print(overview(""))
+        return
+    command = find_command(words)
+    if command is None:
+        is_group = words[0] in {name.split()[0] for name in COMMANDS if " " in name}
+        print(overview(words[0] if is_group else ""), file=sys.stdout if is_group else sys.stderr)
+        if is_group and words[1:] and words[1] in ("-h", "--help"):
+            return
+        sys.exit(2)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for name in ("httpx", "faiss"):  # they tell every request, every attempt to find a faster build
+        logging.getLogger(name).setLevel(logging.WARNING)
+    sys.exit(run(command, words[len(command.split()) :]))
+
+
+def run(command: str, words: list[str]) -> int:
+    """Parse and run one command; returns the exit code."""
+    module = importlib.import_module(f"latentds_tools.{COMMANDS[command][0]}")
+    try:
+        config = tyro.cli(module.Config, args=words, prog=f"latentds {command}")
+        return int(module.run(config) or 0)
+    except LatentdsError as error:
+        return complain(str(error))
+    except FileNotFoundError as error:
+        return complain(str(error) if error.filename is None else f"{error.filename}: not found")
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return complain(
+            f"{where}{error.strerror or error}. Nothing finished is lost; mend it and run again"
+        )
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
+        return 130
+
+
+def complain(line: str) -> int:
+    """Print an error as one line; the exit code of a failure."""
+    print(f"latentds: {' '.join(line.split())}", file=sys.stderr)
+    return 1
+
+
+def find_command(words: list[str]) -> str | None:
+    """The command the first words name, None where they name none."""
+    for length in (2, 1):
+        name = " ".join(words[:length])
+        if name in COMMANDS:
+            return name
+    return None
+
+
+def overview(group: str) -> str:
+    """The list of commands, or of one group's."""
+    chosen = {
+        n: text for n, (_, text) in COMMANDS.items() if not group or n.startswith(f"{group} ")
+    }
+    lines = [f"  {name:<16} {text}" for name, text in chosen.items()]
+    title = "Pathology patches as autoencoder latents: convert, check, look, load."
+    usage = f"usage: latentds {group or 'COMMAND'} [-h] ..."
+    return "\n".join(
+        [usage, "", title, "", *lines, "", "'latentds COMMAND --help' tells a command's options."]
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,245 @@
+"""latentds demo: the main job on a real micrograph, and a page about what came out."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+EDGE_PX = 256
+STEP_PX = 32
+SHOWN = 6  # rows of pictures on the page
+COMPARED = 20  # patches that are also coded as JPEG, WebP and AVIF
+DIFFERENCE_GAIN = 4
+SNIPPET = """from latentds import LatentLoader
+loader = LatentLoader("{folder}", split="train", batch_size=16, shuffle=True, device="{device}")
+for batch in loader: print(batch.images.shape, batch.labels)"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Cut patches from scikit-image's histology micrograph, convert, load, and write a page with the figures."""
+
+    out: Path = Path("demo")
+    """Folder for patches, data set and page."""
+    autoencoder: str = "tiny"
+    """Name or local folder, as for convert."""
+    device: str = "auto"
+    """cpu, cuda, ...; auto takes a GPU where there is one."""
+    overwrite: bool = False
+    """Replace what an earlier demo left in --out."""
+
+
+def run(config: Config) -> None:
+    """Run the main job and say where its results lie."""
+    from latentds.conversion.config import ConvertConfig
+    from latentds.conversion.encode import choose_device
+    from latentds.conversion.pipeline import convert
+    from latentds.errors import InputError
+    from latentds.storage import write_atomically
+
+    patches, folder, html = (config.out / name for name in ("patches", "latents", "demo.html"))
+    if config.overwrite:
+        shutil.rmtree(patches, ignore_errors=True)
+    elif patches.exists() or html.exists():
+        raise InputError(f"{config.out}: holds an earlier demo; pass --overwrite or another --out")
+    count = cut_patches(patches)
+    print(f"{count} patches of {EDGE_PX} px in {patches}")
+    convert(
+        ConvertConfig(source=patches, out=folder, autoencoder=config.autoencoder, device=config.device,
+                      name_pattern=r"_x(?P<x>\d+)_y(?P<y>\d+)", overwrite=config.overwrite)
+    )  # fmt: skip
+    print(f"data set in {folder}")
+    figures = measure(folder, patches, config.autoencoder, str(choose_device(config.device)))
+    write_atomically(html, make_page(folder, figures).encode())
+    print_figures(figures)
+    print(f"page at {html}\n\nload it with\n\n{figures['snippet']}")
+
+
+def cut_patches(folder: Path) -> int:
+    """Overlapping PNG patches of the micrograph, in one folder for much and one for little brown stain."""
+    import numpy as np
+    from PIL import Image
+    from skimage.color import rgb2hed
+    from skimage.data import immunohistochemistry
+
+    micrograph = immunohistochemistry()
+    stain = rgb2hed(micrograph)[..., 2]
+    places = [
+        (x, y)
+        for y in range(0, micrograph.shape[0] - EDGE_PX + 1, STEP_PX)
+        for x in range(0, micrograph.shape[1] - EDGE_PX + 1, STEP_PX)
+    ]
+    amounts = np.array([stain[y : y + EDGE_PX, x : x + EDGE_PX].mean() for x, y in places])
+    for (x, y), amount in zip(places, amounts, strict=True):
+        label = "dab_high" if amount > np.median(amounts) else "dab_low"
+        path = folder / label / f"ihc_x{x:03d}_y{y:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(micrograph[y : y + EDGE_PX, x : x + EDGE_PX]).save(path)
+    return len(places)
+
+
+def measure(folder: Path, patches: Path, autoencoder: str, device: str) -> dict[str, Any]:
+    """Read everything back through the loader; pictures, bytes, PSNR, SSIM and rates."""
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    from latentds.loader import LatentLoader
+
+    loader = LatentLoader(folder, "train", batch_size=16, device=device, autoencoder=autoencoder,
+                          columns=("source",))  # fmt: skip
+    decoded, sources = [], []
+    for batch in loader:
+        sources += batch.columns["source"]
+        decoded += list(batch.images.mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy())
+    compared = slice(
+        0, None, max(1, len(sources) // COMPARED)
+    )  # classical codecs take seconds a patch to tune
+    originals = [
+        np.asarray(Image.open(patches / name).convert("RGB")) for name in sources[compared]
+    ]
+    bytes_per_patch = loader.contract.bytes_per_patch
+    rows = {"latents": (bytes_per_patch, decoded[compared])} | at_equal_bytes(
+        originals, bytes_per_patch
+    )
+    network = loader.autoencoder
+    assert network is not None
+    images = (
+        torch.from_numpy(np.stack(originals[:16])).permute(0, 3, 1, 2).float().div(255).to(device)
+    )
+    latents = network.encode(images)
+    shards = loader.dataset.shards.manifest.shards
+    return {
+        "patches": len(sources),
+        "originals": originals,
+        "pictures": {name: pictures for name, (_, pictures) in rows.items()},
+        "quality": {
+            name: judge(size, pictures, originals) for name, (size, pictures) in rows.items()
+        },
+        "encode_rate": rate(lambda: network.encode(images), len(images), device),
+        "decode_rate": rate(lambda: loader.decode_latents(latents), len(images), device),
+        "device": torch.cuda.get_device_name(device)
+        if "cuda" in device
+        else f"{torch.get_num_threads()} CPU threads",
+        "autoencoder": network.card.name,
+        "source_bytes": sum((patches / name).stat().st_size for name in sources) // len(sources),
+        "stored_bytes": sum(shard.bytes for shard in shards) // len(sources),
+        "snippet": SNIPPET.format(folder=folder, device=device),
+    }
+
+
+def at_equal_bytes(originals: list[Any], target: int) -> dict[str, tuple[int, list[Any]]]:
+    """Mean bytes and decoded pictures of JPEG, WebP and AVIF, each file the best that fits in `target`."""
+    from latentds import codecs
+
+    rows = {}
+    for name in ("JPEG", "WEBP", "AVIF"):
+        if codecs.is_available(name):
+            files = [codecs.at_bytes(name, image, target) for image in originals]
+            mean = sum(len(encoded) for _, encoded in files) // len(files)
+            rows[name] = (mean, [codec.decode(encoded) for codec, encoded in files])
+    return rows
+
+
+def judge(size: int, pictures: list[Any], originals: list[Any]) -> dict[str, float]:
+    """Bytes, mean PSNR and mean SSIM."""
+    from latentds.metrics import psnr_db, ssim
+
+    pairs = list(zip(pictures, originals, strict=True))
+    return {
+        "bytes": size,
+        "psnr_db": sum(psnr_db(*pair) for pair in pairs) / len(pairs),
+        "ssim": sum(ssim(*pair) for pair in pairs) / len(pairs),
+    }
+
+
+def rate(work: Callable[[], object], count: int, device: str) -> float:
+    """Patches a second, the best of three runs after one to warm up."""
+    import torch
+
+    def once() -> float:
+        started = time.perf_counter()
+        work()
+        if "cuda" in device:
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+    once()
+    return count / min(once() for _ in range(3))
+
+
+def print_figures(figures: dict[str, Any]) -> None:
+    """The figures as a few lines."""
+    for name, quality in figures["quality"].items():
+        label = figures["autoencoder"] if name == "latents" else f"{name} at those bytes"
+        print(
+            f"{label:<22} {quality['bytes']:>6,} bytes  {quality['psnr_db']:.2f} dB  SSIM {quality['ssim']:.3f}"
+        )
+    print(f"{'encode, decode':<22} {figures['encode_rate']:,.0f} and {figures['decode_rate']:,.0f} patches/s "
+          f"on {figures['device']}")  # fmt: skip
+
+
+def make_page(folder: Path, figures: dict[str, Any]) -> str:
+    """The page's HTML."""
+    from latentds import report
+
+    quality = figures["quality"]
+    size = quality["latents"]["bytes"]
+    facts = [
+        (figures["autoencoder"] if name == "latents" else f"{name}, largest file within those bytes",
+         f"{q['bytes']:,}", f"{q['psnr_db']:.2f}", f"{q['ssim']:.3f}")
+        for name, q in quality.items()
+    ]  # fmt: skip
+    rates = [
+        ("encode", f"{figures['encode_rate']:,.0f} patches/s"),
+        ("decode", f"{figures['decode_rate']:,.0f} patches/s"),
+        ("on", figures["device"]),
+        ("PNG source", f"{figures['source_bytes']:,} bytes a patch"),
+        (
+            "data set's shards",
+            f"{figures['stored_bytes']:,} bytes a patch, container and columns included",
+        ),
+    ]
+    step = max(1, len(figures["originals"]) // SHOWN)
+    lead = (
+        f"{figures['patches']} overlapping 256 px patches of a real micrograph (scikit-image's immunohistochemistry "
+        f"picture), stored as {size:,} bytes each. Detail is lost; not for diagnosis."
+    )
+    return report.page(
+        "latentds demo",
+        lead,
+        [
+            report.table(
+                [f"mean of {len(figures['originals'])} patches", "bytes", "PSNR, dB", "SSIM"], facts
+            ),
+            report.table(["", "rates and sizes"], rates),
+            report.heading("Original, reconstruction, difference x4, JPEG at the same bytes"),
+            *(patch_row(figures, place) for place in range(0, step * SHOWN, step)),
+            report.heading("Where it lies, and how to load it"),
+            report.paragraph(f"Shards, tables, manifest and card: {folder}"),
+            report.code(figures["snippet"]),
+        ],
+    )
+
+
+def patch_row(figures: dict[str, Any], place: int) -> str:
+    """One patch in its four versions."""
+    import numpy as np
+
+    from latentds import report
+    from latentds.metrics import psnr_db
+
+    original = figures["originals"][place]
+    decoded, jpeg = (figures["pictures"][name][place] for name in ("latents", "JPEG"))
+    difference = 128 + DIFFERENCE_GAIN * (decoded.astype(np.int16) - original)
+    captions = [
+        (original, "original"),
+        (decoded, f"{figures['autoencoder']}, {psnr_db(decoded, original):.1f} dB"),
+        (np.clip(difference, 0, 255).astype(np.uint8), f"difference x{DIFFERENCE_GAIN}"),
+        (jpeg, f"JPEG, {psnr_db(jpeg, original):.1f} dB"),
+    ]
+    return report.figure_row([report.figure(image, caption) for image, caption in captions])

@@ -1,0 +1,95 @@
+"""latentds fit-codebook: a codebook from a sample of pictures, for several conversions to share."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tempfile
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Fit a codebook to a seeded sample of pictures and report what it does to their latents."""
+
+    source: Annotated[Path, tyro.conf.Positional]
+    """Folder of 8-bit pictures."""
+    out: Path
+    """Codebook file to write (.safetensors)."""
+    autoencoder: str = "tiny"
+    """Name or local folder, as for convert."""
+    quantizer: Literal["kmeans", "kmeans-channel", "int8-minmax", "int8-percentile"] = "kmeans"
+    """How latents become bytes."""
+    levels: int = 256
+    """Levels, 2 to 256."""
+    patches: int = 1000
+    """Patches drawn."""
+    patch_size: int | None = None
+    """Edge of a patch in pixels, with --resize or --tile where pictures differ."""
+    resize: bool = False
+    """Scale every picture to the patch size."""
+    tile: bool = False
+    """Cut every picture into a grid of patches."""
+    seed: int = 0
+    device: str = "auto"
+    """cpu, cuda, ...; auto takes a GPU where there is one."""
+    max_bad: int = 0
+    """Pictures that may be unreadable."""
+    overwrite: bool = False
+    """Replace --out where it is there."""
+    json: bool = False
+    """Print JSON."""
+
+
+def run(config: Config) -> None:
+    """Fit, save, report."""
+    from latentds.codebooks import save_codebook
+    from latentds.errors import InputError
+
+    if config.out.exists() and not config.overwrite:
+        raise InputError(f"{config.out}: is there; pass --overwrite to replace it")
+    stored = fit(config)
+    save_codebook(stored, config.out)
+    report = {
+        "codebook": str(config.out),
+        "codebook_id": stored.codebook.codebook_id,
+        **stored.made,
+    }
+    text = "\n".join(f"{name:<16} {value}" for name, value in report.items())
+    print(json.dumps(report, indent=1) if config.json else text)
+
+
+def fit(config: Config):  # type: ignore[no-untyped-def]
+    """The codebook, fitted as a conversion of the same folder would."""
+    from latentds.autoencoders import load_autoencoder
+    from latentds.conversion.codebook import fit_to_sample
+    from latentds.conversion.config import ConvertConfig
+    from latentds.conversion.decode import PatchReader
+    from latentds.conversion.encode import Encoder, choose_batch, choose_device
+    from latentds.conversion.plan import make_plan
+
+    settings = ConvertConfig(
+        source=config.source,
+        out=Path(tempfile.gettempdir()),  # nothing is written there: only the plan and the fit run
+        quantizer=config.quantizer,
+        levels=config.levels,
+        fit_patches=config.patches,
+        patch_size=config.patch_size,
+        resize=config.resize,
+        tile=config.tile,
+        seed=config.seed,
+        max_bad=config.max_bad,
+        labels=False,
+    )
+    plan = make_plan(settings)
+    autoencoder = load_autoencoder(config.autoencoder)
+    device = choose_device(config.device)
+    encoder = Encoder(autoencoder, device, choose_batch(autoencoder, device, plan.patch_px))
+    reader = PatchReader(plan, settings, workers=4)
+    try:
+        return fit_to_sample(settings, plan, encoder, reader)
+    finally:
+        reader.close()

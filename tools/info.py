@@ -1,0 +1,123 @@
+"""latentds info: what a data set holds, and what loading it takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Say what a data set holds: contract, splits, labels, how it was made, and the memory a loader needs."""
+
+    folder: Annotated[Path, tyro.conf.Positional]
+    """Folder of a data set."""
+    batch_size: int = 256
+    """Of the loader whose memory is reckoned."""
+    num_workers: int = 4
+    """Of that loader."""
+    prefetch_factor: int = 2
+    """Of that loader."""
+    json: bool = False
+    """Print JSON."""
+
+
+def run(config: Config) -> None:
+    """Print what the manifest says."""
+    summary = summarize(config)
+    print(json.dumps(summary, indent=1) if config.json else as_text(summary))
+
+
+def summarize(config: Config) -> dict[str, Any]:
+    """What `--json` prints."""
+    from latentds.manifest import read_manifest
+
+    manifest = read_manifest(config.folder)
+    contract, made = manifest.contract, manifest.made
+    stored = sum(shard.bytes for shard in manifest.shards)
+    codes = manifest.patches * contract.bytes_per_patch
+    return {
+        "dataset_id": manifest.dataset_id,
+        "patches": manifest.patches,
+        "splits": manifest.splits,
+        "labels": manifest.labels(),
+        "slides": len(manifest.slides),
+        "patch_px": list(contract.patch_px),
+        "codes_shape": list(contract.codes_shape),
+        "bytes_per_patch": contract.bytes_per_patch,
+        "shards": len(manifest.shards),
+        "packs": manifest.packs,
+        "shard_bytes": stored,
+        "container_overhead": round(stored / codes - 1, 4),
+        "table_bytes": sum(entry.get("bytes", 0) for entry in manifest.tables.values()),
+        "autoencoder": contract.autoencoder,
+        "latent_id": contract.latent_id,
+        "decoder_id": contract.decoder_id,
+        "codebook": {
+            "codebook_id": contract.codebook.codebook_id,
+            "kind": contract.codebook.kind,
+            "levels": contract.codebook.levels.shape[1],
+            "rows": contract.codebook.levels.shape[0],
+            **made.get("codebook", {}),
+        },
+        "left_out": len(made.get("left_out", [])),
+        "made": {
+            name: made.get(name) for name in ("versions", "device", "encode_batch", "threads")
+        },
+        "loader_memory": loader_memory(manifest, config),
+    }
+
+
+def loader_memory(manifest: Any, config: Config) -> dict[str, int]:
+    """Bytes a LatentLoader of these settings holds, the decoder's own activations not counted."""
+    contract = manifest.contract
+    height, width = contract.patch_px
+    codes = config.batch_size * contract.bytes_per_patch
+    waiting = max(1, config.num_workers * config.prefetch_factor)
+    return {
+        "codes_waiting": codes * waiting,
+        "decoded_batch_fp32": config.batch_size * 3 * height * width * 4,
+        "latents_fp32": codes * 4,
+        "tables_mapped_shared": manifest.patches * 24 + manifest.packs * 56,
+    }
+
+
+def as_text(summary: dict[str, Any]) -> str:
+    """The summary for people."""
+    card, codebook, memory = summary["autoencoder"], summary["codebook"], summary["loader_memory"]
+    height, width = summary["patch_px"]
+    splits = ", ".join(f"{name} {count:,}" for name, count in summary["splits"].items())
+    labels = ", ".join(f"{name} {count:,}" for name, count in summary["labels"].items()) or "none"
+    origin = codebook.get("origin", "origin not recorded")
+    lines = {
+        "patches": f"{summary['patches']:,} of {width}x{height} px ({splits})",
+        "labels": labels,
+        "slides": f"{summary['slides']:,}",
+        "stored": f"{summary['bytes_per_patch']:,} bytes a patch; {summary['shards']} shards, "
+        f"{summary['packs']:,} packs, {megabytes(summary['shard_bytes'])} "
+        f"(container {summary['container_overhead']:+.2%}), tables {megabytes(summary['table_bytes'])}",
+        "autoencoder": f"{card.get('name')} ({card.get('class_name')}, f{card.get('factor')}, "
+        f"{card.get('channels')} channels, licence {card.get('licence')})",
+        "latent_id": summary["latent_id"],
+        "decoder_id": summary["decoder_id"],
+        "codebook": f"{codebook['kind']}, {codebook['rows']}x{codebook['levels']} levels, {origin}",
+        "left out": f"{summary['left_out']} pictures",
+        "made with": ", ".join(
+            f"{name} {value}" for name, value in (summary["made"]["versions"] or {}).items()
+        )
+        + f"; {summary['made']['device']}, encode batch {summary['made']['encode_batch']}, "
+        f"{summary['made']['threads']} threads",
+        "loader memory": ", ".join(
+            f"{n.replace('_', ' ')} {megabytes(v)}" for n, v in memory.items()
+        ),
+    }
+    return "\n".join(f"{name:<14} {text}" for name, text in lines.items())
+
+
+def megabytes(count: int) -> str:
+    """Bytes as MB with sensible digits."""
+    return f"{count / 1e6:,.1f} MB"

@@ -1,0 +1,47 @@
+"""latentds verify: is this data set what its manifest says?"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Check a data set: its manifest, every hash, every member, golden patches decoded. Exit code 1 on damage."""
+
+    folder: Annotated[Path, tyro.conf.Positional]
+    """Folder of a data set."""
+    level: Literal["manifest", "sha256", "members", "golden"] = "golden"
+    """How far to go; each level includes the ones before it."""
+    autoencoder: str | None = None
+    """Name or folder of the decoder for the golden patches, where the recorded one is local."""
+    json: bool = False
+    """Print JSON."""
+
+
+def run(config: Config) -> int:
+    """Print every problem found; returns 1 where there is one."""
+    from latentds.verification import verify
+
+    def tell(level: str) -> None:
+        if not config.json and sys.stderr.isatty():
+            print(f"checking {level} ...", file=sys.stderr)
+
+    result = verify(config.folder, config.level, config.autoencoder, tell)
+    if config.json:
+        print(json.dumps(dataclasses.asdict(result) | {"is_good": result.is_good}, indent=1))
+    else:
+        for level in result.levels:
+            lines = [line for where, line in result.problems if where == level]
+            print(f"{level:<9} {'ok' if not lines else f'{len(lines)} problem(s)'}")
+            for line in lines:
+                print(f"  {line}")
+        for note in result.notes:
+            print(f"note: {note}")
+    return 0 if result.is_good else 1

@@ -17,7 +17,8 @@ class Batch:
     codes    uint8 (B, C, h, w)
     labels   int64 (B,), index into the data set's `classes`, -1 for none
     slides   slide names, None where unknown
-    coords   int64 (B, 2), x and y in pixels of level 0 (of the source picture for plain images), -1 where unknown
+    coords   int64 (B, 2), x and y in pixels of level 0 (of the source picture for plain images), -1
+             where unknown
     mpp      float32 (B,), micrometres a pixel, NaN where unknown
     rows     int64 (B,), rows of the data set's patch table: a patch's identity
     images   float (B, 3, H, W) in [0, 1], or what `transform` made of them; None before decoding

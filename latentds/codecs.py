@@ -1,4 +1,7 @@
-"""Image codecs behind one protocol, to set latents beside what everyone has: JPEG, WebP, AVIF, and latents."""
+"""Image codecs behind one protocol, to set latents beside what everyone has.
+
+JPEG, WebP, AVIF, and latents.
+"""
 # H W pixels
 
 from __future__ import annotations
@@ -99,9 +102,10 @@ def is_available(format: str) -> bool:
 
 
 def at_bytes(format: str, image: np.ndarray, target_bytes: int) -> tuple[PillowCodec, bytes]:
-    """The codec whose file of this picture comes closest to `target_bytes` without exceeding it, and the file.
+    """The codec whose file comes closest to `target_bytes` without exceeding it, and the file.
 
-    The smallest quality's file, where even that is larger. Sizes grow with quality, so a bisection finds it.
+    The smallest quality's file, where even that is larger. Sizes grow with quality, so a bisection
+    finds it.
     """
     if not is_available(format):
         raise missing_extra(f"{format} in Pillow", "bench")

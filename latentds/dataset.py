@@ -1,4 +1,7 @@
-"""LatentDataset: batches of codes as a PyTorch IterableDataset; CPU only, split over ranks and workers."""
+"""LatentDataset: batches of codes as a PyTorch IterableDataset.
+
+CPU only, split over ranks and workers.
+"""
 # B batch, R ranks, W workers
 
 from __future__ import annotations
@@ -21,23 +24,26 @@ STATE_VERSION = 1
 
 
 class LatentDataset(IterableDataset[Batch]):
-    """Ready batches of one split; give it to a DataLoader with `batch_size=None`, or use LatentLoader.
+    """Ready batches of one split.
+
+    Give it to a DataLoader with `batch_size=None`, or use LatentLoader.
 
     folder      a data set's folder
     split       train, val, test, ...
     batch_size  patches a batch and rank
     shuffle     a new order every epoch, a function of (seed, epoch) alone
-    decode      "codes" (uint8) or "latents" (float32, dequantized here); pixels are LatentLoader's business,
-                because a worker process must not touch the GPU
+    decode      "codes" (uint8) or "latents" (float32, dequantized here); pixels are LatentLoader's
+                business, because a worker process must not touch the GPU
     columns     names among key, source, source_encoding to carry along
     masks       carry the lossless masks
     drop_last   leave out the last, smaller global batch
     rank, world_size   of this process; read from torch.distributed or the launcher where not given
 
-    A global batch is `world_size * batch_size` consecutive places of the order, of which every rank takes its
-    stretch; worker w of W makes the batches w, w + W, ... So neither ranks nor workers lose or repeat a patch,
-    and the batches come in the same order for any number of workers. The last global batch is divided evenly;
-    with fewer patches left than ranks, some ranks get one batch fewer (`drop_last` gives all the same number).
+    A global batch is `world_size * batch_size` consecutive places of the order, of which every rank
+    takes its stretch; worker w of W makes the batches w, w + W, ... So neither ranks nor workers
+    lose or repeat a patch, and the batches come in the same order for any number of workers. The
+    last global batch is divided evenly; with fewer patches left than ranks, some ranks get one
+    batch fewer (`drop_last` gives all the same number).
     """
 
     def __init__(
@@ -57,7 +63,8 @@ class LatentDataset(IterableDataset[Batch]):
     ) -> None:
         if decode not in ("codes", "latents"):
             raise ValueError(
-                f"decode={decode!r}; a LatentDataset gives 'codes' or 'latents', use LatentLoader for pixels"
+                f"decode={decode!r}; a LatentDataset gives 'codes' or 'latents', use LatentLoader "
+                "for pixels"
             )
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}; at least 1")
@@ -135,7 +142,7 @@ class LatentDataset(IterableDataset[Batch]):
         )
 
     def state_dict(self, epoch: int, batch: int) -> dict[str, Any]:
-        """What resuming at global batch `batch` of `epoch` needs; plain JSON values, well under 1 KB."""
+        """What resuming at global batch `batch` of `epoch` needs; plain JSON, well under 1 KB."""
         return {
             "version": STATE_VERSION,
             "dataset_id": self.shards.manifest.dataset_id,
@@ -149,19 +156,22 @@ class LatentDataset(IterableDataset[Batch]):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Start the next iteration where `state` was taken; ContractError where it is of another run."""
+        """Start the next iteration where `state` was taken; ContractError if of another run."""
         own = self.state_dict(state.get("epoch", 0), state.get("batch", 0))
         for name, value in own.items():
             if state.get(name) != value:
                 raise ContractError(
-                    f"loader state has {name} {state.get(name)!r}, this loader {value!r}; open the same data set "
-                    "with the same split, seed, shuffle and batch_size * world_size"
+                    f"loader state has {name} {state.get(name)!r}, this loader {value!r}; open the "
+                    "same data set with the same split, seed, shuffle and batch_size * world_size"
                 )
         self.set_epoch(state["epoch"], state["batch"])
 
 
 def find_rank(rank: int | None, world_size: int | None) -> tuple[int, int]:
-    """This process's rank and the number of ranks: as given, from torch.distributed, or from the launcher."""
+    """This process's rank and the number of ranks.
+
+    As given, from torch.distributed, or from the launcher.
+    """
     if (rank is None) != (world_size is None):
         raise ValueError("pass both rank and world_size, or neither")
     if rank is None or world_size is None:
@@ -183,6 +193,6 @@ def refuse_cuda_in_worker() -> None:
         and not torch.cuda._is_in_bad_fork()
     ):
         raise RuntimeError(
-            "a DataLoader worker has a CUDA context; latentds decodes in the main process. Remove CUDA calls "
-            "from worker_init_fn and from what the dataset carries"
+            "a DataLoader worker has a CUDA context; latentds decodes in the main process. Remove "
+            "CUDA calls from worker_init_fn and from what the dataset carries"
         )

@@ -1,9 +1,11 @@
 """The errors latentds raises, one tree.
 
     LatentdsError
-    |-- FormatError              a file is not what latentds/1 says, or is of a version this reader does not know
+    |-- FormatError              a file is not what latentds/1 says, or is of a version this reader
+    |                            does not know
     |-- ContractError            a decoder, codebook or data set that does not belong to the others
-    |-- InputError               the user's images, labels or folders cannot be converted as they are
+    |-- InputError               the user's images, labels or folders cannot be converted as they
+    |                            are
     |-- ShapeError               an array's shape does not fit (also a ValueError)
     |-- UnknownNameError         no autoencoder, split or column of that name (also a KeyError)
     |-- MissingExtraError        an optional dependency is not installed (also an ImportError)
@@ -20,11 +22,14 @@ from collections.abc import Iterable
 
 
 class LatentdsError(Exception):
-    """What every error of this library is; the command line prints its one line and exits with 1."""
+    """What every error of this library is.
+
+    The command line prints its one line and exits with 1.
+    """
 
 
 class FormatError(LatentdsError):
-    """A file that is not what the format says, or of a version or encoding this reader does not know."""
+    """A file that is not what the format says, or of a version or encoding not known here."""
 
 
 class ContractError(LatentdsError):

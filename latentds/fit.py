@@ -1,4 +1,4 @@
-"""Fit codebooks to samples of latent values: K-means by faiss, and evenly spaced int8 as baselines."""
+"""Fit codebooks to latent values: K-means by faiss, and evenly spaced int8 as baselines."""
 # M sample values, C latent channels, K levels
 
 from __future__ import annotations
@@ -96,9 +96,10 @@ def even_levels(low: float, high: float, levels: int) -> np.ndarray:
 def fit_kmeans(values: np.ndarray, levels: int) -> np.ndarray:
     """K-means centroids of ascending 1-D values, ascending.
 
-    faiss from a companding start, then moves between cells. faiss's own start, random points, ends 8 to
-    14 dB below the optimum for 256 centroids in one dimension; the start alone leaves up to 4 dB of a heavy
-    tail, since Lloyd steps keep the number of centroids in a stretch; the moves bring it to 0.4 dB.
+    faiss from a companding start, then moves between cells. faiss's own start, random points, ends
+    8 to 14 dB below the optimum for 256 centroids in one dimension; the start alone leaves up to 4
+    dB of a heavy tail, since Lloyd steps keep the number of centroids in a stretch; the moves bring
+    it to 0.4 dB.
     """
     import faiss
 
@@ -117,8 +118,8 @@ def fit_kmeans(values: np.ndarray, levels: int) -> np.ndarray:
 def companding_levels(values: np.ndarray, levels: int) -> np.ndarray:
     """Ascending levels spaced as an optimal compander's: density to the 1/3 (Panter and Dite 1951).
 
-    The density is read off the gaps between ascending values, not off a histogram of even bins, which a
-    heavy tail leaves empty: over a gap of width d its cube root integrates to d^(2/3).
+    The density is read off the gaps between ascending values, not off a histogram of even bins,
+    which a heavy tail leaves empty: over a gap of width d its cube root integrates to d^(2/3).
     """
     cumulative = np.append(0.0, np.cumsum(np.diff(values.astype(np.float64)) ** (2 / 3)))
     wanted = (np.arange(levels) + 0.5) / levels * cumulative[-1]

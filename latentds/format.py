@@ -1,5 +1,9 @@
-"""The words of the format latentds/1: names, tables, contract, npy header. No IO; docs/format.md is the text."""
-# N patches of a pack, C latent channels, h w latent cells, H W pixels, R K rows and levels of a codebook
+"""The words of the format latentds/1: names, tables, contract, npy header.
+
+No IO; docs/format.md is the text.
+"""
+# N patches of a pack, C latent channels, h w latent cells, H W pixels, R K rows and levels of a
+# codebook
 
 from __future__ import annotations
 
@@ -71,8 +75,9 @@ def shard_name(split: str, shard: int) -> str:
 def check_format(value: object, where: str) -> None:
     """Refuse anything that is not this format's major version.
 
-    Rule: `latentds/N`; members, columns, header and manifest fields may be added within N, and readers
-    ignore those they do not know; whatever an N-reader would misread raises N or gets a new encoding name.
+    Rule: `latentds/N`; members, columns, header and manifest fields may be added within N, and
+    readers ignore those they do not know; whatever an N-reader would misread raises N or gets a new
+    encoding name.
     """
     if value == FORMAT:
         return
@@ -85,7 +90,8 @@ def check_encoding(value: object, where: str) -> None:
     """Refuse codes that are packed in a way this reader does not know."""
     if value != ENCODING:
         raise FormatError(
-            f"{where}: codes are encoded as {value!r}, this reader knows {ENCODING!r}; upgrade latentds"
+            f"{where}: codes are encoded as {value!r}, this reader knows {ENCODING!r}; upgrade "
+            "latentds"
         )
 
 
@@ -95,7 +101,8 @@ class Contract:
 
     latent_id     what the numbers mean: hash of the encoder and of how it was used
     codebook      how they were made small; its `codebook_id` is derived
-    decoder_id    how they were meant to be seen; recorded, replaceable by any decoder of `latent_id`
+    decoder_id    how they were meant to be seen; recorded, replaceable by any decoder of
+                  `latent_id`
     autoencoder   card of the autoencoder as plain JSON values
     patch_px      (H, W) of a patch in pixels, before padding to the autoencoder's factor
     codes_shape   (C, h, w)
@@ -200,7 +207,7 @@ def shard_headers(contract: Contract) -> dict[str, str]:
 
 
 def npy_header(shape: tuple[int, ...]) -> bytes:
-    """Header of a version 1.0 npy file of C-ordered uint8: 128 bytes for any shape a pack can have."""
+    """Header of a version 1.0 npy file of C-ordered uint8: 128 bytes for any shape of a pack."""
     buffer = io.BytesIO()
     np.lib.format.write_array_header_1_0(
         buffer, {"descr": "|u1", "fortran_order": False, "shape": shape}
@@ -211,7 +218,8 @@ def npy_header(shape: tuple[int, ...]) -> bytes:
 def check_npy(head: bytes, member_bytes: int, codes_shape: tuple[int, ...], where: str) -> int:
     """N of a codes member of `member_bytes`, whose first bytes are `head`.
 
-    Nothing is allocated: the header must announce uint8, C order, (N, C, h, w), and just the bytes there are.
+    Nothing is allocated: the header must announce uint8, C order, (N, C, h, w), and just the bytes
+    there are.
     """
     try:
         stream = io.BytesIO(head)
@@ -236,7 +244,9 @@ def check_npy(head: bytes, member_bytes: int, codes_shape: tuple[int, ...], wher
 
 
 def patch_key(source: str, x: int | None = None, y: int | None = None) -> str:
-    """Dot-free ASCII key of a patch, derived from what is stored: source path without suffix, and its place.
+    """Dot-free ASCII key of a patch, derived from what is stored.
+
+    Source path without suffix, and its place.
 
     A hash is added where characters had to change, so that `a b` and `a_b` stay two keys.
     """

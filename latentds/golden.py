@@ -1,4 +1,7 @@
-"""Golden patches: a few codes with what they were and what they decoded to, so that anyone can check a decoder."""
+"""Golden patches: a few codes with what they were and what they decoded to.
+
+With them anyone can check a decoder.
+"""
 # G golden patches, H W pixels
 
 from __future__ import annotations
@@ -23,10 +26,11 @@ from latentds.quantizer import Codebook, dequantize
 MIN_GOLDEN, MAX_GOLDEN = 8, 32
 PATCHES_A_GOLDEN = 1000
 THUMBNAIL_PX = 64
-# Largest difference of a decoded value, of 255, that another machine may show: fp32 sums in another order
-# move values by far less than half a level, but rounding can then tip either way.
+# Largest difference of a decoded value, of 255, that another machine may show: fp32 sums in another
+# order move values by far less than half a level, but rounding can then tip either way.
 TOLERANCE_LEVELS = 2
-# A decoder of the same latents (fine-tuned, small) may look different, but not this different, in dB.
+# A decoder of the same latents (fine-tuned, small) may look different, but not this different, in
+# dB.
 THUMBNAIL_SLACK_DB = 3.0
 MAX_GOLDEN_BYTES = 1 << 28
 SCHEMA = pa.schema(
@@ -43,7 +47,10 @@ SCHEMA = pa.schema(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Golden:
-    """Golden patches as read back: rows (G,), codes (G, C, h, w), decoded (G, H, W, 3), thumbnails, PSNR."""
+    """Golden patches as read back.
+
+    Rows (G,), codes (G, C, h, w), decoded (G, H, W, 3), thumbnails, PSNR.
+    """
 
     rows: np.ndarray
     codes: np.ndarray

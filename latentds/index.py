@@ -110,7 +110,9 @@ def load_index(path: Path) -> ShardIndex:
 def write_tables(
     folder: Path, paths: Sequence[Path]
 ) -> tuple[tuple[ShardRecord, ...], tuple[str, ...], tuple[str, ...]]:
-    """Join the shards' indexes (sorted by shard name) into the two tables, one shard in memory at a time.
+    """Join the shards' indexes (sorted by shard name) into the two tables.
+
+    One shard in memory at a time.
 
     returns  shard records, classes, slides, as the manifest lists them
     """

@@ -28,19 +28,23 @@ logger = logging.getLogger(__name__)
 class LatentLoader:
     """Iterates a data set in decoded batches; every iteration is an epoch.
 
-    folder, split, batch_size, shuffle, seed, columns, masks, drop_last, rank, world_size: see LatentDataset
+    folder, split, batch_size, shuffle, seed, columns, masks, drop_last, rank, world_size: see
+    LatentDataset
 
     device        where batches end up and are decoded
     num_workers   processes that read codes; 0 reads in this one
-    decode        "pixels" (batch.images), "latents" (batch.latents, float32) or "codes" (batch.codes, uint8)
-    autoencoder   object, name or path whose decoder is used instead of the recorded one; it must read the
-                  same latent_id
+    decode        "pixels" (batch.images), "latents" (batch.latents, float32) or "codes"
+                  (batch.codes, uint8)
+    autoencoder   object, name or path whose decoder is used instead of the recorded one; it must
+                  read the same latent_id
     dtype         of decoder and images: float32, or bfloat16 for speed
-    decode_chunk  patches decoded at once, to bound the decoder's memory; None decodes the batch whole
+    decode_chunk  patches decoded at once, to bound the decoder's memory; None decodes the batch
+                  whole
     transform     applied to the images (B, 3, H, W) of every batch, on the device
     as_tuple      yield (images, labels) instead of a Batch
 
-    `state_dict` counts batches handed out; `load_state_dict` makes the next iteration go on after them.
+    `state_dict` counts batches handed out; `load_state_dict` makes the next iteration go on after
+    them.
     """
 
     def __init__(
@@ -114,7 +118,7 @@ class LatentLoader:
         return len(self.dataset)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch the next iteration runs; without it, every iteration runs the next one."""
+        """Choose the next iteration's epoch; without it, every iteration runs the next one."""
         if not (self.resuming and epoch == self.epoch):  # a resumed epoch keeps its place
             self.epoch, self.handed_out, self.resuming = epoch, 0, False
 
@@ -175,7 +179,10 @@ class LatentLoader:
         return self.dataset.state_dict(self.epoch, self.handed_out)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on after the batches `state` counts; ContractError where it is of another data set or order."""
+        """Go on after the batches `state` counts.
+
+        ContractError where it is of another data set or order.
+        """
         self.dataset.load_state_dict(state)
         has_ended = state["batch"] >= len(self)
         self.epoch = state["epoch"] + int(has_ended)
@@ -188,6 +195,7 @@ def recorded_autoencoder(contract: Contract) -> Autoencoder:
     name = str(contract.autoencoder.get("name"))
     if name not in CARDS:
         raise WeightsError(
-            f"the data set was made with a local autoencoder {name!r}; pass its folder as autoencoder=..."
+            f"the data set was made with a local autoencoder {name!r}; pass its folder as "
+            "autoencoder=..."
         )
     return load_autoencoder(name)

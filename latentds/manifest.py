@@ -1,4 +1,7 @@
-"""The manifest: what a data set holds, shard by shard, and the contract of its codes; read as untrusted."""
+"""The manifest: what a data set holds, shard by shard, and the contract of its codes.
+
+Read as untrusted.
+"""
 
 from __future__ import annotations
 
@@ -191,7 +194,8 @@ def check_counts(manifest: Manifest, record: dict[str, Any], where: str) -> None
     for field in ("patches", "packs", "splits"):
         if record.get(field) != getattr(manifest, field):
             raise FormatError(
-                f"{where}: {field} is {record.get(field)}, its shards add up to {getattr(manifest, field)}"
+                f"{where}: {field} is {record.get(field)}, its shards add up to "
+                f"{getattr(manifest, field)}"
             )
     for shard in manifest.shards:
         unknown = set(shard.labels) - set(manifest.classes)

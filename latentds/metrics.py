@@ -15,7 +15,10 @@ def psnr_db(image: np.ndarray, reference: np.ndarray) -> float:
 
 
 def ssim(image: np.ndarray, reference: np.ndarray) -> float:
-    """SSIM of uint8 (H, W, 3) pictures as Wang et al. 2004: Gaussian window, sigma 1.5, mean over channels."""
+    """SSIM of uint8 (H, W, 3) pictures as Wang et al. 2004.
+
+    Gaussian window, sigma 1.5, mean over channels.
+    """
     from skimage.metrics import structural_similarity
 
     return float(

@@ -13,8 +13,9 @@ class EpochOrder:
     first   rows of the patch table where the packs start, (P,)
     counts  patches of the packs, (P,)
 
-    Shuffled, packs are permuted and laid end to end, and inside windows of 16,384 places the patches are
-    permuted: close to a uniform shuffle, while a window touches only some 64 packs of 256.
+    Shuffled, packs are permuted and laid end to end, and inside windows of 16,384 places the
+    patches are permuted: close to a uniform shuffle, while a window touches only some 64 packs of
+    256.
     """
 
     def __init__(

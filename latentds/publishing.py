@@ -13,9 +13,9 @@ CARD = """---
 
 # {patches:,} pathology patches as {format} latents
 
-Each patch of {width}x{height} px is {bytes_per_patch:,} bytes: the latents of the autoencoder `{autoencoder}` (latent_id
-`{latent_id}`), every value the index of one of {levels} codebook levels ({kind}; {codebook_origin}).
-Decoding loses detail. Not for diagnosis.
+Each patch of {width}x{height} px is {bytes_per_patch:,} bytes: the latents of the autoencoder
+`{autoencoder}` (latent_id `{latent_id}`), every value the index of one of {levels} codebook levels
+({kind}; {codebook_origin}). Decoding loses detail. Not for diagnosis.
 
 | split | patches |
 |---|---|
@@ -25,13 +25,17 @@ Decoding loses detail. Not for diagnosis.
 
     from latentds import LatentLoader
     for batch in LatentLoader("this folder", split="{split}", batch_size=64, device="cuda"):
-        batch.images  # float (B, 3, {height}, {width}) in [0, 1]; batch.labels, batch.slides, batch.coords
+        batch.images  # float (B, 3, {height}, {width}) in [0, 1]; \
+batch.labels, batch.slides, batch.coords
 
-Without latentds, a row of `datasets.load_dataset("this folder", streaming=True)` is a pack of patches:
+Without latentds, a row of `datasets.load_dataset("this folder", streaming=True)` is a pack of
+patches:
 
     codes = row["{codes}"]                                       # uint8 (N, {channels}, {h}, {w})
-    columns = pyarrow.parquet.read_table(io.BytesIO(row["{parquet}"])).to_pylist()  # N rows: label, slide, x, y, ...
-    latents = levels[codes]                                        # levels: .latentds/manifest.json, contract.codebook
+    columns = pyarrow.parquet.read_table(io.BytesIO(row["{parquet}"])).to_pylist()  \
+# N rows: label, slide, x, y, ...
+    latents = levels[codes]                                        \
+# levels: .latentds/manifest.json, contract.codebook
 
 Check with `latentds verify`. The format is described in latentds' docs/format.md.
 """

@@ -1,9 +1,10 @@
 """Scalar quantization of latents: a codebook of at most 256 sorted levels, nearest level, and back.
 
-K-means, per-channel K-means and evenly spaced int8 are one thing here, a table of levels, so that they
-are stored, read and compared by one code path.
+K-means, per-channel K-means and evenly spaced int8 are one thing here, a table of levels, so that
+they are stored, read and compared by one code path.
 """
-# B batch, C latent channels, K levels of a codebook, R rows of a codebook (1 or C), h w latent cells
+# B batch, C latent channels, K levels of a codebook, R rows of a codebook (1 or C), h w latent
+# cells
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ class Codebook:
     """Levels that latents are rounded to.
 
     levels  float32 (R, K), each row ascending; R is 1 (one table for all) or the number of channels
-    kind    how it was made: kmeans, kmeans-channel, int8-minmax, int8-percentile (told, never acted on)
+    kind    how it was made: kmeans, kmeans-channel, int8-minmax, int8-percentile (told, never acted
+            on)
     """
 
     levels: np.ndarray
@@ -65,7 +67,8 @@ def quantize(latents: Tensor, codebook: Codebook) -> Tensor:
 
     latents   float (B, C, h, w), unscaled encoder output; any device
     returns   uint8 (B, C, h, w) on the same device; ties go to the lower index
-    raises    ShapeError if C differs from a per-channel codebook's rows, ValueError on NaN or infinity
+    raises    ShapeError if C differs from a per-channel codebook's rows, ValueError on NaN or
+              infinity
     source    scalar K-means, Lloyd 1982; Yellapragada et al. 2025, section 3.3
     """
     check_channels(latents, codebook)

@@ -30,8 +30,9 @@ class ShardSet:
     check_codes  compare a pack's checksum the first time this process reads from it
     manifest     instead of the folder's own, while it is not yet written
 
-    Opening costs the manifest and one `stat` a shard, whatever the number of patches; it raises FormatError
-    for anything that contradicts the manifest. Pickles without its maps, so workers may carry it.
+    Opening costs the manifest and one `stat` a shard, whatever the number of patches; it raises
+    FormatError for anything that contradicts the manifest. Pickles without its maps, so workers may
+    carry it.
     """
 
     def __init__(
@@ -104,8 +105,9 @@ class ShardSet:
         if self.check_codes and not self.checked[pack]:
             if zlib.crc32(content) != int(row["codes_crc32"]):
                 raise FormatError(
-                    f"{self.shard_path(pack)}, key {self.key(pack)}: codes do not have the recorded checksum; "
-                    "the shard is damaged, fetch it anew ('latentds verify' lists all damage)"
+                    f"{self.shard_path(pack)}, key {self.key(pack)}: codes do not have the "
+                    "recorded checksum; the shard is damaged, fetch it anew ('latentds verify' "
+                    "lists all damage)"
                 )
             self.checked[pack] = True
         return np.frombuffer(content, np.uint8).reshape(count, size)
@@ -141,7 +143,7 @@ class ShardSet:
         return mapped
 
     def read_columns(self, rows: np.ndarray, names: Sequence[str]) -> dict[str, list[Any]]:
-        """Values of Parquet columns (key, source, source_encoding, ...) of the patches at `rows`."""
+        """Values of Parquet columns (key, source, source_encoding, ...) of patches at `rows`."""
         values: dict[str, list[Any]] = {name: [None] * len(rows) for name in names}
         for pack, places in self.group_by_pack(rows):
             columns = self.pack_columns(pack)
@@ -214,8 +216,8 @@ def check_sizes(folder: Path, manifest: Manifest) -> None:
             ) from error
         if size != shard.bytes:
             raise FormatError(
-                f"{folder / shard.name}: {size} bytes, the manifest says {shard.bytes}; truncated or replaced, "
-                "fetch it anew"
+                f"{folder / shard.name}: {size} bytes, the manifest says {shard.bytes}; truncated "
+                "or replaced, fetch it anew"
             )
 
 

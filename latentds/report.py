@@ -11,13 +11,18 @@ import numpy as np
 from PIL import Image
 
 STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:1120px;padding:0 1rem;color:#1d2330;background:#fff}
-h1{font-size:1.5rem;margin-bottom:.2rem} h2{font-size:1.1rem;margin-top:2rem} p.lead{color:#4b5567;margin-top:0}
-table{border-collapse:collapse;margin:.6rem 0} th,td{padding:.3rem .8rem;border-bottom:1px solid #dde2ea;text-align:left}
-td.n,th.n{text-align:right;font-variant-numeric:tabular-nums} pre{background:#f3f5f9;padding:.8rem;overflow-x:auto}
+body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:1120px;padding:0 1rem;
+color:#1d2330;background:#fff}
+h1{font-size:1.5rem;margin-bottom:.2rem} h2{font-size:1.1rem;margin-top:2rem}
+p.lead{color:#4b5567;margin-top:0}
+table{border-collapse:collapse;margin:.6rem 0}
+th,td{padding:.3rem .8rem;border-bottom:1px solid #dde2ea;text-align:left}
+td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}
+pre{background:#f3f5f9;padding:.8rem;overflow-x:auto}
 .grid{display:grid;gap:14px;grid-template-columns:repeat(auto-fill,minmax(200px,1fr))}
 figure{margin:0} figure img{width:100%;image-rendering:auto;display:block;border:1px solid #dde2ea}
-figcaption{font-size:12px;color:#4b5567;overflow-wrap:anywhere} .row{display:grid;gap:10px;margin-bottom:14px}
+figcaption{font-size:12px;color:#4b5567;overflow-wrap:anywhere}
+.row{display:grid;gap:10px;margin-bottom:14px}
 .bar{background:#4a72b8;height:.8rem;display:inline-block;vertical-align:middle;margin-right:.4rem}
 """
 
@@ -25,7 +30,8 @@ figcaption{font-size:12px;color:#4b5567;overflow-wrap:anywhere} .row{display:gri
 def page(title: str, lead: str, sections: Iterable[str]) -> str:
     """A whole page; `title` and `lead` are text, sections are HTML."""
     return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f"<title>{html.escape(title)}</title>"
         f"<style>{STYLE}</style></head><body><h1>{html.escape(title)}</h1>"
         f'<p class="lead">{html.escape(lead)}</p>{"".join(sections)}</body></html>\n'
     )
@@ -63,7 +69,8 @@ def bars(counts: Mapping[str, int]) -> str:
     """A bar chart of counts, as a table."""
     most = max(counts.values(), default=0) or 1
     rows = "".join(
-        f"<tr><td>{html.escape(name)}</td><td><span class=bar style='width:{300 * count / most:.0f}px'></span>"
+        f"<tr><td>{html.escape(name)}</td><td>"
+        f"<span class=bar style='width:{300 * count / most:.0f}px'></span>"
         f"{count:,}</td></tr>"
         for name, count in counts.items()
     )

@@ -52,7 +52,7 @@ class ScannedPack:
 
 
 def read_contract(path: Path) -> Contract:
-    """The contract in a shard's global header, which is enough to decode it without its manifest."""
+    """The contract in a shard's global header; enough to decode it without its manifest."""
     with path.open("rb") as file:
         return parse_headers(read_global_header(file, str(path)), str(path))
 
@@ -107,7 +107,8 @@ def read_header(file: BinaryIO, where: str) -> tarfile.TarInfo | None:
         return tarfile.TarInfo.frombuf(block, "utf-8", "strict")
     except (tarfile.HeaderError, ValueError) as error:
         raise FormatError(
-            f"{where}: no tar header at byte {offset} ({error}); truncated or not a tar, fetch it anew"
+            f"{where}: no tar header at byte {offset} ({error}); truncated or not a tar, fetch it "
+            "anew"
         ) from error
 
 
@@ -126,8 +127,8 @@ def scan_members(file: BinaryIO, where: str) -> Iterator[Member]:
         end = offset + info.size + -info.size % BLOCK
         if info.size < 0 or end > size:
             raise FormatError(
-                f"{where}, {info.name}: {info.size} bytes from byte {offset}, but the shard has {size}; "
-                "truncated, fetch it anew"
+                f"{where}, {info.name}: {info.size} bytes from byte {offset}, but the shard has "
+                f"{size}; truncated, fetch it anew"
             )
         yield Member(match[1], match[2], offset, info.size)
         file.seek(end)

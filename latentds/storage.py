@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, their hashes, and a lock that a killed process gives back."""
+"""Files that appear whole or not at all, their hashes, and a lock a killed process gives back."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ READ_BYTES = 1 << 20
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write under a temporary name, sync, rename: a reader sees the old file or the whole new one."""
+    """Write under a temporary name, sync, rename: readers see the old file or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp")
     try:

@@ -1,4 +1,4 @@
-"""Check a data set against its manifest: counts, hashes, every member, and golden patches decoded."""
+"""Check a data set against its manifest: counts, hashes, every member, golden patches decoded."""
 
 from __future__ import annotations
 
@@ -52,8 +52,9 @@ def verify(
 ) -> Verification:
     """Check a data set up to a level; damage is collected, not raised.
 
-    level        manifest (its own counts, sizes of the shards), sha256 (every file), members (every header,
-                 checksum and column against the tables), golden (stored patches decode to the recorded pixels)
+    level        manifest (its own counts, sizes of the shards), sha256 (every file), members (every
+                 header, checksum and column against the tables), golden (stored patches decode to
+                 the recorded pixels)
     autoencoder  whose decoder checks the golden patches; the recorded one by default
     raises       ValueError for an unknown level; FileNotFoundError where there is no folder
     """
@@ -199,19 +200,26 @@ def check_golden(
     for place, row in enumerate(golden.rows):
         found = psnr_db(shrink(decoded[place]), golden.thumbnails[place])
         if found < golden.thumbnail_psnr_db[place] - THUMBNAIL_SLACK_DB:
-            yield "problem", (f"{folder}: golden patch {row} decodes to something else: {found:.1f} dB to its "
-                              f"thumbnail, {golden.thumbnail_psnr_db[place]:.1f} dB when it was made")  # fmt: skip
+            yield (
+                "problem",
+                f"{folder}: golden patch {row} decodes to something else: {found:.1f} dB to its "
+                f"thumbnail, {golden.thumbnail_psnr_db[place]:.1f} dB when it was made",
+            )
     if autoencoder.card.decoder_id != contract.decoder_id:
         yield (
             "note",
-            "decoded with another decoder than the recorded one: pixels compared to thumbnails only",
+            "decoded with another decoder than the recorded one: pixels compared to thumbnails "
+            "only",
         )
         return
     worst = np.abs(decoded.astype(np.int16) - golden.decoded).reshape(len(decoded), -1).max(1)
     for row, levels in zip(golden.rows, worst, strict=True):
         if levels > golden.tolerance_levels:
-            yield "problem", (f"{folder}: golden patch {row} decodes up to {levels} of 255 levels off, "
-                              f"{golden.tolerance_levels} are allowed")  # fmt: skip
+            yield (
+                "problem",
+                f"{folder}: golden patch {row} decodes up to {levels} of 255 levels off, "
+                f"{golden.tolerance_levels} are allowed",
+            )
 
 
 def find_decoder(

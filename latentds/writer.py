@@ -67,7 +67,8 @@ class ShardWriter:
 
     path         final path
     contract     goes into the global header
-    resume_at    length of what an earlier process is known to have written and synced; 0 starts anew
+    resume_at    length of what an earlier process is known to have written and synced; 0 starts
+                 anew
     """
 
     def __init__(self, path: Path, contract: Contract, resume_at: int = 0) -> None:

@@ -22,7 +22,7 @@ CARD = AutoencoderCard(
 
 
 class MeanAutoencoder:
-    """f8, 3 channels: latents are 6 times the mean colour of a cell minus 3; decoding repeats it."""
+    """f8, 3 channels: latents are 6 times a cell's mean colour minus 3; decoding repeats it."""
 
     def __init__(self, **changes: object) -> None:
         self.card = dataclasses.replace(CARD, **changes)

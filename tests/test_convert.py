@@ -1,4 +1,7 @@
-"""Conversion: right codes, splits, labels and columns; same bytes for any workers; what the options do."""
+"""Conversion: right codes, splits, labels and columns.
+
+Same bytes for any workers; what the options do.
+"""
 
 import json
 import subprocess

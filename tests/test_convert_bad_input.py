@@ -1,4 +1,7 @@
-"""Bad input to a conversion: one clear error with file, value and remedy, or a quarantine list; nothing lost."""
+"""Bad input to a conversion; nothing lost.
+
+One clear error with file, value and remedy, or a quarantine list.
+"""
 
 import os
 import signal
@@ -174,7 +177,7 @@ def test_codebook_of_other_latents_is_refused(pictures, tmp_path):
 
 
 def test_a_full_disk_leaves_a_run_that_goes_on(pictures, tmp_path, monkeypatch):
-    """The operating system itself refuses the write: a file size limit stands in for a full disk."""
+    """The operating system refuses the write: a file size limit stands in for a full disk."""
     script = (
         "import resource, signal, sys; from pathlib import Path;"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
@@ -200,7 +203,10 @@ class Interrupt(RuntimeError):
 
 
 class FailingAutoencoder(MeanAutoencoder):
-    """Fails after some encode calls, as a killed process does; black batches of the shape check count too."""
+    """Fails after some encode calls, as a killed process does.
+
+    Black batches of the shape check count too.
+    """
 
     def __init__(self, calls: int) -> None:
         super().__init__()

@@ -1,4 +1,7 @@
-"""LatentDataset and LatentLoader: each patch once, the same order for any workers, resumable, pickled."""
+"""LatentDataset and LatentLoader.
+
+Each patch once, the same order for any workers, resumable, pickled.
+"""
 
 import json
 import multiprocessing

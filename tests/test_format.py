@@ -1,4 +1,4 @@
-"""The format's bytes: golden tar, header and npy; contract round trip; refusal of what it does not know."""
+"""The format's bytes: golden tar, header and npy; contract round trip; refusal of the unknown."""
 
 import hashlib
 import io
@@ -15,9 +15,11 @@ from latentds.scan import read_contract, scan_shard
 from latentds.writer import Pack, ShardWriter, global_header
 
 NPY_HEADER_HEX = (
-    "934e554d505901007600" + b"{'descr': '|u1', 'fortran_order': False, 'shape': (2, 1, 2, 2), }".hex()
-    + "20" * 52 + "0a"
-)  # fmt: skip
+    "934e554d505901007600"
+    + b"{'descr': '|u1', 'fortran_order': False, 'shape': (2, 1, 2, 2), }".hex()
+    + "20" * 52
+    + "0a"
+)
 GOLDEN_SHARD = Path(__file__).parent / "golden" / "train-000000.tar"
 GOLDEN_SHA256 = "4b8428ceae118d9dcc008e6f434ccdb14c0c197b05f09925a1fae3486dad9202"
 

@@ -1,4 +1,7 @@
-"""Quantization: nearest level, exact, idempotent, and the errors of codes and codebooks that do not fit."""
+"""Quantization: nearest level, exact, idempotent.
+
+And the errors of codes and codebooks that do not fit.
+"""
 
 import numpy as np
 import pytest

@@ -1,4 +1,7 @@
-"""Reading a data set: right bytes for any rows, and a clear refusal of everything damaged or hostile."""
+"""Reading a data set: right bytes for any rows.
+
+And a clear refusal of everything damaged or hostile.
+"""
 
 import json
 import pickle
@@ -40,8 +43,10 @@ def test_columns_follow_their_rows(shared_dataset):
     columns = shards.read_columns(rows, ["key", "source"])
     assert columns["source"][1] == columns["source"][2] != columns["source"][0]
     suffixes = [key[-9:] for key in columns["key"]]
-    assert columns["key"] == [source.removesuffix(".png").replace("slide.", "slide_") + hashed
-                              for source, hashed in zip(columns["source"], suffixes, strict=True)]  # fmt: skip
+    assert columns["key"] == [
+        source.removesuffix(".png").replace("slide.", "slide_") + hashed
+        for source, hashed in zip(columns["source"], suffixes, strict=True)
+    ]
     assert all("." not in key for key in columns["key"])
 
 

@@ -20,7 +20,7 @@ PACK_SIZES = (1, 16, 256, 4096)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Write shards of random codes with all columns filled, and set their size beside the codes'."""
+    """Write shards of random codes, all columns filled, and set their size beside the codes'."""
 
     patches: int = 49_152
     """Patches in a shard."""
@@ -38,7 +38,8 @@ def run(config: Config) -> None:
         print(json.dumps(results, indent=1))
         return
     print(
-        f"{count:,} patches, every column filled; shard over raw codes, and tables beside the shards over raw codes\n"
+        f"{count:,} patches, every column filled; shard over raw codes, and tables beside the "
+        "shards over raw codes\n"
     )
     print(
         "bytes a patch |" + "".join(f"  N = {pack:<6}" for pack in PACK_SIZES) + "| tables, N = 256"
@@ -92,7 +93,7 @@ def overhead(count: int, bytes_per_patch: int, pack_size: int) -> dict[str, Any]
 
 
 def tcga_like_patch(rng: Any) -> Any:
-    """Columns as a tree of TCGA tiles in shuffled order gives them: no run of like values to squeeze."""
+    """Columns as a shuffled tree of TCGA tiles gives them: no run of like values to squeeze."""
     import numpy as np
 
     from latentds.sources.patch import Patch

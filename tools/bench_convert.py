@@ -14,7 +14,7 @@ import tyro
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Convert pictures, then encode the same batches from memory; report both rates and their ratio."""
+    """Convert pictures, then encode the same batches from memory; report both rates and ratio."""
 
     source: Annotated[Path, tyro.conf.Positional]
     """Folder of pictures of one size."""
@@ -48,15 +48,18 @@ def run(config: Config) -> None:
         print(json.dumps(result, indent=1))
         return
     print(
-        f"encoder alone, same batches   {result['encoder']:,.1f} patches/s (batch {result['batch']:.0f})"
+        f"encoder alone, same batches   {result['encoder']:,.1f} patches/s "
+        f"(batch {result['batch']:.0f})"
     )
     print(f"conversion, pictures to tar   {result['convert']:,.1f} patches/s")
-    print(f"conversion over encoder       {result['share_of_encoder']:.1%} (median of {config.rounds} rounds, "
-          f"{result['threads']} threads)")  # fmt: skip
+    print(
+        f"conversion over encoder       {result['share_of_encoder']:.1%} "
+        f"(median of {config.rounds} rounds, {result['threads']} threads)"
+    )
 
 
 def measure(config: Config) -> dict[str, Any]:
-    """Patches a second of writing the shards, and of the encoder on the same pixels held in memory."""
+    """Patches a second of writing the shards, and of the encoder on the same pixels in memory."""
     from latentds.autoencoders import load_autoencoder
     from latentds.conversion import pipeline
     from latentds.conversion.config import ConvertConfig
@@ -64,9 +67,15 @@ def measure(config: Config) -> dict[str, Any]:
     from latentds.conversion.workdir import prepare_output
 
     with tempfile.TemporaryDirectory() as folder:
-        settings = ConvertConfig(source=config.source, out=Path(folder) / "out", autoencoder=config.autoencoder,
-                                 device=config.device, encode_batch=config.encode_batch, labels=False,
-                                 workers=config.workers)  # fmt: skip
+        settings = ConvertConfig(
+            source=config.source,
+            out=Path(folder) / "out",
+            autoencoder=config.autoencoder,
+            device=config.device,
+            encode_batch=config.encode_batch,
+            labels=False,
+            workers=config.workers,
+        )
         plan = make_plan(settings)
         autoencoder = load_autoencoder(config.autoencoder)
         with prepare_output(settings) as work:

@@ -1,4 +1,7 @@
-"""latentds bench fidelity: an autoencoder beside JPEG, WebP and AVIF at the same bytes, on one's own pictures."""
+"""latentds bench fidelity: an autoencoder beside JPEG, WebP and AVIF.
+
+At the same bytes, on one's own pictures.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ class Config:
     autoencoder: str = "tiny"
     """Name or local folder, as for convert."""
     codebook: Path | None = None
-    """Codebook file; the one that ships with tiny, or one fitted to the crops themselves, where not given."""
+    """Codebook file; where not given, tiny's own or one fitted to the crops themselves."""
     crop_px: int = 256
     """Edge of the crops."""
     crops: int = 2

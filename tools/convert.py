@@ -27,7 +27,8 @@ def run(config: Config) -> None:
     """Convert, and say what was made."""
     from PIL import Image
 
-    # --max-px is checked before a pixel is decoded; Pillow's own limit would cap it at twice the default.
+    # --max-px is checked before a pixel is decoded; Pillow's own limit would cap it at twice the
+    # default.
     Image.MAX_IMAGE_PIXELS = None
     if config.dry_run:
         summary = estimate(config)

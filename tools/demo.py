@@ -21,7 +21,10 @@ for batch in loader: print(batch.images.shape, batch.labels)"""
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Cut patches from scikit-image's histology micrograph, convert, load, and write a page with the figures."""
+    """Cut patches from scikit-image's histology micrograph, convert and load them.
+
+    Then write a page with the figures.
+    """
 
     out: Path = Path("demo")
     """Folder for patches, data set and page."""
@@ -49,9 +52,15 @@ def run(config: Config) -> None:
     count = cut_patches(patches)
     print(f"{count} patches of {EDGE_PX} px in {patches}")
     convert(
-        ConvertConfig(source=patches, out=folder, autoencoder=config.autoencoder, device=config.device,
-                      name_pattern=r"_x(?P<x>\d+)_y(?P<y>\d+)", overwrite=config.overwrite)
-    )  # fmt: skip
+        ConvertConfig(
+            source=patches,
+            out=folder,
+            autoencoder=config.autoencoder,
+            device=config.device,
+            name_pattern=r"_x(?P<x>\d+)_y(?P<y>\d+)",
+            overwrite=config.overwrite,
+        )
+    )
     print(f"data set in {folder}")
     figures = measure(folder, patches, config.autoencoder, str(choose_device(config.device)))
     write_atomically(html, make_page(folder, figures).encode())
@@ -60,7 +69,7 @@ def run(config: Config) -> None:
 
 
 def cut_patches(folder: Path) -> int:
-    """Overlapping PNG patches of the micrograph, in one folder for much and one for little brown stain."""
+    """Overlapping PNG patches of the micrograph, in folders for much and for little brown stain."""
     import numpy as np
     from PIL import Image
     from skimage.color import rgb2hed
@@ -133,7 +142,10 @@ def measure(folder: Path, patches: Path, autoencoder: str, device: str) -> dict[
 
 
 def at_equal_bytes(originals: list[Any], target: int) -> dict[str, tuple[int, list[Any]]]:
-    """Mean bytes and decoded pictures of JPEG, WebP and AVIF, each file the best that fits in `target`."""
+    """Mean bytes and decoded pictures of JPEG, WebP and AVIF.
+
+    Each file is the best that fits in `target`.
+    """
     from latentds import codecs
 
     rows = {}
@@ -177,10 +189,13 @@ def print_figures(figures: dict[str, Any]) -> None:
     for name, quality in figures["quality"].items():
         label = figures["autoencoder"] if name == "latents" else f"{name} at those bytes"
         print(
-            f"{label:<22} {quality['bytes']:>6,} bytes  {quality['psnr_db']:.2f} dB  SSIM {quality['ssim']:.3f}"
+            f"{label:<22} {quality['bytes']:>6,} bytes  {quality['psnr_db']:.2f} dB  "
+            f"SSIM {quality['ssim']:.3f}"
         )
-    print(f"{'encode, decode':<22} {figures['encode_rate']:,.0f} and {figures['decode_rate']:,.0f} patches/s "
-          f"on {figures['device']}")  # fmt: skip
+    print(
+        f"{'encode, decode':<22} {figures['encode_rate']:,.0f} and "
+        f"{figures['decode_rate']:,.0f} patches/s on {figures['device']}"
+    )
 
 
 def make_page(folder: Path, figures: dict[str, Any]) -> str:
@@ -190,10 +205,16 @@ def make_page(folder: Path, figures: dict[str, Any]) -> str:
     quality = figures["quality"]
     size = quality["latents"]["bytes"]
     facts = [
-        (figures["autoencoder"] if name == "latents" else f"{name}, largest file within those bytes",
-         f"{q['bytes']:,}", f"{q['psnr_db']:.2f}", f"{q['ssim']:.3f}")
+        (
+            figures["autoencoder"]
+            if name == "latents"
+            else f"{name}, largest file within those bytes",
+            f"{q['bytes']:,}",
+            f"{q['psnr_db']:.2f}",
+            f"{q['ssim']:.3f}",
+        )
         for name, q in quality.items()
-    ]  # fmt: skip
+    ]
     rates = [
         ("encode", f"{figures['encode_rate']:,.0f} patches/s"),
         ("decode", f"{figures['decode_rate']:,.0f} patches/s"),
@@ -206,8 +227,9 @@ def make_page(folder: Path, figures: dict[str, Any]) -> str:
     ]
     step = max(1, len(figures["originals"]) // SHOWN)
     lead = (
-        f"{figures['patches']} overlapping 256 px patches of a real micrograph (scikit-image's immunohistochemistry "
-        f"picture), stored as {size:,} bytes each. Detail is lost; not for diagnosis."
+        f"{figures['patches']} overlapping 256 px patches of a real micrograph "
+        f"(scikit-image's immunohistochemistry picture), stored as {size:,} bytes each. "
+        "Detail is lost; not for diagnosis."
     )
     return report.page(
         "latentds demo",

@@ -12,7 +12,10 @@ import tyro
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Say what a data set holds: contract, splits, labels, how it was made, and the memory a loader needs."""
+    """Say what a data set holds.
+
+    Contract, splits, labels, how it was made, and the memory a loader needs.
+    """
 
     folder: Annotated[Path, tyro.conf.Positional]
     """Folder of a data set."""
@@ -99,7 +102,8 @@ def as_text(summary: dict[str, Any]) -> str:
         "slides": f"{summary['slides']:,}",
         "stored": f"{summary['bytes_per_patch']:,} bytes a patch; {summary['shards']} shards, "
         f"{summary['packs']:,} packs, {megabytes(summary['shard_bytes'])} "
-        f"(container {summary['container_overhead']:+.2%}), tables {megabytes(summary['table_bytes'])}",
+        f"(container {summary['container_overhead']:+.2%}), "
+        f"tables {megabytes(summary['table_bytes'])}",
         "autoencoder": f"{card.get('name')} ({card.get('class_name')}, f{card.get('factor')}, "
         f"{card.get('channels')} channels, licence {card.get('licence')})",
         "latent_id": summary["latent_id"],

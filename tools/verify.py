@@ -13,7 +13,10 @@ import tyro
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Check a data set: its manifest, every hash, every member, golden patches decoded. Exit code 1 on damage."""
+    """Check a data set: its manifest, every hash, every member, golden patches decoded.
+
+    Exit code 1 on damage.
+    """
 
     folder: Annotated[Path, tyro.conf.Positional]
     """Folder of a data set."""

@@ -2,10 +2,10 @@
 
     python -m latentds_trainers.train_tiny --tiles ../shared/assets --out runs/tiny
 
-Learns from openly licensed tiles only: `segmentation/dsb2018_he` (CC0), `classification/oral_cc0_jpeg`
-(CC0), `tiles/tcga_gbm` (TCGA open access) and the slide in `wsi/` (CC0). UCSB and MoNuSeg stay test sets
-and are never opened here. Writes `checkpoint.pt` (resumed from when it is there) and, at the end, the
-fp16 weights as safetensors with the figures of the run.
+Learns from openly licensed tiles only: `segmentation/dsb2018_he` (CC0),
+`classification/oral_cc0_jpeg` (CC0), `tiles/tcga_gbm` (TCGA open access) and the slide in `wsi/`
+(CC0). UCSB and MoNuSeg stay test sets and are never opened here. Writes `checkpoint.pt` (resumed
+from when it is there) and, at the end, the fp16 weights as safetensors with the figures of the run.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ SWAP_SHARE = 0.3  # of the colour-mixed crops whose channels change places
 RESIDUAL_SCALE = 0.2  # of the second convolution of a block, at the start
 SPIKE = 10  # steps whose gradient norm is beyond this many clips are left out
 HELD_OUT = "TCGA-FG-A4MU"  # one patient of tiles/tcga_gbm, for the validation figure
-# Share of the crops of a batch. Lossless tiles lead: JPEG sources teach the network their block noise.
+# Share of the crops of a batch. Lossless tiles lead: JPEG sources teach the network their block
+# noise.
 SHARES = {"tcga_gbm": 0.40, "dsb2018_he": 0.25, "slide": 0.20, "oral_cc0_jpeg": 0.15}
 
 
@@ -56,7 +57,7 @@ class TrainTinyConfig:
     half_scale_share: float = 0.25
     """Share of the crops that are taken at half resolution (area filter)."""
     stain_share: float = 0.5
-    """Share of the crops whose colours are mixed, so that other stains than H&E are not foreign to it."""
+    """Share of the crops whose colours are mixed, so that stains other than H&E are not foreign."""
     seed: int = 0
     save_every: int = 1000
 
@@ -107,7 +108,10 @@ def random_crops(
 def one_crop(
     pictures: list[np.ndarray], config: TrainTinyConfig, rng: np.random.Generator
 ) -> Tensor:
-    """A crop (3, crop, crop): flips, right-angle turns, gain jitter, at times half scale or mixed colours."""
+    """A crop (3, crop, crop).
+
+    Flips, right-angle turns, gain jitter, at times half scale or mixed colours.
+    """
     picture = pictures[rng.integers(len(pictures))]
     fits_half = min(picture.shape[:2]) >= 2 * config.crop_px
     scale = 2 if fits_half and rng.random() < config.half_scale_share else 1
@@ -147,7 +151,7 @@ class TinyAutoencoder(nn.Module):
                 block.conv2.weight.data.mul_(RESIDUAL_SCALE)
 
     def forward(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Reconstructions with uniform noise of one 8-bit step on the latents, as codes will have."""
+        """Reconstructions with uniform noise of one 8-bit step on the latents, as codes have it."""
         latents = self.encoder(images)
         noise = torch.rand(latents.shape, generator=generator, device=latents.device) - 0.5
         noise = noise * QUANTIZATION_STEP

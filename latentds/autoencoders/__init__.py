@@ -17,7 +17,8 @@ def load_autoencoder(name_or_path: str | os.PathLike[str]) -> NetworkAutoencoder
 
     name_or_path  tiny, sd15, sd3, dcae-f32, dcae-f32-mix, taesd; a diffusers folder (config.json of
                   class AutoencoderKL, AutoencoderDC or AutoencoderTiny); or a TAESD-style pair of
-                  `*_encoder.pth` and `*_decoder.pth` (their folder, or the folder plus their prefix)
+                  `*_encoder.pth` and `*_decoder.pth` (their folder, or the folder plus their
+                  prefix)
     raises        UnknownNameError, WeightsError (what is missing, how to get it), MissingExtraError
     """
     name = ALIASES.get(str(name_or_path), str(name_or_path))
@@ -45,6 +46,7 @@ def load_path(path: Path) -> NetworkAutoencoder:
         return load_pair(*pair)
     if path.exists():
         raise WeightsError(
-            f"{path}: neither a diffusers folder (config.json) nor a pair of *_encoder.pth and *_decoder.pth"
+            f"{path}: neither a diffusers folder (config.json) nor a pair of *_encoder.pth and "
+            "*_decoder.pth"
         )
     raise unknown_name("autoencoder", str(path), [*CARDS, *ALIASES])

@@ -1,4 +1,4 @@
-"""What an autoencoder is to the rest of the library: a card, encode, decode, to; and its identities."""
+"""What an autoencoder is to the rest of the library: a card, encode, decode, to; its identities."""
 # B batch, C latent channels, H W pixels, h w latent cells
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class NetworkAutoencoder:
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Latents (B, C, ceil(H/f), ceil(W/f)) of images in [0, 1], reflect-padded to the factor."""
+        """Latents (B, C, ceil(H/f), ceil(W/f)) of [0, 1] images, reflect-padded to the factor."""
         padded = pad_to_factor(images, self.card.factor)
         latents: Tensor = self.encoder(padded.to(self.device, self.dtype))
         return latents
@@ -123,7 +123,10 @@ def latent_cells(size_px: tuple[int, int], factor: int) -> tuple[int, int]:
 
 
 def hash_tensors(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> str:
-    """`sha256:...` over facts and tensors: sorted by name, each as name, shape and little-endian fp32."""
+    """`sha256:...` over facts and tensors.
+
+    Tensors are sorted by name, each as name, shape and little-endian fp32.
+    """
     digest = hashlib.sha256(canonical_json(dict(facts)).encode())
     for name in sorted(tensors):
         values = tensors[name].detach().to("cpu", torch.float32).contiguous()
@@ -149,11 +152,15 @@ def latent_identity(encoder_tensors: Mapping[str, Tensor], input_range: tuple[in
 
 
 def check_decoder(card: AutoencoderCard, latent_id: str, where: str) -> None:
-    """Refuse a decoder of other latents than those stored; any decoder of the same latents is welcome."""
+    """Refuse a decoder of other latents than those stored.
+
+    Any decoder of the same latents is welcome.
+    """
     if card.latent_id != latent_id:
         raise ContractError(
-            f"{where}: stored latents have latent_id {short(latent_id)}, autoencoder {card.name!r} reads "
-            f"{short(card.latent_id)}; pass the autoencoder they were made with, or a decoder trained for it"
+            f"{where}: stored latents have latent_id {short(latent_id)}, autoencoder {card.name!r} "
+            f"reads {short(card.latent_id)}; pass the autoencoder they were made with, or a "
+            "decoder trained for it"
         )
 
 

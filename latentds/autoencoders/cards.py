@@ -9,7 +9,8 @@ TINY = AutoencoderCard(
 )
 CARDS = {
     "tiny-v1": TINY,
-    # The paper's "SD-1.5" is this fine-tune of its VAE (reproduced from the authors' weight repositories).
+    # The paper's "SD-1.5" is this fine-tune of its VAE (reproduced from the authors' weight
+    # repositories).
     "sd15": AutoencoderCard(
         name="sd15",
         class_name="AutoencoderKL",
@@ -30,8 +31,8 @@ CARDS = {
         licence="Stability AI Community License",
         gated=True,
     ),
-    # No commit of the two DC-AE repositories could be confirmed offline: the commit that was loaded is
-    # resolved from the Hub and recorded, and latent_id pins the weights themselves.
+    # No commit of the two DC-AE repositories could be confirmed offline: the commit that was loaded
+    # is resolved from the Hub and recorded, and latent_id pins the weights themselves.
     "dcae-f32": AutoencoderCard(
         name="dcae-f32",
         class_name="AutoencoderDC",

@@ -1,7 +1,8 @@
-"""Autoencoders of diffusers: KL, DC and Tiny classes from the Hub or a folder. The only file that imports diffusers.
+"""Autoencoders of diffusers: KL, DC and Tiny classes from the Hub or a folder.
 
-[-1, 1], the three names latent_dist / latent / latents and the posterior stay inside this file; latents leave
-as the unscaled mean, so a model's scaling factor never touches what is stored.
+The only file that imports diffusers. [-1, 1], the three names latent_dist / latent / latents and
+the posterior stay inside this file; latents leave as the unscaled mean, so a model's scaling factor
+never touches what is stored.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def load_from_hub(card: AutoencoderCard) -> NetworkAutoencoder:
 
 
 def fetch(card: AutoencoderCard) -> tuple[Path, str]:
-    """Download config and safetensors of a card; returns their folder and the commit they are of."""
+    """Download a card's config and safetensors; returns their folder and the commit they are of."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -79,7 +80,8 @@ def fetch(card: AutoencoderCard) -> tuple[Path, str]:
 def fetch_advice(card: AutoencoderCard, file: str, error: Exception) -> str:
     """Which file is missing, and the ways to get it."""
     login = (
-        f"It is gated: accept its licence on the Hub page of {card.repository}, then run 'hf auth login'. "
+        f"It is gated: accept its licence on the Hub page of {card.repository}, "
+        "then run 'hf auth login'. "
         if card.gated
         else ""
     )
@@ -93,8 +95,12 @@ def fetch_advice(card: AutoencoderCard, file: str, error: Exception) -> str:
 def load_folder(path: Path) -> NetworkAutoencoder:
     """A diffusers folder of class KL, DC or Tiny."""
     network = load_network(path)
-    return wrap(network, AutoencoderCard(name=path.resolve().name, class_name=type(network).__name__,
-                                         licence="see the source of the folder"))  # fmt: skip
+    card = AutoencoderCard(
+        name=path.resolve().name,
+        class_name=type(network).__name__,
+        licence="see the source of the folder",
+    )
+    return wrap(network, card)
 
 
 def load_network(folder: Path) -> nn.Module:
@@ -129,7 +135,8 @@ def wrap(network: Any, card: AutoencoderCard) -> NetworkAutoencoder:
     decoder = {n: t for n, t in tensors.items() if n not in encoder}
     input_range = (-1, 1)
     if card.class_name == "AutoencoderTiny":
-        # The class maps [-1, 1] back to TAESD's [0, 1]; so hashed, both kinds of file give one latent_id.
+        # The class maps [-1, 1] back to TAESD's [0, 1]; so hashed, both kinds of file give one
+        # latent_id.
         encoder = {name.removeprefix("encoder.layers."): t for name, t in encoder.items()}
         input_range = (0, 1)
     card = dataclasses.replace(

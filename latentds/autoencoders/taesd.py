@@ -1,6 +1,7 @@
-"""TAESD-style autoencoders from their own pair of `.pth` files, with and without TAEF2's mid-block GroupNorm.
+"""TAESD-style autoencoders from their own pair of `.pth` files.
 
-Topology after madebyollin/taesd (MIT): plain nn.Sequential state dicts, images in [0, 1], latents unscaled.
+With and without TAEF2's mid-block GroupNorm. Topology after madebyollin/taesd (MIT): plain
+nn.Sequential state dicts, images in [0, 1], latents unscaled.
 """
 
 from __future__ import annotations
@@ -31,7 +32,10 @@ class Clamp(nn.Module):
 
 
 class Block(nn.Module):
-    """Three 3x3 convolutions on an identity path; a mid-block adds a grouped 1x1 bottleneck first."""
+    """Three 3x3 convolutions on an identity path.
+
+    A mid-block adds a grouped 1x1 bottleneck first.
+    """
 
     def __init__(self, has_pool: bool = False) -> None:
         super().__init__()
@@ -78,7 +82,7 @@ def build_decoder(channels: int, has_pool: bool) -> nn.Sequential:
 
 
 def find_pair(path: Path) -> tuple[Path, Path] | None:
-    """The `*_encoder.pth` and `*_decoder.pth` in a folder or with a prefix; None where there is none."""
+    """The `*_encoder.pth` and `*_decoder.pth` in a folder or of a prefix; None if there is none."""
     if path.is_dir():
         encoders = sorted(path.glob("*_encoder.pth"))
         decoders = [Path(str(p).replace("_encoder.pth", "_decoder.pth")) for p in encoders]

@@ -1,8 +1,8 @@
 """The `tiny` network: f8, 4 channels, every layer at a quarter of the resolution or below.
 
-Pixels enter by pixel-unshuffle and leave by pixel-shuffle, so no convolution ever runs on a full-size
-image: that, not a smaller width, is what makes decoding cheap (7.3 GFLOP a 256 px patch against 622
-for SD-1.5's decoder).
+Pixels enter by pixel-unshuffle and leave by pixel-shuffle, so no convolution ever runs on a
+full-size image: that, not a smaller width, is what makes decoding cheap (7.3 GFLOP a 256 px patch
+against 622 for SD-1.5's decoder).
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ BOUND = 3.0  # latents lie in (-3, 3)
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions on an identity path; no normalization, so a patch never sees its batch."""
+    """Two 3x3 convolutions on an identity path.
+
+    No normalization, so a patch never sees its batch.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Which codebook a conversion uses: an earlier run's, a file's, the one that ships with tiny, or a new fit."""
+"""Which codebook a conversion uses: an earlier run's, a file's, tiny's own, or a new fit."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MAX_FIT_VALUES = 16_000_000  # latent values held while fitting: 64 MB
 def find_codebook(
     config: ConvertConfig, plan: Plan, encoder: Encoder, reader: PatchReader, work: WorkFolder
 ) -> StoredCodebook:
-    """The codebook of an earlier run, of --codebook, that ships with tiny, or one fitted to a sample."""
+    """The codebook of an earlier run, of --codebook, shipped with tiny, or fitted to a sample."""
     card = encoder.autoencoder.card
     if config.codebook is not None:
         stored = load_codebook(config.codebook)
@@ -34,8 +34,8 @@ def find_codebook(
         stored = fit_to_sample(config, plan, encoder, reader)
     if stored.latent_id != card.latent_id:
         raise ContractError(
-            f"{config.codebook or work.codebook}: fitted to other latents than {card.name!r} makes; fit one "
-            "with 'latentds fit-codebook'"
+            f"{config.codebook or work.codebook}: fitted to other latents than {card.name!r} "
+            "makes; fit one with 'latentds fit-codebook'"
         )
     save_codebook(stored, work.codebook)
     return stored
@@ -58,7 +58,7 @@ def shipped_codebook(latent_id: str) -> StoredCodebook:
 def fit_to_sample(
     config: ConvertConfig, plan: Plan, encoder: Encoder, reader: PatchReader
 ) -> StoredCodebook:
-    """A codebook fitted to patches drawn from the training split (the first where there is none)."""
+    """A codebook fitted to patches drawn from the training split (the first if there is none)."""
     split = "train" if "train" in plan.splits else next(iter(plan.splits))
     start, stop = plan.splits[split]
     rng = np.random.default_rng([config.seed, 1])

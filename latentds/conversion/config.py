@@ -18,7 +18,8 @@ NOT_RECORDED = ("source", "out", "masks", "codebook", "device", "workers", "max_
 class ConvertConfig:
     """Convert a folder of pictures into a latentds data set.
 
-    Class folders become labels, train/val/test folders splits. A killed run is resumed by the same command.
+    Class folders become labels, train/val/test folders splits. A killed run is resumed by the same
+    command.
     """
 
     source: Annotated[Path, tyro.conf.Positional]
@@ -46,15 +47,15 @@ class ConvertConfig:
     pad: bool = False
     """Reflect smaller pictures at the right and bottom up to the patch size."""
     masks: Path | None = None
-    """Folder of masks: 8-bit PNG or TIFF of the same relative path and size, suffix aside; kept lossless."""
+    """Mask folder: 8-bit PNG or TIFF, same relative path and size, suffix aside; kept lossless."""
     labels: bool = True
     """Take class folders as labels."""
     name_pattern: str | None = None
-    """Regular expression with groups among label, slide, x, y, mpp, searched in every relative path."""
+    """Regular expression with groups among label, slide, x, y, mpp, searched in relative paths."""
     mpp: float | None = None
     """Micrometres a pixel of the pictures, recorded with every patch."""
     order: Literal["shuffle", "path"] = "shuffle"
-    """Order on disk: shuffled by --seed, so that any stretch of a shard is a sample, or as the paths sort."""
+    """Order on disk: shuffled by --seed, so any stretch of a shard is a sample, or by path."""
     pack_size: int = 256
     """Patches stored as one record."""
     pack_by_slide: bool = False
@@ -71,7 +72,7 @@ class ConvertConfig:
     max_px: int = 89_478_485
     """Pixels above which a picture is refused (Pillow's own limit against decompression bombs)."""
     max_bad: int = 0
-    """Pictures that may be left out because they cannot be read; listed with reasons in the manifest."""
+    """Pictures that may be left out as unreadable; listed with reasons in the manifest."""
     overwrite: bool = False
     """Replace what lies in --out."""
 
@@ -83,9 +84,10 @@ class ConvertConfig:
         if self.stride is not None and not self.tile:
             raise InputError("--stride is the step of --tile; pass both")
         limits = {
-            "patch_size": (8, 8192), "stride": (1, 8192), "levels": (2, 256), "pack_size": (1, 65536),
-            "shard_mb": (1, 65536), "encode_batch": (1, 65536), "fit_patches": (1, 10**7),
-            "workers": (1, 256), "max_px": (64, 2**34), "max_bad": (0, 10**9), "seed": (0, 2**31),
+            "patch_size": (8, 8192), "stride": (1, 8192), "levels": (2, 256),
+            "pack_size": (1, 65536), "shard_mb": (1, 65536), "encode_batch": (1, 65536),
+            "fit_patches": (1, 10**7), "workers": (1, 256), "max_px": (64, 2**34),
+            "max_bad": (0, 10**9), "seed": (0, 2**31),
         }  # fmt: skip
         for name, (low, high) in limits.items():
             value = getattr(self, name)

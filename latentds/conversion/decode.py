@@ -40,7 +40,10 @@ class Chunk:
 
 
 class PatchReader:
-    """Reads the regions of a plan; chunks come in the order asked for, whatever the number of threads."""
+    """Reads the regions of a plan.
+
+    Chunks come in the order asked for, whatever the number of threads.
+    """
 
     def __init__(self, plan: Plan, config: ConvertConfig, workers: int) -> None:
         self.plan, self.config = plan, config

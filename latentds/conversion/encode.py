@@ -1,4 +1,7 @@
-"""Patches to codes, the same bytes every time: full batches, fp32, no TF32, deterministic kernels."""
+"""Patches to codes, the same bytes every time.
+
+Full batches, fp32, no TF32, deterministic kernels.
+"""
 # B encode batch, N patches given, C latent channels, h w latent cells
 
 from __future__ import annotations
@@ -44,7 +47,10 @@ def exact_arithmetic() -> Iterator[None]:
 
 
 def to_images(pixels: np.ndarray, batch: int, device: torch.device) -> Tensor:
-    """Images float (B, 3, H, W) in [0, 1] of uint8 (N, H, W, 3) pixels, N <= B, filled up with black."""
+    """Images float (B, 3, H, W) in [0, 1] of uint8 (N, H, W, 3) pixels.
+
+    N <= B, filled up with black.
+    """
     filled = torch.zeros((batch, *pixels.shape[1:]), dtype=torch.uint8, device=device)
     filled[: len(pixels)] = torch.from_numpy(pixels).to(device)
     images: Tensor = filled.permute(0, 3, 1, 2).float().div_(255)
@@ -54,8 +60,8 @@ def to_images(pixels: np.ndarray, batch: int, device: torch.device) -> Tensor:
 class Encoder:
     """An autoencoder's encoder on a device, at one batch size.
 
-    Float convolutions differ in the last bits between batch sizes, and a bit can move a value over a
-    threshold: so every batch is full, and its size is recorded.
+    Float convolutions differ in the last bits between batch sizes, and a bit can move a value over
+    a threshold: so every batch is full, and its size is recorded.
     """
 
     def __init__(self, autoencoder: Autoencoder, device: torch.device, batch: int) -> None:
@@ -63,7 +69,7 @@ class Encoder:
         self.device, self.batch = device, batch
 
     def latents(self, pixels: np.ndarray) -> Tensor:
-        """Latents float32 (N, C, h, w) on the device of uint8 (N, H, W, 3), N at most the batch size."""
+        """Latents float32 (N, C, h, w) on the device of uint8 (N, H, W, 3), N <= the batch size."""
         images = to_images(pixels, self.batch, self.device)
         with exact_arithmetic():
             return self.autoencoder.encode(images)[: len(pixels)]
@@ -73,7 +79,7 @@ class Encoder:
         return quantize(self.latents(pixels), codebook).cpu().numpy()
 
     def check_shape(self, patch_px: tuple[int, int]) -> tuple[int, int, int]:
-        """(C, h, w) of a patch's codes, found by encoding a black one; must be what the card says."""
+        """(C, h, w) of a patch's codes, found by encoding a black one; must be the card's."""
         card = self.autoencoder.card
         black = torch.zeros(self.batch, 3, *patch_px, device=self.device)
         with exact_arithmetic():
@@ -85,7 +91,7 @@ class Encoder:
 
 
 def choose_batch(autoencoder: Autoencoder, device: torch.device, patch_px: tuple[int, int]) -> int:
-    """The encode batch for this machine: 16 on a CPU, else the largest of 256, 128, ... that fits."""
+    """Encode batch for this machine: 16 on a CPU, else the largest of 256, 128, ... that fits."""
     if device.type != "cuda":
         return CPU_BATCH
     for batch in CUDA_BATCHES:

@@ -48,7 +48,7 @@ def describe_file(path: Path) -> dict[str, Any]:
 
 
 def write_golden(conversion: Conversion, manifest: Manifest, bad: set[str]) -> None:
-    """Write the golden patches: stored codes, thumbnails of the pictures, pixels the decoder gives."""
+    """Write the golden patches: stored codes, the pictures' thumbnails, the decoder's pixels."""
     plan, config = conversion.plan, conversion.config
     rows = choose_rows(manifest.patches, config.seed)
     usable = np.array([picture.source not in bad for picture in plan.pictures])

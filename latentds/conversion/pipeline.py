@@ -1,4 +1,7 @@
-"""Convert: plan, codebook, shards, tables, manifest. Resumes after the last block that reached the disk."""
+"""Convert: plan, codebook, shards, tables, manifest.
+
+Resumes after the last block that reached the disk.
+"""
 
 from __future__ import annotations
 
@@ -51,8 +54,8 @@ def convert(config: ConvertConfig, autoencoder: Autoencoder | None = None) -> Ma
     """Convert a folder of pictures; returns the manifest of the finished data set.
 
     autoencoder  an object to use instead of `config.autoencoder`'s name or path
-    raises       InputError, TooManyBadSamplesError, WeightsError, ContractError; OSError on a full disk.
-                 After any of them the same call goes on where it stopped.
+    raises       InputError, TooManyBadSamplesError, WeightsError, ContractError; OSError on a full
+                 disk. After any of them the same call goes on where it stopped.
     """
     plan = make_plan(config)
     autoencoder = autoencoder or load_autoencoder(config.autoencoder)
@@ -70,7 +73,7 @@ def convert(config: ConvertConfig, autoencoder: Autoencoder | None = None) -> Ma
 def prepare(
     config: ConvertConfig, plan: Plan, autoencoder: Autoencoder, work: WorkFolder
 ) -> Conversion:
-    """Batch, codebook, contract and shards; taken from the work folder where an earlier run left them."""
+    """Batch, codebook, contract and shards; from the work folder where an earlier run left them."""
     device = choose_device(config.device)
     earlier = work.read_plan()
     batch = config.encode_batch or earlier.get("encode_batch")
@@ -193,7 +196,10 @@ def finish_shard(conversion: Conversion, shard: PlannedShard, journal: Journal) 
 def encoded_blocks(
     conversion: Conversion, blocks: Sequence[tuple[int, int]], bar: tqdm[Any]
 ) -> Iterator[tuple[list[Patch], np.ndarray, list[tuple[str, str]]]]:
-    """Patches, their codes and the bad pictures of every block; the next blocks' pictures decode meanwhile."""
+    """Patches, their codes and the bad pictures of every block.
+
+    The next blocks' pictures decode meanwhile.
+    """
     batch = conversion.encoder.batch
     ranges = [
         (a, min(a + batch, stop)) for start, stop in blocks for a in range(start, stop, batch)

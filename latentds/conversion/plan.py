@@ -26,7 +26,8 @@ REGION_DTYPE = np.dtype([("picture", "<u4"), ("x", "<i4"), ("y", "<i4")])
 class PlannedShard:
     """A shard's path in the data set, its split and its blocks.
 
-    blocks  (start, stop) rows of the plan's regions that are encoded, written and journalled together
+    blocks  (start, stop) rows of the plan's regions that are encoded, written and journalled
+            together
     """
 
     name: str
@@ -65,7 +66,7 @@ class Plan:
         return self.fields[picture].get("label", self.pictures[picture].label)
 
     def digest(self) -> str:
-        """Hash of the files, their headers and the order: what a resumed run must find unchanged."""
+        """Hash of files, headers and order: what a resumed run must find unchanged."""
         digest = hashlib.sha256(self.regions.tobytes())
         for picture, header in zip(self.pictures, self.headers, strict=True):
             digest.update(canonical_json([picture.source, picture.label, header.size_px,
@@ -138,8 +139,9 @@ def check_budget(config: ConvertConfig, bad: Sequence[tuple[str, str]]) -> None:
     if len(bad) > config.max_bad:
         source, reason = bad[-1]
         raise TooManyBadSamplesError(
-            f"{config.source / source}: {reason}. {len(bad)} bad pictures, --max-bad is {config.max_bad}; "
-            "repair or remove it, or raise the budget and run the same command again to go on"
+            f"{config.source / source}: {reason}. {len(bad)} bad pictures, --max-bad is "
+            f"{config.max_bad}; repair or remove it, or raise the budget and run the same command "
+            "again to go on"
         )
 
 
@@ -150,14 +152,15 @@ def check_keys(root: Path, sources: Sequence[str]) -> None:
         other = first.setdefault(patch_key(source), source)
         if other != source:
             raise InputError(
-                f"{root}: {other} and {source} have one key, {patch_key(source)!r}; rename or remove one"
+                f"{root}: {other} and {source} have one key, {patch_key(source)!r}; rename or "
+                "remove one"
             )
 
 
 def choose_patch_size(
     pictures: Sequence[Picture], headers: Sequence[Header], config: ConvertConfig
 ) -> tuple[int, int]:
-    """(H, W) of the patches; InputError where sizes differ and no way to make them one was chosen."""
+    """(H, W) of the patches; InputError where sizes differ and no way to unify them was chosen."""
     by_source = {p.source: header for p, header in zip(pictures, headers, strict=True)}
     edge = config.patch_size
     if edge is None:
@@ -172,12 +175,13 @@ def choose_patch_size(
             )
         if config.pad and (max(height, width) > edge or 2 * min(height, width) <= edge):
             raise InputError(
-                f"{source}: {width}x{height} px cannot be reflected to {edge}; it must be larger than half and "
-                "not larger than --patch-size"
+                f"{source}: {width}x{height} px cannot be reflected to {edge}; it must be larger "
+                "than half and not larger than --patch-size"
             )
         if not (config.tile or config.pad) and (height, width) != (edge, edge):
             raise InputError(
-                f"{source}: {width}x{height} px, --patch-size is {edge}; choose --resize, --tile or --pad"
+                f"{source}: {width}x{height} px, --patch-size is {edge}; choose --resize, --tile "
+                "or --pad"
             )
     return edge, edge
 
@@ -186,17 +190,21 @@ def check_regions_labels(plan: Plan, config: ConvertConfig) -> None:
     """Refuse labels or slides that a name pattern left on some pictures only."""
     unlabelled = [p.source for i, p in enumerate(plan.pictures) if plan.label(i) is None]
     if config.labels and unlabelled and len(unlabelled) < len(plan.pictures):
-        raise InputError(f"{len(unlabelled)} of {len(plan.pictures)} pictures have no label "
-                         f"(first: {unlabelled[0]}); mend --name-pattern or pass --no-labels")  # fmt: skip
+        raise InputError(
+            f"{len(unlabelled)} of {len(plan.pictures)} pictures have no label "
+            f"(first: {unlabelled[0]}); mend --name-pattern or pass --no-labels"
+        )
     if config.pack_by_slide:
         bare = [p.source for i, p in enumerate(plan.pictures) if plan.slide(i) is None]
         if bare:
-            raise InputError(f"--pack-by-slide, but {bare[0]} names no slide; use class/slide/picture folders "
-                             "or --name-pattern with a slide group")  # fmt: skip
+            raise InputError(
+                f"--pack-by-slide, but {bare[0]} names no slide; use class/slide/picture folders "
+                "or --name-pattern with a slide group"
+            )
 
 
 def order_regions(plan: Plan, config: ConvertConfig) -> Plan:
-    """The plan with its regions in the order on disk: by split, then shuffled, by slide or by path."""
+    """The plan, its regions in the order on disk: by split, then shuffled, by slide or by path."""
     rng = np.random.default_rng([config.seed, 0])
     parts, splits, start = [], {}, 0
     for split in sorted({picture.split for picture in plan.pictures}):

@@ -1,4 +1,4 @@
-"""The folder a conversion keeps its progress in, so that a killed one goes on and a second one stays out."""
+"""The folder of a conversion's progress, so that a killed one goes on and a second stays out."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Journal:
         self.bad += [(source, reason) for source, reason in record["bad"]]
 
     def append(self, end: int, blocks: int, packs: int, bad: list[tuple[str, str]]) -> None:
-        """Note that the shard is durable up to `end`, so many blocks and packs further than before."""
+        """Note that the shard is durable to `end`, so many blocks and packs further than before."""
         record = {"end": end, "blocks": blocks, "packs": packs, "bad": bad}
         with self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
@@ -123,8 +123,8 @@ class WorkFolder:
                        if earlier["made"]["options"].get(name) != value}  # fmt: skip
             what = ", ".join(sorted(options) or changed)
             raise InputError(
-                f"{self.folder.parent.parent}: holds an unfinished conversion that differs in {what}; run it as "
-                "before to go on, or pass --overwrite to start anew"
+                f"{self.folder.parent.parent}: holds an unfinished conversion that differs in "
+                f"{what}; run it as before to go on, or pass --overwrite to start anew"
             )
         if not earlier:
             write_atomically(
@@ -136,7 +136,7 @@ class WorkFolder:
 
 @contextlib.contextmanager
 def prepare_output(config: ConvertConfig) -> Iterator[WorkFolder]:
-    """The locked work folder of --out; InputError where --out holds something that must not be touched."""
+    """The locked work folder of --out; InputError where --out holds what must not be touched."""
     out = config.out
     if config.source.resolve() == out.resolve() or config.source.resolve() in out.resolve().parents:
         raise InputError(f"{out}: lies in the input folder {config.source}; choose another --out")

@@ -1,4 +1,7 @@
-"""A folder of pictures: class folders as labels, train/val/test folders as splits, a slide folder below."""
+"""A folder of pictures.
+
+Class folders as labels, train/val/test folders as splits, a slide folder below.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +63,7 @@ def list_pictures(root: Path, use_labels: bool = True) -> Listing:
 
 
 def walk(root: Path) -> Iterator[str]:
-    """Posix paths of the files below `root`, sorted by name in every folder; links followed, loops not."""
+    """Posix paths of files below `root`, by name in every folder; links followed, loops not."""
     seen: set[str] = set()
 
     def visit(folder: str, prefix: str) -> Iterator[str]:
@@ -103,8 +106,8 @@ def check_labels(root: Path, pictures: Sequence[Picture], use_labels: bool) -> N
     bare = [picture.source for picture in pictures if picture.label is None]
     if use_labels and bare and len(bare) < len(pictures):
         raise InputError(
-            f"{root}: {len(bare)} of {len(pictures)} pictures lie in no class folder (first: {bare[0]}); "
-            "move them into one, or pass --no-labels"
+            f"{root}: {len(bare)} of {len(pictures)} pictures lie in no class folder (first: "
+            f"{bare[0]}); move them into one, or pass --no-labels"
         )
 
 
@@ -119,7 +122,8 @@ def check_sizes(headers: dict[str, Header]) -> tuple[int, int]:
     )
     more = f" and {len(sizes) - 4} more sizes" if len(sizes) > 4 else ""
     raise InputError(
-        f"pictures differ in size: {seen}{more}; choose --patch-size PX with --resize, --tile or --pad"
+        f"pictures differ in size: {seen}{more}; choose --patch-size PX with --resize, --tile or "
+        "--pad"
     )
 
 

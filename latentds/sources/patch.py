@@ -17,7 +17,8 @@ class Patch:
     source           path of the file it came from, relative to the input folder
     source_encoding  how that file was coded, for example png or jpeg:q=75:4:2:0
     label, slide     names, None where unknown
-    x_px_level0      left edge in pixels of level 0 (of the source picture for plain images), None where unknown
+    x_px_level0      left edge in pixels of level 0 (of the source picture for plain images), None
+                     where unknown
     y_px_level0      top edge, likewise
     size_px_level0   width of the region in those pixels
     mpp              micrometres a pixel of `image`, None where unknown

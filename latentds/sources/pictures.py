@@ -31,7 +31,7 @@ JPEG_LUMA_AT_50 = np.array(
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """What a file's header says: (H, W), Pillow mode and coding; and how many bytes the file has."""
+    """What a file's header says, (H, W), Pillow mode and coding; and the file's size in bytes."""
 
     size_px: tuple[int, int]
     mode: str
@@ -46,7 +46,10 @@ def picture_suffixes() -> set[str]:
 
 
 def read_header(path: Path, max_px: int) -> Header:
-    """Size, mode and coding, no pixel decoded; InputError (without the name) where it cannot be converted."""
+    """Size, mode and coding, no pixel decoded.
+
+    InputError (without the name) where it cannot be converted.
+    """
     try:
         with Image.open(path) as image:
             check_mode(image.mode)
@@ -60,7 +63,7 @@ def read_header(path: Path, max_px: int) -> Header:
 
 
 def read_picture(path: Path, max_px: int) -> tuple[np.ndarray, str]:
-    """Pixels uint8 (H, W, 3) and the mode they were converted from; InputError (without the name)."""
+    """Pixels uint8 (H, W, 3) and the mode they were converted from; InputError (without name)."""
     try:
         with Image.open(path) as image:
             check_mode(image.mode)

@@ -1,0 +1,144 @@
+"""The main job on real material: real tissue, real weights, awkward tiles, the trainer."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from latentds.autoencoders import load_autoencoder
+from latentds.autoencoders.tiny import tiny_codebook
+from latentds.conversion.config import ConvertConfig
+from latentds.conversion.pipeline import convert
+from latentds.loader import LatentLoader
+from latentds.quantizer import Codebook, dequantize, quantize
+from latentds.reader import ShardSet
+from latentds.verification import verify
+
+pytestmark = pytest.mark.assets
+
+
+def monuseg_crops(assets: Path) -> torch.Tensor:
+    """Two 256 px crops of each of the 14 pictures, float (28, 3, 256, 256)."""
+    crops = []
+    for path in sorted((assets / "segmentation" / "monuseg" / "images").glob("*.png")):
+        picture = np.asarray(Image.open(path).convert("RGB"))
+        crops += [picture[100:356, 100:356], picture[600:856, 500:756]]
+    return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).float() / 255
+
+
+def mean_psnr_db(images: torch.Tensor, decoded: torch.Tensor) -> float:
+    return float((-10 * (images - decoded).square().mean((1, 2, 3)).log10()).mean())
+
+
+@torch.no_grad()
+def round_trip(name: str, images: torch.Tensor, codebook: Codebook | None = None) -> torch.Tensor:
+    autoencoder = load_autoencoder(name)
+    parts = []
+    for part in images.split(7):
+        latents = autoencoder.encode(part)
+        if codebook is not None:
+            latents = dequantize(quantize(latents, codebook), codebook)
+        parts.append(autoencoder.decode(latents))
+    return torch.cat(parts)
+
+
+def test_taef2_with_its_real_weights_reconstructs_monuseg(assets):
+    images = monuseg_crops(assets)
+    assert mean_psnr_db(images, round_trip(str(assets / "autoencoders" / "taef2"), images)) >= 29
+
+
+def test_tiny_reconstructs_monuseg_after_quantization(assets):
+    images = monuseg_crops(assets)
+    assert mean_psnr_db(images, round_trip("tiny", images, tiny_codebook())) >= 28
+
+
+def test_real_patches_convert_verify_and_load(assets, tmp_path):
+    config = ConvertConfig(
+        source=assets / "classification" / "ucsb_breast",
+        out=tmp_path / "ucsb",
+        device="cpu",
+        name_pattern=r"(?P<slide>ytma[^/]*)__y(?P<y>\d+)_x(?P<x>\d+)",
+    )
+    manifest = convert(config)
+    assert manifest.labels() == {"benign": 207, "malignant": 153} and len(manifest.slides) == 40
+    assert verify(tmp_path / "ucsb").is_good
+    loader = LatentLoader(tmp_path / "ucsb", batch_size=40, shuffle=True, num_workers=2)
+    rows = [row for batch in loader for row in batch.rows.tolist()]
+    assert sorted(rows) == list(range(360)) and loader.classes == ["benign", "malignant"]
+
+
+def test_real_jpegs_and_masks_convert(assets, tmp_path):
+    images = assets / "segmentation" / "dsb2018_he"
+    manifest = convert(
+        ConvertConfig(
+            source=images / "images", masks=images / "masks", out=tmp_path / "dsb", device="cpu"
+        )
+    )
+    assert manifest.contract.patch_px == (256, 320)
+    shards = ShardSet(tmp_path / "dsb")
+    rows = np.array([0, 40])
+    for source, mask in zip(
+        shards.read_columns(rows, ["source"])["source"], shards.read_masks(rows), strict=True
+    ):
+        assert np.array_equal(mask, np.asarray(Image.open(images / "masks" / source)))
+    jpegs = convert(
+        ConvertConfig(
+            source=assets / "classification" / "oral_cc0_jpeg", out=tmp_path / "oral", device="cpu"
+        )
+    )
+    assert all(name.startswith("jpeg:q=") for name in jpegs.made["source_encodings"])
+
+
+def test_awkward_tiles_survive_tiling_and_a_local_autoencoder(assets, tmp_path):
+    config = ConvertConfig(
+        source=assets / "edge_tiles",
+        out=tmp_path / "edge",
+        autoencoder=str(assets / "autoencoders" / "taef2"),
+        tile=True,
+        patch_size=256,
+        fit_patches=8,
+        device="cpu",
+    )
+    manifest = convert(config)
+    assert manifest.patches == 36 and manifest.contract.codes_shape == (32, 32, 32)
+    assert str(assets) not in (tmp_path / "edge" / ".latentds" / "manifest.json").read_text()
+    batch = next(
+        iter(LatentLoader(tmp_path / "edge", batch_size=4, autoencoder=config.autoencoder))
+    )
+    assert batch.images.shape == (4, 3, 256, 256)
+
+
+def test_tiny_was_trained_on_no_test_set(assets, monkeypatch):
+    from latentds_trainers import train_tiny
+
+    opened = []
+    original = Image.open
+    monkeypatch.setattr(
+        Image, "open", lambda path, **o: opened.append(str(path)) or original(path, **o)
+    )
+    train_tiny.read_tiles(assets)
+    assert opened and not [path for path in opened if "monuseg" in path or "ucsb" in path]
+
+
+def test_trainer_runs_resumes_and_writes_weights(assets, tmp_path):
+    options = [
+        "--tiles",
+        str(assets),
+        "--out",
+        str(tmp_path),
+        "--batch-size",
+        "2",
+        "--crop-px",
+        "32",
+    ]
+    command = [sys.executable, "-m", "latentds_trainers.train_tiny", *options, "--save-every", "2"]
+    for steps in ("2", "4"):
+        run = subprocess.run(
+            [*command, "--steps", steps], capture_output=True, text=True, check=True
+        )
+    assert "step 4" in run.stderr and "step 2 " not in run.stderr
+    assert run.stdout.strip().endswith("tiny-v1.safetensors")

@@ -1,0 +1,80 @@
+"""A data set read without latentds: webdataset, datasets (streaming and not), pyarrow."""
+
+import io
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from latentds.reader import ShardSet
+
+CODES, PATCHES = "codes.npy", "patches.parquet"
+
+
+@pytest.fixture
+def expected(shared_dataset):
+    shards = ShardSet(shared_dataset)
+    first, end = shards.patch_range("train")
+    rows = np.arange(first, end)
+    return shards.read_codes(rows), shards.read_columns(rows, ["source"])["source"]
+
+
+def test_webdataset_reads_packs(shared_dataset, expected):
+    import webdataset
+
+    shards = sorted(str(path) for path in (shared_dataset / "data").glob("train-*.tar"))
+    # No .decode(): webdataset's default decoder would unpickle what a foreign shard holds.
+    samples = list(webdataset.WebDataset(shards, shardshuffle=False))
+    codes = np.concatenate([np.load(io.BytesIO(s[CODES]), allow_pickle=False) for s in samples])
+    assert np.array_equal(codes, expected[0])
+    assert samples[0]["__key__"] == "train-000000-000000"
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_datasets_reads_a_row_a_pack(shared_dataset, expected, streaming, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.load_dataset(
+        str(shared_dataset), split="train", streaming=streaming, cache_dir=str(tmp_path)
+    )
+    rows = list(rows)
+    packs = sum(s.packs for s in ShardSet(shared_dataset).manifest.shards if s.split == "train")
+    codes = np.concatenate([np.asarray(row[CODES], np.uint8) for row in rows])
+    assert len(rows) == packs and np.array_equal(codes, expected[0])
+    columns = pq.read_table(io.BytesIO(rows[0][PATCHES])).to_pylist()
+    assert [column["source"] for column in columns] == expected[1][: len(columns)]
+
+
+def test_the_cards_lines_unpack_a_pack(shared_dataset, tmp_path):
+    """The three lines of the data set's README, run as they stand."""
+    datasets = pytest.importorskip("datasets")
+    import base64
+    import json
+
+    card = (shared_dataset / "README.md").read_text()
+    start = card.index('    codes = row["codes.npy"]')
+    lines = [line.strip() for line in card[start : card.index("Check with")].splitlines()]
+    manifest = json.loads((shared_dataset / ".latentds" / "manifest.json").read_text())
+    values = base64.b64decode(manifest["contract"]["codebook"]["values_f32le_base64"])
+    row = next(iter(datasets.load_dataset(str(shared_dataset), split="val", streaming=True)))
+    row[CODES] = np.asarray(row[CODES], np.uint8)
+    scope = {"row": row, "io": io, "pyarrow": __import__("pyarrow.parquet")}
+    scope["levels"] = np.frombuffer(values, "<f4")
+    exec("\n".join(lines), scope)
+    assert scope["latents"].shape == scope["codes"].shape
+    assert scope["columns"][0]["label"] in manifest["classes"]
+
+
+def test_sets_with_masks_load_in_datasets(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    from tests.conftest import convert_with_mean, save_pictures
+
+    save_pictures(tmp_path / "in", 9)
+    save_pictures(tmp_path / "rgb", 9)
+    from PIL import Image
+
+    (tmp_path / "masks").mkdir()
+    for path in sorted((tmp_path / "rgb").iterdir()):
+        Image.open(path).convert("L").save(tmp_path / "masks" / path.name)
+    convert_with_mean(tmp_path / "in", tmp_path / "out", masks=tmp_path / "masks", pack_size=4)
+    rows = list(datasets.load_dataset(str(tmp_path / "out"), split="train", streaming=True))
+    assert [len(pq.read_table(io.BytesIO(row["masks.parquet"]))) for row in rows] == [4, 4, 1]

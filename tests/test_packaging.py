@@ -1,0 +1,172 @@
+"""The house: floors, names, the wheel's contents, the README's commands and code."""
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# What each floor holds, lowest first; imports stay on their floor or go down.
+FLOORS = [
+    ["version", "errors", "quantizer", "lloyd", "fit", "format", "storage", "metrics", "report"],
+    ["autoencoders", "codebooks", "codecs"],
+    [
+        *("sources", "columns", "manifest", "writer", "scan", "index", "reader", "golden"),
+        *("publishing", "conversion", "verification"),
+    ],
+    ["order", "batch", "dataset", "loader"],
+]
+ALONE = {  # heavy libraries and the only modules that may import them
+    "diffusers": {"latentds.autoencoders.diffusers_ae"},
+    "faiss": {"latentds.fit"},
+    "openslide": {"latentds_trainers.train_tiny"},
+    "huggingface_hub": {"latentds.autoencoders.diffusers_ae"},
+}
+
+
+def modules() -> dict[str, Path]:
+    named = {}
+    for folder, package in (
+        ("latentds", "latentds"),
+        ("tools", "latentds_tools"),
+        ("trainers", "latentds_trainers"),
+    ):
+        for path in (ROOT / folder).rglob("*.py"):
+            parts = path.relative_to(ROOT / folder).with_suffix("").parts
+            named[".".join((package, *(part for part in parts if part != "__init__")))] = path
+    return named
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def floor(module: str) -> int | None:
+    parts = module.split(".")
+    if parts[0] != "latentds" or len(parts) < 2:
+        return None
+    return next((i for i, names in enumerate(FLOORS) if parts[1] in names), None)
+
+
+def test_every_module_has_a_floor():
+    known = [m for m in modules() if m.startswith("latentds.")]
+    assert [m for m in known if floor(m) is None] == []
+
+
+@pytest.mark.parametrize("module", [m for m in modules() if m.startswith("latentds.")])
+def test_imports_go_down_the_floors(module):
+    above = {
+        name for name in imports(modules()[module]) if (floor(name) or 0) > (floor(module) or 0)
+    }
+    assert above == set()
+
+
+@pytest.mark.parametrize("package", ["latentds_tools", "latentds_trainers"])
+def test_tools_and_trainers_never_import_each_other(package):
+    others = {"latentds_tools", "latentds_trainers"}
+    for module, path in modules().items():
+        if module.startswith(package) or module.startswith("latentds."):
+            assert not {name for name in imports(path) if name.split(".")[0] in others}, module
+
+
+@pytest.mark.parametrize("library", ALONE)
+def test_heavy_libraries_stay_in_their_rooms(library):
+    users = {
+        m for m, path in modules().items() if library in {i.split(".")[0] for i in imports(path)}
+    }
+    assert users == ALONE[library]
+
+
+def test_no_file_is_named_like_a_dependency():
+    """Run as a script, a file's folder comes first on sys.path."""
+    taken = set(sys.stdlib_module_names) | {
+        "datasets",
+        "torch",
+        "numpy",
+        "diffusers",
+        "faiss",
+        "ray",
+    }
+    files = [*(ROOT / "tools").glob("*.py"), *(ROOT / "trainers").glob("*.py")]
+    assert [path.name for path in files if path.stem in taken] == []
+
+
+def test_wheel_holds_the_packages_the_weights_and_nothing_else(tmp_path):
+    tree = tmp_path / "tree"  # a copy: setuptools would take stale files out of an old build folder
+    for name in ("latentds", "tools", "trainers"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, tree / name, ignore=ignored)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree / name)
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", str(tmp_path)]
+    run = subprocess.run([*build, str(tree)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    (wheel,) = tmp_path.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    content = {name for name in names if ".dist-info/" not in name}
+    expected = {f"{m.replace('.', '/')}" for m in modules()}
+    assert {name.split("/")[0] for name in content} == {
+        "latentds",
+        "latentds_tools",
+        "latentds_trainers",
+    }
+    sources = {re.sub(r"(/__init__)?\.py$", "", name) for name in content if name.endswith(".py")}
+    assert sources == expected
+    assert {name for name in content if not name.endswith(".py")} == {
+        "latentds/py.typed",
+        "latentds/autoencoders/weights/tiny-v1.safetensors",
+        "latentds/autoencoders/weights/tiny-v1-codebook.safetensors",
+    }
+
+
+def readme_blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+def test_readme_names_every_command():
+    from latentds_tools.cli import COMMANDS
+
+    text = (ROOT / "README.md").read_text()
+    assert [command for command in COMMANDS if f"latentds {command}" not in text] == []
+
+
+def test_readme_python_runs_as_it_stands(tmp_path, monkeypatch):
+    from tests.conftest import save_pictures
+
+    monkeypatch.chdir(tmp_path)
+    save_pictures(tmp_path / "patches" / "tumour", 6, edge=64)
+    save_pictures(tmp_path / "patches" / "stroma", 6, first_seed=50, edge=64)
+    from latentds_tools import cli
+
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["convert", "patches", "--out", "crc-latents", "--device", "cpu"])
+    blocks = readme_blocks("python")
+    assert blocks
+    for block in blocks:
+        exec(compile(block.replace('device="cuda"', 'device="cpu"'), "README.md", "exec"), {})
+
+
+def test_readme_commands_are_makefile_targets():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in ("demo", "test"):
+        assert f"make {target}" in (ROOT / "README.md").read_text() and f"\n{target}:" in makefile
+
+
+def test_constraints_pin_every_dependency():
+    text = (ROOT / "pyproject.toml").read_text()
+    section = text[text.index("dependencies = [") : text.index("[project.scripts]")]
+    wanted = {name.lower() for name in re.findall(r'"([A-Za-z0-9-]+)(?:\[[a-z]+\])?[>=]', section)}
+    pinned = {line.split("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines()}
+    assert wanted - pinned - {"setuptools"} == set()

@@ -1,0 +1,179 @@
+"""The commands as a user calls them: output, JSON, exit codes, one-line errors."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from latentds_tools import cli
+
+from tests.conftest import save_pictures
+
+
+def call(capsys, *words: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a command, run in this process."""
+    try:
+        cli.main([str(word) for word in words])
+        code = 0
+    except SystemExit as leave:
+        code = int(leave.code or 0)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.fixture
+def tiny_set(pictures, tmp_path, capsys):
+    code, _, _ = call(capsys, "convert", pictures, "--out", tmp_path / "set", "--device", "cpu")
+    assert code == 0
+    return tmp_path / "set"
+
+
+def test_help_lists_every_command_and_imports_nothing_heavy():
+    script = (
+        "import sys; from latentds_tools import cli; cli.main(['--help']);"
+        "heavy = {'torch', 'webdataset', 'pyarrow', 'diffusers', 'faiss'} & set(sys.modules);"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert all(command in run.stdout for command in cli.COMMANDS)
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_command_has_help(command, capsys):
+    code, out, _ = call(capsys, *command.split(), "--help")
+    assert code == 0 and ("--json" in out or command in ("show", "demo"))
+
+
+def test_importing_latentds_is_light():
+    script = (
+        "import latentds, sys; sys.exit(int('torch' in sys.modules or 'pyarrow' in sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
+
+
+def test_public_names_are_what_can_be_imported():
+    import latentds
+
+    assert set(dir(latentds)) == set(latentds.__all__)
+    assert all(getattr(latentds, name) is not None for name in latentds.__all__)
+    with pytest.raises(AttributeError):
+        _ = latentds.Loader
+
+
+def test_convert_prints_a_summary(pictures, tmp_path, capsys):
+    code, out, _ = call(
+        capsys, "convert", pictures, "--out", tmp_path / "o", "--device", "cpu", "--json"
+    )
+    summary = json.loads(out)
+    assert code == 0 and summary["patches"] == 33 and summary["left_out"] == []
+    assert summary["classes"] == {"stroma": 13, "tumour": 20}
+
+
+def test_dry_run_estimates_and_writes_nothing(pictures, tmp_path, capsys):
+    words = ["convert", pictures, "--out", tmp_path / "o", "--dry-run", "--json"]
+    code, out, _ = call(capsys, *words, "--autoencoder", "dcae-f32")
+    assert code == 0 and not (tmp_path / "o").exists()
+    assert json.loads(out)["code_bytes"] == 33 * 32 and json.loads(out)["patches"] == 33
+
+
+def test_info_tells_codebook_and_memory(tiny_set, capsys):
+    code, out, _ = call(capsys, "info", tiny_set)
+    assert code == 0 and "ships with tiny-v1" in out and "loader memory" in out
+    code, out, _ = call(capsys, "info", tiny_set, "--json", "--batch-size", "10")
+    assert json.loads(out)["loader_memory"]["decoded_batch_fp32"] == 10 * 3 * 32 * 32 * 4
+
+
+def test_verify_exits_with_1_on_damage(tiny_set, capsys):
+    assert call(capsys, "verify", tiny_set)[0] == 0
+    shard = tiny_set / "data" / "train-000000.tar"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    code, out, _ = call(capsys, "verify", tiny_set, "--json")
+    assert code == 1 and json.loads(out)["is_good"] is False
+
+
+def test_show_writes_one_self_contained_page(tiny_set, tmp_path, capsys):
+    page = tmp_path / "page.html"
+    code, _, _ = call(capsys, "show", tiny_set, "--out", page, "--count", "5")
+    text = page.read_text()
+    assert code == 0 and text.count("<figure>") == 5 and "tumour" in text
+    assert "<script" not in text and "http" not in text.replace("data:image/png", "")
+    code, _, err = call(capsys, "show", tiny_set, "--out", page)
+    assert code == 1 and "--overwrite" in err
+
+
+def test_fit_codebook_makes_a_file_convert_takes(pictures, tmp_path, capsys):
+    book = tmp_path / "book.safetensors"
+    words = ["--out", book, "--quantizer", "kmeans-channel", "--device", "cpu", "--json"]
+    code, out, _ = call(capsys, "fit-codebook", pictures, *words)
+    assert code == 0 and json.loads(out)["snr_db"] > 20
+    code, _, _ = call(
+        capsys, "convert", pictures, "--out", tmp_path / "o", "--codebook", book, "--device", "cpu"
+    )
+    _, out, _ = call(capsys, "info", tmp_path / "o", "--json")
+    assert json.loads(out)["codebook"]["rows"] == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["info", "nowhere"], "nowhere: no such folder"),
+        (["verify", "nowhere"], "nowhere: no such folder"),
+        (["convert", "nowhere", "--out", "o"], "nowhere: no such folder"),
+        (
+            ["convert", ".", "--out", "o", "--levels", "999"],
+            "--levels 999 is not between 2 and 256",
+        ),
+        (["convert", "p", "--out", "o", "--autoencoder", "tinny"], "did you mean 'tiny'?"),
+    ],
+)
+def test_errors_are_one_line_and_exit_code_1(words, part, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    save_pictures(tmp_path / "p", 2)
+    code, _, err = call(capsys, *words)
+    assert code == 1 and err.startswith("latentds: ") and part in err
+    assert err.count("\n") == 1
+
+
+def test_wrong_usage_exits_with_2(capsys):
+    assert call(capsys, "frobnicate")[0] == 2
+    assert call(capsys, "convert", "--no-such-option")[0] == 2
+    assert call(capsys, "--version")[1].startswith("latentds ")
+
+
+def test_bench_container_stays_within_its_bound(capsys):
+    code, out, _ = call(capsys, "bench", "container", "--small", "--json")
+    overhead = {
+        (r["bytes_per_patch"], r["pack_size"]): r["shard_overhead"] for r in json.loads(out)
+    }
+    assert code == 0 and len(overhead) == 20
+    assert overhead[2048, 256] < 0.015
+
+
+def test_bench_convert_reports_both_rates(tmp_path, capsys):
+    save_pictures(tmp_path / "p", 24, edge=64)
+    code, out, _ = call(
+        capsys, "bench", "convert", tmp_path / "p", "--rounds", "1", "--json", "--device", "cpu"
+    )
+    result = json.loads(out)
+    assert code == 0 and result["encoder"] > 0 and result["share_of_encoder"] > 0
+
+
+def test_bench_fidelity_sets_codecs_at_equal_bytes(tmp_path, capsys):
+    save_pictures(tmp_path / "p", 2, edge=128)
+    words = ["bench", "fidelity", tmp_path / "p", "--crop-px", "128", "--json"]
+    code, out, _ = call(capsys, *words)
+    rows = {row["codec"].split()[0]: row for row in json.loads(out)["rows"]}
+    assert code == 0 and rows["tiny-v1"]["bytes"] == 1024
+    assert rows["JPEG"]["bytes"] <= 1024 and rows["WEBP"]["psnr_db"] > 20
+
+
+@pytest.mark.slow
+def test_demo_runs_the_main_job(tmp_path, capsys):
+    code, out, _ = call(capsys, "demo", "--out", tmp_path / "demo", "--device", "cpu")
+    page = (tmp_path / "demo" / "demo.html").read_text()
+    assert code == 0 and "81 patches" in out and "LatentLoader(" in out
+    assert "JPEG at those bytes" in out and page.count("<figure>") == 24
+    assert call(capsys, "verify", tmp_path / "demo" / "latents")[0] == 0
+    code, _, err = call(capsys, "demo", "--out", tmp_path / "demo")
+    assert code == 1 and "--overwrite" in err

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -83,9 +82,3 @@ def encode_masks(patches: Sequence[Patch]) -> bytes | None:
     if all(patch.mask_png is None for patch in patches):
         return None
     return encode_table(pa.table({"mask_png": [p.mask_png for p in patches]}, schema=MASK_SCHEMA))
-
-
-def plain_rows(table: pa.Table) -> list[dict[str, Any]]:
-    """The table's rows as dictionaries."""
-    rows: list[dict[str, Any]] = table.to_pylist()
-    return rows

@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from latentds.format import NO_LABEL, PACK_DTYPE, PACKS_TABLE, PATCH_DTYPE, PATCHES_TABLE, Contract
 from latentds.manifest import ShardRecord
-from latentds.scan import ScannedPack, read_patch_rows, scan_shard
-from latentds.storage import sha256_file, write_atomically
+from latentds.scan import ScannedPack, read_patches, scan_shard
+from latentds.storage import rename_durably, sha256_file, write_atomically
 
 UNKNOWN_PX = -1  # x and y where a source has none
+INDEXED = ("label", "slide", "x", "y", "mpp", "size_px")  # columns that the patch table holds
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -38,9 +41,9 @@ def index_shard(folder: Path, name: str, contract: Contract) -> ShardIndex:
     """Scan a finished shard: every header, every column, every checksum."""
     path = folder / name
     packs = list(scan_shard(path, contract))
-    rows = [row for pack in packs for row in read_patch_rows(path, pack)]
-    classes, labels = number_names([row["label"] for row in rows])
-    slides, slide_numbers = number_names([row["slide"] for row in rows])
+    table = pa.concat_tables([read_patches(path, pack, INDEXED) for pack in packs])
+    classes, labels = number_names(table["label"])
+    slides, slide_numbers = number_names(table["slide"])
     counts = np.bincount(labels[labels >= 0], minlength=len(classes))
     record = ShardRecord(
         name=name,
@@ -48,23 +51,23 @@ def index_shard(folder: Path, name: str, contract: Contract) -> ShardIndex:
         bytes=path.stat().st_size,
         sha256=sha256_file(path),
         packs=len(packs),
-        patches=len(rows),
+        patches=len(table),
         labels={label: int(count) for label, count in zip(classes, counts, strict=True)},
     )
-    patches = np.zeros(len(rows), PATCH_DTYPE)
+    patches = np.zeros(len(table), PATCH_DTYPE)
     patches["label"], patches["slide"] = labels, slide_numbers
     for field, unknown in (("x", UNKNOWN_PX), ("y", UNKNOWN_PX), ("mpp", np.nan), ("size_px", 0)):
-        patches[field] = [unknown if row[field] is None else row[field] for row in rows]
+        patches[field] = pc.fill_null(table[field], unknown).to_numpy()
     return ShardIndex(
         record=record, packs=pack_rows(packs), patches=patches, classes=classes, slides=slides
     )
 
 
-def number_names(values: Sequence[Any]) -> tuple[tuple[str, ...], np.ndarray]:
-    """The distinct names, sorted, and every value's number among them (-1 for None)."""
-    names = tuple(sorted({value for value in values if value is not None}))
-    numbers = {name: number for number, name in enumerate(names)}
-    return names, np.array([numbers.get(value, NO_LABEL) for value in values], np.int32)
+def number_names(column: pa.ChunkedArray) -> tuple[tuple[str, ...], np.ndarray]:
+    """The distinct names, sorted, and every value's number among them (-1 for null)."""
+    names = sorted(name for name in pc.unique(column).to_pylist() if name is not None)
+    numbers = pc.index_in(column, value_set=pa.array(names, pa.string()))
+    return tuple(names), pc.fill_null(numbers, NO_LABEL).to_numpy().astype(np.int32)
 
 
 def pack_rows(packs: Sequence[ScannedPack]) -> np.ndarray:
@@ -133,8 +136,8 @@ def write_tables(
         patches[first_patch : first_patch + len(patch_part)] = patch_part
         first_pack, first_patch = first_pack + len(pack_part), first_patch + len(patch_part)
     for table, name in ((packs, PACKS_TABLE), (patches, PATCHES_TABLE)):
-        table.flush()
-        (folder / f"{name}.tmp").replace(folder / name)
+        table.flush()  # msync: on the disk before it has its name
+        rename_durably(folder / f"{name}.tmp", folder / name)
     return tuple(records), *names
 
 

@@ -47,6 +47,9 @@ class ShardSet:
         check_sizes(self.folder, self.manifest)
         self.packs = open_table(self.folder / PACKS_TABLE, PACK_DTYPE, self.manifest.packs)
         self.patches = open_table(self.folder / PATCHES_TABLE, PATCH_DTYPE, self.manifest.patches)
+        # A field of the table is strided: a binary search on it would copy it for every batch.
+        self.first_patch = np.ascontiguousarray(self.packs["first_patch"])
+        self.first_pack = np.cumsum([0, *(shard.packs for shard in self.manifest.shards)])
         self.reset()
 
     def reset(self) -> None:
@@ -68,7 +71,7 @@ class ShardSet:
         """Key of a pack: split, shard number and place in the shard."""
         shard = self.manifest.shards[int(self.packs["shard"][pack])]
         number = int(shard.name.removesuffix(".tar").rpartition("-")[2])
-        first = int(np.searchsorted(self.packs["shard"], self.packs["shard"][pack]))
+        first = int(self.first_pack[self.packs["shard"][pack]])
         return pack_key(shard.split, number, pack - first)
 
     def patch_range(self, split: str) -> tuple[int, int]:
@@ -91,7 +94,7 @@ class ShardSet:
 
     def group_by_pack(self, rows: np.ndarray) -> list[tuple[int, np.ndarray]]:
         """(pack, places in `rows` that it serves) for every pack that is touched."""
-        packs = np.searchsorted(self.packs["first_patch"], rows.astype(np.uint64), side="right") - 1
+        packs = np.searchsorted(self.first_patch, rows.astype(np.uint64), side="right") - 1
         order = np.argsort(packs, kind="stable")
         touched, starts = np.unique(packs[order], return_index=True)
         places = np.split(order, starts[1:])

@@ -6,9 +6,11 @@ import dataclasses
 import json
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
+
+import pyarrow as pa
 
 from latentds.columns import MAX_COLUMNS_BYTES, decode_table
 from latentds.errors import FormatError
@@ -193,10 +195,8 @@ def read_member(path: Path, member: Member) -> bytes:
         return file.read(member.size)
 
 
-def read_patch_rows(path: Path, pack: ScannedPack) -> list[dict[str, object]]:
-    """The column rows of a scanned pack."""
+def read_patches(path: Path, pack: ScannedPack, columns: Sequence[str]) -> pa.Table:
+    """Columns of a scanned pack, one row a patch."""
     where = f"{path}, {pack.key}.{PATCHES}"
-    rows: list[dict[str, object]] = decode_table(
-        read_member(path, pack.patches), pack.count, where
-    ).to_pylist()
-    return rows
+    table: pa.Table = decode_table(read_member(path, pack.patches), pack.count, where, columns)
+    return table

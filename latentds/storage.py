@@ -23,10 +23,20 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+        rename_durably(temporary, path)
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def rename_durably(temporary: Path, path: Path) -> None:
+    """Rename, and sync the folder: a power failure leaves the old name or the new."""
+    temporary.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def sha256_file(path: Path) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 
 from latentds.errors import FormatError
 from latentds.format import CODES, MASKS, PATCHES, Contract, npy_header, shard_headers
+from latentds.storage import rename_durably
 
 BLOCK = 512
 RECORD = 10_240  # POSIX: a tar ends on a multiple of 20 blocks
@@ -97,7 +98,7 @@ class ShardWriter:
         self.file.write(bytes(2 * BLOCK + -end % RECORD))
         self.sync()
         self.file.close()
-        self.temporary.replace(self.path)
+        rename_durably(self.temporary, self.path)
 
     def __enter__(self) -> ShardWriter:
         return self

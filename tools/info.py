@@ -96,6 +96,11 @@ def as_text(summary: dict[str, Any]) -> str:
     splits = ", ".join(f"{name} {count:,}" for name, count in summary["splits"].items())
     labels = ", ".join(f"{name} {count:,}" for name, count in summary["labels"].items()) or "none"
     origin = codebook.get("origin", "origin not recorded")
+    if "snr_db" in codebook:
+        origin += (
+            f" ({codebook['patches']:,} patches, seed {codebook['seed']}): "
+            f"{codebook['snr_db']} dB, {codebook['dead_levels']} dead levels, {codebook['saturated_share']:.2%} saturated"
+        )
     lines = {
         "patches": f"{summary['patches']:,} of {width}x{height} px ({splits})",
         "labels": labels,

@@ -11,7 +11,18 @@ import tyro
 from latentds.errors import InputError
 
 # What may differ between a run and its resumption: it changes no byte of the result.
-NOT_RECORDED = ("source", "out", "masks", "codebook", "device", "workers", "max_bad", "overwrite")
+# The autoencoder may be a path; the contract names it.
+NOT_RECORDED = (
+    "autoencoder",
+    "source",
+    "out",
+    "masks",
+    "codebook",
+    "device",
+    "workers",
+    "max_bad",
+    "overwrite",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

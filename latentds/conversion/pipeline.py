@@ -5,8 +5,10 @@ Resumes after the last block that reached the disk.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -34,6 +36,7 @@ from latentds.sources.patch import Patch
 from latentds.writer import Pack, ShardWriter
 
 logger = logging.getLogger(__name__)
+MAX_WORKERS = 16  # decode threads where --workers is not given
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -59,28 +62,30 @@ def convert(config: ConvertConfig, autoencoder: Autoencoder | None = None) -> Ma
     """
     plan = make_plan(config)
     autoencoder = autoencoder or load_autoencoder(config.autoencoder)
-    with prepare_output(config) as work:
-        conversion = prepare(config, plan, autoencoder, work)
-        try:
-            write_shards(conversion)
-            manifest = finish(conversion)
-        finally:
-            conversion.reader.close()
+    workers = config.workers or min(MAX_WORKERS, os.cpu_count() or 1)
+    with (
+        prepare_output(config) as work,
+        contextlib.closing(PatchReader(plan, config, workers)) as reader,
+    ):
+        conversion = prepare(config, reader, autoencoder, work)
+        write_shards(conversion)
+        manifest = finish(conversion)
         shutil.rmtree(work.folder)
     return manifest
 
 
 def prepare(
-    config: ConvertConfig, plan: Plan, autoencoder: Autoencoder, work: WorkFolder
+    config: ConvertConfig, reader: PatchReader, autoencoder: Autoencoder, work: WorkFolder
 ) -> Conversion:
     """Batch, codebook, contract and shards; from the work folder where an earlier run left them."""
-    device = choose_device(config.device)
-    earlier = work.read_plan()
+    plan, device, earlier = reader.plan, choose_device(config.device), work.read_plan()
+    if earlier:
+        # Sums of another number of threads differ in their last bits, and so would the bytes.
+        torch.set_num_threads(earlier["made"]["threads"])
     batch = config.encode_batch or earlier.get("encode_batch")
     encoder = Encoder(
         autoencoder, device, batch or choose_batch(autoencoder, device, plan.patch_px)
     )
-    reader = PatchReader(plan, config, config.workers or min(16, torch.get_num_threads() * 2))
     stored = find_codebook(config, plan, encoder, reader, work)
     card = autoencoder.card
     contract = Contract(

@@ -117,14 +117,12 @@ class WorkFolder:
     def write_plan(self, plan: dict[str, Any]) -> None:
         """Keep what this run decided; InputError where an earlier one decided otherwise."""
         earlier = self.read_plan()
-        changed = [name for name in plan if earlier and earlier.get(name) != plan[name]]
+        changed = differences(earlier, plan) if earlier else []
         if changed:
-            options = {name for name, value in plan["made"]["options"].items()
-                       if earlier["made"]["options"].get(name) != value}  # fmt: skip
-            what = ", ".join(sorted(options) or changed)
             raise InputError(
                 f"{self.folder.parent.parent}: holds an unfinished conversion that differs in "
-                f"{what}; run it as before to go on, or pass --overwrite to start anew"
+                f"{', '.join(changed[:5])}; run it as before to go on, or pass --overwrite to "
+                "start anew"
             )
         if not earlier:
             write_atomically(
@@ -132,6 +130,18 @@ class WorkFolder:
             )
         else:
             logger.info("going on with the conversion in %s", self.folder.parent.parent)
+
+
+def differences(earlier: Any, now: Any, name: str = "") -> list[str]:
+    """What of a plan changed, the last words of its path: `pack_size was 256, is 4`."""
+    if isinstance(earlier, dict) and isinstance(now, dict):
+        keys = sorted(earlier.keys() | now.keys())
+        return [line for key in keys for line in differences(earlier.get(key), now.get(key), key)]
+    if earlier == now:
+        return []
+    if isinstance(now, str) and now.startswith("sha256:"):
+        return [f"{name} (other files or weights than before)"]
+    return [f"{name} was {earlier}, is {now}"]
 
 
 @contextlib.contextmanager

@@ -99,7 +99,8 @@ def as_text(summary: dict[str, Any]) -> str:
     if "snr_db" in codebook:
         origin += (
             f" ({codebook['patches']:,} patches, seed {codebook['seed']}): "
-            f"{codebook['snr_db']} dB, {codebook['dead_levels']} dead levels, {codebook['saturated_share']:.2%} saturated"
+            f"{codebook['snr_db']} dB, {codebook['dead_levels']} dead levels, "
+            f"{codebook['saturated_share']:.2%} saturated"
         )
     lines = {
         "patches": f"{summary['patches']:,} of {width}x{height} px ({splits})",

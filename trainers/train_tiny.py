@@ -5,12 +5,14 @@
 Learns from openly licensed tiles only: `segmentation/dsb2018_he` (CC0),
 `classification/oral_cc0_jpeg` (CC0), `tiles/tcga_gbm` (TCGA open access) and the slide in `wsi/`
 (CC0). UCSB and MoNuSeg stay test sets and are never opened here. Writes `checkpoint.pt` (resumed
-from when it is there) and, at the end, the fp16 weights as safetensors with the figures of the run.
+from when it is there) and, at the end, the fp16 weights as safetensors with the figures of the run,
+and the codebook fitted to their latents.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import logging
 import time
@@ -21,11 +23,14 @@ import numpy as np
 import torch
 import tyro
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from latentds.autoencoders.tiny import BOUND, ResidualBlock, TinyDecoder, TinyEncoder
+from latentds.autoencoders.cards import TINY
+from latentds.autoencoders.tiny import BOUND, ResidualBlock, TinyDecoder, TinyEncoder, build_tiny
+from latentds.codebooks import StoredCodebook, save_codebook
+from latentds.fit import fit_codebook
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +38,7 @@ QUANTIZATION_STEP = 2 * BOUND / 256  # of an even 8-bit grid over the latents' r
 SWAP_SHARE = 0.3  # of the colour-mixed crops whose channels change places
 RESIDUAL_SCALE = 0.2  # of the second convolution of a block, at the start
 SPIKE = 10  # steps whose gradient norm is beyond this many clips are left out
+CODEBOOK_CROP_PX, CODEBOOK_BATCHES = 192, 36  # 432 crops, a million latent values
 HELD_OUT = "TCGA-FG-A4MU"  # one patient of tiles/tcga_gbm, for the validation figure
 # Share of the crops of a batch. Lossless tiles lead: JPEG sources teach the network their block
 # noise.
@@ -199,7 +205,9 @@ def train(config: TrainTinyConfig) -> Path:
             logger.info(
                 "step %d loss %.5f held-out %.2f dB, %.0f s", step, float(loss), psnr, seconds
             )
-    return save_weights(config, model, psnr_after_rounding(model, held_out.to(device)), seconds)
+    weights = save_weights(config, model, psnr_after_rounding(model, held_out.to(device)), seconds)
+    fit_tiny_codebook(config, tiles, weights)
+    return weights
 
 
 def train_step(
@@ -257,6 +265,22 @@ def save_weights(config: TrainTinyConfig, model: nn.Module, psnr: float, seconds
     tensors = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
     save_file(tensors, path, {"options": json.dumps(options), "figures": json.dumps(figures)})
     return path
+
+
+def fit_tiny_codebook(
+    config: TrainTinyConfig, tiles: dict[str, list[np.ndarray]], weights: Path
+) -> None:
+    """Fit the codebook that ships to the latents of augmented training crops."""
+    autoencoder = build_tiny({n: t.float() for n, t in load_file(weights).items()}, TINY)
+    crops = dataclasses.replace(config, crop_px=CODEBOOK_CROP_PX, seed=config.seed + 1)
+    batches = itertools.islice(random_crops(tiles, crops, 0), CODEBOOK_BATCHES)
+    latents = torch.cat([autoencoder.encode(images) for images in batches])
+    codebook, report = fit_codebook(latents.transpose(0, 1).flatten(1).numpy(), seed=config.seed)
+    made = {"origin": "ships with tiny-v1", "crops": len(latents), "seed": crops.seed}
+    stored = StoredCodebook(
+        codebook=codebook, latent_id=autoencoder.card.latent_id, made=made | report.to_json()
+    )
+    save_codebook(stored, config.out / "tiny-v1-codebook.safetensors")
 
 
 if __name__ == "__main__":

@@ -44,9 +44,11 @@ def load_codebook(path: Path) -> StoredCodebook:
             metadata = file.metadata() or {}
             codebook = Codebook(file.get_tensor("levels"), metadata["kind"])
         return StoredCodebook(
-            codebook=codebook, latent_id=metadata["latent_id"], made=json.loads(metadata["made"])
+            codebook=codebook,
+            latent_id=metadata["latent_id"],
+            made=dict(json.loads(metadata["made"])),
         )
-    except (SafetensorError, KeyError, ValueError) as error:
+    except (SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
         raise FormatError(
             f"{path}: not a codebook file ({error}); make one with 'latentds fit-codebook'"
         ) from error

@@ -23,7 +23,7 @@ SCHEMA = pa.schema(
     ]
 )
 MASK_SCHEMA = pa.schema([("mask_png", pa.binary())])
-MAX_COLUMNS_BYTES = 1 << 28
+MAX_COLUMNS_BYTES = 1 << 27  # decompressed; a pack of 65,536 patches has some 20 MB of columns
 
 
 def patches_table(patches: Sequence[Patch]) -> pa.Table:
@@ -58,23 +58,53 @@ def encode_table(table: pa.Table) -> bytes:
 
 
 def decode_table(
-    encoded: bytes, rows: int, where: str, columns: Sequence[str] | None = None
+    encoded: bytes,
+    where: str,
+    schema: pa.Schema,
+    rows: int | None = None,
+    columns: Sequence[str] | None = None,
 ) -> pa.Table:
-    """The table of a columns or masks member; FormatError unless it has `rows` rows."""
+    """Columns of a Parquet member; FormatError unless they have the schema's types and `rows` rows.
+
+    Sizes that the metadata announce are checked before anything is decompressed.
+    """
+    wanted = list(columns or schema.names)
     try:
         file = pq.ParquetFile(pa.BufferReader(encoded))
-        if file.metadata.num_rows != rows:
+        if rows is not None and file.metadata.num_rows != rows:
             raise FormatError(f"{where}: {file.metadata.num_rows} rows for {rows} patches")
-        names = file.schema_arrow.names
-        missing = set(columns or ()) - set(names)
-        if missing:
-            raise FormatError(f"{where}: no column {sorted(missing)}; it has {names}")
-        table: pa.Table = file.read(columns=list(columns) if columns else None, use_threads=False)
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise FormatError(f"{where}: not a Parquet table ({str(error).splitlines()[0]})") from error
-    if table.num_rows != rows:
+        check_schema(file.schema_arrow, schema, wanted, where)
+        check_announced_bytes(file.metadata, where)
+        table: pa.Table = file.read(columns=wanted, use_threads=False)
+    except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
+        raise FormatError(f"{where}: not a Parquet table ({first_words(error)})") from error
+    if rows is not None and table.num_rows != rows:
         raise FormatError(f"{where}: {table.num_rows} rows for {rows} patches")
     return table
+
+
+def check_schema(found: pa.Schema, schema: pa.Schema, wanted: Sequence[str], where: str) -> None:
+    """Refuse missing columns and columns of other types; more columns than wanted are allowed."""
+    for name in wanted:
+        if name not in found.names:
+            raise FormatError(f"{where}: no column {name!r}; it has {found.names}")
+        seen, expected = found.field(name).type, schema.field(name).type
+        if seen != expected:
+            raise FormatError(f"{where}: column {name!r} is {seen}, not {expected}")
+
+
+def check_announced_bytes(metadata: pq.FileMetaData, where: str) -> None:
+    """Refuse tables that would decompress to more than one can hold."""
+    groups = (metadata.row_group(i) for i in range(metadata.num_row_groups))
+    chunks = (group.column(i) for group in groups for i in range(group.num_columns))
+    announced = sum(chunk.total_uncompressed_size for chunk in chunks)
+    if announced > MAX_COLUMNS_BYTES:
+        raise FormatError(f"{where}: would decompress to {announced} bytes; refused")
+
+
+def first_words(error: BaseException) -> str:
+    """The start of an error's text, on one line."""
+    return " ".join(str(error).split())[:120] or type(error).__name__
 
 
 def encode_masks(patches: Sequence[Patch]) -> bytes | None:

@@ -94,6 +94,16 @@ class LatentDataset(IterableDataset[Batch]):
         """Choose the epoch, and the batch of it, that the next iteration starts with."""
         self.position[0], self.position[1] = epoch, first_batch
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.position.share_memory_()  # a copy has memory of its own, its workers must see it
+
+    @property
+    def global_batches(self) -> int:
+        """Batches of an epoch on the ranks that have most of them."""
+        size = self.batch_size * self.world_size
+        return self.patches // size if self.drop_last else -(-self.patches // size)
+
     def __len__(self) -> int:
         """Batches of an epoch on this rank."""
         full, rest = divmod(self.patches, self.batch_size * self.world_size)
@@ -141,7 +151,7 @@ class LatentDataset(IterableDataset[Batch]):
             columns=self.shards.read_columns(rows, self.columns) if self.columns else {},
         )
 
-    def state_dict(self, epoch: int, batch: int) -> dict[str, Any]:
+    def state_at(self, epoch: int, batch: int) -> dict[str, Any]:
         """What resuming at global batch `batch` of `epoch` needs; plain JSON, well under 1 KB."""
         return {
             "version": STATE_VERSION,
@@ -157,7 +167,7 @@ class LatentDataset(IterableDataset[Batch]):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Start the next iteration where `state` was taken; ContractError if of another run."""
-        own = self.state_dict(state.get("epoch", 0), state.get("batch", 0))
+        own = self.state_at(state.get("epoch", 0), state.get("batch", 0))
         for name, value in own.items():
             if state.get(name) != value:
                 raise ContractError(

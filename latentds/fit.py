@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,7 @@ class FitReport:
         return {
             "values": self.values,
             "mse": float(f"{self.mse:.4g}"),
-            "snr_db": round(self.snr_db, 2),
+            "snr_db": round(self.snr_db, 2) if math.isfinite(self.snr_db) else None,
             "dead_levels": self.dead_levels,
             "saturated_share": float(f"{self.saturated_share:.3g}"),
         }

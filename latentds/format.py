@@ -14,6 +14,7 @@ import hashlib
 import io
 import json
 import re
+import tokenize
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,14 @@ PACKS_TABLE = f"{SIDECARS}/packs.npy"
 PATCHES_TABLE = f"{SIDECARS}/patches.npy"
 GOLDEN = f"{SIDECARS}/golden.parquet"
 HEADER_PREFIX = "LATENTDS."
+# What numpy raises for headers that are none, hostile ones included.
+NPY_ERRORS = (
+    *(ValueError, EOFError, SyntaxError, TypeError, KeyError),
+    *(MemoryError, RecursionError, tokenize.TokenError),
+)
 NO_LABEL = -1
+MAX_PATCH_AREA_PX = 1 << 26  # 8192x8192
+MAX_PATCH_BYTES = 1 << 26
 SPLIT_PATTERN = re.compile(r"[a-z0-9_]{1,32}")
 SHARD_PATTERN = re.compile(r"data/[a-z0-9_]{1,32}-\d{6}\.tar")
 MEMBER_PATTERN = re.compile(r"([A-Za-z0-9_-]{1,80})\.([a-z0-9.]{1,40})")
@@ -163,6 +171,14 @@ class Contract:
             raise FormatError(
                 f"{where}: codebook does not have the codebook_id beside it; fetch it anew"
             )
+        height, width = contract.patch_px
+        if height * width > MAX_PATCH_AREA_PX or contract.bytes_per_patch > MAX_PATCH_BYTES:
+            raise FormatError(
+                f"{where}: patches of {width}x{height} px and {contract.bytes_per_patch} bytes; "
+                "more than latentds/1 allows, refused"
+            )
+        if not isinstance(contract.autoencoder.get("name"), str):
+            raise FormatError(f"{where}: the contract's autoencoder has no name; fetch it anew")
         if len(contract.codebook.levels) not in (1, contract.codes_shape[0]):
             raise FormatError(f"{where}: codebook has {len(contract.codebook.levels)} rows for "
                               f"{contract.codes_shape[0]} channels")  # fmt: skip
@@ -226,7 +242,7 @@ def check_npy(head: bytes, member_bytes: int, codes_shape: tuple[int, ...], wher
         if np.lib.format.read_magic(stream) != (1, 0):
             raise ValueError("npy version is not 1.0")
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
-    except (ValueError, EOFError, SyntaxError, TypeError) as error:
+    except NPY_ERRORS as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise FormatError(f"{where}: not a version 1.0 npy of codes ({reason})") from error
     if dtype != np.uint8 or fortran:

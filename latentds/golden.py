@@ -13,14 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
-from latentds.autoencoders.base import Autoencoder
+from latentds.autoencoders.base import Autoencoder, exact_arithmetic
 from latentds.columns import decode_table, encode_table
 from latentds.errors import FormatError
-from latentds.format import GOLDEN
+from latentds.format import GOLDEN, Contract
 from latentds.quantizer import Codebook, dequantize
 
 MIN_GOLDEN, MAX_GOLDEN = 8, 32
@@ -73,7 +72,7 @@ def decode_pixels(
     """Decoded uint8 (G, H, W, 3) of codes (G, C, h, w), one patch at a time."""
     height, width = patch_px
     decoded = np.empty((len(codes), height, width, 3), np.uint8)
-    with torch.no_grad():
+    with torch.no_grad(), exact_arithmetic():
         for place in range(len(codes)):
             latents = dequantize(torch.from_numpy(codes[place : place + 1].copy()), codebook)
             image = autoencoder.decode(latents)[0, :, :height, :width].float().cpu()
@@ -99,25 +98,28 @@ def encode_golden(
     return encode_table(pa.table(columns, schema=SCHEMA))
 
 
-def read_golden(folder: Path, codes_shape: tuple[int, int, int]) -> Golden:
-    """The golden patches of a data set; FormatError where the file is damaged."""
+def read_golden(folder: Path, contract: Contract, patches: int) -> Golden:
+    """The golden patches of a data set of `patches`; FormatError where the file is damaged."""
+    codes_shape, patch_px = contract.codes_shape, contract.patch_px
     path = folder / GOLDEN
     if not path.is_file() or path.stat().st_size > MAX_GOLDEN_BYTES:
         raise FormatError(f"{path}: missing or too large; fetch it anew")
     content = path.read_bytes()
+    thumbnail_px = shrink(np.zeros((*patch_px, 3), np.uint8)).shape[:2]
     try:
-        rows = pq.read_metadata(pa.BufferReader(content)).num_rows
-        table = decode_table(content, rows, str(path), SCHEMA.names).to_pydict()
+        table = decode_table(content, str(path), SCHEMA).to_pydict()
+        if not 0 < len(table["row"]) <= MAX_GOLDEN or max(table["row"]) >= patches:
+            raise FormatError(f"{path}: golden patches name rows that are not there")
         codes = [np.frombuffer(patch, np.uint8).reshape(codes_shape) for patch in table["codes"]]
         return Golden(
             rows=np.array(table["row"], np.int64),
             codes=np.stack(codes),
-            decoded=np.stack([from_png(encoded) for encoded in table["decoded_png"]]),
-            thumbnails=[from_png(encoded) for encoded in table["thumbnail_png"]],
-            thumbnail_psnr_db=np.array(table["thumbnail_psnr_db"], np.float64),
+            decoded=np.stack([from_png(encoded, patch_px) for encoded in table["decoded_png"]]),
+            thumbnails=[from_png(encoded, thumbnail_px) for encoded in table["thumbnail_png"]],
+            thumbnail_psnr_db=np.array([float(value) for value in table["thumbnail_psnr_db"]]),
             tolerance_levels=max(table["tolerance_levels"]),
         )
-    except (pa.ArrowException, OSError, ValueError, TypeError) as error:
+    except (OSError, SyntaxError, ValueError, TypeError, OverflowError) as error:
         raise FormatError(f"{path}: damaged golden patches ({error}); fetch it anew") from error
 
 
@@ -142,7 +144,9 @@ def to_png(image: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def from_png(encoded: bytes) -> np.ndarray:
-    """uint8 (H, W, 3) from PNG bytes."""
+def from_png(encoded: bytes, size_px: tuple[int, ...]) -> np.ndarray:
+    """uint8 (H, W, 3) from PNG bytes of just that size, which is checked before decoding."""
     with Image.open(io.BytesIO(encoded), formats=["PNG"]) as image:
+        if image.size != size_px[::-1]:
+            raise ValueError(f"a picture of {image.size} px where {size_px[::-1]} were expected")
         return np.asarray(image.convert("RGB"))

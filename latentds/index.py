@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from latentds.format import NO_LABEL, PACK_DTYPE, PACKS_TABLE, PATCH_DTYPE, PATCHES_TABLE, Contract
+from latentds.errors import FormatError
+from latentds.format import (
+    NO_LABEL,
+    PACK_DTYPE,
+    PACKS_TABLE,
+    PATCH_DTYPE,
+    PATCHES_TABLE,
+    Contract,
+    pack_key,
+)
 from latentds.manifest import ShardRecord
 from latentds.scan import ScannedPack, read_patches, scan_shard
 from latentds.storage import rename_durably, sha256_file, write_atomically
@@ -41,6 +51,7 @@ def index_shard(folder: Path, name: str, contract: Contract) -> ShardIndex:
     """Scan a finished shard: every header, every column, every checksum."""
     path = folder / name
     packs = list(scan_shard(path, contract))
+    check_keys(path, name, packs)
     table = pa.concat_tables([read_patches(path, pack, INDEXED) for pack in packs])
     classes, labels = number_names(table["label"])
     slides, slide_numbers = number_names(table["slide"])
@@ -50,6 +61,7 @@ def index_shard(folder: Path, name: str, contract: Contract) -> ShardIndex:
         split=name.removeprefix("data/").rpartition("-")[0],
         bytes=path.stat().st_size,
         sha256=sha256_file(path),
+        codebook_id=contract.codebook.codebook_id,
         packs=len(packs),
         patches=len(table),
         labels={label: int(count) for label, count in zip(classes, counts, strict=True)},
@@ -61,6 +73,16 @@ def index_shard(folder: Path, name: str, contract: Contract) -> ShardIndex:
     return ShardIndex(
         record=record, packs=pack_rows(packs), patches=patches, classes=classes, slides=slides
     )
+
+
+def check_keys(path: Path, name: str, packs: Sequence[ScannedPack]) -> None:
+    """Refuse a shard without packs, or whose keys are not SPLIT-SSSSSS-PPPPPP in sequence."""
+    if not packs:
+        raise FormatError(f"{path}: no packs in it; fetch it anew")
+    split, _, number = name.removeprefix("data/").removesuffix(".tar").rpartition("-")
+    for place, pack in enumerate(packs):
+        if pack.key != pack_key(split, int(number), place):
+            raise FormatError(f"{path}: pack {place} has key {pack.key!r}; renamed or reordered")
 
 
 def number_names(column: pa.ChunkedArray) -> tuple[tuple[str, ...], np.ndarray]:
@@ -126,24 +148,45 @@ def write_tables(
         classes.update(index.classes)
         slides.update(index.slides)
     names = (tuple(sorted(classes)), tuple(sorted(slides)))
-    packs = open_table(folder / PACKS_TABLE, PACK_DTYPE, sum(r.packs for r in records))
-    patches = open_table(folder / PATCHES_TABLE, PATCH_DTYPE, sum(r.patches for r in records))
-    first_pack = first_patch = 0
-    for number, path in enumerate(paths):
-        index = load_index(path)
-        pack_part, patch_part = renumber(index, number, first_patch, *names)
-        packs[first_pack : first_pack + len(pack_part)] = pack_part
-        patches[first_patch : first_patch + len(patch_part)] = patch_part
-        first_pack, first_patch = first_pack + len(pack_part), first_patch + len(patch_part)
-    for table, name in ((packs, PACKS_TABLE), (patches, PATCHES_TABLE)):
-        table.flush()  # msync: on the disk before it has its name
-        rename_durably(folder / f"{name}.tmp", folder / name)
+    totals = (sum(r.packs for r in records), sum(r.patches for r in records))
+    with (
+        TableWriter(folder / PACKS_TABLE, PACK_DTYPE, totals[0]) as packs,
+        TableWriter(folder / PATCHES_TABLE, PATCH_DTYPE, totals[1]) as patches,
+    ):
+        first_patch = 0
+        for number, path in enumerate(paths):
+            pack_part, patch_part = renumber(load_index(path), number, first_patch, *names)
+            packs.write(pack_part)
+            patches.write(patch_part)
+            first_patch += len(patch_part)
     return tuple(records), *names
 
 
-def open_table(path: Path, dtype: np.dtype[Any], rows: int) -> np.memmap[Any, Any]:
-    """A writable memory-mapped npy under the table's temporary name."""
-    return np.lib.format.open_memmap(path.with_name(f"{path.name}.tmp"), "w+", dtype, (rows,))
+class TableWriter:
+    """An npy table written by ordinary writes, which report a full disk; a map would die of it."""
+
+    def __init__(self, path: Path, dtype: np.dtype[Any], rows: int) -> None:
+        self.path, self.temporary = path, path.with_name(f"{path.name}.tmp")
+        self.file = self.temporary.open("wb")
+        header = {"descr": dtype.descr, "fortran_order": False, "shape": (rows,)}
+        np.lib.format.write_array_header_1_0(self.file, header)
+
+    def write(self, part: np.ndarray) -> None:
+        """Append rows."""
+        self.file.write(part.tobytes())
+
+    def __enter__(self) -> TableWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if kind is None:
+            self.file.flush()
+            os.fsync(self.file.fileno())
+        self.file.close()
+        if kind is None:
+            rename_durably(self.temporary, self.path)
+        else:
+            self.temporary.unlink(missing_ok=True)
 
 
 def renumber(

@@ -43,8 +43,8 @@ class LatentLoader:
     transform     applied to the images (B, 3, H, W) of every batch, on the device
     as_tuple      yield (images, labels) instead of a Batch
 
-    `state_dict` counts batches handed out; `load_state_dict` makes the next iteration go on after
-    them.
+    `state_dict` counts batches handed out; the iteration after `load_state_dict` goes on behind
+    them: from a state taken at an epoch's end it yields nothing, and the one after is the next.
     """
 
     def __init__(
@@ -100,6 +100,7 @@ class LatentLoader:
             persistent_workers=num_workers > 0,
             multiprocessing_context=multiprocessing_context if num_workers else None,
         )
+        self.table = self.contract.codebook.table(self.device)
         self.epoch, self.handed_out = 0, 0
         self.resuming = False
 
@@ -133,12 +134,13 @@ class LatentLoader:
                 1  # before the trainer has it: a state taken inside its loop includes it
             )
             yield ready
+        self.handed_out = self.dataset.global_batches  # the same on ranks with a batch fewer
 
     def prepare(self, batch: Batch) -> Any:
         """A batch from a worker, moved, decoded, transformed."""
         batch = batch.to(self.device, non_blocking=True)
         if self.decode != "codes":
-            latents = dequantize(batch.codes, self.contract.codebook)
+            latents = dequantize(batch.codes, self.contract.codebook, self.table)
             batch = dataclasses.replace(batch, latents=latents)
         if self.decode == "pixels" and batch.latents is not None:
             images = self.decode_latents(batch.latents)
@@ -176,7 +178,7 @@ class LatentLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """Where the next batch stands: plain JSON values, the same on every rank."""
-        return self.dataset.state_dict(self.epoch, self.handed_out)
+        return self.dataset.state_at(self.epoch, self.handed_out)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on after the batches `state` counts.
@@ -184,10 +186,7 @@ class LatentLoader:
         ContractError where it is of another data set or order.
         """
         self.dataset.load_state_dict(state)
-        has_ended = state["batch"] >= len(self)
-        self.epoch = state["epoch"] + int(has_ended)
-        self.handed_out = 0 if has_ended else state["batch"]
-        self.resuming = True
+        self.epoch, self.handed_out, self.resuming = state["epoch"], state["batch"], True
 
 
 def recorded_autoencoder(contract: Contract) -> Autoencoder:

@@ -14,7 +14,10 @@ from typing import Any
 from latentds.errors import FormatError, unknown_name
 from latentds.format import (
     FORMAT,
+    GOLDEN,
     MANIFEST,
+    PACKS_TABLE,
+    PATCHES_TABLE,
     SHARD_PATTERN,
     SPLIT_PATTERN,
     Contract,
@@ -28,12 +31,13 @@ SHA256 = re.compile(r"[0-9a-f]{64}")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ShardRecord:
-    """One shard: its path in the folder, split, size, hash, counts, and patches a class."""
+    """One shard: path in the folder, split, size, hash, codebook, counts, and patches a class."""
 
     name: str
     split: str
     bytes: int
     sha256: str
+    codebook_id: str
     packs: int
     patches: int
     labels: dict[str, int]
@@ -111,7 +115,7 @@ class Manifest:
             "tables": self.tables,
             "made": self.made,
         }
-        return json.dumps(record, indent=1, sort_keys=True) + "\n"
+        return json.dumps(record, indent=1, sort_keys=True, allow_nan=False) + "\n"
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -132,7 +136,7 @@ def read_manifest(folder: Path) -> Manifest:
         )
     try:
         record = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FormatError(f"{path}: not JSON ({error}); fetch it anew") from error
     return parse_manifest(record, str(path))
 
@@ -150,7 +154,7 @@ def parse_manifest(record: Any, where: str) -> Manifest:
             classes=names(record["classes"]),
             slides=names(record["slides"]),
             tables={str(name): dict(entry) for name, entry in record["tables"].items()},
-            made=dict(record["made"]),
+            made=parse_made(record["made"]),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise FormatError(f"{where}: manifest is damaged ({error!r}); fetch it anew") from error
@@ -174,7 +178,23 @@ def parse_shard(record: Any, where: str) -> ShardRecord:
     labels = dict(record["labels"])
     if any(type(value) is not int or value < 0 for value in labels.values()):
         raise FormatError(f"{where}: {name} has label counts {labels}")
-    return ShardRecord(name=name, split=split, sha256=record["sha256"], labels=labels, **counts)
+    return ShardRecord(
+        name=name,
+        split=split,
+        sha256=record["sha256"],
+        codebook_id=str(record["codebook_id"]),
+        labels=labels,
+        **counts,
+    )
+
+
+def parse_made(record: Any) -> dict[str, Any]:
+    """How the run was made, the parts that are shown of the types they should have."""
+    made = dict(record)
+    made["codebook"] = dict(made.get("codebook", {}))
+    made["versions"] = dict(made.get("versions", {}))
+    made["left_out"] = [dict(entry) for entry in made.get("left_out", [])]
+    return made
 
 
 def names(values: Any) -> tuple[str, ...]:
@@ -197,7 +217,22 @@ def check_counts(manifest: Manifest, record: dict[str, Any], where: str) -> None
                 f"{where}: {field} is {record.get(field)}, its shards add up to "
                 f"{getattr(manifest, field)}"
             )
+    for name in (PACKS_TABLE, PATCHES_TABLE, GOLDEN):
+        if not SHA256.fullmatch(str(manifest.tables.get(name, {}).get("sha256"))):
+            raise FormatError(f"{where}: tables do not list {name} with its sha256")
     for shard in manifest.shards:
-        unknown = set(shard.labels) - set(manifest.classes)
-        if unknown or sum(shard.labels.values()) > shard.patches or shard.packs > shard.patches:
-            raise FormatError(f"{where}: counts of {shard.name} contradict each other")
+        check_shard(manifest, shard, where)
+
+
+def check_shard(manifest: Manifest, shard: ShardRecord, where: str) -> None:
+    """Refuse a shard whose record contradicts itself or the contract."""
+    if shard.codebook_id != manifest.contract.codebook.codebook_id:
+        raise FormatError(
+            f"{where}: {shard.name} has another codebook than the set's; this reader knows one "
+            "codebook a set, upgrade latentds"
+        )
+    if shard.patches * manifest.contract.bytes_per_patch >= shard.bytes:
+        raise FormatError(f"{where}: {shard.name} cannot hold {shard.patches} patches")
+    unknown = set(shard.labels) - set(manifest.classes)
+    if unknown or sum(shard.labels.values()) > shard.patches or shard.packs > shard.patches:
+        raise FormatError(f"{where}: counts of {shard.name} contradict each other")

@@ -86,13 +86,14 @@ def quantize(latents: Tensor, codebook: Codebook) -> Tensor:
     return codes.view(channels, batch, *cells).transpose(0, 1).contiguous()
 
 
-def dequantize(codes: Tensor, codebook: Codebook) -> Tensor:
+def dequantize(codes: Tensor, codebook: Codebook, table: Tensor | None = None) -> Tensor:
     """The level of every code: float32 (B, C, h, w) on the codes' device, by one gather.
 
+    table     `codebook.table(device)` kept from before, to spare its copy
     raises    ShapeError for a wrong number of channels, IndexError for a code beyond K
     """
     check_channels(codes, codebook)
-    levels = codebook.table(codes.device)
+    levels = codebook.table(codes.device) if table is None else table
     rows, count = levels.shape
     if count < MAX_LEVELS and codes.numel() and int(codes.max()) >= count:
         raise IndexError(f"code {int(codes.max())} in codes, but the codebook has {count} levels")

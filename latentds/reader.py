@@ -16,11 +16,22 @@ import numpy as np
 from PIL import Image
 
 from latentds.errors import FormatError, unknown_name
-from latentds.format import PACK_DTYPE, PACKS_TABLE, PATCH_DTYPE, PATCHES_TABLE, pack_key, patch_key
+from latentds.format import (
+    MASKS,
+    NPY_ERRORS,
+    PACK_DTYPE,
+    PACKS_TABLE,
+    PATCH_DTYPE,
+    PATCHES,
+    PATCHES_TABLE,
+    pack_key,
+    patch_key,
+)
 from latentds.manifest import Manifest, read_manifest
 
 MAX_OPEN_SHARDS = 256
-MAX_CACHED_COLUMNS = 256  # packs whose Parquet rows stay parsed
+MAX_CACHED_TABLES = 256  # Parquet members that stay parsed
+TABLE_HEAD_BYTES = 4096
 
 
 class ShardSet:
@@ -50,12 +61,31 @@ class ShardSet:
         # A field of the table is strided: a binary search on it would copy it for every batch.
         self.first_patch = np.ascontiguousarray(self.packs["first_patch"])
         self.first_pack = np.cumsum([0, *(shard.packs for shard in self.manifest.shards)])
+        self.check_boundaries()
         self.reset()
+
+    def check_boundaries(self) -> None:
+        """Refuse a pack table whose shards do not start and end where the manifest counts say."""
+        shards = self.manifest.shards
+        first_patch = np.cumsum([0, *(shard.patches for shard in shards)])
+        starts, ends = self.first_pack[:-1], self.first_pack[1:] - 1
+        numbers = np.arange(len(shards))
+        last = self.packs[ends]
+        if not (
+            np.array_equal(self.packs["shard"][starts], numbers)
+            and np.array_equal(last["shard"], numbers)
+            and np.array_equal(self.first_patch[starts], first_patch[:-1])
+            and np.array_equal(last["first_patch"] + last["count"], first_patch[1:])
+        ):
+            raise FormatError(
+                f"{self.folder / PACKS_TABLE}: shards do not start and end where the manifest "
+                "says; fetch both anew"
+            )
 
     def reset(self) -> None:
         """Start without maps and caches."""
         self.maps: OrderedDict[int, mmap.mmap] = OrderedDict()
-        self.columns: OrderedDict[int, dict[str, list[Any]]] = OrderedDict()
+        self.tables: OrderedDict[tuple[int, str], dict[str, list[Any]]] = OrderedDict()
         self.checked = np.zeros(len(self.packs), bool)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -95,6 +125,8 @@ class ShardSet:
     def group_by_pack(self, rows: np.ndarray) -> list[tuple[int, np.ndarray]]:
         """(pack, places in `rows` that it serves) for every pack that is touched."""
         packs = np.searchsorted(self.first_patch, rows.astype(np.uint64), side="right") - 1
+        if not len(rows):
+            return []
         order = np.argsort(packs, kind="stable")
         touched, starts = np.unique(packs[order], return_index=True)
         places = np.split(order, starts[1:])
@@ -159,39 +191,47 @@ class ShardSet:
         return values
 
     def pack_columns(self, pack: int) -> dict[str, list[Any]]:
-        """All Parquet columns of a pack, and the key that follows from them; kept for a while."""
-        from latentds.columns import decode_table
+        """All Parquet columns of a pack, and the key that follows from them."""
+        from latentds.columns import SCHEMA
 
-        columns = self.columns.pop(pack, None)
-        if columns is None:
-            row = self.packs[pack]
-            content = self.slice_shard(pack, int(row["patches_offset"]), int(row["patches_bytes"]))
-            where = f"{self.shard_path(pack)}, {self.key(pack)}.patches.parquet"
-            columns = decode_table(bytes(content), int(row["count"]), where).to_pydict()
+        columns = self.read_table(pack, PATCHES, SCHEMA)
+        if "key" not in columns:
             places = zip(columns["source"], columns["x"], columns["y"], strict=True)
             columns["key"] = [patch_key(*place) for place in places]
-            if len(self.columns) >= MAX_CACHED_COLUMNS:
-                self.columns.popitem(last=False)
-        self.columns[pack] = columns
         return columns
+
+    def read_table(self, pack: int, kind: str, schema: Any) -> dict[str, list[Any]]:
+        """A Parquet member of a pack as lists, parsed once and kept for a while."""
+        from latentds.columns import decode_table
+
+        table = self.tables.pop((pack, kind), None)
+        if table is None:
+            row, field = self.packs[pack], "patches" if kind == PATCHES else "masks"
+            content = self.slice_shard(
+                pack, int(row[f"{field}_offset"]), int(row[f"{field}_bytes"])
+            )
+            where = f"{self.shard_path(pack)}, {self.key(pack)}.{kind}"
+            table = decode_table(bytes(content), where, schema, int(row["count"])).to_pydict()
+            if len(self.tables) >= MAX_CACHED_TABLES:
+                self.tables.popitem(last=False)
+        self.tables[pack, kind] = table
+        return table
 
     def read_masks(self, rows: np.ndarray) -> np.ndarray:
         """Masks uint8 (N, H, W) of the patches at `rows`; zeros where a patch has none."""
-        from latentds.columns import decode_table
+        from latentds.columns import MASK_SCHEMA
 
         height, width = self.manifest.contract.patch_px
         masks = np.zeros((len(rows), height, width), np.uint8)
         for pack, places in self.group_by_pack(rows):
-            row = self.packs[pack]
-            if not row["masks_bytes"]:
+            if not self.packs["masks_bytes"][pack]:
                 continue
-            content = self.slice_shard(pack, int(row["masks_offset"]), int(row["masks_bytes"]))
-            where = f"{self.shard_path(pack)}, {self.key(pack)}.masks.parquet"
-            table = decode_table(bytes(content), int(row["count"]), where, ["mask_png"])
+            encoded = self.read_table(pack, MASKS, MASK_SCHEMA)["mask_png"]
+            first, where = int(self.first_patch[pack]), f"{self.shard_path(pack)}, {self.key(pack)}"
             for place in places:
-                encoded = table["mask_png"][int(rows[place]) - int(row["first_patch"])].as_py()
-                if encoded is not None:
-                    masks[place] = decode_mask(encoded, (height, width), where)
+                png = encoded[int(rows[place]) - first]
+                if png is not None:
+                    masks[place] = decode_mask(png, (height, width), where)
         return masks
 
 
@@ -225,11 +265,19 @@ def check_sizes(folder: Path, manifest: Manifest) -> None:
 
 
 def open_table(path: Path, dtype: np.dtype[Any], rows: int) -> np.ndarray:
-    """A memory-mapped table of just the expected columns and rows."""
+    """A memory-mapped table of just the expected columns, rows and bytes."""
     try:
-        table = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError, SyntaxError) as error:
-        raise FormatError(f"{path}: not a table ({error}); fetch it anew") from error
-    if table.dtype != dtype or table.shape != (rows,):
-        raise FormatError(f"{path}: {table.dtype} {table.shape}, expected {rows} rows of {dtype}")
-    return np.asarray(table)
+        with path.open("rb") as file:
+            head = io.BytesIO(file.read(TABLE_HEAD_BYTES))
+        if np.lib.format.read_magic(head) != (1, 0):
+            raise ValueError("npy version is not 1.0")
+        shape, fortran, found = np.lib.format.read_array_header_1_0(head)
+    except (*NPY_ERRORS, OSError) as error:
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        raise FormatError(f"{path}: not a table ({reason}); fetch it anew") from error
+    size = path.stat().st_size
+    if found != dtype or fortran or shape != (rows,):
+        raise FormatError(f"{path}: {found} {shape}, expected {rows} rows of {dtype}")
+    if size != head.tell() + rows * dtype.itemsize:
+        raise FormatError(f"{path}: {size} bytes are not {rows} rows; truncated, fetch it anew")
+    return np.asarray(np.memmap(path, dtype, "r", offset=head.tell(), shape=(rows,)))

@@ -10,9 +10,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 import pyarrow as pa
 
-from latentds.columns import MAX_COLUMNS_BYTES, decode_table
+from latentds.columns import MAX_COLUMNS_BYTES, SCHEMA, decode_table
 from latentds.errors import FormatError
 from latentds.format import (
     CODES,
@@ -27,7 +28,7 @@ from latentds.format import (
 )
 from latentds.writer import BLOCK
 
-MAX_HEADER_BYTES = 1 << 24
+MAX_HEADER_BYTES = 1 << 20
 NPY_HEAD_BYTES = 4096  # a codes header has 128; numpy refuses longer than 10,000
 
 
@@ -64,7 +65,7 @@ def read_global_header(file: BinaryIO, where: str) -> dict[str, str]:
     info = read_header(file, where)
     if info is None or info.type != tarfile.XGLTYPE:
         raise FormatError(f"{where}: no PAX global header; not a latentds shard")
-    if info.size > MAX_HEADER_BYTES:
+    if not 0 <= info.size <= MAX_HEADER_BYTES:
         raise FormatError(f"{where}: global header of {info.size} bytes; refused")
     padded = info.size + -info.size % BLOCK
     record = file.read(padded)
@@ -76,13 +77,17 @@ def read_global_header(file: BinaryIO, where: str) -> dict[str, str]:
 def parse_pax(record: bytes, where: str) -> dict[str, str]:
     """`length key=value` lines of a PAX header."""
     fields = {}
+    start = 0
     try:
-        while record:
-            length = int(record[: record.index(b" ")])
-            key, value = record[:length].split(b" ", 1)[1].rstrip(b"\n").split(b"=", 1)
-            fields[key.decode()] = value.decode()
-            record = record[length:] if length > 0 else b""
-    except (ValueError, UnicodeDecodeError) as error:
+        while start < len(record):
+            length = int(record[start : record.index(b" ", start, start + 12)])
+            line = record[start : start + length]
+            key, separator, value = line.partition(b" ")[2].partition(b"=")
+            if length < 5 or not separator or line[-1:] != b"\n":
+                raise ValueError("a record does not end where it says")
+            fields[key.decode()] = value[:-1].decode()
+            start += length
+    except ValueError as error:
         raise FormatError(f"{where}: damaged global header; not a latentds shard") from error
     return fields
 
@@ -94,7 +99,7 @@ def parse_headers(fields: dict[str, str], where: str) -> Contract:
     check_format(fields.get(f"{HEADER_PREFIX}format"), where)
     try:
         record = json.loads(fields[f"{HEADER_PREFIX}contract"])
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, RecursionError) as error:
         raise FormatError(f"{where}: no readable contract in its header; fetch it anew") from error
     return Contract.from_json(record, where)
 
@@ -107,7 +112,7 @@ def read_header(file: BinaryIO, where: str) -> tarfile.TarInfo | None:
         return None
     try:
         return tarfile.TarInfo.frombuf(block, "utf-8", "strict")
-    except (tarfile.HeaderError, ValueError) as error:
+    except (tarfile.HeaderError, ValueError, OverflowError) as error:
         raise FormatError(
             f"{where}: no tar header at byte {offset} ({error}); truncated or not a tar, fetch it "
             "anew"
@@ -172,18 +177,22 @@ def scan_pack(
     count = check_npy(head, codes.size, contract.codes_shape, where)
     code_bytes = count * contract.bytes_per_patch
     codes_offset = codes.offset + codes.size - code_bytes
-    crc32 = checksum(file, codes_offset, code_bytes)
+    crc32, largest = summarize_codes(file, codes_offset, code_bytes)
+    levels = contract.codebook.levels.shape[1]
+    if largest >= levels:
+        raise FormatError(f"{where}: code {largest}, but the codebook has {levels} levels")
     return ScannedPack(key, count, codes_offset, crc32, group[PATCHES], group.get(MASKS))
 
 
-def checksum(file: BinaryIO, offset: int, size: int) -> int:
-    """zlib's crc32 of `size` bytes from `offset`, read in blocks."""
+def summarize_codes(file: BinaryIO, offset: int, size: int) -> tuple[int, int]:
+    """zlib's crc32 and the largest of `size` code bytes from `offset`, read in blocks."""
     file.seek(offset)
-    crc32 = 0
+    crc32 = largest = 0
     while size and (block := file.read(min(size, 1 << 20))):
         crc32 = zlib.crc32(block, crc32)
+        largest = max(largest, int(np.frombuffer(block, np.uint8).max()))
         size -= len(block)
-    return crc32
+    return crc32, largest
 
 
 def read_member(path: Path, member: Member) -> bytes:
@@ -198,5 +207,7 @@ def read_member(path: Path, member: Member) -> bytes:
 def read_patches(path: Path, pack: ScannedPack, columns: Sequence[str]) -> pa.Table:
     """Columns of a scanned pack, one row a patch."""
     where = f"{path}, {pack.key}.{PATCHES}"
-    table: pa.Table = decode_table(read_member(path, pack.patches), pack.count, where, columns)
+    table: pa.Table = decode_table(
+        read_member(path, pack.patches), where, SCHEMA, pack.count, columns
+    )
     return table

@@ -50,13 +50,14 @@ def sha256_file(path: Path) -> str:
 
 @contextlib.contextmanager
 def exclusive_lock(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on `path`; InputError where another process holds it."""
+    """Hold an exclusive lock on `path`; a killed process gives it back, its holder may delete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(
-                f"{path.parent.parent}: another conversion is writing here; wait for it"
-            ) from error
+            is_current = path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
+        except BlockingIOError:
+            is_current = False
+        if not is_current:  # held, or deleted by a holder that has just ended
+            raise InputError(f"{path.parent}: another conversion is writing here; wait for it")
         yield

@@ -11,13 +11,13 @@ import numpy as np
 
 from latentds.autoencoders import load_autoencoder
 from latentds.autoencoders.base import Autoencoder, check_decoder
-from latentds.columns import decode_table
+from latentds.columns import MASK_SCHEMA, decode_table
 from latentds.errors import FormatError, LatentdsError
-from latentds.format import PACKS_TABLE, PATCHES_TABLE, canonical_json
+from latentds.format import MASKS, PACKS_TABLE, PATCHES_TABLE, canonical_json
 from latentds.golden import THUMBNAIL_SLACK_DB, decode_pixels, psnr_db, read_golden, shrink
 from latentds.index import ShardIndex, index_shard, renumber
 from latentds.manifest import read_manifest
-from latentds.reader import ShardSet, check_sizes
+from latentds.reader import ShardSet, check_sizes, decode_mask
 from latentds.scan import read_contract, read_member, scan_shard
 from latentds.storage import sha256_file
 
@@ -139,7 +139,7 @@ def check_members(folder: Path) -> Iterator[Finding]:
                 yield "problem", f"{path}: its header's contract is not the manifest's"
             index = index_shard(folder, record.name, manifest.contract)
             yield from compare(shards, number, index, path)
-            yield from check_masks(path, shards)
+            check_masks(path, shards)
         except FormatError as error:
             yield "problem", str(error)
 
@@ -161,18 +161,25 @@ def compare(shards: ShardSet, number: int, index: ShardIndex, path: Path) -> Ite
     stored = shards.patches[first : first + len(patches)]
     if stored.tobytes() != patches.tobytes():
         yield "problem", f"{path}: columns are not as {PATCHES_TABLE} says"
-    if index.record.labels != {k: v for k, v in manifest.shards[number].labels.items() if v}:
-        yield "problem", f"{path}: label counts are not as the manifest says"
+    listed = manifest.shards[number]
+    listed = dataclasses.replace(listed, labels={k: v for k, v in listed.labels.items() if v})
+    for field in dataclasses.fields(listed):
+        found, said = getattr(index.record, field.name), getattr(listed, field.name)
+        if found != said and field.name != "sha256":  # that is the level before this one
+            yield "problem", f"{path}: {field.name} is {found}, the manifest says {said}"
 
 
-def check_masks(path: Path, shards: ShardSet) -> Iterator[Finding]:
-    """Every masks member is a table of the pack's length."""
+def check_masks(path: Path, shards: ShardSet) -> None:
+    """Raise FormatError unless every masks member has the pack's length and the patches' size."""
+    patch_px = shards.manifest.contract.patch_px
     for pack in scan_shard(path, shards.manifest.contract):
-        if pack.masks is not None:
-            decode_table(
-                read_member(path, pack.masks), pack.count, f"{path}, {pack.key}", ["mask_png"]
-            )
-    yield from ()
+        if pack.masks is None:
+            continue
+        where = f"{path}, {pack.key}.{MASKS}"
+        table = decode_table(read_member(path, pack.masks), where, MASK_SCHEMA, pack.count)
+        for encoded in table["mask_png"].to_pylist():
+            if encoded is not None:
+                decode_mask(encoded, patch_px, where)
 
 
 def check_golden(
@@ -181,10 +188,7 @@ def check_golden(
     """Golden patches: codes as in the shards, pixels as recorded, looks as the thumbnails."""
     shards = ShardSet(folder)
     contract = shards.manifest.contract
-    golden = read_golden(folder, contract.codes_shape)
-    if golden.rows.min() < 0 or golden.rows.max() >= len(shards):
-        yield "problem", f"{folder}: golden patches name rows that are not there"
-        return
+    golden = read_golden(folder, contract, len(shards))
     different = (shards.read_codes(golden.rows) != golden.codes).any(axis=(1, 2, 3))
     for row in golden.rows[different]:
         yield "problem", f"{folder}: codes of golden patch {row} are not those in its shard"

@@ -53,7 +53,7 @@ def test_taef2_with_its_real_weights_reconstructs_monuseg(assets):
 
 def test_tiny_reconstructs_monuseg_after_quantization(assets):
     images = monuseg_crops(assets)
-    assert mean_psnr_db(images, round_trip("tiny", images, tiny_codebook())) >= 28
+    assert mean_psnr_db(images, round_trip("tiny", images, tiny_codebook().codebook)) >= 28
 
 
 def test_real_patches_convert_verify_and_load(assets, tmp_path):

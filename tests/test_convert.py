@@ -201,9 +201,10 @@ def test_files_that_are_no_pictures_are_counted(pictures, tmp_path):
 def test_golden_patches_are_kept(shared_dataset):
     from latentds.golden import read_golden
 
-    golden = read_golden(shared_dataset, (3, 4, 4))
+    shards = ShardSet(shared_dataset)
+    golden = read_golden(shared_dataset, shards.manifest.contract, len(shards))
     assert len(golden.rows) == 8
-    assert np.array_equal(ShardSet(shared_dataset).read_codes(golden.rows), golden.codes)
+    assert np.array_equal(shards.read_codes(golden.rows), golden.codes)
 
 
 def test_the_embedded_autoencoder_converts_with_its_own_codebook(pictures, tmp_path):
@@ -238,3 +239,56 @@ def test_manifest_is_json_with_sorted_keys(shared_dataset):
 def test_settings_that_make_no_sense_are_refused(tmp_path, options):
     with pytest.raises(InputError):
         ConvertConfig(source=tmp_path, out=tmp_path / "o", **options)
+
+
+def test_two_links_to_one_folder_are_two_classes(tmp_path):
+    save_pictures(tmp_path / "store", 3)
+    for label in ("a", "b"):
+        (tmp_path / "in" / label).mkdir(parents=True)
+        (tmp_path / "in" / label / "s1").symlink_to(tmp_path / "store")
+    (tmp_path / "in" / "a" / "loop").symlink_to(tmp_path / "in" / "a")
+    manifest = convert_with_mean(tmp_path / "in", tmp_path / "out")
+    assert manifest.labels() == {"a": 3, "b": 3}
+
+
+def test_a_tiled_picture_is_decoded_once(tmp_path, monkeypatch):
+    from latentds.conversion import decode
+
+    opened = []
+    original = decode.read_picture
+    monkeypatch.setattr(decode, "read_picture", lambda p, m: opened.append(p) or original(p, m))
+    save_pictures(tmp_path / "in", 2, edge=256)
+    manifest = convert_with_mean(
+        tmp_path / "in", tmp_path / "out", tile=True, patch_size=32, fit_patches=1, order="path"
+    )
+    assert manifest.patches == 128
+    assert len(opened) <= 2 + 1 + 8  # conversion, codebook sample, golden patches
+
+
+def test_a_codebook_file_is_named_in_the_manifest(pictures, tmp_path):
+    from latentds.codebooks import StoredCodebook, save_codebook
+
+    first = convert_with_mean(pictures, tmp_path / "a")
+    stored = StoredCodebook(
+        codebook=first.contract.codebook, latent_id=first.contract.latent_id, made={"seed": 3}
+    )
+    save_codebook(stored, tmp_path / "book.safetensors")
+    manifest = convert_with_mean(pictures, tmp_path / "b", codebook=tmp_path / "book.safetensors")
+    assert manifest.made["codebook"] == {
+        "origin": "from a codebook file",
+        "file": "book.safetensors",
+        "fit": {"seed": 3},
+    }
+
+
+def test_options_of_the_command_line_alone_are_not_recorded(tmp_path):
+    from latentds_tools.convert import Config
+
+    places = {"source": tmp_path, "out": tmp_path / "o"}
+    assert Config(**places, json=True).recorded() == ConvertConfig(**places).recorded()
+
+
+def test_threads_are_left_as_they_were(pictures, tmp_path):
+    before = torch.get_num_threads()
+    convert_with_mean(pictures, tmp_path / "out")
+    assert torch.get_num_threads() == before

@@ -5,9 +5,11 @@ One clear error with file, value and remedy, or a quarantine list.
 
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +44,18 @@ def spoil_alpha(path: Path) -> None:
     image.save(path)
 
 
+def spoil_16_bit_rgb(path: Path) -> None:
+    """A 16-bit RGB PNG, which Pillow opens as 8-bit; written by hand, for Pillow writes none."""
+    rows = b"".join(b"\0" + bytes(32 * 6) for _ in range(32))
+    header = struct.pack(">IIBBBBB", 32, 32, 16, 2, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    body = b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks
+    )
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+
+
 def spoil_text(path: Path) -> None:
     path.write_text("not a picture")
 
@@ -53,6 +67,7 @@ def spoil_empty(path: Path) -> None:
 SPOILERS = {
     spoil_truncated: "cannot be decoded",
     spoil_16_bit: "16-bit",
+    spoil_16_bit_rgb: "16 bits",
     spoil_alpha: "transparent",
     spoil_text: "not a picture",
     spoil_empty: "not a picture",
@@ -304,7 +319,67 @@ def test_two_conversions_into_one_folder_keep_apart(pictures, tmp_path):
     from latentds.storage import exclusive_lock
 
     with (
-        exclusive_lock(tmp_path / "out" / ".latentds" / "lock"),
+        exclusive_lock(tmp_path / "out" / ".latentds" / "work" / "lock"),
         pytest.raises(InputError, match="another conversion is writing here"),
     ):
         convert_with_mean(pictures, tmp_path / "out")
+
+
+def test_overwrite_goes_on_with_an_unfinished_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("latentds.conversion.workdir.SYNC_SECONDS", 0.0)
+    save_pictures(tmp_path / "in", 600)
+    options = {"source": tmp_path / "in", "out": tmp_path / "out", "encode_batch": 4}
+    options |= {"fit_patches": 16, "device": "cpu", "overwrite": True}
+    with pytest.raises(Interrupt):
+        convert(ConvertConfig(**options), FailingAutoencoder(140))
+    counting = FailingAutoencoder(100)  # a new start would need 4 + 1 + 150 calls
+    assert convert(ConvertConfig(**options), counting).patches == 600
+
+
+def test_a_refused_resumption_leaves_the_unfinished_run_as_it_was(pictures, tmp_path):
+    options = {"source": pictures, "out": tmp_path / "out", "fit_patches": 16, "encode_batch": 4}
+    with pytest.raises(Interrupt):
+        convert(ConvertConfig(**options, device="cpu"), FailingAutoencoder(8))
+    before = data_bytes(tmp_path / "out")
+    with pytest.raises(InputError, match="levels was 256, is 8"):
+        convert(ConvertConfig(**options, device="cpu", levels=8), MeanAutoencoder())
+    assert data_bytes(tmp_path / "out") == before
+
+
+def test_stray_shards_are_neither_adopted_nor_deleted_unasked(pictures, tmp_path):
+    convert_with_mean(pictures, tmp_path / "out")
+    (tmp_path / "out" / MANIFEST).unlink()
+    with pytest.raises(InputError, match="a shard without a manifest"):
+        convert_with_mean(pictures, tmp_path / "out")
+    assert (tmp_path / "out" / "data" / "train-000000.tar").exists()
+    assert convert_with_mean(pictures, tmp_path / "out", overwrite=True).patches == 33
+
+
+@pytest.mark.parametrize("name", ["banana", "cuda:99"])
+def test_a_device_that_is_not_there_is_named(pictures, tmp_path, name):
+    with pytest.raises(InputError, match=f"--device {name}"):
+        convert_with_mean(pictures, tmp_path / "out", device=name)
+
+
+@pytest.mark.parametrize("field", ["x", "mpp"])
+def test_fields_that_are_no_numbers_are_refused_early(pictures, tmp_path, field):
+    with pytest.raises(InputError, match=f"{field} is .stroma"):
+        convert_with_mean(pictures, tmp_path / "out", name_pattern=f"(?P<{field}>stroma|tumour)")
+
+
+class NanAutoencoder(MeanAutoencoder):
+    def encode(self, images):
+        return super().encode(images) * float("nan")
+
+
+def test_an_autoencoder_that_gives_nan_is_named_with_the_picture(pictures, tmp_path):
+    from latentds.codebooks import StoredCodebook, save_codebook
+
+    codebook = Codebook(np.array([[0.0, 1.0]], np.float32), "kmeans")
+    stored = StoredCodebook(codebook=codebook, latent_id=MeanAutoencoder().card.latent_id, made={})
+    save_codebook(stored, tmp_path / "cb.safetensors")
+    config = ConvertConfig(
+        source=pictures, out=tmp_path / "out", codebook=tmp_path / "cb.safetensors", device="cpu"
+    )
+    with pytest.raises(ContractError, match=r"mean8: latents contain NaN.*p\d+\.png"):
+        convert(config, NanAutoencoder())

@@ -199,6 +199,29 @@ def test_a_resumed_loader_gives_the_remaining_batches(shared_dataset, workers, s
     assert len(json.dumps(state)) < 1024
 
 
+def test_a_state_from_an_epochs_end_replays_nothing(shared_dataset):
+    loader = make_loader(shared_dataset, shuffle=True)
+    list(loader)
+    state = loader.state_dict()
+    following = rows_of(loader)
+    resumed = make_loader(shared_dataset, shuffle=True)
+    resumed.load_state_dict(state)
+    resumed.set_epoch(0)
+    assert list(resumed) == []
+    resumed.set_epoch(1)
+    assert rows_of(resumed) == following
+
+
+def test_ranks_with_a_batch_fewer_give_the_same_state(shared_dataset):
+    """Of 500 patches in global batches of 3 x 166 two are left, for two of the ranks."""
+    states = []
+    for rank in range(3):
+        loader = make_loader(shared_dataset, batch_size=166, rank=rank, world_size=3)
+        list(loader)
+        states.append(loader.state_dict())
+    assert states[0] == states[1] == states[2]
+
+
 def test_set_epoch_of_a_resumed_epoch_keeps_its_place(shared_dataset):
     loader = make_loader(shared_dataset)
     next(iter(loader))

@@ -63,6 +63,17 @@ def test_tables_that_disagree_with_the_shards_are_caught(dataset, table, field):
     assert "members" in level_of_damage(dataset)
 
 
+def test_a_manifest_that_moves_packs_between_shards_is_caught(dataset):
+    """Else patches of one split would be trained on as another's."""
+
+    def move(manifest):
+        manifest["shards"][0]["packs"] += 1
+        manifest["shards"][1]["packs"] -= 1
+
+    edit_manifest(dataset, move)
+    assert level_of_damage(dataset) == {"manifest"}
+
+
 def test_label_counts_that_lie_are_caught(dataset):
     def swap(manifest):
         labels = manifest["shards"][0]["labels"]

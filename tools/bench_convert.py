@@ -97,10 +97,15 @@ def measure(config: Config) -> dict[str, Any]:
 
 def encode_from_memory(conversion: Any, patches: int = 128) -> float:
     """Patches a second of the encoder and quantizer alone, over batches already decoded."""
+    import numpy as np
+
     encoder, count = conversion.encoder, len(conversion.plan.regions)
     count = min(max(patches, 2 * encoder.batch), count)
-    ranges = [(a, min(a + encoder.batch, count)) for a in range(0, count, encoder.batch)]
-    batches = [chunk.pixels for chunk in conversion.reader.chunks(ranges)]
+    groups = [
+        np.arange(first, min(first + encoder.batch, count))
+        for first in range(0, count, encoder.batch)
+    ]
+    batches = [chunk.pixels for chunk in conversion.reader.chunks(groups)]
     encoder.codes(batches[0], conversion.contract.codebook)
     started = time.perf_counter()
     for pixels in batches:

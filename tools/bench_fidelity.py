@@ -100,7 +100,7 @@ def latent_codec(config: Config, images: list[Any]) -> Any:
     if config.codebook is not None:
         codebook = load_codebook(config.codebook).codebook
     elif autoencoder.card.name == "tiny-v1":
-        codebook = tiny_codebook()
+        codebook = tiny_codebook().codebook
     else:
         batch = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float().div(255)
         samples = torch.cat([autoencoder.encode(part) for part in batch.split(8)])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+PATCH_NAME = re.compile(r"ihc_x\d{3}_y\d{3}\.png")
 EDGE_PX = 256
 STEP_PX = 32
 SHOWN = 6  # rows of pictures on the page
@@ -45,10 +46,14 @@ def run(config: Config) -> None:
     from latentds.storage import write_atomically
 
     patches, folder, html = (config.out / name for name in ("patches", "latents", "demo.html"))
-    if config.overwrite:
-        shutil.rmtree(patches, ignore_errors=True)
-    elif patches.exists() or html.exists():
+    found = [path for path in patches.rglob("*") if path.is_file()]
+    foreign = [path for path in found if not PATCH_NAME.fullmatch(path.name)]
+    if foreign:
+        raise InputError(f"{foreign[0]}: not of a demo; choose another --out")
+    if not config.overwrite and (found or html.exists()):
         raise InputError(f"{config.out}: holds an earlier demo; pass --overwrite or another --out")
+    for path in found:
+        path.unlink()
     count = cut_patches(patches)
     print(f"{count} patches of {EDGE_PX} px in {patches}")
     convert(

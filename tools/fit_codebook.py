@@ -90,6 +90,6 @@ def fit(config: Config):  # type: ignore[no-untyped-def]
     encoder = Encoder(autoencoder, device, choose_batch(autoencoder, device, plan.patch_px))
     reader = PatchReader(plan, settings, workers=4)
     try:
-        return fit_to_sample(settings, plan, encoder, reader)
+        return fit_to_sample(settings, encoder, reader)
     finally:
         reader.close()

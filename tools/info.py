@@ -98,7 +98,7 @@ def as_text(summary: dict[str, Any]) -> str:
     origin = codebook.get("origin", "origin not recorded")
     if "snr_db" in codebook:
         origin += (
-            f" ({codebook['patches']:,} patches, seed {codebook['seed']}): "
+            f" ({codebook['values']:,} latent values, seed {codebook['seed']}): "
             f"{codebook['snr_db']} dB, {codebook['dead_levels']} dead levels, "
             f"{codebook['saturated_share']:.2%} saturated"
         )

@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -104,6 +105,21 @@ class NetworkAutoencoder:
         self.encoder.to(self.device, self.dtype)
         self.decoder.to(self.device, self.dtype)
         return self
+
+
+@contextlib.contextmanager
+def exact_arithmetic() -> Iterator[None]:
+    """fp32 without TF32 and deterministic cuDNN, the process's own settings restored afterwards."""
+    backends = torch.backends
+    saved = (backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32,
+             backends.cudnn.deterministic, backends.cudnn.benchmark)  # fmt: skip
+    try:
+        backends.cuda.matmul.allow_tf32 = backends.cudnn.allow_tf32 = False
+        backends.cudnn.deterministic, backends.cudnn.benchmark = True, False
+        yield
+    finally:
+        backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32 = saved[:2]
+        backends.cudnn.deterministic, backends.cudnn.benchmark = saved[2:]
 
 
 def pad_to_factor(images: Tensor, factor: int) -> Tensor:

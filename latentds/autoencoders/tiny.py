@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from importlib import resources
+from typing import Any
 
 import torch
 from safetensors.torch import load
@@ -22,7 +23,7 @@ from latentds.autoencoders.base import (
     latent_identity,
 )
 from latentds.autoencoders.cards import TINY
-from latentds.quantizer import Codebook
+from latentds.codebooks import StoredCodebook, load_codebook
 
 FACTOR = 8  # pixels a latent cell, each way
 CHANNELS = 4
@@ -88,10 +89,14 @@ class TinyDecoder(nn.Module):
         return images
 
 
+def weights_folder() -> Any:
+    """Where the embedded weights lie."""
+    return resources.files("latentds.autoencoders") / "weights"
+
+
 def load_tiny() -> NetworkAutoencoder:
     """`tiny-v1` with the weights that ship with latentds."""
-    weights = resources.files("latentds.autoencoders") / "weights"
-    tensors = load((weights / "tiny-v1.safetensors").read_bytes())
+    tensors = load((weights_folder() / "tiny-v1.safetensors").read_bytes())
     return build_tiny({name: tensor.float() for name, tensor in tensors.items()}, TINY)
 
 
@@ -114,8 +119,7 @@ def build_tiny(tensors: dict[str, Tensor], card: AutoencoderCard) -> NetworkAuto
     return NetworkAutoencoder(card, encoder, decoder)
 
 
-def tiny_codebook() -> Codebook:
-    """The codebook that ships with `tiny-v1`."""
-    weights = resources.files("latentds.autoencoders") / "weights"
-    levels = load((weights / "tiny-v1-codebook.safetensors").read_bytes())["levels"]
-    return Codebook(levels.numpy(), "kmeans")
+def tiny_codebook() -> StoredCodebook:
+    """The codebook that ships with `tiny-v1`, the latents it belongs to, and how it was fitted."""
+    with resources.as_file(weights_folder() / "tiny-v1-codebook.safetensors") as path:
+        return load_codebook(path)

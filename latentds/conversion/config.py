@@ -66,7 +66,7 @@ class ConvertConfig:
     mpp: float | None = None
     """Micrometres a pixel of the pictures, recorded with every patch."""
     order: Literal["shuffle", "path"] = "shuffle"
-    """Order on disk: shuffled by --seed, so any stretch of a shard is a sample, or by path."""
+    """Order of the pictures on disk: shuffled by --seed, or by path. Tiles of one stay together."""
     pack_size: int = 256
     """Patches stored as one record."""
     pack_by_slide: bool = False
@@ -111,5 +111,5 @@ class ConvertConfig:
 
     def recorded(self) -> dict[str, Any]:
         """The options that decide about bytes: no path, no host, nothing of how fast."""
-        options = dataclasses.asdict(self)
-        return {name: value for name, value in options.items() if name not in NOT_RECORDED}
+        names = {field.name for field in dataclasses.fields(ConvertConfig)} - set(NOT_RECORDED)
+        return {name: getattr(self, name) for name in sorted(names)}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import io
-from collections import deque
+import threading
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +19,7 @@ from latentds.errors import InputError
 from latentds.sources.patch import Patch
 from latentds.sources.pictures import read_mask, read_picture
 
+TILED_PICTURES = 2  # decoded pictures kept while their tiles are cut
 CHUNKS_AHEAD = 3  # decoded and waiting: bounds memory to a few encode batches of pixels
 NO_PIXELS = np.zeros((0, 0, 3), np.uint8)
 MASK_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif")
@@ -49,20 +51,22 @@ class PatchReader:
         self.plan, self.config = plan, config
         self.pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
         self.collator = ThreadPoolExecutor(1, thread_name_prefix="collate")
+        self.lock = threading.Lock()
+        self.decoded: OrderedDict[int, Future[tuple[np.ndarray, np.ndarray | None]]] = OrderedDict()
 
-    def chunks(self, ranges: Iterable[tuple[int, int]]) -> Iterator[Chunk]:
-        """What became of the regions [start, stop) of every range, reading ahead."""
+    def chunks(self, groups: Iterable[np.ndarray]) -> Iterator[Chunk]:
+        """What became of the plan's regions at every group of rows, reading ahead."""
         waiting: deque[Future[Chunk]] = deque()
-        for start, stop in ranges:
-            waiting.append(self.collator.submit(self.collate, self.submit(start, stop)))
+        for rows in groups:
+            waiting.append(self.collator.submit(self.collate, self.submit(rows)))
             if len(waiting) > CHUNKS_AHEAD:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
 
-    def submit(self, start: int, stop: int) -> list[Future[list[Outcome]]]:
-        """One task a picture: neighbouring tiles of a picture decode it once."""
-        regions = self.plan.regions[start:stop]
+    def submit(self, rows: np.ndarray) -> list[Future[list[Outcome]]]:
+        """One task for each run of regions of one picture."""
+        regions = self.plan.regions[rows]
         edges = np.flatnonzero(np.diff(regions["picture"].astype(np.int64))) + 1
         return [self.pool.submit(self.read, part) for part in np.split(regions, edges)]
 
@@ -81,29 +85,46 @@ class PatchReader:
         number = int(regions["picture"][0])
         source = self.plan.pictures[number].source
         try:
-            image, _ = read_picture(self.config.source / source, self.config.max_px)
-            if image.shape[:2] != self.plan.headers[number].size_px:
-                raise InputError("changed its size while the conversion ran")
-            mask = self.find_mask(source, image.shape[:2])
+            image, mask = self.decode(number)
             return [self.cut(number, region, image, mask) for region in regions]
         except InputError as error:
             return [(source, str(error))] * len(regions)
         except OSError as error:
             return [(source, f"cannot be read ({error.strerror or error})")] * len(regions)
 
-    def find_mask(self, source: str, size_px: tuple[int, ...]) -> np.ndarray | None:
+    def decode(self, number: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """Pixels and mask of a picture; a tiled one is kept for the chunks that follow."""
+        if not self.config.tile:
+            return self.decode_file(number)
+        with self.lock:
+            future = self.decoded.pop(number, None)
+            is_mine = future is None
+            self.decoded[number] = future = future or Future()
+            while len(self.decoded) > TILED_PICTURES:
+                self.decoded.popitem(last=False)
+        if is_mine:
+            try:
+                future.set_result(self.decode_file(number))
+            except BaseException as error:
+                future.set_exception(error)
+        return future.result()
+
+    def decode_file(self, number: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """Pixels and mask of a picture, from its files."""
+        source = self.plan.pictures[number].source
+        image, _ = read_picture(self.config.source / source, self.config.max_px)
+        if image.shape[:2] != self.plan.headers[number].size_px:
+            raise InputError("changed its size while the conversion ran")
+        return image, self.find_mask(source, (image.shape[0], image.shape[1]))
+
+    def find_mask(self, source: str, size_px: tuple[int, int]) -> np.ndarray | None:
         """The mask of a picture; InputError where the mask is missing or of another size."""
         if self.config.masks is None:
             return None
         stem = self.config.masks / source
         for path in (stem.with_suffix(suffix) for suffix in MASK_SUFFIXES):
             if path.is_file():
-                mask = read_mask(path)
-                if mask.shape != size_px:
-                    raise InputError(
-                        f"its mask is {mask.shape[::-1]} px, the picture {size_px[::-1]}"
-                    )
-                return mask
+                return read_mask(path, size_px)
         raise InputError(f"has no mask under --masks ({Path(source).with_suffix('.png')})")
 
     def cut(

@@ -6,15 +6,14 @@ Full batches, fp32, no TF32, deterministic kernels.
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from latentds.autoencoders.base import Autoencoder, latent_cells
+from latentds.autoencoders.base import Autoencoder, exact_arithmetic, latent_cells
 from latentds.errors import ContractError, InputError
 from latentds.quantizer import Codebook, quantize
 
@@ -28,22 +27,22 @@ def choose_device(name: str) -> torch.device:
     """The device of that name; auto is the GPU where there is one."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
-
-
-@contextlib.contextmanager
-def exact_arithmetic() -> Iterator[None]:
-    """fp32 without TF32 and deterministic cuDNN, the process's own settings restored afterwards."""
-    backends = torch.backends
-    saved = (backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32,
-             backends.cudnn.deterministic, backends.cudnn.benchmark)  # fmt: skip
     try:
-        backends.cuda.matmul.allow_tf32 = backends.cudnn.allow_tf32 = False
-        backends.cudnn.deterministic, backends.cudnn.benchmark = True, False
-        yield
-    finally:
-        backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32 = saved[:2]
-        backends.cudnn.deterministic, backends.cudnn.benchmark = saved[2:]
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"--device {name}: not to be had here ({reason}); try auto or cpu"
+        ) from error
+    return device
+
+
+def device_model(device: torch.device) -> str:
+    """What decides about the last bits on a device: a GPU's name, a CPU's vector instructions."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} {torch.backends.cpu.get_cpu_capability()}"
 
 
 def to_images(pixels: np.ndarray, batch: int, device: torch.device) -> Tensor:

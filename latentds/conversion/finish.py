@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from latentds.conversion.plan import Plan
+from latentds.errors import FormatError, InputError
 from latentds.format import GOLDEN, MANIFEST, PACKS_TABLE, PATCHES_TABLE
 from latentds.golden import choose_rows, decode_pixels, encode_golden
 from latentds.index import write_tables
@@ -25,7 +27,7 @@ def finish(conversion: Conversion) -> Manifest:
     out, work = conversion.config.out, conversion.work
     names = sorted(shard.name for shard in conversion.shards if work.index(shard.name).is_file())
     records, classes, slides = write_tables(out, [work.index(name) for name in names])
-    bad = dict([*conversion.plan.bad, *work.all_bad()])
+    bad = dict(conversion.plan.bad) | work.all_bad()
     manifest = Manifest(
         contract=conversion.contract,
         shards=records,
@@ -34,12 +36,29 @@ def finish(conversion: Conversion) -> Manifest:
         tables={},
         made=conversion.made | {"left_out": [{"source": s, "reason": bad[s]} for s in sorted(bad)]},
     )
+    check_complete(conversion, manifest, set(bad))
     write_golden(conversion, manifest, set(bad))
     tables = {name: describe_file(out / name) for name in (PACKS_TABLE, PATCHES_TABLE, GOLDEN)}
     manifest = dataclasses.replace(manifest, tables=tables)
     write_atomically(out / "README.md", dataset_card(manifest).encode())
     write_atomically(out / MANIFEST, manifest.to_json().encode())
     return manifest
+
+
+def usable_regions(plan: Plan, bad: set[str]) -> np.ndarray:
+    """Rows of the plan's regions whose picture was not left out: stored rows follow them."""
+    usable = np.array([picture.source not in bad for picture in plan.pictures])
+    return np.flatnonzero(usable[plan.regions["picture"]])
+
+
+def check_complete(conversion: Conversion, manifest: Manifest, bad: set[str]) -> None:
+    """Refuse to call a data set finished that does not hold every patch that could be read."""
+    expected = len(usable_regions(conversion.plan, bad))
+    if manifest.patches != expected:
+        raise FormatError(
+            f"{conversion.config.out}: {manifest.patches} patches stored, {expected} were planned; "
+            "files changed while it ran? Run again with --overwrite"
+        )
 
 
 def describe_file(path: Path) -> dict[str, Any]:
@@ -51,12 +70,14 @@ def write_golden(conversion: Conversion, manifest: Manifest, bad: set[str]) -> N
     """Write the golden patches: stored codes, the pictures' thumbnails, the decoder's pixels."""
     plan, config = conversion.plan, conversion.config
     rows = choose_rows(manifest.patches, config.seed)
-    usable = np.array([picture.source not in bad for picture in plan.pictures])
-    regions = np.flatnonzero(usable[plan.regions["picture"]])[
-        rows
-    ]  # stored rows follow the regions
-    chunks = conversion.reader.chunks((int(region), int(region) + 1) for region in regions)
-    originals = [chunk.pixels[0] for chunk in chunks]
+    regions = usable_regions(plan, bad)[rows]
+    chunks = conversion.reader.chunks(regions[place : place + 1] for place in range(len(rows)))
+    originals = []
+    for chunk in chunks:
+        if chunk.bad:
+            source, reason = next(iter(chunk.bad.items()))
+            raise InputError(f"{config.source / source}: {reason}; it could be read before")
+        originals.append(chunk.pixels[0])
     codes = ShardSet(config.out, manifest=manifest).read_codes(rows)
     decoded = decode_pixels(
         codes, manifest.contract.codebook, conversion.encoder.autoencoder, plan.patch_px

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from latentds.sources.image_folder import Picture, check_sizes, list_pictures, n
 from latentds.sources.pictures import Header, read_header
 
 BLOCK_PATCHES = 256  # at least so many patches between two points a killed run resumes from
+HEADERS_AT_ONCE = 4096
 REGION_DTYPE = np.dtype([("picture", "<u4"), ("x", "<i4"), ("y", "<i4")])
 
 
@@ -119,25 +120,25 @@ def read_headers(
         except InputError as error:
             return str(error)
 
-    with ThreadPoolExecutor(config.workers or 8) as pool:
-        outcomes = list(
-            tqdm(
-                pool.map(read, pictures), total=len(pictures), desc="headers", unit="file", delay=1
-            )
-        )
+    outcomes: list[Header | str] = []
+    bar = tqdm(total=len(pictures), desc="headers", unit="file", delay=1)
+    with bar, ThreadPoolExecutor(config.workers or 8) as pool:
+        for start in range(0, len(pictures), HEADERS_AT_ONCE):  # a task is larger than a header
+            outcomes += pool.map(read, pictures[start : start + HEADERS_AT_ONCE])
+            bar.update(len(outcomes) - bar.n)
     pairs = list(zip(pictures, outcomes, strict=True))
-    bad = tuple((p.source, outcome) for p, outcome in pairs if isinstance(outcome, str))
+    bad = {p.source: outcome for p, outcome in pairs if isinstance(outcome, str)}
     check_budget(config, bad)
     good = [(p, outcome) for p, outcome in pairs if isinstance(outcome, Header)]
     if not good:
         raise InputError(f"{config.source}: none of {len(pictures)} pictures can be read")
-    return tuple(p for p, _ in good), tuple(h for _, h in good), bad
+    return tuple(p for p, _ in good), tuple(h for _, h in good), tuple(bad.items())
 
 
-def check_budget(config: ConvertConfig, bad: Sequence[tuple[str, str]]) -> None:
-    """Raise once more pictures are bad than --max-bad allows; names the last one."""
+def check_budget(config: ConvertConfig, bad: Mapping[str, str]) -> None:
+    """Raise once more pictures (reasons by source) are bad than --max-bad allows; names one."""
     if len(bad) > config.max_bad:
-        source, reason = bad[-1]
+        source, reason = list(bad.items())[-1]
         raise TooManyBadSamplesError(
             f"{config.source / source}: {reason}. {len(bad)} bad pictures, --max-bad is "
             f"{config.max_bad}; repair or remove it, or raise the budget and run the same command "

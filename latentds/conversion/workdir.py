@@ -92,21 +92,22 @@ class WorkFolder:
     """`.latentds/work` of a data set that is being made."""
 
     def __init__(self, out: Path) -> None:
+        self.out = out
         self.folder = out / SIDECARS / "work"
-        self.codebook = self.folder / "codebook.safetensors"
         self.journals: dict[str, Journal] = {}
 
     def journal(self, shard: str) -> Journal:
         """The journal of a shard."""
-        return self.journals.setdefault(shard, Journal(self.folder / f"{Path(shard).stem}.jsonl"))
+        path = self.folder / f"{Path(shard).stem}.jsonl"
+        return self.journals.setdefault(shard, Journal(path))
 
     def index(self, shard: str) -> Path:
         """Where a finished shard's index is kept."""
         return self.folder / f"{Path(shard).stem}.index.npz"
 
-    def all_bad(self) -> list[tuple[str, str]]:
-        """Pictures left out of the shards so far."""
-        return [entry for journal in self.journals.values() for entry in journal.bad]
+    def all_bad(self) -> dict[str, str]:
+        """Reasons of the pictures left out of the shards so far, by source."""
+        return {source: why for journal in self.journals.values() for source, why in journal.bad}
 
     def read_plan(self) -> dict[str, Any]:
         """What an earlier run decided; empty where there was none."""
@@ -114,22 +115,44 @@ class WorkFolder:
         plan: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
         return plan
 
-    def write_plan(self, plan: dict[str, Any]) -> None:
-        """Keep what this run decided; InputError where an earlier one decided otherwise."""
+    def compare(self, decided: dict[str, Any], overwrite: bool) -> None:
+        """Refuse to go on with a run that decided otherwise; forget it where --overwrite says so.
+
+        decided  all or some of what `write_plan` keeps
+        """
         earlier = self.read_plan()
-        changed = differences(earlier, plan) if earlier else []
-        if changed:
+        changed = differences(shared_part(earlier, decided), decided) if earlier else []
+        if changed and not overwrite:
             raise InputError(
-                f"{self.folder.parent.parent}: holds an unfinished conversion that differs in "
+                f"{self.out}: holds an unfinished conversion that differs in "
                 f"{', '.join(changed[:5])}; run it as before to go on, or pass --overwrite to "
                 "start anew"
             )
-        if not earlier:
-            write_atomically(
-                self.folder / "plan.json", json.dumps(plan, indent=1, sort_keys=True).encode()
+        if changed:
+            remove_data_set(self.out)
+
+    def write_plan(self, decided: dict[str, Any], overwrite: bool) -> None:
+        """Keep what this run decided, or find that an earlier one decided just so."""
+        self.compare(decided, overwrite)
+        if self.read_plan():
+            logger.info("going on with the conversion in %s", self.out)
+            return
+        shards = sorted((self.out / "data").glob("*.tar"))
+        if shards and not overwrite:
+            raise InputError(
+                f"{shards[0]}: a shard without a manifest or a conversion it belongs to; choose "
+                "another --out, or pass --overwrite to delete it"
             )
-        else:
-            logger.info("going on with the conversion in %s", self.folder.parent.parent)
+        remove_data_set(self.out)
+        plan = json.dumps(decided, indent=1, sort_keys=True)
+        write_atomically(self.folder / "plan.json", plan.encode())
+
+
+def shared_part(earlier: Any, decided: Any) -> Any:
+    """What of `earlier` has a counterpart in `decided`."""
+    if not (isinstance(earlier, dict) and isinstance(decided, dict)):
+        return earlier
+    return {name: shared_part(earlier.get(name), value) for name, value in decided.items()}
 
 
 def differences(earlier: Any, now: Any, name: str = "") -> list[str]:
@@ -139,7 +162,7 @@ def differences(earlier: Any, now: Any, name: str = "") -> list[str]:
         return [line for key in keys for line in differences(earlier.get(key), now.get(key), key)]
     if earlier == now:
         return []
-    if isinstance(now, str) and now.startswith("sha256:"):
+    if isinstance(now, str) and (now.startswith("sha256:") or len(now) > 80):
         return [f"{name} (other files or weights than before)"]
     return [f"{name} was {earlier}, is {now}"]
 
@@ -148,32 +171,32 @@ def differences(earlier: Any, now: Any, name: str = "") -> list[str]:
 def prepare_output(config: ConvertConfig) -> Iterator[WorkFolder]:
     """The locked work folder of --out; InputError where --out holds what must not be touched."""
     out = config.out
-    if config.source.resolve() == out.resolve() or config.source.resolve() in out.resolve().parents:
+    if config.source.resolve() in (out.resolve(), *out.resolve().parents):
         raise InputError(f"{out}: lies in the input folder {config.source}; choose another --out")
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: is a file; choose another --out")
-    foreign = [p for p in out.iterdir() if p.name != SIDECARS] if out.is_dir() else []
+    foreign = [path for path in out.iterdir() if path.name != SIDECARS] if out.is_dir() else []
     if foreign and not (out / SIDECARS).is_dir():
         raise InputError(f"{out}: not empty ({foreign[0].name}); choose another --out")
-    with exclusive_lock(out / SIDECARS / "lock"):
-        if config.overwrite:
+    work = WorkFolder(out)
+    with exclusive_lock(work.folder / "lock"):
+        if (out / MANIFEST).is_file():
+            if not config.overwrite:
+                if not any(path.name != "lock" for path in work.folder.iterdir()):
+                    shutil.rmtree(work.folder)
+                raise InputError(
+                    f"{out}: holds a finished data set; choose another --out, or pass --overwrite"
+                )
             remove_data_set(out)
-        elif (out / MANIFEST).is_file():
-            raise InputError(
-                f"{out}: holds a finished data set; choose another --out, or pass --overwrite"
-            )
-        work = WorkFolder(out)
-        work.folder.mkdir(parents=True, exist_ok=True)
         yield work
-    (out / SIDECARS / "lock").unlink(missing_ok=True)
 
 
 def remove_data_set(out: Path) -> None:
-    """Delete what a conversion makes, and nothing else."""
+    """Delete what a conversion makes, and nothing else; the lock stays."""
     (out / MANIFEST).unlink(missing_ok=True)  # first: what is left is then visibly incomplete
     for path in (out / "data").glob("*.tar*"):
         if SHARD_PATTERN.fullmatch(f"data/{path.name.removesuffix('.partial')}"):
             path.unlink()
-    for path in (out / SIDECARS).iterdir():
-        if path.name != "lock":
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for path in [*(out / SIDECARS).iterdir(), *(out / SIDECARS / "work").iterdir()]:
+        if path.is_file() and path.name != "lock":
+            path.unlink()

@@ -63,25 +63,21 @@ def list_pictures(root: Path, use_labels: bool = True) -> Listing:
 
 
 def walk(root: Path) -> Iterator[str]:
-    """Posix paths of files below `root`, by name in every folder; links followed, loops not."""
-    seen: set[str] = set()
+    """Posix paths of the files below `root`, by name in every folder; links followed, loops not."""
 
-    def visit(folder: str, prefix: str) -> Iterator[str]:
+    def visit(folder: str, prefix: str, above: tuple[str, ...]) -> Iterator[str]:
         real = os.path.realpath(folder)
-        if real in seen:
+        if real in above:
             return
-        seen.add(real)
         with os.scandir(folder) as entries:
-            visible = sorted(
-                (e for e in entries if not e.name.startswith(".")), key=lambda e: e.name
-            )
-        for entry in visible:
+            visible = [entry for entry in entries if not entry.name.startswith(".")]
+        for entry in sorted(visible, key=lambda e: e.name):
             if entry.is_dir():
-                yield from visit(entry.path, f"{prefix}{entry.name}/")
+                yield from visit(entry.path, f"{prefix}{entry.name}/", (*above, real))
             else:
                 yield f"{prefix}{entry.name}"
 
-    yield from visit(str(root), "")
+    yield from visit(str(root), "", ())
 
 
 def place(path: str, has_splits: bool, use_labels: bool) -> Picture:
@@ -146,6 +142,20 @@ def name_fields(pattern: str) -> Callable[[str], dict[str, str]]:
         match = compiled.search(source)
         if match is None:
             raise InputError(f"{source}: does not match --name-pattern {pattern!r}")
-        return {name: value for name, value in match.groupdict().items() if value is not None}
+        found = {name: value for name, value in match.groupdict().items() if value is not None}
+        check_numbers(source, found)
+        return found
 
     return fields
+
+
+def check_numbers(source: str, fields: dict[str, str]) -> None:
+    """Refuse places and resolutions that are no numbers, or that no table can hold."""
+    for name in fields.keys() & {"x", "y", "mpp"}:
+        try:
+            number = float(fields[name]) if name == "mpp" else int(fields[name])
+        except ValueError as error:
+            raise InputError(f"{source}: {name} is {fields[name]!r}, not a number") from error
+        low, high = (0.01, 100) if name == "mpp" else (0, 2**31 - 1)
+        if not low <= number <= high:
+            raise InputError(f"{source}: {name} is {number}, not between {low} and {high}")

@@ -53,6 +53,7 @@ def read_header(path: Path, max_px: int) -> Header:
     try:
         with Image.open(path) as image:
             check_mode(image.mode)
+            check_depth(image)
             width, height = image.size
             if width * height > max_px:
                 raise InputError(f"{width}x{height} px is more than --max-px {max_px}")
@@ -76,17 +77,19 @@ def read_picture(path: Path, max_px: int) -> tuple[np.ndarray, str]:
         raise InputError(f"cannot be decoded ({first_line(error)})") from error
 
 
-def read_mask(path: Path) -> np.ndarray:
-    """Mask uint8 (H, W), values untouched; InputError (without the name)."""
+def read_mask(path: Path, size_px: tuple[int, int]) -> np.ndarray:
+    """Mask uint8 (H, W) of just that size, values untouched; InputError (without the name)."""
     try:
         with Image.open(path) as image:
             if image.mode not in ("L", "1", "P"):
-                raise InputError(f"mask is of mode {image.mode}; 8-bit grey or palette masks only")
+                raise InputError(f"its mask is of mode {image.mode}; 8-bit grey or palette only")
+            if image.size != size_px[::-1]:
+                raise InputError(f"its mask is {image.size} px, the picture {size_px[::-1]}")
             # A palette's indices are the classes; its colours are for looking at.
             mask = np.asarray(image)
             return mask.astype(np.uint8) * (255 if image.mode == "1" else 1)
     except DECODE_ERRORS as error:
-        raise InputError(f"mask cannot be decoded ({first_line(error)})") from error
+        raise InputError(f"its mask cannot be decoded ({first_line(error)})") from error
 
 
 def check_mode(mode: str) -> None:
@@ -95,6 +98,13 @@ def check_mode(mode: str) -> None:
         raise InputError(
             f"mode {mode} (16-bit or float); convert to 8-bit RGB with a scaling you choose"
         )
+
+
+def check_depth(image: Image.Image) -> None:
+    """Refuse 16 bits a channel, which Pillow would open as 8-bit RGB by dropping the low byte."""
+    tiles = getattr(image, "tile", [])  # (decoder, box, offset, arguments with the raw mode)
+    if any(";16" in str(tile[3]) for tile in tiles):
+        raise InputError("has 16 bits a channel; convert to 8-bit RGB with a scaling you choose")
 
 
 def check_alpha(image: Image.Image) -> None:
@@ -132,4 +142,6 @@ def first_line(error: Exception) -> str:
     """An error's first line; Pillow repeats the path in some, which a manifest must not carry."""
     text = str(error).strip().splitlines()
     line = text[0] if text else type(error).__name__
+    if isinstance(error, OSError) and error.strerror:
+        line = error.strerror
     return "not a picture Pillow knows" if line.startswith("cannot identify image") else line

@@ -1,0 +1,81 @@
+"""Random damage to every file of a data set: an error of our own, or reading goes on."""
+
+import numpy as np
+import pytest
+
+from latentds.errors import LatentdsError
+from latentds.format import GOLDEN, MANIFEST, PACKS_TABLE, PATCHES_TABLE
+from latentds.reader import ShardSet
+from latentds.scan import read_contract, scan_shard
+from latentds.verification import verify
+from tests.bad_shards import edit_manifest, first_shard
+from tests.fakes import MeanAutoencoder
+
+FILES = [MANIFEST, PACKS_TABLE, PATCHES_TABLE, GOLDEN, "data/train-000000.tar"]
+
+
+def damage(content: bytes, rng: np.random.Generator) -> bytes:
+    """Some bytes of the first 4 KiB replaced, removed or doubled."""
+    spoiled = bytearray(content)
+    for _ in range(int(rng.integers(1, 6))):
+        place = int(rng.integers(min(len(spoiled), 4096)))
+        kind = int(rng.integers(3))
+        if kind == 0:
+            spoiled[place] = int(rng.integers(256))
+        elif kind == 1:
+            del spoiled[place : place + int(rng.integers(1, 40))]
+        else:
+            spoiled[place:place] = spoiled[place : place + int(rng.integers(1, 40))]
+    return bytes(spoiled)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_random_damage_raises_nothing_but_our_own_errors(dataset, name):
+    original = (dataset / name).read_bytes()
+    for seed in range(40):
+        (dataset / name).write_bytes(damage(original, np.random.default_rng([seed, len(name)])))
+        verify(dataset, autoencoder=MeanAutoencoder())  # collects LatentdsError, raises all else
+        try:
+            shards = ShardSet(dataset)
+            shards.read_columns(np.arange(20), ["source"])
+            shards.read_codes(np.arange(20))
+            list(scan_shard(first_shard(dataset), read_contract(first_shard(dataset))))
+        except LatentdsError as error:
+            assert str(error)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m["made"].update(left_out=["x"]),
+        lambda m: m["made"].update(codebook=[1]),
+        lambda m: m["contract"]["autoencoder"].update(name=["x"]),
+        lambda m: m["contract"].update(codes_shape=[3, 65536, 65536]),
+        lambda m: m["contract"].update(patch_px=[65536, 65536]),
+        lambda m: m.update(tables={}),
+        lambda m: m["shards"][0].update(codebook_id="sha256:0"),
+        lambda m: m["shards"][0].update(labels=[1]),
+    ],
+)
+def test_values_of_the_wrong_kind_are_refused(dataset, change):
+    edit_manifest(dataset, change)
+    with pytest.raises(LatentdsError):
+        ShardSet(dataset)
+
+
+def test_deeply_nested_json_is_refused(dataset):
+    (dataset / MANIFEST).write_text("[" * 100_000)
+    with pytest.raises(LatentdsError):
+        ShardSet(dataset)
+
+
+def test_a_parquet_member_that_would_decompress_to_much_is_refused(dataset):
+    import pyarrow as pa
+
+    from latentds.columns import SCHEMA, decode_table, encode_table
+
+    rows = 300_000
+    table = pa.table({"source": pa.array(["x" * 500] * rows)})
+    encoded = encode_table(table)
+    with pytest.raises(LatentdsError, match="would decompress to"):
+        decode_table(encoded, "bomb", SCHEMA, rows, ["source"])

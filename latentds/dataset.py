@@ -15,7 +15,8 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from latentds.batch import Batch
-from latentds.errors import ContractError
+from latentds.errors import ContractError, FormatError
+from latentds.format import PATCHES_TABLE
 from latentds.order import EpochOrder
 from latentds.quantizer import dequantize
 from latentds.reader import ShardSet
@@ -135,6 +136,7 @@ class LatentDataset(IterableDataset[Batch]):
         """The batch of the patches at `rows` of the patch table."""
         manifest, table = self.shards.manifest, self.shards.patches[rows]
         codes = torch.from_numpy(self.shards.read_codes(rows))
+        self.check_numbers(table)
         return Batch(
             codes=codes,
             labels=torch.from_numpy(table["label"].astype(np.int64)),
@@ -150,6 +152,16 @@ class LatentDataset(IterableDataset[Batch]):
             masks=torch.from_numpy(self.shards.read_masks(rows)) if self.masks else None,
             columns=self.shards.read_columns(rows, self.columns) if self.columns else {},
         )
+
+    def check_numbers(self, table: np.ndarray) -> None:
+        """Refuse labels and slides that the manifest does not list: a GPU would die of them."""
+        manifest = self.shards.manifest
+        for field, names in (("label", manifest.classes), ("slide", manifest.slides)):
+            if table[field].min() < -1 or table[field].max() >= len(names):
+                raise FormatError(
+                    f"{self.shards.folder / PATCHES_TABLE}: {field} {table[field].max()}, but the "
+                    f"manifest lists {len(names)}; damaged, fetch it anew"
+                )
 
     def state_at(self, epoch: int, batch: int) -> dict[str, Any]:
         """What resuming at global batch `batch` of `epoch` needs; plain JSON, well under 1 KB."""

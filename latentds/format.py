@@ -55,6 +55,8 @@ PACK_DTYPE = np.dtype(
         ("patches_bytes", "<u4"),
         ("masks_bytes", "<u4"),
         ("codes_crc32", "<u4"),  # zlib's, of the N*C*h*w code bytes
+        ("patches_crc32", "<u4"),  # of the Parquet bytes: a parser is never fed damaged ones
+        ("masks_crc32", "<u4"),
         ("reserved", "<u4"),
     ]
 )

@@ -26,7 +26,7 @@ from latentds.format import (
 )
 from latentds.manifest import ShardRecord
 from latentds.scan import ScannedPack, read_patches, scan_shard
-from latentds.storage import rename_durably, sha256_file, write_atomically
+from latentds.storage import naming, rename_durably, sha256_file, write_atomically
 
 UNKNOWN_PX = -1  # x and y where a source has none
 INDEXED = ("label", "slide", "x", "y", "mpp", "size_px")  # columns that the patch table holds
@@ -99,6 +99,8 @@ def pack_rows(packs: Sequence[ScannedPack]) -> np.ndarray:
     rows["first_patch"] = np.cumsum(rows["count"]) - rows["count"]
     rows["codes_offset"] = [pack.codes_offset for pack in packs]
     rows["codes_crc32"] = [pack.codes_crc32 for pack in packs]
+    rows["patches_crc32"] = [pack.patches_crc32 for pack in packs]
+    rows["masks_crc32"] = [pack.masks_crc32 for pack in packs]
     rows["patches_offset"] = [pack.patches.offset for pack in packs]
     rows["patches_bytes"] = [pack.patches.size for pack in packs]
     rows["masks_offset"] = [pack.masks.offset if pack.masks else 0 for pack in packs]
@@ -173,7 +175,8 @@ class TableWriter:
 
     def write(self, part: np.ndarray) -> None:
         """Append rows."""
-        self.file.write(part.tobytes())
+        with naming(self.path):
+            self.file.write(part.tobytes())
 
     def __enter__(self) -> TableWriter:
         return self

@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -164,7 +165,7 @@ class LatentLoader:
         """The decoder to use, on the device; ContractError where it reads other latents."""
         autoencoder: Autoencoder
         if given is None:
-            autoencoder = recorded_autoencoder(self.contract)
+            autoencoder = recorded_autoencoder(self.contract, self.dataset.shards.folder)
         elif isinstance(given, (str, os.PathLike)):
             autoencoder = load_autoencoder(given)
         else:
@@ -189,12 +190,12 @@ class LatentLoader:
         self.epoch, self.handed_out, self.resuming = state["epoch"], state["batch"], True
 
 
-def recorded_autoencoder(contract: Contract) -> Autoencoder:
+def recorded_autoencoder(contract: Contract, folder: Path) -> Autoencoder:
     """The autoencoder a data set was made with, by its recorded name."""
     name = str(contract.autoencoder.get("name"))
     if name not in CARDS:
         raise WeightsError(
-            f"the data set was made with a local autoencoder {name!r}; pass its folder as "
-            "autoencoder=..."
+            f"{folder}: made with a local autoencoder {name!r}; pass its folder (autoencoder=... "
+            "in Python, --autoencoder on the command line)"
         )
     return load_autoencoder(name)

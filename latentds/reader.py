@@ -211,6 +211,8 @@ class ShardSet:
                 pack, int(row[f"{field}_offset"]), int(row[f"{field}_bytes"])
             )
             where = f"{self.shard_path(pack)}, {self.key(pack)}.{kind}"
+            if zlib.crc32(content) != int(row[f"{field}_crc32"]):
+                raise FormatError(f"{where}: not of the recorded checksum; damaged, fetch it anew")
             table = decode_table(bytes(content), where, schema, int(row["count"])).to_pydict()
             if len(self.tables) >= MAX_CACHED_TABLES:
                 self.tables.popitem(last=False)

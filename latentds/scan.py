@@ -51,7 +51,9 @@ class ScannedPack:
     codes_offset: int
     codes_crc32: int
     patches: Member
+    patches_crc32: int
     masks: Member | None
+    masks_crc32: int
 
 
 def read_contract(path: Path) -> Contract:
@@ -177,15 +179,25 @@ def scan_pack(
     count = check_npy(head, codes.size, contract.codes_shape, where)
     code_bytes = count * contract.bytes_per_patch
     codes_offset = codes.offset + codes.size - code_bytes
-    crc32, largest = summarize_codes(file, codes_offset, code_bytes)
+    crc32, largest = summarize_bytes(file, codes_offset, code_bytes)
     levels = contract.codebook.levels.shape[1]
     if largest >= levels:
         raise FormatError(f"{where}: code {largest}, but the codebook has {levels} levels")
-    return ScannedPack(key, count, codes_offset, crc32, group[PATCHES], group.get(MASKS))
+    patches, masks = group[PATCHES], group.get(MASKS)
+    return ScannedPack(
+        key=key,
+        count=count,
+        codes_offset=codes_offset,
+        codes_crc32=crc32,
+        patches=patches,
+        patches_crc32=summarize_bytes(file, patches.offset, patches.size)[0],
+        masks=masks,
+        masks_crc32=summarize_bytes(file, masks.offset, masks.size)[0] if masks else 0,
+    )
 
 
-def summarize_codes(file: BinaryIO, offset: int, size: int) -> tuple[int, int]:
-    """zlib's crc32 and the largest of `size` code bytes from `offset`, read in blocks."""
+def summarize_bytes(file: BinaryIO, offset: int, size: int) -> tuple[int, int]:
+    """zlib's crc32 and the largest of `size` bytes from `offset`, read in blocks."""
     file.seek(offset)
     crc32 = largest = 0
     while size and (block := file.read(min(size, 1 << 20))):

@@ -15,13 +15,15 @@ from latentds.columns import MASK_SCHEMA, decode_table
 from latentds.errors import FormatError, LatentdsError
 from latentds.format import MASKS, PACKS_TABLE, PATCHES_TABLE, canonical_json
 from latentds.golden import THUMBNAIL_SLACK_DB, decode_pixels, psnr_db, read_golden, shrink
-from latentds.index import ShardIndex, index_shard, renumber
+from latentds.index import ShardIndex, index_shard, pack_rows, renumber
 from latentds.manifest import read_manifest
 from latentds.reader import ShardSet, check_sizes, decode_mask
 from latentds.scan import read_contract, read_member, scan_shard
 from latentds.storage import sha256_file
 
 Finding = tuple[str, str]  # ("problem" | "note", line)
+NOT_DECODED = "golden patches not decoded"
+CHECKSUMS = ("codes_crc32", "patches_crc32", "masks_crc32")
 LEVELS = ("manifest", "sha256", "members", "golden")
 
 
@@ -137,6 +139,12 @@ def check_members(folder: Path) -> Iterator[Finding]:
             header = read_contract(path)
             if canonical_json(header.to_json()) != canonical_json(manifest.contract.to_json()):
                 yield "problem", f"{path}: its header's contract is not the manifest's"
+            found = pack_rows(list(scan_shard(path, manifest.contract)))
+            listed = shards.packs[shards.packs["shard"] == number]
+            changed = [name for name in CHECKSUMS if not np.array_equal(found[name], listed[name])]
+            if changed:
+                yield "problem", f"{path}: {', '.join(changed)} differ from {PACKS_TABLE}; damaged"
+                continue  # columns that are not what was written are not parsed
             index = index_shard(folder, record.name, manifest.contract)
             yield from compare(shards, number, index, path)
             check_masks(path, shards)
@@ -196,7 +204,7 @@ def check_golden(
     if autoencoder is None:
         yield (
             "note",
-            "golden patches not decoded: made with a local autoencoder, pass --autoencoder PATH",
+            f"{NOT_DECODED}: made with a local autoencoder, pass --autoencoder PATH",
         )
         return
     check_decoder(autoencoder.card, contract.latent_id, str(folder))

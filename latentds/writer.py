@@ -14,7 +14,7 @@ import numpy as np
 
 from latentds.errors import FormatError
 from latentds.format import CODES, MASKS, PATCHES, Contract, npy_header, shard_headers
-from latentds.storage import rename_durably
+from latentds.storage import naming, rename_durably
 
 BLOCK = 512
 RECORD = 10_240  # POSIX: a tar ends on a multiple of 20 blocks
@@ -84,12 +84,14 @@ class ShardWriter:
 
     def add(self, pack: Pack) -> None:
         """Append a pack."""
-        self.file.write(pack_bytes(pack))
+        with naming(self.path):
+            self.file.write(pack_bytes(pack))
 
     def sync(self) -> int:
         """Make what was added durable; returns the length that `resume_at` may name."""
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        with naming(self.path):
+            self.file.flush()
+            os.fsync(self.file.fileno())
         return self.file.tell()
 
     def finish(self) -> None:
@@ -109,4 +111,5 @@ class ShardWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.file.close()
+        with naming(self.path):
+            self.file.close()  # flushes what a full disk did not take

@@ -143,7 +143,7 @@ def test_differing_sizes_offer_the_ways_out(pictures, tmp_path):
 
 
 def test_missing_and_misfitting_masks_are_refused(pictures, tmp_path):
-    with pytest.raises(TooManyBadSamplesError, match="has no mask"):
+    with pytest.raises(TooManyBadSamplesError, match="has no mask.*and 28 more. 33 bad pictures"):
         convert_with_mean(pictures, tmp_path / "out", masks=tmp_path)
 
 
@@ -207,6 +207,7 @@ def test_a_full_disk_leaves_a_run_that_goes_on(pictures, tmp_path, monkeypatch):
         cwd=Path(__file__).parents[1],
     )
     assert run.returncode == 1 and "File too large" in run.stderr
+    assert str(tmp_path / "out") in run.stderr.splitlines()[-1]
     assert not (tmp_path / "out" / MANIFEST).exists()
     convert_with_mean(pictures, tmp_path / "out")
     convert_with_mean(pictures, tmp_path / "unbroken")
@@ -383,3 +384,76 @@ def test_an_autoencoder_that_gives_nan_is_named_with_the_picture(pictures, tmp_p
     )
     with pytest.raises(ContractError, match=r"mean8: latents contain NaN.*p\d+\.png"):
         convert(config, NanAutoencoder())
+
+
+def test_split_names_beside_others_are_refused_and_can_be_classes(tmp_path):
+    """Else test pictures would be trained on as a class called test."""
+    for top in ("Train", "test", "holdout"):
+        save_pictures(tmp_path / "in" / top, 2)
+    with pytest.raises(InputError, match=r"Train, test are named like splits, holdout is not"):
+        convert_with_mean(tmp_path / "in", tmp_path / "out")
+    manifest = convert_with_mean(tmp_path / "in", tmp_path / "out", splits=False)
+    assert manifest.classes == ("Train", "holdout", "test")
+
+
+def test_split_folders_may_be_capitalized(tmp_path):
+    for top in ("Train", "VAL"):
+        save_pictures(tmp_path / "in" / top / "tumour", 2)
+    assert convert_with_mean(tmp_path / "in", tmp_path / "out").splits == {"train": 2, "val": 2}
+
+
+def test_pictures_of_several_pages_are_refused(pictures, tmp_path):
+    pages = [Image.fromarray(smooth_picture(seed)) for seed in (1, 2, 3)]
+    pages[0].save(pictures / "tumour" / "stack.tif", save_all=True, append_images=pages[1:])
+    with pytest.raises(TooManyBadSamplesError, match=r"stack\.tif: has 3 pages"):
+        convert_with_mean(pictures, tmp_path / "out")
+
+
+def test_resuming_with_other_masks_is_refused(tmp_path):
+    save_pictures(tmp_path / "in", 300)
+    for folder, value in (("a", 1), ("b", 200)):
+        (tmp_path / folder).mkdir()
+        for number in range(300):
+            mask = np.full((32, 32), value, np.uint8)
+            mask[: number % 20] = np.random.default_rng(value).integers(0, 9, (number % 20, 32))
+            Image.fromarray(mask).save(tmp_path / folder / f"p{number:03d}.png")
+    options = {"source": tmp_path / "in", "out": tmp_path / "out", "fit_patches": 16}
+    options |= {"encode_batch": 4, "device": "cpu"}
+    with pytest.raises(Interrupt):
+        convert(ConvertConfig(**options, masks=tmp_path / "a"), FailingAutoencoder(20))
+    with pytest.raises(InputError, match="differs in input"):
+        convert(ConvertConfig(**options, masks=tmp_path / "b"), MeanAutoencoder())
+
+
+def test_masks_that_do_not_fit_are_found_before_anything_is_encoded(pictures, tmp_path):
+    masks = tmp_path / "masks"
+    for path in pictures.rglob("*.png"):
+        target = masks / path.relative_to(pictures)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.zeros((32, 32), np.uint8)).save(target)
+    Image.fromarray(np.zeros((16, 32), np.uint8)).save(masks / "tumour" / "p003.png")
+    with pytest.raises(TooManyBadSamplesError, match=r"p003\.png: its mask is \(32, 16\) px"):
+        convert_with_mean(pictures, tmp_path / "out", masks=masks)
+    with pytest.raises(InputError, match="nowhere: no such folder"):
+        convert_with_mean(pictures, tmp_path / "out", masks=tmp_path / "nowhere")
+
+
+def test_pictures_that_hold_no_tile_are_left_out_within_the_budget(tmp_path):
+    save_pictures(tmp_path / "in", 2, edge=64)
+    save_pictures(tmp_path / "in" / "edge", 1, edge=24)
+    options = {"tile": True, "patch_size": 32, "labels": False}
+    with pytest.raises(TooManyBadSamplesError, match="24x24 px holds no tile of 32"):
+        convert_with_mean(tmp_path / "in", tmp_path / "out", **options)
+    assert convert_with_mean(tmp_path / "in", tmp_path / "out", max_bad=1, **options).patches == 8
+
+
+def test_patches_too_small_for_the_factor_are_named(tmp_path):
+    (tmp_path / "in").mkdir()
+    Image.fromarray(smooth_picture(1)[:3, :3]).save(tmp_path / "in" / "dot.png")
+    with pytest.raises(InputError, match=r"dot\.png: patches of 3x3 px are too small for mean8"):
+        convert_with_mean(tmp_path / "in", tmp_path / "out")
+
+
+def test_a_codebook_file_and_quantizer_options_exclude_each_other(tmp_path):
+    with pytest.raises(InputError, match="leave --quantizer and --levels"):
+        ConvertConfig(source=tmp_path, out=tmp_path, codebook=tmp_path / "c", levels=16)

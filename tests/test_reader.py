@@ -205,3 +205,25 @@ def test_unknown_members_are_passed_over(dataset):
     extra = member_bytes(f"{before[-1].key}.quality.bin", b"from a later minor version")
     path.write_bytes(content + extra + bytes(1024))
     assert list(scan_shard(path, contract)) == before
+
+
+def test_any_flipped_bit_of_a_columns_member_is_refused_before_it_is_parsed(dataset):
+    row = ShardSet(dataset).packs[0]
+    start, size = int(row["patches_offset"]), int(row["patches_bytes"])
+    path = first_shard(dataset)
+    for offset in range(start, start + size, 97):
+        flip_bit(path, offset)
+        with pytest.raises(FormatError, match="not of the recorded checksum"):
+            ShardSet(dataset).read_columns(np.array([0]), ["source"])
+        flip_bit(path, offset)
+
+
+@pytest.mark.parametrize(("field", "value"), [("label", 7), ("label", -9), ("slide", 99)])
+def test_labels_and_slides_the_manifest_does_not_list_are_refused(dataset, field, value):
+    from latentds.dataset import LatentDataset
+
+    table = np.load(dataset / PATCHES_TABLE)
+    table[field][3] = value
+    np.save(dataset / PATCHES_TABLE, table)
+    with pytest.raises(FormatError, match=f"{field} .*the manifest lists 2"):
+        list(LatentDataset(dataset, batch_size=50))

@@ -83,6 +83,14 @@ def test_label_counts_that_lie_are_caught(dataset):
     assert level_of_damage(dataset) == {"members"}
 
 
+def test_damaged_columns_are_named_and_not_parsed(dataset):
+    row = ShardSet(dataset).packs[0]
+    flip_bit(first_shard(dataset), int(row["patches_offset"]) + int(row["patches_bytes"]) // 2)
+    problems = verify(dataset, autoencoder=MeanAutoencoder()).problems
+    assert {level for level, _ in problems} == {"sha256", "members"}
+    assert any("patches_crc32 differ from" in line for _, line in problems)
+
+
 def test_contract_other_than_the_shards_own_is_caught(dataset):
     edit_manifest(dataset, lambda m: m["contract"].update(latent_id="sha256:" + "c" * 64))
     problems = verify(dataset, "members").problems

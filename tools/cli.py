@@ -49,8 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             return
         sys.exit(2)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for name in ("httpx", "faiss"):  # they tell every request, every attempt to find a faster build
-        logging.getLogger(name).setLevel(logging.WARNING)
+    # They tell every request, every retry, every attempt to find a faster build.
+    for name in ("httpx", "faiss", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     sys.exit(run(command, words[len(command.split()) :]))
 
 
@@ -63,7 +64,7 @@ def run(command: str, words: list[str]) -> int:
     except LatentdsError as error:
         return complain(str(error))
     except FileNotFoundError as error:
-        return complain(str(error) if error.filename is None else f"{error.filename}: not found")
+        return complain(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         return complain(

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import time
+from collections import Counter
 from typing import Any
 
 from latentds.conversion.config import ConvertConfig
@@ -57,10 +58,12 @@ def estimate(config: Config) -> dict[str, Any]:
     shards = plan_shards(plan, config, bytes_per_patch)
     patches = len(plan.regions)
     source = sum(header.bytes for header in plan.headers)
+    labels = [plan.label(int(number)) for number in plan.regions["picture"]]
     return {
         "dry_run": True,
         "patches": patches,
         "splits": {split: stop - start for split, (start, stop) in plan.splits.items()},
+        "classes": dict(sorted(Counter(labels).items())) if None not in labels else {},
         "patch_px": list(plan.patch_px),
         "bytes_per_patch": bytes_per_patch,
         "code_bytes": patches * bytes_per_patch,

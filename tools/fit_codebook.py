@@ -25,7 +25,7 @@ class Config:
     """How latents become bytes."""
     levels: int = 256
     """Levels, 2 to 256."""
-    patches: int = 1000
+    fit_patches: int = 1000
     """Patches drawn."""
     patch_size: int | None = None
     """Edge of a patch in pixels, with --resize or --tile where pictures differ."""
@@ -76,7 +76,7 @@ def fit(config: Config):  # type: ignore[no-untyped-def]
         out=Path(tempfile.gettempdir()),  # nothing is written there: only the plan and the fit run
         quantizer=config.quantizer,
         levels=config.levels,
-        fit_patches=config.patches,
+        fit_patches=config.fit_patches,
         patch_size=config.patch_size,
         resize=config.resize,
         tile=config.tile,

@@ -85,7 +85,7 @@ def loader_memory(manifest: Any, config: Config) -> dict[str, int]:
         "codes_waiting": codes * waiting,
         "decoded_batch_fp32": config.batch_size * 3 * height * width * 4,
         "latents_fp32": codes * 4,
-        "tables_mapped_shared": manifest.patches * 24 + manifest.packs * 56,
+        "tables_mapped_shared": manifest.patches * 24 + manifest.packs * 64,
     }
 
 
@@ -109,7 +109,7 @@ def as_text(summary: dict[str, Any]) -> str:
         "stored": f"{summary['bytes_per_patch']:,} bytes a patch; {summary['shards']} shards, "
         f"{summary['packs']:,} packs, {megabytes(summary['shard_bytes'])} "
         f"(container {summary['container_overhead']:+.2%}), "
-        f"tables {megabytes(summary['table_bytes'])}",
+        f"tables and golden patches {megabytes(summary['table_bytes'])}",
         "autoencoder": f"{card.get('name')} ({card.get('class_name')}, f{card.get('factor')}, "
         f"{card.get('channels')} channels, licence {card.get('licence')})",
         "latent_id": summary["latent_id"],

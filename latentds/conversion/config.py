@@ -61,6 +61,8 @@ class ConvertConfig:
     """Mask folder: 8-bit PNG or TIFF, same relative path and size, suffix aside; kept lossless."""
     labels: bool = True
     """Take class folders as labels."""
+    splits: bool = True
+    """Take top folders named train, val, valid, validation and test as splits."""
     name_pattern: str | None = None
     """Regular expression with groups among label, slide, x, y, mpp, searched in relative paths."""
     mpp: float | None = None
@@ -92,6 +94,10 @@ class ConvertConfig:
             raise InputError("choose one of --resize, --tile and --pad")
         if (self.resize or self.tile or self.pad) and self.patch_size is None:
             raise InputError("--resize, --tile and --pad need --patch-size PX")
+        if self.codebook and (self.quantizer != "kmeans" or self.levels != 256):
+            raise InputError("--codebook says what the levels are; leave --quantizer and --levels")
+        if self.masks is not None and not self.masks.is_dir():
+            raise InputError(f"--masks {self.masks}: no such folder")
         if self.stride is not None and not self.tile:
             raise InputError("--stride is the step of --tile; pass both")
         limits = {
@@ -112,4 +118,6 @@ class ConvertConfig:
     def recorded(self) -> dict[str, Any]:
         """The options that decide about bytes: no path, no host, nothing of how fast."""
         names = {field.name for field in dataclasses.fields(ConvertConfig)} - set(NOT_RECORDED)
+        if self.codebook is not None:
+            names -= {"quantizer", "levels", "fit_patches"}  # the codebook's own record tells
         return {name: getattr(self, name) for name in sorted(names)}

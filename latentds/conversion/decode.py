@@ -8,7 +8,6 @@ import threading
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -17,12 +16,11 @@ from latentds.conversion.config import ConvertConfig
 from latentds.conversion.plan import Plan
 from latentds.errors import InputError
 from latentds.sources.patch import Patch
-from latentds.sources.pictures import read_mask, read_picture
+from latentds.sources.pictures import find_mask, read_mask, read_picture
 
 TILED_PICTURES = 2  # decoded pictures kept while their tiles are cut
 CHUNKS_AHEAD = 3  # decoded and waiting: bounds memory to a few encode batches of pixels
 NO_PIXELS = np.zeros((0, 0, 3), np.uint8)
-MASK_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif")
 
 Outcome = Patch | tuple[str, str]  # a patch, or (source, why it has none)
 
@@ -115,17 +113,10 @@ class PatchReader:
         image, _ = read_picture(self.config.source / source, self.config.max_px)
         if image.shape[:2] != self.plan.headers[number].size_px:
             raise InputError("changed its size while the conversion ran")
-        return image, self.find_mask(source, (image.shape[0], image.shape[1]))
-
-    def find_mask(self, source: str, size_px: tuple[int, int]) -> np.ndarray | None:
-        """The mask of a picture; InputError where the mask is missing or of another size."""
         if self.config.masks is None:
-            return None
-        stem = self.config.masks / source
-        for path in (stem.with_suffix(suffix) for suffix in MASK_SUFFIXES):
-            if path.is_file():
-                return read_mask(path, size_px)
-        raise InputError(f"has no mask under --masks ({Path(source).with_suffix('.png')})")
+            return image, None
+        size_px = (image.shape[0], image.shape[1])
+        return image, read_mask(find_mask(self.config.masks, source, size_px), size_px)
 
     def cut(
         self, number: int, region: np.void, image: np.ndarray, mask: np.ndarray | None

@@ -25,7 +25,7 @@ from latentds.conversion.finish import finish
 from latentds.conversion.plan import Plan, PlannedShard, check_budget, make_plan, plan_shards
 from latentds.conversion.shardjob import Block, ShardJob, WriterThread
 from latentds.conversion.workdir import WorkFolder, prepare_output
-from latentds.errors import ContractError
+from latentds.errors import ContractError, InputError
 from latentds.format import Contract
 from latentds.manifest import Manifest
 
@@ -92,6 +92,7 @@ def prepare(
     asked = {"input": plan.digest(), "made": {"options": config.recorded()}}
     work.compare(asked, config.overwrite)  # before time is spent on a codebook
     earlier = work.read_plan()
+    check_not_too_small(plan, autoencoder)
     batch = config.encode_batch or earlier.get("encode_batch")
     encoder = Encoder(
         autoencoder, device, batch or choose_batch(autoencoder, device, plan.patch_px)
@@ -125,6 +126,16 @@ def prepare(
         shards=plan_shards(plan, config, contract.bytes_per_patch),
         made=made,
     )
+
+
+def check_not_too_small(plan: Plan, autoencoder: Autoencoder) -> None:
+    """Refuse patches that cannot be reflected up to the autoencoder's factor."""
+    factor, (height, width) = autoencoder.card.factor, plan.patch_px
+    if any(-edge % factor >= edge for edge in plan.patch_px):
+        raise InputError(
+            f"{plan.pictures[0].source}: patches of {width}x{height} px are too small for "
+            f"{autoencoder.card.name} (factor {factor}); use --resize --patch-size {factor} or more"
+        )
 
 
 def describe(

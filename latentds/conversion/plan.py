@@ -16,10 +16,11 @@ from latentds.conversion.config import ConvertConfig
 from latentds.errors import InputError, TooManyBadSamplesError
 from latentds.format import canonical_json, patch_key, shard_name
 from latentds.sources.image_folder import Picture, check_sizes, list_pictures, name_fields
-from latentds.sources.pictures import Header, read_header
+from latentds.sources.pictures import Header, find_mask, read_header
 
 BLOCK_PATCHES = 256  # at least so many patches between two points a killed run resumes from
 HEADERS_AT_ONCE = 4096
+BAD_NAMED = 5
 REGION_DTYPE = np.dtype([("picture", "<u4"), ("x", "<i4"), ("y", "<i4")])
 
 
@@ -70,8 +71,9 @@ class Plan:
         """Hash of files, headers and order: what a resumed run must find unchanged."""
         digest = hashlib.sha256(self.regions.tobytes())
         for picture, header in zip(self.pictures, self.headers, strict=True):
-            digest.update(canonical_json([picture.source, picture.label, header.size_px,
-                                          header.encoding, header.bytes]).encode())  # fmt: skip
+            facts: list[object] = [picture.source, picture.label, header.size_px, header.encoding]
+            facts += [header.bytes, header.mask_bytes]
+            digest.update(canonical_json(facts).encode())
         digest.update(canonical_json([list(entry) for entry in self.bad]).encode())
         return f"sha256:{digest.hexdigest()}"
 
@@ -87,7 +89,7 @@ class Plan:
 
 def make_plan(config: ConvertConfig) -> Plan:
     """List, read all headers, check, order."""
-    listing = list_pictures(config.source, config.labels)
+    listing = list_pictures(config.source, config.labels, config.splits)
     check_keys(config.source, [picture.source for picture in listing.pictures])
     pictures, headers, bad = read_headers(listing.pictures, config)
     patch_px = choose_patch_size(pictures, headers, config)
@@ -116,7 +118,12 @@ def read_headers(
 
     def read(picture: Picture) -> Header | str:
         try:
-            return read_header(config.source / picture.source, config.max_px)
+            header = read_header(config.source / picture.source, config.max_px)
+            check_tile(header, config)
+            if config.masks is None:
+                return header
+            mask = find_mask(config.masks, picture.source, header.size_px)
+            return dataclasses.replace(header, mask_bytes=mask.stat().st_size)
         except InputError as error:
             return str(error)
 
@@ -138,11 +145,12 @@ def read_headers(
 def check_budget(config: ConvertConfig, bad: Mapping[str, str]) -> None:
     """Raise once more pictures (reasons by source) are bad than --max-bad allows; names one."""
     if len(bad) > config.max_bad:
-        source, reason = list(bad.items())[-1]
+        named = [f"{config.source / s}: {reason}" for s, reason in list(bad.items())[:BAD_NAMED]]
+        more = f"; and {len(bad) - BAD_NAMED} more" if len(bad) > BAD_NAMED else ""
         raise TooManyBadSamplesError(
-            f"{config.source / source}: {reason}. {len(bad)} bad pictures, --max-bad is "
-            f"{config.max_bad}; repair or remove it, or raise the budget and run the same command "
-            "again to go on"
+            f"{'; '.join(named)}{more}. {len(bad)} bad pictures, --max-bad is {config.max_bad}: "
+            "raise it and run the same command again to go on without them, or repair or remove "
+            "them and start anew with --overwrite"
         )
 
 
@@ -158,6 +166,13 @@ def check_keys(root: Path, sources: Sequence[str]) -> None:
             )
 
 
+def check_tile(header: Header, config: ConvertConfig) -> None:
+    """Refuse a picture too small for a single tile; InputError (without the name)."""
+    height, width = header.size_px
+    if config.tile and config.patch_size and min(height, width) < config.patch_size:
+        raise InputError(f"{width}x{height} px holds no tile of {config.patch_size}")
+
+
 def choose_patch_size(
     pictures: Sequence[Picture], headers: Sequence[Header], config: ConvertConfig
 ) -> tuple[int, int]:
@@ -170,10 +185,6 @@ def choose_patch_size(
         return edge, edge
     for source, header in by_source.items():
         height, width = header.size_px
-        if config.tile and min(height, width) < edge:
-            raise InputError(
-                f"{source}: {width}x{height} px holds no tile of {edge}; remove it or use --pad"
-            )
         if config.pad and (max(height, width) > edge or 2 * min(height, width) <= edge):
             raise InputError(
                 f"{source}: {width}x{height} px cannot be reflected to {edge}; it must be larger "

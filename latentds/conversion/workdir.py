@@ -121,7 +121,8 @@ class WorkFolder:
         decided  all or some of what `write_plan` keeps
         """
         earlier = self.read_plan()
-        changed = differences(shared_part(earlier, decided), decided) if earlier else []
+        found = differences(shared_part(earlier, decided), decided) if earlier else []
+        changed = list(dict.fromkeys(found))  # some things are noted twice
         if changed and not overwrite:
             raise InputError(
                 f"{self.out}: holds an unfinished conversion that differs in "

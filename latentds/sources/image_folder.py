@@ -38,11 +38,13 @@ class Listing:
     ignored_example: str
 
 
-def list_pictures(root: Path, use_labels: bool = True) -> Listing:
+def list_pictures(root: Path, use_labels: bool = True, use_splits: bool = True) -> Listing:
     """Every picture below `root`; InputError for an empty folder or labels on some only.
 
     [split/][class/[slide/...]]picture: top folders are splits when all of them have split names.
     """
+    if root.is_file():
+        raise InputError(f"{root}: is a file; pass its folder")
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder")
     suffixes = picture_suffixes()
@@ -55,11 +57,23 @@ def list_pictures(root: Path, use_labels: bool = True) -> Listing:
             f"{root}: no pictures in it ({len(ignored)} other files); nothing to convert"
         )
     check_names(root, found)
-    tops = {PurePosixPath(path).parts[0] for path in found if "/" in path}
-    has_splits = bool(tops) and tops <= SPLITS.keys() and all("/" in path for path in found)
+    has_splits = use_splits and are_splits(root, found)
     pictures = tuple(place(path, has_splits, use_labels) for path in found)
     check_labels(root, pictures, use_labels)
     return Listing(pictures, len(ignored), ignored[0] if ignored else "")
+
+
+def are_splits(root: Path, paths: Sequence[str]) -> bool:
+    """Whether the top folders are splits; InputError where some are and others are not."""
+    tops = {PurePosixPath(path).parts[0] for path in paths if "/" in path}
+    named = {top for top in tops if top.lower() in SPLITS}
+    others = sorted(tops - named) + [path for path in paths if "/" not in path]
+    if named and others:
+        raise InputError(
+            f"{root}: {', '.join(sorted(named))} are named like splits, {others[0]} is not; move "
+            "it, or pass --no-splits to take all of them as classes"
+        )
+    return bool(named)
 
 
 def walk(root: Path) -> Iterator[str]:
@@ -83,7 +97,7 @@ def walk(root: Path) -> Iterator[str]:
 def place(path: str, has_splits: bool, use_labels: bool) -> Picture:
     """What the folders of a path say."""
     folders = list(PurePosixPath(path).parts[:-1])
-    split = SPLITS[folders.pop(0)] if has_splits else DEFAULT_SPLIT
+    split = SPLITS[folders.pop(0).lower()] if has_splits else DEFAULT_SPLIT
     label = folders.pop(0) if folders and use_labels else None
     return Picture(path, split, label, "/".join(folders) or None)
 

@@ -13,6 +13,7 @@ from PIL import Image
 from latentds.errors import InputError
 
 # Formats that Pillow only names, or that are no 8-bit pictures.
+MASK_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif")
 NOT_PICTURES = {"BUFR", "GRIB", "HDF5", "MPEG", "FITS", "EPS", "WMF"}
 CONVERTED = ("1", "L", "P", "CMYK", "RGBA", "LA", "PA", "RGBX", "YCbCr")  # to RGB, and counted
 DECODE_ERRORS = (
@@ -37,6 +38,7 @@ class Header:
     mode: str
     encoding: str
     bytes: int
+    mask_bytes: int = 0
 
 
 def picture_suffixes() -> set[str]:
@@ -77,14 +79,34 @@ def read_picture(path: Path, max_px: int) -> tuple[np.ndarray, str]:
         raise InputError(f"cannot be decoded ({first_line(error)})") from error
 
 
+def find_mask(folder: Path, source: str, size_px: tuple[int, int]) -> Path:
+    """The mask of a picture below `folder`, its header checked; InputError (without the name)."""
+    stem = folder / source
+    paths = [stem.with_suffix(suffix) for suffix in MASK_SUFFIXES]
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        raise InputError(f"has no mask under --masks ({Path(source).with_suffix('.png')})")
+    try:
+        with Image.open(path) as image:
+            check_mask(image, size_px)
+    except DECODE_ERRORS as error:
+        raise InputError(f"its mask cannot be read ({first_line(error)})") from error
+    return path
+
+
+def check_mask(image: Image.Image, size_px: tuple[int, int]) -> None:
+    """Refuse masks that are not 8-bit grey or palette, or not of the picture's size."""
+    if image.mode not in ("L", "1", "P"):
+        raise InputError(f"its mask is of mode {image.mode}; 8-bit grey or palette masks only")
+    if image.size != size_px[::-1]:
+        raise InputError(f"its mask is {image.size} px, the picture {size_px[::-1]}")
+
+
 def read_mask(path: Path, size_px: tuple[int, int]) -> np.ndarray:
     """Mask uint8 (H, W) of just that size, values untouched; InputError (without the name)."""
     try:
         with Image.open(path) as image:
-            if image.mode not in ("L", "1", "P"):
-                raise InputError(f"its mask is of mode {image.mode}; 8-bit grey or palette only")
-            if image.size != size_px[::-1]:
-                raise InputError(f"its mask is {image.size} px, the picture {size_px[::-1]}")
+            check_mask(image, size_px)
             # A palette's indices are the classes; its colours are for looking at.
             mask = np.asarray(image)
             return mask.astype(np.uint8) * (255 if image.mode == "1" else 1)
@@ -94,14 +116,19 @@ def read_mask(path: Path, size_px: tuple[int, int]) -> np.ndarray:
 
 def check_mode(mode: str) -> None:
     """Refuse what has more than 8 bits or no way to RGB."""
-    if mode != "RGB" and mode not in CONVERTED:
+    if mode != "RGB" and mode not in CONVERTED and mode[0] not in "IF":
+        raise InputError(f"mode {mode}; convert to RGB")
+    if mode[0] in "IF":
         raise InputError(
             f"mode {mode} (16-bit or float); convert to 8-bit RGB with a scaling you choose"
         )
 
 
 def check_depth(image: Image.Image) -> None:
-    """Refuse 16 bits a channel, which Pillow would open as 8-bit RGB by dropping the low byte."""
+    """Refuse several pages, and 16 bits a channel, which Pillow opens as 8-bit all the same."""
+    pages = getattr(image, "n_frames", 1)
+    if pages > 1:
+        raise InputError(f"has {pages} pages; split it into one file a page")
     tiles = getattr(image, "tile", [])  # (decoder, box, offset, arguments with the raw mode)
     if any(";16" in str(tile[3]) for tile in tiles):
         raise InputError("has 16 bits a channel; convert to 8-bit RGB with a scaling you choose")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import tempfile
 import time
 from pathlib import Path
@@ -64,7 +63,6 @@ def measure(config: Config) -> dict[str, Any]:
     from latentds.autoencoders import load_autoencoder
     from latentds.conversion import pipeline
     from latentds.conversion.config import ConvertConfig
-    from latentds.conversion.decode import PatchReader
     from latentds.conversion.plan import make_plan
     from latentds.conversion.workdir import prepare_output
 
@@ -81,7 +79,7 @@ def measure(config: Config) -> dict[str, Any]:
         plan = make_plan(settings)
         autoencoder = load_autoencoder(config.autoencoder)
         with prepare_output(settings) as work:
-            reader = PatchReader(plan, settings, settings.workers or os.cpu_count() or 1)
+            reader = pipeline.make_reader(plan, settings)
             conversion = pipeline.prepare(settings, reader, autoencoder, work)
             encoder_rate = encode_from_memory(conversion)
             started = time.perf_counter()

@@ -94,7 +94,7 @@ class NetworkAutoencoder:
     def decode(self, latents: Tensor) -> Tensor:
         """Images in [0, 1], clamped; keeps gradients to the latents where autograd is on."""
         images: Tensor = self.decoder(latents.to(self.device, self.dtype))
-        return images.clamp(0, 1)
+        return images.clamp(0, 1).contiguous()
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None

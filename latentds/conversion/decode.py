@@ -19,7 +19,7 @@ from latentds.sources.patch import Patch
 from latentds.sources.pictures import find_mask, read_mask, read_picture
 
 TILED_PICTURES = 2  # decoded pictures kept while their tiles are cut
-CHUNKS_AHEAD = 3  # decoded and waiting: bounds memory to a few encode batches of pixels
+CHUNKS_AHEAD = 3  # decoded and waiting: memory is a few encode batches of pixels
 NO_PIXELS = np.zeros((0, 0, 3), np.uint8)
 
 Outcome = Patch | tuple[str, str]  # a patch, or (source, why it has none)
@@ -45,8 +45,10 @@ class PatchReader:
     Chunks come in the order asked for, whatever the number of threads.
     """
 
-    def __init__(self, plan: Plan, config: ConvertConfig, workers: int) -> None:
-        self.plan, self.config = plan, config
+    def __init__(
+        self, plan: Plan, config: ConvertConfig, workers: int, ahead: int = CHUNKS_AHEAD
+    ) -> None:
+        self.plan, self.config, self.ahead = plan, config, ahead
         self.pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
         self.collator = ThreadPoolExecutor(1, thread_name_prefix="collate")
         self.lock = threading.Lock()
@@ -57,7 +59,7 @@ class PatchReader:
         waiting: deque[Future[Chunk]] = deque()
         for rows in groups:
             waiting.append(self.collator.submit(self.collate, self.submit(rows)))
-            if len(waiting) > CHUNKS_AHEAD:
+            if len(waiting) > self.ahead:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()

@@ -69,7 +69,7 @@ def convert(config: ConvertConfig, autoencoder: Autoencoder | None = None) -> Ma
 
 
 def make_reader(plan: Plan, config: ConvertConfig) -> PatchReader:
-    """The plan's reader. On a CPU it does not read ahead: decode threads would hold the encoder's up.
+    """The plan's reader; on a CPU without reading ahead, which would hold the encoder up.
 
     Two cores, PNG patches: pictures decoded between two batches cost 9 % of the encoder's rate,
     pictures decoded during them 10 to 19 %, because every layer ends at a barrier of all threads.

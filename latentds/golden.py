@@ -20,6 +20,7 @@ from latentds.autoencoders.base import Autoencoder, exact_arithmetic
 from latentds.columns import decode_table, encode_table
 from latentds.errors import FormatError
 from latentds.format import GOLDEN, Contract
+from latentds.metrics import psnr_db
 from latentds.quantizer import Codebook, dequantize
 
 MIN_GOLDEN, MAX_GOLDEN = 8, 32
@@ -90,9 +91,7 @@ def encode_golden(
         "codes": [patch.tobytes() for patch in codes],
         "thumbnail_png": [to_png(image) for image in thumbnails],
         "decoded_png": [to_png(image) for image in decoded],
-        "thumbnail_psnr_db": [
-            psnr_db(shrink(d), t) for d, t in zip(decoded, thumbnails, strict=True)
-        ],
+        "thumbnail_psnr_db": [likeness_db(d, t) for d, t in zip(decoded, thumbnails, strict=True)],
         "tolerance_levels": [TOLERANCE_LEVELS] * len(rows),
     }
     return encode_table(pa.table(columns, schema=SCHEMA))
@@ -131,10 +130,9 @@ def shrink(image: np.ndarray) -> np.ndarray:
     return np.asarray(picture.resize(size, Image.Resampling.BOX))
 
 
-def psnr_db(image: np.ndarray, reference: np.ndarray) -> float:
-    """PSNR of two uint8 arrays, at most 99 dB."""
-    mse = float(np.square(image.astype(np.float64) - reference).mean())
-    return min(99.0, 10 * float(np.log10(255**2 / max(mse, 1e-9))))
+def likeness_db(decoded: np.ndarray, thumbnail: np.ndarray) -> float:
+    """PSNR of a decoded picture to a thumbnail at the thumbnail's size, at most 99 dB."""
+    return min(99.0, psnr_db(shrink(decoded), thumbnail))
 
 
 def to_png(image: np.ndarray) -> bytes:

@@ -14,7 +14,7 @@ from latentds.autoencoders.base import Autoencoder, check_decoder
 from latentds.columns import MASK_SCHEMA, decode_table
 from latentds.errors import FormatError, LatentdsError
 from latentds.format import MASKS, PACKS_TABLE, PATCHES_TABLE, canonical_json
-from latentds.golden import THUMBNAIL_SLACK_DB, decode_pixels, psnr_db, read_golden, shrink
+from latentds.golden import THUMBNAIL_SLACK_DB, decode_pixels, likeness_db, read_golden
 from latentds.index import ShardIndex, index_shard, pack_rows, renumber
 from latentds.manifest import read_manifest
 from latentds.reader import ShardSet, check_sizes, decode_mask
@@ -210,7 +210,7 @@ def check_golden(
     check_decoder(autoencoder.card, contract.latent_id, str(folder))
     decoded = decode_pixels(golden.codes, contract.codebook, autoencoder, contract.patch_px)
     for place, row in enumerate(golden.rows):
-        found = psnr_db(shrink(decoded[place]), golden.thumbnails[place])
+        found = likeness_db(decoded[place], golden.thumbnails[place])
         if found < golden.thumbnail_psnr_db[place] - THUMBNAIL_SLACK_DB:
             yield (
                 "problem",

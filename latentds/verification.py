@@ -139,17 +139,30 @@ def check_members(folder: Path) -> Iterator[Finding]:
             header = read_contract(path)
             if canonical_json(header.to_json()) != canonical_json(manifest.contract.to_json()):
                 yield "problem", f"{path}: its header's contract is not the manifest's"
-            found = pack_rows(list(scan_shard(path, manifest.contract)))
-            listed = shards.packs[shards.packs["shard"] == number]
-            changed = [name for name in CHECKSUMS if not np.array_equal(found[name], listed[name])]
-            if changed:
-                yield "problem", f"{path}: {', '.join(changed)} differ from {PACKS_TABLE}; damaged"
+            damaged = list(damaged_packs(shards, number, path))
+            yield from (("problem", line) for line in damaged)
+            if damaged:
                 continue  # columns that are not what was written are not parsed
             index = index_shard(folder, record.name, manifest.contract)
             yield from compare(shards, number, index, path)
-            check_masks(path, shards)
+            if shards.packs["masks_bytes"][shards.packs["shard"] == number].any():
+                check_masks(path, shards)
         except FormatError as error:
             yield "problem", str(error)
+
+
+def damaged_packs(shards: ShardSet, number: int, path: Path) -> Iterator[str]:
+    """A line for every pack of a shard whose members do not have the recorded checksums."""
+    found = list(scan_shard(path, shards.manifest.contract))
+    listed = shards.packs[shards.packs["shard"] == number]
+    if len(found) != len(listed):
+        yield f"{path}: {len(found)} packs, {PACKS_TABLE} lists {len(listed)}"
+        return
+    rows = pack_rows(found)
+    for name in CHECKSUMS:
+        for place in np.flatnonzero(rows[name] != listed[name]):
+            member = name.removesuffix("_crc32")
+            yield f"{path}, {found[place].key}: {member} do not have the recorded checksum; damaged"
 
 
 def compare(shards: ShardSet, number: int, index: ShardIndex, path: Path) -> Iterator[Finding]:

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import tempfile
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -62,7 +62,7 @@ def run(config: Config) -> None:
     print(json.dumps(report, indent=1) if config.json else text)
 
 
-def fit(config: Config):  # type: ignore[no-untyped-def]
+def fit(config: Config) -> Any:
     """The codebook, fitted as a conversion of the same folder would."""
     from latentds.autoencoders import load_autoencoder
     from latentds.conversion.codebook import fit_to_sample

@@ -1,0 +1,1 @@
+"""Converting a source into a data set: plan, decode, encode, write, finish."""

@@ -1,0 +1,1 @@
+"""Where patches come from, one file an input kind, and the record all of them yield."""

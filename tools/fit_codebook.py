@@ -67,8 +67,8 @@ def fit(config: Config) -> Any:
     from latentds.autoencoders import load_autoencoder
     from latentds.conversion.codebook import fit_to_sample
     from latentds.conversion.config import ConvertConfig
-    from latentds.conversion.decode import PatchReader
     from latentds.conversion.encode import Encoder, choose_batch, choose_device
+    from latentds.conversion.pipeline import make_reader
     from latentds.conversion.plan import make_plan
 
     settings = ConvertConfig(
@@ -81,6 +81,7 @@ def fit(config: Config) -> Any:
         resize=config.resize,
         tile=config.tile,
         seed=config.seed,
+        device=config.device,
         max_bad=config.max_bad,
         labels=False,
     )
@@ -88,7 +89,7 @@ def fit(config: Config) -> Any:
     autoencoder = load_autoencoder(config.autoencoder)
     device = choose_device(config.device)
     encoder = Encoder(autoencoder, device, choose_batch(autoencoder, device, plan.patch_px))
-    reader = PatchReader(plan, settings, workers=4)
+    reader = make_reader(plan, settings)
     try:
         return fit_to_sample(settings, encoder, reader)
     finally:

@@ -47,10 +47,19 @@ class ShardIndex:
     slides: tuple[str, ...]
 
 
-def index_shard(folder: Path, name: str, contract: Contract) -> ShardIndex:
-    """Scan a finished shard: every header, every column, every checksum."""
+def index_shard(
+    folder: Path,
+    name: str,
+    contract: Contract,
+    packs: Sequence[ScannedPack] | None = None,
+    sha256: str | None = None,
+) -> ShardIndex:
+    """Index a finished shard: every header, every column, every checksum.
+
+    packs, sha256  what an earlier pass over the file found, to spare another
+    """
     path = folder / name
-    packs = list(scan_shard(path, contract))
+    packs = list(scan_shard(path, contract)) if packs is None else packs
     check_keys(path, name, packs)
     table = pa.concat_tables([read_patches(path, pack, INDEXED) for pack in packs])
     classes, labels = number_names(table["label"])
@@ -60,7 +69,7 @@ def index_shard(folder: Path, name: str, contract: Contract) -> ShardIndex:
         name=name,
         split=name.removeprefix("data/").rpartition("-")[0],
         bytes=path.stat().st_size,
-        sha256=sha256_file(path),
+        sha256=sha256 or sha256_file(path),
         codebook_id=contract.codebook.codebook_id,
         packs=len(packs),
         patches=len(table),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from latentds.golden import THUMBNAIL_SLACK_DB, decode_pixels, likeness_db, read
 from latentds.index import ShardIndex, index_shard, pack_rows, renumber
 from latentds.manifest import read_manifest
 from latentds.reader import ShardSet, check_sizes, decode_mask
-from latentds.scan import read_contract, read_member, scan_shard
+from latentds.scan import ScannedPack, read_contract, read_member, scan_shard
 from latentds.storage import sha256_file
 
 Finding = tuple[str, str]  # ("problem" | "note", line)
@@ -139,30 +139,33 @@ def check_members(folder: Path) -> Iterator[Finding]:
             header = read_contract(path)
             if canonical_json(header.to_json()) != canonical_json(manifest.contract.to_json()):
                 yield "problem", f"{path}: its header's contract is not the manifest's"
-            damaged = list(damaged_packs(shards, number, path))
+            found = list(scan_shard(path, manifest.contract))
+            damaged = damaged_packs(shards, number, found, path)
             yield from (("problem", line) for line in damaged)
             if damaged:
                 continue  # columns that are not what was written are not parsed
-            index = index_shard(folder, record.name, manifest.contract)
+            # The hash is the level before this one: no need to read the file for it again.
+            index = index_shard(folder, record.name, manifest.contract, found, record.sha256)
             yield from compare(shards, number, index, path)
-            if shards.packs["masks_bytes"][shards.packs["shard"] == number].any():
-                check_masks(path, shards)
+            check_masks(path, found, manifest.contract.patch_px)
         except FormatError as error:
             yield "problem", str(error)
 
 
-def damaged_packs(shards: ShardSet, number: int, path: Path) -> Iterator[str]:
+def damaged_packs(
+    shards: ShardSet, number: int, found: Sequence[ScannedPack], path: Path
+) -> list[str]:
     """A line for every pack of a shard whose members do not have the recorded checksums."""
-    found = list(scan_shard(path, shards.manifest.contract))
     listed = shards.packs[shards.packs["shard"] == number]
     if len(found) != len(listed):
-        yield f"{path}: {len(found)} packs, {PACKS_TABLE} lists {len(listed)}"
-        return
+        return [f"{path}: {len(found)} packs, {PACKS_TABLE} lists {len(listed)}"]
     rows = pack_rows(found)
-    for name in CHECKSUMS:
-        for place in np.flatnonzero(rows[name] != listed[name]):
-            member = name.removesuffix("_crc32")
-            yield f"{path}, {found[place].key}: {member} do not have the recorded checksum; damaged"
+    return [
+        f"{path}, {found[place].key}: {name.removesuffix('_crc32')} do not have the recorded "
+        "checksum; damaged"
+        for name in CHECKSUMS
+        for place in np.flatnonzero(rows[name] != listed[name]).tolist()
+    ]
 
 
 def compare(shards: ShardSet, number: int, index: ShardIndex, path: Path) -> Iterator[Finding]:
@@ -186,14 +189,13 @@ def compare(shards: ShardSet, number: int, index: ShardIndex, path: Path) -> Ite
     listed = dataclasses.replace(listed, labels={k: v for k, v in listed.labels.items() if v})
     for field in dataclasses.fields(listed):
         found, said = getattr(index.record, field.name), getattr(listed, field.name)
-        if found != said and field.name != "sha256":  # that is the level before this one
+        if found != said:
             yield "problem", f"{path}: {field.name} is {found}, the manifest says {said}"
 
 
-def check_masks(path: Path, shards: ShardSet) -> None:
+def check_masks(path: Path, packs: Sequence[ScannedPack], patch_px: tuple[int, int]) -> None:
     """Raise FormatError unless every masks member has the pack's length and the patches' size."""
-    patch_px = shards.manifest.contract.patch_px
-    for pack in scan_shard(path, shards.manifest.contract):
+    for pack in packs:
         if pack.masks is None:
             continue
         where = f"{path}, {pack.key}.{MASKS}"

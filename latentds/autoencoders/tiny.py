@@ -25,7 +25,6 @@ from latentds.autoencoders.base import (
 from latentds.autoencoders.cards import TINY
 from latentds.codebooks import StoredCodebook, load_codebook
 
-FACTOR = 8  # pixels a latent cell, each way
 CHANNELS = 4
 BOUND = 3.0  # latents lie in (-3, 3)
 

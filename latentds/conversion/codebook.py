@@ -19,7 +19,7 @@ from latentds.errors import ContractError
 from latentds.fit import fit_codebook
 from latentds.format import Contract
 
-MAX_FIT_VALUES = 16_000_000  # latent values held while fitting: 64 MB
+MAX_SAMPLE_VALUES = 16_000_000  # latent values held while fitting: 64 MB
 
 
 def find_codebook(
@@ -63,7 +63,7 @@ def fit_to_sample(config: ConvertConfig, encoder: Encoder, reader: PatchReader) 
     rng = np.random.default_rng([config.seed, 1])
     count = min(config.fit_patches, stop - start)
     rows = np.sort(rng.choice(np.arange(start, stop), count, replace=False))
-    cells = max(16, MAX_FIT_VALUES // (card.channels * count))
+    cells = max(16, MAX_SAMPLE_VALUES // (card.channels * count))
     with tqdm(total=count, desc="codebook", unit="patch", delay=1) as bar:
         chunks = sample_chunks(reader, rows, encoder.batch)
         samples = sample_latents(encoder, chunks, cells, rng, bar.update)

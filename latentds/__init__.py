@@ -18,9 +18,12 @@ _HOMES = {
     "LatentDataset": "latentds.dataset",
     "LatentLoader": "latentds.loader",
     "LatentdsError": "latentds.errors",
+    "Mixture": "latentds.mixture",
     "ShardSet": "latentds.reader",
     "convert": "latentds.conversion.pipeline",
     "load_autoencoder": "latentds.autoencoders",
+    "split_patients": "latentds.selection",
+    "uniform": "latentds.randomness",
     "verify": "latentds.verification",
 }
 

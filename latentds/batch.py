@@ -21,6 +21,12 @@ class Batch:
              where unknown
     mpp      float32 (B,), micrometres a pixel, NaN where unknown
     rows     int64 (B,), rows of the data set's patch table: a patch's identity
+    seeds    int64 (B,), seeds of the patches' random numbers: see `latentds.uniform`
+    valid    bool (B,), False for a patch that only fills up a rank's last batch; leave those out of
+             what you count
+    sets     int64 (B,), which set of a Mixture each patch is of; None for one set
+    codebooks  int64 (B,), which of the loader's codebooks; None where there is one
+    bad      damaged packs that were found and replaced while this batch was read
     images   float (B, 3, H, W) in [0, 1], or what `transform` made of them; None before decoding
     latents  float32 (B, C, h, w), None unless asked for
     masks    uint8 (B, H, W), None unless asked for
@@ -33,6 +39,11 @@ class Batch:
     coords: Tensor
     mpp: Tensor
     rows: Tensor
+    seeds: Tensor
+    valid: Tensor
+    sets: Tensor | None = None
+    codebooks: Tensor | None = None
+    bad: tuple[str, ...] = ()
     images: Any = None
     latents: Tensor | None = None
     masks: Tensor | None = None

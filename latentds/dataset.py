@@ -2,7 +2,7 @@
 
 CPU only, split over ranks and workers.
 """
-# B batch, R ranks, W workers
+# B batch
 
 from __future__ import annotations
 
@@ -15,13 +15,27 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from latentds.batch import Batch
-from latentds.errors import ContractError, FormatError
-from latentds.format import PATCHES_TABLE
-from latentds.order import EpochOrder
-from latentds.quantizer import dequantize
+from latentds.batching import Batching
+from latentds.collate import Collator
+from latentds.errors import DamagedPackError, TooManyBadSamplesError
+from latentds.launcher import find_rank
+from latentds.mixture import Mixture
 from latentds.reader import ShardSet
+from latentds.sampling import (
+    BALANCED,
+    BalancedSampler,
+    Drawn,
+    MixtureSampler,
+    PackSampler,
+    Sampler,
+    SetSampler,
+    join,
+)
+from latentds.selection import select_rows
+from latentds.state import LoaderState, check_state
 
-STATE_VERSION = 1
+DEFAULT_BATCH = 256
+MAX_REPLACEMENTS = 64  # packs in a row that may be damaged
 
 
 class LatentDataset(IterableDataset[Batch]):
@@ -29,36 +43,51 @@ class LatentDataset(IterableDataset[Batch]):
 
     Give it to a DataLoader with `batch_size=None`, or use LatentLoader.
 
-    folder      a data set's folder
+    folder      a data set's folder, or a Mixture of several
     split       train, val, test, ...
-    batch_size  patches a batch and rank
+    batch_size  patches a batch and rank (256)
+    global_batch_size  patches a batch of all ranks, instead of `batch_size`; the order depends on
+                it, so give this where the number of ranks may change
     shuffle     a new order every epoch, a function of (seed, epoch) alone
+    last        what becomes of the last, smaller global batch; every rank has as many batches as
+                any other. "pad": dealt out evenly; where ranks do not divide it, some repeat one
+                patch and mark it in `batch.valid`. "drop": left out. "repeat": filled up with the
+                epoch's first patches.
+    lanes       number of nodes, where each should read a stretch of its own; part of the order
+    where       condition on label, slide, patient, x, y, mpp, size_px, as in
+                "label == 'TUM' and mpp < 0.6"
+    slides      names of the slides to use
+    balance     "label", "slide" or "patient": draw every one equally often
     decode      "codes" (uint8) or "latents" (float32, dequantized here); pixels are LatentLoader's
                 business, because a worker process must not touch the GPU
     columns     names among key, source, source_encoding to carry along
     masks       carry the lossless masks
-    drop_last   leave out the last, smaller global batch
+    max_bad     damaged packs to replace by others (and list in `batch.bad`) before giving up
     rank, world_size   of this process; read from torch.distributed or the launcher where not given
 
-    A global batch is `world_size * batch_size` consecutive places of the order, of which every rank
-    takes its stretch; worker w of W makes the batches w, w + W, ... So neither ranks nor workers
-    lose or repeat a patch, and the batches come in the same order for any number of workers. The
-    last global batch is divided evenly; with fewer patches left than ranks, some ranks get one
-    batch fewer (`drop_last` gives all the same number).
+    A global batch is `global_batch_size` consecutive places of the order, of which every rank takes
+    its stretch; worker w of W makes the batches w, w + W, ... So neither ranks nor workers lose or
+    repeat a patch, and global batches are the same for any number of either.
     """
 
     def __init__(
         self,
-        folder: str | os.PathLike[str],
+        folder: str | os.PathLike[str] | Mixture,
         split: str = "train",
         *,
-        batch_size: int = 256,
+        batch_size: int | None = None,
+        global_batch_size: int | None = None,
         shuffle: bool = False,
         seed: int = 0,
+        last: str = "pad",
+        lanes: int = 1,
+        where: str | None = None,
+        slides: Sequence[str] | None = None,
+        balance: str | None = None,
         decode: str = "codes",
         columns: Sequence[str] = (),
         masks: bool = False,
-        drop_last: bool = False,
+        max_bad: int = 0,
         rank: int | None = None,
         world_size: int | None = None,
     ) -> None:
@@ -67,24 +96,62 @@ class LatentDataset(IterableDataset[Batch]):
                 f"decode={decode!r}; a LatentDataset gives 'codes' or 'latents', use LatentLoader "
                 "for pixels"
             )
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size}; at least 1")
-        self.shards = ShardSet(folder)
-        self.split, self.batch_size, self.shuffle, self.seed = split, batch_size, shuffle, seed
-        self.decode, self.columns, self.masks = decode, tuple(columns), masks
-        self.drop_last = drop_last
+        if balance is not None and (balance not in BALANCED or not shuffle):
+            raise ValueError(
+                f"balance={balance!r}; one of {', '.join(BALANCED)}, with shuffle=True"
+            )
+        self.mixture = folder if isinstance(folder, Mixture) else Mixture({folder: 1.0})
+        self.sets = [ShardSet(part) for part in self.mixture.folders]
+        self.split, self.shuffle, self.seed, self.max_bad = split, shuffle, seed, max_bad
+        self.where, self.slides, self.balance = where, slides, balance
         self.rank, self.world_size = find_rank(rank, world_size)
-        first, end = self.shards.manifest.pack_range(split)
-        self.pack_slice = slice(first, end)
-        self.classes = list(self.shards.manifest.classes)
-        self.class_to_idx = {name: index for index, name in enumerate(self.classes)}
+        self.samplers = [self.set_sampler(index) for index in range(len(self.sets))]
+        self.sampler: Sampler = self.samplers[0]
+        if isinstance(folder, Mixture):
+            parts = (self.samplers, folder.weights, seed, folder.epoch_patches)
+            self.sampler = MixtureSampler(*parts)
+        self.batching = Batching(
+            size=self.sampler.size,
+            global_batch=global_size(batch_size, global_batch_size, self.world_size),
+            ranks=self.world_size,
+            last=last,
+            lanes=lanes,
+        )
+        self.collator = Collator(self.sets, seed, decode, tuple(columns), masks)
+        self.bad: dict[tuple[int, int], str] = {}  # (set, pack): what is wrong with it
         # (epoch, first batch): in shared memory, so that workers that stay alive see it change
         self.position = torch.zeros(2, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
+        self.cursor: tuple[int, int] | None = None  # epoch, batch this worker comes to next
+        self.resumed = False
+
+    def set_sampler(self, index: int) -> SetSampler:
+        """The sampler of one set; a mixture's sets must not run through like orders."""
+        shards, seed = self.sets[index], self.seed + (index << 32)
+        rows = select_rows(shards, self.split, self.where, self.slides)
+        if self.balance is None:
+            return PackSampler(shards, self.split, rows, seed, self.shuffle)
+        rows = np.arange(*shards.patch_range(self.split)) if rows is None else rows
+        return BalancedSampler(shards, self.balance, rows, seed)
+
+    @property
+    def shards(self) -> ShardSet:
+        """The set, or the first of a mixture."""
+        return self.sets[0]
+
+    @property
+    def classes(self) -> list[str]:
+        """Class names, sorted, as ImageFolder has them; of all sets of a mixture."""
+        return self.collator.vocabulary.classes
+
+    @property
+    def class_to_idx(self) -> dict[str, int]:
+        """Label of every class name, as ImageFolder has it."""
+        return {name: index for index, name in enumerate(self.classes)}
 
     @property
     def patches(self) -> int:
-        """Patches of the split, over all ranks."""
-        return self.shards.manifest.splits[self.split]
+        """Draws of an epoch, over all ranks: the chosen patches, each once, unless balanced."""
+        return self.sampler.size
 
     @property
     def epoch(self) -> int:
@@ -99,112 +166,117 @@ class LatentDataset(IterableDataset[Batch]):
         self.__dict__.update(state)
         self.position.share_memory_()  # a copy has memory of its own, its workers must see it
 
-    @property
-    def global_batches(self) -> int:
-        """Batches of an epoch on the ranks that have most of them."""
-        size = self.batch_size * self.world_size
-        return self.patches // size if self.drop_last else -(-self.patches // size)
-
     def __len__(self) -> int:
-        """Batches of an epoch on this rank."""
-        full, rest = divmod(self.patches, self.batch_size * self.world_size)
-        return full + (0 if self.drop_last else int(rest > self.rank))
+        """Batches of an epoch, the same on every rank."""
+        return len(self.batching)
 
     def __iter__(self) -> Iterator[Batch]:
         refuse_cuda_in_worker()
-        worker = get_worker_info()
-        number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        epoch, first = int(self.position[0]), int(self.position[1])
-        order = self.order(epoch)
-        for batch in range(first + number, len(self), workers):
-            yield self.read(order.rows(*self.places(batch)))
+        number, workers = this_worker()
+        epoch, first = int(self.position[0]), int(self.position[1]) + number
+        if self.resumed and self.cursor:
+            epoch, first = self.cursor
+        self.resumed = False
+        for batch in range(first, len(self), workers):
+            ready = self.batch(epoch, batch)
+            self.cursor = (epoch, batch + workers)  # what a state taken now has to start with
+            yield ready
 
-    def order(self, epoch: int) -> EpochOrder:
-        """The order of an epoch."""
-        packs = self.shards.packs[self.pack_slice]
-        return EpochOrder(packs["first_patch"], packs["count"], self.seed, epoch, self.shuffle)
-
-    def places(self, batch: int) -> tuple[int, int]:
-        """This rank's stretch [start, stop) of the places of global batch `batch`."""
-        start = batch * self.batch_size * self.world_size
-        size = min(self.batch_size * self.world_size, self.patches - start)
-        share, extra = divmod(size, self.world_size)
-        begin = start + self.rank * share + min(self.rank, extra)
-        return begin, begin + share + (self.rank < extra)
+    def batch(self, epoch: int, number: int) -> Batch:
+        """This rank's part of global batch `number` of an epoch."""
+        stretches = self.batching.stretches(number, self.rank)
+        drawn = join([self.sampler.draw(epoch, *stretch) for stretch in stretches])
+        valid = self.batching.valid(number, self.rank)
+        found: list[str] = []
+        while True:
+            sound = self.replace_bad(drawn)
+            try:
+                return self.collator.collate(sound, valid, tuple(found))
+            except DamagedPackError as error:
+                found.append(str(error))
+                self.note_bad(error)
 
     def read(self, rows: np.ndarray) -> Batch:
-        """The batch of the patches at `rows` of the patch table."""
-        manifest, table = self.shards.manifest, self.shards.patches[rows]
-        codes = torch.from_numpy(self.shards.read_codes(rows))
-        self.check_numbers(table)
-        return Batch(
-            codes=codes,
-            labels=torch.from_numpy(table["label"].astype(np.int64)),
-            slides=[
-                manifest.slides[slide] if slide >= 0 else None for slide in table["slide"].tolist()
-            ],
-            coords=torch.from_numpy(np.stack([table["x"], table["y"]], 1).astype(np.int64)),
-            mpp=torch.from_numpy(table["mpp"].copy()),
-            rows=torch.from_numpy(rows),
-            latents=dequantize(codes, manifest.contract.codebook)
-            if self.decode == "latents"
-            else None,
-            masks=torch.from_numpy(self.shards.read_masks(rows)) if self.masks else None,
-            columns=self.shards.read_columns(rows, self.columns) if self.columns else {},
-        )
+        """The batch of any patches, by rows of the (first) set's patch table."""
+        zeros = np.zeros(len(rows), np.int64)
+        return self.collator.collate(Drawn(zeros, rows, zeros), np.ones(len(rows), bool))
 
-    def check_numbers(self, table: np.ndarray) -> None:
-        """Refuse labels and slides that the manifest does not list: a GPU would die of them."""
-        manifest = self.shards.manifest
-        for field, names in (("label", manifest.classes), ("slide", manifest.slides)):
-            if table[field].min() < -1 or table[field].max() >= len(names):
-                raise FormatError(
-                    f"{self.shards.folder / PATCHES_TABLE}: {field} {table[field].max()}, but the "
-                    f"manifest lists {len(names)}; damaged, fetch it anew"
-                )
+    def note_bad(self, error: DamagedPackError) -> None:
+        """Remember a damaged pack; raise where there are too many."""
+        if not self.max_bad:
+            raise error
+        which = next(i for i, shards in enumerate(self.sets) if shards is error.shards)
+        self.bad[which, error.pack] = str(error)
+        check_bad(self.bad.values(), self.max_bad)
 
-    def state_at(self, epoch: int, batch: int) -> dict[str, Any]:
+    def replace_bad(self, drawn: Drawn) -> Drawn:
+        """The draws with patches of damaged packs replaced, by a rule that knows only the order.
+
+        Every rank and worker, and a run resumed elsewhere, replaces alike.
+        """
+        if not self.bad:
+            return drawn
+        rows = drawn.rows.copy()
+        for place, (which, row) in enumerate(zip(drawn.sets.tolist(), rows.tolist(), strict=True)):
+            attempt, chosen = 0, row
+            while (which, self.sets[which].pack_of(chosen)) in self.bad:
+                attempt += 1
+                if attempt > MAX_REPLACEMENTS:
+                    raise TooManyBadSamplesError(
+                        f"{self.sets[which].folder}: no sound pack to replace damaged ones with: "
+                        f"{next(iter(self.bad.values()))}"
+                    )
+                chosen = self.samplers[which].replacement(row, attempt)
+            rows[place] = chosen
+        return Drawn(drawn.sets, rows, drawn.passes)
+
+    def state_at(self, epoch: int, batch: int) -> LoaderState:
         """What resuming at global batch `batch` of `epoch` needs; plain JSON, well under 1 KB."""
-        return {
-            "version": STATE_VERSION,
-            "dataset_id": self.shards.manifest.dataset_id,
-            "latent_id": self.shards.manifest.contract.latent_id,
-            "split": self.split,
-            "shuffle": self.shuffle,
-            "seed": self.seed,
-            "global_batch_size": self.batch_size * self.world_size,
-            "epoch": epoch,
-            "batch": batch,
-        }
+        return LoaderState.of(self, epoch, batch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where this iterator stands, for torchdata's StatefulDataLoader, which asks each worker.
+
+        LatentLoader has a state of its own, free of workers.
+        """
+        epoch, batch = self.cursor or (self.epoch, int(self.position[1]) + this_worker()[0])
+        return self.state_at(epoch, batch).to_json() | {"worker": list(this_worker())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Start the next iteration where `state` was taken; ContractError if of another run."""
-        own = self.state_at(state.get("epoch", 0), state.get("batch", 0))
-        for name, value in own.items():
-            if state.get(name) != value:
-                raise ContractError(
-                    f"loader state has {name} {state.get(name)!r}, this loader {value!r}; open the "
-                    "same data set with the same split, seed, shuffle and batch_size * world_size"
-                )
-        self.set_epoch(state["epoch"], state["batch"])
-
-
-def find_rank(rank: int | None, world_size: int | None) -> tuple[int, int]:
-    """This process's rank and the number of ranks.
-
-    As given, from torch.distributed, or from the launcher.
-    """
-    if (rank is None) != (world_size is None):
-        raise ValueError("pass both rank and world_size, or neither")
-    if rank is None or world_size is None:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        loaded = check_state(state, self.state_at(0, 0), self.shards.folder)
+        if "worker" in state:
+            self.cursor, self.resumed = (loaded.epoch, loaded.batch), True
         else:
-            rank = int(os.environ.get("RANK", "0"))
-            world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank {rank} of {world_size}")
-    return rank, world_size
+            self.set_epoch(loaded.epoch, loaded.batch)
+
+
+def global_size(batch_size: int | None, global_batch_size: int | None, ranks: int) -> int:
+    """Patches of a global batch, from either size."""
+    if global_batch_size is None:
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size={batch_size}; at least 1")
+        return (batch_size or DEFAULT_BATCH) * ranks
+    if batch_size is not None and batch_size * ranks != global_batch_size:
+        raise ValueError(
+            f"batch_size={batch_size} on {ranks} ranks is not global_batch_size="
+            f"{global_batch_size}; give one of them"
+        )
+    return global_batch_size
+
+
+def check_bad(found: Any, max_bad: int) -> None:
+    """Raise TooManyBadSamplesError where more packs are damaged than allowed."""
+    if len(found) > max_bad:
+        raise TooManyBadSamplesError(
+            f"{len(found)} damaged packs, max_bad={max_bad}: {'; '.join(list(found)[:3])}"
+        )
+
+
+def this_worker() -> tuple[int, int]:
+    """Number of this DataLoader worker, and how many there are; (0, 1) in the main process."""
+    worker = get_worker_info()
+    return (worker.id, worker.num_workers) if worker else (0, 1)
 
 
 def refuse_cuda_in_worker() -> None:

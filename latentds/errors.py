@@ -3,6 +3,7 @@
     LatentdsError
     |-- FormatError              a file is not what latentds/1 says, or is of a version this reader
     |                            does not know
+    |   `-- DamagedPackError     one pack is not what was recorded; `max_bad` can replace it
     |-- ContractError            a decoder, codebook or data set that does not belong to the others
     |-- InputError               the user's images, labels or folders cannot be converted as they
     |                            are
@@ -30,6 +31,18 @@ class LatentdsError(Exception):
 
 class FormatError(LatentdsError):
     """A file that is not what the format says, or of a version or encoding not known here."""
+
+
+class DamagedPackError(FormatError):
+    """One pack that cannot be read; the others can.
+
+    shards  the set it is of
+    pack    its row in the pack table
+    """
+
+    def __init__(self, message: str, shards: object = None, pack: int = -1) -> None:
+        super().__init__(message)
+        self.shards, self.pack = shards, pack
 
 
 class ContractError(LatentdsError):

@@ -18,9 +18,11 @@ from latentds.autoencoders import load_autoencoder
 from latentds.autoencoders.base import Autoencoder, check_decoder
 from latentds.autoencoders.cards import CARDS
 from latentds.batch import Batch
-from latentds.dataset import LatentDataset
+from latentds.dataset import LatentDataset, check_bad
 from latentds.errors import WeightsError
 from latentds.format import Contract
+from latentds.launcher import gather
+from latentds.mixture import Mixture
 from latentds.quantizer import dequantize
 
 logger = logging.getLogger(__name__)
@@ -29,8 +31,8 @@ logger = logging.getLogger(__name__)
 class LatentLoader:
     """Iterates a data set in decoded batches; every iteration is an epoch.
 
-    folder, split, batch_size, shuffle, seed, columns, masks, drop_last, rank, world_size: see
-    LatentDataset
+    folder, split, batch_size, global_batch_size, shuffle, seed, last, lanes, where, slides,
+    balance, columns, masks, max_bad, rank, world_size: see LatentDataset
 
     device        where batches end up and are decoded
     num_workers   processes that read codes; 0 reads in this one
@@ -50,12 +52,18 @@ class LatentLoader:
 
     def __init__(
         self,
-        folder: str | os.PathLike[str],
+        folder: str | os.PathLike[str] | Mixture,
         split: str = "train",
         *,
-        batch_size: int = 256,
+        batch_size: int | None = None,
+        global_batch_size: int | None = None,
         shuffle: bool = False,
         seed: int = 0,
+        last: str = "pad",
+        lanes: int = 1,
+        where: str | None = None,
+        slides: Sequence[str] | None = None,
+        balance: str | None = None,
         device: torch.device | str = "cpu",
         num_workers: int = 0,
         decode: str = "pixels",
@@ -66,7 +74,7 @@ class LatentLoader:
         as_tuple: bool = False,
         columns: Sequence[str] = (),
         masks: bool = False,
-        drop_last: bool = False,
+        max_bad: int = 0,
         rank: int | None = None,
         world_size: int | None = None,
         prefetch_factor: int = 2,
@@ -80,14 +88,25 @@ class LatentLoader:
             folder,
             split,
             batch_size=batch_size,
+            global_batch_size=global_batch_size,
             shuffle=shuffle,
             seed=seed,
+            last=last,
+            lanes=lanes,
+            where=where,
+            slides=slides,
+            balance=balance,
             columns=columns,
             masks=masks,
-            drop_last=drop_last,
+            max_bad=max_bad,
             rank=rank,
             world_size=world_size,
         )
+        if as_tuple and not shuffle and last == "pad" and self.dataset.world_size > 1:
+            raise ValueError(
+                "as_tuple cannot tell which patches only fill up a rank's last batch; take Batch "
+                "and its `valid`, or last='drop' or 'repeat'"
+            )
         self.device, self.decode, self.dtype = torch.device(device), decode, dtype
         self.decode_chunk, self.transform, self.as_tuple = decode_chunk, transform, as_tuple
         self.contract = self.dataset.shards.manifest.contract
@@ -104,6 +123,7 @@ class LatentLoader:
         self.table = self.contract.codebook.table(self.device)
         self.epoch, self.handed_out = 0, 0
         self.resuming = False
+        self.bad_packs: list[str] = []  # damaged ones this rank has met, and replaced
 
     @property
     def classes(self) -> list[str]:
@@ -130,12 +150,27 @@ class LatentLoader:
         self.resuming = False
         self.dataset.set_epoch(self.epoch, self.handed_out)
         for batch in self.batches:
+            self.note_bad(batch)
             ready = self.prepare(batch)
             self.handed_out += (
                 1  # before the trainer has it: a state taken inside its loop includes it
             )
             yield ready
-        self.handed_out = self.dataset.global_batches  # the same on ranks with a batch fewer
+
+    def note_bad(self, batch: Batch) -> None:
+        """Collect what workers found damaged; raise where all of them together found too much."""
+        new = [text for text in batch.bad if text not in self.bad_packs]
+        for text in new:
+            logger.warning("replaced a damaged pack: %s", text)
+        self.bad_packs += new
+        check_bad(self.bad_packs, max(self.dataset.max_bad, 0))
+
+    def gather_bad_packs(self) -> list[str]:
+        """Damaged packs that any rank has met. Collective: every rank has to call it.
+
+        Call it where you save a state; `state_dict` itself never communicates.
+        """
+        return sorted(gather({text: text for text in self.bad_packs}))
 
     def prepare(self, batch: Batch) -> Any:
         """A batch from a worker, moved, decoded, transformed."""
@@ -179,7 +214,7 @@ class LatentLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """Where the next batch stands: plain JSON values, the same on every rank."""
-        return self.dataset.state_at(self.epoch, self.handed_out)
+        return self.dataset.state_at(self.epoch, self.handed_out).to_json()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on after the batches `state` counts.

@@ -4,51 +4,156 @@ from __future__ import annotations
 
 import numpy as np
 
-WINDOW_PATCHES = 16_384  # patches that are shuffled among each other, after their packs were
+from latentds.randomness import key_of, permute, shuffled
+
+WINDOW_PACKS = 64  # packs whose patches are shuffled among each other
+MIN_WINDOW, MAX_WINDOW = 1 << 14, 1 << 18  # patches; packs of one patch, packs of whole slides
+CACHED_WINDOWS = 4
+
+
+class Layout:
+    """Packs (or what a selection left of them) that fill the positions 0..size-1 end to end.
+
+    first  position where every pack starts, (P,), ascending; kept as it is, a memory-mapped table's
+           column stays one
+    size   positions
+    base   what `first` counts from
+
+    Holds besides only the packs that are not of the usual size: none or one a shard for packs of
+    fixed size, every one where slides are packs.
+    """
+
+    def __init__(self, first: np.ndarray, size: int, base: int = 0) -> None:
+        self.first, self.size, self.base = first, size, base
+        counts = np.diff(first.astype(np.int64), append=base + size)
+        self.usual = int(np.bincount(counts).argmax())
+        self.odd = np.flatnonzero(counts != self.usual)
+        self.odd_counts = counts[self.odd]
+        self.window = min(max(WINDOW_PACKS * self.usual, MIN_WINDOW), MAX_WINDOW)
+
+    def __len__(self) -> int:
+        return len(self.first)
 
 
 class EpochOrder:
-    """The order of one epoch over packs.
+    """Order of the positions of a layout in one epoch.
 
-    first   rows of the patch table where the packs start, (P,)
-    counts  patches of the packs, (P,)
-
-    Shuffled, packs are permuted and laid end to end, and inside windows of 16,384 places the
-    patches are permuted: close to a uniform shuffle, while a window touches only some 64 packs of
-    256.
+    Shuffled, packs are permuted and laid end to end, and inside windows of 64 packs (at least
+    16,384 places) the patches are permuted: a stretch of an epoch touches few packs, each of them
+    in one short time, which is what makes reading cheap; `latentds bench shuffle` tells how far
+    from uniform that is.
     """
 
-    def __init__(
-        self, first: np.ndarray, counts: np.ndarray, seed: int, epoch: int, shuffle: bool
-    ) -> None:
-        self.seed, self.epoch, self.shuffle = seed, epoch, shuffle
-        packs = np.arange(len(counts))
+    def __init__(self, layout: Layout, seed: int, epoch: int, shuffle: bool) -> None:
+        self.layout, self.seed, self.epoch, self.shuffle = layout, seed, epoch, shuffle
+        self.key = key_of("packs", seed, epoch)
+        self.windows: dict[int, np.ndarray] = {}
         if shuffle:
-            packs = np.random.default_rng([seed, epoch, 0]).permutation(packs)
-        self.first = first[packs].astype(np.int64)
-        self.starts = np.append(0, np.cumsum(counts[packs].astype(np.int64)))
+            self.find_odd_slots()
 
     def __len__(self) -> int:
-        return int(self.starts[-1])
+        return self.layout.size
 
-    def rows(self, start: int, stop: int) -> np.ndarray:
-        """Rows of the patch table at the places [start, stop), int64."""
-        if not self.shuffle:
-            return self.resolve(np.arange(start, stop))
-        windows = range(start // WINDOW_PATCHES, -(-stop // WINDOW_PATCHES))
+    def positions(self, start: int, stop: int) -> np.ndarray:
+        """Positions of the layout at the places [start, stop) of the epoch, int64."""
+        if not self.shuffle or start >= stop:
+            return np.arange(start, stop)
+        size = self.layout.window
+        windows = range(start // size, -(-stop // size))
         places = np.concatenate([self.window(window) for window in windows])
-        offset = windows.start * WINDOW_PATCHES
+        offset = windows.start * size
         return self.resolve(places[start - offset : stop - offset])
 
     def window(self, window: int) -> np.ndarray:
-        """The permuted places of a window."""
-        start = window * WINDOW_PATCHES
-        size = min(WINDOW_PATCHES, len(self) - start)
-        rng = np.random.default_rng([self.seed, self.epoch, 1, window])
-        return start + rng.permutation(size)
+        """The permuted places of a window; the last few are kept, neighbouring batches share it."""
+        if window not in self.windows:
+            start = window * self.layout.window
+            size = min(self.layout.window, len(self) - start)
+            if len(self.windows) >= CACHED_WINDOWS:
+                self.windows.pop(next(iter(self.windows)))
+            key = key_of("window", self.seed, self.epoch, window)
+            self.windows[window] = start + shuffled(size, key)
+        return self.windows[window]
+
+    def find_odd_slots(self) -> None:
+        """Find where the permutation put the packs of unusual size, and at which place they start.
+
+        Between them all packs are alike, so that a place is found by a division.
+        """
+        slots = permute(self.layout.odd, len(self.layout), self.key, inverse=True)
+        order = np.argsort(slots)
+        self.odd_slots = slots[order]
+        counts = self.layout.odd_counts[order]
+        surplus = np.cumsum(counts - self.layout.usual)
+        self.odd_starts = self.odd_slots * self.layout.usual + surplus - counts + self.layout.usual
+        self.odd_ends = self.odd_starts + counts
 
     def resolve(self, places: np.ndarray) -> np.ndarray:
-        """Rows of the patch table at places of the packs laid end to end."""
-        slot = np.searchsorted(self.starts, places, side="right") - 1
-        rows: np.ndarray = self.first[slot] + (places - self.starts[slot])
-        return rows
+        """Positions at places of the permuted packs laid end to end."""
+        usual = self.layout.usual
+        slots, offsets = np.divmod(places, usual)
+        if len(self.odd_slots):
+            before = np.searchsorted(self.odd_starts, places, side="right") - 1
+            past = np.flatnonzero(before >= 0)  # behind or inside a pack of unusual size
+            odd = before[past]
+            beyond = places[past] - self.odd_ends[odd]
+            inside = beyond < 0
+            skipped, rest = np.divmod(beyond, usual)
+            slots[past] = np.where(inside, self.odd_slots[odd], self.odd_slots[odd] + 1 + skipped)
+            offsets[past] = np.where(inside, places[past] - self.odd_starts[odd], rest)
+        packs = permute(slots, len(self.layout), self.key)
+        positions: np.ndarray = self.layout.first[packs].astype(np.int64)
+        return positions - self.layout.base + offsets
+
+
+class Blend:
+    """Which of several sources every draw comes from, and the how manieth of that source it is.
+
+    weights  positive, one a source
+    seed     of the pattern
+
+    In every block of 1,024 draws each source has its share, rounded so that the error never adds
+    up; the sequence inside a block is shuffled.
+    """
+
+    BLOCK = 1024
+
+    def __init__(self, weights: np.ndarray, seed: int) -> None:
+        shares = np.cumsum(weights / np.sum(weights))
+        # Whole numbers of 2^-32: counts of any block are exact on every machine.
+        self.shares = [0, *(round(share * (1 << 32)) for share in shares[:-1].tolist()), 1 << 32]
+        self.seed = seed
+        self.blocks: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    def draws(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Source and number in the source of the draws [start, stop), both int64."""
+        blocks = range(start // self.BLOCK, -(-stop // self.BLOCK))
+        parts = [self.block(block) for block in blocks] or [(np.zeros(0, int), np.zeros(0, int))]
+        offset = blocks.start * self.BLOCK
+        cut = slice(start - offset, stop - offset)
+        return (
+            np.concatenate([sources for sources, _ in parts])[cut],
+            np.concatenate([numbers for _, numbers in parts])[cut],
+        )
+
+    def block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """Sources and numbers of a block's draws."""
+        if block not in self.blocks:
+            before, after = self.counts(block), self.counts(block + 1)
+            repeats = after - before
+            sources = np.repeat(np.arange(len(repeats)), repeats)
+            numbers = np.arange(self.BLOCK) - np.repeat(np.cumsum(repeats) - repeats, repeats)
+            numbers += before[sources]
+            # Sources are shuffled; inside a source the numbers stay ascending.
+            shown = sources[shuffled(self.BLOCK, key_of("blend", self.seed, block))]
+            back = np.argsort(np.argsort(shown, kind="stable"), kind="stable")
+            if len(self.blocks) >= CACHED_WINDOWS:
+                self.blocks.pop(next(iter(self.blocks)))
+            self.blocks[block] = (shown, numbers[back])
+        return self.blocks[block]
+
+    def counts(self, block: int) -> np.ndarray:
+        """Draws of every source before a block."""
+        total = block * self.BLOCK
+        ends = [total * share >> 32 for share in self.shares]
+        return np.diff(np.array(ends, np.int64))

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from latentds.errors import FormatError, unknown_name
+from latentds.errors import DamagedPackError, FormatError, unknown_name
 from latentds.format import (
     MASKS,
     NPY_ERRORS,
@@ -41,10 +41,14 @@ class ShardSet:
     check_codes  compare a pack's checksum the first time this process reads from it
     manifest     instead of the folder's own, while it is not yet written
 
+    revision     commit or manifest that a location resolved to; None for a local folder
+
     Opening costs the manifest and one `stat` a shard, whatever the number of patches; it raises
     FormatError for anything that contradicts the manifest. Pickles without its maps, so workers may
     carry it.
     """
+
+    revision: str | None = None
 
     def __init__(
         self,
@@ -139,13 +143,19 @@ class ShardSet:
         content = self.slice_shard(pack, int(row["codes_offset"]), count * size)
         if self.check_codes and not self.checked[pack]:
             if zlib.crc32(content) != int(row["codes_crc32"]):
-                raise FormatError(
+                raise DamagedPackError(
                     f"{self.shard_path(pack)}, key {self.key(pack)}: codes do not have the "
                     "recorded checksum; the shard is damaged, fetch it anew ('latentds verify' "
-                    "lists all damage)"
+                    "lists all damage)",
+                    self,
+                    pack,
                 )
             self.checked[pack] = True
         return np.frombuffer(content, np.uint8).reshape(count, size)
+
+    def pack_of(self, row: int) -> int:
+        """The pack that holds a row of the patch table."""
+        return int(np.searchsorted(self.first_patch, np.uint64(row), side="right")) - 1
 
     def shard_path(self, pack: int) -> Path:
         """File of a pack's shard."""
@@ -212,7 +222,9 @@ class ShardSet:
             )
             where = f"{self.shard_path(pack)}, {self.key(pack)}.{kind}"
             if zlib.crc32(content) != int(row[f"{field}_crc32"]):
-                raise FormatError(f"{where}: not of the recorded checksum; damaged, fetch it anew")
+                raise DamagedPackError(
+                    f"{where}: not of the recorded checksum; damaged, fetch it anew", self, pack
+                )
             table = decode_table(bytes(content), where, schema, int(row["count"])).to_pydict()
             if len(self.tables) >= MAX_CACHED_TABLES:
                 self.tables.popitem(last=False)

@@ -15,14 +15,13 @@ from torch.utils.data import DataLoader
 from latentds.dataset import LatentDataset
 from latentds.errors import ContractError, LatentdsError, UnknownNameError, WeightsError
 from latentds.loader import LatentLoader
-from latentds.order import WINDOW_PATCHES, EpochOrder
 from latentds.reader import ShardSet
 from tests.conftest import convert_with_mean, save_pictures
 from tests.fakes import MeanAutoencoder
 
 
 def rows_of(batches) -> list[int]:
-    return [row for batch in batches for row in batch.rows.tolist()]
+    return [row for batch in batches for row in batch.rows[batch.valid].tolist()]
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
@@ -68,10 +67,25 @@ def test_any_number_of_ranks_sees_the_same_global_batches(shared_dataset, world_
     assert together == alone
 
 
-def test_drop_last_gives_every_rank_as_many_full_batches(shared_dataset):
+@pytest.mark.parametrize(("last", "expected"), [("drop", 480), ("repeat", 576), ("pad", 501)])
+def test_every_rank_gets_equal_batches(shared_dataset, last, expected):
+    """500 patches in global batches of 96: five and a fifth of one."""
+    sizes = []
     for rank in range(3):
-        data = LatentDataset(shared_dataset, batch_size=32, drop_last=True, rank=rank, world_size=3)
-        assert [len(batch) for batch in data] == [32] * 5 == [32] * len(data)
+        data = LatentDataset(shared_dataset, batch_size=32, last=last, rank=rank, world_size=3)
+        sizes.append([len(batch) for batch in data])
+        assert len(sizes[-1]) == len(data)
+    assert sizes[0] == sizes[1] == sizes[2] and 3 * sum(sizes[0]) == expected
+
+
+def test_padding_is_marked_and_each_patch_counts_once(shared_dataset):
+    batches = [
+        batch
+        for rank in range(3)
+        for batch in LatentDataset(shared_dataset, batch_size=32, rank=rank, world_size=3)
+    ]
+    assert sorted(rows_of(batches)) == list(range(500))
+    assert sum(int((~batch.valid).sum()) for batch in batches) == 1
 
 
 def test_epochs_differ_and_repeat_by_seed(shared_dataset):
@@ -212,16 +226,6 @@ def test_a_state_from_an_epochs_end_replays_nothing(shared_dataset):
     assert rows_of(resumed) == following
 
 
-def test_ranks_with_a_batch_fewer_give_the_same_state(shared_dataset):
-    """Of 500 patches in global batches of 3 x 166 two are left, for two of the ranks."""
-    states = []
-    for rank in range(3):
-        loader = make_loader(shared_dataset, batch_size=166, rank=rank, world_size=3)
-        list(loader)
-        states.append(loader.state_dict())
-    assert states[0] == states[1] == states[2]
-
-
 def test_set_epoch_of_a_resumed_epoch_keeps_its_place(shared_dataset):
     loader = make_loader(shared_dataset)
     next(iter(loader))
@@ -232,7 +236,17 @@ def test_set_epoch_of_a_resumed_epoch_keeps_its_place(shared_dataset):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"batch_size": 16}, {"seed": 9}, {"split": "val"}, {"shuffle": True}]
+    "changes",
+    [
+        {"batch_size": 16},
+        {"seed": 9},
+        {"split": "val"},
+        {"shuffle": True},
+        {"last": "drop"},
+        {"lanes": 2},
+        {"where": "label == 'tumour'"},
+        {"shuffle": True, "balance": "label"},
+    ],
 )
 def test_state_of_another_run_is_refused(shared_dataset, changes):
     state = make_loader(shared_dataset).state_dict()
@@ -270,20 +284,6 @@ def test_damage_in_a_worker_reaches_the_trainer_by_name(dataset):
     flip_bit(first_shard(dataset), int(ShardSet(dataset).packs["codes_offset"][3]))
     with pytest.raises(LatentdsError, match="train-000000-000003"):
         list(make_loader(dataset, num_workers=1))
-
-
-@pytest.mark.parametrize("shuffle", [False, True])
-def test_order_is_a_bijection_computed_anywhere(shuffle):
-    counts = np.random.default_rng(0).integers(1, 400, 300)
-    first = np.cumsum(counts) - counts
-    order = EpochOrder(first, counts, seed=1, epoch=2, shuffle=shuffle)
-    whole = order.rows(0, len(order))
-    assert (
-        np.array_equal(np.sort(whole), np.arange(counts.sum())) and len(order) > 2 * WINDOW_PATCHES
-    )
-    for start in (0, 1, WINDOW_PATCHES - 1, WINDOW_PATCHES, len(order) - 5):
-        assert np.array_equal(order.rows(start, start + 5), whole[start : start + 5])
-    assert np.array_equal(whole, np.arange(len(order))) is not shuffle
 
 
 @pytest.mark.gpu

@@ -1,0 +1,118 @@
+"""Collator: draws of one or several sets to a Batch of codes."""
+# B batch, S sets
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from latentds.batch import Batch
+from latentds.errors import FormatError
+from latentds.format import PATCHES_TABLE
+from latentds.mixture import Vocabulary
+from latentds.quantizer import dequantize
+from latentds.randomness import patch_seeds
+from latentds.reader import ShardSet
+from latentds.sampling import Drawn
+
+
+class Collator:
+    """Reads what was drawn.
+
+    sets     (S,)
+    seed     of the run
+    decode   codes or latents
+    columns, masks   what to carry besides
+    """
+
+    def __init__(
+        self,
+        sets: Sequence[ShardSet],
+        seed: int,
+        decode: str,
+        columns: tuple[str, ...],
+        masks: bool,
+    ) -> None:
+        self.sets, self.seed, self.decode = sets, seed, decode
+        self.columns, self.masks = columns, masks
+        self.vocabulary = Vocabulary(sets)
+
+    def collate(self, drawn: Drawn, valid: np.ndarray, bad: tuple[str, ...] = ()) -> Batch:
+        """The batch of D draws; DamagedPackError where a pack cannot be read."""
+        if len(self.sets) == 1:
+            parts = [(np.arange(len(drawn)), self.read(0, drawn.rows))]
+        else:
+            parts = [
+                (
+                    places := np.flatnonzero(drawn.sets == which),
+                    self.read(which, drawn.rows[places]),
+                )
+                for which in np.unique(drawn.sets).tolist()
+            ]
+        fields = scatter(parts, len(drawn))
+        books = self.vocabulary.codebook_of[drawn.sets]
+        mixed = len(self.sets) > 1
+        return Batch(
+            **fields,
+            rows=torch.from_numpy(drawn.rows),
+            seeds=torch.from_numpy(patch_seeds(self.seed, drawn.passes, drawn.sets, drawn.rows)),
+            valid=torch.from_numpy(valid),
+            sets=torch.from_numpy(drawn.sets) if mixed else None,
+            codebooks=torch.from_numpy(books) if len(self.vocabulary.codebooks) > 1 else None,
+            bad=bad,
+        )
+
+    def read(self, which: int, rows: np.ndarray) -> dict[str, Any]:
+        """Fields of a Batch for patches of one set."""
+        shards = self.sets[which]
+        manifest, table = shards.manifest, shards.patches[rows]
+        codes = torch.from_numpy(shards.read_codes(rows))
+        check_numbers(shards, table)
+        return {
+            "codes": codes,
+            "labels": torch.from_numpy(self.vocabulary.labels[which][table["label"]]),
+            "slides": [manifest.slides[s] if s >= 0 else None for s in table["slide"].tolist()],
+            "coords": torch.from_numpy(np.stack([table["x"], table["y"]], 1).astype(np.int64)),
+            "mpp": torch.from_numpy(table["mpp"].copy()),
+            "latents": dequantize(codes, manifest.contract.codebook)
+            if self.decode == "latents"
+            else None,
+            "masks": torch.from_numpy(shards.read_masks(rows)) if self.masks else None,
+            "columns": shards.read_columns(rows, self.columns) if self.columns else {},
+        }
+
+
+def scatter(parts: list[tuple[np.ndarray, dict[str, Any]]], count: int) -> dict[str, Any]:
+    """Fields of several sets' patches, each part put to its places among `count`."""
+    if len(parts) == 1:
+        return parts[0][1]
+    back = torch.from_numpy(np.argsort(np.concatenate([places for places, _ in parts])))
+    joined: dict[str, Any] = {}
+    for name, sample in parts[0][1].items():
+        values = [fields[name] for _, fields in parts]
+        if isinstance(sample, Tensor):
+            joined[name] = torch.cat(values)[back]
+        elif isinstance(sample, list):
+            flat = [value for part in values for value in part]
+            joined[name] = [flat[place] for place in back.tolist()]
+        elif isinstance(sample, dict):
+            parts_of = [(places, fields[name]) for places, fields in parts]
+            joined[name] = scatter(parts_of, count) if sample else {}
+        else:
+            joined[name] = None
+    return joined
+
+
+def check_numbers(shards: ShardSet, table: np.ndarray) -> None:
+    """Refuse labels and slides that the manifest does not list: a GPU would die of them."""
+    manifest = shards.manifest
+    for field, names in (("label", manifest.classes), ("slide", manifest.slides)):
+        if table[field].min() < -1 or table[field].max() >= len(names):
+            raise FormatError(
+                f"{shards.folder / PATCHES_TABLE}: {field} {table[field].max()}, but the "
+                f"manifest lists {len(names)}; damaged, fetch it anew"
+            )

@@ -1,0 +1,75 @@
+"""Mixture: several data sets of one latent_id, drawn from by weight."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from latentds.errors import ContractError
+from latentds.quantizer import Codebook
+from latentds.reader import ShardSet
+
+
+class Mixture:
+    """Data sets and their weights; give it to LatentLoader or LatentDataset instead of a folder.
+
+    weights        folder or location: weight; positive, they need not add up to 1
+    epoch_patches  draws an epoch; None takes the number of patches of all sets
+
+    Every set runs through its own epochs at its own pace: it is not shortened or padded, a small
+    set of large weight comes round more often. Codebooks may differ, the latent_id may not.
+    """
+
+    def __init__(
+        self,
+        weights: Mapping[str | os.PathLike[str], float],
+        epoch_patches: int | None = None,
+    ) -> None:
+        if not weights or min(weights.values()) <= 0:
+            raise ValueError(f"weights={dict(weights)}; at least one set, and every weight above 0")
+        if epoch_patches is not None and epoch_patches < 1:
+            raise ValueError(f"epoch_patches={epoch_patches}; at least 1")
+        self.folders: list[str | os.PathLike[str]] = list(weights)
+        self.weights = [float(weight) for weight in weights.values()]
+        self.epoch_patches = epoch_patches
+
+
+class Vocabulary:
+    """What the numbers of several sets mean together.
+
+    sets        they must share latent_id, codes shape and patch size
+    classes     label names of all sets, sorted
+    codebooks   the distinct codebooks
+    codebook_of index of every set's codebook, int64 (S,)
+    """
+
+    def __init__(self, sets: Sequence[ShardSet]) -> None:
+        check_mixable(sets)
+        self.classes = sorted({name for shards in sets for name in shards.manifest.classes})
+        number = {name: index for index, name in enumerate(self.classes)}
+        # The last entry is for -1, no label.
+        self.labels = [
+            np.array([*(number[name] for name in shards.manifest.classes), -1]) for shards in sets
+        ]
+        books: dict[str, Codebook] = {}
+        for shards in sets:
+            codebook = shards.manifest.contract.codebook
+            books.setdefault(codebook.codebook_id, codebook)
+        self.codebooks = list(books.values())
+        place = {identity: index for index, identity in enumerate(books)}
+        self.codebook_of = np.array([place[s.manifest.contract.codebook.codebook_id] for s in sets])
+
+
+def check_mixable(sets: Sequence[ShardSet]) -> None:
+    """Refuse sets whose codes one decoder cannot read into one batch."""
+    first = sets[0].manifest.contract
+    for shards in sets[1:]:
+        contract = shards.manifest.contract
+        for name in ("latent_id", "codes_shape", "patch_px"):
+            if getattr(contract, name) != getattr(first, name):
+                raise ContractError(
+                    f"{shards.folder}: {name} {getattr(contract, name)}, but {sets[0].folder} has "
+                    f"{getattr(first, name)}; only sets of one latent_id, shape and patch size mix"
+                )

@@ -1,0 +1,106 @@
+"""Damaged packs in training: replaced by a rule of the order alone, counted, listed, bounded."""
+
+import numpy as np
+import pytest
+
+from latentds.dataset import LatentDataset
+from latentds.errors import DamagedPackError, TooManyBadSamplesError
+from latentds.loader import LatentLoader
+from latentds.mixture import Mixture
+from latentds.reader import ShardSet
+from tests.bad_shards import flip_bit
+
+
+def damage(folder, *packs: int, member: str = "codes") -> None:
+    shards = ShardSet(folder)
+    for pack in packs:
+        flip_bit(shards.shard_path(pack), int(shards.packs[f"{member}_offset"][pack]) + 10)
+
+
+def stream(folder, workers=0, ranks=1, **options):
+    """Rows of the global batches, every rank loading on its own."""
+    parts = []
+    for rank in range(ranks):
+        loader = LatentLoader(
+            folder,
+            **{"global_batch_size": 48, "decode": "codes", "max_bad": 5} | options,
+            num_workers=workers,
+            rank=rank,
+            world_size=ranks,
+        )
+        parts.append([batch.rows[batch.valid].tolist() for batch in loader])
+    assert len({len(part) for part in parts}) == 1
+    return [[row for part in batch for row in part] for batch in zip(*parts, strict=True)]
+
+
+@pytest.mark.parametrize("options", [{"shuffle": True}, {}, {"where": "label == 'tumour'"}])
+def test_every_topology_replaces_alike(dataset, options):
+    sound = stream(dataset, **options)
+    damage(dataset, 3, 4, 17)
+    whole = stream(dataset, **options)
+    assert whole != sound and [len(batch) for batch in whole] == [len(batch) for batch in sound]
+    bad = {row for pack in (3, 4, 17) for row in range(pack * 16, pack * 16 + 16)}
+    for before, after in zip(sound, whole, strict=True):
+        for row, now in zip(before, after, strict=True):
+            assert now not in bad and (row in bad or row == now)
+    assert stream(dataset, workers=2, **options) == whole
+    assert stream(dataset, ranks=3, workers=1, **options) == whole
+
+
+def test_balanced_draws_replace_inside_their_group(dataset):
+    damage(dataset, 3)
+    data = LatentDataset(dataset, shuffle=True, balance="label", max_bad=1, batch_size=100)
+    sound = LatentDataset(dataset, shuffle=True, balance="label", batch_size=100)
+    for number in range(len(data)):
+        drawn = sound.sampler.draw(0, number * 100, number * 100 + 100).rows
+        batch = data.batch(0, number)
+        assert np.array_equal(batch.labels, sound.shards.patches["label"][drawn])
+        assert not set(batch.rows.tolist()) & set(range(48, 64))
+
+
+def test_damage_is_counted_and_listed(dataset):
+    damage(dataset, 3, 5)
+    loader = LatentLoader(dataset, decode="codes", num_workers=2, max_bad=2)
+    list(loader)
+    assert [text.partition("key ")[2][:19] for text in sorted(loader.bad_packs)] == [
+        "train-000000-000003",
+        "train-000000-000005",
+    ]
+    assert loader.gather_bad_packs() == sorted(loader.bad_packs)
+
+
+def test_the_default_refuses_and_the_bound_holds(dataset):
+    damage(dataset, 3, 5)
+    with pytest.raises(DamagedPackError, match="train-000000-000003"):
+        stream(dataset, max_bad=0)
+    with pytest.raises(TooManyBadSamplesError, match="2 damaged packs, max_bad=1"):
+        stream(dataset, max_bad=1)
+
+
+def test_damage_found_by_different_workers_adds_up(dataset):
+    """Batches of one pack: no worker meets both damaged packs, the loader hears of both."""
+    damage(dataset, 2, 3)
+    with pytest.raises(TooManyBadSamplesError, match="2 damaged packs, max_bad=1"):
+        stream(dataset, workers=2, max_bad=1, global_batch_size=16)
+
+
+def test_damaged_columns_replace_the_pack_too(dataset):
+    damage(dataset, 3, member="patches")
+    loader = LatentLoader(dataset, decode="codes", max_bad=1, columns=("source",))
+    rows = [row for batch in loader for row in batch.rows.tolist()]
+    assert len(rows) == 500 and not set(rows) & set(range(48, 64))
+
+
+def test_mixtures_replace_in_the_damaged_set(dataset, shared_dataset):
+    damage(dataset, 3)
+    mixture = Mixture({dataset: 1, shared_dataset: 1})
+    data = LatentDataset(mixture, shuffle=True, max_bad=1, batch_size=100)
+    batches = [data.batch(0, number) for number in range(len(data))]
+    rows = {w: {r for b in batches for r in b.rows[b.sets == w].tolist()} for w in (0, 1)}
+    assert not rows[0] & set(range(48, 64)) and rows[1] >= set(range(48, 64))
+
+
+def test_a_set_without_a_sound_pack_ends(dataset):
+    damage(dataset, *range(len(ShardSet(dataset).packs)))
+    with pytest.raises(TooManyBadSamplesError, match="no sound pack to replace"):
+        stream(dataset, max_bad=1000)

@@ -1,0 +1,171 @@
+"""Conditions on columns, slide lists, balanced draws, splits by patient: from the tables alone."""
+
+import numpy as np
+import pytest
+
+from latentds.dataset import LatentDataset
+from latentds.errors import InputError, LatentdsError, UnknownNameError
+from latentds.format import PATCHES_TABLE
+from latentds.reader import ShardSet
+from latentds.selection import patient_of, select_rows, split_patients
+from tests.conftest import convert_with_mean, save_pictures
+
+SLIDES = [f"TCGA-A{n // 2}-000{n // 2}-01Z-00-DX{n % 2 + 1}" for n in range(8)]  # 4 patients
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory: pytest.TempPathFactory):
+    """200 patches: class a rare, b frequent; 8 slides of 4 patients; mpp and x set by hand."""
+    root = tmp_path_factory.mktemp("labelled")
+    for number, slide in enumerate(SLIDES):
+        save_pictures(root / "in" / "train" / "a" / slide, 2, 100 * number)
+        save_pictures(root / "in" / "train" / "b" / slide, 23, 100 * number + 50)
+    convert_with_mean(root / "in", root / "out", pack_size=16)
+    table = np.load(root / "out" / PATCHES_TABLE)
+    table["mpp"] = np.where(np.arange(200) % 2, 0.25, 0.5)
+    table["mpp"][:10] = np.nan
+    table["x"] = np.arange(200)
+    np.save(root / "out" / PATCHES_TABLE, table)
+    return root / "out"
+
+
+def truth(folder):
+    """Columns in plain numpy."""
+    shards = ShardSet(folder)
+    table, manifest = shards.patches, shards.manifest
+    label = np.array(manifest.classes)[table["label"]]
+    slide = np.array(manifest.slides)[table["slide"]]
+    patient = np.array([patient_of(name) for name in slide])
+    return shards, {name: table[name] for name in ("x", "mpp")} | {
+        "label": label,
+        "slide": slide,
+        "patient": patient,
+    }
+
+
+CONDITIONS = {
+    "label == 'a'": lambda c: c["label"] == "a",
+    "label == 'a' and mpp < 0.3": lambda c: (c["label"] == "a") & (c["mpp"] < 0.3),
+    "not label == 'a'": lambda c: c["label"] != "a",
+    "0.3 > mpp": lambda c: c["mpp"] < 0.3,
+    "10 <= x < 20 or x in [1, 3]": lambda c: (
+        ((c["x"] >= 10) & (c["x"] < 20)) | np.isin(c["x"], [1, 3])
+    ),
+    "mpp is None": lambda c: np.isnan(c["mpp"]),
+    "mpp is not None and x > -1": lambda c: ~np.isnan(c["mpp"]),
+    "mpp != 0.5": lambda c: c["mpp"] == 0.25,
+    "patient == 'TCGA-A1-0001'": lambda c: c["patient"] == "TCGA-A1-0001",
+    "patient not in ('TCGA-A1-0001',)": lambda c: c["patient"] != "TCGA-A1-0001",
+    "slide.startswith('TCGA-A3')": lambda c: np.char.startswith(c["slide"], "TCGA-A3"),
+}
+
+
+@pytest.mark.parametrize("where", CONDITIONS)
+def test_condition_chooses_what_numpy_chooses(labelled, where):
+    shards, columns = truth(labelled)
+    found = select_rows(shards, "train", where)
+    assert found.tolist() == np.flatnonzero(CONDITIONS[where](columns)).tolist()
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        "__import__('os').system('true')",
+        "label == label",
+        "label",
+        "1 < 2",
+        "label == 'a' if x else 1",
+        "(lambda: 1)() == x",
+        "label.upper() == 'A'",
+        "x == 'a'",
+        "label == 3",
+        "label is True",
+        "x == None",
+        "x == [1]",
+        "label ==",
+        "x == 1; import os",
+        "not " * 5000 + "x == 1",
+        "x[0] == 1",
+        "f'{x}' == 'a'",
+    ],
+)
+def test_what_is_no_condition_is_refused(labelled, where):
+    with pytest.raises(InputError, match="where="):
+        select_rows(ShardSet(labelled), "train", where)
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("lable == 'a'", "unknown column 'lable'; did you mean 'label'"),
+        ("label == 'aa'", "unknown label 'aa'.*known: a, b"),
+        ("slide in ['nope']", "unknown slide 'nope'"),
+        ("key == 'x'", "unknown column 'key'"),
+    ],
+)
+def test_misspelt_names_are_refused(labelled, where, message):
+    with pytest.raises(UnknownNameError, match=message):
+        select_rows(ShardSet(labelled), "train", where)
+
+
+def test_a_choice_of_nothing_is_refused(labelled):
+    with pytest.raises(InputError, match="'x > 1000' chooses no patch of split 'train'"):
+        LatentDataset(labelled, where="x > 1000")
+
+
+def test_slide_lists_choose_their_patches(labelled):
+    data = LatentDataset(labelled, slides=SLIDES[2:4], shuffle=True, batch_size=7)
+    slides = [slide for batch in data for slide in batch.slides]
+    assert set(slides) == set(SLIDES[2:4]) and len(slides) == data.patches == 50
+    with pytest.raises(UnknownNameError, match="unknown slide 'x'"):
+        LatentDataset(labelled, slides=["x"])
+
+
+def test_selection_reads_no_shard(labelled, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("a shard was opened")
+
+    monkeypatch.setattr(ShardSet, "map_shard", refuse)
+    assert (
+        LatentDataset(labelled, where="label == 'a'", balance="slide", shuffle=True).patches == 16
+    )
+
+
+@pytest.mark.parametrize("by", ["label", "slide", "patient"])
+def test_balanced_draws_show_every_group_equally_often(labelled, by):
+    _, columns = truth(labelled)
+    data = LatentDataset(labelled, balance=by, shuffle=True, batch_size=100)
+    rows = np.concatenate([data.batch(e, n).rows for e in range(8) for n in range(len(data))])
+    groups, counts = np.unique(columns[by][rows], return_counts=True)
+    assert len(groups) == len(set(columns[by]))
+    assert counts.max() - counts.min() <= len(rows) * 0.04  # the last block of 1,024 is not full
+    for group in groups:  # inside a group, none again before all were there
+        times = np.bincount(rows[columns[by][rows] == group], minlength=200)
+        assert np.ptp(times[columns[by] == group]) <= 1
+
+
+def test_balancing_by_what_nobody_has_is_refused(tmp_path):
+    save_pictures(tmp_path / "in", 5)
+    convert_with_mean(tmp_path / "in", tmp_path / "out")
+    with pytest.raises(InputError, match="no chosen patch has a label"):
+        LatentDataset(tmp_path / "out", balance="label", shuffle=True)
+    with pytest.raises(ValueError, match="balance='colour'; one of label, slide, patient"):
+        LatentDataset(tmp_path / "out", balance="colour", shuffle=True)
+
+
+def test_patients_are_never_in_two_parts(labelled):
+    shards = ShardSet(labelled)
+    parts = split_patients(shards, {"train": 0.5, "val": 0.25, "test": 0.25}, seed=3)
+    patients = {name: {patient_of(slide) for slide in slides} for name, slides in parts.items()}
+    assert sorted(s for slides in parts.values() for s in slides) == sorted(SLIDES)
+    assert [len(patients[name]) for name in ("train", "val", "test")] == [2, 1, 1]
+    assert not patients["train"] & patients["val"] | patients["train"] & patients["test"]
+    assert split_patients(shards, {"train": 0.5, "val": 0.25, "test": 0.25}, seed=3) == parts
+
+
+def test_impossible_parts_are_refused(labelled):
+    shards = ShardSet(labelled)
+    with pytest.raises(ValueError, match="1 together"):
+        split_patients(shards, {"train": 0.5})
+    with pytest.raises(LatentdsError, match="4 patients leave 'b' without any"):
+        split_patients(shards, {"a": 0.99, "b": 0.01})

@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
+
+ALIGNMENT = 64  # bytes, a cache line; any dtype may be viewed there
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -52,6 +55,27 @@ class Batch:
     def __len__(self) -> int:
         return len(self.codes)
 
+    def __getitem__(self, part: slice) -> Batch:
+        """Consecutive patches, tensors as views; `bad` stays with the first."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        cut: dict[str, Any] = {
+            n: v[part] for n, v in values.items() if isinstance(v, (Tensor, list))
+        }
+        columns = {name: column[part] for name, column in self.columns.items()}
+        bad = () if part.start else self.bad
+        return dataclasses.replace(self, **cut, columns=columns, bad=bad)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """One shared buffer for all tensors: a worker's batch costs one file descriptor."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        tensors = {
+            name: value
+            for name, value in values.items()
+            if isinstance(value, Tensor) and value.device.type == "cpu"
+        }
+        rest = {name: value for name, value in values.items() if name not in tensors}
+        return unpack, (*pack(tensors), rest)
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The batch with every tensor on `device`."""
         return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
@@ -65,3 +89,30 @@ class Batch:
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         tensors = {name: change(v) for name, v in values.items() if isinstance(v, Tensor)}
         return dataclasses.replace(self, **tensors)
+
+
+def pack(
+    tensors: dict[str, Tensor],
+) -> tuple[Tensor, list[tuple[str, torch.dtype, list[int], int]]]:
+    """Tensors in one uint8 buffer of shared memory, and where each lies in it."""
+    layout, size = [], 0
+    for name, tensor in tensors.items():
+        layout.append((name, tensor.dtype, list(tensor.shape), size))
+        size += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+    buffer = torch.empty(0, dtype=torch.uint8)
+    buffer.set_(torch.UntypedStorage._new_shared(size))  # type: ignore[no-untyped-call]
+    for (*_, offset), tensor in zip(layout, tensors.values(), strict=True):
+        flat = tensor.contiguous().view(-1).view(torch.uint8)
+        buffer[offset : offset + flat.numel()] = flat
+    return buffer, layout
+
+
+def unpack(
+    buffer: Tensor, layout: list[tuple[str, torch.dtype, list[int], int]], rest: dict[str, Any]
+) -> Batch:
+    """The batch whose tensors are views of the buffer."""
+    tensors: dict[str, Any] = {}
+    for name, dtype, shape, offset in layout:
+        size = math.prod(shape) * dtype.itemsize
+        tensors[name] = buffer[offset : offset + size].view(dtype).view(shape)
+    return Batch(**tensors, **rest)

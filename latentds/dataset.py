@@ -182,11 +182,12 @@ class LatentDataset(IterableDataset[Batch]):
             self.cursor = (epoch, batch + workers)  # what a state taken now has to start with
             yield ready
 
-    def batch(self, epoch: int, number: int) -> Batch:
-        """This rank's part of global batch `number` of an epoch."""
-        stretches = self.batching.stretches(number, self.rank)
+    def batch(self, epoch: int, number: int, count: int = 1) -> Batch:
+        """This rank's part of global batch `number` of an epoch, or of `count` of them in a row."""
+        numbers = range(number, number + count)
+        stretches = [s for n in numbers for s in self.batching.stretches(n, self.rank)]
         drawn = join([self.sampler.draw(epoch, *stretch) for stretch in stretches])
-        valid = self.batching.valid(number, self.rank)
+        valid = np.concatenate([self.batching.valid(n, self.rank) for n in numbers])
         found: list[str] = []
         while True:
             sound = self.replace_bad(drawn)
@@ -195,6 +196,10 @@ class LatentDataset(IterableDataset[Batch]):
             except DamagedPackError as error:
                 found.append(str(error))
                 self.note_bad(error)
+
+    def sizes(self, number: int, count: int) -> list[int]:
+        """Patches of this rank's part of `count` batches in a row."""
+        return [len(self.batching.valid(n, self.rank)) for n in range(number, number + count)]
 
     def read(self, rows: np.ndarray) -> Batch:
         """The batch of any patches, by rows of the (first) set's patch table."""

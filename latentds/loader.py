@@ -24,6 +24,7 @@ from latentds.format import Contract
 from latentds.launcher import gather
 from latentds.mixture import Mixture
 from latentds.quantizer import dequantize
+from latentds.transfers import Transfers
 
 logger = logging.getLogger(__name__)
 
@@ -111,8 +112,8 @@ class LatentLoader:
         self.decode_chunk, self.transform, self.as_tuple = decode_chunk, transform, as_tuple
         self.contract = self.dataset.shards.manifest.contract
         self.autoencoder = self.find_autoencoder(autoencoder) if decode == "pixels" else None
-        self.batches: DataLoader[Batch] = DataLoader(
-            self.dataset,
+        self.transfers: DataLoader[tuple[Batch, list[int]]] = DataLoader(
+            Transfers(self.dataset),
             batch_size=None,
             num_workers=num_workers,
             pin_memory=self.device.type == "cuda",
@@ -149,13 +150,21 @@ class LatentLoader:
             self.epoch, self.handed_out = self.epoch + 1, 0
         self.resuming = False
         self.dataset.set_epoch(self.epoch, self.handed_out)
-        for batch in self.batches:
+        for batch in self.received():
             self.note_bad(batch)
             ready = self.prepare(batch)
             self.handed_out += (
                 1  # before the trainer has it: a state taken inside its loop includes it
             )
             yield ready
+
+    def received(self) -> Iterator[Batch]:
+        """Batches as the workers' transfers bring them."""
+        for transfer, sizes in self.transfers:
+            start = 0
+            for size in sizes:
+                yield transfer[start : start + size]
+                start += size
 
     def note_bad(self, batch: Batch) -> None:
         """Collect what workers found damaged; raise where all of them together found too much."""

@@ -6,7 +6,7 @@ import numpy as np
 
 from latentds.randomness import key_of, permute, shuffled
 
-WINDOW_PACKS = 64  # packs whose patches are shuffled among each other
+WINDOW_PACKS = 128  # packs whose patches are shuffled among each other
 MIN_WINDOW, MAX_WINDOW = 1 << 14, 1 << 18  # patches; packs of one patch, packs of whole slides
 CACHED_WINDOWS = 4
 
@@ -38,7 +38,7 @@ class Layout:
 class EpochOrder:
     """Order of the positions of a layout in one epoch.
 
-    Shuffled, packs are permuted and laid end to end, and inside windows of 64 packs (at least
+    Shuffled, packs are permuted and laid end to end, and inside windows of 128 packs (at least
     16,384 places) the patches are permuted: a stretch of an epoch touches few packs, each of them
     in one short time, which is what makes reading cheap; `latentds bench shuffle` tells how far
     from uniform that is.
@@ -60,19 +60,22 @@ class EpochOrder:
             return np.arange(start, stop)
         size = self.layout.window
         windows = range(start // size, -(-stop // size))
-        places = np.concatenate([self.window(window) for window in windows])
         offset = windows.start * size
-        return self.resolve(places[start - offset : stop - offset])
+        if len(windows) == 1:
+            return self.window(windows.start)[start - offset : stop - offset]
+        positions = np.concatenate([self.window(window) for window in windows])
+        return positions[start - offset : stop - offset]
 
     def window(self, window: int) -> np.ndarray:
-        """The permuted places of a window; the last few are kept, neighbouring batches share it."""
+        """Positions in a window; the last few are kept, neighbouring batches share them."""
         if window not in self.windows:
             start = window * self.layout.window
             size = min(self.layout.window, len(self) - start)
             if len(self.windows) >= CACHED_WINDOWS:
                 self.windows.pop(next(iter(self.windows)))
             key = key_of("window", self.seed, self.epoch, window)
-            self.windows[window] = start + shuffled(size, key)
+            positions = self.resolve(np.arange(start, start + size))
+            self.windows[window] = positions[shuffled(size, key)]
         return self.windows[window]
 
     def find_odd_slots(self) -> None:
@@ -89,7 +92,7 @@ class EpochOrder:
         self.odd_ends = self.odd_starts + counts
 
     def resolve(self, places: np.ndarray) -> np.ndarray:
-        """Positions at places of the permuted packs laid end to end."""
+        """Positions at consecutive places of the permuted packs laid end to end."""
         usual = self.layout.usual
         slots, offsets = np.divmod(places, usual)
         if len(self.odd_slots):
@@ -101,9 +104,11 @@ class EpochOrder:
             skipped, rest = np.divmod(beyond, usual)
             slots[past] = np.where(inside, self.odd_slots[odd], self.odd_slots[odd] + 1 + skipped)
             offsets[past] = np.where(inside, places[past] - self.odd_starts[odd], rest)
-        packs = permute(slots, len(self.layout), self.key)
-        positions: np.ndarray = self.layout.first[packs].astype(np.int64)
-        return positions - self.layout.base + offsets
+        touched = np.arange(slots[0], slots[-1] + 1)
+        packs = permute(touched, len(self.layout), self.key)
+        starts = self.layout.first[packs].astype(np.int64) - self.layout.base
+        positions: np.ndarray = starts[slots - slots[0]] + offsets
+        return positions
 
 
 class Blend:

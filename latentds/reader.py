@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from latentds.errors import DamagedPackError, FormatError, unknown_name
@@ -30,6 +31,7 @@ from latentds.format import (
 from latentds.manifest import Manifest, read_manifest
 
 MAX_OPEN_SHARDS = 256
+MAX_VIEWS = 1024  # packs at hand without a look into the tables
 MAX_CACHED_TABLES = 256  # Parquet members that stay parsed
 TABLE_HEAD_BYTES = 4096
 
@@ -89,14 +91,21 @@ class ShardSet:
     def reset(self) -> None:
         """Start without maps and caches."""
         self.maps: OrderedDict[int, mmap.mmap] = OrderedDict()
+        self.views: dict[int, memoryview] = {}
         self.tables: OrderedDict[tuple[int, str], dict[str, list[Any]]] = OrderedDict()
-        self.checked = np.zeros(len(self.packs), bool)
+        # Shared with workers: a pack that one of them has checked need not be checked by all.
+        self.share_checks(torch.zeros(len(self.packs), dtype=torch.bool).share_memory_())  # type: ignore[no-untyped-call]
+
+    def share_checks(self, marks: torch.Tensor) -> None:
+        """Keep in `marks` (bool, a pack) which packs were found sound."""
+        self.marks, self.checked = marks, marks.numpy()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder, "check_codes": self.check_codes}
+        return {"folder": self.folder, "check_codes": self.check_codes, "marks": self.marks}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["folder"], state["check_codes"])  # type: ignore[misc]
+        self.share_checks(state["marks"])
 
     def __len__(self) -> int:
         return self.manifest.patches
@@ -118,19 +127,31 @@ class ShardSet:
         """Codes uint8 (N, C, h, w) of the patches at `rows` of the patch table, in that order."""
         contract = self.manifest.contract
         size = contract.bytes_per_patch
-        codes = np.empty((len(rows), size), np.uint8)
-        for pack, places in self.group_by_pack(rows):
-            local = rows[places] - int(self.packs["first_patch"][pack])
-            if local.min() < 0 or local.max() >= self.packs["count"][pack]:
-                raise FormatError(f"{self.folder / PACKS_TABLE}: rows of pack {pack} do not add up")
-            codes[places] = self.pack_view(pack)[local]
-        return codes.reshape(len(rows), *contract.codes_shape)
+        codes = np.empty((len(rows), *contract.codes_shape), np.uint8)
+        packs = self.packs_of(rows)
+        starts = ((rows - self.first_patch[packs].astype(np.int64)) * size).tolist()
+        views = {pack: self.pack_bytes(pack) for pack in np.unique(packs).tolist()}
+        # A loop of memory copies: 3 times as fast as indexing every pack's few patches as an array.
+        target, place = codes.reshape(-1).data, 0
+        for pack, start in zip(packs.tolist(), starts, strict=True):
+            target[place : place + size] = views[pack][start : start + size]
+            place += size
+        return codes
+
+    def packs_of(self, rows: np.ndarray) -> np.ndarray:
+        """The packs that hold rows of the patch table; FormatError where the tables disagree."""
+        packs = np.searchsorted(self.first_patch, rows.astype(np.uint64), side="right") - 1
+        beyond = rows - self.first_patch[packs].astype(np.int64) >= self.packs["count"][packs]
+        if beyond.any():
+            pack = int(packs[np.argmax(beyond)])
+            raise FormatError(f"{self.folder / PACKS_TABLE}: rows of pack {pack} do not add up")
+        return packs
 
     def group_by_pack(self, rows: np.ndarray) -> list[tuple[int, np.ndarray]]:
         """(pack, places in `rows` that it serves) for every pack that is touched."""
-        packs = np.searchsorted(self.first_patch, rows.astype(np.uint64), side="right") - 1
         if not len(rows):
             return []
+        packs = self.packs_of(rows)
         order = np.argsort(packs, kind="stable")
         touched, starts = np.unique(packs[order], return_index=True)
         places = np.split(order, starts[1:])
@@ -138,9 +159,16 @@ class ShardSet:
 
     def pack_view(self, pack: int) -> np.ndarray:
         """Codes of a pack, uint8 (N, C*h*w), without a copy."""
+        size = self.manifest.contract.bytes_per_patch
+        return np.frombuffer(self.pack_bytes(pack), np.uint8).reshape(-1, size)
+
+    def pack_bytes(self, pack: int) -> memoryview:
+        """Codes of a pack as they lie in the file; checked when a process first touches them."""
+        content = self.views.get(pack)
+        if content is not None:
+            return content
         row, size = self.packs[pack], self.manifest.contract.bytes_per_patch
-        count = int(row["count"])
-        content = self.slice_shard(pack, int(row["codes_offset"]), count * size)
+        content = self.slice_shard(pack, int(row["codes_offset"]), int(row["count"]) * size)
         if self.check_codes and not self.checked[pack]:
             if zlib.crc32(content) != int(row["codes_crc32"]):
                 raise DamagedPackError(
@@ -151,7 +179,10 @@ class ShardSet:
                     pack,
                 )
             self.checked[pack] = True
-        return np.frombuffer(content, np.uint8).reshape(count, size)
+        if len(self.views) >= MAX_VIEWS:
+            self.views.pop(next(iter(self.views)))
+        self.views[pack] = content
+        return content
 
     def pack_of(self, row: int) -> int:
         """The pack that holds a row of the patch table."""

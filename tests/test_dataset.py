@@ -3,6 +3,7 @@
 Each patch once, the same order for any workers, resumable, pickled.
 """
 
+import dataclasses
 import json
 import multiprocessing
 import pickle
@@ -294,3 +295,31 @@ def test_cuda_decodes_as_the_cpu_does(shared_dataset):
         next(iter(make_loader(shared_dataset, device=d))).images for d in ("cpu", "cuda")
     )
     torch.testing.assert_close(device.cpu(), host, atol=1e-3, rtol=0)
+
+
+def test_a_batch_travels_in_one_buffer(shared_dataset):
+    batch = LatentDataset(shared_dataset, batch_size=20, decode="latents").batch(0, 1)
+    copy = pickle.loads(pickle.dumps(batch))
+    tensors = [f.name for f in dataclasses.fields(batch) if torch.is_tensor(getattr(batch, f.name))]
+    assert "latents" in tensors and copy.slides == batch.slides
+    assert len({getattr(copy, name).untyped_storage().data_ptr() for name in tensors}) == 1
+    for name in tensors:
+        assert torch.equal(getattr(copy, name).nan_to_num(7), getattr(batch, name).nan_to_num(7))
+
+
+def test_part_of_a_batch_is_its_patches(shared_dataset):
+    batch = LatentDataset(shared_dataset, batch_size=20, columns=("source",)).batch(0, 1)
+    part = batch[5:9]
+    assert len(part) == 4 and part.slides == batch.slides[5:9]
+    assert torch.equal(part.codes, batch.codes[5:9])
+    assert part.columns["source"] == batch.columns["source"][5:9]
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 500])
+def test_transfers_of_many_batches_keep_their_sizes_and_order(shared_dataset, batch_size):
+    data = LatentDataset(shared_dataset, batch_size=batch_size, shuffle=True)
+    loader = LatentLoader(
+        shared_dataset, batch_size=batch_size, shuffle=True, decode="codes", num_workers=2
+    )
+    for found, expected in zip(loader, data, strict=True):
+        assert torch.equal(found.rows, expected.rows) and torch.equal(found.codes, expected.codes)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from latentds.batching import Batching
-from latentds.order import MIN_WINDOW, Blend, EpochOrder, Layout
+from latentds.order import MIN_WINDOW, WINDOW_PACKS, Blend, EpochOrder, Layout
 from latentds.randomness import key_of, mix, mix_tensor, permute, shuffled, uniform
 
 RNG = np.random.default_rng(0)
@@ -82,7 +82,7 @@ def test_order_is_a_bijection_computed_anywhere(counts, shuffle):
 
 
 def test_order_holds_no_more_for_a_larger_set():
-    small, large = (EpochOrder(layout_of(np.full(n, 256)), 0, 0, True) for n in (100, 100_000))
+    small, large = (EpochOrder(layout_of(np.full(n, 256)), 0, 0, True) for n in (128, 128_000))
     for order in (small, large):
         order.positions(0, 1024)
     sizes = [
@@ -97,13 +97,13 @@ def test_a_stretch_touches_few_packs():
     order = EpochOrder(layout, seed=0, epoch=0, shuffle=True)
     for start in range(0, len(order), layout.window):
         packs = np.unique(order.positions(start, start + layout.window) // 256)
-        assert len(packs) <= 64
+        assert len(packs) <= WINDOW_PACKS
 
 
 def test_neighbours_are_of_other_packs():
     order = EpochOrder(layout_of(np.full(1000, 256)), seed=0, epoch=0, shuffle=True)
     packs = order.positions(0, len(order)) // 256
-    assert np.mean(packs[1:] == packs[:-1]) < 0.02  # 1/64 where 64 packs are mixed
+    assert np.mean(packs[1:] == packs[:-1]) < 0.01  # 1/128 where 128 packs are mixed
 
 
 def test_blend_keeps_shares_exactly_and_counts_up():

@@ -24,7 +24,7 @@ FLOORS = [
     ],
     [
         *("order", "batch", "selection", "sampling", "batching", "mixture", "collate", "state"),
-        *("launcher", "dataset", "loader"),
+        *("launcher", "dataset", "transfers", "loader"),
     ],
 ]
 ALONE = {  # heavy libraries and the only modules that may import them

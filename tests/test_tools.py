@@ -177,3 +177,14 @@ def test_demo_runs_the_main_job(tmp_path, capsys):
     assert call(capsys, "verify", tmp_path / "demo" / "latents")[0] == 0
     code, _, err = call(capsys, "demo", "--out", tmp_path / "demo")
     assert code == 1 and "--overwrite" in err
+
+
+def test_bench_shuffle_ranks_orders_and_counts_reads(shared_dataset, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["bench", "shuffle", str(shared_dataset), "--global-batch-size", "48", "--json"])
+    result = json.loads(capsys.readouterr().out)
+    assert ended.value.code == 0
+    share = {row["order"]: row["same_slide"] for row in result["orders"]}
+    assert share["stored"] > 0.95 and abs(share["latentds"] - share["uniform"]) < 0.1
+    alone = [row["read_over_delivered"] for row in result["reads"] if row["nodes"] == 1]
+    assert len(alone) == 3 and max(alone) <= 1.2

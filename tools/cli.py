@@ -23,6 +23,10 @@ COMMANDS = {
     ),
     "show": ("show", "write a page of decoded patches with their columns"),
     "demo": ("demo", "run the main job on a real micrograph and write a page about it"),
+    "bench shuffle": (
+        "bench_shuffle",
+        "how far an order is from uniform, what it makes ranks read",
+    ),
     "bench convert": ("bench_convert", "rate of a conversion beside the encoder's alone"),
     "bench container": ("bench_container", "container overhead for patch and pack sizes"),
     "bench fidelity": (

@@ -14,7 +14,7 @@ from latentds.batch import Batch
 from latentds.errors import FormatError
 from latentds.format import PATCHES_TABLE
 from latentds.mixture import Vocabulary
-from latentds.quantizer import dequantize
+from latentds.quantizer import MAX_LEVELS, dequantize
 from latentds.randomness import patch_seeds
 from latentds.reader import ShardSet
 from latentds.sampling import Drawn
@@ -72,6 +72,7 @@ class Collator:
         manifest, table = shards.manifest, shards.patches[rows]
         codes = torch.from_numpy(shards.read_codes(rows))
         check_numbers(shards, table)
+        check_codes(shards, codes)
         return {
             "codes": codes,
             "labels": torch.from_numpy(self.vocabulary.labels[which][table["label"]]),
@@ -105,6 +106,16 @@ def scatter(parts: list[tuple[np.ndarray, dict[str, Any]]], count: int) -> dict[
         else:
             joined[name] = None
     return joined
+
+
+def check_codes(shards: ShardSet, codes: Tensor) -> None:
+    """Refuse codes beyond a codebook of fewer than 256 levels, which a decoder would not notice."""
+    count = shards.manifest.contract.codebook.levels.shape[1]
+    if count < MAX_LEVELS and codes.numel() and int(codes.max()) >= count:
+        raise FormatError(
+            f"{shards.folder}: code {int(codes.max())}, but the codebook has {count} levels; "
+            "damaged, fetch it anew"
+        )
 
 
 def check_numbers(shards: ShardSet, table: np.ndarray) -> None:

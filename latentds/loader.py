@@ -3,27 +3,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from latentds.autoencoders import load_autoencoder
-from latentds.autoencoders.base import Autoencoder, check_decoder
-from latentds.autoencoders.cards import CARDS
+from latentds.autoencoders.base import Autoencoder
 from latentds.batch import Batch
 from latentds.dataset import LatentDataset, check_bad
-from latentds.errors import WeightsError
-from latentds.format import Contract
+from latentds.decoding import DecodeOptions, Decoder, find_autoencoder
 from latentds.launcher import gather
 from latentds.mixture import Mixture
-from latentds.quantizer import dequantize
+from latentds.quantizer import Codebook
+from latentds.stage import CudaLanes, DecodeStage, Lanes
 from latentds.transfers import Transfers
 
 logger = logging.getLogger(__name__)
@@ -35,7 +33,8 @@ class LatentLoader:
     folder, split, batch_size, global_batch_size, shuffle, seed, last, lanes, where, slides,
     balance, columns, masks, max_bad, rank, world_size: see LatentDataset
 
-    device        where batches end up and are decoded
+    device        where batches end up
+    decode_device where they are decoded, if not there
     num_workers   processes that read codes; 0 reads in this one
     decode        "pixels" (batch.images), "latents" (batch.latents, float32) or "codes"
                   (batch.codes, uint8)
@@ -43,7 +42,9 @@ class LatentLoader:
                   read the same latent_id
     dtype         of decoder and images: float32, or bfloat16 for speed
     decode_chunk  patches decoded at once, to bound the decoder's memory; None decodes the batch
-                  whole
+                  whole, and half of it should memory run out
+    channels_last, compile, cuda_graph   see DecodeOptions
+    static        on a GPU, hand out memory that the next batch may reuse; see DecodeStage
     transform     applied to the images (B, 3, H, W) of every batch, on the device
     as_tuple      yield (images, labels) instead of a Batch
 
@@ -69,8 +70,13 @@ class LatentLoader:
         num_workers: int = 0,
         decode: str = "pixels",
         autoencoder: Autoencoder | str | os.PathLike[str] | None = None,
+        decode_device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
         decode_chunk: int | None = None,
+        channels_last: bool = False,
+        compile: bool = False,
+        cuda_graph: bool = False,
+        static: bool = False,
         transform: Callable[[Tensor], Any] | None = None,
         as_tuple: bool = False,
         columns: Sequence[str] = (),
@@ -83,8 +89,6 @@ class LatentLoader:
     ) -> None:
         if decode not in ("pixels", "latents", "codes"):
             raise ValueError(f"decode={decode!r}; one of 'pixels', 'latents', 'codes'")
-        if decode_chunk is not None and decode_chunk < 1:
-            raise ValueError(f"decode_chunk={decode_chunk}; at least 1")
         self.dataset = LatentDataset(
             folder,
             split,
@@ -108,23 +112,68 @@ class LatentLoader:
                 "as_tuple cannot tell which patches only fill up a rank's last batch; take Batch "
                 "and its `valid`, or last='drop' or 'repeat'"
             )
-        self.device, self.decode, self.dtype = torch.device(device), decode, dtype
-        self.decode_chunk, self.transform, self.as_tuple = decode_chunk, transform, as_tuple
+        self.device, self.decode = torch.device(device), decode
+        self.decode_device = torch.device(decode_device or device)
+        self.transform, self.as_tuple = transform, as_tuple
         self.contract = self.dataset.shards.manifest.contract
-        self.autoencoder = self.find_autoencoder(autoencoder) if decode == "pixels" else None
+        options = DecodeOptions(
+            dtype=dtype,
+            chunk=decode_chunk,
+            channels_last=channels_last,
+            compile=compile,
+            cuda_graph=cuda_graph,
+        )
+        self.decoder = self.make_decoder(autoencoder, options)
+        self.stage: DecodeStage | None = None
+        if self.decode_device.type == "cuda":
+            self.stage = self.make_stage(static, CudaLanes(self.decode_device))
         self.transfers: DataLoader[tuple[Batch, list[int]]] = DataLoader(
             Transfers(self.dataset),
             batch_size=None,
             num_workers=num_workers,
-            pin_memory=self.device.type == "cuda",
+            pin_memory=self.decode_device.type == "cuda",
             prefetch_factor=prefetch_factor if num_workers else None,
             persistent_workers=num_workers > 0,
             multiprocessing_context=multiprocessing_context if num_workers else None,
         )
-        self.table = self.contract.codebook.table(self.device)
         self.epoch, self.handed_out = 0, 0
         self.resuming = False
         self.bad_packs: list[str] = []  # damaged ones this rank has met, and replaced
+
+    def make_decoder(self, given: Any, options: DecodeOptions) -> Decoder | None:
+        """The decoder on its device, None where codes are wanted."""
+        if self.decode == "codes":
+            return None
+        autoencoder = None
+        if self.decode == "pixels":
+            autoencoder = find_autoencoder(self.dataset.shards, given)
+        return Decoder(
+            autoencoder, self.codebooks, self.contract.patch_px, self.decode_device, options
+        )
+
+    def make_stage(self, static: bool, lanes: Lanes) -> DecodeStage:
+        """The ring that decodes ahead on a GPU."""
+        batching, contract = self.dataset.batching, self.contract
+        pixels = self.decode == "pixels"
+        return DecodeStage(
+            self.decoder,
+            (3, *contract.patch_px) if pixels else contract.codes_shape,
+            self.decoder.options.dtype if self.decoder and pixels else torch.float32,
+            batching.global_batch // batching.ranks,
+            self.decode_device,
+            lanes,
+            static=static,
+        )
+
+    @property
+    def autoencoder(self) -> Autoencoder | None:
+        """Whose decoder is used; None where nothing is decoded to pixels."""
+        return self.decoder.autoencoder if self.decoder else None
+
+    @property
+    def codebooks(self) -> list[Codebook]:
+        """Distinct codebooks of the sets; `batch.codebooks` counts them."""
+        return self.dataset.collator.vocabulary.codebooks
 
     @property
     def classes(self) -> list[str]:
@@ -150,13 +199,20 @@ class LatentLoader:
             self.epoch, self.handed_out = self.epoch + 1, 0
         self.resuming = False
         self.dataset.set_epoch(self.epoch, self.handed_out)
-        for batch in self.received():
-            self.note_bad(batch)
-            ready = self.prepare(batch)
-            self.handed_out += (
-                1  # before the trainer has it: a state taken inside its loop includes it
-            )
-            yield ready
+        with contextlib.closing(self.decoded()) as batches:
+            for batch in batches:
+                self.note_bad(batch)
+                ready = self.finish(batch)
+                # Before the trainer has it: a state taken inside its loop includes it.
+                self.handed_out += 1
+                yield ready
+
+    def decoded(self) -> Generator[Batch, None, None]:
+        """Batches decoded: ahead of the trainer on a GPU, when asked for on a CPU."""
+        if self.stage is not None:
+            yield from self.stage.run(self.received())
+        else:
+            yield from map(self.prepare, self.received())
 
     def received(self) -> Iterator[Batch]:
         """Batches as the workers' transfers bring them."""
@@ -181,45 +237,24 @@ class LatentLoader:
         """
         return sorted(gather({text: text for text in self.bad_packs}))
 
-    def prepare(self, batch: Batch) -> Any:
-        """A batch from a worker, moved, decoded, transformed."""
-        batch = batch.to(self.device, non_blocking=True)
-        if self.decode != "codes":
-            latents = dequantize(batch.codes, self.contract.codebook, self.table)
-            batch = dataclasses.replace(batch, latents=latents)
-        if self.decode == "pixels" and batch.latents is not None:
-            images = self.decode_latents(batch.latents)
-            images = self.transform(images) if self.transform else images
-            batch = dataclasses.replace(batch, images=images, latents=None)
+    def prepare(self, batch: Batch) -> Batch:
+        """A batch moved and decoded, at once: what the stage does ahead where there is one."""
+        batch = batch.to(self.decode_device)
+        images = self.decoder(batch.codes, batch.codebooks) if self.decoder else None
+        return dataclasses.replace(batch, images=images)
+
+    def finish(self, batch: Batch) -> Any:
+        """What the trainer gets of a decoded batch, on its device."""
+        if self.decode == "latents":
+            batch = dataclasses.replace(batch, latents=batch.images, images=None)
+        if self.decode_device != self.device:
+            batch = batch.to(self.device, non_blocking=True)
+        if self.transform and batch.images is not None:
+            batch = dataclasses.replace(batch, images=self.transform(batch.images))
         if not self.as_tuple:
             return batch
         shown = {"pixels": batch.images, "latents": batch.latents, "codes": batch.codes}
         return shown[self.decode], batch.labels
-
-    @torch.no_grad()  # not inference_mode: its tensors could not enter the trainer's graph
-    def decode_latents(self, latents: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1], padding cropped."""
-        assert self.autoencoder is not None
-        height, width = self.contract.patch_px
-        chunks = torch.split(latents, self.decode_chunk or len(latents))
-        images = torch.cat([self.autoencoder.decode(chunk) for chunk in chunks])
-        return images[:, :, :height, :width]
-
-    def find_autoencoder(self, given: Autoencoder | str | os.PathLike[str] | None) -> Autoencoder:
-        """The decoder to use, on the device; ContractError where it reads other latents."""
-        autoencoder: Autoencoder
-        if given is None:
-            autoencoder = recorded_autoencoder(self.contract, self.dataset.shards.folder)
-        elif isinstance(given, (str, os.PathLike)):
-            autoencoder = load_autoencoder(given)
-        else:
-            autoencoder = given
-        check_decoder(autoencoder.card, self.contract.latent_id, str(self.dataset.shards.folder))
-        if autoencoder.card.decoder_id != self.contract.decoder_id:
-            logger.info("decoding with %s, not with the decoder the data set was checked with",
-                        autoencoder.card.name)  # fmt: skip
-        moved: Autoencoder = autoencoder.to(self.device, self.dtype)
-        return moved
 
     def state_dict(self) -> dict[str, Any]:
         """Where the next batch stands: plain JSON values, the same on every rank."""
@@ -232,14 +267,3 @@ class LatentLoader:
         """
         self.dataset.load_state_dict(state)
         self.epoch, self.handed_out, self.resuming = state["epoch"], state["batch"], True
-
-
-def recorded_autoencoder(contract: Contract, folder: Path) -> Autoencoder:
-    """The autoencoder a data set was made with, by its recorded name."""
-    name = str(contract.autoencoder.get("name"))
-    if name not in CARDS:
-        raise WeightsError(
-            f"{folder}: made with a local autoencoder {name!r}; pass its folder (autoencoder=... "
-            "in Python, --autoencoder on the command line)"
-        )
-    return load_autoencoder(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 
 import torch
 from torch import Tensor
@@ -36,3 +37,62 @@ class MeanAutoencoder:
 
     def to(self, device: object = None, dtype: object = None) -> MeanAutoencoder:
         return self
+
+
+class FakeLane:
+    """Work, events and waits of one lane, kept until `FakeLanes.work` lets them happen."""
+
+    def __init__(self, is_deaf: bool) -> None:
+        self.queue: list[tuple[str, object]] = []
+        self.is_deaf = is_deaf
+
+    def run(self, work: object) -> None:
+        self.queue.append(("run", work))
+
+    def record(self) -> dict[str, bool]:
+        event = {"occurred": False}
+        self.queue.append(("event", event))
+        return event
+
+    def wait(self, event: object) -> None:
+        if not self.is_deaf:
+            self.queue.append(("wait", event))
+
+
+class FakeLanes:
+    """Three lanes that run in any interleaving their events allow.
+
+    deaf  name of a lane that ignores waits, to show that a test would notice
+    """
+
+    def __init__(self, deaf: str = "") -> None:
+        self.copy, self.decode, self.main = (
+            FakeLane(name == deaf) for name in ("copy", "decode", "main")
+        )
+
+    def consumer(self) -> FakeLane:
+        return self.main
+
+    def work(self, chance: random.Random, steps: int | None) -> None:
+        """Let random lanes do one thing each, `steps` times or until nothing is left."""
+        while steps is None or steps > 0:
+            ready = [lane for lane in (self.copy, self.decode, self.main) if can_go_on(lane)]
+            if not ready:
+                assert steps is not None or not any(
+                    lane.queue for lane in (self.copy, self.decode, self.main)
+                ), "lanes wait for each other for ever"
+                return
+            kind, what = chance.choice(ready).queue.pop(0)
+            if kind == "run":
+                what()
+            elif kind == "event":
+                what["occurred"] = True
+            steps = None if steps is None else steps - 1
+
+
+def can_go_on(lane: FakeLane) -> bool:
+    """Whether a lane has something to do that waits for nothing."""
+    if not lane.queue:
+        return False
+    kind, what = lane.queue[0]
+    return kind != "wait" or what["occurred"]

@@ -24,7 +24,7 @@ FLOORS = [
     ],
     [
         *("order", "batch", "selection", "sampling", "batching", "mixture", "collate", "state"),
-        *("launcher", "dataset", "transfers", "loader"),
+        *("launcher", "dataset", "transfers", "decoding", "stage", "loader", "bags", "array"),
     ],
 ]
 ALONE = {  # heavy libraries and the only modules that may import them

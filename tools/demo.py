@@ -135,7 +135,7 @@ def measure(folder: Path, patches: Path, autoencoder: str, device: str) -> dict[
             name: judge(size, pictures, originals) for name, (size, pictures) in rows.items()
         },
         "encode_rate": rate(lambda: network.encode(images), len(images), device),
-        "decode_rate": rate(lambda: loader.decode_latents(latents), len(images), device),
+        "decode_rate": rate(lambda: loader.decoder.decode(latents), len(images), device),
         "device": torch.cuda.get_device_name(device)
         if "cuda" in device
         else f"{torch.get_num_threads()} CPU threads",

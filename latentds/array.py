@@ -1,0 +1,173 @@
+"""LatentArray: a whole set of codes resident in memory, any patches of it decoded at once."""
+# N patches of the set, B patches asked for, C latent channels, h w latent cells, H W pixels
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from latentds.autoencoders.base import Autoencoder
+from latentds.decoding import DecodeOptions, Decoder, find_autoencoder
+from latentds.errors import InputError, unknown_name
+from latentds.reader import ShardSet
+from latentds.selection import select_rows
+
+BLOCK_PATCHES = 4096
+KEPT_FREE = 0.1  # of the free memory, for decoding and the rest of the program
+
+
+class LatentArray:
+    """Codes of a split in RAM or GPU memory; `array[indices]` decodes patches.
+
+    With the set on the GPU a loader is a permutation: `for i in torch.randperm(len(a)).split(64)`.
+
+    folder, where, slides   see LatentDataset
+    split         one split; None takes all
+    device        where the codes lie and are decoded
+    decode        what indexing gives: "pixels", "latents" or "codes"
+    autoencoder, dtype   see LatentLoader
+
+    codes   uint8 (N, C, h, w) on the device
+    labels  int64 (N,) on the device, -1 for none
+    slides, coords, rows   of the patches: int64 (N,) numbers of `slide_names`, (N, 2), (N,); on the
+            CPU
+
+    Refuses with InputError what does not fit into the device's free memory.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        split: str | None = None,
+        *,
+        device: torch.device | str = "cpu",
+        decode: str = "pixels",
+        where: str | None = None,
+        slides: Sequence[str] | None = None,
+        autoencoder: Autoencoder | str | os.PathLike[str] | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        if decode not in ("pixels", "latents", "codes"):
+            raise ValueError(f"decode={decode!r}; one of 'pixels', 'latents', 'codes'")
+        self.shards, self.device, self.decode = ShardSet(folder), torch.device(device), decode
+        manifest = self.shards.manifest
+        parts = [
+            (chosen if chosen is not None else np.arange(*self.shards.patch_range(name)))
+            for name in ([split] if split else sorted(manifest.splits))
+            for chosen in [select_rows(self.shards, name, where, slides)]
+        ]
+        rows = np.concatenate(parts)
+        self.check_fits(len(rows))
+        self.decoder = None
+        if decode != "codes":
+            contract = manifest.contract
+            pixels = decode == "pixels"
+            self.decoder = Decoder(
+                find_autoencoder(self.shards, autoencoder) if pixels else None,
+                [contract.codebook],
+                contract.patch_px,
+                device,
+                DecodeOptions(dtype=dtype),
+            )
+        table = self.shards.patches[rows]
+        self.rows = torch.from_numpy(rows)
+        self.labels = torch.from_numpy(table["label"].astype(np.int64)).to(self.device)
+        self.slides = torch.from_numpy(table["slide"].astype(np.int64))
+        self.coords = torch.from_numpy(np.stack([table["x"], table["y"]], 1).astype(np.int64))
+        self.codes = self.load(rows)
+        self.places: dict[str, int] = {}
+
+    def check_fits(self, count: int) -> None:
+        """Refuse before anything is read."""
+        self.memory_bytes = count * (self.shards.manifest.contract.bytes_per_patch + 8)
+        free = free_bytes(self.device)
+        if self.memory_bytes > free * (1 - KEPT_FREE):
+            raise InputError(
+                f"{self.shards.folder}: {count:,} patches take {self.memory_bytes / 1e9:.2f} GB, "
+                f"{self.device} has {free / 1e9:.2f} GB free; choose fewer (split=, where=, "
+                "slides=), another device, or LatentLoader"
+            )
+
+    def load(self, rows: np.ndarray) -> Tensor:
+        """All codes, read in blocks."""
+        shape = self.shards.manifest.contract.codes_shape
+        codes = torch.empty((len(rows), *shape), dtype=torch.uint8, device=self.device)
+        for start in tqdm(
+            range(0, len(rows), BLOCK_PATCHES), desc="loading", unit="block", disable=None
+        ):
+            block = self.shards.read_codes(rows[start : start + BLOCK_PATCHES])
+            codes[start : start + len(block)] = torch.from_numpy(block)
+        return codes
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def __repr__(self) -> str:
+        return (
+            f"LatentArray({self.shards.folder}: {len(self):,} patches, "
+            f"{self.memory_bytes / 1e9:.3f} GB on {self.device})"
+        )
+
+    @property
+    def classes(self) -> list[str]:
+        """Class names, sorted."""
+        return list(self.shards.manifest.classes)
+
+    @property
+    def slide_names(self) -> list[str]:
+        """Slide names, by number."""
+        return list(self.shards.manifest.slides)
+
+    @property
+    def keys(self) -> list[str]:
+        """Keys of the patches, in the array's order; the first use reads all of them."""
+        return list(self.find_places())
+
+    def find_places(self) -> dict[str, int]:
+        """Place of every key."""
+        if not self.places:
+            columns = self.shards.read_columns(self.rows.numpy(), ["key"])
+            self.places = {key: place for place, key in enumerate(columns["key"])}
+        return self.places
+
+    def index(self, keys: Sequence[str]) -> Tensor:
+        """Places of the patches of these keys, int64 (B,); UnknownNameError for one not there."""
+        known = self.find_places()
+        for key in keys:
+            if key not in known:
+                raise unknown_name("key", key, list(known)[:8])
+        return torch.tensor([known[key] for key in keys], dtype=torch.int64)
+
+    @torch.no_grad()
+    def __getitem__(self, indices: Tensor | np.ndarray | slice | int | str | list[Any]) -> Tensor:
+        """Patches by place or key: (B, ...), without B for a single place or key."""
+        if isinstance(indices, str):
+            return self[int(self.index([indices]))]
+        if isinstance(indices, int):
+            place = range(len(self))[indices]
+            return self[place : place + 1][0]
+        names = isinstance(indices, list) and indices and isinstance(indices[0], str)
+        places = self.index(indices) if names else indices  # type: ignore[arg-type]
+        if not isinstance(places, slice):
+            places = torch.as_tensor(places).to(self.device)
+        codes = self.codes[places]
+        return codes if self.decoder is None else self.decoder(codes)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that an allocation on the device may take."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,184 @@
+"""SlideBags and LatentArray: whole slides and whole sets."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+import latentds.array
+from latentds.array import LatentArray
+from latentds.bags import SlideBags
+from latentds.errors import InputError, UnknownNameError
+from latentds.format import PATCHES_TABLE
+from latentds.loader import LatentLoader
+from latentds.reader import ShardSet
+from tests.conftest import convert_with_mean, save_pictures
+from tests.fakes import MeanAutoencoder
+
+
+@pytest.fixture(scope="module")
+def slides(tmp_path_factory: pytest.TempPathFactory):
+    """Slides of 3, 40 and 17 patches, the last of both labels; coordinates set by hand."""
+    root = tmp_path_factory.mktemp("slides")
+    for label, slide, count in (
+        ("a", "one", 3),
+        ("b", "two", 40),
+        ("a", "three", 7),
+        ("b", "three", 10),
+    ):
+        save_pictures(
+            root / "in" / "train" / label / slide, count, first_seed=hash_of(label + slide)
+        )
+    convert_with_mean(root / "in", root / "out", pack_size=8)
+    table = np.load(root / "out" / PATCHES_TABLE)
+    rng = np.random.default_rng(0)
+    table["x"], table["y"] = rng.integers(0, 5, 60), rng.integers(0, 5, 60)
+    np.save(root / "out" / PATCHES_TABLE, table)
+    return root / "out"
+
+
+def hash_of(name: str) -> int:
+    return sum(map(ord, name)) * 100
+
+
+def test_a_bag_is_its_slide_in_raster_order(slides):
+    bags = SlideBags(slides)
+    assert bags.slides == ["one", "three", "two"] and [len(bag) for bag in bags] == [3, 17, 40]
+    assert [bag.label for bag in bags] == [0, -1, 1]
+    table, names = ShardSet(slides).patches, ShardSet(slides).manifest.slides
+    for bag in bags:
+        places = [(y, x) for x, y in bag.coords.tolist()]
+        assert places == sorted(places)
+        own = np.flatnonzero(table["slide"] == names.index(bag.slide))
+        assert sorted(bag.rows.tolist()) == own.tolist()
+        assert np.array_equal(bag.codes, ShardSet(slides).read_codes(bag.rows.numpy()))
+        assert np.array_equal(bag.labels, table["label"][bag.rows.numpy()])
+
+
+def test_a_bound_chooses_anew_every_epoch_and_alike_everywhere(slides):
+    bags, other = (SlideBags(slides, max_patches=9, seed=s) for s in (0, 1))
+    first = [bag.rows.tolist() for bag in bags]
+    assert [len(rows) for rows in first] == [3, 9, 9]
+    loader = DataLoader(pickle.loads(pickle.dumps(bags)), batch_size=None, num_workers=2)
+    assert [bag.rows.tolist() for bag in loader] == first
+    bags.set_epoch(1)
+    assert bags[2].rows.tolist() != first[2] != other[2].rows.tolist()
+    bags.set_epoch(0)
+    assert bags[2].rows.tolist() == first[2]
+
+
+def test_workers_that_stay_see_the_next_epoch(slides):
+    bags = SlideBags(slides, max_patches=9)
+    loader = DataLoader(bags, batch_size=None, num_workers=1, persistent_workers=True)
+    first = [bag.rows.tolist() for bag in loader]
+    bags.set_epoch(1)
+    assert [bag.rows.tolist() for bag in loader] != first
+
+
+def test_only_the_chosen_patches_are_read_and_decoded(slides, monkeypatch):
+    read, decoded = [], []
+    real = ShardSet.read_codes
+    monkeypatch.setattr(
+        ShardSet, "read_codes", lambda s, rows: read.append(len(rows)) or real(s, rows)
+    )
+
+    class Counting(MeanAutoencoder):
+        def decode(self, latents):
+            decoded.append(len(latents))
+            return super().decode(latents)
+
+    bags = SlideBags(slides, max_patches=10, autoencoder=Counting())
+    bag = bags[bags.index("two")]
+    assert read == [10] and decoded == []
+    images = list(bags.decode(bag, chunk=4))
+    assert [len(part) for part in images] == decoded == [4, 4, 2]
+    rows = LatentLoader(slides, autoencoder=MeanAutoencoder()).prepare(
+        LatentLoader(slides, decode="codes").dataset.read(bag.rows.numpy())
+    )
+    assert torch.equal(torch.cat(images), rows.images)
+
+
+def test_bags_touch_only_the_bytes_of_their_patches(slides):
+    """The pages of a shard that a bag's read brings in: checked in the file, damage elsewhere."""
+    bags = SlideBags(slides, slides=["one"])
+    shards = bags.shards
+    chosen = set(bags[0].rows.tolist())
+    path = shards.shard_path(0)
+    content = bytearray(path.read_bytes())
+    size = shards.manifest.contract.bytes_per_patch
+    for pack in range(len(shards.packs)):
+        first, offset = (
+            int(shards.packs["first_patch"][pack]),
+            int(shards.packs["codes_offset"][pack]),
+        )
+        for local in range(int(shards.packs["count"][pack])):
+            if first + local not in chosen:
+                start = offset + local * size
+                content[start : start + size] = bytes(size)
+    expected = SlideBags(slides, slides=["one"])[0].codes.clone()
+    original = path.read_bytes()
+    try:
+        path.write_bytes(content)
+        assert torch.equal(SlideBags(slides, slides=["one"])[0].codes, expected)
+    finally:
+        path.write_bytes(original)
+
+
+def test_bags_select_and_refuse(slides, tmp_path):
+    assert SlideBags(slides, where="label == 'a'").slides == ["one", "three"]
+    assert SlideBags(slides, slides=["two"], columns=("source",))[0].columns["source"][0]
+    with pytest.raises(ValueError, match="max_patches=0"):
+        SlideBags(slides, max_patches=0)
+    with pytest.raises(IndexError):
+        SlideBags(slides)[3]
+    save_pictures(tmp_path / "in", 4)
+    convert_with_mean(tmp_path / "in", tmp_path / "out")
+    with pytest.raises(InputError, match="no patch of split 'train' has a slide"):
+        SlideBags(tmp_path / "out")
+
+
+@pytest.fixture(scope="module")
+def array(shared_dataset):
+    return LatentArray(shared_dataset, "train", autoencoder=MeanAutoencoder())
+
+
+def test_array_decodes_by_place_mask_slice_and_key(array, shared_dataset):
+    loader = LatentLoader(shared_dataset, autoencoder=MeanAutoencoder(), batch_size=500)
+    images = next(iter(loader)).images
+    assert len(array) == 500 and torch.equal(array[torch.tensor([3, 1, 499])], images[[3, 1, 499]])
+    assert torch.equal(array[7], images[7]) and torch.equal(array[-1], images[-1])
+    assert torch.equal(array[5:9], images[5:9]) and torch.equal(array[[5, 8]], images[[5, 8]])
+    mask = torch.zeros(500, dtype=torch.bool)
+    mask[[2, 4]] = True
+    assert torch.equal(array[mask], images[[2, 4]])
+    keys = ShardSet(shared_dataset).read_columns(np.array([9, 300]), ["key"])["key"]
+    assert torch.equal(array[keys], images[[9, 300]]) and torch.equal(array[keys[0]], images[9])
+    assert array.keys[9] == keys[0]
+
+
+def test_array_knows_its_patches_and_its_memory(array, shared_dataset):
+    assert array.labels.shape == (500,) and array.coords.shape == (500, 2)
+    assert array.memory_bytes == 500 * (48 + 8) == array.codes.nbytes + array.labels.nbytes
+    assert "500 patches, 0.000 GB on cpu" in repr(array)
+    assert len(LatentArray(shared_dataset, decode="codes")) == 600
+    assert LatentArray(shared_dataset, "val", decode="latents")[:2].dtype == torch.float32
+    only = LatentArray(shared_dataset, "train", decode="codes", where="label == 'tumour'")
+    assert len(only) == 250 and only[0].dtype == torch.uint8
+
+
+def test_what_does_not_fit_is_refused_before_reading(shared_dataset, monkeypatch):
+    monkeypatch.setattr(latentds.array, "free_bytes", lambda device: 30_000)
+    monkeypatch.setattr(ShardSet, "read_codes", None)
+    with pytest.raises(
+        InputError, match="600 patches take 0.00 GB, cpu has 0.00 GB free; choose fewer"
+    ):
+        LatentArray(shared_dataset, decode="codes")
+
+
+def test_unknown_keys_and_places_are_refused(array):
+    with pytest.raises(UnknownNameError, match="unknown key 'nope'"):
+        array["nope"]
+    with pytest.raises(IndexError):
+        array[500]

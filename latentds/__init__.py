@@ -13,6 +13,7 @@ from latentds.version import __version__
 _HOMES = {
     "Autoencoder": "latentds.autoencoders",
     "Batch": "latentds.batch",
+    "CacheConfig": "latentds.cache",
     "Codebook": "latentds.quantizer",
     "ConvertConfig": "latentds.conversion.config",
     "LatentArray": "latentds.array",

@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from latentds.autoencoders.base import Autoencoder
+from latentds.cache import CacheConfig
 from latentds.decoding import DecodeOptions, Decoder, find_autoencoder
 from latentds.errors import InputError, unknown_name
 from latentds.reader import ShardSet
@@ -28,7 +29,7 @@ class LatentArray:
 
     With the set on the GPU a loader is a permutation: `for i in torch.randperm(len(a)).split(64)`.
 
-    folder, where, slides   see LatentDataset
+    folder, where, slides, cache   see LatentDataset
     split         one split; None takes all
     device        where the codes lie and are decoded
     decode        what indexing gives: "pixels", "latents" or "codes"
@@ -53,10 +54,15 @@ class LatentArray:
         slides: Sequence[str] | None = None,
         autoencoder: Autoencoder | str | os.PathLike[str] | None = None,
         dtype: torch.dtype = torch.float32,
+        cache: CacheConfig | None = None,
     ) -> None:
         if decode not in ("pixels", "latents", "codes"):
             raise ValueError(f"decode={decode!r}; one of 'pixels', 'latents', 'codes'")
-        self.shards, self.device, self.decode = ShardSet(folder), torch.device(device), decode
+        self.shards, self.device, self.decode = (
+            ShardSet(folder, cache=cache),
+            torch.device(device),
+            decode,
+        )
         manifest = self.shards.manifest
         parts = [
             (chosen if chosen is not None else np.arange(*self.shards.patch_range(name)))

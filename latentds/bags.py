@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from latentds.autoencoders.base import Autoencoder
+from latentds.cache import CacheConfig
 from latentds.collate import check_numbers
 from latentds.decoding import DecodeOptions, Decoder, find_autoencoder
 from latentds.errors import InputError
@@ -57,7 +58,7 @@ class SlideBags(Dataset[Bag]):
     In a DataLoader use `batch_size=None` (a bag an item) and, with workers, `decode` in the main
     process.
 
-    folder, split, where, slides   see LatentDataset
+    folder, split, where, slides, cache   see LatentDataset
     max_patches   at most so many patches a bag, another choice every epoch; None takes all
     seed          of the choice: a function of (seed, epoch, slide)
     columns       names among key, source, source_encoding to carry along
@@ -83,10 +84,11 @@ class SlideBags(Dataset[Bag]):
         device: torch.device | str = "cpu",
         autoencoder: Autoencoder | str | os.PathLike[str] | None = None,
         dtype: torch.dtype = torch.float32,
+        cache: CacheConfig | None = None,
     ) -> None:
         if max_patches is not None and max_patches < 1:
             raise ValueError(f"max_patches={max_patches}; at least 1")
-        self.shards = ShardSet(folder, check_codes)
+        self.shards = ShardSet(folder, check_codes, cache=cache)
         self.max_patches, self.seed, self.columns = max_patches, seed, tuple(columns)
         self.decoding = (autoencoder, device, dtype)
         self.decoder: Decoder | None = None

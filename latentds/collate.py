@@ -124,6 +124,6 @@ def check_numbers(shards: ShardSet, table: np.ndarray) -> None:
     for field, names in (("label", manifest.classes), ("slide", manifest.slides)):
         if table[field].min() < -1 or table[field].max() >= len(names):
             raise FormatError(
-                f"{shards.folder / PATCHES_TABLE}: {field} {table[field].max()}, but the "
+                f"{shards.folder}/{PATCHES_TABLE}: {field} {table[field].max()}, but the "
                 f"manifest lists {len(names)}; damaged, fetch it anew"
             )

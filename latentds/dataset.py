@@ -16,6 +16,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from latentds.batch import Batch
 from latentds.batching import Batching
+from latentds.cache import CacheConfig
 from latentds.collate import Collator
 from latentds.errors import DamagedPackError, TooManyBadSamplesError
 from latentds.launcher import find_rank
@@ -43,7 +44,8 @@ class LatentDataset(IterableDataset[Batch]):
 
     Give it to a DataLoader with `batch_size=None`, or use LatentLoader.
 
-    folder      a data set's folder, or a Mixture of several
+    folder      a data set's folder or location (hf://datasets/ORG/NAME@REVISION, s3://, https://),
+                or a Mixture of several
     split       train, val, test, ...
     batch_size  patches a batch and rank (256)
     global_batch_size  patches a batch of all ranks, instead of `batch_size`; the order depends on
@@ -63,6 +65,7 @@ class LatentDataset(IterableDataset[Batch]):
     columns     names among key, source, source_encoding to carry along
     masks       carry the lossless masks
     max_bad     damaged packs to replace by others (and list in `batch.bad`) before giving up
+    cache       where and how much of remote sets is kept
     rank, world_size   of this process; read from torch.distributed or the launcher where not given
 
     A global batch is `global_batch_size` consecutive places of the order, of which every rank takes
@@ -88,6 +91,7 @@ class LatentDataset(IterableDataset[Batch]):
         columns: Sequence[str] = (),
         masks: bool = False,
         max_bad: int = 0,
+        cache: CacheConfig | None = None,
         rank: int | None = None,
         world_size: int | None = None,
     ) -> None:
@@ -101,7 +105,7 @@ class LatentDataset(IterableDataset[Batch]):
                 f"balance={balance!r}; one of {', '.join(BALANCED)}, with shuffle=True"
             )
         self.mixture = folder if isinstance(folder, Mixture) else Mixture({folder: 1.0})
-        self.sets = [ShardSet(part) for part in self.mixture.folders]
+        self.sets = [ShardSet(part, cache=cache) for part in self.mixture.folders]
         self.split, self.shuffle, self.seed, self.max_bad = split, shuffle, seed, max_bad
         self.where, self.slides, self.balance = where, slides, balance
         self.rank, self.world_size = find_rank(rank, world_size)
@@ -189,6 +193,7 @@ class LatentDataset(IterableDataset[Batch]):
         drawn = join([self.sampler.draw(epoch, *stretch) for stretch in stretches])
         valid = np.concatenate([self.batching.valid(n, self.rank) for n in numbers])
         found: list[str] = []
+        self.prefetch(epoch, stretches)
         while True:
             sound = self.replace_bad(drawn)
             try:
@@ -205,6 +210,17 @@ class LatentDataset(IterableDataset[Batch]):
         """The batch of any patches, by rows of the (first) set's patch table."""
         zeros = np.zeros(len(rows), np.int64)
         return self.collator.collate(Drawn(zeros, rows, zeros), np.ones(len(rows), bool))
+
+    def prefetch(self, epoch: int, stretches: list[tuple[int, int]]) -> None:
+        """Start to fetch what remote sets will need one window of the order later."""
+        ahead = self.sampler.ahead
+        if not ahead or all(shards.revision is None for shards in self.sets):
+            return
+        for start, stop in stretches:
+            later = (min(start + ahead, self.patches), min(stop + ahead, self.patches))
+            drawn = self.sampler.draw(epoch, *later)
+            for which in np.unique(drawn.sets).tolist():
+                self.sets[which].prefetch(drawn.rows[drawn.sets == which])
 
     def note_bad(self, error: DamagedPackError) -> None:
         """Remember a damaged pack; raise where there are too many."""

@@ -30,6 +30,7 @@ SIDECARS = ".latentds"  # a dot folder: `datasets` and the Hub's viewer leave it
 MANIFEST = f"{SIDECARS}/manifest.json"
 PACKS_TABLE = f"{SIDECARS}/packs.npy"
 PATCHES_TABLE = f"{SIDECARS}/patches.npy"
+DIGESTS = f"{SIDECARS}/digests.npy"
 GOLDEN = f"{SIDECARS}/golden.parquet"
 HEADER_PREFIX = "LATENTDS."
 # What numpy raises for headers that are none, hostile ones included.
@@ -59,6 +60,9 @@ PACK_DTYPE = np.dtype(
         ("masks_crc32", "<u4"),
         ("reserved", "<u4"),
     ]
+)
+DIGEST_DTYPE = np.dtype(  # sha256 of what CRC-32 stands for above; zeros for masks a pack has not
+    [("codes", "u1", (32,)), ("patches", "u1", (32,)), ("masks", "u1", (32,))]
 )
 PATCH_DTYPE = np.dtype(
     [

@@ -16,6 +16,8 @@ import pyarrow.compute as pc
 
 from latentds.errors import FormatError
 from latentds.format import (
+    DIGEST_DTYPE,
+    DIGESTS,
     NO_LABEL,
     PACK_DTYPE,
     PACKS_TABLE,
@@ -37,11 +39,13 @@ class ShardIndex:
     """What one shard contributes to the tables.
 
     packs    PACK_DTYPE rows, first_patch counted from the shard's start
+    digests  DIGEST_DTYPE rows
     patches  PATCH_DTYPE rows, label and slide indexing `classes` and `slides` of this shard
     """
 
     record: ShardRecord
     packs: np.ndarray
+    digests: np.ndarray
     patches: np.ndarray
     classes: tuple[str, ...]
     slides: tuple[str, ...]
@@ -80,7 +84,12 @@ def index_shard(
     for field, unknown in (("x", UNKNOWN_PX), ("y", UNKNOWN_PX), ("mpp", np.nan), ("size_px", 0)):
         patches[field] = pc.fill_null(table[field], unknown).to_numpy()
     return ShardIndex(
-        record=record, packs=pack_rows(packs), patches=patches, classes=classes, slides=slides
+        record=record,
+        packs=pack_rows(packs),
+        digests=digest_rows(packs),
+        patches=patches,
+        classes=classes,
+        slides=slides,
     )
 
 
@@ -117,6 +126,15 @@ def pack_rows(packs: Sequence[ScannedPack]) -> np.ndarray:
     return rows
 
 
+def digest_rows(packs: Sequence[ScannedPack]) -> np.ndarray:
+    """DIGEST_DTYPE rows of a shard's packs."""
+    rows = np.zeros(len(packs), DIGEST_DTYPE)
+    for place, field in enumerate(("codes", "patches", "masks")):
+        joined = b"".join(pack.digests[place] for pack in packs)
+        rows[field] = np.frombuffer(joined, np.uint8).reshape(-1, 32)
+    return rows
+
+
 def save_index(index: ShardIndex, path: Path) -> None:
     """Keep a shard's index until all shards are there."""
     names = {
@@ -125,8 +143,8 @@ def save_index(index: ShardIndex, path: Path) -> None:
         "slides": index.slides,
     }
     buffer = io.BytesIO()
-    np.savez(buffer, packs=index.packs, patches=index.patches, names=np.frombuffer(
-        json.dumps(names).encode(), np.uint8))  # fmt: skip
+    text = np.frombuffer(json.dumps(names).encode(), np.uint8)
+    np.savez(buffer, packs=index.packs, digests=index.digests, patches=index.patches, names=text)
     write_atomically(path, buffer.getvalue())
 
 
@@ -137,6 +155,7 @@ def load_index(path: Path) -> ShardIndex:
         return ShardIndex(
             record=ShardRecord(**names["record"]),
             packs=arrays["packs"],
+            digests=arrays["digests"],
             patches=arrays["patches"],
             classes=tuple(names["classes"]),
             slides=tuple(names["slides"]),
@@ -146,7 +165,7 @@ def load_index(path: Path) -> ShardIndex:
 def write_tables(
     folder: Path, paths: Sequence[Path]
 ) -> tuple[tuple[ShardRecord, ...], tuple[str, ...], tuple[str, ...]]:
-    """Join the shards' indexes (sorted by shard name) into the two tables.
+    """Join the shards' indexes (sorted by shard name) into the three tables.
 
     One shard in memory at a time.
 
@@ -162,12 +181,15 @@ def write_tables(
     totals = (sum(r.packs for r in records), sum(r.patches for r in records))
     with (
         TableWriter(folder / PACKS_TABLE, PACK_DTYPE, totals[0]) as packs,
+        TableWriter(folder / DIGESTS, DIGEST_DTYPE, totals[0]) as digests,
         TableWriter(folder / PATCHES_TABLE, PATCH_DTYPE, totals[1]) as patches,
     ):
         first_patch = 0
         for number, path in enumerate(paths):
-            pack_part, patch_part = renumber(load_index(path), number, first_patch, *names)
+            index = load_index(path)
+            pack_part, patch_part = renumber(index, number, first_patch, *names)
             packs.write(pack_part)
+            digests.write(index.digests)
             patches.write(patch_part)
             first_patch += len(patch_part)
     return tuple(records), *names

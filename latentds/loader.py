@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from latentds.autoencoders.base import Autoencoder
 from latentds.batch import Batch
+from latentds.cache import CacheConfig
 from latentds.dataset import LatentDataset, check_bad
 from latentds.decoding import DecodeOptions, Decoder, find_autoencoder
 from latentds.launcher import gather
@@ -31,7 +32,7 @@ class LatentLoader:
     """Iterates a data set in decoded batches; every iteration is an epoch.
 
     folder, split, batch_size, global_batch_size, shuffle, seed, last, lanes, where, slides,
-    balance, columns, masks, max_bad, rank, world_size: see LatentDataset
+    balance, columns, masks, max_bad, cache, rank, world_size: see LatentDataset
 
     device        where batches end up
     decode_device where they are decoded, if not there
@@ -82,6 +83,7 @@ class LatentLoader:
         columns: Sequence[str] = (),
         masks: bool = False,
         max_bad: int = 0,
+        cache: CacheConfig | None = None,
         rank: int | None = None,
         world_size: int | None = None,
         prefetch_factor: int = 2,
@@ -104,6 +106,7 @@ class LatentLoader:
             columns=columns,
             masks=masks,
             max_bad=max_bad,
+            cache=cache,
             rank=rank,
             world_size=world_size,
         )

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import io
-import mmap
 import os
 import zlib
 from collections import OrderedDict
@@ -16,8 +15,13 @@ import numpy as np
 import torch
 from PIL import Image
 
+from latentds.cache import CacheConfig
 from latentds.errors import DamagedPackError, FormatError, unknown_name
+from latentds.files import TABLE_HEAD_BYTES, Extent, LocalFiles, open_files
 from latentds.format import (
+    CODES,
+    DIGEST_DTYPE,
+    DIGESTS,
     MASKS,
     NPY_ERRORS,
     PACK_DTYPE,
@@ -28,47 +32,61 @@ from latentds.format import (
     pack_key,
     patch_key,
 )
-from latentds.manifest import Manifest, read_manifest
+from latentds.manifest import Manifest
 
-MAX_OPEN_SHARDS = 256
-MAX_VIEWS = 1024  # packs at hand without a look into the tables
+MAX_VIEWS = 256  # packs at hand without a look into the tables: two windows of the order
 MAX_CACHED_TABLES = 256  # Parquet members that stay parsed
-TABLE_HEAD_BYTES = 4096
 
 
 class ShardSet:
-    """The shards, tables and manifest of a data set's folder.
+    """The shards, tables and manifest of a data set.
 
-    folder       local folder
-    check_codes  compare a pack's checksum the first time this process reads from it
+    folder       local folder, or location: hf://datasets/ORG/NAME@REVISION, s3://, https://
+    check_codes  compare a pack's checksum the first time it is read from
     manifest     instead of the folder's own, while it is not yet written
-
+    cache        where and how much of a location is kept
     revision     commit or manifest that a location resolved to; None for a local folder
 
-    Opening costs the manifest and one `stat` a shard, whatever the number of patches; it raises
-    FormatError for anything that contradicts the manifest. Pickles without its maps, so workers may
-    carry it.
+    Opening costs the manifest and one `stat` a shard, whatever the number of patches (of a location
+    also the tables, once); it raises FormatError for anything that contradicts the manifest.
+    Pickles without its maps, so workers may carry it.
     """
-
-    revision: str | None = None
 
     def __init__(
         self,
         folder: str | os.PathLike[str],
         check_codes: bool = True,
         manifest: Manifest | None = None,
+        cache: CacheConfig | None = None,
     ) -> None:
-        self.folder = Path(folder)
-        self.manifest = manifest or read_manifest(self.folder)
+        self.files = open_files(folder, cache)
+        self.folder, self.revision = self.files.where, self.files.revision
+        self.manifest = manifest or self.files.manifest()
         self.check_codes = check_codes
-        check_sizes(self.folder, self.manifest)
-        self.packs = open_table(self.folder / PACKS_TABLE, PACK_DTYPE, self.manifest.packs)
-        self.patches = open_table(self.folder / PATCHES_TABLE, PATCH_DTYPE, self.manifest.patches)
+        if isinstance(self.files, LocalFiles):
+            check_sizes(self.files.folder, self.manifest)
+        self.open_tables()
+        # Shared with workers: a pack that one of them has checked need not be checked by all.
+        self.share_checks(torch.zeros(len(self.packs), dtype=torch.bool).share_memory_())  # type: ignore[no-untyped-call]
+
+    def open_tables(self) -> None:
+        """Map the tables and check what opening checks."""
+        packs, patches = self.manifest.packs, self.manifest.patches
+        self.packs = self.open_table(PACKS_TABLE, PACK_DTYPE, packs)
+        self.patches = self.open_table(PATCHES_TABLE, PATCH_DTYPE, patches)
+        self.digests = None
+        if DIGESTS in self.manifest.tables:
+            self.digests = self.open_table(DIGESTS, DIGEST_DTYPE, packs)
         # A field of the table is strided: a binary search on it would copy it for every batch.
         self.first_patch = np.ascontiguousarray(self.packs["first_patch"])
         self.first_pack = np.cumsum([0, *(shard.packs for shard in self.manifest.shards)])
         self.check_boundaries()
-        self.reset()
+        self.views: dict[int, memoryview] = {}
+        self.tables: OrderedDict[tuple[int, str], dict[str, list[Any]]] = OrderedDict()
+
+    def open_table(self, name: str, dtype: np.dtype[Any], rows: int) -> np.ndarray:
+        """A table, mapped."""
+        return open_table(self.files.table(name, self.manifest), dtype, rows)
 
     def check_boundaries(self) -> None:
         """Refuse a pack table whose shards do not start and end where the manifest counts say."""
@@ -84,27 +102,21 @@ class ShardSet:
             and np.array_equal(last["first_patch"] + last["count"], first_patch[1:])
         ):
             raise FormatError(
-                f"{self.folder / PACKS_TABLE}: shards do not start and end where the manifest "
+                f"{self.folder}/{PACKS_TABLE}: shards do not start and end where the manifest "
                 "says; fetch both anew"
             )
-
-    def reset(self) -> None:
-        """Start without maps and caches."""
-        self.maps: OrderedDict[int, mmap.mmap] = OrderedDict()
-        self.views: dict[int, memoryview] = {}
-        self.tables: OrderedDict[tuple[int, str], dict[str, list[Any]]] = OrderedDict()
-        # Shared with workers: a pack that one of them has checked need not be checked by all.
-        self.share_checks(torch.zeros(len(self.packs), dtype=torch.bool).share_memory_())  # type: ignore[no-untyped-call]
 
     def share_checks(self, marks: torch.Tensor) -> None:
         """Keep in `marks` (bool, a pack) which packs were found sound."""
         self.marks, self.checked = marks, marks.numpy()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder, "check_codes": self.check_codes, "marks": self.marks}
+        maps = ("packs", "patches", "digests", "first_patch", "checked", "views", "tables")
+        return {name: value for name, value in self.__dict__.items() if name not in maps}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["folder"], state["check_codes"])  # type: ignore[misc]
+        self.__dict__.update(state)
+        self.open_tables()
         self.share_checks(state["marks"])
 
     def __len__(self) -> int:
@@ -130,7 +142,9 @@ class ShardSet:
         codes = np.empty((len(rows), *contract.codes_shape), np.uint8)
         packs = self.packs_of(rows)
         starts = ((rows - self.first_patch[packs].astype(np.int64)) * size).tolist()
-        views = {pack: self.pack_bytes(pack) for pack in np.unique(packs).tolist()}
+        touched = np.unique(packs).tolist()
+        self.fetch([pack for pack in touched if pack not in self.views])
+        views = {pack: self.pack_bytes(pack) for pack in touched}
         # A loop of memory copies: 3 times as fast as indexing every pack's few patches as an array.
         target, place = codes.reshape(-1).data, 0
         for pack, start in zip(packs.tolist(), starts, strict=True):
@@ -144,7 +158,7 @@ class ShardSet:
         beyond = rows - self.first_patch[packs].astype(np.int64) >= self.packs["count"][packs]
         if beyond.any():
             pack = int(packs[np.argmax(beyond)])
-            raise FormatError(f"{self.folder / PACKS_TABLE}: rows of pack {pack} do not add up")
+            raise FormatError(f"{self.folder}/{PACKS_TABLE}: rows of pack {pack} do not add up")
         return packs
 
     def group_by_pack(self, rows: np.ndarray) -> list[tuple[int, np.ndarray]]:
@@ -163,60 +177,77 @@ class ShardSet:
         return np.frombuffer(self.pack_bytes(pack), np.uint8).reshape(-1, size)
 
     def pack_bytes(self, pack: int) -> memoryview:
-        """Codes of a pack as they lie in the file; checked when a process first touches them."""
+        """Codes of a pack as they lie in the file; checked when they are first touched."""
         content = self.views.get(pack)
         if content is not None:
             return content
-        row, size = self.packs[pack], self.manifest.contract.bytes_per_patch
-        content = self.slice_shard(pack, int(row["codes_offset"]), int(row["count"]) * size)
+        content = self.read(pack, CODES)
         if self.check_codes and not self.checked[pack]:
-            if zlib.crc32(content) != int(row["codes_crc32"]):
-                raise DamagedPackError(
-                    f"{self.shard_path(pack)}, key {self.key(pack)}: codes do not have the "
-                    "recorded checksum; the shard is damaged, fetch it anew ('latentds verify' "
-                    "lists all damage)",
-                    self,
-                    pack,
-                )
+            content = self.check(pack, CODES, content)
             self.checked[pack] = True
         if len(self.views) >= MAX_VIEWS:
             self.views.pop(next(iter(self.views)))
         self.views[pack] = content
         return content
 
+    def read(self, pack: int, kind: str) -> memoryview:
+        """A pack's codes, columns or masks, as they are."""
+        try:
+            return self.files.read(self.extent(pack, kind))
+        except DamagedPackError as error:  # a location sends wrong bytes
+            raise DamagedPackError(f"key {self.key(pack)}: {error}", self, pack) from error
+
+    def check(self, pack: int, kind: str, content: memoryview) -> memoryview:
+        """The bytes, if they have the recorded checksum, read anew where that may help."""
+        extent = self.extent(pack, kind)
+        if zlib.crc32(content) != extent.crc32 and self.files.drop(extent):
+            content = self.read(pack, kind)
+        if zlib.crc32(content) != extent.crc32:
+            raise DamagedPackError(
+                f"{self.shard_path(pack)}, key {self.key(pack)}: {kind} does not have the recorded "
+                "checksum; the shard is damaged, fetch it anew ('latentds verify' lists all "
+                "damage)",
+                self,
+                pack,
+            )
+        return content
+
+    def extent(self, pack: int, kind: str) -> Extent:
+        """Where a pack's codes, columns or masks lie."""
+        row, shards = self.packs[pack], self.manifest.shards
+        if row["shard"] >= len(shards):
+            raise FormatError(
+                f"{self.folder}/{PACKS_TABLE}: pack {pack} names shard {row['shard']}; refused"
+            )
+        field = {CODES: "codes", PATCHES: "patches", MASKS: "masks"}[kind]
+        size = int(row["count"]) * self.manifest.contract.bytes_per_patch
+        size = size if kind == CODES else int(row[f"{field}_bytes"])
+        shard, offset = shards[int(row["shard"])], int(row[f"{field}_offset"])
+        if offset + size > shard.bytes:
+            raise FormatError(
+                f"{self.folder}/{PACKS_TABLE}: pack {pack} lies at {offset}..{offset + size}, its "
+                f"shard has {shard.bytes} bytes; fetch the table anew"
+            )
+        sha256 = None if self.digests is None else self.digests[field][pack].tobytes()
+        return Extent(shard.name, offset, size, int(row[f"{field}_crc32"]), sha256)
+
+    def fetch(self, packs: Sequence[int], ahead: bool = False) -> None:
+        """Have the codes of packs at hand, many at once; only locations need it."""
+        if packs and not isinstance(self.files, LocalFiles):
+            self.files.fetch([self.extent(pack, CODES) for pack in packs], ahead)
+
+    def prefetch(self, rows: np.ndarray) -> None:
+        """Start to fetch what `rows` of the patch table will need, and return at once."""
+        if not isinstance(self.files, LocalFiles):
+            self.fetch(np.unique(self.packs_of(rows)).tolist(), ahead=True)
+
     def pack_of(self, row: int) -> int:
         """The pack that holds a row of the patch table."""
         return int(np.searchsorted(self.first_patch, np.uint64(row), side="right")) - 1
 
-    def shard_path(self, pack: int) -> Path:
-        """File of a pack's shard."""
-        return self.folder / self.manifest.shards[int(self.packs["shard"][pack])].name
-
-    def slice_shard(self, pack: int, offset: int, size: int) -> memoryview:
-        """Bytes of a pack's shard, refused where the table points outside of it."""
-        shard = int(self.packs["shard"][pack])
-        if shard >= len(self.manifest.shards):
-            raise FormatError(
-                f"{self.folder / PACKS_TABLE}: pack {pack} names shard {shard}; refused"
-            )
-        mapped = self.map_shard(shard)
-        if offset + size > len(mapped):
-            raise FormatError(
-                f"{self.folder / PACKS_TABLE}: pack {pack} lies at {offset}..{offset + size}, "
-                f"its shard has {len(mapped)} bytes; fetch the table anew"
-            )
-        return memoryview(mapped)[offset : offset + size]
-
-    def map_shard(self, shard: int) -> mmap.mmap:
-        """The memory map of a shard; the least recently used of many is closed."""
-        mapped = self.maps.pop(shard, None)
-        if mapped is None:
-            with (self.folder / self.manifest.shards[shard].name).open("rb") as file:
-                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            if len(self.maps) >= MAX_OPEN_SHARDS:
-                self.maps.popitem(last=False)  # unmapped when its last view is gone
-        self.maps[shard] = mapped
-        return mapped
+    def shard_path(self, pack: int) -> str:
+        """A pack's shard, for messages."""
+        return f"{self.folder}/{self.manifest.shards[int(self.packs['shard'][pack])].name}"
 
     def read_columns(self, rows: np.ndarray, names: Sequence[str]) -> dict[str, list[Any]]:
         """Values of Parquet columns (key, source, source_encoding, ...) of patches at `rows`."""
@@ -247,16 +278,11 @@ class ShardSet:
 
         table = self.tables.pop((pack, kind), None)
         if table is None:
-            row, field = self.packs[pack], "patches" if kind == PATCHES else "masks"
-            content = self.slice_shard(
-                pack, int(row[f"{field}_offset"]), int(row[f"{field}_bytes"])
-            )
             where = f"{self.shard_path(pack)}, {self.key(pack)}.{kind}"
-            if zlib.crc32(content) != int(row[f"{field}_crc32"]):
-                raise DamagedPackError(
-                    f"{where}: not of the recorded checksum; damaged, fetch it anew", self, pack
-                )
-            table = decode_table(bytes(content), where, schema, int(row["count"])).to_pydict()
+            content = self.check(pack, kind, self.read(pack, kind))
+            table = decode_table(
+                bytes(content), where, schema, int(self.packs["count"][pack])
+            ).to_pydict()
             if len(self.tables) >= MAX_CACHED_TABLES:
                 self.tables.popitem(last=False)
         self.tables[pack, kind] = table

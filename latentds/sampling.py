@@ -37,11 +37,15 @@ class Drawn:
 class Sampler(Protocol):
     """What a loader draws from.
 
-    size  draws an epoch
+    size   draws an epoch
+    ahead  draws after which other packs are touched, 0 where any may be at any time
     """
 
     @property
     def size(self) -> int: ...
+
+    @property
+    def ahead(self) -> int: ...
 
     def draw(self, epoch: int, start: int, stop: int) -> Drawn:
         """The draws [start, stop) of an epoch."""
@@ -82,6 +86,11 @@ class PackSampler:
     def size(self) -> int:
         """Patches."""
         return self.layout.size
+
+    @property
+    def ahead(self) -> int:
+        """A window."""
+        return self.layout.window
 
     def order(self, epoch: int) -> EpochOrder:
         """The order of an epoch; the last two are kept."""
@@ -139,6 +148,11 @@ class BalancedSampler:
         """Draws an epoch: as many as there are patches to draw from."""
         return len(self.members)
 
+    @property
+    def ahead(self) -> int:
+        """None: packs are touched at random."""
+        return 0
+
     def draw(self, epoch: int, start: int, stop: int) -> Drawn:
         """The draws [start, stop) of an epoch."""
         groups, numbers = self.blend.draws(epoch * self.size + start, epoch * self.size + stop)
@@ -195,6 +209,11 @@ class MixtureSampler:
     def size(self) -> int:
         """Draws an epoch."""
         return self.total
+
+    @property
+    def ahead(self) -> int:
+        """The largest window of the sets: of the mixture's draws each set has a part."""
+        return max(sampler.ahead for sampler in self.samplers)
 
     def draw(self, epoch: int, start: int, stop: int) -> Drawn:
         """The draws [start, stop) of an epoch."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import tarfile
 import zlib
@@ -54,6 +55,7 @@ class ScannedPack:
     patches_crc32: int
     masks: Member | None
     masks_crc32: int
+    digests: tuple[bytes, bytes, bytes]  # sha256 of codes, columns, masks
 
 
 def read_contract(path: Path) -> Contract:
@@ -179,32 +181,39 @@ def scan_pack(
     count = check_npy(head, codes.size, contract.codes_shape, where)
     code_bytes = count * contract.bytes_per_patch
     codes_offset = codes.offset + codes.size - code_bytes
-    crc32, largest = summarize_bytes(file, codes_offset, code_bytes)
+    crc32, digest, largest = summarize_bytes(file, codes_offset, code_bytes)
     levels = contract.codebook.levels.shape[1]
     if largest >= levels:
         raise FormatError(f"{where}: code {largest}, but the codebook has {levels} levels")
     patches, masks = group[PATCHES], group.get(MASKS)
+    columns_crc32, columns_digest, _ = summarize_bytes(file, patches.offset, patches.size)
+    masks_crc32, masks_digest = 0, bytes(32)
+    if masks:
+        masks_crc32, masks_digest, _ = summarize_bytes(file, masks.offset, masks.size)
     return ScannedPack(
         key=key,
         count=count,
         codes_offset=codes_offset,
         codes_crc32=crc32,
         patches=patches,
-        patches_crc32=summarize_bytes(file, patches.offset, patches.size)[0],
+        patches_crc32=columns_crc32,
         masks=masks,
-        masks_crc32=summarize_bytes(file, masks.offset, masks.size)[0] if masks else 0,
+        masks_crc32=masks_crc32,
+        digests=(digest, columns_digest, masks_digest),
     )
 
 
-def summarize_bytes(file: BinaryIO, offset: int, size: int) -> tuple[int, int]:
-    """zlib's crc32 and the largest of `size` bytes from `offset`, read in blocks."""
+def summarize_bytes(file: BinaryIO, offset: int, size: int) -> tuple[int, bytes, int]:
+    """zlib's crc32, the sha256 and the largest of `size` bytes from `offset`, read in blocks."""
     file.seek(offset)
     crc32 = largest = 0
+    digest = hashlib.sha256()
     while size and (block := file.read(min(size, 1 << 20))):
         crc32 = zlib.crc32(block, crc32)
+        digest.update(block)
         largest = max(largest, int(np.frombuffer(block, np.uint8).max()))
         size -= len(block)
-    return crc32, largest
+    return crc32, digest.digest(), largest
 
 
 def read_member(path: Path, member: Member) -> bytes:

@@ -13,7 +13,7 @@ from latentds.autoencoders import load_autoencoder
 from latentds.autoencoders.base import Autoencoder, check_decoder
 from latentds.columns import MASK_SCHEMA, decode_table
 from latentds.errors import FormatError, LatentdsError
-from latentds.format import MASKS, PACKS_TABLE, PATCHES_TABLE, canonical_json
+from latentds.format import DIGESTS, MASKS, PACKS_TABLE, PATCHES_TABLE, canonical_json
 from latentds.golden import THUMBNAIL_SLACK_DB, decode_pixels, likeness_db, read_golden
 from latentds.index import ShardIndex, index_shard, pack_rows, renumber
 from latentds.manifest import read_manifest
@@ -182,6 +182,8 @@ def compare(shards: ShardSet, number: int, index: ShardIndex, path: Path) -> Ite
             "problem",
             f"{path}: packs are not as {PACKS_TABLE} says (offsets, counts or checksums)",
         )
+    if shards.digests is not None and not np.array_equal(shards.digests[rows], index.digests):
+        yield "problem", f"{path}: packs do not have the sha256 that {DIGESTS} lists"
     stored = shards.patches[first : first + len(patches)]
     if stored.tobytes() != patches.tobytes():
         yield "problem", f"{path}: columns are not as {PATCHES_TABLE} says"

@@ -1,6 +1,7 @@
 """SlideBags and LatentArray: whole slides and whole sets."""
 
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -105,7 +106,7 @@ def test_bags_touch_only_the_bytes_of_their_patches(slides):
     bags = SlideBags(slides, slides=["one"])
     shards = bags.shards
     chosen = set(bags[0].rows.tolist())
-    path = shards.shard_path(0)
+    path = Path(shards.shard_path(0))
     content = bytearray(path.read_bytes())
     size = shards.manifest.contract.bytes_per_patch
     for pack in range(len(shards.packs)):

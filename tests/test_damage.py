@@ -1,5 +1,7 @@
 """Damaged packs in training: replaced by a rule of the order alone, counted, listed, bounded."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -14,7 +16,7 @@ from tests.bad_shards import flip_bit
 def damage(folder, *packs: int, member: str = "codes") -> None:
     shards = ShardSet(folder)
     for pack in packs:
-        flip_bit(shards.shard_path(pack), int(shards.packs[f"{member}_offset"][pack]) + 10)
+        flip_bit(Path(shards.shard_path(pack)), int(shards.packs[f"{member}_offset"][pack]) + 10)
 
 
 def stream(folder, workers=0, ranks=1, **options):

@@ -19,7 +19,8 @@ FLOORS = [
     ],
     ["autoencoders", "codebooks", "codecs"],
     [
-        *("sources", "columns", "manifest", "writer", "scan", "index", "reader", "golden"),
+        *("cache", "transport", "files", "sources", "columns", "manifest", "writer", "scan"),
+        *("index", "reader", "golden"),
         *("publishing", "conversion", "verification"),
     ],
     [
@@ -31,7 +32,8 @@ ALONE = {  # heavy libraries and the only modules that may import them
     "diffusers": {"latentds.autoencoders.diffusers_ae"},
     "faiss": {"latentds.fit"},
     "openslide": {"latentds_trainers.train_tiny"},
-    "huggingface_hub": {"latentds.autoencoders.diffusers_ae"},
+    "huggingface_hub": {"latentds.autoencoders.diffusers_ae", "latentds.transport"},
+    "fsspec": {"latentds.transport"},
 }
 
 

@@ -63,11 +63,11 @@ def test_a_pickled_set_reads_the_same(shared_dataset):
 
 
 def test_more_shards_than_may_be_open_are_read(shared_dataset, monkeypatch):
-    monkeypatch.setattr("latentds.reader.MAX_OPEN_SHARDS", 1)
+    monkeypatch.setattr("latentds.files.MAX_OPEN_SHARDS", 1)
     shards = ShardSet(shared_dataset)
     rows = np.array([0, 599, 1, 598])
     assert np.array_equal(shards.read_codes(rows), ShardSet(shared_dataset).read_codes(rows))
-    assert len(shards.maps) == 1
+    assert len(shards.files.maps) == 1
 
 
 def test_flipped_bit_in_codes_is_refused_with_shard_and_key(dataset):
@@ -213,7 +213,9 @@ def test_any_flipped_bit_of_a_columns_member_is_refused_before_it_is_parsed(data
     path = first_shard(dataset)
     for offset in range(start, start + size, 97):
         flip_bit(path, offset)
-        with pytest.raises(FormatError, match="not of the recorded checksum"):
+        with pytest.raises(
+            FormatError, match="patches.parquet does not have the recorded checksum"
+        ):
             ShardSet(dataset).read_columns(np.array([0]), ["source"])
         flip_bit(path, offset)
 

@@ -5,6 +5,7 @@ import pytest
 
 from latentds.dataset import LatentDataset
 from latentds.errors import InputError, LatentdsError, UnknownNameError
+from latentds.files import LocalFiles
 from latentds.format import PATCHES_TABLE
 from latentds.reader import ShardSet
 from latentds.selection import patient_of, select_rows, split_patients
@@ -125,7 +126,7 @@ def test_selection_reads_no_shard(labelled, monkeypatch):
     def refuse(*_):
         raise AssertionError("a shard was opened")
 
-    monkeypatch.setattr(ShardSet, "map_shard", refuse)
+    monkeypatch.setattr(LocalFiles, "map_shard", refuse)
     assert (
         LatentDataset(labelled, where="label == 'a'", balance="slide", shuffle=True).patches == 16
     )

@@ -55,7 +55,7 @@ def overhead(count: int, bytes_per_patch: int, pack_size: int) -> dict[str, Any]
     import numpy as np
 
     from latentds.columns import encode_table, patches_table
-    from latentds.format import PACK_DTYPE, PATCH_DTYPE, Contract, pack_key
+    from latentds.format import DIGEST_DTYPE, PACK_DTYPE, PATCH_DTYPE, Contract, pack_key
     from latentds.quantizer import Codebook
     from latentds.writer import Pack, ShardWriter
 
@@ -82,13 +82,14 @@ def overhead(count: int, bytes_per_patch: int, pack_size: int) -> dict[str, Any]
         size = path.stat().st_size
     packs = -(-count // pack_size)
     raw = count * bytes_per_patch
+    tables = count * PATCH_DTYPE.itemsize + packs * (PACK_DTYPE.itemsize + DIGEST_DTYPE.itemsize)
     return {
         "bytes_per_patch": bytes_per_patch,
         "pack_size": pack_size,
         "patches": count,
         "shard_bytes": size,
         "shard_overhead": size / raw - 1,
-        "table_overhead": (count * PATCH_DTYPE.itemsize + packs * PACK_DTYPE.itemsize) / raw,
+        "table_overhead": tables / raw,
     }
 
 

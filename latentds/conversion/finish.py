@@ -10,7 +10,7 @@ import numpy as np
 
 from latentds.conversion.plan import Plan
 from latentds.errors import FormatError, InputError
-from latentds.format import GOLDEN, MANIFEST, PACKS_TABLE, PATCHES_TABLE
+from latentds.format import DIGESTS, GOLDEN, MANIFEST, PACKS_TABLE, PATCHES_TABLE
 from latentds.golden import choose_rows, decode_pixels, encode_golden
 from latentds.index import write_tables
 from latentds.manifest import Manifest
@@ -38,7 +38,9 @@ def finish(conversion: Conversion) -> Manifest:
     )
     check_complete(conversion, manifest, set(bad))
     write_golden(conversion, manifest, set(bad))
-    tables = {name: describe_file(out / name) for name in (PACKS_TABLE, PATCHES_TABLE, GOLDEN)}
+    tables = {
+        name: describe_file(out / name) for name in (PACKS_TABLE, DIGESTS, PATCHES_TABLE, GOLDEN)
+    }
     manifest = dataclasses.replace(manifest, tables=tables)
     write_atomically(out / "README.md", dataset_card(manifest).encode())
     write_atomically(out / MANIFEST, manifest.to_json().encode())

@@ -1,0 +1,292 @@
+"""The files of a data set, whether they lie in a folder or at a remote location."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import mmap
+import os
+import zlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from latentds.cache import Cache, CacheConfig
+from latentds.errors import FormatError, InputError
+from latentds.format import (
+    DIGEST_DTYPE,
+    DIGESTS,
+    MANIFEST,
+    PACK_DTYPE,
+    PACKS_TABLE,
+    PATCH_DTYPE,
+    PATCHES_TABLE,
+)
+from latentds.manifest import MAX_MANIFEST_BYTES, Manifest, parse_manifest, read_manifest
+from latentds.storage import sha256_file
+from latentds.transport import Transport
+
+logger = logging.getLogger(__name__)
+
+MAX_OPEN_SHARDS = 256
+TABLE_HEAD_BYTES = 4096
+THREADS = 16  # ranges fetched at once by a process
+MAX_PENDING = 256  # of them asked for ahead
+TABLES = {PACKS_TABLE: PACK_DTYPE, PATCHES_TABLE: PATCH_DTYPE, DIGESTS: DIGEST_DTYPE}
+
+
+class Extent(NamedTuple):
+    """Bytes of a shard: what a pack's codes, columns or masks are.
+
+    sha256  of them, None where the set does not record it
+    """
+
+    shard: str
+    offset: int
+    size: int
+    crc32: int
+    sha256: bytes | None
+
+
+class Files(Protocol):
+    """Where a set's bytes come from.
+
+    where     for messages
+    revision  commit or manifest a location resolved to, None for a folder
+    """
+
+    @property
+    def where(self) -> str: ...
+
+    @property
+    def revision(self) -> str | None: ...
+
+    def manifest(self) -> Manifest: ...
+
+    def table(self, name: str, manifest: Manifest) -> Path:
+        """A table as a local file."""
+        ...
+
+    def read(self, extent: Extent) -> memoryview:
+        """Bytes, mapped."""
+        ...
+
+    def fetch(self, extents: Sequence[Extent], ahead: bool = False) -> None:
+        """Have them at hand for `read`; with `ahead` return at once."""
+        ...
+
+    def drop(self, extent: Extent) -> bool:
+        """Forget bytes that were found damaged; whether reading again may help."""
+        ...
+
+
+def open_files(folder: str | os.PathLike[str], cache: CacheConfig | None = None) -> Files:
+    """A folder's files, or a location's (anything with ://)."""
+    if "://" in str(folder):
+        return RemoteFiles(str(folder), cache or CacheConfig())
+    return LocalFiles(Path(folder))
+
+
+class LocalFiles:
+    """A folder; shards are memory-mapped."""
+
+    revision: str | None = None
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.where = folder, str(folder)
+        self.maps: OrderedDict[str, mmap.mmap] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"maps": OrderedDict()}
+
+    def manifest(self) -> Manifest:
+        return read_manifest(self.folder)
+
+    def table(self, name: str, manifest: Manifest) -> Path:
+        del manifest
+        return self.folder / name
+
+    def read(self, extent: Extent) -> memoryview:
+        mapped = self.map_shard(extent.shard)
+        if extent.offset + extent.size > len(mapped):
+            raise FormatError(
+                f"{self.folder / PACKS_TABLE}: a pack lies at {extent.offset}.."
+                f"{extent.offset + extent.size} of {extent.shard}, which has {len(mapped)} bytes; "
+                "fetch the table anew"
+            )
+        return memoryview(mapped)[extent.offset : extent.offset + extent.size]
+
+    def map_shard(self, shard: str) -> mmap.mmap:
+        """The memory map of a shard; the least recently used of many is closed."""
+        mapped = self.maps.pop(shard, None)
+        if mapped is None:
+            mapped = map_file(self.folder / shard)
+            if len(self.maps) >= MAX_OPEN_SHARDS:
+                self.maps.popitem(last=False)  # unmapped when its last view is gone
+        self.maps[shard] = mapped
+        return mapped
+
+    def fetch(self, extents: Sequence[Extent], ahead: bool = False) -> None:
+        pass
+
+    def drop(self, extent: Extent) -> bool:
+        del extent
+        return False
+
+
+class RemoteFiles:
+    """A location, through the cache: tables whole, members of packs by range, each once a node."""
+
+    def __init__(self, location: str, config: CacheConfig) -> None:
+        folder, limit, self.offline = config.resolve()
+        self.cache, self.transport = Cache(folder, limit), Transport(location)
+        self.where = self.transport.shown.rstrip("/")
+        reference = hashlib.sha256(location.encode()).hexdigest()[:32]
+        self.reference = f"refs/{reference}.json"
+        self.name, self.revision = self.resolve()
+        self.pool: tuple[int, ThreadPoolExecutor] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"pool": None}
+
+    def resolve(self) -> tuple[str, str]:
+        """Cache folder of the manifest the location stands for, and the revision."""
+        if not self.offline and not (self.transport.revision and self.last_resolved()):
+            try:
+                return self.resolve_online()
+            except InputError as error:
+                if not self.last_resolved():
+                    raise
+                logger.warning("%s; using what it was when last seen", error)
+        last = self.last_resolved()
+        if last is None:
+            raise InputError(
+                f"{self.where}: offline, and nothing of it is in the cache {self.cache.folder}; "
+                "open it once with a connection"
+            )
+        self.transport.revision = self.transport.revision or last.get("commit")
+        return last["set"], last["revision"]
+
+    def last_resolved(self) -> dict[str, Any] | None:
+        """What the location was when it was last seen."""
+        try:
+            last: dict[str, Any] = json.loads((self.cache.folder / self.reference).read_text())
+        except (FileNotFoundError, ValueError):
+            return None
+        return last if (self.cache.folder / last["set"] / MANIFEST).is_file() else None
+
+    def resolve_online(self) -> tuple[str, str]:
+        """Ask what the location is now, and remember it."""
+        self.transport.resolve()
+        content = self.transport.read(MANIFEST, 0, None, MAX_MANIFEST_BYTES)
+        parse_manifest(parse_json(content, f"{self.where}/{MANIFEST}"), self.where)
+        digest = hashlib.sha256(content).hexdigest()
+        name, revision = f"sets/{digest[:32]}", self.transport.revision or digest
+        self.cache.fill(f"{name}/{MANIFEST}", lambda: content, keep=True)
+        record = {"set": name, "revision": revision, "commit": self.transport.revision}
+        self.cache.write(self.cache.folder / self.reference, json.dumps(record).encode())
+        return name, revision
+
+    def manifest(self) -> Manifest:
+        path = self.cache.folder / self.name / MANIFEST
+        return parse_manifest(parse_json(path.read_bytes(), str(path)), self.where)
+
+    def table(self, name: str, manifest: Manifest) -> Path:
+        """A whole table in the cache; fetched anew where its hash is not the manifest's."""
+        entry, rows = manifest.tables[name], manifest.patches
+        rows = rows if name == PATCHES_TABLE else manifest.packs
+        size, digest = entry.get("bytes"), entry.get("sha256")
+        most = TABLE_HEAD_BYTES + rows * TABLES[name].itemsize
+        if type(size) is not int or not 0 < size <= most:
+            raise FormatError(f"{self.where}/{name}: {size} bytes, {rows} rows have fewer; refused")
+
+        def fetch() -> bytes:
+            self.refuse_offline(name)
+            return self.transport.read(
+                name, 0, None, size, lambda content: hashlib.sha256(content).hexdigest() == digest
+            )
+
+        path = self.cache.fill(f"{self.name}/{name}", fetch, keep=True)
+        if path.stat().st_size != size or sha256_file(path) != digest:
+            self.cache.drop(f"{self.name}/{name}")
+            path = self.cache.fill(f"{self.name}/{name}", fetch, keep=True)
+        return path
+
+    def refuse_offline(self, name: str) -> None:
+        """Say what is missing where nothing may be fetched."""
+        if self.offline:
+            raise InputError(f"{self.where}/{name}: not in the cache, and offline; connect once")
+
+    def member(self, extent: Extent) -> str:
+        """Name in the cache."""
+        shard = extent.shard.removeprefix("data/")
+        return f"{self.name}/data/{shard}/{extent.offset}-{extent.size}"
+
+    def fill(self, extent: Extent) -> Path:
+        """The extent as a file of the cache."""
+
+        def fetch() -> bytes:
+            self.refuse_offline(extent.shard)
+            content = self.transport.read(
+                extent.shard,
+                extent.offset,
+                extent.size,
+                extent.size,
+                lambda content: is_sound(content, extent),
+            )
+            return content
+
+        return self.cache.fill(self.member(extent), fetch)
+
+    def read(self, extent: Extent) -> memoryview:
+        while True:
+            path = self.fill(extent)
+            try:
+                if path.stat().st_size == extent.size:
+                    return memoryview(map_file(path))
+            except FileNotFoundError:  # evicted since
+                continue
+            self.drop(extent)  # not what was written: the disk's fault
+
+    def fetch(self, extents: Sequence[Extent], ahead: bool = False) -> None:
+        if len(extents) == 1 and not ahead:
+            return  # `read` fetches it
+        if self.pool is None or self.pool[0] != os.getpid():  # threads do not survive a fork
+            self.pool = (os.getpid(), ThreadPoolExecutor(THREADS, "latentds-fetch"))
+        pool = self.pool[1]
+        if not ahead:
+            for future in [pool.submit(self.fill, extent) for extent in extents]:
+                future.exception()  # `read` will meet it, and knows the pack
+            return
+        if self.offline or pool._work_queue.qsize() > MAX_PENDING:
+            return
+        for extent in extents:
+            pool.submit(self.fill, extent)  # should it fail, the read will meet it and say so
+
+    def drop(self, extent: Extent) -> bool:
+        self.cache.drop(self.member(extent))
+        return not self.offline
+
+
+def is_sound(content: bytes, extent: Extent) -> bool:
+    """Whether fetched bytes are those recorded: by sha256, or by CRC-32 in sets without."""
+    if extent.sha256 is not None:
+        return hashlib.sha256(content).digest() == extent.sha256
+    return zlib.crc32(content) == extent.crc32
+
+
+def map_file(path: Path) -> mmap.mmap:
+    """A file in memory."""
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def parse_json(content: bytes, where: str) -> Any:
+    """JSON values of untrusted bytes."""
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{where}: not JSON ({error}); fetch it anew") from error

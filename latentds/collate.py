@@ -69,8 +69,8 @@ class Collator:
     def read(self, which: int, rows: np.ndarray) -> dict[str, Any]:
         """Fields of a Batch for patches of one set."""
         shards = self.sets[which]
-        manifest, table = shards.manifest, shards.patches[rows]
         codes = torch.from_numpy(shards.read_codes(rows))
+        manifest, table = shards.manifest, shards.patches[rows]  # by now on their way from disk
         check_numbers(shards, table)
         check_codes(shards, codes)
         return {

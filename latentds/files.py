@@ -27,12 +27,12 @@ from latentds.format import (
 )
 from latentds.manifest import MAX_MANIFEST_BYTES, Manifest, parse_manifest, read_manifest
 from latentds.storage import sha256_file
+from latentds.tables import TABLE_HEAD_BYTES, map_file, will_need
 from latentds.transport import Transport
 
 logger = logging.getLogger(__name__)
 
 MAX_OPEN_SHARDS = 256
-TABLE_HEAD_BYTES = 4096
 THREADS = 16  # ranges fetched at once by a process
 MAX_PENDING = 256  # of them asked for ahead
 TABLES = {PACKS_TABLE: PACK_DTYPE, PATCHES_TABLE: PATCH_DTYPE, DIGESTS: DIGEST_DTYPE}
@@ -130,7 +130,10 @@ class LocalFiles:
         return mapped
 
     def fetch(self, extents: Sequence[Extent], ahead: bool = False) -> None:
-        pass
+        """Let the system read them from disk side by side; one after another is what faults do."""
+        del ahead
+        for extent in extents:
+            will_need(self.map_shard(extent.shard), extent.offset, extent.size)
 
     def drop(self, extent: Extent) -> bool:
         del extent
@@ -276,12 +279,6 @@ def is_sound(content: bytes, extent: Extent) -> bool:
     if extent.sha256 is not None:
         return hashlib.sha256(content).digest() == extent.sha256
     return zlib.crc32(content) == extent.crc32
-
-
-def map_file(path: Path) -> mmap.mmap:
-    """A file in memory."""
-    with path.open("rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def parse_json(content: bytes, where: str) -> Any:

@@ -6,6 +6,7 @@ Read as untrusted.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import re
 from pathlib import Path
@@ -96,7 +97,7 @@ class Manifest:
         first = sum(shard.packs for shard in self.shards if shard.split < split)
         return first, first + sum(shard.packs for shard in self.shards if shard.split == split)
 
-    @property
+    @functools.cached_property
     def dataset_id(self) -> str:
         """Identity of the stored patches: hash of the shards' names and hashes."""
         return digest_json([[shard.name, shard.sha256] for shard in self.shards])

@@ -17,13 +17,12 @@ from PIL import Image
 
 from latentds.cache import CacheConfig
 from latentds.errors import DamagedPackError, FormatError, unknown_name
-from latentds.files import TABLE_HEAD_BYTES, Extent, LocalFiles, open_files
+from latentds.files import Extent, LocalFiles, open_files
 from latentds.format import (
     CODES,
     DIGEST_DTYPE,
     DIGESTS,
     MASKS,
-    NPY_ERRORS,
     PACK_DTYPE,
     PACKS_TABLE,
     PATCH_DTYPE,
@@ -33,6 +32,7 @@ from latentds.format import (
     patch_key,
 )
 from latentds.manifest import Manifest
+from latentds.tables import MappedTable
 
 MAX_VIEWS = 256  # packs at hand without a look into the tables: two windows of the order
 MAX_CACHED_TABLES = 256  # Parquet members that stay parsed
@@ -73,7 +73,10 @@ class ShardSet:
         """Map the tables and check what opening checks."""
         packs, patches = self.manifest.packs, self.manifest.patches
         self.packs = self.open_table(PACKS_TABLE, PACK_DTYPE, packs)
-        self.patches = self.open_table(PATCHES_TABLE, PATCH_DTYPE, patches)
+        self.patch_table = MappedTable(
+            self.files.table(PATCHES_TABLE, self.manifest), PATCH_DTYPE, patches
+        )
+        self.patches = self.patch_table.rows
         self.digests = None
         if DIGESTS in self.manifest.tables:
             self.digests = self.open_table(DIGESTS, DIGEST_DTYPE, packs)
@@ -86,7 +89,7 @@ class ShardSet:
 
     def open_table(self, name: str, dtype: np.dtype[Any], rows: int) -> np.ndarray:
         """A table, mapped."""
-        return open_table(self.files.table(name, self.manifest), dtype, rows)
+        return MappedTable(self.files.table(name, self.manifest), dtype, rows).rows
 
     def check_boundaries(self) -> None:
         """Refuse a pack table whose shards do not start and end where the manifest counts say."""
@@ -111,7 +114,8 @@ class ShardSet:
         self.marks, self.checked = marks, marks.numpy()
 
     def __getstate__(self) -> dict[str, Any]:
-        maps = ("packs", "patches", "digests", "first_patch", "checked", "views", "tables")
+        maps = ("packs", "patches", "patch_table", "digests", "first_patch", "checked", "views",
+                "tables")  # fmt: skip
         return {name: value for name, value in self.__dict__.items() if name not in maps}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -143,7 +147,10 @@ class ShardSet:
         packs = self.packs_of(rows)
         starts = ((rows - self.first_patch[packs].astype(np.int64)) * size).tolist()
         touched = np.unique(packs).tolist()
-        self.fetch([pack for pack in touched if pack not in self.views])
+        new = [pack for pack in touched if pack not in self.views]
+        self.fetch(new)
+        for pack in new:
+            self.patch_table.will_need(int(self.first_patch[pack]), int(self.packs["count"][pack]))
         views = {pack: self.pack_bytes(pack) for pack in touched}
         # A loop of memory copies: 3 times as fast as indexing every pack's few patches as an array.
         target, place = codes.reshape(-1).data, 0
@@ -232,13 +239,13 @@ class ShardSet:
         return Extent(shard.name, offset, size, int(row[f"{field}_crc32"]), sha256)
 
     def fetch(self, packs: Sequence[int], ahead: bool = False) -> None:
-        """Have the codes of packs at hand, many at once; only locations need it."""
-        if packs and not isinstance(self.files, LocalFiles):
+        """Have the codes of packs at hand, many at once; whole packs, where whole ones are read."""
+        if packs and (self.check_codes or not isinstance(self.files, LocalFiles)):
             self.files.fetch([self.extent(pack, CODES) for pack in packs], ahead)
 
     def prefetch(self, rows: np.ndarray) -> None:
         """Start to fetch what `rows` of the patch table will need, and return at once."""
-        if not isinstance(self.files, LocalFiles):
+        if not isinstance(self.files, LocalFiles):  # a disk needs no head start
             self.fetch(np.unique(self.packs_of(rows)).tolist(), ahead=True)
 
     def pack_of(self, row: int) -> int:
@@ -333,22 +340,3 @@ def check_sizes(folder: Path, manifest: Manifest) -> None:
                 f"{folder / shard.name}: {size} bytes, the manifest says {shard.bytes}; truncated "
                 "or replaced, fetch it anew"
             )
-
-
-def open_table(path: Path, dtype: np.dtype[Any], rows: int) -> np.ndarray:
-    """A memory-mapped table of just the expected columns, rows and bytes."""
-    try:
-        with path.open("rb") as file:
-            head = io.BytesIO(file.read(TABLE_HEAD_BYTES))
-        if np.lib.format.read_magic(head) != (1, 0):
-            raise ValueError("npy version is not 1.0")
-        shape, fortran, found = np.lib.format.read_array_header_1_0(head)
-    except (*NPY_ERRORS, OSError) as error:
-        reason = " ".join(str(error).split())[:120] or type(error).__name__
-        raise FormatError(f"{path}: not a table ({reason}); fetch it anew") from error
-    size = path.stat().st_size
-    if found != dtype or fortran or shape != (rows,):
-        raise FormatError(f"{path}: {found} {shape}, expected {rows} rows of {dtype}")
-    if size != head.tell() + rows * dtype.itemsize:
-        raise FormatError(f"{path}: {size} bytes are not {rows} rows; truncated, fetch it anew")
-    return np.asarray(np.memmap(path, dtype, "r", offset=head.tell(), shape=(rows,)))

@@ -27,6 +27,8 @@ COMMANDS = {
         "bench_shuffle",
         "how far an order is from uniform, what it makes ranks read",
     ),
+    "bench loader": ("bench_loader", "rates of loaders over the same patches, ours and others"),
+    "bench scale": ("bench_scale", "what opening, a first batch and a state cost as sets grow"),
     "bench convert": ("bench_convert", "rate of a conversion beside the encoder's alone"),
     "bench container": ("bench_container", "container overhead for patch and pack sizes"),
     "bench fidelity": (

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from latentds.composing import complete
 from latentds.conversion.plan import Plan
 from latentds.errors import FormatError, InputError
-from latentds.format import DIGESTS, GOLDEN, MANIFEST, PACKS_TABLE, PATCHES_TABLE
+from latentds.format import GOLDEN
 from latentds.golden import choose_rows, decode_pixels, encode_golden
 from latentds.index import write_tables
 from latentds.manifest import Manifest
-from latentds.publishing import dataset_card
 from latentds.reader import ShardSet
-from latentds.storage import sha256_file, write_atomically
+from latentds.storage import write_atomically
 
 if TYPE_CHECKING:
     from latentds.conversion.pipeline import Conversion
@@ -38,13 +36,7 @@ def finish(conversion: Conversion) -> Manifest:
     )
     check_complete(conversion, manifest, set(bad))
     write_golden(conversion, manifest, set(bad))
-    tables = {
-        name: describe_file(out / name) for name in (PACKS_TABLE, DIGESTS, PATCHES_TABLE, GOLDEN)
-    }
-    manifest = dataclasses.replace(manifest, tables=tables)
-    write_atomically(out / "README.md", dataset_card(manifest).encode())
-    write_atomically(out / MANIFEST, manifest.to_json().encode())
-    return manifest
+    return complete(out, manifest)
 
 
 def usable_regions(plan: Plan, bad: set[str]) -> np.ndarray:
@@ -61,11 +53,6 @@ def check_complete(conversion: Conversion, manifest: Manifest, bad: set[str]) ->
             f"{conversion.config.out}: {manifest.patches} patches stored, {expected} were planned; "
             "files changed while it ran? Run again with --overwrite"
         )
-
-
-def describe_file(path: Path) -> dict[str, Any]:
-    """Bytes and sha256 of a file, as the manifest lists them."""
-    return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
 
 
 def write_golden(conversion: Conversion, manifest: Manifest, bad: set[str]) -> None:

@@ -1,0 +1,152 @@
+"""Run a loader in a process of its own and watch it: time, CPU, memory, bytes read from disk."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import subprocess
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
+
+from latentds.errors import InputError, missing_extra
+
+SCRIPT = Path(__file__).with_name("peers.py")
+SAMPLE_S = 0.2
+GIVE_UP_S = 600  # without an event
+
+
+def drop_page_cache(folder: Path) -> None:
+    """Ask the system to forget a folder's files, so that they are read from disk again."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                with contextlib.suppress(OSError):
+                    os.fsync(file.fileno())  # pages not yet written cannot be dropped
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def measure(spec: dict[str, Any], python: str) -> dict[str, Any]:
+    """Figures of one run of a loader; InputError with its last words where it dies."""
+    drop_page_cache(Path(spec["folder"]))
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(
+            [python, str(SCRIPT), json.dumps(spec)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        )
+        try:
+            figures = follow(process, Watch(process.pid))
+        finally:
+            process.kill()
+            process.wait()
+        errors.seek(0)
+        if figures is None:
+            words = errors.read().strip().splitlines() or ["no message"]
+            raise InputError(f"{spec['peer']}: {words[-1][:300]}")
+    return figures
+
+
+def follow(process: subprocess.Popen[str], watch: Watch) -> dict[str, Any] | None:
+    """Read a loader's events and note CPU and bytes between them; None where it dies early."""
+    assert process.stdout is not None and process.stdin is not None
+    figures: dict[str, Any] = {"ceilings": []}
+    timer = threading.Timer(GIVE_UP_S, process.kill)
+    timer.start()
+    with watch:
+        before = watch.counters()
+        for line in process.stdout:
+            if not line.startswith('{"event"'):
+                continue  # a library's own talk
+            event = json.loads(line)
+            now = watch.counters()
+            note(figures, event, {name: now[name] - before[name] for name in now})
+            before = watch.counters()
+            process.stdin.write("\n")
+            process.stdin.flush()
+    timer.cancel()
+    figures["peak_mb"] = watch.peak / 1e6
+    return figures if process.wait() == 0 and "warm" in figures else None
+
+
+def note(figures: dict[str, Any], event: dict[str, Any], spent: dict[str, float]) -> None:
+    """Keep what an event tells."""
+    name = event.pop("event")
+    if name == "imported":
+        figures["versions"] = event["versions"]
+    elif name == "ceiling":
+        rate = event["patches"] / event["seconds"]
+        figures["ceilings"].append({"decoder": event["decoder"], "end_to_end": rate})
+    elif name in ("cold", "warm"):
+        patches = event["patches"]
+        figures[name] = {
+            "patches": patches,
+            "patches_per_s": patches / event["seconds"],
+            "cpu_s_per_1000": spent["cpu_s"] / patches * 1000,
+            "bytes_read_per_patch": spent["bytes_read"] / patches,
+            "first_batch_s": event["first_batch_s"],
+        }
+
+
+class Watch:
+    """Samples a process and all below it: peak memory (proportional, shared pages once)."""
+
+    def __init__(self, pid: int) -> None:
+        try:
+            import psutil
+        except ImportError as error:
+            raise missing_extra("psutil measures the loaders' processes", "bench") from error
+        self.gone = psutil.Error
+        self.root, self.peak = psutil.Process(pid), 0
+        self.ended = threading.Event()
+        self.thread = threading.Thread(target=self.sample, daemon=True)
+
+    def __enter__(self) -> Watch:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.ended.set()
+        self.thread.join()
+
+    def sample(self) -> None:
+        """Look every SAMPLE_S seconds until told to end."""
+        while not self.ended.wait(SAMPLE_S):
+            self.peak = max(self.peak, int(self.total(memory_of)))
+
+    def counters(self) -> dict[str, float]:
+        """CPU seconds and bytes read from disk so far, of the processes that live."""
+        return {"cpu_s": self.total(cpu_of), "bytes_read": self.total(bytes_of)}
+
+    def total(self, figure: Any) -> float:
+        """The sum of a figure over the process and its children."""
+        total = 0.0
+        with contextlib.suppress(self.gone):
+            for process in (self.root, *self.root.children(recursive=True)):
+                with contextlib.suppress(self.gone):
+                    total += figure(process)
+        return total
+
+
+def memory_of(process: Any) -> float:
+    """Proportional set size where the system tells it, resident size elsewhere."""
+    full = process.memory_full_info()
+    return float(getattr(full, "pss", full.rss))
+
+
+def cpu_of(process: Any) -> float:
+    """User and system seconds, those of children that ended included."""
+    return float(sum(process.cpu_times()[:4]))
+
+
+def bytes_of(process: Any) -> float:
+    """Bytes that came from disk; NaN where the system does not tell."""
+    counters = getattr(process, "io_counters", None)  # not on macOS
+    return float(counters().read_bytes) if counters else math.nan

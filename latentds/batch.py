@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+LARGE = ("codes", "latents", "images", "masks")
 ALIGNMENT = 64  # bytes, a cache line; any dtype may be viewed there
 
 
@@ -110,9 +111,13 @@ def pack(
 def unpack(
     buffer: Tensor, layout: list[tuple[str, torch.dtype, list[int], int]], rest: dict[str, Any]
 ) -> Batch:
-    """The batch whose tensors are views of the buffer."""
+    """The batch whose large tensors are views of the buffer.
+
+    Small ones are copies: labels that a trainer keeps must not keep a transfer's shared memory.
+    """
     tensors: dict[str, Any] = {}
     for name, dtype, shape, offset in layout:
         size = math.prod(shape) * dtype.itemsize
-        tensors[name] = buffer[offset : offset + size].view(dtype).view(shape)
+        tensor = buffer[offset : offset + size].view(dtype).view(shape)
+        tensors[name] = tensor if name in LARGE else tensor.clone()
     return Batch(**tensors, **rest)

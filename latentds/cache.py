@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import os
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -84,20 +85,37 @@ class Cache:
                     self.account(len(content))
         return path
 
+    def fill_file(self, name: str, download: Callable[[Path], None]) -> Path:
+        """The file `name`, kept for good, written by `download` to the path it is given."""
+        path = self.folder / name
+        with self.lock("tables.lock"):
+            if not path.is_file():
+                self.write_by(path, download)
+        return path
+
     def write(self, path: Path, content: bytes) -> None:
+        """Write `content`; see `write_by`."""
+
+        def write(temporary: Path) -> None:
+            with naming(path):
+                temporary.write_bytes(content)
+
+        self.write_by(path, write)
+
+    def write_by(self, path: Path, write: Callable[[Path], None]) -> None:
         """Write under a temporary name and rename; no sync: what a power failure loses is fetched.
 
         A half-written file is never seen: its pack's checksum is checked when it is read.
         """
-        temporary = path.with_name(f"{path.name}.tmp")
+        own = f"{os.getpid()}-{threading.get_ident()}"  # several ranks may note the same thing
+        temporary = path.with_name(f"{path.name}.{own}.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with naming(path):
-                temporary.write_bytes(content)
+            write(temporary)
             temporary.replace(path)
-        except OSError as error:
+        except BaseException as error:
             temporary.unlink(missing_ok=True)
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise InputError(
                     f"{self.folder}: disk full; set a lower cache limit (now {self.limit:,} bytes) "
                     "or another cache folder (CacheConfig, LATENTDS_CACHE, LATENTDS_CACHE_LIMIT)"
@@ -148,4 +166,8 @@ class Cache:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            yield
+            try:
+                yield
+            finally:
+                # Closing is not enough: a process forked meanwhile has the file open too.
+                fcntl.flock(file, fcntl.LOCK_UN)

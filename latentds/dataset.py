@@ -21,6 +21,7 @@ from latentds.collate import Collator
 from latentds.errors import DamagedPackError, TooManyBadSamplesError
 from latentds.launcher import find_rank
 from latentds.mixture import Mixture
+from latentds.randomness import digest_of
 from latentds.reader import ShardSet
 from latentds.sampling import (
     BALANCED,
@@ -36,7 +37,7 @@ from latentds.selection import select_rows
 from latentds.state import LoaderState, check_state
 
 DEFAULT_BATCH = 256
-MAX_REPLACEMENTS = 64  # packs in a row that may be damaged
+MIN_REPLACEMENTS = 64  # tries to find a sound pack, besides one for each that is damaged
 
 
 class LatentDataset(IterableDataset[Batch]):
@@ -107,7 +108,11 @@ class LatentDataset(IterableDataset[Batch]):
         self.mixture = folder if isinstance(folder, Mixture) else Mixture({folder: 1.0})
         self.sets = [ShardSet(part, cache=cache) for part in self.mixture.folders]
         self.split, self.shuffle, self.seed, self.max_bad = split, shuffle, seed, max_bad
-        self.where, self.slides, self.balance = where, slides, balance
+        self.where, self.balance = where, balance
+        self.slides = None if slides is None else list(slides)
+        chosen = [self.where, self.slides]
+        self.selection = digest_of(chosen) if chosen != [None, None] else None
+        self.is_mixture = isinstance(folder, Mixture)
         self.rank, self.world_size = find_rank(rank, world_size)
         self.samplers = [self.set_sampler(index) for index in range(len(self.sets))]
         self.sampler: Sampler = self.samplers[0]
@@ -131,7 +136,7 @@ class LatentDataset(IterableDataset[Batch]):
     def set_sampler(self, index: int) -> SetSampler:
         """The sampler of one set; a mixture's sets must not run through like orders."""
         shards, seed = self.sets[index], self.seed + (index << 32)
-        rows = select_rows(shards, self.split, self.where, self.slides)
+        rows = select_rows(shards, self.split, self.where, self.slides, self.sets)
         if self.balance is None:
             return PackSampler(shards, self.split, rows, seed, self.shuffle)
         rows = np.arange(*shards.patch_range(self.split)) if rows is None else rows
@@ -193,11 +198,12 @@ class LatentDataset(IterableDataset[Batch]):
         drawn = join([self.sampler.draw(epoch, *stretch) for stretch in stretches])
         valid = np.concatenate([self.batching.valid(n, self.rank) for n in numbers])
         found: list[str] = []
-        self.prefetch(epoch, stretches)
         while True:
             sound = self.replace_bad(drawn)
             try:
-                return self.collator.collate(sound, valid, tuple(found))
+                batch = self.collator.collate(sound, valid, tuple(found))
+                self.prefetch(epoch, stretches)  # now: what is needed at once went first
+                return batch
             except DamagedPackError as error:
                 found.append(str(error))
                 self.note_bad(error)
@@ -242,7 +248,7 @@ class LatentDataset(IterableDataset[Batch]):
             attempt, chosen = 0, row
             while (which, self.sets[which].pack_of(chosen)) in self.bad:
                 attempt += 1
-                if attempt > MAX_REPLACEMENTS:
+                if attempt > MIN_REPLACEMENTS + len(self.bad):
                     raise TooManyBadSamplesError(
                         f"{self.sets[which].folder}: no sound pack to replace damaged ones with: "
                         f"{next(iter(self.bad.values()))}"

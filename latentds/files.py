@@ -7,10 +7,11 @@ import json
 import logging
 import mmap
 import os
+import threading
 import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -26,9 +27,8 @@ from latentds.format import (
     PATCHES_TABLE,
 )
 from latentds.manifest import MAX_MANIFEST_BYTES, Manifest, parse_manifest, read_manifest
-from latentds.storage import sha256_file
 from latentds.tables import TABLE_HEAD_BYTES, map_file, will_need
-from latentds.transport import Transport
+from latentds.transport import ATTEMPTS, Transport
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +97,7 @@ class LocalFiles:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.where = folder, str(folder)
+        self.reads_parts = False  # single patches rather than whole packs
         self.maps: OrderedDict[str, mmap.mmap] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -124,6 +125,8 @@ class LocalFiles:
         mapped = self.maps.pop(shard, None)
         if mapped is None:
             mapped = map_file(self.folder / shard)
+            if self.reads_parts:  # else every patch brings 128 KiB of its neighbours along
+                mapped.madvise(mmap.MADV_RANDOM)
             if len(self.maps) >= MAX_OPEN_SHARDS:
                 self.maps.popitem(last=False)  # unmapped when its last view is gone
         self.maps[shard] = mapped
@@ -150,10 +153,11 @@ class RemoteFiles:
         reference = hashlib.sha256(location.encode()).hexdigest()[:32]
         self.reference = f"refs/{reference}.json"
         self.name, self.revision = self.resolve()
-        self.pool: tuple[int, ThreadPoolExecutor] | None = None
+        self.pools: dict[str, Any] = {}
+        self.waiting = 0  # extents asked for ahead that no thread has begun with
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"pool": None}
+        return self.__dict__ | {"pools": {}, "waiting": 0}
 
     def resolve(self) -> tuple[str, str]:
         """Cache folder of the manifest the location stands for, and the revision."""
@@ -206,16 +210,15 @@ class RemoteFiles:
         if type(size) is not int or not 0 < size <= most:
             raise FormatError(f"{self.where}/{name}: {size} bytes, {rows} rows have fewer; refused")
 
-        def fetch() -> bytes:
+        def download(path: Path) -> None:
             self.refuse_offline(name)
-            return self.transport.read(
-                name, 0, None, size, lambda content: hashlib.sha256(content).hexdigest() == digest
-            )
+            self.transport.download(name, path, size, str(digest))
 
-        path = self.cache.fill(f"{self.name}/{name}", fetch, keep=True)
-        if path.stat().st_size != size or sha256_file(path) != digest:
+        # Hashed when it is filled; after that its size tells a torn write from a whole one.
+        path = self.cache.fill_file(f"{self.name}/{name}", download)
+        if path.stat().st_size != size:
             self.cache.drop(f"{self.name}/{name}")
-            path = self.cache.fill(f"{self.name}/{name}", fetch, keep=True)
+            path = self.cache.fill_file(f"{self.name}/{name}", download)
         return path
 
     def refuse_offline(self, name: str) -> None:
@@ -228,7 +231,7 @@ class RemoteFiles:
         shard = extent.shard.removeprefix("data/")
         return f"{self.name}/data/{shard}/{extent.offset}-{extent.size}"
 
-    def fill(self, extent: Extent) -> Path:
+    def fill(self, extent: Extent, attempts: int = ATTEMPTS) -> Path:
         """The extent as a file of the cache."""
 
         def fetch() -> bytes:
@@ -239,6 +242,7 @@ class RemoteFiles:
                 extent.size,
                 extent.size,
                 lambda content: is_sound(content, extent),
+                attempts,
             )
             return content
 
@@ -255,19 +259,39 @@ class RemoteFiles:
             self.drop(extent)  # not what was written: the disk's fault
 
     def fetch(self, extents: Sequence[Extent], ahead: bool = False) -> None:
-        if len(extents) == 1 and not ahead:
-            return  # `read` fetches it
-        if self.pool is None or self.pool[0] != os.getpid():  # threads do not survive a fork
-            self.pool = (os.getpid(), ThreadPoolExecutor(THREADS, "latentds-fetch"))
-        pool = self.pool[1]
-        if not ahead:
-            for future in [pool.submit(self.fill, extent) for extent in extents]:
-                future.exception()  # `read` will meet it, and knows the pack
-            return
-        if self.offline or pool._work_queue.qsize() > MAX_PENDING:
-            return
+        if ahead:
+            self.fetch_ahead(extents)
+        elif len(extents) > 1:  # one alone `read` fetches
+            tasks = [self.threads("now").submit(self.fill, extent) for extent in extents]
+            done, rest = wait(tasks, return_when=FIRST_EXCEPTION)
+            for (
+                task
+            ) in rest:  # the first failure is enough; `read` will meet it, and knows the pack
+                task.cancel()
+            wait(rest)
+            del done
+
+    def fetch_ahead(self, extents: Sequence[Extent]) -> None:
+        """Fill the cache beside the work, unless much is asked for already."""
+
+        def fill(extent: Extent) -> None:
+            self.waiting -= 1
+            if threading.main_thread().is_alive():  # a process that ends waits for its threads
+                self.fill(extent, attempts=1)  # should it fail, the read will meet it and say so
+
         for extent in extents:
-            pool.submit(self.fill, extent)  # should it fail, the read will meet it and say so
+            if not self.offline and self.waiting < MAX_PENDING:
+                self.waiting += 1
+                self.threads("ahead").submit(fill, extent)
+
+    def threads(self, name: str) -> ThreadPoolExecutor:
+        """A pool of this process; what is needed now does not queue behind what is for later."""
+        if self.pools.get("pid") != os.getpid():  # threads do not survive a fork
+            self.pools, self.waiting = {"pid": os.getpid()}, 0
+        if name not in self.pools:
+            self.pools[name] = ThreadPoolExecutor(THREADS, f"latentds-{name}")
+        pool: ThreadPoolExecutor = self.pools[name]
+        return pool
 
     def drop(self, extent: Extent) -> bool:
         self.cache.drop(self.member(extent))

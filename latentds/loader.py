@@ -19,7 +19,7 @@ from latentds.batch import Batch
 from latentds.cache import CacheConfig
 from latentds.dataset import LatentDataset, check_bad
 from latentds.decoding import DecodeOptions, Decoder, find_autoencoder
-from latentds.launcher import gather
+from latentds.launcher import gather, own_device
 from latentds.mixture import Mixture
 from latentds.quantizer import Codebook
 from latentds.stage import CudaLanes, DecodeStage, Lanes
@@ -115,8 +115,8 @@ class LatentLoader:
                 "as_tuple cannot tell which patches only fill up a rank's last batch; take Batch "
                 "and its `valid`, or last='drop' or 'repeat'"
             )
-        self.device, self.decode = torch.device(device), decode
-        self.decode_device = torch.device(decode_device or device)
+        self.device, self.decode = own_device(device), decode
+        self.decode_device = own_device(decode_device or device)
         self.transform, self.as_tuple = transform, as_tuple
         self.contract = self.dataset.shards.manifest.contract
         options = DecodeOptions(
@@ -236,9 +236,13 @@ class LatentLoader:
     def gather_bad_packs(self) -> list[str]:
         """Damaged packs that any rank has met. Collective: every rank has to call it.
 
-        Call it where you save a state; `state_dict` itself never communicates.
+        Call it where you save a state, and hand it to `load_state_dict` with that state;
+        `state_dict` itself never communicates. TooManyBadSamplesError, on every rank alike, where
+        they are more than `max_bad` together.
         """
-        return sorted(gather({text: text for text in self.bad_packs}))
+        found = sorted(gather({text: text for text in self.bad_packs}))
+        check_bad(found, self.dataset.max_bad)
+        return found
 
     def prepare(self, batch: Batch) -> Batch:
         """A batch moved and decoded, at once: what the stage does ahead where there is one."""
@@ -251,7 +255,8 @@ class LatentLoader:
         if self.decode == "latents":
             batch = dataclasses.replace(batch, latents=batch.images, images=None)
         if self.decode_device != self.device:
-            batch = batch.to(self.device, non_blocking=True)
+            # A copy to the host that is not waited for is read before it is there.
+            batch = batch.to(self.device, non_blocking=self.device.type != "cpu")
         if self.transform and batch.images is not None:
             batch = dataclasses.replace(batch, images=self.transform(batch.images))
         if not self.as_tuple:
@@ -263,10 +268,12 @@ class LatentLoader:
         """Where the next batch stands: plain JSON values, the same on every rank."""
         return self.dataset.state_at(self.epoch, self.handed_out).to_json()
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], bad_packs: Sequence[str] = ()) -> None:
         """Go on after the batches `state` counts.
 
-        ContractError where it is of another data set or order.
+        bad_packs  what `gather_bad_packs` gave then: they count towards `max_bad`
+        raises     ContractError where it is of another data set or order
         """
         self.dataset.load_state_dict(state)
+        self.bad_packs = list(dict.fromkeys([*self.bad_packs, *bad_packs]))
         self.epoch, self.handed_out, self.resuming = state["epoch"], state["batch"], True

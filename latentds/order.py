@@ -34,6 +34,18 @@ class Layout:
     def __len__(self) -> int:
         return len(self.first)
 
+    def find(self, position: int) -> tuple[int, int]:
+        """The pack that holds a position, and how far into it."""
+        place = self.first.dtype.type(position + self.base)
+        pack = int(np.searchsorted(self.first, place, side="right")) - 1
+        return pack, position - self.span(pack)[0]
+
+    def span(self, pack: int) -> tuple[int, int]:
+        """First position of a pack, and how many it has."""
+        start = int(self.first[pack]) - self.base
+        end = self.size if pack + 1 == len(self) else int(self.first[pack + 1]) - self.base
+        return start, end - start
+
 
 class EpochOrder:
     """Order of the positions of a layout in one epoch.
@@ -117,24 +129,31 @@ class Blend:
     weights  positive, one a source
     seed     of the pattern
 
-    In every block of 1,024 draws each source has its share, rounded so that the error never adds
-    up; the sequence inside a block is shuffled.
+    In every block each source has its share, rounded so that the error never adds up; the sequence
+    inside a block is shuffled. A block is 1,024 draws, or as many as give every source one: with
+    less, differences of rounded sums could be negative.
     """
 
-    BLOCK = 1024
+    MIN_BLOCK, MAX_BLOCK = 1 << 10, 1 << 20
 
     def __init__(self, weights: np.ndarray, seed: int) -> None:
         shares = np.cumsum(weights / np.sum(weights))
         # Whole numbers of 2^-32: counts of any block are exact on every machine.
         self.shares = [0, *(round(share * (1 << 32)) for share in shares[:-1].tolist()), 1 << 32]
+        least = min(np.diff(self.shares).tolist())
+        if least * self.MAX_BLOCK < 1 << 32:
+            raise ValueError(
+                f"weight {least / (1 << 32):.1e} of all draws; {1 / self.MAX_BLOCK:.1e} at least"
+            )
+        self.block_size = max(self.MIN_BLOCK, -(-(1 << 32) // least))
         self.seed = seed
         self.blocks: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def draws(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Source and number in the source of the draws [start, stop), both int64."""
-        blocks = range(start // self.BLOCK, -(-stop // self.BLOCK))
+        blocks = range(start // self.block_size, -(-stop // self.block_size))
         parts = [self.block(block) for block in blocks] or [(np.zeros(0, int), np.zeros(0, int))]
-        offset = blocks.start * self.BLOCK
+        offset = blocks.start * self.block_size
         cut = slice(start - offset, stop - offset)
         return (
             np.concatenate([sources for sources, _ in parts])[cut],
@@ -147,10 +166,10 @@ class Blend:
             before, after = self.counts(block), self.counts(block + 1)
             repeats = after - before
             sources = np.repeat(np.arange(len(repeats)), repeats)
-            numbers = np.arange(self.BLOCK) - np.repeat(np.cumsum(repeats) - repeats, repeats)
+            numbers = np.arange(self.block_size) - np.repeat(np.cumsum(repeats) - repeats, repeats)
             numbers += before[sources]
             # Sources are shuffled; inside a source the numbers stay ascending.
-            shown = sources[shuffled(self.BLOCK, key_of("blend", self.seed, block))]
+            shown = sources[shuffled(self.block_size, key_of("blend", self.seed, block))]
             back = np.argsort(np.argsort(shown, kind="stable"), kind="stable")
             if len(self.blocks) >= CACHED_WINDOWS:
                 self.blocks.pop(next(iter(self.blocks)))
@@ -159,6 +178,6 @@ class Blend:
 
     def counts(self, block: int) -> np.ndarray:
         """Draws of every source before a block."""
-        total = block * self.BLOCK
+        total = block * self.block_size
         ends = [total * share >> 32 for share in self.shares]
         return np.diff(np.array(ends, np.int64))

@@ -16,6 +16,7 @@ from latentds.reader import ShardSet
 from latentds.selection import names_of
 
 CACHED_ORDERS = 2
+ATTEMPTS_IN_GROUP = 8  # to replace a damaged pack's patch; a group may lie in one pack
 BALANCED = ("label", "slide", "patient")
 
 
@@ -114,8 +115,9 @@ class PackSampler:
         position = row - self.first_row
         if self.rows is not None:
             position = int(np.searchsorted(self.rows, row))
-        position = (position + attempt * self.layout.usual) % self.size
-        return int(self.row_at(np.array([position]))[0])
+        pack, offset = self.layout.find(position)
+        start, count = self.layout.span((pack + attempt) % len(self.layout))
+        return int(self.row_at(np.array([start + offset % count]))[0])
 
 
 class BalancedSampler:
@@ -141,6 +143,7 @@ class BalancedSampler:
         self.counts = np.unique(groups[known], return_counts=True)[1]
         self.starts = np.cumsum(self.counts) - self.counts
         self.seed = seed
+        self.inverse: np.ndarray | None = None  # where a row is among the members
         self.blend = Blend(np.ones(len(self.counts)), seed)
 
     @property
@@ -165,10 +168,15 @@ class BalancedSampler:
         return Drawn(np.zeros_like(rows), rows, passes)
 
     def replacement(self, row: int, attempt: int) -> int:
-        """Another patch of the same group, the attempt-th behind it by a large step."""
-        place = int(np.flatnonzero(self.members == row)[0])
-        group = int(np.searchsorted(self.starts, place, side="right")) - 1
-        start, count = int(self.starts[group]), int(self.counts[group])
+        """Another patch of the same group, or of any when a few of those are damaged too."""
+        if self.inverse is None:
+            self.inverse = np.argsort(self.members)
+        found = np.searchsorted(self.members, row, sorter=self.inverse)
+        place = int(self.inverse[found])
+        start, count = 0, self.size
+        if attempt <= ATTEMPTS_IN_GROUP:
+            group = int(np.searchsorted(self.starts, place, side="right")) - 1
+            start, count = int(self.starts[group]), int(self.counts[group])
         step = key_of("replacement", attempt) % count
         return int(self.members[start + (place - start + step) % count])
 

@@ -45,21 +45,27 @@ def patient_of(slide: str) -> str:
 
 
 def select_rows(
-    shards: ShardSet, split: str, where: str | None = None, slides: Sequence[str] | None = None
+    shards: ShardSet,
+    split: str,
+    where: str | None = None,
+    slides: Sequence[str] | None = None,
+    mixed: Sequence[ShardSet] = (),
 ) -> np.ndarray | None:
     """Rows of the patch table that are chosen, ascending; None stands for the whole split.
 
     where   e.g. "label == 'TUM' and mpp < 0.6"; columns: label, slide, patient, x, y, mpp, size_px.
             A patch whose value is unknown fails every comparison.
     slides  names of slides to keep
+    mixed   the sets of a mixture: a name that one of them has is none that is misspelt
     raises  InputError for a condition that is none or chooses nothing, UnknownNameError for a
             column, label or slide that the set does not have
     """
     if where is None and slides is None:
         return None
     first, end = shards.patch_range(split)
-    condition = Parser(shards, where).expression() if where is not None else None
-    listed = slide_numbers(shards, slides) if slides is not None else None
+    sets = mixed or [shards]
+    condition = Parser(shards, where, sets).expression() if where is not None else None
+    listed = slide_numbers(shards, slides, sets) if slides is not None else None
     chosen = [np.zeros(0, np.int64)]
     for start in range(first, end, BLOCK_ROWS):
         rows = np.arange(start, min(start + BLOCK_ROWS, end))
@@ -73,15 +79,14 @@ def select_rows(
     return found
 
 
-def slide_numbers(shards: ShardSet, slides: Sequence[str]) -> np.ndarray:
+def slide_numbers(shards: ShardSet, slides: Sequence[str], sets: Sequence[ShardSet]) -> np.ndarray:
     """Whether a slide is listed, by its number; the last entry is for patches without one."""
-    known = {name: number for number, name in enumerate(shards.manifest.slides)}
-    listed = np.zeros(len(known) + 1, bool)
+    known = {name for each in sets for name in each.manifest.slides}
     for name in slides:
         if name not in known:
             raise unknown_name("slide", name, known)
-        listed[known[name]] = True
-    return listed
+    wanted = set(slides)
+    return np.array([*(name in wanted for name in shards.manifest.slides), False])
 
 
 def filter_rows(shards: ShardSet, rows: np.ndarray, condition: Any) -> np.ndarray:
@@ -104,7 +109,7 @@ def column(shards: ShardSet, name: str, rows: np.ndarray) -> Any:
         return pa.DictionaryArray.from_arrays(pa.array(stored, mask=stored < 0), values).cast(
             pa.string()
         )
-    unknown = np.isnan(stored) if name == "mpp" else stored < 0
+    unknown = stored == 0 if name == "size_px" else ~(stored >= 0)  # NaN is not >= 0 either
     return pa.array(stored, mask=unknown)
 
 
@@ -119,8 +124,8 @@ def names_of(shards: ShardSet, column: str) -> tuple[str, ...]:
 class Parser:
     """A condition as a pyarrow expression."""
 
-    def __init__(self, shards: ShardSet, where: str) -> None:
-        self.shards, self.where = shards, where
+    def __init__(self, shards: ShardSet, where: str, sets: Sequence[ShardSet]) -> None:
+        self.shards, self.where, self.sets = shards, where, sets
 
     def expression(self) -> Any:
         """The whole condition."""
@@ -162,6 +167,8 @@ class Parser:
 
     def parse_pair(self, left: ast.expr, op: ast.cmpop, right: ast.expr) -> Any:
         """One comparison of a column with a value."""
+        import pyarrow as pa
+
         if not isinstance(left, ast.Name):
             if not isinstance(right, ast.Name) or isinstance(op, (ast.In, ast.NotIn)):
                 raise self.refuse(
@@ -174,12 +181,15 @@ class Parser:
             return field.is_null() if isinstance(op, ast.Is) else field.is_valid()
         if isinstance(op, (ast.In, ast.NotIn)) and isinstance(value, list):
             self.check_values(name, value)
-            found = field.isin(value)
+            found = field.isin(pa.array(value, pa.float32()) if name == "mpp" else value)
             return found if isinstance(op, ast.In) else ~found & field.is_valid()
         if type(op) not in COMPARISONS or isinstance(value, list) or value is None:
             raise self.refuse(f"{name} cannot be compared so")
         self.check_values(name, [value])
-        return COMPARISONS[type(op)](field, value)
+        # As a double, 0.3 is not the 0.3 that is stored.
+        return COMPARISONS[type(op)](
+            field, pa.scalar(value, pa.float32()) if name == "mpp" else value
+        )
 
     def parse_call(self, node: ast.Call) -> Any:
         """`column.startswith("text")`."""
@@ -222,8 +232,9 @@ class Parser:
             if isinstance(value, str) is not (name in NAMES):
                 kind = "texts" if name in NAMES else "numbers"
                 raise self.refuse(f"{name} holds {kind}, not {value!r}")
-            if name in NAMES and value not in (known := names_of(self.shards, name)):
-                raise unknown_name(name, value, set(known))
+            if name in NAMES and not any(value in names_of(each, name) for each in self.sets):
+                known = {known for each in self.sets for known in names_of(each, name)}
+                raise unknown_name(name, value, known)
 
 
 def expression_of(name: str) -> Any:

@@ -205,9 +205,11 @@ class DecodeStage:
             slot.free = self.lanes.consumer().record()
         decoded = given.get("decoded")
         fields = {name: part for name, part in given.items() if name != "decoded"}
-        yield dataclasses.replace(slot.batch, **fields, images=decoded)
-        if self.static:
-            slot.free = self.lanes.consumer().record()
+        try:
+            yield dataclasses.replace(slot.batch, **fields, images=decoded)
+        finally:  # also of a trainer that leaves: the next iteration fills the same slots
+            if self.static:
+                slot.free = self.lanes.consumer().record()
 
     def allocate(self, like: Batch) -> Slot:
         """A slot for batches with the tensors that `like` has."""

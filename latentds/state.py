@@ -49,7 +49,6 @@ class LoaderState:
         ids = [manifest.dataset_id for manifest in manifests]
         revisions = [shards.revision for shards in dataset.sets]
         mixture, single = dataset.mixture, len(ids) == 1
-        chosen = [dataset.where, list(dataset.slides) if dataset.slides is not None else None]
         return cls(
             version=STATE_VERSION,
             dataset_id=ids[0] if single else digest_json(ids),
@@ -62,8 +61,10 @@ class LoaderState:
             last=dataset.batching.last,
             lanes=dataset.batching.lanes,
             balance=dataset.balance,
-            selection=digest_of(chosen) if any(part is not None for part in chosen) else None,
-            mixture=None if single else digest_of([mixture.weights, mixture.epoch_patches]),
+            selection=dataset.selection,
+            mixture=digest_of([mixture.weights, mixture.epoch_patches])
+            if dataset.is_mixture
+            else None,
             epoch=epoch,
             batch=batch,
         )

@@ -21,7 +21,10 @@ class Transfers(IterableDataset[tuple[Batch, list[int]]]):
     def __init__(self, dataset: LatentDataset) -> None:
         self.dataset = dataset
         batching = dataset.batching
-        patch_bytes = dataset.shards.manifest.contract.bytes_per_patch
+        contract = dataset.shards.manifest.contract
+        patch_bytes = contract.bytes_per_patch * (4 if dataset.collator.decode == "latents" else 1)
+        if dataset.collator.masks:
+            patch_bytes += contract.patch_px[0] * contract.patch_px[1]
         batch_bytes = batching.global_batch // batching.ranks * patch_bytes
         self.count = max(1, TRANSFER_BYTES // batch_bytes)
 

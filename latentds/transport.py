@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import email.utils
+import hashlib
 import logging
 import os
 import random
@@ -10,6 +11,7 @@ import re
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit, urlunsplit
 
@@ -17,10 +19,11 @@ from latentds.errors import DamagedPackError, FormatError, InputError, missing_e
 
 logger = logging.getLogger(__name__)
 
-ATTEMPTS = 6
-FIRST_DELAY_S, LAST_DELAY_S, LONGEST_WAIT_S = 0.5, 30.0, 300.0
+ATTEMPTS = 8
+FIRST_DELAY_S, LAST_DELAY_S, LONGEST_WAIT_S = 0.5, 60.0, 300.0  # a minute of waiting in all
 TIMEOUT_S = (10, 60)  # connect, between two reads
 READ_BYTES = 1 << 20
+PART_BYTES = 1 << 23  # of a table, read and tried again as one
 HUB = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+?)(?:@([^/]+(?:/pr/\d+)?))?(?:/(.*))?")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -57,7 +60,8 @@ class Transport:
         self.location, self.shown = location, shown(location)
         self.revision: str | None = None
         self.headers: dict[str, str] = {}
-        self.hub = HUB.fullmatch(location)
+        found = HUB.fullmatch(location)
+        self.hub = (found[0], *found.groups()) if found else None  # whole, repository, ref, folder
         if location.startswith("hf://") and not self.hub:
             raise InputError(f"{location}: not hf://datasets/ORG/NAME[@REVISION][/FOLDER]")
         if self.hub and COMMIT.fullmatch(self.hub[2] or ""):
@@ -65,7 +69,8 @@ class Transport:
         self.local = threading.local()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "local"}
+        kept = {name: value for name, value in self.__dict__.items() if name != "local"}
+        return kept | {"headers": {}}  # a token is no business of whoever gets the pickle
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -91,8 +96,10 @@ class Transport:
             ) from error
         except HfHubHTTPError as error:
             raise judge(error.response.status_code, error.response.headers, self.shown) from error
-        except OSError as error:  # requests' and httpx' connection errors among them
-            raise TransientError(str(error)) from error
+        except Exception as error:  # httpx's are no OSError, and were requests' before 1.0
+            if is_network(error):
+                raise TransientError(type(error).__name__) from None
+            raise
         return str(info.sha)
 
     def url(self, name: str) -> str:
@@ -115,10 +122,12 @@ class Transport:
         size: int | None,
         limit: int,
         check: Callable[[bytes], bool] = bool,
+        attempts: int = ATTEMPTS,
     ) -> bytes:
         """Bytes [start, start + size) of a file, or all of it where size is None.
 
         limit   bytes that are read at most
+        attempts  tries before giving up
         check   whether bytes are what they should be; wrong ones are fetched once more
         raises  DamagedPackError for wrong bytes, FileNotFoundError, InputError where access is
                 refused or the server stays away
@@ -140,8 +149,31 @@ class Transport:
                 raise TransientError("wrong hash", 0.0)
             return content
 
-        read: bytes = retry(attempt, where)
+        read: bytes = retry(attempt, where, attempts)
         return read
+
+    def download(self, name: str, path: Path, size: int, digest: str) -> None:
+        """Write a whole file of known size and sha256 to `path`, a part in memory at a time."""
+        where = f"{self.shown.rstrip('/')}/{name}"
+        for number in (1, 2):
+            sha256 = hashlib.sha256()
+            with path.open("wb") as file:
+                for start in range(0, size, PART_BYTES):
+                    length = min(PART_BYTES, size - start)
+                    content = self.read(name, start, length, length)
+                    sha256.update(content)
+                    file.write(content)
+                file.flush()
+                os.fsync(file.fileno())  # from now on only its size is looked at
+            if sha256.hexdigest() == digest:
+                return
+            logger.warning(
+                "%s: not of the recorded hash%s", where, ", again" if number == 1 else ""
+            )
+        raise FormatError(
+            f"{where}: not of the recorded hash, twice; the file was replaced or damaged, tell its "
+            "publisher"
+        )
 
     def fetch(self, name: str, start: int, size: int | None, limit: int) -> bytes:
         """One try."""
@@ -171,8 +203,8 @@ class Transport:
                     got += len(part)
                     if got > most:
                         raise FormatError(f"{shown(url)}: more than {most} bytes came; refused")
-        except requests.RequestException as error:
-            raise TransientError(type(error).__name__) from error
+        except requests.RequestException as error:  # its text has the address, token and all
+            raise TransientError(type(error).__name__) from None
         expected = answer.headers.get("content-length")
         if expected is not None and got != int(expected):
             raise TransientError(f"{got} of {expected} bytes came")
@@ -209,8 +241,12 @@ class Transport:
             raise judge(
                 404 if isinstance(error, FileNotFoundError) else 403, {}, shown(url)
             ) from error
-        except OSError as error:
-            raise TransientError(str(error)[:200]) from error
+        except Exception as error:  # botocore's are no OSError
+            if is_network(error):
+                raise TransientError(type(error).__name__) from None
+            if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError"):
+                raise judge(401, {}, shown(url)) from None
+            raise
         return content
 
 
@@ -228,6 +264,14 @@ def judge(status: int, headers: Any, where: str) -> Exception:
     return InputError(f"{where}: the server answers {status}")
 
 
+def is_network(error: Exception) -> bool:
+    """Whether an error of a client library is one of the connection."""
+    names = {name for kind in type(error).__mro__ for name in (kind.__name__,)}
+    network = {"TransportError", "TimeoutException", "EndpointConnectionError", "ClientError",
+               "HTTPClientError", "RequestException"}  # fmt: skip
+    return isinstance(error, OSError) or bool(names & network)
+
+
 def wait_of(value: str | None) -> float | None:
     """Seconds of a Retry-After header: a number, or a date."""
     if not value:
@@ -238,19 +282,19 @@ def wait_of(value: str | None) -> float | None:
     return max(0.0, email.utils.mktime_tz(moment) - time.time()) if moment else None
 
 
-def retry(attempt: Callable[[], Any], where: str) -> Any:
+def retry(attempt: Callable[[], Any], where: str, attempts: int = ATTEMPTS) -> Any:
     """The result of the first try that works; waits longer each time, or as long as it is told."""
     delay = FIRST_DELAY_S
-    for number in range(1, ATTEMPTS + 1):
+    for number in range(1, attempts + 1):
         try:
             return attempt()
         except TransientError as error:
-            if number == ATTEMPTS or (error.wait_s or 0) > LONGEST_WAIT_S:
+            if number == attempts or (error.wait_s or 0) > LONGEST_WAIT_S:
                 raise InputError(
                     f"{where}: {error}, after {number} tries; check the network and go on: what is "
                     "fetched is kept"
                 ) from error
-            wait = delay * random.uniform(0.5, 1.5) if error.wait_s is None else error.wait_s
+            wait = max(error.wait_s or 0.0, delay * random.uniform(0.5, 1.5))
             logger.debug("%s: %s; again in %.1f s", where, error, wait)
             time.sleep(wait)
             delay = min(delay * 2, LAST_DELAY_S)

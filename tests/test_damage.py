@@ -11,6 +11,7 @@ from latentds.loader import LatentLoader
 from latentds.mixture import Mixture
 from latentds.reader import ShardSet
 from tests.bad_shards import flip_bit
+from tests.conftest import convert_with_mean, save_pictures
 
 
 def damage(folder, *packs: int, member: str = "codes") -> None:
@@ -106,3 +107,39 @@ def test_a_set_without_a_sound_pack_ends(dataset):
     damage(dataset, *range(len(ShardSet(dataset).packs)))
     with pytest.raises(TooManyBadSamplesError, match="no sound pack to replace"):
         stream(dataset, max_bad=1000)
+
+
+def test_large_damaged_packs_among_small_ones_are_replaced(tmp_path):
+    save_pictures(tmp_path / "in" / "a" / "big", 40)
+    for number in range(4):
+        save_pictures(tmp_path / "in" / "a" / f"small{number}", 1, first_seed=100 + number)
+    convert_with_mean(tmp_path / "in", tmp_path / "out", pack_by_slide=True)
+    shards = ShardSet(tmp_path / "out")
+    big = int(np.argmax(shards.packs["count"]))
+    damage(tmp_path / "out", big)
+    data = LatentDataset(tmp_path / "out", max_bad=1, batch_size=44, shuffle=True)
+    rows = [row for batch in data for row in batch.rows.tolist()]
+    first = int(shards.packs["first_patch"][big])
+    assert len(rows) == 44 and not set(rows) & set(range(first, first + 40))
+
+
+def test_a_group_in_one_damaged_pack_is_replaced_by_others(tmp_path):
+    save_pictures(tmp_path / "in" / "a" / "one", 20)
+    save_pictures(tmp_path / "in" / "a" / "two", 20, first_seed=50)
+    convert_with_mean(tmp_path / "in", tmp_path / "out", pack_by_slide=True)
+    damage(tmp_path / "out", 0)
+    data = LatentDataset(tmp_path / "out", max_bad=1, batch_size=40, shuffle=True, balance="slide")
+    assert {row >= 20 for row in next(iter(data)).rows.tolist()} == {True}
+
+
+def test_bad_packs_of_an_earlier_run_count_towards_the_bound(dataset):
+    damage(dataset, 0, 5)
+    options = {"decode": "codes", "batch_size": 100, "max_bad": 2}
+    first = LatentLoader(dataset, **options)
+    list(first)
+    found = first.gather_bad_packs()
+    assert len(found) == 2
+    again = LatentLoader(dataset, **(options | {"max_bad": 1}))
+    again.load_state_dict(first.state_dict(), bad_packs=found)
+    with pytest.raises(TooManyBadSamplesError, match="2 damaged packs, max_bad=1"):
+        again.gather_bad_packs()

@@ -170,3 +170,19 @@ def test_lanes_give_each_rank_a_stretch_of_its_own():
 def test_impossible_batches_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         Batching(size=500, **options)
+
+
+@pytest.mark.parametrize("weights", [np.ones(5000), np.array([1.0, 1e-4, 1.0]), np.ones(3)])
+def test_rare_sources_are_drawn_as_often_as_they_should(weights):
+    blend = Blend(weights, 3)
+    sources, numbers = blend.draws(0, 4 * blend.block_size)
+    counts = np.bincount(sources, minlength=len(weights))
+    shares = weights / weights.sum() * len(sources)
+    assert np.abs(counts - shares).max() <= 1
+    for source in np.unique(sources)[:20]:
+        assert np.array_equal(numbers[sources == source], np.arange(counts[source]))
+
+
+def test_a_weight_that_is_next_to_nothing_is_refused():
+    with pytest.raises(ValueError, match="weight 9.3e-10 of all draws"):
+        Blend(np.array([1.0, 1e-9]), 0)

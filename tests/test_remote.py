@@ -90,8 +90,8 @@ def test_a_manifest_that_is_none_is_refused_and_not_kept(server, cache, fault):
     ("fault", "error", "message"),
     [
         ("wrong!", DamagedPackError, f"train-000000-000000: .*{SHARD}: bytes .* twice"),
-        ("429!", InputError, f"{SHARD}: status 429, after 6 tries; check the network"),
-        ("drop!", InputError, f"{SHARD}: .* after 6 tries"),
+        ("429!", InputError, f"{SHARD}: status 429, after 8 tries; check the network"),
+        ("drop!", InputError, f"{SHARD}: .* after 8 tries"),
         ("403!", InputError, r"access refused \(403\); log in"),
         ("404!", FileNotFoundError, r"not there \(404\)"),
         ("whole!", InputError, "ignores Range requests"),
@@ -181,6 +181,50 @@ def test_an_epoch_fetches_every_pack_once(server, cache):
     rows = [row for batch in loader for row in batch.rows.tolist()]
     fetched = sum(count for path, count in server.requests.items() if "train" in path)
     assert sorted(rows) == list(range(500)) and fetched == 32  # ceil(500 / 16)
+
+
+def test_what_comes_later_is_fetched_ahead(server, cache, monkeypatch):
+    monkeypatch.setattr("latentds.order.MIN_WINDOW", 100)
+    monkeypatch.setattr("latentds.order.WINDOW_PACKS", 4)
+    data = LatentDataset(server.url, cache=cache, batch_size=50, shuffle=True)
+    assert data.sampler.ahead < data.patches
+    data.batch(0, 0)
+    wanted = data.sampler.draw(0, data.sampler.ahead, data.sampler.ahead + 50).rows
+    data.sets[0].files.threads("ahead").shutdown(wait=True)
+    before = server.requests[SHARD]
+    data.sets[0].read_codes(wanted)
+    assert server.requests[SHARD] == before
+
+
+def test_a_worker_forked_while_fetching_does_not_hang(tmp_path):
+    """The child has the lock's file open; the parent's giving it back must be enough."""
+    cache = Cache(tmp_path, 1000)
+    with cache.lock("lock"):
+        child = os.fork()
+        if child == 0:
+            time.sleep(30)
+            os._exit(0)
+    other = multiprocessing.get_context("spawn").Process(target=take_lock, args=(tmp_path,))
+    other.start()
+    other.join(10)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    other.join()
+    assert other.exitcode == 0
+
+
+def take_lock(folder: Path) -> None:
+    signal.alarm(8)
+    with Cache(folder, 1000).lock("lock"):
+        pass
+
+
+def test_a_pickled_set_carries_no_token(hub, cache):
+    import pickle
+
+    shards = ShardSet("hf://datasets/org/name@main", cache=cache)
+    shards.read_codes(ROWS)
+    assert b"hf_secret" not in pickle.dumps(shards)
 
 
 def read_everything(url: str, folder: Path) -> None:
@@ -314,6 +358,18 @@ def test_the_hub_resolves_a_branch_and_pins_its_commit(hub, cache, shared_datase
     with pytest.raises(ContractError, match="revision 'dddd"):
         data = LatentDataset("hf://datasets/org/name@main", cache=cache)
         data.load_state_dict(state | {"revision": "d" * 40})
+
+
+def test_a_hub_that_is_away_is_told_or_what_was_last_seen_is_used(hub, cache, monkeypatch, caplog):
+    from huggingface_hub import constants
+
+    ShardSet("hf://datasets/org/name@main", cache=cache).read_codes(ROWS)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with caplog.at_level(logging.WARNING):
+        again = ShardSet("hf://datasets/org/name@main", cache=cache)
+    assert again.revision == COMMIT and "what it was when last seen" in caplog.text
+    with pytest.raises(InputError, match="after 8 tries; check the network"):
+        ShardSet("hf://datasets/org/other@main", cache=cache)
 
 
 def test_a_commit_needs_no_question_once_cached(hub, cache):

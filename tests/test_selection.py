@@ -7,6 +7,7 @@ from latentds.dataset import LatentDataset
 from latentds.errors import InputError, LatentdsError, UnknownNameError
 from latentds.files import LocalFiles
 from latentds.format import PATCHES_TABLE
+from latentds.mixture import Mixture
 from latentds.reader import ShardSet
 from latentds.selection import patient_of, select_rows, split_patients
 from tests.conftest import convert_with_mean, save_pictures
@@ -170,3 +171,29 @@ def test_impossible_parts_are_refused(labelled):
         split_patients(shards, {"train": 0.5})
     with pytest.raises(LatentdsError, match="4 patients leave 'b' without any"):
         split_patients(shards, {"a": 0.99, "b": 0.01})
+
+
+@pytest.mark.parametrize(("where", "count"), [("mpp <= 0.3", 4), ("mpp == 0.3", 4),
+                                              ("mpp in [0.3]", 4), ("mpp < 0.3", 0),
+                                              ("mpp >= 0.3", 4)])  # fmt: skip
+def test_a_resolution_is_compared_as_it_is_stored(tmp_path, where, count):
+    save_pictures(tmp_path / "in" / "a", 4)
+    convert_with_mean(tmp_path / "in", tmp_path / "out", mpp=0.3)
+    shards = ShardSet(tmp_path / "out")
+    if count:
+        assert len(select_rows(shards, "train", where)) == count
+    else:
+        with pytest.raises(InputError, match="chooses no patch"):
+            select_rows(shards, "train", where)
+
+
+def test_a_mixture_is_selected_by_the_names_of_all_its_sets(labelled, tmp_path):
+    save_pictures(tmp_path / "in" / "other" / "elsewhere", 6)
+    convert_with_mean(tmp_path / "in", tmp_path / "out")
+    own = ShardSet(labelled).manifest.slides[0]
+    mixture = Mixture({str(labelled): 0.5, str(tmp_path / "out"): 0.5})
+    data = LatentDataset(mixture, batch_size=8, slides=[own, "elsewhere"], shuffle=True)
+    seen = {name for batch in data for name in batch.slides}
+    assert seen == {own, "elsewhere"}
+    with pytest.raises(UnknownNameError, match="'nowhere'"):
+        LatentDataset(mixture, slides=["nowhere"])

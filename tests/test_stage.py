@@ -112,6 +112,18 @@ def test_a_trainer_that_leaves_waits_for_the_lanes():
     assert all(event in events for event in last)
 
 
+@pytest.mark.parametrize("seed", range(30))
+def test_a_trainer_that_leaves_and_comes_back_finds_nothing_overwritten(seed):
+    lanes, seen = FakeLanes(), []
+    stage = stage_on(lanes, static=True)
+    for first in (1, 5):
+        for batch in stage.run(batch_of(first + n) for n in range(4)):
+            lanes.consumer().run(lambda b=batch: seen.append(float(b.images.mean())))
+            break  # while the trainer's work is still queued
+    lanes.work(random.Random(seed), None)
+    assert seen == [10.0, 50.0]
+
+
 def test_impossible_rings_are_refused():
     with pytest.raises(ValueError, match="ahead=2 with 2 slots"):
         stage_on(HostLanes(), slots=2, ahead=2)

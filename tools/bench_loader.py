@@ -48,8 +48,9 @@ class Config:
     """What batches are to hold, with commas between."""
     patches: int = 131_072
     """Patches to measure with, the first of the split."""
-    jpeg_patches: int = 2048
-    """Of them, those that are written as JPEG (decoded first: slow on a CPU)."""
+    pixel_patches: int = 2048
+    """Of them, those that pixels are measured with, by all loaders: JPEG peers' files are decoded
+    first, which is slow on a CPU."""
     batch_size: int = 256
     """Patches a batch."""
     pixel_batch_size: int = 64
@@ -129,16 +130,25 @@ def prepare(config: Config, work: Path) -> list[dict[str, Any]]:
     wanted = ["latentds"]
     for peer in config.peers():
         wanted += [peer, f"{peer}-packed"] if peer in HAVE_PACKED else [peer]
+    few = patches.first(config.pixel_patches)
+    sizes = {decode: few if decode == "pixels" else patches for decode in config.decodes()}
+    own_of = {len(patches): own}
+    if "pixels" in sizes and len(few) < len(patches):
+        own_of[len(few)] = work / "latentds-few"
+        formats.write_subset(own, own_of[len(few)], config.split, len(few))
     specs = []
     for peer in wanted:
         is_images, module = PEERS[peer]
-        folder = own if peer in ("latentds", "webdataset-packed") else work / peer
-        stored = len(patches)
-        if folder != own:
-            folder.mkdir()
-            logger.info("writing %s", peer)
-            stored = write_format(config, peer, patches, folder, own)
-        for decode in ["pixels"] if is_images else config.decodes():
+        for decode, some in sizes.items():
+            if is_images and decode != "pixels":
+                continue
+            folder = work / f"{peer}-{len(some)}"
+            if peer in ("latentds", "webdataset-packed"):
+                folder = own_of[len(some)]
+            elif not folder.exists():
+                folder.mkdir()
+                logger.info("writing %s", peer)
+                write_format(config, peer, some, folder, own)
             size = config.pixel_batch_size if decode == "pixels" else config.batch_size
             specs.append(
                 common
@@ -149,13 +159,13 @@ def prepare(config: Config, work: Path) -> list[dict[str, Any]]:
                     "folder": str(folder),
                     "decode": decode,
                     "batch_size": size,
-                    "epoch_patches": stored - stored % size,
-                    "stored_patches": stored,
-                    "stored_bytes_per_patch": bytes_below(folder) / stored,
+                    "epoch_patches": len(some) - len(some) % size,
+                    "stored_patches": len(some),
+                    "stored_bytes_per_patch": bytes_below(folder) / len(some),
                     "ceiling_rounds": 3 if (peer, decode) == ("latentds", "pixels") else 0,
                 }
             )
-    return specs if config.folder else [spec for spec in specs if not spec["images"]]
+    return specs
 
 
 def describe_set(config: Config, own: Path, work: Path, count: int) -> dict[str, Any]:
@@ -185,24 +195,20 @@ def describe_set(config: Config, own: Path, work: Path, count: int) -> dict[str,
     }
 
 
-def write_format(config: Config, peer: str, patches: Any, folder: Path, own: Path) -> int:
-    """Write a peer's files; how many patches they hold."""
+def write_format(config: Config, peer: str, patches: Any, folder: Path, own: Path) -> None:
+    """Write a peer's files."""
     from latentds_tools.loader_bench import formats
     from latentds_tools.loader_bench.measure import SCRIPT
 
     pack = formats.PACK if peer.endswith("-packed") else 1
     if peer.startswith("jpeg"):
-        some = patches.first(config.jpeg_patches)
-        if config.folder:
-            formats.write_jpegs(some, peer, folder, own, config.autoencoder)
-        return len(some)
-    if peer == "webdataset":
+        formats.write_jpegs(patches, peer, folder, own, config.autoencoder)
+    elif peer == "webdataset":
         formats.write_webdataset(patches, folder)
     elif peer.startswith("datasets"):
         formats.write_parquet(patches, folder, pack)
     else:
         formats.write_mds(patches, folder, pack, str(config.peer_python), SCRIPT)
-    return len(patches)
 
 
 def bytes_below(folder: Path) -> int:
@@ -278,9 +284,9 @@ def as_text(report: dict[str, Any]) -> str:
         f"batches of {report['batch_size']} ({report['pixel_batch_size']} of pixels), medians of "
         f"{report['rounds']} rounds",
         "",
-        "| batches of | loader | stored B | warm patches/s (range) | cold patches/s | first batch "
-        "s | CPU s/1000 | disk B read, cold | peak MB |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| batches of | loader | patches | stored B | warm patches/s (range) | cold patches/s | "
+        "first batch s | CPU s/1000 | disk B read, cold | peak MB |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     rank = {"codes": 0, "latents": 1, "pixels": 2}
     rows = sorted(
@@ -288,7 +294,8 @@ def as_text(report: dict[str, Any]) -> str:
         key=lambda r: (rank[r["decode"]], -r.get("warm", {}).get("patches_per_s", 0.0)),
     )
     for row in rows:
-        head = f"| {row['decode']} | {row['peer']} | {row['stored_bytes_per_patch']:,.0f} |"
+        head = f"| {row['decode']} | {row['peer']} | {row['stored_patches']:,} | "
+        head += f"{row['stored_bytes_per_patch']:,.0f} |"
         if "error" in row:
             lines.append(f"{head} {row['error']} | | | | | |")
             continue

@@ -1,0 +1,131 @@
+"""The benchmarks that compare loaders: every peer gives the same patches, failures are told."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+from latentds_tools import cli
+from latentds_tools.loader_bench import peers
+from latentds_tools.loader_bench.formats import Patches, write_parquet, write_webdataset
+from latentds_tools.loader_bench.measure import measure
+from latentds_tools.loader_bench.synthetic import write_sparse, write_synthetic
+
+from latentds.dataset import LatentDataset
+from latentds.errors import InputError
+from latentds.loader import LatentLoader
+from latentds.reader import ShardSet
+from latentds.verification import verify
+
+SPEC = {
+    "split": "train",
+    "workers": 2,
+    "batch_size": 50,
+    "buffer": 300,
+    "images": False,
+    "decode": "codes",
+    "device": "cpu",
+    "autoencoder": None,
+    "shape": [3, 4, 4],
+}
+
+
+def call(capsys, *words) -> dict:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([str(word) for word in words])
+    assert ended.value.code == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def patches_of(folder) -> Patches:
+    shards = ShardSet(folder)
+    rows = np.arange(*shards.patch_range("train"))
+    return Patches(shards.read_codes(rows), shards.patches["label"][rows].astype(np.int64))
+
+
+@pytest.mark.parametrize(
+    "peer", ["webdataset", "webdataset-packed", "datasets", "datasets-packed", "latentds"]
+)
+def test_every_peer_delivers_the_same_patches_shuffled(shared_dataset, tmp_path, peer):
+    patches = patches_of(shared_dataset)
+    folder = tmp_path
+    if peer == "webdataset":
+        write_webdataset(patches, tmp_path)
+    elif peer.startswith("datasets"):
+        write_parquet(patches, tmp_path, 16 if peer == "datasets-packed" else 1)
+    else:
+        folder = shared_dataset
+    classes = list(ShardSet(shared_dataset).manifest.classes)
+    spec = SPEC | {"peer": peer, "folder": str(folder), "classes": classes, "set": str(folder)}
+    ready, seen = peers.Ready(spec), []
+    for batch in peers.BUILDERS[peer](spec):
+        codes, labels = ready(batch)
+        seen += [(c.numpy().tobytes(), int(n)) for c, n in zip(codes, labels, strict=True)]
+    expected = [(c.tobytes(), int(n)) for c, n in zip(patches.codes, patches.labels, strict=True)]
+    assert set(seen) <= set(expected) and seen != expected[: len(seen)]
+    assert len(seen) > len(expected) - 100  # packed peers drop what does not fill a batch
+
+
+def test_a_loader_that_dies_is_told_by_its_last_words(tmp_path):
+    spec = SPEC | {"peer": "jpeg-folder", "module": "torchvision", "folder": str(tmp_path / "no")}
+    with pytest.raises(InputError, match=r"jpeg-folder: .*no"):
+        measure(spec | {"seconds": 1, "epoch_patches": 1, "ceiling_rounds": 0}, sys.executable)
+
+
+def test_peers_of_other_environments_are_asked_for_by_name(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "loader", "--against", "mds"])
+    assert "--peer-python" in capsys.readouterr().err
+
+
+def test_synthetic_sets_are_valid(tmp_path):
+    write_synthetic(tmp_path / "written", 5100)
+    assert verify(tmp_path / "written", level="members").is_good
+    assert len(ShardSet(tmp_path / "written")) == 5100
+
+
+def test_sets_of_holes_read_as_others_do(tmp_path):
+    write_sparse(tmp_path, 70_000)
+    data = LatentDataset(tmp_path, batch_size=1000, shuffle=True)
+    rows = np.concatenate([batch.rows.numpy() for batch in data])
+    assert np.array_equal(np.sort(rows), np.arange(70_000))
+    batch = next(iter(LatentLoader(tmp_path, batch_size=8, decode="latents")))
+    assert (batch.latents == -3).all() and batch.slides[0] == "slide00000"
+
+
+@pytest.mark.slow
+def test_bench_loader_measures_ours_and_peers(tmp_path, capsys):
+    words = ["bench", "loader", "--patches", 4096, "--rounds", 1, "--seconds", 0.5, "--json"]
+    result = call(capsys, *words, "--against", "webdataset", "--decode", "codes")
+    rows = {row["peer"]: row for row in result["results"]}
+    assert set(rows) == {"latentds", "webdataset", "webdataset-packed"}
+    assert rows["latentds"]["warm"]["patches_per_s"] > 0 and rows["latentds"]["peak_mb"] > 50
+    assert rows["webdataset"]["stored_bytes_per_patch"] > 4000 and result["machine"]["cores"]
+
+
+@pytest.mark.slow
+def test_bench_loader_writes_jpegs_and_measures_the_decoder(tmp_path, capsys):
+    from tests.conftest import save_pictures
+
+    save_pictures(tmp_path / "in" / "a", 40, edge=64)
+    call(capsys, "convert", tmp_path / "in", "--out", tmp_path / "set", "--json", "--device", "cpu")
+    words = ["bench", "loader", tmp_path / "set", "--against", "jpeg-folder,jpeg-webdataset"]
+    words += ["--decode", "pixels", "--batch-size", 8, "--pixel-batch-size", 8]
+    result = call(capsys, *words, "--rounds", 1, "--seconds", 0.5, "--json")
+    rows = {row["peer"]: row for row in result["results"]}
+    assert not any("error" in row for row in rows.values())
+    assert rows["latentds"]["share_of_decoder"] > 0
+
+
+def test_bench_scale_tells_every_size(tmp_path, capsys):
+    words = ["--patches", 600, 70_000, "--written", 1000, "--rounds", 1, "--batches", 2, "--json"]
+    rows = call(capsys, "bench", "scale", *words)
+    assert [row["patches"] for row in rows] == [600, 70_000]
+    assert all(row["state_bytes"] < 1024 and row["first_batch_s"] > 0 for row in rows)
+
+
+def test_bench_decode_tells_what_options_change(capsys):
+    words = ["bench", "decode", "--patch-size", 32, "--batch-sizes", 2, "--seconds", 0.1]
+    rows = {row["options"]: row for row in call(capsys, *words, "--rounds", 1, "--json")}
+    assert rows["float32"]["gain"] == 1 and rows["float32"]["largest_change"] == 0
+    assert 0 < rows["bfloat16 channels_last"]["largest_change"] < 0.5

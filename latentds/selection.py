@@ -7,21 +7,20 @@ from __future__ import annotations
 
 import ast
 import operator
-import re
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from latentds.errors import InputError, unknown_name
-from latentds.randomness import key_of
 from latentds.reader import ShardSet
+from latentds.sources import names
+from latentds.sources.names import patient_of
 
 BLOCK_ROWS = 1 << 20
 NAMES = ("label", "slide", "patient")  # columns of names, by number in the table
 NUMBERS = ("x", "y", "mpp", "size_px")
 GRAMMAR = "comparisons of columns with values, 'in' lists, 'is None', and, or, not, startswith"
-TCGA_BARCODE = re.compile(r"(TCGA-[0-9A-Z]{2}-[0-9A-Z]{4})(?:-|$)")
 COMPARISONS: dict[type[ast.cmpop], Any] = {
     ast.Eq: operator.eq,
     ast.NotEq: operator.ne,
@@ -36,12 +35,6 @@ MIRRORED: dict[type[ast.cmpop], type[ast.cmpop]] = {
     ast.Gt: ast.Lt,
     ast.GtE: ast.LtE,
 }
-
-
-def patient_of(slide: str) -> str:
-    """Patient of a slide: the first three parts of a TCGA barcode, else the slide itself."""
-    found = TCGA_BARCODE.match(slide)
-    return found[1] if found else slide
 
 
 def select_rows(
@@ -257,20 +250,14 @@ def split_patients(
     if not fractions or min(fractions.values()) <= 0 or abs(sum(fractions.values()) - 1) > 1e-6:
         raise ValueError(f"fractions={fractions}; positive, and 1 together")
     slides = slides_of(shards, split)
-    patients = sorted({patient_of(s) for s in slides}, key=lambda name: key_of("split", seed, name))
-    ends = np.rint(np.cumsum(list(fractions.values())) * len(patients)).astype(int).tolist()
-    part_of = {
-        patient: name
-        for name, start, end in zip(fractions, [0, *ends], ends, strict=False)
-        for patient in patients[start:end]
-    }
+    part_of = names.split_patients(slides, fractions, seed)
     parts: dict[str, list[str]] = {name: [] for name in fractions}
     for slide in slides:
         parts[part_of[patient_of(slide)]].append(slide)
     empty = [name for name, chosen in parts.items() if not chosen]
     if empty:
         raise InputError(
-            f"{shards.folder}: {len(patients)} patients leave {empty[0]!r} without any; fewer parts"
+            f"{shards.folder}: {len(part_of)} patients leave {empty[0]!r} without any; fewer parts"
         )
     return parts
 

@@ -252,11 +252,11 @@ def test_two_links_to_one_folder_are_two_classes(tmp_path):
 
 
 def test_a_tiled_picture_is_decoded_once(tmp_path, monkeypatch):
-    from latentds.conversion import decode
+    from latentds.sources import picture_files
 
     opened = []
-    original = decode.read_picture
-    monkeypatch.setattr(decode, "read_picture", lambda p, m: opened.append(p) or original(p, m))
+    original = picture_files.read_picture
+    monkeypatch.setattr(picture_files, "read_picture", lambda p, m: opened.append(p) or original(p, m))
     save_pictures(tmp_path / "in", 2, edge=256)
     manifest = convert_with_mean(
         tmp_path / "in", tmp_path / "out", tile=True, patch_size=32, fit_patches=1, order="path"

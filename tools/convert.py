@@ -58,7 +58,7 @@ def estimate(config: Config) -> dict[str, Any]:
     shards = plan_shards(plan, config, bytes_per_patch)
     patches = len(plan.regions)
     source = sum(header.bytes for header in plan.headers)
-    labels = [plan.label(int(number)) for number in plan.regions["picture"]]
+    labels = [plan.pictures[int(n)].label for n in plan.regions["picture"]]
     return {
         "dry_run": True,
         "patches": patches,

@@ -12,9 +12,13 @@ from latentds.errors import InputError
 
 # What may differ between a run and its resumption: it changes no byte of the result.
 # The autoencoder may be a path; the contract names it.
+PAPER = {"patch_size": 256, "mpp": 0.5, "tissue": "dsmil"}
 NOT_RECORDED = (
     "autoencoder",
     "source",
+    "slides",
+    "root",
+    "splits_file",
     "out",
     "masks",
     "codebook",
@@ -66,9 +70,34 @@ class ConvertConfig:
     name_pattern: str | None = None
     """Regular expression with groups among label, slide, x, y, mpp, searched in relative paths."""
     mpp: float | None = None
-    """Micrometres a pixel of the pictures, recorded with every patch."""
+    """Micrometres a pixel: of pictures, recorded with every patch; of slides, what patches are to
+    have (0.5 is 20x), their own where not given."""
+    slides: Path | None = None
+    """Folder of the slides that a TRIDENT or CLAM job's coordinates belong to."""
+    root: Path | None = None
+    """Folder that a table's paths start from; the table's own by default."""
+    splits_file: Path | None = None
+    """CSV with columns slide or patient, split, and label if it is to set labels: splits of the
+    slides, instead of split folders."""
+    split_patients: str | None = None
+    """Splits by patient, shares of the patients: train=0.8,val=0.1,test=0.1."""
+    assume_mpp: float | None = None
+    """Micrometres a pixel of slides that record neither it nor a magnification."""
+    tissue: Literal["otsu", "clam", "dsmil", "none"] = "otsu"
+    """What of a slide is tissue: saturation above Otsu's threshold, above CLAM's, patches with
+    edges as DSMIL's tiler keeps them, or everything."""
+    min_tissue: float = 0.25
+    """Share of tissue a patch of a slide must have."""
+    edges: Literal["drop", "pad"] = "drop"
+    """Patches that reach beyond a slide: left out, or filled up with white."""
+    preset: Literal["paper"] | None = None
+    """paper: slides as Yellapragada et al. cut them (DSMIL's tiler -m 0 -b 20 -s 256): 256 px at
+    20x, edges rule. Sets --patch-size, --mpp and --tissue."""
     order: Literal["shuffle", "path"] = "shuffle"
     """Order of the pictures on disk: shuffled by --seed, or by path. Tiles of one stay together."""
+    mix: int | None = None
+    """Shuffle the patches of so many pictures (tiled ones, slides) among each other, so that packs
+    hold patches of many."""
     pack_size: int = 256
     """Patches stored as one record."""
     pack_by_slide: bool = False
@@ -90,21 +119,35 @@ class ConvertConfig:
     """Replace what lies in --out."""
 
     def __post_init__(self) -> None:
+        if self.preset == "paper":
+            for name, value in PAPER.items():
+                if getattr(self, name) not in (
+                    value,
+                    ConvertConfig.__dataclass_fields__[name].default,
+                ):
+                    raise InputError(f"--preset paper sets --{name.replace('_', '-')}; leave it")
+                object.__setattr__(self, name, value)
         if self.resize + self.tile + self.pad > 1:
             raise InputError("choose one of --resize, --tile and --pad")
         if (self.resize or self.tile or self.pad) and self.patch_size is None:
             raise InputError("--resize, --tile and --pad need --patch-size PX")
         if self.codebook and (self.quantizer != "kmeans" or self.levels != 256):
             raise InputError("--codebook says what the levels are; leave --quantizer and --levels")
-        if self.masks is not None and not self.masks.is_dir():
-            raise InputError(f"--masks {self.masks}: no such folder")
+        for name in ("masks", "slides", "root"):
+            folder = getattr(self, name)
+            if folder is not None and not folder.is_dir():
+                raise InputError(f"--{name} {folder}: no such folder")
+        if self.splits_file is not None and not self.splits_file.is_file():
+            raise InputError(f"--splits-file {self.splits_file}: no such file")
+        if self.splits_file is not None and self.split_patients is not None:
+            raise InputError("choose one of --splits-file and --split-patients")
         if self.stride is not None and not self.tile:
             raise InputError("--stride is the step of --tile; pass both")
         limits = {
             "patch_size": (8, 8192), "stride": (1, 8192), "levels": (2, 256),
             "pack_size": (1, 65536), "shard_mb": (1, 65536), "encode_batch": (1, 65536),
             "fit_patches": (1, 10**7), "workers": (1, 256), "max_px": (64, 2**34),
-            "max_bad": (0, 10**9), "seed": (0, 2**31),
+            "max_bad": (0, 10**9), "mix": (2, 10**6), "seed": (0, 2**31),
         }  # fmt: skip
         for name, (low, high) in limits.items():
             value = getattr(self, name)
@@ -112,8 +155,15 @@ class ConvertConfig:
                 raise InputError(
                     f"--{name.replace('_', '-')} {value} is not between {low} and {high}"
                 )
-        if self.mpp is not None and not 0.01 <= self.mpp <= 100:
-            raise InputError(f"--mpp {self.mpp} micrometres a pixel is not between 0.01 and 100")
+        for name in ("mpp", "assume_mpp"):
+            value = getattr(self, name)
+            if value is not None and not 0.01 <= value <= 100:
+                raise InputError(
+                    f"--{name.replace('_', '-')} {value} micrometres a pixel is not between 0.01 "
+                    "and 100"
+                )
+        if not 0 <= self.min_tissue <= 1:
+            raise InputError(f"--min-tissue {self.min_tissue} is not between 0 and 1")
 
     def recorded(self) -> dict[str, Any]:
         """The options that decide about bytes: no path, no host, nothing of how fast."""

@@ -15,8 +15,8 @@ import numpy as np
 from latentds.conversion.config import ConvertConfig
 from latentds.errors import InputError, TooManyBadSamplesError
 from latentds.format import canonical_json, patch_key, shard_name
-from latentds.sources.image_folder import Picture, check_sizes, list_pictures, name_fields
-from latentds.sources.pictures import Header, find_mask, read_header
+from latentds.sources.open import list_source, open_source
+from latentds.sources.source import Header, Picture, Source
 
 BLOCK_PATCHES = 256  # at least so many patches between two points a killed run resumes from
 HEADERS_AT_ONCE = 4096
@@ -41,7 +41,8 @@ class PlannedShard:
 class Plan:
     """Everything a conversion will do.
 
-    pictures    usable files; headers say size, mode and coding of each
+    source      where they come from
+    pictures    usable ones; headers say size, mode and coding of each
     patch_px    (H, W) of every patch
     regions     REGION_DTYPE rows, in the order on disk
     splits      split of every region's stretch: name -> (start, stop) rows
@@ -49,9 +50,9 @@ class Plan:
     ignored     files that are no pictures
     """
 
+    source: Source
     pictures: tuple[Picture, ...]
     headers: tuple[Header, ...]
-    fields: tuple[dict[str, str], ...]
     patch_px: tuple[int, int]
     regions: np.ndarray
     splits: dict[str, tuple[int, int]]
@@ -59,20 +60,11 @@ class Plan:
     ignored: int
     ignored_example: str
 
-    def slide(self, picture: int) -> str | None:
-        """Slide of a picture, from the name pattern or its folder."""
-        return self.fields[picture].get("slide", self.pictures[picture].slide)
-
-    def label(self, picture: int) -> str | None:
-        """Label of a picture, from the name pattern or its folder."""
-        return self.fields[picture].get("label", self.pictures[picture].label)
-
     def digest(self) -> str:
         """Hash of files, headers and order: what a resumed run must find unchanged."""
         digest = hashlib.sha256(self.regions.tobytes())
         for picture, header in zip(self.pictures, self.headers, strict=True):
-            facts: list[object] = [picture.source, picture.label, header.size_px, header.encoding]
-            facts += [header.bytes, header.mask_bytes]
+            facts = [*dataclasses.astuple(picture), *dataclasses.astuple(header)]
             digest.update(canonical_json(facts).encode())
         digest.update(canonical_json([list(entry) for entry in self.bad]).encode())
         return f"sha256:{digest.hexdigest()}"
@@ -89,41 +81,35 @@ class Plan:
 
 def make_plan(config: ConvertConfig) -> Plan:
     """List, read all headers, check, order."""
-    listing = list_pictures(config.source, config.labels, config.splits)
+    source = open_source(config)
+    listing = list_source(source, config)
     check_keys(config.source, [picture.source for picture in listing.pictures])
-    pictures, headers, bad = read_headers(listing.pictures, config)
-    patch_px = choose_patch_size(pictures, headers, config)
-    pattern = name_fields(config.name_pattern) if config.name_pattern else lambda _: {}
-    fields = tuple(pattern(picture.source) for picture in pictures)
+    pictures, headers, bad = read_headers(source, listing.pictures, config)
+    by_source = {p.source: header for p, header in zip(pictures, headers, strict=True)}
     plan = Plan(
+        source=source,
         pictures=pictures,
         headers=headers,
-        fields=fields,
-        patch_px=patch_px,
+        patch_px=source.patch_px(by_source),
         regions=np.zeros(0, REGION_DTYPE),
         splits={},
         bad=bad,
         ignored=listing.ignored,
         ignored_example=listing.ignored_example,
     )
-    check_regions_labels(plan, config)
+    check_labels(plan, config)
     return order_regions(plan, config)
 
 
 def read_headers(
-    pictures: Sequence[Picture], config: ConvertConfig
+    source: Source, pictures: Sequence[Picture], config: ConvertConfig
 ) -> tuple[tuple[Picture, ...], tuple[Header, ...], tuple[tuple[str, str], ...]]:
     """Headers of the readable pictures, and (source, reason) of the others within the budget."""
     from tqdm import tqdm
 
     def read(picture: Picture) -> Header | str:
         try:
-            header = read_header(config.source / picture.source, config.max_px)
-            check_tile(header, config)
-            if config.masks is None:
-                return header
-            mask = find_mask(config.masks, picture.source, header.size_px)
-            return dataclasses.replace(header, mask_bytes=mask.stat().st_size)
+            return source.header(picture)
         except InputError as error:
             return str(error)
 
@@ -131,8 +117,9 @@ def read_headers(
     bar = tqdm(total=len(pictures), desc="headers", unit="file", delay=1)
     with bar, ThreadPoolExecutor(config.workers or 8) as pool:
         for start in range(0, len(pictures), HEADERS_AT_ONCE):  # a task is larger than a header
-            outcomes += pool.map(read, pictures[start : start + HEADERS_AT_ONCE])
-            bar.update(len(outcomes) - bar.n)
+            for outcome in pool.map(read, pictures[start : start + HEADERS_AT_ONCE]):
+                outcomes.append(outcome)
+                bar.update()
     pairs = list(zip(pictures, outcomes, strict=True))
     bad = {p.source: outcome for p, outcome in pairs if isinstance(outcome, str)}
     check_budget(config, bad)
@@ -166,48 +153,16 @@ def check_keys(root: Path, sources: Sequence[str]) -> None:
             )
 
 
-def check_tile(header: Header, config: ConvertConfig) -> None:
-    """Refuse a picture too small for a single tile; InputError (without the name)."""
-    height, width = header.size_px
-    if config.tile and config.patch_size and min(height, width) < config.patch_size:
-        raise InputError(f"{width}x{height} px holds no tile of {config.patch_size}")
-
-
-def choose_patch_size(
-    pictures: Sequence[Picture], headers: Sequence[Header], config: ConvertConfig
-) -> tuple[int, int]:
-    """(H, W) of the patches; InputError where sizes differ and no way to unify them was chosen."""
-    by_source = {p.source: header for p, header in zip(pictures, headers, strict=True)}
-    edge = config.patch_size
-    if edge is None:
-        return check_sizes(by_source)
-    if config.resize:
-        return edge, edge
-    for source, header in by_source.items():
-        height, width = header.size_px
-        if config.pad and (max(height, width) > edge or 2 * min(height, width) <= edge):
-            raise InputError(
-                f"{source}: {width}x{height} px cannot be reflected to {edge}; it must be larger "
-                "than half and not larger than --patch-size"
-            )
-        if not (config.tile or config.pad) and (height, width) != (edge, edge):
-            raise InputError(
-                f"{source}: {width}x{height} px, --patch-size is {edge}; choose --resize, --tile "
-                "or --pad"
-            )
-    return edge, edge
-
-
-def check_regions_labels(plan: Plan, config: ConvertConfig) -> None:
+def check_labels(plan: Plan, config: ConvertConfig) -> None:
     """Refuse labels or slides that a name pattern left on some pictures only."""
-    unlabelled = [p.source for i, p in enumerate(plan.pictures) if plan.label(i) is None]
+    unlabelled = [p.source for p in plan.pictures if p.label is None]
     if config.labels and unlabelled and len(unlabelled) < len(plan.pictures):
         raise InputError(
             f"{len(unlabelled)} of {len(plan.pictures)} pictures have no label "
             f"(first: {unlabelled[0]}); mend --name-pattern or pass --no-labels"
         )
     if config.pack_by_slide:
-        bare = [p.source for i, p in enumerate(plan.pictures) if plan.slide(i) is None]
+        bare = [p.source for p in plan.pictures if p.slide is None]
         if bare:
             raise InputError(
                 f"--pack-by-slide, but {bare[0]} names no slide; use class/slide/picture folders "
@@ -224,22 +179,35 @@ def order_regions(plan: Plan, config: ConvertConfig) -> Plan:
         if config.order == "shuffle":
             members = rng.permutation(members)
         if config.pack_by_slide:
-            members = np.array(sorted(members, key=lambda i: plan.slide(int(i)) or ""))
-        regions = np.concatenate([picture_regions(plan, int(i), config) for i in members])
+            members = np.array(sorted(members, key=lambda i: plan.pictures[int(i)].slide or ""))
+        found = [picture_regions(plan, int(i)) for i in members]
+        if config.mix:
+            found = [mix_regions(found[i : i + config.mix], rng)
+                     for i in range(0, len(found), config.mix)]  # fmt: skip
+        regions = np.concatenate(found)
+        if not len(regions):
+            continue
         parts.append(regions)
         splits[split] = (start, start + len(regions))
         start += len(regions)
+    if not parts:
+        raise InputError(f"{config.source}: {len(plan.pictures)} pictures, but no patch in them")
     return dataclasses.replace(plan, regions=np.concatenate(parts), splits=splits)
 
 
-def picture_regions(plan: Plan, picture: int, config: ConvertConfig) -> np.ndarray:
-    """REGION_DTYPE rows of one picture: its tiles, or itself."""
-    if not config.tile:
-        return np.array([(picture, 0, 0)], REGION_DTYPE)
-    (height, width), edge = plan.headers[picture].size_px, plan.patch_px[0]
-    step = config.stride or edge
-    grid = itertools.product(range(0, height - edge + 1, step), range(0, width - edge + 1, step))
-    return np.array([(picture, x, y) for y, x in grid], REGION_DTYPE)
+def picture_regions(plan: Plan, picture: int) -> np.ndarray:
+    """REGION_DTYPE rows of one picture."""
+    places = plan.source.regions(plan.pictures[picture], plan.headers[picture], plan.patch_px)
+    rows = np.zeros(len(places), REGION_DTYPE)
+    rows["picture"], rows["x"], rows["y"] = picture, places[:, 0], places[:, 1]
+    return rows
+
+
+def mix_regions(parts: list[np.ndarray], rng: np.random.Generator) -> np.ndarray:
+    """Regions of several pictures, shuffled among each other."""
+    joined = np.concatenate(parts)
+    shuffled: np.ndarray = joined[rng.permutation(len(joined))]
+    return shuffled
 
 
 def plan_shards(plan: Plan, config: ConvertConfig, bytes_per_patch: int) -> list[PlannedShard]:
@@ -262,7 +230,7 @@ def block_ranges(plan: Plan, split: str, config: ConvertConfig) -> list[tuple[in
     """Rows [start, stop) of the blocks of a split."""
     start, stop = plan.splits[split]
     if config.pack_by_slide:
-        slides = [plan.slide(int(i)) for i in plan.regions["picture"][start:stop]]
+        slides = [plan.pictures[int(i)].slide for i in plan.regions["picture"][start:stop]]
         edges = [start + i for i in range(1, len(slides)) if slides[i] != slides[i - 1]]
         return list(itertools.pairwise([start, *edges, stop]))
     step = config.pack_size * -(-BLOCK_PATCHES // config.pack_size)

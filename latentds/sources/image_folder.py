@@ -5,37 +5,19 @@ Class folders as labels, train/val/test folders as splits, a slide folder below.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from latentds.errors import InputError
-from latentds.sources.pictures import Header, picture_suffixes
+from latentds.sources.pictures import picture_suffixes
+from latentds.sources.source import Header, Listing, Picture
 
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 DEFAULT_SPLIT = "train"
-
-
-@dataclasses.dataclass(frozen=True)
-class Picture:
-    """A picture file found: path relative to the input folder (posix), and what its path says."""
-
-    source: str
-    split: str
-    label: str | None
-    slide: str | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Listing:
-    """Pictures in path order, and how many other files were passed over (with one of them)."""
-
-    pictures: tuple[Picture, ...]
-    ignored: int
-    ignored_example: str
 
 
 def list_pictures(root: Path, use_labels: bool = True, use_splits: bool = True) -> Listing:
@@ -137,7 +119,7 @@ def check_sizes(headers: dict[str, Header]) -> tuple[int, int]:
     )
 
 
-def name_fields(pattern: str) -> Callable[[str], dict[str, str]]:
+def name_fields(pattern: str) -> Callable[[str], dict[str, Any]]:
     """A function from a source path to the fields a `--name-pattern` finds in it.
 
     Groups may be called label, slide, x, y and mpp; a path that does not match is an InputError.
@@ -152,20 +134,20 @@ def name_fields(pattern: str) -> Callable[[str], dict[str, str]]:
     if not compiled.groupindex or set(compiled.groupindex) - known:
         raise InputError(f"--name-pattern {pattern!r} needs named groups among {sorted(known)}")
 
-    def fields(source: str) -> dict[str, str]:
+    def fields(source: str) -> dict[str, Any]:
         match = compiled.search(source)
         if match is None:
             raise InputError(f"{source}: does not match --name-pattern {pattern!r}")
         found = {name: value for name, value in match.groupdict().items() if value is not None}
-        check_numbers(source, found)
-        return found
+        return found | numbers_of(source, found)
 
     return fields
 
 
-def check_numbers(source: str, fields: dict[str, str]) -> None:
-    """Refuse places and resolutions that are no numbers, or that no table can hold."""
-    for name in fields.keys() & {"x", "y", "mpp"}:
+def numbers_of(source: str, fields: dict[str, str]) -> dict[str, float]:
+    """Places and resolutions; InputError for one that no table can hold."""
+    numbers: dict[str, float] = {}
+    for name in fields.keys() & {"x", "y", "mpp", "size_px"}:
         try:
             number = float(fields[name]) if name == "mpp" else int(fields[name])
         except ValueError as error:
@@ -173,3 +155,5 @@ def check_numbers(source: str, fields: dict[str, str]) -> None:
         low, high = (0.01, 100) if name == "mpp" else (0, 2**31 - 1)
         if not low <= number <= high:
             raise InputError(f"{source}: {name} is {number}, not between {low} and {high}")
+        numbers[name] = number
+    return numbers

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import struct
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from latentds.errors import InputError
+from latentds.sources.source import Header
 
 # Formats that Pillow only names, or that are no 8-bit pictures.
 MASK_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif")
@@ -28,17 +28,6 @@ DECODE_ERRORS = (
 JPEG_LUMA_AT_50 = np.array(
     [16, 11, 10, 16, 24, 40, 51, 61, 12, 12, 14, 19, 26, 58, 60, 55], dtype=np.int64
 )  # ITU-T T.81 table K.1, first two rows
-
-
-@dataclasses.dataclass(frozen=True)
-class Header:
-    """What a file's header says, (H, W), Pillow mode and coding; and the file's size in bytes."""
-
-    size_px: tuple[int, int]
-    mode: str
-    encoding: str
-    bytes: int
-    mask_bytes: int = 0
 
 
 def picture_suffixes() -> set[str]:

@@ -1,0 +1,167 @@
+"""Slides with coordinates that TRIDENT or CLAM found: h5 files of corners at level 0."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from latentds.conversion.config import ConvertConfig
+from latentds.errors import InputError, missing_extra
+from latentds.sources.image_folder import check_names, walk
+from latentds.sources.slides import Slides, is_slide, slide_mpp
+from latentds.sources.source import Listing, Picture
+
+MAX_COORDINATES = 10**8
+SUFFIX = "_patches"  # TRIDENT's <slide>_patches.h5; CLAM's is <slide>.h5
+
+
+class Coordinates(NamedTuple):
+    """Corners of a slide's patches.
+
+    places        int32 (n, 2), x and y at level 0
+    size_px       width of a patch at level 0
+    patch_px      width of a patch as it was asked for
+    slide_px      (W, H) of level 0 that the file was made for, None where it does not say
+    """
+
+    places: np.ndarray
+    size_px: int
+    patch_px: int
+    slide_px: tuple[int, int] | None
+
+
+def is_job(root: Path) -> bool:
+    """Whether a folder is TRIDENT's or CLAM's: `patches/*.h5` somewhere in it."""
+    return root.is_dir() and next(iter(job_files(root)), None) is not None
+
+
+def job_files(root: Path) -> list[str]:
+    """Coordinate files of a job, by name."""
+    return [path for path in walk(root) if Path(path).parent.name == "patches"
+            and path.endswith(".h5")]  # fmt: skip
+
+
+def read_coordinates(path: Path) -> Coordinates:
+    """What a coordinates file says; InputError (without the name) where it is none."""
+    try:
+        import h5py
+    except ImportError as error:
+        raise missing_extra("h5py", "slides") from error
+    try:
+        with h5py.File(path, "r") as file:
+            link = file.get("coords", getlink=True)
+            # Links and external storage would read files that were not asked for.
+            if not isinstance(link, h5py.HardLink):
+                raise InputError("has no data set 'coords' of its own")
+            coords = file["coords"]
+            check_dataset(coords)
+            places, attributes = coords[:], dict(coords.attrs)
+    except (OSError, KeyError, RuntimeError) as error:
+        raise InputError(f"is no readable h5 file ({type(error).__name__})") from error
+    return Coordinates(places.astype(np.int64), *sizes_of(attributes))
+
+
+def check_dataset(coords: Any) -> None:
+    """Refuse what is not a bounded array of whole numbers inside the file."""
+    if getattr(coords, "external", None) or getattr(coords, "is_virtual", False):
+        raise InputError("keeps 'coords' in other files; refused")
+    if coords.dtype.kind not in "iu" or len(coords.shape) != 2 or coords.shape[1] != 2:
+        raise InputError(f"'coords' is {coords.dtype} {coords.shape}, not integers (n, 2)")
+    if len(coords) > MAX_COORDINATES:
+        raise InputError(f"'coords' has {len(coords)} rows; refused")
+
+
+def sizes_of(attributes: dict[str, Any]) -> tuple[int, int, tuple[int, int] | None]:
+    """Width at level 0, width asked for and the slide's size, from either tool's attributes."""
+    try:
+        patch = int(attributes["patch_size"])
+        if "patch_size_level0" in attributes:  # TRIDENT
+            size = int(attributes["patch_size_level0"])
+            sides = [int(attributes.get(f"level0_{side}", 0)) for side in ("width", "height")]
+            return size, patch, (sides[0], sides[1]) if all(sides) else None
+        # CLAM: patch_size counts pixels of patch_level.
+        factor = float(np.ravel(attributes.get("downsample", 1.0))[0])
+        return round(patch * factor), patch, None
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"'coords' has no usable attribute {error}; not TRIDENT's or CLAM's"
+                         ) from error  # fmt: skip
+
+
+class CoordinateJob(Slides):
+    """The slides of a job, cut where its coordinates say.
+
+    Slides are found by name below --slides; their labels and splits are what those folders say.
+    """
+
+    kind = "coordinates of slides (TRIDENT or CLAM)"
+
+    def __init__(self, config: ConvertConfig) -> None:
+        super().__init__(config)
+        if config.slides is None:
+            raise InputError(
+                f"{config.source}: coordinates only; say where the slides lie, --slides"
+            )
+        self.job, self.root = config.source, config.slides
+        self.files: dict[str, Path] = {}
+        self.scales: dict[str, float] = {}
+
+    def listing(self) -> Listing:
+        """Slides with coordinates; those without are left alone."""
+        names = {name_of(path): self.job / path for path in job_files(self.job)}
+        slides = [path for path in walk(self.root) if is_slide(self.root / path)]
+        by_name = {Path(path).stem: path for path in slides}
+        lost = sorted(names.keys() - by_name.keys())
+        if lost:
+            raise InputError(
+                f"{names[lost[0]]}: no slide {lost[0]!r} below {self.root} (nor {len(lost) - 1} "
+                "others); mend --slides, or remove the file"
+            )
+        found = [by_name[name] for name in sorted(names)]
+        check_names(self.root, found)
+        pictures = tuple(self.picture(path, False) for path in found)
+        self.files = {p.source: names[str(p.slide)] for p in pictures}
+        self.edge = self.config.patch_size or read_coordinates(self.files[found[0]]).patch_px
+        return Listing(pictures, len(slides) - len(found))
+
+    def find_places(self, picture: Picture, slide: Any) -> np.ndarray:
+        """The file's corners, checked against the slide."""
+        file = self.files[picture.source]
+        try:
+            found = read_coordinates(file)
+        except InputError as error:
+            raise InputError(f"its coordinates {file.name}: {error}") from error
+        if found.slide_px is not None and found.slide_px != tuple(slide.dimensions):
+            raise InputError(
+                f"its coordinates {file.name} are of a slide of {found.slide_px} px, this one has "
+                f"{slide.dimensions}"
+            )
+        limit = np.array(slide.dimensions) - (found.size_px if self.config.edges == "drop" else 1)
+        beyond = ((found.places < 0) | (found.places > limit)).any(1)
+        if beyond.any():
+            x, y = found.places[int(np.argmax(beyond))].tolist()
+            raise InputError(
+                f"its coordinates {file.name} reach beyond it: {found.size_px} px at ({x}, {y}) of "
+                f"{slide.dimensions}; --edges pad fills up with white"
+            )
+        self.scales[picture.source] = found.size_px / self.edge
+        return found.places.astype(np.int32)
+
+    def scale(self, picture: Picture, slide: Any) -> float:
+        del slide
+        return self.scales[picture.source]
+
+    def own_mpp(self, slide: Any) -> float | None:
+        try:
+            return slide_mpp(slide, self.config.assume_mpp)
+        except InputError:  # the file says where the patches lie all the same
+            return None
+
+    def facts(self) -> dict[str, Any]:
+        return {"edges": self.config.edges}
+
+
+def name_of(path: str) -> str:
+    """Slide of a coordinates file."""
+    return Path(path).stem.removesuffix(SUFFIX)

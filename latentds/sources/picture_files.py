@@ -1,0 +1,204 @@
+"""Folders of picture files as a source: whole pictures, or tiles of them, with masks."""
+# H W pixels
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import itertools
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from latentds.conversion.config import ConvertConfig
+from latentds.errors import InputError
+from latentds.sources.image_folder import check_sizes, list_pictures, name_fields
+from latentds.sources.patch import Patch
+from latentds.sources.pictures import find_mask, read_header, read_mask, read_picture
+from latentds.sources.source import Header, Listing, Picture
+
+TILED_PICTURES = 2  # decoded pictures kept while their tiles are cut
+
+Pixels = tuple[np.ndarray, np.ndarray | None]  # picture and mask
+
+
+class PictureFiles:
+    """Picture files below a folder; class folders are labels, split folders splits.
+
+    A subclass that finds its pictures elsewhere gives another `listing`, or other bytes.
+    """
+
+    kind = "a folder of pictures"
+
+    def __init__(self, config: ConvertConfig) -> None:
+        self.config, self.root = config, config.source
+        self.lock = threading.Lock()
+        self.decoded: OrderedDict[str, Future[Pixels]] = OrderedDict()
+
+    def listing(self) -> Listing:
+        config = self.config
+        found = list_pictures(self.root, config.labels, config.splits)
+        if not config.name_pattern:
+            return found
+        pattern = name_fields(config.name_pattern)
+        named = (dataclasses.replace(p, **pattern(p.source)) for p in found.pictures)
+        return dataclasses.replace(found, pictures=tuple(named))
+
+    def header(self, picture: Picture) -> Header:
+        header = read_header(self.file(picture), self.config.max_px)
+        self.check_tile(header)
+        if self.config.masks is None and picture.mask is None:
+            return header
+        return dataclasses.replace(header, mask_bytes=self.mask_bytes(picture, header))
+
+    def file(self, picture: Picture) -> Any:
+        """What Pillow opens: a path here."""
+        return self.root / picture.source
+
+    def mask_bytes(self, picture: Picture, header: Header) -> int:
+        """Size of a picture's mask, whose header is checked."""
+        if self.config.masks is not None:
+            path = find_mask(self.config.masks, picture.source, header.size_px)
+        else:
+            path = self.root / str(picture.mask)
+        if not path.is_file():
+            raise InputError(f"its mask {picture.mask} is not there")
+        return int(path.stat().st_size)
+
+    def check_tile(self, header: Header) -> None:
+        """Refuse a picture too small for a single tile; InputError (without the name)."""
+        (height, width), edge = header.size_px, self.config.patch_size
+        if self.config.tile and edge and min(height, width) < edge:
+            raise InputError(f"{width}x{height} px holds no tile of {edge}")
+
+    def patch_px(self, headers: dict[str, Header]) -> tuple[int, int]:
+        config, edge = self.config, self.config.patch_size
+        if edge is None:
+            return check_sizes(headers)
+        if config.resize:
+            return edge, edge
+        for source, header in headers.items():
+            height, width = header.size_px
+            if config.pad and (max(height, width) > edge or 2 * min(height, width) <= edge):
+                raise InputError(
+                    f"{source}: {width}x{height} px cannot be reflected to {edge}; it must be "
+                    "larger than half and not larger than --patch-size"
+                )
+            if not (config.tile or config.pad) and (height, width) != (edge, edge):
+                raise InputError(
+                    f"{source}: {width}x{height} px, --patch-size is {edge}; choose --resize, "
+                    "--tile or --pad"
+                )
+        return edge, edge
+
+    def regions(self, picture: Picture, header: Header, patch_px: tuple[int, int]) -> np.ndarray:
+        del picture
+        if not self.config.tile:
+            return np.zeros((1, 2), np.int32)
+        (height, width), edge = header.size_px, patch_px[0]
+        step = self.config.stride or edge
+        rows, columns = range(0, height - edge + 1, step), range(0, width - edge + 1, step)
+        return np.array([(x, y) for y, x in itertools.product(rows, columns)], np.int32)
+
+    def read(
+        self,
+        picture: Picture,
+        header: Header,
+        patch_px: tuple[int, int],
+        regions: Sequence[tuple[int, int]],
+    ) -> list[Patch]:
+        image, mask = self.decode(picture, header)
+        return [self.cut(picture, header, patch_px, at, image, mask) for at in regions]
+
+    def decode(self, picture: Picture, header: Header) -> Pixels:
+        """Pixels and mask of a picture; a tiled one is kept for the chunks that follow."""
+        if not self.config.tile:
+            return self.decode_file(picture, header)
+        with self.lock:
+            future = self.decoded.pop(picture.source, None)
+            is_mine = future is None
+            self.decoded[picture.source] = future = future or Future()
+            while len(self.decoded) > TILED_PICTURES:
+                self.decoded.popitem(last=False)
+        if is_mine:
+            try:
+                future.set_result(self.decode_file(picture, header))
+            except BaseException as error:
+                future.set_exception(error)
+        return future.result()
+
+    def decode_file(self, picture: Picture, header: Header) -> Pixels:
+        """Pixels and mask of a picture, from its files."""
+        image, _ = read_picture(self.file(picture), self.config.max_px)
+        if image.shape[:2] != header.size_px:
+            raise InputError("changed its size while the conversion ran")
+        size_px = (image.shape[0], image.shape[1])
+        if self.config.masks is not None:
+            return image, read_mask(find_mask(self.config.masks, picture.source, size_px), size_px)
+        if picture.mask is not None:
+            return image, read_mask(self.root / picture.mask, size_px)
+        return image, None
+
+    def cut(
+        self,
+        picture: Picture,
+        header: Header,
+        patch_px: tuple[int, int],
+        at: tuple[int, int],
+        image: np.ndarray,
+        mask: np.ndarray | None,
+    ) -> Patch:
+        """One patch of a decoded picture."""
+        width, (x, y), config = patch_px[1], at, self.config
+        # Pixels of level 0 a pixel of the picture.
+        scale = (picture.size_px or image.shape[1]) / image.shape[1]
+        origin = (picture.x, picture.y)
+        if config.tile:
+            origin = ((picture.x or 0) + round(x * scale), (picture.y or 0) + round(y * scale))
+        region_width = width if config.tile else image.shape[1]
+        mpp = picture.mpp if picture.mpp is not None else config.mpp
+        fitted = None if mask is None else fit(mask, x, y, patch_px, config)
+        return Patch(
+            image=fit(image, x, y, patch_px, config),
+            source=picture.source,
+            source_encoding=header.encoding,
+            label=picture.label,
+            slide=picture.slide,
+            x_px_level0=origin[0],
+            y_px_level0=origin[1],
+            size_px_level0=round(region_width * scale),
+            mpp=None if mpp is None else mpp * (region_width / width if config.resize else 1),
+            mask_png=None if fitted is None else encode_png(fitted),
+        )
+
+    def facts(self) -> dict[str, Any]:
+        return {}
+
+
+def fit(
+    pixels: np.ndarray, x: int, y: int, size_px: tuple[int, int], config: ConvertConfig
+) -> np.ndarray:
+    """The patch (H, W[, 3]) of a picture or mask: its tile, resized, padded, or as it is."""
+    height, width = size_px
+    if config.tile:
+        return np.ascontiguousarray(pixels[y : y + height, x : x + width])
+    if config.resize and pixels.shape[:2] != size_px:
+        # Nearest for masks keeps their values; Lanczos in Pillow widens its kernel when it shrinks.
+        kernel = Image.Resampling.LANCZOS if pixels.ndim == 3 else Image.Resampling.NEAREST
+        return np.asarray(Image.fromarray(pixels).resize((width, height), kernel))
+    if config.pad:
+        missing = [(0, height - pixels.shape[0]), (0, width - pixels.shape[1])]
+        return np.pad(pixels, missing + [(0, 0)] * (pixels.ndim - 2), mode="reflect")
+    return pixels
+
+
+def encode_png(mask: np.ndarray) -> bytes:
+    """A mask (H, W) as PNG bytes."""
+    buffer = io.BytesIO()
+    Image.fromarray(mask).save(buffer, "PNG", optimize=False, compress_level=6)
+    return buffer.getvalue()

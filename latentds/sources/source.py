@@ -1,0 +1,101 @@
+"""What a conversion reads from: pictures (files, slides, archive members), and their patches."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from latentds.sources.patch import Patch
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """A picture that was found, and what its name, its folders or a table say about it.
+
+    source       path relative to the input folder (posix), inside an archive `archive/member`
+    split        train, val, test, ...
+    label, slide names, None where unknown
+    x, y         left and top edge of the whole picture in pixels of level 0, None where unknown
+    mpp          micrometres a pixel, None where unknown
+    size_px      width of the picture in pixels of level 0, None where that is its own
+    mask         path of its mask relative to the input folder, None for none
+    """
+
+    source: str
+    split: str
+    label: str | None = None
+    slide: str | None = None
+    x: int | None = None
+    y: int | None = None
+    mpp: float | None = None
+    size_px: int | None = None
+    mask: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Header:
+    """What a picture says before a pixel is decoded.
+
+    size_px     (H, W)
+    mode        Pillow mode
+    encoding    how it is coded, for example png or jpeg:q=75:4:2:0
+    bytes       of the file
+    mask_bytes  of its mask's file, 0 for none
+    """
+
+    size_px: tuple[int, int]
+    mode: str
+    encoding: str
+    bytes: int
+    mask_bytes: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Listing:
+    """Pictures in a fixed order, and how many other files were passed over (with one of them)."""
+
+    pictures: tuple[Picture, ...]
+    ignored: int = 0
+    ignored_example: str = ""
+
+
+class Source(Protocol):
+    """Where patches come from. `header`, `regions` and `read` are called from several threads."""
+
+    @property
+    def kind(self) -> str:
+        """In words, for the user: what was found in the input."""
+        ...
+
+    def listing(self) -> Listing:
+        """All pictures; InputError where there are none or they contradict each other."""
+        ...
+
+    def header(self, picture: Picture) -> Header:
+        """Size and coding; InputError (without the name) where it cannot be converted."""
+        ...
+
+    def patch_px(self, headers: dict[str, Header]) -> tuple[int, int]:
+        """(H, W) of all patches, from the headers by source; InputError where none fits all."""
+        ...
+
+    def regions(self, picture: Picture, header: Header, patch_px: tuple[int, int]) -> np.ndarray:
+        """int32 (n, 2): x and y of the picture's patches, in its own pixels."""
+        ...
+
+    def read(
+        self,
+        picture: Picture,
+        header: Header,
+        patch_px: tuple[int, int],
+        regions: Sequence[tuple[int, int]],
+    ) -> list[Patch]:
+        """The patches at regions; InputError (without the name) where it cannot be decoded."""
+        ...
+
+    def facts(self) -> dict[str, Any]:
+        """What the manifest is to say about the input besides the options; no path, no name."""
+        ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from latentds.autoencoders.base import short
@@ -57,7 +58,7 @@ def dataset_card(manifest: Manifest) -> str:
         latent_id=short(contract.latent_id),
         levels=contract.codebook.levels.shape[1],
         kind=contract.codebook.kind,
-        codebook_origin=made.get("origin", "origin not recorded"),
+        codebook_origin=made.get("origin", "origin not recorded") + more_codebooks(manifest),
         splits="\n".join(f"| {name} | {count:,} |" for name, count in manifest.splits.items()),
         labels=label_table(manifest),
         split=next(iter(manifest.splits)),
@@ -69,23 +70,49 @@ def dataset_card(manifest: Manifest) -> str:
     )
 
 
+def more_codebooks(manifest: Manifest) -> str:
+    """What a reader of a merged set must know of its other codebooks."""
+    count = len(manifest.more_codebooks)
+    return f"; {count} more beside it, a shard's header holds its own" if count else ""
+
+
 def label_table(manifest: Manifest) -> str:
     """A Markdown table of patches a class, empty where there are no labels."""
     counts = manifest.labels()
     if not counts:
         return ""
-    lines = "\n".join(f"| {name} | {count:,} |" for name, count in counts.items())
+    lines = "\n".join(f"| {cell(name)} | {count:,} |" for name, count in counts.items())
     return f"\n| label | patches |\n|---|---|\n{lines}\n"
 
 
-def front_matter(manifest: Manifest) -> str:
-    """The card's YAML: configs and pinned features, written out plainly (every value is ours)."""
-    channels, rows, columns = manifest.contract.codes_shape
-    lines = ["configs:", "- config_name: default", "  data_files:"]
+def cell(text: str) -> str:
+    """A name inside a Markdown table: it may not end the cell or the row."""
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def front_matter(
+    manifest: Manifest,
+    head: Sequence[str] = (),
+    preview: tuple[Sequence[str], Sequence[str]] = ((), ()),
+) -> str:
+    """The card's YAML: configs and pinned features, written out plainly (every value is ours).
+
+    head     lines to start with, such as the licence
+    preview  lines of a second config, and of its features
+    """
+    lines = [*head, "configs:", "- config_name: default", "  data_files:"]
     for split in manifest.splits:
         lines += [f"  - split: {split}", f"    path: data/{split}-*.tar"]
-    lines += ["dataset_info:", "  config_name: default", "  features:"]
-    lines += [
+    lines += [*preview[0], "dataset_info:", "- config_name: default", "  features:"]
+    lines += [*features(manifest), *preview[1]]
+    lines += ["tags:", "- pathology", "- latents", "- webdataset", "library_name: latentds"]
+    return "\n".join(lines) + "\n"
+
+
+def features(manifest: Manifest) -> list[str]:
+    """YAML lines of a pack's features: inferred ones would differ between first packs and all."""
+    channels, rows, columns = manifest.contract.codes_shape
+    lines = [
         f"  - name: {CODES}",
         "    dtype:",
         "      array4_d:",
@@ -99,8 +126,7 @@ def front_matter(manifest: Manifest) -> str:
         ("__url__", "string"),
     ]:
         lines += [f"  - name: {name}", f"    dtype: {dtype}"]
-    lines += ["tags:", "- pathology", "- latents", "- webdataset", "library_name: latentds"]
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def has_masks(made: dict[str, Any]) -> bool:

@@ -69,5 +69,5 @@ def exclusive_lock(path: Path) -> Iterator[None]:
         except BlockingIOError:
             is_current = False
         if not is_current:  # held, or deleted by a holder that has just ended
-            raise InputError(f"{path.parent}: another conversion is writing here; wait for it")
+            raise InputError(f"{path.parent}: another run is writing here; wait for it")
         yield

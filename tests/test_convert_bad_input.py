@@ -321,7 +321,7 @@ def test_two_conversions_into_one_folder_keep_apart(pictures, tmp_path):
 
     with (
         exclusive_lock(tmp_path / "out" / ".latentds" / "work" / "lock"),
-        pytest.raises(InputError, match="another conversion is writing here"),
+        pytest.raises(InputError, match="another run is writing here"),
     ):
         convert_with_mean(pictures, tmp_path / "out")
 

@@ -1,0 +1,214 @@
+"""A data set's repository on the Hub: who may write, what is there, commits; errors a user can use.
+
+The calls are those that huggingface_hub 1.x and 2.x both have: create_commit sends what is missing
+of its files first, in either (upload_large_folder is gone from 2.x).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HTTPError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from latentds.errors import InputError
+from latentds.storage import READ_BYTES
+
+NAME = re.compile(r"[\w.-]+/[\w.-]+")
+PULL_REQUEST = re.compile(r"refs/pr/\d+")
+LOGIN = "log in with 'hf auth login', or set HF_TOKEN"
+
+
+@dataclasses.dataclass(frozen=True)
+class HubFile:
+    """A file as the Hub lists it.
+
+    sha256  of its bytes where it is stored as a large file, else None
+    blob    git's id of it: SHA-1 of the bytes behind a short header, where it is no large file
+    """
+
+    size: int
+    sha256: str | None
+    blob: str
+
+    def holds(self, content: Path | bytes, sha256: str | None = None) -> bool:
+        """Whether it is these bytes; of a path with a known sha256 nothing is read."""
+        size = len(content) if isinstance(content, bytes) else content.stat().st_size
+        if size != self.size:
+            return False
+        if self.sha256 is None:
+            return self.blob == digest(content, hashlib.sha1(b"blob %d\0" % size))
+        return self.sha256 == (sha256 or digest(content, hashlib.sha256()))
+
+
+def digest(content: Path | bytes, hasher: hashlib._Hash) -> str:
+    """Hex digest of bytes, or of a file read in blocks."""
+    if isinstance(content, bytes):
+        hasher.update(content)
+        return hasher.hexdigest()
+    with content.open("rb") as file:
+        while block := file.read(READ_BYTES):
+            hasher.update(block)
+    return hasher.hexdigest()
+
+
+class Repository:
+    """A repository of type dataset.
+
+    name      ORG/NAME
+    revision  branch, or refs/pr/N; a pull request that is opened becomes the revision
+    head      commit the next one is to follow; None until `files` has found it
+    """
+
+    def __init__(self, name: str, revision: str | None = None) -> None:
+        if not NAME.fullmatch(name):
+            raise InputError(f"{name!r} is not ORG/NAME on the Hub")
+        self.name, self.revision = name, revision or "main"
+        self.head: str | None = None
+        self.pull_request: str | None = None
+        self.api = HfApi()
+        self.options = {"repo_id": name, "repo_type": "dataset"}
+
+    @property
+    def url(self) -> str:
+        """Where people look at it."""
+        tree = "" if self.revision == "main" else f"/tree/{self.revision}"
+        return self.pull_request or f"{self.api.endpoint}/datasets/{self.name}{tree}"
+
+    def check_login(self) -> str:
+        """Name of the user whose token is used; InputError where it cannot write."""
+        if not get_token():
+            raise InputError(f"{self.name}: not logged in to the Hub; {LOGIN} (a write token)")
+        with self.asking("log in"):
+            user = self.api.whoami()
+        role = user.get("auth", {}).get("accessToken", {}).get("role")
+        if role == "read":
+            raise InputError(
+                f"{self.name}: the token of {user['name']} may only read; make one that may write "
+                "at https://huggingface.co/settings/tokens, then 'hf auth login'"
+            )
+        return str(user["name"])
+
+    def files(self) -> dict[str, HubFile] | None:
+        """What the revision holds, by path; None where there is no repository or no such branch."""
+        try:
+            with self.asking("list files"):
+                info = self.api.repo_info(**self.options, revision=self.revision)
+                self.head = info.sha
+                tree = self.api.list_repo_tree(**self.options, revision=self.head, recursive=True)
+                return {
+                    entry.path: HubFile(
+                        entry.size, entry.lfs.sha256 if entry.lfs else None, entry.blob_id
+                    )
+                    for entry in tree
+                    if hasattr(entry, "blob_id")  # folders have none
+                }
+        except FileNotFoundError:
+            return None
+
+    def is_private(self) -> bool:
+        """Whether only its members see it."""
+        with self.asking("look at the repository"):
+            return bool(self.api.repo_info(**self.options).private)
+
+    def create(self, private: bool) -> None:
+        """Have the repository and the branch; one that is there stays as it is."""
+        with self.asking("create the repository"):
+            # None, not False: a public set is the user's default, not ours to impose on an org.
+            self.api.create_repo(**self.options, private=private or None, exist_ok=True)
+            if self.revision != "main" and not PULL_REQUEST.fullmatch(self.revision):
+                self.api.create_branch(**self.options, branch=self.revision, exist_ok=True)
+
+    def commit(
+        self,
+        files: dict[str, Path | bytes],
+        deleted: Sequence[str],
+        message: str,
+        open_pull_request: bool = False,
+    ) -> None:
+        """One commit; what the Hub already has of the files' bytes is not sent again.
+
+        It is refused where somebody else has committed since `files` looked.
+        """
+        additions = [
+            CommitOperationAdd(path, str(content) if isinstance(content, Path) else content)
+            for path, content in files.items()
+        ]
+        with self.asking("upload"):
+            made = self.api.create_commit(
+                **self.options,
+                operations=[CommitOperationDelete(path) for path in deleted] + additions,
+                commit_message=message,
+                revision=self.revision,
+                create_pr=open_pull_request,
+                parent_commit=self.head,
+            )
+        self.head = str(made.oid)
+        if open_pull_request:
+            self.pull_request, self.revision = made.pr_url, made.pr_revision
+
+    @contextlib.contextmanager
+    def asking(self, what: str) -> Iterator[None]:
+        """Turn the client's errors into one line that says what to do."""
+        try:
+            yield
+        except (HTTPError, OSError, RuntimeError, ValueError) as error:
+            # The client wraps what happened to a large file into a RuntimeError.
+            cause = error.__cause__ if type(error) is RuntimeError else error
+            raise self.explain(cause or error, what) from error
+
+    def explain(self, error: BaseException, what: str) -> Exception:
+        """The error a user sees."""
+        if isinstance(error, HfHubHTTPError):
+            return self.explain_status(error, what)
+        if isinstance(error, OSError) and error.filename:
+            return error  # a file here, not the Hub
+        if isinstance(error, ValueError):
+            return InputError(f"{self.name}: cannot {what}: {error}")
+        return InputError(
+            f"{self.name}: cannot {what}, the connection to the Hub failed "
+            f"({type(error).__name__}: {error}); {self.again}"
+        )
+
+    @property
+    def again(self) -> str:
+        """How to go on; another run would open another pull request."""
+        how = "run the same command again"
+        if self.pull_request:
+            how += f" with --revision {self.revision} instead of --pr"
+        return f"{how}, what was sent is kept"
+
+    def explain_status(self, error: HfHubHTTPError, what: str) -> Exception:
+        """The error a user sees for an answer of the Hub."""
+        status = error.response.status_code
+        if isinstance(error, RepositoryNotFoundError | RevisionNotFoundError) or status == 404:
+            return FileNotFoundError(
+                f"{self.name}@{self.revision}: not on the Hub, or not for you; check the name, "
+                f"{LOGIN}"
+            )
+        reason = error.response.headers.get("x-error-message") or f"status {status}"
+        if status == 401:
+            return InputError(f"{self.name}: the Hub does not accept the token ({reason}); {LOGIN}")
+        if status == 403:
+            return InputError(
+                f"{self.name}: cannot {what}, the token has no right to ({reason}); use a token "
+                "that may write there, or ask an owner of the organization for the role"
+            )
+        if status in (409, 412):
+            return InputError(
+                f"{self.name}: somebody else changed it meanwhile ({reason}); look at it, then "
+                f"{self.again}"
+            )
+        return InputError(
+            f"{self.name}: cannot {what}, the Hub answers {status} ({reason}); later {self.again}"
+        )

@@ -1,0 +1,190 @@
+"""The card of a published set: what it is, under which licences, and code that loads it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from latentds.format import FORMAT
+from latentds.golden import Golden
+from latentds.manifest import Manifest
+from latentds.preview import LABEL, PICTURE, PREVIEW, SLIDE
+from latentds.publishing import cell, front_matter, has_masks, label_table
+from latentds.snippets import Publication, loading
+
+PREVIEW_CONFIG = (
+    "- config_name: preview",
+    "  data_files:",
+    "  - split: preview",
+    f"    path: {PREVIEW}",
+)
+PREVIEW_MEMBERS = (
+    *((PICTURE, "image"), (LABEL, "string"), (SLIDE, "string")),
+    *(("__key__", "string"), ("__url__", "string")),
+)
+PREVIEW_FEATURES = (
+    *("- config_name: preview", "  features:"),
+    *(f"  - name: {name}\n    dtype: {dtype}" for name, dtype in PREVIEW_MEMBERS),
+)
+PREVIEW_LINE = "The `preview` config shows {} patches as the recorded decoder decodes them.\n\n"
+METHOD = "https://arxiv.org/abs/2503.11591"  # Yellapragada et al. 2025: one table of 256 centroids
+
+CARD = """---
+{front_matter}---
+
+# {title}
+
+{patches:,} pathology patches of {width}x{height} px, stored as autoencoder latents in plain
+WebDataset shards: {bytes_per_patch:,} bytes a patch (`{format}`). Decoding loses detail and makes
+some up. **Not for diagnosis.**
+{notes}
+## What is stored
+
+| | |
+|---|---|
+{facts}
+
+| split | patches |
+|---|---|
+{splits}
+{labels}
+{preview}## Fidelity
+
+{fidelity}
+
+## Licences
+
+{licences}
+
+## Load
+
+{loading}
+
+## Citation
+
+{citation}
+"""
+
+
+def hub_card(
+    manifest: Manifest, golden: Golden, publication: Publication, warnings: Sequence[str] = ()
+) -> str:
+    """The text of a published set's README.md."""
+    contract = manifest.contract
+    return CARD.format(
+        front_matter=front_matter(
+            manifest,
+            head(manifest, publication),
+            (PREVIEW_CONFIG, PREVIEW_FEATURES) if len(golden.rows) else ((), ()),
+        ),
+        title=publication.repository.partition("/")[2],
+        notes=f"\n{publication.notes.strip()}\n" if publication.notes.strip() else "",
+        patches=manifest.patches,
+        height=contract.patch_px[0],
+        width=contract.patch_px[1],
+        bytes_per_patch=contract.bytes_per_patch,
+        format=FORMAT,
+        facts="\n".join(f"| {name} | {value} |" for name, value in facts(manifest).items()),
+        splits="\n".join(f"| {name} | {count:,} |" for name, count in manifest.splits.items()),
+        labels=label_table(manifest),
+        preview=PREVIEW_LINE.format(len(golden.rows)) if len(golden.rows) else "",
+        fidelity=fidelity(golden),
+        licences=licences(manifest, publication, warnings),
+        loading=loading(manifest, publication),
+        citation=citation(manifest, publication),
+    )
+
+
+def head(manifest: Manifest, publication: Publication) -> list[str]:
+    """The first lines of the YAML; what a user wrote is quoted as JSON, which YAML reads."""
+    lines = [f"license: {publication.licence}"]
+    if publication.licence_name:
+        lines.append(f"license_name: {json.dumps(publication.licence_name)}")
+    if publication.licence_link:
+        lines.append(f"license_link: {json.dumps(publication.licence_link)}")
+    title = json.dumps(publication.repository.partition("/")[2])
+    return [*lines, f"pretty_name: {title}", f"size_categories: [{size_category(manifest)}]"]
+
+
+def size_category(manifest: Manifest) -> str:
+    """The Hub's word for a number of rows; ours are packs, patches are what people look for."""
+    names = ("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T")
+    for place, name in enumerate(names):
+        if manifest.patches < 1000 * 10**place:
+            return f"{names[place - 1]}<n<{name}" if place else "n<1K"
+    return "n>1T"
+
+
+def facts(manifest: Manifest) -> dict[str, str]:
+    """Sizes and identities, as the manifest has them."""
+    contract, card, made = manifest.contract, manifest.contract.autoencoder, manifest.made
+    stored = sum(shard.bytes for shard in manifest.shards)
+    tables = sum(int(entry.get("bytes", 0)) for entry in manifest.tables.values())
+    books = [
+        f"{b.levels.shape[0]}x{b.levels.shape[1]} levels, {b.kind}" for b in manifest.codebooks
+    ]
+    origin = cell(str(made.get("codebook", {}).get("origin", "origin not recorded")))
+    return {
+        "patches": f"{manifest.patches:,} in {manifest.packs:,} packs",
+        "shards": f"{len(manifest.shards):,}, {stored / 1e6:,.1f} MB",
+        "tables": f"{tables / 1e6:,.1f} MB",
+        "slides": f"{len(manifest.slides):,}",
+        "masks": "yes" if has_masks(made) else "no",
+        "pictures left out": f"{len(made.get('left_out', [])):,}",
+        "autoencoder": describe_autoencoder(card),
+        "codebook": f"{' and '.join(books)}; {origin}",
+        "latent_id": f"`{contract.latent_id}`",
+        "decoder_id": f"`{contract.decoder_id}`",
+        "codebook_id": ", ".join(f"`{book.codebook_id}`" for book in manifest.codebooks),
+        "dataset_id": f"`{manifest.dataset_id}`",
+    }
+
+
+def describe_autoencoder(card: dict[str, Any]) -> str:
+    """Name, shape and place of an autoencoder."""
+    text = (
+        f"`{card.get('name')}` ({card.get('class_name')}, factor {card.get('factor')}, "
+        f"{card.get('channels')} channels)"
+    )
+    if card.get("repository"):
+        revision = card.get("revision") or "revision not recorded"
+        text += f", `{card['repository']}` {card.get('subfolder') or ''} at `{revision}`"
+    return cell(text)
+
+
+def fidelity(golden: Golden) -> str:
+    """What was measured when the set was made, and of how much."""
+    values = golden.thumbnail_psnr_db
+    if not len(values):
+        return "Nothing was measured."
+    height, width = golden.thumbnails[0].shape[:2]
+    return (
+        f"Of the whole set nothing was measured. Of its {len(values)} golden patches, decoded by "
+        f"the recorded decoder and compared with the originals as thumbnails of {width}x{height} "
+        f"px, the PSNR is {values.mean():.1f} dB on average (lowest {values.min():.1f} dB). "
+        "Thumbnails say nothing of fine detail."
+    )
+
+
+def licences(manifest: Manifest, publication: Publication, warnings: Sequence[str]) -> str:
+    """The set's licence, the autoencoder's, and what a user must mind, as a list."""
+    card, licence = manifest.contract.autoencoder, publication.licence
+    if publication.licence_name:
+        licence = publication.licence_name
+    if publication.licence_link:
+        licence = f"[{licence}]({publication.licence_link})"
+    lines = [f"this data set: {licence}"]
+    lines += [f"the autoencoder {card.get('name')}: {card.get('licence') or 'unknown'}", *warnings]
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def citation(manifest: Manifest, publication: Publication) -> str:
+    """The publisher's BibTeX; where there is none, that; and whose quantizer it is."""
+    text = "None was given by the publisher; cite the source of the slides."
+    if publication.citation.strip():
+        text = f"```bibtex\n{publication.citation.strip()}\n```"
+    if manifest.contract.codebook.kind != "kmeans":
+        return text
+    method = f"One table of K-means levels is the quantizer of [Yellapragada et al.]({METHOD})."
+    return f"{text}\n\n{method}"

@@ -1,0 +1,124 @@
+"""latentds publish: a data set's folder to the Hub."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from latentds.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Publish a data set on the Hub, with a card and a preview.
+
+    Sends what the repository lacks, shards first, the manifest last, then compares checksums. A run
+    that was cut off is taken up by the same command.
+    """
+
+    folder: Annotated[Path, tyro.conf.Positional]
+    """Folder of a data set."""
+    repository: Annotated[str, tyro.conf.Positional]
+    """ORG/NAME on the Hub; made where it is not there."""
+    license: str | None = None
+    """Licence of the set, as the Hub names it: cc0-1.0, cc-by-4.0, ... Required."""
+    license_name: str | None = None
+    """Its name, with --license other."""
+    license_link: str | None = None
+    """Where to read it, with --license other."""
+    private: bool = False
+    """Make a new repository private."""
+    revision: str | None = None
+    """Branch to publish to (made from main where it is not there), or refs/pr/N to go on with."""
+    pr: bool = False
+    """Open a pull request instead of committing to the branch."""
+    citation: Path | None = None
+    """BibTeX file for the card."""
+    notes: Path | None = None
+    """Markdown file for the card: where the slides come from, consent, intended use."""
+    overwrite: bool = False
+    """Replace what else the repository holds; its history keeps it."""
+    dry_run: bool = False
+    """Check, look and print the plan; write nothing."""
+    json: bool = False
+    """Print JSON."""
+
+    def __post_init__(self) -> None:
+        if self.pr and self.revision:
+            raise InputError("--pr opens a pull request against main; leave --revision")
+
+
+def run(config: Config) -> None:
+    """Publish, and say what was done."""
+    from latentds.upload import publish
+
+    result = publish(
+        config.folder,
+        publication(config),
+        private=config.private,
+        pull_request=config.pr,
+        overwrite=config.overwrite,
+        dry_run=config.dry_run,
+        tell=lambda line: print(f"{line} ...", file=sys.stderr),
+    )
+    for warning in result.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    summary = summarize(result)
+    print(json.dumps(summary, indent=1) if config.json else as_text(summary))
+
+
+def publication(config: Config) -> Any:
+    """What the card is to say."""
+    from latentds.licences import check_licence
+    from latentds.snippets import Publication
+
+    return Publication(
+        repository=config.repository,
+        licence=check_licence(config.license, config.license_name),
+        licence_name=config.license_name,
+        licence_link=config.license_link,
+        revision=config.revision,
+        citation=config.citation.read_text() if config.citation else "",
+        notes=config.notes.read_text() if config.notes else "",
+    )
+
+
+def summarize(result: Any) -> dict[str, Any]:
+    """What `--json` prints."""
+    plan = result.plan
+    return {
+        "url": result.url,
+        "commit": result.commit,
+        "files": len(plan.contents),
+        "bytes": sum(plan.size(path) for path in plan.contents),
+        "sent" if result.commit else "to_send": {path: plan.size(path) for path in plan.missing},
+        "already_there": [path for path in plan.contents if path not in plan.missing],
+        "removed" if result.commit else "to_remove": plan.deleted,
+        "checksums_compared": result.checked,
+        "warnings": list(result.warnings),
+    }
+
+
+def as_text(summary: dict[str, Any]) -> str:
+    """The summary for people."""
+    is_done = summary["commit"] is not None
+    sent = summary["sent" if is_done else "to_send"]
+    lines = [f"{summary['url']}  {summary['commit'] or '(dry run, nothing written)'}"]
+    lines += [f"  send   {path}  {size:,} bytes" for path, size in sent.items() if not is_done]
+    lines += [f"  remove {path}" for path in summary["removed" if is_done else "to_remove"]]
+    lines.append(
+        f"{'sent' if is_done else 'to send'} {len(sent)} of {summary['files']} files, "
+        f"{sum(sent.values()):,} of {summary['bytes']:,} bytes; "
+        f"{len(summary['already_there'])} there already"
+    )
+    if is_done:
+        lines.append(
+            f"checksums of {summary['checksums_compared']} files on the Hub are the manifest's and "
+            "those of the card and the preview"
+        )
+    return "\n".join(lines)

@@ -21,6 +21,7 @@ from latentds.reader import ShardSet
 from latentds.selection import select_rows
 
 BLOCK_PATCHES = 4096
+CGROUP = Path("/sys/fs/cgroup")
 KEPT_FREE = 0.1  # of the free memory, for decoding and the rest of the program
 
 
@@ -73,12 +74,11 @@ class LatentArray:
         self.check_fits(len(rows))
         self.decoder = None
         if decode != "codes":
-            contract = manifest.contract
             pixels = decode == "pixels"
             self.decoder = Decoder(
                 find_autoencoder(self.shards, autoencoder) if pixels else None,
-                [contract.codebook],
-                contract.patch_px,
+                manifest.codebooks,
+                manifest.contract.patch_px,
                 device,
                 DecodeOptions(dtype=dtype),
             )
@@ -87,6 +87,9 @@ class LatentArray:
         self.labels = torch.from_numpy(table["label"].astype(np.int64)).to(self.device)
         self.slides = torch.from_numpy(table["slide"].astype(np.int64))
         self.coords = torch.from_numpy(np.stack([table["x"], table["y"]], 1).astype(np.int64))
+        self.codebooks: Tensor | None = None  # which codebook each patch has, where there are more
+        if len(manifest.codebooks) > 1:
+            self.codebooks = torch.from_numpy(self.shards.codebook_numbers(rows)).to(self.device)
         self.codes = self.load(rows)
         self.places: dict[str, int] = {}
 
@@ -164,16 +167,28 @@ class LatentArray:
         if not isinstance(places, slice):
             places = torch.as_tensor(places).to(self.device)
         codes = self.codes[places]
-        return codes if self.decoder is None else self.decoder(codes)
+        if self.decoder is None:
+            return codes
+        return self.decoder(codes, None if self.codebooks is None else self.codebooks[places])
 
 
 def free_bytes(device: torch.device) -> int:
     """Memory that an allocation on the device may take."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
+    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     meminfo = Path("/proc/meminfo")
     if meminfo.is_file():
         for line in meminfo.read_text().splitlines():
             if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+                free = int(line.split()[1]) * 1024
+    return min(free, container_bytes())
+
+
+def container_bytes() -> int:
+    """Memory that a container's limit (cgroup v2) leaves; without one, more than there can be."""
+    try:
+        limit = (CGROUP / "memory.max").read_text().strip()
+        return int(limit) - int((CGROUP / "memory.current").read_text())
+    except (OSError, ValueError):  # none, or "max"
+        return 1 << 62

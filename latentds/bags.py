@@ -37,6 +37,7 @@ class Bag:
     labels   int64 (N,), of the patches
     rows     int64 (N,), rows of the data set's patch table
     columns  values of the columns asked for, lists of N
+    codebooks  int64 (N,), which of the set's codebooks; None where there is one
     """
 
     slide: str
@@ -47,6 +48,7 @@ class Bag:
     labels: Tensor
     rows: Tensor
     columns: dict[str, list[Any]]
+    codebooks: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.codes)
@@ -140,6 +142,9 @@ class SlideBags(Dataset[Bag]):
             labels=torch.from_numpy(table["label"].astype(np.int64)),
             rows=torch.from_numpy(rows),
             columns=self.shards.read_columns(rows, self.columns) if self.columns else {},
+            codebooks=torch.from_numpy(self.shards.codebook_numbers(rows))
+            if len(self.shards.manifest.codebooks) > 1
+            else None,
         )
 
     def choose(self, index: int) -> np.ndarray:
@@ -158,13 +163,15 @@ class SlideBags(Dataset[Bag]):
         """Images float (n, 3, H, W) in [0, 1] of a bag on the device, `chunk` patches at a time."""
         if self.decoder is None:
             given, device, dtype = self.decoding
-            contract = self.shards.manifest.contract
+            manifest = self.shards.manifest
             self.decoder = Decoder(
                 find_autoencoder(self.shards, given),
-                [contract.codebook],
-                contract.patch_px,
+                manifest.codebooks,
+                manifest.contract.patch_px,
                 device,
                 DecodeOptions(dtype=dtype),
             )
-        for codes in torch.split(bag.codes, chunk):
-            yield self.decoder(codes.to(self.decoder.device))
+        for start in range(0, len(bag), chunk):
+            part = slice(start, start + chunk)
+            books = None if bag.codebooks is None else bag.codebooks[part].to(self.decoder.device)
+            yield self.decoder(bag.codes[part].to(self.decoder.device), books)

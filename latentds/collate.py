@@ -14,7 +14,7 @@ from latentds.batch import Batch
 from latentds.errors import FormatError
 from latentds.format import PATCHES_TABLE
 from latentds.mixture import Vocabulary
-from latentds.quantizer import MAX_LEVELS, dequantize
+from latentds.quantizer import MAX_LEVELS, Codebook, dequantize_each
 from latentds.randomness import patch_seeds
 from latentds.reader import ShardSet
 from latentds.sampling import Drawn
@@ -54,7 +54,6 @@ class Collator:
                 for which in np.unique(drawn.sets).tolist()
             ]
         fields = scatter(parts, len(drawn))
-        books = self.vocabulary.codebook_of[drawn.sets]
         mixed = len(self.sets) > 1
         return Batch(
             **fields,
@@ -62,7 +61,6 @@ class Collator:
             seeds=torch.from_numpy(patch_seeds(self.seed, drawn.passes, drawn.sets, drawn.rows)),
             valid=torch.from_numpy(valid),
             sets=torch.from_numpy(drawn.sets) if mixed else None,
-            codebooks=torch.from_numpy(books) if len(self.vocabulary.codebooks) > 1 else None,
             bad=bad,
         )
 
@@ -72,14 +70,17 @@ class Collator:
         codes = torch.from_numpy(shards.read_codes(rows))
         manifest, table = shards.manifest, shards.patches[rows]  # by now on their way from disk
         check_numbers(shards, table)
-        check_codes(shards, codes)
+        books = self.vocabulary.books[which][shards.codebook_numbers(rows)]
+        codebooks = self.vocabulary.codebooks
+        check_codes(shards, codes, books, codebooks)
         return {
             "codes": codes,
             "labels": torch.from_numpy(self.vocabulary.labels[which][table["label"]]),
             "slides": [manifest.slides[s] if s >= 0 else None for s in table["slide"].tolist()],
             "coords": torch.from_numpy(np.stack([table["x"], table["y"]], 1).astype(np.int64)),
             "mpp": torch.from_numpy(table["mpp"].copy()),
-            "latents": dequantize(codes, manifest.contract.codebook)
+            "codebooks": torch.from_numpy(books) if len(codebooks) > 1 else None,
+            "latents": dequantize_each(codes, books, codebooks)
             if self.decode == "latents"
             else None,
             "masks": torch.from_numpy(shards.read_masks(rows)) if self.masks else None,
@@ -108,14 +109,20 @@ def scatter(parts: list[tuple[np.ndarray, dict[str, Any]]], count: int) -> dict[
     return joined
 
 
-def check_codes(shards: ShardSet, codes: Tensor) -> None:
+def check_codes(
+    shards: ShardSet, codes: Tensor, books: np.ndarray, codebooks: Sequence[Codebook]
+) -> None:
     """Refuse codes beyond a codebook of fewer than 256 levels, which a decoder would not notice."""
-    count = shards.manifest.contract.codebook.levels.shape[1]
-    if count < MAX_LEVELS and codes.numel() and int(codes.max()) >= count:
-        raise FormatError(
-            f"{shards.folder}: code {int(codes.max())}, but the codebook has {count} levels; "
-            "damaged, fetch it anew"
-        )
+    for number in np.unique(books).tolist():
+        count = codebooks[number].levels.shape[1]
+        if count == MAX_LEVELS:
+            continue
+        largest = int(codes[torch.from_numpy(books == number)].max())
+        if largest >= count:
+            raise FormatError(
+                f"{shards.folder}: code {largest}, but the codebook has {count} levels; damaged, "
+                "fetch it anew"
+            )
 
 
 def check_numbers(shards: ShardSet, table: np.ndarray) -> None:

@@ -4,15 +4,16 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
-from collections.abc import Iterable, Iterator
+import functools
+import shutil
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from latentds.columns import encode_table
+from latentds.columns import MASK_SCHEMA, encode_table
 from latentds.errors import InputError
 from latentds.format import (
     DIGESTS,
@@ -20,16 +21,20 @@ from latentds.format import (
     MANIFEST,
     PACKS_TABLE,
     PATCHES_TABLE,
+    SIDECARS,
+    SPLIT_PATTERN,
     Contract,
     pack_key,
+    shard_name,
 )
-from latentds.index import index_shard, save_index, write_tables
+from latentds.index import ShardIndex, index_shard, save_index, write_tables
 from latentds.manifest import Manifest
 from latentds.publishing import dataset_card
+from latentds.quantizer import Codebook
 from latentds.storage import sha256_file, write_atomically
 from latentds.writer import Pack, ShardWriter
 
-Part = tuple[np.ndarray, pa.Table]
+Part = tuple[np.ndarray, pa.Table]  # codes and columns; a column mask_png becomes the masks member
 SHARD_BYTES = 256 * 1_000_000  # of codes, as `convert --shard-mb` has it
 
 
@@ -51,25 +56,70 @@ def compose(
     """
     if out.is_dir() and any(out.iterdir()):
         raise InputError(f"{out}: not empty; choose another folder")
-    shard_patches = max(pack_size, shard_bytes // contract.bytes_per_patch // pack_size * pack_size)
+    composer = Composer(out, contract)
+    for split, parts in sorted(splits.items()):
+        composer.add_packs(split, contract, cut(parts, pack_size), shard_bytes)
+    manifest = composer.tables(made)
+    shutil.rmtree(composer.work)
     write_atomically(out / GOLDEN, golden)
-    with tempfile.TemporaryDirectory() as work:
-        indexes = []
-        for split, parts in sorted(splits.items()):
-            packs = cut(parts, pack_size)
-            for number, shard in enumerate(grouped(packs, shard_patches // pack_size)):
-                name = f"data/{split}-{number:06d}.tar"
-                write_shard(out / name, contract, split, number, shard)
-                path = Path(work) / f"{split}-{number:06d}.npz"
-                save_index(index_shard(out, name, contract), path)
-                indexes.append(path)
-        if not indexes:
-            raise InputError(f"{out}: no patches to write")
-        records, classes, slides = write_tables(out, indexes)
-    manifest = Manifest(
-        contract=contract, shards=records, classes=classes, slides=slides, tables={}, made=made
-    )
     return complete(out, manifest)
+
+
+class Composer:
+    """A data set being written, shard by shard: splits in any order, shards numbered as they come.
+
+    out       its folder
+    contract  the set's; shards may have contracts that differ in the codebook
+    """
+
+    def __init__(self, out: Path, contract: Contract) -> None:
+        self.out, self.contract = out, contract
+        self.work = out / SIDECARS / "work"
+        self.numbers: dict[str, int] = {}
+        self.indexes: dict[str, Path] = {}
+        self.codebooks: dict[str, Codebook] = {}
+
+    def add_packs(
+        self, split: str, contract: Contract, packs: Iterable[Part], shard_bytes: int = SHARD_BYTES
+    ) -> None:
+        """Write packs as shards of at most so many bytes of codes, a pack each at the least."""
+        for shard in grouped(iter(packs), shard_bytes // contract.bytes_per_patch):
+            self.add_shard(split, contract, functools.partial(write_shard, contract, split, shard))
+
+    def add_shard(
+        self, split: str, contract: Contract, write: Callable[[Path, int], None]
+    ) -> ShardIndex:
+        """Have the split's next shard written by `write(path, number)`, and index it."""
+        if not SPLIT_PATTERN.fullmatch(split):
+            raise InputError(f"split {split!r}: a split's name is a-z, 0-9 and _, up to 32")
+        number = self.numbers.get(split, 0)
+        name = shard_name(split, number)
+        write(self.out / name, number)
+        index = index_shard(self.out, name, contract)
+        path = self.work / f"{split}-{number:06d}.index.npz"
+        save_index(index, path)
+        self.indexes[name], self.numbers[split] = path, number + 1
+        self.codebooks[contract.codebook.codebook_id] = contract.codebook
+        return index
+
+    def tables(self, made: dict[str, Any]) -> Manifest:
+        """Write the tables; returns the manifest, which `complete` writes."""
+        if not self.indexes:
+            raise InputError(f"{self.out}: no patches to write")
+        names = sorted(self.indexes)
+        records, classes, slides = write_tables(self.out, [self.indexes[name] for name in names])
+        own = self.codebooks.pop(self.contract.codebook.codebook_id, None)
+        if own is None:  # its patches were left out: another shard's takes its place
+            own = self.codebooks.pop(records[0].codebook_id)
+        return Manifest(
+            contract=dataclasses.replace(self.contract, codebook=own),
+            shards=records,
+            classes=classes,
+            slides=slides,
+            tables={},
+            made=made,
+            more_codebooks=tuple(self.codebooks.values()),
+        )
 
 
 def complete(out: Path, manifest: Manifest) -> Manifest:
@@ -88,14 +138,26 @@ def describe_file(path: Path) -> dict[str, Any]:
 
 
 def write_shard(
-    path: Path, contract: Contract, split: str, number: int, parts: Iterable[Part]
+    contract: Contract, split: str, parts: Iterable[Part], path: Path, number: int
 ) -> None:
-    """One shard of ready packs."""
+    """Write ready packs as shard `number` of a split, under `path`."""
     with ShardWriter(path, contract) as writer:
         for place, (codes, columns) in enumerate(parts):
+            masks = None
+            if "mask_png" in columns.schema.names:
+                masks = encode_mask_column(columns["mask_png"])
+                columns = columns.drop_columns(["mask_png"])
+            patches = encode_table(columns)
             key = pack_key(split, number, place)
-            writer.add(Pack(key=key, codes=codes, patches=encode_table(columns)))
+            writer.add(Pack(key=key, codes=codes, patches=patches, masks=masks))
         writer.finish()
+
+
+def encode_mask_column(column: pa.ChunkedArray) -> bytes | None:
+    """The masks member of a pack, None where no patch has a mask."""
+    if column.null_count == len(column):
+        return None
+    return encode_table(pa.table([column], schema=MASK_SCHEMA))
 
 
 def cut(parts: Iterable[Part], size: int) -> Iterator[Part]:
@@ -117,16 +179,21 @@ def cut(parts: Iterable[Part], size: int) -> Iterator[Part]:
         yield np.concatenate(codes), pa.concat_tables(columns)
 
 
-def grouped(parts: Iterator[Part], count: int) -> Iterator[Iterator[Part]]:
-    """Runs of at most `count` parts; each must be consumed before the next is asked for."""
-    for first in parts:
+def grouped(parts: Iterator[Part], room: int) -> Iterator[Iterator[Part]]:
+    """Runs of parts of at most `room` patches together, or of one part that is larger.
 
-        def run(first: Part = first) -> Iterator[Part]:
-            yield first
-            for _ in range(count - 1):
-                try:
-                    yield next(parts)
-                except StopIteration:
-                    return
+    Each run must be consumed before the next is asked for.
+    """
+    waiting = next(parts, None)
 
+    def run() -> Iterator[Part]:
+        nonlocal waiting
+        held = 0
+        while waiting is not None and (not held or held + len(waiting[0]) <= room):
+            held += len(waiting[0])
+            part, waiting = waiting, None
+            yield part
+            waiting = next(parts, None)
+
+    while waiting is not None:
         yield run()

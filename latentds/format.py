@@ -138,8 +138,6 @@ class Contract:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values, codebook included."""
-        rows, levels = self.codebook.levels.shape
-        values = base64.b64encode(self.codebook.levels.astype("<f4").tobytes()).decode()
         return {
             "encoding": self.encoding,
             "latent_id": self.latent_id,
@@ -148,12 +146,7 @@ class Contract:
             "autoencoder": self.autoencoder,
             "patch_px": list(self.patch_px),
             "codes_shape": list(self.codes_shape),
-            "codebook": {
-                "kind": self.codebook.kind,
-                "rows": rows,
-                "levels": levels,
-                "values_f32le_base64": values,
-            },
+            "codebook": codebook_to_json(self.codebook),
         }
 
     @staticmethod
@@ -197,6 +190,13 @@ def positive(values: Any, count: int) -> Any:
     if len(numbers) != count or any(type(n) is not int or not 0 < n <= 65536 for n in numbers):
         raise ValueError(f"{values} is not {count} positive integers")
     return numbers
+
+
+def codebook_to_json(codebook: Codebook) -> dict[str, Any]:
+    """A codebook as plain JSON values."""
+    rows, levels = codebook.levels.shape
+    values = base64.b64encode(codebook.levels.astype("<f4").tobytes()).decode()
+    return {"kind": codebook.kind, "rows": rows, "levels": levels, "values_f32le_base64": values}
 
 
 def codebook_from_json(record: Any) -> Codebook:

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from PIL import Image
+from torch import Tensor
 
 from latentds.autoencoders.base import Autoencoder, exact_arithmetic
 from latentds.columns import decode_table, encode_table
@@ -68,17 +69,34 @@ def choose_rows(patches: int, seed: int) -> np.ndarray:
 
 
 def decode_pixels(
-    codes: np.ndarray, codebook: Codebook, autoencoder: Autoencoder, patch_px: tuple[int, int]
+    codes: np.ndarray,
+    codebooks: Codebook | Sequence[Codebook],
+    autoencoder: Autoencoder,
+    patch_px: tuple[int, int],
+    books: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Decoded uint8 (G, H, W, 3) of codes (G, C, h, w), one patch at a time."""
-    height, width = patch_px
-    decoded = np.empty((len(codes), height, width, 3), np.uint8)
-    with torch.no_grad(), exact_arithmetic():
-        for place in range(len(codes)):
-            latents = dequantize(torch.from_numpy(codes[place : place + 1].copy()), codebook)
-            image = autoencoder.decode(latents)[0, :, :height, :width].float().cpu()
-            decoded[place] = image.mul(255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    """Decoded uint8 (G, H, W, 3) of codes (G, C, h, w), one patch at a time.
+
+    books  int64 (G,), which of the codebooks each patch has; None for the first
+    """
+    tables = [codebooks] if isinstance(codebooks, Codebook) else codebooks
+    decoded = np.empty((len(codes), *patch_px, 3), np.uint8)
+    for place in range(len(codes)):
+        codebook = tables[0 if books is None else int(books[place])]
+        latents = dequantize(torch.from_numpy(codes[place : place + 1].copy()), codebook)
+        decoded[place] = latents_pixels(latents, autoencoder, patch_px)
     return decoded
+
+
+def latents_pixels(
+    latents: Tensor, autoencoder: Autoencoder, patch_px: tuple[int, int]
+) -> np.ndarray:
+    """Decoded uint8 (H, W, 3) of one patch's latents (1, C, h, w)."""
+    height, width = patch_px
+    with torch.no_grad(), exact_arithmetic():
+        image = autoencoder.decode(latents)[0, :, :height, :width].float().cpu()
+    pixels: np.ndarray = image.mul(255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    return pixels
 
 
 def encode_golden(
@@ -97,17 +115,44 @@ def encode_golden(
     return encode_table(pa.table(columns, schema=SCHEMA))
 
 
-def read_golden(folder: Path, contract: Contract, patches: int) -> Golden:
-    """The golden patches of a data set of `patches`; FormatError where the file is damaged."""
-    codes_shape, patch_px = contract.codes_shape, contract.patch_px
+def read_golden_table(folder: Path) -> pa.Table:
+    """The golden file's rows as they are stored; FormatError where it is damaged."""
     path = folder / GOLDEN
     if not path.is_file() or path.stat().st_size > MAX_GOLDEN_BYTES:
         raise FormatError(f"{path}: missing or too large; fetch it anew")
-    content = path.read_bytes()
+    return decode_table(path.read_bytes(), str(path), SCHEMA)
+
+
+def renumbered(table: pa.Table, rows: np.ndarray) -> pa.Table:
+    """A golden table whose patches stand at other rows of the patch table, sorted by them.
+
+    rows  where each stands now, -1 where it is no longer there: such are left out
+    """
+    table = table.set_column(0, SCHEMA.field("row"), pa.array(rows.clip(0), pa.uint64()))
+    order = np.argsort(rows, kind="stable")
+    return table.take(order[rows[order] >= 0])
+
+
+def no_golden() -> bytes:
+    """The golden file of a set that has no golden patches."""
+    return encode_table(SCHEMA.empty_table())
+
+
+def read_golden(folder: Path, contract: Contract, patches: int) -> Golden:
+    """The golden patches of a data set of `patches`; FormatError where the file is damaged.
+
+    There may be none: all were removed, or no decoder was at hand when the set was made.
+    """
+    codes_shape, patch_px = contract.codes_shape, contract.patch_px
+    path = folder / GOLDEN
+    table = read_golden_table(folder).to_pydict()
+    if not table["row"]:
+        nothing = np.zeros(0, np.int64)
+        none = np.zeros((0, *codes_shape), np.uint8), np.zeros((0, *patch_px, 3), np.uint8)
+        return Golden(nothing, *none, [], np.zeros(0), TOLERANCE_LEVELS)
     thumbnail_px = shrink(np.zeros((*patch_px, 3), np.uint8)).shape[:2]
     try:
-        table = decode_table(content, str(path), SCHEMA).to_pydict()
-        if not 0 < len(table["row"]) <= MAX_GOLDEN or max(table["row"]) >= patches:
+        if len(table["row"]) > MAX_GOLDEN or max(table["row"]) >= patches:
             raise FormatError(f"{path}: golden patches name rows that are not there")
         codes = [np.frombuffer(patch, np.uint8).reshape(codes_shape) for patch in table["codes"]]
         return Golden(

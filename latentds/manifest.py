@@ -23,8 +23,11 @@ from latentds.format import (
     SPLIT_PATTERN,
     Contract,
     check_format,
+    codebook_from_json,
+    codebook_to_json,
     digest_json,
 )
+from latentds.quantizer import Codebook
 
 MAX_MANIFEST_BYTES = 1 << 28
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -49,6 +52,7 @@ class Manifest:
     """What `.latentds/manifest.json` says.
 
     contract  what the codes mean
+    more_codebooks  those of merged sets, beside the contract's own
     shards    in the order of the tables: splits sorted, shards of a split in sequence
     classes   label names; a stored label is an index into them
     slides    slide names; a stored slide is an index into them
@@ -62,6 +66,23 @@ class Manifest:
     slides: tuple[str, ...]
     tables: dict[str, dict[str, Any]]
     made: dict[str, Any]
+    more_codebooks: tuple[Codebook, ...] = ()
+
+    @property
+    def codebooks(self) -> tuple[Codebook, ...]:
+        """Every codebook of the set, the contract's first."""
+        return (self.contract.codebook, *self.more_codebooks)
+
+    @functools.cached_property
+    def codebook_numbers(self) -> tuple[int, ...]:
+        """Which of `codebooks` every shard has."""
+        number = {book.codebook_id: place for place, book in enumerate(self.codebooks)}
+        return tuple(number[shard.codebook_id] for shard in self.shards)
+
+    def contract_of(self, shard: int) -> Contract:
+        """The contract in a shard's header: the set's, with the shard's codebook."""
+        book = self.codebooks[self.codebook_numbers[shard]]
+        return dataclasses.replace(self.contract, codebook=book)
 
     @property
     def patches(self) -> int:
@@ -116,6 +137,8 @@ class Manifest:
             "tables": self.tables,
             "made": self.made,
         }
+        if self.more_codebooks:
+            record["codebooks"] = [codebook_to_json(book) for book in self.codebooks]
         return json.dumps(record, indent=1, sort_keys=True, allow_nan=False) + "\n"
 
 
@@ -156,11 +179,26 @@ def parse_manifest(record: Any, where: str) -> Manifest:
             slides=names(record["slides"]),
             tables={str(name): dict(entry) for name, entry in record["tables"].items()},
             made=parse_made(record["made"]),
+            more_codebooks=parse_codebooks(record.get("codebooks"), contract),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise FormatError(f"{where}: manifest is damaged ({error!r}); fetch it anew") from error
     check_counts(manifest, record, where)
     return manifest
+
+
+def parse_codebooks(records: Any, contract: Contract) -> tuple[Codebook, ...]:
+    """The codebooks beside the contract's own (ValueError where they do not belong to it)."""
+    if records is None:
+        return ()
+    books = [codebook_from_json(record) for record in records]
+    distinct = {book.codebook_id for book in books}
+    own = contract.codebook.codebook_id
+    if not books or len(distinct) != len(books) or books[0].codebook_id != own:
+        raise ValueError("codebooks must be distinct, the contract's first")
+    if any(len(book.levels) not in (1, contract.codes_shape[0]) for book in books):
+        raise ValueError("a codebook's rows do not fit the codes' channels")
+    return tuple(books[1:])
 
 
 def parse_shard(record: Any, where: str) -> ShardRecord:
@@ -221,16 +259,17 @@ def check_counts(manifest: Manifest, record: dict[str, Any], where: str) -> None
     for name in (PACKS_TABLE, PATCHES_TABLE, GOLDEN):
         if not SHA256.fullmatch(str(manifest.tables.get(name, {}).get("sha256"))):
             raise FormatError(f"{where}: tables do not list {name} with its sha256")
+    known = {book.codebook_id for book in manifest.codebooks}
     for shard in manifest.shards:
-        check_shard(manifest, shard, where)
+        check_shard(manifest, shard, known, where)
 
 
-def check_shard(manifest: Manifest, shard: ShardRecord, where: str) -> None:
-    """Refuse a shard whose record contradicts itself or the contract."""
-    if shard.codebook_id != manifest.contract.codebook.codebook_id:
+def check_shard(manifest: Manifest, shard: ShardRecord, known: set[str], where: str) -> None:
+    """Refuse a shard whose record contradicts itself, the contract or the known codebooks."""
+    if shard.codebook_id not in known:
         raise FormatError(
-            f"{where}: {shard.name} has another codebook than the set's; this reader knows one "
-            "codebook a set, upgrade latentds"
+            f"{where}: {shard.name} has codebook {shard.codebook_id!r}, which the manifest does "
+            "not list; fetch both anew"
         )
     if shard.patches * manifest.contract.bytes_per_patch >= shard.bytes:
         raise FormatError(f"{where}: {shard.name} cannot hold {shard.patches} patches")

@@ -42,7 +42,7 @@ class Vocabulary:
     sets        they must share latent_id, codes shape and patch size
     classes     label names of all sets, sorted
     codebooks   the distinct codebooks
-    codebook_of index of every set's codebook, int64 (S,)
+    books       for every set, which of them its own ones are, by their number in its manifest
     """
 
     def __init__(self, sets: Sequence[ShardSet]) -> None:
@@ -55,11 +55,14 @@ class Vocabulary:
         ]
         books: dict[str, Codebook] = {}
         for shards in sets:
-            codebook = shards.manifest.contract.codebook
-            books.setdefault(codebook.codebook_id, codebook)
+            for codebook in shards.manifest.codebooks:
+                books.setdefault(codebook.codebook_id, codebook)
         self.codebooks = list(books.values())
         place = {identity: index for index, identity in enumerate(books)}
-        self.codebook_of = np.array([place[s.manifest.contract.codebook.codebook_id] for s in sets])
+        self.books = [
+            np.array([place[book.codebook_id] for book in shards.manifest.codebooks])
+            for shards in sets
+        ]
 
 
 def check_mixable(sets: Sequence[ShardSet]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -101,6 +102,21 @@ def dequantize(codes: Tensor, codebook: Codebook, table: Tensor | None = None) -
     if rows > 1:
         index = index + count * torch.arange(rows, device=codes.device).view(1, -1, 1, 1)
     return levels.view(-1)[index]
+
+
+def dequantize_each(codes: Tensor, books: np.ndarray, codebooks: Sequence[Codebook]) -> Tensor:
+    """Float32 (B, C, h, w): the levels of every patch's codes by its own codebook.
+
+    books     int64 (B,), which of `codebooks` each patch has
+    raises    as `dequantize`
+    """
+    if len(codebooks) == 1:
+        return dequantize(codes, codebooks[0])
+    latents = torch.empty(codes.shape, dtype=torch.float32)
+    for number in np.unique(books).tolist():
+        places = torch.from_numpy(books == number)
+        latents[places] = dequantize(codes[places], codebooks[number])
+    return latents
 
 
 def check_channels(values: Tensor, codebook: Codebook) -> None:

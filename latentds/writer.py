@@ -42,11 +42,15 @@ def global_header(contract: Contract) -> bytes:
 
 
 def member_bytes(name: str, content: bytes) -> bytes:
-    """A tar member: header without times or owners, content, padding."""
+    """A tar member: header, content, padding."""
+    return member_header(name, len(content)) + content + bytes(-len(content) % BLOCK)
+
+
+def member_header(name: str, size: int) -> bytes:
+    """A tar member's header, without times or owners."""
     info = tarfile.TarInfo(name)
-    info.size, info.mode, info.mtime = len(content), 0o644, 0
-    header = info.tobuf(tarfile.USTAR_FORMAT, "ascii", "strict")
-    return header + content + bytes(-len(content) % BLOCK)
+    info.size, info.mode, info.mtime = size, 0o644, 0
+    return info.tobuf(tarfile.USTAR_FORMAT, "ascii", "strict")
 
 
 def pack_bytes(pack: Pack) -> bytes:

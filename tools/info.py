@@ -65,6 +65,7 @@ def summarize(config: Config) -> dict[str, Any]:
             "kind": contract.codebook.kind,
             "levels": contract.codebook.levels.shape[1],
             "rows": contract.codebook.levels.shape[0],
+            "more": len(manifest.more_codebooks),
             **made.get("codebook", {}),
         },
         "left_out": len(made.get("left_out", [])),
@@ -96,6 +97,8 @@ def as_text(summary: dict[str, Any]) -> str:
     splits = ", ".join(f"{name} {count:,}" for name, count in summary["splits"].items())
     labels = ", ".join(f"{name} {count:,}" for name, count in summary["labels"].items()) or "none"
     origin = codebook.get("origin", "origin not recorded")
+    if codebook["more"]:
+        origin += f", and {codebook['more']} more beside it"
     if "snr_db" in codebook:
         origin += (
             f" ({codebook['values']:,} latent values, seed {codebook['seed']}): "

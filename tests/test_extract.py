@@ -1,0 +1,314 @@
+"""extract and export: decoded pictures, Parquet rows, npy trees, wids indexes."""
+
+import csv
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from latentds import extracting
+from latentds.errors import InputError, UnknownNameError
+from latentds.exporting import export_npy, export_parquet, export_wids
+from latentds.extracting import extract
+from latentds.filenames import file_stem, patch_path
+from latentds.golden import decode_pixels
+from latentds.manifest import read_manifest
+from latentds.merging import merge
+from latentds.quantizer import dequantize
+from latentds.reader import ShardSet
+from tests.conftest import convert_with_mean, save_pictures
+from tests.fakes import MeanAutoencoder
+from tests.test_merge import codes_by_key, make_set
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """26 patches of two splits, two classes, three slides."""
+    return make_set(tmp_path_factory.mktemp("small"), "a", 12, 0)
+
+
+@pytest.fixture(scope="module")
+def merged(small, tmp_path_factory):
+    root = tmp_path_factory.mktemp("two")
+    merge([small, make_set(root, "b", 3, 700, levels=32)], root / "ab")
+    return root / "ab"
+
+
+def table(folder) -> list[dict]:
+    with (folder / "table.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def pixels_by_key(folder) -> dict[str, bytes]:
+    shards = ShardSet(folder)
+    rows = np.arange(len(shards))
+    books = shards.manifest.codebooks
+    pixels = decode_pixels(
+        shards.read_codes(rows), books, MeanAutoencoder(), (32, 32), shards.codebook_numbers(rows)
+    )
+    keys = shards.read_columns(rows, ["key"])["key"]
+    return {file_stem(key): image.tobytes() for key, image in zip(keys, pixels, strict=True)}
+
+
+@pytest.mark.parametrize("which", ["small", "merged"])
+def test_pictures_are_what_the_codes_decode_to(which, tmp_path, request):
+    folder = request.getfixturevalue(which)
+    extract(folder, tmp_path / "png", autoencoder=MeanAutoencoder())
+    found = {path.stem: np.asarray(Image.open(path)).tobytes() for path in tmp_path.rglob("*.png")}
+    assert found == pixels_by_key(folder)
+
+
+def test_folders_are_split_class_and_slide_and_the_table_lists_them(small, tmp_path):
+    extract(small, tmp_path / "png", autoencoder=MeanAutoencoder())
+    lines = table(tmp_path / "png")
+    assert len(lines) == 29 and all((tmp_path / "png" / line["path"]).is_file() for line in lines)
+    parts = {tuple(line["path"].split("/")[:3]) for line in lines}
+    assert ("train", "tumour", "a.1") in parts and ("val", "tumour", "a.2") in parts
+    assert lines[0].keys() == {"path", "label", "slide", "x", "y", "mpp", "split", "source"}
+
+
+def test_one_split_needs_no_folder_for_it(small, tmp_path):
+    extract(small, tmp_path / "png", split="val", autoencoder=MeanAutoencoder())
+    assert {line["path"].split("/")[0] for line in table(tmp_path / "png")} == {"tumour"}
+
+
+def test_extracted_pictures_convert_to_the_same_labels_and_slides(small, tmp_path):
+    extract(small, tmp_path / "png", autoencoder=MeanAutoencoder())
+    convert_with_mean(tmp_path / "png", tmp_path / "again")
+    again, before = read_manifest(tmp_path / "again"), read_manifest(small)
+    assert (again.splits, again.classes, again.slides) == (
+        before.splits, before.classes, before.slides)  # fmt: skip
+
+
+def test_a_killed_run_goes_on_where_it_stopped(small, tmp_path, monkeypatch):
+    written = []
+    whole = extracting.write_whole
+
+    def die_after_five(path, content):
+        if len(written) == 5:
+            raise KeyboardInterrupt
+        written.append(path)
+        whole(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(extracting, "write_whole", die_after_five)
+        with pytest.raises(KeyboardInterrupt):
+            extract(small, tmp_path / "png", autoencoder=MeanAutoencoder())
+    assert not (tmp_path / "png" / "table.csv").exists()
+    counts = extract(small, tmp_path / "png", autoencoder=MeanAutoencoder())
+    assert counts == {"written": 24, "found": 5} and len(table(tmp_path / "png")) == 29
+
+
+def test_an_empty_file_of_a_power_failure_is_written_anew(small, tmp_path):
+    extract(small, tmp_path / "png", autoencoder=MeanAutoencoder())
+    next((tmp_path / "png").rglob("*.png")).write_bytes(b"")
+    assert extract(small, tmp_path / "png", autoencoder=MeanAutoencoder())["written"] == 1
+
+
+def test_conditions_and_slides_choose(small, tmp_path):
+    where = "label == 'stroma'"
+    counts = extract(small, tmp_path / "a", where=where, autoencoder=MeanAutoencoder())
+    assert counts["written"] == 12
+    counts = extract(small, tmp_path / "b", slides=["a.2"], autoencoder=MeanAutoencoder())
+    assert counts["written"] == 5
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"where": "label = 'x'"}, InputError, "not a condition"),
+        ({"where": "x > 100000"}, InputError, "chooses no patch"),
+        ({"slides": ["a.9"]}, UnknownNameError, "unknown slide 'a.9'"),
+        ({"split": "test"}, UnknownNameError, "unknown split"),
+    ],
+)
+def test_choices_that_choose_nothing_are_refused(small, tmp_path, options, error, match):
+    with pytest.raises(error, match=match):
+        extract(small, tmp_path / "png", autoencoder=MeanAutoencoder(), **options)
+
+
+def test_jpeg_has_the_quality_asked_for(small, tmp_path):
+    options = {"picture_format": "jpeg", "autoencoder": MeanAutoencoder()}
+    extract(small, tmp_path / "a", quality=95, **options)
+    extract(small, tmp_path / "b", quality=20, **options)
+    sizes = [sum(p.stat().st_size for p in (tmp_path / n).rglob("*.jpg")) for n in "ab"]
+    assert sizes[0] > sizes[1] > 0
+
+
+def test_another_extraction_in_the_folder_is_refused(small, tmp_path):
+    extract(small, tmp_path / "out", autoencoder=MeanAutoencoder())
+    options = {"picture_format": "jpeg", "autoencoder": MeanAutoencoder()}
+    with pytest.raises(InputError, match=r"another extraction \(format, quality differ\)"):
+        extract(small, tmp_path / "out", **options)
+    extract(small, tmp_path / "out", overwrite=True, **options)
+    assert {p.suffix for p in (tmp_path / "out").rglob("*.*g")} == {".jpg"}
+
+
+def test_foreign_folders_are_not_written_to(small, tmp_path):
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(InputError, match=r"not empty \(notes.txt\)"):
+        extract(small, tmp_path, autoencoder=MeanAutoencoder(), overwrite=True)
+
+
+NAMES = [
+    "../../etc/passwd",
+    "/abs",
+    "..",
+    ".",
+    "",
+    "a/../b",
+    "x\0y",
+    "ü",
+    "a" * 300,
+    ".hidden",
+    "~",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_name_leads_out_of_the_folder(tmp_path, name):
+    from pathlib import Path
+
+    for path in (patch_path(name, "s", "k", ".png"), patch_path("l", name, name, ".png")):
+        whole = (tmp_path / path).resolve()
+        assert tmp_path in whole.parents and len(Path(path).parts) == 3
+        assert all(len(part) < 200 and not part.startswith(".") for part in Path(path).parts)
+
+
+def test_distinct_names_stay_distinct():
+    keys = [
+        "a/b",
+        "a__b",
+        "a_/b",
+        "a/_b",
+        "a_b",
+        "/a/b",
+        "a/b/",
+        *(f"{'k' * 200}{i}" for i in "12"),
+    ]
+    assert len({file_stem(key) for key in keys}) == len(keys)
+    folders = {patch_path(name, None, "k", "") for name in ("a b", "a_b", "a.b", "a.b.", "A b")}
+    assert len(folders) == 5
+
+
+def test_hostile_slides_of_a_set_stay_inside(tmp_path):
+    save_pictures(tmp_path / "in" / "tumour", 9)
+    pattern = r"(?P<label>tumour)/(?P<slide>p\d+)"
+    convert_with_mean(tmp_path / "in", tmp_path / "set", name_pattern=pattern)
+    from tests.bad_shards import edit_manifest
+
+    names = [f"../../{number}" for number in range(9)]
+    edit_manifest(tmp_path / "set", lambda m: m.update(slides=names))
+    extract(tmp_path / "set", tmp_path / "deep" / "er" / "png", autoencoder=MeanAutoencoder())
+    assert len(list((tmp_path / "deep" / "er" / "png").rglob("*.png"))) == 9
+    assert {p.name for p in tmp_path.iterdir()} == {"in", "set", "deep"}
+
+
+def test_datasets_reads_exported_rows(merged, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    assert export_parquet(merged, tmp_path / "out", file_bytes=48 * 10) == 40
+    loaded = datasets.load_dataset(str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"))
+    assert {name: len(rows) for name, rows in loaded.items()} == read_manifest(merged).splits
+    found = {row["key"]: bytes(row["codes"]) for rows in loaded.values() for row in rows}
+    assert found == codes_by_key(merged)
+
+
+def test_exported_rows_say_what_they_mean(merged, tmp_path):
+    from latentds.format import Contract
+
+    export_parquet(merged, tmp_path / "out", split="val")
+    (path,) = (tmp_path / "out" / "data").iterdir()
+    rows = pq.read_table(path)
+    contracts = json.loads(rows.schema.metadata[b"latentds"])["contracts"]
+    shards = ShardSet(merged)
+    first, _ = shards.patch_range("val")
+    row = rows.slice(0, 1).to_pylist()[0]
+    contract = Contract.from_json(contracts[row["codebook_id"]], "row")
+    codes = np.frombuffer(row["codes"], np.uint8).reshape(1, *contract.codes_shape)
+    assert np.array_equal(codes, shards.read_codes(np.array([first])))
+    assert row["split"] == "val" and row["slide"] == "a.2" and row["x"] is None
+    assert str(rows.schema.field("codes").type) == "fixed_size_binary[48]"
+
+
+@pytest.mark.parametrize("latents", [False, True])
+def test_npy_trees_hold_codes_or_latents(merged, tmp_path, latents):
+    export_npy(merged, tmp_path / "out", latents=latents)
+    shards = ShardSet(merged)
+    codes, books = codes_by_key(merged), {b.codebook_id: b for b in shards.manifest.codebooks}
+    stems = {file_stem(key): np.frombuffer(c, np.uint8) for key, c in codes.items()}
+    for line in table(tmp_path / "out"):
+        values = np.load(tmp_path / "out" / line["path"], allow_pickle=False)
+        expected = torch.from_numpy(
+            stems[line["path"].split("/")[-1][:-4]].reshape(1, 3, 4, 4).copy()
+        )
+        if latents:
+            expected = dequantize(expected, books[line["codebook_id"]])
+        assert (
+            np.array_equal(values, expected[0].numpy()) and values.dtype == expected.numpy().dtype
+        )
+
+
+def test_exports_appear_whole_or_not_at_all(small, tmp_path, monkeypatch):
+    from latentds import exporting
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(exporting, "read_rows", die)
+    for export in (export_parquet, export_npy):
+        with pytest.raises(KeyboardInterrupt):
+            export(small, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    assert export_npy(small, tmp_path / "out") == 29
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_exports_replace_exports_with_overwrite_and_nothing_else(small, tmp_path):
+    export_npy(small, tmp_path / "out")
+    with pytest.raises(InputError, match="--overwrite"):
+        export_parquet(small, tmp_path / "out")
+    export_parquet(small, tmp_path / "out", overwrite=True)
+    assert not list((tmp_path / "out").rglob("*.npy"))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("x")
+    with pytest.raises(InputError, match="not empty"):
+        export_parquet(small, tmp_path / "mine", overwrite=True)
+
+
+def test_wids_index_counts_packs_and_names_shards_beside_it(small, tmp_path):
+    packs = export_wids(small, tmp_path / "index.json", split="train")
+    index = json.loads((tmp_path / "index.json").read_text())
+    assert index["wids_version"] == 1 and packs == sum(s["nsamples"] for s in index["shardlist"])
+    for shard in index["shardlist"]:
+        path = tmp_path / shard["url"]
+        assert path.resolve().parent == (small / "data").resolve()
+        assert path.stat().st_size == shard["filesize"]
+    with pytest.raises(InputError, match="--overwrite"):
+        export_wids(small, tmp_path / "index.json")
+
+
+def test_wids_reads_the_index(small, tmp_path):
+    wids = pytest.importorskip("wids")  # part of webdataset until 0.2, no longer of 1.0
+    export_wids(small, tmp_path / "index.json", split="train")
+    packs = wids.ShardListDataset(str(tmp_path / "index.json"), cache_dir=str(tmp_path / "cache"))
+    codes = np.concatenate([packs[place][".codes.npy"] for place in range(len(packs))])
+    shards = ShardSet(small)
+    assert np.array_equal(codes, shards.read_codes(np.arange(*shards.patch_range("train"))))
+
+
+def test_commands_tell_counts(tmp_path, pictures, capsys):
+    from tests.test_tools import call
+
+    call(capsys, "convert", pictures, "--out", tmp_path / "set", "--device", "cpu")
+    words = ("extract", tmp_path / "set", "--out", tmp_path / "png", "--device", "cpu", "--json")
+    code, out, _ = call(capsys, *words)
+    assert code == 0 and json.loads(out)["written"] == 33
+    words = ("export", tmp_path / "set", "--to", "parquet", "--out", tmp_path / "parquet")
+    code, out, _ = call(capsys, *words)
+    assert code == 0 and "33 patches" in out
+    code, _, err = call(capsys, *words, "--latents", "--overwrite")
+    assert code == 1 and "--latents is for --to npy" in err

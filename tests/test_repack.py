@@ -1,0 +1,257 @@
+"""repack: the same codes, columns and masks in other packs, order, splits; slides left out."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from latentds.errors import FormatError, InputError, UnknownNameError
+from latentds.format import MANIFEST
+from latentds.golden import read_golden_table
+from latentds.loader import LatentLoader
+from latentds.manifest import read_manifest
+from latentds.merging import merge
+from latentds.reader import ShardSet
+from latentds.repacking import Repacking, repack
+from latentds.slidelists import read_slide_list, read_splits
+from latentds.verification import verify
+from tests.bad_shards import first_shard, flip_bit
+from tests.conftest import convert_with_mean, save_pictures
+from tests.fakes import MeanAutoencoder
+from tests.test_merge import codes_by_key, make_set
+
+COLUMNS = ("key", "label", "slide", "x", "y", "mpp", "size_px", "source", "source_encoding")
+
+
+@pytest.fixture(scope="module")
+def slides(tmp_path_factory):
+    """Five slides in two splits; packs of 4, in path order, one shard a split."""
+    root = tmp_path_factory.mktemp("slides")
+    for number, (split, slide) in enumerate(
+        [("train", "TCGA-AA-0001-01Z.1"), ("train", "TCGA-AA-0001-02Z.1"),
+         ("train", "TCGA-AA-0002-01Z.1"),
+         ("val", "TCGA-BB-0003-01Z.1"), ("val", "TCGA-BB-0004-01Z.1")]
+    ):  # fmt: skip
+        save_pictures(root / "in" / split / "tumour" / slide, 7 + number, 100 * number)
+    convert_with_mean(root / "in", root / "set", pack_size=4, order="path", mpp=0.5)
+    return root / "set"
+
+
+def rows_by_key(folder) -> dict[str, list]:
+    shards = ShardSet(folder)
+    rows = shards.read_columns(np.arange(len(shards)), COLUMNS)
+    return {key: [rows[name][i] for name in COLUMNS] for i, key in enumerate(rows["key"])}
+
+
+def is_good(folder) -> bool:
+    return verify(folder, autoencoder=MeanAutoencoder()).is_good
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"pack_size": 16},
+        {"pack_size": 1, "order": "stored"},
+        {"group_by": "slide"},
+        {"group_by": "slide", "order": "path", "shard_bytes": 500},
+        {"order": "path", "pack_size": 5, "shard_bytes": 48 * 10},
+    ],
+)
+def test_codes_and_columns_stay_what_they_are(slides, tmp_path, options):
+    repack(slides, tmp_path / "out", Repacking(**options))
+    assert codes_by_key(tmp_path / "out") == codes_by_key(slides)
+    assert rows_by_key(tmp_path / "out") == rows_by_key(slides)
+    assert is_good(tmp_path / "out")
+
+
+def test_there_and_back_gives_the_same_bytes(slides, tmp_path):
+    repack(slides, tmp_path / "there", Repacking(pack_size=3, seed=5))
+    repack(tmp_path / "there", tmp_path / "back", Repacking(pack_size=4, order="path"))
+    for shard in read_manifest(slides).shards:
+        assert (tmp_path / "back" / shard.name).read_bytes() == (slides / shard.name).read_bytes()
+
+
+def test_the_old_set_is_not_touched(slides, tmp_path):
+    before = {p: p.read_bytes() for p in slides.rglob("*") if p.is_file()}
+    repack(slides, tmp_path / "out", Repacking(pack_size=2))
+    assert before == {p: p.read_bytes() for p in slides.rglob("*") if p.is_file()}
+
+
+def test_shuffle_follows_the_seed(slides, tmp_path):
+    first, again, other = (
+        repack(slides, tmp_path / name, Repacking(seed=seed)).dataset_id
+        for name, seed in (("a", 1), ("b", 1), ("c", 2))
+    )
+    assert first == again != other
+
+
+def test_packs_by_slide_hold_one_slide_each(slides, tmp_path):
+    repack(slides, tmp_path / "out", Repacking(group_by="slide"))
+    shards = ShardSet(tmp_path / "out")
+    assert len(shards.packs) == 5
+    for pack in range(5):
+        first, count = int(shards.first_patch[pack]), int(shards.packs["count"][pack])
+        assert len(np.unique(shards.patches["slide"][first : first + count])) == 1
+
+
+def test_excluded_slides_are_gone_from_everything(slides, tmp_path):
+    gone = "TCGA-AA-0002-01Z.1"
+    repack(slides, tmp_path / "out", Repacking(exclude_slides=[gone]))
+    manifest = read_manifest(tmp_path / "out")
+    assert gone not in (tmp_path / "out" / MANIFEST).read_text()
+    assert manifest.patches == read_manifest(slides).patches - 9
+    kept = {k: v for k, v in codes_by_key(slides).items() if "TCGA-AA-0002-01Z_1" not in k}
+    assert codes_by_key(tmp_path / "out") == kept
+    assert manifest.made["repacked"][-1]["excluded_slides"] == 1
+    assert is_good(tmp_path / "out")
+
+
+def test_pictures_left_out_of_an_excluded_slide_are_not_named(tmp_path):
+    for slide in ("s.1", "s.2"):
+        save_pictures(tmp_path / "in" / "tumour" / slide, 9, len(slide))
+        (tmp_path / "in" / "tumour" / slide / "bad.png").write_bytes(b"no picture")
+    convert_with_mean(tmp_path / "in", tmp_path / "set", max_bad=2)
+    repack(tmp_path / "set", tmp_path / "out", Repacking(exclude_slides=["s.1"]))
+    left_out = read_manifest(tmp_path / "out").made["left_out"]
+    assert [entry["source"] for entry in left_out] == ["tumour/s.2/bad.png"]
+
+
+def test_golden_patches_follow_their_rows(slides, tmp_path):
+    repack(slides, tmp_path / "out", Repacking(exclude_slides=["TCGA-BB-0003-01Z.1"], seed=9))
+    table = read_golden_table(tmp_path / "out")
+    codes = ShardSet(tmp_path / "out").read_codes(np.array(table["row"].to_pylist()))
+    assert [code.tobytes() for code in codes] == table["codes"].to_pylist()
+
+
+def test_no_golden_patch_left_is_a_note(tmp_path):
+    for slide, count in (("s.1", 60), ("s.2", 1)):
+        save_pictures(tmp_path / "in" / "tumour" / slide, count, count)
+    convert_with_mean(tmp_path / "in", tmp_path / "set", order="path")  # row 60 is not drawn
+    repack(tmp_path / "set", tmp_path / "out", Repacking(exclude_slides=["s.1"]))
+    result = verify(tmp_path / "out", autoencoder=MeanAutoencoder())
+    assert result.is_good and "no golden patches" in result.notes[0]
+
+
+def test_masks_are_carried(tmp_path):
+    save_pictures(tmp_path / "in", 11)
+    (tmp_path / "masks").mkdir()
+    for number, path in enumerate(sorted((tmp_path / "in").iterdir())):
+        Image.new("L", (32, 32), number).save(tmp_path / "masks" / path.name)
+    convert_with_mean(tmp_path / "in", tmp_path / "set", masks=tmp_path / "masks", pack_size=4)
+    repack(tmp_path / "set", tmp_path / "out", Repacking(pack_size=3, seed=4))
+    shards = ShardSet(tmp_path / "out")
+    rows = np.arange(len(shards))
+    keys = [int(key[1:]) for key in shards.read_columns(rows, ["key"])["key"]]
+    assert shards.read_masks(rows)[:, 0, 0].tolist() == keys
+    assert is_good(tmp_path / "out")
+
+
+def test_splits_by_patient_keep_a_patients_slides_together(slides, tmp_path):
+    path = tmp_path / "splits.csv"
+    lines = ["patient,split", "TCGA-AA-0001,fold_1", "TCGA-AA-0002,test", "TCGA-BB-0003,test",
+             "TCGA-BB-0004,fold_1", "TCGA-ZZ-0009,train"]  # fmt: skip
+    path.write_text("\n".join(lines))
+    by, splits = read_splits(path)
+    manifest = repack(slides, tmp_path / "out", Repacking(splits=splits, split_by=by))
+    assert manifest.splits == {"fold_1": 7 + 8 + 11, "test": 9 + 10}
+    assert is_good(tmp_path / "out")
+
+
+def test_a_slide_without_a_split_is_named(slides, tmp_path):
+    splits = {"TCGA-AA-0001-01Z.1": "train"}
+    with pytest.raises(InputError, match=r"4 names of a slide have no split.*TCGA-AA-0001-02Z\.1"):
+        repack(slides, tmp_path / "out", Repacking(splits=splits))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("name,split\na,b\n", "it needs slide or patient"),
+        ("slide,split\ns.1,Train!\n", "line 2.*'Train!'"),
+        ("slide,split\ns.1,train\ns.1,val\n", "line 3.*'s.1' is in 'train' too"),
+        ("slide,split\n,train\n", "line 2"),
+    ],
+)
+def test_bad_split_lists_are_refused_with_their_line(tmp_path, text, match):
+    (tmp_path / "splits.csv").write_text(text)
+    with pytest.raises(InputError, match=match):
+        read_splits(tmp_path / "splits.csv")
+
+
+def test_lists_pass_over_comments_and_empty_lines(tmp_path):
+    (tmp_path / "gone.txt").write_text("# withdrawn\n\n s.1 \ns.2\n")
+    assert read_slide_list(tmp_path / "gone.txt") == ["s.1", "s.2"]
+
+
+def test_lists_that_are_no_text_are_refused(tmp_path):
+    (tmp_path / "gone.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match="not UTF-8"):
+        read_slide_list(tmp_path / "gone.txt")
+
+
+def test_a_misspelt_slide_is_refused(slides, tmp_path):
+    with pytest.raises(UnknownNameError, match=r"did you mean 'TCGA-AA-0002-01Z\.1'"):
+        repack(slides, tmp_path / "out", Repacking(exclude_slides=["TCGA-AA-0002-01Z"]))
+
+
+def test_excluding_all_slides_is_refused(slides, tmp_path):
+    with pytest.raises(InputError, match="nothing is left"):
+        repack(slides, tmp_path / "out", Repacking(exclude_slides=read_manifest(slides).slides))
+
+
+def test_patches_without_slides_cannot_be_grouped_by_them(pictures, tmp_path):
+    convert_with_mean(pictures, tmp_path / "set")
+    with pytest.raises(InputError, match="33 patches have no slide"):
+        repack(tmp_path / "set", tmp_path / "out", Repacking(group_by="slide"))
+
+
+def test_damage_is_found_not_passed_on(slides, tmp_path):
+    import shutil
+
+    copy = shutil.copytree(slides, tmp_path / "copy")
+    flip_bit(first_shard(copy), int(ShardSet(copy).packs["codes_offset"][2]) + 7)
+    with pytest.raises(FormatError, match=r"train-000000-000002.*damaged"):
+        repack(copy, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_merged_set_repacks_with_all_its_codebooks(tmp_path):
+    parts = [make_set(tmp_path, "a", 6, 0), make_set(tmp_path, "b", 6, 5000, levels=32)]
+    merge(parts, tmp_path / "ab")
+    manifest = repack(tmp_path / "ab", tmp_path / "out", Repacking(pack_size=3))
+    assert len(manifest.codebooks) == 2
+    assert codes_by_key(tmp_path / "out") == codes_by_key(tmp_path / "ab")
+    assert is_good(tmp_path / "out")
+
+
+def test_leaving_out_one_part_of_a_merged_set_leaves_its_codebook_out(tmp_path):
+    parts = [make_set(tmp_path, "a", 6, 0), make_set(tmp_path, "b", 6, 5000, levels=32)]
+    merge(parts, tmp_path / "ab")
+    manifest = repack(tmp_path / "ab", tmp_path / "out", Repacking(exclude_slides=["a.1", "a.2"]))
+    assert len(manifest.codebooks) == 1 and manifest.contract.codebook.levels.shape == (1, 32)
+    assert codes_by_key(tmp_path / "out") == codes_by_key(parts[1])
+    assert is_good(tmp_path / "out")
+
+
+def test_loader_reads_the_result(slides, tmp_path):
+    repack(slides, tmp_path / "out", Repacking(group_by="slide"))
+    loader = LatentLoader(tmp_path / "out", "train", batch_size=6, autoencoder=MeanAutoencoder())
+    assert sum(len(batch.images) for batch in loader) == 7 + 8 + 9
+
+
+def test_command_says_what_it_did(slides, tmp_path, capsys):
+    from tests.test_tools import call
+
+    (tmp_path / "gone.txt").write_text("TCGA-AA-0002-01Z.1\n")
+    words = ["--out", tmp_path / "out", "--exclude-slides", tmp_path / "gone.txt", "--json"]
+    code, out, _ = call(capsys, "repack", slides, *words)
+    assert code == 0 and json.loads(out)["left_out"] == 9
+    assert call(capsys, "repack", slides, *words)[0] == 1
+
+
+def test_a_split_that_no_shard_can_be_named_after_is_refused(slides, tmp_path):
+    splits = dict.fromkeys(read_manifest(slides).slides, "../Train")
+    with pytest.raises(InputError, match=r"split '\.\./Train'"):
+        repack(slides, tmp_path / "out", Repacking(splits=splits))

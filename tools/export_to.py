@@ -1,0 +1,53 @@
+"""latentds export: to Parquet, a tree of npy files, or an index for wids."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Write a data set's codes as other tools read them.
+
+    parquet: a row a patch, for `datasets`; npy: a file a patch and table.csv; wids: an index over
+    the shards as they are, for webdataset's ShardListDataset.
+    """
+
+    folder: Annotated[str, tyro.conf.Positional]
+    """Folder or location of a data set."""
+    out: Path
+    """Folder to be made; of wids, the JSON file."""
+    to: Literal["parquet", "npy", "wids"]
+    """What to write."""
+    latents: bool = False
+    """npy: float32 latents instead of codes."""
+    split: str | None = None
+    """One split; all by default."""
+    overwrite: bool = False
+    """Replace what an earlier export wrote there."""
+    json: bool = False
+    """Print JSON."""
+
+
+def run(config: Config) -> None:
+    """Export, and say how much."""
+    from latentds import exporting
+    from latentds.errors import InputError
+
+    if config.latents and config.to != "npy":
+        raise InputError(f"--latents is for --to npy; {config.to} holds codes")
+    where = (config.folder, config.out, config.split)
+    if config.to == "parquet":
+        count = exporting.export_parquet(*where, overwrite=config.overwrite)
+    elif config.to == "npy":
+        count = exporting.export_npy(*where, latents=config.latents, overwrite=config.overwrite)
+    else:
+        count = exporting.export_wids(*where, overwrite=config.overwrite)
+    unit = "packs" if config.to == "wids" else "patches"
+    summary = {"out": str(config.out), unit: count}
+    print(json.dumps(summary, indent=1) if config.json else f"{config.out}: {count:,} {unit}")

@@ -1,0 +1,67 @@
+"""latentds extract: decoded pictures in class folders."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Decode patches to picture files, [SPLIT/]LABEL/SLIDE/KEY.png, and write table.csv.
+
+    A killed run is resumed by the same command: pictures that are there are not decoded again.
+    """
+
+    folder: Annotated[str, tyro.conf.Positional]
+    """Folder or location of a data set."""
+    out: Path
+    """Folder of pictures to be made."""
+    format: Literal["png", "jpeg"] = "png"
+    """File format."""
+    quality: int = 95
+    """Of JPEG, 1 to 100."""
+    split: str | None = None
+    """One split; all by default, each in a folder of its own."""
+    where: str | None = None
+    """Condition on label, slide, patient, x, y, mpp, size_px, as in "label == 'TUM'"."""
+    slides: Path | None = None
+    """Text file of slide names, one a line, to take only those."""
+    autoencoder: str | None = None
+    """Name or folder of the decoder, where the recorded one is local or another is wanted."""
+    device: str = "auto"
+    """cpu, cuda, ...; auto takes a GPU where there is one."""
+    overwrite: bool = False
+    """Replace the pictures of another extraction in --out."""
+    json: bool = False
+    """Print JSON."""
+
+
+def run(config: Config) -> None:
+    """Extract, and say what was written."""
+    from latentds.conversion.encode import choose_device
+    from latentds.errors import InputError
+    from latentds.extracting import extract
+    from latentds.slidelists import read_slide_list
+
+    if not 1 <= config.quality <= 100:
+        raise InputError(f"--quality {config.quality} is not between 1 and 100")
+    counts = extract(
+        config.folder,
+        config.out,
+        picture_format=config.format,
+        quality=config.quality,
+        split=config.split,
+        where=config.where,
+        slides=read_slide_list(config.slides) if config.slides else None,
+        autoencoder=config.autoencoder,
+        device=choose_device(config.device),
+        overwrite=config.overwrite,
+    )
+    summary = {"out": str(config.out), **counts}
+    text = f"{config.out}: {counts['written']:,} pictures written, {counts['found']:,} were there"
+    print(json.dumps(summary, indent=1) if config.json else text)

@@ -1,0 +1,127 @@
+"""latentds import: a data set of latents that others made."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Make a data set of latents that lie in files already; their scale is recorded.
+
+    Read are PixCell and ZoomLDM trees, one .npy a patch in class folders (or as `latentds export`
+    wrote them), and .npy, .npz or .safetensors of (N, C, h, w) with labels. No pickles.
+    """
+
+    source: Annotated[Path, tyro.conf.Positional]
+    """Folder or file of latents."""
+    out: Path
+    """Folder of the data set to be made."""
+    autoencoder: str | None = None
+    """Name or local folder of the autoencoder whose latents these are."""
+    latent_id: str | None = None
+    """Its latent_id (sha256:...), where its weights cannot be loaded here."""
+    layout: Literal["pixcell", "zoomldm", "npy", "arrays"] | None = None
+    """How the files lie; found out by their names where not given."""
+    scale: float | None = None
+    """latent = stored * scale + shift; needed for bytes, 1 for floats."""
+    shift: float | None = None
+    """Likewise; needed for bytes, 0 for floats."""
+    codebook: Path | None = None
+    """Codebook file: floats are quantized with it, bytes are its codes."""
+    quantizer: Literal["kmeans", "kmeans-channel", "int8-minmax", "int8-percentile"] = "kmeans"
+    """How floats become bytes, where no --codebook is given."""
+    levels: int = 256
+    """Levels of the fitted codebook, 2 to 256."""
+    fit_patches: int = 1000
+    """Patches the codebook is fitted to, drawn by --seed."""
+    patch_size: int | None = None
+    """Edge of a patch in pixels; latent cells times the autoencoder's factor by default."""
+    shape: tuple[int, int, int] | None = None
+    """C h w of array rows that are stored flat."""
+    labels: bool = True
+    """Take class folders, or the files' labels."""
+    splits: bool = True
+    """Take top folders named train, val, valid, validation and test as splits."""
+    name_pattern: str | None = None
+    """Regular expression with groups among label, slide, x, y, mpp, searched in relative paths."""
+    tile_step: int | None = None
+    """Level-0 pixels a step of PixCell's COL_ROW names; without it places stay unknown."""
+    mpp: float | None = None
+    """Micrometres a pixel, recorded with every patch."""
+    order: Literal["shuffle", "path"] = "shuffle"
+    """Order on disk: shuffled by --seed, or by path."""
+    pack_size: int = 256
+    """Patches stored as one record."""
+    shard_mb: int = 256
+    """Size of a shard in MB of codes."""
+    seed: int = 0
+    overwrite: bool = False
+    """Replace a data set that lies in --out."""
+    json: bool = False
+    """Print JSON."""
+
+
+def run(config: Config) -> None:
+    """Import, and say what was made."""
+    from latentds.importing import import_latents
+
+    manifest = import_latents(
+        config.source,
+        config.out,
+        config.autoencoder,
+        config.latent_id,
+        options(config),
+        config.overwrite,
+    )
+    summary = {
+        "out": str(config.out),
+        "patches": manifest.patches,
+        "splits": manifest.splits,
+        "classes": manifest.labels(),
+        "codes_shape": list(manifest.contract.codes_shape),
+        "patch_px": list(manifest.contract.patch_px),
+        "shards": len(manifest.shards),
+        **{name: manifest.made[name] for name in ("imported", "codebook", "quantization")},
+    }
+    text = "\n".join(f"{name:<16} {value}" for name, value in summary.items())
+    print(json.dumps(summary, indent=1) if config.json else text)
+
+
+def options(config: Config) -> Any:
+    """What the files do not say themselves."""
+    from latentds.foreign import ListingOptions
+    from latentds.import_contract import ImportOptions
+
+    check(config)
+    same = ("layout", "labels", "splits", "name_pattern", "tile_step", "mpp")
+    listing = ListingOptions(**{name: getattr(config, name) for name in same})
+    same = ("scale", "shift", "codebook", "quantizer", "levels", "fit_patches", "shape", "order")
+    return ImportOptions(
+        listing=listing,
+        patch_px=config.patch_size,
+        pack_size=config.pack_size,
+        shard_bytes=config.shard_mb * 1_000_000,
+        seed=config.seed,
+        **{name: getattr(config, name) for name in same},
+    )
+
+
+def check(config: Config) -> None:
+    """Refuse numbers out of range."""
+    from latentds.errors import InputError
+
+    limits = {
+        "levels": (2, 256), "fit_patches": (1, 10**7), "patch_size": (8, 8192),
+        "pack_size": (1, 65536), "shard_mb": (1, 65536), "tile_step": (1, 65536),
+        "seed": (0, 2**31), "mpp": (0.01, 100), "scale": (-1e6, 1e6), "shift": (-1e6, 1e6),
+    }  # fmt: skip
+    for name, (low, high) in limits.items():
+        value = getattr(config, name)
+        if value is not None and not low <= value <= high:
+            raise InputError(f"--{name.replace('_', '-')} {value} is not between {low} and {high}")

@@ -1,0 +1,93 @@
+"""latentds repack: the same codes in other packs, order or splits, slides left out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Write a data set anew: codes, columns and masks stay what they are, the old folder too."""
+
+    folder: Annotated[Path, tyro.conf.Positional]
+    """Folder of a data set."""
+    out: Path
+    """Folder of the data set to be made."""
+    pack_size: int = 256
+    """Patches stored as one record."""
+    group_by: Literal["slide", "none"] = "none"
+    """slide: all patches of a slide as one record."""
+    order: Literal["shuffle", "path", "stored"] = "shuffle"
+    """Order on disk: shuffled by --seed, by source path, or as it was."""
+    seed: int = 0
+    exclude_slides: Path | None = None
+    """Text file of slide names, one a line, whose patches are left out."""
+    splits: Path | None = None
+    """CSV of slide,split or patient,split that takes the place of the old splits."""
+    shard_mb: int = 256
+    """Size of a shard in MB of codes."""
+    overwrite: bool = False
+    """Replace a data set that lies in --out."""
+    json: bool = False
+    """Print JSON."""
+
+
+def run(config: Config) -> None:
+    """Repack, and say what was made."""
+    from latentds.manifest import read_manifest
+    from latentds.repacking import repack
+
+    before = read_manifest(config.folder).patches
+    manifest = repack(config.folder, config.out, options(config), config.overwrite)
+    kept = golden_count(config.out)
+    if not kept:
+        print("no golden patch is left: 'latentds verify' cannot check a decoder", file=sys.stderr)
+    summary = {
+        "out": str(config.out),
+        "dataset_id": manifest.dataset_id,
+        "patches": manifest.patches,
+        "left_out": before - manifest.patches,
+        "splits": manifest.splits,
+        "packs": manifest.packs,
+        "shards": len(manifest.shards),
+        "golden": kept,
+    }
+    text = "\n".join(f"{name:<16} {value}" for name, value in summary.items())
+    print(json.dumps(summary, indent=1) if config.json else text)
+
+
+def options(config: Config) -> Any:
+    """What is to be different, lists read."""
+    from latentds.errors import InputError
+    from latentds.repacking import Repacking
+    from latentds.slidelists import read_slide_list, read_splits
+
+    limits = {"pack_size": (1, 65536), "shard_mb": (1, 65536), "seed": (0, 2**31)}
+    for name, (low, high) in limits.items():
+        if not low <= getattr(config, name) <= high:
+            flag = name.replace("_", "-")
+            raise InputError(f"--{flag} {getattr(config, name)} is not between {low} and {high}")
+    split_by, splits = read_splits(config.splits) if config.splits else ("slide", None)
+    return Repacking(
+        pack_size=config.pack_size,
+        group_by=config.group_by,
+        order=config.order,
+        seed=config.seed,
+        exclude_slides=read_slide_list(config.exclude_slides) if config.exclude_slides else (),
+        splits=splits,
+        split_by=split_by,
+        shard_bytes=config.shard_mb * 1_000_000,
+    )
+
+
+def golden_count(folder: Path) -> int:
+    """Golden patches of a data set."""
+    from latentds.golden import read_golden_table
+
+    return len(read_golden_table(folder))

@@ -3,43 +3,72 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import logging
+import shutil
 import time
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 from latentds.conversion.config import ConvertConfig
 
 logger = logging.getLogger(__name__)
+LEFT_OUT = 3  # exit code: done, but not of all of the input
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(ConvertConfig):
     __doc__ = ConvertConfig.__doc__
 
+    work: Path | None = None
+    """Folder for what is made locally before it is uploaded; latentds' cache folder by default."""
     dry_run: bool = False
     """Read headers only, say what would be made and how large, write nothing."""
     json: bool = False
     """Print the summary as JSON."""
 
 
-def run(config: Config) -> None:
-    """Convert, and say what was made."""
+def run(config: Config) -> int:
+    """Convert, and say what was made; returns 3 where something of the input was left out."""
     from PIL import Image
 
     # --max-px is checked before a pixel is decoded; Pillow's own limit would cap it at twice the
     # default.
     Image.MAX_IMAGE_PIXELS = None
-    if config.dry_run:
-        summary = estimate(config)
-    else:
-        from latentds.conversion.pipeline import convert
-
-        started = time.perf_counter()
-        manifest = convert(config)
-        summary = describe(config, manifest, time.perf_counter() - started)
+    summary = estimate(config) if config.dry_run else convert_to(config)
     print(json.dumps(summary, indent=1) if config.json else as_text(summary))
+    return LEFT_OUT if summary["left_out"] and not config.dry_run else 0
+
+
+def convert_to(config: Config) -> dict[str, Any]:
+    """Convert into --out; into a local folder and from there where that is a location."""
+    from latentds.conversion.pipeline import convert
+    from latentds.format import MANIFEST
+    from latentds.manifest import read_manifest
+    from latentds.objects import location_of, refuse_taken, upload
+
+    started = time.perf_counter()
+    location = location_of(config.out)
+    if location is None:
+        return describe(config, convert(config), time.perf_counter() - started)
+    local = dataclasses.replace(config, out=staging_of(config, location))
+    is_finished = (local.out / MANIFEST).is_file()  # an upload was cut off
+    if not (is_finished or config.overwrite):
+        refuse_taken(location)
+    manifest = read_manifest(local.out) if is_finished else convert(local)
+    upload(local.out, location, config.overwrite, lambda name, _: logger.info("there: %s", name))
+    shutil.rmtree(local.out)
+    return describe(config, manifest, time.perf_counter() - started) | {"out": location}
+
+
+def staging_of(config: Config, location: str) -> Path:
+    """The local folder where a location's data set is made; the same for the same location."""
+    from latentds.cache import CacheConfig
+
+    digest = hashlib.sha256(location.encode()).hexdigest()[:16]
+    return (config.work or CacheConfig().resolve()[0] / "staging") / digest
 
 
 def estimate(config: Config) -> dict[str, Any]:

@@ -19,6 +19,7 @@ NOT_RECORDED = (
     "slides",
     "root",
     "splits_file",
+    "anonymize",
     "out",
     "masks",
     "codebook",
@@ -26,6 +27,11 @@ NOT_RECORDED = (
     "workers",
     "max_bad",
     "overwrite",
+    "engine",
+    "address",
+    "ray_workers",
+    "gpus_per_worker",
+    "cpus_per_worker",
 )
 
 
@@ -40,7 +46,8 @@ class ConvertConfig:
     source: Annotated[Path, tyro.conf.Positional]
     """Folder of 8-bit pictures."""
     out: Path
-    """Folder of the data set to be made."""
+    """Folder of the data set to be made, or a location such as s3://bucket/brca: then it is made in
+    a local folder first, and uploaded."""
     autoencoder: str = "tiny"
     """tiny, sd15, sd3, dcae-f32, dcae-f32-mix, taesd, or a local folder of weights."""
     quantizer: Literal["kmeans", "kmeans-channel", "int8-minmax", "int8-percentile"] = "kmeans"
@@ -93,6 +100,9 @@ class ConvertConfig:
     preset: Literal["paper"] | None = None
     """paper: slides as Yellapragada et al. cut them (DSMIL's tiler -m 0 -b 20 -s 256): 256 px at
     20x, edges rule. Sets --patch-size, --mpp and --tissue."""
+    anonymize: Path | None = None
+    """File of a secret key, made where there is none: slide and source names are stored as keyed
+    hashes. Keep it: with it the same slide gets the same name again."""
     order: Literal["shuffle", "path"] = "shuffle"
     """Order of the pictures on disk: shuffled by --seed, or by path. Tiles of one stay together."""
     mix: int | None = None
@@ -117,6 +127,20 @@ class ConvertConfig:
     """Pictures that may be left out as unreadable; listed with reasons in the manifest."""
     overwrite: bool = False
     """Replace what lies in --out."""
+    engine: Literal["local", "ray"] = "local"
+    """Where pictures are encoded: in this process, or by workers on a Ray cluster, a shard each at
+    a time. Every node must see the input and --out under the same paths (a shared file system), be
+    of one kind, and have latentds installed. Killed, it goes on by the same command, on either."""
+    address: str = "auto"
+    """Ray cluster: auto for the one this machine belongs to, local to start one on this machine, or
+    ray://host:10001."""
+    ray_workers: int | None = None
+    """Most workers at once; as many as the cluster has room for by default."""
+    gpus_per_worker: float | None = None
+    """GPUs a Ray worker takes, 0 to 1; 1 by default where --device is a GPU."""
+    cpus_per_worker: float | None = None
+    """CPUs a Ray worker takes; by default a GPU's share of the node's, or, without GPUs, as many as
+    the encoder has threads."""
 
     def __post_init__(self) -> None:
         if self.preset == "paper":
@@ -148,6 +172,7 @@ class ConvertConfig:
             "pack_size": (1, 65536), "shard_mb": (1, 65536), "encode_batch": (1, 65536),
             "fit_patches": (1, 10**7), "workers": (1, 256), "max_px": (64, 2**34),
             "max_bad": (0, 10**9), "mix": (2, 10**6), "seed": (0, 2**31),
+            "ray_workers": (1, 10**5), "gpus_per_worker": (0, 1), "cpus_per_worker": (0.01, 1024),
         }  # fmt: skip
         for name, (low, high) in limits.items():
             value = getattr(self, name)
@@ -170,4 +195,5 @@ class ConvertConfig:
         names = {field.name for field in dataclasses.fields(ConvertConfig)} - set(NOT_RECORDED)
         if self.codebook is not None:
             names -= {"quantizer", "levels", "fit_patches"}  # the codebook's own record tells
-        return {name: getattr(self, name) for name in sorted(names)}
+        found = {name: getattr(self, name) for name in sorted(names)}
+        return found | {"anonymized": self.anonymize is not None}

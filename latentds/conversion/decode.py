@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
+from latentds.conversion.anonymity import Anonymizer
 from latentds.conversion.config import ConvertConfig
 from latentds.conversion.plan import Plan
 from latentds.errors import InputError
@@ -44,6 +45,7 @@ class PatchReader:
         self, plan: Plan, config: ConvertConfig, workers: int, ahead: int = CHUNKS_AHEAD
     ) -> None:
         self.plan, self.config, self.ahead = plan, config, ahead
+        self.hide = Anonymizer(config.anonymize) if config.anonymize else None
         self.pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
         self.collator = ThreadPoolExecutor(1, thread_name_prefix="collate")
 
@@ -78,12 +80,19 @@ class PatchReader:
         number, plan = int(regions["picture"][0]), self.plan
         picture, places = plan.pictures[number], [(int(r["x"]), int(r["y"])) for r in regions]
         try:
-            return [*plan.source.read(picture, plan.headers[number], plan.patch_px, places)]
+            found = plan.source.read(picture, plan.headers[number], plan.patch_px, places)
+            return [*(found if self.hide is None else map(self.hidden, found))]
         except InputError as error:
             return [(picture.source, str(error))] * len(regions)
         except OSError as error:
             reason = f"cannot be read ({error.strerror or error})"
             return [(picture.source, reason)] * len(regions)
+
+    def hidden(self, patch: Patch) -> Patch:
+        """A patch without the names it came from."""
+        assert self.hide is not None
+        slide = None if patch.slide is None else self.hide(patch.slide)
+        return dataclasses.replace(patch, slide=slide, source=self.hide(patch.source))
 
     def close(self) -> None:
         """Stop the threads; what is waiting is dropped."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -32,11 +33,23 @@ def finish(conversion: Conversion) -> Manifest:
         classes=classes,
         slides=slides,
         tables={},
-        made=conversion.made | {"left_out": [{"source": s, "reason": bad[s]} for s in sorted(bad)]},
+        made=conversion.made | {"left_out": left_out(conversion, bad)},
     )
     check_complete(conversion, manifest, set(bad))
     write_golden(conversion, manifest, set(bad))
     return complete(out, manifest)
+
+
+def left_out(conversion: Conversion, bad: dict[str, str]) -> list[dict[str, str]]:
+    """Sources left out and why, by name, or what stands for it."""
+    hide = conversion.reader.hide
+    if hide is None:
+        return [{"source": source, "reason": bad[source]} for source in sorted(bad)]
+    entries = [
+        {"source": hide(source), "reason": reason.replace(Path(source).stem, "...")}
+        for source, reason in bad.items()
+    ]
+    return sorted(entries, key=lambda entry: entry["source"])
 
 
 def usable_regions(plan: Plan, bad: set[str]) -> np.ndarray:

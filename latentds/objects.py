@@ -1,0 +1,164 @@
+"""Put a finished data set on an object store: shards first, the manifest last."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from latentds.errors import InputError, missing_extra
+from latentds.files import parse_json
+from latentds.format import MANIFEST
+from latentds.manifest import Manifest, read_manifest
+from latentds.storage import write_atomically
+from latentds.transport import shown
+
+UPLOADED = ".latentds/uploaded.json"  # beside the local set; never uploaded itself
+LOCATION = re.compile(r"([a-z][a-z0-9+]+):/+(.+)")
+ATTEMPTS = 3
+
+
+def location_of(path: str | os.PathLike[str]) -> str | None:
+    """The location a path was typed as (pathlib makes s3:/bucket of s3://bucket), or None."""
+    found = LOCATION.fullmatch(str(path))
+    return f"{found[1]}://{found[2]}" if found else None
+
+
+def upload(
+    folder: Path,
+    location: str,
+    overwrite: bool = False,
+    progress: Callable[[str, int], None] = lambda *_: None,
+) -> Manifest:
+    """Copy a data set to a location that fsspec writes; a run that was cut off goes on.
+
+    overwrite  replace another data set that lies there
+    progress   told every file and its size when it is there
+    raises     InputError where something else lies there, or writing is denied
+    """
+    manifest = read_manifest(folder)
+    filesystem, root = open_location(location)
+    names = [*(shard.name for shard in manifest.shards), *manifest.tables, "README.md", MANIFEST]
+    try:
+        check_free(filesystem, root, location, manifest, overwrite)
+        done = read_done(folder, location, manifest)
+        for name in names:
+            size = (folder / name).stat().st_size
+            if name not in done or size_of(filesystem, f"{root}/{name}") != size:
+                put(filesystem, folder / name, f"{root}/{name}")
+                done.append(name)
+                keep_done(folder, location, manifest, done)
+            progress(name, size)
+        check_arrived(filesystem, root, location, folder, names)
+    except PermissionError as error:
+        raise InputError(
+            f"{shown(location)}: writing is denied ({first_line(error)}); check credentials and "
+            "the bucket's policy, then run the same command again"
+        ) from None
+    (folder / UPLOADED).unlink(missing_ok=True)
+    return manifest
+
+
+def open_location(location: str) -> tuple[Any, str]:
+    """The file system of a location, and the path there."""
+    import fsspec
+
+    try:
+        filesystem, root = fsspec.core.url_to_fs(location)
+    except (ImportError, ValueError) as error:
+        if isinstance(error, ValueError):
+            raise InputError(f"{shown(location)}: {error}") from error
+        raise missing_extra(str(error), "s3" if location.startswith("s3:") else "remote") from error
+    return filesystem, str(root).rstrip("/")
+
+
+def refuse_taken(location: str) -> None:
+    """InputError where a finished data set lies at a location."""
+    filesystem, root = open_location(location)
+    if filesystem.exists(f"{root}/{MANIFEST}"):
+        raise InputError(
+            f"{shown(location)}: holds a finished data set; choose another --out, or --overwrite"
+        )
+
+
+def check_free(
+    filesystem: Any, root: str, location: str, manifest: Manifest, overwrite: bool
+) -> None:
+    """Refuse a place that holds another data set; its manifest goes first where it may go."""
+    path = f"{root}/{MANIFEST}"
+    if not filesystem.exists(path):
+        return
+    found = parse_json(filesystem.cat_file(path), f"{shown(location)}/{MANIFEST}")
+    shards = [[s.name, s.sha256] for s in manifest.shards]
+    theirs = [[s.get("name"), s.get("sha256")] for s in found.get("shards", [])]
+    if shards == theirs:
+        return
+    if not overwrite:
+        raise InputError(
+            f"{shown(location)}: holds another data set; choose another place, or --overwrite"
+        )
+    filesystem.rm_file(path)  # what is half replaced must not look whole
+
+
+def put(filesystem: Any, source: Path, target: str) -> None:
+    """One file; object stores show it when it is complete. Tried again where a connection fails."""
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            filesystem.makedirs(target.rpartition("/")[0], exist_ok=True)
+            filesystem.put_file(str(source), target)
+            return
+        except PermissionError:
+            raise
+        except OSError as error:
+            if attempt == ATTEMPTS:
+                raise InputError(
+                    f"{target}: {first_line(error)}, after {ATTEMPTS} tries; run the same command "
+                    "again, what is there is kept"
+                ) from error
+
+
+def size_of(filesystem: Any, path: str) -> int | None:
+    """Bytes of an object, None where there is none."""
+    try:
+        return int(filesystem.info(path)["size"])
+    except FileNotFoundError:
+        return None
+
+
+def check_arrived(
+    filesystem: Any, root: str, location: str, folder: Path, names: list[str]
+) -> None:
+    """Refuse to call a set uploaded of which something is not there as it should be."""
+    filesystem.invalidate_cache()
+    for name in names:
+        found, size = size_of(filesystem, f"{root}/{name}"), (folder / name).stat().st_size
+        if found != size:
+            raise InputError(
+                f"{shown(location)}/{name}: {found} bytes there, {size} here; run the same command "
+                "again"
+            )
+
+
+def read_done(folder: Path, location: str, manifest: Manifest) -> list[str]:
+    """Files that an earlier run has put there."""
+    path = folder / UPLOADED
+    try:
+        record = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return []
+    same = record["to"] == shown(location) and record["dataset_id"] == manifest.dataset_id
+    return list(record["files"]) if same else []
+
+
+def keep_done(folder: Path, location: str, manifest: Manifest, done: list[str]) -> None:
+    """Note what is there."""
+    record = {"to": shown(location), "dataset_id": manifest.dataset_id, "files": done}
+    write_atomically(folder / UPLOADED, json.dumps(record).encode())
+
+
+def first_line(error: BaseException) -> str:
+    """The start of an error's text."""
+    return " ".join(str(error).split())[:120] or type(error).__name__

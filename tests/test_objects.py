@@ -1,0 +1,156 @@
+"""Object stores: the manifest last, uploads that were cut off go on; names that stay at home."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from latentds_tools import cli
+
+from latentds.cache import CacheConfig
+from latentds.conversion.config import ConvertConfig
+from latentds.errors import InputError
+from latentds.format import MANIFEST
+from latentds.objects import UPLOADED, location_of, upload
+from latentds.reader import ShardSet
+from tests.conftest import convert_with_mean, save_pictures
+
+fsspec = pytest.importorskip("fsspec")
+
+
+@pytest.fixture
+def memory():
+    filesystem = fsspec.filesystem("memory")
+    filesystem.store.clear()
+    return filesystem
+
+
+def codes_at(location: str, cache: Path) -> np.ndarray:
+    shards = ShardSet(location, cache=CacheConfig(dir=cache))
+    return shards.read_codes(np.arange(len(shards)))
+
+
+def test_an_uploaded_set_reads_as_the_folder_does(shared_dataset, memory, tmp_path):
+    order = []
+    upload(shared_dataset, "memory://bucket/set", progress=lambda name, _: order.append(name))
+    assert order[-1] == MANIFEST and order[0].startswith("data/")
+    local = ShardSet(shared_dataset).read_codes(np.arange(600))
+    assert np.array_equal(codes_at("memory://bucket/set", tmp_path), local)
+    assert not (shared_dataset / UPLOADED).exists()
+
+
+def test_an_upload_that_was_cut_off_sends_the_rest(dataset, memory, monkeypatch):
+    kind, sent = type(memory), []
+    original = kind.put_file
+
+    def failing(self, source, target, **options):
+        if len(sent) == 2:
+            raise ConnectionResetError(104, "connection reset")
+        sent.append(target)
+        return original(self, source, target, **options)
+
+    monkeypatch.setattr(kind, "put_file", failing)
+    with pytest.raises(InputError, match="after 3 tries; run the same command again"):
+        upload(dataset, "memory://bucket/set")
+    assert not memory.exists(f"/bucket/set/{MANIFEST}")
+    monkeypatch.setattr(kind, "put_file", original)
+    again = []
+    monkeypatch.setattr(
+        kind, "put_file", lambda s, a, t, **o: again.append(t) or original(s, a, t, **o)
+    )
+    upload(dataset, "memory://bucket/set")
+    assert not set(again) & set(sent) and memory.exists(f"/bucket/set/{MANIFEST}")
+
+
+def test_another_set_is_not_replaced_unless_asked(shared_dataset, memory, tmp_path):
+    save_pictures(tmp_path / "in" / "a", 4)
+    convert_with_mean(tmp_path / "in", tmp_path / "out")
+    upload(shared_dataset, "memory://bucket/set")
+    with pytest.raises(InputError, match="memory://bucket/set: holds another data set"):
+        upload(tmp_path / "out", "memory://bucket/set")
+    upload(tmp_path / "out", "memory://bucket/set", overwrite=True)
+    assert len(codes_at("memory://bucket/set", tmp_path / "cache")) == 4
+
+
+def test_denied_writing_is_told_without_secrets(shared_dataset, memory, monkeypatch):
+    def denied(*_, **__):
+        raise PermissionError("Access Denied")
+
+    monkeypatch.setattr(type(memory), "put_file", denied)
+    with pytest.raises(InputError, match="memory://bucket/set: writing is denied .*credentials"):
+        upload(shared_dataset, "memory://bucket/set")
+
+
+@pytest.mark.parametrize(
+    ("typed", "location"),
+    [("s3://b/a", "s3://b/a"), (Path("s3://b/a/"), "s3://b/a"), ("/a/b", None), ("a:b", None)],
+)
+def test_locations_survive_being_paths(typed, location):
+    assert location_of(typed) == location
+
+
+def test_convert_makes_a_set_at_a_location(pictures, memory, tmp_path, capsys):
+    words = ["convert", str(pictures), "--out", "memory://bucket/made", "--device", "cpu", "--json"]
+    words += ["--work", str(tmp_path / "work")]
+    for code in (0, 1):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(words)
+        assert ended.value.code == code
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["out"] == "memory://bucket/made"
+    assert "holds a finished data set" in captured.err
+    assert (
+        not list((tmp_path / "work").glob("*/data"))
+        and len(codes_at("memory://bucket/made", tmp_path / "cache")) == 33
+    )
+
+
+@pytest.mark.slow
+def test_s3_by_a_real_server(shared_dataset, monkeypatch, tmp_path):
+    moto = pytest.importorskip("moto.server")
+    pytest.importorskip("s3fs")
+    import boto3
+
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "test")
+    running = moto.ThreadedMotoServer(port=0)
+    running.start()
+    try:
+        host, port = running.get_host_and_port()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        client = boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1")
+        client.create_bucket(Bucket="sets")
+        upload(shared_dataset, "s3://sets/up")
+        local = ShardSet(shared_dataset).read_codes(np.arange(600))
+        assert np.array_equal(codes_at("s3://sets/up", tmp_path), local)
+        with pytest.raises((InputError, FileNotFoundError)):
+            upload(shared_dataset, "s3://no-such-bucket/up")
+    finally:
+        running.stop()
+
+
+def test_anonymized_sets_hold_no_name(tmp_path):
+    for slide in ("Jane.Doe-1", "Jane.Doe-2"):
+        save_pictures(tmp_path / "in" / "tumour" / slide, 4, first_seed=len(slide))
+    (tmp_path / "in" / "tumour" / "Jane.Doe-2" / "bad.png").write_bytes(b"none")
+    key = tmp_path / "key"
+    options = {"max_bad": 1, "anonymize": key}
+    for out in ("a", "b"):
+        convert_with_mean(tmp_path / "in", tmp_path / out, **options)
+    manifest = ShardSet(tmp_path / "a").manifest
+    assert len(manifest.slides) == 2 and all(len(name) == 16 for name in manifest.slides)
+    assert manifest.slides == ShardSet(tmp_path / "b").manifest.slides  # the same key
+    assert key.stat().st_mode & 0o077 == 0 and manifest.classes == ("tumour",)
+    for path in (tmp_path / "a").rglob("*"):
+        if path.is_file():
+            assert b"Jane" not in path.read_bytes() and b"bad.png" not in path.read_bytes()
+    convert_with_mean(tmp_path / "in", tmp_path / "c", max_bad=1, anonymize=tmp_path / "other")
+    assert not set(ShardSet(tmp_path / "c").manifest.slides) & set(manifest.slides)
+
+
+def test_a_file_that_is_no_key_is_refused(tmp_path):
+    save_pictures(tmp_path / "in", 2)
+    (tmp_path / "key").write_text("short")
+    config = ConvertConfig(source=tmp_path / "in", out=tmp_path / "o", anonymize=tmp_path / "key")
+    with pytest.raises(InputError, match="5 characters are no key"):
+        convert_with_mean(config.source, config.out, anonymize=config.anonymize)

@@ -1,0 +1,50 @@
+"""latentds upload: a finished data set to an object store."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Copy a data set to s3://BUCKET/PATH or what else fsspec writes: shards first, manifest last.
+
+    Run the same command again where it was cut off.
+    """
+
+    folder: Annotated[Path, tyro.conf.Positional]
+    """Folder of a data set."""
+    location: Annotated[str, tyro.conf.Positional]
+    """Where to, for example s3://bucket/brca."""
+    overwrite: bool = False
+    """Replace another data set that lies there."""
+    json: bool = False
+    """Print JSON."""
+
+
+def run(config: Config) -> None:
+    """Upload, and say what is there."""
+    from tqdm import tqdm
+
+    from latentds.objects import upload
+
+    total = sum(p.stat().st_size for p in config.folder.rglob("*") if p.is_file())
+    with tqdm(total=total, unit="B", unit_scale=True, desc="upload", delay=1) as bar:
+        manifest = upload(
+            config.folder, config.location, config.overwrite, lambda _, size: bar.update(size)
+        )
+    summary = {
+        "location": config.location,
+        "patches": manifest.patches,
+        "shards": len(manifest.shards),
+        "dataset_id": manifest.dataset_id,
+    }
+    if config.json:
+        print(json.dumps(summary, indent=1))
+    else:
+        print("\n".join(f"{name:<12} {value}" for name, value in summary.items()))

@@ -6,12 +6,15 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from latentds.errors import InputError
 
 READ_BYTES = 1 << 20
+LOCK_POLL_S = 0.2
 
 
 @contextlib.contextmanager
@@ -59,15 +62,26 @@ def sha256_file(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def exclusive_lock(path: Path) -> Iterator[None]:
+def exclusive_lock(path: Path, patience_s: float = 0.0) -> Iterator[None]:
     """Hold an exclusive lock on `path`; a killed process gives it back, its holder may delete."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            is_current = path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
-        except BlockingIOError:
-            is_current = False
-        if not is_current:  # held, or deleted by a holder that has just ended
+    deadline = time.monotonic() + patience_s
+    while (file := try_lock(path)) is None:
+        if time.monotonic() >= deadline:
             raise InputError(f"{path.parent}: another run is writing here; wait for it")
+        time.sleep(LOCK_POLL_S)
+    with file:
         yield
+
+
+def try_lock(path: Path) -> IO[str] | None:
+    """The locked file; None where it is held, or deleted by a holder that has just ended."""
+    file = path.open("a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            return file
+    except BlockingIOError:
+        pass
+    file.close()
+    return None

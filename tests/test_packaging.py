@@ -31,19 +31,29 @@ FLOORS = [
             "scan",
         ),
         *("index", "reader", "golden", "composing"),
+        *("outputs", "filenames", "slidelists", "rows", "exporting", "importing"),
+        *("foreign", "foreign_arrays", "foreign_reading", "import_contract"),
         *("publishing", "conversion", "verification"),
+        *("hub", "hubcard", "snippets", "licences", "preview", "upload", "uploadplan", "fetching"),
+        "objects",
     ],
     [
         *("order", "batch", "selection", "sampling", "batching", "mixture", "collate", "state"),
         *("launcher", "dataset", "transfers", "decoding", "stage", "loader", "bags", "array"),
+        *("merging", "repacking", "extracting"),
     ],
 ]
 ALONE = {  # heavy libraries and the only modules that may import them
     "diffusers": {"latentds.autoencoders.diffusers_ae"},
     "faiss": {"latentds.fit"},
-    "openslide": {"latentds_trainers.train_tiny"},
-    "huggingface_hub": {"latentds.autoencoders.diffusers_ae", "latentds.transport"},
-    "fsspec": {"latentds.transport"},
+    "openslide": {"latentds_trainers.train_tiny", "latentds.sources.slides"},
+    "h5py": {"latentds.sources.coordinates"},
+    "huggingface_hub": {
+        "latentds.autoencoders.diffusers_ae",
+        "latentds.transport",
+        "latentds.hub",
+    },
+    "fsspec": {"latentds.transport", "latentds.objects"},
 }
 
 
@@ -177,6 +187,26 @@ def test_readme_python_runs_as_it_stands(tmp_path, monkeypatch):
     assert blocks
     for block in blocks:
         exec(compile(block.replace('device="cuda"', 'device="cpu"'), "README.md", "exec"), {})
+
+
+def test_the_loading_guide_runs_as_it_stands(tmp_path, monkeypatch):
+    from tests.conftest import save_pictures
+
+    monkeypatch.chdir(tmp_path)
+    from latentds_tools import cli
+
+    for name in ("brca", "crc"):
+        for number, label in enumerate(("tumour", "stroma", "tumour")):
+            folder = tmp_path / name / label / f"slide{number}"
+            save_pictures(folder, 8, first_seed=20 * number, edge=64)
+        words = ["convert", name, "--out", f"{name}-latents", "--device", "cpu"]
+        pattern = r"(?P<slide>slide\d)/p(?P<x>\d\d)(?P<y>\d)"
+        with pytest.raises(SystemExit, match="0"):
+            cli.main([*words, "--name-pattern", pattern])
+    text = (ROOT / "docs" / "loading.md").read_text()
+    names: dict[str, object] = {}
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(compile(block.replace('"cuda"', '"cpu"'), "loading.md", "exec"), names)
 
 
 def test_readme_commands_are_makefile_targets():

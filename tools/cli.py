@@ -22,6 +22,14 @@ COMMANDS = {
         "check a data set against its manifest, its hashes and its golden patches",
     ),
     "show": ("show", "write a page of decoded patches with their columns"),
+    "upload": ("upload", "copy a data set to an object store, the manifest last"),
+    "publish": ("publish", "put a data set on the Hub, with a card and a preview"),
+    "fetch": ("fetch", "fetch a published data set into a folder, checked by its hashes"),
+    "merge": ("merge", "one data set of several of the same latents, codebooks side by side"),
+    "repack": ("repack", "the same codes in other packs, order or splits, slides left out"),
+    "extract": ("extract", "decoded pictures in class folders, with a table"),
+    "export": ("export_to", "to Parquet, a tree of npy files, or an index for wids"),
+    "import": ("import_latents", "a data set of latents that others made"),
     "demo": ("demo", "run the main job on a real micrograph and write a page about it"),
     "bench shuffle": (
         "bench_shuffle",
@@ -29,6 +37,7 @@ COMMANDS = {
     ),
     "bench loader": ("bench_loader", "rates of loaders over the same patches, ours and others"),
     "bench scale": ("bench_scale", "what opening, a first batch and a state cost as sets grow"),
+    "bench decode": ("bench_decode", "what a decoder's options bring on a device"),
     "bench convert": ("bench_convert", "rate of a conversion beside the encoder's alone"),
     "bench container": ("bench_container", "container overhead for patch and pack sizes"),
     "bench fidelity": (

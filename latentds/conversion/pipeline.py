@@ -7,25 +7,24 @@ import dataclasses
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from latentds.autoencoders import load_autoencoder
 from latentds.autoencoders.base import Autoencoder
 from latentds.codebooks import StoredCodebook
 from latentds.conversion.codebook import find_codebook
 from latentds.conversion.config import ConvertConfig
-from latentds.conversion.decode import CHUNKS_AHEAD, Chunk, PatchReader
+from latentds.conversion.decode import CHUNKS_AHEAD, PatchReader
 from latentds.conversion.encode import Encoder, choose_batch, choose_device, device_model
 from latentds.conversion.finish import finish
-from latentds.conversion.plan import Plan, PlannedShard, check_budget, make_plan, plan_shards
-from latentds.conversion.shardjob import Block, ShardJob, WriterThread
+from latentds.conversion.plan import Plan, PlannedShard, make_plan, plan_shards
+from latentds.conversion.shards import write_shards
 from latentds.conversion.workdir import WorkFolder, prepare_output
-from latentds.errors import ContractError, InputError
+from latentds.errors import InputError
 from latentds.format import Contract
 from latentds.manifest import Manifest
 
@@ -47,6 +46,9 @@ class Conversion:
     made: dict[str, Any]
 
 
+WriteShards = Callable[[Conversion], None]  # an engine
+
+
 def convert(config: ConvertConfig, autoencoder: Autoencoder | None = None) -> Manifest:
     """Convert a folder of pictures; returns the manifest of the finished data set.
 
@@ -54,6 +56,26 @@ def convert(config: ConvertConfig, autoencoder: Autoencoder | None = None) -> Ma
     raises       InputError, TooManyBadSamplesError, WeightsError, ContractError; OSError on a full
                  disk. After any of them the same call goes on where it stopped.
     """
+    with open_engine(config) as (config, write):
+        return convert_with(write, config, autoencoder)
+
+
+@contextlib.contextmanager
+def open_engine(config: ConvertConfig) -> Iterator[tuple[ConvertConfig, WriteShards]]:
+    """The config as its engine needs it, and what writes the shards of a prepared conversion."""
+    if config.engine == "local":
+        yield config, write_shards
+        return
+    from latentds.conversion.ray_engine import open_cluster
+
+    with open_cluster(config) as opened:
+        yield opened
+
+
+def convert_with(
+    write: WriteShards, config: ConvertConfig, autoencoder: Autoencoder | None
+) -> Manifest:
+    """Plan, write the shards by `write`, finish."""
     plan = make_plan(config)
     autoencoder = autoencoder or load_autoencoder(config.autoencoder)
     with (
@@ -62,7 +84,7 @@ def convert(config: ConvertConfig, autoencoder: Autoencoder | None = None) -> Ma
         recorded_threads(work),
     ):
         conversion = prepare(config, reader, autoencoder, work)
-        write_shards(conversion)
+        write(conversion)
         manifest = finish(conversion)
         shutil.rmtree(work.folder)
     return manifest
@@ -152,15 +174,12 @@ def describe(
     config: ConvertConfig, plan: Plan, encoder: Encoder, stored: StoredCodebook
 ) -> dict[str, Any]:
     """How the run is made, for the manifest: nothing that names a place, a host or a person."""
-    from latentds.version import __version__
-
-    versions = {"latentds": __version__, "torch": torch.__version__, "numpy": np.__version__}
     return {
         "options": config.recorded(),
         "encode_batch": encoder.batch,
         "threads": torch.get_num_threads(),
         "device": device_model(encoder.device),
-        "versions": versions,
+        "versions": versions(),
         "codebook": stored.made,
         "masks": any(header.mask_bytes for header in plan.headers),
         "source": {"kind": plan.source.kind, **plan.source.facts()},
@@ -170,55 +189,8 @@ def describe(
     }
 
 
-def write_shards(conversion: Conversion) -> None:
-    """Write every shard that is not there yet; packing and writing overlap with encoding."""
-    work, total = conversion.work, len(conversion.plan.regions)
-    jobs = [ShardJob(conversion.config, conversion.contract, s, work) for s in conversion.shards]
-    bad = dict(conversion.plan.bad) | work.all_bad()
-    with (
-        tqdm(total=total, desc="patches", unit="patch", smoothing=0.05, delay=1) as bar,
-        WriterThread() as writer,
-    ):
-        left = [block for job in jobs for block in job.blocks_left]
-        bar.initial = bar.n = total - sum(stop - start for start, stop in left)
-        blocks = encoded_blocks(conversion, left, bar)
-        for job in jobs:
-            for _ in job.blocks_left:
-                block = next(blocks)
-                bad |= block.bad
-                check_budget(conversion.config, bad)
-                writer.submit(job.write, block)
-            writer.submit(job.finish)
+def versions() -> dict[str, str]:
+    """Versions of what decides about bytes."""
+    from latentds.version import __version__
 
-
-def encoded_blocks(
-    conversion: Conversion, blocks: Sequence[tuple[int, int]], bar: tqdm[Any]
-) -> Iterator[Block]:
-    """Patches, codes and bad pictures of every block; the pictures of the next decode meanwhile."""
-    batch = conversion.encoder.batch
-    groups = (
-        np.arange(first, min(first + batch, stop))
-        for start, stop in blocks
-        for first in range(start, stop, batch)
-    )
-    chunks = conversion.reader.chunks(groups)
-    for start, stop in blocks:
-        block = Block([], [], {})
-        for _ in range(start, stop, batch):
-            chunk = next(chunks)
-            block.patches.extend(chunk.patches)
-            block.codes.extend([encode_chunk(conversion, chunk)] if chunk.patches else [])
-            block.bad.update(chunk.bad)
-            bar.update(min(batch, len(chunk.patches) + len(chunk.bad)))
-        yield block
-
-
-def encode_chunk(conversion: Conversion, chunk: Chunk) -> np.ndarray:
-    """Codes of a chunk's pixels; ContractError where the autoencoder gives no numbers."""
-    try:
-        return conversion.encoder.codes(chunk.pixels, conversion.contract.codebook)
-    except ValueError as error:
-        name = conversion.encoder.autoencoder.card.name
-        raise ContractError(
-            f"{name}: {error} (batch that starts with {chunk.patches[0].source})"
-        ) from error
+    return {"latentds": __version__, "torch": torch.__version__, "numpy": np.__version__}

@@ -19,6 +19,7 @@ from latentds.storage import exclusive_lock, write_atomically
 
 logger = logging.getLogger(__name__)
 SYNC_SECONDS = 2.0
+STRAGGLER_S = 60.0  # a worker of a killed driver ends within Ray's grace of 30 s
 
 
 class Journal:
@@ -32,10 +33,7 @@ class Journal:
         self.path = path
         self.blocks = self.packs = self.end = 0
         self.bad: list[tuple[str, str]] = []
-        text = path.read_text() if path.is_file() else ""
-        whole = text[
-            : text.rfind("\n") + 1
-        ]  # a torn last line, of a killed process, was not written
+        text, whole = read_lines(path)
         if whole != text:
             write_atomically(path, whole.encode())
         for line in whole.splitlines():
@@ -61,6 +59,22 @@ class Journal:
         """Forget everything: the shard's bytes are gone."""
         self.path.unlink(missing_ok=True)
         self.__init__(self.path)  # type: ignore[misc]
+
+
+def read_lines(path: Path) -> tuple[str, str]:
+    """A journal's text, and that of its whole lines: a torn last one was not written."""
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        text = ""
+    return text, text[: text.rfind("\n") + 1]
+
+
+def look_at_journal(path: Path) -> tuple[int, list[tuple[str, str]]]:
+    """Blocks and bad pictures in a journal that another process may be writing."""
+    records = [json.loads(line) for line in read_lines(path)[1].splitlines()]
+    bad = [(source, reason) for record in records for source, reason in record["bad"]]
+    return sum(record["blocks"] for record in records), bad
 
 
 class Pending:
@@ -98,8 +112,15 @@ class WorkFolder:
 
     def journal(self, shard: str) -> Journal:
         """The journal of a shard."""
-        path = self.folder / f"{Path(shard).stem}.jsonl"
-        return self.journals.setdefault(shard, Journal(path))
+        return self.journals.setdefault(shard, Journal(self.journal_path(shard)))
+
+    def journal_path(self, shard: str) -> Path:
+        """Where a shard's progress is noted."""
+        return self.folder / f"{Path(shard).stem}.jsonl"
+
+    def shard_lock(self, shard: str) -> Path:
+        """What a worker elsewhere holds while it writes a shard."""
+        return self.folder / f"{Path(shard).stem}.lock"
 
     def index(self, shard: str) -> Path:
         """Where a finished shard's index is kept."""
@@ -181,6 +202,9 @@ def prepare_output(config: ConvertConfig) -> Iterator[WorkFolder]:
         raise InputError(f"{out}: not empty ({foreign[0].name}); choose another --out")
     work = WorkFolder(out)
     with exclusive_lock(work.folder / "lock"):
+        for path in sorted(work.folder.glob("*.lock")):  # workers of a driver that was killed
+            with exclusive_lock(path, STRAGGLER_S):
+                pass
         if (out / MANIFEST).is_file():
             if not config.overwrite:
                 if not any(path.name != "lock" for path in work.folder.iterdir()):

@@ -107,6 +107,9 @@ class CoordinateJob(Slides):
         self.files: dict[str, Path] = {}
         self.scales: dict[str, float] = {}
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.config,), {"edge": self.edge, "scales": self.scales}
+
     def listing(self) -> Listing:
         """Slides with coordinates; those without are left alone."""
         names = {name_of(path): self.job / path for path in job_files(self.job)}

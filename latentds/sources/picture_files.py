@@ -6,11 +6,9 @@ from __future__ import annotations
 import dataclasses
 import io
 import itertools
-import threading
-from collections import OrderedDict
 from collections.abc import Sequence
-from concurrent.futures import Future
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -18,6 +16,7 @@ from PIL import Image
 from latentds.conversion.config import ConvertConfig
 from latentds.errors import InputError
 from latentds.sources.image_folder import check_sizes, list_pictures, name_fields
+from latentds.sources.kept import Kept
 from latentds.sources.patch import Patch
 from latentds.sources.pictures import find_mask, read_header, read_mask, read_picture
 from latentds.sources.source import Header, Listing, Picture
@@ -37,17 +36,26 @@ class PictureFiles:
 
     def __init__(self, config: ConvertConfig) -> None:
         self.config, self.root = config, config.source
-        self.lock = threading.Lock()
-        self.decoded: OrderedDict[str, Future[Pixels]] = OrderedDict()
+        self.decoded: Kept[Pixels] = Kept(TILED_PICTURES)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.config,)  # without lock and pixels, for a worker elsewhere
 
     def listing(self) -> Listing:
         config = self.config
-        found = list_pictures(self.root, config.labels, config.splits)
-        if not config.name_pattern:
+        return self.named(list_pictures(self.root, config.labels, config.splits))
+
+    def named(self, found: Listing) -> Listing:
+        """Pictures with what --name-pattern finds in their sources."""
+        if not self.config.name_pattern:
             return found
-        pattern = name_fields(config.name_pattern)
+        pattern = name_fields(self.config.name_pattern)
         named = (dataclasses.replace(p, **pattern(p.source)) for p in found.pictures)
         return dataclasses.replace(found, pictures=tuple(named))
+
+    def chunk(self, picture: Picture) -> str | None:
+        del picture  # a file costs the same wherever it lies
+        return None
 
     def header(self, picture: Picture) -> Header:
         header = read_header(self.file(picture), self.config.max_px)
@@ -56,8 +64,8 @@ class PictureFiles:
             return header
         return dataclasses.replace(header, mask_bytes=self.mask_bytes(picture, header))
 
-    def file(self, picture: Picture) -> Any:
-        """What Pillow opens: a path here."""
+    def file(self, picture: Picture) -> Path | BinaryIO:
+        """What Pillow opens: a path here; InputError (without the name) where there is none."""
         return self.root / picture.source
 
     def mask_bytes(self, picture: Picture, header: Header) -> int:
@@ -119,18 +127,7 @@ class PictureFiles:
         """Pixels and mask of a picture; a tiled one is kept for the chunks that follow."""
         if not self.config.tile:
             return self.decode_file(picture, header)
-        with self.lock:
-            future = self.decoded.pop(picture.source, None)
-            is_mine = future is None
-            self.decoded[picture.source] = future = future or Future()
-            while len(self.decoded) > TILED_PICTURES:
-                self.decoded.popitem(last=False)
-        if is_mine:
-            try:
-                future.set_result(self.decode_file(picture, header))
-            except BaseException as error:
-                future.set_exception(error)
-        return future.result()
+        return self.decoded.get(picture.source, lambda: self.decode_file(picture, header))
 
     def decode_file(self, picture: Picture, header: Header) -> Pixels:
         """Pixels and mask of a picture, from its files."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import struct
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -36,28 +37,32 @@ def picture_suffixes() -> set[str]:
     return {s for s, name in suffixes.items() if name in Image.OPEN and name not in NOT_PICTURES}
 
 
-def read_header(path: Path, max_px: int) -> Header:
-    """Size, mode and coding, no pixel decoded.
+def read_header(file: Path | BinaryIO, max_px: int) -> Header:
+    """Size, mode and coding, no pixel decoded, of a path or an open file.
 
     InputError (without the name) where it cannot be converted.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(file) as image:
             check_mode(image.mode)
             check_depth(image)
             width, height = image.size
             if width * height > max_px:
                 raise InputError(f"{width}x{height} px is more than --max-px {max_px}")
-            size = path.stat().st_size
-            return Header((height, width), image.mode, describe_encoding(image), size)
+            return Header((height, width), image.mode, describe_encoding(image), size_of(file))
     except DECODE_ERRORS as error:
         raise InputError(f"cannot be read ({first_line(error)})") from error
 
 
-def read_picture(path: Path, max_px: int) -> tuple[np.ndarray, str]:
+def size_of(file: Path | BinaryIO) -> int:
+    """Bytes of a path or an open file."""
+    return file.stat().st_size if isinstance(file, Path) else file.seek(0, io.SEEK_END)
+
+
+def read_picture(file: Path | BinaryIO, max_px: int) -> tuple[np.ndarray, str]:
     """Pixels uint8 (H, W, 3) and the mode they were converted from; InputError (without name)."""
     try:
-        with Image.open(path) as image:
+        with Image.open(file) as image:
             check_mode(image.mode)
             if image.width * image.height > max_px:
                 raise InputError(f"{image.width}x{image.height} px is more than --max-px {max_px}")

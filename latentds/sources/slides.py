@@ -82,6 +82,9 @@ class Slides:
         self.lock = threading.Lock()
         self.places: dict[str, np.ndarray] = {}
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.config,)  # without lock and handles, for a worker elsewhere
+
     def listing(self) -> Listing:
         paths = list(walk(self.root))
         found = [path for path in paths if is_slide(self.root / path)]

@@ -63,7 +63,10 @@ class Listing:
 
 
 class Source(Protocol):
-    """Where patches come from. `header`, `regions` and `read` are called from several threads."""
+    """Where patches come from.
+
+    `header`, `regions` and `read` are called from several threads; pickled, it can still `read`.
+    """
 
     @property
     def kind(self) -> str:

@@ -1,0 +1,184 @@
+"""A planned shard as a unit of work for a process elsewhere: what it needs, and doing it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import platform
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from latentds.autoencoders.base import Autoencoder
+from latentds.conversion.config import ConvertConfig
+from latentds.conversion.encode import Encoder, choose_device, device_model
+from latentds.conversion.pipeline import Conversion, make_reader, versions
+from latentds.conversion.plan import Plan, PlannedShard
+from latentds.conversion.shards import write_shards
+from latentds.conversion.workdir import WorkFolder
+from latentds.errors import ContractError, InputError
+from latentds.format import Contract
+from latentds.sources.source import Header, Picture, Source
+from latentds.storage import exclusive_lock, sha256_file
+
+WITNESSES = 20  # entries of an input folder that a worker must see too
+LOCK_PATIENCE_S = 60.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Job:
+    """What all units of a conversion share.
+
+    plan_sha256  of the work folder's plan.json: a worker that sees another one stays out
+    witnesses    paths of the input that a worker must see
+    bad          pictures left out of the plan, with reasons
+    max_px       Pillow's own limit, None for none
+    """
+
+    config: ConvertConfig
+    source: Source
+    autoencoder: Autoencoder
+    contract: Contract
+    made: dict[str, Any]
+    plan_sha256: str
+    witnesses: tuple[Path, ...]
+    bad: tuple[tuple[str, str], ...]
+    max_px: int | None
+
+    @functools.cached_property
+    def encoder(self) -> Encoder:
+        """The encoder on this process's device, with the driver's threads and batch."""
+        torch.set_num_threads(self.made["threads"])
+        device = choose_device(self.config.device)
+        return Encoder(self.autoencoder, device, self.made["encode_batch"])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Unit:
+    """A shard and just the part of the plan it needs; blocks and regions count from its start."""
+
+    shard: PlannedShard
+    pictures: tuple[Picture, ...]
+    headers: tuple[Header, ...]
+    regions: np.ndarray
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks it has."""
+        return len(self.shard.blocks)
+
+
+def make_job(conversion: Conversion) -> Job:
+    """The job of a prepared conversion."""
+    config = conversion.config
+    return Job(
+        config=config,
+        source=conversion.plan.source,
+        autoencoder=conversion.encoder.autoencoder,
+        contract=conversion.contract,
+        made=conversion.made,
+        plan_sha256=sha256_file(conversion.work.folder / "plan.json"),
+        witnesses=find_witnesses(config),
+        bad=conversion.plan.bad,
+        max_px=Image.MAX_IMAGE_PIXELS,
+    )
+
+
+def find_witnesses(config: ConvertConfig) -> tuple[Path, ...]:
+    """The inputs, and some of what lies in each: an empty mount point has its path, no more."""
+    named = (config.source, config.masks, config.slides, config.root, config.anonymize)
+    roots = [path for path in named if path is not None]
+    inside = (itertools.islice(root.iterdir(), WITNESSES) for root in roots if root.is_dir())
+    return (*roots, *itertools.chain.from_iterable(inside))
+
+
+def make_unit(plan: Plan, shard: PlannedShard) -> Unit:
+    """The unit of a planned shard: what a worker holds grows with a shard, not with the input."""
+    start, stop = shard.blocks[0][0], shard.blocks[-1][1]
+    regions = plan.regions[start:stop].copy()
+    used, regions["picture"] = np.unique(regions["picture"], return_inverse=True)
+    blocks = tuple((first - start, last - start) for first, last in shard.blocks)
+    return Unit(
+        shard=dataclasses.replace(shard, blocks=blocks),
+        pictures=tuple(plan.pictures[number] for number in used.tolist()),
+        headers=tuple(plan.headers[number] for number in used.tolist()),
+        regions=regions,
+    )
+
+
+def write_unit(job: Job, unit: Unit, node: str) -> list[tuple[str, str]]:
+    """Write and index a unit's shard, going on where another worker stopped.
+
+    returns  (source, reason) of the pictures left out
+    raises   InputError with the node where it does not see what the driver sees
+    """
+    work = WorkFolder(job.config.out)
+    Image.MAX_IMAGE_PIXELS = job.max_px
+    check_place(job, work, node)
+    check_kind(job, node)
+    with (
+        # A lost node's worker may still run: two never write one shard.
+        exclusive_lock(work.shard_lock(unit.shard.name), LOCK_PATIENCE_S),
+        contextlib.closing(make_reader(plan_of(job, unit), job.config)) as reader,
+    ):
+        check_place(job, work, node)  # the run may have ended while it waited
+        conversion = Conversion(
+            config=job.config,
+            plan=reader.plan,
+            encoder=job.encoder,
+            reader=reader,
+            work=work,
+            contract=job.contract,
+            shards=[unit.shard],
+            made=job.made,
+        )
+        write_shards(conversion, is_quiet=True, on_bad=lambda: check_place(job, work, node))
+        return work.journal(unit.shard.name).bad
+
+
+def plan_of(job: Job, unit: Unit) -> Plan:
+    """The plan of a unit alone."""
+    return Plan(
+        source=job.source,
+        pictures=unit.pictures,
+        headers=unit.headers,
+        patch_px=job.contract.patch_px,
+        regions=unit.regions,
+        splits={},
+        bad=job.bad,
+        ignored=0,
+        ignored_example="",
+    )
+
+
+def check_place(job: Job, work: WorkFolder, node: str) -> None:
+    """Refuse to work where input or output are not the driver's: pictures would seem unreadable."""
+    lost = next((path for path in job.witnesses if not path.exists()), None)
+    remedy = "mount the same shared file system under the same path on every node"
+    if lost is not None:
+        raise InputError(f"{node} does not see {lost} of the input; {remedy}")
+    path = work.folder / "plan.json"
+    if not path.is_file():
+        raise InputError(f"{node} does not see {path} of --out; {remedy}")
+    if sha256_file(path) != job.plan_sha256:
+        raise InputError(f"{node} sees another run's {path}; {remedy}, or wait for that run")
+
+
+def check_kind(job: Job, node: str) -> None:
+    """Refuse a machine whose codes would differ in a few bits from the others'."""
+    here = {"device": device_model(choose_device(job.config.device)), **versions()}
+    wanted = {"device": job.made["device"], **job.made["versions"]}
+    for name, value in here.items():
+        if value != wanted[name]:
+            raise ContractError(
+                f"{node} has {name} {value}, this run {wanted[name]}: bytes would depend on which "
+                "node writes them. Use nodes of one kind with the same packages, or start the "
+                "command on a node like the workers'"
+            )
+
+

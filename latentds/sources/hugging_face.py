@@ -1,0 +1,167 @@
+"""Hugging Face data sets with a column of images, saved in a folder or by their id on the Hub."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from latentds.conversion.config import ConvertConfig
+from latentds.errors import InputError, missing_extra
+from latentds.sources.image_folder import DEFAULT_SPLIT, SPLITS
+from latentds.sources.picture_files import PictureFiles
+from latentds.sources.records import COLUMNS, fields_of
+from latentds.sources.source import Header, Listing, Picture
+
+# hf://datasets/ORG/NAME[@REVISION]; a Path has taken one of the slashes already.
+ADDRESS = re.compile(r"hf:/{1,2}datasets/([\w.-]+(?:/[\w.-]+)?)(?:@([\w./-]+))?")
+ROWS_AT_ONCE = 1000
+
+
+def hub_id(source: Path) -> tuple[str, str | None] | None:
+    """Id and revision where an input is hf://datasets/ORG/NAME[@REVISION], else None."""
+    match = ADDRESS.fullmatch(source.as_posix())
+    return (match[1], match[2]) if match else None
+
+
+def is_saved(root: Path) -> bool:
+    """Whether a folder was made by save_to_disk, of one split or of several."""
+    is_one = (root / "state.json").is_file() and (root / "dataset_info.json").is_file()
+    return is_one or (root / "dataset_dict.json").is_file()
+
+
+class SavedDataset(PictureFiles):
+    """A folder made by `save_to_disk`. A picture's source is `split/row`."""
+
+    kind = "a Hugging Face data set (save_to_disk)"
+
+    def __init__(self, config: ConvertConfig) -> None:
+        super().__init__(config)
+        self.images: dict[str, Any] = {}  # its column of images by split, not decoded
+        self.broken: dict[str, str] = {}
+
+    def load(self) -> Any:
+        """A Dataset or DatasetDict."""
+        import datasets
+
+        return datasets.load_from_disk(str(self.root))
+
+    def roots(self) -> list[Path]:
+        """Folders that a picture's path may lie in."""
+        return [self.root]
+
+    def listing(self) -> Listing:
+        with loading(self.root):
+            loaded = self.load()
+        parts = loaded if isinstance(loaded, dict) else {DEFAULT_SPLIT: loaded}
+        pictures = [p for split in sorted(parts) for p in self.rows_of(split, parts[split])]
+        if not pictures:
+            raise InputError(f"{self.root}: no row in it; nothing to convert")
+        return self.named(Listing(tuple(pictures)))
+
+    def rows_of(self, part: str, dataset: Any) -> Iterator[Picture]:
+        """The pictures of a part of the data set, a row each."""
+        import datasets
+
+        column = image_column(dataset, self.root)
+        undecoded = dataset.select_columns([column])
+        self.images[part] = undecoded.cast_column(column, datasets.Image(decode=False))
+        split = SPLITS.get(part.lower(), part) if self.config.splits else DEFAULT_SPLIT
+        for number, record in enumerate(records_of(dataset)):
+            source, fields = f"{part}/{number}", {}
+            try:
+                fields = fields_of(record, self.config.labels)
+            except InputError as error:
+                self.broken[source] = str(error)
+            yield Picture(source, split, **fields)
+
+    def header(self, picture: Picture) -> Header:
+        if picture.source in self.broken:
+            raise InputError(self.broken[picture.source])
+        return super().header(picture)
+
+    def file(self, picture: Picture) -> Path | BinaryIO:
+        part, _, row = picture.source.rpartition("/")
+        (image,) = self.images[part][int(row)].values()
+        if image and image["bytes"] is not None:
+            return io.BytesIO(image["bytes"])
+        # A row may name any file of this machine: only the data set's own are opened.
+        path = Path(image["path"]).resolve() if image and image["path"] else None
+        if path is None or not any(path.is_relative_to(root.resolve()) for root in self.roots()):
+            raise InputError("has no bytes in its row, nor a file inside the data set")
+        return path
+
+
+class HubDataset(SavedDataset):
+    """A data set of the Hub by its id, through `load_dataset` and its cache; no code of it runs."""
+
+    kind = "a Hugging Face data set by its id"
+
+    def load(self) -> Any:
+        import datasets
+
+        found = hub_id(self.root)
+        assert found is not None  # that is how this source was chosen
+        return datasets.load_dataset(found[0], revision=found[1])
+
+    def roots(self) -> list[Path]:
+        import datasets
+
+        found = hub_id(self.root)
+        assert found is not None
+        cache = [datasets.config.HF_DATASETS_CACHE, datasets.config.HF_CACHE_HOME, found[0]]
+        return [Path(folder) for folder in cache]
+
+
+@contextlib.contextmanager
+def loading(root: Path) -> Iterator[None]:
+    """Turn what `datasets` raises into an InputError."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise missing_extra("datasets", "hf") from error
+    import pyarrow as pa
+
+    known = (OSError, ValueError, KeyError, TypeError, RuntimeError, pa.ArrowException)
+    try:
+        yield
+    except (*known, datasets.exceptions.DatasetsError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"{root}: 'datasets' cannot load it ({type(error).__name__}: {reason}); check the "
+            "name, or save it with save_to_disk and convert that folder"
+        ) from error
+
+
+def image_column(dataset: Any, root: Path) -> str:
+    """The column of images; InputError where there is none, or several and none called image."""
+    import datasets
+
+    found = [name for name, kind in dataset.features.items() if isinstance(kind, datasets.Image)]
+    if len(found) == 1 or "image" in found:
+        return "image" if "image" in found else found[0]
+    raise InputError(
+        f"{root}: {len(found)} columns of images among {', '.join(dataset.features)}; cast one to "
+        "datasets.Image, or call the one that is meant 'image'"
+    )
+
+
+def records_of(dataset: Any) -> Iterator[dict[str, Any]]:
+    """What is said of every row, class numbers as names; no image is touched."""
+    names = [name for name in dataset.column_names if name in COLUMNS]
+    labels = {n: dataset.features[n] for n in names if hasattr(dataset.features[n], "int2str")}
+    if not names:
+        yield from ({} for _ in range(len(dataset)))
+        return
+    for batch in dataset.select_columns(names).iter(batch_size=ROWS_AT_ONCE):
+        for values in zip(*(batch[name] for name in names), strict=True):
+            record = dict(zip(names, values, strict=True))
+            yield {n: label_of(labels[n], v) if n in labels else v for n, v in record.items()}
+
+
+def label_of(feature: Any, number: int | None) -> str | None:
+    """Name of a class number, None for -1, which stands for no label."""
+    return feature.int2str(number) if number is not None and number >= 0 else None

@@ -1,0 +1,191 @@
+"""Parquet files with a column of encoded pictures: what their footers say, and their row groups."""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import dataclasses
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from latentds.errors import InputError
+from latentds.sources.records import COLUMNS
+from latentds.sources.slides import reason_of
+
+# Decompressed pictures of a row group; a few are in memory at once.
+MAX_GROUP_BYTES = 1 << 28
+BATCH_ROWS = 64  # rows decompressed before their size is looked at
+# Columns of plain bytes that are pictures; a struct with a field `bytes` is one by any name.
+PICTURE_COLUMNS = ("image_bytes", "image", "img", "jpg", "jpeg", "png", "picture")
+RAW = ("image_dtype", "tile_size")  # OpenMidnight's: how image_bytes are coded, and their edge
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PictureTable:
+    """A Parquet file of pictures.
+
+    column   path of the bytes' column, for example `image.bytes`
+    facts    columns that say something of a picture
+    classes  names of class numbers by column, from Hugging Face's features
+    starts   first row of every row group, and the number of rows
+    """
+
+    path: Path
+    footer: Any
+    column: str
+    facts: tuple[str, ...]
+    classes: dict[str, list[str]]
+    starts: tuple[int, ...]
+
+    def group_of(self, row: int) -> int:
+        """Row group of a row."""
+        return bisect.bisect_right(self.starts, row) - 1
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """What is said of every picture; the pictures' bytes are not read."""
+        with reading(self.path), self.open() as file:
+            if not self.facts:
+                yield from ({} for _ in range(self.starts[-1]))
+                return
+            for batch in file.iter_batches(batch_size=4096, columns=list(self.facts)):
+                yield from (self.named(row) for row in batch.to_pylist())
+
+    def named(self, row: dict[str, Any]) -> dict[str, Any]:
+        """A row with its class numbers as names; numbers that name no class stay."""
+        for column, names in self.classes.items():
+            number = row.get(column)
+            if isinstance(number, int) and 0 <= number < len(names):
+                row[column] = names[number]
+        return row
+
+    def pictures(self, group: int) -> list[Any]:
+        """Bytes of a row group's pictures as Arrow arrays of BATCH_ROWS.
+
+        InputError (without the name) where they are damaged, or more than the footer announced.
+        """
+        parts, held = [], 0
+        with reading(None), self.open() as file:
+            for batch in file.iter_batches(BATCH_ROWS, row_groups=[group], columns=[self.column]):
+                column = batch.column(0)
+                part = column.flatten()[0] if "." in self.column else column
+                held += part.nbytes
+                if held > MAX_GROUP_BYTES:
+                    raise InputError(f"its row group {group} has more bytes than it announces")
+                parts.append(part)
+        return parts
+
+    def open(self) -> Any:
+        """The file, its footer known."""
+        import pyarrow.parquet as pq
+
+        return pq.ParquetFile(self.path, metadata=self.footer, pre_buffer=False)
+
+
+@contextlib.contextmanager
+def reading(path: Path | None) -> Iterator[None]:
+    """Turn what pyarrow raises into an InputError, with the file's name where it is given."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        where = f"{path}: " if path else ""
+        raise InputError(f"{where}damaged Parquet ({reason_of(error)}); fetch it anew") from error
+
+
+def open_table(path: Path) -> PictureTable | None:
+    """A Parquet file's table of pictures, None where it has no column of them.
+
+    InputError where it is damaged, or announces what no table of pictures has.
+    """
+    import pyarrow.parquet as pq
+
+    with reading(path), pq.ParquetFile(path) as file:
+        footer, schema = file.metadata, file.schema_arrow
+    column = picture_column(schema, path)
+    if column is None:
+        return None
+    check_footer(path, footer, column)
+    counts = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
+    return PictureTable(
+        path=path,
+        footer=footer,
+        column=column,
+        facts=tuple(name for name in schema.names if name in {*COLUMNS, *RAW}),
+        classes=class_names(schema.metadata or {}),
+        starts=tuple(itertools.accumulate(counts, initial=0)),
+    )
+
+
+def picture_column(schema: Any, path: Path) -> str | None:
+    """Path of the column of encoded pictures; InputError where several could be meant."""
+    import pyarrow as pa
+
+    found = {}
+    for field in schema:
+        kind = field.type
+        if pa.types.is_struct(kind) and any(is_bytes(f.type) and f.name == "bytes" for f in kind):
+            found[field.name] = f"{field.name}.bytes"
+        elif field.name in PICTURE_COLUMNS and is_bytes(kind):
+            found[field.name] = field.name
+    named = [found[name] for name in PICTURE_COLUMNS if name in found]
+    if not named and len(found) > 1:
+        raise InputError(
+            f"{path}: pictures in {', '.join(found)}; rename the column that is meant to 'image'"
+        )
+    return next(iter([*named, *found.values()]), None)
+
+
+def is_bytes(kind: Any) -> bool:
+    """Whether an Arrow type is a run of bytes."""
+    import pyarrow.types as types
+
+    return bool(
+        types.is_binary(kind) or types.is_large_binary(kind) or types.is_fixed_size_binary(kind)
+    )
+
+
+def check_footer(path: Path, footer: Any, column: str) -> None:
+    """Refuse sizes that would not fit in memory, before a byte of them is read."""
+    index = leaf_index(footer, column)
+    size = path.stat().st_size
+    for number in range(footer.num_row_groups):
+        group = footer.row_group(number)
+        chunk = group.column(index)
+        if chunk.total_uncompressed_size > MAX_GROUP_BYTES:
+            raise InputError(
+                f"{path}: row group {number} announces {chunk.total_uncompressed_size:,} bytes of "
+                f"pictures, more than {MAX_GROUP_BYTES:,}; write it anew with smaller ones "
+                "(pyarrow.parquet.write_table(..., row_group_size=1000))"
+            )
+        # A picture takes a byte at least: more rows than bytes are a lie that would fill memory.
+        size -= max(chunk.total_compressed_size, 0)
+        if size < 0 or group.num_rows > chunk.total_compressed_size:
+            raise InputError(
+                f"{path}: row group {number} announces {group.num_rows:,} pictures in "
+                f"{chunk.total_compressed_size:,} bytes; refused"
+            )
+
+
+def leaf_index(footer: Any, column: str) -> int:
+    """Place of a column among a file's leaves."""
+    schema = footer.schema
+    return next(i for i in range(len(schema)) if schema.column(i).path == column)
+
+
+def class_names(metadata: dict[bytes, bytes]) -> dict[str, list[str]]:
+    """Names of Hugging Face's ClassLabel columns; empty where the file has none."""
+    try:
+        features = json.loads(metadata[b"huggingface"])["info"]["features"]
+        return {
+            name: [str(label) for label in feature["names"]]
+            for name, feature in features.items()
+            if feature.get("_type") == "ClassLabel"
+        }
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
+        return {}

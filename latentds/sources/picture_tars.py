@@ -1,0 +1,143 @@
+"""Tars of pictures, as webdataset writes them: KEY.jpg with KEY.cls or KEY.json beside it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
+
+from latentds.conversion.config import ConvertConfig
+from latentds.errors import InputError
+from latentds.sources.image_folder import check_names
+from latentds.sources.picture_files import PictureFiles
+from latentds.sources.pictures import picture_suffixes
+from latentds.sources.records import fields_of, splits_of
+from latentds.sources.source import Header, Listing, Picture
+from latentds.sources.tars import TarMember, open_member, read_member, tar_members
+
+MAX_CLS_BYTES = 4096
+MAX_JSON_BYTES = 1 << 20
+SIDECARS = (".cls", ".json")
+
+Members = dict[str, TarMember]
+Record = dict[str, Any] | str  # fields of a Picture, or why it has none
+
+
+class PictureTars(PictureFiles):
+    """Every *.tar of a folder, or one tar. A picture's source is `archive/member`.
+
+    Labels are KEY.cls (a number or a name) or KEY.json's; splits those of names like train-*.tar.
+    Members that are neither are passed over, unread: pickles above all.
+    """
+
+    kind = "tars of pictures (WebDataset)"
+
+    def __init__(self, config: ConvertConfig, archives: Sequence[str]) -> None:
+        super().__init__(config)
+        if self.root.is_file():
+            self.root = self.root.parent
+        self.archives = archives
+        self.places: dict[str, tuple[str, int, int]] = {}  # archive, offset, size by source
+        self.broken: dict[str, str] = {}  # pictures whose record cannot be read, and why
+        self.ignored: list[str] = []
+
+    def listing(self) -> Listing:
+        splits = splits_of(self.root, self.archives, self.config.splits)
+        pictures = [p for archive in self.archives for p in self.samples(archive, splits[archive])]
+        if not pictures:
+            raise InputError(
+                f"{self.root}: {len(self.archives)} tars, no picture in them "
+                f"({len(self.ignored)} other members); nothing to convert"
+            )
+        check_names(self.root, [picture.source for picture in pictures])
+        example = self.ignored[0] if self.ignored else ""
+        return self.named(Listing(tuple(pictures), len(self.ignored), example))
+
+    def samples(self, archive: str, split: str) -> Iterator[Picture]:
+        """The pictures of an archive, in its order."""
+        members = self.members(archive)
+        suffixes = picture_suffixes()
+        names = [name for name in members if PurePosixPath(name).suffix.lower() in suffixes]
+        sidecars = (name for name in members if PurePosixPath(name).suffix in SIDECARS)
+        others = members.keys() - set(names) - set(sidecars)
+        self.ignored += [f"{archive}/{name}" for name in sorted(others)]
+        records = self.records(archive, members, names)
+        for name in names:
+            source, member, record = f"{archive}/{name}", members[name], records[name]
+            self.places[source] = (archive, member.offset, member.size)
+            if isinstance(record, str):
+                self.broken[source], record = record, {}
+            yield Picture(source, split, **record)
+
+    def members(self, archive: str) -> Members:
+        """The members of an archive by name, hidden ones left out."""
+        path, found = self.root / archive, {}
+        for member in tar_members(path):
+            if member.name in found:
+                raise InputError(f"{path}, {member.name}: there twice; which of them is not said")
+            if not PurePosixPath(member.name).name.startswith("."):
+                found[member.name] = member
+        return found
+
+    def records(self, archive: str, members: Members, names: Sequence[str]) -> dict[str, Record]:
+        """What is said of every picture of an archive."""
+        path, stems = self.root / archive, {stem_of(name) for name in names}
+        for name in names:
+            if stem_of(name) != key_of_sample(name) and key_of_sample(name) in stems:
+                raise InputError(
+                    f"{path}: {name} is a second picture of sample {key_of_sample(name)!r}; keep "
+                    "one a sample"
+                )
+        return {name: self.record(path, members, name) for name in names}
+
+    def record(self, path: Path, members: Members, name: str) -> Record:
+        """What the members beside a picture say of it."""
+        keys = (stem_of(name), key_of_sample(name))
+        found = [members.get(f"{key}{suffix}") for suffix in SIDECARS for key in keys]
+        label, facts = found[0] or found[1], found[2] or found[3]
+        try:
+            fields = {"label": read_label(path, label)} if label and self.config.labels else {}
+            return fields | (fields_of(read_facts(path, facts), self.config.labels) if facts else {})
+        except InputError as error:
+            return str(error)
+
+    def header(self, picture: Picture) -> Header:
+        if picture.source in self.broken:
+            raise InputError(self.broken[picture.source])
+        return super().header(picture)
+
+    def file(self, picture: Picture) -> BinaryIO:
+        archive, offset, size = self.places[picture.source]
+        return open_member(self.root / archive, offset, size)
+
+
+def stem_of(name: str) -> str:
+    """A member's name up to its last dot: TCGA's names have dots of their own."""
+    return str(PurePosixPath(name).with_suffix(""))
+
+
+def key_of_sample(name: str) -> str:
+    """A member's sample as webdataset has it: up to the first dot of the file's name."""
+    folder, slash, base = name.rpartition("/")
+    return f"{folder}{slash}{base.partition('.')[0]}"
+
+
+def read_label(path: Path, member: TarMember) -> str:
+    """The class in a KEY.cls; InputError (without the name) where it is none."""
+    try:
+        label = read_member(path, member, MAX_CLS_BYTES).decode().strip()
+    except UnicodeDecodeError as error:
+        raise InputError("its .cls is not text") from error
+    return str(fields_of({"label": label or "  "}, use_labels=True)["label"])
+
+
+def read_facts(path: Path, member: TarMember) -> dict[str, Any]:
+    """The object in a KEY.json; InputError (without the name) where it is none."""
+    try:
+        facts = json.loads(read_member(path, member, MAX_JSON_BYTES))
+    except (ValueError, RecursionError) as error:
+        raise InputError("its .json cannot be read") from error
+    if not isinstance(facts, dict):
+        raise InputError("its .json is not an object of fields")
+    return facts

@@ -256,7 +256,9 @@ def test_a_tiled_picture_is_decoded_once(tmp_path, monkeypatch):
 
     opened = []
     original = picture_files.read_picture
-    monkeypatch.setattr(picture_files, "read_picture", lambda p, m: opened.append(p) or original(p, m))
+    monkeypatch.setattr(
+        picture_files, "read_picture", lambda p, m: opened.append(p) or original(p, m)
+    )
     save_pictures(tmp_path / "in", 2, edge=256)
     manifest = convert_with_mean(
         tmp_path / "in", tmp_path / "out", tile=True, patch_size=32, fit_patches=1, order="path"

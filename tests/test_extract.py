@@ -9,16 +9,16 @@ import pytest
 import torch
 from PIL import Image
 
-from latentds import extracting
 from latentds.errors import InputError, UnknownNameError
-from latentds.exporting import export_npy, export_parquet, export_wids
-from latentds.extracting import extract
-from latentds.filenames import file_stem, patch_path
 from latentds.golden import decode_pixels
 from latentds.manifest import read_manifest
-from latentds.merging import merge
 from latentds.quantizer import dequantize
 from latentds.reader import ShardSet
+from latentds.rearranging import extracting
+from latentds.rearranging.exporting import export_npy, export_parquet, export_wids
+from latentds.rearranging.extracting import extract
+from latentds.rearranging.filenames import file_stem, patch_path
+from latentds.rearranging.merging import merge
 from tests.conftest import convert_with_mean, save_pictures
 from tests.fakes import MeanAutoencoder
 from tests.test_merge import codes_by_key, make_set
@@ -252,7 +252,7 @@ def test_npy_trees_hold_codes_or_latents(merged, tmp_path, latents):
 
 
 def test_exports_appear_whole_or_not_at_all(small, tmp_path, monkeypatch):
-    from latentds import exporting
+    from latentds.rearranging import exporting
 
     def die(*_):
         raise KeyboardInterrupt

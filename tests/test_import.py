@@ -10,16 +10,16 @@ from safetensors.torch import save_file
 
 from latentds.codebooks import StoredCodebook, save_codebook
 from latentds.errors import ContractError, FormatError, InputError, WeightsError
-from latentds.exporting import export_npy
-from latentds.extracting import extract
-from latentds.foreign import ListingOptions
 from latentds.golden import latents_pixels, read_golden_table
-from latentds.import_contract import ImportOptions, identify
-from latentds.importing import import_latents
+from latentds.importing.contract import ImportOptions, identify
+from latentds.importing.layouts import ListingOptions
+from latentds.importing.run import import_latents
 from latentds.loader import LatentLoader
 from latentds.manifest import read_manifest
 from latentds.quantizer import Codebook, dequantize
 from latentds.reader import ShardSet
+from latentds.rearranging.exporting import export_npy
+from latentds.rearranging.extracting import extract
 from latentds.verification import verify
 from tests.fakes import CARD, MeanAutoencoder
 from tests.test_extract import table
@@ -196,7 +196,7 @@ def test_exported_latents_come_back_with_their_codebook(tmp_path):
 
 
 def test_codes_of_two_codebooks_are_not_taken_as_one(tmp_path):
-    from latentds.merging import merge
+    from latentds.rearranging.merging import merge
 
     parts = [make_set(tmp_path, "a", 3, 0), make_set(tmp_path, "b", 3, 5000, levels=32)]
     merge(parts, tmp_path / "ab")
@@ -244,7 +244,7 @@ def test_unknown_identities_are_refused(autoencoder, latent_id, error, match):
 
 
 def test_a_known_name_whose_weights_cannot_be_had_lends_its_card(monkeypatch):
-    from latentds import import_contract
+    from latentds.importing import contract as import_contract
 
     def fail(name):
         raise WeightsError(f"{name}: no network")
@@ -416,7 +416,7 @@ def test_the_same_import_gives_the_same_bytes(tmp_path):
 
 
 def test_a_killed_import_leaves_nothing_that_looks_finished(tmp_path, monkeypatch):
-    from latentds import importing
+    from latentds.importing import run as importing
 
     def die(*_):
         raise KeyboardInterrupt

@@ -18,9 +18,9 @@ from latentds.format import MANIFEST
 from latentds.golden import read_golden_table
 from latentds.loader import LatentLoader
 from latentds.manifest import read_manifest
-from latentds.merging import merge
 from latentds.quantizer import dequantize
 from latentds.reader import ShardSet
+from latentds.rearranging.merging import merge
 from latentds.verification import verify
 from tests.bad_shards import edit_manifest, first_shard, flip_bit
 from tests.conftest import convert_with_mean, save_pictures
@@ -242,7 +242,7 @@ def test_finished_set_is_replaced_with_overwrite_only(parts, tmp_path):
 
 
 def test_a_killed_merge_leaves_nothing_that_looks_finished(parts, tmp_path, monkeypatch):
-    from latentds import merging
+    from latentds.rearranging import merging
 
     def die(*_):
         raise KeyboardInterrupt
@@ -261,7 +261,7 @@ def test_a_killed_merge_leaves_nothing_that_looks_finished(parts, tmp_path, monk
 
 def test_a_merge_that_was_shot_is_started_anew_with_overwrite(parts, tmp_path):
     script = (
-        "import os, sys; from latentds import merging;"
+        "import os, sys; from latentds.rearranging import merging;"
         "merging.join_golden = lambda *_: os._exit(9); merging.merge(sys.argv[1:3], sys.argv[3])"
     )
     words = [sys.executable, "-c", script, *map(str, parts), str(tmp_path / "out")]

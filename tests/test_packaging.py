@@ -19,29 +19,15 @@ FLOORS = [
     ],
     ["autoencoders", "codebooks", "codecs"],
     [
-        *(
-            "cache",
-            "transport",
-            "tables",
-            "files",
-            "sources",
-            "columns",
-            "manifest",
-            "writer",
-            "scan",
-        ),
-        *("index", "reader", "golden", "composing"),
-        *("outputs", "filenames", "slidelists", "rows", "exporting", "importing"),
-        *("foreign", "foreign_arrays", "foreign_reading", "import_contract"),
+        *("cache", "transport", "tables", "files", "sources", "columns", "manifest", "writer"),
+        *("scan", "index", "reader", "golden", "composing"),
         *("publishing", "conversion", "verification"),
-        *("hub", "hubcard", "snippets", "licences", "preview", "upload", "uploadplan", "fetching"),
-        "objects",
     ],
     [
         *("order", "batch", "selection", "sampling", "batching", "mixture", "collate", "state"),
         *("launcher", "dataset", "transfers", "decoding", "stage", "loader", "bags", "array"),
-        *("merging", "repacking", "extracting"),
     ],
+    ["hub", "objects", "importing", "rearranging"],  # whole data sets
 ]
 ALONE = {  # heavy libraries and the only modules that may import them
     "diffusers": {"latentds.autoencoders.diffusers_ae"},
@@ -51,7 +37,7 @@ ALONE = {  # heavy libraries and the only modules that may import them
     "huggingface_hub": {
         "latentds.autoencoders.diffusers_ae",
         "latentds.transport",
-        "latentds.hub",
+        "latentds.hub.client",
     },
     "fsspec": {"latentds.transport", "latentds.objects"},
 }

@@ -19,14 +19,14 @@ from latentds_tools import cli
 import latentds.transport
 from latentds.cache import CacheConfig
 from latentds.errors import FormatError, InputError, UnknownNameError
-from latentds.fetching import fetch
 from latentds.format import GOLDEN, MANIFEST
-from latentds.licences import check_licence, is_non_commercial, licence_warnings
+from latentds.hub.fetching import fetch
+from latentds.hub.licences import check_licence, is_non_commercial, licence_warnings
+from latentds.hub.preview import PREVIEW
+from latentds.hub.snippets import Publication
+from latentds.hub.upload import publish
 from latentds.loader import LatentLoader
 from latentds.manifest import read_manifest
-from latentds.preview import PREVIEW
-from latentds.snippets import Publication
-from latentds.upload import publish
 from latentds.verification import verify
 from tests.bad_shards import edit_manifest, flip_bit
 from tests.hub_server import hub_serving
@@ -83,7 +83,7 @@ def test_a_published_set_reads_as_the_folder_does(shared_dataset, hub, tmp_path)
 
 
 def test_the_manifest_comes_in_the_last_commit(shared_dataset, hub, monkeypatch):
-    monkeypatch.setattr("latentds.upload.BATCH_FILES", 1)
+    monkeypatch.setattr("latentds.hub.upload.BATCH_FILES", 1)
     publish(shared_dataset, CC0)
     trees = list(hub.repos[NAME].commits.values())
     assert [MANIFEST in tree for tree in trees] == [False, False, False, True]
@@ -291,10 +291,10 @@ def test_an_upload_cut_off_goes_on_where_it_stopped(shared_dataset, hub):
 
 
 def test_a_killed_upload_goes_on_where_it_stopped(shared_dataset, hub, monkeypatch):
-    monkeypatch.setattr("latentds.upload.BATCH_FILES", 1)
+    monkeypatch.setattr("latentds.hub.upload.BATCH_FILES", 1)
     hub.faults["put"] = ["", "hang"]
     script = (
-        "import sys, latentds.upload as u; from latentds.snippets import Publication\n"
+        "import sys, latentds.hub.upload as u; from latentds.hub.snippets import Publication\n"
         "u.BATCH_FILES = 1\n"
         "u.publish(sys.argv[1], Publication(repository='org/name', licence='cc0-1.0'))\n"
     )
@@ -337,7 +337,7 @@ def test_another_set_is_refused_and_never_half_replaced(dataset, shared_dataset,
     publish(shared_dataset, CC0)
     with pytest.raises(InputError, match="holds the data set sha256:"):
         publish(dataset.parent / "small", CC0)
-    monkeypatch.setattr("latentds.upload.BATCH_FILES", 1)
+    monkeypatch.setattr("latentds.hub.upload.BATCH_FILES", 1)
     publish(dataset.parent / "small", CC0, overwrite=True)
     tree = hub.files(NAME)
     assert [path for path in tree if path.startswith("data/")] == ["data/train-000000.tar"]
@@ -383,7 +383,7 @@ def test_private_means_private(shared_dataset, hub):
 
 
 def test_a_pull_request_carries_everything(shared_dataset, hub, tmp_path, monkeypatch):
-    monkeypatch.setattr("latentds.upload.BATCH_FILES", 1)
+    monkeypatch.setattr("latentds.hub.upload.BATCH_FILES", 1)
     hub.make(NAME)
     result = publish(shared_dataset, CC0, pull_request=True)
     assert result.url.endswith("/discussions/1") and MANIFEST not in hub.files(NAME)
@@ -392,14 +392,14 @@ def test_a_pull_request_carries_everything(shared_dataset, hub, tmp_path, monkey
 
 
 def test_a_stranger_may_open_a_pull_request(shared_dataset, hub, monkeypatch):
-    monkeypatch.setattr("latentds.upload.BATCH_FILES", 1)
+    monkeypatch.setattr("latentds.hub.upload.BATCH_FILES", 1)
     hub.make("other/name")
     other = Publication(repository="other/name", licence="mit")
     assert publish(shared_dataset, other, pull_request=True).checked == 9
 
 
 def test_a_pull_request_cut_off_is_gone_on_with(shared_dataset, hub, monkeypatch):
-    monkeypatch.setattr("latentds.upload.BATCH_FILES", 1)
+    monkeypatch.setattr("latentds.hub.upload.BATCH_FILES", 1)
     hub.make(NAME)
     hub.faults["commit"] = ["", "500"]
     with pytest.raises(InputError, match="with --revision refs/pr/1 instead of --pr"):
@@ -447,8 +447,8 @@ def test_the_commands_print_what_was_done(shared_dataset, hub, tmp_path, capsys)
 
 def test_a_fetch_cut_off_goes_on_where_it_stopped(shared_dataset, hub, tmp_path, monkeypatch):
     publish(shared_dataset, CC0)
-    monkeypatch.setattr("latentds.fetching.PART_BYTES", 20_000)
-    monkeypatch.setattr("latentds.fetching.THREADS", 1)
+    monkeypatch.setattr("latentds.hub.fetching.PART_BYTES", 20_000)
+    monkeypatch.setattr("latentds.hub.fetching.THREADS", 1)
     hub.requests.clear()
     hub.faults["resolve"] = ["", "", "403"]  # the manifest, a part, no more
     with pytest.raises(InputError, match=r"access refused \(403\)"):
@@ -507,7 +507,7 @@ def test_what_cannot_be_fetched_is_said(shared_dataset, hub, tmp_path, monkeypat
 
 
 def test_two_fetches_do_not_write_one_folder(shared_dataset, hub, tmp_path):
-    from latentds.fetching import LOCK
+    from latentds.hub.fetching import LOCK
     from latentds.storage import exclusive_lock
 
     publish(shared_dataset, CC0)
@@ -531,7 +531,7 @@ def test_tables_outside_of_the_sidecars_are_refused(dataset, hub, tmp_path):
 def test_previews_are_the_same_bytes_each_time(shared_dataset):
     import tarfile
 
-    from latentds.preview import make_preview
+    from latentds.hub.preview import make_preview
 
     first = make_preview(shared_dataset)
     assert hashlib.sha256(first).digest() == hashlib.sha256(make_preview(shared_dataset)).digest()

@@ -11,10 +11,10 @@ from latentds.format import MANIFEST
 from latentds.golden import read_golden_table
 from latentds.loader import LatentLoader
 from latentds.manifest import read_manifest
-from latentds.merging import merge
 from latentds.reader import ShardSet
-from latentds.repacking import Repacking, repack
-from latentds.slidelists import read_slide_list, read_splits
+from latentds.rearranging.merging import merge
+from latentds.rearranging.repacking import Repacking, repack
+from latentds.rearranging.slidelists import read_slide_list, read_splits
 from latentds.verification import verify
 from tests.bad_shards import first_shard, flip_bit
 from tests.conftest import convert_with_mean, save_pictures

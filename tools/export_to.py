@@ -36,8 +36,8 @@ class Config:
 
 def run(config: Config) -> None:
     """Export, and say how much."""
-    from latentds import exporting
     from latentds.errors import InputError
+    from latentds.rearranging import exporting
 
     if config.latents and config.to != "npy":
         raise InputError(f"--latents is for --to npy; {config.to} holds codes")

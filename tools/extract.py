@@ -45,8 +45,8 @@ def run(config: Config) -> None:
     """Extract, and say what was written."""
     from latentds.conversion.encode import choose_device
     from latentds.errors import InputError
-    from latentds.extracting import extract
-    from latentds.slidelists import read_slide_list
+    from latentds.rearranging.extracting import extract
+    from latentds.rearranging.slidelists import read_slide_list
 
     if not 1 <= config.quality <= 100:
         raise InputError(f"--quality {config.quality} is not between 1 and 100")

@@ -29,7 +29,7 @@ class Config:
 
 def run(config: Config) -> None:
     """Fetch, and say what lies where."""
-    from latentds.fetching import fetch
+    from latentds.hub.fetching import fetch
 
     with progress_bar() as show:
         result = fetch(config.repository, config.out, show)

@@ -69,7 +69,7 @@ class Config:
 
 def run(config: Config) -> None:
     """Import, and say what was made."""
-    from latentds.importing import import_latents
+    from latentds.importing.run import import_latents
 
     manifest = import_latents(
         config.source,
@@ -95,8 +95,8 @@ def run(config: Config) -> None:
 
 def options(config: Config) -> Any:
     """What the files do not say themselves."""
-    from latentds.foreign import ListingOptions
-    from latentds.import_contract import ImportOptions
+    from latentds.importing.contract import ImportOptions
+    from latentds.importing.layouts import ListingOptions
 
     check(config)
     same = ("layout", "labels", "splits", "name_pattern", "tile_step", "mpp")

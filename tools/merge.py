@@ -29,7 +29,7 @@ class Config:
 
 def run(config: Config) -> None:
     """Merge, and say what was made."""
-    from latentds.merging import merge
+    from latentds.rearranging.merging import merge
 
     manifest = merge(config.folders, config.out, config.overwrite)
     summary = {

@@ -55,7 +55,7 @@ class Config:
 
 def run(config: Config) -> None:
     """Publish, and say what was done."""
-    from latentds.upload import publish
+    from latentds.hub.upload import publish
 
     result = publish(
         config.folder,
@@ -74,8 +74,8 @@ def run(config: Config) -> None:
 
 def publication(config: Config) -> Any:
     """What the card is to say."""
-    from latentds.licences import check_licence
-    from latentds.snippets import Publication
+    from latentds.hub.licences import check_licence
+    from latentds.hub.snippets import Publication
 
     return Publication(
         repository=config.repository,

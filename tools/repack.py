@@ -41,7 +41,7 @@ class Config:
 def run(config: Config) -> None:
     """Repack, and say what was made."""
     from latentds.manifest import read_manifest
-    from latentds.repacking import repack
+    from latentds.rearranging.repacking import repack
 
     before = read_manifest(config.folder).patches
     manifest = repack(config.folder, config.out, options(config), config.overwrite)
@@ -65,8 +65,8 @@ def run(config: Config) -> None:
 def options(config: Config) -> Any:
     """What is to be different, lists read."""
     from latentds.errors import InputError
-    from latentds.repacking import Repacking
-    from latentds.slidelists import read_slide_list, read_splits
+    from latentds.rearranging.repacking import Repacking
+    from latentds.rearranging.slidelists import read_slide_list, read_splits
 
     limits = {"pack_size": (1, 65536), "shard_mb": (1, 65536), "seed": (0, 2**31)}
     for name, (low, high) in limits.items():

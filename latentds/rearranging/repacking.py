@@ -19,8 +19,8 @@ from latentds.errors import InputError, unknown_name
 from latentds.format import GOLDEN, MASKS, PATCHES
 from latentds.golden import read_golden_table, renumbered
 from latentds.manifest import Manifest
-from latentds.outputs import local_folder, new_data_set
 from latentds.reader import ShardSet
+from latentds.rearranging.outputs import local_folder, new_data_set
 from latentds.sources.names import patient_of
 from latentds.storage import write_atomically
 

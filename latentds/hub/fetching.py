@@ -15,9 +15,10 @@ from typing import Any
 from latentds.errors import FormatError, InputError
 from latentds.files import parse_json
 from latentds.format import MANIFEST, SIDECARS
-from latentds.hub import NAME, HubFile, Repository
+from latentds.hub.client import NAME, HubFile, Repository
+from latentds.hub.plan import README
+from latentds.hub.preview import PREVIEW
 from latentds.manifest import MAX_MANIFEST_BYTES, Manifest, parse_manifest
-from latentds.preview import PREVIEW
 from latentds.storage import (
     exclusive_lock,
     naming,
@@ -26,7 +27,6 @@ from latentds.storage import (
     write_atomically,
 )
 from latentds.transport import Transport
-from latentds.uploadplan import README
 
 PART_BYTES = 16 * 1_000_000  # asked for at once: what a broken connection costs
 THREADS = 8

@@ -10,13 +10,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from latentds.errors import InputError
-from latentds.exporting import TABLE
-from latentds.foreign_arrays import (
+from latentds.importing.arrays import (
     ARRAY_SUFFIXES,
     inspect_array,
     read_labels,
     read_npy_header,
 )
+from latentds.rearranging.exporting import TABLE
 from latentds.sources.image_folder import (
     DEFAULT_SPLIT,
     SPLITS,

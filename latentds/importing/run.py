@@ -18,14 +18,14 @@ from latentds.autoencoders.base import Autoencoder
 from latentds.columns import SCHEMA
 from latentds.composing import Composer, Part, complete
 from latentds.errors import InputError
-from latentds.foreign import ForeignPatch, list_latents
-from latentds.foreign_reading import LatentFiles
 from latentds.format import GOLDEN, SPLIT_PATTERN, Contract, patch_key
 from latentds.golden import choose_rows, decode_pixels, encode_golden, latents_pixels, no_golden
-from latentds.import_contract import Identity, ImportOptions, decide, identify
+from latentds.importing.contract import Identity, ImportOptions, decide, identify
+from latentds.importing.layouts import ForeignPatch, list_latents
+from latentds.importing.reading import LatentFiles
 from latentds.manifest import Manifest
-from latentds.outputs import new_data_set
 from latentds.quantizer import dequantize, quantize
+from latentds.rearranging.outputs import new_data_set
 from latentds.storage import write_atomically
 
 logger = logging.getLogger(__name__)

@@ -23,8 +23,8 @@ from latentds.golden import MAX_GOLDEN, read_golden_table, renumbered
 from latentds.index import ShardIndex
 from latentds.manifest import Manifest
 from latentds.mixture import check_mixable
-from latentds.outputs import local_folder, new_data_set
 from latentds.reader import ShardSet
+from latentds.rearranging.outputs import local_folder, new_data_set
 from latentds.scan import read_contract, scan_members
 from latentds.storage import READ_BYTES, rename_durably, write_atomically
 from latentds.writer import BLOCK, ShardWriter, member_header

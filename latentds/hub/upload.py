@@ -14,14 +14,14 @@ from pathlib import Path
 from latentds.errors import FormatError, InputError
 from latentds.format import MANIFEST
 from latentds.golden import read_golden
-from latentds.hub import Repository
-from latentds.hubcard import hub_card
-from latentds.licences import check_licence, licence_warnings
+from latentds.hub.card import hub_card
+from latentds.hub.client import Repository
+from latentds.hub.licences import check_licence, licence_warnings
+from latentds.hub.plan import README, Plan, make_plan
+from latentds.hub.preview import PREVIEW, make_preview
+from latentds.hub.snippets import Publication
 from latentds.manifest import Manifest, read_manifest
-from latentds.preview import PREVIEW, make_preview
 from latentds.publishing import dataset_card
-from latentds.snippets import Publication
-from latentds.uploadplan import README, Plan, make_plan
 from latentds.verification import verify
 
 # The Hub advises 50 to 100 files a commit. What a killed run has sent but not committed is not sent

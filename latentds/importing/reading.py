@@ -10,8 +10,8 @@ from types import TracebackType
 import numpy as np
 
 from latentds.errors import InputError
-from latentds.foreign import ForeignPatch
-from latentds.foreign_arrays import ArrayFacts, ArrayRows, inspect_array, read_npy
+from latentds.importing.arrays import ArrayFacts, ArrayRows, inspect_array, read_npy
+from latentds.importing.layouts import ForeignPatch
 
 MAX_OPEN_FILES = 256  # closing an npz means to unpack it again
 FLOATS = ("float16", "bfloat16", "float32", "float64")

@@ -8,9 +8,9 @@ from pathlib import Path
 from latentds.errors import FormatError, InputError
 from latentds.files import parse_json
 from latentds.format import MANIFEST
-from latentds.hub import HubFile, Repository
+from latentds.hub.client import HubFile, Repository
+from latentds.hub.preview import PREVIEW
 from latentds.manifest import MAX_MANIFEST_BYTES, Manifest, parse_manifest
-from latentds.preview import PREVIEW
 from latentds.transport import Transport
 
 README = "README.md"

@@ -21,9 +21,9 @@ from latentds.codebooks import load_codebook
 from latentds.composing import SHARD_BYTES
 from latentds.errors import ContractError, InputError, MissingExtraError, WeightsError
 from latentds.fit import fit_codebook
-from latentds.foreign import ForeignPatch, ListingOptions
-from latentds.foreign_reading import LatentFiles
 from latentds.format import MAX_PATCH_BYTES, Contract
+from latentds.importing.layouts import ForeignPatch, ListingOptions
+from latentds.importing.reading import LatentFiles
 from latentds.quantizer import Codebook
 
 MAX_SAMPLE_VALUES = 16_000_000  # latent values held while fitting: 64 MB

@@ -8,10 +8,10 @@ from typing import Any
 
 from latentds.format import FORMAT
 from latentds.golden import Golden
+from latentds.hub.preview import LABEL, PICTURE, PREVIEW, SLIDE
+from latentds.hub.snippets import Publication, loading
 from latentds.manifest import Manifest
-from latentds.preview import LABEL, PICTURE, PREVIEW, SLIDE
 from latentds.publishing import cell, front_matter, has_masks, label_table
-from latentds.snippets import Publication, loading
 
 PREVIEW_CONFIG = (
     "- config_name: preview",

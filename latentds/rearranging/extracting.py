@@ -18,11 +18,11 @@ from tqdm import tqdm
 from latentds.autoencoders.base import Autoencoder
 from latentds.decoding import Decoder, find_autoencoder
 from latentds.errors import InputError
-from latentds.exporting import TABLE, sources_of
-from latentds.filenames import patch_path
-from latentds.outputs import MARK, check_apart, refuse_foreign
 from latentds.reader import ShardSet
-from latentds.rows import Row, read_rows, table_line
+from latentds.rearranging.exporting import TABLE, sources_of
+from latentds.rearranging.filenames import patch_path
+from latentds.rearranging.outputs import MARK, check_apart, refuse_foreign
+from latentds.rearranging.rows import Row, read_rows, table_line
 from latentds.selection import select_rows
 from latentds.storage import exclusive_lock, naming, write_atomically
 

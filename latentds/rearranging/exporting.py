@@ -17,12 +17,12 @@ from tqdm import tqdm
 
 from latentds.codebooks import StoredCodebook, save_codebook
 from latentds.errors import InputError
-from latentds.filenames import patch_path
 from latentds.format import FORMAT, canonical_json
-from latentds.outputs import local_folder, new_folder
 from latentds.quantizer import dequantize_each
 from latentds.reader import ShardSet
-from latentds.rows import Row, read_rows, table_line
+from latentds.rearranging.filenames import patch_path
+from latentds.rearranging.outputs import local_folder, new_folder
+from latentds.rearranging.rows import Row, read_rows, table_line
 from latentds.storage import write_atomically
 
 BLOCK_PATCHES = 1024

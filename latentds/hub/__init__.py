@@ -1,0 +1,1 @@
+"""Data sets on the Hugging Face Hub: publish, fetch."""

@@ -1,0 +1,1 @@
+"""Latents that others made, as data sets."""

@@ -1,0 +1,1 @@
+"""Finished data sets into others: merge, repack, extract, export."""

@@ -14,7 +14,7 @@ from latentds.version import __version__
 
 # command: (module, what it does). Modules are imported when their command is used: help stays fast.
 COMMANDS = {
-    "convert": ("convert", "convert a folder of pictures into a data set"),
+    "convert": ("convert", "convert slides or patches into a data set"),
     "fit-codebook": ("fit_codebook", "fit a codebook to a sample of pictures"),
     "info": ("info", "say what a data set holds and what loading it takes"),
     "verify": (

@@ -53,11 +53,8 @@ def upload(
                 keep_done(folder, location, manifest, done)
             progress(name, size)
         check_arrived(filesystem, root, location, folder, names)
-    except PermissionError as error:
-        raise InputError(
-            f"{shown(location)}: writing is denied ({first_line(error)}); check credentials and "
-            "the bucket's policy, then run the same command again"
-        ) from None
+    except Exception as error:
+        raise judged(error, location) from None
     (folder / UPLOADED).unlink(missing_ok=True)
     return manifest
 
@@ -75,10 +72,30 @@ def open_location(location: str) -> tuple[Any, str]:
     return filesystem, str(root).rstrip("/")
 
 
+def judged(error: Exception, location: str) -> Exception:
+    """What an error of a store's client means for us; itself where it means nothing more."""
+    kind = type(error)
+    if isinstance(error, PermissionError):
+        return InputError(
+            f"{shown(location)}: writing is denied ({first_line(error)}); check credentials and "
+            "the bucket's policy, then run the same command again"
+        )
+    if kind.__module__.startswith("botocore"):
+        return InputError(
+            f"{shown(location)}: {kind.__name__}; check credentials (AWS_ACCESS_KEY_ID, a profile) "
+            "and the network, then run the same command again"
+        )
+    return error
+
+
 def refuse_taken(location: str) -> None:
     """InputError where a finished data set lies at a location."""
     filesystem, root = open_location(location)
-    if filesystem.exists(f"{root}/{MANIFEST}"):
+    try:
+        is_taken = filesystem.exists(f"{root}/{MANIFEST}")
+    except Exception as error:
+        raise judged(error, location) from None
+    if is_taken:
         raise InputError(
             f"{shown(location)}: holds a finished data set; choose another --out, or --overwrite"
         )

@@ -35,6 +35,15 @@ def test_a_dsmil_tree_gives_slides_labels_and_places(tmp_path):
     }
 
 
+def test_split_folders_of_a_tree_are_no_classes(tmp_path):
+    for split in ("train", "test"):
+        save(tmp_path / "in" / split / f"{split}1" / "1_2.jpeg")
+    manifest = convert_with_mean(tmp_path / "in", tmp_path / "out", tile_downsample=2.0)
+    assert manifest.splits == {"test": 1, "train": 1} and manifest.classes == ()
+    found = columns_of(tmp_path / "out", "x", "y", "size_px")
+    assert (found["x"][0], found["y"][0], found["size_px"][0]) == (64, 128, 64)
+
+
 def test_a_slide_in_two_folders_of_a_tree_is_refused(tmp_path):
     save(tmp_path / "in/a/s1/0_0.jpeg")
     save(tmp_path / "in/b/s1/0_0.jpeg", 1)
@@ -92,6 +101,7 @@ def test_a_parquet_table_serves_as_well(table, tmp_path):
         ("label\na\n", InputError, "row 1: no path"),
         ("path,x\ndeep/p0.png,left\n", InputError, "row 1: x is 'left', not a number"),
         ("path,split\ndeep/p0.png,Big One\n", InputError, r"split 'Big One'; use \[a-z0-9_\]"),
+        ("path,split\ndeep/p0.png,train\ndeep/p0.png,test\n", InputError, "is named twice"),
         ("", InputError, "not a table"),
     ],
 )
@@ -107,7 +117,7 @@ def test_sampath_folders_carry_masks_and_folds(tmp_path):
         save_mask = np.full((32, 32), number, np.uint8)
         (tmp_path / "in/mask").mkdir(exist_ok=True)
         Image.fromarray(save_mask).save(tmp_path / "in/mask" / f"t{number}.png")
-    (tmp_path / "in/bcss.csv").write_text("img_id,fold\nt0,-1\nt1.jpg,0\nt2,1\nt3,4\n")
+    (tmp_path / "in/bcss.csv").write_text("img_id,fold\nt0,-1.0\nt1.jpg,0\nt2,1\nt3,4.0\n")
     manifest = convert_with_mean(tmp_path / "in", tmp_path / "out", labels=False)
     assert manifest.splits == {"test": 1, "train": 2, "val": 1}
     shards = ShardSet(tmp_path / "out")

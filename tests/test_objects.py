@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from latentds_tools import cli
+from PIL import Image
 
 from latentds.cache import CacheConfig
 from latentds.conversion.config import ConvertConfig
@@ -146,6 +147,33 @@ def test_anonymized_sets_hold_no_name(tmp_path):
             assert b"Jane" not in path.read_bytes() and b"bad.png" not in path.read_bytes()
     convert_with_mean(tmp_path / "in", tmp_path / "c", max_bad=1, anonymize=tmp_path / "other")
     assert not set(ShardSet(tmp_path / "c").manifest.slides) & set(manifest.slides)
+
+
+def test_reasons_tell_no_name_either(tmp_path):
+    save_pictures(tmp_path / "in" / "a" / "Jane Doe", 3)
+    save_pictures(tmp_path / "masks" / "a" / "Jane Doe", 2)
+    for path in (tmp_path / "masks").rglob("*.png"):
+        Image.open(path).convert("L").save(path)
+    options = {"masks": tmp_path / "masks", "max_bad": 1, "anonymize": tmp_path / "key"}
+    convert_with_mean(tmp_path / "in", tmp_path / "out", **options)
+    (entry,) = ShardSet(tmp_path / "out").manifest.made["left_out"]
+    assert entry["reason"] == "has no mask under --masks"
+    assert not any(b"Jane" in p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file())
+
+
+def test_a_staged_set_of_other_options_is_not_uploaded(pictures, memory, tmp_path, monkeypatch):
+    def denied(*_, **__):
+        raise PermissionError("Access Denied")
+
+    words = ["convert", str(pictures), "--out", "memory://bucket/made", "--device", "cpu"]
+    words += ["--work", str(tmp_path / "work")]
+    with monkeypatch.context() as patched:
+        patched.setattr(type(memory), "put_file", denied)
+        with pytest.raises(SystemExit, match="1"):
+            cli.main(words)
+    with pytest.raises(SystemExit, match="0"):
+        cli.main([*words, "--pack-size", "4"])
+    assert len(ShardSet("memory://bucket/made", cache=CacheConfig(dir=tmp_path / "c")).packs) == 9
 
 
 def test_a_file_that_is_no_key_is_refused(tmp_path):

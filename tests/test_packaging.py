@@ -20,7 +20,7 @@ FLOORS = [
     ["autoencoders", "codebooks", "codecs"],
     [
         *("cache", "transport", "tables", "files", "sources", "columns", "manifest", "writer"),
-        *("scan", "index", "reader", "golden", "composing"),
+        *("scan", "index", "reader", "golden", "composing", "mixedness"),
         *("publishing", "conversion", "verification"),
     ],
     [
@@ -34,6 +34,8 @@ ALONE = {  # heavy libraries and the only modules that may import them
     "faiss": {"latentds.fit"},
     "openslide": {"latentds_trainers.train_tiny", "latentds.sources.slides"},
     "h5py": {"latentds.sources.coordinates"},
+    "datasets": {"latentds.sources.hugging_face", "latentds_tools.loader_bench.peers"},
+    "ray": {"latentds.conversion.ray_engine"},
     "huggingface_hub": {
         "latentds.autoencoders.diffusers_ae",
         "latentds.transport",

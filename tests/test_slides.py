@@ -12,7 +12,7 @@ from latentds.conversion.plan import make_plan
 from latentds.errors import InputError, TooManyBadSamplesError
 from latentds.reader import ShardSet
 from latentds.sources.coordinates import read_coordinates
-from latentds.sources.slides import cut_region, grid, open_slide, slide_mpp
+from latentds.sources.slides import cut_region, grid, open_slide, slide_mpp, thumbnail_of
 from latentds.sources.tissue import otsu, tissue_mask, tissue_shares
 from tests.conftest import convert_with_mean
 
@@ -121,6 +121,53 @@ def test_a_broken_slide_is_left_out_with_its_reason_and_the_rest_goes_on(slides,
     assert str(tmp_path) not in shards.manifest.to_json()
 
 
+def test_a_slide_that_breaks_half_way_loses_only_what_cannot_be_read(slides, tmp_path):
+    path = next(slides.iterdir())
+    with tifffile.TiffFile(path) as file:
+        page = file.pages[0]
+        number = 3 * (WIDTH // 128) + 2  # the tile at x 256, y 384
+        offset, size = page.dataoffsets[number], page.databytecounts[number]
+    content = bytearray(path.read_bytes())
+    content[offset : offset + size] = b"x" * size
+    path.write_bytes(content)
+    options = {"mpp": 0.25, "tissue": "none", "max_bad": 1, "pack_size": 4}
+    shards, columns = convert(slides, tmp_path / "out", **options)
+    places = set(zip(columns["x"], columns["y"], strict=True))
+    lost = {(x, y) for x in (256, 320) for y in (384, 448)}
+    assert not places & lost and len(places) == 16 * 12 - 4
+    (entry,) = shards.manifest.made["left_out"]
+    assert entry["reason"].startswith("4 of 192 patches: OpenSlide cannot read it")
+
+
+@pytest.mark.parametrize("at", [(129, 257), (131, 256), (128, 258)])
+def test_odd_corners_at_a_coarse_level_are_not_blurred_by_openslide(slides, at):
+    slide = open_slide(next(slides.iterdir()))
+    found = cut_region(slide, at, 2.0, 64)
+    level = Image.fromarray(halve(slide_pixels()))
+    left, top = at[0] / 2, at[1] / 2
+    x, y = int(left), int(top)
+    region = level.crop((x, y, x + 65, y + 65))
+    box = (left - x, top - y, left - x + 64, top - y + 64)
+    expected = np.asarray(region.resize((64, 64), Image.Resampling.LANCZOS, box=box))
+    assert np.abs(found.astype(int) - expected).max() <= 1
+
+
+def test_a_resolution_that_no_scanner_has_is_not_believed(tmp_path):
+    write_slide(tmp_path / "in" / "a.tiff", mpp=352.8)
+    with pytest.raises(TooManyBadSamplesError, match="records an mpp of 352.8, which no scanner"):
+        convert(tmp_path / "in", tmp_path / "out", mpp=0.5)
+    _, columns = convert(tmp_path / "in", tmp_path / "out", mpp=0.5, assume_mpp=0.25)
+    assert set(columns["size_px"]) == {128}
+
+
+def test_thumbnails_are_read_in_strips(slides, monkeypatch):
+    slide = open_slide(next(slides.iterdir()))
+    whole, factor = thumbnail_of(slide, 1.0)
+    monkeypatch.setattr("latentds.sources.slides.STRIP_PX", 2000)
+    strips, _ = thumbnail_of(slide, 1.0)
+    assert np.array_equal(whole, strips) and factor == 8
+
+
 def test_two_slides_of_one_name_are_refused(slides, tmp_path):
     shutil.copytree(slides, slides / "again")
     with pytest.raises(InputError, match="both slide 'TCGA-AA-0001-01Z-00-DX1'"):
@@ -188,9 +235,9 @@ def test_coordinates_of_other_tools_are_taken_as_they_are(slides, tmp_path, trid
 @pytest.mark.parametrize(
     ("places", "changes", "message"),
     [
-        (PLACES, {"level0_width": 5000}, r"are of a slide of \(5000, 768\) px"),
-        ([(1000, 0)], {}, r"reach beyond it: 128 px at \(1000, 0\)"),
-        ([(-1, 0)], {}, "reach beyond it"),
+        (PLACES, {"level0_width": 5000}, "are of a slide of 5000x768 px, this one has 1024x768"),
+        ([(1024, 0)], {}, "lie outside of it, x 1024 y 0 of 1024x768"),
+        ([(-1, 0)], {}, "lie outside of it, x -1"),
         (PLACES, {"patch_size": "many"}, "no usable attribute"),
     ],
 )
@@ -198,6 +245,40 @@ def test_coordinates_of_another_slide_are_refused(slides, tmp_path, places, chan
     write_job(tmp_path / "job", "TCGA-AA-0001-01Z-00-DX1", places, **changes)
     with pytest.raises((InputError, TooManyBadSamplesError), match=message):
         convert(tmp_path / "job", tmp_path / "out", slides=slides, patch_size=64)
+
+
+def test_patches_that_reach_beyond_their_slide_are_dropped_or_padded(slides, tmp_path):
+    write_job(tmp_path / "job", "TCGA-AA-0001-01Z-00-DX1", [*PLACES, (1000, 700)])
+    shards, _ = convert(tmp_path / "job", tmp_path / "drop", slides=slides)
+    assert len(shards) == 3 and shards.manifest.made["source"]["reached_beyond"] == 1
+    padded, _ = convert(tmp_path / "job", tmp_path / "pad", slides=slides, edges="pad")
+    assert len(padded) == 4
+
+
+def test_jobs_that_name_a_slide_twice_are_refused(slides, tmp_path):
+    for folder in ("20x", "5x"):
+        write_job(tmp_path / "job" / folder, "TCGA-AA-0001-01Z-00-DX1", PLACES)
+    with pytest.raises(InputError, match="5x/.* are both files of coordinates of slide 'TCGA-AA"):
+        convert(tmp_path / "job", tmp_path / "out", slides=slides)
+    with pytest.raises(InputError, match="--mpp, but the coordinates say"):
+        convert(tmp_path / "job" / "5x", tmp_path / "out", slides=slides, mpp=1.0)
+
+
+def test_slides_of_a_job_keep_their_split_folders(tmp_path):
+    for split in ("train", "test"):
+        write_slide(tmp_path / "slides" / split / f"{split}1.tiff")
+        write_job(tmp_path / "job", f"{split}1", PLACES)
+    shards, _ = convert(tmp_path / "job", tmp_path / "out", slides=tmp_path / "slides")
+    assert shards.manifest.splits == {"test": 3, "train": 3} and shards.manifest.classes == ()
+
+
+def test_a_broken_file_of_coordinates_leaves_its_slide_out(slides, tmp_path):
+    write_slide(slides / "a.tiff")
+    write_job(tmp_path / "job", "TCGA-AA-0001-01Z-00-DX1", PLACES)
+    (tmp_path / "job" / "patches" / "a_patches.h5").write_bytes(b"none")
+    shards, _ = convert(tmp_path / "job", tmp_path / "out", slides=slides, max_bad=1)
+    (entry,) = shards.manifest.made["left_out"]
+    assert entry == {"source": "a.tiff", "reason": "is no readable h5 file (OSError)"}
 
 
 def test_a_job_without_slides_says_what_it_needs(slides, tmp_path):
@@ -264,7 +345,7 @@ def test_mixing_spreads_slides_over_packs(tmp_path):
 @pytest.mark.assets
 def test_the_real_slide_goes_through_all_of_it(assets, tmp_path):
     shards, columns = convert(assets / "wsi", tmp_path / "own", patch_size=256)
-    assert len(shards) == 38 and set(columns["mpp"]) == {np.float32(0.499)}
+    assert len(shards) == 36 and set(columns["mpp"]) == {np.float32(0.499)}
     encodings = set(
         shards.read_columns(np.arange(len(shards)), ["source_encoding"])["source_encoding"]
     )

@@ -54,20 +54,22 @@ def convert_to(config: Config) -> dict[str, Any]:
     if location is None:
         return describe(config, convert(config), time.perf_counter() - started)
     local = dataclasses.replace(config, out=staging_of(config, location))
-    is_finished = (local.out / MANIFEST).is_file()  # an upload was cut off
+    is_finished = not config.overwrite and (local.out / MANIFEST).is_file()  # upload was cut off
     if not (is_finished or config.overwrite):
         refuse_taken(location)
     manifest = read_manifest(local.out) if is_finished else convert(local)
     upload(local.out, location, config.overwrite, lambda name, _: logger.info("there: %s", name))
+    summary = describe(local, manifest, time.perf_counter() - started) | {"out": location}
     shutil.rmtree(local.out)
-    return describe(config, manifest, time.perf_counter() - started) | {"out": location}
+    return summary
 
 
 def staging_of(config: Config, location: str) -> Path:
-    """The local folder where a location's data set is made; the same for the same location."""
+    """The local folder where a location's data set is made; another for other input or options."""
     from latentds.cache import CacheConfig
 
-    digest = hashlib.sha256(location.encode()).hexdigest()[:16]
+    what = [location, str(config.source.absolute()), config.recorded()]
+    digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
     return (config.work or CacheConfig().resolve()[0] / "staging") / digest
 
 
@@ -107,12 +109,15 @@ def estimate(config: Config) -> dict[str, Any]:
 
 def describe(config: Config, manifest: Any, seconds: float) -> dict[str, Any]:
     """What a conversion made."""
+    from latentds.mixedness import slide_entropies
+
     stored = sum(shard.bytes for shard in manifest.shards)
     summary = {
         "out": str(config.out),
         "patches": manifest.patches,
         "splits": manifest.splits,
         "classes": manifest.labels(),
+        "slide_entropy_bits": slide_entropies(config.out, manifest),
         "bytes_per_patch": manifest.contract.bytes_per_patch,
         "shards": len(manifest.shards),
         "shard_bytes": stored,
@@ -133,12 +138,17 @@ def as_text(summary: dict[str, Any]) -> str:
             lines.append(f"left out         {len(value)}")
             lines += [f"  {entry['source']}: {entry['reason']}" for entry in value[:10]]
         elif isinstance(value, dict):
-            shown = ", ".join(
-                f"{k} {v:,}" if isinstance(v, int) else f"{k} {v}" for k, v in value.items()
-            )
+            shown = ", ".join(f"{k} {said(v)}" for k, v in value.items())
             lines.append(f"{name.replace('_', ' '):<16} {shown or 'none'}")
         else:
             lines.append(
                 f"{name.replace('_', ' '):<16} {f'{value:,}' if type(value) is int else value}"
             )
     return "\n".join(lines)
+
+
+def said(value: Any) -> str:
+    """A value inside a line: numbers with commas, an entropy beside its split's."""
+    if isinstance(value, dict) and value.keys() == {"shards", "split"}:
+        return f"{value['shards']} bits a shard of {value['split']}"
+    return f"{value:,}" if isinstance(value, int) else f"{value}"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import os
 import secrets
 from pathlib import Path
 
 from latentds.errors import InputError
-from latentds.storage import write_atomically
 
 KEY_BYTES = 32
 SHOWN_DIGITS = 16
@@ -22,8 +22,11 @@ class Anonymizer:
 
     def __init__(self, path: Path) -> None:
         if not path.exists():
-            write_atomically(path, secrets.token_hex(KEY_BYTES).encode())
-            path.chmod(0o600)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+                file.write(secrets.token_hex(KEY_BYTES))
+                file.flush()
+                os.fsync(file.fileno())
         text = path.read_text().strip()
         if len(text) < KEY_BYTES:
             raise InputError(
@@ -31,6 +34,11 @@ class Anonymizer:
                 "and one is made"
             )
         self.key = text.encode()
+
+    @property
+    def check(self) -> str:
+        """What tells one key from another and nothing else of it."""
+        return self("latentds: which key is this?")
 
     def __call__(self, name: str) -> str:
         """What stands for a name; the same name gets the same under the same key."""

@@ -44,7 +44,8 @@ class ConvertConfig:
     """
 
     source: Annotated[Path, tyro.conf.Positional]
-    """Folder of 8-bit pictures."""
+    """Folder of 8-bit pictures, slides or archives of them (tar, Parquet), a table of paths, a data
+    set saved by Hugging Face's save_to_disk, or hf://datasets/ORG/NAME[@REVISION]."""
     out: Path
     """Folder of the data set to be made, or a location such as s3://bucket/brca: then it is made in
     a local folder first, and uploaded."""
@@ -88,6 +89,8 @@ class ConvertConfig:
     slides, instead of split folders."""
     split_patients: str | None = None
     """Splits by patient, shares of the patients: train=0.8,val=0.1,test=0.1."""
+    tile_downsample: float = 1.0
+    """Pixels of level 0 a pixel of tiles named <column>_<row>: 2 for tiles of 20x from 40x."""
     assume_mpp: float | None = None
     """Micrometres a pixel of slides that record neither it nor a magnification."""
     tissue: Literal["otsu", "clam", "dsmil", "none"] = "otsu"
@@ -99,7 +102,8 @@ class ConvertConfig:
     """Patches that reach beyond a slide: left out, or filled up with white."""
     preset: Literal["paper"] | None = None
     """paper: slides as Yellapragada et al. cut them (DSMIL's tiler -m 0 -b 20 -s 256): 256 px at
-    20x, edges rule. Sets --patch-size, --mpp and --tissue."""
+    20x, edges rule; but to just 0.5 mpp where DSMIL takes the nearest level by magnification, and
+    without its stretched tiles at the edges. Sets --patch-size, --mpp and --tissue."""
     anonymize: Path | None = None
     """File of a secret key, made where there is none: slide and source names are stored as keyed
     hashes. Keep it: with it the same slide gets the same name again."""
@@ -143,6 +147,8 @@ class ConvertConfig:
     the encoder has threads."""
 
     def __post_init__(self) -> None:
+        # A Path leaves hf:/ of hf://; sources.hugging_face.hub_id knows both.
+        object.__setattr__(self, "source", Path(self.source))
         if self.preset == "paper":
             for name, value in PAPER.items():
                 if getattr(self, name) not in (
@@ -196,4 +202,10 @@ class ConvertConfig:
         if self.codebook is not None:
             names -= {"quantizer", "levels", "fit_patches"}  # the codebook's own record tells
         found = {name: getattr(self, name) for name in sorted(names)}
-        return found | {"anonymized": self.anonymize is not None}
+        return found | {"anonymized": self.key_check()}
+
+    def key_check(self) -> str | None:
+        """Which key names are hidden with, None where they are not: a resumed run must have it."""
+        from latentds.conversion.anonymity import Anonymizer
+
+        return Anonymizer(self.anonymize).check if self.anonymize else None

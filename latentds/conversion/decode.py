@@ -11,10 +11,12 @@ import numpy as np
 
 from latentds.conversion.anonymity import Anonymizer
 from latentds.conversion.config import ConvertConfig
+from latentds.conversion.left_out import region_name
 from latentds.conversion.plan import Plan
 from latentds.errors import InputError
 from latentds.sources.patch import Patch
 
+TASK_REGIONS = 4  # of a slide or tiled picture a thread reads at a time
 CHUNKS_AHEAD = 3  # decoded and waiting: memory is a few encode batches of pixels
 NO_PIXELS = np.zeros((0, 0, 3), np.uint8)
 
@@ -60,10 +62,14 @@ class PatchReader:
             yield waiting.popleft().result()
 
     def submit(self, rows: np.ndarray) -> list[Future[list[Outcome]]]:
-        """One task for each run of regions of one picture."""
+        """One task for a few regions of one picture."""
         regions = self.plan.regions[rows]
         edges = np.flatnonzero(np.diff(regions["picture"].astype(np.int64))) + 1
-        return [self.pool.submit(self.read, part) for part in np.split(regions, edges)]
+        runs = np.split(regions, edges)
+        parts = [
+            run[i : i + TASK_REGIONS] for run in runs for i in range(0, len(run), TASK_REGIONS)
+        ]
+        return [self.pool.submit(self.read, part) for part in parts]
 
     def collate(self, tasks: list[Future[list[Outcome]]]) -> Chunk:
         """The chunk of a list of tasks, pixels in one array."""
@@ -83,10 +89,13 @@ class PatchReader:
             found = plan.source.read(picture, plan.headers[number], plan.patch_px, places)
             return [*(found if self.hide is None else map(self.hidden, found))]
         except InputError as error:
-            return [(picture.source, str(error))] * len(regions)
+            reason = str(error)
         except OSError as error:
             reason = f"cannot be read ({error.strerror or error})"
-            return [(picture.source, reason)] * len(regions)
+        if len(regions) > 1:  # the others may be sound: what is left out does not depend on batches
+            return [outcome for row in range(len(regions))
+                    for outcome in self.read(regions[row : row + 1])]  # fmt: skip
+        return [(region_name(picture.source, *places[0]), reason)]
 
     def hidden(self, patch: Patch) -> Patch:
         """A patch without the names it came from."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from latentds.composing import complete
+from latentds.conversion.left_out import describe_left_out, region_name, sources_of
 from latentds.conversion.plan import Plan
 from latentds.errors import FormatError, InputError
 from latentds.format import GOLDEN
@@ -42,20 +42,21 @@ def finish(conversion: Conversion) -> Manifest:
 
 def left_out(conversion: Conversion, bad: dict[str, str]) -> list[dict[str, str]]:
     """Sources left out and why, by name, or what stands for it."""
-    hide = conversion.reader.hide
-    if hide is None:
-        return [{"source": source, "reason": bad[source]} for source in sorted(bad)]
-    entries = [
-        {"source": hide(source), "reason": reason.replace(Path(source).stem, "...")}
-        for source, reason in bad.items()
-    ]
-    return sorted(entries, key=lambda entry: entry["source"])
+    plan = conversion.plan
+    counts = np.bincount(plan.regions["picture"], minlength=len(plan.pictures)).tolist()
+    patches = {p.source: count for p, count in zip(plan.pictures, counts, strict=True)}
+    return describe_left_out(bad, patches, conversion.reader.hide)
 
 
 def usable_regions(plan: Plan, bad: set[str]) -> np.ndarray:
-    """Rows of the plan's regions whose picture was not left out: stored rows follow them."""
-    usable = np.array([picture.source not in bad for picture in plan.pictures])
-    return np.flatnonzero(usable[plan.regions["picture"]])
+    """Rows of the plan's regions that were not left out: stored rows follow them."""
+    usable = np.ones(len(plan.regions), bool)
+    sources = sources_of(bad)
+    touched = [i for i, picture in enumerate(plan.pictures) if picture.source in sources]
+    for row in np.flatnonzero(np.isin(plan.regions["picture"], touched)).tolist():
+        number, x, y = plan.regions[row].tolist()
+        usable[row] = region_name(plan.pictures[number].source, x, y) not in bad
+    return np.flatnonzero(usable)
 
 
 def check_complete(conversion: Conversion, manifest: Manifest, bad: set[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 from collections import Counter
@@ -13,10 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from latentds.conversion.config import ConvertConfig
+from latentds.conversion.left_out import sources_of
 from latentds.errors import InputError, TooManyBadSamplesError
 from latentds.format import canonical_json, patch_key, shard_name
 from latentds.sources.open import list_source, open_source
-from latentds.sources.source import Header, Picture, Source
+from latentds.sources.source import MIXED_CHUNKS, Header, Picture, Source
 
 BLOCK_PATCHES = 256  # at least so many patches between two points a killed run resumes from
 HEADERS_AT_ONCE = 4096
@@ -131,13 +133,15 @@ def read_headers(
 
 def check_budget(config: ConvertConfig, bad: Mapping[str, str]) -> None:
     """Raise once more pictures (reasons by source) are bad than --max-bad allows; names one."""
-    if len(bad) > config.max_bad:
-        named = [f"{config.source / s}: {reason}" for s, reason in list(bad.items())[:BAD_NAMED]]
+    sources = sources_of(bad)
+    if len(sources) > config.max_bad:
+        root = config.source.parent if config.source.is_file() else config.source
+        named = [f"{root / s}: {reason}" for s, reason in list(bad.items())[:BAD_NAMED]]
         more = f"; and {len(bad) - BAD_NAMED} more" if len(bad) > BAD_NAMED else ""
         raise TooManyBadSamplesError(
-            f"{'; '.join(named)}{more}. {len(bad)} bad pictures, --max-bad is {config.max_bad}: "
-            "raise it and run the same command again to go on without them, or repair or remove "
-            "them and start anew with --overwrite"
+            f"{'; '.join(named)}{more}. {len(sources)} bad pictures, --max-bad is "
+            f"{config.max_bad}: raise it and run the same command again to go on without them, or "
+            "repair or remove them and start anew with --overwrite"
         )
 
 
@@ -145,8 +149,11 @@ def check_keys(root: Path, sources: Sequence[str]) -> None:
     """Refuse two files that would be one patch."""
     first: dict[str, str] = {}
     for source in sources:
-        other = first.setdefault(patch_key(source), source)
-        if other != source:
+        other = first.get(patch_key(source))
+        first[patch_key(source)] = source
+        if other == source:
+            raise InputError(f"{root}: {source} is named twice; keep one of the two")
+        if other is not None:
             raise InputError(
                 f"{root}: {other} and {source} have one key, {patch_key(source)!r}; rename or "
                 "remove one"
@@ -177,9 +184,9 @@ def order_regions(plan: Plan, config: ConvertConfig) -> Plan:
     for split in sorted({picture.split for picture in plan.pictures}):
         members = np.array([i for i, p in enumerate(plan.pictures) if p.split == split])
         if config.order == "shuffle":
-            members = rng.permutation(members)
+            members = shuffle_pictures(plan, members, rng)
         if config.pack_by_slide:
-            members = np.array(sorted(members, key=lambda i: plan.pictures[int(i)].slide or ""))
+            members = np.array(sorted(members, key=functools.partial(slide_and_chunk, plan)))
         found = [picture_regions(plan, int(i)) for i in members]
         if config.mix:
             found = [mix_regions(found[i : i + config.mix], rng)
@@ -193,6 +200,28 @@ def order_regions(plan: Plan, config: ConvertConfig) -> Plan:
     if not parts:
         raise InputError(f"{config.source}: {len(plan.pictures)} pictures, but no patch in them")
     return dataclasses.replace(plan, regions=np.concatenate(parts), splits=splits)
+
+
+def slide_and_chunk(plan: Plan, picture: int) -> tuple[str, str]:
+    """What pictures are sorted by for packs of a slide; its chunks stay whole, to be read once."""
+    found = plan.pictures[int(picture)]
+    return found.slide or "", plan.source.chunk(found) or ""
+
+
+def shuffle_pictures(plan: Plan, members: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Pictures in random order; those of a few chunks at a time where they come in chunks.
+
+    Each chunk is then read about once, and a reader holds no more than those few.
+    """
+    chunks: dict[str | None, list[int]] = {}
+    for number in members.tolist():
+        chunks.setdefault(plan.source.chunk(plan.pictures[number]), []).append(number)
+    if None in chunks:
+        return rng.permutation(members)
+    parts = list(chunks.values())
+    mixed = [parts[i] for i in rng.permutation(len(parts))]
+    groups = (mixed[i : i + MIXED_CHUNKS] for i in range(0, len(mixed), MIXED_CHUNKS))
+    return np.concatenate([rng.permutation(np.concatenate(group)) for group in groups])
 
 
 def picture_regions(plan: Plan, picture: int) -> np.ndarray:

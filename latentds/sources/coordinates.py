@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,10 +11,11 @@ import numpy as np
 
 from latentds.conversion.config import ConvertConfig
 from latentds.errors import InputError, missing_extra
-from latentds.sources.image_folder import check_names, walk
+from latentds.sources.image_folder import are_splits, check_labels, check_names, walk
 from latentds.sources.slides import Slides, is_slide, slide_mpp
 from latentds.sources.source import Listing, Picture
 
+logger = logging.getLogger(__name__)
 MAX_COORDINATES = 10**8
 SUFFIX = "_patches"  # TRIDENT's <slide>_patches.h5; CLAM's is <slide>.h5
 
@@ -82,7 +85,9 @@ def sizes_of(attributes: dict[str, Any]) -> tuple[int, int, tuple[int, int] | No
             sides = [int(attributes.get(f"level0_{side}", 0)) for side in ("width", "height")]
             return size, patch, (sides[0], sides[1]) if all(sides) else None
         # CLAM: patch_size counts pixels of patch_level.
-        factor = float(np.ravel(attributes.get("downsample", 1.0))[0])
+        is_level_0 = int(attributes.get("patch_level", 0)) == 0
+        downsample = attributes.get("downsample", 1.0) if is_level_0 else attributes["downsample"]
+        factor = float(np.ravel(downsample)[0])
         return round(patch * factor), patch, None
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"'coords' has no usable attribute {error}; not TRIDENT's or CLAM's"
@@ -103,51 +108,71 @@ class CoordinateJob(Slides):
             raise InputError(
                 f"{config.source}: coordinates only; say where the slides lie, --slides"
             )
+        if config.mpp is not None:
+            raise InputError("--mpp, but the coordinates say how large patches are; leave it")
         self.job, self.root = config.source, config.slides
         self.files: dict[str, Path] = {}
         self.scales: dict[str, float] = {}
+        self.dropped: dict[str, int] = {}  # patches that reach beyond their slide
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.config,), {"edge": self.edge, "scales": self.scales}
 
     def listing(self) -> Listing:
         """Slides with coordinates; those without are left alone."""
-        names = {name_of(path): self.job / path for path in job_files(self.job)}
+        files = by_name(self.job, job_files(self.job), name_of, "files of coordinates")
         slides = [path for path in walk(self.root) if is_slide(self.root / path)]
-        by_name = {Path(path).stem: path for path in slides}
-        lost = sorted(names.keys() - by_name.keys())
+        paths = by_name(self.root, slides, lambda path: Path(path).stem, "slides")
+        lost = sorted(files.keys() - paths.keys())
         if lost:
             raise InputError(
-                f"{names[lost[0]]}: no slide {lost[0]!r} below {self.root} (nor {len(lost) - 1} "
-                "others); mend --slides, or remove the file"
+                f"{self.job / files[lost[0]]}: no slide {lost[0]!r} below {self.root} (nor "
+                f"{len(lost) - 1} others); mend --slides, or remove the file"
             )
-        found = [by_name[name] for name in sorted(names)]
+        found = [paths[name] for name in sorted(files)]
         check_names(self.root, found)
-        pictures = tuple(self.picture(path, False) for path in found)
-        self.files = {p.source: names[str(p.slide)] for p in pictures}
-        self.edge = self.config.patch_size or read_coordinates(self.files[found[0]]).patch_px
+        has_splits = self.config.splits and are_splits(self.root, found)
+        pictures = tuple(self.picture(path, has_splits) for path in found)
+        check_labels(self.root, pictures, self.config.labels)
+        self.files = {p.source: self.job / files[str(p.slide)] for p in pictures}
+        self.edge = self.config.patch_size or self.first_edge()
         return Listing(pictures, len(slides) - len(found))
+
+    def first_edge(self) -> int:
+        """The width that the first readable file asks for."""
+        for file in self.files.values():
+            try:
+                return read_coordinates(file).patch_px
+            except InputError as error:
+                logger.warning("%s: %s", file, error)
+        raise InputError(f"{self.job}: none of {len(self.files)} files of coordinates can be read")
 
     def find_places(self, picture: Picture, slide: Any) -> np.ndarray:
         """The file's corners, checked against the slide."""
         file = self.files[picture.source]
-        try:
-            found = read_coordinates(file)
-        except InputError as error:
-            raise InputError(f"its coordinates {file.name}: {error}") from error
-        if found.slide_px is not None and found.slide_px != tuple(slide.dimensions):
+        found = read_coordinates(file)
+        size = (int(slide.dimensions[0]), int(slide.dimensions[1]))
+        if found.slide_px is not None and found.slide_px != size:
             raise InputError(
-                f"its coordinates {file.name} are of a slide of {found.slide_px} px, this one has "
-                f"{slide.dimensions}"
+                f"its coordinates are of a slide of {found.slide_px[0]}x{found.slide_px[1]} px, "
+                f"this one has {size[0]}x{size[1]} ({file.name})"
             )
-        limit = np.array(slide.dimensions) - (found.size_px if self.config.edges == "drop" else 1)
-        beyond = ((found.places < 0) | (found.places > limit)).any(1)
-        if beyond.any():
-            x, y = found.places[int(np.argmax(beyond))].tolist()
+        if self.config.patch_size is None and found.patch_px != self.edge:
             raise InputError(
-                f"its coordinates {file.name} reach beyond it: {found.size_px} px at ({x}, {y}) of "
-                f"{slide.dimensions}; --edges pad fills up with white"
+                f"its coordinates ask for patches of {found.patch_px} px, the first file for "
+                f"{self.edge}; pass --patch-size to resample all ({file.name})"
             )
+        outside = ((found.places < 0) | (found.places >= np.array(size))).any(1)
+        if outside.any():
+            x, y = found.places[int(np.argmax(outside))].tolist()
+            raise InputError(
+                f"its coordinates lie outside of it, x {x} y {y} of {size[0]}x{size[1]} "
+                f"({file.name})"
+            )
+        if self.config.edges == "drop":
+            reach = (found.places + found.size_px > np.array(size)).any(1)
+            self.dropped[picture.source] = int(reach.sum())
+            found = found._replace(places=found.places[~reach])
         self.scales[picture.source] = found.size_px / self.edge
         return found.places.astype(np.int32)
 
@@ -162,7 +187,22 @@ class CoordinateJob(Slides):
             return None
 
     def facts(self) -> dict[str, Any]:
-        return {"edges": self.config.edges}
+        return {"edges": self.config.edges, "reached_beyond": sum(self.dropped.values())}
+
+
+def by_name(
+    root: Path, paths: Sequence[str], name: Callable[[str], str], what: str
+) -> dict[str, str]:
+    """Paths by the name of their slide; InputError where one name has two."""
+    found: dict[str, str] = {}
+    for path in paths:
+        other = found.setdefault(name(path), path)
+        if other != path:
+            raise InputError(
+                f"{root}: {other} and {path} are both {what} of slide {name(path)!r}; pass the "
+                "folder that holds only one of them"
+            )
+    return found
 
 
 def name_of(path: str) -> str:

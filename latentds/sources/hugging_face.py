@@ -7,11 +7,12 @@ import io
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from latentds.conversion.config import ConvertConfig
 from latentds.errors import InputError, missing_extra
 from latentds.sources.image_folder import DEFAULT_SPLIT, SPLITS
+from latentds.sources.kept import Kept
 from latentds.sources.picture_files import PictureFiles
 from latentds.sources.records import COLUMNS, fields_of
 from latentds.sources.source import Header, Listing, Picture
@@ -33,6 +34,13 @@ def is_saved(root: Path) -> bool:
     return is_one or (root / "dataset_dict.json").is_file()
 
 
+class Part(NamedTuple):
+    """A part of a data set: its rows, and just their images, not decoded."""
+
+    rows: Any
+    images: Any
+
+
 class SavedDataset(PictureFiles):
     """A folder made by `save_to_disk`. A picture's source is `split/row`."""
 
@@ -40,8 +48,11 @@ class SavedDataset(PictureFiles):
 
     def __init__(self, config: ConvertConfig) -> None:
         super().__init__(config)
-        self.images: dict[str, Any] = {}  # its column of images by split, not decoded
+        self.parts: Kept[dict[str, Part]] = Kept(1)
         self.broken: dict[str, str] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.config,)
 
     def load(self) -> Any:
         """A Dataset or DatasetDict."""
@@ -53,25 +64,25 @@ class SavedDataset(PictureFiles):
         """Folders that a picture's path may lie in."""
         return [self.root]
 
-    def listing(self) -> Listing:
+    def load_parts(self) -> dict[str, Part]:
+        """Its parts by name."""
         with loading(self.root):
             loaded = self.load()
-        parts = loaded if isinstance(loaded, dict) else {DEFAULT_SPLIT: loaded}
-        pictures = [p for split in sorted(parts) for p in self.rows_of(split, parts[split])]
+            parts = loaded if isinstance(loaded, dict) else {DEFAULT_SPLIT: loaded}
+            return {name: part_of(part, self.root) for name, part in parts.items()}
+
+    def listing(self) -> Listing:
+        parts = self.parts.get("", self.load_parts)
+        pictures = [p for name in sorted(parts) for p in self.rows_of(name, parts[name])]
         if not pictures:
             raise InputError(f"{self.root}: no row in it; nothing to convert")
         return self.named(Listing(tuple(pictures)))
 
-    def rows_of(self, part: str, dataset: Any) -> Iterator[Picture]:
+    def rows_of(self, name: str, part: Part) -> Iterator[Picture]:
         """The pictures of a part of the data set, a row each."""
-        import datasets
-
-        column = image_column(dataset, self.root)
-        undecoded = dataset.select_columns([column])
-        self.images[part] = undecoded.cast_column(column, datasets.Image(decode=False))
-        split = SPLITS.get(part.lower(), part) if self.config.splits else DEFAULT_SPLIT
-        for number, record in enumerate(records_of(dataset)):
-            source, fields = f"{part}/{number}", {}
+        split = SPLITS.get(name.lower(), name) if self.config.splits else DEFAULT_SPLIT
+        for number, record in enumerate(records_of(part.rows)):
+            source, fields = f"{name}/{number}", {}
             try:
                 fields = fields_of(record, self.config.labels)
             except InputError as error:
@@ -84,8 +95,8 @@ class SavedDataset(PictureFiles):
         return super().header(picture)
 
     def file(self, picture: Picture) -> Path | BinaryIO:
-        part, _, row = picture.source.rpartition("/")
-        (image,) = self.images[part][int(row)].values()
+        name, _, row = picture.source.rpartition("/")
+        (image,) = self.parts.get("", self.load_parts)[name].images[int(row)].values()
         if image and image["bytes"] is not None:
             return io.BytesIO(image["bytes"])
         # A row may name any file of this machine: only the data set's own are opened.
@@ -134,6 +145,15 @@ def loading(root: Path) -> Iterator[None]:
             f"{root}: 'datasets' cannot load it ({type(error).__name__}: {reason}); check the "
             "name, or save it with save_to_disk and convert that folder"
         ) from error
+
+
+def part_of(dataset: Any, root: Path) -> Part:
+    """A Dataset as a part."""
+    import datasets
+
+    column = image_column(dataset, root)
+    images = dataset.select_columns([column])
+    return Part(dataset, images.cast_column(column, datasets.Image(decode=False)))
 
 
 def image_column(dataset: Any, root: Path) -> str:

@@ -6,7 +6,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 Value = TypeVar("Value")
 
@@ -17,6 +17,9 @@ class Kept(Generic[Value]):
     def __init__(self, count: int) -> None:
         self.count, self.lock = count, threading.Lock()
         self.futures: OrderedDict[str, Future[Value]] = OrderedDict()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.count,)  # elsewhere they are made anew
 
     def get(self, name: str, make: Callable[[], Value]) -> Value:
         """The value of that name; made now, or waited for where another thread makes it.

@@ -24,7 +24,28 @@ RAW = ("image_dtype", "tile_size")  # OpenMidnight's: how image_bytes are coded,
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class PictureTable:
+class Group:
+    """A row group in memory: Arrow record batches, first row of each, and the pictures' column."""
+
+    parts: list[Any]
+    starts: list[int]
+    column: str
+
+    def picture(self, row: int) -> bytes:
+        """A picture's file; InputError (without the name) where its row holds none."""
+        part = bisect.bisect_right(self.starts, row) - 1
+        (found,) = self.parts[part].slice(row - self.starts[part], 1).to_pylist()
+        picture = found[self.column]
+        if isinstance(picture, dict):
+            picture = picture["bytes"]
+        if picture is None:
+            raise InputError("has no bytes in its row; embed the pictures in the Parquet")
+        is_raw = found.get("image_dtype") == "raw"
+        return as_ppm(picture, found.get("tile_size")) if is_raw else picture
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class EncodedTable:
     """A Parquet file of pictures.
 
     column   path of the bytes' column, for example `image.bytes`
@@ -54,28 +75,28 @@ class PictureTable:
                 yield from (self.named(row) for row in batch.to_pylist())
 
     def named(self, row: dict[str, Any]) -> dict[str, Any]:
-        """A row with its class numbers as names; numbers that name no class stay."""
+        """A row with its class numbers as names; -1 stands for none, others that name none stay."""
         for column, names in self.classes.items():
             number = row.get(column)
-            if isinstance(number, int) and 0 <= number < len(names):
-                row[column] = names[number]
+            if isinstance(number, int) and -1 <= number < len(names):
+                row[column] = names[number] if number >= 0 else None
         return row
 
-    def pictures(self, group: int) -> list[Any]:
-        """Bytes of a row group's pictures as Arrow arrays of BATCH_ROWS.
+    def read_group(self, number: int) -> Group:
+        """The pictures of a row group.
 
         InputError (without the name) where they are damaged, or more than the footer announced.
         """
-        parts, held = [], 0
+        parts, starts, held = [], [0], 0
+        columns = [self.column, *(name for name in RAW if name in self.facts)]
         with reading(None), self.open() as file:
-            for batch in file.iter_batches(BATCH_ROWS, row_groups=[group], columns=[self.column]):
-                column = batch.column(0)
-                part = column.flatten()[0] if "." in self.column else column
-                held += part.nbytes
+            for batch in file.iter_batches(BATCH_ROWS, row_groups=[number], columns=columns):
+                held += batch.nbytes
                 if held > MAX_GROUP_BYTES:
-                    raise InputError(f"its row group {group} has more bytes than it announces")
-                parts.append(part)
-        return parts
+                    raise InputError(f"its row group {number} has more bytes than it announces")
+                parts.append(batch)
+                starts.append(starts[-1] + len(batch))
+        return Group(parts, starts, self.column.partition(".")[0])
 
     def open(self) -> Any:
         """The file, its footer known."""
@@ -98,21 +119,38 @@ def reading(path: Path | None) -> Iterator[None]:
         raise InputError(f"{where}damaged Parquet ({reason_of(error)}); fetch it anew") from error
 
 
-def open_table(path: Path) -> PictureTable | None:
-    """A Parquet file's table of pictures, None where it has no column of them.
+def has_pictures(path: Path) -> bool:
+    """Whether a Parquet file has a column of pictures; a damaged one has none."""
+    try:
+        _, schema = read_footer(path)
+    except InputError:
+        return False
+    return picture_column(schema, path) is not None
 
-    InputError where it is damaged, or announces what no table of pictures has.
-    """
+
+def read_footer(path: Path) -> tuple[Any, Any]:
+    """A Parquet file's footer and its Arrow schema."""
     import pyarrow.parquet as pq
 
     with reading(path), pq.ParquetFile(path) as file:
-        footer, schema = file.metadata, file.schema_arrow
+        return file.metadata, file.schema_arrow
+
+
+def open_table(path: Path) -> EncodedTable:
+    """A Parquet file's table of pictures.
+
+    InputError where it has none, is damaged, or announces what no table of pictures has.
+    """
+    footer, schema = read_footer(path)
     column = picture_column(schema, path)
     if column is None:
-        return None
+        raise InputError(
+            f"{path}: no column of pictures (image_bytes, or a struct with bytes) among "
+            f"{', '.join(schema.names[:20])}; remove the file, or add one"
+        )
     check_footer(path, footer, column)
     counts = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
-    return PictureTable(
+    return EncodedTable(
         path=path,
         footer=footer,
         column=column,
@@ -152,8 +190,7 @@ def is_bytes(kind: Any) -> bool:
 
 def check_footer(path: Path, footer: Any, column: str) -> None:
     """Refuse sizes that would not fit in memory, before a byte of them is read."""
-    index = leaf_index(footer, column)
-    size = path.stat().st_size
+    index, size = leaf_index(footer, column), path.stat().st_size
     for number in range(footer.num_row_groups):
         group = footer.row_group(number)
         chunk = group.column(index)
@@ -189,3 +226,10 @@ def class_names(metadata: dict[bytes, bytes]) -> dict[str, list[str]]:
         }
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
         return {}
+
+
+def as_ppm(pixels: bytes, edge: Any) -> bytes:
+    """Bare pixels (edge, edge, 3) as a file that Pillow opens; InputError (without the name)."""
+    if not isinstance(edge, int) or len(pixels) != edge * edge * 3:
+        raise InputError(f"{len(pixels)} raw bytes are not RGB pixels of tile_size {edge}")
+    return b"P6 %d %d 255\n" % (edge, edge) + pixels

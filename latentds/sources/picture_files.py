@@ -75,7 +75,7 @@ class PictureFiles:
         else:
             path = self.root / str(picture.mask)
         if not path.is_file():
-            raise InputError(f"its mask {picture.mask} is not there")
+            raise InputError(f"its mask is not there ({picture.mask})")
         return int(path.stat().st_size)
 
     def check_tile(self, header: Header) -> None:

@@ -141,7 +141,7 @@ class SamPathFolder(PictureFiles):
             fold = folds.get(path, folds.get(stem))
             if folds and fold is None:
                 raise InputError(f"{self.root}: img/{path} is in no row of the CSV of folds")
-            split = FOLDS.get(str(fold), DEFAULT_SPLIT)
+            split = DEFAULT_SPLIT if fold is None else split_of_fold(fold, self.root)
             pictures.append(Picture(f"img/{path}", split, mask=f"mask/{by_stem[stem]}"))
         if not pictures:
             raise InputError(f"{self.root}/img: no pictures in it")
@@ -158,9 +158,22 @@ class SamPathFolder(PictureFiles):
             yield str(row["img_id"]), str(row["fold"])
 
 
+def split_of_fold(fold: str, where: Path) -> str:
+    """Split of a fold, a number (pandas writes -1.0 for -1) or a split's name."""
+    if fold.lower() in SPLITS:
+        return SPLITS[fold.lower()]
+    try:
+        number = float(fold)
+    except ValueError as error:
+        raise InputError(f"{where}: fold {fold!r} is no number") from error
+    if number < -1 or number != int(number):
+        raise InputError(f"{where}: fold {fold!r}; -1 is test, 0 val, others train")
+    return FOLDS.get(str(int(number)), DEFAULT_SPLIT)
+
+
 def apply_splits(pictures: tuple[Picture, ...], path: Path) -> tuple[Picture, ...]:
     """The pictures with the splits (and labels) that a CSV gives their slide or patient."""
-    from latentds.sources.names import patient_of
+    from latentds.sources.names import parse_barcode, patient_of
 
     given: dict[str, dict[str, Any]] = {}
     for number, row in enumerate(read_table(path), 1):
@@ -172,7 +185,10 @@ def apply_splits(pictures: tuple[Picture, ...], path: Path) -> tuple[Picture, ..
     changed = []
     for picture in pictures:
         slide = picture.slide or ""
-        found = given.get(slide) or given.get(slide.partition(".")[0]) or given.get(patient_of(slide))
+        barcode = parse_barcode(slide)
+        short = barcode.slide if barcode else slide  # without the UUID that file names carry
+        names = (slide, short, picture.patient, patient_of(slide))
+        found = next((given[name] for name in names if name in given), None)
         if found is None:
             raise InputError(f"{path}: names neither slide {picture.slide!r} nor its patient")
         split = str(found["split"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
@@ -19,6 +20,7 @@ from latentds.sources.tars import TarMember, open_member, read_member, tar_membe
 MAX_CLS_BYTES = 4096
 MAX_JSON_BYTES = 1 << 20
 SIDECARS = (".cls", ".json")
+LOOK_AT = 20  # members, before it is settled that a tar is none of pictures
 
 Members = dict[str, TarMember]
 Record = dict[str, Any] | str  # fields of a Picture, or why it has none
@@ -37,10 +39,12 @@ class PictureTars(PictureFiles):
         super().__init__(config)
         if self.root.is_file():
             self.root = self.root.parent
-        self.archives = archives
-        self.places: dict[str, tuple[str, int, int]] = {}  # archive, offset, size by source
+        self.archives = dict.fromkeys(archives)  # in order, and found at once
         self.broken: dict[str, str] = {}  # pictures whose record cannot be read, and why
-        self.ignored: list[str] = []
+        self.ignored, self.ignored_example = 0, ""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.config, tuple(self.archives))
 
     def listing(self) -> Listing:
         splits = splits_of(self.root, self.archives, self.config.splits)
@@ -48,27 +52,27 @@ class PictureTars(PictureFiles):
         if not pictures:
             raise InputError(
                 f"{self.root}: {len(self.archives)} tars, no picture in them "
-                f"({len(self.ignored)} other members); nothing to convert"
+                f"({self.ignored} other members); nothing to convert"
             )
         check_names(self.root, [picture.source for picture in pictures])
-        example = self.ignored[0] if self.ignored else ""
-        return self.named(Listing(tuple(pictures), len(self.ignored), example))
+        return self.named(Listing(tuple(pictures), self.ignored, self.ignored_example))
 
     def samples(self, archive: str, split: str) -> Iterator[Picture]:
         """The pictures of an archive, in its order."""
         members = self.members(archive)
         suffixes = picture_suffixes()
         names = [name for name in members if PurePosixPath(name).suffix.lower() in suffixes]
-        sidecars = (name for name in members if PurePosixPath(name).suffix in SIDECARS)
-        others = members.keys() - set(names) - set(sidecars)
-        self.ignored += [f"{archive}/{name}" for name in sorted(others)]
+        kinds = suffixes | set(SIDECARS)
+        others = [name for name in members if PurePosixPath(name).suffix.lower() not in kinds]
+        self.ignored += len(others)
+        if others:
+            self.ignored_example = self.ignored_example or f"{archive}/{others[0]}"
         records = self.records(archive, members, names)
         for name in names:
-            source, member, record = f"{archive}/{name}", members[name], records[name]
-            self.places[source] = (archive, member.offset, member.size)
+            source, record = f"{archive}/{name}", records[name]
             if isinstance(record, str):
                 self.broken[source], record = record, {}
-            yield Picture(source, split, **record)
+            yield Picture(source, split, **record, span=members[name].span)
 
     def members(self, archive: str) -> Members:
         """The members of an archive by name, hidden ones left out."""
@@ -98,7 +102,9 @@ class PictureTars(PictureFiles):
         label, facts = found[0] or found[1], found[2] or found[3]
         try:
             fields = {"label": read_label(path, label)} if label and self.config.labels else {}
-            return fields | (fields_of(read_facts(path, facts), self.config.labels) if facts else {})
+            return fields | (
+                fields_of(read_facts(path, facts), self.config.labels) if facts else {}
+            )
         except InputError as error:
             return str(error)
 
@@ -108,8 +114,19 @@ class PictureTars(PictureFiles):
         return super().header(picture)
 
     def file(self, picture: Picture) -> BinaryIO:
-        archive, offset, size = self.places[picture.source]
-        return open_member(self.root / archive, offset, size)
+        assert picture.span is not None  # `samples` gave it one
+        above = (str(folder) for folder in PurePosixPath(picture.source).parents)
+        archive = next(path for path in above if path in self.archives)
+        return open_member(self.root / archive, picture.span)
+
+
+def holds_pictures(path: Path) -> bool:
+    """Whether a tar's first members are pictures among others; a damaged one has none."""
+    try:
+        first = [member.name for member in itertools.islice(tar_members(path), LOOK_AT)]
+    except InputError:
+        return False
+    return any(PurePosixPath(name).suffix.lower() in picture_suffixes() for name in first)
 
 
 def stem_of(name: str) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -86,7 +86,7 @@ def slide_name(text: str, is_path: bool) -> str:
     return name.stem if is_file else name.name
 
 
-def splits_of(root: Path, archives: Sequence[str], use_splits: bool) -> dict[str, str]:
+def splits_of(root: Path, archives: Iterable[str], use_splits: bool) -> dict[str, str]:
     """Split of every archive: train-*.tar, or in a folder train/; of all of them or of none."""
     named = {path: split_name(path) if use_splits else None for path in archives}
     bare = [path for path, split in named.items() if split is None]

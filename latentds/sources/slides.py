@@ -27,9 +27,13 @@ MAYBE = {".tif", ".tiff"}  # slides where they are tiled pyramids
 DEFAULT_PATCH_PX = 256
 THUMBNAIL_MPP = 8.0  # a 256 px patch at 0.5 mpp is 16 px of it
 MAX_THUMBNAIL_PX = 4096
+STRIP_PX = 1 << 24  # of a level at once, 64 MB
 OPEN_SLIDES = 32
 # A level up to 1 % finer than asked is not resampled from the one above it.
 LEVEL_SLACK = 1.01
+NO_PIXEL = 0.01  # parts of a pixel that are rounding's
+PLAUSIBLE_MPP = (0.05, 20.0)
+MAX_PLACES = 10**7  # a grid of more is a mistake in a resolution
 MAGNIFICATION_MPP = 10.0  # mpp of 1x: 40x is 0.25, 20x 0.5, as TRIDENT and most others have it
 UNREADABLE = "OpenSlide cannot read it"
 
@@ -103,9 +107,13 @@ class Slides:
         found = place(path, has_splits, self.config.labels)
         return Picture(path, found.split, found.label, PurePosixPath(path).stem)
 
+    def chunk(self, picture: Picture) -> str | None:
+        del picture  # a slide's patches stay together anyway
+        return None
+
     def header(self, picture: Picture) -> Header:
         path = self.path(picture)
-        with reading():
+        with self.reading(picture):
             slide = self.open(picture)
             width, height = slide.dimensions
             self.places[picture.source] = self.find_places(picture, slide)
@@ -164,7 +172,7 @@ class Slides:
         regions: Sequence[tuple[int, int]],
     ) -> list[Patch]:
         del patch_px
-        with reading():
+        with self.reading(picture):
             slide = self.open(picture)
             scale = self.scale(picture, slide)
             images = [cut_region(slide, at, scale, self.edge) for at in regions]
@@ -188,22 +196,23 @@ class Slides:
         """Micrometres a pixel of level 0, None where they need not be known."""
         return slide_mpp(slide, self.config.assume_mpp)
 
+    @contextlib.contextmanager
+    def reading(self, picture: Picture) -> Iterator[None]:
+        """Turn what OpenSlide raises into an InputError, and forget the handle: it stays broken."""
+        try:
+            yield
+        except InputError:
+            raise
+        except Exception as error:
+            with self.lock:
+                self.handles.pop(picture.source, None)
+            if type(error).__module__.startswith("openslide") or isinstance(error, OSError):
+                raise InputError(f"{UNREADABLE} ({reason_of(error)})") from error
+            raise
+
     def facts(self) -> dict[str, Any]:
         names = ("tissue", "min_tissue", "edges", "assume_mpp")
         return {name: getattr(self.config, name) for name in names}
-
-
-@contextlib.contextmanager
-def reading() -> Iterator[None]:
-    """Turn what OpenSlide raises while it reads into an InputError."""
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:
-        if type(error).__module__.startswith("openslide") or isinstance(error, OSError):
-            raise InputError(f"{UNREADABLE} ({reason_of(error)})") from error
-        raise
 
 
 def check_slide_names(root: Path, pictures: Sequence[Picture]) -> None:
@@ -221,7 +230,8 @@ def slide_mpp(slide: Any, assumed: float | None) -> float:
     """Micrometres a pixel of level 0: recorded, by magnification, or assumed; else InputError."""
     names = ("openslide.mpp-x", "openslide.mpp-y")
     values = [number(slide.properties.get(name)) for name in names]
-    found = [value for value in values if value is not None]
+    # A resolution of 72 dpi is what software writes that knows none.
+    found = [v for v in values if v is not None and PLAUSIBLE_MPP[0] <= v <= PLAUSIBLE_MPP[1]]
     if len(found) == 2 and abs(found[0] - found[1]) > 0.02 * found[0]:
         raise InputError(f"its pixels are not square (mpp {found[0]:.4f} by {found[1]:.4f})")
     if found:
@@ -231,7 +241,9 @@ def slide_mpp(slide: Any, assumed: float | None) -> float:
         return MAGNIFICATION_MPP / power
     if assumed is not None:
         return assumed
-    raise InputError("records neither mpp nor magnification; pass --assume-mpp")
+    seen = [f"{value:.4g}" for value in values if value is not None]
+    what = f"records an mpp of {seen[0]}, which no scanner has," if seen else "records neither mpp"
+    raise InputError(f"{what} nor magnification; pass --assume-mpp")
 
 
 def number(text: str | None) -> float | None:
@@ -264,6 +276,8 @@ def grid(slide: Any, size: float, step: float, edges: str) -> np.ndarray:
     right = left + int(slide.properties.get("openslide.bounds-width", width - left))
     bottom = top + int(slide.properties.get("openslide.bounds-height", height - top))
     room = size if edges == "drop" else 1
+    if (right - left) / step * ((bottom - top) / step) > MAX_PLACES:
+        raise InputError(f"a grid every {step:.3g} px has over {MAX_PLACES:,} patches; see its mpp")
     columns = np.arange(0, max(right - left - room, -1) + 1e-6, step)
     rows = np.arange(0, max(bottom - top - room, -1) + 1e-6, step)
     x, y = np.meshgrid(left + np.rint(columns), top + np.rint(rows))
@@ -271,14 +285,34 @@ def grid(slide: Any, size: float, step: float, edges: str) -> np.ndarray:
 
 
 def thumbnail_of(slide: Any, mpp: float) -> tuple[np.ndarray, float]:
-    """A slide at about 8 micrometres a pixel, on white, and level-0 pixels a pixel of it."""
+    """A slide at about 8 micrometres a pixel, on white, and level-0 pixels a pixel of it.
+
+    Read in strips: a level may be larger than the memory.
+    """
     width, height = slide.dimensions
     factor = max(THUMBNAIL_MPP / mpp, max(width, height) / MAX_THUMBNAIL_PX, 1.0)
-    size = (max(1, round(width / factor)), max(1, round(height / factor)))
-    image = slide.get_thumbnail(size).convert("RGB")
-    if image.size != size:
-        image = image.resize(size, Image.Resampling.BOX)
-    return np.asarray(image), width / size[0]
+    columns, rows = max(1, round(width / factor)), max(1, round(height / factor))
+    level = slide.get_best_level_for_downsample(factor * LEVEL_SLACK)
+    step = slide.level_downsamples[level]
+    across, down = slide.level_dimensions[level]
+    high = down / rows  # pixels of the level a pixel of the thumbnail
+    count = max(1, int(STRIP_PX / (across * high)))
+    strips = []
+    for first in range(0, rows, count):
+        part = min(count, rows - first)
+        top, bottom = math.floor(first * high), min(math.ceil((first + part) * high), down)
+        region = on_white(slide, (0, round(top * step)), level, (across, bottom - top))
+        box = (0, first * high - top, across, min((first + part) * high - top, bottom - top))
+        strips.append(np.asarray(region.resize((columns, part), Image.Resampling.BOX, box=box)))
+    return np.concatenate(strips), width / columns
+
+
+def on_white(slide: Any, at: tuple[int, int], level: int, size: tuple[int, int]) -> Image.Image:
+    """A region as RGB; what lies outside the slide is white."""
+    region = slide.read_region(at, level, size)
+    white = Image.new("RGB", region.size, (255, 255, 255))
+    white.paste(region, mask=region.getchannel("A"))
+    return white
 
 
 def cut_region(slide: Any, at: tuple[int, int], scale: float, edge: int) -> np.ndarray:
@@ -288,13 +322,15 @@ def cut_region(slide: Any, at: tuple[int, int], scale: float, edge: int) -> np.n
     asked area; what lies outside the slide is white.
     """
     level = slide.get_best_level_for_downsample(scale * LEVEL_SLACK)
-    if slide.level_downsamples[level] > scale * LEVEL_SLACK:
-        level = 0
-    size = edge * scale / slide.level_downsamples[level]
-    whole = max(1, math.ceil(size - 1e-6))
-    region = slide.read_region(at, level, (whole, whole))
-    white = Image.new("RGB", region.size, (255, 255, 255))
-    white.paste(region, mask=region.getchannel("A"))
-    if abs(size - edge) > 1e-6:
-        white = white.resize((edge, edge), Image.Resampling.LANCZOS, box=(0, 0, size, size))
-    return np.asarray(white)
+    factor = slide.level_downsamples[level]
+    size = edge * scale / factor
+    # Whole pixels of the level: OpenSlide would blur in between, each patch differently.
+    first = [math.floor(place / factor + NO_PIXEL) for place in at]
+    offset = [max(place / factor - start, 0.0) for place, start in zip(at, first, strict=True)]
+    whole = [max(1, math.ceil(part + size - NO_PIXEL)) for part in offset]
+    corner = (round(first[0] * factor), round(first[1] * factor))
+    white = on_white(slide, corner, level, (whole[0], whole[1]))
+    if max(*offset, abs(size - edge)) <= NO_PIXEL and whole == [edge, edge]:
+        return np.asarray(white)
+    box = (*offset, min(offset[0] + size, whole[0]), min(offset[1] + size, whole[1]))
+    return np.asarray(white.resize((edge, edge), Image.Resampling.LANCZOS, box=box))

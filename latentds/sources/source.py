@@ -10,6 +10,8 @@ import numpy as np
 
 from latentds.sources.patch import Patch
 
+MIXED_CHUNKS = 4  # pictures of so many chunks are shuffled among each other
+
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
@@ -22,6 +24,8 @@ class Picture:
     mpp          micrometres a pixel, None where unknown
     size_px      width of the picture in pixels of level 0, None where that is its own
     mask         path of its mask relative to the input folder, None for none
+    patient      name, None where it is the slide's or unknown; for splits only, stored nowhere
+    span         (offset, size) of its bytes in an archive, None for a file of its own
     """
 
     source: str
@@ -33,6 +37,8 @@ class Picture:
     mpp: float | None = None
     size_px: int | None = None
     mask: str | None = None
+    patient: str | None = None
+    span: tuple[int, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +81,13 @@ class Source(Protocol):
 
     def listing(self) -> Listing:
         """All pictures; InputError where there are none or they contradict each other."""
+        ...
+
+    def chunk(self, picture: Picture) -> str | None:
+        """What must be read as a whole to reach a picture, None where each stands for itself.
+
+        The order keeps pictures of MIXED_CHUNKS chunks together, so that each is read once.
+        """
         ...
 
     def header(self, picture: Picture) -> Header:

@@ -19,8 +19,7 @@ class TarMember(NamedTuple):
     """A plain file in a tar: its name, and where its bytes lie."""
 
     name: str
-    offset: int
-    size: int
+    span: tuple[int, int]  # offset, size
 
 
 class HeaderFile:
@@ -37,10 +36,10 @@ class HeaderFile:
 
 
 class Window(io.RawIOBase):
-    """`size` bytes of an open file from `offset`, as a file of their own; closes it at its end."""
+    """(offset, size) of an open file as a file of their own; closes it at its end."""
 
-    def __init__(self, file: BinaryIO, offset: int, size: int) -> None:
-        self.file, self.offset, self.size, self.place = file, offset, size, 0
+    def __init__(self, file: BinaryIO, span: tuple[int, int]) -> None:
+        self.file, (self.offset, self.size), self.place = file, span, 0
 
     def readable(self) -> bool:
         return True
@@ -65,16 +64,17 @@ class Window(io.RawIOBase):
         super().close()
 
 
-def open_member(path: Path, offset: int, size: int) -> BinaryIO:
+def open_member(path: Path, span: tuple[int, int]) -> BinaryIO:
     """A member's bytes as a file; just what is asked for is read of them."""
-    return io.BufferedReader(Window(cast(BinaryIO, path.open("rb", buffering=0)), offset, size))
+    return io.BufferedReader(Window(cast(BinaryIO, path.open("rb", buffering=0)), span))
 
 
 def read_member(path: Path, member: TarMember, limit: int) -> bytes:
     """A small member's bytes; InputError (without the name) where it has more than `limit`."""
-    if member.size > limit:
-        raise InputError(f"{PurePosixPath(member.name).suffix} beside it has {member.size} bytes")
-    with open_member(path, member.offset, member.size) as file:
+    size = member.span[1]
+    if size > limit:
+        raise InputError(f"its {PurePosixPath(member.name).suffix} has {size} bytes; refused")
+    with open_member(path, member.span) as file:
         return file.read()
 
 
@@ -93,14 +93,14 @@ def tar_members(path: Path) -> Iterator[TarMember]:
                     f"{path}, {info.name}: {info.size} bytes from byte {info.offset_data}, but the "
                     f"file has {size}; truncated, fetch it anew"
                 )
-            yield TarMember(name, info.offset_data, info.size)
+            yield TarMember(name, (info.offset_data, info.size))
         check_end(file, tar, path)
 
 
 def open_tar(file: BinaryIO, path: Path) -> tarfile.TarFile:
     """tarfile's view of an open tar; InputError where it is none, or holds latents already."""
     try:
-        tar = tarfile.open(fileobj=cast(BinaryIO, HeaderFile(file)), mode="r:")
+        tar = tarfile.TarFile(fileobj=cast(BinaryIO, HeaderFile(file)))
     except TAR_ERRORS as error:
         raise InputError(
             f"{path}: not an uncompressed tar ({error}); fetch it anew, or unpack it first"
@@ -133,7 +133,7 @@ def checked_name(info: tarfile.TarInfo, path: Path) -> str:
 
 def check_end(file: BinaryIO, tar: tarfile.TarFile, path: Path) -> None:
     """Refuse a tar that stops before its end mark: tarfile passes over damage without a word."""
-    offset: int = tar.offset  # type: ignore[attr-defined]
+    offset: int = tar.offset
     file.seek(offset)
     block = file.read(tarfile.BLOCKSIZE)
     if len(block) < tarfile.BLOCKSIZE or any(block):

@@ -83,7 +83,9 @@ def read_places(path: Path) -> dict[str, dict[str, Any]]:
             for number, row in enumerate(csv.DictReader(file), 1):
                 name, place = read_row(f"{path}, row {number}", row)
                 if places.setdefault(name, place) is not place:
-                    raise InputError(f"{path}, row {number}: tile {row['tile_index']} is there twice")
+                    raise InputError(
+                        f"{path}, row {number}: tile {row['tile_index']} is there twice"
+                    )
     except (csv.Error, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not a table ({error}); make it anew") from error
     return places

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 
 from latentds.conversion.config import ConvertConfig
 from latentds.errors import InputError
-from latentds.sources.image_folder import list_pictures, walk
+from latentds.sources.image_folder import are_splits, list_pictures, walk
 from latentds.sources.picture_files import PictureFiles
 from latentds.sources.pictures import read_header
 from latentds.sources.source import Listing, Picture
@@ -30,8 +30,8 @@ def is_tile_tree(root: Path) -> bool:
 class TileTree(PictureFiles):
     """[.../][class/]slide/<column>_<row>.jpeg: the slide is the folder, the class the one above.
 
-    x and y are column and row times the tile's width, in pixels of the tiles' own magnification
-    (DSMIL's tiler does not record level 0; at 40x multiply by 2 for tiles of 20x).
+    x and y are column and row times the tile's width times --tile-downsample: DSMIL's tiler does
+    not record level 0, which for tiles of 20x from a slide of 40x has twice their pixels.
     """
 
     kind = "a tree of tiles named <column>_<row>"
@@ -44,7 +44,10 @@ class TileTree(PictureFiles):
     def listing(self) -> Listing:
         found = list_pictures(self.root, use_labels=False, use_splits=self.config.splits)
         height, width = self.first_size(found.pictures)
-        pictures = tuple(self.placed(p, width, height) for p in found.pictures)
+        has_splits = self.config.splits and are_splits(
+            self.root, [p.source for p in found.pictures]
+        )
+        pictures = tuple(self.placed(p, width, height, has_splits) for p in found.pictures)
         slides: dict[str, str] = {}
         for picture in pictures:
             folder = str(PurePosixPath(picture.source).parent)
@@ -65,14 +68,18 @@ class TileTree(PictureFiles):
                 continue
         raise InputError(f"{self.root}: none of {len(pictures)} tiles can be read")
 
-    def placed(self, picture: Picture, width: int, height: int) -> Picture:
+    def placed(self, picture: Picture, width: int, height: int, has_splits: bool) -> Picture:
         """What a tile's path says."""
         path = PurePosixPath(picture.source)
         match = TILE_NAME.fullmatch(path.name)
         if match is None:
             raise InputError(f"{picture.source}: not <column>_<row>; move it, or rename its folder")
-        x, y = int(match[1]) * width, int(match[2]) * height
+        factor = self.config.tile_downsample
+        x, y = round(int(match[1]) * width * factor), round(int(match[2]) * height * factor)
         if max(x, y) > MAX_PX:
             raise InputError(f"{picture.source}: lies at ({x}, {y}); no slide is so large")
-        label = path.parts[-3] if len(path.parts) > 2 and self.config.labels else None
-        return dataclasses.replace(picture, label=label, slide=path.parts[-2], x=x, y=y)
+        above = path.parts[has_splits:-2]
+        label = above[-1] if above and self.config.labels else None
+        return dataclasses.replace(
+            picture, label=label, slide=path.parts[-2], x=x, y=y, size_px=round(width * factor)
+        )

@@ -221,9 +221,9 @@ def test_archives_of_unclear_content_are_refused(tmp_path, names, message):
 
 def test_splits_of_some_archives_only_are_refused(tars, tmp_path):
     write_samples(tars / "other.tar", samples_of(1))
-    with pytest.raises(InputError, match=r"other.tar is not; .* --no-splits"):
+    with pytest.raises(InputError, match=r"other.tar is not; .* --no-split-folders"):
         convert_with_mean(tars, tmp_path / "out")
-    assert convert_with_mean(tars, tmp_path / "out", splits=False).splits == {"train": 16}
+    assert convert_with_mean(tars, tmp_path / "out", split_folders=False).splits == {"train": 16}
 
 
 def test_archives_among_pictures_are_not_guessed_at(tars, tmp_path):

@@ -392,7 +392,7 @@ def test_split_names_beside_others_are_refused_and_can_be_classes(tmp_path):
         save_pictures(tmp_path / "in" / top, 2)
     with pytest.raises(InputError, match=r"Train, test are named like splits, holdout is not"):
         convert_with_mean(tmp_path / "in", tmp_path / "out")
-    manifest = convert_with_mean(tmp_path / "in", tmp_path / "out", splits=False)
+    manifest = convert_with_mean(tmp_path / "in", tmp_path / "out", split_folders=False)
     assert manifest.classes == ("Train", "holdout", "test")
 
 

@@ -318,7 +318,7 @@ def test_splits_by_file_and_by_patient(tmp_path):
     table = tmp_path / "splits.csv"
     table.write_text("patient,split,label\n" + "".join(rows))
     shards, _ = convert(
-        tmp_path / "in", tmp_path / "by", patch_size=128, mpp=0.5, splits_file=table
+        tmp_path / "in", tmp_path / "by", patch_size=128, mpp=0.5, splits=table
     )
     assert shards.manifest.classes == ("IDC", "ILC")
     first, end = shards.patch_range("test")
@@ -326,7 +326,7 @@ def test_splits_by_file_and_by_patient(tmp_path):
     assert {shards.manifest.slides[number][:12] for number in slides} == {"TCGA-AA-0003"}
     table.write_text("patient,split\nTCGA-AA-0000,train\n")
     with pytest.raises(InputError, match="names neither slide"):
-        convert(tmp_path / "in", tmp_path / "c", mpp=0.5, splits_file=table)
+        convert(tmp_path / "in", tmp_path / "c", mpp=0.5, splits=table)
 
 
 def test_mixing_spreads_slides_over_packs(tmp_path):

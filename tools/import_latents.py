@@ -46,7 +46,7 @@ class Config:
     """C h w of array rows that are stored flat."""
     labels: bool = True
     """Take class folders, or the files' labels."""
-    splits: bool = True
+    split_folders: bool = True
     """Take top folders named train, val, valid, validation and test as splits."""
     name_pattern: str | None = None
     """Regular expression with groups among label, slide, x, y, mpp, searched in relative paths."""
@@ -99,7 +99,7 @@ def options(config: Config) -> Any:
     from latentds.importing.layouts import ListingOptions
 
     check(config)
-    same = ("layout", "labels", "splits", "name_pattern", "tile_step", "mpp")
+    same = ("layout", "labels", "split_folders", "name_pattern", "tile_step", "mpp")
     listing = ListingOptions(**{name: getattr(config, name) for name in same})
     same = ("scale", "shift", "codebook", "quantizer", "levels", "fit_patches", "shape", "order")
     return ImportOptions(

@@ -18,7 +18,7 @@ NOT_RECORDED = (
     "source",
     "slides",
     "root",
-    "splits_file",
+    "splits",
     "anonymize",
     "out",
     "masks",
@@ -73,7 +73,7 @@ class ConvertConfig:
     """Mask folder: 8-bit PNG or TIFF, same relative path and size, suffix aside; kept lossless."""
     labels: bool = True
     """Take class folders as labels."""
-    splits: bool = True
+    split_folders: bool = True
     """Take top folders named train, val, valid, validation and test as splits."""
     name_pattern: str | None = None
     """Regular expression with groups among label, slide, x, y, mpp, searched in relative paths."""
@@ -84,7 +84,7 @@ class ConvertConfig:
     """Folder of the slides that a TRIDENT or CLAM job's coordinates belong to."""
     root: Path | None = None
     """Folder that a table's paths start from; the table's own by default."""
-    splits_file: Path | None = None
+    splits: Path | None = None
     """CSV with columns slide or patient, split, and label if it is to set labels: splits of the
     slides, instead of split folders."""
     split_patients: str | None = None
@@ -167,10 +167,10 @@ class ConvertConfig:
             folder = getattr(self, name)
             if folder is not None and not folder.is_dir():
                 raise InputError(f"--{name} {folder}: no such folder")
-        if self.splits_file is not None and not self.splits_file.is_file():
-            raise InputError(f"--splits-file {self.splits_file}: no such file")
-        if self.splits_file is not None and self.split_patients is not None:
-            raise InputError("choose one of --splits-file and --split-patients")
+        if self.splits is not None and not self.splits.is_file():
+            raise InputError(f"--splits {self.splits}: no such file")
+        if self.splits is not None and self.split_patients is not None:
+            raise InputError("choose one of --splits and --split-patients")
         if self.stride is not None and not self.tile:
             raise InputError("--stride is the step of --tile; pass both")
         limits = {

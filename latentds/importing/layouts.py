@@ -61,7 +61,7 @@ class ListingOptions:
     """How names are read.
 
     layout        None: whatever lies there
-    labels, splits  class folders (and array files' labels) as labels, top folders as splits
+    labels, split_folders  class folders (and array files' labels) as labels, top folders as splits
     name_pattern  groups among label, slide, x, y, mpp in relative paths
     tile_step     level-0 pixels a step of PixCell's `<col>_<row>`; None leaves places unknown
     mpp           of every patch
@@ -69,7 +69,7 @@ class ListingOptions:
 
     layout: str | None = None
     labels: bool = True
-    splits: bool = True
+    split_folders: bool = True
     name_pattern: str | None = None
     tile_step: int | None = None
     mpp: float | None = None
@@ -121,7 +121,7 @@ def detect(base: Path, paths: Sequence[str]) -> str:
 def list_pixcell(base: Path, paths: list[str], options: ListingOptions) -> list[ForeignPatch]:
     """`.../CLASS/[single_1024/]SLIDE/COL_ROW_sd3_vae.npy`."""
     found = [path for path in paths if PIXCELL.search(path)]
-    has_splits = options.splits and bool(found) and are_splits(base, found)
+    has_splits = options.split_folders and bool(found) and are_splits(base, found)
     patches = []
     for path in found:
         match = PIXCELL.search(path)
@@ -155,7 +155,7 @@ def tile_place(match: re.Match[str] | None, step: int | None) -> tuple[int | Non
 def list_zoomldm(base: Path, paths: list[str], options: ListingOptions) -> list[ForeignPatch]:
     """`[SPLIT/]MAG/MILLION/INDEX_vae.npy`, by folder and number."""
     found = [(path, match) for path in paths if (match := ZOOMLDM.search(path))]
-    has_splits = options.splits and bool(found) and are_splits(base, [path for path, _ in found])
+    has_splits = options.split_folders and bool(found) and are_splits(base, [path for path, _ in found])
     found.sort(key=lambda pair: (str(PurePosixPath(pair[0]).parent), int(pair[1][1])))
     return [
         ForeignPatch(
@@ -172,7 +172,7 @@ def list_npy(base: Path, paths: list[str], options: ListingOptions) -> list[Fore
     if TABLE in paths and (patches := read_table(base)) is not None:
         return patches
     found = [path for path in paths if path.endswith(".npy")]
-    has_splits = options.splits and bool(found) and are_splits(base, found)
+    has_splits = options.split_folders and bool(found) and are_splits(base, found)
     pictures = [place(path, has_splits, options.labels) for path in found]
     check_labels(base, pictures, options.labels)
     return [
@@ -215,7 +215,7 @@ def list_arrays(base: Path, paths: list[str], options: ListingOptions) -> list[F
     """Every row of every array file; its source is `FILE/NNNNNN.SUFFIX`."""
     found = [path for path in paths if PurePosixPath(path).suffix in ARRAY_SUFFIXES]
     found = [path for path in found if not PurePosixPath(path).name.startswith("codebook-")]
-    has_splits = options.splits and bool(found) and are_splits(base, found)
+    has_splits = options.split_folders and bool(found) and are_splits(base, found)
     patches = []
     for path in found:
         split = place(path, has_splits, False).split

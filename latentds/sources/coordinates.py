@@ -131,7 +131,7 @@ class CoordinateJob(Slides):
             )
         found = [paths[name] for name in sorted(files)]
         check_names(self.root, found)
-        has_splits = self.config.splits and are_splits(self.root, found)
+        has_splits = self.config.split_folders and are_splits(self.root, found)
         pictures = tuple(self.picture(path, has_splits) for path in found)
         check_labels(self.root, pictures, self.config.labels)
         self.files = {p.source: self.job / files[str(p.slide)] for p in pictures}

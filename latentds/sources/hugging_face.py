@@ -80,7 +80,7 @@ class SavedDataset(PictureFiles):
 
     def rows_of(self, name: str, part: Part) -> Iterator[Picture]:
         """The pictures of a part of the data set, a row each."""
-        split = SPLITS.get(name.lower(), name) if self.config.splits else DEFAULT_SPLIT
+        split = SPLITS.get(name.lower(), name) if self.config.split_folders else DEFAULT_SPLIT
         for number, record in enumerate(records_of(part.rows)):
             source, fields = f"{name}/{number}", {}
             try:

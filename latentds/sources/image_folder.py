@@ -53,7 +53,7 @@ def are_splits(root: Path, paths: Sequence[str]) -> bool:
     if named and others:
         raise InputError(
             f"{root}: {', '.join(sorted(named))} are named like splits, {others[0]} is not; move "
-            "it, or pass --no-splits to take all of them as classes"
+            "it, or pass --no-split-folders to take all of them as classes"
         )
     return bool(named)
 

@@ -49,8 +49,8 @@ def list_source(source: Source, config: ConvertConfig) -> Listing:
     """A source's pictures, in the splits that the options ask for."""
     listing = source.listing()
     pictures = listing.pictures
-    if config.splits_file is not None:
-        pictures = apply_splits(pictures, config.splits_file)
+    if config.splits is not None:
+        pictures = apply_splits(pictures, config.splits)
     if config.split_patients is not None:
         bare = next((p.source for p in pictures if not (p.patient or p.slide)), None)
         if bare is not None:

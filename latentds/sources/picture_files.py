@@ -43,7 +43,7 @@ class PictureFiles:
 
     def listing(self) -> Listing:
         config = self.config
-        return self.named(list_pictures(self.root, config.labels, config.splits))
+        return self.named(list_pictures(self.root, config.labels, config.split_folders))
 
     def named(self, found: Listing) -> Listing:
         """Pictures with what --name-pattern finds in their sources."""

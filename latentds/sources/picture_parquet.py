@@ -46,7 +46,7 @@ class PictureParquet(PictureFiles):
         return self.tables[file]
 
     def listing(self) -> Listing:
-        splits = splits_of(self.root, self.files, self.config.splits)
+        splits = splits_of(self.root, self.files, self.config.split_folders)
         pictures = [p for file in self.files for p in self.rows_of(file, splits[file])]
         if not pictures:
             raise InputError(f"{self.root}: {len(self.files)} Parquet files, no row in them")

@@ -47,7 +47,7 @@ class PictureTars(PictureFiles):
         return type(self), (self.config, tuple(self.archives))
 
     def listing(self) -> Listing:
-        splits = splits_of(self.root, self.archives, self.config.splits)
+        splits = splits_of(self.root, self.archives, self.config.split_folders)
         pictures = [p for archive in self.archives for p in self.samples(archive, splits[archive])]
         if not pictures:
             raise InputError(

@@ -94,7 +94,7 @@ def splits_of(root: Path, archives: Iterable[str], use_splits: bool) -> dict[str
         example = next(path for path, split in named.items() if split)
         raise InputError(
             f"{root}: {example} is named like a split, {bare[0]} is not; rename it, or pass "
-            "--no-splits"
+            "--no-split-folders"
         )
     return {path: split or DEFAULT_SPLIT for path, split in named.items()}
 

@@ -95,7 +95,7 @@ class Slides:
         if not found:
             raise InputError(f"{self.root}: no slides in it ({len(paths)} other files)")
         check_names(self.root, found)
-        has_splits = self.config.splits and are_splits(self.root, found)
+        has_splits = self.config.split_folders and are_splits(self.root, found)
         pictures = tuple(self.picture(path, has_splits) for path in found)
         check_labels(self.root, pictures, self.config.labels)
         check_slide_names(self.root, pictures)

@@ -42,9 +42,9 @@ class TileTree(PictureFiles):
             raise InputError("--name-pattern and tiles named <column>_<row>; leave the pattern")
 
     def listing(self) -> Listing:
-        found = list_pictures(self.root, use_labels=False, use_splits=self.config.splits)
+        found = list_pictures(self.root, use_labels=False, use_splits=self.config.split_folders)
         height, width = self.first_size(found.pictures)
-        has_splits = self.config.splits and are_splits(
+        has_splits = self.config.split_folders and are_splits(
             self.root, [p.source for p in found.pictures]
         )
         pictures = tuple(self.placed(p, width, height, has_splits) for p in found.pictures)

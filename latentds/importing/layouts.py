@@ -155,7 +155,8 @@ def tile_place(match: re.Match[str] | None, step: int | None) -> tuple[int | Non
 def list_zoomldm(base: Path, paths: list[str], options: ListingOptions) -> list[ForeignPatch]:
     """`[SPLIT/]MAG/MILLION/INDEX_vae.npy`, by folder and number."""
     found = [(path, match) for path in paths if (match := ZOOMLDM.search(path))]
-    has_splits = options.split_folders and bool(found) and are_splits(base, [path for path, _ in found])
+    paths = [path for path, _ in found]
+    has_splits = options.split_folders and bool(found) and are_splits(base, paths)
     found.sort(key=lambda pair: (str(PurePosixPath(pair[0]).parent), int(pair[1][1])))
     return [
         ForeignPatch(

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import random
+import signal
+import time
 
 import torch
 from torch import Tensor
@@ -96,3 +99,24 @@ def can_go_on(lane: FakeLane) -> bool:
         return False
     kind, what = lane.queue[0]
     return kind != "wait" or what["occurred"]
+
+
+class SlowAutoencoder(MeanAutoencoder):
+    """The mean, a while later: time to kill somebody."""
+
+    def encode(self, images: Tensor) -> Tensor:
+        time.sleep(0.1)
+        return super().encode(images)
+
+
+class DeadlyAutoencoder(MeanAutoencoder):
+    """Ends every process but the one it was made in, at once and without a word."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.home = os.getpid()
+
+    def encode(self, images: Tensor) -> Tensor:
+        if os.getpid() != self.home:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().encode(images)

@@ -38,6 +38,7 @@ def run(config: Config) -> None:
 def summarize(config: Config) -> dict[str, Any]:
     """What `--json` prints."""
     from latentds.manifest import read_manifest
+    from latentds.mixedness import slide_entropies
 
     manifest = read_manifest(config.folder)
     contract, made = manifest.contract, manifest.made
@@ -49,6 +50,7 @@ def summarize(config: Config) -> dict[str, Any]:
         "splits": manifest.splits,
         "labels": manifest.labels(),
         "slides": len(manifest.slides),
+        "slide_entropy_bits": slide_entropies(config.folder, manifest),
         "patch_px": list(contract.patch_px),
         "codes_shape": list(contract.codes_shape),
         "bytes_per_patch": contract.bytes_per_patch,
@@ -109,6 +111,11 @@ def as_text(summary: dict[str, Any]) -> str:
         "patches": f"{summary['patches']:,} of {width}x{height} px ({splits})",
         "labels": labels,
         "slides": f"{summary['slides']:,}",
+        "slide entropy": ", ".join(
+            f"{split} {bits['shards']} bits a shard of {bits['split']}"
+            for split, bits in summary["slide_entropy_bits"].items()
+        )
+        or "none",
         "stored": f"{summary['bytes_per_patch']:,} bytes a patch; {summary['shards']} shards, "
         f"{summary['packs']:,} packs, {megabytes(summary['shard_bytes'])} "
         f"(container {summary['container_overhead']:+.2%}), "

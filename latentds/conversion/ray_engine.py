@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import logging
 import os
 import platform
 import time
-from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,13 +15,13 @@ import torch
 from tqdm import tqdm
 
 from latentds.conversion.config import ConvertConfig
-from latentds.conversion.encode import choose_device
+from latentds.conversion.ledger import Ledger, check_deaths, told
 from latentds.conversion.pipeline import MAX_WORKERS, Conversion, WriteShards
-from latentds.conversion.plan import PlannedShard, check_budget
+from latentds.conversion.places import Node, cpus_of_worker, no_room, room
+from latentds.conversion.plan import PlannedShard
 from latentds.conversion.shards import patches_bar
-from latentds.conversion.unit import Job, Unit, make_job, make_unit, write_unit
-from latentds.conversion.workdir import look_at_journal
-from latentds.errors import ContractError, InputError, LatentdsError, missing_extra
+from latentds.conversion.unit import Job, Unit, for_workers, make_job, make_unit, write_unit
+from latentds.errors import InputError, missing_extra
 
 try:
     import ray
@@ -33,13 +31,7 @@ except ImportError as error:
 
 logger = logging.getLogger(__name__)
 POLL_S = 1.0
-MAX_DEATHS = 3  # of workers at one block of a shard
-REST_S = 2.0  # before a shard whose worker died is handed out again, times its deaths
-PATIENCE_S = 600.0  # without a node that has room for a worker; a cluster may be growing
-LESS_MEMORY = (
-    "lower --workers, let a worker take more of a node (--cpus-per-worker), or start anew with a "
-    "lower --encode-batch and --overwrite"
-)
+PATIENCE_S = 600.0  # without any worker alive; a cluster may be growing
 
 
 @contextlib.contextmanager
@@ -58,42 +50,23 @@ def open_cluster(config: ConvertConfig) -> Iterator[tuple[ConvertConfig, WriteSh
 
 def connect(address: str) -> None:
     """Join the cluster; InputError where there is none."""
-    options = {"include_dashboard": False} if address == "local" else {}
+    options: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a cluster of ours tells nobody
     try:
         ray.init(address, log_to_driver=False, logging_level=logging.WARNING, **options)
     except (ConnectionError, TimeoutError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:160]
         raise InputError(
-            f"--address {address}: no Ray cluster there ({reason}); start one with 'ray start "
-            "--head', or pass --address local for this machine alone"
+            f"--address {address}: no Ray cluster answers ({reason}); start one with 'ray start "
+            "--head' (where it asks ray:// for a token, set RAY_AUTH_MODE=token here too), or pass "
+            "--address local for this machine alone"
         ) from error
-
-
-def for_workers(config: ConvertConfig) -> ConvertConfig:
-    """The config with absolute paths, and its device where no worker has a GPU."""
-    paths = {
-        field.name: value.absolute()
-        for field in dataclasses.fields(ConvertConfig)
-        if isinstance(value := getattr(config, field.name), os.PathLike)
-    }
-    device = "cpu" if config.gpus_per_worker == 0 and config.device == "auto" else config.device
-    is_gpu = choose_device(device).type == "cuda"
-    gpus = float(is_gpu) if config.gpus_per_worker is None else config.gpus_per_worker
-    if gpus and not is_gpu:
-        raise InputError(
-            f"--gpus-per-worker {gpus:g}, but {platform.node()} would fit the codebook without a "
-            "GPU; start the command on a node like the workers', or pass --gpus-per-worker 0"
-        )
-    if is_gpu and device not in ("auto", "cuda"):
-        raise InputError(f"--device {device}: Ray says which GPU a worker takes; pass cuda")
-    return dataclasses.replace(config, **paths, device=device, gpus_per_worker=gpus)
 
 
 def write_shards_on_ray(conversion: Conversion) -> None:
     """Write every shard that is not there yet, wherever the cluster has room."""
     config, encoder = conversion.config, conversion.encoder
-    cpus = cpus_of_worker(config)
+    cpus = cpus_of_worker(config, nodes())
     config = dataclasses.replace(
         config, cpus_per_worker=cpus, workers=config.workers or max(1, min(MAX_WORKERS, int(cpus)))
     )
@@ -106,44 +79,35 @@ def write_shards_on_ray(conversion: Conversion) -> None:
     finally:
         handout.stop()
     encoder.autoencoder = encoder.autoencoder.to(encoder.device, torch.float32)
+    read_back(conversion)
 
 
-def cpus_of_worker(config: ConvertConfig) -> float:
-    """CPUs of a worker: asked for, a GPU's share of its node, or the encoder's threads."""
-    if config.cpus_per_worker is not None:
-        return config.cpus_per_worker
-    if not config.gpus_per_worker:
-        return float(torch.get_num_threads())
-    nodes = [node for node in resources() if node.get("GPU")]
-    share = min((node.get("CPU", 1) / node["GPU"] for node in nodes), default=4.0)
-    return max(1.0, min(MAX_WORKERS, share * config.gpus_per_worker // 1))
+def read_back(conversion: Conversion) -> None:
+    """Read what workers wrote: opening the folders drops what a network file system remembered."""
+    for folder in (conversion.work.folder, conversion.config.out / "data"):
+        list(folder.glob("*"))
+    for shard in conversion.shards:
+        conversion.work.journal(shard.name)
 
 
-def resources() -> list[dict[str, float]]:
+def nodes() -> list[Node]:
     """What every living node has."""
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    found: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    return [node["Resources"] for node in found if node["Alive"]]
 
 
-def room(config: ConvertConfig) -> int:
-    """How many workers the cluster has room for."""
-    wanted = {"CPU": config.cpus_per_worker, "GPU": config.gpus_per_worker}
-    return sum(
-        min(int(node.get(name, 0) / count + 1e-6) for name, count in wanted.items() if count)
-        for node in resources()
-    )
+@ray.remote(max_restarts=0, max_task_retries=0)
+class Worker:
+    """An encoder on a node: an actor, not a task, for it keeps its GPU and its weights."""
 
+    def prepare(self, job: Job) -> None:
+        """Take a job on; raises what its `check_node` does."""
+        self.job, self.node = job, node_name()
+        job.check_node(self.node)
 
-@ray.remote(max_retries=0, max_calls=0)
-def work(unit: Unit, job: list[Any]) -> list[tuple[str, str]]:
-    """What `write_unit` returns, in a worker; the job's reference is in a list to come unread."""
-    return write_unit(fetch_job(job[0]), unit, node_name())
-
-
-@functools.lru_cache(maxsize=1)
-def fetch_job(reference: Any) -> Job:
-    """A job, read and its autoencoder placed once a worker process."""
-    job: Job = ray.get(reference)
-    return job
+    def write(self, unit: Unit) -> list[tuple[str, str]]:
+        """What `write_unit` returns."""
+        return write_unit(self.job, unit, self.node)
 
 
 def node_name() -> str:
@@ -152,116 +116,134 @@ def node_name() -> str:
 
 
 class Handout:
-    """Shards handed out and taken back, finished or left by a worker that died."""
+    """Workers and what each of them does.
+
+    starting, running  workers by the reference that says they are ready, or done with a shard
+    """
 
     def __init__(self, conversion: Conversion) -> None:
-        self.conversion, self.config = conversion, conversion.config
-        self.waiting = deque(conversion.shards)
-        self.running: dict[Any, PlannedShard] = {}
-        self.resting: list[tuple[float, PlannedShard]] = []
-        self.deaths: dict[str, tuple[int, int]] = {}  # block it died at, how often
-        self.patches: dict[str, int] = {}  # durable ones, by shard
-        self.bad = dict(conversion.plan.bad)
-        self.had_room_s = time.monotonic()
+        self.plan, self.config = conversion.plan, conversion.config
+        self.ledger = Ledger(conversion)
+        self.idle: list[Any] = []
+        self.starting: dict[Any, Any] = {}
+        self.running: dict[Any, tuple[Any, PlannedShard]] = {}
+        self.failed_starts, self.most_started = 0, 1
+        self.worked_s = self.looked_s = self.started_s = time.monotonic()
         self.job = put_job(make_job(conversion))
 
     def run(self) -> None:
         """Hand out until all is written."""
-        self.skip_finished()
-        with patches_bar(len(self.conversion.plan.regions)) as bar:
-            bar.initial = sum(self.patches.values())
-            while self.waiting or self.running or self.resting:
+        with patches_bar(len(self.plan.regions)) as bar:
+            bar.initial = bar.n = self.ledger.total
+            while self.ledger.has_more or self.running:
                 self.hand_out()
-                if self.running:
-                    done, _ = ray.wait([*self.running], timeout=POLL_S)
-                else:
-                    done, _ = [], time.sleep(POLL_S)
-                for reference in done:
-                    self.take_back(reference, self.running.pop(reference))
-                self.look(bar)
+                self.wait()
+                if time.monotonic() - self.looked_s >= POLL_S:
+                    self.look(bar)
+            self.look(bar)
 
-    def skip_finished(self) -> None:
-        """Leave shards alone that have an index, and account for them."""
-        work_folder = self.conversion.work
-        finished = [s for s in self.waiting if work_folder.index(s.name).is_file()]
-        for shard in finished:
-            self.look_at(shard)
-        names = {shard.name for shard in finished}
-        self.waiting = deque(shard for shard in self.waiting if shard.name not in names)
+    def wait(self) -> None:
+        """Take what is done; return after POLL_S at the latest."""
+        if not (self.starting or self.running):
+            time.sleep(POLL_S)  # a shard rests
+        for reference in ray.wait([*self.starting, *self.running], timeout=POLL_S)[0]:
+            self.take(reference)
 
     def hand_out(self) -> None:
-        """Give the cluster twice what it has room for: a worker that is done finds the next."""
-        now, places = time.monotonic(), room(self.config)
-        self.check_room(places, now)
-        rested = [shard for since, shard in self.resting if since <= now]
-        self.resting = [(since, shard) for since, shard in self.resting if since > now]
-        self.waiting.extend(rested)
-        most = self.config.ray_workers or max(1, 2 * places)
-        task = work.options(
-            num_cpus=self.config.cpus_per_worker, num_gpus=self.config.gpus_per_worker
-        )
-        while self.waiting and len(self.running) < most:
-            shard = self.waiting.popleft()
-            unit = make_unit(self.conversion.plan, shard)
-            self.running[task.remote(unit, [self.job])] = shard
+        """Give every idle worker a shard; start workers for what is left."""
+        waiting = self.ledger.waiting
+        self.ledger.wake()
+        while self.idle and waiting:
+            worker, shard = self.idle.pop(), waiting.popleft()
+            unit = make_unit(self.plan, shard)
+            self.running[worker.write.remote(unit)] = (worker, shard)
+        if waiting and time.monotonic() >= self.started_s:
+            self.started_s = time.monotonic() + POLL_S
+            self.start_workers(len(waiting) - len(self.starting))
+        self.check_patience()
 
-    def check_room(self, places: int, now: float) -> None:
-        """Warn once where no node has room for a worker; InputError once patience is over."""
-        if places:
-            self.had_room_s = now
-            return
-        asked = f"{self.config.cpus_per_worker:g} CPUs and {self.config.gpus_per_worker:g} GPUs"
-        if now - self.had_room_s < POLL_S and self.config.address != "local":
-            logger.warning("no node has %s for a worker; waiting for one", asked)
-        if now - self.had_room_s > PATIENCE_S or self.config.address == "local":
+    def start_workers(self, needed: int) -> None:
+        """Start as many as are needed, at most as many as are wanted or have room."""
+        held = len(self.idle) + len(self.starting) + len(self.running)
+        places = room(self.config, nodes())
+        if not (held or places):
+            logger.warning("%s yet; waiting for one", no_room(self.config, nodes()))
+        count = min((self.config.ray_workers or max(1, places)) - held, needed)
+        self.most_started = max(self.most_started, count)
+        for _ in range(count):
+            worker = Worker.options(  # type: ignore[attr-defined]
+                num_cpus=self.config.cpus_per_worker, num_gpus=self.config.gpus_per_worker
+            ).remote()
+            self.starting[worker.prepare.remote(self.job)] = worker
+
+    def check_patience(self) -> None:
+        """InputError where no worker has been found a place for long, or none ever will."""
+        if self.idle or self.running:
+            self.worked_s = time.monotonic()
+        is_hopeless = self.config.address == "local" and not room(self.config, nodes())
+        if is_hopeless or time.monotonic() - self.worked_s > PATIENCE_S:
             raise InputError(
-                f"no node of the Ray cluster has {asked} for a worker (nodes: {resources()}); pass "
-                "other --cpus-per-worker and --gpus-per-worker. What is finished is kept"
+                f"{no_room(self.config, nodes())}; pass other --cpus-per-worker and "
+                "--gpus-per-worker. What is finished is kept"
             )
 
-    def take_back(self, reference: Any, shard: PlannedShard) -> None:
-        """Account for a task that ended; InputError and others as its worker raised them."""
+    def take(self, reference: Any) -> None:
+        """Account for a worker that is ready, or done with its shard, or dead."""
+        if reference in self.running:
+            worker, shard = self.running.pop(reference)
+        else:
+            worker, shard = self.starting.pop(reference), None
         try:
-            ray.get(reference)
-            self.look_at(shard)
+            bad = ray.get(reference)
         except RayTaskError as error:
-            raise told(error, shard) from error
+            raise told(error.cause, shard) or error from error
         except RayError as error:
-            self.note_death(shard, error)
+            self.take_dead(shard, cause_of(error))
+            return
+        self.failed_starts = 0
+        self.idle.append(worker)
+        if shard is not None:
+            self.ledger.note_done(shard, bad)
 
-    def note_death(self, shard: PlannedShard, error: RayError) -> None:
-        """Hand a shard out again later; ContractError where it kills every worker."""
-        blocks, _ = self.look_at(shard)
-        last, count = self.deaths.get(shard.name, (-1, 0))
-        count = count + 1 if last == blocks else 1  # a worker that came further is no sign
-        self.deaths[shard.name] = (blocks, count)
-        is_memory = isinstance(error, OutOfMemoryError)
-        why = "killed for memory" if is_memory else f"ended ({reason_of(error)})"
-        if count >= MAX_DEATHS:
-            raise ContractError(
-                f"{shard.name}: {count} workers were lost at its block {blocks + 1} of "
-                f"{len(shard.blocks)}, the last {why}. If memory ran out, {LESS_MEMORY}. "
-                "What is finished is kept"
-            )
-        logger.warning("%s: a worker %s; handed out again", shard.name, why)
-        self.resting.append((time.monotonic() + REST_S * count, shard))
-
-    def look_at(self, shard: PlannedShard) -> tuple[int, list[tuple[str, str]]]:
-        """Blocks and bad pictures of a shard so far, accounted for."""
-        blocks, bad = look_at_journal(self.conversion.work.journal_path(shard.name))
-        self.bad.update(bad)
-        self.patches[shard.name] = sum(stop - start for start, stop in shard.blocks[:blocks])
-        return blocks, bad
+    def take_dead(self, shard: PlannedShard | None, why: str) -> None:
+        """Account for a worker that died; InputError where all do."""
+        if shard is not None:
+            self.ledger.note_death(shard, why)
+            return
+        self.failed_starts += 1
+        check_deaths(self.failed_starts // self.most_started, "as they started", why)
 
     def look(self, bar: tqdm[Any]) -> None:
         """Follow the running shards' journals: progress, and bad pictures over all shards."""
-        for shard in self.running.values():
-            self.look_at(shard)
-        bar.update(max(0, sum(self.patches.values()) - bar.n))
-        check_budget(self.config, self.bad)
+        self.looked_s = time.monotonic()
+        for _, shard in self.running.values():
+            self.ledger.look_at(shard)
+        bar.update(max(0, self.ledger.total - bar.n))
+        self.ledger.check_budget()
 
     def stop(self) -> None:
-        """Cancel what still runs."""
-        for reference in self.running:
+        """End the workers."""
+        busy = [worker for worker, _ in self.running.values()]
+        for worker in (*self.idle, *self.starting.values(), *busy):
             with contextlib.suppress(RayError, ConnectionError):
-                ray.cancel(reference, force=True)
+                ray.kill(worker)
+
+
+def put_job(job: Job) -> Any:
+    """A reference to the job; InputError where the autoencoder cannot travel."""
+    try:
+        return ray.put(job)
+    except TypeError as error:
+        reason = " ".join(str(error).split())[:160]
+        name = job.contract.autoencoder["name"]
+        raise InputError(
+            f"autoencoder {name!r} cannot be sent to workers ({reason}); make it picklable, or use "
+            "--engine local"
+        ) from error
+
+
+def cause_of(error: RayError) -> str:
+    """Why a worker died, in a few words."""
+    if isinstance(error, OutOfMemoryError):
+        return "killed for memory"
+    return " ".join(str(error).split())[:300] or type(error).__name__

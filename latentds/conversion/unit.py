@@ -23,6 +23,7 @@ from latentds.conversion.shards import write_shards
 from latentds.conversion.workdir import WorkFolder
 from latentds.errors import ContractError, InputError
 from latentds.format import Contract
+from latentds.sources.hugging_face import hub_id
 from latentds.sources.source import Header, Picture, Source
 from latentds.storage import exclusive_lock, sha256_file
 
@@ -57,6 +58,11 @@ class Job:
         device = choose_device(self.config.device)
         return Encoder(self.autoencoder, device, self.made["encode_batch"])
 
+    def check_node(self, node: str) -> None:
+        """Refuse a node that sees other folders, or whose codes would differ from the others'."""
+        check_place(self, node)
+        check_kind(self, node)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Unit:
@@ -67,10 +73,25 @@ class Unit:
     headers: tuple[Header, ...]
     regions: np.ndarray
 
-    @property
-    def blocks(self) -> int:
-        """How many blocks it has."""
-        return len(self.shard.blocks)
+
+def for_workers(config: ConvertConfig) -> ConvertConfig:
+    """The config with absolute paths, a device and the GPUs of a worker."""
+    paths: dict[str, Any] = {
+        field.name: value.absolute()
+        for field in dataclasses.fields(ConvertConfig)
+        if isinstance(value := getattr(config, field.name), Path) and hub_id(value) is None
+    }
+    device = "cpu" if config.gpus_per_worker == 0 and config.device == "auto" else config.device
+    is_gpu = choose_device(device).type == "cuda"
+    gpus = float(is_gpu) if config.gpus_per_worker is None else config.gpus_per_worker
+    if gpus and not is_gpu:
+        raise InputError(
+            f"--gpus-per-worker {gpus:g}, but {platform.node()} would fit the codebook without a "
+            "GPU; start the command on a node like the workers', or pass --gpus-per-worker 0"
+        )
+    if is_gpu and device not in ("auto", "cuda"):
+        raise InputError(f"--device {device}: Ray says which GPU a worker takes; pass cuda")
+    return dataclasses.replace(config, **paths, device=device, gpus_per_worker=gpus)
 
 
 def make_job(conversion: Conversion) -> Job:
@@ -92,7 +113,7 @@ def make_job(conversion: Conversion) -> Job:
 def find_witnesses(config: ConvertConfig) -> tuple[Path, ...]:
     """The inputs, and some of what lies in each: an empty mount point has its path, no more."""
     named = (config.source, config.masks, config.slides, config.root, config.anonymize)
-    roots = [path for path in named if path is not None]
+    roots = [path for path in named if path is not None and path.exists()]
     inside = (itertools.islice(root.iterdir(), WITNESSES) for root in roots if root.is_dir())
     return (*roots, *itertools.chain.from_iterable(inside))
 
@@ -119,14 +140,13 @@ def write_unit(job: Job, unit: Unit, node: str) -> list[tuple[str, str]]:
     """
     work = WorkFolder(job.config.out)
     Image.MAX_IMAGE_PIXELS = job.max_px
-    check_place(job, work, node)
-    check_kind(job, node)
+    check_place(job, node)
     with (
         # A lost node's worker may still run: two never write one shard.
         exclusive_lock(work.shard_lock(unit.shard.name), LOCK_PATIENCE_S),
         contextlib.closing(make_reader(plan_of(job, unit), job.config)) as reader,
     ):
-        check_place(job, work, node)  # the run may have ended while it waited
+        check_place(job, node)  # the run may have ended while it waited
         conversion = Conversion(
             config=job.config,
             plan=reader.plan,
@@ -137,7 +157,7 @@ def write_unit(job: Job, unit: Unit, node: str) -> list[tuple[str, str]]:
             shards=[unit.shard],
             made=job.made,
         )
-        write_shards(conversion, is_quiet=True, on_bad=lambda: check_place(job, work, node))
+        write_shards(conversion, is_quiet=True, on_bad=lambda: check_place(job, node))
         return work.journal(unit.shard.name).bad
 
 
@@ -156,13 +176,13 @@ def plan_of(job: Job, unit: Unit) -> Plan:
     )
 
 
-def check_place(job: Job, work: WorkFolder, node: str) -> None:
+def check_place(job: Job, node: str) -> None:
     """Refuse to work where input or output are not the driver's: pictures would seem unreadable."""
     lost = next((path for path in job.witnesses if not path.exists()), None)
     remedy = "mount the same shared file system under the same path on every node"
     if lost is not None:
         raise InputError(f"{node} does not see {lost} of the input; {remedy}")
-    path = work.folder / "plan.json"
+    path = WorkFolder(job.config.out).folder / "plan.json"
     if not path.is_file():
         raise InputError(f"{node} does not see {path} of --out; {remedy}")
     if sha256_file(path) != job.plan_sha256:
@@ -180,5 +200,3 @@ def check_kind(job: Job, node: str) -> None:
                 "node writes them. Use nodes of one kind with the same packages, or start the "
                 "command on a node like the workers'"
             )
-
-

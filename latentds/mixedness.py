@@ -1,0 +1,38 @@
+"""How mixed slides are: entropy of slides within shards, beside the split's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from latentds.format import PATCHES_TABLE
+from latentds.manifest import Manifest
+
+
+def slide_entropy(slides: np.ndarray) -> float | None:
+    """Shannon entropy in bits of slide numbers (N,); None where no patch has a slide (-1)."""
+    known = slides[slides >= 0]
+    if not len(known):
+        return None
+    shares = np.unique(known, return_counts=True)[1] / len(known)
+    return float(-(shares * np.log2(shares)).sum()) + 0.0  # -0.0 for one slide
+
+
+def slide_entropies(folder: Path, manifest: Manifest) -> dict[str, dict[str, float]]:
+    """Of every split with slides: the mean over its shards, and the split's own entropy, in bits.
+
+    Equal where every shard is like the whole; 0 within shards of one slide each.
+    """
+    slides = np.load(folder / PATCHES_TABLE, mmap_mode="r", allow_pickle=False)["slide"]
+    stops = np.cumsum([shard.patches for shard in manifest.shards])
+    parts: dict[str, list[np.ndarray]] = {}
+    for shard, part in zip(manifest.shards, np.split(slides, stops[:-1]), strict=True):
+        parts.setdefault(shard.split, []).append(part)
+    found = {}
+    for split, held in parts.items():
+        whole = slide_entropy(np.concatenate(held))
+        within = [bits for part in held if (bits := slide_entropy(part)) is not None]
+        if whole is not None:
+            found[split] = {"shards": round(float(np.mean(within)), 3), "split": round(whole, 3)}
+    return found

@@ -1,0 +1,199 @@
+"""Conversion on a real Ray cluster of two nodes: same bytes, whoever is killed; errors by name."""
+
+import dataclasses
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from latentds.conversion import ledger, workdir
+from latentds.conversion.config import ConvertConfig
+from latentds.conversion.pipeline import convert
+from latentds.errors import InputError, TooManyBadSamplesError
+from latentds.format import MANIFEST
+from tests.conftest import convert_with_mean, save_pictures
+from tests.fakes import DeadlyAutoencoder, MeanAutoencoder, SlowAutoencoder
+from tests.test_convert import data_bytes
+from tests.test_convert_bad_input import spoil_truncated
+
+ROOT = Path(__file__).parents[1]
+SPLITS = ("a", "b", "c", "d")  # a shard each
+OPTIONS = {
+    **{"fit_patches": 16, "encode_batch": 16, "device": "cpu", "workers": 1, "pack_size": 64},
+    **{"tile": True, "patch_size": 32},
+}
+
+
+def write_table(folder: Path) -> Path:
+    """160 pictures of 16 tiles, in four splits of 640 patches: four shards of three blocks."""
+    rows = ["path,split,slide"]
+    for number, split in enumerate(SPLITS):
+        save_pictures(folder / split, 40, first_seed=1000 * number, edge=128)
+        rows += [f"{split}/p{n:03d}.png,{split},s{n % 4}" for n in range(40)]
+    (folder / "table.csv").write_text("\n".join(rows))
+    return folder / "table.csv"
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    return write_table(tmp_path / "in")
+
+
+@pytest.fixture(scope="module")
+def nodes():
+    """A cluster of two nodes with a CPU each, its processes ended afterwards."""
+    ray = pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    sizes = {"num_cpus": 1, "object_store_memory": 100 << 20}
+    # A node that is lost is missed after seconds, not half a minute.
+    health = {"health_check_period_ms": 500, "health_check_failure_threshold": 4}
+    head = sizes | {"include_dashboard": False, "_system_config": health}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    try:
+        cluster.add_node(**sizes)
+        yield cluster
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+@pytest.fixture
+def cluster(nodes, monkeypatch):
+    """Both nodes alive; workers import these tests from the working directory."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(ledger, "REST_S", 0.5)
+    if not nodes.worker_nodes:
+        nodes.add_node(num_cpus=1, object_store_memory=100 << 20)
+    return nodes
+
+
+def on_ray(cluster, source: Path, out: Path, autoencoder=None, **options):
+    settings = {"engine": "ray", "address": cluster.address, "cpus_per_worker": 1.0}
+    config = ConvertConfig(source=source, out=out, **(OPTIONS | settings | options))
+    return convert(config, autoencoder or MeanAutoencoder())
+
+
+def unbroken(source: Path, out: Path, **options) -> dict[str, bytes]:
+    convert_with_mean(source, out, **(OPTIONS | options))
+    return data_bytes(out)
+
+
+def wait_for_blocks(out: Path, shards: int) -> None:
+    """Return once so many shards have durable blocks."""
+    deadline = time.monotonic() + 90
+    work = workdir.WorkFolder(out)
+    while time.monotonic() < deadline:
+        found = [workdir.look_at_journal(work.journal_path(f"data/{s}-000000.tar")) for s in SPLITS]
+        if sum(blocks > 0 for blocks, _ in found) >= shards:
+            return
+        time.sleep(0.1)
+    raise AssertionError("no progress")
+
+
+@pytest.mark.slow
+def test_ray_and_the_local_engine_write_the_same_bytes(cluster, table, tmp_path):
+    on_ray(cluster, table, tmp_path / "ray", cpus_per_worker=0.5)
+    assert data_bytes(tmp_path / "ray") == unbroken(table, tmp_path / "local")
+
+
+@pytest.mark.slow
+def test_a_real_encoder_gives_the_same_bytes_in_workers(cluster, pictures, tmp_path):
+    for engine in ("local", "ray"):
+        settings = {"engine": engine, "address": cluster.address, "device": "cpu"}
+        config = ConvertConfig(source=pictures, out=tmp_path / engine, **settings)
+        convert(dataclasses.replace(config, cpus_per_worker=1.0))
+    assert data_bytes(tmp_path / "ray") == data_bytes(tmp_path / "local")
+
+
+@pytest.mark.slow
+def test_a_node_killed_in_the_middle_changes_no_byte(cluster, table, tmp_path, caplog):
+    caplog.set_level(logging.WARNING)
+
+    def kill():
+        wait_for_blocks(tmp_path / "ray", 2)
+        cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    on_ray(cluster, table, tmp_path / "ray", SlowAutoencoder())
+    killer.join()
+    assert not cluster.worker_nodes and "a worker was lost" in caplog.text
+    assert data_bytes(tmp_path / "ray") == unbroken(table, tmp_path / "local")
+
+
+@pytest.mark.slow
+def test_a_killed_driver_resumes_by_the_same_command(cluster, table, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    script = (
+        "from pathlib import Path; from types import SimpleNamespace;"
+        "from tests.fakes import SlowAutoencoder; from tests.test_ray import on_ray;"
+        f"on_ray(SimpleNamespace(address={cluster.address!r}), Path({str(table)!r}),"
+        f" Path({str(tmp_path / 'ray')!r}), SlowAutoencoder())"
+    )
+    driver = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL)
+    try:
+        wait_for_blocks(tmp_path / "ray", 2)
+    finally:
+        os.kill(driver.pid, signal.SIGKILL)
+        driver.wait()
+    assert not (tmp_path / "ray" / MANIFEST).exists()
+    on_ray(cluster, table, tmp_path / "ray")
+    assert "going on with the conversion" in caplog.text
+    assert data_bytes(tmp_path / "ray") == unbroken(table, tmp_path / "local")
+
+
+@pytest.mark.slow
+def test_bad_pictures_are_counted_over_all_shards(cluster, table, tmp_path):
+    whole = {"tile": False, "patch_size": None}
+    for split in ("a", "d"):
+        spoil_truncated(table.parent / split / "p003.png")
+    with pytest.raises(TooManyBadSamplesError, match="2 bad pictures, --max-bad is 1"):
+        on_ray(cluster, table, tmp_path / "ray", max_bad=1, **whole)
+    manifest = on_ray(cluster, table, tmp_path / "ray", max_bad=2, **whole)
+    assert [entry["source"] for entry in manifest.made["left_out"]] == ["a/p003.png", "d/p003.png"]
+    local = unbroken(table, tmp_path / "local", max_bad=2, **whole)
+    assert data_bytes(tmp_path / "ray") == local
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["source", "out"])
+def test_a_node_that_does_not_see_a_folder_is_named(
+    cluster, pictures, tmp_path, monkeypatch, place
+):
+    monkeypatch.chdir(tmp_path)  # workers' own working directory is another
+    places = {"source": pictures, "out": tmp_path / "ray"}
+    here = Path("/proc/self/cwd") / places[place].name
+    settings = {"engine": "ray", "address": cluster.address, "cpus_per_worker": 1.0}
+    with pytest.raises(InputError, match=rf"node \S+ \(\w+\) does not see {here}.*shared file"):
+        convert(ConvertConfig(**(places | {place: here}), **settings, device="cpu"))
+
+
+@pytest.mark.slow
+def test_a_shard_that_ends_every_worker_is_named(cluster, table, tmp_path):
+    with pytest.raises(InputError, match=r"3 workers were lost at block 1 of 3 of data/\w-000000"):
+        on_ray(cluster, table, tmp_path / "ray", DeadlyAutoencoder(), ray_workers=1)
+    on_ray(cluster, table, tmp_path / "ray")
+    assert data_bytes(tmp_path / "ray") == unbroken(table, tmp_path / "local")
+
+
+@pytest.mark.slow
+def test_ray_killing_for_memory_is_told_as_such(pictures, tmp_path):
+    """A node that allows a hundredth of its memory kills whoever comes."""
+    pytest.importorskip("ray")
+    script = (
+        "import ray, sys; from pathlib import Path; from types import SimpleNamespace;"
+        "limits = {'memory_usage_threshold': 0.01, 'memory_monitor_refresh_ms': 100};"
+        "ray.init('local', num_cpus=1, include_dashboard=False, _system_config=limits);"
+        "from tests.test_ray import on_ray; source, out = map(Path, sys.argv[1:]);"
+        "on_ray(SimpleNamespace(address='auto'), source, out)"
+    )
+    command = [sys.executable, "-c", script, str(pictures), str(tmp_path / "o")]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert "killed for memory. If memory ran out, lower --workers" in run.stderr

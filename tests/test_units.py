@@ -1,0 +1,147 @@
+"""Shards as units of work, the ledger of them, and room for workers; no cluster is needed."""
+
+import dataclasses
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from latentds.conversion import ledger, unit, workdir
+from latentds.conversion.config import ConvertConfig
+from latentds.conversion.encode import choose_device, device_model
+from latentds.conversion.pipeline import versions
+from latentds.conversion.places import cpus_of_worker, room
+from latentds.conversion.plan import make_plan, plan_shards
+from latentds.errors import ContractError, InputError
+from latentds.storage import exclusive_lock
+from tests.conftest import convert_with_mean
+from tests.test_ray import OPTIONS, ROOT, write_table
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    return write_table(tmp_path / "in")
+
+
+def test_workers_killed_for_memory_end_the_run_with_what_to_do(tmp_path):
+    conversion = SimpleNamespace(
+        config=None,
+        work=workdir.WorkFolder(tmp_path),
+        plan=SimpleNamespace(bad=()),
+        shards=[SimpleNamespace(name="data/a-000000.tar", blocks=((0, 256),))],
+    )
+    account = ledger.Ledger(conversion)
+    for _ in range(2):
+        account.note_death(account.waiting[0], "killed for memory")
+    with pytest.raises(InputError, match=r"data/a-000000.*killed for memory.*--encode-batch"):
+        account.note_death(account.waiting[0], "killed for memory")
+
+
+@pytest.mark.parametrize(
+    ("cpus", "gpus", "places"), [(0.3, 0, 3 + 26), (4, 1, 0 + 2), (1, 0.5, 0 + 4), (16, 0, 0)]
+)
+def test_workers_go_where_there_is_room(tmp_path, cpus, gpus, places):
+    config = ConvertConfig(
+        source=tmp_path, out=tmp_path, cpus_per_worker=cpus, gpus_per_worker=gpus
+    )
+    assert room(config, [{"CPU": 0.9}, {"CPU": 8.0, "GPU": 2.0}]) == places
+
+
+def test_a_worker_takes_its_gpus_share_of_the_cpus(tmp_path):
+    config = ConvertConfig(source=tmp_path, out=tmp_path, gpus_per_worker=1)
+    assert cpus_of_worker(config, [{"CPU": 64, "GPU": 8}, {"CPU": 4}]) == 8
+
+
+def test_a_unit_holds_its_own_pictures_and_no_others(table):
+    config = ConvertConfig(source=table, out=table.parent / "o", **OPTIONS)
+    plan = make_plan(config)
+    shard = plan_shards(plan, config, 48)[2]
+    made = unit.make_unit(plan, shard)
+    start, stop = shard.blocks[0][0], shard.blocks[-1][1]
+    whole = [plan.pictures[i] for i in plan.regions["picture"][start:stop]]
+    assert [made.pictures[i] for i in made.regions["picture"]] == whole
+    assert len(made.pictures) == 40 and made.shard.blocks == ((0, 256), (256, 512), (512, 640))
+    assert np.array_equal(made.regions["x"], plan.regions["x"][start:stop])
+
+
+def read_first(source, plan) -> tuple[dict, np.ndarray]:
+    """The first patch of a plan by a source, its fields and its pixels."""
+    place = (int(plan.regions["x"][0]), int(plan.regions["y"][0]))
+    number = int(plan.regions["picture"][0])
+    (patch,) = source.read(plan.pictures[number], plan.headers[number], plan.patch_px, [place])
+    return dataclasses.asdict(dataclasses.replace(patch, image=None)), patch.image
+
+
+@pytest.mark.parametrize("kind", ["slides", "coordinates", "table"])
+def test_a_source_reads_the_same_in_another_process(table, tmp_path, kind):
+    if kind == "table":
+        config = ConvertConfig(source=table, out=tmp_path / "o", **OPTIONS)
+    else:
+        rooms = pytest.importorskip("tests.test_slides")
+        rooms.write_slide(tmp_path / "slides" / "s.tiff")
+        rooms.write_job(tmp_path / "job", "s", rooms.PLACES)
+        source = tmp_path / ("job" if kind == "coordinates" else "slides")
+        options = {"slides": tmp_path / "slides"} if kind == "coordinates" else {"patch_size": 64}
+        config = ConvertConfig(source=source, out=tmp_path / "o", **options)
+    plan = make_plan(config)
+    fields, pixels = read_first(plan.source, plan)
+    sent = pickle.loads(pickle.dumps(plan.source))
+    assert read_first(sent, plan)[0] == fields
+    assert np.array_equal(read_first(sent, plan)[1], pixels)
+
+
+@pytest.mark.parametrize(("name", "value"), [("device", "cuda Other"), ("torch", "1.0")])
+def test_a_node_of_another_kind_is_refused_by_name(name, value):
+    made = {"device": device_model(choose_device("cpu")), "versions": versions()}
+    (made if name == "device" else made["versions"])[name] = value
+    job = SimpleNamespace(config=SimpleNamespace(device="cpu"), made=made)
+    with pytest.raises(ContractError, match=f"node x has {name} .*this run {value}"):
+        unit.check_kind(job, "node x")
+
+
+def test_a_shard_that_a_lost_worker_still_writes_is_left_alone(pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(workdir, "STRAGGLER_S", 0.1)
+    work = workdir.WorkFolder(tmp_path / "out")
+    with (
+        exclusive_lock(work.shard_lock("data/train-000000.tar")),
+        pytest.raises(InputError, match="another run is writing here"),
+    ):
+        convert_with_mean(pictures, tmp_path / "out")
+    assert convert_with_mean(pictures, tmp_path / "out").patches == 33
+
+
+def test_options_of_the_engine_change_no_record(tmp_path):
+    places = {"source": tmp_path, "out": tmp_path / "o"}
+    engine = {"engine": "ray", "address": "local", "ray_workers": 2, "gpus_per_worker": 0}
+    with_ray = ConvertConfig(**places, **engine, cpus_per_worker=0.5)
+    assert with_ray.recorded() == ConvertConfig(**places).recorded()
+
+
+def test_gpus_are_not_asked_for_from_a_machine_without_one(pictures, tmp_path):
+    config = ConvertConfig(source=pictures, out=tmp_path / "o", device="cpu", gpus_per_worker=1)
+    with pytest.raises(InputError, match="--gpus-per-worker 1, but .* without a GPU"):
+        unit.for_workers(config)
+
+
+def test_without_ray_the_extra_is_named(pictures, tmp_path):
+    script = (
+        "import sys; sys.modules['ray'] = None; from latentds_tools import cli;"
+        "cli.main(['convert', sys.argv[1], '--out', sys.argv[2], '--engine', 'ray'])"
+    )
+    command = [sys.executable, "-c", script, str(pictures), str(tmp_path / "o")]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 1 and "pip install 'latentds[distributed]'" in run.stderr
+    assert not (tmp_path / "o").exists()
+
+
+def test_neither_help_nor_a_local_conversion_imports_ray(pictures, tmp_path):
+    script = (
+        "import sys; from pathlib import Path; from tests.conftest import convert_with_mean;"
+        f"convert_with_mean(Path({str(pictures)!r}), Path({str(tmp_path / 'o')!r}));"
+        "sys.exit('ray' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == 0

@@ -59,6 +59,48 @@ def upload(
     return manifest
 
 
+def download(location: str, folder: Path) -> Path:
+    """A location's files in a local folder; what is there with its size is not fetched again.
+
+    raises  InputError where nothing lies there, or a name leads out of the folder
+    """
+    from tqdm import tqdm
+
+    filesystem, root = open_location(location)
+    try:
+        found = filesystem.find(root, detail=True)
+        names = {path.removeprefix(root).lstrip("/"): info for path, info in found.items()}
+        if not names:
+            raise InputError(f"{shown(location)}: no files there")
+        total = sum(int(info["size"]) for info in names.values())
+        with tqdm(total=total, unit="B", unit_scale=True, desc="fetching", delay=1) as bar:
+            for name, info in sorted(names.items()):
+                fetch(filesystem, f"{root}/{name}", folder / inside(name, location), info["size"])
+                bar.update(int(info["size"]))
+    except Exception as error:
+        raise judged(error, location) from None
+    return folder
+
+
+def inside(name: str, location: str) -> str:
+    """A relative name; InputError where it leads out of its folder."""
+    if not name or ".." in name.split("/") or "\\" in name or "\0" in name:
+        raise InputError(
+            f"{shown(location)}: object name {name!r} leads out of the folder; refused"
+        )
+    return name
+
+
+def fetch(filesystem: Any, source: str, target: Path, size: int) -> None:
+    """One file, whole under its name or not at all."""
+    if target.is_file() and target.stat().st_size == size:
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f"{target.name}.partial")
+    filesystem.get_file(source, str(partial))
+    partial.replace(target)
+
+
 def open_location(location: str) -> tuple[Any, str]:
     """The file system of a location, and the path there."""
     import fsspec

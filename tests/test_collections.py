@@ -8,7 +8,7 @@ from PIL import Image
 
 from latentds.errors import InputError, UnknownNameError
 from latentds.reader import ShardSet
-from latentds.sources.names import parse_barcode, parse_shares, patient_of
+from latentds.sources.names import describe_barcodes, parse_barcode, parse_shares, patient_of
 from tests.conftest import convert_with_mean, save_pictures, smooth_picture
 
 
@@ -136,6 +136,24 @@ def test_barcodes_are_parsed():
     assert found.sample == "TCGA-3C-AALI-01Z" and found.slide == "TCGA-3C-AALI-01Z-00-DX1"
     assert not found.is_frozen and parse_barcode("TCGA-3C-AALI-01A-01-TS1").is_frozen
     assert parse_barcode("slide 7") is None and patient_of("slide 7") == "slide 7"
+
+
+def test_barcodes_together_tell_patients_and_projects():
+    slides = [
+        "TCGA-3C-AALI-01Z-00-DX1.F6E9",
+        "TCGA-3C-AALI-01A-01-TS1",
+        "TCGA-AA-0001-01Z-00-DX1",
+        "x",
+    ]
+    found = describe_barcodes(slides, {"3C": "TCGA-BRCA", "TCGA-AA-0001": "TCGA-COAD"})
+    assert found == {
+        "patients": 2,
+        "samples": 3,
+        "slides": 3,
+        "frozen_slides": 1,
+        "projects": {"TCGA-BRCA": 2, "TCGA-COAD": 1},
+    }
+    assert describe_barcodes(["slide 7"], {}) == {}
 
 
 @pytest.mark.parametrize("text", ["train", "train=0.5", "train=1.5,val=-0.5", "a=b"])

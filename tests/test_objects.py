@@ -12,7 +12,7 @@ from latentds.cache import CacheConfig
 from latentds.conversion.config import ConvertConfig
 from latentds.errors import InputError
 from latentds.format import MANIFEST
-from latentds.objects import UPLOADED, location_of, upload
+from latentds.objects import UPLOADED, inside, location_of, upload
 from latentds.reader import ShardSet
 from tests.conftest import convert_with_mean, save_pictures
 
@@ -182,3 +182,22 @@ def test_a_file_that_is_no_key_is_refused(tmp_path):
     config = ConvertConfig(source=tmp_path / "in", out=tmp_path / "o", anonymize=tmp_path / "key")
     with pytest.raises(InputError, match="5 characters are no key"):
         convert_with_mean(config.source, config.out, anonymize=config.anonymize)
+
+
+def test_convert_reads_from_an_object_store(pictures, memory, tmp_path, capsys):
+    for path in pictures.rglob("*.png"):
+        memory.pipe(f"/bucket/in/{path.relative_to(pictures)}", path.read_bytes())
+    words = ["convert", "memory://bucket/in", "--out", str(tmp_path / "out"), "--device", "cpu"]
+    words += ["--work", str(tmp_path / "work")]
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(words)
+    assert ShardSet(tmp_path / "out").manifest.labels() == {"stroma": 13, "tumour": 20}
+    with pytest.raises(SystemExit, match="1"):
+        cli.main(["convert", "memory://bucket/none", "--out", str(tmp_path / "o"), *words[-2:]])
+    assert "memory://bucket/none: no files there" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["../x.png", "a/../../x", "", "a\\..\\x"])
+def test_object_names_that_lead_out_are_refused(name):
+    with pytest.raises(InputError, match="leads out of the folder"):
+        inside(name, "s3://bucket/in")

@@ -317,9 +317,7 @@ def test_splits_by_file_and_by_patient(tmp_path):
             for n in range(6)]  # fmt: skip
     table = tmp_path / "splits.csv"
     table.write_text("patient,split,label\n" + "".join(rows))
-    shards, _ = convert(
-        tmp_path / "in", tmp_path / "by", patch_size=128, mpp=0.5, splits=table
-    )
+    shards, _ = convert(tmp_path / "in", tmp_path / "by", patch_size=128, mpp=0.5, splits=table)
     assert shards.manifest.classes == ("IDC", "ILC")
     first, end = shards.patch_range("test")
     slides = shards.patches["slide"][first:end]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from latentds.conversion.config import ConvertConfig
+from latentds.errors import InputError
 
 logger = logging.getLogger(__name__)
 LEFT_OUT = 3  # exit code: done, but not of all of the input
@@ -24,6 +25,9 @@ class Config(ConvertConfig):
 
     work: Path | None = None
     """Folder for what is made locally before it is uploaded; latentds' cache folder by default."""
+    retry: bool = False
+    """Convert what the finished set in --out had to leave out, with the options that made it, and
+    add what can be read by now."""
     dry_run: bool = False
     """Read headers only, say what would be made and how large, write nothing."""
     json: bool = False
@@ -48,9 +52,15 @@ def convert_to(config: Config) -> dict[str, Any]:
     from latentds.format import MANIFEST
     from latentds.manifest import read_manifest
     from latentds.objects import location_of, refuse_taken, upload
+    from latentds.rearranging.retrying import retry
 
     started = time.perf_counter()
-    location = location_of(config.out)
+    config, location = with_local_source(config), location_of(config.out)
+    if config.retry:
+        if location is not None:
+            raise InputError(f"--retry needs a local --out, not {location}; fetch the set first")
+        manifest = retry(config, convert)
+        return describe(config, manifest, time.perf_counter() - started)
     if location is None:
         return describe(config, convert(config), time.perf_counter() - started)
     local = dataclasses.replace(config, out=staging_of(config, location))
@@ -62,6 +72,20 @@ def convert_to(config: Config) -> dict[str, Any]:
     summary = describe(local, manifest, time.perf_counter() - started) | {"out": location}
     shutil.rmtree(local.out)
     return summary
+
+
+def with_local_source(config: Config) -> Config:
+    """The config with an input on an object store copied to a local folder, once."""
+    from latentds.cache import CacheConfig
+    from latentds.objects import download, location_of
+    from latentds.sources.hugging_face import hub_id
+
+    location = location_of(config.source)
+    if location is None or hub_id(config.source):
+        return config
+    digest = hashlib.sha256(location.encode()).hexdigest()[:16]
+    folder = (config.work or CacheConfig().resolve()[0] / "staging") / f"source-{digest}"
+    return dataclasses.replace(config, source=download(location, folder))
 
 
 def staging_of(config: Config, location: str) -> Path:

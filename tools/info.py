@@ -25,6 +25,9 @@ class Config:
     """Of that loader."""
     prefetch_factor: int = 2
     """Of that loader."""
+    projects: Path | None = None
+    """CSV with columns key and project, the key a TCGA patient, slide or tissue source site: count
+    slides by project, which no barcode tells."""
     json: bool = False
     """Print JSON."""
 
@@ -39,6 +42,7 @@ def summarize(config: Config) -> dict[str, Any]:
     """What `--json` prints."""
     from latentds.manifest import read_manifest
     from latentds.mixedness import slide_entropies
+    from latentds.sources.names import describe_barcodes
 
     manifest = read_manifest(config.folder)
     contract, made = manifest.contract, manifest.made
@@ -50,6 +54,7 @@ def summarize(config: Config) -> dict[str, Any]:
         "splits": manifest.splits,
         "labels": manifest.labels(),
         "slides": len(manifest.slides),
+        "tcga": describe_barcodes(manifest.slides, read_projects(config.projects)),
         "slide_entropy_bits": slide_entropies(config.folder, manifest),
         "patch_px": list(contract.patch_px),
         "codes_shape": list(contract.codes_shape),
@@ -76,6 +81,18 @@ def summarize(config: Config) -> dict[str, Any]:
         },
         "loader_memory": loader_memory(manifest, config),
     }
+
+
+def read_projects(path: Path | None) -> dict[str, str]:
+    """Project by key; empty without a file."""
+    from latentds.errors import InputError
+    from latentds.sources.picture_tables import read_table
+
+    rows = read_table(path) if path else []
+    for number, row in enumerate(rows, 1):
+        if not {"key", "project"} <= row.keys():
+            raise InputError(f"{path}, row {number}: needs key and project")
+    return {str(row["key"]): str(row["project"]) for row in rows}
 
 
 def loader_memory(manifest: Any, config: Config) -> dict[str, int]:
@@ -110,7 +127,7 @@ def as_text(summary: dict[str, Any]) -> str:
     lines = {
         "patches": f"{summary['patches']:,} of {width}x{height} px ({splits})",
         "labels": labels,
-        "slides": f"{summary['slides']:,}",
+        "slides": f"{summary['slides']:,}{tcga_text(summary['tcga'])}",
         "slide entropy": ", ".join(
             f"{split} {bits['shards']} bits a shard of {bits['split']}"
             for split, bits in summary["slide_entropy_bits"].items()
@@ -136,6 +153,14 @@ def as_text(summary: dict[str, Any]) -> str:
         ),
     }
     return "\n".join(f"{name:<14} {text}" for name, text in lines.items())
+
+
+def tcga_text(tcga: dict[str, Any]) -> str:
+    """What the barcodes say, in brackets; nothing where there are none."""
+    if not tcga:
+        return ""
+    projects = "".join(f", {name} {count:,}" for name, count in tcga["projects"].items())
+    return f" (TCGA: {tcga['patients']:,} patients, {tcga['frozen_slides']:,} frozen{projects})"
 
 
 def megabytes(count: int) -> str:

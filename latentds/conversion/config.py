@@ -19,6 +19,7 @@ NOT_RECORDED = (
     "slides",
     "root",
     "splits",
+    "only",
     "anonymize",
     "out",
     "masks",
@@ -45,7 +46,8 @@ class ConvertConfig:
 
     source: Annotated[Path, tyro.conf.Positional]
     """Folder of 8-bit pictures, slides or archives of them (tar, Parquet), a table of paths, a data
-    set saved by Hugging Face's save_to_disk, or hf://datasets/ORG/NAME[@REVISION]."""
+    set saved by Hugging Face's save_to_disk, hf://datasets/ORG/NAME[@REVISION], or a location such
+    as s3://bucket/slides, which is copied to --work first."""
     out: Path
     """Folder of the data set to be made, or a location such as s3://bucket/brca: then it is made in
     a local folder first, and uploaded."""
@@ -87,6 +89,8 @@ class ConvertConfig:
     splits: Path | None = None
     """CSV with columns slide or patient, split, and label if it is to set labels: splits of the
     slides, instead of split folders."""
+    only: Path | None = None
+    """File of sources, one a line as the manifest names them: convert these and no others."""
     split_patients: str | None = None
     """Splits by patient, shares of the patients: train=0.8,val=0.1,test=0.1."""
     tile_downsample: float = 1.0
@@ -167,6 +171,8 @@ class ConvertConfig:
             folder = getattr(self, name)
             if folder is not None and not folder.is_dir():
                 raise InputError(f"--{name} {folder}: no such folder")
+        if self.only is not None and not self.only.is_file():
+            raise InputError(f"--only {self.only}: no such file")
         if self.splits is not None and not self.splits.is_file():
             raise InputError(f"--splits {self.splits}: no such file")
         if self.splits is not None and self.split_patients is not None:

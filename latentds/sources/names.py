@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -77,4 +78,27 @@ def split_patients(slides: Iterable[str], shares: dict[str, float], seed: int) -
         patient: name
         for name, start, end in zip(shares, [0, *ends], ends, strict=False)
         for patient in patients[start:end]
+    }
+
+
+def describe_barcodes(slides: Iterable[str], projects: Mapping[str, str]) -> dict[str, Any]:
+    """What the TCGA barcodes among slide names say together; empty where there are none.
+
+    projects  project by patient (TCGA-3C-AALI), slide or tissue source site (3C)
+    """
+    found = [code for name in slides if (code := parse_barcode(name)) is not None]
+    if not found:
+        return {}
+    counts: dict[str, int] = {}
+    for code in found:
+        keys = (code.slide, code.patient, code.site)
+        project = next((projects[key] for key in keys if key in projects), None)
+        if project is not None:
+            counts[project] = counts.get(project, 0) + 1
+    return {
+        "patients": len({code.patient for code in found}),
+        "samples": len({code.sample for code in found}),
+        "slides": len({code.slide for code in found}),
+        "frozen_slides": sum(code.is_frozen for code in found),
+        "projects": dict(sorted(counts.items())),
     }

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from latentds.conversion.anonymity import Anonymizer
 from latentds.conversion.config import ConvertConfig
 from latentds.errors import InputError
 from latentds.format import SPLIT_PATTERN
@@ -49,6 +50,8 @@ def list_source(source: Source, config: ConvertConfig) -> Listing:
     """A source's pictures, in the splits that the options ask for."""
     listing = source.listing()
     pictures = listing.pictures
+    if config.only is not None:
+        pictures = choose(pictures, config)
     if config.splits is not None:
         pictures = apply_splits(pictures, config.splits)
     if config.split_patients is not None:
@@ -64,6 +67,17 @@ def list_source(source: Source, config: ConvertConfig) -> Listing:
         if not SPLIT_PATTERN.fullmatch(picture.split):
             raise InputError(f"{picture.source}: split {picture.split!r}; use [a-z0-9_] only")
     return dataclasses.replace(listing, pictures=pictures)
+
+
+def choose(pictures: Sequence[Picture], config: ConvertConfig) -> tuple[Picture, ...]:
+    """The pictures that --only names."""
+    assert config.only is not None
+    names = {line.strip() for line in config.only.read_text().splitlines() if line.strip()}
+    hide = Anonymizer(config.anonymize) if config.anonymize else str
+    chosen = tuple(p for p in pictures if p.source in names or hide(p.source) in names)
+    if not chosen:
+        raise InputError(f"{config.only}: names none of the {len(pictures)} sources")
+    return chosen
 
 
 def named_patient(picture: Picture) -> str:

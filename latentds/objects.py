@@ -19,6 +19,7 @@ from latentds.transport import shown
 UPLOADED = ".latentds/uploaded.json"  # beside the local set; never uploaded itself
 LOCATION = re.compile(r"([a-z][a-z0-9+]+):/+(.+)")
 ATTEMPTS = 3
+BUCKETS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss"}
 
 
 def location_of(path: str | os.PathLike[str]) -> str | None:
@@ -166,7 +167,8 @@ def put(filesystem: Any, source: Path, target: str) -> None:
     """One file; object stores show it when it is complete. Tried again where a connection fails."""
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            filesystem.makedirs(target.rpartition("/")[0], exist_ok=True)
+            if not BUCKETS & set(protocols(filesystem)):  # there it would make a misspelt bucket
+                filesystem.makedirs(target.rpartition("/")[0], exist_ok=True)
             filesystem.put_file(str(source), target)
             return
         except PermissionError:
@@ -177,6 +179,12 @@ def put(filesystem: Any, source: Path, target: str) -> None:
                     f"{target}: {first_line(error)}, after {ATTEMPTS} tries; run the same command "
                     "again, what is there is kept"
                 ) from error
+
+
+def protocols(filesystem: Any) -> tuple[str, ...]:
+    """Names of a file system's protocol."""
+    names = filesystem.protocol
+    return (names,) if isinstance(names, str) else tuple(names)
 
 
 def size_of(filesystem: Any, path: str) -> int | None:

@@ -13,7 +13,8 @@ from latentds.errors import ShapeError
 from latentds.lloyd import relocate
 from latentds.quantizer import MAX_LEVELS, Codebook
 
-KINDS = ("kmeans", "kmeans-channel", "int8-minmax", "int8-percentile")
+KINDS = ("kmeans", "kmeans-channel", "int8-minmax", "int8-percentile", "int8-channel")
+PER_CHANNEL = ("kmeans-channel", "int8-channel")
 ITERATIONS = 20  # from the companding start; the moves that follow end where 100 would have led
 MAX_FIT_VALUES = 1_000_000  # a row; the distortion of 256 levels is known to 0.1 % from far fewer
 TAIL = 1e-4  # share of the values that int8-percentile leaves beyond each end
@@ -54,7 +55,8 @@ def fit_codebook(
 
     samples  float32 (C, M): M values of each channel, finite
     kind     kmeans (one table, as in the paper), kmeans-channel (one a channel), int8-minmax,
-             int8-percentile (evenly spaced levels over the range, or over all but 1e-4 at each end)
+             int8-channel, int8-percentile (evenly spaced levels over the range, over that of each
+             channel, or over all but 1e-4 at each end)
     levels   K, 1 to 256
     seed     of the subsample drawn where there are more than a million values a row
     """
@@ -64,7 +66,7 @@ def fit_codebook(
         raise ShapeError(f"samples have shape {samples.shape}, expected (C, M) with M > 0")
     if not np.isfinite(samples).all():
         raise ValueError("samples contain NaN or infinity; encode in float32")
-    rows = samples if kind == "kmeans-channel" else samples.reshape(1, -1)
+    rows = samples if kind in PER_CHANNEL else samples.reshape(1, -1)
     rng = np.random.default_rng(seed)
     table = np.stack([fit_row(subsample(row, rng), kind, levels) for row in rows])
     codebook = Codebook(table, kind)
@@ -81,7 +83,7 @@ def subsample(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 def fit_row(values: np.ndarray, kind: str, levels: int) -> np.ndarray:
     """Ascending float32 (K,) levels for ascending values (M,)."""
-    if kind == "int8-minmax":
+    if kind in ("int8-minmax", "int8-channel"):
         return even_levels(values[0], values[-1], levels)
     if kind == "int8-percentile":
         low, high = np.quantile(values, [TAIL, 1 - TAIL])

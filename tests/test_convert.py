@@ -185,7 +185,10 @@ def test_codebook_is_fitted_to_the_training_split_and_reported(shared_dataset):
     assert made["snr_db"] > 20 and "dead_levels" in made
 
 
-@pytest.mark.parametrize("quantizer", ["kmeans-channel", "int8-minmax", "int8-percentile"])
+QUANTIZERS = ["kmeans-channel", "int8-minmax", "int8-percentile", "int8-channel"]
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
 def test_every_quantizer_converts(pictures, tmp_path, quantizer):
     manifest = convert_with_mean(pictures, tmp_path / "out", quantizer=quantizer, levels=64)
     assert manifest.contract.codebook.kind == quantizer

@@ -17,30 +17,38 @@ FLOORS = [
         *("version", "errors", "quantizer", "lloyd", "fit", "format", "storage", "metrics"),
         *("report", "randomness"),
     ],
-    ["autoencoders", "codebooks", "codecs"],
+    ["autoencoders", "codebooks", "codecs", "embedders"],
     [
         *("cache", "transport", "tables", "files", "sources", "columns", "manifest", "writer"),
         *("scan", "index", "reader", "golden", "composing", "mixedness"),
-        *("publishing", "conversion", "verification"),
+        *("publishing", "conversion", "verification", "originals"),
     ],
     [
         *("order", "batch", "selection", "sampling", "batching", "mixture", "collate", "state"),
         *("launcher", "dataset", "transfers", "decoding", "stage", "loader", "bags", "array"),
+        "models",
     ],
     ["hub", "objects", "importing", "rearranging"],  # whole data sets
 ]
 ALONE = {  # heavy libraries and the only modules that may import them
     "diffusers": {"latentds.autoencoders.diffusers_ae"},
     "faiss": {"latentds.fit"},
-    "openslide": {"latentds_trainers.train_tiny", "latentds.sources.slides"},
+    "openslide": {"latentds_trainers.tiles", "latentds.sources.slides"},
+    "vaezip": {"latentds.codecs.lloyd_blocks"},
+    "imagecodecs": {"latentds.codecs.formats"},
+    "timm": {"latentds.embedders.efficientnet_lite", "latentds.embedders.timm_models"},
+    "transformers": {"latentds.embedders.hugging_face"},
+    "deepspeed": {"latentds_trainers.wrapping"},
     "h5py": {"latentds.sources.coordinates"},
     "datasets": {"latentds.sources.hugging_face", "latentds_tools.loader_bench.peers"},
     "ray": {"latentds.conversion.ray_engine"},
     "huggingface_hub": {
-        "latentds.autoencoders.diffusers_ae",
+        "latentds.autoencoders.downloads",
+        "latentds.embedders.weights",
         "latentds.transport",
         "latentds.hub.client",
     },
+    "matplotlib": {"latentds_tools.fidelity.plots"},
     "fsspec": {"latentds.transport", "latentds.objects"},
 }
 
@@ -89,15 +97,31 @@ def test_imports_go_down_the_floors(module):
     assert above == set()
 
 
+ENGINE = ("engine", "settings", "launching", "checkpoints", "training_log", "wrapping")
+RECIPES = {  # and the modules each is made of
+    "train_tiny": ("tiny_task", "tiles"),
+    "finetune_decoder": ("decoder_task", "decoder_losses", "pairs", "judging"),
+}
+
+
+def own_room(module: str) -> tuple[str, ...]:
+    """What a module of the trainers may import of them: the engine, and its recipe's parts."""
+    name = module.removeprefix("latentds_trainers.")
+    rooms = [(recipe, *parts) for recipe, parts in RECIPES.items() if name in (recipe, *parts)]
+    return tuple(f"latentds_trainers.{part}" for room in [ENGINE, *rooms] for part in room)
+
+
 @pytest.mark.parametrize("package", ["latentds_tools", "latentds_trainers"])
 def test_tools_and_trainers_never_import_each_other(package):
     others = {"latentds_tools", "latentds_trainers"}
-    room = "latentds_tools.loader_bench"  # what one tool is made of
+    names = ("loader_bench", "decode_bench", "fidelity", "machine")  # a tool's each; of all benches
+    rooms = tuple(f"latentds_tools.{name}" for name in names)
     for module, path in modules().items():
         if module.startswith(package) or module.startswith("latentds."):
             found = {name for name in imports(path) if name.split(".")[0] in others}
-            own = module.startswith((room, "latentds_tools.bench_"))
-            assert not {name for name in found if not (own and name.startswith(room))}, module
+            own = rooms if module.startswith((*rooms, "latentds_tools.bench_")) else ()
+            own += own_room(module) if module.startswith("latentds_trainers.") else ()
+            assert not {name for name in found if not name.startswith(own)}, module
 
 
 @pytest.mark.parametrize("library", ALONE)
@@ -147,6 +171,7 @@ def test_wheel_holds_the_packages_the_weights_and_nothing_else(tmp_path):
         "latentds/py.typed",
         "latentds/autoencoders/weights/tiny-v1.safetensors",
         "latentds/autoencoders/weights/tiny-v1-codebook.safetensors",
+        "latentds_tools/fidelity/paper_table1.json",
     }
 
 

@@ -151,14 +151,15 @@ def at_equal_bytes(originals: list[Any], target: int) -> dict[str, tuple[int, li
 
     Each file is the best that fits in `target`.
     """
-    from latentds import codecs
+    from latentds.codecs import PictureCodec, is_available
 
     rows = {}
-    for name in ("JPEG", "WEBP", "AVIF"):
-        if codecs.is_available(name):
-            files = [codecs.at_bytes(name, image, target) for image in originals]
-            mean = sum(len(encoded) for _, encoded in files) // len(files)
-            rows[name] = (mean, [codec.decode(encoded) for codec, encoded in files])
+    for format, name in (("jpeg", "JPEG"), ("webp", "WEBP"), ("avif", "AVIF")):
+        if is_available(format):
+            codec = PictureCodec(format, max_bytes=target)
+            files = codec.encode_batch(originals)
+            mean = sum(len(encoded) for encoded in files) // len(files)
+            rows[name] = (mean, codec.decode_batch(files))
     return rows
 
 

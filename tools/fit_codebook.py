@@ -21,7 +21,9 @@ class Config:
     """Codebook file to write (.safetensors)."""
     autoencoder: str = "tiny"
     """Name or local folder, as for convert."""
-    quantizer: Literal["kmeans", "kmeans-channel", "int8-minmax", "int8-percentile"] = "kmeans"
+    quantizer: Literal[
+        "kmeans", "kmeans-channel", "int8-minmax", "int8-percentile", "int8-channel"
+    ] = "kmeans"
     """How latents become bytes."""
     levels: int = 256
     """Levels, 2 to 256."""

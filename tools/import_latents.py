@@ -34,7 +34,9 @@ class Config:
     """Likewise; needed for bytes, 0 for floats."""
     codebook: Path | None = None
     """Codebook file: floats are quantized with it, bytes are its codes."""
-    quantizer: Literal["kmeans", "kmeans-channel", "int8-minmax", "int8-percentile"] = "kmeans"
+    quantizer: Literal[
+        "kmeans", "kmeans-channel", "int8-minmax", "int8-percentile", "int8-channel"
+    ] = "kmeans"
     """How floats become bytes, where no --codebook is given."""
     levels: int = 256
     """Levels of the fitted codebook, 2 to 256."""

@@ -1,0 +1,169 @@
+"""An autoencoder and a quantizer as a codec: what a data set stores, without its container."""
+# B batch, C latent channels, M values a channel, H W pixels, h w latent cells
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from latentds.autoencoders.base import Autoencoder, AutoencoderCard
+from latentds.codecs.lloyd_blocks import LloydBlocks
+from latentds.codecs.naming import QuantizerSpec, latent_text, parse_quantizer
+from latentds.codecs.pictures import check_picture
+from latentds.codecs.quantizers import Codes, Floats, Quantizer, latent_shape, packed_bytes
+from latentds.errors import ContractError, FormatError, ShapeError
+from latentds.fit import fit_codebook
+from latentds.quantizer import Codebook
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LatentCodec:
+    """Patches of one size to the bytes of their latents and back.
+
+    autoencoder  on the device it is to run on
+    patch_px     (H, W) of every patch; bytes do not tell it
+    batch_size   patches the autoencoder sees at once
+    """
+
+    autoencoder: Autoencoder
+    quantizer: Quantizer
+    patch_px: tuple[int, int]
+    batch_size: int = 16
+
+    @property
+    def card(self) -> AutoencoderCard:
+        """The autoencoder's card."""
+        return self.autoencoder.card
+
+    @property
+    def name(self) -> str:
+        """The autoencoder's own name and the quantizer, for example tiny-v1+kmeans."""
+        return latent_text(self.card.name, self.quantizer.spec.text)
+
+    @property
+    def patch_bytes(self) -> int:
+        """Bytes of every patch, by arithmetic."""
+        shape = latent_shape(self.card, self.patch_px)
+        return packed_bytes(self.quantizer.spec, shape)
+
+    def encode(self, image: np.ndarray) -> bytes:
+        """The bytes of one picture's latents."""
+        return self.encode_batch([image])[0]
+
+    def decode(self, encoded: bytes) -> np.ndarray:
+        """The picture uint8 (H, W, 3) of such bytes."""
+        return self.decode_batch([encoded])[0]
+
+    def encode_batch(self, images: Sequence[np.ndarray]) -> list[bytes]:
+        """The bytes of every picture's latents; ValueError for latents that are not finite."""
+        return self.quantizer.pack(self.latents(images)) if images else []
+
+    def decode_batch(self, files: Sequence[bytes]) -> list[np.ndarray]:
+        """The pictures uint8 (H, W, 3) of such bytes; FormatError where they are none."""
+        return to_pictures(self.pictures_of(self.latents_of(files))) if files else []
+
+    @torch.no_grad()
+    def latents(self, images: Sequence[np.ndarray]) -> Tensor:
+        """Latents float32 (B, C, h, w) of pictures, on the CPU, not quantized."""
+        for image in images:
+            check_picture(image)
+            if image.shape[:2] != self.patch_px:
+                raise ShapeError(f"picture has {image.shape[:2]} px, this codec {self.patch_px}")
+        pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+        latents = [
+            self.autoencoder.encode(part.float().div(255)).float().cpu()
+            for part in torch.split(pixels, self.batch_size)
+        ]
+        return check_finite(torch.cat(latents), ValueError("latents contain NaN or infinity"))
+
+    def latents_of(self, files: Sequence[bytes]) -> Tensor:
+        """Latents float32 (B, C, h, w) of the bytes of patches, on the CPU."""
+        shape = latent_shape(self.card, self.patch_px)
+        wrong = [len(encoded) for encoded in files if len(encoded) != self.patch_bytes]
+        if wrong:
+            raise FormatError(
+                f"{wrong[0]} bytes, but {self.name} has {self.patch_bytes} for a patch of "
+                f"{self.patch_px[0]}x{self.patch_px[1]} px"
+            )
+        error = FormatError(f"not the bytes of {self.name}: they stand for NaN or infinity")
+        return check_finite(self.quantizer.unpack(files, shape), error)
+
+    @torch.no_grad()
+    def pictures_of(self, latents: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] of latents, the autoencoder's padding cut off."""
+        height, width = self.patch_px
+        images = [self.autoencoder.decode(part) for part in torch.split(latents, self.batch_size)]
+        return torch.cat(images)[:, :, :height, :width].float()
+
+
+def with_quantizer(
+    autoencoder: Autoencoder,
+    quantizer: QuantizerSpec | str,
+    *,
+    patch_px: tuple[int, int],
+    samples: np.ndarray | None = None,
+    codebook: Codebook | None = None,
+    seed: int = 0,
+) -> LatentCodec:
+    """The codec of an autoencoder with a quantizer.
+
+    samples   float32 (C, M) latents that a codebook is fitted to, as `draw_samples` lays them out
+    codebook  used instead where given, for example one that was stored
+    seed      of the subsample where there are more than a million values a row
+    raises    ValueError where a codebook is needed and there is neither, ContractError for a
+              codebook of another kind or number of levels
+    """
+    spec = parse_quantizer(quantizer) if isinstance(quantizer, str) else quantizer
+    return LatentCodec(
+        autoencoder, make_quantizer(spec, autoencoder.card, samples, codebook, seed), patch_px
+    )
+
+
+def make_quantizer(
+    spec: QuantizerSpec,
+    card: AutoencoderCard,
+    samples: np.ndarray | None,
+    codebook: Codebook | None,
+    seed: int,
+) -> Quantizer:
+    """Floats, vaezip's, or codes of the codebook given or fitted."""
+    if spec.kind == "lbrq":
+        return LloydBlocks(spec)
+    if not spec.is_fitted or spec.levels is None:
+        return Floats(spec)
+    if codebook is None and samples is None:
+        raise ValueError(f"{card.name}+{spec.text}: needs a sample of latents or a codebook")
+    if codebook is None and samples is not None:
+        if len(samples) != card.channels:
+            raise ShapeError(f"samples have {len(samples)} channels, {card.name} {card.channels}")
+        codebook, _ = fit_codebook(samples, spec.kind, spec.levels, seed)
+    assert codebook is not None
+    if (codebook.kind, codebook.levels.shape[1]) != (spec.kind, spec.levels):
+        raise ContractError(
+            f"{card.name}+{spec.text}: the codebook is {codebook.kind} with "
+            f"{codebook.levels.shape[1]} levels"
+        )
+    return Codes(spec, codebook)
+
+
+def draw_samples(latents: Tensor) -> np.ndarray:
+    """Latents (B, C, h, w) as `fit_codebook` takes them: float32 (C, B * h * w)."""
+    samples: np.ndarray = latents.float().cpu().transpose(0, 1).flatten(1).numpy()
+    return samples
+
+
+def to_pictures(images: Tensor) -> list[np.ndarray]:
+    """Pictures uint8 (H, W, 3) of images (B, 3, H, W) in [0, 1]."""
+    pixels = images.clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).cpu()
+    return list(pixels.contiguous().numpy())
+
+
+def check_finite(latents: Tensor, error: Exception) -> Tensor:
+    """The latents; raises the error where one is NaN or infinite."""
+    if not bool(torch.isfinite(latents).all()):
+        raise error
+    return latents

@@ -1,0 +1,204 @@
+"""Codecs as they are written: jpeg:75, webp@4096, avif, sd15+kmeans, runs/x+kmeans:16."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import ClassVar
+
+from latentds.autoencoders.cards import ALIASES, CARDS
+from latentds.codecs.formats import FORMATS, check_choice, picture_text
+from latentds.errors import unknown_name
+from latentds.quantizer import MAX_LEVELS
+
+KMEANS = ("kmeans", "kmeans-channel")
+INT8 = ("int8-minmax", "int8-percentile", "int8-channel")
+FLOAT_BITS = {"none": 32, "fp16": 16}
+LBRQ_BITS = (2, 3, 4, 5, 6, 8)  # what vaezip has names for
+QUANTIZERS = (*FLOAT_BITS, *INT8, *KMEANS, "lbrq")
+QUANTIZER_ALIASES = {"int8": "int8-minmax"}  # the paper's static int8
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuantizerSpec:
+    """How latents become bytes.
+
+    kind    one of QUANTIZERS
+    levels  K; None for floats. 256 for int8, 2 to 256 for kmeans, 2 to the bits for lbrq
+    """
+
+    kind: str
+    levels: int | None = None
+
+    @property
+    def text(self) -> str:
+        """As it is written, for example kmeans:16."""
+        if self.kind == "lbrq":
+            return f"lbrq:{self.bits}"
+        return self.kind if self.levels in (None, MAX_LEVELS) else f"{self.kind}:{self.levels}"
+
+    @property
+    def bits(self) -> int:
+        """Bits a value: 32, 16, or ceil(log2 K)."""
+        return (
+            FLOAT_BITS[self.kind] if self.levels is None else max(1, (self.levels - 1).bit_length())
+        )
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether it needs a codebook: a sample of latents, or one that was stored."""
+        return self.kind in (*KMEANS, *INT8)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PictureSpec:
+    """A picture format, at a quality, within so many bytes, or at equal bytes with latents.
+
+    name       one of latentds.codecs.FORMATS
+    quality    None where `max_bytes` says it, or where the rows of latents will, or for png
+    max_bytes  a picture's file may have
+    """
+
+    family: ClassVar[str] = "picture"
+    name: str
+    quality: float | None = None
+    max_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        check_choice(self.name, self.quality, self.max_bytes)
+
+    @property
+    def text(self) -> str:
+        """As it is written, for example jpeg:75."""
+        return picture_text(self.name, self.quality, self.max_bytes)
+
+    @property
+    def at_equal_bytes(self) -> bool:
+        """Whether it is still open at how many bytes: at those of the latents beside it."""
+        lossy = FORMATS[self.name].qualities is not None
+        return lossy and self.quality is None and self.max_bytes is None
+
+    @property
+    def settings(self) -> str:
+        """What its files depend on beside the quality."""
+        return FORMATS[self.name].settings
+
+    def at(self, max_bytes: int) -> PictureSpec:
+        """The same format within so many bytes."""
+        return PictureSpec(name=self.name, max_bytes=max_bytes)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LatentSpec:
+    """An autoencoder and a quantizer.
+
+    name  the autoencoder as it was written: a name, a folder, a decoder's folder or repository
+    """
+
+    family: ClassVar[str] = "latent"
+    name: str
+    quantizer: QuantizerSpec
+
+    @property
+    def text(self) -> str:
+        """As it is written, for example sd15+kmeans."""
+        return latent_text(self.name, self.quantizer.text)
+
+
+CodecSpec = PictureSpec | LatentSpec
+
+
+def latent_text(name: str, quantizer: str) -> str:
+    """sd15+kmeans, or the autoencoder alone where its latents stay as they are."""
+    return name if quantizer == "none" else f"{name}+{quantizer}"
+
+
+def parse_codecs(text: str) -> list[CodecSpec]:
+    """The codecs of a comma-separated list, in its order.
+
+    raises  UnknownNameError (it lists what is known), ValueError for qualities, levels or bytes out
+            of range and for a codec named twice
+    """
+    codecs = [parse_codec(part.strip()) for part in text.split(",")]
+    twice = [codec.text for place, codec in enumerate(codecs) if codec in codecs[:place]]
+    if twice:
+        raise ValueError(f"{text}: {twice[0]} is named twice")
+    return codecs
+
+
+def parse_codec(text: str) -> CodecSpec:
+    """One codec.
+
+    A picture format is its name alone, or followed by `:quality` or `@bytes`. Everything else is an
+    autoencoder: a name known, or a path or repository, in which `:` and `@` are letters like any.
+    What follows the last `+` of its last component is the quantizer; where it is none but a file
+    has that whole name, it is of the name. A folder named like `x+kmeans` is `x+kmeans+none`.
+    """
+    picture = re.fullmatch(rf"({'|'.join(FORMATS)})(?:([:@])(.*))?", text)
+    if picture:
+        return parse_picture(text, *picture.groups())
+    head, plus, tail = text.rpartition("+")
+    kind = tail.partition(":")[0]
+    if plus and "/" not in tail and (kind in known_quantizers() or not Path(text).exists()):
+        if head in FORMATS:
+            raise ValueError(f"{text}: {head} is a picture format; quantizers are for latents")
+        return LatentSpec(name=known_autoencoder(head), quantizer=parse_quantizer(tail))
+    return LatentSpec(name=known_autoencoder(text), quantizer=parse_quantizer("none"))
+
+
+def parse_picture(text: str, name: str, sign: str | None, value: str | None) -> PictureSpec:
+    """A picture format of its name, `:` or `@`, and a number."""
+    if sign is None:
+        return PictureSpec(name=name)
+    if sign == "@":
+        return PictureSpec(name=name, max_bytes=whole_number(value or "", text, "bytes"))
+    try:
+        return PictureSpec(name=name, quality=float(value or ""))
+    except ValueError as error:
+        known = FORMATS[name].qualities
+        if known is None:
+            raise
+        raise ValueError(f"{text}: qualities of {name} are {known[0]:g} to {known[1]:g}") from error
+
+
+def parse_quantizer(text: str) -> QuantizerSpec:
+    """A quantizer and, for kmeans, its levels (kmeans:16), for lbrq its bits (lbrq:3, else 4).
+
+    raises  UnknownNameError, ValueError for levels it does not have
+    """
+    kind, colon, value = text.partition(":")
+    if kind not in known_quantizers():
+        raise unknown_name("quantizer", kind, known_quantizers())
+    kind = QUANTIZER_ALIASES.get(kind, kind)
+    if kind == "lbrq":
+        bits = whole_number(value, text, "bits") if colon else 4
+        if bits not in LBRQ_BITS:
+            raise ValueError(f"{text}: bits of lbrq are {', '.join(map(str, LBRQ_BITS))}")
+        return QuantizerSpec(kind=kind, levels=2**bits)
+    if colon and kind not in KMEANS:
+        raise ValueError(f"{text}: only kmeans and kmeans-channel have levels, lbrq has bits")
+    levels = whole_number(value, text, "levels") if colon else MAX_LEVELS
+    if not 2 <= levels <= MAX_LEVELS:
+        raise ValueError(f"{text}: levels are 2 to {MAX_LEVELS}")
+    return QuantizerSpec(kind=kind, levels=None if kind in FLOAT_BITS else levels)
+
+
+def known_quantizers() -> list[str]:
+    """What may be written after a `+`."""
+    return [*QUANTIZERS, *QUANTIZER_ALIASES]
+
+
+def known_autoencoder(name: str) -> str:
+    """The name, if it is known, a path or a repository; UnknownNameError else."""
+    if name in CARDS or name in ALIASES or "/" in name or (name and Path(name).exists()):
+        return name
+    known = [*FORMATS, *CARDS, *ALIASES]
+    raise unknown_name("codec", re.split("[:@]", name)[0], known)
+
+
+def whole_number(value: str, text: str, what: str) -> int:
+    """The number; ValueError where it is none."""
+    if not re.fullmatch(r"[0-9]{1,12}", value):
+        raise ValueError(f"{text}: {value!r} is no number of {what}")
+    return int(value)

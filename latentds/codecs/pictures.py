@@ -1,0 +1,129 @@
+"""Picture formats at a quality, or at most so many bytes a picture: what everyone has."""
+# H W pixels
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+
+import numpy as np
+
+from latentds.codecs.formats import (
+    DECODE_ERRORS,
+    FORMATS,
+    check_choice,
+    is_available,
+    picture_text,
+)
+from latentds.errors import FormatError, ShapeError, missing_extra
+
+logger = logging.getLogger(__name__)
+
+FULL = 0.995  # share of the bytes allowed from which a search does not look for a larger file
+
+
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+    """The file a codec makes of one picture.
+
+    encoded  its bytes
+    quality  the quality they were made at; None where the format has none
+    fits     whether they are within the bytes allowed: False for a format's smallest file that is
+             still larger
+    """
+
+    encoded: bytes
+    quality: float | None
+    fits: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class PictureCodec:
+    """A picture format at a quality, or at the best quality within so many bytes a picture.
+
+    format     one of FORMATS
+    raises     UnknownNameError, ValueError for a quality the format has not, MissingExtraError
+    """
+
+    format: str
+    quality: float | None = None
+    max_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        check_choice(self.format, self.quality, self.max_bytes)
+        lossy = FORMATS[self.format].qualities is not None
+        if lossy and self.quality is None and self.max_bytes is None:
+            raise ValueError(f"{self.format}: needs a quality or a number of bytes")
+        if not is_available(self.format):
+            raise missing_extra(f"{FORMATS[self.format].label}'s library", "bench")
+
+    @property
+    def name(self) -> str:
+        """As it is written, for example jpeg:75 or avif@4096."""
+        return picture_text(self.format, self.quality, self.max_bytes)
+
+    def fit(self, image: np.ndarray) -> Fitted:
+        """The file of a picture, with the quality it was made at."""
+        if self.max_bytes is not None:
+            return fit_to_bytes(self.format, image, self.max_bytes)
+        check_picture(image)
+        encoded = FORMATS[self.format].encode(image, self.quality or 0)
+        return Fitted(encoded, self.quality, True)
+
+    def encode(self, image: np.ndarray) -> bytes:
+        """The file's bytes; a warning where they cannot be as few as was asked for."""
+        fitted = self.fit(image)
+        if not fitted.fits:
+            logger.warning("%s: the smallest file has %d bytes", self.name, len(fitted.encoded))
+        return fitted.encoded
+
+    def decode(self, encoded: bytes) -> np.ndarray:
+        """The picture uint8 (H, W, 3) in a file's bytes; FormatError where there is none."""
+        try:
+            return FORMATS[self.format].decode(encoded)
+        except DECODE_ERRORS as error:
+            label = FORMATS[self.format].label
+            raise FormatError(
+                f"{len(encoded)} bytes are no {label} picture ({type(error).__name__})"
+            ) from error
+
+    def encode_batch(self, images: Sequence[np.ndarray]) -> list[bytes]:
+        """The files of pictures of any sizes, one after the other."""
+        return [self.encode(image) for image in images]
+
+    def decode_batch(self, files: Sequence[bytes]) -> list[np.ndarray]:
+        """The pictures in files, one after the other."""
+        return [self.decode(encoded) for encoded in files]
+
+
+def fit_to_bytes(format: str, image: np.ndarray, max_bytes: int) -> Fitted:
+    """The file of the highest quality found that has at most `max_bytes`, by bisection.
+
+    Sizes grow with quality but for a few bytes here and there, so the search ends at, or within
+    such a ripple of, the largest file that fits. The smallest file, where even that is larger.
+    """
+    check_choice(format, None, max_bytes)
+    check_picture(image)
+    rules = FORMATS[format]
+    assert rules.qualities is not None
+    low, high = 0, round((rules.qualities[1] - rules.qualities[0]) / rules.step)
+    best: Fitted | None = None
+    while low <= high and (best is None or len(best.encoded) < FULL * max_bytes):
+        middle = (low + high) // 2
+        quality = round(rules.qualities[0] + middle * rules.step, 6)
+        encoded = rules.encode(image, quality)
+        if len(encoded) <= max_bytes:
+            best, low = Fitted(encoded, quality, True), middle + 1
+        else:
+            high = middle - 1
+    if best is None:
+        lowest = rules.qualities[0]
+        best = Fitted(rules.encode(image, lowest), lowest, False)
+    return best
+
+
+def check_picture(image: np.ndarray) -> None:
+    """Refuse what is not uint8 (H, W, 3)."""
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+        raise ShapeError(f"picture is {image.dtype} {image.shape}, expected uint8 (H, W, 3)")

@@ -1,0 +1,70 @@
+"""Embedders by name or by path."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from latentds.embedders.base import Embedder, EmbedderCard, NetworkEmbedder
+from latentds.embedders.cards import CARDS
+from latentds.errors import ShapeError, WeightsError, unknown_name
+
+__all__ = ["Embedder", "EmbedderCard", "NetworkEmbedder", "load_embedder"]
+
+PATTERNS = ("nic:FILE", "nic-quarters:FILE", "timm:NAME")  # beside the names on the cards
+
+
+def load_embedder(name_or_path: str | os.PathLike[str], *, native: bool = False) -> NetworkEmbedder:
+    """The embedder of that name, or of that local file: fp32, on the CPU, frozen, in eval mode.
+
+    name_or_path  uni, uni2-h, gigapath, phikon-v2, efficientnet-lite0; `timm:NAME` for any network
+                  of timm; each may be followed by `@PATH`, its weights in a local file (a folder
+                  for phikon-v2). `nic:FILE.safetensors`, or the file alone, for a pathology
+                  encoder of Neural Image Compression that takes a patch as one field;
+                  `nic-quarters:FILE.safetensors` for the mean over fields of 128 px
+    native        feed whole images, neither resized nor cropped (uni, uni2-h, gigapath, phikon-v2):
+                  both edges must be multiples of the network's patch of 16 or 14 px
+    raises        UnknownNameError, WeightsError (what is missing, how to get it),
+                  MissingExtraError, ShapeError (`native` for a network that has one size)
+    """
+    text = os.fspath(name_or_path)
+    kind, _, rest = text.partition(":")
+    name, _, file = text.partition("@")
+    path = Path(file) if file else None
+    if native and (name not in CARDS or CARDS[name].multiple_px == 1):
+        raise ShapeError(f"{text}: made for one size of input; it cannot be loaded as native")
+    if kind == "timm" and rest:
+        from latentds.embedders.timm_models import load_named
+
+        return load_named(name.removeprefix("timm:"), path)
+    if name in CARDS:
+        return load_card(name, path, native)
+    if kind in ("nic", "nic-quarters") and rest:
+        return load_file(Path(rest), kind)
+    if text.endswith(".safetensors"):
+        return load_file(Path(text), "nic")
+    if os.sep in text:
+        raise WeightsError(f"{text}: which network is it of? Pass its name too, as in 'uni@{text}'")
+    raise unknown_name("embedder", name, [*CARDS, *PATTERNS])
+
+
+def load_card(name: str, path: Path | None, native: bool) -> NetworkEmbedder:
+    """An embedder known by name."""
+    if name == "efficientnet-lite0":
+        from latentds.embedders.efficientnet_lite import load_efficientnet_lite
+
+        return load_efficientnet_lite(path)
+    if name == "phikon-v2":
+        from latentds.embedders.hugging_face import load_phikon
+
+        return load_phikon(path, native)
+    from latentds.embedders.timm_models import load_known
+
+    return load_known(name, path, native)
+
+
+def load_file(path: Path, rule: str) -> NetworkEmbedder:
+    """A local pathology encoder."""
+    from latentds.embedders.nic import load_nic
+
+    return load_nic(path, rule)

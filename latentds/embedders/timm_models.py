@@ -1,0 +1,141 @@
+"""Embedders that are timm networks: UNI, UNI 2, Prov-GigaPath, and any other by timm's name.
+
+Only the network comes from timm; weights are read by `weights.py`, from the Hub or a local file,
+and every tensor must find its place.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from latentds.autoencoders.base import hash_tensors
+from latentds.embedders.base import EmbedderCard, NetworkEmbedder, Preparation, without_resizing
+from latentds.embedders.cards import CARDS
+from latentds.embedders.weights import fetch, fill, read_weights
+from latentds.errors import ShapeError, UnknownNameError, WeightsError, missing_extra
+
+
+def load_known(
+    name: str, path: Path | None = None, native: bool = False, **changes: Any
+) -> NetworkEmbedder:
+    """uni, uni2-h or gigapath, from the Hub or from a local file of its weights (or its folder).
+
+    native   do not resize or crop: both edges must be multiples of the network's patch
+    changes  of timm's arguments, for networks of another size
+    raises   WeightsError, MissingExtraError
+    """
+    card = without_resizing(CARDS[name]) if native else CARDS[name]
+    with torch.device("meta"):  # drawing weights to overwrite takes seconds, and their memory twice
+        network = create(card.class_name, **(arguments(name) | changes))
+    return load(card, network, path, f"{name} ({card.class_name})")
+
+
+def load_named(text: str, path: Path | None = None) -> NetworkEmbedder:
+    """Any network of timm by its name there, prepared for as its own configuration says.
+
+    path    its weights as timm writes them (a classifier in it is left out); None for the Hub
+    raises  UnknownNameError, WeightsError, MissingExtraError
+    """
+    network = create(text)
+    if path is None and not network.pretrained_cfg.get("hf_hub_id"):
+        raise WeightsError(f"timm:{text}: no weights on the Hub; pass 'timm:{text}@FILE'")
+    return load(configured_card(text, network), network, path, text)
+
+
+def create(timm_name: str, **arguments: Any) -> Any:
+    """The network of that name in timm, without a classifier, its weights random."""
+    try:
+        import timm
+    except ImportError as error:
+        raise missing_extra("timm", "embedders") from error
+    base = timm_name.partition(".")[0]
+    if not timm.is_model(base):
+        near = ", ".join(timm.list_models(f"{base.partition('_')[0]}*")[:5])
+        raise UnknownNameError(f"unknown timm model {timm_name!r}; near it: {near or 'none'}")
+    try:
+        return timm.create_model(timm_name, pretrained=False, **({"num_classes": 0} | arguments))
+    except RuntimeError as error:  # a tag that this network does not have
+        raise UnknownNameError(f"timm model {timm_name!r}: {error}") from error
+
+
+def arguments(name: str) -> dict[str, Any]:
+    """timm's arguments of a network known by name, as its authors publish them.
+
+    TRIDENT asks for timm 0.9.16 with Prov-GigaPath; the network is the same in timm 1.
+    """
+    if name == "uni":
+        return {"img_size": 224, "patch_size": 16, "init_values": 1e-5, "dynamic_img_size": True}
+    common = {"img_size": 224, "num_heads": 24, "embed_dim": 1536, "dynamic_img_size": True}
+    if name == "gigapath":
+        return common | {"patch_size": 16, "depth": 40, "init_values": 1e-5, "mlp_ratio": 5.33334}
+    from timm.layers import SwiGLUPacked
+
+    return common | {
+        "patch_size": 14,
+        "depth": 24,
+        "init_values": 1e-5,
+        "mlp_ratio": 2.66667 * 2,
+        "no_embed_class": True,
+        "mlp_layer": SwiGLUPacked,
+        "act_layer": nn.SiLU,
+        "reg_tokens": 8,
+    }
+
+
+def configured_card(text: str, network: Any) -> EmbedderCard:
+    """The card of a timm network: its own input size, crop, interpolation, mean and std."""
+    from timm.data import resolve_data_config
+
+    config = resolve_data_config({}, model=network)
+    _, height, width = config["input_size"]
+    if height != width:
+        raise ShapeError(f"timm:{text} wants {width}x{height} px; only square inputs are prepared")
+    resize_px = math.floor(height / config["crop_pct"])
+    interpolation = "bilinear" if config["interpolation"] == "bilinear" else "bicubic"
+    source = network.pretrained_cfg
+    return EmbedderCard(
+        name=f"timm:{text}",
+        class_name=text,
+        rule=f"shorter edge to {resize_px} px ({interpolation}), centre crop of {height} px, "
+        "mean and std of timm's configuration",
+        resize_px=resize_px,
+        input_px=height,
+        interpolation=interpolation,
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+        repository=source.get("hf_hub_id"),
+        file=source.get("hf_hub_filename") or "model.safetensors",
+        licence=source.get("license") or "unknown",
+    )
+
+
+def load(card: EmbedderCard, network: Any, path: Path | None, what: str) -> NetworkEmbedder:
+    """The embedder of a network whose weights are still to be read."""
+    revision = card.revision
+    if path is None:
+        (path,), revision = fetch(card, (card.file,))
+    path = path / card.file if path.is_dir() else path
+    classifier = network.pretrained_cfg.get("classifier") or ()
+    heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+    prefixes = tuple(f"{head}." for head in heads)
+    wanted = network.state_dict()
+    tensors = {
+        name: tensor
+        for name, tensor in read_weights(path).items()
+        if name in wanted or not name.startswith(prefixes)
+    }
+    fill(network, tensors, path, what)
+    card = dataclasses.replace(
+        card,
+        dim=getattr(network, "head_hidden_size", None) or network.num_features,
+        revision=revision,
+        weights_id=hash_tensors(network.state_dict(), {}),
+    )
+    switch = getattr(network, "set_grad_checkpointing", None)
+    return NetworkEmbedder(card, network, Preparation(card), checkpoint=switch)

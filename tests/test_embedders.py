@@ -1,0 +1,520 @@
+"""Embedders: small random networks of the real classes from disk, and the real small ones."""
+
+import dataclasses
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from latentds.embedders import NetworkEmbedder, load_embedder
+from latentds.embedders.base import EmbedderCard, Preparation
+from latentds.embedders.cards import CARDS
+from latentds.embedders.nic import NicEncoder
+from latentds.errors import MissingExtraError, ShapeError, UnknownNameError, WeightsError
+
+SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2}  # of timm's arguments
+
+
+def random_images(count: int, height: int, width: int) -> Tensor:
+    return torch.rand(count, 3, height, width, generator=torch.Generator().manual_seed(1))
+
+
+def tissue(height: int = 256, width: int = 256) -> np.ndarray:
+    from skimage.data import immunohistochemistry
+
+    return np.ascontiguousarray(immunohistochemistry()[:height, :width])
+
+
+def as_images(pixels: np.ndarray) -> Tensor:
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 255
+
+
+def save_vit(path: Path, name: str = "uni") -> Path:
+    """Random weights of a known network, made small."""
+    pytest.importorskip("timm")
+    from latentds.embedders.timm_models import arguments, create
+
+    torch.manual_seed(0)
+    network = create(CARDS[name].class_name, **(arguments(name) | SMALL))
+    for parameter_name, parameter in network.named_parameters():
+        if parameter_name.endswith("gamma"):  # 1e-5 would all but switch the layers off
+            nn.init.ones_(parameter)
+    tensors = network.state_dict()
+    save_file(tensors, path) if path.suffix == ".safetensors" else torch.save(tensors, path)
+    return path
+
+
+def small_vit(folder: Path, name: str = "uni", native: bool = False) -> NetworkEmbedder:
+    from latentds.embedders.timm_models import load_known
+
+    return load_known(name, save_vit(folder / "w.bin", name), native, **SMALL)
+
+
+def save_phikon(folder: Path) -> Path:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.Dinov2Config(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, patch_size=16, image_size=224
+    )
+    transformers.Dinov2Model(config).save_pretrained(folder)
+    return folder
+
+
+def save_nic(path: Path) -> Path:
+    torch.manual_seed(0)
+    tensors = NicEncoder().state_dict()
+    save_file({n: t for n, t in tensors.items() if t.ndim}, path)  # as published: no counters
+    return path
+
+
+MAKERS = {
+    "uni-like": lambda folder: small_vit(folder),
+    "uni2-like": lambda folder: small_vit(folder, "uni2-h"),
+    "gigapath-like": lambda folder: small_vit(folder, "gigapath"),
+    "phikon-like": lambda folder: load_embedder(f"phikon-v2@{save_phikon(folder / 'p')}"),
+    "efficientnet-lite0": lambda folder: load_embedder("efficientnet-lite0"),
+    "nic": lambda folder: load_embedder(save_nic(folder / "n.safetensors")),
+    "nic-quarters": lambda folder: load_embedder(
+        f"nic-quarters:{save_nic(folder / 'n.safetensors')}"
+    ),
+}
+
+
+@pytest.fixture(params=MAKERS)
+def embedder(request, tmp_path) -> NetworkEmbedder:
+    if "nic" not in request.param:
+        pytest.importorskip("timm")
+    return MAKERS[request.param](tmp_path)
+
+
+def test_an_embedding_is_one_float32_vector_an_image(embedder):
+    embeddings = embedder.embed(random_images(2, 256, 256))
+    assert embeddings.shape == (2, embedder.card.dim) and embeddings.dtype == torch.float32
+    assert embedder.card.weights_id.startswith("sha256:") and embedder.card.rule
+    assert json.loads(json.dumps(embedder.card.to_json()))["name"] == embedder.card.name
+
+
+def test_an_image_embeds_the_same_alone_and_in_a_batch(embedder):
+    images = random_images(3, 256, 256)
+    together = embedder.embed(images)
+    alone = torch.cat([embedder.embed(images[i : i + 1]) for i in range(3)])
+    torch.testing.assert_close(together, alone, atol=1e-4, rtol=0)  # float32 sums, other order
+    assert (together[0] - together[1]).abs().max() > 1e-3
+
+
+def test_gradients_reach_the_images_and_not_the_weights(embedder):
+    images = random_images(1, 256, 256).requires_grad_()
+    embedder.embed(images).square().sum().backward()
+    assert images.grad is not None and images.grad.abs().sum() > 0
+    assert all(weight.grad is None for weight in embedder.network.parameters())
+
+
+def test_networks_are_frozen_and_in_eval_mode(embedder):
+    assert not any(module.training for module in embedder.network.modules())
+    assert not any(weight.requires_grad for weight in embedder.network.parameters())
+
+
+def test_recomputed_activations_change_no_gradient(embedder):
+    images = random_images(1, 256, 256).requires_grad_()
+    (plain,) = torch.autograd.grad(embedder.embed(images).square().sum(), images)
+    embedder.checkpoint_gradients()
+    (recomputed,) = torch.autograd.grad(embedder.embed(images).square().sum(), images)
+    torch.testing.assert_close(recomputed, plain, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("maker", ["uni-like", "phikon-like"])
+def test_recomputing_stores_less_for_the_backward_pass(maker, tmp_path):
+    pytest.importorskip("timm")
+    embedder = MAKERS[maker](tmp_path)
+
+    def stored() -> int:
+        sizes = []
+        hooks = torch.autograd.graph.saved_tensors_hooks(
+            lambda t: sizes.append(t.numel()) or t, lambda t: t
+        )
+        with hooks:
+            embedder.embed(random_images(1, 224, 224).requires_grad_())
+        return sum(sizes)
+
+    before = stored()
+    embedder.checkpoint_gradients()
+    assert stored() < 0.6 * before  # the picture itself stays, and two layers are few
+
+
+@pytest.mark.parametrize("size", [(224, 224), (300, 260), (512, 512)])
+def test_any_size_is_prepared(embedder, size):
+    assert embedder.embed(random_images(1, *size)).shape == (1, embedder.card.dim)
+
+
+@pytest.mark.parametrize("images", [torch.zeros(3, 256, 256), torch.zeros(1, 1, 256, 256),
+                                    torch.zeros(1, 3, 256, 256, dtype=torch.uint8)])  # fmt: skip
+def test_other_layouts_are_refused(embedder, images):
+    with pytest.raises(ShapeError, match=r"floats \(B, 3, H, W\) in \[0, 1\] are wanted"):
+        embedder.embed(images)
+
+
+def test_values_beyond_black_and_white_are_seen(embedder):
+    images = random_images(1, 256, 256)
+    over = images * 2 - 0.5
+    clamped = embedder.embed(over.clamp(0, 1))
+    assert (embedder.embed(over) - clamped).abs().max() > 1e-3
+
+
+def test_half_precision_weights_give_float32_embeddings(embedder):
+    images = random_images(2, 256, 256)
+    exact = embedder.embed(images)
+    rounded = embedder.to(dtype=torch.bfloat16).embed(images)
+    assert rounded.dtype == torch.float32
+    assert torch.cosine_similarity(exact, rounded).min() > 0.99
+
+
+@pytest.mark.parametrize("name", ["uni", "uni2-h", "gigapath", "phikon-v2", "efficientnet-lite0"])
+@pytest.mark.parametrize("size", [(256, 256), (300, 257)])
+def test_preparation_agrees_with_pillow_and_torchvision(name, size):
+    transforms = pytest.importorskip("torchvision").transforms
+    card, pixels = CARDS[name], tissue(*size)
+    own = transforms.Compose(
+        [
+            transforms.Resize(card.resize_px, transforms.InterpolationMode(card.interpolation)),
+            transforms.CenterCrop(card.input_px),
+            transforms.ToTensor(),
+            transforms.Normalize(card.mean, card.std),
+        ]
+    )(Image.fromarray(pixels))
+    levels = (Preparation(card)(as_images(pixels))[0] - own) * torch.tensor(card.std).view(3, 1, 1)
+    assert levels.abs().max() * 255 < 1.5  # Pillow rounds after each of two passes
+    assert levels.abs().mean() * 255 < 0.4
+
+
+def test_preparation_agrees_with_the_transform_timm_makes(tmp_path):
+    timm = pytest.importorskip("timm")
+    network = timm.create_model("test_vit", pretrained=False)
+    torch.save(network.state_dict(), tmp_path / "w.pth")
+    embedder = load_embedder(f"timm:test_vit@{tmp_path / 'w.pth'}")
+    config = timm.data.resolve_data_config({}, model=network)
+    own = timm.data.create_transform(**config)(Image.fromarray(tissue()))[None]
+    prepared = embedder.prepare(as_images(tissue()))
+    scale = torch.tensor(config["std"]).view(3, 1, 1) * 255
+    assert ((prepared - own) * scale).abs().max() < 1.5
+    network.eval().reset_classifier(0)
+    # Pillow's rounding goes through the network too.
+    torch.testing.assert_close(embedder.embed(as_images(tissue())), network(own), atol=0.05, rtol=0)
+
+
+def test_a_patch_of_256_px_is_cropped_for_gigapath_and_resized_for_uni():
+    images = random_images(1, 256, 256)
+    mean, std = (torch.tensor(CARDS["uni"].mean), torch.tensor(CARDS["uni"].std))
+    middle = (images[..., 16:240, 16:240] - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+    assert torch.equal(Preparation(CARDS["gigapath"])(images), middle)
+    assert not torch.allclose(Preparation(CARDS["uni"])(images), middle, atol=0.1)
+
+
+def test_native_feeds_whole_images(tmp_path):
+    embedder = small_vit(tmp_path, native=True)
+    tokens = embedder.network.forward_features(embedder.prepare(random_images(1, 256, 256)))
+    assert tokens.shape[1] == 1 + 16 * 16 and embedder.card.input_px is None
+    with pytest.raises(ShapeError, match="250x256 px.*multiples of 16"):
+        embedder.embed(random_images(1, 256, 250))
+
+
+def test_native_phikon_takes_whole_images(tmp_path):
+    embedder = load_embedder(f"phikon-v2@{save_phikon(tmp_path)}", native=True)
+    assert embedder.prepare(random_images(1, 256, 320)).shape[-2:] == (256, 320)
+    assert embedder.embed(random_images(1, 256, 320)).shape == (1, 32)
+
+
+@pytest.mark.parametrize("name", ["efficientnet-lite0", "timm:resnet18", "nic:x.safetensors"])
+def test_native_is_refused_where_a_network_has_one_size(name):
+    with pytest.raises(ShapeError, match="one size"):
+        load_embedder(name, native=True)
+
+
+def test_one_network_has_one_identity_whatever_its_file(tmp_path):
+    from latentds.embedders.timm_models import load_known
+
+    first = small_vit(tmp_path).card
+    again = load_known("uni", save_vit(tmp_path / "w.safetensors"), **SMALL).card
+    tensors = load_file(tmp_path / "w.safetensors")
+    tensors["norm.bias"] += 1
+    save_file(tensors, tmp_path / "w.safetensors")
+    other = load_known("uni", tmp_path / "w.safetensors", **SMALL).card
+    assert first.weights_id == again.weights_id != other.weights_id
+
+
+def test_the_published_kwargs_give_networks_of_the_published_size():
+    """Millions of parameters, as their papers and cards give them."""
+    pytest.importorskip("timm")
+    from latentds.embedders.timm_models import arguments, create
+
+    sizes = {}
+    for name in ("uni", "uni2-h", "gigapath"):
+        with torch.device("meta"):
+            network = create(CARDS[name].class_name, **arguments(name))
+        sizes[name] = round(sum(p.numel() for p in network.parameters()) / 1e6)
+        assert network.num_features == CARDS[name].dim
+    assert sizes == {"uni": 303, "uni2-h": 681, "gigapath": 1135}
+
+
+def test_a_preprocessor_config_beside_the_weights_is_followed(tmp_path):
+    save_phikon(tmp_path)
+    said = {"size": {"shortest_edge": 96}, "crop_size": {"height": 64, "width": 64}, "resample": 2,
+            "image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.25, 0.25]}  # fmt: skip
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(said))
+    embedder = load_embedder(f"phikon-v2@{tmp_path}")
+    card = embedder.card
+    assert (card.resize_px, card.input_px, card.interpolation) == (96, 64, "bilinear")
+    assert embedder.prepare(random_images(1, 256, 256)).shape[-1] == 64 and card.mean[0] == 0.5
+    (tmp_path / "preprocessor_config.json").write_text('{"size": 3}')
+    with pytest.raises(WeightsError, match=r"preprocessor_config\.json: not a preparation"):
+        load_embedder(f"phikon-v2@{tmp_path}")
+
+
+def test_a_preprocessor_config_without_a_crop_is_followed(tmp_path):
+    save_phikon(tmp_path)
+    said = {"size": {"height": 96, "width": 96}, "resample": 3,
+            "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}  # fmt: skip
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(said))
+    card = load_embedder(f"phikon-v2@{tmp_path}").card
+    assert (card.resize_px, card.input_px, card.interpolation) == (96, 96, "bicubic")
+
+
+def test_a_folder_of_a_known_network_is_taken(tmp_path):
+    from latentds.embedders.timm_models import load_known
+
+    save_vit(tmp_path / "pytorch_model.bin")
+    assert load_known("uni", tmp_path, **SMALL).card.dim == 32
+
+
+def test_phikon_embeds_its_class_token(tmp_path):
+    save_phikon(tmp_path)
+    embedder = load_embedder(f"phikon-v2@{tmp_path}")
+    from transformers import AutoModel
+
+    network = AutoModel.from_pretrained(tmp_path).eval()
+    images = random_images(1, 256, 256)
+    with torch.no_grad():
+        expected = network(embedder.prepare(images)).last_hidden_state[:, 0]
+    torch.testing.assert_close(embedder.embed(images), expected)
+
+
+def test_phikon_folders_of_something_else_are_refused(tmp_path):
+    with pytest.raises(WeightsError, match=r"config\.json: cannot be read"):
+        load_embedder(f"phikon-v2@{tmp_path}")
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+    with pytest.raises(WeightsError, match="model_type 'vit', 'dinov2' is wanted"):
+        load_embedder(f"phikon-v2@{tmp_path}")
+    (tmp_path / "config.json").write_text('{"model_type": "dinov2"}')
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(WeightsError, match=r"no model\.safetensors"):
+        load_embedder(f"phikon-v2@{tmp_path}")
+
+
+def test_phikon_with_a_tensor_missing_is_refused(tmp_path):
+    save_phikon(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors.pop("layernorm.weight")
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(WeightsError, match=r"tensor 'layernorm\.weight' is missing"):
+        load_embedder(f"phikon-v2@{tmp_path}")
+
+
+def test_a_tensor_missing_misshapen_or_left_over_is_named(tmp_path):
+    path = save_nic(tmp_path / "n.safetensors")
+    tensors = load_file(path)
+    save_file({n: t for n, t in tensors.items() if n != "fc.bias"}, path)
+    with pytest.raises(WeightsError, match=r"'fc\.bias' of the NIC encoder is missing; \[128\]"):
+        load_embedder(path)
+    save_file(tensors | {"fc.weight": torch.zeros(128, 64)}, path)
+    with pytest.raises(WeightsError, match=r"'fc\.weight' is \[128, 64\].*wants \[128, 1152\]"):
+        load_embedder(path)
+    save_file(tensors | {"extra": torch.zeros(1)}, path)
+    with pytest.raises(WeightsError, match="'extra' has no place in the NIC encoder"):
+        load_embedder(path)
+
+
+@pytest.mark.parametrize("name", ["efficientnet-lite0", "uni", "timm:resnet18"])
+def test_weights_are_never_unpickled(name, tmp_path):
+    pytest.importorskip("timm")
+
+    class Payload:
+        def __reduce__(self):
+            return (print, ("unpickled",))
+
+    torch.save({"weight": Payload()}, tmp_path / "w.bin")
+    with pytest.raises(WeightsError, match=r"w\.bin: not a plain state dict"):
+        if name == "uni":  # the whole network takes seconds to make
+            from latentds.embedders.timm_models import load_known
+
+            load_known("uni", tmp_path / "w.bin", **SMALL)
+        load_embedder(f"{name}@{tmp_path / 'w.bin'}")
+
+
+@pytest.mark.parametrize("name", ["efficientnet-lite0", "timm:resnet18", "nic"])
+def test_files_that_are_not_there_are_named(name, tmp_path):
+    pytest.importorskip("timm")
+    joint = ":" if name == "nic" else "@"
+    with pytest.raises(WeightsError, match=r"gone\.safetensors: no such file"):
+        load_embedder(f"{name}{joint}{tmp_path / 'gone.safetensors'}")
+
+
+def test_a_damaged_safetensors_file_is_refused(tmp_path):
+    (tmp_path / "n.safetensors").write_bytes(b"not one")
+    with pytest.raises(WeightsError, match="not a safetensors file"):
+        load_embedder(tmp_path / "n.safetensors")
+
+
+def test_timm_networks_load_without_their_classifier(tmp_path):
+    timm = pytest.importorskip("timm")
+    network = timm.create_model("test_convnext", pretrained=False)
+    save_file(network.state_dict(), tmp_path / "w.safetensors")
+    embedder = load_embedder(f"timm:test_convnext@{tmp_path / 'w.safetensors'}")
+    assert embedder.embed(random_images(2, 256, 256)).shape == (2, embedder.card.dim)
+    assert embedder.card.name == "timm:test_convnext" and embedder.card.licence == "apache-2.0"
+
+
+def test_unknown_names_list_the_known_ones():
+    with pytest.raises(UnknownNameError, match="'unni'; did you mean 'uni'.*timm:NAME"):
+        load_embedder("unni")
+    with pytest.raises(WeightsError, match=r"which network is it of\? Pass its name too"):
+        load_embedder("/weights/pytorch_model.bin")
+
+
+@pytest.mark.parametrize("name", ["vit_smal_patch16_224", "vit_small_patch16_224.nope"])
+def test_unknown_timm_networks_are_named(name):
+    pytest.importorskip("timm")
+    with pytest.raises(UnknownNameError, match=f"timm model '{name}'"):
+        load_embedder(f"timm:{name}")
+
+
+@pytest.mark.parametrize("name", ["uni", "uni2-h", "gigapath", "phikon-v2", "timm:test_vit"])
+def test_without_the_hub_the_error_says_how_to_go_on(name, monkeypatch):
+    pytest.importorskip("timm")
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def offline(repository, file, revision=None):
+        raise LocalEntryNotFoundError(f"cannot reach the Hub for {repository}/{file}")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
+    with pytest.raises(WeightsError) as caught:
+        if name in ("uni", "uni2-h", "gigapath"):
+            from latentds.embedders.timm_models import load_known
+
+            load_known(name, **SMALL)
+        load_embedder(name)
+    message = str(caught.value)
+    gated = name in CARDS and CARDS[name].gated
+    assert f"'{name}@PATH'" in message and "cannot reach the Hub" in message
+    assert ("accept its licence" in message and "hf auth login" in message) is gated
+
+
+def test_the_commit_that_was_loaded_is_on_the_card(monkeypatch, tmp_path):
+    import huggingface_hub
+
+    snapshot = tmp_path / "snapshots" / "0123abc"
+    save_phikon(snapshot)
+    (snapshot / "preprocessor_config.json").unlink(missing_ok=True)
+
+    def cached(repository, file, revision=None):
+        return str(snapshot / file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", cached)
+    card = load_embedder("phikon-v2").card
+    assert card.revision == "0123abc" and card.repository == "owkin/phikon-v2"
+
+
+def test_a_missing_package_names_the_extra(monkeypatch):
+    pytest.importorskip("timm")
+    from latentds.embedders import efficientnet_lite
+
+    monkeypatch.setattr(efficientnet_lite, "PACKAGE", "a_package_that_is_not_there")
+    with pytest.raises(MissingExtraError, match=r"latentds\[embedders\]"):
+        load_embedder("efficientnet-lite0")
+
+
+def test_cards_name_class_dimension_and_licence():
+    for name, card in CARDS.items():
+        assert card.name == name and card.licence != "unknown" and card.dim and card.rule
+    assert {name for name, card in CARDS.items() if card.gated} == {"uni", "uni2-h", "gigapath"}
+    assert dataclasses.is_dataclass(EmbedderCard)
+
+
+@pytest.mark.parametrize(
+    ("picture", "labels"),
+    # ImageNet-1k: 281 tabby, 282 tiger cat, 285 Egyptian cat; 967 espresso
+    [("chelsea", {281, 282, 285}), ("coffee", {967})],
+)
+def test_efficientnet_lite0_knows_its_photographs(picture, labels):
+    """The 296 tensors are where they belong: a wrong padding, order or range would lose this."""
+    pytest.importorskip("timm")
+    import skimage.data
+
+    from latentds.embedders.efficientnet_lite import build_classifier, packaged_file
+
+    network = build_classifier(packaged_file())
+    images = as_images(np.asarray(getattr(skimage.data, picture)()))
+    with torch.no_grad():
+        logits = network(Preparation(CARDS["efficientnet-lite0"])(images))
+    assert logits.argmax().item() in labels
+
+
+def test_efficientnet_lite0_of_another_network_is_refused(tmp_path):
+    pytest.importorskip("timm")
+    torch.save({"layer1.0.conv1.weight": torch.zeros(1)}, tmp_path / "w.pth")
+    with pytest.raises(WeightsError, match=r"'layer1\.0\.conv1\.weight' has no place"):
+        load_embedder(f"efficientnet-lite0@{tmp_path / 'w.pth'}")
+
+
+def test_nic_pools_a_patch_to_one_field(tmp_path):
+    embedder = load_embedder(save_nic(tmp_path / "n.safetensors"))
+    images = random_images(1, 256, 256)
+    field = nn.functional.avg_pool2d(nn.functional.avg_pool2d(images, 2), 2) * 2 - 1
+    torch.testing.assert_close(embedder.prepare(images), field)
+    half = nn.functional.avg_pool2d(images, 2)
+    torch.testing.assert_close(embedder.embed(half), embedder.embed(images), atol=1e-5, rtol=0)
+
+
+def test_nic_quarters_average_four_fields(tmp_path):
+    path = save_nic(tmp_path / "n.safetensors")
+    whole, quarters = load_embedder(f"nic:{path}"), load_embedder(f"nic-quarters:{path}")
+    images = random_images(2, 256, 256)
+    corners = [images[..., y : y + 128, x : x + 128] for y in (0, 128) for x in (0, 128)]
+    expected = torch.stack([whole.embed(corner) for corner in corners]).mean(0)
+    torch.testing.assert_close(quarters.embed(images), expected, atol=1e-5, rtol=0)
+    assert whole.card.rule != quarters.card.rule
+    assert whole.card.weights_id == quarters.card.weights_id
+
+
+@pytest.mark.parametrize(("rule", "edge"), [("nic", 63), ("nic-quarters", 127)])
+def test_nic_refuses_pictures_too_small_for_a_field(tmp_path, rule, edge):
+    embedder = load_embedder(f"{rule}:{save_nic(tmp_path / 'n.safetensors')}")
+    with pytest.raises(ShapeError, match=f"{edge}x{edge} px"):
+        embedder.embed(random_images(1, edge, edge))
+
+
+def jpeg(pixels: np.ndarray, quality: int) -> np.ndarray:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=quality)
+    return np.asarray(Image.open(buffer))
+
+
+@pytest.mark.assets
+@pytest.mark.parametrize("rule", ["nic", "nic-quarters"])
+@pytest.mark.parametrize("name", ["encoder_bigan", "encoder_multitask-4"])
+def test_pathology_encoders_find_a_patch_in_its_jpeg(assets, name, rule):
+    """A patch and its JPEG are nearer than any two fields of different patients' tissue."""
+    embedder = load_embedder(f"{rule}:{assets}/features/nic_pathology/{name}.safetensors")
+    files = sorted((assets / "tiles" / "tcga_gbm").rglob("*.png"))[::6]
+    pixels = [np.asarray(Image.open(file).convert("RGB"))[:256, :256] for file in files]
+    images = torch.cat([as_images(p) for p in pixels])
+    originals = embedder.embed(images)
+    copies = embedder.embed(torch.cat([as_images(jpeg(p, 75)) for p in pixels]))
+    similarity = torch.cosine_similarity(originals[:, None], copies[None], dim=-1)
+    assert originals.shape == (6, 128) and torch.equal(originals, embedder.embed(images))
+    assert (similarity.argmax(1) == torch.arange(6)).all() and similarity.diagonal().min() > 0.8

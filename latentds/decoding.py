@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from latentds.autoencoders import load_autoencoder
+from latentds.autoencoders import load_autoencoder, load_for_decoding
 from latentds.autoencoders.base import Autoencoder, NetworkAutoencoder, check_decoder
 from latentds.autoencoders.cards import CARDS
 from latentds.errors import WeightsError
@@ -218,6 +218,7 @@ def find_autoencoder(
 ) -> Autoencoder:
     """The autoencoder to decode a set with: the recorded one, or the one given.
 
+    given   object, name or path of an autoencoder; or a decoder's folder, or its name on the Hub
     raises  ContractError where it reads other latents, WeightsError where none is recorded
     """
     contract = shards.manifest.contract
@@ -227,11 +228,12 @@ def find_autoencoder(
         if name not in CARDS:
             raise WeightsError(
                 f"{shards.folder}: made with a local autoencoder {name!r}; pass its folder "
-                "(autoencoder=... in Python, --autoencoder on the command line)"
+                "(autoencoder=... in Python, --autoencoder on the command line), or a decoder of "
+                "the same latents"
             )
         autoencoder = load_autoencoder(name)
     elif isinstance(given, (str, os.PathLike)):
-        autoencoder = load_autoencoder(given)
+        autoencoder = load_for_decoding(given)
     else:
         autoencoder = given
     check_decoder(autoencoder.card, contract.latent_id, str(shards.folder))

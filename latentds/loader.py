@@ -41,6 +41,8 @@ class LatentLoader:
                   (batch.codes, uint8)
     autoencoder   object, name or path whose decoder is used instead of the recorded one; it must
                   read the same latent_id
+    decoder       the same, meant for a decoder alone: its folder, its training run's folder, or
+                  ORG/NAME[@REVISION] on the Hub
     dtype         of decoder and images: float32, or bfloat16 for speed
     decode_chunk  patches decoded at once, to bound the decoder's memory; None decodes the batch
                   whole, and half of it should memory run out
@@ -71,6 +73,7 @@ class LatentLoader:
         num_workers: int = 0,
         decode: str = "pixels",
         autoencoder: Autoencoder | str | os.PathLike[str] | None = None,
+        decoder: Autoencoder | str | os.PathLike[str] | None = None,
         decode_device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
         decode_chunk: int | None = None,
@@ -91,6 +94,8 @@ class LatentLoader:
     ) -> None:
         if decode not in ("pixels", "latents", "codes"):
             raise ValueError(f"decode={decode!r}; one of 'pixels', 'latents', 'codes'")
+        if autoencoder is not None and decoder is not None:
+            raise ValueError("autoencoder= and decoder= both name what decodes; pass one of them")
         self.dataset = LatentDataset(
             folder,
             split,
@@ -126,7 +131,7 @@ class LatentLoader:
             compile=compile,
             cuda_graph=cuda_graph,
         )
-        self.decoder = self.make_decoder(autoencoder, options)
+        self.decoder = self.make_decoder(autoencoder if decoder is None else decoder, options)
         self.stage: DecodeStage | None = None
         if self.decode_device.type == "cuda":
             self.stage = self.make_stage(static, CudaLanes(self.decode_device))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from latentds.autoencoders import load_autoencoder
+from latentds.autoencoders import load_autoencoder, load_for_decoding
 from latentds.autoencoders.base import Autoencoder, check_decoder
 from latentds.columns import MASK_SCHEMA, decode_table
 from latentds.errors import FormatError, LatentdsError
@@ -268,5 +268,5 @@ def find_decoder(
     if given is None:
         return load_autoencoder(str(recorded)) if recorded in CARDS else None
     if isinstance(given, (str, os.PathLike)):
-        return load_autoencoder(given)
+        return load_for_decoding(given)
     return given

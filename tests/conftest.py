@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image
 from latentds.conversion.config import ConvertConfig
 from latentds.conversion.pipeline import convert
 from tests.fakes import MeanAutoencoder
+from tests.hub_server import HubServer, hub_serving
 
 EDGE = 32
 
@@ -70,3 +72,30 @@ def assets() -> Path:
     if not folder or not Path(folder).is_dir():
         pytest.skip("LATENTDS_ASSETS names no folder")
     return Path(folder)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
+    """The real client pointed at a local server, a write token set, the Xet path off."""
+    import huggingface_hub.utils._http as http
+    from huggingface_hub import constants
+
+    import latentds.transport
+
+    class Clock:  # the client's waits between tries, up to 8 s, cut short
+        sleep = staticmethod(lambda _: None)
+
+        def __getattr__(self, name):
+            return getattr(__import__("time"), name)
+
+    monkeypatch.setattr(http, "time", Clock())
+    monkeypatch.setattr(latentds.transport, "FIRST_DELAY_S", 0.01)
+    with hub_serving() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        template = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+        monkeypatch.setenv("HF_TOKEN", "hf_write")
+        monkeypatch.setenv("LATENTDS_CACHE", str(tmp_path / "cache"))
+        yield server

@@ -1,4 +1,4 @@
-"""A real HTTP server that speaks as much of the Hub's API as data sets need, and can misbehave."""
+"""A real HTTP server that speaks what data sets and decoders need of the Hub's API; misbehaves."""
 
 from __future__ import annotations
 
@@ -222,20 +222,21 @@ class Handler(Writing, BaseHTTPRequestHandler):
 
 
 NAME = r"([\w.-]+/[\w.-]+)"
+KIND = "(?:datasets|models)"  # names are not kept apart by kind: no test has one name twice
 ROUTES = [
     ("GET", "/api/whoami-v2", "whoami"),
     ("POST", "/api/repos/create", "create"),
     ("POST", "/api/validate-yaml", "validate"),
-    ("POST", f"/api/datasets/{NAME}/branch/(.+)", "branch"),
-    ("GET", f"/api/datasets/{NAME}", "info"),
-    ("GET", f"/api/datasets/{NAME}/revision/(.+)", "info"),
-    ("GET", rf"/api/datasets/{NAME}/tree/(refs/pr/\d+|[^/]+)(?:/(.+))?", "tree"),
-    ("POST", f"/api/datasets/{NAME}/paths-info/(.+)", "paths_info"),
-    ("POST", f"/api/datasets/{NAME}/preupload/(.+)", "preupload"),
-    ("POST", f"/api/datasets/{NAME}/commit/(.+)", "commit"),
-    ("POST", f"/datasets/{NAME}.git/info/lfs/objects/batch", "batch"),
+    ("POST", f"/api/{KIND}/{NAME}/branch/(.+)", "branch"),
+    ("GET", f"/api/{KIND}/{NAME}", "info"),
+    ("GET", f"/api/{KIND}/{NAME}/revision/(.+)", "info"),
+    ("GET", rf"/api/{KIND}/{NAME}/tree/(refs/pr/\d+|[^/]+)(?:/(.+))?", "tree"),
+    ("POST", f"/api/{KIND}/{NAME}/paths-info/(.+)", "paths_info"),
+    ("POST", f"/api/{KIND}/{NAME}/preupload/(.+)", "preupload"),
+    ("POST", f"/api/{KIND}/{NAME}/commit/(.+)", "commit"),
+    ("POST", f"/(?:datasets/)?{NAME}.git/info/lfs/objects/batch", "batch"),
     ("PUT", "/large/([0-9a-f]{64})", "put"),
-    ("*", rf"/datasets/{NAME}/resolve/(refs/pr/\d+|[^/]+)/(.+)", "resolve"),
+    ("*", rf"/(?:datasets/)?{NAME}/resolve/(refs/pr/\d+|[^/]+)/(.+)", "resolve"),
 ]
 
 

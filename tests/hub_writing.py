@@ -7,7 +7,7 @@ import hashlib
 import json
 from typing import Any
 
-LARGE = (".tar", ".npy", ".parquet", ".png")  # as the Hub's default .gitattributes
+LARGE = (".tar", ".npy", ".parquet", ".png", ".safetensors")  # as the Hub's default .gitattributes
 
 
 def git_blob(content: bytes) -> str:
@@ -19,6 +19,7 @@ class Writing:
 
     server: Any
     query: dict[str, list[str]]
+    path: str
 
     def may_write(self, name: str, revision: str = "") -> bool:
         """Owners may; anybody who is logged in may open a pull request and add to it."""
@@ -33,7 +34,8 @@ class Writing:
         name = f"{wanted['organization']}/{wanted['name']}"
         if not self.may_write(name):
             return
-        url = f"{self.server.url}/datasets/{name}"
+        place = "" if wanted.get("type", "model") == "model" else "datasets/"
+        url = f"{self.server.url}/{place}{name}"
         if name in self.server.repos:
             return self.answer(409, {"error": "You already created this repo", "url": url})
         private = wanted.get("private") or wanted.get("visibility") == "private"
@@ -124,6 +126,7 @@ class Writing:
         oid = repo.commit(
             f"refs/pr/{number}" if "create_pr" in self.query else revision, tree, header["summary"]
         )
-        base = f"{self.server.url}/datasets/{name}"
+        place = "datasets/" if self.path.startswith("/api/datasets/") else ""
+        base = f"{self.server.url}/{place}{name}"
         answer = {"commitUrl": f"{base}/commit/{oid}", "commitOid": oid, "success": True}
         self.answer(200, answer | {"pullRequestUrl": f"{base}/discussions/{number}"})

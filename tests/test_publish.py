@@ -16,7 +16,6 @@ import pytest
 from huggingface_hub import constants
 from latentds_tools import cli
 
-import latentds.transport
 from latentds.cache import CacheConfig
 from latentds.errors import FormatError, InputError, UnknownNameError
 from latentds.format import GOLDEN, MANIFEST
@@ -29,32 +28,10 @@ from latentds.loader import LatentLoader
 from latentds.manifest import read_manifest
 from latentds.verification import verify
 from tests.bad_shards import edit_manifest, flip_bit
-from tests.hub_server import hub_serving
 
 NAME = "org/name"
 SHARD = "data/train-000000.tar"
 CC0 = Publication(repository=NAME, licence="cc0-1.0")
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """The real client pointed at a local server, a write token set, the Xet path off."""
-    import huggingface_hub.utils._http as http
-
-    class Clock:  # the client's waits between tries, up to 8 s, cut short
-        sleep = staticmethod(lambda _: None)
-
-        def __getattr__(self, name):
-            return getattr(__import__("time"), name)
-
-    monkeypatch.setattr(http, "time", Clock())
-    monkeypatch.setattr(latentds.transport, "FIRST_DELAY_S", 0.01)
-    with hub_serving() as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setenv("HF_TOKEN", "hf_write")
-        monkeypatch.setenv("LATENTDS_CACHE", str(tmp_path / "cache"))
-        yield server
 
 
 def published_codes(folder: str, cache: Path) -> list[list[int]]:

@@ -24,6 +24,7 @@ COMMANDS = {
     "show": ("show", "write a page of decoded patches with their columns"),
     "upload": ("upload", "copy a data set to an object store, the manifest last"),
     "publish": ("publish", "put a data set on the Hub, with a card and a preview"),
+    "publish-decoder": ("publish_decoder", "put a decoder on the Hub, with a card"),
     "fetch": ("fetch", "fetch a published data set into a folder, checked by its hashes"),
     "merge": ("merge", "one data set of several of the same latents, codebooks side by side"),
     "repack": ("repack", "the same codes in other packs, order or splits, slides left out"),
@@ -42,7 +43,7 @@ COMMANDS = {
     "bench container": ("bench_container", "container overhead for patch and pack sizes"),
     "bench fidelity": (
         "bench_fidelity",
-        "an autoencoder beside JPEG, WebP and AVIF at equal bytes",
+        "what codecs and autoencoders keep of patches, at how many bytes",
     ),
 }
 

@@ -31,8 +31,8 @@ class Config:
     """Condition on label, slide, patient, x, y, mpp, size_px, as in "label == 'TUM'"."""
     slides: Path | None = None
     """Text file of slide names, one a line, to take only those."""
-    autoencoder: str | None = None
-    """Name or folder of the decoder, where the recorded one is local or another is wanted."""
+    autoencoder: Annotated[str | None, tyro.conf.arg(aliases=["--decoder"])] = None
+    """Name, folder or ORG/NAME of the decoder, where the recorded one is local or not wanted."""
     device: str = "auto"
     """cpu, cuda, ...; auto takes a GPU where there is one."""
     overwrite: bool = False

@@ -68,7 +68,7 @@ def run(config: Config) -> None:
     )
     for warning in result.warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    summary = summarize(result)
+    summary = result.summary()
     print(json.dumps(summary, indent=1) if config.json else as_text(summary))
 
 
@@ -86,22 +86,6 @@ def publication(config: Config) -> Any:
         citation=config.citation.read_text() if config.citation else "",
         notes=config.notes.read_text() if config.notes else "",
     )
-
-
-def summarize(result: Any) -> dict[str, Any]:
-    """What `--json` prints."""
-    plan = result.plan
-    return {
-        "url": result.url,
-        "commit": result.commit,
-        "files": len(plan.contents),
-        "bytes": sum(plan.size(path) for path in plan.contents),
-        "sent" if result.commit else "to_send": {path: plan.size(path) for path in plan.missing},
-        "already_there": [path for path in plan.contents if path not in plan.missing],
-        "removed" if result.commit else "to_remove": plan.deleted,
-        "checksums_compared": result.checked,
-        "warnings": list(result.warnings),
-    }
 
 
 def as_text(summary: dict[str, Any]) -> str:

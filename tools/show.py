@@ -22,8 +22,8 @@ class Config:
     count: int = 48
     """Patches, drawn by --seed."""
     seed: int = 0
-    autoencoder: str | None = None
-    """Name or folder of the decoder, where the recorded one is local or another is wanted."""
+    autoencoder: Annotated[str | None, tyro.conf.arg(aliases=["--decoder"])] = None
+    """Name, folder or ORG/NAME of the decoder, where the recorded one is local or not wanted."""
     overwrite: bool = False
     """Replace --out where it is there."""
 

@@ -22,8 +22,8 @@ class Config:
     """Folder of a data set."""
     level: Literal["manifest", "sha256", "members", "golden"] = "golden"
     """How far to go; each level includes the ones before it."""
-    autoencoder: str | None = None
-    """Name or folder of the decoder for the golden patches, where the recorded one is local."""
+    autoencoder: Annotated[str | None, tyro.conf.arg(aliases=["--decoder"])] = None
+    """Name, folder or ORG/NAME of the decoder to check with, where the recorded one is local."""
     json: bool = False
     """Print JSON."""
 

@@ -32,6 +32,7 @@ class AutoencoderCard:
     gated       whether the Hub asks for a login and an accepted licence
     latent_id   what the latents mean; empty until the weights are loaded
     decoder_id  hash of the decoder; empty until the weights are loaded
+    encoder     name of the autoencoder whose encoder makes the latents; empty where it is this one
     """
 
     name: str
@@ -45,10 +46,14 @@ class AutoencoderCard:
     gated: bool = False
     latent_id: str = ""
     decoder_id: str = ""
+    encoder: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return dataclasses.asdict(self)
+        """Plain JSON values; `encoder` only where it tells something."""
+        values = dataclasses.asdict(self)
+        if not self.encoder:
+            del values["encoder"]
+        return values
 
 
 class Autoencoder(Protocol):
@@ -165,6 +170,20 @@ def latent_identity(encoder_tensors: Mapping[str, Tensor], input_range: tuple[in
         "shift": 0,
     }
     return hash_tensors(encoder_tensors, facts)
+
+
+def last_layer(decoder: nn.Module) -> nn.Parameter:
+    """Weight of a decoder's last convolution before the pixels.
+
+    The one registered last: true of every decoder here. The adaptive weight of an adversarial loss
+    needs it (taming-transformers, VQGAN).
+    """
+    convolutions = [module for module in decoder.modules() if isinstance(module, nn.Conv2d)]
+    if not convolutions:
+        raise ShapeError(f"{type(decoder).__name__}: a decoder without a convolution")
+    weight = convolutions[-1].weight
+    assert isinstance(weight, nn.Parameter)
+    return weight
 
 
 def check_decoder(card: AutoencoderCard, latent_id: str, where: str) -> None:

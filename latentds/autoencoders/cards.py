@@ -31,8 +31,8 @@ CARDS = {
         licence="Stability AI Community License",
         gated=True,
     ),
-    # No commit of the two DC-AE repositories could be confirmed offline: the commit that was loaded
-    # is resolved from the Hub and recorded, and latent_id pins the weights themselves.
+    # No commit of the repositories without a revision could be confirmed offline: the commit that
+    # was loaded is resolved from the Hub and recorded, and latent_id pins the weights themselves.
     "dcae-f32": AutoencoderCard(
         name="dcae-f32",
         class_name="AutoencoderDC",
@@ -58,5 +58,44 @@ CARDS = {
         factor=8,
         licence="MIT",
     ),
+    "taesd3": AutoencoderCard(
+        name="taesd3",
+        class_name="AutoencoderTiny",
+        repository="madebyollin/taesd3",
+        channels=16,
+        factor=8,
+        licence="MIT",
+    ),
+    # The weights of Yellapragada et al. 2025: decoders fine-tuned on pathology, encoders as they
+    # were, so latent_id should be the base's; it is computed from what is loaded, as everywhere.
+    # Their model cards state no licence and do not say which of the two DC-AE is the base.
+    "sd15-path": AutoencoderCard(
+        name="sd15-path",
+        class_name="AutoencoderKL",
+        repository="StonyBrook-CVLab/sd-vae-ft-ema-path",
+        channels=4,
+        factor=8,
+        licence="unknown (fine-tuned from weights under MIT)",
+    ),
+    "sd3-path": AutoencoderCard(
+        name="sd3-path",
+        class_name="AutoencoderKL",
+        repository="StonyBrook-CVLab/sd-3.5-large-vae-path",
+        channels=16,
+        factor=8,
+        licence="unknown (fine-tuned from weights under Stability AI Community License)",
+    ),
+    "dcae-f32-path": AutoencoderCard(
+        name="dcae-f32-path",
+        class_name="AutoencoderDC",
+        repository="StonyBrook-CVLab/dc-ae-f32c32-path",  # in efficientvit's format
+        channels=32,
+        factor=32,
+        licence="unknown (fine-tuned from weights under Apache-2.0)",
+    ),
 }
-ALIASES = {"tiny": "tiny-v1"}
+# Repositories are names too; a card with a subfolder is one part of its repository.
+ALIASES = {"tiny": "tiny-v1"} | {
+    card.repository: name for name, card in CARDS.items() if card.repository and not card.subfolder
+}
+SHORT_NAMES = [name for name in (*CARDS, *ALIASES) if "/" not in name]

@@ -8,49 +8,95 @@ never touches what is stored.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from latentds.autoencoders import efficientvit_keys
 from latentds.autoencoders.base import (
     AutoencoderCard,
     NetworkAutoencoder,
     hash_tensors,
     latent_identity,
 )
+from latentds.autoencoders.decoders import check_placed
+from latentds.autoencoders.downloads import download
 from latentds.errors import WeightsError, missing_extra, unknown_name
 
 CLASSES = ("AutoencoderKL", "AutoencoderDC", "AutoencoderTiny")
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "diffusion_pytorch_model.safetensors"
+# What diffusers raises for configs and weights that do not fit.
+LOAD_ERRORS = (OSError, ValueError, RuntimeError, TypeError)
 
 
 class DiffusersEncoder(nn.Module):
-    """Images (B, 3, H, W) in [0, 1] to unscaled latents; the mean where there is a posterior."""
+    """Images (B, 3, H, W) in [0, 1] to unscaled latents; the mean where there is a posterior.
+
+    Holds the encoder half of the network and nothing of the decoder.
+    """
 
     def __init__(self, network: Any) -> None:
         super().__init__()
-        self.network = network
+        self.encoder: nn.Module = network.encoder
+        self.quant_conv: nn.Module | None = getattr(network, "quant_conv", None)
+        self.has_posterior = type(network).__name__ == "AutoencoderKL"
 
     def forward(self, images: Tensor) -> Tensor:
-        output = self.network.encode(images * 2 - 1)
-        if hasattr(output, "latent_dist"):
-            mean: Tensor = output.latent_dist.mode()
-            return mean
-        latents: Tensor = output.latent if hasattr(output, "latent") else output.latents
-        return latents
+        latents: Tensor = self.encoder(images * 2 - 1)
+        if self.quant_conv is not None:
+            latents = self.quant_conv(latents)
+        return latents.chunk(2, dim=1)[0] if self.has_posterior else latents
 
 
 class DiffusersDecoder(nn.Module):
-    """Latents to images, nominally in [0, 1]."""
+    """Latents to images, nominally in [0, 1].
+
+    Holds the decoder half of the network: its parameters are what fine-tuning trains, their names
+    are the network's own.
+
+    architecture  what builds it again: {"class": ..., "config": ...}
+    """
 
     def __init__(self, network: Any) -> None:
         super().__init__()
-        self.network = network
+        self.post_quant_conv: nn.Module | None = getattr(network, "post_quant_conv", None)
+        self.decoder: nn.Module = network.decoder
+        known = inspect.signature(type(network).__init__).parameters
+        config = {key: value for key, value in network.config.items() if key in known}
+        self.architecture = {"class": type(network).__name__, "config": config}
 
     def forward(self, latents: Tensor) -> Tensor:
-        images: Tensor = self.network.decode(latents).sample
+        if self.post_quant_conv is not None:
+            latents = self.post_quant_conv(latents)
+        images: Tensor = self.decoder(latents)
         return images / 2 + 0.5
+
+
+def build_decoder(class_name: str, config: dict[str, Any]) -> DiffusersDecoder:
+    """The decoder half of a diffusers network, with random weights, on torch's default device.
+
+    raises  what diffusers raises for a config that does not fit; MissingExtraError
+    """
+    network_class = find_class(class_name)
+    unknown = set(config) - set(inspect.signature(network_class.__init__).parameters)
+    if unknown:
+        raise ValueError(f"{class_name} of this diffusers knows no {sorted(unknown)[0]!r}")
+    return DiffusersDecoder(network_class(**config))
+
+
+def find_class(class_name: str) -> Any:
+    """A diffusers class by its name, one of CLASSES."""
+    if class_name not in CLASSES:
+        raise unknown_name("diffusers class", class_name, CLASSES)
+    try:
+        import diffusers
+    except ImportError as error:
+        raise missing_extra("diffusers", "autoencoders") from error
+    return getattr(diffusers, class_name)
 
 
 def load_from_hub(card: AutoencoderCard) -> NetworkAutoencoder:
@@ -61,39 +107,38 @@ def load_from_hub(card: AutoencoderCard) -> NetworkAutoencoder:
 
 
 def fetch(card: AutoencoderCard) -> tuple[Path, str]:
-    """Download a card's config and safetensors; returns their folder and the commit they are of."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    """Download a card's config and safetensors; returns their folder and the commit they are of.
 
-    prefix = f"{card.subfolder}/" if card.subfolder else ""
-    file = ""
-    try:
-        for file in (f"{prefix}config.json", f"{prefix}diffusion_pytorch_model.safetensors"):
-            path = Path(hf_hub_download(card.repository or "", file, revision=card.revision))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise WeightsError(fetch_advice(card, file, error)) from error
-    parts = path.parts
-    commit = parts[parts.index("snapshots") + 1] if "snapshots" in parts else str(card.revision)
-    return path.parent, commit
-
-
-def fetch_advice(card: AutoencoderCard, file: str, error: Exception) -> str:
-    """Which file is missing, and the ways to get it."""
+    A DC-AE may lie there as efficientvit writes it: with another config, or with none.
+    """
+    repository, prefix = card.repository or "", f"{card.subfolder}/" if card.subfolder else ""
+    config, weights = f"{prefix}{CONFIG_FILE}", f"{prefix}{WEIGHTS_FILE}"
+    others = f"{prefix}{efficientvit_keys.WEIGHTS_FILE}"
     login = (
         f"It is gated: accept its licence on the Hub page of {card.repository}, "
         "then run 'hf auth login'. "
         if card.gated
         else ""
     )
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return (
-        f"cannot get {file} of {card.repository} at {card.revision or 'main'} ({reason}). {login}"
-        "Without the Hub, copy the repository's folder here and pass its path as the autoencoder."
+    advice = (
+        f"{login}Without the Hub, copy the repository's folder here and pass its path as the "
+        "autoencoder."
     )
+    try:
+        folder, _ = download(repository, [config], card.revision, advice)
+    except WeightsError as error:
+        if card.class_name != "AutoencoderDC":
+            raise
+        try:
+            return download(repository, [others], card.revision, advice)
+        except WeightsError:
+            raise error from None
+    weights = weights if "_class_name" in read_config(folder) else others
+    return download(repository, [config, weights], card.revision, advice)
 
 
 def load_folder(path: Path) -> NetworkAutoencoder:
-    """A diffusers folder of class KL, DC or Tiny."""
+    """A diffusers folder of class KL, DC or Tiny, or a DC-AE's as efficientvit writes it."""
     network = load_network(path)
     card = AutoencoderCard(
         name=path.resolve().name,
@@ -105,34 +150,72 @@ def load_folder(path: Path) -> NetworkAutoencoder:
 
 def load_network(folder: Path) -> nn.Module:
     """The diffusers network of a folder, fp32, from safetensors only."""
-    try:
-        class_name = json.loads((folder / "config.json").read_text())["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    config = read_config(folder)
+    class_name = config.get("_class_name")
+    if class_name in (None, "AutoencoderDC"):
+        weights = efficientvit_keys.find_weights(folder)
+        if weights:
+            return load_efficientvit(weights, config)
+    if class_name is None:
         raise WeightsError(
-            f"{folder}/config.json: no _class_name; not a diffusers model"
-        ) from error
-    if class_name not in CLASSES:
-        raise unknown_name("diffusers class", str(class_name), CLASSES)
+            f"{folder}: no {CONFIG_FILE} with a _class_name of diffusers ({', '.join(CLASSES)}), "
+            f"and no DC-AE in efficientvit's format ({efficientvit_keys.WEIGHTS_FILE})"
+        )
+    network_class = find_class(str(class_name))
     try:
-        import diffusers
-    except ImportError as error:
-        raise missing_extra("diffusers", "autoencoders") from error
-    try:
-        network = getattr(diffusers, class_name).from_pretrained(
+        network = network_class.from_pretrained(
             folder, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False
         )
-    except (OSError, ValueError, RuntimeError, TypeError) as error:
+    except LOAD_ERRORS as error:
         reason = " ".join(str(error).split())[:300]
         raise WeightsError(f"{folder}: cannot load {class_name} ({reason})") from error
     module: nn.Module = network.float()
     return module
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """What a folder's config.json says, nothing where there is none."""
+    path = folder / CONFIG_FILE
+    try:
+        config = json.loads(path.read_text()) if path.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{path}: cannot be read as JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise WeightsError(f"{path}: not a JSON object; no diffusers model")
+    return config
+
+
+def load_efficientvit(weights: Path, config: dict[str, Any]) -> nn.Module:
+    """An AutoencoderDC, fp32, of weights named as efficientvit names them.
+
+    config  of the class, where one of diffusers lies beside them; else it is the f32c32 network
+    """
+    network_class = find_class("AutoencoderDC")
+    known = inspect.signature(network_class.__init__).parameters
+    options = {key: value for key, value in config.items() if key in known}
+    try:
+        with torch.device("meta"):
+            network = network_class(**(options or efficientvit_keys.F32C32))
+    except LOAD_ERRORS as error:
+        raise WeightsError(f"{weights.parent / CONFIG_FILE}: no AutoencoderDC ({error})") from error
+    tensors = efficientvit_keys.read_converted(weights)
+    try:
+        check_placed(
+            network.state_dict(), {n: list(t.shape) for n, t in tensors.items()}, str(weights)
+        )
+    except WeightsError as error:
+        raise WeightsError(
+            f"{error}; of another DC-AE than f32c32 put diffusers' config.json beside it"
+        ) from error
+    network.load_state_dict(tensors, assign=True)
+    module: nn.Module = network.float()
+    return module
+
+
 def wrap(network: Any, card: AutoencoderCard) -> NetworkAutoencoder:
     """The network behind the library's protocol, identities and geometry on its card."""
-    tensors = network.state_dict()
-    encoder = {n: t for n, t in tensors.items() if n.startswith(("encoder.", "quant_conv."))}
-    decoder = {n: t for n, t in tensors.items() if n not in encoder}
+    halves = DiffusersEncoder(network), DiffusersDecoder(network)
+    encoder = halves[0].state_dict()
     input_range = (-1, 1)
     if card.class_name == "AutoencoderTiny":
         # The class maps [-1, 1] back to TAESD's [0, 1]; so hashed, both kinds of file give one
@@ -143,9 +226,9 @@ def wrap(network: Any, card: AutoencoderCard) -> NetworkAutoencoder:
         card,
         **geometry(network.config, card.class_name),
         latent_id=latent_identity(encoder, input_range),
-        decoder_id=hash_tensors(decoder, {}),
+        decoder_id=hash_tensors(halves[1].state_dict(), {}),
     )
-    return NetworkAutoencoder(card, DiffusersEncoder(network), DiffusersDecoder(network))
+    return NetworkAutoencoder(card, *halves)
 
 
 def geometry(config: Any, class_name: str) -> dict[str, Any]:

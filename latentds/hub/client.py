@@ -1,4 +1,4 @@
-"""A data set's repository on the Hub: who may write, what is there, commits; errors a user can use.
+"""A repository on the Hub: who may write, what is there, commits; errors a user can use.
 
 The calls are those that huggingface_hub 1.x and 2.x both have: create_commit sends what is missing
 of its files first, in either (upload_large_folder is gone from 2.x).
@@ -63,27 +63,29 @@ def digest(content: Path | bytes, hasher: hashlib._Hash) -> str:
 
 
 class Repository:
-    """A repository of type dataset.
+    """A repository.
 
     name      ORG/NAME
     revision  branch, or refs/pr/N; a pull request that is opened becomes the revision
+    kind      "dataset" or "model"
     head      commit the next one is to follow; None until `files` has found it
     """
 
-    def __init__(self, name: str, revision: str | None = None) -> None:
+    def __init__(self, name: str, revision: str | None = None, kind: str = "dataset") -> None:
         if not NAME.fullmatch(name):
             raise InputError(f"{name!r} is not ORG/NAME on the Hub")
         self.name, self.revision = name, revision or "main"
         self.head: str | None = None
         self.pull_request: str | None = None
         self.api = HfApi()
-        self.options = {"repo_id": name, "repo_type": "dataset"}
+        self.options = {"repo_id": name, "repo_type": kind}
 
     @property
     def url(self) -> str:
         """Where people look at it."""
         tree = "" if self.revision == "main" else f"/tree/{self.revision}"
-        return self.pull_request or f"{self.api.endpoint}/datasets/{self.name}{tree}"
+        place = "datasets/" if self.options["repo_type"] == "dataset" else ""
+        return self.pull_request or f"{self.api.endpoint}/{place}{self.name}{tree}"
 
     def check_login(self) -> str:
         """Name of the user whose token is used; InputError where it cannot write."""

@@ -57,7 +57,7 @@ def licence_warnings(manifest: Manifest, identifier: str) -> list[str]:
         lines.append(
             f"the autoencoder {name} is non-commercial ({licence}); so is decoding with it"
         )
-    if licence == "unknown":
+    if licence.startswith("unknown"):
         lines.append(f"the licence of the autoencoder {name} is not recorded; say it in --notes")
     if card.get("gated"):
         lines.append(

@@ -61,16 +61,22 @@ def make_plan(
     is_other = MANIFEST in remote and found != manifest.dataset_id
     foreign = [MANIFEST, *foreign] if is_other else foreign
     if foreign and not overwrite:
-        what = f"{len(foreign)} file(s) of something else"
-        what = f"the data set {found}" if found and is_other else what
-        shown = ", ".join(foreign[:SHOWN]) + (", ..." if len(foreign) > SHOWN else "")
-        raise InputError(
-            f"{repository.name}@{repository.revision}: holds {what} ({shown}); choose another "
-            "repository or --revision, or pass --overwrite to replace it (its history keeps it)"
+        raise holds_other(
+            repository, foreign, f"the data set {found}" if found and is_other else ""
         )
     # Without its manifest nobody takes what is half replaced for the old set.
     deleted = [path for path in foreign if path not in contents or path == MANIFEST]
     return dataclasses.replace(plan, missing=missing, deleted=deleted)
+
+
+def holds_other(repository: Repository, foreign: list[str], what: str = "") -> InputError:
+    """The error for a repository that holds something else; `what`, where that is known."""
+    shown = ", ".join(foreign[:SHOWN]) + (", ..." if len(foreign) > SHOWN else "")
+    return InputError(
+        f"{repository.name}@{repository.revision}: holds "
+        f"{what or f'{len(foreign)} file(s) of something else'} ({shown}); choose another "
+        "repository or --revision, or pass --overwrite to replace it (its history keeps it)"
+    )
 
 
 def find_foreign(

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from latentds.errors import FormatError, InputError
 from latentds.format import MANIFEST
 from latentds.golden import read_golden
 from latentds.hub.card import hub_card
-from latentds.hub.client import Repository
+from latentds.hub.client import HubFile, Repository
 from latentds.hub.licences import check_licence, licence_warnings
 from latentds.hub.plan import README, Plan, make_plan
 from latentds.hub.preview import PREVIEW, make_preview
@@ -42,6 +43,21 @@ class Published:
     plan: Plan
     warnings: tuple[str, ...]
     checked: int = 0
+
+    def summary(self) -> dict[str, Any]:
+        """What the tools print, as plain JSON values."""
+        plan, is_done = self.plan, self.commit is not None
+        return {
+            "url": self.url,
+            "commit": self.commit,
+            "files": len(plan.contents),
+            "bytes": sum(plan.size(path) for path in plan.contents),
+            "sent" if is_done else "to_send": {path: plan.size(path) for path in plan.missing},
+            "already_there": [path for path in plan.contents if path not in plan.missing],
+            "removed" if is_done else "to_remove": plan.deleted,
+            "checksums_compared": self.checked,
+            "warnings": list(self.warnings),
+        }
 
 
 def publish(
@@ -76,6 +92,25 @@ def publish(
     warnings = tuple(licence_warnings(manifest, identifier))
     contents = gather(Path(folder), manifest, publication, warnings)
     warnings += tuple(edited_card(Path(folder), manifest))
+    remote = have_repository(repository, private, dry_run)
+    plan = make_plan(repository, manifest, contents, remote, overwrite)
+    if dry_run:
+        return Published(url=repository.url, commit=None, plan=plan, warnings=warnings)
+    send(repository, plan, {shard.name for shard in manifest.shards}, pull_request, tell)
+    tell("comparing checksums")
+    checked = compare(repository, plan)
+    return Published(
+        url=repository.url, commit=repository.head, plan=plan, warnings=warnings, checked=checked
+    )
+
+
+def have_repository(
+    repository: Repository, private: bool, dry_run: bool = False
+) -> dict[str, HubFile]:
+    """What the repository holds; it is made where it is not there, unless nothing may be written.
+
+    raises  InputError without login or rights, or where it is public and may not be
+    """
     if not dry_run:
         repository.check_login()
     remote = repository.files()
@@ -87,15 +122,7 @@ def publish(
             f"{repository.name}: is public, --private was asked for; make it private in its "
             "settings first, or choose another name"
         )
-    plan = make_plan(repository, manifest, contents, remote or {}, overwrite)
-    if dry_run:
-        return Published(url=repository.url, commit=None, plan=plan, warnings=warnings)
-    send(repository, plan, manifest, pull_request, tell)
-    tell("comparing checksums")
-    checked = compare(repository, plan)
-    return Published(
-        url=repository.url, commit=repository.head, plan=plan, warnings=warnings, checked=checked
-    )
+    return remote or {}
 
 
 def check_folder(folder: Path) -> Manifest:
@@ -134,14 +161,13 @@ def edited_card(folder: Path, manifest: Manifest) -> Iterator[str]:
 def send(
     repository: Repository,
     plan: Plan,
-    manifest: Manifest,
+    bulk: Collection[str],
     pull_request: bool,
     tell: Callable[[str], None],
 ) -> None:
-    """Make the commits: what is to go, shards in batches, then everything else at once."""
-    shards = {shard.name for shard in manifest.shards}
-    batches = [*batched([path for path in plan.missing if path in shards], plan.size)]
-    batches += [[path for path in plan.missing if path not in shards]]
+    """Make the commits: what is to go, `bulk` in batches, then everything else at once."""
+    batches = [*batched([path for path in plan.missing if path in bulk], plan.size)]
+    batches += [[path for path in plan.missing if path not in bulk]]
     steps: list[tuple[list[str], list[str]]] = [([], plan.deleted), *((b, []) for b in batches)]
     steps = [step for step in steps if step[0] or step[1]]
     for number, (paths, deleted) in enumerate(steps, 1):

@@ -1,0 +1,129 @@
+"""Decoders by a description in JSON: a closed list of classes, built on the meta device.
+
+Nothing is allocated for a description: its shapes are compared with the tensors of a file first, so
+a foreign decoder.json costs no more memory than its file has bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from latentds.autoencoders.base import NetworkAutoencoder
+from latentds.autoencoders.students import STUDENTS, Student, build_student
+from latentds.autoencoders.taesd import Clamp, build_decoder, has_pool
+from latentds.autoencoders.tiny import TinyDecoder
+from latentds.errors import WeightsError, unknown_name
+
+CELLS = 4  # latent cells each way of the trial that tells a decoder's factor
+MAX_NUMBER = 16_384  # of a config: no known decoder is wider
+MAX_LAYERS, MAX_ENTRIES, MAX_DEPTH = 64, 64, 6
+# What networks and diffusers raise for values that do not fit.
+BUILD_ERRORS = (
+    *(ArithmeticError, AssertionError, AttributeError, LookupError),
+    *(NotImplementedError, RuntimeError, TypeError, ValueError),
+)
+
+
+def architecture_of(autoencoder: NetworkAutoencoder) -> dict[str, Any]:
+    """JSON values that `build` makes the autoencoder's decoder from again.
+
+    raises  WeightsError where its decoder is of no class known here
+    """
+    decoder = autoencoder.decoder
+    if isinstance(decoder, TinyDecoder):
+        return {"class": "tiny"}
+    if isinstance(decoder, Student):
+        names = [name for name, spec in STUDENTS.items() if spec.stages == decoder.stages]
+        if names:
+            return {"class": "student", "name": names[0]}
+    if isinstance(decoder, nn.Sequential) and len(decoder) and isinstance(decoder[0], Clamp):
+        return {"class": "taesd", "has_pool": has_pool(decoder.state_dict())}
+    architecture = getattr(decoder, "architecture", None)
+    if isinstance(architecture, dict):
+        described: dict[str, Any] = json.loads(json.dumps(architecture))  # tuples become lists
+        return described
+    raise WeightsError(f"a decoder of class {type(decoder).__name__} cannot be described in JSON")
+
+
+def build(architecture: Mapping[str, Any], channels: int, factor: int) -> nn.Module:
+    """The decoder of an architecture on the meta device, in eval mode: shapes, no weights.
+
+    channels, factor  of the latents; checked by a trial on the meta device
+    raises            UnknownNameError for a class not known here, WeightsError for values that do
+                      not fit, MissingExtraError
+    """
+    class_name = str(architecture.get("class"))
+    if class_name not in BUILDERS:
+        raise unknown_name("decoder class", class_name, BUILDERS)
+    check_bounded(architecture, "architecture")
+    pixels = CELLS * factor
+    try:
+        with torch.device("meta"), torch.no_grad():
+            decoder = BUILDERS[class_name](architecture, channels, factor).eval()
+            shape = list(decoder(torch.zeros(1, channels, CELLS, CELLS)).shape)
+    except BUILD_ERRORS as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise WeightsError(f"cannot build a decoder of class {class_name} ({reason})") from error
+    if shape != [1, 3, pixels, pixels]:
+        raise WeightsError(
+            f"a decoder of class {class_name} makes {shape} of {CELLS}x{CELLS} latents; factor "
+            f"{factor} asks for {[1, 3, pixels, pixels]}"
+        )
+    return decoder
+
+
+def build_diffusers(architecture: Mapping[str, Any], channels: int, factor: int) -> nn.Module:
+    """The decoder half of a diffusers class."""
+    from latentds.autoencoders.diffusers_ae import build_decoder
+
+    del channels, factor
+    return build_decoder(str(architecture["class"]), dict(architecture["config"]))
+
+
+def build_taesd(architecture: Mapping[str, Any], channels: int, factor: int) -> nn.Module:
+    """The decoder of a TAESD-style pair."""
+    del factor
+    return build_decoder(channels, architecture["has_pool"] is True)
+
+
+def build_tiny(architecture: Mapping[str, Any], channels: int, factor: int) -> nn.Module:
+    """The decoder of `tiny`."""
+    del architecture, channels, factor
+    return TinyDecoder()
+
+
+def build_named(architecture: Mapping[str, Any], channels: int, factor: int) -> nn.Module:
+    """A student."""
+    return build_student(str(architecture["name"]), channels, factor)
+
+
+BUILDERS: dict[str, Callable[[Mapping[str, Any], int, int], nn.Module]] = {
+    "student": build_named,
+    "tiny": build_tiny,
+    "taesd": build_taesd,
+    "AutoencoderKL": build_diffusers,
+    "AutoencoderDC": build_diffusers,
+    "AutoencoderTiny": build_diffusers,
+}
+
+
+def check_bounded(value: Any, where: str, limit: float = MAX_NUMBER, depth: int = 0) -> None:
+    """Refuse numbers and lists no decoder has: they would cost memory and time before any error."""
+    if depth > MAX_DEPTH:
+        raise WeightsError(f"{where}: nested more than {MAX_DEPTH} deep; refused")
+    if isinstance(value, Mapping | list) and len(value) > MAX_ENTRIES:
+        raise WeightsError(f"{where}: {len(value)} entries; at most {MAX_ENTRIES}")
+    if isinstance(value, Mapping):
+        for key, entry in value.items():
+            counts = "layers" in key or ("num_" in key and "blocks" in key)
+            check_bounded(entry, f"{where}.{key}"[:100], MAX_LAYERS if counts else limit, depth + 1)
+    elif isinstance(value, list):
+        for entry in value:
+            check_bounded(entry, where, limit, depth + 1)
+    elif isinstance(value, int | float) and not abs(value) <= limit:
+        raise WeightsError(f"{where}: {value!r:.40} is more than any decoder has ({limit})")

@@ -1,0 +1,260 @@
+"""Decoder folders: weights and a page of JSON that says which latents they read.
+
+    decoder.safetensors   the decoder's tensors by their names, its latent_id in the header
+    decoder.json          latentds-decoder/1: architecture, identities, licence, how it was trained
+
+A decoder needs no encoder: whoever has the latents decodes them. Reading trusts nothing: the class
+is of a closed list, numbers are bounded, every tensor must be placed and none may be left, and the
+decoder's hash must be the recorded one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from latentds.autoencoders.architectures import architecture_of, build
+from latentds.autoencoders.base import (
+    AutoencoderCard,
+    NetworkAutoencoder,
+    hash_tensors,
+    short,
+)
+from latentds.autoencoders.decoder_record import (
+    FORMAT,
+    RECORD,
+    WEIGHTS,
+    DecoderRecord,
+    parse_record,
+    read_record,
+)
+from latentds.autoencoders.downloads import download
+from latentds.autoencoders.students import Student
+from latentds.autoencoders.tiny import TinyDecoder
+from latentds.errors import ContractError, UnknownNameError, WeightsError
+from latentds.storage import write_together
+
+__all__ = [
+    "architecture_of",
+    "find_decoder_folder",
+    "is_hub_name",
+    "load_decoder",
+    "replace_decoder",
+    "save_decoder",
+]
+
+RUN_FOLDER = "decoder"  # of a training run, where its decoder lies
+HUB_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*(@[\w./-]+)?", re.ASCII)
+FLOATS = ("F32", "F16", "BF16")
+
+
+def save_decoder(
+    folder: Path,
+    decoder: nn.Module,
+    card: AutoencoderCard,
+    architecture: dict[str, Any],
+    trained: dict[str, Any],
+    *,
+    name: str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Write a decoder's folder; a decoder that lies there is replaced.
+
+    decoder       plain module (latents to images), of the architecture
+    card          of the autoencoder whose latents it reads, or of a decoder it was trained from
+    architecture  what `architecture_of` gives; a student's is {"class": "student", "name": ...}
+    trained       how it was trained: JSON values, for the Hub's card
+    name          of the decoder; by default the folder's, or its parent's where it is `decoder`
+    dtype         of the stored weights: float32, or float16 for half the bytes
+    raises        WeightsError where decoder and architecture do not belong together
+    """
+    folder = Path(folder)
+    expected = build(architecture, card.channels, card.factor).state_dict()
+    tensors = {
+        name: (t.detach().to("cpu", dtype) if t.is_floating_point() else t.cpu()).contiguous()
+        for name, t in decoder.state_dict().items()
+    }
+    check_placed(
+        expected, {name: list(t.shape) for name, t in tensors.items()}, "the decoder to save"
+    )
+    record = DecoderRecord(
+        name=name or default_name(folder),
+        architecture=architecture,
+        autoencoder=card.encoder or card.name,
+        latent_id=card.latent_id,
+        decoder_id=hash_tensors(tensors, {}),
+        channels=card.channels,
+        factor=card.factor,
+        licence=card.licence,
+        trained=trained,
+    )
+    parse_record(json.loads(record.to_json()), folder / RECORD)  # what is written can be read
+    header = {"format": FORMAT, "latent_id": card.latent_id}
+    write_together(
+        {folder / WEIGHTS: save(tensors, header), folder / RECORD: record.to_json().encode()}
+    )
+
+
+def default_name(folder: Path) -> str:
+    """A decoder's name after its folder, or after the run whose folder it lies in."""
+    folder = folder.resolve()
+    name = folder.parent.name if folder.name == RUN_FOLDER else folder.name
+    return re.sub(r"[^\w.-]", "-", name, flags=re.ASCII).lstrip(".-")[:100] or "decoder"
+
+
+def find_decoder_folder(path: str | os.PathLike[str]) -> Path | None:
+    """The folder with a decoder.json: the path itself, or `decoder` in a run's folder."""
+    for folder in (Path(path), Path(path) / RUN_FOLDER):
+        if (folder / RECORD).is_file():
+            return folder
+    return None
+
+
+def is_hub_name(name: str | os.PathLike[str]) -> bool:
+    """Whether it is ORG/NAME[@REVISION], and no path here."""
+    return bool(HUB_NAME.fullmatch(str(name))) and not Path(name).exists()
+
+
+def load_decoder(
+    name_or_path: str | os.PathLike[str], revision: str | None = None
+) -> NetworkAutoencoder:
+    """A decoder without an encoder, in fp32 on the CPU and in eval mode; `encode` raises.
+
+    name_or_path  a decoder's folder, a run's folder, or ORG/NAME[@REVISION] on the Hub
+    revision      branch, tag or commit on the Hub
+    raises        FileNotFoundError, FormatError (no decoder.json this version reads), WeightsError
+                  (weights that cannot be fetched, are damaged or do not fit), UnknownNameError
+    """
+    folder = find_decoder_folder(name_or_path)
+    if folder is not None:
+        return load_folder(folder)
+    if not is_hub_name(name_or_path):
+        raise FileNotFoundError(f"{name_or_path}: no {RECORD} there or in its {RUN_FOLDER}/")
+    repository, _, named = str(name_or_path).partition("@")
+    advice = f"{repository} is no folder here either: pass a decoder's folder, or its Hub name."
+    folder, commit = download(repository, (RECORD, WEIGHTS), revision or named or None, advice)
+    return load_folder(folder, repository=repository, revision=commit)
+
+
+def load_folder(
+    folder: Path, repository: str | None = None, revision: str | None = None
+) -> NetworkAutoencoder:
+    """The decoder of a folder, checked."""
+    record = read_record(folder)
+    try:
+        decoder = build(record.architecture, record.channels, record.factor)
+    except (WeightsError, UnknownNameError) as error:
+        raise type(error)(f"{folder / RECORD}: {error}") from error
+    tensors = read_tensors(folder / WEIGHTS, decoder.state_dict(), record.latent_id)
+    found = hash_tensors(tensors, {})
+    if found != record.decoder_id:
+        raise WeightsError(
+            f"{folder / WEIGHTS}: the tensors hash to {short(found)}, {RECORD} says "
+            f"{short(record.decoder_id)}; damaged, fetch or save the decoder anew"
+        )
+    decoder.load_state_dict(tensors, assign=True)
+    card = AutoencoderCard(
+        name=record.name,
+        class_name=str(record.architecture["class"]),
+        repository=repository,
+        revision=revision,
+        channels=record.channels,
+        factor=record.factor,
+        licence=record.licence,
+        latent_id=record.latent_id,
+        decoder_id=record.decoder_id,
+        encoder=record.autoencoder,
+    )
+    if isinstance(decoder, TinyDecoder | Student):  # faster so on CPUs, see tiny.py
+        decoder = decoder.to(memory_format=torch.channels_last)
+    return NetworkAutoencoder(card, NoEncoder(card), decoder)
+
+
+class NoEncoder(nn.Module):
+    """What stands for the encoder of a decoder alone."""
+
+    def __init__(self, card: AutoencoderCard) -> None:
+        super().__init__()
+        self.card = card
+
+    def forward(self, images: Tensor) -> Tensor:
+        del images
+        raise WeightsError(
+            f"{self.card.name}: a decoder alone cannot encode; load it with its encoder: "
+            f"load_autoencoder(FOLDER, encoder=...), {self.card.encoder!r} made the latents"
+        )
+
+
+def replace_decoder(base: NetworkAutoencoder, decoder: NetworkAutoencoder) -> NetworkAutoencoder:
+    """The encoder of one and the decoder of the other, under the decoder's name.
+
+    raises  ContractError where the decoder reads other latents
+    """
+    if base.card.latent_id != decoder.card.latent_id:
+        raise ContractError(
+            f"the decoder {decoder.card.name!r} reads latents with latent_id "
+            f"{short(decoder.card.latent_id)} (made by {decoder.card.encoder!r}), the encoder of "
+            f"{base.card.name!r} makes {short(base.card.latent_id)}"
+        )
+    card = dataclasses.replace(
+        decoder.card, encoder=base.card.encoder or base.card.name, gated=base.card.gated
+    )
+    return NetworkAutoencoder(card, base.encoder, decoder.decoder)
+
+
+def read_tensors(path: Path, expected: Mapping[str, Tensor], latent_id: str) -> dict[str, Tensor]:
+    """The tensors of a file, floats in fp32: just those expected, of their shapes.
+
+    Names, shapes and dtypes are compared in the file's header, before a tensor is read.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            check_placed(expected, {n: list(s.get_shape()) for n, s in slices.items()}, str(path))
+            check_dtypes(expected, {n: s.get_dtype() for n, s in slices.items()}, path)
+            stated = (file.metadata() or {}).get("latent_id", latent_id)
+            tensors = {name: file.get_tensor(name) for name in slices}
+    except (OSError, safetensors.SafetensorError) as error:
+        raise WeightsError(f"{path}: cannot be read as safetensors ({error})") from error
+    if stated != latent_id:
+        raise WeightsError(
+            f"{path}: reads latents with latent_id {short(stated)}, {RECORD} says "
+            f"{short(latent_id)}; the two files are not of one decoder"
+        )
+    return {name: t.to(expected[name].dtype) for name, t in tensors.items()}
+
+
+def check_placed(
+    expected: Mapping[str, Tensor], shapes: Mapping[str, list[int]], where: str
+) -> None:
+    """Refuse tensors that are missing, left over, or of another shape than the architecture's."""
+    missing, extra = sorted(set(expected) - set(shapes)), sorted(set(shapes) - set(expected))
+    if missing or extra:
+        what = f"lacks {missing[0]!r}" if missing else f"has {extra[0]!r:.80} left over"
+        raise WeightsError(
+            f"{where}: {what} ({len(missing)} tensors missing, {len(extra)} left over); not of the "
+            "architecture given"
+        )
+    for name, tensor in expected.items():
+        if list(tensor.shape) != shapes[name]:
+            raise WeightsError(
+                f"{where}: {name} is {shapes[name]}, the architecture has {list(tensor.shape)}"
+            )
+
+
+def check_dtypes(expected: Mapping[str, Tensor], dtypes: Mapping[str, str], path: Path) -> None:
+    """Refuse numbers of another kind: floats of 16 or 32 bits, int64 where BatchNorm counts."""
+    for name, tensor in expected.items():
+        allowed = FLOATS if tensor.is_floating_point() else ("I64",)
+        if dtypes[name] not in allowed:
+            raise WeightsError(f"{path}: {name} is {dtypes[name]}, not {' or '.join(allowed)}")

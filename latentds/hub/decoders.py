@@ -1,0 +1,252 @@
+"""Publish a decoder's folder on the Hub, as a model repository with a card."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from latentds.autoencoders.cards import CARDS
+from latentds.autoencoders.decoder_record import RECORD, WEIGHTS, DecoderRecord, read_record
+from latentds.autoencoders.decoders import find_decoder_folder, load_decoder
+from latentds.errors import InputError
+from latentds.hub.client import HubFile, Repository
+from latentds.hub.licences import HUB_LICENCES, check_licence, is_non_commercial
+from latentds.hub.plan import HUB_OWN, README, Plan, holds_other
+from latentds.hub.upload import Published, compare, have_repository, send
+from latentds.publishing import cell
+
+MAX_FACTS, MAX_FACT = 60, 200  # rows and characters a row of the card's table
+
+CARD = """---
+{front_matter}
+---
+
+# {title}
+
+A decoder for the latents that the autoencoder `{autoencoder}` makes of pathology patches:
+{channels} channels, {factor} px a latent cell, network `{network}`. It turns latents stored as
+`latentds/1` sets back into pictures. Decoding loses detail and makes some up. **Not for
+diagnosis.**
+
+| | |
+|---|---|
+| reads latent_id | `{latent_id}` |
+| base autoencoder | {base} |
+| decoder_id | `{decoder_id}` |
+| licence | {licence} |
+
+## Load
+
+It decodes any set whose manifest names this `latent_id`, and refuses every other:
+
+```python
+from latentds import LatentLoader
+
+loader = LatentLoader("SET", split="train", batch_size=64, decoder="{repository}{at}")
+```
+
+Alone, latents float (B, {channels}, h, w), unscaled means, to pictures (B, 3, {factor}h, {factor}w)
+in [0, 1]:
+
+```python
+from latentds.autoencoders.decoders import load_decoder
+
+decoder = load_decoder("{repository}{at}")
+images = decoder.decode(latents)
+```
+
+## How it was trained
+
+{trained}
+{notes}"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderPublication:
+    """What a publisher says of a decoder, beyond what its decoder.json says.
+
+    repository    ORG/NAME on the Hub
+    licence       identifier the Hub knows; None takes the one decoder.json has
+    licence_name  its name, with 'other'
+    revision      branch it goes to; None for main
+    notes         Markdown
+    """
+
+    repository: str
+    licence: str | None = None
+    licence_name: str | None = None
+    revision: str | None = None
+    notes: str = ""
+
+
+def publish_decoder(
+    folder: str | os.PathLike[str],
+    publication: DecoderPublication,
+    *,
+    private: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    tell: Callable[[str], None] = lambda _: None,
+) -> Published:
+    """Publish a decoder's folder, or the one in a run's folder: weights first, decoder.json last.
+
+    The same call takes up a run that was cut off. `load_decoder` reads it from the Hub.
+
+    private    for a repository that is made now
+    overwrite  replace another decoder, or whatever else the repository holds
+    dry_run    look, plan, write nothing
+    tell       called with what is being done
+    raises     FileNotFoundError where there is no decoder; WeightsError where it is damaged;
+               InputError without licence, login or rights, or where the repository holds something
+               else; FormatError where the Hub holds other bytes after the upload
+    """
+    found = find_decoder_folder(folder)
+    if found is None:
+        raise FileNotFoundError(f"{folder}: no {RECORD} there or in its decoder/")
+    tell("checking the decoder's tensors")
+    load_decoder(found)
+    record = read_record(found)
+    publication = dataclasses.replace(publication, licence=choose_licence(record, publication))
+    repository = Repository(publication.repository, publication.revision, kind="model")
+    contents: dict[str, Path | bytes] = {
+        WEIGHTS: found / WEIGHTS,
+        README: decoder_card(record, publication).encode(),
+        RECORD: (found / RECORD).read_bytes(),
+    }
+    remote = have_repository(repository, private, dry_run)
+    plan = plan_decoder(repository, contents, remote, overwrite)
+    warnings = tuple(licence_warnings(record, str(publication.licence)))
+    checked = 0
+    if not dry_run:
+        send(repository, plan, {WEIGHTS}, False, tell)
+        tell("comparing checksums")
+        checked = compare(repository, plan)
+    return Published(
+        url=repository.url,
+        commit=None if dry_run else repository.head,
+        plan=plan,
+        warnings=warnings,
+        checked=checked,
+    )
+
+
+def choose_licence(record: DecoderRecord, publication: DecoderPublication) -> str:
+    """The licence's identifier: the publisher's, else the recorded one where the Hub knows it."""
+    recorded = record.licence.lower().replace(" ", "-")
+    identifier = publication.licence or (recorded if recorded in HUB_LICENCES else None)
+    if identifier is None:
+        raise InputError(
+            f"no licence the Hub knows ({RECORD} says {record.licence!r}); pass --license ID, such "
+            "as mit or cc-by-nc-4.0, or '--license other --license-name NAME'"
+        )
+    return check_licence(identifier, publication.licence_name)
+
+
+def licence_warnings(record: DecoderRecord, identifier: str) -> Iterator[str]:
+    """What a publisher should know before a decoder goes out under `identifier`."""
+    base = CARDS.get(record.autoencoder)
+    licences = dict.fromkeys([record.licence, base.licence if base else record.licence])
+    for licence in licences:
+        if is_non_commercial(licence) and not is_non_commercial(identifier):
+            yield f"trained from non-commercial weights ({licence}), published as {identifier}"
+    if base is not None and base.gated:
+        yield (
+            f"the autoencoder {base.name} is gated ({base.licence}); see that its licence allows a "
+            "trained copy of its decoder to be passed on"
+        )
+
+
+def plan_decoder(
+    repository: Repository,
+    contents: dict[str, Path | bytes],
+    remote: Mapping[str, HubFile],
+    overwrite: bool,
+) -> Plan:
+    """What is to be sent and removed; InputError where the repository holds something else."""
+    listed = dict(remote)
+    plan = Plan(contents=contents, sha256={}, missing=[], deleted=[])
+    missing = [path for path in contents if not plan.is_there(path, listed)]
+    foreign = [path for path in listed if path not in contents and path not in HUB_OWN]
+    is_same = RECORD in listed and WEIGHTS not in missing
+    if is_same:
+        foreign = []  # beside their decoder people may put what they like
+    else:
+        foreign += [path for path in (RECORD, WEIGHTS) if path in missing and path in listed]
+    if foreign and not overwrite:
+        raise holds_other(repository, sorted(foreign))
+    # Without its decoder.json nobody takes what is half replaced for the old decoder.
+    deleted = [path for path in foreign if path not in contents or path == RECORD]
+    return dataclasses.replace(plan, missing=missing, deleted=deleted)
+
+
+def decoder_card(record: DecoderRecord, publication: DecoderPublication) -> str:
+    """The text of a published decoder's README.md."""
+    licence = publication.licence_name or publication.licence
+    branch = publication.revision or "main"
+    return CARD.format(
+        front_matter=front_matter(record, publication),
+        title=publication.repository.partition("/")[2],
+        autoencoder=cell(record.autoencoder),
+        channels=record.channels,
+        factor=record.factor,
+        network=cell(network(record.architecture)),
+        latent_id=record.latent_id,
+        decoder_id=record.decoder_id,
+        base=describe_base(record),
+        licence=cell(str(licence)),
+        repository=publication.repository,
+        at="" if branch == "main" or branch.startswith("refs/") else f"@{branch}",
+        trained=trained_table(record.trained),
+        notes=f"\n{publication.notes.strip()}\n" if publication.notes.strip() else "",
+    )
+
+
+def front_matter(record: DecoderRecord, publication: DecoderPublication) -> str:
+    """The card's YAML; what a user wrote is quoted as JSON, which YAML reads."""
+    lines = [f"license: {publication.licence}"]
+    if publication.licence_name:
+        lines.append(f"license_name: {json.dumps(publication.licence_name)}")
+    base = CARDS.get(record.autoencoder)
+    if base is not None and base.repository:
+        lines.append(f"base_model: {base.repository}")
+    lines += ["library_name: latentds", "tags:", "- pathology", "- latents", "- decoder"]
+    return "\n".join(lines)
+
+
+def network(architecture: Mapping[str, Any]) -> str:
+    """Class, and name where it has one."""
+    return str(architecture.get("name") or architecture["class"])
+
+
+def describe_base(record: DecoderRecord) -> str:
+    """Name and place of the autoencoder whose encoder makes the latents."""
+    card = CARDS.get(record.autoencoder)
+    text = f"`{record.autoencoder}`"
+    if card is not None and card.repository:
+        text += f", `{card.repository}` {card.subfolder or ''} at `{card.revision or 'main'}`"
+    return cell(text)
+
+
+def trained_table(trained: Mapping[str, Any]) -> str:
+    """A Markdown table of what decoder.json says of the training."""
+    rows = list(flatten(trained))
+    if not rows:
+        return "Nothing was recorded."
+    lines = [f"| {cell(name)} | {cell(value)} |" for name, value in rows[:MAX_FACTS]]
+    more = [f"\n{len(rows) - MAX_FACTS} more in `{RECORD}`."] if len(rows) > MAX_FACTS else []
+    return "\n".join(["| | |", "|---|---|", *lines, *more])
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted name, value) of nested JSON, values shortened."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            text = value if isinstance(value, str) else json.dumps(value)
+            shown = text if len(text) <= MAX_FACT else f"{text[:MAX_FACT]}..."
+            yield f"{prefix}{name}"[:MAX_FACT], shown

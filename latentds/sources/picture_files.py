@@ -113,6 +113,14 @@ class PictureFiles:
         rows, columns = range(0, height - edge + 1, step), range(0, width - edge + 1, step)
         return np.array([(x, y) for y, x in itertools.product(rows, columns)], np.int32)
 
+    def origin(
+        self, picture: Picture, header: Header, region: tuple[int, int]
+    ) -> tuple[int | None, int | None]:
+        if not self.config.tile:
+            return picture.x, picture.y
+        scale, (x, y) = pixel_scale(picture, header), region
+        return (picture.x or 0) + round(x * scale), (picture.y or 0) + round(y * scale)
+
     def read(
         self,
         picture: Picture,
@@ -152,11 +160,7 @@ class PictureFiles:
     ) -> Patch:
         """One patch of a decoded picture."""
         width, (x, y), config = patch_px[1], at, self.config
-        # Pixels of level 0 a pixel of the picture.
-        scale = (picture.size_px or image.shape[1]) / image.shape[1]
-        origin = (picture.x, picture.y)
-        if config.tile:
-            origin = ((picture.x or 0) + round(x * scale), (picture.y or 0) + round(y * scale))
+        scale, origin = pixel_scale(picture, header), self.origin(picture, header, at)
         region_width = width if config.tile else image.shape[1]
         mpp = picture.mpp if picture.mpp is not None else config.mpp
         fitted = None if mask is None else fit(mask, x, y, patch_px, config)
@@ -175,6 +179,11 @@ class PictureFiles:
 
     def facts(self) -> dict[str, Any]:
         return {}
+
+
+def pixel_scale(picture: Picture, header: Header) -> float:
+    """Pixels of level 0 a pixel of the picture."""
+    return (picture.size_px or header.size_px[1]) / header.size_px[1]
 
 
 def fit(

@@ -164,6 +164,12 @@ class Slides:
         del header, patch_px
         return self.places[picture.source]
 
+    def origin(
+        self, picture: Picture, header: Header, region: tuple[int, int]
+    ) -> tuple[int | None, int | None]:
+        del picture, header
+        return region
+
     def read(
         self,
         picture: Picture,

@@ -102,6 +102,12 @@ class Source(Protocol):
         """int32 (n, 2): x and y of the picture's patches, in its own pixels."""
         ...
 
+    def origin(
+        self, picture: Picture, header: Header, region: tuple[int, int]
+    ) -> tuple[int | None, int | None]:
+        """x and y of a region's patch in pixels of level 0, as `read` records them."""
+        ...
+
     def read(
         self,
         picture: Picture,

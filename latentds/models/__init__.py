@@ -1,0 +1,1 @@
+"""Networks that are trained beside or on top of what the library decodes."""

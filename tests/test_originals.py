@@ -1,0 +1,88 @@
+"""Originals found again: the pixels that a data set's patches were made of."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from latentds.conversion.pipeline import convert
+from latentds.errors import ContractError, InputError
+from latentds.originals import Originals
+from latentds.reader import ShardSet
+from tests.conftest import convert_with_mean, save_pictures, smooth_picture
+from tests.fakes import MeanAutoencoder
+
+
+def everything(shards: ShardSet) -> tuple[list[str], np.ndarray]:
+    rows = np.arange(shards.manifest.patches)
+    sources = shards.read_columns(rows, ["source"])["source"]
+    table = shards.patches[rows]
+    return sources, np.stack([table["x"], table["y"]], 1)
+
+
+def mean_colours(shards: ShardSet) -> np.ndarray:
+    """What the mean autoencoder keeps: a patch's mean colour, from its codes."""
+    codes = shards.read_codes(np.arange(shards.manifest.patches))
+    levels = shards.manifest.contract.codebook.levels[0]
+    return (levels[codes].mean((2, 3)) + 3) / 6 * 255
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"tile": True, "patch_size": 16},
+        {"tile": True, "patch_size": 16, "stride": 8, "mix": 4},
+        {"resize": True, "patch_size": 24},
+        {"pad": True, "patch_size": 40},
+    ],
+)
+def test_every_patch_is_found_again(pictures, tmp_path, options):
+    convert_with_mean(pictures, tmp_path / "out", **options)
+    shards = ShardSet(tmp_path / "out")
+    pixels = Originals(shards, pictures).read(*everything(shards))
+    assert pixels.shape[1:3] == shards.manifest.contract.patch_px
+    own = pixels.astype(float).mean((1, 2))
+    if shards.manifest.contract.patch_px[0] % 8 == 0:
+        assert np.abs(own - mean_colours(shards)).max() < 6  # levels fitted to a sample
+
+
+def test_another_input_is_refused_by_golden_patches(pictures, tmp_path):
+    convert_with_mean(pictures, tmp_path / "out")
+    for path in pictures.rglob("*.png"):
+        Image.fromarray(smooth_picture(900)).save(path)
+    with pytest.raises(ContractError, match="golden patch at row"):
+        Originals(ShardSet(tmp_path / "out"), pictures)
+
+
+def test_a_missing_picture_is_named(pictures, tmp_path):
+    convert_with_mean(pictures, tmp_path / "out")
+    shards = ShardSet(tmp_path / "out")
+    originals = Originals(shards, pictures)
+    with pytest.raises(ContractError, match=r"no patch at \(-1, -1\) of 'tumour/none.png'"):
+        originals.read(["tumour/none.png"], np.array([[-1, -1]]))
+
+
+def test_an_unreadable_original_is_named(pictures, tmp_path):
+    convert_with_mean(pictures, tmp_path / "out")
+    shards = ShardSet(tmp_path / "out")
+    originals = Originals(shards, pictures)
+    (pictures / "tumour" / "p003.png").write_bytes(b"no picture")
+    with pytest.raises(InputError, match="tumour/p003.png"):
+        originals.read(["tumour/p003.png"], np.array([[-1, -1]]))
+
+
+def test_hidden_names_need_the_key(pictures, tmp_path):
+    convert_with_mean(pictures, tmp_path / "out", anonymize=tmp_path / "key")
+    shards = ShardSet(tmp_path / "out")
+    with pytest.raises(ContractError, match="give the key file"):
+        Originals(shards, pictures)
+    pixels = Originals(shards, pictures, anonymize=tmp_path / "key").read(*everything(shards))
+    assert len(pixels) == 33
+    from latentds.conversion.anonymity import Anonymizer
+
+    Anonymizer(tmp_path / "other")
+    with pytest.raises(ContractError, match="not the key"):
+        Originals(shards, pictures, anonymize=tmp_path / "other")

@@ -26,7 +26,7 @@ $(VENV)/.base: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.base
-	$(INSTALL) -e '.[autoencoders,bench,slides,dev]'
+	$(INSTALL) -e '.[autoencoders,embedders,bench,slides,dev]'
 	touch $@
 
 clean:

@@ -175,9 +175,9 @@ def test_bench_fidelity_sets_codecs_at_equal_bytes(tmp_path, capsys):
     save_pictures(tmp_path / "p", 2, edge=128)
     words = ["bench", "fidelity", tmp_path / "p", "--crop-px", "128", "--json"]
     code, out, _ = call(capsys, *words)
-    rows = {row["codec"].split()[0]: row for row in json.loads(out)["rows"]}
-    assert code == 0 and rows["tiny-v1"]["bytes"] == 1024
-    assert rows["JPEG"]["bytes"] <= 1024 and rows["WEBP"]["psnr_db"] > 20
+    rows = {row["codec"]: row["groups"]["all"] for row in json.loads(out)["rows"]}
+    assert code == 0 and rows["tiny+kmeans"]["bytes"] == 1024
+    assert rows["jpeg@1024"]["bytes"] <= 1024 and rows["webp@1024"]["psnr_db"]["mean"] > 20
 
 
 @pytest.mark.slow

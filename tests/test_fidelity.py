@@ -1,0 +1,590 @@
+"""latentds bench fidelity: sizes, means and intervals, what is refused, resuming, its files."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from latentds_tools import bench_fidelity
+from latentds_tools.fidelity import comparing, fitting, opening, page, quality
+from latentds_tools.fidelity.config import Config
+from latentds_tools.fidelity.contact import pick_crops
+from latentds_tools.fidelity.crops import read_crops
+from latentds_tools.fidelity.measuring import Originals, measure
+from latentds_tools.fidelity.paper import find_paper_row, paper_rows, paper_table
+from latentds_tools.fidelity.plan import make_plan, spread
+from latentds_tools.fidelity.slides import find_slides
+from latentds_tools.fidelity.summaries import confidence_interval, drawn_means, summarize
+from PIL import Image
+
+from latentds.autoencoders.base import AutoencoderCard
+from latentds.autoencoders.cards import CARDS
+from latentds.codecs import latent_bytes, make_picture_codec, parse_codec
+from latentds.embedders.base import EmbedderCard
+from latentds.errors import InputError, UnknownNameError, WeightsError
+from tests.conftest import save_pictures, smooth_picture
+from tests.fakes import MeanAutoencoder
+
+EDGE = 32
+
+
+class ColourEmbedder:
+    """Means of a 4x4 grid of the picture: 48 numbers, exact and fast."""
+
+    def __init__(self, name: str = "colours") -> None:
+        self.card = EmbedderCard(name=name, class_name="Colours", dim=48, weights_id="sha256:c")
+
+    def embed(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.adaptive_avg_pool2d(images, 4).flatten(1)
+
+    def to(self, device: object = None, dtype: object = None) -> "ColourEmbedder":
+        return self
+
+
+@pytest.fixture
+def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`sd15` is the mean of 8x8 px, `colours` an embedder, `dcae-f32` and `gone` cannot be had."""
+    import latentds.autoencoders
+    import latentds.embedders
+
+    real = latentds.autoencoders.load_autoencoder
+
+    def autoencoder(name: str, **options: object) -> object:
+        if name == "dcae-f32":
+            raise WeightsError("dcae-f32: no network. Log in")
+        return MeanAutoencoder(name=name) if name == "sd15" else real(name, **options)
+
+    def embedder(name: str) -> ColourEmbedder:
+        if name == "gone":
+            raise WeightsError("gone: gated; ask its authors")
+        return ColourEmbedder(name)
+
+    monkeypatch.setattr(latentds.autoencoders, "load_autoencoder", autoencoder)
+    monkeypatch.setattr(latentds.embedders, "load_embedder", embedder)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three slides, two levels deep, of two pictures each."""
+    for number, slide in enumerate(("a", "b", "c")):
+        save_pictures(tmp_path / "in" / "tumour" / slide, 2, first_seed=10 * number)
+    return tmp_path / "in"
+
+
+def settings(folder: Path, **changes: object) -> Config:
+    options = {"codecs": "sd15+kmeans,jpeg:50", "embedders": "colours", "crop_px": EDGE}
+    return Config(source=(folder,), device="cpu", **(options | changes)).filled()
+
+
+def rows_of(config: Config) -> dict[str, dict]:
+    report, _ = comparing.compare(config)
+    return {row["codec"]: row for row in report["rows"]}
+
+
+# --- the paper's table
+
+
+@pytest.mark.parametrize(
+    ("codec", "figures"),
+    [
+        ("jpeg:75", (18, 0.988, 0.985, 0.985, 0.994, 41.93)),
+        ("jpeg:10", (5, 0.512, 0.456, 0.407, 0.788, 25.13)),
+        ("sd15", (16, 0.837, 0.825, 0.796, 0.651, 22.55)),
+        ("sd3-path+int8", (16, 0.944, 0.934, 0.932, 0.862, 26.67)),
+        ("dcae-f32-path+kmeans", (2, 0.906, 0.926, 0.867, 0.538, 21.03)),
+    ],
+)
+def test_stored_table_is_the_papers(codec, figures):
+    (row,) = [row for row in paper_rows() if row.codec == codec]
+    assert (row.kilobytes, *row.similarity.values(), row.ssim, row.psnr_db) == figures
+    assert list(row.similarity) == ["uni", "phikon-v2", "gigapath"] and len(paper_rows()) == 16
+
+
+SHAPES = {"sd15": (4, 8), "sd3": (16, 8), "dcae-f32": (32, 32)}  # channels, factor
+
+
+@pytest.mark.parametrize("row", [r for r in paper_rows() if "jpeg" not in r.codec], ids=str)
+def test_latent_sizes_by_arithmetic_are_the_papers(row):
+    name, _, quantizer = row.codec.partition("+")
+    channels, factor = SHAPES[name.removesuffix("-path")]
+    card = AutoencoderCard(name=name, class_name="", channels=channels, factor=factor)
+    assert latent_bytes(card, (256, 256), quantizer or "none") == row.kilobytes * 1024
+
+
+def test_every_autoencoder_of_the_paper_is_known_by_name():
+    names = {row.codec.partition("+")[0] for row in paper_rows() if "jpeg" not in row.codec}
+    assert names <= set(CARDS)
+
+
+def test_preset_asks_for_the_papers_rows():
+    config = Config(source=(Path("x"),), preset="paper-table1").filled()
+    assert config.codecs.split(",") == [row.codec for row in paper_rows()]
+    assert (config.embedders, config.patches) == ("uni,phikon-v2,gigapath", 1000)
+    other = dataclasses.replace(config, embedders="colours").filled()
+    assert other.embedder_names() == ["colours"]
+
+
+def test_rows_find_their_row_of_the_paper():
+    assert find_paper_row(parse_codec("jpeg:50"))[0].psnr_db == 32.97
+    assert find_paper_row(parse_codec("sd15"))[0].label == "SD-1.5"
+    own = find_paper_row(parse_codec("runs/mine+kmeans"), encoder="dcae-f32")
+    assert own[0].codec == "dcae-f32-path+kmeans" and "own" in own[1]
+    assert find_paper_row(parse_codec("avif:50")) is None
+    assert find_paper_row(parse_codec("sd15+kmeans:16")) is None
+
+
+# --- crops and slides
+
+
+def test_whole_patches_are_taken_once_and_larger_pictures_cropped(tmp_path):
+    save_pictures(tmp_path, 2, edge=EDGE)
+    Image.fromarray(smooth_picture(9, 80)).save(tmp_path / "large.png")
+    Image.fromarray(smooth_picture(9, 16)).save(tmp_path / "small.png")
+    crops = read_crops([tmp_path], crop_px=EDGE, per_picture=3, most=99, seed=0)
+    assert [c.source for c in crops.crops] == ["large.png"] * 3 + ["p000.png", "p001.png"]
+    assert crops.too_small == 1 and {c.image.shape for c in crops.crops} == {(EDGE, EDGE, 3)}
+    assert np.array_equal(crops.crops[3].image, smooth_picture(0))
+
+
+def test_crops_depend_on_the_seed_alone(tmp_path):
+    save_pictures(tmp_path, 9, edge=80)
+
+    def digest(seed: int) -> str:
+        options = {"crop_px": EDGE, "per_picture": 2, "most": 5}
+        return read_crops([tmp_path], seed=seed, **options).digest()
+
+    assert digest(0) == digest(0) != digest(1)
+
+
+def test_no_picture_large_enough_is_an_error(tmp_path):
+    save_pictures(tmp_path, 1)
+    with pytest.raises(InputError, match="256 px or larger"):
+        read_crops([tmp_path], crop_px=256, per_picture=1, most=1, seed=0)
+
+
+def test_files_that_were_jpeg_are_told_apart(tmp_path):
+    picture = Image.fromarray(smooth_picture(0))
+    picture.save(tmp_path / "a.png")
+    picture.save(tmp_path / "b.jpg", quality=70)
+    picture.save(tmp_path / "c.tif", compression="jpeg")
+    picture.save(tmp_path / "d.tif")
+    picture.save(tmp_path / "e.webp")
+    crops = read_crops([tmp_path], crop_px=EDGE, per_picture=1, most=9, seed=0).crops
+    assert [c.kind for c in crops] == ["lossless", "jpeg", "jpeg", "lossless", "other"]
+    assert crops[1].encoding == "jpeg:q=70:4:2:0"
+
+
+@pytest.mark.parametrize(
+    ("names", "pattern", "slides", "rule"),
+    [
+        (["TCGA-3C-AALI-01Z-00-DX1.abc/1_2.png", "x/TCGA-3C-AALI-01Z-00-DX2.png"], None,
+         ["TCGA-3C-AALI-01Z-00-DX1", "TCGA-3C-AALI-01Z-00-DX2"], "barcode"),
+        (["TCGA-DB-5270-R01.tif_a.png"], None, ["TCGA-DB-5270"], "patient"),
+        (["c/s1/1.png", "c/s2/1.png"], None, ["c/s1", "c/s2"], "folder"),
+        (["c/1.png", "d/1.png"], None, ["c/1.png", "d/1.png"], "each picture"),
+        (["ytma10_x__y0.png"], "(?P<slide>ytma[0-9]+)_", ["ytma10"], "--name-pattern"),
+    ],
+)  # fmt: skip
+def test_slides_of_names(tmp_path, names, pattern, slides, rule):
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    found, said = find_slides([tmp_path], pattern, "auto")
+    assert sorted(f.slide for f in found) == slides and rule in said
+
+
+def test_equal_folders_of_two_sources_are_two_slides(tmp_path):
+    for name in ("one", "two"):
+        save_pictures(tmp_path / name / "c" / "s", 1)
+    found, _ = find_slides([tmp_path / "one", tmp_path / "two"], None, "folder")
+    assert [f.slide for f in found] == ["one/c/s", "two/c/s"]
+
+
+@pytest.mark.parametrize("pattern", ["[", "(?P<x>a)", "(?P<slide>nothing)"])
+def test_bad_patterns_are_told(tmp_path, pattern):
+    save_pictures(tmp_path, 1)
+    with pytest.raises(InputError, match="--name-pattern"):
+        find_slides([tmp_path], pattern, "auto")
+
+
+# --- figures
+
+
+def test_bootstrap_by_hand_on_three_slides():
+    values, slides = np.array([1.0, 3.0, 10.0, 20.0]), np.array([0, 0, 1, 2])
+    draws = np.array([[0, 0, 0], [0, 1, 2], [1, 1, 2], [2, 0, 0]])
+    means = drawn_means(values, slides, draws)
+    # slide 0 has two crops and a sum of 4: [12/6, 34/4, 40/3, 28/5]
+    assert means.tolist() == pytest.approx([2, 8.5, 40 / 3, 5.6])
+
+
+def test_interval_is_over_slides_not_crops():
+    one_crop = np.array([0.1, 0.5, 0.9])
+    many = np.repeat(one_crop, 100)
+    slides = np.repeat(np.arange(3), 100)
+    alone = confidence_interval(one_crop, np.arange(3), 500, 0)
+    assert confidence_interval(many, slides, 500, 0) == pytest.approx(alone)
+    low, high = confidence_interval(many, np.arange(300), 500, 0)
+    assert high - low < 0.25 * (alone[1] - alone[0])
+
+
+def test_interval_is_none_for_a_single_slide_and_repeats_with_its_seed():
+    values, slides = np.arange(6.0), np.array([0, 0, 1, 1, 2, 2])
+    assert confidence_interval(values, slides * 0, 100, 0) is None
+    assert confidence_interval(values, slides, 0, 0) is None
+    assert confidence_interval(values, slides, 100, 7) == confidence_interval(
+        values, slides, 100, 7
+    )
+
+
+def test_values_that_are_missing_stay_out_of_means():
+    summary = summarize(np.array([1.0, np.nan, 3.0]), np.arange(3), 10, 0)
+    assert (summary["mean"], summary["n"]) == (2.0, 2)
+    assert summarize(np.array([np.nan]), np.arange(1), 10, 0)["mean"] is None
+
+
+def test_lossless_codec_gives_similarity_one_and_no_finite_psnr():
+    images = [smooth_picture(n) for n in range(3)]
+    originals = Originals(images, {"colours": ColourEmbedder()})
+    ticks: list[int] = []
+    row = measure(
+        make_picture_codec(parse_codec("png")), originals, "gaussian", [2, 0], ticks.append
+    )
+    assert row.per_crop["similarity"]["colours"] == pytest.approx([1, 1, 1])
+    assert row.per_crop["psnr_db"] == [None] * 3 and sum(ticks) == 3
+    assert row.per_crop["ssim"] == pytest.approx([1, 1, 1])
+    assert np.array_equal(row.shown, np.stack([images[2], images[0]]))
+
+
+def test_equal_reconstructions_are_left_out_of_psnr_and_said(tmp_path, stand_ins):
+    flat = np.full((EDGE, EDGE, 3), 255, np.uint8)
+    Image.fromarray(flat).save(tmp_path / "flat.png")
+    save_pictures(tmp_path, 1)
+    report, _ = comparing.compare(settings(tmp_path, codecs="png,sd15"))
+    png, mean = (row["groups"]["all"]["psnr_db"] for row in report["rows"])
+    assert (png["n"], png["mean"], png["equal"]) == (0, None, 2) and mean["equal"] == 1
+    text = json.dumps(report, allow_nan=False)
+    assert "Infinity" not in text and "NaN" not in text
+    assert "infinite (all equal)" in page.write_page(report)
+    assert "(1 equal left out)" in page.write_page(report)
+
+
+def test_cosines_of_zeros_are_one_only_for_equal_vectors():
+    values = quality.cosines(np.array([[0, 0], [0, 0], [3, 4]]), np.array([[0, 0], [1, 0], [6, 8]]))
+    assert values.tolist() == [1, 0, pytest.approx(1)]
+
+
+@pytest.mark.parametrize("name", quality.SSIM_SETTINGS)
+def test_ssim_settings_agree_on_equal_and_tell_different_pictures(name):
+    a, b = smooth_picture(0, 64), smooth_picture(1, 64)
+    assert quality.measure_ssim(a, a, name) == pytest.approx(1, abs=1e-6)
+    assert quality.measure_ssim(a, b, name) < 0.99
+
+
+def test_similarity_is_of_the_picture_rounded_to_8_bits(folder, stand_ins):
+    row = rows_of(settings(folder))["sd15+kmeans"]
+    crops = read_crops([folder], crop_px=EDGE, per_picture=2, most=9, seed=0)
+    mean = MeanAutoencoder()
+    images = quality.to_images(crops.images)
+    decoded = mean.decode(mean.encode(images)).mul(255).round().div(255)
+    own = ColourEmbedder()
+    wanted = torch.cosine_similarity(own.embed(decoded), own.embed(images))
+    # K-means of 256 levels moves a cell's mean by less than one 8-bit step on so few values.
+    found = row["per_crop"]["similarity"]["colours"]
+    assert found == pytest.approx(wanted.tolist(), abs=1e-4)
+
+
+# --- rows
+
+
+def test_formats_without_quality_get_the_bytes_of_every_autoencoder(folder, stand_ins):
+    rows = rows_of(settings(folder, codecs="sd15+kmeans,sd15,webp,jpeg444:90"))
+    assert list(rows) == ["sd15+kmeans", "sd15", "webp@192", "webp@48", "jpeg444:90"]
+    assert rows["sd15+kmeans"]["groups"]["all"]["bytes"] == 48
+    assert max(rows["webp@192"]["per_crop"]["bytes"]) <= 192
+    assert rows["webp@48"]["over_budget"] == 6  # no WebP of 32 px is so small
+
+
+def test_containers_hold_codes_and_pictures_but_no_floats(folder, stand_ins):
+    rows = rows_of(settings(folder, codecs="sd15+kmeans:16,sd15,jpeg:50"))
+    by_codec = {name: row["groups"]["all"]["container_bytes"] for name, row in rows.items()}
+    assert by_codec["sd15"] is None
+    assert by_codec["sd15+kmeans:16"] == 48 + 53  # a byte a code, whatever K
+    size = rows["jpeg:50"]["per_crop"]["bytes"][0]
+    assert by_codec["jpeg:50"] >= 512 * (1 + math.ceil(size / 512)) - 512
+
+
+def test_formats_at_equal_bytes_need_an_autoencoder(folder, stand_ins):
+    with pytest.raises(InputError, match="avif:QUALITY or avif@BYTES"):
+        comparing.compare(settings(folder, codecs="avif,jpeg:50"))
+    assert spread([parse_codec("jpeg:50")], opening.Autoencoders("cpu"), (8, 8))
+
+
+def test_codebooks_fitted_on_tested_crops_are_said_to_favour(folder, tmp_path, stand_ins):
+    report, _ = comparing.compare(settings(folder))
+    assert report["rows"][0]["codebook"]["origin"] == fitting.ON_TESTED
+    assert any("favour" in note for note in report["notes"])
+    save_pictures(tmp_path / "others", 3, first_seed=500)
+    report, _ = comparing.compare(settings(folder, fit_on=tmp_path / "others"))
+    assert report["rows"][0]["codebook"]["origin"] == "fitted on pictures of others"
+    assert not any("favour their rows" in note for note in report["notes"])
+
+
+def test_fitting_on_tested_pictures_is_refused(folder, tmp_path, stand_ins):
+    save_pictures(tmp_path / "copies", 1)  # the first picture of the tested slides
+    for other in (folder, tmp_path / "copies"):
+        with pytest.raises(InputError, match="holds tested pictures"):
+            comparing.compare(settings(folder, fit_on=other))
+
+
+def test_tiny_uses_the_codebook_it_ships_unless_told(folder):
+    config = settings(folder, codecs="tiny+kmeans,tiny+kmeans:16", embedders="")
+    shipped, fitted = rows_of(config).values()
+    assert shipped["codebook"]["origin"] == "shipped with tiny"
+    assert fitted["codebook"]["origin"] == fitting.ON_TESTED
+    again = rows_of(dataclasses.replace(config, refit=True))["tiny+kmeans"]
+    assert again["codebook"]["origin"] == fitting.ON_TESTED
+
+
+def test_groups_by_coding_stand_apart(tmp_path, stand_ins):
+    save_pictures(tmp_path / "in", 3)
+    for number in range(2):
+        picture = Image.fromarray(smooth_picture(50 + number))
+        picture.save(tmp_path / "in" / f"q{number}.jpg", quality=70)
+    report, _ = comparing.compare(settings(tmp_path / "in"))
+    assert report["groups"]["jpeg"]["crops"] == 2 and report["groups"]["lossless"]["crops"] == 3
+    values = report["rows"][1]["groups"]
+    ssim = report["rows"][1]["per_crop"]["ssim"]
+    assert values["jpeg"]["ssim"]["mean"] == pytest.approx(np.mean(ssim[3:]))
+    text = page.write_page(report)
+    assert "## Crops of jpeg files only" in text and "jpeg:q=70:4:2:0" in text
+
+
+def test_decoder_alone_takes_the_encoder_of_a_listed_autoencoder(tmp_path, monkeypatch):
+    from latentds.autoencoders import load_autoencoder
+    from latentds.autoencoders.decoders import architecture_of, save_decoder
+
+    tiny = load_autoencoder("tiny")
+    card = dataclasses.replace(tiny.card, name="elsewhere")  # a base that no name finds
+    save_decoder(tmp_path / "mine", tiny.decoder, card, architecture_of(tiny), {})
+    name = str(tmp_path / "mine")
+    save_pictures(tmp_path / "in", 2)
+    config = settings(tmp_path / "in", codecs=f"{name}+kmeans,tiny+kmeans", embedders="")
+    rows = rows_of(config)
+    assert list(rows) == ["mine+kmeans", "tiny+kmeans"]
+    assert rows["mine+kmeans"]["per_crop"]["ssim"] == rows["tiny+kmeans"]["per_crop"]["ssim"]
+    with pytest.raises(InputError, match="cannot be had"):
+        comparing.compare(dataclasses.replace(config, codecs=f"{name}+kmeans"))
+
+
+# --- what is missing
+
+
+def test_all_that_is_missing_is_told_before_any_work(folder, stand_ins):
+    config = settings(folder, codecs="sd15,dcae-f32+kmeans,jpeg:50", embedders="gone,colours")
+    with pytest.raises(InputError) as error:
+        comparing.compare(config)
+    text = str(error.value)
+    assert "dcae-f32+kmeans: dcae-f32: no network" in text and "gone: gone: gated" in text
+    assert "--skip-missing" in text and "sd15:" not in text
+
+
+def test_skip_missing_goes_on_and_lists_them(folder, stand_ins):
+    config = settings(folder, codecs="sd15,dcae-f32,jpeg", embedders="gone", skip_missing=True)
+    report, _ = comparing.compare(config)
+    assert [row["codec"] for row in report["rows"]] == ["sd15", "jpeg@192"]
+    assert set(report["missing"]) == {"dcae-f32", "gone"} and report["embedders"] == {}
+    assert "Missing: gone: gone: gated; ask its authors." in page.write_page(report)
+
+
+def test_nothing_left_is_an_error(folder, stand_ins):
+    with pytest.raises(InputError, match="no codec is left"):
+        comparing.compare(settings(folder, codecs="dcae-f32", skip_missing=True))
+
+
+@pytest.mark.parametrize("codecs", ["jpeg:101", "sd15+kmeans:999", "jpeg:50,jpeg:50"])
+def test_codecs_written_wrongly_are_told(folder, codecs):
+    with pytest.raises(InputError, match="--codecs"):
+        comparing.compare(settings(folder, codecs=codecs))
+
+
+def test_unknown_names_are_mistakes_even_with_skip_missing(folder):
+    with pytest.raises(UnknownNameError, match="did you mean"):
+        comparing.compare(settings(folder, codecs="sd51", skip_missing=True))
+
+
+def test_an_embedder_that_gives_nan_stops_the_run(folder, stand_ins, monkeypatch):
+    monkeypatch.setattr(ColourEmbedder, "embed", lambda self, x: torch.full((len(x), 3), torch.nan))
+    with pytest.raises(InputError, match="colours is not finite"):
+        comparing.compare(settings(folder))
+
+
+@pytest.mark.parametrize("text", ["x", "99", "-1", ","])
+def test_contact_takes_numbers_of_crops(folder, text):
+    crops = read_crops([folder], crop_px=EDGE, per_picture=1, most=9, seed=0).crops
+    with pytest.raises(InputError, match="--contact"):
+        pick_crops(text, crops)
+    assert pick_crops(None, crops) == [0, 2, 4] and pick_crops("5,1,5", crops) == [5, 1]
+
+
+@pytest.mark.parametrize(
+    "option", [{"crop_px": 0}, {"crops": 0}, {"patches": 0}, {"bootstrap": -1}, {"source": ()}]
+)
+def test_options_out_of_range_are_told(option):
+    with pytest.raises(InputError):
+        Config(**({"source": (Path("x"),)} | option))
+
+
+# --- files
+
+
+def test_files_are_written_whole_and_not_replaced(folder, tmp_path, stand_ins, capsys):
+    out = tmp_path / "out"
+    config = settings(folder, out=out)
+    bench_fidelity.run(config)
+    printed = capsys.readouterr().out
+    assert (out / "fidelity.md").read_text() == printed
+    assert {path.name for path in out.iterdir()} == {*bench_fidelity.OUTPUTS, "rows"}
+    with pytest.raises(InputError, match="--overwrite"):
+        bench_fidelity.run(config)
+    before = (out / "fidelity.json").read_bytes()
+    bench_fidelity.run(dataclasses.replace(config, overwrite=True, bootstrap=10))
+    assert (out / "fidelity.json").read_bytes() != before
+
+
+def test_page_has_the_figures_of_the_json(folder, tmp_path, stand_ins, capsys):
+    bench_fidelity.run(settings(folder, out=tmp_path / "out", json=True))
+    printed = capsys.readouterr().out
+    assert printed == (tmp_path / "out" / "fidelity.json").read_text()
+    report = json.loads(printed)
+    lines = (tmp_path / "out" / "fidelity.md").read_text().splitlines()
+    for row in report["rows"]:
+        line = next(line for line in lines if line.startswith(f"| `{row['codec']}`"))
+        group = row["groups"]["all"]
+        assert f"{group['bytes']:,.0f}" in line and f"{group['ssim']['mean']:.3f}" in line
+        assert f"{group['psnr_db']['mean']:.2f} [" in line
+        assert f"{group['similarity']['colours']['mean']:.4f} [" in line
+    assert report["groups"]["all"] == {"crops": 6, "slides": 3}
+    assert len(report["rows"][0]["per_crop"]["ssim"]) == len(report["crops"]) == 6
+
+
+def test_plots_and_sheet_show_something(folder, tmp_path, stand_ins):
+    _, files = comparing.compare(settings(folder, out=tmp_path / "out", contact="1,4"))
+    assert set(files) == set(bench_fidelity.OUTPUTS) - {"fidelity.json", "fidelity.md"}
+    for name in ("rate_fidelity.png", "contact_sheet.png"):
+        (tmp_path / name).write_bytes(files[name])
+        with Image.open(tmp_path / name) as image:
+            assert len(np.unique(np.asarray(image.convert("L")))) > 20
+    svg = files["rate_fidelity.svg"].decode()
+    assert "cosine similarity" in svg and "jpeg" in svg and "colours" in svg
+
+
+def test_contact_sheet_holds_originals_and_reconstructions_as_they_are(folder, tmp_path, stand_ins):
+    config = settings(folder, out=tmp_path / "out", codecs="png", contact="3")
+    _, files = comparing.compare(config)
+    (tmp_path / "sheet.png").write_bytes(files["contact_sheet.png"])
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
+    crop = read_crops([folder], crop_px=EDGE, per_picture=1, most=9, seed=0).crops[3].image
+    large = crop.repeat(7, axis=0).repeat(7, axis=1)  # to at least 200 px
+    for place in range(2):
+        left = 6 + place * (224 + 6)
+        assert np.array_equal(sheet[37 : 37 + 224, left : left + 224], large)
+
+
+def test_killed_run_goes_on_after_its_last_row(folder, tmp_path, stand_ins, monkeypatch):
+    config = settings(folder, out=tmp_path / "out")
+    asked: list[str] = []
+
+    def counted(codec, originals, *rest):
+        asked.append(codec.name)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return measure(codec, originals, *rest)
+
+    monkeypatch.setattr(comparing, "measure", counted)
+    with pytest.raises(KeyboardInterrupt):
+        bench_fidelity.run(config)
+    assert not (tmp_path / "out" / "fidelity.json").exists()
+    bench_fidelity.run(config)
+    assert asked == ["sd15+kmeans", "jpeg:50", "jpeg:50"]
+    assert (tmp_path / "out" / "fidelity.json").exists()
+
+
+@pytest.mark.parametrize("change", [{"seed": 1, "crop_px": 16}, {"ssim": "uniform"}])
+def test_rows_made_otherwise_are_measured_again(folder, tmp_path, stand_ins, change, monkeypatch):
+    config = settings(folder, out=tmp_path / "out")
+    comparing.compare(config)
+    asked: list[str] = []
+    monkeypatch.setattr(
+        comparing,
+        "measure",
+        lambda codec, *rest: (asked.append(codec.name), measure(codec, *rest))[1],
+    )
+    comparing.compare(config)
+    assert asked == []
+    comparing.compare(dataclasses.replace(config, **change))
+    assert len(asked) == 2
+
+
+def test_damaged_row_is_measured_again(folder, tmp_path, stand_ins):
+    config = settings(folder, out=tmp_path / "out")
+    first = rows_of(config)
+    for path in (tmp_path / "out" / "rows").glob("*.npy"):
+        path.write_bytes(path.read_bytes()[:20])
+    again = rows_of(config)
+    assert [row["per_crop"] for row in again.values()] == [r["per_crop"] for r in first.values()]
+
+
+def test_paths_stay_out_of_labels(tmp_path):
+    from latentds.autoencoders import load_autoencoder
+    from latentds.autoencoders.decoders import architecture_of, save_decoder
+
+    tiny = load_autoencoder("tiny")
+    for name in ("a/same", "b/same", "other"):
+        folder = tmp_path / name
+        save_decoder(folder, tiny.decoder, tiny.card, architecture_of(tiny), {})
+    names = [str(tmp_path / name) for name in ("a/same", "b/same", "other")]
+    autoencoders = opening.Autoencoders("cpu")
+    plan = make_plan(",".join(names), [], autoencoders, patch_px=(8, 8), skip_missing=False)
+    assert [plan.label(row) for row in plan.rows] == [*names[:2], "other"]
+
+
+def test_page_sets_the_papers_figures_beside(folder, stand_ins):
+    report, _ = comparing.compare(settings(folder, embedders="uni"))
+    text = page.write_page(report)
+    line = next(line for line in text.splitlines() if "| JPEG-50 |" in line)
+    similarity = report["rows"][1]["groups"]["all"]["similarity"]["uni"]["mean"]
+    assert f"| 0.904 / {similarity:.3f} |" in line and "| 15 / 0." in line
+    assert paper_table()["source"] in text and "Crops here have 32 px, its patches 256." in text
+
+
+def test_default_run_sets_tiny_beside_formats_at_equal_bytes(tmp_path):
+    save_pictures(tmp_path, 1, edge=64)
+    rows = rows_of(Config(source=(tmp_path,), crop_px=64, device="cpu").filled())
+    assert list(rows) == ["tiny+kmeans", "jpeg@256", "webp@256", "avif@256", "jxl@256"]
+
+
+@pytest.mark.slow
+def test_a_real_embedder_judges(tmp_path):
+    save_pictures(tmp_path, 3, edge=64)
+    config = settings(tmp_path, crop_px=64, embedders="efficientnet-lite0", codecs="png,jpeg:5")
+    png, jpeg = rows_of(config).values()
+    (same,), (worse,) = (row["groups"]["all"]["similarity"].values() for row in (png, jpeg))
+    assert same["mean"] == pytest.approx(1, abs=1e-6) and worse["mean"] < 0.99
+
+
+def test_an_embedder_that_cannot_take_the_size_is_told_before_any_work(
+    folder, stand_ins, monkeypatch
+):
+    from latentds.errors import ShapeError
+
+    def refuse(self, images):
+        raise ShapeError(f"no {images.shape[-1]} px")
+
+    monkeypatch.setattr(ColourEmbedder, "embed", refuse)
+    monkeypatch.setattr(comparing, "read_crops", lambda *args, **options: pytest.fail("read"))
+    with pytest.raises(ShapeError, match="no 32 px"):
+        comparing.compare(settings(folder))

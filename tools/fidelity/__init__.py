@@ -1,0 +1,1 @@
+"""Parts of `latentds bench fidelity`."""

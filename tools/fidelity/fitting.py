@@ -1,0 +1,114 @@
+"""Codecs of latents with their codebooks: stored ones, or fitted on other pictures or these."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from latentds_tools.fidelity.opening import Autoencoders
+
+from latentds.codebooks import StoredCodebook
+from latentds.codecs import LatentCodec, LatentSpec, draw_samples, with_quantizer
+from latentds.errors import ContractError
+
+ENCODE_BATCH = 16
+ON_TESTED = "fitted on the tested crops themselves"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FitSample:
+    """The pictures that codebooks are fitted on, where they come from, and a hash of them."""
+
+    images: Sequence[np.ndarray]
+    origin: str
+    digest: str
+
+
+class Codebooks:
+    """Makes codecs of latents; the latents of one autoencoder's fit sample are kept.
+
+    sample  pictures to fit on
+    stored  codebooks used for latents of their latent_id, kind and levels
+    """
+
+    def __init__(
+        self, autoencoders: Autoencoders, sample: FitSample, stored: dict[str, StoredCodebook],
+        seed: int,
+    ) -> None:  # fmt: skip
+        self.autoencoders, self.sample, self.stored, self.seed = autoencoders, sample, stored, seed
+        self._samples: tuple[str, np.ndarray] | None = None
+
+    def origin(self, spec: LatentSpec) -> dict[str, Any] | None:
+        """Where a row's codebook comes from, known before anything is encoded; None for none."""
+        if not spec.quantizer.is_fitted:
+            return None
+        found = self.find_stored(spec)
+        if found is not None:
+            name, stored = found
+            return {"origin": name, "codebook_id": stored.codebook.codebook_id}
+        return {
+            "origin": self.sample.origin,
+            "crops": len(self.sample.images),
+            "digest": self.sample.digest,
+            "seed": self.seed,
+        }
+
+    def find_stored(self, spec: LatentSpec) -> tuple[str, StoredCodebook] | None:
+        """The stored codebook that fits a row, and its name."""
+        latent_id = self.autoencoders.cards[spec.name].latent_id
+        for name, stored in self.stored.items():
+            book = stored.codebook
+            wanted = (latent_id, spec.quantizer.kind, spec.quantizer.levels)
+            if (stored.latent_id, book.kind, book.levels.shape[1]) == wanted:
+                return name, stored
+        return None
+
+    def make(self, spec: LatentSpec, patch_px: tuple[int, int]) -> LatentCodec:
+        """The codec of a row."""
+        autoencoder = self.autoencoders.get(spec.name)
+        found = self.find_stored(spec) if spec.quantizer.is_fitted else None
+        samples = None
+        if spec.quantizer.is_fitted and found is None:
+            samples = self.encode_sample(spec, patch_px)
+        book = found[1].codebook if found else None
+        return with_quantizer(
+            autoencoder, spec.quantizer, patch_px=patch_px, samples=samples, codebook=book,
+            seed=self.seed,
+        )  # fmt: skip
+
+    def encode_sample(self, spec: LatentSpec, patch_px: tuple[int, int]) -> np.ndarray:
+        """Latents (C, M) of the fit sample; encoded once for the rows of one autoencoder."""
+        import torch
+
+        if self._samples is None or self._samples[0] != spec.name:
+            codec = with_quantizer(self.autoencoders.get(spec.name), "none", patch_px=patch_px)
+            images = self.sample.images
+            parts = [
+                codec.latents(images[start : start + ENCODE_BATCH])
+                for start in range(0, len(images), ENCODE_BATCH)
+            ]
+            self._samples = (spec.name, draw_samples(torch.cat(parts)))
+        return self._samples[1]
+
+
+def stored_codebooks(
+    path: Path | None, cards: dict[str, Any], refit: bool
+) -> dict[str, StoredCodebook]:
+    """The codebook of --codebook, and tiny's own unless `refit`; by what they are called.
+
+    raises  ContractError for a codebook of latents that no listed autoencoder makes
+    """
+    from latentds.autoencoders.tiny import tiny_codebook
+    from latentds.codebooks import load_codebook
+
+    found = {}
+    if path is not None:
+        found[path.name] = load_codebook(path)
+        if found[path.name].latent_id not in {card.latent_id for card in cards.values()}:
+            raise ContractError(f"{path}: fitted to latents that none of --codecs makes")
+    if not refit:
+        found["shipped with tiny"] = tiny_codebook()
+    return found

@@ -1,0 +1,64 @@
+"""Finished rows on disk, by a hash of all that makes them: a killed run goes on after the last."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from latentds_tools.fidelity.measuring import Measured
+
+from latentds.format import canonical_json
+from latentds.storage import write_atomically
+
+
+class KeptRows:
+    """Rows below a folder; nothing is kept where there is none."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+
+    def find(self, facts: dict[str, Any]) -> Measured | None:
+        """The row that was measured with just these facts, None where there is none."""
+        if self.folder is None:
+            return None
+        path = self.folder / f"{key_of(facts)}.json"
+        if not path.is_file():
+            return None
+        try:
+            values = json.loads(path.read_bytes())
+            shown = np.load(path.with_suffix(".npy"), allow_pickle=False)
+            return Measured(values["per_crop"], values["seconds"], shown)
+        except (ValueError, KeyError, EOFError, FileNotFoundError):
+            return None  # not one that this version wrote whole: measured again
+
+    def keep(self, facts: dict[str, Any], row: Measured) -> None:
+        """Write a row, its pictures first: the JSON's presence means both."""
+        if self.folder is None:
+            return
+        path = self.folder / f"{key_of(facts)}.json"
+        pictures = io.BytesIO()
+        np.save(pictures, row.shown, allow_pickle=False)
+        write_atomically(path.with_suffix(".npy"), pictures.getvalue())
+        values = {"facts": facts, "per_crop": row.per_crop, "seconds": row.seconds}
+        write_atomically(path, json.dumps(values, allow_nan=False).encode())
+
+
+def key_of(facts: dict[str, Any]) -> str:
+    """Hex hash of facts in JSON values."""
+    return hashlib.sha256(canonical_json(facts).encode()).hexdigest()[:24]
+
+
+def check_finite(values: dict[str, Any], where: str) -> None:
+    """Refuse figures that are NaN: something is broken, and no table should hide it."""
+    from latentds.errors import InputError
+
+    for name, column in values.items():
+        if isinstance(column, dict):
+            check_finite(column, where)
+        elif any(isinstance(v, float) and not math.isfinite(v) for v in column):
+            raise InputError(f"{where}: {name} is not finite for some crop; check its weights")

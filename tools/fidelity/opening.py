@@ -1,0 +1,96 @@
+"""Autoencoders and embedders by name, one autoencoder held at a time; what cannot be had, and why.
+
+A decoder alone takes the encoder of the autoencoder it names, or of another listed one of the same
+latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from latentds.errors import LatentdsError, MissingExtraError, WeightsError
+
+ABSENT = (WeightsError, MissingExtraError, FileNotFoundError)  # the rest are mistakes
+
+
+class Autoencoders:
+    """Opens autoencoders; the last one stays open.
+
+    cards   card of every autoencoder that can be had
+    bases   decoder: the listed autoencoder whose encoder it takes
+    absent  name: why it cannot be had
+    """
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.cards: dict[str, Any] = {}
+        self.bases: dict[str, str] = {}
+        self.absent: dict[str, str] = {}
+        self._open: tuple[str, Any] | None = None
+
+    def check(self, names: Iterable[str]) -> None:
+        """Open each once, so that what is missing is known before any work."""
+        for name in names:
+            try:
+                self.cards[name] = self.get(name).card
+            except ABSENT as error:
+                self.absent[name] = one_line(error)
+        for name in list(self.absent):
+            base = self.find_base(name)
+            if base is not None:
+                self.bases[name] = base
+                self.cards[name] = self.get(name).card
+                del self.absent[name]
+
+    def find_base(self, name: str) -> str | None:
+        """A listed autoencoder with an encoder for this decoder's latents."""
+        from latentds.autoencoders.decoders import load_decoder
+
+        try:
+            wanted = load_decoder(name).card.latent_id
+        except (LatentdsError, FileNotFoundError):
+            return None
+        return next(
+            (other for other, card in self.cards.items()
+             if card.latent_id == wanted and other not in self.bases), None
+        )  # fmt: skip
+
+    def get(self, name: str) -> Any:
+        """The autoencoder, on the device."""
+        from latentds.autoencoders import load_autoencoder
+
+        if self._open and self._open[0] == name:
+            return self._open[1]
+        self._open = None  # the old one's memory first
+        base = self.bases.get(name)
+        if base is None:
+            autoencoder = load_autoencoder(name)
+        else:
+            autoencoder = load_autoencoder(name, encoder=load_autoencoder(base))
+        self._open = (name, autoencoder.to(self.device))
+        return autoencoder
+
+
+def open_embedders(names: Sequence[str], device: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """Embedders on the device, and why others cannot be had.
+
+    They are called what their cards say, or as they were written where cards do not tell them
+    apart.
+    """
+    from latentds.embedders import load_embedder
+
+    found, absent = {}, {}
+    for name in names:
+        try:
+            found[name] = load_embedder(name).to(device)
+        except ABSENT as error:
+            absent[name] = one_line(error)
+    known = [embedder.card.name for embedder in found.values()]
+    labels = {n: e.card.name if known.count(e.card.name) == 1 else n for n, e in found.items()}
+    return {labels[name]: embedder for name, embedder in found.items()}, absent
+
+
+def one_line(error: BaseException) -> str:
+    """An error's text without line breaks."""
+    return " ".join(str(error).split())

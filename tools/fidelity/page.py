@@ -1,0 +1,161 @@
+"""The report as Markdown: the table, the spreads, the paper's figures beside ours, the notes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+ABSENT = "-"
+
+
+def write_page(report: dict[str, Any]) -> str:
+    """The whole page."""
+    parts = ["# Fidelity of codecs", lead(report)]
+    for name, counts in report["groups"].items():
+        if name != "all":
+            parts.append(f"## Crops of {name} files only")
+            parts.append(f"Crops: {counts['crops']:,}; slides: {counts['slides']:,}.")
+        parts.append(main_table(report, name))
+        parts += [spread_table(report, name)] if name == "all" else []
+    parts += [paper_part(report)] if any(row["paper"] for row in report["rows"]) else []
+    parts.append("## Notes\n\n" + "\n".join(f"- {note}" for note in notes(report)))
+    return "\n\n".join(parts) + "\n"
+
+
+def lead(report: dict[str, Any]) -> str:
+    """What was measured."""
+    counts, config, where = report["groups"]["all"], report["config"], report["machine"]
+    kinds = ", ".join(f"{count:,} {name}" for name, count in report["kinds"].items())
+    return (
+        f"{counts['crops']:,} crops of {config['crop_px']} px from {report['pictures']:,} pictures "
+        f"({kinds}), seed {config['seed']}; {counts['slides']:,} slides: {report['slide_rule']}. "
+        f"Rates on {where['gpu'] or where['cpu']} ({where['cores']} cores, "
+        f"{where['torch_threads']} threads for torch), pictures one at a time on one core.\n\n"
+        f"Means over crops, in brackets 95 % intervals by bootstrap over slides "
+        f"({config['bootstrap']:,} rounds)."
+    )
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, all columns but the first to the right."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def main_table(report: dict[str, Any], group: str) -> str:
+    """Codecs with their bytes, means and rates."""
+    names = list(report["embedders"])
+    header = ["codec", "bytes", "in container", *names, "PSNR, dB", "SSIM"]
+    rows = []
+    for row in report["rows"]:
+        values = row["groups"][group]
+        rows.append([
+            f"`{row['codec']}`",
+            count(values["bytes"]),
+            count(values["container_bytes"]),
+            *(interval(values["similarity"][name], 4) for name in names),
+            psnr(values["psnr_db"]),
+            interval(values["ssim"], 3),
+            *([rate(row["encode_rate"]), rate(row["decode_rate"])] if group == "all" else []),
+        ])  # fmt: skip
+    return table([*header, *(["encode/s", "decode/s"] if group == "all" else [])], rows)
+
+
+def spread_table(report: dict[str, Any], group: str) -> str:
+    """Standard deviation and 5th percentile over crops."""
+    names = list(report["embedders"])
+    rows = []
+    for row in report["rows"]:
+        values = row["groups"][group]
+        columns = [(values["similarity"][name], 4) for name in names]
+        columns += [(values["psnr_db"], 2), (values["ssim"], 3)]
+        cells = [f"{number(v['sd'], d)}, {number(v['p5'], d)}, {v['n']:,}" for v, d in columns]
+        rows.append([f"`{row['codec']}`", *cells])
+    header = ["sd, 5th percentile, n", *names, "PSNR, dB", "SSIM"]
+    return table(header, rows)
+
+
+def paper_part(report: dict[str, Any]) -> str:
+    """The paper's figures and ours."""
+    names = [name for name in ("uni", "phikon-v2", "gigapath") if name in report["embedders"]]
+    rows, remarks = [], list(report["paper_differences"])
+    for row in report["rows"]:
+        paper, ours = row["paper"], row["groups"]["all"]
+        if not paper:
+            continue
+        pairs = [(paper["similarity"][n], ours["similarity"][n]["mean"], 3) for n in names]
+        pairs += [(paper["ssim"], ours["ssim"]["mean"], 3)]
+        pairs += [(paper["psnr_db"], ours["psnr_db"]["mean"], 2)]
+        size = f"{paper['kilobytes']} / {ours['bytes'] / 1024:.1f}"
+        cells = [f"{number(theirs, d)} / {number(own, d)}" for theirs, own, d in pairs]
+        rows.append([f"`{row['codec']}`", paper["label"], size, *cells])
+        if paper["note"]:
+            remarks.append(f"`{row['codec']}`: {paper['note']}.")
+    header = ["codec", "in the paper", "KB", *names, "SSIM", "PSNR, dB"]
+    return "\n\n".join([
+        "## Beside the paper's Table 1",
+        "The paper's figure / ours. " + report["paper_source"] + ".",
+        table(header, rows),
+        "\n".join(f"- {remark}" for remark in remarks),
+    ])  # fmt: skip
+
+
+def notes(report: dict[str, Any]) -> list[str]:
+    """Settings, and what a reader must know."""
+    settings = report["settings"]
+    found = [
+        f"Similarity: {settings['similarity']}.",
+        *(describe_embedder(name, card) for name, card in report["embedders"].items()),
+        f"PSNR: {settings['psnr']}. SSIM: {settings['ssim']}.",
+        f"In container: {settings['container']}.",
+        "Rates leave out the search for a quality, and reading and comparing.",
+        *report["notes"],
+        *(f"Missing: {name}: {why.rstrip('.')}." for name, why in report["missing"].items()),
+    ]
+    codebooks: dict[str, list[str]] = {}
+    for row in report["rows"]:
+        if row.get("codebook"):
+            codebooks.setdefault(row["codebook"]["origin"], []).append(f"`{row['codec']}`")
+    found += [f"Codebook of {', '.join(rows)}: {origin}." for origin, rows in codebooks.items()]
+    formats = {row["series"]: row["settings"] for row in report["rows"] if "settings" in row}
+    found += [f"{name}: {text}." for name, text in formats.items()]
+    found.append(", ".join(f"{name} {v}" for name, v in report["versions"].items()) + ".")
+    return found
+
+
+def describe_embedder(name: str, card: dict[str, Any]) -> str:
+    """Which network, on what input."""
+    rule = f"; {card['rule']}" if card.get("rule") else ""
+    weights = str(card.get("weights_id", "")).removeprefix("sha256:")[:12]
+    return f"{name}: {card.get('dim')} dimensions{rule}; weights {weights or 'unknown'}."
+
+
+def number(value: float | None, digits: int) -> str:
+    """A figure, or a dash."""
+    return ABSENT if value is None else f"{value:.{digits}f}"
+
+
+def count(value: float | None) -> str:
+    """A number of bytes, or a dash."""
+    return ABSENT if value is None else f"{value:,.0f}"
+
+
+def rate(value: float) -> str:
+    """Patches a second; small ones with a digit more."""
+    return f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
+
+
+def interval(values: dict[str, Any], digits: int) -> str:
+    """A mean and its interval."""
+    if values["ci95"] is None:
+        return number(values["mean"], digits)
+    low, high = (number(v, digits) for v in values["ci95"])
+    return f"{number(values['mean'], digits)} [{low}, {high}]"
+
+
+def psnr(values: dict[str, Any]) -> str:
+    """PSNR; infinite where all crops are equal, and how many were left out of the mean as such."""
+    if values["n"] == 0:
+        return "infinite (all equal)"
+    left_out = f" ({values['equal']} equal left out)" if values["equal"] else ""
+    return interval(values, 2) + left_out

@@ -1,0 +1,95 @@
+"""The paper's Table 1 as data, and which of its rows one of ours corresponds to."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+from latentds.codecs import CodecSpec, LatentSpec, parse_quantizer
+
+FILE = Path(__file__).with_name("paper_table1.json")
+
+
+@dataclasses.dataclass(frozen=True)
+class PaperRow:
+    """A row of Table 1.
+
+    codec       as --codecs has it
+    label       as the paper has it
+    kilobytes   of 1,024 bytes
+    similarity  by embedder
+    """
+
+    codec: str
+    label: str
+    kilobytes: int
+    similarity: dict[str, float]
+    ssim: float
+    psnr_db: float
+
+    def matches(self, name: str, quantizer: str) -> bool:
+        """Whether it is of that autoencoder (jpeg:75 for pictures) and quantizer's text."""
+        own, _, own_quantizer = self.codec.partition("+")
+        return own == name and parse_quantizer(own_quantizer or "none").text == quantizer
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return dataclasses.asdict(self)
+
+
+@functools.cache
+def paper_table() -> dict[str, Any]:
+    """The file's values: source, settings, embedders, columns, rows."""
+    return dict(json.loads(FILE.read_text()))
+
+
+@functools.cache
+def paper_rows() -> tuple[PaperRow, ...]:
+    """The rows of Table 1, in its order."""
+    table = paper_table()
+    rows = [dict(zip(table["columns"], row, strict=True)) for row in table["rows"]]
+    return tuple(
+        PaperRow(
+            codec=row["codec"],
+            label=row["label"],
+            kilobytes=row["kilobytes"],
+            similarity={name: row[name] for name in table["embedders"]},
+            ssim=row["ssim"],
+            psnr_db=row["psnr_db"],
+        )
+        for row in rows
+    )
+
+
+def find_paper_row(spec: CodecSpec, encoder: str = "") -> tuple[PaperRow, str] | None:
+    """The row of Table 1 that a codec corresponds to, and how its setting differs.
+
+    encoder  for a decoder alone: the autoencoder whose latents it reads. A decoder that one
+             trained oneself corresponds to the authors' fine-tuned one.
+    """
+    if not isinstance(spec, LatentSpec):
+        return next(((row, "") for row in paper_rows() if row.codec == spec.text), None)
+    for name, note in ((spec.name, ""), (f"{encoder}-path", "a decoder of one's own")):
+        for row in paper_rows():
+            if row.matches(name, spec.quantizer.text):
+                return row, note
+    return None
+
+
+def differences(config: dict[str, Any], kinds: dict[str, int]) -> list[str]:
+    """How this run's settings differ from the paper's, or may differ, in sentences."""
+    settings = paper_table()["settings"]
+    notes = [
+        "The paper's patches are of other tiles (TCGA Breast, Colon and Prostate at 20x).",
+        f"The coding of its patches: {settings['source_encoding']}. Here: "
+        + ", ".join(f"{count} crops of {name} files" for name, count in kinds.items())
+        + ".",
+        f"Its K-means: {settings['kmeans']}. Its {settings['int8_range']}.",
+        f"Its settings of SSIM and PSNR are not stated; SSIM here: {config['ssim']}.",
+    ]
+    if config["crop_px"] != settings["patch_px"]:
+        notes.append(f"Crops here have {config['crop_px']} px, its patches {settings['patch_px']}.")
+    return notes

@@ -122,10 +122,3 @@ def test_bench_scale_tells_every_size(tmp_path, capsys):
     rows = call(capsys, "bench", "scale", *words)
     assert [row["patches"] for row in rows] == [600, 70_000]
     assert all(row["state_bytes"] < 1024 and row["first_batch_s"] > 0 for row in rows)
-
-
-def test_bench_decode_tells_what_options_change(capsys):
-    words = ["bench", "decode", "--patch-size", 32, "--batch-sizes", 2, "--seconds", 0.1]
-    rows = {row["options"]: row for row in call(capsys, *words, "--rounds", 1, "--json")}
-    assert rows["float32"]["gain"] == 1 and rows["float32"]["largest_change"] == 0
-    assert 0 < rows["bfloat16 channels_last"]["largest_change"] < 0.5

@@ -1,28 +1,38 @@
-"""latentds bench decode: what a decoder's options bring on a device, and what they change."""
+"""latentds bench decode: what decoders take on a device, their options, and JPEG beside them."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import statistics
-import time
+from pathlib import Path
 from typing import Any
+
+DEFAULT_DECODERS = "taesd,sd15,dcae-f32,tiny,turbo-s,turbo-m,turbo-f32"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Decode random latents with every combination of options; rates beside plain float32."""
+    """Decode random latents under every option, and JPEGs of real patches, on one machine."""
 
-    autoencoder: str = "tiny"
-    """Name or local folder, as for convert."""
+    decoders: str = DEFAULT_DECODERS
+    """Decoders with commas between: shapes with random weights (taesd, sd15, sd3, dcae-f32,
+    turbo-s, turbo-m, turbo-f32: time does not depend on them), tiny, the name or folder of an
+    autoencoder, or a decoder's folder."""
     patch_size: int = 256
     """Edge of a patch in pixels."""
-    batch_sizes: tuple[int, ...] = (16, 64)
-    """Patches decoded at once."""
+    batch_sizes: tuple[int, ...] | None = None
+    """Patches decoded at once. By default 64 on a GPU; on a CPU 16, and 1 for decoders of more than
+    50 GFLOP a patch."""
     device: str = "cpu"
     """cpu, cuda, cuda:1, mps."""
     compile: bool = False
     """Also measure torch.compile (a C++ compiler on a CPU, minutes for large decoders)."""
+    jpeg: bool = True
+    """Also measure JPEG decoders: simplejpeg and torchvision, those that are installed."""
+    pictures: Path | None = None
+    """Folder of pictures whose patches are the JPEGs; by default scikit-image's immunostain."""
+    cores: int | None = None
+    """Cores of the JPEG rows on several; by default all."""
     seconds: float = 3.0
     """Length of a measurement."""
     rounds: int = 3
@@ -30,99 +40,97 @@ class Config:
     json: bool = False
     """Print JSON."""
 
+    def __post_init__(self) -> None:
+        if self.rounds < 1 or self.patch_size < 1 or min(self.batch_sizes or (1,)) < 1:
+            raise ValueError("rounds, patch size and batch sizes are at least 1")
+
 
 def run(config: Config) -> None:
     """Print the table."""
-    from latentds.autoencoders import load_autoencoder
-
-    rows = []
-    for batch in config.batch_sizes:
-        cases = [(options, batch) for options in combinations(config)]
-        plain = None
-        rounds: list[list[dict[str, float]]] = []
-        for _ in range(config.rounds):
-            measured = []
-            for options, size in cases:
-                result, images = measure(
-                    load_autoencoder(config.autoencoder), options, size, config
-                )
-                plain = images if plain is None else plain
-                measured.append(result | {"largest_change": float((images - plain).abs().max())})
-            rounds.append(measured)
-        for number, (options, size) in enumerate(cases):
-            figures = [measured[number] for measured in rounds]
-            medians = {name: statistics.median(f[name] for f in figures) for name in figures[0]}
-            base = statistics.median(measured[0]["patches_per_s"] for measured in rounds)
-            gain = medians["patches_per_s"] / base
-            rows.append({"options": describe(options), "batch": size, "gain": gain} | medians)
-    print(json.dumps(rows, indent=1) if config.json else as_text(config, rows))
+    report = measure(config)
+    print(json.dumps(report, indent=1) if config.json else as_text(report))
 
 
-def combinations(config: Config) -> list[Any]:
-    """Options to measure, plain float32 first."""
-    import torch
+def measure(config: Config) -> dict[str, Any]:
+    """All figures: every JPEG decoder and every network in turn, round by round."""
+    from latentds_tools.decode_bench import jpeg, networks, shapes
+    from latentds_tools.machine import machine, usable_cores
 
-    from latentds.decoding import DecodeOptions
+    names = [name.strip() for name in config.decoders.split(",") if name.strip()]
+    for name in names:
+        shapes.check_known(name)
+    jpegs = jpeg.load_jpegs(config.pictures, config.patch_size) if config.jpeg else []
+    timed = [networks.survey(name, config) for name in dict.fromkeys(names)]
+    jpeg_rounds = []
+    for _ in range(config.rounds):
+        if jpegs:
+            cores = config.cores or usable_cores()
+            jpeg_rounds.append(jpeg.measure_all(jpegs, config.seconds, cores, config.device))
+        for one in timed:  # one at a time in memory
+            one.measure(config)
+    rows = jpeg.rows_of(jpeg_rounds) if jpegs else []
+    rows += [row for one in timed for row in one.rows()]
+    return {
+        "machine": machine(config.device),
+        "config": json.loads(json.dumps(dataclasses.asdict(config), default=str)),
+        "jpeg": jpeg.describe(jpegs) if jpegs else None,
+        "rows": with_ratios(rows),
+    }
 
-    found = [
-        DecodeOptions(dtype=dtype, channels_last=last)
-        for dtype in (torch.float32, torch.bfloat16)
-        for last in (False, True)
+
+def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows with their rate over that of one core that decodes JPEGs, None where none was timed."""
+    is_jpeg = bool(rows) and rows[0]["decoder"].startswith("JPEG")
+    core = rows[0]["patches_per_s"] if is_jpeg else None
+    return [
+        row
+        | {"over_jpeg_core": row["patches_per_s"] / core if core and "error" not in row else None}
+        for row in rows
     ]
-    if config.compile:
-        found += [dataclasses.replace(options, compile=True) for options in found]
-    if config.device.startswith("cuda"):
-        found += [dataclasses.replace(options, cuda_graph=True) for options in found]
-    return found
 
 
-def measure(autoencoder: Any, options: Any, batch: int, config: Config) -> tuple[Any, Any]:
-    """Rate and start-up of one combination, and the images it makes of fixed codes."""
-    import torch
-
-    from latentds.decoding import Decoder
-    from latentds.quantizer import Codebook
-
-    card, edge = autoencoder.card, config.patch_size
-    levels = torch.linspace(-3, 3, 256).numpy()[None]
-    decoder = Decoder(
-        autoencoder, [Codebook(levels, "kmeans")], (edge, edge), config.device, options
-    )
-    cells = -(-edge // card.factor)
-    generator = torch.Generator().manual_seed(0)
-    shape = (batch, card.channels, cells, cells)
-    codes = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8).to(config.device)
-    started = time.perf_counter()
-    images = decoder(codes).float().cpu()
-    first = time.perf_counter() - started
-    patches, started = 0, time.perf_counter()
-    while (now := time.perf_counter() - started) < config.seconds:
-        decoder(codes)
-        if decoder.device.type == "cuda":
-            torch.cuda.synchronize(decoder.device)
-        patches += batch
-    return {"patches_per_s": patches / now, "first_batch_s": first}, images
-
-
-def describe(options: Any) -> str:
-    """Options in a few words."""
-    words = [str(options.dtype).removeprefix("torch.")]
-    words += [n for n in ("channels_last", "compile", "cuda_graph") if getattr(options, n)]
-    return " ".join(words)
-
-
-def as_text(config: Config, rows: list[dict[str, Any]]) -> str:
+def as_text(report: dict[str, Any]) -> str:
     """The table."""
+    where, config, jpeg = report["machine"], report["config"], report["jpeg"]
     lines = [
-        f"{config.autoencoder}, {config.patch_size} px, on {config.device}, medians of "
-        f"{config.rounds} rounds",
+        f"{where['gpu'] or where['cpu']}, {where['cores']} cores ({where['torch_threads']} threads "
+        f"of torch), torch {where['torch']}; patches of {config['patch_size']} px on "
+        f"{config['device']}, medians of {config['rounds']} rounds of {config['seconds']:g} s",
         "",
-        "| options | batch | patches/s | over plain float32 | first batch s | largest change |",
-        "|---|---|---|---|---|---|",
     ]
-    for row in rows:
-        lines.append(
-            f"| {row['options']} | {row['batch']} | {row['patches_per_s']:,.1f} | "
-            f"{row['gain']:.2f} | {row['first_batch_s']:.2f} | {row['largest_change']:.4f} |"
-        )
-    return "\n".join(lines)
+    if jpeg:
+        lines[1:1] = [
+            f"JPEG: quality {jpeg['quality']}, {jpeg['subsampling']}, {jpeg['patches']} patches of "
+            f"{jpeg['mean_bytes']:,.0f} bytes on average"
+        ]
+    lines += [
+        "| decoder | weights | GFLOP | options | batch | patches/s | over one JPEG core | "
+        "over float32 | first batch s | largest change |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    return "\n".join(lines + [row_text(row) for row in report["rows"]])
+
+
+def row_text(row: dict[str, Any]) -> str:
+    """A row of the table; what it has no figure for stays empty."""
+    if "error" in row:
+        return f"| {row['decoder']} | | | {row['options']} | | {row['error']} | | | | |"
+    rate = row["patches_per_s"]
+    cells = [
+        row["decoder"],
+        row.get("weights", ""),
+        shown(row.get("gflop"), ",.1f"),
+        row["options"],
+        str(row["batch"]),
+        f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}",
+        shown(row["over_jpeg_core"], ".3g"),
+        shown(row.get("gain"), ".2f"),
+        f"{row['first_batch_s']:.2g}",
+        shown(row.get("largest_change"), ".4f"),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def shown(value: float | None, form: str) -> str:
+    """A number, or nothing."""
+    return "" if value is None else format(value, form)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+from latentds_tools.machine import machine
 
 from latentds.errors import InputError, unknown_name
 
@@ -258,22 +259,6 @@ def summarize(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
             )
         rows.append(row)
     return rows
-
-
-def machine(device: str) -> dict[str, Any]:
-    """What was measured on."""
-    import os
-    import platform
-
-    import torch
-
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        cpu = names[0].partition(":")[2].strip() if names else cpu
-    gpu = torch.cuda.get_device_name(device) if device.startswith("cuda") else None
-    return {"cpu": cpu, "cores": os.cpu_count(), "gpu": gpu, "python": platform.python_version()}
 
 
 def as_text(report: dict[str, Any]) -> str:

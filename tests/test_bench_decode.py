@@ -1,0 +1,159 @@
+"""bench decode: networks and JPEG decoders in one table, shapes as published, failures told."""
+
+import importlib.util
+import json
+
+import pytest
+import torch
+from latentds_tools import cli
+from latentds_tools.decode_bench import jpeg, networks
+from latentds_tools.decode_bench.shapes import check_known, find_decoder, gigaflops, shapes
+
+from latentds.errors import InputError, MissingExtraError, UnknownNameError
+
+pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
+
+QUICK = ("--seconds", 0.05, "--rounds", 1, "--patch-size", 32, "--batch-sizes", 2)
+
+
+def call(capsys, *words, code: int = 0) -> str:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["bench", "decode", *(str(word) for word in words)])
+    captured = capsys.readouterr()
+    assert ended.value.code == code, captured.err
+    return captured.err if code else captured.out
+
+
+def test_networks_and_jpeg_stand_in_one_table(capsys):
+    pytest.importorskip("simplejpeg")
+    words = ("--decoders", "tiny,turbo-s", "--cores", 1, "--json")
+    report = json.loads(call(capsys, *words, *QUICK))
+    rows = {(row["decoder"], row["options"]): row for row in report["rows"]}
+    core, plain = rows["JPEG, simplejpeg", "1 core"], rows["tiny", "float32"]
+    assert core["over_jpeg_core"] == 1 and report["jpeg"]["quality"] == 75
+    assert plain["gain"] == 1 and plain["largest_change"] == 0 and plain["weights"] == "loaded"
+    assert plain["over_jpeg_core"] == plain["patches_per_s"] / core["patches_per_s"]
+    assert 0 < rows["tiny", "bfloat16 channels_last"]["largest_change"] < 0.5
+    assert rows["turbo-s", "float32"]["weights"] == "random"
+    assert report["machine"]["cores"] >= 1 and report["machine"]["torch"] == torch.__version__
+
+
+def test_the_table_is_markdown_and_names_the_machine(capsys):
+    pytest.importorskip("simplejpeg")
+    text = call(capsys, "--decoders", "turbo-s", "--cores", 1, *QUICK)
+    assert torch.__version__ in text and "quality 75, 4:2:0" in text
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    assert len({line.count("|") for line in table}) == 1 and len(table) >= 7
+
+
+def test_decoders_alone_need_no_jpeg_library(capsys, monkeypatch):
+    monkeypatch.setattr(jpeg, "LIBRARIES", ())
+    words = ("--decoders", "tiny", "--no-jpeg", "--json")
+    report = json.loads(call(capsys, *words, *QUICK))
+    assert report["jpeg"] is None and report["rows"][0]["over_jpeg_core"] is None
+
+
+def test_without_a_jpeg_library_the_extra_is_named(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=r"latentds\[bench\]"):
+        jpeg.load_jpegs(None, 256)
+
+
+def test_an_unknown_decoder_is_told_before_anything_is_measured(capsys):
+    error = call(capsys, "--decoders", "tiny,turbo-x", code=1)
+    assert "unknown decoder 'turbo-x'; did you mean 'turbo-" in error and "sd15" in error
+
+
+def test_names_paths_and_the_hubs_form_pass(tmp_path):
+    for name in ("sd15", "tiny", "dcae-f32-path", str(tmp_path), "org/decoder"):
+        check_known(name)
+    with pytest.raises(UnknownNameError):
+        check_known("nothing")
+
+
+def test_a_decoder_folder_is_measured(capsys, tmp_path):
+    from latentds.autoencoders import load_autoencoder
+    from latentds.autoencoders.decoders import save_decoder
+
+    tiny = load_autoencoder("tiny")
+    save_decoder(tmp_path / "mine", tiny.decoder, tiny.card, {"class": "tiny"}, {})
+    words = ("--decoders", tmp_path / "mine", "--no-jpeg", "--json")
+    (row, *_) = json.loads(call(capsys, *words, *QUICK))["rows"]
+    assert row["weights"] == "loaded" and row["gflop"] == pytest.approx(7.3 / 64, rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["taesd", "sd15", "sd3", "dcae-f32", "turbo-s", "turbo-f32"])
+def test_shapes_decode_as_the_published_networks_do(name):
+    """GFLOP on the meta device; 622 is SD-1.5's, 35 TAESD's, 49.5 and 200.2 M the parameters."""
+    if name in ("sd15", "sd3", "dcae-f32"):
+        pytest.importorskip("diffusers")
+    with torch.device("meta"):
+        shape = shapes()[name]
+        decoder = shape.build().eval()
+    cells = 256 // shape.factor
+    images = decoder(torch.zeros(1, shape.channels, cells, cells, device="meta"))
+    millions = sum(p.numel() for p in decoder.parameters()) / 1e6
+    expected = {"sd15": 49.49, "sd3": 49.55, "dcae-f32": 200.18, "taesd": 1.22}
+    assert images.shape == (1, 3, 256, 256)
+    assert millions == pytest.approx(expected.get(name, millions), abs=0.01)
+
+
+def test_work_is_counted_without_running():
+    assert gigaflops(find_decoder("tiny")[0], 256) == pytest.approx(7.3, abs=0.1)
+    assert gigaflops(find_decoder("turbo-s")[0], 256) == pytest.approx(2.1, abs=0.1)
+
+
+def test_compilation_and_graphs_are_measured_at_both_ends():
+    plain = [networks.describe(one) for one in networks.combinations("cpu", compile=False)]
+    full = [networks.describe(one) for one in networks.combinations("cuda", compile=True)]
+    assert plain[0] == "float32" and len(plain) == 4 and full[:4] == plain
+    assert full[-1] == "bfloat16 channels_last compile cuda_graph" and len(full) == 10
+
+
+def test_heavy_decoders_run_one_patch_at_a_time_on_a_cpu():
+    assert networks.default_batch("cpu", 622) == 1 < networks.default_batch("cpu", 7)
+    assert networks.default_batch("cuda", 622) == 64
+
+
+@pytest.mark.parametrize("library", jpeg.LIBRARIES)
+@pytest.mark.parametrize("kind", ["threads", pytest.param("processes", marks=pytest.mark.slow)])
+def test_jpeg_decoders_work_together(library, kind):
+    pytest.importorskip(library)
+    jpegs = jpeg.load_jpegs(None, 64)[:4]
+    together, first = jpeg.rate_together(library, jpegs, 0.1, 2, kind)
+    assert together > 0 and first > 0
+
+
+@pytest.mark.parametrize("library", jpeg.LIBRARIES)
+def test_jpeg_decoders_give_the_pictures_back(library):
+    pytest.importorskip(library)
+    patch = jpeg.load_patches(None, 256)[0]
+    decoded = torch.as_tensor(jpeg.make_decoder(library)(jpeg.encode(patch)))
+    decoded = decoded.permute(1, 2, 0) if decoded.shape[0] == 3 else decoded
+    assert (decoded.float() - torch.from_numpy(patch.copy()).float()).abs().mean() < 8
+
+
+def test_pictures_of_a_folder_are_cut_into_patches(pictures):
+    assert len(jpeg.load_patches(pictures, 16)) == jpeg.MOST_PATCHES
+    assert jpeg.load_patches(pictures, 16)[0].shape == (16, 16, 3)
+    with pytest.raises(InputError, match="no picture of 64 px"):
+        jpeg.load_patches(pictures, 64)
+
+
+def test_a_gpu_decoder_that_cannot_run_says_why():
+    pytest.importorskip("torchvision")
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    row = jpeg.gpu_row(jpeg.load_jpegs(None, 64), 0.1, "cuda")
+    assert row["error"] and jpeg.rows_of([[row], [row]]) == [row]
+
+
+@pytest.mark.gpu
+def test_the_gpus_jpeg_decoder_stands_in_the_table(capsys):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    words = ("--decoders", "turbo-s", "--device", "cuda", "--cores", 2, "--json")
+    report = json.loads(call(capsys, *words, *QUICK))
+    rows = {(row["decoder"], row["options"]): row for row in report["rows"]}
+    assert rows["JPEG, torchvision", "the GPU"]["patches_per_s"] > 0
+    assert rows["turbo-s", "bfloat16 channels_last cuda_graph"]["largest_change"] < 0.5

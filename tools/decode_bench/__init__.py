@@ -1,0 +1,1 @@
+"""What `latentds bench decode` is made of."""

@@ -113,14 +113,14 @@ def test_awkward_tiles_survive_tiling_and_a_local_autoencoder(assets, tmp_path):
 
 
 def test_tiny_was_trained_on_no_test_set(assets, monkeypatch):
-    from latentds_trainers import train_tiny
+    from latentds_trainers.tiles import read_tiles
 
     opened = []
     original = Image.open
     monkeypatch.setattr(
         Image, "open", lambda path, **o: opened.append(str(path)) or original(path, **o)
     )
-    train_tiny.read_tiles(assets)
+    read_tiles(assets)
     assert opened and not [path for path in opened if "monuseg" in path or "ucsb" in path]
 
 
@@ -140,5 +140,6 @@ def test_trainer_runs_resumes_and_writes_weights(assets, tmp_path):
         run = subprocess.run(
             [*command, "--steps", steps], capture_output=True, text=True, check=True
         )
-    assert "step 4" in run.stderr and "step 2 " not in run.stderr
+    assert "going on after step 2" in run.stderr and "\nstep 4 tiny/loss" in run.stderr
+    assert "\nstep 2 tiny/loss" not in run.stderr
     assert run.stdout.strip().endswith("tiny-v1.safetensors")

@@ -1,18 +1,14 @@
 """Originals found again: the pixels that a data set's patches were made of."""
 
-import dataclasses
-import json
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from latentds.conversion.pipeline import convert
 from latentds.errors import ContractError, InputError
 from latentds.originals import Originals
 from latentds.reader import ShardSet
-from tests.conftest import convert_with_mean, save_pictures, smooth_picture
-from tests.fakes import MeanAutoencoder
+from tests.conftest import convert_with_mean, smooth_picture
 
 
 def everything(shards: ShardSet) -> tuple[list[str], np.ndarray]:

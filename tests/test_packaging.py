@@ -97,7 +97,7 @@ def test_imports_go_down_the_floors(module):
     assert above == set()
 
 
-ENGINE = ("engine", "settings", "launching", "checkpoints", "training_log", "wrapping")
+ENGINE = ("engine", "settings", "launching", "checkpoints", "training_log", "wrapping", "ranks")
 RECIPES = {  # and the modules each is made of
     "train_tiny": ("tiny_task", "tiles"),
     "finetune_decoder": ("decoder_task", "decoder_losses", "pairs", "judging"),

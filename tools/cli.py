@@ -38,7 +38,7 @@ COMMANDS = {
     ),
     "bench loader": ("bench_loader", "rates of loaders over the same patches, ours and others"),
     "bench scale": ("bench_scale", "what opening, a first batch and a state cost as sets grow"),
-    "bench decode": ("bench_decode", "what a decoder's options bring on a device"),
+    "bench decode": ("bench_decode", "decoders under their options, beside JPEG, on a device"),
     "bench convert": ("bench_convert", "rate of a conversion beside the encoder's alone"),
     "bench container": ("bench_container", "container overhead for patch and pack sizes"),
     "bench fidelity": (

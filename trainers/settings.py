@@ -1,0 +1,91 @@
+"""Settings every recipe has, and the learning rate that follows from them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Settings of a run that the engine reads; a recipe inherits them and adds its own."""
+
+    out: Path
+    """Folder of the run: checkpoints/, log.jsonl, config.json, samples/. The same command run again
+    goes on from its newest checkpoint. With several nodes, a folder all of them see."""
+    steps: int
+    """Optimizer steps; warm-up, schedule and every `..._every` count in them too."""
+    batch_size: int
+    """Images a rank takes in one forward pass."""
+    accumulation: int = 1
+    """Forward passes whose gradients are averaged into one optimizer step."""
+    lr: float
+    """Learning rate after the warm-up."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises linearly."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """After the warm-up: constant, or half a cosine to zero at the last step."""
+    clip: float | None = None
+    """Gradient norm beyond which gradients are scaled down to it."""
+    spike: float | None = None
+    """Leave out a step whose gradient norm is beyond this many times `clip` (ZeRO 0 only)."""
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """What DeepSpeed spreads over the ranks: 0 nothing, 1 optimizer state, 2 gradients too, 3
+    weights too."""
+    precision: Literal["fp32", "autocast", "bf16"] = "fp32"
+    """autocast: float32 weights, operations in bfloat16 where torch holds that safe; bf16: weights
+    in bfloat16 with a float32 copy in the optimizer (ZeRO 1 to 3)."""
+    seed: int = 0
+    save_every: int = 1000
+    """Steps between checkpoints; validation figures are taken then too."""
+    keep: int = 2
+    """Checkpoints kept, the newest ones."""
+    log_every: int = 10
+    """Steps between lines of log.jsonl."""
+    sample_every: int | None = None
+    """Steps between sample pictures; none without."""
+    tensorboard: bool = False
+    """Write TensorBoard events to tensorboard/ as well."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulation", "save_every", "keep", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; at least 1")
+        for name in ("lr", "clip", "spike", "sample_every"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} is {value}; a positive number")
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps is {self.warmup_steps}; 0 or more")
+        if self.precision == "bf16" and self.zero_stage == 0:
+            raise ValueError("precision bf16 needs zero_stage 1, 2 or 3; with 0, take autocast")
+        if self.spike is not None and (self.clip is None or self.zero_stage != 0):
+            raise ValueError("spike needs clip, and zero_stage 0")
+
+    def lr_share(self, step: int) -> float:
+        """Share of `lr` that step `step` (the first is 0) takes."""
+        share = 1.0
+        if self.warmup_steps:
+            share = min(1.0, (step + 1) / self.warmup_steps)
+        if self.schedule == "cosine":
+            share *= 0.5 * (1 + math.cos(math.pi * step / self.steps))
+        return share
+
+
+def plain(config: TrainConfig) -> dict[str, Any]:
+    """The settings as JSON values."""
+    values = dataclasses.asdict(config)
+    return {name: jsonable(value) for name, value in values.items()}
+
+
+def jsonable(value: Any) -> Any:
+    """A setting as a JSON value: paths as text, tuples as lists."""
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, (list, tuple)):
+        return [jsonable(part) for part in value]
+    if isinstance(value, dict):
+        return {str(key): jsonable(part) for key, part in value.items()}
+    return value

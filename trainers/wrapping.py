@@ -1,0 +1,185 @@
+"""One network and its optimizer as a DeepSpeed engine, with our own learning rate and norms."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from latentds_trainers.settings import TrainConfig
+from safetensors.torch import load_file
+from safetensors.torch import save as to_safetensors
+from torch import Tensor, nn
+
+from latentds.errors import missing_extra
+from latentds.storage import write_atomically
+
+BUFFERS = "buffers.safetensors"
+
+
+def load_deepspeed() -> Any:
+    """The library, quiet, and told not to compile its shared-memory collectives.
+
+    raises  MissingExtraError where it is not installed
+    """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else a warning that it found nothing else
+    # torch renamed collectives that DeepSpeed's ZeRO 3 calls by their old names.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\..* is deprecated", FutureWarning)
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise missing_extra("deepspeed", "train") from error
+    # On CPU the first start would build them: a minute, and a C++ compiler. gloo does it as well.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    return deepspeed
+
+
+def deepspeed_config(config: TrainConfig, universal: bool) -> dict[str, Any]:
+    """DeepSpeed's JSON for one network."""
+    return {
+        "train_micro_batch_size_per_gpu": config.batch_size,
+        "gradient_accumulation_steps": config.accumulation,
+        "gradient_clipping": config.clip or 0.0,
+        "zero_optimization": {"stage": config.zero_stage},
+        "bf16": {"enabled": config.precision == "bf16"},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 1 << 40,
+        "checkpoint": {"load_universal": universal},
+    }
+
+
+class Host(nn.Module):
+    """What DeepSpeed takes for the network: its forward hands back a loss computed elsewhere.
+
+    DeepSpeed hangs hooks on what its engine's forward returns; they start its bookkeeping for the
+    backward pass, and refuse or confuse any other use of the graph, such as `autograd.grad` for an
+    adaptive weight or a second network's loss. With the loss as the only such output, recipes call
+    the plain network as they like.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, loss: Tensor) -> Tensor:
+        """The loss, as it is."""
+        return loss
+
+
+class WrappedNetwork:
+    """A network, its DeepSpeed engine, and the learning rates of its optimizer's groups."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        config: TrainConfig,
+        universal: bool,
+    ) -> None:
+        self.config, self.network = config, network
+        self.lrs = [float(group["lr"]) for group in optimizer.param_groups if group["params"]]
+        self.norm = 0.0
+        for parameter in network.parameters():  # DeepSpeed cannot broadcast channels-last ones
+            parameter.data = parameter.data.contiguous()
+        self.engine, _, _, _ = load_deepspeed().initialize(
+            model=Host(network),
+            model_parameters=[p for group in optimizer.param_groups for p in group["params"]],
+            optimizer=optimizer,
+            config=deepspeed_config(config, universal),
+            dist_init_required=False,
+        )
+        writer = self.engine.checkpoint_engine
+        self.failures: list[OSError] = []
+        writer.save = self.noting_failures(writer.save)
+
+    def backward(self, loss: Tensor, is_last: bool) -> None:
+        """Add the gradients of the loss; average them over the ranks when it is the step's last."""
+        self.engine.set_gradient_accumulation_boundary(is_last)
+        self.engine.backward(self.engine(loss))
+
+    def step(self, lr_share: float) -> bool:
+        """Take the optimizer step at a share of the optimizer's own learning rates.
+
+        Sets `norm`, of the gradients before clipping. False where the step was left out as a spike.
+        """
+        groups = self.engine.optimizer.param_groups
+        for group, lr in zip(groups, self.lrs, strict=True):
+            group["lr"] = lr * lr_share
+        if self.config.zero_stage == 0:
+            gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
+            self.norm = float(nn.utils.get_total_norm(gradients))
+            if self.is_spike():
+                self.engine.zero_grad()
+                return False
+        self.engine.step()
+        if self.config.zero_stage != 0:
+            self.norm = float(self.engine.get_global_grad_norm())
+        return True
+
+    def is_spike(self) -> bool:
+        """Whether the step is to be left out."""
+        spike, clip = self.config.spike, self.config.clip
+        return spike is not None and clip is not None and not self.norm < spike * clip
+
+    def weights(self) -> dict[str, Tensor]:
+        """Copies of the whole weights on the CPU. Collective: every rank has to call it."""
+        parameters = list(self.network.parameters())
+        with load_deepspeed().zero.GatheredParameters(parameters, enabled=self.is_spread()):
+            state = self.network.state_dict()
+            return {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
+
+    def is_spread(self) -> bool:
+        """Whether every rank holds a part of the weights only."""
+        return self.config.zero_stage == 3
+
+    def noting_failures(self, save: Callable[..., None]) -> Callable[..., None]:
+        """DeepSpeed's writing of a file, whose failure is noted instead of raised.
+
+        Raised, it would leave the other ranks waiting at DeepSpeed's next barrier.
+        """
+
+        def write(state_dict: Any, path: str) -> None:
+            try:
+                save(state_dict, path)
+            except OSError as error:
+                error.filename = error.filename or path
+                self.failures.append(error)
+            except RuntimeError as error:  # how torch's own zip writer tells of a full disk
+                self.failures.append(OSError(f"{path}: {str(error).splitlines()[0]}"))
+
+        return write
+
+    def save(self, folder: Path, name: str) -> list[OSError]:
+        """Write weights and optimizer below folder/name. Collective.
+
+        returns  what this rank could not write; raised here, it would leave the others waiting
+        """
+        self.failures.clear()
+        self.engine.save_checkpoint(str(folder), tag=name, save_latest=False)
+        if dist.get_rank() == 0:  # DeepSpeed's universal form leaves buffers out
+            try:
+                write_atomically(folder / name / BUFFERS, to_safetensors(self.buffers()))
+            except OSError as error:
+                self.failures.append(error)
+        return list(self.failures)
+
+    def load(self, folder: Path, name: str, buffers: Path) -> None:
+        """Read what `save` wrote; buffers from a folder of their own. Collective.
+
+        DeepSpeed unpickles these files: only ever from the run's own folder.
+        """
+        self.engine.load_checkpoint(str(folder), tag=name)
+        saved = load_file(buffers / name / BUFFERS)
+        for key, tensor in self.buffers().items():
+            tensor.copy_(saved[key])
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Buffers by name: batch normalization's running figures and the like."""
+        return {name: buffer.data for name, buffer in self.network.named_buffers()}

@@ -1,0 +1,63 @@
+"""Fine-tuning as a user starts it: DeepSpeed's launcher, two ranks, real tiles and encoders."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from latentds.autoencoders.decoders import load_decoder
+
+pytestmark = [pytest.mark.slow, pytest.mark.assets]
+
+
+def start(assets: Path, out: Path, *options: str) -> subprocess.CompletedProcess:
+    """The recipe on two ranks of one core each."""
+    launcher = Path(sys.executable).with_name("deepspeed")
+    nic = assets / "features" / "nic_pathology"
+    words = [
+        *(
+            str(launcher),
+            "--num_gpus",
+            "2",
+            "--master_port",
+            "29611",
+            "--module",
+            "latentds_trainers.finetune_decoder",
+        ),
+        *("--pictures", str(assets / "tiles" / "tcga_gbm"), "--held-out", "TCGA-FG-A4MU"),
+        *("--embedder", "efficientnet-lite0", "--out", str(out), "--batch-size", "1"),
+        *("--judges", str(nic / "encoder_bigan.safetensors")),
+        *("--crop-px", "128", "--validate-px", "128", "--validate-crops", "4", "--lr", "1e-4"),
+        *("--steps", "20", "--save-every", "10", "--log-every", "1", "--disc-start", "15"),
+        *("--warmup-steps", "2", "--precision", "autocast"),
+        *options,
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(words, capture_output=True, text=True, env=environment, timeout=900)
+
+
+def test_twenty_steps_on_two_ranks_leave_a_decoder_and_a_report(assets, tmp_path):
+    done = start(assets, tmp_path / "run", "--sample-every", "10")
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert set(report["after"]) == {
+        "psnr_db",
+        "one_minus_cos/efficientnet-lite0",
+        "one_minus_cos/nic:encoder_bigan",
+    }
+    assert report["after"]["psnr_db"] > report["before"]["psnr_db"] - 3  # it did not fall apart
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log] == list(range(1, 21))
+    assert "gan" not in log[14] and log[15]["gan_weight"] > 0
+    assert len(list((tmp_path / "run" / "samples").glob("*.png"))) == 2
+    assert load_decoder(tmp_path / "run").card.name == "run"
+
+
+def test_a_missing_embedder_is_one_line_and_exit_code_1(assets, tmp_path):
+    done = start(assets, tmp_path / "run", "--embedder", "efficientnet-lite0@none.pth")
+    assert done.returncode == 1
+    told = [line for line in done.stderr.splitlines() if "none.pth" in line]
+    assert told and "Traceback" not in done.stderr

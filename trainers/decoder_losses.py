@@ -1,0 +1,116 @@
+"""The losses of decoder fine-tuning, term by term, in the reference's order of steps."""
+# B images of this rank, H W pixels
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from latentds.models.discriminator import adaptive_weight, generator_loss, hinge_loss
+
+if TYPE_CHECKING:
+    from latentds_trainers.engine import Engine
+    from latentds_trainers.finetune_decoder import FinetuneConfig
+    from latentds_trainers.pairs import Pair
+
+    from latentds.embedders import Embedder
+
+Terms = dict[str, Tensor]
+
+
+class DecoderLosses:
+    """One training step of a decoder and, from `disc_start` on, its discriminator.
+
+    engine         trains `decoder` and, where there is one, `discriminator`
+    embedder       of the embedding loss, None for none
+    teacher        latents to images in [0, 1], None for none
+    last_layer     weight of the decoder's last convolution
+    """
+
+    def __init__(
+        self,
+        config: FinetuneConfig,
+        engine: Engine,
+        last_layer: nn.Parameter,
+        embedder: Embedder | None = None,
+        teacher: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self.config, self.engine = config, engine
+        self.last_layer, self.embedder, self.teacher = last_layer, embedder, teacher
+        self.has_discriminator = config.gan_weight > 0
+
+    def step(self, pair: Pair, step: int) -> Terms:
+        """Train on a batch: the decoder, then the discriminator on the same one."""
+        is_adversarial = self.has_discriminator and step >= self.config.disc_start
+        terms = self.train_decoder(pair, is_adversarial)
+        if is_adversarial:
+            terms |= self.train_discriminator(pair)
+        return terms
+
+    def train_decoder(self, pair: Pair, is_adversarial: bool) -> Terms:
+        """The decoder's step; terms are unweighted."""
+        with self.engine.autocast():
+            images = self.engine["decoder"](pair.latents).float()
+        loss, terms = self.reconstruction(images, pair)
+        if is_adversarial:
+            with self.engine.frozen("discriminator"):
+                adversarial = generator_loss(self.discriminate(images))
+            weight = self.gan_weight(loss, adversarial)
+            loss = loss + weight * adversarial
+            terms |= {"gan": adversarial, "gan_weight": weight}
+        self.engine.update("decoder", loss)
+        return {name: term.detach() for name, term in terms.items()}
+
+    def reconstruction(self, images: Tensor, pair: Pair) -> tuple[Tensor, Terms]:
+        """L1, embedding and teacher terms, weighted and scaled as the reference does.
+
+        There |x - y| + w p stands for every value of an image, p broadcast, and is summed.
+        """
+        config = self.config
+        terms = {"l1": (images - pair.images).abs().mean()}
+        total = config.l1_weight * terms["l1"]
+        if self.embedder is not None:
+            terms["embedding"] = self.embedding_distance(images, pair.images)
+            total = total + config.embedding_weight * terms["embedding"]
+        if self.teacher is not None:
+            with torch.no_grad(), self.engine.autocast():
+                wanted = self.teacher(pair.latents).float()
+            terms["teacher"] = (images - wanted).abs().mean()
+            total = total + config.teacher_weight * terms["teacher"]
+        return total * (images[0].numel() if config.reduction == "sum" else 1), terms
+
+    def embedding_distance(self, images: Tensor, originals: Tensor) -> Tensor:
+        """L1 between embeddings, gradients through those of `images` only."""
+        assert self.embedder is not None
+        with self.engine.autocast():
+            with torch.no_grad():
+                wanted = self.embedder.embed(originals)
+            distances = (self.embedder.embed(images) - wanted).abs().float()
+        if self.config.embedding_reduction == "sum":
+            return distances.sum(1).mean()
+        return distances.mean()
+
+    def gan_weight(self, loss: Tensor, adversarial: Tensor) -> Tensor:
+        """What the adversarial term is multiplied by."""
+        if self.config.gan_weight_mode == "fixed":
+            return torch.tensor(self.config.gan_weight, device=loss.device)
+        return self.config.gan_weight * adaptive_weight(loss, adversarial, self.last_layer)
+
+    def discriminate(self, images: Tensor) -> Tensor:
+        """Logits of images in [0, 1]."""
+        with self.engine.autocast():
+            logits: Tensor = self.engine["discriminator"](images * 2 - 1)
+        return logits.float()
+
+    def train_discriminator(self, pair: Pair) -> Terms:
+        """The discriminator's step, on what the decoder makes after its own."""
+        with torch.no_grad(), self.engine.autocast():
+            images = self.engine["decoder"](pair.latents).float()
+        real, fake = self.discriminate(pair.images), self.discriminate(images)
+        loss = hinge_loss(real, fake)
+        self.engine.update("discriminator", loss)
+        terms = {"disc": loss, "logits_real": real.mean(), "logits_fake": fake.mean()}
+        return {name: term.detach() for name, term in terms.items()}

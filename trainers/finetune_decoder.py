@@ -1,0 +1,165 @@
+"""Fine-tune a decoder, or train a small student, for latents that stay as they are.
+
+    deepspeed --module latentds_trainers.finetune_decoder --data tcga-latents/ \\
+        --originals patches/ --autoencoder dcae-f32 --embedder uni --out runs/dcae-path
+
+L1 + PatchGAN + embedding L1 of a frozen pathology encoder, after Yellapragada et al. 2025, section
+3.2, on latent-diffusion's loss. The encoder is frozen, so latents that are stored already profit.
+One process (`python -m`) or many ranks (`deepspeed`, `torchrun`), CPU or GPU; resumed by the same
+command. The decoder lands in OUT/decoder, figures before and after in OUT/report.json.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+from latentds_trainers.launching import launch
+from latentds_trainers.settings import TrainConfig
+
+from latentds.errors import InputError
+
+# What the paper states (section 3.2), and what the code it builds on has where it does not.
+PAPER: dict[str, Any] = {
+    "steps": 120_000,
+    "batch_size": 12,
+    "lr": 5e-5,
+    "warmup_steps": 10_000,
+    "schedule": "constant",
+    "clip": None,
+    "precision": "fp32",
+    "l1_weight": 1.0,
+    "gan_weight": 0.5,
+    "embedding_weight": 1.0,
+    "gan_weight_mode": "adaptive",
+    "disc_start": 50_001,
+    "reduction": "sum",
+    "crop_px": None,
+    "student": None,
+}
+ADAM_BETAS = (0.5, 0.9)  # latent-diffusion, ldm/models/autoencoder.py
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(TrainConfig):
+    """Fine-tune a decoder for latents that stay as they are.
+
+    Defaults are the paper's where it tells, else those of the code it builds on.
+    """
+
+    data: Path | None = None
+    """Data set of latents, with --originals; the decoder then learns to undo its quantizer too."""
+    split: str = "train"
+    """Split of --data to train on."""
+    originals: Path | None = None
+    """What --data was converted from: pictures, slides, coordinates, archives. Checked by the set's
+    golden patches."""
+    slides: Path | None = None
+    """As for convert: slides that coordinates belong to."""
+    root: Path | None = None
+    """As for convert: folder that a table's paths start from."""
+    anonymize: Path | None = None
+    """Key file of a set whose names are hashes."""
+    pictures: tuple[Path, ...] = ()
+    """Instead of --data: folders of pictures, cropped at random and encoded on the fly; every
+    folder is drawn from equally often."""
+    picture_weights: tuple[float, ...] = ()
+    """How often each folder of --pictures is drawn from, relative to the others."""
+    held_out: str | None = None
+    """Regular expression: pictures of --pictures whose relative path matches are never trained on,
+    and are validated on."""
+    validate_on: tuple[Path, ...] = ()
+    """Further folders of held-out pictures to validate on."""
+    validate_crops: int = 24
+    """Pictures to validate on, one centre crop of each, spread over all that are held out."""
+    validate_px: int = 256
+    """Edge of those crops."""
+    quantize: bool = True
+    """Quantize what is encoded on the fly, by --codebook, tiny's own table, or one fitted to crops
+    of the pictures."""
+    codebook: Path | None = None
+    """Codebook file of the latents, for --pictures."""
+    crop_px: int | None = None
+    """Edge of the crops or windows trained on, a multiple of the autoencoder's factor; whole
+    patches of --data and 256 px of --pictures where not given."""
+    half_scale: float = 0.0
+    """Share of the crops of --pictures taken at half resolution."""
+    autoencoder: str = "tiny"
+    """Whose latents they are: name, or local folder."""
+    init: str | None = None
+    """Decoder to start from instead of the autoencoder's own: a decoder folder."""
+    student: Literal["turbo-s", "turbo-m", "turbo-f32", "taesd"] | None = None
+    """Train this small decoder from random weights instead."""
+    teacher: bool = False
+    """Also approach what the autoencoder's own decoder makes of the latents."""
+    teacher_weight: float = 1.0
+    """Weight of the L1 distance to the teacher's output."""
+    embedder: str | None = None
+    """Frozen encoder of the embedding loss: uni, phikon-v2, efficientnet-lite0, timm:NAME, ..."""
+    judges: tuple[str, ...] = ()
+    """Embedders that only judge held-out pictures."""
+    l1_weight: float = 1.0
+    gan_weight: float = 0.5
+    """Multiplies the adaptive ratio; 0 trains without a discriminator."""
+    embedding_weight: float = 1.0
+    gan_weight_mode: Literal["adaptive", "fixed"] = "adaptive"
+    """adaptive: the ratio of gradient norms at the decoder's last layer, as in the reference."""
+    disc_start: int = 50_001
+    """Step from which the discriminator counts and learns (reference; the paper does not tell)."""
+    disc_lr: float | None = None
+    """Of the discriminator; the decoder's where not given."""
+    reduction: Literal["sum", "mean"] = "sum"
+    """sum: the reconstruction loss is summed over an image's values, as in the reference, against
+    which the adaptive ratio's limit of 10,000 and its 1e-4 are meant."""
+    embedding_reduction: Literal["mean", "sum"] = "mean"
+    """L1 over an embedding's dimensions (the paper does not tell; a sum would drown the pixels)."""
+    batch_norm: Literal["eval", "sync"] = "eval"
+    """BatchNorm of decoders that have it (DC-AE): frozen statistics, or trained over all ranks."""
+    workers: int = 4
+    """Threads that read originals."""
+    half: bool = False
+    """Save the decoder in fp16."""
+    name: str | None = None
+    """Name on the decoder's card; the output folder's where not given."""
+    licence: str = "unknown"
+    """Licence of the trained decoder, on its card."""
+    preset: Literal["paper-finetune"] | None = None
+    """paper-finetune: the paper's settings; refuses others for what they fix."""
+
+    steps: int = 120_000
+    batch_size: int = 12
+    lr: float = 5e-5
+    warmup_steps: int = 10_000
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.data is None) == (not self.pictures):
+            raise InputError("give either --data with --originals, or --pictures")
+        if self.data is not None and self.originals is None:
+            raise InputError("--data needs --originals, the pictures it was converted from")
+        if self.picture_weights and len(self.picture_weights) != len(self.pictures):
+            raise InputError(
+                f"{len(self.picture_weights)} --picture-weights for {len(self.pictures)} --pictures"
+            )
+        if self.zero_stage == 3:
+            raise InputError("--zero-stage 3 parts the last layer, which the adaptive weight needs "
+                             "whole; choose 0, 1 or 2")  # fmt: skip
+        if self.student and self.init:
+            raise InputError("--student starts from random weights; leave --init")
+        if self.preset == "paper-finetune":
+            changed = [name for name, value in PAPER.items() if getattr(self, name) != value]
+            if changed:
+                wanted = ", ".join(f"{name}={PAPER[name]}" for name in changed)
+                raise InputError(f"--preset paper-finetune has {wanted}; leave these or the preset")
+
+
+def main(config: FinetuneConfig) -> None:
+    """Train, save the decoder, report."""
+    from latentds_trainers.decoder_task import DecoderTask
+
+    DecoderTask(config).run()
+
+
+if __name__ == "__main__":
+    launch(main, FinetuneConfig, __doc__ or "")

@@ -216,7 +216,7 @@ def test_held_out_pictures_are_never_drawn(folder):
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(tmp_path, options, message):
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(ValueError, match=message):
         settings(tmp_path, **options)
 
 

@@ -1,6 +1,5 @@
 """Originals found again: the pixels that a data set's patches were made of."""
 
-
 import numpy as np
 import pytest
 from PIL import Image

@@ -6,16 +6,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from latentds.autoencoders import load_autoencoder
 from latentds.autoencoders.base import last_layer
-from latentds.autoencoders.students import STUDENTS, Student, build_student
+from latentds.autoencoders.students import STUDENTS, Student, build_student, fit_shortcut
 from latentds.autoencoders.taesd import build_decoder
 from latentds.autoencoders.tiny import ResidualBlock
 from latentds.errors import ShapeError, UnknownNameError
 
 TURBO = [name for name in STUDENTS if name.startswith("turbo")]
 BUDGETS = {  # GFLOP a 256 px patch, parameters in millions, at four channels
-    "turbo-s": (2.1, 0.73),
+    "turbo-s": (2.1, 0.75),
     "turbo-m": (7.3, 2.5),
-    "turbo-f32": (7.1, 19.7),
+    "turbo-f32": (7.1, 20.0),
     "taesd": (35.3, 1.22),
 }
 
@@ -101,7 +101,29 @@ def test_a_network_without_a_convolution_has_no_last_layer():
         last_layer(torch.nn.Linear(3, 3))
 
 
-def test_turbo_m_is_the_decoder_tiny_has():
+def test_turbo_m_is_the_decoder_tiny_has_beside_a_shortcut():
     names = {name: t.shape for name, t in load_autoencoder("tiny").decoder.state_dict().items()}
-    student = Student(4, STUDENTS["turbo-m"].stages)
-    assert {name: t.shape for name, t in student.state_dict().items()} == names
+    student = Student(4, 8, STUDENTS["turbo-m"].stages)
+    own = student.state_dict().items()
+    assert {name: t.shape for name, t in own if not name.startswith("shortcut")} == names
+
+
+@torch.no_grad()
+def test_the_shortcut_fits_a_linear_decoder_exactly():
+    """Latents that hold their cell's pixels: decoding is linear, so least squares finds it."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(8, 3, 64, 64, generator=generator)
+    images = torch.nn.functional.interpolate(images[:, :, ::8, ::8], scale_factor=8.0)
+    latents = torch.nn.functional.avg_pool2d(images, 8)
+    student = build_student("turbo-s", 3, 8)
+    before = (student(latents) - images).abs().mean()
+    fit_shortcut(student, [(latents[:4], images[:4]), (latents[4:], images[4:])])
+    after = (student(latents) - images).abs().mean()
+    assert before > 0.1 and after < 0.02  # what is left is the fresh network's own output
+
+
+def test_a_taesd_student_has_no_shortcut_to_fit():
+    student = build_student("taesd", 4, 8)
+    before = [p.clone() for p in student.parameters()]
+    fit_shortcut(student, [(torch.zeros(1, 4, 8, 8), torch.zeros(1, 3, 64, 64))])
+    assert all(torch.equal(a, b) for a, b in zip(before, student.parameters(), strict=True))

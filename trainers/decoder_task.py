@@ -14,13 +14,14 @@ from latentds_trainers.engine import Engine
 from latentds_trainers.finetune_decoder import ADAM_BETAS, FinetuneConfig
 from latentds_trainers.judging import Judge, read_held_out
 from latentds_trainers.pairs import Pairs, PicturePairs, ShardPairs
+from latentds_trainers.ranks import from_first, join_ranks
 from torch import Tensor, nn
 
 from latentds.autoencoders import load_autoencoder
 from latentds.autoencoders.architectures import architecture_of, build
 from latentds.autoencoders.base import last_layer
 from latentds.autoencoders.decoders import load_decoder, save_decoder
-from latentds.autoencoders.students import build_student
+from latentds.autoencoders.students import build_student, fit_shortcut
 from latentds.codebooks import StoredCodebook, load_codebook, save_codebook
 from latentds.embedders import load_embedder
 from latentds.errors import ContractError, InputError
@@ -34,8 +35,7 @@ from latentds.storage import write_atomically
 logger = logging.getLogger(__name__)
 
 DEFAULT_CROP_PX = 256
-CODEBOOK_BATCHES, CODEBOOK_CROPS = 32, 8
-CODEBOOK_STEP = 1 << 40  # no run comes to such steps: crops of their own
+CODEBOOK_CROPS, SHORTCUT_PATCHES = 256, 128
 MAY_CHANGE = ("workers", "half", "licence", "name")  # when a run goes on
 SAMPLES = 4  # held-out pictures in a sample picture
 
@@ -47,18 +47,21 @@ class DecoderTask:
         self.config = config
         self.base = load_autoencoder(config.autoencoder)
         self.check_crop()
+        self.device = join_ranks()
         self.decoder, self.architecture = self.open_decoder()
+        if not config.teacher:
+            self.base.decoder = nn.Identity()  # not needed, and may be the network that is trained
+        self.base.to(self.device)
         self.loader = self.open_loader()
+        self.pairs = self.open_pairs()
+        if config.student is not None:
+            fit_shortcut(self.decoder, self.pairs.sample(SHORTCUT_PATCHES))
         self.engine = Engine(
             config, "finetune_decoder", self.networks(), loader=self.loader, may_change=MAY_CHANGE
         )
-        self.base.to(self.engine.device)
-        if not config.teacher:
-            self.base.decoder = nn.Identity()  # not needed, and may be the network that is trained
-        self.pairs = self.open_pairs()
         self.embedder = None
         if config.embedder is not None and config.embedding_weight > 0:
-            self.embedder = load_embedder(config.embedder).to(self.engine.device)
+            self.embedder = load_embedder(config.embedder).to(self.device)
         self.held_out = read_held_out(config)
         self.judge = self.open_judge()
 
@@ -132,7 +135,7 @@ class DecoderTask:
                 root=config.root, anonymize=config.anonymize, workers=config.workers,
             )  # fmt: skip
             return ShardPairs(
-                self.loader, originals, self.engine.device, crop_px=config.crop_px, seed=config.seed
+                self.loader, originals, self.device, crop_px=config.crop_px, seed=config.seed
             )
         pairs = PicturePairs(
             config.pictures, self.base, None, crop_px=config.crop_px or DEFAULT_CROP_PX,
@@ -168,9 +171,7 @@ class DecoderTask:
         def fit() -> None:
             if path.exists():
                 return
-            steps = range(CODEBOOK_STEP, CODEBOOK_STEP + CODEBOOK_BATCHES)
-            batches = [pairs.batch(step, range(CODEBOOK_CROPS)) for step in steps]
-            latents = torch.cat([pair.latents.cpu() for pair in batches])
+            latents = torch.cat([part.cpu() for part, _ in pairs.sample(CODEBOOK_CROPS)])
             samples = latents.transpose(0, 1).flatten(1).numpy()
             codebook, report = fit_codebook(samples, seed=self.config.seed)
             made = {"origin": "fitted while fine-tuning", "crops": len(latents)} | report.to_json()
@@ -178,14 +179,14 @@ class DecoderTask:
             path.parent.mkdir(parents=True, exist_ok=True)
             save_codebook(StoredCodebook(codebook=codebook, latent_id=latent_id, made=made), path)
 
-        self.engine.from_first(fit)
+        from_first(fit)
         return load_codebook(path)
 
     def open_judge(self) -> Judge | None:
         """What held-out pictures are judged with; None where none are held out."""
         if self.held_out is None:
             return None
-        device = self.engine.device
+        device = self.device
         judges = [load_embedder(name).to(device) for name in self.config.judges]
         embedders = {e.card.name: e for e in [self.embedder, *judges] if e is not None}
         images = self.held_out.to(device)

@@ -18,8 +18,6 @@ from typing import Any, Literal
 from latentds_trainers.launching import launch
 from latentds_trainers.settings import TrainConfig
 
-from latentds.errors import InputError
-
 # What the paper states (section 3.2), and what the code it builds on has where it does not.
 PAPER: dict[str, Any] = {
     "steps": 120_000,
@@ -135,23 +133,23 @@ class FinetuneConfig(TrainConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if (self.data is None) == (not self.pictures):
-            raise InputError("give either --data with --originals, or --pictures")
+            raise ValueError("give either --data with --originals, or --pictures")
         if self.data is not None and self.originals is None:
-            raise InputError("--data needs --originals, the pictures it was converted from")
+            raise ValueError("--data needs --originals, the pictures it was converted from")
         if self.picture_weights and len(self.picture_weights) != len(self.pictures):
-            raise InputError(
+            raise ValueError(
                 f"{len(self.picture_weights)} --picture-weights for {len(self.pictures)} --pictures"
             )
         if self.zero_stage == 3:
-            raise InputError("--zero-stage 3 parts the last layer, which the adaptive weight needs "
+            raise ValueError("--zero-stage 3 parts the last layer, which the adaptive weight needs "
                              "whole; choose 0, 1 or 2")  # fmt: skip
         if self.student and self.init:
-            raise InputError("--student starts from random weights; leave --init")
+            raise ValueError("--student starts from random weights; leave --init")
         if self.preset == "paper-finetune":
             changed = [name for name, value in PAPER.items() if getattr(self, name) != value]
             if changed:
                 wanted = ", ".join(f"{name}={PAPER[name]}" for name in changed)
-                raise InputError(f"--preset paper-finetune has {wanted}; leave these or the preset")
+                raise ValueError(f"--preset paper-finetune has {wanted}; leave these or the preset")
 
 
 def main(config: FinetuneConfig) -> None:

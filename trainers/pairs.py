@@ -7,22 +7,25 @@ import dataclasses
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from latentds.autoencoders.base import NetworkAutoencoder
+from latentds.batch import Batch
 from latentds.errors import InputError
 from latentds.loader import LatentLoader
 from latentds.originals import Originals
-from latentds.quantizer import Codebook, dequantize, quantize
+from latentds.quantizer import Codebook, dequantize, dequantize_each, quantize
 from latentds.sources.image_folder import walk
 from latentds.sources.pictures import picture_suffixes, read_picture
 
 MAX_PX = 1 << 28
 KEPT_BYTES = 4 << 30  # decoded pictures kept in memory, over all of them
+SAMPLE_STEP = 1 << 40  # no run comes to such a step: crops of their own
+SAMPLED_AT_ONCE = 8
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -38,6 +41,10 @@ class Pairs(Protocol):
 
     def batch(self, step: int, rows: range) -> Pair:
         """Pairs at places `rows` of a step's global batch; asked for in order."""
+        ...
+
+    def sample(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Latents and images of about `count` others, a few at a time, the same on every rank."""
         ...
 
 
@@ -82,6 +89,11 @@ class PicturePairs:
         if self.codebook is not None:
             latents = dequantize(quantize(latents, self.codebook), self.codebook)
         return Pair(latents, images)
+
+    def sample(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for place in range(0, count, SAMPLED_AT_ONCE):
+            pair = self.batch(SAMPLE_STEP, range(place, place + SAMPLED_AT_ONCE))
+            yield pair.latents, pair.images
 
     def crop(self, step: int, place: int) -> np.ndarray:
         """Crop uint8 (H, W, 3) number `place` of a step's global batch: flipped, turned."""
@@ -128,18 +140,32 @@ class ShardPairs:
         self.factor = int(loader.contract.autoencoder["factor"])
         self.batches = self.endless()
 
-    def endless(self) -> Iterator[Any]:
+    def endless(self) -> Iterator[Batch]:
         """Batches of all epochs; the loader counts what it hands out."""
         while True:
             yield from self.loader
 
     def batch(self, step: int, rows: range) -> Pair:
         batch = next(self.batches)
-        pixels = self.originals.read(batch.columns["source"], batch.coords.cpu().numpy())
-        latents = batch.latents.to(self.device)
-        images = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(self.device).float().div(255)
-        pair = Pair(latents, images)
+        pair = Pair(batch.latents.to(self.device), self.pixels(batch))
         return pair if self.crop_px is None else self.window(pair, [self.seed, step, rows[0]])
+
+    def sample(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+        dataset = self.loader.dataset
+        first, end = dataset.shards.patch_range(dataset.split)
+        rows = np.unique(np.linspace(first, end - 1, count).astype(np.int64))
+        for start in range(0, len(rows), SAMPLED_AT_ONCE):
+            part = rows[start : start + SAMPLED_AT_ONCE]
+            batch = dataset.read(part)
+            books = dataset.shards.codebook_numbers(part)
+            latents = dequantize_each(batch.codes, books, dataset.shards.manifest.codebooks)
+            yield latents.to(self.device), self.pixels(batch)
+
+    def pixels(self, batch: Batch) -> Tensor:
+        """A batch's originals, float (B, 3, H, W) in [0, 1]."""
+        found = self.originals.read(batch.columns["source"], batch.coords.cpu().numpy())
+        images = torch.from_numpy(found).permute(0, 3, 1, 2).to(self.device)
+        return images.float().div(255)
 
     def window(self, pair: Pair, draw: list[int]) -> Pair:
         """The same window of latents and pixels, one of the draw's."""

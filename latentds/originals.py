@@ -5,28 +5,30 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 from latentds.conversion.anonymity import Anonymizer
 from latentds.conversion.config import ConvertConfig
-from latentds.conversion.plan import Plan, make_plan
 from latentds.errors import ContractError, InputError
 from latentds.files import LocalFiles
 from latentds.golden import likeness_db, read_golden
 from latentds.reader import ShardSet
+from latentds.sources.open import list_source, open_source
+from latentds.sources.source import Header, Picture
 
-PLACES_KEPT = 512  # pictures whose regions' places are kept by name
+LOCATED_KEPT = 65_536  # patches of which header and region are kept
 GOLDEN_DB = 30.0  # thumbnails of the same patch are equal; of another one they are some 10-15 dB
 COLUMNS = ("source",)
-Region = tuple[int, int]
+Place = tuple[str, int, int]  # source, x, y; -1 where x and y are unknown
 
 
 class Originals:
-    """Pixels of a data set's patches, from the folder that it was converted from.
+    """Pixels of a data set's patches, from the input that it was converted from.
 
     shards     the set
     source     its input: pictures, slides, coordinates, archives, as `convert` takes them
@@ -34,8 +36,10 @@ class Originals:
     anonymize  the key file, where the set was made with one
     workers    threads that read
 
-    The options recorded in the manifest say how patches were cut. Opening compares the golden
-    patches' thumbnails with the originals. ContractError where they differ or are not there.
+    The options recorded in the manifest say how patches were cut. No plan is made: source, x and y
+    lead to a patch. Only archives, tiled pictures, coordinates and sets whose names are hashes are
+    listed first. Opening compares the golden patches' thumbnails with the originals. ContractError
+    where they differ or are not there.
     """
 
     def __init__(
@@ -48,34 +52,16 @@ class Originals:
         anonymize: Path | None = None,
         workers: int = 4,
     ) -> None:
-        self.shards, self.source = shards, source
-        self.hide = Anonymizer(anonymize) if anonymize else str
-        config = recorded_config(shards, source, slides, root, anonymize)
-        self.plan: Plan = make_plan(config)
-        if self.plan.patch_px != shards.manifest.contract.patch_px:
-            raise ContractError(
-                f"{source}: patches of {self.plan.patch_px} px, {shards.folder} has "
-                f"{shards.manifest.contract.patch_px}; not what it was converted from"
-            )
-        self.numbers = {self.hide(p.source): n for n, p in enumerate(self.plan.pictures)}
-        order = np.argsort(self.plan.regions["picture"], kind="stable")
-        self.by_picture = self.plan.regions[order]
-        self.starts = np.searchsorted(
-            self.by_picture["picture"], np.arange(len(self.plan.pictures) + 1)
-        )
-        self.places = functools.lru_cache(PLACES_KEPT)(self.places_of)
+        self.shards, self.folder = shards, source
+        self.patch_px = shards.manifest.contract.patch_px
+        self.hide = Anonymizer(anonymize) if anonymize else None
+        self.config = recorded_config(shards, source, slides, root, anonymize)
+        self.source = open_source(self.config)
+        self.listed: dict[str, Picture] | None = None
+        self.lock = threading.Lock()
+        self.located = functools.lru_cache(LOCATED_KEPT)(self.locate)
         self.pool = ThreadPoolExecutor(workers, thread_name_prefix="originals")
         self.check_golden()
-
-    def places_of(self, number: int) -> dict[tuple[int, int], Region]:
-        """Regions of a picture by the x and y that the data set records (-1 for unknown)."""
-        picture, header = self.plan.pictures[number], self.plan.headers[number]
-        found = {}
-        for row in self.by_picture[self.starts[number] : self.starts[number + 1]]:
-            region = (int(row["x"]), int(row["y"]))
-            x, y = self.plan.source.origin(picture, header, region)
-            found[-1 if x is None else x, -1 if y is None else y] = region
-        return found
 
     def read(self, sources: Sequence[str], coords: np.ndarray) -> np.ndarray:
         """Pixels uint8 (N, H, W, 3) of patches by their `source` column and x, y (N, 2).
@@ -83,25 +69,55 @@ class Originals:
         raises  ContractError for a patch that the input does not have, InputError for one that
                 cannot be read
         """
-        at = [(source, int(x), int(y)) for source, (x, y) in zip(sources, coords, strict=True)]
-        return np.stack(list(self.pool.map(self.read_one, at)))
+        places = [(source, int(x), int(y)) for source, (x, y) in zip(sources, coords, strict=True)]
+        return np.stack(list(self.pool.map(self.read_one, places)))
 
-    def read_one(self, at: tuple[str, int, int]) -> np.ndarray:
+    def read_one(self, place: Place) -> np.ndarray:
         """Pixels uint8 (H, W, 3) of one patch."""
-        source, x, y = at
-        number = self.numbers.get(source)
-        region = self.places(number).get((x, y)) if number is not None else None
-        if number is None or region is None:
+        picture, header, region = self.located(place)
+        try:
+            (patch,) = self.source.read(picture, header, self.patch_px, [region])
+        except InputError as error:
+            raise InputError(f"{self.folder / picture.source}: {error}") from error
+        if patch.image.shape[:2] != self.patch_px:
+            height, width = patch.image.shape[:2]
             raise ContractError(
-                f"{self.source}: no patch at ({x}, {y}) of {source!r}, which {self.shards.folder} "
+                f"{self.folder / picture.source}: {width}x{height} px, {self.shards.folder} has "
+                f"patches of {self.patch_px[1]}x{self.patch_px[0]}; not what it was converted from"
+            )
+        return patch.image
+
+    def locate(self, place: Place) -> tuple[Picture, Header, tuple[int, int]]:
+        """The picture, its header and the region of a patch."""
+        source, x, y = place
+        picture = self.find(source)
+        try:
+            found = picture and self.source.locate(picture, self.patch_px, (x, y))
+        except InputError as error:
+            raise InputError(f"{self.folder / source}: {error}") from error
+        if picture is None or not found:
+            raise ContractError(
+                f"{self.folder}: no patch at ({x}, {y}) of {source!r}, which {self.shards.folder} "
                 "has; give the input it was converted from"
             )
-        picture, header = self.plan.pictures[number], self.plan.headers[number]
-        try:
-            (patch,) = self.plan.source.read(picture, header, self.plan.patch_px, [region])
-        except InputError as error:
-            raise InputError(f"{self.source / picture.source}: {error}") from error
-        return patch.image
+        return picture, *found
+
+    def find(self, source: str) -> Picture | None:
+        """The picture that the data set calls `source`, None where there is none."""
+        parts = PurePosixPath(source).parts
+        if source.startswith("/") or ".." in parts:
+            raise ContractError(
+                f"{self.shards.folder}: source {source!r} leaves the input; refused"
+            )
+        picture = None if self.hide or self.listed is not None else self.source.lookup(source)
+        if picture is not None:
+            return picture
+        with self.lock:
+            if self.listed is None:
+                pictures = list_source(self.source, self.config).pictures
+                hide = self.hide or str
+                self.listed = {hide(picture.source): picture for picture in pictures}
+        return self.listed.get(source)
 
     def check_golden(self) -> None:
         """Compare originals with the thumbnails of them that the data set keeps."""
@@ -120,7 +136,7 @@ class Originals:
             likeness = likeness_db(image, thumbnail)
             if likeness < GOLDEN_DB:
                 raise ContractError(
-                    f"{self.source}: {source!r} differs from the golden patch at row {row} of "
+                    f"{self.folder}: {source!r} differs from the golden patch at row {row} of "
                     f"{self.shards.folder} ({likeness:.1f} dB); give the input it was converted "
                     "from, unchanged"
                 )

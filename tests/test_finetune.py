@@ -97,7 +97,7 @@ def test_losses_are_the_references_sums(tmp_path):
     losses, engine, pair = toy(tmp_path, embedder="toy", l1_weight=1.0, embedding_weight=2.0)
     terms = losses.step(pair, 0)
     images = engine["decoder"](pair.latents)
-    l1 = (images - pair.images).abs().mean()
+    l1 = ((2 * images - 1) - (2 * pair.images - 1)).abs().mean()  # the reference sees [-1, 1]
     embedding = (images.mean((2, 3)) - pair.images.mean((2, 3))).abs().mean()
     assert terms["l1"].item() == pytest.approx(l1.item())
     assert terms["embedding"].item() == pytest.approx(embedding.item())

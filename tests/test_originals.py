@@ -81,3 +81,37 @@ def test_hidden_names_need_the_key(pictures, tmp_path):
     Anonymizer(tmp_path / "other")
     with pytest.raises(ContractError, match="not the key"):
         Originals(shards, pictures, anonymize=tmp_path / "other")
+
+
+def test_plain_pictures_are_found_without_a_listing(pictures, tmp_path):
+    convert_with_mean(pictures, tmp_path / "out")
+    originals = Originals(ShardSet(tmp_path / "out"), pictures)
+    originals.read(["tumour/p003.png"], np.array([[-1, -1]]))
+    assert originals.listed is None
+
+
+def test_a_source_that_leaves_the_input_is_refused(pictures, tmp_path):
+    convert_with_mean(pictures, tmp_path / "out")
+    originals = Originals(ShardSet(tmp_path / "out"), pictures)
+    for source in ("../key.png", "/etc/passwd"):
+        with pytest.raises(ContractError, match="leaves the input"):
+            originals.read([source], np.array([[-1, -1]]))
+
+
+@pytest.mark.assets
+def test_patches_of_a_slide_are_found_without_looking_for_tissue(assets, tmp_path, monkeypatch):
+    pytest.importorskip("openslide")
+    from latentds.sources.slides import Slides
+
+    options = {"tissue": "none", "mpp": 1.0, "patch_size": 64}
+    convert_with_mean(assets / "wsi", tmp_path / "out", **options)
+    shards = ShardSet(tmp_path / "out")
+
+    def refuse(*_):
+        raise AssertionError("looked for tissue")
+
+    monkeypatch.setattr(Slides, "find_places", refuse)
+    sources, places = everything(shards)
+    chosen = slice(0, 40)
+    pixels = Originals(shards, assets / "wsi").read(sources[chosen], places[chosen])
+    assert np.abs(pixels.astype(float).mean((1, 2)) - mean_colours(shards)[chosen]).max() < 6

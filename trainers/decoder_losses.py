@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from latentds.embedders import Embedder
 
 Terms = dict[str, Tensor]
+RANGE = 2  # images are in [0, 1] here; the losses are weighed for [-1, 1], as in the reference
 
 
 class DecoderLosses:
@@ -67,10 +68,10 @@ class DecoderLosses:
     def reconstruction(self, images: Tensor, pair: Pair) -> tuple[Tensor, Terms]:
         """L1, embedding and teacher terms, weighted and scaled as the reference does.
 
-        There |x - y| + w p stands for every value of an image, p broadcast, and is summed.
+        There |x - y| + w p stands for every value of an image in [-1, 1], p broadcast, and is summed.
         """
         config = self.config
-        terms = {"l1": (images - pair.images).abs().mean()}
+        terms = {"l1": RANGE * (images - pair.images).abs().mean()}
         total = config.l1_weight * terms["l1"]
         if self.embedder is not None:
             terms["embedding"] = self.embedding_distance(images, pair.images)
@@ -78,7 +79,7 @@ class DecoderLosses:
         if self.teacher is not None:
             with torch.no_grad(), self.engine.autocast():
                 wanted = self.teacher(pair.latents).float()
-            terms["teacher"] = (images - wanted).abs().mean()
+            terms["teacher"] = RANGE * (images - wanted).abs().mean()
             total = total + config.teacher_weight * terms["teacher"]
         return total * (images[0].numel() if config.reduction == "sum" else 1), terms
 

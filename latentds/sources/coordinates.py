@@ -13,7 +13,7 @@ from latentds.conversion.config import ConvertConfig
 from latentds.errors import InputError, missing_extra
 from latentds.sources.image_folder import are_splits, check_labels, check_names, walk
 from latentds.sources.slides import Slides, is_slide, slide_mpp
-from latentds.sources.source import Listing, Picture
+from latentds.sources.source import Header, Listing, Picture
 
 logger = logging.getLogger(__name__)
 MAX_COORDINATES = 10**8
@@ -146,6 +146,16 @@ class CoordinateJob(Slides):
             except InputError as error:
                 logger.warning("%s: %s", file, error)
         raise InputError(f"{self.job}: none of {len(self.files)} files of coordinates can be read")
+
+    def lookup(self, source: str) -> Picture | None:
+        del source  # which file has a slide's coordinates, a listing tells
+        return None
+
+    def locate(
+        self, picture: Picture, patch_px: tuple[int, int], place: tuple[int, int]
+    ) -> tuple[Header, tuple[int, int]] | None:
+        del patch_px
+        return self.header(picture), place  # its file says how large a patch is
 
     def find_places(self, picture: Picture, slide: Any) -> np.ndarray:
         """The file's corners, checked against the slide."""

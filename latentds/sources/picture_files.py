@@ -116,10 +116,27 @@ class PictureFiles:
     def origin(
         self, picture: Picture, header: Header, region: tuple[int, int]
     ) -> tuple[int | None, int | None]:
+        """x and y of a region's patch in pixels of level 0, None where unknown."""
         if not self.config.tile:
             return picture.x, picture.y
         scale, (x, y) = pixel_scale(picture, header), region
         return (picture.x or 0) + round(x * scale), (picture.y or 0) + round(y * scale)
+
+    def lookup(self, source: str) -> Picture | None:
+        if self.config.tile or not (self.root / source).is_file():
+            return None  # where tiles lie, names and tables say
+        return Picture(source=source, split="")
+
+    def locate(
+        self, picture: Picture, patch_px: tuple[int, int], place: tuple[int, int]
+    ) -> tuple[Header, tuple[int, int]] | None:
+        header = self.header(picture)
+        if not self.config.tile:
+            return header, (0, 0)
+        for region in map(tuple, self.regions(picture, header, patch_px).tolist()):
+            if self.origin(picture, header, region) == place:
+                return header, region
+        return None
 
     def read(
         self,

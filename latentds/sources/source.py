@@ -102,10 +102,20 @@ class Source(Protocol):
         """int32 (n, 2): x and y of the picture's patches, in its own pixels."""
         ...
 
-    def origin(
-        self, picture: Picture, header: Header, region: tuple[int, int]
-    ) -> tuple[int | None, int | None]:
-        """x and y of a region's patch in pixels of level 0, as `read` records them."""
+    def lookup(self, source: str) -> Picture | None:
+        """A picture by its source, enough to `locate` and `read` its patches.
+
+        None where it is not there, or where only a listing tells.
+        """
+        ...
+
+    def locate(
+        self, picture: Picture, patch_px: tuple[int, int], place: tuple[int, int]
+    ) -> tuple[Header, tuple[int, int]] | None:
+        """Header and region of the patch that `read` records at x and y (-1 for unknown).
+
+        None where the picture has none; InputError (without the name) as from `header`.
+        """
         ...
 
     def read(

@@ -1,5 +1,7 @@
 """Autoencoders: real classes with small random weights from disk; identities; helpful errors."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -145,6 +147,58 @@ def test_pth_files_are_never_unpickled(tmp_path):
     torch.save({"0.weight": Payload()}, tmp_path / "x_encoder.pth")
     torch.save({}, tmp_path / "x_decoder.pth")
     with pytest.raises(WeightsError, match=r"x_encoder\.pth: not a plain state dict"):
+        load_autoencoder(tmp_path)
+
+
+def test_damaged_pth_files_are_told(tmp_path):
+    torch.save(build_decoder(4, False).state_dict(), tmp_path / "x_decoder.pth")
+    path = tmp_path / "x_encoder.pth"
+    for is_zip in (False, True):
+        tensors = {f"{n}.weight": torch.ones(2) for n in range(9)}  # not TAESD's either
+        torch.save(tensors, path, _use_new_zipfile_serialization=is_zip)
+        whole = path.read_bytes()
+        for place in range(0, len(whole), len(whole) // 200):
+            damaged = bytearray(whole)
+            damaged[place] ^= 0x5A
+            path.write_bytes(damaged if place % 2 else damaged[:-place])
+            with pytest.raises(WeightsError):
+                load_autoencoder(tmp_path)
+
+
+def test_a_config_larger_than_its_weights_is_refused_before_it_takes_memory(tmp_path):
+    make_kl(4).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for changes, message in (
+        ({"block_out_channels": [16_384] * 4}, "network of .* values, the weights beside it"),
+        ({"block_out_channels": [10**9] * 4}, "more than any decoder has"),
+        ({"layers_per_block": 10**6}, "more than any decoder has"),
+        ({"down_block_types": ["Nothing"] * 4}, r"config\.json: no AutoencoderKL"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config | changes))
+        with pytest.raises(WeightsError, match=message):
+            load_autoencoder(tmp_path)
+
+
+def test_weights_with_the_names_of_older_diffusers_load(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    make_kl(4).save_pretrained(tmp_path)
+    before = load_autoencoder(tmp_path).card
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    tensors = {}
+    for name, tensor in load_file(file).items():
+        for new, older in old.items():
+            name = name.replace(f"attentions.0.{new}.", f"attentions.0.{older}.")
+        tensors[name] = tensor
+    assert any(".query." in name for name in tensors)
+    save_file(tensors, file, {"format": "pt"})
+    after = load_autoencoder(tmp_path).card
+    assert (after.latent_id, after.decoder_id) == (before.latent_id, before.decoder_id)
+    tensors.pop("decoder.conv_out.bias")
+    tensors["other"] = torch.zeros(8)
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(WeightsError, match=r"'decoder\.conv_out\.bias' is missing"):
         load_autoencoder(tmp_path)
 
 

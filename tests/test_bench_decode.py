@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from latentds_tools import cli
+from latentds_tools import bench_decode, cli
 from latentds_tools.decode_bench import jpeg, networks
 from latentds_tools.decode_bench.shapes import check_known, find_decoder, gigaflops, shapes
 
@@ -108,6 +108,18 @@ def test_compilation_and_graphs_are_measured_at_both_ends():
     full = [networks.describe(one) for one in networks.combinations("cuda", compile=True)]
     assert plain[0] == "float32" and len(plain) == 4 and full[:4] == plain
     assert full[-1] == "bfloat16 channels_last compile cuda_graph" and len(full) == 10
+
+
+def test_plain_rows_are_plain_whatever_layout_a_decoder_was_loaded_in():
+    tiny = find_decoder("tiny")[0]
+    weight = next(p for p in tiny.decoder.parameters() if p.ndim == 4 and min(p.shape[1:]) > 1)
+    assert not weight.is_contiguous()
+    config = bench_decode.Config(patch_size=16, seconds=0.01)
+    options = networks.combinations("cpu", compile=False)
+    networks.measure(tiny, options[0], 1, config)
+    assert weight.is_contiguous()
+    networks.measure(tiny, options[1], 1, config)
+    assert weight.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_heavy_decoders_run_one_patch_at_a_time_on_a_cpu():

@@ -20,6 +20,7 @@ from latentds.errors import (
     FormatError,
     MissingExtraError,
     ShapeError,
+    WeightsError,
 )
 from latentds.fit import fit_codebook
 from latentds.metrics import psnr_db
@@ -267,17 +268,31 @@ def test_bytes_that_stand_for_nothing_are_a_format_error(quantizer, samples):
         codec.decode(b"\xff" * codec.patch_bytes)
 
 
+def test_avif_decodes_on_one_thread(tissue, monkeypatch):
+    from PIL import AvifImagePlugin
+
+    asked = []
+    real = AvifImagePlugin._get_default_max_threads
+    monkeypatch.setattr(
+        AvifImagePlugin, "_get_default_max_threads", lambda: (asked.append(real()), asked[-1])[1]
+    )
+    before = AvifImagePlugin.DEFAULT_MAX_THREADS
+    codec = PictureCodec("avif", 60)
+    assert psnr_db(codec.decode(codec.encode(tissue)), tissue) > 25
+    assert asked[-1] == 1 and before == AvifImagePlugin.DEFAULT_MAX_THREADS
+
+
 def test_latents_that_are_not_finite_are_refused(tissue, monkeypatch):
     autoencoder = MeanAutoencoder()
     autoencoder.encode = lambda images: torch.full((len(images), 3, 12, 16), float("nan"))
-    with pytest.raises(ValueError, match="NaN or infinity"):
+    with pytest.raises(WeightsError, match="NaN or infinity"):
         with_quantizer(autoencoder, "none", patch_px=(96, 128)).encode(tissue)
 
 
 def test_fp16_refuses_latents_beyond_its_range(tissue):
     autoencoder = MeanAutoencoder()
     autoencoder.encode = lambda images: torch.full((len(images), 3, 12, 16), 1e5)
-    with pytest.raises(ValueError, match="overflow fp16"):
+    with pytest.raises(ContractError, match="overflow fp16"):
         with_quantizer(autoencoder, "fp16", patch_px=(96, 128)).encode(tissue)
 
 

@@ -176,6 +176,14 @@ def test_a_missing_tensor_is_named(small, folder):
         load_autoencoder(folder)
 
 
+def test_a_config_larger_than_any_is_refused(small, folder):
+    small.save_config(folder)
+    config = json.loads((folder / "config.json").read_text()) | {"latent_channels": 10**9}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(WeightsError, match="more than any decoder has"):
+        load_autoencoder(folder)
+
+
 def test_a_damaged_file_is_told(folder):
     (folder / "model.safetensors").write_bytes(b"no tensors")
     with pytest.raises(WeightsError, match=r"model\.safetensors: not a safetensors file"):

@@ -189,6 +189,30 @@ def test_a_checkpoint_of_another_setting_is_refused(tmp_path, change, words):
         toy_engine(ToyConfig(out=tmp_path, **change))
 
 
+def test_an_option_newer_than_the_checkpoint_had_its_default(tmp_path):
+    train(tmp_path, steps=2)
+    path = tmp_path / "checkpoints" / "step-000002" / "state.json"
+    state = json.loads(path.read_text())
+    del state["config"]["schedule"]
+    path.write_text(json.dumps(state))
+    assert toy_engine(ToyConfig(out=tmp_path)).step == 2
+    with pytest.raises(ContractError, match="made with schedule 'constant'"):
+        toy_engine(ToyConfig(out=tmp_path, schedule="cosine"))
+
+
+def test_a_log_that_cannot_be_written_ends_the_run_after_its_checkpoint(tmp_path):
+    (tmp_path / "samples").write_text("no folder")
+    with pytest.raises(InputError, match=r"step 2: the log in .* could not be written: .*samples"):
+        toy_recipe.train(ToyConfig(out=tmp_path, sample_every=2))
+    assert names(tmp_path) == ["step-000002"]
+
+
+def test_a_log_that_cannot_be_started_is_named(tmp_path):
+    (tmp_path / "log.jsonl").mkdir()
+    with pytest.raises(InputError, match=r"log\.jsonl"):
+        train(tmp_path)
+
+
 def test_a_damaged_state_is_named(tmp_path):
     train(tmp_path, steps=2)
     (tmp_path / "checkpoints" / "step-000002" / "state.json").write_text("{")

@@ -16,7 +16,6 @@ from latentds_tools.fidelity.crops import read_crops
 from latentds_tools.fidelity.measuring import Originals, measure
 from latentds_tools.fidelity.paper import find_paper_row, paper_rows, paper_table
 from latentds_tools.fidelity.plan import make_plan, spread
-from latentds_tools.fidelity.slides import find_slides
 from latentds_tools.fidelity.summaries import confidence_interval, drawn_means, summarize
 from PIL import Image
 
@@ -130,87 +129,21 @@ def test_preset_asks_for_the_papers_rows():
 def test_rows_find_their_row_of_the_paper():
     assert find_paper_row(parse_codec("jpeg:50"))[0].psnr_db == 32.97
     assert find_paper_row(parse_codec("sd15"))[0].label == "SD-1.5"
-    own = find_paper_row(parse_codec("runs/mine+kmeans"), encoder="dcae-f32")
+    spec = parse_codec("runs/mine+kmeans")
+    own = find_paper_row(spec, encoder="dcae-f32", class_name="AutoencoderDC")
+    assert find_paper_row(spec, encoder="dcae-f32", class_name="student") is None
     assert own[0].codec == "dcae-f32-path+kmeans" and "own" in own[1]
     assert find_paper_row(parse_codec("avif:50")) is None
     assert find_paper_row(parse_codec("sd15+kmeans:16")) is None
 
 
-# --- crops and slides
-
-
-def test_whole_patches_are_taken_once_and_larger_pictures_cropped(tmp_path):
-    save_pictures(tmp_path, 2, edge=EDGE)
-    Image.fromarray(smooth_picture(9, 80)).save(tmp_path / "large.png")
-    Image.fromarray(smooth_picture(9, 16)).save(tmp_path / "small.png")
-    crops = read_crops([tmp_path], crop_px=EDGE, per_picture=3, most=99, seed=0)
-    assert [c.source for c in crops.crops] == ["large.png"] * 3 + ["p000.png", "p001.png"]
-    assert crops.too_small == 1 and {c.image.shape for c in crops.crops} == {(EDGE, EDGE, 3)}
-    assert np.array_equal(crops.crops[3].image, smooth_picture(0))
-
-
-def test_crops_depend_on_the_seed_alone(tmp_path):
-    save_pictures(tmp_path, 9, edge=80)
-
-    def digest(seed: int) -> str:
-        options = {"crop_px": EDGE, "per_picture": 2, "most": 5}
-        return read_crops([tmp_path], seed=seed, **options).digest()
-
-    assert digest(0) == digest(0) != digest(1)
-
-
-def test_no_picture_large_enough_is_an_error(tmp_path):
-    save_pictures(tmp_path, 1)
-    with pytest.raises(InputError, match="256 px or larger"):
-        read_crops([tmp_path], crop_px=256, per_picture=1, most=1, seed=0)
-
-
-def test_files_that_were_jpeg_are_told_apart(tmp_path):
-    picture = Image.fromarray(smooth_picture(0))
-    picture.save(tmp_path / "a.png")
-    picture.save(tmp_path / "b.jpg", quality=70)
-    picture.save(tmp_path / "c.tif", compression="jpeg")
-    picture.save(tmp_path / "d.tif")
-    picture.save(tmp_path / "e.webp")
-    crops = read_crops([tmp_path], crop_px=EDGE, per_picture=1, most=9, seed=0).crops
-    assert [c.kind for c in crops] == ["lossless", "jpeg", "jpeg", "lossless", "other"]
-    assert crops[1].encoding == "jpeg:q=70:4:2:0"
-
-
-@pytest.mark.parametrize(
-    ("names", "pattern", "slides", "rule"),
-    [
-        (["TCGA-3C-AALI-01Z-00-DX1.abc/1_2.png", "x/TCGA-3C-AALI-01Z-00-DX2.png"], None,
-         ["TCGA-3C-AALI-01Z-00-DX1", "TCGA-3C-AALI-01Z-00-DX2"], "barcode"),
-        (["TCGA-DB-5270-R01.tif_a.png"], None, ["TCGA-DB-5270"], "patient"),
-        (["c/s1/1.png", "c/s2/1.png"], None, ["c/s1", "c/s2"], "folder"),
-        (["c/1.png", "d/1.png"], None, ["c/1.png", "d/1.png"], "each picture"),
-        (["ytma10_x__y0.png"], "(?P<slide>ytma[0-9]+)_", ["ytma10"], "--name-pattern"),
-    ],
-)  # fmt: skip
-def test_slides_of_names(tmp_path, names, pattern, slides, rule):
-    for name in names:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(b"")
-    found, said = find_slides([tmp_path], pattern, "auto")
-    assert sorted(f.slide for f in found) == slides and rule in said
-
-
-def test_equal_folders_of_two_sources_are_two_slides(tmp_path):
-    for name in ("one", "two"):
-        save_pictures(tmp_path / name / "c" / "s", 1)
-    found, _ = find_slides([tmp_path / "one", tmp_path / "two"], None, "folder")
-    assert [f.slide for f in found] == ["one/c/s", "two/c/s"]
-
-
-@pytest.mark.parametrize("pattern", ["[", "(?P<x>a)", "(?P<slide>nothing)"])
-def test_bad_patterns_are_told(tmp_path, pattern):
-    save_pictures(tmp_path, 1)
-    with pytest.raises(InputError, match="--name-pattern"):
-        find_slides([tmp_path], pattern, "auto")
-
-
 # --- figures
+
+
+def test_intervals_over_pictures_are_told(tmp_path, stand_ins):
+    save_pictures(tmp_path / "flat", 2)
+    report, _ = comparing.compare(settings(tmp_path / "flat"))
+    assert any("flat: each picture is taken" in note for note in report["notes"])
 
 
 def test_bootstrap_by_hand_on_three_slides():
@@ -315,6 +248,17 @@ def test_containers_hold_codes_and_pictures_but_no_floats(folder, stand_ins):
     assert by_codec["sd15+kmeans:16"] == 48 + 53  # a byte a code, whatever K
     size = rows["jpeg:50"]["per_crop"]["bytes"][0]
     assert by_codec["jpeg:50"] >= 512 * (1 + math.ceil(size / 512)) - 512
+    group = rows["jpeg:50"]["groups"]["all"]
+    assert group["packed_bytes"] == pytest.approx(group["bytes"] + 53)
+    assert rows["sd15+kmeans:16"]["groups"]["all"]["packed_bytes"] == 48 + 53
+
+
+def test_bytes_that_every_file_has_are_told(folder, stand_ins):
+    report, _ = comparing.compare(settings(folder, codecs="jpeg:10,jpeg:50,jxl:50"))
+    jpeg, _, jxl = (row["fixed_bytes"] for row in report["rows"])
+    assert 200 < jpeg < 700 and jxl < 100  # JPEG's tables
+    text = page.write_page(report)
+    assert f"{jxl} (a flat grey patch" in text and "of which fixed" in text
 
 
 def test_formats_at_equal_bytes_need_an_autoencoder(folder, stand_ins):
@@ -335,9 +279,43 @@ def test_codebooks_fitted_on_tested_crops_are_said_to_favour(folder, tmp_path, s
 
 def test_fitting_on_tested_pictures_is_refused(folder, tmp_path, stand_ins):
     save_pictures(tmp_path / "copies", 1)  # the first picture of the tested slides
-    for other in (folder, tmp_path / "copies"):
+    for other in (folder, tmp_path / "copies", folder / "tumour", tmp_path):
         with pytest.raises(InputError, match="holds tested pictures"):
             comparing.compare(settings(folder, fit_on=other))
+
+
+def test_fitting_on_another_crop_of_a_tested_picture_is_refused(tmp_path, stand_ins):
+    for name in ("in/a.png", "other/b.bmp"):
+        (tmp_path / name).parent.mkdir()
+        Image.fromarray(smooth_picture(0, 500)).save(tmp_path / name)
+    config = settings(tmp_path / "in", fit_on=tmp_path / "other", crops=1)
+    with pytest.raises(InputError, match=r"holds tested pictures \(b.bmp\)"):
+        comparing.compare(config)
+
+
+def test_slides_in_both_tested_and_fitted_pictures_are_told(tmp_path, stand_ins):
+    for number, name in enumerate(("in/TCGA-DB-5270-R01.png", "other/TCGA-DB-5270-R02.png")):
+        (tmp_path / name).parent.mkdir()
+        Image.fromarray(smooth_picture(number, 64)).save(tmp_path / name)
+    report, _ = comparing.compare(settings(tmp_path / "in", fit_on=tmp_path / "other"))
+    assert any("1 slides or patients" in n and "TCGA-DB-5270" in n for n in report["notes"])
+
+
+def test_decoders_trained_on_a_folder_of_the_tested_name_are_told(tmp_path):
+    from latentds.autoencoders import load_autoencoder
+    from latentds.autoencoders.decoders import architecture_of, save_decoder
+
+    tiny = load_autoencoder("tiny")
+    trained = {"config": {"pictures": ["gbm", "x"], "data": None, "held_out": "TCGA-FG"}}
+    save_decoder(tmp_path / "mine", tiny.decoder, tiny.card, architecture_of(tiny), trained)
+    for name in ("gbm", "new"):
+        save_pictures(tmp_path / name, 2)
+    codecs = f"{tmp_path / 'mine'}+kmeans"
+    wanted = "gbm: the decoder mine was trained on pictures of a folder of this name but for"
+    for name, count in (("gbm", 1), ("new", 0)):
+        report, _ = comparing.compare(settings(tmp_path / name, codecs=codecs, embedders=""))
+        assert sum(note.startswith(wanted) for note in report["notes"]) == count
+        assert (wanted in page.write_page(report)) == bool(count)
 
 
 def test_tiny_uses_the_codebook_it_ships_unless_told(folder):
@@ -403,6 +381,47 @@ def test_skip_missing_goes_on_and_lists_them(folder, stand_ins):
 def test_nothing_left_is_an_error(folder, stand_ins):
     with pytest.raises(InputError, match="no codec is left"):
         comparing.compare(settings(folder, codecs="dcae-f32", skip_missing=True))
+
+
+def test_vaezip_is_missed_before_any_work(folder, stand_ins, monkeypatch):
+    import sys
+
+    for name in ("vaezip", "vaezip.codecs"):
+        monkeypatch.setitem(sys.modules, name, None)
+    config = settings(folder, codecs="sd15+lbrq:4,sd15", embedders="")
+    monkeypatch.setattr(comparing, "measure_rows", lambda job: pytest.fail("measured"))
+    with pytest.raises(InputError, match=r"sd15\+lbrq:4: vaezip is not installed"):
+        comparing.compare(config)
+    plan = comparing.prepare(dataclasses.replace(config, skip_missing=True)).plan
+    assert [row.text for row in plan.rows] == ["sd15"] and list(plan.missing) == ["sd15+lbrq:4"]
+
+
+def test_a_device_that_is_not_there_is_told(folder):
+    with pytest.raises(InputError, match="--device nonsense: not to be had here"):
+        comparing.compare(dataclasses.replace(settings(folder), device="nonsense"))
+
+
+def test_decoders_on_the_hub_take_the_encoder_they_name(folder, hub, tmp_path):
+    from latentds.autoencoders import load_autoencoder
+    from latentds.autoencoders.decoders import architecture_of, save_decoder
+    from latentds.hub.decoders import DecoderPublication, publish_decoder
+
+    tiny = load_autoencoder("tiny")
+    for name, base in (("mine", tiny.card), ("other", dataclasses.replace(tiny.card, name="x"))):
+        trained = {"config": {"pictures": ["in"]}}
+        save_decoder(tmp_path / name, tiny.decoder, base, architecture_of(tiny), trained)
+        publication = DecoderPublication(repository=f"org/{name}", licence="mit")
+        publish_decoder(tmp_path / name, publication)
+    config = settings(folder, codecs="org/mine+kmeans", embedders="")
+    report, _ = comparing.compare(config)
+    assert [row["codec"] for row in report["rows"]] == ["mine+kmeans"]
+    assert any(note.startswith("in: the decoder mine was trained") for note in report["notes"])
+    with pytest.raises(InputError, match=r"org/other\+kmeans: a decoder for latents of 'x'; list"):
+        comparing.compare(dataclasses.replace(config, codecs="org/other+kmeans"))
+    listed = rows_of(dataclasses.replace(config, codecs="org/other+kmeans,tiny+kmeans"))
+    assert list(listed) == ["other+kmeans", "tiny+kmeans"]
+    with pytest.raises(InputError, match=r"org/none\+kmeans: cannot get decoder.json of org/none"):
+        comparing.compare(dataclasses.replace(config, codecs="org/none+kmeans"))
 
 
 @pytest.mark.parametrize("codecs", ["jpeg:101", "sd15+kmeans:999", "jpeg:50,jpeg:50"])

@@ -100,7 +100,10 @@ def test_imports_go_down_the_floors(module):
 ENGINE = ("engine", "settings", "launching", "checkpoints", "training_log", "wrapping", "ranks")
 RECIPES = {  # and the modules each is made of
     "train_tiny": ("tiny_task", "tiles"),
-    "finetune_decoder": ("decoder_task", "decoder_losses", "pairs", "judging"),
+    "finetune_decoder": (
+        *("decoder_task", "decoder_networks", "decoder_inputs", "decoder_losses"),
+        *("pairs", "shard_pairs", "judging"),
+    ),
 }
 
 

@@ -219,6 +219,42 @@ def test_non_commercial_weights_are_warned_of(run):
     assert list(licence_warnings(record, "cc-by-nc-4.0")) == []
 
 
+@pytest.mark.parametrize(
+    ("embedder", "words"),
+    [
+        (
+            "uni@/x/w.bin",
+            [r"non-commercial embedder uni \(CC-BY-NC-ND-4.0\)", "uni it was .* gated"],
+        ),
+        ("gigapath", ["embedder gigapath it was trained with is gated"]),
+        ("phikon-v2", ["non-commercial embedder phikon-v2"]),
+        ("timm:test_vit", ["licence of the embedder timm:test_vit .* not known"]),
+        ("efficientnet-lite0", []),
+        (None, []),
+        ({"odd": 1}, []),
+    ],
+)
+def test_the_embedders_licence_is_warned_of(run, embedder, words):
+    trained = {"config": {"embedder": embedder}}
+    record = dataclasses.replace(read_record(run / "decoder"), trained=trained)
+    lines = list(licence_warnings(record, "mit"))
+    assert len(lines) == len(words)
+    assert all(re.search(word, line) for word, line in zip(words, lines, strict=True))
+
+
+def test_unknown_licences_are_warned_of(run):
+    record = dataclasses.replace(read_record(run / "decoder"), licence="unknown (see paper)")
+    assert any("licence of the decoder is not known" in x for x in licence_warnings(record, "mit"))
+
+
+def test_notes_that_are_no_text_are_told(run, hub, tmp_path, capsys):
+    (tmp_path / "notes.md").write_bytes(b"\xff\xfe")
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["publish-decoder", str(run), NAME, "--notes", str(tmp_path / "notes.md")])
+    error = capsys.readouterr().err.strip().splitlines()
+    assert stopped.value.code == 1 and "notes.md: not UTF-8" in error[-1]
+
+
 def test_a_licence_the_hub_does_not_know_is_asked_for(run):
     record = dataclasses.replace(read_record(run / "decoder"), licence="see the source")
     with pytest.raises(InputError, match=r"'see the source'\); pass --license"):

@@ -56,6 +56,9 @@ def measure(config: Config) -> dict[str, Any]:
     from latentds_tools.decode_bench import jpeg, networks, shapes
     from latentds_tools.machine import machine, usable_cores
 
+    from latentds.conversion.encode import choose_device
+
+    choose_device(config.device)
     names = [name.strip() for name in config.decoders.split(",") if name.strip()]
     for name in names:
         shapes.check_known(name)

@@ -99,6 +99,9 @@ class Config:
 
 def run(config: Config) -> None:
     """Prepare, measure in turn, print."""
+    from latentds.conversion.encode import choose_device
+
+    choose_device(config.device)
     with tempfile.TemporaryDirectory(dir=config.work) as work:
         contenders = prepare(config, Path(work))
         results: list[dict[str, Any]] = []

@@ -74,7 +74,7 @@ def run(config: Config) -> None:
 
 def publication(config: Config) -> Any:
     """What the card is to say."""
-    from latentds.hub.licences import check_licence
+    from latentds.hub.licences import check_licence, read_markdown
     from latentds.hub.snippets import Publication
 
     return Publication(
@@ -83,8 +83,8 @@ def publication(config: Config) -> Any:
         licence_name=config.license_name,
         licence_link=config.license_link,
         revision=config.revision,
-        citation=config.citation.read_text() if config.citation else "",
-        notes=config.notes.read_text() if config.notes else "",
+        citation=read_markdown(config.citation),
+        notes=read_markdown(config.notes),
     )
 
 

@@ -44,13 +44,14 @@ class Config:
 def run(config: Config) -> None:
     """Publish, and say what was done."""
     from latentds.hub.decoders import DecoderPublication, publish_decoder
+    from latentds.hub.licences import read_markdown
 
     publication = DecoderPublication(
         repository=config.repository,
         licence=config.license,
         licence_name=config.license_name,
         revision=config.revision,
-        notes=config.notes.read_text() if config.notes else "",
+        notes=read_markdown(config.notes),
     )
     result = publish_decoder(
         config.folder,

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,6 +21,22 @@ if TYPE_CHECKING:
 
 Terms = dict[str, Tensor]
 RANGE = 2  # images are in [0, 1] here; the losses are weighed for [-1, 1], as in the reference
+
+
+@contextlib.contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """The network in eval mode within the block: no statistics are taken, no ranks met."""
+    was_training = network.training
+    network.eval()
+    try:
+        yield
+    finally:
+        network.train(was_training)
+
+
+def cropped(decoded: Tensor, images: Tensor) -> Tensor:
+    """Decoded images without the rows and columns that fill up the last latent cells."""
+    return decoded[..., : images.shape[-2], : images.shape[-1]]
 
 
 class DecoderLosses:
@@ -54,12 +71,12 @@ class DecoderLosses:
     def train_decoder(self, pair: Pair, is_adversarial: bool) -> Terms:
         """The decoder's step; terms are unweighted."""
         with self.engine.autocast():
-            images = self.engine["decoder"](pair.latents).float()
+            images = self.decode(pair)
         loss, terms = self.reconstruction(images, pair)
         if is_adversarial:
             with self.engine.frozen("discriminator"):
                 adversarial = generator_loss(self.discriminate(images))
-            weight = self.gan_weight(loss, adversarial)
+            weight = self.gan_weight(loss, adversarial, self.values(images))
             loss = loss + weight * adversarial
             terms |= {"gan": adversarial, "gan_weight": weight}
         self.engine.update("decoder", loss)
@@ -68,20 +85,30 @@ class DecoderLosses:
     def reconstruction(self, images: Tensor, pair: Pair) -> tuple[Tensor, Terms]:
         """L1, embedding and teacher terms, weighted and scaled as the reference does.
 
-        There |x - y| + w p stands for every value of an image in [-1, 1], p broadcast, and is summed.
+        There |x - y| + w p stands for every value of an image in [-1, 1], p broadcast, and is
+        summed.
         """
         config = self.config
         terms = {"l1": RANGE * (images - pair.images).abs().mean()}
         total = config.l1_weight * terms["l1"]
         if self.embedder is not None:
             terms["embedding"] = self.embedding_distance(images, pair.images)
-            total = total + config.embedding_weight * terms["embedding"]
+            total = total + (config.embedding_weight or 0.0) * terms["embedding"]
         if self.teacher is not None:
             with torch.no_grad(), self.engine.autocast():
-                wanted = self.teacher(pair.latents).float()
+                wanted = cropped(self.teacher(pair.latents).float(), pair.images)
             terms["teacher"] = RANGE * (images - wanted).abs().mean()
             total = total + config.teacher_weight * terms["teacher"]
-        return total * (images[0].numel() if config.reduction == "sum" else 1), terms
+        return total * self.values(images), terms
+
+    def decode(self, pair: Pair) -> Tensor:
+        """What the decoder makes of a batch's latents, as large as its images."""
+        latents = pair.latents.to(self.last_layer.dtype)
+        return cropped(self.engine["decoder"](latents).float(), pair.images)
+
+    def values(self, images: Tensor) -> int:
+        """What the reconstruction loss is multiplied by: an image's values, or 1."""
+        return images[0].numel() if self.config.reduction == "sum" else 1
 
     def embedding_distance(self, images: Tensor, originals: Tensor) -> Tensor:
         """L1 between embeddings, gradients through those of `images` only."""
@@ -94,10 +121,10 @@ class DecoderLosses:
             return distances.sum(1).mean()
         return distances.mean()
 
-    def gan_weight(self, loss: Tensor, adversarial: Tensor) -> Tensor:
-        """What the adversarial term is multiplied by."""
+    def gan_weight(self, loss: Tensor, adversarial: Tensor, values: int) -> Tensor:
+        """What the adversarial term is multiplied by, beside a loss multiplied by `values`."""
         if self.config.gan_weight_mode == "fixed":
-            return torch.tensor(self.config.gan_weight, device=loss.device)
+            return torch.tensor(self.config.gan_weight * values, device=loss.device)
         return self.config.gan_weight * adaptive_weight(loss, adversarial, self.last_layer)
 
     def discriminate(self, images: Tensor) -> Tensor:
@@ -108,8 +135,8 @@ class DecoderLosses:
 
     def train_discriminator(self, pair: Pair) -> Terms:
         """The discriminator's step, on what the decoder makes after its own."""
-        with torch.no_grad(), self.engine.autocast():
-            images = self.engine["decoder"](pair.latents).float()
+        with torch.no_grad(), evaluating(self.engine["decoder"]), self.engine.autocast():
+            images = self.decode(pair)
         real, fake = self.discriminate(pair.images), self.discriminate(images)
         loss = hinge_loss(real, fake)
         self.engine.update("discriminator", loss)

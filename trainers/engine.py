@@ -34,6 +34,7 @@ from latentds_trainers.checkpoints import (
     RunState,
     check_same_run,
     convert_to_universal,
+    error_of,
     last_good,
     package_versions,
     read_newest,
@@ -42,7 +43,7 @@ from latentds_trainers.checkpoints import (
 )
 from latentds_trainers.launching import STOPPED, StopRequest, launch, same_on_all_ranks
 from latentds_trainers.ranks import any_error, from_first, join_ranks
-from latentds_trainers.settings import TrainConfig, plain
+from latentds_trainers.settings import TrainConfig, defaults, plain
 from latentds_trainers.training_log import TrainingLog
 from latentds_trainers.wrapping import WrappedNetwork
 from torch import Tensor, nn
@@ -170,7 +171,8 @@ class Engine:
         samples   pictures (B, 3, H, W) in [0, 1]; called on every rank, rank 0's are written
         validate  figures; called on every rank with each checkpoint, rank 0's are logged
         raises    InputError where a figure is not finite (no checkpoint is written any more) or a
-                  checkpoint cannot be written; SystemExit(143) after SIGTERM, a checkpoint saved
+                  checkpoint, the log or a picture cannot be written; SystemExit(143) after SIGTERM,
+                  a checkpoint saved
         """
         self.start_logs()
         with StopRequest().listening() as stop:
@@ -225,37 +227,58 @@ class Engine:
         validate: Callable[[], dict[str, float]] | None,
         must_stop: bool,
     ) -> None:
-        """Write what the step just taken is due: log line, pictures, validation, checkpoint."""
+        """Write what the step just taken is due: validation, checkpoint, pictures, log line."""
         config, is_end = self.config, self.step == self.config.steps
         figures = figures | {"lr": config.lr * config.lr_share(self.step - 1)}
         is_saving = self.step % config.save_every == 0 or is_end or must_stop
         if is_saving and validate is not None and not must_stop:
             figures |= {f"validation/{name}": float(v) for name, v in validate().items()}
+        if is_saving:
+            self.save()  # first: where the disk is full, the log may fail
+        images = None
         if samples is not None and config.sample_every and self.step % config.sample_every == 0:
             images = samples()
-            if self.log is not None:
-                self.log.picture(self.step, images)
         if self.log is not None:
             self.log.advance(figures)
-            if self.step % config.log_every == 0 or is_saving:
+        line = figures if self.step % config.log_every == 0 or is_saving else None
+        if line is not None or images is not None:
+            self.write_logs(line, images)
+
+    def write_logs(self, figures: dict[str, float] | None, images: Tensor | None) -> None:
+        """On rank 0, a log line and a picture. Collective; InputError on all ranks if it cannot."""
+
+        def write() -> None:
+            if self.log is not None and images is not None:
+                self.log.picture(self.step, images)
+            if self.log is not None and figures is not None:
                 self.log.write(self.step, figures)
-        if is_saving:
-            self.save()
+
+        failure = any_error(error_of(write))
+        if failure is not None:
+            raise same_on_all_ranks(
+                InputError(
+                    f"step {self.step}: the log in {self.config.out} could not be written: "
+                    f"{failure}; {last_good(self.config.out)}. Make room and run the same command "
+                    "again"
+                )
+            )
 
     def start_logs(self) -> None:
-        """On rank 0, the folder's config.json and its log."""
-        if not self.is_first:
-            return
-        text = json.dumps(plain(self.config) | {"recipe": self.recipe}, indent=1)
-        write_atomically(self.config.out / "config.json", text.encode())
-        self.log = TrainingLog(
-            self.config.out,
-            step=self.step,
-            steps=self.config.steps,
-            seconds=self.seconds,
-            images=self.global_batch,
-            tensorboard=self.config.tensorboard,
-        )
+        """On rank 0, the folder's config.json and its log. Collective."""
+
+        def start() -> None:
+            text = json.dumps(plain(self.config) | {"recipe": self.recipe}, indent=1)
+            write_atomically(self.config.out / "config.json", text.encode())
+            self.log = TrainingLog(
+                self.config.out,
+                step=self.step,
+                steps=self.config.steps,
+                seconds=self.seconds,
+                images=self.global_batch,
+                tensorboard=self.config.tensorboard,
+            )
+
+        from_first(start)
 
     def close_logs(self) -> None:
         """End the progress line."""
@@ -310,6 +333,8 @@ class Engine:
         def find() -> tuple[Path, RunState] | None:
             found = read_newest(self.config.out)
             if found is not None:
+                options = defaults(self.config) | found[1].config  # some may be newer than the run
+                found = found[0], dataclasses.replace(found[1], config=options)
                 wanted = dataclasses.replace(
                     found[1],
                     recipe=self.recipe,

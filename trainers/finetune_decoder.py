@@ -12,6 +12,8 @@ command. The decoder lands in OUT/decoder, figures before and after in OUT/repor
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,19 +24,27 @@ from latentds_trainers.settings import TrainConfig
 PAPER: dict[str, Any] = {
     "steps": 120_000,
     "batch_size": 12,
+    "accumulation": 1,
     "lr": 5e-5,
     "warmup_steps": 10_000,
     "schedule": "constant",
     "clip": None,
+    "spike": None,
     "precision": "fp32",
     "l1_weight": 1.0,
     "gan_weight": 0.5,
     "embedding_weight": 1.0,
+    "embedding_reduction": "mean",
     "gan_weight_mode": "adaptive",
     "disc_start": 50_001,
+    "disc_lr": None,
     "reduction": "sum",
+    "batch_norm": "eval",
     "crop_px": None,
+    "half_scale": 0.0,
+    "init": None,
     "student": None,
+    "teacher": False,
 }
 ADAM_BETAS = (0.5, 0.9)  # latent-diffusion, ldm/models/autoencoder.py
 
@@ -46,8 +56,9 @@ class FinetuneConfig(TrainConfig):
     Defaults are the paper's where it tells, else those of the code it builds on.
     """
 
-    data: Path | None = None
-    """Data set of latents, with --originals; the decoder then learns to undo its quantizer too."""
+    data: str | None = None
+    """Data set of latents (folder, hf://, s3://), with --originals; the decoder then learns to undo
+    its quantizer too."""
     split: str = "train"
     """Split of --data to train on."""
     originals: Path | None = None
@@ -69,10 +80,14 @@ class FinetuneConfig(TrainConfig):
     and are validated on."""
     validate_on: tuple[Path, ...] = ()
     """Further folders of held-out pictures to validate on."""
+    validate_split: str | None = None
+    """Split of --data to validate on, whole patches from its codes and originals; val or test where
+    the set has one and --validate-on is not given."""
     validate_crops: int = 24
-    """Pictures to validate on, one centre crop of each, spread over all that are held out."""
+    """Pictures to validate on, one centre crop of each (or patches), spread over all that there
+    are."""
     validate_px: int = 256
-    """Edge of those crops."""
+    """Edge of the crops of pictures, a multiple of the autoencoder's factor."""
     quantize: bool = True
     """Quantize what is encoded on the fly, by --codebook, tiny's own table, or one fitted to crops
     of the pictures."""
@@ -95,14 +110,21 @@ class FinetuneConfig(TrainConfig):
     """Weight of the L1 distance to the teacher's output."""
     embedder: str | None = None
     """Frozen encoder of the embedding loss: uni, phikon-v2, efficientnet-lite0, timm:NAME, ..."""
+    embedder_input: Literal["card", "native"] = "card"
+    """card: images resized and cropped as the embedder's card says; native: whole images as they
+    are (uni, uni2-h, gigapath, phikon-v2)."""
+    checkpoint_embedder: bool = False
+    """Recompute the embedder's activations in the backward pass: less memory, more time."""
     judges: tuple[str, ...] = ()
     """Embedders that only judge held-out pictures."""
     l1_weight: float = 1.0
     gan_weight: float = 0.5
     """Multiplies the adaptive ratio; 0 trains without a discriminator."""
-    embedding_weight: float = 1.0
+    embedding_weight: float | None = None
+    """Weight of the embedding loss; 1 where an --embedder is given."""
     gan_weight_mode: Literal["adaptive", "fixed"] = "adaptive"
-    """adaptive: the ratio of gradient norms at the decoder's last layer, as in the reference."""
+    """adaptive: the ratio of gradient norms at the decoder's last layer, as in the reference;
+    fixed: the weight itself, in proportion to --l1-weight under either --reduction."""
     disc_start: int = 50_001
     """Step from which the discriminator counts and learns (reference; the paper does not tell)."""
     disc_lr: float | None = None
@@ -113,9 +135,10 @@ class FinetuneConfig(TrainConfig):
     embedding_reduction: Literal["mean", "sum"] = "mean"
     """L1 over an embedding's dimensions (the paper does not tell; a sum would drown the pixels)."""
     batch_norm: Literal["eval", "sync"] = "eval"
-    """BatchNorm of decoders that have it (DC-AE): frozen statistics, or trained over all ranks."""
+    """BatchNorm of decoders that have it (DC-AE): frozen statistics, or trained over all ranks
+    (GPU only)."""
     workers: int = 4
-    """Threads that read originals."""
+    """Threads that read originals and pictures."""
     half: bool = False
     """Save the decoder in fp16."""
     name: str | None = None
@@ -132,24 +155,107 @@ class FinetuneConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.embedder is not None and self.embedding_weight is None:
+            object.__setattr__(self, "embedding_weight", 1.0)
+        self.check_numbers()
+        self.check_inputs()
+        self.check_validation()
+        self.check_networks()
+        if self.preset == "paper-finetune":
+            self.check_paper()
+
+    def check_numbers(self) -> None:
+        """Refuse weights below zero or not finite, and counts below what makes sense."""
+        for name in ("l1_weight", "gan_weight", "embedding_weight", "teacher_weight"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"{name} is {value}; 0 or a positive number")
+        for name, least in (
+            ("workers", 1),
+            ("validate_crops", 1),
+            ("validate_px", 1),
+            ("disc_start", 0),
+        ):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; at least {least}")
+        if not 0 <= self.half_scale <= 1:
+            raise ValueError(f"half_scale is {self.half_scale}; a share from 0 to 1")
+        if self.disc_lr is not None and not 0 < self.disc_lr < math.inf:
+            raise ValueError(f"disc_lr is {self.disc_lr}; a positive number")
+
+    def check_inputs(self) -> None:
+        """Refuse a choice of inputs that is none or two."""
         if (self.data is None) == (not self.pictures):
             raise ValueError("give either --data with --originals, or --pictures")
         if self.data is not None and self.originals is None:
             raise ValueError("--data needs --originals, the pictures it was converted from")
-        if self.picture_weights and len(self.picture_weights) != len(self.pictures):
+        weights = self.picture_weights
+        if weights and len(weights) != len(self.pictures):
             raise ValueError(
-                f"{len(self.picture_weights)} --picture-weights for {len(self.pictures)} --pictures"
+                f"{len(weights)} --picture-weights for {len(self.pictures)} --pictures"
             )
+        if weights and not (all(0 <= w < math.inf for w in weights) and sum(weights) > 0):
+            raise ValueError(f"--picture-weights are {weights}; none below 0, not all 0")
+
+    def check_validation(self) -> None:
+        """Refuse options of a validation that does not take place."""
+        if self.held_out is not None:
+            try:
+                re.compile(self.held_out)
+            except re.error as error:
+                raise ValueError(
+                    f"--held-out {self.held_out!r} is no regular expression: {error}"
+                ) from error
+        if self.data is not None:
+            if self.held_out is not None:
+                raise ValueError(
+                    "--held-out is for --pictures; with --data give --validate-split or "
+                    "--validate-on"
+                )
+            if self.validate_split is not None and self.validate_on:
+                raise ValueError("give --validate-split or --validate-on, not both")
+            if self.validate_split == self.split:
+                raise ValueError(f"--validate-split {self.split} is the split trained on")
+            return
+        if self.validate_split is not None:
+            raise ValueError(
+                "--validate-split is of --data; with --pictures give --held-out or --validate-on"
+            )
+        if self.held_out is None and not self.validate_on:
+            self.refuse_unvalidated("give --held-out or --validate-on")
+
+    def refuse_unvalidated(self, remedy: str) -> None:
+        """ValueError for what needs held-out pictures where there are none."""
+        for name in ("sample_every", "judges"):
+            if getattr(self, name):
+                option = name.replace("_", "-")
+                raise ValueError(f"--{option} shows held-out pictures and there are none; {remedy}")
+
+    def check_networks(self) -> None:
+        """Refuse networks and losses that exclude each other."""
+        if self.embedder is None and self.embedding_weight is not None:
+            raise ValueError(f"--embedding-weight {self.embedding_weight} without an --embedder")
         if self.zero_stage == 3:
-            raise ValueError("--zero-stage 3 parts the last layer, which the adaptive weight needs "
-                             "whole; choose 0, 1 or 2")  # fmt: skip
+            raise ValueError(
+                "--zero-stage 3 parts the last layer, which the adaptive weight needs whole; "
+                "choose 0, 1 or 2"
+            )
+        if self.precision == "bf16" and self.gan_weight > 0:
+            raise ValueError(
+                "--precision bf16: the discriminator has BatchNorm, whose statistics stay in "
+                "float32; take autocast, or --gan-weight 0"
+            )
         if self.student and self.init:
             raise ValueError("--student starts from random weights; leave --init")
-        if self.preset == "paper-finetune":
-            changed = [name for name, value in PAPER.items() if getattr(self, name) != value]
-            if changed:
-                wanted = ", ".join(f"{name}={PAPER[name]}" for name in changed)
-                raise ValueError(f"--preset paper-finetune has {wanted}; leave these or the preset")
+
+    def check_paper(self) -> None:
+        """Refuse what differs from the paper."""
+        if self.embedder is None:
+            raise ValueError("--preset paper-finetune needs an --embedder (the paper's is uni)")
+        changed = [name for name, value in PAPER.items() if getattr(self, name) != value]
+        if changed:
+            wanted = ", ".join(f"{name}={PAPER[name]}" for name in changed)
+            raise ValueError(f"--preset paper-finetune has {wanted}; leave these or the preset")
 
 
 def main(config: FinetuneConfig) -> None:

@@ -3,16 +3,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from latentds_trainers.pairs import MAX_PX, list_pictures
+from latentds_trainers.decoder_losses import cropped
+from latentds_trainers.pairs import find_pictures, list_pictures, open_picture, size_of
 from torch import Tensor
 
 from latentds.errors import InputError
-from latentds.sources.pictures import read_picture
 
 if TYPE_CHECKING:
     from latentds_trainers.finetune_decoder import FinetuneConfig
@@ -26,11 +27,10 @@ def read_held_out(config: FinetuneConfig) -> Tensor | None:
     """Centre crops (V, 3, H, W) in [0, 1] of held-out pictures, spread evenly; None for none."""
     edge, paths = config.validate_px, []
     if config.held_out is not None:
+        pattern = re.compile(config.held_out)
         for folder in config.pictures:
-            try:
-                paths += list_pictures(folder, edge, config.held_out, matching=True)
-            except InputError:
-                continue  # no match in this folder; all of them are counted below
+            matching = find_pictures(folder, lambda name: bool(pattern.search(name)))
+            paths += [path for path in matching if min(size_of(path)) >= edge]
         if not paths:
             raise InputError(f"--held-out {config.held_out!r} matches no picture of {edge} px")
     for folder in config.validate_on:
@@ -38,7 +38,7 @@ def read_held_out(config: FinetuneConfig) -> Tensor | None:
     if not paths:
         return None
     chosen = [paths[i] for i in np.linspace(0, len(paths) - 1, config.validate_crops).astype(int)]
-    crops = [centre_crop(read_picture(path, MAX_PX)[0], edge) for path in dict.fromkeys(chosen)]
+    crops = [centre_crop(open_picture(path), edge) for path in dict.fromkeys(chosen)]
     return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).float() / 255
 
 
@@ -49,7 +49,7 @@ def centre_crop(picture: np.ndarray, edge: int) -> np.ndarray:
 
 
 class Judge:
-    """Judges a decoder on held-out crops, shared out among ranks.
+    """Judges a decoder on held-out crops, shared out among ranks; some may have none.
 
     images     (V, 3, H, W) in [0, 1]
     latents    (V, C, h, w) of them, as stored
@@ -68,9 +68,15 @@ class Judge:
         self.embedders, self.count = embedders, len(images)
         with torch.no_grad():
             self.wanted = {
-                name: [embedder.embed(part) for part in self.images.split(JUDGED_AT_ONCE)]
+                name: [embedder.embed(images) for images, _ in self.parts()]
                 for name, embedder in embedders.items()
             }
+
+    def parts(self) -> list[tuple[Tensor, Tensor]]:
+        """This rank's images and latents, a few at a time."""
+        starts = range(0, len(self.images), JUDGED_AT_ONCE)
+        ends = [slice(start, start + JUDGED_AT_ONCE) for start in starts]
+        return [(self.images[part], self.latents[part]) for part in ends]
 
     @torch.no_grad()
     def __call__(self, decode: Callable[[Tensor], Tensor]) -> dict[str, float]:
@@ -80,11 +86,9 @@ class Judge:
         """
         names = ["psnr_db", *(f"one_minus_cos/{name}" for name in self.embedders)]
         totals = torch.zeros(len(names), dtype=torch.float64)
-        parts = zip(
-            self.images.split(JUDGED_AT_ONCE), self.latents.split(JUDGED_AT_ONCE), strict=True
-        )
-        for number, (images, latents) in enumerate(parts):
-            decoded = decode(latents).float().clamp(0, 1).mul(255).round().div(255)
+        for number, (images, latents) in enumerate(self.parts()):
+            decoded = cropped(decode(latents).float(), images)
+            decoded = decoded.clamp(0, 1).mul(255).round().div(255)
             error = (decoded - images).square().mean((1, 2, 3)).clamp_min(1e-10)
             sums = [(-10 * error.log10()).sum()]
             for name, embedder in self.embedders.items():

@@ -91,6 +91,7 @@ def leave_ranks() -> None:
         import torch.distributed
 
         if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.barrier()  # a rank that is still talking must not lose its peer
             torch.distributed.destroy_process_group()
 
 

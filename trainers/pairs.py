@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
@@ -14,13 +16,10 @@ import torch
 from torch import Tensor
 
 from latentds.autoencoders.base import NetworkAutoencoder
-from latentds.batch import Batch
 from latentds.errors import InputError
-from latentds.loader import LatentLoader
-from latentds.originals import Originals
-from latentds.quantizer import Codebook, dequantize, dequantize_each, quantize
+from latentds.quantizer import Codebook, dequantize, quantize
 from latentds.sources.image_folder import walk
-from latentds.sources.pictures import picture_suffixes, read_picture
+from latentds.sources.pictures import DECODE_ERRORS, first_line, picture_suffixes, read_picture
 
 MAX_PX = 1 << 28
 KEPT_BYTES = 4 << 30  # decoded pictures kept in memory, over all of them
@@ -47,6 +46,10 @@ class Pairs(Protocol):
         """Latents and images of about `count` others, a few at a time, the same on every rank."""
         ...
 
+    def close(self) -> None:
+        """Stop reading."""
+        ...
+
 
 class PicturePairs:
     """Random crops of pictures, encoded on the fly and, with a codebook, quantized.
@@ -56,6 +59,7 @@ class PicturePairs:
     crop_px   edge of a crop, a multiple of the autoencoder's factor
     half_scale  share of the crops taken at half resolution
     held_out  regular expression: pictures whose relative path matches are not used
+    workers   threads that read and crop
 
     Crop `i` of the global batch of a step is a function of (seed, step, i) alone: any number of
     ranks sees the same ones.
@@ -72,6 +76,7 @@ class PicturePairs:
         weights: Sequence[float] | None = None,
         half_scale: float = 0.0,
         held_out: str | None = None,
+        workers: int = 1,
     ) -> None:
         self.pictures = [list_pictures(folder, crop_px, held_out) for folder in folders]
         self.autoencoder, self.codebook = autoencoder, codebook
@@ -79,16 +84,21 @@ class PicturePairs:
         shares = np.asarray(weights or [1.0] * len(folders), float)
         self.shares, self.half_scale = shares / shares.sum(), half_scale
         self.kept: dict[Path, np.ndarray] = {}
-        self.kept_bytes = 0
+        self.kept_bytes, self.keeping = 0, threading.Lock()
+        self.pool = ThreadPoolExecutor(workers, thread_name_prefix="crops")
 
     def batch(self, step: int, rows: range) -> Pair:
-        crops = [self.crop(step, place) for place in rows]
+        crops = list(self.pool.map(lambda place: self.crop(step, place), rows))
         images = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2)
         images = images.to(self.autoencoder.device).float().div(255)
         latents = self.autoencoder.encode(images)
         if self.codebook is not None:
             latents = dequantize(quantize(latents, self.codebook), self.codebook)
         return Pair(latents, images)
+
+    def close(self) -> None:
+        """Stop the threads."""
+        self.pool.shutdown(cancel_futures=True)
 
     def sample(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
         for place in range(0, count, SAMPLED_AT_ONCE):
@@ -113,72 +123,12 @@ class PicturePairs:
         """A decoded picture; kept while all that is kept fits in memory."""
         found = self.kept.get(path)
         if found is None:
-            found, _ = read_picture(path, MAX_PX)
-            if self.kept_bytes + found.nbytes <= KEPT_BYTES:
-                self.kept[path] = found
-                self.kept_bytes += found.nbytes
+            found = open_picture(path)
+            with self.keeping:
+                if path not in self.kept and self.kept_bytes + found.nbytes <= KEPT_BYTES:
+                    self.kept[path] = found
+                    self.kept_bytes += found.nbytes
         return found
-
-
-class ShardPairs:
-    """Patches of a data set with the pictures they were cut from, epoch after epoch.
-
-    crop_px  edge of the windows trained on, a multiple of the factor; None for whole patches
-    """
-
-    def __init__(
-        self,
-        loader: LatentLoader,
-        originals: Originals,
-        device: torch.device,
-        *,
-        crop_px: int | None = None,
-        seed: int = 0,
-    ) -> None:
-        self.loader, self.originals, self.device = loader, originals, device
-        self.crop_px, self.seed = crop_px, seed
-        self.factor = int(loader.contract.autoencoder["factor"])
-        self.batches = self.endless()
-
-    def endless(self) -> Iterator[Batch]:
-        """Batches of all epochs; the loader counts what it hands out."""
-        while True:
-            yield from self.loader
-
-    def batch(self, step: int, rows: range) -> Pair:
-        batch = next(self.batches)
-        pair = Pair(batch.latents.to(self.device), self.pixels(batch))
-        return pair if self.crop_px is None else self.window(pair, [self.seed, step, rows[0]])
-
-    def sample(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
-        dataset = self.loader.dataset
-        first, end = dataset.shards.patch_range(dataset.split)
-        rows = np.unique(np.linspace(first, end - 1, count).astype(np.int64))
-        for start in range(0, len(rows), SAMPLED_AT_ONCE):
-            part = rows[start : start + SAMPLED_AT_ONCE]
-            batch = dataset.read(part)
-            books = dataset.shards.codebook_numbers(part)
-            latents = dequantize_each(batch.codes, books, dataset.shards.manifest.codebooks)
-            yield latents.to(self.device), self.pixels(batch)
-
-    def pixels(self, batch: Batch) -> Tensor:
-        """A batch's originals, float (B, 3, H, W) in [0, 1]."""
-        found = self.originals.read(batch.columns["source"], batch.coords.cpu().numpy())
-        images = torch.from_numpy(found).permute(0, 3, 1, 2).to(self.device)
-        return images.float().div(255)
-
-    def window(self, pair: Pair, draw: list[int]) -> Pair:
-        """The same window of latents and pixels, one of the draw's."""
-        assert self.crop_px is not None
-        cells = self.crop_px // self.factor
-        rng = np.random.default_rng(draw)
-        rows, columns = (int(size) for size in pair.images.shape[-2:])
-        y, x = (int(rng.integers(side // self.factor - cells + 1)) for side in (rows, columns))
-        top, left = y * self.factor, x * self.factor
-        return Pair(
-            pair.latents[:, :, y : y + cells, x : x + cells].contiguous(),
-            pair.images[:, :, top : top + self.crop_px, left : left + self.crop_px].contiguous(),
-        )
 
 
 def mean_of_four(picture: np.ndarray) -> np.ndarray:
@@ -188,29 +138,50 @@ def mean_of_four(picture: np.ndarray) -> np.ndarray:
     return ((total + 2) // 4).astype(np.uint8)
 
 
-def list_pictures(
-    folder: Path, crop_px: int, pattern: str | None = None, matching: bool = False
-) -> list[Path]:
+def list_pictures(folder: Path, crop_px: int, left_out: str | None = None) -> list[Path]:
     """Pictures below a folder that a crop fits in, sorted; InputError where there are none.
 
-    pattern   regular expression searched in relative paths: such pictures are left out
-    matching  or are the only ones
+    left_out  regular expression searched in relative paths: such pictures are not listed
     """
-    from PIL import Image
-
-    suffixes = picture_suffixes()
-    names = [name for name in sorted(walk(folder)) if Path(name).suffix.lower() in suffixes]
-    if pattern is not None:
-        names = [name for name in names if bool(re.search(pattern, name)) == matching]
-    found = [folder / name for name in names]
-    fitting = []
-    for path in found:
-        with Image.open(path) as picture:
-            if min(picture.size) >= crop_px:
-                fitting.append(path)
+    pattern = re.compile(left_out) if left_out is not None else None
+    found = find_pictures(folder, lambda name: pattern is None or not pattern.search(name))
+    fitting = [path for path in found if min(size_of(path)) >= crop_px]
     if not fitting:
         raise InputError(
             f"{folder}: {len(found)} pictures, none of {crop_px} px or larger; give another "
             "folder, or a smaller --crop-px"
         )
     return fitting
+
+
+def find_pictures(folder: Path, is_wanted: Callable[[str], bool]) -> list[Path]:
+    """Pictures below a folder, sorted, by their relative paths."""
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder of pictures")
+    suffixes = picture_suffixes()
+    names = [name for name in sorted(walk(folder)) if Path(name).suffix.lower() in suffixes]
+    return [folder / name for name in names if is_wanted(name)]
+
+
+def size_of(path: Path) -> tuple[int, int]:
+    """Width and height of a picture; InputError that names one which cannot be read."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as picture:
+            return picture.size
+    except DECODE_ERRORS as error:
+        raise unreadable(path, f"cannot be read ({first_line(error)})") from error
+
+
+def open_picture(path: Path) -> np.ndarray:
+    """Pixels uint8 (H, W, 3) of a picture; InputError that names one which cannot be read."""
+    try:
+        return read_picture(path, MAX_PX)[0]
+    except InputError as error:
+        raise unreadable(path, str(error)) from error
+
+
+def unreadable(path: Path, reason: str) -> InputError:
+    """An error that names the picture."""
+    return InputError(f"{path}: {reason}; repair it or take it out of the folder")

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from latentds_trainers.launching import same_on_all_ranks
 from latentds_trainers.wrapping import load_deepspeed
 
-from latentds.errors import LatentdsError
+from latentds.errors import InputError, LatentdsError
+
+Made = TypeVar("Made")
 
 
 def join_ranks() -> torch.device:
@@ -40,16 +42,42 @@ def any_error(error: OSError | None) -> str | None:
 
 
 def from_first(make: Callable[[], Any]) -> Any:
-    """What rank 0 makes, or its error, on every rank. Collective."""
+    """What rank 0 makes, or its error, on every rank. Collective.
+
+    raises  what rank 0 did; InputError for an OSError
+    """
     made: list[Any] = [None]
     if dist.get_rank() == 0:
         try:
             made[0] = make()
-        except (LatentdsError, OSError) as error:
+        except LatentdsError as error:
             made[0] = error
+        except OSError as error:
+            made[0] = InputError(str(error))
     dist.broadcast_object_list(made)
     if isinstance(made[0], LatentdsError):
         raise same_on_all_ranks(made[0])
-    if isinstance(made[0], OSError):
-        raise made[0]
     return made[0]
+
+
+def on_all_ranks(make: Callable[[], Made]) -> Made:
+    """What every rank makes for itself, without meeting the others. Collective.
+
+    raises  this rank's error, InputError for an OSError; or InputError that names the rank that
+            failed. Either is told once
+    """
+    own: LatentdsError | None = None
+    try:
+        made = make()
+    except LatentdsError as error:
+        own = error
+    except OSError as error:
+        own = InputError(str(error))
+    texts: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(texts, None if own is None else str(own))
+    if own is not None:
+        raise same_on_all_ranks(own)
+    for rank, text in enumerate(texts):
+        if text is not None:
+            raise same_on_all_ranks(InputError(f"rank {rank}: {text}"))
+    return made

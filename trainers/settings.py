@@ -80,6 +80,13 @@ def plain(config: TrainConfig) -> dict[str, Any]:
     return {name: jsonable(value) for name, value in values.items()}
 
 
+def defaults(config: TrainConfig) -> dict[str, Any]:
+    """What the settings are where nothing is given, as JSON values."""
+    fields = dataclasses.fields(config)
+    given = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
+    return {name: jsonable(value) for name, value in given.items()}
+
+
 def jsonable(value: Any) -> Any:
     """A setting as a JSON value: paths as text, tuples as lists."""
     if isinstance(value, Path):

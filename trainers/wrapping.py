@@ -129,11 +129,29 @@ class WrappedNetwork:
         return spike is not None and clip is not None and not self.norm < spike * clip
 
     def weights(self) -> dict[str, Tensor]:
-        """Copies of the whole weights on the CPU. Collective: every rank has to call it."""
+        """Copies of the whole weights on the CPU. Collective: every rank has to call it.
+
+        With bf16, the optimizer's float32 ones of what is trained.
+        """
         parameters = list(self.network.parameters())
         with load_deepspeed().zero.GatheredParameters(parameters, enabled=self.is_spread()):
             state = self.network.state_dict()
-            return {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
+            copies = {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
+        if self.config.precision == "bf16":
+            copies |= self.masters()
+        return copies
+
+    def masters(self) -> dict[str, Tensor]:
+        """The optimizer's float32 weights on the CPU, by name. Collective."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        named = self.network.named_parameters(remove_duplicate=False)
+        found = {name: safe_get_full_fp32_param(parameter) for name, parameter in named}
+        return {
+            name: tensor.detach().cpu().clone()
+            for name, tensor in found.items()
+            if tensor is not None
+        }
 
     def is_spread(self) -> bool:
         """Whether every rank holds a part of the weights only."""

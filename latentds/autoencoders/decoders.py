@@ -14,7 +14,7 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ from latentds.storage import write_together
 __all__ = [
     "architecture_of",
     "find_decoder_folder",
+    "find_record",
     "is_hub_name",
     "load_decoder",
     "replace_decoder",
@@ -138,12 +139,26 @@ def load_decoder(
     folder = find_decoder_folder(name_or_path)
     if folder is not None:
         return load_folder(folder)
-    if not is_hub_name(name_or_path):
-        raise FileNotFoundError(f"{name_or_path}: no {RECORD} there or in its {RUN_FOLDER}/")
-    repository, _, named = str(name_or_path).partition("@")
-    advice = f"{repository} is no folder here either: pass a decoder's folder, or its Hub name."
-    folder, commit = download(repository, (RECORD, WEIGHTS), revision or named or None, advice)
+    folder, repository, commit = fetch(name_or_path, (RECORD, WEIGHTS), revision)
     return load_folder(folder, repository=repository, revision=commit)
+
+
+def find_record(name_or_path: str | os.PathLike[str], revision: str | None = None) -> DecoderRecord:
+    """What a decoder's decoder.json says, without its weights; raises as `load_decoder` does."""
+    folder = find_decoder_folder(name_or_path)
+    return read_record(folder or fetch(name_or_path, (RECORD,), revision)[0])
+
+
+def fetch(
+    name: str | os.PathLike[str], files: Sequence[str], revision: str | None
+) -> tuple[Path, str, str]:
+    """Files of a decoder on the Hub: their folder, the repository, the commit."""
+    if not is_hub_name(name):
+        raise FileNotFoundError(f"{name}: no {RECORD} there or in its {RUN_FOLDER}/")
+    repository, _, named = str(name).partition("@")
+    advice = f"{repository} is no folder here either: pass a decoder's folder, or its Hub name."
+    folder, commit = download(repository, files, revision or named or None, advice)
+    return folder, repository, commit
 
 
 def load_folder(

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from latentds.autoencoders import efficientvit_keys
+from latentds.autoencoders.architectures import BUILD_ERRORS, check_bounded
 from latentds.autoencoders.base import (
     AutoencoderCard,
     NetworkAutoencoder,
@@ -162,15 +163,55 @@ def load_network(folder: Path) -> nn.Module:
             f"and no DC-AE in efficientvit's format ({efficientvit_keys.WEIGHTS_FILE})"
         )
     network_class = find_class(str(class_name))
+    empty = build_empty(network_class, config, folder / CONFIG_FILE)
+    check_stored(empty, folder)
     try:
-        network = network_class.from_pretrained(
-            folder, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False
-        )
+        network, report = network_class.from_pretrained(
+            folder, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False,
+            output_loading_info=True,
+        )  # fmt: skip
     except LOAD_ERRORS as error:
         reason = " ".join(str(error).split())[:300]
         raise WeightsError(f"{folder}: cannot load {class_name} ({reason})") from error
+    absent = sorted(n for n in report["missing_keys"] if not n.endswith("num_batches_tracked"))
+    if absent:
+        raise WeightsError(f"{folder}: tensor {absent[0]!r} is missing ({len(absent)} in all)")
     module: nn.Module = network.float()
     return module
+
+
+def build_empty(network_class: Any, config: dict[str, Any], where: Path) -> nn.Module:
+    """The network of a config on the meta device: shapes, no memory.
+
+    raises  WeightsError for a config that does not fit, or is larger than any known
+    """
+    known = inspect.signature(network_class.__init__).parameters
+    options = {key: value for key, value in config.items() if key in known}
+    check_bounded(options, str(where))
+    try:
+        with torch.device("meta"):
+            network: nn.Module = network_class(**options)
+    except BUILD_ERRORS as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise WeightsError(f"{where}: no {network_class.__name__} ({reason})") from error
+    return network
+
+
+def check_stored(empty: nn.Module, folder: Path) -> None:
+    """Refuse a config whose network is larger than the weights beside it, before it takes memory.
+
+    Values are counted, not names compared: diffusers renames what its older versions wrote.
+    """
+    files = sorted(folder.glob("diffusion_pytorch_model*.safetensors"))
+    if not files:
+        return  # diffusers says which file it looked for
+    wanted = sum(tensor.numel() for tensor in empty.state_dict().values())
+    stored = sum(efficientvit_keys.count_values(file) for file in files)
+    if wanted > stored + len(empty.state_dict()):  # batch norm's counters may be left out
+        raise WeightsError(
+            f"{folder}: {CONFIG_FILE} describes a network of {wanted:,} values, the weights beside "
+            f"it have {stored:,}; the two do not belong together"
+        )
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -192,12 +233,9 @@ def load_efficientvit(weights: Path, config: dict[str, Any]) -> nn.Module:
     """
     network_class = find_class("AutoencoderDC")
     known = inspect.signature(network_class.__init__).parameters
-    options = {key: value for key, value in config.items() if key in known}
-    try:
-        with torch.device("meta"):
-            network = network_class(**(options or efficientvit_keys.F32C32))
-    except LOAD_ERRORS as error:
-        raise WeightsError(f"{weights.parent / CONFIG_FILE}: no AutoencoderDC ({error})") from error
+    is_given = any(key in known for key in config)
+    options = config if is_given else efficientvit_keys.F32C32
+    network = build_empty(network_class, options, weights.parent / CONFIG_FILE)
     tensors = efficientvit_keys.read_converted(weights)
     try:
         check_placed(

@@ -9,6 +9,7 @@ keys and values in one 1x1 convolution. Facts: module tree of efficientvit's
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -91,6 +92,18 @@ def names_of(path: Path) -> list[str]:
             return list(opened.keys())
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path}: not a safetensors file ({error})") from error
+
+
+def count_values(path: Path) -> int:
+    """Numbers in a safetensors file, by its header; WeightsError where it is none."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as opened:
+            shapes = [opened.get_slice(name).get_shape() for name in opened.keys()]  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path}: not a safetensors file ({error})") from error
+    return sum(math.prod(shape) for shape in shapes)
 
 
 def read_converted(path: Path) -> dict[str, Tensor]:

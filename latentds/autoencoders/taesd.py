@@ -7,6 +7,7 @@ nn.Sequential state dicts, images in [0, 1], latents unscaled.
 from __future__ import annotations
 
 import pickle
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -22,6 +23,11 @@ from latentds.autoencoders.base import (
 from latentds.errors import WeightsError
 
 WIDTH = 64
+# What torch raises for files that are none of its own, or are damaged somewhere.
+LOAD_ERRORS = (
+    *(pickle.UnpicklingError, struct.error, EOFError, OSError, RuntimeError, ValueError),
+    *(ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, MemoryError),
+)
 
 
 class Clamp(nn.Module):
@@ -121,10 +127,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """The fp32 state dict in a `.pth` file, read without unpickling code."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
-        raise WeightsError(
-            f"{path}: not a plain state dict ({str(error).splitlines()[0]})"
-        ) from error
+    except LOAD_ERRORS as error:
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise WeightsError(f"{path}: not a plain state dict ({reason})") from error
     if not isinstance(state, Mapping) or not all(isinstance(t, Tensor) for t in state.values()):
         raise WeightsError(f"{path}: not a state dict of tensors")
     return {str(name): tensor.float() for name, tensor in state.items()}

@@ -15,7 +15,7 @@ from latentds.codecs.lloyd_blocks import LloydBlocks
 from latentds.codecs.naming import QuantizerSpec, latent_text, parse_quantizer
 from latentds.codecs.pictures import check_picture
 from latentds.codecs.quantizers import Codes, Floats, Quantizer, latent_shape, packed_bytes
-from latentds.errors import ContractError, FormatError, ShapeError
+from latentds.errors import ContractError, FormatError, ShapeError, WeightsError
 from latentds.fit import fit_codebook
 from latentds.quantizer import Codebook
 
@@ -59,7 +59,7 @@ class LatentCodec:
         return self.decode_batch([encoded])[0]
 
     def encode_batch(self, images: Sequence[np.ndarray]) -> list[bytes]:
-        """The bytes of every picture's latents; ValueError for latents that are not finite."""
+        """The bytes of every picture's latents; WeightsError for latents that are not finite."""
         return self.quantizer.pack(self.latents(images)) if images else []
 
     def decode_batch(self, files: Sequence[bytes]) -> list[np.ndarray]:
@@ -78,7 +78,8 @@ class LatentCodec:
             self.autoencoder.encode(part.float().div(255)).float().cpu()
             for part in torch.split(pixels, self.batch_size)
         ]
-        return check_finite(torch.cat(latents), ValueError("latents contain NaN or infinity"))
+        error = WeightsError(f"{self.card.name}: latents contain NaN or infinity; see its weights")
+        return check_finite(torch.cat(latents), error)
 
     def latents_of(self, files: Sequence[bytes]) -> Tensor:
         """Latents float32 (B, C, h, w) of the bytes of patches, on the CPU."""

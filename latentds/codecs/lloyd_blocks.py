@@ -25,9 +25,15 @@ RANGE_BITS = 4
 
 @dataclasses.dataclass(frozen=True)
 class LloydBlocks:
-    """vaezip's lbrq at that many bits a value, its tensors one after the other, no header."""
+    """vaezip's lbrq at that many bits a value, its tensors one after the other, no header.
+
+    raises  MissingExtraError where vaezip is not installed
+    """
 
     spec: QuantizerSpec
+
+    def __post_init__(self) -> None:
+        self.codec()
 
     def pack(self, latents: Tensor) -> list[bytes]:
         """Codes, ranges and table of every patch of float32 latents (B, C, h, w)."""

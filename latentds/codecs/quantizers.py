@@ -19,7 +19,7 @@ from torch import Tensor
 from latentds.autoencoders.base import AutoencoderCard, latent_cells
 from latentds.codecs.lloyd_blocks import block_bytes
 from latentds.codecs.naming import QuantizerSpec, parse_quantizer
-from latentds.errors import FormatError, ShapeError
+from latentds.errors import ContractError, FormatError, ShapeError
 from latentds.quantizer import Codebook, dequantize, quantize
 
 LatentShape = tuple[int, int, int]  # C, h, w
@@ -58,8 +58,9 @@ class Floats:
         with np.errstate(over="ignore"):
             values = latents.numpy().astype(self.dtype)
         if not np.isfinite(values).all():
-            raise ValueError(
-                f"latents of up to {float(latents.abs().max()):g} overflow {self.spec.text}"
+            raise ContractError(
+                f"latents of up to {float(latents.abs().max()):g} overflow {self.spec.text}; "
+                "take another quantizer, or none"
             )
         return [patch.tobytes() for patch in values]
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from latentds.autoencoders.base import hash_tensors
-from latentds.embedders.base import NetworkEmbedder, Preparation, without_resizing
+from latentds.embedders.base import EmbedderCard, NetworkEmbedder, Preparation, without_resizing
 from latentds.embedders.cards import CARDS
 from latentds.embedders.weights import fetch, read_weights
 from latentds.errors import WeightsError, missing_extra
@@ -68,11 +68,12 @@ def load_phikon(folder: Path | None = None, native: bool = False) -> NetworkEmbe
         multiple_px=int(network.config.patch_size),
         revision=revision,
         weights_id=hash_tensors(read_weights(folder / "model.safetensors"), {}),
-        **published_rule(folder),
     )
-    card = without_resizing(card) if native else card
-    token = ClassToken(network)
-    return NetworkEmbedder(card, token, Preparation(card), checkpoint=token.checkpoint_gradients)
+    card, stretch_px = published_rule(card, folder / "preprocessor_config.json")
+    if native:
+        card, stretch_px = without_resizing(card), None
+    prepare, token = Preparation(card, stretch_px), ClassToken(network)
+    return NetworkEmbedder(card, token, prepare, checkpoint=token.checkpoint_gradients)
 
 
 def load_network(folder: Path) -> Any:
@@ -108,29 +109,52 @@ def load_network(folder: Path) -> Any:
     return network
 
 
-def published_rule(folder: Path) -> dict[str, Any]:
-    """What the folder's preprocessor_config.json says of the input; nothing where there is none."""
-    path = folder / "preprocessor_config.json"
+def published_rule(card: EmbedderCard, path: Path) -> tuple[EmbedderCard, tuple[int, int] | None]:
+    """The card with what a preprocessor_config.json says, and the (H, W) it stretches images to.
+
+    The card as it is where there is no such file; None where nothing is stretched.
+    """
     if not path.is_file():
-        return {}
+        return card, None
     try:
         said = json.loads(path.read_text())
-        size = said["size"]
-        resize_px = int(size["shortest_edge"] if "shortest_edge" in size else size["height"])
+        if not said.get("do_rescale", True) or not said.get("do_normalize", True):
+            raise ValueError("it neither rescales nor normalizes")
+        size = said["size"] if said.get("do_resize", True) else {}
+        resize_px = int(size["shortest_edge"]) if "shortest_edge" in size else None
+        stretch_px = None if resize_px or not size else (int(size["height"]), int(size["width"]))
         is_cropped = "crop_size" in said and said.get("do_center_crop", True)
-        input_px = int(said["crop_size"]["height"]) if is_cropped else resize_px
-        interpolation = INTERPOLATIONS[said["resample"]]
+        crop = said["crop_size"] if is_cropped else None
+        if crop and crop["height"] != crop["width"]:
+            raise ValueError("its crop is not square")
+        input_px = int(crop["height"]) if crop else None
+        interpolation = INTERPOLATIONS[said["resample"]] if size else card.interpolation
         mean, std = tuple(said["image_mean"]), tuple(said["image_std"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise WeightsError(
             f"{path}: not a preparation of resizing and cropping ({error!r})"
         ) from error
-    return {
-        "resize_px": resize_px,
-        "input_px": input_px,
-        "interpolation": interpolation,
-        "mean": mean,
-        "std": std,
-        "rule": f"shorter edge to {resize_px} px ({interpolation}), centre crop of {input_px} px, "
-        "mean and std of preprocessor_config.json; class token",
-    }
+    return dataclasses.replace(
+        card,
+        resize_px=resize_px,
+        input_px=input_px,
+        interpolation=interpolation,
+        mean=mean,
+        std=std,
+        rule=describe_rule(resize_px, stretch_px, input_px, interpolation),
+    ), stretch_px
+
+
+def describe_rule(
+    resize_px: int | None, stretch_px: tuple[int, int] | None, input_px: int | None, how: str
+) -> str:
+    """The preparation in words."""
+    steps = []
+    if resize_px:
+        steps.append(f"shorter edge to {resize_px} px ({how})")
+    if stretch_px:
+        steps.append(f"stretched to {stretch_px[1]}x{stretch_px[0]} px ({how})")
+    if input_px:
+        steps.append(f"centre crop of {input_px} px")
+    steps.append("mean and std of preprocessor_config.json; class token")
+    return ", ".join(steps)

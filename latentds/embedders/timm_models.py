@@ -20,6 +20,8 @@ from latentds.embedders.cards import CARDS
 from latentds.embedders.weights import fetch, fill, read_weights
 from latentds.errors import ShapeError, UnknownNameError, WeightsError, missing_extra
 
+INTERPOLATIONS = ("bicubic", "bilinear")
+
 
 def load_known(
     name: str, path: Path | None = None, native: bool = False, **changes: Any
@@ -97,7 +99,12 @@ def configured_card(text: str, network: Any) -> EmbedderCard:
     if height != width:
         raise ShapeError(f"timm:{text} wants {width}x{height} px; only square inputs are prepared")
     resize_px = math.floor(height / config["crop_pct"])
-    interpolation = "bilinear" if config["interpolation"] == "bilinear" else "bicubic"
+    interpolation, crop_mode = config["interpolation"], config["crop_mode"]
+    if interpolation not in INTERPOLATIONS or crop_mode != "center":
+        raise ShapeError(
+            f"timm:{text} wants {interpolation} resizing and a {crop_mode} crop; only "
+            f"{' or '.join(INTERPOLATIONS)} and a center crop are prepared"
+        )
     source = network.pretrained_cfg
     return EmbedderCard(
         name=f"timm:{text}",

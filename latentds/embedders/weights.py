@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from latentds.autoencoders.downloads import commit_of
 from latentds.autoencoders.taesd import read_tensors
 from latentds.embedders.base import EmbedderCard
 from latentds.errors import WeightsError
@@ -66,9 +67,7 @@ def fetch(card: EmbedderCard, files: tuple[str, ...]) -> tuple[list[Path], str |
             paths.append(Path(path))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise WeightsError(fetch_advice(card, file, error)) from error
-    parts = paths[-1].parts
-    commit = parts[parts.index("snapshots") + 1] if "snapshots" in parts else card.revision
-    return paths, commit
+    return paths, commit_of(paths[-1]) or card.revision
 
 
 def fetch_advice(card: EmbedderCard, file: str, error: Exception) -> str:

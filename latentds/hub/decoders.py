@@ -12,6 +12,8 @@ from typing import Any
 from latentds.autoencoders.cards import CARDS
 from latentds.autoencoders.decoder_record import RECORD, WEIGHTS, DecoderRecord, read_record
 from latentds.autoencoders.decoders import find_decoder_folder, load_decoder
+from latentds.embedders.base import EmbedderCard
+from latentds.embedders.cards import CARDS as EMBEDDERS
 from latentds.errors import InputError
 from latentds.hub.client import HubFile, Repository
 from latentds.hub.licences import HUB_LICENCES, check_licence, is_non_commercial
@@ -148,16 +150,46 @@ def choose_licence(record: DecoderRecord, publication: DecoderPublication) -> st
 
 def licence_warnings(record: DecoderRecord, identifier: str) -> Iterator[str]:
     """What a publisher should know before a decoder goes out under `identifier`."""
-    base = CARDS.get(record.autoencoder)
-    licences = dict.fromkeys([record.licence, base.licence if base else record.licence])
-    for licence in licences:
+    base, embedder = CARDS.get(record.autoencoder), find_embedder(record)
+    licences = {record.licence: "the decoder"}
+    licences |= {base.licence: f"the autoencoder {base.name}"} if base else {}
+    for licence, what in licences.items():
         if is_non_commercial(licence) and not is_non_commercial(identifier):
             yield f"trained from non-commercial weights ({licence}), published as {identifier}"
+        if licence.lower().startswith("unknown"):
+            yield f"the licence of {what} is not known ({licence}); ask those it comes from"
     if base is not None and base.gated:
         yield (
             f"the autoencoder {base.name} is gated ({base.licence}); see that its licence allows a "
             "trained copy of its decoder to be passed on"
         )
+    if embedder is None:
+        return
+    if is_non_commercial(embedder.licence) and not is_non_commercial(identifier):
+        yield (
+            f"trained with the non-commercial embedder {embedder.name} ({embedder.licence}), "
+            f"published as {identifier}"
+        )
+    if embedder.gated:
+        yield (
+            f"the embedder {embedder.name} it was trained with is gated ({embedder.licence}); see "
+            "that its licence allows what was trained with it to be passed on"
+        )
+    if embedder.licence.startswith("unknown"):
+        yield (
+            f"the licence of the embedder {embedder.name} it was trained with is not known here; "
+            "see what it allows"
+        )
+
+
+def find_embedder(record: DecoderRecord) -> EmbedderCard | None:
+    """The card of the embedder a decoder was trained with; None where none is recorded."""
+    config = record.trained.get("config")
+    recorded = config.get("embedder") if isinstance(config, Mapping) else None
+    if not isinstance(recorded, str) or not recorded:
+        return None
+    name = recorded.partition("@")[0]
+    return EMBEDDERS.get(name, EmbedderCard(name=name[:MAX_FACT], class_name=""))
 
 
 def plan_decoder(

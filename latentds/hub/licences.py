@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from latentds.errors import InputError, unknown_name
@@ -42,6 +43,14 @@ def check_licence(identifier: str | None, name: str | None) -> str:
     if identifier == "other" and not name:
         raise InputError("--license other: say which; pass --license-name NAME")
     return identifier
+
+
+def read_markdown(path: Path | None) -> str:
+    """The text of a publisher's file, none without one; InputError where it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8") if path else ""
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 ({error.reason} at {error.start})") from error
 
 
 def is_non_commercial(licence: str) -> bool:

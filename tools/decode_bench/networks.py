@@ -133,6 +133,8 @@ def measure(
     from latentds.quantizer import Codebook
 
     card, patch_px, device = autoencoder.card, config.patch_size, config.device
+    # Some are loaded with channels last, and a plain row is to be plain.
+    autoencoder.decoder.to(memory_format=torch.contiguous_format)
     levels = torch.linspace(-3, 3, 256).numpy()[None]
     size = (patch_px, patch_px)
     decoder = Decoder(autoencoder, [Codebook(levels, "kmeans")], size, device, options)

@@ -11,13 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from latentds_tools.fidelity.crops import Crops
-from latentds_tools.fidelity.fitting import ON_TESTED
+from latentds_tools.fidelity.fitting import ON_TESTED, FitSample
 from latentds_tools.fidelity.measuring import Measured
 from latentds_tools.fidelity.paper import find_paper_row
 
 from latentds.autoencoders.base import latent_cells
-from latentds.codecs import CodecSpec, LatentSpec
+from latentds.codecs import FORMATS, CodecSpec, LatentSpec, PictureSpec
 
 # Measured by `latentds bench container`, packs of 256: 28.2 bytes a patch for headers and columns
 # in the shard, 24.6 in the tables beside it, whatever the patches' size.
@@ -27,6 +28,10 @@ CONTAINER = (
     f"latents of one byte a code: in shards in packs of 256, their columns and tables included "
     f"({SHARD_BYTES} bytes a patch, measured by latentds bench container); pictures: a member each "
     "of a plain tar; floats and vaezip's blocks are in no shard"
+)
+PACKED = (
+    f"the same {SHARD_BYTES} bytes a patch for pictures, too, as if their files stood in a column "
+    "of a packed table such as Parquet"
 )
 PACKAGES = (
     *("latentds", "torch", "numpy", "pillow", "imagecodecs", "scikit-image", "torchmetrics"),
@@ -46,6 +51,20 @@ def container_bytes(
     return [codes + SHARD_BYTES] * len(sizes)
 
 
+def packed_bytes(spec: CodecSpec, sizes: Sequence[int]) -> list[int] | None:
+    """What each picture's file takes in a packed column; None for latents."""
+    return None if isinstance(spec, LatentSpec) else [size + SHARD_BYTES for size in sizes]
+
+
+def fixed_bytes(spec: PictureSpec, patch_px: tuple[int, int]) -> int:
+    """Bytes of the file of one flat grey patch: headers and tables, which every file has."""
+    rules = FORMATS[spec.name]
+    quality = spec.quality
+    if quality is None:
+        quality = sum(rules.qualities) / 2 if rules.qualities else 0
+    return len(rules.encode(np.full((*patch_px, 3), 128, np.uint8), quality))
+
+
 def describe_row(
     spec: CodecSpec, names: tuple[str, str], card: Any, codebook: dict[str, Any] | None,
     row: Measured, patch_px: tuple[int, int], groups: Any,
@@ -53,6 +72,7 @@ def describe_row(
     """One row of the report; `names` are what its series and it are called."""
     sizes = row.per_crop["bytes"]
     container = container_bytes(spec, card, patch_px, sizes)
+    packed = packed_bytes(spec, sizes) or container
     described: dict[str, Any] = {"codec": names[1], "kind": spec.family, "series": names[0]}
     if isinstance(spec, LatentSpec):
         described |= {"autoencoder": card.to_json(), "quantizer": spec.quantizer.text}
@@ -60,11 +80,14 @@ def describe_row(
     else:
         over = sum(size > spec.max_bytes for size in sizes) if spec.max_bytes else 0
         described |= {"settings": spec.settings, "over_budget": over}
+        described |= {"fixed_bytes": fixed_bytes(spec, patch_px)}
     summaries = groups.summarize(row.per_crop)
     for name, mask in groups.masks.items():
-        kept = [v for v, is_in in zip(container or [], mask, strict=False) if is_in]
-        summaries[name]["container_bytes"] = sum(kept) / len(kept) if kept else None
-    found = find_paper_row(spec, getattr(card, "encoder", "") or "")
+        for field, values in (("container_bytes", container), ("packed_bytes", packed)):
+            kept = [v for v, is_in in zip(values or [], mask, strict=False) if is_in]
+            summaries[name][field] = sum(kept) / len(kept) if kept else None
+    encoder, class_name = (getattr(card, name, "") or "" for name in ("encoder", "class_name"))
+    found = find_paper_row(spec, encoder, class_name)
     return described | {
         "groups": summaries,
         "encode_rate": len(sizes) / row.seconds["encode"],
@@ -90,6 +113,11 @@ def notes(
             f"{kinds['jpeg']:,} crops were JPEG before ({encodings(crops)}): a JPEG near that "
             "quality, cut on the same grid of blocks, changes them little, which favours it"
         )
+    found += [
+        f"{folder}: each picture is taken for a slide of its own, so that intervals are over "
+        "pictures, too narrow where several are of one slide"
+        for folder in crops.by_picture()
+    ]
     if any((row.get("codebook") or {}).get("origin") == ON_TESTED for row in rows):
         found.append(
             "Codebooks fitted on the tested crops themselves favour their rows; --fit-on takes "
@@ -106,6 +134,49 @@ def notes(
         if row.get("over_budget")
     ]
     return [f"{note}." for note in found]
+
+
+def fit_notes(sample: FitSample, rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Which slides stand among the tested pictures and among those that codebooks are of."""
+    is_used = any((row.get("codebook") or {}).get("origin") == sample.origin for row in rows)
+    if not (sample.shared and is_used):
+        return []
+    return [
+        f"{len(sample.shared):,} slides or patients of the tested pictures ({sample.shared[0]}, "
+        "...) are among those that codebooks are fitted on, too."
+    ]
+
+
+def seen_notes(
+    folders: Sequence[Path], crops: Crops, trained: dict[str, dict[str, Any]]
+) -> list[str]:
+    """Decoders that were trained on folders of the tested ones' names, as their records say.
+
+    Records tell folders' last names alone: an equal name may be another folder, and a copy under
+    another name is not found.
+    """
+    tested = dict.fromkeys(path.resolve().name for path in folders)
+    tested |= dict.fromkeys(part for crop in crops.crops for part in Path(crop.source).parts[:-1])
+    notes = []
+    for decoder, how in trained.items():
+        config = how.get("config")
+        config = config if isinstance(config, dict) else {}
+        seen = names_in(config.get("pictures")) | names_in(config.get("data"))
+        held_out = config.get("held_out")
+        but = f" but for held_out {held_out}" if held_out and isinstance(held_out, str) else ""
+        notes += [
+            f"{name}: the decoder {decoder} was trained on pictures of a folder of this name{but}; "
+            "it may have seen tested ones."
+            for name in tested
+            if name in seen
+        ]
+    return notes
+
+
+def names_in(value: Any) -> set[str]:
+    """Last parts of the paths in a recorded value."""
+    values = value if isinstance(value, list) else [value]
+    return {text.rstrip("/").rpartition("/")[2] for text in values if isinstance(text, str)} - {""}
 
 
 def encodings(crops: Crops) -> str:

@@ -20,6 +20,8 @@ from latentds_tools.fidelity.paper import differences, paper_table
 from latentds_tools.fidelity.plan import Plan, make_plan
 from latentds_tools.fidelity.plots import draw_plots
 from latentds_tools.fidelity.quality import PSNR_SETTINGS, SIMILARITY_SETTINGS, SSIM_SETTINGS
+from latentds_tools.fidelity.slide_tables import read_table
+from latentds_tools.fidelity.slides import SlideOptions
 from latentds_tools.fidelity.summaries import Groups
 
 from latentds.codecs import CodecSpec, LatentSpec, PictureSpec, make_picture_codec
@@ -44,6 +46,12 @@ class Job:
         """(H, W) of every crop."""
         return self.config.crop_px, self.config.crop_px
 
+    def trained(self) -> dict[str, dict[str, Any]]:
+        """For the decoders among the rows, by what they are called: how they were trained."""
+        series = {row.name: self.plan.series(row) for row in self.plan.rows}
+        trained = self.codebooks.autoencoders.trained
+        return {series[name]: how for name, how in trained.items() if name in series}
+
     def card(self, spec: CodecSpec) -> Any:
         """The card of a row's autoencoder, None for pictures."""
         return self.codebooks.autoencoders.cards.get(spec.name)
@@ -63,12 +71,12 @@ def compare(config: Config) -> tuple[dict[str, Any], dict[str, bytes]]:
 
 def prepare(config: Config) -> Job:
     """Open all that is needed, and read the crops."""
-    import torch
+    from latentds.conversion.encode import choose_device
 
     for folder in (*config.source, *([config.fit_on] if config.fit_on else [])):
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder}: no such folder")
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = str(choose_device(config.device or "auto"))
     autoencoders = Autoencoders(device)
     plan = make_plan(
         config.codecs or "", config.embedder_names(), autoencoders,
@@ -88,29 +96,44 @@ def prepare(config: Config) -> Job:
 
 def crops_of(config: Config, folders: Sequence[Path], most: int) -> Crops:
     """Crops of folders, as the options say."""
+    tables = tuple(read_table(path) for path in config.slides_table)
     return read_crops(
         folders, crop_px=config.crop_px, per_picture=config.crops, most=most, seed=config.seed,
-        name_pattern=config.name_pattern if folders == config.source else None,
-        slides=config.slides,
+        slides=SlideOptions(config.name_pattern, tables, config.slides),
+        must_match=folders == config.source,
     )  # fmt: skip
 
 
 def fit_sample(config: Config, crops: Crops) -> FitSample:
-    """Pictures to fit codebooks on; InputError where --fit-on holds tested ones."""
+    """Pictures to fit codebooks on; InputError where they hold tested ones."""
     if config.fit_on is None:
         count = min(config.fit_patches, len(crops.crops))
         places = np.linspace(0, len(crops.crops) - 1, count).round().astype(int)
         images = [crops.crops[place].image for place in places.tolist()]
         return FitSample(images, ON_TESTED, crops.digest())
+    check_apart(config.fit_on, config.source)
     others = crops_of(config, [config.fit_on], config.fit_patches)
-    tested = {image.tobytes() for image in crops.images}
-    same = [crop.source for crop in others.crops if crop.image.tobytes() in tested]
-    if config.fit_on.resolve() in {folder.resolve() for folder in config.source} or same:
-        raise InputError(
-            f"--fit-on {config.fit_on}: holds tested pictures{f' ({same[0]})' if same else ''}; "
-            "leave it out to fit on the tested crops"
-        )
-    return FitSample(others.images, f"fitted on pictures of {config.fit_on.name}", others.digest())
+    tested = {crop.picture for crop in crops.crops} | {image.tobytes() for image in crops.images}
+    for crop in others.crops:
+        if crop.picture in tested or crop.image.tobytes() in tested:
+            raise InputError(
+                f"--fit-on {config.fit_on}: holds tested pictures ({crop.source}); leave it out "
+                "to fit on the tested crops"
+            )
+    shared = tuple(sorted(crops.known_slides() & others.known_slides()))
+    origin = f"fitted on pictures of {config.fit_on.resolve().name}"
+    return FitSample(others.images, origin, others.digest(), shared)
+
+
+def check_apart(other: Path, tested: Sequence[Path]) -> None:
+    """InputError where a folder is a tested one, lies in one or holds one."""
+    own = other.resolve()
+    for folder in (path.resolve() for path in tested):
+        if own == folder or own in folder.parents or folder in own.parents:
+            raise InputError(
+                f"--fit-on {other}: holds tested pictures, or lies where they do ({folder.name}); "
+                "leave it out to fit on the tested crops"
+            )
 
 
 def measure_rows(job: Job) -> list[Measured]:
@@ -154,6 +177,7 @@ def facts_of(job: Job, spec: CodecSpec) -> dict[str, Any]:
         "contact": job.contact,
         "machine": assembling.machine(job.device),
         "versions": assembling.versions(),
+        **({"settings": spec.settings} if isinstance(spec, PictureSpec) else {}),
     }
 
 
@@ -180,14 +204,20 @@ def make_report(job: Job, rows: Sequence[Measured]) -> dict[str, Any]:
             "psnr": PSNR_SETTINGS,
             "ssim": SSIM_SETTINGS[config.ssim],
             "container": assembling.CONTAINER,
+            "packed": assembling.PACKED,
         },
         "pictures": crops.pictures,
         "kinds": crops.kinds(),
         "slide_rule": crops.slide_rule,
+        "slide_rules": crops.slide_rules,
         "groups": groups.counts(),
         "embedders": {name: e.card.to_json() for name, e in job.plan.embedders.items()},
         "missing": job.plan.missing,
-        "notes": assembling.notes(crops, groups.counts(), described),
+        "notes": [
+            *assembling.notes(crops, groups.counts(), described),
+            *assembling.fit_notes(job.codebooks.sample, described),
+            *assembling.seen_notes(config.source, crops, job.trained()),
+        ],
         "paper_source": paper_table()["source"],
         "paper_differences": differences(dataclasses.asdict(config), crops.kinds()),
         "contact": job.contact,

@@ -45,10 +45,15 @@ class Config:
     """Crops at most; pictures are drawn where there are more. 1000 by default."""
     seed: int = 0
     name_pattern: str | None = None
-    """Regular expression with (?P<slide>...), searched in each path below its folder."""
+    """Regular expression with (?P<slide>...), searched in each path below its folder; for the
+    folders with a path that it matches."""
+    slides_table: tuple[Path, ...] = ()
+    """CSV files with a column path, name or file and one of slide, tma_core or patient; each for
+    the folders whose pictures it lists."""
     slides: Literal["auto", "folder", "picture"] = "auto"
-    """What counts as a slide without --name-pattern: auto (TCGA barcodes in all names, else folders
-    that lie two deep, else each picture), the folder a picture lies in, or each picture."""
+    """What counts as a slide in the other folders: auto (a labels.csv in it that says so, else TCGA
+    barcodes in all names, else folders that lie two deep, else each picture), the folder a picture
+    lies in, or each picture."""
     fit_on: Path | None = None
     """Folder of other pictures that codebooks are fitted on; by default the tested crops, which
     favours them."""

@@ -11,12 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from latentds_tools.fidelity.slides import Found, find_slides
+from latentds_tools.fidelity.slides import NAMING, RULES, Found, SlideOptions, find_slides
 
 from latentds.errors import InputError
 
 MAX_PX = 1 << 28
-LOSSLESS = ("png", "bmp", "ppm", "tga", "gif", "pcx", "sgi", "tiff")
+DEFAULT_SLIDES = SlideOptions()
+LOSSLESS = ("png", "bmp", "ppm", "tga", "gif", "pcx", "sgi")
+LOSSLESS_TIFF = (
+    *("raw", "packbits", "tiff_lzw", "tiff_adobe_deflate", "tiff_deflate", "lzma", "zstd"),
+    *("tiff_ccitt", "group3", "group4"),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -29,6 +34,8 @@ class Crop:
     encoding  how the file is coded: png, jpeg:q=75:4:2:0, ...
     kind      lossless, jpeg or other: what the file's own coding did to it
     x, y      left and top edge in the picture
+    rule      which rule its slide is by
+    picture   hash of the whole picture's pixels
     """
 
     image: np.ndarray
@@ -38,19 +45,24 @@ class Crop:
     kind: str
     x: int
     y: int
+    rule: str
+    picture: str
 
     def to_json(self) -> dict[str, Any]:
-        """All but the pixels."""
+        """All but the pixels and what stands for them."""
         names = ("source", "slide", "encoding", "kind", "x", "y")
         return {name: getattr(self, name) for name in names}
 
 
 @dataclasses.dataclass(frozen=True)
 class Crops:
-    """All crops, in the order of the pictures; the rule their slides follow; what was left out."""
+    """All crops, in the order of the pictures; what was left out.
+
+    slide_rules  by folder, the rule that its slides follow
+    """
 
     crops: tuple[Crop, ...]
-    slide_rule: str
+    slide_rules: dict[str, str]
     pictures: int
     too_small: int
 
@@ -58,6 +70,24 @@ class Crops:
     def images(self) -> list[np.ndarray]:
         """The crops' pixels."""
         return [crop.image for crop in self.crops]
+
+    @property
+    def slide_rule(self) -> str:
+        """The rules in words."""
+        rules = self.slide_rules
+        if len(set(rules.values())) == 1:
+            return next(iter(rules.values()))
+        return "; ".join(f"{folder}: {rule}" for folder, rule in rules.items())
+
+    def by_picture(self) -> list[str]:
+        """Folders whose pictures are slides of their own."""
+        return [name for name, rule in self.slide_rules.items() if rule == RULES["picture"]]
+
+    def known_slides(self) -> set[str]:
+        """Slides that mean the same in another folder; of TCGA slides their patients."""
+        from latentds.sources.names import patient_of
+
+        return {patient_of(crop.slide) for crop in self.crops if crop.rule in NAMING}
 
     def kinds(self) -> dict[str, int]:
         """Crops of every kind of coding, most frequent first."""
@@ -73,13 +103,13 @@ class Crops:
 
 def read_crops(
     folders: Sequence[Path], *, crop_px: int, per_picture: int, most: int, seed: int,
-    name_pattern: str | None = None, slides: str = "auto",
+    slides: SlideOptions = DEFAULT_SLIDES, must_match: bool = True,
 ) -> Crops:  # fmt: skip
     """At most `most` crops, `per_picture` of each picture, one of a picture that is just as large.
 
     InputError where no picture is large enough. Where there are too many pictures, some are drawn.
     """
-    found, rule = find_slides(folders, name_pattern, slides)
+    found, rules = find_slides(folders, slides, must_match)
     order = np.arange(len(found))
     if len(found) * per_picture > most:
         order = np.random.default_rng([seed, 1]).permutation(len(found))
@@ -97,7 +127,7 @@ def read_crops(
         raise InputError(f"{names}: no picture is {crop_px} px or larger; a smaller --crop-px")
     taken = sorted(taken[:most], key=lambda pair: pair[0])
     pictures = len({place for place, _ in taken})
-    return Crops(tuple(crop for _, crop in taken), rule, pictures, too_small)
+    return Crops(tuple(crop for _, crop in taken), rules, pictures, too_small)
 
 
 def cut(found: Found, edge: int, count: int, rng: np.random.Generator) -> Iterator[Crop]:
@@ -112,22 +142,28 @@ def cut(found: Found, edge: int, count: int, rng: np.random.Generator) -> Iterat
     except InputError as error:
         raise InputError(f"{found.path}: {error}") from error
     kind = kind_of(found.path, header.encoding)
+    whole = hashlib.sha256(repr(image.shape).encode() + image.tobytes()).hexdigest()
     for _ in range(1 if image.shape[:2] == (edge, edge) else count):
         y, x = (int(rng.integers(side - edge + 1)) for side in image.shape[:2])
         yield Crop(
             image=image[y : y + edge, x : x + edge].copy(), source=found.source, x=x, y=y,
-            slide=found.slide, encoding=header.encoding, kind=kind,
+            slide=found.slide, encoding=header.encoding, kind=kind, rule=found.rule, picture=whole,
         )  # fmt: skip
 
 
 def kind_of(path: Path, encoding: str) -> str:
-    """Whether the file is coded without loss, as JPEG (TIFF may hold it, too), or otherwise."""
+    """Whether the file is coded without loss, as JPEG (TIFF may hold either), or otherwise.
+
+    JPEG 2000 is other: its files may be lossless, but do not say so to Pillow.
+    """
     from PIL import Image
 
-    if encoding.startswith("jpeg"):
+    if encoding == "jpeg" or encoding.startswith("jpeg:"):
         return "jpeg"
     if encoding == "tiff":
         with Image.open(path) as image:
-            if image.info.get("compression") in ("jpeg", "tiff_jpeg"):
-                return "jpeg"
+            compression = image.info.get("compression")
+        if compression in ("jpeg", "tiff_jpeg"):
+            return "jpeg"
+        return "lossless" if compression in LOSSLESS_TIFF else "other"
     return "lossless" if encoding in LOSSLESS else "other"

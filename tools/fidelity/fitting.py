@@ -20,11 +20,15 @@ ON_TESTED = "fitted on the tested crops themselves"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FitSample:
-    """The pictures that codebooks are fitted on, where they come from, and a hash of them."""
+    """The pictures that codebooks are fitted on, where they come from, and a hash of them.
+
+    shared  slides that tested pictures are of, too
+    """
 
     images: Sequence[np.ndarray]
     origin: str
     digest: str
+    shared: tuple[str, ...] = ()
 
 
 class Codebooks:

@@ -20,6 +20,7 @@ class Autoencoders:
     cards   card of every autoencoder that can be had
     bases   decoder: the listed autoencoder whose encoder it takes
     absent  name: why it cannot be had
+    trained decoder: how its record says it was trained
     """
 
     def __init__(self, device: str) -> None:
@@ -27,6 +28,7 @@ class Autoencoders:
         self.cards: dict[str, Any] = {}
         self.bases: dict[str, str] = {}
         self.absent: dict[str, str] = {}
+        self.trained: dict[str, dict[str, Any]] = {}
         self._open: tuple[str, Any] | None = None
 
     def check(self, names: Iterable[str]) -> None:
@@ -42,23 +44,50 @@ class Autoencoders:
                 self.bases[name] = base
                 self.cards[name] = self.get(name).card
                 del self.absent[name]
+        self.trained = {name: how for name in self.cards if (how := self.how_trained(name))}
 
     def find_base(self, name: str) -> str | None:
-        """A listed autoencoder with an encoder for this decoder's latents."""
-        from latentds.autoencoders.decoders import load_decoder
+        """An autoencoder with an encoder for this decoder's latents.
+
+        A listed one; or, for a decoder on the Hub, the known one it names. None where there is
+        none, with the reason in `absent`.
+        """
+        from latentds.autoencoders import CARDS, load_autoencoder
+        from latentds.autoencoders.decoders import is_hub_name, load_decoder
 
         try:
-            wanted = load_decoder(name).card.latent_id
+            decoder = load_decoder(name).card
+            for other, card in self.cards.items():
+                if card.latent_id == decoder.latent_id and other not in self.bases:
+                    return other
+            if is_hub_name(name) and decoder.encoder in CARDS:
+                load_autoencoder(decoder.encoder)
+                return decoder.encoder
+        except (LatentdsError, FileNotFoundError) as error:
+            if is_hub_name(name):
+                self.absent[name] = one_line(error)
+            return None
+        if is_hub_name(name):
+            self.absent[name] = (
+                f"a decoder for latents of {decoder.encoder!r}; list that autoencoder, too"
+            )
+        return None
+
+    def how_trained(self, name: str) -> dict[str, Any] | None:
+        """What a decoder's record says of its training, None for what is no decoder."""
+        from latentds.autoencoders.decoders import find_record
+
+        if not self.cards[name].encoder:
+            return None
+        try:
+            return find_record(name).trained
         except (LatentdsError, FileNotFoundError):
             return None
-        return next(
-            (other for other, card in self.cards.items()
-             if card.latent_id == wanted and other not in self.bases), None
-        )  # fmt: skip
 
     def get(self, name: str) -> Any:
         """The autoencoder, on the device."""
         from latentds.autoencoders import load_autoencoder
+        from latentds.autoencoders.decoders import load_decoder, replace_decoder
 
         if self._open and self._open[0] == name:
             return self._open[1]
@@ -67,7 +96,7 @@ class Autoencoders:
         if base is None:
             autoencoder = load_autoencoder(name)
         else:
-            autoencoder = load_autoencoder(name, encoder=load_autoencoder(base))
+            autoencoder = replace_decoder(load_autoencoder(base), load_decoder(name))
         self._open = (name, autoencoder.to(self.device))
         return autoencoder
 

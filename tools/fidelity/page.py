@@ -45,7 +45,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def main_table(report: dict[str, Any], group: str) -> str:
     """Codecs with their bytes, means and rates."""
     names = list(report["embedders"])
-    header = ["codec", "bytes", "in container", *names, "PSNR, dB", "SSIM"]
+    header = ["codec", "bytes", "in container", "packed", *names, "PSNR, dB", "SSIM"]
     rows = []
     for row in report["rows"]:
         values = row["groups"][group]
@@ -53,6 +53,7 @@ def main_table(report: dict[str, Any], group: str) -> str:
             f"`{row['codec']}`",
             count(values["bytes"]),
             count(values["container_bytes"]),
+            count(values["packed_bytes"]),
             *(interval(values["similarity"][name], 4) for name in names),
             psnr(values["psnr_db"]),
             interval(values["ssim"], 3),
@@ -108,6 +109,7 @@ def notes(report: dict[str, Any]) -> list[str]:
         *(describe_embedder(name, card) for name, card in report["embedders"].items()),
         f"PSNR: {settings['psnr']}. SSIM: {settings['ssim']}.",
         f"In container: {settings['container']}.",
+        f"Packed: {settings['packed']}.",
         "Rates leave out the search for a quality, and reading and comparing.",
         *report["notes"],
         *(f"Missing: {name}: {why.rstrip('.')}." for name, why in report["missing"].items()),
@@ -118,7 +120,7 @@ def notes(report: dict[str, Any]) -> list[str]:
             codebooks.setdefault(row["codebook"]["origin"], []).append(f"`{row['codec']}`")
     found += [f"Codebook of {', '.join(rows)}: {origin}." for origin, rows in codebooks.items()]
     formats = {row["series"]: row["settings"] for row in report["rows"] if "settings" in row}
-    found += [f"{name}: {text}." for name, text in formats.items()]
+    found += [f"{name}: {text}; {fixed_part(report, name)}." for name, text in formats.items()]
     found.append(", ".join(f"{name} {v}" for name, v in report["versions"].items()) + ".")
     return found
 
@@ -128,6 +130,13 @@ def describe_embedder(name: str, card: dict[str, Any]) -> str:
     rule = f"; {card['rule']}" if card.get("rule") else ""
     weights = str(card.get("weights_id", "")).removeprefix("sha256:")[:12]
     return f"{name}: {card.get('dim')} dimensions{rule}; weights {weights or 'unknown'}."
+
+
+def fixed_part(report: dict[str, Any], series: str) -> str:
+    """What every file of a format has, whatever is in the picture."""
+    sizes = [row["fixed_bytes"] for row in report["rows"] if row["series"] == series]
+    several = f"{min(sizes):,} to {max(sizes):,}" if len(set(sizes)) > 1 else f"{sizes[0]:,}"
+    return f"of a file's bytes, of which fixed: {several} (a flat grey patch has so many)"
 
 
 def number(value: float | None, digits: int) -> str:

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from latentds.autoencoders.cards import CARDS
 from latentds.codecs import CodecSpec, LatentSpec, parse_quantizer
 
 FILE = Path(__file__).with_name("paper_table1.json")
@@ -64,15 +65,22 @@ def paper_rows() -> tuple[PaperRow, ...]:
     )
 
 
-def find_paper_row(spec: CodecSpec, encoder: str = "") -> tuple[PaperRow, str] | None:
+def find_paper_row(
+    spec: CodecSpec, encoder: str = "", class_name: str = ""
+) -> tuple[PaperRow, str] | None:
     """The row of Table 1 that a codec corresponds to, and how its setting differs.
 
-    encoder  for a decoder alone: the autoencoder whose latents it reads. A decoder that one
-             trained oneself corresponds to the authors' fine-tuned one.
+    encoder     for a decoder alone: the autoencoder whose latents it reads. A decoder that one
+                trained oneself corresponds to the authors' fine-tuned one
+    class_name  of that decoder: one of another class than the autoencoder's, such as a student,
+                corresponds to none
     """
     if not isinstance(spec, LatentSpec):
         return next(((row, "") for row in paper_rows() if row.codec == spec.text), None)
-    for name, note in ((spec.name, ""), (f"{encoder}-path", "a decoder of one's own")):
+    base = CARDS.get(encoder)
+    is_own = base is not None and base.class_name == class_name
+    own = [(f"{encoder}-path", "a decoder of one's own")] if is_own else []
+    for name, note in ((spec.name, ""), *own):
         for row in paper_rows():
             if row.matches(name, spec.quantizer.text):
                 return row, note

@@ -1,0 +1,145 @@
+"""What latentds bench fidelity judges on: crops, how their files are coded, their slides."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from latentds_tools.fidelity.crops import read_crops
+from latentds_tools.fidelity.slide_tables import read_table
+from latentds_tools.fidelity.slides import SlideOptions, find_slides
+from PIL import Image
+
+from latentds.errors import InputError
+from tests.conftest import save_pictures, smooth_picture
+
+EDGE = 32
+
+
+def test_whole_patches_are_taken_once_and_larger_pictures_cropped(tmp_path):
+    save_pictures(tmp_path, 2, edge=EDGE)
+    Image.fromarray(smooth_picture(9, 80)).save(tmp_path / "large.png")
+    Image.fromarray(smooth_picture(9, 16)).save(tmp_path / "small.png")
+    crops = read_crops([tmp_path], crop_px=EDGE, per_picture=3, most=99, seed=0)
+    assert [c.source for c in crops.crops] == ["large.png"] * 3 + ["p000.png", "p001.png"]
+    assert crops.too_small == 1 and {c.image.shape for c in crops.crops} == {(EDGE, EDGE, 3)}
+    assert np.array_equal(crops.crops[3].image, smooth_picture(0))
+
+
+def test_crops_depend_on_the_seed_alone(tmp_path):
+    save_pictures(tmp_path, 9, edge=80)
+
+    def digest(seed: int) -> str:
+        options = {"crop_px": EDGE, "per_picture": 2, "most": 5}
+        return read_crops([tmp_path], seed=seed, **options).digest()
+
+    assert digest(0) == digest(0) != digest(1)
+
+
+def test_no_picture_large_enough_is_an_error(tmp_path):
+    save_pictures(tmp_path, 1)
+    with pytest.raises(InputError, match="256 px or larger"):
+        read_crops([tmp_path], crop_px=256, per_picture=1, most=1, seed=0)
+
+
+def test_files_that_were_jpeg_are_told_apart(tmp_path):
+    picture = Image.fromarray(smooth_picture(0))
+    picture.save(tmp_path / "a.png")
+    picture.save(tmp_path / "b.jpg", quality=70)
+    picture.save(tmp_path / "c.tif", compression="jpeg")
+    picture.save(tmp_path / "d.tif")
+    picture.save(tmp_path / "e.webp")
+    picture.save(tmp_path / "f.tif", compression="tiff_lzw")
+    picture.save(tmp_path / "h.jp2")
+    crops = read_crops([tmp_path], crop_px=EDGE, per_picture=1, most=9, seed=0).crops
+    assert [c.kind for c in crops] == [
+        *("lossless", "jpeg", "jpeg", "lossless", "other", "lossless", "other")
+    ]
+    assert crops[1].encoding == "jpeg:q=70:4:2:0"
+
+
+@pytest.mark.parametrize(
+    ("names", "pattern", "slides", "rule"),
+    [
+        (["TCGA-3C-AALI-01Z-00-DX1.abc/1_2.png", "x/TCGA-3C-AALI-01Z-00-DX2.png"], None,
+         ["TCGA-3C-AALI-01Z-00-DX1", "TCGA-3C-AALI-01Z-00-DX2"], "barcode"),
+        (["TCGA-DB-5270-R01.tif_a.png"], None, ["TCGA-DB-5270"], "patient"),
+        (["c/s1/1.png", "c/s2/1.png"], None, ["c/s1", "c/s2"], "folder"),
+        (["c/1.png", "d/1.png"], None, ["c/1.png", "d/1.png"], "each picture"),
+        (["ytma10_x__y0.png"], "(?P<slide>ytma[0-9]+)_", ["ytma10"], "--name-pattern"),
+    ],
+)  # fmt: skip
+def test_slides_of_names(tmp_path, names, pattern, slides, rule):
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    found, said = find_slides([tmp_path], SlideOptions(pattern))
+    assert sorted(f.slide for f in found) == slides and rule in said[tmp_path.name]
+
+
+def test_equal_folders_of_two_sources_are_two_slides(tmp_path):
+    for name in ("one", "two"):
+        save_pictures(tmp_path / name / "c" / "s", 1)
+    options = SlideOptions(slides="folder")
+    found, _ = find_slides([tmp_path / "one", tmp_path / "two"], options)
+    assert [f.slide for f in found] == ["one/c/s", "two/c/s"]
+
+
+@pytest.mark.parametrize("pattern", ["[", "(?P<x>a)", "(?P<slide>nothing)"])
+def test_bad_patterns_are_told(tmp_path, pattern):
+    save_pictures(tmp_path, 1)
+    with pytest.raises(InputError, match="--name-pattern"):
+        find_slides([tmp_path], SlideOptions(pattern))
+
+
+def save_mixed(root: Path) -> list[Path]:
+    """A folder of TCGA patients, one of cores in its labels.csv, one whose names say nothing."""
+    for name in ("gbm/TCGA-DB-5270-R01_1.png", "gbm/TCGA-DB-5270-R02_2.png", "tma/benign/c1_x.png",
+                 "tma/benign/c2_x.png", "tma/malignant/c1_y.png", "plain/1.png"):  # fmt: skip
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"")
+    lines = ["benign/c1_x.png,1", "benign/c2_x.png,2", "malignant/c1_y.png,1"]
+    text = "\n".join(["path,tma_core", *(f"elsewhere/tma/{line}" for line in lines)])
+    (root / "tma" / "labels.csv").write_text(text.replace("elsewhere/", ""))
+    return [root / "gbm", root / "tma", root / "plain"]
+
+
+def test_every_folder_has_its_own_rule(tmp_path):
+    found, rules = find_slides(save_mixed(tmp_path), SlideOptions())
+    assert [f.slide for f in found] == ["TCGA-DB-5270"] * 2 + ["1", "2", "1", "plain/1.png"]
+    assert list(rules) == ["gbm", "tma", "plain"]
+    assert "patient" in rules["gbm"] and "'tma_core' of labels.csv" in rules["tma"]
+    assert "slide of its own" in rules["plain"]
+
+
+def test_tables_and_patterns_are_for_the_folders_they_know(tmp_path):
+    folders = save_mixed(tmp_path)
+    (tmp_path / "t.csv").write_text("name,slide\nc1_x,s1\nc2_x,s1\nc1_y,s2\n")
+    table = read_table(tmp_path / "t.csv")
+    options = SlideOptions(r"^(?P<slide>\d)\.png", (table,))
+    found, rules = find_slides(folders, options)
+    assert [f.slide for f in found[2:]] == ["s1", "s1", "s2", "1"]
+    assert "--name-pattern" in rules["plain"] and "t.csv" in rules["tma"]
+    with pytest.raises(InputError, match="lists none"):
+        find_slides(folders[:1], SlideOptions(tables=(table,)))
+    (tmp_path / "part.csv").write_text("name,slide\nc1_x,s1\n")
+    with pytest.raises(InputError, match="lists 1 of 3 pictures"):
+        find_slides(folders, SlideOptions(tables=(read_table(tmp_path / "part.csv"),)))
+
+
+@pytest.mark.parametrize(
+    "text", ["a,b\n1,2\n", "path,slide\nx.png,\n", "path,slide\nx,1\nx,2\n", ""]
+)
+def test_tables_that_tell_no_slides_are_refused(tmp_path, text):
+    (tmp_path / "t.csv").write_text(text)
+    with pytest.raises(InputError, match=r"t\.csv"):
+        read_table(tmp_path / "t.csv")
+
+
+def test_folders_of_one_name_are_told_apart(tmp_path):
+    folders = [tmp_path / "one" / "images", tmp_path / "two" / "images"]
+    for folder in folders:
+        save_pictures(folder, 1)
+    found, _ = find_slides(folders, SlideOptions())
+    assert [f.slide for f in found] == ["one/images/p000.png", "two/images/p000.png"]
+    with pytest.raises(InputError, match="given twice"):
+        find_slides([folders[0]] * 2, SlideOptions())

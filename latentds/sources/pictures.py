@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import io
-import struct
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
 
+from latentds.codecs.formats import DECODE_ERRORS
 from latentds.errors import InputError
 from latentds.sources.source import Header
 
@@ -17,14 +17,6 @@ from latentds.sources.source import Header
 MASK_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif")
 NOT_PICTURES = {"BUFR", "GRIB", "HDF5", "MPEG", "FITS", "EPS", "WMF"}
 CONVERTED = ("1", "L", "P", "CMYK", "RGBA", "LA", "PA", "RGBX", "YCbCr")  # to RGB, and counted
-DECODE_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    struct.error,
-    Image.DecompressionBombError,
-)
 # First quantizer of the luma table in libjpeg's quality scale: table 16 at quality 50.
 JPEG_LUMA_AT_50 = np.array(
     [16, 11, 10, 16, 24, 40, 51, 61, 12, 12, 14, 19, 26, 58, 60, 55], dtype=np.int64

@@ -1,7 +1,6 @@
 """Under other people's loops: torchdata's StatefulDataLoader, a DeepSpeed engine's checkpoint."""
 
 import json
-import socket
 
 import pytest
 import torch
@@ -35,29 +34,23 @@ def test_stateful_dataloader_resumes_exactly(shared_dataset, workers, stop):
 
 
 @pytest.fixture
-def engine(tmp_path, monkeypatch):
-    """A DeepSpeed engine on the CPU, a process on its own."""
-    deepspeed = pytest.importorskip("deepspeed")
-    from deepspeed.ops import __compatible_ops__
+def engine(monkeypatch):
+    """A DeepSpeed engine on the CPU, a process on its own.
 
-    # Otherwise the first start compiles a shared-memory collective for minutes.
-    monkeypatch.setitem(__compatible_ops__, "deepspeed_shm_comm", False)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    launcher = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_PORT": port}
-    for name, value in (launcher | {"MASTER_ADDR": "127.0.0.1"}).items():
-        monkeypatch.setenv(name, str(value))
+    The process group stays, as DeepSpeed keeps groups of its own that end with it for good.
+    """
+    pytest.importorskip("deepspeed")
+    from latentds_trainers.ranks import join_ranks
+    from latentds_trainers.wrapping import load_deepspeed
+
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    join_ranks()
     model = torch.nn.Linear(48, 2)
     config = {"train_micro_batch_size_per_gpu": 40, "zero_allow_untested_optimizer": True}
-    made, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=torch.optim.AdamW(model.parameters()),
-        config=config,
-        dist_init_required=True,
+    made, *_ = load_deepspeed().initialize(
+        model=model, optimizer=torch.optim.AdamW(model.parameters()), config=config
     )
-    yield made
-    torch.distributed.destroy_process_group()
+    return made
 
 
 @pytest.mark.slow

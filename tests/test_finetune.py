@@ -25,6 +25,7 @@ from latentds.conversion.pipeline import convert
 from latentds.errors import ContractError, InputError, LatentdsError, UnknownNameError
 from latentds.loader import LatentLoader
 from tests.conftest import save_pictures
+from tests.small_embedders import save_phikon
 
 QUICK = {
     "steps": 2, "batch_size": 2, "warmup_steps": 0, "log_every": 1, "crop_px": 32, "lr": 1e-3,
@@ -412,6 +413,21 @@ def test_the_teacher_stays_as_it_is(folder, tmp_path):
     task.run()
     after = list(task.base.decoder.parameters())
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_whole_images_and_recomputed_activations_reach_the_embedding_loss(folder, tmp_path):
+    embedder = f"phikon-v2@{save_phikon(tmp_path / 'phikon')}"
+    first = {}
+    for name, options in {
+        "card": {},
+        "native": {"embedder_input": "native"},
+        "recomputed": {"embedder_input": "native", "checkpoint_embedder": True},
+    }.items():
+        config = settings(tmp_path / name, pictures=(folder,), embedder=embedder, **options)
+        DecoderTask(config).run()
+        first[name] = [line["decoder/grad_norm"] for line in lines(tmp_path / name)]
+    assert first["recomputed"] == pytest.approx(first["native"], rel=1e-5)
+    assert first["card"] != pytest.approx(first["native"], rel=1e-3)
 
 
 def test_held_out_pictures_are_never_drawn(folder):

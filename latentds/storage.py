@@ -85,6 +85,16 @@ def exclusive_lock(path: Path, patience_s: float = 0.0) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def passing_lock(path: Path, patience_s: float = 0.0) -> Iterator[None]:
+    """`exclusive_lock` whose file is gone afterwards."""
+    with exclusive_lock(path, patience_s):
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
 def try_lock(path: Path) -> IO[str] | None:
     """The locked file; None where it is held, or deleted by a holder that has just ended."""
     file = path.open("a")

@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import numpy as np
 
 from latentds.format import patch_key
+
+
+class Place(NamedTuple):
+    """Where a patch lies, known before its pixels are read; the same words as a Patch's."""
+
+    x_px_level0: int | None
+    y_px_level0: int | None
+    size_px_level0: int | None
+    mpp: float | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

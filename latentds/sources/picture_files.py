@@ -17,7 +17,7 @@ from latentds.conversion.config import ConvertConfig
 from latentds.errors import InputError
 from latentds.sources.image_folder import check_sizes, list_pictures, name_fields
 from latentds.sources.kept import Kept
-from latentds.sources.patch import Patch
+from latentds.sources.patch import Patch, Place
 from latentds.sources.pictures import find_mask, read_header, read_mask, read_picture
 from latentds.sources.source import Header, Listing, Picture
 
@@ -122,6 +122,21 @@ class PictureFiles:
         scale, (x, y) = pixel_scale(picture, header), region
         return (picture.x or 0) + round(x * scale), (picture.y or 0) + round(y * scale)
 
+    def whereabouts(
+        self,
+        picture: Picture,
+        header: Header,
+        patch_px: tuple[int, int],
+        regions: Sequence[tuple[int, int]],
+    ) -> list[Place]:
+        config, width = self.config, patch_px[1]
+        region_width = width if config.tile else header.size_px[1]
+        size = round(region_width * pixel_scale(picture, header))
+        mpp = picture.mpp if picture.mpp is not None else config.mpp
+        if mpp is not None and config.resize:
+            mpp *= region_width / width
+        return [Place(*self.origin(picture, header, at), size, mpp) for at in regions]
+
     def lookup(self, source: str) -> Picture | None:
         if self.config.tile or not (self.root / source).is_file():
             return None  # where tiles lie, names and tables say
@@ -176,10 +191,8 @@ class PictureFiles:
         mask: np.ndarray | None,
     ) -> Patch:
         """One patch of a decoded picture."""
-        width, (x, y), config = patch_px[1], at, self.config
-        scale, origin = pixel_scale(picture, header), self.origin(picture, header, at)
-        region_width = width if config.tile else image.shape[1]
-        mpp = picture.mpp if picture.mpp is not None else config.mpp
+        (x, y), config = at, self.config
+        (place,) = self.whereabouts(picture, header, patch_px, [at])
         fitted = None if mask is None else fit(mask, x, y, patch_px, config)
         return Patch(
             image=fit(image, x, y, patch_px, config),
@@ -187,10 +200,7 @@ class PictureFiles:
             source_encoding=header.encoding,
             label=picture.label,
             slide=picture.slide,
-            x_px_level0=origin[0],
-            y_px_level0=origin[1],
-            size_px_level0=round(region_width * scale),
-            mpp=None if mpp is None else mpp * (region_width / width if config.resize else 1),
+            **place._asdict(),
             mask_png=None if fitted is None else encode_png(fitted),
         )
 

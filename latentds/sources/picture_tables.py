@@ -15,7 +15,14 @@ from latentds.sources.pictures import MASK_SUFFIXES, picture_suffixes
 from latentds.sources.source import Listing, Picture
 
 TABLES = {".csv", ".tsv", ".parquet"}
-COLUMNS = ("path", "label", "slide", "x", "y", "mpp", "size_px", "split", "mask")
+COLUMNS = ("path", "label", "slide", "patient", "x", "y", "mpp", "size_px", "split", "mask")
+ALIASES = {  # what tables of bags and of cases call them
+    "slide_id": "slide",
+    "bag": "slide",
+    "patient_id": "patient",
+    "case_id": "patient",
+    "tma_core": "patient",
+}
 MAX_TABLE_BYTES = 1 << 34
 # SAM-Path's folds: -1 is the test set, 0 validation, the others training.
 FOLDS = {"-1": "test", "0": "val"}
@@ -56,7 +63,7 @@ def is_table(path: Path) -> bool:
 
 
 class PictureTable(PictureFiles):
-    """A table with a column `path`, and any of label, slide, x, y, mpp, size_px, split, mask.
+    """A table with a column `path`; also label, slide, patient, x, y, mpp, size_px, split, mask.
 
     Paths start from --root, by default the table's folder, and may not lead out of it.
     """
@@ -71,12 +78,20 @@ class PictureTable(PictureFiles):
         rows = read_table(self.table)
         if not rows:
             raise InputError(f"{self.table}: no rows")
+        rows = [self.renamed(row) for row in rows]
         for name in {name for row in rows for name in row}:
             if name not in COLUMNS:
                 raise unknown_name(f"column of {self.table}", name, COLUMNS)
         pictures = tuple(self.picture(number, row) for number, row in enumerate(rows, 1))
         check_labels(self.table, pictures, self.config.labels)
         return Listing(pictures)
+
+    def renamed(self, row: dict[str, Any]) -> dict[str, Any]:
+        """A row with the names used here; InputError where two columns are one."""
+        found = {ALIASES.get(name, name): value for name, value in row.items()}
+        if len(found) < len(row):
+            raise InputError(f"{self.table}: {', '.join(row)}: two columns are one; drop one")
+        return found
 
     def picture(self, number: int, row: dict[str, Any]) -> Picture:
         """The picture a row names."""
@@ -85,7 +100,7 @@ class PictureTable(PictureFiles):
             raise InputError(f"{where}: no path")
         split = str(row.get("split", DEFAULT_SPLIT))
         texts: dict[str, Any] = {
-            n: str(row[n]) for n in ("label", "slide") if n in row and self.keeps(n)
+            n: str(row[n]) for n in ("label", "slide", "patient") if n in row and self.keeps(n)
         }
         numbers: dict[str, Any] = numbers_of(where, {n: str(v) for n, v in row.items()})
         return Picture(

@@ -18,7 +18,7 @@ from PIL import Image
 from latentds.conversion.config import ConvertConfig
 from latentds.errors import InputError, missing_extra
 from latentds.sources.image_folder import are_splits, check_labels, check_names, place, walk
-from latentds.sources.patch import Patch
+from latentds.sources.patch import Patch, Place
 from latentds.sources.source import Header, Listing, Picture
 from latentds.sources.tissue import has_edges, tissue_mask, tissue_shares
 
@@ -173,6 +173,20 @@ class Slides:
         del picture, patch_px
         return Header(size_px=(0, 0), mode="RGB", encoding="", bytes=0), place
 
+    def whereabouts(
+        self,
+        picture: Picture,
+        header: Header,
+        patch_px: tuple[int, int],
+        regions: Sequence[tuple[int, int]],
+    ) -> list[Place]:
+        del header, patch_px
+        with self.reading(picture):
+            slide = self.open(picture)
+            scale, own = self.scale(picture, slide), self.own_mpp(slide)
+        size, mpp = round(self.edge * scale), None if own is None else own * scale
+        return [Place(x, y, size, mpp) for x, y in regions]
+
     def read(
         self,
         picture: Picture,
@@ -180,12 +194,10 @@ class Slides:
         patch_px: tuple[int, int],
         regions: Sequence[tuple[int, int]],
     ) -> list[Patch]:
-        del patch_px
         with self.reading(picture):
             slide = self.open(picture)
             scale = self.scale(picture, slide)
             images = [cut_region(slide, at, scale, self.edge) for at in regions]
-            own = self.own_mpp(slide)
         return [
             Patch(
                 image=image,
@@ -193,12 +205,11 @@ class Slides:
                 source_encoding=header.encoding,
                 label=picture.label,
                 slide=picture.slide,
-                x_px_level0=x,
-                y_px_level0=y,
-                size_px_level0=round(self.edge * scale),
-                mpp=None if own is None else own * scale,
+                **place._asdict(),
             )
-            for image, (x, y) in zip(images, regions, strict=True)
+            for image, place in zip(
+                images, self.whereabouts(picture, header, patch_px, regions), strict=True
+            )
         ]
 
     def own_mpp(self, slide: Any) -> float | None:

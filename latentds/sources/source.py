@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from latentds.sources.patch import Patch
+from latentds.sources.patch import Patch, Place
 
 MIXED_CHUNKS = 4  # pictures of so many chunks are shuffled among each other
 
@@ -100,6 +100,16 @@ class Source(Protocol):
 
     def regions(self, picture: Picture, header: Header, patch_px: tuple[int, int]) -> np.ndarray:
         """int32 (n, 2): x and y of the picture's patches, in its own pixels."""
+        ...
+
+    def whereabouts(
+        self,
+        picture: Picture,
+        header: Header,
+        patch_px: tuple[int, int],
+        regions: Sequence[tuple[int, int]],
+    ) -> list[Place]:
+        """What `read` will record of where the patches at regions lie, without reading a pixel."""
         ...
 
     def lookup(self, source: str) -> Picture | None:

@@ -1,0 +1,134 @@
+"""Settings of a set of patches: originals, a codec on the fly, or latents. No heavy import."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+ORIGINAL = "original"
+CONVERSION = (  # what a conversion calls just the same
+    *("masks", "patch_size", "resize", "tile", "stride", "pad", "split_folders", "name_pattern"),
+    *("mpp", "slides", "root", "splits", "only", "tile_downsample", "assume_mpp", "tissue"),
+    *("min_tissue", "edges", "max_px", "workers"),
+)
+OF_ORIGINALS = (*(name for name in CONVERSION if name not in ("workers", "max_px")), "use_labels")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PatchInput:
+    """Patches that an evaluation reads; a recipe's or tool's settings inherit them.
+
+    A class that inherits from several calls `PatchInput.__post_init__(self)` in its own.
+    """
+
+    data: Path
+    """Originals as 'latentds convert' takes them (a folder of pictures or slides, archives, a table
+    of paths), or a latentds data set: its folder, hf://datasets/ORG/NAME[@REVISION], s3://..."""
+    codec: str = ORIGINAL
+    """What originals go through, patch by patch: original (nothing), a picture format (jpeg:10,
+    avif@4096 for at most so many bytes), or an autoencoder with or without a quantizer (dcae-f32,
+    tiny+kmeans, FOLDER+kmeans). Latents have theirs."""
+    decoder: str | None = None
+    """Decode with this decoder instead of the recorded one: a decoder's folder, an autoencoder's
+    name, ORG/NAME[@REVISION]. For latents, and for codecs of latents."""
+    codebook: Path | None = None
+    """Codebook of a codec such as dcae-f32+kmeans, made by 'latentds fit-codebook', instead of one
+    fitted to a sample of the patches."""
+    codebook_from: Path | None = None
+    """Folder of other pictures to fit that codebook to."""
+    split: str | None = None
+    """Take the patches of this split alone."""
+    groups: Path | None = None
+    """CSV of what must stay together in folds: a column slide, source, bag or path, and one of
+    group, patient, case_id or tma_core."""
+    use_labels: bool = True
+    """Take class folders, or the label of tables and archives, as labels."""
+    split_folders: bool = True
+    """Take top folders named train, val, valid, validation and test as splits."""
+    masks: Path | None = None
+    """Mask folder of originals: 8-bit PNG or TIFF, same relative path and size, suffix aside."""
+    patch_size: int | None = None
+    """Edge of a patch of originals in pixels; with --resize, --tile or --pad where pictures
+    differ."""
+    resize: bool = False
+    """Scale every picture to the patch size (area and Lanczos, proportions not kept)."""
+    tile: bool = False
+    """Cut every picture into a grid of patches; remainders at the right and bottom are dropped."""
+    stride: int | None = None
+    """Step of the grid in pixels; the patch size by default."""
+    pad: bool = False
+    """Reflect smaller pictures at the right and bottom up to the patch size."""
+    name_pattern: str | None = None
+    """Regular expression with groups among label, slide, x, y, mpp, searched in relative paths."""
+    mpp: float | None = None
+    """Micrometres a pixel: of pictures, recorded with every patch; of slides, what patches are to
+    have (0.5 is 20x), their own where not given."""
+    slides: Path | None = None
+    """Folder of the slides that a TRIDENT or CLAM job's coordinates belong to."""
+    root: Path | None = None
+    """Folder that a table's paths start from; the table's own by default."""
+    splits: Path | None = None
+    """CSV with columns slide or patient, split, and label if it is to set labels."""
+    only: Path | None = None
+    """File of sources, one a line: take these originals and no others."""
+    tile_downsample: float = 1.0
+    """Pixels of level 0 a pixel of tiles named <column>_<row>."""
+    assume_mpp: float | None = None
+    """Micrometres a pixel of slides that record neither it nor a magnification."""
+    tissue: Literal["otsu", "clam", "dsmil", "none"] = "otsu"
+    """What of a slide is tissue, as in 'latentds convert'."""
+    min_tissue: float = 0.25
+    """Share of tissue a patch of a slide must have."""
+    edges: Literal["drop", "pad"] = "drop"
+    """Patches that reach beyond a slide: left out, or filled up with white."""
+    max_px: int = 89_478_485
+    """Pixels above which a picture is refused."""
+    decode_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Numbers that latents are decoded in; bfloat16 for speed on a GPU."""
+    check_codes: bool = False
+    """Compare the checksums of latents, for which whole packs are read; 'latentds verify' checks a
+    set once for all."""
+    keep_mb: int = 2048
+    """Pixels kept in memory for the next epoch, in MB; 0 keeps none."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps; auto takes a GPU where there is one."""
+    workers: int | None = None
+    """Threads that read, decode and encode pictures; the number of cores, at most 16, by
+    default."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "data", Path(self.data))
+        if not self.codec.strip():
+            raise ValueError(f"codec is empty; {ORIGINAL!r} leaves pictures as they are")
+        if self.keep_mb < 0:
+            raise ValueError(f"keep_mb is {self.keep_mb}; 0 or more")
+        if self.workers is not None and not 1 <= self.workers <= 256:
+            raise ValueError(f"workers is {self.workers}, not between 1 and 256")
+        if self.codebook is not None and self.codebook_from is not None:
+            raise ValueError("codebook and codebook_from: give one of them")
+
+    @property
+    def location(self) -> str:
+        """The input as text; a Path has taken one of the slashes of s3:// and hf://."""
+        scheme, colon, rest = self.data.as_posix().partition(":/")
+        is_address = bool(colon) and scheme.isalnum() and len(scheme) > 1
+        slashes = "///" if scheme == "file" else "//"
+        return f"{scheme}:{slashes}{rest.lstrip('/')}" if is_address else str(self.data)
+
+    def as_conversion(self) -> dict[str, Any]:
+        """The settings by the names that `ConvertConfig` has for them."""
+        return {name: getattr(self, name) for name in CONVERSION} | {
+            "source": self.data,
+            "labels": self.use_labels,
+        }
+
+
+def patch_settings(config: PatchInput) -> dict[str, Any]:
+    """Settings of originals that were given: those that are not what they are by default."""
+    fields = {field.name: field.default for field in dataclasses.fields(PatchInput)}
+    return {
+        name: getattr(config, name)
+        for name in OF_ORIGINALS
+        if getattr(config, name) != fields[name]
+    }

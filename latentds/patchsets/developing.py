@@ -1,0 +1,109 @@
+"""Pixels out of latents, always in chunks of one size, and pixels that need nothing done."""
+# n patches of a request, C latent channels, h w latent cells, H W pixels
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from latentds.autoencoders.base import Autoencoder, exact_arithmetic
+from latentds.decoding import Levels
+from latentds.quantizer import Codebook
+
+CHUNK_PX = 256 * 256  # what one patch of a chunk has, at most; larger patches, fewer of them
+CPU_CHUNK, GPU_CHUNK = 4, 64  # on a CPU 1 to 16 at once are equally fast
+
+
+def chunk_size(device: torch.device, patch_px: tuple[int, int]) -> int:
+    """Patches that go through a network at once on a device."""
+    most = CPU_CHUNK if device.type == "cpu" else GPU_CHUNK
+    return max(1, min(most, most * CHUNK_PX // (patch_px[0] * patch_px[1])))
+
+
+def in_chunks(function: Callable[[Tensor], Tensor], values: Tensor, size: int) -> Tensor:
+    """A network's results (n, ...) for values (n, ...), computed `size` at a time.
+
+    The last chunk is filled up with zeros: the last bits of a float convolution depend on how many
+    patches go through it at once, but not on which, nor on the place of a patch among them.
+    """
+    results = []
+    for part in torch.split(values, size):
+        missing = size - len(part)
+        filled = torch.cat([part, part.new_zeros(missing, *part.shape[1:])]) if missing else part
+        results.append(function(filled)[: len(part)])
+    return torch.cat(results)
+
+
+def to_bytes(images: Tensor) -> Tensor:
+    """Images (n, 3, H, W) in [0, 1] rounded to uint8."""
+    return images.float().clamp(0, 1).mul(255).round().byte()
+
+
+class Decoding:
+    """Latents to pixels with the decoder of an autoencoder, moved to the device."""
+
+    def __init__(
+        self,
+        autoencoder: Autoencoder,
+        patch_px: tuple[int, int],
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.autoencoder: Autoencoder = autoencoder.to(device, dtype)
+        self.patch_px, self.device, self.dtype = patch_px, device, dtype
+        self.chunk = chunk_size(device, patch_px)
+
+    @torch.no_grad()
+    def __call__(self, latents: Tensor) -> Tensor:
+        """uint8 (n, 3, H, W) of latents (n, C, h, w), the padding to the factor cut off."""
+        height, width = self.patch_px
+
+        def decode(part: Tensor) -> Tensor:
+            return to_bytes(self.autoencoder.decode(part)[:, :, :height, :width])
+
+        with exact_arithmetic():
+            return in_chunks(decode, latents.to(self.device, self.dtype), self.chunk)
+
+
+def sent(values: np.ndarray, device: torch.device) -> Tensor:
+    """An array on the device; to a GPU through pinned memory, without waiting for it."""
+    tensor = torch.from_numpy(values)
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+class PlainPixels:
+    """Pixels uint8 (n, H, W, 3) as they are."""
+
+    def __init__(self, device: torch.device, workers: int) -> None:
+        self.device, self.together = device, workers
+
+    def prepare(self, raw: np.ndarray) -> np.ndarray:
+        return raw
+
+    def develop(self, raw: np.ndarray) -> Tensor:
+        return sent(raw, self.device).permute(0, 3, 1, 2).contiguous()
+
+
+Codes = tuple[np.ndarray, np.ndarray]  # uint8 (n, C, h, w), and which codebook each has
+
+
+class DecodedCodes:
+    """Stored codes to pixels."""
+
+    def __init__(self, decoding: Decoding, codebooks: Sequence[Codebook]) -> None:
+        self.decoding, self.has_many = decoding, len(codebooks) > 1
+        self.together = decoding.chunk
+        self.levels = Levels(codebooks, decoding.device, decoding.dtype)
+
+    def prepare(self, raw: Codes) -> Codes:
+        return raw
+
+    def develop(self, raw: Codes) -> Tensor:
+        device = self.decoding.device
+        codes, books = (sent(values, device) for values in raw)
+        return self.decoding(self.levels(codes, books if self.has_many else None))

@@ -1,0 +1,81 @@
+"""The codebook of a codec on the fly: from a file, tiny's own, or fitted to a sample."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from latentds.autoencoders.base import Autoencoder
+from latentds.autoencoders.tiny import tiny_codebook
+from latentds.codebooks import StoredCodebook, load_codebook
+from latentds.codecs import QuantizerSpec, draw_samples
+from latentds.errors import ContractError, InputError
+from latentds.fit import fit_codebook
+from latentds.patchsets.coded import SEED, Encoding
+from latentds.patchsets.config import PatchInput
+from latentds.patchsets.pictures import Pictures, open_pictures
+
+FITTED_TO = 128  # patches
+
+
+def find_codebook(
+    config: PatchInput,
+    autoencoder: Autoencoder,
+    quantizer: QuantizerSpec,
+    pictures: Pictures,
+    device: torch.device,
+) -> StoredCodebook:
+    """The codebook of --codebook, tiny's own, or one fitted, with where it is from in `made`.
+
+    Fitted to patches of --codebook-from, else to these, of their training split where there is
+    one. The draw has a seed of its own: every fold, rank and run has the same codebook.
+    raises  ContractError for a codebook of other latents, kind or levels
+    """
+    card = autoencoder.card
+    if config.codebook is not None:
+        return stored_in(config.codebook, card.latent_id, card.name)
+    shipped = tiny_codebook()
+    wanted = (card.latent_id, quantizer.kind, quantizer.levels)
+    book = shipped.codebook
+    is_asked_for = config.codebook_from is None
+    if is_asked_for and wanted == (shipped.latent_id, book.kind, book.levels.shape[1]):
+        return dataclasses.replace(shipped, made={"origin": "shipped with tiny"})
+    sample, origin = fit_sample(config, pictures)
+    encoding = Encoding(autoencoder, pictures.patch_px, device)
+    parts = [encoding(pixels) for pixels in sample.sample(FITTED_TO, SEED)]
+    latents = torch.cat([part.transpose(0, 1).flatten(1) for part in parts], 1)
+    samples = draw_samples(latents[None, :, :, None])
+    codebook, report = fit_codebook(samples, quantizer.kind, quantizer.levels or 256, SEED)
+    made = {"origin": origin, "patches": sum(map(len, parts)), "seed": SEED} | report.to_json()
+    return StoredCodebook(codebook=codebook, latent_id=card.latent_id, made=made)
+
+
+def stored_in(path: Path, latent_id: str, name: str) -> StoredCodebook:
+    """The codebook in a file; ContractError where it was fitted to other latents."""
+    stored = load_codebook(path)
+    if stored.latent_id != latent_id:
+        raise ContractError(
+            f"--codebook {path}: fitted to other latents than {name!r} makes; fit one with "
+            "'latentds fit-codebook'"
+        )
+    made = {"origin": "from a codebook file", "file": path.name, "fit": stored.made}
+    return dataclasses.replace(stored, made=made)
+
+
+def fit_sample(config: PatchInput, pictures: Pictures) -> tuple[Pictures, str]:
+    """The pictures to draw from, and what they are called."""
+    if config.codebook_from is None:
+        splits = {picture.split for picture in pictures.pictures}
+        if "train" not in splits or len(splits) == 1:
+            return pictures, "fitted to a sample of the patches"
+        return pictures.of_split("train"), "fitted to a sample of the patches of train"
+    edge = min(pictures.patch_px)
+    others = PatchInput(
+        data=config.codebook_from, tile=True, patch_size=edge, use_labels=False,
+        split_folders=False, workers=config.workers, max_px=config.max_px,
+    )  # fmt: skip
+    if not config.codebook_from.is_dir():
+        raise InputError(f"--codebook-from {config.codebook_from}: no such folder")
+    return open_pictures(others), f"fitted to a sample of {config.codebook_from.name}"

@@ -1,0 +1,1 @@
+"""Folds, scores, statistics and records of evaluations."""

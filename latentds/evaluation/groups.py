@@ -1,0 +1,204 @@
+"""Patients: which group an item belongs to, and the labels of slides."""
+# n items (patches or slides)
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from latentds.errors import InputError
+from latentds.evaluation.csv_tables import TextTable, read_table
+from latentds.evaluation.slide_names import NameIndex, plain_name, some
+from latentds.sources.names import patient_of
+
+SLIDE_COLUMNS = ("slide", "slide_id", "bag", "bag_name")
+SOURCE_COLUMNS = ("source", "path", "name", "file", "filename", "image")
+GROUP_COLUMNS = ("group", "patient", "patient_id", "case_id", "tma_core")
+LABEL_COLUMNS = ("label", "class", "oncotree_code")
+SUBSET_HINT = "mend the names, or allow a subset"
+
+
+def groups_of(
+    slides: Sequence[str | None], sources: Sequence[str], table: Path | None
+) -> tuple[list[str], str]:
+    """The group of every item (n), which no split may cut, and the rule in words.
+
+    slides   name of every item's slide, None where it is not known
+    sources  name of every item's own file
+    table    CSV with a column slide, slide_id, bag, source, path, name or file, and one of group,
+             patient, case_id or tma_core; without one, the TCGA patient where the slide's name has
+             one, else the slide, else the item itself
+    raises   InputError for a table without such columns, one that lacks an item, gives a name two
+             groups, or has names that can mean several
+    """
+    if len(slides) != len(sources):
+        raise InputError(f"{len(slides)} slides for {len(sources)} sources")
+    if table is not None:
+        return table_groups(slides, sources, read_table(table))
+    groups, kinds = [], Counter[str]()
+    for slide, source in zip(slides, sources, strict=True):
+        kind, group = own_group(slide, source)
+        kinds[kind] += 1
+        groups.append(group)
+    return groups, describe_rule(kinds)
+
+
+def own_group(slide: str | None, source: str) -> tuple[str, str]:
+    """What kind of group an item's names tell, and the group."""
+    if not slide:
+        return "item", source
+    name = plain_name(slide)
+    patient = patient_of(name.rpartition("/")[2])
+    is_patient = patient != name.rpartition("/")[2]
+    return ("TCGA patient", patient) if is_patient else ("slide", name)
+
+
+def describe_rule(kinds: Mapping[str, int]) -> str:
+    """What groups are, in words."""
+    words = {"item": "each item by itself, as no slide is known"}
+    if len(kinds) == 1:
+        (kind,) = kinds
+        return words.get(kind, kind)
+    return "; ".join(f"{words.get(k, k)} ({kinds[k]:,} items)" for k in sorted(kinds))
+
+
+def table_groups(
+    slides: Sequence[str | None], sources: Sequence[str], table: TextTable
+) -> tuple[list[str], str]:
+    """Groups by the first column of the table that knows every item."""
+    column = table.need_column(GROUP_COLUMNS, "groups")
+    tried: dict[str, list[str]] = {}
+    for key in (*SLIDE_COLUMNS, *SOURCE_COLUMNS):
+        if key not in table.columns:
+            continue
+        names = sources if key in SOURCE_COLUMNS else [slide or "" for slide in slides]
+        known = column_values(table, key, column)
+        found = match_values(names, known, f"{table.path}, column {key!r}")
+        lost = [name for name in dict.fromkeys(names) if name not in found]
+        if not lost:
+            rule = f"column {column!r} of {table.path.name}, by {key!r}"
+            return [found[name] for name in names], rule
+        tried[key] = lost
+    if not tried:
+        table.need_column((*SLIDE_COLUMNS, *SOURCE_COLUMNS), "slides or files")
+    key, lost = min(tried.items(), key=lambda pair: len(pair[1]))
+    raise InputError(
+        f"{table.path}: its column {key!r} lacks {len(lost):,} items: {some(lost)}. Every item "
+        "needs a line"
+    )
+
+
+def column_values(table: TextTable, key: str, column: str) -> dict[str, str]:
+    """Values by name; InputError for an empty one, or a name with two."""
+    found: dict[str, str] = {}
+    for line, row in zip(table.lines, table.rows, strict=True):
+        name, value = row[key].strip(), row[column].strip()
+        where = f"{table.path}, line {line}"
+        if not name or not value:
+            raise InputError(f"{where}: {key!r} is {name!r} and {column!r} is {value!r}; fill both")
+        if found.setdefault(name, value) != value:
+            raise InputError(
+                f"{where}: {name!r} has the {column} {value!r}, before it had {found[name]!r}"
+            )
+    return found
+
+
+def match_values(names: Sequence[str], known: Mapping[str, str], where: str) -> dict[str, str]:
+    """Values of the names that mean a known one, by name."""
+    keys = list(known)
+    matched = NameIndex(keys).match([name for name in names if name], where)
+    return {name: known[keys[place]] for name, place in matched.items() if place is not None}
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelTable:
+    """Labels of slides as a file has them.
+
+    cases   the patient by slide; empty where the file has no such column
+    """
+
+    path: Path
+    labels: dict[str, str]
+    cases: dict[str, str]
+
+
+def read_labels(path: Path) -> LabelTable:
+    """CLAM's case_id, slide_id, label; or slide or bag, label, and one of group, patient, tma_core.
+
+    raises  InputError for missing columns or values, and for a slide with two labels or patients
+    """
+    table = read_table(path)
+    key = table.need_column(SLIDE_COLUMNS, "slides")
+    label = table.need_column(LABEL_COLUMNS, "labels")
+    case = table.find_column([name for name in GROUP_COLUMNS if name != key])
+    cases = column_values(table, key, case) if case else {}
+    return LabelTable(path, column_values(table, key, label), cases)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LabelledSlides:
+    """Slides that have both bags and labels, in the order of the bags.
+
+    targets  int64 (n,), places in `classes`
+    groups   patients, and `group_rule` how they were found
+    notes    what was left out, in sentences
+    """
+
+    slides: list[str]
+    classes: list[str]
+    targets: np.ndarray
+    groups: list[str]
+    group_rule: str
+    notes: list[str]
+
+
+def match_labels(
+    table: LabelTable,
+    slides: Sequence[str],
+    *,
+    allow_subset: bool = False,
+    groups: Path | None = None,
+) -> LabelledSlides:
+    """Labels and patients of the slides that there are bags of.
+
+    slides        names of the bags, each once
+    allow_subset  use what is on both sides, and note what is not
+    groups        table for `groups_of`, instead of the labels' own patients
+    raises        InputError that lists some labels without a bag or bags without a label; for
+                  names that can mean several; for no slide on both sides
+    """
+    names = list(table.labels)
+    matched = NameIndex(names).match(slides, str(table.path))
+    found = {slide: names[place] for slide, place in matched.items() if place is not None}
+    seen = set(found.values())
+    lost = [name for name in names if name not in seen]
+    bare = [slide for slide in matched if slide not in found]
+    notes = [
+        f"{len(left):,} {what}: {some(left)}"
+        for what, left in (("labels are of slides that are not there", lost),
+                           ("slides have no label", bare))
+        if left
+    ]  # fmt: skip
+    if notes and (not allow_subset or not found):
+        raise InputError(f"{table.path}: {'; '.join(notes)}. {SUBSET_HINT.capitalize()}")
+    kept = list(found)
+    classes = sorted_classes(table.labels[found[slide]] for slide in kept)
+    places = {name: number for number, name in enumerate(classes)}
+    targets = np.array([places[table.labels[found[slide]]] for slide in kept], np.int64)
+    if groups is None and table.cases:
+        own, rule = [table.cases[found[slide]] for slide in kept], f"patients of {table.path.name}"
+    else:
+        own, rule = groups_of(kept, kept, groups)
+    return LabelledSlides(
+        slides=kept, classes=classes, targets=targets, groups=own, group_rule=rule, notes=notes
+    )
+
+
+def sorted_classes(labels: Iterable[str]) -> list[str]:
+    """Distinct labels in ascending order, as numbers where all are."""
+    names = sorted(set(labels))
+    return sorted(names, key=int) if all(name.isdecimal() for name in names) else names

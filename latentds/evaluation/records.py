@@ -1,0 +1,186 @@
+"""What an evaluation's run folder says: result.json."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any, TypedDict
+
+from latentds.errors import InputError
+from latentds.evaluation.statistics import Summary, summary
+from latentds.storage import write_atomically
+
+FORMAT = "latentds-run/1"
+FILE = "result.json"
+TASKS = ("abmil", "classify_patches", "sampath")
+
+
+class FoldResult(TypedDict):
+    """A fold's sizes and scores; a score that is undefined is None."""
+
+    fold: int
+    seed: int
+    train: int
+    val: int
+    test: int
+    scores: dict[str, float | None]
+    per_class: dict[str, dict[str, float | None]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """One run: a model on one source of one data set, over folds and seeds.
+
+    task        abmil, classify_patches or sampath
+    data        name of the data set's folder, the same for all its sources
+    source      facts of the patch set: name, kind, codec, fine_tuned, quantized, bytes_per_patch
+    embedder    None where the model needs none
+    model       abmil, linear, finetune:resnet18, sam-path, unet, ...
+    split_id    identity of the folds; `split_rule` how they were made, in words
+    primary     the metric that tables lead with
+    folds       scores of every fold and seed
+    notes       what a reader has to know, such as the bias of a data set, in sentences
+    related     other rows of the same folds, by name: {metric: {"mean", "sd", "n"}}
+    """
+
+    task: str
+    data: str
+    source: dict[str, Any]
+    embedder: str | None
+    model: str
+    classes: list[str]
+    seeds: list[int]
+    split_id: str
+    split_rule: str
+    primary: str
+    folds: list[FoldResult]
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    notes: list[str] = dataclasses.field(default_factory=list)
+    related: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    versions: dict[str, str] = dataclasses.field(default_factory=dict)
+    command: str = ""
+
+    def metrics(self) -> list[str]:
+        """Names of the scores, in the order of the first fold that has them."""
+        return list(dict.fromkeys(name for fold in self.folds for name in fold["scores"]))
+
+    def values(self, metric: str) -> list[float | None]:
+        """The metric of every fold and seed, in their order; None where it is undefined."""
+        return [fold["scores"].get(metric) for fold in self.folds]
+
+    def summarize(self, metric: str) -> Summary:
+        """Mean and sd over folds and seeds."""
+        return summary(self.values(metric))
+
+    @property
+    def summary(self) -> dict[str, tuple[float | None, float | None]]:
+        """Mean and sd (ddof 1) of every metric over the folds and seeds where it is defined."""
+        found = {name: self.summarize(name) for name in self.metrics()}
+        return {name: (values.mean, values.sd) for name, values in found.items()}
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values, with the format's name and the summary."""
+        found = {name: self.summarize(name).to_json() for name in self.metrics()}
+        return {"format": FORMAT, **dataclasses.asdict(self), "summary": found}
+
+
+def write_record(folder: Path, record: RunRecord) -> Path:
+    """Write result.json atomically; InputError where a figure is NaN or infinite."""
+    check_record(record, str(folder / FILE))
+    path = folder / FILE
+    text = json.dumps(record.to_json(), indent=1, allow_nan=False)
+    write_atomically(path, f"{text}\n".encode())
+    return path
+
+
+def read_record(folder: Path) -> RunRecord:
+    """The record of a run folder.
+
+    raises  FileNotFoundError where the run is not finished or the folder is none; InputError with
+            file and key for what is damaged or of another format
+    """
+    path = folder / FILE
+    try:
+        values = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON ({error}); run the evaluation again") from error
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        found = values.get("format") if isinstance(values, dict) else type(values).__name__
+        raise InputError(f"{path}: format is {found!r}, expected {FORMAT!r}")
+    fields = {field.name: field for field in dataclasses.fields(RunRecord)}
+    for name, field in fields.items():
+        if (
+            name not in values
+            and field.default_factory is dataclasses.MISSING
+            and name != "command"
+        ):
+            raise InputError(f"{path}: key {name!r} is missing; run the evaluation again")
+    record = RunRecord(**{name: value for name, value in values.items() if name in fields})
+    check_record(record, str(path))
+    return record
+
+
+def check_record(record: RunRecord, where: str) -> None:
+    """InputError with the key of what is not as `RunRecord` says."""
+    check_kinds(record, where)
+    if record.task not in TASKS:
+        raise InputError(f"{where}: task is {record.task!r}; one of {', '.join(TASKS)}")
+    if not record.folds:
+        raise InputError(f"{where}: folds are empty; run the evaluation again")
+    stored = record.source.get("bytes_per_patch")
+    check_numbers({"bytes_per_patch": stored}, f"{where}: source")
+    for name, scores in record.related.items():
+        for metric, values in scores.items() if isinstance(scores, dict) else [("", scores)]:
+            check_numbers(values, f"{where}: related, {name}, {metric}")
+    for place, fold in enumerate(record.folds):
+        check_fold(fold, f"{where}: folds[{place}]")
+    cells = Counter((fold["fold"], fold["seed"]) for fold in record.folds)
+    (number, seed), count = cells.most_common(1)[0]
+    if count > 1:
+        raise InputError(f"{where}: fold {number} with seed {seed} is there {count} times")
+    if record.primary not in record.metrics():
+        known = ", ".join(record.metrics())
+        raise InputError(f"{where}: primary is {record.primary!r}; scores are {known}")
+
+
+def check_kinds(record: RunRecord, where: str) -> None:
+    """InputError with the key of what is of another JSON type."""
+    texts = ("task", "data", "model", "split_id", "split_rule", "primary", "command")
+    kinds: dict[str, type | tuple[type, ...]] = {
+        **dict.fromkeys(texts, str),
+        **dict.fromkeys(("source", "settings", "related", "versions"), dict),
+        **dict.fromkeys(("classes", "seeds", "folds", "notes"), list),
+        "embedder": (str, type(None)),
+    }
+    for name, kind in kinds.items():
+        value = getattr(record, name)
+        if not isinstance(value, kind):
+            raise InputError(f"{where}: {name} is {value!r}, of another type than expected")
+
+
+def check_fold(fold: Any, where: str) -> None:
+    """InputError with the key of what is not as `FoldResult` says."""
+    if not isinstance(fold, dict):
+        raise InputError(f"{where} is {fold!r}; a table of scores was expected")
+    for name in ("fold", "seed", "train", "val", "test"):
+        if not isinstance(fold.get(name), int):
+            raise InputError(f"{where}: {name} is {fold.get(name)!r}; a whole number was expected")
+    for name in ("scores", "per_class"):
+        if not isinstance(fold.get(name), dict):
+            raise InputError(f"{where}: {name} is {fold.get(name)!r}; a table was expected")
+    check_numbers(fold["scores"], f"{where}: scores")
+    for name, values in fold["per_class"].items():
+        check_numbers(values, f"{where}: per_class, {name}")
+
+
+def check_numbers(values: Any, where: str) -> None:
+    """InputError unless these are finite numbers or null, by name."""
+    if not isinstance(values, dict):
+        raise InputError(f"{where} is {values!r}; a table of numbers was expected")
+    for name, value in values.items():
+        is_number = isinstance(value, (int, float)) and math.isfinite(value)
+        if value is not None and not is_number:
+            raise InputError(f"{where}, {name}: {value!r} is no finite number or null")

@@ -1,0 +1,128 @@
+"""Which of the known names a name means: extensions, folders and TCGA UUIDs are forgiven."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+
+from latentds.errors import InputError
+from latentds.sources.names import parse_barcode
+
+EXTENSIONS = (
+    *(".ome.tiff", ".ome.tif", ".svs", ".tiff", ".tif", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu"),
+    *(".bif", ".dcm", ".svslide", ".zarr", ".h5", ".pt", ".png", ".jpeg", ".jpg", ".webp", ".bmp"),
+)
+SHOWN = 5  # names that a message lists
+
+
+class NameIndex:
+    """Known names, to be found by what others call them.
+
+    A name is looked for, in this order, as it stands; without a file's extension; by the end of
+    one path that is the whole of the other; by its TCGA slide barcode, unless both have a UUID and
+    it differs. The first way that finds anything counts.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = names
+        self.exact = places_by(names, lambda name: name)
+        self.plain = places_by(names, plain_name)
+        self.ends: dict[str, list[int]] | None = None
+        self.barcodes: dict[str, list[int]] | None = None
+
+    def find_all(self, name: str) -> list[int]:
+        """Places of all known names that it may mean, ascending; more than one is ambiguous."""
+        if name in self.exact:
+            return self.exact[name]
+        plain = plain_name(name)
+        for end in path_ends(plain):
+            if end in self.plain:
+                return self.plain[end]
+        return self.find_longer(plain) or self.find_barcode(plain)
+
+    def find_longer(self, plain: str) -> list[int]:
+        """Places of the known paths that end in this one."""
+        if self.ends is None:
+            ends: dict[str, list[int]] = defaultdict(list)
+            for place, known in enumerate(self.names):
+                for end in path_ends(plain_name(known))[1:]:
+                    ends[end].append(place)
+            self.ends = dict(ends)
+        return self.ends.get(plain, [])
+
+    def find_barcode(self, plain: str) -> list[int]:
+        """Places of the known names of the same TCGA slide, none of which is another file of it."""
+        if self.barcodes is None:
+            self.barcodes = places_by(self.names, lambda name: barcode_of(name)[0])
+        slide, uuid = barcode_of(plain)
+        places = self.barcodes.get(slide, []) if slide else []
+        own = {place: barcode_of(self.names[place])[1] for place in places}
+        return [place for place in places if not uuid or own[place] in ("", uuid)]
+
+    def find(self, name: str, where: str) -> int | None:
+        """The place of the only known name it can mean, None for none.
+
+        raises  InputError where it can mean several; `where` says what holds it
+        """
+        places = self.find_all(name)
+        if len({self.names[place] for place in places}) > 1:
+            meant = [self.names[place] for place in places]
+            raise InputError(f"{where}: {name!r} can mean {some(meant)}; give the whole name")
+        return places[0] if places else None
+
+    def match(self, names: Iterable[str], where: str) -> dict[str, int | None]:
+        """`find` for all the distinct names.
+
+        raises  InputError also where two of them can only mean the same one
+        """
+        matched: dict[str, int | None] = {}
+        taken: dict[str, str] = {}
+        for name in dict.fromkeys(names):
+            place = matched[name] = self.find(name, where)
+            if place is None:
+                continue
+            other = taken.setdefault(self.names[place], name)
+            if other != name:
+                raise InputError(
+                    f"{where}: {other!r} and {name!r} would both be {self.names[place]!r}; "
+                    "give whole names"
+                )
+        return matched
+
+
+def places_by(names: Iterable[str], key: Callable[[str], str]) -> dict[str, list[int]]:
+    """Places of names by a form of them."""
+    found: dict[str, list[int]] = defaultdict(list)
+    for place, name in enumerate(names):
+        found[key(name)].append(place)
+    return dict(found)
+
+
+def plain_name(name: str) -> str:
+    """A name with slashes, without ./ before it and a picture's or slide's extension behind it."""
+    path = name.strip().replace("\\", "/").removeprefix("./").strip("/")
+    low = path.lower()
+    for extension in EXTENSIONS:
+        if low.endswith(extension) and len(low) > len(extension):
+            return path[: -len(extension)]
+    return path
+
+
+def path_ends(path: str) -> list[str]:
+    """The path, then its ends from the longest to the last part."""
+    parts = path.split("/")
+    return ["/".join(parts[start:]) for start in range(len(parts))]
+
+
+def barcode_of(name: str) -> tuple[str, str]:
+    """TCGA slide barcode and what follows its dot, both empty where the name is none."""
+    last = plain_name(name).rpartition("/")[2]
+    code = parse_barcode(last)
+    return (code.slide, last[len(code.slide) + 1 :].lower()) if code else ("", "")
+
+
+def some(names: Sequence[str]) -> str:
+    """The first few names and how many more there are."""
+    listed = ", ".join(repr(name) for name in names[:SHOWN])
+    more = len(names) - SHOWN
+    return f"{listed} and {more:,} more" if more > 0 else listed

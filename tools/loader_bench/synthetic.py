@@ -17,7 +17,7 @@ CLASSES = ("ADI", "BACK", "DEB", "LYM", "MUC", "MUS", "NORM", "STR", "TUM")  # N
 MADE: dict[str, Any] = {"synthetic": True}
 
 
-def random_contract() -> Any:
+def random_contract(shape: tuple[int, int, int] = SHAPE, patch_px: int = 256) -> Any:
     """A contract that names no real autoencoder."""
     from latentds.format import Contract
     from latentds.quantizer import Codebook
@@ -27,17 +27,30 @@ def random_contract() -> Any:
         decoder_id="sha256:" + "0" * 64,
         codebook=Codebook(np.linspace(-3, 3, 256, dtype=np.float32)[None], "kmeans"),
         autoencoder={"name": "random"},
-        patch_px=(256, 256),
-        codes_shape=SHAPE,
+        patch_px=(patch_px, patch_px),
+        codes_shape=shape,
     )
 
 
-def write_synthetic(out: Path, patches: int, seed: int = 0) -> None:
-    """A set of random codes, grouped by slide as pathology data come."""
+def write_synthetic(
+    out: Path,
+    patches: int,
+    seed: int = 0,
+    *,
+    shape: tuple[int, int, int] = SHAPE,
+    patch_px: int = 256,
+    a_slide: int = PATCHES_A_SLIDE,
+) -> None:
+    """A set of random codes, grouped by slide as pathology data come.
+
+    shape    of a patch's codes
+    a_slide  patches a slide
+    """
     from latentds.composing import compose
 
     made = MADE | {"patches": patches}
-    compose(out, random_contract(), {"train": random_parts(patches, seed)}, made, empty_golden())
+    parts = random_parts(patches, seed, shape, a_slide)
+    compose(out, random_contract(shape, patch_px), {"train": parts}, made, empty_golden())
 
 
 def empty_golden() -> bytes:
@@ -48,7 +61,9 @@ def empty_golden() -> bytes:
     return encode_table(SCHEMA.empty_table())
 
 
-def random_parts(patches: int, seed: int) -> Iterator[Any]:
+def random_parts(
+    patches: int, seed: int, shape: tuple[int, int, int], a_slide: int
+) -> Iterator[Any]:
     """Codes and columns, a pack at a time."""
     import pyarrow as pa
 
@@ -57,18 +72,18 @@ def random_parts(patches: int, seed: int) -> Iterator[Any]:
     rng = np.random.default_rng(seed)
     for start in range(0, patches, PACK):
         places = range(start, min(start + PACK, patches))
-        slides = [f"slide{place // PATCHES_A_SLIDE:05d}" for place in places]
+        slides = [f"slide{place // a_slide:05d}" for place in places]
         columns = {
-            "label": [CLASSES[place // PATCHES_A_SLIDE % len(CLASSES)] for place in places],
+            "label": [CLASSES[place // a_slide % len(CLASSES)] for place in places],
             "slide": slides,
             "x": [place % 100 * 256 for place in places],
-            "y": [place % PATCHES_A_SLIDE // 100 * 256 for place in places],
+            "y": [place % a_slide // 100 * 256 for place in places],
             "mpp": [0.5] * len(places),
             "size_px": [256] * len(places),
             "source": slides,
             "source_encoding": ["none"] * len(places),
         }
-        codes = rng.integers(0, 256, (len(places), *SHAPE), np.uint8)
+        codes = rng.integers(0, 256, (len(places), *shape), np.uint8)
         yield codes, pa.table(columns, schema=SCHEMA)
 
 

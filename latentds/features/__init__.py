@@ -1,0 +1,1 @@
+"""Features of slides in files that other tools read."""

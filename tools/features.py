@@ -1,0 +1,178 @@
+"""latentds features: the features of every slide, in files that CLAM, TRIDENT and torchmil read."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from latentds.patchsets.config import PatchInput, patch_settings
+
+if TYPE_CHECKING:
+    from latentds.features.options import Extraction, Step
+
+LEFT_OUT = 3  # exit code: done, but not of all slides
+GPU_BATCH, CPU_BATCH = 256, 32
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(PatchInput):
+    """Embed the patches of every slide and write one feature file a slide, in TRIDENT's layout.
+
+    Latents are decoded on the fly; originals are taken as they are, or through --codec. A killed
+    run goes on by the same command. Under torchrun (-m latentds_tools.features) the slides are
+    split among the ranks.
+    """
+
+    data: Annotated[Path, tyro.conf.Positional]
+    """A latentds data set (its folder, hf://datasets/ORG/NAME[@REVISION], s3://...), or originals
+    as 'latentds convert' takes them: slides, folders of pictures, archives, a table of paths."""
+    embedder: str
+    """uni, uni2-h, gigapath, phikon-v2, efficientnet-lite0, timm:NAME, each with @FILE for weights
+    in a local file; nic:FILE, nic-quarters:FILE."""
+    out: Path
+    """Folder to write: features_<embedder>/SLIDE.h5, patches/SLIDE_patches.h5, features.json."""
+    native: bool = False
+    """Feed whole patches to the embedder, neither resized nor cropped."""
+    batch_size: int | None = None
+    """Patches embedded at once; 256 on a GPU and 32 elsewhere by default. Part of the record, as
+    the last bits depend on it."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the embedder; bfloat16 is faster on a GPU. --decode-dtype is the decoder's."""
+    saved: Literal["float32", "float16"] = "float32"
+    """Numbers in the files; float16 takes half the room."""
+    max_patches: int | None = None
+    """At most so many patches a slide, drawn by --seed; no others are read."""
+    seed: int = 0
+    """Of that choice."""
+    clam: bool = False
+    """Also write CLAM's layout: clam_<embedder>/ with pt_files, h5_files and coordinates."""
+    max_bad: int = 0
+    """Slides that may fail; each is named with its reason, and tried again by the next run."""
+    json: bool = False
+    """Print the summary as JSON."""
+
+    def __post_init__(self) -> None:
+        PatchInput.__post_init__(self)
+        for name in ("batch_size", "max_patches"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; at least 1")
+        if self.max_bad < 0:
+            raise ValueError(f"max_bad is {self.max_bad}; 0 or more")
+
+
+def run(config: Config) -> int:
+    """Extract, and say what was made; returns 3 where a slide was left out."""
+    from latentds.launcher import find_rank
+
+    rank, ranks = find_rank(None, None)
+    summary = extract(config, rank, ranks)
+    if rank == 0:
+        print(json.dumps(summary, indent=1) if config.json else as_text(summary))
+    # torchrun ends the other ranks where one returns anything but 0.
+    return LEFT_OUT if summary["left_out"] and ranks == 1 else 0
+
+
+def extract(config: Config, rank: int, ranks: int) -> dict[str, Any]:
+    """Write this rank's feature files; the summary."""
+    from latentds.conversion.encode import choose_device
+    from latentds.embedders import load_embedder
+    from latentds.features.extraction import extract_features
+    from latentds.features.options import FeatureOptions
+    from latentds.launcher import own_device
+    from latentds.patchsets import open_patches
+
+    device = own_device(choose_device(config.device))
+    embedder = load_embedder(config.embedder, native=config.native)
+    # Every patch is read once: none is worth keeping.
+    patches = open_patches(dataclasses.replace(config, device=str(device), keep_mb=0))
+    options = FeatureOptions(
+        batch_size=config.batch_size or (GPU_BATCH if device.type == "cuda" else CPU_BATCH),
+        precision=config.precision,
+        saved=config.saved,
+        max_patches=config.max_patches,
+        seed=config.seed,
+        clam=config.clam,
+        max_bad=config.max_bad,
+        patches=recorded(config),
+    )
+    started = time.perf_counter()
+    with Bar(shown=rank == 0) as bar:
+        done = extract_features(
+            patches, embedder, config.out, options, device=device, rank=rank, world_size=ranks,
+            progress=bar.advance,
+        )  # fmt: skip
+    seconds = time.perf_counter() - started
+    about = {"source": patches.name, "embedder": embedder.card.name, "device": str(device)}
+    return summarize(config, done, seconds, about, (rank, ranks))
+
+
+def recorded(config: Config) -> dict[str, Any]:
+    """Settings that decide which patches there are, and how latents are decoded."""
+    chosen = patch_settings(config) | {"split": config.split, "decode_dtype": config.decode_dtype}
+    return {k: str(v) if isinstance(v, Path) else v for k, v in chosen.items()}
+
+
+def summarize(
+    config: Config,
+    done: Extraction,
+    seconds: float,
+    about: dict[str, Any],
+    place: tuple[int, int],
+) -> dict[str, Any]:
+    """What a rank did, as JSON."""
+    summary = {"out": str(config.out)} | about | {
+        "dim": done.dim,
+        "slides": len(done.slides),
+        "there_before": done.skipped,
+        "patches": done.patches,
+        "seconds": round(seconds, 1),
+        "patches_per_s": round(done.patches / seconds, 1) if done.patches else None,
+        "left_out": [{"slide": s, "reason": reason} for s, reason in sorted(done.bad.items())],
+    }  # fmt: skip
+    return summary | ({"rank": place[0], "ranks": place[1]} if place[1] > 1 else {})
+
+
+def as_text(summary: dict[str, Any]) -> str:
+    """One fact a line; slides that were left out with their reasons."""
+    facts = {name: value for name, value in summary.items() if name != "left_out"}
+    lines = [f"{name.replace('_', ' '):<16} {value}" for name, value in facts.items()]
+    bad = summary["left_out"]
+    lines += [f"{'left out':<16} {len(bad)}"] if bad else []
+    return "\n".join(lines + [f"  {entry['slide']}: {entry['reason']}" for entry in bad])
+
+
+class Bar:
+    """Progress over patches; its end is estimated from the slides so far."""
+
+    def __init__(self, shown: bool) -> None:
+        from tqdm import tqdm
+
+        self.bar = tqdm(unit=" patches", disable=not shown, file=sys.stderr)
+        self.slide, self.patches = 0, 0
+
+    def advance(self, step: Step) -> None:
+        """Count patches just written."""
+        if step.number != self.slide:
+            self.slide, self.patches = step.number, self.patches + step.size
+            self.bar.total = round(self.patches / step.number * step.slides)
+            self.bar.set_description(f"{step.slide[:40]} ({step.number} of {step.slides} slides)")
+        self.bar.update(step.patches)
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+
+if __name__ == "__main__":  # torchrun -m latentds_tools.features
+    from latentds_tools.cli import main
+
+    main(["features", *sys.argv[1:]])

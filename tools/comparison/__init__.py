@@ -1,0 +1,1 @@
+"""What `latentds compare` is made of."""

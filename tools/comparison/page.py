@@ -1,0 +1,201 @@
+"""The comparison as Markdown, in the shape of the paper's Tables 2 and 3."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from latentds_tools.comparison.cells import (
+    ABSENT,
+    NAMES,
+    difference,
+    flags,
+    mean_sd,
+    percent,
+    score,
+    size,
+    table,
+)
+from latentds_tools.comparison.paper_page import paper_parts
+
+SEGMENTATION = (  # titles and scores: correct ones, then what SAM-Path's code would report
+    ("Dice macro", "dice_macro"),
+    ("IoU macro", "jaccard_macro"),
+    ("Dice micro = F1", "dice_micro"),
+    ("IoU micro", "jaccard_micro"),
+    ("compat Dice", "sampath_Dice"),
+    ("compat Dice_Bal", "sampath_Dice_Bal"),
+    ("compat F1", "sampath_F1"),
+    ("compat IoU", "sampath_IOU_Jaccard"),
+)
+
+
+def write_page(report: dict[str, Any]) -> str:
+    """The whole page."""
+    families = report["families"]
+    segmentations = [family for family in families if family["task"] == "sampath"]
+    others = [family for family in families if family["task"] != "sampath"]
+    parts = ["# Evaluations compared", lead(report)]
+    parts += ["## Classification", *tables_of(others)] if others else []
+    for family in segmentations:
+        parts += [f"## Segmentation: {family['title']}", segmentation_table(family)]
+    for family in families:
+        parts += reasons(family)
+    parts += ["## All scores", *(scores_table(f) for f in others)] if others else []
+    parts += ["## By class", *(class_table(family) for family in families)]
+    parts += [*paper_parts(families), *notes(families)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def lead(report: dict[str, Any]) -> str:
+    """What the figures are."""
+    drawn = report["bootstrap"]
+    if drawn["over"] == "folds":
+        what = (
+            "over folds, seeds of a fold averaged first (over seeds where there is one fold). "
+            "Folds of a cross-validation share training data: the interval is of these folds, and "
+            "narrower than one of new patients would be"
+        )
+    else:
+        what = (
+            "over groups (patients), whose predictions count as often as they are drawn; of "
+            "segmentations, it is the mean of single images' scores that is drawn and shown"
+        )
+    return (
+        "Scores in per cent: mean ± standard deviation over folds and seeds. Difference: to the "
+        "reference over the same folds, in points, in brackets the 95 % interval of a paired "
+        f"bootstrap {what}. Behind it, in how many folds (seeds, images) the row is above. Size: "
+        "of a patch, in KB of 1,024 bytes. FT: a decoder trained anew for latents that were there "
+        f"before. Seed of the bootstrap: {drawn['seed']}."
+    )
+
+
+def tables_of(families: Sequence[dict[str, Any]]) -> list[str]:
+    """One table of all of them; where they are more than three, one a task and data set."""
+    if len(families) <= 3:
+        return [classification_table(families)]
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for family in families:
+        groups.setdefault((family["task"], family["data"]), []).append(family)
+    return [classification_table(members) for members in groups.values()]
+
+
+def classification_table(families: Sequence[dict[str, Any]]) -> str:
+    """Table 2: a row a source, a pair of columns a family."""
+    names = list(dict.fromkeys(row["source"] for f in families for row in f["rows"]))
+    names.sort(key=lambda name: first_row(families, name)["kind"] != "original")
+    is_one_size = all(len(set(sizes(families, name))) == 1 for name in names)
+    header = ["compression", "FT", "Quant", *(["Size, KB"] if is_one_size else [])]
+    for family in families:
+        header += [] if is_one_size else ["Size, KB"]
+        header += [
+            f"{family['title']}: {NAMES.get(family['metric'], family['metric'])}", "difference",
+        ]  # fmt: skip
+    rows = []
+    for name in names:
+        line = [f"`{name}`", *flags(first_row(families, name))]
+        line += [sizes(families, name)[0]] if is_one_size else []
+        for family in families:
+            row = next((row for row in family["rows"] if row["source"] == name), None)
+            line += [] if is_one_size else [size(row)]
+            line += [score(row, family["metric"]), difference(row)]
+        rows.append(line)
+    return table(header, rows + related_rows(families, is_one_size))
+
+
+def notes(families: Sequence[dict[str, Any]]) -> list[str]:
+    """What a reader has to know, each thing once; unless it is of all families, with theirs."""
+    owners: dict[str, list[str]] = {}
+    for family in families:
+        for note in family["notes"]:
+            owners.setdefault(note, []).append(family["title"])
+    lines = [
+        f"- {note}" if len(titles) == len(families) else f"- {'; '.join(titles)}: {note}"
+        for note, titles in owners.items()
+    ]
+    return ["## Notes", "\n".join(lines)] if lines else []
+
+
+def related_rows(families: Sequence[dict[str, Any]], is_one_size: bool) -> list[list[str]]:
+    """Rows that runs bring along, such as a baseline, under the sources."""
+    before = [] if is_one_size else [ABSENT]
+    rows = []
+    for family in families:
+        for other in (other for other in family["related"] if other["is_row"]):
+            line = [f"{other['name']} of `{other['of']}`", *[ABSENT] * (3 if is_one_size else 2)]
+            own = mean_sd(other["scores"].get(family["metric"]))
+            for column in families:
+                line += [*before, own if column is family else ABSENT, ABSENT]
+            rows.append(line)
+    return rows
+
+
+def first_row(families: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:
+    """The first row of a source."""
+    return next(row for f in families for row in f["rows"] if row["source"] == name)
+
+
+def sizes(families: Sequence[dict[str, Any]], name: str) -> list[str]:
+    """A source's sizes as they are shown, of the families that have it."""
+    return [size(row) for f in families for row in f["rows"] if row["source"] == name]
+
+
+def segmentation_table(family: dict[str, Any]) -> str:
+    """Table 3: correct scores, then what SAM-Path's code would report of the same predictions."""
+    metrics = {name for row in family["rows"] for name in row["scores"]}
+    columns = [(title, metric) for title, metric in SEGMENTATION if metric in metrics]
+    leading = NAMES.get(family["metric"], family["metric"])
+    header = ["compression", "FT", "Quant", "Size, KB", *(title for title, _ in columns)]
+    rows = [
+        [
+            *(f"`{row['source']}`", *flags(row), size(row)),
+            *(score(row, metric) for _, metric in columns),
+            difference(row),
+        ]
+        for row in family["rows"]
+    ]
+    return table([*header, f"difference in {leading}"], rows)
+
+
+def reasons(family: dict[str, Any]) -> list[str]:
+    """Why rows have no difference."""
+    lines = [
+        f"- `{row['source']}`: not paired, {row['not_paired']}."
+        for row in family["rows"]
+        if row["not_paired"] and family["reference"]
+    ]
+    if not family["reference"] and len(family["rows"]) > 1:
+        lines = ["- No differences: no run is of the originals; name one with --reference."]
+    return [f"{family['title']}:\n\n" + "\n".join(lines)] if lines else []
+
+
+def scores_table(family: dict[str, Any]) -> str:
+    """Every score of every row."""
+    metrics = list(dict.fromkeys(name for row in family["rows"] for name in row["scores"]))
+    rows = [
+        [
+            *(f"`{row['source']}`", str(row["folds"]), str(len(row["seeds"]))),
+            *(score(row, metric) for metric in metrics),
+        ]
+        for row in family["rows"]
+    ]
+    rows += [
+        [f"{other['name']} of `{other['of']}`", ABSENT, ABSENT]
+        + [mean_sd(other["scores"].get(metric)) for metric in metrics]
+        for other in family["related"]
+    ]
+    header = [family["title"], "folds", "seeds", *(NAMES.get(m, m) for m in metrics)]
+    return table(header, rows)
+
+
+def class_table(family: dict[str, Any]) -> str:
+    """Means over folds of each class's F1 or Dice; empty where runs have none."""
+    classes = list(dict.fromkeys(name for row in family["rows"] for name in row["per_class"]))
+    if not classes:
+        return ""
+    what = "Dice" if family["task"] == "sampath" else "F1"
+    rows = [
+        [f"`{row['source']}`", *(percent(row["per_class"].get(name)) for name in classes)]
+        for row in family["rows"]
+    ]
+    return table([f"{family['title']}: {what}", *classes], rows)

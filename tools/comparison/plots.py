@@ -1,0 +1,180 @@
+"""Scores as bars that are as wide as the bytes (Fig. 2 of the paper), and paired differences."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from latentds_tools.comparison.cells import NAMES, size
+
+from latentds.errors import missing_extra
+
+PANEL_IN = (6.0, 4.8)  # width and height in inches
+COLUMNS = 2
+GAP = 0.03  # between bars, of all widths together
+PLACE = 0.09  # of a bar at least, with its name under it
+COLOURS = {
+    "original": "C7",
+    "picture format": "C1",
+    "latents": "C0",
+    "latents, decoder fine-tuned": "C2",
+}
+LEAST = 0.008  # width of the narrowest bar, of all widths together: it has to be seen
+
+
+def check_matplotlib() -> None:
+    """MissingExtraError where plots cannot be drawn."""
+    import importlib.util
+
+    if importlib.util.find_spec("matplotlib") is None:
+        raise missing_extra("matplotlib", "evaluate")
+
+
+def draw_bars(report: dict[str, Any]) -> bytes:
+    """PNG: a panel a family, a bar a source, as wide as its bytes and as high as its score."""
+    families = report["families"]
+    figure, axes = panels(len(families))
+    for axis, family in zip(axes, families, strict=False):
+        draw_panel(axis, family)
+    return to_png(figure, {kind_of_bar(row) for family in families for row in family["rows"]})
+
+
+def draw_differences(report: dict[str, Any]) -> bytes | None:
+    """PNG: a panel a family, differences with their intervals; None where nothing is paired."""
+    families = [f for f in report["families"] if any(has_difference(r) for r in f["rows"])]
+    if not families:
+        return None
+    figure, axes = panels(len(families))
+    for axis, family in zip(axes, families, strict=False):
+        rows = [row for row in family["rows"] if has_difference(row)]
+        places = range(len(rows), 0, -1)
+        for place, row in zip(places, rows, strict=True):
+            found = row["difference"]
+            mean = 100 * found["mean"]
+            ends = [
+                100 * found[name] if found[name] is not None else mean for name in ("low", "high")
+            ]
+            axis.plot(ends, [place, place], color=colour(row), linewidth=2)
+            axis.plot([mean], [place], "o", color=colour(row))
+        axis.axvline(0, color="black", linewidth=0.8)
+        axis.set_yticks(list(places), [row["source"] for row in rows])
+        axis.set_ylim(0.4, len(rows) + 0.6)
+        low, high = axis.get_xlim()
+        axis.set_xlim(min(low, -0.5), max(high, 0.5))
+        what = NAMES.get(family["metric"], family["metric"])
+        axis.set_xlabel(f"{what}: points above {family['reference']}, 95 % interval")
+        axis.set_title(family["title"], fontsize=10)
+        axis.grid(alpha=0.3, axis="x", linewidth=0.5)
+    paired = [row for family in families for row in family["rows"] if has_difference(row)]
+    return to_png(figure, {kind_of_bar(row) for row in paired})
+
+
+def has_difference(row: dict[str, Any]) -> bool:
+    """Whether a row is paired."""
+    return row["difference"] is not None and row["difference"]["mean"] is not None
+
+
+def draw_panel(axis: Any, family: dict[str, Any]) -> None:
+    """Bars of a family's sources."""
+    metric = family["metric"]
+    rows = [r for r in family["rows"] if (r["scores"].get(metric) or {}).get("mean") is not None]
+    lefts, widths, total = bar_places([row["kilobytes"] for row in rows])
+    for row, left, width in zip(rows, lefts, widths, strict=True):
+        values = row["scores"][metric]
+        mean, sd = 100 * values["mean"], 100 * (values["sd"] or 0.0)
+        is_known = row["kilobytes"] is not None
+        axis.bar(
+            left, mean, width, align="edge", color=colour(row) if is_known else "none",
+            edgecolor="black", linewidth=0.6, linestyle="-" if is_known else ":",
+        )  # fmt: skip
+        axis.errorbar(left + width / 2, mean, yerr=sd or None, color="black", capsize=2, lw=0.8)
+    axis.set_xticks(
+        [left + width / 2 for left, width in zip(lefts, widths, strict=True)],
+        [bar_label(row) for row in rows],
+        rotation=60, ha="right", rotation_mode="anchor", fontsize=8,
+    )  # fmt: skip
+    axis.set_xlim(0, total)
+    low, high = score_limits([row["scores"][metric] for row in rows])
+    axis.set_ylim(low, high)
+    start = f"; the axis begins at {low:g}" if low else ""
+    axis.set_ylabel(f"{NAMES.get(metric, metric)}, %{start}", fontsize=9)
+    axis.set_title(f"{family['title']}\nwidth: bytes of a patch", fontsize=10)
+    axis.grid(alpha=0.3, axis="y", linewidth=0.5)
+
+
+def bar_places(kilobytes: Sequence[float | None]) -> tuple[list[float], list[float], float]:
+    """Left ends, widths in proportion to the bytes, and where the last bar's place ends.
+
+    Bars of unknown size have the width of the median; ones too narrow to be seen are widened.
+    Every bar has a place wide enough for its name.
+    """
+    known = sorted(value for value in kilobytes if value)
+    middle = known[len(known) // 2] if known else 1.0
+    widths = [value or middle for value in kilobytes]
+    whole = sum(widths)
+    widths = [max(width, LEAST * whole) for width in widths]
+    lefts, start = [], 0.0
+    for width in widths:
+        place = max(width + GAP * whole, PLACE * whole)
+        lefts.append(start + (place - width) / 2)
+        start += place
+    return lefts, widths, start
+
+
+def score_limits(scores: Sequence[dict[str, Any]]) -> tuple[float, float]:
+    """Per cent: from a round number below all bars' spreads, 0 where that is near, to the top."""
+    lows = [100 * (values["mean"] - (values["sd"] or 0)) for values in scores]
+    highs = [100 * (values["mean"] + (values["sd"] or 0)) for values in scores]
+    spread = max(highs) - min(lows)
+    low = 5 * math.floor((min(lows) - 0.3 * max(spread, 2)) / 5)
+    return (float(low) if low > 10 else 0.0), max(highs) + 0.1 * max(spread, 2)
+
+
+def bar_label(row: dict[str, Any]) -> str:
+    """Source and size."""
+    return (
+        f"{row['source']}, {size(row)} KB" if row["kilobytes"] else f"{row['source']}, size unknown"
+    )
+
+
+def kind_of_bar(row: dict[str, Any]) -> str:
+    """What a source is, as the legend has it."""
+    if row["kind"] == "original":
+        return "original"
+    if not row["is_network"]:
+        return "picture format"
+    return "latents, decoder fine-tuned" if row["fine_tuned"] else "latents"
+
+
+def colour(row: dict[str, Any]) -> str:
+    """By what a source is."""
+    return COLOURS[kind_of_bar(row)]
+
+
+def panels(count: int) -> tuple[Any, list[Any]]:
+    """A figure of that many panels, and their axes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = min(COLUMNS, count)
+    rows = math.ceil(count / columns)
+    size = (PANEL_IN[0] * columns, PANEL_IN[1] * rows)
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
+    for axis in axes[count:]:
+        axis.set_axis_off()
+    return figure, axes
+
+
+def to_png(figure: Any, kinds: Collection[str]) -> bytes:
+    """The figure's file with a legend of its colours: the same report, the same bytes."""
+    from matplotlib.patches import Patch
+
+    patches = [Patch(color=shade, label=kind) for kind, shade in COLOURS.items() if kind in kinds]
+    figure.legend(handles=patches, loc="outside lower center", ncols=len(COLOURS), frameon=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
+    return buffer.getvalue()

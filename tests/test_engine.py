@@ -168,6 +168,36 @@ def test_a_finished_run_takes_no_further_step(tmp_path):
     assert losses(tmp_path) == before
 
 
+def test_a_recipe_ends_its_run_early_with_a_checkpoint(tmp_path):
+    train(tmp_path, end_at=2, save_every=100)
+    assert names(tmp_path) == ["step-000003"]
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
+
+
+def test_a_run_that_was_ended_early_takes_no_further_step(tmp_path):
+    train(tmp_path, end_at=2)
+    train(tmp_path, end_at=2, steps=9)
+    assert names(tmp_path) == ["step-000002", "step-000003"]
+
+
+def test_a_run_cut_before_its_early_end_goes_on_to_it(tmp_path):
+    whole = train(tmp_path / "whole", end_at=4)
+    with pytest.raises(InputError):
+        train(tmp_path / "parts", end_at=4, nan_gradient_at=3)
+    parts = train(tmp_path / "parts", end_at=4)
+    assert names(tmp_path / "parts")[-1] == "step-000005"
+    assert all(torch.equal(parts[name], whole[name]) for name in whole)
+
+
+def test_a_checkpoint_older_than_early_ends_is_read(tmp_path):
+    train(tmp_path, steps=2)
+    path = tmp_path / "checkpoints" / "step-000002" / "state.json"
+    state = json.loads(path.read_text())
+    del state["ended"]
+    path.write_text(json.dumps(state))
+    assert not toy_engine(ToyConfig(out=tmp_path)).has_ended
+
+
 def test_a_checkpoint_of_another_recipe_is_refused(tmp_path):
     train(tmp_path, steps=2)
     with pytest.raises(ContractError, match="checkpoint of recipe toy, not of other; .*--out"):

@@ -39,6 +39,8 @@ class ToyConfig(TrainConfig):
     """Step at which the last rank gets SIGTERM."""
     full_disk_at: int | None = None
     """Step from which the last rank's disk is full."""
+    end_at: int | None = None
+    """Step that is the run's last."""
     sleep_s: float = 0.0
     """Added to every step."""
 
@@ -110,6 +112,8 @@ class Toy:
                 1 + critic(decoded.detach())
             ).relu().mean()
         engine.update("critic", judged)
+        if step == self.config.end_at:
+            engine.end()
         return {"l1": error, "seen": engine["decoder"].seen}
 
     def norm_of(self, loss: Tensor) -> Tensor:

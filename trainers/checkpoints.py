@@ -55,6 +55,7 @@ class RunState:
     loader: dict[str, Any] | None
     bad_packs: tuple[str, ...]
     versions: dict[str, str]
+    ended: bool = False  # by the recipe, before its last step
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> RunState:

@@ -70,6 +70,7 @@ class Engine:
 
     rank, world_size, device   of this process
     step                       optimizer steps done
+    has_ended                  whether `end` was called, in this process or before the checkpoint
     rows                       places of this forward pass's images in the step's global batch
     """
 
@@ -87,6 +88,7 @@ class Engine:
         self.config, self.recipe, self.loader = config, recipe, loader
         self.names = tuple(networks)
         self.step, self.micro, self.seconds = 0, 0, 0.0
+        self.has_ended = False
         self.noted: dict[str, list[Tensor]] = {}
         self.log: TrainingLog | None = None
         found = self.find_checkpoint(may_change)
@@ -158,6 +160,18 @@ class Engine:
             if self.config.spike is not None:
                 self.note(f"{name}/left_out", 0.0 if was_taken else 1.0)
 
+    def end(self) -> None:
+        """Make the step that is being taken the run's last: what early stopping calls.
+
+        On every rank alike, from within the step; a run that goes on takes no further step.
+        """
+        self.has_ended = True
+
+    @property
+    def is_done(self) -> bool:
+        """Whether no step is left."""
+        return self.has_ended or self.step >= self.config.steps
+
     def run(
         self,
         step_fn: Callable[[int], Figures],
@@ -176,10 +190,10 @@ class Engine:
         """
         self.start_logs()
         with StopRequest().listening() as stop:
-            while self.step < self.config.steps:
+            while not self.is_done:
                 figures, must_stop = self.take_step(step_fn, stop)
                 self.report(figures, samples, validate, must_stop)
-                if must_stop and self.step < self.config.steps:
+                if must_stop and not self.is_done:
                     self.close_logs()
                     logger.info("stopped at step %d; %s", self.step, last_good(self.config.out))
                     raise SystemExit(STOPPED)
@@ -228,9 +242,9 @@ class Engine:
         must_stop: bool,
     ) -> None:
         """Write what the step just taken is due: validation, checkpoint, pictures, log line."""
-        config, is_end = self.config, self.step == self.config.steps
+        config = self.config
         figures = figures | {"lr": config.lr * config.lr_share(self.step - 1)}
-        is_saving = self.step % config.save_every == 0 or is_end or must_stop
+        is_saving = self.step % config.save_every == 0 or self.is_done or must_stop
         if is_saving and validate is not None and not must_stop:
             figures |= {f"validation/{name}": float(v) for name, v in validate().items()}
         if is_saving:
@@ -305,6 +319,7 @@ class Engine:
             loader=loader,
             bad_packs=bad_packs,
             versions=package_versions(),
+            ended=self.has_ended,
         )
 
     def save(self) -> Path:
@@ -363,5 +378,5 @@ class Engine:
         if self.loader is not None and found.loader is not None:
             bad_packs = [found.bad_packs] if hasattr(self.loader, "gather_bad_packs") else []
             self.loader.load_state_dict(found.loader, *bad_packs)
-        self.step, self.seconds = found.step, found.seconds
+        self.step, self.seconds, self.has_ended = found.step, found.seconds, found.ended
         logger.info("going on after step %d of %s", self.step, folder)

@@ -25,8 +25,11 @@ class TrainConfig:
     """Learning rate after the warm-up."""
     warmup_steps: int = 0
     """Steps over which the learning rate rises linearly."""
-    schedule: Literal["constant", "cosine"] = "constant"
-    """After the warm-up: constant, or half a cosine to zero at the last step."""
+    schedule: Literal["constant", "cosine", "multistep"] = "constant"
+    """After the warm-up: constant, half a cosine to zero at the last step, or divided by 10 at each
+    of the milestones."""
+    milestones: tuple[int, ...] = ()
+    """Of --schedule multistep: steps after which the learning rate is a tenth of what it was."""
     clip: float | None = None
     """Gradient norm beyond which gradients are scaled down to it."""
     spike: float | None = None
@@ -51,14 +54,19 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulation", "save_every", "keep", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; at least 1")
+            count = getattr(self, name)
+            if count is not None and count < 1:  # a recipe's steps may follow from its epochs
+                raise ValueError(f"{name} is {count}; at least 1")
         for name in ("lr", "clip", "spike", "sample_every"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value}; a positive number")
         if self.warmup_steps < 0:
             raise ValueError(f"warmup_steps is {self.warmup_steps}; 0 or more")
+        if bool(self.milestones) != (self.schedule == "multistep"):
+            raise ValueError(f"milestones {self.milestones} with schedule {self.schedule}")
+        if list(self.milestones) != sorted({step for step in self.milestones if step > 0}):
+            raise ValueError(f"milestones are {self.milestones}; positive and ascending")
         if self.precision == "bf16" and self.zero_stage == 0:
             raise ValueError("precision bf16 needs zero_stage 1, 2 or 3; with 0, take autocast")
         if self.spike is not None and (self.clip is None or self.zero_stage != 0):
@@ -71,6 +79,9 @@ class TrainConfig:
             share = min(1.0, (step + 1) / self.warmup_steps)
         if self.schedule == "cosine":
             share *= 0.5 * (1 + math.cos(math.pi * step / self.steps))
+        passed = sum(step >= milestone for milestone in self.milestones)
+        if passed:
+            share *= 0.1**passed
         return share
 
 

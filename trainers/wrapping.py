@@ -183,7 +183,8 @@ class WrappedNetwork:
         self.engine.save_checkpoint(str(folder), tag=name, save_latest=False)
         if dist.get_rank() == 0:  # DeepSpeed's universal form leaves buffers out
             try:
-                write_atomically(folder / name / BUFFERS, to_safetensors(self.buffers()))
+                buffers = {key: tensor.contiguous() for key, tensor in self.buffers().items()}
+                write_atomically(folder / name / BUFFERS, to_safetensors(buffers))
             except OSError as error:
                 self.failures.append(error)
         return list(self.failures)

@@ -1,0 +1,532 @@
+"""Patch classification: folds, protocols, features that stay, fine-tuning, bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from latentds.conversion.config import ConvertConfig
+from latentds.conversion.pipeline import convert
+from latentds.errors import ContractError, InputError, WeightsError
+from latentds.evaluation.csv_tables import read_table
+from latentds.evaluation.predictions import read_predictions
+from latentds.evaluation.records import RunRecord, read_record
+from tests.conftest import smooth_picture
+
+pytest.importorskip("sklearn")
+pytest.importorskip("deepspeed")
+pytest.importorskip("timm")
+
+from latentds_trainers.checkpoints import complete_checkpoints
+from latentds_trainers.classify_patches import ClassifyConfig, main
+from latentds_trainers.patch_inputs import open_labelled
+
+ROOT = Path(__file__).parents[1]
+VARIABLES = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
+EDGE = 32
+NCT_CRC = ("ADI", "BACK", "DEB", "LYM", "MUC", "MUS", "NORM", "STR", "TUM")
+
+
+@pytest.fixture(autouse=True)
+def one_rank_on_cpu(monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+
+
+def save_class(folder: Path, count: int, first_seed: int, tint: int, stem: str = "p") -> None:
+    """Ramps with a stripe pattern and a tint of their class, PNG."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        pixels = smooth_picture(first_seed + number, EDGE).astype(int)
+        pixels[:, :: 2 + tint] //= 2
+        pixels[..., tint % 3] += 25
+        picture = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+        picture.save(folder / f"{stem}{number:03d}.png")
+
+
+@pytest.fixture(scope="session")
+def classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """18 pictures of stroma and 15 of tumour."""
+    root = tmp_path_factory.mktemp("classes") / "pictures"
+    save_class(root / "stroma", 18, 0, 0)
+    save_class(root / "tumour", 15, 100, 1)
+    return root
+
+
+@pytest.fixture(scope="session")
+def embedder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A small network of timm with random weights."""
+    import timm
+
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "w.safetensors"
+    save_file(timm.create_model("test_resnet").state_dict(), path)
+    return f"timm:test_resnet@{path}"
+
+
+def settings(data: Path, out: Path, **options: Any) -> ClassifyConfig:
+    small = {"folds": 3, "device": "cpu", "workers": 2, "batch_size": 8, "standardize": True}
+    return ClassifyConfig(data=data, out=out, **(small | options))
+
+
+def classify(data: Path, out: Path, **options: Any) -> RunRecord:
+    main(settings(data, out, **options))
+    return read_record(out)
+
+
+def finetune(data: Path, out: Path, **options: Any) -> RunRecord:
+    small = {"probe": "finetune", "arch": "test_resnet", "epochs": 2, "folds": 2, "log_every": 1}
+    return classify(data, out, **(small | {"lr": 1e-3} | options))
+
+
+def assigned_items(path: Path, part: str) -> list[str]:
+    """Items in a column of CLAM's split file."""
+    return [name for name in read_table(path).values(part) if name]
+
+
+def blocks(out: Path) -> list[Path]:
+    return sorted(out.glob("features/*/block-*.safetensors"))
+
+
+# Probes
+
+
+def test_a_probe_leaves_a_record_predictions_and_a_table(classes, embedder, tmp_path, capsys):
+    record = classify(classes, tmp_path, embedder=embedder)
+    assert (record.task, record.model, record.primary) == ("classify_patches", "linear", "accuracy")
+    assert record.classes == ["stroma", "tumour"] and len(record.folds) == 3
+    assert {"accuracy", "balanced_accuracy", "macro_f1"} <= set(record.metrics())
+    assert record.related["colour-histogram"]["accuracy"]["n"] == 3
+    confusion = read_table(tmp_path / "confusion.csv").rows
+    assert [row["label"] for row in confusion] == record.classes
+    assert sum(int(row[name]) for row in confusion for name in record.classes) == 33
+    found = read_predictions(tmp_path)
+    assert len(set(found.items)) == len(found) == 33  # every patch is tested once
+    files = sorted((tmp_path / "splits").glob("splits_*.csv"))
+    tested = [name for path in files for name in assigned_items(path, "test")]
+    assert len(files) == 3 and sorted(tested) == sorted(found.items)
+    wins = found.probabilities.argmax(1) == found.labels
+    shares = [wins[found.folds == fold["fold"]].mean() for fold in record.folds]
+    assert shares == [fold["scores"]["accuracy"] for fold in record.folds]
+    text = capsys.readouterr().out
+    assert "33 patches of 32x32 px, 2 classes; linear of" in text
+    assert text.count("±") >= 2 * 4 + 2 * 3
+    assert "colour-histogram" in text and "folds are drawn patch by patch" in text
+
+
+def test_json_prints_the_record(classes, embedder, tmp_path, capsys):
+    record = classify(classes, tmp_path, embedder=embedder, probe="knn", neighbours=3, json=True)
+    assert json.loads(capsys.readouterr().out)["folds"] == record.to_json()["folds"]
+
+
+def test_the_same_seed_gives_the_same_figures_with_any_number_of_workers(
+    classes, embedder, tmp_path
+):
+    one = classify(classes, tmp_path / "one", embedder=embedder, workers=1)
+    four = classify(classes, tmp_path / "four", embedder=embedder, workers=4)
+    assert one.folds == four.folds and one.related == four.related
+    predictions = [(tmp_path / name / "predictions.csv").read_bytes() for name in ("one", "four")]
+    assert predictions[0] == predictions[1]
+
+
+def test_another_seed_draws_other_folds(classes, embedder, tmp_path):
+    one = classify(classes, tmp_path / "one", embedder=embedder)
+    other = classify(classes, tmp_path / "other", embedder=embedder, seed=1)
+    assert one.split_id != other.split_id
+
+
+def test_the_same_command_takes_up_features_and_finished_folds(classes, embedder, tmp_path):
+    whole = classify(classes, tmp_path, embedder=embedder)
+    made = {
+        path: path.stat().st_mtime_ns for path in (*blocks(tmp_path), tmp_path / "fold-0/fold.json")
+    }
+    (tmp_path / "result.json").unlink()
+    shutil.rmtree(tmp_path / "fold-2")
+    assert classify(classes, tmp_path, embedder=embedder).folds == whole.folds
+    assert made == {path: path.stat().st_mtime_ns for path in made}
+
+
+def test_features_go_on_after_the_blocks_that_are_there(classes, embedder, tmp_path, monkeypatch):
+    from latentds_trainers import patch_features
+
+    monkeypatch.setattr(patch_features, "BLOCK", 10)
+    whole = classify(classes, tmp_path / "whole", embedder=embedder)
+    assert len(blocks(tmp_path / "whole")) == 4
+    classify(classes, tmp_path / "parts", embedder=embedder)
+    for path in (tmp_path / "parts").glob("fold-*"):
+        shutil.rmtree(path)
+    blocks(tmp_path / "parts")[1].unlink()
+    assert classify(classes, tmp_path / "parts", embedder=embedder).folds == whole.folds
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-50]), "delete the file"),
+        (lambda path: path.write_bytes(b"no tensors"), "delete the file"),
+        (lambda path: save_file({"colours": torch.zeros(2, 96)}, path), "delete the file"),
+    ],
+)
+def test_a_damaged_block_of_features_is_named(classes, embedder, tmp_path, damage, words):
+    classify(classes, tmp_path, embedder=embedder)
+    (path,) = blocks(tmp_path)
+    damage(path)
+    with pytest.raises(InputError, match=words) as caught:
+        classify(classes, tmp_path, embedder=embedder)
+    assert path.name in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["fold.json", "probabilities.npy"])
+def test_a_damaged_fold_is_named(classes, embedder, tmp_path, name):
+    classify(classes, tmp_path, embedder=embedder)
+    (tmp_path / "fold-1" / name).write_bytes(b"{")
+    with pytest.raises(InputError, match=rf"fold-1/{name}.*delete .*fold-1"):
+        classify(classes, tmp_path, embedder=embedder)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"seed": 1}, "holds a run with seed 0, this one has 1"),
+        ({"codec": "jpeg:10"}, "holds a run with codec 'original', this one has 'jpeg:10'"),
+        ({"penalty": "squared"}, "holds a run with penalty 'norm'"),
+    ],
+)
+def test_a_folder_of_other_settings_is_refused(classes, embedder, tmp_path, change, words):
+    classify(classes, tmp_path, embedder=embedder)
+    with pytest.raises(ContractError, match=words):
+        classify(classes, tmp_path, embedder=embedder, **change)
+
+
+def test_a_folder_of_other_patches_is_refused(classes, embedder, tmp_path):
+    classify(classes, tmp_path / "run", embedder=embedder)
+    other = Path(shutil.copytree(classes, tmp_path / "other"))
+    save_class(other / "tumour", 2, 500, 1, stem="q")
+    with pytest.raises(ContractError, match="holds a run with split_id"):
+        classify(other, tmp_path / "run", embedder=embedder)
+
+
+def test_other_weights_of_the_embedder_are_refused(classes, embedder, tmp_path):
+    import timm
+
+    own = tmp_path / "w.safetensors"
+    save_file(timm.create_model("test_resnet").state_dict(), own)
+    classify(classes, tmp_path / "run", embedder=f"timm:test_resnet@{own}")
+    torch.manual_seed(9)
+    save_file(timm.create_model("test_resnet").state_dict(), own)
+    with pytest.raises(ContractError, match="holds a run with embedder_weights"):
+        classify(classes, tmp_path / "run", embedder=f"timm:test_resnet@{own}")
+
+
+# Sources, groups, protocols
+
+
+def test_sources_share_their_folds(classes, embedder, tmp_path):
+    convert(ConvertConfig(source=classes, out=tmp_path / "latents", device="cpu", workers=2))
+    runs = [
+        classify(classes, tmp_path / "original", embedder=embedder),
+        classify(classes, tmp_path / "jpeg", embedder=embedder, codec="jpeg:10"),
+        classify(tmp_path / "latents", tmp_path / "shards", embedder=embedder),
+    ]
+    assert {run.split_id for run in runs} == {runs[0].split_id}
+    assert [run.source["kind"] for run in runs] == ["original", "codec", "latents"]
+    assert runs[0].folds != runs[1].folds
+    items = [read_predictions(tmp_path / n).items for n in ("original", "jpeg", "shards")]
+    assert items[0] == items[1] == items[2]
+
+
+def test_groups_stay_together(classes, embedder, tmp_path):
+    table = tmp_path / "groups.csv"
+    names = [
+        f"{folder.name}/{path.name}"
+        for folder in sorted(classes.iterdir())
+        for path in sorted(folder.iterdir())
+    ]
+    lines = [f"{name},case{place % 7}" for place, name in enumerate(names)]
+    table.write_text("\n".join(["path,patient", *lines]))
+    record = classify(classes, tmp_path / "run", embedder=embedder, groups=table)
+    found = read_predictions(tmp_path / "run")
+    folds = [
+        {group for group, fold in zip(found.groups, found.folds, strict=True) if fold == n}
+        for n in range(3)
+    ]
+    assert sum(len(groups) for groups in folds) == len(set.union(*folds)) == 7
+    assert "column 'patient' of groups.csv" in record.split_rule
+    assert not any("patch by patch" in note for note in record.notes)
+
+
+def test_a_table_of_groups_that_lacks_patches_is_refused(classes, embedder, tmp_path):
+    table = tmp_path / "groups.csv"
+    table.write_text("path,patient\nstroma/p000.png,case1\n")
+    with pytest.raises(InputError, match=r"groups\.csv: its column 'path' lacks 32 items"):
+        classify(classes, tmp_path / "run", embedder=embedder, groups=table)
+
+
+@pytest.fixture
+def halves(classes: Path, tmp_path: Path) -> Path:
+    """Folders train and test of the same classes."""
+    root = tmp_path / "halves"
+    shutil.copytree(classes, root / "train")
+    save_class(root / "test" / "stroma", 5, 300, 0, stem="t")
+    save_class(root / "test" / "tumour", 6, 400, 1, stem="t")
+    return root
+
+
+@pytest.mark.parametrize("form", ["test split", "test data"])
+def test_val7k_tests_every_fold_on_the_test_set(halves, embedder, tmp_path, form):
+    where = {"data": halves}
+    if form == "test data":
+        where = {"data": halves / "train", "test_data": halves / "test"}
+    record = classify(out=tmp_path / "run", embedder=embedder, protocol="val7k", **where)
+    assert [(fold["train"], fold["val"], fold["test"]) for fold in record.folds] == [
+        (22, 11, 11)
+    ] * 3
+    found = read_predictions(tmp_path / "run")
+    assert len(set(found.items)) == 11 and all("test" in name for name in found.items)
+    assert not any("patch by patch" in note for note in record.notes)
+
+
+def test_a_test_set_of_its_own_goes_through_the_same_fitted_codebook(halves, embedder, tmp_path):
+    config = settings(
+        halves / "train",
+        tmp_path / "run",
+        embedder=embedder,
+        protocol="val7k",
+        test_data=halves / "test",
+        codec="tiny+kmeans:16",
+    )
+    train, test = open_labelled(config).sets
+    ids = [patches.facts().codebook["codebook_id"] for patches in (train, test)]
+    assert ids[0] == ids[1] and train.facts().codebook["origin"].startswith("fitted")
+
+
+def test_intra100k_leaves_the_test_split_and_tells_that_it_leaks(halves, embedder, tmp_path):
+    record = classify(halves, tmp_path / "run", embedder=embedder, protocol="intra100k")
+    assert sum(fold["test"] for fold in record.folds) == 33
+    assert any("patches of one patient are in training and test sets" in n for n in record.notes)
+
+
+@pytest.mark.parametrize("protocol", ["val7k", "intra100k"])
+def test_protocols_without_a_test_split_are_refused(classes, embedder, tmp_path, protocol):
+    with pytest.raises(InputError, match=f"--protocol {protocol} needs folders train and test"):
+        classify(classes, tmp_path, embedder=embedder, protocol=protocol)
+
+
+def test_a_test_set_with_other_classes_is_refused(classes, embedder, tmp_path):
+    save_class(tmp_path / "test" / "necrosis", 4, 700, 2)
+    with pytest.raises(InputError, match="has class 'necrosis'.*never trained on"):
+        classify(
+            classes,
+            tmp_path / "run",
+            embedder=embedder,
+            protocol="val7k",
+            test_data=tmp_path / "test",
+        )
+
+
+def test_a_patient_in_train_and_test_is_refused(halves, embedder, tmp_path):
+    pattern = r"(?P<label>stroma|tumour)/(?P<slide>[pt]\d+)"
+    for path in sorted((halves / "test").glob("*/*.png")):
+        path.rename(path.with_name(path.name.replace("t0", "p0")))
+    with pytest.raises(InputError, match="are in train and in test"):
+        classify(
+            halves, tmp_path / "run", embedder=embedder, protocol="val7k", name_pattern=pattern
+        )
+
+
+def test_the_bias_of_nct_crc_is_told(embedder, tmp_path, capsys):
+    for number, name in enumerate(NCT_CRC):
+        save_class(tmp_path / "nct" / name, 2, 50 * number, number % 3)
+    record = classify(tmp_path / "nct", tmp_path / "run", embedder=embedder, folds=2)
+    assert any("arXiv 2409.11546" in note for note in record.notes)
+    assert "alone reaches over 82 % accuracy" in capsys.readouterr().out
+
+
+# Bad input
+
+
+def test_patches_without_labels_are_refused(embedder, tmp_path):
+    save_class(tmp_path / "flat", 8, 0, 0)
+    with pytest.raises(InputError, match="8 of 8 patches have no label"):
+        classify(tmp_path / "flat", tmp_path / "run", embedder=embedder)
+
+
+def test_one_class_is_refused(embedder, tmp_path):
+    save_class(tmp_path / "in" / "tumour", 8, 0, 0)
+    with pytest.raises(InputError, match="all items are of one class"):
+        classify(tmp_path / "in", tmp_path / "run", embedder=embedder)
+
+
+def test_a_class_in_one_fold_only_is_refused(classes, embedder, tmp_path):
+    data = Path(shutil.copytree(classes, tmp_path / "in"))
+    save_class(data / "necrosis", 1, 0, 2)
+    with pytest.raises(InputError, match="class 'necrosis' is in one group only"):
+        classify(data, tmp_path / "run", embedder=embedder)
+
+
+def test_features_that_are_not_finite_are_refused(classes, tmp_path):
+    import timm
+
+    weights = timm.create_model("test_resnet").state_dict()
+    first = next(iter(weights))
+    save_file(
+        weights | {first: torch.full_like(weights[first], torch.nan)}, tmp_path / "w.safetensors"
+    )
+    with pytest.raises(InputError, match=r"stroma/p000\.png: its features are not finite"):
+        name = f"timm:test_resnet@{tmp_path / 'w.safetensors'}"
+        classify(classes, tmp_path / "run", embedder=name)
+
+
+def test_weights_that_are_not_there_are_named(classes, tmp_path):
+    with pytest.raises(WeightsError, match="no such file of weights"):
+        classify(classes, tmp_path / "run", embedder="timm:test_resnet@nowhere.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, "--probe linear needs an --embedder"),
+        ({"probe": "finetune"}, "--probe finetune needs --arch"),
+        ({"probe": "finetune", "arch": "resnet18", "embedder": "uni"}, "--embedder is for"),
+        ({"embedder": "uni", "arch": "resnet18"}, "--arch is for --probe finetune"),
+        ({"embedder": "uni", "test_data": Path("x")}, "--test-data is for --protocol val7k"),
+        ({"embedder": "uni", "protocol": "val7k", "split": "train"}, "leave --split"),
+        ({"embedder": "uni", "folds": 1}, "folds is 1; at least 2"),
+        ({"embedder": "uni", "jitter": 1.0}, r"jitter is 1\.0"),
+        ({"embedder": "uni", "lr": 0.0}, r"lr is 0\.0; a positive number"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(tmp_path, options, words):
+    with pytest.raises(ValueError, match=words):
+        ClassifyConfig(data=tmp_path, out=tmp_path / "run", **options)
+
+
+def test_help_needs_no_torch():
+    code = (
+        "import sys; from latentds_trainers import classify_patches; print('torch' in sys.modules)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ended.stdout == "False\n"
+
+
+# Fine-tuning
+
+
+def test_finetuning_learns_and_records_its_network(classes, tmp_path):
+    record = finetune(classes, tmp_path, epochs=6)
+    assert record.model == "finetune:test_resnet" and record.embedder is None
+    assert (record.summary["auc"][0] or 0) > 0.7  # chance is 0.5
+    logs = [
+        json.loads(line) for line in (tmp_path / "fold-0" / "log.jsonl").read_text().splitlines()
+    ]
+    assert logs[-1]["step"] == 6 * 2 and logs[-1]["classifier/loss"] < logs[0]["classifier/loss"]
+    assert "colour-histogram" in record.related
+
+
+def test_a_finetuning_that_was_stopped_equals_one_that_never_was(classes, tmp_path, monkeypatch):
+    from latentds_trainers.finetune_backbone import FoldTraining
+
+    whole = finetune(classes, tmp_path / "whole", save_every=2)
+    step = FoldTraining.step
+
+    def stop(training: FoldTraining, number: int) -> dict[str, torch.Tensor]:
+        if training.config.fold == 1 and number == 3:
+            raise KeyboardInterrupt
+        return step(training, number)
+
+    monkeypatch.setattr(FoldTraining, "step", stop)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(classes, tmp_path / "parts", save_every=2)
+    assert len(complete_checkpoints(tmp_path / "parts" / "fold-1")) == 1
+    monkeypatch.undo()
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert finetune(classes, tmp_path / "parts", save_every=2).folds == whole.folds
+    files = [(tmp_path / name / "predictions.csv").read_bytes() for name in ("whole", "parts")]
+    assert files[0] == files[1]
+
+
+def test_steps_of_other_images_are_refused(classes, tmp_path):
+    finetune(classes, tmp_path, epochs=1)
+    finetune(classes, tmp_path, epochs=1, batch_size=4, accumulation=2)
+    with pytest.raises(ContractError, match="holds a run of 8 images a step, this one has 4"):
+        finetune(classes, tmp_path, epochs=1, batch_size=4)
+
+
+def test_finetuning_starts_from_a_file_of_weights(classes, embedder, tmp_path):
+    path = embedder.partition("@")[2]
+    record = finetune(classes, tmp_path / "file", weights=path, epochs=1)
+    assert record.folds != finetune(classes, tmp_path / "random", epochs=1).folds
+
+
+def test_accumulation_equals_a_larger_batch(classes, tmp_path):
+    options = {"arch": "test_vit", "epochs": 1}  # without batch norm, which sees a forward pass
+    finetune(classes, tmp_path / "large", batch_size=8, **options)
+    finetune(classes, tmp_path / "small", batch_size=4, accumulation=2, **options)
+    large, small = (read_predictions(tmp_path / name) for name in ("large", "small"))
+    # float32 sums in another order, through a few steps of Adam
+    assert np.abs(large.probabilities - small.probabilities).max() < 1e-3
+
+
+def test_bfloat16_operations_train_and_test(classes, tmp_path):
+    record = finetune(classes, tmp_path, precision="autocast", epochs=1)
+    assert len(record.folds) == 2
+
+
+def test_a_network_that_timm_does_not_know_is_told_before_anything_is_done(classes, tmp_path):
+    with pytest.raises(KeyError, match="unknown timm model 'resnet17'"):
+        finetune(classes, tmp_path, arch="resnet17")
+    assert not list(tmp_path.iterdir())
+
+
+# Ranks
+
+
+def under_deepspeed(ranks: int, data: Path, out: Path, *options: str) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(ranks)]
+    command += ["--master_port", port, "--module", "latentds_trainers.classify_patches"]
+    command += ["--data", str(data), "--out", str(out), "--device", "cpu"]
+    ended = subprocess.run(
+        [*command, "--workers", "1", *options],
+        cwd=ROOT,
+        env=os.environ | VARIABLES,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=240,
+    )
+    assert ended.returncode == 0, ended.stdout[-3000:]
+
+
+@pytest.mark.slow
+def test_two_ranks_give_the_figures_of_one(classes, embedder, tmp_path):
+    words = ["--embedder", embedder, "--folds", "3", "--standardize", "--batch-size", "8"]
+    under_deepspeed(2, classes, tmp_path / "two", *words)
+    assert (
+        read_record(tmp_path / "two").folds
+        == classify(classes, tmp_path / "one", embedder=embedder).folds
+    )
+
+
+@pytest.mark.slow
+def test_two_ranks_finetune_as_one_with_twice_the_batch(classes, tmp_path):
+    words = ["--probe", "finetune", "--arch", "test_vit", "--folds", "2", "--epochs", "1"]
+    under_deepspeed(2, classes, tmp_path / "two", *words, "--batch-size", "4", "--lr", "1e-3")
+    finetune(classes, tmp_path / "one", arch="test_vit", batch_size=8, epochs=1, standardize=False)
+    two, one = (read_predictions(tmp_path / name) for name in ("two", "one"))
+    assert two.items == one.items
+    # float32 sums in another order, through a few steps of Adam
+    assert np.abs(two.probabilities - one.probabilities).max() < 1e-3

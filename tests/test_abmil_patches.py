@@ -1,0 +1,148 @@
+"""Attention over bags made on the fly from originals, codecs and latents, and their heat maps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from latentds.conversion.config import ConvertConfig
+from latentds.conversion.pipeline import convert
+from latentds.errors import InputError
+from latentds.evaluation.records import read_record
+from latentds.patchsets import open_patches
+from latentds.patchsets.config import PatchInput
+from tests.conftest import smooth_picture
+from tests.small_embedders import save_nic
+
+pytest.importorskip("deepspeed")
+pytest.importorskip("sklearn")
+
+from latentds_trainers import abmil, heat_map
+from latentds_trainers.abmil import AbmilConfig
+
+from tests.bag_files import SMALL
+
+EDGE = 64
+PATTERN = r"(?P<slide>s\d\d)_y(?P<y>\d+)_x(?P<x>\d+)"
+
+
+@pytest.fixture(autouse=True)
+def one_rank_on_cpu(monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+
+
+@pytest.fixture
+def tiles(tmp_path: Path) -> Path:
+    """Class folders of 12 slides, each of 2x2 pictures of 64 px."""
+    for number in range(12):
+        folder = tmp_path / "tiles" / ("tumour" if number % 2 else "stroma")
+        folder.mkdir(parents=True, exist_ok=True)
+        for place in range(4):
+            y, x = place // 2 * EDGE, place % 2 * EDGE
+            picture = smooth_picture(10 * number + place, EDGE) // (1 + number % 2)
+            Image.fromarray(picture).save(folder / f"s{number:02d}_y{y}_x{x}.png")
+    return tmp_path / "tiles"
+
+
+def run(data: Path, out: Path, **options: Any) -> Path:
+    """A short run on features of a random pathology encoder; its folder."""
+    weights = out.parent / "nic.safetensors"
+    if not weights.exists():
+        save_nic(weights)
+    values = {"data": data, "embedder": f"nic:{weights}", "epochs": 2, "min_epochs": 1}
+    abmil.main(AbmilConfig(out=out, **(SMALL | values | options)))
+    return out
+
+
+def test_originals_a_codec_and_latents_share_folds_and_labels(tiles, tmp_path):
+    convert(ConvertConfig(source=tiles, out=tmp_path / "latents", name_pattern=PATTERN,
+                          device="cpu", workers=2, fit_patches=16))  # fmt: skip
+    records = [
+        read_record(run(tiles, tmp_path / "original", name_pattern=PATTERN)),
+        read_record(run(tiles, tmp_path / "jpeg", name_pattern=PATTERN, codec="jpeg:10")),
+        read_record(run(tmp_path / "latents", tmp_path / "tiny")),
+    ]
+    assert [record.source["kind"] for record in records] == ["original", "codec", "latents"]
+    assert len({record.split_id for record in records}) == 1
+    assert {tuple(record.classes) for record in records} == {("stroma", "tumour")}
+
+
+def test_features_are_made_once(tiles, tmp_path):
+    out = run(tiles, tmp_path / "run", name_pattern=PATTERN)
+    files = sorted((out / "features").rglob("s*.h5"))
+    made = [path.stat().st_mtime_ns for path in files]
+    table = (out / "predictions.csv").read_bytes()
+    (out / "fold-1" / "fold.json").unlink()
+    run(tiles, out, name_pattern=PATTERN)
+    assert [path.stat().st_mtime_ns for path in files] == made and len(files) == 24
+    assert (out / "predictions.csv").read_bytes() == table
+
+
+def test_a_heat_map_lies_over_the_slides_pixels(tiles, tmp_path):
+    out = run(tiles, tmp_path / "run", name_pattern=PATTERN, heat_map_slides=("s03",))
+    assert Image.open(out / "heat_maps" / "s03.png").size[0] > 600
+
+
+def test_a_thumbnail_puts_the_patches_where_they_lie(tiles):
+    patches = open_patches(PatchInput(data=tiles, name_pattern=PATTERN, device="cpu"))
+    picture, origin, scale = heat_map.slide_thumbnail(patches, "s03")
+    read = {place: np.asarray(Image.open(tiles / "tumour" / f"s03_{place}.png")) for place in (
+        "y0_x0", "y0_x64", "y64_x0", "y64_x64")}  # fmt: skip
+    rows = [np.hstack([read[f"y{y}_x0"], read[f"y{y}_x64"]]) for y in (0, EDGE)]
+    assert (origin.tolist(), scale) == ([0, 0], 1.0)
+    assert np.array_equal(picture, np.vstack(rows))
+
+
+def test_a_thumbnail_leaves_white_where_no_patch_is(tiles, monkeypatch):
+    (tiles / "tumour" / "s03_y64_x0.png").unlink()
+    monkeypatch.setattr(heat_map, "LONGEST_PX", 32)
+    patches = open_patches(PatchInput(data=tiles, name_pattern=PATTERN, device="cpu"))
+    picture, _, scale = heat_map.slide_thumbnail(patches, "s03")
+    assert scale == 0.25 and picture.shape == (32, 32, 3)
+    assert (picture[16:, :16] == 255).all() and not (picture[:16] == 255).all()
+
+
+def test_features_of_another_place_than_the_patches_are_refused(tiles):
+    patches = open_patches(PatchInput(data=tiles, name_pattern=PATTERN, device="cpu"))
+    with pytest.raises(InputError, match="s03: none of its features' patches lies where"):
+        heat_map.draw_heat_map(
+            "s03", np.ones(1), np.array([[9000, 0]]), title="", size_px=EDGE, patches=patches
+        )
+
+
+def test_patches_without_slides_are_refused(tiles, tmp_path):
+    with pytest.raises(InputError, match="no patch names its slide.*--name-pattern"):
+        run(tiles, tmp_path / "run")
+
+
+def test_slides_of_two_labels_are_refused(tiles, tmp_path):
+    (tiles / "tumour" / "s03_y0_x0.png").rename(tiles / "stroma" / "s03_y0_x0.png")
+    with pytest.raises(InputError, match="1 slides have patches of several: 's03'"):
+        run(tiles, tmp_path / "run", name_pattern=PATTERN)
+
+
+def test_slides_without_labels_are_refused(tiles, tmp_path):
+    options: dict[str, Any] = {"name_pattern": PATTERN, "use_labels": False}
+    with pytest.raises(InputError, match="12 slides have patches without a label: 's00'"):
+        run(tiles, tmp_path / "run", **options)
+
+
+@pytest.mark.slow
+@pytest.mark.assets
+def test_breast_tissue_is_classified_from_originals(assets, tmp_path):
+    data = assets / "classification" / "ucsb_breast"
+    weights = assets / "features" / "nic_pathology" / "encoder_multitask-4.safetensors"
+    options: dict[str, Any] = {
+        "embedder": f"nic:{weights}",
+        "labels": data / "labels.csv",
+        "name_pattern": r"(?P<slide>[^/]+)__y(?P<y>\d+)_x(?P<x>\d+)",
+        "epochs": 10,
+        "min_epochs": 10,
+    }
+    record = read_record(run(data, tmp_path / "run", **options))
+    assert record.classes == ["benign", "malignant"] and "labels.csv" in record.split_rule
+    assert sum(fold["test"] for fold in record.folds) == 40

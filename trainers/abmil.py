@@ -1,0 +1,188 @@
+"""Attention-based multiple-instance learning over folds: what a slide's patches say of its label.
+
+    deepspeed --module latentds_trainers.abmil --bags brca-features/ --labels labels.csv \\
+        --folds 10 --out runs/abmil
+    python -m latentds_trainers.abmil --data tma-latents/ --embedder uni --labels labels.csv \\
+        --folds 5 --heat-maps 4 --out runs/tma
+
+A bag is a slide's features, one vector a patch: from files in TRIDENT's or CLAM's layout, or made
+once from patches, which stay in OUT/features. Folds keep patients together; the fold after the
+tested one validates. Every fold is a run of its own in OUT/fold-<i>, skipped when it is finished;
+the same command goes on after an interruption. The result lands in OUT/result.json, predictions.csv
+and splits/.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from latentds_trainers.launching import launch
+
+from latentds.patchsets.config import PatchInput
+
+# Source of each: `clam` CLAM's main.py and models/model_clam.py, `patho-bench` Patho-Bench's
+# configs/finetune/abmil.yaml, `ilse` AMLab's AttentionDeepMIL.
+PRESETS: dict[str, dict[str, Any]] = {
+    "clam": {
+        "hidden": 512, "attention": 256, "dropout": 0.25, "gated": True,
+        "optimizer": "adam", "lr": 1e-4, "weight_decay": 1e-5, "schedule": "constant",
+        "epochs": 200, "min_epochs": 50, "patience": 20, "select": "best",
+        "balance": "draws", "max_patches": None,
+    },
+    "patho-bench": {
+        "hidden": 512, "attention": 512, "dropout": 0.25, "gated": False,
+        "optimizer": "adamw", "lr": 3e-4, "weight_decay": 1e-5, "schedule": "cosine",
+        "epochs": 20, "min_epochs": 20, "patience": 20, "select": "last",
+        "balance": "loss", "max_patches": 2048,
+    },
+    "ilse": {
+        "hidden": 500, "attention": 128, "dropout": 0.0, "gated": True,
+        "optimizer": "adam", "lr": 5e-4, "weight_decay": 1e-4, "schedule": "constant",
+        "epochs": 20, "min_epochs": 20, "patience": 20, "select": "last",
+        "balance": "none", "max_patches": None,
+    },
+}  # fmt: skip
+COUNTS = (
+    *("repeats", "hidden", "attention", "epochs", "min_epochs", "patience", "max_patches"),
+    *("batch_size", "accumulation", "save_every", "embed_batch"),
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AbmilConfig(PatchInput):
+    """Classify slides by attention over their patches' features, in a cross-validation.
+
+    Options of a model or a schedule that are not given are the preset's.
+    """
+
+    out: Path
+    """Folder of the run. The same command run again goes on, and skips folds that are finished."""
+    bags: Path | None = None
+    """Features, one file a slide: what 'latentds features' wrote, TRIDENT's job or features folder,
+    CLAM's h5_files folder."""
+    data: Path | None = None  # type: ignore[assignment]
+    """Instead of --bags: patches (originals as 'latentds convert' takes them, or latents), whose
+    features are made once and kept in OUT/features. With --bags: what heat maps show."""
+    embedder: str | None = None
+    """With --data: what makes the features (uni, phikon-v2, efficientnet-lite0, timm:NAME, ...).
+    With --bags: whose features, where the folder has several."""
+    labels: Path | None = None
+    """CSV: slide_id (or slide, bag), label, and case_id (or patient, group, tma_core) where that is
+    known. Without, the labels that --data records."""
+    allow_subset: bool = False
+    """Go on where slides have no label or labels no slide; without, that is refused."""
+    folds: int = 10
+    """Folds of the cross-validation, patients kept together and classes balanced."""
+    splits: Path | None = None
+    """Instead of --folds: a folder of CLAM's splits_<i>.csv, one such file, or Patho-Bench's
+    TSV."""
+    seed: int = 0
+    """Of the folds, the first weights and the draws."""
+    repeats: int = 1
+    """Trainings of every fold, with seeds from --seed upwards; the folds stay."""
+    preset: Literal["clam", "patho-bench", "ilse"] = "clam"
+    """clam: gated, hidden 512, attention 256, dropout 0.25, Adam 1e-4, weight decay 1e-5, up to 200
+    epochs, stopped after 50 at the earliest when validation loss has not fallen for 20, best
+    weights, classes drawn equally often. patho-bench: not gated, attention 512, AdamW 3e-4, cosine,
+    20 epochs, 2048 patches a bag, weighted loss, last weights. ilse: gated, hidden 500, attention
+    128, no dropout, Adam 5e-4, weight decay 1e-4, 20 epochs, last weights."""
+    hidden: int | None = None
+    """Width of the layer that features go through first."""
+    attention: int | None = None
+    """Width of the attention's own layer."""
+    dropout: float | None = None
+    gated: bool | None = None
+    """Multiply the attention's tanh branch by a sigmoid one."""
+    optimizer: Literal["adam", "adamw"] | None = None
+    lr: float | None = None
+    weight_decay: float | None = None
+    schedule: Literal["constant", "cosine"] | None = None
+    epochs: int | None = None
+    """At most; an epoch draws as many bags as the fold trains on."""
+    min_epochs: int | None = None
+    """Epochs before which early stopping does not end a fold."""
+    patience: int | None = None
+    """Epochs without a lower validation loss after which it does."""
+    select: Literal["best", "last"] | None = None
+    """best: weights of the lowest validation loss, with early stopping; last: those of the last
+    epoch, validation figures only told."""
+    balance: Literal["draws", "loss", "none"] | None = None
+    """Against unequal classes: draw bags of each equally often, or weigh the loss."""
+    max_patches: int | None = None
+    """Patches of a bag in training, chosen anew at every draw; validation and test take all."""
+    batch_size: int = 1
+    """Bags a rank takes in one forward pass."""
+    accumulation: int = 1
+    """Forward passes whose gradients are averaged into one step."""
+    clip: float | None = None
+    """Gradient norm beyond which gradients are scaled down to it."""
+    precision: Literal["fp32", "autocast"] = "fp32"
+    """autocast: training in bfloat16 where torch holds that safe; figures are always float32."""
+    save_every: int = 10
+    """Epochs between checkpoints of a fold."""
+    cache_gb: float = 4.0
+    """Features a rank keeps in memory, in GB; the others are read from their files each time."""
+    embed_batch: int = 64
+    """Patches embedded at a time, with --data."""
+    heat_maps: int = 0
+    """Draw the attention of so many tested slides, spread over folds and classes, to
+    OUT/heat_maps."""
+    heat_map_slides: tuple[str, ...] = ()
+    """Draw the attention of these slides."""
+    tensorboard: bool = False
+    """Write TensorBoard events of every fold as well."""
+    json: bool = False
+    """Print the result as JSON instead of a table."""
+
+    def __post_init__(self) -> None:
+        if self.data is None and self.bags is None:
+            raise ValueError("give --bags, or --data with --embedder")
+        if self.data is not None:
+            PatchInput.__post_init__(self)
+        if self.bags is None and self.embedder is None:
+            raise ValueError("--data needs an --embedder to make features with")
+        if self.bags is not None and self.labels is None:
+            raise ValueError("--bags needs --labels; features do not tell them")
+        for name, value in PRESETS[self.preset].items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        self.check_numbers()
+
+    def check_numbers(self) -> None:
+        """Refuse counts, rates and shares that make no sense."""
+        for name in COUNTS:
+            count = getattr(self, name)
+            if count is not None and count < 1:
+                raise ValueError(f"{name} is {count}; at least 1")
+        if self.folds < 2 and self.splits is None:
+            raise ValueError(f"folds is {self.folds}; at least 2")
+        if not 0 <= self.number("dropout") < 1:
+            raise ValueError(f"dropout is {self.dropout}; from 0 to below 1")
+        if not 0 < self.number("lr") < math.inf:
+            raise ValueError(f"lr is {self.lr}; a positive number")
+        for name in ("weight_decay", "cache_gb", "heat_maps", "seed"):
+            if not 0 <= self.number(name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; 0 or more")
+        if self.clip is not None and not 0 < self.clip < math.inf:
+            raise ValueError(f"clip is {self.clip}; a positive number")
+
+    def number(self, name: str) -> float:
+        """A setting that the preset has filled in."""
+        return float(getattr(self, name))
+
+
+def main(config: AbmilConfig) -> None:
+    """Features where they are to be made, the folds, the result."""
+    if config.device == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from latentds_trainers.bag_task import BagTask
+
+    BagTask(config).run()
+
+
+if __name__ == "__main__":
+    launch(main, AbmilConfig, __doc__)

@@ -1,0 +1,244 @@
+"""What folds of bags came to: a fold's figures, the run's record, the table that is printed."""
+# n tested slides, C classes
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from latentds_trainers.abmil import AbmilConfig
+from latentds_trainers.bag_source import LabelledBags
+from latentds_trainers.bag_training import Stopping
+from latentds_trainers.checkpoints import package_versions
+from latentds_trainers.settings import jsonable
+
+from latentds.errors import InputError
+from latentds.evaluation.folds import Fold
+from latentds.evaluation.predictions import (
+    Predictions,
+    fold_predictions,
+    join_predictions,
+    write_predictions,
+)
+from latentds.evaluation.records import FoldResult, RunRecord, write_record
+from latentds.evaluation.scores import classification_scores
+from latentds.storage import write_atomically
+
+FILE, WEIGHTS = "fold.json", "model.safetensors"
+FORMAT = "latentds-fold/1"
+PRIMARY, SHOWN = "auc", ("auc", "balanced_accuracy", "accuracy", "macro_f1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FoldOutcome:
+    """A finished fold.
+
+    epochs     taken; `chosen_epoch` is the one whose weights were tested
+    items      slides tested, with their groups, labels (n) and probabilities (n, C)
+    notes      what the scores leave out
+    seconds    spent training
+    """
+
+    fold: int
+    seed: int
+    train: int
+    val: int
+    epochs: int
+    chosen_epoch: int
+    validation_loss: float | None
+    items: list[str]
+    groups: list[str]
+    labels: list[int]
+    probabilities: list[list[float]]
+    scores: dict[str, float | None]
+    per_class: dict[str, dict[str, float | None]]
+    notes: list[str]
+    seconds: float
+
+    def write(self, folder: Path) -> None:
+        """Write fold.json, which says that the fold is finished."""
+        text = json.dumps({"format": FORMAT} | dataclasses.asdict(self), indent=1)
+        write_atomically(folder / FILE, text.encode())
+
+    def result(self) -> FoldResult:
+        """The fold in the run's record."""
+        return FoldResult(
+            fold=self.fold,
+            seed=self.seed,
+            train=self.train,
+            val=self.val,
+            test=len(self.items),
+            scores=self.scores,
+            per_class=self.per_class,
+        )
+
+    def line(self) -> str:
+        """The fold in a line."""
+        shown = ", ".join(f"{name} {figure(self.scores.get(name))}" for name in SHOWN[:2])
+        return (
+            f"fold {self.fold}, seed {self.seed}: {shown}; weights of epoch {self.chosen_epoch} "
+            f"of {self.epochs}, {self.seconds:.0f} s"
+        )
+
+
+def fold_folder(config: AbmilConfig, number: int, seed: int) -> Path:
+    """Where a fold's run lies."""
+    suffix = "" if seed == config.seed else f"-seed-{seed}"
+    return config.out / f"fold-{number}{suffix}"
+
+
+def read_outcome(folder: Path) -> FoldOutcome | None:
+    """A finished fold; None for one that is not. InputError for a file that is damaged."""
+    path = folder / FILE
+    if not path.exists():
+        return None
+    try:
+        values = json.loads(path.read_bytes())
+        if values.pop("format") != FORMAT:
+            raise ValueError("another format")
+        return FoldOutcome(**values)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(
+            f"{path} is damaged ({error}); delete the fold's folder to train it again"
+        ) from error
+
+
+def fold_outcome(
+    labelled: LabelledBags,
+    fold: Fold,
+    *,
+    number: int,
+    seed: int,
+    probabilities: np.ndarray,
+    epochs: int,
+    stopping: Stopping,
+    select: str,
+    seconds: float,
+) -> FoldOutcome:
+    """The scores of a fold's test bags."""
+    slides = labelled.slides
+    targets = slides.targets[fold.test]
+    scores = classification_scores(targets, probabilities, slides.classes)
+    return FoldOutcome(
+        fold=number,
+        seed=seed,
+        train=len(fold.train),
+        val=len(fold.val),
+        epochs=epochs,
+        chosen_epoch=stopping.epoch if select == "best" else epochs,
+        validation_loss=stopping.lowest,
+        items=[slides.slides[row] for row in fold.test.tolist()],
+        groups=[slides.groups[row] for row in fold.test.tolist()],
+        labels=targets.tolist(),
+        probabilities=probabilities.tolist(),
+        scores=scores.values,
+        per_class=scores.per_class,
+        notes=[f"fold {number}: {note}" for note in scores.notes],
+        seconds=round(seconds, 2),
+    )
+
+
+def report(
+    config: AbmilConfig, labelled: LabelledBags, split: str, outcomes: list[FoldOutcome]
+) -> RunRecord:
+    """Write result.json and predictions.csv, and print them."""
+    predictions = pooled_predictions(outcomes, labelled.slides.classes)
+    record = run_record(config, labelled, split, outcomes)
+    write_predictions(config.out, predictions.sorted())
+    write_record(config.out, record)
+    together = classification_scores(
+        predictions.labels, predictions.probabilities, predictions.classes
+    )
+    text = table(record, together.values, config.out)
+    print(json.dumps(record.to_json(), indent=1) if config.json else text)
+    return record
+
+
+def pooled_predictions(outcomes: list[FoldOutcome], classes: list[str]) -> Predictions:
+    """The predictions of all folds and seeds."""
+    return join_predictions(
+        [
+            fold_predictions(
+                outcome.fold,
+                outcome.seed,
+                items=outcome.items,
+                groups=outcome.groups,
+                labels=outcome.labels,
+                probabilities=np.array(outcome.probabilities),
+                classes=classes,
+            )
+            for outcome in outcomes
+        ]
+    )
+
+
+def run_record(
+    config: AbmilConfig,
+    labelled: LabelledBags,
+    split: str,
+    outcomes: list[FoldOutcome],
+) -> RunRecord:
+    """The run's record."""
+    folder, slides = labelled.bags.folder, labelled.slides
+    place = config.data or config.bags
+    rule = f"{len(set(slides.groups))} groups: {slides.group_rule}"
+    made = f"splits of {config.splits.name}" if config.splits else f"{config.folds} folds by seed"
+    facts = folder.source or {"name": "features", "kind": "features"}
+    notes = [*slides.notes, *dict.fromkeys(note for outcome in outcomes for note in outcome.notes)]
+    return RunRecord(
+        task="abmil",
+        data=place.name if place else "",
+        source=facts,
+        embedder=str(folder.embedder.get("name") or "") or None,
+        model="abmil",
+        classes=slides.classes,
+        seeds=[config.seed + repeat for repeat in range(config.repeats)],
+        split_id=split,
+        split_rule=f"{made}; {rule}",
+        primary=PRIMARY,
+        folds=[outcome.result() for outcome in outcomes],
+        settings=shown_settings(config),
+        notes=notes,
+        versions=package_versions(),
+        command=" ".join(["python", "-m", "latentds_trainers.abmil", *sys.argv[1:]]),
+    )
+
+
+def shown_settings(config: AbmilConfig) -> dict[str, Any]:
+    """The settings as JSON, paths by their last part."""
+    values = dataclasses.asdict(config)
+    named = {n: v.name if isinstance(v, Path) else v for n, v in values.items()}
+    plain: dict[str, Any] = jsonable(named)
+    return plain
+
+
+def table(record: RunRecord, together: dict[str, float | None], out: Path) -> str:
+    """The record as text, with the scores of all folds' predictions taken together."""
+    lines = [
+        f"{record.data}: {len(record.classes)} classes ({', '.join(record.classes)}), features "
+        f"{record.embedder or 'unknown'} of {record.source['name']}",
+        f"{record.split_rule}",
+        "",
+        "fold  seed  train   val  test  " + "  ".join(f"{name:>17}" for name in SHOWN),
+    ]
+    for fold in record.folds:
+        figures = "  ".join(f"{figure(fold['scores'].get(name)):>17}" for name in SHOWN)
+        counts = "  ".join(f"{fold[part]:>4}" for part in ("train", "val", "test"))  # type: ignore[literal-required]
+        lines.append(f"{fold['fold']:>4}  {fold['seed']:>4}   {counts}  {figures}")
+    summary = record.summary
+    means = "  ".join(
+        f"{figure(summary[name][0]) + ' ± ' + figure(summary[name][1]):>17}" for name in SHOWN
+    )
+    alone = "  ".join(f"{figure(together.get(name)):>17}" for name in SHOWN)
+    lines += [f"{'mean ± sd':<30} {means}", f"{'all folds together':<30} {alone}"]
+    lines += [f"note: {note}" for note in record.notes]
+    return "\n".join([*lines, "", f"{out / 'result.json'}"])
+
+
+def figure(value: float | None) -> str:
+    """Three decimals, a hyphen for what is undefined."""
+    return "-" if value is None else f"{value:.3f}"

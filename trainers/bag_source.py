@@ -1,0 +1,201 @@
+"""Bags of features by slide: opened or made from patches, labelled, read in part, some kept."""
+# N patches of a bag, n of a part, D dimensions
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from latentds_trainers.abmil import AbmilConfig
+from latentds_trainers.ranks import on_all_ranks
+from torch import Tensor
+
+from latentds.errors import FormatError, InputError
+from latentds.evaluation.groups import (
+    LabelledSlides,
+    groups_of,
+    match_labels,
+    read_labels,
+    sorted_classes,
+)
+from latentds.evaluation.slide_names import some
+from latentds.features.folder import FeatureFolder
+from latentds.patchsets.base import PatchSet
+from latentds.patchsets.config import PatchInput
+
+PART = 16_384  # patches of a bag that validation has in memory at once
+GB = 1 << 30
+
+
+class FeatureBags:
+    """Features of slides, read where they are needed; the first that fit stay in memory.
+
+    folder      the files
+    cache_gb    memory for whole bags. What does not fit is read from its file each time, no more
+                of it than is asked for: with draws at random, throwing bags out would help none
+    """
+
+    def __init__(self, folder: FeatureFolder, cache_gb: float) -> None:
+        self.folder, self.room = folder, int(cache_gb * GB)
+        self.kept: dict[str, np.ndarray] = {}
+
+    @property
+    def dim(self) -> int:
+        """D."""
+        return self.folder.dim
+
+    def count(self, slide: str) -> int:
+        """N."""
+        return self.folder.sizes[slide]
+
+    def read(self, slide: str, rows: np.ndarray | None = None) -> Tensor:
+        """Features float32 (N, D), of chosen patches where `rows` are given.
+
+        raises  FormatError for a damaged file, or features that are not finite
+        """
+        whole = self.keep(slide)
+        if whole is not None:
+            return torch.from_numpy(whole if rows is None else whole[rows])
+        with self.folder.file(slide) as file:
+            found = file.features(slice(None) if rows is None else rows)
+        return torch.from_numpy(self.checked(slide, found))
+
+    def parts(self, slide: str) -> Iterator[Tensor]:
+        """All features, float32 (n, D) at a time."""
+        whole = self.keep(slide)
+        if whole is not None:
+            yield from torch.from_numpy(whole).split(PART)
+            return
+        with self.folder.file(slide) as file:
+            for start in range(0, len(file), PART):
+                part = file.features(slice(start, start + PART))
+                yield torch.from_numpy(self.checked(slide, part))
+
+    def keep(self, slide: str) -> np.ndarray | None:
+        """The whole bag from memory, where it goes now if there is room; None if there is none."""
+        if slide not in self.kept:
+            size = self.count(slide) * self.dim * np.dtype(np.float32).itemsize
+            if size > self.room:
+                return None
+            with self.folder.file(slide) as file:
+                self.kept[slide] = self.checked(slide, file.features())
+            self.room -= size
+        return self.kept[slide]
+
+    def checked(self, slide: str, features: np.ndarray) -> np.ndarray:
+        """The features; FormatError where one is NaN or infinite."""
+        if not np.isfinite(features.sum(dtype=np.float64)):  # no second array as large
+            raise FormatError(
+                f"{self.folder.files[slide]}: features that are not finite; make it again"
+            )
+        return features
+
+    def coords(self, slide: str) -> tuple[np.ndarray, int | None]:
+        """Coordinates int64 (N, 2) at level 0, and a patch's edge there where it is recorded."""
+        with self.folder.file(slide) as file:
+            found = file.attributes.get("coords", {}).get("patch_size_level0")
+            return file.coords(), int(found) if found else None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class LabelledBags:
+    """What a cross-validation is over: bags, their labels and patients, where they are from.
+
+    patches   the pixels behind them; None where only features were given
+    """
+
+    bags: FeatureBags
+    slides: LabelledSlides
+    patches: PatchSet | None
+
+
+def open_labelled(config: AbmilConfig, device: torch.device) -> LabelledBags:
+    """Bags and labels as the settings say, features made first where there are none. Collective."""
+    patches = None
+    if config.data is not None:
+        patches = on_all_ranks(lambda: open_data(config, device))
+    if config.bags is None:
+        assert patches is not None
+        make_features(config, patches, device)
+    place = config.bags or config.out / "features"
+    folder = on_all_ranks(lambda: FeatureFolder(place, embedder=feature_name(config)))
+    slides = on_all_ranks(lambda: label_slides(config, folder, patches))
+    return LabelledBags(bags=FeatureBags(folder, config.cache_gb), slides=slides, patches=patches)
+
+
+def feature_name(config: AbmilConfig) -> str | None:
+    """Which features of a folder are asked for; those we made have a record of their own."""
+    return config.embedder if config.bags is not None else None
+
+
+def open_data(config: AbmilConfig, device: torch.device) -> PatchSet:
+    """The patches that --data and its options name; recorded splits play no part."""
+    from latentds.patchsets import open_patches
+
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(PatchInput)}
+    return open_patches(PatchInput(**(values | {"splits": None, "device": str(device)})))
+
+
+def make_features(config: AbmilConfig, patches: PatchSet, device: torch.device) -> None:
+    """Embed what is not embedded yet, slides shared by the ranks. Collective."""
+    from latentds.embedders import load_embedder
+    from latentds.features.extraction import FeatureOptions, extract_features
+
+    assert config.embedder is not None
+    name = config.embedder
+    if not on_all_ranks(patches.slides):
+        raise InputError(
+            f"{config.data}: no patch names its slide, and bags are slides; give a "
+            "--name-pattern with a group 'slide'"
+        )
+    embedder = on_all_ranks(lambda: load_embedder(name))
+    on_all_ranks(
+        lambda: extract_features(
+            patches,
+            embedder,
+            config.out / "features",
+            FeatureOptions(batch_size=config.embed_batch),
+            device=device,
+            rank=dist.get_rank(),
+            world_size=dist.get_world_size(),
+        )
+    )
+
+
+def label_slides(
+    config: AbmilConfig, folder: FeatureFolder, patches: PatchSet | None
+) -> LabelledSlides:
+    """Labels and patients of the slides with features."""
+    if config.labels is not None:
+        return match_labels(
+            read_labels(config.labels),
+            folder.slides,
+            allow_subset=config.allow_subset,
+            groups=config.groups,
+        )
+    assert patches is not None
+    return recorded_labels(patches, folder.slides, config.groups)
+
+
+def recorded_labels(patches: PatchSet, slides: list[str], groups: Path | None) -> LabelledSlides:
+    """Labels that the patches record, one a slide.
+
+    raises  InputError for slides without one, or with several
+    """
+    found = {slide: np.unique(patches.table.labels[patches.rows_of(slide)]) for slide in slides}
+    bare = [slide for slide, labels in found.items() if labels[0] < 0]
+    torn = [slide for slide, labels in found.items() if len(labels) > 1 and slide not in bare]
+    for left, what in ((bare, "have patches without a label"), (torn, "have patches of several")):
+        if left:
+            raise InputError(f"{len(left):,} slides {what}: {some(left)}; give --labels, a CSV")
+    names = {slide: patches.classes[int(labels[0])] for slide, labels in found.items()}
+    classes = sorted_classes(names.values())
+    targets = np.array([classes.index(names[slide]) for slide in slides], np.int64)
+    own, rule = groups_of(slides, slides, groups)
+    return LabelledSlides(
+        slides=slides, classes=classes, targets=targets, groups=own, group_rule=rule, notes=[]
+    )

@@ -1,0 +1,214 @@
+"""Pathology encoders that give a map of features of an image, for SAM-Path to put beside SAM's.
+
+HIPT's ViT-S/16 from its published file, or any embedder whose network has such a map: timm's
+vision transformers and CNNs, Phikon-v2's Dinov2, the encoders of Neural Image Compression.
+"""
+# B batch, C channels, H W pixels, h w cells
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from latentds.autoencoders.base import hash_tensors
+from latentds.embedders import NetworkEmbedder, load_embedder
+from latentds.embedders.nic import FIELD_PX, SEEN_PX, NicEncoder
+from latentds.errors import ShapeError, WeightsError
+
+Mapper = Callable[[Any, Tensor], Tensor]  # network, prepared images -> (B, C, h, w)
+
+HIPT = "hipt"
+NIC_CELL_PX = 16  # stride of its four convolutions, in pixels after pooling
+
+
+class DenseEncoder(nn.Module):
+    """Maps of features float (B, C, h, w) of images in [0, 1]; frozen, and in eval mode for ever.
+
+    name        for records, with `weights_id`, a hash of the tensors as they were loaded
+    channels    C
+    input_px    (H, W) that images are resized to (bilinearly): the size asked for, or the nearest
+                one that the network takes
+    grid        (h, w) that maps are resized to
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        network: Any,
+        mapper: Mapper,
+        *,
+        name: str,
+        weights_id: str,
+        channels: int,
+        input_px: tuple[int, int],
+        grid: tuple[int, int],
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+    ) -> None:
+        super().__init__()
+        self.network = network.eval().requires_grad_(False)
+        self.mapper, self.name, self.channels = mapper, name, channels
+        self.input_px, self.grid = input_px, grid
+        self.weights_id = weights_id
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+
+    def train(self, mode: bool = True) -> DenseEncoder:  # noqa: ARG002
+        """Self, unchanged: dropout and batch norm stay as in evaluation."""
+        super().train(False)
+        return self
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        prepared = (fitted(images, self.input_px) - self.mean) / self.std
+        cells = self.mapper(self.network, prepared)
+        if cells.ndim != 4 or cells.shape[1] != self.channels:
+            raise ShapeError(
+                f"{self.name}: its features are {tuple(cells.shape)}, "
+                f"not a map of {self.channels} channels"
+            )
+        return fitted(cells, self.grid)
+
+
+def load_dense_encoder(name: str, input_px: int, grid: int) -> DenseEncoder:
+    """A pathology encoder by name, for square images of `input_px` and maps of `grid` cells.
+
+    name    `hipt@FILE` for HIPT's vit256_small_dino.pth, or whatever `load_embedder` takes
+    raises  WeightsError, MissingExtraError, UnknownNameError; ShapeError for an embedder whose
+            network has no map of features
+    """
+    kind, _, path = name.partition("@")
+    if kind != HIPT:
+        return of_embedder(load_embedder(name), input_px, grid)
+    if not path:
+        raise WeightsError(
+            "hipt: its weights come from a local file; pass 'hipt@FILE' with the "
+            "vit256_small_dino.pth of github.com/mahmoodlab/HIPT"
+        )
+    from latentds.models import hipt
+
+    network = hipt.load_hipt(Path(path))
+    facts = {
+        "name": f"{HIPT}:{Path(path).stem}",
+        "weights_id": hash_tensors(network.state_dict(), {}),
+        "mean": hipt.MEAN,
+        "std": hipt.STD,
+    }
+    return of_timm(network, input_px, grid, facts)
+
+
+def of_embedder(embedder: NetworkEmbedder, input_px: int, grid: int) -> DenseEncoder:
+    """The map that an embedder's network makes before it pools; ShapeError where it makes none."""
+    card, network = embedder.card, embedder.network
+    facts = {n: getattr(card, n) for n in ("name", "weights_id", "mean", "std")}
+    if hasattr(network, "forward_features"):
+        return of_timm(network, input_px, grid, facts)
+    inner: Any = getattr(network, "network", None)  # Phikon's, inside what takes its class token
+    if hasattr(inner, "config") and hasattr(inner.config, "patch_size"):
+        edge = nearest_multiple(input_px, int(inner.config.patch_size))
+        return DenseEncoder(
+            inner,
+            dinov2_map,
+            channels=int(inner.config.hidden_size),
+            input_px=(edge, edge),
+            grid=(grid, grid),
+            **facts,
+        )
+    encoder: Any = getattr(network, "encoder", network)  # nic-quarters wraps its encoder
+    if isinstance(encoder, NicEncoder):
+        pooled_px = FIELD_PX // SEEN_PX * (1 if encoder is not network else 2)
+        return of_nic(encoder, input_px, grid, pooled_px, facts)
+    raise ShapeError(f"{card.name}: its network ({type(network).__name__}) has no map of features")
+
+
+def of_timm(network: Any, input_px: int, grid: int, facts: dict[str, Any]) -> DenseEncoder:
+    """A timm network's map. Position embeddings are interpolated once, to the size of the images.
+
+    The images keep their scale: cells of another size than asked for are resized, not the images.
+    """
+    edge = input_px
+    if hasattr(network, "set_input_size"):  # transformers; CNNs take any size
+        edge = nearest_multiple(input_px, int(network.patch_embed.patch_size[0]))
+        network.set_input_size(img_size=(edge, edge))
+    return DenseEncoder(
+        network,
+        timm_map,
+        channels=int(network.num_features),
+        input_px=(edge, edge),
+        grid=(grid, grid),
+        **facts,
+    )
+
+
+def of_nic(
+    network: NicEncoder, input_px: int, grid: int, pooled_px: int, facts: dict[str, Any]
+) -> DenseEncoder:
+    """The embeddings of fields of 64 pooled pixels around every cell of 16 of them."""
+    edge = nearest_multiple(input_px, pooled_px * NIC_CELL_PX)
+
+    def mapper(encoder: NicEncoder, prepared: Tensor) -> Tensor:
+        return nic_map(encoder, functional.avg_pool2d(prepared, pooled_px))
+
+    return DenseEncoder(
+        network,
+        mapper,
+        channels=network.fc.out_features,
+        input_px=(edge, edge),
+        grid=(grid, grid),
+        **facts,
+    )
+
+
+def timm_map(network: Any, prepared: Tensor) -> Tensor:
+    """Last features of a timm network: a CNN's map, or a transformer's tokens after its prefix."""
+    features: Tensor = network.forward_features(prepared)
+    if features.ndim == 4:
+        is_last = getattr(network, "output_fmt", "NCHW") == "NHWC"
+        return features.permute(0, 3, 1, 2) if is_last else features
+    return as_map(features[:, int(getattr(network, "num_prefix_tokens", 0)) :])
+
+
+def dinov2_map(network: Any, prepared: Tensor) -> Tensor:
+    """Patch tokens of transformers' Dinov2, which interpolates position embeddings by itself."""
+    return as_map(network(pixel_values=prepared).last_hidden_state[:, 1:])
+
+
+def nic_map(encoder: NicEncoder, pooled: Tensor) -> Tensor:
+    """The encoder run over an image: its dense layer as a convolution over 3x3 cells.
+
+    pooled   (B, 3, H, W) in [-1, 1], edges multiples of 16
+    returns  (B, 128, H/16, W/16), each cell the embedding of the 64 px around its middle; beyond
+             the border the image is mirrored
+    """
+    margin = (SEEN_PX - NIC_CELL_PX) // 2
+    x = functional.pad(pooled, (margin,) * 4, mode="reflect")
+    for number in range(4):
+        conv, norm = getattr(encoder, f"conv{number}"), getattr(encoder, f"bn{number}")
+        x = norm(functional.leaky_relu(conv(x), 0.2))
+    weight = encoder.fc.weight.view(encoder.fc.out_features, -1, 3, 3)
+    return functional.conv2d(x, weight, encoder.fc.bias)
+
+
+def as_map(tokens: Tensor) -> Tensor:
+    """Tokens (B, n * n, C) of a square image as (B, C, n, n)."""
+    edge = round(tokens.shape[1] ** 0.5)
+    return tokens.transpose(1, 2).reshape(len(tokens), tokens.shape[2], edge, edge)
+
+
+def nearest_multiple(edge_px: int, cell_px: int) -> int:
+    """The multiple of `cell_px` nearest to an edge, at least one cell."""
+    return max(round(edge_px / cell_px), 1) * cell_px
+
+
+def fitted(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """(B, C, H, W) resized bilinearly (without antialiasing) to `size`; unchanged if it has it."""
+    if tuple(maps.shape[-2:]) == size:
+        return maps
+    return functional.interpolate(maps, size, mode="bilinear", align_corners=False)

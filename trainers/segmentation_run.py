@@ -1,0 +1,245 @@
+"""A segmentation run: its images and folds, every fold trained once, and what it leaves behind."""
+# N images, K labels with 0
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+from latentds_trainers.ranks import from_first, join_ranks, on_all_ranks
+from latentds_trainers.sampath import SampathConfig
+from latentds_trainers.segmentation_data import LabelledImages
+from latentds_trainers.segmentation_fold import SegmentationFold
+from latentds_trainers.segmentation_folds import (
+    NO_FOLDS,
+    FoldPlan,
+    check_classes,
+    group_plan,
+    named_plan,
+    table_plan,
+)
+from latentds_trainers.segmentation_pictures import picture_name, write_picture
+from latentds_trainers.segmentation_presets import PRESETS, SIZES_PX
+from latentds_trainers.segmentation_report import (
+    FoldOutcome,
+    fold_outcome,
+    read_outcome,
+    report,
+    run_record,
+)
+from latentds_trainers.settings import plain
+
+from latentds.errors import ContractError, InputError
+from latentds.evaluation.folds import Fold, split_id
+from latentds.evaluation.groups import groups_of
+from latentds.evaluation.splits import write_clam_splits
+from latentds.patchsets import open_patches
+from latentds.patchsets.base import PatchSet, PatchTable
+from latentds.patchsets.opening import find_shards
+
+logger = logging.getLogger(__name__)
+
+SETTINGS = "run.json"
+# When a run goes on: where things lie, how they are read, what is shown. What lies there is
+# compared by its names and facts.
+MAY_CHANGE = (
+    *("data", "masks", "groups", "fold_table", "slides", "root", "only", "splits", "codebook_from"),
+    *("device", "workers", "keep_mb", "max_px", "pictures", "json", "seeds"),
+)
+OF_ENGINE = ("out", "save_every", "keep", "log_every", "sample_every", "tensorboard")
+
+
+class SegmentationRun:
+    """A run over all folds and seeds: opens images and masks, trains, tests, reports."""
+
+    def __init__(self, config: SampathConfig) -> None:
+        self.config, self.device = config, join_ranks()
+        patches = on_all_ranks(self.open)
+        self.images = LabelledImages(config, patches, config.values)
+        self.table: PatchTable = patches.table
+        self.groups, rule = on_all_ranks(self.find_groups)
+        self.plan = on_all_ranks(lambda: self.make_plan(rule))
+        counts: np.ndarray = from_first(self.images.count_pixels)
+        self.notes = on_all_ranks(lambda: check_classes(self.plan, counts, config.values.names))
+        self.source = from_first(lambda: patches.facts().to_json())
+        from_first(self.claim_folder)
+        from_first(self.write_splits)
+
+    def open(self) -> PatchSet:
+        """The images; InputError for those without masks or of another size than the preset's."""
+        config = self.config
+        patches = open_patches(resized_before(config, str(self.device)))
+        if not patches.has_masks:
+            raise InputError(
+                f"{config.location}: has no masks; give --masks FOLDER, or convert with it"
+            )
+        check_size(config, patches.patch_px)
+        return patches
+
+    def find_groups(self) -> tuple[list[str], str]:
+        """What must stay together, one an image, and the rule: tiles of a picture always do."""
+        groups, rule = groups_of(self.table.slides, self.table.sources, self.config.groups)
+        return groups, rule
+
+    def make_plan(self, rule: str) -> FoldPlan:
+        """The folds that the config asks for."""
+        config, table = self.config, self.table
+        if config.fold_table is not None:
+            return table_plan(config.fold_table, table.sources, self.groups)
+        if config.folds is not None:
+            return group_plan(self.groups, config.folds, config.seed, rule)
+        if len(set(table.splits)) < 2:
+            raise InputError(f"{config.location}: has one split, {table.splits[0]!r}; {NO_FOLDS}")
+        return named_plan(table.splits, self.groups, "the data's own splits")
+
+    @property
+    def items(self) -> list[str]:
+        """Names of the images."""
+        return self.table.names
+
+    def claim_folder(self) -> None:
+        """Write what the run is, or see that the folder is of the same one.
+
+        raises  ContractError that names what differs
+        """
+        left_out = {*MAY_CHANGE, *OF_ENGINE}
+        settings = {n: v for n, v in plain(self.config).items() if n not in left_out}
+        identity = {
+            "source": self.source["name"],
+            "codebook": self.source.get("codebook"),
+            "folds": split_id(self.plan.folds, self.items),
+        }
+        wanted = json.loads(json.dumps(settings | identity))
+        path = self.config.out / SETTINGS
+        if not path.exists():
+            write_json(path, wanted)
+            return
+        try:
+            found = json.loads(path.read_bytes())
+        except ValueError as error:
+            raise ContractError(f"{path} is damaged ({error}); give another --out") from error
+        for name, value in wanted.items():
+            if name in found and found[name] != value:
+                raise ContractError(
+                    f"{path}: the run there has {name} {found[name]!r}, this one {value!r}; set it "
+                    "back, or give another --out"
+                )
+
+    def write_splits(self) -> None:
+        """The folds as CSV files of images."""
+        write_clam_splits(self.config.out / "splits", self.plan.folds, self.items)
+
+    def run(self) -> None:
+        """Train and test what is not finished; write and print the result."""
+        seeds = self.config.seeds or (self.config.seed,)
+        outcomes = [
+            self.outcome(number, fold, seed)
+            for seed in seeds
+            for number, fold in enumerate(self.plan.folds)
+        ]
+        from_first(lambda: self.report(outcomes))
+
+    def report(self, outcomes: Sequence[FoldOutcome]) -> None:
+        """On rank 0."""
+        record = run_record(
+            self.config,
+            self.plan,
+            outcomes,
+            source=self.source,
+            items=self.items,
+            notes=self.notes,
+        )
+        report(self.config, record, outcomes)
+
+    def fold_folder(self, number: int, seed: int) -> Path:
+        """Where a fold's run lies."""
+        suffix = "" if seed == self.config.seed else f"-seed-{seed}"
+        return self.config.out / f"fold-{number}{suffix}"
+
+    def outcome(self, number: int, fold: Fold, seed: int) -> FoldOutcome:
+        """What a fold came to: as it was found finished, or trained and tested now."""
+        folder = self.fold_folder(number, seed)
+        found: FoldOutcome | None = from_first(lambda: read_outcome(folder))
+        if found is not None:
+            logger.info("fold %d, seed %d: finished before", number, seed)
+            return found
+        config = fold_config(self.config, folder, seed, len(fold.train))
+        training = SegmentationFold(config, self.images, fold, MAY_CHANGE)
+        tested = training.run()
+        outcome = fold_outcome(
+            number,
+            fold,
+            config,
+            items=self.items,
+            groups=self.groups,
+            counts=tested.counts,
+            seconds=training.engine.seconds,
+        )
+        from_first(lambda: self.keep(training, outcome, folder))
+        return outcome
+
+    def keep(self, training: SegmentationFold, outcome: FoldOutcome, folder: Path) -> None:
+        """Draw pictures, then write what the fold came to: it is finished. On rank 0."""
+        if outcome.seed == self.config.seed:
+            rows = spread_over(training.fold.test, self.config.pictures)
+            for row, image, truth, prediction in training.pictures(rows):
+                name = picture_name(outcome.fold, self.items[row])
+                path = self.config.out / "predictions" / name
+                values, unscored = self.config.values, self.config.unscored or ()
+                write_picture(path, image, truth, prediction, values.classes, unscored)
+        outcome.write(folder)
+        dice = outcome.result(self.config)["scores"]["dice_macro"]
+        logger.info("fold %d, seed %d: macro Dice %.4f", outcome.fold, outcome.seed, dice)
+
+
+def resized_before(config: SampathConfig, device: str) -> SampathConfig:
+    """The config that opens images: with --odd-size resize, originals go to a codec in their size.
+
+    A data set of latents keeps the size it was converted with.
+    """
+    changed: dict[str, Any] = {"device": device if config.device == "auto" else config.device}
+    resizes = config.odd_size == "resize" and config.patch_size is None
+    if resizes and find_shards(config) is None:
+        changed |= {"patch_size": config.image_px, "resize": True}
+    return dataclasses.replace(config, **changed)
+
+
+def check_size(config: SampathConfig, patch_px: tuple[int, int]) -> None:
+    """InputError for images of another size than the preset is for, unless --image-size says so."""
+    sizes = SIZES_PX.get(config.preset)
+    is_own = config.image_px != PRESETS[config.preset]["image_size"]
+    if sizes is None or is_own or patch_px in sizes:
+        return
+    wanted = " or ".join(f"{width}x{height}" for height, width in sizes)
+    raise InputError(
+        f"{config.location}: images of {patch_px[1]}x{patch_px[0]} px; --preset {config.preset} is "
+        f"for {wanted}. Give the set the preset is for, or --image-size PX and what else differs"
+    )
+
+
+def fold_config(config: SampathConfig, folder: Path, seed: int, images: int) -> SampathConfig:
+    """The settings of a fold: its folder, seed and number of steps."""
+    a_step = int(config.number("batch_size") * config.number("accumulation"))
+    epoch_steps = math.ceil(images / (a_step * dist.get_world_size()))
+    steps = config.steps or int(config.number("epochs")) * epoch_steps
+    return dataclasses.replace(config, out=folder, seed=seed, steps=steps)
+
+
+def spread_over(rows: np.ndarray, count: int) -> np.ndarray:
+    """So many of the rows, or all, evenly spread."""
+    places = np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int)
+    return rows[places]
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write it atomically."""
+    from latentds.storage import write_atomically
+
+    write_atomically(path, json.dumps(values, indent=1).encode())

@@ -21,12 +21,12 @@ FLOORS = [
     [
         *("cache", "transport", "tables", "files", "sources", "columns", "manifest", "writer"),
         *("scan", "index", "reader", "golden", "composing", "mixedness"),
-        *("publishing", "conversion", "verification", "originals"),
+        *("publishing", "conversion", "verification", "originals", "evaluation"),
     ],
     [
         *("order", "batch", "selection", "sampling", "batching", "mixture", "collate", "state"),
         *("launcher", "dataset", "transfers", "decoding", "stage", "loader", "bags", "array"),
-        "models",
+        *("models", "mask_geometry", "patchsets", "features"),
     ],
     ["hub", "objects", "importing", "rearranging"],  # whole data sets
 ]
@@ -37,9 +37,10 @@ ALONE = {  # heavy libraries and the only modules that may import them
     "vaezip": {"latentds.codecs.lloyd_blocks"},
     "imagecodecs": {"latentds.codecs.formats"},
     "timm": {"latentds.embedders.efficientnet_lite", "latentds.embedders.timm_models"},
-    "transformers": {"latentds.embedders.hugging_face"},
+    "transformers": {"latentds.embedders.hugging_face", "latentds.models.sam_weights"},
     "deepspeed": {"latentds_trainers.wrapping"},
-    "h5py": {"latentds.sources.coordinates"},
+    "segmentation_models_pytorch": {"latentds.models.unet"},
+    "h5py": {"latentds.features.files", "latentds.sources.coordinates"},
     "datasets": {"latentds.sources.hugging_face", "latentds_tools.loader_bench.peers"},
     "ray": {"latentds.conversion.ray_engine"},
     "huggingface_hub": {
@@ -48,7 +49,10 @@ ALONE = {  # heavy libraries and the only modules that may import them
         "latentds.transport",
         "latentds.hub.client",
     },
-    "matplotlib": {"latentds_tools.fidelity.plots"},
+    "matplotlib": {
+        *("latentds_trainers.heat_map", "latentds_tools.comparison.plots"),
+        "latentds_tools.fidelity.plots",
+    },
     "fsspec": {"latentds.transport", "latentds.objects"},
 }
 
@@ -104,6 +108,19 @@ RECIPES = {  # and the modules each is made of
         *("decoder_task", "decoder_networks", "decoder_inputs", "decoder_losses"),
         *("pairs", "shard_pairs", "judging"),
     ),
+    "abmil": (
+        *("bag_task", "bag_source", "bag_draws", "bag_training", "bag_report", "bag_heat_maps"),
+        "heat_map",
+    ),
+    "classify_patches": (
+        *("classify_task", "classify_results", "classify_table", "patch_inputs"),
+        *("patch_features", "probes", "finetune_backbone"),
+    ),
+    "sampath": (
+        *("segmentation_run", "segmentation_fold", "segmentation_data", "segmentation_labels"),
+        *("segmentation_folds", "segmentation_networks", "segmentation_pictures"),
+        *("segmentation_presets", "segmentation_report"),
+    ),
 }
 
 
@@ -117,13 +134,17 @@ def own_room(module: str) -> tuple[str, ...]:
 @pytest.mark.parametrize("package", ["latentds_tools", "latentds_trainers"])
 def test_tools_and_trainers_never_import_each_other(package):
     others = {"latentds_tools", "latentds_trainers"}
-    names = ("loader_bench", "decode_bench", "fidelity", "machine")  # a tool's each; of all benches
+    names = ("loader_bench", "decode_bench", "fidelity", "comparison", "machine")
     rooms = tuple(f"latentds_tools.{name}" for name in names)
     for module, path in modules().items():
         if module.startswith(package) or module.startswith("latentds."):
             found = {name for name in imports(path) if name.split(".")[0] in others}
-            own = rooms if module.startswith((*rooms, "latentds_tools.bench_")) else ()
+            doors = (*rooms, "latentds_tools.bench_", "latentds_tools.compare")
+            own = rooms if module.startswith(doors) else ()
             own += own_room(module) if module.startswith("latentds_trainers.") else ()
+            own += (
+                ("latentds_tools.cli",) if module == "latentds_tools.features" else ()
+            )  # torchrun
             assert not {name for name in found if not name.startswith(own)}, module
 
 
@@ -174,6 +195,7 @@ def test_wheel_holds_the_packages_the_weights_and_nothing_else(tmp_path):
         "latentds/py.typed",
         "latentds/autoencoders/weights/tiny-v1.safetensors",
         "latentds/autoencoders/weights/tiny-v1-codebook.safetensors",
+        "latentds_tools/comparison/paper_tables.json",
         "latentds_tools/fidelity/paper_table1.json",
     }
 

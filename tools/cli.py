@@ -31,6 +31,11 @@ COMMANDS = {
     "extract": ("extract", "decoded pictures in class folders, with a table"),
     "export": ("export_to", "to Parquet, a tree of npy files, or an index for wids"),
     "import": ("import_latents", "a data set of latents that others made"),
+    "features": ("features", "embed the patches of every slide, in TRIDENT's and CLAM's layout"),
+    "compare": (
+        "compare",
+        "tables and plots of evaluations on several sources of the same patches",
+    ),
     "demo": ("demo", "run the main job on a real micrograph and write a page about it"),
     "bench shuffle": (
         "bench_shuffle",
@@ -39,6 +44,10 @@ COMMANDS = {
     "bench loader": ("bench_loader", "rates of loaders over the same patches, ours and others"),
     "bench scale": ("bench_scale", "what opening, a first batch and a state cost as sets grow"),
     "bench decode": ("bench_decode", "decoders under their options, beside JPEG, on a device"),
+    "bench features": (
+        "bench_features",
+        "what decoding adds to embedding, in a feature extraction from latents",
+    ),
     "bench convert": ("bench_convert", "rate of a conversion beside the encoder's alone"),
     "bench container": ("bench_container", "container overhead for patch and pack sizes"),
     "bench fidelity": (

@@ -311,7 +311,7 @@ def test_groups_are_tcga_patients_else_slides_else_items() -> None:
     assert groups_of(slides, ["x", "y"], None) == (["TCGA-3C-AALI"] * 2, "TCGA patient")
     assert groups_of(["s1", "s1"], ["x", "y"], None) == (["s1", "s1"], "slide")
     groups, rule = groups_of([None, None], ["x.png", "y.png"], None)
-    assert groups == ["x.png", "y.png"] and rule == "each item by itself, as no slide is known"
+    assert groups == ["x.png", "y.png"] and rule == "each file by itself, as no slide is known"
     assert "(1 items)" in groups_of(["s1", None], ["x", "y"], None)[1]
     assert groups_of(["a/1", "b/1.svs"], ["x", "y"], None)[0] == ["a/1", "b/1"]
 

@@ -408,6 +408,8 @@ def test_an_empty_folder_is_neither(tmp_path):
 def test_a_folder_that_is_not_there_is_told(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         opened(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="nowhere"):  # before what only latents may have
+        open_patches(PatchInput(data=tmp_path / "nowhere", decoder="mine", device="cpu"))
 
 
 def test_an_unfinished_data_set_is_told(tmp_path):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from latentds.patchsets.config import PatchInput, patch_settings
+from latentds.patchsets.config import PatchInput, recorded_settings
 
 if TYPE_CHECKING:
     from latentds.features.options import Extraction, Step
@@ -100,7 +100,7 @@ def extract(config: Config, rank: int, ranks: int) -> dict[str, Any]:
         seed=config.seed,
         clam=config.clam,
         max_bad=config.max_bad,
-        patches=recorded(config),
+        patches=recorded_settings(config),
     )
     started = time.perf_counter()
     with Bar(shown=rank == 0) as bar:
@@ -111,12 +111,6 @@ def extract(config: Config, rank: int, ranks: int) -> dict[str, Any]:
     seconds = time.perf_counter() - started
     about = {"source": patches.name, "embedder": embedder.card.name, "device": str(device)}
     return summarize(config, done, seconds, about, (rank, ranks))
-
-
-def recorded(config: Config) -> dict[str, Any]:
-    """Settings that decide which patches there are, and how latents are decoded."""
-    chosen = patch_settings(config) | {"split": config.split, "decode_dtype": config.decode_dtype}
-    return {k: str(v) if isinstance(v, Path) else v for k, v in chosen.items()}
 
 
 def summarize(

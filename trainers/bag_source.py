@@ -25,7 +25,7 @@ from latentds.evaluation.groups import (
 from latentds.evaluation.slide_names import some
 from latentds.features.folder import FeatureFolder
 from latentds.patchsets.base import PatchSet
-from latentds.patchsets.config import PatchInput
+from latentds.patchsets.config import PatchInput, recorded_settings
 
 PART = 16_384  # patches of a bag that validation has in memory at once
 GB = 1 << 30
@@ -158,7 +158,7 @@ def make_features(config: AbmilConfig, patches: PatchSet, device: torch.device) 
             patches,
             embedder,
             config.out / "features",
-            FeatureOptions(batch_size=config.embed_batch),
+            FeatureOptions(batch_size=config.embed_batch, patches=recorded_settings(config)),
             device=device,
             rank=dist.get_rank(),
             world_size=dist.get_world_size(),

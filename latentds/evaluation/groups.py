@@ -59,7 +59,7 @@ def own_group(slide: str | None, source: str) -> tuple[str, str]:
 
 def describe_rule(kinds: Mapping[str, int]) -> str:
     """What groups are, in words."""
-    words = {"item": "each item by itself, as no slide is known"}
+    words = {"item": "each file by itself, as no slide is known"}
     if len(kinds) == 1:
         (kind,) = kinds
         return words.get(kind, kind)

@@ -132,3 +132,9 @@ def patch_settings(config: PatchInput) -> dict[str, Any]:
         for name in OF_ORIGINALS
         if getattr(config, name) != fields[name]
     }
+
+
+def recorded_settings(config: PatchInput) -> dict[str, Any]:
+    """What decides which patches there are and how latents are decoded, as JSON values."""
+    chosen = patch_settings(config) | {"split": config.split, "decode_dtype": config.decode_dtype}
+    return {name: str(v) if isinstance(v, Path) else v for name, v in chosen.items()}

@@ -37,7 +37,8 @@ def open_patches(config: PatchInput, autoencoder: Autoencoder | None = None) -> 
 
     autoencoder  an object instead of the one that a codec names, or to decode latents with
     raises       InputError for an input that is neither, or options that do not belong to it;
-                 FormatError, ContractError, UnknownNameError, WeightsError, MissingExtraError
+                 FileNotFoundError, FormatError, ContractError, UnknownNameError,
+                 WeightsError, MissingExtraError
     """
     opened = choose_device(config.device), Memory(config.keep_mb * 1_000_000)
     shards = find_shards(config)
@@ -62,6 +63,8 @@ def find_shards(config: PatchInput) -> Shards | None:
     raises  FormatError for a data set that is damaged or not complete
     """
     if "://" not in config.location:
+        if not config.data.exists():
+            raise FileNotFoundError(f"{config.location}: no such file or folder")
         is_set = (config.data / MANIFEST).parent.is_dir()
         return open_shards(config.location, config.split, config.check_codes) if is_set else None
     try:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import os
+from collections.abc import Iterator
 
 import torch
+
+PATIENCE = datetime.timedelta(days=14)  # ranks may have slides of very unlike sizes
 
 
 def find_rank(rank: int | None, world_size: int | None) -> tuple[int, int]:
@@ -37,6 +42,25 @@ def own_device(device: torch.device | str) -> torch.device:
     # With one visible GPU a process, every rank's own is number 0.
     use_local = current == 0 and local < torch.cuda.device_count()
     return torch.device("cuda", local if use_local else current)
+
+
+@contextlib.contextmanager
+def meeting(world_size: int) -> Iterator[None]:
+    """Wait at both ends of the block for torchrun's other ranks, for as long as it takes.
+
+    torchrun ends all ranks where one exits with anything but 0. Others than torchrun's wait for
+    nobody.
+    """
+    if world_size == 1 or "TORCHELASTIC_RUN_ID" not in os.environ:
+        yield
+        return
+    torch.distributed.init_process_group("gloo", timeout=PATIENCE)
+    try:
+        torch.distributed.barrier()
+        yield
+        torch.distributed.barrier()
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def gather(values: dict[str, str]) -> dict[str, str]:

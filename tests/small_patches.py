@@ -12,6 +12,7 @@ from torch import Tensor
 from latentds.embedders.base import EmbedderCard
 from latentds.errors import FormatError, UnknownNameError
 from latentds.patchsets.base import PatchTable, SourceFacts
+from latentds.randomness import digest_of
 
 
 @dataclasses.dataclass
@@ -67,6 +68,9 @@ class SmallPatches:
         if slide not in self.sizes:
             raise UnknownNameError(slide)
         return dataclasses.replace(self, own=slide)
+
+    def fingerprint(self) -> str:
+        return digest_of(sorted(self.sizes.items()))
 
     def facts(self) -> SourceFacts:
         return SourceFacts(

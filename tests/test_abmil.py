@@ -182,6 +182,15 @@ def test_memory_for_bags_is_bounded(job):
     assert sorted(reader.kept) == ["s00", "s01"]
 
 
+def test_few_rows_of_a_bag_are_read_without_the_others(tmp_path):
+    features = np.random.default_rng(0).random((100, DIM), np.float32)
+    save_bag(tmp_path / "features_toy" / "s.h5", features)
+    reader = reader_of(tmp_path, cache_gb=1.0)
+    rows = np.array([70, 3])
+    assert np.array_equal(reader.read("s", rows), features[rows]) and not reader.kept
+    assert np.array_equal(reader.read("s", np.arange(50)), features[:50]) and list(reader.kept)
+
+
 def test_a_large_bag_is_read_in_parts(job, monkeypatch):
     monkeypatch.setattr(bag_source, "PART", 3)
     sizes = {cache: [len(p) for p in reader_of(job, cache).parts("s03")] for cache in (0.0, 1.0)}

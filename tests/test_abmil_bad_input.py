@@ -120,6 +120,27 @@ def test_a_run_folder_of_other_labels_is_refused(job):
         run(job, epochs=1, select="last")
 
 
+def test_a_run_folder_of_other_features_is_refused(job):
+    run(job, epochs=1, select="last")
+    other = make_job(job.parent / "other")
+    save_bag(other / "features_toy" / "s04.h5", bag_of(4) + 1)
+    with pytest.raises(ContractError, match="has features {.*'content_id': '"):
+        run(other, epochs=1, select="last")
+
+
+def test_a_run_goes_on_where_its_features_have_moved(job):
+    out = run(job, epochs=1, select="last")
+    made = (out / "fold-0" / "fold.json").stat().st_mtime_ns
+    moved = job.rename(job.with_name("moved"))
+    assert run(moved, epochs=1, select="last") == out
+    assert (out / "fold-0" / "fold.json").stat().st_mtime_ns == made
+
+
+def test_a_label_file_that_is_not_there_is_named(job):
+    with pytest.raises(InputError, match=r"nolabels\.csv: no such file; name a CSV"):
+        run(job, labels=job / "nolabels.csv")
+
+
 def test_a_damaged_fold_is_named(job):
     out = run(job, epochs=1, select="last")
     (out / "fold-1" / "fold.json").write_text("{")

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from latentds.conversion.config import ConvertConfig
@@ -15,6 +16,7 @@ from latentds.errors import InputError
 from latentds.evaluation.records import read_record
 from latentds.patchsets import open_patches
 from latentds.patchsets.config import PatchInput
+from latentds.patchsets.patches import OpenPatches
 from tests.conftest import smooth_picture
 from tests.small_embedders import save_nic
 
@@ -23,6 +25,7 @@ pytest.importorskip("sklearn")
 
 from latentds_trainers import abmil, heat_map
 from latentds_trainers.abmil import AbmilConfig
+from latentds_trainers.bag_source import open_data
 
 from tests.bag_files import SMALL
 
@@ -80,6 +83,28 @@ def test_features_are_made_once(tiles, tmp_path):
     run(tiles, out, name_pattern=PATTERN)
     assert [path.stat().st_mtime_ns for path in files] == made and len(files) == 24
     assert (out / "predictions.csv").read_bytes() == table
+
+
+def test_the_record_says_how_the_features_were_made(tiles, tmp_path):
+    settings = read_record(run(tiles, tmp_path / "run", name_pattern=PATTERN)).settings
+    assert settings["embedder.weights_id"] and settings["features.precision"] == "float32"
+    assert settings["features.patches.name_pattern"] == PATTERN
+
+
+def test_slides_left_out_of_the_features_are_told(tiles, tmp_path):
+    out = run(tiles, tmp_path / "run", name_pattern=PATTERN)
+    (out / "features" / "left_out.json").write_text('{"s99": "damaged"}')
+    lines = [f"s{n:02d},{'ab'[n % 2]}" for n in range(12)]
+    (tmp_path / "labels.csv").write_text("\n".join(["slide_id,label", *lines]))
+    options: dict[str, Any] = {"bags": out / "features", "labels": tmp_path / "labels.csv"}
+    record = read_record(run(tiles, tmp_path / "two", **options, embedder=None))
+    assert record.notes == ["1 slides have no features: 's99'."]
+
+
+def test_no_pixels_are_kept_where_they_are_read_once(tiles, tmp_path):
+    config = AbmilConfig(data=tiles, embedder="uni", out=tmp_path, name_pattern=PATTERN)
+    patches = open_data(config, torch.device("cpu"))
+    assert isinstance(patches, OpenPatches) and patches.memory.limit == 0
 
 
 def test_a_heat_map_lies_over_the_slides_pixels(tiles, tmp_path):

@@ -217,6 +217,37 @@ def test_a_folder_of_other_patches_is_refused(classes, embedder, tmp_path):
         classify(other, tmp_path / "run", embedder=embedder)
 
 
+def change_pixels(folder: Path) -> None:
+    """Other pixels in files of the same names."""
+    for number, path in enumerate(sorted(folder.rglob("*.png"))):
+        Image.fromarray(smooth_picture(900 + number, EDGE)).save(path)
+
+
+@pytest.mark.parametrize("changed", ["train", "test"])
+def test_other_pixels_under_the_same_names_are_refused_and_moved_data_go_on(
+    halves, embedder, tmp_path, changed
+):
+    def run(root: Path) -> RunRecord:
+        data = {"data": root / "train", "test_data": root / "test"}
+        return classify(out=tmp_path / "run", embedder=embedder, protocol="val7k", folds=2, **data)
+
+    first = run(halves)
+    moved = halves.rename(tmp_path / "moved")
+    assert run(moved).folds == first.folds
+    change_pixels(moved / changed)
+    with pytest.raises(ContractError, match=f"other content lie in .*moved/{changed} behind"):
+        run(moved)
+
+
+def test_features_of_other_pixels_are_not_taken_up(classes, embedder, tmp_path):
+    data = Path(shutil.copytree(classes, tmp_path / "in"))
+    classify(data, tmp_path / "run", embedder=embedder)
+    change_pixels(data)
+    (tmp_path / "run" / "run.json").unlink()
+    classify(data, tmp_path / "run", embedder=embedder)
+    assert len({path.parent for path in blocks(tmp_path / "run")}) == 2
+
+
 def test_other_weights_of_the_embedder_are_refused(classes, embedder, tmp_path):
     import timm
 
@@ -295,6 +326,71 @@ def test_val7k_tests_every_fold_on_the_test_set(halves, embedder, tmp_path, form
     found = read_predictions(tmp_path / "run")
     assert len(set(found.items)) == 11 and all("test" in name for name in found.items)
     assert not any("patch by patch" in note for note in record.notes)
+
+
+def test_folds_that_share_a_test_set_are_told_of(halves, embedder, tmp_path):
+    record = classify(halves, tmp_path / "run", embedder=embedder, protocol="val7k")
+    assert any("do not contain the sampling error" in note for note in record.notes)
+    counted = read_table(tmp_path / "run" / "confusion.csv").rows
+    assert sum(int(row[name]) for row in counted for name in record.classes) == 3 * 11
+
+
+def write_patients(
+    table: Path, halves: Path, names: dict[str, str], shared: tuple[str, ...] = ()
+) -> Path:
+    """A table of patients of the parts' pictures, a prefix before names; one patient has some."""
+    lines = ["path,patient"]
+    for part, prefix in names.items():
+        for path in sorted((halves / part).glob("*/*.png")):
+            patient = "case-7" if path.stem in shared else f"{part}-{path.stem}"
+            lines.append(f"{prefix}{path.parent.name}/{path.name},{patient}")
+    table.write_text("\n".join(lines))
+    return table
+
+
+@pytest.mark.parametrize(
+    ("names", "is_told"),
+    [
+        ({"train": "", "test": ""}, False),
+        ({"train": "", "test": "test/"}, False),
+        ({"train": ""}, True),
+    ],
+)
+def test_a_table_of_groups_is_held_against_both_sets(halves, tmp_path, names, is_told):
+    table = write_patients(tmp_path / "groups.csv", halves, names)
+    patches = open_labelled(val7k_of(halves, tmp_path, groups=table))
+    assert any("could not be compared" in note for note in patches.notes) == is_told
+    expected = "test/stroma/t000.png" if is_told else "test-t000"
+    assert patches.groups[33] == expected
+
+
+def test_a_patient_of_the_table_in_both_sets_is_refused(halves, tmp_path):
+    names = {"train": "", "test": ""}
+    table = write_patients(tmp_path / "groups.csv", halves, names, shared=("p003", "t001"))
+    with pytest.raises(InputError, match="1 of its groups are in --data and in .*: 'case-7'"):
+        open_labelled(val7k_of(halves, tmp_path, groups=table))
+
+
+def val7k_of(halves: Path, tmp_path: Path, **options: Any) -> ClassifyConfig:
+    return settings(
+        halves / "train",
+        tmp_path / "run",
+        embedder="uni",
+        protocol="val7k",
+        test_data=halves / "test",
+        **options,
+    )
+
+
+def test_a_codebook_fitted_to_test_patches_is_told(classes, halves, embedder, tmp_path):
+    def notes(data: Path, name: str, **options: Any) -> str:
+        coded = {"embedder": embedder, "codec": "tiny+kmeans:16", "folds": 2}
+        return " ".join(classify(data, tmp_path / name, **(coded | options)).notes)
+
+    assert "test patches among them; --codebook or" in notes(classes, "all")
+    assert "test patches among them" not in notes(classes, "from", codebook_from=halves / "train")
+    assert "test patches among them" not in notes(halves, "apart", protocol="val7k")
+    assert "test patches among them" in notes(halves, "inner", protocol="intra100k")
 
 
 def test_a_test_set_of_its_own_goes_through_the_same_fitted_codebook(halves, embedder, tmp_path):

@@ -16,6 +16,7 @@ from sklearn.metrics import (
 )
 
 from latentds.errors import InputError, ShapeError
+from latentds.evaluation.csv_tables import read_table
 from latentds.evaluation.folds import (
     Fold,
     check_disjoint,
@@ -24,7 +25,7 @@ from latentds.evaluation.folds import (
     split_id,
     stratified_group_folds,
 )
-from latentds.evaluation.groups import groups_of, match_labels, read_labels
+from latentds.evaluation.groups import count_alone, groups_of, match_labels, read_labels
 from latentds.evaluation.predictions import (
     Predictions,
     fold_predictions,
@@ -314,6 +315,15 @@ def test_groups_are_tcga_patients_else_slides_else_items() -> None:
     assert groups == ["x.png", "y.png"] and rule == "each file by itself, as no slide is known"
     assert "(1 items)" in groups_of(["s1", None], ["x", "y"], None)[1]
     assert groups_of(["a/1", "b/1.svs"], ["x", "y"], None)[0] == ["a/1", "b/1"]
+
+
+def test_tiles_named_after_a_tcga_slide_are_grouped_by_its_patient() -> None:
+    sources = [f"img/{SLIDE}_xmin0_ymin{y}.png" for y in (0, 512)]
+    slides: list[str | None] = [None] * 3
+    groups, rule = groups_of(slides, [*sources, "img/TCGA.png"], None)
+    assert groups == ["TCGA-3C-AALI", "TCGA-3C-AALI", "img/TCGA.png"]
+    assert rule == "TCGA patient (2 items); each file by itself, as no slide is known (1 items)"
+    assert count_alone(slides, [*sources, "img/TCGA.png"]) == 1
 
 
 CORES = """path,bag,tma_core,label
@@ -677,6 +687,19 @@ def test_records_without_a_key_or_cut_short_are_refused(tmp_path: Path) -> None:
     path.write_text(json.dumps(values)[:-20])
     with pytest.raises(InputError, match="not JSON"):
         read_record(tmp_path)
+
+
+def test_a_folder_without_a_finished_run_is_told(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(InputError, match=f"no finished run in {folder}: it has no result.json"):
+            read_record(folder)
+
+
+def test_a_table_that_is_no_file_is_told(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no\.csv: no such file"):
+        read_table(tmp_path / "no.csv")
+    with pytest.raises(InputError, match="cannot be read"):
+        read_table(tmp_path)
 
 
 def test_a_fold_that_is_there_twice_is_refused(tmp_path: Path) -> None:

@@ -273,6 +273,28 @@ def test_slides_that_fail_are_named_and_counted(tmp_path):
     assert content(tmp_path / "one") == content(tmp_path / "whole")
 
 
+def test_slides_left_out_are_listed_whichever_rank_they_are_of(tmp_path):
+    options = FeatureOptions(batch_size=4, max_bad=1)
+    patches = SmallPatches(SIZES, broken={"a": 1, "b": 9})
+    for rank in range(2):
+        extract(tmp_path, patches, options=options, rank=rank, world_size=2)
+    lost = {"a": "a.tar: damaged", "b": "b.tar: damaged"}
+    assert FeatureFolder(tmp_path).left_out == lost
+    patches = SmallPatches(SIZES, broken={"b": 9})
+    extract(tmp_path, patches, options=options)
+    assert FeatureFolder(tmp_path).left_out == {"b": "b.tar: damaged"}
+    extract(tmp_path)
+    assert FeatureFolder(tmp_path).left_out == {} and not (tmp_path / "left_out.json").exists()
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"a": 1}'])
+def test_a_damaged_list_of_slides_left_out_is_named(tmp_path, text):
+    extract(tmp_path)
+    (tmp_path / "left_out.json").write_text(text)
+    with pytest.raises(FormatError, match=r"left_out.json: no.*; delete it"):
+        FeatureFolder(tmp_path)
+
+
 def test_an_empty_bag_is_a_slide_that_fails(tmp_path):
     patches = SmallPatches(SIZES | {"d": 0})
     with pytest.raises(TooManyBadSamplesError, match="d: no patch, an empty bag"):
@@ -399,6 +421,42 @@ def test_other_tools_folders_are_read(tmp_path):
     assert FeatureFolder(tmp_path / "20x", "conch").dim == 4
     with pytest.raises(InputError, match="no folder features_uni;"):
         FeatureFolder(tmp_path / "20x", "uni")
+
+
+def test_another_tools_folder_beside_ours_is_its_own(tmp_path):
+    extract(tmp_path)
+    write(tmp_path / "features_res" / "s.h5", dim=4, encoder="res")
+    folder = FeatureFolder(tmp_path / "features_res")
+    assert (folder.slides, folder.dim, folder.embedder["name"]) == (["s"], 4, "res")
+    assert FeatureFolder(tmp_path / "features_projection").record is not None
+
+
+def test_an_identity_of_features_is_of_their_content(tmp_path):
+    write(tmp_path / "one" / "features_uni" / "s.h5")
+    write(tmp_path / "two" / "features_uni" / "s.h5")
+    one, two = (FeatureFolder(tmp_path / name).content_id(["s"]) for name in ("one", "two"))
+    assert one == two
+    write_features(
+        tmp_path / "two" / "features_uni" / "s.h5",
+        [(np.eye(3, 6, dtype=np.float32), np.zeros((3, 2), np.int64))],
+        {"features": {"encoder": "projection"}},
+    )
+    assert FeatureFolder(tmp_path / "two").content_id(["s"]) != one
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"options": FeatureOptions(batch_size=4, patches={"decode_dtype": "bfloat16"})},
+        {"patches": SmallPatches(SIZES, codec="jpeg:10")},
+    ],
+)
+def test_an_identity_of_features_is_of_what_made_them(tmp_path, change):
+    extract(tmp_path / "one")
+    extract(tmp_path / "two", **change)
+    one, two = (FeatureFolder(tmp_path / name).content_id(["a", "b"]) for name in ("one", "two"))
+    (tmp_path / "one").rename(tmp_path / "moved")
+    assert FeatureFolder(tmp_path / "moved").content_id(["a", "b"]) == one != two
 
 
 def test_features_of_another_embedder_are_refused(tmp_path):

@@ -147,6 +147,14 @@ def test_errors_are_one_line(work, tmp_path, capsys):
     assert "no patch names a slide" in error and not (tmp_path / "none").exists()
 
 
+def test_missing_data_are_told_before_a_wrong_embedder(work, tmp_path, capsys):
+    words = ["features", str(work / "nowhere"), "--embedder", "unii", "--out", str(tmp_path)]
+    assert "nowhere: no such file or folder" in call(capsys, words, 1)
+    words[1] = str(work / "pictures")
+    error = call(capsys, [*words, "--name-pattern", r"(?P<label>slide)"], 1)
+    assert "no patch names a slide" in error and "--name-pattern" in error
+
+
 @pytest.mark.parametrize("option", ["--batch-size", "--max-patches"])
 def test_wrong_numbers_are_wrong_usage(work, tmp_path, capsys, option):
     with pytest.raises(SystemExit, match="2"):
@@ -165,6 +173,22 @@ def test_ranks_under_torchrun_share_the_slides(work, tmp_path, capsys):
     assert content(tmp_path / "one") == content(tmp_path / "two")
     records = [(tmp_path / name / "features.json").read_bytes() for name in ("one", "two")]
     assert records[0] == records[1]
+
+
+@pytest.mark.slow
+def test_ranks_that_leave_slides_out_wait_for_the_others_and_say_so(work, tmp_path):
+    shutil.copytree(work / "pictures", tmp_path / "pictures")
+    path = tmp_path / "pictures" / "slide.1" / "p003.png"  # the second rank's
+    path.write_bytes(path.read_bytes()[:200])
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
+              "--master_port", "29719", "-m", "latentds_tools.features"]  # fmt: skip
+    more = ("--name-pattern", PATTERN, "--no-use-labels", "--max-bad", 1, "--json")
+    words = words_of(tmp_path, tmp_path / "out", *more, data="pictures")[1:]
+    words[words.index("--embedder") + 1] = str(work / "small.safetensors")
+    run = subprocess.run([*launch, *words], capture_output=True, text=True, check=False)
+    assert run.returncode != 0 and "exitcode  : 3" in run.stderr
+    assert [entry["slide"] for entry in json.loads(run.stdout)["left_out"]] == ["slide.1"]
+    assert FeatureFolder(tmp_path / "out").slides == ["slide.0", "slide.2"]
 
 
 @pytest.mark.slow

@@ -54,6 +54,12 @@ def test_a_heat_map_without_places_is_refused():
         heat_map.draw_heat_map("s1", np.ones(2) / 2, np.full((2, 2), -1), title="")
 
 
+def test_heat_maps_of_names_that_look_alike_stay_apart(tmp_path):
+    for slide in ("a/b", "a_b"):
+        heat_map.write_heat_map(tmp_path, slide, slide.encode(), np.ones(1), np.zeros((1, 2), int))
+    assert {path.read_bytes() for path in tmp_path.glob("*.png")} == {b"a/b", b"a_b"}
+
+
 def test_places_cover_the_picture_without_gaps():
     coords = np.array([[x * 100, y * 100] for y in range(7) for x in range(7)]) + 50
     places = heat_map.place_patches(coords, 100, np.array([50, 50]), scale=0.0371)

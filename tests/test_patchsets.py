@@ -1,6 +1,7 @@
 """Patches of originals, of codecs on the fly and of shards: the same patches in the same order."""
 
 import dataclasses
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -294,6 +295,34 @@ def test_bytes_of_originals_are_those_of_their_files(pictures):
     assert tiled.facts().bytes_per_patch == held / 33 / 4
 
 
+def test_a_fingerprint_is_of_the_content_wherever_it_lies(split_pictures, tmp_path):
+    write_masks(split_pictures, tmp_path / "masks")
+    with_masks = {"masks": tmp_path / "masks"}
+    plain, masked = opened(split_pictures), opened(split_pictures, **with_masks)
+    before = masked.fingerprint()
+    moved = Path(shutil.copytree(split_pictures, tmp_path / "moved"))
+    assert opened(moved).fingerprint() == plain.fingerprint() != before
+    assert opened(moved, codec="jpeg:10").fingerprint() == plain.fingerprint()  # stored is the same
+    for path in (min((tmp_path / "masks").rglob("*.png")), min(moved.rglob("*.png"))):
+        path.write_bytes(path.read_bytes()[:-1] + b"!")  # of the same size
+    assert opened(split_pictures, **with_masks).fingerprint() != before
+    assert opened(moved).fingerprint() != plain.fingerprint()
+
+
+def test_a_fingerprint_of_shards_is_of_their_hashes_and_patches(split_pictures, tmp_path):
+    for name, seed in (("one", 0), ("two", 1)):
+        convert(
+            ConvertConfig(
+                source=split_pictures, out=tmp_path / name, device="cpu", workers=2, seed=seed
+            )
+        )
+    one, two = opened(tmp_path / "one"), opened(tmp_path / "two")
+    moved = opened(Path(shutil.copytree(tmp_path / "one", tmp_path / "moved")))
+    assert moved.fingerprint() == one.fingerprint() != two.fingerprint()
+    parts = {opened(tmp_path / "one", split=name).fingerprint() for name in ("train", "val")}
+    assert len(parts | {one.fingerprint()}) == 3
+
+
 def test_facts_are_json(pictures):
     facts = opened(pictures, codec="tiny+kmeans:16").facts()
     record = facts.to_json()
@@ -401,8 +430,14 @@ def test_a_decoder_of_other_latents_is_refused(pictures, tmp_path):
 
 
 def test_an_empty_folder_is_neither(tmp_path):
-    with pytest.raises(InputError, match="no pictures in it"):
+    with pytest.raises(InputError, match="no pictures in it.*; name a folder of pictures"):
         opened(tmp_path)
+
+
+def test_a_file_that_holds_no_patches_is_told(tmp_path):
+    (tmp_path / "notes.txt").write_text("none")
+    with pytest.raises(InputError, match="notes.txt: is neither a folder nor an archive or table"):
+        opened(tmp_path / "notes.txt")
 
 
 def test_a_folder_that_is_not_there_is_told(tmp_path):
@@ -659,6 +694,17 @@ def test_one_slide_needs_no_look_at_the_others(slide_folder):
     assert len(bag) > 1 and bag.images(np.array([0])).shape == (1, 3, 64, 64)
     with pytest.raises(InputError, match=r"0002-01Z-00-DX1.tiff"):
         len(patches)
+
+
+def test_a_fingerprint_of_slides_looks_for_no_tissue(slide_folder, monkeypatch):
+    from latentds.sources.slides import Slides
+
+    monkeypatch.setattr(Slides, "find_places", None)
+    one = opened(slide_folder)
+    before = one.fingerprint()
+    path = min(path for path in slide_folder.rglob("*") if path.is_file())
+    path.write_bytes(path.read_bytes() + b"!")
+    assert one.fingerprint() != before
 
 
 def test_slides_have_no_masks(slide_folder, tmp_path):

@@ -30,6 +30,7 @@ from latentds_trainers.checkpoints import complete_checkpoints
 from latentds_trainers.sampath import SampathConfig, main
 from latentds_trainers.segmentation_data import Draws, jitter
 from latentds_trainers.segmentation_folds import group_plan
+from latentds_trainers.segmentation_pictures import picture_name
 from latentds_trainers.segmentation_presets import PRESETS
 from latentds_trainers.segmentation_run import spread_over
 from latentds_trainers.settings import TrainConfig
@@ -235,6 +236,13 @@ def test_two_ranks_take_the_steps_of_one(nuclei, tmp_path):
     assert len(images_csv(tmp_path / "two")) == 8
 
 
+def test_a_run_goes_on_with_the_same_images_elsewhere(nuclei, tmp_path):
+    first = run(nuclei, tmp_path / "out")
+    moved = nuclei.rename(tmp_path / "moved")
+    again = run(moved, tmp_path / "out")
+    assert again.folds == first.folds
+
+
 # Sources and sizes
 
 
@@ -280,6 +288,8 @@ def test_latents_of_odd_sizes_are_resized_after_decoding(nuclei, latents, tmp_pa
     run(nuclei, tmp_path / "out", **options)
     outcome = json.loads((tmp_path / "out/fold-0/fold.json").read_text())
     assert {int(np.sum(counts)) for counts in outcome["counts"]} == {96 * 96}
+    notes = read_record(tmp_path / "out").notes
+    assert [n for n in notes if n.startswith("images are decoded at 64x64 px, then resized to 96")]
 
 
 def test_sam_paths_own_layout_and_table_of_folds_are_read(tmp_path):
@@ -306,7 +316,8 @@ def test_a_table_of_folds_and_groups_decide_who_is_tested(nuclei, tmp_path):
     table.write_text("img_id,fold\n" + rows)
     groups = tmp_path / "groups.csv"
     groups.write_text("path,group\n" + "".join(f"n{i:02d}.png,g{i % 2}\n" for i in range(8)))
-    record = run(nuclei, tmp_path / "out", fold_table=table, groups=groups)
+    options = {"fold_table": table, "groups": groups, "allow_shared_groups": True}
+    record = run(nuclei, tmp_path / "out", **options)
     assert {row["item"] for row in images_csv(tmp_path / "out")} == {
         "n00.png", "n01.png", "n02.png",
     }  # fmt: skip
@@ -417,6 +428,13 @@ def test_folds_of_groups_are_about_equal_and_whole():
         assert not {groups[row] for row in fold.test} & {groups[row] for row in fold.train}
     other = group_plan(groups, 4, seed=2, rule="group")
     assert [f.test.tolist() for f in plan.folds] != [f.test.tolist() for f in other.folds]
+
+
+def test_no_two_images_share_a_pictures_name():
+    items = ["a.png", "a.tif", "a", "b/a.png", "b_a.png", "b a.png", "a.png@0,0", "a.PNG"]
+    names = {picture_name(0, item) for item in items}
+    assert len(names) == len(items) and "fold-0_a.png" in names
+    assert all("/" not in name and name.endswith(".png") for name in names)
 
 
 def test_pictures_are_spread_over_the_tested_images():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -15,10 +16,12 @@ pytest.importorskip("deepspeed")
 pytest.importorskip("segmentation_models_pytorch")
 
 from latentds_trainers.sampath import SampathConfig, main
-from latentds_trainers.segmentation_folds import FoldPlan, check_classes
+from latentds_trainers.segmentation_data import LabelledImages
+from latentds_trainers.segmentation_folds import FoldPlan, check_classes, named_plan
 from latentds_trainers.segmentation_labels import parse_mask_values
 
 from latentds.evaluation.folds import Fold
+from latentds.patchsets import open_patches
 from tests.nuclei import save_nuclei
 from tests.test_sampath import config_of, run
 
@@ -140,6 +143,21 @@ def test_more_folds_than_groups_are_refused(nuclei, tmp_path):
     refused(nuclei, tmp_path, InputError, "2 groups of images", folds=3, groups=groups)
 
 
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_a_patient_who_is_tested_and_seen_before_is_refused(part):
+    splits, groups = [part, "train", "val", "test", "test"], ["p1", "p2", "p3", "p1", "p4"]
+    text = f"fold table: 1 groups are in both {part} and test: 'p1'.*--allow-shared-groups"
+    with pytest.raises(InputError, match=text):
+        named_plan(splits, groups, "fold table")
+    plan = named_plan(splits, groups, "fold table", allow_shared=True)
+    assert plan.notes == (f"1 groups are in both {part} and test",)
+
+
+def test_a_patient_in_train_and_val_is_noted():
+    plan = named_plan(["train", "val", "test"], ["p1", "p1", "p2"], "fold table")
+    assert plan.notes == ("1 groups are in both train and val",)
+
+
 def test_a_class_in_one_fold_only_is_refused():
     counts = np.array([[0, 5, 0], [0, 5, 0], [0, 5, 9], [0, 5, 0]])
     none = np.empty(0, np.int64)
@@ -185,6 +203,43 @@ def test_a_run_folder_of_other_settings_is_refused(nuclei, tmp_path, changed, na
     with pytest.raises(ContractError, match=f"the run there has ({name}).*give another --out"):
         run(nuclei, tmp_path / "out", **changed)
     assert (tmp_path / "out/result.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("folder", "text"),
+    [("images", "content .*give the data it was"), ("masks", "(content|labels) .*give the ")],
+)
+def test_a_rerun_with_other_files_of_the_same_names_is_refused(nuclei, tmp_path, folder, text):
+    run(nuclei, tmp_path / "out")
+    other = save_nuclei(tmp_path / "other", 4, first=9)
+    for new, path in zip(
+        sorted((other / folder).iterdir()), sorted((nuclei / folder).iterdir()), strict=True
+    ):
+        new.replace(path)
+    with pytest.raises(ContractError, match=f"the run there has {text}"):
+        run(nuclei, tmp_path / "out")
+
+
+def test_masks_with_as_many_pixels_of_every_class_are_told_apart(nuclei, tmp_path):
+    config = config_of(nuclei, tmp_path / "out")
+    counted = []
+    for _ in range(2):
+        images = LabelledImages(config, open_patches(config), config.values)
+        counted.append(images.count_pixels())
+        for path in (nuclei / "masks").iterdir():
+            turned = Image.open(path).transpose(Image.Transpose.ROTATE_180)
+            turned.save(path)
+    assert np.array_equal(counted[0][0], counted[1][0]) and counted[0][1] != counted[1][1]
+
+
+def test_a_run_that_does_not_say_what_it_was_made_of_is_refused(nuclei, tmp_path):
+    run(nuclei, tmp_path / "out")
+    path = tmp_path / "out/run.json"
+    values = json.loads(path.read_text())
+    del values["labels"]
+    path.write_text(json.dumps(values))
+    with pytest.raises(ContractError, match="the run there has labels None"):
+        run(nuclei, tmp_path / "out")
 
 
 @pytest.mark.parametrize(

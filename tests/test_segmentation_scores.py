@@ -171,6 +171,8 @@ def test_counts_of_other_classes_are_not_added():
         Confusion(CRAG) + Confusion(BCSS)
 
 
-def test_nothing_to_score_is_said():
-    with pytest.raises(InputError, match="no pixel of background, gland"):
-        correct_scores(Confusion(CRAG), left_out=(0,))
+def test_scores_without_a_pixel_of_a_scored_class_are_undefined():
+    correct = correct_scores(Confusion(CRAG, [[0, 0, 0], [0, 9, 0], [0, 0, 0]]), left_out=(0, 1))
+    assert correct.scores == {"pixel_accuracy": 1.0} and correct.per_class == {}
+    assert correct.empty == ("gland",)
+    assert correct_scores(Confusion(CRAG), left_out=(0,)).scores == {}

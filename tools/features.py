@@ -36,7 +36,8 @@ class Config(PatchInput):
     """uni, uni2-h, gigapath, phikon-v2, efficientnet-lite0, timm:NAME, each with @FILE for weights
     in a local file; nic:FILE, nic-quarters:FILE."""
     out: Path
-    """Folder to write: features_<embedder>/SLIDE.h5, patches/SLIDE_patches.h5, features.json."""
+    """Folder to write: features_<embedder>/SLIDE.h5, patches/SLIDE_patches.h5, features.json.
+    Exit code 3: done, but slides were left out."""
     native: bool = False
     """Feed whole patches to the embedder, neither resized nor cropped."""
     batch_size: int | None = None
@@ -53,7 +54,8 @@ class Config(PatchInput):
     clam: bool = False
     """Also write CLAM's layout: clam_<embedder>/ with pt_files, h5_files and coordinates."""
     max_bad: int = 0
-    """Slides that may fail; each is named with its reason, and tried again by the next run."""
+    """Slides that a rank may fail at; each is named with its reason, listed in OUT/left_out.json,
+    and tried again by the next run."""
     json: bool = False
     """Print the summary as JSON."""
 
@@ -68,30 +70,35 @@ class Config(PatchInput):
 
 
 def run(config: Config) -> int:
-    """Extract, and say what was made; returns 3 where a slide was left out."""
-    from latentds.launcher import find_rank
+    """Extract, and say what was made; returns 3 where this rank left a slide out."""
+    from latentds.features.left_out import read_left_out
+    from latentds.launcher import find_rank, meeting
 
     rank, ranks = find_rank(None, None)
     summary = extract(config, rank, ranks)
-    if rank == 0:
-        print(json.dumps(summary, indent=1) if config.json else as_text(summary))
-    # torchrun ends the other ranks where one returns anything but 0.
-    return LEFT_OUT if summary["left_out"] and ranks == 1 else 0
+    with meeting(ranks):
+        if rank == 0:
+            left = read_left_out(config.out)  # by any rank
+            told = [{"slide": slide, "reason": reason} for slide, reason in left.items()]
+            shown = summary | {"left_out": told}
+            print(json.dumps(shown, indent=1) if config.json else as_text(shown), flush=True)
+    return LEFT_OUT if summary["left_out"] else 0
 
 
 def extract(config: Config, rank: int, ranks: int) -> dict[str, Any]:
     """Write this rank's feature files; the summary."""
     from latentds.conversion.encode import choose_device
     from latentds.embedders import load_embedder
-    from latentds.features.extraction import extract_features
+    from latentds.features.extraction import extract_features, named_slides
     from latentds.features.options import FeatureOptions
     from latentds.launcher import own_device
     from latentds.patchsets import open_patches
 
     device = own_device(choose_device(config.device))
-    embedder = load_embedder(config.embedder, native=config.native)
     # Every patch is read once: none is worth keeping.
     patches = open_patches(dataclasses.replace(config, device=str(device), keep_mb=0))
+    named_slides(patches)  # before weights are fetched, which may take long and fail
+    embedder = load_embedder(config.embedder, native=config.native)
     options = FeatureOptions(
         batch_size=config.batch_size or (GPU_BATCH if device.type == "cuda" else CPU_BATCH),
         precision=config.precision,

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,9 @@ from latentds.evaluation.predictions import (
 )
 from latentds.evaluation.records import FoldResult, RunRecord, write_record
 from latentds.evaluation.scores import classification_scores
+from latentds.evaluation.slide_names import some
+from latentds.features.folder import FeatureFolder
+from latentds.features.record import flat
 from latentds.storage import write_atomically
 
 FILE, WEIGHTS = "fold.json", "model.safetensors"
@@ -188,7 +192,7 @@ def run_record(
     rule = f"{len(set(slides.groups))} groups: {slides.group_rule}"
     made = f"splits of {config.splits.name}" if config.splits else f"{config.folds} folds by seed"
     facts = folder.source or {"name": "features", "kind": "features"}
-    notes = [*slides.notes, *dict.fromkeys(note for outcome in outcomes for note in outcome.notes)]
+    found = dict.fromkeys(note for outcome in outcomes for note in outcome.notes)
     return RunRecord(
         task="abmil",
         data=place.name if place else "",
@@ -201,8 +205,8 @@ def run_record(
         split_rule=f"{made}; {rule}",
         primary=PRIMARY,
         folds=[outcome.result() for outcome in outcomes],
-        settings=shown_settings(config),
-        notes=notes,
+        settings=shown_settings(config) | feature_settings(folder),
+        notes=[*slides.notes, *codebook_notes(facts), *left_out_notes(folder), *found],
         versions=package_versions(),
         command=" ".join(["python", "-m", "latentds_trainers.abmil", *sys.argv[1:]]),
     )
@@ -214,6 +218,26 @@ def shown_settings(config: AbmilConfig) -> dict[str, Any]:
     named = {n: v.name if isinstance(v, Path) else v for n, v in values.items()}
     plain: dict[str, Any] = jsonable(named)
     return plain
+
+
+def feature_settings(folder: FeatureFolder) -> dict[str, Any]:
+    """The embedder's weights, and the options that features.json records, by dotted names."""
+    options = flat(folder.record.options, "features.") if folder.record else {}
+    return {"embedder.weights_id": folder.embedder.get("weights_id", ""), **options}
+
+
+def codebook_notes(source: Mapping[str, Any]) -> list[str]:
+    """That the features' codebook saw tested patches, where it did."""
+    from latentds.patchsets.fitting import codebook_note
+
+    note = codebook_note(source.get("codebook") or {}, test_is_apart=False)
+    return [note] if note else []
+
+
+def left_out_notes(folder: FeatureFolder) -> list[str]:
+    """A sentence on the slides that have no features, as making them failed."""
+    lost = folder.left_out
+    return [f"{len(lost):,} slides have no features: {some(list(lost))}."] if lost else []
 
 
 def table(record: RunRecord, together: dict[str, float | None], out: Path) -> str:

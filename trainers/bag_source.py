@@ -27,6 +27,7 @@ from latentds.features.folder import FeatureFolder
 from latentds.patchsets.base import PatchSet
 from latentds.patchsets.config import PatchInput, recorded_settings
 
+FEW = 8  # a choice of so small a part of a bag is read alone, not for the rest to stay in memory
 PART = 16_384  # patches of a bag that validation has in memory at once
 GB = 1 << 30
 
@@ -35,8 +36,9 @@ class FeatureBags:
     """Features of slides, read where they are needed; the first that fit stay in memory.
 
     folder      the files
-    cache_gb    memory for whole bags. What does not fit is read from its file each time, no more
-                of it than is asked for: with draws at random, throwing bags out would help none
+    cache_gb    memory for whole bags, which go there unless few rows are asked for. What does not
+                fit is read from its file each time, no more of it than is asked for: with draws at
+                random, throwing bags out would help none
     """
 
     def __init__(self, folder: FeatureFolder, cache_gb: float) -> None:
@@ -57,7 +59,8 @@ class FeatureBags:
 
         raises  FormatError for a damaged file, or features that are not finite
         """
-        whole = self.keep(slide)
+        is_few = rows is not None and FEW * len(rows) <= self.count(slide)
+        whole = self.kept.get(slide) if is_few else self.keep(slide)
         if whole is not None:
             return torch.from_numpy(whole if rows is None else whole[rows])
         with self.folder.file(slide) as file:
@@ -137,7 +140,9 @@ def open_data(config: AbmilConfig, device: torch.device) -> PatchSet:
     from latentds.patchsets import open_patches
 
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(PatchInput)}
-    return open_patches(PatchInput(**(values | {"splits": None, "device": str(device)})))
+    # A pass to embed them, and one for a heat map: no pixels are worth keeping.
+    fixed = {"splits": None, "device": str(device), "keep_mb": 0}
+    return open_patches(PatchInput(**(values | fixed)))
 
 
 def make_features(config: AbmilConfig, patches: PatchSet, device: torch.device) -> None:

@@ -100,14 +100,13 @@ class BagTask:
         """What the run is of, beside its settings: features, labels, folds."""
         folder, slides = self.labelled.bags.folder, self.labelled.slides
         rows = [slides.slides, slides.groups, slides.targets.tolist(), slides.classes]
-        sizes = [folder.sizes[slide] for slide in slides.slides]
         return {
             "features": {
                 "embedder": folder.embedder.get("name"),
                 "weights_id": folder.embedder.get("weights_id", ""),
                 "dim": folder.dim,
                 "source": folder.source.get("name", ""),
-                "patches": hashlib.sha256(json.dumps(sizes).encode()).hexdigest()[:16],
+                "content_id": folder.content_id(slides.slides),
             },
             "labels_id": hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16],
             "split_id": split_id(self.folds, slides.slides),
@@ -152,7 +151,7 @@ class BagTask:
             for number, fold in enumerate(self.folds)
             for repeat in range(self.config.repeats)
         ]
-        identity = self.identity["split_id"]
+        identity = split_id(self.folds, self.labelled.slides.slides)
         from_first(lambda: report(self.config, self.labelled, identity, outcomes))
         from_first(lambda: draw_heat_maps(self.config, self.labelled, outcomes, self.device))
 

@@ -27,6 +27,7 @@ from latentds.evaluation.csv_tables import write_table
 from latentds.evaluation.records import RunRecord
 from latentds.evaluation.scores import classification_scores
 from latentds.evaluation.statistics import summary
+from latentds.patchsets.fitting import codebook_note
 from latentds.randomness import digest_of
 from latentds.storage import write_atomically
 
@@ -50,6 +51,10 @@ NCT_BIAS = (
 LEAK = (
     "folds are drawn patch by patch, as no patient or slide is known: patches of one patient are "
     "in training and test sets at once, and figures are higher than on new patients"
+)
+SHARED_TEST = (
+    "all folds are tested on one test set: deviation and interval over folds do not contain the "
+    "sampling error of that set"
 )
 MEASURED = ("data", "bytes_per_patch", "codebook")  # do not say which source it is, or say more
 
@@ -108,12 +113,14 @@ def check_run(
     *,
     split: str,
     source: dict[str, Any],
+    content: Sequence[str],
     weights_id: str | None,
 ) -> None:
     """Claim the run's folder, or find it claimed by the same run.
 
-    raises  ContractError where its settings, folds, source or embedder's weights are others;
-            InputError where its record is damaged
+    content  fingerprints of the data, and of the test set where that is a folder of its own
+    raises   ContractError where its settings, folds, pixels, source or embedder's weights are
+             others; InputError where its record is damaged
     """
     path, images = config.out / RUN, config.batch_size * config.accumulation * ranks
     settings = {
@@ -124,6 +131,8 @@ def check_run(
     wanted = {
         "settings": settings,
         "split_id": split,
+        "data_content": content[0],
+        "test_data_content": content[1] if len(content) > 1 else None,
         "source": digest_of(source),
         "embedder_weights": weights_id,
         "images_a_step": images if config.probe == "finetune" else None,
@@ -139,11 +148,11 @@ def check_run(
                 f"{config.out} holds a run with {name} {old!r}, this one has {new!r}; set it back, "
                 "or give this run another --out"
             )
-    for name in ("split_id", "source", "embedder_weights"):
+    for name, what in identities(config):
         if found[name] != wanted[name]:
             raise ContractError(
                 f"{config.out} holds a run with {name} {found[name]}, now it is {wanted[name]}: "
-                "other data or weights lie behind the same settings; give this run another --out"
+                f"{what} behind the same settings; give this run another --out"
             )
     old, new = found["images_a_step"], wanted["images_a_step"]
     if old != new:
@@ -151,6 +160,18 @@ def check_run(
             f"{config.out} holds a run of {old} images a step, this one has {new} on {ranks} "
             f"ranks; choose --batch-size and --accumulation for {old}, or another --out"
         )
+
+
+def identities(config: ClassifyConfig) -> list[tuple[str, str]]:
+    """What a run's record has to have in common with a run that goes on, and what is else said."""
+    others = "other data or weights lie"
+    return [
+        ("split_id", others),
+        ("data_content", f"files of other content lie in {config.location}"),
+        ("test_data_content", f"files of other content lie in {config.test_data}"),
+        ("source", others),
+        ("embedder_weights", others),
+    ]
 
 
 def read_json(path: Path, keys: Sequence[str] | Any) -> dict[str, Any]:
@@ -202,7 +223,10 @@ def read_outcome(
 
 
 def write_confusion(folder: Path, classes: Sequence[str], outcomes: Sequence[FoldOutcome]) -> None:
-    """Write confusion.csv: how often a class (row) was taken for another (column), all folds."""
+    """Write confusion.csv: how often a class (row) was taken for another (column).
+
+    Folds are added up: of a test set that they share, every patch counts once a fold.
+    """
     counts = np.sum([outcome.confusion for outcome in outcomes], axis=0).tolist()
     rows = [[name, *row] for name, row in zip(classes, counts, strict=True)]
     write_table(folder / CONFUSION, ["label", *classes], rows)
@@ -253,11 +277,16 @@ def notes_of(
     config: ClassifyConfig, patches: LabelledPatches, outcomes: Sequence[FoldOutcome]
 ) -> list[str]:
     """What a reader of the figures has to know."""
-    notes = []
+    notes = list(patches.notes)
     if {name.upper() for name in patches.classes} == NCT_CRC:
         notes.append(NCT_BIAS)
     if config.protocol != "val7k" and not patches.has_groups:
         notes.append(LEAK)
+    if config.protocol == "val7k":
+        notes.append(SHARED_TEST)
+    if config.test_data is None:  # else the codebook is fitted to the training set alone
+        codebook = patches.sets[0].facts().codebook
+        notes += filter(None, [codebook_note(codebook, test_is_apart=config.protocol == "val7k")])
     for text in dict.fromkeys(note for outcome in outcomes for note in outcome.notes):
         folds = [str(outcome.fold) for outcome in outcomes if text in outcome.notes]
         notes.append(f"fold {', '.join(folds)}: {text}")

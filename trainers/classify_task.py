@@ -52,6 +52,8 @@ class ClassifyTask:
         self.split_id = split_id(self.folds, self.patches.items)
         self.facts = from_first(lambda: self.patches.sets[0].facts())
         self.source = source_identity(self.facts)
+        self.content = from_first(lambda: [part.fingerprint() for part in self.patches.sets])
+        self.pixels = self.source | {"content": self.content}
         self.embedder = None
         if config.embedder is not None:
             name = config.embedder
@@ -61,7 +63,7 @@ class ClassifyTask:
         card = None if self.embedder is None else self.embedder.card
         self.weights_id = card.weights_id if card else None
         from_first(self.claim)
-        self.store = FeatureStore(config.out, self.patches, self.source, card, config.precision)
+        self.store = FeatureStore(config.out, self.patches, self.pixels, card, config.precision)
 
     def claim(self) -> None:
         """Make the run's folder this run's, with its folds in CLAM's files."""
@@ -71,6 +73,7 @@ class ClassifyTask:
             self.ranks,
             split=self.split_id,
             source=self.source,
+            content=self.content,
             weights_id=self.weights_id,
         )
         write_clam_splits(out / "splits", self.folds, self.patches.items)
@@ -130,7 +133,7 @@ class ClassifyTask:
     def finetune(self, number: int, fold: Fold, folder: Path) -> np.ndarray:
         """Probabilities (n, K) of a network trained on the fold. Collective."""
         settings = fold_config(
-            self.config, folder, number, len(fold.train), self.split_id, digest_of(self.source)
+            self.config, folder, number, len(fold.train), self.split_id, digest_of(self.pixels)
         )
         probabilities = FoldTraining(settings, self.patches, fold).run()
         gc.collect()  # DeepSpeed's engine refers to itself: its memory is wanted for the next fold

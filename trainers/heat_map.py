@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import re
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ import torch
 from torch.nn import functional
 
 from latentds.errors import InputError, missing_extra
+from latentds.features.layout import file_name
 from latentds.patchsets.base import PatchSet
 from latentds.storage import write_atomically
 
@@ -180,7 +180,7 @@ def write_heat_map(
     folder: Path, slide: str, png: bytes, attention: np.ndarray, coords: np.ndarray
 ) -> Path:
     """Write the picture, and beside it a CSV of x, y and attention; returns the picture's path."""
-    name = re.sub(r"[^\w.-]+", "_", slide)
+    name = file_name(slide)
     lines = ["x,y,attention"]
     for (x, y), share in zip(coords.tolist(), attention.tolist(), strict=True):
         lines.append(f"{x},{y},{share:.6g}")

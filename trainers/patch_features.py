@@ -54,7 +54,8 @@ class FeatureStore:
 
     out        the run's folder
     patches    what they are of
-    source     facts of the source of pixels; a store is of one source, embedder and precision
+    source     facts of the source of pixels, with what identifies the stored ones; a store is of
+               one source, embedder and precision
     embedder   card of the embedder, None for colour histograms alone
     """
 

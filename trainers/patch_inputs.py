@@ -16,6 +16,7 @@ from torch import Tensor
 from latentds.errors import InputError
 from latentds.evaluation.folds import Fold, fixed_test_folds, stratified_group_folds
 from latentds.evaluation.groups import groups_of
+from latentds.evaluation.slide_names import some
 from latentds.patchsets import open_patches
 
 if TYPE_CHECKING:
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from latentds.patchsets.base import PatchSet
 
 TEST = "test"
+NOT_COMPARED = (
+    "--groups does not cover --test-data: whether patients are in both could not be compared"
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -37,6 +41,7 @@ class LabelledPatches:
     groups      what must stay together, one a patch
     group_rule  how groups were found, in words
     is_test     bool (N,): patches of the test split or test set
+    notes       what could not be made sure of
     """
 
     sets: list[PatchSet]
@@ -46,6 +51,7 @@ class LabelledPatches:
     groups: list[str]
     group_rule: str
     is_test: np.ndarray
+    notes: list[str] = dataclasses.field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.items)
@@ -81,19 +87,22 @@ def open_labelled(config: ClassifyConfig) -> LabelledPatches:
     """The patches of the config's protocol.
 
     raises  InputError for patches without a label, a test set with other classes or patches of
-            another size, and what `groups_of` refuses
+            another size, a group in both, and what `groups_of` refuses
     """
     train = open_patches(config)
     tables, sets = [train.table], [train]
     groups, rule = groups_of(train.table.slides, train.table.sources, config.groups)
+    notes: list[str] = []
     items, is_test = list(train.table.names), [name == TEST for name in train.table.splits]
     if config.test_data is not None:
         test = open_test_set(config, train, config.test_data)
-        own, _ = groups_of(test.table.slides, test.table.sources, None)
         prefix = config.test_data.name
+        own, notes = groups_of_test_set(test, prefix, config.groups)
+        if config.groups is not None:
+            check_apart(groups, own, config)
         tables, sets = [*tables, test.table], [*sets, test]
         items += [f"{prefix}/{name}" for name in test.table.names]
-        groups += own if test.slides() else [f"{prefix}/{name}" for name in own]
+        groups += own
         is_test = [False] * len(train) + [True] * len(test)
     named = [
         name
@@ -112,9 +121,42 @@ def open_labelled(config: ClassifyConfig) -> LabelledPatches:
         groups=groups,
         group_rule=rule,
         is_test=np.array(is_test, bool),
+        notes=notes,
     )
     check_classes(found, config.protocol, config.test_data)
     return found
+
+
+def groups_of_test_set(
+    test: PatchSet, prefix: str, groups: Path | None
+) -> tuple[list[str], list[str]]:
+    """Groups of a test set of its own, and a note where they cannot be those of the training set.
+
+    prefix  name of its folder, with which the table of groups may name its files
+    """
+    slides, sources = test.table.slides, test.table.sources
+    prefixed = [f"{prefix}/{name}" for name in sources]
+    if groups is None:
+        own, _ = groups_of(slides, sources if test.slides() else prefixed, None)
+        return own, []
+    for names in (prefixed, sources):
+        try:
+            return groups_of(slides, names, groups)[0], []
+        except InputError:  # the table itself is sound: the training set's groups are in it
+            continue
+    own, _ = groups_of(slides, sources, None)
+    return [f"{prefix}/{name}" for name in own], [NOT_COMPARED]
+
+
+def check_apart(train: list[str], test: list[str], config: ClassifyConfig) -> None:
+    """InputError where a group of the table has patches in the training and in the test set."""
+    both = sorted(set(train) & set(test))
+    if both:
+        raise InputError(
+            f"{config.groups}: {len(both):,} of its groups are in --data and in --test-data: "
+            f"{some(both)}. Take them out of one; where only file names are the same, give those "
+            f"of the test set in the table as {Path(str(config.test_data)).name}/..."
+        )
 
 
 def as_read(config: ClassifyConfig, device: torch.device) -> ClassifyConfig:

@@ -10,6 +10,9 @@ folds and settings and only the source differs. Every fold is a run of its own i
 skipped when it is finished; the same command goes on after an interruption. Whole images are
 tested with the weights of the last step. Scores land in OUT/result.json, correct ones and those
 SAM-Path's own code would report, per image in OUT/images.csv, pictures in OUT/predictions/.
+
+SAM-Path's warm-up and milestones are steps of its batches: with more ranks, a smaller --batch-size
+or --accumulation keeps them; a run that departs from them says so.
 """
 
 from __future__ import annotations
@@ -73,6 +76,9 @@ class SampathConfig(PatchInput, TrainConfig):
     folds: int | None = None
     """Folds of a cross-validation that keeps groups together; without it and --fold-table, the
     data's own splits train and test."""
+    allow_shared_groups: bool = False
+    """Take a --fold-table or splits that test a group (a patient or slide, see --groups) which is
+    trained or validated on too."""
     seeds: tuple[int, ...] = ()
     """Train every fold with each of these; --seed alone where not given. Three are advised: the
     paper ran one."""

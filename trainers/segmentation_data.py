@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -37,14 +38,18 @@ class LabelledImages:
         sources = [self.sources[row] for row in rows.tolist()]
         return self.values.labels(self.patches.masks(rows), sources)
 
-    def count_pixels(self) -> np.ndarray:
-        """int64 (N, K): pixels of every image by label, which reads and checks every mask."""
-        size, counts = len(self.values.names), []
+    def count_pixels(self) -> tuple[np.ndarray, str]:
+        """int64 (N, K): pixels of every image by label; and a hash of all labels, 16 hex digits.
+
+        Reads and checks every mask.
+        """
+        size, counts, hashed = len(self.values.names), [], hashlib.sha256()
         for start in range(0, len(self.patches), COUNTED_AT_ONCE):
             rows = np.arange(start, min(start + COUNTED_AT_ONCE, len(self.patches)))
             for labels in self.labels(rows):
                 counts.append(np.bincount(labels.ravel(), minlength=size))
-        return np.stack(counts)
+                hashed.update(np.ascontiguousarray(labels))
+        return np.stack(counts), hashed.hexdigest()[:16]
 
     def crops(self, images: Tensor, rows: np.ndarray, seeds: Tensor) -> tuple[Tensor, Tensor]:
         """Random views of images uint8 (B, 3, H, W): float (B, 3, h, w), labels uint8 (B, h, w)."""

@@ -134,10 +134,10 @@ class SegmentationFold:
         return Tested(rows=rows, counts=np.stack([found[row] for row in rows.tolist()]))
 
     def validate(self) -> dict[str, float]:
-        """Macro Dice of the validation images. Collective."""
+        """Macro Dice of the validation images, left out where it is undefined. Collective."""
         counts = self.test(self.fold.val).counts.sum(0)
         scores = correct_scores(Confusion(self.names, counts), self.config.left_out).scores
-        return {name: scores[name] for name in ("dice_macro", "pixel_accuracy")}
+        return {name: scores[name] for name in ("dice_macro", "pixel_accuracy") if name in scores}
 
     def pictures(self, rows: np.ndarray) -> list[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
         """Row, image uint8 (h, w, 3), true and predicted labels uint8 (h, w)."""

@@ -36,10 +36,13 @@ class FoldPlan:
     notes: tuple[str, ...] = ()
 
 
-def table_plan(path: Path, sources: Sequence[str], groups: Sequence[str]) -> FoldPlan:
+def table_plan(
+    path: Path, sources: Sequence[str], groups: Sequence[str], *, allow_shared: bool = False
+) -> FoldPlan:
     """The one fold of a table img_id, fold: -1 is test, 0 val, others train (SAM-Path's).
 
-    raises  InputError for images of the table that are not there, and the reverse
+    raises  InputError for images of the table that are not there, and the reverse; for what
+            `named_plan` refuses
     """
     table = read_table(path)
     image, fold = (table.need_column([name], f"{name} of an image") for name in ("img_id", "fold"))
@@ -62,19 +65,33 @@ def table_plan(path: Path, sources: Sequence[str], groups: Sequence[str]) -> Fol
             f"{path}: lacks {len(missing):,} images of the data: {some(missing)}; every image "
             "needs a line"
         )
-    return named_plan([splits[source] for source in sources], groups, f"fold table {path.name}")
+    named, rule = [splits[source] for source in sources], f"fold table {path.name}"
+    return named_plan(named, groups, rule, allow_shared=allow_shared)
 
 
-def named_plan(splits: Sequence[str], groups: Sequence[str], rule: str) -> FoldPlan:
-    """The one fold that split names say, with a note on groups it cuts; InputError as documented
-    at `predefined_fold`."""
+def named_plan(
+    splits: Sequence[str], groups: Sequence[str], rule: str, *, allow_shared: bool = False
+) -> FoldPlan:
+    """The one fold that split names say, with notes on groups in two of its parts.
+
+    allow_shared  take groups that are tested and in another part as well
+    raises        InputError for such groups otherwise, and as `predefined_fold` does. Train and val
+                  may share groups: scores are those of test, with the weights of the last step
+    """
     fold = predefined_fold(splits)
     notes = []
-    for one, other in (("train", "test"), ("train", "val")):
+    for one, other in (("train", "test"), ("val", "test"), ("train", "val")):
         parts = [{groups[row] for row in fold.parts()[part].tolist()} for part in (one, other)]
-        shared = parts[0] & parts[1]
-        if shared:
-            notes.append(f"{len(shared):,} groups are in both {one} and {other}")
+        shared = sorted(parts[0] & parts[1])
+        if not shared:
+            continue
+        told = f"{len(shared):,} groups are in both {one} and {other}"
+        if other == "test" and not allow_shared:
+            raise InputError(
+                f"{rule}: {told}: {some(shared)}. A patient has to be on one side; mend the "
+                "splits or --groups, or take them as they are with --allow-shared-groups"
+            )
+        notes.append(told)
     return FoldPlan(folds=[fold], rule=rule, notes=tuple(notes))
 
 

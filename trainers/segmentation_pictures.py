@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import re
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ COLOURS = (  # of the labels 1, 2, ...; told apart by colour-blind readers too (
 )  # fmt: skip
 OPACITY = 0.5
 GAP_PX, LINE_PX, LEGEND_PX = 8, 14, 20
+HASH_DIGITS = 12
 
 
 def write_picture(
@@ -79,6 +81,12 @@ def draw_legend(
 
 
 def picture_name(fold: int, item: str) -> str:
-    """File name of a tested image's picture."""
+    """File name of a tested image's picture, another for every item.
+
+    The item's own where that is a PNG's; others are made plain and end in a hash of the item.
+    """
     plain = re.sub(r"\.(png|jpe?g|tiff?|webp|bmp)(?=@|$)", "", item, flags=re.IGNORECASE)
-    return f"fold-{fold}_{re.sub(r'[^A-Za-z0-9.@,-]+', '_', plain)}.png"
+    plain = re.sub(r"[^A-Za-z0-9.@,_-]+", "_", plain)
+    if f"{plain}.png" != item:
+        plain += f"-{hashlib.sha256(item.encode()).hexdigest()[:HASH_DIGITS]}"
+    return f"fold-{fold}_{plain}.png"

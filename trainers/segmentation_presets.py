@@ -7,7 +7,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from latentds_trainers.sampath import SampathConfig
 
 AUGMENTATION: dict[str, Any] = {
     "crop_scale": (0.08, 1.0), "flip": 0.75, "turn": 0.5, "jitter": 0.1,
@@ -45,3 +50,37 @@ SIZES_PX: dict[str, tuple[tuple[int, int], ...]] = {
     "bcss": ((1024, 1024),),
     "crag": ((1512, 1516), (1516, 1512), (1536, 1536)),
 }
+
+
+def steps_of(config: SampathConfig, images: int, ranks: int) -> int:
+    """Optimizer steps of a fold that trains on so many images."""
+    epoch_steps = math.ceil(images / step_images(config, ranks))
+    return config.steps or int(config.number("epochs")) * epoch_steps
+
+
+def step_images(config: SampathConfig, ranks: int) -> int:
+    """Images that an optimizer step takes."""
+    return int(config.number("batch_size") * config.number("accumulation")) * ranks
+
+
+def schedule_notes(config: SampathConfig, images: Sequence[int], ranks: int) -> list[str]:
+    """Where the training departs from the schedule it is set to.
+
+    images  what every fold trains on
+    """
+    notes, steps = [], min(steps_of(config, count, ranks) for count in images)
+    preset, taken = PRESETS[config.preset], step_images(config, ranks)
+    meant = preset["batch_size"] * preset["accumulation"]
+    if config.preset in SIZES_PX and taken != meant:
+        notes.append(
+            f"a step takes {taken} images (batch size x accumulation x {ranks} ranks), those of "
+            f"preset {config.preset} {meant}: warm-up, milestones and learning rate are for the "
+            "latter"
+        )
+    missed = [place for place in config.milestones or () if place >= steps]
+    if config.schedule == "multistep" and missed:
+        notes.append(
+            f"training ends after {steps} steps, before the milestones {missed}: the learning "
+            "rate does not fall there"
+        )
+    return notes

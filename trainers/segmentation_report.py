@@ -22,6 +22,7 @@ from latentds.evaluation.folds import Fold, split_id
 from latentds.evaluation.records import FoldResult, RunRecord, write_record
 from latentds.evaluation.segmentation import (
     COMPAT_REASON,
+    SCORES,
     Confusion,
     correct_scores,
     sampath_compat_scores,
@@ -80,11 +81,14 @@ class FoldOutcome:
         return Confusion(names, np.array(self.counts, np.int64).sum(0))
 
     def result(self, config: SampathConfig) -> FoldResult:
-        """The fold in the run's record: correct scores, then SAM-Path's, named `sampath_...`."""
+        """The fold in the run's record: correct scores, then SAM-Path's, named `sampath_...`.
+
+        A score that is undefined is None.
+        """
         confusion = self.confusion(config.values.names)
         correct = correct_scores(confusion, config.left_out)
         compat = sampath_compat_scores(confusion, ignored_metric(config))
-        scores: dict[str, float | None] = dict(correct.scores)
+        scores: dict[str, float | None] = dict.fromkeys(SCORES) | correct.scores
         return FoldResult(
             fold=self.fold,
             seed=self.seed,
@@ -94,6 +98,17 @@ class FoldOutcome:
             scores=scores | {COMPAT + name: value for name, value in compat.items()},
             per_class={name: dict(values) for name, values in correct.per_class.items()},
         )
+
+    def undefined(self, config: SampathConfig) -> list[str]:
+        """A note where no scored class has a pixel; empty otherwise."""
+        correct = correct_scores(self.confusion(config.values.names), config.left_out)
+        if correct.per_class:
+            return []
+        return [
+            f"fold {self.fold}, seed {self.seed}: no scored class has a pixel in truth or "
+            "prediction; its scores are undefined and count in no mean (SAM-Path's code calls "
+            "them 0)"
+        ]
 
 
 def ignored_metric(config: SampathConfig) -> int | None:
@@ -153,7 +168,9 @@ def run_record(
 ) -> RunRecord:
     """The run's record."""
     seeds = list(dict.fromkeys(outcome.seed for outcome in outcomes))
-    told = [*plan.notes, *notes, COMPAT_REASON, *([ONE_SEED] if len(seeds) == 1 else [])]
+    undefined = [note for outcome in outcomes for note in outcome.undefined(config)]
+    one_seed = [ONE_SEED] if len(seeds) == 1 else []
+    told = [*plan.notes, *notes, *undefined, COMPAT_REASON, *one_seed]
     classes = [name for name in config.values.classes if name not in (config.unscored or ())]
     return RunRecord(
         task="sampath",
@@ -201,10 +218,7 @@ def write_images(config: SampathConfig, outcomes: Sequence[FoldOutcome]) -> None
     for outcome in outcomes:
         for item, group, counts in zip(outcome.items, outcome.groups, outcome.counts, strict=True):
             confusion = Confusion(config.values.names, counts)
-            try:
-                scores = correct_scores(confusion, config.left_out).scores
-            except InputError:  # an image without a pixel of any class
-                scores = {}
+            scores = correct_scores(confusion, config.left_out).scores
             figures = [f"{scores[name]:.6f}" if name in scores else "" for name in IMAGE_SCORES]
             rows.append([outcome.fold, outcome.seed, item, group, *figures])
     columns = ["fold", "seed", "item", "group", *IMAGE_SCORES]

@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,9 +25,10 @@ from latentds_trainers.segmentation_folds import (
     table_plan,
 )
 from latentds_trainers.segmentation_pictures import picture_name, write_picture
-from latentds_trainers.segmentation_presets import PRESETS, SIZES_PX
+from latentds_trainers.segmentation_presets import PRESETS, SIZES_PX, schedule_notes, steps_of
 from latentds_trainers.segmentation_report import (
     FoldOutcome,
+    figure,
     fold_outcome,
     read_outcome,
     report,
@@ -38,21 +38,27 @@ from latentds_trainers.settings import plain
 
 from latentds.errors import ContractError, InputError
 from latentds.evaluation.folds import Fold, split_id
-from latentds.evaluation.groups import groups_of
+from latentds.evaluation.groups import count_alone, groups_of
 from latentds.evaluation.splits import write_clam_splits
 from latentds.patchsets import open_patches
 from latentds.patchsets.base import PatchSet, PatchTable
+from latentds.patchsets.fitting import codebook_note
 from latentds.patchsets.opening import find_shards
 
 logger = logging.getLogger(__name__)
 
 SETTINGS = "run.json"
 # When a run goes on: where things lie, how they are read, what is shown. What lies there is
-# compared by its names and facts.
+# compared by its content.
 MAY_CHANGE = (
     *("data", "masks", "groups", "fold_table", "slides", "root", "only", "splits", "codebook_from"),
     *("device", "workers", "keep_mb", "max_px", "pictures", "json", "seeds"),
+    "allow_shared_groups",
 )
+REMEDIES = {  # by what differs; a setting is set back
+    "content": "give the data it was started with",
+    "labels": "give the masks it was started with",
+}
 OF_ENGINE = ("out", "save_every", "keep", "log_every", "sample_every", "tensorboard")
 
 
@@ -66,9 +72,11 @@ class SegmentationRun:
         self.table: PatchTable = patches.table
         self.groups, rule = on_all_ranks(self.find_groups)
         self.plan = on_all_ranks(lambda: self.make_plan(rule))
-        counts: np.ndarray = from_first(self.images.count_pixels)
-        self.notes = on_all_ranks(lambda: check_classes(self.plan, counts, config.values.names))
+        counts, self.labels_id = from_first(self.images.count_pixels)
+        absent = on_all_ranks(lambda: check_classes(self.plan, counts, config.values.names))
         self.source = from_first(lambda: patches.facts().to_json())
+        self.content = from_first(patches.fingerprint)
+        self.notes = [*absent, *self.find_notes()]
         from_first(self.claim_folder)
         from_first(self.write_splits)
 
@@ -91,13 +99,38 @@ class SegmentationRun:
     def make_plan(self, rule: str) -> FoldPlan:
         """The folds that the config asks for."""
         config, table = self.config, self.table
+        shared = config.allow_shared_groups
         if config.fold_table is not None:
-            return table_plan(config.fold_table, table.sources, self.groups)
+            return table_plan(config.fold_table, table.sources, self.groups, allow_shared=shared)
         if config.folds is not None:
             return group_plan(self.groups, config.folds, config.seed, rule)
         if len(set(table.splits)) < 2:
             raise InputError(f"{config.location}: has one split, {table.splits[0]!r}; {NO_FOLDS}")
-        return named_plan(table.splits, self.groups, "the data's own splits")
+        rule = "the data's own splits"
+        return named_plan(table.splits, self.groups, rule, allow_shared=shared)
+
+    def find_notes(self) -> list[str]:
+        """What a reader should know of groups, schedule, sizes and codebook; logged too."""
+        config, table = self.config, self.table
+        alone = count_alone(table.slides, table.sources) if config.groups is None else 0
+        notes = []
+        if alone:
+            notes.append(
+                f"{alone:,} of {len(table):,} images name neither slide nor patient, and each "
+                "file is a group by itself: that no patient is trained on and tested could not be "
+                "checked; --groups CSV says what belongs together"
+            )
+        sizes = [len(fold.train) for fold in self.plan.folds]
+        notes += schedule_notes(config, sizes, dist.get_world_size())
+        notes += resize_notes(config, self.source)
+        tested = {table.splits[row] for fold in self.plan.folds for row in fold.test.tolist()}
+        codebook = self.source.get("codebook") or {}
+        if note := codebook_note(codebook, test_is_apart="train" not in tested):
+            notes.append(note)
+        if dist.get_rank() == 0:
+            for note in notes:
+                logger.warning("%s", note)
+        return notes
 
     @property
     def items(self) -> list[str]:
@@ -114,6 +147,8 @@ class SegmentationRun:
         identity = {
             "source": self.source["name"],
             "codebook": self.source.get("codebook"),
+            "content": self.content,
+            "labels": self.labels_id,
             "folds": split_id(self.plan.folds, self.items),
         }
         wanted = json.loads(json.dumps(settings | identity))
@@ -126,10 +161,10 @@ class SegmentationRun:
         except ValueError as error:
             raise ContractError(f"{path} is damaged ({error}); give another --out") from error
         for name, value in wanted.items():
-            if name in found and found[name] != value:
+            if name not in found or found[name] != value:
                 raise ContractError(
-                    f"{path}: the run there has {name} {found[name]!r}, this one {value!r}; set it "
-                    "back, or give another --out"
+                    f"{path}: the run there has {name} {found.get(name)!r}, this one {value!r}; "
+                    f"{REMEDIES.get(name, 'set it back')}, or give another --out"
                 )
 
     def write_splits(self) -> None:
@@ -195,8 +230,8 @@ class SegmentationRun:
                 values, unscored = self.config.values, self.config.unscored or ()
                 write_picture(path, image, truth, prediction, values.classes, unscored)
         outcome.write(folder)
-        dice = outcome.result(self.config)["scores"]["dice_macro"]
-        logger.info("fold %d, seed %d: macro Dice %.4f", outcome.fold, outcome.seed, dice)
+        dice = figure(outcome.result(self.config)["scores"]["dice_macro"])
+        logger.info("fold %d, seed %d: macro Dice %s", outcome.fold, outcome.seed, dice)
 
 
 def resized_before(config: SampathConfig, device: str) -> SampathConfig:
@@ -209,6 +244,24 @@ def resized_before(config: SampathConfig, device: str) -> SampathConfig:
     if resizes and find_shards(config) is None:
         changed |= {"patch_size": config.image_px, "resize": True}
     return dataclasses.replace(config, **changed)
+
+
+def resize_notes(config: SampathConfig, source: dict[str, Any]) -> list[str]:
+    """A note on coded images that are resized after decoding.
+
+    source  facts of the patch set
+    """
+    (height, width), edge = source["patch_px"], config.image_px
+    if (
+        source["kind"] == "original"
+        or config.odd_size != "resize"
+        or (height, width) == (edge,) * 2
+    ):
+        return []
+    return [
+        f"images are decoded at {width}x{height} px, then resized to {edge}x{edge}; originals "
+        "through a codec are resized before it, unless --patch-size gives another size"
+    ]
 
 
 def check_size(config: SampathConfig, patch_px: tuple[int, int]) -> None:
@@ -226,9 +279,7 @@ def check_size(config: SampathConfig, patch_px: tuple[int, int]) -> None:
 
 def fold_config(config: SampathConfig, folder: Path, seed: int, images: int) -> SampathConfig:
     """The settings of a fold: its folder, seed and number of steps."""
-    a_step = int(config.number("batch_size") * config.number("accumulation"))
-    epoch_steps = math.ceil(images / (a_step * dist.get_world_size()))
-    steps = config.steps or int(config.number("epochs")) * epoch_steps
+    steps = steps_of(config, images, dist.get_world_size())
     return dataclasses.replace(config, out=folder, seed=seed, steps=steps)
 
 

@@ -43,8 +43,8 @@ class TextTable:
 def read_table(path: Path) -> TextTable:
     """A CSV or, by its first line, TSV file.
 
-    raises  InputError where it cannot be read as such, names a column twice, or a line has more
-            or fewer values than columns
+    raises  InputError where it is not there or cannot be read as such, names a column twice, or a
+            line has more or fewer values than columns
     """
     try:
         text = path.read_text("utf-8-sig")
@@ -52,6 +52,10 @@ def read_table(path: Path) -> TextTable:
         delimiter = "\t" if "\t" in first and "," not in first else ","
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
         lines = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file; name a CSV that is there") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: cannot be read as CSV ({error}); save it as UTF-8") from error
     if not lines:

@@ -13,7 +13,7 @@ import numpy as np
 from latentds.errors import InputError
 from latentds.evaluation.csv_tables import TextTable, read_table
 from latentds.evaluation.slide_names import NameIndex, plain_name, some
-from latentds.sources.names import patient_of
+from latentds.sources.names import TCGA_PATIENT
 
 SLIDE_COLUMNS = ("slide", "slide_id", "bag", "bag_name")
 SOURCE_COLUMNS = ("source", "path", "name", "file", "filename", "image")
@@ -31,7 +31,7 @@ def groups_of(
     sources  name of every item's own file
     table    CSV with a column slide, slide_id, bag, source, path, name or file, and one of group,
              patient, case_id or tma_core; without one, the TCGA patient where the slide's name has
-             one, else the slide, else the item itself
+             one, or, of an item without a slide, its file's; else the slide, else the item itself
     raises   InputError for a table without such columns, one that lacks an item, gives a name two
              groups, or has names that can mean several
     """
@@ -49,12 +49,17 @@ def groups_of(
 
 def own_group(slide: str | None, source: str) -> tuple[str, str]:
     """What kind of group an item's names tell, and the group."""
-    if not slide:
-        return "item", source
-    name = plain_name(slide)
-    patient = patient_of(name.rpartition("/")[2])
-    is_patient = patient != name.rpartition("/")[2]
-    return ("TCGA patient", patient) if is_patient else ("slide", name)
+    name = plain_name(slide or source)
+    last = name.rpartition("/")[2]
+    if found := TCGA_PATIENT.match(last):
+        return "TCGA patient", found[1]
+    return ("slide", name) if slide else ("item", source)
+
+
+def count_alone(slides: Sequence[str | None], sources: Sequence[str]) -> int:
+    """How many items are groups of their own, as neither their slide nor a patient is known."""
+    pairs = zip(slides, sources, strict=True)
+    return sum(own_group(slide, source)[0] == "item" for slide, source in pairs)
 
 
 def describe_rule(kinds: Mapping[str, int]) -> str:

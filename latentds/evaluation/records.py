@@ -99,12 +99,16 @@ def write_record(folder: Path, record: RunRecord) -> Path:
 def read_record(folder: Path) -> RunRecord:
     """The record of a run folder.
 
-    raises  FileNotFoundError where the run is not finished or the folder is none; InputError with
-            file and key for what is damaged or of another format
+    raises  InputError where the run is not finished or the folder is none, and with file and key
+            for what is damaged or of another format
     """
     path = folder / FILE
     try:
         values = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise InputError(
+            f"no finished run in {folder}: it has no {FILE}; run the evaluation or name its folder"
+        ) from error
     except ValueError as error:
         raise InputError(f"{path}: not JSON ({error}); run the evaluation again") from error
     if not isinstance(values, dict) or values.get("format") != FORMAT:

@@ -19,6 +19,12 @@ from latentds.errors import InputError, ShapeError
 
 Counts = NDArray[np.int64]
 
+RATIOS = ("dice", "jaccard", "f1", "recall", "precision")
+SCORES = (
+    "pixel_accuracy",
+    *(f"{name}_{mean}" for name in RATIOS for mean in ("macro", "micro")),
+)
+
 COMPAT_REASON = (
     "sampath-compat is what SAM-Path's code reports with torchmetrics 0.11.4. It sets the class "
     "that is not scored (CRAG's background) to 0, the label of unlabelled pixels, in prediction "
@@ -81,8 +87,8 @@ class Confusion:
 class SegmentationScores:
     """Correct scores, each in [0, 1].
 
-    scores     dice, jaccard, f1, recall, precision, each as NAME_macro and NAME_micro, and
-               pixel_accuracy
+    scores     those of SCORES that are defined; no more than pixel_accuracy where no scored class
+               has a pixel, in truth or prediction
     per_class  the same of each class, and its number of true pixels as `pixels`
     empty      classes scored that neither truth nor prediction has; no mean counts them
     """
@@ -100,23 +106,20 @@ def correct_scores(confusion: Confusion, left_out: Collection[int] = ()) -> Segm
     returns   macro means over the classes that truth or prediction has, each metric over those
               for which it is defined; a class predicted and never true has Dice 0. F1 is Dice by
               another name. `pixel_accuracy` is over all counted pixels, whatever is left out
-    raises    InputError where no scored class has a pixel
     """
     scored = [label for label in range(len(confusion.classes)) if label not in left_out]
     hits, false, missed = outcomes(confusion.counts)
     has_pixels = hits + false + missed > 0
     present = [label for label in scored if has_pixels[label]]
-    if not present:
-        names = [confusion.classes[label] for label in scored]
-        raise InputError(f"no pixel of {', '.join(names) or 'any class'}: nothing to score")
     per_class = {
         confusion.classes[label]: ratios(hits[label], false[label], missed[label])
         | {"pixels": float(hits[label] + missed[label])}
         for label in present
     }
     micro = ratios(hits[present].sum(), false[present].sum(), missed[present].sum())
-    scores = {"pixel_accuracy": float(hits.sum() / confusion.counts.sum())}
-    for name in ("dice", "jaccard", "f1", "recall", "precision"):
+    total = confusion.counts.sum()
+    scores = {"pixel_accuracy": float(hits.sum() / total)} if total else {}
+    for name in RATIOS:
         values = [row[name] for row in per_class.values() if name in row]
         if values:
             scores[f"{name}_macro"] = float(np.mean(values))
@@ -180,8 +183,10 @@ def outcomes(counts: Counts) -> tuple[Counts, Counts, Counts]:
 
 def ratios(hits: np.int64, false: np.int64, missed: np.int64) -> dict[str, float]:
     """Scores of one class, those left out that would divide by 0."""
-    dice = 2 * hits / (2 * hits + false + missed)
-    values = {"dice": dice, "jaccard": hits / (hits + false + missed), "f1": dice}
+    values = {}
+    if hits + false + missed:
+        dice = 2 * hits / (2 * hits + false + missed)
+        values = {"dice": dice, "jaccard": hits / (hits + false + missed), "f1": dice}
     if hits + missed:
         values["recall"] = hits / (hits + missed)
     if hits + false:

@@ -19,6 +19,7 @@ from latentds.errors import ContractError, InputError, LatentdsError, TooManyBad
 from latentds.features import clam, layout
 from latentds.features.files import FeatureFile, write_coordinates, write_features
 from latentds.features.layout import FeaturePlaces
+from latentds.features.left_out import note_left_out
 from latentds.features.options import Extraction, FeatureOptions, Progress, Step
 from latentds.features.pipeline import Piece, embed_pieces, in_background
 from latentds.features.record import FeaturesRecord, claim, versions_of
@@ -71,7 +72,8 @@ def extract_features(
     progress  called after every batch that was written
 
     A slide's file appears whole; those that are there are left alone, so a killed run goes on by
-    the same call. The features depend neither on ranks nor on where a run was cut off.
+    the same call. The features depend neither on ranks nor on where a run was cut off. Slides
+    that failed are listed in left_out.json, from which those made later go.
 
     raises    InputError for no slides, or another run at the same slide; ContractError where
               `out` holds features of another embedder, source or options, or a file of another
@@ -79,11 +81,7 @@ def extract_features(
               full disk, with nothing half written
     """
     device = torch.device(device)
-    names = sorted(patches.slides())
-    if not names:
-        raise InputError(
-            f"{patches.facts().data}: no patch names a slide; a bag is the patches of a slide"
-        )
+    names = named_slides(patches)
     embedder.to(device, DTYPES[options.precision])
     claim(out, record_of(patches, embedder, options, device))
     rank, world_size = find_rank(rank, world_size)
@@ -100,10 +98,22 @@ def extract_features(
             except UnreadableSlideError as error:
                 bad[bag.slide] = str(error)
                 note_bad(bad, options.max_bad)
+    note_left_out(out, mine, bad)
     found = sorted(set(mine) - set(bad))
     for slide in found if options.clam else ():
         clam.add(places, slide, patches.patch_px[1])
     return Extraction(slides=found, skipped=len(done), patches=count, bad=bad, dim=dim)
+
+
+def named_slides(patches: PatchSet) -> list[str]:
+    """The slides of patches, sorted; InputError where there are none."""
+    names = sorted(patches.slides())
+    if not names:
+        raise InputError(
+            f"{patches.facts().data}: no patch names a slide, and a bag is the patches of a slide; "
+            "give originals a --name-pattern with a group 'slide'"
+        )
+    return names
 
 
 def record_of(

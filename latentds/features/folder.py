@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +15,8 @@ import numpy as np
 from latentds.errors import ContractError, FormatError, InputError, unknown_name
 from latentds.features.files import FEATURES, FeatureFile
 from latentds.features.layout import RECORD, SUFFIX, plain, slide_name
-from latentds.features.record import FeaturesRecord, read_record
+from latentds.features.left_out import read_left_out
+from latentds.features.record import FeaturesRecord, comparable, read_record
 
 PREFIX = "features_"
 
@@ -28,7 +31,8 @@ class FeatureFolder:
               empty bag; FormatError for a damaged file; ContractError where files have features of
               another dimension or embedder than the others
 
-    Opening reads every file's head, no features; slides are sorted by name.
+    Opening reads every file's head, no features; slides are sorted by name. `left_out` tells of
+    those that `latentds features` left out, with the reasons.
     """
 
     def __init__(self, path: str | os.PathLike[str], embedder: str | None = None) -> None:
@@ -46,6 +50,7 @@ class FeatureFolder:
         self.dim, self.encoder = 0, ""
         for slide, file in self.files.items():
             self.look_at(slide, file)
+        self.left_out = read_left_out(self.folder.parent) if self.record else {}
 
     def look_at(self, slide: str, path: Path) -> None:
         """Note the size of a bag; refuse one that does not belong to the others."""
@@ -89,6 +94,20 @@ class FeatureFolder:
         """SourceFacts of the patches as JSON; empty for other tools' features."""
         return dict(self.record.source) if self.record else {}
 
+    def content_id(self, slides: Sequence[str]) -> str:
+        """Identity of slides' features, wherever the folder lies: by its record, else by their
+        first and last rows.
+        """
+        digest = hashlib.sha256()
+        if self.record:
+            digest.update(json.dumps(comparable(self.record), sort_keys=True).encode())
+        for slide in slides:
+            digest.update(json.dumps([slide, self.sizes[slide]]).encode())
+            if not self.record:
+                with self.file(slide) as file:
+                    digest.update(file.features(np.array([0, len(file) - 1])).tobytes())
+        return digest.hexdigest()[:16]
+
     def file(self, slide: str) -> FeatureFile:
         """A slide's file, open: for parts of a bag; close it, or use it in a `with`."""
         if slide not in self.files:
@@ -110,15 +129,18 @@ class FeatureFolder:
 
 def find_features(path: Path, embedder: str | None) -> tuple[FeaturesRecord | None, Path]:
     """The record of a folder, None of another tool's, and the folder of its feature files."""
-    places = (path, path.parent) if path.name.startswith(PREFIX) else (path,)
-    own = next((place for place in places if (place / RECORD).is_file()), None)
-    folders = sorted(f for f in path.glob(f"{PREFIX}*") if f.is_dir()) or [path]
-    if own is not None:
-        record = read_record(own)
+    for place in (path, path.parent) if path.name.startswith(PREFIX) else (path,):
+        if not (place / RECORD).is_file():
+            continue
+        record = read_record(place)
         name = str(record.embedder["name"])
+        folder = place / f"{PREFIX}{plain(name)}"
+        if place != path and folder.name != path.name:
+            continue  # another tool's, beside ours
         if embedder is not None and embedder != name:
-            raise ContractError(f"{own / RECORD}: features of {name!r}, not of {embedder!r}")
-        return record, own / f"{PREFIX}{plain(name)}"
+            raise ContractError(f"{place / RECORD}: features of {name!r}, not of {embedder!r}")
+        return record, folder
+    folders = sorted(f for f in path.glob(f"{PREFIX}*") if f.is_dir()) or [path]
     return None, choose_folder(path, folders, embedder)
 
 

@@ -149,6 +149,16 @@ class PatchSet(Protocol):
         """
         ...
 
+    def fingerprint(self) -> str:
+        """Identity of what is stored behind the table, 16 hex digits; the same once moved.
+
+        Of originals: the sizes of all files, and the first bytes of some, with their masks. Of
+        latents: the hashes of the shards, and which patches of them are meant. What is done to
+        what is stored (a codec, a decoder) `facts` tells.
+        raises  InputError with the name of a file that cannot be read
+        """
+        ...
+
     def facts(self) -> SourceFacts:
         """Where the pixels come from and what they cost; may encode a sample to measure that."""
         ...

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,6 +20,23 @@ from latentds.patchsets.config import PatchInput
 from latentds.patchsets.pictures import Pictures, open_pictures
 
 FITTED_TO = 128  # patches
+OF_ALL = "fitted to a sample of the patches"
+OF_TRAIN = "fitted to a sample of the patches of train"
+
+
+def codebook_note(codebook: Mapping[str, Any], *, test_is_apart: bool) -> str | None:
+    """A note for a run whose codebook was fitted to patches it is tested on, None for others.
+
+    codebook       of `SourceFacts`
+    test_is_apart  whether test patches are those of another split than train
+    """
+    origin = codebook.get("origin")
+    if origin != OF_ALL and (origin != OF_TRAIN or test_is_apart):
+        return None
+    return (
+        f"the codebook was {origin}, test patches among them; --codebook or --codebook-from "
+        "avoids it"
+    )
 
 
 def find_codebook(
@@ -69,8 +88,8 @@ def fit_sample(config: PatchInput, pictures: Pictures) -> tuple[Pictures, str]:
     if config.codebook_from is None:
         splits = {picture.split for picture in pictures.pictures}
         if "train" not in splits or len(splits) == 1:
-            return pictures, "fitted to a sample of the patches"
-        return pictures.of_split("train"), "fitted to a sample of the patches of train"
+            return pictures, OF_ALL
+        return pictures.of_split("train"), OF_TRAIN
     edge = min(pictures.patch_px)
     others = PatchInput(
         data=config.codebook_from, tile=True, patch_size=edge, use_labels=False,

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import threading
 
 import numpy as np
@@ -13,6 +14,7 @@ from latentds.errors import unknown_name
 from latentds.patchsets.base import PatchTable
 from latentds.patchsets.developing import Codes
 from latentds.patchsets.ordering import canonical_order
+from latentds.randomness import digest_of
 from latentds.reader import ShardSet
 
 COLUMNS = ("source",)
@@ -100,6 +102,11 @@ class Shards:
             raise unknown_name("slide", slide, places)
         first, last = ends[places[slide]], ends[places[slide] + 1]
         return Shards(self.shards, rows[first:last], self.lock)
+
+    def fingerprint(self) -> str:
+        """Identity of the shards, by their hashes in the manifest, and of the chosen patches."""
+        chosen = np.sort(self.chosen).astype(np.int64).tobytes()
+        return digest_of([self.shards.manifest.dataset_id, hashlib.sha256(chosen).hexdigest()])
 
     def read(self, rows: np.ndarray) -> Codes:
         """Codes uint8 (n, C, h, w) of rows, and which codebook each has, int64 (n,)."""

@@ -45,6 +45,8 @@ class Contents(Protocol[Raw]):
 
     def of_slide(self, slide: str) -> Contents[Raw]: ...
 
+    def fingerprint(self) -> str: ...
+
     def read(self, rows: np.ndarray) -> Raw:
         """What is stored of distinct ascending rows; called from several threads."""
         ...
@@ -258,6 +260,9 @@ class OpenPatches(Generic[Raw]):
         return OpenPatches(
             contents, self.developer, self.described, self.measure, self.memory, self.device, slide
         )
+
+    def fingerprint(self) -> str:
+        return self.contents.fingerprint()
 
     def facts(self) -> SourceFacts:
         if self.described.bytes_per_patch is not None:

@@ -17,6 +17,7 @@ from latentds.conversion.plan import check_keys
 from latentds.errors import InputError, unknown_name
 from latentds.patchsets.base import PatchTable
 from latentds.patchsets.config import PatchInput
+from latentds.patchsets.fingerprints import fingerprint_pictures
 from latentds.patchsets.ordering import canonical_order
 from latentds.reader import decode_mask
 from latentds.sources.open import list_source, open_source
@@ -29,6 +30,12 @@ TASK_REGIONS = 4  # of a picture or slide that a thread reads at a time
 SAMPLED_SLIDES = 16  # whose tissue is found to draw a sample of patches
 BAD_NAMED = 3
 UNPLACED = Place(None, None, None, None)
+OTHER_WORDS = {  # a conversion's, for what is called otherwise here
+    "--no-labels": "--no-use-labels",
+    "nothing to convert": "name a folder of pictures or slides, or a latentds data set",
+    "is a file; pass its folder": "is neither a folder nor an archive or table of pictures; name "
+    "one, or the picture's folder",
+}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -154,6 +161,13 @@ class Pictures:
         part.patch_px = self.patch_px
         return part
 
+    def fingerprint(self) -> str:
+        """Identity of the pictures' bytes."""
+        try:
+            return fingerprint_pictures(self.source, self.pictures, self.headers)
+        except (InputError, OSError) as error:
+            raise InputError(f"{self.where}: cannot be read ({error})") from error
+
     def read(self, rows: np.ndarray) -> np.ndarray:
         """Pixels uint8 (n, H, W, 3) of distinct ascending rows."""
         pixels = np.empty((len(rows), *self.patch_px, 3), np.uint8)
@@ -239,8 +253,8 @@ def open_pictures(config: PatchInput) -> Pictures:
     try:
         source = open_source(conversion)
         pictures = sorted(list_source(source, conversion).pictures, key=lambda p: p.source)
-    except InputError as error:  # a conversion's words for what is called otherwise here
-        raise InputError(str(error).replace("--no-labels", "--no-use-labels")) from error
+    except InputError as error:
+        raise InputError(in_other_words(str(error))) from error
     check_keys(conversion.source, [picture.source for picture in pictures])
     classes = sorted({picture.label for picture in pictures if picture.label is not None})
     if config.split is not None:
@@ -256,6 +270,13 @@ def open_pictures(config: PatchInput) -> Pictures:
     else:
         opened.headers = read_headers(source, pictures, pool, opened.root)
     return opened
+
+
+def in_other_words(message: str) -> str:
+    """A conversion's message, for readers who convert nothing."""
+    for word, other in OTHER_WORDS.items():
+        message = message.replace(word, other)
+    return message
 
 
 def count_workers(workers: int | None) -> int:

@@ -60,23 +60,25 @@ class PictureFiles:
     def header(self, picture: Picture) -> Header:
         header = read_header(self.file(picture), self.config.max_px)
         self.check_tile(header)
-        if self.config.masks is None and picture.mask is None:
+        mask = self.mask_file(picture, header.size_px)
+        if mask is None:
             return header
-        return dataclasses.replace(header, mask_bytes=self.mask_bytes(picture, header))
+        return dataclasses.replace(header, mask_bytes=mask.stat().st_size)
 
     def file(self, picture: Picture) -> Path | BinaryIO:
         """What Pillow opens: a path here; InputError (without the name) where there is none."""
         return self.root / picture.source
 
-    def mask_bytes(self, picture: Picture, header: Header) -> int:
-        """Size of a picture's mask, whose header is checked."""
+    def mask_file(self, picture: Picture, size_px: tuple[int, int]) -> Path | None:
+        """A picture's mask; the header of one below --masks is checked."""
         if self.config.masks is not None:
-            path = find_mask(self.config.masks, picture.source, header.size_px)
-        else:
-            path = self.root / str(picture.mask)
+            return find_mask(self.config.masks, picture.source, size_px)
+        if picture.mask is None:
+            return None
+        path = self.root / picture.mask
         if not path.is_file():
             raise InputError(f"its mask is not there ({picture.mask})")
-        return int(path.stat().st_size)
+        return path
 
     def check_tile(self, header: Header) -> None:
         """Refuse a picture too small for a single tile; InputError (without the name)."""
@@ -175,11 +177,8 @@ class PictureFiles:
         if image.shape[:2] != header.size_px:
             raise InputError("changed its size while the conversion ran")
         size_px = (image.shape[0], image.shape[1])
-        if self.config.masks is not None:
-            return image, read_mask(find_mask(self.config.masks, picture.source, size_px), size_px)
-        if picture.mask is not None:
-            return image, read_mask(self.root / picture.mask, size_px)
-        return image, None
+        mask = self.mask_file(picture, size_px)
+        return image, None if mask is None else read_mask(mask, size_px)
 
     def cut(
         self,

@@ -112,7 +112,7 @@ class Slides:
         return None
 
     def header(self, picture: Picture) -> Header:
-        path = self.path(picture)
+        path = self.file(picture)
         with self.reading(picture):
             slide = self.open(picture)
             width, height = slide.dimensions
@@ -120,16 +120,20 @@ class Slides:
         encoding = describe_slide(slide, path)
         return Header((height, width), "RGB", encoding, path.stat().st_size)
 
-    def path(self, picture: Picture) -> Path:
+    def file(self, picture: Picture) -> Path:
         """A slide's file."""
         return self.root / picture.source
+
+    def mask_file(self, picture: Picture, size_px: tuple[int, int]) -> Path | None:
+        del picture, size_px  # slides have none
+        return None
 
     def open(self, picture: Picture) -> Any:
         """A slide's handle; the least recently used of many is closed."""
         with self.lock:
             handle = self.handles.pop(picture.source, None)
         if handle is None:
-            handle = open_slide(self.path(picture))
+            handle = open_slide(self.file(picture))
         with self.lock:
             self.handles[picture.source] = handle
             if len(self.handles) > OPEN_SLIDES:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
@@ -92,6 +93,17 @@ class Source(Protocol):
 
     def header(self, picture: Picture) -> Header:
         """Size and coding; InputError (without the name) where it cannot be converted."""
+        ...
+
+    def file(self, picture: Picture) -> Path | BinaryIO:
+        """A picture's bytes: a path, or an open member of an archive.
+
+        InputError (without the name) where there are none.
+        """
+        ...
+
+    def mask_file(self, picture: Picture, size_px: tuple[int, int]) -> Path | None:
+        """A picture's mask, None where there is none; InputError for one that is lost or bad."""
         ...
 
     def patch_px(self, headers: dict[str, Header]) -> tuple[int, int]:

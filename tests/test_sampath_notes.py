@@ -1,0 +1,113 @@
+"""What a segmentation run says of itself: undefined scores, groups, schedules."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from latentds.evaluation.folds import Fold
+from latentds.evaluation.records import read_record
+
+pytest.importorskip("deepspeed")
+pytest.importorskip("segmentation_models_pytorch")
+
+from latentds_trainers import segmentation_fold
+from latentds_trainers.sampath import SampathConfig
+from latentds_trainers.segmentation_folds import FoldPlan
+from latentds_trainers.segmentation_presets import schedule_notes
+from latentds_trainers.segmentation_report import FoldOutcome, report, run_record
+
+from tests.nuclei import save_nuclei
+from tests.test_sampath import config_of, images_csv, run
+
+
+@pytest.fixture(autouse=True)
+def one_rank_on_cpu(monkeypatch):
+    """Engines of this process run on the CPU, whatever the machine has."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+
+
+@pytest.fixture
+def nuclei(tmp_path: Path) -> Path:
+    return save_nuclei(tmp_path / "nuclei")
+
+
+def test_a_fold_without_a_scored_pixel_has_no_scores_and_says_so(tmp_path):
+    """A fold's counts as they come where neither truth nor prediction has the class."""
+    config = config_of(tmp_path, tmp_path / "out")
+    counts = np.zeros((2, 1, 3, 3), int)
+    counts[:, :, 1, 1] = 64
+    counts[1, :, 2, 1:] = 8
+    outcomes = [
+        FoldOutcome(
+            fold=n, seed=0, train=3, val=0, steps=2, items=[f"{n}"], groups=[f"{n}"],
+            counts=counts[n].tolist(), seconds=1.0,
+        )
+        for n in (0, 1)
+    ]  # fmt: skip
+    source = {"name": "original", "bytes_per_patch": None}
+    plan = FoldPlan(folds=[Fold(np.arange(1), np.arange(0), np.arange(1, 2))], rule="")
+    record = run_record(config, plan, outcomes, source=source, items=["0", "1"])
+    report(config, record, outcomes)
+    found = read_record(tmp_path / "out")
+    assert found.folds[0]["scores"]["dice_macro"] is None
+    assert found.folds[0]["scores"]["pixel_accuracy"] == 1
+    assert found.summary["dice_macro"][0] == found.folds[1]["scores"]["dice_macro"]
+    assert [n for n in found.notes if n.startswith("fold 0, seed 0: no scored class has a pixel")]
+    assert images_csv(tmp_path / "out")[0]["dice_macro"] == ""
+
+
+def test_validation_images_without_a_scored_pixel_do_not_end_training(nuclei, tmp_path):
+    for name in ("n00.png", "n01.png"):
+        Image.new("L", (64, 64)).save(nuclei / "masks" / name)
+    table = tmp_path / "cv.csv"
+    rows = "".join(f"n{i:02d},{f}\n" for i, f in enumerate((0, 0, -1, 1, 1, 1, 1, 1)))
+    table.write_text("img_id,fold\n" + rows)
+    with mock.patch.object(
+        segmentation_fold,
+        "predict_labels",
+        lambda logits: torch.ones(logits.shape[:1] + logits.shape[2:], dtype=torch.uint8),
+    ):
+        run(nuclei, tmp_path / "out", fold_table=table)
+    last = json.loads((tmp_path / "out/fold-0/log.jsonl").read_text().splitlines()[-1])
+    assert last["validation/pixel_accuracy"] == 1 and "validation/dice_macro" not in last
+
+
+def test_images_named_after_tcga_slides_are_split_by_patient_and_others_noted(nuclei, tmp_path):
+    def is_noted(record) -> bool:
+        return any("each file is a group by itself" in note for note in record.notes)
+
+    assert is_noted(run(nuclei, tmp_path / "single"))
+    for path in (*(nuclei / "images").iterdir(), *(nuclei / "masks").iterdir()):
+        patient = f"TCGA-A1-A0S{int(path.stem[1:]) // 2}"
+        path.rename(path.with_name(f"{patient}-01Z-00-DX1_{path.name}"))
+    record = run(nuclei, tmp_path / "patients")
+    assert "TCGA patient" in record.split_rule and not is_noted(record)
+    assert {row["group"] for row in images_csv(tmp_path / "patients")} == {
+        f"TCGA-A1-A0S{number}" for number in range(4)
+    }
+
+
+def test_a_codebook_fitted_to_tested_images_is_noted(nuclei, tmp_path):
+    codec = "tiny+kmeans"
+    record = run(nuclei, tmp_path / "own", codec=codec, codebook_from=nuclei / "images")
+    assert not [note for note in record.notes if "test patches among them" in note]
+    record = run(nuclei, tmp_path / "all", codec=f"{codec}:16")
+    (note,) = [note for note in record.notes if "test patches among them" in note]
+    assert note.startswith("the codebook was fitted to a sample of the patches,")
+
+
+def test_a_step_of_more_images_than_the_presets_is_noted(tmp_path):
+    options = {"data": tmp_path, "out": tmp_path / "o", "preset": "bcss"}
+    assert schedule_notes(SampathConfig(**options), [1720], ranks=1) == []
+    notes = schedule_notes(SampathConfig(**options), [1720], ranks=8)
+    assert "a step takes 192 images (batch size x accumulation x 8 ranks)" in notes[0]
+    assert "after 288 steps, before the milestones [1800, 2088]" in notes[1]
+    as_meant = SampathConfig(**options, batch_size=3, accumulation=1)
+    assert schedule_notes(as_meant, [1720], ranks=8) == []

@@ -337,6 +337,16 @@ def test_a_baseline_that_a_run_brings_along_is_a_row(tmp_path: Path) -> None:
     assert "pooled" not in main and "pooled over folds of `original`" in scores
 
 
+def test_a_baseline_of_several_embedders_is_one_row(tmp_path: Path) -> None:
+    baseline = {"colour-histogram": {"auc": {"mean": 0.6, "sd": 0.01, "n": 5}}}
+    folders = [
+        classify(tmp_path / name, ORIGINAL, embedder=name, related=baseline)
+        for name in ("uni", "phikon-v2")
+    ]
+    main, _, _ = write_page(report_of(*folders)).partition("## All scores")
+    assert main.count("colour-histogram of") == 1 and main.count("60.00 ± 1.00") == 2
+
+
 def test_two_embedders_share_a_table(tmp_path: Path) -> None:
     folders = [
         classify(tmp_path / f"{embedder}-{name}", source, embedder=embedder)

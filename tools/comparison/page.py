@@ -118,15 +118,19 @@ def notes(families: Sequence[dict[str, Any]]) -> list[str]:
 
 def related_rows(families: Sequence[dict[str, Any]], is_one_size: bool) -> list[list[str]]:
     """Rows that runs bring along, such as a baseline, under the sources."""
-    before = [] if is_one_size else [ABSENT]
-    rows = []
+    found: dict[str, dict[str, str]] = {}  # by the row's name, scores by the family's title
     for family in families:
         for other in (other for other in family["related"] if other["is_row"]):
-            line = [f"{other['name']} of `{other['of']}`", *[ABSENT] * (3 if is_one_size else 2)]
             own = mean_sd(other["scores"].get(family["metric"]))
-            for column in families:
-                line += [*before, own if column is family else ABSENT, ABSENT]
-            rows.append(line)
+            name = f"{other['name']} of `{other['of']}`"
+            found.setdefault(name, {})[family["title"]] = own
+    before = [] if is_one_size else [ABSENT]
+    rows = []
+    for name, scores in found.items():
+        line = [name, *[ABSENT] * (3 if is_one_size else 2)]
+        for family in families:
+            line += [*before, scores.get(family["title"], ABSENT), ABSENT]
+        rows.append(line)
     return rows
 
 

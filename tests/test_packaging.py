@@ -101,7 +101,10 @@ def test_imports_go_down_the_floors(module):
     assert above == set()
 
 
-ENGINE = ("engine", "settings", "launching", "checkpoints", "training_log", "wrapping", "ranks")
+ENGINE = (
+    *("engine", "settings", "launching", "checkpoints", "training_log", "wrapping", "ranks"),
+    "run_folders",
+)
 RECIPES = {  # and the modules each is made of
     "train_tiny": ("tiny_task", "tiles"),
     "finetune_decoder": (

@@ -6,10 +6,11 @@ import logging
 
 import torch
 from latentds_trainers.abmil import AbmilConfig
-from latentds_trainers.bag_report import WEIGHTS, FoldOutcome, fold_folder
+from latentds_trainers.bag_report import WEIGHTS, FoldOutcome
 from latentds_trainers.bag_source import LabelledBags
 from latentds_trainers.bag_training import logits_of
 from latentds_trainers.heat_map import draw_heat_map, write_heat_map
+from latentds_trainers.run_folders import fold_folder
 from torch import Tensor
 
 from latentds.models.abmil import load_abmil
@@ -26,7 +27,9 @@ def draw_heat_maps(
     """Draw the slides that are asked for, each with the weights of a fold that tested it."""
     bags, classes = labelled.bags, labelled.slides.classes
     for slide, outcome in chosen_slides(config, outcomes):
-        network, _ = load_abmil(fold_folder(config, outcome.fold, outcome.seed) / WEIGHTS)
+        network, _ = load_abmil(
+            fold_folder(config.out, outcome.fold, outcome.seed, config.seed) / WEIGHTS
+        )
         logits, attention = logits_of(network.to(device), bags, slide, device)
         coords, size_px = bags.coords(slide)
         shares = attention.double().numpy()

@@ -17,7 +17,6 @@ from latentds_trainers.bag_training import Stopping
 from latentds_trainers.checkpoints import package_versions
 from latentds_trainers.settings import jsonable
 
-from latentds.errors import InputError
 from latentds.evaluation.folds import Fold
 from latentds.evaluation.predictions import (
     Predictions,
@@ -30,10 +29,8 @@ from latentds.evaluation.scores import classification_scores
 from latentds.evaluation.slide_names import some
 from latentds.features.folder import FeatureFolder
 from latentds.features.record import flat
-from latentds.storage import write_atomically
 
-FILE, WEIGHTS = "fold.json", "model.safetensors"
-FORMAT = "latentds-fold/1"
+WEIGHTS = "model.safetensors"
 PRIMARY, SHOWN = "auc", ("auc", "balanced_accuracy", "accuracy", "macro_f1")
 
 
@@ -63,11 +60,6 @@ class FoldOutcome:
     notes: list[str]
     seconds: float
 
-    def write(self, folder: Path) -> None:
-        """Write fold.json, which says that the fold is finished."""
-        text = json.dumps({"format": FORMAT} | dataclasses.asdict(self), indent=1)
-        write_atomically(folder / FILE, text.encode())
-
     def result(self) -> FoldResult:
         """The fold in the run's record."""
         return FoldResult(
@@ -87,28 +79,6 @@ class FoldOutcome:
             f"fold {self.fold}, seed {self.seed}: {shown}; weights of epoch {self.chosen_epoch} "
             f"of {self.epochs}, {self.seconds:.0f} s"
         )
-
-
-def fold_folder(config: AbmilConfig, number: int, seed: int) -> Path:
-    """Where a fold's run lies."""
-    suffix = "" if seed == config.seed else f"-seed-{seed}"
-    return config.out / f"fold-{number}{suffix}"
-
-
-def read_outcome(folder: Path) -> FoldOutcome | None:
-    """A finished fold; None for one that is not. InputError for a file that is damaged."""
-    path = folder / FILE
-    if not path.exists():
-        return None
-    try:
-        values = json.loads(path.read_bytes())
-        if values.pop("format") != FORMAT:
-            raise ValueError("another format")
-        return FoldOutcome(**values)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InputError(
-            f"{path} is damaged ({error}); delete the fold's folder to train it again"
-        ) from error
 
 
 def fold_outcome(

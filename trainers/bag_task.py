@@ -16,18 +16,17 @@ from latentds_trainers.bag_heat_maps import draw_heat_maps
 from latentds_trainers.bag_report import (
     WEIGHTS,
     FoldOutcome,
-    fold_folder,
     fold_outcome,
-    read_outcome,
     report,
 )
 from latentds_trainers.bag_source import LabelledBags, open_labelled
 from latentds_trainers.bag_training import FoldTraining, build_network, predict
 from latentds_trainers.ranks import from_first, join_ranks, on_all_ranks
+from latentds_trainers.run_folders import claim_folder, fold_folder, read_fold, write_fold
 from latentds_trainers.settings import jsonable
 from torch import Tensor
 
-from latentds.errors import ContractError, unknown_name
+from latentds.errors import unknown_name
 from latentds.evaluation.folds import Fold, split_id, stratified_group_folds
 from latentds.evaluation.splits import (
     PATHO_BENCH,
@@ -36,11 +35,9 @@ from latentds.evaluation.splits import (
     write_patho_bench,
 )
 from latentds.models.abmil import save_abmil
-from latentds.storage import write_atomically
 
 logger = logging.getLogger(__name__)
 
-SETTINGS = "run.json"
 # When a run goes on: where things lie, how they are read, what is shown. What lies there is
 # compared by its names and facts.
 MAY_CHANGE = frozenset(
@@ -119,21 +116,7 @@ class BagTask:
         """
         settings = jsonable(dataclasses.asdict(self.config))
         values = {name: value for name, value in settings.items() if name not in MAY_CHANGE}
-        values = json.loads(json.dumps(values | self.identity))
-        path = self.config.out / SETTINGS
-        if not path.exists():
-            write_atomically(path, json.dumps(values, indent=1).encode())
-            return
-        try:
-            found = json.loads(path.read_bytes())
-        except ValueError as error:
-            raise ContractError(f"{path} is damaged ({error}); give another --out") from error
-        for name in values:
-            if found.get(name) != values[name]:
-                raise ContractError(
-                    f"{path}: the run there has {name} {found.get(name)!r}, this one "
-                    f"{values[name]!r}; set it back, or give another --out"
-                )
+        claim_folder(self.config.out, values | self.identity)
 
     def write_splits(self) -> None:
         """The folds as CLAM and Patho-Bench read them."""
@@ -157,8 +140,8 @@ class BagTask:
 
     def outcome(self, number: int, fold: Fold, seed: int) -> FoldOutcome:
         """What a fold came to: as it was found finished, or trained and tested now."""
-        folder = fold_folder(self.config, number, seed)
-        found: FoldOutcome | None = from_first(lambda: read_outcome(folder))
+        folder = fold_folder(self.config.out, number, seed, self.config.seed)
+        found: FoldOutcome | None = from_first(lambda: read_fold(folder, FoldOutcome))
         if found is not None:
             logger.info("fold %d, seed %d: finished before", number, seed)
             return found
@@ -205,7 +188,7 @@ class BagTask:
             **{name: getattr(self.config, name) for name in names},
         }
         save_abmil(folder / WEIGHTS, weights, facts)
-        outcome.write(folder)
+        write_fold(folder, outcome)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # 20 MB that nothing reads again
         logger.info("%s", outcome.line())
 

@@ -16,7 +16,6 @@ from latentds_trainers.checkpoints import package_versions
 from latentds_trainers.segmentation_folds import FoldPlan
 from latentds_trainers.settings import jsonable
 
-from latentds.errors import InputError
 from latentds.evaluation.csv_tables import write_table
 from latentds.evaluation.folds import Fold, split_id
 from latentds.evaluation.records import FoldResult, RunRecord, write_record
@@ -27,12 +26,10 @@ from latentds.evaluation.segmentation import (
     correct_scores,
     sampath_compat_scores,
 )
-from latentds.storage import write_atomically
 
 if TYPE_CHECKING:
     from latentds_trainers.sampath import SampathConfig
 
-FILE, FORMAT = "fold.json", "latentds-fold/1"
 PRIMARY, COMPAT = "dice_macro", "sampath_"
 SIDE_BY_SIDE = (  # correct scores, and what SAM-Path's code calls by their names
     ("dice_macro", "Dice_Bal"),
@@ -70,11 +67,6 @@ class FoldOutcome:
     groups: list[str]
     counts: list[list[list[int]]]
     seconds: float
-
-    def write(self, folder: Path) -> None:
-        """Write fold.json, which says that the fold is finished."""
-        text = json.dumps({"format": FORMAT} | dataclasses.asdict(self))
-        write_atomically(folder / FILE, text.encode())
 
     def confusion(self, names: Sequence[str]) -> Confusion:
         """Counts over all its images."""
@@ -114,22 +106,6 @@ class FoldOutcome:
 def ignored_metric(config: SampathConfig) -> int | None:
     """The label that SAM-Path's own scores leave out: the first that is not scored here."""
     return config.left_out[1] if len(config.left_out) > 1 else None
-
-
-def read_outcome(folder: Path) -> FoldOutcome | None:
-    """A finished fold; None for one that is not. InputError for a file that is damaged."""
-    path = folder / FILE
-    if not path.exists():
-        return None
-    try:
-        values = json.loads(path.read_bytes())
-        if values.pop("format") != FORMAT:
-            raise ValueError("another format")
-        return FoldOutcome(**values)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InputError(
-            f"{path} is damaged ({error}); delete it to test the fold again"
-        ) from error
 
 
 def fold_outcome(

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 from latentds_trainers.ranks import from_first, join_ranks, on_all_ranks
+from latentds_trainers.run_folders import claim_folder, fold_folder, read_fold, write_fold
 from latentds_trainers.sampath import SampathConfig
 from latentds_trainers.segmentation_data import LabelledImages
 from latentds_trainers.segmentation_fold import SegmentationFold
@@ -30,13 +30,12 @@ from latentds_trainers.segmentation_report import (
     FoldOutcome,
     figure,
     fold_outcome,
-    read_outcome,
     report,
     run_record,
 )
 from latentds_trainers.settings import plain
 
-from latentds.errors import ContractError, InputError
+from latentds.errors import InputError
 from latentds.evaluation.folds import Fold, split_id
 from latentds.evaluation.groups import count_alone, groups_of
 from latentds.evaluation.splits import write_clam_splits
@@ -47,7 +46,6 @@ from latentds.patchsets.opening import find_shards
 
 logger = logging.getLogger(__name__)
 
-SETTINGS = "run.json"
 # When a run goes on: where things lie, how they are read, what is shown. What lies there is
 # compared by its content.
 MAY_CHANGE = (
@@ -151,21 +149,7 @@ class SegmentationRun:
             "labels": self.labels_id,
             "folds": split_id(self.plan.folds, self.items),
         }
-        wanted = json.loads(json.dumps(settings | identity))
-        path = self.config.out / SETTINGS
-        if not path.exists():
-            write_json(path, wanted)
-            return
-        try:
-            found = json.loads(path.read_bytes())
-        except ValueError as error:
-            raise ContractError(f"{path} is damaged ({error}); give another --out") from error
-        for name, value in wanted.items():
-            if name not in found or found[name] != value:
-                raise ContractError(
-                    f"{path}: the run there has {name} {found.get(name)!r}, this one {value!r}; "
-                    f"{REMEDIES.get(name, 'set it back')}, or give another --out"
-                )
+        claim_folder(self.config.out, settings | identity, REMEDIES)
 
     def write_splits(self) -> None:
         """The folds as CSV files of images."""
@@ -193,15 +177,10 @@ class SegmentationRun:
         )
         report(self.config, record, outcomes)
 
-    def fold_folder(self, number: int, seed: int) -> Path:
-        """Where a fold's run lies."""
-        suffix = "" if seed == self.config.seed else f"-seed-{seed}"
-        return self.config.out / f"fold-{number}{suffix}"
-
     def outcome(self, number: int, fold: Fold, seed: int) -> FoldOutcome:
         """What a fold came to: as it was found finished, or trained and tested now."""
-        folder = self.fold_folder(number, seed)
-        found: FoldOutcome | None = from_first(lambda: read_outcome(folder))
+        folder = fold_folder(self.config.out, number, seed, self.config.seed)
+        found: FoldOutcome | None = from_first(lambda: read_fold(folder, FoldOutcome))
         if found is not None:
             logger.info("fold %d, seed %d: finished before", number, seed)
             return found
@@ -229,7 +208,7 @@ class SegmentationRun:
                 path = self.config.out / "predictions" / name
                 values, unscored = self.config.values, self.config.unscored or ()
                 write_picture(path, image, truth, prediction, values.classes, unscored)
-        outcome.write(folder)
+        write_fold(folder, outcome)
         dice = figure(outcome.result(self.config)["scores"]["dice_macro"])
         logger.info("fold %d, seed %d: macro Dice %s", outcome.fold, outcome.seed, dice)
 
@@ -287,10 +266,3 @@ def spread_over(rows: np.ndarray, count: int) -> np.ndarray:
     """So many of the rows, or all, evenly spread."""
     places = np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int)
     return rows[places]
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write it atomically."""
-    from latentds.storage import write_atomically
-
-    write_atomically(path, json.dumps(values, indent=1).encode())

@@ -562,3 +562,8 @@ if __name__ == "__main__":
         options=FeatureOptions(batch_size=1024),
     )
     sys.stdout.write(str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
+
+
+def test_a_folder_that_is_not_there_is_told_with_what_makes_one(tmp_path):
+    with pytest.raises(InputError, match="no such folder; make features with 'latentds features"):
+        FeatureFolder(tmp_path / "none")

@@ -19,7 +19,7 @@ SLIDE_COLUMNS = ("slide", "slide_id", "bag", "bag_name")
 SOURCE_COLUMNS = ("source", "path", "name", "file", "filename", "image")
 GROUP_COLUMNS = ("group", "patient", "patient_id", "case_id", "tma_core")
 LABEL_COLUMNS = ("label", "class", "oncotree_code")
-SUBSET_HINT = "mend the names, or allow a subset"
+SUBSET_HINT = "mend the names, or pass --allow-subset (allow_subset=True)"
 
 
 def groups_of(

@@ -27,7 +27,7 @@ class FeatureFolder:
     path      folder of `latentds features`, a job's folder of TRIDENT (`features_<embedder>/`
               in it), or a folder of feature files itself (`features_uni/`, CLAM's `h5_files/`)
     embedder  which features, where a folder has those of several embedders
-    raises    FileNotFoundError; InputError for no features, several embedders to choose from, an
+    raises    InputError for no folder or no features in it, several embedders to choose from, an
               empty bag; FormatError for a damaged file; ContractError where files have features of
               another dimension or embedder than the others
 
@@ -38,7 +38,10 @@ class FeatureFolder:
     def __init__(self, path: str | os.PathLike[str], embedder: str | None = None) -> None:
         self.path = Path(path)
         if not self.path.is_dir():
-            raise FileNotFoundError(2, "no such folder of features", str(self.path))
+            raise InputError(
+                f"{self.path}: no such folder; make features with 'latentds features SET --out "
+                "DIR', or name the folder that has them"
+            )
         self.record, self.folder = find_features(self.path, embedder)
         files = sorted(self.folder.glob(f"*{SUFFIX}"))
         if not files:

@@ -119,6 +119,20 @@ def test_zero_stages_take_the_same_steps_as_none(tmp_path, stage):
     assert all(torch.allclose(zero[name], plain[name], atol=1e-5) for name in plain)
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells what is reserved")
+def test_a_small_network_reserves_little_memory(tmp_path):
+    """DeepSpeed's own buffers of gigabytes once kept this process from starting others."""
+    before = reserved_mb()
+    train(tmp_path / "run", steps=1, zero_stage=3)
+    assert reserved_mb() - before < 500
+
+
+def reserved_mb() -> int:
+    """Private memory this process has asked for, filled or not."""
+    text = Path("/proc/self/status").read_text()
+    return int(text.partition("VmData:")[2].split()[0]) >> 10
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -110,6 +110,10 @@ class Engine:
         """Copies of a network's weights on the CPU. Collective: every rank has to call it."""
         return self.wrapped[name].weights()
 
+    def groups(self, name: str) -> list[dict[str, Any]]:
+        """A network's parameter groups, for schedules of anything but the learning rate."""
+        return self.wrapped[name].groups
+
     @property
     def is_first(self) -> bool:
         """Whether this is the rank that logs and writes."""

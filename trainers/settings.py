@@ -61,7 +61,7 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value}; a positive number")
-        if self.warmup_steps < 0:
+        if self.warmup_steps is not None and self.warmup_steps < 0:  # may follow from steps too
             raise ValueError(f"warmup_steps is {self.warmup_steps}; 0 or more")
         if bool(self.milestones) != (self.schedule == "multistep"):
             raise ValueError(f"milestones {self.milestones} with schedule {self.schedule}")

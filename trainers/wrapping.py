@@ -20,6 +20,7 @@ from latentds.errors import missing_extra
 from latentds.storage import write_atomically
 
 BUFFERS = "buffers.safetensors"
+MAX_BUCKET = 500_000_000  # numbers that are communicated together at most, as in DeepSpeed
 
 
 def load_deepspeed() -> Any:
@@ -41,18 +42,33 @@ def load_deepspeed() -> Any:
     return deepspeed
 
 
-def deepspeed_config(config: TrainConfig, universal: bool) -> dict[str, Any]:
-    """DeepSpeed's JSON for one network."""
+def deepspeed_config(config: TrainConfig, universal: bool, parameters: int) -> dict[str, Any]:
+    """DeepSpeed's JSON for one network of so many parameters.
+
+    It reserves buffers of 500 million numbers whatever the network has: gigabytes that nothing ever
+    fills, and where they add up to more than the machine has, no process can be started any more.
+    """
+    bucket = max(2, min(MAX_BUCKET, parameters + parameters % 2))  # it asks for an even one
     return {
         "train_micro_batch_size_per_gpu": config.batch_size,
         "gradient_accumulation_steps": config.accumulation,
         "gradient_clipping": config.clip or 0.0,
-        "zero_optimization": {"stage": config.zero_stage},
+        "zero_optimization": {
+            "stage": config.zero_stage,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+        },
         "bf16": {"enabled": config.precision == "bf16"},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 1 << 40,
         "checkpoint": {"load_universal": universal},
     }
+
+
+def count_parameters(network: nn.Module) -> int:
+    """Trained numbers of a network; ZeRO 3 may have split them already."""
+    trained = [p for p in network.parameters() if p.requires_grad]
+    return sum(int(getattr(p, "ds_numel", p.numel())) for p in trained)
 
 
 class Host(nn.Module):
@@ -92,7 +108,7 @@ class WrappedNetwork:
             model=Host(network),
             model_parameters=[p for group in optimizer.param_groups for p in group["params"]],
             optimizer=optimizer,
-            config=deepspeed_config(config, universal),
+            config=deepspeed_config(config, universal, count_parameters(network)),
             dist_init_required=False,
         )
         writer = self.engine.checkpoint_engine
@@ -109,8 +125,7 @@ class WrappedNetwork:
 
         Sets `norm`, of the gradients before clipping. False where the step was left out as a spike.
         """
-        groups = self.engine.optimizer.param_groups
-        for group, lr in zip(groups, self.lrs, strict=True):
+        for group, lr in zip(self.groups, self.lrs, strict=True):
             group["lr"] = lr * lr_share
         if self.config.zero_stage == 0:
             gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
@@ -122,6 +137,12 @@ class WrappedNetwork:
         if self.config.zero_stage != 0:
             self.norm = float(self.engine.get_global_grad_norm())
         return True
+
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        """The optimizer's parameter groups, in the order it was made with."""
+        found: list[dict[str, Any]] = self.engine.optimizer.param_groups
+        return found
 
     def is_spike(self) -> bool:
         """Whether the step is to be left out."""
@@ -181,24 +202,28 @@ class WrappedNetwork:
         """
         self.failures.clear()
         self.engine.save_checkpoint(str(folder), tag=name, save_latest=False)
-        if dist.get_rank() == 0:  # DeepSpeed's universal form leaves buffers out
+        if dist.get_rank() == 0:  # DeepSpeed's universal form leaves these out
             try:
-                buffers = {key: tensor.contiguous() for key, tensor in self.buffers().items()}
+                buffers = {key: tensor.contiguous() for key, tensor in self.untrained().items()}
                 write_atomically(folder / name / BUFFERS, to_safetensors(buffers))
             except OSError as error:
                 self.failures.append(error)
         return list(self.failures)
 
     def load(self, folder: Path, name: str, buffers: Path) -> None:
-        """Read what `save` wrote; buffers from a folder of their own. Collective.
+        """Read what `save` wrote; what is not trained from a folder of its own. Collective.
 
         DeepSpeed unpickles these files: only ever from the run's own folder.
         """
         self.engine.load_checkpoint(str(folder), tag=name)
         saved = load_file(buffers / name / BUFFERS)
-        for key, tensor in self.buffers().items():
+        for key, tensor in self.untrained().items():
             tensor.copy_(saved[key])
 
-    def buffers(self) -> dict[str, Tensor]:
-        """Buffers by name: batch normalization's running figures and the like."""
-        return {name: buffer.data for name, buffer in self.network.named_buffers()}
+    def untrained(self) -> dict[str, Tensor]:
+        """Buffers by name, and where ranks share the optimizer, weights without gradients: a
+        teacher's, say. Under ZeRO 3 no rank has those whole."""
+        found = {name: buffer.data for name, buffer in self.network.named_buffers()}
+        if self.config.zero_stage in (1, 2):
+            found |= {n: p.data for n, p in self.network.named_parameters() if not p.requires_grad}
+        return found

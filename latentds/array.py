@@ -65,12 +65,9 @@ class LatentArray:
             decode,
         )
         manifest = self.shards.manifest
-        parts = [
-            (chosen if chosen is not None else np.arange(*self.shards.patch_range(name)))
-            for name in ([split] if split else sorted(manifest.splits))
-            for chosen in [select_rows(self.shards, name, where, slides)]
-        ]
-        rows = np.concatenate(parts)
+        rows = select_rows(self.shards, split, where, slides)
+        if rows is None:
+            rows = np.arange(*(self.shards.patch_range(split) if split else (0, len(self.shards))))
         self.check_fits(len(rows))
         self.decoder = None
         if decode != "codes":

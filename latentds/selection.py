@@ -39,13 +39,14 @@ MIRRORED: dict[type[ast.cmpop], type[ast.cmpop]] = {
 
 def select_rows(
     shards: ShardSet,
-    split: str,
+    split: str | None,
     where: str | None = None,
     slides: Sequence[str] | None = None,
     mixed: Sequence[ShardSet] = (),
 ) -> np.ndarray | None:
     """Rows of the patch table that are chosen, ascending; None stands for the whole split.
 
+    split   None for all of them
     where   e.g. "label == 'TUM' and mpp < 0.6"; columns: label, slide, patient, x, y, mpp, size_px.
             A patch whose value is unknown fails every comparison.
     slides  names of slides to keep
@@ -55,7 +56,7 @@ def select_rows(
     """
     if where is None and slides is None:
         return None
-    first, end = shards.patch_range(split)
+    first, end = (0, len(shards)) if split is None else shards.patch_range(split)
     sets = mixed or [shards]
     condition = Parser(shards, where, sets).expression() if where is not None else None
     listed = slide_numbers(shards, slides, sets) if slides is not None else None
@@ -68,7 +69,8 @@ def select_rows(
     found = np.concatenate(chosen)
     if not len(found):
         what = f"where={where!r}" if where is not None else "slides=[...]"
-        raise InputError(f"{shards.folder}: {what} chooses no patch of split {split!r}")
+        within = "the set" if split is None else f"split {split!r}"
+        raise InputError(f"{shards.folder}: {what} chooses no patch of {within}")
     return found
 
 

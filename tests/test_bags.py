@@ -169,6 +169,15 @@ def test_array_knows_its_patches_and_its_memory(array, shared_dataset):
     assert len(only) == 250 and only[0].dtype == torch.uint8
 
 
+def test_an_array_of_all_splits_takes_slides_that_one_of_them_lacks(tmp_path):
+    save_pictures(tmp_path / "in" / "train" / "tumour" / "slide.A", 3)
+    save_pictures(tmp_path / "in" / "val" / "tumour" / "slide.B", 2)
+    convert_with_mean(tmp_path / "in", tmp_path / "out")
+    assert len(LatentArray(tmp_path / "out", decode="codes", slides=["slide.A"])) == 3
+    with pytest.raises(InputError, match="chooses no patch of the set"):
+        LatentArray(tmp_path / "out", decode="codes", where="x > 5")
+
+
 def test_what_does_not_fit_is_refused_before_reading(shared_dataset, monkeypatch):
     monkeypatch.setattr(latentds.array, "free_bytes", lambda device: 30_000)
     monkeypatch.setattr(ShardSet, "read_codes", None)

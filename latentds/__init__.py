@@ -21,6 +21,7 @@ _HOMES = {
     "LatentLoader": "latentds.loader",
     "LatentdsError": "latentds.errors",
     "Mixture": "latentds.mixture",
+    "MultiCrop": "latentds.views.multicrop",
     "ShardSet": "latentds.reader",
     "convert": "latentds.conversion.pipeline",
     "load_autoencoder": "latentds.autoencoders",

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from latentds.views.crops import Views
+
 LARGE = ("codes", "latents", "images", "masks")
 ALIGNMENT = 64  # bytes, a cache line; any dtype may be viewed there
 
@@ -33,6 +35,7 @@ class Batch:
     bad      damaged packs that were found and replaced while this batch was read
     images   float (B, 3, H, W) in [0, 1], or what `transform` made of them; None before decoding
     latents  float32 (B, C, h, w), None unless asked for
+    views    crops of every patch, None unless asked for
     masks    uint8 (B, H, W), None unless asked for
     columns  values of the columns asked for, lists of B
     """
@@ -50,6 +53,7 @@ class Batch:
     bad: tuple[str, ...] = ()
     images: Any = None
     latents: Tensor | None = None
+    views: Views | None = None
     masks: Tensor | None = None
     columns: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
 
@@ -60,7 +64,7 @@ class Batch:
         """Consecutive patches, tensors as views; `bad` stays with the first."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         cut: dict[str, Any] = {
-            n: v[part] for n, v in values.items() if isinstance(v, (Tensor, list))
+            n: v[part] for n, v in values.items() if isinstance(v, (Tensor, list, Views))
         }
         columns = {name: column[part] for name, column in self.columns.items()}
         bad = () if part.start else self.bad
@@ -89,7 +93,8 @@ class Batch:
         """The batch with `change` applied to every tensor."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         tensors = {name: change(v) for name, v in values.items() if isinstance(v, Tensor)}
-        return dataclasses.replace(self, **tensors)
+        views = self.views.map(change) if self.views is not None else None
+        return dataclasses.replace(self, **tensors, views=views)
 
 
 def pack(

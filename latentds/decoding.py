@@ -125,11 +125,13 @@ class Decoder:
     def __call__(self, codes: Tensor, codebooks: Tensor | None = None) -> Tensor:
         """Images float (B, 3, H, W) in [0, 1] of codes uint8 (B, C, h, w) on the device.
 
-        Without an autoencoder latents (B, C, h, w). Out of memory halves the chunk, once.
+        Without an autoencoder latents (B, C, h, w).
         """
         latents = self.levels(codes, codebooks)
-        if self.autoencoder is None:
-            return latents
+        return latents if self.autoencoder is None else self.decode_within_memory(latents)
+
+    def decode_within_memory(self, latents: Tensor) -> Tensor:
+        """Images of latents; out of memory halves the chunk, once."""
         try:
             return self.decode(latents)
         except (torch.OutOfMemoryError, RuntimeError) as error:
@@ -165,20 +167,20 @@ class Decoder:
 class Compiled:
     """A function under torch.compile; eager, with one warning, where the compiler fails."""
 
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, function: Callable[..., Tensor]) -> None:
         self.eager = function
-        self.function: Callable[[Tensor], Tensor] = torch.compile(function, dynamic=False)
+        self.function: Callable[..., Tensor] = torch.compile(function, dynamic=False)
 
-    def __call__(self, values: Tensor) -> Tensor:
+    def __call__(self, *values: Tensor) -> Tensor:
         from torch._dynamo.exc import TorchDynamoException
 
         try:
-            return self.function(values)
+            return self.function(*values)
         except TorchDynamoException as error:
             reason = " ".join(str(error).split())[:120]
-            warnings.warn(f"torch.compile failed, decoding eagerly ({reason})", stacklevel=2)
+            warnings.warn(f"torch.compile failed, running eagerly ({reason})", stacklevel=2)
             self.function = self.eager
-            return self.function(values)
+            return self.function(*values)
 
 
 class Graphed:

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import logging
 import os
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
@@ -17,13 +18,18 @@ from torch.utils.data import DataLoader
 from latentds.autoencoders.base import Autoencoder
 from latentds.batch import Batch
 from latentds.cache import CacheConfig
+from latentds.channel_statistics import choose_statistics
 from latentds.dataset import LatentDataset, check_bad
 from latentds.decoding import DecodeOptions, Decoder, find_autoencoder
 from latentds.launcher import gather, own_device
 from latentds.mixture import Mixture
+from latentds.normalization import ChannelStatistics
 from latentds.quantizer import Codebook
 from latentds.stage import CudaLanes, DecodeStage, Lanes
 from latentds.transfers import Transfers
+from latentds.views.crops import Views
+from latentds.views.multicrop import MultiCrop
+from latentds.views.windows import CropWindows, WindowPlan
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +45,8 @@ class LatentLoader:
     num_workers   processes that read codes; 0 reads in this one
     decode        "pixels" (batch.images), "latents" (batch.latents, float32) or "codes"
                   (batch.codes, uint8)
+    normalize     latents less each channel's mean and over its standard deviation, by `statistics`;
+                  or by the ChannelStatistics given, as for a network trained with others
     autoencoder   object, name or path whose decoder is used instead of the recorded one; it must
                   read the same latent_id
     decoder       the same, meant for a decoder alone: its folder, its training run's folder, or
@@ -49,7 +57,11 @@ class LatentLoader:
     channels_last, compile, cuda_graph   see DecodeOptions
     static        on a GPU, hand out memory that the next batch may reuse; see DecodeStage
     transform     applied to the images (B, 3, H, W) of every batch, on the device
-    as_tuple      yield (images, labels) instead of a Batch
+    views         MultiCrop, or any function of what is decoded and `batch.seeds` that gives Views:
+                  batch.views, made on the device of the images before `transform` changes those
+    crop_windows  decode of every patch only what its views show (no batch.images then); for
+                  decoders of a finite receptive field, and where views show little of a patch
+    as_tuple      yield (images, labels) instead of a Batch, or (views.crops(), labels)
 
     `state_dict` counts batches handed out; the iteration after `load_state_dict` goes on behind
     them: from a state taken at an epoch's end it yields nothing, and the one after is the next.
@@ -72,6 +84,7 @@ class LatentLoader:
         device: torch.device | str = "cpu",
         num_workers: int = 0,
         decode: str = "pixels",
+        normalize: bool | ChannelStatistics = False,
         autoencoder: Autoencoder | str | os.PathLike[str] | None = None,
         decoder: Autoencoder | str | os.PathLike[str] | None = None,
         decode_device: torch.device | str | None = None,
@@ -82,6 +95,8 @@ class LatentLoader:
         cuda_graph: bool = False,
         static: bool = False,
         transform: Callable[[Tensor], Any] | None = None,
+        views: Callable[[Tensor, Tensor], Views] | None = None,
+        crop_windows: bool = False,
         as_tuple: bool = False,
         columns: Sequence[str] = (),
         masks: bool = False,
@@ -94,6 +109,9 @@ class LatentLoader:
     ) -> None:
         if decode not in ("pixels", "latents", "codes"):
             raise ValueError(f"decode={decode!r}; one of 'pixels', 'latents', 'codes'")
+        if normalize and decode != "latents":
+            raise ValueError(f"normalize= is for decode='latents', not decode={decode!r}")
+        check_views(views, decode, crop_windows, transform)
         if autoencoder is not None and decoder is not None:
             raise ValueError("autoencoder= and decoder= both name what decodes; pass one of them")
         self.dataset = LatentDataset(
@@ -120,9 +138,10 @@ class LatentLoader:
                 "as_tuple cannot tell which patches only fill up a rank's last batch; take Batch "
                 "and its `valid`, or last='drop' or 'repeat'"
             )
-        self.device, self.decode = own_device(device), decode
+        self.dataset.statistics_given = choose_statistics(normalize, self.dataset.sets)
+        self.device, self.decode, self.normalize = own_device(device), decode, bool(normalize)
         self.decode_device = own_device(decode_device or device)
-        self.transform, self.as_tuple = transform, as_tuple
+        self.transform, self.views, self.as_tuple = transform, views, as_tuple
         self.contract = self.dataset.shards.manifest.contract
         options = DecodeOptions(
             dtype=dtype,
@@ -132,6 +151,8 @@ class LatentLoader:
             cuda_graph=cuda_graph,
         )
         self.decoder = self.make_decoder(autoencoder if decoder is None else decoder, options)
+        self.windows = self.make_windows() if crop_windows else None
+        self.plans: deque[WindowPlan] = deque()  # of the batches on their way, with crop windows
         self.stage: DecodeStage | None = None
         if self.decode_device.type == "cuda":
             self.stage = self.make_stage(static, CudaLanes(self.decode_device))
@@ -155,16 +176,20 @@ class LatentLoader:
         autoencoder = None
         if self.decode == "pixels":
             autoencoder = find_autoencoder(self.dataset.shards, given)
-        return Decoder(
-            autoencoder, self.codebooks, self.contract.patch_px, self.decode_device, options
-        )
+        books = self.dataset.normalized_codebooks() if self.normalize else self.codebooks
+        return Decoder(autoencoder, books, self.contract.patch_px, self.decode_device, options)
+
+    def make_windows(self) -> CropWindows:
+        """What decodes the views' windows only."""
+        assert isinstance(self.views, MultiCrop) and self.decoder is not None
+        return CropWindows(self.views, self.decoder, self.contract.codes_shape)
 
     def make_stage(self, static: bool, lanes: Lanes) -> DecodeStage:
         """The ring that decodes ahead on a GPU."""
         batching, contract = self.dataset.batching, self.contract
         pixels = self.decode == "pixels"
         return DecodeStage(
-            self.decoder,
+            None if self.windows else self.decoder,
             (3, *contract.patch_px) if pixels else contract.codes_shape,
             self.decoder.options.dtype if self.decoder and pixels else torch.float32,
             batching.global_batch // batching.ranks,
@@ -177,6 +202,14 @@ class LatentLoader:
     def autoencoder(self) -> Autoencoder | None:
         """Whose decoder is used; None where nothing is decoded to pixels."""
         return self.decoder.autoencoder if self.decoder else None
+
+    @property
+    def statistics(self) -> ChannelStatistics:
+        """Mean and standard deviation of every latent channel, as the manifest records them.
+
+        Of a mixture, those of what is drawn from it, by its weights; those given, where they were.
+        """
+        return self.dataset.statistics
 
     @property
     def codebooks(self) -> list[Codebook]:
@@ -197,6 +230,11 @@ class LatentLoader:
         """Batches of an epoch on this rank."""
         return len(self.dataset)
 
+    @property
+    def sampler(self) -> LatentLoader:
+        """Itself: Lightning and timm's train.py tell the epoch to `loader.sampler.set_epoch`."""
+        return self
+
     def set_epoch(self, epoch: int) -> None:
         """Choose the next iteration's epoch; without it, every iteration runs the next one."""
         if not (self.resuming and epoch == self.epoch):  # a resumed epoch keeps its place
@@ -207,6 +245,7 @@ class LatentLoader:
             self.epoch, self.handed_out = self.epoch + 1, 0
         self.resuming = False
         self.dataset.set_epoch(self.epoch, self.handed_out)
+        self.plans.clear()
         with contextlib.closing(self.decoded()) as batches:
             for batch in batches:
                 self.note_bad(batch)
@@ -227,7 +266,10 @@ class LatentLoader:
         for transfer, sizes in self.transfers:
             start = 0
             for size in sizes:
-                yield transfer[start : start + size]
+                part = transfer[start : start + size]
+                if self.windows is not None:  # here, where the seeds are still on the host
+                    self.plans.append(self.windows.plan(part.seeds))
+                yield part
                 start += size
 
     def note_bad(self, batch: Batch) -> None:
@@ -252,20 +294,30 @@ class LatentLoader:
     def prepare(self, batch: Batch) -> Batch:
         """A batch moved and decoded, at once: what the stage does ahead where there is one."""
         batch = batch.to(self.decode_device)
-        images = self.decoder(batch.codes, batch.codebooks) if self.decoder else None
+        images = None
+        if self.decoder is not None and self.windows is None:
+            images = self.decoder(batch.codes, batch.codebooks)
         return dataclasses.replace(batch, images=images)
 
     def finish(self, batch: Batch) -> Any:
         """What the trainer gets of a decoded batch, on its device."""
         if self.decode == "latents":
             batch = dataclasses.replace(batch, latents=batch.images, images=None)
+        if self.windows is not None:
+            views = self.windows(batch.codes, batch.codebooks, batch.seeds, self.plans.popleft())
+            batch = dataclasses.replace(batch, views=views)
         if self.decode_device != self.device:
             # A copy to the host that is not waited for is read before it is there.
             batch = batch.to(self.device, non_blocking=self.device.type != "cpu")
+        if self.views is not None and batch.views is None:
+            decoded: Any = batch.images if self.decode == "pixels" else batch.latents
+            batch = dataclasses.replace(batch, views=self.views(decoded, batch.seeds))
         if self.transform and batch.images is not None:
             batch = dataclasses.replace(batch, images=self.transform(batch.images))
         if not self.as_tuple:
             return batch
+        if batch.views is not None:
+            return batch.views.crops(), batch.labels
         shown = {"pixels": batch.images, "latents": batch.latents, "codes": batch.codes}
         return shown[self.decode], batch.labels
 
@@ -282,3 +334,19 @@ class LatentLoader:
         self.dataset.load_state_dict(state)
         self.bad_packs = list(dict.fromkeys([*self.bad_packs, *bad_packs]))
         self.epoch, self.handed_out, self.resuming = state["epoch"], state["batch"], True
+
+
+def check_views(views: Any, decode: str, crop_windows: bool, transform: Any) -> None:
+    """Refuse views of what is not decoded, and crop windows where whole images are needed."""
+    if views is not None and getattr(views, "reads", decode) != decode:
+        raise ValueError(
+            f"views of {views.reads} need decode={views.reads!r}, not decode={decode!r}"
+        )
+    if views is not None and decode == "codes":
+        raise ValueError("views are made of pixels or latents, not of decode='codes'")
+    if not crop_windows:
+        return
+    if not isinstance(views, MultiCrop):
+        raise ValueError("crop_windows=True decodes what views show; pass views=MultiCrop(...)")
+    if transform is not None:
+        raise ValueError("crop_windows=True decodes no whole images that transform= could change")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -99,9 +100,16 @@ def uniform(seeds: Tensor, op: str, draws: int = 1) -> Tensor:
     A patch's numbers depend on the run's seed, the epoch, the patch and `op` alone: not on batch,
     worker, rank or a resume in between.
     """
+    return uniform_each(seeds, [op], draws)[0]
+
+
+def uniform_each(seeds: Tensor, ops: Sequence[str], draws: int = 1) -> Tensor:
+    """`uniform` of several ops at once: float32 (number of ops, B, D)."""
+    if not ops:
+        return torch.zeros((0, len(seeds), draws), device=seeds.device)
     count = torch.arange(draws, device=seeds.device)
-    state = mix_tensor(seeds ^ signed(key_of("op", op)))
-    values = mix_tensor(state[:, None] + count * signed(GOLDEN))
+    state = mix_tensor(torch.stack([seeds ^ signed(key_of("op", op)) for op in ops]))
+    values = mix_tensor(state[..., None] + count * signed(GOLDEN))
     return shift_right(values, 64 - DRAW_BITS).float() / (1 << DRAW_BITS)
 
 

@@ -102,7 +102,7 @@ def test_a_failing_compiler_warns_once_and_decodes_eagerly(monkeypatch):
         raise TorchDynamoException("no C++ compiler")
 
     compiled.function = broken
-    with pytest.warns(UserWarning, match="torch.compile failed, decoding eagerly"):
+    with pytest.warns(UserWarning, match="torch.compile failed, running eagerly"):
         assert compiled(torch.zeros(1)) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -1,0 +1,221 @@
+"""MultiCrop: global and local crops of every patch, augmented on the patches' device."""
+# B patches, G global crops, L local crops, V views of one kind, N = V * B, H W pixels of a patch
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from latentds.errors import ShapeError, unknown_name
+from latentds.views.boxes import Boxes, Draws, draw_boxes, native_boxes
+from latentds.views.crops import Views
+from latentds.views.limits import at_least, probabilities, ranges, strengths, threes
+from latentds.views.painting import PAINTED, Paint, compiled
+from latentds.views.presets import IMAGENET_MEAN, IMAGENET_STD, PRESETS
+from latentds.views.resampling import SUPPORT, resized_crops
+
+Two = tuple[float, float]
+Three = tuple[float, float, float]
+CHUNK_BYTES = 1 << 28  # of crops in float32 that are augmented at once; temporaries are some more
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MultiCrop:
+    """Augmented crops of every patch, each drawn from the patch's own seed.
+
+    Call it with images float (B, 3, H, W) in [0, 1] on any device and seeds int64 (B,)
+    (`batch.seeds`): `Views` of the images' dtype. Order: crop, mirror, turn; stain; brightness,
+    contrast, saturation, hue; grey; blur; solarize; normalize. What is given for the first global,
+    further global and local crops is written (first, further, local).
+    """
+
+    globals: int = 2
+    """Global crops of a patch."""
+    locals: int = 8
+    """Local crops of a patch."""
+    global_px: int = 224
+    """Edge of a global crop."""
+    local_px: int = 96
+    """Edge of a local crop."""
+    global_scale: Two | None = (0.32, 1.0)
+    """Part of the patch's area that a global crop shows, from and to; None: cut, not resized."""
+    local_scale: Two | None = (0.05, 0.32)
+    """The same of a local crop."""
+    ratio: Two = (3 / 4, 4 / 3)
+    """Width to height of what a crop shows, from and to."""
+    interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+    """How crops are resized, antialiased as torchvision does it."""
+    flip: float = 0.5
+    """Probability of a mirror image."""
+    turns: bool = True
+    """Turn crops by 0, 90, 180 or 270 degrees: tissue has no upper side."""
+    stain: float = 0.0
+    """Haematoxylin, eosin and DAB densities are multiplied by 1 - this to 1 + this."""
+    stain_shift: float = 0.0
+    """The same densities are shifted by up to this, in skimage's unit."""
+    stain_p: Three = (1.0, 1.0, 1.0)
+    """Probability of stain changes (first, further, local)."""
+    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
+    """Strength of brightness, contrast, saturation and hue changes, as ColorJitter's."""
+    jitter_p: float = 0.8
+    """Probability of them."""
+    grey: float = 0.2
+    """Probability of a grey crop."""
+    blur: Three = (1.0, 0.1, 0.5)
+    """Probability of blur (first, further, local)."""
+    blur_sigma: Two = (0.1, 2.0)
+    """Standard deviation of the blur in pixels of the crop, from and to."""
+    dinov2_compat_blur: bool = False
+    """Blur with 1 - p in place of p, as DINOv2's code does: its first global crop never is."""
+    solarize: Three = (0.0, 0.2, 0.0)
+    """Probability of inverted bright pixels (first, further, local)."""
+    mean: Three | None = IMAGENET_MEAN
+    """Taken off the channels at the end; None leaves crops in [0, 1]."""
+    std: Three | None = IMAGENET_STD
+    """What the channels are divided by at the end."""
+    compile: bool = False
+    """Fuse the colour arithmetic with torch.compile; no part of the augmentation's identity."""
+
+    reads: ClassVar[str] = "pixels"  # what of a batch it takes: LatentLoader's `decode`
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):  # a record's lists, or a caller's
+            value = getattr(self, field.name)
+            if isinstance(value, list):
+                object.__setattr__(self, field.name, tuple(value))
+        at_least(0, globals=self.globals, locals=self.locals)
+        at_least(1, global_px=self.global_px, local_px=self.local_px)
+        if self.globals + self.locals == 0:
+            raise ValueError("globals=0 and locals=0; at least one view")
+        if self.interpolation not in SUPPORT:
+            raise ValueError(f"interpolation={self.interpolation!r}; one of {', '.join(SUPPORT)}")
+        threes(stain_p=self.stain_p, blur=self.blur, solarize=self.solarize)
+        threes(mean=self.mean, std=self.std)
+        ranges(most=1.0, global_scale=self.global_scale, local_scale=self.local_scale)
+        ranges(ratio=self.ratio, blur_sigma=self.blur_sigma)
+        probabilities(flip=self.flip, stain_p=self.stain_p, jitter_p=self.jitter_p)
+        probabilities(grey=self.grey, blur=self.blur, solarize=self.solarize)
+        strengths(stain=self.stain, stain_shift=self.stain_shift, jitter=self.jitter)
+        if self.jitter[3] > 0.5:
+            raise ValueError(f"jitter={self.jitter}; hue turns by at most 0.5, half a circle")
+        if self.std is not None and min(self.std) <= 0:
+            raise ValueError(f"std={self.std}; above 0")
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> MultiCrop:
+        """A published recipe: dino, dinov2, openmidnight, mae, none; `changes` override fields."""
+        if name not in PRESETS:
+            raise unknown_name("preset of views", name, PRESETS)
+        return cls(**(PRESETS[name] | changes))
+
+    def record(self) -> dict[str, Any]:
+        """The augmentation's identity: plain JSON values, equal where the views are."""
+        values = {"kind": type(self).__name__, **dataclasses.asdict(self)}
+        del values["compile"]
+        plain: dict[str, Any] = json.loads(json.dumps(values))
+        return plain
+
+    def __call__(self, images: Tensor, seeds: Tensor) -> Views:
+        """Views of images float (B, 3, H, W) in [0, 1], drawn from seeds int64 (B,)."""
+        if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+            raise ShapeError(f"views are made of float images (B, 3, H, W), not of {images.dtype} "
+                             f"{tuple(images.shape)}")  # fmt: skip
+        if seeds.shape != (len(images),):
+            raise ShapeError(f"{len(images)} images with seeds of shape {tuple(seeds.shape)}; pass "
+                             "batch.seeds, one a patch")  # fmt: skip
+        size = (images.shape[2], images.shape[3])
+        if not all(size):
+            raise ShapeError(f"views of patches of {size[1]}x{size[0]} px; at least one pixel")
+        draws = self.draw(seeds.to(images.device))
+        return self.render(images, draws, self.boxes(draws, size))
+
+    def draw(self, seeds: Tensor) -> list[Draws]:
+        """The random numbers of the global and of the local views."""
+        return [
+            Draws(seeds, [f"global {number}" for number in range(self.globals)]),
+            Draws(seeds, [f"local {number}" for number in range(self.locals)]),
+        ]
+
+    def boxes(self, draws: list[Draws], size: tuple[int, int]) -> list[Boxes]:
+        """Where the global and the local views lie in patches of a size (H, W)."""
+        kinds = ((self.global_px, self.global_scale), (self.local_px, self.local_scale))
+        found = []
+        for drawn, (edge_px, scale) in zip(draws, kinds, strict=True):
+            if scale is None:
+                found.append(native_boxes(drawn, size, edge_px, self.flip, self.turns))
+            else:
+                found.append(draw_boxes(drawn, size, scale, self.ratio, self.flip, self.turns))
+        return found
+
+    def render(self, images: Tensor, draws: list[Draws], boxes: list[Boxes]) -> Views:
+        """The views in given boxes of the images."""
+        with torch.autocast(images.device.type, enabled=False):  # a trainer's own may be around us
+            return self.rendered(images, draws, boxes)
+
+    def rendered(self, images: Tensor, draws: list[Draws], boxes: list[Boxes]) -> Views:
+        """`render` in the working precision."""
+        working = images.to(working_dtype(images))
+        made = []
+        for kind, edge_px in enumerate((self.global_px, self.local_px)):
+            parts = [
+                self.crops(working, draws[kind], boxes[kind], edge_px, part, place).to(images.dtype)
+                for part, place in self.parts(kind, len(images))
+            ]
+            empty = images.new_empty((0, len(images), 3, edge_px, edge_px))
+            made.append(torch.cat([empty, *parts]) if len(parts) != 1 else parts[0])
+        return Views(*made)
+
+    def parts(self, kind: int, batch: int) -> list[tuple[slice, int]]:
+        """Views that are augmented together, and which of (first, further, local) they are."""
+        edge_px, number = ((self.global_px, self.globals), (self.local_px, self.locals))[kind]
+        views = max(CHUNK_BYTES // max(12 * batch * edge_px**2, 1), 1)
+        first = 0 if kind else 1  # the first global view has probabilities of its own
+        starts = [start for start in sorted({0, *range(first, number, views)}) if start < number]
+        return [
+            (slice(start, end), 2 if kind else min(start, 1))
+            for start, end in zip(starts, [*starts[1:], number], strict=False)
+        ]
+
+    def crops(
+        self, images: Tensor, draws: Draws, boxes: Boxes, edge_px: int, part: slice, place: int
+    ) -> Tensor:
+        """Augmented crops (V, B, 3, P, P) of some views."""
+        boxes = boxes.map(lambda tensor: tensor[part])
+        crops = resized_crops(images, boxes, edge_px, self.interpolation).clamp_(0, 1)
+        if not crops.numel():
+            return crops
+        numbers = [draws[name][part].flatten(0, 1) for name in PAINTED]
+        paint = self.paint(place)
+        change = compiled(paint) if self.compile else paint
+        return change(crops.flatten(0, 1), *numbers).view(crops.shape)
+
+    def paint(self, place: int) -> Paint:
+        """Changes of colour of the first global, further global or local views."""
+        blur = self.blur[place]
+        return Paint(
+            stain=self.stain,
+            stain_shift=self.stain_shift,
+            stain_p=self.stain_p[place],
+            jitter=self.jitter,
+            jitter_p=self.jitter_p,
+            grey=self.grey,
+            blur=1 - blur if self.dinov2_compat_blur else blur,
+            blur_sigma=self.blur_sigma,
+            solarize=self.solarize[place],
+            mean=self.mean,
+            std=self.std,
+        )
+
+
+def working_dtype(images: Tensor) -> torch.dtype:
+    """float32; float16 for half precision on a GPU.
+
+    Its tensor cores multiply float16 without float32's cost, and between 0 and 1 it is eight times
+    finer than bfloat16.
+    """
+    is_half = images.dtype in (torch.float16, torch.bfloat16)
+    return torch.float16 if is_half and images.device.type == "cuda" else torch.float32

@@ -1,0 +1,90 @@
+"""Tokens of a timm vision transformer, with some of them masked or left out."""
+# B batch, C channels, H W pixels or latent cells, T patch tokens, P prefix tokens (class and
+# registers), K patch tokens kept, D features
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from latentds.errors import InputError, ShapeError, missing_extra
+
+
+def require_vit(network: Any, *, class_token: bool) -> None:
+    """Raise InputError unless all of the network is trained by what reads its final tokens.
+
+    class_token  whether its embedding has to be the class token
+    """
+    try:
+        from timm.models.vision_transformer import VisionTransformer
+    except ImportError as error:
+        raise missing_extra("timm", "train") from error
+    kind = type(network).__name__
+    if not isinstance(network, VisionTransformer):
+        raise InputError(f"{kind}: not a timm VisionTransformer; take an arch such as vit_small_*")
+    if class_token and network.global_pool != "token":
+        raise InputError(
+            f"{kind}: global_pool {network.global_pool!r}; self-distillation trains the class "
+            "token, build it with global_pool='token'"
+        )
+    unused = {"attn_pool": None, "fc_norm": nn.Identity, "patch_drop": nn.Identity}
+    for name, kind_wanted in (unused | {"head": nn.Identity}).items():
+        part = getattr(network, name)
+        if part is not None and (kind_wanted is None or not isinstance(part, kind_wanted)):
+            raise InputError(
+                f"{kind}: {name} is {type(part).__name__}, which pretraining would leave "
+                "untrained; build it with num_classes=0, fc_norm=False, patch_drop_rate=0 and "
+                "global_pool 'token' or 'avg'"
+            )
+
+
+def encode(
+    vit: Any,
+    values: Tensor,
+    *,
+    masks: Tensor | None = None,
+    mask_token: Tensor | None = None,
+    kept: Tensor | None = None,
+) -> Tensor:
+    """Final tokens, float (B, P + T, D), or (B, P + K, D) of the kept ones.
+
+    vit         of timm; prefix tokens come first, then patch tokens row by row
+    values      float (B, C, H, W)
+    masks       bool (B, T): tokens that `mask_token` replaces before positions are added
+    mask_token  (D,)
+    kept        int64 (B, K): patch tokens that the blocks see; all without
+    raises      ShapeError
+
+    With neither, what the network's own `forward_features` gives.
+    """
+    tokens = vit.patch_embed(values)  # (B, h, w, D), or (B, T, D) without dynamic_img_size
+    if masks is not None and mask_token is not None:
+        if masks.shape != (len(tokens), tokens[0, ..., 0].numel()):
+            shape = tuple(tokens.shape[:-1])
+            raise ShapeError(f"masks are {tuple(masks.shape)}; tokens are {shape}, flattened")
+        masked = masks.view(*tokens.shape[:-1], 1)
+        tokens = torch.where(masked, mask_token.to(tokens.dtype), tokens)
+    tokens = vit._pos_embed(tokens)
+    if kept is not None:
+        tokens = keep(tokens, kept, vit.num_prefix_tokens)
+    encoded: Tensor = vit.norm(run_blocks(vit, vit.norm_pre(tokens)))
+    return encoded
+
+
+def keep(tokens: Tensor, kept: Tensor, prefix: int) -> Tensor:
+    """The prefix tokens and the patch tokens of these indices: (B, P + K, D)."""
+    indices = kept[..., None].expand(-1, -1, tokens.shape[-1])
+    return torch.cat([tokens[:, :prefix], tokens[:, prefix:].gather(1, indices)], dim=1)
+
+
+def run_blocks(vit: Any, tokens: Tensor) -> Tensor:
+    """The blocks' output; recomputed in the backward pass after `set_grad_checkpointing`."""
+    if vit.grad_checkpointing and torch.is_grad_enabled():
+        from timm.models import checkpoint_seq
+
+        checkpointed: Tensor = checkpoint_seq(vit.blocks, tokens)
+        return checkpointed
+    output: Tensor = vit.blocks(tokens)
+    return output

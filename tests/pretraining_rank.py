@@ -1,0 +1,93 @@
+"""One rank of a real run of the pretraining models. Started by test_pretraining_ranks."""
+
+import json
+import os
+import sys
+import types
+from pathlib import Path
+
+import torch
+
+from latentds.models.masked_autoencoder import MaskedAutoencoder
+from latentds.models.self_distillation import SelfDistillation
+from latentds.models.token_masks import global_masks, random_masks
+from tests.small_vits import DECODER, HEADS, small_vit, wave_views, waves
+
+GLOBAL_BATCH, PASSES, LR = 8, 2, 0.01
+MODELS = ("mae", "dino", "dinov2")
+
+
+def build(kind: str) -> torch.nn.Module:
+    if kind == "mae":
+        return MaskedAutoencoder(small_vit(), **DECODER).train()
+    return SelfDistillation(small_vit(), small_vit(), method=kind, **HEADS).train()
+
+
+def loss_of(model: torch.nn.Module, kind: str, seeds: torch.Tensor) -> torch.Tensor:
+    if kind == "mae":
+        return model(waves(seeds), random_masks(seeds, 16))["loss"]
+    masks = global_masks(seeds, 2, (4, 4)) if kind == "dinov2" else None
+    return model(wave_views(seeds), teacher_temp=0.05, masks=masks)["loss"]
+
+
+def seeds_of(number: int, rank: int, ranks: int) -> torch.Tensor:
+    """This rank's part of the global batch of a pass."""
+    share = GLOBAL_BATCH // ranks
+    return torch.arange(share) + number * GLOBAL_BATCH + rank * share
+
+
+def passes(kind: str, rank: int = 0, ranks: int = 1) -> dict[str, torch.Tensor]:
+    """Loss and gradients averaged over the ranks, and buffers, after a few steps of SGD."""
+    model = build(kind)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for number in range(PASSES):
+        model.zero_grad()
+        loss = loss_of(model, kind, seeds_of(number, rank, ranks))
+        loss.backward()
+        figures = {"loss": loss.detach()} | {name: p.grad for name, p in trained.items()}
+        for tensor in figures.values() if ranks > 1 else ():
+            torch.distributed.all_reduce(tensor)
+            tensor /= ranks
+        with torch.no_grad():
+            for parameter in trained.values():
+                parameter -= LR * parameter.grad
+        if kind != "mae":
+            model.update_teacher(0.9)
+    return figures | {f"buffer {name}": tensor for name, tensor in model.named_buffers()}
+
+
+def sharded_passes(kind: str, stage: int, rank: int, ranks: int, out: Path) -> dict:
+    """Weights after the same steps through the engine's DeepSpeed."""
+    from latentds_trainers.settings import TrainConfig
+    from latentds_trainers.wrapping import WrappedNetwork
+
+    config = TrainConfig(out=out, steps=9, batch_size=1, lr=LR, zero_stage=stage)
+    model = build(kind)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=LR)
+    network = WrappedNetwork(model, optimizer, config, universal=False)
+    for number in range(PASSES):
+        network.backward(loss_of(model, kind, seeds_of(number, rank, ranks)), is_last=True)
+        network.step(1.0)
+        if kind != "mae":
+            model.update_teacher(0.9)
+    return network.weights()
+
+
+def main() -> None:
+    task = types.SimpleNamespace(**json.loads(sys.argv[1]))
+    torch.set_num_threads(1)
+    os.environ["LOCAL_RANK"] = str(task.rank)  # DeepSpeed asks for it
+    rendezvous = f"file://{task.out}/rendezvous"
+    torch.distributed.init_process_group("gloo", rendezvous, rank=task.rank, world_size=task.ranks)
+    out = Path(task.out)
+    found = {kind: passes(kind, task.rank, task.ranks) for kind in MODELS}
+    for stage in task.stages:
+        for kind in MODELS:
+            found[f"{kind} {stage}"] = sharded_passes(kind, stage, task.rank, task.ranks, out)
+    torch.save(found, out / f"{task.rank}.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -40,6 +40,7 @@ class Collator:
         self.sets, self.seed, self.decode = sets, seed, decode
         self.columns, self.masks = columns, masks
         self.vocabulary = Vocabulary(sets)
+        self.levels = self.vocabulary.codebooks  # what codes are replaced by in latents
 
     def collate(self, drawn: Drawn, valid: np.ndarray, bad: tuple[str, ...] = ()) -> Batch:
         """The batch of D draws; DamagedPackError where a pack cannot be read."""
@@ -80,7 +81,7 @@ class Collator:
             "coords": torch.from_numpy(np.stack([table["x"], table["y"]], 1).astype(np.int64)),
             "mpp": torch.from_numpy(table["mpp"].copy()),
             "codebooks": torch.from_numpy(books) if len(codebooks) > 1 else None,
-            "latents": dequantize_each(codes, books, codebooks)
+            "latents": dequantize_each(codes, books, self.levels)
             if self.decode == "latents"
             else None,
             "masks": torch.from_numpy(shards.read_masks(rows)) if self.masks else None,

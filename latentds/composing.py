@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from latentds.channel_statistics import measure_statistics
 from latentds.columns import MASK_SCHEMA, encode_table
 from latentds.errors import InputError
 from latentds.format import (
@@ -31,6 +32,7 @@ from latentds.index import ShardIndex, index_shard, save_index, write_tables
 from latentds.manifest import Manifest
 from latentds.publishing import dataset_card
 from latentds.quantizer import Codebook
+from latentds.reader import ShardSet
 from latentds.storage import sha256_file, write_atomically
 from latentds.writer import Pack, ShardWriter
 
@@ -123,10 +125,12 @@ class Composer:
 
 
 def complete(out: Path, manifest: Manifest) -> Manifest:
-    """Write the card and, last of all, the manifest, with the tables that lie there described."""
+    """Write the card and, last of all, the manifest, with what lies there described and counted."""
     names = (PACKS_TABLE, DIGESTS, PATCHES_TABLE, GOLDEN)
     tables = {name: describe_file(out / name) for name in names}
     manifest = dataclasses.replace(manifest, tables=tables)
+    statistics = measure_statistics(ShardSet(out, manifest=manifest))
+    manifest = dataclasses.replace(manifest, statistics=statistics)
     write_atomically(out / "README.md", dataset_card(manifest).encode())
     write_atomically(out / MANIFEST, manifest.to_json().encode())
     return manifest

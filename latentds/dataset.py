@@ -6,6 +6,7 @@ CPU only, split over ranks and workers.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -17,10 +18,13 @@ from torch.utils.data import IterableDataset, get_worker_info
 from latentds.batch import Batch
 from latentds.batching import Batching
 from latentds.cache import CacheConfig
+from latentds.channel_statistics import choose_statistics, pool_sets
 from latentds.collate import Collator
 from latentds.errors import DamagedPackError, TooManyBadSamplesError
 from latentds.launcher import find_rank
 from latentds.mixture import Mixture
+from latentds.normalization import ChannelStatistics
+from latentds.quantizer import Codebook
 from latentds.randomness import digest_of
 from latentds.reader import ShardSet
 from latentds.sampling import (
@@ -63,6 +67,8 @@ class LatentDataset(IterableDataset[Batch]):
     balance     "label", "slide" or "patient": draw every one equally often
     decode      "codes" (uint8) or "latents" (float32, dequantized here); pixels are LatentLoader's
                 business, because a worker process must not touch the GPU
+    normalize   latents less each channel's mean and over its standard deviation: by `statistics`,
+                or by those given, as for a network that was trained with others
     columns     names among key, source, source_encoding to carry along
     masks       carry the lossless masks
     max_bad     damaged packs to replace by others (and list in `batch.bad`) before giving up
@@ -89,6 +95,7 @@ class LatentDataset(IterableDataset[Batch]):
         slides: Sequence[str] | None = None,
         balance: str | None = None,
         decode: str = "codes",
+        normalize: bool | ChannelStatistics = False,
         columns: Sequence[str] = (),
         masks: bool = False,
         max_bad: int = 0,
@@ -100,6 +107,10 @@ class LatentDataset(IterableDataset[Batch]):
             raise ValueError(
                 f"decode={decode!r}; a LatentDataset gives 'codes' or 'latents', use LatentLoader "
                 "for pixels"
+            )
+        if normalize and decode != "latents":
+            raise ValueError(
+                "normalize= is for decode='latents'; pixels and codes stay as they are"
             )
         if balance is not None and (balance not in BALANCED or not shuffle):
             raise ValueError(
@@ -127,6 +138,9 @@ class LatentDataset(IterableDataset[Batch]):
             lanes=lanes,
         )
         self.collator = Collator(self.sets, seed, decode, tuple(columns), masks)
+        self.statistics_given = choose_statistics(normalize, self.sets)
+        if normalize:
+            self.collator.levels = self.normalized_codebooks()
         self.bad: dict[tuple[int, int], str] = {}  # (set, pack): what is wrong with it
         # (epoch, first batch): in shared memory, so that workers that stay alive see it change
         self.position = torch.zeros(2, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
@@ -146,6 +160,15 @@ class LatentDataset(IterableDataset[Batch]):
     def shards(self) -> ShardSet:
         """The set, or the first of a mixture."""
         return self.sets[0]
+
+    @functools.cached_property
+    def statistics(self) -> ChannelStatistics:
+        """Mean and standard deviation of every channel; of a mixture, of what is drawn from it."""
+        return self.statistics_given or pool_sets(self.sets, self.mixture.weights)
+
+    def normalized_codebooks(self) -> list[Codebook]:
+        """The distinct codebooks of the sets, their levels normalized by `statistics`."""
+        return [self.statistics.normalized(book) for book in self.collator.vocabulary.codebooks]
 
     @property
     def classes(self) -> list[str]:

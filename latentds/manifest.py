@@ -27,6 +27,7 @@ from latentds.format import (
     codebook_to_json,
     digest_json,
 )
+from latentds.normalization import ChannelStatistics, parse_statistics
 from latentds.quantizer import Codebook
 
 MAX_MANIFEST_BYTES = 1 << 28
@@ -58,6 +59,7 @@ class Manifest:
     slides    slide names; a stored slide is an index into them
     tables    sha256 and bytes of the files beside the shards
     made      how the run was made: options, versions, device, counts (no path, host, user or time)
+    statistics  mean and spread of every latent channel; None in sets of before they were recorded
     """
 
     contract: Contract
@@ -67,6 +69,7 @@ class Manifest:
     tables: dict[str, dict[str, Any]]
     made: dict[str, Any]
     more_codebooks: tuple[Codebook, ...] = ()
+    statistics: ChannelStatistics | None = None
 
     @property
     def codebooks(self) -> tuple[Codebook, ...]:
@@ -139,6 +142,8 @@ class Manifest:
         }
         if self.more_codebooks:
             record["codebooks"] = [codebook_to_json(book) for book in self.codebooks]
+        if self.statistics is not None:
+            record["channel_statistics"] = self.statistics.to_json()
         return json.dumps(record, indent=1, sort_keys=True, allow_nan=False) + "\n"
 
 
@@ -180,6 +185,7 @@ def parse_manifest(record: Any, where: str) -> Manifest:
             tables={str(name): dict(entry) for name, entry in record["tables"].items()},
             made=parse_made(record["made"]),
             more_codebooks=parse_codebooks(record.get("codebooks"), contract),
+            statistics=parse_statistics(record.get("channel_statistics"), contract.codes_shape[0]),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise FormatError(f"{where}: manifest is damaged ({error!r}); fetch it anew") from error

@@ -11,9 +11,10 @@ import numpy as np
 
 from latentds.autoencoders import load_autoencoder, load_for_decoding
 from latentds.autoencoders.base import Autoencoder, check_decoder
+from latentds.channel_statistics import measure_statistics
 from latentds.columns import MASK_SCHEMA, decode_table
 from latentds.errors import FormatError, LatentdsError
-from latentds.format import DIGESTS, MASKS, PACKS_TABLE, PATCHES_TABLE, canonical_json
+from latentds.format import DIGESTS, MANIFEST, MASKS, PACKS_TABLE, PATCHES_TABLE, canonical_json
 from latentds.golden import THUMBNAIL_SLACK_DB, decode_pixels, likeness_db, read_golden
 from latentds.index import ShardIndex, index_shard, pack_rows, renumber
 from latentds.manifest import read_manifest
@@ -150,6 +151,19 @@ def check_members(folder: Path) -> Iterator[Finding]:
             check_masks(path, found, contract.patch_px)
         except FormatError as error:
             yield "problem", str(error)
+    yield from check_statistics(folder)
+
+
+def check_statistics(folder: Path) -> Iterator[Finding]:
+    """The channel statistics in the manifest are those of the stored codes."""
+    shards = ShardSet(folder)
+    recorded = shards.manifest.statistics
+    if recorded is not None and measure_statistics(shards) != recorded:
+        yield (
+            "problem",
+            f"{folder / MANIFEST}: channel_statistics are not those of the stored codes; latents "
+            "normalized by them would be off, fetch it anew",
+        )
 
 
 def damaged_packs(

@@ -1,6 +1,7 @@
 """Patches of originals, of codecs on the fly and of shards: the same patches in the same order."""
 
 import dataclasses
+import functools
 import shutil
 import subprocess
 import sys
@@ -738,3 +739,14 @@ def test_a_real_slide_has_the_patches_of_its_shards(assets, tmp_path):
     originals = opened(assets / "wsi", mpp=0.5)
     assert_same_patches(originals, opened(tmp_path / "out", MeanAutoencoder()))
     assert len(originals.of_slide("CMU-1-Small-Region")) == len(originals) > 30
+
+
+def test_a_compiled_decoder_gives_the_same_pixels(tmp_path, monkeypatch):
+    # Traced, and run without the minutes of a code generator; that one is tested in test_decoding.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    save_pictures(tmp_path / "in", 5, 32)
+    source = {"codec": "tiny+kmeans", "codebook_from": tmp_path / "in"}
+    plain = opened(tmp_path / "in", **source)
+    compiled = opened(tmp_path / "in", decode_compile=True, **source)
+    rows = everything(plain)
+    assert torch.equal(plain.images(rows), compiled.images(rows))

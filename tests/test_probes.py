@@ -11,8 +11,9 @@ from latentds.errors import InputError
 pytest.importorskip("sklearn")
 pytest.importorskip("deepspeed")
 
-from latentds_trainers import probes
 from latentds_trainers.finetune_backbone import augmented
+
+from latentds.evaluation import probes
 
 
 def separable(count: int, dim: int, classes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 DEFAULT_DECODERS = "taesd,sd15,dcae-f32,tiny,turbo-s,turbo-m,turbo-f32"
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,11 +68,12 @@ def measure(config: Config) -> dict[str, Any]:
     jpegs = jpeg.load_jpegs(config.pictures, config.patch_size) if config.jpeg else []
     timed = [networks.survey(name, config) for name in dict.fromkeys(names)]
     jpeg_rounds = []
-    for _ in range(config.rounds):
+    for number in range(config.rounds):
         if jpegs:
             cores = config.cores or usable_cores()
             jpeg_rounds.append(jpeg.measure_all(jpegs, config.seconds, cores, config.device))
         for one in timed:  # one at a time in memory
+            logger.info("%s, round %d of %d", one.name, number + 1, config.rounds)
             one.measure(config)
     rows = jpeg.rows_of(jpeg_rounds) if jpegs else []
     rows += [row for one in timed for row in one.rows()]

@@ -51,6 +51,8 @@ class Config:
     """cpu, cuda, cuda:1, mps."""
     precision: Literal["float32", "bfloat16"] | None = None
     """Of embedder and decoder; bfloat16 on a GPU, float32 elsewhere by default."""
+    compile: bool = False
+    """Compile the decoder, as 'latentds features --decode-compile' does."""
     rounds: int = 3
     """All are measured so often, in turn; medians are reported."""
     work: Path | None = None
@@ -183,6 +185,7 @@ def open_bench(
             decoder=str(folder / "decoder"),
             device=str(device),
             decode_dtype=precision,
+            decode_compile=config.compile,
             keep_mb=0,
         )
     )
@@ -291,7 +294,8 @@ def as_text(report: dict[str, Any]) -> str:
     lines = [
         f"{where['gpu'] or where['cpu']}, {where['cores']} cores ({where['torch_threads']} threads "
         f"of torch), torch {where['torch']}; {config['embedder']} ({report['weights']} weights) "
-        f"behind {config['student']} (random weights), {config['precision']}, "
+        f"behind {config['student']} (random weights{', compiled' if config['compile'] else ''}), "
+        f"{config['precision']}, "
         f"{config['patches']:,} patches of {config['patch_size']} px on {config['device']}, "
         f"medians of {config['rounds']} rounds",
         "",

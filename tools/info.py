@@ -75,6 +75,7 @@ def summarize(config: Config) -> dict[str, Any]:
             "more": len(manifest.more_codebooks),
             **made.get("codebook", {}),
         },
+        "channel_statistics": manifest.statistics and manifest.statistics.to_json(),
         "left_out": len(made.get("left_out", [])),
         "made": {
             name: made.get(name) for name in ("versions", "device", "encode_batch", "threads")
@@ -142,6 +143,7 @@ def as_text(summary: dict[str, Any]) -> str:
         "latent_id": summary["latent_id"],
         "decoder_id": summary["decoder_id"],
         "codebook": f"{codebook['kind']}, {codebook['rows']}x{codebook['levels']} levels, {origin}",
+        "channels": channels_text(summary["channel_statistics"]),
         "left out": f"{summary['left_out']} pictures",
         "made with": ", ".join(
             f"{name} {value}" for name, value in (summary["made"]["versions"] or {}).items()
@@ -153,6 +155,16 @@ def as_text(summary: dict[str, Any]) -> str:
         ),
     }
     return "\n".join(f"{name:<14} {text}" for name, text in lines.items())
+
+
+def channels_text(statistics: dict[str, Any] | None) -> str:
+    """Mean and standard deviation of every channel, of the first eight where there are more."""
+    if statistics is None:
+        return "no statistics recorded (made by an older version)"
+    pairs = list(zip(statistics["mean"], statistics["std"], strict=True))
+    shown = ", ".join(f"{mean:.3g} ± {std:.3g}" for mean, std in pairs[:8])
+    more = f", and {len(pairs) - 8} more" if len(pairs) > 8 else ""
+    return f"{shown}{more} (latents, {statistics['count']:,} values a channel)"
 
 
 def tcga_text(tcga: dict[str, Any]) -> str:

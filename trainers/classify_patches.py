@@ -47,7 +47,11 @@ class ClassifyConfig(PatchInput):
     neighbours of them; finetune: all of a network of timm."""
     embedder: str | None = None
     """Whose features are probed: uni, phikon-v2, efficientnet-lite0, timm:NAME, nic:FILE, ..., each
-    with @PATH for local weights."""
+    with @PATH for local weights; or a backbone's folder, as 'pretrain' leaves it."""
+    input: Literal["images", "latents"] = "images"
+    """latents: the network reads latents, nothing is decoded. With --probe finetune a ViT of timm
+    behind a latent stem; else a backbone that was pretrained on latents. Colour histograms are of
+    decoded pixels all the same."""
     protocol: Literal["kfold", "val7k", "intra100k"] = "kfold"
     """kfold: every patch is tested once. val7k: trained on all folds but one, tested on the test
     split or --test-data each time, as with CRC-VAL-HE-7K. intra100k: kfold without the test
@@ -82,7 +86,7 @@ class ClassifyConfig(PatchInput):
     """After the warm-up: constant, or half a cosine to zero at the last step."""
     jitter: float = 0.1
     """Share by which brightness, contrast and saturation of training images change at most. They
-    are flipped, and turned by right angles, besides."""
+    are flipped, and turned by right angles, besides; nothing else is done to latents."""
     augment: bool = True
     """Change training images at all."""
     batch_size: int = 64
@@ -137,6 +141,8 @@ class ClassifyConfig(PatchInput):
             raise ValueError(f"--probe {self.probe} needs an --embedder, such as uni")
         if self.probe != "finetune" and self.arch is not None:
             raise ValueError(f"--arch is for --probe finetune; leave it with {self.probe}")
+        if self.input == "latents" and self.jitter != type(self).jitter:
+            raise ValueError("--jitter changes colours, which latents have not; leave it")
         if self.test_data is not None and self.protocol != "val7k":
             raise ValueError("--test-data is for --protocol val7k")
         if self.split is not None and self.test_data is None and self.protocol != "kfold":

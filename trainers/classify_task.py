@@ -25,16 +25,31 @@ from latentds_trainers.classify_results import (
 from latentds_trainers.classify_table import print_table
 from latentds_trainers.finetune_backbone import FoldTraining, fold_config
 from latentds_trainers.patch_features import FeatureStore, PatchFeatures, embedding, make_features
-from latentds_trainers.patch_inputs import as_read, open_labelled, protocol_folds
-from latentds_trainers.probes import Fitted, colour_probe, linear_probe, nearest_neighbours
+from latentds_trainers.patch_inputs import (
+    LabelledPatches,
+    as_read,
+    open_labelled,
+    open_latents,
+    protocol_folds,
+)
 from latentds_trainers.ranks import from_first, join_ranks, on_all_ranks
 
 from latentds.embedders import load_embedder
+from latentds.embedders.latent_backbone import LatentBackbone
+from latentds.errors import InputError
 from latentds.evaluation.folds import Fold, split_id
 from latentds.evaluation.predictions import fold_predictions, join_predictions, write_predictions
+from latentds.evaluation.probes import (
+    Fitted,
+    colour_probe,
+    linear_probe,
+    nearest_neighbours,
+)
 from latentds.evaluation.records import write_record
 from latentds.evaluation.splits import write_clam_splits
-from latentds.models.backbones import build_classifier
+from latentds.models.backbones import build_classifier, build_latent_classifier
+from latentds.models.latent_stem import check_cells
+from latentds.patchsets.undecoded import UndecodedPatches
 from latentds.randomness import digest_of
 
 logger = logging.getLogger(__name__)
@@ -50,20 +65,35 @@ class ClassifyTask:
         self.patches = on_all_ranks(lambda: open_labelled(as_read(config, self.device)))
         self.folds = on_all_ranks(lambda: protocol_folds(config, self.patches))
         self.split_id = split_id(self.folds, self.patches.items)
-        self.facts = from_first(lambda: self.patches.sets[0].facts())
-        self.source = source_identity(self.facts)
-        self.content = from_first(lambda: [part.fingerprint() for part in self.patches.sets])
-        self.pixels = self.source | {"content": self.content}
         self.embedder = None
         if config.embedder is not None:
             name = config.embedder
             self.embedder = on_all_ranks(lambda: load_embedder(name).to(self.device))
-        else:
+        self.inputs, self.latents = on_all_ranks(self.open_inputs)
+        self.facts = from_first(lambda: self.inputs.sets[0].facts())
+        self.source = source_identity(self.facts)
+        self.content = from_first(lambda: [part.fingerprint() for part in self.patches.sets])
+        self.pixels = self.source | {"content": self.content}
+        if self.embedder is None:
             on_all_ranks(self.check_arch)
         card = None if self.embedder is None else self.embedder.card
         self.weights_id = card.weights_id if card else None
         from_first(self.claim)
         self.store = FeatureStore(config.out, self.patches, self.pixels, card, config.precision)
+
+    def open_inputs(self) -> tuple[LabelledPatches, UndecodedPatches | None]:
+        """What networks read of the patches, and how latents are laid out where those are it."""
+        if self.config.input == "images":
+            return self.patches, None
+        stem = None
+        if self.embedder is not None:
+            if not isinstance(self.embedder, LatentBackbone):
+                raise InputError(
+                    f"--embedder {self.config.embedder}: reads pictures; --input latents needs a "
+                    "backbone pretrained on latents, latent-dir:FOLDER"
+                )
+            stem = self.embedder.stem
+        return open_latents(as_read(self.config, self.device), self.patches, stem)
 
     def claim(self) -> None:
         """Make the run's folder this run's, with its folds in CLAM's files."""
@@ -80,8 +110,13 @@ class ClassifyTask:
 
     def check_arch(self) -> None:
         """Build the network once, so that a wrong name or file is told before anything is done."""
-        config = self.config
-        build_classifier(config.arch or "", len(self.patches.classes), weights=config.weights)
+        config, classes = self.config, len(self.patches.classes)
+        if self.latents is None:
+            build_classifier(config.arch or "", classes, weights=config.weights)
+            return
+        arch, stem = config.arch or "", self.latents.stem
+        network = build_latent_classifier(arch, classes, stem, weights=config.weights)
+        check_cells(arch, network, self.latents.cells)
 
     def run(self) -> None:
         """Do the folds that are left, write the record, print it."""
@@ -105,6 +140,7 @@ class ClassifyTask:
                 batch_size=self.config.batch_size,
                 rank=self.rank,
                 ranks=self.ranks,
+                inputs=None if self.latents is None else self.inputs,
             )
         )
         found: list[PatchFeatures] = []
@@ -135,7 +171,8 @@ class ClassifyTask:
         settings = fold_config(
             self.config, folder, number, len(fold.train), self.split_id, digest_of(self.pixels)
         )
-        probabilities = FoldTraining(settings, self.patches, fold).run()
+        stem = None if self.latents is None else self.latents.stem
+        probabilities = FoldTraining(settings, self.inputs, fold, stem).run()
         gc.collect()  # DeepSpeed's engine refers to itself: its memory is wanted for the next fold
         return probabilities
 

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from latentds_trainers.engine import Engine
-from latentds_trainers.patch_features import split_rows
+from latentds_trainers.patch_features import as_input, split_rows
 from latentds_trainers.ranks import on_all_ranks
 from latentds_trainers.settings import TrainConfig
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
-from latentds.models.backbones import PatchClassifier, build_classifier
+from latentds.models.backbones import build_classifier, build_latent_classifier
 from latentds.randomness import key_of, patch_seeds, permute, uniform
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from latentds_trainers.patch_inputs import LabelledPatches
 
     from latentds.evaluation.folds import Fold
+    from latentds.models.latent_stem import LatentStemConfig
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, what torchvision's saturation and contrast weigh by
 QUARTERS = 4
@@ -70,12 +71,21 @@ def fold_config(
 class FoldTraining:
     """A classifier trained on a fold's training patches; collective, the same on every rank.
 
+    patches  whose images, or latents, the network reads
+    stem     of latents, None for images
+
     Images of a step follow from seed, step and place in the global batch: every epoch is a
     permutation of the training patches.
     """
 
-    def __init__(self, config: FoldConfig, patches: LabelledPatches, fold: Fold) -> None:
-        self.config, self.patches, self.fold = config, patches, fold
+    def __init__(
+        self,
+        config: FoldConfig,
+        patches: LabelledPatches,
+        fold: Fold,
+        stem: LatentStemConfig | None = None,
+    ) -> None:
+        self.config, self.patches, self.fold, self.stem = config, patches, fold, stem
         model = on_all_ranks(self.build)
         optimizer = torch.optim.AdamW(
             model.parameters(), lr=config.lr, weight_decay=config.weight_decay
@@ -83,9 +93,13 @@ class FoldTraining:
         self.engine = Engine(config, "classify_patches", {"classifier": (model, optimizer)})
         self.labels = torch.from_numpy(patches.labels).to(self.engine.device)
 
-    def build(self) -> PatchClassifier:
+    def build(self) -> nn.Module:
         """The classifier as it starts."""
         config, classes = self.config, len(self.patches.classes)
+        if self.stem is not None:
+            return build_latent_classifier(
+                config.arch, classes, self.stem, weights=config.weights, seed=config.seed
+            )
         return build_classifier(config.arch, classes, weights=config.weights, seed=config.seed)
 
     def run(self) -> np.ndarray:
@@ -113,14 +127,13 @@ class FoldTraining:
     def step(self, step: int) -> dict[str, Tensor]:
         """One forward pass."""
         engine, places = self.engine, self.engine.rows
-        images = next(self.images).to(engine.device).float() / 255
+        images = as_input(next(self.images).to(engine.device))
         labels = self.labels[torch.from_numpy(self.rows(step, places)).to(engine.device)]
         if self.config.augment:
             zeros = np.zeros(len(places), np.int64)
             seeds = patch_seeds(self.config.seed, zeros + step, zeros, np.array(places))
-            images = augmented(
-                images, torch.from_numpy(seeds).to(images.device), self.config.jitter
-            )
+            jitter = self.config.jitter if self.stem is None else 0.0
+            images = augmented(images, torch.from_numpy(seeds).to(images.device), jitter)
         with engine.autocast():
             logits = engine["classifier"](images)
         loss = functional.cross_entropy(logits.float(), labels)
@@ -140,7 +153,7 @@ class FoldTraining:
         found = [np.empty((0, len(self.patches.classes)), np.float32)]
         for images in self.patches.stream(own):
             with engine.autocast():
-                logits = model(images.to(engine.device).float() / 255)
+                logits = model(as_input(images.to(engine.device)))
             found.append(logits.float().softmax(1).cpu().numpy())
         parts: list[np.ndarray | None] = [None] * engine.world_size
         dist.all_gather_object(parts, np.concatenate(found))
@@ -152,6 +165,8 @@ class FoldTraining:
 
 def augmented(images: Tensor, seeds: Tensor, jitter: float) -> Tensor:
     """Images (B, 3, H, W) in [0, 1] flipped, turned by right angles, their colours changed.
+
+    Of latents, which have no colours, flips and turns are nearly those of the images.
 
     seeds  int64 (B,), from which all draws follow; those that are not square turn by 180 degrees
     """

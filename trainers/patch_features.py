@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from latentds_trainers.probes import COLOUR_BINS, colour_histograms
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_safetensors
 from torch import Tensor
 
+from latentds.embedders.latent_backbone import LatentBackbone
 from latentds.errors import InputError
+from latentds.evaluation.probes import COLOUR_BINS, colour_histograms
 from latentds.randomness import digest_of
 from latentds.storage import write_atomically
 
@@ -139,20 +140,26 @@ def make_features(
     batch_size: int,
     rank: int,
     ranks: int,
+    inputs: LabelledPatches | None = None,
 ) -> None:
     """Make this rank's missing blocks.
 
     embed   features (B, D) of images uint8 (B, 3, H, W), None for colour histograms alone
+    inputs  what features are made of instead of the images: the same patches' latents
     raises  InputError for features that are not finite
     """
     numbers = store.missing(rank, ranks)
     parts = {number: split_rows(store.blocks[number], batch_size) for number in numbers}
     images = patches.stream(rows for number in numbers for rows in parts[number])
+    seen = images
+    if embed is not None and inputs is not None:
+        seen = inputs.stream(rows for number in numbers for rows in parts[number])
     progress = Progress(sum(len(store.blocks[number]) for number in numbers))
     for number in numbers:
         found = []
         for rows in parts[number]:
-            found.append(describe(next(images), embed))
+            pixels = next(images)
+            found.append(describe(pixels, pixels if seen is images else next(seen), embed))
             progress.advance(len(rows))
         arrays = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
         check_finite(arrays, [patches.items[row] for row in store.blocks[number].tolist()])
@@ -176,25 +183,34 @@ def split_rows(rows: np.ndarray, batch_size: int) -> list[np.ndarray]:
 
 
 @torch.no_grad()
-def describe(images: Tensor, embed: Callable[[Tensor], Tensor] | None) -> dict[str, np.ndarray]:
-    """What a block keeps of images uint8 (B, 3, H, W)."""
+def describe(
+    images: Tensor, inputs: Tensor, embed: Callable[[Tensor], Tensor] | None
+) -> dict[str, np.ndarray]:
+    """What a block keeps of images uint8 (B, 3, H, W), features being of `inputs`."""
     found = {COLOURS: colour_histograms(images)}
     if embed is not None:
-        found[FEATURES] = embed(images).float().cpu().numpy()
+        found[FEATURES] = embed(inputs).float().cpu().numpy()
     return found
 
 
 def embedding(embedder: NetworkEmbedder, precision: str) -> Callable[[Tensor], Tensor]:
-    """Features of images uint8 (B, 3, H, W), where the embedder is."""
+    """Features of images uint8 (B, 3, H, W) or of latents, where the embedder is."""
 
-    def embed(images: Tensor) -> Tensor:
-        pixels = images.to(embedder.device).float() / 255
+    def embed(inputs: Tensor) -> Tensor:
+        values, made = as_input(inputs.to(embedder.device)), embedder.embed
+        if isinstance(embedder, LatentBackbone) and inputs.dtype != torch.uint8:
+            made = embedder.embed_latents
         if precision == "fp32":
-            return embedder.embed(pixels)
+            return made(values)
         with torch.autocast(embedder.device.type, dtype=torch.bfloat16):
-            return embedder.embed(pixels)
+            return made(values)
 
     return embed
+
+
+def as_input(values: Tensor) -> Tensor:
+    """What a network reads: images in [0, 1] of uint8, or latents as they are."""
+    return values.float() / 255 if values.dtype == torch.uint8 else values
 
 
 class Progress:

@@ -22,7 +22,9 @@ from latentds.patchsets import open_patches
 if TYPE_CHECKING:
     from latentds_trainers.classify_patches import ClassifyConfig
 
+    from latentds.models.latent_stem import LatentStemConfig
     from latentds.patchsets.base import PatchSet
+    from latentds.patchsets.undecoded import UndecodedPatches
 
 TEST = "test"
 NOT_COMPARED = (
@@ -67,7 +69,7 @@ class LabelledPatches:
         return np.cumsum([0, *(len(patches) for patches in self.sets)])
 
     def stream(self, requests: Iterable[np.ndarray]) -> Iterator[Tensor]:
-        """Images uint8 (n, 3, H, W) of one request after the other, read ahead.
+        """Images uint8 (n, 3, H, W), or latents, of one request after the other, read ahead.
 
         requests  rows, those of one all of the same set
         """
@@ -164,6 +166,29 @@ def as_read(config: ClassifyConfig, device: torch.device) -> ClassifyConfig:
     own = str(device) if config.device == "auto" else config.device
     kept = config.keep_mb if config.probe == "finetune" else 0  # a probe sees each patch once
     return dataclasses.replace(config, device=own, keep_mb=kept)
+
+
+def open_latents(
+    config: ClassifyConfig, patches: LabelledPatches, stem: LatentStemConfig | None = None
+) -> tuple[LabelledPatches, UndecodedPatches]:
+    """The same patches by their latents, and the training set's own, stem included.
+
+    stem    of a network that is there already, None for one of the training set's statistics
+    raises  InputError for originals without a codec of latents; ContractError for latents of
+            another autoencoder, than the stem's or in the test set
+    """
+    from latentds.patchsets.undecoded import open_undecoded
+
+    train = open_undecoded(config, stem=stem)
+    sets = [train.patches]
+    if len(patches.sets) > 1:
+        options = {"data": config.test_data, "split": None, "groups": None}
+        book = patches.sets[0].facts().codebook
+        if str(book.get("origin", "")).startswith("fitted") and config.codebook_from is None:
+            options["codebook_from"] = config.data
+        test = open_undecoded(dataclasses.replace(config, **options), stem=train.stem)
+        sets.append(test.patches)
+    return dataclasses.replace(patches, sets=sets), train
 
 
 def open_test_set(config: ClassifyConfig, train: PatchSet, folder: Path) -> PatchSet:

@@ -1,4 +1,4 @@
-"""Classifiers of patches: any network of timm with a new head, to be trained as a whole."""
+"""Classifiers of patches: a network of timm with a new head, to be trained as a whole."""
 # B batch, K classes, H W pixels
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from latentds.embedders.base import resize
 from latentds.embedders.timm_models import configured_card, create
 from latentds.embedders.weights import fetch, fill, read_weights
 from latentds.errors import WeightsError
+from latentds.models.latent_stem import LatentStemConfig, build_vit, image_px
 
 RANDOM, PUBLISHED = "random", "timm"  # weights to start from, beside a file
 
@@ -62,6 +63,20 @@ def build_classifier(
     return PatchClassifier(network, size_px)
 
 
+def build_latent_classifier(
+    arch: str, classes: int, stem: LatentStemConfig, *, weights: str = RANDOM, seed: int = 0
+) -> nn.Module:
+    """Logits (B, K) of normalized latents (B, C, h, w): a ViT of timm behind a latent stem.
+
+    weights  as of `build_classifier`; a patch embedding for pixels among them is left out
+    raises   as `build_vit`, and WeightsError
+    """
+    network = build_vit(arch, stem=stem, img_px=image_px(arch), seed=seed, num_classes=classes)
+    if weights != RANDOM:
+        load_body(network, arch, weights_path(arch, network, weights), stem="patch_embed.")
+    return network
+
+
 def weights_path(arch: str, network: Any, weights: str) -> Path:
     """The file of the weights to start from, fetched where they are timm's own."""
     if weights != PUBLISHED:
@@ -73,11 +88,20 @@ def weights_path(arch: str, network: Any, weights: str) -> Path:
     return path
 
 
-def load_body(network: Any, arch: str, path: Path) -> None:
-    """Load all weights but the head's."""
+def load_body(network: Any, arch: str, path: Path, stem: str | None = None) -> None:
+    """Load all weights but the head's.
+
+    stem  prefix of weights that stay as they are where the file has them in other shapes
+    """
     heads = network.pretrained_cfg.get("classifier") or ()
     prefixes = tuple(f"{head}." for head in ([heads] if isinstance(heads, str) else heads))
     state = network.state_dict()
+    found = read_weights(path)
+    if stem is not None and any(
+        name.startswith(stem) and (name not in found or found[name].shape != tensor.shape)
+        for name, tensor in state.items()
+    ):
+        prefixes = (*prefixes, stem)
     head = {name: tensor for name, tensor in state.items() if name.startswith(prefixes)}
-    body = {n: t for n, t in read_weights(path).items() if not n.startswith(prefixes)}
+    body = {n: t for n, t in found.items() if not n.startswith(prefixes)}
     fill(network, body | head, path, arch)

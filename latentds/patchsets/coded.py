@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -54,13 +55,20 @@ class LatentRoundTrip:
     Encoded and decoded in chunks of one size, whatever was asked for together.
     """
 
-    def __init__(self, codec: LatentCodec, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        codec: LatentCodec,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        compile: bool = False,
+    ) -> None:
         self.codec, self.device = codec, device
         autoencoder = codec.autoencoder
         # Moving one to another dtype would move the encoder with it.
         decoder = autoencoder if dtype == torch.float32 else copy.deepcopy(autoencoder)
         self.encoding = Encoding(autoencoder, codec.patch_px, device)
-        self.decoding = Decoding(decoder, codec.patch_px, device, dtype)
+        self.decoding = Decoding(decoder, codec.patch_px, device, dtype, compile=compile)
         self.together = self.decoding.chunk
 
     def prepare(self, raw: np.ndarray) -> np.ndarray:
@@ -69,6 +77,29 @@ class LatentRoundTrip:
     def develop(self, raw: np.ndarray) -> Tensor:
         files = self.codec.quantizer.pack(self.encoding(raw))
         return self.decoding(self.codec.latents_of(files))
+
+
+class LatentsOnTheFly:
+    """Every patch's latents, through their bytes, not decoded.
+
+    normalize  what is done to them last
+    """
+
+    def __init__(self, codec: LatentCodec, device: torch.device) -> None:
+        self.codec, self.device = codec, device
+        self.normalize: Callable[[Tensor], Tensor] = lambda latents: latents
+        self.encoding = Encoding(codec.autoencoder, codec.patch_px, device)
+        self.together = self.encoding.chunk
+
+    def prepare(self, raw: np.ndarray) -> np.ndarray:
+        return raw
+
+    def develop(self, raw: np.ndarray) -> Tensor:
+        return self.normalize(self.stored(raw)).to(self.device)
+
+    def stored(self, raw: np.ndarray) -> Tensor:
+        """Latents float32 (n, C, h, w) as their bytes give them back, on the CPU."""
+        return self.codec.latents_of(self.codec.quantizer.pack(self.encoding(raw)))
 
 
 class Encoding:

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentds.autoencoders.base import Autoencoder, exact_arithmetic
-from latentds.decoding import Levels
+from latentds.autoencoders.base import Autoencoder, NetworkAutoencoder, exact_arithmetic
+from latentds.decoding import Compiled, Levels
 from latentds.quantizer import Codebook
 
 CHUNK_PX = 256 * 256  # what one patch of a chunk has, at most; larger patches, fewer of them
@@ -43,7 +43,10 @@ def to_bytes(images: Tensor) -> Tensor:
 
 
 class Decoding:
-    """Latents to pixels with the decoder of an autoencoder, moved to the device."""
+    """Latents to pixels with the decoder of an autoencoder, moved to the device.
+
+    compile  with torch.compile: chunks have one size, so that it compiles once
+    """
 
     def __init__(
         self,
@@ -51,21 +54,30 @@ class Decoding:
         patch_px: tuple[int, int],
         device: torch.device,
         dtype: torch.dtype,
+        *,
+        compile: bool = False,
     ) -> None:
         self.autoencoder: Autoencoder = autoencoder.to(device, dtype)
         self.patch_px, self.device, self.dtype = patch_px, device, dtype
         self.chunk = chunk_size(device, patch_px)
+        self.format = torch.contiguous_format
+        if device.type == "cuda" and dtype == torch.bfloat16:  # what tensor cores read
+            self.format = torch.channels_last
+            if isinstance(autoencoder, NetworkAutoencoder):
+                autoencoder.decoder.to(memory_format=self.format)
+        self.decode = Compiled(self.decode_chunk) if compile else self.decode_chunk
+
+    def decode_chunk(self, latents: Tensor) -> Tensor:
+        """uint8 (n, 3, H, W) of one chunk."""
+        height, width = self.patch_px
+        latents = latents.contiguous(memory_format=self.format)
+        return to_bytes(self.autoencoder.decode(latents)[:, :, :height, :width])
 
     @torch.no_grad()
     def __call__(self, latents: Tensor) -> Tensor:
         """uint8 (n, 3, H, W) of latents (n, C, h, w), the padding to the factor cut off."""
-        height, width = self.patch_px
-
-        def decode(part: Tensor) -> Tensor:
-            return to_bytes(self.autoencoder.decode(part)[:, :, :height, :width])
-
         with exact_arithmetic():
-            return in_chunks(decode, latents.to(self.device, self.dtype), self.chunk)
+            return in_chunks(self.decode, latents.to(self.device, self.dtype), self.chunk)
 
 
 def sent(values: np.ndarray, device: torch.device) -> Tensor:
@@ -90,6 +102,23 @@ class PlainPixels:
 
 
 Codes = tuple[np.ndarray, np.ndarray]  # uint8 (n, C, h, w), and which codebook each has
+
+
+class UndecodedCodes:
+    """Stored codes to latents, by the levels that codebooks give them."""
+
+    together = GPU_CHUNK
+
+    def __init__(self, codebooks: Sequence[Codebook], device: torch.device) -> None:
+        self.has_many, self.device = len(codebooks) > 1, device
+        self.levels = Levels(codebooks, device, torch.float32)
+
+    def prepare(self, raw: Codes) -> Codes:
+        return raw
+
+    def develop(self, raw: Codes) -> Tensor:
+        codes, books = (sent(values, self.device) for values in raw)
+        return self.levels(codes, books if self.has_many else None)
 
 
 class DecodedCodes:

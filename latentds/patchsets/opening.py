@@ -11,7 +11,14 @@ import torch
 from latentds.autoencoders import load_autoencoder, load_for_decoding
 from latentds.autoencoders.base import Autoencoder, AutoencoderCard, NetworkAutoencoder
 from latentds.autoencoders.decoders import replace_decoder
-from latentds.codecs import LatentSpec, PictureSpec, make_picture_codec, parse_codec, with_quantizer
+from latentds.codecs import (
+    LatentCodec,
+    LatentSpec,
+    PictureSpec,
+    make_picture_codec,
+    parse_codec,
+    with_quantizer,
+)
 from latentds.codecs.naming import FLOAT_BITS, QuantizerSpec, latent_text
 from latentds.conversion.encode import choose_device
 from latentds.decoding import find_autoencoder
@@ -24,7 +31,7 @@ from latentds.patchsets.developing import DecodedCodes, Decoding, PlainPixels
 from latentds.patchsets.fitting import find_codebook
 from latentds.patchsets.latents import Shards, open_shards
 from latentds.patchsets.patches import Memory, OpenPatches
-from latentds.patchsets.pictures import count_workers, open_pictures
+from latentds.patchsets.pictures import Pictures, count_workers, open_pictures
 from latentds.sources.hugging_face import hub_id
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -141,6 +148,19 @@ def open_codec(
 ) -> PatchSet:
     """Pictures through the latents of an autoencoder."""
     device, memory = opened
+    pictures, codec, facts = make_codec(config, spec, autoencoder, device)
+    dtype = DTYPES[config.decode_dtype]
+    pixels = LatentRoundTrip(codec, device, dtype, compile=config.decode_compile)
+    return OpenPatches(pictures, pixels, facts, lambda: None, memory, device)
+
+
+def make_codec(
+    config: PatchInput,
+    spec: LatentSpec,
+    autoencoder: Autoencoder | None,
+    device: torch.device,
+) -> tuple[Pictures, LatentCodec, SourceFacts]:
+    """Pictures, the codec of latents that the config names for them, and what that is called."""
     if not spec.quantizer.is_fitted:
         refuse(config, ("codebook", "codebook_from"), f"for {config.codec}, which has none")
     network = autoencoder or load_autoencoder(spec.name)
@@ -160,8 +180,7 @@ def open_codec(
         quantized=spec.quantizer.kind not in FLOAT_BITS, bytes_per_patch=codec.patch_bytes,
         data=config.location, codebook=made,
     )  # fmt: skip
-    pixels = LatentRoundTrip(codec, device, DTYPES[config.decode_dtype])
-    return OpenPatches(pictures, pixels, facts, lambda: None, memory, device)
+    return pictures, codec, facts
 
 
 def with_decoder(network: Autoencoder, decoder: str) -> Autoencoder:
@@ -188,7 +207,8 @@ def open_latents(
         bytes_per_patch=contract.bytes_per_patch, data=config.location,
         codebook={"origin": "stored with the latents", "codebook_id": book.codebook_id},
     )  # fmt: skip
-    decoding = Decoding(network, contract.patch_px, device, DTYPES[config.decode_dtype])
+    dtype, compile = DTYPES[config.decode_dtype], config.decode_compile
+    decoding = Decoding(network, contract.patch_px, device, dtype, compile=compile)
     pixels = DecodedCodes(decoding, manifest.codebooks)
     return OpenPatches(shards, pixels, facts, lambda: None, memory, device)
 

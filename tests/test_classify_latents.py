@@ -1,0 +1,209 @@
+"""Patch classification on latents without decoding: fine-tuning, probes, what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from latentds.conversion.config import ConvertConfig
+from latentds.conversion.pipeline import convert
+from latentds.errors import ContractError, InputError, ShapeError
+from latentds.evaluation.records import RunRecord, read_record
+from tests.conftest import convert_with_mean, smooth_picture
+
+pytest.importorskip("sklearn")
+pytest.importorskip("deepspeed")
+pytest.importorskip("timm")
+
+from latentds_trainers.classify_patches import ClassifyConfig, main
+from latentds_trainers.patch_inputs import open_labelled, open_latents
+
+from latentds.embedders.latent_stem import LatentStemConfig, build_vit
+from latentds.loader import LatentLoader
+from latentds.models.exporting import write_backbone
+from latentds.patchsets.config import PatchInput
+from latentds.patchsets.undecoded import open_undecoded
+
+ARCH = "test_vit"
+
+
+@pytest.fixture(autouse=True)
+def one_rank_on_cpu(monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """18 pictures of stroma and 15 of tumour, of another tint."""
+    root = tmp_path_factory.mktemp("classes") / "pictures"
+    for name, count, tint in (("stroma", 18, 0), ("tumour", 15, 1)):
+        (root / name).mkdir(parents=True)
+        for number in range(count):
+            pixels = smooth_picture(100 * tint + number, 32).astype(int)
+            pixels[..., tint] += 60
+            picture = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+            picture.save(root / name / f"p{number:03d}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def latents(pictures: Path) -> Path:
+    out = pictures.parent / "latents"
+    convert(ConvertConfig(source=pictures, out=out, device="cpu", workers=2))
+    return out
+
+
+def settings(data: Path, out: Path, **options: Any) -> ClassifyConfig:
+    small = {"folds": 2, "device": "cpu", "workers": 2, "batch_size": 8, "input": "latents"}
+    network = {} if "embedder" in options else {"probe": "finetune", "arch": ARCH}
+    rates = {"epochs": 2, "lr": 1e-3, "log_every": 1}
+    return ClassifyConfig(data=data, out=out, **(small | network | rates | options))
+
+
+def classify(data: Path, out: Path, **options: Any) -> RunRecord:
+    main(settings(data, out, **options))
+    return read_record(out)
+
+
+# Fine-tuning
+
+
+def test_finetuning_on_latents_learns_and_says_what_it_read(latents, tmp_path):
+    record = classify(latents, tmp_path, epochs=12)
+    assert record.model == f"finetune:{ARCH}" and record.settings["input"] == "latents"
+    assert record.source["name"] == "latents:tiny-v1+kmeans"
+    assert record.source["kind"] == "latents" and record.source["decoder"] is None
+    assert (record.summary["auc"][0] or 0) > 0.7  # chance is 0.5
+    lines = (tmp_path / "fold-0" / "log.jsonl").read_text().splitlines()
+    losses = [json.loads(line)["classifier/loss"] for line in lines]
+    assert losses[-1] < losses[0]
+    assert "colour-histogram" in record.related
+
+
+def test_latents_and_pixels_are_tested_on_the_same_folds(latents, tmp_path):
+    pixels = classify(latents, tmp_path / "pixels", input="images", epochs=1)
+    undecoded = classify(latents, tmp_path / "latents", epochs=1)
+    assert pixels.split_id == undecoded.split_id
+    assert pixels.related == undecoded.related  # colours are of decoded pixels in both
+    assert pixels.source["name"] == "tiny-v1+kmeans"
+    with pytest.raises(ContractError, match="input 'latents', this one has 'images'"):
+        classify(latents, tmp_path / "latents", epochs=1, input="images")
+
+
+def test_no_pixels_are_decoded_to_train_on(latents, tmp_path, monkeypatch):
+    """Once the colours are there, the decoder is not asked for any more."""
+    from latentds.patchsets.developing import DecodedCodes
+
+    classify(latents, tmp_path, epochs=1)
+    (tmp_path / "fold-1" / "fold.json").unlink()
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr(DecodedCodes, "develop", refuse)
+    assert len(classify(latents, tmp_path, epochs=1).folds) == 2
+
+
+def test_originals_go_through_a_codec_of_latents(pictures, latents, tmp_path):
+    """The same latents as stored, but for the statistics, which are of all 33 patches here too."""
+    stored = open_undecoded(PatchInput(data=latents, device="cpu"))
+    made = open_undecoded(PatchInput(data=pictures, codec="tiny+kmeans", device="cpu"))
+    assert made.stem.mean == pytest.approx(stored.stem.mean, rel=1e-5)
+    assert made.stem.std == pytest.approx(stored.stem.std, rel=1e-5)
+    rows = np.arange(33)
+    assert torch.allclose(made.patches.images(rows), stored.patches.images(rows), atol=1e-4)
+    assert made.patches.facts().name == "latents:tiny-v1+kmeans" and made.cells == stored.cells
+    record = classify(pictures, tmp_path, codec="tiny+kmeans", epochs=1)
+    assert record.source["kind"] == "codec"
+
+
+@pytest.mark.parametrize("codec", ["original", "jpeg:50"])
+def test_originals_without_latents_are_refused(pictures, tmp_path, codec):
+    with pytest.raises(InputError, match=f"no latents .--codec {codec}.*tiny\\+kmeans"):
+        classify(pictures, tmp_path, codec=codec)
+
+
+def test_latents_of_a_set_are_those_of_its_loader(latents):
+    found = open_undecoded(PatchInput(data=latents, device="cpu"))
+    loader = LatentLoader(latents, decode="latents", normalize=True, columns=("source",))
+    batch = next(iter(loader))
+    sources = found.patches.table.sources
+    order = [batch.columns["source"].index(source) for source in sources]
+    assert torch.equal(found.patches.images(np.arange(33)), batch.latents[order])
+    assert found.stem.statistics.mean == loader.statistics.mean
+
+
+def test_a_test_set_is_normalized_as_the_training_set(latents, tmp_path):
+    config = settings(latents, tmp_path / "run", protocol="val7k", test_data=latents)
+    patches = open_labelled(config)
+    inputs, train = open_latents(config, patches)
+    assert len(inputs.sets) == 2
+    own = open_undecoded(PatchInput(data=latents, device="cpu"), stem=train.stem)
+    assert torch.equal(inputs.sets[1].images(np.arange(5)), own.patches.images(np.arange(5)))
+
+
+def test_latents_of_another_autoencoder_are_refused(latents, pictures, tmp_path):
+    convert_with_mean(pictures, tmp_path / "mean")
+    stem = open_undecoded(PatchInput(data=latents, device="cpu")).stem
+    with pytest.raises(ContractError, match=r"latents of latent_id aaaa.*the network reads"):
+        open_undecoded(PatchInput(data=tmp_path / "mean", device="cpu"), stem=stem)
+
+
+def test_networks_and_patches_that_do_not_fit_are_told_before_anything_is_done(
+    latents, pictures, tmp_path
+):
+    with pytest.raises(InputError, match="not a plain ViT"):
+        classify(latents, tmp_path / "a", arch="test_resnet")
+    out = tmp_path / "odd"
+    convert(ConvertConfig(source=pictures, out=out, patch_size=24, tile=True, device="cpu"))
+    with pytest.raises(ShapeError, match="3x3 cells, but test_vit takes 2x2 cells a token"):
+        classify(out, tmp_path / "b")
+    assert not (tmp_path / "b" / "run.json").exists()
+
+
+def test_jitter_is_not_of_latents(latents, tmp_path):
+    with pytest.raises(ValueError, match="--jitter changes colours"):
+        settings(latents, tmp_path, jitter=0.3)
+
+
+# Probes
+
+
+@pytest.fixture(scope="module")
+def backbone(latents: Path) -> str:
+    """A backbone for the set's latents, exported as a pretraining does."""
+    stem: LatentStemConfig = open_undecoded(PatchInput(data=latents, device="cpu")).stem
+    network = build_vit(ARCH, stem=stem, img_px=32)
+    folder = latents.parent / "backbone"
+    write_backbone(folder, network, arch=ARCH, trained={}, stem=stem, input_px=32)
+    return f"latent-dir:{folder}"
+
+
+@pytest.mark.parametrize("probe", ["linear", "knn"])
+def test_a_backbone_trained_on_latents_is_probed_on_latents(latents, backbone, tmp_path, probe):
+    options = {"probe": probe, "neighbours": 3, "embedder": backbone}
+    record = classify(latents, tmp_path, **options)
+    assert record.embedder == backbone and record.source["name"] == "latents:tiny-v1+kmeans"
+    assert (record.summary["auc"][0] or 0) > 0.7
+
+
+def test_it_is_probed_on_originals_by_encoding_them(pictures, latents, backbone, tmp_path):
+    options = {"probe": "knn", "neighbours": 3, "embedder": backbone}
+    originals = classify(pictures, tmp_path / "o", input="images", **options)
+    stored = classify(latents, tmp_path / "l", **options)
+    assert originals.source["kind"] == "original"
+    assert originals.split_id == stored.split_id
+    assert originals.folds == stored.folds  # the same latents: encoded here, stored there
+
+
+def test_an_embedder_of_pictures_is_refused_on_latents(latents, tmp_path):
+    network = build_vit(ARCH, img_px=32)
+    write_backbone(tmp_path / "pixels", network, arch=ARCH, trained={}, input_px=32)
+    with pytest.raises(InputError, match="reads pictures; --input latents needs"):
+        classify(latents, tmp_path / "out", probe="linear", embedder=str(tmp_path / "pixels"))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from latentds.autoencoders.base import short
 from latentds.format import CODES, FORMAT, MASKS, PATCHES
 from latentds.manifest import Manifest
+
+MAX_FACTS, MAX_FACT = 60, 200  # rows and characters a row of a card's table
 
 CARD = """---
 {front_matter}---
@@ -88,6 +91,29 @@ def label_table(manifest: Manifest) -> str:
 def cell(text: str) -> str:
     """A name inside a Markdown table: it may not end the cell or the row."""
     return " ".join(text.split()).replace("|", "\\|")
+
+
+def facts_table(facts: Mapping[str, Any], more_in: str) -> str:
+    """A Markdown table of nested JSON values; `more_in` names the file that has all of them."""
+    rows = list(flatten(facts))
+    if not rows:
+        return "Nothing was recorded."
+    lines = [f"| {cell(name)} | {cell(value)} |" for name, value in rows[:MAX_FACTS]]
+    more = [f"\n{len(rows) - MAX_FACTS} more in `{more_in}`."] if len(rows) > MAX_FACTS else []
+    return "\n".join(["| | |", "|---|---|", *lines, *more])
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted name, value) of nested JSON, values shortened."""
+    for name, value in values.items():
+        if isinstance(value, list) and any(isinstance(part, Mapping) for part in value):
+            value = {str(number): part for number, part in enumerate(value)}
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            text = value if isinstance(value, str) else json.dumps(value)
+            shown = text if len(text) <= MAX_FACT else f"{text[:MAX_FACT]}..."
+            yield f"{prefix}{name}"[:MAX_FACT], shown
 
 
 def front_matter(

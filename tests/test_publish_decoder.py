@@ -14,19 +14,18 @@ from latentds.autoencoders.decoder_record import RECORD, WEIGHTS, read_record
 from latentds.autoencoders.decoders import architecture_of, load_decoder, save_decoder
 from latentds.errors import FormatError, InputError, WeightsError
 from latentds.hub.decoders import (
-    MAX_FACTS,
-    DecoderPublication,
     choose_licence,
     decoder_card,
     licence_warnings,
     publish_decoder,
-    trained_table,
 )
+from latentds.hub.model_files import ModelPublication
 from latentds.loader import LatentLoader
+from latentds.publishing import MAX_FACTS, facts_table
 from tests.bad_shards import flip_bit
 
 NAME = "org/name"
-PLAIN = DecoderPublication(repository=NAME)
+PLAIN = ModelPublication(repository=NAME)
 TRAINED = {"recipe": "finetune_decoder", "config": {"lr": 5e-5, "steps": 20}, "data": "a|b\nc"}
 
 
@@ -263,9 +262,10 @@ def test_a_licence_the_hub_does_not_know_is_asked_for(run):
 
 
 def test_a_long_training_record_is_cut():
-    table = trained_table({f"n{i}": "x" * 500 for i in range(MAX_FACTS + 5)})
+    facts = {f"n{i}": "x" * 500 for i in range(MAX_FACTS + 5)}
+    table = facts_table(facts, RECORD)
     assert "5 more in `decoder.json`" in table and "x" * 300 not in table
-    assert trained_table({}) == "Nothing was recorded."
+    assert facts_table({}, RECORD) == "Nothing was recorded."
 
 
 def test_the_command_publishes_and_tells_it(run, hub, capsys):

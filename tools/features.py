@@ -34,7 +34,7 @@ class Config(PatchInput):
     as 'latentds convert' takes them: slides, folders of pictures, archives, a table of paths."""
     embedder: str
     """uni, uni2-h, gigapath, phikon-v2, efficientnet-lite0, timm:NAME, each with @FILE for weights
-    in a local file; nic:FILE, nic-quarters:FILE."""
+    in a local file; timm-dir:FOLDER, timm:hf-hub:ORG/NAME; nic:FILE, nic-quarters:FILE."""
     out: Path
     """Folder to write: features_<embedder>/SLIDE.h5, patches/SLIDE_patches.h5, features.json.
     Exit code 3: done, but slides were left out."""

@@ -7,11 +7,15 @@ from pathlib import Path
 
 from latentds.embedders.base import Embedder, EmbedderCard, NetworkEmbedder
 from latentds.embedders.cards import CARDS
+from latentds.embedders.exported import LATENT_PREFIX, is_exported, load_exported
 from latentds.errors import ShapeError, WeightsError, unknown_name
 
 __all__ = ["Embedder", "EmbedderCard", "NetworkEmbedder", "load_embedder"]
 
-PATTERNS = ("nic:FILE", "nic-quarters:FILE", "timm:NAME")  # beside the names on the cards
+PATTERNS = (  # beside the names on the cards
+    *("nic:FILE", "nic-quarters:FILE", "timm:NAME", "timm-dir:FOLDER", "timm:hf-hub:ORG/NAME"),
+    "latent-dir:FOLDER",
+)
 
 
 def load_embedder(name_or_path: str | os.PathLike[str], *, native: bool = False) -> NetworkEmbedder:
@@ -19,11 +23,14 @@ def load_embedder(name_or_path: str | os.PathLike[str], *, native: bool = False)
 
     name_or_path  uni, uni2-h, gigapath, phikon-v2, efficientnet-lite0; `timm:NAME` for any network
                   of timm; each may be followed by `@PATH`, its weights in a local file (a folder
-                  for phikon-v2). `nic:FILE.safetensors`, or the file alone, for a pathology
-                  encoder of Neural Image Compression that takes a patch as one field;
+                  for phikon-v2). `timm-dir:FOLDER`, or the folder alone, for one in timm's format,
+                  as `pretrain` leaves it; `latent-dir:FOLDER[@AUTOENCODER]` for one that reads
+                  latents, which images are encoded to; `timm:hf-hub:ORG/NAME[@REVISION]` for one
+                  on the Hub. `nic:FILE.safetensors`, or the file alone, for a pathology encoder of
+                  Neural Image Compression that takes a patch as one field;
                   `nic-quarters:FILE.safetensors` for the mean over fields of 128 px
-    native        feed whole images, neither resized nor cropped (uni, uni2-h, gigapath, phikon-v2):
-                  both edges must be multiples of the network's patch of 16 or 14 px
+    native        feed whole images, neither resized nor cropped (uni, uni2-h, gigapath, phikon-v2,
+                  folders): both edges must be multiples of the network's patch of 16 or 14 px
     raises        UnknownNameError, WeightsError (what is missing, how to get it),
                   MissingExtraError, ShapeError (`native` for a network that has one size)
     """
@@ -31,6 +38,12 @@ def load_embedder(name_or_path: str | os.PathLike[str], *, native: bool = False)
     kind, _, rest = text.partition(":")
     name, _, file = text.partition("@")
     path = Path(file) if file else None
+    if text.startswith(LATENT_PREFIX):
+        from latentds.embedders.latent_backbone import load_latent_backbone
+
+        return load_latent_backbone(text)
+    if text not in CARDS and is_exported(text):
+        return load_exported(text, native=native)
     if native and (name not in CARDS or CARDS[name].multiple_px == 1):
         raise ShapeError(f"{text}: made for one size of input; it cannot be loaded as native")
     if kind == "timm" and rest:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -15,13 +14,12 @@ from latentds.autoencoders.decoders import find_decoder_folder, load_decoder
 from latentds.embedders.base import EmbedderCard
 from latentds.embedders.cards import CARDS as EMBEDDERS
 from latentds.errors import InputError
-from latentds.hub.client import HubFile, Repository
+from latentds.hub.client import Repository
 from latentds.hub.licences import HUB_LICENCES, check_licence, is_non_commercial
-from latentds.hub.plan import HUB_OWN, README, Plan, holds_other
-from latentds.hub.upload import Published, compare, have_repository, send
-from latentds.publishing import cell
-
-MAX_FACTS, MAX_FACT = 60, 200  # rows and characters a row of the card's table
+from latentds.hub.model_files import ModelPublication, front_matter, publish_files
+from latentds.hub.plan import README
+from latentds.hub.upload import Published
+from latentds.publishing import MAX_FACT, cell, facts_table
 
 CARD = """---
 {front_matter}
@@ -67,27 +65,9 @@ images = decoder.decode(latents)
 {notes}"""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DecoderPublication:
-    """What a publisher says of a decoder, beyond what its decoder.json says.
-
-    repository    ORG/NAME on the Hub
-    licence       identifier the Hub knows; None takes the one decoder.json has
-    licence_name  its name, with 'other'
-    revision      branch it goes to; None for main
-    notes         Markdown
-    """
-
-    repository: str
-    licence: str | None = None
-    licence_name: str | None = None
-    revision: str | None = None
-    notes: str = ""
-
-
 def publish_decoder(
     folder: str | os.PathLike[str],
-    publication: DecoderPublication,
+    publication: ModelPublication,
     *,
     private: bool = False,
     overwrite: bool = False,
@@ -119,24 +99,20 @@ def publish_decoder(
         README: decoder_card(record, publication).encode(),
         RECORD: (found / RECORD).read_bytes(),
     }
-    remote = have_repository(repository, private, dry_run)
-    plan = plan_decoder(repository, contents, remote, overwrite)
-    warnings = tuple(licence_warnings(record, str(publication.licence)))
-    checked = 0
-    if not dry_run:
-        send(repository, plan, {WEIGHTS}, False, tell)
-        tell("comparing checksums")
-        checked = compare(repository, plan)
-    return Published(
-        url=repository.url,
-        commit=None if dry_run else repository.head,
-        plan=plan,
-        warnings=warnings,
-        checked=checked,
+    return publish_files(
+        repository,
+        contents,
+        weights=WEIGHTS,
+        page=RECORD,
+        warnings=tuple(licence_warnings(record, str(publication.licence))),
+        private=private,
+        overwrite=overwrite,
+        dry_run=dry_run,
+        tell=tell,
     )
 
 
-def choose_licence(record: DecoderRecord, publication: DecoderPublication) -> str:
+def choose_licence(record: DecoderRecord, publication: ModelPublication) -> str:
     """The licence's identifier: the publisher's, else the recorded one where the Hub knows it."""
     recorded = record.licence.lower().replace(" ", "-")
     identifier = publication.licence or (recorded if recorded in HUB_LICENCES else None)
@@ -192,35 +168,13 @@ def find_embedder(record: DecoderRecord) -> EmbedderCard | None:
     return EMBEDDERS.get(name, EmbedderCard(name=name[:MAX_FACT], class_name=""))
 
 
-def plan_decoder(
-    repository: Repository,
-    contents: dict[str, Path | bytes],
-    remote: Mapping[str, HubFile],
-    overwrite: bool,
-) -> Plan:
-    """What is to be sent and removed; InputError where the repository holds something else."""
-    listed = dict(remote)
-    plan = Plan(contents=contents, sha256={}, missing=[], deleted=[])
-    missing = [path for path in contents if not plan.is_there(path, listed)]
-    foreign = [path for path in listed if path not in contents and path not in HUB_OWN]
-    is_same = RECORD in listed and WEIGHTS not in missing
-    if is_same:
-        foreign = []  # beside their decoder people may put what they like
-    else:
-        foreign += [path for path in (RECORD, WEIGHTS) if path in missing and path in listed]
-    if foreign and not overwrite:
-        raise holds_other(repository, sorted(foreign))
-    # Without its decoder.json nobody takes what is half replaced for the old decoder.
-    deleted = [path for path in foreign if path not in contents or path == RECORD]
-    return dataclasses.replace(plan, missing=missing, deleted=deleted)
-
-
-def decoder_card(record: DecoderRecord, publication: DecoderPublication) -> str:
+def decoder_card(record: DecoderRecord, publication: ModelPublication) -> str:
     """The text of a published decoder's README.md."""
     licence = publication.licence_name or publication.licence
-    branch = publication.revision or "main"
+    base = CARDS.get(record.autoencoder)
+    tags = ("pathology", "latents", "decoder")
     return CARD.format(
-        front_matter=front_matter(record, publication),
+        front_matter=front_matter(publication, tags, base.repository if base else None),
         title=publication.repository.partition("/")[2],
         autoencoder=cell(record.autoencoder),
         channels=record.channels,
@@ -231,22 +185,10 @@ def decoder_card(record: DecoderRecord, publication: DecoderPublication) -> str:
         base=describe_base(record),
         licence=cell(str(licence)),
         repository=publication.repository,
-        at="" if branch == "main" or branch.startswith("refs/") else f"@{branch}",
-        trained=trained_table(record.trained),
+        at=publication.at,
+        trained=facts_table(record.trained, RECORD),
         notes=f"\n{publication.notes.strip()}\n" if publication.notes.strip() else "",
     )
-
-
-def front_matter(record: DecoderRecord, publication: DecoderPublication) -> str:
-    """The card's YAML; what a user wrote is quoted as JSON, which YAML reads."""
-    lines = [f"license: {publication.licence}"]
-    if publication.licence_name:
-        lines.append(f"license_name: {json.dumps(publication.licence_name)}")
-    base = CARDS.get(record.autoencoder)
-    if base is not None and base.repository:
-        lines.append(f"base_model: {base.repository}")
-    lines += ["library_name: latentds", "tags:", "- pathology", "- latents", "- decoder"]
-    return "\n".join(lines)
 
 
 def network(architecture: Mapping[str, Any]) -> str:
@@ -261,24 +203,3 @@ def describe_base(record: DecoderRecord) -> str:
     if card is not None and card.repository:
         text += f", `{card.repository}` {card.subfolder or ''} at `{card.revision or 'main'}`"
     return cell(text)
-
-
-def trained_table(trained: Mapping[str, Any]) -> str:
-    """A Markdown table of what decoder.json says of the training."""
-    rows = list(flatten(trained))
-    if not rows:
-        return "Nothing was recorded."
-    lines = [f"| {cell(name)} | {cell(value)} |" for name, value in rows[:MAX_FACTS]]
-    more = [f"\n{len(rows) - MAX_FACTS} more in `{RECORD}`."] if len(rows) > MAX_FACTS else []
-    return "\n".join(["| | |", "|---|---|", *lines, *more])
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """(dotted name, value) of nested JSON, values shortened."""
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from flatten(value, f"{prefix}{name}.")
-        else:
-            text = value if isinstance(value, str) else json.dumps(value)
-            shown = text if len(text) <= MAX_FACT else f"{text[:MAX_FACT]}..."
-            yield f"{prefix}{name}"[:MAX_FACT], shown

@@ -1,0 +1,106 @@
+"""latentds.json: what the folder of a trained backbone says of it, checked before it is used."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from latentds.autoencoders.decoder_record import is_count, is_identity, is_object, is_words
+from latentds.errors import FormatError
+
+FORMAT = "latentds-backbone/1"
+RECORD, WEIGHTS, CONFIG = "latentds.json", "model.safetensors", "config.json"
+READS, LATENTS = "latentds_input", "latents"  # in config.json, which timm leaves alone
+MAX_RECORD_BYTES = 1 << 20
+MAX_WIDTH, MAX_CHANNELS, MAX_PX = 1 << 16, 4096, 1 << 14
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BackboneRecord:
+    """What a latentds.json says.
+
+    arch           timm's name of the network, without a tag
+    model_args     timm's arguments that build it, beside its name; None where timm alone cannot
+    channels       of its input: 3 for pictures, C for latents
+    input_px       edge in pixels of the pictures it was trained on, or that its latents are of
+    mean, std      of the input's normalization: of pictures in [0, 1], of latents as stored
+    interpolation  of pictures' resizing
+    dim            of an embedding
+    weights_id     hash of its tensors
+    stem           of a network that reads latents: what `LatentStemConfig` is made from, else None
+    trained        on what and how: JSON values, for people
+    """
+
+    arch: str
+    model_args: dict[str, Any] | None
+    channels: int
+    input_px: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+    dim: int
+    weights_id: str
+    stem: dict[str, Any] | None
+    trained: dict[str, Any]
+
+    def to_json(self) -> str:
+        """The text of latentds.json."""
+        return json.dumps({"format": FORMAT} | dataclasses.asdict(self), indent=1) + "\n"
+
+
+def read_record(folder: Path) -> BackboneRecord:
+    """What the latentds.json of a folder says; FormatError where it is none."""
+    path = folder / RECORD
+    if path.stat().st_size > MAX_RECORD_BYTES:
+        raise FormatError(f"{path}: {path.stat().st_size:,} bytes; no {FORMAT}")
+    return parse_record(read_json(path), path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file's JSON object; FormatError where it has none."""
+    try:
+        values = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path}: no JSON ({str(error)[:100]})") from error
+    if not isinstance(values, dict):
+        raise FormatError(f"{path}: a JSON object is wanted, not {type(values).__name__}")
+    return values
+
+
+def parse_record(values: dict[str, Any], path: Path) -> BackboneRecord:
+    """A record of JSON values, all of them checked."""
+    stated = values.get("format")
+    if stated != FORMAT:
+        raise FormatError(
+            f"{path}: format is {stated!r:.60}, this version reads {FORMAT}; update latentds, or "
+            "export the backbone with this version"
+        )
+    checks = {
+        "arch": is_words,
+        "model_args": is_object_or_none,
+        "channels": lambda value: is_count(value, MAX_CHANNELS),
+        "input_px": lambda value: is_count(value, MAX_PX),
+        "mean": is_numbers,
+        "std": is_numbers,
+        "interpolation": is_words,
+        "dim": lambda value: is_count(value, MAX_WIDTH),
+        "weights_id": is_identity,
+        "stem": is_object_or_none,
+        "trained": is_object,
+    }
+    for field, is_good in checks.items():
+        if not is_good(values.get(field)):
+            raise FormatError(f"{path}: {field} is {values.get(field)!r:.60}; refused")
+    fields = {field: values[field] for field in checks}
+    fields |= {name: tuple(map(float, values[name])) for name in ("mean", "std")}
+    return BackboneRecord(**fields)
+
+
+def is_object_or_none(value: Any) -> bool:
+    return value is None or is_object(value)
+
+
+def is_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(type(number) in (int, float) for number in value)

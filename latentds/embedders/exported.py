@@ -1,0 +1,156 @@
+"""Embedders that are folders or Hub repositories in timm's format, trained backbones among them.
+
+FOLDER/config.json         architecture, model_args, pretrained_cfg, as timm's `save_for_hf` has
+FOLDER/model.safetensors   every tensor of that network, a classifier's left out
+FOLDER/latentds.json       of backbones trained here: compared with the tensors
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from latentds.autoencoders.base import short
+from latentds.autoencoders.downloads import download
+from latentds.embedders.backbone_record import (
+    CONFIG,
+    LATENTS,
+    READS,
+    RECORD,
+    WEIGHTS,
+    read_json,
+    read_record,
+)
+from latentds.embedders.base import EmbedderCard, NetworkEmbedder, without_resizing
+from latentds.embedders.timm_models import configured_card, create, load
+from latentds.errors import FormatError, ShapeError, WeightsError
+
+PREFIX, HUB_PREFIX = "timm-dir:", "timm:hf-hub:"
+LATENT_PREFIX = "latent-dir:"
+PASSED_ON = (  # of pretrained_cfg, what a network's card is made from
+    *("input_size", "fixed_input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std"),
+    *("classifier", "first_conv", "license"),
+)
+
+
+def is_exported(text: str) -> bool:
+    """Whether a name means a folder in timm's format that is there, or one on the Hub."""
+    if text.startswith((PREFIX, HUB_PREFIX)):
+        return True
+    return any((Path(text) / name).is_file() for name in (CONFIG, RECORD))
+
+
+def load_exported(text: str, *, native: bool = False) -> NetworkEmbedder:
+    """The embedder of `timm-dir:FOLDER`, of the folder alone, of `timm:hf-hub:ORG/NAME[@REV]`.
+
+    Images are resized to the size its pretrained_cfg has: of backbones trained here, training's.
+    native  feed whole images, where the network takes any size
+    raises  WeightsError, FormatError for what lies there; ShapeError for a network that has one
+            size, UnknownNameError for an architecture that timm does not know, MissingExtraError
+    """
+    if text.startswith(HUB_PREFIX):
+        return load_from_hub(text.removeprefix(HUB_PREFIX), native)
+    return load_folder(Path(text.removeprefix(PREFIX)), text, native)
+
+
+def load_from_hub(name: str, native: bool) -> NetworkEmbedder:
+    """The embedder of a repository on the Hub, fetched or from the Hub's cache."""
+    repository, _, revision = name.partition("@")
+    advice = f"Without the Hub, pass the folder of a copy as '{PREFIX}FOLDER'."
+    folder, commit = download(repository, (CONFIG, WEIGHTS), revision or None, advice)
+    embedder = load_folder(folder, f"{HUB_PREFIX}{name}", native)
+    embedder.card = dataclasses.replace(embedder.card, repository=repository, revision=commit)
+    return embedder
+
+
+def load_folder(folder: Path, text: str, native: bool) -> NetworkEmbedder:
+    """The embedder of a folder, under the name it was asked for by."""
+    config = read_config(folder)
+    settings = config["pretrained_cfg"]
+    arguments = config.get("model_args") or {}
+    try:
+        with torch.random.fork_rng(devices=[]):  # not on "meta": some buffers are in no file
+            network = create(config["architecture"], pretrained_cfg=settings, **arguments)
+    except TypeError as error:
+        raise WeightsError(
+            f"{folder / CONFIG}: timm does not take its model_args ({error})"
+        ) from error
+    card = dataclasses.replace(
+        configured_card(config["architecture"], network),
+        name=text if text.startswith((PREFIX, HUB_PREFIX)) else f"{PREFIX}{folder}",
+        class_name=config["architecture"],
+        repository=None,
+        file=WEIGHTS,
+        multiple_px=patch_edge(network) if takes_any_size(network) else 1,
+    )
+    card = card_for(card, native)
+    embedder = load(card, network, folder, config["architecture"])
+    check_identity(folder, embedder.card)
+    return embedder
+
+
+def card_for(card: EmbedderCard, native: bool) -> EmbedderCard:
+    """The card of a network fed whole images, where that was asked for and can be."""
+    if not native:
+        return card
+    if card.multiple_px == 1:
+        raise ShapeError(f"{card.name}: made for one size of input; it cannot be loaded as native")
+    return without_resizing(card)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A folder's config.json: checked, its pretrained_cfg cut to what a card is made from.
+
+    raises  WeightsError where there is none, or the network reads latents; FormatError where it is
+            damaged
+    """
+    if (folder / RECORD).is_file() and read_record(folder).stem is not None:
+        raise WeightsError(
+            f"{folder}: this backbone reads latents, not pictures; pass '{LATENT_PREFIX}{folder}' "
+            "with a latentds data set"
+        )
+    path = folder / CONFIG
+    if not path.is_file():
+        raise WeightsError(
+            f"{folder}: no {CONFIG} there; a folder in timm's format is wanted, such as "
+            "'backbone' in the folder of a pretraining"
+        )
+    config = read_json(path)
+    if config.get(READS) == LATENTS:
+        raise WeightsError(f"{path}: this backbone reads latents, not pictures")
+    if not isinstance(config.get("architecture"), str):
+        raise FormatError(f"{path}: names no architecture; not a configuration of timm's")
+    settings = config.get("pretrained_cfg", config)  # timm's older files have it all in one
+    arguments = config.get("model_args") or {}
+    if not isinstance(settings, dict) or not isinstance(arguments, dict):
+        raise FormatError(f"{path}: pretrained_cfg and model_args have to be objects; damaged")
+    if int(arguments.get("in_chans", 3)) != 3:
+        raise WeightsError(f"{path}: the network reads {arguments['in_chans']} channels, not RGB")
+    kept = {name: settings[name] for name in PASSED_ON if settings.get(name) is not None}
+    arguments = {name: value for name, value in arguments.items() if name != "num_classes"}
+    return config | {"pretrained_cfg": kept, "model_args": arguments}
+
+
+def takes_any_size(network: Any) -> bool:
+    """Whether a network takes images of other sizes than the one it is laid out for."""
+    return bool(getattr(network, "dynamic_img_size", False))
+
+
+def patch_edge(network: Any) -> int:
+    """Edge of a ViT's patch in pixels."""
+    return int(network.patch_embed.patch_size[0])
+
+
+def check_identity(folder: Path, card: EmbedderCard) -> None:
+    """WeightsError where the tensors are not those that latentds.json was written with."""
+    if not (folder / RECORD).is_file():
+        return
+    wanted = read_record(folder).weights_id
+    if card.weights_id != wanted:
+        raise WeightsError(
+            f"{folder / WEIGHTS}: the tensors hash to {short(card.weights_id)}, {RECORD} says "
+            f"{short(wanted)}; damaged, export or fetch the backbone anew"
+        )

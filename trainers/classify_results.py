@@ -33,10 +33,10 @@ from latentds.storage import write_atomically
 
 if TYPE_CHECKING:
     from latentds_trainers.patch_inputs import LabelledPatches
-    from latentds_trainers.probes import Fitted
 
     from latentds.embedders import EmbedderCard
     from latentds.evaluation.folds import Fold
+    from latentds.evaluation.probes import Fitted
     from latentds.patchsets.base import SourceFacts
 
 RUN, FOLD, PROBABILITIES = "run.json", "fold.json", "probabilities.npy"

@@ -1,0 +1,287 @@
+"""A pretraining run: what it is made of, its step, and what it leaves behind."""
+# B patches of a forward pass, G global and L local crops, C channels, H W pixels or latent cells
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from latentds_trainers.checkpoints import package_versions
+from latentds_trainers.engine import Engine
+from latentds_trainers.pretrain import PretrainConfig
+from latentds_trainers.pretrain_export import FOLDER, export_backbone
+from latentds_trainers.pretrain_feed import micro_batch
+from latentds_trainers.pretrain_ledger import Ledger
+from latentds_trainers.pretrain_networks import (
+    build_backbone,
+    build_model,
+    build_optimizer,
+    build_views,
+    edge_px,
+    seeded,
+    token_grid,
+)
+from latentds_trainers.pretrain_schedule import RECIPE, check_before, settle, settle_batch
+from latentds_trainers.pretrain_sources import open_source
+from latentds_trainers.ranks import join_ranks, on_all_ranks
+from torch import Tensor, nn
+from torch.nn import functional
+
+from latentds.models.token_masks import global_masks, random_masks
+from latentds.storage import write_atomically
+from latentds.views.crops import Views
+
+if TYPE_CHECKING:
+    from latentds_trainers.pretrain_probe import Probe
+
+logger = logging.getLogger(__name__)
+
+FORMAT = "latentds-pretrain/1"
+NETWORK = "model"
+SAMPLES = 4  # patches in a sample picture
+# When a run goes on: where things lie, how they are read, what is only looked at. Which patches
+# there are `data_id` tells.
+MAY_CHANGE = (
+    *("data", "originals", "codebook", "paired_with", "keep_mb", "num_workers", "max_bad"),
+    *("device", "probe", "probe_every", "probe_groups", "probe_decoder", "probe_patches"),
+    "probe_neighbours",
+)
+
+
+class PretrainTask:
+    """A pretraining run: opens what the config names, trains, saves backbone and result.json."""
+
+    def __init__(self, config: PretrainConfig) -> None:
+        self.device = join_ranks()
+        rank, ranks = dist.get_rank(), dist.get_world_size()
+        sized = on_all_ranks(lambda: settle_batch(config, ranks))
+        self.source = on_all_ranks(lambda: open_source(sized, self.device, rank, ranks))
+        self.stem = self.source.stem
+        self.views = on_all_ranks(lambda: build_views(sized, self.stem))
+        self.config = settle(
+            sized,
+            epoch_steps=len(self.source.feed),
+            edge_px=edge_px(self.views, self.stem),
+            data_id=self.source.data_id,
+            views=self.views.record(),
+        )
+        on_all_ranks(lambda: check_before(self.config))
+        model = on_all_ranks(lambda: build_model(self.config, self.stem))
+        self.probe = on_all_ranks(self.open_probe)
+        self.ledger = Ledger(self.source.feed, self.device)
+        optimizer = build_optimizer(model, self.config)
+        self.decays = [bool(group["decays"]) for group in optimizer.param_groups]
+        self.engine = Engine(
+            self.config, RECIPE, {NETWORK: (model, optimizer)}, self.ledger, may_change=MAY_CHANGE
+        )
+        self.model: Any = self.engine[NETWORK]
+        self.shown: tuple[Tensor, Views] | None = None
+        self.probed: dict[str, float] = {}
+
+    def open_probe(self) -> Probe | None:
+        """What the backbone is judged with while it trains; None without."""
+        if self.config.probe is None:
+            return None
+        from latentds_trainers.pretrain_probe import Probe
+
+        return Probe(self.config, self.device, self.stem, self.config.arch)
+
+    def run(self) -> None:
+        """Train to the last step, export the backbone, write the result."""
+        self.model.train()
+        self.patches = iter(self.ledger)
+        self.engine.run(
+            self.step,
+            samples=self.samples if self.config.sample_every else None,
+            validate=self.validate if self.probe is not None else None,
+        )
+        self.finish()
+
+    def step(self, number: int) -> dict[str, Tensor | float]:
+        """One forward pass of a step."""
+        engine, config = self.engine, self.config
+        if engine.micro == 0:
+            self.groups = next(self.patches)
+            self.set_schedules(number)
+        parts = micro_batch(self.groups, engine.micro, config.accumulation)
+        views = join([self.views(part.values, part.seeds) for part in parts]).map(self.as_input)
+        if config.sample_every and (number + 1) % config.sample_every == 0:
+            images = parts[0].values[:SAMPLES]
+            self.shown = (images, views[: len(images)])
+        seeds = torch.cat([part.seeds for part in parts])
+        words = ("drop path", config.seed, number, engine.rank, engine.micro)
+        with seeded(self.device, *words), engine.autocast():
+            losses = self.losses(views, seeds, number)
+        engine.update(NETWORK, losses.pop("loss"))
+        figures: dict[str, Tensor | float] = {
+            **losses,
+            "weight_decay": config.weight_decay_at(number),
+        }
+        if config.method == "mae":
+            return figures
+        momentum = config.momentum_at(number)
+        if engine.micro == config.accumulation - 1:  # the student has taken its step
+            self.model.update_teacher(momentum)
+        return figures | {"momentum": momentum, "teacher_temp": config.teacher_temp_at(number)}
+
+    def as_input(self, crops: Tensor) -> Tensor:
+        """Crops in the type of the weights."""
+        return crops.to(torch.bfloat16 if self.config.precision == "bf16" else torch.float32)
+
+    def set_schedules(self, number: int) -> None:
+        """What a step has besides its learning rate."""
+        decay = self.config.weight_decay_at(number)
+        for group, decays in zip(self.engine.groups(NETWORK), self.decays, strict=True):
+            group["weight_decay"] = decay if decays else 0.0
+        if self.config.method != "mae":
+            self.model.last_layer_frozen = self.config.is_last_frozen(number)
+
+    def losses(self, views: Views, seeds: Tensor, number: int) -> dict[str, Tensor]:
+        """`loss` and its parts.
+
+        seeds  int64 (B,), from which masks are drawn
+        """
+        config = self.config
+        values = views.globals
+        if config.method == "mae":
+            rows, columns = token_grid(self.model.backbone, values)
+            masks = random_masks(seeds, rows * columns, config.mask_ratio)
+            found: dict[str, Tensor] = dict(self.model(values[0], masks))
+            return found
+        masks = None
+        if config.method == "dinov2":
+            masks = global_masks(seeds, len(values), token_grid(self.model.backbone, values))
+        temp = config.teacher_temp_at(number)
+        return dict(self.model(views, teacher_temp=temp, masks=masks))
+
+    def samples(self) -> Tensor:
+        """The last patches with their crops in a row, (n, 3, H, W) in [0, 1]."""
+        assert self.shown is not None
+        images, views = self.shown
+        mean, std = (images.new_tensor(values).float() for values in self.normalization())
+        edge = views.globals.shape[-1]
+        crops = [crop.float() * std.view(3, 1, 1) + mean.view(3, 1, 1) for crop in views.crops()]
+        tiles = [functional.interpolate(image, (edge, edge)) for image in [images.float(), *crops]]
+        return torch.cat(tiles, dim=-1).clamp(0, 1)
+
+    def backbone(self) -> nn.Module:
+        """A copy of what is to be used: the teacher's ViT, or the masked autoencoder's."""
+        weights = self.engine.weights(NETWORK)
+        prefix = "backbone." if self.config.method == "mae" else "teacher.backbone."
+        network = build_backbone(self.config, self.stem, 0.0)
+        network.load_state_dict(
+            {n.removeprefix(prefix): w.float() for n, w in weights.items() if n.startswith(prefix)}
+        )
+        return network.to(self.device).eval()
+
+    def validate(self) -> dict[str, float]:
+        """Figures of the probe, where one is due; every rank has to call it."""
+        config, every = self.config, self.config.probe_every
+        step = self.engine.step
+        if self.probe is None or (every and step % every and step < config.steps):
+            return {}
+        with self.ledger.aside():
+            self.probed = self.probe(self.backbone(), self.prepare)
+        return self.probed
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] as the network takes them: resized and normalized."""
+        edge = self.config.global_px
+        if images.shape[-2:] != (edge, edge):
+            images = functional.interpolate(
+                images, (edge, edge), mode="bicubic", antialias=True
+            ).clamp(0, 1)
+        mean, std = (images.new_tensor(values).view(3, 1, 1) for values in self.normalization())
+        return (images - mean) / std
+
+    def normalization(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and deviation of the channels of pictures that views take off and divide by."""
+        mean, std = getattr(self.views, "mean", None), getattr(self.views, "std", None)
+        return mean or (0.0, 0.0, 0.0), std or (1.0, 1.0, 1.0)
+
+    def finish(self) -> None:
+        """Write OUT/backbone and OUT/result.json."""
+        totals, backbone = self.ledger.totals(), self.backbone()
+        if self.probe is not None and not self.probed:  # a run that had its last step before
+            self.probed = self.probe(backbone, self.prepare)
+        result = self.result(totals)
+
+        def write() -> None:
+            record = {
+                name: result[name] for name in ("method", "source", "views", "steps", "images")
+            }
+            mean, std = self.normalization()
+            export_backbone(
+                self.config.out / FOLDER,
+                backbone,
+                arch=self.config.arch,
+                record=record,
+                stem=self.stem,
+                mean=mean,
+                std=std,
+                input_px=self.config.global_px,
+                overwrite=True,
+            )
+            text = json.dumps(result, indent=1).encode()
+            write_atomically(self.config.out / "result.json", text)
+
+        self.engine.from_first(write)
+        logger.info("backbone in %s; %s", self.config.out / FOLDER, json.dumps(self.probed))
+
+    def result(self, totals: dict[str, float]) -> dict[str, Any]:
+        """What result.json says."""
+        config, facts = self.config, self.source.feed.facts
+        images = self.engine.step * config.global_images
+        stored = facts["bytes_per_patch"]
+        return {
+            "format": FORMAT,
+            "method": config.method,
+            "arch": config.arch,
+            "input": config.input,
+            "source": facts,
+            "views": config.views_record,
+            "seed": config.seed,
+            "steps": self.engine.step,
+            "global_batch_size": config.global_images,
+            "images": images,
+            "epochs": images / self.source.patches,
+            "bytes_read": None if stored is None else round(images * stored),
+            "wall_s": self.engine.seconds - totals["aside_s"],
+            "probe_s": totals["aside_s"],
+            "cpu_s": totals["cpu_s"],
+            "waited_s": totals["waited_s"],
+            "ranks": self.engine.world_size,
+            "device": device_name(self.device),
+            "last": last_figures(self.config.out / "log.jsonl"),
+            "probe": self.probed,
+            "probed": None if self.probe is None else self.probe.facts,
+            "backbone": FOLDER,
+            "versions": package_versions(),
+        }
+
+
+def join(parts: Sequence[Views]) -> Views:
+    """The views of several groups of patches as those of one."""
+    if len(parts) == 1:
+        return parts[0]
+    return Views(
+        torch.cat([part.globals for part in parts], dim=1),
+        torch.cat([part.locals for part in parts], dim=1),
+    )
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or cpu."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def last_figures(path: Path) -> dict[str, Any]:
+    """The log's last line; empty where there is none."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    found: dict[str, Any] = json.loads(lines[-1]) if lines else {}
+    return found

@@ -15,35 +15,45 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     [
         *("version", "errors", "quantizer", "lloyd", "fit", "format", "storage", "metrics"),
-        *("report", "randomness"),
+        *("report", "randomness", "normalization"),
     ],
     ["autoencoders", "codebooks", "codecs", "embedders"],
     [
         *("cache", "transport", "tables", "files", "sources", "columns", "manifest", "writer"),
-        *("scan", "index", "reader", "golden", "composing", "mixedness"),
+        *("scan", "index", "reader", "golden", "composing", "mixedness", "channel_statistics"),
         *("publishing", "conversion", "verification", "originals", "evaluation"),
     ],
     [
         *("order", "batch", "selection", "sampling", "batching", "mixture", "collate", "state"),
         *("launcher", "dataset", "transfers", "decoding", "stage", "loader", "bags", "array"),
-        *("models", "mask_geometry", "patchsets", "features"),
+        *("fields", "grouping", "mixing"),
+        *("models", "mask_geometry", "patchsets", "features", "views", "adapters"),
     ],
     ["hub", "objects", "importing", "rearranging"],  # whole data sets
 ]
 ALONE = {  # heavy libraries and the only modules that may import them
     "diffusers": {"latentds.autoencoders.diffusers_ae"},
     "faiss": {"latentds.fit"},
+    "kornia": {"latentds.views.colour"},
     "openslide": {"latentds_trainers.tiles", "latentds.sources.slides"},
     "vaezip": {"latentds.codecs.lloyd_blocks"},
     "imagecodecs": {"latentds.codecs.formats"},
-    "timm": {"latentds.embedders.efficientnet_lite", "latentds.embedders.timm_models"},
-    "transformers": {"latentds.embedders.hugging_face", "latentds.models.sam_weights"},
+    "timm": {
+        *("latentds.embedders.efficientnet_lite", "latentds.embedders.timm_models"),
+        "latentds.models.vit_tokens",
+    },
+    "lightly": {"latentds.models.self_distillation", "latentds.models.masked_autoencoder"},
+    "transformers": {
+        *("latentds.embedders.hugging_face", "latentds.models.sam_weights"),
+        "latentds.adapters",
+    },
     "deepspeed": {"latentds_trainers.wrapping"},
     "segmentation_models_pytorch": {"latentds.models.unet"},
     "h5py": {"latentds.features.files", "latentds.sources.coordinates"},
     "datasets": {"latentds.sources.hugging_face", "latentds_tools.loader_bench.peers"},
     "ray": {"latentds.conversion.ray_engine"},
     "huggingface_hub": {
+        "latentds_tools.health.surroundings",
         "latentds.autoencoders.downloads",
         "latentds.embedders.weights",
         "latentds.transport",
@@ -117,7 +127,13 @@ RECIPES = {  # and the modules each is made of
     ),
     "classify_patches": (
         *("classify_task", "classify_results", "classify_table", "patch_inputs"),
-        *("patch_features", "probes", "finetune_backbone"),
+        *("patch_features", "finetune_backbone"),
+    ),
+    "pretrain": (
+        *("pretrain_task", "pretrain_schedule", "pretrain_presets", "pretrain_networks"),
+        *("pretrain_feed", "pretrain_sources", "pretrain_sets", "pretrain_pictures"),
+        *("pretrain_ledger", "pretrain_probe", "pretrain_probe_config", "pretrain_probe_rows"),
+        "pretrain_export",
     ),
     "sampath": (
         *("segmentation_run", "segmentation_fold", "segmentation_data", "segmentation_labels"),
@@ -137,12 +153,18 @@ def own_room(module: str) -> tuple[str, ...]:
 @pytest.mark.parametrize("package", ["latentds_tools", "latentds_trainers"])
 def test_tools_and_trainers_never_import_each_other(package):
     others = {"latentds_tools", "latentds_trainers"}
-    names = ("loader_bench", "decode_bench", "fidelity", "comparison", "machine")
+    names = ("loader_bench", "decode_bench", "fidelity", "comparison", "machine", "health")
+    names += ("step_bench",)
     rooms = tuple(f"latentds_tools.{name}" for name in names)
     for module, path in modules().items():
         if module.startswith(package) or module.startswith("latentds."):
             found = {name for name in imports(path) if name.split(".")[0] in others}
-            doors = (*rooms, "latentds_tools.bench_", "latentds_tools.compare")
+            doors = (
+                *rooms,
+                "latentds_tools.bench_",
+                "latentds_tools.compare",
+                "latentds_tools.doctor",
+            )
             own = rooms if module.startswith(doors) else ()
             own += own_room(module) if module.startswith("latentds_trainers.") else ()
             own += (

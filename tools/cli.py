@@ -25,6 +25,10 @@ COMMANDS = {
     "upload": ("upload", "copy a data set to an object store, the manifest last"),
     "publish": ("publish", "put a data set on the Hub, with a card and a preview"),
     "publish-decoder": ("publish_decoder", "put a decoder on the Hub, with a card"),
+    "publish-model": (
+        "publish_model",
+        "put a trained backbone on the Hub, with a card; timm loads it",
+    ),
     "fetch": ("fetch", "fetch a published data set into a folder, checked by its hashes"),
     "merge": ("merge", "one data set of several of the same latents, codebooks side by side"),
     "repack": ("repack", "the same codes in other packs, order or splits, slides left out"),
@@ -36,6 +40,7 @@ COMMANDS = {
         "compare",
         "tables and plots of evaluations on several sources of the same patches",
     ),
+    "doctor": ("doctor", "say what is installed, missing or in the way on this machine"),
     "demo": ("demo", "run the main job on a real micrograph and write a page about it"),
     "bench shuffle": (
         "bench_shuffle",
@@ -48,6 +53,7 @@ COMMANDS = {
         "bench_features",
         "what decoding adds to embedding, in a feature extraction from latents",
     ),
+    "bench step": ("bench_step", "what loading and decoding add to a step of training"),
     "bench convert": ("bench_convert", "rate of a conversion beside the encoder's alone"),
     "bench container": ("bench_container", "container overhead for patch and pack sizes"),
     "bench fidelity": (

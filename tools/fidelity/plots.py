@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
+from collections.abc import Sequence
 from typing import Any
 
 from latentds.errors import missing_extra
 
 PANEL_IN = (5.2, 4.2)  # width and height in inches
 MARKERS = {"picture": "s", "latent": "o"}
+FRONT_IN, FRONT_DPI = (8.0, 4.3), 200
+# Colours of Okabe and Ito, told apart by all; point whose label it is, its place, its side.
+FRONT_STYLE: dict[str, tuple[str, int, tuple[int, int], str]] = {
+    "AVIF": ("#0072B2", 0, (0, 24), "right"),
+    "JPEG XL": ("#56B4E9", -1, (10, 0), "left"),
+    "JPEG": ("#555555", 0, (-9, 0), "right"),
+    "WebP": ("#CC79A7", 0, (10, -4), "left"),
+    "tiny": ("#D55E00", 0, (12, -2), "left"),
+    "TAEF2": ("#D55E00", 0, (0, -18), "center"),
+}
 
 
 def check_matplotlib() -> None:
@@ -78,3 +90,63 @@ def point_of(
         return None
     low, high = values["ci95"] or (mean, mean)
     return group["bytes"], mean, max(0.0, mean - low), max(0.0, high - mean)
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """A codec on the first page.
+
+    kind    picture or latent
+    points  (bytes, mean, low, high), sorted
+    """
+
+    label: str
+    kind: str
+    points: tuple[tuple[float, float, float, float], ...]
+
+
+def draw_front(curves: Sequence[Curve], embedder: str) -> bytes:
+    """The first page's picture: one panel, labels beside the curves, PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=FRONT_IN, layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    for curve in curves:
+        draw_curve(axis, curve)
+    axis.set_xscale("log", base=2)
+    sizes = [1024 * 2**power for power in range(1, 6)]
+    axis.set_xticks(sizes, [f"{size // 1024} KiB" for size in sizes])
+    axis.minorticks_off()
+    axis.set_xlim(2300, 50_000)
+    axis.set_xlabel("a 256 px patch takes", fontsize=12)
+    axis.set_title(
+        f"Cosine similarity of {embedder} embeddings to those of the original",
+        fontsize=12, loc="left",
+    )  # fmt: skip
+    axis.tick_params(labelsize=11, length=3)
+    axis.grid(alpha=0.25, linewidth=0.6)
+    axis.spines[["top", "right"]].set_visible(False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=FRONT_DPI, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def draw_curve(axis: Any, curve: Curve) -> None:
+    """Line, markers, intervals and label of one codec; latents stand out."""
+    color, point, shift, side = FRONT_STYLE[curve.label]
+    sizes, means, lows, highs = zip(*curve.points, strict=True)
+    is_latent = curve.kind == "latent"
+    below = [mean - low for mean, low in zip(means, lows, strict=True)]
+    above = [high - mean for mean, high in zip(means, highs, strict=True)]
+    axis.errorbar(
+        sizes, means, yerr=(below, above), color=color, marker=MARKERS[curve.kind],
+        markersize=11 if is_latent else 6, linewidth=1.6, elinewidth=1.0, zorder=3 + is_latent,
+    )  # fmt: skip
+    text = f"{curve.label} latents" if is_latent else curve.label
+    axis.annotate(
+        text, (sizes[point], means[point]), shift, textcoords="offset points", color=color,
+        fontsize=13, fontweight="bold" if is_latent else "normal", ha=side, va="center",
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5}, zorder=4,
+    )  # fmt: skip

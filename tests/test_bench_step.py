@@ -1,0 +1,136 @@
+"""bench step: real models, views, decoders and loaders in miniature; costs of the same round."""
+
+import json
+
+import pytest
+import torch
+from latentds_tools import bench_step, cli
+from latentds_tools.step_bench import rounds
+
+for library in ("timm", "kornia", "lightly"):
+    pytest.importorskip(library)
+
+QUICK = (
+    *("--arch", "test_vit", "--batch-size", 2, "--steps", 1, "--rounds", 2),
+    *("--global-px", 32, "--local-px", 16, "--locals", 2, "--patch-size", 32, "--out-dim", 16),
+)
+STEPS = [bench_step.STEP, bench_step.VIEWS_TOO, bench_step.LOADER]
+
+
+def call(capsys, *words, code: int = 0) -> str:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["bench", "step", *(str(word) for word in words)])
+    captured = capsys.readouterr()
+    assert ended.value.code == code, captured.err
+    return captured.err if code else captured.out
+
+
+def test_costs_are_those_of_the_same_round(capsys, tmp_path):
+    report = json.loads(call(capsys, *QUICK, "--work", tmp_path, "--json"))
+    assert list(report["steps"]) == STEPS and list(tmp_path.iterdir()) == []
+    assert set(report["alone"]) == {bench_step.READ, bench_step.VIEWS, bench_step.DECODE}
+    assert all(row["patches_per_s"] > 0 for row in report["steps"].values())
+    low, high = report["loader_over_cached_views"]["percent_range"]
+    assert low <= report["loader_over_cached_views"]["percent"] <= high
+    assert report["source"]["weights"] == "random" and report["source"]["decoder"] == "turbo-s"
+    assert report["machine"]["torch"] == torch.__version__
+    assert report["steps"][bench_step.STEP]["peak_gb"] is None
+
+
+def test_the_table_is_markdown(capsys):
+    text = call(capsys, *QUICK, "--decoder", "tiny", "--rounds", 1)
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(table) == 2 + 6 and len({line.count("|") for line in table}) == 1
+    assert "tiny (loaded weights, float32)" in text and "% of decoding and views hidden" in text
+
+
+@pytest.mark.parametrize(
+    "method", [pytest.param("dinov2", marks=pytest.mark.slow), "mae", "supervised"]
+)
+def test_other_methods_are_measured(capsys, method):
+    words = (*QUICK, "--method", method, "--rounds", 1, "--json")
+    report = json.loads(call(capsys, *words))
+    assert report["steps"][bench_step.LOADER]["ms"] > 0
+    assert report["config"]["locals"] == (2 if method == "dinov2" else 0)
+
+
+def test_latents_are_fed_without_decoding(capsys):
+    words = (*QUICK, "--input", "latents", "--rounds", 1)
+    report = json.loads(call(capsys, *words, "--json"))
+    assert bench_step.DECODE not in report["alone"] and report["source"]["weights"] == ""
+    assert report["overlap"]["parts_ms"] == report["alone"][bench_step.VIEWS]["ms"]
+    assert "no decoding" in bench_step.as_text(report)
+
+
+def test_a_set_is_read_with_a_decoder_of_its_shape(capsys, tmp_path):
+    from tests.conftest import convert_with_mean, save_pictures
+
+    save_pictures(tmp_path / "in" / "a", 8)
+    convert_with_mean(tmp_path / "in", tmp_path / "set")
+    found = call(capsys, tmp_path / "set", *QUICK, "--decoder", "turbo-s", code=1)
+    assert "latents of f8 and 3 channels; decoder 'turbo-s' reads f8 and 4 channels" in found
+
+
+@pytest.mark.slow
+def test_a_converted_set_is_read_with_its_own_decoder(capsys, tmp_path):
+    from tests.conftest import save_pictures
+
+    save_pictures(tmp_path / "in" / "a", 6)
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["convert", str(tmp_path / "in"), "--out", str(tmp_path / "set")])
+    words = (tmp_path / "set", *QUICK, "--rounds", 1)
+    assert "the recorded decoder (loaded weights" in call(capsys, *words)
+    assert "turbo-s (random weights" in call(capsys, *words, "--decoder", "turbo-s")
+
+
+def test_a_set_smaller_than_a_batch_is_named(capsys, tmp_path):
+    words = (*QUICK, "--patches", 1, "--work", tmp_path)
+    assert "a smaller --batch-size" in call(capsys, *words, code=1)
+
+
+def test_unknown_decoders_are_named(capsys):
+    assert "unknown decoder 'turbo'; did you mean" in call(
+        capsys, *QUICK, "--decoder", "turbo", code=1
+    )
+
+
+@pytest.mark.parametrize("words", [("--rounds", 0), ("--locals", -1), ("--batch-size", 0)])
+def test_impossible_numbers_are_wrong_usage(capsys, words):
+    call(capsys, *words, code=2)
+
+
+def test_a_gpu_has_the_defaults_of_a_gpu():
+    config = bench_step.with_defaults(bench_step.Config(), is_gpu=True)
+    assert config.arch == "vit_small_patch16_224" and config.dtype == "bfloat16"
+    assert config.patches == 128 * (3 + 3 * (30 + 3) + 8)
+    given = bench_step.Config(arch="vit_large_patch16_224", batch_size=64, method="mae")
+    found = bench_step.with_defaults(given, is_gpu=True)
+    assert (found.arch, found.batch_size) == (given.arch, 64)
+    assert (found.globals, found.locals) == (1, 0)
+
+
+def test_every_second_round_runs_backwards():
+    seen: list[str] = []
+    ways = [rounds.Way(name, lambda name=name: seen.append(name)) for name in "ab"]
+    rounds.run_rounds(ways, 2, 1, torch.device("cpu"))
+    assert "".join(seen) == "ab" + "ab" + "ba"  # a step of each before any clock
+    assert [len(way.seconds) for way in ways] == [2, 2]
+
+
+def test_hidden_time_is_what_the_parts_take_less_what_was_added():
+    step, loaded, part = (rounds.Way(name, int, [seconds]) for name, seconds in
+                          (("step", 1.0), ("loader", 1.1), ("decoding", 0.4)))  # fmt: skip
+    found = rounds.overlap(step, loaded, [part])
+    assert found["one_after_another_ms"] == pytest.approx(1400)
+    assert found["hidden_percent"] == pytest.approx(75)
+    assert rounds.cost(loaded, step)["percent"] == pytest.approx(10)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("words", [(), ("--input", "latents"), ("--cuda-graph",)])
+def test_the_loader_is_measured_on_a_gpu(capsys, words):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    words = (*QUICK, *words, "--device", "cuda", "--num-workers", 1, "--json")
+    report = json.loads(call(capsys, *words))
+    assert report["steps"][bench_step.LOADER]["peak_gb"] > 0

@@ -1,0 +1,89 @@
+"""latentds doctor: what is here, what is missing and how to get it, what will go wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from latentds_tools.health.finding import Finding
+
+DECODE_S = 1.0  # on each device
+PROBE_TIMEOUT_S = 180.0  # importing torch from a slow network disk takes a minute
+TITLES = {
+    "base": "Base install",
+    "extras": "Extras",
+    "devices": "Devices",
+    "hub": "Hub",
+    "disk": "Disks",
+    "limits": "Limits and known traps",
+}
+WIDTH = 28  # of state and name
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Look at this machine: versions, GPUs, Hub, disks, limits, extras that are missing.
+
+    Says ok, missing (something optional is not here) or problem, with what to do. Changes nothing,
+    shows no token. The exit code is 1 where the base install does not work, else 0.
+    """
+
+    hub_timeout_s: float = 4.0
+    """How long to wait for the Hub."""
+    json: bool = False
+    """Print JSON."""
+
+    def __post_init__(self) -> None:
+        if not self.hub_timeout_s > 0:
+            raise ValueError(f"hub_timeout_s={self.hub_timeout_s:g}; more than 0")
+
+
+def run(config: Config) -> int:
+    """Look, print; the exit code."""
+    findings = list(examine(config))
+    broken = any(finding.breaks_base for finding in findings)
+    if config.json:
+        rows = [dataclasses.asdict(finding) for finding in findings]
+        print(json.dumps({"works": not broken, "findings": rows}, indent=1))
+    else:
+        print(as_text(findings))
+    return int(broken)
+
+
+def examine(config: Config) -> Iterator[Finding]:
+    """All findings, in the order they are told."""
+    from latentds_tools.health.devices import examine_devices
+    from latentds_tools.health.installed import examine_installed
+    from latentds_tools.health.surroundings import examine_disks, examine_hub, examine_limits
+
+    yield from examine_installed()
+    yield from examine_devices(DECODE_S, PROBE_TIMEOUT_S)
+    yield from examine_hub(config.hub_timeout_s)
+    yield from examine_disks()
+    yield from examine_limits()
+
+
+def as_text(findings: list[Finding]) -> str:
+    """A line a finding under its heading, remedies below, and the sum in the last line."""
+    lines: list[str] = []
+    for group, title in TITLES.items():
+        lines += ["", title]
+        for finding in findings:
+            if finding.group == group:
+                lines.append(f"  {finding.state:<8} {finding.name:<{WIDTH - 9}} {finding.text}")
+                lines += [f"  {'':<{WIDTH}} -> {finding.remedy}"] if finding.remedy else []
+    counts = {
+        state: sum(finding.state == state for finding in findings)
+        for state in ("problem", "missing")
+    }
+    broken = [finding.name for finding in findings if finding.breaks_base]
+    base = f"does not work ({', '.join(broken)})" if broken else "works"
+    lines += [
+        "",
+        f"The base install {base}; problems: {counts['problem']}; optional things missing: "
+        f"{counts['missing']}.",
+    ]
+    return "\n".join(lines[1:])

@@ -1,0 +1,56 @@
+"""A finding: what was looked at, how it is, what to do about it."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Callable
+from typing import Literal, TypeVar
+
+Found = TypeVar("Found")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One line of the report.
+
+    group    heading it stands under
+    state    ok; missing: something optional is not here; problem: something does not work, or will
+             not
+    remedy   what to do; empty where nothing is to be done
+    is_base  whether the base install needs it: a problem with it makes the exit code 1
+    """
+
+    group: str
+    name: str
+    state: Literal["ok", "missing", "problem"]
+    text: str
+    remedy: str = ""
+    is_base: bool = False
+
+    @property
+    def breaks_base(self) -> bool:
+        """Whether the base install does not work."""
+        return self.is_base and self.state == "problem"
+
+
+def within(timeout_s: float, ask: Callable[[], Found]) -> Found | None:
+    """What `ask` gives, or None where it takes longer; its errors are raised here.
+
+    A thread that hangs (a name server that never answers) is left behind and dies with the process.
+    """
+    results: list[Found] = []
+    errors: list[Exception] = []
+
+    def work() -> None:
+        try:
+            results.append(ask())
+        except Exception as error:  # raised again by the thread that waits
+            errors.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    if errors:
+        raise errors[0]
+    return results[0] if results else None

@@ -1,0 +1,214 @@
+"""What is around the process: the Hub, disks, shared memory, cores, limits."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from latentds_tools.health.finding import Finding, within
+from latentds_tools.machine import usable_cores
+
+from latentds.cache import CacheConfig
+
+SHM = Path("/dev/shm")
+CGROUP, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+# A transfer is about 4 MiB, and each of 8 workers has two on the way: 64 MiB, Docker's default,
+# would be full. Twice that is not, and ranks that talk through NCCL take some more.
+ENOUGH_SHM = 256 << 20
+# A rank maps up to 256 shards (latentds.files.MAX_OPEN_SHARDS), each an open file, and so does each
+# worker; what workers send is a file a tensor until it is received.
+ENOUGH_FILES = 1024
+ENOUGH_DISK = 10 << 30  # the default cache may grow to 50 GB; SD's and DC-AE's weights are 1.3 GB
+
+
+def examine_hub(timeout_s: float) -> Iterator[Finding]:
+    """Whether the Hub answers and whether there is a token, which is not shown."""
+    try:
+        from huggingface_hub import constants, get_token
+    except ImportError:
+        return  # told among the base requirements
+    endpoint = str(constants.ENDPOINT)
+    offline = CacheConfig().resolve()[2]
+    failure = "told to stay offline (HF_HUB_OFFLINE or LATENTDS_OFFLINE)" if offline else ""
+    failure = failure or ask(endpoint, timeout_s)
+    yield Finding(
+        group="hub",
+        name=endpoint.partition("://")[2],
+        state="missing" if failure else "ok",
+        text=failure or "answers",
+        remedy="`tiny`, local sets and local weights work without; fetch the others on a machine "
+        "that has the Hub, or set HTTPS_PROXY or HF_ENDPOINT"
+        if failure
+        else "",
+    )
+    has_token = bool(get_token())
+    yield Finding(
+        group="hub",
+        name="token",
+        state="ok" if has_token else "missing",
+        text="one is there (not shown, not tried)" if has_token else "none",
+        remedy=""
+        if has_token
+        else "'hf auth login' where you publish, or fetch what asks for a licence to be accepted",
+    )
+
+
+def ask(endpoint: str, timeout_s: float) -> str:
+    """Why the Hub cannot be used; empty where it answers."""
+    import requests
+
+    def head() -> int:
+        return requests.head(endpoint, timeout=timeout_s, allow_redirects=True).status_code
+
+    try:
+        status = within(timeout_s, head)  # requests does not count the name's look-up
+    except (requests.RequestException, OSError, ValueError) as error:
+        return f"cannot be reached ({type(error).__name__})"
+    if status is None:
+        return f"no answer within {timeout_s:g} s"
+    return f"answers with status {status}" if status >= 400 else ""
+
+
+def examine_disks() -> Iterator[Finding]:
+    """Room where fetched sets and weights go."""
+    try:
+        folder, limit, _ = CacheConfig().resolve()
+    except ValueError as error:
+        yield Finding(
+            group="disk",
+            name="cache",
+            state="problem",
+            text=str(error),
+            remedy="mend LATENTDS_CACHE_LIMIT",
+        )
+        return
+    yield room("cache of sets", folder, f" (limit {limit / 1e9:,.0f} GB)")
+    try:
+        from huggingface_hub import constants
+    except ImportError:
+        return
+    yield room("cache of weights", Path(constants.HF_HUB_CACHE), "")
+
+
+def room(name: str, folder: Path, note: str) -> Finding:
+    """Free bytes of the disk a folder is on, or would be; whether it can be written."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    text, problem = f"{folder}: {free / 1e9:,.1f} GB free{note}", ""
+    if not os.access(there, os.W_OK):
+        problem = ", cannot be written to"
+    elif free < ENOUGH_DISK:
+        problem = ", little for sets and weights of the Hub"
+    return Finding(
+        group="disk",
+        name=name,
+        state="problem" if problem else "ok",
+        text=text + problem,
+        remedy="set LATENTDS_CACHE (sets) or HF_HOME (weights) to a folder you may write to, on a "
+        "larger disk of this machine"
+        if problem
+        else "",
+    )
+
+
+def examine_limits() -> Iterator[Finding]:
+    """Cores, shared memory, open files and how workers start: what trips training loops up."""
+    yield examine_cores()
+    if SHM.is_dir():
+        yield examine_shm(shutil.disk_usage(SHM).total)
+    yield examine_files()
+    yield examine_workers()
+
+
+def examine_cores() -> Finding:
+    """Cores this process may use, by its affinity and by its container's share of time."""
+    cores, share = usable_cores(), cgroup_cores()
+    text = f"{cores} of {os.cpu_count()} cores"
+    if share is None or share >= cores:
+        return Finding(group="limits", name="cores", state="ok", text=text)
+    return Finding(
+        group="limits",
+        name="cores",
+        state="problem",
+        text=f"{text}, but the container gets the time of {share:g}: threads and workers counted "
+        "by cores get in each other's way",
+        remedy=f"OMP_NUM_THREADS={max(1, int(share))}, and no more workers than that",
+    )
+
+
+def cgroup_cores(root: Path = CGROUP, own: Path = OWN_CGROUP) -> float | None:
+    """Cores' worth of time the control groups allow, versions 2 and 1; None without a limit."""
+    shares = [share for path in cgroup_folders(root, own) if (share := quota(path)) is not None]
+    return min(shares, default=None)
+
+
+def cgroup_folders(root: Path, own: Path) -> Iterator[Path]:
+    """This process's control group and those above it, then version 1's for CPUs."""
+    lines = own.read_text().splitlines() if own.is_file() else []
+    inside = [line[3:].strip("/") for line in lines if line.startswith("0::")]
+    folder = root / (inside[0] if inside else "")
+    yield folder
+    while folder != root and root in folder.parents:
+        folder = folder.parent
+        yield folder
+    yield root / "cpu"
+
+
+def quota(folder: Path) -> float | None:
+    """Cores' worth of time of one control group; None where it sets no limit."""
+    try:
+        if (folder / "cpu.max").is_file():
+            limit, period = (folder / "cpu.max").read_text().split()[:2]
+        else:
+            limit = (folder / "cpu.cfs_quota_us").read_text().strip()
+            period = (folder / "cpu.cfs_period_us").read_text().strip()
+        return None if limit in ("max", "-1") else int(limit) / int(period)
+    except (OSError, ValueError, ZeroDivisionError):
+        return None
+
+
+def examine_shm(size: int) -> Finding:
+    """Shared memory, through which workers and ranks send."""
+    small = size < ENOUGH_SHM
+    return Finding(
+        group="limits",
+        name="/dev/shm",
+        state="problem" if small else "ok",
+        text=f"{size / 2**20:,.0f} MiB" + (": workers die of a bus error" if small else ""),
+        remedy="docker run --shm-size=2g (or --ipc=host), in Kubernetes an emptyDir of medium "
+        "Memory on /dev/shm; or num_workers=0"
+        if small
+        else "",
+    )
+
+
+def examine_files() -> Finding:
+    """How many files may be open."""
+    import resource  # not on Windows, where nothing else of this package works either
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    unlimited = soft == resource.RLIM_INFINITY
+    small = not unlimited and soft < ENOUGH_FILES
+    return Finding(
+        group="limits",
+        name="open files",
+        state="problem" if small else "ok",
+        text="no limit" if unlimited else f"{soft:,} at once",
+        remedy=f"ulimit -n {65536 if hard < 0 else min(hard, 65536)}" if small else "",
+    )
+
+
+def examine_workers() -> Finding:
+    """How workers start, and what follows for code of the user's own."""
+    import multiprocessing
+
+    method = multiprocessing.get_start_method(allow_none=True)
+    method = method or ("fork" if sys.platform == "linux" else "spawn")  # up to Python 3.13
+    text = f"started by {method}; those of LatentLoader read codes and never touch a GPU"
+    if method == "fork":
+        text += ". Code of your own in a worker must not either: a forked process cannot use CUDA. "
+        text += "Pass multiprocessing_context='spawn' where it has to"
+    return Finding(group="limits", name="workers", state="ok", text=text)

@@ -1,0 +1,109 @@
+"""What a bench of training steps is told, and what suits the device where it is told nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+# Steps before the clock starts, by whether there is a GPU: what the loader decoded there while
+# others were timed is used up by then. A CPU decodes nothing ahead.
+LEAD = {True: 3, False: 0}
+GPU = {
+    "arch": "vit_small_patch16_224", "batch_size": 128, "steps": 30, "out_dim": 65_536,
+    "num_workers": 4,
+}  # fmt: skip
+CPU = {
+    "arch": "vit_tiny_patch16_224", "batch_size": 2, "steps": 1, "out_dim": 4096, "num_workers": 0,
+}  # fmt: skip
+ONE_CROP = ("mae", "supervised")  # methods that see one global crop of a patch
+AHEAD = 8  # batches more than are taken: at an epoch's end nothing is decoded ahead
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Train on cached batches and on the loader's, in turn, on one device.
+
+    The step is a ViT of timm under a method's losses with AdamW, in bfloat16 on a GPU. It is fed
+    with views that lie on the device, with views made of decoded images that lie there, and by the
+    loader, which reads, decodes and makes views. Weights are random: time does not depend on them.
+    """
+
+    folder: Annotated[Path | None, tyro.conf.Positional] = None
+    """Data set; without one, random codes of the decoder's shape."""
+    split: str = "train"
+    """Split."""
+    arch: str | None = None
+    """ViT of timm; vit_small_patch16_224 on a GPU, vit_tiny_patch16_224 elsewhere by default."""
+    method: Literal["dino", "dinov2", "mae", "supervised"] = "dino"
+    """Losses; mae and supervised see one global crop and no local ones."""
+    input: Literal["pixels", "latents"] = "pixels"
+    """What the network reads: decoded patches, or latents without decoding, through a stem."""
+    decoder: str | None = None
+    """turbo-s, turbo-m, turbo-f32, taesd, sd15, sd3, dcae-f32 (random weights), tiny, or a
+    decoder's folder or name; by default a set's own, turbo-s for random codes."""
+    batch_size: int | None = None
+    """Patches a step; 128 on a GPU, 2 elsewhere by default."""
+    device: str = "cpu"
+    """cpu, cuda, cuda:1, mps."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Of the decoder and its images; bfloat16 on a GPU, float32 elsewhere by default."""
+    channels_last: bool = False
+    """Decode with channels last."""
+    compile: bool = False
+    """Compile the decoder."""
+    cuda_graph: bool = False
+    """Decode through a CUDA graph."""
+    crop_windows: bool = False
+    """Let the loader decode of every patch only what its views show."""
+    compile_views: bool = False
+    """Compile the views' colour arithmetic."""
+    num_workers: int | None = None
+    """Processes that read codes; 4 on a GPU, none elsewhere by default."""
+    globals: int = 2
+    """Global crops of a patch."""
+    locals: int = 8
+    """Local crops of a patch."""
+    global_px: int = 224
+    """Edge of a global crop in pixels."""
+    local_px: int = 96
+    """Edge of a local crop in pixels."""
+    out_dim: int | None = None
+    """Prototypes of DINO's heads; 65,536 on a GPU, 4,096 elsewhere by default."""
+    patch_size: int = 256
+    """Edge of a random patch in pixels."""
+    patches: int | None = None
+    """Random patches; by default as many as all rounds take."""
+    steps: int | None = None
+    """Steps of every kind in a round; 30 on a GPU, 1 elsewhere by default."""
+    rounds: int = 3
+    """All are measured so often, in turn; medians are reported."""
+    work: Path | None = None
+    """Folder for the random set; a temporary one by default."""
+    json: bool = False
+    """Print JSON."""
+
+    def __post_init__(self) -> None:
+        sizes = (self.batch_size, self.steps, self.patches, self.out_dim, self.rounds)
+        sizes += (self.globals, self.global_px, self.local_px, self.patch_size)
+        if min(1 if size is None else size for size in sizes) < 1:
+            raise ValueError("batch, steps, rounds, patches, crops and sizes are at least 1")
+        if min(self.locals, self.num_workers or 0) < 0:
+            raise ValueError("locals and workers are at least 0")
+        if self.crop_windows and self.input == "latents":
+            raise ValueError("--crop-windows decodes; --input latents does not")
+
+
+def with_defaults(config: Config, is_gpu: bool) -> Config:
+    """The config with what suits device and method where nothing is given."""
+    chosen = (GPU if is_gpu else CPU) | {"dtype": "bfloat16" if is_gpu else "float32"}
+    missing: dict[str, Any] = {n: v for n, v in chosen.items() if getattr(config, n) is None}
+    if config.method in ONE_CROP:
+        missing |= {"globals": 1, "locals": 0}
+    config = dataclasses.replace(config, **missing)
+    assert config.batch_size is not None and config.steps is not None
+    lead = LEAD[is_gpu]
+    batches = max(lead, 1) + config.rounds * (config.steps + lead) + AHEAD
+    return dataclasses.replace(config, patches=config.patches or config.batch_size * batches)

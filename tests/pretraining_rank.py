@@ -13,7 +13,7 @@ from latentds.models.self_distillation import SelfDistillation
 from latentds.models.token_masks import global_masks, random_masks
 from tests.small_vits import DECODER, HEADS, small_vit, wave_views, waves
 
-GLOBAL_BATCH, PASSES, LR = 8, 2, 0.01
+GLOBAL_BATCH, STEPS, LR = 8, 2, 0.01
 MODELS = ("mae", "dino", "dinov2")
 
 
@@ -31,20 +31,23 @@ def loss_of(model: torch.nn.Module, kind: str, seeds: torch.Tensor) -> torch.Ten
 
 
 def seeds_of(number: int, rank: int, ranks: int) -> torch.Tensor:
-    """This rank's part of the global batch of a pass."""
+    """This rank's part of the global batch of a step."""
     share = GLOBAL_BATCH // ranks
     return torch.arange(share) + number * GLOBAL_BATCH + rank * share
 
 
-def passes(kind: str, rank: int = 0, ranks: int = 1) -> dict[str, torch.Tensor]:
+def steps(kind: str, rank: int = 0, ranks: int = 1, passes: int = 1) -> dict[str, torch.Tensor]:
     """Loss and gradients averaged over the ranks, and buffers, after a few steps of SGD."""
     model = build(kind)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    for number in range(PASSES):
+    for number in range(STEPS):
         model.zero_grad()
-        loss = loss_of(model, kind, seeds_of(number, rank, ranks))
-        loss.backward()
-        figures = {"loss": loss.detach()} | {name: p.grad for name, p in trained.items()}
+        loss = torch.zeros(())
+        for seeds in seeds_of(number, rank, ranks).chunk(passes):
+            part = loss_of(model, kind, seeds) / passes
+            part.backward()
+            loss += part.detach()
+        figures = {"loss": loss} | {name: p.grad for name, p in trained.items()}
         for tensor in figures.values() if ranks > 1 else ():
             torch.distributed.all_reduce(tensor)
             tensor /= ranks
@@ -56,7 +59,7 @@ def passes(kind: str, rank: int = 0, ranks: int = 1) -> dict[str, torch.Tensor]:
     return figures | {f"buffer {name}": tensor for name, tensor in model.named_buffers()}
 
 
-def sharded_passes(kind: str, stage: int, rank: int, ranks: int, out: Path) -> dict:
+def sharded_steps(kind: str, stage: int, rank: int, ranks: int, out: Path) -> dict:
     """Weights after the same steps through the engine's DeepSpeed."""
     from latentds_trainers.settings import TrainConfig
     from latentds_trainers.wrapping import WrappedNetwork
@@ -65,7 +68,7 @@ def sharded_passes(kind: str, stage: int, rank: int, ranks: int, out: Path) -> d
     model = build(kind)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=LR)
     network = WrappedNetwork(model, optimizer, config, universal=False)
-    for number in range(PASSES):
+    for number in range(STEPS):
         network.backward(loss_of(model, kind, seeds_of(number, rank, ranks)), is_last=True)
         network.step(1.0)
         if kind != "mae":
@@ -80,10 +83,11 @@ def main() -> None:
     rendezvous = f"file://{task.out}/rendezvous"
     torch.distributed.init_process_group("gloo", rendezvous, rank=task.rank, world_size=task.ranks)
     out = Path(task.out)
-    found = {kind: passes(kind, task.rank, task.ranks) for kind in MODELS}
+    found = {kind: steps(kind, task.rank, task.ranks) for kind in MODELS}
+    found["dino in passes"] = steps("dino", task.rank, task.ranks, passes=2)
     for stage in task.stages:
         for kind in MODELS:
-            found[f"{kind} {stage}"] = sharded_passes(kind, stage, task.rank, task.ranks, out)
+            found[f"{kind} {stage}"] = sharded_steps(kind, stage, task.rank, task.ranks, out)
     torch.save(found, out / f"{task.rank}.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from tests.pretraining_rank import MODELS, build, loss_of, passes, seeds_of
+from tests.pretraining_rank import MODELS, STEPS, build, loss_of, seeds_of, steps
 
 pytestmark = pytest.mark.slow
 STAGES = (0, 1, 2)
@@ -36,10 +36,16 @@ def assert_close(found: dict, expected: dict, scale: float = 1.0) -> None:
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_two_ranks_have_the_loss_gradients_and_centres_of_one(kind, two_ranks):
-    expected = passes(kind)
+    expected = steps(kind)
     assert float(expected["loss"]) > 0 and len(expected) > 20
     for found in two_ranks:
         assert_close(found[kind], expected)
+
+
+def test_dinos_passes_on_two_ranks_are_one_pass_on_one(two_ranks):
+    expected = steps("dino")
+    for found in two_ranks:
+        assert_close(found["dino in passes"], expected)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -54,7 +60,7 @@ def test_weights_are_those_of_one_rank_with_zero(kind, stage, two_ranks):
 def plain_steps(model: torch.nn.Module, kind: str) -> dict:
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=0.01)
-    for number in range(2):
+    for number in range(STEPS):
         optimizer.zero_grad()
         loss_of(model, kind, seeds_of(number, 0, 1)).backward()
         optimizer.step()

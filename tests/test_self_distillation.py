@@ -8,13 +8,15 @@ from torch.nn import functional
 
 from latentds.embedders.latent_stem import LatentStemConfig, build_vit
 from latentds.errors import InputError, ShapeError
-from latentds.models.self_distillation import SelfDistillation
+from latentds.models.distillation_losses import Hidden, class_loss, patch_loss
+from latentds.models.self_distillation import SelfDistillation, is_last_layer
 from latentds.models.token_masks import global_masks
 from latentds.views.crops import Views
 from tests.small_vits import HEADS, SMALL, small_vit, wave_views
 
 SEEDS = torch.arange(6) * 7919 + 3
 MASKS = global_masks(SEEDS, 2, (4, 4))
+HIDDEN = Hidden.of(MASKS.flatten(0, 1))
 TEMP = 0.05
 
 
@@ -24,9 +26,9 @@ def build(method: str = "dinov2", **options) -> SelfDistillation:
         generator = torch.Generator().manual_seed(5)
         for tensor in model.teacher.parameters():
             tensor.add_(0.1 * torch.randn(tensor.shape, generator=generator))
-        model.dino_loss.center.uniform_(-0.1, 0.1, generator=generator)
-        if model.patch_loss is not None:
-            model.patch_loss.center.center.uniform_(-0.1, 0.1, generator=generator)
+        for center in (model.center, model.patch_center):
+            if center is not None:
+                center.value.uniform_(-0.1, 0.1, generator=generator)
     return model.train()
 
 
@@ -47,8 +49,8 @@ def crossed(teacher: torch.Tensor, center: torch.Tensor, student: torch.Tensor) 
 @pytest.mark.parametrize("local_views", [0, 2])
 def test_dino_is_the_mean_over_pairs_of_different_views(method, local_views):
     model, views = build(method), wave_views(SEEDS, local_views)
-    center = model.dino_loss.center.clone()[0, 0]
-    hidden = MASKS.flatten(0, 1) if method == "dinov2" else None
+    center = model.center.value
+    hidden = HIDDEN if method == "dinov2" else None
     teacher, _ = model.teach(views.globals, hidden)
     _, _, student = model.study(views, hidden)
     pairs = [(t, s) for t in range(2) for s in range(2 + local_views) if s != t]
@@ -59,18 +61,18 @@ def test_dino_is_the_mean_over_pairs_of_different_views(method, local_views):
 @pytest.mark.parametrize("separate", [False, True])
 def test_ibot_averages_over_an_images_hidden_tokens_then_over_all_images(separate):
     model, views = build(separate_heads=separate), wave_views(SEEDS)
-    center, hidden = model.patch_loss.center.value.clone(), MASKS.flatten(0, 1)
-    _, teacher = model.teach(views.globals, hidden)
-    _, student, _ = model.study(views, hidden)
-    losses, images = crossed(teacher, center, student), hidden.nonzero()[:, 0]
+    _, teacher = model.teach(views.globals, HIDDEN)
+    _, student, _ = model.study(views, HIDDEN)
+    losses = crossed(teacher, model.patch_center.value, student)
+    images = MASKS.flatten(0, 1).nonzero()[:, 0]
     means = [losses[images == image].mean() for image in images.unique()]
-    expected = torch.stack(means).sum() / len(hidden)
+    expected = torch.stack(means).sum() / MASKS.shape[:2].numel()
     torch.testing.assert_close(run(model)["ibot"], expected, atol=1e-5, rtol=0)
 
 
 def test_koleo_is_minus_the_mean_log_distance_to_the_nearest():
     model = build()
-    features, _, _ = model.study(wave_views(SEEDS), MASKS.flatten(0, 1))
+    features, _, _ = model.study(wave_views(SEEDS), HIDDEN)
     distances = [torch.cdist(f, f) for f in functional.normalize(features, dim=-1)]
     nearest = [(d + 9 * torch.eye(len(SEEDS))).min(1).values for d in distances]
     expected = -torch.stack([n.log().mean() for n in nearest]).sum()
@@ -84,33 +86,91 @@ def test_the_loss_is_the_weighted_sum_of_its_parts():
     assert [name for name, part in losses.items() if part.requires_grad] == ["loss"]
 
 
+def centers(model: SelfDistillation) -> list[torch.Tensor]:
+    found = (model.center, model.patch_center)
+    return [center.value.clone() for center in found if center is not None]
+
+
+def test_losses_are_lightlys():
+    from lightly.loss import DINOLoss, IBOTPatchLoss
+
+    draws = torch.Generator().manual_seed(1)
+    teacher, student = (torch.randn(count, 6, 64, generator=draws) for count in (2, 4))
+    patches = torch.randn(2, len(HIDDEN.places), 64, generator=draws)
+    center = torch.randn(1, 64, generator=draws)
+    theirs, of_patches = DINOLoss(64), IBOTPatchLoss(64)
+    theirs.center, of_patches.center.center = center[None].clone(), center.clone()
+    expected = theirs(list(teacher), list(student), teacher_temp=TEMP)
+    found = class_loss(teacher, student, center, TEMP)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    expected = of_patches(*patches, MASKS.flatten(0, 1)[:, None], teacher_temp=TEMP)
+    found = patch_loss(*patches, center, TEMP, HIDDEN.weights)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
 def test_centres_move_by_a_tenth_towards_the_teachers_mean():
     model, views = build(), wave_views(SEEDS)
-    before = model.dino_loss.center.clone(), model.patch_loss.center.value.clone()
-    logits, patches = model.teach(views.globals, MASKS.flatten(0, 1))
+    before = centers(model)
+    logits, patches = model.teach(views.globals, HIDDEN)
     run(model)
-    moved = 0.9 * before[0] + 0.1 * logits.mean((0, 1)), 0.9 * before[1] + 0.1 * patches.mean(0)
-    torch.testing.assert_close(model.dino_loss.center, moved[0], atol=1e-6, rtol=0)
-    torch.testing.assert_close(model.patch_loss.center.value, moved[1], atol=1e-6, rtol=0)
+    model.update_teacher(1.0)
+    moved = [0.9 * before[0] + 0.1 * logits.mean((0, 1)), 0.9 * before[1] + 0.1 * patches.mean(0)]
+    torch.testing.assert_close(centers(model), moved, atol=1e-6, rtol=0)
+
+
+def test_centres_move_with_the_teacher_alone_and_by_what_was_new():
+    model = build()
+    before = centers(model)
+    run(model)
+    assert all(map(torch.equal, centers(model), before))
+    model.update_teacher(1.0)
+    moved = centers(model)
+    model.update_teacher(1.0)
+    assert not torch.equal(moved[0], before[0]) and all(map(torch.equal, centers(model), moved))
+
+
+def learned(model: SelfDistillation, sizes: tuple[int, ...]) -> tuple[dict, list[torch.Tensor]]:
+    """Gradients and centres of a step of so many patches a pass."""
+    for seeds in SEEDS.split(list(sizes)):
+        loss = run(model, wave_views(seeds), global_masks(seeds, 2, (4, 4)))["loss"]
+        (loss * len(seeds) / len(SEEDS)).backward()
+    model.update_teacher(0.9)
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return gradients, centers(model)
+
+
+@pytest.mark.parametrize(("method", "weight"), [("dino", 0.1), ("dinov2", 0.0)])
+def test_two_passes_of_a_step_are_one_of_twice_the_patches(method, weight):
+    whole, halves = (learned(build(method, koleo_weight=weight), n) for n in ((6,), (3, 3)))
+    torch.testing.assert_close(halves, whole, atol=1e-5, rtol=1e-4)  # float32 in another order
+
+
+def test_koleo_is_of_the_patches_of_a_pass():
+    model = build()
+    whole = run(model)["koleo"]
+    halves = [run(model, wave_views(s), global_masks(s, 2, (4, 4))) for s in SEEDS.split(3)]
+    mean = torch.stack([half["koleo"] for half in halves]).mean()
+    assert whole > mean + 0.01  # among more patches the nearest is nearer
 
 
 def test_a_batch_without_a_masked_image_leaves_the_patch_centre():
     model = build(separate_heads=True)
-    before = model.patch_loss.center.value.clone()
+    before = centers(model)[1]
     losses = run(model, masks=torch.zeros_like(MASKS))
     losses["loss"].backward()
-    assert losses["ibot"] == 0 and torch.equal(model.patch_loss.center.value, before)
+    model.update_teacher(1.0)
+    assert losses["ibot"] == 0 and torch.equal(centers(model)[1], before)
     trained = [p for p in model.parameters() if p.requires_grad]
     assert all(p.grad is not None and p.grad.isfinite().all() for p in trained)
 
 
 def test_the_teacher_sees_global_views_without_masks():
-    model, views = build(), wave_views(SEEDS)
+    model, other, views = build(), build(), wave_views(SEEDS)
     run(model, Views(views.globals, 1 - views.locals))
-    run_with_locals = model.dino_loss.center.clone()
-    other = build()
     run(other, masks=MASKS.flip(1))
-    assert torch.equal(run_with_locals, other.dino_loss.center)
+    model.update_teacher(1.0)
+    other.update_teacher(1.0)
+    assert torch.equal(model.center.value, other.center.value)
 
 
 @pytest.mark.parametrize("method", ["dino", "dinov2"])
@@ -128,15 +188,11 @@ def test_prototypes_keep_length_one_in_dino_only():
     assert [scale.requires_grad for scale in scales] == [False, True]
 
 
-def test_a_frozen_last_layer_gets_zero_gradients():
+def test_last_layers_are_the_students_prototypes():
     model = build(separate_heads=True)
-    model.last_layer_frozen = True
-    run(model)["loss"].backward()
-    last = [p.grad for name, p in model.student.named_parameters() if "last_layer" in name]
-    assert len(last) == 4 and not any(gradient.any() for gradient in last)
-    model.last_layer_frozen = False
-    run(model)["loss"].backward()
-    assert all(gradient.any() for gradient in last)
+    last = [name for name, _ in model.named_parameters() if is_last_layer(name)]
+    heads = [f"student.{head}.last_layer.weight_" for head in ("head", "patch_head")]
+    assert sorted(last) == [f"{head}{part}" for head in heads for part in "gv"]
 
 
 def test_the_teacher_is_the_students_moving_average():
@@ -232,7 +288,7 @@ def test_training_does_not_collapse(method):
         optimizer.step()
         model.update_teacher(0.9)
     logits, _ = model.teach(wave_views(torch.arange(32)).globals, None)
-    targets = ((logits - model.dino_loss.center) / 0.04).softmax(-1)
+    targets = ((logits - model.center.value) / 0.04).softmax(-1)
     overall = targets.mean((0, 1))  # one prototype for all is 0, every image alike is log 64
     spread = -(overall * overall.clamp(min=1e-12).log()).sum()
     sharp = -(targets * targets.clamp(min=1e-12).log()).sum(-1).mean()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from latentds.errors import InputError, ShapeError
 from latentds.models.latent_stem import LatentStemConfig, build_vit, timm_arguments
 from latentds.models.masked_autoencoder import MaskedAutoencoder
-from latentds.models.self_distillation import SelfDistillation
+from latentds.models.self_distillation import SelfDistillation, is_last_layer
+from latentds.models.vit_blocks import add_layer_scales, even_drop_path, fold_layer_scales
 from latentds.randomness import key_of
 from latentds.views.multicrop import MultiCrop
 
@@ -25,7 +26,9 @@ if TYPE_CHECKING:
     Augmentation = MultiCrop | LatentCrops
 
 BETA1 = 0.9  # of AdamW, all three methods
-BLOCK = re.compile(r"\bblocks\.(\d+)\.")
+LAYER_SCALE = 1e-5  # DINOv2 ssl_default_config.yaml, student.layerscale
+BLOCK = re.compile(r"\bbackbone\.blocks\.(\d+)\.")
+FIRST = re.compile(r"^mask_token$|\bbackbone\.(patch_embed|pos_embed|cls_token|reg_token)\b")
 FLAGS = (
     *("globals", "locals", "global_px", "local_px", "global_scale", "local_scale"),
     *("turns", "stain"),
@@ -86,10 +89,28 @@ def edge_px(views: Augmentation, stem: LatentStemConfig | None) -> int:
 
 
 def build_backbone(config: RunConfig, stem: LatentStemConfig | None, drop_path: float) -> nn.Module:
-    """The ViT, as the seed starts it."""
+    """The ViT, as the seed starts it; for dinov2, with its blocks' scales and even drop path."""
     edge = config.global_px
     assert edge is not None
-    return build_vit(config.arch, stem=stem, img_px=edge, drop_path=drop_path, seed=config.seed)
+    vit = build_vit(config.arch, stem=stem, img_px=edge, drop_path=drop_path, seed=config.seed)
+    if config.method == "dinov2":
+        add_layer_scales(vit, LAYER_SCALE)
+        even_drop_path(vit)
+    return vit
+
+
+def trained_backbone(
+    config: RunConfig, stem: LatentStemConfig | None, weights: Mapping[str, Tensor]
+) -> nn.Module:
+    """timm's ViT of the arch, with the weights of one that was trained.
+
+    weights  by name, of `build_backbone`'s; scales that the arch does not have are folded in
+    """
+    edge = config.global_px
+    assert edge is not None
+    vit = build_vit(config.arch, stem=stem, img_px=edge)
+    vit.load_state_dict(fold_layer_scales(weights, vit.state_dict()))
+    return vit
 
 
 def build_model(config: RunConfig, stem: LatentStemConfig | None) -> nn.Module:
@@ -132,19 +153,24 @@ def check_edges(config: RunConfig, network: Any, stem: LatentStemConfig | None) 
 
 
 def build_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.AdamW:
-    """AdamW over what is trained; a group's `decays` says whether it has a weight decay."""
+    """AdamW over what is trained.
+
+    Its groups say whether their weights decay (`decays`), and whether they are of the heads' last
+    layers (`is_last`).
+    """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     found = [BLOCK.search(name) for name in trained]
     depth = 1 + max(int(match[1]) for match in found if match is not None)
-    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
     for name, parameter in trained.items():
         decays = parameter.ndim > 1 and not name.endswith(".bias")
-        groups.setdefault((decays, lr_factor(name, depth, config)), []).append(parameter)
+        key = decays, is_last_layer(name), lr_factor(name, depth, config)
+        groups.setdefault(key, []).append(parameter)
     return torch.optim.AdamW(
         [
-            {"params": members, "lr": config.lr * factor, "decays": decays,
+            {"params": members, "lr": config.lr * factor, "decays": decays, "is_last": is_last,
              "weight_decay": config.number("weight_decay") if decays else 0.0}
-            for (decays, factor), members in groups.items()
+            for (decays, is_last, factor), members in groups.items()
         ],
         betas=(BETA1, config.number("beta2")),
     )  # fmt: skip
@@ -153,13 +179,13 @@ def build_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.AdamW:
 def lr_factor(name: str, depth: int, config: RunConfig) -> float:
     """Share of the learning rate of a parameter: less, the earlier it is in the ViT.
 
+    depth   blocks of the ViT
     source  DINOv2 utils/param_groups.py
     """
-    block = BLOCK.search(name)
-    layer = depth + 1
-    if "backbone." in name and block is not None:
+    block, layer = BLOCK.search(name), depth + 1
+    if block is not None:
         layer = int(block[1]) + 1
-    elif re.search(r"backbone\.(patch_embed|pos_embed|cls_token|reg_token)", name):
+    elif FIRST.search(name):
         layer = 0
     factor = config.number("layer_decay") ** (depth + 1 - layer)
     return factor * (config.number("stem_lr") if "backbone.patch_embed" in name else 1.0)

@@ -123,10 +123,11 @@ class WrappedNetwork:
     def step(self, lr_share: float) -> bool:
         """Take the optimizer step at a share of the optimizer's own learning rates.
 
+        A group whose `is_frozen` is True has a rate of 0: AdamW's moments go on, weights stay.
         Sets `norm`, of the gradients before clipping. False where the step was left out as a spike.
         """
         for group, lr in zip(self.groups, self.lrs, strict=True):
-            group["lr"] = lr * lr_share
+            group["lr"] = 0.0 if group.get("is_frozen") else lr * lr_share
         if self.config.zero_stage == 0:
             gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
             self.norm = float(nn.utils.get_total_norm(gradients))

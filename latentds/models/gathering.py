@@ -53,28 +53,34 @@ class GatheredCenter(nn.Module):
 
     momentum  share of the old centre that stays
 
-    Takes the place of lightly's `Center`, which averages the ranks' means: that is another number
-    where ranks mask different counts of tokens, and NaN where one masks none.
+    Rows are added pass by pass, and the centre moves once, by the mean of all of them: how many
+    passes or ranks they came in makes no difference. lightly's `Center` moves with every pass, and
+    averages the ranks' means: another number where ranks mask different counts of tokens, and NaN
+    where one masks none.
     """
 
-    center: Tensor
+    value: Tensor
 
     def __init__(self, size: int, momentum: float) -> None:
         super().__init__()
         self.momentum = momentum
-        self.register_buffer("center", torch.zeros(1, size))
-
-    @property
-    def value(self) -> Tensor:
-        """The centre, float32 (1, D)."""
-        return self.center
+        self.register_buffer("value", torch.zeros(1, size))
+        self.sums: Tensor | None = None  # float32 (D + 1,): of rows since the last move, and count
 
     @torch.no_grad()
-    def update(self, rows: Tensor) -> None:
-        """Move towards the mean of all ranks' rows (n, D); stay where there is none. Collective."""
-        sums = torch.cat([rows.sum(0), rows.new_tensor([len(rows)])])
+    def add(self, rows: Tensor) -> None:
+        """Take rows (n, D), n of 0 too, into the next move."""
+        sums = torch.cat([rows.sum(0), rows.new_full((1,), len(rows))]).float()
+        self.sums = sums if self.sums is None else self.sums + sums
+
+    @torch.no_grad()
+    def move(self) -> None:
+        """Move towards the mean of all ranks' rows; stay where there are none. Collective."""
+        if self.sums is None:
+            return
+        sums, self.sums = self.sums, None
         if ranks() > 1:
             dist.all_reduce(sums)
         count = sums[-1]
-        mean = torch.where(count > 0, sums[:-1] / count.clamp(min=1), self.center)
-        self.center.lerp_(mean, 1 - self.momentum)
+        mean = torch.where(count > 0, sums[:-1] / count.clamp(min=1), self.value)
+        self.value.lerp_(mean, 1 - self.momentum)

@@ -39,8 +39,9 @@ class MaskedAutoencoder(nn.Module):
                 MissingExtraError
 
     The loss is a mean over the batch: averaged over ranks of equal batches, loss and gradients are
-    those of one rank that has all of them. Targets are the input's own values: images in [0, 1],
-    or normalized latents. They and the loss are float32 under autocast too. Nothing is drawn here.
+    those of one rank that has all of them. Targets are the input's own values, normalized as the
+    network takes them: crops of images, or latents. They and the loss are float32 under autocast
+    too. Nothing is drawn here.
     """
 
     def __init__(

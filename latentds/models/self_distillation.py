@@ -2,14 +2,15 @@
 
 DINO: Caron et al. 2021, "Emerging Properties in Self-Supervised Vision Transformers". DINOv2-like:
 Oquab et al. 2023, in its short setup: DINO's loss on class tokens, iBOT's (Zhou et al. 2022) on
-masked patch tokens, KoLeo (Sablayrolles et al. 2019) on class tokens. Heads and losses are
+masked patch tokens, KoLeo (Sablayrolles et al. 2019) on class tokens. Heads and KoLeo are
 lightly's (MIT).
 """
 # B batch of a rank, G global and L local views, C channels, H W pixels or latent cells, T patch
-# tokens, D features, K prototypes (out_dim), n masked tokens
+# tokens, D features, K prototypes (out_dim), n hidden tokens
 
 from __future__ import annotations
 
+import re
 import warnings
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,14 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from latentds.errors import ShapeError, missing_extra
+from latentds.models.distillation_losses import Hidden, class_loss, patch_loss
 from latentds.models.gathering import GatheredCenter, gather_rows
 from latentds.models.vit_tokens import encode, require_vit
 
 if TYPE_CHECKING:
     from latentds.views.crops import Views
 
-STUDENT_TEMP = 0.1  # DINO main_dino.py, DINOLoss; DINOv2 loss/dino_clstoken_loss.py
-CENTER_MOMENTUM = 0.9  # the same two
+CENTER_MOMENTUM = 0.9  # DINO main_dino.py, DINOLoss; DINOv2 loss/dino_clstoken_loss.py
 IBOT_WEIGHT = 1.0  # DINOv2 ssl_default_config.yaml, ibot.loss_weight
 
 
@@ -67,18 +68,19 @@ class SelfDistillation(nn.Module):
                        configuration shares one (ibot.separate_head)
     koleo_weight       0.1: DINOv2 ssl_default_config.yaml, dino.koleo_loss_weight
     seed               draws the heads, the same on every rank
-    last_layer_frozen  set True for the first epoch (both papers): the heads' last layers then get
-                       zero gradients; weight decay, which the papers leave out too, still acts
     raises             InputError for a network that cannot be trained so, ValueError for a teacher
                        of another shape, MissingExtraError
 
-    What the papers do around it: teacher temperature from 0.04 to 0.07 in 30 epochs (both), teacher
-    momentum from 0.996 (DINO) or 0.992 (DINOv2) to 1 by half a cosine.
+    What the papers do around it: teacher temperature from 0.04 to 0.07 in 30 epochs, the heads'
+    last layers (`is_last_layer`) left alone for the first epoch (both), teacher momentum from 0.996
+    (DINO) or 0.992 (DINOv2) to 1 by half a cosine.
 
     Losses are means over the *global* batch: averaged over ranks of equal batches, loss and
-    gradients are those of one rank that has all of them. So `forward` is collective. Centres move
-    once a forward pass: with accumulation several times a step, each time by the mean of what all
-    ranks saw in that pass; KoLeo spreads the patches of a pass.
+    gradients are those of one rank that has all of them. Calls are collective: `forward` with
+    dinov2, `update_teacher` always. Centres move in `update_teacher`, once a step, by the mean of
+    what all ranks saw in all its forward passes: dino and ibot are what one pass of all patches
+    gives. KoLeo is not: it takes the nearest neighbour within a pass, among the patches of all
+    ranks.
 
     Nothing is drawn but the student's stochastic depth and dropout, where it has them, by torch's
     own generator: seed that by run, step and rank where resumed runs must repeat. Losses are
@@ -115,19 +117,12 @@ class SelfDistillation(nn.Module):
             branches.append(Branch(backbone, new_head(sizes, not masked, seed), patch_head))
         self.student, self.teacher = branches
         self.out_dim, self.koleo_weight = out_dim, koleo_weight
-        self.last_layer_frozen = False
-        self.dino_loss, self.patch_loss, self.koleo_loss = new_losses(out_dim, masked)
+        self.center = GatheredCenter(out_dim, CENTER_MOMENTUM)
+        self.patch_center = GatheredCenter(out_dim, CENTER_MOMENTUM) if masked else None
+        self.koleo_loss = new_koleo() if masked else None
         # zeros: DINOv2 models/vision_transformer.py
         self.mask_token = nn.Parameter(torch.zeros(features)) if masked else None
         self.start_teacher()
-        trained: dict[str, Any] = dict(self.student.named_parameters())
-        for name, parameter in trained.items():
-            if ".last_layer." in name and parameter.requires_grad:
-                parameter.register_hook(self.unless_frozen)
-
-    def unless_frozen(self, gradient: Tensor) -> Tensor:
-        """A last layer's gradient; a hook, as ZeRO takes gradients away while they arrive."""
-        return torch.zeros_like(gradient) if self.last_layer_frozen else gradient
 
     def start_teacher(self) -> None:
         """Make the teacher the student's copy, without gradients."""
@@ -162,15 +157,14 @@ class SelfDistillation(nn.Module):
         raises        ValueError, ShapeError
         """
         self.check(views, masks)
-        hidden = None if masks is None else masks.flatten(0, 1)
+        hidden = None if masks is None else Hidden.of(masks.flatten(0, 1))
         targets, patch_targets = self.teach(views.globals, hidden)
         features, patches, logits = self.study(views, hidden)
         with torch.autocast(views.globals.device.type, enabled=False):
-            parts = {"dino": self.dino_loss(list(targets), list(logits), teacher_temp)}
+            parts = {"dino": class_loss(targets, logits, self.center.value, teacher_temp)}
+            self.center.add(targets.flatten(0, 1))
             if hidden is not None:
-                parts["ibot"] = self.patch_loss(
-                    patch_targets, patches, hidden[:, None], teacher_temp
-                )
+                parts["ibot"] = self.compare_patches(patch_targets, patches, hidden, teacher_temp)
                 parts["koleo"] = torch.stack([self.koleo(view) for view in features]).sum()
             loss = parts["dino"] + IBOT_WEIGHT * parts.get("ibot", 0)
             loss = loss + self.koleo_weight * parts.get("koleo", 0)
@@ -188,39 +182,49 @@ class SelfDistillation(nn.Module):
             raise ShapeError(f"masks are (G, B, T) for globals (G, B, ...), not {shapes}")
 
     @torch.no_grad()
-    def teach(self, values: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def teach(self, values: Tensor, hidden: Hidden | None) -> tuple[Tensor, Tensor | None]:
         """The teacher's float32 logits (G, B, K) of globals, and (n, K) of the hidden tokens."""
         classes, patches = self.teacher.tokens(values.flatten(0, 1))
         logits = self.teacher.head(classes).float().view(*values.shape[:2], -1)
         if hidden is None:
             return logits, None
-        if hidden.shape != patches.shape[:2]:
-            given, shape = tuple(hidden.shape), tuple(patches.shape[:2])
+        if hidden.masks.shape != patches.shape[:2]:
+            given, shape = tuple(hidden.masks.shape), tuple(patches.shape[:2])
             raise ShapeError(f"masks are {given} for all global views; their tokens are {shape}")
-        return logits, self.teacher.patch_logits(patches[hidden]).float()
+        return logits, self.teacher.patch_logits(hidden.among(patches)).float()
 
-    def study(self, views: Views, hidden: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
+    def study(self, views: Views, hidden: Hidden | None) -> tuple[Tensor, Tensor | None, Tensor]:
         """The student's features (G, B, D), logits (n, K) of the hidden tokens, (G + L, B, K)."""
         count, batch = views.globals.shape[:2]
-        classes, patches = self.student.tokens(views.globals.flatten(0, 1), hidden, self.mask_token)
+        masks = None if hidden is None else hidden.masks
+        classes, patches = self.student.tokens(views.globals.flatten(0, 1), masks, self.mask_token)
         features = classes.reshape(count, batch, -1)
         if len(views.locals):
             classes = torch.cat([classes, self.student.tokens(views.locals.flatten(0, 1))[0]])
         logits = self.student.head(classes).float().view(-1, batch, self.out_dim)
         if hidden is None:
             return features, None, logits
-        return features, self.student.patch_logits(patches[hidden]).float(), logits
+        return features, self.student.patch_logits(hidden.among(patches)).float(), logits
+
+    def compare_patches(
+        self, targets: Tensor | None, logits: Tensor | None, hidden: Hidden, teacher_temp: float
+    ) -> Tensor:
+        """iBOT's loss of the teacher's and the student's logits (n, K) of the hidden tokens."""
+        assert targets is not None and logits is not None and self.patch_center is not None
+        self.patch_center.add(targets)
+        return patch_loss(targets, logits, self.patch_center.value, teacher_temp, hidden.weights)
 
     def koleo(self, features: Tensor) -> Tensor:
         """KoLeo of the class tokens (B, D) of one view, among those of all ranks."""
+        assert self.koleo_loss is not None
         loss: Tensor = self.koleo_loss(gather_rows(features.float()))
         return loss
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
-        """Move the teacher towards the student: `momentum` of it stays.
+        """Move the teacher towards the student, `momentum` of it stays, and the centres.
 
-        Call after the optimizer's step, on every rank. Integer buffers are copied.
+        Call after the optimizer's step, once, on every rank. Integer buffers are copied.
         raises  ValueError for weights that are not float32
         """
         mine, theirs = self.teacher.state_dict(), self.student.state_dict()
@@ -228,6 +232,9 @@ class SelfDistillation(nn.Module):
         low = [name for name in means if mine[name].dtype != torch.float32]
         if low:
             raise ValueError(f"teacher.{low[0]} is {mine[low[0]].dtype}; keep weights in float32")
+        for center in (self.center, self.patch_center):
+            if center is not None:
+                center.move()
         torch._foreach_lerp_(
             [mine[name] for name in means], [theirs[name] for name in means], 1 - momentum
         )
@@ -250,13 +257,13 @@ def new_head(sizes: tuple[int, int, int, int], norm_last_layer: bool, seed: int)
         return DINOProjectionHead(*sizes, norm_last_layer=norm_last_layer)
 
 
-def new_losses(out_dim: int, masked: bool) -> tuple[Any, Any, Any]:
-    """lightly's losses of class tokens, patch tokens and features; the first alone for DINO."""
-    from lightly.loss import DINOLoss, IBOTPatchLoss, KoLeoLoss
+def new_koleo() -> Any:
+    """lightly's KoLeo loss of features (B, D)."""
+    from lightly.loss import KoLeoLoss
 
-    dino = DINOLoss(out_dim, student_temp=STUDENT_TEMP, center_momentum=CENTER_MOMENTUM)
-    if not masked:
-        return dino, None, None
-    patch = IBOTPatchLoss(out_dim, student_temp=STUDENT_TEMP, center_momentum=CENTER_MOMENTUM)
-    patch.center = GatheredCenter(out_dim, CENTER_MOMENTUM)
-    return dino, patch, KoLeoLoss()
+    return KoLeoLoss()
+
+
+def is_last_layer(name: str) -> bool:
+    """Whether a parameter of `SelfDistillation` is of a head's last layer, its prototypes."""
+    return re.match(r"student\.(patch_)?head\.last_layer\.", name) is not None

@@ -132,6 +132,26 @@ def test_a_group_in_both_splits_is_named(split_folder, tmp_path):
         probe(split_folder, probe_groups=tmp_path / "groups.csv")
 
 
+@pytest.mark.parametrize(
+    ("names", "shared"),
+    [
+        (("TCGA-3C-AALI-01Z-00-DX1", "TCGA-3C-AALI-01Z-00-DX2"), "'TCGA-3C-AALI'"),
+        (("slide1", "slide1"), "'slide1'"),
+    ],
+)
+def test_a_patient_or_slide_in_both_splits_is_named(tmp_path, names, shared):
+    for split, name in zip(("train", "test"), names, strict=True):
+        for number, (label, channel) in enumerate(TINTS.items()):
+            folder = tmp_path / "p" / split / label / (name if number else f"other-{split}")
+            save_tinted(folder, 4, channel, 100 * number)
+    pattern = r"[a-z]+/(?P<slide>[\w-]+)/p(?P<x>\d\d)(?P<y>\d)"
+    words = ["convert", str(tmp_path / "p"), "--out", str(tmp_path / "set"), "--device", "cpu"]
+    with pytest.raises(SystemExit, match="0"):
+        cli.main([*words, "--name-pattern", pattern])
+    with pytest.raises(InputError, match=f"1 groups are in train and in test: {shared}"):
+        probe(tmp_path / "set")
+
+
 def test_the_patches_are_few_and_always_the_same(split_folder):
     one, other = (probe(split_folder, probe_patches=12) for _ in range(2))
     assert len(one.rows.fit) == len(one.rows.score) == 6
@@ -195,8 +215,15 @@ def test_latents_that_are_no_whole_tokens_are_refused(tmp_path, latents):
     words = ["convert", str(tmp_path / "in"), "--out", str(tmp_path / "set"), "--device", "cpu"]
     with pytest.raises(SystemExit, match="0"):
         cli.main(words)
-    with pytest.raises(ShapeError, match="latents of 9x9 cells, test_vit takes 2x2"):
+    with pytest.raises(
+        ShapeError, match="--probe .*: latents of 9x9 cells, but test_vit takes 2x2"
+    ):
         probe(tmp_path / "set", stem_of(latents), "test_vit")
+
+
+def test_a_decoder_is_not_for_latents(latents):
+    with pytest.raises(InputError, match="--probe-decoder tiny: the backbone reads latents"):
+        probe(latents, stem_of(latents), probe_decoder="tiny")
 
 
 def test_originals_have_no_latents(split_folder, latents):

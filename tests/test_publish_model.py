@@ -13,13 +13,15 @@ import torch
 import yaml
 from latentds_tools import cli
 
+from latentds.codebooks import StoredCodebook, save_codebook
 from latentds.embedders import load_embedder
-from latentds.embedders.backbone_record import CONFIG, RECORD, WEIGHTS, read_record
+from latentds.embedders.backbone_record import CODEBOOK, CONFIG, RECORD, WEIGHTS, read_record
 from latentds.embedders.latent_stem import LatentStemConfig, build_vit
 from latentds.errors import FormatError, InputError, UnknownNameError, WeightsError
 from latentds.hub.model_files import ModelPublication
 from latentds.hub.models import licence_warnings, publish_model, published_card
 from latentds.models.exporting import write_backbone
+from latentds.quantizer import Codebook
 from tests.bad_shards import flip_bit
 from tests.small_embedders import random_images
 
@@ -152,6 +154,17 @@ def test_a_backbone_of_latents_is_published_without_timms_configuration(tmp_path
     publish_model(folder, PLAIN)
     assert CONFIG not in hub.files(NAME) and RECORD in hub.files(NAME)
     assert "timm alone does not build" in hub.files(NAME)["README.md"].decode()
+
+
+def test_the_codebook_of_a_backbone_of_latents_goes_along(tmp_path, hub):
+    made = build_vit(ARCH, stem=STEM, img_px=96)
+    folder = write_backbone(tmp_path / "b", made, arch=ARCH, trained={}, stem=STEM)
+    levels = Codebook(torch.linspace(-4, 4, 8)[None].numpy(), "kmeans")
+    stored = StoredCodebook(codebook=levels, latent_id="sha256:1", made={})
+    save_codebook(stored, folder / CODEBOOK)
+    publish_model(folder, PLAIN)
+    assert hub.files(NAME)[CODEBOOK] == (folder / CODEBOOK).read_bytes()
+    assert publish_model(folder, PLAIN).plan.missing == []
 
 
 def test_the_card_says_how_it_was_trained_and_its_code_runs(run, hub):

@@ -19,7 +19,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Collection
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from latentds_trainers.launching import same_on_all_ranks
 
 from latentds.errors import ContractError, InputError
 from latentds.storage import rename_durably, write_atomically
+from latentds.version import __version__
 
 STATE = "state.json"
 UNIVERSAL = "universal"  # inside a checkpoint: its DeepSpeed files for any number of ranks
@@ -229,6 +230,9 @@ def convert_to_universal(folder: Path, networks: Collection[str]) -> Path:
 
 
 def package_versions() -> dict[str, str]:
-    """Of what decides the numbers."""
-    names = ("latentds", "torch", "deepspeed", "numpy")
-    return {"python": platform.python_version()} | {name: version(name) for name in names}
+    """Of what decides the numbers; without what is not installed, but for latentds itself."""
+    found = {"python": platform.python_version(), "latentds": __version__}
+    for name in ("torch", "deepspeed", "numpy"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found

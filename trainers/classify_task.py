@@ -116,7 +116,7 @@ class ClassifyTask:
             return
         arch, stem = config.arch or "", self.latents.stem
         network = build_latent_classifier(arch, classes, stem, weights=config.weights)
-        check_cells(arch, network, self.latents.cells)
+        check_cells(arch, network.patch_embed.patch_size[0], self.latents.cells)
 
     def run(self) -> None:
         """Do the folds that are left, write the record, print it."""

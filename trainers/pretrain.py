@@ -12,17 +12,15 @@ timm, OUT/result.json tells what the run read, took and reached.
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 from pathlib import Path
 from typing import Literal
 
 from latentds_trainers.launching import launch
+from latentds_trainers.pretrain_checks import check_settings
 from latentds_trainers.pretrain_presets import METHODS
 from latentds_trainers.pretrain_probe_config import ProbeConfig
 from latentds_trainers.settings import TrainConfig
-
-SUM_TOLERANCE = 1e-6  # of weights that sum to 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -176,105 +174,7 @@ class PretrainConfig(ProbeConfig, TrainConfig):
                 object.__setattr__(self, name, value)
         ProbeConfig.__post_init__(self)
         TrainConfig.__post_init__(self)
-        self.check_inputs()
-        self.check_weights()
-        self.check_numbers()
-        self.check_choices()
-
-    def check_inputs(self) -> None:
-        """Refuse a choice of inputs that is none or two, and options of the other."""
-        if (self.originals is None) == (not self.data):
-            raise ValueError("give either --data or --originals")
-        if self.originals is None:
-            for name, unset in (("codec", "original"), ("codebook", None), ("paired_with", None)):
-                if getattr(self, name) != unset:
-                    raise ValueError(f"--{name.replace('_', '-')} is of --originals; leave it")
-        elif self.input == "latents" or self.decoder:
-            raise ValueError("--input latents and --decoder are of --data; leave them")
-        if len(set(self.data)) < len(self.data):
-            raise ValueError(f"--data {' '.join(self.data)}: each set once")
-
-    def check_weights(self) -> None:
-        """Refuse weights that are not one a set, positive, and 1 together."""
-        weights = self.weights
-        if not weights:
-            return
-        seen = " ".join(f"{weight:g}" for weight in weights)
-        if len(weights) != len(self.data):
-            raise ValueError(
-                f"--weights {seen}: {len(weights)} for {len(self.data)} sets of --data; one each"
-            )
-        if not all(0 < weight < math.inf for weight in weights):
-            raise ValueError(
-                f"--weights {seen}: every one must be above 0; leave out a set instead"
-            )
-        if abs(math.fsum(weights) - 1) > SUM_TOLERANCE:
-            scaled = " ".join(f"{weight / math.fsum(weights):.6g}" for weight in weights)
-            raise ValueError(
-                f"--weights {seen}: they sum to {math.fsum(weights):.6g}, not to 1; in the same "
-                f"proportions, --weights {scaled}"
-            )
-
-    def check_numbers(self) -> None:
-        """Refuse counts and shares that make no sense."""
-        least = {"global_batch_size": 1, "epochs": 1, "base_images": 1, "out_dim": 0, "locals": 0}
-        least |= {
-            "hidden_dim": 1,
-            "bottleneck_dim": 1,
-            "mae_dim": 1,
-            "mae_depth": 1,
-            "mae_heads": 1,
-        }
-        least |= {
-            "keep_mb": 0,
-            "globals": 1,
-            "global_px": 1,
-            "local_px": 1,
-            "num_workers": 0,
-            "max_bad": 0,
-            "probe_every": 1,
-        }
-        for name, smallest in (least | {"teacher_temp_steps": 0, "freeze_last_steps": 0}).items():
-            value = getattr(self, name)
-            if value is not None and value < smallest:
-                raise ValueError(f"{name} is {value}; at least {smallest}")
-        for name in ("momentum", "momentum_end", "drop_path", "beta2", "mask_ratio"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; from 0 to 1")
-        for name in ("base_lr", "teacher_temp", "teacher_temp_start", "layer_decay"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}; a positive number")
-        for name in ("min_lr", "stem_lr", "weight_decay", "weight_decay_end"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}; 0 or more")
-
-    def check_choices(self) -> None:
-        """Refuse settings that exclude each other."""
-        if self.steps is not None and self.epochs is not None:
-            raise ValueError("give --steps or --epochs, not both")
-        if self.method != "mae" and self.precision == "bf16":
-            raise ValueError(
-                f"--precision bf16 with --method {self.method}: the teacher's moving average lies "
-                "below what bfloat16 weights resolve; take autocast"
-            )
-        if self.method != "mae" and self.zero_stage == 3:
-            raise ValueError(
-                f"--zero-stage 3 with --method {self.method}: the teacher follows whole weights, "
-                "which stage 3 parts; take 0, 1 or 2"
-            )
-        if self.input == "latents":
-            for name in ("sample_every", "global_scale", "local_scale", "stain"):
-                if getattr(self, name) is not None:
-                    raise ValueError(
-                        f"--{name.replace('_', '-')} is of pictures; --input latents "
-                        "has none, leave it"
-                    )
-        if self.probe is None and self.probe_every is not None:
-            raise ValueError("--probe-every without a --probe")
-        if self.probe_every is not None and self.probe_every % self.save_every:
-            raise ValueError(
-                f"probe_every is {self.probe_every}; a multiple of save_every {self.save_every}"
-            )
+        check_settings(self)
 
 
 def main(config: PretrainConfig) -> None:

@@ -14,6 +14,8 @@ from typing import Any
 from latentds_trainers.checkpoints import package_versions
 from torch import nn
 
+from latentds.codebooks import StoredCodebook, save_codebook
+from latentds.embedders.backbone_record import CODEBOOK
 from latentds.embedders.base import IMAGENET_MEAN, IMAGENET_STD
 from latentds.embedders.latent_stem import LatentStemConfig
 from latentds.models.exporting import write_backbone
@@ -28,6 +30,7 @@ def export_backbone(
     arch: str,
     record: Mapping[str, Any],
     stem: LatentStemConfig | None = None,
+    codebook: StoredCodebook | None = None,
     mean: tuple[float, ...] = IMAGENET_MEAN,
     std: tuple[float, ...] = IMAGENET_STD,
     input_px: int | None = None,
@@ -38,13 +41,14 @@ def export_backbone(
     arch       timm's name of it
     record     what it was trained on: sets, latent_id, decoder, method, steps, images, ...
     stem       of a network that reads latents
+    codebook   that its latents were rounded to, as pictures are then before they go in
     mean, std  of the normalization of the views
     input_px   edge that its pictures are to have; None takes the one the network is laid out for
     overwrite  replace another backbone in the folder; the same one may be written again
     raises     InputError where another backbone lies there, or timm would build another network
     """
     trained = {"recipe": "pretrain", **record, "versions": package_versions()}
-    return write_backbone(
+    written = write_backbone(
         folder,
         backbone,
         arch=arch,
@@ -55,3 +59,6 @@ def export_backbone(
         stem=stem,
         overwrite=overwrite,
     )
+    if codebook is not None:
+        save_codebook(codebook, written / CODEBOOK)
+    return written

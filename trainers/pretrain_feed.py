@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from latentds.codebooks import StoredCodebook
 from latentds.errors import InputError
 from latentds.models.latent_stem import LatentStemConfig
 
@@ -68,15 +69,19 @@ class Feed(Protocol):
 class Source:
     """An open feed and what a run has to know of it.
 
-    data_id     identity of the patches, 16 hex digits
-    patches     of an epoch
-    stem        of networks that read latents, None for pixels
+    data_id      identity of the patches, 16 hex digits
+    patches      of an epoch
+    stem         of networks that read latents, None for pixels
+    codebook     that the latents are rounded to, None for pixels
+    decoder_ids  identity of every set's decoder, empty where nothing is decoded
     """
 
     feed: Feed
     data_id: str
     patches: int
     stem: LatentStemConfig | None = None
+    codebook: StoredCodebook | None = None
+    decoder_ids: tuple[str, ...] = ()
 
 
 class Loader(Protocol):

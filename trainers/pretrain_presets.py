@@ -28,8 +28,16 @@ METHODS: dict[str, dict[str, Any]] = {
         "warmup": 0.05, "weight_decay": 0.05, "weight_decay_end": 0.05, "clip": None,
         "beta2": 0.95, "layer_decay": 1.0, "stem_lr": 1.0, "drop_path": 0.0,
         "momentum": 1.0, "freeze_last": 0.0, "out_dim": 0,
+        "freeze_last_steps": 0, "teacher_temp_steps": 0,
     },
 }  # fmt: skip
+# Options that other methods have no use for.
+OF_DINOS = (
+    *("momentum", "momentum_end", "teacher_temp", "teacher_temp_start", "teacher_temp_steps"),
+    *("freeze_last_steps", "out_dim", "hidden_dim", "bottleneck_dim"),
+    *("globals", "locals", "local_px", "local_scale"),  # mae takes one crop
+)
+OF_MAE = ("mask_ratio", "mae_dim", "mae_depth", "mae_heads")
 GLOBAL_BATCH = 1024  # where neither size is given
 LARGEST_BATCH = 64  # images of a forward pass where batch_size is not given: DINO's of a GPU
 LEAST_BATCH = 8  # less is refused where it only comes of how a step divides

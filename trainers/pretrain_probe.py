@@ -1,8 +1,8 @@
 """What a backbone knows while it is trained: nearest neighbours and a linear probe.
 
 The patches are chosen once, by a fixed seed: every probe of a run, and of runs to compare, is
-fitted to the same patches and scored on the same. No group (patient, slide) is on both sides where
-groups are known.
+fitted to the same patches and scored on the same. No patient and no slide that is known is on both
+sides.
 """
 # n chosen patches, B batch, D features, C h w latents
 
@@ -21,7 +21,7 @@ from latentds_trainers.pretrain_probe_rows import choose_rows
 from latentds_trainers.ranks import from_first, on_all_ranks
 from torch import Tensor, nn
 
-from latentds.embedders.latent_stem import LatentStemConfig, timm_arguments
+from latentds.embedders.latent_stem import LatentStemConfig, check_cells, timm_arguments
 from latentds.errors import InputError, ShapeError
 from latentds.evaluation.probes import (
     Fitted,
@@ -49,9 +49,9 @@ class Probe:
     arch    timm's name of the backbone, to tell at once where latents are no whole tokens of it
     facts   for the run's record: data, classes, numbers of patches, rules
     raises  InputError for a set without labels, a test split with a class that is never fitted to,
-            too few patches or groups, originals where latents are wanted; ContractError for other
-            latents than the stem's; ShapeError for latents that are no whole tokens;
-            MissingExtraError. Making one meets no other rank.
+            a patient or slide in both splits, too few patches or groups, originals or a decoder
+            where latents are wanted; ContractError for other latents than the stem's; ShapeError
+            for latents that are no whole tokens; MissingExtraError. Making one meets no other rank.
     """
 
     def __init__(
@@ -70,6 +70,11 @@ class Probe:
         if stem is None:
             self.patches = open_patches(settings)
         else:
+            if config.probe_decoder is not None:
+                raise InputError(
+                    f"--probe-decoder {config.probe_decoder}: the backbone reads latents, nothing "
+                    "is decoded; leave it"
+                )
             opened = open_undecoded(settings, stem=stem)
             self.patches = opened.patches
             check_tokens(config.probe, opened.cells, stem, arch)
@@ -173,13 +178,13 @@ def check_tokens(
     where: str, cells: tuple[int, int], stem: LatentStemConfig, arch: str | None
 ) -> None:
     """ShapeError where (h, w) cells are no whole number of the backbone's tokens."""
-    found = timm_arguments(arch, stem) if arch is not None else None
-    edge = 1 if found is None else found["patch_size"]
-    if cells[0] % edge or cells[1] % edge:
-        raise ShapeError(
-            f"--probe {where}: latents of {cells[1]}x{cells[0]} cells, {arch} takes {edge}x{edge} "
-            "cells a token; give a set whose patches are whole tokens"
-        )
+    arguments = timm_arguments(arch, stem) if arch is not None else None
+    if arch is None or arguments is None:  # a cell is a token, or several
+        return
+    try:
+        check_cells(arch, arguments["patch_size"], cells)
+    except ShapeError as error:
+        raise ShapeError(f"--probe {where}: {error}") from error
 
 
 def batched(rows: np.ndarray) -> Iterator[np.ndarray]:

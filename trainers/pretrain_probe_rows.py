@@ -11,7 +11,7 @@ from latentds_trainers.pretrain_probe_config import ProbeConfig
 
 from latentds.errors import InputError
 from latentds.evaluation.folds import SPLIT_WORDS, Fold, check_disjoint, stratified_group_folds
-from latentds.evaluation.groups import groups_of
+from latentds.evaluation.groups import groups_of, own_group
 from latentds.evaluation.slide_names import some
 from latentds.patchsets.base import PatchSet, PatchTable
 
@@ -42,6 +42,7 @@ def choose_rows(patches: PatchSet, config: ProbeConfig) -> ProbeRows:
     names = labels_of(patches.classes, table, where)
     groups, group_rule = groups_of(table.slides, table.sources, config.probe_groups)
     fold, rule = find_fold(table, names, groups, config)
+    check_apart(fold, table, groups, config)
     classes = sorted({names[row] for row in fold.train.tolist()})
     check_classes(names, fold, classes, where)
     places = {name: number for number, name in enumerate(classes)}
@@ -85,10 +86,7 @@ def find_fold(
         train = np.flatnonzero(words == "train")
         if not len(train):
             raise InputError(f"{where}: a test split and no train split; one to fit to is wanted")
-        fold = Fold(train, np.empty(0, np.int64), test)
-        if config.probe_groups is not None:
-            check_disjoint([fold], groups, where)
-        return fold, "its train and test splits"
+        return Fold(train, np.empty(0, np.int64), test), "its train and test splits"
     labels = np.unique(names, return_inverse=True)[1]
     try:
         folds = stratified_group_folds(
@@ -102,6 +100,21 @@ def find_fold(
     except InputError as error:
         raise InputError(f"{where}: no test split, and no groups to hold out: {error}") from error
     return folds[0], f"a held-out part in {len(folds)} of its groups, no test split"
+
+
+def check_apart(fold: Fold, table: PatchTable, groups: list[str], config: ProbeConfig) -> None:
+    """Refuse patients or slides, or groups of the user's table, that are on both sides."""
+    where, own = f"--probe {config.probe}", groups
+    if config.probe_groups is None:  # items are told apart by their rows: names may come twice
+        kinds = map(own_group, table.slides, table.sources)
+        own = [f"item {row}" if kind == "item" else name for row, (kind, name) in enumerate(kinds)]
+    try:
+        check_disjoint([fold], own, where)
+    except InputError as error:
+        raise InputError(
+            f"{error}; convert it with splits that keep them apart, or say in --probe-groups what "
+            "belongs together"
+        ) from error
 
 
 def hold_out_folds(labels: np.ndarray, groups: Sequence[str]) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from latentds_trainers.checkpoints import read_newest
@@ -17,6 +19,7 @@ from latentds_trainers.pretrain_presets import (
 )
 from latentds_trainers.settings import defaults, plain
 
+from latentds.autoencoders.base import short
 from latentds.errors import ContractError, InputError
 
 RECIPE = "pretrain"
@@ -28,10 +31,12 @@ class RunConfig(PretrainConfig):
     """The settings with nothing left open: what checkpoints are checked against.
 
     data_id       identity of the patches and their order
+    decoder_ids   identity of every set's decoder, empty where nothing is decoded
     views_record  what the augmentation does
     """
 
     data_id: str = ""
+    decoder_ids: tuple[str, ...] = ()
     views_record: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
@@ -130,13 +135,20 @@ def multiples_around(number: int, divisor: int) -> list[int]:
 
 
 def settle(
-    config: PretrainConfig, *, epoch_steps: int, edge_px: int, data_id: str, views: dict[str, Any]
+    config: PretrainConfig,
+    *,
+    epoch_steps: int,
+    edge_px: int,
+    data_id: str,
+    views: dict[str, Any],
+    decoder_ids: tuple[str, ...] = (),
 ) -> RunConfig:
     """The run's settings, all of them.
 
     config       one that `settle_batch` made
     epoch_steps  optimizer steps of a pass over the patches
     edge_px      pixels that the edge of a global crop stands for
+    raises       InputError for what follows from the batch and cannot be
     """
     steps = config.steps or (config.epochs or EPOCHS) * epoch_steps
     own = METHODS[config.method]
@@ -149,7 +161,10 @@ def settle(
     counts = {name: round(share * steps) for name, share in shares.items() if given[name] is None}
     lr = scaled_lr(config) if config.lr is None else config.lr
     found = given | counts | {"steps": steps, "epochs": None, "lr": lr, "global_px": edge_px}
-    return RunConfig(**found, data_id=data_id, views_record=views)
+    try:
+        return RunConfig(**found, data_id=data_id, decoder_ids=decoder_ids, views_record=views)
+    except ValueError as error:
+        raise InputError(f"with {config.global_batch_size} images a step, {error}") from error
 
 
 def scaled_lr(config: PretrainConfig) -> float:
@@ -167,7 +182,8 @@ def check_before(config: RunConfig) -> None:
         return  # the engine tells of another recipe
     folder, before = found[0], defaults(config) | found[1].config
     own = plain(config)
-    names = {name: name for name in ("method", "arch", "input", "weights")} | {"data_id": "data"}
+    same = ("method", "arch", "input", "weights", "global_batch_size")
+    names = {name: name for name in same} | {"data_id": "data", "decoder_ids": "decoder"}
     pairs = [(shown, before.get(name), own[name]) for name, shown in names.items()]
     views = {name: record["views_record"] for name, record in (("old", before), ("new", own))}
     pairs += [
@@ -179,7 +195,33 @@ def check_before(config: RunConfig) -> None:
             if shown == "data":
                 old, new = (f"{where['data'] or where['originals']}" for where in (before, own))
                 shown, new = "the patches of", f"others in {new}"
+            if shown == "decoder":
+                old, new = (told_decoder(where) for where in (before, own))
             raise ContractError(
                 f"{folder} was made with {shown} {old}, this run has {new}; set it back, or give "
                 "this run another --out"
             )
+    check_steps(folder, before, config)
+
+
+def told_decoder(settings: Mapping[str, Any]) -> str:
+    """What decodes a run's sets: as it was given, and the weights' identities."""
+    given = " ".join(settings["decoder"]) or "as recorded"
+    known = dict.fromkeys(short(identity) for identity in settings["decoder_ids"])
+    return f"{given} ({', '.join(known)})"
+
+
+def check_steps(folder: Path, before: Mapping[str, Any], config: RunConfig) -> None:
+    """ContractError for another number of steps where schedules run to the last one."""
+    ends = {
+        "the learning rate": config.schedule == "cosine",
+        "the weight decay": config.weight_decay != config.weight_decay_end,
+        "the teacher's momentum": config.momentum != config.momentum_end,
+    }
+    moving = [name for name, moves in ends.items() if moves]
+    if before.get("steps") != config.steps and moving:
+        raise ContractError(
+            f"{folder} was made with steps {before.get('steps')}, this run has {config.steps}: "
+            f"{', '.join(moving)} would jump, as their cosines end at the last step; set it back "
+            f"(--steps {before.get('steps')}), or give this run another --out"
+        )

@@ -10,9 +10,12 @@ import torch
 from latentds_trainers.pretrain import PretrainConfig
 from latentds_trainers.pretrain_feed import LoaderFeed, Source
 
+from latentds.autoencoders.base import AutoencoderCard
+from latentds.codebooks import StoredCodebook
 from latentds.codecs.naming import QuantizerSpec, latent_text
 from latentds.errors import ContractError, InputError, ShapeError, unknown_name
 from latentds.fields import check_fields
+from latentds.hub.licences import recorded_licences
 from latentds.loader import LatentLoader
 from latentds.mixture import Mixture, check_mixable
 from latentds.models.latent_stem import LatentStemConfig
@@ -36,7 +39,7 @@ def open_sets(config: PretrainConfig, device: torch.device, rank: int, ranks: in
     loader: Any
     reason = apart(sets)
     if reason is None:
-        check_fields(sets, config.allow_mixed_mpp)
+        check_fields(sets, config.allow_mixed_mpp, config.split)
         loader = open_alike(config, weights, settings)
     elif config.input == "latents":
         raise ContractError(f"{reason}; without --input latents, as pixels, others mix too")
@@ -47,14 +50,17 @@ def open_sets(config: PretrainConfig, device: torch.device, rank: int, ranks: in
         settings |= {"decoder": config.decoder, "allow_mixed_mpp": config.allow_mixed_mpp}
         loader = MixedLoader(parts, config.split, **settings)
         weights = drawn_weights(loader, weights)
-    share = settings["global_batch_size"] // ranks
-    feed = LoaderFeed(loader, share, facts_of(config, sets, weights))
+    share, decoders = settings["global_batch_size"] // ranks, decoders_of(loader, sets)
+    feed = LoaderFeed(loader, share, facts_of(config, sets, weights, decoders))
     manifests = [shards.manifest for shards in sets]
+    is_latents = config.input == "latents"
     return Source(
         feed=feed,
         data_id=digest_of([manifest.dataset_id for manifest in manifests]),
         patches=sum(manifest.splits[config.split] for manifest in manifests),
-        stem=stem_of(loader) if config.input == "latents" else None,
+        stem=stem_of(loader) if is_latents else None,
+        codebook=codebook_of(sets, weights) if is_latents else None,
+        decoder_ids=tuple("" if card is None else card.decoder_id for card in decoders),
     )
 
 
@@ -133,32 +139,51 @@ def apart(sets: Sequence[ShardSet]) -> ContractError | None:
 
 
 def stem_of(loader: LatentLoader) -> LatentStemConfig:
-    """What a network must know of a loader's latents."""
+    """What a network must know of a loader's latents; ShapeError where patches are padded."""
     contract = loader.contract
-    statistics = loader.statistics
-    factor = contract.patch_px[0] // contract.codes_shape[1]
-    if contract.codes_shape[1] * factor != contract.patch_px[0]:
+    stem = LatentStemConfig.of(contract, loader.statistics)
+    if contract.codes_shape[1] * stem.factor != contract.patch_px[0]:
         raise ShapeError(
             f"{loader.dataset.shards.folder}: patches of {contract.patch_px[0]} px are padded to "
             f"{contract.codes_shape[1]} latent cells; --input latents needs whole cells"
         )
-    return LatentStemConfig(
-        channels=contract.codes_shape[0],
-        factor=factor,
-        mean=statistics.mean,
-        std=statistics.divisors,
-        latent_id=contract.latent_id,
-    )
+    return stem
+
+
+def codebook_of(sets: Sequence[ShardSet], weights: Sequence[float]) -> StoredCodebook:
+    """The codebook of most of the patches: what pictures are rounded to like a set's latents."""
+    shards, _ = max(zip(sets, weights, strict=True), key=lambda pair: pair[1])
+    manifest = shards.manifest
+    made = {"origin": "the data set trained on", "dataset_id": manifest.dataset_id}
+    contract = manifest.contract
+    return StoredCodebook(codebook=contract.codebook, latent_id=contract.latent_id, made=made)
+
+
+def decoders_of(loader: Any, sets: Sequence[ShardSet]) -> list[AutoencoderCard | None]:
+    """The card of what decodes each set; None where latents are the input."""
+    if not hasattr(loader, "groups"):
+        return [card_of(loader)] * len(sets)
+    cards = {number: card_of(group.loader) for group in loader.groups for number in group.numbers}
+    return [cards[number] for number in range(len(sets))]
+
+
+def card_of(loader: LatentLoader) -> AutoencoderCard | None:
+    """The card of a loader's decoder."""
+    return None if loader.autoencoder is None else loader.autoencoder.card
 
 
 def facts_of(
-    config: PretrainConfig, sets: Sequence[ShardSet], weights: Sequence[float]
+    config: PretrainConfig,
+    sets: Sequence[ShardSet],
+    weights: Sequence[float],
+    decoders: Sequence[AutoencoderCard | None],
 ) -> dict[str, Any]:
     """Facts of data sets of latents for result.json."""
     total = sum(weights)
     contracts = [shards.manifest.contract for shards in sets]
-    bytes_read = sum(w * c.bytes_per_patch for w, c in zip(weights, contracts, strict=True)) / total
-    names = dict.fromkeys(name_of(shards, config) for shards in sets)
+    stored = sum(w * c.bytes_per_patch for w, c in zip(weights, contracts, strict=True)) / total
+    named = [name_of(*pair) for pair in zip(sets, decoders, strict=True)]
+    names = ", ".join(dict.fromkeys(named))
     listed = [
         {
             "name": Path(str(shards.folder)).name,
@@ -166,25 +191,44 @@ def facts_of(
             "latent_id": shards.manifest.contract.latent_id,
             "weight": weight / total,
             "patches": shards.manifest.splits[config.split],
+            **networks_and_licences(shards, decoder),
         }
-        for shards, weight in zip(sets, weights, strict=True)
+        for shards, weight, decoder in zip(sets, weights, decoders, strict=True)
     ]
     return {
-        "source": ", ".join(names) + ("" if config.input == "images" else ", not decoded"),
+        "source": names + ("" if config.input == "images" else ", not decoded"),
         "kind": "latents",
-        "codec": ", ".join(names),
-        "bytes_per_patch": bytes_read,
+        "codec": names,
+        "bytes_per_patch": stored,
         "patch_px": list(contracts[0].patch_px),
         "patches": sum(shards.manifest.splits[config.split] for shards in sets),
         "sets": listed,
     }
 
 
-def name_of(shards: ShardSet, config: PretrainConfig) -> str:
+def networks_and_licences(shards: ShardSet, decoder: AutoencoderCard | None) -> dict[str, Any]:
+    """What a set was made with and is decoded with, and every licence that is recorded of it."""
+    card = shards.manifest.contract.autoencoder
+    found: dict[str, Any] = {
+        "licences": [
+            {"licence": text} for text in sorted(set(recorded_licences(shards.manifest.made)))
+        ],
+        "autoencoder": {name: card.get(name) for name in ("name", "licence")},
+    }
+    if decoder is not None:
+        found["decoder"] = {
+            name: getattr(decoder, name) for name in ("name", "decoder_id", "licence")
+        }
+    return found
+
+
+def name_of(shards: ShardSet, decoder: AutoencoderCard | None) -> str:
     """What a table calls a set's pixels: autoencoder+quantizer, another decoder after a slash."""
     contract = shards.manifest.contract
     book = contract.codebook
     quantizer = QuantizerSpec(kind=book.kind, levels=book.levels.shape[1]).text
-    text = latent_text(str(contract.autoencoder.get("name")), quantizer)
-    decoders = [Path(decoder).name for decoder in config.decoder]
-    return "/".join([text, *decoders])
+    recorded = str(contract.autoencoder.get("name"))
+    text = latent_text(recorded, quantizer)
+    if decoder is None or (decoder.name == recorded and not decoder.encoder):
+        return text
+    return f"{text}/{decoder.name}"

@@ -5,33 +5,34 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from latentds_trainers.checkpoints import package_versions
 from latentds_trainers.engine import Engine
 from latentds_trainers.pretrain import PretrainConfig
 from latentds_trainers.pretrain_export import FOLDER, export_backbone
 from latentds_trainers.pretrain_feed import micro_batch
 from latentds_trainers.pretrain_ledger import Ledger
 from latentds_trainers.pretrain_networks import (
-    build_backbone,
     build_model,
     build_optimizer,
     build_views,
     edge_px,
     seeded,
     token_grid,
+    trained_backbone,
 )
+from latentds_trainers.pretrain_result import result_of
 from latentds_trainers.pretrain_schedule import RECIPE, check_before, settle, settle_batch
 from latentds_trainers.pretrain_sources import open_source
 from latentds_trainers.ranks import join_ranks, on_all_ranks
 from torch import Tensor, nn
 from torch.nn import functional
 
+from latentds.errors import InputError
 from latentds.models.token_masks import global_masks, random_masks
 from latentds.storage import write_atomically
 from latentds.views.crops import Views
@@ -41,13 +42,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FORMAT = "latentds-pretrain/1"
 NETWORK = "model"
 SAMPLES = 4  # patches in a sample picture
 # When a run goes on: where things lie, how they are read, what is only looked at. Which patches
 # there are `data_id` tells.
 MAY_CHANGE = (
     *("data", "originals", "codebook", "paired_with", "keep_mb", "num_workers", "max_bad"),
+    "decoder",  # where it lies; what it is, decoder_ids tell
     *("device", "probe", "probe_every", "probe_groups", "probe_decoder", "probe_patches"),
     "probe_neighbours",
 )
@@ -63,12 +64,15 @@ class PretrainTask:
         self.source = on_all_ranks(lambda: open_source(sized, self.device, rank, ranks))
         self.stem = self.source.stem
         self.views = on_all_ranks(lambda: build_views(sized, self.stem))
-        self.config = settle(
-            sized,
-            epoch_steps=len(self.source.feed),
-            edge_px=edge_px(self.views, self.stem),
-            data_id=self.source.data_id,
-            views=self.views.record(),
+        self.config = on_all_ranks(
+            lambda: settle(
+                sized,
+                epoch_steps=len(self.source.feed),
+                edge_px=edge_px(self.views, self.stem),
+                data_id=self.source.data_id,
+                decoder_ids=self.source.decoder_ids,
+                views=self.views.record(),
+            )
         )
         on_all_ranks(lambda: check_before(self.config))
         model = on_all_ranks(lambda: build_model(self.config, self.stem))
@@ -76,6 +80,7 @@ class PretrainTask:
         self.ledger = Ledger(self.source.feed, self.device)
         optimizer = build_optimizer(model, self.config)
         self.decays = [bool(group["decays"]) for group in optimizer.param_groups]
+        self.are_last = [bool(group["is_last"]) for group in optimizer.param_groups]
         self.engine = Engine(
             self.config, RECIPE, {NETWORK: (model, optimizer)}, self.ledger, may_change=MAY_CHANGE
         )
@@ -110,9 +115,9 @@ class PretrainTask:
             self.set_schedules(number)
         parts = micro_batch(self.groups, engine.micro, config.accumulation)
         views = join([self.views(part.values, part.seeds) for part in parts]).map(self.as_input)
-        if config.sample_every and (number + 1) % config.sample_every == 0:
-            images = parts[0].values[:SAMPLES]
-            self.shown = (images, views[: len(images)])
+        if config.sample_every and not engine.micro and not (number + 1) % config.sample_every:
+            images = parts[0].values[:SAMPLES].clone()  # a slice would keep the whole step's memory
+            self.shown = (images, views[: len(images)].map(Tensor.clone))
         seeds = torch.cat([part.seeds for part in parts])
         words = ("drop path", config.seed, number, engine.rank, engine.micro)
         with seeded(self.device, *words), engine.autocast():
@@ -135,11 +140,11 @@ class PretrainTask:
 
     def set_schedules(self, number: int) -> None:
         """What a step has besides its learning rate."""
-        decay = self.config.weight_decay_at(number)
-        for group, decays in zip(self.engine.groups(NETWORK), self.decays, strict=True):
+        decay, is_frozen = self.config.weight_decay_at(number), self.config.is_last_frozen(number)
+        groups = self.engine.groups(NETWORK)
+        for group, decays, is_last in zip(groups, self.decays, self.are_last, strict=True):
             group["weight_decay"] = decay if decays else 0.0
-        if self.config.method != "mae":
-            self.model.last_layer_frozen = self.config.is_last_frozen(number)
+            group["is_frozen"] = is_last and is_frozen
 
     def losses(self, views: Views, seeds: Tensor, number: int) -> dict[str, Tensor]:
         """`loss` and its parts.
@@ -162,7 +167,7 @@ class PretrainTask:
     def samples(self) -> Tensor:
         """The last patches with their crops in a row, (n, 3, H, W) in [0, 1]."""
         assert self.shown is not None
-        images, views = self.shown
+        (images, views), self.shown = self.shown, None
         mean, std = (images.new_tensor(values).float() for values in self.normalization())
         edge = views.globals.shape[-1]
         crops = [crop.float() * std.view(3, 1, 1) + mean.view(3, 1, 1) for crop in views.crops()]
@@ -171,13 +176,16 @@ class PretrainTask:
 
     def backbone(self) -> nn.Module:
         """A copy of what is to be used: the teacher's ViT, or the masked autoencoder's."""
-        weights = self.engine.weights(NETWORK)
-        prefix = "backbone." if self.config.method == "mae" else "teacher.backbone."
-        network = build_backbone(self.config, self.stem, 0.0)
-        network.load_state_dict(
-            {n.removeprefix(prefix): w.float() for n, w in weights.items() if n.startswith(prefix)}
-        )
+        network = trained_backbone(self.config, self.stem, self.backbone_weights())
         return network.to(self.device).eval()
+
+    def backbone_weights(self) -> dict[str, Tensor]:
+        """Its weights in float32; with bf16 the optimizer's, which every rank has to ask for."""
+        if self.config.precision != "bf16" and self.config.zero_stage < 3:
+            return {name: w.float() for name, w in self.model.backbone.state_dict().items()}
+        weights = self.engine.weights(NETWORK).items()  # of mae: the others have neither
+        prefix = "backbone."
+        return {n.removeprefix(prefix): w.float() for n, w in weights if n.startswith(prefix)}
 
     def validate(self) -> dict[str, float]:
         """Figures of the probe, where one is due; every rank has to call it."""
@@ -209,7 +217,7 @@ class PretrainTask:
         totals, backbone = self.ledger.totals(), self.backbone()
         if self.probe is not None and not self.probed:  # a run that had its last step before
             self.probed = self.probe(backbone, self.prepare)
-        result = self.result(totals)
+        result = result_of(self, totals)
 
         def write() -> None:
             record = {
@@ -222,6 +230,7 @@ class PretrainTask:
                 arch=self.config.arch,
                 record=record,
                 stem=self.stem,
+                codebook=self.source.codebook,
                 mean=mean,
                 std=std,
                 input_px=self.config.global_px,
@@ -230,39 +239,18 @@ class PretrainTask:
             text = json.dumps(result, indent=1).encode()
             write_atomically(self.config.out / "result.json", text)
 
-        self.engine.from_first(write)
+        self.engine.from_first(lambda: saved_before(write, self.config.out))
         logger.info("backbone in %s; %s", self.config.out / FOLDER, json.dumps(self.probed))
 
-    def result(self, totals: dict[str, float]) -> dict[str, Any]:
-        """What result.json says."""
-        config, facts = self.config, self.source.feed.facts
-        images = self.engine.step * config.global_images
-        stored = facts["bytes_per_patch"]
-        return {
-            "format": FORMAT,
-            "method": config.method,
-            "arch": config.arch,
-            "input": config.input,
-            "source": facts,
-            "views": config.views_record,
-            "seed": config.seed,
-            "steps": self.engine.step,
-            "global_batch_size": config.global_images,
-            "images": images,
-            "epochs": images / self.source.patches,
-            "bytes_read": None if stored is None else round(images * stored),
-            "wall_s": self.engine.seconds - totals["aside_s"],
-            "probe_s": totals["aside_s"],
-            "cpu_s": totals["cpu_s"],
-            "waited_s": totals["waited_s"],
-            "ranks": self.engine.world_size,
-            "device": device_name(self.device),
-            "last": last_figures(self.config.out / "log.jsonl"),
-            "probe": self.probed,
-            "probed": None if self.probe is None else self.probe.facts,
-            "backbone": FOLDER,
-            "versions": package_versions(),
-        }
+
+def saved_before(write: Callable[[], None], out: Path) -> None:
+    """Do it; InputError where the file system refuses, with what is not lost."""
+    try:
+        write()
+    except OSError as error:
+        raise InputError(
+            f"{out}: {error}; the training is saved, make room and run the same command again"
+        ) from error
 
 
 def join(parts: Sequence[Views]) -> Views:
@@ -273,15 +261,3 @@ def join(parts: Sequence[Views]) -> Views:
         torch.cat([part.globals for part in parts], dim=1),
         torch.cat([part.locals for part in parts], dim=1),
     )
-
-
-def device_name(device: torch.device) -> str:
-    """The GPU's name, or cpu."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-
-
-def last_figures(path: Path) -> dict[str, Any]:
-    """The log's last line; empty where there is none."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    found: dict[str, Any] = json.loads(lines[-1]) if lines else {}
-    return found

@@ -12,6 +12,7 @@ from latentds.errors import FormatError
 
 FORMAT = "latentds-backbone/1"
 RECORD, WEIGHTS, CONFIG = "latentds.json", "model.safetensors", "config.json"
+CODEBOOK = "codebook.safetensors"  # that latents were rounded to, where it is there
 READS, LATENTS = "latentds_input", "latents"  # in config.json, which timm leaves alone
 MAX_RECORD_BYTES = 1 << 20
 MAX_WIDTH, MAX_CHANNELS, MAX_PX = 1 << 16, 4096, 1 << 14

@@ -16,7 +16,7 @@ from latentds.autoencoders import load_autoencoder
 from latentds.autoencoders.base import Autoencoder, hash_tensors, short
 from latentds.autoencoders.tiny import load_tiny, tiny_codebook
 from latentds.codebooks import StoredCodebook, load_codebook
-from latentds.embedders.backbone_record import WEIGHTS, BackboneRecord, read_record
+from latentds.embedders.backbone_record import CODEBOOK, WEIGHTS, BackboneRecord, read_record
 from latentds.embedders.base import EmbedderCard, NetworkEmbedder, Preparation
 from latentds.embedders.exported import LATENT_PREFIX as PREFIX
 from latentds.embedders.latent_stem import LatentStemConfig, build_vit
@@ -24,8 +24,6 @@ from latentds.embedders.timm_models import create
 from latentds.embedders.weights import fill, read_weights
 from latentds.errors import ContractError, ShapeError, WeightsError
 from latentds.quantizer import Codebook, dequantize, quantize
-
-CODEBOOK = "codebook.safetensors"  # in the folder, where it is there
 
 
 class LatentInput(nn.Module):
@@ -103,8 +101,7 @@ def load_latent_backbone(text: str, autoencoder: Autoencoder | None = None) -> L
     raises       WeightsError for a folder without such a backbone, or whose autoencoder is not
                  told; ContractError for another autoencoder than its latents are of
     """
-    place, _, name = text.removeprefix(PREFIX).partition("@")
-    folder = Path(place)
+    folder, name = parted(text.removeprefix(PREFIX))
     record = read_latent_record(folder)
     stem = LatentStemConfig.from_json(record.stem, str(folder))
     encoder = autoencoder or find_encoder(folder, stem, name)
@@ -120,6 +117,16 @@ def load_latent_backbone(text: str, autoencoder: Autoencoder | None = None) -> L
     stored = find_codebook(folder, encoder)
     card = make_card(f"{PREFIX}{folder}", record, network, stem, encoder, stored)
     return LatentBackbone(card, network, stem, encoder, stored.codebook if stored else None)
+
+
+def parted(text: str) -> tuple[Path, str]:
+    """Folder and autoencoder of FOLDER[@AUTOENCODER]: the longest that is a folder, then a name."""
+    places = [place for place, letter in enumerate(text) if letter == "@"]
+    for place in (len(text), *reversed(places)):
+        if Path(text[:place]).is_dir():
+            return Path(text[:place]), text[place + 1 :]
+    head, _, name = text.partition("@")
+    return Path(head), name
 
 
 def read_latent_record(folder: Path) -> BackboneRecord:

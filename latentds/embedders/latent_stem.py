@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -79,14 +80,15 @@ class LatentStemConfig:
 
     def normalize(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w), each channel less its mean and over its standard deviation."""
-        return (latents - self.per_channel(self.mean, latents)) / self.per_channel(
-            self.std, latents
-        )
+        mean, std = (per_channel(v, latents.device, latents.dtype) for v in (self.mean, self.std))
+        return (latents - mean) / std
 
-    @staticmethod
-    def per_channel(values: tuple[float, ...], like: Tensor) -> Tensor:
-        """One number a channel, (C, 1, 1), on the device and of the type of a tensor."""
-        return torch.tensor(values, device=like.device, dtype=like.dtype).view(-1, 1, 1)
+
+@functools.lru_cache(maxsize=64)
+def per_channel(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """One number a channel, (C, 1, 1), kept: bringing it to a GPU waits for what runs there."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, device=device, dtype=dtype).view(-1, 1, 1)
 
 
 class SplitCells(nn.Module):
@@ -173,9 +175,8 @@ def make_stem(arch: str, pixels: Any, stem: LatentStemConfig, img_px: int) -> nn
     )
 
 
-def check_cells(arch: str, network: Any, cells: tuple[int, int]) -> None:
-    """ShapeError where (h, w) cells are no whole number of a network's tokens."""
-    edge = network.patch_embed.patch_size[0]
+def check_cells(arch: str, edge: int, cells: tuple[int, int]) -> None:
+    """ShapeError where (h, w) cells are no whole number of tokens of `edge` cells each way."""
     if cells[0] % edge or cells[1] % edge:
         raise ShapeError(
             f"latents of {cells[1]}x{cells[0]} cells, but {arch} takes {edge}x{edge} cells a "

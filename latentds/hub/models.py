@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from latentds.autoencoders.base import hash_tensors, short
 from latentds.embedders.backbone_record import (
+    CODEBOOK,
     CONFIG,
     RECORD,
     WEIGHTS,
@@ -25,6 +27,7 @@ from latentds.hub.upload import Published
 from latentds.models.backbone_card import TAGS, backbone_card
 
 RUN_FOLDER = "backbone"  # where a pretraining's folder has it
+NETWORKS = ("autoencoder", "decoder")  # fields of a record that tell of no data
 
 
 def publish_model(
@@ -60,6 +63,8 @@ def publish_model(
     }
     if record.model_args is not None:
         contents[CONFIG] = (found / CONFIG).read_bytes()
+    if (found / CODEBOOK).is_file():
+        contents[CODEBOOK] = (found / CODEBOOK).read_bytes()
     contents[RECORD] = (found / RECORD).read_bytes()
     return publish_files(
         repository,
@@ -123,9 +128,18 @@ def published_card(record: BackboneRecord, publication: ModelPublication) -> str
 
 def licence_warnings(record: BackboneRecord, identifier: str) -> Iterator[str]:
     """What a publisher should know before a backbone goes out under `identifier`."""
-    known = sorted(set(recorded_licences(record.trained)))
-    for licence in known:
+    for licence in sorted(set(recorded_licences(record.trained))):
         if is_non_commercial(licence) and not is_non_commercial(identifier):
             yield f"trained on what is non-commercial ({licence}), published as {identifier}"
-    if not known:
+    if not any(recorded_licences(without_networks(record.trained))):
         yield "no licence of the training data is recorded; see what theirs allow"
+
+
+def without_networks(record: Any) -> Any:
+    """A record less its autoencoders and decoders: what is left is of the data."""
+    if isinstance(record, dict):
+        kept = {name: value for name, value in record.items() if name not in NETWORKS}
+        return {name: without_networks(value) for name, value in kept.items()}
+    if isinstance(record, list):
+        return [without_networks(value) for value in record]
+    return record

@@ -1,0 +1,145 @@
+"""Feeds of a pretraining: orders, ranks, pairs, sets that end early or do not mix."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from latentds.errors import ContractError, InputError, UnknownNameError
+from latentds.randomness import patch_seeds
+
+pytest.importorskip("deepspeed")
+pytest.importorskip("lightly")
+pytest.importorskip("kornia")
+
+from latentds_trainers.pretrain_feed import FeedBatch, LoaderFeed, micro_batch
+from latentds_trainers.pretrain_pictures import OwnOrder
+
+from tests.conftest import convert_with_mean, save_pictures
+from tests.pretraining import config_of, patches_of, steps_of
+
+
+def test_an_own_order_shows_every_patch_once_an_epoch_on_any_ranks():
+    def epoch(ranks: int, number: int) -> list[np.ndarray]:
+        orders = [
+            OwnOrder(patches=24, global_batch=8, rank=rank, ranks=ranks, seed=3)
+            for rank in range(ranks)
+        ]
+        steps = range(number * 3, number * 3 + 3)
+        return [np.concatenate([order.share(step)[0] for order in orders]) for step in steps]
+
+    assert sorted(np.concatenate(epoch(1, 0)).tolist()) == list(range(24))
+    assert np.array_equal(epoch(1, 1), epoch(4, 1)) and not np.array_equal(epoch(1, 0), epoch(1, 1))
+
+
+@pytest.mark.parametrize("source", ["latents", "originals"])
+def test_a_feed_goes_on_with_the_right_patches_on_other_ranks(
+    tmp_path, class_pictures, tiny_latents, source
+):
+    given = {"data": (tiny_latents,)} if source == "latents" else {"originals": class_pictures}
+    config = config_of(tmp_path, **given)
+    whole = steps_of(patches_of(config, 0, 1), 12)
+    first = patches_of(config, 0, 1)
+    iterator = iter(first)
+    for _ in range(4):
+        next(iterator)
+    state = json.loads(json.dumps(first.state_dict()))
+    parts = [steps_of(patches_of(config, rank, 2, state), 8) for rank in (0, 1)]
+    for step, pair in zip(whole[4:], zip(*parts, strict=True), strict=True):
+        assert torch.equal(step.seeds, torch.cat([part.seeds for part in pair]))
+        assert torch.allclose(
+            step.values, torch.cat([part.values for part in pair]), atol=1e-5
+        )  # atol: float32 convolutions of other batch sizes
+    seeds = torch.cat([step.seeds for step in whole[:5]])
+    assert len(seeds.unique()) == 40  # an epoch: each patch at most once
+
+
+def test_originals_are_paired_with_the_set_made_of_them(tmp_path, class_pictures, tiny_latents):
+    decoded = steps_of(patches_of(config_of(tmp_path, data=(tiny_latents,)), 0, 1), 6)
+    config = config_of(
+        tmp_path, originals=class_pictures, paired_with=str(tiny_latents), codec="jpeg:90"
+    )
+    coded = steps_of(patches_of(config, 0, 1), 6)
+    for one, other in zip(decoded, coded, strict=True):
+        assert torch.equal(one.seeds, other.seeds)
+        # The same pictures: tiny's error on ramps; other pictures are 0.3 away.
+        assert float((one.values - other.values).abs().mean()) < 0.08
+
+
+def test_a_feed_does_not_go_on_in_another_order(tmp_path, class_pictures):
+    state = patches_of(config_of(tmp_path, originals=class_pictures), 0, 1).state_dict()
+    with pytest.raises(ContractError, match="patches with seed 0, these have 1"):
+        patches_of(config_of(tmp_path, originals=class_pictures, seed=1), 0, 1, state)
+
+
+def test_a_split_that_is_not_there_is_refused(tmp_path, tiny_latents):
+    with pytest.raises(UnknownNameError, match=r"unknown split of .*val.*known: train"):
+        patches_of(config_of(tmp_path, data=(tiny_latents,), split="val"), 0, 1)
+
+
+def test_originals_of_another_set_are_refused(tmp_path, class_pictures, mean_latents):
+    config = config_of(tmp_path, originals=class_pictures, paired_with=str(mean_latents))
+    with pytest.raises(InputError, match=r"24 of its 24 patches are not in .*pictures"):
+        patches_of(config, 0, 1)
+
+
+def test_a_set_smaller_than_a_step_is_refused(tmp_path, tiny_latents, class_pictures):
+    for given in ({"data": (tiny_latents,)}, {"originals": class_pictures}):
+        config = config_of(tmp_path, **given, global_batch_size=64)
+        with pytest.raises(InputError, match=r"44 patches .*before one step of 64 is filled"):
+            patches_of(config, 0, 1)
+
+
+class ShortLoader:
+    """A loader of three batches an epoch that gives fewer."""
+
+    def __init__(self, sizes: list[int]) -> None:
+        self.sizes = sizes
+
+    def __len__(self) -> int:
+        return 3
+
+    def __iter__(self) -> Any:
+        for size in self.sizes:
+            yield type("B", (), {"images": torch.zeros(size, 1), "seeds": torch.zeros(size)})
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"), [([4, 4], "ended after 2 of 3 steps"), ([4, 3], "3 patches for a step")]
+)
+def test_a_set_that_ends_early_is_told(sizes, words):
+    feed = LoaderFeed(ShortLoader(sizes), 4, {"source": "brca"})  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=f"brca: {words}"):
+        list(feed)
+
+
+@pytest.mark.parametrize("sizes", [(6, 2), (5, 3)])
+def test_passes_of_a_step_take_every_patch_once(sizes):
+    groups = [FeedBatch(torch.arange(n)[:, None] + 10 * k, torch.arange(n) + 10 * k)
+              for k, n in enumerate(sizes)]  # fmt: skip
+    passes = [micro_batch(groups, number, 2) for number in range(2)]
+    taken = [torch.cat([part.seeds for part in parts]).tolist() for parts in passes]
+    assert [len(part) for part in taken] == [4, 4]
+    assert sorted(itertools.chain(*taken)) == [*range(sizes[0]), *range(10, 10 + sizes[1])]
+
+
+def test_seeds_are_of_patch_and_epoch_alone():
+    order = OwnOrder(patches=16, global_batch=8, rank=0, ranks=1, seed=5)
+    rows, seeds = order.share(2)  # the second epoch's first step
+    zeros = np.zeros_like(rows)
+    assert np.array_equal(seeds, patch_seeds(5, zeros + 1, zeros, rows))
+
+
+def test_sets_that_show_fields_of_unlike_size_are_refused_by_name(tmp_path):
+    for name, mpp in (("fine", 0.25), ("coarse", 0.5)):
+        save_pictures(tmp_path / name / "in", 12, edge=64)
+        convert_with_mean(tmp_path / name / "in", tmp_path / name / "out", mpp=mpp)
+    data = [tmp_path / name / "out" for name in ("fine", "coarse")]
+    config = config_of(tmp_path, data=data, input="latents")
+    with pytest.raises(ContractError, match=r"fine/out: .* show 16 um, .*coarse/out: .* 32 um"):
+        patches_of(config, 0, 1)

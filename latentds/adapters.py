@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,8 @@ from latentds.sources.names import patient_of
 from latentds.views.crops import Views
 
 UNKNOWN = -1.0  # what wsistream writes where mpp is not known
-OVERSHOOT = 0.25  # bicubic resizing leaves [0, 1] by less; normalizing by more
+# Bicubic resizing leaves [0, 1] by less and at edges only; normalizing by more, or in many places.
+OVERSHOOT, SLIGHT, OUTSIDE = 0.25, 0.02, 0.05
 
 
 class MappedLoader:
@@ -147,7 +148,7 @@ def dinov2_batch(
         "collated_local_crops": views.locals.flatten(0, 1).to(dtype),
         "collated_masks": masks,
         "mask_indices_list": indices,
-        "masks_weight": (1 / counts).expand_as(masks)[masks],
+        "masks_weight": (1 / counts).expand_as(masks).flatten()[indices],
         "upperbound": len(indices),
         "n_masked_patches": torch.full((1,), len(indices), dtype=torch.long),
     }
@@ -175,6 +176,7 @@ def wsistream_batch(batch: Batch, output_dtype: str = "float32") -> dict[str, An
             for number, crops in enumerate(getattr(batch.views, f"{kind}s"))
         }
     if output_dtype == "uint8":
+        check_unit(pictures.values())
         pictures = {name: to_bytes(images) for name, images in pictures.items()}
     names = [name or "" for name in batch.slides]
     mpp = batch.mpp.double()
@@ -226,7 +228,7 @@ class MilBags(Dataset[dict[str, Tensor]]):
 
     X       float32 (N, D)
     Y       int64 ()
-    coords  int64 (N, 2)
+    coords  int64 (N, 2); all three on the device of the features
     raises  InputError for a slide without a label
     """
 
@@ -245,8 +247,9 @@ class MilBags(Dataset[dict[str, Tensor]]):
                 "where=), or give slides labels when converting"
             )
         features = torch.cat([self.embed(images).float() for images in self.bags.decode(bag)])
+        others = {"Y": torch.tensor(bag.label), "coords": bag.coords}
         # Features first: torchmil's collate_fn takes the mask of real patches from the first value.
-        return {"X": features, "Y": torch.tensor(bag.label), "coords": bag.coords}
+        return {"X": features} | {name: part.to(features.device) for name, part in others.items()}
 
 
 def views_of(batch: Batch) -> Views:
@@ -258,14 +261,29 @@ def views_of(batch: Batch) -> Views:
 
 
 def to_bytes(images: Tensor) -> Tensor:
-    """Images in [0, 1] as uint8; InputError where they are normalized."""
-    low, high = (float(value) for value in images.aminmax()) if images.numel() else (0.0, 1.0)
-    if low < -OVERSHOOT or high > 1 + OVERSHOOT:
+    """Images in [0, 1] as uint8."""
+    return (images.float().clamp(0, 1) * 255).round().byte()
+
+
+def check_unit(pictures: Iterable[Tensor]) -> None:
+    """InputError where images are normalized; waits for their device once."""
+    found = [measures(images) for images in pictures if images.numel()]
+    if not found:
+        return
+    lows, highs, shares = zip(*torch.stack(found).tolist(), strict=True)
+    low, high, outside = min(lows), max(highs), max(shares)
+    if low < -OVERSHOOT or high > 1 + OVERSHOOT or outside > OUTSIDE:
         raise InputError(
             f"values from {low:.2f} to {high:.2f} cannot be uint8; leave out normalizing "
             "(MultiCrop(mean=None, std=None))"
         )
-    return (images.float().clamp(0, 1) * 255).round().byte()
+
+
+def measures(images: Tensor) -> Tensor:
+    """Least value, largest value, share of values clearly outside [0, 1]; float32 (3,)."""
+    values = images.float()
+    is_outside = (values < -SLIGHT) | (values > 1 + SLIGHT)
+    return torch.stack([*values.aminmax(), is_outside.float().mean()])
 
 
 def places_at(array: LatentArray, coords: np.ndarray) -> np.ndarray:

@@ -100,8 +100,8 @@ def find_decoders(
 ) -> list[Autoencoder]:
     """What decodes each group: one of those given that reads its latents, or the recorded one.
 
-    raises  ContractError for one given that reads no set's latents; WeightsError for a set whose
-            decoder is not at hand
+    raises  ContractError for one given that reads no set's latents, or two that read the same;
+            WeightsError for a set whose decoder is not at hand
     """
     several: list[Any] = [] if given is None else [given]
     if isinstance(given, (list, tuple)):
@@ -111,7 +111,12 @@ def find_decoders(
     ]
     by_latents: dict[str, Autoencoder] = {}
     for network in loaded:
-        by_latents.setdefault(network.card.latent_id, network)
+        other = by_latents.setdefault(network.card.latent_id, network)
+        if other is not network:
+            raise ContractError(
+                f"the decoders {other.card.name!r} and {network.card.name!r} read the same latents "
+                f"({short(network.card.latent_id)}); give one of them"
+            )
     known = {shards.manifest.contract.latent_id for shards in sets}
     for network in loaded:
         if network.card.latent_id not in known:

@@ -65,7 +65,7 @@ class MixedLoader:
     shuffle, seed  see LatentDataset; groups do not run through like orders
     last           batches are always full: "drop" and nothing else
     decoder        object, name, path, ORG/NAME[@REVISION] or several of them: a group takes the one
-                   that reads its latents, else the recorded one
+                   that reads its latents, else the recorded one; two for one group are refused
     num_workers    processes that read codes, shared out among the groups, one each at least
     max_bad        damaged packs of all groups together to replace before giving up
     allow_mixed_mpp  mix sets whose patches show fields of unlike size, in micrometres
@@ -106,7 +106,7 @@ class MixedLoader:
         mixture = weights if isinstance(weights, Mixture) else Mixture(weights)
         self.folders, self.max_bad = mixture.folders, max_bad
         self.sets = [ShardSet(folder, cache=cache) for folder in mixture.folders]
-        check_fields(self.sets, allow_mixed_mpp)
+        check_fields(self.sets, allow_mixed_mpp, split)
         rank, world_size = find_rank(rank, world_size)
         grouped = group_sets(self.sets)
         totals = [math.fsum(mixture.weights[number] for number in group) for group in grouped]

@@ -99,3 +99,57 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
         monkeypatch.setenv("HF_TOKEN", "hf_write")
         monkeypatch.setenv("LATENTDS_CACHE", str(tmp_path / "cache"))
         yield server
+
+
+@pytest.fixture(scope="session")
+def swap_room(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `patches/` and `latents/`, as docs/swap.md names them; made once."""
+    from tests.swaps import fill_room
+
+    return fill_room(tmp_path_factory.mktemp("swaps"))
+
+
+@pytest.fixture
+def in_swap_room(swap_room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(swap_room)
+
+
+@pytest.fixture(scope="session")
+def class_pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Class folders of 44 pictures of 64 px."""
+    root = tmp_path_factory.mktemp("pretrain") / "pictures"
+    save_pictures(root / "tumour", 24, edge=64)
+    save_pictures(root / "stroma", 20, first_seed=100, edge=64)
+    return root
+
+
+@pytest.fixture(scope="session")
+def tiny_latents(class_pictures: Path) -> Path:
+    """The same as a data set of `tiny`."""
+    out = class_pictures.with_name("latents")
+    options = {"device": "cpu", "workers": 2, "fit_patches": 16}
+    convert(ConvertConfig(source=class_pictures, out=out, **options))
+    return out
+
+
+@pytest.fixture(scope="session")
+def mean_latents(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set of other latents, 64 px too, whose decoder is nowhere."""
+    root = tmp_path_factory.mktemp("mean")
+    save_pictures(root / "in", 24, first_seed=300, edge=64)
+    convert_with_mean(root / "in", root / "out")
+    return root / "out"
+
+
+@pytest.fixture(scope="session")
+def dino_run(tmp_path_factory: pytest.TempPathFactory, tiny_latents: Path) -> Path:
+    """The folder of a finished pretraining of `tiny_latents`; read only."""
+    from latentds_trainers.pretrain import main
+
+    from tests.pretraining import config_of
+
+    out = tmp_path_factory.mktemp("run") / "ssl"
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("DS_ACCELERATOR", "cpu")
+        main(config_of(out, data=(tiny_latents,), sample_every=4))
+    return out

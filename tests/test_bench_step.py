@@ -99,6 +99,11 @@ def test_impossible_numbers_are_wrong_usage(capsys, words):
     call(capsys, *words, code=2)
 
 
+def test_a_decoder_for_a_set_that_is_not_decoded_is_wrong_usage(capsys):
+    words = ("set", "--input", "latents", "--decoder", "tiny")
+    assert "--input latents does not" in call(capsys, *words, code=2)
+
+
 def test_a_gpu_has_the_defaults_of_a_gpu():
     config = bench_step.with_defaults(bench_step.Config(), is_gpu=True)
     assert config.arch == "vit_small_patch16_224" and config.dtype == "bfloat16"

@@ -148,6 +148,11 @@ def test_a_test_set_is_normalized_as_the_training_set(latents, tmp_path):
     assert torch.equal(inputs.sets[1].images(np.arange(5)), own.patches.images(np.arange(5)))
 
 
+def test_a_decoder_of_latents_that_go_in_as_they_are_is_refused(latents):
+    with pytest.raises(InputError, match="--decoder tiny: not for latents that go in as they are"):
+        open_undecoded(PatchInput(data=latents, device="cpu", decoder="tiny"))
+
+
 def test_latents_of_another_autoencoder_are_refused(latents, pictures, tmp_path):
     convert_with_mean(pictures, tmp_path / "mean")
     stem = open_undecoded(PatchInput(data=latents, device="cpu")).stem

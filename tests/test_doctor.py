@@ -128,6 +128,14 @@ def test_offline_asks_nobody(monkeypatch, no_network):
     assert hub.state == "missing" and "offline" in hub.text
 
 
+def test_a_cache_limit_that_is_no_number_stops_nothing(
+    capsys, monkeypatch, no_network, quick_probe
+):
+    monkeypatch.setenv("LATENTDS_CACHE_LIMIT", "much")
+    found = findings(capsys)
+    assert found["cache"]["remedy"] == "mend LATENTDS_CACHE_LIMIT" and "token" in found
+
+
 def test_a_server_that_never_answers_is_not_waited_for():
     with socket.create_server(("127.0.0.1", 0)) as silent:
         started = time.monotonic()

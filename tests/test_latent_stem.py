@@ -152,10 +152,10 @@ def test_a_configuration_follows_from_a_data_set(shared_dataset):
 
 
 def test_cells_that_are_no_whole_tokens_are_refused():
-    network = build_vit(ARCH, stem=stem_of(8))
-    check_cells(ARCH, network, (4, 6))
+    edge = build_vit(ARCH, stem=stem_of(8)).patch_embed.patch_size[0]
+    check_cells(ARCH, edge, (4, 6))
     with pytest.raises(ShapeError, match="5x4 cells, but test_vit takes 2x2 cells a token"):
-        check_cells(ARCH, network, (4, 5))
+        check_cells(ARCH, edge, (4, 5))
 
 
 # Classifiers
@@ -229,6 +229,13 @@ def test_a_codebook_in_the_folder_counts(tmp_path):
     images = torch.rand(1, 3, 64, 64)
     assert not torch.allclose(plain.embed(images), coarse.embed(images))
     assert plain.card.weights_id != coarse.card.weights_id
+
+
+def test_a_folders_name_may_have_the_sign_before_an_autoencoder(tmp_path):
+    folder = tmp_path / "me@home"
+    export(folder)
+    found = [load_embedder(f"latent-dir:{folder}{end}").card.weights_id for end in ("", "@tiny")]
+    assert found[0] == found[1]
 
 
 def test_bad_backbones_and_autoencoders_are_named(tmp_path):

@@ -14,7 +14,7 @@ from latentds.autoencoders.decoders import architecture_of, save_decoder
 from latentds.conversion.config import ConvertConfig
 from latentds.conversion.pipeline import convert
 from latentds.errors import ContractError, InputError, UnknownNameError, WeightsError
-from latentds.fields import check_fields, field_um
+from latentds.fields import check_fields, field_of
 from latentds.grouping import apportion, fix_shares, group_sets
 from latentds.mixing import MixedLoader
 from latentds.reader import ShardSet
@@ -242,7 +242,7 @@ def test_fields_of_unlike_size_are_refused_by_name_unless_allowed(sets):
 
 
 def test_fields_agree_whatever_the_pixels(sets):
-    fields = [field_um(ShardSet(sets[name])) for name in ("tiny-a", "tiny-large", "mean")]
+    fields = [field_of(ShardSet(sets[name])).edge_um for name in ("tiny-a", "tiny-large", "mean")]
     assert fields == pytest.approx([16, 16, 16])
     check_fields([ShardSet(sets[name]) for name in ("tiny-a", "tiny-b", "tiny-large", "mean")])
 
@@ -254,6 +254,38 @@ def test_what_is_not_recorded_is_warned_of_once(sets, caplog):
         check_fields(shards[:1])
     assert len(caplog.records) == 1 and "not recorded in" in caplog.text
     assert "unknown" in caplog.text
+
+
+def with_mpp(folder, values, rows=slice(None)):
+    """A set whose patches (those at `rows`) have other micrometres a pixel, in turn."""
+    shards = ShardSet(folder)
+    shards.patches = np.array(shards.patches)
+    shards.patches["mpp"][rows] = np.resize(values, len(shards.patches["mpp"][rows]))
+    return shards
+
+
+def test_a_set_whose_own_patches_differ_is_warned_of(sets, caplog):
+    check_fields([with_mpp(sets["tiny-a"], [0.5, 0.51])])
+    assert not caplog.records
+    check_fields([with_mpp(sets["tiny-a"], [0.5, 0.25, 0.5])])
+    assert "tiny-a: patches from 0.25 to 0.5 um a pixel in one set" in caplog.text
+
+
+def test_fields_are_those_of_the_split_that_is_trained_on(shared_dataset, caplog):
+    shards = with_mpp(shared_dataset, [0.5])
+    shards.patches["mpp"][slice(*shards.patch_range("val"))] = 2.0
+    fields = [field_of(shards, split).mpp for split in ("train", "val")]
+    assert fields == [0.5, 2.0]
+    check_fields([shards, with_mpp(shared_dataset, [0.5])], split="train")
+    assert not caplog.records
+    with pytest.raises(UnknownNameError, match="test"):
+        check_fields([shards], split="test")
+
+
+def test_two_decoders_of_one_kind_are_refused(weights):
+    two = [MeanAutoencoder(latent_id=TINY, name="one"), MeanAutoencoder(latent_id=TINY)]
+    with pytest.raises(ContractError, match="'one' and 'mean8' read the same latents"):
+        mixed(weights, decoder=[MeanAutoencoder(), *two])
 
 
 def test_ranks_that_do_not_divide_the_shares_are_told_which_do(weights):

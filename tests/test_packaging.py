@@ -133,7 +133,7 @@ RECIPES = {  # and the modules each is made of
         *("pretrain_task", "pretrain_schedule", "pretrain_presets", "pretrain_networks"),
         *("pretrain_feed", "pretrain_sources", "pretrain_sets", "pretrain_pictures"),
         *("pretrain_ledger", "pretrain_probe", "pretrain_probe_config", "pretrain_probe_rows"),
-        "pretrain_export",
+        *("pretrain_export", "pretrain_checks", "pretrain_result"),
     ),
     "sampath": (
         *("segmentation_run", "segmentation_fold", "segmentation_data", "segmentation_labels"),

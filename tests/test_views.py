@@ -120,6 +120,15 @@ def test_one_crop_without_changes_is_the_patch():
     torch.testing.assert_close(found.globals[0], images, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(48, 97), (97, 48)])
+def test_a_patch_that_no_box_fits_shows_its_central_one(rows, columns):
+    images = torch.rand((3, 3, rows, columns), generator=torch.Generator().manual_seed(0))
+    found = MultiCrop.preset("none", global_px=48)(images, seeds_of(3))
+    top, left = (rows - 48) // 2, (columns - 48) // 2
+    central = images[:, :, top : top + 48, left : left + 48]
+    torch.testing.assert_close(found.globals[0], central, atol=1e-6, rtol=0)
+
+
 def test_a_mirrored_view_mirrors_its_own_patch_only():
     images = images_of(30)
     found = MultiCrop.preset("none", global_px=48, flip=0.5)(images, seeds_of(30)).globals[0]

@@ -54,9 +54,10 @@ def open_undecoded(
 
     autoencoder  an object instead of the one that a codec names
     stem         of a network that is there already: latents are normalized as it has them
-    raises       InputError for originals without a codec that makes latents, ContractError for
-                 other latents than the stem's, and what `open_patches` raises
+    raises       InputError for originals without a codec that makes latents, or for a decoder;
+                 ContractError for other latents than the stem's, and what `open_patches` raises
     """
+    refuse(config, ("decoder",), "for latents that go in as they are")
     opened = choose_device(config.device), Memory(config.keep_mb * 1_000_000)
     shards = find_shards(config)
     if shards is not None:

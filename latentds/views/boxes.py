@@ -86,8 +86,14 @@ def draw_boxes(
     scale  part of the area, from and to
     ratio  width to height, from and to
     """
-    height, width = fitting(draws, size, scale, ratio)
-    return placed(draws, height, width, size, flip, has_turns)
+    height, width, has_fitted = fitting(draws, size, scale, ratio)
+    boxes = placed(draws, height, width, size, flip, has_turns)
+    top, left = ((edge - part) // 2 for edge, part in zip(size, (height, width), strict=True))
+    return dataclasses.replace(
+        boxes,
+        top=torch.where(has_fitted, boxes.top, top),
+        left=torch.where(has_fitted, boxes.left, left),
+    )
 
 
 def native_boxes(
@@ -105,8 +111,11 @@ def native_boxes(
 
 def fitting(
     draws: Draws, size: tuple[int, int], scale: tuple[float, float], ratio: tuple[float, float]
-) -> tuple[Tensor, Tensor]:
-    """Height and width (V, B) of the first try that fits the patch; else of a central box."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Height and width (V, B) of the first try that fits the patch, else of a central box.
+
+    The third tensor, bool (V, B), says where one has fitted.
+    """
     rows, columns = size
     area = rows * columns * spread(draws["area"].double(), scale)
     shape = spread(draws["ratio"].double(), (math.log(ratio[0]), math.log(ratio[1]))).exp()
@@ -120,7 +129,7 @@ def fitting(
         torch.where(has_fitted, found, other).long()
         for found, other in zip(chosen, fallback, strict=True)
     )
-    return height, width
+    return height, width, has_fitted
 
 
 def central_box(size: tuple[int, int], ratio: tuple[float, float]) -> tuple[float, float]:

@@ -14,9 +14,8 @@ from latentds.views.crops import Views
 from latentds.views.halo import measure_halo
 from latentds.views.multicrop import MultiCrop
 
-STEPS = (
-    16  # sizes of windows, in parts of the patch: few shapes, for compiled and captured decoders
-)
+# Sizes of windows, in parts of the patch: few shapes, for compiled and captured decoders.
+STEPS = 16
 GROUPS = 8  # of a batch, of equal numbers of patches
 
 
@@ -105,7 +104,8 @@ class CropWindows:
     ) -> Views:
         """Views of codes uint8 (B, C, h, w) on the decoder's device."""
         latents = self.decoder.levels(codes, codebooks)
-        made = [self.group_views(latents, seeds, plan.boxes, group) for group in plan.groups]
+        boxes = [part.to(latents.device) for part in plan.boxes]
+        made = [self.group_views(latents, seeds, boxes, group) for group in plan.groups]
         back = torch.cat([group.patches for group in plan.groups]).argsort()
         back = back.to(latents.device, non_blocking=True)
         return Views(
@@ -124,7 +124,7 @@ class CropWindows:
         window = latents[patches[:, None, None], :, rows[:, :, None], columns[:, None, :]]
         images = self.decoder.decode_within_memory(window.permute(0, 3, 1, 2))
         corner = (group.top * self.factor, group.left * self.factor)
-        within = [part.to(device).map(lambda own: own[:, patches]).moved(*corner) for part in boxes]
+        within = [part.map(lambda own: own[:, patches]).moved(*corner) for part in boxes]
         return self.views.render(images, self.views.draw(seeds[patches]), within)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from latentds_tools.comparison.reading import Family, Row, kind_of
 
 from latentds.errors import unknown_name
 from latentds.evaluation.statistics import Difference
+from latentds.version import __version__
 
 FORMAT = "latentds-comparison/1"
 PER_CLASS = {"sampath": "dice"}  # else f1
@@ -36,7 +36,7 @@ def make_report(
         "format": FORMAT,
         "bootstrap": {"over": bootstrap.over, "draws": bootstrap.draws, "seed": bootstrap.seed},
         "families": [describe_family(f, reference, metric, paper, bootstrap) for f in families],
-        "version": importlib.metadata.version("latentds"),
+        "version": __version__,
     }
 
 

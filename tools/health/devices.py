@@ -113,11 +113,14 @@ def examine_options(line: dict[str, str]) -> Iterator[Finding]:
         "compile": "torch.compile needs triton and a C compiler; leave compile=False without",
         "cuda_graph": "leave cuda_graph=False",
     }
-    for name, failure in line.items():
+    for name, remedy in remedies.items():
+        if name not in line:  # a library's talk that happens to be JSON
+            continue
+        failure = line[name]
         yield Finding(
             group="devices",
             name=name,
             state="missing" if failure else "ok",
             text=failure or "works",
-            remedy=remedies[name] if failure else "",
+            remedy=remedy if failure else "",
         )

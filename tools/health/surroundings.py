@@ -31,7 +31,7 @@ def examine_hub(timeout_s: float) -> Iterator[Finding]:
     except ImportError:
         return  # told among the base requirements
     endpoint = str(constants.ENDPOINT)
-    offline = CacheConfig().resolve()[2]
+    offline = CacheConfig(limit=1).resolve()[2]  # a limit: the user's may be no number, told below
     failure = "told to stay offline (HF_HUB_OFFLINE or LATENTDS_OFFLINE)" if offline else ""
     failure = failure or ask(endpoint, timeout_s)
     yield Finding(

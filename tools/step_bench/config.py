@@ -43,7 +43,8 @@ class Config:
     """What the network reads: decoded patches, or latents without decoding, through a stem."""
     decoder: str | None = None
     """turbo-s, turbo-m, turbo-f32, taesd, sd15, sd3, dcae-f32 (random weights), tiny, or a
-    decoder's folder or name; by default a set's own, turbo-s for random codes."""
+    decoder's folder or name; by default a set's own, turbo-s for random codes, whose shape it gives
+    with --input latents too."""
     batch_size: int | None = None
     """Patches a step; 128 on a GPU, 2 elsewhere by default."""
     device: str = "cpu"
@@ -94,6 +95,8 @@ class Config:
             raise ValueError("locals and workers are at least 0")
         if self.crop_windows and self.input == "latents":
             raise ValueError("--crop-windows decodes; --input latents does not")
+        if self.decoder and self.folder and self.input == "latents":
+            raise ValueError("--decoder decodes a set; --input latents does not")
 
 
 def with_defaults(config: Config, is_gpu: bool) -> Config:

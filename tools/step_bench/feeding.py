@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from latentds_tools.step_bench.config import Config
 
     from latentds.batch import Batch
-    from latentds.loader import LatentLoader
 
 CACHED = 2  # batches that lie on the device, used in turn
 TOKEN_PX = 16  # of a patch16 arch: windows of latents start where its tokens do
@@ -40,7 +39,8 @@ class Feeding:
             windows = {"crop_windows": config.crop_windows}
             self.loader = open_loader(source, config, device, dtype, views=self.views, **windows)
         else:
-            self.stem = stem_of(self.codes_loader)
+            codes = self.codes_loader
+            self.stem = LatentStemConfig.of(codes.contract, codes.statistics)
             self.views = latent_views(config, self.stem)
             self.loader = open_loader(
                 source, config, device, dtype, decode="latents", normalize=True, views=self.views
@@ -127,17 +127,4 @@ def latent_views(config: Config, stem: LatentStemConfig) -> Any:
         global_cells=config.global_px // stem.factor,
         local_cells=config.local_px // stem.factor,
         align=max(1, TOKEN_PX // stem.factor),
-    )
-
-
-def stem_of(loader: LatentLoader) -> LatentStemConfig:
-    """What a network must know of the set's latents."""
-    channels, cells, _ = loader.contract.codes_shape
-    found = loader.statistics
-    return LatentStemConfig(
-        channels=channels,
-        factor=loader.contract.patch_px[0] // cells,
-        mean=tuple(map(float, found.mean)),
-        std=tuple(map(float, found.std)),
-        latent_id=loader.contract.latent_id,
     )

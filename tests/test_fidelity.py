@@ -404,13 +404,14 @@ def test_a_device_that_is_not_there_is_told(folder):
 def test_decoders_on_the_hub_take_the_encoder_they_name(folder, hub, tmp_path):
     from latentds.autoencoders import load_autoencoder
     from latentds.autoencoders.decoders import architecture_of, save_decoder
-    from latentds.hub.decoders import DecoderPublication, publish_decoder
+    from latentds.hub.decoders import publish_decoder
+    from latentds.hub.model_files import ModelPublication
 
     tiny = load_autoencoder("tiny")
     for name, base in (("mine", tiny.card), ("other", dataclasses.replace(tiny.card, name="x"))):
         trained = {"config": {"pictures": ["in"]}}
         save_decoder(tmp_path / name, tiny.decoder, base, architecture_of(tiny), trained)
-        publication = DecoderPublication(repository=f"org/{name}", licence="mit")
+        publication = ModelPublication(repository=f"org/{name}", licence="mit")
         publish_decoder(tmp_path / name, publication)
     config = settings(folder, codecs="org/mine+kmeans", embedders="")
     report, _ = comparing.compare(config)

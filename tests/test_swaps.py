@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,15 @@ from tests.swaps import (
 )
 
 pytestmark = pytest.mark.usefixtures("in_swap_room")
+
+OF_LAUNCHERS = {
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+}
 
 
 def test_a_swap_changes_at_most_three_lines():
@@ -350,9 +360,13 @@ def test_two_ranks_share_the_patches(swap_room, tmp_path, library):
     script = [str(Path(__file__).with_name("swap_ranks.py")), library, str(swap_room / "latents")]
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
     launcher = torchrun if library == "accelerate" else []  # Lightning starts ranks itself
+    # Engines of other tests leave LOCAL_RANK in this process: Lightning then waits for ranks that
+    # it believes somebody else to start.
+    alone = {name: value for name, value in os.environ.items() if name not in OF_LAUNCHERS}
     done = subprocess.run(
-        [sys.executable, *launcher, *script, str(tmp_path)], capture_output=True, text=True
-    )
+        [sys.executable, *launcher, *script, str(tmp_path)],
+        capture_output=True, text=True, env=alone, timeout=600,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert len(rows[0]) == len(rows[1]) == 8 and sorted(rows[0] + rows[1]) == sorted(

@@ -88,7 +88,10 @@ def publish_decoder(
     """
     found = find_decoder_folder(folder)
     if found is None:
-        raise FileNotFoundError(f"{folder}: no {RECORD} there or in its decoder/")
+        raise FileNotFoundError(
+            f"{folder}: no {RECORD} there or in its decoder/; give a decoder's folder, or the one "
+            "that a finished finetune_decoder run was told as --out"
+        )
     tell("checking the decoder's tensors")
     load_decoder(found)
     record = read_record(found)

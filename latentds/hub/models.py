@@ -84,7 +84,10 @@ def find_backbone_folder(folder: Path) -> Path:
     for place in (folder, folder / RUN_FOLDER):
         if (place / RECORD).is_file():
             return place
-    raise FileNotFoundError(f"{folder}: no {RECORD} there or in its {RUN_FOLDER}/")
+    raise FileNotFoundError(
+        f"{folder}: no {RECORD} there or in its {RUN_FOLDER}/; give the folder that a finished "
+        "pretrain run was told as --out"
+    )
 
 
 def check_backbone(folder: Path) -> BackboneRecord:

@@ -328,6 +328,17 @@ def test_val7k_tests_every_fold_on_the_test_set(halves, embedder, tmp_path, form
     assert not any("patch by patch" in note for note in record.notes)
 
 
+@pytest.mark.parametrize("protocol", ["val7k", "kfold"])
+def test_evas_probe_validates_on_patches_it_does_not_test(halves, embedder, tmp_path, protocol):
+    options = {"protocol": protocol, "embedder": embedder, "probe": "eva", "folds": 3}
+    record = classify(halves, tmp_path / "run", **options)
+    assert record.model == "eva"
+    assert all(fold["val"] > 0 for fold in record.folds)
+    parts = [assigned_items(tmp_path / "run" / "splits" / "splits_0.csv", part)
+             for part in ("train", "val", "test")]  # fmt: skip
+    assert len(set().union(*parts)) == sum(map(len, parts))
+
+
 def test_folds_that_share_a_test_set_are_told_of(halves, embedder, tmp_path):
     record = classify(halves, tmp_path / "run", embedder=embedder, protocol="val7k")
     assert any("do not contain the sampling error" in note for note in record.notes)
@@ -499,6 +510,7 @@ def test_weights_that_are_not_there_are_named(classes, tmp_path):
         ({"embedder": "uni", "test_data": Path("x")}, "--test-data is for --protocol val7k"),
         ({"embedder": "uni", "protocol": "val7k", "split": "train"}, "leave --split"),
         ({"embedder": "uni", "folds": 1}, "folds is 1; at least 2"),
+        ({"embedder": "uni", "folds": 2, "probe": "eva"}, "folds is 2, at least 3"),
         ({"embedder": "uni", "jitter": 1.0}, r"jitter is 1\.0"),
         ({"embedder": "uni", "lr": 0.0}, r"lr is 0\.0; a positive number"),
     ],

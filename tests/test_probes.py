@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,7 @@ pytest.importorskip("deepspeed")
 
 from latentds_trainers.finetune_backbone import augmented
 
-from latentds.evaluation import probes
+from latentds.evaluation import eva_probe, probes
 
 
 def separable(count: int, dim: int, classes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -89,6 +91,76 @@ def test_standardized_features_take_no_scale_along():
     one = probes.linear_probe(train, labels, train, 3, standardize=True)
     other = probes.linear_probe(train * scales + 1, labels, train * scales + 1, 3, standardize=True)
     assert np.abs(one.probabilities - other.probabilities).max() < 1e-3  # float32 inputs
+
+
+def examples(count: int, seed: int = 0) -> eva_probe.Examples:
+    features, labels = separable(count, 24, 3, seed)
+    return eva_probe.Examples(features=features, labels=labels)
+
+
+def test_evas_probe_learns_and_tests_the_weights_that_validated_best(monkeypatch):
+    monkeypatch.setattr(eva_probe, "LEARNING_RATE", 1e-2)
+    train, val, test = examples(600), examples(100, seed=2), examples(300, seed=3)
+    reached = []
+    judge = eva_probe.balanced_accuracy
+    monkeypatch.setattr(
+        eva_probe, "balanced_accuracy", lambda *args: reached.append(judge(*args)) or reached[-1]
+    )
+    fitted = eva_probe.eva_probe(train, val, test.features, 3, seed=0)
+    assert fitted.remark == ""
+    assert len(reached) == reached.index(max(reached)) + 1 + eva_probe.PATIENCE
+    assert (fitted.probabilities.argmax(1) == test.labels).mean() > 0.6  # chance is a third
+    assert np.allclose(fitted.probabilities.sum(1), 1)
+    on_val = eva_probe.eva_probe(train, val, val.features, 3, seed=0).probabilities.argmax(1)
+    recalls = [(on_val[val.labels == k] == k).mean() for k in range(3)]
+    assert np.mean(recalls) == pytest.approx(max(reached))
+
+
+def test_evas_probe_is_the_same_for_a_seed_whatever_torch_drew_before():
+    train, val = examples(300), examples(60, seed=2)
+    torch.manual_seed(7)
+    one = eva_probe.eva_probe(train, val, val.features, 3, seed=0).probabilities
+    drawn = torch.rand(1)
+    torch.manual_seed(7)
+    assert torch.equal(drawn, torch.rand(1))  # the process's generator was left alone
+    assert np.array_equal(
+        one, eva_probe.eva_probe(train, val, val.features, 3, seed=0).probabilities
+    )
+    other = eva_probe.eva_probe(train, val, val.features, 3, seed=1).probabilities
+    assert not np.array_equal(one, other)
+
+
+def test_steps_of_evas_probe_that_ran_out_are_told(monkeypatch):
+    monkeypatch.setattr(eva_probe, "STEPS", 5)
+    steps = []
+    monkeypatch.setattr(torch.optim.AdamW, "step", counted(torch.optim.AdamW.step, steps))
+    train, val = examples(600), examples(60, seed=2)
+    fitted = eva_probe.eva_probe(train, val, val.features, 3, seed=0)
+    assert "ended after" in fitted.remark and len(steps) == 5  # 3 batches an epoch: one and a part
+
+
+def counted(function, calls: list[int]):
+    def called(*args, **kwargs):
+        calls.append(1)
+        return function(*args, **kwargs)
+
+    return called
+
+
+def test_evas_probe_with_standardized_features_takes_no_scale_along():
+    train, val = examples(300), examples(60, seed=2)
+    scales = np.geomspace(1e-2, 1e2, 24).astype(np.float32)
+    wide = [dataclasses.replace(part, features=part.features * scales) for part in (train, val)]
+    one = eva_probe.eva_probe(train, val, val.features, 3, seed=0, standardize=True)
+    other = eva_probe.eva_probe(*wide, wide[1].features, 3, seed=0, standardize=True)
+    assert np.abs(one.probabilities - other.probabilities).max() < 1e-3
+
+
+def test_evas_probe_needs_patches_to_validate_on():
+    train = examples(30)
+    nothing = eva_probe.Examples(features=train.features[:0], labels=train.labels[:0])
+    with pytest.raises(InputError, match="no patch to validate on"):
+        eva_probe.eva_probe(train, nothing, train.features, 3, seed=0)
 
 
 def test_neighbours_vote():

@@ -42,9 +42,10 @@ class ClassifyConfig(PatchInput):
     out: Path
     """Folder of the run. The same command run again goes on, and skips folds that are finished.
     With several nodes, a folder all of them see."""
-    probe: Literal["linear", "knn", "finetune"] = "linear"
-    """linear: logistic regression of an embedder's features, as UNI's authors do; knn: nearest
-    neighbours of them; finetune: all of a network of timm."""
+    probe: Literal["linear", "eva", "knn", "finetune"] = "linear"
+    """linear: logistic regression of an embedder's features, as UNI's authors do; eva: a linear
+    layer trained by AdamW and stopped by validation, as the eva benchmark does; knn: nearest
+    neighbours of the features; finetune: all of a network of timm."""
     embedder: str | None = None
     """Whose features are probed: uni, phikon-v2, efficientnet-lite0, timm:NAME, nic:FILE, ..., each
     with @PATH for local weights; or a backbone's folder, as 'pretrain' leaves it."""
@@ -59,7 +60,8 @@ class ClassifyConfig(PatchInput):
     test_data: Path | None = None
     """Test set of --protocol val7k where it is a folder of its own; all of --data is trained on."""
     folds: int = 10
-    """Folds; classes balanced over them, groups kept together."""
+    """Folds; classes balanced over them, groups kept together. With --probe eva the fold after the
+    tested one validates; under val7k the one that is left out does."""
     seed: int = 0
     """Of the folds, the first weights and the draws."""
     penalty: Literal["norm", "squared"] = "norm"
@@ -136,11 +138,13 @@ class ClassifyConfig(PatchInput):
         if self.probe == "finetune" and self.arch is None:
             raise ValueError("--probe finetune needs --arch, such as resnet18")
         if self.probe == "finetune" and self.embedder is not None:
-            raise ValueError("--embedder is for --probe linear or knn; leave it with finetune")
+            raise ValueError("--embedder is for probes of its features; leave it with finetune")
         if self.probe != "finetune" and self.embedder is None:
             raise ValueError(f"--probe {self.probe} needs an --embedder, such as uni")
         if self.probe != "finetune" and self.arch is not None:
             raise ValueError(f"--arch is for --probe finetune; leave it with {self.probe}")
+        if self.probe == "eva" and self.protocol != "val7k" and self.folds < 3:
+            raise ValueError(f"--probe eva validates on a fold; folds is {self.folds}, at least 3")
         if self.input == "latents" and self.jitter != type(self).jitter:
             raise ValueError("--jitter changes colours, which latents have not; leave it")
         if self.test_data is not None and self.protocol != "val7k":

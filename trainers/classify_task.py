@@ -37,6 +37,7 @@ from latentds_trainers.ranks import from_first, join_ranks, on_all_ranks
 from latentds.embedders import load_embedder
 from latentds.embedders.latent_backbone import LatentBackbone
 from latentds.errors import InputError
+from latentds.evaluation.eva_probe import Examples, eva_probe
 from latentds.evaluation.folds import Fold, split_id
 from latentds.evaluation.predictions import fold_predictions, join_predictions, write_predictions
 from latentds.evaluation.probes import (
@@ -180,6 +181,8 @@ class ClassifyTask:
         """The probe of frozen features that the config names."""
         config = self.config
         assert features.features is not None
+        if config.probe == "eva":
+            return self.eva_probe(fold, features.features)
         if config.probe == "knn":
             return self.fit(
                 features.features, fold, nearest_neighbours, neighbours=config.neighbours
@@ -190,6 +193,21 @@ class ClassifyTask:
             linear_probe,
             penalty=config.penalty,
             standardize=config.standardize,
+        )
+
+    def eva_probe(self, fold: Fold, features: np.ndarray) -> Fitted:
+        """A linear layer trained on the fold, stopped by its validation part."""
+        labels = self.patches.labels
+        train, val = (
+            Examples(features=features[r], labels=labels[r]) for r in (fold.train, fold.val)
+        )
+        return eva_probe(
+            train,
+            val,
+            features[fold.test],
+            len(self.patches.classes),
+            seed=self.config.seed,
+            standardize=self.config.standardize,
         )
 
     def fit(

@@ -249,9 +249,10 @@ def protocol_folds(config: ClassifyConfig, patches: LabelledPatches) -> list[Fol
             the protocol's train or test split is missing
     """
     labels, groups, classes = patches.labels, patches.groups, patches.classes
+    validates = config.probe == "eva"  # the other probes have nothing to choose
     if config.protocol == "kfold":
         return stratified_group_folds(
-            labels, groups, folds=config.folds, seed=config.seed, val=False, classes=classes
+            labels, groups, folds=config.folds, seed=config.seed, val=validates, classes=classes
         )
     if not patches.is_test.any() or patches.is_test.all():
         raise InputError(
@@ -269,7 +270,7 @@ def protocol_folds(config: ClassifyConfig, patches: LabelledPatches) -> list[Fol
         [groups[row] for row in rows.tolist()],
         folds=config.folds,
         seed=config.seed,
-        val=False,
+        val=validates,
         classes=classes,
     )
     return [Fold(rows[fold.train], rows[fold.val], rows[fold.test]) for fold in inner]

@@ -1,4 +1,4 @@
-"""Attention over bags made on the fly from originals, codecs and latents, and their heat maps."""
+"""Attention over bags made of originals, codecs and latents, once or each time; heat maps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image
 
 from latentds.conversion.config import ConvertConfig
 from latentds.conversion.pipeline import convert
-from latentds.errors import InputError
+from latentds.errors import ContractError, InputError, LatentdsError
 from latentds.evaluation.records import read_record
 from latentds.patchsets import open_patches
 from latentds.patchsets.config import PatchInput
@@ -89,6 +89,65 @@ def test_the_record_says_how_the_features_were_made(tiles, tmp_path):
     settings = read_record(run(tiles, tmp_path / "run", name_pattern=PATTERN)).settings
     assert settings["embedder.weights_id"] and settings["features.precision"] == "float32"
     assert settings["features.patches.name_pattern"] == PATTERN
+
+
+@pytest.mark.parametrize("cache_gb", [0.0, 1.0])
+def test_features_made_on_the_fly_give_what_kept_ones_give(tiles, tmp_path, cache_gb):
+    convert(ConvertConfig(source=tiles, out=tmp_path / "latents", name_pattern=PATTERN,
+                          device="cpu", workers=2, fit_patches=16))  # fmt: skip
+    kept = run(tmp_path / "latents", tmp_path / "kept")
+    live = run(tmp_path / "latents", tmp_path / "live", on_the_fly=True, cache_gb=cache_gb)
+    assert (live / "predictions.csv").read_bytes() == (kept / "predictions.csv").read_bytes()
+    assert not (live / "features").exists()
+    one, other = read_record(kept), read_record(live)
+    assert (one.source, one.embedder) == (other.source, other.embedder)
+    differing = {name for name in one.settings if one.settings[name] != other.settings[name]}
+    assert differing <= {"out", "on_the_fly", "cache_gb"}
+
+
+def test_on_the_fly_only_the_drawn_patches_are_read(tiles, tmp_path, monkeypatch):
+    read: list[int] = []
+    stream = OpenPatches.stream
+
+    def counted(patches: OpenPatches, requests: Any) -> Any:
+        requests = list(requests)
+        read.extend(map(len, requests))
+        return stream(patches, requests)
+
+    monkeypatch.setattr(OpenPatches, "stream", counted)
+    options: dict[str, Any] = {"name_pattern": PATTERN, "on_the_fly": True, "cache_gb": 0.0}
+    run(tiles, tmp_path / "run", **options, max_patches=3, epochs=1, select="last", folds=2)
+    # 2 folds, each 6 bags drawn to train on, of 3 patches, and 6 tested whole, of 4
+    assert sorted(read) == [3] * 12 + [4] * 12
+
+
+def test_a_run_on_the_fly_goes_on_and_refuses_other_pixels(tiles, tmp_path):
+    options: dict[str, Any] = {"name_pattern": PATTERN, "on_the_fly": True}
+    out = run(tiles, tmp_path / "run", **options)
+    table = (out / "predictions.csv").read_bytes()
+    (out / "fold-1" / "fold.json").unlink()
+    run(tiles, out, **options)
+    assert (out / "predictions.csv").read_bytes() == table
+    path = tiles / "tumour" / "s03_y0_x0.png"
+    Image.fromarray(smooth_picture(99, EDGE)).save(path)
+    with pytest.raises(ContractError, match="the run there has features"):
+        run(tiles, out, **options)
+
+
+def test_a_heat_map_of_features_on_the_fly_lies_over_the_slide(tiles, tmp_path):
+    options: dict[str, Any] = {"name_pattern": PATTERN, "on_the_fly": True}
+    out = run(tiles, tmp_path / "run", **options, heat_map_slides=("s03",))
+    assert Image.open(out / "heat_maps" / "s03.png").size[0] > 600
+    rows = (out / "heat_maps" / "s03.csv").read_text().splitlines()
+    assert [row.split(",")[:2] for row in rows[1:]] == [
+        ["0", "0"], ["64", "0"], ["0", "64"], ["64", "64"]]  # fmt: skip
+
+
+def test_a_damaged_patch_ends_a_run_on_the_fly_with_its_name(tiles, tmp_path):
+    path = tiles / "tumour" / "s03_y0_x0.png"
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(LatentdsError, match=r"s03_y0_x0\.png"):
+        run(tiles, tmp_path / "run", name_pattern=PATTERN, on_the_fly=True)
 
 
 def test_slides_left_out_of_the_features_are_told(tiles, tmp_path):

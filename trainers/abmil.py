@@ -6,10 +6,10 @@
         --folds 5 --heat-maps 4 --out runs/tma
 
 A bag is a slide's features, one vector a patch: from files in TRIDENT's or CLAM's layout, or made
-once from patches, which stay in OUT/features. Folds keep patients together; the fold after the
-tested one validates. Every fold is a run of its own in OUT/fold-<i>, skipped when it is finished;
-the same command goes on after an interruption. The result lands in OUT/result.json, predictions.csv
-and splits/.
+of patches, once and for OUT/features or each time anew (--on-the-fly). Folds keep patients
+together; the fold after the tested one validates. Every fold is a run of its own in OUT/fold-<i>,
+skipped when it is finished; the same command goes on after an interruption. The result lands in
+OUT/result.json, predictions.csv and splits/.
 """
 
 from __future__ import annotations
@@ -66,10 +66,14 @@ class AbmilConfig(PatchInput):
     CLAM's h5_files folder."""
     data: Path | None = None  # type: ignore[assignment]
     """Instead of --bags: patches (originals as 'latentds convert' takes them, or latents), whose
-    features are made once and kept in OUT/features. With --bags: what heat maps show."""
+    features are made once and kept in OUT/features, or see --on-the-fly. With --bags: what heat
+    maps show."""
     embedder: str | None = None
     """With --data: what makes the features (uni, phikon-v2, efficientnet-lite0, timm:NAME, ...).
     With --bags: whose features, where the folder has several."""
+    on_the_fly: bool = False
+    """With --data: embed a bag's patches when it is drawn, only those drawn, and keep no features
+    on the disk; those that fit --cache-gb stay in memory."""
     labels: Path | None = None
     """CSV: slide_id (or slide, bag), label, and case_id (or patient, group, tma_core) where that is
     known. Without, the labels that --data records."""
@@ -145,6 +149,8 @@ class AbmilConfig(PatchInput):
             PatchInput.__post_init__(self)
         if self.bags is None and self.embedder is None:
             raise ValueError("--data needs an --embedder to make features with")
+        if self.bags is not None and self.on_the_fly:
+            raise ValueError("--on-the-fly makes features of --data; --bags has them already")
         if self.bags is not None and self.labels is None:
             raise ValueError("--bags needs --labels; features do not tell them")
         for name, value in PRESETS[self.preset].items():

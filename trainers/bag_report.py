@@ -28,6 +28,7 @@ from latentds.evaluation.records import FoldResult, RunRecord, write_record
 from latentds.evaluation.scores import classification_scores
 from latentds.evaluation.slide_names import some
 from latentds.features.folder import FeatureFolder
+from latentds.features.live import LiveFeatures
 from latentds.features.record import flat
 
 WEIGHTS = "model.safetensors"
@@ -190,7 +191,7 @@ def shown_settings(config: AbmilConfig) -> dict[str, Any]:
     return plain
 
 
-def feature_settings(folder: FeatureFolder) -> dict[str, Any]:
+def feature_settings(folder: FeatureFolder | LiveFeatures) -> dict[str, Any]:
     """The embedder's weights, and the options that features.json records, by dotted names."""
     options = flat(folder.record.options, "features.") if folder.record else {}
     return {"embedder.weights_id": folder.embedder.get("weights_id", ""), **options}
@@ -204,7 +205,7 @@ def codebook_notes(source: Mapping[str, Any]) -> list[str]:
     return [note] if note else []
 
 
-def left_out_notes(folder: FeatureFolder) -> list[str]:
+def left_out_notes(folder: FeatureFolder | LiveFeatures) -> list[str]:
     """A sentence on the slides that have no features, as making them failed."""
     lost = folder.left_out
     return [f"{len(lost):,} slides have no features: {some(list(lost))}."] if lost else []

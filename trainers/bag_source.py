@@ -1,4 +1,4 @@
-"""Bags of features by slide: opened or made from patches, labelled, read in part, some kept."""
+"""Bags of features by slide: opened or made of patches, labelled, read in part, some kept."""
 # N patches of a bag, n of a part, D dimensions
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ from latentds.evaluation.groups import (
     sorted_classes,
 )
 from latentds.evaluation.slide_names import some
+from latentds.features.extraction import extract_features
 from latentds.features.folder import FeatureFolder
+from latentds.features.live import LiveFeatures
+from latentds.features.options import FeatureOptions
 from latentds.patchsets.base import PatchSet
 from latentds.patchsets.config import PatchInput, recorded_settings
 
@@ -35,13 +38,13 @@ GB = 1 << 30
 class FeatureBags:
     """Features of slides, read where they are needed; the first that fit stay in memory.
 
-    folder      the files
+    folder      the files, or what makes features of patches
     cache_gb    memory for whole bags, which go there unless few rows are asked for. What does not
                 fit is read from its file each time, no more of it than is asked for: with draws at
                 random, throwing bags out would help none
     """
 
-    def __init__(self, folder: FeatureFolder, cache_gb: float) -> None:
+    def __init__(self, folder: FeatureFolder | LiveFeatures, cache_gb: float) -> None:
         self.folder, self.room = folder, int(cache_gb * GB)
         self.kept: dict[str, np.ndarray] = {}
 
@@ -93,7 +96,7 @@ class FeatureBags:
         """The features; FormatError where one is NaN or infinite."""
         if not np.isfinite(features.sum(dtype=np.float64)):  # no second array as large
             raise FormatError(
-                f"{self.folder.files[slide]}: features that are not finite; make it again"
+                f"{self.folder.where(slide)}: features that are not finite; make them again"
             )
         return features
 
@@ -121,18 +124,15 @@ def open_labelled(config: AbmilConfig, device: torch.device) -> LabelledBags:
     patches = None
     if config.data is not None:
         patches = on_all_ranks(lambda: open_data(config, device))
+    folder: FeatureFolder | LiveFeatures
     if config.bags is None:
         assert patches is not None
-        make_features(config, patches, device)
-    place = config.bags or config.out / "features"
-    folder = on_all_ranks(lambda: FeatureFolder(place, embedder=feature_name(config)))
+        folder = make_features(config, patches, device)
+    else:
+        place = config.bags
+        folder = on_all_ranks(lambda: FeatureFolder(place, embedder=config.embedder))
     slides = on_all_ranks(lambda: label_slides(config, folder, patches))
     return LabelledBags(bags=FeatureBags(folder, config.cache_gb), slides=slides, patches=patches)
-
-
-def feature_name(config: AbmilConfig) -> str | None:
-    """Which features of a folder are asked for; those we made have a record of their own."""
-    return config.embedder if config.bags is not None else None
 
 
 def open_data(config: AbmilConfig, device: torch.device) -> PatchSet:
@@ -140,39 +140,47 @@ def open_data(config: AbmilConfig, device: torch.device) -> PatchSet:
     from latentds.patchsets import open_patches
 
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(PatchInput)}
-    # A pass to embed them, and one for a heat map: no pixels are worth keeping.
+    # A pass to embed them, and one for a heat map: no pixels are worth keeping. On the fly they are
+    # read again and again, but features are smaller: memory is theirs (--cache-gb).
     fixed = {"splits": None, "device": str(device), "keep_mb": 0}
     return open_patches(PatchInput(**(values | fixed)))
 
 
-def make_features(config: AbmilConfig, patches: PatchSet, device: torch.device) -> None:
-    """Embed what is not embedded yet, slides shared by the ranks. Collective."""
+def make_features(
+    config: AbmilConfig, patches: PatchSet, device: torch.device
+) -> FeatureFolder | LiveFeatures:
+    """What has the features of patches: OUT/features, where they are made now, slides shared by
+    the ranks; or, on the fly, what makes them when they are asked for. Collective.
+    """
     from latentds.embedders import load_embedder
-    from latentds.features.extraction import FeatureOptions, extract_features
 
     assert config.embedder is not None
-    name = config.embedder
+    name, kept = config.embedder, config.out / "features"
     if not on_all_ranks(patches.slides):
         raise InputError(
             f"{config.data}: no patch names its slide, and bags are slides; give a "
             "--name-pattern with a group 'slide'"
         )
     embedder = on_all_ranks(lambda: load_embedder(name))
+    options = FeatureOptions(batch_size=config.embed_batch, patches=recorded_settings(config))
+    if config.on_the_fly:
+        return on_all_ranks(lambda: LiveFeatures(patches, embedder, options, device=device))
     on_all_ranks(
         lambda: extract_features(
             patches,
             embedder,
-            config.out / "features",
-            FeatureOptions(batch_size=config.embed_batch, patches=recorded_settings(config)),
+            kept,
+            options,
             device=device,
             rank=dist.get_rank(),
             world_size=dist.get_world_size(),
         )
     )
+    return on_all_ranks(lambda: FeatureFolder(kept))
 
 
 def label_slides(
-    config: AbmilConfig, folder: FeatureFolder, patches: PatchSet | None
+    config: AbmilConfig, folder: FeatureFolder | LiveFeatures, patches: PatchSet | None
 ) -> LabelledSlides:
     """Labels and patients of the slides with features."""
     if config.labels is not None:

@@ -111,6 +111,10 @@ class FeatureFolder:
                     digest.update(file.features(np.array([0, len(file) - 1])).tobytes())
         return digest.hexdigest()[:16]
 
+    def where(self, slide: str) -> str:
+        """Where a slide's features lie, for messages."""
+        return str(self.files[slide])
+
     def file(self, slide: str) -> FeatureFile:
         """A slide's file, open: for parts of a bag; close it, or use it in a `with`."""
         if slide not in self.files:

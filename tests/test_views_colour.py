@@ -153,13 +153,14 @@ def test_normalized_views_are_the_plain_ones_shifted_and_scaled():
     close(scaled.locals, expected)
 
 
-PAINT = MultiCrop(stain=0.05, solarize=(0.5, 0.5, 0.5), grey=0.5).paint(1)
+PAINT = MultiCrop(stain=0.05, solarize=(0.5, 0.5, 0.5), grey=0.5).paint([0, 1])
 
 
 def painted(change, device="cpu"):
-    drawn = Draws(seeds_of(6), ["global 1"])
-    numbers = [drawn[name][0].to(device) for name in PAINTED]
-    return change(images_of(6, 16, 16).to(device), *numbers).cpu()
+    drawn = Draws.of(seeds_of(6), ["global 0", "global 1"])
+    numbers = [drawn[name].to(device) for name in PAINTED]
+    crops = torch.stack([images_of(6, 16, 16), images_of(6, 16, 16)])
+    return change(crops.to(device), *numbers).cpu()
 
 
 def test_colour_is_one_graph_for_a_compiler():

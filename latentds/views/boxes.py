@@ -25,12 +25,24 @@ DRAWS = {
 class Draws:
     """Random numbers in [0, 1) of every view of every patch.
 
-    seeds  int64 (B,), `batch.seeds`
-    views  names ("global 0"): a view's numbers do not depend on which others there are
+    values  float32 (V, B, all D)
     """
 
-    def __init__(self, seeds: Tensor, views: Sequence[str]) -> None:
-        self.values = uniform_each(seeds, [f"view {name}" for name in views], sum(DRAWS.values()))
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+
+    @classmethod
+    def of(cls, seeds: Tensor, views: Sequence[str]) -> Draws:
+        """Those of seeds int64 (B,), `batch.seeds`.
+
+        views  names ("global 0"): a view's numbers do not depend on which others there are
+        """
+        names = [f"view {name}" for name in views]
+        return cls(uniform_each(seeds, names, sum(DRAWS.values())))
+
+    def part(self, views: slice) -> Draws:
+        """Those of some views."""
+        return Draws(self.values[views])
 
     def __getitem__(self, name: str) -> Tensor:
         """float32 (V, B, D), or (V, B) where one number is drawn."""

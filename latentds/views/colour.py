@@ -98,8 +98,9 @@ def blur(images: Tensor, sigma: Tensor) -> Tensor:
     """Gaussian blur of sigma (N,) pixels, borders reflected."""
     edge = min(images.shape[-2:])
     taps = min(BLUR_TAPS, 2 * edge - 1)  # a reflection is no longer than the image
-    both = sigma[:, None].expand(-1, 2)
-    blurred: Tensor = kornia().filters.gaussian_blur2d(images, taps, both, "reflect")
+    filters = kornia().filters  # its gaussian_blur2d makes the same kernel twice, once an axis
+    kernel = filters.get_gaussian_kernel1d(taps, sigma[:, None])
+    blurred: Tensor = filters.filter2d_separable(images, kernel, kernel, "reflect")
     return blurred
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -135,10 +136,10 @@ class MultiCrop:
 
     def draw(self, seeds: Tensor) -> list[Draws]:
         """The random numbers of the global and of the local views."""
-        return [
-            Draws(seeds, [f"global {number}" for number in range(self.globals)]),
-            Draws(seeds, [f"local {number}" for number in range(self.locals)]),
-        ]
+        names = [f"global {number}" for number in range(self.globals)]
+        names += [f"local {number}" for number in range(self.locals)]
+        drawn = Draws.of(seeds, names)
+        return [drawn.part(slice(self.globals)), drawn.part(slice(self.globals, None))]
 
     def boxes(self, draws: list[Draws], size: tuple[int, int]) -> list[Boxes]:
         """Where the global and the local views lie in patches of a size (H, W)."""
@@ -162,50 +163,44 @@ class MultiCrop:
         made = []
         for kind, edge_px in enumerate((self.global_px, self.local_px)):
             parts = [
-                self.crops(working, draws[kind], boxes[kind], edge_px, part, place).to(images.dtype)
-                for part, place in self.parts(kind, len(images))
+                self.crops(working, draws[kind], boxes[kind], kind, part).to(images.dtype)
+                for part in self.parts(kind, len(images))
             ]
             empty = images.new_empty((0, len(images), 3, edge_px, edge_px))
             made.append(torch.cat([empty, *parts]) if len(parts) != 1 else parts[0])
         return Views(*made)
 
-    def parts(self, kind: int, batch: int) -> list[tuple[slice, int]]:
-        """Views that are augmented together, and which of (first, further, local) they are."""
+    def parts(self, kind: int, batch: int) -> list[slice]:
+        """Views that are augmented together."""
         edge_px, number = ((self.global_px, self.globals), (self.local_px, self.locals))[kind]
         views = max(CHUNK_BYTES // max(12 * batch * edge_px**2, 1), 1)
-        first = 0 if kind else 1  # the first global view has probabilities of its own
-        starts = [start for start in sorted({0, *range(first, number, views)}) if start < number]
-        return [
-            (slice(start, end), 2 if kind else min(start, 1))
-            for start, end in zip(starts, [*starts[1:], number], strict=False)
-        ]
+        return [slice(start, min(start + views, number)) for start in range(0, number, views)]
 
-    def crops(
-        self, images: Tensor, draws: Draws, boxes: Boxes, edge_px: int, part: slice, place: int
-    ) -> Tensor:
-        """Augmented crops (V, B, 3, P, P) of some views."""
-        boxes = boxes.map(lambda tensor: tensor[part])
+    def crops(self, images: Tensor, draws: Draws, boxes: Boxes, kind: int, part: slice) -> Tensor:
+        """Augmented crops (V, B, 3, P, P) of some views of a kind, global or local."""
+        edge_px = (self.global_px, self.local_px)[kind]
+        boxes, draws = boxes.map(lambda tensor: tensor[part]), draws.part(part)
         crops = resized_crops(images, boxes, edge_px, self.interpolation).clamp_(0, 1)
         if not crops.numel():
             return crops
-        numbers = [draws[name][part].flatten(0, 1) for name in PAINTED]
-        paint = self.paint(place)
+        places = [2 if kind else min(view, 1) for view in range(part.start, part.stop)]
+        paint = self.paint(places)
         change = compiled(paint) if self.compile else paint
-        return change(crops.flatten(0, 1), *numbers).view(crops.shape)
+        return change(crops, *(draws[name] for name in PAINTED))
 
-    def paint(self, place: int) -> Paint:
-        """Changes of colour of the first global, further global or local views."""
-        blur = self.blur[place]
+    def paint(self, places: Sequence[int]) -> Paint:
+        """Changes of colour of views, each the first global (0), a further one (1), or local."""
+        blur = [1 - p for p in self.blur] if self.dinov2_compat_blur else self.blur
         return Paint(
             stain=self.stain,
             stain_shift=self.stain_shift,
-            stain_p=self.stain_p[place],
+            stain_p=tuple(self.stain_p[place] for place in places),
             jitter=self.jitter,
             jitter_p=self.jitter_p,
             grey=self.grey,
-            blur=1 - blur if self.dinov2_compat_blur else blur,
+            blur=tuple(blur[place] for place in places),
             blur_sigma=self.blur_sigma,
-            solarize=self.solarize[place],
+            solarize=tuple(self.solarize[place] for place in places),
             mean=self.mean,
             std=self.std,
         )

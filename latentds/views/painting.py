@@ -1,5 +1,5 @@
 """Paint: which changes of colour and sharpness a view may see, how likely and how strong."""
-# N crops, D draws
+# V views, B patches, N = V * B crops, D draws
 
 from __future__ import annotations
 
@@ -21,53 +21,71 @@ PAINTED = tuple(DRAWS)[tuple(DRAWS).index("jitter_p") :]  # the draws that are a
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Paint:
-    """What one kind of view may see; fields as MultiCrop has them, of this kind."""
+    """What views that are painted together may see; fields as MultiCrop has them.
+
+    stain_p, blur, solarize  probabilities, one a view
+    """
 
     stain: float
     stain_shift: float
-    stain_p: float
+    stain_p: tuple[float, ...]
     jitter: tuple[float, float, float, float]
     jitter_p: float
     grey: float
-    blur: float
+    blur: tuple[float, ...]
     blur_sigma: Two
-    solarize: float
+    solarize: tuple[float, ...]
     mean: Three | None
     std: Three | None
 
-    def __call__(self, images: Tensor, *numbers: Tensor) -> Tensor:
-        """Changed crops (N, 3, P, P) of crops in [0, 1]; `numbers` (N, D) in the order of PAINTED.
+    def __call__(self, crops: Tensor, *numbers: Tensor) -> Tensor:
+        """Changed crops (V, B, 3, P, P) of crops in [0, 1].
+
+        numbers  (V, B, D) or (V, B), in the order of PAINTED
 
         The order of the changes is DINO's, stain first as in OpenMidnight.
         """
-        drawn = dict(zip(PAINTED, numbers, strict=True))
+        images = crops.flatten(0, 1)
+        chances = {"stain_p": self.stain_p, "blur_p": self.blur, "solarize": self.solarize}
+        drawn = {
+            name: below(part, chances[name]) if name in chances else part.flatten(0, 1)
+            for name, part in zip(PAINTED, numbers, strict=True)
+        }
         if self.stain or self.stain_shift:
             scale = spread(drawn["stain"], (1 - self.stain, 1 + self.stain))
             shift = spread(drawn["stain_shift"], (-self.stain_shift, self.stain_shift))
             images = perhaps(images, self.stain_p, drawn["stain_p"], stain, scale, shift)
         if any(self.jitter):
             factors = jitter_factors(drawn["jitter"], self.jitter)
-            images = perhaps(images, self.jitter_p, drawn["jitter_p"], jitter, factors)
-        images = perhaps(images, self.grey, drawn["grey"], grey)
+            chosen = drawn["jitter_p"] < self.jitter_p
+            images = perhaps(images, (self.jitter_p,), chosen, jitter, factors)
+        images = perhaps(images, (self.grey,), drawn["grey"] < self.grey, grey)
         sigma = spread(drawn["blur"], self.blur_sigma)
         images = perhaps(images, self.blur, drawn["blur_p"], blur, sigma)
         images = perhaps(images, self.solarize, drawn["solarize"], solarize)
-        return normalize(images, self.mean, self.std)
+        return normalize(images, self.mean, self.std).view(crops.shape)
+
+
+def below(drawn: Tensor, probabilities: tuple[float, ...]) -> Tensor:
+    """Which crops, bool (N,), draw a number below their view's probability; `drawn` (V, B)."""
+    if len(set(probabilities)) == 1:
+        return (drawn < probabilities[0]).flatten()
+    return torch.cat([row < own for row, own in zip(drawn, probabilities, strict=True)])
 
 
 def perhaps(
     images: Tensor,
-    probability: float,
-    drawn: Tensor,
+    probabilities: tuple[float, ...],
+    chosen: Tensor,
     change: Callable[..., Tensor],
     *numbers: Tensor,
 ) -> Tensor:
-    """The images, changed with a probability."""
-    if probability <= 0:
+    """The images (N, 3, P, P), those of `chosen` changed; the probabilities of being chosen."""
+    if max(probabilities) <= 0:
         return images
-    if probability >= 1:
+    if min(probabilities) >= 1:
         return change(images, *numbers)
-    return where_chosen(images, drawn < probability, change, *numbers)
+    return where_chosen(images, chosen, change, *numbers)
 
 
 def jitter_factors(drawn: Tensor, strength: tuple[float, float, float, float]) -> Tensor:

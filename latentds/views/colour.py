@@ -100,8 +100,8 @@ def blur(images: Tensor, sigma: Tensor) -> Tensor:
     taps = min(BLUR_TAPS, 2 * edge - 1)  # a reflection is no longer than the image
     filters = kornia().filters  # its gaussian_blur2d makes the same kernel twice, once an axis
     kernel = filters.get_gaussian_kernel1d(taps, sigma[:, None])
-    blurred: Tensor = filters.filter2d_separable(images, kernel, kernel, "reflect")
-    return blurred
+    blurred: Tensor = filters.filter2d_separable(images.float(), kernel, kernel, "reflect")
+    return blurred.to(images.dtype)  # rounded once, as there
 
 
 def solarize(images: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from latentds.views.boxes import Boxes
 
 SUPPORT = {"bilinear": 1.0, "bicubic": 2.0}  # half width of the kernel at scale 1
-NARROW_BYTES = 1 << 28  # of crops that are resized across and not yet down, held at once
+HELD_BYTES = 1 << 28  # of matrices, crops that are resized across, and crops before their turns
 CUBIC = -0.5  # Keys' a, as PIL and torch's antialiased bicubic have it; -0.75 without antialiasing
 
 
@@ -25,24 +25,23 @@ def resized_crops(images: Tensor, boxes: Boxes, edge_px: int, kind: str) -> Tens
 
     A bicubic resize overshoots at edges, as torchvision's does for floats.
     """
-    batch, channels, rows, _ = images.shape
+    batch, channels, rows, columns = images.shape
     # A quarter turn is a mirror image and a transposition; half of them reverse rows as well.
     is_odd = (boxes.turns % 2 == 1)[..., None, None, None]
     across, down = both_taps(boxes, images, edge_px, kind)
-    views = len(is_odd)
-    crops = images.new_empty((views, batch, channels, edge_px, edge_px))
-    narrow_bytes = batch * channels * rows * edge_px * images.element_size()
-    step = max(NARROW_BYTES // max(narrow_bytes, 1), 1)
-    for start in range(0, views, step):
+    values = channels * rows + rows + columns + 2 * channels * edge_px
+    view_bytes = batch * edge_px * values * images.element_size()
+    step = max(HELD_BYTES // max(view_bytes, 1), 1)
+    parts = [images.new_empty((0, batch, channels, edge_px, edge_px))]
+    for start in range(0, len(is_odd), step):
         some = slice(start, start + step)
-        xy = narrowed(images, across.part(some), down.part(some))
-        torch.where(
-            is_odd[some], xy.permute(1, 0, 3, 2, 4), xy.permute(1, 0, 3, 4, 2), out=crops[some]
-        )
-    return crops
+        xy = resized(images, across.part(some), down.part(some))
+        turned, upright = xy.permute(1, 0, 3, 2, 4), xy.permute(1, 0, 3, 4, 2)
+        parts.append(torch.where(is_odd[some], turned, upright))
+    return torch.cat(parts) if len(parts) != 2 else parts[1].contiguous()
 
 
-def narrowed(images: Tensor, across: Taps, down: Taps) -> Tensor:
+def resized(images: Tensor, across: Taps, down: Taps) -> Tensor:
     """Crops (B, V, P, C, P), x before y, of images (B, C, H, W): two products for all views.
 
     A patch's views stand side by side in one matrix, so that its pixels are not copied for each.

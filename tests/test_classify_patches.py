@@ -511,6 +511,8 @@ def test_weights_that_are_not_there_are_named(classes, tmp_path):
         ({"embedder": "uni", "protocol": "val7k", "split": "train"}, "leave --split"),
         ({"embedder": "uni", "folds": 1}, "folds is 1; at least 2"),
         ({"embedder": "uni", "folds": 2, "probe": "eva"}, "folds is 2, at least 3"),
+        ({"embedder": "uni", "probe": "eva", "lr": 1e-3}, "--lr is of --probe finetune"),
+        ({"embedder": "uni", "probe": "knn", "penalty": "squared"}, "--penalty is of --probe lin"),
         ({"embedder": "uni", "jitter": 1.0}, r"jitter is 1\.0"),
         ({"embedder": "uni", "lr": 0.0}, r"lr is 0\.0; a positive number"),
     ],

@@ -108,7 +108,7 @@ def test_evas_probe_learns_and_tests_the_weights_that_validated_best(monkeypatch
     )
     fitted = eva_probe.eva_probe(train, val, test.features, 3, seed=0)
     assert fitted.remark == ""
-    assert len(reached) == reached.index(max(reached)) + 1 + eva_probe.PATIENCE
+    assert len(reached) == reached.index(max(reached)) + 1 + eva_probe.patience_of(600)
     assert (fitted.probabilities.argmax(1) == test.labels).mean() > 0.6  # chance is a third
     assert np.allclose(fitted.probabilities.sum(1), 1)
     on_val = eva_probe.eva_probe(train, val, val.features, 3, seed=0).probabilities.argmax(1)
@@ -128,6 +128,35 @@ def test_evas_probe_is_the_same_for_a_seed_whatever_torch_drew_before():
     )
     other = eva_probe.eva_probe(train, val, val.features, 3, seed=1).probabilities
     assert not np.array_equal(one, other)
+
+
+@pytest.mark.parametrize(("patches", "epochs"), [(90_000, 7), (2_175, 70), (100, 625)])
+def test_evas_patience_is_that_of_its_configurations(patches, epochs):
+    assert eva_probe.patience_of(patches) == epochs  # NCT-CRC, MHIST, and what has one step
+
+
+def test_evas_probe_learns_from_few_patches_too():
+    train, val, test = examples(240), examples(60, seed=2), examples(300, seed=3)
+    fitted = eva_probe.eva_probe(train, val, test.features, 3, seed=0)
+    linear = probes.linear_probe(train.features, train.labels, test.features, 3, penalty="squared")
+    reached, wanted = (
+        (found.probabilities.argmax(1) == test.labels).mean() for found in (fitted, linear)
+    )
+    assert reached > wanted - 0.05 and wanted > 0.5  # chance is a third
+
+
+def test_a_feature_that_is_constant_in_training_says_nothing_of_others():
+    train, val = examples(300), examples(60, seed=2)
+    constant = [np.full((len(part), 1), 0.1, np.float32) for part in (train, val)]
+    parts = [
+        dataclasses.replace(part, features=np.hstack([part.features, more]))
+        for part, more in zip((train, val), constant, strict=True)
+    ]
+    test = parts[1].features.copy()
+    test[:, -1] = 0.1001
+    one = eva_probe.eva_probe(*parts, parts[1].features, 3, seed=0, standardize=True)
+    other = eva_probe.eva_probe(*parts, test, 3, seed=0, standardize=True)
+    assert np.abs(one.probabilities - other.probabilities).max() < 1e-3
 
 
 def test_steps_of_evas_probe_that_ran_out_are_told(monkeypatch):

@@ -33,6 +33,15 @@ MAY_CHANGE = frozenset(
         *("batch_size", "accumulation"),
     }
 )
+# What only one probe has.
+OF_PROBES: dict[str, tuple[str, ...]] = {
+    "linear": ("penalty",),
+    "knn": ("neighbours",),
+    "finetune": (
+        *("weights", "epochs", "lr", "weight_decay", "warmup_steps", "schedule", "jitter"),
+        *("augment", "accumulation", "clip", "zero_stage", "tensorboard"),
+    ),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,7 +74,7 @@ class ClassifyConfig(PatchInput):
     seed: int = 0
     """Of the folds, the first weights and the draws."""
     penalty: Literal["norm", "squared"] = "norm"
-    """Of the linear probe, with cost = features * classes / 100: norm, mean cross-entropy +
+    """Of --probe linear, with cost = features * classes / 100: norm, mean cross-entropy +
     |W| / (2 cost), as UNI's code has it; squared, + |W|^2 / (2 cost), scikit-learn's with
     C = cost / patches."""
     standardize: bool = False
@@ -75,8 +84,9 @@ class ClassifyConfig(PatchInput):
     arch: str | None = None
     """With --probe finetune: resnet18, vit_small_patch16_224, or any other network of timm."""
     weights: str = "random"
-    """What it starts from: random, timm (its pretrained weights, from the Hub), or a file
-    (.safetensors, or a torch file of tensors). The head is always new."""
+    """Of --probe finetune, as what follows up to --zero-stage (not --batch-size). What it starts
+    from: random, timm (its pretrained weights, from the Hub), or a file (.safetensors, or a torch
+    file of tensors). The head is always new."""
     epochs: int = 10
     """Passes over a fold's training patches; the last weights are tested."""
     lr: float = 3e-4
@@ -143,6 +153,13 @@ class ClassifyConfig(PatchInput):
             raise ValueError(f"--probe {self.probe} needs an --embedder, such as uni")
         if self.probe != "finetune" and self.arch is not None:
             raise ValueError(f"--arch is for --probe finetune; leave it with {self.probe}")
+        for probe, names in OF_PROBES.items():
+            for name in names if probe != self.probe else ():
+                if getattr(self, name) != getattr(type(self), name):
+                    raise ValueError(
+                        f"--{name.replace('_', '-')} is of --probe {probe}; leave it with "
+                        f"{self.probe}"
+                    )
         if self.probe == "eva" and self.protocol != "val7k" and self.folds < 3:
             raise ValueError(f"--probe eva validates on a fold; folds is {self.folds}, at least 3")
         if self.input == "latents" and self.jitter != type(self).jitter:

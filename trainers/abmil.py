@@ -72,8 +72,9 @@ class AbmilConfig(PatchInput):
     """With --data: what makes the features (uni, phikon-v2, efficientnet-lite0, timm:NAME, ...).
     With --bags: whose features, where the folder has several."""
     on_the_fly: bool = False
-    """With --data: embed a bag's patches when it is drawn, only those drawn, and keep no features
-    on the disk; those that fit --cache-gb stay in memory."""
+    """With --data: keep no features on the disk. Bags that fit --cache-gb are embedded once and
+    stay in memory; of the others the patches drawn (--max-patches) are embedded anew at every draw,
+    and all of them at every validation."""
     labels: Path | None = None
     """CSV: slide_id (or slide, bag), label, and case_id (or patient, group, tma_core) where that is
     known. Without, the labels that --data records."""
@@ -129,7 +130,8 @@ class AbmilConfig(PatchInput):
     save_every: int = 10
     """Epochs between checkpoints of a fold."""
     cache_gb: float = 4.0
-    """Features a rank keeps in memory, in GB; the others are read from their files each time."""
+    """Features a rank keeps in memory, in GB; the others are read from their files each time, or
+    made anew (--on-the-fly)."""
     embed_batch: int = 64
     """Patches embedded at a time, with --data."""
     heat_maps: int = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 
 import torch
 from latentds_trainers.abmil import AbmilConfig
@@ -10,6 +11,7 @@ from latentds_trainers.bag_report import WEIGHTS, FoldOutcome
 from latentds_trainers.bag_source import LabelledBags
 from latentds_trainers.bag_training import logits_of
 from latentds_trainers.heat_map import draw_heat_map, write_heat_map
+from latentds_trainers.ranks import from_first
 from latentds_trainers.run_folders import fold_folder
 from torch import Tensor
 
@@ -24,25 +26,39 @@ def draw_heat_maps(
     outcomes: list[FoldOutcome],
     device: torch.device,
 ) -> None:
-    """Draw the slides that are asked for, each with the weights of a fold that tested it."""
-    bags, classes = labelled.bags, labelled.slides.classes
+    """Draw the slides that are asked for, each with the weights of a fold that tested it.
+
+    Rank 0 does. Collective, slide by slide: embedding one on the fly may take a while.
+    """
     for slide, outcome in chosen_slides(config, outcomes):
-        network, _ = load_abmil(
-            fold_folder(config.out, outcome.fold, outcome.seed, config.seed) / WEIGHTS
-        )
-        logits, attention = logits_of(network.to(device), bags, slide, device)
-        coords, size_px = bags.coords(slide)
-        shares = attention.double().numpy()
-        png = draw_heat_map(
-            slide,
-            shares,
-            coords,
-            title=title_of(slide, classes, outcome, logits),
-            size_px=size_px,
-            patches=labelled.patches,
-        )
-        path = write_heat_map(config.out / "heat_maps", slide, png, shares, coords)
-        logger.info("heat map in %s", path)
+        from_first(partial(draw, config, labelled, slide, outcome, device))
+
+
+def draw(
+    config: AbmilConfig,
+    labelled: LabelledBags,
+    slide: str,
+    outcome: FoldOutcome,
+    device: torch.device,
+) -> None:
+    """Draw a slide."""
+    bags, classes = labelled.bags, labelled.slides.classes
+    network, _ = load_abmil(
+        fold_folder(config.out, outcome.fold, outcome.seed, config.seed) / WEIGHTS
+    )
+    logits, attention = logits_of(network.to(device), bags, slide, device)
+    coords, size_px = bags.coords(slide)
+    shares = attention.double().numpy()
+    png = draw_heat_map(
+        slide,
+        shares,
+        coords,
+        title=title_of(slide, classes, outcome, logits),
+        size_px=size_px,
+        patches=labelled.patches,
+    )
+    path = write_heat_map(config.out / "heat_maps", slide, png, shares, coords)
+    logger.info("heat map in %s", path)
 
 
 def title_of(slide: str, classes: list[str], outcome: FoldOutcome, logits: Tensor) -> str:

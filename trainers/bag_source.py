@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,6 +30,8 @@ from latentds.features.live import LiveFeatures
 from latentds.features.options import FeatureOptions
 from latentds.patchsets.base import PatchSet
 from latentds.patchsets.config import PatchInput, recorded_settings
+
+logger = logging.getLogger(__name__)
 
 FEW = 8  # a choice of so small a part of a bag is read alone, not for the rest to stay in memory
 PART = 16_384  # patches of a bag that validation has in memory at once
@@ -164,7 +167,9 @@ def make_features(
     embedder = on_all_ranks(lambda: load_embedder(name))
     options = FeatureOptions(batch_size=config.embed_batch, patches=recorded_settings(config))
     if config.on_the_fly:
-        return on_all_ranks(lambda: LiveFeatures(patches, embedder, options, device=device))
+        live = on_all_ranks(lambda: LiveFeatures(patches, embedder, options, device=device))
+        tell_memory(live, config.cache_gb)
+        return live
     on_all_ranks(
         lambda: extract_features(
             patches,
@@ -177,6 +182,16 @@ def make_features(
         )
     )
     return on_all_ranks(lambda: FeatureFolder(kept))
+
+
+def tell_memory(live: LiveFeatures, cache_gb: float) -> None:
+    """Say what is embedded again and again, before hours are spent on it."""
+    size_gb = sum(live.sizes.values()) * live.dim * np.dtype(np.float32).itemsize / GB
+    told = "every bag is embedded once" if size_gb <= cache_gb else (
+        "what does not fit is embedded anew in every epoch; a larger --cache-gb, or features kept "
+        "on the disk (without --on-the-fly), avoid that"
+    )  # fmt: skip
+    logger.info("on the fly: features of %.3g GB, --cache-gb is %g: %s", size_gb, cache_gb, told)
 
 
 def label_slides(

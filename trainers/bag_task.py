@@ -116,6 +116,8 @@ class BagTask:
         """
         settings = jsonable(dataclasses.asdict(self.config))
         values = {name: value for name, value in settings.items() if name not in MAY_CHANGE}
+        if not self.config.on_the_fly:
+            del values["on_the_fly"]  # runs of versions without it go on
         claim_folder(self.config.out, values | self.identity)
 
     def write_splits(self) -> None:
@@ -136,7 +138,7 @@ class BagTask:
         ]
         identity = split_id(self.folds, self.labelled.slides.slides)
         from_first(lambda: report(self.config, self.labelled, identity, outcomes))
-        from_first(lambda: draw_heat_maps(self.config, self.labelled, outcomes, self.device))
+        draw_heat_maps(self.config, self.labelled, outcomes, self.device)
 
     def outcome(self, number: int, fold: Fold, seed: int) -> FoldOutcome:
         """What a fold came to: as it was found finished, or trained and tested now."""

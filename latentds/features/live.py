@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from latentds.embedders.base import Embedder
-from latentds.errors import InputError, LatentdsError
+from latentds.errors import InputError, LatentdsError, unknown_name
 from latentds.features.extraction import DTYPES, SlideBag, named_slides, open_bag, record_of
 from latentds.features.options import FeatureOptions
 from latentds.features.pipeline import embed
@@ -21,15 +21,15 @@ from latentds.patchsets.base import PatchSet
 
 
 class LiveFeatures:
-    """Slides as bags of features, with the interface of a FeatureFolder.
+    """Slides as bags of features, with what training asks of a FeatureFolder.
 
     patches   whose images come on `device`
     embedder  brought to `device` in the precision of the options
     raises    InputError where no patch names a slide, or a bag is empty
 
-    Opening finds the size of every bag, which of slides as originals means their tissue. A request
-    reads, decodes and embeds the patches asked for and no others. Its last bits depend on which
-    patches are embedded together.
+    Opening makes the table of every bag, which of slides as originals means finding their tissue;
+    the tables stay in memory, some 200 bytes a patch. A request reads, decodes and embeds the
+    patches asked for and no others. Its last bits depend on which are embedded together.
     """
 
     def __init__(
@@ -46,12 +46,13 @@ class LiveFeatures:
         self.record = record_of(patches, embedder, options, self.device)
         self.dim = embedder.card.dim
         self.left_out: dict[str, str] = {}  # a slide that fails is an error here
-        self.sizes: dict[str, int] = {}
+        self.bags: dict[str, LiveBag] = {}
         for slide in named_slides(patches):
             try:
-                self.sizes[slide] = len(self.file(slide))
+                self.bags[slide] = LiveBag(self, slide)
             except LatentdsError as error:
                 raise InputError(f"slide {slide}: {error}") from error
+        self.sizes = {slide: len(bag) for slide, bag in self.bags.items()}
 
     def __len__(self) -> int:
         """Slides."""
@@ -75,7 +76,9 @@ class LiveFeatures:
     def content_id(self, slides: Sequence[str]) -> str:
         """Identity of slides' features: what makes them, and what is stored of the patches."""
         sizes = [[slide, self.sizes[slide]] for slide in slides]
-        made = [comparable(self.record), self.patches.fingerprint(), sizes]
+        facts = comparable(self.record)
+        del facts["options.batch_size"]  # of the last bits, which requests decide as well
+        made = [facts, self.patches.fingerprint(), sizes]
         return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:16]
 
     def where(self, slide: str) -> str:
@@ -83,8 +86,10 @@ class LiveFeatures:
         return f"slide {slide} of {self.record.source['data']}, by {self.record.embedder['name']}"
 
     def file(self, slide: str) -> LiveBag:
-        """A slide's bag, as FeatureFolder opens its file; UnknownNameError for no such slide."""
-        return LiveBag(self, slide)
+        """A slide's bag, as FeatureFolder opens its file; for use in a `with`."""
+        if slide not in self.bags:
+            raise unknown_name("slide", slide, self.bags)
+        return self.bags[slide]
 
 
 class LiveBag:

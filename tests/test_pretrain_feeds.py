@@ -71,6 +71,24 @@ def test_originals_are_paired_with_the_set_made_of_them(tmp_path, class_pictures
         assert float((one.values - other.values).abs().mean()) < 0.08
 
 
+def test_slides_as_originals_are_paired_by_the_options_of_their_conversion(tmp_path):
+    pytest.importorskip("tifffile")
+    pytest.importorskip("openslide")
+    from tests.test_slides import write_slide
+
+    write_slide(tmp_path / "slides" / "a.tiff")
+    options = {"patch_size": 64, "mpp": 0.5, "min_tissue": 0.9}
+    report = convert_with_mean(tmp_path / "slides", tmp_path / "latents", **options)
+    paired = {"originals": tmp_path / "slides", "paired_with": str(tmp_path / "latents")}
+    config = config_of(tmp_path, **paired, **options)
+    feed = patches_of(config, 0, 1)
+    assert feed.facts["patches"] == report.patches == 8
+    steps = steps_of(feed, 1)
+    assert steps[0].values.shape[-1] == 64
+    with pytest.raises(InputError, match="with the same options"):
+        patches_of(config_of(tmp_path, **paired, **(options | {"mpp": None})), 0, 1)
+
+
 def test_a_feed_does_not_go_on_in_another_order(tmp_path, class_pictures):
     state = patches_of(config_of(tmp_path, originals=class_pictures), 0, 1).state_dict()
     with pytest.raises(ContractError, match="patches with seed 0, these have 1"):

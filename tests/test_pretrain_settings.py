@@ -27,6 +27,8 @@ from tests.pretraining import config_of
         ({"data": ("a", "a")}, "each set once"),
         ({"originals": Path("p")}, "either --data or --originals"),
         ({"codec": "jpeg:10"}, "--codec is of --originals"),
+        ({"patch_size": 256}, "--patch-size is of --originals"),
+        ({"mpp": 0.5}, "--mpp is of --originals"),
         ({"epochs": 2}, "--steps or --epochs"),
         ({"precision": "bf16", "zero_stage": 1}, "moving average lies below"),
         ({"zero_stage": 3}, "teacher follows whole weights"),

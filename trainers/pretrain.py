@@ -22,9 +22,11 @@ from latentds_trainers.pretrain_presets import METHODS
 from latentds_trainers.pretrain_probe_config import ProbeConfig
 from latentds_trainers.settings import TrainConfig
 
+from latentds.patchsets.config import OriginalsInput
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PretrainConfig(ProbeConfig, TrainConfig):
+class PretrainConfig(OriginalsInput, ProbeConfig, TrainConfig):
     """Train a foundation model without labels. What is not given follows from the method."""
 
     data: tuple[str, ...] = ()
@@ -35,7 +37,8 @@ class PretrainConfig(ProbeConfig, TrainConfig):
     split: str = "train"
     """Split of --data to train on."""
     originals: Path | None = None
-    """Instead of --data: pictures, slides or archives as 'latentds convert' takes them."""
+    """Instead of --data: pictures, slides or archives as 'latentds convert' takes them, with its
+    options (--patch-size to --max-px)."""
     codec: str = "original"
     """What --originals go through: original (nothing), jpeg@4096, tiny+kmeans, ..."""
     codebook: Path | None = None
@@ -43,16 +46,6 @@ class PretrainConfig(ProbeConfig, TrainConfig):
     paired_with: str | None = None
     """Take --originals in the order and with the random numbers that this data set, converted from
     them, would have as --data: runs that differ in nothing but the pixels."""
-    patch_size: int | None = None
-    """Of --originals: edge of a patch in pixels, as in convert."""
-    tile: bool = False
-    """Of --originals: cut every picture into a grid of patches."""
-    stride: int | None = None
-    """Of --originals: step of the grid in pixels; the patch size where not given."""
-    resize: bool = False
-    """Of --originals: scale every picture to the patch size."""
-    name_pattern: str | None = None
-    """Of --originals: regular expression with groups among label, slide, x, y, mpp."""
     keep_mb: int = 2048
     """Of --originals: pixels kept in memory for the next epoch, in MB."""
     num_workers: int = 4
@@ -103,6 +96,8 @@ class PretrainConfig(ProbeConfig, TrainConfig):
     not given."""
     schedule: Literal["constant", "cosine"] = "cosine"
     """After the warm-up: constant, or half a cosine down to --min-lr."""
+    milestones: tuple[()] = ()
+    """Of no schedule here."""
     layer_decay: float | None = None
     """Factor of the learning rate from each block of the ViT to the one before it."""
     stem_lr: float | None = None

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import TYPE_CHECKING
 
 from latentds_trainers.pretrain_presets import METHODS, OF_DINOS, OF_MAE
+
+from latentds.patchsets.config import OriginalsInput
 
 if TYPE_CHECKING:
     from latentds_trainers.pretrain import PretrainConfig
@@ -28,8 +31,10 @@ def check_inputs(config: PretrainConfig) -> None:
     if (config.originals is None) == (not config.data):
         raise ValueError("give either --data or --originals")
     if config.originals is None:
-        for name, unset in (("codec", "original"), ("codebook", None), ("paired_with", None)):
-            if getattr(config, name) != unset:
+        unset = {field.name: field.default for field in dataclasses.fields(OriginalsInput)}
+        unset |= {"codec": "original", "codebook": None, "paired_with": None}
+        for name, value in unset.items():
+            if getattr(config, name) != value:
                 raise ValueError(f"--{name.replace('_', '-')} is of --originals; leave it")
     elif config.input == "latents" or config.decoder:
         raise ValueError("--input latents and --decoder are of --data; leave them")

@@ -163,16 +163,13 @@ def rows_of_set(dataset: LatentDataset, patches: PatchSet, where: str) -> np.nda
     sources = shards.read_columns(chosen, ("source",))["source"]
     stored = shards.patches[chosen]
     table = patches.table
-    places = {
-        key: row
-        for row, key in enumerate(
-            zip(table.sources, table.x.tolist(), table.y.tolist(), strict=True)
-        )
-    }
-    keys = list(zip(sources, stored["x"].tolist(), stored["y"].tolist(), strict=True))
+    columns = (table.sources, table.x.tolist(), table.y.tolist(), table.size_px.tolist())
+    places = {key: row for row, key in enumerate(zip(*columns, strict=True))}
+    numbers = (stored[name].tolist() for name in ("x", "y", "size_px"))
+    keys = list(zip(sources, *numbers, strict=True))
     missing = sorted(key for key in keys if key not in places)
     if missing:
-        names = some([f"{source}@{x},{y}" for source, x, y in missing])
+        names = some([f"{source}@{x},{y} of {size} px" for source, x, y, size in missing])
         raise InputError(
             f"--paired-with {shards.folder}: {len(missing):,} of its {len(keys):,} patches are not "
             f"in {where}: {names}; give what it was converted from, with the same options"

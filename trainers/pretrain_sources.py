@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from latentds_trainers.pretrain import PretrainConfig
 from latentds_trainers.pretrain_feed import Source
@@ -10,7 +12,7 @@ from latentds_trainers.pretrain_sets import open_sets, order_settings
 
 from latentds.dataset import LatentDataset
 from latentds.patchsets import open_patches
-from latentds.patchsets.config import PatchInput
+from latentds.patchsets.config import OriginalsInput, PatchInput
 from latentds.randomness import digest_of
 from latentds.reader import ShardSet
 
@@ -29,17 +31,14 @@ def open_source(config: PretrainConfig, device: torch.device, rank: int, ranks: 
 def open_originals(config: PretrainConfig, device: torch.device, rank: int, ranks: int) -> Source:
     """Originals, as they are or through a codec."""
     assert config.originals is not None and config.global_batch_size is not None
+    cut = {f.name: getattr(config, f.name) for f in dataclasses.fields(OriginalsInput)}
     patches = open_patches(
         PatchInput(
+            **cut,
             data=config.originals,
             codec=config.codec,
             codebook=config.codebook,
             split=None if config.paired_with else config.split,
-            patch_size=config.patch_size,
-            tile=config.tile,
-            stride=config.stride,
-            resize=config.resize,
-            name_pattern=config.name_pattern,
             keep_mb=config.keep_mb,
             device=str(device),
             workers=max(config.num_workers, 1),

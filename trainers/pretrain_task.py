@@ -48,6 +48,7 @@ SAMPLES = 4  # patches in a sample picture
 # there are `data_id` tells.
 MAY_CHANGE = (
     *("data", "originals", "codebook", "paired_with", "keep_mb", "num_workers", "max_bad"),
+    *("slides", "root", "only", "splits", "max_px"),
     "decoder",  # where it lies; what it is, decoder_ids tell
     *("device", "probe", "probe_every", "probe_groups", "probe_decoder", "probe_patches"),
     "probe_neighbours",

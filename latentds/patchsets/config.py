@@ -16,11 +16,8 @@ OF_ORIGINALS = (*(name for name in CONVERSION if name not in ("workers", "max_px
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PatchInput:
-    """Patches that an evaluation reads; a recipe's or tool's settings inherit them.
-
-    A class that inherits from several calls `PatchInput.__post_init__(self)` in its own.
-    """
+class PatchSource:
+    """Which patches, through which codec: PatchInput's first options."""
 
     data: Path
     """Originals as 'latentds convert' takes them (a folder of pictures or slides, archives, a table
@@ -48,6 +45,12 @@ class PatchInput:
     """Take top folders named train, val, valid, validation and test as splits."""
     masks: Path | None = None
     """Mask folder of originals: 8-bit PNG or TIFF, same relative path and size, suffix aside."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OriginalsInput:
+    """How patches are cut from originals; in words and meaning the options of a conversion."""
+
     patch_size: int | None = None
     """Edge of a patch of originals in pixels; with --resize, --tile or --pad where pictures
     differ."""
@@ -84,6 +87,15 @@ class PatchInput:
     """Patches that reach beyond a slide: left out, or filled up with white."""
     max_px: int = 89_478_485
     """Pixels above which a picture is refused."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PatchInput(OriginalsInput, PatchSource):
+    """Patches that an evaluation reads; a recipe's or tool's settings inherit them.
+
+    A class that inherits from several calls `PatchInput.__post_init__(self)` in its own.
+    """
+
     decode_dtype: Literal["float32", "bfloat16"] = "float32"
     """Numbers that latents are decoded in; bfloat16 for speed on a GPU."""
     decode_compile: bool = False

@@ -9,12 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from latentds.errors import InputError, missing_extra
+from latentds.errors import InputError
 from latentds.files import parse_json
 from latentds.format import MANIFEST
 from latentds.manifest import Manifest, read_manifest
 from latentds.storage import write_atomically
-from latentds.transport import shown
+from latentds.transport import shown, unopenable
 
 UPLOADED = ".latentds/uploaded.json"  # beside the local set; never uploaded itself
 LOCATION = re.compile(r"([a-z][a-z0-9+]+):/+(.+)")
@@ -109,9 +109,7 @@ def open_location(location: str) -> tuple[Any, str]:
     try:
         filesystem, root = fsspec.core.url_to_fs(location)
     except (ImportError, ValueError) as error:
-        if isinstance(error, ValueError):
-            raise InputError(f"{shown(location)}: {error}") from error
-        raise missing_extra(str(error), "s3" if location.startswith("s3:") else "remote") from error
+        raise unopenable(location, error) from error
     return filesystem, str(root).rstrip("/")
 
 

@@ -43,6 +43,13 @@ def shown(location: str) -> str:
     return urlunsplit((parts.scheme, host, parts.path, "", ""))
 
 
+def unopenable(location: str, error: ImportError | ValueError) -> Exception:
+    """The error of a location that fsspec has no file system for; it names the missing package."""
+    if isinstance(error, ImportError) and location.startswith("s3:"):
+        return missing_extra("s3fs", "s3")
+    return InputError(f"{shown(location)}: {error}")
+
+
 def join(location: str, name: str) -> str:
     """The location of a file in a folder."""
     parts = urlsplit(location)
@@ -235,8 +242,7 @@ class Transport:
                 path, start=start, end=None if size is None else start + size
             )
         except ImportError as error:
-            extra = "s3" if url.startswith("s3:") else "remote"
-            raise missing_extra(str(error), extra) from error
+            raise unopenable(url, error) from error
         except (FileNotFoundError, PermissionError) as error:
             raise judge(
                 404 if isinstance(error, FileNotFoundError) else 403, {}, shown(url)

@@ -31,6 +31,8 @@ from tests.swaps import (
     trained,
 )
 
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
 pytestmark = pytest.mark.usefixtures("in_swap_room")
 
 OF_LAUNCHERS = {
@@ -194,13 +196,20 @@ def test_parquet_rows_are_read_by_datasets(sign):
 # Trainers that own the loop
 
 
+def normalizing() -> dict[str, object]:
+    """`normalize` of batches, and an ImageFolder's `transform` that ends with the same."""
+    found = names_of("torchvision.transforms.v2:Compose,Normalize,ToDtype,ToImage")
+    normalize = found["Normalize"](MEAN, STD)
+    scale = [found["ToImage"](), found["ToDtype"](torch.float32, scale=True)]
+    return {"normalize": normalize, "transform": found["Compose"]([*scale, normalize])}
+
+
 def lightning_names() -> dict[str, object]:
     lightning = pytest.importorskip("pytorch_lightning", reason="pytorch_lightning is missing")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     found = names_of(
         "torch.utils.data:DataLoader",
         "torchvision.datasets:ImageFolder",
-        "torchvision.transforms:ToTensor",
     )
 
     class Classifier(lightning.LightningModule):
@@ -223,7 +232,7 @@ def lightning_names() -> dict[str, object]:
         "Trainer": lightning.Trainer,
         "ModelCheckpoint": lightning.callbacks.ModelCheckpoint,
         "LatentLoader": LatentLoader,
-        "transform": found["ToTensor"](),
+        **normalizing(),
         "settings": {"accelerator": "cpu", "enable_checkpointing": False, **quiet},
     }
 
@@ -265,13 +274,13 @@ def test_accelerate_trains(sign):
         "accelerate:Accelerator",
         "torch.utils.data:DataLoader",
         "torchvision.datasets:ImageFolder",
-        "torchvision.transforms:ToTensor",
     )
-    found |= {"LatentLoader": LatentLoader, "transform": found["ToTensor"]()}
+    found |= {"LatentLoader": LatentLoader, **normalizing()}
     names = run("Accelerate", sign, **trained(), **found)
     assert moved(names)
     assert names["images"].shape == (2, 3, EDGE, EDGE) and len(names["loader"]) == 5
     assert isinstance(names["loader"], LatentLoader) == (sign == "+")
+    assert float(names["images"].min()) < 0  # normalized, as pixels are not
 
 
 @pytest.mark.slow
@@ -296,7 +305,7 @@ def test_accelerates_checkpoint_carries_the_loader(tmp_path):
 
 def trainer_names(out: Path, **more: object) -> dict[str, object]:
     found = names_of("transformers:Trainer,TrainingArguments", "accelerate:Accelerator")
-    found |= names_of("torchvision.datasets:ImageFolder", "torchvision.transforms:ToTensor")
+    found |= names_of("torchvision.datasets:ImageFolder") | normalizing()
 
     class Classifier(nn.Module):
         def __init__(self) -> None:
@@ -318,7 +327,7 @@ def trainer_names(out: Path, **more: object) -> dict[str, object]:
     return found | {
         "model": Classifier(),
         "args": found["TrainingArguments"](str(out), **options),
-        "dataset": found["ImageFolder"]("patches/train", found["ToTensor"]()),
+        "dataset": found["ImageFolder"]("patches/train", found["transform"]),
         "collate": collate,
         "checkpoint": None,
         "LatentLoader": LatentLoader,

@@ -103,11 +103,15 @@ class FinetuneConfig(TrainConfig):
     init: str | None = None
     """Decoder to start from instead of the autoencoder's own: a decoder folder."""
     student: Literal["turbo-s", "turbo-m", "turbo-f32", "taesd"] | None = None
-    """Train this small decoder from random weights instead."""
+    """Train this small decoder instead. turbo-s, turbo-m and turbo-f32 start from the linear
+    decoder of least squares, what else they have from random weights, as all of taesd."""
     teacher: bool = False
     """Also approach what the autoencoder's own decoder makes of the latents."""
     teacher_weight: float = 1.0
     """Weight of the L1 distance to the teacher's output."""
+    zero_stage: Literal[0, 1, 2] = 0
+    """What DeepSpeed spreads over the ranks: 0 nothing, 1 optimizer state, 2 gradients too. 3 would
+    part the last layer, which the adaptive weight needs whole."""
     embedder: str | None = None
     """Frozen encoder of the embedding loss: uni, phikon-v2, efficientnet-lite0, timm:NAME, ..."""
     embedder_input: Literal["card", "native"] = "card"
@@ -235,7 +239,7 @@ class FinetuneConfig(TrainConfig):
         """Refuse networks and losses that exclude each other."""
         if self.embedder is None and self.embedding_weight is not None:
             raise ValueError(f"--embedding-weight {self.embedding_weight} without an --embedder")
-        if self.zero_stage == 3:
+        if self.zero_stage not in (0, 1, 2):
             raise ValueError(
                 "--zero-stage 3 parts the last layer, which the adaptive weight needs whole; "
                 "choose 0, 1 or 2"
@@ -246,7 +250,7 @@ class FinetuneConfig(TrainConfig):
                 "float32; take autocast, or --gan-weight 0"
             )
         if self.student and self.init:
-            raise ValueError("--student starts from random weights; leave --init")
+            raise ValueError("--student brings its own first weights; leave --init")
 
     def check_paper(self) -> None:
         """Refuse what differs from the paper."""

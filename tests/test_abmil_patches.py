@@ -121,6 +121,19 @@ def test_on_the_fly_only_the_drawn_patches_are_read(tiles, tmp_path, monkeypatch
     assert sorted(read) == [3] * 12 + [4] * 12
 
 
+def test_on_the_fly_a_slide_is_opened_once(tiles, tmp_path, monkeypatch):
+    opened: list[str] = []
+    of_slide = OpenPatches.of_slide
+
+    def counted(patches: OpenPatches, slide: str) -> Any:
+        opened.append(slide)
+        return of_slide(patches, slide)
+
+    monkeypatch.setattr(OpenPatches, "of_slide", counted)
+    run(tiles, tmp_path / "run", name_pattern=PATTERN, on_the_fly=True, cache_gb=0.0)
+    assert sorted(opened) == [f"s{number:02d}" for number in range(12)]
+
+
 def test_a_run_on_the_fly_goes_on_and_refuses_other_pixels(tiles, tmp_path):
     options: dict[str, Any] = {"name_pattern": PATTERN, "on_the_fly": True}
     out = run(tiles, tmp_path / "run", **options)

@@ -1,6 +1,7 @@
 """Object stores: the manifest last, uploads that were cut off go on; names that stay at home."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,9 @@ from PIL import Image
 
 from latentds.cache import CacheConfig
 from latentds.conversion.config import ConvertConfig
-from latentds.errors import InputError
+from latentds.errors import InputError, MissingExtraError
 from latentds.format import MANIFEST
-from latentds.objects import UPLOADED, inside, location_of, upload
+from latentds.objects import UPLOADED, inside, location_of, open_location, upload
 from latentds.reader import ShardSet
 from tests.conftest import convert_with_mean, save_pictures
 
@@ -88,6 +89,21 @@ def test_denied_writing_is_told_without_secrets(shared_dataset, memory, monkeypa
 )
 def test_locations_survive_being_paths(typed, location):
     assert location_of(typed) == location
+
+
+@pytest.mark.parametrize(
+    ("location", "error", "words"),
+    [
+        ("gs://me@bucket/set", InputError, r"^gs://bucket/set: .*gcsfs"),
+        ("s3://bucket/set", MissingExtraError, r"pip install 'latentds\[s3\]'"),
+        ("ghi://bucket/set", InputError, "^ghi://bucket/set: Protocol not known"),
+    ],
+)
+def test_a_store_without_its_package_says_which_one(location, error, words, monkeypatch):
+    for package in ("gcsfs", "s3fs"):
+        monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(error, match=words):
+        open_location(location)
 
 
 def test_convert_makes_a_set_at_a_location(pictures, memory, tmp_path, capsys):

@@ -153,6 +153,13 @@ def test_normalized_views_are_the_plain_ones_shifted_and_scaled():
     close(scaled.locals, expected)
 
 
+def test_a_blur_in_half_precision_is_rounded_once():
+    images, sigma = images_of(4, 16, 16).half(), torch.tensor([0.1, 0.7, 1.3, 2.0])
+    both = sigma[:, None].expand(-1, 2)
+    wanted = colour.kornia().filters.gaussian_blur2d(images.float(), 9, both, "reflect").half()
+    assert torch.equal(colour.blur(images, sigma), wanted)
+
+
 PAINT = MultiCrop(stain=0.05, solarize=(0.5, 0.5, 0.5), grey=0.5).paint([0, 1])
 
 

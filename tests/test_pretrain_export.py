@@ -1,6 +1,7 @@
 """Exported backbones: the folder, timm's own loading of it, the embedder, damage."""
 
 import json
+import math
 import re
 from importlib.metadata import version
 
@@ -203,14 +204,39 @@ def test_other_tensors_behind_the_record_are_noticed(folder):
         (lambda f: (f / CONFIG).unlink(), WeightsError, "no config.json"),
         (lambda f: (f / WEIGHTS).unlink(), WeightsError, "no such file of weights"),
         (lambda f: (f / RECORD).write_text("{}"), FormatError, "latentds-backbone/1"),
-        (lambda f: edit(f, "model_args", {"odd": 1}), WeightsError, "does not take its model_args"),
-        (lambda f: edit(f, "model_args", 3), FormatError, "objects"),
+        (lambda f: edit(f, "model_args", {"odd": 1}), WeightsError, "cannot build .* model_args"),
+        (lambda f: edit(f, "model_args", 3), FormatError, "not an object"),
+        (lambda f: edit(f, "model_args", {"img_size": 0}), WeightsError, "cannot build"),
+        (lambda f: edit(f, "model_args", {"num_heads": 7}), WeightsError, "cannot build"),
+        (lambda f: edit(f, "model_args", {"norm_layer": "x"}), WeightsError, "cannot build"),
+        (lambda f: edit(f, "model_args", {"img_size": 10**9}), FormatError, "img_size 1000000000"),
+        (lambda f: edit(f, "model_args", {"in_chans": "abc"}), WeightsError, "abc channels"),
+        (lambda f: setting(f, "mean", [0.5]), FormatError, "mean"),
+        (lambda f: setting(f, "std", [0, 0, 0]), FormatError, "std"),
+        (lambda f: setting(f, "mean", [math.nan] * 3), FormatError, "mean"),
+        (lambda f: setting(f, "crop_pct", "all"), FormatError, "crop_pct"),
+        (lambda f: setting(f, "input_size", [3, 10**6, 10**6]), FormatError, "input_size"),
+        (lambda f: setting(f, "classifier", 5), FormatError, "classifier"),
+        (lambda f: (f / CONFIG).write_bytes(b" " * (1 << 24) + b"{}"), FormatError, "no file of a"),
         (lambda f: edit(f, "model_args", {"in_chans": 4}), WeightsError, "4 channels"),
     ],
 )  # fmt: skip
 def test_damage_is_named(folder, change, error, words):
     change(folder)
     with pytest.raises(error, match=words):
+        load_embedder(f"timm-dir:{folder}")
+
+
+def setting(folder, name, value):
+    config = json.loads((folder / CONFIG).read_text())
+    edit(folder, "pretrained_cfg", config["pretrained_cfg"] | {name: value})
+
+
+@pytest.mark.parametrize("name", ["checkpoint_path", "cache_dir", "pretrained", "scriptable"])
+def test_a_configuration_opens_no_other_file(folder, tmp_path, name, monkeypatch):
+    monkeypatch.setattr(timm, "create_model", lambda *args, **more: pytest.fail("asked of timm"))
+    edit(folder, "model_args", {name: str(tmp_path / "extra.bin")})
+    with pytest.raises(FormatError, match=f"model_args has '{name}'"):
         load_embedder(f"timm-dir:{folder}")
 
 

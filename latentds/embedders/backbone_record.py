@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ RECORD, WEIGHTS, CONFIG = "latentds.json", "model.safetensors", "config.json"
 CODEBOOK = "codebook.safetensors"  # that latents were rounded to, where it is there
 READS, LATENTS = "latentds_input", "latents"  # in config.json, which timm leaves alone
 MAX_RECORD_BYTES = 1 << 20
+MAX_JSON_BYTES = 1 << 24  # a configuration of timm's may name 20,000 classes
 MAX_WIDTH, MAX_CHANNELS, MAX_PX = 1 << 16, 4096, 1 << 14
 
 
@@ -60,7 +62,9 @@ def read_record(folder: Path) -> BackboneRecord:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A file's JSON object; FormatError where it has none."""
+    """A file's JSON object; FormatError where it has none, or is larger than any such file."""
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise FormatError(f"{path}: {path.stat().st_size:,} bytes; no file of a backbone; refused")
     try:
         values = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -84,7 +88,7 @@ def parse_record(values: dict[str, Any], path: Path) -> BackboneRecord:
         "channels": lambda value: is_count(value, MAX_CHANNELS),
         "input_px": lambda value: is_count(value, MAX_PX),
         "mean": is_numbers,
-        "std": is_numbers,
+        "std": lambda value: is_numbers(value) and all(number > 0 for number in value),
         "interpolation": is_words,
         "dim": lambda value: is_count(value, MAX_WIDTH),
         "weights_id": is_identity,
@@ -104,4 +108,6 @@ def is_object_or_none(value: Any) -> bool:
 
 
 def is_numbers(value: Any) -> bool:
-    return isinstance(value, list) and all(type(number) in (int, float) for number in value)
+    return isinstance(value, list) and all(
+        type(number) in (int, float) and math.isfinite(number) for number in value
+    )

@@ -11,8 +11,6 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from latentds.autoencoders.base import short
 from latentds.autoencoders.downloads import download
 from latentds.embedders.backbone_record import (
@@ -25,7 +23,12 @@ from latentds.embedders.backbone_record import (
     read_record,
 )
 from latentds.embedders.base import EmbedderCard, NetworkEmbedder, without_resizing
-from latentds.embedders.timm_models import configured_card, create, load
+from latentds.embedders.foreign_config import (
+    checked_arguments,
+    checked_settings,
+    create_foreign,
+)
+from latentds.embedders.timm_models import configured_card, load
 from latentds.errors import FormatError, ShapeError, WeightsError
 
 PREFIX, HUB_PREFIX = "timm-dir:", "timm:hf-hub:"
@@ -70,14 +73,9 @@ def load_folder(folder: Path, text: str, native: bool) -> NetworkEmbedder:
     """The embedder of a folder, under the name it was asked for by."""
     config = read_config(folder)
     settings = config["pretrained_cfg"]
-    arguments = config.get("model_args") or {}
-    try:
-        with torch.random.fork_rng(devices=[]):  # not on "meta": some buffers are in no file
-            network = create(config["architecture"], pretrained_cfg=settings, **arguments)
-    except TypeError as error:
-        raise WeightsError(
-            f"{folder / CONFIG}: timm does not take its model_args ({error})"
-        ) from error
+    network = create_foreign(
+        folder / CONFIG, config["architecture"], config["model_args"], pretrained_cfg=settings
+    )
     card = dataclasses.replace(
         configured_card(config["architecture"], network),
         name=text if text.startswith((PREFIX, HUB_PREFIX)) else f"{PREFIX}{folder}",
@@ -124,12 +122,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config.get("architecture"), str):
         raise FormatError(f"{path}: names no architecture; not a configuration of timm's")
     settings = config.get("pretrained_cfg", config)  # timm's older files have it all in one
-    arguments = config.get("model_args") or {}
-    if not isinstance(settings, dict) or not isinstance(arguments, dict):
-        raise FormatError(f"{path}: pretrained_cfg and model_args have to be objects; damaged")
-    if int(arguments.get("in_chans", 3)) != 3:
+    if not isinstance(settings, dict):
+        raise FormatError(f"{path}: pretrained_cfg is {settings!r:.60}, not an object; damaged")
+    arguments = checked_arguments(config.get("model_args") or {}, path)
+    if arguments.get("in_chans", 3) != 3:
         raise WeightsError(f"{path}: the network reads {arguments['in_chans']} channels, not RGB")
     kept = {name: settings[name] for name in PASSED_ON if settings.get(name) is not None}
+    kept = checked_settings(kept, path)
     arguments = {name: value for name, value in arguments.items() if name != "num_classes"}
     return config | {"pretrained_cfg": kept, "model_args": arguments}
 

@@ -16,11 +16,17 @@ from latentds.autoencoders import load_autoencoder
 from latentds.autoencoders.base import Autoencoder, hash_tensors, short
 from latentds.autoencoders.tiny import load_tiny, tiny_codebook
 from latentds.codebooks import StoredCodebook, load_codebook
-from latentds.embedders.backbone_record import CODEBOOK, WEIGHTS, BackboneRecord, read_record
+from latentds.embedders.backbone_record import (
+    CODEBOOK,
+    RECORD,
+    WEIGHTS,
+    BackboneRecord,
+    read_record,
+)
 from latentds.embedders.base import EmbedderCard, NetworkEmbedder, Preparation
 from latentds.embedders.exported import LATENT_PREFIX as PREFIX
+from latentds.embedders.foreign_config import create_foreign
 from latentds.embedders.latent_stem import LatentStemConfig, build_vit
-from latentds.embedders.timm_models import create
 from latentds.embedders.weights import fill, read_weights
 from latentds.errors import ContractError, ShapeError, WeightsError
 from latentds.quantizer import Codebook, dequantize, quantize
@@ -111,7 +117,7 @@ def load_latent_backbone(text: str, autoencoder: Autoencoder | None = None) -> L
             f"{encoder.card.name!r} makes {short(encoder.card.latent_id)}; pass the one that the "
             "training set was made with"
         )
-    network = build_network(record, stem)
+    network = build_network(folder, record, stem)
     fill(network, read_weights(folder / WEIGHTS), folder / WEIGHTS, record.arch)
     check_weights(folder, record, network)
     stored = find_codebook(folder, encoder)
@@ -171,12 +177,11 @@ def find_codebook(folder: Path, encoder: Autoencoder) -> StoredCodebook | None:
     return stored
 
 
-def build_network(record: BackboneRecord, stem: LatentStemConfig) -> Any:
+def build_network(folder: Path, record: BackboneRecord, stem: LatentStemConfig) -> Any:
     """The network of a record, its weights still to be read."""
     if record.model_args is None:
         return build_vit(record.arch, stem=stem, img_px=record.input_px)
-    with torch.random.fork_rng(devices=[]):
-        return create(record.arch, **record.model_args)
+    return create_foreign(folder / RECORD, record.arch, record.model_args)
 
 
 def check_weights(folder: Path, record: BackboneRecord, network: nn.Module) -> None:

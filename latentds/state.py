@@ -53,7 +53,7 @@ class LoaderState:
             version=STATE_VERSION,
             dataset_id=ids[0] if single else digest_json(ids),
             latent_id=manifests[0].contract.latent_id,
-            revision=revisions[0] if single else digest_of(revisions) if any(revisions) else None,
+            revision=revisions[0] if single else digest_of(revisions) if all(revisions) else None,
             split=dataset.split,
             shuffle=dataset.shuffle,
             seed=dataset.seed,

@@ -103,6 +103,19 @@ def test_a_resumed_run_equals_one_that_never_stopped(tmp_path, precision):
     assert all(torch.equal(parts[name], whole[name]) for name in whole)
 
 
+def test_steps_before_a_validation_that_failed_are_not_lost(tmp_path):
+    config = ToyConfig(out=tmp_path, save_every=4)
+    engine = toy_engine(config)
+
+    def validate() -> dict[str, float]:
+        raise InputError("the probe's set is gone")
+
+    with pytest.raises(InputError, match="is gone"):
+        engine.run(Toy(engine, config), validate=validate)
+    assert names(tmp_path) == ["step-000004"]
+    assert toy_engine(config).step == 4
+
+
 def test_accumulation_equals_a_larger_batch(tmp_path):
     options = {"clip": 0.5, "adaptive": False}  # an adaptive weight is one of a forward pass
     large = train(tmp_path / "large", batch_size=4, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 from typing import Any
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from latentds.autoencoders.tiny import tiny_codebook
+from latentds.codebooks import save_codebook
 from latentds.errors import ContractError, InputError, UnknownNameError
 from latentds.randomness import patch_seeds
 
@@ -19,6 +22,8 @@ pytest.importorskip("kornia")
 
 from latentds_trainers.pretrain_feed import FeedBatch, LoaderFeed, micro_batch
 from latentds_trainers.pretrain_pictures import OwnOrder
+from latentds_trainers.pretrain_schedule import settle_batch
+from latentds_trainers.pretrain_sources import open_source
 
 from tests.conftest import convert_with_mean, save_pictures
 from tests.pretraining import config_of, patches_of, steps_of
@@ -87,6 +92,18 @@ def test_slides_as_originals_are_paired_by_the_options_of_their_conversion(tmp_p
     assert steps[0].values.shape[-1] == 64
     with pytest.raises(InputError, match="with the same options"):
         patches_of(config_of(tmp_path, **paired, **(options | {"mpp": None})), 0, 1)
+
+
+def test_another_codebook_behind_a_codec_is_other_data(tmp_path, class_pictures):
+    codes = tiny_codebook()
+    ids = set()
+    for number, scale in enumerate((1.0, 0.5)):
+        other = dataclasses.replace(codes.codebook, levels=codes.codebook.levels * scale)
+        path = tmp_path / f"{number}.safetensors"
+        save_codebook(dataclasses.replace(codes, codebook=other), path)
+        config = config_of(tmp_path, originals=class_pictures, codec="tiny+kmeans", codebook=path)
+        ids.add(open_source(settle_batch(config, 1), torch.device("cpu"), 0, 1).data_id)
+    assert len(ids) == 2
 
 
 def test_a_feed_does_not_go_on_in_another_order(tmp_path, class_pictures):

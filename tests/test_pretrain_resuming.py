@@ -141,6 +141,16 @@ def test_a_killed_run_goes_on_to_the_same_losses(
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 
 
+@pytest.mark.slow
+def test_a_masked_autoencoder_trains_with_weights_spread_over_ranks(tmp_path, tiny_latents):
+    options = {"method": "mae", "steps": 2, "save_every": 2}
+    main(config_of(tmp_path / "one", data=(tiny_latents,), **options))
+    words = words_of(options_of(**options) | {"out": tmp_path / "two", "data": tiny_latents})
+    under_deepspeed(2, [*words, "--zero-stage", "3"])
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    assert (tmp_path / "two" / "backbone" / "model.safetensors").is_file()
+
+
 def under_deepspeed(ranks: int, words: list[str]) -> None:
     """Run the recipe to its end."""
     with socket.socket() as free:

@@ -55,6 +55,15 @@ def test_settings_that_cannot_be_are_refused(tmp_path, changes, words):
         config_of(tmp_path, **({"data": ("a", "b")} | changes))
 
 
+@pytest.mark.parametrize("sets", [2, 3, 6, 7, 9, 11])
+def test_weights_that_are_suggested_are_taken(tmp_path, sets):
+    data = tuple(map(str, range(sets)))
+    with pytest.raises(ValueError, match="--weights") as refused:
+        config_of(tmp_path, data=data, weights=(0.3,) * sets)
+    words = str(refused.value).rpartition("--weights ")[2].split()
+    assert config_of(tmp_path, data=data, weights=tuple(map(float, words))).weights
+
+
 @pytest.mark.parametrize(
     ("changes", "ranks", "batch", "passes", "images"),
     [

@@ -48,7 +48,7 @@ from latentds_trainers.training_log import TrainingLog
 from latentds_trainers.wrapping import WrappedNetwork
 from torch import Tensor, nn
 
-from latentds.errors import InputError
+from latentds.errors import InputError, LatentdsError
 from latentds.storage import write_atomically
 
 __all__ = ["Engine", "TrainConfig", "launch"]
@@ -250,7 +250,12 @@ class Engine:
         figures = figures | {"lr": config.lr * config.lr_share(self.step - 1)}
         is_saving = self.step % config.save_every == 0 or self.is_done or must_stop
         if is_saving and validate is not None and not must_stop:
-            figures |= {f"validation/{name}": float(v) for name, v in validate().items()}
+            try:
+                found = validate()
+            except LatentdsError:  # on every rank alike
+                self.save()
+                raise
+            figures |= {f"validation/{name}": float(value) for name, value in found.items()}
         if is_saving:
             self.save()  # first: where the disk is full, the log may fail
         images = None

@@ -55,9 +55,9 @@ def check_weights(config: PretrainConfig) -> None:
     if not all(0 < weight < math.inf for weight in weights):
         raise ValueError(f"--weights {seen}: every one must be above 0; leave out a set instead")
     if abs(math.fsum(weights) - 1) > SUM_TOLERANCE:
-        scaled = " ".join(f"{weight / math.fsum(weights):.6g}" for weight in weights)
+        scaled = " ".join(f"{weight / math.fsum(weights):.9g}" for weight in weights)
         raise ValueError(
-            f"--weights {seen}: they sum to {math.fsum(weights):.6g}, not to 1; in the same "
+            f"--weights {seen}: they sum to {math.fsum(weights):.9g}, not to 1; in the same "
             f"proportions, --weights {scaled}"
         )
 

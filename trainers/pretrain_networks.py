@@ -88,6 +88,20 @@ def edge_px(views: Augmentation, stem: LatentStemConfig | None) -> int:
     return views.global_cells * stem.factor
 
 
+def gather_outside(model: MaskedAutoencoder) -> None:
+    """Tell ZeRO 3 of the weights that are read outside the module that has them.
+
+    It gathers a module's weights when that module is called, and these are taken one by one.
+    """
+    import deepspeed
+
+    vit, decoder = model.backbone, model.decoder
+    parts = [getattr(vit, name, None) for name in ("cls_token", "reg_token", "pos_embed")]
+    for parameter in (*parts, decoder.mask_token):
+        if isinstance(parameter, nn.Parameter):
+            deepspeed.zero.register_external_parameter(model, parameter)
+
+
 def build_backbone(config: RunConfig, stem: LatentStemConfig | None, drop_path: float) -> nn.Module:
     """The ViT, as the seed starts it; for dinov2, with its blocks' scales and even drop path."""
     edge = config.global_px

@@ -11,7 +11,7 @@ from latentds_trainers.pretrain_probe_config import ProbeConfig
 
 from latentds.errors import InputError
 from latentds.evaluation.folds import SPLIT_WORDS, Fold, check_disjoint, stratified_group_folds
-from latentds.evaluation.groups import groups_of, own_group
+from latentds.evaluation.groups import groups_of, own_groups
 from latentds.evaluation.slide_names import some
 from latentds.patchsets.base import PatchSet, PatchTable
 
@@ -40,7 +40,7 @@ def choose_rows(patches: PatchSet, config: ProbeConfig) -> ProbeRows:
     """The patches that are fitted to and scored, at most so many of each."""
     table, where = patches.table, f"--probe {config.probe}"
     names = labels_of(patches.classes, table, where)
-    groups, group_rule = groups_of(table.slides, table.sources, config.probe_groups)
+    groups, group_rule = groups_of(table.slides, table.sources, config.probe_groups, table.patients)
     fold, rule = find_fold(table, names, groups, config)
     check_apart(fold, table, groups, config)
     classes = sorted({names[row] for row in fold.train.tolist()})
@@ -106,7 +106,7 @@ def check_apart(fold: Fold, table: PatchTable, groups: list[str], config: ProbeC
     """Refuse patients or slides, or groups of the user's table, that are on both sides."""
     where, own = f"--probe {config.probe}", groups
     if config.probe_groups is None:  # items are told apart by their rows: names may come twice
-        kinds = map(own_group, table.slides, table.sources)
+        kinds = own_groups(table.slides, table.sources, table.patients)
         own = [f"item {row}" if kind == "item" else name for row, (kind, name) in enumerate(kinds)]
     try:
         check_disjoint([fold], own, where)

@@ -61,5 +61,7 @@ def open_originals(config: PretrainConfig, device: torch.device, rank: int, rank
     facts = {"source": found["name"], **{name: found[name] for name in ("kind", "codec")}}
     facts |= {"bytes_per_patch": found["bytes_per_patch"], "patch_px": found["patch_px"]}
     feed = PatchSetFeed(patches, order, device, facts | {"patches": count})
-    data_id = digest_of([patches.fingerprint(), found["name"], paired_id])
+    parts = [patches.fingerprint(), found["name"], paired_id]
+    codebook_id = found["codebook"].get("codebook_id")
+    data_id = digest_of([*parts, codebook_id] if codebook_id else parts)
     return Source(feed=feed, data_id=data_id, patches=count)

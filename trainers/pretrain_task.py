@@ -21,6 +21,7 @@ from latentds_trainers.pretrain_networks import (
     build_optimizer,
     build_views,
     edge_px,
+    gather_outside,
     seeded,
     token_grid,
     trained_backbone,
@@ -86,6 +87,8 @@ class PretrainTask:
             self.config, RECIPE, {NETWORK: (model, optimizer)}, self.ledger, may_change=MAY_CHANGE
         )
         self.model: Any = self.engine[NETWORK]
+        if self.config.zero_stage == 3:
+            gather_outside(self.model)
         self.shown: tuple[Tensor, Views] | None = None
         self.probed: dict[str, float] = {}
 

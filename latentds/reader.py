@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from latentds.cache import CacheConfig
-from latentds.errors import DamagedPackError, FormatError, unknown_name
+from latentds.errors import DamagedPackError, FormatError, InputError, unknown_name
 from latentds.files import Extent, LocalFiles, open_files
 from latentds.format import (
     CODES,
@@ -319,14 +319,19 @@ class ShardSet:
         self.tables[pack, kind] = table
         return table
 
-    def read_masks(self, rows: np.ndarray) -> np.ndarray:
-        """Masks uint8 (N, H, W) of the patches at `rows`; zeros where a patch has none."""
+    def read_masks(self, rows: np.ndarray, *, required: bool = False) -> np.ndarray:
+        """Masks uint8 (N, H, W) of the patches at `rows`; zeros where a patch has none.
+
+        required  InputError for a patch that has none instead
+        """
         from latentds.columns import MASK_SCHEMA
 
         height, width = self.manifest.contract.patch_px
         masks = np.zeros((len(rows), height, width), np.uint8)
         for pack, places in self.group_by_pack(rows):
             if not self.packs["masks_bytes"][pack]:
+                if required and len(places):
+                    raise no_mask(f"{self.shard_path(pack)}, {self.key(pack)}")
                 continue
             encoded = self.read_table(pack, MASKS, MASK_SCHEMA)["mask_png"]
             first, where = int(self.first_patch[pack]), f"{self.shard_path(pack)}, {self.key(pack)}"
@@ -334,7 +339,14 @@ class ShardSet:
                 png = encoded[int(rows[place]) - first]
                 if png is not None:
                     masks[place] = decode_mask(png, (height, width), where)
+                elif required:
+                    raise no_mask(f"{where}, patch {int(rows[place]) - first}")
         return masks
+
+
+def no_mask(where: str) -> InputError:
+    """The error of a patch without a mask where every one needs it: zeros would be a class."""
+    return InputError(f"{where} has no mask; give it one, or leave the patch out")
 
 
 def decode_mask(encoded: bytes, size_px: tuple[int, int], where: str) -> np.ndarray:

@@ -62,6 +62,23 @@ def assert_same_patches(one: PatchSet, other: PatchSet) -> None:
         assert np.array_equal(own, their, equal_nan=True), name
 
 
+def test_a_patch_without_a_mask_is_not_background(pictures, tmp_path):
+    paths = sorted(pictures.rglob("*.png"))
+    write_masks(pictures, tmp_path / "masks")
+    cells = [tmp_path / "masks" / path.relative_to(pictures) for path in paths]
+    lines = [f"{path},{'' if row == 1 else mask}"
+             for row, (path, mask) in enumerate(zip(paths, cells, strict=True))]  # fmt: skip
+    table = tmp_path / "table.csv"
+    table.write_text("\n".join(["path,mask", *lines]) + "\n")
+    convert(ConvertConfig(source=table, out=tmp_path / "set", device="cpu", workers=1))
+    for location in (table, tmp_path / "set"):
+        patches = opened(location)
+        rows = np.arange(len(patches))
+        assert patches.has_masks and patches.masks(rows[:1]).any()
+        with pytest.raises(InputError, match="has no mask"):
+            patches.masks(rows)
+
+
 def write_masks(root: Path, masks: Path) -> None:
     """A mask of every picture below `root`, different for each."""
     for number, path in enumerate(sorted(root.rglob("*.png"))):

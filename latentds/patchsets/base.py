@@ -26,6 +26,8 @@ class PatchTable:
     mpp      float32 (N,), micrometres a pixel of the patch, NaN where unknown
     size_px  int64 (N,), width of a patch in the pixels that x and y count, 0 where unknown
     splits   train, val, test, ...
+    patients  names that a table, or another record beside the patches, tells, None where unknown;
+              empty for data sets, which store none
     """
 
     sources: list[str]
@@ -36,6 +38,7 @@ class PatchTable:
     mpp: np.ndarray
     size_px: np.ndarray
     splits: list[str]
+    patients: list[str | None] = dataclasses.field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.sources)

@@ -115,10 +115,10 @@ class Shards:
             return self.shards.read_codes(stored), self.shards.codebook_numbers(stored)
 
     def read_masks(self, rows: np.ndarray) -> np.ndarray:
-        """Masks uint8 (n, H, W) of rows, zeros where a patch has none."""
+        """Masks uint8 (n, H, W) of rows; InputError for a patch without."""
         stored = self.ordered[0][rows]
         with self.lock:
-            return self.shards.read_masks(stored)
+            return self.shards.read_masks(stored, required=True)
 
 
 def open_shards(location: str, split: str | None, check_codes: bool) -> Shards:

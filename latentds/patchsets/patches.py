@@ -52,7 +52,7 @@ class Contents(Protocol[Raw]):
         ...
 
     def read_masks(self, rows: np.ndarray) -> np.ndarray:
-        """uint8 (n, H, W) of distinct ascending rows, zeros where a patch has none."""
+        """uint8 (n, H, W) of distinct ascending rows; InputError for a patch that has none."""
         ...
 
 

@@ -19,7 +19,7 @@ from latentds.patchsets.base import PatchTable
 from latentds.patchsets.config import PatchInput
 from latentds.patchsets.fingerprints import fingerprint_pictures
 from latentds.patchsets.ordering import canonical_order
-from latentds.reader import decode_mask
+from latentds.reader import decode_mask, no_mask
 from latentds.sources.open import list_source, open_source
 from latentds.sources.patch import Patch, Place
 from latentds.sources.slides import Slides
@@ -138,6 +138,7 @@ class Pictures:
             mpp=column(places, "mpp", np.nan).astype(np.float32)[order],
             size_px=column(places, "size_px_level0", 0)[order],
             splits=[picture.split for picture in pictures],
+            patients=[picture.patient for picture in pictures],
         )
         return Layout(table, numbers[order], headers, regions[order])
 
@@ -176,11 +177,12 @@ class Pictures:
         return pixels
 
     def read_masks(self, rows: np.ndarray) -> np.ndarray:
-        """Masks uint8 (n, H, W) of distinct ascending rows."""
+        """Masks uint8 (n, H, W) of distinct ascending rows; InputError for a patch without."""
         masks = np.zeros((len(rows), *self.patch_px), np.uint8)
         for place, patch in enumerate(self.read_patches(rows)):
-            if patch.mask_png is not None:
-                masks[place] = decode_mask(patch.mask_png, self.patch_px, patch.source)
+            if patch.mask_png is None:
+                raise no_mask(f"{self.where}: {patch.source}")
+            masks[place] = decode_mask(patch.mask_png, self.patch_px, patch.source)
         return masks
 
     def read_patches(self, rows: np.ndarray) -> Iterator[Patch]:

@@ -21,6 +21,7 @@ from latentds.conversion.config import ConvertConfig
 from latentds.conversion.pipeline import convert
 from latentds.errors import ContractError, InputError, WeightsError
 from latentds.evaluation.csv_tables import read_table
+from latentds.evaluation.folds import Fold
 from latentds.evaluation.predictions import read_predictions
 from latentds.evaluation.records import RunRecord, read_record
 from tests.conftest import smooth_picture
@@ -29,9 +30,10 @@ pytest.importorskip("sklearn")
 pytest.importorskip("deepspeed")
 pytest.importorskip("timm")
 
+from latentds_trainers import patch_inputs
 from latentds_trainers.checkpoints import complete_checkpoints
 from latentds_trainers.classify_patches import ClassifyConfig, main
-from latentds_trainers.patch_inputs import open_labelled
+from latentds_trainers.patch_inputs import open_labelled, protocol_folds
 
 ROOT = Path(__file__).parents[1]
 VARIABLES = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
@@ -337,6 +339,30 @@ def test_evas_probe_validates_on_patches_it_does_not_test(halves, embedder, tmp_
     parts = [assigned_items(tmp_path / "run" / "splits" / "splits_0.csv", part)
              for part in ("train", "val", "test")]  # fmt: skip
     assert len(set().union(*parts)) == sum(map(len, parts))
+
+
+def test_patients_that_a_table_names_stay_together(classes, embedder, tmp_path):
+    shutil.copytree(classes, tmp_path / "pictures")
+    paths = sorted((tmp_path / "pictures").rglob("*.png"))
+    lines = [f"{path},{path.parent.name},case {row % 6}" for row, path in enumerate(paths)]
+    (tmp_path / "table.csv").write_text("\n".join(["path,label,patient", *lines]) + "\n")
+    record = classify(tmp_path / "table.csv", tmp_path / "run", embedder=embedder)
+    assert "recorded patient" in record.split_rule
+    case = {f"{path.parent.name}/{path.name}": row % 6 for row, path in enumerate(paths)}
+    for number in range(3):
+        split = tmp_path / "run" / "splits" / f"splits_{number}.csv"
+        sides = [{case["/".join(name.split("/")[-2:])] for name in assigned_items(split, part)}
+                 for part in ("train", "test")]  # fmt: skip
+        assert not sides[0] & sides[1] and sides[1]
+
+
+def test_a_fold_that_tests_a_class_it_does_not_train_on_is_refused(classes, embedder, monkeypatch):
+    patches = open_labelled(settings(classes, Path("out"), embedder=embedder))
+    other = np.flatnonzero(patches.labels == 0)
+    fold = Fold(np.flatnonzero(patches.labels == 1), np.empty(0, np.int64), other)
+    monkeypatch.setattr(patch_inputs, "drawn_folds", lambda *_: [fold])
+    with pytest.raises(InputError, match=r"fold 0 tests 'stroma' and does not train on it"):
+        protocol_folds(settings(classes, Path("out"), embedder=embedder), patches)
 
 
 def test_folds_that_share_a_test_set_are_told_of(halves, embedder, tmp_path):

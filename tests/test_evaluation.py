@@ -314,6 +314,8 @@ def test_groups_are_tcga_patients_else_slides_else_items() -> None:
     groups, rule = groups_of([None, None], ["x.png", "y.png"], None)
     assert groups == ["x.png", "y.png"] and rule == "each file by itself, as no slide is known"
     assert "(1 items)" in groups_of(["s1", None], ["x", "y"], None)[1]
+    recorded = groups_of(["s1", "s2", None], ["x", "y", "z"], None, ["a", "a", None])
+    assert recorded[0] == ["a", "a", "z"] and "recorded patient (2 items)" in recorded[1]
     assert groups_of(["a/1", "b/1.svs"], ["x", "y"], None)[0] == ["a/1", "b/1"]
 
 

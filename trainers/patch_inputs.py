@@ -93,7 +93,8 @@ def open_labelled(config: ClassifyConfig) -> LabelledPatches:
     """
     train = open_patches(config)
     tables, sets = [train.table], [train]
-    groups, rule = groups_of(train.table.slides, train.table.sources, config.groups)
+    table = train.table
+    groups, rule = groups_of(table.slides, table.sources, config.groups, table.patients)
     notes: list[str] = []
     items, is_test = list(train.table.names), [name == TEST for name in train.table.splits]
     if config.test_data is not None:
@@ -136,17 +137,17 @@ def groups_of_test_set(
 
     prefix  name of its folder, with which the table of groups may name its files
     """
-    slides, sources = test.table.slides, test.table.sources
+    slides, sources, patients = test.table.slides, test.table.sources, test.table.patients
     prefixed = [f"{prefix}/{name}" for name in sources]
     if groups is None:
-        own, _ = groups_of(slides, sources if test.slides() else prefixed, None)
+        own, _ = groups_of(slides, sources if test.slides() else prefixed, None, patients)
         return own, []
     for names in (prefixed, sources):
         try:
             return groups_of(slides, names, groups)[0], []
         except InputError:  # the table itself is sound: the training set's groups are in it
             continue
-    own, _ = groups_of(slides, sources, None)
+    own, _ = groups_of(slides, sources, None, patients)
     return [f"{prefix}/{name}" for name in own], [NOT_COMPARED]
 
 
@@ -245,9 +246,25 @@ def check_classes(patches: LabelledPatches, protocol: str, test_data: Path | Non
 def protocol_folds(config: ClassifyConfig, patches: LabelledPatches) -> list[Fold]:
     """The folds of the protocol, as row numbers.
 
-    raises  InputError for what `stratified_group_folds` and `fixed_test_folds` refuse, and where
-            the protocol's train or test split is missing
+    raises  InputError for what `stratified_group_folds` and `fixed_test_folds` refuse, where the
+            protocol's train or test split is missing, and for a fold that tests a class it does
+            not train on
     """
+    folds = drawn_folds(config, patches)
+    for number, fold in enumerate(folds):
+        trained = set(patches.labels[fold.train].tolist())
+        lost = sorted(set(patches.labels[fold.test].tolist()) - trained)
+        if lost:
+            raise InputError(
+                f"fold {number} tests {some([patches.classes[label] for label in lost])} and does "
+                "not train on it: its groups are all in the tested or validating part. Take fewer "
+                "folds, or finer groups"
+            )
+    return folds
+
+
+def drawn_folds(config: ClassifyConfig, patches: LabelledPatches) -> list[Fold]:
+    """The folds of the protocol, not checked for classes."""
     labels, groups, classes = patches.labels, patches.groups, patches.classes
     validates = config.probe == "eva"  # the other probes have nothing to choose
     if config.protocol == "kfold":

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,15 +23,20 @@ SUBSET_HINT = "mend the names, or pass --allow-subset (allow_subset=True)"
 
 
 def groups_of(
-    slides: Sequence[str | None], sources: Sequence[str], table: Path | None
+    slides: Sequence[str | None],
+    sources: Sequence[str],
+    table: Path | None,
+    patients: Sequence[str | None] = (),
 ) -> tuple[list[str], str]:
     """The group of every item (n), which no split may cut, and the rule in words.
 
     slides   name of every item's slide, None where it is not known
     sources  name of every item's own file
     table    CSV with a column slide, slide_id, bag, source, path, name or file, and one of group,
-             patient, case_id or tma_core; without one, the TCGA patient where the slide's name has
-             one, or, of an item without a slide, its file's; else the slide, else the item itself
+             patient, case_id or tma_core; without one, the patient that is recorded; the
+             TCGA patient where the slide's name has one, or, of an item without a slide, its
+             file's; else the slide, else the item itself
+    patients name of every item's patient where one is recorded; may be empty
     raises   InputError for a table without such columns, one that lacks an item, gives a name two
              groups, or has names that can mean several
     """
@@ -40,15 +45,24 @@ def groups_of(
     if table is not None:
         return table_groups(slides, sources, read_table(table))
     groups, kinds = [], Counter[str]()
-    for slide, source in zip(slides, sources, strict=True):
-        kind, group = own_group(slide, source)
+    for kind, group in own_groups(slides, sources, patients):
         kinds[kind] += 1
         groups.append(group)
     return groups, describe_rule(kinds)
 
 
-def own_group(slide: str | None, source: str) -> tuple[str, str]:
+def own_groups(
+    slides: Sequence[str | None], sources: Sequence[str], patients: Sequence[str | None] = ()
+) -> Iterator[tuple[str, str]]:
+    """What kind of group every item's names tell, and the group."""
+    known = patients or [None] * len(slides)
+    return map(own_group, slides, sources, known)
+
+
+def own_group(slide: str | None, source: str, patient: str | None = None) -> tuple[str, str]:
     """What kind of group an item's names tell, and the group."""
+    if patient:
+        return "recorded patient", patient
     name = plain_name(slide or source)
     last = name.rpartition("/")[2]
     if found := TCGA_PATIENT.match(last):
@@ -56,10 +70,11 @@ def own_group(slide: str | None, source: str) -> tuple[str, str]:
     return ("slide", name) if slide else ("item", source)
 
 
-def count_alone(slides: Sequence[str | None], sources: Sequence[str]) -> int:
+def count_alone(
+    slides: Sequence[str | None], sources: Sequence[str], patients: Sequence[str | None] = ()
+) -> int:
     """How many items are groups of their own, as neither their slide nor a patient is known."""
-    pairs = zip(slides, sources, strict=True)
-    return sum(own_group(slide, source)[0] == "item" for slide, source in pairs)
+    return sum(kind == "item" for kind, _ in own_groups(slides, sources, patients))
 
 
 def describe_rule(kinds: Mapping[str, int]) -> str:

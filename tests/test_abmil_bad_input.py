@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,18 @@ def test_a_run_folder_of_other_settings_is_refused(job, change, words):
     run(job, epochs=1, select="last")
     with pytest.raises(ContractError, match=words):
         run(job, **({"epochs": 1, "select": "last"} | change))
+
+
+def test_a_run_goes_on_with_as_many_bags_a_step_and_no_others(job):
+    short = {"epochs": 1, "select": "last"}
+    run(job, batch_size=4, **short)
+    run(job, batch_size=2, accumulation=2, **short)
+    with pytest.raises(ContractError, match="bags_a_step 4, this one 2; choose --batch-size"):
+        run(job, batch_size=2, **short)
+    path = job.parent / "run" / "run.json"  # a run of a version that did not record it
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps({n: v for n, v in values.items() if n != "bags_a_step"}))
+    run(job, batch_size=2, **short)
 
 
 def test_a_run_folder_of_other_labels_is_refused(job):

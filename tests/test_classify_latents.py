@@ -61,9 +61,9 @@ def latents(pictures: Path) -> Path:
 
 def settings(data: Path, out: Path, **options: Any) -> ClassifyConfig:
     small = {"folds": 2, "device": "cpu", "workers": 2, "batch_size": 8, "input": "latents"}
-    network = {} if "embedder" in options else {"probe": "finetune", "arch": ARCH}
-    rates = {"epochs": 2, "lr": 1e-3, "log_every": 1}
-    return ClassifyConfig(data=data, out=out, **(small | network | rates | options))
+    training = {"probe": "finetune", "arch": ARCH, "epochs": 2, "lr": 1e-3, "log_every": 1}
+    network = {} if "embedder" in options else training
+    return ClassifyConfig(data=data, out=out, **(small | network | options))
 
 
 def classify(data: Path, out: Path, **options: Any) -> RunRecord:
@@ -192,7 +192,8 @@ def backbone(latents: Path) -> str:
 
 @pytest.mark.parametrize("probe", ["linear", "knn"])
 def test_a_backbone_trained_on_latents_is_probed_on_latents(latents, backbone, tmp_path, probe):
-    options = {"probe": probe, "neighbours": 3, "embedder": backbone}
+    options = {"probe": probe, "embedder": backbone}
+    options |= {"neighbours": 3} if probe == "knn" else {}
     record = classify(latents, tmp_path, **options)
     assert record.embedder == backbone and record.source["name"] == "latents:tiny-v1+kmeans"
     assert (record.summary["auc"][0] or 0) > 0.7

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch.distributed as dist
 from latentds_trainers.abmil import AbmilConfig
 from latentds_trainers.bag_source import LabelledBags
 from latentds_trainers.bag_training import Stopping
@@ -176,7 +177,9 @@ def run_record(
         split_rule=f"{made}; {rule}",
         primary=PRIMARY,
         folds=[outcome.result() for outcome in outcomes],
-        settings=shown_settings(config) | feature_settings(folder),
+        settings=shown_settings(config)
+        | feature_settings(folder)
+        | {"bags_a_step": bags_a_step(config)},
         notes=[*slides.notes, *codebook_notes(facts), *left_out_notes(folder), *found],
         versions=package_versions(),
         command=" ".join(["python", "-m", "latentds_trainers.abmil", *sys.argv[1:]]),
@@ -189,6 +192,11 @@ def shown_settings(config: AbmilConfig) -> dict[str, Any]:
     named = {n: v.name if isinstance(v, Path) else v for n, v in values.items()}
     plain: dict[str, Any] = jsonable(named)
     return plain
+
+
+def bags_a_step(config: AbmilConfig) -> int:
+    """Bags of an optimizer step, over all ranks."""
+    return config.batch_size * config.accumulation * dist.get_world_size()
 
 
 def feature_settings(folder: FeatureFolder | LiveFeatures) -> dict[str, Any]:

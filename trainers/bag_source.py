@@ -209,6 +209,15 @@ def label_slides(
     return recorded_labels(patches, folder.slides, config.groups)
 
 
+def patients_of(patches: PatchSet, slides: list[str]) -> list[str | None]:
+    """The patient that is recorded with every slide's patches, where there is one and no other."""
+    known = patches.table.patients
+    if not known:
+        return []
+    named = [{known[row] for row in patches.rows_of(slide).tolist()} for slide in slides]
+    return [next(iter(found)) if len(found) == 1 else None for found in named]
+
+
 def recorded_labels(patches: PatchSet, slides: list[str], groups: Path | None) -> LabelledSlides:
     """Labels that the patches record, one a slide.
 
@@ -223,7 +232,7 @@ def recorded_labels(patches: PatchSet, slides: list[str], groups: Path | None) -
     names = {slide: patches.classes[int(labels[0])] for slide, labels in found.items()}
     classes = sorted_classes(names.values())
     targets = np.array([classes.index(names[slide]) for slide in slides], np.int64)
-    own, rule = groups_of(slides, slides, groups)
+    own, rule = groups_of(slides, slides, groups, patients_of(patches, slides))
     return LabelledSlides(
         slides=slides, classes=classes, targets=targets, groups=own, group_rule=rule, notes=[]
     )

@@ -16,6 +16,7 @@ from latentds_trainers.bag_heat_maps import draw_heat_maps
 from latentds_trainers.bag_report import (
     WEIGHTS,
     FoldOutcome,
+    bags_a_step,
     fold_outcome,
     report,
 )
@@ -45,8 +46,14 @@ MAY_CHANGE = frozenset(
         *("out", "bags", "data", "labels", "groups", "splits", "slides", "root", "workers"),
         *("device", "keep_mb", "cache_gb", "save_every", "heat_maps", "heat_map_slides"),
         *("tensorboard", "json", "embed_batch", "repeats"),
+        *("batch_size", "accumulation"),  # of which bags_a_step tells
     }
 )
+REMEDIES = {  # by what differs; a setting is set back
+    "bags_a_step": "choose --batch-size and --accumulation for as many on these ranks",
+    "data_content": "give the patches it was started with",
+}
+NEWER = ("bags_a_step", "data_content")
 
 
 class BagTask:
@@ -107,7 +114,15 @@ class BagTask:
             },
             "labels_id": hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16],
             "split_id": split_id(self.folds, slides.slides),
-        }
+            "bags_a_step": bags_a_step(self.config),
+        } | self.patches_identity()
+
+    def patches_identity(self) -> dict[str, Any]:
+        """What is stored of the patches whose features the run makes itself."""
+        patches = self.labelled.patches
+        if self.config.bags is not None or patches is None:
+            return {}
+        return {"data_content": patches.fingerprint()}
 
     def claim_folder(self) -> None:
         """Write what the run is, or see that the folder is of the same one.
@@ -118,7 +133,7 @@ class BagTask:
         values = {name: value for name, value in settings.items() if name not in MAY_CHANGE}
         if not self.config.on_the_fly:
             del values["on_the_fly"]  # runs of versions without it go on
-        claim_folder(self.config.out, values | self.identity)
+        claim_folder(self.config.out, values | self.identity, REMEDIES, NEWER)
 
     def write_splits(self) -> None:
         """The folds as CLAM and Patho-Bench read them."""

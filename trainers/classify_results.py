@@ -240,8 +240,12 @@ def make_record(
     source: dict[str, Any],
     embedder: EmbedderCard | None,
     split: str,
+    images_a_step: int | None,
 ) -> RunRecord:
-    """The run's record; `related` holds the colour histograms' scores."""
+    """The run's record; `related` holds the colour histograms' scores.
+
+    images_a_step  of a training, over all ranks; None for a probe
+    """
     colour = {
         name: summary([outcome.colour[name] for outcome in outcomes]).to_json()
         for name in outcomes[0].colour
@@ -265,7 +269,11 @@ def make_record(
             }
             for o in outcomes
         ],
-        settings=settings | {"embedder_weights": embedder.weights_id if embedder else None},
+        settings=settings
+        | {
+            "embedder_weights": embedder.weights_id if embedder else None,
+            "images_a_step": images_a_step,
+        },
         notes=notes_of(config, patches, outcomes),
         related={COLOUR: colour},
         versions=package_versions(),

@@ -242,6 +242,9 @@ class ClassifyTask:
             source=self.facts.to_json(),
             embedder=embedder,
             split=self.split_id,
+            images_a_step=config.batch_size * config.accumulation * self.ranks
+            if config.probe == "finetune"
+            else None,
         )
         write_confusion(config.out, patches.classes, [outcome for outcome, _ in found])
         write_predictions(config.out, join_predictions(predictions))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,12 +17,16 @@ Outcome = TypeVar("Outcome")  # a dataclass of JSON values
 
 
 def claim_folder(
-    out: Path, wanted: Mapping[str, Any], remedies: Mapping[str, str] | None = None
+    out: Path,
+    wanted: Mapping[str, Any],
+    remedies: Mapping[str, str] | None = None,
+    newer: Collection[str] = (),
 ) -> None:
     """Write what the run in `out` is of, or see that the folder is of the same one.
 
     wanted    settings, data and folds, as JSON values
     remedies  by name, what to do where it differs, if not to set it back
+    newer     names that runs of older versions do not have
     raises    ContractError that names what differs
     """
     values, path = json.loads(json.dumps(wanted)), out / RUN
@@ -34,6 +38,8 @@ def claim_folder(
     except ValueError as error:
         raise ContractError(f"{path} is damaged ({error}); give another --out") from error
     for name, value in values.items():
+        if name not in found and name in newer:
+            continue
         if name not in found or found[name] != value:
             remedy = (remedies or {}).get(name, "set it back")
             raise ContractError(

@@ -18,7 +18,7 @@ from latentds_trainers.segmentation_data import Draws, LabelledImages
 from latentds_trainers.segmentation_networks import SegmentationNetwork, build_network
 from latentds_trainers.settings import plain
 from safetensors.torch import save as to_safetensors
-from torch import Tensor
+from torch import Tensor, nn
 
 from latentds.evaluation.folds import Fold
 from latentds.evaluation.segmentation import Confusion, correct_scores
@@ -121,6 +121,7 @@ class SegmentationFold:
 
     def test(self, rows: np.ndarray) -> Tested:
         """Pixel counts of whole images, shared out among the ranks. Collective."""
+        share_statistics(self.network.model)
         own = rows[self.engine.rank :: self.engine.world_size]
         counted: list[tuple[int, np.ndarray]] = []
         with self.evaluating():
@@ -160,3 +161,14 @@ class SegmentationFold:
         text = {"latentds": json.dumps(facts, allow_nan=False)}
         path = Path(self.config.out) / WEIGHTS
         self.engine.from_first(lambda: write_atomically(path, to_safetensors(weights, text)))
+
+
+def share_statistics(model: nn.Module) -> None:
+    """Give every rank the running statistics of rank 0's batch norms, which are saved. Collective.
+
+    Each rank's are of its own images; training does not read them.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            for buffer in module.buffers(recurse=False):
+                dist.broadcast(buffer, 0)

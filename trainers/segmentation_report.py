@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch.distributed as dist
 from latentds_trainers.checkpoints import package_versions
 from latentds_trainers.segmentation_folds import FoldPlan
 from latentds_trainers.settings import jsonable
@@ -152,7 +153,7 @@ def run_record(
         task="sampath",
         data=data_name(config.data),
         source=source,
-        embedder=config.pathology_encoder if config.model == "sampath" else None,
+        embedder=encoder_name(config),
         model="unet" if config.model == "unet" else "sam-path",
         classes=classes,
         seeds=seeds,
@@ -160,11 +161,25 @@ def run_record(
         split_rule=plan.rule,
         primary=PRIMARY,
         folds=[outcome.result(config) for outcome in outcomes],
-        settings=shown_settings(config),
+        settings=shown_settings(config) | {"images_a_step": images_a_step(config)},
         notes=told,
         versions=package_versions(),
         command=shlex.join(["python", "-m", "latentds_trainers.sampath", *sys.argv[1:]]),
     )
+
+
+def encoder_name(config: SampathConfig) -> str | None:
+    """The pathology encoder, without the place of its file: two runs of one are of one family."""
+    if config.model != "sampath" or config.pathology_encoder is None:
+        return None
+    kind, colon, rest = config.pathology_encoder.partition("@")[0].partition(":")
+    return f"{kind}:{Path(rest).name}" if colon and "/" in rest else f"{kind}{colon}{rest}"
+
+
+def images_a_step(config: SampathConfig) -> int:
+    """Images of an optimizer step, over all ranks."""
+    assert config.batch_size and config.accumulation
+    return config.batch_size * config.accumulation * dist.get_world_size()
 
 
 def data_name(data: Path) -> str:

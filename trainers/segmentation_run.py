@@ -30,6 +30,7 @@ from latentds_trainers.segmentation_report import (
     FoldOutcome,
     figure,
     fold_outcome,
+    images_a_step,
     report,
     run_record,
 )
@@ -52,10 +53,12 @@ MAY_CHANGE = (
     *("data", "masks", "groups", "fold_table", "slides", "root", "only", "splits", "codebook_from"),
     *("device", "workers", "keep_mb", "max_px", "pictures", "json", "seeds"),
     "allow_shared_groups",
+    *("batch_size", "accumulation"),  # of which images_a_step tells
 )
 REMEDIES = {  # by what differs; a setting is set back
     "content": "give the data it was started with",
     "labels": "give the masks it was started with",
+    "images_a_step": "choose --batch-size and --accumulation for as many on these ranks",
 }
 OF_ENGINE = ("out", "save_every", "keep", "log_every", "sample_every", "tensorboard")
 
@@ -91,8 +94,8 @@ class SegmentationRun:
 
     def find_groups(self) -> tuple[list[str], str]:
         """What must stay together, one an image, and the rule: tiles of a picture always do."""
-        groups, rule = groups_of(self.table.slides, self.table.sources, self.config.groups)
-        return groups, rule
+        table = self.table
+        return groups_of(table.slides, table.sources, self.config.groups, table.patients)
 
     def make_plan(self, rule: str) -> FoldPlan:
         """The folds that the config asks for."""
@@ -110,7 +113,8 @@ class SegmentationRun:
     def find_notes(self) -> list[str]:
         """What a reader should know of groups, schedule, sizes and codebook; logged too."""
         config, table = self.config, self.table
-        alone = count_alone(table.slides, table.sources) if config.groups is None else 0
+        names = (table.slides, table.sources, table.patients)
+        alone = count_alone(*names) if config.groups is None else 0
         notes = []
         if alone:
             notes.append(
@@ -148,8 +152,9 @@ class SegmentationRun:
             "content": self.content,
             "labels": self.labels_id,
             "folds": split_id(self.plan.folds, self.items),
+            "images_a_step": images_a_step(self.config),
         }
-        claim_folder(self.config.out, settings | identity, REMEDIES)
+        claim_folder(self.config.out, settings | identity, REMEDIES, ("images_a_step",))
 
     def write_splits(self) -> None:
         """The folds as CSV files of images."""

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from latentds_trainers.decoder_inputs import open_picture_pairs
 from latentds_trainers.decoder_losses import DecoderLosses, evaluating
 from latentds_trainers.decoder_task import DecoderTask, without_places
 from latentds_trainers.finetune_decoder import PAPER, FinetuneConfig
@@ -43,6 +44,13 @@ def folder(tmp_path):
     """Twelve pictures of 64 px."""
     save_pictures(tmp_path / "in" / "tumour", 12, edge=64)
     return tmp_path / "in"
+
+
+@pytest.fixture
+def held_out(tmp_path):
+    """Three other pictures of 64 px."""
+    save_pictures(tmp_path / "held out", 3, first_seed=50, edge=64)
+    return tmp_path / "held out"
 
 
 def settings(tmp_path, **options) -> FinetuneConfig:
@@ -163,8 +171,10 @@ def test_crops_depend_on_seed_step_and_place_alone(folder):
     assert not torch.equal(whole.images, pairs[0].batch(8, range(4)).images)
 
 
-def test_a_run_leaves_a_decoder_that_reads_the_same_latents(folder, tmp_path):
-    DecoderTask(settings(tmp_path, pictures=(folder,), validate_on=(folder,), licence="MIT")).run()
+def test_a_run_leaves_a_decoder_that_reads_the_same_latents(folder, held_out, tmp_path):
+    DecoderTask(
+        settings(tmp_path, pictures=(folder,), validate_on=(held_out,), licence="MIT")
+    ).run()
     decoder = load_decoder(tmp_path / "run")
     tiny = load_autoencoder("tiny")
     assert decoder.card.latent_id == tiny.card.latent_id
@@ -317,8 +327,8 @@ def test_patches_that_fill_no_whole_cells_are_trained_on(tmp_path):
 
 
 @pytest.mark.parametrize("student", [None, "turbo-s"])
-def test_bf16_trains_and_saves_the_float32_weights(folder, tmp_path, student):
-    options = BF16 | {"pictures": (folder,), "validate_on": (folder,), "student": student}
+def test_bf16_trains_and_saves_the_float32_weights(folder, held_out, tmp_path, student):
+    options = BF16 | {"pictures": (folder,), "validate_on": (held_out,), "student": student}
     DecoderTask(settings(tmp_path, **options, lr=1e-5)).run()
     weights = load_decoder(tmp_path / "run").decoder.state_dict().values()
     assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in weights)
@@ -366,10 +376,12 @@ def test_a_rank_without_held_out_crops_judges_nothing():
     assert figures == {"psnr_db": 0.0, "one_minus_cos/toy": 0.0}
 
 
-def test_figures_before_the_run_are_taken_anew_where_there_is_no_checkpoint(folder, tmp_path):
+def test_figures_before_the_run_are_taken_anew_where_there_is_no_checkpoint(
+    folder, held_out, tmp_path
+):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "before.json").write_text('{"psnr_db": -1.0}')
-    DecoderTask(settings(tmp_path, pictures=(folder,), validate_on=(folder,))).run()
+    DecoderTask(settings(tmp_path, pictures=(folder,), validate_on=(held_out,))).run()
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["before"]["psnr_db"] > 0
 
@@ -428,6 +440,17 @@ def test_whole_images_and_recomputed_activations_reach_the_embedding_loss(folder
         first[name] = [line["decoder/grad_norm"] for line in lines(tmp_path / name)]
     assert first["recomputed"] == pytest.approx(first["native"], rel=1e-5)
     assert first["card"] != pytest.approx(first["native"], rel=1e-3)
+
+
+def test_pictures_that_are_validated_on_are_not_trained_on(folder, tmp_path):
+    save_pictures(folder / "val", 2, first_seed=70, edge=64)
+    base = load_autoencoder("tiny")
+    pairs = open_picture_pairs(
+        settings(tmp_path, pictures=(folder,), validate_on=(folder / "val",)), base
+    )
+    assert len(pairs.pictures[0]) == 12 and not any("val" in p.parts for p in pairs.pictures[0])
+    with pytest.raises(InputError, match="all 14 pictures are in --validate-on"):
+        open_picture_pairs(settings(tmp_path, pictures=(folder,), validate_on=(folder,)), base)
 
 
 def test_held_out_pictures_are_never_drawn(folder):

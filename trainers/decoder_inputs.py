@@ -8,7 +8,7 @@ from latentds_trainers.checkpoints import complete_checkpoints
 from latentds_trainers.finetune_decoder import FinetuneConfig
 from latentds_trainers.judging import read_held_out
 from latentds_trainers.launching import same_on_all_ranks
-from latentds_trainers.pairs import Pair, PicturePairs
+from latentds_trainers.pairs import Pair, PicturePairs, find_pictures
 from latentds_trainers.ranks import from_first
 from latentds_trainers.shard_pairs import ShardPairs
 
@@ -65,11 +65,13 @@ def open_shard_pairs(
 
 
 def open_picture_pairs(config: FinetuneConfig, base: NetworkAutoencoder) -> PicturePairs:
-    """Crops of --pictures, not quantized yet."""
+    """Crops of --pictures, not quantized yet; none of the pictures of --validate-on."""
+    judged = [path for folder in config.validate_on for path in find_pictures(folder, bool)]
     return PicturePairs(
         config.pictures, base, None, crop_px=config.crop_px or DEFAULT_CROP_PX,
         seed=config.seed, weights=config.picture_weights or None,
-        half_scale=config.half_scale, held_out=config.held_out, workers=config.workers,
+        half_scale=config.half_scale, held_out=config.held_out, without=judged,
+        workers=config.workers,
     )  # fmt: skip
 
 

@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
@@ -20,6 +21,8 @@ from latentds.errors import InputError
 from latentds.quantizer import Codebook, dequantize, quantize
 from latentds.sources.image_folder import walk
 from latentds.sources.pictures import DECODE_ERRORS, first_line, picture_suffixes, read_picture
+
+logger = logging.getLogger(__name__)
 
 MAX_PX = 1 << 28
 KEPT_BYTES = 4 << 30  # decoded pictures kept in memory, over all of them
@@ -59,6 +62,7 @@ class PicturePairs:
     crop_px   edge of a crop, a multiple of the autoencoder's factor
     half_scale  share of the crops taken at half resolution
     held_out  regular expression: pictures whose relative path matches are not used
+    without   files that are not used either
     workers   threads that read and crop
 
     Crop `i` of the global batch of a step is a function of (seed, step, i) alone: any number of
@@ -76,9 +80,12 @@ class PicturePairs:
         weights: Sequence[float] | None = None,
         half_scale: float = 0.0,
         held_out: str | None = None,
+        without: Collection[Path] = (),
         workers: int = 1,
     ) -> None:
-        self.pictures = [list_pictures(folder, crop_px, held_out) for folder in folders]
+        self.pictures = [
+            apart(folder, list_pictures(folder, crop_px, held_out), without) for folder in folders
+        ]
         self.autoencoder, self.codebook = autoencoder, codebook
         self.crop_px, self.seed = crop_px, seed
         shares = np.asarray(weights or [1.0] * len(folders), float)
@@ -152,6 +159,20 @@ def list_pictures(folder: Path, crop_px: int, left_out: str | None = None) -> li
             "folder, or a smaller --crop-px"
         )
     return fitting
+
+
+def apart(folder: Path, pictures: Sequence[Path], without: Collection[Path]) -> list[Path]:
+    """The pictures that are not among those validated on; InputError where none is left."""
+    resolved = {path.resolve() for path in without}
+    kept = [path for path in pictures if path.resolve() not in resolved]
+    if not kept:
+        raise InputError(
+            f"{folder}: all {len(pictures)} pictures are in --validate-on; none to train on"
+        )
+    if len(kept) < len(pictures):
+        logger.info("%s: %d pictures of --validate-on are not trained on", folder,
+                    len(pictures) - len(kept))  # fmt: skip
+    return kept
 
 
 def find_pictures(folder: Path, is_wanted: Callable[[str], bool]) -> list[Path]:

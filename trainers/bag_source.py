@@ -204,15 +204,16 @@ def label_slides(
             folder.slides,
             allow_subset=config.allow_subset,
             groups=config.groups,
+            patients=patients_of(patches, folder.slides) if config.bags is None else (),
         )
     assert patches is not None
     return recorded_labels(patches, folder.slides, config.groups)
 
 
-def patients_of(patches: PatchSet, slides: list[str]) -> list[str | None]:
+def patients_of(patches: PatchSet | None, slides: list[str]) -> list[str | None]:
     """The patient that is recorded with every slide's patches, where there is one and no other."""
-    known = patches.table.patients
-    if not known:
+    known = [] if patches is None else patches.table.patients
+    if patches is None or not any(known):
         return []
     named = [{known[row] for row in patches.rows_of(slide).tolist()} for slide in slides]
     return [next(iter(found)) if len(found) == 1 else None for found in named]

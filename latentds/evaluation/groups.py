@@ -182,12 +182,14 @@ def match_labels(
     *,
     allow_subset: bool = False,
     groups: Path | None = None,
+    patients: Sequence[str | None] = (),
 ) -> LabelledSlides:
     """Labels and patients of the slides that there are bags of.
 
     slides        names of the bags, each once
     allow_subset  use what is on both sides, and note what is not
     groups        table for `groups_of`, instead of the labels' own patients
+    patients      of the slides, as their patches record them, where labels tell none
     raises        InputError that lists some labels without a bag or bags without a label; for
                   names that can mean several; for no slide on both sides
     """
@@ -212,7 +214,8 @@ def match_labels(
     if groups is None and table.cases:
         own, rule = [table.cases[found[slide]] for slide in kept], f"patients of {table.path.name}"
     else:
-        own, rule = groups_of(kept, kept, groups)
+        known = dict(zip(slides, patients, strict=True)) if patients else {}
+        own, rule = groups_of(kept, kept, groups, [known.get(slide) for slide in kept])
     return LabelledSlides(
         slides=kept, classes=classes, targets=targets, groups=own, group_rule=rule, notes=notes
     )

@@ -16,8 +16,15 @@ from latentds.embedders.timm_models import create
 from latentds.errors import FormatError, LatentdsError, WeightsError
 
 MAX_NUMBER, MAX_PX = 1 << 16, 1 << 14
-OF_TIMM = ("pretrained", "checkpoint", "cache", "feature", "kwargs", "model")  # how names begin
-OF_EXPORT = ("scriptable", "exportable", "no_jit", "strict")
+# What timm's builders take for themselves.
+OF_TIMM = frozenset(
+    {
+        *("model_name", "model_cls", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay"),
+        *("pretrained_strict", "pretrained_filter_fn", "pretrained_custom_load", "variant"),
+        *("checkpoint_path", "cache_dir", "scriptable", "exportable", "no_jit", "strict"),
+        *("features_only", "feature_cfg", "kwargs_filter", "url", "file", "hf_hub_id", "source"),
+    }
+)
 
 
 def checked_arguments(arguments: Any, path: Path) -> dict[str, Any]:
@@ -28,7 +35,7 @@ def checked_arguments(arguments: Any, path: Path) -> dict[str, Any]:
     if not isinstance(arguments, dict):
         raise FormatError(f"{path}: model_args is {arguments!r:.60}, not an object; damaged")
     for name, value in arguments.items():
-        if name.startswith(OF_TIMM) or name in OF_EXPORT:
+        if name in OF_TIMM:
             raise FormatError(f"{path}: model_args has {name!r}, no argument of a network; refused")
         if not is_plain(value):
             raise FormatError(f"{path}: model_args has {name} {value!r:.60}; refused")

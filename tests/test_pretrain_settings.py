@@ -21,7 +21,7 @@ from tests.pretraining import config_of
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"weights": (0.5, 0.6)}, "sum to 1.1, not to 1; .*--weights 0.454545 0.545455"),
+        ({"weights": (0.5, 0.6)}, "sum to 1.1, not to 1; .*--weights 0.454545455 0.545454545"),
         ({"weights": (1.0,)}, "1 for 2 sets"),
         ({"weights": (1.5, -0.5)}, "every one must be above 0"),
         ({"data": ("a", "a")}, "each set once"),

@@ -88,18 +88,12 @@ def edge_px(views: Augmentation, stem: LatentStemConfig | None) -> int:
     return views.global_cells * stem.factor
 
 
-def gather_outside(model: MaskedAutoencoder) -> None:
-    """Tell ZeRO 3 of the weights that are read outside the module that has them.
-
-    It gathers a module's weights when that module is called, and these are taken one by one.
-    """
-    import deepspeed
-
-    vit, decoder = model.backbone, model.decoder
+def taken_alone(model: MaskedAutoencoder) -> list[nn.Parameter]:
+    """Weights that are read without calling the module that has them."""
+    vit = model.backbone
     parts = [getattr(vit, name, None) for name in ("cls_token", "reg_token", "pos_embed")]
-    for parameter in (*parts, decoder.mask_token):
-        if isinstance(parameter, nn.Parameter):
-            deepspeed.zero.register_external_parameter(model, parameter)
+    parts.append(model.decoder.mask_token)
+    return [part for part in parts if isinstance(part, nn.Parameter)]
 
 
 def build_backbone(config: RunConfig, stem: LatentStemConfig | None, drop_path: float) -> nn.Module:

@@ -21,8 +21,8 @@ from latentds_trainers.pretrain_networks import (
     build_optimizer,
     build_views,
     edge_px,
-    gather_outside,
     seeded,
+    taken_alone,
     token_grid,
     trained_backbone,
 )
@@ -30,6 +30,7 @@ from latentds_trainers.pretrain_result import result_of
 from latentds_trainers.pretrain_schedule import RECIPE, check_before, settle, settle_batch
 from latentds_trainers.pretrain_sources import open_source
 from latentds_trainers.ranks import join_ranks, on_all_ranks
+from latentds_trainers.wrapping import gather_with
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -88,7 +89,7 @@ class PretrainTask:
         )
         self.model: Any = self.engine[NETWORK]
         if self.config.zero_stage == 3:
-            gather_outside(self.model)
+            gather_with(self.model, taken_alone(self.model))
         self.shown: tuple[Tensor, Views] | None = None
         self.probed: dict[str, float] = {}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -228,3 +228,13 @@ class WrappedNetwork:
         if self.config.zero_stage in (1, 2):
             found |= {n: p.data for n, p in self.network.named_parameters() if not p.requires_grad}
         return found
+
+
+def gather_with(module: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
+    """Have ZeRO 3 gather weights when a module is called that reads them and does not own them.
+
+    It gathers what a module has itself when that module is called, and nothing else.
+    """
+    zero = load_deepspeed().zero
+    for parameter in parameters:
+        zero.register_external_parameter(module, parameter)

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import os
+
+# Two workers on two cores: threads of one test would only wait for those of the other. Child
+# processes inherit it; a test about threads sets them itself. Torch reads it when imported.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from latentds.conversion.config import ConvertConfig
@@ -16,7 +22,9 @@ from latentds.conversion.pipeline import convert
 from tests.fakes import MeanAutoencoder
 from tests.hub_server import HubServer, hub_serving
 
+pytest_plugins = ["tests.budget"]
 EDGE = 32
+torch.set_num_threads(1)
 
 
 def smooth_picture(seed: int, edge: int = EDGE) -> np.ndarray:

@@ -1,0 +1,98 @@
+"""What every test is held to: little CPU time, and nothing left behind that it started."""
+
+from __future__ import annotations
+
+import gc
+import resource
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+CPU_SECONDS = 2.0
+# A library is imported by whichever test needs it first: that test may have the import's time.
+CPU_SECONDS_A_MODULE = 0.005
+PATIENCE_S = 5.0  # a server's thread or a killed child needs a moment to go
+# Started once a process by a library, and meant to stay.
+LASTING_THREADS = ("fsspecIO", "tqdm", "pytest_", "execnet", "TMonitor", "asyncio_")
+LASTING_CHILDREN = ("resource_tracker", "torch_shm_manager", "forkserver")
+
+before_call = pytest.StashKey[tuple[set[int], set[threading.Thread]]]()
+
+
+def cpu_seconds() -> float:
+    """CPU time of this process and of the children it has waited for."""
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
+
+
+def child_processes() -> set[int]:
+    """Process ids of this process's children; none where there is no /proc to tell."""
+    lists = Path("/proc/self/task").glob("*/children")
+    found: set[int] = set()
+    for path in lists:
+        try:
+            found |= {int(word) for word in path.read_text().split()}
+        except OSError:  # the thread has ended meanwhile
+            continue
+    return {pid for pid in found if not any(word in command(pid) for word in LASTING_CHILDREN)}
+
+
+def command(pid: int) -> str:
+    """The command line of a process; empty once it has ended, also as a zombie."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    except OSError:
+        return ""
+
+
+def threads() -> set[threading.Thread]:
+    """The threads that are alive, libraries' own lasting ones left out."""
+    alive = (t for t in threading.enumerate() if not isinstance(t, threading._DummyThread))
+    return {t for t in alive if not t.name.startswith(LASTING_THREADS)}
+
+
+def left_behind(children: set[int], known: set[threading.Thread]) -> list[str]:
+    """Who runs now and did not before, in words."""
+    started = [f"process {pid} ({command(pid)[:120]})" for pid in child_processes() - children]
+    return started + [f"thread {thread.name}" for thread in threads() - known]
+
+
+def wait_for_the_end(children: set[int], known: set[threading.Thread]) -> list[str]:
+    """Who is left after a moment's patience."""
+    if not left_behind(children, known):
+        return []
+    gc.collect()  # an iterator that a test left half way ends its workers when it is collected
+    deadline = time.monotonic() + PATIENCE_S
+    while (found := left_behind(children, known)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return found
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item):
+    """Fail a test that is not marked slow and takes more CPU time than the suite can afford."""
+    item.stash[before_call] = child_processes(), threads()
+    start, modules = cpu_seconds(), len(sys.modules)
+    result = yield
+    spent = cpu_seconds() - start
+    allowed = CPU_SECONDS + CPU_SECONDS_A_MODULE * (len(sys.modules) - modules)
+    if spent > allowed and not any(item.iter_markers("slow")):
+        pytest.fail(
+            f"took {spent:.1f} s of CPU time, a test without a mark has {allowed:.1f}: mark it "
+            "slow, share what it makes in a fixture, or make less of it",
+            pytrace=False,
+        )
+    return result
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item):
+    """Fail a test whose call started processes or threads that outlive the test."""
+    result = yield
+    known = item.stash.get(before_call, None)
+    if known is not None and (found := wait_for_the_end(*known)):
+        pytest.fail(f"left behind: {', '.join(found)}; end what the test starts", pytrace=False)
+    return result

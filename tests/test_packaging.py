@@ -1,6 +1,7 @@
 """The house: floors, names, the wheel's contents, the README's commands and code."""
 
 import ast
+import functools
 import re
 import shutil
 import subprocess
@@ -67,6 +68,7 @@ ALONE = {  # heavy libraries and the only modules that may import them
 }
 
 
+@functools.cache
 def modules() -> dict[str, Path]:
     named = {}
     for folder, package in (
@@ -80,7 +82,8 @@ def modules() -> dict[str, Path]:
     return named
 
 
-def imports(path: Path) -> set[str]:
+@functools.cache
+def imports(path: Path) -> frozenset[str]:
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -88,7 +91,7 @@ def imports(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             found.add(node.module)
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+    return frozenset(found)
 
 
 def floor(module: str) -> int | None:
@@ -103,10 +106,13 @@ def test_every_module_has_a_floor():
     assert [m for m in known if floor(m) is None] == []
 
 
-@pytest.mark.parametrize("module", [m for m in modules() if m.startswith("latentds.")])
-def test_imports_go_down_the_floors(module):
+def test_imports_go_down_the_floors():
     above = {
-        name for name in imports(modules()[module]) if (floor(name) or 0) > (floor(module) or 0)
+        (module, name)
+        for module, path in modules().items()
+        if module.startswith("latentds.")
+        for name in imports(path)
+        if (floor(name) or 0) > (floor(module) or 0)
     }
     assert above == set()
 
@@ -173,12 +179,16 @@ def test_tools_and_trainers_never_import_each_other(package):
             assert not {name for name in found if not name.startswith(own)}, module
 
 
-@pytest.mark.parametrize("library", ALONE)
-def test_heavy_libraries_stay_in_their_rooms(library):
+def test_heavy_libraries_stay_in_their_rooms():
     users = {
-        m for m, path in modules().items() if library in {i.split(".")[0] for i in imports(path)}
+        library: {
+            module
+            for module, path in modules().items()
+            if library in {name.split(".")[0] for name in imports(path)}
+        }
+        for library in ALONE
     }
-    assert users == ALONE[library]
+    assert users == ALONE
 
 
 def test_no_file_is_named_like_a_dependency():
@@ -195,6 +205,7 @@ def test_no_file_is_named_like_a_dependency():
     assert [path.name for path in files if path.stem in taken] == []
 
 
+@pytest.mark.slow
 def test_wheel_holds_the_packages_the_weights_and_nothing_else(tmp_path):
     tree = tmp_path / "tree"  # a copy: setuptools would take stale files out of an old build folder
     for name in ("latentds", "tools", "trainers"):
@@ -236,6 +247,7 @@ def test_readme_names_every_command():
     assert [command for command in COMMANDS if f"latentds {command}" not in text] == []
 
 
+@pytest.mark.slow
 def test_readme_python_runs_as_it_stands(tmp_path, monkeypatch):
     from tests.conftest import save_pictures
 
@@ -252,6 +264,7 @@ def test_readme_python_runs_as_it_stands(tmp_path, monkeypatch):
         exec(compile(block.replace('device="cuda"', 'device="cpu"'), "README.md", "exec"), {})
 
 
+@pytest.mark.slow
 def test_the_loading_guide_runs_as_it_stands(tmp_path, monkeypatch):
     from tests.conftest import save_pictures
 

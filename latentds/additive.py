@@ -3,7 +3,7 @@
 Scalar codebooks (S = D), product quantization with or without a rotation, and residual vector
 quantization are one thing here, so that they are stored, read and compared by one code path.
 """
-# B batch, S stages (code planes), K rows of a stage's table, D latent channels, h w latent cells
+# B batch, S code planes, K rows of a plane's table, D latent channels, h w latent cells
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from latentds.additive_search import is_separable, search
 from latentds.errors import ShapeError
 from latentds.quantizer import MAX_LEVELS, Codebook
 
-MAX_STAGES = 256
+MAX_PLANES = 256
 MAX_CHANNELS = 4096
 MAX_BEAM = 64
 BEAM = 8  # 16 bring 0.02 dB more at twice the time
@@ -47,13 +47,13 @@ class AdditiveCodebook:
                 "(S, K, D)"
             )
         for size, most, name in zip(
-            self.tables.shape, (MAX_STAGES, MAX_LEVELS, MAX_CHANNELS),
+            self.tables.shape, (MAX_PLANES, MAX_LEVELS, MAX_CHANNELS),
             ("code planes", "rows a plane", "channels"), strict=True,
         ):  # fmt: skip
             if not 1 <= size <= most:
                 raise ShapeError(f"additive codebook has {size} {name}; 1 to {most} are possible")
         # A sum of S rows below this cannot overflow either.
-        if not (np.abs(self.tables) < np.finfo(np.float32).max / MAX_STAGES).all():
+        if not (np.abs(self.tables) < np.finfo(np.float32).max / MAX_PLANES).all():
             raise ValueError("codebook tables must be finite and their sums within float32")
 
     @property
@@ -64,12 +64,12 @@ class AdditiveCodebook:
         return f"sha256:{digest.hexdigest()}"
 
     @property
-    def stages(self) -> int:
+    def planes(self) -> int:
         """S, the code planes: bytes a latent cell."""
         return int(self.tables.shape[0])
 
     @property
-    def levels(self) -> int:
+    def centroids(self) -> int:
         """K, the rows of a plane's table."""
         return int(self.tables.shape[1])
 
@@ -81,7 +81,7 @@ class AdditiveCodebook:
     def codes_shape(self, latents_shape: tuple[int, int, int]) -> tuple[int, int, int]:
         """(S, h, w) of the codes of latents (D, h, w); ShapeError for other channels."""
         self._check_channels(latents_shape)
-        return self.stages, latents_shape[1], latents_shape[2]
+        return self.planes, latents_shape[1], latents_shape[2]
 
     def latents_shape(self, codes_shape: tuple[int, int, int]) -> tuple[int, int, int]:
         """(D, h, w) of the latents of codes (S, h, w); ShapeError for other planes."""
@@ -101,7 +101,7 @@ class AdditiveCodebook:
         returns  uint8 (B, S, h, w) on the same device. A patch's codes do not depend on the rest
                  of its batch: it is searched by itself
         raises   ShapeError for another number of channels, ValueError on NaN or infinity
-        source   beam search over stages, Babenko and Lempitsky 2014, section 3.2
+        source   beam search over planes, Babenko and Lempitsky 2014, section 3.2
         """
         if not 1 <= beam <= MAX_BEAM:
             raise ValueError(f"beam {beam} is not between 1 and {MAX_BEAM}")
@@ -131,13 +131,14 @@ class AdditiveCodebook:
         if codes.ndim != 4:
             raise ShapeError(f"codes of shape {tuple(codes.shape)}, expected (B, S, h, w)")
         self._check_planes(tuple(codes.shape[1:]))
-        if self.levels < MAX_LEVELS and codes.numel() and int(codes.max()) >= self.levels:
+        if self.centroids < MAX_LEVELS and codes.numel() and int(codes.max()) >= self.centroids:
             raise IndexError(
-                f"code {int(codes.max())} in codes, but the codebook has {self.levels} rows a plane"
+                f"code {int(codes.max())} in codes, but the codebook has {self.centroids} rows a "
+                "plane"
             )
         rows = (self.table(codes.device) if table is None else table).flatten(0, 1)
         batch, planes, height, width = codes.shape
-        first = self.levels * torch.arange(planes, device=codes.device, dtype=torch.int32)
+        first = self.centroids * torch.arange(planes, device=codes.device, dtype=torch.int32)
         index = codes.permute(0, 2, 3, 1).reshape(-1, planes).int() + first
         sums = functional.embedding_bag(index, rows, mode="sum")
         return sums.view(batch, height, width, -1).permute(0, 3, 1, 2).contiguous()
@@ -146,8 +147,8 @@ class AdditiveCodebook:
         """Plain JSON values, tables included."""
         return {
             "kind": self.kind,
-            "planes": self.stages,
-            "levels": self.levels,
+            "planes": self.planes,
+            "levels": self.centroids,
             "channels": self.channels,
             "values_f32le_base64": base64.b64encode(self.tables.astype("<f4").tobytes()).decode(),
         }
@@ -160,10 +161,10 @@ class AdditiveCodebook:
             )
 
     def _check_planes(self, shape: tuple[int, ...]) -> None:
-        if len(shape) != 3 or shape[0] != self.stages:
+        if len(shape) != 3 or shape[0] != self.planes:
             raise ShapeError(
                 f"codes of shape {tuple(shape)} do not fit an additive codebook of "
-                f"{self.stages} planes"
+                f"{self.planes} planes"
             )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from latentds.additive import MAX_STAGES, AdditiveCodebook
+from latentds.additive import MAX_PLANES, AdditiveCodebook
 from latentds.additive_groups import allocate
 from latentds.errors import ShapeError
 from latentds.fit import fit_kmeans
@@ -107,8 +107,7 @@ def check(vectors: np.ndarray, planes: int, method: str, levels: int) -> None:
     if vectors.ndim != 2 or vectors.size == 0:
         raise ShapeError(f"vectors have shape {vectors.shape}, expected (N, D) with N > 0")
     channels = vectors.shape[1]
-    most = channels if method in ("grouped", "scalar") else MAX_STAGES
-    least = channels if method == "scalar" else 1
+    least, most = plane_range(method, channels)
     if not least <= planes <= most:
         raise ValueError(
             f"{planes} planes; {method} codes of {channels} channels have {least} to {most}"
@@ -117,6 +116,12 @@ def check(vectors: np.ndarray, planes: int, method: str, levels: int) -> None:
         raise ValueError(f"{levels} levels; 1 to {MAX_LEVELS} fit a byte")
     if not np.isfinite(vectors).all():
         raise ValueError("vectors contain NaN or infinity; encode in float32")
+
+
+def plane_range(method: str, channels: int) -> tuple[int, int]:
+    """Fewest and most code planes of a method for latents of so many channels."""
+    least = channels if method == "scalar" else 1
+    return least, channels if method in ("grouped", "scalar") else MAX_PLANES
 
 
 def split(vectors: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

@@ -32,7 +32,7 @@ def search(vectors: Tensor, table: Tensor, beam: int) -> Tensor:
 
     table  float32 (S, K, D) on the vectors' device
     """
-    stages, levels, _ = table.shape
+    stages = len(table)
     # What all sums share is taken off both sides: |r|^2 - 2 r.t + |t|^2 cancels badly far from 0.
     shift = table[0].mean(0)
     residuals = (vectors - shift)[:, None]

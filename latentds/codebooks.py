@@ -10,29 +10,44 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from latentds.errors import FormatError
+from latentds.additive import AdditiveCodebook
+from latentds.errors import ContractError, FormatError
 from latentds.quantizer import Codebook
 from latentds.storage import write_atomically
+
+AnyCodebook = Codebook | AdditiveCodebook
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StoredCodebook:
     """A codebook, the latents it was fitted to, and how (sample size, seed, distortion, origin)."""
 
-    codebook: Codebook
+    codebook: AnyCodebook
     latent_id: str
     made: dict[str, Any]
 
+    @property
+    def scalar(self) -> Codebook:
+        """The codebook where it is of levels; ContractError for an additive one."""
+        if isinstance(self.codebook, Codebook):
+            return self.codebook
+        raise ContractError(
+            f"the codebook is {self.codebook.kind}, of vectors; levels of single values are needed "
+            "here: fit them with 'latentds fit-codebook --kind scalar'"
+        )
+
 
 def save_codebook(stored: StoredCodebook, path: Path) -> None:
-    """Write a codebook file."""
+    """Write a codebook file: the tensor is `levels` (R, K), or `tables` (S, K, D) if additive."""
     metadata = {
         "kind": stored.codebook.kind,
         "latent_id": stored.latent_id,
         "codebook_id": stored.codebook.codebook_id,
         "made": json.dumps(stored.made, sort_keys=True),
     }
-    write_atomically(path, save({"levels": stored.codebook.levels}, metadata))
+    book = stored.codebook
+    values = {"levels": book.levels} if isinstance(book, Codebook) else {"tables": book.tables}
+    write_atomically(path, save(values, metadata))
 
 
 def load_codebook(path: Path) -> StoredCodebook:
@@ -42,7 +57,11 @@ def load_codebook(path: Path) -> StoredCodebook:
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
-            codebook = Codebook(file.get_tensor("levels"), metadata["kind"])
+            codebook: AnyCodebook
+            if "tables" in set(file.keys()):
+                codebook = AdditiveCodebook(file.get_tensor("tables"), metadata["kind"])
+            else:
+                codebook = Codebook(file.get_tensor("levels"), metadata["kind"])
         return StoredCodebook(
             codebook=codebook,
             latent_id=metadata["latent_id"],

@@ -17,6 +17,7 @@ FLOORS = [
     [
         *("version", "errors", "quantizer", "lloyd", "fit", "format", "storage", "metrics"),
         *("report", "randomness", "normalization"),
+        *("additive", "additive_search", "additive_groups", "additive_fit"),
     ],
     ["autoencoders", "codebooks", "codecs", "embedders"],
     [
@@ -34,7 +35,7 @@ FLOORS = [
 ]
 ALONE = {  # heavy libraries and the only modules that may import them
     "diffusers": {"latentds.autoencoders.diffusers_ae"},
-    "faiss": {"latentds.fit"},
+    "faiss": {"latentds.fit", "latentds.additive_fit"},
     "kornia": {"latentds.views.colour"},
     "openslide": {"latentds_trainers.tiles", "latentds.sources.slides"},
     "vaezip": {"latentds.codecs.lloyd_blocks"},

@@ -126,6 +126,20 @@ def test_fit_codebook_makes_a_file_convert_takes(pictures, tmp_path, capsys):
     assert json.loads(out)["codebook"]["rows"] == 4
 
 
+def test_fit_codebook_makes_an_additive_codebook_of_the_bytes_asked_for(pictures, tmp_path, capsys):
+    from latentds.codebooks import load_codebook
+
+    book = tmp_path / "book.safetensors"
+    words = [pictures, "--out", book, "--kind", "additive", "--device", "cpu", "--json"]
+    code, out, _ = call(capsys, "fit-codebook", *words, "--bytes", 32)  # 16 cells
+    assert code == 0 and set(json.loads(out)["compared"]) == {"grouped", "residual"}
+    assert load_codebook(book).codebook.tables.shape == (2, 256, 4)
+    code, _, err = call(capsys, "fit-codebook", *words, "--bytes", 40, "--overwrite")
+    assert code == 1 and "multiples of 16" in err
+    code, _, err = call(capsys, "fit-codebook", *words, "--overwrite")
+    assert code == 1 and "--kind additive needs --bytes" in err
+
+
 @pytest.mark.parametrize(
     ("words", "part"),
     [

@@ -21,10 +21,19 @@ class Config:
     """Codebook file to write (.safetensors)."""
     autoencoder: str = "tiny"
     """Name or local folder, as for convert."""
+    kind: Literal["scalar", "additive"] = "scalar"
+    """scalar: levels that single values are rounded to; additive: vectors added up, as many bytes a
+    patch as --bytes says."""
+    bytes: int | None = None
+    """Bytes a patch of additive codes: a multiple of its latent cells, of which a patch of 256 px
+    has 1,024 at f8."""
+    method: Literal["auto", "grouped", "residual", "scalar"] = "auto"
+    """How additive tables are made: K-means of groups of principal axes, K-means of what the planes
+    before leave, or of each channel; auto takes the better of the first two."""
     quantizer: Literal[
         "kmeans", "kmeans-channel", "int8-minmax", "int8-percentile", "int8-channel"
     ] = "kmeans"
-    """How latents become bytes."""
+    """How latents become bytes, one by one."""
     levels: int = 256
     """Levels, 2 to 256."""
     fit_patches: int = 1000
@@ -44,6 +53,16 @@ class Config:
     """Replace --out where it is there."""
     json: bool = False
     """Print JSON."""
+
+    def __post_init__(self) -> None:
+        from latentds.errors import InputError
+
+        if (self.kind == "additive") != (self.bytes is not None):
+            raise InputError("--kind additive needs --bytes, and --bytes --kind additive")
+        if self.kind == "additive" and self.quantizer != "kmeans":
+            raise InputError(f"--quantizer {self.quantizer} is of scalar codebooks; see --method")
+        if self.kind == "scalar" and self.method != "auto":
+            raise InputError(f"--method {self.method} is of additive codebooks; see --quantizer")
 
 
 def run(config: Config) -> None:
@@ -67,7 +86,7 @@ def run(config: Config) -> None:
 def fit(config: Config) -> Any:
     """The codebook, fitted as a conversion of the same folder would."""
     from latentds.autoencoders import load_autoencoder
-    from latentds.conversion.codebook import fit_to_sample
+    from latentds.conversion.codebook import fit_additive_to_sample, fit_to_sample
     from latentds.conversion.config import ConvertConfig
     from latentds.conversion.encode import Encoder, choose_batch, choose_device
     from latentds.conversion.pipeline import make_reader
@@ -93,6 +112,10 @@ def fit(config: Config) -> Any:
     encoder = Encoder(autoencoder, device, choose_batch(autoencoder, device, plan.patch_px))
     reader = make_reader(plan, settings)
     try:
-        return fit_to_sample(settings, encoder, reader)
+        if config.bytes is None:
+            return fit_to_sample(settings, encoder, reader)
+        return fit_additive_to_sample(
+            settings, encoder, reader, patch_bytes=config.bytes, method=config.method
+        )
     finally:
         reader.close()

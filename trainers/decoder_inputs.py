@@ -96,7 +96,7 @@ def open_codebook(
                 "one that was fitted to these"
             )
         )
-    return stored.codebook
+    return stored.scalar
 
 
 def fitted_codebook(config: FinetuneConfig, latent_id: str, pairs: PicturePairs) -> StoredCodebook:

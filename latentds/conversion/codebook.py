@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from latentds.additive_fit import fit_additive, plane_range
 from latentds.autoencoders.tiny import tiny_codebook
 from latentds.codebooks import StoredCodebook, load_codebook
 from latentds.conversion.config import ConvertConfig
 from latentds.conversion.decode import PatchReader
 from latentds.conversion.encode import Encoder, sample_latents
 from latentds.conversion.plan import check_budget
-from latentds.errors import ContractError
+from latentds.errors import ContractError, InputError
 from latentds.fit import fit_codebook
 from latentds.format import Contract
 
@@ -57,6 +58,52 @@ def codebook_of_file(path: Path, latent_id: str, name: str) -> StoredCodebook:
 
 def fit_to_sample(config: ConvertConfig, encoder: Encoder, reader: PatchReader) -> StoredCodebook:
     """A codebook fitted to patches drawn from the training split, the first where there is none."""
+    samples, drawn = draw_sample(config, encoder, reader)
+    codebook, report = fit_codebook(samples, config.quantizer, config.levels, config.seed)
+    return StoredCodebook(
+        codebook=codebook,
+        latent_id=encoder.autoencoder.card.latent_id,
+        made=drawn | report.to_json(),
+    )
+
+
+def fit_additive_to_sample(
+    config: ConvertConfig, encoder: Encoder, reader: PatchReader, *, patch_bytes: int, method: str
+) -> StoredCodebook:
+    """An additive codebook of as many planes as make `patch_bytes` a patch, fitted likewise.
+
+    raises  InputError for bytes that are no whole planes, or more or fewer than `method` can
+    """
+    channels, rows, columns = encoder.check_shape(reader.plan.patch_px)
+    planes = planes_of(patch_bytes, channels, rows * columns, method)
+    samples, drawn = draw_sample(config, encoder, reader)
+    codebook, report = fit_additive(samples.T, planes, method, config.levels, config.seed)
+    return StoredCodebook(
+        codebook=codebook,
+        latent_id=encoder.autoencoder.card.latent_id,
+        made=drawn | report.to_json(),
+    )
+
+
+def planes_of(patch_bytes: int, channels: int, cells: int, method: str = "auto") -> int:
+    """Code planes that take so many bytes a patch; InputError that says what is possible."""
+    least, most = plane_range(method, channels)
+    planes, rest = divmod(patch_bytes, cells)
+    if rest == 0 and least <= planes <= most:
+        return planes
+    possible = f"{least * cells:,} alone" if least == most else (
+        f"multiples of {cells:,} from {least * cells:,} to {most * cells:,}"
+    )  # fmt: skip
+    raise InputError(
+        f"--bytes {patch_bytes}: latents of {channels} channels x {cells:,} cells become planes of "
+        f"{cells:,} bytes; possible with {method} codes are {possible}"
+    )
+
+
+def draw_sample(
+    config: ConvertConfig, encoder: Encoder, reader: PatchReader
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Latents float32 (C, M) of the patches a codebook is fitted to, and how they were drawn."""
     splits, card = reader.plan.splits, encoder.autoencoder.card
     split = "train" if "train" in splits else next(iter(splits))
     start, stop = splits[split]
@@ -67,15 +114,12 @@ def fit_to_sample(config: ConvertConfig, encoder: Encoder, reader: PatchReader) 
     with tqdm(total=count, desc="codebook", unit="patch", delay=1) as bar:
         chunks = sample_chunks(reader, rows, encoder.batch)
         samples = sample_latents(encoder, chunks, cells, rng, bar.update)
-    codebook, report = fit_codebook(samples, config.quantizer, config.levels, config.seed)
-    made = {
+    return samples, {
         "origin": "fitted to a sample of the input",
         "split": split,
         "patches": count,
         "seed": config.seed,
-        **report.to_json(),
     }
-    return StoredCodebook(codebook=codebook, latent_id=card.latent_id, made=made)
 
 
 def sample_chunks(reader: PatchReader, rows: np.ndarray, batch: int) -> Iterator[np.ndarray]:

@@ -135,7 +135,7 @@ def prepare(
     contract = Contract(
         latent_id=card.latent_id,
         decoder_id=card.decoder_id,
-        codebook=stored.codebook,
+        codebook=stored.scalar,
         autoencoder=card.to_json(),
         patch_px=plan.patch_px,
         codes_shape=codes_shape,

@@ -122,7 +122,7 @@ def load_latent_backbone(text: str, autoencoder: Autoencoder | None = None) -> L
     check_weights(folder, record, network)
     stored = find_codebook(folder, encoder)
     card = make_card(f"{PREFIX}{folder}", record, network, stem, encoder, stored)
-    return LatentBackbone(card, network, stem, encoder, stored.codebook if stored else None)
+    return LatentBackbone(card, network, stem, encoder, stored.scalar if stored else None)
 
 
 def parted(text: str) -> tuple[Path, str]:

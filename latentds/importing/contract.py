@@ -178,7 +178,7 @@ def choose_codebook(
         if files.dtype == "uint8" and is_scaled:
             raise InputError("bytes are either codes of --codebook or scaled; pass one of the two")
         made = {"origin": "from a codebook file", "file": options.codebook.name, "fit": stored.made}
-        return stored.codebook, made
+        return stored.scalar, made
     if files.dtype != "uint8":
         return fit_to_sample(files, patches, options)
     if options.scale is None or options.shift is None or options.scale <= 0:

@@ -57,7 +57,7 @@ def find_codebook(
         return stored_in(config.codebook, card.latent_id, card.name)
     shipped = tiny_codebook()
     wanted = (card.latent_id, quantizer.kind, quantizer.levels)
-    book = shipped.codebook
+    book = shipped.scalar
     is_asked_for = config.codebook_from is None
     if is_asked_for and wanted == (shipped.latent_id, book.kind, book.levels.shape[1]):
         return dataclasses.replace(shipped, made={"origin": "shipped with tiny"})

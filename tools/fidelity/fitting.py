@@ -13,6 +13,7 @@ from latentds_tools.fidelity.opening import Autoencoders
 from latentds.codebooks import StoredCodebook
 from latentds.codecs import LatentCodec, LatentSpec, draw_samples, with_quantizer
 from latentds.errors import ContractError
+from latentds.quantizer import Codebook
 
 ENCODE_BATCH = 16
 ON_TESTED = "fitted on the tested crops themselves"
@@ -65,6 +66,8 @@ class Codebooks:
         latent_id = self.autoencoders.cards[spec.name].latent_id
         for name, stored in self.stored.items():
             book = stored.codebook
+            if not isinstance(book, Codebook):
+                continue
             wanted = (latent_id, spec.quantizer.kind, spec.quantizer.levels)
             if (stored.latent_id, book.kind, book.levels.shape[1]) == wanted:
                 return name, stored
@@ -77,7 +80,7 @@ class Codebooks:
         samples = None
         if spec.quantizer.is_fitted and found is None:
             samples = self.encode_sample(spec, patch_px)
-        book = found[1].codebook if found else None
+        book = found[1].scalar if found else None
         return with_quantizer(
             autoencoder, spec.quantizer, patch_px=patch_px, samples=samples, codebook=book,
             seed=self.seed,

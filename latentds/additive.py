@@ -10,7 +10,8 @@ from __future__ import annotations
 import base64
 import dataclasses
 import hashlib
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from torch.nn import functional
 
 from latentds.additive_search import is_separable, search
 from latentds.errors import ShapeError
-from latentds.quantizer import MAX_LEVELS, Codebook
+from latentds.quantizer import MAX_LEVELS, Codebook, beyond
 
 MAX_PLANES = 256
 MAX_CHANNELS = 4096
@@ -56,6 +57,18 @@ class AdditiveCodebook:
         if not (np.abs(self.tables) < np.finfo(np.float32).max / MAX_PLANES).all():
             raise ValueError("codebook tables must be finite and their sums within float32")
 
+    encoding: ClassVar[str] = "u8-sum"  # a byte a plane and cell, a row of the plane's table
+
+    @property
+    def text(self) -> str:
+        """What tables call it: sum and its planes, which are its bytes a latent cell."""
+        return f"sum:{self.planes}"
+
+    @property
+    def summary(self) -> str:
+        """Planes, rows and channels, in words."""
+        return f"{self.planes} planes of {self.centroids} vectors of {self.channels} channels"
+
     @property
     def codebook_id(self) -> str:
         """Identity of the tables: sha256 of "sum S K D" and the little-endian float32 values."""
@@ -83,7 +96,7 @@ class AdditiveCodebook:
         self._check_channels(latents_shape)
         return self.planes, latents_shape[1], latents_shape[2]
 
-    def latents_shape(self, codes_shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    def latents_shape(self, codes_shape: tuple[int, ...]) -> tuple[int, int, int]:
         """(D, h, w) of the latents of codes (S, h, w); ShapeError for other planes."""
         self._check_planes(codes_shape)
         return self.channels, codes_shape[1], codes_shape[2]
@@ -143,6 +156,10 @@ class AdditiveCodebook:
         sums = functional.embedding_bag(index, rows, mode="sum")
         return sums.view(batch, height, width, -1).permute(0, 3, 1, 2).contiguous()
 
+    def find_fault(self, codes: np.ndarray) -> str | None:
+        """That a code lies beyond tables of fewer than 256 rows."""
+        return beyond(codes, self.centroids, "rows a plane")
+
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values, tables included."""
         return {
@@ -152,6 +169,25 @@ class AdditiveCodebook:
             "channels": self.channels,
             "values_f32le_base64": base64.b64encode(self.tables.astype("<f4").tobytes()).decode(),
         }
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """The tables, by name."""
+        return {"tables": self.tables}
+
+    @staticmethod
+    def from_arrays(arrays: Mapping[str, np.ndarray], kind: str) -> AdditiveCodebook:
+        """The codebook that `to_arrays` took apart."""
+        return AdditiveCodebook(arrays["tables"], kind)
+
+    @staticmethod
+    def from_json(record: Any) -> AdditiveCodebook:
+        """The codebook that `to_json` described; KeyError, TypeError or ValueError if it is none."""
+        values = base64.b64decode(record["values_f32le_base64"], validate=True)
+        shape = (record["planes"], record["levels"], record["channels"])
+        if any(type(size) is not int or size < 1 for size in shape):
+            raise ValueError(f"{shape} are not planes, levels and channels of a codebook")
+        tables = np.frombuffer(values, "<f4").reshape(shape).astype(np.float32)
+        return AdditiveCodebook(tables, str(record["kind"]))
 
     def _check_channels(self, shape: tuple[int, ...]) -> None:
         if len(shape) != 3 or shape[0] != self.channels:
@@ -166,16 +202,6 @@ class AdditiveCodebook:
                 f"codes of shape {tuple(shape)} do not fit an additive codebook of "
                 f"{self.planes} planes"
             )
-
-
-def additive_from_json(record: Any) -> AdditiveCodebook:
-    """The codebook that `to_json` described; KeyError, TypeError or ValueError where it is none."""
-    values = base64.b64decode(record["values_f32le_base64"], validate=True)
-    shape = (record["planes"], record["levels"], record["channels"])
-    if any(type(size) is not int or size < 1 for size in shape):
-        raise ValueError(f"{shape} are not planes, levels and channels of a codebook")
-    tables = np.frombuffer(values, "<f4").reshape(shape).astype(np.float32)
-    return AdditiveCodebook(tables, str(record["kind"]))
 
 
 def scalar_as_additive(codebook: Codebook, channels: int) -> AdditiveCodebook:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from latentds.errors import FormatError, ShapeError
 from latentds.normalization import ChannelStatistics, pool, rounded
@@ -43,12 +44,39 @@ def measure_statistics(shards: ShardSet) -> ChannelStatistics:
     of the sample is damaged.
     """
     books = shards.manifest.codebooks
-    channels = shards.manifest.contract.codes_shape[0]
+    scalar = [book for book in books if isinstance(book, Codebook)]
+    if len(scalar) < len(books):  # one encoding a set: all or none
+        return sum_latents(shards)
+    channels = shards.manifest.contract.latents_shape[0]
     counts = np.zeros((len(books), channels, MAX_LEVELS), np.int64)
     for _, rows in split_by_pack(shards, sample_rows(shards)):
         number = int(shards.codebook_numbers(rows[:1])[0])
         counts[number] += count_codes(shards.read_codes(rows))
-    return summarize(counts, books, shards.folder)
+    return summarize(counts, scalar, shards.folder)
+
+
+def sum_latents(shards: ShardSet) -> ChannelStatistics:
+    """The same of latents that have no levels to be counted.
+
+    Summed in double precision pack by pack; every processor's sums agree in the digits kept.
+    """
+    books = shards.manifest.codebooks
+    channels = shards.manifest.contract.latents_shape[0]
+    sums, squares, count = np.zeros(channels), np.zeros(channels), 0
+    for _, rows in split_by_pack(shards, sample_rows(shards)):
+        book = books[int(shards.codebook_numbers(rows[:1])[0])]
+        codes = shards.read_codes(rows)
+        if (fault := book.find_fault(codes)) is not None:
+            raise FormatError(f"{shards.folder}: {fault}; damaged, fetch it anew")
+        latents = book.dequantize(torch.from_numpy(codes)).double()
+        sums += latents.sum((0, 2, 3)).numpy()
+        squares += latents.square().sum((0, 2, 3)).numpy()
+        count += latents[:, 0].numel()
+    means = sums / count
+    deviations = np.sqrt(np.maximum(squares / count - means**2, 0))
+    return ChannelStatistics(
+        tuple(map(rounded, means.tolist())), tuple(map(rounded, deviations.tolist())), count
+    )
 
 
 def sample_rows(shards: ShardSet) -> np.ndarray:
@@ -126,7 +154,7 @@ def choose_statistics(
     """The statistics that were given; ShapeError for those of other channels, None for none."""
     if isinstance(normalize, bool):
         return None
-    channels = sets[0].manifest.contract.codes_shape[0]
+    channels = sets[0].manifest.contract.latents_shape[0]
     if len(normalize.mean) != channels:
         raise ShapeError(
             f"{sets[0].folder}: latents of {channels} channels, the statistics given are of "

@@ -10,12 +10,10 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from latentds.additive import AdditiveCodebook
+from latentds.encodings import ENCODINGS, check_encoding
 from latentds.errors import ContractError, FormatError
-from latentds.quantizer import Codebook
+from latentds.quantizer import AnyCodebook, Codebook
 from latentds.storage import write_atomically
-
-AnyCodebook = Codebook | AdditiveCodebook
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,16 +36,16 @@ class StoredCodebook:
 
 
 def save_codebook(stored: StoredCodebook, path: Path) -> None:
-    """Write a codebook file: the tensor is `levels` (R, K), or `tables` (S, K, D) if additive."""
+    """Write a codebook file: its tensors are the codebook's tables by name."""
     metadata = {
         "kind": stored.codebook.kind,
         "latent_id": stored.latent_id,
         "codebook_id": stored.codebook.codebook_id,
         "made": json.dumps(stored.made, sort_keys=True),
     }
-    book = stored.codebook
-    values = {"levels": book.levels} if isinstance(book, Codebook) else {"tables": book.tables}
-    write_atomically(path, save(values, metadata))
+    if stored.codebook.encoding != Codebook.encoding:  # files of before there were others say none
+        metadata["encoding"] = stored.codebook.encoding
+    write_atomically(path, save(stored.codebook.to_arrays(), metadata))
 
 
 def load_codebook(path: Path) -> StoredCodebook:
@@ -57,11 +55,10 @@ def load_codebook(path: Path) -> StoredCodebook:
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
-            codebook: AnyCodebook
-            if "tables" in set(file.keys()):
-                codebook = AdditiveCodebook(file.get_tensor("tables"), metadata["kind"])
-            else:
-                codebook = Codebook(file.get_tensor("levels"), metadata["kind"])
+            encoding = metadata.get("encoding", Codebook.encoding)
+            check_encoding(encoding, str(path))
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            codebook = ENCODINGS[encoding].from_arrays(arrays, metadata["kind"])
         return StoredCodebook(
             codebook=codebook,
             latent_id=metadata["latent_id"],

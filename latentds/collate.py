@@ -14,7 +14,7 @@ from latentds.batch import Batch
 from latentds.errors import FormatError
 from latentds.format import PATCHES_TABLE
 from latentds.mixture import Vocabulary
-from latentds.quantizer import MAX_LEVELS, Codebook, dequantize_each
+from latentds.quantizer import AnyCodebook, dequantize_each
 from latentds.randomness import patch_seeds
 from latentds.reader import ShardSet
 from latentds.sampling import Drawn
@@ -40,7 +40,7 @@ class Collator:
         self.sets, self.seed, self.decode = sets, seed, decode
         self.columns, self.masks = columns, masks
         self.vocabulary = Vocabulary(sets)
-        self.levels = self.vocabulary.codebooks  # what codes are replaced by in latents
+        self.decoders = self.vocabulary.codebooks  # what codes become latents by
 
     def collate(self, drawn: Drawn, valid: np.ndarray, bad: tuple[str, ...] = ()) -> Batch:
         """The batch of D draws; DamagedPackError where a pack cannot be read."""
@@ -81,7 +81,7 @@ class Collator:
             "coords": torch.from_numpy(np.stack([table["x"], table["y"]], 1).astype(np.int64)),
             "mpp": torch.from_numpy(table["mpp"].copy()),
             "codebooks": torch.from_numpy(books) if len(codebooks) > 1 else None,
-            "latents": dequantize_each(codes, books, self.levels)
+            "latents": dequantize_each(codes, books, self.decoders)
             if self.decode == "latents"
             else None,
             "masks": torch.from_numpy(shards.read_masks(rows)) if self.masks else None,
@@ -111,19 +111,14 @@ def scatter(parts: list[tuple[np.ndarray, dict[str, Any]]], count: int) -> dict[
 
 
 def check_codes(
-    shards: ShardSet, codes: Tensor, books: np.ndarray, codebooks: Sequence[Codebook]
+    shards: ShardSet, codes: Tensor, books: np.ndarray, codebooks: Sequence[AnyCodebook]
 ) -> None:
-    """Refuse codes beyond a codebook of fewer than 256 levels, which a decoder would not notice."""
+    """Refuse codes that a codebook has no entry for, which a decoder would not notice."""
     for number in np.unique(books).tolist():
-        count = codebooks[number].levels.shape[1]
-        if count == MAX_LEVELS:
-            continue
-        largest = int(codes[torch.from_numpy(books == number)].max())
-        if largest >= count:
-            raise FormatError(
-                f"{shards.folder}: code {largest}, but the codebook has {count} levels; damaged, "
-                "fetch it anew"
-            )
+        own = codes.numpy() if len(codebooks) == 1 else codes.numpy()[books == number]
+        fault = codebooks[number].find_fault(own)
+        if fault is not None:
+            raise FormatError(f"{shards.folder}: {fault}; damaged, fetch it anew")
 
 
 def check_numbers(shards: ShardSet, table: np.ndarray) -> None:

@@ -31,7 +31,7 @@ from latentds.format import (
 from latentds.index import ShardIndex, index_shard, save_index, write_tables
 from latentds.manifest import Manifest
 from latentds.publishing import dataset_card
-from latentds.quantizer import Codebook
+from latentds.quantizer import AnyCodebook
 from latentds.reader import ShardSet
 from latentds.storage import sha256_file, write_atomically
 from latentds.writer import Pack, ShardWriter
@@ -79,7 +79,7 @@ class Composer:
         self.work = out / SIDECARS / "work"
         self.numbers: dict[str, int] = {}
         self.indexes: dict[str, Path] = {}
-        self.codebooks: dict[str, Codebook] = {}
+        self.codebooks: dict[str, AnyCodebook] = {}
 
     def add_packs(
         self, split: str, contract: Contract, packs: Iterable[Part], shard_bytes: int = SHARD_BYTES

@@ -24,7 +24,7 @@ from latentds.errors import DamagedPackError, TooManyBadSamplesError
 from latentds.launcher import find_rank
 from latentds.mixture import Mixture
 from latentds.normalization import ChannelStatistics
-from latentds.quantizer import Codebook
+from latentds.quantizer import AnyCodebook
 from latentds.randomness import digest_of
 from latentds.reader import ShardSet
 from latentds.sampling import (
@@ -140,7 +140,7 @@ class LatentDataset(IterableDataset[Batch]):
         self.collator = Collator(self.sets, seed, decode, tuple(columns), masks)
         self.statistics_given = choose_statistics(normalize, self.sets)
         if normalize:
-            self.collator.levels = self.normalized_codebooks()
+            self.collator.decoders = self.normalized_codebooks()
         self.bad: dict[tuple[int, int], str] = {}  # (set, pack): what is wrong with it
         # (epoch, first batch): in shared memory, so that workers that stay alive see it change
         self.position = torch.zeros(2, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
@@ -166,8 +166,8 @@ class LatentDataset(IterableDataset[Batch]):
         """Mean and standard deviation of every channel; of a mixture, of what is drawn from it."""
         return self.statistics_given or pool_sets(self.sets, self.mixture.weights)
 
-    def normalized_codebooks(self) -> list[Codebook]:
-        """The distinct codebooks of the sets, their levels normalized by `statistics`."""
+    def normalized_codebooks(self) -> list[AnyCodebook]:
+        """The distinct codebooks of the sets, what they give normalized by `statistics`."""
         return [self.statistics.normalized(book) for book in self.collator.vocabulary.codebooks]
 
     @property

@@ -1,6 +1,5 @@
-"""Decoder: uint8 codes on a device to latents, by one gather, and to images."""
-# B batch, C latent channels, R K rows and levels of a codebook, S codebooks, h w latent cells, H W
-# pixels
+"""Decoder: uint8 codes on a device to latents and to images."""
+# B batch, C latent channels, S codebooks, h w latent cells, H W pixels
 
 from __future__ import annotations
 
@@ -17,7 +16,8 @@ from latentds.autoencoders import load_autoencoder, load_for_decoding
 from latentds.autoencoders.base import Autoencoder, NetworkAutoencoder, check_decoder
 from latentds.autoencoders.cards import CARDS
 from latentds.errors import WeightsError
-from latentds.quantizer import MAX_LEVELS, Codebook
+from latentds.lookup import make_lookup
+from latentds.quantizer import AnyCodebook
 from latentds.reader import ShardSet
 
 logger = logging.getLogger(__name__)
@@ -48,36 +48,6 @@ class DecodeOptions:
             raise ValueError(f"decode_chunk={self.chunk}; at least 1")
 
 
-class Levels:
-    """Level tables of one or more codebooks on a device: codes to latents.
-
-    Tables are padded to 256 levels (a code beyond a shorter codebook's end gives its last level;
-    readers check codes) and to as many rows as the largest has.
-    """
-
-    def __init__(
-        self, codebooks: Sequence[Codebook], device: torch.device, dtype: torch.dtype
-    ) -> None:
-        self.rows = max(len(codebook.levels) for codebook in codebooks)
-        padded = []
-        for codebook in codebooks:
-            table = codebook.table()
-            missing = MAX_LEVELS - table.shape[1]
-            table = torch.cat([table, table[:, -1:].expand(-1, missing)], 1)
-            padded.append(table.expand(self.rows, -1))
-        self.table = torch.stack(padded).reshape(-1).to(device, dtype)
-        self.row_offset = MAX_LEVELS * torch.arange(self.rows, device=device, dtype=torch.int32)
-
-    def __call__(self, codes: Tensor, codebooks: Tensor | None = None) -> Tensor:
-        """Latents (B, C, h, w) of codes uint8 (B, C, h, w); `codebooks` (B,) picks the table."""
-        index = codes.int()
-        if self.rows > 1:
-            index = index + self.row_offset.view(1, -1, 1, 1)
-        if codebooks is not None:
-            index = index + (MAX_LEVELS * self.rows * codebooks.int()).view(-1, 1, 1, 1)
-        return self.table[index]
-
-
 class Decoder:
     """Codes to images on a device.
 
@@ -90,7 +60,7 @@ class Decoder:
     def __init__(
         self,
         autoencoder: Autoencoder | None,
-        codebooks: Sequence[Codebook],
+        codebooks: Sequence[AnyCodebook],
         patch_px: tuple[int, int],
         device: torch.device | str = "cpu",
         options: DecodeOptions | None = None,
@@ -101,7 +71,7 @@ class Decoder:
         self.patch_px, self.autoencoder = patch_px, autoencoder
         self.chunk, self.has_halved = self.options.chunk, False
         dtype = self.options.dtype if autoencoder is not None else torch.float32
-        self.levels = Levels(codebooks, self.device, dtype)
+        self.lookup = make_lookup(codebooks, self.device, dtype)
         if autoencoder is not None:
             self.autoencoder = autoencoder.to(self.device, dtype)
             self.network = self.prepare(self.autoencoder)
@@ -123,11 +93,11 @@ class Decoder:
 
     @torch.no_grad()  # not inference_mode: its tensors could not enter the trainer's graph
     def __call__(self, codes: Tensor, codebooks: Tensor | None = None) -> Tensor:
-        """Images float (B, 3, H, W) in [0, 1] of codes uint8 (B, C, h, w) on the device.
+        """Images float (B, 3, H, W) in [0, 1] of codes uint8 (B, *codes_shape) on the device.
 
         Without an autoencoder latents (B, C, h, w).
         """
-        latents = self.levels(codes, codebooks)
+        latents = self.lookup(codes, codebooks)
         return latents if self.autoencoder is None else self.decode_within_memory(latents)
 
     def decode_within_memory(self, latents: Tensor) -> Tensor:

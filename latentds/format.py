@@ -7,23 +7,25 @@ No IO; docs/format.md is the text.
 
 from __future__ import annotations
 
-import base64
 import binascii
 import dataclasses
+import functools
 import hashlib
 import io
 import json
+import math
 import re
 import tokenize
 from typing import Any
 
 import numpy as np
 
+from latentds.encodings import check_encoding, codebook_from_json
 from latentds.errors import FormatError
-from latentds.quantizer import Codebook
+from latentds.quantizer import AnyCodebook
 
 FORMAT = "latentds/1"
-ENCODING = "u8"  # one byte a latent value, an index into the codebook
+LEVELS = "u8"  # one byte a latent value: the encoding whose latents have the shape of its codes
 CODES, MASKS, PATCHES = "codes.npy", "masks.parquet", "patches.parquet"
 MEMBERS = (CODES, MASKS, PATCHES)  # in the order they stand in a shard
 SIDECARS = ".latentds"  # a dot folder: `datasets` and the Hub's viewer leave it alone
@@ -100,15 +102,6 @@ def check_format(value: object, where: str) -> None:
     raise FormatError(f"{where}: format is {value!r}, not {FORMAT}; not a latentds data set")
 
 
-def check_encoding(value: object, where: str) -> None:
-    """Refuse codes that are packed in a way this reader does not know."""
-    if value != ENCODING:
-        raise FormatError(
-            f"{where}: codes are encoded as {value!r}, this reader knows {ENCODING!r}; upgrade "
-            "latentds"
-        )
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Contract:
     """What the stored bytes mean; it travels in the manifest and in every shard's header.
@@ -119,26 +112,34 @@ class Contract:
                   `latent_id`
     autoencoder   card of the autoencoder as plain JSON values
     patch_px      (H, W) of a patch in pixels, before padding to the autoencoder's factor
-    codes_shape   (C, h, w)
+    codes_shape   of a patch: (C, h, w) of u8, (planes, h, w) of u8-sum, (bytes,) of rans
     """
 
     latent_id: str
     decoder_id: str
-    codebook: Codebook
+    codebook: AnyCodebook
     autoencoder: dict[str, Any]
     patch_px: tuple[int, int]
-    codes_shape: tuple[int, int, int]
-    encoding: str = ENCODING
+    codes_shape: tuple[int, ...]
+
+    @property
+    def encoding(self) -> str:
+        """How codes are packed: the codebook's kind of codes."""
+        return self.codebook.encoding
+
+    @functools.cached_property
+    def latents_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of a patch's latents."""
+        return self.codebook.latents_shape(self.codes_shape)
 
     @property
     def bytes_per_patch(self) -> int:
         """Code bytes of one patch."""
-        channels, rows, columns = self.codes_shape
-        return channels * rows * columns
+        return math.prod(self.codes_shape)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values, codebook included."""
-        return {
+        record = {
             "encoding": self.encoding,
             "latent_id": self.latent_id,
             "decoder_id": self.decoder_id,
@@ -146,22 +147,29 @@ class Contract:
             "autoencoder": self.autoencoder,
             "patch_px": list(self.patch_px),
             "codes_shape": list(self.codes_shape),
-            "codebook": codebook_to_json(self.codebook),
+            "codebook": self.codebook.to_json(),
         }
+        if self.encoding != LEVELS:
+            record["latents_shape"] = list(self.latents_shape)
+        return record
 
     @staticmethod
     def from_json(record: Any, where: str) -> Contract:
         """The contract that `to_json` wrote; FormatError names what is wrong in `where`."""
         try:
-            check_encoding(record["encoding"], where)
+            encoding = record["encoding"]
+            check_encoding(encoding, where)
             contract = Contract(
                 latent_id=str(record["latent_id"]),
                 decoder_id=str(record["decoder_id"]),
-                codebook=codebook_from_json(record["codebook"]),
+                codebook=codebook_from_json(encoding, record["codebook"]),
                 autoencoder=dict(record["autoencoder"]),
-                patch_px=positive(record["patch_px"], 2),
-                codes_shape=positive(record["codes_shape"], 3),
+                patch_px=positive(record["patch_px"], 2, 2),
+                codes_shape=positive(record["codes_shape"]),
             )
+            latents_shape = contract.latents_shape
+            if encoding != LEVELS and list(latents_shape) != list(record["latents_shape"]):
+                raise ValueError(f"latents_shape {record['latents_shape']}, not {latents_shape}")
         except (KeyError, TypeError, ValueError, binascii.Error) as error:
             raise FormatError(
                 f"{where}: contract is damaged ({error!r}); fetch the file anew"
@@ -178,32 +186,16 @@ class Contract:
             )
         if not isinstance(contract.autoencoder.get("name"), str):
             raise FormatError(f"{where}: the contract's autoencoder has no name; fetch it anew")
-        if len(contract.codebook.levels) not in (1, contract.codes_shape[0]):
-            raise FormatError(f"{where}: codebook has {len(contract.codebook.levels)} rows for "
-                              f"{contract.codes_shape[0]} channels")  # fmt: skip
         return contract
 
 
-def positive(values: Any, count: int) -> Any:
-    """`values` as a tuple of `count` positive integers of at most 65,536 (ValueError otherwise)."""
+def positive(values: Any, least: int = 1, most: int = 3) -> Any:
+    """`values` as a tuple of positive integers of at most 1,048,576 (ValueError otherwise)."""
     numbers = tuple(values)
-    if len(numbers) != count or any(type(n) is not int or not 0 < n <= 65536 for n in numbers):
-        raise ValueError(f"{values} is not {count} positive integers")
+    is_positive = all(type(n) is int and 0 < n <= 1 << 20 for n in numbers)
+    if not least <= len(numbers) <= most or not is_positive:
+        raise ValueError(f"{values} is not {least} to {most} positive integers")
     return numbers
-
-
-def codebook_to_json(codebook: Codebook) -> dict[str, Any]:
-    """A codebook as plain JSON values."""
-    rows, levels = codebook.levels.shape
-    values = base64.b64encode(codebook.levels.astype("<f4").tobytes()).decode()
-    return {"kind": codebook.kind, "rows": rows, "levels": levels, "values_f32le_base64": values}
-
-
-def codebook_from_json(record: Any) -> Codebook:
-    """The codebook inside a contract's JSON."""
-    values = base64.b64decode(record["values_f32le_base64"], validate=True)
-    levels = np.frombuffer(values, "<f4").reshape(record["rows"], record["levels"])
-    return Codebook(levels.astype(np.float32), str(record["kind"]))
 
 
 def canonical_json(record: Any) -> str:
@@ -240,8 +232,8 @@ def npy_header(shape: tuple[int, ...]) -> bytes:
 def check_npy(head: bytes, member_bytes: int, codes_shape: tuple[int, ...], where: str) -> int:
     """N of a codes member of `member_bytes`, whose first bytes are `head`.
 
-    Nothing is allocated: the header must announce uint8, C order, (N, C, h, w), and just the bytes
-    there are.
+    Nothing is allocated: the header must announce uint8, C order, (N, *codes_shape), and just the
+    bytes there are.
     """
     try:
         stream = io.BytesIO(head)
@@ -253,7 +245,7 @@ def check_npy(head: bytes, member_bytes: int, codes_shape: tuple[int, ...], wher
         raise FormatError(f"{where}: not a version 1.0 npy of codes ({reason})") from error
     if dtype != np.uint8 or fortran:
         raise FormatError(f"{where}: codes are {dtype}, not C-ordered uint8; refused")
-    if len(shape) != 4 or tuple(shape[1:]) != tuple(codes_shape) or shape[0] < 1:
+    if tuple(shape[1:]) != tuple(codes_shape) or not shape or shape[0] < 1:
         raise FormatError(
             f"{where}: codes have shape {shape}, the contract says (N, *{codes_shape})"
         )

@@ -22,7 +22,7 @@ from latentds.columns import decode_table, encode_table
 from latentds.errors import FormatError
 from latentds.format import GOLDEN, Contract
 from latentds.metrics import psnr_db
-from latentds.quantizer import Codebook, dequantize
+from latentds.quantizer import AnyCodebook, dequantize
 
 MIN_GOLDEN, MAX_GOLDEN = 8, 32
 PATCHES_A_GOLDEN = 1000
@@ -50,7 +50,7 @@ SCHEMA = pa.schema(
 class Golden:
     """Golden patches as read back.
 
-    Rows (G,), codes (G, C, h, w), decoded (G, H, W, 3), thumbnails, PSNR.
+    Rows (G,), codes (G, *codes_shape), decoded (G, H, W, 3), thumbnails, PSNR.
     """
 
     rows: np.ndarray
@@ -70,19 +70,18 @@ def choose_rows(patches: int, seed: int) -> np.ndarray:
 
 def decode_pixels(
     codes: np.ndarray,
-    codebooks: Codebook | Sequence[Codebook],
+    codebooks: Sequence[AnyCodebook],
     autoencoder: Autoencoder,
     patch_px: tuple[int, int],
     books: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Decoded uint8 (G, H, W, 3) of codes (G, C, h, w), one patch at a time.
+    """Decoded uint8 (G, H, W, 3) of codes (G, *codes_shape), one patch at a time.
 
     books  int64 (G,), which of the codebooks each patch has; None for the first
     """
-    tables = [codebooks] if isinstance(codebooks, Codebook) else codebooks
     decoded = np.empty((len(codes), *patch_px, 3), np.uint8)
     for place in range(len(codes)):
-        codebook = tables[0 if books is None else int(books[place])]
+        codebook = codebooks[0 if books is None else int(books[place])]
         latents = dequantize(torch.from_numpy(codes[place : place + 1].copy()), codebook)
         decoded[place] = latents_pixels(latents, autoencoder, patch_px)
     return decoded

@@ -27,7 +27,7 @@ def group_sets(sets: Sequence[ShardSet]) -> list[list[int]]:
     groups: dict[Any, list[int]] = {}
     for number, shards in enumerate(sets):
         contract = shards.manifest.contract
-        key = (contract.latent_id, tuple(contract.codes_shape), tuple(contract.patch_px))
+        key = (contract.latent_id, contract.encoding, contract.codes_shape, contract.patch_px)
         groups.setdefault(key, []).append(number)
     return list(groups.values())
 

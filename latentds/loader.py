@@ -24,7 +24,7 @@ from latentds.decoding import DecodeOptions, Decoder, find_autoencoder
 from latentds.launcher import gather, own_device
 from latentds.mixture import Mixture
 from latentds.normalization import ChannelStatistics
-from latentds.quantizer import Codebook
+from latentds.quantizer import AnyCodebook
 from latentds.stage import CudaLanes, DecodeStage, Lanes
 from latentds.transfers import Transfers
 from latentds.views.crops import Views
@@ -182,7 +182,7 @@ class LatentLoader:
     def make_windows(self) -> CropWindows:
         """What decodes the views' windows only."""
         assert isinstance(self.views, MultiCrop) and self.decoder is not None
-        return CropWindows(self.views, self.decoder, self.contract.codes_shape)
+        return CropWindows(self.views, self.decoder, self.contract.latents_shape)
 
     def make_stage(self, static: bool, lanes: Lanes) -> DecodeStage:
         """The ring that decodes ahead on a GPU."""
@@ -212,7 +212,7 @@ class LatentLoader:
         return self.dataset.statistics
 
     @property
-    def codebooks(self) -> list[Codebook]:
+    def codebooks(self) -> list[AnyCodebook]:
         """Distinct codebooks of the sets; `batch.codebooks` counts them."""
         return self.dataset.collator.vocabulary.codebooks
 

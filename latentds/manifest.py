@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from latentds.encodings import codebook_from_json
 from latentds.errors import FormatError, unknown_name
 from latentds.format import (
     FORMAT,
@@ -23,12 +24,10 @@ from latentds.format import (
     SPLIT_PATTERN,
     Contract,
     check_format,
-    codebook_from_json,
-    codebook_to_json,
     digest_json,
 )
 from latentds.normalization import ChannelStatistics, parse_statistics
-from latentds.quantizer import Codebook
+from latentds.quantizer import AnyCodebook
 
 MAX_MANIFEST_BYTES = 1 << 28
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -68,11 +67,11 @@ class Manifest:
     slides: tuple[str, ...]
     tables: dict[str, dict[str, Any]]
     made: dict[str, Any]
-    more_codebooks: tuple[Codebook, ...] = ()
+    more_codebooks: tuple[AnyCodebook, ...] = ()
     statistics: ChannelStatistics | None = None
 
     @property
-    def codebooks(self) -> tuple[Codebook, ...]:
+    def codebooks(self) -> tuple[AnyCodebook, ...]:
         """Every codebook of the set, the contract's first."""
         return (self.contract.codebook, *self.more_codebooks)
 
@@ -141,7 +140,7 @@ class Manifest:
             "made": self.made,
         }
         if self.more_codebooks:
-            record["codebooks"] = [codebook_to_json(book) for book in self.codebooks]
+            record["codebooks"] = [book.to_json() for book in self.codebooks]
         if self.statistics is not None:
             record["channel_statistics"] = self.statistics.to_json()
         return json.dumps(record, indent=1, sort_keys=True, allow_nan=False) + "\n"
@@ -185,7 +184,7 @@ def parse_manifest(record: Any, where: str) -> Manifest:
             tables={str(name): dict(entry) for name, entry in record["tables"].items()},
             made=parse_made(record["made"]),
             more_codebooks=parse_codebooks(record.get("codebooks"), contract),
-            statistics=parse_statistics(record.get("channel_statistics"), contract.codes_shape[0]),
+            statistics=parse_statistics(record.get("channel_statistics"), contract.latents_shape[0]),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise FormatError(f"{where}: manifest is damaged ({error!r}); fetch it anew") from error
@@ -193,17 +192,17 @@ def parse_manifest(record: Any, where: str) -> Manifest:
     return manifest
 
 
-def parse_codebooks(records: Any, contract: Contract) -> tuple[Codebook, ...]:
+def parse_codebooks(records: Any, contract: Contract) -> tuple[AnyCodebook, ...]:
     """The codebooks beside the contract's own (ValueError where they do not belong to it)."""
     if records is None:
         return ()
-    books = [codebook_from_json(record) for record in records]
+    books = [codebook_from_json(contract.encoding, record) for record in records]
     distinct = {book.codebook_id for book in books}
     own = contract.codebook.codebook_id
     if not books or len(distinct) != len(books) or books[0].codebook_id != own:
         raise ValueError("codebooks must be distinct, the contract's first")
-    if any(len(book.levels) not in (1, contract.codes_shape[0]) for book in books):
-        raise ValueError("a codebook's rows do not fit the codes' channels")
+    if any(book.latents_shape(contract.codes_shape) != contract.latents_shape for book in books):
+        raise ValueError("the codebooks are not of the same latents")
     return tuple(books[1:])
 
 

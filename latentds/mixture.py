@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from latentds.errors import ContractError
-from latentds.quantizer import Codebook
+from latentds.quantizer import AnyCodebook
 from latentds.reader import ShardSet
 
 
@@ -39,7 +39,7 @@ class Mixture:
 class Vocabulary:
     """What the numbers of several sets mean together.
 
-    sets        they must share latent_id, codes shape and patch size
+    sets        they must share latent_id, encoding, shapes and patch size
     classes     label names of all sets, sorted
     codebooks   the distinct codebooks
     books       for every set, which of them its own ones are, by their number in its manifest
@@ -53,7 +53,7 @@ class Vocabulary:
         self.labels = [
             np.array([*(number[name] for name in shards.manifest.classes), -1]) for shards in sets
         ]
-        books: dict[str, Codebook] = {}
+        books: dict[str, AnyCodebook] = {}
         for shards in sets:
             for codebook in shards.manifest.codebooks:
                 books.setdefault(codebook.codebook_id, codebook)
@@ -70,9 +70,9 @@ def check_mixable(sets: Sequence[ShardSet]) -> None:
     first = sets[0].manifest.contract
     for shards in sets[1:]:
         contract = shards.manifest.contract
-        for name in ("latent_id", "codes_shape", "patch_px"):
+        for name in ("latent_id", "encoding", "codes_shape", "latents_shape", "patch_px"):
             if getattr(contract, name) != getattr(first, name):
                 raise ContractError(
                     f"{shards.folder}: {name} {getattr(contract, name)}, but {sets[0].folder} has "
-                    f"{getattr(first, name)}; only sets of one latent_id, shape and patch size mix"
+                    f"{getattr(first, name)}; only sets of one latent_id, encoding, shape and patch size mix"
                 )

@@ -9,8 +9,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from latentds.quantizer import Codebook
+from latentds.additive import AdditiveCodebook
+from latentds.quantizer import AnyCodebook, Codebook
 
 DIGITS = 7  # what a float32 holds
 
@@ -36,13 +39,41 @@ class ChannelStatistics:
         """What to divide by: the standard deviations, 1 for a channel that never changes."""
         return tuple(std if std > 0 else 1.0 for std in self.std)
 
-    def normalized(self, codebook: Codebook) -> Codebook:
-        """A codebook whose levels, one row a channel, are those of normalized latents.
+    def normalized(self, codebook: AnyCodebook) -> AnyCodebook:
+        """A codebook that gives normalized latents.
 
-        So normalizing costs nothing: codes are looked up in another table.
+        Where latents are looked up, in another table: normalizing costs nothing there.
         """
-        mean, std = np.array(self.mean)[:, None], np.array(self.divisors)[:, None]
-        return Codebook(((codebook.levels - mean) / std).astype(np.float32), codebook.kind)
+        mean, std = np.array(self.mean), np.array(self.divisors)
+        if isinstance(codebook, Codebook):
+            levels = (codebook.levels - mean[:, None]) / std[:, None]
+            return Codebook(levels.astype(np.float32), codebook.kind)
+        if isinstance(codebook, AdditiveCodebook):
+            tables = codebook.tables / std
+            tables[0] -= mean / std
+            return AdditiveCodebook(tables.astype(np.float32), codebook.kind)
+        return Normalized(codebook, self)
+
+
+class Normalized:
+    """A codebook's latents, normalized after they were decoded; it does not quantize."""
+
+    def __init__(self, codebook: AnyCodebook, statistics: ChannelStatistics) -> None:
+        self.codebook, self.statistics = codebook, statistics
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # while it is unpickled
+            raise AttributeError(name)
+        return getattr(self.codebook, name)
+
+    def dequantize(self, codes: Tensor) -> Tensor:
+        """Normalized latents float32 (B, C, h, w) of codes uint8 (B, *codes_shape)."""
+        latents = self.codebook.dequantize(codes)
+        mean, std = (
+            torch.tensor(values, device=latents.device).view(-1, 1, 1)
+            for values in (self.statistics.mean, self.statistics.divisors)
+        )
+        return (latents - mean) / std
 
 
 def parse_statistics(record: Any, channels: int) -> ChannelStatistics | None:

@@ -18,8 +18,8 @@ CARD = """---
 # {patches:,} pathology patches as {format} latents
 
 Each patch of {width}x{height} px is {bytes_per_patch:,} bytes: the latents of the autoencoder
-`{autoencoder}` (latent_id `{latent_id}`), every value the index of one of {levels} codebook levels
-({kind}; {codebook_origin}). Decoding loses detail. Not for diagnosis.
+`{autoencoder}` (latent_id `{latent_id}`), encoded as `{encoding}` by a codebook of {summary} ({kind};
+{codebook_origin}). Decoding loses detail. Not for diagnosis.
 
 | split | patches |
 |---|---|
@@ -35,11 +35,12 @@ batch.labels, batch.slides, batch.coords
 Without latentds, a row of `datasets.load_dataset("this folder", streaming=True)` is a pack of
 patches:
 
-    codes = row["{codes}"]                                       # uint8 (N, {channels}, {h}, {w})
+    codes = row["{codes}"]                                       # uint8 (N, {codes_shape})
     columns = pyarrow.parquet.read_table(io.BytesIO(row["{parquet}"])).to_pylist()  \
 # N rows: label, slide, x, y, ...
-    latents = levels[codes]                                        \
-# levels: .latentds/manifest.json, contract.codebook
+    manifest = json.load(open(".latentds/manifest.json"))
+    codebook = latentds.format.Contract.from_json(manifest["contract"], "manifest.json").codebook
+    latents = codebook.dequantize(torch.tensor(codes, dtype=torch.uint8))
 
 Check with `latentds verify`. The format is described in latentds' docs/format.md.
 """
@@ -48,7 +49,6 @@ Check with `latentds verify`. The format is described in latentds' docs/format.m
 def dataset_card(manifest: Manifest) -> str:
     """The text of a data set's README.md."""
     contract = manifest.contract
-    channels, rows, columns = contract.codes_shape
     made = manifest.made.get("codebook", {})
     return CARD.format(
         front_matter=front_matter(manifest),
@@ -59,7 +59,8 @@ def dataset_card(manifest: Manifest) -> str:
         bytes_per_patch=contract.bytes_per_patch,
         autoencoder=contract.autoencoder.get("name", "unknown"),
         latent_id=short(contract.latent_id),
-        levels=contract.codebook.levels.shape[1],
+        encoding=contract.encoding,
+        summary=contract.codebook.summary,
         kind=contract.codebook.kind,
         codebook_origin=made.get("origin", "origin not recorded") + more_codebooks(manifest),
         splits="\n".join(f"| {name} | {count:,} |" for name, count in manifest.splits.items()),
@@ -67,9 +68,7 @@ def dataset_card(manifest: Manifest) -> str:
         split=next(iter(manifest.splits)),
         codes=CODES,
         parquet=PATCHES,
-        channels=channels,
-        h=rows,
-        w=columns,
+        codes_shape=", ".join(map(str, contract.codes_shape)),
     )
 
 
@@ -137,12 +136,12 @@ def front_matter(
 
 def features(manifest: Manifest) -> list[str]:
     """YAML lines of a pack's features: inferred ones would differ between first packs and all."""
-    channels, rows, columns = manifest.contract.codes_shape
+    shape = manifest.contract.codes_shape
     lines = [
         f"  - name: {CODES}",
         "    dtype:",
-        "      array4_d:",
-        f"        shape: [null, {channels}, {rows}, {columns}]",
+        f"      array{1 + len(shape)}_d:",
+        f"        shape: [null, {', '.join(map(str, shape))}]",
         "        dtype: uint8",
     ]
     binaries = [MASKS, PATCHES] if has_masks(manifest.made) else [PATCHES]

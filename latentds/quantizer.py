@@ -8,9 +8,11 @@ they are stored, read and compared by one code path.
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -19,6 +21,61 @@ from torch import Tensor
 from latentds.errors import ShapeError
 
 MAX_LEVELS = 256
+
+
+class AnyCodebook(Protocol):
+    """What every kind of codebook offers; scalar levels are one of three kinds.
+
+    encoding     name of the format's encoding that its bytes have
+    kind         how it was made; told, never acted on
+    codebook_id  identity of its tables
+    summary      sizes of its tables in a few words, for people
+    """
+
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def encoding(self) -> str: ...
+
+    @property
+    def codebook_id(self) -> str: ...
+
+    @property
+    def summary(self) -> str: ...
+
+    @property
+    def text(self) -> str:
+        """What tables call it."""
+        ...
+
+    def codes_shape(self, latents_shape: tuple[int, int, int]) -> tuple[int, ...]:
+        """Shape of a patch's codes; ShapeError where latents (C, h, w) do not fit."""
+        ...
+
+    def latents_shape(self, codes_shape: tuple[int, ...]) -> tuple[int, int, int]:
+        """(C, h, w) of the latents of such codes; ShapeError where they do not fit."""
+        ...
+
+    def quantize(self, latents: Tensor) -> Tensor:
+        """Codes uint8 (B, *codes_shape) of latents float (B, C, h, w)."""
+        ...
+
+    def dequantize(self, codes: Tensor) -> Tensor:
+        """Latents float32 (B, C, h, w) of codes uint8 (B, *codes_shape), on their device."""
+        ...
+
+    def find_fault(self, codes: np.ndarray) -> str | None:
+        """What is wrong with codes (N, *codes_shape) of a checked file; None where nothing is."""
+        ...
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values, tables included."""
+        ...
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """Its tables by name, as a codebook file keeps them."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -53,6 +110,94 @@ class Codebook:
         digest.update(self.levels.astype("<f4").tobytes())
         return f"sha256:{digest.hexdigest()}"
 
+    encoding: ClassVar[str] = "u8"  # one byte a latent value, an index into the levels
+
+    @property
+    def text(self) -> str:
+        """What tables call it: its kind, and its levels where they are not 256."""
+        levels = self.levels.shape[1]
+        return self.kind if levels == MAX_LEVELS else f"{self.kind}:{levels}"
+
+    @property
+    def summary(self) -> str:
+        """Rows and levels, in words."""
+        return "{}x{} levels".format(*self.levels.shape)
+
+    def codes_shape(self, latents_shape: tuple[int, int, int]) -> tuple[int, int, int]:
+        """(C, h, w): a code a value; ShapeError for channels that the rows do not fit."""
+        check_channels(latents_shape, self)
+        return latents_shape
+
+    def latents_shape(self, codes_shape: tuple[int, ...]) -> tuple[int, int, int]:
+        """(C, h, w): a value a code; ShapeError for channels that the rows do not fit."""
+        check_channels(codes_shape, self)
+        return codes_shape[0], codes_shape[1], codes_shape[2]
+
+    def quantize(self, latents: Tensor) -> Tensor:
+        """Index of the nearest level of every latent value.
+
+        latents   float (B, C, h, w), unscaled encoder output; any device
+        returns   uint8 (B, C, h, w) on the same device; ties go to the lower index
+        raises    ShapeError if C differs from a per-channel codebook's rows, ValueError on NaN or
+                  infinity
+        source    scalar K-means, Lloyd 1982; Yellapragada et al. 2025, section 3.3
+        """
+        check_channels(latents.shape[1:], self)
+        if not bool(torch.isfinite(latents).all()):
+            raise ValueError("latents contain NaN or infinity; encode in float32")
+        # Midpoints and a binary search: exact and 28 times as fast as an argmin over distances;
+        # cdist's default mode even picked a wrong level for 0.06 % of values.
+        thresholds = midpoints(self.table(latents.device))
+        values = latents.float().contiguous()
+        if len(thresholds) == 1:
+            return torch.bucketize(values, thresholds[0]).to(torch.uint8)
+        by_channel = values.transpose(0, 1).flatten(1).contiguous()
+        codes = torch.searchsorted(thresholds, by_channel).to(torch.uint8)
+        batch, channels, *cells = values.shape
+        return codes.view(channels, batch, *cells).transpose(0, 1).contiguous()
+
+    def dequantize(self, codes: Tensor, table: Tensor | None = None) -> Tensor:
+        """The level of every code: float32 (B, C, h, w) on the codes' device, by one gather.
+
+        table     `table(device)` kept from before, to spare its copy
+        raises    ShapeError for a wrong number of channels, IndexError for a code beyond K
+        """
+        check_channels(codes.shape[1:], self)
+        levels = self.table(codes.device) if table is None else table
+        rows, count = levels.shape
+        if count < MAX_LEVELS and codes.numel() and int(codes.max()) >= count:
+            raise IndexError(f"code {int(codes.max())}, but the codebook has {count} levels")
+        index = codes.int()
+        if rows > 1:
+            index = index + count * torch.arange(rows, device=codes.device).view(1, -1, 1, 1)
+        return levels.view(-1)[index]
+
+    def find_fault(self, codes: np.ndarray) -> str | None:
+        """That a code lies beyond a codebook of fewer than 256 levels."""
+        return beyond(codes, self.levels.shape[1], "levels")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values, levels included."""
+        rows, levels = self.levels.shape
+        values = base64.b64encode(self.levels.astype("<f4").tobytes()).decode()
+        return {"kind": self.kind, "rows": rows, "levels": levels, "values_f32le_base64": values}
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """The levels, by name."""
+        return {"levels": self.levels}
+
+    @staticmethod
+    def from_arrays(arrays: Mapping[str, np.ndarray], kind: str) -> Codebook:
+        """The codebook that `to_arrays` took apart."""
+        return Codebook(arrays["levels"], kind)
+
+    @staticmethod
+    def from_json(record: Any) -> Codebook:
+        """The codebook that `to_json` described."""
+        values = base64.b64decode(record["values_f32le_base64"], validate=True)
+        levels = np.frombuffer(values, "<f4").reshape(record["rows"], record["levels"])
+        return Codebook(levels.astype(np.float32), str(record["kind"]))
+
     def table(self, device: torch.device | str = "cpu") -> Tensor:
         """The levels as a float32 tensor (R, K) on `device`."""
         return torch.from_numpy(self.levels.copy()).to(device)
@@ -63,64 +208,41 @@ def midpoints(levels: Tensor) -> Tensor:
     return (levels[:, 1:] + levels[:, :-1]) / 2
 
 
-def quantize(latents: Tensor, codebook: Codebook) -> Tensor:
-    """Index of the nearest level of every latent value.
-
-    latents   float (B, C, h, w), unscaled encoder output; any device
-    returns   uint8 (B, C, h, w) on the same device; ties go to the lower index
-    raises    ShapeError if C differs from a per-channel codebook's rows, ValueError on NaN or
-              infinity
-    source    scalar K-means, Lloyd 1982; Yellapragada et al. 2025, section 3.3
-    """
-    check_channels(latents, codebook)
-    if not bool(torch.isfinite(latents).all()):
-        raise ValueError("latents contain NaN or infinity; encode in float32")
-    # Midpoints and a binary search: exact and 28 times as fast as an argmin over distances;
-    # cdist's default mode even picked a wrong level for 0.06 % of values.
-    thresholds = midpoints(codebook.table(latents.device))
-    values = latents.float().contiguous()
-    if len(thresholds) == 1:
-        return torch.bucketize(values, thresholds[0]).to(torch.uint8)
-    by_channel = values.transpose(0, 1).flatten(1).contiguous()
-    codes = torch.searchsorted(thresholds, by_channel).to(torch.uint8)
-    batch, channels, *cells = values.shape
-    return codes.view(channels, batch, *cells).transpose(0, 1).contiguous()
+def quantize(latents: Tensor, codebook: AnyCodebook) -> Tensor:
+    """Codes uint8 (B, *codes_shape) of latents float (B, C, h, w), by any kind of codebook."""
+    return codebook.quantize(latents)
 
 
-def dequantize(codes: Tensor, codebook: Codebook, table: Tensor | None = None) -> Tensor:
-    """The level of every code: float32 (B, C, h, w) on the codes' device, by one gather.
-
-    table     `codebook.table(device)` kept from before, to spare its copy
-    raises    ShapeError for a wrong number of channels, IndexError for a code beyond K
-    """
-    check_channels(codes, codebook)
-    levels = codebook.table(codes.device) if table is None else table
-    rows, count = levels.shape
-    if count < MAX_LEVELS and codes.numel() and int(codes.max()) >= count:
-        raise IndexError(f"code {int(codes.max())} in codes, but the codebook has {count} levels")
-    index = codes.int()
-    if rows > 1:
-        index = index + count * torch.arange(rows, device=codes.device).view(1, -1, 1, 1)
-    return levels.view(-1)[index]
+def dequantize(codes: Tensor, codebook: AnyCodebook) -> Tensor:
+    """Latents float32 (B, C, h, w) of codes uint8 (B, *codes_shape), by any kind of codebook."""
+    return codebook.dequantize(codes)
 
 
-def dequantize_each(codes: Tensor, books: np.ndarray, codebooks: Sequence[Codebook]) -> Tensor:
-    """Float32 (B, C, h, w): the levels of every patch's codes by its own codebook.
+def dequantize_each(codes: Tensor, books: np.ndarray, codebooks: Sequence[AnyCodebook]) -> Tensor:
+    """Float32 (B, C, h, w): latents of every patch's codes by its own codebook.
 
     books     int64 (B,), which of `codebooks` each patch has
     raises    as `dequantize`
     """
     if len(codebooks) == 1:
         return dequantize(codes, codebooks[0])
-    latents = torch.empty(codes.shape, dtype=torch.float32)
+    shape = codebooks[0].latents_shape(tuple(codes.shape[1:]))
+    latents = torch.empty(len(codes), *shape, dtype=torch.float32)
     for number in np.unique(books).tolist():
         places = torch.from_numpy(books == number)
         latents[places] = dequantize(codes[places], codebooks[number])
     return latents
 
 
-def check_channels(values: Tensor, codebook: Codebook) -> None:
-    """Raise ShapeError unless `values` (B, C, h, w) fits the codebook's rows."""
+def beyond(codes: np.ndarray, count: int, names: str) -> str | None:
+    """That codes lie beyond the `count` entries of a table, in words; None where none does."""
+    if count == MAX_LEVELS or not codes.size or (largest := int(codes.max())) < count:
+        return None
+    return f"code {largest}, but the codebook has {count} {names}"
+
+
+def check_channels(shape: Sequence[int], codebook: Codebook) -> None:
+    """Raise ShapeError unless latents of shape (C, h, w) fit the codebook's rows."""
     rows = len(codebook.levels)
-    if values.ndim != 4 or rows not in (1, values.shape[1]):
-        raise ShapeError(f"values of shape {tuple(values.shape)} do not fit {rows} codebook rows")
+    if len(shape) != 3 or rows not in (1, shape[0]):
+        raise ShapeError(f"values of shape {tuple(shape)} do not fit {rows} codebook rows")

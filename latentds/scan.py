@@ -29,7 +29,8 @@ from latentds.format import (
 )
 from latentds.writer import BLOCK
 
-MAX_HEADER_BYTES = 1 << 20
+MAX_HEADER_BYTES = 1 << 24  # an additive codebook of 32 planes and 32 channels takes 1.4 MB
+BLOCK_BYTES = 1 << 20
 NPY_HEAD_BYTES = 4096  # a codes header has 128; numpy refuses longer than 10,000
 
 
@@ -181,15 +182,13 @@ def scan_pack(
     count = check_npy(head, codes.size, contract.codes_shape, where)
     code_bytes = count * contract.bytes_per_patch
     codes_offset = codes.offset + codes.size - code_bytes
-    crc32, digest, largest = summarize_bytes(file, codes_offset, code_bytes)
-    levels = contract.codebook.levels.shape[1]
-    if largest >= levels:
-        raise FormatError(f"{where}: code {largest}, but the codebook has {levels} levels")
+    crc32, digest = summarize_bytes(file, codes_offset, code_bytes)
+    check_codes(file, codes_offset, count, contract, where)
     patches, masks = group[PATCHES], group.get(MASKS)
-    columns_crc32, columns_digest, _ = summarize_bytes(file, patches.offset, patches.size)
+    columns_crc32, columns_digest = summarize_bytes(file, patches.offset, patches.size)
     masks_crc32, masks_digest = 0, bytes(32)
     if masks:
-        masks_crc32, masks_digest, _ = summarize_bytes(file, masks.offset, masks.size)
+        masks_crc32, masks_digest = summarize_bytes(file, masks.offset, masks.size)
     return ScannedPack(
         key=key,
         count=count,
@@ -203,17 +202,30 @@ def scan_pack(
     )
 
 
-def summarize_bytes(file: BinaryIO, offset: int, size: int) -> tuple[int, bytes, int]:
-    """zlib's crc32, the sha256 and the largest of `size` bytes from `offset`, read in blocks."""
+def check_codes(
+    file: BinaryIO, offset: int, count: int, contract: Contract, where: str
+) -> None:
+    """Refuse codes that the codebook has no entry for, read in blocks of whole patches."""
+    size = contract.bytes_per_patch
     file.seek(offset)
-    crc32 = largest = 0
+    for start in range(0, count, step := max(1, BLOCK_BYTES // size)):
+        patches = min(step, count - start)
+        codes = np.frombuffer(file.read(patches * size), np.uint8)
+        fault = contract.codebook.find_fault(codes.reshape(patches, *contract.codes_shape))
+        if fault is not None:
+            raise FormatError(f"{where}: {fault}")
+
+
+def summarize_bytes(file: BinaryIO, offset: int, size: int) -> tuple[int, bytes]:
+    """zlib's crc32 and the sha256 of `size` bytes from `offset`, read in blocks."""
+    file.seek(offset)
+    crc32 = 0
     digest = hashlib.sha256()
-    while size and (block := file.read(min(size, 1 << 20))):
+    while size and (block := file.read(min(size, BLOCK_BYTES))):
         crc32 = zlib.crc32(block, crc32)
         digest.update(block)
-        largest = max(largest, int(np.frombuffer(block, np.uint8).max()))
         size -= len(block)
-    return crc32, digest.digest(), largest
+    return crc32, digest.digest()
 
 
 def read_member(path: Path, member: Member) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from torch.utils.data import IterableDataset
@@ -22,7 +23,9 @@ class Transfers(IterableDataset[tuple[Batch, list[int]]]):
         self.dataset = dataset
         batching = dataset.batching
         contract = dataset.shards.manifest.contract
-        patch_bytes = contract.bytes_per_patch * (4 if dataset.collator.decode == "latents" else 1)
+        patch_bytes = contract.bytes_per_patch
+        if dataset.collator.decode == "latents":
+            patch_bytes = 4 * math.prod(contract.latents_shape)
         if dataset.collator.masks:
             patch_bytes += contract.patch_px[0] * contract.patch_px[1]
         batch_bytes = batching.global_batch // batching.ranks * patch_bytes

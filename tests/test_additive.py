@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from latentds.additive import AdditiveCodebook, additive_from_json, scalar_as_additive
+from latentds.additive import AdditiveCodebook, scalar_as_additive
 from latentds.additive_search import is_separable, smallest
 from latentds.codebooks import StoredCodebook, load_codebook, save_codebook
 from latentds.errors import ContractError, FormatError, ShapeError
@@ -176,14 +176,14 @@ def test_shapes_of_codes_and_latents_are_told_from_each_other():
 
 def test_json_brings_the_codebook_back():
     book = make_book()
-    restored = additive_from_json(book.to_json())
+    restored = AdditiveCodebook.from_json(book.to_json())
     assert (restored.codebook_id, restored.kind) == (book.codebook_id, book.kind)
 
 
 @pytest.mark.parametrize("change", [{"planes": 4}, {"planes": -3}, {"values_f32le_base64": "?"}])
 def test_json_that_does_not_fit_is_refused(change):
     with pytest.raises(ValueError, match=r".+"):
-        additive_from_json(make_book().to_json() | change)
+        AdditiveCodebook.from_json(make_book().to_json() | change)
 
 
 def test_a_codebook_file_brings_an_additive_codebook_back(tmp_path):

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from latentds.autoencoders import load_autoencoder
-from latentds.decoding import Compiled, DecodeOptions, Decoder, Levels
+from latentds.decoding import Compiled, DecodeOptions, Decoder
+from latentds.lookup import Levels
 from latentds.errors import FormatError
 from latentds.loader import LatentLoader
 from latentds.mixture import Mixture

@@ -123,7 +123,7 @@ def test_fit_codebook_makes_a_file_convert_takes(pictures, tmp_path, capsys):
         capsys, "convert", pictures, "--out", tmp_path / "o", "--codebook", book, "--device", "cpu"
     )
     _, out, _ = call(capsys, "info", tmp_path / "o", "--json")
-    assert json.loads(out)["codebook"]["rows"] == 4
+    assert json.loads(out)["codebook"]["summary"] == "4x256 levels"
 
 
 def test_fit_codebook_makes_an_additive_codebook_of_the_bytes_asked_for(pictures, tmp_path, capsys):

@@ -70,8 +70,8 @@ def summarize(config: Config) -> dict[str, Any]:
         "codebook": {
             "codebook_id": contract.codebook.codebook_id,
             "kind": contract.codebook.kind,
-            "levels": contract.codebook.levels.shape[1],
-            "rows": contract.codebook.levels.shape[0],
+            "encoding": contract.encoding,
+            "summary": contract.codebook.summary,
             "more": len(manifest.more_codebooks),
             **made.get("codebook", {}),
         },
@@ -142,7 +142,7 @@ def as_text(summary: dict[str, Any]) -> str:
         f"{card.get('channels')} channels, licence {card.get('licence')})",
         "latent_id": summary["latent_id"],
         "decoder_id": summary["decoder_id"],
-        "codebook": f"{codebook['kind']}, {codebook['rows']}x{codebook['levels']} levels, {origin}",
+        "codebook": f"{codebook['kind']}, {codebook['summary']}, {origin}",
         "channels": channels_text(summary["channel_statistics"]),
         "left out": f"{summary['left_out']} pictures",
         "made with": ", ".join(

@@ -70,7 +70,7 @@ def make_page(config: Config) -> str:
         ("bytes a patch", f"{contract.bytes_per_patch:,}"),
         ("autoencoder", contract.autoencoder.get("name")),
         ("latent_id", short(contract.latent_id)),
-        ("codebook", f"{contract.codebook.kind}, {contract.codebook.levels.shape[1]} levels"),
+        ("codebook", f"{contract.codebook.kind}, {contract.codebook.summary}"),
     ]
     sections = [report.table(["", "data set"], facts)]
     if manifest.classes:

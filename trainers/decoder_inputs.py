@@ -18,7 +18,7 @@ from latentds.errors import ContractError, InputError
 from latentds.fit import fit_codebook
 from latentds.loader import LatentLoader
 from latentds.originals import Originals
-from latentds.quantizer import Codebook, dequantize, quantize
+from latentds.quantizer import AnyCodebook, dequantize, quantize
 
 DEFAULT_CROP_PX = 256
 CODEBOOK_CROPS = 256
@@ -77,7 +77,7 @@ def open_picture_pairs(config: FinetuneConfig, base: NetworkAutoencoder) -> Pict
 
 def open_codebook(
     config: FinetuneConfig, base: NetworkAutoencoder, pairs: PicturePairs
-) -> Codebook:
+) -> AnyCodebook:
     """The codebook that latents made on the fly are rounded with. Collective."""
     card = base.card
     if config.codebook is not None:
@@ -96,7 +96,7 @@ def open_codebook(
                 "one that was fitted to these"
             )
         )
-    return stored.scalar
+    return stored.codebook
 
 
 def fitted_codebook(config: FinetuneConfig, latent_id: str, pairs: PicturePairs) -> StoredCodebook:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from latentds.autoencoders.base import NetworkAutoencoder
 from latentds.errors import InputError
-from latentds.quantizer import Codebook, dequantize, quantize
+from latentds.quantizer import AnyCodebook, dequantize, quantize
 from latentds.sources.image_folder import walk
 from latentds.sources.pictures import DECODE_ERRORS, first_line, picture_suffixes, read_picture
 
@@ -73,7 +73,7 @@ class PicturePairs:
         self,
         folders: Sequence[Path],
         autoencoder: NetworkAutoencoder,
-        codebook: Codebook | None,
+        codebook: AnyCodebook | None,
         *,
         crop_px: int,
         seed: int = 0,

@@ -12,7 +12,7 @@ from latentds_trainers.pretrain_feed import LoaderFeed, Source
 
 from latentds.autoencoders.base import AutoencoderCard
 from latentds.codebooks import StoredCodebook
-from latentds.codecs.naming import QuantizerSpec, latent_text
+from latentds.codecs.naming import latent_text
 from latentds.errors import ContractError, InputError, ShapeError, unknown_name
 from latentds.fields import check_fields
 from latentds.hub.licences import recorded_licences
@@ -142,10 +142,10 @@ def stem_of(loader: LatentLoader) -> LatentStemConfig:
     """What a network must know of a loader's latents; ShapeError where patches are padded."""
     contract = loader.contract
     stem = LatentStemConfig.of(contract, loader.statistics)
-    if contract.codes_shape[1] * stem.factor != contract.patch_px[0]:
+    if contract.latents_shape[1] * stem.factor != contract.patch_px[0]:
         raise ShapeError(
             f"{loader.dataset.shards.folder}: patches of {contract.patch_px[0]} px are padded to "
-            f"{contract.codes_shape[1]} latent cells; --input latents needs whole cells"
+            f"{contract.latents_shape[1]} latent cells; --input latents needs whole cells"
         )
     return stem
 
@@ -226,7 +226,7 @@ def name_of(shards: ShardSet, decoder: AutoencoderCard | None) -> str:
     """What a table calls a set's pixels: autoencoder+quantizer, another decoder after a slash."""
     contract = shards.manifest.contract
     book = contract.codebook
-    quantizer = QuantizerSpec(kind=book.kind, levels=book.levels.shape[1]).text
+    quantizer = book.text
     recorded = str(contract.autoencoder.get("name"))
     text = latent_text(recorded, quantizer)
     if decoder is None or (decoder.name == recorded and not decoder.encoder):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from latentds.autoencoders.base import Autoencoder, exact_arithmetic, latent_cells
 from latentds.errors import ContractError, InputError
-from latentds.quantizer import Codebook, quantize
+from latentds.quantizer import AnyCodebook
 
 logger = logging.getLogger(__name__)
 
@@ -73,12 +73,12 @@ class Encoder:
         with exact_arithmetic():
             return self.autoencoder.encode(images)[: len(pixels)]
 
-    def codes(self, pixels: np.ndarray, codebook: Codebook) -> np.ndarray:
-        """Codes uint8 (N, C, h, w) of uint8 (N, H, W, 3)."""
-        return quantize(self.latents(pixels), codebook).cpu().numpy()
+    def codes(self, pixels: np.ndarray, codebook: AnyCodebook) -> np.ndarray:
+        """Codes uint8 (N, *codes_shape) of uint8 (N, H, W, 3)."""
+        return codebook.quantize(self.latents(pixels)).cpu().numpy()
 
     def check_shape(self, patch_px: tuple[int, int]) -> tuple[int, int, int]:
-        """(C, h, w) of a patch's codes, found by encoding a black one; must be the card's."""
+        """(C, h, w) of a patch's latents, found by encoding a black one; must be the card's."""
         card = self.autoencoder.card
         black = torch.zeros(self.batch, 3, *patch_px, device=self.device)
         with exact_arithmetic():

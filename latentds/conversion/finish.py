@@ -83,6 +83,6 @@ def write_golden(conversion: Conversion, manifest: Manifest, bad: set[str]) -> N
         originals.append(chunk.pixels[0])
     codes = ShardSet(config.out, manifest=manifest).read_codes(rows)
     decoded = decode_pixels(
-        codes, manifest.contract.codebook, conversion.encoder.autoencoder, plan.patch_px
+        codes, [manifest.contract.codebook], conversion.encoder.autoencoder, plan.patch_px
     )
     write_atomically(config.out / GOLDEN, encode_golden(rows, codes, originals, decoded))

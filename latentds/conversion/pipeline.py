@@ -129,16 +129,16 @@ def prepare(
     encoder = Encoder(
         autoencoder, device, batch or choose_batch(autoencoder, device, plan.patch_px)
     )
-    codes_shape = encoder.check_shape(plan.patch_px)
+    latents_shape = encoder.check_shape(plan.patch_px)
     stored = find_codebook(config, encoder, reader, earlier)
     card = autoencoder.card
     contract = Contract(
         latent_id=card.latent_id,
         decoder_id=card.decoder_id,
-        codebook=stored.scalar,
+        codebook=stored.codebook,
         autoencoder=card.to_json(),
         patch_px=plan.patch_px,
-        codes_shape=codes_shape,
+        codes_shape=stored.codebook.codes_shape(latents_shape),
     )
     made = describe(config, plan, encoder, stored)
     decided = {

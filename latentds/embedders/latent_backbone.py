@@ -29,7 +29,7 @@ from latentds.embedders.foreign_config import create_foreign
 from latentds.embedders.latent_stem import LatentStemConfig, build_vit
 from latentds.embedders.weights import fill, read_weights
 from latentds.errors import ContractError, ShapeError, WeightsError
-from latentds.quantizer import Codebook, dequantize, quantize
+from latentds.quantizer import AnyCodebook, dequantize, quantize
 
 
 class LatentInput(nn.Module):
@@ -43,7 +43,7 @@ class LatentInput(nn.Module):
         card: EmbedderCard,
         stem: LatentStemConfig,
         autoencoder: Autoencoder,
-        codebook: Codebook | None,
+        codebook: AnyCodebook | None,
     ) -> None:
         super().__init__()
         self.check = Preparation(card)
@@ -70,7 +70,7 @@ class LatentBackbone(NetworkEmbedder):
         network: nn.Module,
         stem: LatentStemConfig,
         autoencoder: Autoencoder,
-        codebook: Codebook | None = None,
+        codebook: AnyCodebook | None = None,
     ) -> None:
         self.stem, self.autoencoder = stem, autoencoder
         prepare = LatentInput(card, stem, autoencoder, codebook)
@@ -122,7 +122,7 @@ def load_latent_backbone(text: str, autoencoder: Autoencoder | None = None) -> L
     check_weights(folder, record, network)
     stored = find_codebook(folder, encoder)
     card = make_card(f"{PREFIX}{folder}", record, network, stem, encoder, stored)
-    return LatentBackbone(card, network, stem, encoder, stored.scalar if stored else None)
+    return LatentBackbone(card, network, stem, encoder, stored.codebook if stored else None)
 
 
 def parted(text: str) -> tuple[Path, str]:

@@ -46,7 +46,7 @@ class LatentStemConfig:
     @staticmethod
     def of(contract: Contract, statistics: ChannelStatistics) -> LatentStemConfig:
         """The configuration for a data set's latents, normalized by these statistics."""
-        channels, rows, _ = contract.codes_shape
+        channels, rows, _ = contract.latents_shape
         recorded: Any = contract.autoencoder.get("factor")
         is_told = type(recorded) is int and recorded > 0
         return LatentStemConfig(

@@ -121,9 +121,7 @@ def facts(manifest: Manifest) -> dict[str, str]:
     contract, card, made = manifest.contract, manifest.contract.autoencoder, manifest.made
     stored = sum(shard.bytes for shard in manifest.shards)
     tables = sum(int(entry.get("bytes", 0)) for entry in manifest.tables.values())
-    books = [
-        f"{b.levels.shape[0]}x{b.levels.shape[1]} levels, {b.kind}" for b in manifest.codebooks
-    ]
+    books = [f"{book.summary}, {book.kind}" for book in manifest.codebooks]
     origin = cell(str(made.get("codebook", {}).get("origin", "origin not recorded")))
     return {
         "patches": f"{manifest.patches:,} in {manifest.packs:,} packs",

@@ -12,6 +12,36 @@ MORE_BOOKS = (
     "This set has {} codebooks (`codebooks` in the manifest), and each shard names its own by "
     "`codebook_id`: the lines above hold for the shards of the first.\n\n"
 )
+# Lines that turn `codes` into `latents`, and what they import, by encoding.
+DEQUANTIZE = {
+    "u8": (
+        "import base64\nimport io\nimport json\n",
+        """\
+book = contract["codebook"]
+values = np.frombuffer(base64.b64decode(book["values_f32le_base64"]), "<f4")
+levels = values.reshape(book["rows"], book["levels"])
+channels = np.arange(codes.shape[1])[:, None, None]
+latents = levels[channels % len(levels), codes]  # (N, C, h, w), unscaled means""",
+    ),
+    "u8-sum": (
+        "import base64\nimport io\nimport json\n",
+        """\
+book = contract["codebook"]
+values = np.frombuffer(base64.b64decode(book["values_f32le_base64"]), "<f4")
+tables = values.reshape(book["planes"], book["levels"], book["channels"])
+sums = sum(table[codes[:, plane]] for plane, table in enumerate(tables))
+latents = sums.transpose(0, 3, 1, 2)  # (N, C, h, w), unscaled means""",
+    ),
+    "rans": (
+        "import io\nimport json\n",
+        """\
+import torch
+from latentds.format import Contract
+
+book = Contract.from_json(contract, path).codebook
+latents = book.dequantize(torch.from_numpy(codes))  # (N, C, h, w), unscaled means""",
+    ),
+}
 LOADING = """\
 With `latentds`, decoded to pixels on the way:
 
@@ -30,10 +60,7 @@ for batch in loader:
 With `datasets` (a row is a pack of N patches), to latents:
 
 ```python
-import base64
-import io
-import json
-
+{imports}
 import datasets
 import numpy as np
 import pyarrow.parquet
@@ -41,17 +68,15 @@ from huggingface_hub import hf_hub_download
 
 rows = datasets.load_dataset("{repository}", split="{split}", streaming=True{revision})
 row = next(iter(rows))
-codes = np.asarray(row["{codes}"], np.uint8)  # (N, {channels}, {h}, {w})
+codes = np.asarray(row["{codes}"], np.uint8)  # (N, {codes_shape})
 columns = pyarrow.parquet.read_table(io.BytesIO(row["{parquet}"])).to_pylist()  # label, slide, ...
 
 path = hf_hub_download(
     "{repository}", "{sidecars}/manifest.json", repo_type="dataset"{revision}
 )
 with open(path) as file:
-    codebook = json.load(file)["contract"]["codebook"]
-values = np.frombuffer(base64.b64decode(codebook["values_f32le_base64"]), "<f4")
-levels = values.reshape(codebook["rows"], codebook["levels"])
-latents = levels[np.arange({channels})[:, None, None] % len(levels), codes]  # unscaled means
+    contract = json.load(file)["contract"]
+{dequantize}
 ```
 
 {books}With `webdataset`, the same packs (it sends no token: fetch a private set first):
@@ -100,7 +125,7 @@ class Publication:
 
 def loading(manifest: Manifest, publication: Publication) -> str:
     """Markdown with code for latentds, datasets and webdataset; a test runs it as it stands."""
-    channels, rows, columns = manifest.contract.codes_shape
+    imports, dequantize = DEQUANTIZE[manifest.contract.encoding]
     branch = publication.revision
     if branch == "main" or (branch or "").startswith("refs/"):
         branch = None  # a pull request is read from main once it is merged
@@ -116,8 +141,8 @@ def loading(manifest: Manifest, publication: Publication) -> str:
         codes=CODES,
         parquet=PATCHES,
         sidecars=SIDECARS,
-        channels=channels,
-        h=rows,
-        w=columns,
+        codes_shape=", ".join(map(str, manifest.contract.codes_shape)),
+        imports=imports,
+        dequantize=dequantize,
         books=MORE_BOOKS.format(len(manifest.codebooks)) if manifest.more_codebooks else "",
     ).strip()

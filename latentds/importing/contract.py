@@ -19,12 +19,18 @@ from latentds.autoencoders.base import Autoencoder, latent_cells
 from latentds.autoencoders.cards import ALIASES, CARDS
 from latentds.codebooks import load_codebook
 from latentds.composing import SHARD_BYTES
-from latentds.errors import ContractError, InputError, MissingExtraError, WeightsError
+from latentds.errors import (
+    ContractError,
+    InputError,
+    MissingExtraError,
+    ShapeError,
+    WeightsError,
+)
 from latentds.fit import fit_codebook
 from latentds.format import MAX_PATCH_BYTES, Contract
 from latentds.importing.layouts import ForeignPatch, ListingOptions
 from latentds.importing.reading import LatentFiles
-from latentds.quantizer import Codebook
+from latentds.quantizer import AnyCodebook, Codebook
 
 MAX_SAMPLE_VALUES = 16_000_000  # latent values held while fitting: 64 MB
 KNOWN_EXTRAS = ("std", "latents_flip")  # other names in someone's files are not passed on
@@ -115,13 +121,19 @@ def decide(
     from latentds.version import __version__
 
     codebook, origin = choose_codebook(files, patches, identity, options)
+    try:
+        is_codes = files.dtype == "uint8"
+        shape = codebook.latents_shape(files.shape) if is_codes else files.shape
+        codes_shape = codebook.codes_shape(shape)
+    except ShapeError as error:
+        raise InputError(f"{patches[0].path}: {error}; pass another --codebook") from error
     contract = Contract(
         latent_id=identity.latent_id,
         decoder_id=identity.decoder_id,
         codebook=codebook,
         autoencoder=identity.card,
-        patch_px=patch_size(files.shape, identity.card, options.patch_px),
-        codes_shape=files.shape,
+        patch_px=patch_size(shape, identity.card, options.patch_px),
+        codes_shape=codes_shape,
     )
     if contract.bytes_per_patch > MAX_PATCH_BYTES:
         raise InputError(f"{patches[0].path}: {files.shape} is more than a patch may have; refused")
@@ -167,7 +179,7 @@ def patch_size(
 
 def choose_codebook(
     files: LatentFiles, patches: Sequence[ForeignPatch], identity: Identity, options: ImportOptions
-) -> tuple[Codebook, dict[str, Any]]:
+) -> tuple[AnyCodebook, dict[str, Any]]:
     """The codebook given, the evenly spaced one that bytes with a scale have, or a fitted one."""
     is_scaled = options.scale is not None or options.shift is not None
     if options.codebook is not None:
@@ -178,7 +190,7 @@ def choose_codebook(
         if files.dtype == "uint8" and is_scaled:
             raise InputError("bytes are either codes of --codebook or scaled; pass one of the two")
         made = {"origin": "from a codebook file", "file": options.codebook.name, "fit": stored.made}
-        return stored.scalar, made
+        return stored.codebook, made
     if files.dtype != "uint8":
         return fit_to_sample(files, patches, options)
     if options.scale is None or options.shift is None or options.scale <= 0:

@@ -152,12 +152,11 @@ def read_packs(
 def read_codes(
     files: LatentFiles, patch: ForeignPatch, contract: Contract, loss: Loss
 ) -> np.ndarray:
-    """Codes uint8 (C, h, w) of a patch: its bytes where they are codes, else its nearest levels."""
+    """Codes uint8 of a patch: its bytes where they are codes, else its nearest levels."""
     if files.dtype == "uint8":
         codes = files.stored(patch)
-        largest, levels = int(codes.max()), contract.codebook.levels.shape[1]
-        if largest >= levels:
-            raise InputError(f"{patch.path}: code {largest}, but the codebook has {levels} levels")
+        if (fault := contract.codebook.find_fault(codes[None])) is not None:
+            raise InputError(f"{patch.path}: {fault}")
         return codes
     latents = files.latents(patch)
     found = quantize(torch.from_numpy(latents)[None], contract.codebook)
@@ -182,7 +181,7 @@ def make_golden(
     rows = choose_rows(len(patches), seed)
     chosen = [patches[row] for row in rows]
     codes = np.stack([read_codes(files, patch, contract, Loss()) for patch in chosen])
-    decoded = decode_pixels(codes, contract.codebook, identity.autoencoder, contract.patch_px)
+    decoded = decode_pixels(codes, [contract.codebook], identity.autoencoder, contract.patch_px)
     if files.dtype == "uint8":
         return encode_golden(rows, codes, list(decoded), decoded)
     latents = [torch.from_numpy(files.latents(patch))[None] for patch in chosen]

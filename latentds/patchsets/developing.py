@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from latentds.autoencoders.base import Autoencoder, NetworkAutoencoder, exact_arithmetic
-from latentds.decoding import Compiled, Levels
-from latentds.quantizer import Codebook
+from latentds.decoding import Compiled
+from latentds.lookup import make_lookup
+from latentds.quantizer import AnyCodebook
 
 CHUNK_PX = 256 * 256  # what one patch of a chunk has, at most; larger patches, fewer of them
 CPU_CHUNK, GPU_CHUNK = 4, 64  # on a CPU 1 to 16 at once are equally fast
@@ -101,33 +102,33 @@ class PlainPixels:
         return sent(raw, self.device).permute(0, 3, 1, 2).contiguous()
 
 
-Codes = tuple[np.ndarray, np.ndarray]  # uint8 (n, C, h, w), and which codebook each has
+Codes = tuple[np.ndarray, np.ndarray]  # uint8 (n, *codes_shape), and which codebook each has
 
 
 class UndecodedCodes:
-    """Stored codes to latents, by the levels that codebooks give them."""
+    """Stored codes to latents, by their codebooks."""
 
     together = GPU_CHUNK
 
-    def __init__(self, codebooks: Sequence[Codebook], device: torch.device) -> None:
+    def __init__(self, codebooks: Sequence[AnyCodebook], device: torch.device) -> None:
         self.has_many, self.device = len(codebooks) > 1, device
-        self.levels = Levels(codebooks, device, torch.float32)
+        self.lookup = make_lookup(codebooks, device, torch.float32)
 
     def prepare(self, raw: Codes) -> Codes:
         return raw
 
     def develop(self, raw: Codes) -> Tensor:
         codes, books = (sent(values, self.device) for values in raw)
-        return self.levels(codes, books if self.has_many else None)
+        return self.lookup(codes, books if self.has_many else None)
 
 
 class DecodedCodes:
     """Stored codes to pixels."""
 
-    def __init__(self, decoding: Decoding, codebooks: Sequence[Codebook]) -> None:
+    def __init__(self, decoding: Decoding, codebooks: Sequence[AnyCodebook]) -> None:
         self.decoding, self.has_many = decoding, len(codebooks) > 1
         self.together = decoding.chunk
-        self.levels = Levels(codebooks, decoding.device, decoding.dtype)
+        self.lookup = make_lookup(codebooks, decoding.device, decoding.dtype)
 
     def prepare(self, raw: Codes) -> Codes:
         return raw
@@ -135,4 +136,4 @@ class DecodedCodes:
     def develop(self, raw: Codes) -> Tensor:
         device = self.decoding.device
         codes, books = (sent(values, device) for values in raw)
-        return self.decoding(self.levels(codes, books if self.has_many else None))
+        return self.decoding(self.lookup(codes, books if self.has_many else None))

@@ -19,7 +19,7 @@ from latentds.codecs import (
     parse_codec,
     with_quantizer,
 )
-from latentds.codecs.naming import FLOAT_BITS, QuantizerSpec, latent_text
+from latentds.codecs.naming import FLOAT_BITS, latent_text
 from latentds.conversion.encode import choose_device
 from latentds.decoding import find_autoencoder
 from latentds.errors import InputError
@@ -201,7 +201,7 @@ def open_latents(
     contract, book = manifest.contract, manifest.contract.codebook
     network = find_autoencoder(shards.shards, autoencoder or config.decoder)
     card = recorded_card(network.card, contract.decoder_id, str(contract.autoencoder.get("name")))
-    quantizer = QuantizerSpec(kind=book.kind, levels=book.levels.shape[1]).text
+    quantizer = book.text
     facts = latent_facts(
         card, quantizer, kind="latents", patch_px=contract.patch_px, quantized=True,
         bytes_per_patch=contract.bytes_per_patch, data=config.location,

@@ -11,7 +11,7 @@ import torch
 from latentds.autoencoders.base import Autoencoder, short
 from latentds.channel_statistics import channel_statistics
 from latentds.codecs import LatentSpec, parse_codec
-from latentds.codecs.naming import QuantizerSpec, latent_text
+from latentds.codecs.naming import latent_text
 from latentds.codecs.quantizers import latent_shape
 from latentds.conversion.encode import choose_device
 from latentds.embedders.latent_stem import LatentStemConfig
@@ -79,7 +79,7 @@ def of_shards(
     check_latents(stem, contract.latent_id, config.location)
     facts = undecoded_facts(
         str(contract.autoencoder.get("encoder") or contract.autoencoder["name"]),
-        QuantizerSpec(kind=book.kind, levels=book.levels.shape[1]).text,
+        book.text,
         kind="latents", quantized=True, bytes_per_patch=contract.bytes_per_patch,
         patch_px=contract.patch_px, data=config.location,
         codebook={"origin": "stored with the latents", "codebook_id": book.codebook_id},
@@ -87,7 +87,7 @@ def of_shards(
     books = [stem.statistics.normalized(book) for book in manifest.codebooks]
     latents = UndecodedCodes(books, device)
     patches = OpenPatches(shards, latents, facts, lambda: None, memory, device)
-    return UndecodedPatches(patches, stem, contract.codes_shape[1:])
+    return UndecodedPatches(patches, stem, contract.latents_shape[1:])
 
 
 def of_originals(

@@ -90,7 +90,7 @@ def parquet_card(splits: Sequence[str]) -> str:
     for split in splits:
         lines += [f"  - split: {split}", f"    path: data/{split}-*.parquet"]
     text = (
-        "A patch a row, exported from a latentds data set: `codes` are uint8 (C, h, w), indices "
+        "A patch a row, exported from a latentds data set: `codes` are uint8, indices "
         f"into the codebook of `codebook_id`, whose contract is in `{CONTRACT}`."
     )
     return "\n".join([*lines, "---", "", text, ""])
@@ -152,7 +152,7 @@ def export_npy(
 ) -> int:
     """Write `OUT/SPLIT/LABEL/SLIDE/KEY.npy`, a patch a file, and `table.csv` with their columns.
 
-    latents  float32 (C, h, w) of the codebook's levels instead of uint8 codes (C, h, w); codes come
+    latents  float32 (C, h, w) that the codebook gives instead of uint8 codes; codes come
              with their codebooks as `codebook-ID.safetensors`
     returns  patches written
     """

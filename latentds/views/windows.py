@@ -64,12 +64,12 @@ class CropWindows:
     """
 
     def __init__(
-        self, views: MultiCrop, decoder: Decoder, codes_shape: tuple[int, int, int]
+        self, views: MultiCrop, decoder: Decoder, latents_shape: tuple[int, int, int]
     ) -> None:
         assert decoder.autoencoder is not None
-        self.views, self.decoder, self.grid = views, decoder, codes_shape[1:]
+        self.views, self.decoder, self.grid = views, decoder, latents_shape[1:]
         self.factor = decoder.autoencoder.card.factor
-        self.halo = measure_halo(decoder.autoencoder, codes_shape[0], self.factor)
+        self.halo = measure_halo(decoder.autoencoder, latents_shape[0], self.factor)
 
     def plan(self, seeds: Tensor) -> WindowPlan:
         """Windows of the patches of seeds int64 (B,), on the host: sizes are needed there."""
@@ -102,8 +102,8 @@ class CropWindows:
     def __call__(
         self, codes: Tensor, codebooks: Tensor | None, seeds: Tensor, plan: WindowPlan
     ) -> Views:
-        """Views of codes uint8 (B, C, h, w) on the decoder's device."""
-        latents = self.decoder.levels(codes, codebooks)
+        """Views of codes uint8 (B, *codes_shape) on the decoder's device."""
+        latents = self.decoder.lookup(codes, codebooks)
         boxes = [part.to(latents.device) for part in plan.boxes]
         made = [self.group_views(latents, seeds, boxes, group) for group in plan.groups]
         back = torch.cat([group.patches for group in plan.groups]).argsort()

@@ -62,9 +62,9 @@ def for_set(folder: Path, autoencoder: Any) -> Any:
     from latentds.manifest import read_manifest
 
     contract, card = read_manifest(folder).contract, autoencoder.card
-    factor = contract.patch_px[0] // contract.codes_shape[1]
-    if (card.channels, card.factor) != (contract.codes_shape[0], factor):
-        fit = f"f{factor} and {contract.codes_shape[0]} channels"
+    factor = contract.patch_px[0] // contract.latents_shape[1]
+    if (card.channels, card.factor) != (contract.latents_shape[0], factor):
+        fit = f"f{factor} and {contract.latents_shape[0]} channels"
         raise InputError(
             f"{folder}: latents of {fit}; decoder {card.name!r} reads f{card.factor} and "
             f"{card.channels} channels. Choose one that fits, or leave the set away"

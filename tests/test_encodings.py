@@ -1,0 +1,195 @@
+"""Every consumer of a data set, with codes of each encoding: the same patches come out."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from latentds.additive_fit import fit_additive
+from latentds.array import LatentArray
+from latentds.bags import SlideBags
+from latentds.codebooks import StoredCodebook, load_codebook, save_codebook
+from latentds.dataset import LatentDataset
+from latentds.errors import ContractError, FormatError
+from latentds.format import Contract
+from latentds.hub.snippets import DEQUANTIZE
+from latentds.importing.contract import ImportOptions
+from latentds.importing.run import import_latents
+from latentds.loader import LatentLoader
+from latentds.mixture import Mixture
+from latentds.publishing import dataset_card
+from latentds.quantizer import dequantize_each
+from latentds.reader import ShardSet
+from latentds.rearranging.exporting import export_npy
+from latentds.rearranging.merging import merge
+from latentds.rearranging.repacking import Repacking, repack
+from latentds.scan import read_contract
+from latentds.verification import verify
+from tests.bad_shards import edit_manifest, first_shard
+from tests.conftest import convert_with_mean, save_pictures
+from tests.fakes import MeanAutoencoder
+
+
+def latents_of(folder) -> torch.Tensor:
+    """Latents of every patch, by the stored codes and the codebooks alone."""
+    shards = ShardSet(folder)
+    rows = np.arange(len(shards))
+    codes = torch.from_numpy(shards.read_codes(rows))
+    return dequantize_each(codes, shards.codebook_numbers(rows), shards.manifest.codebooks)
+
+
+def sample(seed: int) -> np.ndarray:
+    """Latent vectors (N, 3) of colours, as the averaging autoencoder gives them."""
+    rng = np.random.default_rng(seed)
+    base = rng.normal(0, 1.2, (4000, 1))
+    return (base + rng.normal(0, 0.4, (4000, 3))).clip(-3, 3).astype(np.float32)
+
+
+def additive_book(seed: int = 0):
+    return fit_additive(sample(seed), 2, seed=seed)[0]
+
+
+BOOKS = {"u8-sum": additive_book}
+
+
+@pytest.fixture(scope="module", params=BOOKS)
+def encoding(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def sets(encoding, tmp_path_factory):
+    """Two sets of one encoding and different codebooks."""
+    root = tmp_path_factory.mktemp("sets")
+    for seed, name in enumerate(("a", "b")):
+        save_pictures(root / f"{name}-in" / "train" / name / f"{name}.1", 10, 1000 * seed)
+        save_pictures(root / f"{name}-in" / "val" / name / f"{name}.2", 4, 1000 * seed + 500)
+        path = root / f"{name}.safetensors"
+        made = {"origin": "a test"}
+        latent_id = MeanAutoencoder().card.latent_id
+        book = BOOKS[encoding](seed)
+        save_codebook(StoredCodebook(codebook=book, latent_id=latent_id, made=made), path)
+        convert_with_mean(root / f"{name}-in", root / name, codebook=path, pack_size=4)
+    return root / "a", root / "b"
+
+
+def test_a_set_states_its_encoding_and_its_latents(sets, encoding):
+    contract = ShardSet(sets[0]).manifest.contract
+    assert contract.encoding == encoding and contract.latents_shape == (3, 4, 4)
+    assert read_contract(first_shard(sets[0])).to_json() == contract.to_json()
+
+
+def test_verify_passes(sets):
+    for folder in sets:
+        result = verify(folder, autoencoder=MeanAutoencoder())
+        assert result.is_good and result.notes == ()
+
+
+def test_loader_dataset_array_and_bags_give_the_same_latents(sets):
+    folder, expected = sets[0], latents_of(sets[0])
+    shards = ShardSet(folder)
+    first, end = shards.patch_range("train")
+    rows, found = [], []
+    for batch in LatentDataset(folder, "train", batch_size=3, decode="latents"):
+        rows += batch.rows.tolist()
+        found.append(batch.latents)
+    assert sorted(rows) == list(range(first, end))
+    assert torch.equal(torch.cat(found), expected[rows])
+    loader = LatentLoader(folder, "train", batch_size=3, decode="latents", device="cpu")
+    found = [(batch.rows, batch.latents) for batch in loader]
+    assert all(torch.equal(latents, expected[rows]) for rows, latents in found)
+    array = LatentArray(folder, decode="latents")
+    assert torch.equal(array[:], expected)
+    bags = SlideBags(folder, "train", autoencoder=MeanAutoencoder())
+    (images,) = bags.decode(bags[0])
+    assert torch.equal(images, MeanAutoencoder().decode(expected[bags[0].rows]))
+
+
+def test_pixels_are_those_of_the_latents(sets):
+    folder, expected = sets[0], latents_of(sets[0])
+    loader = LatentLoader(
+        folder, "train", batch_size=4, device="cpu", autoencoder=MeanAutoencoder()
+    )
+    for batch in loader:
+        assert torch.equal(batch.images, MeanAutoencoder().decode(expected[batch.rows]))
+
+
+def test_normalized_latents_have_mean_0_and_deviation_1(sets):
+    loader = LatentLoader(
+        sets[0], "train", batch_size=10, decode="latents", normalize=True, device="cpu"
+    )
+    latents = torch.cat([batch.latents for batch in loader])
+    assert latents.mean((0, 2, 3)).abs().max() < 1e-4  # statistics are kept to 7 digits
+    assert (latents.std((0, 2, 3), correction=0) - 1).abs().max() < 1e-4
+
+
+def test_merged_sets_keep_each_its_codebook(sets, tmp_path):
+    merge(sets, tmp_path / "ab")
+    assert verify(tmp_path / "ab", autoencoder=MeanAutoencoder()).is_good
+    keys = ShardSet(tmp_path / "ab").read_columns(np.arange(28), ["key"])["key"]
+    expected = {}
+    for folder in sets:
+        names = ShardSet(folder).read_columns(np.arange(14), ["key"])["key"]
+        expected |= dict(zip(names, latents_of(folder), strict=True))
+    merged = LatentArray(tmp_path / "ab", decode="latents")
+    assert all(torch.equal(merged[i], expected[key]) for i, key in enumerate(keys))
+
+
+def test_mixtures_draw_from_both(sets):
+    mixture = Mixture(dict.fromkeys(sets, 1.0))
+    for batch in LatentLoader(mixture, "train", batch_size=5, decode="latents", device="cpu"):
+        for place, which in enumerate(batch.sets.tolist()):
+            row = int(batch.rows[place])
+            assert torch.equal(batch.latents[place], latents_of(sets[which])[row])
+
+
+def test_repacked_codes_stay_what_they_are(sets, tmp_path):
+    repack(sets[0], tmp_path / "out", Repacking(pack_size=3, order="path"))
+    assert verify(tmp_path / "out", autoencoder=MeanAutoencoder()).is_good
+    before, after = (latents_of(f).flatten(1).sum(1).sort()[0] for f in (sets[0], tmp_path / "out"))
+    assert torch.equal(before, after)
+
+
+def test_exported_codes_are_imported_again(sets, tmp_path):
+    export_npy(sets[0], tmp_path / "files")
+    (book,) = (tmp_path / "files").glob("codebook-*.safetensors")
+    assert load_codebook(book).codebook.codebook_id in str(
+        ShardSet(sets[0]).manifest.contract.to_json()
+    )
+    import_latents(
+        tmp_path / "files", tmp_path / "back", MeanAutoencoder(), options=ImportOptions(codebook=book)
+    )
+    before, after = (
+        latents_of(f).flatten(1).sum(1).sort()[0] for f in (sets[0], tmp_path / "back")
+    )
+    assert torch.equal(before, after)
+
+
+def test_the_cards_lines_give_the_latents(sets, encoding):
+    manifest = ShardSet(sets[0]).manifest
+    text = dataset_card(manifest)
+    assert f"encoded as `{encoding}`" in text
+    names = {"contract": json.loads(json.dumps(manifest.contract.to_json())), "path": "manifest"}
+    names["codes"] = ShardSet(sets[0]).read_codes(np.arange(14))
+    imports, lines = DEQUANTIZE[encoding]
+    exec(f"{imports}\nimport numpy as np\n{lines}", names)
+    assert np.abs(np.asarray(names["latents"]) - latents_of(sets[0]).numpy()).max() < 1e-6
+
+
+def test_sets_of_other_encodings_do_not_mix(sets, shared_dataset):
+    with pytest.raises(ContractError, match="encoding"):
+        LatentLoader(Mixture({sets[0]: 1.0, shared_dataset: 1.0}), "train", batch_size=4)
+
+
+def test_an_unknown_encoding_is_named(sets, tmp_path):
+    repack(sets[0], tmp_path / "out")
+    edit_manifest(tmp_path / "out", lambda m: m["contract"].update(encoding="u8-later"))
+    with pytest.raises(FormatError, match=r"'u8-later', this reader knows 'u8', 'u8-sum'"):
+        ShardSet(tmp_path / "out")
+
+
+def test_a_contract_of_other_latents_than_its_codebooks_is_refused(sets):
+    record = ShardSet(sets[0]).manifest.contract.to_json()
+    with pytest.raises(FormatError, match="latents_shape"):
+        Contract.from_json(record | {"latents_shape": [4, 4, 4]}, "x")

@@ -91,12 +91,12 @@ class AdditiveCodebook:
         """D, the channels of the latents."""
         return int(self.tables.shape[2])
 
-    def codes_shape(self, latents_shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    def codes_shape_of(self, latents_shape: tuple[int, int, int]) -> tuple[int, int, int]:
         """(S, h, w) of the codes of latents (D, h, w); ShapeError for other channels."""
         self._check_channels(latents_shape)
         return self.planes, latents_shape[1], latents_shape[2]
 
-    def latents_shape(self, codes_shape: tuple[int, ...]) -> tuple[int, int, int]:
+    def latents_shape_of(self, codes_shape: tuple[int, ...]) -> tuple[int, int, int]:
         """(D, h, w) of the latents of codes (S, h, w); ShapeError for other planes."""
         self._check_planes(codes_shape)
         return self.channels, codes_shape[1], codes_shape[2]
@@ -120,7 +120,7 @@ class AdditiveCodebook:
             raise ValueError(f"beam {beam} is not between 1 and {MAX_BEAM}")
         if latents.ndim != 4:
             raise ShapeError(f"latents of shape {tuple(latents.shape)}, expected (B, D, h, w)")
-        shape = self.codes_shape((latents.shape[1], latents.shape[2], latents.shape[3]))
+        shape = self.codes_shape_of((latents.shape[1], latents.shape[2], latents.shape[3]))
         if not bool(torch.isfinite(latents).all()):
             raise ValueError("latents contain NaN or infinity; encode in float32")
         width = 1 if is_separable(self.tables) else beam

@@ -130,7 +130,7 @@ class Contract:
     @functools.cached_property
     def latents_shape(self) -> tuple[int, int, int]:
         """(C, h, w) of a patch's latents."""
-        return self.codebook.latents_shape(self.codes_shape)
+        return self.codebook.latents_shape_of(self.codes_shape)
 
     @property
     def bytes_per_patch(self) -> int:

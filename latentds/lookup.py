@@ -90,7 +90,7 @@ class Records:
         """Latents (B, C, h, w) of records uint8 (B, bytes); `codebooks` (B,) picks the tables."""
         if codebooks is None or len(self.codebooks) == 1:
             return self.codebooks[0].dequantize(codes).to(self.dtype)
-        shape = self.codebooks[0].latents_shape(tuple(codes.shape[1:]))
+        shape = self.codebooks[0].latents_shape_of(tuple(codes.shape[1:]))
         latents = torch.empty(len(codes), *shape, dtype=self.dtype, device=codes.device)
         for number, book in enumerate(self.codebooks):
             places = codebooks == number

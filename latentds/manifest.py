@@ -201,7 +201,7 @@ def parse_codebooks(records: Any, contract: Contract) -> tuple[AnyCodebook, ...]
     own = contract.codebook.codebook_id
     if not books or len(distinct) != len(books) or books[0].codebook_id != own:
         raise ValueError("codebooks must be distinct, the contract's first")
-    if any(book.latents_shape(contract.codes_shape) != contract.latents_shape for book in books):
+    if any(book.latents_shape_of(contract.codes_shape) != contract.latents_shape for book in books):
         raise ValueError("the codebooks are not of the same latents")
     return tuple(books[1:])
 

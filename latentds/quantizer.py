@@ -49,11 +49,11 @@ class AnyCodebook(Protocol):
         """What tables call it."""
         ...
 
-    def codes_shape(self, latents_shape: tuple[int, int, int]) -> tuple[int, ...]:
+    def codes_shape_of(self, latents_shape: tuple[int, int, int]) -> tuple[int, ...]:
         """Shape of a patch's codes; ShapeError where latents (C, h, w) do not fit."""
         ...
 
-    def latents_shape(self, codes_shape: tuple[int, ...]) -> tuple[int, int, int]:
+    def latents_shape_of(self, codes_shape: tuple[int, ...]) -> tuple[int, int, int]:
         """(C, h, w) of the latents of such codes; ShapeError where they do not fit."""
         ...
 
@@ -123,12 +123,12 @@ class Codebook:
         """Rows and levels, in words."""
         return "{}x{} levels".format(*self.levels.shape)
 
-    def codes_shape(self, latents_shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    def codes_shape_of(self, latents_shape: tuple[int, int, int]) -> tuple[int, int, int]:
         """(C, h, w): a code a value; ShapeError for channels that the rows do not fit."""
         check_channels(latents_shape, self)
         return latents_shape
 
-    def latents_shape(self, codes_shape: tuple[int, ...]) -> tuple[int, int, int]:
+    def latents_shape_of(self, codes_shape: tuple[int, ...]) -> tuple[int, int, int]:
         """(C, h, w): a value a code; ShapeError for channels that the rows do not fit."""
         check_channels(codes_shape, self)
         return codes_shape[0], codes_shape[1], codes_shape[2]
@@ -226,7 +226,7 @@ def dequantize_each(codes: Tensor, books: np.ndarray, codebooks: Sequence[AnyCod
     """
     if len(codebooks) == 1:
         return dequantize(codes, codebooks[0])
-    shape = codebooks[0].latents_shape(tuple(codes.shape[1:]))
+    shape = codebooks[0].latents_shape_of(tuple(codes.shape[1:]))
     latents = torch.empty(len(codes), *shape, dtype=torch.float32)
     for number in np.unique(books).tolist():
         places = torch.from_numpy(books == number)

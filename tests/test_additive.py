@@ -170,8 +170,8 @@ def test_codebook_id_is_the_hash_that_the_format_says():
 
 def test_shapes_of_codes_and_latents_are_told_from_each_other():
     book = make_book()
-    assert book.codes_shape((5, 7, 9)) == (3, 7, 9)
-    assert book.latents_shape((3, 7, 9)) == (5, 7, 9)
+    assert book.codes_shape_of((5, 7, 9)) == (3, 7, 9)
+    assert book.latents_shape_of((3, 7, 9)) == (5, 7, 9)
 
 
 def test_json_brings_the_codebook_back():

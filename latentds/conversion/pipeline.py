@@ -138,7 +138,7 @@ def prepare(
         codebook=stored.codebook,
         autoencoder=card.to_json(),
         patch_px=plan.patch_px,
-        codes_shape=stored.codebook.codes_shape(latents_shape),
+        codes_shape=stored.codebook.codes_shape_of(latents_shape),
     )
     made = describe(config, plan, encoder, stored)
     decided = {

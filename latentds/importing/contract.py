@@ -123,8 +123,8 @@ def decide(
     codebook, origin = choose_codebook(files, patches, identity, options)
     try:
         is_codes = files.dtype == "uint8"
-        shape = codebook.latents_shape(files.shape) if is_codes else files.shape
-        codes_shape = codebook.codes_shape(shape)
+        shape = codebook.latents_shape_of(files.shape) if is_codes else files.shape
+        codes_shape = codebook.codes_shape_of(shape)
     except ShapeError as error:
         raise InputError(f"{patches[0].path}: {error}; pass another --codebook") from error
     contract = Contract(

@@ -181,7 +181,7 @@ class AdditiveCodebook:
 
     @staticmethod
     def from_json(record: Any) -> AdditiveCodebook:
-        """The codebook that `to_json` described; KeyError, TypeError or ValueError if it is none."""
+        """The codebook of `to_json`; KeyError, TypeError or ValueError where it is none."""
         values = base64.b64decode(record["values_f32le_base64"], validate=True)
         shape = (record["planes"], record["levels"], record["channels"])
         if any(type(size) is not int or size < 1 for size in shape):

@@ -67,7 +67,9 @@ class Sums:
         self, codebooks: Sequence[AdditiveCodebook], device: torch.device, dtype: torch.dtype
     ) -> None:
         self.planes, self.dtype = codebooks[0].planes, dtype
-        self.table = torch.cat([pad(book.table(), 1).flatten(0, 1) for book in codebooks]).to(device)
+        self.table = torch.cat([pad(book.table(), 1).flatten(0, 1) for book in codebooks]).to(
+            device
+        )
         self.first = MAX_LEVELS * torch.arange(self.planes, device=device, dtype=torch.int32)
 
     def __call__(self, codes: Tensor, codebooks: Tensor | None = None) -> Tensor:

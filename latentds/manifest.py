@@ -184,7 +184,9 @@ def parse_manifest(record: Any, where: str) -> Manifest:
             tables={str(name): dict(entry) for name, entry in record["tables"].items()},
             made=parse_made(record["made"]),
             more_codebooks=parse_codebooks(record.get("codebooks"), contract),
-            statistics=parse_statistics(record.get("channel_statistics"), contract.latents_shape[0]),
+            statistics=parse_statistics(
+                record.get("channel_statistics"), contract.latents_shape[0]
+            ),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise FormatError(f"{where}: manifest is damaged ({error!r}); fetch it anew") from error

@@ -74,5 +74,6 @@ def check_mixable(sets: Sequence[ShardSet]) -> None:
             if getattr(contract, name) != getattr(first, name):
                 raise ContractError(
                     f"{shards.folder}: {name} {getattr(contract, name)}, but {sets[0].folder} has "
-                    f"{getattr(first, name)}; only sets of one latent_id, encoding, shape and patch size mix"
+                    f"{getattr(first, name)}; only sets of one latent_id, encoding, "
+                    "shape and patch size mix"
                 )

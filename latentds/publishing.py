@@ -18,8 +18,8 @@ CARD = """---
 # {patches:,} pathology patches as {format} latents
 
 Each patch of {width}x{height} px is {bytes_per_patch:,} bytes: the latents of the autoencoder
-`{autoencoder}` (latent_id `{latent_id}`), encoded as `{encoding}` by a codebook of {summary} ({kind};
-{codebook_origin}). Decoding loses detail. Not for diagnosis.
+`{autoencoder}` (latent_id `{latent_id}`), encoded as `{encoding}` by a codebook of {summary}
+({kind}; {codebook_origin}). Decoding loses detail. Not for diagnosis.
 
 | split | patches |
 |---|---|

@@ -202,9 +202,7 @@ def scan_pack(
     )
 
 
-def check_codes(
-    file: BinaryIO, offset: int, count: int, contract: Contract, where: str
-) -> None:
+def check_codes(file: BinaryIO, offset: int, count: int, contract: Contract, where: str) -> None:
     """Refuse codes that the codebook has no entry for, read in blocks of whole patches."""
     size = contract.bytes_per_patch
     file.seek(offset)

@@ -18,6 +18,7 @@ from latentds.conversion.pipeline import convert
 from latentds.errors import InputError
 from latentds.quantizer import quantize
 from latentds.reader import ShardSet
+from latentds.verification import verify
 from tests.conftest import convert_with_mean, save_pictures, smooth_picture
 from tests.fakes import MeanAutoencoder
 
@@ -297,3 +298,29 @@ def test_threads_are_left_as_they_were(pictures, tmp_path):
     before = torch.get_num_threads()
     convert_with_mean(pictures, tmp_path / "out")
     assert torch.get_num_threads() == before
+
+
+def test_bytes_alone_choose_additive_codes_of_as_many(pictures, tmp_path):
+    manifest = convert_with_mean(pictures, tmp_path / "out", bytes=32)
+    contract = manifest.contract
+    assert (contract.encoding, contract.codes_shape) == ("u8-sum", (2, 4, 4))
+    assert contract.bytes_per_patch == 32 and contract.latents_shape == (3, 4, 4)
+    assert manifest.made["options"]["bytes"] == 32
+    assert manifest.made["codebook"]["snr_db"] > 20
+    assert verify(tmp_path / "out", autoencoder=MeanAutoencoder()).is_good
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"bytes": 40}, "possible with auto codes are multiples of 16 from 16 to"),
+        ({"codebook": Path("additive")}, "--codebook additive needs --bytes"),
+        ({"codebook": Path("scalar"), "bytes": 32}, "scalar codes take a byte a latent value"),
+        ({"bytes": 32, "levels": 16, "codebook": Path("additive")}, "leave --quantizer and"),
+    ],
+)
+def test_bytes_that_codes_cannot_have_are_refused_with_those_they_can(
+    pictures, tmp_path, options, words
+):
+    with pytest.raises(InputError, match=words):
+        convert_with_mean(pictures, tmp_path / "out", **options)

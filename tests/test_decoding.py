@@ -9,9 +9,9 @@ import torch
 
 from latentds.autoencoders import load_autoencoder
 from latentds.decoding import Compiled, DecodeOptions, Decoder
-from latentds.lookup import Levels
 from latentds.errors import FormatError
 from latentds.loader import LatentLoader
+from latentds.lookup import Levels
 from latentds.mixture import Mixture
 from latentds.quantizer import Codebook, dequantize
 from tests.conftest import convert_with_mean, save_pictures

@@ -158,7 +158,10 @@ def test_exported_codes_are_imported_again(sets, tmp_path):
         ShardSet(sets[0]).manifest.contract.to_json()
     )
     import_latents(
-        tmp_path / "files", tmp_path / "back", MeanAutoencoder(), options=ImportOptions(codebook=book)
+        tmp_path / "files",
+        tmp_path / "back",
+        MeanAutoencoder(),
+        options=ImportOptions(codebook=book),
     )
     before, after = (
         latents_of(f).flatten(1).sum(1).sort()[0] for f in (sets[0], tmp_path / "back")

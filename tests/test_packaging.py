@@ -15,7 +15,17 @@ ROOT = Path(__file__).parents[1]
 # What each floor holds, lowest first; imports stay on their floor or go down.
 FLOORS = [
     [
-        *("version", "errors", "quantizer", "encodings", "lloyd", "fit", "format", "storage", "metrics"),
+        *(
+            "version",
+            "errors",
+            "quantizer",
+            "encodings",
+            "lloyd",
+            "fit",
+            "format",
+            "storage",
+            "metrics",
+        ),
         *("report", "randomness", "normalization"),
         *("additive", "additive_search", "additive_groups", "additive_fit"),
     ],
@@ -27,7 +37,17 @@ FLOORS = [
     ],
     [
         *("order", "batch", "selection", "sampling", "batching", "mixture", "collate", "state"),
-        *("launcher", "dataset", "transfers", "lookup", "decoding", "stage", "loader", "bags", "array"),
+        *(
+            "launcher",
+            "dataset",
+            "transfers",
+            "lookup",
+            "decoding",
+            "stage",
+            "loader",
+            "bags",
+            "array",
+        ),
         *("fields", "grouping", "mixing"),
         *("models", "mask_geometry", "patchsets", "features", "views", "adapters"),
     ],

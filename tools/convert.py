@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 import shutil
 import time
 from collections import Counter
@@ -109,7 +110,7 @@ def estimate(config: Config) -> dict[str, Any]:
     name = ALIASES.get(config.autoencoder, config.autoencoder)
     card = CARDS.get(name) or load_autoencoder(name).card
     rows, columns = latent_cells(plan.patch_px, card.factor)
-    bytes_per_patch = card.channels * rows * columns
+    bytes_per_patch = planned_bytes(config, (card.channels, rows, columns))
     shards = plan_shards(plan, config, bytes_per_patch)
     patches = len(plan.regions)
     source = sum(header.bytes for header in plan.headers)
@@ -129,6 +130,20 @@ def estimate(config: Config) -> dict[str, Any]:
         "left_out": len(plan.bad),
         "ignored_files": plan.ignored,
     }
+
+
+def planned_bytes(config: Config, latents_shape: tuple[int, int, int]) -> int:
+    """Bytes a patch's codes will take."""
+    from latentds.codebooks import load_codebook
+    from latentds.conversion.codebook import planes_of
+
+    channels, rows, columns = latents_shape
+    if config.codebook_file is not None:
+        book = load_codebook(config.codebook_file).codebook
+        return math.prod(book.codes_shape_of(latents_shape))
+    if config.bytes is None:
+        return channels * rows * columns
+    return planes_of(config.bytes, channels, rows * columns) * rows * columns
 
 
 def describe(config: Config, manifest: Any, seconds: float) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,16 @@ MAX_SAMPLE_VALUES = 16_000_000  # latent values held while fitting: 64 MB
 def find_codebook(
     config: ConvertConfig, encoder: Encoder, reader: PatchReader, earlier: dict[str, Any]
 ) -> StoredCodebook:
-    """The codebook of --codebook, of the run that is resumed, shipped with tiny, or fitted."""
-    latent_id = encoder.autoencoder.card.latent_id
-    if config.codebook is not None:
-        return codebook_of_file(config.codebook, latent_id, encoder.autoencoder.card.name)
+    """The codebook of a file, of the run that is resumed, shipped with the autoencoder, or fitted.
+
+    raises  ContractError for a file fitted to other latents, InputError for bytes that the latents
+            or the codebook cannot have, with those that they can
+    """
+    card = encoder.autoencoder.card
+    if config.codebook_file is not None:
+        stored = codebook_of_file(config.codebook_file, card.latent_id, card.name)
+        check_bytes(stored, config, encoder, reader)
+        return stored
     if earlier:
         contract = Contract.from_json(earlier["contract"], "plan.json")
         return StoredCodebook(
@@ -37,11 +44,32 @@ def find_codebook(
             latent_id=contract.latent_id,
             made=earlier["made"]["codebook"],
         )
-    if config.quantizer == "kmeans" and config.levels == 256:
-        shipped = tiny_codebook()
-        if shipped.latent_id == latent_id:
-            return shipped
+    shipped = tiny_codebook()
+    kind = config.codebook_kind or ("scalar" if config.bytes is None else "additive")
+    if kind == "additive":
+        if config.bytes is None:
+            raise InputError("--codebook additive needs --bytes, how many a patch is to take")
+        return fit_additive_to_sample(
+            config, encoder, reader, patch_bytes=config.bytes, method="auto"
+        )
+    is_usual = config.quantizer == "kmeans" and config.levels == 256
+    if is_usual and shipped.latent_id == card.latent_id:
+        return shipped
     return fit_to_sample(config, encoder, reader)
+
+
+def check_bytes(
+    stored: StoredCodebook, config: ConvertConfig, encoder: Encoder, reader: PatchReader
+) -> None:
+    """Refuse --bytes beside a codebook file whose codes take others."""
+    if config.bytes is None:
+        return
+    shape = stored.codebook.codes_shape_of(encoder.check_shape(reader.plan.patch_px))
+    if math.prod(shape) != config.bytes:
+        raise InputError(
+            f"--bytes {config.bytes}: codes of {config.codebook} take {math.prod(shape)} a patch; "
+            "leave --bytes, or fit another codebook"
+        )
 
 
 def codebook_of_file(path: Path, latent_id: str, name: str) -> StoredCodebook:

@@ -27,6 +27,7 @@ NOT_RECORDED = (
     "device",
     "workers",
     "max_bad",
+    "bytes",  # told where it is given: plans of before it are compared with
     "overwrite",
     "engine",
     "address",
@@ -34,6 +35,9 @@ NOT_RECORDED = (
     "gpus_per_worker",
     "cpus_per_worker",
 )
+
+
+CODEBOOK_KINDS = ("scalar", "additive", "rans")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,7 +65,12 @@ class ConvertConfig:
     levels: int = 256
     """Levels of the codebook, 2 to 256."""
     codebook: Path | None = None
-    """Codebook made by 'latentds fit-codebook' instead of one fitted to a sample of the input."""
+    """Kind of codes: scalar (a byte a latent value), additive (sums of vectors, whose bytes --bytes
+    chooses), rans (entropy-coded records of --bytes); or a file made by 'latentds fit-codebook'. By
+    default what ships with the autoencoder, else scalar, or additive where --bytes is given."""
+    bytes: int | None = None
+    """Bytes a patch: of rans any number, of additive codes a multiple of the latent cells, of which
+    a patch of 256 px has 1,024 at f8."""
     fit_patches: int = 1000
     """Patches the codebook is fitted to, drawn by --seed."""
     patch_size: int | None = None
@@ -153,6 +162,17 @@ class ConvertConfig:
     """CPUs a Ray worker takes; by default a GPU's share of the node's, or, without GPUs, as many as
     the encoder has threads."""
 
+    @property
+    def codebook_kind(self) -> str | None:
+        """The kind that --codebook names; None where it names a file, or nothing."""
+        name = str(self.codebook)
+        return name if name in CODEBOOK_KINDS else None
+
+    @property
+    def codebook_file(self) -> Path | None:
+        """The file that --codebook names, if it does."""
+        return None if self.codebook_kind else self.codebook
+
     def __post_init__(self) -> None:
         # A Path leaves hf:/ of hf://; sources.hugging_face.hub_id knows both.
         object.__setattr__(self, "source", Path(self.source))
@@ -168,8 +188,12 @@ class ConvertConfig:
             raise InputError("choose one of --resize, --tile and --pad")
         if (self.resize or self.tile or self.pad) and self.patch_size is None:
             raise InputError("--resize, --tile and --pad need --patch-size PX")
-        if self.codebook and (self.quantizer != "kmeans" or self.levels != 256):
+        is_scalar = self.codebook_kind in (None, "scalar") and self.codebook_file is None
+        if not is_scalar and (self.quantizer != "kmeans" or self.levels != 256):
             raise InputError("--codebook says what the levels are; leave --quantizer and --levels")
+        if self.bytes is not None and self.codebook_kind == "scalar":
+            raise InputError("--bytes: scalar codes take a byte a latent value; leave it, or take "
+                             "--codebook additive or rans")  # fmt: skip
         for name in ("masks", "slides", "root"):
             folder = getattr(self, name)
             if folder is not None and not folder.is_dir():
@@ -185,6 +209,7 @@ class ConvertConfig:
         limits = {
             "patch_size": (8, 8192), "stride": (1, 8192), "levels": (2, 256),
             "pack_size": (1, 65536), "shard_mb": (1, 65536), "encode_batch": (1, 65536),
+            "bytes": (16, 1 << 20),
             "fit_patches": (1, 10**7), "workers": (1, 256), "max_px": (64, 2**34),
             "max_bad": (0, 10**9), "mix": (2, 10**6), "seed": (0, 2**31),
             "ray_workers": (1, 10**5), "gpus_per_worker": (0, 1), "cpus_per_worker": (0.01, 1024),
@@ -208,9 +233,12 @@ class ConvertConfig:
     def recorded(self) -> dict[str, Any]:
         """The options that decide about bytes: no path, no host, nothing of how fast."""
         names = {field.name for field in dataclasses.fields(ConvertConfig)} - set(NOT_RECORDED)
-        if self.codebook is not None:
+        if self.codebook_file is not None:
             names -= {"quantizer", "levels", "fit_patches"}  # the codebook's own record tells
         found = {name: getattr(self, name) for name in sorted(names)}
+        for name, value in (("codebook", self.codebook_kind), ("bytes", self.bytes)):
+            if value is not None:
+                found[name] = value
         return found | {"anonymized": self.key_check()}
 
     def key_check(self) -> str | None:

@@ -1,14 +1,15 @@
-"""Codebooks of entropy-coded records: steps, gains and frequency tables, checked and identified.
+"""Codebooks of entropy-coded records: steps, gains, the model and its tables, with an identity.
 
 A patch's latents, times a gain a channel and divided by a step of its own, are rounded to integers
 and coded by fixed tables into a record of fixed size. docs/format.md has the layout.
 """
-# B patches, C latent channels, h w latent cells, K classes of tables, S symbols, R record bytes,
-# L lanes
+# B patches, C latent channels, h w latent cells, K classes of tables, P parents of a channel,
+# S symbols, R record bytes, L lanes
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Mapping
 from typing import Any
@@ -16,20 +17,15 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from latentds import entropy_records
-from latentds.entropy_records import DecodedRecords
+from latentds import entropy_checks, entropy_decoding, entropy_encoding
+from latentds.entropy_decoding import DecodedRecords
 from latentds.errors import ShapeError
-from latentds.rans import MAX_SYMBOLS, STATE_BYTES, TOTAL
 
 KIND = "rans"
-MAX_STEPS = 256  # one byte of the record
-MAX_RECORD_BYTES = 1 << 20
-MAX_CHANNELS = 1024
-MAX_CELLS = 1 << 16
-MAX_CLASSES = 64
-MAX_LANES = 64
-MAX_TABLE_VALUES = 1 << 22
-FLOATS = (1e-20, 1e20)  # of steps and gains: their quotients stay within float32
+ARRAYS = (  # in the order in which they are hashed
+    *(("steps", "<f4"), ("gains", "<f4"), ("order", "<i2"), ("parents", "<i2")),
+    *(("weights", "<i2"), ("thresholds", "<i4"), ("tables", "<u2")),
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -38,12 +34,18 @@ class EntropyCodebook:
 
     latents_shape  (C, h, w)
     record_bytes   R, of every patch
-    lanes          L, a divisor of w: streams a record interleaves
+    lanes          L, streams a record interleaves
     steps          float32 (at most 256,) ascending: quantization steps a record may name
     gains          float32 (C,): an integer q of channel c stands for q * (step / gains[c])
-    tables         uint16 (K, C, S), frequencies that sum to 4096 each: symbol i < S - 1 stands for
+    tables         uint16 (K, C, S), frequencies that sum to 4096: symbol i < S - 1 stands for
                    the integer i - (S - 2) / 2, the last one for an escape, whose integer is a byte
-                   of its own; only an escape's must not be 0
+                   of its own. Only integers of up to a channel's extent have a frequency, the same
+                   ones in all classes
+    order          int16 (C,): the channels in the order in which they are coded
+    parents        int16 (C, P): channels coded earlier whose magnitudes tell something, -1 for none
+    weights        int16 (C, 3, P + 2): what is expected of a magnitude, times 1,024: for each phase
+                   of cells a constant, a weight of cells around, a weight of each parent
+    thresholds     int32 (C, K - 1) ascending: expectations where a class ends
     """
 
     latents_shape: tuple[int, int, int]
@@ -52,20 +54,15 @@ class EntropyCodebook:
     steps: np.ndarray
     gains: np.ndarray
     tables: np.ndarray
+    order: np.ndarray
+    parents: np.ndarray
+    weights: np.ndarray
+    thresholds: np.ndarray
     kind: str = KIND
 
     def __post_init__(self) -> None:
-        check_shape(self)
-        check_numbers("steps", self.steps, MAX_STEPS)
-        check_numbers("gains", self.gains, MAX_CHANNELS)
-        if (np.diff(self.steps) <= 0).any():
-            raise ValueError("codebook steps are not ascending")
-        if len(self.gains) != self.latents_shape[0]:
-            raise ShapeError(
-                f"codebook has {len(self.gains)} gains for {self.latents_shape[0]} channels"
-            )
-        check_tables(self)
-        least = entropy_records.least_bytes(self)
+        entropy_checks.check_codebook(self)
+        least = entropy_encoding.least_bytes(self)
         if least > self.record_bytes:
             raise ValueError(
                 f"records of {self.record_bytes} bytes; these tables and {self.lanes} lanes need "
@@ -77,39 +74,51 @@ class EntropyCodebook:
         """Largest absolute integer the tables hold; others are escapes."""
         return (int(self.tables.shape[2]) - 2) // 2
 
-    @property
+    @functools.cached_property
+    def extents(self) -> np.ndarray:
+        """int32 (C,): largest absolute integer of each channel that is no escape."""
+        coded = self.tables[0, :, self.magnitude : -1] > 0
+        return (coded.sum(axis=1) - 1).astype(np.int32)
+
+    @functools.cached_property
     def codebook_id(self) -> str:
-        """Identity: sha256 of "rans C h w R L steps K S", a newline and the little-endian arrays."""
+        """sha256 of "rans C h w R L steps K S P", a newline and the little-endian arrays."""
+        classes, _, symbols = self.tables.shape
         words = (*self.latents_shape, self.record_bytes, self.lanes, len(self.steps))
-        words += (self.tables.shape[0], self.tables.shape[2])
+        words += (classes, symbols, self.parents.shape[1])
         digest = hashlib.sha256(" ".join([KIND, *map(str, words)]).encode() + b"\n")
-        for values, dtype in ((self.steps, "<f4"), (self.gains, "<f4"), (self.tables, "<u2")):
-            digest.update(np.ascontiguousarray(values, dtype).tobytes())
+        for name, dtype in ARRAYS:
+            digest.update(np.ascontiguousarray(getattr(self, name), dtype).tobytes())
         return f"sha256:{digest.hexdigest()}"
 
-    def quantize(self, latents: Tensor) -> Tensor:
+    def quantize(
+        self, latents: Tensor, rate_weight: float = entropy_encoding.RATE_WEIGHT
+    ) -> Tensor:
         """Records uint8 (B, R) of latents float (B, C, h, w): the finest step that fits, each.
 
-        The same bytes whatever the batch, the threads and the device; computed on the CPU.
-        raises  ShapeError for other latents, ValueError on NaN or infinity
+        The same bytes whatever the batch and the threads; computed on the CPU. A patch that does
+        not fit at the coarsest step loses channels, the last coded first.
+
+        rate_weight  what a bit is worth in squared steps when rounding; 0 takes the nearest
+        raises       ShapeError for other latents, ValueError on NaN or infinity
         """
-        return entropy_records.encode_records(latents, self)
+        return entropy_encoding.encode_records(latents, self, rate_weight)
 
     def integers(self, records: Tensor) -> DecodedRecords:
         """The integers, steps and soundness of records uint8 (B, R), on their device.
 
         raises  ShapeError for other records, ValueError for a step byte beyond the steps
         """
-        return entropy_records.decode_records(records, self)
+        return entropy_decoding.decode_records(records, self)
 
     def dequantize(self, records: Tensor) -> Tensor:
         """Latents float32 (B, C, h, w) of records uint8 (B, R), on their device."""
-        return entropy_records.latents_of(self.integers(records), self)
+        return entropy_decoding.latents_of(self.integers(records), self)
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """All fields as arrays, as a safetensors file or a JSON record keeps them."""
         head = np.array([*self.latents_shape, self.record_bytes, self.lanes], np.int32)
-        return {"head": head, "steps": self.steps, "gains": self.gains, "tables": self.tables}
+        return {"head": head, **{name: getattr(self, name) for name, _ in ARRAYS}}
 
     @staticmethod
     def from_arrays(arrays: Mapping[str, Any]) -> EntropyCodebook:
@@ -122,58 +131,5 @@ class EntropyCodebook:
             latents_shape=(channels, rows, columns),
             record_bytes=record_bytes,
             lanes=lanes,
-            steps=np.asarray(arrays["steps"]),
-            gains=np.asarray(arrays["gains"]),
-            tables=np.asarray(arrays["tables"]),
+            **{name: np.asarray(arrays[name]) for name, _ in ARRAYS},
         )
-
-
-def check_shape(codebook: EntropyCodebook) -> None:
-    """Refuse sizes that are not positive, too large, or do not go together."""
-    channels, rows, columns = codebook.latents_shape
-    if not (0 < channels <= MAX_CHANNELS and min(rows, columns) > 0):
-        raise ValueError(f"codebook is for latents of {codebook.latents_shape}; refused")
-    if rows * columns > MAX_CELLS:
-        raise ValueError(f"codebook is for {rows}x{columns} cells; at most {MAX_CELLS} are allowed")
-    if not 0 < codebook.lanes <= MAX_LANES or columns % codebook.lanes:
-        raise ValueError(
-            f"codebook has {codebook.lanes} lanes; 1 to {MAX_LANES} that divide the {columns} "
-            "columns are allowed"
-        )
-    if not 2 + STATE_BYTES * codebook.lanes < codebook.record_bytes <= MAX_RECORD_BYTES:
-        raise ValueError(
-            f"records of {codebook.record_bytes} bytes; more than "
-            f"{2 + STATE_BYTES * codebook.lanes} and at most {MAX_RECORD_BYTES} are allowed"
-        )
-
-
-def check_numbers(name: str, values: np.ndarray, most: int) -> None:
-    """Refuse anything but 1 to `most` positive float32 numbers of a sane size."""
-    if values.dtype != np.float32 or values.ndim != 1 or not 0 < len(values) <= most:
-        raise ShapeError(
-            f"codebook {name} are {values.dtype} {values.shape}, not 1 to {most} float32"
-        )
-    low, high = FLOATS
-    if not ((values >= low) & (values <= high)).all():
-        raise ValueError(f"codebook {name} are not all within {low} and {high}")
-
-
-def check_tables(codebook: EntropyCodebook) -> None:
-    """Refuse tables whose shape, sums or escapes are wrong."""
-    tables = codebook.tables
-    if tables.dtype != np.uint16 or tables.ndim != 3 or tables.size > MAX_TABLE_VALUES:
-        raise ShapeError(f"codebook tables are {tables.dtype} {tables.shape}, not uint16 (K, C, S)")
-    classes, channels, symbols = tables.shape
-    if channels != codebook.latents_shape[0] or not 0 < classes <= MAX_CLASSES:
-        raise ShapeError(
-            f"codebook tables are of {classes} classes and {channels} channels; 1 to {MAX_CLASSES} "
-            f"and {codebook.latents_shape[0]} are right"
-        )
-    if symbols % 2 or not 4 <= symbols <= MAX_SYMBOLS:
-        raise ShapeError(f"codebook tables have {symbols} symbols, not an even number of 4 to 256")
-    sums = tables.sum(axis=2, dtype=np.int64)
-    if (sums != TOTAL).any():
-        place = tuple(int(i) for i in np.argwhere(sums != TOTAL)[0])
-        raise ValueError(f"codebook table {place} sums to {sums[place]}, not {TOTAL}")
-    if (tables[:, :, -1] == 0).any() or (tables[:, :, (symbols - 2) // 2] == 0).any():
-        raise ValueError("codebook tables give zero or the escape no frequency; both need one")

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
@@ -45,7 +46,9 @@ def save_codebook(stored: StoredCodebook, path: Path) -> None:
     }
     if stored.codebook.encoding != Codebook.encoding:  # files of before there were others say none
         metadata["encoding"] = stored.codebook.encoding
-    write_atomically(path, save(stored.codebook.to_arrays(), metadata))
+    # safetensors writes the memory of an array that is not contiguous, whatever its order.
+    arrays = {n: np.ascontiguousarray(v) for n, v in stored.codebook.to_arrays().items()}
+    write_atomically(path, save(arrays, metadata))
 
 
 def load_codebook(path: Path) -> StoredCodebook:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from latentds.additive import AdditiveCodebook
+from latentds.entropy_codebook import EntropyCodebook
 from latentds.errors import FormatError
 from latentds.quantizer import AnyCodebook, Codebook
 
-ENCODINGS: dict[str, type[Codebook] | type[AdditiveCodebook]] = {
-    book.encoding: book for book in (Codebook, AdditiveCodebook)
+ENCODINGS: dict[str, type[Codebook] | type[AdditiveCodebook] | type[EntropyCodebook]] = {
+    book.encoding: book for book in (Codebook, AdditiveCodebook, EntropyCodebook)
 }
 
 

@@ -8,11 +8,12 @@ and coded by fixed tables into a record of fixed size. docs/format.md has the la
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import functools
 import hashlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from torch import Tensor
@@ -26,6 +27,7 @@ ARRAYS = (  # in the order in which they are hashed
     *(("steps", "<f4"), ("gains", "<f4"), ("order", "<i2"), ("parents", "<i2")),
     *(("weights", "<i2"), ("thresholds", "<i4"), ("tables", "<u2")),
 )
+DTYPES = {"head": "<i4", **dict(ARRAYS)}
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -59,6 +61,7 @@ class EntropyCodebook:
     weights: np.ndarray
     thresholds: np.ndarray
     kind: str = KIND
+    encoding: ClassVar[str] = KIND
 
     def __post_init__(self) -> None:
         entropy_checks.check_codebook(self)
@@ -68,6 +71,43 @@ class EntropyCodebook:
                 f"records of {self.record_bytes} bytes; these tables and {self.lanes} lanes need "
                 f"{least} for any patch. Use more bytes or fewer lanes"
             )
+
+    @property
+    def text(self) -> str:
+        """What tables call it: its bytes tell codebooks of one autoencoder apart."""
+        return f"{KIND}:{self.record_bytes}"
+
+    @property
+    def summary(self) -> str:
+        """Bytes, channels and steps, in words."""
+        return (
+            f"records of {self.record_bytes} bytes, {self.latents_shape[0]} channels, "
+            f"{len(self.steps)} steps"
+        )
+
+    def codes_shape_of(self, latents_shape: tuple[int, int, int]) -> tuple[int, ...]:
+        """(R,); ShapeError for other latents than the codebook's."""
+        if tuple(latents_shape) != self.latents_shape:
+            raise ShapeError(
+                f"latents of shape {tuple(latents_shape)}; the codebook's records are of "
+                f"{self.latents_shape}"
+            )
+        return (self.record_bytes,)
+
+    def latents_shape_of(self, codes_shape: tuple[int, ...]) -> tuple[int, int, int]:
+        """(C, h, w); ShapeError for records of another size."""
+        if tuple(codes_shape) != (self.record_bytes,):
+            raise ShapeError(
+                f"codes of shape {tuple(codes_shape)}; the codebook's records have "
+                f"{self.record_bytes} bytes"
+            )
+        return self.latents_shape
+
+    def find_fault(self, codes: np.ndarray) -> str | None:
+        """That a record names a step that is not there."""
+        if not len(codes) or (largest := int(codes[:, 0].max())) < len(self.steps):
+            return None
+        return f"a record of step {largest}, but the codebook has {len(self.steps)} steps"
 
     @property
     def magnitude(self) -> int:
@@ -120,8 +160,27 @@ class EntropyCodebook:
         head = np.array([*self.latents_shape, self.record_bytes, self.lanes], np.int32)
         return {"head": head, **{name: getattr(self, name) for name, _ in ARRAYS}}
 
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values, arrays included."""
+        record: dict[str, Any] = {"kind": self.kind}
+        for name, values in self.to_arrays().items():
+            octets = np.ascontiguousarray(values, DTYPES[name]).tobytes()
+            encoded = base64.b64encode(octets).decode()
+            record[name] = {"shape": list(values.shape), "base64": encoded}
+        return record
+
     @staticmethod
-    def from_arrays(arrays: Mapping[str, Any]) -> EntropyCodebook:
+    def from_json(record: Any) -> EntropyCodebook:
+        """The codebook of `to_json`; KeyError, TypeError or ValueError where it is none."""
+        arrays = {}
+        for name, dtype in DTYPES.items():
+            octets = base64.b64decode(record[name]["base64"], validate=True)
+            values = np.frombuffer(octets, dtype).reshape(record[name]["shape"])
+            arrays[name] = values.astype(values.dtype.newbyteorder("="))
+        return EntropyCodebook.from_arrays(arrays, str(record["kind"]))
+
+    @staticmethod
+    def from_arrays(arrays: Mapping[str, Any], kind: str = KIND) -> EntropyCodebook:
         """The codebook that `to_arrays` wrote; KeyError, ValueError or ShapeError if damaged."""
         head = np.asarray(arrays["head"])
         if head.shape != (5,) or head.dtype.kind not in "iu":
@@ -131,5 +190,6 @@ class EntropyCodebook:
             latents_shape=(channels, rows, columns),
             record_bytes=record_bytes,
             lanes=lanes,
+            kind=kind,
             **{name: np.asarray(arrays[name]) for name, _ in ARRAYS},
         )

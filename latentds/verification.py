@@ -231,7 +231,8 @@ def check_golden(
     if not len(golden.rows):
         yield "note", f"{folder}: no golden patches, nothing to check a decoder with"
         return
-    different = (shards.read_codes(golden.rows) != golden.codes).any(axis=(1, 2, 3))
+    stored = shards.read_codes(golden.rows)
+    different = (stored != golden.codes).any(axis=tuple(range(1, stored.ndim)))
     for row in golden.rows[different]:
         yield "problem", f"{folder}: codes of golden patch {row} are not those in its shard"
     autoencoder = find_decoder(contract.autoencoder.get("name"), given)

@@ -56,9 +56,9 @@ def member_header(name: str, size: int) -> bytes:
 def pack_bytes(pack: Pack) -> bytes:
     """The members of a pack, in the format's order."""
     codes = np.ascontiguousarray(pack.codes)
-    if codes.dtype != np.uint8 or codes.ndim != 4 or not len(codes):
+    if codes.dtype != np.uint8 or codes.ndim < 2 or not len(codes):
         raise FormatError(
-            f"pack {pack.key}: codes are {codes.dtype} {codes.shape}, not uint8 (N, C, h, w)"
+            f"pack {pack.key}: codes are {codes.dtype} {codes.shape}, not uint8 (N, *codes_shape)"
         )
     members = [member_bytes(f"{pack.key}.{CODES}", npy_header(codes.shape) + codes.tobytes())]
     if pack.masks is not None:

@@ -11,6 +11,7 @@ from latentds.array import LatentArray
 from latentds.bags import SlideBags
 from latentds.codebooks import StoredCodebook, load_codebook, save_codebook
 from latentds.dataset import LatentDataset
+from latentds.entropy_fit import fit_entropy_codebook
 from latentds.errors import ContractError, FormatError
 from latentds.format import Contract
 from latentds.hub.snippets import DEQUANTIZE
@@ -50,7 +51,12 @@ def additive_book(seed: int = 0):
     return fit_additive(sample(seed), 2, seed=seed)[0]
 
 
-BOOKS = {"u8-sum": additive_book}
+def entropy_book(seed: int = 0):
+    latents = np.random.default_rng(seed).laplace(0, 0.5, (64, 3, 4, 4)).astype(np.float32)
+    return fit_entropy_codebook(latents, 64, lanes=2)[0]
+
+
+BOOKS = {"u8-sum": additive_book, "rans": entropy_book}
 
 
 @pytest.fixture(scope="module", params=BOOKS)
@@ -151,7 +157,9 @@ def test_repacked_codes_stay_what_they_are(sets, tmp_path):
     assert torch.equal(before, after)
 
 
-def test_exported_codes_are_imported_again(sets, tmp_path):
+def test_exported_codes_are_imported_again(sets, encoding, tmp_path):
+    if encoding == "rans":
+        pytest.skip("records are exported; import reads arrays of latents or of codes a cell")
     export_npy(sets[0], tmp_path / "files")
     (book,) = (tmp_path / "files").glob("codebook-*.safetensors")
     assert load_codebook(book).codebook.codebook_id in str(
@@ -188,7 +196,7 @@ def test_sets_of_other_encodings_do_not_mix(sets, shared_dataset):
 def test_an_unknown_encoding_is_named(sets, tmp_path):
     repack(sets[0], tmp_path / "out")
     edit_manifest(tmp_path / "out", lambda m: m["contract"].update(encoding="u8-later"))
-    with pytest.raises(FormatError, match=r"'u8-later', this reader knows 'u8', 'u8-sum'"):
+    with pytest.raises(FormatError, match=r"'u8-later', this reader knows 'u8', 'u8-sum', 'rans'"):
         ShardSet(tmp_path / "out")
 
 

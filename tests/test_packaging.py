@@ -27,6 +27,8 @@ FLOORS = [
             "metrics",
         ),
         *("report", "randomness", "normalization"),
+        *("rans", "entropy_codebook", "entropy_checks", "entropy_contexts", "entropy_counts"),
+        *("entropy_decoding", "entropy_encoding", "entropy_fit", "entropy_model", "entropy_tables"),
         *("additive", "additive_search", "additive_groups", "additive_fit"),
     ],
     ["autoencoders", "codebooks", "codecs", "embedders"],

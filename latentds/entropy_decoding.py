@@ -149,7 +149,7 @@ def with_escapes(
 
 def numbers_of(octets: Tensor, width: int) -> Tensor:
     """int32 (B, n) of uint8 (B, n * width), lowest byte first."""
-    parts = octets.reshape(len(octets), -1, width).int()
+    parts = octets.reshape(len(octets), octets.shape[1] // width, width).int()
     shifts = 8 * torch.arange(width, dtype=torch.int32, device=octets.device)
     return (parts << shifts).sum(2, dtype=torch.int32)
 

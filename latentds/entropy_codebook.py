@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from latentds import entropy_checks, entropy_decoding, entropy_encoding
@@ -153,6 +154,8 @@ class EntropyCodebook:
 
     def dequantize(self, records: Tensor) -> Tensor:
         """Latents float32 (B, C, h, w) of records uint8 (B, R), on their device."""
+        if not len(records):
+            return torch.zeros(0, *self.latents_shape, device=records.device)
         return entropy_decoding.latents_of(self.integers(records), self)
 
     def to_arrays(self) -> dict[str, np.ndarray]:

@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import json
-import multiprocessing
 from pathlib import Path
 
 import numpy as np
@@ -183,23 +182,25 @@ MORE_RUNS = [  # every pair of these, the stops and the kinds in turn
 @pytest.mark.parametrize(
     ("kind", "before", "after", "stop"), [("mixture", *run) for run in RUNS] + MORE_RUNS
 )
-def test_real_processes_go_on_elsewhere(sets, tmp_path, kind, before, after, stop):
-    resume_with_gloo(sets[kind], tmp_path, before, after, stop)
+def test_real_processes_go_on_elsewhere(processes, sets, tmp_path, kind, before, after, stop):
+    resume_with_gloo(processes, sets[kind], tmp_path, before, after, stop)
 
 
-def resume_with_gloo(source, tmp_path: Path, before, after, stop: int) -> None:
+def resume_with_gloo(context, source, tmp_path: Path, before, after, stop: int) -> None:
     """Stop after `stop` batches on one topology, go on to the end on another: as if unbroken."""
     folder, options = source
     expected = global_batches(folder, options, 1, 0, 0, 1000)
-    run_ranks(source, tmp_path, "a", *before, stop, None)
+    run_ranks(context, source, tmp_path, "a", *before, stop, None)
     state = json.loads((tmp_path / "a-0.json").read_text())["state"]
-    run_ranks(source, tmp_path, "b", *after, 1000, state)
+    run_ranks(context, source, tmp_path, "b", *after, 1000, state)
     found = merged(tmp_path, "a", before[0]) + merged(tmp_path, "b", after[0])
     wanted = [[(s, r, seed, codes.hex()) for s, r, seed, codes in batch] for batch in expected]
     assert found == wanted
 
 
-def run_ranks(source, tmp_path: Path, name: str, ranks: int, workers: int, stop: int, state):
+def run_ranks(
+    context, source, tmp_path: Path, name: str, ranks: int, workers: int, stop: int, state
+):
     """One process a rank under gloo; each writes what it was handed and its state."""
     folder, options = source
     task = {
@@ -215,8 +216,6 @@ def run_ranks(source, tmp_path: Path, name: str, ranks: int, workers: int, stop:
         "rendezvous": str(tmp_path / f"{name}.rendezvous"),
         "ranks": ranks,
     }
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([gloo_rank.__name__])  # torch is imported once for all ranks
     processes = [
         context.Process(target=gloo_rank.main, args=(task | {"rank": rank},))
         for rank in range(ranks)

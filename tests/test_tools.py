@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from latentds_tools import cli
+from latentds_tools import bench_container, cli
 
 from tests.conftest import save_pictures
 
@@ -153,13 +153,15 @@ def test_wrong_usage_exits_with_2(capsys):
     assert call(capsys, "--version")[1].startswith("latentds ")
 
 
-def test_bench_container_stays_within_its_bound(capsys):
-    code, out, _ = call(capsys, "bench", "container", "--small", "--json")
-    overhead = {
-        (r["bytes_per_patch"], r["pack_size"]): r["shard_overhead"] for r in json.loads(out)
-    }
-    assert code == 0 and len(overhead) == 20
-    assert overhead[2048, 256] < 0.015
+def test_bench_container_tells_every_size_and_every_pack(capsys):
+    code, out, _ = call(capsys, "bench", "container", "--patches", 384, "--small", "--json")
+    rows = json.loads(out)
+    assert code == 0 and {row["patches"] for row in rows} == {32}
+    assert len({(row["bytes_per_patch"], row["pack_size"]) for row in rows}) == len(rows) == 20
+
+
+def test_a_container_stays_within_its_bound():
+    assert bench_container.overhead(4096, 2048, 256)["shard_overhead"] < 0.015
 
 
 def test_bench_convert_reports_both_rates(tmp_path, capsys):

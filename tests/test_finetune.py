@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from latentds.conversion.pipeline import convert
 from latentds.errors import ContractError, InputError, LatentdsError, UnknownNameError
 from latentds.loader import LatentLoader
 from tests.conftest import save_pictures
+from tests.launched import run_launched
 from tests.small_embedders import save_phikon
 
 QUICK = {
@@ -265,14 +265,7 @@ def test_a_run_on_a_set_goes_on_in_other_parts_of_the_same_batch(dataset, folder
 def on_two_ranks(*options: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     command += ["--standalone", "-m", "latentds_trainers.finetune_decoder", *options]
-    return subprocess.run(
-        command,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=60,
-    )
+    return run_launched(command)
 
 
 @pytest.mark.slow

@@ -10,7 +10,13 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
 from typing import Any
 
-PRELOADED = ["tests.conftest", "latentds.loader", "latentds.hub.upload", "pyarrow.parquet"]
+PRELOADED = [
+    "tests.conftest",
+    "latentds.loader",
+    "latentds.hub.upload",
+    "pyarrow.parquet",
+    "skimage.metrics.simple_metrics",  # a conversion's last step
+]
 
 
 def new_context() -> ForkServerContext:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ def one_rank_on_cpu():
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("DS_ACCELERATOR", "cpu")
         yield
+    gc.unfreeze()  # what `classify` froze
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +72,8 @@ def settings(data: Path, out: Path, **options: Any) -> ClassifyConfig:
 
 
 def classify(data: Path, out: Path, **options: Any) -> RunRecord:
+    gc.collect()
+    gc.freeze()  # a fold's full collection need not go through all libraries
     main(settings(data, out, **options))
     return read_record(out)
 
@@ -107,7 +111,7 @@ def trained(one_rank_on_cpu: None, latents: Path, decoded: list[int]) -> Path:
 
         patched.setattr(FoldTraining, "__init__", begun)
         patched.setattr(DecodedCodes, "develop", counted)
-        main(settings(latents, latents.parent / "trained", **TRAINED))
+        classify(latents, latents.parent / "trained", **TRAINED)
     return latents.parent / "trained"
 
 

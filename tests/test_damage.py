@@ -1,5 +1,7 @@
 """Damaged packs in training: replaced by a rule of the order alone, counted, listed, bounded."""
 
+import gc
+import multiprocessing
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +87,27 @@ def test_damage_found_by_different_workers_adds_up(dataset):
     damage(dataset, 2, 3)
     with pytest.raises(TooManyBadSamplesError, match="2 damaged packs, max_bad=1"):
         stream(dataset, workers=2, max_bad=1, global_batch_size=16)
+
+
+def message_of(folder) -> str:
+    """Of the error that ends a run; the loader is gone when this returns."""
+    try:
+        stream(folder, workers=2, max_bad=1)
+    except TooManyBadSamplesError as error:
+        return str(error)
+    raise AssertionError("no error")
+
+
+def test_workers_end_with_a_run_that_an_error_ended(dataset):
+    """Without the collector, which would let each worker wait for 5 s."""
+    damage(dataset, 2, 3)
+    gc.collect()
+    gc.disable()
+    try:
+        assert "2 damaged packs" in message_of(dataset)
+        assert multiprocessing.active_children() == []
+    finally:
+        gc.enable()
 
 
 def test_damaged_columns_replace_the_pack_too(dataset):

@@ -173,13 +173,19 @@ def test_bench_convert_reports_both_rates(tmp_path, capsys):
     assert code == 0 and result["encoder"] > 0 and result["share_of_encoder"] > 0
 
 
-def test_bench_fidelity_sets_codecs_at_equal_bytes(tmp_path, capsys):
-    save_pictures(tmp_path / "p", 2, edge=128)
-    words = ["bench", "fidelity", tmp_path / "p", "--crop-px", "128", "--json"]
+@pytest.mark.parametrize(
+    "codecs",
+    [["--codecs", "tiny+kmeans,jpeg,webp"], pytest.param([], marks=pytest.mark.slow)],
+    ids=["three", "default"],
+)
+def test_bench_fidelity_sets_codecs_at_equal_bytes(tmp_path, capsys, codecs):
+    save_pictures(tmp_path / "p", 1 if codecs else 2, edge=128)
+    words = ["bench", "fidelity", tmp_path / "p", "--crop-px", "128", "--json", *codecs]
     code, out, _ = call(capsys, *words)
     rows = {row["codec"]: row["groups"]["all"] for row in json.loads(out)["rows"]}
     assert code == 0 and rows["tiny+kmeans"]["bytes"] == 1024
     assert rows["jpeg@1024"]["bytes"] <= 1024 and rows["webp@1024"]["psnr_db"]["mean"] > 20
+    assert codecs or len(rows) == 5
 
 
 @pytest.mark.slow

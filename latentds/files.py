@@ -167,7 +167,8 @@ class RemoteFiles:
             except InputError as error:
                 if not self.last_resolved():
                     raise
-                logger.warning("%s; using what it was when last seen", error)
+                # As text: a record that is kept would keep the error's frames, and our threads.
+                logger.warning("%s; using what it was when last seen", str(error))
         last = self.last_resolved()
         if last is None:
             raise InputError(

@@ -263,7 +263,7 @@ class LatentLoader:
 
     def received(self) -> Iterator[Batch]:
         """Batches as the workers' transfers bring them."""
-        for transfer, sizes in self.transfers:
+        for transfer, sizes in self.transferred():
             start = 0
             for size in sizes:
                 part = transfer[start : start + size]
@@ -271,6 +271,19 @@ class LatentLoader:
                     self.plans.append(self.windows.plan(part.seeds))
                 yield part
                 start += size
+
+    def transferred(self) -> Iterator[tuple[Batch, list[int]]]:
+        """What the workers send, an error of theirs without torch's frames.
+
+        One of those frames holds the error itself: a ring that only the collector ends. It ends the
+        workers' queues first, and torch then waits 5 s for each worker, which hears nothing.
+        """
+        try:
+            yield from self.transfers
+        except Exception as error:
+            if not self.transfers.num_workers:
+                raise
+            raise error.with_traceback(None) from None
 
     def note_bad(self, batch: Batch) -> None:
         """Collect what workers found damaged; raise where all of them together found too much."""

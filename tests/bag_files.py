@@ -15,8 +15,8 @@ from latentds.features.folder import FeatureFolder
 
 DIM, SLIDES = 8, 18
 SMALL: dict[str, Any] = {
-    "folds": 3, "hidden": 16, "attention": 8, "dropout": 0.1, "lr": 1e-2,
-    "epochs": 8, "min_epochs": 6, "patience": 3, "save_every": 2,
+    "folds": 3, "hidden": 16, "attention": 8, "dropout": 0.1, "lr": 3e-2,
+    "epochs": 3, "min_epochs": 2, "patience": 2, "save_every": 1,
 }  # fmt: skip
 
 
@@ -54,12 +54,13 @@ def reader_of(job: Path, cache_gb: float) -> FeatureBags:
     return FeatureBags(FeatureFolder(job), cache_gb)
 
 
-def settings(job: Path, out: str = "run", **options: Any) -> AbmilConfig:
+def settings(job: Path, out: str | Path = "run", **options: Any) -> AbmilConfig:
+    """Settings of a short run to a folder beside the job, or to the one given."""
     values = {"bags": job, "labels": job / "labels.csv", "out": job.parent / out}
     return AbmilConfig(**(values | SMALL | options))
 
 
-def run(job: Path, out: str = "run", **options: Any) -> Path:
+def run(job: Path, out: str | Path = "run", **options: Any) -> Path:
     """A run in this process; its folder."""
     abmil.main(settings(job, out, **options))
     return job.parent / out

@@ -110,6 +110,19 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
 
 
 @pytest.fixture(scope="session")
+def processes():
+    """Starts processes that need not import torch; see tests/processes.py.
+
+    Of the session, so that its server starts before a test changes the environment.
+    """
+    from tests.processes import call_apart, new_context
+
+    context = new_context()
+    call_apart(context, os.getpid)
+    return context
+
+
+@pytest.fixture(scope="session")
 def swap_room(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `patches/` and `latents/`, as docs/swap.md names them; made once."""
     from tests.swaps import fill_room

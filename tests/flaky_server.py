@@ -8,13 +8,15 @@ import re
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+
+from tests.closing_server import ClosingServer
 
 COMMIT = "c0ffee" + "0" * 34
 
 
-class FlakyServer(ThreadingHTTPServer):
+class FlakyServer(ClosingServer):
     """Serves `root`; `faults[path]` is a list of what the next requests of a path meet.
 
     Faults: "drop" (half the body, connection closed), "short" (fewer bytes than asked, all well by
@@ -23,8 +25,6 @@ class FlakyServer(ThreadingHTTPServer):
 
     Also answers as much of the Hub's API as resolving a revision takes, for org/name@main.
     """
-
-    daemon_threads = True
 
     def __init__(self, root: Path) -> None:
         super().__init__(("127.0.0.1", 0), Handler)

@@ -1,7 +1,7 @@
 """One rank of a real run: loads, counts, writes what it was handed. Started by test_resume."""
 
+import datetime
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -9,13 +9,13 @@ import torch
 from latentds import LatentLoader, Mixture
 
 
-def main() -> None:
-    task = json.loads(sys.argv[1])
+def main(task: dict) -> None:
     torch.distributed.init_process_group(
         "gloo",
         init_method=f"file://{task['rendezvous']}",
         rank=task["rank"],
         world_size=task["ranks"],
+        timeout=datetime.timedelta(seconds=120),
     )
     folder = task["folder"]
     if isinstance(folder, dict):
@@ -52,7 +52,3 @@ def entries(batch) -> list[tuple]:
         sets, batch.rows.tolist(), batch.seeds.tolist(), codes, batch.valid.tolist(), strict=True
     )
     return [entry[:4] for entry in kept if entry[4]]
-
-
-if __name__ == "__main__":
-    main()

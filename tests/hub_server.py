@@ -10,9 +10,10 @@ import re
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from tests.closing_server import ClosingServer
 from tests.hub_writing import LARGE, Writing, git_blob
 
 PAGE = 5  # entries of a tree listed at once: the Hub's 1,000, small enough to need pages
@@ -38,15 +39,13 @@ class Repo:
         return self.commits.get(self.refs.get(revision, revision))
 
 
-class HubServer(ThreadingHTTPServer):
+class HubServer(ClosingServer):
     """Repositories in memory. `org` may be written to with hf_write, every other name may not.
 
     faults   what the next requests of a kind meet ("put", "commit", "batch", "resolve", ...): a
              status, "drop" (connection closed in the middle) or "hang" (until `resume` is set)
     corrupt  paths whose bytes are stored with a flipped bit, whatever was sent
     """
-
-    daemon_threads = True
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)

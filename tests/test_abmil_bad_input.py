@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +21,35 @@ pytest.importorskip("sklearn")
 
 from tests.bag_files import DIM, SLIDES, bag_of, edit_labels, make_job, run, save_bag
 
+SHORT: dict[str, Any] = {"epochs": 1, "select": "last"}
 
-@pytest.fixture(autouse=True)
-def one_rank_on_cpu(monkeypatch):
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+
+@pytest.fixture(autouse=True, scope="module")
+def one_rank_on_cpu():
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("DS_ACCELERATOR", "cpu")
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(one_rank_on_cpu: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with features and labels, and beside it a finished run of one epoch; read only."""
+    job = make_job(tmp_path_factory.mktemp("finished") / "job")
+    run(job, **SHORT)
+    return job
 
 
 @pytest.fixture
-def job(tmp_path: Path) -> Path:
-    return make_job(tmp_path / "job")
+def job(finished: Path, tmp_path: Path) -> Path:
+    """Features and labels that a test may spoil."""
+    return Path(shutil.copytree(finished, tmp_path / "job"))
+
+
+@pytest.fixture
+def run_job(finished: Path, job: Path) -> Path:
+    """The same with its run."""
+    shutil.copytree(finished.with_name("run"), job.with_name("run"))
+    return job
 
 
 def empty_bag(job: Path) -> None:
@@ -79,73 +101,72 @@ def test_features_of_another_embedder_than_asked_for_are_refused(job):
 
 def test_a_subset_is_taken_where_that_is_allowed(job):
     edit_labels(job, "p8,s17.svs,ILC\n", "p9,s99.svs,ILC\n")
-    out = run(job, epochs=1, select="last", allow_subset=True)
+    out = run(job, allow_subset=True, **SHORT)
     assert len(read_predictions(out)) == SLIDES - 1
     assert "'s17'" in " ".join(read_record(out).notes)
 
 
+def write_split(folder: Path, *columns: str) -> dict[str, Any]:
+    """Settings of one fold of these slides."""
+    cells = [column.split() for column in columns[1:]]
+    rows = itertools.zip_longest(*cells, fillvalue="")
+    (folder / "splits_0.csv").write_text("\n".join([columns[0], *map(",".join, rows)]))
+    return SHORT | {"splits": folder / "splits_0.csv", "allow_subset": True}
+
+
 def test_a_patient_in_two_parts_of_a_split_file_is_refused(job, tmp_path):
-    lines = ["train,val,test", "s00,s02,s04", "s03,s05,s01"]
-    (tmp_path / "splits_0.csv").write_text("\n".join(lines))
+    options = write_split(tmp_path, "train,val,test", "s00 s03", "s02 s05", "s04 s01")
     with pytest.raises(InputError, match=r"groups are in train and in test: 'p0'"):
-        run(job, splits=tmp_path / "splits_0.csv", allow_subset=True)
+        run(job, **options)
 
 
 def test_best_weights_need_slides_to_validate_on(job, tmp_path):
-    lines = ["train,test", *(f"s{n:02d},s{n + 8:02d}" for n in range(8))]
-    (tmp_path / "splits_0.csv").write_text("\n".join(lines))
-    options: dict[str, Any] = {"splits": tmp_path / "splits_0.csv", "allow_subset": True}
+    options = write_split(tmp_path, "train,test", "s00 s01 s02 s03", "s04 s05")
     with pytest.raises(InputError, match="fold 0: no slide to validate on"):
-        run(job, **options)
-    assert len(read_record(run(job, select="last", epochs=1, **options)).folds) == 1
+        run(job, **(options | {"select": "best"}))
+    assert len(read_record(run(job, **options)).folds) == 1
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"lr": 0.5}, r"has lr 0\.01, this one 0\.5; set it back"),
+        ({"lr": 0.5}, r"has lr 0\.03, this one 0\.5; set it back"),
         ({"seed": 3}, "has seed 0, this one 3"),
         ({"folds": 4}, "has folds 3, this one 4"),
     ],
 )
-def test_a_run_folder_of_other_settings_is_refused(job, change, words):
-    run(job, epochs=1, select="last")
+def test_a_run_folder_of_other_settings_is_refused(finished, change, words):
     with pytest.raises(ContractError, match=words):
-        run(job, **({"epochs": 1, "select": "last"} | change))
+        run(finished, **(SHORT | change))
 
 
-def test_a_run_goes_on_with_as_many_bags_a_step_and_no_others(job):
-    short = {"epochs": 1, "select": "last"}
-    run(job, batch_size=4, **short)
-    run(job, batch_size=2, accumulation=2, **short)
+def test_a_run_goes_on_with_as_many_bags_a_step_and_no_others(job, tmp_path):
+    options = write_split(tmp_path, "train,val,test", "s00 s01 s02 s03", "s04 s05", "s06 s07")
+    run(job, batch_size=4, **options)
+    run(job, batch_size=2, accumulation=2, **options)
     with pytest.raises(ContractError, match="bags_a_step 4, this one 2; choose --batch-size"):
-        run(job, batch_size=2, **short)
+        run(job, batch_size=2, **options)
     path = job.parent / "run" / "run.json"  # a run of a version that did not record it
     values = json.loads(path.read_text())
     path.write_text(json.dumps({n: v for n, v in values.items() if n != "bags_a_step"}))
-    run(job, batch_size=2, **short)
+    run(job, batch_size=2, **options)
 
 
-def test_a_run_folder_of_other_labels_is_refused(job):
-    run(job, epochs=1, select="last")
-    edit_labels(job, "p0,s00.svs,IDC", "p0,s00.svs,ILC")
+def test_a_run_folder_of_other_labels_is_refused(run_job):
+    edit_labels(run_job, "p0,s00.svs,IDC", "p0,s00.svs,ILC")
     with pytest.raises(ContractError, match="has labels_id '"):
-        run(job, epochs=1, select="last")
+        run(run_job, **SHORT)
 
 
-def test_a_run_folder_of_other_features_is_refused(job):
-    run(job, epochs=1, select="last")
-    other = make_job(job.parent / "other")
-    save_bag(other / "features_toy" / "s04.h5", bag_of(4) + 1)
+def test_a_run_folder_of_other_features_is_refused(run_job):
+    save_bag(run_job / "features_toy" / "s04.h5", bag_of(4) + 1)
     with pytest.raises(ContractError, match="has features {.*'content_id': '"):
-        run(other, epochs=1, select="last")
+        run(run_job, **SHORT)
 
 
-def test_a_run_goes_on_where_its_features_have_moved(job):
-    out = run(job, epochs=1, select="last")
-    made = (out / "fold-0" / "fold.json").stat().st_mtime_ns
-    moved = job.rename(job.with_name("moved"))
-    assert run(moved, epochs=1, select="last") == out
+def test_a_run_goes_on_where_its_features_have_moved(run_job):
+    made = (run_job.with_name("run") / "fold-0" / "fold.json").stat().st_mtime_ns
+    out = run(run_job.rename(run_job.with_name("moved")), **SHORT)  # first made elsewhere
     assert (out / "fold-0" / "fold.json").stat().st_mtime_ns == made
 
 
@@ -154,8 +175,7 @@ def test_a_label_file_that_is_not_there_is_named(job):
         run(job, labels=job / "nolabels.csv")
 
 
-def test_a_damaged_fold_is_named(job):
-    out = run(job, epochs=1, select="last")
-    (out / "fold-1" / "fold.json").write_text("{")
+def test_a_damaged_fold_is_named(run_job):
+    (run_job.with_name("run") / "fold-1" / "fold.json").write_text("{")
     with pytest.raises(InputError, match=r"fold-1/fold\.json is damaged"):
-        run(job, epochs=1, select="last")
+        run(run_job, **SHORT)

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,44 +21,71 @@ from latentds_trainers import abmil
 from latentds_trainers.abmil import AbmilConfig
 from latentds_trainers.bag_source import FeatureBags
 
-from tests.bag_files import SLIDES, SMALL, make_job, run, table_of
+from tests.bag_files import SLIDES, SMALL, make_job, run, settings, table_of
+from tests.trainer_ranks import run_ranks
 
-ROOT = Path(__file__).parents[1]
-VARIABLES = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
+SHORT: dict[str, Any] = {"epochs": 1, "select": "last"}
 
 
-@pytest.fixture(autouse=True)
-def one_rank_on_cpu(monkeypatch):
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+@pytest.fixture(autouse=True, scope="module")
+def one_rank_on_cpu():
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("DS_ACCELERATOR", "cpu")
+        yield
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Features and labels; read only, runs lie elsewhere."""
+    return make_job(tmp_path_factory.mktemp("bags") / "job")
+
+
+@pytest.fixture(scope="module")
+def whole(one_rank_on_cpu: None, job: Path) -> Path:
+    """The folder of a finished run; read only."""
+    return run(job, job.parent / "whole")
+
+
+@pytest.fixture(scope="module")
+def short(one_rank_on_cpu: None, job: Path) -> Path:
+    """The same of one epoch."""
+    return run(job, job.parent / "short", **SHORT)
 
 
 @pytest.fixture
-def job(tmp_path: Path) -> Path:
-    return make_job(tmp_path / "job")
+def copy(short: Path, tmp_path: Path) -> Path:
+    """A copy of the short run, to change and go on with."""
+    return Path(shutil.copytree(short, tmp_path / "copy"))
 
 
-def test_a_run_learns_and_leaves_what_others_read(job, capsys):
-    out = run(job)
-    record = read_record(out)
+@pytest.fixture
+def one_fold(short: Path) -> dict[str, Any]:
+    """Settings of a run of the first fold alone."""
+    return {"splits": short / "splits" / "splits_0.csv"}
+
+
+def test_a_run_learns_and_leaves_what_others_read(whole):
+    record = read_record(whole)
     assert record.task == "abmil" and record.embedder == "toy" and record.classes == ["IDC", "ILC"]
     assert record.summary["auc"][0] > 0.8
     assert "patients of labels.csv" in record.split_rule
-    predictions = read_predictions(out)
+    predictions = read_predictions(whole)
     assert sorted(predictions.items) == [f"s{number:02d}" for number in range(SLIDES)]
-    assert (out / "fold-2" / "model.safetensors").exists()
-    assert "mean ± sd" in capsys.readouterr().out
+    assert (whole / "fold-2" / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("name", ["features_toy", "h5_files"])
-def test_folders_of_trident_and_clam_open(job, name):
-    (job / "features_toy").rename(job / name)
-    out = run(job, bags=job / name, epochs=1, select="last")
-    assert len(read_predictions(out)) == SLIDES
+def test_folders_of_trident_and_clam_open(job, short, one_fold, tmp_path, name):
+    shutil.copytree(job / "features_toy", tmp_path / name)
+    out = run(job, tmp_path / "run", bags=tmp_path / name, **SHORT, **one_fold)
+    names = read_predictions(out).items
+    assert names == read_predictions(short).items[: len(names)] and len(names) == SLIDES // 3
 
 
-def test_folds_share_no_patient(job):
-    out = run(job, epochs=1, select="last")
-    for path in sorted((out / "splits").glob("splits_*.csv")):
+def test_folds_share_no_patient(short):
+    paths = sorted((short / "splits").glob("splits_*.csv"))
+    assert len(paths) == 3
+    for path in paths:
         cells = [line.split(",")[1:] for line in path.read_text().splitlines()[1:]]
         patients = [
             {int(name[1:]) // 2 for name in column if name} for column in zip(*cells, strict=True)
@@ -70,32 +94,40 @@ def test_folds_share_no_patient(job):
         assert not patients[1] & patients[2]
 
 
-def test_the_same_seed_gives_the_same_table(job):
-    first, second = run(job, "first"), run(job, "second", cache_gb=0.0, workers=1)
-    assert table_of(first) == table_of(second)
-    assert table_of(run(job, "third", seed=1)) != table_of(first)
+def test_the_same_seed_gives_the_same_table(job, short, tmp_path):
+    again = run(job, tmp_path / "again", cache_gb=0.0, workers=1, **SHORT)
+    assert table_of(again) == table_of(short)
+    other = run(job, tmp_path / "other", seed=1, **SHORT)
+    assert table_of(other) != table_of(short)
 
 
-def test_json_is_the_record(job, capsys):
-    out = run(job, epochs=1, select="last", json=True)
-    assert json.loads(capsys.readouterr().out) == json.loads((out / "result.json").read_text())
+@pytest.mark.parametrize("is_json", [False, True])
+def test_the_end_is_told_as_a_table_or_as_the_record(job, copy, capsys, is_json):
+    run(job, copy, **SHORT, json=is_json)
+    told = capsys.readouterr().out
+    if is_json:
+        assert json.loads(told) == json.loads((copy / "result.json").read_text())
+    else:
+        assert "mean ± sd" in told
 
 
-def test_bfloat16_learns_too(job):
-    record = read_record(run(job, precision="autocast"))
-    assert record.summary["auc"][0] > 0.8
+def test_bfloat16_learns_too(job, whole, tmp_path):
+    out = run(job, tmp_path / "run", precision="autocast")
+    assert read_record(out).summary["auc"][0] > 0.8
+    assert table_of(out) != table_of(whole)
 
 
 @pytest.mark.parametrize("preset", ["patho-bench", "ilse"])
-def test_presets_run(job, preset):
-    sizes = {name: SMALL[name] for name in ("folds", "hidden", "attention")}
+def test_presets_run(job, tmp_path, one_fold, preset):
+    sizes = {name: SMALL[name] for name in ("hidden", "attention")}
     config = AbmilConfig(
         bags=job,
         labels=job / "labels.csv",
-        out=job.parent / "run",
+        out=tmp_path / "run",
         preset=preset,
         epochs=2,
         **sizes,
+        **one_fold,
     )
     abmil.main(config)
     assert json.loads((config.out / "fold-0" / "fold.json").read_text())["chosen_epoch"] == 2
@@ -105,8 +137,8 @@ class KilledError(Exception):
     """Stands for a kill: nothing of ours catches it."""
 
 
-def kill_after(monkeypatch: pytest.MonkeyPatch, reads: int) -> None:
-    """End the process's next run in its midst."""
+def run_killed(job: Path, out: Path, reads: int, **options: Any) -> None:
+    """A run that ends in its midst, at a bag that it would train on."""
     left = iter(range(reads))
     read = FeatureBags.read
 
@@ -115,65 +147,76 @@ def kill_after(monkeypatch: pytest.MonkeyPatch, reads: int) -> None:
             raise KilledError
         return read(self, slide, rows)
 
-    monkeypatch.setattr(FeatureBags, "read", counted)
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(KilledError):
+        patched.setattr(FeatureBags, "read", counted)
+        run(job, out, **options)
 
 
-@pytest.mark.parametrize("reads", [30, 70, 120])  # in fold 0, 1 and 2
-def test_a_killed_run_goes_on_to_the_same_table(job, monkeypatch, reads):
-    whole = run(job, "whole")
-    with monkeypatch.context() as patch, pytest.raises(KilledError):
-        kill_after(patch, reads)
-        run(job, "parts")
-    assert table_of(run(job, "parts")) == table_of(whole)
+def finished_folds(out: Path) -> list[str]:
+    return sorted(path.parent.name for path in out.glob("fold-*/fold.json"))
 
 
-def test_early_stopping_and_the_best_weights_survive_a_kill(job, monkeypatch):
-    options = {"epochs": 30, "lr": 0.1, "save_every": 1}  # overfits: the best epoch is an early one
-    whole = run(job, "whole", **options)
-    outcome = json.loads((whole / "fold-0" / "fold.json").read_text())
-    assert outcome["chosen_epoch"] < outcome["epochs"] < 30
-    kill_at = 6 * (outcome["epochs"] - 1) + 2  # bags of six an epoch; after the best epoch
-    with monkeypatch.context() as patch, pytest.raises(KilledError):
-        kill_after(patch, kill_at)
-        run(job, "parts", **options)
-    parts = run(job, "parts", **options)
+def test_a_killed_run_goes_on_to_the_same_table(job, whole, tmp_path):
+    """Killed in the first fold, once in its second epoch, and in the last one."""
+    parts = tmp_path / "parts"
+    bags, epochs = SLIDES // 3, SMALL["epochs"]
+    run_killed(job, parts, bags + 3)
+    assert finished_folds(parts) == [] and (parts / "fold-0" / "checkpoints").exists()
+    run_killed(job, parts, (epochs - 1) * bags + epochs * bags + bags + 3)
+    assert finished_folds(parts) == ["fold-0", "fold-1"]
+    assert table_of(run(job, parts)) == table_of(whole)
+
+
+@pytest.fixture(scope="module")
+def overfitting(short: Path) -> dict[str, Any]:
+    """Settings of one fold whose best epoch is an early one."""
+    return {"epochs": 30, "lr": 0.3, "splits": short / "splits" / "splits_0.csv"}
+
+
+@pytest.fixture(scope="module")
+def overfitted(job: Path, overfitting: dict[str, Any]) -> Path:
+    return run(job, job.parent / "overfitted", **overfitting)
+
+
+def test_early_stopping_and_the_best_weights_survive_a_kill(job, overfitting, overfitted, tmp_path):
+    outcome = json.loads((overfitted / "fold-0" / "fold.json").read_text())
+    assert outcome["chosen_epoch"] < outcome["epochs"] - 1 < 29
+    kill_at = SLIDES // 3 * (outcome["epochs"] - 1) + 2  # the checkpoint is of a later epoch
+    run_killed(job, tmp_path / "parts", kill_at, **overfitting)
+    parts = run(job, tmp_path / "parts", **overfitting)
     again = json.loads((parts / "fold-0" / "fold.json").read_text())
     assert again["chosen_epoch"] == outcome["chosen_epoch"]
-    assert table_of(parts) == table_of(whole)
+    assert table_of(parts) == table_of(overfitted)
 
 
-def test_finished_folds_are_skipped(job):
-    out = run(job)
-    kept = (out / "fold-0" / "fold.json").stat().st_mtime_ns
-    table = table_of(out)
+def test_finished_folds_are_skipped(job, short, copy):
+    kept = (copy / "fold-0" / "fold.json").stat().st_mtime_ns
     for name in ("fold-1", "result.json", "predictions.csv"):
-        path = out / name
+        path = copy / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    run(job)
-    assert (out / "fold-0" / "fold.json").stat().st_mtime_ns == kept
-    assert table_of(out) == table
+    run(job, copy, **SHORT)
+    assert (copy / "fold-0" / "fold.json").stat().st_mtime_ns == kept
+    assert table_of(copy) == table_of(short)
 
 
-def test_repeats_train_with_further_seeds_on_the_same_folds(job):
-    out = run(job, epochs=1, select="last")
-    first = table_of(out).decode().splitlines()
-    run(job, epochs=1, select="last", repeats=2)
-    record = read_record(out)
+def test_repeats_train_with_further_seeds_on_the_same_folds(job, short, copy):
+    run(job, copy, repeats=2, **SHORT)
+    record = read_record(copy)
     assert [(f["fold"], f["seed"]) for f in record.folds] == [
         (0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1),
     ]  # fmt: skip
-    assert set(first) < set(table_of(out).decode().splitlines())
+    first = table_of(short).decode().splitlines()
+    assert set(first) < set(table_of(copy).decode().splitlines())
 
 
 @pytest.mark.parametrize("kind", ["splits", "splits/k=all.tsv"])
-def test_split_files_give_the_same_folds(job, kind):
-    first = run(job, "first", epochs=1, select="last")
-    second = run(job, "second", epochs=1, select="last", splits=first / kind)
-    assert read_record(second).split_id == read_record(first).split_id
-    assert table_of(second) == table_of(first)
+def test_split_files_give_the_same_folds(job, short, tmp_path, kind):
+    again = run(job, tmp_path / "run", splits=short / kind, **SHORT)
+    assert read_record(again).split_id == read_record(short).split_id
+    assert table_of(again) == table_of(short)
 
 
-def test_max_patches_limits_training_alone(job, monkeypatch):
+def test_max_patches_limits_training_alone(job, monkeypatch, tmp_path, one_fold):
     asked = []
     read = FeatureBags.read
 
@@ -182,37 +225,20 @@ def test_max_patches_limits_training_alone(job, monkeypatch):
         return read(self, slide, rows)
 
     monkeypatch.setattr(FeatureBags, "read", noted)
-    run(job, max_patches=3, epochs=4, select="last")
+    run(job, tmp_path / "run", max_patches=3, epochs=4, select="last", **one_fold)
     chosen = [rows for _, rows in asked]
-    assert {len(rows) for rows in chosen} == {3}
+    assert len(chosen) == 4 * SLIDES // 3 and {len(rows) for rows in chosen} == {3}
     assert len(set(chosen)) > 10  # other ones at every draw
 
 
 # Ranks
 
 
-def under_deepspeed(job: Path, out: str, ranks: int, *options: str) -> Path:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    command = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(ranks)]
-    command += ["--master_port", port, "--module", "latentds_trainers.abmil"]
-    command += ["--bags", str(job), "--labels", str(job / "labels.csv")]
-    command += ["--out", str(job.parent / out)]
-    for name, value in SMALL.items():
-        command += [f"--{name.replace('_', '-')}", str(value)]
-    ended = subprocess.run(
-        [*command, *options], cwd=ROOT, env=os.environ | VARIABLES, timeout=240,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    assert ended.returncode == 0, ended.stdout[-3000:]
-    return job.parent / out
-
-
 @pytest.mark.slow
-def test_two_ranks_equal_one_of_twice_the_batch(job):
-    two = read_predictions(under_deepspeed(job, "two", 2))
-    one = read_predictions(run(job, "one", batch_size=2))
+def test_two_ranks_equal_one_of_twice_the_batch(job, one_fold, tmp_path, processes):
+    run_ranks(processes, abmil.main, settings(job, tmp_path / "two", **one_fold), 2)
+    two = read_predictions(tmp_path / "two")
+    one = read_predictions(run(job, tmp_path / "one", batch_size=2, **one_fold))
     assert two.items == one.items
-    # atol: float32 sums in another order, through some 40 steps of Adam
+    # atol: float32 sums in another order, through some 10 steps of Adam
     assert np.allclose(two.probabilities, one.probabilities, rtol=0, atol=1e-3)

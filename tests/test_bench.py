@@ -5,7 +5,7 @@ import sys
 
 import numpy as np
 import pytest
-from latentds_tools import cli
+from latentds_tools import bench_scale, cli
 from latentds_tools.loader_bench import peers
 from latentds_tools.loader_bench.formats import Patches, write_parquet, write_webdataset
 from latentds_tools.loader_bench.measure import measure
@@ -66,6 +66,16 @@ def test_every_peer_delivers_the_same_patches_shuffled(shared_dataset, tmp_path,
     assert len(seen) > len(expected) - 100  # packed peers drop what does not fill a batch
 
 
+def test_a_process_that_dies_is_told_by_its_last_words(tmp_path):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho talk >&2\necho no such thing >&2\nexit 3\n")
+    python.chmod(0o755)
+    spec = SPEC | {"peer": "jpeg-folder", "folder": str(tmp_path)}
+    with pytest.raises(InputError, match="^jpeg-folder: no such thing$"):
+        measure(spec, str(python))
+
+
+@pytest.mark.slow
 def test_a_loader_that_dies_is_told_by_its_last_words(tmp_path):
     spec = SPEC | {"peer": "jpeg-folder", "module": "torchvision", "folder": str(tmp_path / "no")}
     with pytest.raises(InputError, match=r"jpeg-folder: .*no"):
@@ -117,6 +127,13 @@ def test_bench_loader_writes_jpegs_and_measures_the_decoder(tmp_path, capsys):
     assert rows["latentds"]["share_of_decoder"] > 0
 
 
+def test_bench_scale_looks_at_an_opening(shared_dataset):
+    seen = bench_scale.look(shared_dataset, 100, 2)
+    assert seen["state_bytes"] < 1024 and 0 < seen["open_s"] < seen["first_batch_s"]
+    assert min(seen["save_ms"], seen["load_ms"]) > 0
+
+
+@pytest.mark.slow
 def test_bench_scale_tells_every_size(tmp_path, capsys):
     words = ["--patches", 600, 70_000, "--written", 1000, "--rounds", 1, "--batches", 2, "--json"]
     rows = call(capsys, "bench", "scale", *words)

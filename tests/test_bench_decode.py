@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from latentds.errors import InputError, MissingExtraError, UnknownNameError
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
 
-QUICK = ("--seconds", 0.05, "--rounds", 1, "--patch-size", 32, "--batch-sizes", 2)
+QUICK = ("--seconds", 0.01, "--rounds", 1, "--patch-size", 16, "--batch-sizes", 1)
 
 
 def call(capsys, *words, code: int = 0) -> str:
@@ -24,10 +25,15 @@ def call(capsys, *words, code: int = 0) -> str:
     return captured.err if code else captured.out
 
 
-def test_networks_and_jpeg_stand_in_one_table(capsys):
+@pytest.fixture(scope="module")
+def report() -> dict:
+    """Figures of two decoders and of JPEG."""
     pytest.importorskip("simplejpeg")
-    words = ("--decoders", "tiny,turbo-s", "--cores", 1, "--json")
-    report = json.loads(call(capsys, *words, *QUICK))
+    sizes = {"patch_size": 16, "batch_sizes": (1,), "seconds": 0.01, "rounds": 1}
+    return bench_decode.measure(bench_decode.Config(decoders="tiny,turbo-s", cores=1, **sizes))
+
+
+def test_networks_and_jpeg_stand_in_one_table(report):
     rows = {(row["decoder"], row["options"]): row for row in report["rows"]}
     core, plain = rows["JPEG, simplejpeg", "1 core"], rows["tiny", "float32"]
     assert core["over_jpeg_core"] == 1 and report["jpeg"]["quality"] == 75
@@ -38,19 +44,12 @@ def test_networks_and_jpeg_stand_in_one_table(capsys):
     assert report["machine"]["cores"] >= 1 and report["machine"]["torch"] == torch.__version__
 
 
-def test_the_table_is_markdown_and_names_the_machine(capsys):
-    pytest.importorskip("simplejpeg")
-    text = call(capsys, "--decoders", "turbo-s", "--cores", 1, *QUICK)
+def test_the_table_is_markdown_and_names_the_machine(report, capsys, monkeypatch):
+    monkeypatch.setattr(bench_decode, "measure", lambda config: report)
+    text = call(capsys)
     assert torch.__version__ in text and "quality 75, 4:2:0" in text
     table = [line for line in text.splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in table}) == 1 and len(table) >= 7
-
-
-def test_decoders_alone_need_no_jpeg_library(capsys, monkeypatch):
-    monkeypatch.setattr(jpeg, "LIBRARIES", ())
-    words = ("--decoders", "tiny", "--no-jpeg", "--json")
-    report = json.loads(call(capsys, *words, *QUICK))
-    assert report["jpeg"] is None and report["rows"][0]["over_jpeg_core"] is None
 
 
 def test_without_a_jpeg_library_the_extra_is_named(monkeypatch):
@@ -71,15 +70,25 @@ def test_names_paths_and_the_hubs_form_pass(tmp_path):
         check_known("nothing")
 
 
-def test_a_decoder_folder_is_measured(capsys, tmp_path):
+@pytest.fixture(scope="module")
+def decoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from latentds.autoencoders import load_autoencoder
     from latentds.autoencoders.decoders import save_decoder
 
-    tiny = load_autoencoder("tiny")
-    save_decoder(tmp_path / "mine", tiny.decoder, tiny.card, {"class": "tiny"}, {})
-    words = ("--decoders", tmp_path / "mine", "--no-jpeg", "--json")
-    (row, *_) = json.loads(call(capsys, *words, *QUICK))["rows"]
-    assert row["weights"] == "loaded" and row["gflop"] == pytest.approx(7.3 / 64, rel=0.02)
+    tiny, folder = load_autoencoder("tiny"), tmp_path_factory.mktemp("decoder") / "mine"
+    save_decoder(folder, tiny.decoder, tiny.card, {"class": "tiny"}, {})
+    return folder
+
+
+def test_a_decoder_folder_is_measured_without_a_jpeg_library(capsys, decoder_folder, monkeypatch):
+    plain = networks.combinations("cpu", compile=False)[:1]
+    monkeypatch.setattr(networks, "combinations", lambda *_: plain)
+    monkeypatch.setattr(jpeg, "LIBRARIES", ())
+    words = ("--decoders", decoder_folder, "--no-jpeg", "--json")
+    report = json.loads(call(capsys, *words, *QUICK))
+    row = report["rows"][0]
+    assert report["jpeg"] is None and row["over_jpeg_core"] is None
+    assert row["weights"] == "loaded" and row["gflop"] == pytest.approx(7.3 / 256, rel=0.02)
 
 
 @pytest.mark.parametrize("name", ["taesd", "sd15", "sd3", "dcae-f32", "turbo-s", "turbo-f32"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -31,11 +32,15 @@ from latentds.patchsets.config import PatchInput
 from latentds.patchsets.undecoded import open_undecoded
 
 ARCH = "test_vit"
+TRAINED: dict[str, Any] = {"epochs": 4, "lr": 3e-3}
 
 
-@pytest.fixture(autouse=True)
-def one_rank_on_cpu(monkeypatch):
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+@pytest.fixture(autouse=True, scope="module")
+def one_rank_on_cpu():
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("DS_ACCELERATOR", "cpu")
+        yield
+    gc.unfreeze()  # what `classify` froze
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +72,8 @@ def settings(data: Path, out: Path, **options: Any) -> ClassifyConfig:
 
 
 def classify(data: Path, out: Path, **options: Any) -> RunRecord:
+    gc.collect()
+    gc.freeze()  # a fold's full collection need not go through all libraries
     main(settings(data, out, **options))
     return read_record(out)
 
@@ -74,43 +81,71 @@ def classify(data: Path, out: Path, **options: Any) -> RunRecord:
 # Fine-tuning
 
 
-def test_finetuning_on_latents_learns_and_says_what_it_read(latents, tmp_path):
-    record = classify(latents, tmp_path, epochs=12)
+@pytest.fixture(scope="module")
+def decoded() -> list[int]:
+    """Patches decoded for the colours of `trained`, call by call."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def trained(one_rank_on_cpu: None, latents: Path, decoded: list[int]) -> Path:
+    """The folder of a network fine-tuned on latents, no pixels decoded from then on; read only."""
+    from latentds_trainers.finetune_backbone import FoldTraining
+
+    from latentds.patchsets.developing import DecodedCodes
+
+    build, develop = FoldTraining.__init__, DecodedCodes.develop
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("decoded")
+
+    def counted(developer: DecodedCodes, codes: Any, *rest: Any) -> Any:
+        decoded.append(1)
+        return develop(developer, codes, *rest)
+
+    with pytest.MonkeyPatch.context() as patched:
+
+        def begun(training: FoldTraining, *args: Any, **options: Any) -> None:
+            patched.setattr(DecodedCodes, "develop", refuse)
+            build(training, *args, **options)
+
+        patched.setattr(FoldTraining, "__init__", begun)
+        patched.setattr(DecodedCodes, "develop", counted)
+        classify(latents, latents.parent / "trained", **TRAINED)
+    return latents.parent / "trained"
+
+
+def test_finetuning_on_latents_learns_and_says_what_it_read(trained):
+    record = read_record(trained)
     assert record.model == f"finetune:{ARCH}" and record.settings["input"] == "latents"
     assert record.source["name"] == "latents:tiny-v1+kmeans"
     assert record.source["kind"] == "latents" and record.source["decoder"] is None
     assert (record.summary["auc"][0] or 0) > 0.7  # chance is 0.5
-    lines = (tmp_path / "fold-0" / "log.jsonl").read_text().splitlines()
+    lines = (trained / "fold-0" / "log.jsonl").read_text().splitlines()
     losses = [json.loads(line)["classifier/loss"] for line in lines]
     assert losses[-1] < losses[0]
     assert "colour-histogram" in record.related
 
 
-def test_latents_and_pixels_are_tested_on_the_same_folds(latents, tmp_path):
-    pixels = classify(latents, tmp_path / "pixels", input="images", epochs=1)
-    undecoded = classify(latents, tmp_path / "latents", epochs=1)
+def test_latents_and_pixels_are_tested_on_the_same_folds(latents, trained, tmp_path):
+    pixels = classify(latents, tmp_path / "pixels", input="images", arch="test_resnet", epochs=1)
+    undecoded = read_record(trained)
     assert pixels.split_id == undecoded.split_id
     assert pixels.related == undecoded.related  # colours are of decoded pixels in both
     assert pixels.source["name"] == "tiny-v1+kmeans"
+
+
+def test_a_run_of_latents_does_not_go_on_with_pixels(latents, trained):
     with pytest.raises(ContractError, match="input 'latents', this one has 'images'"):
-        classify(latents, tmp_path / "latents", epochs=1, input="images")
+        classify(latents, trained, input="images", **TRAINED)
 
 
-def test_no_pixels_are_decoded_to_train_on(latents, tmp_path, monkeypatch):
-    """Once the colours are there, the decoder is not asked for any more."""
-    from latentds.patchsets.developing import DecodedCodes
-
-    classify(latents, tmp_path, epochs=1)
-    (tmp_path / "fold-1" / "fold.json").unlink()
-
-    def refuse(*_: object) -> None:
-        raise AssertionError("decoded")
-
-    monkeypatch.setattr(DecodedCodes, "develop", refuse)
-    assert len(classify(latents, tmp_path, epochs=1).folds) == 2
+def test_no_pixels_are_decoded_to_train_on(trained, decoded):
+    """Once the colours are there, the decoder is not asked for any more; `trained` sees to it."""
+    assert decoded and len(read_record(trained).folds) == 2
 
 
-def test_originals_go_through_a_codec_of_latents(pictures, latents, tmp_path):
+def test_originals_go_through_a_codec_of_latents(pictures, latents, backbone, tmp_path):
     """The same latents as stored, but for the statistics, which are of all 33 patches here too."""
     stored = open_undecoded(PatchInput(data=latents, device="cpu"))
     made = open_undecoded(PatchInput(data=pictures, codec="tiny+kmeans", device="cpu"))
@@ -119,7 +154,8 @@ def test_originals_go_through_a_codec_of_latents(pictures, latents, tmp_path):
     rows = np.arange(33)
     assert torch.allclose(made.patches.images(rows), stored.patches.images(rows), atol=1e-4)
     assert made.patches.facts().name == "latents:tiny-v1+kmeans" and made.cells == stored.cells
-    record = classify(pictures, tmp_path, codec="tiny+kmeans", epochs=1)
+    options = {"probe": "knn", "neighbours": 3, "embedder": backbone}
+    record = classify(pictures, tmp_path, codec="tiny+kmeans", **options)
     assert record.source["kind"] == "codec"
 
 

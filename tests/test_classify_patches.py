@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
-import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -20,11 +19,14 @@ from safetensors.torch import save_file
 from latentds.conversion.config import ConvertConfig
 from latentds.conversion.pipeline import convert
 from latentds.errors import ContractError, InputError, WeightsError
+from latentds.evaluation import eva_probe
 from latentds.evaluation.csv_tables import read_table
-from latentds.evaluation.folds import Fold
+from latentds.evaluation.folds import Fold, split_id
 from latentds.evaluation.predictions import read_predictions
 from latentds.evaluation.records import RunRecord, read_record
 from tests.conftest import smooth_picture
+from tests.launched import deepspeed_command, run_launched
+from tests.trainer_ranks import run_ranks
 
 pytest.importorskip("sklearn")
 pytest.importorskip("deepspeed")
@@ -33,17 +35,19 @@ pytest.importorskip("timm")
 from latentds_trainers import patch_inputs
 from latentds_trainers.checkpoints import complete_checkpoints
 from latentds_trainers.classify_patches import ClassifyConfig, main
+from latentds_trainers.classify_results import notes_of
 from latentds_trainers.patch_inputs import open_labelled, protocol_folds
 
-ROOT = Path(__file__).parents[1]
-VARIABLES = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
 EDGE = 32
 NCT_CRC = ("ADI", "BACK", "DEB", "LYM", "MUC", "MUS", "NORM", "STR", "TUM")
 
 
-@pytest.fixture(autouse=True)
-def one_rank_on_cpu(monkeypatch):
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+@pytest.fixture(autouse=True, scope="module")
+def one_rank_on_cpu():
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("DS_ACCELERATOR", "cpu")
+        yield
+    gc.unfreeze()  # what `finetune` froze
 
 
 def save_class(folder: Path, count: int, first_seed: int, tint: int, stem: str = "p") -> None:
@@ -78,7 +82,7 @@ def embedder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def settings(data: Path, out: Path, **options: Any) -> ClassifyConfig:
-    small = {"folds": 3, "device": "cpu", "workers": 2, "batch_size": 8, "standardize": True}
+    small = {"folds": 3, "device": "cpu", "workers": 1, "batch_size": 8, "standardize": True}
     return ClassifyConfig(data=data, out=out, **(small | options))
 
 
@@ -88,6 +92,8 @@ def classify(data: Path, out: Path, **options: Any) -> RunRecord:
 
 
 def finetune(data: Path, out: Path, **options: Any) -> RunRecord:
+    gc.collect()
+    gc.freeze()  # a fold's full collection need not go through all libraries
     small = {"probe": "finetune", "arch": "test_resnet", "epochs": 2, "folds": 2, "log_every": 1}
     return classify(data, out, **(small | {"lr": 1e-3} | options))
 
@@ -104,18 +110,34 @@ def blocks(out: Path) -> list[Path]:
 # Probes
 
 
-def test_a_probe_leaves_a_record_predictions_and_a_table(classes, embedder, tmp_path, capsys):
-    record = classify(classes, tmp_path, embedder=embedder)
+@pytest.fixture(scope="module")
+def probed(
+    one_rank_on_cpu: None, classes: Path, embedder: str, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The folder of a finished linear probe; read only."""
+    out = tmp_path_factory.mktemp("probed") / "run"
+    classify(classes, out, embedder=embedder)
+    return out
+
+
+@pytest.fixture
+def copy(probed: Path, tmp_path: Path) -> Path:
+    """A copy that a test may damage and go on with."""
+    return Path(shutil.copytree(probed, tmp_path / "copy"))
+
+
+def test_a_probe_leaves_a_record_predictions_and_a_table(classes, embedder, copy, capsys):
+    record = classify(classes, copy, embedder=embedder)
     assert (record.task, record.model, record.primary) == ("classify_patches", "linear", "accuracy")
     assert record.classes == ["stroma", "tumour"] and len(record.folds) == 3
     assert {"accuracy", "balanced_accuracy", "macro_f1"} <= set(record.metrics())
     assert record.related["colour-histogram"]["accuracy"]["n"] == 3
-    confusion = read_table(tmp_path / "confusion.csv").rows
+    confusion = read_table(copy / "confusion.csv").rows
     assert [row["label"] for row in confusion] == record.classes
     assert sum(int(row[name]) for row in confusion for name in record.classes) == 33
-    found = read_predictions(tmp_path)
+    found = read_predictions(copy)
     assert len(set(found.items)) == len(found) == 33  # every patch is tested once
-    files = sorted((tmp_path / "splits").glob("splits_*.csv"))
+    files = sorted((copy / "splits").glob("splits_*.csv"))
     tested = [name for path in files for name in assigned_items(path, "test")]
     assert len(files) == 3 and sorted(tested) == sorted(found.items)
     wins = found.probabilities.argmax(1) == found.labels
@@ -133,43 +155,46 @@ def test_json_prints_the_record(classes, embedder, tmp_path, capsys):
 
 
 def test_the_same_seed_gives_the_same_figures_with_any_number_of_workers(
-    classes, embedder, tmp_path
+    classes, embedder, probed, tmp_path
 ):
-    one = classify(classes, tmp_path / "one", embedder=embedder, workers=1)
-    four = classify(classes, tmp_path / "four", embedder=embedder, workers=4)
+    one, four = read_record(probed), classify(classes, tmp_path, embedder=embedder, workers=4)
     assert one.folds == four.folds and one.related == four.related
-    predictions = [(tmp_path / name / "predictions.csv").read_bytes() for name in ("one", "four")]
+    predictions = [(out / "predictions.csv").read_bytes() for out in (probed, tmp_path)]
     assert predictions[0] == predictions[1]
 
 
-def test_another_seed_draws_other_folds(classes, embedder, tmp_path):
-    one = classify(classes, tmp_path / "one", embedder=embedder)
-    other = classify(classes, tmp_path / "other", embedder=embedder, seed=1)
-    assert one.split_id != other.split_id
+def test_another_seed_draws_other_folds(classes, embedder):
+    patches = open_labelled(settings(classes, Path("out"), embedder=embedder))
+    one, again, other = (
+        split_id(
+            protocol_folds(settings(classes, Path("out"), embedder=embedder, seed=seed), patches),
+            patches.items,
+        )
+        for seed in (0, 0, 1)
+    )
+    assert one == again != other
 
 
-def test_the_same_command_takes_up_features_and_finished_folds(classes, embedder, tmp_path):
-    whole = classify(classes, tmp_path, embedder=embedder)
-    made = {
-        path: path.stat().st_mtime_ns for path in (*blocks(tmp_path), tmp_path / "fold-0/fold.json")
-    }
-    (tmp_path / "result.json").unlink()
-    shutil.rmtree(tmp_path / "fold-2")
-    assert classify(classes, tmp_path, embedder=embedder).folds == whole.folds
+def test_the_same_command_takes_up_features_and_finished_folds(classes, embedder, probed, copy):
+    made = {path: path.stat().st_mtime_ns for path in (*blocks(copy), copy / "fold-0/fold.json")}
+    (copy / "result.json").unlink()
+    shutil.rmtree(copy / "fold-2")
+    assert classify(classes, copy, embedder=embedder).folds == read_record(probed).folds
     assert made == {path: path.stat().st_mtime_ns for path in made}
 
 
-def test_features_go_on_after_the_blocks_that_are_there(classes, embedder, tmp_path, monkeypatch):
+def test_features_go_on_after_the_blocks_that_are_there(
+    classes, embedder, probed, tmp_path, monkeypatch
+):
     from latentds_trainers import patch_features
 
     monkeypatch.setattr(patch_features, "BLOCK", 10)
-    whole = classify(classes, tmp_path / "whole", embedder=embedder)
-    assert len(blocks(tmp_path / "whole")) == 4
-    classify(classes, tmp_path / "parts", embedder=embedder)
-    for path in (tmp_path / "parts").glob("fold-*"):
+    whole = classify(classes, tmp_path, embedder=embedder)
+    assert len(blocks(tmp_path)) == 4 and whole.folds == read_record(probed).folds
+    for path in tmp_path.glob("fold-*"):
         shutil.rmtree(path)
-    blocks(tmp_path / "parts")[1].unlink()
-    assert classify(classes, tmp_path / "parts", embedder=embedder).folds == whole.folds
+    blocks(tmp_path)[1].unlink()
+    assert classify(classes, tmp_path, embedder=embedder).folds == whole.folds
 
 
 @pytest.mark.parametrize(
@@ -180,21 +205,19 @@ def test_features_go_on_after_the_blocks_that_are_there(classes, embedder, tmp_p
         (lambda path: save_file({"colours": torch.zeros(2, 96)}, path), "delete the file"),
     ],
 )
-def test_a_damaged_block_of_features_is_named(classes, embedder, tmp_path, damage, words):
-    classify(classes, tmp_path, embedder=embedder)
-    (path,) = blocks(tmp_path)
+def test_a_damaged_block_of_features_is_named(classes, embedder, copy, damage, words):
+    (path,) = blocks(copy)
     damage(path)
     with pytest.raises(InputError, match=words) as caught:
-        classify(classes, tmp_path, embedder=embedder)
+        classify(classes, copy, embedder=embedder)
     assert path.name in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["fold.json", "probabilities.npy"])
-def test_a_damaged_fold_is_named(classes, embedder, tmp_path, name):
-    classify(classes, tmp_path, embedder=embedder)
-    (tmp_path / "fold-1" / name).write_bytes(b"{")
+def test_a_damaged_fold_is_named(classes, embedder, copy, name):
+    (copy / "fold-1" / name).write_bytes(b"{")
     with pytest.raises(InputError, match=rf"fold-1/{name}.*delete .*fold-1"):
-        classify(classes, tmp_path, embedder=embedder)
+        classify(classes, copy, embedder=embedder)
 
 
 @pytest.mark.parametrize(
@@ -205,18 +228,16 @@ def test_a_damaged_fold_is_named(classes, embedder, tmp_path, name):
         ({"penalty": "squared"}, "holds a run with penalty 'norm'"),
     ],
 )
-def test_a_folder_of_other_settings_is_refused(classes, embedder, tmp_path, change, words):
-    classify(classes, tmp_path, embedder=embedder)
+def test_a_folder_of_other_settings_is_refused(classes, embedder, probed, change, words):
     with pytest.raises(ContractError, match=words):
-        classify(classes, tmp_path, embedder=embedder, **change)
+        classify(classes, probed, embedder=embedder, **change)
 
 
-def test_a_folder_of_other_patches_is_refused(classes, embedder, tmp_path):
-    classify(classes, tmp_path / "run", embedder=embedder)
+def test_a_folder_of_other_patches_is_refused(classes, embedder, probed, tmp_path):
     other = Path(shutil.copytree(classes, tmp_path / "other"))
     save_class(other / "tumour", 2, 500, 1, stem="q")
     with pytest.raises(ContractError, match="holds a run with split_id"):
-        classify(other, tmp_path / "run", embedder=embedder)
+        classify(other, probed, embedder=embedder)
 
 
 def change_pixels(folder: Path) -> None:
@@ -225,57 +246,66 @@ def change_pixels(folder: Path) -> None:
         Image.fromarray(smooth_picture(900 + number, EDGE)).save(path)
 
 
+@pytest.fixture(scope="module")
+def val7k_run(one_rank_on_cpu: None, halves: Path, embedder: str) -> Path:
+    """The folder of a finished run that tests every fold on a test set; read only."""
+    out = halves.with_name("val7k")
+    data = {"data": halves / "train", "test_data": halves / "test"}
+    classify(out=out, embedder=embedder, protocol="val7k", **data)
+    return out
+
+
 @pytest.mark.parametrize("changed", ["train", "test"])
 def test_other_pixels_under_the_same_names_are_refused_and_moved_data_go_on(
-    halves, embedder, tmp_path, changed
+    halves, val7k_run, embedder, tmp_path, changed
 ):
-    def run(root: Path) -> RunRecord:
-        data = {"data": root / "train", "test_data": root / "test"}
-        return classify(out=tmp_path / "run", embedder=embedder, protocol="val7k", folds=2, **data)
-
-    first = run(halves)
-    moved = halves.rename(tmp_path / "moved")
-    assert run(moved).folds == first.folds
+    moved = Path(shutil.copytree(halves, tmp_path / "moved"))
+    out = Path(shutil.copytree(val7k_run, tmp_path / "run"))
+    options: dict[str, Any] = {"out": out, "embedder": embedder, "protocol": "val7k"}
+    options |= {"data": moved / "train", "test_data": moved / "test"}
+    assert classify(**options).folds == read_record(val7k_run).folds
     change_pixels(moved / changed)
     with pytest.raises(ContractError, match=f"other content lie in .*moved/{changed} behind"):
-        run(moved)
+        classify(**options)
 
 
-def test_features_of_other_pixels_are_not_taken_up(classes, embedder, tmp_path):
+def test_features_of_other_pixels_are_not_taken_up(classes, embedder, copy, tmp_path):
     data = Path(shutil.copytree(classes, tmp_path / "in"))
-    classify(data, tmp_path / "run", embedder=embedder)
     change_pixels(data)
-    (tmp_path / "run" / "run.json").unlink()
-    classify(data, tmp_path / "run", embedder=embedder)
-    assert len({path.parent for path in blocks(tmp_path / "run")}) == 2
+    (copy / "run.json").unlink()
+    classify(data, copy, embedder=embedder)
+    assert len({path.parent for path in blocks(copy)}) == 2
 
 
-def test_other_weights_of_the_embedder_are_refused(classes, embedder, tmp_path):
+def test_other_weights_of_the_embedder_are_refused(classes, tmp_path):
     import timm
 
     own = tmp_path / "w.safetensors"
+    options = {"embedder": f"timm:test_resnet@{own}", "folds": 2}
     save_file(timm.create_model("test_resnet").state_dict(), own)
-    classify(classes, tmp_path / "run", embedder=f"timm:test_resnet@{own}")
+    classify(classes, tmp_path / "run", **options)
     torch.manual_seed(9)
     save_file(timm.create_model("test_resnet").state_dict(), own)
     with pytest.raises(ContractError, match="holds a run with embedder_weights"):
-        classify(classes, tmp_path / "run", embedder=f"timm:test_resnet@{own}")
+        classify(classes, tmp_path / "run", **options)
 
 
 # Sources, groups, protocols
 
 
-def test_sources_share_their_folds(classes, embedder, tmp_path):
-    convert(ConvertConfig(source=classes, out=tmp_path / "latents", device="cpu", workers=2))
+def test_sources_share_their_folds(classes, embedder, probed, tmp_path):
+    convert(ConvertConfig(source=classes, out=tmp_path / "latents", device="cpu", workers=1))
     runs = [
-        classify(classes, tmp_path / "original", embedder=embedder),
+        read_record(probed),
         classify(classes, tmp_path / "jpeg", embedder=embedder, codec="jpeg:10"),
         classify(tmp_path / "latents", tmp_path / "shards", embedder=embedder),
     ]
     assert {run.split_id for run in runs} == {runs[0].split_id}
     assert [run.source["kind"] for run in runs] == ["original", "codec", "latents"]
     assert runs[0].folds != runs[1].folds
-    items = [read_predictions(tmp_path / n).items for n in ("original", "jpeg", "shards")]
+    items = [
+        read_predictions(out).items for out in (probed, tmp_path / "jpeg", tmp_path / "shards")
+    ]
     assert items[0] == items[1] == items[2]
 
 
@@ -306,10 +336,10 @@ def test_a_table_of_groups_that_lacks_patches_is_refused(classes, embedder, tmp_
         classify(classes, tmp_path / "run", embedder=embedder, groups=table)
 
 
-@pytest.fixture
-def halves(classes: Path, tmp_path: Path) -> Path:
-    """Folders train and test of the same classes."""
-    root = tmp_path / "halves"
+@pytest.fixture(scope="module")
+def halves(classes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders train and test of the same classes; read only."""
+    root = tmp_path_factory.mktemp("halves") / "pictures"
     shutil.copytree(classes, root / "train")
     save_class(root / "test" / "stroma", 5, 300, 0, stem="t")
     save_class(root / "test" / "tumour", 6, 400, 1, stem="t")
@@ -317,21 +347,25 @@ def halves(classes: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("form", ["test split", "test data"])
-def test_val7k_tests_every_fold_on_the_test_set(halves, embedder, tmp_path, form):
-    where = {"data": halves}
-    if form == "test data":
-        where = {"data": halves / "train", "test_data": halves / "test"}
-    record = classify(out=tmp_path / "run", embedder=embedder, protocol="val7k", **where)
+def test_val7k_tests_every_fold_on_the_test_set(halves, val7k_run, embedder, tmp_path, form):
+    out = val7k_run
+    if form == "test split":
+        out = tmp_path / "run"
+        classify(halves, out, embedder=embedder, protocol="val7k")
+    record = read_record(out)
     assert [(fold["train"], fold["val"], fold["test"]) for fold in record.folds] == [
         (22, 11, 11)
     ] * 3
-    found = read_predictions(tmp_path / "run")
+    found = read_predictions(out)
     assert len(set(found.items)) == 11 and all("test" in name for name in found.items)
     assert not any("patch by patch" in note for note in record.notes)
 
 
 @pytest.mark.parametrize("protocol", ["val7k", "kfold"])
-def test_evas_probe_validates_on_patches_it_does_not_test(halves, embedder, tmp_path, protocol):
+def test_evas_probe_validates_on_patches_it_does_not_test(
+    halves, embedder, tmp_path, monkeypatch, protocol
+):
+    monkeypatch.setattr(eva_probe, "STEPS", 100)
     options = {"protocol": protocol, "embedder": embedder, "probe": "eva", "folds": 3}
     record = classify(halves, tmp_path / "run", **options)
     assert record.model == "eva"
@@ -365,10 +399,10 @@ def test_a_fold_that_tests_a_class_it_does_not_train_on_is_refused(classes, embe
         protocol_folds(settings(classes, Path("out"), embedder=embedder), patches)
 
 
-def test_folds_that_share_a_test_set_are_told_of(halves, embedder, tmp_path):
-    record = classify(halves, tmp_path / "run", embedder=embedder, protocol="val7k")
+def test_folds_that_share_a_test_set_are_told_of(val7k_run):
+    record = read_record(val7k_run)
     assert any("do not contain the sampling error" in note for note in record.notes)
-    counted = read_table(tmp_path / "run" / "confusion.csv").rows
+    counted = read_table(val7k_run / "confusion.csv").rows
     assert sum(int(row[name]) for row in counted for name in record.classes) == 3 * 11
 
 
@@ -419,15 +453,27 @@ def val7k_of(halves: Path, tmp_path: Path, **options: Any) -> ClassifyConfig:
     )
 
 
-def test_a_codebook_fitted_to_test_patches_is_told(classes, halves, embedder, tmp_path):
-    def notes(data: Path, name: str, **options: Any) -> str:
-        coded = {"embedder": embedder, "codec": "tiny+kmeans:16", "folds": 2}
-        return " ".join(classify(data, tmp_path / name, **(coded | options)).notes)
+@pytest.mark.parametrize(
+    ("data", "options", "is_told"),
+    [
+        ("train", {}, True),
+        ("train", {"codebook_from": "train"}, False),
+        ("", {"protocol": "val7k"}, False),
+        ("", {"protocol": "intra100k"}, True),
+    ],
+)
+def test_a_codebook_fitted_to_test_patches_is_told(halves, data, options, is_told):
+    options = {"embedder": "uni", "codec": "tiny+kmeans:16"} | options
+    if "codebook_from" in options:
+        options["codebook_from"] = halves / options["codebook_from"]
+    config = settings(halves / data, Path("out"), **options)
+    notes = " ".join(notes_of(config, open_labelled(config), []))
+    assert ("test patches among them; --codebook or" in notes) == is_told
 
-    assert "test patches among them; --codebook or" in notes(classes, "all")
-    assert "test patches among them" not in notes(classes, "from", codebook_from=halves / "train")
-    assert "test patches among them" not in notes(halves, "apart", protocol="val7k")
-    assert "test patches among them" in notes(halves, "inner", protocol="intra100k")
+
+def test_a_run_tells_of_the_codebook_fitted_to_test_patches(classes, embedder, tmp_path):
+    record = classify(classes, tmp_path, embedder=embedder, codec="tiny+kmeans:16", folds=2)
+    assert "test patches among them; --codebook or" in " ".join(record.notes)
 
 
 def test_a_test_set_of_its_own_goes_through_the_same_fitted_codebook(halves, embedder, tmp_path):
@@ -470,12 +516,11 @@ def test_a_test_set_with_other_classes_is_refused(classes, embedder, tmp_path):
 
 def test_a_patient_in_train_and_test_is_refused(halves, embedder, tmp_path):
     pattern = r"(?P<label>stroma|tumour)/(?P<slide>[pt]\d+)"
-    for path in sorted((halves / "test").glob("*/*.png")):
+    root = Path(shutil.copytree(halves, tmp_path / "halves"))
+    for path in sorted((root / "test").glob("*/*.png")):
         path.rename(path.with_name(path.name.replace("t0", "p0")))
     with pytest.raises(InputError, match="are in train and in test"):
-        classify(
-            halves, tmp_path / "run", embedder=embedder, protocol="val7k", name_pattern=pattern
-        )
+        classify(root, tmp_path / "run", embedder=embedder, protocol="val7k", name_pattern=pattern)
 
 
 def test_the_bias_of_nct_crc_is_told(embedder, tmp_path, capsys):
@@ -559,21 +604,42 @@ def test_help_needs_no_torch():
 # Fine-tuning
 
 
-def test_finetuning_learns_and_records_its_network(classes, tmp_path):
-    record = finetune(classes, tmp_path, epochs=6)
+VIT: dict[str, Any] = {"arch": "test_vit", "epochs": 1, "standardize": False}
+TUNED: dict[str, Any] = {"epochs": 3, "lr": 5e-3, "save_every": 2}
+
+
+@pytest.fixture(scope="module")
+def tuned(one_rank_on_cpu: None, classes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished fine-tuning; read only."""
+    out = tmp_path_factory.mktemp("tuned") / "run"
+    finetune(classes, out, **TUNED)
+    return out
+
+
+@pytest.fixture(scope="module")
+def tuned_vit(
+    one_rank_on_cpu: None, classes: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The same of a network without batch norm, whose figures depend on the forward pass."""
+    out = tmp_path_factory.mktemp("tuned") / "vit"
+    finetune(classes, out, **VIT, batch_size=8)
+    return out
+
+
+def test_finetuning_learns_and_records_its_network(tuned):
+    record = read_record(tuned)
     assert record.model == "finetune:test_resnet" and record.embedder is None
     assert (record.summary["auc"][0] or 0) > 0.7  # chance is 0.5
-    logs = [
-        json.loads(line) for line in (tmp_path / "fold-0" / "log.jsonl").read_text().splitlines()
-    ]
-    assert logs[-1]["step"] == 6 * 2 and logs[-1]["classifier/loss"] < logs[0]["classifier/loss"]
+    logs = [json.loads(line) for line in (tuned / "fold-0" / "log.jsonl").read_text().splitlines()]
+    assert logs[-1]["step"] == 3 * 2 and logs[-1]["classifier/loss"] < logs[0]["classifier/loss"]
     assert "colour-histogram" in record.related
 
 
-def test_a_finetuning_that_was_stopped_equals_one_that_never_was(classes, tmp_path, monkeypatch):
+def test_a_finetuning_that_was_stopped_equals_one_that_never_was(
+    classes, tuned, tmp_path, monkeypatch
+):
     from latentds_trainers.finetune_backbone import FoldTraining
 
-    whole = finetune(classes, tmp_path / "whole", save_every=2)
     step = FoldTraining.step
 
     def stop(training: FoldTraining, number: int) -> dict[str, torch.Tensor]:
@@ -581,35 +647,30 @@ def test_a_finetuning_that_was_stopped_equals_one_that_never_was(classes, tmp_pa
             raise KeyboardInterrupt
         return step(training, number)
 
-    monkeypatch.setattr(FoldTraining, "step", stop)
-    with pytest.raises(KeyboardInterrupt):
-        finetune(classes, tmp_path / "parts", save_every=2)
-    assert len(complete_checkpoints(tmp_path / "parts" / "fold-1")) == 1
-    monkeypatch.undo()
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    assert finetune(classes, tmp_path / "parts", save_every=2).folds == whole.folds
-    files = [(tmp_path / name / "predictions.csv").read_bytes() for name in ("whole", "parts")]
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(FoldTraining, "step", stop)
+        finetune(classes, tmp_path, **TUNED)
+    assert len(complete_checkpoints(tmp_path / "fold-1")) == 1
+    assert finetune(classes, tmp_path, **TUNED).folds == read_record(tuned).folds
+    files = [(out / "predictions.csv").read_bytes() for out in (tuned, tmp_path)]
     assert files[0] == files[1]
 
 
-def test_steps_of_other_images_are_refused(classes, tmp_path):
-    finetune(classes, tmp_path, epochs=1)
-    finetune(classes, tmp_path, epochs=1, batch_size=4, accumulation=2)
+def test_steps_of_other_images_are_refused(classes, tuned, tmp_path):
+    out = Path(shutil.copytree(tuned, tmp_path / "run"))
+    finetune(classes, out, **TUNED, batch_size=4, accumulation=2)
     with pytest.raises(ContractError, match="holds a run of 8 images a step, this one has 4"):
-        finetune(classes, tmp_path, epochs=1, batch_size=4)
+        finetune(classes, out, **TUNED, batch_size=4)
 
 
-def test_finetuning_starts_from_a_file_of_weights(classes, embedder, tmp_path):
-    path = embedder.partition("@")[2]
-    record = finetune(classes, tmp_path / "file", weights=path, epochs=1)
-    assert record.folds != finetune(classes, tmp_path / "random", epochs=1).folds
+def test_finetuning_starts_from_a_file_of_weights(classes, embedder, tuned, tmp_path):
+    record = finetune(classes, tmp_path, weights=embedder.partition("@")[2], **TUNED)
+    assert record.folds != read_record(tuned).folds
 
 
-def test_accumulation_equals_a_larger_batch(classes, tmp_path):
-    options = {"arch": "test_vit", "epochs": 1}  # without batch norm, which sees a forward pass
-    finetune(classes, tmp_path / "large", batch_size=8, **options)
-    finetune(classes, tmp_path / "small", batch_size=4, accumulation=2, **options)
-    large, small = (read_predictions(tmp_path / name) for name in ("large", "small"))
+def test_accumulation_equals_a_larger_batch(classes, tuned_vit, tmp_path):
+    finetune(classes, tmp_path, batch_size=4, accumulation=2, **VIT)
+    large, small = read_predictions(tuned_vit), read_predictions(tmp_path)
     # float32 sums in another order, through a few steps of Adam
     assert np.abs(large.probabilities - small.probabilities).max() < 1e-3
 
@@ -619,50 +680,23 @@ def test_bfloat16_operations_train_and_test(classes, tmp_path):
     assert len(record.folds) == 2
 
 
-def test_a_network_that_timm_does_not_know_is_told_before_anything_is_done(classes, tmp_path):
-    with pytest.raises(KeyError, match="unknown timm model 'resnet17'"):
-        finetune(classes, tmp_path, arch="resnet17")
-    assert not list(tmp_path.iterdir())
-
-
 # Ranks
 
 
-def under_deepspeed(ranks: int, data: Path, out: Path, *options: str) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    command = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(ranks)]
-    command += ["--master_port", port, "--module", "latentds_trainers.classify_patches"]
-    command += ["--data", str(data), "--out", str(out), "--device", "cpu"]
-    ended = subprocess.run(
-        [*command, "--workers", "1", *options],
-        cwd=ROOT,
-        env=os.environ | VARIABLES,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=240,
-    )
+@pytest.mark.slow
+def test_two_ranks_give_the_figures_of_one(classes, embedder, probed, tmp_path, processes):
+    run_ranks(processes, main, settings(classes, tmp_path / "two", embedder=embedder), 2)
+    assert read_record(tmp_path / "two").folds == read_record(probed).folds
+
+
+@pytest.mark.slow
+def test_two_launched_ranks_finetune_as_one_with_twice_the_batch(classes, tuned_vit, tmp_path):
+    words = ["--data", str(classes), "--out", str(tmp_path / "two"), "--device", "cpu"]
+    words += ["--probe", "finetune", "--arch", "test_vit", "--folds", "2", "--epochs", "1"]
+    words += ["--workers", "1", "--batch-size", "4", "--lr", "1e-3"]
+    ended = run_launched(deepspeed_command(2, "latentds_trainers.classify_patches", *words))
     assert ended.returncode == 0, ended.stdout[-3000:]
-
-
-@pytest.mark.slow
-def test_two_ranks_give_the_figures_of_one(classes, embedder, tmp_path):
-    words = ["--embedder", embedder, "--folds", "3", "--standardize", "--batch-size", "8"]
-    under_deepspeed(2, classes, tmp_path / "two", *words)
-    assert (
-        read_record(tmp_path / "two").folds
-        == classify(classes, tmp_path / "one", embedder=embedder).folds
-    )
-
-
-@pytest.mark.slow
-def test_two_ranks_finetune_as_one_with_twice_the_batch(classes, tmp_path):
-    words = ["--probe", "finetune", "--arch", "test_vit", "--folds", "2", "--epochs", "1"]
-    under_deepspeed(2, classes, tmp_path / "two", *words, "--batch-size", "4", "--lr", "1e-3")
-    finetune(classes, tmp_path / "one", arch="test_vit", batch_size=8, epochs=1, standardize=False)
-    two, one = (read_predictions(tmp_path / name) for name in ("two", "one"))
+    two, one = read_predictions(tmp_path / "two"), read_predictions(tuned_vit)
     assert two.items == one.items
     # float32 sums in another order, through a few steps of Adam
     assert np.abs(two.probabilities - one.probabilities).max() < 1e-3

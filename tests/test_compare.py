@@ -430,7 +430,7 @@ def test_the_command_writes_report_page_and_plots(
 
 def test_the_same_runs_give_the_same_bytes(runs: list[Path], tmp_path: Path) -> None:
     for name in ("one", "two"):
-        compare.run(compare.Config(runs=tuple(runs), out=tmp_path / name))
+        compare.run(compare.Config(runs=tuple(runs[:3]), out=tmp_path / name, draws=50))
     for name in compare.OUTPUTS:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
@@ -507,4 +507,4 @@ def test_runs_of_the_recipe_for_bags_are_paired(
     assert family["reference"] == family["rows"][0]["source"]
     found = family["rows"][1]["difference"]
     assert found["n"] == 3 and found["unit"] == "groups"
-    assert any("lr 1e-05 against 0.01" in note for note in family["notes"])
+    assert any("lr 1e-05 against 0.03" in note for note in family["notes"])

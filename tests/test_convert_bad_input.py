@@ -26,6 +26,7 @@ from latentds.reader import ShardSet
 from latentds.verification import verify
 from tests.conftest import convert_with_mean, save_pictures, smooth_picture
 from tests.fakes import MeanAutoencoder
+from tests.processes import call_apart, limit_file_size
 from tests.test_convert import data_bytes
 
 
@@ -191,23 +192,16 @@ def test_codebook_of_other_latents_is_refused(pictures, tmp_path):
         convert_with_mean(pictures, tmp_path / "out2", codebook=tmp_path / "bad.safetensors")
 
 
-def test_a_full_disk_leaves_a_run_that_goes_on(pictures, tmp_path, monkeypatch):
+def convert_within(limit: int, source: Path, out: Path) -> None:
+    limit_file_size(limit)
+    convert_with_mean(source, out)
+
+
+def test_a_full_disk_leaves_a_run_that_goes_on(processes, pictures, tmp_path):
     """The operating system refuses the write: a file size limit stands in for a full disk."""
-    script = (
-        "import resource, signal, sys; from pathlib import Path;"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-        "from tests.conftest import convert_with_mean;"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (7000, resource.RLIM_INFINITY));"
-        f"convert_with_mean(Path({str(pictures)!r}), Path({str(tmp_path / 'out')!r}))"
-    )
-    run = subprocess.run(
-        [sys.executable, "-c", script],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[1],
-    )
-    assert run.returncode == 1 and "File too large" in run.stderr
-    assert str(tmp_path / "out") in run.stderr.splitlines()[-1]
+    with pytest.raises(RuntimeError, match="File too large") as raised:
+        call_apart(processes, convert_within, 7000, pictures, tmp_path / "out")
+    assert str(tmp_path / "out") in str(raised.value)
     assert not (tmp_path / "out" / MANIFEST).exists()
     convert_with_mean(pictures, tmp_path / "out")
     convert_with_mean(pictures, tmp_path / "unbroken")
@@ -235,39 +229,53 @@ class FailingAutoencoder(MeanAutoencoder):
         return super().encode(images)
 
 
+RUN = {"fit_patches": 16, "encode_batch": 4, "pack_size": 32, "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def two_splits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """300 pictures in each of two splits: a call to fit, four to take, 75 to encode each."""
+    root = tmp_path_factory.mktemp("two") / "in"
+    save_pictures(root / "train", 300)
+    save_pictures(root / "val", 300, first_seed=900)
+    return root
+
+
+@pytest.fixture(scope="module")
+def unbroken(two_splits: Path) -> dict[str, bytes]:
+    """What a run that nothing stopped makes of them."""
+    out = two_splits.with_name("out")
+    convert(ConvertConfig(source=two_splits, out=out, **RUN), MeanAutoencoder())
+    return data_bytes(out)
+
+
 @pytest.mark.parametrize("calls", [3, 8, 69, 70, 110, 152])
-def test_a_run_stopped_anywhere_resumes_to_the_same_bytes(tmp_path, monkeypatch, calls):
+def test_a_run_stopped_anywhere_resumes_to_the_same_bytes(
+    two_splits, unbroken, tmp_path, monkeypatch, calls
+):
     monkeypatch.setattr("latentds.conversion.workdir.SYNC_SECONDS", 0.0)
-    save_pictures(tmp_path / "in" / "train", 300)
-    save_pictures(tmp_path / "in" / "val", 300, first_seed=900)
-    options = {
-        "source": tmp_path / "in",
-        "fit_patches": 16,
-        "encode_batch": 4,
-        "pack_size": 32,
-        "device": "cpu",
-    }
-    convert(ConvertConfig(out=tmp_path / "unbroken", **options), MeanAutoencoder())
+    config = ConvertConfig(source=two_splits, out=tmp_path / "out", **RUN)
     with pytest.raises(Interrupt):
-        convert(ConvertConfig(out=tmp_path / "out", **options), FailingAutoencoder(calls))
-    convert(ConvertConfig(out=tmp_path / "out", **options), MeanAutoencoder())
-    assert data_bytes(tmp_path / "out") == data_bytes(tmp_path / "unbroken")
+        convert(config, FailingAutoencoder(calls))
+    convert(config, MeanAutoencoder())
+    assert data_bytes(tmp_path / "out") == unbroken
 
 
-def test_a_torn_journal_line_and_bytes_after_the_last_sync_are_dropped(tmp_path, monkeypatch):
+def test_a_torn_journal_line_and_bytes_after_the_last_sync_are_dropped(
+    two_splits, unbroken, tmp_path, monkeypatch
+):
     monkeypatch.setattr("latentds.conversion.workdir.SYNC_SECONDS", 0.0)
-    save_pictures(tmp_path / "in", 600)
-    options = {"source": tmp_path / "in", "fit_patches": 16, "encode_batch": 4, "device": "cpu"}
-    convert(ConvertConfig(out=tmp_path / "unbroken", **options), MeanAutoencoder())
+    config = ConvertConfig(source=two_splits, out=tmp_path / "out", **RUN)
     with pytest.raises(Interrupt):
-        convert(ConvertConfig(out=tmp_path / "out", **options), FailingAutoencoder(140))
-    work = tmp_path / "out" / ".latentds" / "work"
-    with (work / "train-000000.jsonl").open("a") as file:
+        convert(config, FailingAutoencoder(75))  # behind the first block of the first shard
+    journal = tmp_path / "out" / ".latentds" / "work" / "train-000000.jsonl"
+    assert journal.read_text().count("\n") > 0
+    with journal.open("a") as file:
         file.write('{"end": 99')
     with (tmp_path / "out" / "data" / "train-000000.tar.partial").open("ab") as file:
         file.write(b"half a pack")
-    convert(ConvertConfig(out=tmp_path / "out", **options), MeanAutoencoder())
-    assert data_bytes(tmp_path / "out") == data_bytes(tmp_path / "unbroken")
+    convert(config, MeanAutoencoder())
+    assert data_bytes(tmp_path / "out") == unbroken
 
 
 def test_resuming_with_other_options_or_input_is_refused(pictures, tmp_path):
@@ -326,15 +334,13 @@ def test_two_conversions_into_one_folder_keep_apart(pictures, tmp_path):
         convert_with_mean(pictures, tmp_path / "out")
 
 
-def test_overwrite_goes_on_with_an_unfinished_run(tmp_path, monkeypatch):
+def test_overwrite_goes_on_with_an_unfinished_run(two_splits, tmp_path, monkeypatch):
     monkeypatch.setattr("latentds.conversion.workdir.SYNC_SECONDS", 0.0)
-    save_pictures(tmp_path / "in", 600)
-    options = {"source": tmp_path / "in", "out": tmp_path / "out", "encode_batch": 4}
-    options |= {"fit_patches": 16, "device": "cpu", "overwrite": True}
+    config = ConvertConfig(source=two_splits, out=tmp_path / "out", overwrite=True, **RUN)
     with pytest.raises(Interrupt):
-        convert(ConvertConfig(**options), FailingAutoencoder(140))
-    counting = FailingAutoencoder(100)  # a new start would need 4 + 1 + 150 calls
-    assert convert(ConvertConfig(**options), counting).patches == 600
+        convert(config, FailingAutoencoder(140))
+    counting = FailingAutoencoder(100)  # a new start would need 5 + 150 calls
+    assert convert(config, counting).patches == 600
 
 
 def test_a_refused_resumption_leaves_the_unfinished_run_as_it_was(pictures, tmp_path):
@@ -410,17 +416,17 @@ def test_pictures_of_several_pages_are_refused(pictures, tmp_path):
 
 
 def test_resuming_with_other_masks_is_refused(tmp_path):
-    save_pictures(tmp_path / "in", 300)
+    save_pictures(tmp_path / "in", 40)
     for folder, value in (("a", 1), ("b", 200)):
         (tmp_path / folder).mkdir()
-        for number in range(300):
+        for number in range(40):
             mask = np.full((32, 32), value, np.uint8)
             mask[: number % 20] = np.random.default_rng(value).integers(0, 9, (number % 20, 32))
             Image.fromarray(mask).save(tmp_path / folder / f"p{number:03d}.png")
     options = {"source": tmp_path / "in", "out": tmp_path / "out", "fit_patches": 16}
     options |= {"encode_batch": 4, "device": "cpu"}
     with pytest.raises(Interrupt):
-        convert(ConvertConfig(**options, masks=tmp_path / "a"), FailingAutoencoder(20))
+        convert(ConvertConfig(**options, masks=tmp_path / "a"), FailingAutoencoder(8))
     with pytest.raises(InputError, match="differs in input"):
         convert(ConvertConfig(**options, masks=tmp_path / "b"), MeanAutoencoder())
 

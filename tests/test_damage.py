@@ -1,5 +1,7 @@
 """Damaged packs in training: replaced by a rule of the order alone, counted, listed, bounded."""
 
+import gc
+import multiprocessing
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +89,27 @@ def test_damage_found_by_different_workers_adds_up(dataset):
         stream(dataset, workers=2, max_bad=1, global_batch_size=16)
 
 
+def message_of(folder) -> str:
+    """Of the error that ends a run; the loader is gone when this returns."""
+    try:
+        stream(folder, workers=2, max_bad=1)
+    except TooManyBadSamplesError as error:
+        return str(error)
+    raise AssertionError("no error")
+
+
+def test_workers_end_with_a_run_that_an_error_ended(dataset):
+    """Without the collector, which would let each worker wait for 5 s."""
+    damage(dataset, 2, 3)
+    gc.collect()
+    gc.disable()
+    try:
+        assert "2 damaged packs" in message_of(dataset)
+        assert multiprocessing.active_children() == []
+    finally:
+        gc.enable()
+
+
 def test_damaged_columns_replace_the_pack_too(dataset):
     damage(dataset, 3, member="patches")
     loader = LatentLoader(dataset, decode="codes", max_bad=1, columns=("source",))
@@ -103,10 +126,12 @@ def test_mixtures_replace_in_the_damaged_set(dataset, shared_dataset):
     assert not rows[0] & set(range(48, 64)) and rows[1] >= set(range(48, 64))
 
 
-def test_a_set_without_a_sound_pack_ends(dataset):
-    damage(dataset, *range(len(ShardSet(dataset).packs)))
+def test_a_set_without_a_sound_pack_ends(tmp_path):
+    save_pictures(tmp_path / "in", 40)
+    convert_with_mean(tmp_path / "in", tmp_path / "out", pack_size=4)
+    damage(tmp_path / "out", *range(10))
     with pytest.raises(TooManyBadSamplesError, match="no sound pack to replace"):
-        stream(dataset, max_bad=1000)
+        stream(tmp_path / "out", max_bad=1000, global_batch_size=20)
 
 
 def test_large_damaged_packs_among_small_ones_are_replaced(tmp_path):

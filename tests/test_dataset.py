@@ -99,8 +99,14 @@ def test_epochs_differ_and_repeat_by_seed(shared_dataset):
     assert rows_of(LatentDataset(shared_dataset, batch_size=50, shuffle=True, seed=2)) != first
 
 
-@pytest.mark.parametrize("method", multiprocessing.get_all_start_methods())
-def test_dataset_pickles_under_every_start_method(shared_dataset, method):
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(method, marks=[pytest.mark.slow] if method == "spawn" else [])
+        for method in multiprocessing.get_all_start_methods()
+    ],
+)
+def test_dataset_pickles_under_every_start_method(processes, shared_dataset, method):
     data = LatentDataset(shared_dataset, batch_size=100)
     loader = DataLoader(data, batch_size=None, num_workers=1, multiprocessing_context=method)
     assert sorted(rows_of(loader)) == list(range(500))

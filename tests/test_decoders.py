@@ -66,16 +66,37 @@ def make_bare_kl() -> nn.Module:
     )
 
 
-@pytest.fixture(params=OPENERS)
-def opened(request, tmp_path) -> NetworkAutoencoder:
-    return OPENERS[request.param](tmp_path / "weights")
+@pytest.fixture(scope="module", params=OPENERS)
+def opened(request, tmp_path_factory) -> NetworkAutoencoder:
+    return OPENERS[request.param](tmp_path_factory.mktemp("opened") / "weights")
+
+
+@pytest.fixture(scope="module")
+def shared_folder(tmp_path_factory) -> Path:
+    """A small student's folder; read only."""
+    folder = tmp_path_factory.mktemp("student") / "s"
+    save(load_student("turbo-s"), folder)
+    return folder
 
 
 @pytest.fixture
-def folder(tmp_path) -> Path:
-    """A small student's folder that a test may damage."""
-    save(load_student("turbo-s"), tmp_path / "s")
-    return tmp_path / "s"
+def folder(shared_folder, tmp_path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(shared_folder, tmp_path / "s"))
+
+
+@pytest.fixture(scope="module")
+def kl(tmp_path_factory) -> Path:
+    """A folder of an AutoencoderKL in `mine` and its decoder in `d`; read only."""
+    root = tmp_path_factory.mktemp("kl")
+    save(load_made(lambda: make_kl(4), root / "mine"), root / "d")
+    return root
+
+
+@pytest.fixture
+def kl_decoder(kl, tmp_path) -> Path:
+    """A copy of the decoder that a test may damage."""
+    return Path(shutil.copytree(kl / "d", tmp_path / "d"))
 
 
 def save(autoencoder: NetworkAutoencoder, folder: Path, **options) -> None:
@@ -134,15 +155,18 @@ def test_the_halves_of_a_network_share_nothing(tmp_path):
     assert decoder and all(name.startswith("decoder.") for name in decoder)
 
 
-@pytest.mark.parametrize("name", OPENERS)
-def test_the_last_layer_is_the_last_convolution_that_runs(name, tmp_path):
-    decoder, ran = OPENERS[name](tmp_path / "weights").decoder, []
-    for module in decoder.modules():
-        if isinstance(module, nn.Conv2d):
-            module.register_forward_hook(lambda module, *_: ran.append(module))
+def test_the_last_layer_is_the_last_convolution_that_runs(opened):
+    decoder, ran = opened.decoder, []
+    hooks = [
+        module.register_forward_hook(lambda module, *_: ran.append(module))
+        for module in decoder.modules()
+        if isinstance(module, nn.Conv2d)
+    ]
     first = next(decoder.parameters())
     channels = first.shape[1]
     decoder(torch.zeros(1, channels, 2, 2))
+    for hook in hooks:
+        hook.remove()
     assert last_layer(decoder) is ran[-1].weight
 
 
@@ -197,21 +221,18 @@ def test_a_folder_with_a_known_encoder_loads_as_an_autoencoder(tmp_path):
     assert loaded.card.decoder_id != load_autoencoder("tiny").card.decoder_id
 
 
-def test_a_folder_of_a_local_encoder_asks_for_it(tmp_path):
-    base = load_made(lambda: make_kl(4), tmp_path / "mine")
-    save(base, tmp_path / "d")
+def test_a_folder_of_a_local_encoder_asks_for_it(kl):
     with pytest.raises(WeightsError, match=r"local autoencoder 'mine'; pass it as encoder="):
-        load_autoencoder(tmp_path / "d")
-    for encoder in (base, tmp_path / "mine"):
-        loaded = load_autoencoder(tmp_path / "d", encoder=encoder)
+        load_autoencoder(kl / "d")
+    base = load_autoencoder(kl / "mine")
+    for encoder in (base, kl / "mine"):
+        loaded = load_autoencoder(kl / "d", encoder=encoder)
         assert loaded.card.encoder == "mine" and loaded.card.decoder_id == base.card.decoder_id
 
 
-def test_an_encoder_of_other_latents_is_refused_by_both_names(tmp_path):
-    base = load_made(lambda: make_kl(4), tmp_path / "mine")
-    save(base, tmp_path / "d")
+def test_an_encoder_of_other_latents_is_refused_by_both_names(kl):
     with pytest.raises(ContractError, match=r"decoder 'd' .* \(made by 'mine'\), .* 'tiny-v1'"):
-        load_autoencoder(tmp_path / "d", encoder="tiny")
+        load_autoencoder(kl / "d", encoder="tiny")
 
 
 def test_an_encoder_without_a_decoder_folder_is_a_mistake(tmp_path):
@@ -219,12 +240,10 @@ def test_an_encoder_without_a_decoder_folder_is_a_mistake(tmp_path):
         load_autoencoder(tmp_path, encoder="tiny")
 
 
-def test_a_name_out_of_a_file_is_never_taken_for_a_path(tmp_path):
-    base = load_made(lambda: make_kl(4), tmp_path / "mine")
-    save(base, tmp_path / "d")
-    edit(tmp_path / "d", autoencoder=str(tmp_path / "mine"))
+def test_a_name_out_of_a_file_is_never_taken_for_a_path(kl, kl_decoder):
+    edit(kl_decoder, autoencoder=str(kl / "mine"))
     with pytest.raises(WeightsError, match="pass it as encoder="):
-        load_autoencoder(tmp_path / "d")
+        load_autoencoder(kl_decoder)
 
 
 def test_a_decoder_trained_on_from_a_decoder_keeps_the_encoders_name(folder, tmp_path):
@@ -398,12 +417,10 @@ def test_architectures_that_do_not_fit_are_refused(folder, architecture):
 
 
 @pytest.mark.parametrize("field", ["channels", "factor"])
-def test_a_geometry_the_network_does_not_have_is_refused(tmp_path, field):
-    kl = load_made(lambda: make_kl(4), tmp_path / "kl")
-    save(kl, tmp_path / "d")
-    edit(tmp_path / "d", **{field: 16})
+def test_a_geometry_the_network_does_not_have_is_refused(kl_decoder, field):
+    edit(kl_decoder, **{field: 16})
     with pytest.raises(WeightsError):
-        load_decoder(tmp_path / "d")
+        load_decoder(kl_decoder)
 
 
 def test_a_student_of_another_factor_is_refused(folder):
@@ -425,19 +442,17 @@ def test_a_student_of_another_factor_is_refused(folder):
         {"sample_size": [[[[[[[[1]]]]]]]]},
     ],
 )
-def test_huge_numbers_are_refused_before_anything_is_built(tmp_path, changes):
-    save(load_made(lambda: make_kl(4), tmp_path / "kl"), tmp_path / "d")
-    edit_config(tmp_path / "d", **changes)
+def test_huge_numbers_are_refused_before_anything_is_built(kl_decoder, changes):
+    edit_config(kl_decoder, **changes)
     with pytest.raises(WeightsError, match=r"decoder\.json: architecture"):
-        load_decoder(tmp_path / "d")
+        load_decoder(kl_decoder)
 
 
-def test_a_wide_network_costs_no_memory_before_its_file_is_compared(tmp_path):
+def test_a_wide_network_costs_no_memory_before_its_file_is_compared(kl_decoder):
     """16384 channels would be tens of gigabytes a layer."""
-    save(load_made(lambda: make_kl(4), tmp_path / "kl"), tmp_path / "d")
-    edit_config(tmp_path / "d", block_out_channels=[16_384] * 4)
+    edit_config(kl_decoder, block_out_channels=[16_384] * 4)
     with pytest.raises(WeightsError, match="the architecture has"):
-        load_decoder(tmp_path / "d")
+        load_decoder(kl_decoder)
 
 
 def test_a_place_without_a_decoder_is_named(tmp_path):
@@ -448,24 +463,26 @@ def test_a_place_without_a_decoder_is_named(tmp_path):
 # Sets
 
 
-@pytest.fixture
-def tiny_set(tmp_path) -> Path:
+@pytest.fixture(scope="module")
+def tiny_set(tmp_path_factory) -> Path:
+    """Six patches of tiny's latents; read only."""
     from latentds.conversion.config import ConvertConfig
     from latentds.conversion.pipeline import convert
 
-    save_pictures(tmp_path / "in" / "tumour", 6)
-    config = ConvertConfig(source=tmp_path / "in", out=tmp_path / "set", device="cpu", workers=1)
-    convert(config)
-    return tmp_path / "set"
+    root = tmp_path_factory.mktemp("tiny")
+    save_pictures(root / "in" / "tumour", 6)
+    convert(ConvertConfig(source=root / "in", out=root / "set", device="cpu", workers=1))
+    return root / "set"
 
 
-@pytest.fixture
-def darker(tmp_path) -> Path:
-    """A decoder of tiny's latents that is not the recorded one."""
+@pytest.fixture(scope="module")
+def darker(tmp_path_factory) -> Path:
+    """A decoder of tiny's latents that is not the recorded one; read only."""
     tiny = load_autoencoder("tiny")
     last_layer(tiny.decoder).data.mul_(0.9)
-    save(tiny, tmp_path / "darker" / "decoder")
-    return tmp_path / "darker"
+    folder = tmp_path_factory.mktemp("decoders") / "darker"
+    save(tiny, folder / "decoder")
+    return folder
 
 
 def test_an_old_set_loads_with_a_new_decoder(tiny_set, darker):

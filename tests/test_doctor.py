@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import os
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -74,6 +75,7 @@ def findings(capsys, code: int = 0) -> dict[str, dict]:
     return {finding["name"]: finding for finding in told["findings"]}
 
 
+@pytest.mark.slow
 def test_the_probe_decodes_with_torch():
     found = {finding.name: finding for finding in devices.examine_devices(0.05, 120)}
     assert found["cpu"].state == "ok" and "patches of 256 px a second" in found["cpu"].text
@@ -167,9 +169,23 @@ def test_a_look_up_that_hangs_is_left_behind():
 
 def test_a_probe_that_hangs_keeps_what_it_said(monkeypatch):
     line = json.dumps({"device": "cpu", "threads": 1, "rate": 3.0})
-    answer(monkeypatch, f"import time; print({line!r}, flush=True); time.sleep(60)")
+    run = subprocess.run
+
+    def hang(command, timeout, **options):  # once it has said all; time enough even under load
+        said = run(command, **options).stdout
+        raise subprocess.TimeoutExpired(command, timeout, said)
+
+    answer(monkeypatch, f"print({line!r})")
+    monkeypatch.setattr(subprocess, "run", hang)
     cpu, failure = devices.examine_devices(0.0, 3.0)
     assert cpu.state == "ok" and "no answer within" in failure.text and not failure.breaks_base
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_is_ended_and_what_it_said_kept():
+    code = "import time; print('{\"gpus\": 0}', flush=True); time.sleep(600)"
+    lines, failure = devices.run_probe([sys.executable, "-c", code], 10.0)
+    assert lines == [{"gpus": 0}] and failure == "no answer within 10 s"
 
 
 def test_talk_among_the_probes_lines_is_left_out():

@@ -11,16 +11,21 @@ from latentds.loader import LatentLoader
 OPTIONS = {"global_batch_size": 40, "shuffle": True, "seed": 2}
 
 
+@pytest.fixture(scope="module")
+def whole(shared_dataset) -> list[list[int]]:
+    """The rows of every batch of an epoch."""
+    return [batch.rows.tolist() for batch in LatentDataset(shared_dataset, **OPTIONS)]
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("stop", [1, 5, 12])
-def test_stateful_dataloader_resumes_exactly(shared_dataset, workers, stop):
+def test_stateful_dataloader_resumes_exactly(shared_dataset, whole, workers, stop):
     torchdata = pytest.importorskip("torchdata.stateful_dataloader")
 
     def loader():
         data = LatentDataset(shared_dataset, **OPTIONS)
         return torchdata.StatefulDataLoader(data, batch_size=None, num_workers=workers)
 
-    whole = [batch.rows.tolist() for batch in loader()]
     assert len(whole) == 13
     stopped, batches = loader(), []
     for batch in stopped:

@@ -1,5 +1,6 @@
 """Embedders: small random networks of the real classes from disk, and the real small ones."""
 
+import copy
 import io
 import json
 
@@ -27,11 +28,18 @@ from tests.small_embedders import (
 )
 
 
-@pytest.fixture(params=MAKERS)
-def embedder(request, tmp_path) -> NetworkEmbedder:
+@pytest.fixture(scope="module", params=MAKERS)
+def embedder(request, tmp_path_factory) -> NetworkEmbedder:
+    """An embedder of every kind; tests do not change it."""
     if "nic" not in request.param:
         pytest.importorskip("timm")
-    return MAKERS[request.param](tmp_path)
+    return MAKERS[request.param](tmp_path_factory.mktemp("embedder"))
+
+
+@pytest.fixture
+def own_embedder(embedder) -> NetworkEmbedder:
+    """A copy that a test may change."""
+    return copy.deepcopy(embedder)
 
 
 def test_an_embedding_is_one_float32_vector_an_image(embedder):
@@ -42,9 +50,9 @@ def test_an_embedding_is_one_float32_vector_an_image(embedder):
 
 
 def test_an_image_embeds_the_same_alone_and_in_a_batch(embedder):
-    images = random_images(3, 256, 256)
+    images = random_images(2, 256, 256)
     together = embedder.embed(images)
-    alone = torch.cat([embedder.embed(images[i : i + 1]) for i in range(3)])
+    alone = torch.cat([embedder.embed(images[i : i + 1]) for i in range(2)])
     torch.testing.assert_close(together, alone, atol=1e-4, rtol=0)  # float32 sums, other order
     assert (together[0] - together[1]).abs().max() > 1e-3
 
@@ -61,7 +69,8 @@ def test_networks_are_frozen_and_in_eval_mode(embedder):
     assert not any(weight.requires_grad for weight in embedder.network.parameters())
 
 
-def test_recomputed_activations_change_no_gradient(embedder):
+def test_recomputed_activations_change_no_gradient(own_embedder):
+    embedder = own_embedder
     images = random_images(1, 256, 256).requires_grad_()
     (plain,) = torch.autograd.grad(embedder.embed(images).square().sum(), images)
     embedder.checkpoint_gradients()
@@ -107,8 +116,8 @@ def test_values_beyond_black_and_white_are_seen(embedder):
     assert (embedder.embed(over) - clamped).abs().max() > 1e-3
 
 
-def test_half_precision_weights_give_float32_embeddings(embedder):
-    images = random_images(2, 256, 256)
+def test_half_precision_weights_give_float32_embeddings(own_embedder):
+    embedder, images = own_embedder, random_images(1, 256, 256)
     exact = embedder.embed(images)
     rounded = embedder.to(dtype=torch.bfloat16).embed(images)
     assert rounded.dtype == torch.float32

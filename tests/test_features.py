@@ -23,6 +23,7 @@ from latentds.features.folder import FeatureFolder
 from latentds.features.layout import file_name, magnification, overlap_px, slide_name
 from latentds.features.options import FeatureOptions
 from latentds.features.record import read_record
+from tests.processes import call_apart, limit_file_size
 from tests.small_patches import ProjectionEmbedder, SmallPatches
 
 h5py = pytest.importorskip("h5py")
@@ -362,21 +363,17 @@ def test_names_that_no_file_can_have_are_refused(tmp_path, slide):
         extract(tmp_path, SmallPatches({slide: 3}))
 
 
-def test_a_full_disk_leaves_nothing_half_written(tmp_path):
+def extract_within(limit: int, folder: Path) -> None:
+    limit_file_size(limit)
+    extract(folder)
+
+
+def test_a_full_disk_leaves_nothing_half_written(processes, tmp_path):
     """A file size limit stands in for it; HDF5 itself would end the process with a crash."""
     extract(tmp_path / "whole")
     limit = len(content(tmp_path / "whole")["features_projection/b.h5"]) - 1
-    script = (
-        "import resource, signal; from pathlib import Path;"
-        "from tests.test_features import extract;"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, resource.RLIM_INFINITY));"
-        f"extract(Path({str(tmp_path / 'out')!r}))"
-    )
-    root = Path(__file__).parents[1]
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=root)
-    assert run.returncode == 1 and "File too large" in run.stderr.splitlines()[-1]
-    assert "b.h5" in run.stderr.splitlines()[-1]
+    with pytest.raises(RuntimeError, match=r"File too large.*b\.h5"):
+        call_apart(processes, extract_within, limit, tmp_path / "out")
     assert [path.name for path in (tmp_path / "out" / "features_projection").iterdir()] == ["a.h5"]
     extract(tmp_path / "out")
     assert content(tmp_path / "out") == content(tmp_path / "whole")

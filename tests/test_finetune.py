@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from latentds.conversion.pipeline import convert
 from latentds.errors import ContractError, InputError, LatentdsError, UnknownNameError
 from latentds.loader import LatentLoader
 from tests.conftest import save_pictures
+from tests.launched import run_launched
 from tests.small_embedders import save_phikon
 
 QUICK = {
@@ -39,18 +39,26 @@ DATA = {"data": "set", "originals": "in"}
 BF16 = {"pictures": ("in",), "precision": "bf16", "zero_stage": 1}
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """Twelve pictures of 64 px."""
-    save_pictures(tmp_path / "in" / "tumour", 12, edge=64)
-    return tmp_path / "in"
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Twelve pictures of 64 px; read only."""
+    folder = tmp_path_factory.mktemp("finetune") / "in"
+    save_pictures(folder / "tumour", 12, edge=64)
+    return folder
 
 
 @pytest.fixture
-def held_out(tmp_path):
-    """Three other pictures of 64 px."""
-    save_pictures(tmp_path / "held out", 3, first_seed=50, edge=64)
-    return tmp_path / "held out"
+def own_folder(folder, tmp_path):
+    """A copy that a test may change."""
+    return shutil.copytree(folder, tmp_path / "in")
+
+
+@pytest.fixture(scope="module")
+def held_out(tmp_path_factory):
+    """Two other pictures of 64 px; read only."""
+    folder = tmp_path_factory.mktemp("finetune") / "held out"
+    save_pictures(folder, 2, first_seed=50, edge=64)
+    return folder
 
 
 def settings(tmp_path, **options) -> FinetuneConfig:
@@ -62,12 +70,27 @@ def lines(tmp_path) -> list[dict]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-@pytest.fixture
-def dataset(folder, tmp_path):
-    """The twelve pictures as a data set of tiny's latents."""
-    out = tmp_path / "set"
+@pytest.fixture(scope="module")
+def dataset(folder):
+    """The twelve pictures as a data set of tiny's latents; read only."""
+    out = folder.with_name("set")
     convert(ConvertConfig(source=folder, out=out, device="cpu", fit_patches=4, workers=1))
     return out
+
+
+@pytest.fixture(scope="module")
+def finished(folder, held_out):
+    """The folder above `run`, the run of two steps on the pictures; read only."""
+    above = folder.parent
+    config = settings(above, pictures=(folder,), validate_on=(held_out,), licence="MIT")
+    DecoderTask(config).run()
+    return above
+
+
+@pytest.fixture
+def own_run(finished, tmp_path):
+    """A copy of the finished run that a test may go on with."""
+    return shutil.copytree(finished / "run", tmp_path / "run")
 
 
 class ToyEngine:
@@ -171,52 +194,47 @@ def test_crops_depend_on_seed_step_and_place_alone(folder):
     assert not torch.equal(whole.images, pairs[0].batch(8, range(4)).images)
 
 
-def test_a_run_leaves_a_decoder_that_reads_the_same_latents(folder, held_out, tmp_path):
-    DecoderTask(
-        settings(tmp_path, pictures=(folder,), validate_on=(held_out,), licence="MIT")
-    ).run()
-    decoder = load_decoder(tmp_path / "run")
+def test_a_run_leaves_a_decoder_that_reads_the_same_latents(finished):
+    decoder = load_decoder(finished / "run")
     tiny = load_autoencoder("tiny")
     assert decoder.card.latent_id == tiny.card.latent_id
     assert decoder.card.decoder_id != tiny.card.decoder_id
-    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    report = json.loads((finished / "run" / "report.json").read_text())
     assert report["before"].keys() == report["after"].keys() and report["steps"] == 2
-    assert [line["step"] for line in lines(tmp_path)] == [1, 2]
-    record = json.loads((tmp_path / "run" / "decoder" / "decoder.json").read_text())
-    assert str(tmp_path) not in json.dumps(record["trained"])
+    assert [line["step"] for line in lines(finished)] == [1, 2]
+    record = json.loads((finished / "run" / "decoder" / "decoder.json").read_text())
+    assert str(finished) not in json.dumps(record["trained"])
 
 
-def test_a_data_set_and_its_originals_are_trained_on_and_the_set_decodes_so(folder, tmp_path):
-    options = {"device": "cpu", "fit_patches": 4, "workers": 1}
-    convert(ConvertConfig(source=folder, out=tmp_path / "set", **options))
-    config = settings(tmp_path, data=tmp_path / "set", originals=folder, lr=1e-6)
-    DecoderTask(config).run()
+def test_a_data_set_and_its_originals_are_trained_on_and_the_set_decodes_so(
+    dataset, folder, tmp_path
+):
+    DecoderTask(settings(tmp_path, data=dataset, originals=folder, lr=1e-6, steps=1)).run()
     # at such a rate the decoder is still the one the golden patches were decoded with
     assert lines(tmp_path)[0]["l1"] < 0.2  # of images in [-1, 1]
-    loader = LatentLoader(tmp_path / "set", decoder=tmp_path / "run", batch_size=4)
+    loader = LatentLoader(dataset, decoder=tmp_path / "run", batch_size=4)
     assert next(iter(loader)).images.shape == (4, 3, 64, 64)
 
 
 def test_an_interrupted_run_ends_as_one_that_was_not(folder, tmp_path):
-    config = settings(tmp_path, pictures=(folder,), steps=4, save_every=2, gan_weight=0.5,
-                      disc_start=1, crop_px=64)  # fmt: skip
+    config = settings(tmp_path, pictures=(folder,), steps=3, save_every=2, gan_weight=0.5,
+                      disc_start=1)  # fmt: skip
     DecoderTask(config).run()
     whole = load_decoder(tmp_path / "run").card.decoder_id
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000004")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000003")
     shutil.rmtree(tmp_path / "run" / "decoder")
     DecoderTask(config).run()
     assert load_decoder(tmp_path / "run").card.decoder_id == whole
-    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4]
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
 
 
 def test_batches_read_ahead_are_taken_again_after_a_resume(dataset, folder, tmp_path):
-    options = {"data": dataset, "originals": folder, "steps": 7, "save_every": 2, "batch_size": 5,
-               "accumulation": 2, "keep": 9}  # fmt: skip
+    options = {"data": dataset, "originals": folder, "steps": 6, "save_every": 4, "batch_size": 5,
+               "accumulation": 2, "crop_px": 16}  # fmt: skip
     config = settings(tmp_path, **options)
     DecoderTask(config).run()
     whole, figures = load_decoder(tmp_path / "run").card.decoder_id, lines(tmp_path)
-    for step in (6, 7):
-        shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step-00000{step}")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000006")
     state = json.loads((tmp_path / "run/checkpoints/step-000004/state.json").read_text())
     assert (state["loader"]["epoch"], state["loader"]["batch"]) == (1, 2)  # of 2 an epoch
     shutil.rmtree(tmp_path / "run" / "decoder")
@@ -238,23 +256,16 @@ def test_accumulation_takes_the_patches_of_a_larger_batch(dataset, folder, tmp_p
 
 
 def test_a_run_on_a_set_goes_on_in_other_parts_of_the_same_batch(dataset, folder, tmp_path):
-    options = {"data": dataset, "originals": folder}
-    DecoderTask(settings(tmp_path, batch_size=4, **options)).run()
-    DecoderTask(settings(tmp_path, batch_size=2, accumulation=2, steps=3, **options)).run()
-    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
+    options = {"data": dataset, "originals": folder, "crop_px": 16}
+    DecoderTask(settings(tmp_path, batch_size=4, steps=1, **options)).run()
+    DecoderTask(settings(tmp_path, batch_size=2, accumulation=2, **options)).run()
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2]
 
 
 def on_two_ranks(*options: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     command += ["--standalone", "-m", "latentds_trainers.finetune_decoder", *options]
-    return subprocess.run(
-        command,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=60,
-    )
+    return run_launched(command)
 
 
 @pytest.mark.slow
@@ -294,14 +305,14 @@ def test_windows_differ_from_patch_to_patch_and_fit_their_latents(dataset, folde
 
 
 def test_a_split_of_the_set_is_validated_on(tmp_path):
-    save_pictures(tmp_path / "in" / "train", 8, edge=64)
+    save_pictures(tmp_path / "in" / "train", 4, edge=64)
     save_pictures(tmp_path / "in" / "val", 3, edge=64)
     source, out = tmp_path / "in", tmp_path / "set"
     convert(ConvertConfig(source=source, out=out, device="cpu", fit_patches=4, workers=1))
-    DecoderTask(settings(tmp_path, data=out, originals=source, sample_every=2)).run()
+    DecoderTask(settings(tmp_path, data=out, originals=source, sample_every=1, steps=1)).run()
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["held_out_crops"] == 3 and report["before"]["psnr_db"] > 15
-    assert (tmp_path / "run" / "samples" / "step-000002.png").exists()
+    assert (tmp_path / "run" / "samples" / "step-000001.png").exists()
 
 
 def test_samples_of_a_set_without_a_second_split_are_refused(dataset, folder, tmp_path):
@@ -317,11 +328,11 @@ def test_windows_larger_than_the_patches_are_refused(dataset, folder, tmp_path):
 
 
 def test_patches_that_fill_no_whole_cells_are_trained_on(tmp_path):
-    save_pictures(tmp_path / "in", 6, edge=60)
+    save_pictures(tmp_path / "in", 3, edge=60)
     source, out = tmp_path / "in", tmp_path / "set"
     convert(ConvertConfig(source=source, out=out, device="cpu", fit_patches=4, workers=1))
     config = settings(tmp_path, data=out, originals=source, crop_px=None, validate_on=(source,),
-                      validate_px=56, teacher=True)  # fmt: skip
+                      validate_px=56, teacher=True, steps=1)  # fmt: skip
     DecoderTask(config).run()
     assert lines(tmp_path)[0]["l1"] < 0.2
 
@@ -329,7 +340,7 @@ def test_patches_that_fill_no_whole_cells_are_trained_on(tmp_path):
 @pytest.mark.parametrize("student", [None, "turbo-s"])
 def test_bf16_trains_and_saves_the_float32_weights(folder, held_out, tmp_path, student):
     options = BF16 | {"pictures": (folder,), "validate_on": (held_out,), "student": student}
-    DecoderTask(settings(tmp_path, **options, lr=1e-5)).run()
+    DecoderTask(settings(tmp_path, **options, lr=1e-5, steps=1, validate_px=32)).run()
     weights = load_decoder(tmp_path / "run").decoder.state_dict().values()
     assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in weights)
     report = json.loads((tmp_path / "run" / "report.json").read_text())
@@ -381,14 +392,14 @@ def test_figures_before_the_run_are_taken_anew_where_there_is_no_checkpoint(
 ):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "before.json").write_text('{"psnr_db": -1.0}')
-    DecoderTask(settings(tmp_path, pictures=(folder,), validate_on=(held_out,))).run()
+    options = {"pictures": (folder,), "validate_on": (held_out,), "steps": 1}
+    DecoderTask(settings(tmp_path, **options, validate_px=32)).run()
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["before"]["psnr_db"] > 0
 
 
-def test_a_run_goes_on_where_its_inputs_were_moved(folder, tmp_path):
-    DecoderTask(settings(tmp_path, pictures=(folder,))).run()
-    moved = folder.rename(tmp_path / "moved")
+def test_a_run_goes_on_where_its_inputs_were_moved(own_run, own_folder, tmp_path):
+    moved = own_folder.rename(tmp_path / "moved")
     task = DecoderTask(settings(tmp_path, pictures=(moved,), workers=2, steps=3))
     assert task.engine.step == 2
 
@@ -412,7 +423,7 @@ def test_what_is_published_names_no_place(value, words):
 
 
 def test_a_student_learns_from_its_teacher_too(folder, tmp_path):
-    config = settings(tmp_path, pictures=(folder,), student="turbo-s", teacher=True)
+    config = settings(tmp_path, pictures=(folder,), student="turbo-s", teacher=True, steps=1)
     DecoderTask(config).run()
     record = json.loads((tmp_path / "run" / "decoder" / "decoder.json").read_text())
     assert record["architecture"] == {"class": "student", "name": "turbo-s"}
@@ -435,6 +446,7 @@ def test_whole_images_and_recomputed_activations_reach_the_embedding_loss(folder
         "native": {"embedder_input": "native"},
         "recomputed": {"embedder_input": "native", "checkpoint_embedder": True},
     }.items():
+        options |= {"steps": 1, "batch_size": 1}
         config = settings(tmp_path / name, pictures=(folder,), embedder=embedder, **options)
         DecoderTask(config).run()
         first[name] = [line["decoder/grad_norm"] for line in lines(tmp_path / name)]
@@ -442,7 +454,8 @@ def test_whole_images_and_recomputed_activations_reach_the_embedding_loss(folder
     assert first["card"] != pytest.approx(first["native"], rel=1e-3)
 
 
-def test_pictures_that_are_validated_on_are_not_trained_on(folder, tmp_path):
+def test_pictures_that_are_validated_on_are_not_trained_on(own_folder, tmp_path):
+    folder = own_folder
     save_pictures(folder / "val", 2, first_seed=70, edge=64)
     base = load_autoencoder("tiny")
     pairs = open_picture_pairs(
@@ -531,16 +544,16 @@ def test_places_that_are_not_there_are_named(folder, tmp_path):
             DecoderTask(settings(tmp_path, **({"pictures": (folder,)} | options)))
 
 
-def test_a_picture_that_cannot_be_read_is_named(folder, tmp_path):
-    (folder / "tumour" / "p003.png").write_bytes(b"no picture")
+def test_a_picture_that_cannot_be_read_is_named(own_folder, tmp_path):
+    (own_folder / "tumour" / "p003.png").write_bytes(b"no picture")
     with pytest.raises(InputError, match=r"p003\.png: cannot be read .*repair it"):
-        DecoderTask(settings(tmp_path, pictures=(folder,)))
+        DecoderTask(settings(tmp_path, pictures=(own_folder,)))
 
 
-def test_a_picture_cut_short_is_named_when_it_is_drawn(folder):
-    for path in (folder / "tumour").glob("*.png"):
+def test_a_picture_cut_short_is_named_when_it_is_drawn(own_folder):
+    for path in (own_folder / "tumour").glob("*.png"):
         path.write_bytes(path.read_bytes()[:-200])
-    pairs = PicturePairs([folder], load_autoencoder("tiny"), None, crop_px=32, workers=2)
+    pairs = PicturePairs([own_folder], load_autoencoder("tiny"), None, crop_px=32, workers=2)
     with pytest.raises(InputError, match=r"p0\d\d\.png: cannot be decoded"):
         pairs.batch(0, range(4))
 
@@ -555,19 +568,16 @@ def test_latents_of_another_autoencoder_are_refused(shared_dataset, folder, tmp_
         DecoderTask(settings(tmp_path, data=shared_dataset, originals=folder))
 
 
-def test_a_decoder_of_other_latents_is_no_start(folder, tmp_path):
-    DecoderTask(settings(tmp_path, pictures=(folder,))).run()
-    decoder = load_decoder(tmp_path / "run")
+def test_a_decoder_of_other_latents_is_no_start(finished, folder, tmp_path):
+    decoder = load_decoder(finished / "run")
     card = dataclasses.replace(decoder.card, latent_id="sha256:" + "0" * 64)
     save_decoder(tmp_path / "other", decoder.decoder, card, {"class": "tiny"}, {})
     config = settings(tmp_path, pictures=(folder,), init=str(tmp_path / "other"))
-    config = dataclasses.replace(config, out=tmp_path / "next")
     with pytest.raises(ContractError, match="give a decoder of these"):
         DecoderTask(config)
 
 
-def test_other_settings_do_not_go_on_from_a_checkpoint(folder, tmp_path):
-    DecoderTask(settings(tmp_path, pictures=(folder,))).run()
+def test_other_settings_do_not_go_on_from_a_checkpoint(own_run, folder, tmp_path):
     with pytest.raises((ContractError, InputError), match="crop_px"):
         DecoderTask(settings(tmp_path, pictures=(folder,), crop_px=64))
 

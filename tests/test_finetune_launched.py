@@ -3,30 +3,20 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from latentds.autoencoders.decoders import load_decoder
+from tests.launched import deepspeed_command
 
 pytestmark = [pytest.mark.slow, pytest.mark.assets]
 
 
 def start(assets: Path, out: Path, *options: str) -> subprocess.CompletedProcess:
     """The recipe on two ranks of one core each."""
-    launcher = Path(sys.executable).with_name("deepspeed")
     nic = assets / "features" / "nic_pathology"
     words = [
-        *(
-            str(launcher),
-            "--num_gpus",
-            "2",
-            "--master_port",
-            "29611",
-            "--module",
-            "latentds_trainers.finetune_decoder",
-        ),
         *("--pictures", str(assets / "tiles" / "tcga_gbm"), "--held-out", "TCGA-FG-A4MU"),
         *("--embedder", "efficientnet-lite0", "--out", str(out), "--batch-size", "1"),
         *("--judges", str(nic / "encoder_bigan.safetensors")),
@@ -36,7 +26,8 @@ def start(assets: Path, out: Path, *options: str) -> subprocess.CompletedProcess
         *options,
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(words, capture_output=True, text=True, env=environment, timeout=900)
+    command = deepspeed_command(2, "latentds_trainers.finetune_decoder", *words)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
 
 
 def test_twenty_steps_on_two_ranks_leave_a_decoder_and_a_report(assets, tmp_path):

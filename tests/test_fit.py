@@ -8,11 +8,12 @@ from latentds.errors import ShapeError
 from latentds.fit import fit_codebook
 from latentds.lloyd import relocate
 
+SIZE = 4_000
 SAMPLES = {
-    "normal": lambda rng: rng.normal(size=12_000),
-    "laplace": lambda rng: rng.laplace(size=12_000),
-    "student_t3": lambda rng: rng.standard_t(3, size=12_000),
-    "student_t2": lambda rng: rng.standard_t(2, size=12_000),
+    "normal": lambda rng: rng.normal(size=SIZE),
+    "laplace": lambda rng: rng.laplace(size=SIZE),
+    "student_t3": lambda rng: rng.standard_t(3, size=SIZE),
+    "student_t2": lambda rng: rng.standard_t(2, size=SIZE),
 }
 
 

@@ -1,5 +1,8 @@
 """Random damage to every file of a data set: an error of our own, or reading goes on."""
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -9,9 +12,25 @@ from latentds.reader import ShardSet
 from latentds.scan import read_contract, scan_shard
 from latentds.verification import verify
 from tests.bad_shards import edit_manifest, first_shard
+from tests.conftest import convert_with_mean, save_pictures
 from tests.fakes import MeanAutoencoder
 
 FILES = [MANIFEST, PACKS_TABLE, PATCHES_TABLE, GOLDEN, "data/train-000000.tar"]
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set of two classes, packs of 8, 34 patches."""
+    root = tmp_path_factory.mktemp("sound")
+    save_pictures(root / "in" / "train" / "tumour", 20)
+    save_pictures(root / "in" / "train" / "stroma", 14, first_seed=50)
+    convert_with_mean(root / "in", root / "out", pack_size=8)
+    return root / "out"
+
+
+@pytest.fixture
+def dataset(sound: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(sound, tmp_path / "dataset"))
 
 
 def damage(content: bytes, rng: np.random.Generator) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
@@ -188,6 +189,13 @@ def test_a_classifier_keeps_the_stem_of_a_backbone_trained_on_latents(tmp_path):
 # Embedders
 
 
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A folder of a backbone that reads tiny's latents, and its network; read only."""
+    folder = tmp_path_factory.mktemp("exported") / "backbone"
+    return folder, export(folder)
+
+
 def export(folder, stem=None, **options):
     stem = stem or tiny_stem()
     network = build_vit(ARCH, stem=stem, img_px=64, seed=4)
@@ -195,9 +203,9 @@ def export(folder, stem=None, **options):
     return network.eval()
 
 
-def test_an_embedder_encodes_images_as_a_data_set_would_and_runs_the_backbone(tmp_path):
-    network = export(tmp_path / "backbone")
-    embedder = load_embedder(f"latent-dir:{tmp_path / 'backbone'}")
+def test_an_embedder_encodes_images_as_a_data_set_would_and_runs_the_backbone(exported):
+    folder, network = exported
+    embedder = load_embedder(f"latent-dir:{folder}")
     images = torch.rand(3, 3, 64, 64)
     stem, book = tiny_stem(), tiny_codebook().codebook
     latents = stem.normalize(dequantize(quantize(load_tiny().encode(images), book), book))
@@ -206,7 +214,7 @@ def test_an_embedder_encodes_images_as_a_data_set_would_and_runs_the_backbone(tm
     found = embedder.embed(images)
     assert found.shape == (3, embedder.card.dim) and torch.allclose(found, wanted, atol=1e-5)
     assert torch.allclose(embedder.embed_latents(latents), wanted, atol=1e-5)
-    assert embedder.card.name == f"latent-dir:{tmp_path / 'backbone'}"
+    assert embedder.card.name == f"latent-dir:{folder}"
     assert "encoded by tiny-v1, quantized" in embedder.card.rule
 
 
@@ -219,21 +227,20 @@ def test_a_stem_that_timm_cannot_build_is_an_embedder_too(tmp_path):
     assert found.shape[0] == 2 and bool(torch.isfinite(found).all())
 
 
-def test_a_codebook_in_the_folder_counts(tmp_path):
-    export(tmp_path)
-    plain = load_embedder(f"latent-dir:{tmp_path}")
+def test_a_codebook_in_the_folder_counts(exported, tmp_path):
+    plain = load_embedder(f"latent-dir:{exported[0]}")
+    folder = shutil.copytree(exported[0], tmp_path / "coarse")
     levels = Codebook(torch.linspace(-4, 4, 8)[None].numpy(), "kmeans")
     made = StoredCodebook(codebook=levels, latent_id=load_tiny().card.latent_id, made={})
-    save_codebook(made, tmp_path / "codebook.safetensors")
-    coarse = load_embedder(f"latent-dir:{tmp_path}@tiny")
+    save_codebook(made, folder / "codebook.safetensors")
+    coarse = load_embedder(f"latent-dir:{folder}@tiny")
     images = torch.rand(1, 3, 64, 64)
     assert not torch.allclose(plain.embed(images), coarse.embed(images))
     assert plain.card.weights_id != coarse.card.weights_id
 
 
-def test_a_folders_name_may_have_the_sign_before_an_autoencoder(tmp_path):
-    folder = tmp_path / "me@home"
-    export(folder)
+def test_a_folders_name_may_have_the_sign_before_an_autoencoder(exported, tmp_path):
+    folder = shutil.copytree(exported[0], tmp_path / "me@home")
     found = [load_embedder(f"latent-dir:{folder}{end}").card.weights_id for end in ("", "@tiny")]
     assert found[0] == found[1]
 
@@ -254,9 +261,8 @@ def test_bad_backbones_and_autoencoders_are_named(tmp_path):
         load_embedder(f"timm-dir:{tmp_path / 'foreign'}")
 
 
-def test_images_and_latents_of_other_shapes_are_refused(tmp_path):
-    export(tmp_path)
-    embedder = load_embedder(f"latent-dir:{tmp_path}")
+def test_images_and_latents_of_other_shapes_are_refused(exported):
+    embedder = load_embedder(f"latent-dir:{exported[0]}")
     with pytest.raises(ShapeError, match="multiples of 16"):
         embedder.embed(torch.rand(1, 3, 64, 72))
     with pytest.raises(ShapeError, match=r"\(B, 4, h, w\) are wanted"):

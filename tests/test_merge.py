@@ -2,9 +2,9 @@
 
 import io
 import json
-import subprocess
-import sys
+import os
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +20,7 @@ from latentds.loader import LatentLoader
 from latentds.manifest import read_manifest
 from latentds.quantizer import dequantize
 from latentds.reader import ShardSet
+from latentds.rearranging import merging
 from latentds.rearranging.merging import merge
 from latentds.verification import verify
 from tests.bad_shards import edit_manifest, first_shard, flip_bit
@@ -259,13 +260,17 @@ def test_a_killed_merge_leaves_nothing_that_looks_finished(parts, tmp_path, monk
     assert verify(tmp_path / "out", autoencoder=MeanAutoencoder()).is_good
 
 
-def test_a_merge_that_was_shot_is_started_anew_with_overwrite(parts, tmp_path):
-    script = (
-        "import os, sys; from latentds.rearranging import merging;"
-        "merging.join_golden = lambda *_: os._exit(9); merging.merge(sys.argv[1:3], sys.argv[3])"
-    )
-    words = [sys.executable, "-c", script, *map(str, parts), str(tmp_path / "out")]
-    assert subprocess.run(words).returncode == 9
+def merge_and_end(parts: list[Path], out: Path) -> None:
+    """End the process in the middle of a merge."""
+    merging.join_golden = lambda *_: os._exit(9)
+    merging.merge(parts, out)
+
+
+def test_a_merge_that_was_shot_is_started_anew_with_overwrite(processes, parts, tmp_path):
+    victim = processes.Process(target=merge_and_end, args=(parts, tmp_path / "out"))
+    victim.start()
+    victim.join()
+    assert victim.exitcode == 9
     assert (tmp_path / "out" / "data").is_dir()
     with pytest.raises(InputError, match="an unfinished data set"):
         merge(parts, tmp_path / "out")

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from importlib.metadata import version
 
 import pytest
@@ -35,9 +36,16 @@ def backbone():
     return build_vit(ARCH, img_px=96, drop_path=0.1, seed=3).eval()
 
 
+@pytest.fixture(scope="module")
+def shared_folder(backbone, tmp_path_factory):
+    """The backbone's folder; read only."""
+    return export(tmp_path_factory.mktemp("export") / "backbone", backbone)
+
+
 @pytest.fixture
-def folder(backbone, tmp_path):
-    return export(tmp_path / "backbone", backbone)
+def folder(shared_folder, tmp_path):
+    """A copy that a test may damage."""
+    return shutil.copytree(shared_folder, tmp_path / "backbone")
 
 
 def export(folder, backbone, **options):

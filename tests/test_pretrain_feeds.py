@@ -48,13 +48,13 @@ def test_a_feed_goes_on_with_the_right_patches_on_other_ranks(
 ):
     given = {"data": (tiny_latents,)} if source == "latents" else {"originals": class_pictures}
     config = config_of(tmp_path, **given)
-    whole = steps_of(patches_of(config, 0, 1), 12)
+    whole = steps_of(patches_of(config, 0, 1), 7)  # five an epoch
     first = patches_of(config, 0, 1)
     iterator = iter(first)
     for _ in range(4):
         next(iterator)
     state = json.loads(json.dumps(first.state_dict()))
-    parts = [steps_of(patches_of(config, rank, 2, state), 8) for rank in (0, 1)]
+    parts = [steps_of(patches_of(config, rank, 2, state), 3) for rank in (0, 1)]
     for step, pair in zip(whole[4:], zip(*parts, strict=True), strict=True):
         assert torch.equal(step.seeds, torch.cat([part.seeds for part in pair]))
         assert torch.allclose(
@@ -65,11 +65,11 @@ def test_a_feed_goes_on_with_the_right_patches_on_other_ranks(
 
 
 def test_originals_are_paired_with_the_set_made_of_them(tmp_path, class_pictures, tiny_latents):
-    decoded = steps_of(patches_of(config_of(tmp_path, data=(tiny_latents,)), 0, 1), 6)
+    decoded = steps_of(patches_of(config_of(tmp_path, data=(tiny_latents,)), 0, 1), 2)
     config = config_of(
         tmp_path, originals=class_pictures, paired_with=str(tiny_latents), codec="jpeg:90"
     )
-    coded = steps_of(patches_of(config, 0, 1), 6)
+    coded = steps_of(patches_of(config, 0, 1), 2)
     for one, other in zip(decoded, coded, strict=True):
         assert torch.equal(one.seeds, other.seeds)
         # The same pictures: tiny's error on ramps; other pictures are 0.3 away.

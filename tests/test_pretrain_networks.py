@@ -126,7 +126,8 @@ def test_last_layers_stay_and_learn_after(tmp_path, pictures, method, stage, see
     options = {"method": method, "zero_stage": stage, "freeze_last_steps": 2, "lr": LR}
     config = settled(tmp_path, method)
     before = dict(build_model(config, None).named_parameters())
-    main(config_of(tmp_path / "run", originals=pictures, schedule="constant", **options))
+    run = {"originals": pictures, "schedule": "constant", "steps": 3}
+    main(config_of(tmp_path / "run", **run, **options))
     frozen, thawed = seen[1], seen[2]
     assert frozen and all(torch.equal(tensor, before[name]) for name, tensor in frozen.items())
     # a first step of Adam is at most about lr, and decay much less
@@ -135,7 +136,7 @@ def test_last_layers_stay_and_learn_after(tmp_path, pictures, method, stage, see
 
 
 def test_adams_moments_of_last_layers_go_on_while_they_stay(tmp_path, pictures):
-    task = PretrainTask(config_of(tmp_path, originals=pictures, freeze_last_steps=9))
+    task = PretrainTask(config_of(tmp_path, originals=pictures, freeze_last_steps=9, steps=2))
     task.run()
     state = task.engine.wrapped["model"].engine.optimizer.state
     (layer,) = last_layers(task).values()

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +20,8 @@ pytest.importorskip("kornia")
 from latentds_trainers import pretrain_task
 from latentds_trainers.pretrain import main
 
+from tests.launched import deepspeed_command, run_launched
 from tests.pretraining import config_of, losses, options_of, run_until
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -83,25 +78,34 @@ def test_a_run_does_not_go_on_with_another_decoder(dino_run, tiny_latents, tmp_p
         main(config_of(dino_run, data=(tiny_latents,), decoder=(folder,)))
 
 
-def test_a_run_goes_on_with_its_decoder_from_elsewhere(tmp_path, tiny_latents):
-    first, moved = another_decoder(tmp_path / "mine"), tmp_path / "moved"
-    options = {"data": (tiny_latents,), "method": "mae", "steps": 1}
-    main(config_of(tmp_path / "run", **options, decoder=(str(first),)))
+@pytest.fixture(scope="module")
+def constant(tmp_path_factory, tiny_latents) -> tuple[Path, dict[str, Any]]:
+    """A run of one step with constant schedules, its decoder moved since; how it goes on."""
+    root = tmp_path_factory.mktemp("constant")
+    options = {"data": (tiny_latents,), "method": "mae", "schedule": "constant"}
+    first, moved = another_decoder(root / "mine"), root / "moved"
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("DS_ACCELERATOR", "cpu")
+        main(config_of(root / "run", **options, decoder=(str(first),), steps=1))
     shutil.move(first, moved)
-    main(config_of(tmp_path / "run", **options, decoder=(str(moved),)))
-    (found,) = json.loads((tmp_path / "run" / "result.json").read_text())["source"]["sets"]
+    return root / "run", options | {"decoder": (str(moved),)}
+
+
+def test_a_run_goes_on_with_its_decoder_from_elsewhere(tmp_path, constant):
+    copy = shutil.copytree(constant[0], tmp_path / "run")
+    main(config_of(copy, **constant[1], steps=1))
+    (found,) = json.loads((copy / "result.json").read_text())["source"]["sets"]
     assert found["decoder"]["name"] == "mine" and found["decoder"]["decoder_id"]
 
 
-def test_nothing_depends_on_the_steps_of_constant_schedules(tmp_path, tiny_latents):
-    options = {"data": (tiny_latents,), "method": "mae", "schedule": "constant", "lr": 1e-3}
-    main(config_of(tmp_path, **options, steps=1))
-    main(config_of(tmp_path, **options, steps=2))
-    assert len(losses(tmp_path)) == 2
+def test_nothing_depends_on_the_steps_of_constant_schedules(tmp_path, constant):
+    copy = shutil.copytree(constant[0], tmp_path / "run")
+    main(config_of(copy, **constant[1], steps=2))
+    assert len(losses(copy)) == 2
 
 
 def test_a_failure_after_the_last_step_loses_nothing(tmp_path, tiny_latents, monkeypatch):
-    config = config_of(tmp_path, data=(tiny_latents,), method="mae", steps=2)
+    config = config_of(tmp_path, data=(tiny_latents,), method="mae", steps=1)
 
     words = "No space left on device; the training is saved, make room and run the same command"
 
@@ -115,7 +119,7 @@ def test_a_failure_after_the_last_step_loses_nothing(tmp_path, tiny_latents, mon
     assert not (tmp_path / "result.json").exists()
     main(config)
     result = json.loads((tmp_path / "result.json").read_text())
-    assert (result["steps"], result["last"]["model/loss"]) == (2, before[-1])
+    assert (result["steps"], result["last"]["model/loss"]) == (1, before[-1])
     assert losses(tmp_path) == before and (tmp_path / "backbone" / "latentds.json").exists()
 
 
@@ -153,16 +157,8 @@ def test_a_masked_autoencoder_trains_with_weights_spread_over_ranks(tmp_path, ti
 
 def under_deepspeed(ranks: int, words: list[str]) -> None:
     """Run the recipe to its end."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    command = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(ranks)]
-    command += ["--master_port", port, "--module", "latentds_trainers.pretrain", *words]
-    variables = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
-    ended = subprocess.run(
-        command, cwd=ROOT, env=os.environ | variables, capture_output=True, text=True, timeout=600
-    )
-    assert ended.returncode == 0, ended.stdout[-1000:] + ended.stderr[-3000:]
+    ended = run_launched(deepspeed_command(ranks, "latentds_trainers.pretrain", *words))
+    assert ended.returncode == 0, ended.stdout[-3000:]
 
 
 def words_of(config: dict[str, Any]) -> list[str]:

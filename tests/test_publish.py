@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ from latentds_tools import cli
 from latentds.cache import CacheConfig
 from latentds.errors import FormatError, InputError, UnknownNameError
 from latentds.format import GOLDEN, MANIFEST
+from latentds.hub import upload
 from latentds.hub.fetching import fetch
 from latentds.hub.licences import check_licence, is_non_commercial, licence_warnings
 from latentds.hub.preview import PREVIEW
@@ -121,6 +121,7 @@ def test_datasets_reads_the_fetched_folder(shared_dataset, hub, tmp_path, stream
     assert {row["slide.txt"] for row in preview} <= set(manifest.slides)
 
 
+@pytest.mark.slow
 def test_the_cards_code_runs_as_it_stands(pictures, hub, tmp_path):
     pytest.importorskip("datasets")
     from latentds.conversion.config import ConvertConfig
@@ -267,21 +268,27 @@ def test_an_upload_cut_off_goes_on_where_it_stopped(shared_dataset, hub):
     assert sent >= 1 and hub.requests["put"] == 7 + len(hub.large) - sent
 
 
-def test_a_killed_upload_goes_on_where_it_stopped(shared_dataset, hub, monkeypatch):
-    monkeypatch.setattr("latentds.hub.upload.BATCH_FILES", 1)
+def publish_file_by_file(folder: Path, url: str) -> None:
+    """Publish from a process of its own, to the Hub of another."""
+    from huggingface_hub import constants
+
+    constants.ENDPOINT, constants.HF_HUB_DISABLE_XET = url, True
+    constants.HUGGINGFACE_CO_URL_TEMPLATE = f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    os.environ["HF_TOKEN"] = "hf_write"
+    upload.BATCH_FILES = 1
+    publish(folder, CC0)
+
+
+def test_a_killed_upload_goes_on_where_it_stopped(processes, shared_dataset, hub, monkeypatch):
+    monkeypatch.setattr(upload, "BATCH_FILES", 1)
     hub.faults["put"] = ["", "hang"]
-    script = (
-        "import sys, latentds.hub.upload as u; from latentds.hub.snippets import Publication\n"
-        "u.BATCH_FILES = 1\n"
-        "u.publish(sys.argv[1], Publication(repository='org/name', licence='cc0-1.0'))\n"
-    )
-    home = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1"}
-    victim = subprocess.Popen(
-        [sys.executable, "-c", script, str(shared_dataset)], env=os.environ | home
-    )
-    assert hub.hanging.wait(60)
-    victim.send_signal(signal.SIGKILL)
-    victim.wait()
+    place = (shared_dataset, hub.url)
+    victim = processes.Process(target=publish_file_by_file, args=place)
+    victim.start()
+    while not hub.hanging.wait(0.1):
+        assert victim.is_alive()
+    victim.kill()
+    victim.join()
     assert [path for path in hub.files(NAME) if path.startswith("data/")] == [SHARD]
     result = publish(shared_dataset, CC0)
     assert SHARD not in result.plan.missing and MANIFEST in hub.files(NAME)

@@ -1,12 +1,11 @@
 """Remote sets: like local ones through faults of every kind; each byte once; offline once there."""
 
+import fcntl
 import logging
-import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -198,25 +197,16 @@ def test_what_comes_later_is_fetched_ahead(server, cache, monkeypatch):
 
 def test_a_worker_forked_while_fetching_does_not_hang(tmp_path):
     """The child has the lock's file open; the parent's giving it back must be enough."""
-    cache = Cache(tmp_path, 1000)
-    with cache.lock("lock"):
+    with Cache(tmp_path, 1000).lock("lock"):
         child = os.fork()
         if child == 0:
-            time.sleep(30)
-            os._exit(0)
-    other = multiprocessing.get_context("spawn").Process(target=take_lock, args=(tmp_path,))
-    other.start()
-    other.join(10)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    other.join()
-    assert other.exitcode == 0
-
-
-def take_lock(folder: Path) -> None:
-    signal.alarm(8)
-    with Cache(folder, 1000).lock("lock"):
-        pass
+            signal.pause()
+    try:
+        with (tmp_path / "lock").open("a") as other:
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises where it is still held
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 def test_a_pickled_set_carries_no_token(hub, cache):
@@ -232,9 +222,9 @@ def read_everything(url: str, folder: Path) -> None:
     shards.read_codes(np.arange(600))
 
 
-def test_processes_of_a_node_share_one_cache(server, cache):
-    spawn = multiprocessing.get_context("spawn")
-    ranks = [spawn.Process(target=read_everything, args=(server.url, cache.dir)) for _ in range(3)]
+def test_processes_of_a_node_share_one_cache(processes, server, cache):
+    place = (server.url, cache.dir)
+    ranks = [processes.Process(target=read_everything, args=place) for _ in range(3)]
     for rank in ranks:
         rank.start()
     for rank in ranks:
@@ -244,8 +234,10 @@ def test_processes_of_a_node_share_one_cache(server, cache):
     assert sum(n for path, n in server.requests.items() if path.startswith("data/")) == packs
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
-def test_workers_of_every_start_method_read(shared_dataset, server, cache, method):
+@pytest.mark.parametrize(
+    "method", ["fork", "forkserver", pytest.param("spawn", marks=pytest.mark.slow)]
+)
+def test_workers_of_every_start_method_read(processes, shared_dataset, server, cache, method):
     data = LatentDataset(server.url, cache=cache, batch_size=100)
     data.batch(0, 0)  # connections and threads of this process must not reach the workers
     loader = DataLoader(data, batch_size=None, num_workers=2, multiprocessing_context=method)
@@ -273,28 +265,29 @@ def test_a_cached_file_damaged_on_disk_is_fetched_anew(shared_dataset, server, c
     assert np.array_equal(again, ShardSet(shared_dataset).read_codes(np.arange(600)))
 
 
-def test_a_killed_fill_leaves_nothing_broken(shared_dataset, server, cache):
-    """The server hangs on the shard; its reader is killed holding the lock and a half file."""
-    code = (
-        "import sys, numpy as np; from latentds.reader import ShardSet;"
-        "from latentds.cache import Cache, CacheConfig; from pathlib import Path\n"
-        "def hang(self, path, content):\n"
-        "    path.parent.mkdir(parents=True, exist_ok=True)\n"
-        "    path.with_name(path.name + '.tmp').write_bytes(content[:5])\n"
-        "    print('half', flush=True); sys.stdin.read()\n"
-        "s = ShardSet(sys.argv[1], cache=CacheConfig(dir=Path(sys.argv[2])))\n"
-        "Cache.write = hang\n"
-        "s.read_codes(np.array([0]))\n"
-    )
-    victim = subprocess.Popen(
-        [sys.executable, "-c", code, server.url, str(cache.dir)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        cwd=Path(__file__).parents[1],
-    )
-    assert victim.stdout.readline() == b"half\n"
-    victim.send_signal(signal.SIGKILL)
-    victim.wait()
+def fill_half_and_hang(url: str, folder: Path, told: Connection) -> None:
+    """Read a patch, but hang while the pack is written, holding its lock."""
+
+    def hang(self, path, content):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_name(path.name + ".tmp").write_bytes(content[:5])
+        told.send("half")
+        signal.pause()
+
+    shards = ShardSet(url, cache=CacheConfig(dir=folder))
+    Cache.write = hang
+    shards.read_codes(np.array([0]))
+
+
+def test_a_killed_fill_leaves_nothing_broken(processes, shared_dataset, server, cache):
+    """Its reader is killed holding the lock and a half file."""
+    ours, theirs = processes.Pipe()
+    victim = processes.Process(target=fill_half_and_hang, args=(server.url, cache.dir, theirs))
+    victim.start()
+    theirs.close()
+    assert ours.recv() == "half"
+    victim.kill()
+    victim.join()
     codes = ShardSet(server.url, cache=cache).read_codes(np.array([0]))
     assert np.array_equal(codes, ShardSet(shared_dataset).read_codes(np.array([0])))
 

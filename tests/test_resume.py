@@ -3,9 +3,6 @@
 import dataclasses
 import itertools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +12,7 @@ from latentds.dataset import LatentDataset
 from latentds.errors import ContractError
 from latentds.loader import LatentLoader
 from latentds.mixture import Mixture
+from tests import gloo_rank
 from tests.conftest import convert_with_mean, save_pictures
 
 GLOBAL = 48
@@ -169,39 +167,40 @@ RUNS = [  # (ranks, workers) before and after, batches before
     ((3, 1), (2, 1), 2),
     ((2, 2), (3, 0), 5),
 ]
-MORE_RUNS = [
-    (before, after, stop)
-    for before, after in itertools.permutations([(1, 3), (2, 1), (4, 0), (6, 0)], 2)
-    for stop in (0, 4, 9)
+MORE_RUNS = [  # every pair of these, the stops and the kinds in turn
+    (kind, before, after, stop)
+    for (before, after), kind, stop in zip(
+        itertools.permutations([(1, 3), (2, 1), (4, 0), (6, 0)], 2),
+        itertools.cycle(["packs of 7", "balanced"]),
+        itertools.cycle([0, 4, 9]),
+        strict=False,
+    )
 ]
 
 
-@pytest.mark.parametrize("kind", ["mixture"])
-@pytest.mark.parametrize(("before", "after", "stop"), RUNS)
-def test_real_processes_go_on_elsewhere(sets, tmp_path, kind, before, after, stop):
-    resume_with_gloo(sets[kind], tmp_path, before, after, stop)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["packs of 7", "balanced"])
-@pytest.mark.parametrize(("before", "after", "stop"), MORE_RUNS)
-def test_more_real_processes_go_on_elsewhere(sets, tmp_path, kind, before, after, stop):
-    resume_with_gloo(sets[kind], tmp_path, before, after, stop)
+@pytest.mark.parametrize(
+    ("kind", "before", "after", "stop"), [("mixture", *run) for run in RUNS] + MORE_RUNS
+)
+def test_real_processes_go_on_elsewhere(processes, sets, tmp_path, kind, before, after, stop):
+    resume_with_gloo(processes, sets[kind], tmp_path, before, after, stop)
 
 
-def resume_with_gloo(source, tmp_path: Path, before, after, stop: int) -> None:
+def resume_with_gloo(context, source, tmp_path: Path, before, after, stop: int) -> None:
     """Stop after `stop` batches on one topology, go on to the end on another: as if unbroken."""
     folder, options = source
     expected = global_batches(folder, options, 1, 0, 0, 1000)
-    run_ranks(source, tmp_path, "a", *before, stop, None)
+    run_ranks(context, source, tmp_path, "a", *before, stop, None)
     state = json.loads((tmp_path / "a-0.json").read_text())["state"]
-    run_ranks(source, tmp_path, "b", *after, 1000, state)
+    run_ranks(context, source, tmp_path, "b", *after, 1000, state)
     found = merged(tmp_path, "a", before[0]) + merged(tmp_path, "b", after[0])
     wanted = [[(s, r, seed, codes.hex()) for s, r, seed, codes in batch] for batch in expected]
     assert found == wanted
 
 
-def run_ranks(source, tmp_path: Path, name: str, ranks: int, workers: int, stop: int, state):
+def run_ranks(
+    context, source, tmp_path: Path, name: str, ranks: int, workers: int, stop: int, state
+):
     """One process a rank under gloo; each writes what it was handed and its state."""
     folder, options = source
     task = {
@@ -218,14 +217,14 @@ def run_ranks(source, tmp_path: Path, name: str, ranks: int, workers: int, stop:
         "ranks": ranks,
     }
     processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.gloo_rank", json.dumps(task | {"rank": rank})],
-            cwd=Path(__file__).parents[1],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
+        context.Process(target=gloo_rank.main, args=(task | {"rank": rank},))
         for rank in range(ranks)
     ]
-    assert [process.wait(timeout=120) for process in processes] == [0] * ranks
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()  # a rank that waits for others in vain is ended by gloo's own timeout
+    assert [process.exitcode for process in processes] == [0] * ranks
 
 
 def merged(tmp_path: Path, name: str, ranks: int) -> list[list[tuple]]:

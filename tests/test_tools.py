@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from latentds_tools import cli
+from latentds_tools import bench_container, cli
 
 from tests.conftest import save_pictures
 
@@ -167,13 +167,15 @@ def test_wrong_usage_exits_with_2(capsys):
     assert call(capsys, "--version")[1].startswith("latentds ")
 
 
-def test_bench_container_stays_within_its_bound(capsys):
-    code, out, _ = call(capsys, "bench", "container", "--small", "--json")
-    overhead = {
-        (r["bytes_per_patch"], r["pack_size"]): r["shard_overhead"] for r in json.loads(out)
-    }
-    assert code == 0 and len(overhead) == 20
-    assert overhead[2048, 256] < 0.015
+def test_bench_container_tells_every_size_and_every_pack(capsys):
+    code, out, _ = call(capsys, "bench", "container", "--patches", 384, "--small", "--json")
+    rows = json.loads(out)
+    assert code == 0 and {row["patches"] for row in rows} == {32}
+    assert len({(row["bytes_per_patch"], row["pack_size"]) for row in rows}) == len(rows) == 20
+
+
+def test_a_container_stays_within_its_bound():
+    assert bench_container.overhead(4096, 2048, 256)["shard_overhead"] < 0.015
 
 
 def test_bench_convert_reports_both_rates(tmp_path, capsys):
@@ -185,13 +187,19 @@ def test_bench_convert_reports_both_rates(tmp_path, capsys):
     assert code == 0 and result["encoder"] > 0 and result["share_of_encoder"] > 0
 
 
-def test_bench_fidelity_sets_codecs_at_equal_bytes(tmp_path, capsys):
-    save_pictures(tmp_path / "p", 2, edge=128)
-    words = ["bench", "fidelity", tmp_path / "p", "--crop-px", "128", "--json"]
+@pytest.mark.parametrize(
+    "codecs",
+    [["--codecs", "tiny+kmeans,jpeg,webp"], pytest.param([], marks=pytest.mark.slow)],
+    ids=["three", "default"],
+)
+def test_bench_fidelity_sets_codecs_at_equal_bytes(tmp_path, capsys, codecs):
+    save_pictures(tmp_path / "p", 1 if codecs else 2, edge=128)
+    words = ["bench", "fidelity", tmp_path / "p", "--crop-px", "128", "--json", *codecs]
     code, out, _ = call(capsys, *words)
     rows = {row["codec"]: row["groups"]["all"] for row in json.loads(out)["rows"]}
     assert code == 0 and rows["tiny+kmeans"]["bytes"] == 1024
     assert rows["jpeg@1024"]["bytes"] <= 1024 and rows["webp@1024"]["psnr_db"]["mean"] > 20
+    assert codecs or len(rows) == 5
 
 
 @pytest.mark.slow

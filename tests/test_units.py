@@ -1,8 +1,9 @@
 """Shards as units of work, the ledger of them, and room for workers; no cluster is needed."""
 
+import contextlib
 import dataclasses
+import io
 import pickle
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,12 +20,13 @@ from latentds.conversion.plan import make_plan, plan_shards
 from latentds.errors import ContractError, InputError
 from latentds.storage import exclusive_lock
 from tests.conftest import convert_with_mean
-from tests.test_ray import OPTIONS, ROOT, write_table
+from tests.processes import call_apart
+from tests.test_ray import OPTIONS, write_table
 
 
-@pytest.fixture
-def table(tmp_path: Path) -> Path:
-    return write_table(tmp_path / "in")
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_table(tmp_path_factory.mktemp("table"))
 
 
 def test_workers_killed_for_memory_end_the_run_with_what_to_do(tmp_path):
@@ -56,8 +58,8 @@ def test_a_worker_takes_its_gpus_share_of_the_cpus(tmp_path):
     assert cpus_of_worker(config, [{"CPU": 64, "GPU": 8}, {"CPU": 4}]) == 8
 
 
-def test_a_unit_holds_its_own_pictures_and_no_others(table):
-    config = ConvertConfig(source=table, out=table.parent / "o", **OPTIONS)
+def test_a_unit_holds_its_own_pictures_and_no_others(table, tmp_path):
+    config = ConvertConfig(source=table, out=tmp_path / "o", **OPTIONS)
     plan = make_plan(config)
     shard = plan_shards(plan, config, 48)[2]
     made = unit.make_unit(plan, shard)
@@ -127,21 +129,28 @@ def test_gpus_are_not_asked_for_from_a_machine_without_one(pictures, tmp_path):
         unit.for_workers(config)
 
 
-def test_without_ray_the_extra_is_named(pictures, tmp_path):
-    script = (
-        "import sys; sys.modules['ray'] = None; from latentds_tools import cli;"
-        "cli.main(['convert', sys.argv[1], '--out', sys.argv[2], '--engine', 'ray'])"
-    )
-    command = [sys.executable, "-c", script, str(pictures), str(tmp_path / "o")]
-    run = subprocess.run(command, capture_output=True, text=True)
-    assert run.returncode == 1 and "pip install 'latentds[distributed]'" in run.stderr
+def convert_without_ray(source: Path, out: Path) -> tuple[int, str]:
+    """Exit code and stderr of the command where ray is not installed."""
+    from latentds_tools import cli
+
+    sys.modules["ray"] = None
+    with contextlib.redirect_stderr(io.StringIO()) as told, pytest.raises(SystemExit) as ended:
+        cli.main(["convert", str(source), "--out", str(out), "--engine", "ray"])
+    return ended.value.code, told.getvalue()
+
+
+def test_without_ray_the_extra_is_named(processes, pictures, tmp_path):
+    code, told = call_apart(processes, convert_without_ray, pictures, tmp_path / "o")
+    assert code == 1 and "pip install 'latentds[distributed]'" in told
     assert not (tmp_path / "o").exists()
 
 
-def test_neither_help_nor_a_local_conversion_imports_ray(pictures, tmp_path):
-    script = (
-        "import sys; from pathlib import Path; from tests.conftest import convert_with_mean;"
-        f"convert_with_mean(Path({str(pictures)!r}), Path({str(tmp_path / 'o')!r}));"
-        "sys.exit('ray' in sys.modules)"
-    )
-    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == 0
+def loads_ray(source: Path, out: Path) -> bool:
+    """Whether a conversion here imports ray; also True where a module of ours had done so."""
+    convert_with_mean(source, out)
+    return "ray" in sys.modules
+
+
+def test_neither_help_nor_a_local_conversion_imports_ray(processes, pictures, tmp_path):
+    assert not call_apart(processes, loads_ray, pictures, tmp_path / "o")
+    assert (tmp_path / "o").is_dir()

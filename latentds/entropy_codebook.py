@@ -119,14 +119,15 @@ class EntropyCodebook:
     def extents(self) -> np.ndarray:
         """int32 (C,): largest absolute integer of each channel that is no escape."""
         coded = self.tables[0, :, self.magnitude : -1] > 0
-        return (coded.sum(axis=1) - 1).astype(np.int32)
+        extents: np.ndarray = (coded.sum(axis=1) - 1).astype(np.int32)
+        return extents
 
     @functools.cached_property
     def codebook_id(self) -> str:
         """sha256 of "rans C h w R L steps K S P", a newline and the little-endian arrays."""
         classes, _, symbols = self.tables.shape
-        words = (*self.latents_shape, self.record_bytes, self.lanes, len(self.steps))
-        words += (classes, symbols, self.parents.shape[1])
+        sizes = (self.record_bytes, self.lanes, len(self.steps), classes, symbols)
+        words = (*self.latents_shape, *sizes, self.parents.shape[1])
         digest = hashlib.sha256(" ".join([KIND, *map(str, words)]).encode() + b"\n")
         for name, dtype in ARRAYS:
             digest.update(np.ascontiguousarray(getattr(self, name), dtype).tobytes())

@@ -68,7 +68,8 @@ def smoothed(counts: np.ndarray, prior: np.ndarray, distance: np.ndarray) -> np.
     law = (mean / (1 + mean)) ** distance
     weight = max(GEOMETRIC_COUNT, GEOMETRIC_SHARE * counts.sum())
     shares: np.ndarray = counts + weight * law / law.sum()
-    return shares / shares.sum()
+    total: float = shares.sum()
+    return shares / total
 
 
 def frequencies_of(shares: np.ndarray, coded: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from latentds import rans
-from latentds.entropy_contexts import PHASES, around_of, blur
+from latentds.entropy_contexts import around_of, blur
 from latentds.entropy_encoding import HEAD_BYTES, check_of
 from latentds.entropy_tables import decoded_values, decoding_table, model_tables
 from latentds.errors import ShapeError
@@ -105,7 +105,9 @@ def decode_symbols(lanes: rans.Lanes, codebook: EntropyCodebook) -> Tensor:
             rows = channel
             if len(codebook.tables) > 1:
                 around = around_of(magnitudes, model.scan, phase)
-                above = [blurred[max(p, 0)][:, :, cells] for p in codebook.parents[channel].tolist()]
+                above = [
+                    blurred[max(p, 0)][:, :, cells] for p in codebook.parents[channel].tolist()
+                ]
                 rows = model.classes(phase, around, above, part)[:, 0] * channels + channel
             found = decode_phase(lanes, table, rows, turns, cells.stop - cells.start)
             symbols[:, place, cells] = found

@@ -191,11 +191,15 @@ def encode_integers(
     stream = bytes_of(words, 2)
     records[:, head : head + stream.shape[1]] = stream
     integers = integers[:, order]
-    escapes = (integers.abs() > torch.from_numpy(codebook.extents[codebook.order])[:, None]).flatten(1)
+    escapes = (
+        integers.abs() > torch.from_numpy(codebook.extents[codebook.order])[:, None]
+    ).flatten(1)
     fits = head + 2 * counts + escapes.sum(1) <= room
     patch, place = (escapes & fits[:, None]).nonzero(as_tuple=True)
     rank = escapes.cumsum(1)[patch, place]
-    records[patch, room - rank] = integers.flatten(1)[patch, place].bitwise_and(0xFF).to(torch.uint8)
+    records[patch, room - rank] = (
+        integers.flatten(1)[patch, place].bitwise_and(0xFF).to(torch.uint8)
+    )
     return records, fits
 
 
@@ -210,7 +214,7 @@ def in_turns(places: Tensor, codebook: EntropyCodebook) -> Tensor:
     """int32 (T, B, L): what is coded in each turn; lanes beyond a phase's cells idle."""
     batch, channels, _ = places.shape
     lanes = codebook.lanes
-    idle = (encoding_tables(codebook).costs.numel() // codebook.tables.shape[2] - 1)
+    idle = encoding_tables(codebook).costs.numel() // codebook.tables.shape[2] - 1
     scan = scan_of(*codebook.latents_shape[1:], places.device)
     parts = []
     for phase in range(PHASES):
@@ -223,7 +227,7 @@ def in_turns(places: Tensor, codebook: EntropyCodebook) -> Tensor:
 
 
 def check_of(integers: Tensor) -> Tensor:
-    """uint8 (B,): sum of integer * (2 * place + 1), places counted through (C, h*w) in scan order."""
+    """uint8 (B,): sum of integer * (2 * place + 1), places through (C, h*w) in scan order."""
     flat = integers.flatten(1)
     odd = 2 * torch.arange(flat.shape[1], dtype=torch.int32, device=flat.device) + 1
     return ((flat * odd).sum(1, dtype=torch.int64) & 0xFF).to(torch.uint8)

@@ -120,7 +120,13 @@ def refit(integers: Tensor, codebook: EntropyCodebook, classes: int) -> EntropyC
     if classes == 1:
         return plain
     model = fit_model(integers, plain, classes, PARENTS)
-    shell = dataclasses.replace(plain, **model, tables=np.repeat(tables, classes, axis=0))
+    shell = dataclasses.replace(
+        plain,
+        parents=model["parents"],
+        weights=model["weights"],
+        thresholds=model["thresholds"],
+        tables=np.repeat(tables, classes, axis=0),
+    )
     return dataclasses.replace(
         shell, tables=count_tables(integers, classes_at(integers, shell), classes)
     )
@@ -162,7 +168,7 @@ def nominal_step(values: Tensor, stream_bytes: int) -> float:
 
 
 def order_of(integers: Tensor) -> np.ndarray:
-    """int16 (C,): channels by their mean magnitude, the largest first: those tell most of others."""
+    """int16 (C,): channels by mean magnitude, the largest first: those tell most of others."""
     means = integers.abs().double().mean((0, 2))
     return means.argsort(descending=True, stable=True).numpy().astype(np.int16)
 
@@ -172,7 +178,7 @@ def at_own_steps(
 ) -> tuple[Tensor, Tensor]:
     """int32 (N, C, h*w) integers of every patch at its level, and the levels int64 (N,)."""
     integers, levels = [], []
-    for part in values.split(encoding.CHUNK):
+    for part in torch.split(values, encoding.CHUNK):
         level = encoding.finest_levels(part, codebook, rate_weight)
         integers.append(encoding.integers_at(part, level, codebook, rate_weight))
         levels.append(level)

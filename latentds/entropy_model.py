@@ -34,7 +34,7 @@ def fit_model(
     magnitudes = model.magnitudes(integers)
     blurred = blur(magnitudes, model.scan, *model.size)
     channels = integers.shape[1]
-    found = {
+    found: dict[str, np.ndarray] = {
         "parents": np.full((channels, parents), -1, np.int16),
         "weights": np.zeros((channels, PHASES, parents + 2), np.int16),
         "thresholds": np.zeros((channels, classes - 1), np.int32),
@@ -45,7 +45,7 @@ def fit_model(
         earlier = order[:place]
         target = magnitudes[:, channel : channel + 1]
         activities = []
-        chosen = choose_parents(target, blurred[:, earlier], model.scan, parents, stride)
+        chosen = choose_parents(target, blurred[:, earlier], parents, stride)
         names = [earlier[i] for i in chosen]
         found["parents"][channel, : len(names)] = names
         for phase in range(PHASES):
@@ -61,7 +61,7 @@ def fit_model(
     return found
 
 
-def choose_parents(target: Tensor, blurred: Tensor, scan: object, parents: int, stride: int) -> list[int]:
+def choose_parents(target: Tensor, blurred: Tensor, parents: int, stride: int) -> list[int]:
     """Which of the channels (N, F, h*w) tell most of the target's magnitudes (N, 1, h*w)."""
     count = blurred.shape[1]
     if count <= parents:
@@ -76,7 +76,9 @@ def fit_weights(
     target: Tensor, around: Tensor | None, above: list[Tensor], stride: int
 ) -> np.ndarray:
     """int16 (2 + parents,) weights of one phase: a constant, the cells around, the parents."""
-    features = [values.flatten()[::stride] for values in ([] if around is None else [around]) + above]
+    features = [
+        values.flatten()[::stride] for values in ([] if around is None else [around]) + above
+    ]
     stacked = torch.stack(features, 1).double() / FEATURE_UNIT if features else torch.zeros(
         (len(target.flatten()[::stride]), 0), dtype=torch.float64)  # fmt: skip
     solution = solve(stacked, target.flatten()[::stride].double())
@@ -92,7 +94,8 @@ def solve(features: Tensor, target: Tensor) -> Tensor:
     matrix = torch.cat([torch.ones_like(target)[:, None], features], 1)
     gram = matrix.T @ matrix / len(matrix)
     gram += RIDGE * torch.eye(len(gram), dtype=torch.float64)
-    return torch.linalg.solve(gram, matrix.T @ target / len(matrix))
+    solution: Tensor = torch.linalg.solve(gram, matrix.T @ target / len(matrix))
+    return solution
 
 
 def ends_of(activities: Tensor, classes: int) -> np.ndarray:

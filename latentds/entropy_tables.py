@@ -55,7 +55,7 @@ class ModelTables:
                 channels: slice = slice(None)) -> Tensor:  # fmt: skip
         """int32 (B, C, n) classes of a phase's cells in some channels; see `activity`."""
         total = activity(self.weights[phase][:, channels], around, parents)
-        return classes_of(total, self.thresholds[:, channels])
+        return classes_of(torch.as_tensor(total), self.thresholds[:, channels])
 
 
 @functools.lru_cache(maxsize=16)

@@ -52,7 +52,7 @@ def encode(
     source                       asymmetric numeral systems, Duda 2013; words shared by lanes in
                                  their order, as in Giesen 2014
     """
-    turns, batch, lanes = frequencies_TBL.shape
+    turns, batch, _ = frequencies_TBL.shape
     quiet, state = quiet_start(frequencies_TBL, starts_TBL)
     lowest = lowest_states(turns, quiet)
     # Filled from the end, for encoding goes backwards; a column more takes what is not to be kept.

@@ -143,6 +143,7 @@ def build_vit(
     return network
 
 
+@functools.cache  # timm draws weights on `meta` too, in Python: half a second a network
 def check_arch(arch: str) -> None:
     """Refuse networks that are not timm's plain ViT: no patch embedding there to replace."""
     with torch.device("meta"):

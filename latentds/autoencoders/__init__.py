@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from latentds.autoencoders.base import Autoencoder, AutoencoderCard, NetworkAutoencoder
-from latentds.autoencoders.cards import ALIASES, CARDS, SHORT_NAMES
+from latentds.autoencoders.cards import ALIASES, CARDS, EMBEDDED, SHORT_NAMES
 from latentds.errors import WeightsError, unknown_name
 
 __all__ = ["Autoencoder", "AutoencoderCard", "NetworkAutoencoder", "load_autoencoder"]
@@ -18,9 +18,9 @@ def load_autoencoder(
 ) -> NetworkAutoencoder:
     """The autoencoder of that name, or of that local path, in fp32 on the CPU and in eval mode.
 
-    name_or_path  tiny, sd15, sd3, dcae-f32, dcae-f32-mix, taesd, taesd3; sd15-path, sd3-path,
-                  dcae-f32-path (the paper's fine-tuned decoders); the repository of one of them; a
-                  diffusers folder (config.json of class AutoencoderKL, AutoencoderDC or
+    name_or_path  tiny (tiny-v1), tiny-v2, sd15, sd3, dcae-f32, dcae-f32-mix, taesd, taesd3;
+                  sd15-path, sd3-path, dcae-f32-path (the paper's fine-tuned decoders); the
+                  repository of one of them; a diffusers folder (config.json of class AutoencoderKL, AutoencoderDC or
                   AutoencoderTiny); a DC-AE's folder with model.safetensors as efficientvit writes
                   it; a TAESD-style pair of `*_encoder.pth` and `*_decoder.pth` (their folder, or
                   the folder plus their prefix); or a decoder's folder, or its run's: the
@@ -35,10 +35,10 @@ def load_autoencoder(
     given = str(name_or_path)
     is_copy = "/" in given and Path(given).exists()  # of a repository, under its name
     name = given if is_copy else ALIASES.get(given, given)
-    if name == "tiny-v1":
+    if name in EMBEDDED:
         from latentds.autoencoders.tiny import load_tiny
 
-        return load_tiny()
+        return load_tiny(name)
     if name in CARDS:
         from latentds.autoencoders.diffusers_ae import load_from_hub
 

@@ -1,4 +1,4 @@
-"""The `tiny` network: f8, 4 channels, every layer at a quarter of the resolution or below.
+"""The `tiny` networks: f8, every layer at a quarter of the resolution or below.
 
 Pixels enter by pixel-unshuffle and leave by pixel-shuffle, so no convolution ever runs on a
 full-size image: that, not a smaller width, is what makes decoding cheap (7.3 GFLOP a 256 px patch
@@ -8,6 +8,8 @@ against 622 for SD-1.5's decoder).
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from importlib import resources
 from typing import Any
 
@@ -22,11 +24,16 @@ from latentds.autoencoders.base import (
     hash_tensors,
     latent_identity,
 )
-from latentds.autoencoders.cards import TINY
+from latentds.autoencoders.cards import EMBEDDED, TINY
 from latentds.codebooks import StoredCodebook, load_codebook
+from latentds.entropy_codebook import EntropyCodebook
+from latentds.errors import InputError
 
-CHANNELS = 4
+CHANNELS = 4  # of tiny-v1
+WIDTHS = (96, 160)  # of its encoder
 BOUND = 3.0  # latents lie in (-3, 3)
+USUAL_BYTES, USUAL_CELLS = 4096, 1024  # of a record of a patch of 256 px
+RECORDS = ("tiny-v2-4096.safetensors",)
 
 
 class ResidualBlock(nn.Module):
@@ -46,32 +53,45 @@ class ResidualBlock(nn.Module):
 
 
 class TinyEncoder(nn.Module):
-    """Images (B, 3, H, W) in [0, 1] to latents (B, 4, H/8, W/8) in (-3, 3)."""
+    """Images (B, 3, H, W) in [0, 1] to latents (B, C, H/8, W/8).
 
-    def __init__(self) -> None:
+    channels    C
+    widths      of the layers at a quarter and at an eighth of the resolution
+    is_bounded  latents in (-3, 3), for codes that cover a range; entropy-coded ones need none
+    """
+
+    def __init__(
+        self,
+        channels: int = CHANNELS,
+        widths: tuple[int, int] = WIDTHS,
+        is_bounded: bool = True,
+    ) -> None:
         super().__init__()
+        quarter, eighth = widths
+        self.is_bounded = is_bounded
         self.layers = nn.Sequential(
             nn.PixelUnshuffle(4),
-            nn.Conv2d(48, 96, 3, padding=1),
-            ResidualBlock(96),
-            ResidualBlock(96),
-            nn.Conv2d(96, 160, 3, stride=2, padding=1),
-            ResidualBlock(160),
-            ResidualBlock(160),
-            nn.Conv2d(160, CHANNELS, 3, padding=1),
+            nn.Conv2d(48, quarter, 3, padding=1),
+            ResidualBlock(quarter),
+            ResidualBlock(quarter),
+            nn.Conv2d(quarter, eighth, 3, stride=2, padding=1),
+            ResidualBlock(eighth),
+            ResidualBlock(eighth),
+            nn.Conv2d(eighth, channels, 3, padding=1),
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        return BOUND * torch.tanh(self.layers(images * 2 - 1) / BOUND)
+        latents: Tensor = self.layers(images * 2 - 1)
+        return BOUND * torch.tanh(latents / BOUND) if self.is_bounded else latents
 
 
 class TinyDecoder(nn.Module):
-    """Latents (B, 4, h, w) to images (B, 3, 8h, 8w), nominally in [0, 1] and not clamped."""
+    """Latents (B, C, h, w) to images (B, 3, 8h, 8w), nominally in [0, 1] and not clamped."""
 
-    def __init__(self) -> None:
+    def __init__(self, channels: int = CHANNELS) -> None:
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Conv2d(CHANNELS, 192, 3, padding=1),
+            nn.Conv2d(channels, 192, 3, padding=1),
             ResidualBlock(192),
             ResidualBlock(192),
             ResidualBlock(192),
@@ -93,10 +113,10 @@ def weights_folder() -> Any:
     return resources.files("latentds.autoencoders") / "weights"
 
 
-def load_tiny() -> NetworkAutoencoder:
-    """`tiny-v1` with the weights that ship with latentds."""
-    tensors = load((weights_folder() / "tiny-v1.safetensors").read_bytes())
-    return build_tiny({name: tensor.float() for name, tensor in tensors.items()}, TINY)
+def load_tiny(name: str = TINY.name) -> NetworkAutoencoder:
+    """`tiny-v1` or `tiny-v2` with the weights that ship with latentds."""
+    tensors = load((weights_folder() / f"{name}.safetensors").read_bytes())
+    return build_tiny({name: tensor.float() for name, tensor in tensors.items()}, EMBEDDED[name])
 
 
 def build_tiny(tensors: dict[str, Tensor], card: AutoencoderCard) -> NetworkAutoencoder:
@@ -107,7 +127,9 @@ def build_tiny(tensors: dict[str, Tensor], card: AutoencoderCard) -> NetworkAuto
         }
         for part in ("encoder", "decoder")
     }
-    encoder, decoder = TinyEncoder(), TinyDecoder()
+    # Only the codes of tiny-v1 cover a range; those of entropy-coded latents need no bound.
+    encoder = TinyEncoder(card.channels, is_bounded=card.channels == CHANNELS)
+    decoder = TinyDecoder(card.channels)
     encoder.load_state_dict(parts["encoder"])
     decoder.load_state_dict(parts["decoder"])
     card = dataclasses.replace(
@@ -123,3 +145,44 @@ def tiny_codebook() -> StoredCodebook:
     """The codebook that ships with `tiny-v1`, the latents it belongs to, and how it was fitted."""
     with resources.as_file(weights_folder() / "tiny-v1-codebook.safetensors") as path:
         return load_codebook(path)
+
+
+def shipped_records(
+    latent_id: str, latents_shape: tuple[int, int, int], record_bytes: int | None
+) -> StoredCodebook | None:
+    """The entropy codebook that ships with these latents; None where none does.
+
+    record_bytes  of a patch; None for 4,096 a patch of 256 px, in proportion to other patches' area
+    raises        InputError for bytes that these latents cannot be coded in
+    """
+    books = [stored_records(name) for name in RECORDS]
+    if latent_id != books[0].latent_id:
+        return None
+    cells = latents_shape[1] * latents_shape[2]
+    usual = USUAL_BYTES * cells // USUAL_CELLS
+    wanted = record_bytes or usual
+    share = wanted / usual * USUAL_BYTES  # of a patch of 256 px
+    stored = min(books, key=lambda s: abs(math.log(math.prod(codes_of(s)) / share)))
+    assert isinstance(stored.codebook, EntropyCodebook)
+    try:
+        book = dataclasses.replace(
+            stored.codebook,
+            latents_shape=latents_shape,
+            record_bytes=wanted,
+            lanes=min(stored.codebook.lanes, max(1, cells // 4)),
+        )
+    except ValueError as error:
+        raise InputError(f"--bytes {wanted}: {error}") from error
+    return dataclasses.replace(stored, codebook=book)
+
+
+@functools.cache
+def stored_records(name: str) -> StoredCodebook:
+    """A codebook file that ships."""
+    with resources.as_file(weights_folder() / name) as path:
+        return load_codebook(path)
+
+
+def codes_of(stored: StoredCodebook) -> tuple[int, ...]:
+    """Shape of the codes of a patch of 256 px."""
+    return stored.codebook.codes_shape_of((32, 32, 32))

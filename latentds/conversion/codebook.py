@@ -11,12 +11,13 @@ import numpy as np
 from tqdm import tqdm
 
 from latentds.additive_fit import fit_additive, plane_range
-from latentds.autoencoders.tiny import tiny_codebook
+from latentds.autoencoders.tiny import shipped_records, tiny_codebook
 from latentds.codebooks import StoredCodebook, load_codebook
 from latentds.conversion.config import ConvertConfig
 from latentds.conversion.decode import PatchReader
 from latentds.conversion.encode import Encoder, sample_latents
 from latentds.conversion.plan import check_budget
+from latentds.entropy_fit import fit_entropy_codebook
 from latentds.errors import ContractError, InputError
 from latentds.fit import fit_codebook
 from latentds.format import Contract
@@ -44,9 +45,16 @@ def find_codebook(
             latent_id=contract.latent_id,
             made=earlier["made"]["codebook"],
         )
+    kind = config.codebook_kind
+    if kind in (None, "rans"):
+        shape = encoder.check_shape(reader.plan.patch_px)
+        records = shipped_records(card.latent_id, shape, config.bytes)
+        if records is not None:
+            return records
+    if kind == "rans":
+        return fit_records_to_sample(config, encoder, reader)
     shipped = tiny_codebook()
-    kind = config.codebook_kind or ("scalar" if config.bytes is None else "additive")
-    if kind == "additive":
+    if kind == "additive" or (kind is None and config.bytes is not None):
         if config.bytes is None:
             raise InputError("--codebook additive needs --bytes, how many a patch is to take")
         return fit_additive_to_sample(
@@ -113,6 +121,26 @@ def fit_additive_to_sample(
     )
 
 
+def fit_records_to_sample(
+    config: ConvertConfig, encoder: Encoder, reader: PatchReader
+) -> StoredCodebook:
+    """The codebook of entropy-coded records of --bytes, fitted to patches of the input."""
+    if config.bytes is None:
+        raise InputError("--codebook rans needs --bytes, how many a patch is to take")
+    rows, rng, drawn = draw_rows(config, reader)
+    chunks = sample_chunks(reader, rng.permutation(rows), encoder.batch)
+    batches = (encoder.latents(chunk).cpu() for chunk in chunks if len(chunk))
+    try:
+        codebook, report = fit_entropy_codebook(batches, config.bytes)
+    except ValueError as error:
+        raise InputError(f"--bytes {config.bytes}: {error}") from error
+    return StoredCodebook(
+        codebook=codebook,
+        latent_id=encoder.autoencoder.card.latent_id,
+        made=drawn | {"record_fit": report.to_json()},
+    )
+
+
 def planes_of(patch_bytes: int, channels: int, cells: int, method: str = "auto") -> int:
     """Code planes that take so many bytes a patch; InputError that says what is possible."""
     least, most = plane_range(method, channels)
@@ -132,22 +160,31 @@ def draw_sample(
     config: ConvertConfig, encoder: Encoder, reader: PatchReader
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """Latents float32 (C, M) of the patches a codebook is fitted to, and how they were drawn."""
-    splits, card = reader.plan.splits, encoder.autoencoder.card
+    rows, rng, drawn = draw_rows(config, reader)
+    cells = max(16, MAX_SAMPLE_VALUES // (encoder.autoencoder.card.channels * len(rows)))
+    with tqdm(total=len(rows), desc="codebook", unit="patch", delay=1) as bar:
+        chunks = sample_chunks(reader, rows, encoder.batch)
+        samples = sample_latents(encoder, chunks, cells, rng, bar.update)
+    return samples, drawn
+
+
+def draw_rows(
+    config: ConvertConfig, reader: PatchReader
+) -> tuple[np.ndarray, np.random.Generator, dict[str, Any]]:
+    """Rows of the patches a codebook is fitted to, the generator that drew them, and how."""
+    splits = reader.plan.splits
     split = "train" if "train" in splits else next(iter(splits))
     start, stop = splits[split]
     rng = np.random.default_rng([config.seed, 1])
     count = min(config.fit_patches, stop - start)
     rows = np.sort(rng.choice(np.arange(start, stop), count, replace=False))
-    cells = max(16, MAX_SAMPLE_VALUES // (card.channels * count))
-    with tqdm(total=count, desc="codebook", unit="patch", delay=1) as bar:
-        chunks = sample_chunks(reader, rows, encoder.batch)
-        samples = sample_latents(encoder, chunks, cells, rng, bar.update)
-    return samples, {
+    drawn = {
         "origin": "fitted to a sample of the input",
         "split": split,
         "patches": count,
         "seed": config.seed,
     }
+    return rows, rng, drawn
 
 
 def sample_chunks(reader: PatchReader, rows: np.ndarray, batch: int) -> Iterator[np.ndarray]:

@@ -1,0 +1,49 @@
+"""tiny-v2: the network that ships, its entropy-coded records, sets of them."""
+
+import numpy as np
+import pytest
+import torch
+
+from latentds.autoencoders import load_autoencoder
+from latentds.autoencoders.tiny import shipped_records
+from latentds.conversion.config import ConvertConfig
+from latentds.conversion.pipeline import convert
+from latentds.errors import InputError
+from latentds.loader import LatentLoader
+from latentds.verification import verify
+from tests.conftest import save_pictures
+
+
+@pytest.fixture(scope="module")
+def tiny_v2():
+    return load_autoencoder("tiny-v2")
+
+
+def test_records_of_other_sizes_and_patches_come_from_the_one_that_ships(tiny_v2):
+    latent_id = tiny_v2.card.latent_id
+    assert shipped_records(latent_id, (32, 32, 32), None).codebook.record_bytes == 4096
+    assert shipped_records(latent_id, (32, 16, 16), None).codebook.record_bytes == 1024
+    assert shipped_records(latent_id, (32, 32, 32), 2048).codebook.record_bytes == 2048
+    assert shipped_records("sha256:0", (32, 32, 32), None) is None
+    with pytest.raises(InputError, match=r"--bytes 64: .*are allowed"):
+        shipped_records(latent_id, (32, 32, 32), 64)
+
+
+@pytest.mark.slow
+def test_a_set_of_tiny_v2_is_converted_verified_and_decoded(tmp_path):
+    save_pictures(tmp_path / "in" / "tumour", 6, edge=64)
+    config = ConvertConfig(
+        source=tmp_path / "in", out=tmp_path / "out", autoencoder="tiny-v2", device="cpu"
+    )
+    manifest = convert(config)
+    assert manifest.contract.encoding == "rans" and manifest.contract.bytes_per_patch == 256
+    assert verify(tmp_path / "out").is_good
+    (batch,) = LatentLoader(tmp_path / "out", batch_size=6, device="cpu")
+    from PIL import Image
+
+    sources = LatentLoader(tmp_path / "out", batch_size=6, device="cpu", columns=("source",))
+    names = next(iter(sources)).columns["source"]
+    originals = [np.asarray(Image.open(tmp_path / "in" / name)) for name in names]
+    wanted = torch.from_numpy(np.stack(originals)).permute(0, 3, 1, 2).float() / 255
+    error = (batch.images - wanted).square().mean()
+    assert -10 * torch.log10(error) > 30  # smooth ramps

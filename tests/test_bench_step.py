@@ -1,6 +1,7 @@
 """bench step: real models, views, decoders and loaders in miniature; costs of the same round."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,9 +26,18 @@ def call(capsys, *words, code: int = 0) -> str:
     return captured.err if code else captured.out
 
 
-def test_costs_are_those_of_the_same_round(capsys, tmp_path):
-    report = json.loads(call(capsys, *QUICK, "--work", tmp_path, "--json"))
-    assert list(report["steps"]) == STEPS and list(tmp_path.iterdir()) == []
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, Path]:
+    """A report and the folder it worked in."""
+    work = tmp_path_factory.mktemp("work")
+    sizes = {"global_px": 32, "local_px": 16, "locals": 2, "patch_size": 32, "out_dim": 16}
+    options = {"arch": "test_vit", "batch_size": 2, "steps": 1, "rounds": 2, "work": work}
+    return bench_step.measure(bench_step.Config(**options, **sizes)), work
+
+
+def test_costs_are_those_of_the_same_round(measured):
+    report, work = measured
+    assert list(report["steps"]) == STEPS and list(work.iterdir()) == []
     assert set(report["alone"]) == {bench_step.READ, bench_step.VIEWS, bench_step.DECODE}
     assert all(row["patches_per_s"] > 0 for row in report["steps"].values())
     low, high = report["loader_over_cached_views"]["percent_range"]

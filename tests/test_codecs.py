@@ -80,7 +80,10 @@ def test_bytes_allowed_are_kept_and_used(format, tissue):
     assert fitted.fits and least * 2000 <= len(fitted.encoded) <= 2000
 
 
-@pytest.mark.parametrize("format", LOSSY)
+@pytest.mark.parametrize(
+    "format",
+    [pytest.param(f, marks=[pytest.mark.slow] if f == "avif" else []) for f in LOSSY],
+)
 def test_quality_found_makes_the_same_file_again(format, tissue):
     codec = PictureCodec(format, max_bytes=1500)
     fitted = codec.fit(tissue)
@@ -194,7 +197,7 @@ def test_tiny_with_its_own_codebook_is_what_it_was(tissue):
 
 def test_kmeans_beats_every_int8_on_peaked_latents():
     kinds = ("kmeans", "int8-minmax", "int8-percentile", "int8-channel")
-    mse = {kind: fit_codebook(PEAKED, kind)[1].mse for kind in kinds}
+    mse = {kind: fit_codebook(PEAKED[:, :5000], kind)[1].mse for kind in kinds}
     assert mse["kmeans"] < min(mse[kind] for kind in kinds[1:])
 
 

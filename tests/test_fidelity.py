@@ -533,8 +533,17 @@ def test_killed_run_goes_on_after_its_last_row(folder, tmp_path, stand_ins, monk
     assert (tmp_path / "out" / "fidelity.json").exists()
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests of kept rows draw no plots of them."""
+    monkeypatch.setattr(comparing, "draw_plots", lambda report: {})
+    monkeypatch.setattr(comparing, "draw_sheet", lambda *_: b"")
+
+
 @pytest.mark.parametrize("change", [{"seed": 1, "crop_px": 16}, {"ssim": "uniform"}])
-def test_rows_made_otherwise_are_measured_again(folder, tmp_path, stand_ins, change, monkeypatch):
+def test_rows_made_otherwise_are_measured_again(
+    folder, tmp_path, stand_ins, undrawn, change, monkeypatch
+):
     config = settings(folder, out=tmp_path / "out")
     comparing.compare(config)
     asked: list[str] = []
@@ -549,7 +558,7 @@ def test_rows_made_otherwise_are_measured_again(folder, tmp_path, stand_ins, cha
     assert len(asked) == 2
 
 
-def test_damaged_row_is_measured_again(folder, tmp_path, stand_ins):
+def test_damaged_row_is_measured_again(folder, tmp_path, stand_ins, undrawn):
     config = settings(folder, out=tmp_path / "out")
     first = rows_of(config)
     for path in (tmp_path / "out" / "rows").glob("*.npy"):

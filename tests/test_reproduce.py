@@ -97,6 +97,8 @@ def translated(part: str, words: list[str], names: dict[str, str]) -> list[str]:
         base, plus, quantizer = word.partition("+")
         if words[number - 1] in NAMING and base in names:
             words[number] = names[base] + plus + quantizer
+    if part == "sampath" and "original" not in words:  # HIPT's real size with originals alone
+        words[words.index("--pathology-encoder") + 1] = names["uni"]
     if "--patch-size" in words:
         words[words.index("--patch-size") + 1] = "128"
     for option in PINNED.get(part, []):

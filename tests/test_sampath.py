@@ -5,10 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
-import os
-import socket
-import subprocess
-import sys
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -35,23 +32,46 @@ from latentds_trainers.segmentation_presets import PRESETS
 from latentds_trainers.segmentation_run import spread_over
 from latentds_trainers.settings import TrainConfig
 
-from tests.nuclei import save_nuclei
+from tests.nuclei import one_fold, save_nuclei
+from tests.trainer_ranks import run_ranks
 
-ROOT = Path(__file__).parents[1]
 SMALL = {"unet_channels": (16, 8), "image_size": 32, "batch_size": 2}
 UNET = SMALL | {"model": "unet", "unet_encoder": "mobilenet_v2"}
 SAM = {"sam": "tiny-random", "image_size": 64, "batch_size": 2}
 
 
-@pytest.fixture(autouse=True)
-def one_rank_on_cpu(monkeypatch):
+@pytest.fixture(autouse=True, scope="module")
+def one_rank_on_cpu():
     """Engines of this process run on the CPU, whatever the machine has."""
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("DS_ACCELERATOR", "cpu")
+        yield
+
+
+@pytest.fixture(scope="module")
+def nuclei(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight images and masks; read only, runs lie elsewhere."""
+    return save_nuclei(tmp_path_factory.mktemp("images") / "nuclei")
+
+
+@pytest.fixture(scope="module")
+def finished(one_rank_on_cpu: None, nuclei: Path) -> Path:
+    """The folder of a finished run of two folds; read only."""
+    run(nuclei, nuclei.with_name("finished"))
+    return nuclei.with_name("finished")
 
 
 @pytest.fixture
-def nuclei(tmp_path: Path) -> Path:
-    return save_nuclei(tmp_path / "nuclei")
+def copy(finished: Path, tmp_path: Path) -> Path:
+    """A copy that a test may change and go on with."""
+    return Path(shutil.copytree(finished, tmp_path / "copy"))
+
+
+@pytest.fixture(scope="module")
+def sam_run(one_rank_on_cpu: None, nuclei: Path) -> Path:
+    """The folder of a finished run of SAM-Path of one fold; read only."""
+    run(nuclei, nuclei.with_name("sam"), model="sampath", **SAM, **one_fold(nuclei))
+    return nuclei.with_name("sam")
 
 
 def config_of(root: Path, out: Path, **options) -> SampathConfig:
@@ -79,15 +99,15 @@ def images_csv(out: Path) -> list[dict[str, str]]:
 # What a run leaves
 
 
-def test_a_run_records_folds_scores_classes_and_pictures(nuclei, tmp_path, capsys):
-    record = run(nuclei, tmp_path / "out")
+def test_a_run_records_folds_scores_classes_and_pictures(nuclei, copy, capsys):
+    record = run(nuclei, copy)
     assert (record.task, record.model, record.classes) == ("sampath", "unet", ["foreground"])
     assert record.data == "nuclei" and record.source["name"] == "original"
     assert [(f["fold"], f["train"], f["test"]) for f in record.folds] == [(0, 4, 4), (1, 4, 4)]
     assert {"dice_macro", "jaccard_micro", "sampath_F1", "sampath_Dice"} <= set(record.metrics())
     assert "foreground" in record.folds[0]["per_class"]
-    assert len(images_csv(tmp_path / "out")) == 8
-    assert sorted(p.name for p in (tmp_path / "out/splits").iterdir()) == [
+    assert len(images_csv(copy)) == 8
+    assert sorted(p.name for p in (copy / "splits").iterdir()) == [
         "splits_0.csv", "splits_1.csv",
     ]  # fmt: skip
     printed = capsys.readouterr().out
@@ -95,9 +115,13 @@ def test_a_run_records_folds_scores_classes_and_pictures(nuclei, tmp_path, capsy
     assert any(note.startswith("sampath-compat is what") for note in record.notes)
 
 
-def test_a_picture_shows_image_truth_and_prediction_side_by_side(nuclei, tmp_path):
-    run(nuclei, tmp_path / "out")
-    found = sorted((tmp_path / "out/predictions").iterdir())
+def test_images_that_name_no_patient_are_noted(finished):
+    notes = read_record(finished).notes
+    assert any("each file is a group by itself" in note for note in notes)
+
+
+def test_a_picture_shows_image_truth_and_prediction_side_by_side(nuclei, finished):
+    found = sorted((finished / "predictions").iterdir())
     assert [path.name[:7] for path in found] == ["fold-0_", "fold-1_"]
     picture = np.asarray(Image.open(found[0]))
     source = nuclei / "images" / found[0].name.removeprefix("fold-0_")
@@ -108,29 +132,28 @@ def test_a_picture_shows_image_truth_and_prediction_side_by_side(nuclei, tmp_pat
     assert np.array_equal(is_painted, mask)
 
 
-def test_scores_of_compat_and_correct_agree_where_they_should(nuclei, tmp_path):
-    record = run(nuclei, tmp_path / "out", steps=6)
-    for fold in record.folds:
+def test_scores_of_compat_and_correct_agree_where_they_should(finished):
+    for fold in read_record(finished).folds:
         scores = fold["scores"]
         assert scores["sampath_Dice"] == pytest.approx(scores["dice_micro"])
         assert scores["sampath_F1"] == pytest.approx(scores["recall_micro"])
 
 
-def test_json_prints_the_record(nuclei, tmp_path, capsys):
-    run(nuclei, tmp_path / "out", json=True)
+def test_json_prints_the_record(nuclei, copy, capsys):
+    run(nuclei, copy, json=True)
     assert json.loads(capsys.readouterr().out)["task"] == "sampath"
 
 
 @pytest.mark.slow
 def test_the_unet_learns_what_nuclei_are(nuclei, tmp_path):
-    record = run(nuclei, tmp_path / "out", steps=40, batch_size=4, lr=3e-3)
+    record = run(nuclei, tmp_path, steps=40, batch_size=4, lr=3e-3, **one_fold(nuclei))
     assert record.summary["dice_macro"][0] > 0.8
 
 
-def test_sam_path_trains_and_saves_its_head_only(nuclei, tmp_path):
-    record = run(nuclei, tmp_path / "out", model="sampath", **SAM)
+def test_sam_path_trains_and_saves_its_head_only(sam_run):
+    record = read_record(sam_run)
     assert record.model == "sam-path" and record.embedder is None
-    folder = tmp_path / "out/fold-0"
+    folder = sam_run / "fold-0"
     saved = weights(folder)
     assert saved and all(name.startswith(("neck.", "decoder.")) for name in saved)
     (checkpoint,) = complete_checkpoints(folder)
@@ -144,13 +167,12 @@ def test_sam_path_trains_and_saves_its_head_only(nuclei, tmp_path):
     assert facts["frozen"]["sam"] == "tiny-random" and facts["settings"]["steps"] == 2
 
 
-def test_training_moves_the_head_and_leaves_the_encoders(nuclei, tmp_path):
+def test_training_moves_the_head_and_leaves_the_encoders(nuclei, sam_run):
     from latentds_trainers.segmentation_networks import build_network
 
-    run(nuclei, tmp_path / "out", model="sampath", **SAM)
-    config = config_of(nuclei, tmp_path / "out", **({"model": "sampath"} | SAM))
+    config = config_of(nuclei, sam_run, **({"model": "sampath"} | SAM))
     network = build_network(config, 3)
-    before, after = network.trained.state_dict(), weights(tmp_path / "out/fold-0")
+    before, after = network.trained.state_dict(), weights(sam_run / "fold-0")
     assert set(before) == set(after)
     assert any(not torch.equal(before[name], after[name]) for name in before)
     assert not any(p.requires_grad for p in network.model.encoders.parameters())
@@ -159,23 +181,33 @@ def test_training_moves_the_head_and_leaves_the_encoders(nuclei, tmp_path):
 # Going on
 
 
-def test_finished_folds_are_skipped_when_the_command_runs_again(nuclei, tmp_path, monkeypatch):
-    first = run(nuclei, tmp_path / "out")
-    (tmp_path / "out/fold-1/fold.json").unlink()
+def test_finished_folds_are_skipped_when_the_command_runs_again(
+    nuclei, finished, copy, monkeypatch
+):
+    (copy / "fold-1/fold.json").unlink()
     trained = []
     real = segmentation_fold.SegmentationFold.run
     monkeypatch.setattr(
         "latentds_trainers.segmentation_fold.SegmentationFold.run",
         lambda fold: trained.append(fold.config.out.name) or real(fold),
     )
-    again = run(nuclei, tmp_path / "out")
+    again = run(nuclei, copy)
     assert trained == ["fold-1"]
-    assert again.folds == first.folds
+    assert again.folds == read_record(finished).folds
 
 
-def test_a_resumed_fold_equals_one_that_never_stopped(nuclei, tmp_path, monkeypatch):
-    options = {"steps": 4, "save_every": 2, "accumulation": 2}
-    run(nuclei, tmp_path / "whole", **options)
+RESUMED = {"steps": 4, "save_every": 2, "accumulation": 2, "pictures": 0}
+
+
+@pytest.fixture(scope="module")
+def whole(one_rank_on_cpu: None, nuclei: Path) -> Path:
+    """The folder of a run of one fold that nothing stopped; read only."""
+    run(nuclei, nuclei.with_name("whole"), **RESUMED, **one_fold(nuclei))
+    return nuclei.with_name("whole")
+
+
+def test_a_resumed_fold_equals_one_that_never_stopped(nuclei, whole, tmp_path, monkeypatch):
+    options = RESUMED | one_fold(nuclei)
     real = segmentation_fold.SegmentationFold.step
 
     def killed(fold, number, batch):
@@ -186,95 +218,88 @@ def test_a_resumed_fold_equals_one_that_never_stopped(nuclei, tmp_path, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(segmentation_fold.SegmentationFold, "step", killed)
         with pytest.raises(KeyboardInterrupt):
-            run(nuclei, tmp_path / "parts", **options)
-    run(nuclei, tmp_path / "parts", **options)
-    for number in (0, 1):
-        whole, parts = (weights(tmp_path / n / f"fold-{number}") for n in ("whole", "parts"))
-        assert all(torch.equal(whole[name], parts[name]) for name in whole)
-    assert images_csv(tmp_path / "whole") == images_csv(tmp_path / "parts")
+            run(nuclei, tmp_path, **options)
+    run(nuclei, tmp_path, **options)
+    wanted, found = weights(whole / "fold-0"), weights(tmp_path / "fold-0")
+    assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+    assert images_csv(whole) == images_csv(tmp_path)
 
 
-def test_a_second_run_gives_the_same_table(nuclei, tmp_path):
-    tables = [run(nuclei, tmp_path / name, workers=n).folds for name, n in (("a", 1), ("b", 3))]
-    assert tables[0] == tables[1]
+def test_a_fold_that_is_trained_again_by_other_workers_gives_the_same(nuclei, finished, copy):
+    shutil.rmtree(copy / "fold-1")
+    assert run(nuclei, copy, workers=3).folds == read_record(finished).folds
+    again, first = weights(copy / "fold-1"), weights(finished / "fold-1")
+    assert all(torch.equal(again[name], first[name]) for name in first)
 
 
-def test_every_seed_trains_every_fold_of_the_same_split(nuclei, tmp_path):
-    record = run(nuclei, tmp_path / "out", seeds=(0, 7))
+def test_every_seed_trains_every_fold_of_the_same_split(nuclei, copy):
+    record = run(nuclei, copy, seeds=(0, 7))
     assert [(f["fold"], f["seed"]) for f in record.folds] == [(0, 0), (1, 0), (0, 7), (1, 7)]
-    assert (tmp_path / "out/fold-1-seed-7/weights.safetensors").exists()
-    rows = images_csv(tmp_path / "out")
+    assert (copy / "fold-1-seed-7/weights.safetensors").exists()
+    rows = images_csv(copy)
     tested = [{r["item"] for r in rows if (r["fold"], r["seed"]) == ("0", s)} for s in ("0", "7")]
     assert tested[0] == tested[1]
-    first, second = (weights(tmp_path / "out" / n) for n in ("fold-0", "fold-0-seed-7"))
+    first, second = (weights(copy / n) for n in ("fold-0", "fold-0-seed-7"))
     assert any(not torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.slow
-def test_two_ranks_take_the_steps_of_one(nuclei, tmp_path):
-    options = {"model": "sampath", "steps": 2, **SAM, "batch_size": 4, "log_every": 1}
-    run(nuclei, tmp_path / "one", **options)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    command = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2"]
-    command += ["--master_port", port, "--module", "latentds_trainers.sampath"]
-    command += ["--data", str(nuclei / "images"), "--masks", str(nuclei / "masks"), "--folds", "2"]
-    command += ["--out", str(tmp_path / "two"), "--sam", "tiny-random", "--image-size", "64"]
-    command += ["--steps", "2", "--batch-size", "2", "--log-every", "1", "--device", "cpu"]
-    variables = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
-    ended = subprocess.run(
-        command, env=os.environ | variables, capture_output=True, text=True, timeout=240, cwd=ROOT
-    )
-    assert ended.returncode == 0, ended.stderr[-3000:]
+def test_two_ranks_take_the_steps_of_one(nuclei, tmp_path, processes):
+    options = {"model": "sampath", "log_every": 1, **SAM, **one_fold(nuclei)}
+    run(nuclei, tmp_path / "one", **(options | {"batch_size": 4}))
+    run_ranks(processes, main, config_of(nuclei, tmp_path / "two", **options), 2)
     losses = [
         [json.loads(line)["segmentation/loss"] for line in path.read_text().splitlines()]
         for path in (tmp_path / n / "fold-0/log.jsonl" for n in ("one", "two"))
     ]
+    assert len(losses[0]) == 2
     assert losses[0] == pytest.approx(losses[1], abs=2e-4)  # means of means, in float32
     assert read_record(tmp_path / "two").split_id == read_record(tmp_path / "one").split_id
-    assert len(images_csv(tmp_path / "two")) == 8
+    assert len(images_csv(tmp_path / "two")) == 4
 
 
-def test_a_run_goes_on_with_the_same_images_elsewhere(nuclei, tmp_path):
-    first = run(nuclei, tmp_path / "out")
-    moved = nuclei.rename(tmp_path / "moved")
-    again = run(moved, tmp_path / "out")
-    assert again.folds == first.folds
+def test_a_run_goes_on_with_the_same_images_elsewhere(nuclei, finished, copy, tmp_path):
+    moved = Path(shutil.copytree(nuclei, tmp_path / "moved"))
+    assert run(moved, copy).folds == read_record(finished).folds
 
 
 # Sources and sizes
 
 
-@pytest.fixture
-def latents(nuclei, tmp_path) -> Path:
+@pytest.fixture(scope="module")
+def latents(nuclei: Path) -> Path:
+    """The images as latents; read only."""
     from latentds.conversion.config import ConvertConfig
     from latentds.conversion.pipeline import convert
 
-    out = tmp_path / "latents"
+    out = nuclei.with_name("latents")
     options = {"device": "cpu", "fit_patches": 4, "encode_batch": 4}
     convert(ConvertConfig(source=nuclei / "images", masks=nuclei / "masks", out=out, **options))
     return out
 
 
-def test_originals_codecs_and_latents_are_tested_on_the_same_pixels(nuclei, latents, tmp_path):
-    records = [
-        run(nuclei, tmp_path / "original"),
-        run(nuclei, tmp_path / "jpeg", codec="jpeg:10"),
-        run(nuclei, tmp_path / "latents-run", data=latents, masks=None),
+@pytest.mark.parametrize("kind", ["codec", "latents"])
+def test_codecs_and_latents_are_tested_on_the_pixels_of_originals(
+    nuclei, finished, latents, tmp_path, kind
+):
+    options = {"codec": {"codec": "jpeg:10"}, "latents": {"data": latents, "masks": None}}[kind]
+    record = run(nuclei, tmp_path, steps=1, pictures=0, **options)
+    originals = read_record(finished)
+    assert [originals.source["kind"], record.source["kind"]] == ["original", kind]
+    assert record.split_id == originals.split_id
+    pixels = [
+        [f["per_class"]["foreground"]["pixels"] for f in r.folds] for r in (originals, record)
     ]
-    assert [r.source["kind"] for r in records] == ["original", "codec", "latents"]
-    assert len({r.split_id for r in records}) == 1
-    pixels = [[f["per_class"]["foreground"]["pixels"] for f in r.folds] for r in records]
-    assert pixels[0] == pixels[1] == pixels[2]
+    assert pixels[0] == pixels[1]
 
 
 @pytest.mark.parametrize("odd_size", ["pad", "resize"])
 @pytest.mark.parametrize("codec", ["original", "tiny"])
 def test_images_of_an_odd_size_work_both_ways(tmp_path, odd_size, codec):
     """CRAG's 1512x1516 px in small: no multiple of a network's step either way."""
-    root = save_nuclei(tmp_path / "crag", 6, size_px=(63, 61), values=(0, 1))
+    root = save_nuclei(tmp_path / "crag", 4, size_px=(63, 61), values=(0, 1))
     options = {"preset": "crag", "odd_size": odd_size, "image_size": 64, "codec": codec}
+    options |= {"steps": 1, **one_fold(root, 4)}
     record = run(root, tmp_path / "out", **(options | {"accumulation": 1}))
     wanted = [64, 64] if odd_size == "resize" else [63, 61]
     assert list(record.source["patch_px"]) == wanted
@@ -285,6 +310,7 @@ def test_images_of_an_odd_size_work_both_ways(tmp_path, odd_size, codec):
 
 def test_latents_of_odd_sizes_are_resized_after_decoding(nuclei, latents, tmp_path):
     options = {"data": latents, "masks": None, "image_size": 96, "odd_size": "resize"}
+    options |= {"steps": 1, **one_fold(nuclei)}
     run(nuclei, tmp_path / "out", **options)
     outcome = json.loads((tmp_path / "out/fold-0/fold.json").read_text())
     assert {int(np.sum(counts)) for counts in outcome["counts"]} == {96 * 96}
@@ -330,7 +356,8 @@ def test_ignored_pixels_are_neither_learned_nor_counted(tmp_path):
         mask = np.array(Image.open(path))
         mask[:32] = 7
         Image.fromarray(mask).save(path)
-    run(root, tmp_path / "out", mask_values="0:background,255:foreground,7:ignore")
+    values = "0:background,255:foreground,7:ignore"
+    run(root, tmp_path / "out", mask_values=values, **one_fold(root, 4))
     outcome = json.loads((tmp_path / "out/fold-0/fold.json").read_text())
     assert {int(np.sum(counts)) for counts in outcome["counts"]} == {32 * 64}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -26,15 +27,32 @@ from tests.nuclei import save_nuclei
 from tests.test_sampath import config_of, run
 
 
-@pytest.fixture(autouse=True)
-def one_rank_on_cpu(monkeypatch):
+@pytest.fixture(autouse=True, scope="module")
+def one_rank_on_cpu():
     """Engines of this process run on the CPU, whatever the machine has."""
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("DS_ACCELERATOR", "cpu")
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(one_rank_on_cpu: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of four images and masks, and beside it a finished run, `out`; read only."""
+    root = save_nuclei(tmp_path_factory.mktemp("finished") / "nuclei", 4)
+    run(root, root.with_name("out"), pictures=0, steps=1)
+    return root
 
 
 @pytest.fixture
-def nuclei(tmp_path: Path) -> Path:
-    return save_nuclei(tmp_path / "nuclei", 4)
+def nuclei(finished: Path, tmp_path: Path) -> Path:
+    """Images and masks that a test may spoil."""
+    return Path(shutil.copytree(finished, tmp_path / "nuclei"))
+
+
+@pytest.fixture
+def out(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run."""
+    return Path(shutil.copytree(finished.with_name("out"), tmp_path / "out"))
 
 
 def refused(root: Path, tmp_path: Path, error: type[Exception], text: str, **options) -> None:
@@ -197,27 +215,25 @@ def test_an_unknown_encoder_of_the_unet_lists_some(nuclei, tmp_path):
     ("changed", "name"),
     [({"seed": 1}, "folds|seed"), ({"jitter": 0.2}, "jitter"), ({"codec": "jpeg:10"}, "codec")],
 )
-def test_a_run_folder_of_other_settings_is_refused(nuclei, tmp_path, changed, name):
-    run(nuclei, tmp_path / "out")
-    before = (tmp_path / "out/result.json").read_bytes()
+def test_a_run_folder_of_other_settings_is_refused(nuclei, out, changed, name):
+    before = (out / "result.json").read_bytes()
     with pytest.raises(ContractError, match=f"the run there has ({name}).*give another --out"):
-        run(nuclei, tmp_path / "out", **changed)
-    assert (tmp_path / "out/result.json").read_bytes() == before
+        run(nuclei, out, pictures=0, **({"steps": 1} | changed))
+    assert (out / "result.json").read_bytes() == before
 
 
 @pytest.mark.parametrize(
     ("folder", "text"),
     [("images", "content .*give the data it was"), ("masks", "(content|labels) .*give the ")],
 )
-def test_a_rerun_with_other_files_of_the_same_names_is_refused(nuclei, tmp_path, folder, text):
-    run(nuclei, tmp_path / "out")
+def test_a_rerun_with_other_files_of_the_same_names_is_refused(nuclei, out, tmp_path, folder, text):
     other = save_nuclei(tmp_path / "other", 4, first=9)
     for new, path in zip(
         sorted((other / folder).iterdir()), sorted((nuclei / folder).iterdir()), strict=True
     ):
         new.replace(path)
     with pytest.raises(ContractError, match=f"the run there has {text}"):
-        run(nuclei, tmp_path / "out")
+        run(nuclei, out, pictures=0, steps=1)
 
 
 def test_masks_with_as_many_pixels_of_every_class_are_told_apart(nuclei, tmp_path):
@@ -232,14 +248,13 @@ def test_masks_with_as_many_pixels_of_every_class_are_told_apart(nuclei, tmp_pat
     assert np.array_equal(counted[0][0], counted[1][0]) and counted[0][1] != counted[1][1]
 
 
-def test_a_run_that_does_not_say_what_it_was_made_of_is_refused(nuclei, tmp_path):
-    run(nuclei, tmp_path / "out")
-    path = tmp_path / "out/run.json"
+def test_a_run_that_does_not_say_what_it_was_made_of_is_refused(nuclei, out):
+    path = out / "run.json"
     values = json.loads(path.read_text())
     del values["labels"]
     path.write_text(json.dumps(values))
     with pytest.raises(ContractError, match="the run there has labels None"):
-        run(nuclei, tmp_path / "out")
+        run(nuclei, out, pictures=0, steps=1)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -29,16 +30,27 @@ def tiny(labels: int = 3, **options: object) -> SamPath:
     return build_sampath(TINY, labels=labels, **options)
 
 
-def save_sam(folder: Path) -> Path:
+@pytest.fixture(scope="module")
+def sam_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small SAM as saved; read only."""
+    folder = tmp_path_factory.mktemp("saved") / "sam"
     load_sam(TINY)[0].save_pretrained(folder)
     return folder
 
 
+@pytest.fixture
+def folder(sam_folder: Path, tmp_path: Path) -> Path:
+    """A copy that a test may spoil."""
+    return Path(shutil.copytree(sam_folder, tmp_path / "sam"))
+
+
+@pytest.fixture(scope="module")
 def hipt_network() -> nn.Module:
+    """Drawn once, as its 22 M weights take half a second; read only."""
     from latentds.embedders.timm_models import create
 
     torch.manual_seed(0)
-    return create("vit_small_patch16_224")
+    return create("vit_small_patch16_224").eval()
 
 
 def dino_checkpoint(tensors: dict[str, Tensor]) -> dict[str, object]:
@@ -52,10 +64,10 @@ def dino_checkpoint(tensors: dict[str, Tensor]) -> dict[str, object]:
     }
 
 
-@pytest.fixture
-def hipt_file(tmp_path: Path) -> Path:
-    path = tmp_path / "vit256_small_dino.pth"
-    torch.save(dino_checkpoint(hipt_network().state_dict()), path)
+@pytest.fixture(scope="module")
+def hipt_file(hipt_network: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("hipt") / "vit256_small_dino.pth"
+    torch.save(dino_checkpoint(hipt_network.state_dict()), path)
     return path
 
 
@@ -195,21 +207,18 @@ def test_a_rerun_trains_to_the_same_weights():
     assert take_steps(tiny(), 3) == take_steps(tiny(), 3)
 
 
-def test_a_local_folder_is_the_model_it_was_saved_from(tmp_path):
-    folder = save_sam(tmp_path / "sam")
+def test_a_local_folder_is_the_model_it_was_saved_from(folder):
     loaded = build_sampath(str(folder), labels=3)
     assert loaded.facts.sam_weights_id == tiny().facts.sam_weights_id
     images = random_images(1, 256, 256)
     torch.testing.assert_close(loaded(images)[0], tiny()(images)[0])
 
 
-def test_a_name_with_a_folder_reads_the_folder(tmp_path):
-    folder = save_sam(tmp_path / "sam")
+def test_a_name_with_a_folder_reads_the_folder(folder):
     assert load_sam(f"facebook/sam-vit-base@{folder}")[1] == load_sam(str(folder))[1]
 
 
-def test_weights_are_fetched_from_the_hub_by_name(tmp_path, hub):
-    folder = save_sam(tmp_path / "sam")
+def test_weights_are_fetched_from_the_hub_by_name(folder, hub):
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
     hub.make("facebook/sam-vit-base", files)
     assert load_sam("facebook/sam-vit-base")[1] == load_sam(TINY)[1]
@@ -231,8 +240,7 @@ def test_a_folder_of_another_architecture_is_refused(tmp_path):
         load_sam(str(folder))
 
 
-def test_a_folder_with_missing_tensors_names_some(tmp_path):
-    folder = save_sam(tmp_path / "sam")
+def test_a_folder_with_missing_tensors_names_some(folder):
     tensors = load_file(folder / "model.safetensors")
     kept = {name: t for name, t in tensors.items() if ".neck." not in name}
     save_file(kept, folder / "model.safetensors", {"format": "pt"})
@@ -240,24 +248,21 @@ def test_a_folder_with_missing_tensors_names_some(tmp_path):
         load_sam(str(folder))
 
 
-def test_a_truncated_file_of_weights_is_told(tmp_path):
-    folder = save_sam(tmp_path / "sam")
+def test_a_truncated_file_of_weights_is_told(folder):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(WeightsError, match="cannot load a SAM"):
         load_sam(str(folder))
 
 
-def test_pickled_weights_are_not_read(tmp_path):
-    folder = save_sam(tmp_path / "sam")
+def test_pickled_weights_are_not_read(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(WeightsError, match=r"no model\.safetensors"):
         load_sam(str(folder))
 
 
 @pytest.mark.parametrize("image_px", [250, 512])
-def test_an_image_size_that_does_not_fit_is_told(tmp_path, image_px):
-    folder = save_sam(tmp_path / "sam")
+def test_an_image_size_that_does_not_fit_is_told(folder, image_px):
     config = json.loads((folder / "config.json").read_text())
     config["prompt_encoder_config"]["image_size"] = image_px
     (folder / "config.json").write_text(json.dumps(config))
@@ -291,17 +296,17 @@ def test_a_head_of_other_classes_is_refused(tmp_path):
         tiny(labels=5).load_trained(tmp_path / "head.safetensors")
 
 
-def test_hipt_is_read_from_dinos_checkpoint(hipt_file):
+def test_hipt_is_read_from_dinos_checkpoint(hipt_file, hipt_network):
     encoder = load_dense_encoder(f"hipt@{hipt_file}", 224, 14)
-    network, images = hipt_network().eval(), random_images(1, 224, 224)
+    images = random_images(1, 224, 224)
     with torch.no_grad():
-        tokens = network.forward_features((images - 0.5) / 0.5)[:, 1:]
+        tokens = hipt_network.forward_features((images - 0.5) / 0.5)[:, 1:]
     expected = tokens.transpose(1, 2).reshape(1, 384, 14, 14)
     torch.testing.assert_close(encoder(images), expected)
 
 
-def test_hipt_is_read_from_a_plain_state_dict(hipt_file, tmp_path):
-    torch.save(hipt_network().state_dict(), tmp_path / "plain.pth")
+def test_hipt_is_read_from_a_plain_state_dict(hipt_file, hipt_network, tmp_path):
+    torch.save(hipt_network.state_dict(), tmp_path / "plain.pth")
     one, two = (
         load_dense_encoder(f"hipt@{p}", 256, 16) for p in (hipt_file, tmp_path / "plain.pth")
     )
@@ -314,8 +319,8 @@ def test_hipt_sees_larger_images_through_interpolated_positions(hipt_file):
     assert model(random_images(1, 256, 256))[0].shape == (1, 3, 256, 256)
 
 
-def test_a_hipt_file_with_missing_tensors_names_some(tmp_path):
-    tensors = hipt_network().state_dict()
+def test_a_hipt_file_with_missing_tensors_names_some(hipt_network, tmp_path):
+    tensors = hipt_network.state_dict()
     kept = {name: t for name, t in tensors.items() if not name.startswith("blocks.11.")}
     torch.save(dino_checkpoint(kept), tmp_path / "cut.pth")
     with pytest.raises(WeightsError, match=r"are missing: blocks\.11\.norm1\.weight.*9 more"):
@@ -328,8 +333,8 @@ def test_a_file_of_another_network_is_not_hipt(tmp_path):
         load_dense_encoder(f"hipt@{tmp_path / 'other.pth'}", 256, 16)
 
 
-def test_hipt_of_another_width_is_told(tmp_path):
-    tensors = hipt_network().state_dict()
+def test_hipt_of_another_width_is_told(hipt_network, tmp_path):
+    tensors = dict(hipt_network.state_dict())
     tensors["pos_embed"] = torch.zeros(1, 50, 384)
     torch.save(tensors, tmp_path / "odd.pth")
     with pytest.raises(WeightsError, match=r"'pos_embed' is \(1, 50, 384\).*wants \(1, 197, 384\)"):

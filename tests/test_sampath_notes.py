@@ -23,7 +23,7 @@ from latentds_trainers.segmentation_folds import FoldPlan
 from latentds_trainers.segmentation_presets import schedule_notes
 from latentds_trainers.segmentation_report import FoldOutcome, report, run_record
 
-from tests.nuclei import save_nuclei
+from tests.nuclei import one_fold, save_nuclei
 from tests.test_sampath import config_of, images_csv, run
 
 
@@ -79,28 +79,29 @@ def test_validation_images_without_a_scored_pixel_do_not_end_training(nuclei, tm
     assert last["validation/pixel_accuracy"] == 1 and "validation/dice_macro" not in last
 
 
-def test_images_named_after_tcga_slides_are_split_by_patient_and_others_noted(nuclei, tmp_path):
-    def is_noted(record) -> bool:
-        return any("each file is a group by itself" in note for note in record.notes)
-
-    assert is_noted(run(nuclei, tmp_path / "single"))
+def test_images_named_after_tcga_slides_are_split_by_patient(nuclei, tmp_path):
     for path in (*(nuclei / "images").iterdir(), *(nuclei / "masks").iterdir()):
         patient = f"TCGA-A1-A0S{int(path.stem[1:]) // 2}"
         path.rename(path.with_name(f"{patient}-01Z-00-DX1_{path.name}"))
-    record = run(nuclei, tmp_path / "patients")
-    assert "TCGA patient" in record.split_rule and not is_noted(record)
+    record = run(nuclei, tmp_path / "patients", steps=1, pictures=0)
+    assert "TCGA patient" in record.split_rule
+    assert not any("each file is a group by itself" in note for note in record.notes)
     assert {row["group"] for row in images_csv(tmp_path / "patients")} == {
         f"TCGA-A1-A0S{number}" for number in range(4)
     }
 
 
-def test_a_codebook_fitted_to_tested_images_is_noted(nuclei, tmp_path):
-    codec = "tiny+kmeans"
-    record = run(nuclei, tmp_path / "own", codec=codec, codebook_from=nuclei / "images")
-    assert not [note for note in record.notes if "test patches among them" in note]
-    record = run(nuclei, tmp_path / "all", codec=f"{codec}:16")
-    (note,) = [note for note in record.notes if "test patches among them" in note]
-    assert note.startswith("the codebook was fitted to a sample of the patches,")
+@pytest.mark.parametrize("is_told", [False, True])
+def test_a_codebook_fitted_to_tested_images_is_noted(nuclei, tmp_path, is_told):
+    options = {"codec": "tiny+kmeans", "codebook_from": nuclei / "images"}
+    if is_told:
+        options = {"codec": "tiny+kmeans:16"}
+    options |= {"steps": 1, "pictures": 0, **one_fold(nuclei)}
+    notes = run(nuclei, tmp_path / "out", **options).notes
+    found = [note for note in notes if "test patches among them" in note]
+    assert len(found) == is_told
+    for note in found:
+        assert note.startswith("the codebook was fitted to a sample of the patches,")
 
 
 def test_a_step_of_more_images_than_the_presets_is_noted(tmp_path):

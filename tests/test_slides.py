@@ -301,30 +301,40 @@ def test_coordinate_files_that_lead_elsewhere_are_refused(tmp_path):
         read_coordinates(path)
 
 
-def test_splits_by_file_and_by_patient(tmp_path):
+@pytest.fixture(scope="module")
+def patients(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six patients of two slides each."""
+    folder = tmp_path_factory.mktemp("patients")
     for patient in range(6):
         for number in (1, 2):
-            write_slide(tmp_path / "in" / f"TCGA-AA-000{patient}-01Z-00-DX{number}.tiff")
+            write_slide(folder / f"TCGA-AA-000{patient}-01Z-00-DX{number}.tiff")
+    return folder
+
+
+def test_splits_keep_patients_together(patients, tmp_path):
     options = {"patch_size": 128, "mpp": 0.5, "split_patients": "train=0.5,test=0.5"}
-    shards, _ = convert(tmp_path / "in", tmp_path / "out", **options)
+    shards, _ = convert(patients, tmp_path / "out", **options)
     names = np.array(shards.manifest.slides)
     of = {
         split: {n[:12] for n in names[shards.patches["slide"][slice(*shards.patch_range(split))]]}
         for split in ("train", "test")
     }
     assert len(of["train"]) == len(of["test"]) == 3 and not of["train"] & of["test"]
+
+
+def test_splits_and_labels_by_a_file_of_patients(patients, tmp_path):
     rows = [f"TCGA-AA-000{n},{'test' if n == 3 else 'train'},{'IDC' if n % 2 else 'ILC'}\n"
             for n in range(6)]  # fmt: skip
     table = tmp_path / "splits.csv"
     table.write_text("patient,split,label\n" + "".join(rows))
-    shards, _ = convert(tmp_path / "in", tmp_path / "by", patch_size=128, mpp=0.5, splits=table)
+    shards, _ = convert(patients, tmp_path / "by", patch_size=128, mpp=0.5, splits=table)
     assert shards.manifest.classes == ("IDC", "ILC")
     first, end = shards.patch_range("test")
     slides = shards.patches["slide"][first:end]
     assert {shards.manifest.slides[number][:12] for number in slides} == {"TCGA-AA-0003"}
     table.write_text("patient,split\nTCGA-AA-0000,train\n")
     with pytest.raises(InputError, match="names neither slide"):
-        convert(tmp_path / "in", tmp_path / "c", mpp=0.5, splits=table)
+        convert(patients, tmp_path / "c", mpp=0.5, splits=table)
 
 
 def test_mixing_spreads_slides_over_packs(tmp_path):

@@ -47,17 +47,23 @@ KINDS = ["packs of 7", "packs of 16", "one pack", "selection", "balanced", "lane
 
 
 def global_batches(folder, options, ranks, workers, start, count, epoch=0):
-    """(set, row, seed, codes) of the next global batches, ranks and workers simulated.
+    """(set, row, seed, codes) of the next global batches, ranks and workers simulated."""
+    return batches_from(opened(folder, options, ranks), workers, start, count, epoch)
 
-    Worker w of W makes a rank's batches w, w + W, ...; a DataLoader hands them out in turn.
-    """
-    datasets = [
+
+def opened(folder, options, ranks):
+    """The data sets of all ranks."""
+    return [
         LatentDataset(
             folder, global_batch_size=GLOBAL, shuffle=True, seed=5, rank=r, world_size=ranks,
             **options,
         )
         for r in range(ranks)
     ]  # fmt: skip
+
+
+def batches_from(datasets, workers, start, count, epoch):
+    """Worker w of W makes a rank's batches w, w + W, ...; a DataLoader hands them out in turn."""
     state = datasets[0].state_at(epoch, start).to_json()
     result = []
     for dataset in datasets:
@@ -93,10 +99,11 @@ def test_any_topology_goes_on_from_any_stop(sets, kind, ranks, workers):
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 6, 8, 12, 16, 24, 48])
 def test_every_divisor_goes_on_from_every_stop(sets, kind, ranks):
     folder, options = sets[kind]
+    datasets = opened(folder, options, ranks)
     for epoch in (0, 3):
         whole = global_batches(folder, options, 1, 0, 0, 1000, epoch)
         for stop in range(len(whole) + 1):
-            found = global_batches(folder, options, ranks, 0, stop, 3, epoch)
+            found = batches_from(datasets, 0, stop, 3, epoch)
             assert found == whole[stop : stop + 3]
 
 

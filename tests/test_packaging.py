@@ -59,7 +59,10 @@ ALONE = {  # heavy libraries and the only modules that may import them
     "diffusers": {"latentds.autoencoders.diffusers_ae"},
     "faiss": {"latentds.fit", "latentds.additive_fit"},
     "kornia": {"latentds.views.colour"},
-    "openslide": {"latentds_trainers.tiles", "latentds.sources.slides"},
+    "openslide": {
+        *("latentds_trainers.tiles", "latentds_trainers.codec_tiles"),
+        "latentds.sources.slides",
+    },
     "vaezip": {"latentds.codecs.lloyd_blocks"},
     "imagecodecs": {"latentds.codecs.formats"},
     "timm": {
@@ -146,6 +149,7 @@ ENGINE = (
 )
 RECIPES = {  # and the modules each is made of
     "train_tiny": ("tiny_task", "tiles"),
+    "train_codec": ("codec_task", "codec_network", "codec_product", "codec_tiles"),
     "finetune_decoder": (
         *("decoder_task", "decoder_networks", "decoder_inputs", "decoder_losses"),
         *("pairs", "shard_pairs", "judging"),

@@ -46,8 +46,13 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
 KINDS = ["packs of 7", "packs of 16", "one pack", "selection", "balanced", "lanes", "mixture"]
 
 
-def make_ranks(folder, options, ranks):
-    """The data set of every rank."""
+def global_batches(folder, options, ranks, workers, start, count, epoch=0):
+    """(set, row, seed, codes) of the next global batches, ranks and workers simulated."""
+    return batches_from(opened(folder, options, ranks), workers, start, count, epoch)
+
+
+def opened(folder, options, ranks):
+    """The data sets of all ranks."""
     return [
         LatentDataset(
             folder, global_batch_size=GLOBAL, shuffle=True, seed=5, rank=r, world_size=ranks,
@@ -57,16 +62,8 @@ def make_ranks(folder, options, ranks):
     ]  # fmt: skip
 
 
-def global_batches(folder, options, ranks, workers, start, count, epoch=0):
-    """(set, row, seed, codes) of the next global batches, ranks and workers simulated."""
-    return batches_from(make_ranks(folder, options, ranks), workers, start, count, epoch)
-
-
 def batches_from(datasets, workers, start, count, epoch):
-    """The same of data sets that are there, from a state of the first.
-
-    Worker w of W makes a rank's batches w, w + W, ...; a DataLoader hands them out in turn.
-    """
+    """Worker w of W makes a rank's batches w, w + W, ...; a DataLoader hands them out in turn."""
     state = datasets[0].state_at(epoch, start).to_json()
     result = []
     for dataset in datasets:
@@ -102,7 +99,7 @@ def test_any_topology_goes_on_from_any_stop(sets, kind, ranks, workers):
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 6, 8, 12, 16, 24, 48])
 def test_every_divisor_goes_on_from_every_stop(sets, kind, ranks):
     folder, options = sets[kind]
-    datasets = make_ranks(folder, options, ranks)  # opened once: their state is what goes on
+    datasets = opened(folder, options, ranks)
     for epoch in (0, 3):
         whole = global_batches(folder, options, 1, 0, 0, 1000, epoch)
         for stop in range(len(whole) + 1):

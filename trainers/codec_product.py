@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from latentds_trainers.codec_network import GAIN, CodecNetwork, rounded
-from latentds_trainers.settings import plain
 from latentds_trainers.codec_tiles import SHARES, CropConfig, Tiles, random_crops
+from latentds_trainers.settings import plain
 from safetensors.torch import save
 from torch import Tensor, nn
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from latentds_trainers.codec_network import CodecNetwork, mse, rounded, warm_start
 from latentds_trainers.codec_product import count_integers, held_out_figures, save_product
-from latentds_trainers.engine import Engine
 from latentds_trainers.codec_tiles import CropConfig, random_crops, read_held_out, read_tiles
+from latentds_trainers.engine import Engine
 from torch import Tensor, nn
 
 from latentds.autoencoders.students import build_student, fit_shortcut

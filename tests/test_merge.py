@@ -286,7 +286,7 @@ def test_a_merge_that_was_shot_is_started_anew_with_overwrite(processes, parts, 
         (lambda m: m.pop("codebooks"), "which the manifest does not list"),
         (lambda m: m.update(codebooks=[]), "the contract's first"),
         (lambda m: m["codebooks"].append(m["codebooks"][0]), "distinct"),
-        (lambda m: m["codebooks"][1].update(rows=2, levels=16), "rows do not fit"),
+        (lambda m: m["codebooks"][1].update(rows=2, levels=16), "do not fit"),
         (lambda m: m["codebooks"].append(7), "damaged"),
     ],
 )

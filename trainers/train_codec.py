@@ -4,11 +4,9 @@
     deepspeed --num_gpus 1 --module latentds_trainers.train_codec --preset gpu-10min ...
 
 Learns from openly licensed tiles only (`trainers/codec_tiles.py` lists them); UCSB and MoNuSeg stay
-test sets and are never opened, nor are the pictures that the demo shows. Loss: mean squared error plus
-`rate_weight` times bits a pixel. The same command goes on from the newest checkpoint. With every
-checkpoint, OUT/codec is written anew: encoder, decoder, a fast decoder, counts, card (which
-`--autoencoder` does not take yet). Under `deepspeed` or `torchrun`, any number of ranks draws the same
-crops.
+test sets and are never opened. Loss: mean squared error plus `rate_weight` times bits a pixel. The
+same command goes on from the newest checkpoint. With every checkpoint, OUT/codec is written anew:
+encoder, decoder, a fast decoder, counts, card (which `--autoencoder` does not take yet).
 """
 
 from __future__ import annotations

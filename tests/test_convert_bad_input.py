@@ -3,11 +3,8 @@
 One clear error with file, value and remedy, or a quarantine list.
 """
 
-import os
 import signal
 import struct
-import subprocess
-import sys
 import time
 import zlib
 from pathlib import Path
@@ -17,6 +14,7 @@ import pytest
 from PIL import Image
 
 from latentds.codebooks import StoredCodebook, save_codebook
+from latentds.conversion import workdir
 from latentds.conversion.config import ConvertConfig
 from latentds.conversion.pipeline import convert
 from latentds.errors import ContractError, FormatError, InputError, TooManyBadSamplesError
@@ -295,33 +293,29 @@ def test_resuming_with_other_options_or_input_is_refused(pictures, tmp_path):
         convert(ConvertConfig(**options), MeanAutoencoder())
 
 
+def convert_block_by_block(source: Path, out: Path) -> None:
+    workdir.SYNC_SECONDS = 0.0
+    options = {"encode_batch": 8, "pack_size": 64, "device": "cpu"}
+    convert(ConvertConfig(source=source, out=out, **options))
+
+
 @pytest.mark.slow
-def test_a_process_killed_at_random_moments_resumes_to_the_same_bytes(tmp_path):
+def test_a_process_killed_at_any_moment_resumes_to_the_same_bytes(processes, tmp_path):
     save_pictures(tmp_path / "in", 700, edge=64)
-    options = ["--encode-batch", "8", "--pack-size", "64", "--device", "cpu"]
-    command = [
-        sys.executable,
-        "-m",
-        "latentds_tools.cli",
-        "convert",
-        str(tmp_path / "in"),
-        *options,
-    ]
-    subprocess.run([*command, "--out", str(tmp_path / "unbroken")], check=True, capture_output=True)
-    for wait_s in (2.5, 3.5, 4.5):
-        process = subprocess.Popen(
-            [*command, "--out", str(tmp_path / "out")], stderr=subprocess.DEVNULL
-        )
-        time.sleep(wait_s)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        if (tmp_path / "out" / MANIFEST).exists():
-            break
+    convert_block_by_block(tmp_path / "in", tmp_path / "unbroken")
+    out, partial = tmp_path / "out", tmp_path / "out" / "data" / "train-000000.tar.partial"
+    for size in (1, 60_000, 120_000):  # of about 190,000
+        victim = processes.Process(target=convert_block_by_block, args=(tmp_path / "in", out))
+        victim.start()
+        while victim.is_alive() and not (partial.is_file() and partial.stat().st_size >= size):
+            time.sleep(0.005)
+        victim.kill()
+        victim.join()
+        assert victim.exitcode == -signal.SIGKILL
         with pytest.raises((FormatError, FileNotFoundError)):
-            ShardSet(tmp_path / "out")
-    if not (tmp_path / "out" / MANIFEST).exists():
-        subprocess.run([*command, "--out", str(tmp_path / "out")], check=True, capture_output=True)
-    assert data_bytes(tmp_path / "out") == data_bytes(tmp_path / "unbroken")
+            ShardSet(out)
+    convert_block_by_block(tmp_path / "in", out)
+    assert data_bytes(out) == data_bytes(tmp_path / "unbroken")
 
 
 def test_two_conversions_into_one_folder_keep_apart(pictures, tmp_path):

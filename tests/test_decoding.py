@@ -151,7 +151,9 @@ def test_bfloat16_stays_within_its_budget(tiny):
 
 
 @pytest.mark.slow
-def test_compiled_decoding_changes_rounding_only(tiny):
+def test_compiled_decoding_changes_rounding_only(tiny, monkeypatch):
+    # In this thread: the compiler's pool would outlive the test.
+    monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)
     _, book, codes, images = tiny
     options = DecodeOptions(compile=True)
     with warnings.catch_warnings():

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from latentds_tools import bench_container, cli
+from latentds_tools import bench_container, cli, demo
 
 from tests.conftest import save_pictures
 
@@ -203,7 +203,10 @@ def test_bench_fidelity_sets_codecs_at_equal_bytes(tmp_path, capsys, codecs):
 
 
 @pytest.mark.slow
-def test_demo_runs_the_main_job(tmp_path, capsys):
+def test_demo_runs_the_main_job(tmp_path, capsys, monkeypatch):
+    # Patches a quarter as large, and few of them coded otherwise: searching a quality takes long.
+    for name, value in (("EDGE_PX", 128), ("STEP_PX", 48), ("COMPARED", 6)):
+        monkeypatch.setattr(demo, name, value)
     code, out, _ = call(capsys, "demo", "--out", tmp_path / "demo", "--device", "cpu")
     page = (tmp_path / "demo" / "demo.html").read_text()
     assert code == 0 and "81 patches" in out and "LatentLoader(" in out

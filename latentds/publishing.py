@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,36 @@ from latentds.manifest import Manifest
 
 MAX_FACTS, MAX_FACT = 60, 200  # rows and characters a row of a card's table
 
+# Lines that turn `codes` into `latents`, and what they import, by encoding.
+DEQUANTIZE = {
+    "u8": (
+        "import base64\nimport io\nimport json\n",
+        """\
+book = contract["codebook"]
+values = np.frombuffer(base64.b64decode(book["values_f32le_base64"]), "<f4")
+levels = values.reshape(book["rows"], book["levels"])
+channels = np.arange(codes.shape[1])[:, None, None]
+latents = levels[channels % len(levels), codes]  # (N, C, h, w), unscaled means""",
+    ),
+    "u8-sum": (
+        "import base64\nimport io\nimport json\n",
+        """\
+book = contract["codebook"]
+values = np.frombuffer(base64.b64decode(book["values_f32le_base64"]), "<f4")
+tables = values.reshape(book["planes"], book["levels"], book["channels"])
+sums = sum(table[codes[:, plane]] for plane, table in enumerate(tables))
+latents = sums.transpose(0, 3, 1, 2)  # (N, C, h, w), unscaled means""",
+    ),
+    "rans": (
+        "import io\nimport json\n",
+        """\
+import torch
+from latentds.format import Contract
+
+book = Contract.from_json(contract, path).codebook
+latents = book.dequantize(torch.from_numpy(codes))  # (N, C, h, w), unscaled means""",
+    ),
+}
 CARD = """---
 {front_matter}---
 
@@ -32,15 +63,16 @@ Each patch of {width}x{height} px is {bytes_per_patch:,} bytes: the latents of t
         batch.images  # float (B, 3, {height}, {width}) in [0, 1]; \
 batch.labels, batch.slides, batch.coords
 
-Without latentds, a row of `datasets.load_dataset("this folder", streaming=True)` is a pack of
+Without the loader, a row of `datasets.load_dataset("this folder", streaming=True)` is a pack of
 patches:
 
-    codes = row["{codes}"]                                       # uint8 (N, {codes_shape})
+{imports}
+    codes = np.asarray(row["{codes}"], np.uint8)  # (N, {codes_shape})
     columns = pyarrow.parquet.read_table(io.BytesIO(row["{parquet}"])).to_pylist()  \
 # N rows: label, slide, x, y, ...
-    manifest = json.load(open(".latentds/manifest.json"))
-    codebook = latentds.format.Contract.from_json(manifest["contract"], "manifest.json").codebook
-    latents = codebook.dequantize(torch.tensor(codes, dtype=torch.uint8))
+    path = "this folder/.latentds/manifest.json"
+    contract = json.load(open(path))["contract"]
+{dequantize}
 
 Check with `latentds verify`. The format is described in latentds' docs/format.md.
 """
@@ -50,6 +82,7 @@ def dataset_card(manifest: Manifest) -> str:
     """The text of a data set's README.md."""
     contract = manifest.contract
     made = manifest.made.get("codebook", {})
+    imports, dequantize = DEQUANTIZE[contract.encoding]
     return CARD.format(
         front_matter=front_matter(manifest),
         patches=manifest.patches,
@@ -69,7 +102,14 @@ def dataset_card(manifest: Manifest) -> str:
         codes=CODES,
         parquet=PATCHES,
         codes_shape=", ".join(map(str, contract.codes_shape)),
+        imports=indented(imports + "import numpy as np\nimport pyarrow.parquet"),
+        dequantize=indented(dequantize),
     )
+
+
+def indented(code: str) -> str:
+    """Lines as Markdown's code has them."""
+    return textwrap.indent(code, "    ")
 
 
 def more_codebooks(manifest: Manifest) -> str:

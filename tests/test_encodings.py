@@ -14,12 +14,11 @@ from latentds.dataset import LatentDataset
 from latentds.entropy_fit import fit_entropy_codebook
 from latentds.errors import ContractError, FormatError
 from latentds.format import Contract
-from latentds.hub.snippets import DEQUANTIZE
 from latentds.importing.contract import ImportOptions
 from latentds.importing.run import import_latents
 from latentds.loader import LatentLoader
 from latentds.mixture import Mixture
-from latentds.publishing import dataset_card
+from latentds.publishing import DEQUANTIZE, dataset_card
 from latentds.quantizer import dequantize_each
 from latentds.reader import ShardSet
 from latentds.rearranging.exporting import export_npy

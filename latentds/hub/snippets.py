@@ -7,41 +7,12 @@ import dataclasses
 from latentds.autoencoders.cards import CARDS
 from latentds.format import CODES, PATCHES, SIDECARS
 from latentds.manifest import Manifest
+from latentds.publishing import DEQUANTIZE
 
 MORE_BOOKS = (
     "This set has {} codebooks (`codebooks` in the manifest), and each shard names its own by "
     "`codebook_id`: the lines above hold for the shards of the first.\n\n"
 )
-# Lines that turn `codes` into `latents`, and what they import, by encoding.
-DEQUANTIZE = {
-    "u8": (
-        "import base64\nimport io\nimport json\n",
-        """\
-book = contract["codebook"]
-values = np.frombuffer(base64.b64decode(book["values_f32le_base64"]), "<f4")
-levels = values.reshape(book["rows"], book["levels"])
-channels = np.arange(codes.shape[1])[:, None, None]
-latents = levels[channels % len(levels), codes]  # (N, C, h, w), unscaled means""",
-    ),
-    "u8-sum": (
-        "import base64\nimport io\nimport json\n",
-        """\
-book = contract["codebook"]
-values = np.frombuffer(base64.b64decode(book["values_f32le_base64"]), "<f4")
-tables = values.reshape(book["planes"], book["levels"], book["channels"])
-sums = sum(table[codes[:, plane]] for plane, table in enumerate(tables))
-latents = sums.transpose(0, 3, 1, 2)  # (N, C, h, w), unscaled means""",
-    ),
-    "rans": (
-        "import io\nimport json\n",
-        """\
-import torch
-from latentds.format import Contract
-
-book = Contract.from_json(contract, path).codebook
-latents = book.dequantize(torch.from_numpy(codes))  # (N, C, h, w), unscaled means""",
-    ),
-}
 LOADING = """\
 With `latentds`, decoded to pixels on the way:
 

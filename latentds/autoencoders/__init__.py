@@ -23,8 +23,8 @@ def load_autoencoder(
                   diffusers folder (config.json of class AutoencoderKL, AutoencoderDC or
                   AutoencoderTiny); a DC-AE's folder with model.safetensors as efficientvit writes
                   it; a TAESD-style pair of `*_encoder.pth` and `*_decoder.pth` (their folder, or
-                  the folder plus their prefix); or a decoder's folder, or its run's: the
-                  autoencoder it names, with the decoder replaced
+                  the folder plus their prefix); a codec's folder (codec.json); or a decoder's
+                  folder, or its run's: the autoencoder it names, with the decoder replaced
     encoder       for a decoder's folder: the autoencoder whose encoder is used, where it is not to
                   be found by the name the folder gives
     raises        UnknownNameError, WeightsError (what is missing, how to get it),
@@ -84,9 +84,12 @@ def load_completed(
 
 
 def load_path(path: Path) -> NetworkAutoencoder:
-    """A local autoencoder: diffusers folder, DC-AE of efficientvit or TAESD-style pair."""
+    """A local autoencoder: diffusers folder, DC-AE of efficientvit, codec or TAESD-style pair."""
+    from latentds.autoencoders.codec_folder import is_codec_folder, load_codec
     from latentds.autoencoders.taesd import find_pair, load_pair
 
+    if is_codec_folder(path):
+        return load_codec(path)
     if (path / "config.json").is_file() or (path / "model.safetensors").is_file():
         from latentds.autoencoders.diffusers_ae import load_folder
 
@@ -102,6 +105,6 @@ def load_path(path: Path) -> NetworkAutoencoder:
     if path.exists():
         raise WeightsError(
             f"{path}: neither a diffusers folder (config.json), nor a DC-AE's (model.safetensors), "
-            "nor a pair of *_encoder.pth and *_decoder.pth"
+            "nor a codec (codec.json), nor a pair of *_encoder.pth and *_decoder.pth"
         )
     raise unknown_name("autoencoder", str(path), SHORT_NAMES)

@@ -1,4 +1,4 @@
-"""The `tiny` network: f8, 4 channels, every layer at a quarter of the resolution or below.
+"""The `tiny` network: f8, 4 or more channels, every layer at a quarter of the resolution or below.
 
 Pixels enter by pixel-unshuffle and leave by pixel-shuffle, so no convolution ever runs on a
 full-size image: that, not a smaller width, is what makes decoding cheap (7.3 GFLOP a 256 px patch
@@ -25,7 +25,8 @@ from latentds.autoencoders.base import (
 from latentds.autoencoders.cards import TINY
 from latentds.codebooks import StoredCodebook, load_codebook
 
-CHANNELS = 4
+CHANNELS = 4  # of tiny-v1
+WIDTHS = (96, 160)  # of its encoder
 BOUND = 3.0  # latents lie in (-3, 3)
 
 
@@ -46,32 +47,45 @@ class ResidualBlock(nn.Module):
 
 
 class TinyEncoder(nn.Module):
-    """Images (B, 3, H, W) in [0, 1] to latents (B, 4, H/8, W/8) in (-3, 3)."""
+    """Images (B, 3, H, W) in [0, 1] to latents (B, C, H/8, W/8).
 
-    def __init__(self) -> None:
+    channels    C
+    widths      of the layers at a quarter and at an eighth of the resolution
+    is_bounded  latents in (-3, 3), for codes that cover a range; entropy-coded ones need none
+    """
+
+    def __init__(
+        self,
+        channels: int = CHANNELS,
+        widths: tuple[int, int] = WIDTHS,
+        is_bounded: bool = True,
+    ) -> None:
         super().__init__()
+        quarter, eighth = widths
+        self.channels, self.widths, self.is_bounded = channels, widths, is_bounded
         self.layers = nn.Sequential(
             nn.PixelUnshuffle(4),
-            nn.Conv2d(48, 96, 3, padding=1),
-            ResidualBlock(96),
-            ResidualBlock(96),
-            nn.Conv2d(96, 160, 3, stride=2, padding=1),
-            ResidualBlock(160),
-            ResidualBlock(160),
-            nn.Conv2d(160, CHANNELS, 3, padding=1),
+            nn.Conv2d(48, quarter, 3, padding=1),
+            ResidualBlock(quarter),
+            ResidualBlock(quarter),
+            nn.Conv2d(quarter, eighth, 3, stride=2, padding=1),
+            ResidualBlock(eighth),
+            ResidualBlock(eighth),
+            nn.Conv2d(eighth, channels, 3, padding=1),
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        return BOUND * torch.tanh(self.layers(images * 2 - 1) / BOUND)
+        latents: Tensor = self.layers(images * 2 - 1)
+        return BOUND * torch.tanh(latents / BOUND) if self.is_bounded else latents
 
 
 class TinyDecoder(nn.Module):
-    """Latents (B, 4, h, w) to images (B, 3, 8h, 8w), nominally in [0, 1] and not clamped."""
+    """Latents (B, C, h, w) to images (B, 3, 8h, 8w), nominally in [0, 1] and not clamped."""
 
-    def __init__(self) -> None:
+    def __init__(self, channels: int = CHANNELS) -> None:
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Conv2d(CHANNELS, 192, 3, padding=1),
+            nn.Conv2d(channels, 192, 3, padding=1),
             ResidualBlock(192),
             ResidualBlock(192),
             ResidualBlock(192),

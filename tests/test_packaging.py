@@ -116,7 +116,10 @@ ENGINE = (
     "run_folders",
 )
 RECIPES = {  # and the modules each is made of
-    "train_tiny": ("tiny_task", "tiles"),
+    "train_codec": (
+        *("codec_task", "codec_network", "codec_product", "crops"),
+        *("tiles", "tile_sources", "tile_pack"),
+    ),
     "finetune_decoder": (
         *("decoder_task", "decoder_networks", "decoder_inputs", "decoder_losses"),
         *("pairs", "shard_pairs", "judging"),

@@ -223,6 +223,11 @@ def test_wheel_holds_the_packages_the_weights_and_nothing_else(tmp_path):
         "latentds/py.typed",
         "latentds/autoencoders/weights/tiny-v1.safetensors",
         "latentds/autoencoders/weights/tiny-v1-codebook.safetensors",
+        "latentds/autoencoders/weights/tiny-v2/codec.json",
+        "latentds/autoencoders/weights/tiny-v2/tables.safetensors",
+        "latentds/autoencoders/weights/tiny-v2/weights.safetensors",
+        "latentds/autoencoders/weights/tiny-v2/fast/decoder.json",
+        "latentds/autoencoders/weights/tiny-v2/fast/decoder.safetensors",
         "latentds_tools/comparison/paper_tables.json",
         "latentds_tools/fidelity/paper_table1.json",
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib import resources
 from pathlib import Path
 
 from latentds.autoencoders.base import Autoencoder, AutoencoderCard, NetworkAutoencoder
@@ -18,13 +19,14 @@ def load_autoencoder(
 ) -> NetworkAutoencoder:
     """The autoencoder of that name, or of that local path, in fp32 on the CPU and in eval mode.
 
-    name_or_path  tiny, sd15, sd3, dcae-f32, dcae-f32-mix, taesd, taesd3; sd15-path, sd3-path,
-                  dcae-f32-path (the paper's fine-tuned decoders); the repository of one of them; a
-                  diffusers folder (config.json of class AutoencoderKL, AutoencoderDC or
-                  AutoencoderTiny); a DC-AE's folder with model.safetensors as efficientvit writes
-                  it; a TAESD-style pair of `*_encoder.pth` and `*_decoder.pth` (their folder, or
-                  the folder plus their prefix); a codec's folder (codec.json); or a decoder's
-                  folder, or its run's: the autoencoder it names, with the decoder replaced
+    name_or_path  tiny, tiny-v2, tiny-v2-fast (its codes, decoded faster); sd15, sd3, dcae-f32,
+                  dcae-f32-mix, taesd, taesd3; sd15-path, sd3-path, dcae-f32-path (the paper's
+                  fine-tuned decoders); the repository of one of them; a diffusers folder
+                  (config.json of class AutoencoderKL, AutoencoderDC or AutoencoderTiny); a DC-AE's
+                  folder with model.safetensors as efficientvit writes it; a TAESD-style pair of
+                  `*_encoder.pth` and `*_decoder.pth` (their folder, or the folder plus their
+                  prefix); a codec's folder (codec.json); or a decoder's folder, or its run's: the
+                  autoencoder it names, with the decoder replaced
     encoder       for a decoder's folder: the autoencoder whose encoder is used, where it is not to
                   be found by the name the folder gives
     raises        UnknownNameError, WeightsError (what is missing, how to get it),
@@ -39,6 +41,8 @@ def load_autoencoder(
         from latentds.autoencoders.tiny import load_tiny
 
         return load_tiny()
+    if name in ("tiny-v2", "tiny-v2-fast"):
+        return load_embedded(name)
     if name in CARDS:
         from latentds.autoencoders.diffusers_ae import load_from_hub
 
@@ -62,6 +66,19 @@ def load_for_decoding(name_or_path: str | os.PathLike[str]) -> NetworkAutoencode
     if is_decoder or find_decoder_folder(name_or_path) is not None:
         return load_decoder(name_or_path)
     return load_autoencoder(name_or_path)
+
+
+def load_embedded(name: str) -> NetworkAutoencoder:
+    """`tiny-v2` as it ships, or with its fast decoder."""
+    from latentds.autoencoders.codec_folder import FAST, load_codec
+    from latentds.autoencoders.decoders import load_decoder, replace_decoder
+    from latentds.autoencoders.tiny import weights_folder
+
+    with resources.as_file(weights_folder() / "tiny-v2") as folder:
+        codec = load_codec(folder)
+        if name == "tiny-v2":
+            return codec
+        return replace_decoder(codec, load_decoder(folder / FAST))
 
 
 def load_completed(

@@ -9,6 +9,9 @@ TINY = AutoencoderCard(
 )
 CARDS = {
     "tiny-v1": TINY,
+    "tiny-v2": AutoencoderCard(
+        name="tiny-v2", class_name="Tiny", channels=32, factor=8, licence="Apache-2.0"
+    ),
     # The paper's "SD-1.5" is this fine-tune of its VAE (reproduced from the authors' weight
     # repositories).
     "sd15": AutoencoderCard(

@@ -112,7 +112,7 @@ def test_awkward_tiles_survive_tiling_and_a_local_autoencoder(assets, tmp_path):
     assert batch.images.shape == (4, 3, 256, 256)
 
 
-def test_tiny_was_trained_on_no_test_set(assets, monkeypatch):
+def test_no_codec_is_trained_on_a_test_set(assets, monkeypatch):
     from latentds_trainers.tiles import read_tiles
 
     opened = []
@@ -120,26 +120,23 @@ def test_tiny_was_trained_on_no_test_set(assets, monkeypatch):
     monkeypatch.setattr(
         Image, "open", lambda path, **o: opened.append(str(path)) or original(path, **o)
     )
-    read_tiles(assets)
-    assert opened and not [path for path in opened if "monuseg" in path or "ucsb" in path]
+    tiles = read_tiles(assets)
+    assert len(opened) > 1000 and len(tiles.held_out) == 6
+    assert not [path for path in opened if "monuseg" in path or "ucsb" in path]
 
 
-def test_trainer_runs_resumes_and_writes_weights(assets, tmp_path):
+def test_trainer_runs_resumes_and_writes_a_codec(assets, tmp_path):
     options = [
-        "--tiles",
-        str(assets),
-        "--out",
-        str(tmp_path),
-        "--batch-size",
-        "2",
-        "--crop-px",
-        "32",
+        *("--tiles", str(assets), "--out", str(tmp_path), "--save-every", "2"),
+        *("--batch-size", "2", "--crop-px", "32", "--encoder-widths", "16", "24"),
+        *("--init", "cold"),
     ]
-    command = [sys.executable, "-m", "latentds_trainers.train_tiny", *options, "--save-every", "2"]
+    command = [sys.executable, "-m", "latentds_trainers.train_codec", *options]
     for steps in ("2", "4"):
         run = subprocess.run(
             [*command, "--steps", steps], capture_output=True, text=True, check=True
         )
-    assert "going on after step 2" in run.stderr and "\nstep 4 tiny/loss" in run.stderr
-    assert "\nstep 2 tiny/loss" not in run.stderr
-    assert run.stdout.strip().endswith("tiny-v1.safetensors")
+    assert "going on after step 2" in run.stderr and "\nstep 4 codec/loss" in run.stderr
+    assert "\nstep 2 codec/loss" not in run.stderr
+    assert run.stdout.strip().endswith("codec")
+    assert load_autoencoder(tmp_path / "codec").card.channels == 32

@@ -1,6 +1,7 @@
 """Autoencoders: real classes with small random weights from disk; identities; helpful errors."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from torch import nn
 
 from latentds.autoencoders import load_autoencoder
 from latentds.autoencoders.base import NetworkAutoencoder
-from latentds.autoencoders.cards import ALIASES, CARDS, EMBEDDED
+from latentds.autoencoders.cards import ALIASES, CARDS
 from latentds.autoencoders.taesd import build_decoder, build_encoder
 from latentds.errors import LatentdsError, ShapeError, UnknownNameError, WeightsError
 
@@ -224,7 +225,7 @@ def test_folders_of_something_else_are_refused(tmp_path):
         load_autoencoder(tmp_path)
 
 
-@pytest.mark.parametrize("name", sorted(set(CARDS) - set(EMBEDDED)))
+@pytest.mark.parametrize("name", sorted(set(CARDS) - {"tiny-v1", "tiny-v2"}))
 def test_without_the_hub_the_error_says_how_to_go_on(name, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     import huggingface_hub
@@ -245,7 +246,7 @@ def test_cards_name_class_repository_and_licence():
     for name, card in CARDS.items():
         assert card.name == name and card.licence and card.channels and card.factor
         assert card.licence.startswith("unknown") is name.endswith("-path")  # as their cards say
-        assert name in EMBEDDED or card.repository
+        assert name in ("tiny-v1", "tiny-v2") or card.repository
     assert set(ALIASES.values()) <= set(CARDS)
 
 
@@ -259,9 +260,35 @@ def test_tiny_keeps_to_its_budget():
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         autoencoder.decode(torch.zeros(1, 4, 32, 32))
     folder = resources.files("latentds.autoencoders") / "weights"
-    size = sum(len(entry.read_bytes()) for entry in folder.iterdir())
-    assert counter.get_total_flops() <= 8e9 and size <= 16e6
+    size = sum(len(entry.read_bytes()) for entry in folder.iterdir() if "tiny-v1" in entry.name)
+    assert counter.get_total_flops() <= 8e9 and size <= 8e6
     assert autoencoder.encode(torch.zeros(1, 3, 256, 256)).numel() == 4096
+
+
+@pytest.mark.parametrize(("name", "gflop"), [("tiny-v2", 8.0), ("tiny-v2-fast", 2.5)])
+def test_both_decoders_of_tiny_v2_keep_to_their_budget(name, gflop):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    autoencoder = load_autoencoder(name)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        images = autoencoder.decode(torch.zeros(1, 32, 32, 32))
+    assert counter.get_total_flops() <= gflop * 1e9 and images.shape == (1, 3, 256, 256)
+
+
+def test_tiny_v2_has_pinned_identities_and_two_decoders_of_the_same_latents():
+    exact, fast = load_autoencoder("tiny-v2").card, load_autoencoder("tiny-v2-fast").card
+    assert (
+        exact.latent_id == "sha256:26d25f6e854d1bf791b9f001cb5bb216471afef732dfc5b26e383f94ccdf7cf3"
+    )
+    assert fast.latent_id == exact.latent_id and fast.decoder_id != exact.decoder_id
+    assert (exact.name, fast.encoder) == ("tiny-v2", "tiny-v2")
+
+
+def test_tiny_v2_fits_into_twelve_megabytes():
+    from latentds.autoencoders.tiny import weights_folder
+
+    files = [p for p in Path(str(weights_folder() / "tiny-v2")).rglob("*") if p.is_file()]
+    assert len(files) == 7 and sum(path.stat().st_size for path in files) <= 12e6
 
 
 def test_tiny_has_a_pinned_identity():

@@ -205,6 +205,11 @@ def test_the_log_has_every_step_once_after_a_resume(tmp_path):
     assert [line["lr"] for line in lines(tmp_path)] == [0.005] + 5 * [0.01]
 
 
+def test_a_checkpoint_is_due_when_its_minutes_are_over(tmp_path):
+    train(tmp_path, steps=4, save_every=100, save_minutes=1e-9, keep=9)
+    assert names(tmp_path) == [f"step-{step:06d}" for step in (1, 2, 3, 4)]
+
+
 def test_a_finished_run_takes_no_further_step(own_two_steps):
     before = losses(own_two_steps)
     train(own_two_steps, steps=2)
@@ -386,7 +391,7 @@ def test_the_learning_rate_warms_up_then_follows_its_schedule(tmp_path):
 
 
 def test_help_needs_no_torch():
-    code = "import sys; from latentds_trainers import train_tiny; print('torch' in sys.modules)"
+    code = "import sys; from latentds_trainers import train_codec; print('torch' in sys.modules)"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ended.stdout == "False\n"
 

@@ -59,10 +59,7 @@ ALONE = {  # heavy libraries and the only modules that may import them
     "diffusers": {"latentds.autoencoders.diffusers_ae"},
     "faiss": {"latentds.fit", "latentds.additive_fit"},
     "kornia": {"latentds.views.colour"},
-    "openslide": {
-        *("latentds_trainers.tiles", "latentds_trainers.codec_tiles"),
-        "latentds.sources.slides",
-    },
+    "openslide": {"latentds_trainers.tiles", "latentds.sources.slides"},
     "vaezip": {"latentds.codecs.lloyd_blocks"},
     "imagecodecs": {"latentds.codecs.formats"},
     "timm": {
@@ -148,8 +145,10 @@ ENGINE = (
     "run_folders",
 )
 RECIPES = {  # and the modules each is made of
-    "train_tiny": ("tiny_task", "tiles"),
-    "train_codec": ("codec_task", "codec_network", "codec_product", "codec_tiles"),
+    "train_codec": (
+        *("codec_task", "codec_network", "codec_product", "crops"),
+        *("tiles", "tile_sources", "tile_pack"),
+    ),
     "finetune_decoder": (
         *("decoder_task", "decoder_networks", "decoder_inputs", "decoder_losses"),
         *("pairs", "shard_pairs", "judging"),
@@ -258,8 +257,13 @@ def test_wheel_holds_the_packages_the_weights_and_nothing_else(tmp_path):
         "latentds/py.typed",
         "latentds/autoencoders/weights/tiny-v1.safetensors",
         "latentds/autoencoders/weights/tiny-v1-codebook.safetensors",
-        "latentds/autoencoders/weights/tiny-v2.safetensors",
-        "latentds/autoencoders/weights/tiny-v2-4096.safetensors",
+        "latentds/autoencoders/weights/tiny-v2/codec.json",
+        "latentds/autoencoders/weights/tiny-v2/records-4096.safetensors",
+        "latentds/autoencoders/weights/tiny-v2/records-2048.safetensors",
+        "latentds/autoencoders/weights/tiny-v2/tables.safetensors",
+        "latentds/autoencoders/weights/tiny-v2/weights.safetensors",
+        "latentds/autoencoders/weights/tiny-v2/fast/decoder.json",
+        "latentds/autoencoders/weights/tiny-v2/fast/decoder.safetensors",
         "latentds_tools/comparison/paper_tables.json",
         "latentds_tools/fidelity/paper_table1.json",
     }

@@ -1,24 +1,116 @@
-"""The crops `tiny` learns from."""
+"""Which pictures a codec learns from, and the one file they are packed into."""
 
 from __future__ import annotations
 
-import numpy as np
-import torch
-from latentds_trainers.tiles import SHARES, CropConfig, random_crops
+import zipfile
 
+import numpy as np
+import pytest
+import torch
+from latentds_trainers.tile_pack import budgets, decoded, read_pack, spread, webp, write_pack
+from latentds_trainers.tile_sources import DEMO_HELD_OUT, HELD_OUT, SOURCES, list_tiles
+from latentds_trainers.tiles import middles, pack_tiles, read_tiles
+from PIL import Image
+
+from latentds.errors import InputError
 from tests.conftest import smooth_picture
 
-CROPS = CropConfig(crop_px=16, half_scale_share=0.25, stain_share=0.5, seed=3)
-TILES = {name: [smooth_picture(seed, 48) for seed in range(3)] for name in SHARES}
+
+@pytest.fixture(scope="module")
+def own_tiles(tmp_path_factory):
+    """Twenty pictures, one of them a JPEG."""
+    folder = tmp_path_factory.mktemp("own")
+    for number in range(20):
+        name = "00.jpg" if number == 0 else f"{number:02d}.png"
+        edge = 264 if number in (0, 1, 19) else 100
+        Image.fromarray(smooth_picture(number, edge)).save(folder / name)
+    return folder
 
 
-def test_two_ranks_draw_the_crops_of_one():
-    whole = random_crops(TILES, CROPS, 7, range(8))
-    halves = [random_crops(TILES, CROPS, 7, places) for places in (range(4), range(4, 8))]
-    assert whole.shape == (8, 3, 16, 16) and torch.equal(whole, torch.cat(halves))
+def test_shares_of_the_open_tiles_sum_to_one():
+    assert sum(source.share for source in SOURCES.values()) == pytest.approx(1)
 
 
-def test_crops_of_places_and_steps_differ():
-    crops = [random_crops(TILES, CROPS, step, range(4)) for step in (0, 1)]
-    flat = torch.cat(crops).flatten(1).numpy()
-    assert len(np.unique(flat, axis=0)) == 8
+def test_no_source_is_a_test_set():
+    folders = [folder for source in SOURCES.values() for folder in source.folders]
+    assert not [folder for folder in folders if "monuseg" in folder or "ucsb" in folder]
+
+
+def test_of_ones_own_pictures_every_twentieth_is_judged_by(own_tiles):
+    tiles = read_tiles(own_tiles)
+    assert tiles.shares == {"tiles": 1.0} and len(tiles.pictures["tiles"]) == 19
+    assert torch.equal(tiles.held_out, middles([smooth_picture(19, 264)]))
+
+
+def test_too_few_pictures_are_refused(tmp_path):
+    with pytest.raises(InputError, match=r"too few pictures .*; at least 20"):
+        read_tiles(tmp_path)
+
+
+def test_a_judged_picture_that_is_too_small_is_refused():
+    with pytest.raises(InputError, match="of 200x200 px; at least 256"):
+        middles([smooth_picture(0, 200)])
+
+
+def test_a_pack_holds_the_folders_pictures(own_tiles, tmp_path):
+    pack_tiles(own_tiles, tmp_path / "tiles.zip")
+    packed, folder = read_tiles(tmp_path / "tiles.zip"), read_tiles(own_tiles)
+    assert packed.shares == folder.shares and torch.equal(packed.held_out, folder.held_out)
+    first, second = packed.pictures["tiles"][:2]
+    assert np.array_equal(first, folder.pictures["tiles"][0])  # the JPEG, as it is
+    assert np.array_equal(second, folder.pictures["tiles"][1][:256, :256])
+
+
+def test_a_pack_is_no_larger_than_allowed_and_keeps_its_shares(tmp_path):
+    pieces = {name: [webp(smooth_picture(s, 40)) for s in range(30)] for name in ("a", "b")}
+    size = sum(len(piece) for piece in pieces["a"])
+    write_pack(tmp_path / "p.zip", pieces, {"a": 0.8, "b": 0.2}, {"held_out": []}, size)
+    with zipfile.ZipFile(tmp_path / "p.zip") as archive:
+        sizes = {
+            n: sum(i.file_size for i in archive.infolist() if i.filename[0] == n) for n in "ab"
+        }
+    assert sum(sizes.values()) <= size
+    assert sizes["a"] == pytest.approx(0.8 * size, rel=0.06)  # two pieces of 30
+
+
+def test_what_a_source_does_not_need_others_get():
+    assert budgets({"a": 10, "b": 900, "c": 900}, {"a": 0.5, "b": 0.25, "c": 0.25}, 110) == {
+        "a": 10,
+        "b": 50,
+        "c": 50,
+    }
+
+
+def test_pieces_that_are_kept_are_spread_over_all():
+    pieces = [bytes([number]) * 10 for number in range(10)]
+    assert [piece[0] for piece in spread(pieces, 50)] == [1, 3, 5, 7, 9]
+
+
+@pytest.mark.parametrize("content", [b"no zip", b""])
+def test_a_file_that_is_no_pack_is_refused(tmp_path, content):
+    path = tmp_path / "tiles.zip"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"tiles\.zip: no pack of tiles"):
+        read_pack(path)
+
+
+def test_a_pack_of_a_source_without_pictures_is_refused(tmp_path):
+    write_pack(tmp_path / "p.zip", {"a": []}, {"a": 1.0}, {"held_out": []})
+    with pytest.raises(InputError, match="no picture of 'a'"):
+        read_pack(tmp_path / "p.zip")
+
+
+def test_webp_of_a_pack_is_lossless():
+    picture = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    assert np.array_equal(decoded(webp(picture)), picture)
+
+
+@pytest.mark.assets
+def test_the_open_tiles_leave_out_held_out_patients_and_the_demos_specimen(assets):
+    sources, held_out = list_tiles(assets)
+    names = {file.name for files in sources.values() for file in files}
+    assert len(names) > 1000
+    assert not [name for name in names if name.startswith(HELD_OUT + DEMO_HELD_OUT)]
+    assert len(held_out) == 6 and not names & {file.name for file in held_out}
+    demo = assets / "segmentation" / "dsb2018_he" / "images"
+    assert all((demo / f"{name}.png").is_file() for name in DEMO_HELD_OUT)

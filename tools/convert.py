@@ -134,13 +134,13 @@ def estimate(config: Config) -> dict[str, Any]:
 
 def planned_bytes(config: Config, latents_shape: tuple[int, int, int]) -> int:
     """Bytes a patch's codes will take."""
-    from latentds.autoencoders.cards import ALIASES, TINY_V2
+    from latentds.autoencoders.cards import ALIASES
     from latentds.autoencoders.tiny import USUAL_BYTES, USUAL_CELLS
     from latentds.codebooks import load_codebook
     from latentds.conversion.codebook import planes_of
 
     channels, rows, columns = latents_shape
-    is_tiny2 = ALIASES.get(config.autoencoder, config.autoencoder) == TINY_V2.name
+    is_tiny2 = ALIASES.get(config.autoencoder, config.autoencoder) in ("tiny-v2", "tiny-v2-fast")
     if config.codebook_kind == "rans" or (config.codebook is None and is_tiny2):
         return config.bytes or USUAL_BYTES * rows * columns // USUAL_CELLS
     if config.codebook_file is not None:

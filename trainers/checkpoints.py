@@ -36,7 +36,16 @@ NAME = re.compile(r"step-(\d{6,})")
 # product matters: the images of an optimizer step.
 MAY_CHANGE = frozenset(
     {
-        *("out", "steps", "save_every", "keep", "log_every", "sample_every", "tensorboard"),
+        *(
+            "out",
+            "steps",
+            "save_every",
+            "save_minutes",
+            "keep",
+            "log_every",
+            "sample_every",
+            "tensorboard",
+        ),
         *("batch_size", "accumulation"),
     }
 )

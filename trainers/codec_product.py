@@ -1,26 +1,28 @@
-"""What a `train_codec` run leaves behind: networks, counts of integers, figures, a card."""
+"""What a `train_codec` run leaves behind, and how it is judged: OUT/codec, rate and distortion."""
 # B crops, C latent channels, h w latent cells, S steps, T symbols
 
 from __future__ import annotations
 
-import json
-from typing import TYPE_CHECKING
+import dataclasses
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from latentds_trainers.codec_network import GAIN, CodecNetwork, rounded
-from latentds_trainers.codec_tiles import SHARES, CropConfig, Tiles, random_crops
+from latentds_trainers.crops import Crops
 from latentds_trainers.settings import plain
-from safetensors.torch import save
+from latentds_trainers.tile_sources import attribution_of
 from torch import Tensor, nn
 
-from latentds.storage import write_atomically
+from latentds.autoencoders.codec_folder import FAST, LARGEST, SymbolCounts, save_codec
+from latentds.autoencoders.decoders import default_name, save_decoder
 
 if TYPE_CHECKING:
     from latentds_trainers.train_codec import TrainCodecConfig
 
-LARGEST = 15  # symbols -15 .. 15, and one for what lies beyond
 ESCAPE_BITS = 8
+PRODUCT = "codec"  # folder of a run
+STUDENT = "turbo-s"
 STEPS = tuple(0.5 * 2 ** (k / 8) for k in range(33))  # 0.5 to 8; the ninth is 1
 FLOOR = 0.005  # of a geometric law, mixed into counted shares
 COUNTED_PX, COUNTED_CROPS, FINAL_CROPS = 192, 16, 432
@@ -31,22 +33,15 @@ PATCH_PIXELS = 256 * 256
 
 @torch.no_grad()
 def count_integers(
-    encoder: nn.Module, tiles: Tiles, config: TrainCodecConfig, is_last: bool
+    encoder: nn.Module, crops: Crops, config: TrainCodecConfig, is_last: bool
 ) -> Tensor:
     """Counts int64 (S, C, 32) of symbols on training crops at each of STEPS; the last escapes."""
-    crops = CropConfig(
-        crop_px=COUNTED_PX,
-        half_scale_share=config.half_scale_share,
-        stain_share=config.stain_share,
-        seed=config.seed + 1,
-    )
-    number = FINAL_CROPS if is_last else COUNTED_CROPS
-    device = next(encoder.parameters()).device
-    total = 0
-    for start in range(0, number, BATCH):
-        images = random_crops(tiles, crops, 0, range(start, start + BATCH)).to(device)
-        total = total + torch.stack([symbol_counts(encoder(images), step) for step in STEPS])
-    return total.cpu()
+    drawn = dataclasses.replace(crops.config, crop_px=COUNTED_PX, seed=config.seed + 1)
+    counts = torch.zeros(len(STEPS), config.channels, 2 * LARGEST + 2, dtype=torch.int64)
+    for start in range(0, FINAL_CROPS if is_last else COUNTED_CROPS, BATCH):
+        latents = encoder(crops.batch(0, range(start, start + BATCH), drawn))
+        counts += torch.stack([symbol_counts(latents, step) for step in STEPS]).cpu()
+    return counts
 
 
 def symbol_counts(latents: Tensor, step: float) -> Tensor:
@@ -124,31 +119,29 @@ def psnr(decoder: nn.Module, latents: Tensor, images: Tensor) -> float:
 
 def save_product(
     config: TrainCodecConfig,
-    networks: tuple[CodecNetwork, nn.Module],
+    network: CodecNetwork,
+    student: nn.Module,
     counts: Tensor,
-    figures: dict[str, float],
+    trained: dict[str, Any],
 ) -> None:
-    """Write OUT/codec, the card last."""
-    network, student = networks
-    folder = config.out / "codec"
-    folder.mkdir(parents=True, exist_ok=True)
-    parts = {"encoder": network.encoder, "decoder": network.decoder}
-    weights = {f"{part}.{k}": v for part, m in parts.items() for k, v in m.state_dict().items()}
-    tables = {
-        "counts": counts[STEPS.index(1.0)].clone(),
-        "counts_by_step": counts,
-        "steps": torch.tensor(STEPS, dtype=torch.float64),
-        "gains": torch.full((config.channels,), GAIN),
-    }
-    write_atomically(folder / "weights.safetensors", save(halves(weights)))
-    write_atomically(folder / "fast.safetensors", save(halves(student.state_dict())))
-    write_atomically(folder / "tables.safetensors", save(tables))
+    """Write OUT/codec with its fast decoder.
+
+    counts   of `count_integers`
+    trained  how: shares of the tiles and figures
+    """
+    folder = config.out / PRODUCT
+    gains = torch.full((config.channels,), GAIN)
     options = plain(config) | {"tiles": config.tiles.name, "out": config.out.name}
-    card = {"channels": config.channels, "factor": 8, "gain": GAIN, "shares": SHARES}
-    text = json.dumps(card | {"figures": figures, "options": options}, indent=1)
-    write_atomically(folder / "codec.json", text.encode())
-
-
-def halves(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors as fp16 on the CPU."""
-    return {name: tensor.cpu().half().contiguous() for name, tensor in tensors.items()}
+    card = save_codec(
+        folder,
+        nn.ModuleDict({"encoder": network.encoder, "decoder": network.decoder}),
+        SymbolCounts(counts, torch.tensor(STEPS, dtype=torch.float64), gains),
+        name=config.name or default_name(config.out),
+        licence=config.licence,
+        attribution=attribution_of(trained["shares"]),
+        trained=trained | {"options": options},
+    )
+    fast = card.name + "-fast"
+    architecture = {"class": "student", "name": STUDENT}
+    by = {"recipe": "train_codec", "figures": trained["figures"]}
+    save_decoder(folder / FAST, student, card, architecture, by, name=fast, dtype=torch.float16)

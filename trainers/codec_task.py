@@ -10,9 +10,17 @@ from typing import TYPE_CHECKING
 
 import torch
 from latentds_trainers.codec_network import CodecNetwork, mse, rounded, warm_start
-from latentds_trainers.codec_product import count_integers, held_out_figures, save_product
-from latentds_trainers.codec_tiles import CropConfig, random_crops, read_held_out, read_tiles
+from latentds_trainers.codec_product import (
+    PRODUCT,
+    STUDENT,
+    count_integers,
+    held_out_figures,
+    save_product,
+)
+from latentds_trainers.crops import CropConfig, Crops
 from latentds_trainers.engine import Engine
+from latentds_trainers.ranks import join_ranks, on_all_ranks
+from latentds_trainers.tiles import read_tiles
 from torch import Tensor, nn
 
 from latentds.autoencoders.students import build_student, fit_shortcut
@@ -20,8 +28,10 @@ from latentds.autoencoders.students import build_student, fit_shortcut
 if TYPE_CHECKING:
     from latentds_trainers.train_codec import TrainCodecConfig
 
-STUDENT = "turbo-s"
 SHORTCUT_CROPS = 64
+SHORTCUT_STEP = 2**32 - 1  # whose crops no training step draws
+SAMPLES = 4
+MAY_CHANGE = ("tiles", "pack", "name", "licence")
 EARLY_SHARE = 8  # one part in so many of the steps has the early rate weight
 BETAS, DECAY = (0.9, 0.98), 1e-4
 
@@ -31,7 +41,10 @@ class CodecTask:
 
     def __init__(self, config: TrainCodecConfig) -> None:
         self.config = config
-        self.tiles, self.held_out = read_tiles(config.tiles), read_held_out(config.tiles)
+        device = join_ranks()
+        self.tiles = on_all_ranks(lambda: read_tiles(config.tiles))
+        self.held_out = self.tiles.held_out.to(device)
+        self.crops = Crops(self.tiles.pictures, self.tiles.shares, crop_config(config), device)
         torch.manual_seed(config.seed)
         network = CodecNetwork(config.channels, config.encoder_widths)
         if config.init == "tiny-v1":
@@ -42,26 +55,25 @@ class CodecTask:
             "codec": (network, optimizer_of(network, config)),
             "student": (student, adamw(student.parameters(), config.lr)),
         }
-        self.engine = Engine(config, "train_codec", networks, may_change=["tiles"])
+        self.engine = Engine(config, "train_codec", networks, may_change=MAY_CHANGE)
 
     @torch.no_grad()
     def fit_student(self, network: CodecNetwork, student: nn.Module) -> None:
         """Start the student from the linear decoder of the encoder's first latents."""
-        crops = crop_config(self.config)
-        batches = (random_crops(self.tiles, crops, -1 % 2**32, [n]) for n in range(SHORTCUT_CROPS))
+        network.to(self.held_out.device)
+        batches = (self.crops.batch(SHORTCUT_STEP, [place]) for place in range(SHORTCUT_CROPS))
         fit_shortcut(student, ((network.encoder(images), images) for images in batches))
 
     def run(self) -> Path | None:
         """Train to the last step; rank 0 returns the product's folder."""
         self.engine.run(self.step, samples=self.samples, validate=self.validate)
         self.validate(is_last=True)
-        return self.config.out / "codec" if self.engine.is_first else None
+        return self.config.out / PRODUCT if self.engine.is_first else None
 
     def step(self, step: int) -> dict[str, Tensor]:
         """Distortion and rate of the network, distortion of the student."""
         engine, config = self.engine, self.config
-        images = random_crops(self.tiles, crop_config(config), step, engine.rows)
-        images = images.to(engine.device, memory_format=torch.channels_last)
+        images = self.crops.batch(step, engine.rows).contiguous(memory_format=torch.channels_last)
         network, student = engine["codec"], engine["student"]
         with engine.autocast():
             latents = network.encoder(images)
@@ -96,7 +108,7 @@ class CodecTask:
     def samples(self) -> Tensor:
         """Held-out pictures above their reconstructions at step 1."""
         network, _ = self.networks()
-        images = self.held_out[::2][:4].to(self.engine.device)
+        images = self.held_out[:: max(1, len(self.held_out) // SAMPLES)][:SAMPLES]
         with torch.no_grad():
             coded = rounded(network.encoder(images), torch.ones(len(images)).to(images))
             return torch.cat([images, network.decoder(coded).clamp(0, 1)])
@@ -106,14 +118,12 @@ class CodecTask:
         network, student = self.networks()
         if not self.engine.is_first:
             return {}
-        counts = count_integers(network.encoder, self.tiles, self.config, is_last)
-        figures = held_out_figures(network, student, counts, self.held_out.to(self.engine.device))
-        save_product(
-            self.config,
-            (network, student),
-            counts,
-            figures | {"steps": self.engine.step, "seconds": self.engine.seconds},
-        )
+        counts = count_integers(network.encoder, self.crops, self.config, is_last)
+        figures = held_out_figures(network, student, counts, self.held_out)
+        rounded_figures = {name: round(value, 3) for name, value in figures.items()}
+        made = {"steps": self.engine.step, "seconds": round(self.engine.state().seconds)}
+        trained = {"shares": self.tiles.shares, "figures": rounded_figures} | made
+        save_product(self.config, network, student, counts, trained)
         return figures
 
 

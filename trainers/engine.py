@@ -24,6 +24,7 @@ import itertools
 import json
 import logging
 import math
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,7 @@ class Engine:
         self.names = tuple(networks)
         self.step, self.micro, self.seconds = 0, 0, 0.0
         self.has_ended = False
+        self.is_due, self.saved_at = False, time.monotonic()
         self.noted: dict[str, list[Tensor]] = {}
         self.log: TrainingLog | None = None
         found = self.find_checkpoint(may_change)
@@ -213,10 +215,12 @@ class Engine:
             for name, value in step_fn(self.step).items():
                 self.note(name, value)
         figures = {name: torch.stack(values).mean() for name, values in self.noted.items()}
-        asked = torch.tensor(float(bool(stop)), device=self.device, dtype=torch.float64)
-        sums = torch.stack([*figures.values(), asked])
+        is_late = self.is_first and self.config.is_late(self.saved_at)
+        asked = torch.tensor([is_late, bool(stop)], device=self.device).double()
+        sums = torch.stack([*figures.values(), *asked])
         dist.all_reduce(sums)  # a rank's NaN is every rank's: all come to the same decision
-        *means, asked_to_stop = (sums / self.world_size).tolist()
+        *means, late, asked_to_stop = (sums / self.world_size).tolist()
+        self.is_due = late > 0
         named = dict(zip(figures, means, strict=True))
         self.check_finite(named)
         self.step, self.micro = self.step + 1, 0
@@ -248,7 +252,8 @@ class Engine:
         """Write what the step just taken is due: validation, checkpoint, pictures, log line."""
         config = self.config
         figures = figures | {"lr": config.lr * config.lr_share(self.step - 1)}
-        is_saving = self.step % config.save_every == 0 or self.is_done or must_stop
+        is_regular = self.step % config.save_every == 0
+        is_saving = is_regular or self.is_due or self.is_done or must_stop
         if is_saving and validate is not None and not must_stop:
             try:
                 found = validate()
@@ -345,6 +350,7 @@ class Engine:
         if self.is_first:
             remove_old(self.config.out, self.config.keep)
         dist.barrier()
+        self.saved_at = time.monotonic()
         return folder
 
     def from_first(self, make: Callable[[], Any]) -> Any:

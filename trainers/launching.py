@@ -1,8 +1,8 @@
 """From a command line to a rank that runs a recipe: arguments, signals, exit codes.
 
-    deepspeed --num_gpus 2 --module latentds_trainers.train_tiny ...    # on a CPU it counts ranks
-    torchrun --nproc_per_node 2 -m latentds_trainers.train_tiny ...
-    python -m latentds_trainers.train_tiny ...                          # one rank
+    deepspeed --num_gpus 2 --module latentds_trainers.train_codec ...   # on a CPU it counts ranks
+    torchrun --nproc_per_node 2 -m latentds_trainers.train_codec ...
+    python -m latentds_trainers.train_codec ...                         # one rank
 
 Imports neither torch nor DeepSpeed, so that `--help` stays fast. Exit codes: 0 the run reached its
 last step; 1 a LatentdsError (one line on stderr); 2 usage; 143 stopped by SIGTERM with a checkpoint

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import time
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,6 +44,8 @@ class TrainConfig:
     seed: int = 0
     save_every: int = 1000
     """Steps between checkpoints; validation figures are taken then too."""
+    save_minutes: float | None = None
+    """Minutes after which a checkpoint is due as well: for time that may be cut off."""
     keep: int = 2
     """Checkpoints kept, the newest ones."""
     log_every: int = 10
@@ -57,7 +60,7 @@ class TrainConfig:
             count = getattr(self, name)
             if count is not None and count < 1:  # a recipe's steps may follow from its epochs
                 raise ValueError(f"{name} is {count}; at least 1")
-        for name in ("lr", "clip", "spike", "sample_every"):
+        for name in ("lr", "clip", "spike", "sample_every", "save_minutes"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value}; a positive number")
@@ -71,6 +74,11 @@ class TrainConfig:
             raise ValueError("precision bf16 needs zero_stage 1, 2 or 3; with 0, take autocast")
         if self.spike is not None and (self.clip is None or self.zero_stage != 0):
             raise ValueError("spike needs clip, and zero_stage 0")
+
+    def is_late(self, saved_at: float) -> bool:
+        """Whether a checkpoint of that `time.monotonic()` is `save_minutes` old."""
+        minutes = self.save_minutes
+        return minutes is not None and time.monotonic() - saved_at >= 60 * minutes
 
     def lr_share(self, step: int) -> float:
         """Share of `lr` that step `step` (the first is 0) takes."""

@@ -1,99 +1,94 @@
-"""Random crops of openly licensed tiles, each a function of seed, step and place in the batch."""
+"""The pictures a codec is trained on, in memory, from a folder or from one packed file."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
+from latentds_trainers.tile_pack import pieces_of, read_pack, webp, write_pack
+from latentds_trainers.tile_sources import list_tiles, shares_of
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional
 
-SWAP_SHARE = 0.3  # of the colour-mixed crops whose channels change places
-HELD_OUT = "TCGA-FG-A4MU"  # one patient of tiles/tcga_gbm, for the validation figure
-# Share of the crops of a batch. Lossless tiles lead: JPEG sources teach the network their block
-# noise.
-SHARES = {"tcga_gbm": 0.40, "dsb2018_he": 0.25, "slide": 0.20, "oral_cc0_jpeg": 0.15}
+from latentds.errors import InputError
 
-Tiles = dict[str, list[np.ndarray]]
+JUDGED_PX = 256  # edge of what is judged, cut from a picture's middle
+HELD_OUT = "held_out"  # what a pack calls the pictures that are judged by
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CropConfig:
-    """How crops are drawn."""
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """Pictures to draw crops from, and others to judge by.
 
-    crop_px: int
-    half_scale_share: float
-    stain_share: float
-    seed: int
+    pictures  by source, uint8 (H, W, 3)
+    shares    of the crops by source, summing to 1
+    held_out  float (n, 3, 256, 256) in [0, 1]
+    """
+
+    pictures: dict[str, list[np.ndarray]]
+    shares: dict[str, float]
+    held_out: Tensor
 
 
-def read_tiles(root: Path) -> Tiles:
-    """The training pictures by source, as uint8 (H, W, 3) arrays in memory (about 130 MB)."""
+def read_tiles(path: Path) -> Tiles:
+    """The tiles of a folder or of a pack, all in memory (about 450 MB for the open ones).
+
+    path    the assets' folder, any folder of pictures, or a file that `pack_tiles` wrote
+    raises  InputError where there is too little to train on or to judge by, or the file is no pack
+    """
+    if path.is_file():
+        packed, shares = read_pack(path)
+        return Tiles(packed, shares, middles(packed.pop(HELD_OUT)))
+    sources, held_out = list_tiles(path)
+    pictures = {
+        name: [picture for file in files for picture in read_pictures(file)]
+        for name, files in sources.items()
+    }
+    return Tiles(pictures, shares_of(sources), middles([read_picture(file) for file in held_out]))
+
+
+def pack_tiles(path: Path, pack: Path) -> None:
+    """Write what fits of a folder's tiles into one file, for a machine that has no such folder.
+
+    raises  InputError as `read_tiles`
+    """
+    sources, held_out = list_tiles(path)
+    pieces = {
+        name: [piece for file in files for piece in pieces_of(file, read_pictures)]
+        for name, files in sources.items()
+    }
+    judged = middles([read_picture(file) for file in held_out]).mul(255).round().byte()
+    kept = [webp(picture) for picture in judged.permute(0, 2, 3, 1).numpy()]
+    write_pack(pack, pieces, shares_of(sources), {HELD_OUT: kept})
+
+
+def read_pictures(path: Path) -> list[np.ndarray]:
+    """The picture of a file; of a slide, all of its finest level."""
+    if path.suffix != ".svs":
+        return [read_picture(path)]
     import openslide
 
-    folders = {
-        "tcga_gbm": "tiles/tcga_gbm",
-        "dsb2018_he": "segmentation/dsb2018_he/images",
-        "oral_cc0_jpeg": "classification/oral_cc0_jpeg",
-    }
-    tiles = {
-        name: [
-            np.asarray(Image.open(path).convert("RGB"))
-            for path in sorted((root / folder).rglob("*.[pj][np]g"))
-            if not path.name.startswith(HELD_OUT)
-        ]
-        for name, folder in folders.items()
-    }
-    slide = openslide.OpenSlide(root / "wsi" / "CMU-1-Small-Region.svs")
-    tiles["slide"] = [np.asarray(slide.read_region((0, 0), 0, slide.dimensions).convert("RGB"))]
-    return tiles
+    with openslide.OpenSlide(path) as slide:
+        return [np.asarray(slide.read_region((0, 0), 0, slide.dimensions).convert("RGB"))]
 
 
-def read_held_out(root: Path) -> Tensor:
-    """Centre crops (n, 3, 256, 256) in [0, 1] of the held-out patient."""
-    paths = sorted((root / "tiles" / "tcga_gbm").glob(f"{HELD_OUT}*.png"))
-    crops = [np.asarray(Image.open(path).convert("RGB"))[128:384, 128:384] for path in paths]
-    return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).float() / 255
+def read_picture(path: Path) -> np.ndarray:
+    """The pixels of a PNG or JPEG file, uint8 (H, W, 3)."""
+    with Image.open(path) as picture:
+        return np.asarray(picture.convert("RGB"))
 
 
-def random_crops(tiles: Tiles, config: CropConfig, step: int, places: Iterable[int]) -> Tensor:
-    """Crops (B, 3, crop, crop) in [0, 1] at these places of the step's global batch."""
-    return torch.stack([one_crop(tiles, config, step, place) for place in places])
-
-
-def one_crop(tiles: Tiles, config: CropConfig, step: int, place: int) -> Tensor:
-    """A crop (3, crop, crop), which depends on the seed, the step and the place alone.
-
-    Flips, right-angle turns, gain jitter, at times half scale or mixed colours.
-    """
-    rng = np.random.default_rng([config.seed, step, place])
-    source = rng.choice(len(SHARES), p=list(SHARES.values()))
-    pictures = tiles[list(SHARES)[source]]
-    picture = pictures[rng.integers(len(pictures))]
-    fits_half = min(picture.shape[:2]) >= 2 * config.crop_px
-    scale = 2 if fits_half and rng.random() < config.half_scale_share else 1
-    side = scale * config.crop_px
-    top = rng.integers(picture.shape[0] - side + 1)
-    left = rng.integers(picture.shape[1] - side + 1)
-    crop = np.rot90(picture[top : top + side, left : left + side], int(rng.integers(4)))
-    if rng.random() < 0.5:
-        crop = crop[:, ::-1]
-    image = torch.from_numpy(crop.copy()).permute(2, 0, 1).float() / 255
-    if scale == 2:
-        image = functional.avg_pool2d(image, 2)
-    if rng.random() < config.stain_share:
-        image = mix_colours(image, rng)
-    gain = torch.from_numpy(rng.uniform(0.9, 1.1, (3, 1, 1))).float()
-    return (image * gain).clamp_(0, 1)
-
-
-def mix_colours(image: Tensor, rng: np.random.Generator) -> Tensor:
-    """The image (3, H, W) with channels swapped at times, mixed a little, and another gamma."""
-    channels = rng.permutation(3) if rng.random() < SWAP_SHARE else np.arange(3)
-    mixing = np.eye(3)[channels] + rng.normal(0, 0.12, (3, 3))
-    mixed = torch.einsum("ij,jhw->ihw", torch.from_numpy(mixing).float(), image)
-    return mixed.clamp(0, 1) ** float(rng.uniform(0.7, 1.4))
+def middles(pictures: list[np.ndarray]) -> Tensor:
+    """The middle of every picture, float (n, 3, 256, 256) in [0, 1]."""
+    squares = []
+    for picture in pictures:
+        top, left = ((side - JUDGED_PX) // 2 for side in picture.shape[:2])
+        if min(top, left) < 0:
+            raise InputError(
+                f"a held-out picture of {picture.shape[1]}x{picture.shape[0]} px; at least "
+                f"{JUDGED_PX} each way"
+            )
+        squares.append(picture[top : top + JUDGED_PX, left : left + JUDGED_PX])
+    return torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).float() / 255

@@ -3,10 +3,12 @@
     python -m latentds_trainers.train_codec --tiles ../shared/assets --out runs/codec
     deepspeed --num_gpus 1 --module latentds_trainers.train_codec --preset gpu-10min ...
 
-Learns from openly licensed tiles only (`trainers/codec_tiles.py` lists them); UCSB and MoNuSeg stay
-test sets and are never opened. Loss: mean squared error plus `rate_weight` times bits a pixel. The
-same command goes on from the newest checkpoint. With every checkpoint, OUT/codec is written anew:
-encoder, decoder, a fast decoder, counts, card (which `--autoencoder` does not take yet).
+Learns from openly licensed tiles only (`trainers/tile_sources.py`); UCSB and MoNuSeg stay test
+sets and are never opened, nor are the pictures that the demo shows. Loss: mean squared error plus
+`rate_weight` times bits a pixel. The same command goes on from the newest checkpoint. With every
+checkpoint, OUT/codec is written anew: encoder, decoder, a fast decoder, tables, card; it is what
+`--autoencoder OUT/codec` takes. Under `deepspeed` or `torchrun`, any number of ranks draws the same
+crops.
 """
 
 from __future__ import annotations
@@ -21,12 +23,14 @@ from latentds_trainers.settings import TrainConfig
 PRESETS: dict[str, dict[str, Any]] = {
     # One core of an EPYC without AVX-512: 0.6 s a step. bf16 is 13 times slower there than fp32.
     "cpu": {
-        "steps": 6_000, "batch_size": 6, "crop_px": 96, "precision": "fp32",
+        "steps": 8_000, "batch_size": 6, "crop_px": 96, "precision": "fp32",
         "encoder_widths": (96, 160), "init": "tiny-v1", "save_every": 800, "warmup_steps": 200,
+        "save_minutes": None,
     },
     "gpu-10min": {
         "steps": 12_000, "batch_size": 64, "crop_px": 128, "precision": "autocast",
-        "encoder_widths": (192, 320), "init": "cold", "save_every": 2_000, "warmup_steps": 500,
+        "encoder_widths": (192, 320), "init": "cold", "save_every": 100_000, "warmup_steps": 500,
+        "save_minutes": 2.0,
     },
 }  # fmt: skip
 USUAL_BYTES, USUAL_RATE_WEIGHT = 4096, 2.2e-3  # what this weight came to in a first run
@@ -37,8 +41,15 @@ class TrainCodecConfig(TrainConfig):
     """Settings of the run; None is the preset's. The weights that ship: preset `cpu`."""
 
     tiles: Path
-    """Folder with segmentation/, classification/, tiles/, tiles_open/ and wsi/, as the trainer's
-    tiles.py lists them."""
+    """The assets' folder (segmentation/, classification/, tiles/, tiles_open/, wsi/), any folder of
+    PNG and JPEG pictures of 256 px or more (every twentieth is judged by), or a file that `--pack`
+    wrote."""
+    pack: Path | None = None
+    """Write what fits of the tiles into this file, at most 55 MB, and end."""
+    name: str | None = None
+    """Of the autoencoder; by default the run's folder's."""
+    licence: str = "unknown"
+    """Of the weights."""
     preset: Literal["cpu", "gpu-10min"] = "cpu"
     """Sizes for two cores and at most two hours, or for one H100-class GPU and ten minutes."""
     channels: int = 32
@@ -48,23 +59,23 @@ class TrainCodecConfig(TrainConfig):
     """Of bits a pixel beside the mean squared error; follows from `bytes`."""
     early_rate_weight: float = 5e-4
     """The weight for the first eighth of the steps: channels that start cheap are kept."""
-    steps: int = None  # type: ignore[assignment]
-    batch_size: int = None  # type: ignore[assignment]
-    crop_px: int = None  # type: ignore[assignment]
-    encoder_widths: tuple[int, int] = None  # type: ignore[assignment]
+    steps: int | None = None
+    batch_size: int | None = None
+    crop_px: int | None = None
+    encoder_widths: tuple[int, int] | None = None
     """Channels at a quarter and an eighth of the resolution; the decoder is always `tiny`'s."""
-    init: Literal["tiny-v1", "cold"] = None  # type: ignore[assignment]
+    init: Literal["tiny-v1", "cold"] | None = None
     """Start from the layers of `tiny-v1`, or from random ones."""
     lr: float = 4e-4
     rate_lr: float = 4e-3
     """Peak learning rate of the rate's mixtures, which have to follow the latents."""
-    warmup_steps: int = None  # type: ignore[assignment]
+    warmup_steps: int | None = None
     schedule: Literal["constant", "cosine", "multistep"] = "cosine"
     clip: float | None = 0.3
     spike: float | None = 10.0
     """Leave out a step whose gradient norm is beyond this many times `clip`."""
-    precision: Literal["fp32", "autocast", "bf16"] = None  # type: ignore[assignment]
-    save_every: int = None  # type: ignore[assignment]
+    precision: Literal["fp32", "autocast", "bf16"] | None = None
+    save_every: int | None = None
     sample_every: int | None = 1000
     step_range: tuple[float, float] = (0.7, 2.8)
     """Quantization steps that the crops take, evenly in their logarithm: about 4.5 to 1.4 KB."""
@@ -85,7 +96,13 @@ class TrainCodecConfig(TrainConfig):
 
 
 def train(config: TrainCodecConfig) -> None:
-    """Run to the last step; prints the product's folder."""
+    """Run to the last step and print the product's folder, or pack tiles."""
+    if config.pack is not None:
+        from latentds_trainers.tiles import pack_tiles
+
+        pack_tiles(config.tiles, config.pack)
+        print(config.pack)
+        return
     from latentds_trainers.codec_task import CodecTask
 
     path = CodecTask(config).run()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from importlib import resources
 from pathlib import Path
 
 from latentds.autoencoders.base import Autoencoder, AutoencoderCard, NetworkAutoencoder
-from latentds.autoencoders.cards import ALIASES, CARDS, EMBEDDED, SHORT_NAMES
+from latentds.autoencoders.cards import ALIASES, CARDS, SHORT_NAMES
 from latentds.errors import WeightsError, unknown_name
 
 __all__ = ["Autoencoder", "AutoencoderCard", "NetworkAutoencoder", "load_autoencoder"]
@@ -18,14 +19,14 @@ def load_autoencoder(
 ) -> NetworkAutoencoder:
     """The autoencoder of that name, or of that local path, in fp32 on the CPU and in eval mode.
 
-    name_or_path  tiny (tiny-v1), tiny-v2, sd15, sd3, dcae-f32, dcae-f32-mix, taesd, taesd3;
-                  sd15-path, sd3-path, dcae-f32-path (the paper's fine-tuned decoders); the
-                  repository of one of them; a diffusers folder (config.json of class
-                  AutoencoderKL, AutoencoderDC or AutoencoderTiny); a DC-AE's folder with
-                  model.safetensors as efficientvit writes it; a TAESD-style pair of
+    name_or_path  tiny, tiny-v2, tiny-v2-fast (its codes, decoded faster); sd15, sd3, dcae-f32,
+                  dcae-f32-mix, taesd, taesd3; sd15-path, sd3-path, dcae-f32-path (the paper's
+                  fine-tuned decoders); the repository of one of them; a diffusers folder
+                  (config.json of class AutoencoderKL, AutoencoderDC or AutoencoderTiny); a DC-AE's
+                  folder with model.safetensors as efficientvit writes it; a TAESD-style pair of
                   `*_encoder.pth` and `*_decoder.pth` (their folder, or the folder plus their
-                  prefix); or a decoder's folder, or its run's: the autoencoder it names, with the
-                  decoder replaced
+                  prefix); a codec's folder (codec.json); or a decoder's folder, or its run's: the
+                  autoencoder it names, with the decoder replaced
     encoder       for a decoder's folder: the autoencoder whose encoder is used, where it is not to
                   be found by the name the folder gives
     raises        UnknownNameError, WeightsError (what is missing, how to get it),
@@ -36,10 +37,12 @@ def load_autoencoder(
     given = str(name_or_path)
     is_copy = "/" in given and Path(given).exists()  # of a repository, under its name
     name = given if is_copy else ALIASES.get(given, given)
-    if name in EMBEDDED:
+    if name == "tiny-v1":
         from latentds.autoencoders.tiny import load_tiny
 
-        return load_tiny(name)
+        return load_tiny()
+    if name in ("tiny-v2", "tiny-v2-fast"):
+        return load_embedded(name)
     if name in CARDS:
         from latentds.autoencoders.diffusers_ae import load_from_hub
 
@@ -65,6 +68,19 @@ def load_for_decoding(name_or_path: str | os.PathLike[str]) -> NetworkAutoencode
     return load_autoencoder(name_or_path)
 
 
+def load_embedded(name: str) -> NetworkAutoencoder:
+    """`tiny-v2` as it ships, or with its fast decoder."""
+    from latentds.autoencoders.codec_folder import FAST, load_codec
+    from latentds.autoencoders.decoders import load_decoder, replace_decoder
+    from latentds.autoencoders.tiny import weights_folder
+
+    with resources.as_file(weights_folder() / "tiny-v2") as folder:
+        codec = load_codec(folder)
+        if name == "tiny-v2":
+            return codec
+        return replace_decoder(codec, load_decoder(folder / FAST))
+
+
 def load_completed(
     folder: Path, encoder: NetworkAutoencoder | str | os.PathLike[str] | None
 ) -> NetworkAutoencoder:
@@ -85,9 +101,12 @@ def load_completed(
 
 
 def load_path(path: Path) -> NetworkAutoencoder:
-    """A local autoencoder: diffusers folder, DC-AE of efficientvit or TAESD-style pair."""
+    """A local autoencoder: diffusers folder, DC-AE of efficientvit, codec or TAESD-style pair."""
+    from latentds.autoencoders.codec_folder import is_codec_folder, load_codec
     from latentds.autoencoders.taesd import find_pair, load_pair
 
+    if is_codec_folder(path):
+        return load_codec(path)
     if (path / "config.json").is_file() or (path / "model.safetensors").is_file():
         from latentds.autoencoders.diffusers_ae import load_folder
 
@@ -103,6 +122,6 @@ def load_path(path: Path) -> NetworkAutoencoder:
     if path.exists():
         raise WeightsError(
             f"{path}: neither a diffusers folder (config.json), nor a DC-AE's (model.safetensors), "
-            "nor a pair of *_encoder.pth and *_decoder.pth"
+            "nor a codec (codec.json), nor a pair of *_encoder.pth and *_decoder.pth"
         )
     raise unknown_name("autoencoder", str(path), SHORT_NAMES)

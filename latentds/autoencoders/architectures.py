@@ -93,8 +93,8 @@ def build_taesd(architecture: Mapping[str, Any], channels: int, factor: int) -> 
 
 def build_tiny(architecture: Mapping[str, Any], channels: int, factor: int) -> nn.Module:
     """The decoder of `tiny`."""
-    del architecture, channels, factor
-    return TinyDecoder()
+    del architecture, factor
+    return TinyDecoder(channels)
 
 
 def build_named(architecture: Mapping[str, Any], channels: int, factor: int) -> nn.Module:

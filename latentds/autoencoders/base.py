@@ -156,11 +156,14 @@ def hash_tensors(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> str
     return f"sha256:{digest.hexdigest()}"
 
 
-def latent_identity(encoder_tensors: Mapping[str, Tensor], input_range: tuple[int, int]) -> str:
+def latent_identity(
+    encoder_tensors: Mapping[str, Tensor], input_range: tuple[int, int], **differences: Any
+) -> str:
     """The latent_id of an encoder used as latentds uses it.
 
     encoder_tensors  after key conversion; quant_conv included
     input_range      what the first layer sees for black and white
+    differences      more facts, of encoders that are not used as the others are
     """
     facts = {
         "input_range": list(input_range),
@@ -168,7 +171,7 @@ def latent_identity(encoder_tensors: Mapping[str, Tensor], input_range: tuple[in
         "sampling": "mean",
         "scale": 1,
         "shift": 0,
-    }
+    } | differences
     return hash_tensors(encoder_tensors, facts)
 
 

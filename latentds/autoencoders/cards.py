@@ -7,12 +7,11 @@ from latentds.autoencoders.base import AutoencoderCard
 TINY = AutoencoderCard(
     name="tiny-v1", class_name="Tiny", channels=4, factor=8, licence="Apache-2.0"
 )
-TINY_V2 = AutoencoderCard(
-    name="tiny-v2", class_name="Tiny", channels=32, factor=8, licence="Apache-2.0"
-)
-EMBEDDED = {card.name: card for card in (TINY, TINY_V2)}  # their weights ship with latentds
 CARDS = {
-    **EMBEDDED,
+    "tiny-v1": TINY,
+    "tiny-v2": AutoencoderCard(
+        name="tiny-v2", class_name="Tiny", channels=32, factor=8, licence="Apache-2.0"
+    ),
     # The paper's "SD-1.5" is this fine-tune of its VAE (reproduced from the authors' weight
     # repositories).
     "sd15": AutoencoderCard(

@@ -1,4 +1,4 @@
-"""The `tiny` networks: f8, every layer at a quarter of the resolution or below.
+"""The `tiny` network: f8, 4 or more channels, every layer at a quarter of the resolution or below.
 
 Pixels enter by pixel-unshuffle and leave by pixel-shuffle, so no convolution ever runs on a
 full-size image: that, not a smaller width, is what makes decoding cheap (7.3 GFLOP a 256 px patch
@@ -24,7 +24,7 @@ from latentds.autoencoders.base import (
     hash_tensors,
     latent_identity,
 )
-from latentds.autoencoders.cards import EMBEDDED, TINY
+from latentds.autoencoders.cards import TINY
 from latentds.codebooks import StoredCodebook, load_codebook
 from latentds.entropy_codebook import EntropyCodebook
 from latentds.errors import InputError
@@ -33,7 +33,7 @@ CHANNELS = 4  # of tiny-v1
 WIDTHS = (96, 160)  # of its encoder
 BOUND = 3.0  # latents lie in (-3, 3)
 USUAL_BYTES, USUAL_CELLS = 4096, 1024  # of a record of a patch of 256 px
-RECORDS = ("tiny-v2-4096.safetensors",)
+RECORDS = ("records-4096.safetensors", "records-2048.safetensors")
 
 
 class ResidualBlock(nn.Module):
@@ -68,7 +68,7 @@ class TinyEncoder(nn.Module):
     ) -> None:
         super().__init__()
         quarter, eighth = widths
-        self.is_bounded = is_bounded
+        self.channels, self.widths, self.is_bounded = channels, widths, is_bounded
         self.layers = nn.Sequential(
             nn.PixelUnshuffle(4),
             nn.Conv2d(48, quarter, 3, padding=1),
@@ -113,10 +113,10 @@ def weights_folder() -> Any:
     return resources.files("latentds.autoencoders") / "weights"
 
 
-def load_tiny(name: str = TINY.name) -> NetworkAutoencoder:
-    """`tiny-v1` or `tiny-v2` with the weights that ship with latentds."""
-    tensors = load((weights_folder() / f"{name}.safetensors").read_bytes())
-    return build_tiny({name: tensor.float() for name, tensor in tensors.items()}, EMBEDDED[name])
+def load_tiny() -> NetworkAutoencoder:
+    """`tiny-v1` with the weights that ship with latentds."""
+    tensors = load((weights_folder() / "tiny-v1.safetensors").read_bytes())
+    return build_tiny({name: tensor.float() for name, tensor in tensors.items()}, TINY)
 
 
 def build_tiny(tensors: dict[str, Tensor], card: AutoencoderCard) -> NetworkAutoencoder:
@@ -127,9 +127,7 @@ def build_tiny(tensors: dict[str, Tensor], card: AutoencoderCard) -> NetworkAuto
         }
         for part in ("encoder", "decoder")
     }
-    # Only the codes of tiny-v1 cover a range; those of entropy-coded latents need no bound.
-    encoder = TinyEncoder(card.channels, is_bounded=card.channels == CHANNELS)
-    decoder = TinyDecoder(card.channels)
+    encoder, decoder = TinyEncoder(), TinyDecoder()
     encoder.load_state_dict(parts["encoder"])
     decoder.load_state_dict(parts["decoder"])
     card = dataclasses.replace(
@@ -179,7 +177,7 @@ def shipped_records(
 @functools.cache
 def stored_records(name: str) -> StoredCodebook:
     """A codebook file that ships."""
-    with resources.as_file(weights_folder() / name) as path:
+    with resources.as_file(weights_folder() / "tiny-v2" / name) as path:
         return load_codebook(path)
 
 

@@ -1,0 +1,258 @@
+"""Codec folders: an autoencoder made for entropy-coded records, as `train_codec` writes it.
+
+    codec.json            latentds-codec/1: shape, identities, licence, attribution, how it was made
+    weights.safetensors   `encoder.*` and `decoder.*`, fp16
+    tables.safetensors    how often each integer came, by quantization step and channel
+    fast/                 a decoder's folder: a student for the same latents
+
+Integers are round(gain * latent / step). As with decoders' folders, reading trusts nothing: numbers
+are bounded, every tensor must be placed and none left, the identities must be the recorded ones.
+"""
+# S quantization steps, C latent channels, T symbols
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from latentds.autoencoders.base import (
+    AutoencoderCard,
+    NetworkAutoencoder,
+    hash_tensors,
+    latent_identity,
+    short,
+)
+from latentds.autoencoders.decoder_record import is_count, is_identity, is_name, is_object, is_words
+from latentds.autoencoders.decoders import read_tensors
+from latentds.autoencoders.tiny import TinyDecoder, TinyEncoder
+from latentds.errors import FormatError, WeightsError
+from latentds.storage import write_together
+
+FORMAT = "latentds-codec/1"
+RECORD, WEIGHTS, TABLES, FAST = "codec.json", "weights.safetensors", "tables.safetensors", "fast"
+FACTOR = 8
+LARGEST = 15  # symbols are integers -15 .. 15 and, last of all, one for what lies beyond
+MAX_RECORD_BYTES, MAX_CHANNELS, MAX_WIDTH, MAX_STEPS = 1 << 20, 512, 4096, 1024
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CodecRecord:
+    """What a codec.json says.
+
+    name         of the autoencoder
+    channels     of the latents
+    widths       of the encoder, at a quarter and an eighth of the resolution
+    latent_id    what the latents mean
+    decoder_id   hash of the decoder
+    licence      of the weights
+    attribution  lines that the licences of the tiles ask for
+    trained      how: shares of the tiles, figures, options; JSON values, for people
+    """
+
+    name: str
+    channels: int
+    widths: tuple[int, int]
+    latent_id: str
+    decoder_id: str
+    licence: str
+    attribution: tuple[str, ...]
+    trained: dict[str, Any]
+
+    def to_json(self) -> str:
+        """The text of codec.json."""
+        values = {"format": FORMAT} | dataclasses.asdict(self)
+        return json.dumps(values | {"factor": FACTOR}, indent=1) + "\n"
+
+
+@dataclasses.dataclass(frozen=True)
+class SymbolCounts:
+    """How often integers came on training crops.
+
+    counts_SCT  int64, T = 32: integers -15 .. 15, then all beyond
+    steps_S     float64, ascending
+    gains_C     float32: integers are round(gain * latent / step)
+    """
+
+    counts_SCT: Tensor
+    steps_S: Tensor
+    gains_C: Tensor
+
+
+def build_parts(channels: int, widths: tuple[int, int]) -> nn.ModuleDict:
+    """Encoder and decoder with random weights."""
+    encoder = TinyEncoder(channels, widths, is_bounded=False)
+    return nn.ModuleDict({"encoder": encoder, "decoder": TinyDecoder(channels)})
+
+
+def save_codec(
+    folder: Path,
+    parts: nn.ModuleDict,
+    counts: SymbolCounts,
+    *,
+    name: str,
+    licence: str,
+    attribution: tuple[str, ...],
+    trained: dict[str, Any],
+) -> AutoencoderCard:
+    """Write a codec's folder, all but its fast decoder; what lies there is replaced together.
+
+    parts    of `build_parts`; stored as fp16, of which the identities are made
+    returns  the card, with the identities
+    """
+    state = {key: t.detach().cpu().half().contiguous() for key, t in parts.state_dict().items()}
+    encoder = parts["encoder"]
+    assert isinstance(encoder, TinyEncoder)
+    record = CodecRecord(
+        name=name,
+        channels=encoder.channels,
+        widths=encoder.widths,
+        licence=licence,
+        attribution=attribution,
+        trained=trained,
+        **identities(state),
+    )
+    tables = {
+        "counts": counts.counts_SCT.contiguous(),
+        "steps": counts.steps_S.contiguous(),
+        "gains": counts.gains_C.contiguous(),
+    }
+    header = {"format": FORMAT, "latent_id": record.latent_id}
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {WEIGHTS: save(state, header), TABLES: save(tables, header)}
+    files |= {RECORD: record.to_json().encode()}
+    write_together({folder / file: content for file, content in files.items()})
+    return card_of(record)
+
+
+def identities(state: dict[str, Tensor]) -> dict[str, str]:
+    """latent_id and decoder_id of tensors named `encoder.*` and `decoder.*`."""
+    encoder, decoder = (
+        {key.removeprefix(part): t for key, t in state.items() if key.startswith(part)}
+        for part in ("encoder.", "decoder.")
+    )
+    # The same layers behind a tanh would be other latents.
+    return {
+        "latent_id": latent_identity(encoder, input_range=(-1, 1), bound=None),
+        "decoder_id": hash_tensors(decoder, {}),
+    }
+
+
+def card_of(record: CodecRecord) -> AutoencoderCard:
+    """The card of a codec."""
+    return AutoencoderCard(
+        name=record.name,
+        class_name="Tiny",
+        channels=record.channels,
+        factor=FACTOR,
+        licence=record.licence,
+        latent_id=record.latent_id,
+        decoder_id=record.decoder_id,
+    )
+
+
+def load_codec(folder: Path) -> NetworkAutoencoder:
+    """The autoencoder of a codec's folder, in fp32 on the CPU and in eval mode.
+
+    raises  FormatError (no codec.json this version reads), WeightsError (weights that are damaged
+            or do not fit)
+    """
+    record = read_record(folder)
+    with torch.device("meta"):
+        parts = build_parts(record.channels, record.widths)
+    state = read_tensors(folder / WEIGHTS, parts.state_dict(), record.latent_id)
+    found, stated = identities(state), dataclasses.asdict(record)
+    for name, identity in found.items():
+        if identity != stated[name]:
+            raise WeightsError(
+                f"{folder / WEIGHTS}: the tensors' {name} is {short(identity)}, {RECORD} says "
+                f"{short(stated[name])}; damaged, fetch or save the codec anew"
+            )
+    parts.load_state_dict(state, assign=True)
+    decoder = parts["decoder"].to(memory_format=torch.channels_last)  # faster on CPUs, see tiny.py
+    return NetworkAutoencoder(card_of(record), parts["encoder"], decoder)
+
+
+def read_counts(folder: Path) -> SymbolCounts:
+    """The counts that the tables of an entropy coder are made of.
+
+    raises  FormatError where they do not fit the codec, WeightsError where they cannot be read
+    """
+    record, path = read_record(folder), folder / TABLES
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            counts, steps, gains = (file.get_tensor(name) for name in ("counts", "steps", "gains"))
+            stated = (file.metadata() or {}).get("latent_id")
+    except (OSError, safetensors.SafetensorError) as error:
+        raise WeightsError(f"{path}: cannot be read as safetensors ({error})") from error
+    shape = (len(steps), record.channels, 2 * LARGEST + 2)
+    kinds = (counts.dtype, steps.dtype, gains.dtype)
+    is_fitting = counts.shape == shape and gains.shape == shape[1:2] and len(steps) <= MAX_STEPS
+    if not is_fitting or kinds != (torch.int64, torch.float64, torch.float32):
+        raise FormatError(
+            f"{path}: counts {list(counts.shape)}, steps {list(steps.shape)}, gains "
+            f"{list(gains.shape)} of {kinds}; a codec of {record.channels} channels has "
+            f"{list(shape)}"
+        )
+    if stated != record.latent_id:
+        raise FormatError(
+            f"{path}: counted on latents {short(str(stated))}, {RECORD} says "
+            f"{short(record.latent_id)}; the two files are not of one codec"
+        )
+    if not (steps > 0).all() or not (gains > 0).all() or (counts < 0).any():
+        raise FormatError(f"{path}: steps and gains have to be positive, counts not negative")
+    return SymbolCounts(counts, steps, gains)
+
+
+def is_codec_folder(path: Path) -> bool:
+    """Whether there is a codec.json."""
+    return (path / RECORD).is_file()
+
+
+def read_record(folder: Path) -> CodecRecord:
+    """What the codec.json of a folder says, every value checked; FormatError where it is none."""
+    path = folder / RECORD
+    if path.stat().st_size > MAX_RECORD_BYTES:
+        raise FormatError(f"{path}: {path.stat().st_size:,} bytes; no {FORMAT}")
+    try:
+        values = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path}: no JSON ({str(error)[:100]})") from error
+    stated = values.get("format") if isinstance(values, dict) else None
+    if stated != FORMAT:
+        raise FormatError(f"{path}: is {stated!r:.60}, this version reads {FORMAT}")
+    for field, is_good in CHECKS.items():
+        if not is_good(values.get(field)):
+            raise FormatError(f"{path}: {field} is {values.get(field)!r:.60}; refused")
+    fields = {field: values[field] for field in CHECKS if field != "factor"}
+    lists = {name: tuple(fields[name]) for name in ("widths", "attribution")}
+    return CodecRecord(**(fields | lists))
+
+
+def is_widths(value: Any) -> bool:
+    return (
+        isinstance(value, list) and len(value) == 2 and all(is_count(v, MAX_WIDTH) for v in value)
+    )
+
+
+def is_lines(value: Any) -> bool:
+    return isinstance(value, list) and all(is_words(line) for line in value)
+
+
+CHECKS = {
+    "name": is_name,
+    "channels": lambda value: is_count(value, MAX_CHANNELS),
+    "factor": lambda value: value == FACTOR,
+    "widths": is_widths,
+    "latent_id": is_identity,
+    "decoder_id": is_identity,
+    "licence": is_words,
+    "attribution": is_lines,
+    "trained": is_object,
+}

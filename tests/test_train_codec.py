@@ -1,0 +1,140 @@
+"""Training a codec: the network, its rate, and a run from tiles to a folder that loads."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("deepspeed")
+
+from latentds_trainers import codec_product
+from latentds_trainers.codec_network import GAIN, CodecNetwork, Rate, rounded, warm_start
+from latentds_trainers.codec_product import STEPS, patch_bytes, step_for, symbol_counts, table_bits
+from latentds_trainers.codec_task import CodecTask, draws
+from latentds_trainers.train_codec import PRESETS, TrainCodecConfig
+
+from latentds.autoencoders import load_autoencoder
+from latentds.autoencoders.codec_folder import read_counts
+from latentds.autoencoders.decoders import load_decoder
+from latentds.autoencoders.tiny import BOUND, load_tiny
+from tests.conftest import smooth_picture
+
+
+@pytest.fixture(autouse=True)
+def one_rank_on_cpu(monkeypatch):
+    """Engines of this process run on the CPU, whatever the machine has."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+
+
+@pytest.fixture(scope="module")
+def tiles(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiles")
+    for number in range(20):
+        Image.fromarray(smooth_picture(number, 256)).save(folder / f"{number:02d}.png")
+    return folder
+
+
+def settings(tiles, out, **options):
+    small = {"steps": 2, "batch_size": 2, "crop_px": 32, "save_every": 1, "log_every": 1}
+    small |= {"encoder_widths": (16, 24), "init": "cold", "channels": 8, "sample_every": None}
+    return TrainCodecConfig(tiles=tiles, out=out, **(small | options))
+
+
+@pytest.mark.parametrize("step", [0.7, 1.0, 2.8])
+def test_the_rates_chances_of_all_integers_sum_to_one(step):
+    integers = torch.arange(-60, 61).float() * step
+    bits = Rate(2)(integers.view(1, 1, 1, -1).expand(1, 2, 1, -1), torch.tensor([step]))
+    assert torch.allclose((2.0**-bits).sum(-1), torch.ones(1, 2, 1), atol=2e-4)  # the least chance
+
+
+def test_the_rate_costs_a_rare_integer_no_more_than_an_escape():
+    bits = Rate(1)(torch.full((1, 1, 1, 1), 500.0), torch.ones(1))
+    assert bits.item() == pytest.approx(19.93, abs=0.01)
+
+
+def test_rounding_gives_the_decoder_integers_and_the_encoder_its_gradient():
+    latents = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    steps = torch.tensor([1.0, 2.5])
+    coded = rounded(latents, steps)
+    integers = coded * GAIN / steps.view(-1, 1, 1, 1)
+    coded.sum().backward()
+    assert torch.allclose(integers, integers.round(), atol=1e-4)
+    assert (coded - latents).abs().amax((1, 2, 3)).lt(steps / GAIN / 2 + 1e-6).all()
+    assert torch.equal(latents.grad, torch.ones_like(latents))
+
+
+def test_a_warm_start_keeps_the_four_channels_of_tiny():
+    network = CodecNetwork(32, (96, 160))
+    warm_start(network)
+    images = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        latents = network.encoder(images)[:, ::8]
+        assert torch.equal(BOUND * torch.tanh(latents / BOUND), load_tiny().encode(images))
+
+
+def test_places_draw_the_same_steps_and_noise_on_any_number_of_ranks(tiles, tmp_path):
+    config, latents = settings(tiles, tmp_path), torch.zeros(4, 8, 2, 2)
+    steps, noise = draws(config, 5, range(4), latents)
+    later_steps, later_noise = draws(config, 5, range(2, 4), latents[:2])
+    low, high = config.step_range
+    assert torch.equal(steps[2:], later_steps) and torch.equal(noise[2:], later_noise)
+    assert steps.unique().numel() == 4 and low <= steps.min() and steps.max() <= high
+
+
+def test_a_table_of_the_symbols_own_counts_costs_about_their_entropy():
+    latents = torch.randn(4, 2, 16, 16, generator=torch.Generator().manual_seed(0)) / GAIN
+    counts = symbol_counts(latents, 1.0)
+    shares = counts[counts > 0].double() / 1024
+    cost = (counts * table_bits(counts)).nan_to_num().sum() / counts.sum()
+    entropy = -(shares * shares.log2()).sum() / 2
+    assert counts.sum() == latents.numel() and 0 <= cost - entropy < 0.02
+
+
+def test_the_step_for_a_size_makes_patches_of_it():
+    latents = torch.randn(4, 2, 16, 16, generator=torch.Generator().manual_seed(0))
+    counts = torch.stack([symbol_counts(latents, step) for step in STEPS])
+    step = step_for(latents, counts, 200)
+    assert patch_bytes(latents, counts, step) == pytest.approx(200, abs=3)  # a change of table
+
+
+def test_fewer_bytes_weigh_the_rate_more(tiles, tmp_path):
+    weights = [settings(tiles, tmp_path, bytes=size).rate_weight for size in (4096, 2048)]
+    assert weights == pytest.approx([2.2e-3, 8.8e-3])
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_give_what_is_not_given(preset, tiles, tmp_path):
+    config = TrainCodecConfig(tiles=tiles, out=tmp_path, preset=preset, crop_px=40)
+    wanted = PRESETS[preset] | {"crop_px": 40}
+    assert {name: getattr(config, name) for name in wanted} == wanted
+
+
+@pytest.mark.slow
+def test_a_run_resumes_and_leaves_a_folder_that_loads(tiles, tmp_path, monkeypatch):
+    monkeypatch.setattr(codec_product, "COUNTED_CROPS", 8)
+    monkeypatch.setattr(codec_product, "FINAL_CROPS", 8)
+    monkeypatch.setattr(codec_product, "COUNTED_PX", 64)
+    for steps in (1, 2):
+        product = CodecTask(settings(tiles, tmp_path / "mine", steps=steps)).run()
+    lines = [json.loads(x) for x in (tmp_path / "mine" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+    assert {"validation/psnr_db_at_4096", "validation/fast_psnr_db_at_2048"} < set(lines[-1])
+    codec, fast = load_autoencoder(product), load_decoder(product / "fast")
+    assert codec.card.name == "mine" and fast.card.latent_id == codec.card.latent_id
+    assert fast.decode(codec.encode(torch.rand(1, 3, 64, 64))).shape == (1, 3, 64, 64)
+    assert read_counts(product).counts_SCT.sum((1, 2)).unique().tolist() == [8 * 8 * 64]
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_takes_the_steps_of_one_that_was_not(tiles, tmp_path, monkeypatch):
+    monkeypatch.setattr(CodecTask, "validate", lambda *_, **__: {})
+    for steps in (1, 2):
+        resumed = CodecTask(settings(tiles, tmp_path / "a", steps=steps, schedule="constant"))
+        resumed.run()
+    whole = CodecTask(settings(tiles, tmp_path / "b", schedule="constant"))
+    whole.run()
+    ends = [task.engine.weights("codec")["decoder.layers.0.weight"] for task in (resumed, whole)]
+    assert torch.equal(*ends)

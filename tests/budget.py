@@ -14,6 +14,7 @@ import pytest
 CPU_SECONDS = 5.0  # 2 on a quiet machine; beside others the same work takes twice as long
 # A library is imported by whichever test needs it first: that test may have the import's time.
 CPU_SECONDS_A_MODULE = 0.005
+UNBOUND = ("slow", "assets", "gpu")  # marks of tests that may take longer
 PATIENCE_S = 15.0  # a server's thread or a killed child needs a moment to go
 # Started once a process by a library, and meant to stay.
 LASTING_THREADS = ("fsspecIO", "tqdm", "pytest_", "execnet", "TMonitor", "asyncio_")
@@ -79,7 +80,7 @@ def pytest_runtest_call(item: pytest.Item):
     result = yield
     spent = cpu_seconds() - start
     allowed = CPU_SECONDS + CPU_SECONDS_A_MODULE * (len(sys.modules) - modules)
-    if spent > allowed and not any(item.iter_markers("slow")):
+    if spent > allowed and not any(mark.name in UNBOUND for mark in item.iter_markers()):
         pytest.fail(
             f"took {spent:.1f} s of CPU time, a test without a mark has {allowed:.1f}: mark it "
             "slow, share what it makes in a fixture, or make less of it",

@@ -66,12 +66,6 @@ class EntropyCodebook:
 
     def __post_init__(self) -> None:
         entropy_checks.check_codebook(self)
-        least = entropy_encoding.least_bytes(self)
-        if least > self.record_bytes:
-            raise ValueError(
-                f"records of {self.record_bytes} bytes; these tables and {self.lanes} lanes need "
-                f"{least} for any patch. Use more bytes or fewer lanes"
-            )
 
     @property
     def text(self) -> str:
@@ -142,7 +136,8 @@ class EntropyCodebook:
         not fit at the coarsest step loses channels, the last coded first.
 
         rate_weight  what a bit is worth in squared steps when rounding; 0 takes the nearest
-        raises       ShapeError for other latents, ValueError on NaN or infinity
+        raises       ShapeError for other latents, ValueError on NaN or infinity, and where records
+                     are too small for some patches (`check_reach`)
         """
         return entropy_encoding.encode_records(latents, self, rate_weight)
 

@@ -103,9 +103,11 @@ def fit_entropy_codebook(
         weights=np.zeros((channels, 3, 2), np.int16),
         thresholds=np.zeros((channels, 0), np.int32),
     )
+    encoding.check_reach(codebook)
     for _ in range(ROUNDS):
         integers = at_own_steps(values, codebook, rate_weight)[0]
         codebook = refit(integers, codebook, classes)
+    encoding.check_reach(codebook)
     return codebook, report(values, nominal, codebook, rate_weight)
 
 

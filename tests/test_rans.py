@@ -78,3 +78,10 @@ def test_a_codebook_survives_its_file_and_its_json(codebook, tmp_path):
         EntropyCodebook.from_json(json.loads(json.dumps(codebook.to_json()))),
     ):
         assert restored.codebook_id == codebook.codebook_id
+
+
+def test_records_too_small_for_a_patch_are_refused_by_the_encoder_alone(codebook):
+    small = dataclasses.replace(codebook, record_bytes=codebook.lanes * 4 + 12)
+    restored = EntropyCodebook.from_json(small.to_json())  # a reader takes it
+    with pytest.raises(ValueError, match=r"need \d+ for any patch. Use more bytes"):
+        restored.quantize(laplacian_latents(1, 3))

@@ -1,10 +1,15 @@
 """tiny-v2: the network that ships, its entropy-coded records, sets of them."""
 
+import copy
+from importlib import resources
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from latentds.autoencoders import load_autoencoder
+from latentds.autoencoders.codec_folder import read_counts, save_codec
 from latentds.autoencoders.tiny import shipped_records
 from latentds.conversion.config import ConvertConfig
 from latentds.conversion.pipeline import convert
@@ -47,3 +52,26 @@ def test_a_set_of_tiny_v2_is_converted_verified_and_decoded(tmp_path):
     wanted = torch.from_numpy(np.stack(originals)).permute(0, 3, 1, 2).float() / 255
     error = (batch.images - wanted).square().mean()
     assert -10 * torch.log10(error) > 30  # smooth ramps
+
+
+@pytest.mark.slow
+def test_records_are_fitted_to_the_input_for_a_codec_of_ones_own(tiny_v2, tmp_path):
+    parts = torch.nn.ModuleDict({"encoder": tiny_v2.encoder, "decoder": tiny_v2.decoder})
+    parts = copy.deepcopy(parts)
+    with torch.no_grad():
+        parts["encoder"].layers[-1].weight.mul_(1.01)  # other latents than those that ship
+    counts = read_counts(Path(resources.files("latentds.autoencoders") / "weights" / "tiny-v2"))
+    about = {"licence": "Apache-2.0", "attribution": (), "trained": {}}
+    card = save_codec(tmp_path / "codec", parts, counts, name="mine", **about)
+    save_pictures(tmp_path / "in" / "tumour", 12, edge=64)
+    manifest = convert(
+        ConvertConfig(
+            source=tmp_path / "in", out=tmp_path / "out", autoencoder=str(tmp_path / "codec"),
+            codebook=Path("rans"), bytes=200, device="cpu",
+        )
+    )  # fmt: skip
+    assert manifest.contract.latent_id == card.latent_id != tiny_v2.card.latent_id
+    assert manifest.contract.codes_shape == (200,)
+    assert manifest.made["codebook"]["record_fit"]["patches"] == 12
+    result = verify(tmp_path / "out", autoencoder=load_autoencoder(tmp_path / "codec"))
+    assert result.is_good and result.notes == ()

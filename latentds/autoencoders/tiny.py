@@ -27,6 +27,7 @@ from latentds.autoencoders.base import (
 from latentds.autoencoders.cards import TINY
 from latentds.codebooks import StoredCodebook, load_codebook
 from latentds.entropy_codebook import EntropyCodebook
+from latentds.entropy_encoding import check_reach
 from latentds.errors import InputError
 
 CHANNELS = 4  # of tiny-v1
@@ -169,6 +170,7 @@ def shipped_records(
             record_bytes=wanted,
             lanes=min(stored.codebook.lanes, max(1, cells // 4)),
         )
+        check_reach(book)
     except ValueError as error:
         raise InputError(f"--bytes {wanted}: {error}") from error
     return dataclasses.replace(stored, codebook=book)

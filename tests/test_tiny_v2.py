@@ -11,12 +11,13 @@ import torch
 from latentds.autoencoders import load_autoencoder
 from latentds.autoencoders.codec_folder import read_counts, save_codec
 from latentds.autoencoders.tiny import shipped_records
+from latentds.codecs import with_quantizer
 from latentds.conversion.config import ConvertConfig
 from latentds.conversion.pipeline import convert
-from latentds.errors import InputError
+from latentds.errors import ContractError, FormatError, InputError
 from latentds.loader import LatentLoader
 from latentds.verification import verify
-from tests.conftest import save_pictures
+from tests.conftest import save_pictures, smooth_picture
 
 
 @pytest.fixture(scope="module")
@@ -75,3 +76,16 @@ def test_records_are_fitted_to_the_input_for_a_codec_of_ones_own(tiny_v2, tmp_pa
     assert manifest.made["codebook"]["record_fit"]["patches"] == 12
     result = verify(tmp_path / "out", autoencoder=load_autoencoder(tmp_path / "codec"))
     assert result.is_good and result.notes == ()
+
+
+def test_a_codec_of_records_says_what_is_damaged_and_what_ships_none(tiny_v2):
+    codec = with_quantizer(tiny_v2, "rans:256", patch_px=(64, 64))
+    assert (codec.name, codec.patch_bytes) == ("tiny-v2+rans:256", 256)
+    picture = smooth_picture(1, 64)
+    encoded = codec.encode(picture)
+    assert len(encoded) == 256
+    assert np.abs(codec.decode(encoded).astype(int) - picture).mean() < 8
+    with pytest.raises(FormatError, match="a damaged record"):
+        codec.decode(encoded[:100] + bytes(60) + encoded[160:])
+    with pytest.raises(ContractError, match="no tables for entropy-coded records ship with it"):
+        with_quantizer(load_autoencoder("tiny"), "rans:256", patch_px=(64, 64))

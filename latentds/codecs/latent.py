@@ -11,10 +11,19 @@ import torch
 from torch import Tensor
 
 from latentds.autoencoders.base import Autoencoder, AutoencoderCard
+from latentds.autoencoders.tiny import shipped_records
 from latentds.codecs.lloyd_blocks import LloydBlocks
 from latentds.codecs.naming import QuantizerSpec, latent_text, parse_quantizer
 from latentds.codecs.pictures import check_picture
-from latentds.codecs.quantizers import Codes, Floats, Quantizer, latent_shape, packed_bytes
+from latentds.codecs.quantizers import (
+    Codes,
+    Floats,
+    Quantizer,
+    Records,
+    latent_shape,
+    packed_bytes,
+)
+from latentds.entropy_codebook import EntropyCodebook
 from latentds.errors import ContractError, FormatError, ShapeError, WeightsError
 from latentds.fit import fit_codebook
 from latentds.quantizer import Codebook
@@ -119,9 +128,23 @@ def with_quantizer(
               codebook of another kind or number of levels
     """
     spec = parse_quantizer(quantizer) if isinstance(quantizer, str) else quantizer
+    if spec.record_bytes is not None:
+        return LatentCodec(autoencoder, make_records(spec, autoencoder.card, patch_px), patch_px)
     return LatentCodec(
         autoencoder, make_quantizer(spec, autoencoder.card, samples, codebook, seed), patch_px
     )
+
+
+def make_records(spec: QuantizerSpec, card: AutoencoderCard, patch_px: tuple[int, int]) -> Records:
+    """Records by the tables that ship with the autoencoder; ContractError where none do."""
+    stored = shipped_records(card.latent_id, latent_shape(card, patch_px), spec.record_bytes)
+    if stored is None:
+        raise ContractError(
+            f"{card.name}+{spec.text}: no tables for entropy-coded records ship with it; tiny-v2 "
+            "has some, and 'latentds convert --codebook rans' fits them to its input"
+        )
+    assert isinstance(stored.codebook, EntropyCodebook)
+    return Records(spec, stored.codebook)
 
 
 def make_quantizer(

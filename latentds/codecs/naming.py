@@ -1,4 +1,4 @@
-"""Codecs as they are written: jpeg:75, webp@4096, avif, sd15+kmeans, runs/x+kmeans:16."""
+"""Codecs as they are written: jpeg:75, webp@4096, avif, sd15+kmeans:16, tiny-v2+rans:4096."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ KMEANS = ("kmeans", "kmeans-channel")
 INT8 = ("int8-minmax", "int8-percentile", "int8-channel")
 FLOAT_BITS = {"none": 32, "fp16": 16}
 LBRQ_BITS = (2, 3, 4, 5, 6, 8)  # what vaezip has names for
-QUANTIZERS = (*FLOAT_BITS, *INT8, *KMEANS, "lbrq")
+RECORDS = "rans"
+QUANTIZERS = (*FLOAT_BITS, *INT8, *KMEANS, "lbrq", RECORDS)
 QUANTIZER_ALIASES = {"int8": "int8-minmax"}  # the paper's static int8
 
 
@@ -25,17 +26,21 @@ class QuantizerSpec:
     """How latents become bytes.
 
     kind    one of QUANTIZERS
-    levels  K; None for floats. 256 for int8, 2 to 256 for kmeans, 2 to the bits for lbrq
+    levels  K; None for floats and rans. 256 for int8, 2 to 256 for kmeans, 2 to the bits for lbrq
+    record_bytes  of a patch, for rans
     """
 
     kind: str
     levels: int | None = None
+    record_bytes: int | None = None
 
     @property
     def text(self) -> str:
         """As it is written, for example kmeans:16."""
         if self.kind == "lbrq":
             return f"lbrq:{self.bits}"
+        if self.kind == RECORDS:
+            return f"{RECORDS}:{self.record_bytes}"
         return self.kind if self.levels in (None, MAX_LEVELS) else f"{self.kind}:{self.levels}"
 
     @property
@@ -165,12 +170,16 @@ def parse_picture(text: str, name: str, sign: str | None, value: str | None) -> 
 def parse_quantizer(text: str) -> QuantizerSpec:
     """A quantizer and, for kmeans, its levels (kmeans:16), for lbrq its bits (lbrq:3, else 4).
 
+    rans has the bytes of a patch: rans:4096.
+
     raises  UnknownNameError, ValueError for levels it does not have
     """
     kind, colon, value = text.partition(":")
     if kind not in known_quantizers():
         raise unknown_name("quantizer", kind, known_quantizers())
     kind = QUANTIZER_ALIASES.get(kind, kind)
+    if kind == RECORDS:
+        return QuantizerSpec(kind=kind, record_bytes=whole_number(value, text, "bytes a patch"))
     if kind == "lbrq":
         bits = whole_number(value, text, "bits") if colon else 4
         if bits not in LBRQ_BITS:

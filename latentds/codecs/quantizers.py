@@ -19,6 +19,7 @@ from torch import Tensor
 from latentds.autoencoders.base import AutoencoderCard, latent_cells
 from latentds.codecs.lloyd_blocks import block_bytes
 from latentds.codecs.naming import QuantizerSpec, parse_quantizer
+from latentds.entropy_codebook import EntropyCodebook
 from latentds.errors import ContractError, FormatError, ShapeError
 from latentds.quantizer import Codebook, dequantize, quantize
 
@@ -93,6 +94,27 @@ class Codes:
             raise FormatError(f"not the bytes of {self.spec.text}: {error}") from error
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Records:
+    """Entropy-coded records of one size."""
+
+    spec: QuantizerSpec
+    codebook: EntropyCodebook
+
+    def pack(self, latents: Tensor) -> list[bytes]:
+        """The record of every patch."""
+        return [record.tobytes() for record in self.codebook.quantize(latents).numpy()]
+
+    def unpack(self, files: Sequence[bytes], shape: LatentShape) -> Tensor:
+        """The latents of the records; FormatError where one is damaged."""
+        values = np.frombuffer(b"".join(files), np.uint8).reshape(len(files), -1).copy()
+        records = torch.from_numpy(values)
+        fault = self.codebook.find_fault(values)
+        if fault or not bool(self.codebook.integers(records).intact.all()):
+            raise FormatError(f"not the bytes of {self.spec.text}: {fault or 'a damaged record'}")
+        return self.codebook.dequantize(records).view(-1, *shape)
+
+
 def pack_bits(codes: np.ndarray, bits: int) -> np.ndarray:
     """uint8 (B, bytes): codes uint8 (B, values) at so many bits, the most significant first."""
     digits = np.unpackbits(codes[..., None], axis=2)[..., 8 - bits :]
@@ -108,6 +130,8 @@ def unpack_bits(packed: np.ndarray, bits: int, values: int) -> np.ndarray:
 
 def packed_bytes(quantizer: QuantizerSpec, shape: LatentShape) -> int:
     """Bytes of a patch's latents (C, h, w), by arithmetic."""
+    if quantizer.record_bytes is not None:
+        return quantizer.record_bytes
     if quantizer.kind == "lbrq":
         return block_bytes(shape, quantizer.bits)
     return -(-math.prod(shape) * quantizer.bits // 8)

@@ -36,14 +36,16 @@ def test_records_of_other_sizes_and_patches_come_from_the_one_that_ships(tiny_v2
 
 
 @pytest.mark.slow
-def test_a_set_of_tiny_v2_is_converted_verified_and_decoded(tmp_path):
+@pytest.mark.parametrize("name", ["tiny-v2", "tiny-v2-fast"])
+def test_a_set_is_converted_verified_and_decoded_by_the_name_it_records(tmp_path, name):
     save_pictures(tmp_path / "in" / "tumour", 6, edge=64)
     config = ConvertConfig(
-        source=tmp_path / "in", out=tmp_path / "out", autoencoder="tiny-v2", device="cpu"
+        source=tmp_path / "in", out=tmp_path / "out", autoencoder=name, device="cpu"
     )
     manifest = convert(config)
     assert manifest.contract.encoding == "rans" and manifest.contract.bytes_per_patch == 256
-    assert verify(tmp_path / "out").is_good
+    result = verify(tmp_path / "out")
+    assert result.is_good and result.notes == ()
     (batch,) = LatentLoader(tmp_path / "out", batch_size=6, device="cpu")
     from PIL import Image
 
@@ -52,7 +54,7 @@ def test_a_set_of_tiny_v2_is_converted_verified_and_decoded(tmp_path):
     originals = [np.asarray(Image.open(tmp_path / "in" / name)) for name in names]
     wanted = torch.from_numpy(np.stack(originals)).permute(0, 3, 1, 2).float() / 255
     error = (batch.images - wanted).square().mean()
-    assert -10 * torch.log10(error) > 30  # smooth ramps
+    assert -10 * torch.log10(error) > 25  # smooth ramps
 
 
 @pytest.mark.slow

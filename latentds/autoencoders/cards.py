@@ -12,6 +12,14 @@ CARDS = {
     "tiny-v2": AutoencoderCard(
         name="tiny-v2", class_name="Tiny", channels=32, factor=8, licence="Apache-2.0"
     ),
+    "tiny-v2-fast": AutoencoderCard(
+        name="tiny-v2-fast",
+        class_name="student",
+        channels=32,
+        factor=8,
+        licence="Apache-2.0",
+        encoder="tiny-v2",
+    ),
     # The paper's "SD-1.5" is this fine-tune of its VAE (reproduced from the authors' weight
     # repositories).
     "sd15": AutoencoderCard(

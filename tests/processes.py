@@ -16,6 +16,7 @@ PRELOADED = [
     "latentds.hub.upload",
     "pyarrow.parquet",
     "skimage.metrics.simple_metrics",  # a conversion's last step
+    "tests.rank_imports",
 ]
 
 

@@ -25,8 +25,7 @@ from latentds.evaluation.folds import Fold, split_id
 from latentds.evaluation.predictions import read_predictions
 from latentds.evaluation.records import RunRecord, read_record
 from tests.conftest import smooth_picture
-from tests.launched import deepspeed_command, run_launched
-from tests.trainer_ranks import run_ranks
+from tests.trainer_ranks import run_ranks, run_words, succeed
 
 pytest.importorskip("sklearn")
 pytest.importorskip("deepspeed")
@@ -690,12 +689,22 @@ def test_two_ranks_give_the_figures_of_one(classes, embedder, probed, tmp_path, 
 
 
 @pytest.mark.slow
-def test_two_launched_ranks_finetune_as_one_with_twice_the_batch(classes, tuned_vit, tmp_path):
-    words = ["--data", str(classes), "--out", str(tmp_path / "two"), "--device", "cpu"]
-    words += ["--probe", "finetune", "--arch", "test_vit", "--folds", "2", "--epochs", "1"]
-    words += ["--workers", "1", "--batch-size", "4", "--lr", "1e-3"]
-    ended = run_launched(deepspeed_command(2, "latentds_trainers.classify_patches", *words))
-    assert ended.returncode == 0, ended.stdout[-3000:]
+def test_two_ranks_finetune_as_one_with_twice_the_batch(classes, tuned_vit, tmp_path, processes):
+    words = ["--data", str(classes), "--device", "cpu", "--probe", "finetune", "--arch", "test_vit"]
+    words += [
+        "--folds",
+        "2",
+        "--epochs",
+        "1",
+        "--workers",
+        "1",
+        "--batch-size",
+        "4",
+        "--lr",
+        "1e-3",
+    ]
+    module = "latentds_trainers.classify_patches"
+    succeed(run_words(processes, tmp_path / "two", 2, module, *words))
     two, one = read_predictions(tmp_path / "two"), read_predictions(tuned_vit)
     assert two.items == one.items
     # float32 sums in another order, through a few steps of Adam

@@ -32,6 +32,7 @@ from latentds_trainers.engine import TrainConfig
 from tests import toy_recipe
 from tests.launched import PATIENCE_S, ROOT, VARIABLES, deepspeed_command, run_launched, started
 from tests.toy_recipe import Toy, ToyConfig, toy_engine
+from tests.trainer_ranks import run_ranks, run_words
 
 
 @pytest.fixture(autouse=True)
@@ -68,10 +69,6 @@ def leftovers(out: Path) -> list[str]:
 def under_deepspeed(out: Path, ranks: int, *options: str) -> subprocess.CompletedProcess[str]:
     """Run the toy with the real launcher; stdout and stderr together."""
     return run_launched(deepspeed_command(ranks, "tests.toy_recipe", "--out", str(out), *options))
-
-
-def succeed(ended: subprocess.CompletedProcess[str]) -> None:
-    assert ended.returncode == 0, ended.stdout[-3000:]
 
 
 def cut_copy(whole: Path, parts: Path, step: int) -> Path:
@@ -423,28 +420,28 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):
 
 
 @pytest.mark.slow
-def test_one_ranks_full_disk_ends_all_ranks(tmp_path):
-    ended = under_deepspeed(tmp_path, 2, "--full-disk-at", "2", "--zero-stage", "1")
-    assert ended.returncode == 1
-    assert "step-000004 could not be saved: [Errno 28] No space left on device" in ended.stdout
-    assert names(tmp_path) == ["step-000002"] and leftovers(tmp_path) == []
+def test_one_ranks_full_disk_ends_all_ranks(tmp_path, processes):
+    out = tmp_path / "run"
+    words = ["--full-disk-at", "2", "--zero-stage", "1"]
+    ended = run_words(processes, out, 2, "tests.toy_recipe", *words)
+    assert [rank.code for rank in ended] == [1, 1]
+    text = "".join(rank.text for rank in ended)
+    assert "step-000004 could not be saved: [Errno 28] No space left on device" in text
+    assert names(out) == ["step-000002"] and leftovers(out) == []
 
 
 OF_TWO_RANKS = {"clip": 0.5, "adaptive": False}
 
 
-def options_of_two_ranks(stage: int) -> list[str]:
-    return ["--zero-stage", str(stage), "--clip", "0.5", "--no-adaptive"]
-
-
 @pytest.fixture(scope="module")
-def of_two_ranks(tmp_path_factory) -> Callable[[int], Path]:
+def of_two_ranks(tmp_path_factory, processes) -> Callable[[int], Path]:
     """The folder of a run of six steps on two ranks, by its ZeRO stage; read only."""
 
     @functools.cache
     def folder(stage: int) -> Path:
         out = tmp_path_factory.mktemp(f"stage{stage}") / "two"
-        succeed(under_deepspeed(out, 2, *options_of_two_ranks(stage)))
+        config = ToyConfig(out=out, zero_stage=stage, **OF_TWO_RANKS)
+        run_ranks(processes, toy_recipe.train, config, 2)
         return out
 
     return folder
@@ -474,35 +471,42 @@ def test_a_checkpoint_that_cannot_be_converted_is_refused(tmp_path, of_two_ranks
 
 
 @pytest.mark.slow
-def test_two_ranks_resume_bit_by_bit(tmp_path, of_two_ranks):
+def test_two_ranks_resume_bit_by_bit(tmp_path, of_two_ranks, processes):
     whole = of_two_ranks(2)
     parts = cut_copy(whole, tmp_path / "parts", 4)
-    succeed(under_deepspeed(parts, 2, *options_of_two_ranks(2)))
+    config = ToyConfig(out=parts, zero_stage=2, **OF_TWO_RANKS)
+    run_ranks(processes, toy_recipe.train, config, 2)
     assert losses(parts) == losses(whole)
 
 
 @pytest.mark.slow
-def test_one_ranks_nan_stops_all_ranks(tmp_path):
-    ended = under_deepspeed(tmp_path, 2, "--nan-at", "3")
-    assert ended.returncode == 1 and "step 4: l1 is nan" in ended.stdout
-    assert names(tmp_path) == ["step-000002"]
+def test_one_ranks_nan_stops_all_ranks(tmp_path, processes):
+    out = tmp_path / "run"
+    ended = run_words(processes, out, 2, "tests.toy_recipe", "--nan-at", "3")
+    assert [rank.code for rank in ended] == [1, 1]
+    assert "step 4: l1 is nan" in "".join(rank.text for rank in ended)
+    assert names(out) == ["step-000002"]
 
 
 @pytest.mark.slow
-def test_a_rank_that_dies_ends_the_run_and_the_same_command_goes_on(tmp_path):
-    ended = under_deepspeed(tmp_path, 2, "--die-at", "3")
+def test_a_rank_that_dies_ends_the_run_and_the_same_command_goes_on(tmp_path, processes):
+    out = tmp_path / "run"
+    ended = under_deepspeed(out, 2, "--die-at", "3")
     assert ended.returncode != 0
-    succeed(under_deepspeed(tmp_path, 2))
-    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    run_ranks(processes, toy_recipe.train, ToyConfig(out=out), 2)
+    assert [line["step"] for line in lines(out)] == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.slow
-def test_sigterm_to_a_rank_stops_all_with_a_checkpoint(tmp_path):
-    ended = under_deepspeed(tmp_path, 2, "--terminate-at", "2", "--save-every", "100")
-    assert ended.returncode == 143 and "stopped at step 3" in ended.stdout
-    assert names(tmp_path) == ["step-000003"]
-    train(tmp_path, batch_size=4)  # goes on, here on one rank
-    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5, 6]
+def test_sigterm_to_a_rank_stops_all_with_a_checkpoint(tmp_path, processes):
+    out = tmp_path / "run"
+    words = ["--terminate-at", "2", "--save-every", "100"]
+    ended = run_words(processes, out, 2, "tests.toy_recipe", *words)
+    assert [rank.code for rank in ended] == [143, 143]
+    assert "stopped at step 3" in "".join(rank.text for rank in ended)
+    assert names(out) == ["step-000003"]
+    train(out, batch_size=4)  # goes on, here on one rank
+    assert [line["step"] for line in lines(out)] == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.slow

@@ -25,8 +25,8 @@ from latentds.conversion.pipeline import convert
 from latentds.errors import ContractError, InputError, LatentdsError, UnknownNameError
 from latentds.loader import LatentLoader
 from tests.conftest import save_pictures
-from tests.launched import run_launched
 from tests.small_embedders import save_phikon
+from tests.trainer_ranks import run_words, succeed
 
 QUICK = {
     "steps": 2, "batch_size": 2, "warmup_steps": 0, "log_every": 1, "crop_px": 32, "lr": 1e-3,
@@ -262,28 +262,25 @@ def test_a_run_on_a_set_goes_on_in_other_parts_of_the_same_batch(dataset, folder
     assert [line["step"] for line in lines(tmp_path)] == [1, 2]
 
 
-def on_two_ranks(*options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    command += ["--standalone", "-m", "latentds_trainers.finetune_decoder", *options]
-    return run_launched(command)
-
-
 @pytest.mark.slow
-def test_two_ranks_share_one_held_out_crop(folder, tmp_path):
-    options = ["--out", str(tmp_path / "run"), "--pictures", str(folder), "--held-out", "p000"]
-    options += ["--validate-px", "64", "--crop-px", "64", "--steps", "2", "--batch-size", "2"]
-    options += ["--sample-every", "1", "--disc-start", "1", "--log-every", "1"]
-    ended = on_two_ranks(*options)
-    assert ended.returncode == 0, ended.stdout[-3000:]
-    report = json.loads((tmp_path / "run" / "report.json").read_text())
+def test_two_ranks_share_one_held_out_crop(folder, tmp_path, processes):
+    words = ["--pictures", str(folder), "--held-out", "p000"]
+    words += ["--validate-px", "64", "--crop-px", "64", "--steps", "2", "--batch-size", "2"]
+    words += ["--sample-every", "1", "--disc-start", "1", "--log-every", "1"]
+    out = tmp_path / "run"
+    succeed(run_words(processes, out, 2, "latentds_trainers.finetune_decoder", *words))
+    report = json.loads((out / "report.json").read_text())
     assert report["held_out_crops"] == 1 and report["before"]["psnr_db"] > 15
 
 
 @pytest.mark.slow
-def test_what_fails_on_all_ranks_is_told_once(folder, tmp_path):
-    ended = on_two_ranks("--out", str(tmp_path / "run"), "--pictures", str(tmp_path / "gone"))
-    assert ended.returncode != 0
-    assert ended.stdout.count("no such folder of pictures") == 1 and "rank 1:" not in ended.stdout
+def test_what_fails_on_all_ranks_is_told_once(tmp_path, processes):
+    words = ["--pictures", str(tmp_path / "gone")]
+    module = "latentds_trainers.finetune_decoder"
+    ended = run_words(processes, tmp_path / "run", 2, module, *words)
+    assert [rank.code for rank in ended] == [1, 1]
+    text = "".join(rank.text for rank in ended)
+    assert text.count("no such folder of pictures") == 1 and "rank 1:" not in text
 
 
 def test_contradicting_options_are_a_line_of_usage():

@@ -20,8 +20,8 @@ pytest.importorskip("kornia")
 from latentds_trainers import pretrain_task
 from latentds_trainers.pretrain import main
 
-from tests.launched import deepspeed_command, run_launched
 from tests.pretraining import config_of, losses, options_of, run_until
+from tests.trainer_ranks import run_ranks, run_words, succeed
 
 
 @pytest.fixture(autouse=True)
@@ -146,19 +146,15 @@ def test_a_killed_run_goes_on_to_the_same_losses(
 
 
 @pytest.mark.slow
-def test_a_masked_autoencoder_trains_with_weights_spread_over_ranks(tmp_path, tiny_latents):
+def test_a_masked_autoencoder_trains_with_weights_spread_over_ranks(
+    tmp_path, tiny_latents, processes
+):
     options = {"method": "mae", "steps": 2, "save_every": 2}
     main(config_of(tmp_path / "one", data=(tiny_latents,), **options))
-    words = words_of(options_of(**options) | {"out": tmp_path / "two", "data": tiny_latents})
-    under_deepspeed(2, [*words, "--zero-stage", "3"])
+    options |= {"zero_stage": 3}
+    run_ranks(processes, main, config_of(tmp_path / "two", data=(tiny_latents,), **options), 2)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
     assert (tmp_path / "two" / "backbone" / "model.safetensors").is_file()
-
-
-def under_deepspeed(ranks: int, words: list[str]) -> None:
-    """Run the recipe to its end."""
-    ended = run_launched(deepspeed_command(ranks, "latentds_trainers.pretrain", *words))
-    assert ended.returncode == 0, ended.stdout[-3000:]
 
 
 def words_of(config: dict[str, Any]) -> list[str]:
@@ -169,14 +165,16 @@ def words_of(config: dict[str, Any]) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("method", "stage"), [("mae", 0), ("dino", 1), ("dinov2", 0)])
-def test_two_ranks_go_on_to_the_losses_of_one(tmp_path, tiny_latents, method, stage, monkeypatch):
+def test_two_ranks_go_on_to_the_losses_of_one(
+    tmp_path, tiny_latents, method, stage, monkeypatch, processes
+):
     options = {"method": method, "zero_stage": stage, "drop_path": 0.0}
     options |= {"steps": 6, "save_every": 3} | ({} if method == "mae" else {"momentum": 0.5})
     one, two = tmp_path / "one", tmp_path / "two"
     main(config_of(one, data=(tiny_latents,), **options))
     run_until(config_of(two, data=(tiny_latents,), **options), 3, monkeypatch)
-    words = words_of(options_of(**options) | {"out": two, "data": tiny_latents})
-    under_deepspeed(2, words)
+    words = words_of(options_of(**options) | {"data": tiny_latents})
+    succeed(run_words(processes, two, 2, "latentds_trainers.pretrain", *words))
     assert json.loads((two / "result.json").read_text())["ranks"] == 2
     # rel: float32 sums in another order, through three steps of Adam
     assert losses(two) == pytest.approx(losses(one), rel=1e-4)

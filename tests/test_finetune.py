@@ -344,6 +344,14 @@ def test_bf16_trains_and_saves_the_float32_weights(folder, held_out, tmp_path, s
     assert report["after"]["psnr_db"] > 5
 
 
+def test_autocast_trains_against_a_discriminator(folder, held_out, tmp_path):
+    options = {"pictures": (folder,), "validate_on": (held_out,), "precision": "autocast"}
+    options |= {"crop_px": 64, "batch_size": 1, "disc_start": 0, "gan_weight": 0.5}
+    DecoderTask(settings(tmp_path, **options, steps=1, validate_px=32)).run()
+    (line,) = lines(tmp_path)
+    assert np.isfinite([line["gan"], line["discriminator/loss"], line["decoder/loss"]]).all()
+
+
 def test_bf16_is_refused_for_a_decoder_with_batch_norm(tmp_path):
     from latentds_trainers import decoder_networks
 

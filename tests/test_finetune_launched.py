@@ -22,7 +22,7 @@ def start(assets: Path, out: Path, *options: str) -> subprocess.CompletedProcess
         *("--judges", str(nic / "encoder_bigan.safetensors")),
         *("--crop-px", "128", "--validate-px", "128", "--validate-crops", "4", "--lr", "1e-4"),
         *("--steps", "8", "--save-every", "4", "--log-every", "1", "--disc-start", "5"),
-        *("--warmup-steps", "2", "--precision", "autocast"),
+        *("--warmup-steps", "2", "--precision", "fp32"),
         *options,
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -120,5 +120,7 @@ def check_model(codebook: EntropyCodebook) -> None:
     if late.any():
         place = int(np.argwhere(late)[0, 0])
         raise ValueError(f"codebook names a parent of channel {place} that is coded after it")
+    if codebook.weights[:, :, 2:].transpose(0, 2, 1)[codebook.parents == -1].any():
+        raise ValueError("codebook weighs a parent of a channel that has none there")
     if (np.diff(codebook.thresholds, axis=1) < 0).any():
         raise ValueError("codebook thresholds are not ascending")

@@ -73,15 +73,15 @@ def reflect(places: np.ndarray, size: int) -> np.ndarray:
     return reflected
 
 
-def blur(magnitudes: Tensor, scan: Scan, height: int, width: int) -> Tensor:
-    """int32 (B, C, h*w) in scan order: 3x3 sums weighted 1 2 1, edge cells repeated outside.
+def blur(magnitudes: Tensor, scan: Scan, height: int, width: int, dim: int = 2) -> Tensor:
+    """int32: 3x3 sums weighted 1 2 1, edge cells repeated outside.
 
-    magnitudes  int32 (B, C, h*w) in scan order
+    magnitudes  int32, dimension `dim` of h*w cells in scan order
     """
-    batch, channels, cells = magnitudes.shape
-    lines = magnitudes.index_select(2, scan.inverse).view(batch, channels, height, width)
-    lines = smooth(smooth(lines, 3), 2)
-    return lines.reshape(batch, channels, cells).index_select(2, scan.cells)
+    shape = (*magnitudes.shape[:dim], height, width, *magnitudes.shape[dim + 1 :])
+    lines = magnitudes.index_select(dim, scan.inverse).view(shape)
+    sums = smooth(smooth(lines, dim), dim + 1)
+    return sums.flatten(dim, dim + 1).index_select(dim, scan.cells)
 
 
 def smooth(values: Tensor, dim: int) -> Tensor:
@@ -95,25 +95,27 @@ def smooth(values: Tensor, dim: int) -> Tensor:
     return sums
 
 
-def around_of(magnitudes: Tensor, scan: Scan, phase: int) -> Tensor | None:
-    """int32 (B, C, n): four times the sum of the four cells around, None in the first phase.
+def around_of(magnitudes: Tensor, scan: Scan, phase: int, dim: int = 2) -> Tensor | None:
+    """int32: four times the sum of the four cells around, None in the first phase.
+
+    magnitudes  int32, dimension `dim` of h*w cells in scan order; of the result, a phase's n
 
     Four times, so that it is on the scale of a blurred channel: 16 times a magnitude.
     """
     places = scan.neighbours[phase]
     if places is None:
         return None
-    sums = magnitudes.index_select(2, places[0])
+    sums = magnitudes.index_select(dim, places[0])
     for place in places[1:]:
-        sums += magnitudes.index_select(2, place)
+        sums += magnitudes.index_select(dim, place)
     return sums.mul_(4)
 
 
 def activity(weights: Tensor, around: Tensor | None, parents: list[Tensor]) -> Tensor | int:
-    """int32 (B, C, n): what the values are expected to be, 1,024 times their magnitude.
+    """int32 (B, C, n) or (n, C, B): what values are expected to be, 1,024 times their magnitude.
 
     weights  int32 (P + 2, C, 1) of the phase: a constant, the cells around, the parents
-    parents  P times int32 (B, C, n), the blurred channels
+    parents  P times int32 of the result's shape, the blurred channels
     """
     total: Tensor = weights[0]
     if around is not None:
@@ -124,7 +126,7 @@ def activity(weights: Tensor, around: Tensor | None, parents: list[Tensor]) -> T
 
 
 def classes_of(activities: Tensor, thresholds: Tensor) -> Tensor:
-    """int32 (B, C, n) in 0..K-1: how many thresholds int32 (K - 1, C, 1) are not above."""
+    """int32 in 0..K-1, as activities: how many thresholds int32 (K - 1, C, 1) are not above."""
     classes = (activities >= thresholds[0]).int()
     for threshold in thresholds[1:]:
         classes += activities >= threshold

@@ -17,7 +17,7 @@ from latentds.entropy_codebook import EntropyCodebook
 from latentds.entropy_contexts import scan_of
 from latentds.entropy_counts import count_integers, count_tables
 from latentds.entropy_model import fit_model
-from latentds.entropy_tables import COST_BITS, classes_at, costs_at, places_at
+from latentds.entropy_tables import COST_BITS, classes_at, costs_at
 from latentds.errors import ShapeError
 
 MAX_FIT_PATCHES = 512  # 1,024 change the bytes of other patches by less than 0.1 %
@@ -129,9 +129,9 @@ def refit(integers: Tensor, codebook: EntropyCodebook, classes: int) -> EntropyC
         thresholds=model["thresholds"],
         tables=np.repeat(tables, classes, axis=0),
     )
-    return dataclasses.replace(
-        shell, tables=count_tables(integers, classes_at(integers, shell), classes)
-    )
+    found = classes_at(as_cells(integers), shell)
+    assert found is not None  # there are several
+    return dataclasses.replace(shell, tables=count_tables(integers, as_patches(found), classes))
 
 
 def collect(latents: Tensor | np.ndarray | Iterable[Tensor]) -> Tensor:
@@ -148,6 +148,14 @@ def collect(latents: Tensor | np.ndarray | Iterable[Tensor]) -> Tensor:
     if not bool(torch.isfinite(sample).all()):
         raise ValueError("latents contain NaN or infinity; encode in float32")
     return sample
+
+
+def as_cells(patches: Tensor) -> Tensor:
+    """(h*w, C, N) of (N, C, h*w), and the reverse: the encoder's layout."""
+    return patches.permute(2, 1, 0).contiguous()
+
+
+as_patches = as_cells
 
 
 def rounded(values: Tensor, step: float) -> Tensor:
@@ -181,8 +189,9 @@ def at_own_steps(
     """int32 (N, C, h*w) integers of every patch at its level, and the levels int64 (N,)."""
     integers, levels = [], []
     for part in torch.split(values, encoding.CHUNK):
-        level = encoding.finest_levels(part, codebook, rate_weight)
-        integers.append(encoding.integers_at(part, level, codebook, rate_weight))
+        cells = as_cells(part)
+        level = encoding.finest_levels(cells, codebook, rate_weight)
+        integers.append(as_patches(encoding.integers_at(cells, level, codebook, rate_weight)))
         levels.append(level)
     limit = encoding.LARGEST
     return torch.cat(integers).clamp_(-limit, limit), torch.cat(levels)
@@ -196,7 +205,7 @@ def report(
     last = len(codebook.steps) - 1
     steps = torch.from_numpy(codebook.steps.copy())[levels.clamp(max=last)]
     errors = values - integers * steps[:, None, None]
-    costs = costs_at(places_at(integers, classes_at(integers, codebook), codebook), codebook)
+    costs = costs_at(as_cells(integers), codebook)
     return EntropyFitReport(
         patches=len(values),
         nominal_step=nominal,

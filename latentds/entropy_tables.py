@@ -53,7 +53,7 @@ class ModelTables:
 
     def classes(self, phase: int, around: Tensor | None, parents: list[Tensor],
                 channels: slice = slice(None)) -> Tensor:  # fmt: skip
-        """int32 (B, C, n) classes of a phase's cells in some channels; see `activity`."""
+        """int32 classes of a phase's cells in some channels; see `activity`."""
         total = activity(self.weights[phase][:, channels], around, parents)
         return classes_of(torch.as_tensor(total), self.thresholds[:, channels])
 
@@ -88,11 +88,14 @@ class EncodingTables:
 
     frequencies, starts  int32
     costs                int32, 1/256 bit, an escape's byte included
+    savings              int32, 1/256 bit that the next integer towards zero takes less; 0 for
+                         zero and for escapes
     """
 
     frequencies: Tensor
     starts: Tensor
     costs: Tensor
+    savings: Tensor
 
 
 @functools.lru_cache(maxsize=16)
@@ -105,34 +108,40 @@ def encoding_tables(codebook: EntropyCodebook) -> EncodingTables:
     rows = np.concatenate([rows, idle])
     bits = rans.PRECISION_BITS - np.log2(np.maximum(rows, 1))
     bits[:, -1] += ESCAPE_BITS
+    costs = np.rint(bits * (1 << COST_BITS)).astype(np.int32)
+    values = np.arange(symbols - 1) - codebook.magnitude
+    savings = np.zeros_like(costs)
+    savings[:, :-1] = costs[:, :-1] - costs[:, np.arange(symbols - 1) - np.sign(values)]
     return EncodingTables(
         frequencies=torch.from_numpy(rows.reshape(-1)),
         starts=torch.from_numpy((rows.cumsum(1, dtype=np.int32) - rows).reshape(-1)),
-        costs=torch.from_numpy(np.rint(bits * (1 << COST_BITS)).astype(np.int32).reshape(-1)),
+        costs=torch.from_numpy(costs.reshape(-1)),
+        savings=torch.from_numpy(savings.reshape(-1)),
     )
 
 
 def classes_at(integers: Tensor, codebook: EntropyCodebook) -> Tensor | None:
-    """int32 (B, C, h*w) classes of integers int32 (B, C, h*w), both in scan order.
+    """int32 (h*w, C, B) classes of integers int32 (h*w, C, B), cells in scan order.
 
-    None where there is but one class.
+    None where there is but one class. The patches come last, so that what is gathered by cell or
+    channel lies side by side.
     """
     if len(codebook.tables) == 1:
         return None
     model = model_tables(codebook, integers.device)
     magnitudes = model.magnitudes(integers)
-    blurred = blur(magnitudes, model.scan, *model.size)
+    blurred = blur(magnitudes, model.scan, *model.size, dim=0)
     parents = [blurred.index_select(1, index) for index in model.parents]
     classes = torch.empty_like(integers)
     for phase in range(PHASES):
         part = model.scan.phase(phase)
-        around = around_of(magnitudes, model.scan, phase)
-        classes[:, :, part] = model.classes(phase, around, [p[:, :, part] for p in parents])
+        around = around_of(magnitudes, model.scan, phase, dim=0)
+        classes[part] = model.classes(phase, around, [p[part] for p in parents])
     return classes
 
 
 def places_at(integers: Tensor, classes: Tensor | None, codebook: EntropyCodebook) -> Tensor:
-    """int32 (B, C, h*w): place of every value in the encoder's flat tables."""
+    """int32 (h*w, C, B): place of every value in the encoder's flat tables."""
     _, channels, symbols = codebook.tables.shape
     extents = torch.from_numpy(codebook.extents)[:, None]
     escaped = integers.abs() > extents
@@ -141,8 +150,9 @@ def places_at(integers: Tensor, classes: Tensor | None, codebook: EntropyCodeboo
     return places if classes is None else places.add_(classes, alpha=symbols * channels)
 
 
-def costs_at(places: Tensor, codebook: EntropyCodebook) -> Tensor:
-    """int32, the shape of `places`: cost of every value in 1/256 bit."""
+def costs_at(integers: Tensor, codebook: EntropyCodebook) -> Tensor:
+    """int32 (h*w, C, B): cost of every value in 1/256 bit."""
+    places = places_at(integers, classes_at(integers, codebook), codebook)
     return encoding_tables(codebook).costs[places]
 
 

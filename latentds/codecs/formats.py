@@ -97,11 +97,10 @@ def encode_webp(image: np.ndarray, quality: float) -> bytes:
     return save_with_pillow(image, "WEBP", quality=quality, method=6)
 
 
-def encode_avif(image: np.ndarray, quality: float) -> bytes:
+def encode_avif(image: np.ndarray, quality: float, subsampling: str, speed: int) -> bytes:
     """AVIF by libavif; it has 64 quantizers, so that some neighbouring qualities are one file."""
-    return save_with_pillow(
-        image, "AVIF", quality=round(quality), speed=4, subsampling="4:2:0", max_threads=1
-    )
+    options = {"speed": speed, "subsampling": subsampling, "max_threads": 1}
+    return save_with_pillow(image, "AVIF", quality=round(quality), **options)
 
 
 def decode_avif(encoded: bytes) -> np.ndarray:
@@ -199,7 +198,15 @@ FORMATS = {
     "avif": Format(
         label="AVIF",
         settings="libavif, 4:2:0, 8 bits, speed 4, one thread both ways",
-        encode=encode_avif,
+        encode=functools.partial(encode_avif, subsampling="4:2:0", speed=4),
+        decode=decode_avif,
+        qualities=(0, 100),
+        needs="avif",
+    ),
+    "avif444": Format(  # the best that AVIF does
+        label="AVIF 4:4:4",
+        settings="libavif, 4:4:4, 8 bits, speed 2, one thread both ways",
+        encode=functools.partial(encode_avif, subsampling="4:4:4", speed=2),
         decode=decode_avif,
         qualities=(0, 100),
         needs="avif",

@@ -18,7 +18,7 @@ class Config:
 
     source: Annotated[Path, tyro.conf.Positional]
     """Folder of pictures of one size."""
-    autoencoder: str = "tiny"
+    autoencoder: str = "tiny-v2"
     """Name or local folder, as for convert."""
     device: str = "auto"
     """cpu, cuda, ...; auto takes a GPU where there is one."""

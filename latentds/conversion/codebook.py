@@ -46,7 +46,8 @@ def find_codebook(
             made=earlier["made"]["codebook"],
         )
     kind = config.codebook_kind
-    if kind in (None, "rans"):
+    is_usual = config.quantizer == "kmeans" and config.levels == 256
+    if kind == "rans" or (kind is None and is_usual):
         shape = encoder.check_shape(reader.plan.patch_px)
         records = shipped_records(card.latent_id, shape, config.bytes)
         if records is not None:
@@ -60,7 +61,6 @@ def find_codebook(
         return fit_additive_to_sample(
             config, encoder, reader, patch_bytes=config.bytes, method="auto"
         )
-    is_usual = config.quantizer == "kmeans" and config.levels == 256
     if is_usual and shipped.latent_id == card.latent_id:
         return shipped
     return fit_to_sample(config, encoder, reader)

@@ -55,9 +55,9 @@ class ConvertConfig:
     out: Path
     """Folder of the data set to be made, or a location such as s3://bucket/brca: then it is made in
     a local folder first, and uploaded."""
-    autoencoder: str = "tiny"
-    """tiny, tiny-v2, sd15, sd3, dcae-f32, dcae-f32-mix, taesd, taesd3, sd15-path, sd3-path,
-    dcae-f32-path; or a local folder of weights."""
+    autoencoder: str = "tiny-v2"
+    """tiny-v2, tiny-v2-fast, tiny-v1, sd15, sd3, dcae-f32, dcae-f32-mix, taesd, taesd3, sd15-path,
+    sd3-path, dcae-f32-path; or a local folder of weights."""
     quantizer: Literal[
         "kmeans", "kmeans-channel", "int8-minmax", "int8-percentile", "int8-channel"
     ] = "kmeans"

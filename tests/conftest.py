@@ -149,7 +149,7 @@ def tiny_latents(class_pictures: Path) -> Path:
     """The same as a data set of `tiny`."""
     out = class_pictures.with_name("latents")
     options = {"device": "cpu", "workers": 2, "fit_patches": 16}
-    convert(ConvertConfig(source=class_pictures, out=out, **options))
+    convert(ConvertConfig(source=class_pictures, out=out, autoencoder="tiny", **options))
     return out
 
 

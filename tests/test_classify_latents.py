@@ -60,7 +60,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def latents(pictures: Path) -> Path:
     out = pictures.parent / "latents"
-    convert(ConvertConfig(source=pictures, out=out, device="cpu", workers=2))
+    convert(ConvertConfig(source=pictures, out=out, autoencoder="tiny", device="cpu", workers=2))
     return out
 
 
@@ -202,7 +202,11 @@ def test_networks_and_patches_that_do_not_fit_are_told_before_anything_is_done(
     with pytest.raises(InputError, match="not a plain ViT"):
         classify(latents, tmp_path / "a", arch="test_resnet")
     out = tmp_path / "odd"
-    convert(ConvertConfig(source=pictures, out=out, patch_size=24, tile=True, device="cpu"))
+    convert(
+        ConvertConfig(
+            source=pictures, out=out, autoencoder="tiny", patch_size=24, tile=True, device="cpu"
+        )
+    )
     with pytest.raises(ShapeError, match="3x3 cells, but test_vit takes 2x2 cells a token"):
         classify(out, tmp_path / "b")
     assert not (tmp_path / "b" / "run.json").exists()

@@ -212,7 +212,9 @@ def test_golden_patches_are_kept(shared_dataset):
 
 
 def test_the_embedded_autoencoder_converts_with_its_own_codebook(pictures, tmp_path):
-    manifest = convert(ConvertConfig(source=pictures, out=tmp_path / "out", device="cpu"))
+    manifest = convert(
+        ConvertConfig(source=pictures, out=tmp_path / "out", autoencoder="tiny", device="cpu")
+    )
     assert manifest.contract.autoencoder["name"] == "tiny-v1"
     assert manifest.made["codebook"]["origin"] == "ships with tiny-v1"
 

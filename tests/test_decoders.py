@@ -471,7 +471,11 @@ def tiny_set(tmp_path_factory) -> Path:
 
     root = tmp_path_factory.mktemp("tiny")
     save_pictures(root / "in" / "tumour", 6)
-    convert(ConvertConfig(source=root / "in", out=root / "set", device="cpu", workers=1))
+    convert(
+        ConvertConfig(
+            source=root / "in", out=root / "set", autoencoder="tiny", device="cpu", workers=1
+        )
+    )
     return root / "set"
 
 

@@ -70,7 +70,7 @@ def same_threads() -> dict[str, str]:
 
 def test_latents_are_decoded_and_embedded(work, tmp_path, capsys):
     report = json.loads(call(capsys, words_of(work, tmp_path, "--json")))
-    assert report["source"] == "tiny-v1+kmeans" and report["embedder"] == "nic:small"
+    assert report["source"] == "tiny-v2+rans:1024" and report["embedder"] == "nic:small"
     assert (report["slides"], report["patches"], report["there_before"]) == (3, 10, 0)
     folder = FeatureFolder(tmp_path)
     assert folder.sizes == SLIDES and folder.source["kind"] == "latents"

@@ -74,7 +74,11 @@ def lines(tmp_path) -> list[dict]:
 def dataset(folder):
     """The twelve pictures as a data set of tiny's latents; read only."""
     out = folder.with_name("set")
-    convert(ConvertConfig(source=folder, out=out, device="cpu", fit_patches=4, workers=1))
+    convert(
+        ConvertConfig(
+            source=folder, out=out, autoencoder="tiny", device="cpu", fit_patches=4, workers=1
+        )
+    )
     return out
 
 
@@ -305,7 +309,11 @@ def test_a_split_of_the_set_is_validated_on(tmp_path):
     save_pictures(tmp_path / "in" / "train", 4, edge=64)
     save_pictures(tmp_path / "in" / "val", 3, edge=64)
     source, out = tmp_path / "in", tmp_path / "set"
-    convert(ConvertConfig(source=source, out=out, device="cpu", fit_patches=4, workers=1))
+    convert(
+        ConvertConfig(
+            source=source, out=out, autoencoder="tiny", device="cpu", fit_patches=4, workers=1
+        )
+    )
     DecoderTask(settings(tmp_path, data=out, originals=source, sample_every=1, steps=1)).run()
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["held_out_crops"] == 3 and report["before"]["psnr_db"] > 15
@@ -327,7 +335,11 @@ def test_windows_larger_than_the_patches_are_refused(dataset, folder, tmp_path):
 def test_patches_that_fill_no_whole_cells_are_trained_on(tmp_path):
     save_pictures(tmp_path / "in", 3, edge=60)
     source, out = tmp_path / "in", tmp_path / "set"
-    convert(ConvertConfig(source=source, out=out, device="cpu", fit_patches=4, workers=1))
+    convert(
+        ConvertConfig(
+            source=source, out=out, autoencoder="tiny", device="cpu", fit_patches=4, workers=1
+        )
+    )
     config = settings(tmp_path, data=out, originals=source, crop_px=None, validate_on=(source,),
                       validate_px=56, teacher=True, steps=1)  # fmt: skip
     DecoderTask(config).run()

@@ -44,7 +44,9 @@ def sets(tmp_path_factory):
         options = {"encode_batch": 4, "device": "cpu", "workers": 1, "pack_size": 4, "mpp": mpp}
         if other:
             options["fit_patches"] = 8
-        config = ConvertConfig(source=root / f"{name}-in", out=root / name, **options)
+        config = ConvertConfig(
+            source=root / f"{name}-in", out=root / name, autoencoder="tiny", **options
+        )
         convert(config, other() if other else None)
     return {name: root / name for name in SETS}
 

@@ -70,7 +70,11 @@ def test_a_patch_without_a_mask_is_not_background(pictures, tmp_path):
              for row, (path, mask) in enumerate(zip(paths, cells, strict=True))]  # fmt: skip
     table = tmp_path / "table.csv"
     table.write_text("\n".join(["path,mask", *lines]) + "\n")
-    convert(ConvertConfig(source=table, out=tmp_path / "set", device="cpu", workers=1))
+    convert(
+        ConvertConfig(
+            source=table, out=tmp_path / "set", autoencoder="tiny", device="cpu", workers=1
+        )
+    )
     for location in (table, tmp_path / "set"):
         patches = opened(location)
         rows = np.arange(len(patches))
@@ -198,7 +202,11 @@ def test_a_codec_on_the_fly_gives_the_pixels_of_shards(tmp_path, size):
     for number in range(20):
         picture = Image.fromarray(smooth_picture(number, 64)).resize(size[::-1])
         picture.save(tmp_path / "in" / f"{number:02d}.png")
-    convert(ConvertConfig(source=tmp_path / "in", out=tmp_path / "out", device="cpu"))
+    convert(
+        ConvertConfig(
+            source=tmp_path / "in", out=tmp_path / "out", autoencoder="tiny", device="cpu"
+        )
+    )
     shards, codec = opened(tmp_path / "out"), opened(tmp_path / "in", codec="tiny+kmeans")
     assert shards.patch_px == codec.patch_px == size
     assert torch.equal(shards.images(everything(shards)), codec.images(everything(codec)))
@@ -331,7 +339,12 @@ def test_a_fingerprint_of_shards_is_of_their_hashes_and_patches(split_pictures, 
     for name, seed in (("one", 0), ("two", 1)):
         convert(
             ConvertConfig(
-                source=split_pictures, out=tmp_path / name, device="cpu", workers=2, seed=seed
+                source=split_pictures,
+                out=tmp_path / name,
+                autoencoder="tiny",
+                device="cpu",
+                workers=2,
+                seed=seed,
             )
         )
     one, two = opened(tmp_path / "one"), opened(tmp_path / "two")
@@ -414,7 +427,7 @@ def student_of_tiny(folder: Path, seed: int = 0, latent_id: str | None = None) -
 @pytest.mark.parametrize("kind", ["shards", "codec"])
 def test_another_decoder_gives_other_pixels_and_a_name(pictures, tmp_path, kind):
     decoder = str(student_of_tiny(tmp_path / "mine"))
-    convert(ConvertConfig(source=pictures, out=tmp_path / "out", device="cpu"))
+    convert(ConvertConfig(source=pictures, out=tmp_path / "out", autoencoder="tiny", device="cpu"))
     data, codec = (
         (tmp_path / "out", {}) if kind == "shards" else (pictures, {"codec": "tiny+kmeans"})
     )
@@ -429,7 +442,7 @@ def test_another_decoder_gives_other_pixels_and_a_name(pictures, tmp_path, kind)
 
 def test_shards_and_codec_agree_on_another_decoder(pictures, tmp_path):
     decoder = str(student_of_tiny(tmp_path / "mine"))
-    convert(ConvertConfig(source=pictures, out=tmp_path / "out", device="cpu"))
+    convert(ConvertConfig(source=pictures, out=tmp_path / "out", autoencoder="tiny", device="cpu"))
     shards = opened(tmp_path / "out", decoder=decoder)
     codec = opened(pictures, codec=f"{decoder}+kmeans")
     assert shards.name == codec.name
@@ -438,7 +451,7 @@ def test_shards_and_codec_agree_on_another_decoder(pictures, tmp_path):
 
 def test_a_decoder_of_other_latents_is_refused(pictures, tmp_path):
     decoder = str(student_of_tiny(tmp_path / "foreign", latent_id="sha256:" + "c" * 64))
-    convert(ConvertConfig(source=pictures, out=tmp_path / "out", device="cpu"))
+    convert(ConvertConfig(source=pictures, out=tmp_path / "out", autoencoder="tiny", device="cpu"))
     for data, codec in ((tmp_path / "out", "original"), (pictures, "tiny+kmeans")):
         with pytest.raises(ContractError, match="latent_id"):
             opened(data, codec=codec, decoder=decoder)

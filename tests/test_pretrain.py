@@ -104,7 +104,11 @@ def larger(tmp_path_factory) -> Path:
     """A data set of `tiny` with patches of 96 px."""
     root = tmp_path_factory.mktemp("larger")
     save_pictures(root / "in", 24, first_seed=300, edge=96)
-    convert(ConvertConfig(source=root / "in", out=root / "out", device="cpu", fit_patches=16))
+    convert(
+        ConvertConfig(
+            source=root / "in", out=root / "out", autoencoder="tiny", device="cpu", fit_patches=16
+        )
+    )
     return root / "out"
 
 

@@ -45,7 +45,7 @@ def sets(tmp_path_factory):
     root = tmp_path_factory.mktemp("sets")
     save_pictures(root / "in" / "tumour", 24, edge=64)
     source = {"source": root / "in", "device": "cpu", "workers": 1, "fit_patches": 16}
-    convert(ConvertConfig(**source, out=root / "tiny"))
+    convert(ConvertConfig(**source, out=root / "tiny", autoencoder="tiny"))
     convert_with_mean(root / "in", root / "mean")
     return root
 
@@ -97,7 +97,7 @@ def test_every_set_has_the_name_of_its_own_decoder(sets, decoder, tmp_path):
     both = config_of(tmp_path, sets / "tiny", sets / "tiny-large", decoder=(str(decoder),))
     save_pictures(sets / "large" / "tumour", 12, edge=128)
     source = {"source": sets / "large", "device": "cpu", "workers": 1, "fit_patches": 8}
-    convert(ConvertConfig(**source, out=sets / "tiny-large"))
+    convert(ConvertConfig(**source, out=sets / "tiny-large", autoencoder="tiny"))
     facts = facts_of(both)
     assert [part["decoder"]["name"] for part in facts["sets"]] == ["mine", "mine"]
     assert facts["codec"] == "tiny-v1+kmeans/mine"

@@ -59,7 +59,15 @@ def test_a_published_decoder_decodes_a_set(run, hub, tmp_path):
 
     publish_decoder(run, PLAIN)
     save_pictures(tmp_path / "in" / "tumour", 4)
-    convert(ConvertConfig(source=tmp_path / "in", out=tmp_path / "set", device="cpu", workers=1))
+    convert(
+        ConvertConfig(
+            source=tmp_path / "in",
+            out=tmp_path / "set",
+            autoencoder="tiny",
+            device="cpu",
+            workers=1,
+        )
+    )
     loader = LatentLoader(tmp_path / "set", batch_size=4, decoder=NAME)
     assert loader.autoencoder.card.name == "dcae-path"
     assert next(iter(loader)).images.shape == (4, 3, 32, 32)

@@ -79,7 +79,7 @@ def test_dry_run_estimates_and_writes_nothing(pictures, tmp_path, capsys):
 
 def test_info_tells_codebook_and_memory(tiny_set, capsys):
     code, out, _ = call(capsys, "info", tiny_set)
-    assert code == 0 and "ships with tiny-v1" in out and "loader memory" in out
+    assert code == 0 and "ships with tiny-v2" in out and "loader memory" in out
     code, out, _ = call(capsys, "info", tiny_set, "--json", "--batch-size", "10")
     assert json.loads(out)["loader_memory"]["decoded_batch_fp32"] == 10 * 3 * 32 * 32 * 4
 
@@ -123,7 +123,7 @@ def test_fit_codebook_makes_a_file_convert_takes(pictures, tmp_path, capsys):
         capsys, "convert", pictures, "--out", tmp_path / "o", "--codebook", book, "--device", "cpu"
     )
     _, out, _ = call(capsys, "info", tmp_path / "o", "--json")
-    assert json.loads(out)["codebook"]["summary"] == "4x256 levels"
+    assert json.loads(out)["codebook"]["summary"] == "32x256 levels"
 
 
 def test_fit_codebook_makes_an_additive_codebook_of_the_bytes_asked_for(pictures, tmp_path, capsys):
@@ -133,7 +133,7 @@ def test_fit_codebook_makes_an_additive_codebook_of_the_bytes_asked_for(pictures
     words = [pictures, "--out", book, "--kind", "additive", "--device", "cpu", "--json"]
     code, out, _ = call(capsys, "fit-codebook", *words, "--bytes", 32)  # 16 cells
     assert code == 0 and set(json.loads(out)["compared"]) == {"grouped", "residual"}
-    assert load_codebook(book).codebook.tables.shape == (2, 256, 4)
+    assert load_codebook(book).codebook.tables.shape == (2, 256, 32)
     code, _, err = call(capsys, "fit-codebook", *words, "--bytes", 40, "--overwrite")
     assert code == 1 and "multiples of 16" in err
     code, _, err = call(capsys, "fit-codebook", *words, "--overwrite")

@@ -19,7 +19,7 @@ class Config:
     """Folder of 8-bit pictures."""
     out: Path
     """Codebook file to write (.safetensors)."""
-    autoencoder: str = "tiny"
+    autoencoder: str = "tiny-v2"
     """Name or local folder, as for convert."""
     kind: Literal["scalar", "additive"] = "scalar"
     """scalar: levels that single values are rounded to; additive: vectors added up, as many bytes a

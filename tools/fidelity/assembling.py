@@ -45,6 +45,8 @@ def container_bytes(
     """What each patch takes in its container, None where there is none for it."""
     if not isinstance(spec, LatentSpec):
         return [TAR_BLOCK * (1 + math.ceil(size / TAR_BLOCK)) for size in sizes]
+    if spec.quantizer.record_bytes is not None:
+        return [size + SHARD_BYTES for size in sizes]
     if not spec.quantizer.is_fitted:
         return None
     codes = card.channels * math.prod(latent_cells(patch_px, card.factor))

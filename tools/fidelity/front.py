@@ -20,11 +20,12 @@ SECTION, EMBEDDER = "MoNuSeg", "efficientnet-lite0"
 PATCHES = 24_000_000
 CONTAINER = 53  # bytes a patch: columns, tables, tar (`latentds bench container`)
 CURVES = {  # label: (kind, codecs)
-    "AVIF": ("picture", ("avif@4096", "avif:60", "avif:80", "avif:90")),
-    "JPEG XL": ("picture", ("jxl@4096", "jxl@8192", "jxl@16384", "jxl@32768")),
+    "AVIF": ("picture", ("avif@2048", "avif@4096", "avif:60", "avif:80", "avif:90")),
+    "JPEG XL": ("picture", ("jxl@2048", "jxl@4096", "jxl@8192", "jxl@16384", "jxl@32768")),
     "JPEG": ("picture", ("jpeg:10", "jpeg@4096", "jpeg:20", "jpeg:50", "jpeg:75", "jpeg:95")),
-    "WebP": ("picture", ("webp@4096", "webp:75", "webp:95")),
-    "tiny": ("latent", ("tiny+kmeans",)),
+    "WebP": ("picture", ("webp@2048", "webp@4096", "webp:75", "webp:95")),
+    "tiny-v2": ("latent", ("tiny-v2+rans:2048", "tiny-v2+rans:4096")),
+    "tiny-v1": ("latent", ("tiny+kmeans",)),
     "TAEF2": ("latent", ("taef2+kmeans",)),
 }
 COSTS: dict[str, str | int] = {  # what it is called: the codec whose files were measured, or bytes
@@ -34,7 +35,7 @@ COSTS: dict[str, str | int] = {  # what it is called: the codec whose files were
     "AVIF, quality 90": "avif:90",
     "AVIF, at most 4 KiB": "avif@4096",
     "latents of SD-3.5": 16_384,
-    "latents of `tiny`, SD-1.5, TAESD": "tiny+kmeans",
+    "latents of `tiny-v2`, SD-1.5, TAESD": "tiny-v2+rans:4096",
     "latents of DC-AE f32": 2_048,
 }
 

@@ -14,11 +14,12 @@ MARKERS = {"picture": "s", "latent": "o"}
 FRONT_IN, FRONT_DPI = (8.0, 4.3), 200
 # Colours of Okabe and Ito, told apart by all; point whose label it is, its place, its side.
 FRONT_STYLE: dict[str, tuple[str, int, tuple[int, int], str]] = {
-    "AVIF": ("#0072B2", 0, (0, 24), "right"),
+    "AVIF": ("#0072B2", -2, (-2, 12), "right"),
     "JPEG XL": ("#56B4E9", -1, (10, 0), "left"),
-    "JPEG": ("#555555", 0, (-9, 0), "right"),
-    "WebP": ("#CC79A7", 0, (10, -4), "left"),
-    "tiny": ("#D55E00", 0, (12, -2), "left"),
+    "JPEG": ("#555555", 2, (9, -8), "left"),
+    "WebP": ("#CC79A7", 1, (12, -6), "left"),
+    "tiny-v2": ("#D55E00", 1, (-8, 12), "right"),
+    "tiny-v1": ("#D55E00", 0, (12, -4), "left"),
     "TAEF2": ("#D55E00", 0, (0, -18), "center"),
 }
 
@@ -119,7 +120,7 @@ def draw_front(curves: Sequence[Curve], embedder: str) -> bytes:
     sizes = [1024 * 2**power for power in range(1, 6)]
     axis.set_xticks(sizes, [f"{size // 1024} KiB" for size in sizes])
     axis.minorticks_off()
-    axis.set_xlim(2300, 50_000)
+    axis.set_xlim(1700, 50_000)
     axis.set_xlabel("a 256 px patch takes", fontsize=12)
     axis.set_title(
         f"Cosine similarity of {embedder} embeddings to those of the original",

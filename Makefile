@@ -1,4 +1,4 @@
-# make demo   environment, install, the main job on a real micrograph
+# make demo   environment, install, the main job on real H&E pictures
 # make test   environment, install, tests
 # make lint   ruff and mypy, as CI runs them
 PYTHON ?= python3

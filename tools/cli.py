@@ -41,7 +41,7 @@ COMMANDS = {
         "tables and plots of evaluations on several sources of the same patches",
     ),
     "doctor": ("doctor", "say what is installed, missing or in the way on this machine"),
-    "demo": ("demo", "run the main job on a real micrograph and write a page about it"),
+    "demo": ("demo", "run the main job on real H&E pictures and write a page about it"),
     "bench shuffle": (
         "bench_shuffle",
         "how far an order is from uniform, what it makes ranks read",

@@ -27,6 +27,8 @@ from latentds.metrics import psnr_db
 from tests.fakes import MeanAutoencoder
 
 LOSSY = ["jpeg", "jpeg444", "webp", "avif", "avif444", "jxl", "j2k"]
+# AVIF at its best takes seconds a search.
+SEARCHED = [pytest.param(f, marks=[pytest.mark.slow] if f == "avif444" else []) for f in LOSSY]
 QUANTIZERS = ["none", "fp16", "int8", "int8-percentile", "int8-channel", "kmeans", "kmeans:7"]
 QUANTIZERS += ["kmeans-channel:16", "lbrq:4", "lbrq:3", "lbrq:2"]
 PEAKED = np.random.default_rng(0).laplace(size=(3, 20_000)).astype(np.float32)
@@ -72,7 +74,7 @@ def test_higher_quality_is_larger_and_closer(format, tissue):
     assert len(files[0]) < len(files[1]) and near[0] < near[1]
 
 
-@pytest.mark.parametrize("format", LOSSY)
+@pytest.mark.parametrize("format", SEARCHED)
 def test_bytes_allowed_are_kept_and_used(format, tissue):
     fitted = codecs.fit_to_bytes(format, tissue, 2000)
     # AVIF has 64 quantizers, 7 to 9 % of bytes apart; JPEG 2000 goes by passes of 64x64 blocks.
@@ -91,7 +93,7 @@ def test_quality_found_makes_the_same_file_again(format, tissue):
     assert codec.encode(tissue) == fitted.encoded
 
 
-@pytest.mark.parametrize("format", LOSSY)
+@pytest.mark.parametrize("format", SEARCHED)
 def test_smallest_file_that_is_too_large_says_so(format, tissue, caplog):
     codec = PictureCodec(format, max_bytes=20)
     fitted = codec.fit(tissue)

@@ -44,8 +44,9 @@ def test_the_picture_shows_every_curve(rows, monkeypatch):
 
 
 def test_points_are_the_recorded_means_with_their_intervals(rows):
-    (point,) = front.curve("tiny", rows).points
+    (point,) = front.curve("tiny-v1", rows).points
     assert point == (4096.0, 0.7777, 0.7504, 0.8128)
+    assert front.curve("tiny-v2", rows).points[1] == (4096.0, 0.9142, 0.9010, 0.9273)
 
 
 def test_the_picture_is_there_and_small():

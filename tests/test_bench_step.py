@@ -88,7 +88,8 @@ def test_a_converted_set_is_read_with_its_own_decoder(capsys, tmp_path):
 
     save_pictures(tmp_path / "in" / "a", 6)
     with pytest.raises(SystemExit, match="0"):
-        cli.main(["convert", str(tmp_path / "in"), "--out", str(tmp_path / "set")])
+        words = ["convert", str(tmp_path / "in"), "--out", str(tmp_path / "set")]
+        cli.main([*words, "--autoencoder", "tiny"])  # whose latents turbo-s reads
     words = (tmp_path / "set", *QUICK, "--rounds", 1)
     assert "the recorded decoder (loaded weights" in call(capsys, *words)
     assert "turbo-s (random weights" in call(capsys, *words, "--decoder", "turbo-s")

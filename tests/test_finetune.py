@@ -22,7 +22,7 @@ from latentds.autoencoders import load_autoencoder
 from latentds.autoencoders.decoders import load_decoder, save_decoder
 from latentds.conversion.config import ConvertConfig
 from latentds.conversion.pipeline import convert
-from latentds.errors import ContractError, InputError, LatentdsError, UnknownNameError
+from latentds.errors import ContractError, InputError, LatentdsError, UnknownNameError, WeightsError
 from latentds.loader import LatentLoader
 from tests.conftest import save_pictures
 from tests.small_embedders import save_phikon
@@ -582,7 +582,18 @@ def test_an_embedder_nobody_knows_is_refused(folder, tmp_path):
 
 def test_latents_of_another_autoencoder_are_refused(shared_dataset, folder, tmp_path):
     with pytest.raises(ContractError, match="give the one they were made with"):
+        DecoderTask(settings(tmp_path, data=shared_dataset, originals=folder, autoencoder="tiny"))
+    with pytest.raises(WeightsError, match=r"made with a local autoencoder .* --autoencoder"):
         DecoderTask(settings(tmp_path, data=shared_dataset, originals=folder))
+
+
+def test_the_decoder_of_a_set_of_the_default_is_trained_by_its_name(folder, tmp_path):
+    out = tmp_path / "set"
+    convert(ConvertConfig(source=folder, out=out, device="cpu", workers=1))
+    DecoderTask(settings(tmp_path, data=out, originals=folder, steps=1, crop_px=32)).run()
+    card = load_decoder(tmp_path / "run").card
+    assert card.latent_id == load_autoencoder("tiny-v2").card.latent_id
+    assert np.isfinite(lines(tmp_path)[0]["l1"])
 
 
 def test_a_decoder_of_other_latents_is_no_start(finished, folder, tmp_path):

@@ -141,7 +141,7 @@ def test_the_cards_code_runs_as_it_stands(pictures, hub, tmp_path):
         [sys.executable, "-c", script], capture_output=True, text=True, env=environment
     )
     assert run.returncode == 0, run.stderr[-3000:]
-    assert "torch.Size([33, 3, 32, 32]) (33, 4, 4, 4) (33, 4, 4, 4)" in run.stdout
+    assert "torch.Size([33, 3, 32, 32]) torch.Size([33, 32, 4, 4]) (33, 64)" in run.stdout
 
 
 def test_the_card_says_what_is_known_and_no_more(shared_dataset, hub):

@@ -176,10 +176,14 @@ def describe_set(config: Config, own: Path, work: Path, count: int) -> dict[str,
     """What all processes are told."""
     import numpy as np
 
+    from latentds.quantizer import Codebook
     from latentds.reader import ShardSet
 
     manifest = ShardSet(own).manifest
-    np.save(work / "levels.npy", manifest.contract.codebook.levels)
+    codebook, levels = manifest.contract.codebook, None
+    if isinstance(codebook, Codebook):  # for peers in a Python without latentds
+        levels = str(work / "levels.npy")
+        np.save(levels, codebook.levels)
     if count < config.batch_size:
         raise InputError(
             f"{config.folder}: {count} patches are less than a batch of {config.batch_size}; "
@@ -189,7 +193,7 @@ def describe_set(config: Config, own: Path, work: Path, count: int) -> dict[str,
         "set": str(own),
         "split": config.split,
         "classes": list(manifest.classes),
-        "levels": str(work / "levels.npy"),
+        "levels": levels,
         "shape": list(manifest.contract.codes_shape),
         "workers": config.workers,
         "buffer": BUFFER,

@@ -12,13 +12,16 @@ from latentds_trainers.pairs import Pair, PicturePairs, find_pictures
 from latentds_trainers.ranks import from_first
 from latentds_trainers.shard_pairs import ShardPairs
 
+from latentds.autoencoders import load_autoencoder
 from latentds.autoencoders.base import NetworkAutoencoder
 from latentds.codebooks import StoredCodebook, load_codebook, save_codebook
+from latentds.decoding import find_autoencoder
 from latentds.errors import ContractError, InputError
 from latentds.fit import fit_codebook
 from latentds.loader import LatentLoader
 from latentds.originals import Originals
 from latentds.quantizer import AnyCodebook, dequantize, quantize
+from latentds.reader import ShardSet
 
 DEFAULT_CROP_PX = 256
 CODEBOOK_CROPS = 256
@@ -35,6 +38,15 @@ def check_sizes(config: FinetuneConfig, factor: int) -> None:
         if edge is not None and (edge < factor or edge % factor):
             option = name.replace("_", "-")
             raise InputError(f"--{option} {edge}: no multiple of the autoencoder's factor {factor}")
+
+
+def open_autoencoder(config: FinetuneConfig) -> NetworkAutoencoder:
+    """The one of --autoencoder, else the set's own, else tiny-v1."""
+    if config.autoencoder is not None or config.data is None:
+        return load_autoencoder(config.autoencoder or "tiny-v1")
+    found = find_autoencoder(ShardSet(config.data))
+    assert isinstance(found, NetworkAutoencoder)  # what names stand for
+    return found
 
 
 def open_shard_pairs(

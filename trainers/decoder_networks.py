@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -9,7 +10,6 @@ from latentds_trainers.finetune_decoder import ADAM_BETAS, FinetuneConfig
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from latentds.autoencoders import load_autoencoder
 from latentds.autoencoders.architectures import architecture_of
 from latentds.autoencoders.base import NetworkAutoencoder
 from latentds.autoencoders.decoders import load_decoder
@@ -57,7 +57,7 @@ def untrained_decoder(
                 f"{card.latent_id}; give a decoder of these"
             )
     elif config.teacher:
-        source = load_autoencoder(config.autoencoder)  # the teacher stays as it is
+        source = copy.deepcopy(base)  # the teacher stays as it is
     # DeepSpeed sends weights as rows of bytes: no channels last.
     network = source.decoder.requires_grad_(True).to(memory_format=torch.contiguous_format)
     return network, architecture_of(source)

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from latentds_trainers.decoder_inputs import (
     check_sizes,
+    open_autoencoder,
     open_codebook,
     open_picture_pairs,
     open_shard_pairs,
@@ -33,7 +34,6 @@ from latentds_trainers.ranks import join_ranks, on_all_ranks
 from latentds_trainers.shard_pairs import ShardPairs
 from torch import Tensor, nn
 
-from latentds.autoencoders import load_autoencoder
 from latentds.autoencoders.architectures import build
 from latentds.autoencoders.base import last_layer
 from latentds.autoencoders.decoders import save_decoder
@@ -80,7 +80,7 @@ class DecoderTask:
     def open(self) -> PicturePairs | ShardPairs:
         """The autoencoder, the decoder to be trained, and latents with their originals."""
         config = self.config
-        self.base = load_autoencoder(config.autoencoder)
+        self.base = open_autoencoder(config)
         check_sizes(config, self.base.card.factor)
         self.decoder, self.architecture = open_decoder(config, self.base, self.device)
         if not config.teacher:

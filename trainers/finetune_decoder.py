@@ -98,8 +98,9 @@ class FinetuneConfig(TrainConfig):
     patches of --data and 256 px of --pictures where not given."""
     half_scale: float = 0.0
     """Share of the crops of --pictures taken at half resolution."""
-    autoencoder: str = "tiny"
-    """Whose latents they are: name, or local folder."""
+    autoencoder: str | None = None
+    """Whose latents they are: name, or local folder; by default what --data records, and tiny-v1
+    for --pictures."""
     init: str | None = None
     """Decoder to start from instead of the autoencoder's own: a decoder folder."""
     student: Literal["turbo-s", "turbo-m", "turbo-f32", "taesd"] | None = None

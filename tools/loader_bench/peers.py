@@ -6,6 +6,7 @@ Run by path, with any Python that has torch, numpy and the peer: it imports noth
 
 from __future__ import annotations
 
+import functools
 import importlib
 import io
 import json
@@ -114,7 +115,7 @@ class Ready:
         if spec["peer"] == "latentds" or spec["images"]:
             return
         if self.decode == "latents":
-            self.levels = torch.from_numpy(np.load(spec["levels"])).to(self.device)
+            self.latents = make_lookup(spec, self.device)
         if self.decode == "pixels":
             self.decoder = make_decoder(spec)
 
@@ -131,7 +132,7 @@ class Ready:
         if self.spec["images"]:
             return images.float() / 255, labels
         if self.decode == "latents":
-            return look_up(self.levels, images), labels
+            return self.latents(images), labels
         return (self.decoder(images) if self.decode == "pixels" else images), labels
 
     def alone(self, seconds: float) -> float:
@@ -145,6 +146,16 @@ class Ready:
                 torch.cuda.synchronize(self.device)
             patches += len(self.last)
         return patches / now
+
+
+def make_lookup(spec: Spec, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Latents of codes: by a table of levels, or, of other codes, by latentds itself."""
+    if spec["levels"] is not None:
+        levels = torch.from_numpy(np.load(spec["levels"])).to(device)
+        return functools.partial(look_up, levels)
+    from latentds.reader import ShardSet
+
+    return ShardSet(spec["set"]).manifest.contract.codebook.dequantize
 
 
 def look_up(levels: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:

@@ -52,6 +52,8 @@ def launch(main: Callable[[Config], None], config: type[Config], description: st
         main(settings)
     except LatentdsError as error:
         tell(error, rank)
+        # Left to the interpreter's end, the connections' threads may abort the process: exit -6.
+        leave_ranks(together=False)
         sys.exit(1)
     leave_ranks()
 
@@ -85,13 +87,14 @@ def tell(error: LatentdsError, rank: int) -> None:
         print(f"rank {rank}: {error}", file=sys.stderr, flush=True)
 
 
-def leave_ranks() -> None:
-    """Close the connections to the other ranks, if there were any."""
+def leave_ranks(together: bool = True) -> None:
+    """Close the connections to the other ranks, if there were any; by default once all are here."""
     if "torch" in sys.modules:
         import torch.distributed
 
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.barrier()  # a rank that is still talking must not lose its peer
+            if together:  # a rank that is still talking must not lose its peer
+                torch.distributed.barrier()
             torch.distributed.destroy_process_group()
 
 

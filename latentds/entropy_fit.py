@@ -129,9 +129,9 @@ def refit(integers: Tensor, codebook: EntropyCodebook, classes: int) -> EntropyC
         thresholds=model["thresholds"],
         tables=np.repeat(tables, classes, axis=0),
     )
-    found = classes_at(as_cells(integers), shell)
+    found = classes_at(turned(integers), shell)
     assert found is not None  # there are several
-    return dataclasses.replace(shell, tables=count_tables(integers, as_patches(found), classes))
+    return dataclasses.replace(shell, tables=count_tables(integers, turned(found), classes))
 
 
 def collect(latents: Tensor | np.ndarray | Iterable[Tensor]) -> Tensor:
@@ -150,12 +150,9 @@ def collect(latents: Tensor | np.ndarray | Iterable[Tensor]) -> Tensor:
     return sample
 
 
-def as_cells(patches: Tensor) -> Tensor:
-    """(h*w, C, N) of (N, C, h*w), and the reverse: the encoder's layout."""
-    return patches.permute(2, 1, 0).contiguous()
-
-
-as_patches = as_cells
+def turned(values: Tensor) -> Tensor:
+    """(h*w, C, N), the encoder's layout, of (N, C, h*w); or the reverse."""
+    return values.permute(2, 1, 0).contiguous()
 
 
 def rounded(values: Tensor, step: float) -> Tensor:
@@ -189,9 +186,9 @@ def at_own_steps(
     """int32 (N, C, h*w) integers of every patch at its level, and the levels int64 (N,)."""
     integers, levels = [], []
     for part in torch.split(values, encoding.CHUNK):
-        cells = as_cells(part)
+        cells = turned(part)
         level = encoding.finest_levels(cells, codebook, rate_weight)
-        integers.append(as_patches(encoding.integers_at(cells, level, codebook, rate_weight)))
+        integers.append(turned(encoding.integers_at(cells, level, codebook, rate_weight)))
         levels.append(level)
     limit = encoding.LARGEST
     return torch.cat(integers).clamp_(-limit, limit), torch.cat(levels)
@@ -205,7 +202,7 @@ def report(
     last = len(codebook.steps) - 1
     steps = torch.from_numpy(codebook.steps.copy())[levels.clamp(max=last)]
     errors = values - integers * steps[:, None, None]
-    costs = costs_at(as_cells(integers), codebook)
+    costs = costs_at(turned(integers), codebook)
     return EntropyFitReport(
         patches=len(values),
         nominal_step=nominal,

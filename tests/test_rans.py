@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+from latentds import entropy_encoding as encoding
 from latentds.codebooks import StoredCodebook, load_codebook, save_codebook
 from latentds.entropy_codebook import EntropyCodebook
 from latentds.entropy_fit import fit_entropy_codebook
+from latentds.entropy_tables import classes_at, encoding_tables, places_at
 
 SHAPE = (6, 8, 8)
 RECORD_BYTES = 120
@@ -85,3 +87,36 @@ def test_records_too_small_for_a_patch_are_refused_by_the_encoder_alone(codebook
     restored = EntropyCodebook.from_json(small.to_json())  # a reader takes it
     with pytest.raises(ValueError, match=r"need \d+ for any patch. Use more bytes"):
         restored.quantize(laplacian_latents(1, 3))
+
+
+def test_the_level_found_fits_and_the_next_finer_does_not(codebook):
+    latents = laplacian_latents(70, 4)
+    latents[0], latents[1:3] = 0, latents[1:3] * 1e3  # nothing to say, and too much for any step
+    values, weight = encoding.in_scan(latents, codebook), encoding.RATE_WEIGHT
+    levels = encoding.finest_levels(values, codebook, weight)
+    budget = codebook.record_bytes - encoding.MARGIN_BYTES
+    assert (encoding.expected_bytes(values, levels, codebook, weight) <= budget).all()
+    finer = encoding.expected_bytes(values, (levels - 1).clamp(min=0), codebook, weight)
+    assert (finer > budget)[levels > 0].all()
+    assert levels[0] == 0 and (levels[1:3] >= len(codebook.steps)).all()
+    assert len(set(levels.tolist())) > 20  # or it would say little
+
+
+def test_rounding_goes_towards_zero_where_that_costs_less(codebook):
+    values = encoding.in_scan(laplacian_latents(3, 5), codebook)
+    levels = torch.tensor([60, 120, 180])
+    weights = (0, encoding.RATE_WEIGHT)
+    nearest, found = (encoding.integers_at(values, levels, codebook, w) for w in weights)
+    exact = values / torch.from_numpy(codebook.steps.copy())[levels]
+    classes, costs = classes_at(nearest, codebook), encoding_tables(codebook).costs
+
+    def price_of(integers: torch.Tensor) -> torch.Tensor:
+        bits = costs[places_at(integers, classes, codebook)] / 256
+        return (exact - integers).square() + encoding.RATE_WEIGHT * bits
+
+    lower = nearest - nearest.sign()
+    saved = price_of(nearest) - price_of(lower)
+    saved[nearest.abs() > torch.from_numpy(codebook.extents)[:, None]] = -1  # escapes stay
+    clear = saved.abs() > 1e-4  # float32 in another order
+    assert torch.equal(found[clear], torch.where(saved > 0, lower, nearest)[clear])
+    assert 0.001 < (found != nearest).double().mean() < 0.5

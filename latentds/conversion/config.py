@@ -193,8 +193,8 @@ class ConvertConfig:
             raise InputError("--codebook says what the levels are; leave --quantizer and --levels")
         if self.bytes is not None and (self.quantizer != "kmeans" or self.levels != 256):
             raise InputError(
-                f"--bytes {self.bytes} is of additive codes and of records; --quantizer and --levels "
-                "choose a byte a latent value. Leave one of them"
+                f"--bytes {self.bytes} is of additive codes and of records; --quantizer and "
+                "--levels choose a byte a latent value. Leave one of them"
             )
         if self.bytes is not None and self.codebook_kind == "scalar":
             raise InputError("--bytes: scalar codes take a byte a latent value; leave it, or take "

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from latentds.entropy_contexts import PHASES
-from latentds.entropy_encoding import HEAD_BYTES
 from latentds.errors import ShapeError
-from latentds.rans import MAX_SYMBOLS, STATE_BYTES, TOTAL
+from latentds.rans import HEAD_BYTES, MAX_SYMBOLS, STATE_BYTES, TOTAL
 
 if TYPE_CHECKING:
     from latentds.entropy_codebook import EntropyCodebook

@@ -73,15 +73,14 @@ def reflect(places: np.ndarray, size: int) -> np.ndarray:
     return reflected
 
 
-def blur(magnitudes: Tensor, scan: Scan, height: int, width: int, dim: int = 2) -> Tensor:
+def blur(magnitudes: Tensor, scan: Scan, height: int, width: int) -> Tensor:
     """int32: 3x3 sums weighted 1 2 1, edge cells repeated outside.
 
-    magnitudes  int32, dimension `dim` of h*w cells in scan order
+    magnitudes  int32 (B, C, h*w) in scan order
     """
-    shape = (*magnitudes.shape[:dim], height, width, *magnitudes.shape[dim + 1 :])
-    lines = magnitudes.index_select(dim, scan.inverse).view(shape)
-    sums = smooth(smooth(lines, dim), dim + 1)
-    return sums.flatten(dim, dim + 1).index_select(dim, scan.cells)
+    lines = magnitudes.index_select(2, scan.inverse)
+    lines = lines.view(*lines.shape[:2], height, width)
+    return smooth(smooth(lines, 2), 3).flatten(2).index_select(2, scan.cells)
 
 
 def smooth(values: Tensor, dim: int) -> Tensor:
@@ -95,24 +94,24 @@ def smooth(values: Tensor, dim: int) -> Tensor:
     return sums
 
 
-def around_of(magnitudes: Tensor, scan: Scan, phase: int, dim: int = 2) -> Tensor | None:
+def around_of(magnitudes: Tensor, scan: Scan, phase: int) -> Tensor | None:
     """int32: four times the sum of the four cells around, None in the first phase.
 
-    magnitudes  int32, dimension `dim` of h*w cells in scan order; of the result, a phase's n
+    magnitudes  int32 (B, C, h*w) in scan order; the result is (B, C, n)
 
     Four times, so that it is on the scale of a blurred channel: 16 times a magnitude.
     """
     places = scan.neighbours[phase]
     if places is None:
         return None
-    sums = magnitudes.index_select(dim, places[0])
+    sums = magnitudes.index_select(2, places[0])
     for place in places[1:]:
-        sums += magnitudes.index_select(dim, place)
+        sums += magnitudes.index_select(2, place)
     return sums.mul_(4)
 
 
 def activity(weights: Tensor, around: Tensor | None, parents: list[Tensor]) -> Tensor | int:
-    """int32 (B, C, n) or (n, C, B): what values are expected to be, 1,024 times their magnitude.
+    """int32 (B, C, n): what values are expected to be, 1,024 times their magnitude.
 
     weights  int32 (P + 2, C, 1) of the phase: a constant, the cells around, the parents
     parents  P times int32 of the result's shape, the blurred channels

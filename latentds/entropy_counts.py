@@ -7,8 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentds.entropy_encoding import LARGEST
-from latentds.rans import TOTAL
+from latentds.rans import LARGEST, TOTAL
 
 # A table's mixture with a geometric law: integers that no training patch showed still have a code.
 GEOMETRIC_SHARE, GEOMETRIC_COUNT = 0.005, 8

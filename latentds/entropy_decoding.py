@@ -1,4 +1,5 @@
-"""Records into integers and latents: the same integer arithmetic in torch on every device."""
+"""Records into integers and latents: the same integers from compiled code on the CPU as from a loop
+in torch on other devices."""
 # B patches, C latent channels, h w latent cells, L lanes, T turns, R record bytes
 
 from __future__ import annotations
@@ -6,14 +7,16 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from latentds import rans
 from latentds.entropy_contexts import around_of, blur
-from latentds.entropy_encoding import HEAD_BYTES, check_of
-from latentds.entropy_tables import decoded_values, decoding_table, model_tables
+from latentds.entropy_encoding import by_patch, check_of
+from latentds.entropy_tables import decoded_values, decoding_table, model_tables, native_model
 from latentds.errors import ShapeError
+from latentds.rans import HEAD_BYTES
 
 if TYPE_CHECKING:
     from latentds.entropy_codebook import EntropyCodebook
@@ -54,6 +57,34 @@ def check_records(records: Tensor, codebook: EntropyCodebook) -> None:
 def decode_records(records: Tensor, codebook: EntropyCodebook) -> DecodedRecords:
     """See `EntropyCodebook.integers`."""
     check_records(records, codebook)
+    decode = decode_natively if records.device.type == "cpu" else decode_in_torch
+    integers, intact = decode(records, codebook)
+    return DecodedRecords(
+        integers=integers.view(-1, *codebook.latents_shape),
+        step_index=records[:, 0].long(),
+        intact=intact,
+    )
+
+
+def decode_natively(records: Tensor, codebook: EntropyCodebook) -> tuple[Tensor, Tensor]:
+    """Integers int32 (B, C, h*w) and which records are intact, of records on the CPU."""
+    from latentds import entropy_streams as streams
+
+    channels, height, width = codebook.latents_shape
+    octets = np.ascontiguousarray(records.numpy())
+    integers = np.empty((len(octets), channels, height * width), np.int32)
+    intact = np.empty(len(octets), np.bool_)
+    by_patch(
+        lambda part: streams.read_all(
+            octets[part], native_model(codebook), integers[part], intact[part]
+        ),
+        len(octets),
+    )
+    return torch.from_numpy(integers), torch.from_numpy(intact)
+
+
+def decode_in_torch(records: Tensor, codebook: EntropyCodebook) -> tuple[Tensor, Tensor]:
+    """As `decode_natively`, on any device."""
     lanes = open_lanes(records, codebook)
     symbols = decode_symbols(lanes, codebook)
     integers, fits = with_escapes(symbols, records, lanes, codebook)
@@ -61,12 +92,7 @@ def decode_records(records: Tensor, codebook: EntropyCodebook) -> DecodedRecords
     order = torch.from_numpy(codebook.order.argsort()).to(records.device)
     integers = integers.index_select(1, order)
     intact = fits & (check_of(integers) == records[:, 1])
-    cells = integers.index_select(2, scan.inverse)
-    return DecodedRecords(
-        integers=cells.view(-1, *codebook.latents_shape),
-        step_index=records[:, 0].long(),
-        intact=intact,
-    )
+    return integers.index_select(2, scan.inverse), intact
 
 
 def turns_of(codebook: EntropyCodebook) -> list[int]:

@@ -1,32 +1,26 @@
 """Latents into records of equal size: rounding that weighs bytes, the finest step, the streams."""
-# B patches (the last dimension while encoding), C latent channels, h w latent cells (in scan
-# order), L lanes, T turns, R record bytes
+# B patches, C latent channels, h w latent cells (in scan order where flat), R record bytes
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from latentds import rans
-from latentds.entropy_contexts import PHASES, scan_of
-from latentds.entropy_tables import (
-    COST_BITS,
-    classes_at,
-    costs_at,
-    encoding_tables,
-    places_at,
-)
+from latentds.entropy_contexts import scan_of
+from latentds.entropy_tables import native_model
 from latentds.errors import ShapeError
+from latentds.rans import COST_BITS, HEAD_BYTES, LARGEST
 
 if TYPE_CHECKING:
     from latentds.entropy_codebook import EntropyCodebook
 
-HEAD_BYTES = 4  # step, check, quiet turns (two)
-LARGEST = 127  # absolute integer: an escape's is a byte
-CHUNK = 64  # patches encoded at a time: some 100 MB
+CHUNK = 256  # patches encoded at a time: some 100 MB
 # What a bit is worth, in squared steps, when a value is rounded towards zero. At tiny-v2's 2,048
 # bytes 0.1 dB better than the nearest on H&E, at 4,096 the same; 0.1 loses similarity.
 RATE_WEIGHT = 0.04
@@ -54,34 +48,44 @@ def encode_records(latents: Tensor, codebook: EntropyCodebook, rate_weight: floa
     """See `EntropyCodebook.quantize`."""
     check_latents(latents, codebook)
     check_reach(codebook)
-    records = torch.empty((len(latents), codebook.record_bytes), dtype=torch.uint8)
-    for first in range(0, len(latents), CHUNK):
+    records = np.empty((len(latents), codebook.record_bytes), np.uint8)
+    for first in range(0, len(records), CHUNK):
         part = slice(first, first + CHUNK)
-        values = in_scan(latents[part].detach().to("cpu", torch.float32), codebook)
-        records[part] = encode_chunk(values, codebook, rate_weight)
-    return records.to(latents.device)
+        encode_chunk(in_scan(latents[part], codebook), codebook, rate_weight, records[part])
+    return torch.from_numpy(records).to(latents.device)
 
 
-def in_scan(latents: Tensor, codebook: EntropyCodebook) -> Tensor:
-    """Latents times their gains, (h*w, C, B)."""
-    scan = scan_of(*codebook.latents_shape[1:], latents.device)
-    gains = torch.from_numpy(codebook.gains.copy())[:, None]
-    return latents.flatten(2).permute(2, 1, 0).index_select(0, scan.cells) * gains
-
-
-def encode_chunk(values: Tensor, codebook: EntropyCodebook, rate_weight: float) -> Tensor:
-    """Records of a few patches: the level by the tables' costs, then tried and made coarser."""
+def encode_chunk(
+    values: np.ndarray, codebook: EntropyCodebook, rate_weight: float, records: np.ndarray
+) -> None:
+    """Fill the records: the level by the tables' costs, then tried and made coarser."""
     levels = finest_levels(values, codebook, rate_weight)
-    records = torch.empty((len(levels), codebook.record_bytes), dtype=torch.uint8)
-    pending = torch.arange(len(levels))
+    pending = np.arange(len(levels))
     while len(pending):
-        part = values if len(pending) == len(levels) else values[:, :, pending]
-        integers = integers_at(part, levels[pending], codebook, rate_weight)
-        tried, fits = encode_integers(integers, levels[pending], codebook)
+        part = values if len(pending) == len(values) else values[pending]
+        integers, classes = integers_at(part, levels[pending], codebook, rate_weight)
+        tried, fits = write_records(integers, classes, levels[pending], codebook)
         records[pending[fits]] = tried[fits]
         pending = pending[~fits]
         levels[pending] += 1
-    return records
+
+
+def by_patch(work: Callable[[slice], None], count: int) -> None:
+    """Do the work on all of `count` patches, with as many threads as torch would use."""
+    threads = min(torch.get_num_threads(), count)
+    if threads < 2:
+        return work(slice(0, count))
+    ends = [count * number // threads for number in range(threads + 1)]
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(work, map(slice, ends[:-1], ends[1:])))
+
+
+def in_scan(latents: Tensor, codebook: EntropyCodebook) -> np.ndarray:
+    """Latents (B, C, h, w) times their gains, float32 (B, C, h*w) in scan order."""
+    flat = latents.detach().to("cpu", torch.float32).flatten(2).numpy()
+    scan = scan_of(*codebook.latents_shape[1:], torch.device("cpu"))
+    values: np.ndarray = flat.take(scan.cells.numpy(), axis=2) * codebook.gains[:, None]
+    return values
 
 
 def last_level(codebook: EntropyCodebook) -> int:
@@ -89,14 +93,14 @@ def last_level(codebook: EntropyCodebook) -> int:
     return len(codebook.steps) - 1 + codebook.latents_shape[0]
 
 
-def finest_levels(values: Tensor, codebook: EntropyCodebook, rate_weight: float) -> Tensor:
+def finest_levels(values: np.ndarray, codebook: EntropyCodebook, rate_weight: float) -> np.ndarray:
     """int64 (B,): the level whose expected bytes fit while those of the next finer do not.
 
     A search by secants between bounds; every patch's is its own, whatever the others need.
     """
     budget = codebook.record_bytes - MARGIN_BYTES
     octaves = torch.from_numpy(codebook.steps.copy()).log2()
-    low = torch.full((values.shape[2],), -1)  # does not fit
+    low = torch.full((len(values),), -1)  # does not fit
     high = torch.full_like(low, last_level(codebook))  # fits
     # Octaves of bytes above the budget at both bounds; unknown until a guess became the bound.
     above_low, above_high = (torch.full((len(low),), torch.nan) for _ in range(2))
@@ -106,8 +110,8 @@ def finest_levels(values: Tensor, codebook: EntropyCodebook, rate_weight: float)
         if not len(pending):
             break
         tried = guess[pending]
-        part = values if len(pending) == len(low) else values[:, :, pending]
-        size = expected_bytes(part, tried, codebook, rate_weight)
+        part = values if len(pending) == len(low) else values[pending.numpy()]
+        size = torch.from_numpy(expected_bytes(part, tried.numpy(), codebook, rate_weight))
         fits, above = size <= budget, (size / budget).log2().clamp(-3, 3)
         low[pending] = torch.where(fits, low[pending], tried)
         above_low[pending] = torch.where(fits, above_low[pending], above)
@@ -123,74 +127,69 @@ def finest_levels(values: Tensor, codebook: EntropyCodebook, rate_weight: float)
         elif trial > 1:  # the finest step of all may fit
             guess = guess.where(low >= 0, 0)
         guess = guess.maximum(low + 1).minimum(high - 1)
-    return high
+    return high.numpy()
 
 
 def integers_at(
-    values: Tensor, levels: Tensor, codebook: EntropyCodebook, rate_weight: float
-) -> Tensor:
-    """int32 (h*w, C, B): integers at the level's step, zero in the channels that it drops.
+    values: np.ndarray, levels: np.ndarray, codebook: EntropyCodebook, rate_weight: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Integers at the levels' steps and their classes, int32 (B, C, h*w); see `round_all`."""
+    from latentds import entropy_native as native
 
-    The nearest, or the next towards zero where squared error + rate_weight * bits is less; within
-    -128..128.
-    """
-    last = len(codebook.steps) - 1
-    exact = values / torch.from_numpy(codebook.steps.copy())[levels.clamp(max=last)]
-    nearest = exact.round().clamp_(-LARGEST - 1, LARGEST + 1)
-    integers = nearest.int()
-    if rate_weight > 0:
-        places = places_at(integers, classes_at(integers, codebook), codebook)
-        worth = encoding_tables(codebook).savings[places] * (rate_weight / (1 << COST_BITS))
-        added = exact.abs_().sub_(nearest.abs_()).mul_(2).add_(1)  # (e + 1)^2 - e^2
-        integers -= integers.sign().mul_(added < worth)
-    if bool((levels > last).any()):
-        kept = codebook.latents_shape[0] - (levels - last).clamp(min=0)
-        integers *= torch.from_numpy(codebook.order.argsort())[:, None] < kept
-    return integers
+    integers, classes = (np.empty(values.shape, np.int32) for _ in range(2))
+    by_patch(
+        lambda part: native.round_all(
+            values[part], levels[part], native_model(codebook), float(rate_weight), integers[part],
+            classes[part],
+        ),
+        len(values),
+    )  # fmt: skip
+    return integers, classes
 
 
 def expected_bytes(
-    values: Tensor, levels: Tensor, codebook: EntropyCodebook, rate_weight: float
-) -> Tensor:
+    values: np.ndarray, levels: np.ndarray, codebook: EntropyCodebook, rate_weight: float
+) -> np.ndarray:
     """int64 (B,): bytes of records at these levels, by the tables; very many where not allowed."""
-    integers = integers_at(values, levels, codebook, rate_weight)
-    beyond = (integers.abs() > LARGEST).flatten(0, 1).any(0) & (levels < len(codebook.steps) - 1)
-    return torch.where(beyond, 1 << 40, bytes_by_tables(integers, codebook))
+    integers, classes = integers_at(values, levels, codebook, rate_weight)
+    bits, beyond = bits_by_tables(integers, classes, codebook)
+    beyond &= levels < len(codebook.steps) - 1
+    size = (bits >> COST_BITS) // 8 + HEAD_BYTES + int(LANE_BYTES * codebook.lanes)
+    return np.where(beyond, 1 << 40, size)
 
 
-def bytes_by_tables(integers: Tensor, codebook: EntropyCodebook) -> Tensor:
-    """int64 (B,): expected bytes of records of these integers."""
-    bits = costs_at(integers, codebook).flatten(0, 1).sum(0, dtype=torch.int64) >> COST_BITS
-    return bits // 8 + HEAD_BYTES + int(LANE_BYTES * codebook.lanes)
+def bits_by_tables(
+    integers: np.ndarray, classes: np.ndarray, codebook: EntropyCodebook
+) -> tuple[np.ndarray, np.ndarray]:
+    """int64 (B,) 1/256 bits of integers int32 (B, C, h*w); bool (B,): one is beyond a byte."""
+    from latentds import entropy_native as native
 
-
-def encode_integers(
-    integers: Tensor, levels: Tensor, codebook: EntropyCodebook
-) -> tuple[Tensor, Tensor]:
-    """Records uint8 (B, R) of integers (h*w, C, B), and bool (B,) which of them are whole."""
-    integers = integers.clamp(-LARGEST, LARGEST)
-    order = torch.from_numpy(codebook.order.astype("int64"))
-    places = places_at(integers, classes_at(integers, codebook), codebook)
-    turns = in_turns(places.index_select(1, order).permute(2, 1, 0), codebook)
-    tables, room = encoding_tables(codebook), codebook.record_bytes
-    head = HEAD_BYTES + rans.STATE_BYTES * codebook.lanes
-    states, words, counts, quiet = rans.encode(
-        tables.frequencies[turns], tables.starts[turns], (room - head) // 2
+    bits, beyond = np.empty(len(integers), np.int64), np.empty(len(integers), np.bool_)
+    by_patch(
+        lambda part: native.price_all(
+            integers[part], classes[part], native_model(codebook), bits[part], beyond[part]
+        ),
+        len(integers),
     )
-    patches = integers.permute(2, 1, 0).contiguous()  # (B, C, h*w)
-    records = torch.zeros((len(patches), room), dtype=torch.uint8)
-    records[:, 0] = levels.clamp(max=len(codebook.steps) - 1).to(torch.uint8)
-    records[:, 1] = check_of(patches)
-    records[:, 2:HEAD_BYTES] = bytes_of(quiet[:, None].int(), 2)
-    records[:, HEAD_BYTES:head] = bytes_of(states, rans.STATE_BYTES)
-    stream = bytes_of(words, 2)
-    records[:, head : head + stream.shape[1]] = stream
-    patches = patches.index_select(1, order)
-    escapes = (patches.abs() > torch.from_numpy(codebook.extents)[order, None]).flatten(1)
-    fits = head + 2 * counts + escapes.sum(1) <= room
-    patch, place = (escapes & fits[:, None]).nonzero(as_tuple=True)
-    rank = escapes.cumsum(1)[patch, place]
-    records[patch, room - rank] = patches.flatten(1)[patch, place].bitwise_and(0xFF).to(torch.uint8)
+    return bits, beyond
+
+
+def write_records(
+    integers: np.ndarray, classes: np.ndarray, levels: np.ndarray, codebook: EntropyCodebook
+) -> tuple[np.ndarray, np.ndarray]:
+    """Records uint8 (B, R) of integers int32 (B, C, h*w), and bool (B,) which are whole."""
+    from latentds import entropy_streams as streams
+
+    integers.clip(-LARGEST, LARGEST, out=integers)
+    records = np.empty((len(integers), codebook.record_bytes), np.uint8)
+    fits = np.empty(len(integers), np.bool_)
+    by_patch(
+        lambda part: streams.write_all(
+            integers[part], classes[part], levels[part], native_model(codebook), records[part],
+            fits[part],
+        ),
+        len(integers),
+    )  # fmt: skip
     return records, fits
 
 
@@ -212,24 +211,8 @@ def check_reach(codebook: EntropyCodebook) -> None:
 def least_bytes(codebook: EntropyCodebook) -> int:
     """Bytes that any patch can be brought down to: those of nothing but zeros."""
     channels, height, width = codebook.latents_shape
-    zeros = torch.zeros((height * width, channels, 1), dtype=torch.int32)
-    return int(bytes_by_tables(zeros, codebook)) + MARGIN_BYTES
-
-
-def in_turns(places: Tensor, codebook: EntropyCodebook) -> Tensor:
-    """int32 (T, B, L): what is coded in each turn; lanes beyond a phase's cells idle."""
-    batch, channels, _ = places.shape
-    lanes = codebook.lanes
-    idle = encoding_tables(codebook).costs.numel() // codebook.tables.shape[2] - 1
-    scan = scan_of(*codebook.latents_shape[1:], places.device)
-    parts = []
-    for phase in range(PHASES):
-        part = places[:, :, scan.phase(phase)]
-        beyond = -part.shape[2] % lanes
-        parts.append(torch.nn.functional.pad(
-            part, (0, beyond), value=idle * codebook.tables.shape[2]
-        ).view(batch, channels, -1, lanes))  # fmt: skip
-    return torch.cat(parts, 2).flatten(1, 2).transpose(0, 1).contiguous()
+    zeros, level = np.zeros((1, channels, height * width), np.float32), np.zeros(1, np.int64)
+    return int(expected_bytes(zeros, level, codebook, 0)[0]) + MARGIN_BYTES
 
 
 def check_of(integers: Tensor) -> Tensor:
@@ -237,9 +220,3 @@ def check_of(integers: Tensor) -> Tensor:
     flat = integers.flatten(1)
     odd = 2 * torch.arange(flat.shape[1], dtype=torch.int32, device=flat.device) + 1
     return ((flat * odd).sum(1, dtype=torch.int64) & 0xFF).to(torch.uint8)
-
-
-def bytes_of(numbers: Tensor, width: int) -> Tensor:
-    """uint8 (B, n * width): the low bytes of int32 (B, n), lowest first."""
-    shifts = 8 * torch.arange(width, dtype=torch.int32)
-    return ((numbers[:, :, None] >> shifts) & 0xFF).to(torch.uint8).flatten(1)

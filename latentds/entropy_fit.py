@@ -17,8 +17,9 @@ from latentds.entropy_codebook import EntropyCodebook
 from latentds.entropy_contexts import scan_of
 from latentds.entropy_counts import count_integers, count_tables
 from latentds.entropy_model import fit_model
-from latentds.entropy_tables import COST_BITS, classes_at, costs_at
+from latentds.entropy_tables import native_model
 from latentds.errors import ShapeError
+from latentds.rans import COST_BITS, HEAD_BYTES, LARGEST
 
 MAX_FIT_PATCHES = 512  # 1,024 change the bytes of other patches by less than 0.1 %
 # Octaves of the steps around the one that spends the bytes on average; 256 steps are 1.4 % apart,
@@ -89,7 +90,7 @@ def fit_entropy_codebook(
     scan = scan_of(height, width, sample.device)
     values = sample.flatten(2).index_select(2, scan.cells) * torch.from_numpy(weights)[:, None]
     lanes = lanes or min(LANES, max(1, height * width // 4))
-    nominal = nominal_step(values, record_bytes - encoding.HEAD_BYTES - int(1.4 * lanes))
+    nominal = nominal_step(values, record_bytes - HEAD_BYTES - int(1.4 * lanes))
     integers = rounded(values, nominal)
     codebook = EntropyCodebook(
         latents_shape=(channels, height, width),
@@ -129,9 +130,14 @@ def refit(integers: Tensor, codebook: EntropyCodebook, classes: int) -> EntropyC
         thresholds=model["thresholds"],
         tables=np.repeat(tables, classes, axis=0),
     )
-    found = classes_at(turned(integers), shell)
-    assert found is not None  # there are several
-    return dataclasses.replace(shell, tables=count_tables(integers, turned(found), classes))
+    from latentds.entropy_native import find_classes
+
+    found, known = np.empty(integers.shape, np.int32), native_model(shell)
+    for patch, into in zip(integers.numpy(), found, strict=True):
+        find_classes(patch, known, into)
+    return dataclasses.replace(
+        shell, tables=count_tables(integers, torch.from_numpy(found), classes)
+    )
 
 
 def collect(latents: Tensor | np.ndarray | Iterable[Tensor]) -> Tensor:
@@ -150,15 +156,9 @@ def collect(latents: Tensor | np.ndarray | Iterable[Tensor]) -> Tensor:
     return sample
 
 
-def turned(values: Tensor) -> Tensor:
-    """(h*w, C, N), the encoder's layout, of (N, C, h*w); or the reverse."""
-    return values.permute(2, 1, 0).contiguous()
-
-
 def rounded(values: Tensor, step: float) -> Tensor:
     """int32 (N, C, h*w): the nearest integers at a step, within -127..127."""
-    limit = encoding.LARGEST
-    return (values / step).round_().clamp_(-limit, limit).int()
+    return (values / step).round_().clamp_(-LARGEST, LARGEST).int()
 
 
 def nominal_step(values: Tensor, stream_bytes: int) -> float:
@@ -182,33 +182,29 @@ def order_of(integers: Tensor) -> np.ndarray:
 
 def at_own_steps(
     values: Tensor, codebook: EntropyCodebook, rate_weight: float
-) -> tuple[Tensor, Tensor]:
-    """int32 (N, C, h*w) integers of every patch at its level, and the levels int64 (N,)."""
-    integers, levels = [], []
-    for part in torch.split(values, encoding.CHUNK):
-        cells = turned(part)
-        level = encoding.finest_levels(cells, codebook, rate_weight)
-        integers.append(turned(encoding.integers_at(cells, level, codebook, rate_weight)))
-        levels.append(level)
-    limit = encoding.LARGEST
-    return torch.cat(integers).clamp_(-limit, limit), torch.cat(levels)
+) -> tuple[Tensor, np.ndarray, np.ndarray]:
+    """Integers int32 (N, C, h*w) of every patch at its level, their classes, the levels (N,)."""
+    scaled = values.numpy()
+    levels = encoding.finest_levels(scaled, codebook, rate_weight)
+    integers, classes = encoding.integers_at(scaled, levels, codebook, rate_weight)
+    return torch.from_numpy(integers.clip(-LARGEST, LARGEST)), classes, levels
 
 
 def report(
     values: Tensor, nominal: float, codebook: EntropyCodebook, rate_weight: float
 ) -> EntropyFitReport:
     """What the codebook does to the sample."""
-    integers, levels = at_own_steps(values, codebook, rate_weight)
+    integers, classes, levels = at_own_steps(values, codebook, rate_weight)
     last = len(codebook.steps) - 1
-    steps = torch.from_numpy(codebook.steps.copy())[levels.clamp(max=last)]
+    steps = torch.from_numpy(codebook.steps[levels.clip(max=last)])
     errors = values - integers * steps[:, None, None]
-    costs = costs_at(turned(integers), codebook)
+    bits, _ = encoding.bits_by_tables(integers.numpy(), classes, codebook)
     return EntropyFitReport(
         patches=len(values),
         nominal_step=nominal,
-        bits_a_value=float(costs.double().mean()) / (1 << COST_BITS),
+        bits_a_value=float(bits.sum()) / (1 << COST_BITS) / integers.numel(),
         zeros=float((integers == 0).double().mean()),
         mse=float(errors.double().square().mean()),
-        underfull=float((levels == 0).double().mean()),
-        dropped=float((levels > last).double().mean()),
+        underfull=float((levels == 0).mean()),
+        dropped=float((levels > last).mean()),
     )

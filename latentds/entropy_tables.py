@@ -1,11 +1,11 @@
-"""A codebook's numbers as tensors on one device, made once, and the classes of known integers."""
+"""A codebook's numbers as tensors on one device and as compiled code reads them, made once."""
 # B patches, C channels, P parents of a channel, K classes, S symbols, n cells of a phase
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -14,11 +14,8 @@ from torch import Tensor
 from latentds import rans
 from latentds.entropy_contexts import (
     CAP,
-    PHASES,
     Scan,
     activity,
-    around_of,
-    blur,
     classes_of,
     scan_of,
 )
@@ -26,7 +23,6 @@ from latentds.entropy_contexts import (
 if TYPE_CHECKING:
     from latentds.entropy_codebook import EntropyCodebook
 
-COST_BITS = 8  # costs are integers of 1/256 bit: their sums do not depend on the order
 ESCAPE_BITS = 8
 
 
@@ -82,78 +78,83 @@ def decoding_table(codebook: EntropyCodebook, device: torch.device) -> Tensor:
     return rans.decoding_table(np.concatenate([rows, idle])).to(device)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class EncodingTables:
-    """Intervals and costs of every row's symbols, flat ((K * C + 1) * S), the idle row last.
+class Model(NamedTuple):
+    """A codebook as compiled code reads it.
 
-    frequencies, starts  int32
-    costs                int32, 1/256 bit, an escape's byte included
-    savings              int32, 1/256 bit that the next integer towards zero takes less; 0 for
-                         zero and for escapes
+    steps                        float32 (steps,)
+    order                        int64 (C,), channels as coded
+    parents, weights, thresholds int64 (C, P), (C, 3, P + 2), (C, K - 1)
+    caps, extents                int64 (C,): what neighbours see at most; what needs no escape
+    is_parent                    bool (C,)
+    frequencies, starts, costs   int64 (K, C, S), a symbol's interval and 1/256 bits
+    savings                      float32 (K, C, S): squared steps that the next integer towards
+                                 zero is worth; 0 for zero and for escapes
+    decoding                     int32 (C, K, 4096) of `rans.decoding_table`
+    cells                        int64 (N,), raster place of each place of the scan
+    neighbours                   int64 (4, N), places in the scan; 0 in the first phase
+    ends                         int64 (3,), where each phase ends in the scan
+    width, lanes, magnitude
     """
 
-    frequencies: Tensor
-    starts: Tensor
-    costs: Tensor
-    savings: Tensor
+    steps: np.ndarray
+    order: np.ndarray
+    parents: np.ndarray
+    weights: np.ndarray
+    thresholds: np.ndarray
+    caps: np.ndarray
+    extents: np.ndarray
+    is_parent: np.ndarray
+    frequencies: np.ndarray
+    starts: np.ndarray
+    costs: np.ndarray
+    savings: np.ndarray
+    decoding: np.ndarray
+    cells: np.ndarray
+    neighbours: np.ndarray
+    ends: np.ndarray
+    width: int
+    lanes: int
+    magnitude: int
 
 
 @functools.lru_cache(maxsize=16)
-def encoding_tables(codebook: EntropyCodebook) -> EncodingTables:
-    """The encoder's tensors, on the CPU."""
-    symbols = codebook.tables.shape[2]
-    rows = codebook.tables.reshape(-1, symbols).astype(np.int32)
-    idle = np.zeros((1, symbols), np.int32)
-    idle[0, 0] = rans.TOTAL
-    rows = np.concatenate([rows, idle])
-    bits = rans.PRECISION_BITS - np.log2(np.maximum(rows, 1))
-    bits[:, -1] += ESCAPE_BITS
-    costs = np.rint(bits * (1 << COST_BITS)).astype(np.int32)
+def native_model(codebook: EntropyCodebook) -> Model:
+    """The codebook as compiled code reads it."""
+    scan = scan_of(*codebook.latents_shape[1:], torch.device("cpu"))
+    classes, channels, symbols = codebook.tables.shape
+    # Another layout of an array would be compiled anew.
+    whole = functools.partial(np.asarray, dtype=np.int64, order="C")
+    frequencies = whole(codebook.tables)
+    bits = rans.PRECISION_BITS - np.log2(np.maximum(frequencies, 1))
+    bits[:, :, -1] += ESCAPE_BITS
+    costs = np.rint(bits * (1 << rans.COST_BITS)).astype(np.int64)
     values = np.arange(symbols - 1) - codebook.magnitude
-    savings = np.zeros_like(costs)
-    savings[:, :-1] = costs[:, :-1] - costs[:, np.arange(symbols - 1) - np.sign(values)]
-    return EncodingTables(
-        frequencies=torch.from_numpy(rows.reshape(-1)),
-        starts=torch.from_numpy((rows.cumsum(1, dtype=np.int32) - rows).reshape(-1)),
-        costs=torch.from_numpy(costs.reshape(-1)),
-        savings=torch.from_numpy(savings.reshape(-1)),
+    savings = np.zeros(costs.shape, np.float32)
+    savings[..., :-1] = costs[..., :-1] - costs[..., np.arange(symbols - 1) - np.sign(values)]
+    first = np.zeros((4, scan.ends[0]), np.int64)
+    around = [sides.numpy() for sides in scan.neighbours if sides is not None]
+    decoding = decoding_table(codebook, torch.device("cpu"))[: -rans.TOTAL].numpy()
+    return Model(
+        steps=codebook.steps.copy(),
+        order=whole(codebook.order),
+        parents=whole(codebook.parents),
+        weights=whole(codebook.weights),
+        thresholds=whole(codebook.thresholds),
+        caps=whole(np.minimum(codebook.extents + 1, CAP)),
+        extents=whole(codebook.extents),
+        is_parent=np.isin(np.arange(channels), codebook.parents),
+        frequencies=frequencies,
+        starts=frequencies.cumsum(2) - frequencies,
+        costs=costs,
+        savings=savings,
+        decoding=decoding.reshape(classes, channels, -1).swapaxes(0, 1).copy(),
+        cells=scan.cells.numpy(),
+        neighbours=np.concatenate([first, *around], 1),
+        ends=np.array(scan.ends),
+        width=codebook.latents_shape[2],
+        lanes=codebook.lanes,
+        magnitude=codebook.magnitude,
     )
-
-
-def classes_at(integers: Tensor, codebook: EntropyCodebook) -> Tensor | None:
-    """int32 (h*w, C, B) classes of integers int32 (h*w, C, B), cells in scan order.
-
-    None where there is but one class. The patches come last, so that what is gathered by cell or
-    channel lies side by side.
-    """
-    if len(codebook.tables) == 1:
-        return None
-    model = model_tables(codebook, integers.device)
-    magnitudes = model.magnitudes(integers)
-    blurred = blur(magnitudes, model.scan, *model.size, dim=0)
-    parents = [blurred.index_select(1, index) for index in model.parents]
-    classes = torch.empty_like(integers)
-    for phase in range(PHASES):
-        part = model.scan.phase(phase)
-        around = around_of(magnitudes, model.scan, phase, dim=0)
-        classes[part] = model.classes(phase, around, [p[part] for p in parents])
-    return classes
-
-
-def places_at(integers: Tensor, classes: Tensor | None, codebook: EntropyCodebook) -> Tensor:
-    """int32 (h*w, C, B): place of every value in the encoder's flat tables."""
-    _, channels, symbols = codebook.tables.shape
-    extents = torch.from_numpy(codebook.extents)[:, None]
-    escaped = integers.abs() > extents
-    places = (integers + codebook.magnitude).masked_fill_(escaped, symbols - 1)
-    places += symbols * torch.arange(channels, dtype=torch.int32)[:, None]
-    return places if classes is None else places.add_(classes, alpha=symbols * channels)
-
-
-def costs_at(integers: Tensor, codebook: EntropyCodebook) -> Tensor:
-    """int32 (h*w, C, B): cost of every value in 1/256 bit."""
-    places = places_at(integers, classes_at(integers, codebook), codebook)
-    return encoding_tables(codebook).costs[places]
 
 
 def decoded_values(codebook: EntropyCodebook) -> np.ndarray:

@@ -8,6 +8,7 @@ import os
 # processes inherit it; a test about threads sets them itself. Torch reads it when imported.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from PIL import Image
 
 from latentds.conversion.config import ConvertConfig
 from latentds.conversion.pipeline import convert
+from latentds.entropy_codebook import EntropyCodebook
 from tests.fakes import MeanAutoencoder
 from tests.hub_server import HubServer, hub_serving
 
@@ -54,6 +56,14 @@ def convert_with_mean(source: Path, out: Path, **options: object):
     """Convert with the exact, fast autoencoder."""
     settings = {"fit_patches": 16, "encode_batch": 4, "device": "cpu", "workers": 2} | options
     return convert(ConvertConfig(source=source, out=out, **settings), MeanAutoencoder())
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_records() -> None:
+    """Machine code of records, made once in an environment: no test is charged for it."""
+    golden = json.loads((Path(__file__).parent / "golden" / "rans.json").read_text())
+    codebook = EntropyCodebook.from_json(golden["codebook"])
+    codebook.integers(codebook.quantize(torch.zeros(1, *codebook.latents_shape)))
 
 
 @pytest.fixture(scope="session")

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 
+from latentds import entropy_decoding
 from latentds import entropy_encoding as encoding
 from latentds.codebooks import StoredCodebook, load_codebook, save_codebook
 from latentds.entropy_codebook import EntropyCodebook
 from latentds.entropy_fit import fit_entropy_codebook
-from latentds.entropy_tables import classes_at, encoding_tables, places_at
+from latentds.entropy_tables import native_model
 
 SHAPE = (6, 8, 8)
 RECORD_BYTES = 120
@@ -96,7 +97,7 @@ def test_the_level_found_fits_and_the_next_finer_does_not(codebook):
     levels = encoding.finest_levels(values, codebook, weight)
     budget = codebook.record_bytes - encoding.MARGIN_BYTES
     assert (encoding.expected_bytes(values, levels, codebook, weight) <= budget).all()
-    finer = encoding.expected_bytes(values, (levels - 1).clamp(min=0), codebook, weight)
+    finer = encoding.expected_bytes(values, (levels - 1).clip(min=0), codebook, weight)
     assert (finer > budget)[levels > 0].all()
     assert levels[0] == 0 and (levels[1:3] >= len(codebook.steps)).all()
     assert len(set(levels.tolist())) > 20  # or it would say little
@@ -104,19 +105,48 @@ def test_the_level_found_fits_and_the_next_finer_does_not(codebook):
 
 def test_rounding_goes_towards_zero_where_that_costs_less(codebook):
     values = encoding.in_scan(laplacian_latents(3, 5), codebook)
-    levels = torch.tensor([60, 120, 180])
-    weights = (0, encoding.RATE_WEIGHT)
-    nearest, found = (encoding.integers_at(values, levels, codebook, w) for w in weights)
-    exact = values / torch.from_numpy(codebook.steps.copy())[levels]
-    classes, costs = classes_at(nearest, codebook), encoding_tables(codebook).costs
+    levels = np.array([60, 120, 180])
+    nearest, classes = encoding.integers_at(values, levels, codebook, 0)
+    found, _ = encoding.integers_at(values, levels, codebook, encoding.RATE_WEIGHT)
+    exact = values / codebook.steps[levels][:, None, None]
+    costs, channel = native_model(codebook).costs, np.arange(SHAPE[0])[:, None]
 
-    def price_of(integers: torch.Tensor) -> torch.Tensor:
-        bits = costs[places_at(integers, classes, codebook)] / 256
-        return (exact - integers).square() + encoding.RATE_WEIGHT * bits
+    def price_of(integers: np.ndarray) -> np.ndarray:
+        symbols = integers + codebook.magnitude
+        symbols[np.abs(integers) > codebook.extents[:, None]] = -1
+        bits = costs[classes, channel, symbols] / 256
+        return (exact - integers) ** 2 + encoding.RATE_WEIGHT * bits
 
-    lower = nearest - nearest.sign()
+    lower = nearest - np.sign(nearest)
     saved = price_of(nearest) - price_of(lower)
-    saved[nearest.abs() > torch.from_numpy(codebook.extents)[:, None]] = -1  # escapes stay
-    clear = saved.abs() > 1e-4  # float32 in another order
-    assert torch.equal(found[clear], torch.where(saved > 0, lower, nearest)[clear])
-    assert 0.001 < (found != nearest).double().mean() < 0.5
+    saved[np.abs(nearest) > codebook.extents[:, None]] = -1  # escapes stay
+    clear = np.abs(saved) > 1e-4  # float32 in another order
+    assert np.array_equal(found[clear], np.where(saved > 0, lower, nearest)[clear])
+    assert 0.001 < (found != nearest).mean() < 0.5
+
+
+def test_the_loop_in_torch_decodes_what_the_compiled_code_does(codebook):
+    sound = codebook.quantize(laplacian_latents(8, 6) * 4)  # with escapes and dropped channels
+    damaged = sound.clone()
+    damaged[:, torch.arange(5, RECORD_BYTES, 17)] ^= 37
+    rng = np.random.default_rng(1)
+    foreign = torch.from_numpy(rng.integers(0, 256, (64, RECORD_BYTES), dtype=np.uint8))
+    for records in (sound, damaged, foreign):
+        found = codebook.integers(records)
+        integers, intact = entropy_decoding.decode_in_torch(records, codebook)
+        assert torch.equal(integers.view_as(found.integers), found.integers)
+        assert torch.equal(intact, found.intact)
+    assert codebook.integers(sound).intact.all() and not codebook.integers(damaged).intact.all()
+
+
+def test_the_same_records_with_one_thread_and_with_several(codebook):
+    latents, threads = laplacian_latents(5, 7), torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            found.append(codebook.quantize(latents))
+            assert codebook.integers(found[-1]).intact.all()
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*found)

@@ -54,7 +54,7 @@ def additive_book(seed: int = 0):
 
 def entropy_book(seed: int = 0):
     latents = np.random.default_rng(seed).laplace(0, 0.5, (64, 3, 4, 4)).astype(np.float32)
-    return fit_entropy_codebook(latents, 52, lanes=1)[0]
+    return fit_entropy_codebook(latents, 36, lanes=1)[0]
 
 
 BOOKS = {"u8-sum": additive_book, "rans": entropy_book}

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from latentds.autoencoders.base import Autoencoder
 from latentds.columns import SCHEMA
 from latentds.composing import Composer, Part, complete
+from latentds.entropy_codebook import EntropyCodebook
 from latentds.errors import InputError
 from latentds.format import GOLDEN, SPLIT_PATTERN, Contract, patch_key
 from latentds.golden import choose_rows, decode_pixels, encode_golden, latents_pixels, no_golden
@@ -25,7 +26,7 @@ from latentds.importing.layouts import ForeignPatch, list_latents
 from latentds.importing.reading import LatentFiles
 from latentds.manifest import Manifest
 from latentds.metrics import Distortion
-from latentds.quantizer import dequantize, quantize
+from latentds.quantizer import AnyCodebook, dequantize, quantize
 from latentds.rearranging.outputs import new_data_set
 from latentds.storage import write_atomically
 
@@ -121,11 +122,26 @@ def read_packs(
     for start in range(0, len(patches), pack_size):
         part = patches[start : start + pack_size]
         codes = np.stack([read_codes(files, patch, contract, loss) for patch in part])
+        if files.dtype == "uint8":
+            check_intact(codes, part, contract.codebook)
         names = ("label", "slide", "x", "y", "mpp", "size_px", "source")
         columns: dict[str, Any] = {n: [getattr(patch, n) for patch in part] for n in names}
         columns["source_encoding"] = [p.source_encoding or files.encoding(p) for p in part]
         yield codes, pa.table(columns, schema=SCHEMA)
         bar.update(len(part))
+
+
+def check_intact(codes: np.ndarray, patches: Sequence[ForeignPatch], codebook: AnyCodebook) -> None:
+    """Refuse records that are not what their codebook's encoder writes: files have no checksum."""
+    if not isinstance(codebook, EntropyCodebook):
+        return
+    intact = codebook.integers(torch.from_numpy(codes)).intact
+    if not bool(intact.all()):
+        patch = patches[int((~intact).nonzero()[0, 0])]
+        raise InputError(
+            f"{patch.path}: a damaged record, or one of other tables than {codebook.codebook_id}; "
+            "export it anew"
+        )
 
 
 def read_codes(

@@ -13,7 +13,9 @@ from latentds.codebooks import StoredCodebook, save_codebook
 from latentds.entropy_fit import fit_entropy_codebook
 from latentds.errors import ContractError, InputError, WeightsError
 from latentds.golden import read_golden_table
+from latentds.loader import LatentLoader
 from latentds.manifest import read_manifest
+from latentds.mixture import Mixture
 from latentds.reader import ShardSet
 from latentds.rearranging import recoding as module
 from latentds.rearranging.merging import merge
@@ -134,6 +136,43 @@ def test_a_merged_set_gets_one_codebook(sets, tmp_path):
     assert difference.square().mean() < 0.01
 
 
+PAIRS = [("u8", "u8-sum"), ("u8", "rans"), ("rans", "u8-sum")]
+
+
+@pytest.mark.parametrize("names", [*PAIRS, *(pair[::-1] for pair in PAIRS)])
+def test_unlike_sets_are_refused_with_the_command_that_helps(sets, tmp_path, names):
+    folders = [sets[name] for name in names]
+    with pytest.raises(ContractError) as caught:
+        merge(folders, tmp_path / "out")
+    text = str(caught.value)
+    assert all(str(folder) in text for folder in folders)
+    assert f"encoding {names[1]}, but" in text and f"has {names[0]};" in text
+    aim = "u8-sum" if "u8-sum" in names else "rans"
+    changed = sets[names[1] if names[0] == aim else names[0]]
+    size = {"u8-sum": 32, "rans": 36}[aim]
+    wanted = f"'latentds repack {changed} --out NEW --encoding {aim} --bytes {size}'"
+    assert wanted in text and "MixedLoader" in text
+    with pytest.raises(ContractError, match="MixedLoader"):
+        LatentLoader(Mixture(dict.fromkeys(folders, 1.0)), "train", batch_size=2)
+
+
+def test_a_repacked_set_merges_with_the_other(sets, tmp_path):
+    save_pictures(tmp_path / "in" / "train" / "b" / "s.9", 8, 900)
+    convert_with_mean(tmp_path / "in", tmp_path / "b")  # levels
+    recode(tmp_path / "b", tmp_path / "b-sum", encoding="u8-sum", patch_bytes=32)
+    merge([sets["u8-sum"], tmp_path / "b-sum"], tmp_path / "ab")
+    assert verify(tmp_path / "ab", autoencoder=MeanAutoencoder()).is_good
+
+
+def test_sets_of_two_record_sizes_say_which_is_to_be_repacked(sets, tmp_path):
+    path = save_book(
+        tmp_path / "b.safetensors", fit_entropy_codebook(dense_latents(0), 24, lanes=1)[0]
+    )
+    recode(sets["rans"], tmp_path / "small", codebook=path)
+    with pytest.raises(ContractError, match=rf"repack {sets['rans']} .* --bytes 24'"):
+        merge([sets["rans"], tmp_path / "small"], tmp_path / "out")
+
+
 def test_the_same_seed_gives_the_same_bytes(sets, tmp_path):
     for name in ("a", "b"):
         recode(sets["u8"], tmp_path / name, encoding="u8-sum", patch_bytes=32)
@@ -145,9 +184,9 @@ def test_the_same_seed_gives_the_same_bytes(sets, tmp_path):
     ("name", "options", "words"),
     [
         (
-            "u8",
-            {"encoding": "u8-sum", "patch_bytes": 48},
-            "do not get better by 48 bytes of u8-sum",
+            "u8-sum",
+            {"encoding": "u8-sum", "patch_bytes": 32},
+            "do not get better by 32 bytes of u8",
         ),
         ("rans", {"encoding": "rans", "patch_bytes": 40}, r"36 bytes a patch \(rans\) do not get"),
         ("u8", {"encoding": "u8-sum", "patch_bytes": 20}, r"--bytes 20: .* take 16, 32 or 48"),

@@ -182,13 +182,13 @@ def codebook_of_file(
 
 
 def check_fewer(shards: ShardSet, encoding: str, patch_bytes: int) -> None:
-    """Refuse codes that take as much as the set's and hold no more.
+    """Refuse codes of the set's own kind that do not take fewer bytes.
 
-    Records alone hold more than additive codes of as many bytes, so that these may take more.
+    Of another kind they may take more, so that sets of two kinds can be brought together.
     """
     contract = shards.manifest.contract
     stored = contract.bytes_per_patch
-    if patch_bytes < stored or (contract.encoding == "rans" and encoding == "u8-sum"):
+    if patch_bytes < stored or contract.encoding != encoding:
         return
     raise InputError(
         f"{shards.folder}: codes of {stored:,} bytes a patch ({contract.encoding}) do not get "

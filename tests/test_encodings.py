@@ -33,6 +33,7 @@ from latentds.verification import verify
 from tests.bad_shards import edit_manifest, first_shard
 from tests.conftest import convert_with_mean, save_pictures
 from tests.fakes import MeanAutoencoder
+from tests.test_tools import call
 
 
 def latents_of(folder) -> torch.Tensor:
@@ -355,10 +356,33 @@ def test_sets_of_other_encodings_do_not_mix(sets, shared_dataset):
         LatentLoader(Mixture({sets[0]: 1.0, shared_dataset: 1.0}), "train", batch_size=4)
 
 
+def test_info_tells_the_steps_of_records(sets, encoding, capsys, tmp_path):
+    merge(sets, tmp_path / "ab")
+    _, out, _ = call(capsys, "info", tmp_path / "ab", "--json")
+    found, (_, text, _) = json.loads(out)["record_steps"], call(capsys, "info", tmp_path / "ab")
+    if encoding != "rans":
+        assert found is None and "\nsteps " not in text
+        return
+    steps = LatentArray(
+        tmp_path / "ab", "train", decode="codes"
+    ).steps.numpy()  # what statistics are taken of
+    assert found["patches"] == 20 and found["of"] == 28
+    assert found["step"]["p50"] == pytest.approx(float(np.median(steps)), rel=1e-3)
+    assert found["step"]["p0"] == pytest.approx(float(steps.min()), rel=1e-3)
+    assert 0 <= found["finest"] <= 1 and "20 of 28 patches sampled" in text
+
+
 def test_an_unknown_encoding_is_named(sets, tmp_path):
     repack(sets[0], tmp_path / "out")
     edit_manifest(tmp_path / "out", lambda m: m["contract"].update(encoding="u8-later"))
-    with pytest.raises(FormatError, match=r"'u8-later', this reader knows 'u8', 'u8-sum', 'rans'"):
+    edit_manifest(tmp_path / "out", lambda m: m["made"]["versions"].update(latentds="9.1.0"))
+    words = (
+        r"'u8-later', this reader \(latentds .*\) knows 'u8', 'u8-sum', 'rans'; upgrade latentds"
+    )
+    with pytest.raises(FormatError, match=rf"{words} to 9\.1\.0 or later"):
+        ShardSet(tmp_path / "out")
+    edit_manifest(tmp_path / "out", lambda m: m["made"].update(versions=None))
+    with pytest.raises(FormatError, match=f"{words}$"):
         ShardSet(tmp_path / "out")
 
 

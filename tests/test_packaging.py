@@ -35,6 +35,7 @@ FLOORS = [
     [
         *("cache", "transport", "tables", "files", "sources", "columns", "manifest", "writer"),
         *("scan", "index", "reader", "golden", "composing", "mixedness", "channel_statistics"),
+        "record_steps",
         *("publishing", "conversion", "verification", "originals", "evaluation"),
     ],
     [

@@ -43,6 +43,15 @@ class StoredCodebook:
 def sized(
     stored: StoredCodebook, latents_shape: tuple[int, int, int], patch_bytes: int | None = None
 ) -> StoredCodebook:
+    """The codebook for patches of these latents; see `sized_book`."""
+    return dataclasses.replace(
+        stored, codebook=sized_book(stored.codebook, latents_shape, patch_bytes)
+    )
+
+
+def sized_book(
+    book: AnyCodebook, latents_shape: tuple[int, int, int], patch_bytes: int | None = None
+) -> AnyCodebook:
     """The codebook for patches of these latents (C, h, w).
 
     patch_bytes  of the codes; None for what they take, of entropy-coded records in proportion to
@@ -51,22 +60,21 @@ def sized(
     raises       ShapeError for other channels; InputError for bytes that the codes cannot have,
                  with those that they can
     """
-    book = stored.codebook
     if isinstance(book, EntropyCodebook):
-        return dataclasses.replace(stored, codebook=sized_records(book, latents_shape, patch_bytes))
+        return sized_records(book, latents_shape, patch_bytes)
     taken = math.prod(book.codes_shape_of(latents_shape))
     if patch_bytes not in (None, taken):
         raise InputError(
             f"--bytes {patch_bytes}: codes of this codebook ({book.text}) take {taken} a patch; "
             "leave --bytes, or fit another codebook"
         )
-    return stored
+    return book
 
 
 def sized_records(
     book: EntropyCodebook, latents_shape: tuple[int, int, int], record_bytes: int | None
 ) -> EntropyCodebook:
-    """The same model and tables for other patches or records; see `sized`."""
+    """The same model and tables for other patches or records; see `sized_book`."""
     own, cells = math.prod(book.latents_shape[1:]), math.prod(latents_shape[1:])
     if latents_shape[0] != book.latents_shape[0]:
         book.codes_shape_of(latents_shape)  # says so

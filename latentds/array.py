@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from latentds.autoencoders.base import Autoencoder
 from latentds.cache import CacheConfig
+from latentds.collate import check_codes
 from latentds.decoding import DecodeOptions, Decoder, check_decode, find_autoencoder
 from latentds.errors import InputError, unknown_name
 from latentds.lookup import Integers, make_integers
@@ -113,8 +114,11 @@ class LatentArray:
         for start in tqdm(
             range(0, len(rows), BLOCK_PATCHES), desc="loading", unit="block", disable=None
         ):
-            block = self.shards.read_codes(rows[start : start + BLOCK_PATCHES])
-            codes[start : start + len(block)] = torch.from_numpy(block)
+            part = rows[start : start + BLOCK_PATCHES]
+            block = torch.from_numpy(self.shards.read_codes(part))
+            books = self.shards.codebook_numbers(part)
+            check_codes(self.shards, block, books, self.shards.manifest.codebooks)
+            codes[start : start + len(block)] = block
         return codes
 
     def __len__(self) -> int:

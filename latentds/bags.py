@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from latentds.autoencoders.base import Autoencoder
 from latentds.cache import CacheConfig
-from latentds.collate import check_numbers
+from latentds.collate import check_codes, check_numbers
 from latentds.decoding import (
     DECODES,
     DecodeOptions,
@@ -148,9 +148,9 @@ class SlideBags(Dataset[Bag]):
         rows, table = rows[order], table[order]
         labels = np.unique(table["label"])
         codes = torch.from_numpy(self.shards.read_codes(rows))
-        books, several = self.shards.manifest.codebooks, None
-        if len(books) > 1:
-            several = torch.from_numpy(self.shards.codebook_numbers(rows))
+        books, numbers = self.shards.manifest.codebooks, self.shards.codebook_numbers(rows)
+        check_codes(self.shards, codes, numbers, books)
+        several = torch.from_numpy(numbers) if len(books) > 1 else None
         integers = make_integers(books)
         return Bag(
             slide=self.slides[index],

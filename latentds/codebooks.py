@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 from pathlib import Path
@@ -71,6 +72,7 @@ def sized_book(
     return book
 
 
+@functools.lru_cache(maxsize=16)  # tables on devices are kept by a codebook's identity
 def sized_records(
     book: EntropyCodebook, latents_shape: tuple[int, int, int], record_bytes: int | None
 ) -> EntropyCodebook:
@@ -82,14 +84,16 @@ def sized_records(
     if (latents_shape, wanted) == (book.latents_shape, book.record_bytes):
         return book
     lanes, most = min(book.lanes, max(1, cells // 4)), most_bytes(latents_shape)
-    size = {"latents_shape": latents_shape, "lanes": lanes}
-    least = least_bytes(dataclasses.replace(book, record_bytes=MAX_RECORD_BYTES, **size))
+    roomy = dataclasses.replace(
+        book, latents_shape=latents_shape, lanes=lanes, record_bytes=MAX_RECORD_BYTES
+    )
+    least = least_bytes(roomy)
     if not least <= wanted <= most:
         raise InputError(
             f"--bytes {wanted}: by these tables a patch of {cells:,} cells takes {least:,} to "
             f"{most:,}"
         )
-    return dataclasses.replace(book, record_bytes=wanted, **size)
+    return dataclasses.replace(roomy, record_bytes=wanted)
 
 
 def save_codebook(stored: StoredCodebook, path: Path) -> None:

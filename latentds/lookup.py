@@ -119,7 +119,9 @@ class Integers:
         """Quantization steps float32 (B,) of records: latents are integers * (step / gains)."""
 
         def steps(book: EntropyCodebook, part: Tensor) -> Tensor:
-            return torch.from_numpy(book.steps.copy()).to(part.device)[part[:, 0].long()]
+            # A step that is not there is decoding's to refuse: a GPU would die of it here.
+            index = part[:, 0].long().clamp(max=len(book.steps) - 1)
+            return torch.from_numpy(book.steps.copy()).to(part.device)[index]
 
         return by_book(self.codebooks, codes, codebooks, steps)
 

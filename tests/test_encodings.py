@@ -1,9 +1,7 @@
 """Every consumer of a data set, with codes of each encoding: the same patches come out."""
 
 import csv
-import dataclasses
 import json
-import shutil
 
 import numpy as np
 import pytest
@@ -250,78 +248,6 @@ def test_exported_codes_are_imported_again(sets, tmp_path):
         latents_of(f).flatten(1).sum(1).sort()[0] for f in (sets[0], tmp_path / "back")
     )
     assert torch.equal(before, after)
-
-
-@pytest.fixture(scope="module")
-def records(tmp_path_factory):
-    """A set of records, exported: its files, their codebook, and a codebook of other tables."""
-    root = tmp_path_factory.mktemp("records")
-    save_pictures(root / "in" / "train" / "a" / "s.1", 6)
-    for seed in (0, 1):
-        stored = StoredCodebook(
-            codebook=dataclasses.replace(entropy_book(seed), steps=entropy_book(seed).steps[:200]),
-            latent_id=MeanAutoencoder().card.latent_id,
-            made={"origin": "a test"},
-        )
-        save_codebook(stored, root / f"{seed}.safetensors")
-    convert_with_mean(root / "in", root / "set", codebook=root / "0.safetensors")
-    export_npy(root / "set", root / "files")
-    return root / "files", root / "0.safetensors", root / "1.safetensors"
-
-
-def damaged(records, tmp_path, change):
-    """A copy of the files whose second record is changed."""
-    shutil.copytree(records[0], tmp_path / "files")
-    path = sorted((tmp_path / "files").rglob("*.npy"))[1]
-    np.save(path, change(np.load(path)))
-    return tmp_path / "files", path.name
-
-
-def bring(source, out, codebook):
-    return import_latents(source, out, MeanAutoencoder(), options=ImportOptions(codebook=codebook))
-
-
-def cut_short(record):
-    return record[:-2]
-
-
-def beyond_the_steps(record):
-    return np.concatenate([[200], record[1:]]).astype(np.uint8)
-
-
-def another_check(record):
-    return np.concatenate([record[:1], record[1:2] + 1, record[2:]]).astype(np.uint8)
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (cut_short, r"values of \(34,\), others of \(36,\); cut short"),
-        (beyond_the_steps, "a record of step 200, but the codebook has 200 steps"),
-        (another_check, "a damaged record, or one of other tables"),
-    ],
-)
-def test_a_record_that_is_damaged_is_not_imported(records, tmp_path, change, words):
-    files, name = damaged(records, tmp_path, change)
-    with pytest.raises(InputError, match=f"{name}: {words}"):
-        bring(files, tmp_path / "out", records[1])
-    assert not (tmp_path / "out").exists()
-
-
-def test_records_are_imported_by_their_own_codebook_alone(records, tmp_path):
-    files, _, other = records
-    with pytest.raises(
-        ContractError, match=r"codes are of the codebook sha256:.* import's is sha256"
-    ):
-        bring(files, tmp_path / "out", other)
-    with pytest.raises(InputError, match=r"rows of 36 bytes are records.*pass --codebook"):
-        bring(files, tmp_path / "out", None)
-    files = shutil.copytree(files, tmp_path / "files")
-    (files / "table.csv").unlink()  # nothing tells whose the records are but they themselves
-    with pytest.raises(InputError, match="a damaged record, or one of other tables than sha256"):
-        bring(files, tmp_path / "out", other)
-    bring(files, tmp_path / "out", records[1])
-    assert verify(tmp_path / "out", autoencoder=MeanAutoencoder()).is_good
 
 
 def test_integers_of_records_are_exported_with_their_steps(sets, encoding, tmp_path):

@@ -88,7 +88,7 @@ def repack(
     shards = ShardSet(source)
     manifest = shards.manifest
     kept = remaining_rows(shards, options.exclude_slides)
-    recoder = options.recoding and Recoder(shards, options.recoding, options.seed)
+    recoder = Recoder(shards, options.recoding, options.seed) if options.recoding else None
     with new_data_set(out, overwrite, [source]):
         columns = read_columns(shards)
         stretches = [

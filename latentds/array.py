@@ -15,8 +15,10 @@ from tqdm import tqdm
 
 from latentds.autoencoders.base import Autoencoder
 from latentds.cache import CacheConfig
-from latentds.decoding import DecodeOptions, Decoder, find_autoencoder
+from latentds.collate import check_codes
+from latentds.decoding import DecodeOptions, Decoder, check_decode, find_autoencoder
 from latentds.errors import InputError, unknown_name
+from latentds.lookup import Integers, make_integers
 from latentds.reader import ShardSet
 from latentds.selection import select_rows
 
@@ -33,11 +35,14 @@ class LatentArray:
     folder, where, slides, cache   see LatentDataset
     split         one split; None takes all
     device        where the codes lie and are decoded
-    decode        what indexing gives: "pixels", "latents" or "codes"
+    decode        what indexing gives: "pixels", "latents", "codes" (uint8, or of entropy-coded
+                  records int16 (B, C, h, w) integers) or "stored"
     autoencoder, dtype   see LatentLoader
 
-    codes   uint8 (N, C, h, w) on the device
+    codes   uint8 (N, *codes_shape) on the device, as stored
     labels  int64 (N,) on the device, -1 for none
+    steps   float32 (N,) on the device, what the integers of entropy-coded records count in: latents
+            are integers * (steps / gains of the codebook); None for other encodings
     slides, coords, rows   of the patches: int64 (N,) numbers of `slide_names`, (N, 2), (N,); on the
             CPU
 
@@ -57,8 +62,7 @@ class LatentArray:
         dtype: torch.dtype = torch.float32,
         cache: CacheConfig | None = None,
     ) -> None:
-        if decode not in ("pixels", "latents", "codes"):
-            raise ValueError(f"decode={decode!r}; one of 'pixels', 'latents', 'codes'")
+        check_decode(decode)
         self.shards, self.device, self.decode = (
             ShardSet(folder, cache=cache),
             torch.device(device),
@@ -69,8 +73,9 @@ class LatentArray:
         if rows is None:
             rows = np.arange(*(self.shards.patch_range(split) if split else (0, len(self.shards))))
         self.check_fits(len(rows))
-        self.decoder = None
-        if decode != "codes":
+        integers = make_integers(manifest.codebooks)
+        self.decoder: Decoder | Integers | None = integers if decode == "codes" else None
+        if decode in ("pixels", "latents"):
             pixels = decode == "pixels"
             self.decoder = Decoder(
                 find_autoencoder(self.shards, autoencoder) if pixels else None,
@@ -88,6 +93,7 @@ class LatentArray:
         if len(manifest.codebooks) > 1:
             self.codebooks = torch.from_numpy(self.shards.codebook_numbers(rows)).to(self.device)
         self.codes = self.load(rows)
+        self.steps = None if integers is None else integers.steps(self.codes, self.codebooks)
         self.places: dict[str, int] = {}
 
     def check_fits(self, count: int) -> None:
@@ -108,8 +114,11 @@ class LatentArray:
         for start in tqdm(
             range(0, len(rows), BLOCK_PATCHES), desc="loading", unit="block", disable=None
         ):
-            block = self.shards.read_codes(rows[start : start + BLOCK_PATCHES])
-            codes[start : start + len(block)] = torch.from_numpy(block)
+            part = rows[start : start + BLOCK_PATCHES]
+            block = torch.from_numpy(self.shards.read_codes(part))
+            books = self.shards.codebook_numbers(part)
+            check_codes(self.shards, block, books, self.shards.manifest.codebooks)
+            codes[start : start + len(block)] = block
         return codes
 
     def __len__(self) -> int:

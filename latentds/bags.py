@@ -15,9 +15,16 @@ from torch.utils.data import Dataset
 
 from latentds.autoencoders.base import Autoencoder
 from latentds.cache import CacheConfig
-from latentds.collate import check_numbers
-from latentds.decoding import DecodeOptions, Decoder, find_autoencoder
+from latentds.collate import check_codes, check_numbers
+from latentds.decoding import (
+    DECODES,
+    DecodeOptions,
+    Decoder,
+    check_decode,
+    find_autoencoder,
+)
 from latentds.errors import InputError
+from latentds.lookup import Integers, make_integers
 from latentds.randomness import key_of, shuffled
 from latentds.reader import ShardSet
 from latentds.selection import select_rows
@@ -31,13 +38,15 @@ class Bag:
 
     slide    its name
     label    label that all its patches have, -1 where they differ or have none
-    codes    uint8 (N, C, h, w); `SlideBags.decode` makes images of them, a part at a time
+    codes    uint8 (N, *codes_shape), as stored; `SlideBags.decode` makes images, latents or
+             integers of them, a part at a time
     coords   int64 (N, 2), x and y in pixels of level 0, -1 where unknown
     mpp      float32 (N,), NaN where unknown
     labels   int64 (N,), of the patches
     rows     int64 (N,), rows of the data set's patch table
     columns  values of the columns asked for, lists of N
     codebooks  int64 (N,), which of the set's codebooks; None where there is one
+    steps    float32 (N,), see Batch, of entropy-coded records; None for other encodings
     """
 
     slide: str
@@ -49,6 +58,7 @@ class Bag:
     rows: Tensor
     columns: dict[str, list[Any]]
     codebooks: Tensor | None = None
+    steps: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.codes)
@@ -66,7 +76,8 @@ class SlideBags(Dataset[Bag]):
     columns       names among key, source, source_encoding to carry along
     check_codes   check the checksum of every pack that is touched, for which it is read whole;
                   without, damage goes unnoticed (`latentds verify` finds it)
-    device, autoencoder, dtype   of `decode`; see LatentLoader
+    decode        what `SlideBags.decode` gives: "pixels", "latents" or "codes"; see LatentLoader
+    device, autoencoder, dtype   of it; see LatentLoader
 
     Local sets read the chosen patches' bytes and no others; remote ones read whole packs into the
     cache. Holds 8 bytes a patch of the split.
@@ -83,6 +94,7 @@ class SlideBags(Dataset[Bag]):
         slides: Sequence[str] | None = None,
         columns: Sequence[str] = (),
         check_codes: bool = False,
+        decode: str = "pixels",
         device: torch.device | str = "cpu",
         autoencoder: Autoencoder | str | os.PathLike[str] | None = None,
         dtype: torch.dtype = torch.float32,
@@ -90,10 +102,12 @@ class SlideBags(Dataset[Bag]):
     ) -> None:
         if max_patches is not None and max_patches < 1:
             raise ValueError(f"max_patches={max_patches}; at least 1")
+        check_decode(decode, DECODES[:3])
         self.shards = ShardSet(folder, check_codes, cache=cache)
         self.max_patches, self.seed, self.columns = max_patches, seed, tuple(columns)
-        self.decoding = (autoencoder, device, dtype)
-        self.decoder: Decoder | None = None
+        self.wanted, self.device = decode, torch.device(device)
+        self.decoding = (autoencoder, dtype)
+        self.decoder: Decoder | Integers | None = None
         rows = select_rows(self.shards, split, where, slides)
         rows = np.arange(*self.shards.patch_range(split)) if rows is None else rows
         numbers = self.shards.patches["slide"][rows]
@@ -133,18 +147,22 @@ class SlideBags(Dataset[Bag]):
         order = np.lexsort((table["x"], table["y"]))
         rows, table = rows[order], table[order]
         labels = np.unique(table["label"])
+        codes = torch.from_numpy(self.shards.read_codes(rows))
+        books, numbers = self.shards.manifest.codebooks, self.shards.codebook_numbers(rows)
+        check_codes(self.shards, codes, numbers, books)
+        several = torch.from_numpy(numbers) if len(books) > 1 else None
+        integers = make_integers(books)
         return Bag(
             slide=self.slides[index],
             label=int(labels[0]) if len(labels) == 1 else -1,
-            codes=torch.from_numpy(self.shards.read_codes(rows)),
+            codes=codes,
             coords=torch.from_numpy(np.stack([table["x"], table["y"]], 1).astype(np.int64)),
             mpp=torch.from_numpy(table["mpp"].copy()),
             labels=torch.from_numpy(table["label"].astype(np.int64)),
             rows=torch.from_numpy(rows),
             columns=self.shards.read_columns(rows, self.columns) if self.columns else {},
-            codebooks=torch.from_numpy(self.shards.codebook_numbers(rows))
-            if len(self.shards.manifest.codebooks) > 1
-            else None,
+            codebooks=several,
+            steps=None if integers is None else integers.steps(codes, several),
         )
 
     def choose(self, index: int) -> np.ndarray:
@@ -160,18 +178,27 @@ class SlideBags(Dataset[Bag]):
         return self.slides.index(slide)
 
     def decode(self, bag: Bag, chunk: int = DECODE_CHUNK) -> Iterator[Tensor]:
-        """Images float (n, 3, H, W) in [0, 1] of a bag on the device, `chunk` patches at a time."""
-        if self.decoder is None:
-            given, device, dtype = self.decoding
-            manifest = self.shards.manifest
-            self.decoder = Decoder(
-                find_autoencoder(self.shards, given),
-                manifest.codebooks,
-                manifest.contract.patch_px,
-                device,
-                DecodeOptions(dtype=dtype),
-            )
+        """A bag's patches on the device, decoded `chunk` at a time.
+
+        yields  images float (n, 3, H, W) in [0, 1]; or latents float32, or codes, as asked for
+        """
+        decoder = self.decoder = self.decoder or self.make_decoder()
         for start in range(0, len(bag), chunk):
             part = slice(start, start + chunk)
-            books = None if bag.codebooks is None else bag.codebooks[part].to(self.decoder.device)
-            yield self.decoder(bag.codes[part].to(self.decoder.device), books)
+            books = None if bag.codebooks is None else bag.codebooks[part].to(self.device)
+            codes = bag.codes[part].to(self.device)
+            yield codes if decoder is None else decoder(codes, books)
+
+    def make_decoder(self) -> Decoder | Integers | None:
+        """What `decode` decodes by; None where codes are wanted and the bytes are those."""
+        given, dtype = self.decoding
+        manifest = self.shards.manifest
+        if self.wanted == "codes":
+            return make_integers(manifest.codebooks)
+        return Decoder(
+            find_autoencoder(self.shards, given) if self.wanted == "pixels" else None,
+            manifest.codebooks,
+            manifest.contract.patch_px,
+            self.device,
+            DecodeOptions(dtype=dtype),
+        )

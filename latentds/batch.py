@@ -20,7 +20,8 @@ ALIGNMENT = 64  # bytes, a cache line; any dtype may be viewed there
 class Batch:
     """B patches.
 
-    codes    uint8 (B, C, h, w)
+    codes    uint8 as stored: (B, C, h, w), (B, planes, h, w), or (B, bytes) of entropy-coded
+             records; with decode="codes" the integers of such records, int16 (B, C, h, w)
     labels   int64 (B,), index into the data set's `classes`, -1 for none
     slides   slide names, None where unknown
     coords   int64 (B, 2), x and y in pixels of level 0 (of the source picture for plain images), -1
@@ -32,6 +33,8 @@ class Batch:
              what you count
     sets     int64 (B,), which set of a Mixture each patch is of; None for one set
     codebooks  int64 (B,), which of the loader's codebooks; None where there is one
+    steps    float32 (B,), what integers of entropy-coded records count in: latents are codes *
+             (steps / gains of the codebook); None where `codes` are as stored
     bad      damaged packs that were found and replaced while this batch was read
     images   float (B, 3, H, W) in [0, 1], or what `transform` made of them; None before decoding
     latents  float32 (B, C, h, w), None unless asked for
@@ -50,6 +53,7 @@ class Batch:
     valid: Tensor
     sets: Tensor | None = None
     codebooks: Tensor | None = None
+    steps: Tensor | None = None
     bad: tuple[str, ...] = ()
     images: Any = None
     latents: Tensor | None = None

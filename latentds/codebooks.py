@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from latentds.encodings import ENCODINGS, check_encoding
-from latentds.errors import ContractError, FormatError
+from latentds.entropy_checks import MAX_RECORD_BYTES
+from latentds.entropy_codebook import EntropyCodebook
+from latentds.entropy_encoding import least_bytes, most_bytes
+from latentds.errors import ContractError, FormatError, InputError
 from latentds.quantizer import AnyCodebook, Codebook
 from latentds.storage import write_atomically
 
@@ -34,6 +39,61 @@ class StoredCodebook:
             f"the codebook is {self.codebook.kind}, of vectors; levels of single values are needed "
             "here: fit them with 'latentds fit-codebook --kind scalar'"
         )
+
+
+def sized(
+    stored: StoredCodebook, latents_shape: tuple[int, int, int], patch_bytes: int | None = None
+) -> StoredCodebook:
+    """The codebook for patches of these latents; see `sized_book`."""
+    return dataclasses.replace(
+        stored, codebook=sized_book(stored.codebook, latents_shape, patch_bytes)
+    )
+
+
+def sized_book(
+    book: AnyCodebook, latents_shape: tuple[int, int, int], patch_bytes: int | None = None
+) -> AnyCodebook:
+    """The codebook for patches of these latents (C, h, w).
+
+    patch_bytes  of the codes; None for what they take, of entropy-coded records in proportion to
+                 the cells. Records alone can be made of other bytes than a codebook's own, by
+                 another step with the same tables
+    raises       ShapeError for other channels; InputError for bytes that the codes cannot have,
+                 with those that they can
+    """
+    if isinstance(book, EntropyCodebook):
+        return sized_records(book, latents_shape, patch_bytes)
+    taken = math.prod(book.codes_shape_of(latents_shape))
+    if patch_bytes not in (None, taken):
+        raise InputError(
+            f"--bytes {patch_bytes}: codes of this codebook ({book.text}) take {taken} a patch; "
+            "leave --bytes, or fit another codebook"
+        )
+    return book
+
+
+@functools.lru_cache(maxsize=16)  # tables on devices are kept by a codebook's identity
+def sized_records(
+    book: EntropyCodebook, latents_shape: tuple[int, int, int], record_bytes: int | None
+) -> EntropyCodebook:
+    """The same model and tables for other patches or records; see `sized_book`."""
+    own, cells = math.prod(book.latents_shape[1:]), math.prod(latents_shape[1:])
+    if latents_shape[0] != book.latents_shape[0]:
+        book.codes_shape_of(latents_shape)  # says so
+    wanted = record_bytes or max(1, book.record_bytes * cells // own)
+    if (latents_shape, wanted) == (book.latents_shape, book.record_bytes):
+        return book
+    lanes, most = min(book.lanes, max(1, cells // 4)), most_bytes(latents_shape)
+    roomy = dataclasses.replace(
+        book, latents_shape=latents_shape, lanes=lanes, record_bytes=MAX_RECORD_BYTES
+    )
+    least = least_bytes(roomy)
+    if not least <= wanted <= most:
+        raise InputError(
+            f"--bytes {wanted}: by these tables a patch of {cells:,} cells takes {least:,} to "
+            f"{most:,}"
+        )
+    return dataclasses.replace(roomy, record_bytes=wanted)
 
 
 def save_codebook(stored: StoredCodebook, path: Path) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from latentds.batch import Batch
 from latentds.errors import FormatError
 from latentds.format import PATCHES_TABLE
+from latentds.lookup import make_integers
 from latentds.mixture import Vocabulary
 from latentds.quantizer import AnyCodebook, dequantize_each
 from latentds.randomness import patch_seeds
@@ -25,7 +26,7 @@ class Collator:
 
     sets     (S,)
     seed     of the run
-    decode   codes or latents
+    decode   stored, codes or latents
     columns, masks   what to carry besides
     """
 
@@ -41,6 +42,7 @@ class Collator:
         self.columns, self.masks = columns, masks
         self.vocabulary = Vocabulary(sets)
         self.decoders = self.vocabulary.codebooks  # what codes become latents by
+        self.integers = make_integers(self.decoders) if decode == "codes" else None
 
     def collate(self, drawn: Drawn, valid: np.ndarray, bad: tuple[str, ...] = ()) -> Batch:
         """The batch of D draws; DamagedPackError where a pack cannot be read."""
@@ -75,7 +77,7 @@ class Collator:
         codebooks = self.vocabulary.codebooks
         check_codes(shards, codes, books, codebooks)
         return {
-            "codes": codes,
+            **self.shown(codes, torch.from_numpy(books)),
             "labels": torch.from_numpy(self.vocabulary.labels[which][table["label"]]),
             "slides": [manifest.slides[s] if s >= 0 else None for s in table["slide"].tolist()],
             "coords": torch.from_numpy(np.stack([table["x"], table["y"]], 1).astype(np.int64)),
@@ -87,6 +89,12 @@ class Collator:
             "masks": torch.from_numpy(shards.read_masks(rows)) if self.masks else None,
             "columns": shards.read_columns(rows, self.columns) if self.columns else {},
         }
+
+    def shown(self, codes: Tensor, books: Tensor) -> dict[str, Tensor | None]:
+        """The codes as they are stored, or the integers of records with their steps."""
+        if self.integers is None:
+            return {"codes": codes, "steps": None}
+        return {"codes": self.integers(codes, books), "steps": self.integers.steps(codes, books)}
 
 
 def scatter(parts: list[tuple[np.ndarray, dict[str, Any]]], count: int) -> dict[str, Any]:

@@ -65,8 +65,9 @@ class LatentDataset(IterableDataset[Batch]):
                 "label == 'TUM' and mpp < 0.6"
     slides      names of the slides to use
     balance     "label", "slide" or "patient": draw every one equally often
-    decode      "codes" (uint8) or "latents" (float32, dequantized here); pixels are LatentLoader's
-                business, because a worker process must not touch the GPU
+    decode      "codes" (uint8; of entropy-coded records their integers, int16), "latents"
+                (float32), both made here, or "stored" (uint8 as it lies on disk, records too);
+                pixels are LatentLoader's business: a worker process must not touch the GPU
     normalize   latents less each channel's mean and over its standard deviation: by `statistics`,
                 or by those given, as for a network that was trained with others
     columns     names among key, source, source_encoding to carry along
@@ -103,10 +104,10 @@ class LatentDataset(IterableDataset[Batch]):
         rank: int | None = None,
         world_size: int | None = None,
     ) -> None:
-        if decode not in ("codes", "latents"):
+        if decode not in ("codes", "latents", "stored"):
             raise ValueError(
-                f"decode={decode!r}; a LatentDataset gives 'codes' or 'latents', use LatentLoader "
-                "for pixels"
+                f"decode={decode!r}; a LatentDataset gives 'codes', 'latents' or 'stored', use "
+                "LatentLoader for pixels"
             )
         if normalize and decode != "latents":
             raise ValueError(

@@ -22,8 +22,15 @@ from latentds.reader import ShardSet
 
 logger = logging.getLogger(__name__)
 
+DECODES = ("pixels", "latents", "codes", "stored")
 WARMUP_RUNS = 3  # of a decoder before its CUDA graph is captured, as PyTorch's notes ask for
 CPU_OUT_OF_MEMORY = "can't allocate memory"  # torch's words in a plain RuntimeError
+
+
+def check_decode(decode: str, known: Sequence[str] = DECODES) -> None:
+    """ValueError for what nothing is decoded to."""
+    if decode not in known:
+        raise ValueError(f"decode={decode!r}; one of {', '.join(map(repr, known))}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

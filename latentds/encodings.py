@@ -8,18 +8,24 @@ from latentds.additive import AdditiveCodebook
 from latentds.entropy_codebook import EntropyCodebook
 from latentds.errors import FormatError
 from latentds.quantizer import AnyCodebook, Codebook
+from latentds.version import __version__
 
 ENCODINGS: dict[str, type[Codebook] | type[AdditiveCodebook] | type[EntropyCodebook]] = {
     book.encoding: book for book in (Codebook, AdditiveCodebook, EntropyCodebook)
 }
 
 
-def check_encoding(value: object, where: str) -> None:
-    """Refuse codes that are packed in a way this reader does not know."""
+def check_encoding(value: object, where: str, made_by: object = None) -> None:
+    """Refuse codes that are packed in a way this reader does not know.
+
+    made_by  version of latentds that wrote them, where a manifest tells
+    """
     if not isinstance(value, str) or value not in ENCODINGS:
         known = ", ".join(map(repr, ENCODINGS))
+        needed = f" to {made_by:.40} or later, which made them" if isinstance(made_by, str) else ""
         raise FormatError(
-            f"{where}: codes are encoded as {value!r}, this reader knows {known}; upgrade latentds"
+            f"{where}: codes are encoded as {value!r}, this reader (latentds {__version__}) knows "
+            f"{known}; upgrade latentds{needed}"
         )
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
@@ -206,6 +207,11 @@ def check_reach(codebook: EntropyCodebook) -> None:
             f"need {least} for any patch. Use more bytes, or additive codes: these latents are too "
             "far from 0 for entropy-coded records of this size"
         )
+
+
+def most_bytes(latents_shape: tuple[int, int, int]) -> int:
+    """Bytes beyond which records are not worth having: a byte a value, as scalar codes take."""
+    return HEAD_BYTES + math.prod(latents_shape)
 
 
 def least_bytes(codebook: EntropyCodebook) -> int:

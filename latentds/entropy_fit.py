@@ -25,6 +25,7 @@ MAX_FIT_PATCHES = 512  # 1,024 change the bytes of other patches by less than 0.
 # Octaves of the steps around the one that spends the bytes on average; 256 steps are 1.4 % apart,
 # so that half a step, what a patch leaves unused on average, is 0.02 dB.
 FINER, COARSER = 2.0, 3.0
+RANGE_PATCHES = 64  # that tell which sizes are possible: a tenth of a second each
 ROUNDS = 3  # steps by the tables, then model and tables anew at these steps
 CLASSES, PARENTS = 8, 4  # 16 classes save another 0.3 %, all earlier channels as parents 0.3 %
 LANES = 32
@@ -90,26 +91,60 @@ def fit_entropy_codebook(
     scan = scan_of(height, width, sample.device)
     values = sample.flatten(2).index_select(2, scan.cells) * torch.from_numpy(weights)[:, None]
     lanes = lanes or min(LANES, max(1, height * width // 4))
+    shape = (channels, height, width)
+    try:
+        if record_bytes > encoding.most_bytes(shape):
+            raise ValueError("they would not be filled")
+        codebook, nominal = plain_codebook(values, shape, record_bytes, lanes)
+        codebook = dataclasses.replace(codebook, gains=weights)
+        encoding.check_reach(codebook)
+        for _ in range(ROUNDS):
+            integers = at_own_steps(values, codebook, rate_weight)[0]
+            codebook = refit(integers, codebook, classes)
+        encoding.check_reach(codebook)
+    except ValueError as error:
+        raise ValueError(
+            f"records of {record_bytes} bytes: no tables of these latents bring every patch to "
+            f"just so many; {possible_bytes(values, shape, lanes)}"
+        ) from error
+    return codebook, report(values, nominal, codebook, rate_weight)
+
+
+def plain_codebook(
+    values: Tensor, latents_shape: tuple[int, int, int], record_bytes: int, lanes: int
+) -> tuple[EntropyCodebook, float]:
+    """A codebook of a table a channel, and its nominal step, of values (N, C, h*w)."""
     nominal = nominal_step(values, record_bytes - HEAD_BYTES - int(1.4 * lanes))
-    integers = rounded(values, nominal)
+    integers, channels = rounded(values, nominal), latents_shape[0]
     codebook = EntropyCodebook(
-        latents_shape=(channels, height, width),
+        latents_shape=latents_shape,
         record_bytes=record_bytes,
         lanes=lanes,
         steps=(nominal * 2.0 ** np.linspace(-FINER, COARSER, MAX_STEPS)).astype(np.float32),
-        gains=weights,
+        gains=np.ones(channels, np.float32),
         tables=count_tables(integers, None, 1),
         order=order_of(integers),
         parents=np.zeros((channels, 0), np.int16),
         weights=np.zeros((channels, 3, 2), np.int16),
         thresholds=np.zeros((channels, 0), np.int32),
     )
-    encoding.check_reach(codebook)
-    for _ in range(ROUNDS):
-        integers = at_own_steps(values, codebook, rate_weight)[0]
-        codebook = refit(integers, codebook, classes)
-    encoding.check_reach(codebook)
-    return codebook, report(values, nominal, codebook, rate_weight)
+    return codebook, nominal
+
+
+def possible_bytes(values: Tensor, latents_shape: tuple[int, int, int], lanes: int) -> str:
+    """What record sizes tables of such values can reach, in words: tried, a sixteenth apart."""
+    most, found = encoding.most_bytes(latents_shape), []
+    for sixteenths in range(1, 17):
+        record_bytes = most * sixteenths // 16
+        try:
+            parts = (values[:RANGE_PATCHES], latents_shape, record_bytes, lanes)
+            encoding.check_reach(plain_codebook(*parts)[0])
+        except ValueError:
+            continue
+        found.append(record_bytes)
+    if not found:
+        return "no number of bytes will do: use additive codes"
+    return f"possible are about {found[0]:,} to {found[-1]:,}, or additive codes"
 
 
 def refit(integers: Tensor, codebook: EntropyCodebook, classes: int) -> EntropyCodebook:

@@ -20,8 +20,9 @@ from latentds.batch import Batch
 from latentds.cache import CacheConfig
 from latentds.channel_statistics import choose_statistics
 from latentds.dataset import LatentDataset, check_bad
-from latentds.decoding import DecodeOptions, Decoder, find_autoencoder
+from latentds.decoding import DecodeOptions, Decoder, check_decode, find_autoencoder
 from latentds.launcher import gather, own_device
+from latentds.lookup import make_integers
 from latentds.mixture import Mixture
 from latentds.normalization import ChannelStatistics
 from latentds.quantizer import AnyCodebook
@@ -43,8 +44,9 @@ class LatentLoader:
     device        where batches end up
     decode_device where they are decoded, if not there
     num_workers   processes that read codes; 0 reads in this one
-    decode        "pixels" (batch.images), "latents" (batch.latents, float32) or "codes"
-                  (batch.codes, uint8)
+    decode        "pixels" (batch.images), "latents" (batch.latents, float32), "codes" (batch.codes:
+                  uint8, or of entropy-coded records int16 (B, C, h, w) integers, in batch.steps)
+                  or "stored" (batch.codes as it lies on disk, records too)
     normalize     latents less each channel's mean and over its standard deviation, by `statistics`;
                   or by the ChannelStatistics given, as for a network trained with others
     autoencoder   object, name or path whose decoder is used instead of the recorded one; it must
@@ -107,8 +109,7 @@ class LatentLoader:
         prefetch_factor: int = 2,
         multiprocessing_context: str | None = None,
     ) -> None:
-        if decode not in ("pixels", "latents", "codes"):
-            raise ValueError(f"decode={decode!r}; one of 'pixels', 'latents', 'codes'")
+        check_decode(decode)
         if normalize and decode != "latents":
             raise ValueError(f"normalize= is for decode='latents', not decode={decode!r}")
         check_views(views, decode, crop_windows, transform)
@@ -126,6 +127,7 @@ class LatentLoader:
             where=where,
             slides=slides,
             balance=balance,
+            decode="stored",  # records cross to this process as they are: a sixteenth of integers
             columns=columns,
             masks=masks,
             max_bad=max_bad,
@@ -151,6 +153,7 @@ class LatentLoader:
             cuda_graph=cuda_graph,
         )
         self.decoder = self.make_decoder(autoencoder if decoder is None else decoder, options)
+        self.integers = make_integers(self.codebooks) if decode == "codes" else None
         self.windows = self.make_windows() if crop_windows else None
         self.plans: deque[WindowPlan] = deque()  # of the batches on their way, with crop windows
         self.stage: DecodeStage | None = None
@@ -171,7 +174,7 @@ class LatentLoader:
 
     def make_decoder(self, given: Any, options: DecodeOptions) -> Decoder | None:
         """The decoder on its device, None where codes are wanted."""
-        if self.decode == "codes":
+        if self.decode in ("codes", "stored"):
             return None
         autoencoder = None
         if self.decode == "pixels":
@@ -188,10 +191,11 @@ class LatentLoader:
         """The ring that decodes ahead on a GPU."""
         batching, contract = self.dataset.batching, self.contract
         pixels = self.decode == "pixels"
+        dtype = self.decoder.options.dtype if self.decoder and pixels else torch.float32
         return DecodeStage(
-            None if self.windows else self.decoder,
-            (3, *contract.patch_px) if pixels else contract.codes_shape,
-            self.decoder.options.dtype if self.decoder and pixels else torch.float32,
+            None if self.windows else self.decoder or self.integers,
+            (3, *contract.patch_px) if pixels else contract.latents_shape,
+            torch.int16 if self.integers else dtype,
             batching.global_batch // batching.ranks,
             self.decode_device,
             lanes,
@@ -307,15 +311,18 @@ class LatentLoader:
     def prepare(self, batch: Batch) -> Batch:
         """A batch moved and decoded, at once: what the stage does ahead where there is one."""
         batch = batch.to(self.decode_device)
-        images = None
-        if self.decoder is not None and self.windows is None:
-            images = self.decoder(batch.codes, batch.codebooks)
+        images, decode = None, self.decoder or self.integers
+        if decode is not None and self.windows is None:
+            images = decode(batch.codes, batch.codebooks)
         return dataclasses.replace(batch, images=images)
 
     def finish(self, batch: Batch) -> Any:
         """What the trainer gets of a decoded batch, on its device."""
         if self.decode == "latents":
             batch = dataclasses.replace(batch, latents=batch.images, images=None)
+        if self.integers is not None:
+            steps = self.integers.steps(batch.codes, batch.codebooks)
+            batch = dataclasses.replace(batch, codes=batch.images, images=None, steps=steps)
         if self.windows is not None:
             views = self.windows(batch.codes, batch.codebooks, batch.seeds, self.plans.popleft())
             batch = dataclasses.replace(batch, views=views)
@@ -331,8 +338,8 @@ class LatentLoader:
             return batch
         if batch.views is not None:
             return batch.views.crops(), batch.labels
-        shown = {"pixels": batch.images, "latents": batch.latents, "codes": batch.codes}
-        return shown[self.decode], batch.labels
+        shown = {"pixels": batch.images, "latents": batch.latents}
+        return shown.get(self.decode, batch.codes), batch.labels
 
     def state_dict(self) -> dict[str, Any]:
         """Where the next batch stands: plain JSON values, the same on every rank."""
@@ -355,8 +362,8 @@ def check_views(views: Any, decode: str, crop_windows: bool, transform: Any) -> 
         raise ValueError(
             f"views of {views.reads} need decode={views.reads!r}, not decode={decode!r}"
         )
-    if views is not None and decode == "codes":
-        raise ValueError("views are made of pixels or latents, not of decode='codes'")
+    if views is not None and decode not in ("pixels", "latents"):
+        raise ValueError(f"views are made of pixels or latents, not of decode={decode!r}")
     if not crop_windows:
         return
     if not isinstance(views, MultiCrop):

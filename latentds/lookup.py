@@ -1,16 +1,17 @@
-"""Codes on a device to latents: every kind of codebook's tables, kept where the codes are."""
+"""Stored bytes on a device to latents or integers: every codebook's tables, kept where they are."""
 # B batch, C latent channels, R K rows and levels of a codebook, S code planes, h w latent cells
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from latentds.additive import AdditiveCodebook
+from latentds.entropy_codebook import EntropyCodebook
 from latentds.quantizer import MAX_LEVELS, AnyCodebook, Codebook
 
 Lookup = Callable[[Tensor, Tensor | None], Tensor]
@@ -90,14 +91,60 @@ class Records:
 
     def __call__(self, codes: Tensor, codebooks: Tensor | None = None) -> Tensor:
         """Latents (B, C, h, w) of records uint8 (B, bytes); `codebooks` (B,) picks the tables."""
-        if codebooks is None or len(self.codebooks) == 1:
-            return self.codebooks[0].dequantize(codes).to(self.dtype)
-        shape = self.codebooks[0].latents_shape_of(tuple(codes.shape[1:]))
-        latents = torch.empty(len(codes), *shape, dtype=self.dtype, device=codes.device)
-        for number, book in enumerate(self.codebooks):
-            places = codebooks == number
-            latents[places] = book.dequantize(codes[places]).to(self.dtype)
-        return latents
+
+        def latents(book: AnyCodebook, part: Tensor) -> Tensor:
+            return book.dequantize(part).to(self.dtype)
+
+        return by_book(self.codebooks, codes, codebooks, latents)
+
+
+class Integers:
+    """What entropy-coded records hold before it becomes latents; see `make_integers`."""
+
+    def __init__(self, codebooks: Sequence[EntropyCodebook]) -> None:
+        self.codebooks = codebooks
+
+    def __call__(self, codes: Tensor, codebooks: Tensor | None = None) -> Tensor:
+        """Integers int16 (B, C, h, w) of records uint8 (B, bytes), within -128..127."""
+
+        def integers(book: EntropyCodebook, part: Tensor) -> Tensor:
+            if not len(part):
+                size = (0, *book.latents_shape)
+                return torch.zeros(size, dtype=torch.int16, device=part.device)
+            return book.integers(part).integers.to(torch.int16)
+
+        return by_book(self.codebooks, codes, codebooks, integers)
+
+    def steps(self, codes: Tensor, codebooks: Tensor | None = None) -> Tensor:
+        """Quantization steps float32 (B,) of records: latents are integers * (step / gains)."""
+
+        def steps(book: EntropyCodebook, part: Tensor) -> Tensor:
+            # A step that is not there is decoding's to refuse: a GPU would die of it here.
+            index = part[:, 0].long().clamp(max=len(book.steps) - 1)
+            return torch.from_numpy(book.steps.copy()).to(part.device)[index]
+
+        return by_book(self.codebooks, codes, codebooks, steps)
+
+
+def make_integers(codebooks: Sequence[AnyCodebook]) -> Integers | None:
+    """What gives the integers of stored bytes; None where the bytes are the codes themselves.
+
+    codebooks  of one encoding and one shape of latents
+    """
+    if isinstance(codebooks[0], EntropyCodebook):
+        return Integers(cast(Sequence[EntropyCodebook], codebooks))
+    return None
+
+
+def by_book(
+    books: Sequence[Any], codes: Tensor, numbers: Tensor | None, decode: Callable[..., Tensor]
+) -> Tensor:
+    """`decode(book, codes)` of every patch by its own book; `numbers` (B,), None for the first."""
+    if numbers is None or len(books) == 1:
+        return decode(books[0], codes)
+    places = [(numbers == number).nonzero()[:, 0] for number in range(len(books))]
+    parts = [decode(book, codes[own]) for book, own in zip(books, places, strict=True)]
+    return torch.cat(parts)[torch.cat(places).argsort()]
 
 
 def pad(table: Tensor, axis: int) -> Tensor:

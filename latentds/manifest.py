@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from latentds.encodings import codebook_from_json
+from latentds.encodings import check_encoding, codebook_from_json
 from latentds.errors import FormatError, unknown_name
 from latentds.format import (
     FORMAT,
@@ -174,7 +174,9 @@ def parse_manifest(record: Any, where: str) -> Manifest:
     if not isinstance(record, dict):
         raise FormatError(f"{where}: not a JSON object; not a latentds data set")
     check_format(record.get("format"), where)
-    contract = Contract.from_json(record.get("contract"), where)
+    if isinstance(stated := record.get("contract"), dict) and "encoding" in stated:
+        check_encoding(stated["encoding"], where, version_of(record))
+    contract = Contract.from_json(stated, where)
     try:
         manifest = Manifest(
             contract=contract,
@@ -192,6 +194,12 @@ def parse_manifest(record: Any, where: str) -> Manifest:
         raise FormatError(f"{where}: manifest is damaged ({error!r}); fetch it anew") from error
     check_counts(manifest, record, where)
     return manifest
+
+
+def version_of(record: dict[str, Any]) -> object:
+    """The version of latentds that a manifest says it was made by; None where it says none."""
+    versions = made.get("versions") if isinstance(made := record.get("made"), dict) else None
+    return versions.get("latentds") if isinstance(versions, dict) else None
 
 
 def parse_codebooks(records: Any, contract: Contract) -> tuple[AnyCodebook, ...]:

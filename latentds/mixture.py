@@ -74,6 +74,28 @@ def check_mixable(sets: Sequence[ShardSet]) -> None:
             if getattr(contract, name) != getattr(first, name):
                 raise ContractError(
                     f"{shards.folder}: {name} {getattr(contract, name)}, but {sets[0].folder} has "
-                    f"{getattr(first, name)}; only sets of one latent_id, encoding, "
-                    "shape and patch size mix"
+                    f"{getattr(first, name)}; only sets of one latent_id, encoding, shape and "
+                    f"patch size merge, or mix in one batch. {remedy(sets[0], shards)}"
                 )
+
+
+def remedy(one: ShardSet, other: ShardSet) -> str:
+    """What brings two unlike sets together."""
+    contracts = [shards.manifest.contract for shards in (one, other)]
+    places = [(c.latent_id, c.latents_shape, c.patch_px) for c in contracts]
+    as_pixels = "latentds.mixing.MixedLoader mixes them as pixels"
+    if places[0] != places[1]:
+        return f"{as_pixels}; to merge them, convert one as the other was"
+    # What repacking aims at: sums before records, never levels; of one kind the fewer bytes.
+    order = {"u8-sum": 0, "rans": 1, "u8": 2}
+    (aim, _), (_, folder) = sorted(
+        (
+            (contract, shards.folder)
+            for contract, shards in zip(contracts, (one, other), strict=True)
+        ),
+        key=lambda pair: (order[pair[0].encoding], pair[0].bytes_per_patch),
+    )
+    return (
+        f"'latentds repack {folder} --out NEW --encoding {aim.encoding} --bytes "
+        f"{aim.bytes_per_patch}' codes it as the other is; {as_pixels}"
+    )

@@ -40,7 +40,8 @@ import torch
 from latentds.format import Contract
 
 book = Contract.from_json(contract, path).codebook
-latents = book.dequantize(torch.from_numpy(codes))  # (N, C, h, w), unscaled means""",
+latents = book.dequantize(torch.from_numpy(codes))  # (N, C, h, w), unscaled means
+integers = book.integers(torch.from_numpy(codes)).integers  # what the records hold""",
     ),
 }
 CARD = """---

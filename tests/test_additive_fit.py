@@ -130,10 +130,15 @@ def test_bits_go_where_water_filling_puts_them():
 @pytest.mark.parametrize(
     ("patch_bytes", "method", "part"),
     [
-        (1500, "auto", "multiples of 1,024 from 1,024 to 262,144"),
-        (8192, "grouped", "multiples of 1,024 from 1,024 to 4,096"),
-        (2048, "scalar", "possible with scalar codes are 4,096 alone"),
+        (
+            1500,
+            "auto",
+            r"\(auto\) of .* take 1,024, 2,048, 3,072 or 4,096, a byte a cell and plane",
+        ),
+        (8192, "grouped", "take 1,024, 2,048, 3,072 or 4,096, "),
+        (2048, "scalar", "take 4,096 alone"),
         (0, "auto", "--bytes 0"),
+        (5120, "residual", "at most one a value; entropy-coded records, --codebook rans, are not"),
     ],
 )
 def test_bytes_that_make_no_whole_planes_say_what_is_possible(patch_bytes, method, part):

@@ -1,5 +1,6 @@
 """Every consumer of a data set, with codes of each encoding: the same patches come out."""
 
+import csv
 import json
 
 import numpy as np
@@ -12,7 +13,7 @@ from latentds.bags import SlideBags
 from latentds.codebooks import StoredCodebook, load_codebook, save_codebook
 from latentds.dataset import LatentDataset
 from latentds.entropy_fit import fit_entropy_codebook
-from latentds.errors import ContractError, FormatError
+from latentds.errors import ContractError, FormatError, InputError
 from latentds.format import Contract
 from latentds.importing.contract import ImportOptions
 from latentds.importing.run import import_latents
@@ -25,10 +26,12 @@ from latentds.rearranging.exporting import export_npy
 from latentds.rearranging.merging import merge
 from latentds.rearranging.repacking import Repacking, repack
 from latentds.scan import read_contract
+from latentds.stage import HostLanes
 from latentds.verification import verify
 from tests.bad_shards import edit_manifest, first_shard
 from tests.conftest import convert_with_mean, save_pictures
 from tests.fakes import MeanAutoencoder
+from tests.test_tools import call
 
 
 def latents_of(folder) -> torch.Tensor:
@@ -52,7 +55,7 @@ def additive_book(seed: int = 0):
 
 def entropy_book(seed: int = 0):
     latents = np.random.default_rng(seed).laplace(0, 0.5, (64, 3, 4, 4)).astype(np.float32)
-    return fit_entropy_codebook(latents, 80, lanes=1)[0]
+    return fit_entropy_codebook(latents, 36, lanes=1)[0]
 
 
 BOOKS = {"u8-sum": additive_book, "rans": entropy_book}
@@ -111,6 +114,79 @@ def test_loader_dataset_array_and_bags_give_the_same_latents(sets):
     assert torch.equal(images, MeanAutoencoder().decode(expected[bags[0].rows]))
 
 
+def from_integers(codes: torch.Tensor, steps: torch.Tensor, book) -> torch.Tensor:
+    """Latents by the arithmetic of docs/format.md."""
+    units = steps[:, None] / torch.from_numpy(book.gains.copy())
+    return codes.float() * units[:, :, None, None]
+
+
+def readers(folder, decode: str):
+    """Every way to read a split: (rows, codes, steps) of its patches."""
+    for workers in (0, 2):
+        loader = LatentLoader(folder, "train", batch_size=3, decode=decode, num_workers=workers)
+        yield from ((batch.rows, batch.codes, batch.steps) for batch in loader)
+    staged = LatentLoader(folder, "train", batch_size=3, decode=decode)
+    staged.stage = staged.make_stage(False, HostLanes())  # what a GPU's batches go through
+    yield from ((batch.rows, batch.codes, batch.steps) for batch in staged)
+    dataset = LatentDataset(folder, "train", batch_size=3, decode=decode)
+    yield from ((batch.rows, batch.codes, batch.steps) for batch in dataset)
+    array = LatentArray(folder, "train", decode=decode)
+    yield array.rows, array[:], array.steps
+    if decode == "codes":
+        bags = SlideBags(folder, "train", decode=decode)
+        yield bags[0].rows, torch.cat(list(bags.decode(bags[0], chunk=4))), bags[0].steps
+
+
+def test_codes_of_records_are_their_integers_everywhere(sets, encoding):
+    expected, book = latents_of(sets[0]), ShardSet(sets[0]).manifest.contract.codebook
+    stored = torch.from_numpy(ShardSet(sets[0]).read_codes(np.arange(14)))
+    for rows, codes, steps in readers(sets[0], "codes"):
+        if encoding == "rans":
+            assert codes.dtype == torch.int16 and codes.shape == (len(rows), 3, 4, 4)
+            assert torch.equal(from_integers(codes, steps, book), expected[rows])
+        else:
+            assert steps is None and torch.equal(codes, stored[rows])
+
+
+def test_what_is_stored_can_be_had_as_it_is(sets):
+    stored = torch.from_numpy(ShardSet(sets[0]).read_codes(np.arange(14)))
+    for rows, codes, _ in readers(sets[0], "stored"):
+        assert torch.equal(codes, stored[rows])
+
+
+def test_records_and_not_integers_leave_the_workers(sets):
+    loader = LatentLoader(sets[0], "train", batch_size=4, decode="codes", num_workers=1)
+    batch, _ = next(iter(loader.transfers))
+    assert batch.codes.dtype == torch.uint8
+    assert batch.codes.shape[1:] == loader.contract.codes_shape
+
+
+def test_codes_of_a_merged_set_are_decoded_by_each_patchs_codebook(sets, encoding, tmp_path):
+    merge(sets, tmp_path / "ab")
+    array, expected = LatentArray(tmp_path / "ab", decode="codes"), latents_of(tmp_path / "ab")
+    books = ShardSet(tmp_path / "ab").manifest.codebooks
+    for place, (codes, latents) in enumerate(zip(array[:], expected, strict=True)):
+        book = books[int(array.codebooks[place])]
+        if encoding == "rans":
+            found = from_integers(codes[None], array.steps[place, None], book)
+        else:
+            found = book.dequantize(codes[None])
+        assert torch.equal(found[0], latents)
+
+
+def test_bags_give_latents_of_a_slide(sets):
+    bags = SlideBags(sets[0], "train", decode="latents")
+    (latents,) = bags.decode(bags[0])
+    assert torch.equal(latents, latents_of(sets[0])[bags[0].rows])
+
+
+def test_latents_go_through_the_ring_of_a_device(sets):
+    loader = LatentLoader(sets[0], "train", batch_size=3, decode="latents")
+    loader.stage = loader.make_stage(False, HostLanes())
+    expected = latents_of(sets[0])
+    assert all(torch.equal(b.latents, expected[b.rows]) for b in loader)
+
+
 def test_pixels_are_those_of_the_latents(sets):
     folder, expected = sets[0], latents_of(sets[0])
     loader = LatentLoader(
@@ -156,9 +232,7 @@ def test_repacked_codes_stay_what_they_are(sets, tmp_path):
     assert torch.equal(before, after)
 
 
-def test_exported_codes_are_imported_again(sets, encoding, tmp_path):
-    if encoding == "rans":
-        pytest.skip("records are exported; import reads arrays of latents or of codes a cell")
+def test_exported_codes_are_imported_again(sets, tmp_path):
     export_npy(sets[0], tmp_path / "files")
     (book,) = (tmp_path / "files").glob("codebook-*.safetensors")
     assert load_codebook(book).codebook.codebook_id in str(
@@ -174,6 +248,22 @@ def test_exported_codes_are_imported_again(sets, encoding, tmp_path):
         latents_of(f).flatten(1).sum(1).sort()[0] for f in (sets[0], tmp_path / "back")
     )
     assert torch.equal(before, after)
+
+
+def test_integers_of_records_are_exported_with_their_steps(sets, encoding, tmp_path):
+    if encoding != "rans":
+        with pytest.raises(InputError, match=r"'u8-sum', integers are of records"):
+            export_npy(sets[0], tmp_path / "files", integers=True)
+        return
+    export_npy(sets[0], tmp_path / "files", "train", integers=True)
+    with (tmp_path / "files" / "table.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    array = LatentArray(sets[0], "train", decode="codes")
+    assert len(lines) == 10
+    for place, line in enumerate(lines):
+        values = np.load(tmp_path / "files" / line["path"])
+        assert values.dtype == np.int16 and np.array_equal(values, array[place].numpy())
+        assert np.float32(line["step"]) == array.steps[place].numpy()
 
 
 def test_the_cards_lines_give_the_latents(sets, encoding):
@@ -192,10 +282,33 @@ def test_sets_of_other_encodings_do_not_mix(sets, shared_dataset):
         LatentLoader(Mixture({sets[0]: 1.0, shared_dataset: 1.0}), "train", batch_size=4)
 
 
+def test_info_tells_the_steps_of_records(sets, encoding, capsys, tmp_path):
+    merge(sets, tmp_path / "ab")
+    _, out, _ = call(capsys, "info", tmp_path / "ab", "--json")
+    found, (_, text, _) = json.loads(out)["record_steps"], call(capsys, "info", tmp_path / "ab")
+    if encoding != "rans":
+        assert found is None and "\nsteps " not in text
+        return
+    steps = LatentArray(
+        tmp_path / "ab", "train", decode="codes"
+    ).steps.numpy()  # what statistics are taken of
+    assert found["patches"] == 20 and found["of"] == 28
+    assert found["step"]["p50"] == pytest.approx(float(np.median(steps)), rel=1e-3)
+    assert found["step"]["p0"] == pytest.approx(float(steps.min()), rel=1e-3)
+    assert 0 <= found["finest"] <= 1 and "20 of 28 patches sampled" in text
+
+
 def test_an_unknown_encoding_is_named(sets, tmp_path):
     repack(sets[0], tmp_path / "out")
     edit_manifest(tmp_path / "out", lambda m: m["contract"].update(encoding="u8-later"))
-    with pytest.raises(FormatError, match=r"'u8-later', this reader knows 'u8', 'u8-sum', 'rans'"):
+    edit_manifest(tmp_path / "out", lambda m: m["made"]["versions"].update(latentds="9.1.0"))
+    words = (
+        r"'u8-later', this reader \(latentds .*\) knows 'u8', 'u8-sum', 'rans'; upgrade latentds"
+    )
+    with pytest.raises(FormatError, match=rf"{words} to 9\.1\.0 or later"):
+        ShardSet(tmp_path / "out")
+    edit_manifest(tmp_path / "out", lambda m: m["made"].update(versions=None))
+    with pytest.raises(FormatError, match=f"{words}$"):
         ShardSet(tmp_path / "out")
 
 

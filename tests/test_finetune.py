@@ -10,7 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from latentds_trainers.decoder_inputs import open_picture_pairs
+from latentds_trainers.decoder_inputs import (
+    open_codebook,
+    open_picture_pairs,
+    read_validation,
+)
 from latentds_trainers.decoder_losses import DecoderLosses, evaluating
 from latentds_trainers.decoder_task import DecoderTask, without_places
 from latentds_trainers.finetune_decoder import PAPER, FinetuneConfig
@@ -285,6 +289,34 @@ def test_what_fails_on_all_ranks_is_told_once(tmp_path, processes):
     assert [rank.code for rank in ended] == [1, 1]
     text = "".join(rank.text for rank in ended)
     assert text.count("no such folder of pictures") == 1 and "rank 1:" not in text
+
+
+def test_crops_that_no_record_is_made_for_are_refused(folder, tmp_path):
+    config = settings(tmp_path, pictures=(folder,), autoencoder="tiny-v2", crop_px=16)
+    base = load_autoencoder("tiny-v2")
+    pairs = open_picture_pairs(config, base)
+    with pytest.raises(InputError, match=r"crops of 16 px: --bytes 16: .*another --crop-px"):
+        open_codebook(config, base, pairs)
+
+
+@pytest.mark.parametrize(("px", "record_bytes"), [(64, 256), (96, 576)])
+def test_pictures_are_coded_by_the_records_that_ship(folder, tmp_path, px, record_bytes):
+    save_pictures(tmp_path / "in", 2, edge=96)
+    config = settings(
+        tmp_path, pictures=(tmp_path / "in",), autoencoder="tiny-v2", crop_px=px, batch_size=1,
+        validate_on=(folder,), validate_px=64,
+    )  # fmt: skip
+    base = load_autoencoder("tiny-v2")
+    pairs = open_picture_pairs(config, base)
+    pairs.codebook = open_codebook(config, base, pairs)
+    assert (pairs.codebook.encoding, pairs.codebook.record_bytes) == ("rans", record_bytes)
+    pair = pairs.batch(0, range(1))
+    units = pairs.codebook.steps[:, None] / pairs.codebook.gains
+    integers = pair.latents[0].numpy() / units[:, :, None, None]
+    assert np.abs(integers - integers.round()).max((1, 2, 3)).min() < 1e-3  # one step explains all
+    assert (pair.latents != 0).sum() > 50
+    held_out = read_validation(config, base, pairs)  # of another size than what is trained on
+    assert held_out.latents.shape[1:] == (32, 8, 8)
 
 
 def test_contradicting_options_are_a_line_of_usage():

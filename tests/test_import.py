@@ -202,7 +202,7 @@ def test_codes_of_two_codebooks_are_not_taken_as_one(tmp_path):
     merge(parts, tmp_path / "ab")
     export_npy(tmp_path / "ab", tmp_path / "npy")
     codebook = sorted((tmp_path / "npy").glob("codebook-*.safetensors"))[0]
-    with pytest.raises(InputError, match="codebook"):
+    with pytest.raises(ContractError, match="pass that --codebook, or import each"):
         bring(tmp_path / "npy", tmp_path / "back", codebook=codebook)
 
 

@@ -6,13 +6,14 @@ import dataclasses
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("timm")
 
 from latentds.autoencoders.tiny import load_tiny, tiny_codebook
-from latentds.codebooks import StoredCodebook, save_codebook
+from latentds.codebooks import StoredCodebook, save_codebook, sized_book
 from latentds.embedders import load_embedder
 from latentds.embedders.latent_backbone import load_latent_backbone
 from latentds.embedders.latent_stem import (
@@ -22,6 +23,7 @@ from latentds.embedders.latent_stem import (
     image_px,
     timm_arguments,
 )
+from latentds.entropy_fit import fit_entropy_codebook
 from latentds.errors import (
     ContractError,
     FormatError,
@@ -225,6 +227,25 @@ def test_a_stem_that_timm_cannot_build_is_an_embedder_too(tmp_path):
     export(tmp_path, stem)
     found = load_latent_backbone(f"latent-dir:{tmp_path}", encoder).embed(torch.rand(2, 3, 96, 96))
     assert found.shape[0] == 2 and bool(torch.isfinite(found).all())
+
+
+def test_records_code_images_of_any_size(tmp_path):
+    encoder = MeanAutoencoder()
+    latents = np.random.default_rng(0).laplace(0, 0.5, (64, 3, 8, 8)).astype(np.float32)
+    book = fit_entropy_codebook(latents, 96)[0]
+    made = StoredCodebook(codebook=book, latent_id=encoder.card.latent_id, made={})
+    stem = LatentStemConfig(3, 8, (0.0,) * 3, (1.0,) * 3, encoder.card.latent_id)
+    export(tmp_path, stem)
+    save_codebook(made, tmp_path / "codebook.safetensors")
+    embedder = load_latent_backbone(f"latent-dir:{tmp_path}", encoder)
+    for px, record_bytes in ((64, 96), (96, 216)):
+        images = 0.5 + 0.05 * torch.randn(2, 3, px, px, generator=torch.Generator().manual_seed(1))
+        cells = px // 8
+        own = sized_book(book, (3, cells, cells))
+        assert own.record_bytes == record_bytes
+        latents = own.dequantize(own.quantize(encoder.encode(images)))
+        wanted = embedder.embed_latents(latents)
+        assert torch.allclose(embedder.embed(images), wanted, atol=1e-5)
 
 
 def test_a_codebook_in_the_folder_counts(exported, tmp_path):

@@ -36,6 +36,7 @@ FLOORS = [
     [
         *("cache", "transport", "tables", "files", "sources", "columns", "manifest", "writer"),
         *("scan", "index", "reader", "golden", "composing", "mixedness", "channel_statistics"),
+        "record_steps",
         *("publishing", "conversion", "verification", "originals", "evaluation"),
     ],
     [

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 
 from latentds import entropy_decoding
 from latentds import entropy_encoding as encoding
@@ -13,6 +14,7 @@ from latentds.codebooks import StoredCodebook, load_codebook, save_codebook
 from latentds.entropy_codebook import EntropyCodebook
 from latentds.entropy_fit import fit_entropy_codebook
 from latentds.entropy_tables import native_model
+from latentds.errors import FormatError, ShapeError
 
 SHAPE = (6, 8, 8)
 RECORD_BYTES = 120
@@ -150,3 +152,54 @@ def test_the_same_records_with_one_thread_and_with_several(codebook):
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(*found)
+
+
+def test_records_of_other_tables_are_not_intact(codebook):
+    other = fit_entropy_codebook(laplacian_latents(64, 6) * 2, RECORD_BYTES)[0]
+    assert other.codebook_id != codebook.codebook_id
+    records = codebook.quantize(laplacian_latents(64, 7))
+    assert codebook.integers(records).intact.all()
+    read = other.integers(records)
+    assert read.intact.double().mean() < 0.1 and int(read.integers.abs().max()) <= 128
+
+
+@pytest.mark.parametrize("size", [RECORD_BYTES - 2, RECORD_BYTES + 2, 1])
+def test_a_record_of_another_size_is_refused(codebook, size):
+    records = torch.zeros((2, size), dtype=torch.uint8)
+    with pytest.raises(ShapeError, match=f"records have {size} bytes, the codebook's have 120"):
+        codebook.integers(records)
+
+
+@pytest.mark.parametrize("fill", [0, 255])
+def test_records_of_one_byte_over_and_over_end_in_the_usual_time(codebook, fill):
+    records = torch.full((4, codebook.record_bytes), fill, dtype=torch.uint8)
+    records[:, 0] = 0
+    decoded = codebook.integers(records)
+    assert decoded.integers.shape == (4, *SHAPE) and int(decoded.integers.abs().max()) <= 128
+    assert torch.isfinite(codebook.dequantize(records)).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("steps", lambda a: a[::-1].copy(), "ascending"),
+        ("steps", lambda a: a * np.float32("nan"), "steps are not all within"),
+        ("gains", lambda a: a * 0, "gains are not all within"),
+        ("tables", lambda a: a // 2, "sums to"),
+        ("tables", lambda a: a.astype(np.int32), "not uint16"),
+        ("order", lambda a: a * 0, "does not name each of 6 channels once"),
+        ("parents", lambda a: a * 0 + 6, "parents are not all within"),
+        ("thresholds", lambda a: a[:, ::-1] + np.arange(a.shape[1], 0, -1, np.int32), "ascending"),
+        ("head", lambda a: a * 0, "at most"),
+        ("head", lambda a: a + np.array([0, 0, 0, 1 << 20, 0], np.int32), "records of"),
+    ],
+)
+def test_a_codebook_that_cannot_be_meant_is_refused_by_file(
+    codebook, tmp_path, name, change, words
+):
+    arrays = {n: np.ascontiguousarray(a) for n, a in codebook.to_arrays().items()}
+    arrays[name] = np.ascontiguousarray(change(arrays[name]))
+    made = {"kind": "rans", "encoding": "rans", "latent_id": "sha256:0", "made": "{}"}
+    save_file(arrays, tmp_path / "book.safetensors", made)
+    with pytest.raises(FormatError, match=f"book.safetensors: not a codebook file .*{words}"):
+        load_codebook(tmp_path / "book.safetensors")

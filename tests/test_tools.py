@@ -1,11 +1,15 @@
 """The commands as a user calls them: output, JSON, exit codes, one-line errors."""
 
+import contextlib
 import json
+import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from latentds_tools import bench_container, cli, demo
+from PIL import Image
 
 from tests.conftest import save_pictures
 
@@ -126,6 +130,50 @@ def test_fit_codebook_makes_a_file_convert_takes(pictures, tmp_path, capsys):
     assert json.loads(out)["codebook"]["summary"] == "32x256 levels"
 
 
+@pytest.fixture(scope="module")
+def record_tables(tmp_path_factory):
+    """A folder of grey noise, whose latents are near 0, and tables for records of 110 bytes."""
+    root = tmp_path_factory.mktemp("noise")
+    (root / "in").mkdir()
+    for number in range(12):
+        grey = np.random.default_rng(number).integers(0, 256, (64, 64), np.uint8)
+        Image.fromarray(np.stack([grey] * 3, 2)).save(root / "in" / f"{number}.png")
+    words = ["--autoencoder", "tiny", "--device", "cpu", "--out", root / "book.safetensors"]
+    words = ["fit-codebook", root / "in", *words, "--kind", "rans", "--bytes", "110"]
+    with contextlib.suppress(SystemExit):
+        cli.main([str(word) for word in words])
+    return root / "in", root / "book.safetensors"
+
+
+@pytest.mark.parametrize(("asked", "found"), [([], 110), (["--bytes", 130], 130)])
+def test_fit_codebook_makes_tables_of_records_that_convert_takes(
+    record_tables, tmp_path, capsys, asked, found
+):
+    source, book = record_tables
+    words = [source, "--autoencoder", "tiny", "--device", "cpu", "--out", tmp_path / "set"]
+    code, out, _ = call(capsys, "convert", *words, "--codebook", book, *asked, "--json")
+    summary = json.loads(out)
+    assert code == 0 and summary["bytes_per_patch"] == found
+    assert summary["codebook"]["fit"]["record_fit"]["patches"] == 12
+
+
+@pytest.mark.parametrize("asked", [60, 300])
+def test_bytes_that_records_cannot_have_are_refused_with_those_they_can(
+    record_tables, tmp_path, capsys, asked
+):
+    source, book = record_tables
+    words = [source, "--autoencoder", "tiny", "--device", "cpu", "--bytes", asked]
+    options = [*words, "--codebook", book, "--out", tmp_path / "no"]
+    for command in (["convert", *options, "--dry-run"], ["convert", *options]):
+        code, _, err = call(capsys, *command)
+        assert code == 1 and f"{book}: --bytes {asked}: by these tables" in err
+        assert re.search(r"takes \d+ to 260", err)
+    fit = ["fit-codebook", *words, "--kind", "rans", "--out", tmp_path / "b.safetensors"]
+    code, _, err = call(capsys, *fit)
+    assert code == 1 and f"--bytes {asked}: records of {asked} bytes: no tables" in err
+    assert re.search(r"possible are about \d+ to \d+, or additive codes", err)
+
+
 def test_fit_codebook_makes_an_additive_codebook_of_the_bytes_asked_for(pictures, tmp_path, capsys):
     from latentds.codebooks import load_codebook
 
@@ -135,7 +183,7 @@ def test_fit_codebook_makes_an_additive_codebook_of_the_bytes_asked_for(pictures
     assert code == 0 and set(json.loads(out)["compared"]) == {"grouped", "residual"}
     assert load_codebook(book).codebook.tables.shape == (2, 256, 32)
     code, _, err = call(capsys, "fit-codebook", *words, "--bytes", 40, "--overwrite")
-    assert code == 1 and "multiples of 16" in err
+    assert code == 1 and "take 16, 32, 48, ... or 512, a byte a cell and plane" in err
     code, _, err = call(capsys, "fit-codebook", *words, "--overwrite")
     assert code == 1 and "--kind additive needs --bytes" in err
 

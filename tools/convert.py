@@ -137,14 +137,15 @@ def planned_bytes(config: Config, latents_shape: tuple[int, int, int]) -> int:
     from latentds.autoencoders.cards import ALIASES
     from latentds.autoencoders.tiny import USUAL_BYTES, USUAL_CELLS
     from latentds.codebooks import load_codebook
-    from latentds.conversion.codebook import planes_of
+    from latentds.conversion.codebook import fitting, planes_of
 
     channels, rows, columns = latents_shape
     is_tiny2 = ALIASES.get(config.autoencoder, config.autoencoder) in ("tiny-v2", "tiny-v2-fast")
     if config.codebook_kind == "rans" or (config.codebook is None and is_tiny2):
         return config.bytes or USUAL_BYTES * rows * columns // USUAL_CELLS
     if config.codebook_file is not None:
-        book = load_codebook(config.codebook_file).codebook
+        stored = load_codebook(config.codebook_file)
+        book = fitting(stored, config.codebook_file, latents_shape, config.bytes).codebook
         return math.prod(book.codes_shape_of(latents_shape))
     if config.bytes is None:
         return channels * rows * columns

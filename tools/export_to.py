@@ -26,6 +26,9 @@ class Config:
     """What to write."""
     latents: bool = False
     """npy: float32 latents instead of codes."""
+    integers: bool = False
+    """npy, of entropy-coded records: the int16 integers (C, h, w) they hold, instead of the records
+    as stored; table.csv then tells the step they count in."""
     split: str | None = None
     """One split; all by default."""
     overwrite: bool = False
@@ -39,13 +42,16 @@ def run(config: Config) -> None:
     from latentds.errors import InputError
     from latentds.rearranging import exporting
 
-    if config.latents and config.to != "npy":
-        raise InputError(f"--latents is for --to npy; {config.to} holds codes")
+    if (config.latents or config.integers) and config.to != "npy":
+        raise InputError(f"--latents and --integers are for --to npy; {config.to} holds codes")
+    if config.latents and config.integers:
+        raise InputError("--latents and --integers are two things to write; pass one of them")
     where = (config.folder, config.out, config.split)
     if config.to == "parquet":
         count = exporting.export_parquet(*where, overwrite=config.overwrite)
     elif config.to == "npy":
-        count = exporting.export_npy(*where, latents=config.latents, overwrite=config.overwrite)
+        given = {name: getattr(config, name) for name in ("latents", "integers", "overwrite")}
+        count = exporting.export_npy(*where, **given)
     else:
         count = exporting.export_wids(*where, overwrite=config.overwrite)
     unit = "packs" if config.to == "wids" else "patches"

@@ -21,12 +21,12 @@ class Config:
     """Codebook file to write (.safetensors)."""
     autoencoder: str = "tiny-v2"
     """Name or local folder, as for convert."""
-    kind: Literal["scalar", "additive"] = "scalar"
-    """scalar: levels that single values are rounded to; additive: vectors added up, as many bytes a
-    patch as --bytes says."""
+    kind: Literal["scalar", "additive", "rans"] = "scalar"
+    """scalar: levels that single values are rounded to; additive: vectors added up; rans: steps,
+    model and tables of entropy-coded records. The last two take --bytes a patch."""
     bytes: int | None = None
-    """Bytes a patch of additive codes: a multiple of its latent cells, of which a patch of 256 px
-    has 1,024 at f8."""
+    """Bytes a patch: of additive codes a multiple of its latent cells, of which a patch of 256 px
+    has 1,024 at f8; of records any number, and convert may ask for others with the same tables."""
     method: Literal["auto", "grouped", "residual", "scalar"] = "auto"
     """How additive tables are made: K-means of groups of principal axes, K-means of what the planes
     before leave, or of each channel; auto takes the better of the first two."""
@@ -57,12 +57,18 @@ class Config:
     def __post_init__(self) -> None:
         from latentds.errors import InputError
 
-        if (self.kind == "additive") != (self.bytes is not None):
-            raise InputError("--kind additive needs --bytes, and --bytes --kind additive")
-        if self.kind == "additive" and self.quantizer != "kmeans":
-            raise InputError(f"--quantizer {self.quantizer} is of scalar codebooks; see --method")
-        if self.kind == "scalar" and self.method != "auto":
-            raise InputError(f"--method {self.method} is of additive codebooks; see --quantizer")
+        is_scalar = self.kind == "scalar"
+        if is_scalar and self.bytes is not None:
+            raise InputError("--bytes: scalar codes take a byte a latent value; --kind additive or "
+                             "rans")  # fmt: skip
+        if not is_scalar and self.bytes is None:
+            raise InputError(f"--kind {self.kind} needs --bytes, how many a patch is to take")
+        if not is_scalar and self.quantizer != "kmeans":
+            raise InputError(f"--quantizer {self.quantizer} is of scalar codebooks; leave it")
+        if self.kind != "additive" and self.method != "auto":
+            raise InputError(f"--method {self.method} is of additive codebooks; leave it")
+        if self.kind == "rans" and self.levels != 256:
+            raise InputError(f"--levels {self.levels} is of levels and vectors; leave it")
 
 
 def run(config: Config) -> None:
@@ -86,7 +92,11 @@ def run(config: Config) -> None:
 def fit(config: Config) -> Any:
     """The codebook, fitted as a conversion of the same folder would."""
     from latentds.autoencoders import load_autoencoder
-    from latentds.conversion.codebook import fit_additive_to_sample, fit_to_sample
+    from latentds.conversion.codebook import (
+        fit_additive_to_sample,
+        fit_records_to_sample,
+        fit_to_sample,
+    )
     from latentds.conversion.config import ConvertConfig
     from latentds.conversion.encode import Encoder, choose_batch, choose_device
     from latentds.conversion.pipeline import make_reader
@@ -114,6 +124,8 @@ def fit(config: Config) -> Any:
     try:
         if config.bytes is None:
             return fit_to_sample(settings, encoder, reader)
+        if config.kind == "rans":
+            return fit_records_to_sample(settings, encoder, reader, config.bytes)
         return fit_additive_to_sample(
             settings, encoder, reader, patch_bytes=config.bytes, method=config.method
         )

@@ -33,7 +33,7 @@ class Config:
     shift: float | None = None
     """Likewise; needed for bytes, 0 for floats."""
     codebook: Path | None = None
-    """Codebook file: floats are quantized with it, bytes are its codes."""
+    """Codebook file: floats are quantized with it, bytes are its codes, or its records."""
     quantizer: Literal[
         "kmeans", "kmeans-channel", "int8-minmax", "int8-percentile", "int8-channel"
     ] = "kmeans"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,6 +43,8 @@ def summarize(config: Config) -> dict[str, Any]:
     """What `--json` prints."""
     from latentds.manifest import read_manifest
     from latentds.mixedness import slide_entropies
+    from latentds.reader import ShardSet
+    from latentds.record_steps import measure_steps
     from latentds.sources.names import describe_barcodes
 
     manifest = read_manifest(config.folder)
@@ -75,6 +78,7 @@ def summarize(config: Config) -> dict[str, Any]:
             "more": len(manifest.more_codebooks),
             **made.get("codebook", {}),
         },
+        "record_steps": measure_steps(ShardSet(config.folder, manifest=manifest)),
         "channel_statistics": manifest.statistics and manifest.statistics.to_json(),
         "left_out": len(made.get("left_out", [])),
         "made": {
@@ -105,7 +109,7 @@ def loader_memory(manifest: Any, config: Config) -> dict[str, int]:
     return {
         "codes_waiting": codes * waiting,
         "decoded_batch_fp32": config.batch_size * 3 * height * width * 4,
-        "latents_fp32": codes * 4,
+        "latents_fp32": config.batch_size * math.prod(contract.latents_shape) * 4,
         "tables_mapped_shared": manifest.patches * 24 + manifest.packs * 64,
     }
 
@@ -143,6 +147,7 @@ def as_text(summary: dict[str, Any]) -> str:
         "latent_id": summary["latent_id"],
         "decoder_id": summary["decoder_id"],
         "codebook": f"{codebook['kind']}, {codebook['summary']}, {origin}",
+        "steps": steps_text(summary["record_steps"]),
         "channels": channels_text(summary["channel_statistics"]),
         "left out": f"{summary['left_out']} pictures",
         "made with": ", ".join(
@@ -154,7 +159,19 @@ def as_text(summary: dict[str, Any]) -> str:
             f"{n.replace('_', ' ')} {megabytes(v)}" for n, v in memory.items()
         ),
     }
-    return "\n".join(f"{name:<14} {text}" for name, text in lines.items())
+    return "\n".join(f"{name:<14} {text}" for name, text in lines.items() if text)
+
+
+def steps_text(steps: dict[str, Any] | None) -> str:
+    """Which steps records have, of how many patches that is; nothing without records."""
+    if steps is None:
+        return ""
+    low, middle, high = (steps["step"][name] for name in ("p5", "p50", "p95"))
+    return (
+        f"{middle} in the middle, {low} to {high} in nine of ten patches; {steps['finest']:.1%} at "
+        f"the finest, {steps['coarsest']:.1%} at the coarsest ({steps['patches']:,} of "
+        f"{steps['of']:,} patches sampled)"
+    )
 
 
 def channels_text(statistics: dict[str, Any] | None) -> str:

@@ -1,4 +1,4 @@
-"""latentds repack: the same codes in other packs, order or splits, slides left out."""
+"""latentds repack: the same patches in other packs, order, splits or codes, slides left out."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ import tyro
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Write a data set anew: codes, columns and masks stay what they are, the old folder too."""
+    """Write a data set anew: codes, columns and masks stay what they are, the old folder too.
+
+    With --encoding and --bytes, or a --codebook, codes are made anew of the stored latents, fewer
+    bytes a patch; what that loses is told, and recorded. No picture is needed.
+    """
 
     folder: Annotated[Path, tyro.conf.Positional]
     """Folder of a data set."""
@@ -32,6 +36,16 @@ class Config:
     """CSV of slide,split or patient,split that takes the place of the old splits."""
     shard_mb: int = 256
     """Size of a shard in MB of codes."""
+    encoding: Literal["u8-sum", "rans"] | None = None
+    """Other codes: u8-sum, additive codebooks fitted to the set's own latents, or rans,
+    entropy-coded records, of a coarser step where the set has records already."""
+    bytes: int | None = None
+    """Bytes a patch of the other codes: of u8-sum a multiple of the latent cells, of rans any."""
+    codebook: Path | None = None
+    """Codebook file for the other codes, as 'latentds fit-codebook --kind additive' makes."""
+    autoencoder: str | None = None
+    """Local folder of the set's autoencoder, where other codes are made and it is not one by name:
+    golden patches are decoded anew."""
     overwrite: bool = False
     """Replace a data set that lies in --out."""
     json: bool = False
@@ -58,6 +72,9 @@ def run(config: Config) -> None:
         "shards": len(manifest.shards),
         "golden": kept,
     }
+    if config.encoding or config.codebook:
+        summary |= manifest.made["repacked"][-1]["recoded"]
+        summary["codebook"] = manifest.made["codebook"]
     text = "\n".join(f"{name:<16} {value}" for name, value in summary.items())
     print(json.dumps(summary, indent=1) if config.json else text)
 
@@ -69,8 +86,10 @@ def options(config: Config) -> Any:
     from latentds.rearranging.slidelists import read_slide_list, read_splits
 
     limits = {"pack_size": (1, 65536), "shard_mb": (1, 65536), "seed": (0, 2**31)}
+    limits |= {"bytes": (16, 1 << 20)}
     for name, (low, high) in limits.items():
-        if not low <= getattr(config, name) <= high:
+        value = getattr(config, name)
+        if value is not None and not low <= value <= high:
             flag = name.replace("_", "-")
             raise InputError(f"--{flag} {getattr(config, name)} is not between {low} and {high}")
     split_by, splits = read_splits(config.splits) if config.splits else ("slide", None)
@@ -83,6 +102,25 @@ def options(config: Config) -> Any:
         splits=splits,
         split_by=split_by,
         shard_bytes=config.shard_mb * 1_000_000,
+        recoding=recoding(config),
+    )
+
+
+def recoding(config: Config) -> Any:
+    """What the patches are to be coded as; None where their codes stay."""
+    from latentds.errors import InputError
+    from latentds.rearranging.recoding import Recoding
+
+    given = [config.encoding, config.bytes, config.codebook]
+    if given == [None] * 3:
+        if config.autoencoder is not None:
+            raise InputError("--autoencoder is for other codes: pass --encoding and --bytes too")
+        return None
+    return Recoding(
+        encoding=config.encoding,
+        patch_bytes=config.bytes,
+        codebook=config.codebook,
+        autoencoder=config.autoencoder,
     )
 
 

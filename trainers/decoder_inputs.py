@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 from latentds_trainers.checkpoints import complete_checkpoints
 from latentds_trainers.finetune_decoder import FinetuneConfig
@@ -14,15 +17,17 @@ from latentds_trainers.shard_pairs import ShardPairs
 
 from latentds.autoencoders import load_autoencoder
 from latentds.autoencoders.base import NetworkAutoencoder
-from latentds.codebooks import StoredCodebook, load_codebook, save_codebook
+from latentds.autoencoders.tiny import shipped_records, tiny_codebook
+from latentds.codebooks import StoredCodebook, load_codebook, save_codebook, sized_book
 from latentds.decoding import find_autoencoder
-from latentds.errors import ContractError, InputError
+from latentds.errors import ContractError, InputError, ShapeError
 from latentds.fit import fit_codebook
 from latentds.loader import LatentLoader
 from latentds.originals import Originals
 from latentds.quantizer import AnyCodebook, dequantize, quantize
 from latentds.reader import ShardSet
 
+T = TypeVar("T")
 DEFAULT_CROP_PX = 256
 CODEBOOK_CROPS = 256
 ENCODED_AT_ONCE = 4
@@ -90,14 +95,21 @@ def open_picture_pairs(config: FinetuneConfig, base: NetworkAutoencoder) -> Pict
 def open_codebook(
     config: FinetuneConfig, base: NetworkAutoencoder, pairs: PicturePairs
 ) -> AnyCodebook:
-    """The codebook that latents made on the fly are rounded with. Collective."""
+    """The codebook that latents made on the fly are rounded with. Collective.
+
+    Of --codebook, else what ships with the latents (tables of entropy-coded records, of a size in
+    proportion to the crops), else one fitted to crops.
+    """
     card = base.card
+    cells = pairs.crop_px // card.factor
+    shape = (card.channels, cells, cells)
+    shipped = fitting_crops(pairs.crop_px, lambda: shipped_records(card.latent_id, shape, None))
     if config.codebook is not None:
         path = config.codebook
         stored = from_first(lambda: load_codebook(path))
-    elif card.name == "tiny-v1":
-        from latentds.autoencoders.tiny import tiny_codebook
-
+    elif shipped is not None:
+        stored = shipped
+    elif card.latent_id == tiny_codebook().latent_id:
         stored = tiny_codebook()
     else:
         stored = fitted_codebook(config, card.latent_id, pairs)
@@ -108,7 +120,16 @@ def open_codebook(
                 "one that was fitted to these"
             )
         )
-    return stored.codebook
+    return fitting_crops(pairs.crop_px, lambda: sized_book(stored.codebook, shape))
+
+
+def fitting_crops(crop_px: int, find: Callable[[], T]) -> T:
+    """What `find` gives; its error, on all ranks alike, says which crops it is about."""
+    try:
+        return find()
+    except (InputError, ShapeError) as error:
+        told = InputError(f"crops of {crop_px} px: {error}; another --crop-px, or --no-quantize")
+        raise same_on_all_ranks(told) from error
 
 
 def fitted_codebook(config: FinetuneConfig, latent_id: str, pairs: PicturePairs) -> StoredCodebook:
@@ -146,7 +167,9 @@ def read_validation(
     images = images.to(base.device)
     latents = torch.cat([base.encode(part) for part in images.split(ENCODED_AT_ONCE)])
     if codebook is not None:
-        latents = dequantize(quantize(latents, codebook), codebook)
+        channels, rows, columns = latents.shape[1:]
+        book = sized_book(codebook, (channels, rows, columns))
+        latents = dequantize(quantize(latents, book), book)
     return Pair(latents, images)
 
 

@@ -89,8 +89,8 @@ class FinetuneConfig(TrainConfig):
     validate_px: int = 256
     """Edge of the crops of pictures, a multiple of the autoencoder's factor."""
     quantize: bool = True
-    """Quantize what is encoded on the fly, by --codebook, tiny's own table, or one fitted to crops
-    of the pictures."""
+    """Quantize what is encoded on the fly, by --codebook, by what ships with the autoencoder
+    (tiny-v1's levels, tiny-v2's records), or by levels fitted to crops of the pictures."""
     codebook: Path | None = None
     """Codebook file of the latents, for --pictures."""
     crop_px: int | None = None

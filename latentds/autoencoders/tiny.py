@@ -25,10 +25,7 @@ from latentds.autoencoders.base import (
     latent_identity,
 )
 from latentds.autoencoders.cards import TINY
-from latentds.codebooks import StoredCodebook, load_codebook
-from latentds.entropy_codebook import EntropyCodebook
-from latentds.entropy_encoding import check_reach
-from latentds.errors import InputError
+from latentds.codebooks import StoredCodebook, load_codebook, sized
 
 CHANNELS = 4  # of tiny-v1
 WIDTHS = (96, 160)  # of its encoder
@@ -162,18 +159,7 @@ def shipped_records(
     wanted = record_bytes or usual
     share = wanted / usual * USUAL_BYTES  # of a patch of 256 px
     stored = min(books, key=lambda s: abs(math.log(math.prod(codes_of(s)) / share)))
-    assert isinstance(stored.codebook, EntropyCodebook)
-    try:
-        book = dataclasses.replace(
-            stored.codebook,
-            latents_shape=latents_shape,
-            record_bytes=wanted,
-            lanes=min(stored.codebook.lanes, max(1, cells // 4)),
-        )
-        check_reach(book)
-    except ValueError as error:
-        raise InputError(f"--bytes {wanted}: {error}") from error
-    return dataclasses.replace(stored, codebook=book)
+    return sized(stored, latents_shape, wanted)
 
 
 @functools.cache

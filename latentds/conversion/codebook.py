@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,13 @@ from tqdm import tqdm
 
 from latentds.additive_fit import fit_additive, plane_range
 from latentds.autoencoders.tiny import shipped_records, tiny_codebook
-from latentds.codebooks import StoredCodebook, load_codebook
+from latentds.codebooks import StoredCodebook, load_codebook, sized
 from latentds.conversion.config import ConvertConfig
 from latentds.conversion.decode import PatchReader
 from latentds.conversion.encode import Encoder, sample_latents
 from latentds.conversion.plan import check_budget
 from latentds.entropy_fit import fit_entropy_codebook
-from latentds.errors import ContractError, InputError
+from latentds.errors import ContractError, InputError, ShapeError
 from latentds.fit import fit_codebook
 from latentds.format import Contract
 
@@ -36,8 +35,8 @@ def find_codebook(
     card = encoder.autoencoder.card
     if config.codebook_file is not None:
         stored = codebook_of_file(config.codebook_file, card.latent_id, card.name)
-        check_bytes(stored, config, encoder, reader)
-        return stored
+        shape = encoder.check_shape(reader.plan.patch_px)
+        return fitting(stored, config.codebook_file, shape, config.bytes)
     if earlier:
         contract = Contract.from_json(earlier["contract"], "plan.json")
         return StoredCodebook(
@@ -53,7 +52,9 @@ def find_codebook(
         if records is not None:
             return records
     if kind == "rans":
-        return fit_records_to_sample(config, encoder, reader)
+        if config.bytes is None:
+            raise InputError("--codebook rans needs --bytes, how many a patch is to take")
+        return fit_records_to_sample(config, encoder, reader, config.bytes)
     shipped = tiny_codebook()
     if kind == "additive" or (kind is None and config.bytes is not None):
         if config.bytes is None:
@@ -66,18 +67,14 @@ def find_codebook(
     return fit_to_sample(config, encoder, reader)
 
 
-def check_bytes(
-    stored: StoredCodebook, config: ConvertConfig, encoder: Encoder, reader: PatchReader
-) -> None:
-    """Refuse --bytes beside a codebook file whose codes take others."""
-    if config.bytes is None:
-        return
-    shape = stored.codebook.codes_shape_of(encoder.check_shape(reader.plan.patch_px))
-    if math.prod(shape) != config.bytes:
-        raise InputError(
-            f"--bytes {config.bytes}: codes of {config.codebook} take {math.prod(shape)} a patch; "
-            "leave --bytes, or fit another codebook"
-        )
+def fitting(
+    stored: StoredCodebook, path: Path, shape: tuple[int, int, int], patch_bytes: int | None
+) -> StoredCodebook:
+    """The codebook of a file for these latents and --bytes; errors name the file."""
+    try:
+        return sized(stored, shape, patch_bytes)
+    except (ShapeError, InputError) as error:
+        raise InputError(f"{path}: {error}") from error
 
 
 def codebook_of_file(path: Path, latent_id: str, name: str) -> StoredCodebook:
@@ -122,18 +119,19 @@ def fit_additive_to_sample(
 
 
 def fit_records_to_sample(
-    config: ConvertConfig, encoder: Encoder, reader: PatchReader
+    config: ConvertConfig, encoder: Encoder, reader: PatchReader, record_bytes: int
 ) -> StoredCodebook:
-    """The codebook of entropy-coded records of --bytes, fitted to patches of the input."""
-    if config.bytes is None:
-        raise InputError("--codebook rans needs --bytes, how many a patch is to take")
+    """The codebook of entropy-coded records of so many bytes, fitted to patches of the input.
+
+    raises  InputError for bytes that these latents cannot be coded in, with those that they can
+    """
     rows, rng, drawn = draw_rows(config, reader)
     chunks = sample_chunks(reader, rng.permutation(rows), encoder.batch)
     batches = (encoder.latents(chunk).cpu() for chunk in chunks if len(chunk))
     try:
-        codebook, report = fit_entropy_codebook(batches, config.bytes)
+        codebook, report = fit_entropy_codebook(batches, record_bytes)
     except ValueError as error:
-        raise InputError(f"--bytes {config.bytes}: {error}") from error
+        raise InputError(f"--bytes {record_bytes}: {error}") from error
     return StoredCodebook(
         codebook=codebook,
         latent_id=encoder.autoencoder.card.latent_id,
@@ -144,15 +142,18 @@ def fit_records_to_sample(
 def planes_of(patch_bytes: int, channels: int, cells: int, method: str = "auto") -> int:
     """Code planes that take so many bytes a patch; InputError that says what is possible."""
     least, most = plane_range(method, channels)
+    most = min(most, channels)  # a byte a value is what scalar codes take, without any search
     planes, rest = divmod(patch_bytes, cells)
     if rest == 0 and least <= planes <= most:
         return planes
     possible = f"{least * cells:,} alone" if least == most else (
-        f"multiples of {cells:,} from {least * cells:,} to {most * cells:,}"
+        f"{', '.join(f'{n * cells:,}' for n in range(least, min(most, least + 3)))}"
+        f"{', ...' if most > least + 3 else ''} or {most * cells:,}"
     )  # fmt: skip
     raise InputError(
-        f"--bytes {patch_bytes}: latents of {channels} channels x {cells:,} cells become planes of "
-        f"{cells:,} bytes; possible with {method} codes are {possible}"
+        f"--bytes {patch_bytes}: additive codes ({method}) of latents of {channels} channels x "
+        f"{cells:,} cells take {possible}, a byte a cell and plane, at most one a value; "
+        "entropy-coded records, --codebook rans, are not bound to cells"
     )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from latentds.autoencoders import load_autoencoder
 from latentds.autoencoders.base import Autoencoder, hash_tensors, short
 from latentds.autoencoders.tiny import load_tiny, tiny_codebook
-from latentds.codebooks import StoredCodebook, load_codebook
+from latentds.codebooks import StoredCodebook, load_codebook, sized_book
 from latentds.embedders.backbone_record import (
     CODEBOOK,
     RECORD,
@@ -52,7 +52,9 @@ class LatentInput(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         latents = self.autoencoder.encode(self.check(images)).float()
         if self.codebook is not None:
-            latents = dequantize(quantize(latents, self.codebook), self.codebook)
+            channels, rows, columns = latents.shape[1:]
+            book = sized_book(self.codebook, (channels, rows, columns))
+            latents = dequantize(quantize(latents, book), book)
         return self.stem.normalize(latents)
 
 

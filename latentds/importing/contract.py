@@ -121,9 +121,12 @@ def decide(
     from latentds.version import __version__
 
     codebook, origin = choose_codebook(files, patches, identity, options)
+    if files.dtype == "uint8":
+        check_codebook(patches, codebook.codebook_id)
     try:
         is_codes = files.dtype == "uint8"
-        shape = codebook.latents_shape_of(files.shape) if is_codes else files.shape
+        channels, *cells = codebook.latents_shape_of(files.shape) if is_codes else files.shape
+        shape = (channels, cells[0], cells[1])
         codes_shape = codebook.codes_shape_of(shape)
     except ShapeError as error:
         raise InputError(f"{patches[0].path}: {error}; pass another --codebook") from error
@@ -153,6 +156,16 @@ def decide(
         "left_out": [],
     }
     return contract, made
+
+
+def check_codebook(patches: Sequence[ForeignPatch], codebook_id: str) -> None:
+    """Refuse codes of another codebook, where a table tells whose they are."""
+    for patch in patches:
+        if patch.codebook_id not in ("", codebook_id):
+            raise ContractError(
+                f"{patch.path}: its codes are of the codebook {patch.codebook_id}, the import's is "
+                f"{codebook_id}; pass that --codebook, or import each codebook's patches apart"
+            )
 
 
 def patch_size(
@@ -193,6 +206,11 @@ def choose_codebook(
         return stored.codebook, made
     if files.dtype != "uint8":
         return fit_to_sample(files, patches, options)
+    if len(files.shape) == 1:
+        raise InputError(
+            f"{patches[0].path}: rows of {files.shape[0]} bytes are records, which their codebook "
+            "alone can read: pass --codebook (an export holds it as codebook-*.safetensors)"
+        )
     if options.scale is None or options.shift is None or options.scale <= 0:
         raise InputError(
             f"{patches[0].path}: bytes do not say what they stand for. Pass --scale (above 0) and "
@@ -214,7 +232,7 @@ def fit_to_sample(
     rng = np.random.default_rng([options.seed, 1])
     count = min(options.fit_patches, len(members))
     drawn = np.sort(rng.choice(len(members), count, replace=False))
-    channels, rows, columns = files.shape
+    channels, rows, columns = files.shape  # of floats, which are never records
     cells = min(rows * columns, max(16, MAX_SAMPLE_VALUES // (channels * count)))
     samples = np.empty((channels, count * cells), np.float32)
     for place, number in enumerate(tqdm(drawn, desc="codebook", delay=1, disable=None)):

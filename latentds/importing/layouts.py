@@ -41,6 +41,7 @@ class ForeignPatch:
     """One patch's latents in someone's file, and what names and tables say of it.
 
     path  file relative to the input; row  of the file's array, None where the file is one patch
+    codebook_id  that an export's table tells of its codes; empty where nothing does
     """
 
     source: str
@@ -54,6 +55,7 @@ class ForeignPatch:
     mpp: float | None = None
     size_px: int | None = None
     source_encoding: str = ""
+    codebook_id: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,12 +105,14 @@ def list_latents(root: Path, options: ListingOptions) -> tuple[str, list[Foreign
 
 def detect(base: Path, paths: Sequence[str]) -> str:
     """The layout of what lies there, by its file names and the first array's dimensions."""
+    if TABLE in paths and is_export(base):
+        return "npy"
     if any(PIXCELL.search(path) for path in paths):
         return "pixcell"
     if any(ZOOMLDM.search(path) for path in paths):
         return "zoomldm"
     npy = next((path for path in paths if path.endswith(".npy")), None)
-    if npy is not None and len(read_npy_header(base / npy).shape) == 3:
+    if npy is not None and len(read_npy_header(base / npy).shape) in (1, 3):
         return "npy"
     if any(PurePosixPath(path).suffix in ARRAY_SUFFIXES for path in paths):
         return "arrays"
@@ -170,8 +174,8 @@ def list_zoomldm(base: Path, paths: list[str], options: ListingOptions) -> list[
 
 def list_npy(base: Path, paths: list[str], options: ListingOptions) -> list[ForeignPatch]:
     """One npy a patch in [split/][class/[slide/]] folders, or as `latentds export` wrote them."""
-    if TABLE in paths and (patches := read_table(base)) is not None:
-        return patches
+    if TABLE in paths and is_export(base):
+        return read_table(base)
     found = [path for path in paths if path.endswith(".npy")]
     has_splits = options.split_folders and bool(found) and are_splits(base, found)
     pictures = [place(path, has_splits, options.labels) for path in found]
@@ -182,12 +186,17 @@ def list_npy(base: Path, paths: list[str], options: ListingOptions) -> list[Fore
     ]
 
 
-def read_table(base: Path) -> list[ForeignPatch] | None:
-    """The patches of an export's table.csv; None where the file is another kind of table."""
+def is_export(base: Path) -> bool:
+    """Whether table.csv is what `latentds export` writes, and no other kind of table."""
+    with (base / TABLE).open(newline="", encoding="utf-8") as file:
+        names = set(csv.DictReader(file).fieldnames or ())
+    return {"path", "split", "source", "codebook_id"} <= names
+
+
+def read_table(base: Path) -> list[ForeignPatch]:
+    """The patches of an export's table.csv."""
     with (base / TABLE).open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
-        if not {"path", "split", "source", "codebook_id"} <= set(reader.fieldnames or ()):
-            return None
         return [table_patch(base, record, reader.line_num) for record in reader]
 
 
@@ -208,6 +217,7 @@ def table_patch(base: Path, record: dict[str, Any], line: int) -> ForeignPatch:
         label=record.get("label") or None,
         slide=record.get("slide") or None,
         source_encoding=record.get("source_encoding") or "",
+        codebook_id=record.get("codebook_id") or "",
         **numbers,
     )
 

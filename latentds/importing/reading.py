@@ -26,7 +26,7 @@ class LatentFiles:
     scaling   scale and shift from stored values to latents, None for 1 and 0
     flat      (C, h, w) of rows stored flat
 
-    shape      (C, h, w)
+    shape      (C, h, w), or (R,) of entropy-coded records
     dtype      as stored
     not_taken  what the files hold besides
     """
@@ -50,11 +50,12 @@ class LatentFiles:
                 f"{base / first.path}: stored as {self.dtype}; latents are {', '.join(FLOATS)} or "
                 "uint8"
             )
-        if len(values.shape) != 3 or min(values.shape) < 1:
+        is_record = len(values.shape) == 1 and self.dtype == "uint8"
+        if not (is_record or len(values.shape) == 3) or min(values.shape) < 1:
             raise InputError(
                 f"{base / first.path}: latents of shape {values.shape}, not (C, h, w); pass --shape"
             )
-        self.shape: tuple[int, int, int] = values.shape
+        self.shape: tuple[int, ...] = values.shape
 
     def open(self, patch: ForeignPatch) -> np.ndarray:
         """The stored values of the first patch; notes their type and what is passed over."""
@@ -84,12 +85,12 @@ class LatentFiles:
         return values
 
     def stored(self, patch: ForeignPatch) -> np.ndarray:
-        """Stored values (C, h, w) of a patch; InputError where they have another shape."""
+        """Stored values of a patch; InputError where they have another shape than the first."""
         values = self.read(patch)
         if values.shape != self.shape:
             raise InputError(
-                f"{self.base / patch.path}: latents of {values.shape}, others of {self.shape}; "
-                "import them apart"
+                f"{self.base / patch.path}: values of {values.shape}, others of {self.shape}; cut "
+                "short, or to be imported apart"
             )
         return values
 

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from latentds.autoencoders.base import Autoencoder
 from latentds.columns import SCHEMA
 from latentds.composing import Composer, Part, complete
+from latentds.entropy_codebook import EntropyCodebook
 from latentds.errors import InputError
 from latentds.format import GOLDEN, SPLIT_PATTERN, Contract, patch_key
 from latentds.golden import choose_rows, decode_pixels, encode_golden, latents_pixels, no_golden
@@ -24,33 +25,12 @@ from latentds.importing.contract import Identity, ImportOptions, decide, identif
 from latentds.importing.layouts import ForeignPatch, list_latents
 from latentds.importing.reading import LatentFiles
 from latentds.manifest import Manifest
-from latentds.quantizer import dequantize, quantize
+from latentds.metrics import Distortion
+from latentds.quantizer import AnyCodebook, dequantize, quantize
 from latentds.rearranging.outputs import new_data_set
 from latentds.storage import write_atomically
 
 logger = logging.getLogger(__name__)
-
-
-class Loss:
-    """What quantizing did to all latents: sums for their variance and mean squared error."""
-
-    def __init__(self) -> None:
-        self.values, self.sums = 0, np.zeros(3)  # of values, their squares, squared errors
-
-    def add(self, latents: np.ndarray, stored: np.ndarray) -> None:
-        """Count a patch's latents and the levels that stand for them."""
-        exact = latents.astype(np.float64)
-        self.values += exact.size
-        self.sums += exact.sum(), np.square(exact).sum(), np.square(exact - stored).sum()
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values; no SNR where nothing was lost."""
-        if not self.values:
-            return {"mse": 0.0, "snr_db": None}
-        mean, square, mse = (self.sums / self.values).tolist()
-        variance = square - mean * mean
-        snr_db = 10 * float(np.log10(variance / mse)) if mse > 0 and variance > 0 else None
-        return {"mse": float(f"{mse:.4g}"), "snr_db": None if snr_db is None else round(snr_db, 2)}
 
 
 def import_latents(
@@ -93,9 +73,9 @@ def write_shards(
     files: LatentFiles,
     ordered: dict[str, list[ForeignPatch]],
     options: ImportOptions,
-) -> Loss:
+) -> Distortion:
     """Write the shards of every split; returns what quantizing did."""
-    loss, contract = Loss(), composer.contract
+    loss, contract = Distortion(), composer.contract
     total = sum(len(patches) for patches in ordered.values())
     with tqdm(total=total, desc="patches", unit="patch", delay=1, disable=None) as bar:
         for split, patches in ordered.items():
@@ -135,13 +115,15 @@ def read_packs(
     patches: Sequence[ForeignPatch],
     contract: Contract,
     pack_size: int,
-    loss: Loss,
+    loss: Distortion,
     bar: tqdm[Any],
 ) -> Iterator[Part]:
     """Codes and columns of the packs."""
     for start in range(0, len(patches), pack_size):
         part = patches[start : start + pack_size]
         codes = np.stack([read_codes(files, patch, contract, loss) for patch in part])
+        if files.dtype == "uint8":
+            check_intact(codes, part, contract.codebook)
         names = ("label", "slide", "x", "y", "mpp", "size_px", "source")
         columns: dict[str, Any] = {n: [getattr(patch, n) for patch in part] for n in names}
         columns["source_encoding"] = [p.source_encoding or files.encoding(p) for p in part]
@@ -149,8 +131,21 @@ def read_packs(
         bar.update(len(part))
 
 
+def check_intact(codes: np.ndarray, patches: Sequence[ForeignPatch], codebook: AnyCodebook) -> None:
+    """Refuse records that are not what their codebook's encoder writes: files have no checksum."""
+    if not isinstance(codebook, EntropyCodebook):
+        return
+    intact = codebook.integers(torch.from_numpy(codes)).intact
+    if not bool(intact.all()):
+        patch = patches[int((~intact).nonzero()[0, 0])]
+        raise InputError(
+            f"{patch.path}: a damaged record, or one of other tables than {codebook.codebook_id}; "
+            "export it anew"
+        )
+
+
 def read_codes(
-    files: LatentFiles, patch: ForeignPatch, contract: Contract, loss: Loss
+    files: LatentFiles, patch: ForeignPatch, contract: Contract, loss: Distortion
 ) -> np.ndarray:
     """Codes uint8 of a patch: its bytes where they are codes, else its nearest levels."""
     if files.dtype == "uint8":
@@ -180,7 +175,7 @@ def make_golden(
         return no_golden()
     rows = choose_rows(len(patches), seed)
     chosen = [patches[row] for row in rows]
-    codes = np.stack([read_codes(files, patch, contract, Loss()) for patch in chosen])
+    codes = np.stack([read_codes(files, patch, contract, Distortion()) for patch in chosen])
     decoded = decode_pixels(codes, [contract.codebook], identity.autoencoder, contract.patch_px)
     if files.dtype == "uint8":
         return encode_golden(rows, codes, list(decoded), decoded)

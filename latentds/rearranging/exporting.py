@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from tqdm import tqdm
 from latentds.codebooks import StoredCodebook, save_codebook
 from latentds.errors import InputError
 from latentds.format import FORMAT, canonical_json
+from latentds.lookup import make_integers
 from latentds.quantizer import dequantize_each
 from latentds.reader import ShardSet
 from latentds.rearranging.filenames import patch_path
@@ -90,8 +91,8 @@ def parquet_card(splits: Sequence[str]) -> str:
     for split in splits:
         lines += [f"  - split: {split}", f"    path: data/{split}-*.parquet"]
     text = (
-        "A patch a row, exported from a latentds data set: `codes` are uint8, indices "
-        f"into the codebook of `codebook_id`, whose contract is in `{CONTRACT}`."
+        "A patch a row, exported from a latentds data set: `codes` are uint8, as stored; what they "
+        f"mean by the codebook of `codebook_id` is told by the contracts in `{CONTRACT}`."
     )
     return "\n".join([*lines, "---", "", text, ""])
 
@@ -149,36 +150,61 @@ def export_npy(
     split: str | None = None,
     latents: bool = False,
     overwrite: bool = False,
+    integers: bool = False,
 ) -> int:
     """Write `OUT/SPLIT/LABEL/SLIDE/KEY.npy`, a patch a file, and `table.csv` with their columns.
 
-    latents  float32 (C, h, w) that the codebook gives instead of uint8 codes; codes come
-             with their codebooks as `codebook-ID.safetensors`
-    returns  patches written
+    latents   float32 (C, h, w) that the codebook gives instead of uint8 codes; codes come
+              with their codebooks as `codebook-ID.safetensors`
+    integers  int16 (C, h, w) that entropy-coded records hold, with the step each patch's count in
+              as a further column: latents are integers * (step / gains of the codebook)
+    returns   patches written
+    raises    InputError for integers of a set whose codes are no records
     """
     shards = ShardSet(folder)
     splits = [split] if split else sorted(shards.manifest.splits)
-    books, count = shards.manifest.codebooks, 0
+    count, values_of = 0, values_reader(shards, latents, integers)
     with new_folder(Path(out), overwrite, sources_of(folder)) as target:
         write_contract(shards, target)
         if not latents:
             save_codebooks(shards, target)
         with (target / TABLE).open("w", newline="", encoding="utf-8") as file:
             table = csv.writer(file)
-            table.writerow(FIELDS)
+            table.writerow((*FIELDS, "step") if integers else FIELDS)
             for name, rows in blocks(shards, splits):
-                codes = shards.read_codes(rows)
-                values = codes
-                if latents:
-                    numbers = shards.codebook_numbers(rows)
-                    values = dequantize_each(torch.from_numpy(codes), numbers, books).numpy()
-                for row, value in zip(read_rows(shards, name, rows), values, strict=True):
+                known = read_rows(shards, name, rows)
+                for row, value, more in zip(known, *values_of(rows), strict=True):
                     path = f"{name}/{patch_path(row.label, row.slide, row.key, '.npy')}"
                     (target / path).parent.mkdir(parents=True, exist_ok=True)
                     np.save(target / path, value)
-                    table.writerow(table_line(path, row, FIELDS))
+                    table.writerow([*table_line(path, row, FIELDS), *more])
                 count += len(rows)
     return count
+
+
+def values_reader(
+    shards: ShardSet, latents: bool, integers: bool
+) -> Callable[[np.ndarray], tuple[np.ndarray, list[list[float]]]]:
+    """A function that gives rows' values to be written, and what further columns say of each."""
+    books = shards.manifest.codebooks
+    records = make_integers(books) if integers else None
+    if integers and records is None:
+        raise InputError(
+            f"{shards.folder}: codes are encoded as {books[0].encoding!r}, integers are of records "
+            "('rans'); leave --integers: these codes are what is stored"
+        )
+
+    def read(rows: np.ndarray) -> tuple[np.ndarray, list[list[float]]]:
+        stored, numbers = shards.read_codes(rows), shards.codebook_numbers(rows)
+        if latents:
+            found = dequantize_each(torch.from_numpy(stored), numbers, books)
+            return found.numpy(), [[]] * len(rows)
+        if records is None:
+            return stored, [[]] * len(rows)
+        given = torch.from_numpy(stored), torch.from_numpy(numbers)
+        return records(*given).numpy(), records.steps(*given)[:, None].tolist()
+
+    return read
 
 
 def save_codebooks(shards: ShardSet, target: Path) -> None:

@@ -1,4 +1,4 @@
-"""Repack a data set: other packs, order, splits, slides left out; every code stays what it is."""
+"""Repack a data set: other packs, order, splits, slides left out, and, if wished, other codes."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from latentds.golden import read_golden_table, renumbered
 from latentds.manifest import Manifest
 from latentds.reader import ShardSet
 from latentds.rearranging.outputs import local_folder, new_data_set
+from latentds.rearranging.recoding import Recoder, Recoding
 from latentds.sources.names import patient_of
 from latentds.storage import write_atomically
 
@@ -40,6 +41,7 @@ class Repacking:
     exclude_slides  names of slides whose patches are left out
     splits          split of every slide, or of every patient (`split_by`), instead of the old ones
     shard_bytes     of codes a shard
+    recoding        other codes, made of the stored latents; None keeps every code
     """
 
     pack_size: int = 256
@@ -50,6 +52,7 @@ class Repacking:
     splits: Mapping[str, str] | None = None
     split_by: Literal["slide", "patient"] = "slide"
     shard_bytes: int = SHARD_BYTES
+    recoding: Recoding | None = None
 
     def recorded(self) -> dict[str, Any]:
         """For the manifest: numbers of slides, never the name of one that was withdrawn."""
@@ -75,36 +78,47 @@ def repack(
     options: Repacking | None = None,
     overwrite: bool = False,
 ) -> Manifest:
-    """A new data set of the same codes, columns and masks; the old one is only read.
+    """A new data set of the same columns and masks, and, without `recoding`, of the same codes.
 
-    Holds the columns in memory, some 100 bytes a patch. Patches of different codebooks cannot share
-    a shard: each codebook's stay together within a split. Golden patches are those of the old set
-    that are still there, which may be none.
+    The old one is only read. Holds the columns in memory, some 100 bytes a patch. Patches of
+    different codebooks cannot share a shard: each codebook's stay together within a split. Golden
+    patches are those of the old set that are still there, which may be none.
     """
     out, source, options = Path(out), local_folder(folder), options or Repacking()
     shards = ShardSet(source)
     manifest = shards.manifest
     kept = remaining_rows(shards, options.exclude_slides)
+    recoder = Recoder(shards, options.recoding, options.seed) if options.recoding else None
     with new_data_set(out, overwrite, [source]):
         columns = read_columns(shards)
         stretches = [
             Stretch(stretch.split, stretch.book, arrange(shards, columns, stretch.rows, options))
             for stretch in divide(shards, kept, options)
         ]
-        composer = Composer(out, manifest.contract)
+        contracts = [
+            dataclasses.replace(manifest.contract, codebook=book) for book in manifest.codebooks
+        ]
+        if recoder:
+            contracts = [recoder.contract] * len(contracts)
+        composer = Composer(out, contracts[0])
         with tqdm(total=len(kept), desc="patches", unit="patch", delay=1, disable=None) as bar:
             for stretch in stretches:
-                contract = dataclasses.replace(
-                    manifest.contract, codebook=manifest.codebooks[stretch.book]
-                )
                 packs = read_packs(shards, columns, stretch, options, bar)
-                composer.add_packs(stretch.split, contract, packs, options.shard_bytes)
-        repacked = composer.tables(describe(manifest, options))
-        if repacked.contract.codebook.codebook_id != manifest.contract.codebook.codebook_id:
+                if recoder:
+                    packs = recoder.recoded(packs, manifest.codebooks[stretch.book])
+                composer.add_packs(
+                    stretch.split, contracts[stretch.book], packs, options.shard_bytes
+                )
+        repacked = composer.tables(describe(manifest, options, recoder))
+        if (
+            recoder is None
+            and repacked.contract.codebook.codebook_id != manifest.contract.codebook.codebook_id
+        ):
             made = repacked.made | {"codebook": {"origin": "of a part of a merged set"}}
             repacked = dataclasses.replace(repacked, made=made)
         order = np.concatenate([stretch.rows for stretch in stretches])
-        write_atomically(out / GOLDEN, move_golden(shards, order))
+        golden = recoder.golden(order) if recoder else move_golden(shards, order)
+        write_atomically(out / GOLDEN, golden)
         return complete(out, repacked)
 
 
@@ -189,7 +203,7 @@ def arrange(
 def read_packs(
     shards: ShardSet, columns: pa.Table, stretch: Stretch, options: Repacking, bar: tqdm[Any]
 ) -> Iterator[Part]:
-    """Codes, columns and masks of the new packs of a stretch."""
+    """Stored codes, columns and masks of the new packs of a stretch."""
     rows = stretch.rows
     if options.group_by == "slide":
         ends = np.flatnonzero(np.diff(shards.patches["slide"][rows])) + 1
@@ -238,7 +252,7 @@ def move_golden(shards: ShardSet, order: np.ndarray) -> bytes:
     return encode_table(renumbered(table, rows))
 
 
-def describe(manifest: Manifest, options: Repacking) -> dict[str, Any]:
+def describe(manifest: Manifest, options: Repacking, recoder: Recoder | None) -> dict[str, Any]:
     """The old set's `made` with what was done to it; sources of excluded slides are not in it."""
     excluded = options.exclude_slides
     left_out = [
@@ -247,5 +261,9 @@ def describe(manifest: Manifest, options: Repacking) -> dict[str, Any]:
         if not any(slide in str(entry.get("source")) for slide in excluded)
     ]
     done = {"from": manifest.dataset_id} | options.recorded()
+    changed: dict[str, Any] = {"left_out": left_out}
+    if recoder:
+        done["recoded"] = recoder.recorded()
+        changed["codebook"] = recoder.stored.made
     history = [*manifest.made.get("repacked", []), done]
-    return dict(manifest.made) | {"left_out": left_out, "repacked": history}
+    return dict(manifest.made) | changed | {"repacked": history}

@@ -199,7 +199,7 @@ def latentds_loader(spec: Spec) -> Any:
         batch_size=spec["batch_size"],
         shuffle=True,
         device=spec["device"],
-        decode=spec["decode"],
+        decode="stored" if spec["decode"] == "codes" else spec["decode"],  # as its peers' bytes
         num_workers=spec["workers"],
         autoencoder=spec["autoencoder"],
     )

@@ -32,7 +32,7 @@ class Feeding:
         self.config, self.device = config, device
         self.has_decoder = config.input == "pixels"
         dtype = getattr(torch, str(config.dtype))
-        self.codes_loader = open_loader(source, config, device, dtype, decode="codes")
+        self.codes_loader = open_loader(source, config, device, dtype, decode="stored")
         self.stem, self.views = None, None
         if self.has_decoder:
             self.views = pixel_views(config)

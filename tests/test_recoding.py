@@ -1,0 +1,250 @@
+"""repack --encoding: other codes for a set's patches, made of its latents without a picture."""
+
+import json
+import logging
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from latentds.additive_fit import fit_additive
+from latentds.codebooks import StoredCodebook, save_codebook
+from latentds.entropy_fit import fit_entropy_codebook
+from latentds.errors import ContractError, InputError, WeightsError
+from latentds.golden import read_golden_table
+from latentds.loader import LatentLoader
+from latentds.manifest import read_manifest
+from latentds.mixture import Mixture
+from latentds.reader import ShardSet
+from latentds.rearranging import recoding as module
+from latentds.rearranging.merging import merge
+from latentds.rearranging.recoding import Recoding
+from latentds.rearranging.repacking import Repacking, repack
+from latentds.verification import verify
+from tests.conftest import convert_with_mean, save_pictures
+from tests.fakes import MeanAutoencoder
+from tests.test_encodings import latents_of
+from tests.test_tools import call
+
+LATENT_ID = MeanAutoencoder().card.latent_id
+
+
+def dense_latents(seed: int) -> np.ndarray:
+    """Latents (N, 3, 4, 4) near zero, as records are made for."""
+    return np.random.default_rng(seed).laplace(0, 0.5, (64, 3, 4, 4)).astype(np.float32)
+
+
+def save_book(path, book, latent_id: str = LATENT_ID):
+    save_codebook(StoredCodebook(codebook=book, latent_id=latent_id, made={"origin": "a"}), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory):
+    """The same pictures as u8 of 48 bytes, as u8-sum of 32 and as records of 36."""
+    root = tmp_path_factory.mktemp("recoding")
+    save_pictures(root / "in" / "train" / "a" / "s.1", 20)
+    save_pictures(root / "in" / "val" / "a" / "s.2", 6, 500)
+    books = {
+        "u8": None,
+        "u8-sum": fit_additive(dense_latents(0).transpose(0, 2, 3, 1).reshape(-1, 3), 2)[0],
+        "rans": fit_entropy_codebook(dense_latents(0), 36, lanes=1)[0],
+    }
+    for name, book in books.items():
+        path = book and save_book(root / f"{name}.safetensors", book)
+        convert_with_mean(root / "in", root / name, codebook=path, pack_size=4)
+    return {name: root / name for name in books}
+
+
+def recode(source, out, **options) -> dict:
+    """Repack in the stored order with other codes; what the manifest records of it."""
+    recoding = Recoding(autoencoder=MeanAutoencoder(), **options)
+    repacking = Repacking(order="stored", pack_size=4, recoding=recoding)
+    return repack(source, out, repacking).made["repacked"][-1]["recoded"]
+
+
+CASES = [
+    ("u8", {"encoding": "u8-sum", "patch_bytes": 32}),
+    ("u8", {"encoding": "u8-sum", "patch_bytes": 16}),
+    ("u8-sum", {"encoding": "u8-sum", "patch_bytes": 16}),
+    ("rans", {"encoding": "u8-sum", "patch_bytes": 16}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_new_codes_stand_for_the_latents_and_the_loss_is_told(sets, tmp_path, name, options):
+    told = recode(sets[name], tmp_path / "out", **options)
+    contract = read_manifest(tmp_path / "out").contract
+    assert contract.encoding == "u8-sum" and contract.bytes_per_patch == options["patch_bytes"]
+    assert told["from"] == {"encoding": name, "bytes": {"u8": 48, "u8-sum": 32, "rans": 36}[name]}
+    assert told["to"] == {"encoding": "u8-sum", "bytes": options["patch_bytes"]}
+    before, after = latents_of(sets[name]), latents_of(tmp_path / "out")
+    assert told["lost"]["mse"] == pytest.approx(float((before - after).square().mean()), rel=1e-3)
+    assert told["lost"]["snr_db"] > 5
+    result = verify(tmp_path / "out", autoencoder=MeanAutoencoder())
+    assert result.is_good and result.notes == ()
+
+
+def test_records_become_smaller_by_a_coarser_step(sets, tmp_path):
+    book = fit_entropy_codebook(dense_latents(0), 24, lanes=1)[0]
+    path = save_book(tmp_path / "book.safetensors", book)
+    told = recode(sets["rans"], tmp_path / "out", encoding="rans", codebook=path)
+    assert told["to"] == {"encoding": "rans", "bytes": 24} and 5 < told["lost"]["snr_db"] < 40
+    old, new = (ShardSet(f) for f in (sets["rans"], tmp_path / "out"))
+    steps = [
+        s.manifest.contract.codebook.steps[s.read_codes(np.arange(26))[:, 0]] for s in (old, new)
+    ]
+    assert (steps[1] > steps[0]).all()
+    assert verify(tmp_path / "out", autoencoder=MeanAutoencoder()).is_good
+
+
+def test_records_are_made_of_levels_by_tables_fitted_to_them(tmp_path):
+    (tmp_path / "in").mkdir()
+    for number in range(40):  # cells of colours around grey: latents around 0
+        noise = np.random.default_rng(number).laplace(128, 20, (8, 8, 3)).clip(0, 255)
+        picture = Image.fromarray(noise.astype(np.uint8)).resize((64, 64), Image.Resampling.NEAREST)
+        picture.save(tmp_path / "in" / f"{number}.png")
+    convert_with_mean(tmp_path / "in", tmp_path / "set")
+    told = recode(tmp_path / "set", tmp_path / "out", encoding="rans", patch_bytes=120)
+    assert told["to"] == {"encoding": "rans", "bytes": 120}
+    assert read_manifest(tmp_path / "out").made["codebook"]["record_fit"]["patches"] == 40
+    error = (latents_of(tmp_path / "out") - latents_of(tmp_path / "set")).square().mean()
+    assert told["lost"]["mse"] == pytest.approx(float(error), rel=1e-3)
+    assert verify(tmp_path / "out", autoencoder=MeanAutoencoder()).is_good
+
+
+def test_columns_and_golden_patches_stay(sets, tmp_path):
+    recode(sets["u8"], tmp_path / "out", encoding="u8-sum", patch_bytes=32)
+    old, new = (ShardSet(f) for f in (sets["u8"], tmp_path / "out"))
+    names = ("key", "label", "slide", "source")
+    columns = [s.read_columns(np.arange(26), names) for s in (old, new)]
+    assert columns[0] == columns[1]
+    tables = [read_golden_table(sets["u8"]), read_golden_table(tmp_path / "out")]
+    rows, thumbnails = ([t[name].to_pylist() for t in tables] for name in ("row", "thumbnail_png"))
+    assert rows[0] == rows[1] and thumbnails[0] == thumbnails[1] and len(rows[0]) == 8
+
+
+def test_a_merged_set_gets_one_codebook(sets, tmp_path):
+    save_pictures(tmp_path / "in" / "train" / "b" / "s.9", 8, 900)
+    convert_with_mean(tmp_path / "in", tmp_path / "b")
+    merge([sets["u8"], tmp_path / "b"], tmp_path / "ab")
+    assert len(read_manifest(tmp_path / "ab").codebooks) == 2
+    recode(tmp_path / "ab", tmp_path / "out", encoding="u8-sum", patch_bytes=32)
+    assert len(read_manifest(tmp_path / "out").codebooks) == 1
+    difference = latents_of(tmp_path / "out") - latents_of(tmp_path / "ab")
+    assert difference.square().mean() < 0.01
+
+
+PAIRS = [("u8", "u8-sum"), ("u8", "rans"), ("rans", "u8-sum")]
+
+
+@pytest.mark.parametrize("names", [*PAIRS, *(pair[::-1] for pair in PAIRS)])
+def test_unlike_sets_are_refused_with_the_command_that_helps(sets, tmp_path, names):
+    folders = [sets[name] for name in names]
+    with pytest.raises(ContractError) as caught:
+        merge(folders, tmp_path / "out")
+    text = str(caught.value)
+    assert all(str(folder) in text for folder in folders)
+    assert f"encoding {names[1]}, but" in text and f"has {names[0]};" in text
+    aim = "u8-sum" if "u8-sum" in names else "rans"
+    changed = sets[names[1] if names[0] == aim else names[0]]
+    size = {"u8-sum": 32, "rans": 36}[aim]
+    wanted = f"'latentds repack {changed} --out NEW --encoding {aim} --bytes {size}'"
+    assert wanted in text and "MixedLoader" in text
+    with pytest.raises(ContractError, match="MixedLoader"):
+        LatentLoader(Mixture(dict.fromkeys(folders, 1.0)), "train", batch_size=2)
+
+
+def test_a_repacked_set_merges_with_the_other(sets, tmp_path):
+    save_pictures(tmp_path / "in" / "train" / "b" / "s.9", 8, 900)
+    convert_with_mean(tmp_path / "in", tmp_path / "b")  # levels
+    recode(tmp_path / "b", tmp_path / "b-sum", encoding="u8-sum", patch_bytes=32)
+    merge([sets["u8-sum"], tmp_path / "b-sum"], tmp_path / "ab")
+    assert verify(tmp_path / "ab", autoencoder=MeanAutoencoder()).is_good
+
+
+def test_sets_of_two_record_sizes_say_which_is_to_be_repacked(sets, tmp_path):
+    path = save_book(
+        tmp_path / "b.safetensors", fit_entropy_codebook(dense_latents(0), 24, lanes=1)[0]
+    )
+    recode(sets["rans"], tmp_path / "small", codebook=path)
+    with pytest.raises(ContractError, match=rf"repack {sets['rans']} .* --bytes 24'"):
+        merge([sets["rans"], tmp_path / "small"], tmp_path / "out")
+
+
+def test_the_same_seed_gives_the_same_bytes(sets, tmp_path):
+    for name in ("a", "b"):
+        recode(sets["u8"], tmp_path / name, encoding="u8-sum", patch_bytes=32)
+    first, second = (read_manifest(tmp_path / name).dataset_id for name in ("a", "b"))
+    assert first == second
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        (
+            "u8-sum",
+            {"encoding": "u8-sum", "patch_bytes": 32},
+            "do not get better by 32 bytes of u8",
+        ),
+        ("rans", {"encoding": "rans", "patch_bytes": 40}, r"36 bytes a patch \(rans\) do not get"),
+        ("u8", {"encoding": "u8-sum", "patch_bytes": 20}, r"--bytes 20: .* take 16, 32 or 48"),
+        ("u8", {"encoding": "u8-sum"}, "need --encoding and --bytes"),
+        ("u8", {"patch_bytes": 32}, "need --encoding and --bytes"),
+    ],
+)
+def test_codes_that_cannot_be_made_are_refused_with_what_can(sets, tmp_path, name, options, words):
+    with pytest.raises(InputError, match=words):
+        recode(sets[name], tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_codebooks_of_other_latents_kinds_and_bytes_are_refused_by_file(sets, tmp_path):
+    book = fit_additive(np.random.default_rng(0).normal(size=(500, 3)).astype(np.float32), 1)[0]
+    other = save_book(tmp_path / "other.safetensors", book, "sha256:" + "0" * 64)
+    with pytest.raises(ContractError, match=r"other.safetensors: fitted to latents sha256:000"):
+        recode(sets["u8"], tmp_path / "out", codebook=other)
+    own = save_book(tmp_path / "own.safetensors", book)
+    with pytest.raises(InputError, match=r"own.safetensors: .*'u8-sum', wanted are rans"):
+        recode(sets["u8"], tmp_path / "out", codebook=own, encoding="rans")
+    with pytest.raises(InputError, match=r"own.safetensors: --bytes 32: .* take 16 a patch"):
+        recode(sets["u8"], tmp_path / "out", codebook=own, patch_bytes=32)
+    with pytest.raises(FileNotFoundError, match="no such codebook file"):
+        recode(sets["u8"], tmp_path / "out", codebook=tmp_path / "none.safetensors")
+
+
+def test_a_decoder_that_is_not_at_hand_costs_the_golden_patches_and_says_so(
+    sets, tmp_path, monkeypatch, caplog
+):
+    def missing(shards, given):
+        raise WeightsError("the decoder is not here")
+
+    monkeypatch.setattr(module, "find_autoencoder", missing)
+    with caplog.at_level(logging.WARNING):
+        recoding = Recoding(encoding="u8-sum", patch_bytes=32)
+        repack(sets["u8"], tmp_path / "out", Repacking(recoding=recoding))
+    assert "no golden patches" in caplog.text and "the decoder is not here" in caplog.text
+    assert verify(tmp_path / "out").is_good
+
+
+def test_another_decoder_makes_no_golden_patches(sets, tmp_path):
+    other = MeanAutoencoder(decoder_id="sha256:" + "d" * 64)
+    recoding = Recoding(encoding="u8-sum", patch_bytes=32, autoencoder=other)
+    with pytest.raises(ContractError, match="golden patches need the recorded one"):
+        repack(sets["u8"], tmp_path / "out", Repacking(recoding=recoding))
+
+
+def test_the_command_halves_the_bytes_and_tells_the_loss(tiny_latents, tmp_path, capsys):
+    words = ["repack", tiny_latents, "--out", tmp_path / "half", "--json"]
+    code, out, _ = call(capsys, *words, "--encoding", "u8-sum", "--bytes", 128)
+    summary = json.loads(out)
+    assert code == 0 and summary["from"]["bytes"] == 256 and summary["to"]["bytes"] == 128
+    assert summary["lost"]["snr_db"] > 10 and summary["golden"] > 0
+    assert (
+        summary["codebook"]["origin"] == "fitted to a sample of the latents that the set had before"
+    )
+    assert verify(tmp_path / "half").is_good
+    code, _, err = call(capsys, *words, "--autoencoder", "tiny", "--overwrite")
+    assert code == 1 and "--autoencoder is for other codes" in err
+    assert torch.isfinite(latents_of(tmp_path / "half")).all()

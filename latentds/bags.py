@@ -21,6 +21,7 @@ from latentds.errors import InputError
 from latentds.randomness import key_of, shuffled
 from latentds.reader import ShardSet
 from latentds.selection import select_rows
+from latentds.shared import shared_zeros
 
 DECODE_CHUNK = 64
 
@@ -104,7 +105,7 @@ class SlideBags(Dataset[Bag]):
         present, counts = np.unique(numbers, return_counts=True)
         self.slides = [self.shards.manifest.slides[number] for number in present]
         self.ends = np.cumsum(counts)
-        self.position = torch.zeros(1, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
+        self.position = shared_zeros(1, torch.int64)
 
     @property
     def classes(self) -> list[str]:

@@ -21,12 +21,14 @@ from latentds.cache import CacheConfig
 from latentds.channel_statistics import choose_statistics
 from latentds.dataset import LatentDataset, check_bad
 from latentds.decoding import DecodeOptions, Decoder, find_autoencoder
+from latentds.errors import WorkerError
 from latentds.launcher import gather, own_device
 from latentds.mixture import Mixture
 from latentds.normalization import ChannelStatistics
 from latentds.quantizer import AnyCodebook
+from latentds.shared import REMEDY, describe_shm, of_dead_worker
 from latentds.stage import CudaLanes, DecodeStage, Lanes
-from latentds.transfers import Transfers
+from latentds.transfers import Transfer, Transfers
 from latentds.views.crops import Views
 from latentds.views.multicrop import MultiCrop
 from latentds.views.windows import CropWindows, WindowPlan
@@ -64,7 +66,7 @@ class LatentLoader:
     as_tuple      yield (images, labels) instead of a Batch, or (views.crops(), labels)
 
     `state_dict` counts batches handed out; the iteration after `load_state_dict` goes on behind
-    them: from a state taken at an epoch's end it yields nothing, and the one after is the next.
+    them. A state taken with an epoch's last batch is the beginning of the next epoch.
     """
 
     def __init__(
@@ -156,7 +158,7 @@ class LatentLoader:
         self.stage: DecodeStage | None = None
         if self.decode_device.type == "cuda":
             self.stage = self.make_stage(static, CudaLanes(self.decode_device))
-        self.transfers: DataLoader[tuple[Batch, list[int]]] = DataLoader(
+        self.transfers: DataLoader[Transfer] = DataLoader(
             Transfers(self.dataset),
             batch_size=None,
             num_workers=num_workers,
@@ -236,9 +238,20 @@ class LatentLoader:
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the next iteration's epoch; without it, every iteration runs the next one."""
-        if not (self.resuming and epoch == self.epoch):  # a resumed epoch keeps its place
-            self.epoch, self.handed_out, self.resuming = epoch, 0, False
+        """Choose the next iteration's epoch; without it, every iteration runs the next one.
+
+        The epoch of a loaded state keeps its place; one that the state has just ended is empty.
+        """
+        if self.resuming and epoch == self.epoch:
+            return
+        if self.resuming and not self.handed_out and epoch == self.epoch - 1:
+            logger.warning(
+                "%s: epoch %d is over in the state that was loaded, no batch of it is left",
+                self.dataset.shards.folder, epoch,
+            )  # fmt: skip
+            self.epoch, self.handed_out = epoch, len(self)
+            return
+        self.epoch, self.handed_out, self.resuming = epoch, 0, False
 
     def __iter__(self) -> Iterator[Any]:
         if self.handed_out and not self.resuming:
@@ -263,7 +276,7 @@ class LatentLoader:
 
     def received(self) -> Iterator[Batch]:
         """Batches as the workers' transfers bring them."""
-        for transfer, sizes in self.transferred():
+        for transfer, sizes in self.counted():
             start = 0
             for size in sizes:
                 part = transfer[start : start + size]
@@ -272,7 +285,21 @@ class LatentLoader:
                 yield part
                 start += size
 
-    def transferred(self) -> Iterator[tuple[Batch, list[int]]]:
+    def counted(self) -> Iterator[tuple[Batch, list[int]]]:
+        """The transfers of an epoch, each at its place; WorkerError where one is missing."""
+        place, end = self.dataset.position.tolist()[1], len(self)
+        for start, transfer, sizes in self.transferred():
+            if start != place:
+                break
+            yield transfer, sizes
+            place += len(sizes)
+        if place != end:
+            raise WorkerError(
+                f"{self.dataset.shards.folder}: batch {place} of {end} did not come from its "
+                f"worker ({describe_shm()}); {REMEDY}"
+            )
+
+    def transferred(self) -> Iterator[Transfer]:
         """What the workers send, an error of theirs without torch's frames.
 
         One of those frames holds the error itself: a ring that only the collector ends. It ends the
@@ -283,7 +310,8 @@ class LatentLoader:
         except Exception as error:
             if not self.transfers.num_workers:
                 raise
-            raise error.with_traceback(None) from None
+            died = of_dead_worker(error) if isinstance(error, RuntimeError) else None
+            raise (died or error).with_traceback(None) from None
 
     def note_bad(self, batch: Batch) -> None:
         """Collect what workers found damaged; raise where all of them together found too much."""
@@ -336,7 +364,14 @@ class LatentLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """Where the next batch stands: plain JSON values, the same on every rank."""
-        return self.dataset.state_at(self.epoch, self.handed_out).to_json()
+        return self.dataset.state_at(*self.place_of(self.epoch, self.handed_out)).to_json()
+
+    def place_of(self, epoch: int, batch: int) -> tuple[int, int]:
+        """An epoch and a batch of it that there is: behind the last comes the next epoch's first.
+
+        Most loops save at an epoch's end, and would go on with an epoch of nothing.
+        """
+        return (epoch + 1, 0) if batch >= len(self) else (epoch, batch)
 
     def load_state_dict(self, state: dict[str, Any], bad_packs: Sequence[str] = ()) -> None:
         """Go on after the batches `state` counts.
@@ -346,7 +381,8 @@ class LatentLoader:
         """
         self.dataset.load_state_dict(state)
         self.bad_packs = list(dict.fromkeys([*self.bad_packs, *bad_packs]))
-        self.epoch, self.handed_out, self.resuming = state["epoch"], state["batch"], True
+        self.epoch, self.handed_out = self.place_of(state["epoch"], state["batch"])
+        self.resuming = True
 
 
 def check_views(views: Any, decode: str, crop_windows: bool, transform: Any) -> None:

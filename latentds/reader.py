@@ -32,6 +32,7 @@ from latentds.format import (
     patch_key,
 )
 from latentds.manifest import Manifest
+from latentds.shared import shared_zeros
 from latentds.tables import MappedTable
 
 MAX_VIEWS = 256  # packs at hand without a look into the tables: two windows of the order
@@ -68,7 +69,7 @@ class ShardSet:
             check_sizes(self.files.folder, self.manifest)
         self.open_tables()
         # Shared with workers: a pack that one of them has checked need not be checked by all.
-        self.share_checks(torch.zeros(len(self.packs), dtype=torch.bool).share_memory_())  # type: ignore[no-untyped-call]
+        self.share_checks(shared_zeros(len(self.packs), torch.bool))
 
     def open_tables(self) -> None:
         """Map the tables and check what opening checks."""

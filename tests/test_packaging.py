@@ -26,7 +26,7 @@ FLOORS = [
             "storage",
             "metrics",
         ),
-        *("report", "randomness", "normalization"),
+        *("report", "randomness", "normalization", "shared"),
         *("rans", "entropy_codebook", "entropy_checks", "entropy_contexts", "entropy_counts"),
         *("entropy_decoding", "entropy_encoding", "entropy_fit", "entropy_model", "entropy_tables"),
         *("additive", "additive_search", "additive_groups", "additive_fit"),

@@ -15,7 +15,6 @@ from torch.utils.data import Dataset
 
 from latentds.autoencoders.base import Autoencoder
 from latentds.cache import CacheConfig
-from latentds.collate import check_numbers
 from latentds.decoding import DecodeOptions, Decoder, find_autoencoder
 from latentds.errors import InputError
 from latentds.randomness import key_of, shuffled
@@ -65,8 +64,8 @@ class SlideBags(Dataset[Bag]):
     max_patches   at most so many patches a bag, another choice every epoch; None takes all
     seed          of the choice: a function of (seed, epoch, slide)
     columns       names among key, source, source_encoding to carry along
-    check_codes   check the checksum of every pack that is touched, for which it is read whole;
-                  without, damage goes unnoticed (`latentds verify` finds it)
+    check_codes   compare every patch's checksum when it is first read (in sets of before patches
+                  had one: a pack's, which is read whole for it); without, damage goes unnoticed
     device, autoencoder, dtype   of `decode`; see LatentLoader
 
     Local sets read the chosen patches' bytes and no others; remote ones read whole packs into the
@@ -83,7 +82,7 @@ class SlideBags(Dataset[Bag]):
         where: str | None = None,
         slides: Sequence[str] | None = None,
         columns: Sequence[str] = (),
-        check_codes: bool = False,
+        check_codes: bool = True,
         device: torch.device | str = "cpu",
         autoencoder: Autoencoder | str | os.PathLike[str] | None = None,
         dtype: torch.dtype = torch.float32,
@@ -91,7 +90,7 @@ class SlideBags(Dataset[Bag]):
     ) -> None:
         if max_patches is not None and max_patches < 1:
             raise ValueError(f"max_patches={max_patches}; at least 1")
-        self.shards = ShardSet(folder, check_codes, cache=cache)
+        self.shards = ShardSet(folder, check_codes, cache=cache, reads_parts=True)
         self.max_patches, self.seed, self.columns = max_patches, seed, tuple(columns)
         self.decoding = (autoencoder, device, dtype)
         self.decoder: Decoder | None = None
@@ -115,6 +114,7 @@ class SlideBags(Dataset[Bag]):
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that decides which `max_patches` a bag has."""
         self.position[0] = epoch
+        self.shards.begin_epoch(epoch)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"decoder": None}  # a worker must not carry a network to decode with
@@ -130,7 +130,6 @@ class SlideBags(Dataset[Bag]):
     def __getitem__(self, index: int) -> Bag:
         rows = self.choose(range(len(self))[index])  # range: negative indices, IndexError
         table = self.shards.patches[rows]
-        check_numbers(self.shards, table)
         order = np.lexsort((table["x"], table["y"]))
         rows, table = rows[order], table[order]
         labels = np.unique(table["label"])

@@ -194,6 +194,8 @@ class LatentDataset(IterableDataset[Batch]):
     def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
         """Choose the epoch, and the batch of it, that the next iteration starts with."""
         self.position[0], self.position[1] = epoch, first_batch
+        for shards in self.sets:
+            shards.begin_epoch(epoch)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -16,10 +16,11 @@ from latentds.writer import BLOCK
 
 
 def edit_manifest(folder: Path, change: Callable[[dict], None]) -> None:
-    """Apply `change` to the manifest's JSON."""
+    """Apply `change` to the manifest's JSON, as somebody who writes such sets would: no damage."""
     path = folder / MANIFEST
     record = json.loads(path.read_text())
     change(record)
+    record.pop("digest", None)
     path.write_text(json.dumps(record))
 
 

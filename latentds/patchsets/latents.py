@@ -9,7 +9,6 @@ import threading
 
 import numpy as np
 
-from latentds.collate import check_numbers
 from latentds.errors import unknown_name
 from latentds.patchsets.base import PatchTable
 from latentds.patchsets.developing import Codes
@@ -66,7 +65,6 @@ class Shards:
         """All patches, in canonical order."""
         rows, sources = self.ordered
         manifest, table = self.shards.manifest, self.shards.patches[rows]
-        check_numbers(self.shards, table)
         slides: list[str | None] = [*manifest.slides, None]  # the last for -1
         shard_of = self.shards.packs["shard"][self.shards.packs_of(rows)]
         return PatchTable(
@@ -123,7 +121,7 @@ class Shards:
 
 def open_shards(location: str, split: str | None, check_codes: bool) -> Shards:
     """The patches of a data set; UnknownNameError for a split that is not there."""
-    shards = ShardSet(location, check_codes)
+    shards = ShardSet(location, check_codes, reads_parts=True)
     if split is None:
         chosen = np.arange(len(shards))
     else:

@@ -1,0 +1,65 @@
+"""Which patches' codes were found sound: in memory that a loader's workers share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from latentds.openfiles import Signature
+from latentds.shared import shared_zeros
+
+RECHECK_EPOCHS = 10  # a disk may lose what it was read from without telling
+
+
+class CodeChecks:
+    """Marks of patches that had their checksum.
+
+    A patch is checked when it is first read, by whichever process does, again when its shard's
+    size, time or inode is another, and every RECHECK_EPOCHS epochs.
+
+    first_patches  row of every shard's first patch, and one past the last
+    signatures     of the shards as they were when the set was opened; None for a location, whose
+                   bytes lie in a cache that others clear: those are checked whenever they are read
+    """
+
+    def __init__(self, first_patches: np.ndarray, signatures: list[Signature] | None) -> None:
+        self.first_patches, self.signatures = first_patches, signatures
+        self.round = 0
+        size = 0 if signatures is None else -(-int(first_patches[-1]) // 8)
+        self.shared = shared_zeros(max(size, 1), torch.uint8)  # a bit a patch
+        self.marks = self.shared.numpy()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"marks": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.marks = self.shared.numpy()
+
+    def look_at(self, shard: int, signature: Signature) -> None:
+        """Forget a shard's marks where it has changed."""
+        assert self.signatures is not None
+        if signature != self.signatures[shard]:
+            self.signatures[shard] = signature
+            first, end = self.first_patches[shard : shard + 2].tolist()
+            self.marks[first // 8 : -(-end // 8)] = 0
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Forget all marks every few epochs."""
+        if epoch // RECHECK_EPOCHS != self.round:
+            self.round = epoch // RECHECK_EPOCHS
+            self.marks[:] = 0
+
+    def doubtful(self, rows: np.ndarray) -> np.ndarray:
+        """Places of rows that are not marked, int64."""
+        if self.signatures is None:
+            return np.arange(len(rows))
+        return np.flatnonzero(~(self.marks[rows >> 3] >> (rows & 7).astype(np.uint8)) & 1)
+
+    def found_sound(self, rows: np.ndarray) -> None:
+        """Mark rows. Two processes may lose each other's marks: those are checked once more."""
+        if self.signatures is not None:
+            bits = np.left_shift(1, rows & 7).astype(np.uint8)
+            np.bitwise_or.at(self.marks, rows >> 3, bits)

@@ -60,7 +60,7 @@ class LatentArray:
         if decode not in ("pixels", "latents", "codes"):
             raise ValueError(f"decode={decode!r}; one of 'pixels', 'latents', 'codes'")
         self.shards, self.device, self.decode = (
-            ShardSet(folder, cache=cache),
+            ShardSet(folder, cache=cache, reads_parts=where is not None or slides is not None),
             torch.device(device),
             decode,
         )

@@ -20,14 +20,14 @@ class CodeChecks:
     size, time or inode is another, and every RECHECK_EPOCHS epochs.
 
     first_patches  row of every shard's first patch, and one past the last
-    signatures     of the shards as they were when the set was opened; None for a location, whose
-                   bytes lie in a cache that others clear: those are checked whenever they are read
+    signatures     of the shards as they were when the set was opened; none for a location, whose
+                   packs lie in a cache that others clear: they are checked when they are opened
     """
 
-    def __init__(self, first_patches: np.ndarray, signatures: list[Signature] | None) -> None:
+    def __init__(self, first_patches: np.ndarray, signatures: list[Signature]) -> None:
         self.first_patches, self.signatures = first_patches, signatures
         self.round = 0
-        size = 0 if signatures is None else -(-int(first_patches[-1]) // 8)
+        size = -(-int(first_patches[-1]) // 8) if signatures else 0
         self.shared = shared_zeros(max(size, 1), torch.uint8)  # a bit a patch
         self.marks = self.shared.numpy()
 
@@ -40,7 +40,6 @@ class CodeChecks:
 
     def look_at(self, shard: int, signature: Signature) -> None:
         """Forget a shard's marks where it has changed."""
-        assert self.signatures is not None
         if signature != self.signatures[shard]:
             self.signatures[shard] = signature
             first, end = self.first_patches[shard : shard + 2].tolist()
@@ -54,12 +53,8 @@ class CodeChecks:
 
     def doubtful(self, rows: np.ndarray) -> np.ndarray:
         """Places of rows that are not marked, int64."""
-        if self.signatures is None:
-            return np.arange(len(rows))
         return np.flatnonzero(~(self.marks[rows >> 3] >> (rows & 7).astype(np.uint8)) & 1)
 
     def found_sound(self, rows: np.ndarray) -> None:
         """Mark rows. Two processes may lose each other's marks: those are checked once more."""
-        if self.signatures is not None:
-            bits = np.left_shift(1, rows & 7).astype(np.uint8)
-            np.bitwise_or.at(self.marks, rows >> 3, bits)
+        np.bitwise_or.at(self.marks, rows >> 3, np.left_shift(1, rows & 7).astype(np.uint8))

@@ -296,8 +296,9 @@ class RemoteFiles:
                 return file, 0
             if file is not None:  # not what was written: the disk's fault
                 self.cache.drop(name)
+            path = self.fill(extent)
             with contextlib.suppress(FormatError):  # evicted since
-                file = OpenFile(self.fill(extent))
+                file = OpenFile(path)
         raise FormatError(
             f"{self.cache.folder / name}: does not stay there; use a larger cache limit, or a "
             "cache folder on a sound disk (CacheConfig, LATENTDS_CACHE)"

@@ -93,7 +93,7 @@ def index_shard(
         packs=pack_rows(packs),
         digests=digest_rows(packs),
         patches=patches,
-        checksums=np.concatenate([pack.checksums for pack in packs]),
+        checksums=np.array([crc32 for pack in packs for crc32 in pack.checksums], CHECKSUM_DTYPE),
         classes=classes,
         slides=slides,
     )

@@ -29,6 +29,7 @@ from latentds.quantizer import AnyCodebook
 from latentds.shared import REMEDY, describe_shm, of_dead_worker
 from latentds.stage import CudaLanes, DecodeStage, Lanes
 from latentds.transfers import Transfer, Transfers
+from latentds.transforms import Watched
 from latentds.views.crops import Views
 from latentds.views.multicrop import MultiCrop
 from latentds.views.windows import CropWindows, WindowPlan
@@ -58,7 +59,8 @@ class LatentLoader:
                   whole, and half of it should memory run out
     channels_last, compile, cuda_graph   see DecodeOptions
     static        on a GPU, hand out memory that the next batch may reuse; see DecodeStage
-    transform     applied to the images (B, 3, H, W) of every batch, on the device
+    transform     applied to the images (B, 3, H, W) of every batch, on the device; one that draws
+                  random numbers once a batch, as torchvision's do, is warned of
     views         MultiCrop, or any function of what is decoded and `batch.seeds` that gives Views:
                   batch.views, made on the device of the images before `transform` changes those
     crop_windows  decode of every patch only what its views show (no batch.images then); for
@@ -143,7 +145,8 @@ class LatentLoader:
         self.dataset.statistics_given = choose_statistics(normalize, self.dataset.sets)
         self.device, self.decode, self.normalize = own_device(device), decode, bool(normalize)
         self.decode_device = own_device(decode_device or device)
-        self.transform, self.views, self.as_tuple = transform, views, as_tuple
+        self.transform = Watched(transform) if transform else None
+        self.views, self.as_tuple = views, as_tuple
         self.contract = self.dataset.shards.manifest.contract
         options = DecodeOptions(
             dtype=dtype,
@@ -245,10 +248,7 @@ class LatentLoader:
         if self.resuming and epoch == self.epoch:
             return
         if self.resuming and not self.handed_out and epoch == self.epoch - 1:
-            logger.warning(
-                "%s: epoch %d is over in the state that was loaded, no batch of it is left",
-                self.dataset.shards.folder, epoch,
-            )  # fmt: skip
+            logger.warning("epoch %d is over in the loader's state: no batch of it is left", epoch)
             self.epoch, self.handed_out = epoch, len(self)
             return
         self.epoch, self.handed_out, self.resuming = epoch, 0, False
@@ -367,10 +367,7 @@ class LatentLoader:
         return self.dataset.state_at(*self.place_of(self.epoch, self.handed_out)).to_json()
 
     def place_of(self, epoch: int, batch: int) -> tuple[int, int]:
-        """An epoch and a batch of it that there is: behind the last comes the next epoch's first.
-
-        Most loops save at an epoch's end, and would go on with an epoch of nothing.
-        """
+        """An epoch and a batch of it that there is: behind the last comes the next one's first."""
         return (epoch + 1, 0) if batch >= len(self) else (epoch, batch)
 
     def load_state_dict(self, state: dict[str, Any], bad_packs: Sequence[str] = ()) -> None:

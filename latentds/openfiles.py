@@ -11,10 +11,13 @@ Signature = tuple[int, int, int]  # size, time of the last change in ns, inode
 
 
 class OpenFile:
-    """A file to read parts of, closed with its last user; FormatError where it is not there."""
+    """A file to read parts of, closed with its last user; FormatError where it is not there.
+
+    is_sound  for its user to note that the content was checked since it was opened
+    """
 
     def __init__(self, path: Path) -> None:
-        self.path, self.fd = path, -1
+        self.path, self.fd, self.is_sound = path, -1, False
         try:
             self.fd = os.open(path, os.O_RDONLY)
         except OSError as error:

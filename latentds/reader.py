@@ -5,46 +5,43 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import io
-import logging
 import os
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from latentds.cache import CacheConfig
 from latentds.codechecks import CodeChecks
-from latentds.errors import DamagedPackError, FormatError, InputError, unknown_name
+from latentds.errors import DamagedPackError, FormatError, unknown_name
 from latentds.files import Extent, LocalFiles, open_files
 from latentds.format import (
-    CHECKSUM_DTYPE,
     CHECKSUMS,
     CODES,
-    DIGEST_DTYPE,
     DIGESTS,
     MASKS,
-    PACK_DTYPE,
     PACKS_TABLE,
-    PATCH_DTYPE,
     PATCHES,
     PATCHES_TABLE,
     pack_key,
     patch_key,
 )
 from latentds.manifest import Manifest
-from latentds.openfiles import OpenFile, Signature, signature_of
-from latentds.tables import Table, block_sums, read_whole
-
-logger = logging.getLogger(__name__)
+from latentds.masks import decode_mask, no_mask
+from latentds.openfiles import OpenFile, Signature
+from latentds.settables import (
+    check_packs,
+    check_rows,
+    check_sizes,
+    check_unsummed,
+    open_table,
+    read_table,
+)
 
 MAX_NEAR = 256  # packs that the system was asked to read: two windows of the order
 MAX_CACHED_TABLES = 256  # Parquet members that stay parsed
-MAX_HASHED_BYTES = 1 << 25  # of a patch table without block checksums: hashed when it is opened
 
 
 class ShardSet:
@@ -74,116 +71,44 @@ class ShardSet:
         self.folder, self.revision = self.files.where, self.files.revision
         self.manifest = manifest or self.files.manifest()
         self.check_codes, self.reads_parts = check_codes, reads_parts
-        shard_signatures = None
+        signatures: list[Signature] = []
         if isinstance(self.files, LocalFiles):
             self.files.reads_parts = reads_parts
-            shard_signatures = check_sizes(self.files.folder, self.manifest)
+            signatures = check_sizes(self.files.folder, self.manifest)
         self.open_tables()
-        self.checks = CodeChecks(self.first_patches(), shard_signatures)
+        self.checks = CodeChecks(self.first_patches(), signatures)
+        if not self.is_local:
+            self.digests  # noqa: B018  # fetched with the others, for a time without connection
         if manifest is None:
-            self.check_patch_table()
+            check_unsummed(self.files, self.manifest)
 
     def open_tables(self) -> None:
         """Open the tables and check what opening checks."""
-        packs, patches = self.manifest.packs, self.manifest.patches
-        self.packs = self.read_table_whole(PACKS_TABLE, PACK_DTYPE, packs)
+        self.packs = read_table(self.files, self.manifest, PACKS_TABLE)
+        check_packs(self.packs, self.manifest, self.folder)
         # A field of the table is strided: a binary search on it would copy it for every batch.
         self.first_patch = np.ascontiguousarray(self.packs["first_patch"])
         self.first_pack = np.cumsum([0, *(shard.packs for shard in self.manifest.shards)])
         self.books = np.array(self.manifest.codebook_numbers, np.int64)
-        self.check_packs()
-        self.patches = self.open_table(PATCHES_TABLE, PATCH_DTYPE, patches, self.check_rows)
-        self.checksums = None
-        if CHECKSUMS in self.manifest.tables:
-            self.checksums = self.open_table(CHECKSUMS, CHECKSUM_DTYPE, patches)
+        check = functools.partial(check_rows, manifest=self.manifest, where=self.folder)
+        self.patches = open_table(self.files, self.manifest, PATCHES_TABLE, check)
+        self.checksums = None  # of patches, where those are read one by one
+        if CHECKSUMS in self.manifest.tables and self.reads_parts and self.is_local:
+            self.checksums = open_table(self.files, self.manifest, CHECKSUMS)
         self.near: dict[int, None] = {}
         self.parsed: OrderedDict[tuple[int, str], dict[str, list[Any]]] = OrderedDict()
+
+    @property
+    def is_local(self) -> bool:
+        """Whether shards lie in a folder, rather than packs in a cache."""
+        return isinstance(self.files, LocalFiles)
 
     @functools.cached_property
     def digests(self) -> np.ndarray | None:
         """sha256 of every pack's members, DIGEST_DTYPE; None in sets without."""
         if DIGESTS not in self.manifest.tables:
             return None
-        return self.read_table_whole(DIGESTS, DIGEST_DTYPE, self.manifest.packs)
-
-    def read_table_whole(self, name: str, dtype: np.dtype[Any], rows: int) -> np.ndarray:
-        """A table in memory, of the hash that the manifest records; from a location, once anew."""
-        sha256 = self.manifest.tables.get(name, {}).get("sha256")
-        try:
-            return read_whole(self.files.table(name, self.manifest), dtype, rows, sha256)
-        except FormatError:
-            path = self.files.renew(name, self.manifest)
-            if path is None:
-                raise
-            return read_whole(path, dtype, rows, sha256)
-
-    def open_table(
-        self,
-        name: str,
-        dtype: np.dtype[Any],
-        rows: int,
-        check: Callable[[np.ndarray], None] = lambda _: None,
-    ) -> Table:
-        """A table whose rows are read when they are wanted."""
-        sums = block_sums(self.manifest.tables.get(name, {}), rows)
-        renew = None
-        if not isinstance(self.files, LocalFiles):
-            renew = functools.partial(self.files.renew, name, self.manifest)
-        return Table(self.files.table(name, self.manifest), dtype, rows, sums, renew, check)
-
-    def check_packs(self) -> None:
-        """Refuse a pack table that contradicts itself, or the counts and sizes of the manifest."""
-        packs, shards = self.packs, self.manifest.shards
-        numbers = np.repeat(np.arange(len(shards)), [shard.packs for shard in shards])
-        ends = np.cumsum(packs["count"].astype(np.int64))
-        shard_ends = np.cumsum([shard.patches for shard in shards])
-        room = np.array([shard.bytes for shard in shards], np.uint64)[numbers]
-        size = self.manifest.contract.bytes_per_patch
-        beyond = past(packs["codes_offset"], packs["count"].astype(np.uint64) * size, room)
-        for kind in ("patches", "masks"):
-            beyond |= past(packs[f"{kind}_offset"], packs[f"{kind}_bytes"], room)
-        if not (
-            np.array_equal(packs["shard"], numbers)
-            and packs["count"].all()
-            and np.array_equal(self.first_patch[1:].astype(np.int64), ends[:-1])
-            and np.array_equal(ends[self.first_pack[1:] - 1], shard_ends)
-            and not self.first_patch[0]
-        ):
-            raise FormatError(
-                f"{self.folder}/{PACKS_TABLE}: shards do not start and end where the manifest "
-                "says; fetch both anew"
-            )
-        if beyond.any():
-            pack = int(np.argmax(beyond))
-            raise FormatError(
-                f"{self.folder}/{PACKS_TABLE}: pack {pack} lies behind the {room[pack]} bytes of "
-                "its shard; fetch the table anew"
-            )
-
-    def check_patch_table(self) -> None:
-        """Hash a patch table that has no block checksums; say where that would take too long."""
-        entry = self.manifest.tables.get(PATCHES_TABLE, {})
-        sums = self.patches.sums
-        if sums is not None and self.checksums is not None and self.manifest.has_digest:
-            return
-        logger.warning(
-            "%s: of a time before tables, patches and the manifest had checksums of their own: "
-            "damage may go unnoticed and checking reads whole packs; 'latentds verify' finds all "
-            "damage, 'latentds repack' writes a set that has them", self.folder,
-        )  # fmt: skip
-        path = self.files.table(PATCHES_TABLE, self.manifest)
-        if sums is None and path.stat().st_size <= MAX_HASHED_BYTES:
-            read_whole(path, PATCH_DTYPE, len(self), entry.get("sha256"))
-
-    def check_rows(self, table: np.ndarray) -> None:
-        """Refuse labels and slides that the manifest does not list: a GPU would die of them."""
-        for field, names in (("label", self.manifest.classes), ("slide", self.manifest.slides)):
-            least, most = table[field].min(), table[field].max()
-            if least < -1 or most >= len(names):
-                raise FormatError(
-                    f"{self.folder}/{PATCHES_TABLE}: {field} {least if least < -1 else most}, but "
-                    f"the manifest lists {len(names)}; damaged, fetch it anew"
-                )
+        return read_table(self.files, self.manifest, DIGESTS)
 
     def first_patches(self) -> np.ndarray:
         """Row of every shard's first patch, and one past the last, int64."""
@@ -226,8 +151,8 @@ class ShardSet:
         doubtful = self.doubtful(rows, packs)
         target = codes.reshape(-1).data
         self.copy_codes(rows, packs, target, size)
-        if len(doubtful) and self.checksums is not None:
-            self.check_patches(rows, packs, doubtful, target, size)
+        if self.checksums is not None and self.check_codes:
+            self.check_patches(rows, packs, doubtful, target)
         return codes
 
     def prepare(self, rows: np.ndarray, packs: np.ndarray, size: int) -> None:
@@ -238,28 +163,36 @@ class ShardSet:
             if len(self.near) >= MAX_NEAR:
                 self.near.pop(next(iter(self.near)))
             self.near[pack] = None
-        if self.reads_parts and isinstance(self.files, LocalFiles):
+        if self.checksums is not None or not self.check_codes:
             self.files.fetch(self.parts(rows, packs, size))
         elif new:
             self.files.fetch([self.extent(pack, CODES) for pack in new])
 
     def doubtful(self, rows: np.ndarray, packs: np.ndarray) -> np.ndarray:
-        """Places of patches to check; where they have no checksums, whole packs are checked now."""
-        if not self.check_codes:
-            return np.zeros(0, np.int64)
-        if isinstance(self.files, LocalFiles):
-            for pack in np.unique(
-                packs[np.unique(self.packs["shard"][packs], return_index=True)[1]]
-            ):
-                shard = int(self.packs["shard"][pack])
-                self.checks.look_at(shard, self.open(int(pack), CODES)[0].signature())
-        places = self.checks.doubtful(rows)
-        if self.checksums is None and len(places):
+        """Places of patches to check when they are read; packs that are read whole are checked now.
+
+        A pack is found damaged by whoever touches it first, whichever patch of it that wants: so
+        every rank and worker replaces it alike (`max_bad`).
+        """
+        places = np.arange(len(rows))
+        if self.is_local and self.check_codes:
+            touched, where = np.unique(self.packs["shard"][packs], return_index=True)
+            for shard, pack in zip(touched.tolist(), packs[where].tolist(), strict=True):
+                self.checks.look_at(shard, self.open(pack, CODES)[0].signature())
+            places = self.checks.doubtful(rows)
+        if self.checksums is None and self.check_codes:
             for pack in np.unique(packs[places]).tolist():
-                self.read_sound(pack, CODES)
-                first = int(self.first_patch[pack])
-                self.checks.found_sound(np.arange(first, first + int(self.packs["count"][pack])))
+                self.check_pack(pack)
         return places
+
+    def check_pack(self, pack: int) -> None:
+        """Check the codes of a pack, of a location whenever its file in the cache is opened."""
+        if self.is_local or not self.open(pack, CODES)[0].is_sound:
+            self.read_sound(pack, CODES)
+            self.open(pack, CODES)[0].is_sound = True
+        if self.is_local:
+            first = int(self.first_patch[pack])
+            self.checks.found_sound(np.arange(first, first + int(self.packs["count"][pack])))
 
     def copy_codes(
         self, rows: np.ndarray, packs: np.ndarray, target: memoryview, size: int
@@ -287,25 +220,17 @@ class ShardSet:
             place = stop
 
     def check_patches(
-        self,
-        rows: np.ndarray,
-        packs: np.ndarray,
-        places: np.ndarray,
-        target: memoryview,
-        size: int,
+        self, rows: np.ndarray, packs: np.ndarray, places: np.ndarray, target: memoryview
     ) -> None:
-        """Compare the checksums of patches; where that may help, read those that differ anew."""
+        """Compare the checksums of patches at `places`."""
         assert self.checksums is not None
+        size = self.manifest.contract.bytes_per_patch
         expected = self.checksums[rows[places]].tolist()
         crc32 = zlib.crc32
         for place, recorded in zip(places.tolist(), expected, strict=True):
             part = target[place * size : (place + 1) * size]
             if crc32(part) != recorded:
-                pack = int(packs[place])
-                if self.files.drop(self.extent(pack, CODES)):
-                    self.copy_codes(rows[place : place + 1], packs[place : place + 1], part, size)
-                if crc32(part) != recorded:
-                    raise self.damaged(pack, CODES)
+                raise self.damaged(int(packs[place]), CODES)
         self.checks.found_sound(rows[places])
 
     @contextlib.contextmanager
@@ -391,13 +316,13 @@ class ShardSet:
         size = size if kind == CODES else int(row[f"{field}_bytes"])
         shard, offset = shards[int(row["shard"])], int(row[f"{field}_offset"])
         sha256 = None
-        if not isinstance(self.files, LocalFiles) and self.digests is not None:
+        if not self.is_local and self.digests is not None:
             sha256 = self.digests[field][pack].tobytes()
         return Extent(shard.name, offset, size, int(row[f"{field}_crc32"]), sha256)
 
     def prefetch(self, rows: np.ndarray) -> None:
         """Start to fetch what `rows` of the patch table will need, and return at once."""
-        if not isinstance(self.files, LocalFiles):  # a disk needs no head start
+        if not self.is_local:  # a disk needs no head start
             packs = np.unique(self.packs_of(rows)).tolist()
             self.files.fetch([self.extent(pack, CODES) for pack in packs], ahead=True)
 
@@ -426,13 +351,13 @@ class ShardSet:
         """All Parquet columns of a pack, and the key that follows from them."""
         from latentds.columns import SCHEMA
 
-        columns = self.read_table(pack, PATCHES, SCHEMA)
+        columns = self.parsed_table(pack, PATCHES, SCHEMA)
         if "key" not in columns:
             places = zip(columns["source"], columns["x"], columns["y"], strict=True)
             columns["key"] = [patch_key(*place) for place in places]
         return columns
 
-    def read_table(self, pack: int, kind: str, schema: Any) -> dict[str, list[Any]]:
+    def parsed_table(self, pack: int, kind: str, schema: Any) -> dict[str, list[Any]]:
         """A Parquet member of a pack as lists, parsed once and kept for a while."""
         from latentds.columns import decode_table
 
@@ -462,7 +387,7 @@ class ShardSet:
                 if required and len(places):
                     raise no_mask(f"{self.shard_path(pack)}, {self.key(pack)}")
                 continue
-            encoded = self.read_table(pack, MASKS, MASK_SCHEMA)["mask_png"]
+            encoded = self.parsed_table(pack, MASKS, MASK_SCHEMA)["mask_png"]
             first, where = int(self.first_patch[pack]), f"{self.shard_path(pack)}, {self.key(pack)}"
             for place in places:
                 png = encoded[int(rows[place]) - first]
@@ -471,46 +396,3 @@ class ShardSet:
                 elif required:
                     raise no_mask(f"{where}, patch {int(rows[place]) - first}")
         return masks
-
-
-def no_mask(where: str) -> InputError:
-    """The error of a patch without a mask where every one needs it: zeros would be a class."""
-    return InputError(f"{where} has no mask; give it one, or leave the patch out")
-
-
-def decode_mask(encoded: bytes, size_px: tuple[int, int], where: str) -> np.ndarray:
-    """A mask (H, W) from its PNG bytes, size checked before a pixel is decoded."""
-    try:
-        with Image.open(io.BytesIO(encoded), formats=["PNG"]) as image:
-            if image.size != size_px[::-1] or image.mode not in ("L", "1"):
-                raise FormatError(
-                    f"{where}: mask is {image.mode} {image.size}, patches are {size_px[::-1]}"
-                )
-            return np.asarray(image.convert("L"))
-    except (OSError, SyntaxError, ValueError) as error:
-        raise FormatError(f"{where}: damaged mask ({error})") from error
-
-
-def past(offsets: np.ndarray, sizes: np.ndarray, room: np.ndarray) -> np.ndarray:
-    """Whether stretches of a file end behind its `room`, bool (N,), without overflow; uint64."""
-    found: np.ndarray = (offsets > room) | (sizes > room - np.minimum(offsets, room))
-    return found
-
-
-def check_sizes(folder: Path, manifest: Manifest) -> list[Signature]:
-    """Every shard's signature; refuses missing, truncated or grown ones before anything is read."""
-    found = []
-    for shard in manifest.shards:
-        try:
-            status = (folder / shard.name).stat()
-        except FileNotFoundError as error:
-            raise FormatError(
-                f"{folder / shard.name}: missing; the manifest lists it, fetch it"
-            ) from error
-        if status.st_size != shard.bytes:
-            raise FormatError(
-                f"{folder / shard.name}: {status.st_size} bytes, the manifest says {shard.bytes}; "
-                "truncated or replaced, fetch it anew"
-            )
-        found.append(signature_of(status))
-    return found

@@ -17,7 +17,6 @@ import pyarrow as pa
 from latentds.columns import MAX_COLUMNS_BYTES, SCHEMA, decode_table
 from latentds.errors import FormatError
 from latentds.format import (
-    CHECKSUM_DTYPE,
     CODES,
     HEADER_PREFIX,
     MASKS,
@@ -58,7 +57,7 @@ class ScannedPack:
     masks: Member | None
     masks_crc32: int
     digests: tuple[bytes, bytes, bytes]  # sha256 of codes, columns, masks
-    checksums: np.ndarray  # uint32 (N,), CRC-32 of every patch's codes
+    checksums: tuple[int, ...]  # (N,), CRC-32 of every patch's codes
 
 
 def read_contract(path: Path) -> Contract:
@@ -207,8 +206,8 @@ def scan_pack(
 
 def check_codes(
     file: BinaryIO, offset: int, count: int, contract: Contract, where: str
-) -> np.ndarray:
-    """CRC-32 of every patch's codes, uint32 (N,); refuses codes the codebook has no entry for."""
+) -> tuple[int, ...]:
+    """CRC-32 of every patch's codes, (N,); refuses codes the codebook has no entry for."""
     size = contract.bytes_per_patch
     file.seek(offset)
     sums: list[int] = []
@@ -219,7 +218,7 @@ def check_codes(
         if fault is not None:
             raise FormatError(f"{where}: {fault}")
         sums += [zlib.crc32(patch) for patch in codes.reshape(patches, size)]
-    return np.array(sums, CHECKSUM_DTYPE)
+    return tuple(sums)
 
 
 def summarize_bytes(file: BinaryIO, offset: int, size: int) -> tuple[int, bytes]:

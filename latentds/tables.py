@@ -62,7 +62,7 @@ class Table:
     """A table of just the expected columns, rows and bytes, indexed as an array is.
 
     sums   of its blocks; None trusts the file
-    renew  fetches the file anew and says where it is, where that may help
+    renew  fetches the file anew and says where it is; None where that cannot be done
     check  raises for rows whose values cannot be; called with all that are handed out
 
     `table[rows]` and `table[first:end]` give rows, `table[name][rows]` a field of them.
@@ -75,7 +75,7 @@ class Table:
         dtype: np.dtype[Any],
         rows: int,
         sums: BlockSums | None = None,
-        renew: Callable[[], Path] | None = None,
+        renew: Callable[[], Path | None] = lambda: None,
         check: Callable[[np.ndarray], None] = lambda _: None,
     ) -> None:
         self.dtype, self.count, self.sums = dtype, rows, sums
@@ -136,9 +136,10 @@ class Table:
         try:
             return self.sound(number)
         except FormatError:
-            if self.renew is None:
+            path = self.renew()
+            if path is None:
                 raise
-        self.open(self.renew())
+        self.open(path)
         return self.sound(number)
 
     def sound(self, number: int) -> np.ndarray:

@@ -61,7 +61,7 @@ FLOORS = [
             "bags",
             "array",
         ),
-        *("fields", "grouping", "mixing"),
+        *("fields", "grouping", "mixing", "transforms"),
         *("models", "mask_geometry", "patchsets", "features", "views", "adapters"),
     ],
     ["hub", "objects", "importing", "rearranging"],  # whole data sets

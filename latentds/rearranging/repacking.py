@@ -221,7 +221,7 @@ def read_mask_bytes(shards: ShardSet, rows: np.ndarray) -> pa.Array:
     for pack, places in shards.group_by_pack(rows):
         if not shards.packs["masks_bytes"][pack]:
             continue
-        stored = shards.read_table(pack, MASKS, MASK_SCHEMA)["mask_png"]
+        stored = shards.parsed_table(pack, MASKS, MASK_SCHEMA)["mask_png"]
         for place in places.tolist():
             masks[place] = stored[int(rows[place]) - int(shards.first_patch[pack])]
     return pa.array(masks, pa.binary())

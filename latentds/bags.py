@@ -121,7 +121,7 @@ class SlideBags(Dataset[Bag]):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.position.share_memory_()
+        self.position.share_memory_()  # type: ignore[no-untyped-call]
 
     def __len__(self) -> int:
         """Slides."""
@@ -149,7 +149,7 @@ class SlideBags(Dataset[Bag]):
 
     def choose(self, index: int) -> np.ndarray:
         """Rows of a bag's patches, ascending."""
-        rows = self.rows[self.ends[index - 1] if index else 0 : self.ends[index]]
+        rows: np.ndarray = self.rows[self.ends[index - 1] if index else 0 : self.ends[index]]
         if self.max_patches is None or len(rows) <= self.max_patches:
             return rows
         key = key_of("bag", self.seed, int(self.position[0]), self.slides[index])

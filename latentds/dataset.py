@@ -199,7 +199,8 @@ class LatentDataset(IterableDataset[Batch]):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.position.share_memory_()  # a copy has memory of its own, its workers must see it
+        # A copy has memory of its own, its workers must see it.
+        self.position.share_memory_()  # type: ignore[no-untyped-call]
 
     def __len__(self) -> int:
         """Batches of an epoch, the same on every rank."""

@@ -217,7 +217,7 @@ def check_codes(
         fault = contract.codebook.find_fault(codes.reshape(patches, *contract.codes_shape))
         if fault is not None:
             raise FormatError(f"{where}: {fault}")
-        sums += [zlib.crc32(patch) for patch in codes.reshape(patches, size)]
+        sums += [zlib.crc32(patch.data) for patch in codes.reshape(patches, size)]
     return tuple(sums)
 
 

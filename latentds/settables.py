@@ -48,9 +48,7 @@ def open_table(
     """A table whose rows are read when they are wanted, checked by their blocks' checksums."""
     rows = rows_of(manifest, name)
     sums = block_sums(manifest.tables.get(name, {}), rows)
-    renew = (
-        None if isinstance(files, LocalFiles) else functools.partial(files.renew, name, manifest)
-    )
+    renew = functools.partial(files.renew, name, manifest)
     return Table(files.table(name, manifest), TABLES[name], rows, sums, renew, check)
 
 

@@ -128,6 +128,11 @@ class Manifest:
         """Identity of the stored patches: hash of the shards' names and hashes."""
         return digest_json([[shard.name, shard.sha256] for shard in self.shards])
 
+    @property
+    def golden_sha256(self) -> str | None:
+        """Hash of the golden file; None while the manifest is not complete."""
+        return self.tables.get(GOLDEN, {}).get("sha256")
+
     def to_json(self) -> str:
         """The manifest's text."""
         record = {

@@ -232,7 +232,7 @@ def move_golden(shards: ShardSet, order: np.ndarray) -> bytes:
 
     order  old rows in the order in which they now stand
     """
-    table = read_golden_table(Path(shards.folder))
+    table = read_golden_table(Path(shards.folder), shards.manifest.golden_sha256)
     places = [np.flatnonzero(order == row) for row in table["row"].to_pylist()]
     rows = np.array([int(place[0]) if len(place) else -1 for place in places], np.int64)
     return encode_table(renumbered(table, rows))

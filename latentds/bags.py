@@ -96,7 +96,7 @@ class SlideBags(Dataset[Bag]):
         self.decoder: Decoder | None = None
         rows = select_rows(self.shards, split, where, slides)
         rows = np.arange(*self.shards.patch_range(split)) if rows is None else rows
-        numbers = self.shards.patches["slide"][rows]
+        numbers = self.shards.patches[rows]["slide"]
         rows, numbers = rows[numbers >= 0], numbers[numbers >= 0]
         if not len(rows):
             raise InputError(f"{folder}: no patch of split {split!r} has a slide; bags need them")

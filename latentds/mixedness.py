@@ -28,7 +28,7 @@ def slide_entropies(folder: Path, manifest: Manifest) -> dict[str, dict[str, flo
     stops = np.cumsum([shard.patches for shard in manifest.shards])
     entry = manifest.tables.get(PATCHES_TABLE, {})
     sums = block_sums(entry, int(stops[-1]))
-    slides = Table(folder / PATCHES_TABLE, PATCH_DTYPE, int(stops[-1]), sums)["slide"][:]
+    slides = Table(folder / PATCHES_TABLE, PATCH_DTYPE, int(stops[-1]), sums)["slide"]
     parts: dict[str, list[np.ndarray]] = {}
     for shard, part in zip(manifest.shards, np.split(slides, stops[:-1]), strict=True):
         parts.setdefault(shard.split, []).append(part)

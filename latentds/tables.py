@@ -65,7 +65,7 @@ class Table:
     renew  fetches the file anew and says where it is; None where that cannot be done
     check  raises for rows whose values cannot be; called with all that are handed out
 
-    `table[rows]` and `table[first:end]` give rows, `table[name][rows]` a field of them.
+    `table[rows]` and `table[first:end]` give rows, `table[name]` reads a field of all of them.
     raises  FormatError where the file is not what was expected or a block is damaged
     """
 
@@ -94,7 +94,7 @@ class Table:
 
     def __getitem__(self, wanted: Any) -> Any:
         if isinstance(wanted, str):
-            return Column(self, wanted)
+            return self[:][wanted]
         if isinstance(wanted, slice):
             wanted = np.arange(*wanted.indices(self.count))
         rows = np.asarray(wanted)
@@ -160,23 +160,6 @@ class Table:
         size = self.dtype.itemsize
         if first // self.block_rows not in self.blocks:
             self.file.will_need(self.head + first * size, count * size)
-
-
-class Column:
-    """A field of a table, read where it is indexed."""
-
-    def __init__(self, table: Table, name: str) -> None:
-        self.table, self.name = table, name
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def __getitem__(self, wanted: Any) -> Any:
-        return self.table[wanted][self.name]
-
-    def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
-        del copy
-        return np.asarray(self[:], dtype)
 
 
 def read_whole(path: Path, dtype: np.dtype[Any], rows: int, sha256: str | None) -> np.ndarray:

@@ -176,7 +176,7 @@ def digest(values: np.ndarray) -> str:
 def files_below(folder: Path) -> Iterator[Values]:
     """Name and hash of every file."""
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name not in ("contract.json", "README.md"):
+        if path.is_file() and path.suffix not in (".json", ".md", ".safetensors"):
             yield str(path.relative_to(folder)), hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
@@ -304,6 +304,12 @@ def try_mutation(sound: Path, expected: dict[str, str], seed: int, pipe: Any) ->
     pipe.close()
 
 
+def say(line: str) -> None:
+    """Print a line at once."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
 def run(count: int, seed: int, tell: Callable[[str], None] = say) -> collections.Counter[Any]:
     """How often each reader ended in which way, over `count` mutations."""
     context = multiprocessing.get_context("fork")
@@ -332,12 +338,6 @@ def run(count: int, seed: int, tell: Callable[[str], None] = say) -> collections
                 ends[READERS[heard].__name__, "crash"] += 1
                 tell(f"crash: seed {number}, {READERS[heard].__name__}, exit code {child.exitcode}")
     return ends
-
-
-def say(line: str) -> None:
-    """Print a line at once."""
-    sys.stdout.write(f"{line}\n")
-    sys.stdout.flush()
 
 
 def as_table(ends: collections.Counter[Any]) -> str:

@@ -81,7 +81,7 @@ class Shards:
     @functools.cached_property
     def by_slide(self) -> tuple[dict[str, int], np.ndarray, np.ndarray]:
         """Place of every slide among those there are, their rows one slide after another, ends."""
-        numbers = self.shards.patches["slide"][self.chosen]
+        numbers = self.shards.patches[self.chosen]["slide"]
         rows = self.chosen[np.argsort(numbers, kind="stable")]
         present, counts = np.unique(numbers, return_counts=True)
         known = self.shards.manifest.slides

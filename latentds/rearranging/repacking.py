@@ -149,7 +149,7 @@ def listed_splits(
     listed, by = options.splits or {}, options.split_by
     slides = shards.manifest.slides
     known = [slide if by == "slide" else patient_of(slide) for slide in slides]
-    numbers = shards.patches["slide"][rows]
+    numbers = shards.patches[rows]["slide"]
     if (numbers < 0).any():
         raise InputError(f"{shards.folder}: {(numbers < 0).sum()} patches have no slide; splits by "
                          f"{by} need one")  # fmt: skip
@@ -178,7 +178,7 @@ def arrange(
         order = pc.sort_indices(keys, [(name, "ascending") for name in ("path", "y", "x")])
         rows = rows[order.to_numpy()]
     if options.group_by == "slide":
-        slides = shards.patches["slide"][rows]
+        slides = shards.patches[rows]["slide"]
         if (slides < 0).any():
             raise InputError(f"{shards.folder}: {(slides < 0).sum()} patches have no slide; "
                              "--group-by none")  # fmt: skip
@@ -192,7 +192,7 @@ def read_packs(
     """Codes, columns and masks of the new packs of a stretch."""
     rows = stretch.rows
     if options.group_by == "slide":
-        ends = np.flatnonzero(np.diff(shards.patches["slide"][rows])) + 1
+        ends = np.flatnonzero(np.diff(shards.patches[rows]["slide"])) + 1
     else:
         ends = np.arange(options.pack_size, len(rows), options.pack_size)
     has_masks = bool(shards.packs["masks_bytes"].any())

@@ -50,8 +50,8 @@ class OpenFile:
                 ) from error
             if not count:
                 raise FormatError(
-                    f"{self.path}: ends at byte {offset + done}, before {offset + len(target)}; "
-                    "truncated, fetch it anew"
+                    f"{self.path}: has {self.signature()[0]} bytes, those up to "
+                    f"{offset + len(target)} are wanted; truncated, fetch it anew"
                 )
             done += count
 

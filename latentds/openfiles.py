@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from latentds.errors import FormatError
@@ -23,9 +24,9 @@ class OpenFile:
         except OSError as error:
             raise FormatError(f"{path}: {error.strerror}; fetch it anew") from error
 
-    def __del__(self) -> None:
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
         if self.fd >= 0:
-            os.close(self.fd)
+            close(self.fd)  # as a default: at the interpreter's end `os` is gone
 
     def signature(self) -> Signature:
         """What changes when somebody writes to the file."""

@@ -203,21 +203,32 @@ class ShardSet:
         edges = np.flatnonzero((np.diff(rows) != 1) | (np.diff(packs) != 0)) + 1
         starts = np.concatenate([[0], edges])
         stops = (np.append(edges, len(rows)) * size).tolist()
-        offsets = ((rows - self.first_patch[packs].astype(np.int64)) * size)[starts].tolist()
-        opened = {pack: self.open(pack, CODES) for pack in np.unique(packs).tolist()}
-        read = os.preadv
-        place = 0
-        for pack, offset, stop in zip(packs[starts].tolist(), offsets, stops, strict=True):
-            file, start = opened[pack]
+        offsets = (rows - self.first_patch[packs].astype(np.int64))[starts] * size
+        files, begins = self.places_of(packs[starts])
+        read, place = os.preadv, 0
+        for number, (file, offset, stop) in enumerate(
+            zip(files, (begins + offsets).tolist(), stops, strict=True)
+        ):
             part = target[place:stop]
             try:
-                count = read(file.fd, (part,), start + offset)
+                count = read(file.fd, (part,), offset)
             except OSError:
                 count = 0  # asked once more, by what says what is wrong
             if count != len(part):
-                with self.blaming(pack):
-                    file.read_into(part, start + offset)
+                with self.blaming(int(packs[starts[number]])):
+                    file.read_into(part, offset)
             place = stop
+
+    def places_of(self, packs: np.ndarray) -> tuple[list[OpenFile], np.ndarray]:
+        """The file with each pack's codes, and where in it they begin, int64."""
+        # Of a folder, a shard's file stands for all its packs.
+        alike = self.packs["shard"][packs] if self.is_local else packs
+        _, firsts, which = np.unique(alike, return_index=True, return_inverse=True)
+        opened = [self.open(pack, CODES) for pack in packs[firsts].tolist()]
+        files = [opened[place][0] for place in which.tolist()]
+        if self.is_local:
+            return files, self.packs["codes_offset"][packs].astype(np.int64)
+        return files, np.zeros(len(packs), np.int64)
 
     def check_patches(
         self, rows: np.ndarray, packs: np.ndarray, places: np.ndarray, target: memoryview

@@ -10,7 +10,6 @@ import binascii
 import hashlib
 import io
 import zlib
-from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -81,7 +80,12 @@ class Table:
         self.dtype, self.count, self.sums = dtype, rows, sums
         self.renew, self.check = renew, check
         self.block_rows = sums.rows if sums else BLOCK_ROWS
-        self.blocks: OrderedDict[int, np.ndarray] = OrderedDict()
+        blocks = -(-rows // self.block_rows)
+        # Memory that is not touched costs nothing: it is taken as blocks come.
+        self.held = np.empty((min(blocks, MAX_BLOCKS), self.block_rows), dtype)
+        self.slots = np.full(blocks, -1, np.int32)  # of every block, -1 where it is not held
+        self.holds = np.full(len(self.held), -1, np.int64)  # which block a slot has
+        self.next_slot = 0
         self.open(path)
 
     def open(self, path: Path) -> None:
@@ -107,29 +111,31 @@ class Table:
 
     def gather(self, rows: np.ndarray) -> np.ndarray:
         """Rows, in the order asked for."""
-        found = np.empty(len(rows), self.dtype)
         if not len(rows):
-            return found
+            return np.empty(0, self.dtype)
         if rows.min() < 0 or rows.max() >= self.count:
             raise IndexError(f"rows {rows.min()}..{rows.max()} of a table of {self.count}")
-        numbers = rows.astype(np.int64) // self.block_rows
-        order = np.argsort(numbers, kind="stable")
-        touched, starts = np.unique(numbers[order], return_index=True)
-        for number, places in zip(touched.tolist(), np.split(order, starts[1:]), strict=True):
-            found[places] = self.block(number)[rows[places] - number * self.block_rows]
+        numbers, within = np.divmod(rows.astype(np.int64), self.block_rows)
+        wanted = np.unique(numbers)
+        if len(self.held) // 2 < len(wanted) and len(self.held) < len(self.slots):  # a scan
+            middle = len(rows) // 2
+            return np.concatenate([self.gather(rows[:middle]), self.gather(rows[middle:])])
+        for number in wanted[self.slots[wanted] < 0].tolist():
+            self.hold(number)
+        if (self.slots[numbers] < 0).any():  # this one's making room took another's
+            return self.gather(rows)
+        found: np.ndarray = self.held[self.slots[numbers], within]
         self.check(found)
         return found
 
-    def block(self, number: int) -> np.ndarray:
-        """Rows of a block, checked when it is read."""
-        held = self.blocks.get(number)
-        if held is not None:
-            return held
-        held = self.load(number)
-        if len(self.blocks) >= MAX_BLOCKS:
-            self.blocks.popitem(last=False)
-        self.blocks[number] = held
-        return held
+    def hold(self, number: int) -> None:
+        """Put a block among those in memory, in place of the one that came first."""
+        block, slot = self.load(number), self.next_slot
+        if self.holds[slot] >= 0:
+            self.slots[self.holds[slot]] = -1
+        self.held[slot, : len(block)] = block
+        self.slots[number], self.holds[slot] = slot, number
+        self.next_slot = (slot + 1) % len(self.held)
 
     def load(self, number: int) -> np.ndarray:
         """A block from the file, or from one fetched anew."""
@@ -158,7 +164,7 @@ class Table:
     def will_need(self, first: int, count: int) -> None:
         """Rows that will be read soon."""
         size = self.dtype.itemsize
-        if first // self.block_rows not in self.blocks:
+        if self.slots[first // self.block_rows] < 0:
             self.file.will_need(self.head + first * size, count * size)
 
 

@@ -115,7 +115,7 @@ def encode_golden(
     return encode_table(pa.table(columns, schema=SCHEMA))
 
 
-def read_golden_table(folder: Path, sha256: str | None) -> pa.Table:
+def read_golden_table(folder: Path, sha256: str | None = None) -> pa.Table:
     """The golden file's rows as they are stored; FormatError where it is damaged.
 
     sha256  as the manifest records it; None leaves it to who checks files one by one

@@ -48,7 +48,8 @@ def test_a_flipped_bit_of_a_table_is_refused_before_its_value_is_used(dataset, n
 
 def test_a_table_is_read_only_where_it_is_wanted(dataset):
     flip_bit(dataset / PATCHES_TABLE, (dataset / PATCHES_TABLE).stat().st_size - 100)
-    assert ShardSet(dataset).patches[511] == np.load(dataset / PATCHES_TABLE)[511]
+    stored = np.load(dataset / PATCHES_TABLE)[:512]
+    assert ShardSet(dataset).patches[:512].tobytes() == stored.tobytes()
 
 
 @pytest.mark.parametrize("field", ["classes", "slides"])

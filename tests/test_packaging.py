@@ -40,6 +40,8 @@ FLOORS = [
             "tables",
             "files",
             "codechecks",
+            "settables",
+            "masks",
             "sources",
             "columns",
             "manifest",

@@ -64,7 +64,7 @@ class LatentArray:
     ) -> None:
         check_decode(decode)
         self.shards, self.device, self.decode = (
-            ShardSet(folder, cache=cache),
+            ShardSet(folder, cache=cache, reads_parts=where is not None or slides is not None),
             torch.device(device),
             decode,
         )

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from latentds.autoencoders.base import Autoencoder
 from latentds.cache import CacheConfig
-from latentds.collate import check_codes, check_numbers
+from latentds.collate import check_codes
 from latentds.decoding import (
     DECODES,
     DecodeOptions,
@@ -28,6 +28,7 @@ from latentds.lookup import Integers, make_integers
 from latentds.randomness import key_of, shuffled
 from latentds.reader import ShardSet
 from latentds.selection import select_rows
+from latentds.shared import shared_zeros
 
 DECODE_CHUNK = 64
 
@@ -74,8 +75,8 @@ class SlideBags(Dataset[Bag]):
     max_patches   at most so many patches a bag, another choice every epoch; None takes all
     seed          of the choice: a function of (seed, epoch, slide)
     columns       names among key, source, source_encoding to carry along
-    check_codes   check the checksum of every pack that is touched, for which it is read whole;
-                  without, damage goes unnoticed (`latentds verify` finds it)
+    check_codes   compare every patch's checksum when it is first read (in sets of before patches
+                  had one: a pack's, which is read whole for it); without, damage goes unnoticed
     decode        what `SlideBags.decode` gives: "pixels", "latents" or "codes"; see LatentLoader
     device, autoencoder, dtype   of it; see LatentLoader
 
@@ -93,7 +94,7 @@ class SlideBags(Dataset[Bag]):
         where: str | None = None,
         slides: Sequence[str] | None = None,
         columns: Sequence[str] = (),
-        check_codes: bool = False,
+        check_codes: bool = True,
         decode: str = "pixels",
         device: torch.device | str = "cpu",
         autoencoder: Autoencoder | str | os.PathLike[str] | None = None,
@@ -103,14 +104,14 @@ class SlideBags(Dataset[Bag]):
         if max_patches is not None and max_patches < 1:
             raise ValueError(f"max_patches={max_patches}; at least 1")
         check_decode(decode, DECODES[:3])
-        self.shards = ShardSet(folder, check_codes, cache=cache)
+        self.shards = ShardSet(folder, check_codes, cache=cache, reads_parts=True)
         self.max_patches, self.seed, self.columns = max_patches, seed, tuple(columns)
         self.wanted, self.device = decode, torch.device(device)
         self.decoding = (autoencoder, dtype)
         self.decoder: Decoder | Integers | None = None
         rows = select_rows(self.shards, split, where, slides)
         rows = np.arange(*self.shards.patch_range(split)) if rows is None else rows
-        numbers = self.shards.patches["slide"][rows]
+        numbers = self.shards.patches[rows]["slide"]
         rows, numbers = rows[numbers >= 0], numbers[numbers >= 0]
         if not len(rows):
             raise InputError(f"{folder}: no patch of split {split!r} has a slide; bags need them")
@@ -118,7 +119,7 @@ class SlideBags(Dataset[Bag]):
         present, counts = np.unique(numbers, return_counts=True)
         self.slides = [self.shards.manifest.slides[number] for number in present]
         self.ends = np.cumsum(counts)
-        self.position = torch.zeros(1, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
+        self.position = shared_zeros(1, torch.int64)
 
     @property
     def classes(self) -> list[str]:
@@ -128,13 +129,14 @@ class SlideBags(Dataset[Bag]):
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that decides which `max_patches` a bag has."""
         self.position[0] = epoch
+        self.shards.begin_epoch(epoch)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"decoder": None}  # a worker must not carry a network to decode with
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.position.share_memory_()
+        self.position.share_memory_()  # type: ignore[no-untyped-call]
 
     def __len__(self) -> int:
         """Slides."""
@@ -143,7 +145,6 @@ class SlideBags(Dataset[Bag]):
     def __getitem__(self, index: int) -> Bag:
         rows = self.choose(range(len(self))[index])  # range: negative indices, IndexError
         table = self.shards.patches[rows]
-        check_numbers(self.shards, table)
         order = np.lexsort((table["x"], table["y"]))
         rows, table = rows[order], table[order]
         labels = np.unique(table["label"])
@@ -167,7 +168,7 @@ class SlideBags(Dataset[Bag]):
 
     def choose(self, index: int) -> np.ndarray:
         """Rows of a bag's patches, ascending."""
-        rows = self.rows[self.ends[index - 1] if index else 0 : self.ends[index]]
+        rows: np.ndarray = self.rows[self.ends[index - 1] if index else 0 : self.ends[index]]
         if self.max_patches is None or len(rows) <= self.max_patches:
             return rows
         key = key_of("bag", self.seed, int(self.position[0]), self.slides[index])

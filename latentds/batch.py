@@ -10,8 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from latentds.shared import shared_buffer
 from latentds.views.crops import Views
 
+Layout = list[tuple[str, torch.dtype, list[int], int]]  # name, dtype, shape, offset of every tensor
+Packed = tuple[Tensor, Layout, dict[str, Any]]
 LARGE = ("codes", "latents", "images", "masks")
 ALIGNMENT = 64  # bytes, a cache line; any dtype may be viewed there
 
@@ -76,6 +79,11 @@ class Batch:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """One shared buffer for all tensors: a worker's batch costs one file descriptor."""
+        packed: Packed = self.__dict__.get("packed") or self.pack()
+        return unpack, packed
+
+    def pack(self) -> Packed:
+        """The tensors in one buffer of shared memory, where each lies, and the rest."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         tensors = {
             name: value
@@ -83,7 +91,15 @@ class Batch:
             if isinstance(value, Tensor) and value.device.type == "cpu"
         }
         rest = {name: value for name, value in values.items() if name not in tensors}
-        return unpack, (*pack(tensors), rest)
+        return (*pack(tensors), rest)
+
+    def packed_now(self) -> Batch:
+        """Itself, in shared memory already: pickling it, in a queue's thread, cannot fail of that.
+
+        raises  WorkerError where shared memory is too small
+        """
+        object.__setattr__(self, "packed", self.pack())  # no field: a changed copy has none
+        return self
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The batch with every tensor on `device`."""
@@ -101,25 +117,20 @@ class Batch:
         return dataclasses.replace(self, **tensors, views=views)
 
 
-def pack(
-    tensors: dict[str, Tensor],
-) -> tuple[Tensor, list[tuple[str, torch.dtype, list[int], int]]]:
+def pack(tensors: dict[str, Tensor]) -> tuple[Tensor, Layout]:
     """Tensors in one uint8 buffer of shared memory, and where each lies in it."""
     layout, size = [], 0
     for name, tensor in tensors.items():
         layout.append((name, tensor.dtype, list(tensor.shape), size))
         size += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-    buffer = torch.empty(0, dtype=torch.uint8)
-    buffer.set_(torch.UntypedStorage._new_shared(size))  # type: ignore[no-untyped-call]
+    buffer = shared_buffer(size)
     for (*_, offset), tensor in zip(layout, tensors.values(), strict=True):
         flat = tensor.contiguous().view(-1).view(torch.uint8)
         buffer[offset : offset + flat.numel()] = flat
     return buffer, layout
 
 
-def unpack(
-    buffer: Tensor, layout: list[tuple[str, torch.dtype, list[int], int]], rest: dict[str, Any]
-) -> Batch:
+def unpack(buffer: Tensor, layout: Layout, rest: dict[str, Any]) -> Batch:
     """The batch whose large tensors are views of the buffer.
 
     Small ones are copies: labels that a trainer keeps must not keep a transfer's shared memory.

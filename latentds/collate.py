@@ -12,7 +12,6 @@ from torch import Tensor
 
 from latentds.batch import Batch
 from latentds.errors import FormatError
-from latentds.format import PATCHES_TABLE
 from latentds.lookup import make_integers
 from latentds.mixture import Vocabulary
 from latentds.quantizer import AnyCodebook, dequantize_each
@@ -72,7 +71,6 @@ class Collator:
         shards = self.sets[which]
         codes = torch.from_numpy(shards.read_codes(rows))
         manifest, table = shards.manifest, shards.patches[rows]  # by now on their way from disk
-        check_numbers(shards, table)
         books = self.vocabulary.books[which][shards.codebook_numbers(rows)]
         codebooks = self.vocabulary.codebooks
         check_codes(shards, codes, books, codebooks)
@@ -127,14 +125,3 @@ def check_codes(
         fault = codebooks[number].find_fault(own)
         if fault is not None:
             raise FormatError(f"{shards.folder}: {fault}; damaged, fetch it anew")
-
-
-def check_numbers(shards: ShardSet, table: np.ndarray) -> None:
-    """Refuse labels and slides that the manifest does not list: a GPU would die of them."""
-    manifest = shards.manifest
-    for field, names in (("label", manifest.classes), ("slide", manifest.slides)):
-        if table[field].min() < -1 or table[field].max() >= len(names):
-            raise FormatError(
-                f"{shards.folder}/{PATCHES_TABLE}: {field} {table[field].max()}, but the "
-                f"manifest lists {len(names)}; damaged, fetch it anew"
-            )

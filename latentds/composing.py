@@ -17,10 +17,12 @@ from latentds.channel_statistics import measure_statistics
 from latentds.columns import MASK_SCHEMA, encode_table
 from latentds.errors import InputError
 from latentds.format import (
+    CHECKSUMS,
     DIGESTS,
     GOLDEN,
     MANIFEST,
     PACKS_TABLE,
+    PATCH_DTYPE,
     PATCHES_TABLE,
     SIDECARS,
     SPLIT_PATTERN,
@@ -34,6 +36,7 @@ from latentds.publishing import dataset_card
 from latentds.quantizer import AnyCodebook
 from latentds.reader import ShardSet
 from latentds.storage import sha256_file, write_atomically
+from latentds.tables import summarize_blocks
 from latentds.writer import Pack, ShardWriter
 
 Part = tuple[np.ndarray, pa.Table]  # codes and columns; a column mask_png becomes the masks member
@@ -126,8 +129,9 @@ class Composer:
 
 def complete(out: Path, manifest: Manifest) -> Manifest:
     """Write the card and, last of all, the manifest, with what lies there described and counted."""
-    names = (PACKS_TABLE, DIGESTS, PATCHES_TABLE, GOLDEN)
+    names = (PACKS_TABLE, DIGESTS, PATCHES_TABLE, CHECKSUMS, GOLDEN)
     tables = {name: describe_file(out / name) for name in names}
+    tables[PATCHES_TABLE] |= summarize_blocks(out / PATCHES_TABLE, PATCH_DTYPE, manifest.patches)
     manifest = dataclasses.replace(manifest, tables=tables)
     statistics = measure_statistics(ShardSet(out, manifest=manifest))
     manifest = dataclasses.replace(manifest, statistics=statistics)

@@ -38,6 +38,7 @@ from latentds.sampling import (
     join,
 )
 from latentds.selection import select_rows
+from latentds.shared import shared_zeros
 from latentds.state import LoaderState, check_state
 
 DEFAULT_BATCH = 256
@@ -144,7 +145,7 @@ class LatentDataset(IterableDataset[Batch]):
             self.collator.decoders = self.normalized_codebooks()
         self.bad: dict[tuple[int, int], str] = {}  # (set, pack): what is wrong with it
         # (epoch, first batch): in shared memory, so that workers that stay alive see it change
-        self.position = torch.zeros(2, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
+        self.position = shared_zeros(2, torch.int64)
         self.cursor: tuple[int, int] | None = None  # epoch, batch this worker comes to next
         self.resumed = False
 
@@ -194,10 +195,13 @@ class LatentDataset(IterableDataset[Batch]):
     def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
         """Choose the epoch, and the batch of it, that the next iteration starts with."""
         self.position[0], self.position[1] = epoch, first_batch
+        for shards in self.sets:
+            shards.begin_epoch(epoch)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.position.share_memory_()  # a copy has memory of its own, its workers must see it
+        # A copy has memory of its own, its workers must see it.
+        self.position.share_memory_()  # type: ignore[no-untyped-call]
 
     def __len__(self) -> int:
         """Batches of an epoch, the same on every rank."""
@@ -213,7 +217,7 @@ class LatentDataset(IterableDataset[Batch]):
         for batch in range(first, len(self), workers):
             ready = self.batch(epoch, batch)
             self.cursor = (epoch, batch + workers)  # what a state taken now has to start with
-            yield ready
+            yield ready.packed_now() if get_worker_info() else ready
 
     def batch(self, epoch: int, number: int, count: int = 1) -> Batch:
         """This rank's part of global batch `number` of an epoch, or of `count` of them in a row."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from latentds.autoencoders import load_autoencoder, load_for_decoding
 from latentds.autoencoders.base import Autoencoder, NetworkAutoencoder, check_decoder
 from latentds.autoencoders.cards import CARDS
-from latentds.errors import WeightsError
+from latentds.errors import ContractError, WeightsError
 from latentds.lookup import make_lookup
 from latentds.quantizer import AnyCodebook
 from latentds.reader import ShardSet
@@ -37,7 +37,8 @@ def check_decode(decode: str, known: Sequence[str] = DECODES) -> None:
 class DecodeOptions:
     """How a decoder runs.
 
-    dtype          of weights and images: float32, or bfloat16 for speed
+    dtype          of weights and images: float32, or bfloat16 for speed; float16, which overflows
+                   in some decoders: that is noticed, ContractError
     chunk          patches decoded at once, to bound memory; None decodes a batch whole
     channels_last  memory layout of weights and activations
     compile        torch.compile; a warning, and eager, where no compiler works
@@ -110,10 +111,26 @@ class Decoder:
     def decode_within_memory(self, latents: Tensor) -> Tensor:
         """Images of latents; out of memory halves the chunk, once."""
         try:
-            return self.decode(latents)
+            images = self.decode(latents)
         except (torch.OutOfMemoryError, RuntimeError) as error:
             self.halve(len(latents), error)
-        return self.decode(latents)
+            images = self.decode(latents)
+        if images.dtype == torch.float16:
+            self.check_finite(images)
+        return images
+
+    def check_finite(self, images: Tensor) -> None:
+        """Refuse images of a decoder that overflows: its sums can be larger than float16's 65,504.
+
+        Waits for the device, as no other dtype's decoding does.
+        """
+        if not bool(images.sum(dtype=torch.float32).isfinite()):
+            assert self.autoencoder is not None
+            raise ContractError(
+                f"{self.autoencoder.card.name}, decoding in float16: images have values that are "
+                "not finite (NaN), as this decoder's activations go beyond 65,504; pass "
+                "dtype=torch.bfloat16 or torch.float32"
+            )
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images of latents, chunk by chunk, padding cropped."""

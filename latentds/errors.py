@@ -11,6 +11,7 @@
     |-- UnknownNameError         no autoencoder, split or column of that name (also a KeyError)
     |-- MissingExtraError        an optional dependency is not installed (also an ImportError)
     |-- WeightsError             weights that cannot be fetched or do not fit their network
+    |-- WorkerError              a loader's worker could not hand over what it had read, or died
     `-- TooManyBadSamplesError   more unreadable inputs than `max_bad` allows
 
 Standard ones stay standard: `FileNotFoundError`, and `ValueError` for a plainly bad argument.
@@ -70,6 +71,10 @@ class MissingExtraError(LatentdsError, ImportError):
 
 class WeightsError(LatentdsError):
     """Weights that cannot be fetched, or do not fit their network."""
+
+
+class WorkerError(LatentdsError):
+    """A loader's worker that could not hand over what it had read, or died: batches are missing."""
 
 
 class TooManyBadSamplesError(LatentdsError):

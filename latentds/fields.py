@@ -40,7 +40,7 @@ def field_of(shards: ShardSet, split: str | None = None) -> Field | None:
     """
     first, end = (0, len(shards)) if split is None else shards.patch_range(split)
     step = max((end - first) // SAMPLE, 1)
-    values = np.asarray(shards.patches["mpp"][first:end:step], np.float64)
+    values = np.asarray(shards.patches[first:end:step]["mpp"], np.float64)
     known = values[np.isfinite(values) & (values > 0)]
     if not len(known):
         return None

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
-import mmap
 import os
 import threading
 import zlib
@@ -18,6 +18,8 @@ from typing import Any, NamedTuple, Protocol
 from latentds.cache import Cache, CacheConfig
 from latentds.errors import FormatError, InputError
 from latentds.format import (
+    CHECKSUM_DTYPE,
+    CHECKSUMS,
     DIGEST_DTYPE,
     DIGESTS,
     MANIFEST,
@@ -27,7 +29,8 @@ from latentds.format import (
     PATCHES_TABLE,
 )
 from latentds.manifest import MAX_MANIFEST_BYTES, Manifest, parse_manifest, read_manifest
-from latentds.tables import TABLE_HEAD_BYTES, map_file, will_need
+from latentds.openfiles import OpenFile
+from latentds.tables import TABLE_HEAD_BYTES
 from latentds.transport import ATTEMPTS, Transport
 
 logger = logging.getLogger(__name__)
@@ -35,7 +38,13 @@ logger = logging.getLogger(__name__)
 MAX_OPEN_SHARDS = 256
 THREADS = 16  # ranges fetched at once by a process
 MAX_PENDING = 256  # of them asked for ahead
-TABLES = {PACKS_TABLE: PACK_DTYPE, PATCHES_TABLE: PATCH_DTYPE, DIGESTS: DIGEST_DTYPE}
+TABLES = {
+    PACKS_TABLE: PACK_DTYPE,
+    PATCHES_TABLE: PATCH_DTYPE,
+    DIGESTS: DIGEST_DTYPE,
+    CHECKSUMS: CHECKSUM_DTYPE,
+}
+OF_PATCHES = (PATCHES_TABLE, CHECKSUMS)  # tables of a row a patch
 
 
 class Extent(NamedTuple):
@@ -70,12 +79,16 @@ class Files(Protocol):
         """A table as a local file."""
         ...
 
-    def read(self, extent: Extent) -> memoryview:
-        """Bytes, mapped."""
+    def renew(self, name: str, manifest: Manifest) -> Path | None:
+        """A table found damaged, fetched anew; None where there is nowhere to fetch it from."""
+        ...
+
+    def open(self, extent: Extent) -> tuple[OpenFile, int]:
+        """The file with an extent's bytes, and where in it they begin."""
         ...
 
     def fetch(self, extents: Sequence[Extent], ahead: bool = False) -> None:
-        """Have them at hand for `read`; with `ahead` return at once."""
+        """Have them at hand for `open`; with `ahead` return at once."""
         ...
 
     def drop(self, extent: Extent) -> bool:
@@ -91,17 +104,20 @@ def open_files(folder: str | os.PathLike[str], cache: CacheConfig | None = None)
 
 
 class LocalFiles:
-    """A folder; shards are memory-mapped."""
+    """A folder.
+
+    reads_parts  whether single patches are read rather than many of a pack
+    """
 
     revision: str | None = None
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.where = folder, str(folder)
-        self.reads_parts = False  # single patches rather than whole packs
-        self.maps: OrderedDict[str, mmap.mmap] = OrderedDict()
+        self.reads_parts = False
+        self.opened: OrderedDict[str, OpenFile] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"maps": OrderedDict()}
+        return self.__dict__ | {"opened": OrderedDict()}
 
     def manifest(self) -> Manifest:
         return read_manifest(self.folder)
@@ -110,37 +126,39 @@ class LocalFiles:
         del manifest
         return self.folder / name
 
-    def read(self, extent: Extent) -> memoryview:
-        mapped = self.map_shard(extent.shard)
-        if extent.offset + extent.size > len(mapped):
-            raise FormatError(
-                f"{self.folder / PACKS_TABLE}: a pack lies at {extent.offset}.."
-                f"{extent.offset + extent.size} of {extent.shard}, which has {len(mapped)} bytes; "
-                "fetch the table anew"
-            )
-        return memoryview(mapped)[extent.offset : extent.offset + extent.size]
+    def renew(self, name: str, manifest: Manifest) -> None:
+        del name, manifest
 
-    def map_shard(self, shard: str) -> mmap.mmap:
-        """The memory map of a shard; the least recently used of many is closed."""
-        mapped = self.maps.pop(shard, None)
-        if mapped is None:
-            mapped = map_file(self.folder / shard)
-            if self.reads_parts:  # else every patch brings 128 KiB of its neighbours along
-                mapped.madvise(mmap.MADV_RANDOM)
-            if len(self.maps) >= MAX_OPEN_SHARDS:
-                self.maps.popitem(last=False)  # unmapped when its last view is gone
-        self.maps[shard] = mapped
-        return mapped
+    def open(self, extent: Extent) -> tuple[OpenFile, int]:
+        file = take(self.opened, extent.shard)
+        if file is None:
+            file = OpenFile(self.folder / extent.shard)
+            if self.reads_parts:
+                file.single_reads()
+        keep(self.opened, extent.shard, file)
+        return file, extent.offset
 
     def fetch(self, extents: Sequence[Extent], ahead: bool = False) -> None:
-        """Let the system read them from disk side by side; one after another is what faults do."""
+        """Let the system read them from disk side by side."""
         del ahead
         for extent in extents:
-            will_need(self.map_shard(extent.shard), extent.offset, extent.size)
+            self.open(extent)[0].will_need(extent.offset, extent.size)
 
     def drop(self, extent: Extent) -> bool:
         del extent
         return False
+
+
+def take(opened: OrderedDict[str, OpenFile], name: str) -> OpenFile | None:
+    """An open file, taken out; None where it is not open."""
+    return opened.pop(name, None)
+
+
+def keep(opened: OrderedDict[str, OpenFile], name: str, file: OpenFile) -> None:
+    """Put an open file last; the least recently used of many goes, closed with its last user."""
+    if len(opened) >= MAX_OPEN_SHARDS:
+        opened.popitem(last=False)
+    opened[name] = file
 
 
 class RemoteFiles:
@@ -153,11 +171,12 @@ class RemoteFiles:
         reference = hashlib.sha256(location.encode()).hexdigest()[:32]
         self.reference = f"refs/{reference}.json"
         self.name, self.revision = self.resolve()
+        self.opened: OrderedDict[str, OpenFile] = OrderedDict()
         self.pools: dict[str, Any] = {}
         self.waiting = 0  # extents asked for ahead that no thread has begun with
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"pools": {}, "waiting": 0}
+        return self.__dict__ | {"opened": OrderedDict(), "pools": {}, "waiting": 0}
 
     def resolve(self) -> tuple[str, str]:
         """Cache folder of the manifest the location stands for, and the revision."""
@@ -182,9 +201,18 @@ class RemoteFiles:
         """What the location was when it was last seen."""
         try:
             last: dict[str, Any] = json.loads((self.cache.folder / self.reference).read_text())
-        except (FileNotFoundError, ValueError):
+            whole = self.kept_manifest(last["set"]) is not None and bool(last["revision"])
+        except (FileNotFoundError, ValueError, TypeError, KeyError):  # torn, or never written
             return None
-        return last if (self.cache.folder / last["set"] / MANIFEST).is_file() else None
+        return last if whole else None
+
+    def kept_manifest(self, name: str) -> bytes | None:
+        """The manifest in a folder of the cache, whose name is its hash; None where it is torn."""
+        try:
+            content = (self.cache.folder / name / MANIFEST).read_bytes()
+        except FileNotFoundError:
+            return None
+        return content if name == folder_of(content) else None
 
     def resolve_online(self) -> tuple[str, str]:
         """Ask what the location is now, and remember it."""
@@ -192,20 +220,23 @@ class RemoteFiles:
         content = self.transport.read(MANIFEST, 0, None, MAX_MANIFEST_BYTES)
         parse_manifest(parse_json(content, f"{self.where}/{MANIFEST}"), self.where)
         digest = hashlib.sha256(content).hexdigest()
-        name, revision = f"sets/{digest[:32]}", self.transport.revision or digest
-        self.cache.fill(f"{name}/{MANIFEST}", lambda: content, keep=True)
+        name, revision = folder_of(content), self.transport.revision or digest
+        if self.kept_manifest(name) is None:
+            self.cache.write(self.cache.folder / name / MANIFEST, content)
         record = {"set": name, "revision": revision, "commit": self.transport.revision}
         self.cache.write(self.cache.folder / self.reference, json.dumps(record).encode())
         return name, revision
 
     def manifest(self) -> Manifest:
-        path = self.cache.folder / self.name / MANIFEST
-        return parse_manifest(parse_json(path.read_bytes(), str(path)), self.where)
+        content = self.kept_manifest(self.name)
+        if content is None:  # torn since it was looked at, a moment ago
+            raise FormatError(f"{self.cache.folder / self.name / MANIFEST}: torn; open it again")
+        return parse_manifest(parse_json(content, f"{self.where}/{MANIFEST}"), self.where)
 
     def table(self, name: str, manifest: Manifest) -> Path:
         """A whole table in the cache; fetched anew where its hash is not the manifest's."""
         entry, rows = manifest.tables[name], manifest.patches
-        rows = rows if name == PATCHES_TABLE else manifest.packs
+        rows = rows if name in OF_PATCHES else manifest.packs
         size, digest = entry.get("bytes"), entry.get("sha256")
         most = TABLE_HEAD_BYTES + rows * TABLES[name].itemsize
         if type(size) is not int or not 0 < size <= most:
@@ -215,12 +246,19 @@ class RemoteFiles:
             self.refuse_offline(name)
             self.transport.download(name, path, size, str(digest))
 
-        # Hashed when it is filled; after that its size tells a torn write from a whole one.
+        # Hashed when it is filled; its size tells most torn writes, its checksums the others.
         path = self.cache.fill_file(f"{self.name}/{name}", download)
         if path.stat().st_size != size:
             self.cache.drop(f"{self.name}/{name}")
             path = self.cache.fill_file(f"{self.name}/{name}", download)
         return path
+
+    def renew(self, name: str, manifest: Manifest) -> Path | None:
+        if self.offline:
+            return None
+        logger.warning("%s: torn in the cache, fetched anew", self.cache.folder / self.name / name)
+        self.cache.drop(f"{self.name}/{name}")
+        return self.table(name, manifest)
 
     def refuse_offline(self, name: str) -> None:
         """Say what is missing where nothing may be fetched."""
@@ -249,15 +287,22 @@ class RemoteFiles:
 
         return self.cache.fill(self.member(extent), fetch)
 
-    def read(self, extent: Extent) -> memoryview:
-        while True:
+    def open(self, extent: Extent) -> tuple[OpenFile, int]:
+        name = self.member(extent)
+        file = take(self.opened, name)
+        for _ in range(ATTEMPTS):
+            if file is not None and file.signature()[0] == extent.size:
+                keep(self.opened, name, file)
+                return file, 0
+            if file is not None:  # not what was written: the disk's fault
+                self.cache.drop(name)
             path = self.fill(extent)
-            try:
-                if path.stat().st_size == extent.size:
-                    return memoryview(map_file(path))
-            except FileNotFoundError:  # evicted since
-                continue
-            self.drop(extent)  # not what was written: the disk's fault
+            with contextlib.suppress(FormatError):  # evicted since
+                file = OpenFile(path)
+        raise FormatError(
+            f"{self.cache.folder / name}: does not stay there; use a larger cache limit, or a "
+            "cache folder on a sound disk (CacheConfig, LATENTDS_CACHE)"
+        )
 
     def fetch(self, extents: Sequence[Extent], ahead: bool = False) -> None:
         if ahead:
@@ -295,8 +340,17 @@ class RemoteFiles:
         return pool
 
     def drop(self, extent: Extent) -> bool:
-        self.cache.drop(self.member(extent))
-        return not self.offline
+        name = self.member(extent)
+        self.opened.pop(name, None)
+        if self.offline:  # what is there is all there is
+            return False
+        self.cache.drop(name)
+        return True
+
+
+def folder_of(content: bytes) -> str:
+    """The cache's folder of a set, by its manifest."""
+    return f"sets/{hashlib.sha256(content).hexdigest()[:32]}"
 
 
 def is_sound(content: bytes, extent: Extent) -> bool:

@@ -33,6 +33,7 @@ MANIFEST = f"{SIDECARS}/manifest.json"
 PACKS_TABLE = f"{SIDECARS}/packs.npy"
 PATCHES_TABLE = f"{SIDECARS}/patches.npy"
 DIGESTS = f"{SIDECARS}/digests.npy"
+CHECKSUMS = f"{SIDECARS}/checksums.npy"
 GOLDEN = f"{SIDECARS}/golden.parquet"
 HEADER_PREFIX = "LATENTDS."
 # What numpy raises for headers that are none, hostile ones included.
@@ -66,6 +67,7 @@ PACK_DTYPE = np.dtype(
 DIGEST_DTYPE = np.dtype(  # sha256 of what CRC-32 stands for above; zeros for masks a pack has not
     [("codes", "u1", (32,)), ("patches", "u1", (32,)), ("masks", "u1", (32,))]
 )
+CHECKSUM_DTYPE = np.dtype("<u4")  # CRC-32 (zlib's) of a patch's code bytes
 PATCH_DTYPE = np.dtype(
     [
         ("label", "<i4"),  # index into the manifest's classes, -1 for none

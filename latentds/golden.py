@@ -7,6 +7,7 @@ With them anyone can check a decoder.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -114,12 +115,18 @@ def encode_golden(
     return encode_table(pa.table(columns, schema=SCHEMA))
 
 
-def read_golden_table(folder: Path) -> pa.Table:
-    """The golden file's rows as they are stored; FormatError where it is damaged."""
+def read_golden_table(folder: Path, sha256: str | None = None) -> pa.Table:
+    """The golden file's rows as they are stored; FormatError where it is damaged.
+
+    sha256  as the manifest records it; None leaves it to who checks files one by one
+    """
     path = folder / GOLDEN
     if not path.is_file() or path.stat().st_size > MAX_GOLDEN_BYTES:
         raise FormatError(f"{path}: missing or too large; fetch it anew")
-    return decode_table(path.read_bytes(), str(path), SCHEMA)
+    content = path.read_bytes()
+    if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
+        raise FormatError(f"{path}: not of the hash that the manifest records; fetch it anew")
+    return decode_table(content, str(path), SCHEMA)
 
 
 def renumbered(table: pa.Table, rows: np.ndarray) -> pa.Table:
@@ -137,14 +144,16 @@ def no_golden() -> bytes:
     return encode_table(SCHEMA.empty_table())
 
 
-def read_golden(folder: Path, contract: Contract, patches: int) -> Golden:
+def read_golden(
+    folder: Path, contract: Contract, patches: int, sha256: str | None = None
+) -> Golden:
     """The golden patches of a data set of `patches`; FormatError where the file is damaged.
 
     There may be none: all were removed, or no decoder was at hand when the set was made.
     """
     codes_shape, patch_px = contract.codes_shape, contract.patch_px
     path = folder / GOLDEN
-    table = read_golden_table(folder).to_pydict()
+    table = read_golden_table(folder, sha256).to_pydict()
     if not table["row"]:
         nothing = np.zeros(0, np.int64)
         none = np.zeros((0, *codes_shape), np.uint8), np.zeros((0, *patch_px, 3), np.uint8)

@@ -16,6 +16,8 @@ import pyarrow.compute as pc
 
 from latentds.errors import FormatError
 from latentds.format import (
+    CHECKSUM_DTYPE,
+    CHECKSUMS,
     DIGEST_DTYPE,
     DIGESTS,
     NO_LABEL,
@@ -31,6 +33,7 @@ from latentds.scan import ScannedPack, read_patches, scan_shard
 from latentds.storage import naming, rename_durably, sha256_file, write_atomically
 
 UNKNOWN_PX = -1  # x and y where a source has none
+ARRAYS = ("packs", "digests", "patches", "checksums")
 INDEXED = ("label", "slide", "x", "y", "mpp", "size_px")  # columns that the patch table holds
 
 
@@ -41,12 +44,14 @@ class ShardIndex:
     packs    PACK_DTYPE rows, first_patch counted from the shard's start
     digests  DIGEST_DTYPE rows
     patches  PATCH_DTYPE rows, label and slide indexing `classes` and `slides` of this shard
+    checksums  CHECKSUM_DTYPE, one a patch
     """
 
     record: ShardRecord
     packs: np.ndarray
     digests: np.ndarray
     patches: np.ndarray
+    checksums: np.ndarray
     classes: tuple[str, ...]
     slides: tuple[str, ...]
 
@@ -88,6 +93,7 @@ def index_shard(
         packs=pack_rows(packs),
         digests=digest_rows(packs),
         patches=patches,
+        checksums=np.array([crc32 for pack in packs for crc32 in pack.checksums], CHECKSUM_DTYPE),
         classes=classes,
         slides=slides,
     )
@@ -144,7 +150,8 @@ def save_index(index: ShardIndex, path: Path) -> None:
     }
     buffer = io.BytesIO()
     text = np.frombuffer(json.dumps(names).encode(), np.uint8)
-    np.savez(buffer, packs=index.packs, digests=index.digests, patches=index.patches, names=text)
+    arrays = {name: getattr(index, name) for name in ARRAYS}
+    np.savez(buffer, names=text, **arrays)
     write_atomically(path, buffer.getvalue())
 
 
@@ -154,9 +161,7 @@ def load_index(path: Path) -> ShardIndex:
         names = json.loads(arrays["names"].tobytes())
         return ShardIndex(
             record=ShardRecord(**names["record"]),
-            packs=arrays["packs"],
-            digests=arrays["digests"],
-            patches=arrays["patches"],
+            **{name: arrays[name] for name in ARRAYS},
             classes=tuple(names["classes"]),
             slides=tuple(names["slides"]),
         )
@@ -165,7 +170,7 @@ def load_index(path: Path) -> ShardIndex:
 def write_tables(
     folder: Path, paths: Sequence[Path]
 ) -> tuple[tuple[ShardRecord, ...], tuple[str, ...], tuple[str, ...]]:
-    """Join the shards' indexes (sorted by shard name) into the three tables.
+    """Join the shards' indexes (sorted by shard name) into the four tables.
 
     One shard in memory at a time.
 
@@ -183,6 +188,7 @@ def write_tables(
         TableWriter(folder / PACKS_TABLE, PACK_DTYPE, totals[0]) as packs,
         TableWriter(folder / DIGESTS, DIGEST_DTYPE, totals[0]) as digests,
         TableWriter(folder / PATCHES_TABLE, PATCH_DTYPE, totals[1]) as patches,
+        TableWriter(folder / CHECKSUMS, CHECKSUM_DTYPE, totals[1]) as checksums,
     ):
         first_patch = 0
         for number, path in enumerate(paths):
@@ -191,6 +197,7 @@ def write_tables(
             packs.write(pack_part)
             digests.write(index.digests)
             patches.write(patch_part)
+            checksums.write(index.checksums)
             first_patch += len(patch_part)
     return tuple(records), *names
 
@@ -201,7 +208,11 @@ class TableWriter:
     def __init__(self, path: Path, dtype: np.dtype[Any], rows: int) -> None:
         self.path, self.temporary = path, path.with_name(f"{path.name}.tmp")
         self.file = self.temporary.open("wb")
-        header = {"descr": dtype.descr, "fortran_order": False, "shape": (rows,)}
+        header = {
+            "descr": np.lib.format.dtype_to_descr(dtype),
+            "fortran_order": False,
+            "shape": (rows,),
+        }
         np.lib.format.write_array_header_1_0(self.file, header)
 
     def write(self, part: np.ndarray) -> None:

@@ -21,13 +21,16 @@ from latentds.cache import CacheConfig
 from latentds.channel_statistics import choose_statistics
 from latentds.dataset import LatentDataset, check_bad
 from latentds.decoding import DecodeOptions, Decoder, check_decode, find_autoencoder
+from latentds.errors import WorkerError
 from latentds.launcher import gather, own_device
 from latentds.lookup import make_integers
 from latentds.mixture import Mixture
 from latentds.normalization import ChannelStatistics
 from latentds.quantizer import AnyCodebook
+from latentds.shared import REMEDY, describe_shm, of_dead_worker
 from latentds.stage import CudaLanes, DecodeStage, Lanes
-from latentds.transfers import Transfers
+from latentds.transfers import Transfer, Transfers
+from latentds.transforms import Watched
 from latentds.views.crops import Views
 from latentds.views.multicrop import MultiCrop
 from latentds.views.windows import CropWindows, WindowPlan
@@ -58,7 +61,8 @@ class LatentLoader:
                   whole, and half of it should memory run out
     channels_last, compile, cuda_graph   see DecodeOptions
     static        on a GPU, hand out memory that the next batch may reuse; see DecodeStage
-    transform     applied to the images (B, 3, H, W) of every batch, on the device
+    transform     applied to the images (B, 3, H, W) of every batch, on the device; one that draws
+                  random numbers once a batch, as torchvision's do, is warned of
     views         MultiCrop, or any function of what is decoded and `batch.seeds` that gives Views:
                   batch.views, made on the device of the images before `transform` changes those
     crop_windows  decode of every patch only what its views show (no batch.images then); for
@@ -66,7 +70,7 @@ class LatentLoader:
     as_tuple      yield (images, labels) instead of a Batch, or (views.crops(), labels)
 
     `state_dict` counts batches handed out; the iteration after `load_state_dict` goes on behind
-    them: from a state taken at an epoch's end it yields nothing, and the one after is the next.
+    them. A state taken with an epoch's last batch is the beginning of the next epoch.
     """
 
     def __init__(
@@ -143,7 +147,8 @@ class LatentLoader:
         self.dataset.statistics_given = choose_statistics(normalize, self.dataset.sets)
         self.device, self.decode, self.normalize = own_device(device), decode, bool(normalize)
         self.decode_device = own_device(decode_device or device)
-        self.transform, self.views, self.as_tuple = transform, views, as_tuple
+        self.transform = Watched(transform) if transform else None
+        self.views, self.as_tuple = views, as_tuple
         self.contract = self.dataset.shards.manifest.contract
         options = DecodeOptions(
             dtype=dtype,
@@ -159,7 +164,7 @@ class LatentLoader:
         self.stage: DecodeStage | None = None
         if self.decode_device.type == "cuda":
             self.stage = self.make_stage(static, CudaLanes(self.decode_device))
-        self.transfers: DataLoader[tuple[Batch, list[int]]] = DataLoader(
+        self.transfers: DataLoader[Transfer] = DataLoader(
             Transfers(self.dataset),
             batch_size=None,
             num_workers=num_workers,
@@ -240,9 +245,17 @@ class LatentLoader:
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the next iteration's epoch; without it, every iteration runs the next one."""
-        if not (self.resuming and epoch == self.epoch):  # a resumed epoch keeps its place
-            self.epoch, self.handed_out, self.resuming = epoch, 0, False
+        """Choose the next iteration's epoch; without it, every iteration runs the next one.
+
+        The epoch of a loaded state keeps its place; one that the state has just ended is empty.
+        """
+        if self.resuming and epoch == self.epoch:
+            return
+        if self.resuming and not self.handed_out and epoch == self.epoch - 1:
+            logger.warning("epoch %d is over in the loader's state: no batch of it is left", epoch)
+            self.epoch, self.handed_out = epoch, len(self)
+            return
+        self.epoch, self.handed_out, self.resuming = epoch, 0, False
 
     def __iter__(self) -> Iterator[Any]:
         if self.handed_out and not self.resuming:
@@ -267,7 +280,7 @@ class LatentLoader:
 
     def received(self) -> Iterator[Batch]:
         """Batches as the workers' transfers bring them."""
-        for transfer, sizes in self.transferred():
+        for transfer, sizes in self.counted():
             start = 0
             for size in sizes:
                 part = transfer[start : start + size]
@@ -276,7 +289,21 @@ class LatentLoader:
                 yield part
                 start += size
 
-    def transferred(self) -> Iterator[tuple[Batch, list[int]]]:
+    def counted(self) -> Iterator[tuple[Batch, list[int]]]:
+        """The transfers of an epoch, each at its place; WorkerError where one is missing."""
+        place, end = self.dataset.position.tolist()[1], len(self)
+        for start, transfer, sizes in self.transferred():
+            if start != place:
+                break
+            yield transfer, sizes
+            place += len(sizes)
+        if place != end:
+            raise WorkerError(
+                f"{self.dataset.shards.folder}: batch {place} of {end} did not come from its "
+                f"worker ({describe_shm()}); {REMEDY}"
+            )
+
+    def transferred(self) -> Iterator[Transfer]:
         """What the workers send, an error of theirs without torch's frames.
 
         One of those frames holds the error itself: a ring that only the collector ends. It ends the
@@ -287,7 +314,8 @@ class LatentLoader:
         except Exception as error:
             if not self.transfers.num_workers:
                 raise
-            raise error.with_traceback(None) from None
+            died = of_dead_worker(error) if isinstance(error, RuntimeError) else None
+            raise (died or error).with_traceback(None) from None
 
     def note_bad(self, batch: Batch) -> None:
         """Collect what workers found damaged; raise where all of them together found too much."""
@@ -343,7 +371,11 @@ class LatentLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """Where the next batch stands: plain JSON values, the same on every rank."""
-        return self.dataset.state_at(self.epoch, self.handed_out).to_json()
+        return self.dataset.state_at(*self.place_of(self.epoch, self.handed_out)).to_json()
+
+    def place_of(self, epoch: int, batch: int) -> tuple[int, int]:
+        """An epoch and a batch of it that there is: behind the last comes the next one's first."""
+        return (epoch + 1, 0) if batch >= len(self) else (epoch, batch)
 
     def load_state_dict(self, state: dict[str, Any], bad_packs: Sequence[str] = ()) -> None:
         """Go on after the batches `state` counts.
@@ -353,7 +385,8 @@ class LatentLoader:
         """
         self.dataset.load_state_dict(state)
         self.bad_packs = list(dict.fromkeys([*self.bad_packs, *bad_packs]))
-        self.epoch, self.handed_out, self.resuming = state["epoch"], state["batch"], True
+        self.epoch, self.handed_out = self.place_of(state["epoch"], state["batch"])
+        self.resuming = True
 
 
 def check_views(views: Any, decode: str, crop_windows: bool, transform: Any) -> None:

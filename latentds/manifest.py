@@ -28,6 +28,7 @@ from latentds.format import (
 )
 from latentds.normalization import ChannelStatistics, parse_statistics
 from latentds.quantizer import AnyCodebook
+from latentds.tables import block_sums
 
 MAX_MANIFEST_BYTES = 1 << 28
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -59,6 +60,7 @@ class Manifest:
     tables    sha256 and bytes of the files beside the shards
     made      how the run was made: options, versions, device, counts (no path, host, user or time)
     statistics  mean and spread of every latent channel; None in sets of before they were recorded
+    has_digest  whether its text was checked as a whole; not in sets of before there was a digest
     """
 
     contract: Contract
@@ -69,6 +71,7 @@ class Manifest:
     made: dict[str, Any]
     more_codebooks: tuple[AnyCodebook, ...] = ()
     statistics: ChannelStatistics | None = None
+    has_digest: bool = False
 
     @property
     def codebooks(self) -> tuple[AnyCodebook, ...]:
@@ -125,6 +128,11 @@ class Manifest:
         """Identity of the stored patches: hash of the shards' names and hashes."""
         return digest_json([[shard.name, shard.sha256] for shard in self.shards])
 
+    @property
+    def golden_sha256(self) -> str | None:
+        """Hash of the golden file; None while the manifest is not complete."""
+        return self.tables.get(GOLDEN, {}).get("sha256")
+
     def to_json(self) -> str:
         """The manifest's text."""
         record = {
@@ -143,6 +151,7 @@ class Manifest:
             record["codebooks"] = [book.to_json() for book in self.codebooks]
         if self.statistics is not None:
             record["channel_statistics"] = self.statistics.to_json()
+        record["digest"] = digest_json(record)
         return json.dumps(record, indent=1, sort_keys=True, allow_nan=False) + "\n"
 
 
@@ -193,7 +202,27 @@ def parse_manifest(record: Any, where: str) -> Manifest:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise FormatError(f"{where}: manifest is damaged ({error!r}); fetch it anew") from error
     check_counts(manifest, record, where)
-    return manifest
+    return dataclasses.replace(manifest, has_digest=check_digest(record, where))
+
+
+def check_digest(record: dict[str, Any], where: str) -> bool:
+    """Whether a manifest has a digest of itself; FormatError where it is another's.
+
+    Last, so that what can be told more precisely is. Values that were exchanged, as class names,
+    contradict nothing else.
+    """
+    if "digest" not in record:
+        return False
+    rest = {name: value for name, value in record.items() if name != "digest"}
+    try:
+        digest = digest_json(rest)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{where}: manifest is damaged ({error}); fetch it anew") from error
+    if record["digest"] != digest:
+        raise FormatError(
+            f"{where}: not of the digest it records; damaged or edited by hand, fetch it anew"
+        )
+    return True
 
 
 def version_of(record: dict[str, Any]) -> object:
@@ -274,6 +303,10 @@ def check_counts(manifest: Manifest, record: dict[str, Any], where: str) -> None
     for name in (PACKS_TABLE, PATCHES_TABLE, GOLDEN):
         if not SHA256.fullmatch(str(manifest.tables.get(name, {}).get("sha256"))):
             raise FormatError(f"{where}: tables do not list {name} with its sha256")
+    try:
+        block_sums(manifest.tables[PATCHES_TABLE], manifest.patches)
+    except ValueError as error:
+        raise FormatError(f"{where}: {PATCHES_TABLE}: {error}; fetch it anew") from error
     known = {book.codebook_id for book in manifest.codebooks}
     for shard in manifest.shards:
         check_shard(manifest, shard, known, where)

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from latentds.format import PATCHES_TABLE
+from latentds.format import PATCH_DTYPE, PATCHES_TABLE
 from latentds.manifest import Manifest
+from latentds.tables import Table, block_sums
 
 
 def slide_entropy(slides: np.ndarray) -> float | None:
@@ -24,8 +25,10 @@ def slide_entropies(folder: Path, manifest: Manifest) -> dict[str, dict[str, flo
 
     Equal where every shard is like the whole; 0 within shards of one slide each.
     """
-    slides = np.load(folder / PATCHES_TABLE, mmap_mode="r", allow_pickle=False)["slide"]
     stops = np.cumsum([shard.patches for shard in manifest.shards])
+    entry = manifest.tables.get(PATCHES_TABLE, {})
+    sums = block_sums(entry, int(stops[-1]))
+    slides = Table(folder / PATCHES_TABLE, PATCH_DTYPE, int(stops[-1]), sums)["slide"]
     parts: dict[str, list[np.ndarray]] = {}
     for shard, part in zip(manifest.shards, np.split(slides, stops[:-1]), strict=True):
         parts.setdefault(shard.split, []).append(part)

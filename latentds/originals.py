@@ -124,7 +124,8 @@ class Originals:
         manifest = self.shards.manifest
         if not isinstance(self.shards.files, LocalFiles):
             return  # a remote set's golden file is not fetched for this
-        golden = read_golden(self.shards.files.folder, manifest.contract, manifest.patches)
+        folder, sha256 = self.shards.files.folder, manifest.golden_sha256
+        golden = read_golden(folder, manifest.contract, manifest.patches, sha256)
         if not len(golden.rows):
             return
         table = self.shards.patches[golden.rows]

@@ -1,40 +1,46 @@
-"""Read a data set's folder: memory-mapped tables, and codes of any patches in any order."""
+"""Read a data set: rows of its tables, and codes of any patches in any order, all of it checked."""
 # N patches asked for, C latent channels, h w latent cells, H W pixels
 
 from __future__ import annotations
 
-import io
+import contextlib
+import functools
 import os
 import zlib
 from collections import OrderedDict
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import torch
-from PIL import Image
 
 from latentds.cache import CacheConfig
-from latentds.errors import DamagedPackError, FormatError, InputError, unknown_name
+from latentds.codechecks import CodeChecks
+from latentds.errors import DamagedPackError, FormatError, unknown_name
 from latentds.files import Extent, LocalFiles, open_files
 from latentds.format import (
+    CHECKSUMS,
     CODES,
-    DIGEST_DTYPE,
     DIGESTS,
     MASKS,
-    PACK_DTYPE,
     PACKS_TABLE,
-    PATCH_DTYPE,
     PATCHES,
     PATCHES_TABLE,
     pack_key,
     patch_key,
 )
 from latentds.manifest import Manifest
-from latentds.tables import MappedTable
+from latentds.masks import decode_mask, no_mask
+from latentds.openfiles import OpenFile, Signature
+from latentds.settables import (
+    check_packs,
+    check_rows,
+    check_sizes,
+    check_unsummed,
+    open_table,
+    read_table,
+)
 
-MAX_VIEWS = 256  # packs at hand without a look into the tables: two windows of the order
+MAX_NEAR = 256  # packs that the system was asked to read: two windows of the order
 MAX_CACHED_TABLES = 256  # Parquet members that stay parsed
 
 
@@ -42,14 +48,15 @@ class ShardSet:
     """The shards, tables and manifest of a data set.
 
     folder       local folder, or location: hf://datasets/ORG/NAME@REVISION, s3://, https://
-    check_codes  compare a pack's checksum the first time it is read from
+    check_codes  compare a patch's checksum the first time it is read, and again when its shard has
+                 changed; see CodeChecks
     manifest     instead of the folder's own, while it is not yet written
     cache        where and how much of a location is kept
-    revision     commit or manifest that a location resolved to; None for a local folder
+    reads_parts  single patches will be read rather than many of a pack
 
-    Opening costs the manifest and one `stat` a shard, whatever the number of patches (of a location
-    also the tables, once); it raises FormatError for anything that contradicts the manifest.
-    Pickles without its maps, so workers may carry it.
+    Opening costs the manifest, the pack table and one `stat` a shard, whatever the number of
+    patches (of a location also the tables, once); it raises FormatError for anything that
+    contradicts the manifest. Pickles without its files and tables, so workers may carry it.
     """
 
     def __init__(
@@ -58,72 +65,66 @@ class ShardSet:
         check_codes: bool = True,
         manifest: Manifest | None = None,
         cache: CacheConfig | None = None,
+        reads_parts: bool = False,
     ) -> None:
         self.files = open_files(folder, cache)
         self.folder, self.revision = self.files.where, self.files.revision
         self.manifest = manifest or self.files.manifest()
-        self.check_codes = check_codes
+        self.check_codes, self.reads_parts = check_codes, reads_parts
+        signatures: list[Signature] = []
         if isinstance(self.files, LocalFiles):
-            self.files.reads_parts = not check_codes
-            check_sizes(self.files.folder, self.manifest)
+            self.files.reads_parts = reads_parts
+            signatures = check_sizes(self.files.folder, self.manifest)
         self.open_tables()
-        # Shared with workers: a pack that one of them has checked need not be checked by all.
-        self.share_checks(torch.zeros(len(self.packs), dtype=torch.bool).share_memory_())  # type: ignore[no-untyped-call]
+        self.checks = CodeChecks(self.first_patches(), signatures)
+        if not self.is_local:
+            self.digests  # noqa: B018  # fetched with the others, for a time without connection
+        if manifest is None:
+            check_unsummed(self.files, self.manifest)
 
     def open_tables(self) -> None:
-        """Map the tables and check what opening checks."""
-        packs, patches = self.manifest.packs, self.manifest.patches
-        self.packs = self.open_table(PACKS_TABLE, PACK_DTYPE, packs)
-        self.patch_table = MappedTable(
-            self.files.table(PATCHES_TABLE, self.manifest), PATCH_DTYPE, patches
-        )
-        self.patches = self.patch_table.rows
-        self.digests = None
-        if DIGESTS in self.manifest.tables:
-            self.digests = self.open_table(DIGESTS, DIGEST_DTYPE, packs)
+        """Open the tables and check what opening checks."""
+        self.packs = read_table(self.files, self.manifest, PACKS_TABLE)
+        check_packs(self.packs, self.manifest, self.folder)
         # A field of the table is strided: a binary search on it would copy it for every batch.
         self.first_patch = np.ascontiguousarray(self.packs["first_patch"])
         self.first_pack = np.cumsum([0, *(shard.packs for shard in self.manifest.shards)])
         self.books = np.array(self.manifest.codebook_numbers, np.int64)
-        self.check_boundaries()
-        self.views: dict[int, memoryview] = {}
-        self.tables: OrderedDict[tuple[int, str], dict[str, list[Any]]] = OrderedDict()
+        check = functools.partial(check_rows, manifest=self.manifest, where=self.folder)
+        self.patches = open_table(self.files, self.manifest, PATCHES_TABLE, check)
+        self.checksums = None  # of patches, where those are read one by one
+        if CHECKSUMS in self.manifest.tables and self.reads_parts and self.is_local:
+            self.checksums = open_table(self.files, self.manifest, CHECKSUMS)
+        self.near: dict[int, None] = {}
+        self.parsed: OrderedDict[tuple[int, str], dict[str, list[Any]]] = OrderedDict()
 
-    def open_table(self, name: str, dtype: np.dtype[Any], rows: int) -> np.ndarray:
-        """A table, mapped."""
-        return MappedTable(self.files.table(name, self.manifest), dtype, rows).rows
+    @property
+    def is_local(self) -> bool:
+        """Whether shards lie in a folder, rather than packs in a cache."""
+        return isinstance(self.files, LocalFiles)
 
-    def check_boundaries(self) -> None:
-        """Refuse a pack table whose shards do not start and end where the manifest counts say."""
-        shards = self.manifest.shards
-        first_patch = np.cumsum([0, *(shard.patches for shard in shards)])
-        starts, ends = self.first_pack[:-1], self.first_pack[1:] - 1
-        numbers = np.arange(len(shards))
-        last = self.packs[ends]
-        if not (
-            np.array_equal(self.packs["shard"][starts], numbers)
-            and np.array_equal(last["shard"], numbers)
-            and np.array_equal(self.first_patch[starts], first_patch[:-1])
-            and np.array_equal(last["first_patch"] + last["count"], first_patch[1:])
-        ):
-            raise FormatError(
-                f"{self.folder}/{PACKS_TABLE}: shards do not start and end where the manifest "
-                "says; fetch both anew"
-            )
+    @functools.cached_property
+    def digests(self) -> np.ndarray | None:
+        """sha256 of every pack's members, DIGEST_DTYPE; None in sets without."""
+        if DIGESTS not in self.manifest.tables:
+            return None
+        return read_table(self.files, self.manifest, DIGESTS)
 
-    def share_checks(self, marks: torch.Tensor) -> None:
-        """Keep in `marks` (bool, a pack) which packs were found sound."""
-        self.marks, self.checked = marks, marks.numpy()
+    def first_patches(self) -> np.ndarray:
+        """Row of every shard's first patch, and one past the last, int64."""
+        return np.cumsum([0, *(shard.patches for shard in self.manifest.shards)])
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Tell the number of an epoch: every few of them all is checked again."""
+        self.checks.begin_epoch(epoch)
 
     def __getstate__(self) -> dict[str, Any]:
-        maps = ("packs", "patches", "patch_table", "digests", "first_patch", "checked", "views",
-                "tables")  # fmt: skip
-        return {name: value for name, value in self.__dict__.items() if name not in maps}
+        own = ("packs", "patches", "checksums", "digests", "first_patch", "near", "parsed")
+        return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.open_tables()
-        self.share_checks(state["marks"])
 
     def __len__(self) -> int:
         return self.manifest.patches
@@ -143,25 +144,118 @@ class ShardSet:
 
     def read_codes(self, rows: np.ndarray) -> np.ndarray:
         """Codes uint8 (N, C, h, w) of the patches at `rows` of the patch table, in that order."""
-        contract = self.manifest.contract
-        size = contract.bytes_per_patch
-        codes = np.empty((len(rows), *contract.codes_shape), np.uint8)
+        size = self.manifest.contract.bytes_per_patch
+        codes = np.empty((len(rows), *self.manifest.contract.codes_shape), np.uint8)
         packs = self.packs_of(rows)
-        starts = ((rows - self.first_patch[packs].astype(np.int64)) * size).tolist()
-        touched = np.unique(packs).tolist()
-        new = [pack for pack in touched if pack not in self.views]
-        self.fetch(new)
-        for pack in new:
-            self.patch_table.will_need(int(self.first_patch[pack]), int(self.packs["count"][pack]))
-        if not self.check_codes and isinstance(self.files, LocalFiles):
-            self.files.fetch(self.parts(rows, packs, size))
-        views = {pack: self.pack_bytes(pack) for pack in touched}
-        # A loop of memory copies: 3 times as fast as indexing every pack's few patches as an array.
-        target, place = codes.reshape(-1).data, 0
-        for pack, start in zip(packs.tolist(), starts, strict=True):
-            target[place : place + size] = views[pack][start : start + size]
-            place += size
+        self.prepare(rows, packs, size)
+        doubtful = self.doubtful(rows, packs)
+        target = codes.reshape(-1).data
+        self.copy_codes(rows, packs, target, size)
+        if self.checksums is not None and self.check_codes:
+            self.check_patches(rows, packs, doubtful, target)
         return codes
+
+    def prepare(self, rows: np.ndarray, packs: np.ndarray, size: int) -> None:
+        """Have the system, or the network, fetch what will be read, side by side."""
+        new = [pack for pack in np.unique(packs).tolist() if pack not in self.near]
+        for pack in new:
+            self.patches.will_need(int(self.first_patch[pack]), int(self.packs["count"][pack]))
+            if len(self.near) >= MAX_NEAR:
+                self.near.pop(next(iter(self.near)))
+            self.near[pack] = None
+        if self.checksums is not None or not self.check_codes:
+            self.files.fetch(self.parts(rows, packs, size))
+        elif new:
+            self.files.fetch([self.extent(pack, CODES) for pack in new])
+
+    def doubtful(self, rows: np.ndarray, packs: np.ndarray) -> np.ndarray:
+        """Places of patches to check when they are read; packs that are read whole are checked now.
+
+        A pack is found damaged by whoever touches it first, whichever patch of it that wants: so
+        every rank and worker replaces it alike (`max_bad`).
+        """
+        places = np.arange(len(rows))
+        if self.is_local and self.check_codes:
+            touched, where = np.unique(self.packs["shard"][packs], return_index=True)
+            for shard, pack in zip(touched.tolist(), packs[where].tolist(), strict=True):
+                self.checks.look_at(shard, self.open(pack, CODES)[0].signature())
+            places = self.checks.doubtful(rows)
+        if self.checksums is None and self.check_codes:
+            for pack in np.unique(packs[places]).tolist():
+                self.check_pack(pack)
+        return places
+
+    def check_pack(self, pack: int) -> None:
+        """Check the codes of a pack, of a location whenever its file in the cache is opened."""
+        if self.is_local or not self.open(pack, CODES)[0].is_sound:
+            self.read_sound(pack, CODES)
+            self.open(pack, CODES)[0].is_sound = True
+        if self.is_local:
+            first = int(self.first_patch[pack])
+            self.checks.found_sound(np.arange(first, first + int(self.packs["count"][pack])))
+
+    def copy_codes(
+        self, rows: np.ndarray, packs: np.ndarray, target: memoryview, size: int
+    ) -> None:
+        """Read patches into `target`, neighbours in one go."""
+        if not len(rows):
+            return
+        edges = np.flatnonzero((np.diff(rows) != 1) | (np.diff(packs) != 0)) + 1
+        starts = np.concatenate([[0], edges])
+        stops = (np.append(edges, len(rows)) * size).tolist()
+        offsets = (rows - self.first_patch[packs].astype(np.int64))[starts] * size
+        files, begins = self.places_of(packs[starts])
+        read, place = os.preadv, 0
+        for number, (file, offset, stop) in enumerate(
+            zip(files, (begins + offsets).tolist(), stops, strict=True)
+        ):
+            part = target[place:stop]
+            try:
+                count = read(file.fd, (part,), offset)
+            except OSError:
+                count = 0  # asked once more, by what says what is wrong
+            if count != len(part):
+                with self.blaming(int(packs[starts[number]])):
+                    file.read_into(part, offset)
+            place = stop
+
+    def places_of(self, packs: np.ndarray) -> tuple[list[OpenFile], np.ndarray]:
+        """The file with each pack's codes, and where in it they begin, int64."""
+        # Of a folder, a shard's file stands for all its packs.
+        alike = self.packs["shard"][packs] if self.is_local else packs
+        _, firsts, which = np.unique(alike, return_index=True, return_inverse=True)
+        opened = [self.open(pack, CODES) for pack in packs[firsts].tolist()]
+        files = [opened[place][0] for place in which.tolist()]
+        if self.is_local:
+            return files, self.packs["codes_offset"][packs].astype(np.int64)
+        return files, np.zeros(len(packs), np.int64)
+
+    def check_patches(
+        self, rows: np.ndarray, packs: np.ndarray, places: np.ndarray, target: memoryview
+    ) -> None:
+        """Compare the checksums of patches at `places`."""
+        assert self.checksums is not None
+        size = self.manifest.contract.bytes_per_patch
+        expected = self.checksums[rows[places]].tolist()
+        crc32 = zlib.crc32
+        for place, recorded in zip(places.tolist(), expected, strict=True):
+            part = target[place * size : (place + 1) * size]
+            if crc32(part) != recorded:
+                raise self.damaged(int(packs[place]), CODES)
+        self.checks.found_sound(rows[places])
+
+    @contextlib.contextmanager
+    def blaming(self, pack: int) -> Iterator[None]:
+        """Give an error of reading the pack it is of: `max_bad` can replace that."""
+        try:
+            yield
+        except FormatError as error:
+            raise DamagedPackError(f"key {self.key(pack)}: {error}", self, pack) from error
+
+    def open(self, pack: int, kind: str) -> tuple[OpenFile, int]:
+        """The file with a pack's codes, columns or masks, and where in it they begin."""
+        with self.blaming(pack):
+            return self.files.open(self.extent(pack, kind))
 
     def codebook_numbers(self, rows: np.ndarray) -> np.ndarray:
         """Which of the manifest's codebooks each patch at `rows` has, int64 (N,)."""
@@ -184,13 +278,8 @@ class ShardSet:
         return found
 
     def packs_of(self, rows: np.ndarray) -> np.ndarray:
-        """The packs that hold rows of the patch table; FormatError where the tables disagree."""
-        packs = np.searchsorted(self.first_patch, rows.astype(np.uint64), side="right") - 1
-        beyond = rows - self.first_patch[packs].astype(np.int64) >= self.packs["count"][packs]
-        if beyond.any():
-            pack = int(packs[np.argmax(beyond)])
-            raise FormatError(f"{self.folder}/{PACKS_TABLE}: rows of pack {pack} do not add up")
-        return packs
+        """The packs that hold rows of the patch table."""
+        return np.searchsorted(self.first_patch, rows.astype(np.uint64), side="right") - 1
 
     def group_by_pack(self, rows: np.ndarray) -> list[tuple[int, np.ndarray]]:
         """(pack, places in `rows` that it serves) for every pack that is touched."""
@@ -202,75 +291,51 @@ class ShardSet:
         places = np.split(order, starts[1:])
         return [(int(pack), place) for pack, place in zip(touched, places, strict=True)]
 
-    def pack_view(self, pack: int) -> np.ndarray:
-        """Codes of a pack, uint8 (N, C*h*w), without a copy."""
-        size = self.manifest.contract.bytes_per_patch
-        return np.frombuffer(self.pack_bytes(pack), np.uint8).reshape(-1, size)
-
-    def pack_bytes(self, pack: int) -> memoryview:
-        """Codes of a pack as they lie in the file; checked when they are first touched."""
-        content = self.views.get(pack)
-        if content is not None:
-            return content
-        content = self.read(pack, CODES)
-        if self.check_codes and not self.checked[pack]:
-            content = self.check(pack, CODES, content)
-            self.checked[pack] = True
-        if len(self.views) >= MAX_VIEWS:
-            self.views.pop(next(iter(self.views)))
-        self.views[pack] = content
-        return content
-
     def read(self, pack: int, kind: str) -> memoryview:
         """A pack's codes, columns or masks, as they are."""
-        try:
-            return self.files.read(self.extent(pack, kind))
-        except DamagedPackError as error:  # a location sends wrong bytes
-            raise DamagedPackError(f"key {self.key(pack)}: {error}", self, pack) from error
+        file, start = self.open(pack, kind)
+        with self.blaming(pack):
+            return file.read(start, self.extent(pack, kind).size)
 
-    def check(self, pack: int, kind: str, content: memoryview) -> memoryview:
-        """The bytes, if they have the recorded checksum, read anew where that may help."""
+    def read_sound(self, pack: int, kind: str) -> memoryview:
+        """A pack's codes, columns or masks, of the recorded checksum, read anew where that helps.
+
+        raises  DamagedPackError
+        """
         extent = self.extent(pack, kind)
+        content = self.read(pack, kind)
         if zlib.crc32(content) != extent.crc32 and self.files.drop(extent):
             content = self.read(pack, kind)
         if zlib.crc32(content) != extent.crc32:
-            raise DamagedPackError(
-                f"{self.shard_path(pack)}, key {self.key(pack)}: {kind} does not have the recorded "
-                "checksum; the shard is damaged, fetch it anew ('latentds verify' lists all "
-                "damage)",
-                self,
-                pack,
-            )
+            raise self.damaged(pack, kind)
         return content
+
+    def damaged(self, pack: int, kind: str) -> DamagedPackError:
+        """The error of a pack that is not what was recorded."""
+        return DamagedPackError(
+            f"{self.shard_path(pack)}, key {self.key(pack)}: {kind} does not have the recorded "
+            "checksum; the shard is damaged, fetch it anew ('latentds verify' lists all damage)",
+            self,
+            pack,
+        )
 
     def extent(self, pack: int, kind: str) -> Extent:
         """Where a pack's codes, columns or masks lie."""
         row, shards = self.packs[pack], self.manifest.shards
-        if row["shard"] >= len(shards):
-            raise FormatError(
-                f"{self.folder}/{PACKS_TABLE}: pack {pack} names shard {row['shard']}; refused"
-            )
         field = {CODES: "codes", PATCHES: "patches", MASKS: "masks"}[kind]
         size = int(row["count"]) * self.manifest.contract.bytes_per_patch
         size = size if kind == CODES else int(row[f"{field}_bytes"])
         shard, offset = shards[int(row["shard"])], int(row[f"{field}_offset"])
-        if offset + size > shard.bytes:
-            raise FormatError(
-                f"{self.folder}/{PACKS_TABLE}: pack {pack} lies at {offset}..{offset + size}, its "
-                f"shard has {shard.bytes} bytes; fetch the table anew"
-            )
-        sha256 = None if self.digests is None else self.digests[field][pack].tobytes()
+        sha256 = None
+        if not self.is_local and self.digests is not None:
+            sha256 = self.digests[field][pack].tobytes()
         return Extent(shard.name, offset, size, int(row[f"{field}_crc32"]), sha256)
-
-    def fetch(self, packs: Sequence[int], ahead: bool = False) -> None:
-        """Have the codes of packs at hand, many at once; whole packs, where whole ones are read."""
-        if packs and (self.check_codes or not isinstance(self.files, LocalFiles)):
-            self.files.fetch([self.extent(pack, CODES) for pack in packs], ahead)
 
     def prefetch(self, rows: np.ndarray) -> None:
         """Start to fetch what `rows` of the patch table will need, and return at once."""
-        if not isinstance(self.files, LocalFiles):  # a disk needs no head start
-            self.fetch(np.unique(self.packs_of(rows)).tolist(), ahead=True)
+        if not self.is_local:  # a disk needs no head start
+            packs = np.unique(self.packs_of(rows)).tolist()
+            self.files.fetch([self.extent(pack, CODES) for pack in packs], ahead=True)
 
     def pack_of(self, row: int) -> int:
         """The pack that holds a row of the patch table."""
@@ -297,26 +362,26 @@ class ShardSet:
         """All Parquet columns of a pack, and the key that follows from them."""
         from latentds.columns import SCHEMA
 
-        columns = self.read_table(pack, PATCHES, SCHEMA)
+        columns = self.parsed_table(pack, PATCHES, SCHEMA)
         if "key" not in columns:
             places = zip(columns["source"], columns["x"], columns["y"], strict=True)
             columns["key"] = [patch_key(*place) for place in places]
         return columns
 
-    def read_table(self, pack: int, kind: str, schema: Any) -> dict[str, list[Any]]:
+    def parsed_table(self, pack: int, kind: str, schema: Any) -> dict[str, list[Any]]:
         """A Parquet member of a pack as lists, parsed once and kept for a while."""
         from latentds.columns import decode_table
 
-        table = self.tables.pop((pack, kind), None)
+        table = self.parsed.pop((pack, kind), None)
         if table is None:
             where = f"{self.shard_path(pack)}, {self.key(pack)}.{kind}"
-            content = self.check(pack, kind, self.read(pack, kind))
+            content = self.read_sound(pack, kind)
             table = decode_table(
                 bytes(content), where, schema, int(self.packs["count"][pack])
             ).to_pydict()
-            if len(self.tables) >= MAX_CACHED_TABLES:
-                self.tables.popitem(last=False)
-        self.tables[pack, kind] = table
+            if len(self.parsed) >= MAX_CACHED_TABLES:
+                self.parsed.popitem(last=False)
+        self.parsed[pack, kind] = table
         return table
 
     def read_masks(self, rows: np.ndarray, *, required: bool = False) -> np.ndarray:
@@ -333,7 +398,7 @@ class ShardSet:
                 if required and len(places):
                     raise no_mask(f"{self.shard_path(pack)}, {self.key(pack)}")
                 continue
-            encoded = self.read_table(pack, MASKS, MASK_SCHEMA)["mask_png"]
+            encoded = self.parsed_table(pack, MASKS, MASK_SCHEMA)["mask_png"]
             first, where = int(self.first_patch[pack]), f"{self.shard_path(pack)}, {self.key(pack)}"
             for place in places:
                 png = encoded[int(rows[place]) - first]
@@ -342,37 +407,3 @@ class ShardSet:
                 elif required:
                     raise no_mask(f"{where}, patch {int(rows[place]) - first}")
         return masks
-
-
-def no_mask(where: str) -> InputError:
-    """The error of a patch without a mask where every one needs it: zeros would be a class."""
-    return InputError(f"{where} has no mask; give it one, or leave the patch out")
-
-
-def decode_mask(encoded: bytes, size_px: tuple[int, int], where: str) -> np.ndarray:
-    """A mask (H, W) from its PNG bytes, size checked before a pixel is decoded."""
-    try:
-        with Image.open(io.BytesIO(encoded), formats=["PNG"]) as image:
-            if image.size != size_px[::-1] or image.mode not in ("L", "1"):
-                raise FormatError(
-                    f"{where}: mask is {image.mode} {image.size}, patches are {size_px[::-1]}"
-                )
-            return np.asarray(image.convert("L"))
-    except (OSError, SyntaxError, ValueError) as error:
-        raise FormatError(f"{where}: damaged mask ({error})") from error
-
-
-def check_sizes(folder: Path, manifest: Manifest) -> None:
-    """Refuse missing, truncated or grown shards before anything is read from them."""
-    for shard in manifest.shards:
-        try:
-            size = (folder / shard.name).stat().st_size
-        except FileNotFoundError as error:
-            raise FormatError(
-                f"{folder / shard.name}: missing; the manifest lists it, fetch it"
-            ) from error
-        if size != shard.bytes:
-            raise FormatError(
-                f"{folder / shard.name}: {size} bytes, the manifest says {shard.bytes}; truncated "
-                "or replaced, fetch it anew"
-            )

@@ -183,7 +183,7 @@ class BalancedSampler:
 
 def groups_of(shards: ShardSet, by: str, rows: np.ndarray) -> np.ndarray:
     """Group number of every row, -1 where it has none."""
-    stored = shards.patches["slide" if by == "patient" else by][rows].astype(np.int64)
+    stored = shards.patches[rows]["slide" if by == "patient" else by].astype(np.int64)
     if by != "patient":
         return np.asarray(stored)
     patients = names_of(shards, by)

@@ -57,6 +57,7 @@ class ScannedPack:
     masks: Member | None
     masks_crc32: int
     digests: tuple[bytes, bytes, bytes]  # sha256 of codes, columns, masks
+    checksums: tuple[int, ...]  # (N,), CRC-32 of every patch's codes
 
 
 def read_contract(path: Path) -> Contract:
@@ -183,7 +184,7 @@ def scan_pack(
     code_bytes = count * contract.bytes_per_patch
     codes_offset = codes.offset + codes.size - code_bytes
     crc32, digest = summarize_bytes(file, codes_offset, code_bytes)
-    check_codes(file, codes_offset, count, contract, where)
+    checksums = check_codes(file, codes_offset, count, contract, where)
     patches, masks = group[PATCHES], group.get(MASKS)
     columns_crc32, columns_digest = summarize_bytes(file, patches.offset, patches.size)
     masks_crc32, masks_digest = 0, bytes(32)
@@ -199,19 +200,25 @@ def scan_pack(
         masks=masks,
         masks_crc32=masks_crc32,
         digests=(digest, columns_digest, masks_digest),
+        checksums=checksums,
     )
 
 
-def check_codes(file: BinaryIO, offset: int, count: int, contract: Contract, where: str) -> None:
-    """Refuse codes that the codebook has no entry for, read in blocks of whole patches."""
+def check_codes(
+    file: BinaryIO, offset: int, count: int, contract: Contract, where: str
+) -> tuple[int, ...]:
+    """CRC-32 of every patch's codes, (N,); refuses codes the codebook has no entry for."""
     size = contract.bytes_per_patch
     file.seek(offset)
+    sums: list[int] = []
     for start in range(0, count, step := max(1, BLOCK_BYTES // size)):
         patches = min(step, count - start)
         codes = np.frombuffer(file.read(patches * size), np.uint8)
         fault = contract.codebook.find_fault(codes.reshape(patches, *contract.codes_shape))
         if fault is not None:
             raise FormatError(f"{where}: {fault}")
+        sums += [zlib.crc32(patch.data) for patch in codes.reshape(patches, size)]
+    return tuple(sums)
 
 
 def summarize_bytes(file: BinaryIO, offset: int, size: int) -> tuple[int, bytes]:

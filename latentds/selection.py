@@ -64,7 +64,7 @@ def select_rows(
     for start in range(first, end, BLOCK_ROWS):
         rows = np.arange(start, min(start + BLOCK_ROWS, end))
         if listed is not None:
-            rows = rows[listed[shards.patches["slide"][rows]]]
+            rows = rows[listed[shards.patches[rows]["slide"]]]
         chosen.append(rows if condition is None else filter_rows(shards, rows, condition))
     found = np.concatenate(chosen)
     if not len(found):
@@ -98,7 +98,7 @@ def column(shards: ShardSet, name: str, rows: np.ndarray) -> Any:
     """A column of the patch table as an Arrow array, unknown values null."""
     import pyarrow as pa
 
-    stored = shards.patches["slide" if name == "patient" else name][rows]
+    stored = shards.patches[rows]["slide" if name == "patient" else name]
     if name in NAMES:
         values = pa.array(list(names_of(shards, name)), pa.string())
         return pa.DictionaryArray.from_arrays(pa.array(stored, mask=stored < 0), values).cast(
@@ -271,5 +271,5 @@ def slides_of(shards: ShardSet, split: str | None) -> list[str]:
     first, end = shards.patch_range(split)
     found = set[int]()
     for start in range(first, end, BLOCK_ROWS):
-        found.update(np.unique(shards.patches["slide"][start : min(start + BLOCK_ROWS, end)]))
+        found.update(np.unique(shards.patches[start : min(start + BLOCK_ROWS, end)]["slide"]))
     return [shards.manifest.slides[number] for number in sorted(found) if number >= 0]

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, get_worker_info
 
 from latentds.batch import Batch
 from latentds.dataset import LatentDataset, refuse_cuda_in_worker, this_worker
+from latentds.shared import Sealed
 
+Transfer = tuple[int, Batch, list[int]]
 TRANSFER_BYTES = 1 << 22  # 256 patches of 2 KiB alone: 130k/s from two workers; 2,048: 330k/s
 
 
-class Transfers(IterableDataset[tuple[Batch, list[int]]]):
-    """A data set's batches, some in a row at a time, with their sizes.
+class Transfers(IterableDataset[Transfer]):
+    """A data set's batches, some in a row at a time: the first one's number, all, their sizes.
 
     Worker w of W makes the transfers w, w + W, ..., so that a DataLoader hands them out in order.
     """
@@ -31,11 +34,13 @@ class Transfers(IterableDataset[tuple[Batch, list[int]]]):
         batch_bytes = batching.global_batch // batching.ranks * patch_bytes
         self.count = max(1, TRANSFER_BYTES // batch_bytes)
 
-    def __iter__(self) -> Iterator[tuple[Batch, list[int]]]:
+    def __iter__(self) -> Iterator[Any]:
+        """Transfers; from a worker they are sealed, which the main process does not see."""
+        seal: Callable[[Transfer], Any] = Sealed if get_worker_info() else tuple
         refuse_cuda_in_worker()
         dataset, (number, workers) = self.dataset, this_worker()
         epoch, first = dataset.position.tolist()
         end = len(dataset)
         for start in range(first + number * self.count, end, workers * self.count):
             count = min(self.count, end - start)
-            yield dataset.batch(epoch, start, count), dataset.sizes(start, count)
+            yield seal((start, dataset.batch(epoch, start, count), dataset.sizes(start, count)))

@@ -18,8 +18,10 @@ from latentds.format import DIGESTS, MANIFEST, MASKS, PACKS_TABLE, PATCHES_TABLE
 from latentds.golden import THUMBNAIL_SLACK_DB, decode_pixels, likeness_db, read_golden
 from latentds.index import ShardIndex, index_shard, pack_rows, renumber
 from latentds.manifest import read_manifest
-from latentds.reader import ShardSet, check_sizes, decode_mask
+from latentds.masks import decode_mask
+from latentds.reader import ShardSet
 from latentds.scan import ScannedPack, read_contract, read_member, scan_shard
+from latentds.settables import check_sizes
 from latentds.storage import sha256_file
 
 Finding = tuple[str, str]  # ("problem" | "note", line)

@@ -11,16 +11,42 @@ from pathlib import Path
 
 import numpy as np
 
-from latentds.format import MANIFEST, npy_header
+from latentds.composing import describe_file
+from latentds.format import CHECKSUMS, MANIFEST, PATCH_DTYPE, PATCHES_TABLE, npy_header
+from latentds.tables import summarize_blocks
 from latentds.writer import BLOCK
 
 
 def edit_manifest(folder: Path, change: Callable[[dict], None]) -> None:
-    """Apply `change` to the manifest's JSON."""
+    """Apply `change` to the manifest's JSON, as somebody who writes such sets would: no damage."""
     path = folder / MANIFEST
     record = json.loads(path.read_text())
     change(record)
+    record.pop("digest", None)
     path.write_text(json.dumps(record))
+
+
+def edit_table(folder: Path, name: str, change: Callable[[np.ndarray], None]) -> None:
+    """Apply `change` to a table, as somebody who writes such sets would: its hashes are right."""
+    table = np.load(folder / name)
+    change(table)
+    np.save(folder / name, table)
+    entry = describe_file(folder / name)
+    if name == PATCHES_TABLE:
+        entry |= summarize_blocks(folder / name, PATCH_DTYPE, len(table))
+    edit_manifest(folder, lambda record: record["tables"].update({name: entry}))
+
+
+def make_old(folder: Path) -> None:
+    """Make it a set of before tables, patches and the manifest had checksums."""
+
+    def change(record: dict) -> None:
+        record["tables"].pop(CHECKSUMS)
+        for field in ("block_rows", "block_crc32"):
+            record["tables"][PATCHES_TABLE].pop(field)
+
+    edit_manifest(folder, change)
+    (folder / CHECKSUMS).unlink()
 
 
 def flip_bit(path: Path, offset: int) -> None:

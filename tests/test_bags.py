@@ -15,6 +15,7 @@ from latentds.errors import InputError, UnknownNameError
 from latentds.format import PATCHES_TABLE
 from latentds.loader import LatentLoader
 from latentds.reader import ShardSet
+from tests.bad_shards import edit_table
 from tests.conftest import convert_with_mean, save_pictures
 from tests.fakes import MeanAutoencoder
 
@@ -33,10 +34,12 @@ def slides(tmp_path_factory: pytest.TempPathFactory):
             root / "in" / "train" / label / slide, count, first_seed=hash_of(label + slide)
         )
     convert_with_mean(root / "in", root / "out", pack_size=8)
-    table = np.load(root / "out" / PATCHES_TABLE)
-    rng = np.random.default_rng(0)
-    table["x"], table["y"] = rng.integers(0, 5, 60), rng.integers(0, 5, 60)
-    np.save(root / "out" / PATCHES_TABLE, table)
+
+    def scatter(table: np.ndarray) -> None:
+        rng = np.random.default_rng(0)
+        table["x"], table["y"] = rng.integers(0, 5, 60), rng.integers(0, 5, 60)
+
+    edit_table(root / "out", PATCHES_TABLE, scatter)
     return root / "out"
 
 

@@ -233,6 +233,19 @@ def test_a_state_from_an_epochs_end_replays_nothing(shared_dataset):
     assert rows_of(resumed) == following
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_state_from_an_epochs_end_is_the_next_ones_beginning(shared_dataset, workers):
+    loader = make_loader(shared_dataset, shuffle=True)
+    for _ in loader:
+        state = loader.state_dict()  # with the last batch in the loop, not behind it
+    following = [rows_of(loader), rows_of(loader)]
+    assert (state["epoch"], state["batch"]) == (1, 0)
+    for earlier in (state, state | {"epoch": 0, "batch": len(loader)}):  # as it used to be written
+        resumed = make_loader(shared_dataset, shuffle=True, num_workers=workers)
+        resumed.load_state_dict(earlier)
+        assert [rows_of(resumed), rows_of(resumed)] == following
+
+
 def test_set_epoch_of_a_resumed_epoch_keeps_its_place(shared_dataset):
     loader = make_loader(shared_dataset)
     next(iter(loader))

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from latentds.format import PATCH_DTYPE
 from latentds.manifest import read_manifest
 from latentds.mixedness import slide_entropies, slide_entropy
 from tests.test_tools import call
@@ -20,13 +21,13 @@ def test_entropy_of_known_distributions(slides, bits):
 def test_shards_of_one_slide_each_have_no_entropy(tmp_path):
     from types import SimpleNamespace
 
-    table = np.zeros(8, [("slide", "<i4")])
+    table = np.zeros(8, PATCH_DTYPE)
     table["slide"] = [0, 0, 1, 1, 0, 1, 0, 1]
     (tmp_path / ".latentds").mkdir()
     np.save(tmp_path / ".latentds" / "patches.npy", table)
     names = ["train", "train", "val"]
     shards = [SimpleNamespace(split=s, patches=n) for s, n in zip(names, (2, 2, 4), strict=True)]
-    found = slide_entropies(tmp_path, SimpleNamespace(shards=shards))
+    found = slide_entropies(tmp_path, SimpleNamespace(shards=shards, tables={}))
     assert found == {"train": {"shards": 0, "split": 1}, "val": {"shards": 1, "split": 1}}
 
 

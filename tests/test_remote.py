@@ -265,6 +265,29 @@ def test_a_cached_file_damaged_on_disk_is_fetched_anew(shared_dataset, server, c
     assert np.array_equal(again, ShardSet(shared_dataset).read_codes(np.arange(600)))
 
 
+@pytest.mark.parametrize(
+    ("name", "tear"),
+    [
+        (MANIFEST, lambda content: content[:100]),
+        (MANIFEST, lambda content: b""),
+        (PATCHES_TABLE, lambda content: content[:-960] + bytes(960)),
+        (PACKS_TABLE, lambda content: bytes(len(content))),
+        (DIGESTS, lambda content: content[:-9] + b"different"),
+    ],
+)
+def test_what_a_power_failure_tore_in_the_cache_is_fetched_anew(
+    shared_dataset, server, cache, name, tear
+):
+    ShardSet(server.url, cache=cache)
+    kept = next(cache.dir.glob(f"sets/*/{name}"))
+    kept.write_bytes(tear(kept.read_bytes()))
+    again, local = ShardSet(server.url, cache=cache), ShardSet(shared_dataset)
+    rows = np.arange(600)
+    assert again.patches[rows].tobytes() == local.patches[rows].tobytes()
+    assert np.array_equal(again.read_codes(rows), local.read_codes(rows))
+    assert kept.read_bytes() == (shared_dataset / name).read_bytes()
+
+
 def fill_half_and_hang(url: str, folder: Path, told: Connection) -> None:
     """Read a patch, but hang while the pack is written, holding its lock."""
 

@@ -10,6 +10,7 @@ from latentds.format import PATCHES_TABLE
 from latentds.mixture import Mixture
 from latentds.reader import ShardSet
 from latentds.selection import patient_of, select_rows, split_patients
+from tests.bad_shards import edit_table
 from tests.conftest import convert_with_mean, save_pictures
 
 SLIDES = [f"TCGA-A{n // 2}-000{n // 2}-01Z-00-DX{n % 2 + 1}" for n in range(8)]  # 4 patients
@@ -23,11 +24,13 @@ def labelled(tmp_path_factory: pytest.TempPathFactory):
         save_pictures(root / "in" / "train" / "a" / slide, 2, 100 * number)
         save_pictures(root / "in" / "train" / "b" / slide, 23, 100 * number + 50)
     convert_with_mean(root / "in", root / "out", pack_size=16)
-    table = np.load(root / "out" / PATCHES_TABLE)
-    table["mpp"] = np.where(np.arange(200) % 2, 0.25, 0.5)
-    table["mpp"][:10] = np.nan
-    table["x"] = np.arange(200)
-    np.save(root / "out" / PATCHES_TABLE, table)
+
+    def change(table: np.ndarray) -> None:
+        table["mpp"] = np.where(np.arange(200) % 2, 0.25, 0.5)
+        table["mpp"][:10] = np.nan
+        table["x"] = np.arange(200)
+
+    edit_table(root / "out", PATCHES_TABLE, change)
     return root / "out"
 
 
@@ -127,7 +130,7 @@ def test_selection_reads_no_shard(labelled, monkeypatch):
     def refuse(*_):
         raise AssertionError("a shard was opened")
 
-    monkeypatch.setattr(LocalFiles, "map_shard", refuse)
+    monkeypatch.setattr(LocalFiles, "open", refuse)
     assert (
         LatentDataset(labelled, where="label == 'a'", balance="slide", shuffle=True).patches == 16
     )

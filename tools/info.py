@@ -102,6 +102,8 @@ def read_projects(path: Path | None) -> dict[str, str]:
 
 def loader_memory(manifest: Any, config: Config) -> dict[str, int]:
     """Bytes a LatentLoader of these settings holds, the decoder's own activations not counted."""
+    from latentds.tables import BLOCK_ROWS, MAX_BLOCKS
+
     contract = manifest.contract
     height, width = contract.patch_px
     codes = config.batch_size * contract.bytes_per_patch
@@ -110,7 +112,7 @@ def loader_memory(manifest: Any, config: Config) -> dict[str, int]:
         "codes_waiting": codes * waiting,
         "decoded_batch_fp32": config.batch_size * 3 * height * width * 4,
         "latents_fp32": config.batch_size * math.prod(contract.latents_shape) * 4,
-        "tables_mapped_shared": manifest.patches * 24 + manifest.packs * 64,
+        "tables": min(manifest.patches, MAX_BLOCKS * BLOCK_ROWS) * 24 + manifest.packs * 64,
     }
 
 

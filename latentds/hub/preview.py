@@ -29,7 +29,7 @@ def make_preview(folder: Path) -> bytes:
     """
     shards = ShardSet(folder)
     manifest = shards.manifest
-    golden = read_golden(folder, manifest.contract, manifest.patches)
+    golden = read_golden(folder, manifest.contract, manifest.patches, manifest.golden_sha256)
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for place, row in enumerate(golden.rows):

@@ -140,7 +140,7 @@ def gather(
     folder: Path, manifest: Manifest, publication: Publication, warnings: tuple[str, ...]
 ) -> dict[str, Path | bytes]:
     """Every file of the published set: shards first, manifest last."""
-    golden = read_golden(folder, manifest.contract, manifest.patches)
+    golden = read_golden(folder, manifest.contract, manifest.patches, manifest.golden_sha256)
     card = hub_card(manifest, golden, publication, warnings)
     contents: dict[str, Path | bytes] = {
         shard.name: folder / shard.name for shard in manifest.shards

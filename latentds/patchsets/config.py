@@ -101,9 +101,8 @@ class PatchInput(OriginalsInput, PatchSource):
     decode_compile: bool = False
     """Compile the decoder with torch.compile: a start-up of a minute or so, then faster on a
     GPU."""
-    check_codes: bool = False
-    """Compare the checksums of latents, for which whole packs are read; 'latentds verify' checks a
-    set once for all."""
+    check_codes: bool = True
+    """Compare the checksums of latents when they are first read."""
     keep_mb: int = 2048
     """Pixels kept in memory for the next epoch, in MB; 0 keeps none."""
     device: str = "auto"

@@ -9,7 +9,6 @@ import threading
 
 import numpy as np
 
-from latentds.collate import check_numbers
 from latentds.errors import unknown_name
 from latentds.patchsets.base import PatchTable
 from latentds.patchsets.developing import Codes
@@ -66,7 +65,6 @@ class Shards:
         """All patches, in canonical order."""
         rows, sources = self.ordered
         manifest, table = self.shards.manifest, self.shards.patches[rows]
-        check_numbers(self.shards, table)
         slides: list[str | None] = [*manifest.slides, None]  # the last for -1
         shard_of = self.shards.packs["shard"][self.shards.packs_of(rows)]
         return PatchTable(
@@ -83,7 +81,7 @@ class Shards:
     @functools.cached_property
     def by_slide(self) -> tuple[dict[str, int], np.ndarray, np.ndarray]:
         """Place of every slide among those there are, their rows one slide after another, ends."""
-        numbers = self.shards.patches["slide"][self.chosen]
+        numbers = self.shards.patches[self.chosen]["slide"]
         rows = self.chosen[np.argsort(numbers, kind="stable")]
         present, counts = np.unique(numbers, return_counts=True)
         known = self.shards.manifest.slides
@@ -123,7 +121,7 @@ class Shards:
 
 def open_shards(location: str, split: str | None, check_codes: bool) -> Shards:
     """The patches of a data set; UnknownNameError for a split that is not there."""
-    shards = ShardSet(location, check_codes)
+    shards = ShardSet(location, check_codes, reads_parts=True)
     if split is None:
         chosen = np.arange(len(shards))
     else:

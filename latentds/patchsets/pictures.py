@@ -15,11 +15,11 @@ import numpy as np
 from latentds.conversion.config import ConvertConfig
 from latentds.conversion.plan import check_keys
 from latentds.errors import InputError, unknown_name
+from latentds.masks import decode_mask, no_mask
 from latentds.patchsets.base import PatchTable
 from latentds.patchsets.config import PatchInput
 from latentds.patchsets.fingerprints import fingerprint_pictures
 from latentds.patchsets.ordering import canonical_order
-from latentds.reader import decode_mask, no_mask
 from latentds.sources.open import list_source, open_source
 from latentds.sources.patch import Patch, Place
 from latentds.sources.slides import Slides

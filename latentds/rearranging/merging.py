@@ -170,7 +170,7 @@ def join_golden(sets: Sequence[ShardSet], manifest: Manifest) -> bytes:
     for shards, start in zip(sets, starts, strict=True):
         if shards.manifest.contract.decoder_id != manifest.contract.decoder_id:
             continue
-        table = read_golden_table(Path(shards.folder))
+        table = read_golden_table(Path(shards.folder), shards.manifest.golden_sha256)
         rows = np.array(table["row"].to_pylist(), np.int64)
         number = shards.packs["shard"][shards.packs_of(rows)]
         own = np.cumsum([0, *(shard.patches for shard in shards.manifest.shards)])

@@ -163,7 +163,7 @@ def listed_splits(
     listed, by = options.splits or {}, options.split_by
     slides = shards.manifest.slides
     known = [slide if by == "slide" else patient_of(slide) for slide in slides]
-    numbers = shards.patches["slide"][rows]
+    numbers = shards.patches[rows]["slide"]
     if (numbers < 0).any():
         raise InputError(f"{shards.folder}: {(numbers < 0).sum()} patches have no slide; splits by "
                          f"{by} need one")  # fmt: skip
@@ -192,7 +192,7 @@ def arrange(
         order = pc.sort_indices(keys, [(name, "ascending") for name in ("path", "y", "x")])
         rows = rows[order.to_numpy()]
     if options.group_by == "slide":
-        slides = shards.patches["slide"][rows]
+        slides = shards.patches[rows]["slide"]
         if (slides < 0).any():
             raise InputError(f"{shards.folder}: {(slides < 0).sum()} patches have no slide; "
                              "--group-by none")  # fmt: skip
@@ -206,7 +206,7 @@ def read_packs(
     """Stored codes, columns and masks of the new packs of a stretch."""
     rows = stretch.rows
     if options.group_by == "slide":
-        ends = np.flatnonzero(np.diff(shards.patches["slide"][rows])) + 1
+        ends = np.flatnonzero(np.diff(shards.patches[rows]["slide"])) + 1
     else:
         ends = np.arange(options.pack_size, len(rows), options.pack_size)
     has_masks = bool(shards.packs["masks_bytes"].any())
@@ -223,7 +223,7 @@ def read_columns(shards: ShardSet) -> pa.Table:
     tables = []
     for pack in range(len(shards.packs)):
         where = f"{shards.shard_path(pack)}, {shards.key(pack)}.{PATCHES}"
-        content = shards.check(pack, PATCHES, shards.read(pack, PATCHES))
+        content = shards.read_sound(pack, PATCHES)
         table = decode_table(bytes(content), where, SCHEMA, int(shards.packs["count"][pack]))
         tables.append(table.cast(LARGE))
     return pa.concat_tables(tables).combine_chunks()
@@ -235,7 +235,7 @@ def read_mask_bytes(shards: ShardSet, rows: np.ndarray) -> pa.Array:
     for pack, places in shards.group_by_pack(rows):
         if not shards.packs["masks_bytes"][pack]:
             continue
-        stored = shards.read_table(pack, MASKS, MASK_SCHEMA)["mask_png"]
+        stored = shards.parsed_table(pack, MASKS, MASK_SCHEMA)["mask_png"]
         for place in places.tolist():
             masks[place] = stored[int(rows[place]) - int(shards.first_patch[pack])]
     return pa.array(masks, pa.binary())
@@ -246,7 +246,7 @@ def move_golden(shards: ShardSet, order: np.ndarray) -> bytes:
 
     order  old rows in the order in which they now stand
     """
-    table = read_golden_table(Path(shards.folder))
+    table = read_golden_table(Path(shards.folder), shards.manifest.golden_sha256)
     places = [np.flatnonzero(order == row) for row in table["row"].to_pylist()]
     rows = np.array([int(place[0]) if len(place) else -1 for place in places], np.int64)
     return encode_table(renumbered(table, rows))

@@ -177,7 +177,8 @@ def examine_shm(size: int) -> Finding:
         group="limits",
         name="/dev/shm",
         state="problem" if small else "ok",
-        text=f"{size / 2**20:,.0f} MiB" + (": workers die of a bus error" if small else ""),
+        text=f"{size / 2**20:,.0f} MiB"
+        + (": workers may find no room for batches" if small else ""),
         remedy="docker run --shm-size=2g (or --ipc=host), in Kubernetes an emptyDir of medium "
         "Memory on /dev/shm; or num_workers=0"
         if small

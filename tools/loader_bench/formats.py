@@ -57,7 +57,7 @@ def write_subset(folder: Path, out: Path, split: str, count: int) -> Patches:
     shards = ShardSet(folder)
     first, end = shards.patch_range(split)
     rows = np.arange(first, min(first + count, end))
-    codes, labels = shards.read_codes(rows), shards.patches["label"][rows].astype(np.int64)
+    codes, labels = shards.read_codes(rows), shards.patches[rows]["label"].astype(np.int64)
 
     def parts() -> Iterator[Any]:
         import pyarrow as pa
@@ -121,7 +121,7 @@ def read_patches(folder: Path, split: str) -> Patches:
 
     shards = ShardSet(folder)
     rows = np.arange(*shards.patch_range(split))
-    return Patches(shards.read_codes(rows), shards.patches["label"][rows].astype(np.int64))
+    return Patches(shards.read_codes(rows), shards.patches[rows]["label"].astype(np.int64))
 
 
 def write_jpegs(patches: Patches, peer: str, out: Path, own: Path, autoencoder: str | None) -> None:

@@ -131,8 +131,10 @@ def write_sparse(out: Path, patches: int) -> None:
 
 
 def write_sparse_tables(out: Path, counts: list[int], patch_bytes: int, writer: Any) -> None:
-    """The three tables, a shard at a time."""
+    """The tables, a shard at a time."""
     from latentds.format import (
+        CHECKSUM_DTYPE,
+        CHECKSUMS,
         DIGEST_DTYPE,
         DIGESTS,
         PACK_DTYPE,
@@ -146,6 +148,7 @@ def write_sparse_tables(out: Path, counts: list[int], patch_bytes: int, writer: 
         writer(out / PACKS_TABLE, PACK_DTYPE, packs_total) as packs,
         writer(out / DIGESTS, DIGEST_DTYPE, packs_total) as digests,
         writer(out / PATCHES_TABLE, PATCH_DTYPE, sum(counts)) as patches,
+        writer(out / CHECKSUMS, CHECKSUM_DTYPE, sum(counts)) as checksums,
     ):
         first = 0
         for number, count in enumerate(counts):
@@ -163,6 +166,7 @@ def write_sparse_tables(out: Path, counts: list[int], patch_bytes: int, writer: 
             packs.write(rows)
             digests.write(digest)
             patches.write(sparse_columns(first, count))
+            checksums.write(np.full(count, zlib.crc32(bytes(patch_bytes)), CHECKSUM_DTYPE))
             first += count
 
 

@@ -300,10 +300,11 @@ class LatentDataset(IterableDataset[Batch]):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Start the next iteration where `state` was taken; ContractError if of another run."""
         loaded = check_state(state, self.state_at(0, 0), self.shards.folder)
-        if "worker" in state:
+        is_over = loaded.batch >= len(self)
+        if "worker" not in state:
+            self.set_epoch(*(loaded.epoch + 1, 0) if is_over else (loaded.epoch, loaded.batch))
+        elif not (is_over and state["worker"][1] == 1):  # of several, others may not be done
             self.cursor, self.resumed = (loaded.epoch, loaded.batch), True
-        else:
-            self.set_epoch(loaded.epoch, loaded.batch)
 
 
 def global_size(batch_size: int | None, global_batch_size: int | None, ranks: int) -> int:

@@ -38,6 +38,21 @@ def test_stateful_dataloader_resumes_exactly(shared_dataset, whole, workers, sto
     assert batches + [batch.rows.tolist() for batch in resumed] == whole
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stateful_dataloader_saved_at_an_epochs_end_goes_on(shared_dataset, whole, workers):
+    torchdata = pytest.importorskip("torchdata.stateful_dataloader")
+
+    def loader():
+        data = LatentDataset(shared_dataset, **OPTIONS)
+        return torchdata.StatefulDataLoader(data, batch_size=None, num_workers=workers)
+
+    ended = loader()
+    assert len(list(ended)) == len(whole)
+    resumed = loader()
+    resumed.load_state_dict(ended.state_dict())
+    assert [batch.rows.tolist() for batch in resumed] == whole
+
+
 @pytest.fixture
 def engine(monkeypatch):
     """A DeepSpeed engine on the CPU, a process on its own.

@@ -129,6 +129,7 @@ def estimate(config: Config) -> dict[str, Any]:
         "shards": len(shards),
         "left_out": len(plan.bad),
         "ignored_files": plan.ignored,
+        "notes": list(plan.notes),
     }
 
 
@@ -170,6 +171,7 @@ def describe(config: Config, manifest: Any, seconds: float) -> dict[str, Any]:
         "converted_to_rgb": manifest.made["converted_to_rgb"],
         "left_out": manifest.made["left_out"],
         "ignored_files": manifest.made["ignored_files"],
+        "notes": manifest.made["source"].get("notes", []),
     }
     return summary
 
@@ -181,6 +183,8 @@ def as_text(summary: dict[str, Any]) -> str:
         if name == "left_out" and isinstance(value, list):
             lines.append(f"left out         {len(value)}")
             lines += [f"  {entry['source']}: {entry['reason']}" for entry in value[:10]]
+        elif name == "notes":
+            lines += [f"note             {note}" for note in value]
         elif isinstance(value, dict):
             shown = ", ".join(f"{k} {said(v)}" for k, v in value.items())
             lines.append(f"{name.replace('_', ' '):<16} {shown or 'none'}")

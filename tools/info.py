@@ -86,14 +86,13 @@ def summarize(config: Config) -> dict[str, Any]:
 
 def read_projects(path: Path | None) -> dict[str, str]:
     """Project by key; empty without a file."""
-    from latentds.errors import InputError
-    from latentds.sources.picture_tables import read_table
+    from latentds.evaluation.csv_tables import read_table
 
-    rows = read_table(path) if path else []
-    for number, row in enumerate(rows, 1):
-        if not {"key", "project"} <= row.keys():
-            raise InputError(f"{path}, row {number}: needs key and project")
-    return {str(row["key"]): str(row["project"]) for row in rows}
+    if path is None:
+        return {}
+    table = read_table(path)
+    key, project = (table.need_column([name], f"{name}s") for name in ("key", "project"))
+    return dict(zip(table.values(key), table.values(project), strict=True))
 
 
 def loader_memory(manifest: Any, config: Config) -> dict[str, int]:

@@ -19,6 +19,7 @@ NOT_RECORDED = (
     "slides",
     "root",
     "splits",
+    "slide_table",
     "only",
     "anonymize",
     "out",
@@ -100,7 +101,10 @@ class ConvertConfig:
     """Folder that a table's paths start from; the table's own by default."""
     splits: Path | None = None
     """CSV with columns slide or patient, split, and label if it is to set labels: splits of the
-    slides, instead of split folders."""
+    slides, instead of split folders; or CLAM's splits_0.csv."""
+    slide_table: Path | None = None
+    """CSV, TSV or Parquet with a column slide (or patient) and any of mpp, label, patient, split:
+    what it says of a slide counts more than its file and folders."""
     only: Path | None = None
     """File of sources, one a line as the manifest names them: convert these and no others."""
     split_patients: str | None = None
@@ -205,10 +209,14 @@ class ConvertConfig:
                 raise InputError(f"--{name} {folder}: no such folder")
         if self.only is not None and not self.only.is_file():
             raise InputError(f"--only {self.only}: no such file")
-        if self.splits is not None and not self.splits.is_file():
-            raise InputError(f"--splits {self.splits}: no such file")
+        for name in ("splits", "slide_table"):
+            table = getattr(self, name)
+            if table is not None and not table.is_file():
+                raise InputError(f"--{name.replace('_', '-')} {table}: no such file")
         if self.splits is not None and self.split_patients is not None:
             raise InputError("choose one of --splits and --split-patients")
+        if self.splits is not None and self.slide_table is not None:
+            raise InputError("choose one of --splits and --slide-table, which may have splits too")
         if self.stride is not None and not self.tile:
             raise InputError("--stride is the step of --tile; pass both")
         limits = {

@@ -50,6 +50,8 @@ class Plan:
     splits      split of every region's stretch: name -> (start, stop) rows
     bad         files left out so far, with reasons
     ignored     files that are no pictures
+    notes       what was assumed of the input, and what of it was not read
+    classes     label names in the source's own order, empty where it has none
     """
 
     source: Source
@@ -61,6 +63,8 @@ class Plan:
     bad: tuple[tuple[str, str], ...]
     ignored: int
     ignored_example: str
+    notes: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()
 
     def digest(self) -> str:
         """Hash of files, headers and order: what a resumed run must find unchanged."""
@@ -98,6 +102,8 @@ def make_plan(config: ConvertConfig) -> Plan:
         bad=bad,
         ignored=listing.ignored,
         ignored_example=listing.ignored_example,
+        notes=listing.notes,
+        classes=listing.classes,
     )
     check_labels(plan, config)
     return order_regions(plan, config)

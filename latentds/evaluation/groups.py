@@ -13,12 +13,13 @@ import numpy as np
 from latentds.errors import InputError
 from latentds.evaluation.csv_tables import TextTable, read_table
 from latentds.evaluation.slide_names import NameIndex, plain_name, some
+from latentds.sources.fields import ALIASES
 from latentds.sources.names import TCGA_PATIENT
 
-SLIDE_COLUMNS = ("slide", "slide_id", "bag", "bag_name")
-SOURCE_COLUMNS = ("source", "path", "name", "file", "filename", "image")
-GROUP_COLUMNS = ("group", "patient", "patient_id", "case_id", "tma_core")
-LABEL_COLUMNS = ("label", "class", "oncotree_code")
+SLIDE_COLUMNS = ALIASES["slide"]
+SOURCE_COLUMNS = ("source", *ALIASES["path"])
+GROUP_COLUMNS = ("group", *ALIASES["patient"])
+LABEL_COLUMNS = ALIASES["label"]
 SUBSET_HINT = "mend the names, or pass --allow-subset (allow_subset=True)"
 
 
@@ -92,10 +93,11 @@ def table_groups(
     """Groups by the first column of the table that knows every item."""
     column = table.need_column(GROUP_COLUMNS, "groups")
     tried: dict[str, list[str]] = {}
-    for key in (*SLIDE_COLUMNS, *SOURCE_COLUMNS):
-        if key not in table.columns:
+    for known_as in (*SLIDE_COLUMNS, *SOURCE_COLUMNS):
+        key = table.find_column([known_as])
+        if key is None:
             continue
-        names = sources if key in SOURCE_COLUMNS else [slide or "" for slide in slides]
+        names = sources if known_as in SOURCE_COLUMNS else [slide or "" for slide in slides]
         known = column_values(table, key, column)
         found = match_values(names, known, f"{table.path}, column {key!r}")
         lost = [name for name in dict.fromkeys(names) if name not in found]

@@ -149,11 +149,14 @@ def numbers_of(source: str, fields: dict[str, str]) -> dict[str, float]:
     numbers: dict[str, float] = {}
     for name in fields.keys() & {"x", "y", "mpp", "size_px"}:
         try:
-            number = float(fields[name]) if name == "mpp" else int(fields[name])
-        except ValueError as error:
+            number = float(fields[name])
+            number = number if name == "mpp" or number % 1 else int(number)
+        except (ValueError, OverflowError) as error:
             raise InputError(f"{source}: {name} is {fields[name]!r}, not a number") from error
         low, high = (0.01, 100) if name == "mpp" else (0, 2**31 - 1)
         if not low <= number <= high:
             raise InputError(f"{source}: {name} is {number}, not between {low} and {high}")
+        if name != "mpp" and number % 1:
+            raise InputError(f"{source}: {name} is {fields[name]!r}, not a whole number")
         numbers[name] = number
     return numbers

@@ -22,12 +22,12 @@ from latentds.sources.picture_parquet import PictureParquet
 from latentds.sources.picture_tables import (
     PictureTable,
     SamPathFolder,
-    apply_splits,
     is_sampath,
     is_table,
 )
 from latentds.sources.picture_tars import PictureTars, holds_pictures
 from latentds.sources.pictures import picture_suffixes
+from latentds.sources.slide_tables import ListedSlides, apply_slide_table, lists_slides
 from latentds.sources.slides import SUFFIXES as SLIDE_SUFFIXES
 from latentds.sources.slides import Slides, is_slide
 from latentds.sources.source import Listing, Picture, Source
@@ -52,8 +52,12 @@ def list_source(source: Source, config: ConvertConfig) -> Listing:
     pictures = listing.pictures
     if config.only is not None:
         pictures = choose(pictures, config)
-    if config.splits is not None:
-        pictures = apply_splits(pictures, config.splits)
+    table, notes = config.splits or config.slide_table, listing.notes
+    if table is not None:
+        pictures, told = apply_slide_table(
+            pictures, table, use_labels=config.labels, is_split_file=config.splits is not None
+        )
+        notes += told
     if config.split_patients is not None:
         bare = next((p.source for p in pictures if not (p.patient or p.slide)), None)
         if bare is not None:
@@ -66,7 +70,9 @@ def list_source(source: Source, config: ConvertConfig) -> Listing:
     for picture in pictures:
         if not SPLIT_PATTERN.fullmatch(picture.split):
             raise InputError(f"{picture.source}: split {picture.split!r}; use [a-z0-9_] only")
-    return dataclasses.replace(listing, pictures=pictures)
+    for note in notes:
+        logger.info("%s", note)
+    return dataclasses.replace(listing, pictures=tuple(pictures), notes=notes)
 
 
 def choose(pictures: Sequence[Picture], config: ConvertConfig) -> tuple[Picture, ...]:
@@ -93,8 +99,10 @@ def detect(config: ConvertConfig) -> Source:
     if is_saved(root):
         return SavedDataset(config)
     if root.is_file():
-        table = PictureTable if is_table(root) else PictureFiles
-        return open_files(config, [root.name]) or table(config)
+        archives = open_files(config, [root.name])
+        if archives is not None or not is_table(root):
+            return archives or PictureFiles(config)
+        return ListedSlides(config) if lists_slides(config) else PictureTable(config)
     if is_job(root):
         return CoordinateJob(config)
     if root.is_dir() and is_sampath(root):

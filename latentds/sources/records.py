@@ -12,18 +12,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from latentds.errors import InputError
+from latentds.sources.fields import ALIASES
 from latentds.sources.image_folder import DEFAULT_SPLIT, SPLITS, numbers_of
 from latentds.sources.slides import MAYBE, SUFFIXES
 
-# A picture's field, and what it is called: here, by TRIDENT, hs2p, wsistream, OpenMidnight, others.
 NAMES = {
-    "label": ("label", "labels", "class_name", "class", "cls"),
-    "slide": ("slide", "slide_id", "slide_name", "slide_path", "wsi"),
-    "patient": ("patient", "patient_id"),
-    "x": ("x", "x_px_level0", "coord_x"),
-    "y": ("y", "y_px_level0", "coord_y"),
-    "mpp": ("mpp",),
-    "size_px": ("size_px", "size_px_level0", "patch_size_level0", "tile_size_lv0"),
+    field: ALIASES[field] for field in ("label", "slide", "patient", "x", "y", "mpp", "size_px")
 }
 SCALE = ("tile_size", "level_downsample")  # OpenMidnight's: their product is size_px
 COLUMNS = tuple(name for names in NAMES.values() for name in names) + SCALE

@@ -62,11 +62,17 @@ class Header:
 
 @dataclasses.dataclass(frozen=True)
 class Listing:
-    """Pictures in a fixed order, and how many other files were passed over (with one of them)."""
+    """Pictures in a fixed order, and how many other files were passed over (with one of them).
+
+    notes    what was assumed, and what was found and not read, in sentences without an end
+    classes  all label names in the source's own order, whose places are its numbers; else empty
+    """
 
     pictures: tuple[Picture, ...]
     ignored: int = 0
     ignored_example: str = ""
+    notes: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()
 
 
 class Source(Protocol):

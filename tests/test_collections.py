@@ -165,6 +165,6 @@ def test_shares_that_are_none_are_refused(text):
 
 def test_split_patients_needs_slides(tmp_path):
     save_pictures(tmp_path / "in", 4)
-    with pytest.raises(InputError, match="has no slide to tell its patient"):
+    with pytest.raises(InputError, match="no patient is known of 4 .* --patient-pattern"):
         convert_with_mean(tmp_path / "in", tmp_path / "out", split_patients="train=0.5,val=0.5")
     shutil.rmtree(tmp_path / "in")

@@ -13,6 +13,7 @@ import numpy as np
 from latentds.errors import InputError
 from latentds.evaluation.csv_tables import TextTable, read_table
 from latentds.evaluation.slide_names import NameIndex, plain_name, some
+from latentds.format import sorted_names
 from latentds.sources.fields import ALIASES
 from latentds.sources.names import TCGA_PATIENT
 
@@ -225,5 +226,4 @@ def match_labels(
 
 def sorted_classes(labels: Iterable[str]) -> list[str]:
     """Distinct labels in ascending order, as numbers where all are."""
-    names = sorted(set(labels))
-    return sorted(names, key=int) if all(name.isdecimal() for name in names) else names
+    return sorted_names(labels)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from latentds.columns import MASK_SCHEMA, SCHEMA, decode_table, encode_table
 from latentds.composing import SHARD_BYTES, Composer, Part, complete
 from latentds.errors import InputError, unknown_name
-from latentds.format import GOLDEN, MASKS, PATCHES
+from latentds.format import GOLDEN, MASKS, PATCHES, sorted_names
 from latentds.golden import read_golden_table, renumbered
 from latentds.manifest import Manifest
 from latentds.reader import ShardSet
@@ -91,7 +91,8 @@ def repack(
             Stretch(stretch.split, stretch.book, arrange(shards, columns, stretch.rows, options))
             for stretch in divide(shards, kept, options)
         ]
-        composer = Composer(out, manifest.contract)
+        is_sorted = list(manifest.classes) == sorted_names(manifest.classes)
+        composer = Composer(out, manifest.contract, () if is_sorted else manifest.classes)
         with tqdm(total=len(kept), desc="patches", unit="patch", delay=1, disable=None) as bar:
             for stretch in stretches:
                 contract = dataclasses.replace(

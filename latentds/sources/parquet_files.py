@@ -52,6 +52,7 @@ class EncodedTable:
     facts    columns that say something of a picture
     classes  names of class numbers by column, from Hugging Face's features
     starts   first row of every row group, and the number of rows
+    unused   names of all other columns
     """
 
     path: Path
@@ -60,6 +61,7 @@ class EncodedTable:
     facts: tuple[str, ...]
     classes: dict[str, list[str]]
     starts: tuple[int, ...]
+    unused: tuple[str, ...] = ()
 
     def group_of(self, row: int) -> int:
         """Row group of a row."""
@@ -157,6 +159,9 @@ def open_table(path: Path) -> EncodedTable:
         facts=tuple(name for name in schema.names if name in {*COLUMNS, *RAW}),
         classes=class_names(schema.metadata or {}),
         starts=tuple(itertools.accumulate(counts, initial=0)),
+        unused=tuple(
+            name for name in schema.names if name not in {*COLUMNS, *RAW, column.partition(".")[0]}
+        ),
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any, BinaryIO
 from latentds.conversion.config import ConvertConfig
 from latentds.errors import InputError
 from latentds.sources.kept import Kept
+from latentds.sources.metadata import label_column
 from latentds.sources.parquet_files import EncodedTable, Group, open_table
 from latentds.sources.picture_files import PictureFiles
 from latentds.sources.records import fields_of, splits_of
@@ -50,7 +51,19 @@ class PictureParquet(PictureFiles):
         pictures = [p for file in self.files for p in self.rows_of(file, splits[file])]
         if not pictures:
             raise InputError(f"{self.root}: {len(self.files)} Parquet files, no row in them")
-        return self.named(Listing(tuple(pictures)))
+        return self.named(Listing(tuple(pictures), notes=self.unused(), classes=self.class_order()))
+
+    def class_order(self) -> tuple[str, ...]:
+        """Names of the classes by number where all files have the same, else none."""
+        orders = {
+            tuple(t.classes.get(label_column(t.facts) or "", ())) for t in self.tables.values()
+        }
+        return orders.pop() if self.config.labels and len(orders) == 1 else ()
+
+    def unused(self) -> tuple[str, ...]:
+        """That columns are not read, for people."""
+        held = {name for table in self.tables.values() for name in table.unused}
+        return (f"columns not used: {', '.join(sorted(held))}",) if held else ()
 
     def rows_of(self, file: str, split: str) -> Iterator[Picture]:
         """The pictures of a file, a row each."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from latentds.errors import InputError
@@ -109,9 +109,9 @@ def apply_slide_table(
         changed.append(dataclasses.replace(picture, **facts))
     seen = {place for place in places.values() if place is not None}
     lost = [name for place, name in enumerate(index.names) if place not in seen]
-    what = {"slides are not in it": list(bare), "of its rows are of no slide here": lost}
+    told = {"slides are not in it": list(bare), "of its rows are of no slide here": lost}
     notes = [f"{path.name}: {len(names):,} {words}: {some(names)}"
-             for words, names in what.items() if names]  # fmt: skip
+             for words, names in told.items() if names]  # fmt: skip
     return tuple(changed), (*table.notes, *notes)
 
 
@@ -138,7 +138,7 @@ class ListedSlides(Slides):
     def listing(self) -> Listing:
         found = list_table(self.config)
         pictures = tuple(
-            dataclasses.replace(p, slide=p.slide or self.picture(p.source, False).slide)
+            dataclasses.replace(p, slide=p.slide or PurePosixPath(p.source).stem)
             for p in found.pictures
         )
         check_slide_names(self.root, pictures)

@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import logging
 import math
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from pathlib import Path, PurePosixPath
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,13 +19,14 @@ from PIL import Image
 
 from latentds.conversion.config import ConvertConfig
 from latentds.errors import InputError, missing_extra
-from latentds.sources.image_folder import are_splits, check_labels, check_names, place, walk
+from latentds.sources.image_folder import check_labels, check_names, read_folders, walk
+from latentds.sources.kinds import SUFFIXES, asked, one_a_series, sort_files
+from latentds.sources.metadata import with_tables
 from latentds.sources.patch import Patch, Place
 from latentds.sources.source import Header, Listing, Picture
 from latentds.sources.tissue import has_edges, tissue_mask, tissue_shares
 
-SUFFIXES = {".svs", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", ".svslide", ".zvi", ".czi"}
-MAYBE = {".tif", ".tiff"}  # slides where they are tiled pyramids
+logger = logging.getLogger(__name__)
 DEFAULT_PATCH_PX = 256
 THUMBNAIL_MPP = 8.0  # a 256 px patch at 0.5 mpp is 16 px of it
 MAX_THUMBNAIL_PX = 4096
@@ -33,9 +36,12 @@ OPEN_SLIDES = 32
 LEVEL_SLACK = 1.01
 NO_PIXEL = 0.01  # parts of a pixel that are rounding's
 PLAUSIBLE_MPP = (0.05, 20.0)
+MOST_ENLARGED = 1.05  # resampling may enlarge by so much unless --enlarge asks for more
 MAX_PLACES = 10**7  # a grid of more is a mistake in a resolution
 MAGNIFICATION_MPP = 10.0  # mpp of 1x: 40x is 0.25, 20x 0.5, as TRIDENT and most others have it
 UNREADABLE = "OpenSlide cannot read it"
+BLOCK_PX = 256  # of a broken overview, read or given up at once
+ReadRegion = Callable[[Any, tuple[int, int], int, tuple[int, int]], Image.Image]
 
 
 def open_slide(path: Path) -> Any:
@@ -60,13 +66,7 @@ def is_slide(path: Path) -> bool:
     """Whether OpenSlide knows a file as a slide."""
     if path.suffix.lower() in SUFFIXES:
         return True
-    if path.suffix.lower() not in MAYBE:
-        return False
-    try:
-        import openslide
-    except ImportError:
-        return False
-    return openslide.OpenSlide.detect_format(str(path)) is not None
+    return asked(path) is not None
 
 
 class Slides:
@@ -78,6 +78,7 @@ class Slides:
     """
 
     kind = "whole slides"
+    notes: tuple[str, ...] = ()
 
     def __init__(self, config: ConvertConfig) -> None:
         self.config, self.root = config, config.source
@@ -85,27 +86,36 @@ class Slides:
         self.handles: OrderedDict[str, Any] = OrderedDict()
         self.lock = threading.Lock()
         self.places: dict[str, np.ndarray] = {}
+        self.empty: dict[str, str] = {}  # slides without a patch, and why
+        self.repaired: set[str] = set()  # slides whose overview could not be read everywhere
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.config,)  # without lock and handles, for a worker elsewhere
 
     def listing(self) -> Listing:
         paths = list(walk(self.root))
-        found = [path for path in paths if is_slide(self.root / path)]
-        if not found:
+        kinds = sort_files(self.root, paths)
+        wanted = {*kinds.slides, *kinds.unsure}
+        names = one_a_series(self.root, [p for p in paths if p in wanted], open_slide)
+        if not names:
             raise InputError(f"{self.root}: no slides in it ({len(paths)} other files)")
-        check_names(self.root, found)
-        has_splits = self.config.split_folders and are_splits(self.root, found)
-        pictures = tuple(self.picture(path, has_splits) for path in found)
-        check_labels(self.root, pictures, self.config.labels)
-        check_slide_names(self.root, pictures)
-        others = sorted(set(paths) - set(found))
-        return Listing(pictures, len(others), others[0] if others else "")
+        found = self.placed(names)
+        check_slide_names(self.root, found.pictures)
+        others = sorted(set(paths) - wanted)
+        found = dataclasses.replace(
+            found, ignored=len(others), ignored_example=others[0] if others else ""
+        )
+        return with_tables(self.root, found, others, self.config.labels)
 
-    def picture(self, path: str, has_splits: bool) -> Picture:
-        """A slide, named by its file without the last suffix."""
-        found = place(path, has_splits, self.config.labels)
-        return Picture(path, found.split, found.label, PurePosixPath(path).stem)
+    def placed(self, names: Mapping[str, str]) -> Listing:
+        """Slides by path and name, with what their folders say."""
+        config, paths = self.config, list(names)
+        check_names(self.root, paths)
+        folders = read_folders(self.root, paths, config.labels, config.split_folders)
+        placed = [(folders.place(path), name) for path, name in names.items()]
+        pictures = tuple(Picture(p.source, p.split, p.label, name) for p, name in placed)
+        check_labels(self.root, pictures, folders.use_labels)
+        return Listing(pictures, notes=folders.notes)
 
     def chunk(self, picture: Picture) -> str | None:
         del picture  # a slide's patches stay together anyway
@@ -116,7 +126,9 @@ class Slides:
         with self.reading(picture):
             slide = self.open(picture)
             width, height = slide.dimensions
+            self.check_enlarging(self.scale(picture, slide))
             self.places[picture.source] = self.find_places(picture, slide)
+            slide = self.open(picture)  # a broken overview may have closed the first
         encoding = describe_slide(slide, path)
         return Header((height, width), "RGB", encoding, path.stat().st_size)
 
@@ -144,20 +156,93 @@ class Slides:
         """int32 (n, 2): x and y at level 0 of the patches that hold tissue."""
         config, scale = self.config, self.scale(picture, slide)
         places = grid(slide, self.edge * scale, (config.stride or self.edge) * scale, config.edges)
+        places = distinct(places)
+        if not len(places):
+            self.empty[picture.source] = f"holds no patch of {self.edge * scale:.0f} px of level 0"
+            return places
         if config.tissue == "dsmil":
-            kept = [
-                has_edges(cut_region(slide, (x, y), scale, self.edge)) for x, y in places.tolist()
-            ]
-            return places[np.array(kept, bool)] if len(places) else places
-        thumbnail, factor = thumbnail_of(slide, slide_mpp(slide, config.assume_mpp))
-        mask = tissue_mask(thumbnail, config.tissue)
-        boxes = np.concatenate([places, places + self.edge * scale], 1) / factor
-        return places[tissue_shares(mask, boxes) >= config.min_tissue]
+            kept = np.array([self.has_edges(picture, at, scale) for at in places.tolist()], bool)
+        else:
+            thumbnail, factor = self.overview(picture, slide)
+            mask = tissue_mask(thumbnail, config.tissue)
+            boxes = np.concatenate([places, places + self.edge * scale], 1) / factor
+            kept = tissue_shares(mask, boxes) >= config.min_tissue
+        if not kept.any():
+            rule = f"--tissue {config.tissue}, --min-tissue {config.min_tissue}"
+            self.empty[picture.source] = f"no tissue in any of {len(places)} places ({rule})"
+        chosen: np.ndarray = places[kept]
+        return chosen
+
+    def empty_reason(self, picture: Picture) -> str:
+        """Why a slide has no patches."""
+        return self.empty.get(picture.source, "no places in it")
+
+    def has_edges(self, picture: Picture, at: tuple[int, int], scale: float) -> bool:
+        """DSMIL's rule at one place; what cannot be read is kept, for its patch to be told."""
+        try:
+            return has_edges(cut_region(self.open(picture), at, scale, self.edge))
+        except Exception as error:
+            self.forget(picture, error)
+            return True
+
+    def overview(self, picture: Picture, slide: Any) -> tuple[np.ndarray, float]:
+        """`thumbnail_of` a slide, past broken tiles: from a finer level, or with holes of white."""
+        mpp = self.own_mpp(picture, slide)
+        assert mpp is not None  # only coordinates go without
+        for level in range(overview_level(slide, mpp), -1, -1):
+            try:
+                return thumbnail_of(self.open(picture), mpp, level)
+            except Exception as error:
+                self.forget(picture, error)
+        blocks = [0, 0]
+        found = thumbnail_of(self.open(picture), mpp, read=self.patched_reader(picture, blocks))
+        if blocks[0] == blocks[1]:
+            raise InputError(f"{UNREADABLE} (no part of its overview)")
+        logger.warning(
+            "%s: %d of %d parts of its overview cannot be read; taken for background",
+            picture.source, blocks[0], blocks[1],
+        )  # fmt: skip
+        self.repaired.add(picture.source)
+        return found
+
+    def patched_reader(self, picture: Picture, blocks: list[int]) -> ReadRegion:
+        """Reads a region block by block, white for those broken; counts [broken, all]."""
+
+        def read(_: Any, at: tuple[int, int], level: int, size: tuple[int, int]) -> Image.Image:
+            whole = Image.new("RGB", size, (255, 255, 255))
+            step = self.open(picture).level_downsamples[level]
+            for left in range(0, size[0], BLOCK_PX):
+                for top in range(0, size[1], BLOCK_PX):
+                    part = (min(BLOCK_PX, size[0] - left), min(BLOCK_PX, size[1] - top))
+                    corner = (at[0] + round(left * step), at[1] + round(top * step))
+                    blocks[1] += 1
+                    try:
+                        whole.paste(on_white(self.open(picture), corner, level, part), (left, top))
+                    except Exception as error:
+                        self.forget(picture, error)
+                        blocks[0] += 1
+            return whole
+
+        return read
+
+    def forget(self, picture: Picture, error: Exception) -> None:
+        """Drop a handle that an error of OpenSlide broke; any other error is raised."""
+        if not is_slide_error(error):
+            raise error
+        with self.lock:
+            self.handles.pop(picture.source, None)
+
+    def check_enlarging(self, scale: float) -> None:
+        """Refuse patches finer than the slide; InputError (without the name)."""
+        if scale * MOST_ENLARGED < 1 and not self.config.enlarge:
+            raise InputError(
+                f"is coarser than asked: its patches would be enlarged {1 / scale:.3g} times; ask "
+                "for a larger --mpp, or pass --enlarge"
+            )
 
     def scale(self, picture: Picture, slide: Any) -> float:
         """Pixels of level 0 a pixel of a slide's patches."""
-        del picture
-        own = slide_mpp(slide, self.config.assume_mpp)
+        own = slide_mpp(slide, self.config.assume_mpp, picture.mpp)
         return (self.config.mpp or own) / own
 
     def patch_px(self, headers: dict[str, Header]) -> tuple[int, int]:
@@ -187,7 +272,7 @@ class Slides:
         del header, patch_px
         with self.reading(picture):
             slide = self.open(picture)
-            scale, own = self.scale(picture, slide), self.own_mpp(slide)
+            scale, own = self.scale(picture, slide), self.own_mpp(picture, slide)
         size, mpp = round(self.edge * scale), None if own is None else own * scale
         return [Place(x, y, size, mpp) for x, y in regions]
 
@@ -216,9 +301,9 @@ class Slides:
             )
         ]
 
-    def own_mpp(self, slide: Any) -> float | None:
+    def own_mpp(self, picture: Picture, slide: Any) -> float | None:
         """Micrometres a pixel of level 0, None where they need not be known."""
-        return slide_mpp(slide, self.config.assume_mpp)
+        return slide_mpp(slide, self.config.assume_mpp, picture.mpp)
 
     @contextlib.contextmanager
     def reading(self, picture: Picture) -> Iterator[None]:
@@ -230,13 +315,26 @@ class Slides:
         except Exception as error:
             with self.lock:
                 self.handles.pop(picture.source, None)
-            if type(error).__module__.startswith("openslide") or isinstance(error, OSError):
+            if is_slide_error(error):
                 raise InputError(f"{UNREADABLE} ({reason_of(error)})") from error
             raise
 
     def facts(self) -> dict[str, Any]:
         names = ("tissue", "min_tissue", "edges", "assume_mpp")
-        return {name: getattr(self.config, name) for name in names}
+        found = {name: getattr(self.config, name) for name in names}
+        return found | ({"overviews_with_holes": len(self.repaired)} if self.repaired else {})
+
+
+def is_slide_error(error: Exception) -> bool:
+    """Whether an error is of a file that cannot be read."""
+    return type(error).__module__.startswith("openslide") or isinstance(error, OSError)
+
+
+def distinct(places: np.ndarray) -> np.ndarray:
+    """int32 (n, 2) without what is there twice, in the same order: one place is one patch."""
+    first = np.unique(places, axis=0, return_index=True)[1]
+    kept: np.ndarray = places[np.sort(first)]
+    return kept
 
 
 def check_slide_names(root: Path, pictures: Sequence[Picture]) -> None:
@@ -250,14 +348,21 @@ def check_slide_names(root: Path, pictures: Sequence[Picture]) -> None:
             )
 
 
-def slide_mpp(slide: Any, assumed: float | None) -> float:
-    """Micrometres a pixel of level 0: recorded, by magnification, or assumed; else InputError."""
+def slide_mpp(slide: Any, assumed: float | None, given: float | None = None) -> float:
+    """Micrometres a pixel of level 0: given, recorded, by magnification, assumed; or InputError."""
+    if given is not None:
+        return given
     names = ("openslide.mpp-x", "openslide.mpp-y")
     values = [number(slide.properties.get(name)) for name in names]
     # A resolution of 72 dpi is what software writes that knows none.
     found = [v for v in values if v is not None and PLAUSIBLE_MPP[0] <= v <= PLAUSIBLE_MPP[1]]
     if len(found) == 2 and abs(found[0] - found[1]) > 0.02 * found[0]:
-        raise InputError(f"its pixels are not square (mpp {found[0]:.4f} by {found[1]:.4f})")
+        if assumed is not None:
+            return assumed
+        raise InputError(
+            f"its pixels are not square (mpp {found[0]:.4f} by {found[1]:.4f}); pass --assume-mpp, "
+            "or its mpp in a --slide-table"
+        )
     if found:
         return sum(found) / len(found)
     power = number(slide.properties.get("openslide.objective-power"))
@@ -267,7 +372,7 @@ def slide_mpp(slide: Any, assumed: float | None) -> float:
         return assumed
     seen = [f"{value:.4g}" for value in values if value is not None]
     what = f"records an mpp of {seen[0]}, which no scanner has," if seen else "records neither mpp"
-    raise InputError(f"{what} nor magnification; pass --assume-mpp")
+    raise InputError(f"{what} nor magnification; pass --assume-mpp, or its mpp in a --slide-table")
 
 
 def number(text: str | None) -> float | None:
@@ -308,15 +413,39 @@ def grid(slide: Any, size: float, step: float, edges: str) -> np.ndarray:
     return np.stack([x.ravel(), y.ravel()], 1).astype(np.int32)
 
 
-def thumbnail_of(slide: Any, mpp: float) -> tuple[np.ndarray, float]:
+def on_white(slide: Any, at: tuple[int, int], level: int, size: tuple[int, int]) -> Image.Image:
+    """A region as RGB; what lies outside the slide is white."""
+    region = slide.read_region(at, level, size)
+    white = Image.new("RGB", region.size, (255, 255, 255))
+    white.paste(region, mask=region.getchannel("A"))
+    return white
+
+
+def overview_factor(slide: Any, mpp: float) -> float:
+    """Level-0 pixels a pixel of a slide's thumbnail."""
+    return max(THUMBNAIL_MPP / mpp, float(max(slide.dimensions)) / MAX_THUMBNAIL_PX, 1.0)
+
+
+def overview_level(slide: Any, mpp: float) -> int:
+    """The level that a slide's thumbnail is made from."""
+    level: int = slide.get_best_level_for_downsample(overview_factor(slide, mpp) * LEVEL_SLACK)
+    return level
+
+
+def thumbnail_of(
+    slide: Any, mpp: float, level: int | None = None, read: ReadRegion = on_white
+) -> tuple[np.ndarray, float]:
     """A slide at about 8 micrometres a pixel, on white, and level-0 pixels a pixel of it.
 
     Read in strips: a level may be larger than the memory.
+
+    level  to read from, by default the coarsest that is fine enough
+    read   a region of it, as `on_white` does
     """
     width, height = slide.dimensions
-    factor = max(THUMBNAIL_MPP / mpp, max(width, height) / MAX_THUMBNAIL_PX, 1.0)
+    factor = overview_factor(slide, mpp)
     columns, rows = max(1, round(width / factor)), max(1, round(height / factor))
-    level = slide.get_best_level_for_downsample(factor * LEVEL_SLACK)
+    level = overview_level(slide, mpp) if level is None else level
     step = slide.level_downsamples[level]
     across, down = slide.level_dimensions[level]
     high = down / rows  # pixels of the level a pixel of the thumbnail
@@ -325,18 +454,10 @@ def thumbnail_of(slide: Any, mpp: float) -> tuple[np.ndarray, float]:
     for first in range(0, rows, count):
         part = min(count, rows - first)
         top, bottom = math.floor(first * high), min(math.ceil((first + part) * high), down)
-        region = on_white(slide, (0, round(top * step)), level, (across, bottom - top))
+        region = read(slide, (0, round(top * step)), level, (across, bottom - top))
         box = (0, first * high - top, across, min((first + part) * high - top, bottom - top))
         strips.append(np.asarray(region.resize((columns, part), Image.Resampling.BOX, box=box)))
     return np.concatenate(strips), width / columns
-
-
-def on_white(slide: Any, at: tuple[int, int], level: int, size: tuple[int, int]) -> Image.Image:
-    """A region as RGB; what lies outside the slide is white."""
-    region = slide.read_region(at, level, size)
-    white = Image.new("RGB", region.size, (255, 255, 255))
-    white.paste(region, mask=region.getchannel("A"))
-    return white
 
 
 def cut_region(slide: Any, at: tuple[int, int], scale: float, edge: int) -> np.ndarray:

@@ -40,7 +40,7 @@ MOST_ENLARGED = 1.05  # resampling may enlarge by so much unless --enlarge asks 
 MAX_PLACES = 10**7  # a grid of more is a mistake in a resolution
 MAGNIFICATION_MPP = 10.0  # mpp of 1x: 40x is 0.25, 20x 0.5, as TRIDENT and most others have it
 UNREADABLE = "OpenSlide cannot read it"
-BLOCK_PX = 256  # of a broken overview, read or given up at once
+BLOCK_PX = 64  # of a broken overview, read or given up at once: no larger than its tiles
 ReadRegion = Callable[[Any, tuple[int, int], int, tuple[int, int]], Image.Image]
 
 

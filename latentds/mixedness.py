@@ -48,6 +48,11 @@ def resolutions(mpp: np.ndarray) -> dict[str, int]:
     return found
 
 
+def stored_resolutions(folder: Path) -> dict[str, int]:
+    """Patches of a finished set by micrometres a pixel."""
+    return resolutions(np.load(folder / PATCHES_TABLE, mmap_mode="r", allow_pickle=False)["mpp"])
+
+
 def are_several(found: dict[str, int]) -> bool:
     """Whether resolutions differ by more than 5 %, or some are known and others not."""
     known = [float(name) for name in found if name != "unknown"]

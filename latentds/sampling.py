@@ -187,7 +187,8 @@ def groups_of(shards: ShardSet, by: str, rows: np.ndarray) -> np.ndarray:
     if by != "patient":
         return np.asarray(stored)
     used = np.unique(stored[stored >= 0]).tolist()
-    named_patients(shards, [shards.manifest.slides[number] for number in used])
+    remedy = "balance='slide' where every slide is a patient"
+    named_patients(shards, [shards.manifest.slides[number] for number in used], remedy)
     patients = names_of(shards, by)
     number = {name: index for index, name in enumerate(dict.fromkeys(patients))}
     lookup = np.array([*(number[name] for name in patients), -1])

@@ -274,14 +274,18 @@ def split_patients(
     return parts
 
 
-def named_patients(shards: ShardSet, slides: Sequence[str]) -> dict[str, str]:
-    """Patient by slide from the slides' names; InputError where one tells none."""
+HAND_IN = "pass patients={slide: patient}, {slide: slide} where every slide is a patient"
+
+
+def named_patients(
+    shards: ShardSet, slides: Sequence[str], remedy: str = HAND_IN
+) -> dict[str, str]:
+    """Patient by slide from the slides' names; InputError with the remedy where one tells none."""
     found = {slide: names.known_patient(slide) for slide in slides}
     lost = [slide for slide, known in found.items() if known is None]
     if lost:
         raise InputError(
-            f"{shards.folder}: no patient is known of {len(lost):,} slides ({lost[0]!r}); pass "
-            "patients={slide: patient}, {slide: slide} where every slide is a patient"
+            f"{shards.folder}: no patient is known of {len(lost):,} slides ({lost[0]!r}); {remedy}"
         )
     return {slide: known[1] for slide, known in found.items() if known is not None}
 

@@ -1,6 +1,7 @@
 """What an input is, and what its names mean: all files are looked at, assumptions are told."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from latentds.conversion.config import ConvertConfig
 from latentds.errors import InputError
 from latentds.format import joined_names, sorted_names
 from latentds.reader import ShardSet
+from latentds.sources import kinds
 from latentds.sources.image_folder import read_folders
 from latentds.sources.kinds import sort_files
 from latentds.sources.names import is_identifier, known_patient, pattern_patient
@@ -241,3 +243,74 @@ def test_a_pattern_that_finds_no_patient_is_refused():
     assert pattern_patient(r"(?P<site>\d)_(?P<patient>\w)", "3_x") == "x"
     with pytest.raises(InputError, match="finds no patient in 'bob'"):
         pattern_patient(r"\d", "bob")
+
+
+class FakeSeries:
+    """A DICOM instance as OpenSlide opens it: every file of a series is the whole slide."""
+
+    def __init__(self, path: Path) -> None:
+        self.properties = {"dicom.SeriesInstanceUID": path.stem[0]}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return None
+
+
+def test_the_files_of_a_dicom_series_are_one_slide_named_by_its_folder(monkeypatch):
+    monkeypatch.setattr(kinds, "asked", lambda path: "dicom")
+    paths = ["s1/a0.dcm", "s1/a1.dcm", "s2/b0.dcm", "both/c0.dcm", "both/c1.dcm", "both/d0.dcm"]
+    names = kinds.one_a_series(Path("in"), paths, FakeSeries)
+    assert names == {"s1/a0.dcm": "s1", "s2/b0.dcm": "b0", "both/c0.dcm": "c0", "both/d0.dcm": "d0"}
+
+
+def test_a_pipe_among_files_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "p.dcm")
+    os.mkfifo(tmp_path / "p.tif")
+    assert not sort_files(tmp_path, ["p.dcm", "p.tif"]).slides
+
+
+UUID_SLIDE = "TCGA-3C-AALI-01Z-00-DX1.F6E9A5DF-D8FB-45CF-B4BD-C6B76294C291"
+SLIDES = [UUID_SLIDE, "TCGA-AA-0001-01A-01-TS1"]
+
+
+def write_nanopath(folder: Path, paths: list[str]) -> None:
+    """Parquet of `path` and `jpeg`, as MedARC's shards are."""
+    import io
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder.mkdir()
+    buffers = [io.BytesIO() for _ in paths]
+    for number, buffer in enumerate(buffers):
+        Image.fromarray(smooth_picture(number)).save(buffer, "JPEG")
+    jpeg = [buffer.getvalue() for buffer in buffers]
+    pq.write_table(pa.table({"path": paths, "jpeg": jpeg}), folder / "shard-00000.parquet")
+
+
+@pytest.mark.parametrize(
+    "form", ["{0}/{0}_x{1}_y{2}.jpeg", "/data/tiles/{0}/x={1},y={2}.jpg", "{0}-x_{1}_y_{2}.jpeg"]
+)
+def test_paths_in_parquet_tell_slides_and_places(tmp_path, form):
+    places = [(SLIDES[0], 1024, 0), (SLIDES[0], 0, 2048), (SLIDES[1], 7, 9)]
+    write_nanopath(tmp_path / "in", [form.format(*place) for place in places])
+    found = listed(tmp_path / "in")[1].pictures
+    assert [(p.slide, p.x, p.y) for p in found] == places
+    assert patient_splits(tmp_path) == 2
+
+
+def patient_splits(tmp_path):
+    found = listed(tmp_path / "in", split_patients="train=0.5,test=0.5")[1].pictures
+    return len({(p.slide, p.split) for p in found})
+
+
+def test_a_name_pattern_is_searched_in_the_paths_of_parquet(tmp_path):
+    write_nanopath(tmp_path / "in", ["liver/s1/64_0.jpg", "colon/s2/0_64.jpg"])
+    pattern = r"(?P<label>\w+)/(?P<slide>s\d)/(?P<x>\d+)_(?P<y>\d+)"
+    found = listed(tmp_path / "in", name_pattern=pattern)[1].pictures
+    assert [(p.label, p.slide, p.x, p.y) for p in found] == [
+        ("liver", "s1", 64, 0),
+        ("colon", "s2", 0, 64),
+    ]

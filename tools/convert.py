@@ -156,7 +156,7 @@ def planned_bytes(config: Config, latents_shape: tuple[int, int, int]) -> int:
 
 def describe(config: Config, manifest: Any, seconds: float) -> dict[str, Any]:
     """What a conversion made."""
-    from latentds.mixedness import slide_entropies
+    from latentds.mixedness import slide_entropies, stored_resolutions
 
     stored = sum(shard.bytes for shard in manifest.shards)
     summary = {
@@ -179,16 +179,6 @@ def describe(config: Config, manifest: Any, seconds: float) -> dict[str, Any]:
         "notes": manifest.made["source"].get("notes", []),
     }
     return summary
-
-
-def stored_resolutions(out: Path) -> dict[str, int]:
-    """Patches of a finished set by micrometres a pixel."""
-    import numpy as np
-
-    from latentds.format import PATCHES_TABLE
-    from latentds.mixedness import resolutions
-
-    return resolutions(np.load(out / PATCHES_TABLE, mmap_mode="r", allow_pickle=False)["mpp"])
 
 
 def planned_resolutions(plan: Any) -> dict[str, int]:

@@ -41,7 +41,7 @@ def run(config: Config) -> None:
 def summarize(config: Config) -> dict[str, Any]:
     """What `--json` prints."""
     from latentds.manifest import read_manifest
-    from latentds.mixedness import slide_entropies
+    from latentds.mixedness import slide_entropies, stored_resolutions
     from latentds.sources.names import describe_barcodes
 
     manifest = read_manifest(config.folder)
@@ -56,6 +56,7 @@ def summarize(config: Config) -> dict[str, Any]:
         "slides": len(manifest.slides),
         "tcga": describe_barcodes(manifest.slides, read_projects(config.projects)),
         "slide_entropy_bits": slide_entropies(config.folder, manifest),
+        "mpp": stored_resolutions(config.folder),
         "patch_px": list(contract.patch_px),
         "codes_shape": list(contract.codes_shape),
         "bytes_per_patch": contract.bytes_per_patch,
@@ -143,6 +144,9 @@ def as_text(summary: dict[str, Any]) -> str:
         "decoder_id": summary["decoder_id"],
         "codebook": f"{codebook['kind']}, {codebook['summary']}, {origin}",
         "channels": channels_text(summary["channel_statistics"]),
+        "resolution": ", ".join(
+            f"{mpp} ({count:,})" for mpp, count in list(summary["mpp"].items())[:8]
+        ),
         "left out": f"{summary['left_out']} pictures",
         "made with": ", ".join(
             f"{name} {value}" for name, value in (summary["made"]["versions"] or {}).items()

@@ -15,7 +15,7 @@ from latentds.evaluation.csv_tables import TextTable, read_table
 from latentds.evaluation.slide_names import NameIndex, plain_name, some
 from latentds.format import sorted_names
 from latentds.sources.fields import ALIASES
-from latentds.sources.names import TCGA_PATIENT
+from latentds.sources.names import known_patient
 
 SLIDE_COLUMNS = ALIASES["slide"]
 SOURCE_COLUMNS = ("source", *ALIASES["path"])
@@ -67,8 +67,8 @@ def own_group(slide: str | None, source: str, patient: str | None = None) -> tup
         return "recorded patient", patient
     name = plain_name(slide or source)
     last = name.rpartition("/")[2]
-    if found := TCGA_PATIENT.match(last):
-        return "TCGA patient", found[1]
+    if found := known_patient(last):
+        return f"{found[0]} patient", found[1]
     return ("slide", name) if slide else ("item", source)
 
 

@@ -77,6 +77,8 @@ def is_tiff(path: str) -> bool:
 
 def asked(path: Path) -> str | None:
     """What OpenSlide calls a file's format, None where it knows none or is not installed."""
+    if not path.is_file():
+        return None  # a pipe would hold it for ever
     try:
         import openslide
     except ImportError:
@@ -87,7 +89,7 @@ def asked(path: Path) -> str | None:
 
 def tiff_kind(path: Path) -> str:
     """`slide`, `picture`, or `unsure` for a generic tiled TIFF of one level and modest size."""
-    if not has_tiles(path) or (vendor := asked(path)) is None:
+    if not path.is_file() or not has_tiles(path) or (vendor := asked(path)) is None:
         return "picture"
     if vendor != "generic-tiff":
         return "slide"

@@ -21,6 +21,12 @@ PATIENTS = {
     "CAMELYON17": re.compile(r"(patient_\d{3})(?:_node_\d+.*|\.zip)?$"),
     "CAMELYON16": re.compile(r"((?:normal|tumor|test)_\d{3})(?:_mask)?$"),  # a slide a patient
 }
+# A slide of those at the beginning of a tile's or folder's name; of TCGA with its UUID.
+SLIDE_IN_NAME = re.compile(
+    r"(TCGA-[0-9A-Z]{2}-[0-9A-Z]{4}-\d{2}[A-Z]?-\d{2}[A-Z]?-(?:DX|TS|BS|MS)[0-9A-Z]+"
+    r"(?:\.[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12})?"
+    r"|C3[LN]-\d{5}-\d+|GTEX-[0-9A-Z]{4,5}-\d{4}|patient_\d{3}_node_\d)(?![0-9A-Za-z])"
+)
 UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 DICOM_UID = re.compile(r"\d+(?:\.\d+){5,}")
 TCGA_SLIDE = re.compile(
@@ -76,6 +82,25 @@ def is_identifier(folder: str) -> bool:
     """Whether a folder is named by UUID, DICOM UID, patient or slide, as no class is."""
     is_number = UUID.fullmatch(folder) or DICOM_UID.fullmatch(folder)
     return bool(is_number) or known_patient(folder) is not None
+
+
+# x and y in a tile's name where it says so: `..._x1024_y2048`, `x=1024,y=2048`.
+NAMED_PLACE = re.compile(
+    r"(?<![a-z])x=?[-_]?(\d{1,9})[_,;-]+y=?[-_]?(\d{1,9})(?!\d)", re.IGNORECASE
+)
+
+
+def path_fields(path: str) -> dict[str, Any]:
+    """What a picture's own path tells by known rules: a slide of a known scheme, a named place."""
+    found: dict[str, Any] = {}
+    parts = path.replace("\\", "/").split("/")
+    slides = [SLIDE_IN_NAME.match(part) for part in parts]
+    named = [match[1] for match in slides if match]
+    if named:
+        found["slide"] = named[-1]
+    if place := NAMED_PLACE.search(parts[-1]):
+        found |= {"x": int(place[1]), "y": int(place[2])}
+    return found
 
 
 def pattern_patient(pattern: str, name: str) -> str:

@@ -20,6 +20,7 @@ MAX_GROUP_BYTES = 1 << 28
 BATCH_ROWS = 64  # rows decompressed before their size is looked at
 # Columns of plain bytes that are pictures; a struct with a field `bytes` is one by any name.
 PICTURE_COLUMNS = ("image_bytes", "image", "img", "jpg", "jpeg", "png", "picture")
+PATHS = ("path", "file_name", "filename", "image_path")  # a picture's own, nanopath's among them
 RAW = ("image_dtype", "tile_size")  # OpenMidnight's: how image_bytes are coded, and their edge
 
 
@@ -156,11 +157,13 @@ def open_table(path: Path) -> EncodedTable:
         path=path,
         footer=footer,
         column=column,
-        facts=tuple(name for name in schema.names if name in {*COLUMNS, *RAW}),
+        facts=tuple(name for name in schema.names if name in {*COLUMNS, *RAW, *PATHS}),
         classes=class_names(schema.metadata or {}),
         starts=tuple(itertools.accumulate(counts, initial=0)),
         unused=tuple(
-            name for name in schema.names if name not in {*COLUMNS, *RAW, column.partition(".")[0]}
+            name
+            for name in schema.names
+            if name not in {*COLUMNS, *RAW, *PATHS, column.partition(".")[0]}
         ),
     )
 

@@ -59,7 +59,11 @@ ALONE = {  # heavy libraries and the only modules that may import them
     "diffusers": {"latentds.autoencoders.diffusers_ae"},
     "faiss": {"latentds.fit", "latentds.additive_fit"},
     "kornia": {"latentds.views.colour"},
-    "openslide": {"latentds_trainers.tiles", "latentds.sources.kinds", "latentds.sources.slides"},
+    "openslide": {
+        "latentds_trainers.tiles",
+        "latentds.sources.kinds",
+        "latentds.sources.slide_reading",
+    },
     "vaezip": {"latentds.codecs.lloyd_blocks"},
     "imagecodecs": {"latentds.codecs.formats"},
     "timm": {

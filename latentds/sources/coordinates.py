@@ -14,7 +14,8 @@ from latentds.conversion.config import ConvertConfig
 from latentds.errors import InputError, missing_extra
 from latentds.sources.image_folder import walk
 from latentds.sources.kinds import sort_files
-from latentds.sources.slides import Slides, distinct, slide_mpp
+from latentds.sources.slide_reading import distinct, slide_mpp
+from latentds.sources.slides import Slides
 from latentds.sources.source import Header, Listing, Picture
 
 logger = logging.getLogger(__name__)

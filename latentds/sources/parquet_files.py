@@ -13,7 +13,7 @@ from typing import Any
 
 from latentds.errors import InputError
 from latentds.sources.records import COLUMNS
-from latentds.sources.slides import reason_of
+from latentds.sources.slide_reading import reason_of
 
 # Decompressed pictures of a row group; a few are in memory at once.
 MAX_GROUP_BYTES = 1 << 28

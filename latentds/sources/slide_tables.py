@@ -12,9 +12,10 @@ from latentds.evaluation.csv_tables import TextTable, read_table
 from latentds.evaluation.slide_names import NameIndex, some
 from latentds.sources.fields import columns_of, note_unused
 from latentds.sources.image_folder import SPLITS, numbers_of
+from latentds.sources.kinds import sort_files
 from latentds.sources.names import patient_of
 from latentds.sources.picture_tables import list_table, path_columns
-from latentds.sources.slides import Slides, check_slide_names, is_slide
+from latentds.sources.slides import Slides, check_slide_names
 from latentds.sources.source import Listing, Picture
 
 FACTS = ("split", "label", "patient", "mpp")
@@ -156,4 +157,6 @@ def lists_slides(config: Any) -> bool:
     root = config.root or config.source.parent
     names = [row[column].strip().replace("\\", "/") for row in table.rows] if column else []
     first = next((name for name in names if name and (root / name).is_file()), None)
-    return first is not None and is_slide(root / first)
+    if first is None or config.kind is not None:
+        return first is not None and config.kind == "slides"
+    return bool(sort_files(root, [first]).slides)  # a tiled TIFF of one level is a patch

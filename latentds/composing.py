@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,10 +75,11 @@ class Composer:
 
     out       its folder
     contract  the set's; shards may have contracts that differ in the codebook
+    classes   label names in the order that numbers them, where it is not theirs
     """
 
-    def __init__(self, out: Path, contract: Contract) -> None:
-        self.out, self.contract = out, contract
+    def __init__(self, out: Path, contract: Contract, classes: Sequence[str] = ()) -> None:
+        self.out, self.contract, self.classes = out, contract, classes
         self.work = out / SIDECARS / "work"
         self.numbers: dict[str, int] = {}
         self.indexes: dict[str, Path] = {}
@@ -112,7 +113,8 @@ class Composer:
         if not self.indexes:
             raise InputError(f"{self.out}: no patches to write")
         names = sorted(self.indexes)
-        records, classes, slides = write_tables(self.out, [self.indexes[name] for name in names])
+        paths = [self.indexes[name] for name in names]
+        records, classes, slides = write_tables(self.out, paths, self.classes)
         own = self.codebooks.pop(self.contract.codebook.codebook_id, None)
         if own is None:  # its patches were left out: another shard's takes its place
             own = self.codebooks.pop(records[0].codebook_id)

@@ -16,6 +16,7 @@ import json
 import math
 import re
 import tokenize
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -198,6 +199,23 @@ def positive(values: Any, least: int = 1, most: int = 3) -> Any:
     if not least <= len(numbers) <= most or not is_positive:
         raise ValueError(f"{values} is not {least} to {most} positive integers")
     return numbers
+
+
+def sorted_names(names: Iterable[str]) -> list[str]:
+    """Distinct names in ascending order, as numbers where all are: 10 after 9."""
+    found = sorted(set(names))
+    are_numbers = all(re.fullmatch(r"-?\d+", name, re.ASCII) for name in found)
+    return sorted(found, key=int) if are_numbers else found
+
+
+def joined_names(lists: Iterable[Sequence[str]]) -> list[str]:
+    """Distinct names of several lists: in the longest one's own order, where one has an order."""
+    known = [list(names) for names in lists]
+    everything = {name for names in known for name in names}
+    if all(names == sorted_names(names) for names in known):
+        return sorted_names(everything)
+    longest = max(known, key=len)
+    return [*longest, *sorted_names(everything - set(longest))]
 
 
 def canonical_json(record: Any) -> str:

@@ -27,6 +27,7 @@ from latentds.format import (
     PATCHES_TABLE,
     Contract,
     pack_key,
+    sorted_names,
 )
 from latentds.manifest import ShardRecord
 from latentds.scan import ScannedPack, read_patches, scan_shard
@@ -168,12 +169,13 @@ def load_index(path: Path) -> ShardIndex:
 
 
 def write_tables(
-    folder: Path, paths: Sequence[Path]
+    folder: Path, paths: Sequence[Path], order: Sequence[str] = ()
 ) -> tuple[tuple[ShardRecord, ...], tuple[str, ...], tuple[str, ...]]:
     """Join the shards' indexes (sorted by shard name) into the four tables.
 
     One shard in memory at a time.
 
+    order    label names in the order that numbers them, with or without patches; others follow
     returns  shard records, classes, slides, as the manifest lists them
     """
     records, classes, slides = [], set[str](), set[str]()
@@ -182,7 +184,7 @@ def write_tables(
         records.append(index.record)
         classes.update(index.classes)
         slides.update(index.slides)
-    names = (tuple(sorted(classes)), tuple(sorted(slides)))
+    names = ((*order, *sorted_names(classes.difference(order))), tuple(sorted(slides)))
     totals = (sum(r.packs for r in records), sum(r.patches for r in records))
     with (
         TableWriter(folder / PACKS_TABLE, PACK_DTYPE, totals[0]) as packs,

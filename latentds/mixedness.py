@@ -39,3 +39,24 @@ def slide_entropies(folder: Path, manifest: Manifest) -> dict[str, dict[str, flo
         if whole is not None:
             found[split] = {"shards": round(float(np.mean(within)), 3), "split": round(whole, 3)}
     return found
+
+
+def resolutions(mpp: np.ndarray) -> dict[str, int]:
+    """Patches by micrometres a pixel in three digits, ascending; `unknown` for NaN."""
+    values, counts = np.unique(mpp, return_counts=True)  # NaN is one value
+    found: dict[str, int] = {}
+    for value, count in zip(values.tolist(), counts.tolist(), strict=True):
+        name = "unknown" if np.isnan(value) else f"{value:.3g}"
+        found[name] = found.get(name, 0) + count
+    return found
+
+
+def stored_resolutions(folder: Path) -> dict[str, int]:
+    """Patches of a finished set by micrometres a pixel."""
+    return resolutions(np.load(folder / PATCHES_TABLE, mmap_mode="r", allow_pickle=False)["mpp"])
+
+
+def are_several(found: dict[str, int]) -> bool:
+    """Whether resolutions differ by more than 5 %, or some are known and others not."""
+    known = [float(name) for name in found if name != "unknown"]
+    return len(found) > len(known) > 0 or bool(known and max(known) > 1.05 * min(known))

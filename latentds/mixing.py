@@ -24,6 +24,7 @@ from latentds.cache import CacheConfig
 from latentds.dataset import check_bad
 from latentds.errors import ContractError
 from latentds.fields import check_fields
+from latentds.format import joined_names
 from latentds.grouping import (
     Decoding,
     check_ranks,
@@ -127,7 +128,7 @@ class MixedLoader:
             self.groups.append(Group(numbers, share, loader))
             named = ", ".join(str(mixture.folders[number]) for number in numbers)
             logger.info("%s: %d of %d patches a batch", named, share, global_batch_size)
-        self.classes = sorted({name for group in self.groups for name in group.loader.classes})
+        self.classes = joined_names(group.loader.classes for group in self.groups)
         self.lookups: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
 
     def __len__(self) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from latentds.errors import ContractError
+from latentds.format import joined_names
 from latentds.quantizer import AnyCodebook
 from latentds.reader import ShardSet
 
@@ -40,14 +41,14 @@ class Vocabulary:
     """What the numbers of several sets mean together.
 
     sets        they must share latent_id, encoding, shapes and patch size
-    classes     label names of all sets, sorted
+    classes     label names of all sets, in their own order where that is one
     codebooks   the distinct codebooks
     books       for every set, which of them its own ones are, by their number in its manifest
     """
 
     def __init__(self, sets: Sequence[ShardSet]) -> None:
         check_mixable(sets)
-        self.classes = sorted({name for shards in sets for name in shards.manifest.classes})
+        self.classes = joined_names(shards.manifest.classes for shards in sets)
         number = {name: index for index, name in enumerate(self.classes)}
         # The last entry is for -1, no label.
         self.labels = [

@@ -13,7 +13,7 @@ from latentds.errors import InputError
 from latentds.order import Blend, EpochOrder, Layout
 from latentds.randomness import key_of, permute
 from latentds.reader import ShardSet
-from latentds.selection import names_of
+from latentds.selection import named_patients, names_of
 
 CACHED_ORDERS = 2
 ATTEMPTS_IN_GROUP = 8  # to replace a damaged pack's patch; a group may lie in one pack
@@ -182,10 +182,13 @@ class BalancedSampler:
 
 
 def groups_of(shards: ShardSet, by: str, rows: np.ndarray) -> np.ndarray:
-    """Group number of every row, -1 where it has none."""
+    """Group number of every row, -1 where it has none; InputError for an unknown patient."""
     stored = shards.patches[rows]["slide" if by == "patient" else by].astype(np.int64)
     if by != "patient":
         return np.asarray(stored)
+    used = np.unique(stored[stored >= 0]).tolist()
+    remedy = "balance='slide' where every slide is a patient"
+    named_patients(shards, [shards.manifest.slides[number] for number in used], remedy)
     patients = names_of(shards, by)
     number = {name: index for index, name in enumerate(dict.fromkeys(patients))}
     lookup = np.array([*(number[name] for name in patients), -1])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ast
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -240,28 +240,54 @@ def expression_of(name: str) -> Any:
 
 
 def split_patients(
-    shards: ShardSet, fractions: dict[str, float], seed: int = 0, split: str | None = None
+    shards: ShardSet,
+    fractions: dict[str, float],
+    seed: int = 0,
+    split: str | None = None,
+    patients: Mapping[str, str] | None = None,
 ) -> dict[str, list[str]]:
     """Slide lists by patient: no patient in two parts. Pass them as `slides=`.
 
     fractions  share of the patients of every part, e.g. {"train": 0.8, "val": 0.2}
     split      take only the slides of one stored split
+    patients   patient by slide; without it, what names of TCGA, CPTAC, GTEx and CAMELYON tell
+    raises     InputError for a slide whose patient is not known
 
     Patients are ordered by a hash of (seed, name) and cut: the same parts on every machine.
     """
     if not fractions or min(fractions.values()) <= 0 or abs(sum(fractions.values()) - 1) > 1e-6:
         raise ValueError(f"fractions={fractions}; positive, and 1 together")
     slides = slides_of(shards, split)
-    part_of = names.split_patients(slides, fractions, seed)
+    of = named_patients(shards, slides) if patients is None else patients
+    lost = [slide for slide in slides if slide not in of]
+    if lost:
+        raise InputError(f"{shards.folder}: patients= lacks {len(lost)} slides ({lost[0]!r})")
+    part_of = names.split_patients((of[slide] for slide in slides), fractions, seed)
     parts: dict[str, list[str]] = {name: [] for name in fractions}
     for slide in slides:
-        parts[part_of[patient_of(slide)]].append(slide)
+        parts[part_of[of[slide]]].append(slide)
     empty = [name for name, chosen in parts.items() if not chosen]
     if empty:
         raise InputError(
             f"{shards.folder}: {len(part_of)} patients leave {empty[0]!r} without any; fewer parts"
         )
     return parts
+
+
+HAND_IN = "pass patients={slide: patient}, {slide: slide} where every slide is a patient"
+
+
+def named_patients(
+    shards: ShardSet, slides: Sequence[str], remedy: str = HAND_IN
+) -> dict[str, str]:
+    """Patient by slide from the slides' names; InputError with the remedy where one tells none."""
+    found = {slide: names.known_patient(slide) for slide in slides}
+    lost = [slide for slide, known in found.items() if known is None]
+    if lost:
+        raise InputError(
+            f"{shards.folder}: no patient is known of {len(lost):,} slides ({lost[0]!r}); {remedy}"
+        )
+    return {slide: known[1] for slide, known in found.items() if known is not None}
 
 
 def slides_of(shards: ShardSet, split: str | None) -> list[str]:

@@ -97,12 +97,13 @@ def test_a_parquet_table_serves_as_well(table, tmp_path):
     [
         ("path\n../secret.png\n", InputError, "row 1: ../secret.png lies outside"),
         ("path\n/etc/passwd\n", InputError, "lies outside .* --root"),
-        ("path,notes\np.png,John Doe\n", UnknownNameError, "'notes'"),
+        ("path,lable\np.png,a\n", UnknownNameError, "'lable'; did you mean 'label'"),
         ("label\na\n", InputError, "row 1: no path"),
         ("path,x\ndeep/p0.png,left\n", InputError, "row 1: x is 'left', not a number"),
         ("path,split\ndeep/p0.png,Big One\n", InputError, r"split 'Big One'; use \[a-z0-9_\]"),
         ("path,split\ndeep/p0.png,train\ndeep/p0.png,test\n", InputError, "is named twice"),
-        ("", InputError, "not a table"),
+        ("path,x\ndeep/p0.png,6.5\n", InputError, "x is '6.5', not a whole number"),
+        ("", InputError, "is empty"),
     ],
 )
 def test_tables_that_cannot_be_used_are_refused(table, tmp_path, text, error, message):
@@ -164,6 +165,6 @@ def test_shares_that_are_none_are_refused(text):
 
 def test_split_patients_needs_slides(tmp_path):
     save_pictures(tmp_path / "in", 4)
-    with pytest.raises(InputError, match="has no slide to tell its patient"):
+    with pytest.raises(InputError, match="no patient is known of 4 .* --patient-pattern"):
         convert_with_mean(tmp_path / "in", tmp_path / "out", split_patients="train=0.5,val=0.5")
     shutil.rmtree(tmp_path / "in")

@@ -55,6 +55,26 @@ def spoil_16_bit_rgb(path: Path) -> None:
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
 
 
+def spoil_16_bit_tiff(path: Path) -> None:
+    """16 bits in separate planes, which Pillow opens as 8-bit noise."""
+    tifffile = pytest.importorskip("tifffile")
+    planes = np.zeros((3, 32, 32), np.uint16)
+    with path.open("wb") as file:  # Pillow looks at the content, not at the name
+        tifffile.imwrite(file, planes, photometric="rgb", planarconfig="separate")
+
+
+def spoil_16_bit_ppm(path: Path) -> None:
+    path.write_bytes(b"P6 32 32 65535\n" + bytes(32 * 32 * 6))
+
+
+def spoil_12_bit_jpeg2000(path: Path) -> None:
+    """A JPEG 2000 whose header says 12 bits; Pillow scales them."""
+    Image.fromarray(smooth_picture(0)).save(path, "JPEG2000", no_jp2=True)
+    content = bytearray(path.read_bytes())
+    content[42:51:3] = bytes([11] * 3)  # depth - 1 of every component in the marker SIZ
+    path.write_bytes(content)
+
+
 def spoil_text(path: Path) -> None:
     path.write_text("not a picture")
 
@@ -67,6 +87,9 @@ SPOILERS = {
     spoil_truncated: "cannot be decoded",
     spoil_16_bit: "16-bit",
     spoil_16_bit_rgb: "16 bits",
+    spoil_16_bit_tiff: "16 bits",
+    spoil_16_bit_ppm: "16 bits",
+    spoil_12_bit_jpeg2000: "12 bits",
     spoil_alpha: "transparent",
     spoil_text: "not a picture",
     spoil_empty: "not a picture",

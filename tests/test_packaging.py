@@ -75,7 +75,11 @@ ALONE = {  # heavy libraries and the only modules that may import them
     "faiss": {"latentds.fit", "latentds.additive_fit"},
     "kornia": {"latentds.views.colour"},
     "numba": {"latentds.entropy_native"},
-    "openslide": {"latentds_trainers.tiles", "latentds.sources.slides"},
+    "openslide": {
+        "latentds_trainers.tiles",
+        "latentds.sources.kinds",
+        "latentds.sources.slide_reading",
+    },
     "vaezip": {"latentds.codecs.lloyd_blocks"},
     "imagecodecs": {"latentds.codecs.formats"},
     "timm": {

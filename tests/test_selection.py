@@ -200,3 +200,17 @@ def test_a_mixture_is_selected_by_the_names_of_all_its_sets(labelled, tmp_path):
     assert seen == {own, "elsewhere"}
     with pytest.raises(UnknownNameError, match="'nowhere'"):
         LatentDataset(mixture, slides=["nowhere"])
+
+
+def test_patients_that_no_name_tells_are_asked_for(tmp_path):
+    for slide in ("case1_a", "case1_b", "case2_a"):
+        save_pictures(tmp_path / "in" / "x" / slide, 2)
+    convert_with_mean(tmp_path / "in", tmp_path / "out")
+    shards = ShardSet(tmp_path / "out")
+    shares = {"train": 0.5, "test": 0.5}
+    with pytest.raises(InputError, match=r"no patient is known of 3 slides .*patients=\{slide"):
+        split_patients(shards, shares)
+    parts = split_patients(shards, shares, patients={s: s[:5] for s in shards.manifest.slides})
+    assert sorted(parts.values(), key=len) == [["case2_a"], ["case1_a", "case1_b"]]
+    with pytest.raises(InputError, match="no patient is known.*balance='slide'"):
+        LatentDataset(tmp_path / "out", balance="patient", shuffle=True)

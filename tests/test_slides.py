@@ -12,7 +12,13 @@ from latentds.conversion.plan import make_plan
 from latentds.errors import InputError, TooManyBadSamplesError
 from latentds.reader import ShardSet
 from latentds.sources.coordinates import read_coordinates
-from latentds.sources.slides import cut_region, grid, open_slide, slide_mpp, thumbnail_of
+from latentds.sources.slide_reading import (
+    cut_region,
+    grid,
+    open_slide,
+    slide_mpp,
+    thumbnail_of,
+)
 from latentds.sources.tissue import otsu, tissue_mask, tissue_shares
 from tests.conftest import convert_with_mean
 
@@ -163,7 +169,7 @@ def test_a_resolution_that_no_scanner_has_is_not_believed(tmp_path):
 def test_thumbnails_are_read_in_strips(slides, monkeypatch):
     slide = open_slide(next(slides.iterdir()))
     whole, factor = thumbnail_of(slide, 1.0)
-    monkeypatch.setattr("latentds.sources.slides.STRIP_PX", 2000)
+    monkeypatch.setattr("latentds.sources.slide_reading.STRIP_PX", 2000)
     strips, _ = thumbnail_of(slide, 1.0)
     assert np.array_equal(whole, strips) and factor == 8
 

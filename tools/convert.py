@@ -127,8 +127,11 @@ def estimate(config: Config) -> dict[str, Any]:
         "source_bytes": source,
         "times_smaller": round(source / (patches * bytes_per_patch), 1),
         "shards": len(shards),
+        "mpp": planned_resolutions(plan),
         "left_out": len(plan.bad),
+        "without_patches": [{"source": s, "reason": reason} for s, reason in plan.empty],
         "ignored_files": plan.ignored,
+        "notes": list(plan.notes),
     }
 
 
@@ -154,7 +157,7 @@ def planned_bytes(config: Config, latents_shape: tuple[int, int, int]) -> int:
 
 def describe(config: Config, manifest: Any, seconds: float) -> dict[str, Any]:
     """What a conversion made."""
-    from latentds.mixedness import slide_entropies
+    from latentds.mixedness import slide_entropies, stored_resolutions
 
     stored = sum(shard.bytes for shard in manifest.shards)
     summary = {
@@ -169,19 +172,42 @@ def describe(config: Config, manifest: Any, seconds: float) -> dict[str, Any]:
         "seconds": round(seconds, 1),
         "codebook": manifest.made["codebook"],
         "converted_to_rgb": manifest.made["converted_to_rgb"],
+        "mpp": stored_resolutions(config.out),
+        "converted": manifest.made.get("converted"),
         "left_out": manifest.made["left_out"],
+        "without_patches": manifest.made.get("without_patches", []),
         "ignored_files": manifest.made["ignored_files"],
+        "notes": manifest.made["source"].get("notes", []),
     }
     return summary
+
+
+def planned_resolutions(plan: Any) -> dict[str, int]:
+    """Patches of a plan by micrometres a pixel, those of a picture alike."""
+    import numpy as np
+
+    from latentds.mixedness import resolutions
+
+    counts = np.bincount(plan.regions["picture"], minlength=len(plan.pictures)).tolist()
+    mpp: list[float] = []
+    for picture, header, count in zip(plan.pictures, plan.headers, counts, strict=True):
+        if count:
+            (place,) = plan.source.whereabouts(picture, header, plan.patch_px, [(0, 0)])
+            mpp += [np.nan if place.mpp is None else place.mpp] * count
+    return resolutions(np.array(mpp, np.float32))
 
 
 def as_text(summary: dict[str, Any]) -> str:
     """A summary for people: one fact a line, lists of left-out pictures cut short."""
     lines = []
     for name, value in summary.items():
-        if name == "left_out" and isinstance(value, list):
-            lines.append(f"left out         {len(value)}")
+        if name in ("left_out", "without_patches") and isinstance(value, list):
+            lines.append(f"{name.replace('_', ' '):<16} {len(value)}")
             lines += [f"  {entry['source']}: {entry['reason']}" for entry in value[:10]]
+        elif name == "notes":
+            lines += [f"note             {note}" for note in value]
+        elif name == "mpp":
+            lines.append(f"mpp              {mpp_text(value)}")
         elif isinstance(value, dict):
             shown = ", ".join(f"{k} {said(v)}" for k, v in value.items())
             lines.append(f"{name.replace('_', ' '):<16} {shown or 'none'}")
@@ -190,6 +216,17 @@ def as_text(summary: dict[str, Any]) -> str:
                 f"{name.replace('_', ' '):<16} {f'{value:,}' if type(value) is int else value}"
             )
     return "\n".join(lines)
+
+
+def mpp_text(found: dict[str, int]) -> str:
+    """Patches by resolution, and that there are several."""
+    from latentds.mixedness import are_several
+
+    shown = ", ".join(f"{mpp} um ({count:,})" if mpp != "unknown" else f"unknown ({count:,})"
+                      for mpp, count in list(found.items())[:8])  # fmt: skip
+    more = f" and {len(found) - 8} more" if len(found) > 8 else ""
+    warning = "; patches of several resolutions, --mpp gives slides one"
+    return f"{shown or 'none'}{more}{warning if are_several(found) else ''}"
 
 
 def said(value: Any) -> str:

@@ -42,7 +42,7 @@ def run(config: Config) -> None:
 def summarize(config: Config) -> dict[str, Any]:
     """What `--json` prints."""
     from latentds.manifest import read_manifest
-    from latentds.mixedness import slide_entropies
+    from latentds.mixedness import slide_entropies, stored_resolutions
     from latentds.reader import ShardSet
     from latentds.record_steps import measure_steps
     from latentds.sources.names import describe_barcodes
@@ -59,6 +59,7 @@ def summarize(config: Config) -> dict[str, Any]:
         "slides": len(manifest.slides),
         "tcga": describe_barcodes(manifest.slides, read_projects(config.projects)),
         "slide_entropy_bits": slide_entropies(config.folder, manifest),
+        "mpp": stored_resolutions(config.folder),
         "patch_px": list(contract.patch_px),
         "codes_shape": list(contract.codes_shape),
         "bytes_per_patch": contract.bytes_per_patch,
@@ -90,14 +91,13 @@ def summarize(config: Config) -> dict[str, Any]:
 
 def read_projects(path: Path | None) -> dict[str, str]:
     """Project by key; empty without a file."""
-    from latentds.errors import InputError
-    from latentds.sources.picture_tables import read_table
+    from latentds.evaluation.csv_tables import read_table
 
-    rows = read_table(path) if path else []
-    for number, row in enumerate(rows, 1):
-        if not {"key", "project"} <= row.keys():
-            raise InputError(f"{path}, row {number}: needs key and project")
-    return {str(row["key"]): str(row["project"]) for row in rows}
+    if path is None:
+        return {}
+    table = read_table(path)
+    key, project = (table.need_column([name], f"{name}s") for name in ("key", "project"))
+    return dict(zip(table.values(key), table.values(project), strict=True))
 
 
 def loader_memory(manifest: Any, config: Config) -> dict[str, int]:
@@ -151,6 +151,9 @@ def as_text(summary: dict[str, Any]) -> str:
         "codebook": f"{codebook['kind']}, {codebook['summary']}, {origin}",
         "steps": steps_text(summary["record_steps"]),
         "channels": channels_text(summary["channel_statistics"]),
+        "resolution": ", ".join(
+            f"{mpp} ({count:,})" for mpp, count in list(summary["mpp"].items())[:8]
+        ),
         "left out": f"{summary['left_out']} pictures",
         "made with": ", ".join(
             f"{name} {value}" for name, value in (summary["made"]["versions"] or {}).items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,6 +20,10 @@ NOT_RECORDED = (
     "slides",
     "root",
     "splits",
+    "slide_table",
+    "kind",  # these three told where given: plans of before them are compared with
+    "enlarge",
+    "patient_pattern",
     "only",
     "anonymize",
     "out",
@@ -100,15 +105,27 @@ class ConvertConfig:
     """Folder that a table's paths start from; the table's own by default."""
     splits: Path | None = None
     """CSV with columns slide or patient, split, and label if it is to set labels: splits of the
-    slides, instead of split folders."""
+    slides, instead of split folders; or CLAM's splits_0.csv."""
+    slide_table: Path | None = None
+    """CSV, TSV or Parquet with a column slide (or patient) and any of mpp, label, patient, split:
+    what it says of a slide counts more than its file and folders."""
+    kind: Literal["pictures", "slides", "tiles"] | None = None
+    """What a folder's files are, where a look at all of them does not tell, or tells wrong."""
     only: Path | None = None
     """File of sources, one a line as the manifest names them: convert these and no others."""
     split_patients: str | None = None
     """Splits by patient, shares of the patients: train=0.8,val=0.1,test=0.1."""
+    patient_pattern: str | None = None
+    """Regular expression that finds the patient in a slide's name (a picture's path where it has no
+    slide): its group patient, else its first, else all of it; '.*' where each slide is a patient.
+    Names of TCGA, CPTAC, GTEx and CAMELYON need none."""
     tile_downsample: float = 1.0
     """Pixels of level 0 a pixel of tiles named <column>_<row>: 2 for tiles of 20x from 40x."""
     assume_mpp: float | None = None
-    """Micrometres a pixel of slides that record neither it nor a magnification."""
+    """Micrometres a pixel of slides that record neither it nor a magnification, or pixels that are
+    not square."""
+    enlarge: bool = False
+    """Cut patches finer than a slide is: enlarged by more than 5 %, they show nothing new."""
     tissue: Literal["otsu", "clam", "dsmil", "none"] = "otsu"
     """What of a slide is tissue: saturation above Otsu's threshold, above CLAM's, patches with
     edges as DSMIL's tiler keeps them, or everything."""
@@ -205,10 +222,23 @@ class ConvertConfig:
                 raise InputError(f"--{name} {folder}: no such folder")
         if self.only is not None and not self.only.is_file():
             raise InputError(f"--only {self.only}: no such file")
-        if self.splits is not None and not self.splits.is_file():
-            raise InputError(f"--splits {self.splits}: no such file")
+        for name in ("splits", "slide_table"):
+            table = getattr(self, name)
+            if table is not None and not table.is_file():
+                raise InputError(f"--{name.replace('_', '-')} {table}: no such file")
         if self.splits is not None and self.split_patients is not None:
             raise InputError("choose one of --splits and --split-patients")
+        if self.splits is not None and self.slide_table is not None:
+            raise InputError("choose one of --splits and --slide-table, which may have splits too")
+        if self.patient_pattern is not None:
+            if self.split_patients is None:
+                raise InputError("--patient-pattern is for --split-patients; pass both")
+            try:
+                re.compile(self.patient_pattern)
+            except re.error as error:
+                raise InputError(
+                    f"--patient-pattern {self.patient_pattern!r} is no regular expression ({error})"
+                ) from error
         if self.stride is not None and not self.tile:
             raise InputError("--stride is the step of --tile; pass both")
         limits = {
@@ -241,9 +271,9 @@ class ConvertConfig:
         if self.codebook_file is not None:
             names -= {"quantizer", "levels", "fit_patches"}  # the codebook's own record tells
         found = {name: getattr(self, name) for name in sorted(names)}
-        for name, value in (("codebook", self.codebook_kind), ("bytes", self.bytes)):
-            if value is not None:
-                found[name] = value
+        given: dict[str, Any] = {"codebook": self.codebook_kind, "enlarge": self.enlarge or None}
+        given |= {name: getattr(self, name) for name in ("bytes", "kind", "patient_pattern")}
+        found |= {name: value for name, value in given.items() if value is not None}
         return found | {"anonymized": self.key_check()}
 
     def key_check(self) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,7 +25,8 @@ def finish(conversion: Conversion) -> Manifest:
     """Write everything beside the shards; the manifest's presence means that all is there."""
     out, work = conversion.config.out, conversion.work
     names = sorted(shard.name for shard in conversion.shards if work.index(shard.name).is_file())
-    records, classes, slides = write_tables(out, [work.index(name) for name in names])
+    paths = [work.index(name) for name in names]
+    records, classes, slides = write_tables(out, paths, conversion.plan.classes)
     bad = dict(conversion.plan.bad) | work.all_bad()
     manifest = Manifest(
         contract=conversion.contract,
@@ -33,7 +34,7 @@ def finish(conversion: Conversion) -> Manifest:
         classes=classes,
         slides=slides,
         tables={},
-        made=conversion.made | {"left_out": left_out(conversion, bad)},
+        made=conversion.made | {"left_out": left_out(conversion, bad)} | counted(conversion, bad),
     )
     check_complete(conversion, manifest, set(bad))
     write_golden(conversion, manifest, set(bad))
@@ -46,6 +47,17 @@ def left_out(conversion: Conversion, bad: dict[str, str]) -> list[dict[str, str]
     counts = np.bincount(plan.regions["picture"], minlength=len(plan.pictures)).tolist()
     patches = {p.source: count for p, count in zip(plan.pictures, counts, strict=True)}
     return describe_left_out(bad, patches, conversion.reader.hide)
+
+
+def counted(conversion: Conversion, bad: dict[str, str]) -> dict[str, Any]:
+    """How many sources gave patches, and those that had none to give, with reasons."""
+    plan, hide = conversion.plan, conversion.reader.hide or str
+    rows = usable_regions(plan, set(bad))
+    empty = [{"source": hide(source), "reason": reason} for source, reason in plan.empty]
+    return {
+        "converted": len(np.unique(plan.regions["picture"][rows])),
+        "without_patches": sorted(empty, key=lambda entry: entry["source"]),
+    }
 
 
 def usable_regions(plan: Plan, bad: set[str]) -> np.ndarray:

@@ -182,11 +182,16 @@ def describe(
         "versions": versions(),
         "codebook": stored.made,
         "masks": any(header.mask_bytes for header in plan.headers),
-        "source": {"kind": plan.source.kind, **plan.source.facts()},
+        "source": {"kind": plan.source.kind, **plan.source.facts(), **noted(config, plan)},
         "converted_to_rgb": plan.modes(),
         "source_encodings": plan.encodings(),
         "ignored_files": plan.ignored,
     }
+
+
+def noted(config: ConvertConfig, plan: Plan) -> dict[str, Any]:
+    """What was assumed of the input; nothing where names are hidden, for sentences have names."""
+    return {"notes": list(plan.notes)} if plan.notes and config.anonymize is None else {}
 
 
 def versions() -> dict[str, str]:

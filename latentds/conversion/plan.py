@@ -17,6 +17,7 @@ from latentds.conversion.config import ConvertConfig
 from latentds.conversion.left_out import sources_of
 from latentds.errors import InputError, TooManyBadSamplesError
 from latentds.format import canonical_json, patch_key, shard_name
+from latentds.sources.image_folder import half_labelled
 from latentds.sources.open import list_source, open_source
 from latentds.sources.source import MIXED_CHUNKS, Header, Picture, Source
 
@@ -50,6 +51,9 @@ class Plan:
     splits      split of every region's stretch: name -> (start, stop) rows
     bad         files left out so far, with reasons
     ignored     files that are no pictures
+    empty       pictures without a patch, with reasons
+    notes       what was assumed of the input, and what of it was not read
+    classes     label names in the source's own order, empty where it has none
     """
 
     source: Source
@@ -61,6 +65,9 @@ class Plan:
     bad: tuple[tuple[str, str], ...]
     ignored: int
     ignored_example: str
+    empty: tuple[tuple[str, str], ...] = ()
+    notes: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()
 
     def digest(self) -> str:
         """Hash of files, headers and order: what a resumed run must find unchanged."""
@@ -98,6 +105,8 @@ def make_plan(config: ConvertConfig) -> Plan:
         bad=bad,
         ignored=listing.ignored,
         ignored_example=listing.ignored_example,
+        notes=listing.notes,
+        classes=listing.classes,
     )
     check_labels(plan, config)
     return order_regions(plan, config)
@@ -161,9 +170,9 @@ def check_keys(root: Path, sources: Sequence[str]) -> None:
 
 
 def check_labels(plan: Plan, config: ConvertConfig) -> None:
-    """Refuse labels or slides that a name pattern left on some pictures only."""
-    unlabelled = [p.source for p in plan.pictures if p.label is None]
-    if config.labels and unlabelled and len(unlabelled) < len(plan.pictures):
+    """Refuse labels or slides that a name pattern left on some pictures of a split only."""
+    unlabelled = half_labelled(plan.pictures)
+    if config.labels and unlabelled:
         raise InputError(
             f"{len(unlabelled)} of {len(plan.pictures)} pictures have no label "
             f"(first: {unlabelled[0]}); mend --name-pattern or pass --no-labels"
@@ -198,8 +207,22 @@ def order_regions(plan: Plan, config: ConvertConfig) -> Plan:
         splits[split] = (start, start + len(regions))
         start += len(regions)
     if not parts:
-        raise InputError(f"{config.source}: {len(plan.pictures)} pictures, but no patch in them")
-    return dataclasses.replace(plan, regions=np.concatenate(parts), splits=splits)
+        reason = plan.source.empty_reason(plan.pictures[0])
+        raise InputError(
+            f"{config.source}: {len(plan.pictures)} pictures, but no patch in them "
+            f"({plan.pictures[0].source}: {reason})"
+        )
+    regions = np.concatenate(parts)
+    return dataclasses.replace(
+        plan, regions=regions, splits=splits, empty=without_patches(plan, regions)
+    )
+
+
+def without_patches(plan: Plan, regions: np.ndarray) -> tuple[tuple[str, str], ...]:
+    """Pictures that gave no patch, and why."""
+    held = np.bincount(regions["picture"], minlength=len(plan.pictures))
+    empty = [plan.pictures[number] for number in np.flatnonzero(held == 0).tolist()]
+    return tuple((p.source, plan.source.empty_reason(p)) for p in empty)
 
 
 def slide_and_chunk(plan: Plan, picture: int) -> tuple[str, str]:

@@ -13,12 +13,14 @@ import numpy as np
 from latentds.errors import InputError
 from latentds.evaluation.csv_tables import TextTable, read_table
 from latentds.evaluation.slide_names import NameIndex, plain_name, some
-from latentds.sources.names import TCGA_PATIENT
+from latentds.format import sorted_names
+from latentds.sources.fields import ALIASES
+from latentds.sources.names import known_patient
 
-SLIDE_COLUMNS = ("slide", "slide_id", "bag", "bag_name")
-SOURCE_COLUMNS = ("source", "path", "name", "file", "filename", "image")
-GROUP_COLUMNS = ("group", "patient", "patient_id", "case_id", "tma_core")
-LABEL_COLUMNS = ("label", "class", "oncotree_code")
+SLIDE_COLUMNS = ALIASES["slide"]
+SOURCE_COLUMNS = ("source", *ALIASES["path"])
+GROUP_COLUMNS = ("group", *ALIASES["patient"])
+LABEL_COLUMNS = ALIASES["label"]
 SUBSET_HINT = "mend the names, or pass --allow-subset (allow_subset=True)"
 
 
@@ -65,8 +67,8 @@ def own_group(slide: str | None, source: str, patient: str | None = None) -> tup
         return "recorded patient", patient
     name = plain_name(slide or source)
     last = name.rpartition("/")[2]
-    if found := TCGA_PATIENT.match(last):
-        return "TCGA patient", found[1]
+    if found := known_patient(last):
+        return f"{found[0]} patient", found[1]
     return ("slide", name) if slide else ("item", source)
 
 
@@ -92,10 +94,11 @@ def table_groups(
     """Groups by the first column of the table that knows every item."""
     column = table.need_column(GROUP_COLUMNS, "groups")
     tried: dict[str, list[str]] = {}
-    for key in (*SLIDE_COLUMNS, *SOURCE_COLUMNS):
-        if key not in table.columns:
+    for known_as in (*SLIDE_COLUMNS, *SOURCE_COLUMNS):
+        key = table.find_column([known_as])
+        if key is None:
             continue
-        names = sources if key in SOURCE_COLUMNS else [slide or "" for slide in slides]
+        names = sources if known_as in SOURCE_COLUMNS else [slide or "" for slide in slides]
         known = column_values(table, key, column)
         found = match_values(names, known, f"{table.path}, column {key!r}")
         lost = [name for name in dict.fromkeys(names) if name not in found]
@@ -223,5 +226,4 @@ def match_labels(
 
 def sorted_classes(labels: Iterable[str]) -> list[str]:
     """Distinct labels in ascending order, as numbers where all are."""
-    names = sorted(set(labels))
-    return sorted(names, key=int) if all(name.isdecimal() for name in names) else names
+    return sorted_names(labels)

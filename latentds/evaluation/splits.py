@@ -14,6 +14,7 @@ from latentds.errors import InputError
 from latentds.evaluation.csv_tables import TextTable, read_table, write_table
 from latentds.evaluation.folds import PARTS, SPLIT_WORDS, Fold, check_disjoint
 from latentds.evaluation.slide_names import NameIndex, some
+from latentds.sources.fields import ALIASES
 
 CLAM_FILE = re.compile(r"splits_(\d+)\.csv")
 FOLD_COLUMN = re.compile(r"fold_(\d+)")
@@ -117,7 +118,7 @@ def is_split(path: Path) -> int:
 def read_patho_bench(path: Path, slides: Sequence[str]) -> tuple[list[Fold], list[str]]:
     """Folds in the order of the columns' numbers, and the slides that are not there."""
     table = read_table(path)
-    key = table.need_column(["slide_id"], "slides")
+    key = table.need_column(ALIASES["slide"], "slides")
     numbered = {int(f[1]): name for name in table.columns if (f := FOLD_COLUMN.fullmatch(name))}
     if not numbered:
         raise InputError(f"{path}: neither train, val, test nor fold_0, fold_1, ... are columns")

@@ -9,7 +9,7 @@ from typing import Any, Literal
 ORIGINAL = "original"
 CONVERSION = (  # what a conversion calls just the same
     *("masks", "patch_size", "resize", "tile", "stride", "pad", "split_folders", "name_pattern"),
-    *("mpp", "slides", "root", "splits", "only", "tile_downsample", "assume_mpp", "tissue"),
+    *("kind", "mpp", "slides", "root", "splits", "only", "tile_downsample", "assume_mpp", "tissue"),
     *("min_tissue", "edges", "max_px", "workers"),
 )
 OF_ORIGINALS = (*(name for name in CONVERSION if name not in ("workers", "max_px")), "use_labels")
@@ -64,6 +64,8 @@ class OriginalsInput:
     """Reflect smaller pictures at the right and bottom up to the patch size."""
     name_pattern: str | None = None
     """Regular expression with groups among label, slide, x, y, mpp, searched in relative paths."""
+    kind: Literal["pictures", "slides", "tiles"] | None = None
+    """What a folder's files are, where a look at all of them does not tell."""
     mpp: float | None = None
     """Micrometres a pixel: of pictures, recorded with every patch; of slides, what patches are to
     have (0.5 is 20x), their own where not given."""

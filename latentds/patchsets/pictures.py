@@ -15,6 +15,7 @@ import numpy as np
 from latentds.conversion.config import ConvertConfig
 from latentds.conversion.plan import check_keys
 from latentds.errors import InputError, unknown_name
+from latentds.format import sorted_names
 from latentds.masks import decode_mask, no_mask
 from latentds.patchsets.base import PatchTable
 from latentds.patchsets.config import PatchInput
@@ -254,11 +255,13 @@ def open_pictures(config: PatchInput) -> Pictures:
     conversion = ConvertConfig(**config.as_conversion(), out=Path("patches"))
     try:
         source = open_source(conversion)
-        pictures = sorted(list_source(source, conversion).pictures, key=lambda p: p.source)
+        listing = list_source(source, conversion)
+        pictures = sorted(listing.pictures, key=lambda p: p.source)
     except InputError as error:
         raise InputError(in_other_words(str(error))) from error
     check_keys(conversion.source, [picture.source for picture in pictures])
-    classes = sorted({picture.label for picture in pictures if picture.label is not None})
+    labels = {picture.label for picture in pictures if picture.label is not None}
+    classes = [*listing.classes, *sorted_names(labels.difference(listing.classes))]
     if config.split is not None:
         splits = {picture.split for picture in pictures}
         if config.split not in splits:

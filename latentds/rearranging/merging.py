@@ -18,7 +18,7 @@ from tqdm import tqdm
 from latentds.columns import encode_table
 from latentds.composing import Composer, complete
 from latentds.errors import DamagedPackError, InputError
-from latentds.format import GOLDEN, Contract, pack_key
+from latentds.format import GOLDEN, Contract, joined_names, pack_key
 from latentds.golden import MAX_GOLDEN, read_golden_table, renumbered
 from latentds.index import ShardIndex
 from latentds.manifest import Manifest
@@ -48,7 +48,8 @@ def merge(
     check_mixable(sets)
     with new_data_set(out, overwrite, paths):
         check_distinct(sets)
-        composer = Composer(out, sets[0].manifest.contract)
+        classes = joined_names(shards.manifest.classes for shards in sets)
+        composer = Composer(out, sets[0].manifest.contract, classes)
         copy_shards(composer, sets)
         manifest = composer.tables(describe([shards.manifest for shards in sets]))
         write_atomically(out / GOLDEN, join_golden(sets, manifest))

@@ -120,4 +120,12 @@ def made_after(manifest: Manifest, added: Manifest, wanted: list[str]) -> dict[s
     tried = set(wanted)
     kept = [entry for entry in manifest.made["left_out"] if entry["source"] not in tried]
     still = [*kept, *added.made["left_out"]]
-    return manifest.made | {"left_out": sorted(still, key=lambda entry: str(entry["source"]))}
+    empty = [
+        entry for made in (manifest.made, added.made) for entry in made.get("without_patches", [])
+    ]
+    counts = [made.get("converted", 0) for made in (manifest.made, added.made)]
+    return manifest.made | {
+        "left_out": sorted(still, key=lambda entry: str(entry["source"])),
+        "without_patches": empty,
+        "converted": sum(counts),
+    }

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 from typing import Literal
 
 from latentds.errors import InputError
+from latentds.evaluation.csv_tables import read_table
 from latentds.format import SPLIT_PATTERN
+from latentds.sources.fields import columns_of
 
 
 def read_slide_list(path: Path) -> list[str]:
@@ -22,17 +23,17 @@ def read_splits(path: Path) -> tuple[Literal["slide", "patient"], dict[str, str]
     raises  InputError with the line for a missing column, a split's name that no shard can have,
             or a name in two splits
     """
-    reader = csv.DictReader(read_text(path).splitlines())
-    fields = reader.fieldnames or []
-    by: Literal["slide", "patient"] = "slide" if "slide" in fields else "patient"
-    if by not in fields or "split" not in fields:
+    table = read_table(path)
+    columns = columns_of(table, ("slide", "patient", "split"))
+    by: Literal["slide", "patient"] = "slide" if "slide" in columns else "patient"
+    if by not in columns or "split" not in columns:
         raise InputError(
-            f"{path}: columns are {list(fields)}; it needs slide or patient, and split"
+            f"{path}: columns are {list(table.columns)}; it needs slide or patient, and split"
         )
     splits: dict[str, str] = {}
-    for record in reader:
-        name, split = (record[by] or "").strip(), (record["split"] or "").strip()
-        where = f"{path}, line {reader.line_num}"
+    for line, row in zip(table.lines, table.rows, strict=True):
+        name, split = row[columns[by]].strip(), row[columns["split"]].strip()
+        where = f"{path}, line {line}"
         if not name or not SPLIT_PATTERN.fullmatch(split):
             raise InputError(
                 f"{where}: {by} {name!r}, split {split!r}; a split is a-z, 0-9 and _, up to 32"

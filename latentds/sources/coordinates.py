@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,12 +12,15 @@ import numpy as np
 
 from latentds.conversion.config import ConvertConfig
 from latentds.errors import InputError, missing_extra
-from latentds.sources.image_folder import are_splits, check_labels, check_names, walk
-from latentds.sources.slides import Slides, is_slide, slide_mpp
+from latentds.sources.image_folder import walk
+from latentds.sources.kinds import sort_files
+from latentds.sources.slide_reading import distinct, slide_mpp
+from latentds.sources.slides import Slides
 from latentds.sources.source import Header, Listing, Picture
 
 logger = logging.getLogger(__name__)
 MAX_COORDINATES = 10**8
+MAX_CUSTOM = 64
 SUFFIX = "_patches"  # TRIDENT's <slide>_patches.h5; CLAM's is <slide>.h5
 
 
@@ -87,7 +91,11 @@ def sizes_of(attributes: dict[str, Any]) -> tuple[int, int, tuple[int, int] | No
         # CLAM: patch_size counts pixels of patch_level.
         is_level_0 = int(attributes.get("patch_level", 0)) == 0
         downsample = attributes.get("downsample", 1.0) if is_level_0 else attributes["downsample"]
-        factor = float(np.ravel(downsample)[0])
+        # Fishing-Rod's CLAM resamples by whole steps where a slide lacks the level asked for.
+        custom = int(attributes.get("custom_downsample", 1))
+        if not 1 <= custom <= MAX_CUSTOM:
+            raise InputError(f"'coords' has custom_downsample {custom}, not 1 to {MAX_CUSTOM}")
+        factor = float(np.ravel(downsample)[0]) * custom
         return round(patch * factor), patch, None
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"'coords' has no usable attribute {error}; not TRIDENT's or CLAM's"
@@ -114,6 +122,7 @@ class CoordinateJob(Slides):
         self.files: dict[str, Path] = {}
         self.scales: dict[str, float] = {}
         self.dropped: dict[str, int] = {}  # patches that reach beyond their slide
+        self.twice: dict[str, int] = {}  # corners that a file has more than once
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.config,), {"edge": self.edge, "scales": self.scales}
@@ -121,7 +130,8 @@ class CoordinateJob(Slides):
     def listing(self) -> Listing:
         """Slides with coordinates; those without are left alone."""
         files = by_name(self.job, job_files(self.job), name_of, "files of coordinates")
-        slides = [path for path in walk(self.root) if is_slide(self.root / path)]
+        kinds = sort_files(self.root, list(walk(self.root)))
+        slides = sorted([*kinds.slides, *kinds.unsure])
         paths = by_name(self.root, slides, lambda path: Path(path).stem, "slides")
         lost = sorted(files.keys() - paths.keys())
         if lost:
@@ -129,14 +139,10 @@ class CoordinateJob(Slides):
                 f"{self.job / files[lost[0]]}: no slide {lost[0]!r} below {self.root} (nor "
                 f"{len(lost) - 1} others); mend --slides, or remove the file"
             )
-        found = [paths[name] for name in sorted(files)]
-        check_names(self.root, found)
-        has_splits = self.config.split_folders and are_splits(self.root, found)
-        pictures = tuple(self.picture(path, has_splits) for path in found)
-        check_labels(self.root, pictures, self.config.labels)
-        self.files = {p.source: self.job / files[str(p.slide)] for p in pictures}
+        found = self.placed({paths[name]: name for name in sorted(files)})
+        self.files = {p.source: self.job / files[str(p.slide)] for p in found.pictures}
         self.edge = self.config.patch_size or self.first_edge()
-        return Listing(pictures, len(slides) - len(found))
+        return dataclasses.replace(found, ignored=len(slides) - len(found.pictures))
 
     def first_edge(self) -> int:
         """The width that the first readable file asks for."""
@@ -184,20 +190,27 @@ class CoordinateJob(Slides):
             self.dropped[picture.source] = int(reach.sum())
             found = found._replace(places=found.places[~reach])
         self.scales[picture.source] = found.size_px / self.edge
-        return found.places.astype(np.int32)
+        self.check_enlarging(self.scales[picture.source])
+        places = distinct(found.places.astype(np.int32))
+        if len(places) < len(found.places):
+            self.twice[picture.source] = len(found.places) - len(places)
+        if not len(places):
+            self.empty[picture.source] = "no coordinates of patches within it"
+        return places
 
     def scale(self, picture: Picture, slide: Any) -> float:
         del slide
-        return self.scales[picture.source]
+        return self.scales.get(picture.source, 1.0)  # known once the file was read
 
-    def own_mpp(self, slide: Any) -> float | None:
+    def own_mpp(self, picture: Picture, slide: Any) -> float | None:
         try:
-            return slide_mpp(slide, self.config.assume_mpp)
+            return slide_mpp(slide, self.config.assume_mpp, picture.mpp)
         except InputError:  # the file says where the patches lie all the same
             return None
 
     def facts(self) -> dict[str, Any]:
-        return {"edges": self.config.edges, "reached_beyond": sum(self.dropped.values())}
+        found = {"edges": self.config.edges, "reached_beyond": sum(self.dropped.values())}
+        return found | ({"there_twice": sum(self.twice.values())} if self.twice else {})
 
 
 def by_name(

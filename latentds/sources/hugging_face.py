@@ -13,6 +13,7 @@ from latentds.conversion.config import ConvertConfig
 from latentds.errors import InputError, missing_extra
 from latentds.sources.image_folder import DEFAULT_SPLIT, SPLITS
 from latentds.sources.kept import Kept
+from latentds.sources.metadata import label_column
 from latentds.sources.picture_files import PictureFiles
 from latentds.sources.records import COLUMNS, fields_of
 from latentds.sources.source import Header, Listing, Picture
@@ -76,7 +77,9 @@ class SavedDataset(PictureFiles):
         pictures = [p for name in sorted(parts) for p in self.rows_of(name, parts[name])]
         if not pictures:
             raise InputError(f"{self.root}: no row in it; nothing to convert")
-        return self.named(Listing(tuple(pictures)))
+        orders = {class_order(part.rows) for part in parts.values()}
+        classes = orders.pop() if self.config.labels and len(orders) == 1 else ()
+        return self.named(Listing(tuple(pictures), classes=classes))
 
     def rows_of(self, name: str, part: Part) -> Iterator[Picture]:
         """The pictures of a part of the data set, a row each."""
@@ -180,6 +183,13 @@ def records_of(dataset: Any) -> Iterator[dict[str, Any]]:
         for values in zip(*(batch[name] for name in names), strict=True):
             record = dict(zip(names, values, strict=True))
             yield {n: label_of(labels[n], v) if n in labels else v for n, v in record.items()}
+
+
+def class_order(dataset: Any) -> tuple[str, ...]:
+    """Names of the classes by number, none where labels are no numbers of classes."""
+    column = label_column(dataset.column_names)
+    feature: Any = dataset.features[column] if column else None
+    return tuple(feature.names) if hasattr(feature, "int2str") else ()
 
 
 def label_of(feature: Any, number: int | None) -> str | None:

@@ -5,6 +5,7 @@ Class folders as labels, train/val/test folders as splits, a slide folder below.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from collections import Counter
@@ -13,15 +14,22 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from latentds.errors import InputError
+from latentds.sources.names import is_identifier
 from latentds.sources.pictures import picture_suffixes
 from latentds.sources.source import Header, Listing, Picture
 
-SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+SPLITS = {
+    **{"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"},
+    **{"training": "train", "testing": "test"},  # CAMELYON16's
+    **{"nct-crc-he-100k": "train", "nct-crc-he-100k-nonorm": "train", "crc-val-he-7k": "val"},
+}
 DEFAULT_SPLIT = "train"
+# Folders that only hold: `images` alone at its place is no class.
+HOLDERS = {"images", "image", "img", "imgs", "slides", "wsi", "wsis", "patches", "tiles", "data"}
 
 
 def list_pictures(root: Path, use_labels: bool = True, use_splits: bool = True) -> Listing:
-    """Every picture below `root`; InputError for an empty folder or labels on some only.
+    """Every picture below `root`; InputError for an empty folder.
 
     [split/][class/[slide/...]]picture: top folders are splits when all of them have split names.
     """
@@ -39,10 +47,10 @@ def list_pictures(root: Path, use_labels: bool = True, use_splits: bool = True) 
             f"{root}: no pictures in it ({len(ignored)} other files); nothing to convert"
         )
     check_names(root, found)
-    has_splits = use_splits and are_splits(root, found)
-    pictures = tuple(place(path, has_splits, use_labels) for path in found)
-    check_labels(root, pictures, use_labels)
-    return Listing(pictures, len(ignored), ignored[0] if ignored else "")
+    folders = read_folders(root, found, use_labels, use_splits)
+    pictures = tuple(folders.place(path) for path in found)
+    example = ignored[0] if ignored else ""
+    return Listing(pictures, len(ignored), example, folders.notes, tuple(ignored))
 
 
 def are_splits(root: Path, paths: Sequence[str]) -> bool:
@@ -56,6 +64,61 @@ def are_splits(root: Path, paths: Sequence[str]) -> bool:
             "it, or pass --no-split-folders to take all of them as classes"
         )
     return bool(named)
+
+
+@dataclasses.dataclass(frozen=True)
+class Folders:
+    """What folders mean: whether the top ones are splits, the next ones classes.
+
+    held  splits whose next folder only holds, as `images` does
+    """
+
+    has_splits: bool
+    use_labels: bool
+    held: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def place(self, path: str) -> Picture:
+        """What the folders of a path say."""
+        split, folders = self.parts(path)
+        label = folders.pop(0) if folders and self.use_labels else None
+        return Picture(path, split, label, "/".join(folders) or None)
+
+    def parts(self, path: str) -> tuple[str, list[str]]:
+        """Split, and the folders below it that say something."""
+        folders = list(PurePosixPath(path).parts[:-1])
+        split = SPLITS[folders.pop(0).lower()] if self.has_splits else DEFAULT_SPLIT
+        return split, folders[1:] if split in self.held else folders
+
+
+def read_folders(root: Path, paths: Sequence[str], use_labels: bool, use_splits: bool) -> Folders:
+    """What the folders of these files mean, and what that assumes.
+
+    raises  InputError where some top folders are named like splits and others are not
+    """
+    rule = Folders(use_splits and are_splits(root, paths), use_labels)
+    tops: dict[str, set[str]] = {}
+    for path in paths:
+        split, folders = rule.parts(path)
+        tops.setdefault(split, set()).add(folders[0] if folders else "")
+    held = tuple(s for s, names in tops.items()
+                 if len(names) == 1 and min(names).lower() in HOLDERS and use_labels)  # fmt: skip
+    notes = [f"folder {min(tops[split])} is taken for no class; it only holds" for split in held]
+    rule = dataclasses.replace(rule, held=held)
+    names = {folders[0] for path in paths if (folders := rule.parts(path)[1])}
+    odd = sorted(name for name in names if is_identifier(name))
+    if use_labels and odd and len(odd) == len(names):
+        notes.append(
+            f"no labels: the {len(odd)} folders are named by UUID, patient or slide ({odd[0]}), "
+            "which is no class"
+        )
+        rule = dataclasses.replace(rule, use_labels=False)
+    elif use_labels and odd:
+        notes.append(
+            f"{len(odd)} of {len(names)} class folders are named by UUID, patient or slide "
+            f"({odd[0]}); --no-labels takes none for a class"
+        )
+    return dataclasses.replace(rule, notes=tuple(notes))
 
 
 def walk(root: Path) -> Iterator[str]:
@@ -94,13 +157,19 @@ def check_names(root: Path, paths: Sequence[str]) -> None:
 
 
 def check_labels(root: Path, pictures: Sequence[Picture], use_labels: bool) -> None:
-    """Refuse a folder where some pictures have a class and others none."""
-    bare = [picture.source for picture in pictures if picture.label is None]
-    if use_labels and bare and len(bare) < len(pictures):
+    """Refuse a folder where some pictures of a split have a class and others none."""
+    bare = half_labelled(pictures) if use_labels else []
+    if bare:
         raise InputError(
             f"{root}: {len(bare)} of {len(pictures)} pictures lie in no class folder (first: "
             f"{bare[0]}); move them into one, or pass --no-labels"
         )
+
+
+def half_labelled(pictures: Sequence[Picture]) -> list[str]:
+    """Sources without a label in splits where others have one: a whole split may have none."""
+    labelled = {picture.split for picture in pictures if picture.label is not None}
+    return [p.source for p in pictures if p.label is None and p.split in labelled]
 
 
 def check_sizes(headers: dict[str, Header]) -> tuple[int, int]:
@@ -149,11 +218,14 @@ def numbers_of(source: str, fields: dict[str, str]) -> dict[str, float]:
     numbers: dict[str, float] = {}
     for name in fields.keys() & {"x", "y", "mpp", "size_px"}:
         try:
-            number = float(fields[name]) if name == "mpp" else int(fields[name])
-        except ValueError as error:
+            number = float(fields[name])
+            number = number if name == "mpp" or number % 1 else int(number)
+        except (ValueError, OverflowError) as error:
             raise InputError(f"{source}: {name} is {fields[name]!r}, not a number") from error
         low, high = (0.01, 100) if name == "mpp" else (0, 2**31 - 1)
         if not low <= number <= high:
             raise InputError(f"{source}: {name} is {number}, not between {low} and {high}")
+        if name != "mpp" and number % 1:
+            raise InputError(f"{source}: {name} is {fields[name]!r}, not a whole number")
         numbers[name] = number
     return numbers

@@ -13,6 +13,22 @@ from latentds.errors import InputError
 from latentds.randomness import key_of
 
 TCGA_PATIENT = re.compile(r"(TCGA-[0-9A-Z]{2}-[0-9A-Z]{4})(?:-|$)")
+# Patients in the names of public slides: the whole match, at the beginning of a name.
+PATIENTS = {
+    "TCGA": TCGA_PATIENT,
+    "CPTAC": re.compile(r"(C3[LN]-\d{5})(?:[-_.]|$)"),
+    "GTEx": re.compile(r"(GTEX-[0-9A-Z]{4,5})(?:-|$)"),
+    "CAMELYON17": re.compile(r"(patient_\d{3})(?:_node_\d+.*|\.zip)?$"),
+    "CAMELYON16": re.compile(r"((?:normal|tumor|test)_\d{3})(?:_mask)?$"),  # a slide a patient
+}
+# A slide of those at the beginning of a tile's or folder's name; of TCGA with its UUID.
+SLIDE_IN_NAME = re.compile(
+    r"(TCGA-[0-9A-Z]{2}-[0-9A-Z]{4}-\d{2}[A-Z]?-\d{2}[A-Z]?-(?:DX|TS|BS|MS)[0-9A-Z]+"
+    r"(?:\.[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12})?"
+    r"|C3[LN]-\d{5}-\d+|GTEX-[0-9A-Z]{4,5}-\d{4}|patient_\d{3}_node_\d)(?![0-9A-Za-z])"
+)
+UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
+DICOM_UID = re.compile(r"\d+(?:\.\d+){5,}")
 TCGA_SLIDE = re.compile(
     r"(?P<patient>TCGA-(?P<site>[0-9A-Z]{2})-[0-9A-Z]{4})-(?P<sample>\d{2}[A-Z]?)-"
     r"(?P<portion>\d{2}[A-Z]?)-(?P<kind>DX|TS|BS|MS)(?P<number>[0-9A-Z]+)(?:\..*)?"
@@ -47,10 +63,57 @@ def parse_barcode(name: str) -> Barcode | None:
     return Barcode(found["patient"], found["site"], sample, slide, found["kind"] != "DX")
 
 
+def known_patient(slide: str) -> tuple[str, str] | None:
+    """Scheme and patient of a slide's name, or of the end of its path; None where none fits."""
+    last = slide.rpartition("/")[2]
+    for scheme, pattern in PATIENTS.items():
+        if found := pattern.match(last):
+            return scheme, found[1]
+    return None
+
+
 def patient_of(slide: str) -> str:
-    """Patient of a slide: the first three parts of a TCGA barcode, else the slide itself."""
-    found = TCGA_PATIENT.match(slide)
+    """Patient of a slide where its name has one of the known schemes, else the slide itself."""
+    found = known_patient(slide)
     return found[1] if found else slide
+
+
+def is_identifier(folder: str) -> bool:
+    """Whether a folder is named by UUID, DICOM UID, patient or slide, as no class is."""
+    is_number = UUID.fullmatch(folder) or DICOM_UID.fullmatch(folder)
+    return bool(is_number) or known_patient(folder) is not None
+
+
+# x and y in a tile's name where it says so: `..._x1024_y2048`, `x=1024,y=2048`.
+NAMED_PLACE = re.compile(
+    r"(?<![a-z])x=?[-_]?(\d{1,9})[_,;-]+y=?[-_]?(\d{1,9})(?!\d)", re.IGNORECASE
+)
+
+
+def path_fields(path: str) -> dict[str, Any]:
+    """What a picture's own path tells by known rules: a slide of a known scheme, a named place."""
+    found: dict[str, Any] = {}
+    parts = path.replace("\\", "/").split("/")
+    slides = [SLIDE_IN_NAME.match(part) for part in parts]
+    named = [match[1] for match in slides if match]
+    if named:
+        found["slide"] = named[-1]
+    if place := NAMED_PLACE.search(parts[-1]):
+        found |= {"x": int(place[1]), "y": int(place[2])}
+    return found
+
+
+def pattern_patient(pattern: str, name: str) -> str:
+    """What --patient-pattern finds: its group `patient`, else its first group, else all of it.
+
+    raises  InputError where it finds nothing
+    """
+    found = re.search(pattern, name)
+    group = "patient" if found and "patient" in found.groupdict() else 1
+    patient = found and (found[group] if found.re.groups else found[0])
+    if not patient:
+        raise InputError(f"--patient-pattern {pattern!r} finds no patient in {name!r}; mend it")
+    return str(patient)
 
 
 def parse_shares(text: str) -> dict[str, float]:
@@ -65,14 +128,12 @@ def parse_shares(text: str) -> dict[str, float]:
     return shares
 
 
-def split_patients(slides: Iterable[str], shares: dict[str, float], seed: int) -> dict[str, str]:
+def split_patients(names: Iterable[str], shares: dict[str, float], seed: int) -> dict[str, str]:
     """Split of every patient: no patient in two.
 
     Patients are ordered by a hash of (seed, name) and cut: the same splits on every machine.
     """
-    patients = sorted(
-        {patient_of(slide) for slide in slides}, key=lambda name: key_of("split", seed, name)
-    )
+    patients = sorted(set(names), key=lambda name: key_of("split", seed, name))
     ends = np.rint(np.cumsum(list(shares.values())) * len(patients)).astype(int).tolist()
     return {
         patient: name

@@ -3,40 +3,40 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from latentds.conversion.anonymity import Anonymizer
 from latentds.conversion.config import ConvertConfig
 from latentds.errors import InputError
+from latentds.evaluation.slide_names import some
 from latentds.format import SPLIT_PATTERN
 from latentds.sources.coordinates import CoordinateJob, is_job
 from latentds.sources.hugging_face import HubDataset, SavedDataset, hub_id, is_saved
 from latentds.sources.image_folder import walk
-from latentds.sources.names import parse_shares, patient_of, split_patients
+from latentds.sources.kinds import Kinds, sort_files
+from latentds.sources.kinds import choose as choose_kind
+from latentds.sources.names import known_patient, parse_shares, pattern_patient, split_patients
 from latentds.sources.parquet_files import has_pictures
 from latentds.sources.picture_files import PictureFiles
 from latentds.sources.picture_parquet import PictureParquet
 from latentds.sources.picture_tables import (
     PictureTable,
     SamPathFolder,
-    apply_splits,
     is_sampath,
     is_table,
 )
 from latentds.sources.picture_tars import PictureTars, holds_pictures
-from latentds.sources.pictures import picture_suffixes
-from latentds.sources.slides import SUFFIXES as SLIDE_SUFFIXES
-from latentds.sources.slides import Slides, is_slide
+from latentds.sources.slide_tables import ListedSlides, apply_slide_table, lists_slides
+from latentds.sources.slides import Slides
 from latentds.sources.source import Listing, Picture, Source
 from latentds.sources.tile_tars import SUFFIX, TileTars
 from latentds.sources.tile_trees import TileTree, is_tile_tree
 
 logger = logging.getLogger(__name__)
 ARCHIVES = {".tar": holds_pictures, ".parquet": has_pictures}  # and whether one is of pictures
-LOOK_AT = 1000  # files, before it is settled that there is no slide among them
 
 
 def open_source(config: ConvertConfig) -> Source:
@@ -52,21 +52,22 @@ def list_source(source: Source, config: ConvertConfig) -> Listing:
     pictures = listing.pictures
     if config.only is not None:
         pictures = choose(pictures, config)
-    if config.splits is not None:
-        pictures = apply_splits(pictures, config.splits)
-    if config.split_patients is not None:
-        bare = next((p.source for p in pictures if not (p.patient or p.slide)), None)
-        if bare is not None:
-            raise InputError(f"--split-patients, but {bare} has no slide to tell its patient")
-        shares = parse_shares(config.split_patients)
-        part_of = split_patients(map(named_patient, pictures), shares, config.seed)
-        pictures = tuple(
-            dataclasses.replace(p, split=part_of[patient_of(named_patient(p))]) for p in pictures
+    table, notes = config.splits or config.slide_table, source.notes + listing.notes
+    if table is not None:
+        pictures, told = apply_slide_table(
+            pictures, table, use_labels=config.labels, is_split_file=config.splits is not None
         )
+        notes += told
+    if config.split_patients is not None:
+        pictures, told = deal_patients(pictures, config)
+        notes += told
+    notes += unlabelled(pictures) if config.labels else ()
     for picture in pictures:
         if not SPLIT_PATTERN.fullmatch(picture.split):
             raise InputError(f"{picture.source}: split {picture.split!r}; use [a-z0-9_] only")
-    return dataclasses.replace(listing, pictures=pictures)
+    for note in notes:
+        logger.info("%s", note)
+    return dataclasses.replace(listing, pictures=tuple(pictures), notes=notes)
 
 
 def choose(pictures: Sequence[Picture], config: ConvertConfig) -> tuple[Picture, ...]:
@@ -80,9 +81,53 @@ def choose(pictures: Sequence[Picture], config: ConvertConfig) -> tuple[Picture,
     return chosen
 
 
-def named_patient(picture: Picture) -> str:
-    """The patient that a record names, else the slide, whose name may tell."""
-    return picture.patient or str(picture.slide)
+def unlabelled(pictures: Sequence[Picture]) -> tuple[str, ...]:
+    """The splits without labels beside splits with some, for people."""
+    bare = Counter(p.split for p in pictures if p.label is None)
+    if sum(bare.values()) == len(pictures):
+        return ()
+    return tuple(f"split {split} has no labels ({count:,})" for split, count in bare.items())
+
+
+def deal_patients(
+    pictures: Sequence[Picture], config: ConvertConfig
+) -> tuple[tuple[Picture, ...], tuple[str, ...]]:
+    """The pictures in splits that no patient is in two of, and how patients were known.
+
+    raises  InputError where the patient of one is not known
+    """
+    assert config.split_patients is not None
+    told = [patient_and_kind(picture, config.patient_pattern) for picture in pictures]
+    bare = dict.fromkeys(
+        p.slide or p.source for p, found in zip(pictures, told, strict=True) if found is None
+    )
+    if bare:
+        raise InputError(
+            f"--split-patients, but no patient is known of {len(bare):,} slides or pictures: "
+            f"{some(list(bare))}. Pass --patient-pattern, a regular expression that finds it in "
+            "the name ('.*' where every slide is a patient), or a --slide-table with a column "
+            "patient"
+        )
+    known = [found for found in told if found is not None]
+    part_of = split_patients((patient for patient, _ in known), parse_shares(config.split_patients),
+                             config.seed)  # fmt: skip
+    kinds = Counter(kind for _, kind in set(known))
+    dealt = tuple(
+        dataclasses.replace(picture, split=part_of[patient])
+        for picture, (patient, _) in zip(pictures, known, strict=True)
+    )
+    counts = ", ".join(f"{count:,} {kind}" for kind, count in sorted(kinds.items()))
+    return dealt, (f"split by patient: {counts}",)
+
+
+def patient_and_kind(picture: Picture, pattern: str | None) -> tuple[str, str] | None:
+    """A picture's patient and how it is known, None where it is not."""
+    if picture.patient:
+        return picture.patient, "patients of a table or record"
+    if pattern is not None:
+        return pattern_patient(pattern, picture.slide or picture.source), "by --patient-pattern"
+    found = known_patient(picture.slide) if picture.slide else None
+    return None if found is None else (found[1], f"{found[0]} patients")
 
 
 def detect(config: ConvertConfig) -> Source:
@@ -93,42 +138,61 @@ def detect(config: ConvertConfig) -> Source:
     if is_saved(root):
         return SavedDataset(config)
     if root.is_file():
-        table = PictureTable if is_table(root) else PictureFiles
-        return open_files(config, [root.name]) or table(config)
+        archives = open_files(config, [root.name])
+        if archives is not None or not is_table(root):
+            return archives or PictureFiles(config)
+        return ListedSlides(config) if lists_slides(config) else PictureTable(config)
     if is_job(root):
         return CoordinateJob(config)
     if root.is_dir() and is_sampath(root):
         return SamPathFolder(config)
-    if is_tile_tree(root) and not config.name_pattern:
-        return TileTree(config)
-    if not root.is_dir():
+    if not root.is_dir() or config.kind == "pictures":
         return PictureFiles(config)
-    first = list(itertools.islice(walk(root), LOOK_AT))
-    archives = open_files(config, list(walk(root))) if are_archives(root, first) else None
-    if archives is not None:
+    if config.kind is not None:
+        return Slides(config) if config.kind == "slides" else TileTree(config)
+    return of_folder(config)
+
+
+def of_folder(config: ConvertConfig) -> Source:
+    """What a folder holds, all of its files looked at; InputError where that is two things."""
+    root = config.source
+    paths = list(walk(root))
+    found = sort_files(root, paths)
+    pictures = sorted([*found.pictures, *found.unsure])
+    if not found.slides and not config.name_pattern and is_tile_tree(config, pictures):
+        return TileTree(config)
+    if are_archives(root, paths, found):
+        archives = open_files(config, paths)
+        assert archives is not None
         return archives
-    return Slides(config) if any(is_slide(root / path) for path in first) else PictureFiles(config)
+    is_slides, note = choose_kind(root, found)
+    source: Source = Slides(config) if is_slides else PictureFiles(config)
+    if note:
+        source.notes += (note,)
+    return source
 
 
-def are_archives(root: Path, paths: Sequence[str]) -> bool:
-    """Whether a folder's first files are archives of pictures; InputError for them among pictures.
+def are_archives(root: Path, paths: Sequence[str], kinds: Kinds) -> bool:
+    """Whether a folder's files are archives of pictures; InputError for them among pictures.
 
     What else lies in a folder of slides is left alone.
     """
     if any(path.endswith(SUFFIX) for path in paths):
         return True  # hs2p puts previews and masks beside its tars
-    kinds = {Path(path).suffix.lower(): path for path in reversed(paths)}
-    found = [kinds[kind] for kind in sorted(kinds.keys() & ARCHIVES.keys())]
-    if not found or kinds.keys() & SLIDE_SUFFIXES:
+    found = [path for path in paths if Path(path).suffix.lower() in ARCHIVES]
+    if not found or kinds.slides:
         return False
-    pictures = sorted(kinds.keys() & picture_suffixes())
-    mixed = [path for path in found if ARCHIVES[Path(path).suffix.lower()](root / path)]
-    if pictures and mixed:
+    pictures = [*kinds.pictures, *kinds.unsure]
+    if not pictures:
+        return True
+    held = (p for p in found if ARCHIVES[Path(p).suffix.lower()](root / p))
+    mixed = next(held, None)
+    if mixed is not None:
         raise InputError(
-            f"{root}: holds pictures ({kinds[pictures[0]]}) and archives of pictures ({mixed[0]}); "
+            f"{root}: holds pictures ({pictures[0]}) and archives of pictures ({mixed}); "
             "name the one that is meant, or move the other"
         )
-    return not pictures
+    return False
 
 
 def open_files(config: ConvertConfig, paths: Sequence[str]) -> Source | None:

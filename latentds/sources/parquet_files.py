@@ -13,13 +13,14 @@ from typing import Any
 
 from latentds.errors import InputError
 from latentds.sources.records import COLUMNS
-from latentds.sources.slides import reason_of
+from latentds.sources.slide_reading import reason_of
 
 # Decompressed pictures of a row group; a few are in memory at once.
 MAX_GROUP_BYTES = 1 << 28
 BATCH_ROWS = 64  # rows decompressed before their size is looked at
 # Columns of plain bytes that are pictures; a struct with a field `bytes` is one by any name.
 PICTURE_COLUMNS = ("image_bytes", "image", "img", "jpg", "jpeg", "png", "picture")
+PATHS = ("path", "file_name", "filename", "image_path")  # a picture's own, nanopath's among them
 RAW = ("image_dtype", "tile_size")  # OpenMidnight's: how image_bytes are coded, and their edge
 
 
@@ -52,6 +53,7 @@ class EncodedTable:
     facts    columns that say something of a picture
     classes  names of class numbers by column, from Hugging Face's features
     starts   first row of every row group, and the number of rows
+    unused   names of all other columns
     """
 
     path: Path
@@ -60,6 +62,7 @@ class EncodedTable:
     facts: tuple[str, ...]
     classes: dict[str, list[str]]
     starts: tuple[int, ...]
+    unused: tuple[str, ...] = ()
 
     def group_of(self, row: int) -> int:
         """Row group of a row."""
@@ -154,9 +157,14 @@ def open_table(path: Path) -> EncodedTable:
         path=path,
         footer=footer,
         column=column,
-        facts=tuple(name for name in schema.names if name in {*COLUMNS, *RAW}),
+        facts=tuple(name for name in schema.names if name in {*COLUMNS, *RAW, *PATHS}),
         classes=class_names(schema.metadata or {}),
         starts=tuple(itertools.accumulate(counts, initial=0)),
+        unused=tuple(
+            name
+            for name in schema.names
+            if name not in {*COLUMNS, *RAW, *PATHS, column.partition(".")[0]}
+        ),
     )
 
 

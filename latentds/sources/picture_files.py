@@ -15,8 +15,9 @@ from PIL import Image
 
 from latentds.conversion.config import ConvertConfig
 from latentds.errors import InputError
-from latentds.sources.image_folder import check_sizes, list_pictures, name_fields
+from latentds.sources.image_folder import check_labels, check_sizes, list_pictures, name_fields
 from latentds.sources.kept import Kept
+from latentds.sources.metadata import with_tables
 from latentds.sources.patch import Patch, Place
 from latentds.sources.pictures import find_mask, read_header, read_mask, read_picture
 from latentds.sources.source import Header, Listing, Picture
@@ -33,6 +34,7 @@ class PictureFiles:
     """
 
     kind = "a folder of pictures"
+    notes: tuple[str, ...] = ()
 
     def __init__(self, config: ConvertConfig) -> None:
         self.config, self.root = config, config.source
@@ -43,7 +45,10 @@ class PictureFiles:
 
     def listing(self) -> Listing:
         config = self.config
-        return self.named(list_pictures(self.root, config.labels, config.split_folders))
+        found = list_pictures(self.root, config.labels, config.split_folders)
+        found = with_tables(self.root, found, found.others, config.labels)
+        check_labels(self.root, found.pictures, config.labels)
+        return self.named(found)
 
     def named(self, found: Listing) -> Listing:
         """Pictures with what --name-pattern finds in their sources."""
@@ -114,6 +119,10 @@ class PictureFiles:
         step = self.config.stride or edge
         rows, columns = range(0, height - edge + 1, step), range(0, width - edge + 1, step)
         return np.array([(x, y) for y, x in itertools.product(rows, columns)], np.int32)
+
+    def empty_reason(self, picture: Picture) -> str:
+        del picture
+        return "holds no tile"
 
     def origin(
         self, picture: Picture, header: Header, region: tuple[int, int]

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
 from latentds.conversion.config import ConvertConfig
 from latentds.errors import InputError
+from latentds.sources.image_folder import name_fields
 from latentds.sources.kept import Kept
-from latentds.sources.parquet_files import EncodedTable, Group, open_table
+from latentds.sources.metadata import label_column
+from latentds.sources.names import path_fields
+from latentds.sources.parquet_files import PATHS, EncodedTable, Group, open_table
 from latentds.sources.picture_files import PictureFiles
 from latentds.sources.records import fields_of, splits_of
 from latentds.sources.source import MIXED_CHUNKS, Header, Listing, Picture
@@ -50,14 +53,41 @@ class PictureParquet(PictureFiles):
         pictures = [p for file in self.files for p in self.rows_of(file, splits[file])]
         if not pictures:
             raise InputError(f"{self.root}: {len(self.files)} Parquet files, no row in them")
-        return self.named(Listing(tuple(pictures)))
+        found = Listing(tuple(pictures), notes=self.unused(), classes=self.class_order())
+        return (
+            found if any(path_column(t.facts) for t in self.tables.values()) else self.named(found)
+        )
+
+    def path_fields(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """What a picture's own path tells: by --name-pattern, else by known rules."""
+        column = path_column(tuple(row))
+        path = row[column] if column else None
+        if not isinstance(path, str):
+            return {}
+        pattern = self.config.name_pattern
+        found = name_fields(pattern)(path) if pattern else path_fields(path)
+        if not self.config.labels:
+            found.pop("label", None)
+        return found
+
+    def class_order(self) -> tuple[str, ...]:
+        """Names of the classes by number where all files have the same, else none."""
+        orders = {
+            tuple(t.classes.get(label_column(t.facts) or "", ())) for t in self.tables.values()
+        }
+        return orders.pop() if self.config.labels and len(orders) == 1 else ()
+
+    def unused(self) -> tuple[str, ...]:
+        """That columns are not read, for people."""
+        held = {name for table in self.tables.values() for name in table.unused}
+        return (f"columns not used: {', '.join(sorted(held))}",) if held else ()
 
     def rows_of(self, file: str, split: str) -> Iterator[Picture]:
         """The pictures of a file, a row each."""
         for number, row in enumerate(self.table(file).rows()):
             source, fields = f"{file}/{number}", {}
             try:
-                fields = fields_of(row, self.config.labels)
+                fields = self.path_fields(row) | fields_of(row, self.config.labels)
             except InputError as error:
                 self.broken[source] = str(error)
             yield Picture(source, split, **fields)
@@ -79,6 +109,11 @@ class PictureParquet(PictureFiles):
         number = table.group_of(row)
         group = self.groups.get(f"{file}/{number}", lambda: table.read_group(number))
         return io.BytesIO(group.picture(row - table.starts[number]))
+
+
+def path_column(names: Sequence[str]) -> str | None:
+    """The column of pictures' own paths, None where there is none."""
+    return next((name for name in PATHS if name in names), None)
 
 
 def place_of(picture: Picture) -> tuple[str, int]:

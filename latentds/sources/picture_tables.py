@@ -2,64 +2,32 @@
 
 from __future__ import annotations
 
-import dataclasses
+import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from latentds.conversion.config import ConvertConfig
-from latentds.errors import InputError, unknown_name
+from latentds.errors import InputError
+from latentds.evaluation.csv_tables import SUFFIXES, TextTable, read_table
+from latentds.evaluation.slide_names import path_ends
+from latentds.sources.fields import columns_of, note_unused
 from latentds.sources.image_folder import DEFAULT_SPLIT, SPLITS, check_labels, numbers_of, walk
+from latentds.sources.kinds import SUFFIXES as SLIDE_SUFFIXES
 from latentds.sources.picture_files import PictureFiles
 from latentds.sources.pictures import MASK_SUFFIXES, picture_suffixes
+from latentds.sources.records import slide_name
 from latentds.sources.source import Listing, Picture
 
-TABLES = {".csv", ".tsv", ".parquet"}
-COLUMNS = ("path", "label", "slide", "patient", "x", "y", "mpp", "size_px", "split", "mask")
-ALIASES = {  # what tables of bags and of cases call them
-    "slide_id": "slide",
-    "bag": "slide",
-    "patient_id": "patient",
-    "case_id": "patient",
-    "tma_core": "patient",
-}
-MAX_TABLE_BYTES = 1 << 34
+FIELDS = ("path", "label", "slide", "patient", "x", "y", "mpp", "size_px", "split", "mask")
+DRIVE = re.compile(r"[A-Za-z]:/|//")  # how Windows begins a whole path, slashes turned
 # SAM-Path's folds: -1 is the test set, 0 validation, the others training.
 FOLDS = {"-1": "test", "0": "val"}
 
 
-def read_table(path: Path) -> list[dict[str, Any]]:
-    """Rows of a table as texts and numbers, empty cells left out."""
-    import pyarrow as pa
-    import pyarrow.csv as pc
-    import pyarrow.parquet as pq
-
-    if path.stat().st_size > MAX_TABLE_BYTES:
-        raise InputError(f"{path}: {path.stat().st_size} bytes; more than a table of pictures has")
-    try:
-        if path.suffix.lower() == ".parquet":
-            table = pq.read_table(path)
-        else:
-            separator = "\t" if path.suffix.lower() == ".tsv" else ","
-            names = pc.open_csv(
-                path, parse_options=pc.ParseOptions(delimiter=separator)
-            ).schema.names
-            # Everything as text: a slide called 0012 is not number 12.
-            types = pc.ConvertOptions(column_types=dict.fromkeys(names, pa.string()))
-            table = pc.read_csv(
-                path, parse_options=pc.ParseOptions(delimiter=separator), convert_options=types
-            )
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{path}: not a table ({' '.join(str(error).split())[:120]})") from error
-    return [
-        {name: value for name, value in row.items() if value is not None and value != ""}
-        for row in table.to_pylist()
-    ]
-
-
 def is_table(path: Path) -> bool:
     """Whether an input is a table file."""
-    return path.is_file() and path.suffix.lower() in TABLES
+    return path.is_file() and path.suffix.lower() in SUFFIXES
 
 
 class PictureTable(PictureFiles):
@@ -72,60 +40,80 @@ class PictureTable(PictureFiles):
 
     def __init__(self, config: ConvertConfig) -> None:
         super().__init__(config)
-        self.table, self.root = config.source, config.root or config.source.parent
+        self.root = config.root or config.source.parent
 
     def listing(self) -> Listing:
-        rows = read_table(self.table)
-        if not rows:
-            raise InputError(f"{self.table}: no rows")
-        rows = [self.renamed(row) for row in rows]
-        for name in {name for row in rows for name in row}:
-            if name not in COLUMNS:
-                raise unknown_name(f"column of {self.table}", name, COLUMNS)
-        pictures = tuple(self.picture(number, row) for number, row in enumerate(rows, 1))
-        check_labels(self.table, pictures, self.config.labels)
-        return Listing(pictures)
+        return list_table(self.config)
 
-    def renamed(self, row: dict[str, Any]) -> dict[str, Any]:
-        """A row with the names used here; InputError where two columns are one."""
-        found = {ALIASES.get(name, name): value for name, value in row.items()}
-        if len(found) < len(row):
-            raise InputError(f"{self.table}: {', '.join(row)}: two columns are one; drop one")
-        return found
 
-    def picture(self, number: int, row: dict[str, Any]) -> Picture:
-        """The picture a row names."""
-        where = f"{self.table}, row {number}"
-        if "path" not in row:
-            raise InputError(f"{where}: no path")
-        split = str(row.get("split", DEFAULT_SPLIT))
-        texts: dict[str, Any] = {
-            n: str(row[n]) for n in ("label", "slide", "patient") if n in row and self.keeps(n)
-        }
-        numbers: dict[str, Any] = numbers_of(where, {n: str(v) for n, v in row.items()})
-        return Picture(
-            self.inside(str(row["path"]), where),
-            SPLITS.get(split.lower(), split),
-            **texts,
-            **numbers,
-            mask=self.inside(str(row["mask"]), where) if "mask" in row else None,
+def list_table(config: ConvertConfig) -> Listing:
+    """The pictures that an input's rows name, and the columns that nobody reads."""
+    table = read_table(config.source)
+    if not table.rows:
+        raise InputError(f"{table.path}: no rows")
+    columns = path_columns(table)
+    root = config.root or config.source.parent
+    rows = [
+        {field: row[column].strip() for field, column in columns.items() if row[column].strip()}
+        for row in table.rows
+    ]
+    pictures = tuple(
+        row_picture(f"{table.path}, row {number}", root, row, config.labels)
+        for number, row in enumerate(rows, 1)
+    )
+    check_labels(table.path, pictures, config.labels)
+    return Listing(pictures, notes=note_unused(table, columns.values()))
+
+
+def path_columns(table: TextTable) -> dict[str, str]:
+    """Columns by field; of a list of slides, as TRIDENT's, the slide is the path."""
+    columns = columns_of(table, FIELDS)
+    if "path" not in columns and "slide" in columns:
+        columns["path"] = columns.pop("slide")
+    return columns
+
+
+def row_picture(where: str, root: Path, row: dict[str, str], use_labels: bool) -> Picture:
+    """The picture that a row names."""
+    if "path" not in row:
+        raise InputError(f"{where}: no path")
+    split = row.get("split", DEFAULT_SPLIT)
+    texts: dict[str, Any] = {name: row[name] for name in ("patient",) if name in row}
+    if "slide" in row:
+        is_file = PurePosixPath(row["slide"]).suffix.lower() in SLIDE_SUFFIXES
+        texts["slide"] = slide_name(row["slide"], is_path=True) if is_file else row["slide"]
+    if use_labels and "label" in row:
+        texts["label"] = row["label"]
+    numbers: dict[str, Any] = numbers_of(where, row)
+    return Picture(
+        inside(row["path"], root, where),
+        SPLITS.get(split.lower(), split),
+        **texts,
+        **numbers,
+        mask=inside(row["mask"], root, where) if "mask" in row else None,
+    )
+
+
+def inside(path: str, root: Path, where: str) -> str:
+    """A path below the root as posix; InputError where it leads out.
+
+    Of a whole path of another machine, the longest end that is a file below the root.
+    """
+    text = path if (root / path).is_file() else path.replace("\\", "/")
+    full = Path(text)
+    if full.is_absolute() and full.is_relative_to(root.resolve()):
+        full = full.relative_to(root.resolve())
+    is_whole = full.is_absolute() or DRIVE.match(text) is not None
+    if is_whole and ".." not in full.parts:
+        ends = path_ends(text.lstrip("/"))[1:]
+        full = next((Path(end) for end in ends if (root / end).is_file()), full)
+        is_whole = full.is_absolute() or DRIVE.match(full.as_posix()) is not None
+    if is_whole or ".." in full.parts:
+        raise InputError(
+            f"{where}: {path} lies outside {root}; pass --root with a folder that holds all "
+            "pictures"
         )
-
-    def keeps(self, column: str) -> bool:
-        """Whether a column is wanted."""
-        return column != "label" or self.config.labels
-
-    def inside(self, path: str, where: str) -> str:
-        """A path below the root as posix; InputError where it leads out."""
-        full = Path(path)
-        if full.is_absolute() and full.is_relative_to(self.root.resolve()):
-            full = full.relative_to(self.root.resolve())
-        if full.is_absolute() or ".." in full.parts:
-            raise InputError(
-                f"{where}: {path} lies outside {self.root}; pass --root with a folder that holds "
-                "all pictures"
-            )
-        return full.as_posix()
+    return full.as_posix()
 
 
 def is_sampath(root: Path) -> bool:
@@ -167,10 +155,14 @@ class SamPathFolder(PictureFiles):
         tables = sorted(self.root.glob("*.csv"))
         if len(tables) > 1:
             raise InputError(f"{self.root}: {tables[0].name} and {tables[1].name}; keep one CSV")
-        for number, row in enumerate(read_table(tables[0]) if tables else [], 1):
-            if "img_id" not in row or "fold" not in row:
-                raise InputError(f"{tables[0]}, row {number}: needs img_id and fold")
-            yield str(row["img_id"]), str(row["fold"])
+        if tables:
+            table = read_table(tables[0])
+            columns = [table.need_column([name], "folds") for name in ("img_id", "fold")]
+            for line, row in zip(table.lines, table.rows, strict=True):
+                image, fold = (row[column].strip() for column in columns)
+                if not image or not fold:
+                    raise InputError(f"{table.path}, line {line}: needs img_id and fold")
+                yield image, fold
 
 
 def split_of_fold(fold: str, where: Path) -> str:
@@ -184,31 +176,3 @@ def split_of_fold(fold: str, where: Path) -> str:
     if number < -1 or number != int(number):
         raise InputError(f"{where}: fold {fold!r}; -1 is test, 0 val, others train")
     return FOLDS.get(str(int(number)), DEFAULT_SPLIT)
-
-
-def apply_splits(pictures: tuple[Picture, ...], path: Path) -> tuple[Picture, ...]:
-    """The pictures with the splits (and labels) that a CSV gives their slide or patient."""
-    from latentds.sources.names import parse_barcode, patient_of
-
-    given: dict[str, dict[str, Any]] = {}
-    for number, row in enumerate(read_table(path), 1):
-        name = row.get("slide", row.get("patient"))
-        if name is None or "split" not in row:
-            raise InputError(f"{path}, row {number}: needs slide or patient, and split")
-        if given.setdefault(str(name), row) != row:
-            raise InputError(f"{path}, row {number}: {name} is there twice, in different ways")
-    changed = []
-    for picture in pictures:
-        slide = picture.slide or ""
-        barcode = parse_barcode(slide)
-        short = barcode.slide if barcode else slide  # without the UUID that file names carry
-        names = (slide, short, picture.patient, patient_of(slide))
-        found = next((given[name] for name in names if name in given), None)
-        if found is None:
-            raise InputError(f"{path}: names neither slide {picture.slide!r} nor its patient")
-        split = str(found["split"])
-        label = str(found["label"]) if "label" in found else picture.label
-        changed.append(
-            dataclasses.replace(picture, split=SPLITS.get(split.lower(), split), label=label)
-        )
-    return tuple(changed)

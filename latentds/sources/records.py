@@ -12,23 +12,17 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from latentds.errors import InputError
+from latentds.sources.fields import ALIASES
 from latentds.sources.image_folder import DEFAULT_SPLIT, SPLITS, numbers_of
-from latentds.sources.slides import MAYBE, SUFFIXES
+from latentds.sources.kinds import MAYBE, SUFFIXES
 
-# A picture's field, and what it is called: here, by TRIDENT, hs2p, wsistream, OpenMidnight, others.
 NAMES = {
-    "label": ("label", "labels", "class_name", "class", "cls"),
-    "slide": ("slide", "slide_id", "slide_name", "slide_path", "wsi"),
-    "patient": ("patient", "patient_id"),
-    "x": ("x", "x_px_level0", "coord_x"),
-    "y": ("y", "y_px_level0", "coord_y"),
-    "mpp": ("mpp",),
-    "size_px": ("size_px", "size_px_level0", "patch_size_level0", "tile_size_lv0"),
+    field: ALIASES[field] for field in ("label", "slide", "patient", "x", "y", "mpp", "size_px")
 }
 SCALE = ("tile_size", "level_downsample")  # OpenMidnight's: their product is size_px
 COLUMNS = tuple(name for names in NAMES.values() for name in names) + SCALE
 MAX_NAME = 200  # characters of a label or slide; more is a text
-SPLIT_NAME = re.compile(r"(train|validation|valid|val|test)(?![a-z])", re.IGNORECASE)
+WORD = re.compile(r"[a-z]+")
 
 
 def fields_of(record: Mapping[str, Any], use_labels: bool) -> dict[str, Any]:
@@ -100,8 +94,17 @@ def splits_of(root: Path, archives: Iterable[str], use_splits: bool) -> dict[str
 
 
 def split_name(path: str) -> str | None:
-    """The split that a file's name starts with, or a folder above it is called."""
+    """The split that a file's name has as a word, or a folder above it is called.
+
+    raises  InputError for a name with the words of two splits
+    """
     *folders, name = PurePosixPath(path).parts
-    match = SPLIT_NAME.match(name)
-    words = ([match[1].lower()] if match else []) + [folder.lower() for folder in folders]
-    return next((SPLITS[word] for word in words if word in SPLITS), None)
+    words = [word for word in WORD.findall(name.lower()) if word in SPLITS]
+    found = {SPLITS[word] for word in words}
+    if len(found) > 1:
+        raise InputError(
+            f"{path}: its name has the words of several splits ({', '.join(words)}); rename it, or "
+            "pass --no-split-folders"
+        )
+    named = [SPLITS[folder.lower()] for folder in folders if folder.lower() in SPLITS]
+    return next(iter([*found, *named]), None)

@@ -4,69 +4,46 @@
 from __future__ import annotations
 
 import contextlib
-import math
-import re
+import dataclasses
+import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from latentds.conversion.config import ConvertConfig
-from latentds.errors import InputError, missing_extra
-from latentds.sources.image_folder import are_splits, check_labels, check_names, place, walk
+from latentds.errors import InputError
+from latentds.sources.image_folder import check_labels, check_names, read_folders, walk
+from latentds.sources.kinds import one_a_series, sort_files
+from latentds.sources.metadata import with_tables
 from latentds.sources.patch import Patch, Place
+from latentds.sources.slide_reading import (
+    UNREADABLE,
+    ReadRegion,
+    cut_region,
+    describe_slide,
+    distinct,
+    grid,
+    is_slide_error,
+    on_white,
+    open_slide,
+    overview_level,
+    reason_of,
+    slide_mpp,
+    thumbnail_of,
+)
 from latentds.sources.source import Header, Listing, Picture
 from latentds.sources.tissue import has_edges, tissue_mask, tissue_shares
 
-SUFFIXES = {".svs", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", ".svslide", ".zvi", ".czi"}
-MAYBE = {".tif", ".tiff"}  # slides where they are tiled pyramids
+logger = logging.getLogger(__name__)
 DEFAULT_PATCH_PX = 256
-THUMBNAIL_MPP = 8.0  # a 256 px patch at 0.5 mpp is 16 px of it
-MAX_THUMBNAIL_PX = 4096
-STRIP_PX = 1 << 24  # of a level at once, 64 MB
 OPEN_SLIDES = 32
-# A level up to 1 % finer than asked is not resampled from the one above it.
-LEVEL_SLACK = 1.01
-NO_PIXEL = 0.01  # parts of a pixel that are rounding's
-PLAUSIBLE_MPP = (0.05, 20.0)
-MAX_PLACES = 10**7  # a grid of more is a mistake in a resolution
-MAGNIFICATION_MPP = 10.0  # mpp of 1x: 40x is 0.25, 20x 0.5, as TRIDENT and most others have it
-UNREADABLE = "OpenSlide cannot read it"
-
-
-def open_slide(path: Path) -> Any:
-    """An open slide; InputError (without the name) where OpenSlide cannot."""
-    try:
-        import openslide
-    except ImportError as error:
-        raise missing_extra("openslide-python", "slides") from error
-    try:
-        return openslide.OpenSlide(str(path))
-    except (openslide.OpenSlideError, OSError) as error:
-        raise InputError(f"{UNREADABLE} ({reason_of(error)})") from error
-
-
-def reason_of(error: Exception) -> str:
-    """An error's words without paths, which a manifest must not carry."""
-    words = " ".join(str(error).split()) or type(error).__name__
-    return re.sub(r"\S*/\S*", "...", words)[:160]
-
-
-def is_slide(path: Path) -> bool:
-    """Whether OpenSlide knows a file as a slide."""
-    if path.suffix.lower() in SUFFIXES:
-        return True
-    if path.suffix.lower() not in MAYBE:
-        return False
-    try:
-        import openslide
-    except ImportError:
-        return False
-    return openslide.OpenSlide.detect_format(str(path)) is not None
+MOST_ENLARGED = 1.05  # resampling may enlarge by so much unless --enlarge asks for more
+BLOCK_PX = 64  # of a broken overview, read or given up at once: no larger than its tiles
 
 
 class Slides:
@@ -78,6 +55,7 @@ class Slides:
     """
 
     kind = "whole slides"
+    notes: tuple[str, ...] = ()
 
     def __init__(self, config: ConvertConfig) -> None:
         self.config, self.root = config, config.source
@@ -85,27 +63,36 @@ class Slides:
         self.handles: OrderedDict[str, Any] = OrderedDict()
         self.lock = threading.Lock()
         self.places: dict[str, np.ndarray] = {}
+        self.empty: dict[str, str] = {}  # slides without a patch, and why
+        self.repaired: set[str] = set()  # slides whose overview could not be read everywhere
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.config,)  # without lock and handles, for a worker elsewhere
 
     def listing(self) -> Listing:
         paths = list(walk(self.root))
-        found = [path for path in paths if is_slide(self.root / path)]
-        if not found:
+        kinds = sort_files(self.root, paths)
+        wanted = {*kinds.slides, *kinds.unsure}
+        names = one_a_series(self.root, [p for p in paths if p in wanted], open_slide)
+        if not names:
             raise InputError(f"{self.root}: no slides in it ({len(paths)} other files)")
-        check_names(self.root, found)
-        has_splits = self.config.split_folders and are_splits(self.root, found)
-        pictures = tuple(self.picture(path, has_splits) for path in found)
-        check_labels(self.root, pictures, self.config.labels)
-        check_slide_names(self.root, pictures)
-        others = sorted(set(paths) - set(found))
-        return Listing(pictures, len(others), others[0] if others else "")
+        found = self.placed(names)
+        check_slide_names(self.root, found.pictures)
+        others = sorted(set(paths) - wanted)
+        found = dataclasses.replace(
+            found, ignored=len(others), ignored_example=others[0] if others else ""
+        )
+        return with_tables(self.root, found, others, self.config.labels)
 
-    def picture(self, path: str, has_splits: bool) -> Picture:
-        """A slide, named by its file without the last suffix."""
-        found = place(path, has_splits, self.config.labels)
-        return Picture(path, found.split, found.label, PurePosixPath(path).stem)
+    def placed(self, names: Mapping[str, str]) -> Listing:
+        """Slides by path and name, with what their folders say."""
+        config, paths = self.config, list(names)
+        check_names(self.root, paths)
+        folders = read_folders(self.root, paths, config.labels, config.split_folders)
+        placed = [(folders.place(path), name) for path, name in names.items()]
+        pictures = tuple(Picture(p.source, p.split, p.label, name) for p, name in placed)
+        check_labels(self.root, pictures, folders.use_labels)
+        return Listing(pictures, notes=folders.notes)
 
     def chunk(self, picture: Picture) -> str | None:
         del picture  # a slide's patches stay together anyway
@@ -116,7 +103,9 @@ class Slides:
         with self.reading(picture):
             slide = self.open(picture)
             width, height = slide.dimensions
+            self.check_enlarging(self.scale(picture, slide))
             self.places[picture.source] = self.find_places(picture, slide)
+            slide = self.open(picture)  # a broken overview may have closed the first
         encoding = describe_slide(slide, path)
         return Header((height, width), "RGB", encoding, path.stat().st_size)
 
@@ -144,20 +133,93 @@ class Slides:
         """int32 (n, 2): x and y at level 0 of the patches that hold tissue."""
         config, scale = self.config, self.scale(picture, slide)
         places = grid(slide, self.edge * scale, (config.stride or self.edge) * scale, config.edges)
+        places = distinct(places)
+        if not len(places):
+            self.empty[picture.source] = f"holds no patch of {self.edge * scale:.0f} px of level 0"
+            return places
         if config.tissue == "dsmil":
-            kept = [
-                has_edges(cut_region(slide, (x, y), scale, self.edge)) for x, y in places.tolist()
-            ]
-            return places[np.array(kept, bool)] if len(places) else places
-        thumbnail, factor = thumbnail_of(slide, slide_mpp(slide, config.assume_mpp))
-        mask = tissue_mask(thumbnail, config.tissue)
-        boxes = np.concatenate([places, places + self.edge * scale], 1) / factor
-        return places[tissue_shares(mask, boxes) >= config.min_tissue]
+            kept = np.array([self.has_edges(picture, at, scale) for at in places.tolist()], bool)
+        else:
+            thumbnail, factor = self.overview(picture, slide)
+            mask = tissue_mask(thumbnail, config.tissue)
+            boxes = np.concatenate([places, places + self.edge * scale], 1) / factor
+            kept = tissue_shares(mask, boxes) >= config.min_tissue
+        if not kept.any():
+            rule = f"--tissue {config.tissue}, --min-tissue {config.min_tissue}"
+            self.empty[picture.source] = f"no tissue in any of {len(places)} places ({rule})"
+        chosen: np.ndarray = places[kept]
+        return chosen
+
+    def empty_reason(self, picture: Picture) -> str:
+        """Why a slide has no patches."""
+        return self.empty.get(picture.source, "no places in it")
+
+    def has_edges(self, picture: Picture, at: tuple[int, int], scale: float) -> bool:
+        """DSMIL's rule at one place; what cannot be read is kept, for its patch to be told."""
+        try:
+            return has_edges(cut_region(self.open(picture), at, scale, self.edge))
+        except Exception as error:
+            self.forget(picture, error)
+            return True
+
+    def overview(self, picture: Picture, slide: Any) -> tuple[np.ndarray, float]:
+        """`thumbnail_of` a slide, past broken tiles: from a finer level, or with holes of white."""
+        mpp = self.own_mpp(picture, slide)
+        assert mpp is not None  # only coordinates go without
+        for level in range(overview_level(slide, mpp), -1, -1):
+            try:
+                return thumbnail_of(self.open(picture), mpp, level)
+            except Exception as error:
+                self.forget(picture, error)
+        blocks = [0, 0]
+        found = thumbnail_of(self.open(picture), mpp, read=self.patched_reader(picture, blocks))
+        if blocks[0] == blocks[1]:
+            raise InputError(f"{UNREADABLE} (no part of its overview)")
+        logger.warning(
+            "%s: %d of %d parts of its overview cannot be read; taken for background",
+            picture.source, blocks[0], blocks[1],
+        )  # fmt: skip
+        self.repaired.add(picture.source)
+        return found
+
+    def patched_reader(self, picture: Picture, blocks: list[int]) -> ReadRegion:
+        """Reads a region block by block, white for those broken; counts [broken, all]."""
+
+        def read(_: Any, at: tuple[int, int], level: int, size: tuple[int, int]) -> Image.Image:
+            whole = Image.new("RGB", size, (255, 255, 255))
+            step = self.open(picture).level_downsamples[level]
+            for left in range(0, size[0], BLOCK_PX):
+                for top in range(0, size[1], BLOCK_PX):
+                    part = (min(BLOCK_PX, size[0] - left), min(BLOCK_PX, size[1] - top))
+                    corner = (at[0] + round(left * step), at[1] + round(top * step))
+                    blocks[1] += 1
+                    try:
+                        whole.paste(on_white(self.open(picture), corner, level, part), (left, top))
+                    except Exception as error:
+                        self.forget(picture, error)
+                        blocks[0] += 1
+            return whole
+
+        return read
+
+    def forget(self, picture: Picture, error: Exception) -> None:
+        """Drop a handle that an error of OpenSlide broke; any other error is raised."""
+        if not is_slide_error(error):
+            raise error
+        with self.lock:
+            self.handles.pop(picture.source, None)
+
+    def check_enlarging(self, scale: float) -> None:
+        """Refuse patches finer than the slide; InputError (without the name)."""
+        if scale * MOST_ENLARGED < 1 and not self.config.enlarge:
+            raise InputError(
+                f"is coarser than asked: its patches would be enlarged {1 / scale:.3g} times; ask "
+                "for a larger --mpp, or pass --enlarge"
+            )
 
     def scale(self, picture: Picture, slide: Any) -> float:
         """Pixels of level 0 a pixel of a slide's patches."""
-        del picture
-        own = slide_mpp(slide, self.config.assume_mpp)
+        own = slide_mpp(slide, self.config.assume_mpp, picture.mpp)
         return (self.config.mpp or own) / own
 
     def patch_px(self, headers: dict[str, Header]) -> tuple[int, int]:
@@ -187,7 +249,7 @@ class Slides:
         del header, patch_px
         with self.reading(picture):
             slide = self.open(picture)
-            scale, own = self.scale(picture, slide), self.own_mpp(slide)
+            scale, own = self.scale(picture, slide), self.own_mpp(picture, slide)
         size, mpp = round(self.edge * scale), None if own is None else own * scale
         return [Place(x, y, size, mpp) for x, y in regions]
 
@@ -216,9 +278,9 @@ class Slides:
             )
         ]
 
-    def own_mpp(self, slide: Any) -> float | None:
+    def own_mpp(self, picture: Picture, slide: Any) -> float | None:
         """Micrometres a pixel of level 0, None where they need not be known."""
-        return slide_mpp(slide, self.config.assume_mpp)
+        return slide_mpp(slide, self.config.assume_mpp, picture.mpp)
 
     @contextlib.contextmanager
     def reading(self, picture: Picture) -> Iterator[None]:
@@ -230,13 +292,14 @@ class Slides:
         except Exception as error:
             with self.lock:
                 self.handles.pop(picture.source, None)
-            if type(error).__module__.startswith("openslide") or isinstance(error, OSError):
+            if is_slide_error(error):
                 raise InputError(f"{UNREADABLE} ({reason_of(error)})") from error
             raise
 
     def facts(self) -> dict[str, Any]:
         names = ("tissue", "min_tissue", "edges", "assume_mpp")
-        return {name: getattr(self.config, name) for name in names}
+        found = {name: getattr(self.config, name) for name in names}
+        return found | ({"overviews_with_holes": len(self.repaired)} if self.repaired else {})
 
 
 def check_slide_names(root: Path, pictures: Sequence[Picture]) -> None:
@@ -248,113 +311,3 @@ def check_slide_names(root: Path, pictures: Sequence[Picture]) -> None:
             raise InputError(
                 f"{root}: {other} and {picture.source} are both slide {picture.slide!r}; rename one"
             )
-
-
-def slide_mpp(slide: Any, assumed: float | None) -> float:
-    """Micrometres a pixel of level 0: recorded, by magnification, or assumed; else InputError."""
-    names = ("openslide.mpp-x", "openslide.mpp-y")
-    values = [number(slide.properties.get(name)) for name in names]
-    # A resolution of 72 dpi is what software writes that knows none.
-    found = [v for v in values if v is not None and PLAUSIBLE_MPP[0] <= v <= PLAUSIBLE_MPP[1]]
-    if len(found) == 2 and abs(found[0] - found[1]) > 0.02 * found[0]:
-        raise InputError(f"its pixels are not square (mpp {found[0]:.4f} by {found[1]:.4f})")
-    if found:
-        return sum(found) / len(found)
-    power = number(slide.properties.get("openslide.objective-power"))
-    if power is not None:
-        return MAGNIFICATION_MPP / power
-    if assumed is not None:
-        return assumed
-    seen = [f"{value:.4g}" for value in values if value is not None]
-    what = f"records an mpp of {seen[0]}, which no scanner has," if seen else "records neither mpp"
-    raise InputError(f"{what} nor magnification; pass --assume-mpp")
-
-
-def number(text: str | None) -> float | None:
-    """A positive number of a property, None where there is none."""
-    try:
-        value = float(text) if text is not None else 0.0
-    except ValueError:
-        return None
-    return value if math.isfinite(value) and value > 0 else None
-
-
-def describe_slide(slide: Any, path: Path) -> str:
-    """Format and coding, as far as a slide says: `svs:jpeg:q=30`; no other property leaves it."""
-    vendor, suffix = slide.properties.get("openslide.vendor", ""), path.suffix.lower().lstrip(".")
-    comment = slide.properties.get("openslide.comment", "") if vendor == "aperio" else ""
-    quality = re.search(r"JPEG/RGB Q=(\d{1,3})\b", comment)
-    if quality:
-        return f"{suffix}:jpeg:q={quality[1]}"
-    return f"{suffix}:j2k" if "J2K/" in comment else suffix
-
-
-def grid(slide: Any, size: float, step: float, edges: str) -> np.ndarray:
-    """int32 (n, 2): corners of a slide's grid at level 0, rows of y, within its bounds.
-
-    edges  "drop" leaves out patches that reach beyond the slide, "pad" keeps them
-    """
-    width, height = slide.dimensions
-    left = int(slide.properties.get("openslide.bounds-x", 0))
-    top = int(slide.properties.get("openslide.bounds-y", 0))
-    right = left + int(slide.properties.get("openslide.bounds-width", width - left))
-    bottom = top + int(slide.properties.get("openslide.bounds-height", height - top))
-    room = size if edges == "drop" else 1
-    if (right - left) / step * ((bottom - top) / step) > MAX_PLACES:
-        raise InputError(f"a grid every {step:.3g} px has over {MAX_PLACES:,} patches; see its mpp")
-    columns = np.arange(0, max(right - left - room, -1) + 1e-6, step)
-    rows = np.arange(0, max(bottom - top - room, -1) + 1e-6, step)
-    x, y = np.meshgrid(left + np.rint(columns), top + np.rint(rows))
-    return np.stack([x.ravel(), y.ravel()], 1).astype(np.int32)
-
-
-def thumbnail_of(slide: Any, mpp: float) -> tuple[np.ndarray, float]:
-    """A slide at about 8 micrometres a pixel, on white, and level-0 pixels a pixel of it.
-
-    Read in strips: a level may be larger than the memory.
-    """
-    width, height = slide.dimensions
-    factor = max(THUMBNAIL_MPP / mpp, max(width, height) / MAX_THUMBNAIL_PX, 1.0)
-    columns, rows = max(1, round(width / factor)), max(1, round(height / factor))
-    level = slide.get_best_level_for_downsample(factor * LEVEL_SLACK)
-    step = slide.level_downsamples[level]
-    across, down = slide.level_dimensions[level]
-    high = down / rows  # pixels of the level a pixel of the thumbnail
-    count = max(1, int(STRIP_PX / (across * high)))
-    strips = []
-    for first in range(0, rows, count):
-        part = min(count, rows - first)
-        top, bottom = math.floor(first * high), min(math.ceil((first + part) * high), down)
-        region = on_white(slide, (0, round(top * step)), level, (across, bottom - top))
-        box = (0, first * high - top, across, min((first + part) * high - top, bottom - top))
-        strips.append(np.asarray(region.resize((columns, part), Image.Resampling.BOX, box=box)))
-    return np.concatenate(strips), width / columns
-
-
-def on_white(slide: Any, at: tuple[int, int], level: int, size: tuple[int, int]) -> Image.Image:
-    """A region as RGB; what lies outside the slide is white."""
-    region = slide.read_region(at, level, size)
-    white = Image.new("RGB", region.size, (255, 255, 255))
-    white.paste(region, mask=region.getchannel("A"))
-    return white
-
-
-def cut_region(slide: Any, at: tuple[int, int], scale: float, edge: int) -> np.ndarray:
-    """uint8 (edge, edge, 3) of the square at level-0 pixel `at`, `edge * scale` of them wide.
-
-    Read from the coarsest level that is not coarser than asked, resampled by Lanczos over just the
-    asked area; what lies outside the slide is white.
-    """
-    level = slide.get_best_level_for_downsample(scale * LEVEL_SLACK)
-    factor = slide.level_downsamples[level]
-    size = edge * scale / factor
-    # Whole pixels of the level: OpenSlide would blur in between, each patch differently.
-    first = [math.floor(place / factor + NO_PIXEL) for place in at]
-    offset = [max(place / factor - start, 0.0) for place, start in zip(at, first, strict=True)]
-    whole = [max(1, math.ceil(part + size - NO_PIXEL)) for part in offset]
-    corner = (round(first[0] * factor), round(first[1] * factor))
-    white = on_white(slide, corner, level, (whole[0], whole[1]))
-    if max(*offset, abs(size - edge)) <= NO_PIXEL and whole == [edge, edge]:
-        return np.asarray(white)
-    box = (*offset, min(offset[0] + size, whole[0]), min(offset[1] + size, whole[1]))
-    return np.asarray(white.resize((edge, edge), Image.Resampling.LANCZOS, box=box))

@@ -62,11 +62,19 @@ class Header:
 
 @dataclasses.dataclass(frozen=True)
 class Listing:
-    """Pictures in a fixed order, and how many other files were passed over (with one of them)."""
+    """Pictures in a fixed order, and how many other files were passed over (with one of them).
+
+    notes    what was assumed, and what was found and not read, in sentences without an end
+    others   the files passed over
+    classes  all label names in the source's own order, whose places are its numbers; else empty
+    """
 
     pictures: tuple[Picture, ...]
     ignored: int = 0
     ignored_example: str = ""
+    notes: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()
 
 
 class Source(Protocol):
@@ -79,6 +87,8 @@ class Source(Protocol):
     def kind(self) -> str:
         """In words, for the user: what was found in the input."""
         ...
+
+    notes: tuple[str, ...]  # what its kind assumes
 
     def listing(self) -> Listing:
         """All pictures; InputError where there are none or they contradict each other."""
@@ -112,6 +122,10 @@ class Source(Protocol):
 
     def regions(self, picture: Picture, header: Header, patch_px: tuple[int, int]) -> np.ndarray:
         """int32 (n, 2): x and y of the picture's patches, in its own pixels."""
+        ...
+
+    def empty_reason(self, picture: Picture) -> str:
+        """Why a picture has no regions."""
         ...
 
     def whereabouts(

@@ -3,28 +3,39 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import re
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from latentds.conversion.config import ConvertConfig
 from latentds.errors import InputError
-from latentds.sources.image_folder import are_splits, list_pictures, walk
+from latentds.sources.image_folder import are_splits, list_pictures
+from latentds.sources.names import is_identifier
 from latentds.sources.picture_files import PictureFiles
 from latentds.sources.pictures import read_header
 from latentds.sources.source import Listing, Picture
 
 TILE_NAME = re.compile(r"(\d+)_(\d+)\.(?:jpe?g|png)")
-LOOK_AT = 200
 MAX_PX = 2**31 - 1
 
 
-def is_tile_tree(root: Path) -> bool:
-    """Whether the first files of a folder are tiles, in a folder a slide."""
-    if not root.is_dir():
+def is_tile_tree(config: ConvertConfig, pictures: Sequence[str]) -> bool:
+    """Whether all pictures of a folder are tiles, in a folder a slide.
+
+    raises  InputError where the folders may as well be classes
+    """
+    if not pictures or not all("/" in p and TILE_NAME.fullmatch(Path(p).name) for p in pictures):
         return False
-    first = list(itertools.islice(walk(root), LOOK_AT))
-    return bool(first) and all("/" in p and TILE_NAME.fullmatch(Path(p).name) for p in first)
+    has_splits = config.split_folders and are_splits(config.source, pictures)
+    folders = [PurePosixPath(path).parts[has_splits:-1] for path in pictures]
+    is_told = config.tile_downsample != 1 or min(map(len, folders)) > 1
+    if is_told or all(parts and is_identifier(parts[-1]) for parts in folders):
+        return True
+    raise InputError(
+        f"{config.source}: {pictures[0]} is named like a tile, <column>_<row> of a slide, and its "
+        "folder may be a slide or a class; pass --kind tiles for slides with places, or --kind "
+        "pictures for classes"
+    )
 
 
 class TileTree(PictureFiles):
@@ -57,7 +68,11 @@ class TileTree(PictureFiles):
                     f"{self.root}: {other} and {folder} are both slide {picture.slide!r}; rename "
                     "or remove one"
                 )
-        return dataclasses.replace(found, pictures=pictures)
+        note = (
+            "names <column>_<row> are taken for places, their folders for slides and those above "
+            "for classes; --kind pictures takes them for names"
+        )
+        return dataclasses.replace(found, pictures=pictures, notes=(note,))
 
     def first_size(self, pictures: tuple[Picture, ...]) -> tuple[int, int]:
         """(H, W) of the first tile that can be read; all must be alike, as headers will show."""
@@ -72,7 +87,7 @@ class TileTree(PictureFiles):
         """What a tile's path says."""
         path = PurePosixPath(picture.source)
         match = TILE_NAME.fullmatch(path.name)
-        if match is None:
+        if match is None or len(path.parts) < 2 + has_splits:
             raise InputError(f"{picture.source}: not <column>_<row>; move it, or rename its folder")
         factor = self.config.tile_downsample
         x, y = round(int(match[1]) * width * factor), round(int(match[2]) * height * factor)

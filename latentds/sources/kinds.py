@@ -1,0 +1,193 @@
+"""What the files of a folder are: slides, pictures, or tiled TIFF that could be either."""
+
+from __future__ import annotations
+
+import struct
+import warnings
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, NamedTuple
+
+from PIL import Image
+
+from latentds.codecs.formats import DECODE_ERRORS
+from latentds.errors import InputError
+from latentds.sources.pictures import picture_suffixes
+
+# OpenSlide's own, slides even where they cannot be read; of all others OpenSlide is asked.
+SUFFIXES = {".svs", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", ".svslide", ".zvi", ".czi"}
+MAYBE = {".tif", ".tiff"}  # slides where they are tiled pyramids
+NEVER = {
+    *(".csv", ".tsv", ".txt", ".json", ".jsonl", ".xml", ".geojson", ".parquet", ".tar", ".gz"),
+    *(".zip", ".h5", ".pt", ".pth", ".npy", ".npz", ".md", ".pdf", ".html", ".yaml", ".xlsx"),
+}
+TILE_WIDTH, NDPI_FLAG = 322, 65420  # TIFF tags without which OpenSlide opens no TIFF
+MAX_ENTRIES = 4096
+PATCH_PX = 512  # a lone tiled TIFF up to this edge is a patch
+LARGEST_PATCH_PX = 8192  # --patch-size goes no further
+
+
+class Kinds(NamedTuple):
+    """Paths by kind, in their order; `unsure` are generic tiled TIFF of one level."""
+
+    slides: list[str]
+    pictures: list[str]
+    unsure: list[str]
+    others: list[str]
+
+
+class Choice(NamedTuple):
+    """Whether a folder's files are slides, and what that assumes (nothing where all is plain)."""
+
+    is_slides: bool
+    note: str = ""
+
+
+def sort_files(root: Path, paths: Sequence[str]) -> Kinds:
+    """What every file is; OpenSlide is asked of all that are no plain pictures."""
+    found, suffixes = Kinds([], [], [], []), picture_suffixes()
+    camera = {str(PurePosixPath(p).parent) for p in paths if p.lower().endswith((".vms", ".vmu"))}
+    for path in paths:
+        suffix = PurePosixPath(path).suffix.lower()
+        if suffix in SUFFIXES:
+            found.slides.append(path)
+        elif suffix in suffixes and suffix not in MAYBE:
+            # Hamamatsu's .vms is an index of the JPEGs beside it.
+            is_part = suffix == ".jpg" and str(PurePosixPath(path).parent) in camera
+            (found.others if is_part else found.pictures).append(path)
+        elif suffix in NEVER:
+            found.others.append(path)
+        elif suffix in MAYBE:
+            kind = tiff_kind(root / path)
+            {"slide": found.slides, "unsure": found.unsure}.get(kind, found.pictures).append(path)
+        else:
+            (found.slides if asked(root / path) else found.others).append(path)
+    if not found.slides:
+        return found
+    # Among slides, a TIFF that nobody opens is a damaged slide.
+    lost = [p for p in found.pictures if is_tiff(p) and size_of(root / p)[0] == (0, 0)]
+    pictures = [path for path in found.pictures if path not in set(lost)]
+    return found._replace(pictures=pictures, unsure=sorted([*found.unsure, *lost]))
+
+
+def is_tiff(path: str) -> bool:
+    """Whether a file is named as TIFF."""
+    return PurePosixPath(path).suffix.lower() in MAYBE
+
+
+def asked(path: Path) -> str | None:
+    """What OpenSlide calls a file's format, None where it knows none or is not installed."""
+    if not path.is_file():
+        return None  # a pipe would hold it for ever
+    try:
+        import openslide
+    except ImportError:
+        return None
+    found: str | None = openslide.OpenSlide.detect_format(str(path))
+    return found
+
+
+def tiff_kind(path: Path) -> str:
+    """`slide`, `picture`, or `unsure` for a generic tiled TIFF of one level and modest size."""
+    if not path.is_file() or not has_tiles(path) or (vendor := asked(path)) is None:
+        return "picture"
+    if vendor != "generic-tiff":
+        return "slide"
+    size, pages = size_of(path)
+    return "slide" if pages > 1 or max(size) > LARGEST_PATCH_PX else "unsure"
+
+
+def size_of(path: Path) -> tuple[tuple[int, int], int]:
+    """(W, H) and number of pages of a TIFF; (0, 0) and 1 where Pillow cannot tell."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of damaged directories, which are told elsewhere
+            with Image.open(path, formats=["TIFF"]) as image:
+                return image.size, getattr(image, "n_frames", 1)
+    except (*DECODE_ERRORS, TypeError):  # Pillow's for a directory without a size
+        return (0, 0), 1
+
+
+def has_tiles(path: Path) -> bool:
+    """Whether a TIFF's first directory has tiles, read from its first bytes alone."""
+    try:
+        with path.open("rb") as file:
+            return bool({TILE_WIDTH, NDPI_FLAG} & set(first_tags(file)))
+    except (OSError, struct.error):
+        return False
+
+
+def first_tags(file: BinaryIO) -> list[int]:
+    """Tags of the first directory of a TIFF or BigTIFF; none of another file."""
+    order = {b"II": "<", b"MM": ">"}.get(file.read(2))
+    version = struct.unpack(f"{order}H", file.read(2))[0] if order else 0
+    if version not in (42, 43):
+        return []
+    if version == 43:
+        file.seek(8)
+    offset_kind, count_kind, entry = ("Q", "Q", 20) if version == 43 else ("I", "H", 12)
+    (offset,) = struct.unpack(f"{order}{offset_kind}", file.read(struct.calcsize(offset_kind)))
+    file.seek(offset)
+    size = struct.calcsize(count_kind)
+    (count,) = struct.unpack(f"{order}{count_kind}", file.read(size))
+    content = file.read(min(count, MAX_ENTRIES) * entry)
+    starts = range(0, len(content) - entry + 1, entry)
+    return [struct.unpack_from(f"{order}H", content, start)[0] for start in starts]
+
+
+def choose(root: Path, found: Kinds) -> Choice:
+    """Whether a folder is one of slides.
+
+    raises  InputError where it has slides and pictures, with one of each by name
+    """
+    if found.slides and found.pictures:
+        raise InputError(
+            f"{root}: holds slides ({len(found.slides)}, e.g. {found.slides[0]}) and pictures "
+            f"({len(found.pictures)}, e.g. {found.pictures[0]}); pass --kind slides or --kind "
+            "pictures to take the one and leave the other, or move them apart"
+        )
+    if not found.unsure:
+        return Choice(bool(found.slides))
+    tiffs = f"{len(found.unsure)} TIFF that could be either"
+    if found.slides or found.pictures:
+        what = "slides" if found.slides else "pictures"
+        return Choice(bool(found.slides), f"{tiffs} among {what} are taken for {what}{other(what)}")
+    sizes = {size_of(root / path)[0] for path in found.unsure}
+    is_one_size = len(sizes) == 1 and len(found.unsure) > 1
+    if is_one_size or max(max(size) for size in sizes) <= PATCH_PX:
+        return Choice(False, f"{tiffs} are taken for pictures{other('pictures')}")
+    return Choice(True, f"{tiffs} are taken for slides{other('slides')}")
+
+
+def other(what: str) -> str:
+    """The option that overrules a guess."""
+    return f"; --kind {'pictures' if what == 'slides' else 'slides'} takes them for the other"
+
+
+def one_a_series(root: Path, paths: Sequence[str], opened: Any) -> dict[str, str]:
+    """Slide names by path, of a DICOM slide's many files only the first.
+
+    opened  opens a path as a slide; InputError (without the name)
+    """
+    names: dict[str, str] = {}
+    series: dict[str, str] = {}
+    counts: dict[str, set[str]] = {}
+    for path in paths:
+        names[path] = PurePosixPath(path).stem
+        if PurePosixPath(path).suffix.lower() in SUFFIXES | MAYBE or asked(root / path) != "dicom":
+            continue
+        try:
+            with opened(root / path) as slide:
+                uid = str(slide.properties.get("dicom.SeriesInstanceUID", path))
+        except InputError:
+            continue  # its header will say why
+        counts.setdefault(str(PurePosixPath(path).parent), set()).add(uid)
+        first = series.setdefault(uid, path)
+        if first != path:
+            del names[path]
+            folder = PurePosixPath(first).parent
+            names[first] = folder.name or PurePosixPath(first).stem
+    for first in series.values():  # a folder of several series names none of them
+        if first in names and len(counts[str(PurePosixPath(first).parent)]) > 1:
+            names[first] = PurePosixPath(first).stem
+    return names

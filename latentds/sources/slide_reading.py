@@ -1,0 +1,190 @@
+"""What is read of one open slide: its resolution, its grid, an overview, a patch."""
+# H W pixels
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from latentds.errors import InputError, missing_extra
+
+THUMBNAIL_MPP = 8.0  # a 256 px patch at 0.5 mpp is 16 px of it
+MAX_THUMBNAIL_PX = 4096
+STRIP_PX = 1 << 24  # of a level at once, 64 MB
+# A level up to 1 % finer than asked is not resampled from the one above it.
+LEVEL_SLACK = 1.01
+NO_PIXEL = 0.01  # parts of a pixel that are rounding's
+PLAUSIBLE_MPP = (0.05, 20.0)
+MAX_PLACES = 10**7  # a grid of more is a mistake in a resolution
+MAGNIFICATION_MPP = 10.0  # mpp of 1x: 40x is 0.25, 20x 0.5, as TRIDENT and most others have it
+UNREADABLE = "OpenSlide cannot read it"
+ReadRegion = Callable[[Any, tuple[int, int], int, tuple[int, int]], Image.Image]
+
+
+def open_slide(path: Path) -> Any:
+    """An open slide; InputError (without the name) where OpenSlide cannot."""
+    try:
+        import openslide
+    except ImportError as error:
+        raise missing_extra("openslide-python", "slides") from error
+    try:
+        return openslide.OpenSlide(str(path))
+    except (openslide.OpenSlideError, OSError) as error:
+        raise InputError(f"{UNREADABLE} ({reason_of(error)})") from error
+
+
+def reason_of(error: Exception) -> str:
+    """An error's words without paths, which a manifest must not carry."""
+    words = " ".join(str(error).split()) or type(error).__name__
+    return re.sub(r"\S*/\S*", "...", words)[:160]
+
+
+def is_slide_error(error: Exception) -> bool:
+    """Whether an error is of a file that cannot be read."""
+    return type(error).__module__.startswith("openslide") or isinstance(error, OSError)
+
+
+def distinct(places: np.ndarray) -> np.ndarray:
+    """int32 (n, 2) without what is there twice, in the same order: one place is one patch."""
+    first = np.unique(places, axis=0, return_index=True)[1]
+    kept: np.ndarray = places[np.sort(first)]
+    return kept
+
+
+def slide_mpp(slide: Any, assumed: float | None, given: float | None = None) -> float:
+    """Micrometres a pixel of level 0: given, recorded, by magnification, assumed; or InputError."""
+    if given is not None:
+        return given
+    names = ("openslide.mpp-x", "openslide.mpp-y")
+    values = [number(slide.properties.get(name)) for name in names]
+    # A resolution of 72 dpi is what software writes that knows none.
+    found = [v for v in values if v is not None and PLAUSIBLE_MPP[0] <= v <= PLAUSIBLE_MPP[1]]
+    if len(found) == 2 and abs(found[0] - found[1]) > 0.02 * found[0]:
+        if assumed is not None:
+            return assumed
+        raise InputError(
+            f"its pixels are not square (mpp {found[0]:.4f} by {found[1]:.4f}); pass --assume-mpp, "
+            "or its mpp in a --slide-table"
+        )
+    if found:
+        return sum(found) / len(found)
+    power = number(slide.properties.get("openslide.objective-power"))
+    if power is not None:
+        return MAGNIFICATION_MPP / power
+    if assumed is not None:
+        return assumed
+    seen = [f"{value:.4g}" for value in values if value is not None]
+    what = f"records an mpp of {seen[0]}, which no scanner has," if seen else "records neither mpp"
+    raise InputError(f"{what} nor magnification; pass --assume-mpp, or its mpp in a --slide-table")
+
+
+def number(text: str | None) -> float | None:
+    """A positive number of a property, None where there is none."""
+    try:
+        value = float(text) if text is not None else 0.0
+    except ValueError:
+        return None
+    return value if math.isfinite(value) and value > 0 else None
+
+
+def describe_slide(slide: Any, path: Path) -> str:
+    """Format and coding, as far as a slide says: `svs:jpeg:q=30`; no other property leaves it."""
+    vendor, suffix = slide.properties.get("openslide.vendor", ""), path.suffix.lower().lstrip(".")
+    comment = slide.properties.get("openslide.comment", "") if vendor == "aperio" else ""
+    quality = re.search(r"JPEG/RGB Q=(\d{1,3})\b", comment)
+    if quality:
+        return f"{suffix}:jpeg:q={quality[1]}"
+    return f"{suffix}:j2k" if "J2K/" in comment else suffix
+
+
+def grid(slide: Any, size: float, step: float, edges: str) -> np.ndarray:
+    """int32 (n, 2): corners of a slide's grid at level 0, rows of y, within its bounds.
+
+    edges  "drop" leaves out patches that reach beyond the slide, "pad" keeps them
+    """
+    width, height = slide.dimensions
+    left = int(slide.properties.get("openslide.bounds-x", 0))
+    top = int(slide.properties.get("openslide.bounds-y", 0))
+    right = left + int(slide.properties.get("openslide.bounds-width", width - left))
+    bottom = top + int(slide.properties.get("openslide.bounds-height", height - top))
+    room = size if edges == "drop" else 1
+    if (right - left) / step * ((bottom - top) / step) > MAX_PLACES:
+        raise InputError(f"a grid every {step:.3g} px has over {MAX_PLACES:,} patches; see its mpp")
+    columns = np.arange(0, max(right - left - room, -1) + 1e-6, step)
+    rows = np.arange(0, max(bottom - top - room, -1) + 1e-6, step)
+    x, y = np.meshgrid(left + np.rint(columns), top + np.rint(rows))
+    return np.stack([x.ravel(), y.ravel()], 1).astype(np.int32)
+
+
+def on_white(slide: Any, at: tuple[int, int], level: int, size: tuple[int, int]) -> Image.Image:
+    """A region as RGB; what lies outside the slide is white."""
+    region = slide.read_region(at, level, size)
+    white = Image.new("RGB", region.size, (255, 255, 255))
+    white.paste(region, mask=region.getchannel("A"))
+    return white
+
+
+def overview_factor(slide: Any, mpp: float) -> float:
+    """Level-0 pixels a pixel of a slide's thumbnail."""
+    return max(THUMBNAIL_MPP / mpp, float(max(slide.dimensions)) / MAX_THUMBNAIL_PX, 1.0)
+
+
+def overview_level(slide: Any, mpp: float) -> int:
+    """The level that a slide's thumbnail is made from."""
+    level: int = slide.get_best_level_for_downsample(overview_factor(slide, mpp) * LEVEL_SLACK)
+    return level
+
+
+def thumbnail_of(
+    slide: Any, mpp: float, level: int | None = None, read: ReadRegion = on_white
+) -> tuple[np.ndarray, float]:
+    """A slide at about 8 micrometres a pixel, on white, and level-0 pixels a pixel of it.
+
+    Read in strips: a level may be larger than the memory.
+
+    level  to read from, by default the coarsest that is fine enough
+    read   a region of it, as `on_white` does
+    """
+    width, height = slide.dimensions
+    factor = overview_factor(slide, mpp)
+    columns, rows = max(1, round(width / factor)), max(1, round(height / factor))
+    level = overview_level(slide, mpp) if level is None else level
+    step = slide.level_downsamples[level]
+    across, down = slide.level_dimensions[level]
+    high = down / rows  # pixels of the level a pixel of the thumbnail
+    count = max(1, int(STRIP_PX / (across * high)))
+    strips = []
+    for first in range(0, rows, count):
+        part = min(count, rows - first)
+        top, bottom = math.floor(first * high), min(math.ceil((first + part) * high), down)
+        region = read(slide, (0, round(top * step)), level, (across, bottom - top))
+        box = (0, first * high - top, across, min((first + part) * high - top, bottom - top))
+        strips.append(np.asarray(region.resize((columns, part), Image.Resampling.BOX, box=box)))
+    return np.concatenate(strips), width / columns
+
+
+def cut_region(slide: Any, at: tuple[int, int], scale: float, edge: int) -> np.ndarray:
+    """uint8 (edge, edge, 3) of the square at level-0 pixel `at`, `edge * scale` of them wide.
+
+    Read from the coarsest level that is not coarser than asked, resampled by Lanczos over just the
+    asked area; what lies outside the slide is white.
+    """
+    level = slide.get_best_level_for_downsample(scale * LEVEL_SLACK)
+    factor = slide.level_downsamples[level]
+    size = edge * scale / factor
+    # Whole pixels of the level: OpenSlide would blur in between, each patch differently.
+    first = [math.floor(place / factor + NO_PIXEL) for place in at]
+    offset = [max(place / factor - start, 0.0) for place, start in zip(at, first, strict=True)]
+    whole = [max(1, math.ceil(part + size - NO_PIXEL)) for part in offset]
+    corner = (round(first[0] * factor), round(first[1] * factor))
+    white = on_white(slide, corner, level, (whole[0], whole[1]))
+    if max(*offset, abs(size - edge)) <= NO_PIXEL and whole == [edge, edge]:
+        return np.asarray(white)
+    box = (*offset, min(offset[0] + size, whole[0]), min(offset[1] + size, whole[1]))
+    return np.asarray(white.resize((edge, edge), Image.Resampling.LANCZOS, box=box))

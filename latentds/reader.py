@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from latentds.cache import CacheConfig
 from latentds.errors import DamagedPackError, FormatError, InputError, unknown_name
@@ -32,6 +31,7 @@ from latentds.format import (
     patch_key,
 )
 from latentds.manifest import Manifest
+from latentds.opening import open_picture
 from latentds.tables import MappedTable
 
 MAX_VIEWS = 256  # packs at hand without a look into the tables: two windows of the order
@@ -352,7 +352,7 @@ def no_mask(where: str) -> InputError:
 def decode_mask(encoded: bytes, size_px: tuple[int, int], where: str) -> np.ndarray:
     """A mask (H, W) from its PNG bytes, size checked before a pixel is decoded."""
     try:
-        with Image.open(io.BytesIO(encoded), formats=["PNG"]) as image:
+        with open_picture(io.BytesIO(encoded), ["PNG"]) as image:
             if image.size != size_px[::-1] or image.mode not in ("L", "1"):
                 raise FormatError(
                     f"{where}: mask is {image.mode} {image.size}, patches are {size_px[::-1]}"

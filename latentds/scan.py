@@ -27,6 +27,7 @@ from latentds.format import (
     check_format,
     check_npy,
 )
+from latentds.opening import open_regular
 from latentds.writer import BLOCK
 
 MAX_HEADER_BYTES = 1 << 24  # an additive codebook of 32 planes and 32 channels takes 1.4 MB
@@ -61,7 +62,7 @@ class ScannedPack:
 
 def read_contract(path: Path) -> Contract:
     """The contract in a shard's global header; enough to decode it without its manifest."""
-    with path.open("rb") as file:
+    with open_regular(path, str(path)) as file:
         return parse_headers(read_global_header(file, str(path)), str(path))
 
 
@@ -151,7 +152,7 @@ def scan_shard(path: Path, contract: Contract) -> Iterator[ScannedPack]:
 
     Members of kinds this reader does not know are passed over (the version rule allows them).
     """
-    with path.open("rb") as file:
+    with open_regular(path, str(path)) as file:
         group: dict[str, Member] = {}
         seen: set[str] = set()
         for member in scan_members(file, str(path)):
@@ -230,7 +231,7 @@ def read_member(path: Path, member: Member) -> bytes:
     """The bytes of a columns or masks member, refused where it is larger than one can be."""
     if member.size > MAX_COLUMNS_BYTES:
         raise FormatError(f"{path}, {member.key}.{member.kind}: {member.size} bytes; refused")
-    with path.open("rb") as file:
+    with open_regular(path, str(path)) as file:
         file.seek(member.offset)
         return file.read(member.size)
 

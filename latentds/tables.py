@@ -11,13 +11,14 @@ import numpy as np
 
 from latentds.errors import FormatError
 from latentds.format import NPY_ERRORS
+from latentds.opening import open_regular
 
 TABLE_HEAD_BYTES = 4096
 
 
 def map_file(path: Path) -> mmap.mmap:
     """A file in memory."""
-    with path.open("rb") as file:
+    with open_regular(path, str(path)) as file:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
@@ -51,7 +52,7 @@ class MappedTable:
 def check_head(path: Path, dtype: np.dtype[Any], rows: int) -> int:
     """Length of a table's header; FormatError where the file is not what was expected."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path, str(path)) as file:
             head = io.BytesIO(file.read(TABLE_HEAD_BYTES))
         if np.lib.format.read_magic(head) != (1, 0):
             raise ValueError("npy version is not 1.0")

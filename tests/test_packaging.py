@@ -23,6 +23,7 @@ FLOORS = [
             "lloyd",
             "fit",
             "format",
+            "opening",
             "storage",
             "metrics",
         ),

@@ -84,10 +84,12 @@ def cut_patches(folder: Path) -> int:
     from PIL import Image
     from skimage.color import rgb2hed
 
+    from latentds.opening import open_picture
+
     cut = {}
     with resources.as_file(resources.files(__package__) / PICTURES) as shipped:
         for path in sorted(shipped.glob("*.webp")):
-            with Image.open(path, formats=["WEBP"]) as opened:
+            with open_picture(path, ["WEBP"]) as opened:
                 picture = np.asarray(opened.convert("RGB"))
             for y in range(0, picture.shape[0] - EDGE_PX + 1, STEP_PX):
                 for x in range(0, picture.shape[1] - EDGE_PX + 1, STEP_PX):
@@ -106,11 +108,12 @@ def measure(folder: Path, patches: Path, autoencoder: str, device: str) -> dict[
     """Read everything back through the loader; pictures, bytes, PSNR, SSIM and rates."""
     import numpy as np
     import torch
-    from PIL import Image
+
+    from latentds.opening import pixels_of
 
     loader, decoded = read_back(folder, autoencoder, device)
     sources = sorted(decoded)
-    originals = [np.asarray(Image.open(patches / name).convert("RGB")) for name in sources]
+    originals = [pixels_of(patches / name) for name in sources]
     network = loader.autoencoder
     assert network is not None
     size = loader.contract.bytes_per_patch

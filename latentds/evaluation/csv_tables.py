@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from latentds.errors import InputError
+from latentds.opening import check_regular
 from latentds.storage import write_atomically
 
 
@@ -47,6 +48,7 @@ def read_table(path: Path) -> TextTable:
             line has more or fewer values than columns
     """
     try:
+        check_regular(path, str(path))
         text = path.read_text("utf-8-sig")
         first = text.partition("\n")[0]
         delimiter = "\t" if "\t" in first and "," not in first else ","

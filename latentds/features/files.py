@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from latentds.errors import FormatError, InputError, missing_extra
+from latentds.opening import check_regular
 from latentds.storage import naming, rename_durably
 
 FEATURES, COORDS = "features", "coords"
@@ -152,6 +153,7 @@ class FeatureFile:
     def __init__(self, path: Path) -> None:
         h5py = load_h5py()
         self.path = path
+        check_regular(path, str(path))
         try:
             self.file = h5py.File(path, "r")
         except FileNotFoundError:

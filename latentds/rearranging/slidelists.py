@@ -8,6 +8,7 @@ from typing import Literal
 
 from latentds.errors import InputError
 from latentds.format import SPLIT_PATTERN
+from latentds.opening import check_regular
 
 
 def read_slide_list(path: Path) -> list[str]:
@@ -45,6 +46,7 @@ def read_splits(path: Path) -> tuple[Literal["slide", "patient"], dict[str, str]
 def read_text(path: Path) -> str:
     """A file's text; InputError where it is not UTF-8."""
     try:
+        check_regular(path, str(path))
         return path.read_text("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text ({error.reason}); save it as such") from error

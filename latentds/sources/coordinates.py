@@ -11,6 +11,7 @@ import numpy as np
 
 from latentds.conversion.config import ConvertConfig
 from latentds.errors import InputError, missing_extra
+from latentds.opening import check_regular
 from latentds.sources.image_folder import are_splits, check_labels, check_names, walk
 from latentds.sources.slides import Slides, is_slide, slide_mpp
 from latentds.sources.source import Header, Listing, Picture
@@ -52,6 +53,7 @@ def read_coordinates(path: Path) -> Coordinates:
         import h5py
     except ImportError as error:
         raise missing_extra("h5py", "slides") from error
+    check_regular(path)
     try:
         with h5py.File(path, "r") as file:
             link = file.get("coords", getlink=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 from latentds.conversion.config import ConvertConfig
 from latentds.errors import InputError, unknown_name
+from latentds.opening import check_regular
 from latentds.sources.image_folder import DEFAULT_SPLIT, SPLITS, check_labels, numbers_of, walk
 from latentds.sources.picture_files import PictureFiles
 from latentds.sources.pictures import MASK_SUFFIXES, picture_suffixes
@@ -34,6 +35,7 @@ def read_table(path: Path) -> list[dict[str, Any]]:
     import pyarrow.csv as pc
     import pyarrow.parquet as pq
 
+    check_regular(path, str(path))
     if path.stat().st_size > MAX_TABLE_BYTES:
         raise InputError(f"{path}: {path.stat().st_size} bytes; more than a table of pictures has")
     try:

@@ -17,6 +17,7 @@ from PIL import Image
 
 from latentds.conversion.config import ConvertConfig
 from latentds.errors import InputError, missing_extra
+from latentds.opening import check_regular
 from latentds.sources.image_folder import are_splits, check_labels, check_names, place, walk
 from latentds.sources.patch import Patch, Place
 from latentds.sources.source import Header, Listing, Picture
@@ -44,6 +45,7 @@ def open_slide(path: Path) -> Any:
         import openslide
     except ImportError as error:
         raise missing_extra("openslide-python", "slides") from error
+    check_regular(path)
     try:
         return openslide.OpenSlide(str(path))
     except (openslide.OpenSlideError, OSError) as error:

@@ -20,6 +20,7 @@ from latentds.errors import InputError, missing_extra
 from latentds.opening import check_regular
 from latentds.sources.image_folder import are_splits, check_labels, check_names, place, walk
 from latentds.sources.patch import Patch, Place
+from latentds.sources.slide_probe import probe_slide
 from latentds.sources.source import Header, Listing, Picture
 from latentds.sources.tissue import has_edges, tissue_mask, tissue_shares
 
@@ -46,6 +47,7 @@ def open_slide(path: Path) -> Any:
     except ImportError as error:
         raise missing_extra("openslide-python", "slides") from error
     check_regular(path)
+    probe_slide(path)
     try:
         return openslide.OpenSlide(str(path))
     except (openslide.OpenSlideError, OSError) as error:

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from latentds.conversion.anonymity import Anonymizer
+from latentds.conversion.anonymity import hider
 from latentds.conversion.config import ConvertConfig
 from latentds.errors import InputError
 from latentds.format import SPLIT_PATTERN
@@ -59,7 +59,9 @@ def list_source(source: Source, config: ConvertConfig) -> Listing:
         if bare is not None:
             raise InputError(f"--split-patients, but {bare} has no slide to tell its patient")
         shares = parse_shares(config.split_patients)
-        part_of = split_patients(map(named_patient, pictures), shares, config.seed)
+        part_of = split_patients(
+            map(named_patient, pictures), shares, config.seed, hider(config.anonymize)
+        )
         pictures = tuple(
             dataclasses.replace(p, split=part_of[patient_of(named_patient(p))]) for p in pictures
         )
@@ -73,7 +75,7 @@ def choose(pictures: Sequence[Picture], config: ConvertConfig) -> tuple[Picture,
     """The pictures that --only names."""
     assert config.only is not None
     names = {line.strip() for line in config.only.read_text().splitlines() if line.strip()}
-    hide = Anonymizer(config.anonymize) if config.anonymize else str
+    hide = hider(config.anonymize)
     chosen = tuple(p for p in pictures if p.source in names or hide(p.source) in names)
     if not chosen:
         raise InputError(f"{config.only}: names none of the {len(pictures)} sources")

@@ -13,6 +13,7 @@ from safetensors.numpy import save
 
 from latentds.encodings import ENCODINGS, check_encoding
 from latentds.errors import ContractError, FormatError
+from latentds.foreign_json import parse_json
 from latentds.quantizer import AnyCodebook, Codebook
 from latentds.storage import write_atomically
 
@@ -65,7 +66,7 @@ def load_codebook(path: Path) -> StoredCodebook:
         return StoredCodebook(
             codebook=codebook,
             latent_id=metadata["latent_id"],
-            made=dict(json.loads(metadata["made"])),
+            made=dict(parse_json(metadata["made"].encode(), str(path))),
         )
     except (SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
         raise FormatError(

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 
 from latentds.cache import Cache, CacheConfig
 from latentds.errors import FormatError, InputError
+from latentds.foreign_json import parse_json
 from latentds.format import (
     DIGEST_DTYPE,
     DIGESTS,
@@ -182,9 +183,10 @@ class RemoteFiles:
         """What the location was when it was last seen."""
         try:
             last: dict[str, Any] = json.loads((self.cache.folder / self.reference).read_text())
-        except (FileNotFoundError, ValueError):
+            found = (self.cache.folder / last["set"] / MANIFEST).is_file()
+        except (FileNotFoundError, ValueError, KeyError, TypeError):  # torn by a power failure
             return None
-        return last if (self.cache.folder / last["set"] / MANIFEST).is_file() else None
+        return last if found else None
 
     def resolve_online(self) -> tuple[str, str]:
         """Ask what the location is now, and remember it."""
@@ -304,11 +306,3 @@ def is_sound(content: bytes, extent: Extent) -> bool:
     if extent.sha256 is not None:
         return hashlib.sha256(content).digest() == extent.sha256
     return zlib.crc32(content) == extent.crc32
-
-
-def parse_json(content: bytes, where: str) -> Any:
-    """JSON values of untrusted bytes."""
-    try:
-        return json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{where}: not JSON ({error}); fetch it anew") from error

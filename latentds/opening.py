@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -20,6 +21,8 @@ from latentds.errors import InputError
 
 # What patches are kept in. Each is decoded inside this process by a library made for that alone.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "QOI", "TIFF", "WEBP")
+FREE_BYTES, TIMES = 1 << 24, 64  # of an h5 dataset: so much in any case, and times what is stored
+MAX_CHUNK_BYTES = 1 << 28  # is decompressed at once, whatever is asked for
 KINDS = (
     (stat.S_ISFIFO, "a named pipe"),
     (stat.S_ISSOCK, "a socket"),
@@ -65,6 +68,20 @@ def open_regular(path: Path, where: str = "", buffering: int = -1) -> BinaryIO:
     except BaseException:
         os.close(file)
         raise
+
+
+def expands_to(dataset: Any, path: Path) -> str | None:
+    """What is wrong with how an h5 dataset is stored, None where nothing is.
+
+    Rows that compress to nothing, or were never written, take memory that the file does not have.
+    """
+    held, stored = dataset.nbytes, min(dataset.id.get_storage_size(), path.stat().st_size)
+    if held > FREE_BYTES + TIMES * stored:
+        return f"announces {held:,} bytes, of which {stored:,} are stored; refused"
+    chunk = math.prod(dataset.chunks or ()) * dataset.dtype.itemsize
+    if chunk > MAX_CHUNK_BYTES:
+        return f"is stored in chunks of {chunk:,} bytes; refused"
+    return None
 
 
 @functools.cache

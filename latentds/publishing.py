@@ -95,7 +95,7 @@ def dataset_card(manifest: Manifest) -> str:
         encoding=contract.encoding,
         summary=contract.codebook.summary,
         kind=contract.codebook.kind,
-        codebook_origin=made.get("origin", "origin not recorded") + more_codebooks(manifest),
+        codebook_origin=(made.get("origin") or "origin not recorded") + more_codebooks(manifest),
         splits="\n".join(f"| {name} | {count:,} |" for name, count in manifest.splits.items()),
         labels=label_table(manifest),
         split=next(iter(manifest.splits)),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,7 @@ import pyarrow as pa
 
 from latentds.columns import MAX_COLUMNS_BYTES, SCHEMA, decode_table
 from latentds.errors import FormatError
+from latentds.foreign_json import parse_json
 from latentds.format import (
     CODES,
     HEADER_PREFIX,
@@ -104,8 +104,9 @@ def parse_headers(fields: dict[str, str], where: str) -> Contract:
         raise FormatError(f"{where}: a tar, but not a latentds shard (no {HEADER_PREFIX}format)")
     check_format(fields.get(f"{HEADER_PREFIX}format"), where)
     try:
-        record = json.loads(fields[f"{HEADER_PREFIX}contract"])
-    except (KeyError, ValueError, RecursionError) as error:
+        text = fields[f"{HEADER_PREFIX}contract"]
+        record = parse_json(text.encode(errors="surrogateescape"), where)
+    except (KeyError, FormatError) as error:
         raise FormatError(f"{where}: no readable contract in its header; fetch it anew") from error
     return Contract.from_json(record, where)
 

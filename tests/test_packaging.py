@@ -24,6 +24,7 @@ FLOORS = [
             "fit",
             "format",
             "opening",
+            "foreign_json",
             "storage",
             "metrics",
         ),

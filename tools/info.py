@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import tyro
 
+FITTED = ("values", "seed", "snr_db", "dead_levels", "saturated_share")  # of a fitted codebook
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
@@ -63,7 +65,7 @@ def summarize(config: Config) -> dict[str, Any]:
         "packs": manifest.packs,
         "shard_bytes": stored,
         "container_overhead": round(stored / codes - 1, 4),
-        "table_bytes": sum(entry.get("bytes", 0) for entry in manifest.tables.values()),
+        "table_bytes": sum(entry.get("bytes") or 0 for entry in manifest.tables.values()),
         "autoencoder": contract.autoencoder,
         "latent_id": contract.latent_id,
         "decoder_id": contract.decoder_id,
@@ -116,10 +118,10 @@ def as_text(summary: dict[str, Any]) -> str:
     height, width = summary["patch_px"]
     splits = ", ".join(f"{name} {count:,}" for name, count in summary["splits"].items())
     labels = ", ".join(f"{name} {count:,}" for name, count in summary["labels"].items()) or "none"
-    origin = codebook.get("origin", "origin not recorded")
+    origin = codebook.get("origin") or "origin not recorded"
     if codebook["more"]:
         origin += f", and {codebook['more']} more beside it"
-    if "snr_db" in codebook:
+    if all(codebook.get(name) is not None for name in FITTED):
         origin += (
             f" ({codebook['values']:,} latent values, seed {codebook['seed']}): "
             f"{codebook['snr_db']} dB, {codebook['dead_levels']} dead levels, "

@@ -120,16 +120,16 @@ def facts(manifest: Manifest) -> dict[str, str]:
     """Sizes and identities, as the manifest has them."""
     contract, card, made = manifest.contract, manifest.contract.autoencoder, manifest.made
     stored = sum(shard.bytes for shard in manifest.shards)
-    tables = sum(int(entry.get("bytes", 0)) for entry in manifest.tables.values())
+    tables = sum(int(entry.get("bytes") or 0) for entry in manifest.tables.values())
     books = [f"{book.summary}, {book.kind}" for book in manifest.codebooks]
-    origin = cell(str(made.get("codebook", {}).get("origin", "origin not recorded")))
+    origin = cell(made["codebook"].get("origin") or "origin not recorded")
     return {
         "patches": f"{manifest.patches:,} in {manifest.packs:,} packs",
         "shards": f"{len(manifest.shards):,}, {stored / 1e6:,.1f} MB",
         "tables": f"{tables / 1e6:,.1f} MB",
         "slides": f"{len(manifest.slides):,}",
         "masks": "yes" if has_masks(made) else "no",
-        "pictures left out": f"{len(made.get('left_out', [])):,}",
+        "pictures left out": f"{len(made['left_out']):,}",
         "autoencoder": describe_autoencoder(card),
         "codebook": f"{' and '.join(books)}; {origin}",
         "latent_id": f"`{contract.latent_id}`",

@@ -23,6 +23,7 @@ FLOORS = [
             "lloyd",
             "fit",
             "format",
+            "display",
             "opening",
             "foreign_json",
             "storage",

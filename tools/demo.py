@@ -10,6 +10,8 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from latentds.display import say
+
 if TYPE_CHECKING:
     from latentds.loader import LatentLoader
 
@@ -60,7 +62,7 @@ def run(config: Config) -> None:
     for path in found:
         path.unlink()
     count = cut_patches(patches)
-    print(f"{count} patches of {EDGE_PX} px in {patches}")
+    say(f"{count} patches of {EDGE_PX} px in {patches}")
     convert(
         ConvertConfig(
             source=patches,
@@ -71,11 +73,11 @@ def run(config: Config) -> None:
             overwrite=config.overwrite,
         )
     )
-    print(f"data set in {folder}")
+    say(f"data set in {folder}")
     figures = measure(folder, patches, config.autoencoder, str(choose_device(config.device)))
     write_atomically(html, make_page(folder, figures).encode())
     print_figures(figures)
-    print(f"page at {html}\n\nload it with\n\n{figures['snippet']}")
+    say(f"page at {html}\n\nload it with\n\n{figures['snippet']}")
 
 
 def cut_patches(folder: Path) -> int:
@@ -207,11 +209,11 @@ def print_figures(figures: dict[str, Any]) -> None:
     """The figures as a few lines."""
     for name, quality in figures["quality"].items():
         label = label_of(name, figures)
-        print(
+        say(
             f"{label:<22} {quality['bytes']:>6,} bytes  {quality['psnr_db']:.2f} dB  "
             f"SSIM {quality['ssim']:.3f}"
         )
-    print(
+    say(
         f"{'encode, decode':<22} {figures['encode_rate']:,.0f} and "
         f"{figures['decode_rate']:,.0f} patches/s on {figures['device']}"
     )

@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import tyro
 
+from latentds.display import say, visible
+
 FITTED = ("values", "seed", "snr_db", "dead_levels", "saturated_share")  # of a fitted codebook
 
 
@@ -37,7 +39,7 @@ class Config:
 def run(config: Config) -> None:
     """Print what the manifest says."""
     summary = summarize(config)
-    print(json.dumps(summary, indent=1) if config.json else as_text(summary))
+    say(json.dumps(summary, indent=1) if config.json else as_text(visible(summary)))
 
 
 def summarize(config: Config) -> dict[str, Any]:

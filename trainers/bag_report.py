@@ -18,6 +18,7 @@ from latentds_trainers.bag_training import Stopping
 from latentds_trainers.checkpoints import package_versions
 from latentds_trainers.settings import jsonable
 
+from latentds.display import say
 from latentds.evaluation.folds import Fold
 from latentds.evaluation.predictions import (
     Predictions,
@@ -130,7 +131,7 @@ def report(
         predictions.labels, predictions.probabilities, predictions.classes
     )
     text = table(record, together.values, config.out)
-    print(json.dumps(record.to_json(), indent=1) if config.json else text)
+    say(json.dumps(record.to_json(), indent=1) if config.json else text)
     return record
 
 

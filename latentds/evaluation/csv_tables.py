@@ -8,6 +8,7 @@ import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from latentds.display import csv_cell, csv_text
 from latentds.errors import InputError
 from latentds.opening import check_regular
 from latentds.storage import write_atomically
@@ -62,7 +63,7 @@ def read_table(path: Path) -> TextTable:
         raise InputError(f"{path}: cannot be read as CSV ({error}); save it as UTF-8") from error
     if not lines:
         raise InputError(f"{path}: is empty; its first line has to name the columns")
-    columns = tuple(name.strip() for name in lines[0][1])
+    columns = tuple(csv_text(name.strip()) for name in lines[0][1])
     if len(set(columns)) < len(columns):
         raise InputError(f"{path}: a column is there twice: {', '.join(columns)}")
     for number, row in lines[1:]:
@@ -70,7 +71,7 @@ def read_table(path: Path) -> TextTable:
             raise InputError(
                 f"{path}, line {number}: {len(row)} values for {len(columns)} columns; mend it"
             )
-    rows = [dict(zip(columns, row, strict=True)) for _, row in lines[1:]]
+    rows = [dict(zip(columns, map(csv_text, row), strict=True)) for _, row in lines[1:]]
     return TextTable(path, columns, rows, [number for number, _ in lines[1:]])
 
 
@@ -80,9 +81,9 @@ def write_table(
     rows: Iterable[Sequence[object]],
     delimiter: str = ",",
 ) -> None:
-    """Write it atomically; floats in full precision."""
+    """Write it atomically; floats in full precision, text as `display.csv_cell` has it."""
     text = io.StringIO(newline="")
     writer = csv.writer(text, delimiter=delimiter, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows(rows)
+    writer.writerow(map(csv_cell, columns))
+    writer.writerows(map(csv_cell, row) for row in rows)
     write_atomically(path, text.getvalue().encode())

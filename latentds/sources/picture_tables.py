@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from latentds.conversion.config import ConvertConfig
+from latentds.display import csv_text
 from latentds.errors import InputError, unknown_name
 from latentds.opening import check_regular
 from latentds.sources.image_folder import DEFAULT_SPLIT, SPLITS, check_labels, numbers_of, walk
@@ -54,7 +55,11 @@ def read_table(path: Path) -> list[dict[str, Any]]:
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{path}: not a table ({' '.join(str(error).split())[:120]})") from error
     return [
-        {name: value for name, value in row.items() if value is not None and value != ""}
+        {
+            name: csv_text(value) if isinstance(value, str) else value
+            for name, value in row.items()
+            if value is not None and value != ""
+        }
         for row in table.to_pylist()
     ]
 

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from latentds.errors import InputError
 from latentds.format import NPY_ERRORS
 from latentds.opening import check_regular, open_regular
+from latentds.storage import naming
 
 ARRAY_SUFFIXES = (".npy", ".npz", ".safetensors")
 LATENTS, LABELS = ("latents", "codes", "arr_0"), ("labels", "label", "y")  # names looked for
@@ -242,7 +243,7 @@ class ArrayRows:
                     f"{free} free; set TMPDIR to a larger disk"
                 )
             try:
-                with archive.open(entry) as stream, target.open("wb") as file:
+                with archive.open(entry) as stream, naming(target), target.open("wb") as file:
                     shutil.copyfileobj(stream, file, 1 << 20)
             except (zipfile.BadZipFile, zlib.error, EOFError) as error:
                 raise InputError(f"{path}: damaged ({error}); fetch it anew") from error

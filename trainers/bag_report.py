@@ -34,6 +34,7 @@ from latentds.features.live import LiveFeatures
 from latentds.features.record import flat
 
 WEIGHTS = "model.safetensors"
+OF_RANKS = ("auc",)  # by the order of probabilities, not by the class each gives
 PRIMARY, SHOWN = "auc", ("auc", "balanced_accuracy", "accuracy", "macro_f1")
 
 
@@ -221,7 +222,10 @@ def left_out_notes(folder: FeatureFolder | LiveFeatures) -> list[str]:
 
 
 def table(record: RunRecord, together: dict[str, float | None], out: Path) -> str:
-    """The record as text, with the scores of all folds' predictions taken together."""
+    """The record as text, with the scores of all folds' predictions taken together.
+
+    No AUC of those: the folds' networks are not on one scale, their ranks do not mix.
+    """
     lines = [
         f"{record.data}: {len(record.classes)} classes ({', '.join(record.classes)}), features "
         f"{record.embedder or 'unknown'} of {record.source['name']}",
@@ -237,7 +241,8 @@ def table(record: RunRecord, together: dict[str, float | None], out: Path) -> st
     means = "  ".join(
         f"{figure(summary[name][0]) + ' ± ' + figure(summary[name][1]):>17}" for name in SHOWN
     )
-    alone = "  ".join(f"{figure(together.get(name)):>17}" for name in SHOWN)
+    counted = {name: None if name in OF_RANKS else together.get(name) for name in SHOWN}
+    alone = "  ".join(f"{figure(counted[name]):>17}" for name in SHOWN)
     lines += [f"{'mean ± sd':<30} {means}", f"{'all folds together':<30} {alone}"]
     lines += [f"note: {note}" for note in record.notes]
     return "\n".join([*lines, "", f"{out / 'result.json'}"])

@@ -83,7 +83,7 @@ def test_input_replaced_between_kill_and_resume_is_noticed(source, tmp_path, mon
     path = source / "a" / "p001.png"
     content, times = path.read_bytes(), path.stat()
     path.write_bytes(content[:-1] + b"!")  # of the same size
-    with pytest.raises(InputError, match="differs in files .other files"):
+    with pytest.raises(InputError, match="differs in input_files .other files"):
         convert_with_mean(source, tmp_path / "out", **OPTIONS)
     path.write_bytes(content)
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
@@ -105,7 +105,7 @@ def test_a_changed_mask_is_noticed(source, tmp_path, monkeypatch):
         with pytest.raises(Killed):
             convert_with_mean(source, tmp_path / "out", **options)
     os.utime(tmp_path / "masks" / "a" / "p001.png", (1, 1))
-    with pytest.raises(InputError, match="differs in files"):
+    with pytest.raises(InputError, match="differs in input_files"):
         convert_with_mean(source, tmp_path / "out", **options)
 
 

@@ -159,7 +159,7 @@ def prepare(
     plan, device = reader.plan, choose_device(config.device)
     asked = {
         "input": plan.digest(),
-        "files": input_stamp(plan, config),
+        "input_files": input_stamp(plan, config),
         "made": {"options": config.recorded()},
     }
     work.compare(asked, config.overwrite)  # before time is spent on a codebook
@@ -184,7 +184,7 @@ def prepare(
     decided = {
         "encode_batch": encoder.batch,
         "input": asked["input"],
-        "files": asked["files"],
+        "input_files": asked["input_files"],
         "contract": contract.to_json(),
         "made": made,
     }

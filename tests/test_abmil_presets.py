@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from latentds_trainers.abmil import LAYERS, PRESETS, AbmilConfig
-from latentds_trainers.bag_report import figure, table
+from latentds_trainers.bag_report import best_is_last, figure, table
 from latentds_trainers.bag_training import build_network
 from torch import nn
 
@@ -112,3 +112,11 @@ def test_folds_together_have_no_auc(tmp_path):
     lines = table(record, together, tmp_path).splitlines()
     (line,) = [line for line in lines if line.startswith("all folds together")]
     assert line.split()[3:] == [figure(None), "0.600", "0.700", "0.500"]
+
+
+@pytest.mark.parametrize(("epochs", "best", "select", "told"), [
+    (20, 20, "best", 1), (20, 9, "best", 0), (20, 20, "last", 0),
+])  # fmt: skip
+def test_a_best_epoch_that_is_the_last_is_remarked(epochs, best, select, told):
+    notes = best_is_last(3, epochs, best, select)
+    assert len(notes) == told and all("fold 3: the best epoch is the last" in n for n in notes)

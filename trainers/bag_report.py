@@ -115,9 +115,22 @@ def fold_outcome(
         probabilities=probabilities.tolist(),
         scores=scores.values,
         per_class=scores.per_class,
-        notes=[f"fold {number}: {note}" for note in scores.notes],
+        notes=[
+            *(f"fold {number}: {note}" for note in scores.notes),
+            *best_is_last(number, epochs, stopping.epoch, select),
+        ],
         seconds=round(seconds, 2),
     )
+
+
+def best_is_last(number: int, epochs: int, best: int, select: str) -> list[str]:
+    """A sentence where a fold's best epoch is the last one: it may not have come to its end."""
+    if select != "best" or best < epochs:
+        return []
+    return [
+        f"fold {number}: the best epoch is the last one ({epochs}); longer training (--epochs) "
+        "might have found a better one"
+    ]
 
 
 def report(

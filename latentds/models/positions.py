@@ -1,4 +1,4 @@
-"""Position tables of vision transformers for grids of another size, as DINO and DINOv2 have them."""
+"""Position tables of vision transformers for grids of another size, as DINO and DINOv2 do it."""
 # P prefix positions, h w cells of a grid, D features
 
 from __future__ import annotations

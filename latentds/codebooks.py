@@ -18,6 +18,7 @@ from latentds.entropy_checks import MAX_RECORD_BYTES
 from latentds.entropy_codebook import EntropyCodebook
 from latentds.entropy_encoding import least_bytes, most_bytes
 from latentds.errors import ContractError, FormatError, InputError
+from latentds.foreign_json import parse_json
 from latentds.quantizer import AnyCodebook, Codebook
 from latentds.storage import write_atomically
 
@@ -125,7 +126,7 @@ def load_codebook(path: Path) -> StoredCodebook:
         return StoredCodebook(
             codebook=codebook,
             latent_id=metadata["latent_id"],
-            made=dict(json.loads(metadata["made"])),
+            made=dict(parse_json(metadata["made"].encode(), str(path))),
         )
     except (SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
         raise FormatError(

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 
 from latentds.cache import Cache, CacheConfig
 from latentds.errors import FormatError, InputError
+from latentds.foreign_json import parse_json
 from latentds.format import (
     CHECKSUM_DTYPE,
     CHECKSUMS,
@@ -358,11 +359,3 @@ def is_sound(content: bytes, extent: Extent) -> bool:
     if extent.sha256 is not None:
         return hashlib.sha256(content).digest() == extent.sha256
     return zlib.crc32(content) == extent.crc32
-
-
-def parse_json(content: bytes, where: str) -> Any:
-    """JSON values of untrusted bytes."""
-    try:
-        return json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{where}: not JSON ({error}); fetch it anew") from error

@@ -23,6 +23,7 @@ import numpy as np
 
 from latentds.encodings import check_encoding, codebook_from_json
 from latentds.errors import FormatError
+from latentds.foreign_json import Kind, check_kinds
 from latentds.quantizer import AnyCodebook
 
 FORMAT = "latentds/1"
@@ -42,6 +43,13 @@ NPY_ERRORS = (
     *(ValueError, EOFError, SyntaxError, TypeError, KeyError),
     *(MemoryError, RecursionError, tokenize.TokenError),
 )
+# What a contract says of its autoencoder, where it is shown or counted with.
+CARD_KINDS: dict[str, Kind] = {
+    **dict.fromkeys(("name", "class_name", "licence", "repository", "subfolder"), str),
+    **dict.fromkeys(("revision", "encoder"), str),
+    **dict.fromkeys(("channels", "factor"), int),
+    "gated": bool,
+}
 NO_LABEL = -1
 MAX_PATCH_AREA_PX = 1 << 26  # 8192x8192
 MAX_PATCH_BYTES = 1 << 26
@@ -170,6 +178,7 @@ class Contract:
                 patch_px=positive(record["patch_px"], 2, 2),
                 codes_shape=positive(record["codes_shape"]),
             )
+            check_kinds(contract.autoencoder, CARD_KINDS, "autoencoder.")
             latents_shape = contract.latents_shape
             if encoding != LEVELS and list(latents_shape) != list(record["latents_shape"]):
                 raise ValueError(f"latents_shape {record['latents_shape']}, not {latents_shape}")

@@ -23,6 +23,7 @@ from latentds.columns import decode_table, encode_table
 from latentds.errors import FormatError
 from latentds.format import GOLDEN, Contract
 from latentds.metrics import psnr_db
+from latentds.opening import open_picture
 from latentds.quantizer import AnyCodebook, dequantize
 
 MIN_GOLDEN, MAX_GOLDEN = 8, 32
@@ -202,7 +203,7 @@ def to_png(image: np.ndarray) -> bytes:
 
 def from_png(encoded: bytes, size_px: tuple[int, ...]) -> np.ndarray:
     """uint8 (H, W, 3) from PNG bytes of just that size, which is checked before decoding."""
-    with Image.open(io.BytesIO(encoded), formats=["PNG"]) as image:
+    with open_picture(io.BytesIO(encoded), ["PNG"]) as image:
         if image.size != size_px[::-1]:
             raise ValueError(f"a picture of {image.size} px where {size_px[::-1]} were expected")
         return np.asarray(image.convert("RGB"))

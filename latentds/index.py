@@ -226,10 +226,11 @@ class TableWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        if kind is None:
-            self.file.flush()
-            os.fsync(self.file.fileno())
-        self.file.close()
+        with naming(self.path):
+            if kind is None:
+                self.file.flush()
+                os.fsync(self.file.fileno())
+            self.file.close()
         if kind is None:
             rename_durably(self.temporary, self.path)
         else:

@@ -14,6 +14,7 @@ from typing import Any
 
 from latentds.encodings import check_encoding, codebook_from_json
 from latentds.errors import FormatError, unknown_name
+from latentds.foreign_json import Kind, check_kinds, read_json
 from latentds.format import (
     FORMAT,
     GOLDEN,
@@ -32,6 +33,19 @@ from latentds.tables import block_sums
 
 MAX_MANIFEST_BYTES = 1 << 28
 SHA256 = re.compile(r"[0-9a-f]{64}")
+NUMBER = (int, float)
+# Of what tells how a set was made, the parts that commands show or go by.
+MADE_KINDS: dict[str, Kind] = {
+    **dict.fromkeys(("options", "source", "converted_to_rgb", "source_encodings"), dict),
+    **dict.fromkeys(("encode_batch", "threads", "ignored_files"), int),
+    **dict.fromkeys(("merged", "repacked"), list),
+    "device": str,
+}
+CODEBOOK_KINDS: dict[str, Kind] = {
+    **dict.fromkeys(("snr_db", "saturated_share"), NUMBER),
+    **dict.fromkeys(("values", "seed", "dead_levels"), int),
+    **dict.fromkeys(("origin", "file"), str),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -167,15 +181,7 @@ def read_manifest(folder: Path) -> Manifest:
             else "convert first"
         )
         raise FormatError(f"{folder}: no {MANIFEST}; not a complete latentds data set ({hint})")
-    if path.stat().st_size > MAX_MANIFEST_BYTES:
-        raise FormatError(
-            f"{path}: {path.stat().st_size} bytes, more than a manifest can have; refused"
-        )
-    try:
-        record = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path}: not JSON ({error}); fetch it anew") from error
-    return parse_manifest(record, str(path))
+    return parse_manifest(read_json(path, MAX_MANIFEST_BYTES), str(path))
 
 
 def parse_manifest(record: Any, where: str) -> Manifest:
@@ -192,7 +198,7 @@ def parse_manifest(record: Any, where: str) -> Manifest:
             shards=tuple(parse_shard(shard, where) for shard in record["shards"]),
             classes=names(record["classes"]),
             slides=names(record["slides"]),
-            tables={str(name): dict(entry) for name, entry in record["tables"].items()},
+            tables=parse_tables(record["tables"]),
             made=parse_made(record["made"]),
             more_codebooks=parse_codebooks(record.get("codebooks"), contract),
             statistics=parse_statistics(
@@ -277,12 +283,26 @@ def parse_made(record: Any) -> dict[str, Any]:
     made["codebook"] = dict(made.get("codebook", {}))
     made["versions"] = dict(made.get("versions", {}))
     made["left_out"] = [dict(entry) for entry in made.get("left_out", [])]
+    check_kinds(made, MADE_KINDS, "made.")
+    check_kinds(made["codebook"], CODEBOOK_KINDS, "made.codebook.")
+    for entry in made["left_out"]:
+        if not all(isinstance(entry.get(name), str) for name in ("source", "reason")):
+            raise ValueError(f"left_out has {str(entry)[:80]}, not source and reason")
     return made
+
+
+def parse_tables(record: Any) -> dict[str, dict[str, Any]]:
+    """sha256 and bytes of the files beside the shards, by name (ValueError otherwise)."""
+    tables = {str(name): dict(entry) for name, entry in record.items()}
+    for name, entry in tables.items():
+        check_kinds(entry, {"sha256": str, "bytes": int}, f"{name[:40]}: ")
+    return tables
 
 
 def names(values: Any) -> tuple[str, ...]:
     """A list of distinct strings as a tuple (ValueError otherwise)."""
-    if any(not isinstance(value, str) for value in values) or len(set(values)) != len(values):
+    are_texts = type(values) is list and all(isinstance(value, str) for value in values)
+    if not are_texts or len(set(values)) != len(values):
         raise ValueError("classes and slides must be distinct strings")
     return tuple(values)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import io
 
 import numpy as np
-from PIL import Image
 
 from latentds.errors import FormatError, InputError
+from latentds.opening import open_picture
 
 
 def no_mask(where: str) -> InputError:
@@ -18,7 +18,7 @@ def no_mask(where: str) -> InputError:
 def decode_mask(encoded: bytes, size_px: tuple[int, int], where: str) -> np.ndarray:
     """A mask (H, W) from its PNG bytes, size checked before a pixel is decoded."""
     try:
-        with Image.open(io.BytesIO(encoded), formats=["PNG"]) as image:
+        with open_picture(io.BytesIO(encoded), ["PNG"]) as image:
             if image.size != size_px[::-1] or image.mode not in ("L", "1"):
                 raise FormatError(
                     f"{where}: mask is {image.mode} {image.size}, patches are {size_px[::-1]}"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from latentds.errors import InputError
-from latentds.files import parse_json
+from latentds.foreign_json import parse_json
 from latentds.format import MANIFEST
 from latentds.manifest import Manifest, read_manifest
 from latentds.storage import write_atomically

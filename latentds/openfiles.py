@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from latentds.errors import FormatError
+from latentds.opening import check_kind
 
 Signature = tuple[int, int, int]  # size, time of the last change in ns, inode
 
@@ -20,7 +21,8 @@ class OpenFile:
     def __init__(self, path: Path) -> None:
         self.path, self.fd, self.is_sound = path, -1, False
         try:
-            self.fd = os.open(path, os.O_RDONLY)
+            self.fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            check_kind(os.fstat(self.fd).st_mode, str(path))
         except OSError as error:
             raise FormatError(f"{path}: {error.strerror}; fetch it anew") from error
 

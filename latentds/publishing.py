@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from latentds.autoencoders.base import short
+from latentds.display import code_span, markdown
 from latentds.format import CODES, FORMAT, MASKS, PATCHES
 from latentds.manifest import Manifest
 
@@ -50,7 +51,7 @@ CARD = """---
 # {patches:,} pathology patches as {format} latents
 
 Each patch of {width}x{height} px is {bytes_per_patch:,} bytes: the latents of the autoencoder
-`{autoencoder}` (latent_id `{latent_id}`), encoded as `{encoding}` by a codebook of {summary}
+{autoencoder} (latent_id {latent_id}), encoded as `{encoding}` by a codebook of {summary}
 ({kind}; {codebook_origin}). Decoding loses detail. Not for diagnosis.
 
 | split | patches |
@@ -91,12 +92,13 @@ def dataset_card(manifest: Manifest) -> str:
         width=contract.patch_px[1],
         height=contract.patch_px[0],
         bytes_per_patch=contract.bytes_per_patch,
-        autoencoder=contract.autoencoder.get("name", "unknown"),
-        latent_id=short(contract.latent_id),
+        autoencoder=code_span(contract.autoencoder.get("name", "unknown")),
+        latent_id=code_span(short(contract.latent_id)),
         encoding=contract.encoding,
         summary=contract.codebook.summary,
         kind=contract.codebook.kind,
-        codebook_origin=made.get("origin", "origin not recorded") + more_codebooks(manifest),
+        codebook_origin=markdown(made.get("origin") or "origin not recorded")
+        + more_codebooks(manifest),
         splits="\n".join(f"| {name} | {count:,} |" for name, count in manifest.splits.items()),
         labels=label_table(manifest),
         split=next(iter(manifest.splits)),
@@ -124,13 +126,8 @@ def label_table(manifest: Manifest) -> str:
     counts = manifest.labels()
     if not counts:
         return ""
-    lines = "\n".join(f"| {cell(name)} | {count:,} |" for name, count in counts.items())
+    lines = "\n".join(f"| {markdown(name)} | {count:,} |" for name, count in counts.items())
     return f"\n| label | patches |\n|---|---|\n{lines}\n"
-
-
-def cell(text: str) -> str:
-    """A name inside a Markdown table: it may not end the cell or the row."""
-    return " ".join(text.split()).replace("|", "\\|")
 
 
 def facts_table(facts: Mapping[str, Any], more_in: str) -> str:
@@ -138,7 +135,7 @@ def facts_table(facts: Mapping[str, Any], more_in: str) -> str:
     rows = list(flatten(facts))
     if not rows:
         return "Nothing was recorded."
-    lines = [f"| {cell(name)} | {cell(value)} |" for name, value in rows[:MAX_FACTS]]
+    lines = [f"| {markdown(name)} | {markdown(value)} |" for name, value in rows[:MAX_FACTS]]
     more = [f"\n{len(rows) - MAX_FACTS} more in `{more_in}`."] if len(rows) > MAX_FACTS else []
     return "\n".join(["| | |", "|---|---|", *lines, *more])
 

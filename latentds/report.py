@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import base64
-import html
 import io
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from PIL import Image
+
+from latentds.display import html_text
 
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:1120px;padding:0 1rem;
@@ -31,25 +32,25 @@ def page(title: str, lead: str, sections: Iterable[str]) -> str:
     """A whole page; `title` and `lead` are text, sections are HTML."""
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        f"<title>{html.escape(title)}</title>"
-        f"<style>{STYLE}</style></head><body><h1>{html.escape(title)}</h1>"
-        f'<p class="lead">{html.escape(lead)}</p>{"".join(sections)}</body></html>\n'
+        f"<title>{html_text(title)}</title>"
+        f"<style>{STYLE}</style></head><body><h1>{html_text(title)}</h1>"
+        f'<p class="lead">{html_text(lead)}</p>{"".join(sections)}</body></html>\n'
     )
 
 
 def heading(text: str) -> str:
     """A section's heading."""
-    return f"<h2>{html.escape(text)}</h2>"
+    return f"<h2>{html_text(text)}</h2>"
 
 
 def paragraph(text: str) -> str:
     """A paragraph of text."""
-    return f"<p>{html.escape(text)}</p>"
+    return f"<p>{html_text(text)}</p>"
 
 
 def code(text: str) -> str:
     """A block of code."""
-    return f"<pre>{html.escape(text)}</pre>"
+    return f"<pre>{html_text(text)}</pre>"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -57,7 +58,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
     def line(cells: Sequence[object], tag: str) -> str:
         shown = "".join(
-            f"<{tag}{' class=n' if place else ''}>{html.escape(str(cell))}</{tag}>"
+            f"<{tag}{' class=n' if place else ''}>{html_text(str(cell))}</{tag}>"
             for place, cell in enumerate(cells)
         )
         return f"<tr>{shown}</tr>"
@@ -69,7 +70,7 @@ def bars(counts: Mapping[str, int]) -> str:
     """A bar chart of counts, as a table."""
     most = max(counts.values(), default=0) or 1
     rows = "".join(
-        f"<tr><td>{html.escape(name)}</td><td>"
+        f"<tr><td>{html_text(name)}</td><td>"
         f"<span class=bar style='width:{300 * count / most:.0f}px'></span>"
         f"{count:,}</td></tr>"
         for name, count in counts.items()
@@ -84,7 +85,7 @@ def figure(image: np.ndarray, caption: str) -> str:
     data = base64.b64encode(buffer.getvalue()).decode()
     return (
         f'<figure><img alt="" src="data:image/png;base64,{data}">'
-        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+        f"<figcaption>{html_text(caption)}</figcaption></figure>"
     )
 
 

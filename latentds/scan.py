@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,7 @@ import pyarrow as pa
 
 from latentds.columns import MAX_COLUMNS_BYTES, SCHEMA, decode_table
 from latentds.errors import FormatError
+from latentds.foreign_json import parse_json
 from latentds.format import (
     CODES,
     HEADER_PREFIX,
@@ -27,6 +27,7 @@ from latentds.format import (
     check_format,
     check_npy,
 )
+from latentds.opening import open_regular
 from latentds.writer import BLOCK
 
 MAX_HEADER_BYTES = 1 << 24  # an additive codebook of 32 planes and 32 channels takes 1.4 MB
@@ -62,7 +63,7 @@ class ScannedPack:
 
 def read_contract(path: Path) -> Contract:
     """The contract in a shard's global header; enough to decode it without its manifest."""
-    with path.open("rb") as file:
+    with open_regular(path, str(path)) as file:
         return parse_headers(read_global_header(file, str(path)), str(path))
 
 
@@ -104,8 +105,9 @@ def parse_headers(fields: dict[str, str], where: str) -> Contract:
         raise FormatError(f"{where}: a tar, but not a latentds shard (no {HEADER_PREFIX}format)")
     check_format(fields.get(f"{HEADER_PREFIX}format"), where)
     try:
-        record = json.loads(fields[f"{HEADER_PREFIX}contract"])
-    except (KeyError, ValueError, RecursionError) as error:
+        text = fields[f"{HEADER_PREFIX}contract"]
+        record = parse_json(text.encode(errors="surrogateescape"), where)
+    except (KeyError, FormatError) as error:
         raise FormatError(f"{where}: no readable contract in its header; fetch it anew") from error
     return Contract.from_json(record, where)
 
@@ -152,7 +154,7 @@ def scan_shard(path: Path, contract: Contract) -> Iterator[ScannedPack]:
 
     Members of kinds this reader does not know are passed over (the version rule allows them).
     """
-    with path.open("rb") as file:
+    with open_regular(path, str(path)) as file:
         group: dict[str, Member] = {}
         seen: set[str] = set()
         for member in scan_members(file, str(path)):
@@ -237,7 +239,7 @@ def read_member(path: Path, member: Member) -> bytes:
     """The bytes of a columns or masks member, refused where it is larger than one can be."""
     if member.size > MAX_COLUMNS_BYTES:
         raise FormatError(f"{path}, {member.key}.{member.kind}: {member.size} bytes; refused")
-    with path.open("rb") as file:
+    with open_regular(path, str(path)) as file:
         file.seek(member.offset)
         return file.read(member.size)
 

@@ -19,6 +19,7 @@ import numpy as np
 from latentds.errors import FormatError
 from latentds.format import NPY_ERRORS
 from latentds.openfiles import OpenFile
+from latentds.opening import open_regular
 
 TABLE_HEAD_BYTES = 4096
 BLOCK_ROWS = 512  # of the patch table 12 KiB, read and checked as one
@@ -182,7 +183,7 @@ def read_whole(path: Path, dtype: np.dtype[Any], rows: int, sha256: str | None) 
 def check_head(path: Path, dtype: np.dtype[Any], rows: int) -> int:
     """Length of a table's header; FormatError where the file is not what was expected."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path, str(path)) as file:
             head = io.BytesIO(file.read(TABLE_HEAD_BYTES))
         if np.lib.format.read_magic(head) != (1, 0):
             raise ValueError("npy version is not 1.0")

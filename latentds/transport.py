@@ -11,17 +11,24 @@ import re
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit, urlunsplit
 
 from latentds.errors import DamagedPackError, FormatError, InputError, missing_extra
+from latentds.storage import naming
 
 logger = logging.getLogger(__name__)
 
 ATTEMPTS = 8
 FIRST_DELAY_S, LAST_DELAY_S, LONGEST_WAIT_S = 0.5, 60.0, 300.0  # a minute of waiting in all
 TIMEOUT_S = (10, 60)  # connect, between two reads
+HEADERS_S = 75.0  # for an answer to begin, the above together
+GRACE_S, LEAST_RATE = 30.0, 2048  # of a body: bytes a second, by all that came after the grace
+DIGITS = re.compile(r"[0-9]{1,18}")
+CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-")
 READ_BYTES = 1 << 20
 PART_BYTES = 1 << 23  # of a table, read and tried again as one
 HUB = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+?)(?:@([^/]+(?:/pr/\d+)?))?(?:/(.*))?")
@@ -106,7 +113,11 @@ class Transport:
         except Exception as error:  # httpx's are no OSError, and were requests' before 1.0
             if is_network(error):
                 raise TransientError(type(error).__name__) from None
+            if isinstance(error, (ValueError, KeyError, TypeError, AttributeError)):
+                raise TransientError(f"the Hub's answer cannot be read ({error!r:.80})") from error
             raise
+        if not COMMIT.fullmatch(str(info.sha)):
+            raise InputError(f"{self.shown}: the Hub names commit {str(info.sha)[:60]!r}; refused")
         return str(info.sha)
 
     def url(self, name: str) -> str:
@@ -164,7 +175,7 @@ class Transport:
         where = f"{self.shown.rstrip('/')}/{name}"
         for number in (1, 2):
             sha256 = hashlib.sha256()
-            with path.open("wb") as file:
+            with naming(path), path.open("wb") as file:
                 for start in range(0, size, PART_BYTES):
                     length = min(PART_BYTES, size - start)
                     content = self.read(name, start, length, length)
@@ -190,32 +201,48 @@ class Transport:
 
     def fetch_http(self, url: str, start: int, size: int | None, limit: int) -> bytes:
         """A range by HTTP, never more than asked for."""
-        import requests
+        from http.client import HTTPException
 
-        session = self.session()
+        from urllib3.exceptions import HTTPError
+
         wanted = {"range": f"bytes={start}-{start + size - 1}"} if size is not None else {}
         headers = self.headers | wanted | {"accept-encoding": "identity"}
-        most, parts, got = size if size is not None else limit, [], 0
         try:
-            with session.get(url, headers=headers, stream=True, timeout=TIMEOUT_S) as answer:
-                if answer.status_code >= 400:
-                    raise judge(answer.status_code, answer.headers, shown(url))
-                if size is not None and answer.status_code != 206:
-                    raise InputError(
-                        f"{shown(url)}: the server ignores Range requests; latentds reads packs by "
-                        "range, serve the files from one that knows them (nginx, S3, the Hub)"
-                    )
-                for part in answer.iter_content(READ_BYTES):
-                    parts.append(part)
-                    got += len(part)
-                    if got > most:
-                        raise FormatError(f"{shown(url)}: more than {most} bytes came; refused")
-        except requests.RequestException as error:  # its text has the address, token and all
+            with self.answer(url, headers) as answer:
+                check_answer(answer, shown(url), None if size is None else start)
+                return read_body(answer, shown(url), size if size is not None else limit)
+        except FileNotFoundError:
+            raise
+        # Their texts have the address, token and all. RequestException is an OSError.
+        except (OSError, HTTPError, HTTPException) as error:
             raise TransientError(type(error).__name__) from None
-        expected = answer.headers.get("content-length")
-        if expected is not None and got != int(expected):
-            raise TransientError(f"{got} of {expected} bytes came")
-        return b"".join(parts)
+
+    def answer(self, url: str, headers: dict[str, str]) -> Any:
+        """The start of a response; TransientError where its headers take longer than HEADERS_S.
+
+        Asked by a thread that is left behind then: a socket's timeout ends only its silence.
+        """
+        future: Future[Any] = Future()
+        session = self.session()
+
+        def ask() -> None:
+            try:
+                future.set_result(session.get(url, headers=headers, stream=True, timeout=TIMEOUT_S))
+            except ValueError as error:  # an address in a redirect; some of requests' are OSErrors
+                kind = type(error).__name__
+                is_network = isinstance(error, OSError)
+                future.set_exception(error if is_network else TransientError(kind))
+            except BaseException as error:
+                future.set_exception(error)
+
+        threading.Thread(target=ask, daemon=True).start()
+        try:
+            return future.result(HEADERS_S)
+        except FutureTimeoutError:
+            if future.done():  # the connection's own timeout, of the same name in Python 3.11
+                raise
+            self.local.pid = None  # its connections are the other thread's now
+            raise TransientError(f"no answer in {HEADERS_S:g} s") from None
 
     def session(self) -> Any:
         """This thread's connections, in this process."""
@@ -279,13 +306,61 @@ def is_network(error: Exception) -> bool:
 
 
 def wait_of(value: str | None) -> float | None:
-    """Seconds of a Retry-After header: a number, or a date."""
+    """Seconds of a Retry-After header: a number, or a date; None for anything else."""
     if not value:
         return None
-    if value.strip().isdigit():
+    if DIGITS.fullmatch(value.strip()):
         return float(value)
-    moment = email.utils.parsedate_tz(value)
-    return max(0.0, email.utils.mktime_tz(moment) - time.time()) if moment else None
+    try:
+        moment = email.utils.parsedate_tz(value)
+        return max(0.0, email.utils.mktime_tz(moment) - time.time()) if moment else None
+    except (ValueError, OverflowError, TypeError, IndexError):
+        return None
+
+
+def check_answer(answer: Any, where: str, start: int | None) -> None:
+    """Refuse an answer that is not what was asked for, as far as its status and headers tell.
+
+    start  of the range that was asked for, None for a whole file
+    """
+    if answer.status_code >= 400:
+        raise judge(answer.status_code, answer.headers, where)
+    if start is not None and answer.status_code != 206:
+        raise InputError(
+            f"{where}: the server ignores Range requests; latentds reads packs by range, serve the "
+            "files from one that knows them (nginx, S3, the Hub)"
+        )
+    coding = answer.headers.get("content-encoding", "identity").strip().lower()
+    if coding not in ("", "identity"):
+        raise InputError(
+            f"{where}: comes compressed ({coding[:20]!r}) though 'identity' was asked for; switch "
+            "compression off for these files, ranges count bytes as they are stored"
+        )
+    found = CONTENT_RANGE.match(answer.headers.get("content-range", ""))
+    if start is not None and found and int(found[1]) != start:
+        raise TransientError(f"bytes from {found[1]} came, not from {start}")
+
+
+def read_body(answer: Any, where: str, most: int) -> bytes:
+    """The body of an answer, at most so many bytes, at no less than LEAST_RATE."""
+    length = answer.headers.get("content-length")
+    expected = int(length) if length and DIGITS.fullmatch(length.strip()) else None
+    if length is not None and expected is None:
+        raise TransientError(f"content-length is {length[:20]!r}, no number")
+    # What has come, not all of READ_BYTES: urllib3 would gather them for as long as it takes.
+    read = getattr(answer.raw, "read1", None) or answer.raw._fp.read1  # urllib3 2 has its own
+    started, parts, got = time.monotonic(), [], 0
+    while part := read(READ_BYTES):
+        parts.append(part)
+        got += len(part)
+        if got > most:
+            raise FormatError(f"{where}: more than {most} bytes came; refused")
+        late = time.monotonic() - started - GRACE_S
+        if late > 0 and got < late * LEAST_RATE:
+            raise TransientError(f"{got} bytes in {GRACE_S + late:.0f} s, too slow")
+    if expected is not None and got != expected:
+        raise TransientError(f"{got} of {expected} bytes came")
+    return b"".join(parts)
 
 
 def retry(attempt: Callable[[], Any], where: str, attempts: int = ATTEMPTS) -> Any:

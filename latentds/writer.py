@@ -84,7 +84,8 @@ class ShardWriter:
             self.file.truncate(resume_at)  # whatever came after the last synced block is dropped
             self.file.seek(resume_at)
         else:
-            self.file.write(global_header(contract))
+            with naming(self.path):
+                self.file.write(global_header(contract))
 
     def add(self, pack: Pack) -> None:
         """Append a pack."""
@@ -101,9 +102,10 @@ class ShardWriter:
     def finish(self) -> None:
         """Close the tar, sync it, give it its name."""
         end = self.file.tell() + 2 * BLOCK
-        self.file.write(bytes(2 * BLOCK + -end % RECORD))
-        self.sync()
-        self.file.close()
+        with naming(self.path):
+            self.file.write(bytes(2 * BLOCK + -end % RECORD))
+            self.sync()
+            self.file.close()
         rename_durably(self.temporary, self.path)
 
     def __enter__(self) -> ShardWriter:

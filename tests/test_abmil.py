@@ -41,8 +41,8 @@ def test_the_network_is_ilses_gated_attention():
     logits, attention = network(features)
     w = {name: tensor.detach().double().numpy() for name, tensor in network.state_dict().items()}
     h = np.maximum(features.double().numpy() @ w["embed.0.weight"].T + w["embed.0.bias"], 0)
-    branch = np.tanh(h @ w["tanh.weight"].T + w["tanh.bias"])
-    branch = branch / (1 + np.exp(-(h @ w["gate.weight"].T + w["gate.bias"])))
+    branch = np.tanh(h @ w["tanh.0.weight"].T + w["tanh.0.bias"])
+    branch = branch / (1 + np.exp(-(h @ w["gate.0.weight"].T + w["gate.0.bias"])))
     scores = np.exp((branch @ w["score.weight"].T + w["score.bias"])[:, 0])
     expected = scores / scores.sum()
     assert np.allclose(attention.detach(), expected, atol=1e-6)  # float32

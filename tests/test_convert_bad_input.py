@@ -190,7 +190,7 @@ def test_nothing_foreign_is_overwritten(pictures, tmp_path):
 def test_a_finished_data_set_is_replaced_only_when_asked(pictures, tmp_path):
     convert_with_mean(pictures, tmp_path / "out")
     with pytest.raises(InputError, match="--overwrite"):
-        convert_with_mean(pictures, tmp_path / "out")
+        convert_with_mean(pictures, tmp_path / "out", pack_size=3)
     assert convert_with_mean(pictures, tmp_path / "out", overwrite=True, pack_size=3).packs == 11
 
 

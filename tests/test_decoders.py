@@ -370,7 +370,7 @@ def test_a_newer_format_asks_for_an_update(folder):
 
 def test_a_huge_page_is_not_read(folder):
     (folder / RECORD).write_bytes(b" " * (2 << 20))
-    with pytest.raises(FormatError, match="bytes; no latentds-decoder"):
+    with pytest.raises(FormatError, match="over 1,048,576 bytes"):
         load_decoder(folder)
 
 
@@ -444,7 +444,7 @@ def test_a_student_of_another_factor_is_refused(folder):
 )
 def test_huge_numbers_are_refused_before_anything_is_built(kl_decoder, changes):
     edit_config(kl_decoder, **changes)
-    with pytest.raises(WeightsError, match=r"decoder\.json: architecture"):
+    with pytest.raises((WeightsError, FormatError), match=r"decoder\.json: (architecture|no JSON)"):
         load_decoder(kl_decoder)
 
 

@@ -80,7 +80,7 @@ def test_a_fault_heals(shared_dataset, server, cache, fault, path):
 @pytest.mark.parametrize("fault", ["short", "wrong"])
 def test_a_manifest_that_is_none_is_refused_and_not_kept(server, cache, fault):
     server.faults[MANIFEST] = [fault]
-    with pytest.raises(FormatError, match="not JSON"):
+    with pytest.raises(FormatError, match="no JSON"):
         ShardSet(server.url, cache=cache)
     assert len(ShardSet(server.url, cache=cache)) == 600
 

@@ -8,6 +8,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from latentds.display import say
+
 SHAPES = {
     256: (4, 8, 8),
     1024: (4, 16, 16),
@@ -35,19 +37,19 @@ def run(config: Config) -> None:
     count = config.patches // 12 if config.small else config.patches
     results = [overhead(count, size, pack) for size in SHAPES for pack in PACK_SIZES]
     if config.json:
-        print(json.dumps(results, indent=1))
+        say(json.dumps(results, indent=1))
         return
-    print(
+    say(
         f"{count:,} patches, every column filled; shard over raw codes, and tables beside the "
         "shards over raw codes\n"
     )
-    print(
+    say(
         "bytes a patch |" + "".join(f"  N = {pack:<6}" for pack in PACK_SIZES) + "| tables, N = 256"
     )
     for size in SHAPES:
         row = {r["pack_size"]: r for r in results if r["bytes_per_patch"] == size}
         cells = "".join(f"  {row[pack]['shard_overhead']:<+10.2%}" for pack in PACK_SIZES)
-        print(f"{size:>13} |{cells}| {row[256]['table_overhead']:+.2%}")
+        say(f"{size:>13} |{cells}| {row[256]['table_overhead']:+.2%}")
 
 
 def overhead(count: int, bytes_per_patch: int, pack_size: int) -> dict[str, Any]:

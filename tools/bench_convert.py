@@ -11,6 +11,8 @@ from typing import Annotated, Any
 
 import tyro
 
+from latentds.display import say
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
@@ -45,14 +47,14 @@ def run(config: Config) -> None:
     )
     result["threads"] = torch.get_num_threads()
     if config.json:
-        print(json.dumps(result, indent=1))
+        say(json.dumps(result, indent=1))
         return
-    print(
+    say(
         f"encoder alone, same batches   {result['encoder']:,.1f} patches/s "
         f"(batch {result['batch']:.0f})"
     )
-    print(f"conversion, pictures to tar   {result['convert']:,.1f} patches/s")
-    print(
+    say(f"conversion, pictures to tar   {result['convert']:,.1f} patches/s")
+    say(
         f"conversion over encoder       {result['share_of_encoder']:.1%} "
         f"(median of {config.rounds} rounds, {result['threads']} threads)"
     )

@@ -8,6 +8,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from latentds.display import say
+
 DEFAULT_DECODERS = "taesd,sd15,dcae-f32,tiny,turbo-s,turbo-m,turbo-f32"
 
 logger = logging.getLogger(__name__)
@@ -51,7 +53,7 @@ class Config:
 def run(config: Config) -> None:
     """Print the table."""
     report = measure(config)
-    print(json.dumps(report, indent=1) if config.json else as_text(report))
+    say(json.dumps(report, indent=1) if config.json else as_text(report))
 
 
 def measure(config: Config) -> dict[str, Any]:

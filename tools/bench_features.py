@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from latentds_tools.machine import machine
 
+from latentds.display import say
+
 if TYPE_CHECKING:
     import torch
 
@@ -86,7 +88,7 @@ class Bench:
 def run(config: Config) -> None:
     """Measure and print."""
     report = measure(config)
-    print(json.dumps(report, indent=1) if config.json else as_text(report))
+    say(json.dumps(report, indent=1) if config.json else as_text(report))
 
 
 def measure(config: Config) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from latentds_tools.fidelity.config import Config
 
+from latentds.display import say
 from latentds.errors import InputError
 
 PAGE, REPORT = "fidelity.md", "fidelity.json"
@@ -32,7 +33,7 @@ def run(config: Config) -> None:
             # The report comes last: where it is there, all are whole.
             files |= {PAGE: page.encode(), REPORT: text.encode()}
             write_together({config.out / name: content for name, content in files.items()})
-    print(text if config.json else page, end="")
+    say(text if config.json else page, end="")
 
 
 @contextlib.contextmanager

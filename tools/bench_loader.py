@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import tyro
 from latentds_tools.machine import machine
 
+from latentds.display import say
 from latentds.errors import InputError, unknown_name
 
 logger = logging.getLogger(__name__)
@@ -117,7 +118,7 @@ def run(config: Config) -> None:
         "rounds": config.rounds,
         "results": summarize(results),
     }
-    print(json.dumps(report, indent=1) if config.json else as_text(report))
+    say(json.dumps(report, indent=1) if config.json else as_text(report))
 
 
 def prepare(config: Config, work: Path) -> list[dict[str, Any]]:

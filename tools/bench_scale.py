@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from latentds.display import say
+
 logger = logging.getLogger(__name__)
 STATES = 200  # saved and loaded a set
 
@@ -54,7 +56,7 @@ def run(config: Config) -> None:
                 rounds.append(in_process(folder, config))
             medians = {n: statistics.median(r[n] for r in rounds) for n in rounds[0]}
             rows.append({"patches": patches, "codes": patches <= config.written} | medians)
-    print(json.dumps(rows, indent=1) if config.json else as_text(rows))
+    say(json.dumps(rows, indent=1) if config.json else as_text(rows))
 
 
 def in_process(folder: Path, config: Config) -> dict[str, float]:

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import tyro
 
+from latentds.display import say
+
 BUFFER = 5000  # samples webdataset's documentation shuffles among
 TOPOLOGIES = ((1, 1), (2, 4), (4, 8))  # ranks, workers
 PREFETCH = 2  # batches a DataLoader worker is ahead
@@ -58,7 +60,7 @@ def run(config: Config) -> None:
             for nodes, lanes in ([(1, 1)] if ranks == 1 else [(1, 1), (2, 1), (2, 2)])
         ],
     }
-    print(json.dumps(result, indent=1) if config.json else as_text(result))
+    say(json.dumps(result, indent=1) if config.json else as_text(result))
 
 
 def compare_orders(config: Config, data: Any) -> list[dict[str, Any]]:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from latentds_tools.machine import machine
 from latentds_tools.step_bench.config import Config, with_defaults
 
+from latentds.display import say
+
 if TYPE_CHECKING:
     from latentds_tools.step_bench.rounds import Way
 
@@ -21,7 +23,7 @@ READ, DECODE, VIEWS = "reading codes", "decoding", "making views"
 def run(config: Config) -> None:
     """Measure and print."""
     report = measure(config)
-    print(json.dumps(report, indent=1) if config.json else as_text(report))
+    say(json.dumps(report, indent=1) if config.json else as_text(report))
 
 
 def measure(config: Config) -> dict[str, Any]:

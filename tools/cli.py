@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import tyro
 
+from latentds.display import VisibleFormatter, say, visible
 from latentds.errors import LatentdsError
 from latentds.version import __version__
 
@@ -67,19 +68,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command; exit code 0 done, 1 an error told in one line, 2 wrong usage."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:1] == ["--version"]:
-        print(f"latentds {__version__}")
+        say(f"latentds {__version__}")
         return
     if not words or words[0] in ("-h", "--help"):
-        print(overview(""))
+        say(overview(""))
         return
     command = find_command(words)
     if command is None:
         is_group = words[0] in {name.split()[0] for name in COMMANDS if " " in name}
-        print(overview(words[0] if is_group else ""), file=sys.stdout if is_group else sys.stderr)
+        say(overview(words[0] if is_group else ""), file=sys.stdout if is_group else sys.stderr)
         if is_group and words[1:] and words[1] in ("-h", "--help"):
             return
         sys.exit(2)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(VisibleFormatter("%(message)s"))
     # They tell every request, every retry, every attempt to find a faster build.
     for name in ("httpx", "faiss", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -102,13 +105,13 @@ def run(command: str, words: list[str]) -> int:
             f"{where}{error.strerror or error}. Nothing finished is lost; mend it and run again"
         )
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
+        say("interrupted; the same command goes on where it stopped", file=sys.stderr)
         return 130
 
 
 def complain(line: str) -> int:
     """Print an error as one line; the exit code of a failure."""
-    print(f"latentds: {' '.join(line.split())}", file=sys.stderr)
+    say(f"latentds: {visible(' '.join(line.split()))}", file=sys.stderr)
     return 1
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from latentds.display import say
 from latentds.errors import InputError
 
 PAGE, REPORT = "comparison.md", "comparison.json"
@@ -74,7 +75,7 @@ def run(config: Config) -> None:
     page = write_page(report)
     if config.out is not None:
         write_files(config.out, report, page, text)
-    print(text if config.json else page, end="")
+    say(text if config.json else page, end="")
 
 
 def check_free(config: Config) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from latentds.conversion.config import ConvertConfig
+from latentds.display import say, visible
 from latentds.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ def run(config: Config) -> int:
     # default.
     Image.MAX_IMAGE_PIXELS = None
     summary = estimate(config) if config.dry_run else convert_to(config)
-    print(json.dumps(summary, indent=1) if config.json else as_text(summary))
+    say(json.dumps(summary, indent=1) if config.json else as_text(visible(summary)))
     return LEFT_OUT if summary["left_out"] and not config.dry_run else 0
 
 

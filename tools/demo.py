@@ -10,6 +10,8 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from latentds.display import say
+
 if TYPE_CHECKING:
     from latentds.loader import LatentLoader
 
@@ -60,7 +62,7 @@ def run(config: Config) -> None:
     for path in found:
         path.unlink()
     count = cut_patches(patches)
-    print(f"{count} patches of {EDGE_PX} px in {patches}")
+    say(f"{count} patches of {EDGE_PX} px in {patches}")
     convert(
         ConvertConfig(
             source=patches,
@@ -71,11 +73,11 @@ def run(config: Config) -> None:
             overwrite=config.overwrite,
         )
     )
-    print(f"data set in {folder}")
+    say(f"data set in {folder}")
     figures = measure(folder, patches, config.autoencoder, str(choose_device(config.device)))
     write_atomically(html, make_page(folder, figures).encode())
     print_figures(figures)
-    print(f"page at {html}\n\nload it with\n\n{figures['snippet']}")
+    say(f"page at {html}\n\nload it with\n\n{figures['snippet']}")
 
 
 def cut_patches(folder: Path) -> int:
@@ -84,10 +86,12 @@ def cut_patches(folder: Path) -> int:
     from PIL import Image
     from skimage.color import rgb2hed
 
+    from latentds.opening import open_picture
+
     cut = {}
     with resources.as_file(resources.files(__package__) / PICTURES) as shipped:
         for path in sorted(shipped.glob("*.webp")):
-            with Image.open(path, formats=["WEBP"]) as opened:
+            with open_picture(path, ["WEBP"]) as opened:
                 picture = np.asarray(opened.convert("RGB"))
             for y in range(0, picture.shape[0] - EDGE_PX + 1, STEP_PX):
                 for x in range(0, picture.shape[1] - EDGE_PX + 1, STEP_PX):
@@ -106,11 +110,12 @@ def measure(folder: Path, patches: Path, autoencoder: str, device: str) -> dict[
     """Read everything back through the loader; pictures, bytes, PSNR, SSIM and rates."""
     import numpy as np
     import torch
-    from PIL import Image
+
+    from latentds.opening import pixels_of
 
     loader, decoded = read_back(folder, autoencoder, device)
     sources = sorted(decoded)
-    originals = [np.asarray(Image.open(patches / name).convert("RGB")) for name in sources]
+    originals = [pixels_of(patches / name) for name in sources]
     network = loader.autoencoder
     assert network is not None
     size = loader.contract.bytes_per_patch
@@ -204,11 +209,11 @@ def print_figures(figures: dict[str, Any]) -> None:
     """The figures as a few lines."""
     for name, quality in figures["quality"].items():
         label = label_of(name, figures)
-        print(
+        say(
             f"{label:<22} {quality['bytes']:>6,} bytes  {quality['psnr_db']:.2f} dB  "
             f"SSIM {quality['ssim']:.3f}"
         )
-    print(
+    say(
         f"{'encode, decode':<22} {figures['encode_rate']:,.0f} and "
         f"{figures['decode_rate']:,.0f} patches/s on {figures['device']}"
     )

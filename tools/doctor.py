@@ -7,6 +7,8 @@ import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from latentds.display import say
+
 if TYPE_CHECKING:
     from latentds_tools.health.finding import Finding
 
@@ -47,9 +49,9 @@ def run(config: Config) -> int:
     broken = any(finding.breaks_base for finding in findings)
     if config.json:
         rows = [dataclasses.asdict(finding) for finding in findings]
-        print(json.dumps({"works": not broken, "findings": rows}, indent=1))
+        say(json.dumps({"works": not broken, "findings": rows}, indent=1))
     else:
-        print(as_text(findings))
+        say(as_text(findings))
     return int(broken)
 
 

@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from latentds.display import say
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
@@ -56,4 +58,4 @@ def run(config: Config) -> None:
         count = exporting.export_wids(*where, overwrite=config.overwrite)
     unit = "packs" if config.to == "wids" else "patches"
     summary = {"out": str(config.out), unit: count}
-    print(json.dumps(summary, indent=1) if config.json else f"{config.out}: {count:,} {unit}")
+    say(json.dumps(summary, indent=1) if config.json else f"{config.out}: {count:,} {unit}")

@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from latentds.display import say
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
@@ -64,4 +66,4 @@ def run(config: Config) -> None:
     )
     summary = {"out": str(config.out), **counts}
     text = f"{config.out}: {counts['written']:,} pictures written, {counts['found']:,} were there"
-    print(json.dumps(summary, indent=1) if config.json else text)
+    say(json.dumps(summary, indent=1) if config.json else text)

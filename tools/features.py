@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from latentds.display import say
 from latentds.patchsets.config import PatchInput, recorded_settings
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def run(config: Config) -> int:
             left = read_left_out(config.out)  # by any rank
             told = [{"slide": slide, "reason": reason} for slide, reason in left.items()]
             shown = summary | {"left_out": told}
-            print(json.dumps(shown, indent=1) if config.json else as_text(shown), flush=True)
+            say(json.dumps(shown, indent=1) if config.json else as_text(shown), flush=True)
     return LEFT_OUT if summary["left_out"] else 0
 
 

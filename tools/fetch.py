@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import tyro
 
+from latentds.display import say
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
@@ -44,9 +46,9 @@ def run(config: Config) -> None:
         "new_bytes": result.bytes,
     }
     if config.json:
-        print(json.dumps(summary, indent=1))
+        say(json.dumps(summary, indent=1))
         return
-    print(
+    say(
         f"{result.folder}: {result.manifest.patches:,} patches at commit {result.commit}; "
         f"{result.new} of {result.files} files fetched ({result.bytes:,} bytes), all checksums "
         "right"

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from latentds.display import say
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
@@ -86,7 +88,7 @@ def run(config: Config) -> None:
         **stored.made,
     }
     text = "\n".join(f"{name:<16} {value}" for name, value in report.items())
-    print(json.dumps(report, indent=1) if config.json else text)
+    say(json.dumps(report, indent=1) if config.json else text)
 
 
 def fit(config: Config) -> Any:

@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from latentds.display import say
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
@@ -92,7 +94,7 @@ def run(config: Config) -> None:
         **{name: manifest.made[name] for name in ("imported", "codebook", "quantization")},
     }
     text = "\n".join(f"{name:<16} {value}" for name, value in summary.items())
-    print(json.dumps(summary, indent=1) if config.json else text)
+    say(json.dumps(summary, indent=1) if config.json else text)
 
 
 def options(config: Config) -> Any:

@@ -10,6 +10,10 @@ from typing import Annotated, Any
 
 import tyro
 
+from latentds.display import say, visible
+
+FITTED = ("values", "seed", "snr_db", "dead_levels", "saturated_share")  # of a fitted codebook
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
@@ -36,7 +40,7 @@ class Config:
 def run(config: Config) -> None:
     """Print what the manifest says."""
     summary = summarize(config)
-    print(json.dumps(summary, indent=1) if config.json else as_text(summary))
+    say(json.dumps(summary, indent=1) if config.json else as_text(visible(summary)))
 
 
 def summarize(config: Config) -> dict[str, Any]:
@@ -67,7 +71,7 @@ def summarize(config: Config) -> dict[str, Any]:
         "packs": manifest.packs,
         "shard_bytes": stored,
         "container_overhead": round(stored / codes - 1, 4),
-        "table_bytes": sum(entry.get("bytes", 0) for entry in manifest.tables.values()),
+        "table_bytes": sum(entry.get("bytes") or 0 for entry in manifest.tables.values()),
         "autoencoder": contract.autoencoder,
         "latent_id": contract.latent_id,
         "decoder_id": contract.decoder_id,
@@ -122,10 +126,10 @@ def as_text(summary: dict[str, Any]) -> str:
     height, width = summary["patch_px"]
     splits = ", ".join(f"{name} {count:,}" for name, count in summary["splits"].items())
     labels = ", ".join(f"{name} {count:,}" for name, count in summary["labels"].items()) or "none"
-    origin = codebook.get("origin", "origin not recorded")
+    origin = codebook.get("origin") or "origin not recorded"
     if codebook["more"]:
         origin += f", and {codebook['more']} more beside it"
-    if "snr_db" in codebook:
+    if all(codebook.get(name) is not None for name in FITTED):
         origin += (
             f" ({codebook['values']:,} latent values, seed {codebook['seed']}): "
             f"{codebook['snr_db']} dB, {codebook['dead_levels']} dead levels, "

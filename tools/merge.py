@@ -9,6 +9,8 @@ from typing import Annotated
 
 import tyro
 
+from latentds.display import say
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
@@ -42,4 +44,4 @@ def run(config: Config) -> None:
         "slides": len(manifest.slides),
     }
     text = "\n".join(f"{name:<16} {value}" for name, value in summary.items())
-    print(json.dumps(summary, indent=1) if config.json else text)
+    say(json.dumps(summary, indent=1) if config.json else text)

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from latentds.display import say
 from latentds.errors import InputError
 
 
@@ -64,12 +65,12 @@ def run(config: Config) -> None:
         pull_request=config.pr,
         overwrite=config.overwrite,
         dry_run=config.dry_run,
-        tell=lambda line: print(f"{line} ...", file=sys.stderr),
+        tell=lambda line: say(f"{line} ...", file=sys.stderr),
     )
     for warning in result.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        say(f"warning: {warning}", file=sys.stderr)
     summary = result.summary()
-    print(json.dumps(summary, indent=1) if config.json else as_text(summary))
+    say(json.dumps(summary, indent=1) if config.json else as_text(summary))
 
 
 def publication(config: Config) -> Any:

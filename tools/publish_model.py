@@ -10,6 +10,7 @@ from typing import Annotated
 
 import tyro
 
+from latentds.display import say
 from latentds.hub.options import PublishOptions
 
 
@@ -38,9 +39,9 @@ def run(config: Config) -> None:
         private=config.private,
         overwrite=config.overwrite,
         dry_run=config.dry_run,
-        tell=lambda line: print(f"{line} ...", file=sys.stderr),
+        tell=lambda line: say(f"{line} ...", file=sys.stderr),
     )
     for warning in result.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        say(f"warning: {warning}", file=sys.stderr)
     summary = result.summary()
-    print(json.dumps(summary, indent=1) if config.json else summary_text(summary))
+    say(json.dumps(summary, indent=1) if config.json else summary_text(summary))

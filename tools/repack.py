@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from latentds.display import say
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
@@ -61,7 +63,7 @@ def run(config: Config) -> None:
     manifest = repack(config.folder, config.out, options(config), config.overwrite)
     kept = golden_count(config.out)
     if not kept:
-        print("no golden patch is left: 'latentds verify' cannot check a decoder", file=sys.stderr)
+        say("no golden patch is left: 'latentds verify' cannot check a decoder", file=sys.stderr)
     summary = {
         "out": str(config.out),
         "dataset_id": manifest.dataset_id,
@@ -76,7 +78,7 @@ def run(config: Config) -> None:
         summary |= manifest.made["repacked"][-1]["recoded"]
         summary["codebook"] = manifest.made["codebook"]
     text = "\n".join(f"{name:<16} {value}" for name, value in summary.items())
-    print(json.dumps(summary, indent=1) if config.json else text)
+    say(json.dumps(summary, indent=1) if config.json else text)
 
 
 def options(config: Config) -> Any:

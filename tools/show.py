@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import tyro
 
+from latentds.display import say
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
@@ -38,7 +40,7 @@ def run(config: Config) -> None:
     if config.count < 1:
         raise InputError(f"--count {config.count}; at least 1")
     write_atomically(config.out, make_page(config).encode())
-    print(config.out)
+    say(config.out)
 
 
 def make_page(config: Config) -> str:

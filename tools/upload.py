@@ -9,6 +9,8 @@ from typing import Annotated
 
 import tyro
 
+from latentds.display import say
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
@@ -45,6 +47,6 @@ def run(config: Config) -> None:
         "dataset_id": manifest.dataset_id,
     }
     if config.json:
-        print(json.dumps(summary, indent=1))
+        say(json.dumps(summary, indent=1))
     else:
-        print("\n".join(f"{name:<12} {value}" for name, value in summary.items()))
+        say("\n".join(f"{name:<12} {value}" for name, value in summary.items()))

@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from latentds.display import say, visible
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
@@ -34,20 +36,20 @@ def run(config: Config) -> int:
 
     def tell(level: str) -> None:
         if not config.json and sys.stderr.isatty():
-            print(f"checking {level} ...", file=sys.stderr)
+            say(f"checking {level} ...", file=sys.stderr)
 
     result = verify(config.folder, config.level, config.autoencoder, tell)
     if config.json:
-        print(json.dumps(dataclasses.asdict(result) | {"is_good": result.is_good}, indent=1))
+        say(json.dumps(dataclasses.asdict(result) | {"is_good": result.is_good}, indent=1))
     else:
         for level in result.levels:
             lines = [line for where, line in result.problems if where == level]
             word = f"{len(lines)} problem(s)" if lines else "ok"
             if level == "golden" and not lines and any(NOT_DECODED in n for n in result.notes):
                 word = "codes ok, not decoded"
-            print(f"{level:<9} {word}")
+            say(f"{level:<9} {word}")
             for line in lines:
-                print(f"  {line}")
+                say(f"  {visible(line)}")
         for note in result.notes:
-            print(f"note: {note}")
+            say(f"note: {visible(note)}")
     return 0 if result.is_good else 1

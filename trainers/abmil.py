@@ -29,23 +29,30 @@ from latentds.patchsets.config import PatchInput
 PRESETS: dict[str, dict[str, Any]] = {
     "clam": {
         "hidden": 512, "attention": 256, "dropout": 0.25, "gated": True,
+        "attention_dropout": 0.25, "activation": "relu", "post_attention": False,
         "optimizer": "adam", "lr": 1e-4, "weight_decay": 1e-5, "schedule": "constant",
         "epochs": 200, "min_epochs": 50, "patience": 20, "select": "best",
         "balance": "draws", "max_patches": None,
     },
     "patho-bench": {
-        "hidden": 512, "attention": 512, "dropout": 0.25, "gated": False,
+        "attention": 512, "dropout": 0.1, "gated": False,  # hidden: as wide as the features
+        "attention_dropout": 0.25, "activation": "gelu", "post_attention": True,
         "optimizer": "adamw", "lr": 3e-4, "weight_decay": 1e-5, "schedule": "cosine",
         "epochs": 20, "min_epochs": 20, "patience": 20, "select": "last",
         "balance": "loss", "max_patches": 2048,
     },
     "ilse": {
         "hidden": 500, "attention": 128, "dropout": 0.0, "gated": True,
+        "attention_dropout": 0.0, "activation": "relu", "post_attention": False,
         "optimizer": "adam", "lr": 5e-4, "weight_decay": 1e-4, "schedule": "constant",
         "epochs": 20, "min_epochs": 20, "patience": 20, "select": "last",
         "balance": "none", "max_patches": None,
     },
 }  # fmt: skip
+LAYERS = (  # settings that are the network's
+    *("hidden", "attention", "dropout", "gated"),
+    *("attention_dropout", "activation", "post_attention"),
+)
 COUNTS = (
     *("repeats", "hidden", "attention", "epochs", "min_epochs", "patience", "max_patches"),
     *("batch_size", "accumulation", "save_every", "embed_batch"),
@@ -90,16 +97,24 @@ class AbmilConfig(PatchInput):
     repeats: int = 1
     """Trainings of every fold, with seeds from --seed upwards; the folds stay."""
     preset: Literal["clam", "patho-bench", "ilse"] = "clam"
-    """clam: gated, hidden 512, attention 256, dropout 0.25, Adam 1e-4, weight decay 1e-5, up to 200
-    epochs, stopped after 50 at the earliest when validation loss has not fallen for 20, best
-    weights, classes drawn equally often. patho-bench: not gated, attention 512, AdamW 3e-4, cosine,
-    20 epochs, 2048 patches a bag, weighted loss, last weights. ilse: gated, hidden 500, attention
-    128, no dropout, Adam 5e-4, weight decay 1e-4, 20 epochs, last weights."""
+    """clam: gated, hidden 512, attention 256, three dropouts of 0.25, Adam 1e-4, weight decay 1e-5,
+    up to 200 epochs, stopped after 50 at the earliest when validation loss has not fallen for 20,
+    best weights, classes drawn equally often. patho-bench: not gated, attention 512 between layers
+    of GELU as wide as the features, dropouts 0.1, 0.25, 0.1, AdamW 3e-4, cosine, 20 epochs, 2048
+    patches a bag, weighted loss, last weights. ilse: gated, hidden 500, attention 128, no dropout,
+    Adam 5e-4, weight decay 1e-4, 20 epochs, last weights."""
     hidden: int | None = None
-    """Width of the layer that features go through first."""
+    """Width of the layer that features go through first; by patho-bench the features' own."""
     attention: int | None = None
     """Width of the attention's own layer."""
     dropout: float | None = None
+    """Of the first layer, and of the one after the mean."""
+    attention_dropout: float | None = None
+    """Of the attention's branches."""
+    activation: Literal["relu", "gelu"] | None = None
+    """Of the first layer, and of the one after the mean."""
+    post_attention: bool | None = None
+    """A layer between the weighted mean and the logits."""
     gated: bool | None = None
     """Multiply the attention's tanh branch by a sigmoid one."""
     optimizer: Literal["adam", "adamw"] | None = None
@@ -168,8 +183,9 @@ class AbmilConfig(PatchInput):
                 raise ValueError(f"{name} is {count}; at least 1")
         if self.folds < 2 and self.splits is None:
             raise ValueError(f"folds is {self.folds}; at least 2")
-        if not 0 <= self.number("dropout") < 1:
-            raise ValueError(f"dropout is {self.dropout}; from 0 to below 1")
+        for name in ("dropout", "attention_dropout"):
+            if not 0 <= self.number(name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; from 0 to below 1")
         if not 0 < self.number("lr") < math.inf:
             raise ValueError(f"lr is {self.lr}; a positive number")
         for name in ("weight_decay", "cache_gb", "heat_maps", "seed"):

@@ -18,6 +18,7 @@ from latentds_trainers.bag_training import Stopping
 from latentds_trainers.checkpoints import package_versions
 from latentds_trainers.settings import jsonable
 
+from latentds.display import say
 from latentds.evaluation.folds import Fold
 from latentds.evaluation.predictions import (
     Predictions,
@@ -33,6 +34,7 @@ from latentds.features.live import LiveFeatures
 from latentds.features.record import flat
 
 WEIGHTS = "model.safetensors"
+OF_RANKS = ("auc",)  # by the order of probabilities, not by the class each gives
 PRIMARY, SHOWN = "auc", ("auc", "balanced_accuracy", "accuracy", "macro_f1")
 
 
@@ -113,9 +115,22 @@ def fold_outcome(
         probabilities=probabilities.tolist(),
         scores=scores.values,
         per_class=scores.per_class,
-        notes=[f"fold {number}: {note}" for note in scores.notes],
+        notes=[
+            *(f"fold {number}: {note}" for note in scores.notes),
+            *best_is_last(number, epochs, stopping.epoch, select),
+        ],
         seconds=round(seconds, 2),
     )
+
+
+def best_is_last(number: int, epochs: int, best: int, select: str) -> list[str]:
+    """A sentence where a fold's best epoch is the last one: it may not have come to its end."""
+    if select != "best" or best < epochs:
+        return []
+    return [
+        f"fold {number}: the best epoch is the last one ({epochs}); longer training (--epochs) "
+        "might have found a better one"
+    ]
 
 
 def report(
@@ -130,7 +145,7 @@ def report(
         predictions.labels, predictions.probabilities, predictions.classes
     )
     text = table(record, together.values, config.out)
-    print(json.dumps(record.to_json(), indent=1) if config.json else text)
+    say(json.dumps(record.to_json(), indent=1) if config.json else text)
     return record
 
 
@@ -220,7 +235,10 @@ def left_out_notes(folder: FeatureFolder | LiveFeatures) -> list[str]:
 
 
 def table(record: RunRecord, together: dict[str, float | None], out: Path) -> str:
-    """The record as text, with the scores of all folds' predictions taken together."""
+    """The record as text, with the scores of all folds' predictions taken together.
+
+    No AUC of those: the folds' networks are not on one scale, their ranks do not mix.
+    """
     lines = [
         f"{record.data}: {len(record.classes)} classes ({', '.join(record.classes)}), features "
         f"{record.embedder or 'unknown'} of {record.source['name']}",
@@ -236,7 +254,8 @@ def table(record: RunRecord, together: dict[str, float | None], out: Path) -> st
     means = "  ".join(
         f"{figure(summary[name][0]) + ' ± ' + figure(summary[name][1]):>17}" for name in SHOWN
     )
-    alone = "  ".join(f"{figure(together.get(name)):>17}" for name in SHOWN)
+    counted = {name: None if name in OF_RANKS else together.get(name) for name in SHOWN}
+    alone = "  ".join(f"{figure(counted[name]):>17}" for name in SHOWN)
     lines += [f"{'mean ± sd':<30} {means}", f"{'all folds together':<30} {alone}"]
     lines += [f"note: {note}" for note in record.notes]
     return "\n".join([*lines, "", f"{out / 'result.json'}"])

@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from latentds_trainers.abmil import AbmilConfig
+from latentds_trainers.abmil import LAYERS, AbmilConfig
 from latentds_trainers.bag_draws import Part, check_parts, part_of
 from latentds_trainers.bag_heat_maps import draw_heat_maps
 from latentds_trainers.bag_report import (
@@ -197,12 +197,11 @@ class BagTask:
         Its checkpoints go.
         """
         slides = self.labelled.slides
-        names = ("hidden", "attention", "dropout", "gated")
         facts = {
             "classes": slides.classes,
             "dim": self.labelled.bags.dim,
             "embedder": self.labelled.bags.folder.embedder.get("name"),
-            **{name: getattr(self.config, name) for name in names},
+            **{name: getattr(self.config, name) for name in LAYERS},
         }
         save_abmil(folder / WEIGHTS, weights, facts)
         write_fold(folder, outcome)

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 import torch.distributed as dist
-from latentds_trainers.abmil import AbmilConfig
+from latentds_trainers.abmil import LAYERS, AbmilConfig
 from latentds_trainers.bag_draws import Part, draw_bags, loss_weights, seed_draws
 from latentds_trainers.engine import Engine, TrainConfig
 from torch import Tensor, nn
@@ -113,9 +113,7 @@ class Stopping:
 
 def build_network(config: AbmilConfig, dim: int, classes: int) -> GatedABMIL:
     """The network, its first weights following from torch's seed."""
-    sizes: dict[str, Any] = {
-        name: getattr(config, name) for name in ("hidden", "attention", "dropout", "gated")
-    }
+    sizes: dict[str, Any] = {name: getattr(config, name) for name in LAYERS}
     return GatedABMIL(dim, classes, **sizes)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from latentds.display import say
 from latentds.evaluation.statistics import summary
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ def print_table(record: RunRecord, outcomes: Sequence[FoldOutcome], patches: int
     """Scores over the folds, colour histograms below them, classes, notes."""
     with_what = f"{record.model} of {record.embedder}" if record.embedder else record.model
     height, width = record.source["patch_px"]
-    print(
+    say(
         f"{record.data}: {patches:,} patches of {width}x{height} px, {len(record.classes)} classes;"
         f" {with_what}; {record.split_rule}"
     )
@@ -27,25 +28,25 @@ def print_table(record: RunRecord, outcomes: Sequence[FoldOutcome], patches: int
         *record.related.items(),
     ]
     first = max(len(name) for name, _ in rows) + 2
-    print(" " * first + "".join(f"{name:>20}" for name in metrics))
+    say(" " * first + "".join(f"{name:>20}" for name in metrics))
     for name, values in rows:
-        print(f"{name:<{first}}" + "".join(f"{shown(values[m]):>20}" for m in metrics))
+        say(f"{name:<{first}}" + "".join(f"{shown(values[m]):>20}" for m in metrics))
     print_classes(record, outcomes)
     for note in record.notes:
-        print(f"note: {note}")
+        say(f"note: {note}")
 
 
 def print_classes(record: RunRecord, outcomes: Sequence[FoldOutcome]) -> None:
     """Mean recall, precision and F1 of every class over the folds."""
     names = ("recall", "precision", "f1")
     first = max(len(name) for name in record.classes) + 2
-    print(" " * first + "".join(f"{name:>20}" for name in names))
+    say(" " * first + "".join(f"{name:>20}" for name in names))
     for label in record.classes:
         cells = [
             shown(summary([outcome.per_class[label][name] for outcome in outcomes]).to_json())
             for name in names
         ]
-        print(f"{label:<{first}}" + "".join(f"{cell:>20}" for cell in cells))
+        say(f"{label:<{first}}" + "".join(f"{cell:>20}" for cell in cells))
 
 
 def shown(value: dict[str, Any]) -> str:

@@ -34,6 +34,7 @@ from latentds_trainers.patch_inputs import (
 )
 from latentds_trainers.ranks import from_first, join_ranks, on_all_ranks
 
+from latentds.display import say
 from latentds.embedders import load_embedder
 from latentds.embedders.latent_backbone import LatentBackbone
 from latentds.errors import InputError
@@ -250,6 +251,6 @@ class ClassifyTask:
         write_predictions(config.out, join_predictions(predictions))
         write_record(config.out, record)
         if config.json:
-            print(json.dumps(record.to_json(), indent=1))
+            say(json.dumps(record.to_json(), indent=1))
         else:
             print_table(record, [outcome for outcome, _ in found], len(patches))

@@ -27,7 +27,7 @@ from latentds_trainers.decoder_networks import (
     trained_networks,
 )
 from latentds_trainers.engine import Engine
-from latentds_trainers.finetune_decoder import FinetuneConfig
+from latentds_trainers.finetune_decoder import FinetuneConfig, readings
 from latentds_trainers.judging import Judge
 from latentds_trainers.pairs import PicturePairs
 from latentds_trainers.ranks import join_ranks, on_all_ranks
@@ -114,7 +114,7 @@ class DecoderTask:
             )
         finally:
             self.pairs.close()
-        self.finish(before)
+        self.finish(before, losses.told_limit())
 
     def before(self) -> dict[str, float] | None:
         """Figures of the decoder that the run started from, kept for a run that goes on."""
@@ -153,8 +153,11 @@ class DecoderTask:
             return images
         return torch.cat([images, cropped(self.decode(latents), images).clamp(0, 1)]).cpu()
 
-    def finish(self, before: dict[str, float] | None) -> None:
-        """Save the decoder and, where pictures were held out, the figures before and after."""
+    def finish(self, before: dict[str, float] | None, at_limit: int) -> None:
+        """Save the decoder and, where pictures were held out, the figures before and after.
+
+        at_limit  steps at which the adversarial term's weight was at its limit
+        """
         after = self.validate() if self.judge is not None else None
         weights = self.engine.weights("decoder")
         count = 0 if self.held_out is None else len(self.held_out.images)
@@ -162,7 +165,8 @@ class DecoderTask:
 
         def write() -> None:
             self.save(self.config.out / "decoder", weights, figures)
-            report = json.dumps({"steps": self.engine.step, **figures}, indent=1)
+            notes = {"readings": readings(self.config), "gan_weight_at_limit": at_limit}
+            report = json.dumps({"steps": self.engine.step, **figures, **notes}, indent=1)
             write_atomically(self.config.out / "report.json", report.encode())
 
         self.engine.from_first(write)
@@ -174,6 +178,7 @@ class DecoderTask:
         trained = {
             "recipe": "finetune_decoder", "steps": self.engine.step,
             "ranks": self.engine.world_size, "config": shown(config), "held_out": figures,
+            "readings": readings(config),
         }  # fmt: skip
         network = build(self.architecture, card.channels, card.factor)
         network.load_state_dict(weights, assign=True)  # it was built without memory

@@ -20,7 +20,8 @@ from typing import Any, Literal
 from latentds_trainers.launching import launch
 from latentds_trainers.settings import TrainConfig
 
-# What the paper states (section 3.2), and what the code it builds on has where it does not.
+# What the paper states (section 3.2), and what the code it builds on has where it does not. Not
+# among them: how equation 1 is read (see `readings`); both readings are the paper's preset.
 PAPER: dict[str, Any] = {
     "steps": 120_000,
     "batch_size": 12,
@@ -34,7 +35,6 @@ PAPER: dict[str, Any] = {
     "l1_weight": 1.0,
     "gan_weight": 0.5,
     "embedding_weight": 1.0,
-    "embedding_reduction": "mean",
     "gan_weight_mode": "adaptive",
     "disc_start": 50_001,
     "disc_lr": None,
@@ -138,7 +138,8 @@ class FinetuneConfig(TrainConfig):
     """sum: the reconstruction loss is summed over an image's values, as in the reference, against
     which the adaptive ratio's limit of 10,000 and its 1e-4 are meant."""
     embedding_reduction: Literal["mean", "sum"] = "mean"
-    """L1 over an embedding's dimensions (the paper does not tell; a sum would drown the pixels)."""
+    """L1 over an embedding's dimensions. Equation 1 of the paper is a sum; taken so it weighs some
+    1,000 times the pixels' L1, which is a mean. The run records which reading it took."""
     batch_norm: Literal["eval", "sync"] = "eval"
     """BatchNorm of decoders that have it (DC-AE): frozen statistics, or trained over all ranks
     (GPU only)."""
@@ -261,6 +262,23 @@ class FinetuneConfig(TrainConfig):
         if changed:
             wanted = ", ".join(f"{name}={PAPER[name]}" for name in changed)
             raise ValueError(f"--preset paper-finetune has {wanted}; leave these or the preset")
+
+
+def readings(config: FinetuneConfig) -> dict[str, str]:
+    """How the run reads what the paper leaves open, and where it trains on other latents than it.
+
+    source  Yellapragada et al. 2025, section 3.2
+    """
+    eq_1 = {
+        "sum": "a sum over the embedding's dimensions, as written",
+        "mean": "a mean over the embedding's dimensions; written is a sum",
+    }
+    is_quantized = config.data is not None or config.quantize
+    latents = "dequantized codes; the paper trains on latents that are not quantized"
+    return {
+        "equation 1": eq_1[config.embedding_reduction],
+        "latents": latents if is_quantized else "not quantized, as in the paper",
+    }
 
 
 def main(config: FinetuneConfig) -> None:

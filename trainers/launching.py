@@ -26,6 +26,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TypeVar
 
+from latentds.display import VisibleFormatter, say
 from latentds.errors import LatentdsError
 
 STOPPED = 128 + signal.SIGTERM  # exit code, as a shell tells it
@@ -47,7 +48,9 @@ def launch(main: Callable[[Config], None], config: type[Config], description: st
     settings = tyro.cli(config, args=words, description=description)
     rank = int(os.environ.get("RANK", "0"))
     level = logging.INFO if rank == 0 else logging.ERROR
-    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(level=level, stream=sys.stderr)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(VisibleFormatter("%(message)s"))
     try:
         main(settings)
     except LatentdsError as error:
@@ -80,11 +83,11 @@ def same_on_all_ranks(error: LatentdsError) -> LatentdsError:
 def tell(error: LatentdsError, rank: int) -> None:
     """Print the error's line, once for all ranks where it is every rank's."""
     if rank == 0:
-        print(error, file=sys.stderr, flush=True)
+        say(error, file=sys.stderr, flush=True)
     elif getattr(error, "is_on_all_ranks", False):
         time.sleep(TELLING_S)
     else:
-        print(f"rank {rank}: {error}", file=sys.stderr, flush=True)
+        say(f"rank {rank}: {error}", file=sys.stderr, flush=True)
 
 
 def leave_ranks(together: bool = True) -> None:

@@ -186,10 +186,10 @@ def find_pictures(folder: Path, is_wanted: Callable[[str], bool]) -> list[Path]:
 
 def size_of(path: Path) -> tuple[int, int]:
     """Width and height of a picture; InputError that names one which cannot be read."""
-    from PIL import Image
+    from latentds import opening
 
     try:
-        with Image.open(path) as picture:
+        with opening.open_picture(path) as picture:
             return picture.size
     except DECODE_ERRORS as error:
         raise unreadable(path, f"cannot be read ({first_line(error)})") from error

@@ -17,6 +17,7 @@ from latentds_trainers.checkpoints import package_versions
 from latentds_trainers.segmentation_folds import FoldPlan
 from latentds_trainers.settings import jsonable
 
+from latentds.display import say
 from latentds.evaluation.csv_tables import write_table
 from latentds.evaluation.folds import Fold, split_id
 from latentds.evaluation.records import FoldResult, RunRecord, write_record
@@ -200,7 +201,7 @@ def report(config: SampathConfig, record: RunRecord, outcomes: Sequence[FoldOutc
     """Write result.json and images.csv, and print the result."""
     write_images(config, outcomes)
     write_record(config.out, record)
-    print(json.dumps(record.to_json(), indent=1) if config.json else table(record, config.out))
+    say(json.dumps(record.to_json(), indent=1) if config.json else table(record, config.out))
 
 
 def write_images(config: SampathConfig, outcomes: Sequence[FoldOutcome]) -> None:

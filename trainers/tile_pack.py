@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from latentds.errors import InputError
+from latentds.opening import open_picture
 from latentds.storage import write_atomically
 
 FORMAT = "latentds-tiles/1"
@@ -132,7 +133,7 @@ def read_pack(path: Path) -> tuple[dict[str, list[np.ndarray]], dict[str, float]
 
 def decoded(content: bytes) -> np.ndarray:
     """The pixels of a picture file."""
-    with Image.open(io.BytesIO(content)) as picture:
+    with open_picture(io.BytesIO(content)) as picture:
         if picture.width * picture.height > MAX_PIXELS:
             raise ValueError(f"a picture of {picture.width}x{picture.height} px")
         return np.asarray(picture.convert("RGB"))

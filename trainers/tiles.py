@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from latentds_trainers.tile_pack import pieces_of, read_pack, webp, write_pack
 from latentds_trainers.tile_sources import list_tiles, shares_of
-from PIL import Image
 from torch import Tensor
 
 from latentds.errors import InputError
+from latentds.opening import pixels_of
 
 JUDGED_PX = 256  # edge of what is judged, cut from a picture's middle
 HELD_OUT = "held_out"  # what a pack calls the pictures that are judged by
@@ -46,7 +46,7 @@ def read_tiles(path: Path) -> Tiles:
         name: [picture for file in files for picture in read_pictures(file)]
         for name, files in sources.items()
     }
-    return Tiles(pictures, shares_of(sources), middles([read_picture(file) for file in held_out]))
+    return Tiles(pictures, shares_of(sources), middles([pixels_of(file) for file in held_out]))
 
 
 def pack_tiles(path: Path, pack: Path) -> None:
@@ -59,7 +59,7 @@ def pack_tiles(path: Path, pack: Path) -> None:
         name: [piece for file in files for piece in pieces_of(file, read_pictures)]
         for name, files in sources.items()
     }
-    judged = middles([read_picture(file) for file in held_out]).mul(255).round().byte()
+    judged = middles([pixels_of(file) for file in held_out]).mul(255).round().byte()
     kept = [webp(picture) for picture in judged.permute(0, 2, 3, 1).numpy()]
     write_pack(pack, pieces, shares_of(sources), {HELD_OUT: kept})
 
@@ -67,17 +67,11 @@ def pack_tiles(path: Path, pack: Path) -> None:
 def read_pictures(path: Path) -> list[np.ndarray]:
     """The picture of a file; of a slide, all of its finest level."""
     if path.suffix != ".svs":
-        return [read_picture(path)]
+        return [pixels_of(path)]
     import openslide
 
     with openslide.OpenSlide(path) as slide:
         return [np.asarray(slide.read_region((0, 0), 0, slide.dimensions).convert("RGB"))]
-
-
-def read_picture(path: Path) -> np.ndarray:
-    """The pixels of a PNG or JPEG file, uint8 (H, W, 3)."""
-    with Image.open(path) as picture:
-        return np.asarray(picture.convert("RGB"))
 
 
 def middles(pictures: list[np.ndarray]) -> Tensor:

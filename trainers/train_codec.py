@@ -20,6 +20,8 @@ from typing import Any, Literal
 from latentds_trainers.launching import launch
 from latentds_trainers.settings import TrainConfig
 
+from latentds.display import say
+
 PRESETS: dict[str, dict[str, Any]] = {
     # One core of an EPYC without AVX-512: 0.6 s a step. bf16 is 13 times slower there than fp32.
     "cpu": {
@@ -101,13 +103,13 @@ def train(config: TrainCodecConfig) -> None:
         from latentds_trainers.tiles import pack_tiles
 
         pack_tiles(config.tiles, config.pack)
-        print(config.pack)
+        say(config.pack)
         return
     from latentds_trainers.codec_task import CodecTask
 
     path = CodecTask(config).run()
     if path is not None:
-        print(path)
+        say(path)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from latentds.autoencoders.decoder_record import is_count, is_identity, is_name,
 from latentds.autoencoders.decoders import read_tensors
 from latentds.autoencoders.tiny import TinyDecoder, TinyEncoder
 from latentds.errors import FormatError, WeightsError
+from latentds.foreign_json import read_json
 from latentds.storage import write_together
 
 FORMAT = "latentds-codec/1"
@@ -218,12 +219,7 @@ def is_codec_folder(path: Path) -> bool:
 def read_record(folder: Path) -> CodecRecord:
     """What the codec.json of a folder says, every value checked; FormatError where it is none."""
     path = folder / RECORD
-    if path.stat().st_size > MAX_RECORD_BYTES:
-        raise FormatError(f"{path}: {path.stat().st_size:,} bytes; no {FORMAT}")
-    try:
-        values = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path}: no JSON ({str(error)[:100]})") from error
+    values = read_json(path, MAX_RECORD_BYTES)
     stated = values.get("format") if isinstance(values, dict) else None
     if stated != FORMAT:
         raise FormatError(f"{path}: is {stated!r:.60}, this version reads {FORMAT}")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from latentds.errors import FormatError
+from latentds.foreign_json import read_json
 
 FORMAT = "latentds-decoder/1"
 RECORD, WEIGHTS = "decoder.json", "decoder.safetensors"
@@ -51,12 +52,7 @@ class DecoderRecord:
 def read_record(folder: Path) -> DecoderRecord:
     """What the decoder.json of a folder says; FormatError where it is none."""
     path = folder / RECORD
-    if path.stat().st_size > MAX_RECORD_BYTES:
-        raise FormatError(f"{path}: {path.stat().st_size:,} bytes; no {FORMAT}")
-    try:
-        values = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path}: no JSON ({str(error)[:100]})") from error
+    values = read_json(path, MAX_RECORD_BYTES)
     return parse_record(values, path)
 
 

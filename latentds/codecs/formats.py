@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from latentds.errors import unknown_name
+from latentds.opening import open_picture
 
 DECODE_ERRORS = (
     OSError,
@@ -71,7 +72,7 @@ def save_with_pillow(image: np.ndarray, format: str, **options: object) -> bytes
 
 def open_with_pillow(encoded: bytes, format: str) -> np.ndarray:
     """The picture of a file's bytes by Pillow, which may hold that format only."""
-    with Image.open(io.BytesIO(encoded), formats=[format]) as image:
+    with open_picture(io.BytesIO(encoded), [format]) as image:
         return np.asarray(image.convert("RGB"))
 
 
@@ -111,11 +112,9 @@ def decode_avif(encoded: bytes) -> np.ndarray:
         before = AvifImagePlugin.DEFAULT_MAX_THREADS
         AvifImagePlugin.DEFAULT_MAX_THREADS = 1
         try:
-            image = Image.open(io.BytesIO(encoded), formats=["AVIF"])
+            return open_with_pillow(encoded, "AVIF")
         finally:
             AvifImagePlugin.DEFAULT_MAX_THREADS = before
-    with image:
-        return np.asarray(image.convert("RGB"))
 
 
 def encode_jpeg2000(image: np.ndarray, quality: float) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import logging
 import os
 import shutil
@@ -16,6 +17,7 @@ import torch
 from latentds.autoencoders import load_autoencoder
 from latentds.autoencoders.base import Autoencoder
 from latentds.codebooks import StoredCodebook
+from latentds.conversion.anonymity import hider
 from latentds.conversion.codebook import find_codebook
 from latentds.conversion.config import ConvertConfig
 from latentds.conversion.decode import CHUNKS_AHEAD, PatchReader
@@ -23,10 +25,11 @@ from latentds.conversion.encode import Encoder, choose_batch, choose_device, dev
 from latentds.conversion.finish import finish
 from latentds.conversion.plan import Plan, PlannedShard, make_plan, plan_shards
 from latentds.conversion.shards import write_shards
-from latentds.conversion.workdir import WorkFolder, prepare_output
+from latentds.conversion.stamps import input_stamp
+from latentds.conversion.workdir import WorkFolder, differences, prepare_output
 from latentds.errors import InputError
 from latentds.format import Contract
-from latentds.manifest import Manifest
+from latentds.manifest import Manifest, read_manifest
 
 logger = logging.getLogger(__name__)
 MAX_WORKERS = 16  # decode threads where --workers is not given
@@ -83,11 +86,44 @@ def convert_with(
         contextlib.closing(make_reader(plan, config)) as reader,
         recorded_threads(work),
     ):
+        if work.is_finished:
+            return finished_before(config, plan, autoencoder, work)
         conversion = prepare(config, reader, autoencoder, work)
         write(conversion)
         manifest = finish(conversion)
         shutil.rmtree(work.folder)
     return manifest
+
+
+def finished_before(
+    config: ConvertConfig, plan: Plan, autoencoder: Autoencoder, work: WorkFolder
+) -> Manifest:
+    """The manifest of a set that just this run has made before; its work folder is removed.
+
+    raises  InputError where --out holds a set of other input, options or weights
+    """
+    manifest = read_manifest(config.out)
+    asked = {
+        "options": config.recorded(),
+        "input": input_identity(config, plan),
+        "latent_id": autoencoder.card.latent_id,
+    }
+    kept = manifest.made | {"latent_id": manifest.contract.latent_id}
+    found = {name: kept.get(name) for name in asked}
+    changed = differences(found, json.loads(json.dumps(asked)))
+    if changed:
+        raise InputError(
+            f"{config.out}: holds a finished data set of another run ({', '.join(changed[:5])}); "
+            "choose another --out, or pass --overwrite"
+        )
+    shutil.rmtree(work.folder)
+    logger.info("%s: this run has ended before; nothing is left to do", config.out)
+    return manifest
+
+
+def input_identity(config: ConvertConfig, plan: Plan) -> str:
+    """What tells an input from another; under a key where names are hidden by it."""
+    return hider(config.anonymize)(plan.digest())
 
 
 def make_reader(plan: Plan, config: ConvertConfig) -> PatchReader:
@@ -121,7 +157,11 @@ def prepare(
 ) -> Conversion:
     """Batch, codebook, contract and shards; from the work folder where an earlier run left them."""
     plan, device = reader.plan, choose_device(config.device)
-    asked = {"input": plan.digest(), "made": {"options": config.recorded()}}
+    asked = {
+        "input": plan.digest(),
+        "input_files": input_stamp(plan, config),
+        "made": {"options": config.recorded()},
+    }
     work.compare(asked, config.overwrite)  # before time is spent on a codebook
     earlier = work.read_plan()
     check_not_too_small(plan, autoencoder)
@@ -144,6 +184,7 @@ def prepare(
     decided = {
         "encode_batch": encoder.batch,
         "input": asked["input"],
+        "input_files": asked["input_files"],
         "contract": contract.to_json(),
         "made": made,
     }
@@ -176,6 +217,7 @@ def describe(
     """How the run is made, for the manifest: nothing that names a place, a host or a person."""
     return {
         "options": config.recorded(),
+        "input": input_identity(config, plan),
         "encode_batch": encoder.batch,
         "threads": torch.get_num_threads(),
         "device": device_model(encoder.device),

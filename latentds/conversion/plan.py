@@ -7,19 +7,20 @@ import functools
 import hashlib
 import itertools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
+from latentds.conversion.anonymity import hider
 from latentds.conversion.config import ConvertConfig
 from latentds.conversion.left_out import sources_of
 from latentds.errors import InputError, TooManyBadSamplesError
 from latentds.format import canonical_json, patch_key, shard_name
 from latentds.sources.image_folder import half_labelled
 from latentds.sources.open import list_source, open_source
-from latentds.sources.source import MIXED_CHUNKS, Header, Picture, Source
+from latentds.sources.source import MIXED_CHUNKS, Header, Listing, Picture, Source
 
 BLOCK_PATCHES = 256  # at least so many patches between two points a killed run resumes from
 HEADERS_AT_ONCE = 4096
@@ -92,6 +93,8 @@ def make_plan(config: ConvertConfig) -> Plan:
     """List, read all headers, check, order."""
     source = open_source(config)
     listing = list_source(source, config)
+    if config.anonymize:
+        listing = dataclasses.replace(listing, pictures=by_hidden_names(source, listing, config))
     check_keys(config.source, [picture.source for picture in listing.pictures])
     pictures, headers, bad = read_headers(source, listing.pictures, config)
     by_source = {p.source: header for p, header in zip(pictures, headers, strict=True)}
@@ -110,6 +113,16 @@ def make_plan(config: ConvertConfig) -> Plan:
     )
     check_labels(plan, config)
     return order_regions(plan, config)
+
+
+def by_hidden_names(source: Source, listing: Listing, config: ConvertConfig) -> tuple[Picture, ...]:
+    """The pictures in an order that tells nothing of their names; chunks and slides stay whole."""
+    hide = hider(config.anonymize)
+
+    def rank(picture: Picture) -> tuple[str, ...]:
+        return hide(source.chunk(picture) or ""), hide(picture.slide or ""), hide(picture.source)
+
+    return tuple(sorted(listing.pictures, key=rank))
 
 
 def read_headers(
@@ -188,14 +201,14 @@ def check_labels(plan: Plan, config: ConvertConfig) -> None:
 
 def order_regions(plan: Plan, config: ConvertConfig) -> Plan:
     """The plan, its regions in the order on disk: by split, then shuffled, by slide or by path."""
-    rng = np.random.default_rng([config.seed, 0])
+    rng, hide = np.random.default_rng([config.seed, 0]), hider(config.anonymize)
     parts, splits, start = [], {}, 0
     for split in sorted({picture.split for picture in plan.pictures}):
         members = np.array([i for i, p in enumerate(plan.pictures) if p.split == split])
         if config.order == "shuffle":
             members = shuffle_pictures(plan, members, rng)
         if config.pack_by_slide:
-            members = np.array(sorted(members, key=functools.partial(slide_and_chunk, plan)))
+            members = np.array(sorted(members, key=functools.partial(slide_and_chunk, plan, hide)))
         found = [picture_regions(plan, int(i)) for i in members]
         if config.mix:
             found = [mix_regions(found[i : i + config.mix], rng)
@@ -225,10 +238,10 @@ def without_patches(plan: Plan, regions: np.ndarray) -> tuple[tuple[str, str], .
     return tuple((p.source, plan.source.empty_reason(p)) for p in empty)
 
 
-def slide_and_chunk(plan: Plan, picture: int) -> tuple[str, str]:
+def slide_and_chunk(plan: Plan, hide: Callable[[str], str], picture: int) -> tuple[str, str]:
     """What pictures are sorted by for packs of a slide; its chunks stay whole, to be read once."""
     found = plan.pictures[int(picture)]
-    return found.slide or "", plan.source.chunk(found) or ""
+    return hide(found.slide or ""), hide(plan.source.chunk(found) or "")
 
 
 def shuffle_pictures(plan: Plan, members: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -15,7 +15,7 @@ from typing import Any
 from latentds.conversion.config import ConvertConfig
 from latentds.errors import InputError
 from latentds.format import MANIFEST, SHARD_PATTERN, SIDECARS
-from latentds.storage import exclusive_lock, write_atomically
+from latentds.storage import exclusive_lock, naming, write_atomically
 
 logger = logging.getLogger(__name__)
 SYNC_SECONDS = 2.0
@@ -49,7 +49,7 @@ class Journal:
     def append(self, end: int, blocks: int, packs: int, bad: list[tuple[str, str]]) -> None:
         """Note that the shard is durable to `end`, so many blocks and packs further than before."""
         record = {"end": end, "blocks": blocks, "packs": packs, "bad": bad}
-        with self.path.open("a") as file:
+        with naming(self.path), self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -103,12 +103,16 @@ class Pending:
 
 
 class WorkFolder:
-    """`.latentds/work` of a data set that is being made."""
+    """`.latentds/work` of a data set that is being made.
+
+    is_finished  whether it has been made: the run that is repeated may have nothing left to do
+    """
 
     def __init__(self, out: Path) -> None:
         self.out = out
         self.folder = out / SIDECARS / "work"
         self.journals: dict[str, Journal] = {}
+        self.is_finished = False  # the manifest is there
 
     def journal(self, shard: str) -> Journal:
         """The journal of a shard."""
@@ -205,15 +209,15 @@ def prepare_output(config: ConvertConfig) -> Iterator[WorkFolder]:
         for path in sorted(work.folder.glob("*.lock")):  # workers of a driver that was killed
             with exclusive_lock(path, STRAGGLER_S):
                 pass
-        if (out / MANIFEST).is_file():
-            if not config.overwrite:
-                if not any(path.name != "lock" for path in work.folder.iterdir()):
-                    shutil.rmtree(work.folder)
-                raise InputError(
-                    f"{out}: holds a finished data set; choose another --out, or pass --overwrite"
-                )
+        work.is_finished = (out / MANIFEST).is_file() and not config.overwrite
+        if (out / MANIFEST).is_file() and config.overwrite:
             remove_data_set(out)
-        yield work
+        try:
+            yield work
+        except InputError:
+            if work.is_finished and all(path.name == "lock" for path in work.folder.iterdir()):
+                shutil.rmtree(work.folder)
+            raise
 
 
 def remove_data_set(out: Path) -> None:

@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from latentds import foreign_json
 from latentds.autoencoders.decoder_record import is_count, is_identity, is_object, is_words
 from latentds.errors import FormatError
 
@@ -63,12 +64,7 @@ def read_record(folder: Path) -> BackboneRecord:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A file's JSON object; FormatError where it has none, or is larger than any such file."""
-    if path.stat().st_size > MAX_JSON_BYTES:
-        raise FormatError(f"{path}: {path.stat().st_size:,} bytes; no file of a backbone; refused")
-    try:
-        values = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path}: no JSON ({str(error)[:100]})") from error
+    values = foreign_json.read_json(path, MAX_JSON_BYTES)
     if not isinstance(values, dict):
         raise FormatError(f"{path}: a JSON object is wanted, not {type(values).__name__}")
     return values

@@ -10,7 +10,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from latentds.display import csv_cell, csv_text
 from latentds.errors import InputError
+from latentds.opening import check_regular
 from latentds.storage import write_atomically
 
 SEPARATORS = ",;\t|"
@@ -69,10 +71,14 @@ def read_table(path: Path) -> TextTable:
     raises  InputError where it is not there or cannot be read as such, names a column twice, or a
             line has more or fewer values than columns
     """
+    try:
+        check_regular(path, str(path))
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file; name a CSV that is there") from error
     lines = parquet_lines(path) if path.suffix.lower() == ".parquet" else text_lines(path)
     if not lines:
         raise InputError(f"{path}: is empty; its first line has to name the columns")
-    header = [name.strip() for name in lines[0][1]]
+    header = [csv_text(name.strip()) for name in lines[0][1]]
     kept = [place for place, name in enumerate(header) if not UNNAMED.fullmatch(name)]
     columns = tuple(header[place] for place in kept)
     if len(set(map(folded, columns))) < len(columns):
@@ -82,7 +88,7 @@ def read_table(path: Path) -> TextTable:
             raise InputError(
                 f"{path}, line {number}: {len(row)} values for {len(header)} columns; mend it"
             )
-    rows = [{header[place]: row[place] for place in kept} for _, row in lines[1:]]
+    rows = [{header[place]: csv_text(row[place]) for place in kept} for _, row in lines[1:]]
     for column in columns:
         rewrite(rows, column)
     return TextTable(path, columns, rows, [number for number, _ in lines[1:]])
@@ -172,9 +178,9 @@ def write_table(
     rows: Iterable[Sequence[object]],
     delimiter: str = ",",
 ) -> None:
-    """Write it atomically; floats in full precision."""
+    """Write it atomically; floats in full precision, text as `display.csv_cell` has it."""
     text = io.StringIO(newline="")
     writer = csv.writer(text, delimiter=delimiter, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows(rows)
+    writer.writerow(map(csv_cell, columns))
+    writer.writerows(map(csv_cell, row) for row in rows)
     write_atomically(path, text.getvalue().encode())

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from latentds.errors import FormatError, InputError, missing_extra
+from latentds.opening import check_regular, expands_to
 from latentds.storage import naming, rename_durably
 
 FEATURES, COORDS = "features", "coords"
@@ -152,6 +153,7 @@ class FeatureFile:
     def __init__(self, path: Path) -> None:
         h5py = load_h5py()
         self.path = path
+        check_regular(path, str(path))
         try:
             self.file = h5py.File(path, "r")
         except FileNotFoundError:
@@ -185,6 +187,9 @@ class FeatureFile:
         shape, dtype = self._features.shape, self._features.dtype
         if dtype.kind != "f" or len(shape) != 2 or not 0 < shape[1] <= MAX_DIM:
             raise FormatError(f"{self.path}: 'features' is {dtype} {shape}, not floats (N, D)")
+        for dataset in [part for part in (self._features, self._coords) if part is not None]:
+            if wrong := expands_to(dataset, self.path):
+                raise FormatError(f"{self.path}: {dataset.name} {wrong}")
         if shape[0] > MAX_ROWS:
             raise FormatError(f"{self.path}: 'features' has {shape[0]} rows; refused")
         if self._coords is not None and (

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from latentds.errors import FormatError
+from latentds.foreign_json import read_json
 from latentds.storage import passing_lock, write_atomically
 
 FILE = "left_out.json"
@@ -30,12 +31,7 @@ def read_left_out(folder: Path) -> dict[str, str]:
     path = folder / FILE
     if not path.exists():
         return {}
-    if path.stat().st_size > MAX_BYTES:
-        raise FormatError(f"{path}: {path.stat().st_size:,} bytes; delete it")
-    try:
-        values = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path}: no JSON ({str(error)[:100]}); delete it") from error
+    values = read_json(path, MAX_BYTES, "delete it")
     if not isinstance(values, dict) or not all(isinstance(v, str) for v in values.values()):
         raise FormatError(f"{path}: not reasons by slide; delete it")
     return values

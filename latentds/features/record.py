@@ -10,6 +10,7 @@ from typing import Any
 
 from latentds.errors import ContractError, FormatError
 from latentds.features.layout import RECORD
+from latentds.foreign_json import read_json
 from latentds.storage import passing_lock, write_atomically
 from latentds.version import __version__
 
@@ -106,12 +107,7 @@ def flat(values: dict[str, Any], before: str) -> dict[str, Any]:
 def read_record(folder: Path) -> FeaturesRecord:
     """What the features.json of a folder says; FormatError where it is none."""
     path = folder / RECORD
-    if path.stat().st_size > MAX_BYTES:
-        raise FormatError(f"{path}: {path.stat().st_size:,} bytes; no {FORMAT}")
-    try:
-        values = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path}: no JSON ({str(error)[:100]})") from error
+    values = read_json(path, MAX_BYTES)
     stated = values.get("format") if isinstance(values, dict) else None
     if stated != FORMAT:
         raise FormatError(f"{path}: format is {stated!r:.60}, this version reads {FORMAT}")

@@ -6,12 +6,13 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from latentds.display import code_span, markdown
 from latentds.format import FORMAT
 from latentds.golden import Golden
 from latentds.hub.preview import LABEL, PICTURE, PREVIEW, SLIDE
 from latentds.hub.snippets import Publication, loading
 from latentds.manifest import Manifest
-from latentds.publishing import cell, front_matter, has_masks, label_table
+from latentds.publishing import front_matter, has_masks, label_table
 
 PREVIEW_CONFIG = (
     "- config_name: preview",
@@ -120,20 +121,20 @@ def facts(manifest: Manifest) -> dict[str, str]:
     """Sizes and identities, as the manifest has them."""
     contract, card, made = manifest.contract, manifest.contract.autoencoder, manifest.made
     stored = sum(shard.bytes for shard in manifest.shards)
-    tables = sum(int(entry.get("bytes", 0)) for entry in manifest.tables.values())
+    tables = sum(int(entry.get("bytes") or 0) for entry in manifest.tables.values())
     books = [f"{book.summary}, {book.kind}" for book in manifest.codebooks]
-    origin = cell(str(made.get("codebook", {}).get("origin", "origin not recorded")))
+    origin = markdown(made["codebook"].get("origin") or "origin not recorded")
     return {
         "patches": f"{manifest.patches:,} in {manifest.packs:,} packs",
         "shards": f"{len(manifest.shards):,}, {stored / 1e6:,.1f} MB",
         "tables": f"{tables / 1e6:,.1f} MB",
         "slides": f"{len(manifest.slides):,}",
         "masks": "yes" if has_masks(made) else "no",
-        "pictures left out": f"{len(made.get('left_out', [])):,}",
+        "pictures left out": f"{len(made['left_out']):,}",
         "autoencoder": describe_autoencoder(card),
         "codebook": f"{' and '.join(books)}; {origin}",
-        "latent_id": f"`{contract.latent_id}`",
-        "decoder_id": f"`{contract.decoder_id}`",
+        "latent_id": code_span(contract.latent_id),
+        "decoder_id": code_span(contract.decoder_id),
         "codebook_id": ", ".join(f"`{book.codebook_id}`" for book in manifest.codebooks),
         "dataset_id": f"`{manifest.dataset_id}`",
     }
@@ -142,13 +143,15 @@ def facts(manifest: Manifest) -> dict[str, str]:
 def describe_autoencoder(card: dict[str, Any]) -> str:
     """Name, shape and place of an autoencoder."""
     text = (
-        f"`{card.get('name')}` ({card.get('class_name')}, factor {card.get('factor')}, "
+        f"{code_span(card.get('name'))} ({markdown(card.get('class_name'))}, factor "
+        f"{card.get('factor')}, "
         f"{card.get('channels')} channels)"
     )
     if card.get("repository"):
         revision = card.get("revision") or "revision not recorded"
-        text += f", `{card['repository']}` {card.get('subfolder') or ''} at `{revision}`"
-    return cell(text)
+        place = f"{code_span(card['repository'])} {markdown(card.get('subfolder') or '')}"
+        text += f", {place} at {code_span(revision)}"
+    return text
 
 
 def fidelity(golden: Golden) -> str:
@@ -173,7 +176,9 @@ def licences(manifest: Manifest, publication: Publication, warnings: Sequence[st
     if publication.licence_link:
         licence = f"[{licence}]({publication.licence_link})"
     lines = [f"this data set: {licence}"]
-    lines += [f"the autoencoder {card.get('name')}: {card.get('licence') or 'unknown'}", *warnings]
+    name, terms = markdown(card.get("name")), markdown(card.get("licence") or "unknown")
+    lines.append(f"the autoencoder {name}: {terms}")
+    lines += map(markdown, warnings)
     return "\n".join(f"- {line}" for line in lines)
 
 

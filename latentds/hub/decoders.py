@@ -11,6 +11,7 @@ from typing import Any
 from latentds.autoencoders.cards import CARDS
 from latentds.autoencoders.decoder_record import RECORD, WEIGHTS, DecoderRecord, read_record
 from latentds.autoencoders.decoders import find_decoder_folder, load_decoder
+from latentds.display import code_span, markdown
 from latentds.embedders.base import EmbedderCard
 from latentds.embedders.cards import CARDS as EMBEDDERS
 from latentds.errors import InputError
@@ -19,7 +20,7 @@ from latentds.hub.licences import HUB_LICENCES, check_licence, is_non_commercial
 from latentds.hub.model_files import ModelPublication, front_matter, publish_files
 from latentds.hub.plan import README
 from latentds.hub.upload import Published
-from latentds.publishing import MAX_FACT, cell, facts_table
+from latentds.publishing import MAX_FACT, facts_table
 
 CARD = """---
 {front_matter}
@@ -27,16 +28,16 @@ CARD = """---
 
 # {title}
 
-A decoder for the latents that the autoencoder `{autoencoder}` makes of pathology patches:
-{channels} channels, {factor} px a latent cell, network `{network}`. It turns latents stored as
+A decoder for the latents that the autoencoder {autoencoder} makes of pathology patches:
+{channels} channels, {factor} px a latent cell, network {network}. It turns latents stored as
 `latentds/1` sets back into pictures. Decoding loses detail and makes some up. **Not for
 diagnosis.**
 
 | | |
 |---|---|
-| reads latent_id | `{latent_id}` |
+| reads latent_id | {latent_id} |
 | base autoencoder | {base} |
-| decoder_id | `{decoder_id}` |
+| decoder_id | {decoder_id} |
 | licence | {licence} |
 
 ## Load
@@ -179,14 +180,14 @@ def decoder_card(record: DecoderRecord, publication: ModelPublication) -> str:
     return CARD.format(
         front_matter=front_matter(publication, tags, base.repository if base else None),
         title=publication.repository.partition("/")[2],
-        autoencoder=cell(record.autoencoder),
+        autoencoder=code_span(record.autoencoder),
         channels=record.channels,
         factor=record.factor,
-        network=cell(network(record.architecture)),
-        latent_id=record.latent_id,
-        decoder_id=record.decoder_id,
+        network=code_span(network(record.architecture)),
+        latent_id=code_span(record.latent_id),
+        decoder_id=code_span(record.decoder_id),
         base=describe_base(record),
-        licence=cell(str(licence)),
+        licence=markdown(str(licence)),
         repository=publication.repository,
         at=publication.at,
         trained=facts_table(record.trained, RECORD),
@@ -202,7 +203,7 @@ def network(architecture: Mapping[str, Any]) -> str:
 def describe_base(record: DecoderRecord) -> str:
     """Name and place of the autoencoder whose encoder makes the latents."""
     card = CARDS.get(record.autoencoder)
-    text = f"`{record.autoencoder}`"
+    text = code_span(record.autoencoder)
     if card is not None and card.repository:
         text += f", `{card.repository}` {card.subfolder or ''} at `{card.revision or 'main'}`"
-    return cell(text)
+    return text

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from latentds.errors import FormatError, InputError
-from latentds.files import parse_json
+from latentds.foreign_json import parse_json
 from latentds.format import MANIFEST, SIDECARS
 from latentds.hub.client import NAME, HubFile, Repository
 from latentds.hub.plan import README

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from latentds.errors import FormatError, InputError
-from latentds.files import parse_json
+from latentds.foreign_json import parse_json
 from latentds.format import MANIFEST
 from latentds.hub.client import HubFile, Repository
 from latentds.hub.preview import PREVIEW

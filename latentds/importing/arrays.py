@@ -18,6 +18,8 @@ from safetensors import SafetensorError, safe_open
 
 from latentds.errors import InputError
 from latentds.format import NPY_ERRORS
+from latentds.opening import check_regular, open_regular
+from latentds.storage import naming
 
 ARRAY_SUFFIXES = (".npy", ".npz", ".safetensors")
 LATENTS, LABELS = ("latents", "codes", "arr_0"), ("labels", "label", "y")  # names looked for
@@ -37,7 +39,7 @@ class NpyHeader(NamedTuple):
 
 def read_npy_header(path: Path) -> NpyHeader:
     """The header of an npy file whose content has just the bytes it announces."""
-    with path.open("rb") as file:
+    with open_regular(path, str(path)) as file:
         header = parse_npy_header(file, str(path))
     expected = header.offset + math.prod(header.shape) * header.dtype.itemsize
     if path.stat().st_size != expected:
@@ -68,7 +70,7 @@ def parse_npy_header(file: BinaryIO, where: str) -> NpyHeader:
 def read_npy(path: Path) -> np.ndarray:
     """A whole small npy file."""
     header = read_npy_header(path)
-    with path.open("rb") as file:
+    with open_regular(path, str(path)) as file:
         file.seek(header.offset)
         values = np.frombuffer(file.read(), header.dtype)
     return values.reshape(header.shape, order="F" if header.fortran else "C")
@@ -116,6 +118,7 @@ def facts_of(
 
 def inspect_safetensors(path: Path) -> ArrayFacts:
     """The facts of a safetensors file."""
+    check_regular(path, str(path))
     try:
         with safe_open(path, framework="pt") as file:
             names = list(file.keys())
@@ -142,6 +145,7 @@ def inspect_npz(path: Path) -> ArrayFacts:
 
 def open_zip(path: Path) -> zipfile.ZipFile:
     """An npz archive; InputError where it is none."""
+    check_regular(path, str(path))
     try:
         return zipfile.ZipFile(path)
     except (zipfile.BadZipFile, OSError) as error:
@@ -239,7 +243,7 @@ class ArrayRows:
                     f"{free} free; set TMPDIR to a larger disk"
                 )
             try:
-                with archive.open(entry) as stream, target.open("wb") as file:
+                with archive.open(entry) as stream, naming(target), target.open("wb") as file:
                     shutil.copyfileobj(stream, file, 1 << 20)
             except (zipfile.BadZipFile, zlib.error, EOFError) as error:
                 raise InputError(f"{path}: damaged ({error}); fetch it anew") from error

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from latentds.display import csv_text
 from latentds.errors import InputError
 from latentds.importing.arrays import (
     ARRAY_SUFFIXES,
@@ -197,7 +198,12 @@ def read_table(base: Path) -> list[ForeignPatch]:
     """The patches of an export's table.csv."""
     with (base / TABLE).open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
-        return [table_patch(base, record, reader.line_num) for record in reader]
+        return [
+            table_patch(
+                base, {n: csv_text(v or "") for n, v in record.items() if n}, reader.line_num
+            )
+            for record in reader
+        ]
 
 
 def table_patch(base: Path, record: dict[str, Any], line: int) -> ForeignPatch:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from latentds.display import code_span, markdown
 from latentds.embedders.backbone_record import RECORD, BackboneRecord
-from latentds.publishing import cell, facts_table
+from latentds.publishing import facts_table
 
 CARD = """---
 {front_matter}
@@ -11,16 +12,16 @@ CARD = """---
 
 # {title}
 
-A backbone for pathology patches, trained with latentds: `{arch}`, {channels} input channels,
+A backbone for pathology patches, trained with latentds: {arch}, {channels} input channels,
 embeddings of {dim} numbers. **Not for diagnosis.** For research; try it on data of your own first.
 
 | | |
 |---|---|
-| network | `{arch}` of timm, {arguments} |
+| network | {arch} of timm, {arguments} |
 | input | {input} |
 | trained at | {input_px} px |
 | normalization | mean {mean}, std {std} |
-| weights_id | `{weights_id}` |
+| weights_id | {weights_id} |
 {licence}
 ## Load
 
@@ -51,7 +52,7 @@ features = embedder.embed(images)
 
     latentds features SET --embedder {embedder} --out FEATURES
 """
-LATENTS = """It reads latents without decoding, of latent_id `{latent_id}` alone,
+LATENTS = """It reads latents without decoding, of latent_id {latent_id} alone,
 and no pictures. With latentds:
 
     latentds features SET --embedder latent-dir:{folder} --out FEATURES
@@ -86,16 +87,16 @@ def backbone_card(
     return CARD.format(
         front_matter=front_matter,
         title=title,
-        arch=cell(record.arch),
+        arch=code_span(record.arch),
         channels=record.channels,
         dim=record.dim,
-        arguments=cell(describe_arguments(record)),
+        arguments=markdown(describe_arguments(record)),
         input=describe_input(record),
         input_px=record.input_px,
         mean=numbers(record.mean),
         std=numbers(record.std),
-        weights_id=record.weights_id,
-        licence=f"| licence | {cell(licence)} |\n" if licence else "",
+        weights_id=code_span(record.weights_id),
+        licence=f"| licence | {markdown(licence)} |\n" if licence else "",
         load=how_to_load(record, repository),
         trained=facts_table(record.trained, RECORD),
         notes=f"\n{notes.strip()}\n" if notes.strip() else "",
@@ -110,7 +111,7 @@ def how_to_load(record: BackboneRecord, repository: str | None) -> str:
         return PICTURES.format(timm_place=timm_place, embedder=embedder)
     builds = TIMM_BUILDS.format(channels=record.channels, timm_place=timm_place)
     return LATENTS.format(
-        latent_id=record.stem.get("latent_id") or "not recorded",
+        latent_id=code_span(record.stem.get("latent_id") or "not recorded"),
         folder="FOLDER",
         timm=TIMM_CANNOT if record.model_args is None else builds,
     )

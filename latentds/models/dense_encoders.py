@@ -19,6 +19,7 @@ from latentds.autoencoders.base import hash_tensors
 from latentds.embedders import NetworkEmbedder, load_embedder
 from latentds.embedders.nic import FIELD_PX, SEEN_PX, NicEncoder
 from latentds.errors import ShapeError, WeightsError
+from latentds.models.positions import resample_positions
 
 Mapper = Callable[[Any, Tensor], Tensor]  # network, prepared images -> (B, C, h, w)
 
@@ -101,7 +102,12 @@ def load_dense_encoder(name: str, input_px: int, grid: int) -> DenseEncoder:
         "mean": hipt.MEAN,
         "std": hipt.STD,
     }
-    return of_timm(network, input_px, grid, facts)
+    table, own = network.pos_embed.detach().clone(), tuple(network.patch_embed.grid_size)
+    encoder = of_timm(network, input_px, grid, facts)
+    new = tuple(network.patch_embed.grid_size)
+    # set_input_size has resampled it as timm does, with antialiasing and without DINO's offset.
+    network.pos_embed.data = resample_positions(table, own, new, int(network.num_prefix_tokens))
+    return encoder
 
 
 def of_embedder(embedder: NetworkEmbedder, input_px: int, grid: int) -> DenseEncoder:

@@ -1,8 +1,8 @@
 """HIPT's ViT-S/16 over patches of 256 px, from its published file or a plain state dict.
 
 Chen et al., CVPR 2022; github.com/mahmoodlab/HIPT, file `vit256_small_dino.pth`, a checkpoint of
-DINO. The network is timm's `vit_small_patch16_224`, whose tensors carry the same names. Position
-embeddings are interpolated by timm, bicubic as in DINO but without its offset of a tenth of a cell.
+DINO. The network is timm's `vit_small_patch16_224`, whose tensors carry the same names. Its table
+of positions is of 14x14 cells, HIPT's patches have 16x16: see `positions.resample_positions`.
 """
 
 from __future__ import annotations

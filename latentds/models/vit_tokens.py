@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from latentds.errors import InputError, ShapeError, missing_extra
+from latentds.models.positions import add_positions
 
 
 def require_vit(network: Any, *, class_token: bool) -> None:
@@ -57,7 +58,8 @@ def encode(
     kept        int64 (B, K): patch tokens that the blocks see; all without
     raises      ShapeError
 
-    With neither, what the network's own `forward_features` gives.
+    With neither, what the network's own `forward_features` gives, but for images of another size
+    than its own: their positions are resampled as in DINOv2.
     """
     tokens = vit.patch_embed(values)  # (B, h, w, D), or (B, T, D) without dynamic_img_size
     if masks is not None and mask_token is not None:
@@ -66,7 +68,7 @@ def encode(
             raise ShapeError(f"masks are {tuple(masks.shape)}; tokens are {shape}, flattened")
         masked = masks.view(*tokens.shape[:-1], 1)
         tokens = torch.where(masked, mask_token.to(tokens.dtype), tokens)
-    tokens = vit._pos_embed(tokens)
+    tokens = add_positions(vit, tokens)
     if kept is not None:
         tokens = keep(tokens, kept, vit.num_prefix_tokens)
     encoded: Tensor = vit.norm(run_blocks(vit, vit.norm_pre(tokens)))

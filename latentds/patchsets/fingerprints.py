@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from latentds.errors import InputError
+from latentds.opening import open_regular
 from latentds.sources.source import Header, Picture, Source
 
 SAMPLED = 64  # pictures whose bytes are read, spread evenly over all
@@ -52,6 +53,6 @@ def first_bytes(source: Source, picture: Picture, header: Header | None) -> list
     found = []
     for file in (source.file(picture), mask):
         if file is not None:
-            with file.open("rb") if isinstance(file, Path) else file as content:
+            with open_regular(file) if isinstance(file, Path) else file as content:
                 found.append(content.read(READ_BYTES))
     return found

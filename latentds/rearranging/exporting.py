@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from latentds.codebooks import StoredCodebook, save_codebook
+from latentds.display import csv_cell
 from latentds.errors import InputError
 from latentds.format import FORMAT, canonical_json
 from latentds.lookup import make_integers
@@ -177,7 +178,7 @@ def export_npy(
                     path = f"{name}/{patch_path(row.label, row.slide, row.key, '.npy')}"
                     (target / path).parent.mkdir(parents=True, exist_ok=True)
                     np.save(target / path, value)
-                    table.writerow([*table_line(path, row, FIELDS), *more])
+                    table.writerow(map(csv_cell, [*table_line(path, row, FIELDS), *more]))
                 count += len(rows)
     return count
 

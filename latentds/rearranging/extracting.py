@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from latentds.autoencoders.base import Autoencoder
 from latentds.decoding import Decoder, find_autoencoder
+from latentds.display import csv_cell
 from latentds.errors import InputError
 from latentds.reader import ShardSet
 from latentds.rearranging.exporting import TABLE, sources_of
@@ -197,5 +198,5 @@ def write_table(out: Path, lines: Sequence[Sequence[Any]]) -> None:
     text = io.StringIO(newline="")
     table = csv.writer(text)
     table.writerow(FIELDS)
-    table.writerows(lines)
+    table.writerows(map(csv_cell, line) for line in lines)
     write_atomically(out / TABLE, text.getvalue().encode())

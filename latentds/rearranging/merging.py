@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import hashlib
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,7 +16,7 @@ from tqdm import tqdm
 
 from latentds.columns import encode_table
 from latentds.composing import Composer, complete
-from latentds.errors import DamagedPackError, InputError
+from latentds.errors import DamagedPackError, FormatError, InputError
 from latentds.format import GOLDEN, Contract, joined_names, pack_key
 from latentds.golden import MAX_GOLDEN, read_golden_table, renumbered
 from latentds.index import ShardIndex
@@ -26,7 +25,7 @@ from latentds.mixture import check_mixable
 from latentds.reader import ShardSet
 from latentds.rearranging.outputs import local_folder, new_data_set
 from latentds.scan import read_contract, scan_members
-from latentds.storage import READ_BYTES, rename_durably, write_atomically
+from latentds.storage import READ_BYTES, naming, rename_durably, sha256_file, write_atomically
 from latentds.writer import BLOCK, ShardWriter, member_header
 
 
@@ -108,22 +107,52 @@ def copy_shards(composer: Composer, sets: Sequence[ShardSet]) -> None:
                     codebook = shards.manifest.contract_of(number).codebook
                     contract = dataclasses.replace(composer.contract, codebook=codebook)
                     source = Path(shards.folder) / record.name
-                    copy = functools.partial(copy_shard, source, contract, split)
+                    digests: list[str] = []
+                    copy = functools.partial(copy_noting, digests, source, contract, split)
                     check_copy(shards, number, composer.add_shard(split, contract, copy))
+                    check_sha256(source, digests[0], record.sha256)
                     bar.update(record.bytes)
 
 
-def copy_shard(source: Path, contract: Contract, split: str, path: Path, number: int) -> None:
-    """Copy a shard to be number `number` of its split: as it is where that changes nothing."""
+def copy_noting(digests: list[str], *words: Any) -> None:
+    """`copy_shard`, its result appended: a composer's copy gives none."""
+    digests.append(copy_shard(*words))
+
+
+def copy_hashed(source: Path, target: Path) -> str:
+    """Copy a file durably; returns the hex sha256 of what was read."""
+    digest = hashlib.sha256()
+    with source.open("rb") as file, naming(target), target.open("wb") as copy:
+        while block := file.read(READ_BYTES):
+            digest.update(block)
+            copy.write(block)
+        copy.flush()
+        os.fsync(copy.fileno())
+    return digest.hexdigest()
+
+
+def check_sha256(source: Path, found: str, recorded: str) -> None:
+    """Refuse a shard that is not the one its set's manifest lists; damage is not passed on."""
+    if found != recorded:
+        raise FormatError(
+            f"{source}: sha256 is {found[:12]}..., its manifest records {recorded[:12]}...; "
+            "damaged or replaced, fetch it anew"
+        )
+
+
+def copy_shard(source: Path, contract: Contract, split: str, path: Path, number: int) -> str:
+    """Copy a shard to be number `number` of its split: as it is where that changes nothing.
+
+    returns  sha256 of the shard that was read
+    """
     if source.name == path.name and read_contract(source).to_json() == contract.to_json():
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{path.name}.partial")
-        shutil.copyfile(source, partial)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
+        digest = copy_hashed(source, partial)
         rename_durably(partial, path)
-        return
-    with source.open("rb") as file, ShardWriter(path, contract) as writer:
+        return digest
+    digest = sha256_file(source)
+    with source.open("rb") as file, naming(path), ShardWriter(path, contract) as writer:
         places: dict[str, int] = {}
         for member in scan_members(file, str(source)):
             place = places.setdefault(member.key, len(places))
@@ -131,6 +160,7 @@ def copy_shard(source: Path, contract: Contract, split: str, path: Path, number:
             writer.file.write(member_header(name, member.size))
             copy_bytes(file, writer.file, member.offset, member.size + -member.size % BLOCK)
         writer.finish()
+    return digest
 
 
 def copy_bytes(source: BinaryIO, target: BinaryIO, offset: int, size: int) -> None:

@@ -8,6 +8,7 @@ from typing import Literal
 from latentds.errors import InputError
 from latentds.evaluation.csv_tables import read_table
 from latentds.format import SPLIT_PATTERN
+from latentds.opening import check_regular
 from latentds.sources.fields import columns_of
 
 
@@ -46,6 +47,7 @@ def read_splits(path: Path) -> tuple[Literal["slide", "patient"], dict[str, str]
 def read_text(path: Path) -> str:
     """A file's text; InputError where it is not UTF-8."""
     try:
+        check_regular(path, str(path))
         return path.read_text("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text ({error.reason}); save it as such") from error

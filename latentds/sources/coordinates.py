@@ -12,6 +12,7 @@ import numpy as np
 
 from latentds.conversion.config import ConvertConfig
 from latentds.errors import InputError, missing_extra
+from latentds.opening import check_regular, expands_to
 from latentds.sources.image_folder import walk
 from latentds.sources.kinds import sort_files
 from latentds.sources.slide_reading import distinct, slide_mpp
@@ -56,6 +57,7 @@ def read_coordinates(path: Path) -> Coordinates:
         import h5py
     except ImportError as error:
         raise missing_extra("h5py", "slides") from error
+    check_regular(path)
     try:
         with h5py.File(path, "r") as file:
             link = file.get("coords", getlink=True)
@@ -63,14 +65,14 @@ def read_coordinates(path: Path) -> Coordinates:
             if not isinstance(link, h5py.HardLink):
                 raise InputError("has no data set 'coords' of its own")
             coords = file["coords"]
-            check_dataset(coords)
+            check_dataset(coords, path)
             places, attributes = coords[:], dict(coords.attrs)
     except (OSError, KeyError, RuntimeError) as error:
         raise InputError(f"is no readable h5 file ({type(error).__name__})") from error
     return Coordinates(places.astype(np.int64), *sizes_of(attributes))
 
 
-def check_dataset(coords: Any) -> None:
+def check_dataset(coords: Any, path: Path) -> None:
     """Refuse what is not a bounded array of whole numbers inside the file."""
     if getattr(coords, "external", None) or getattr(coords, "is_virtual", False):
         raise InputError("keeps 'coords' in other files; refused")
@@ -78,6 +80,8 @@ def check_dataset(coords: Any) -> None:
         raise InputError(f"'coords' is {coords.dtype} {coords.shape}, not integers (n, 2)")
     if len(coords) > MAX_COORDINATES:
         raise InputError(f"'coords' has {len(coords)} rows; refused")
+    if wrong := expands_to(coords, path):
+        raise InputError(f"'coords' {wrong}")
 
 
 def sizes_of(attributes: dict[str, Any]) -> tuple[int, int, tuple[int, int] | None]:

@@ -174,7 +174,11 @@ def image_column(dataset: Any, root: Path) -> str:
 
 def records_of(dataset: Any) -> Iterator[dict[str, Any]]:
     """What is said of every row, class numbers as names; no image is touched."""
-    names = [name for name in dataset.column_names if name in COLUMNS]
+    import datasets
+
+    plain = (datasets.Value, datasets.ClassLabel)  # others are decoded, by whatever reads them
+    names = [n for n in dataset.column_names if n in COLUMNS]
+    names = [n for n in names if isinstance(dataset.features[n], plain)]
     labels = {n: dataset.features[n] for n in names if hasattr(dataset.features[n], "int2str")}
     if not names:
         yield from ({} for _ in range(len(dataset)))

@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from latentds.errors import InputError
+from latentds.opening import check_regular
 from latentds.sources.names import is_identifier
 from latentds.sources.pictures import picture_suffixes
 from latentds.sources.source import Header, Listing, Picture
@@ -122,7 +123,10 @@ def read_folders(root: Path, paths: Sequence[str], use_labels: bool, use_splits:
 
 
 def walk(root: Path) -> Iterator[str]:
-    """Posix paths of the files below `root`, by name in every folder; links followed, loops not."""
+    """Posix paths of the files below `root`, by name in every folder; links followed, loops not.
+
+    raises  InputError for a named pipe, a device or a socket among them
+    """
 
     def visit(folder: str, prefix: str, above: tuple[str, ...]) -> Iterator[str]:
         real = os.path.realpath(folder)
@@ -133,8 +137,10 @@ def walk(root: Path) -> Iterator[str]:
         for entry in sorted(visible, key=lambda e: e.name):
             if entry.is_dir():
                 yield from visit(entry.path, f"{prefix}{entry.name}/", (*above, real))
-            else:
-                yield f"{prefix}{entry.name}"
+                continue
+            if not entry.is_file() and Path(entry.path).exists():  # a broken link is told later
+                check_regular(Path(entry.path), entry.path)
+            yield f"{prefix}{entry.name}"
 
     yield from visit(str(root), "", ())
 

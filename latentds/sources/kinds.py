@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
 
-from PIL import Image
-
 from latentds.codecs.formats import DECODE_ERRORS
 from latentds.errors import InputError
+from latentds.opening import open_picture
 from latentds.sources.pictures import picture_suffixes
 
 # OpenSlide's own, slides even where they cannot be read; of all others OpenSlide is asked.
@@ -102,7 +101,7 @@ def size_of(path: Path) -> tuple[tuple[int, int], int]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of damaged directories, which are told elsewhere
-            with Image.open(path, formats=["TIFF"]) as image:
+            with open_picture(path, ["TIFF"]) as image:
                 return image.size, getattr(image, "n_frames", 1)
     except (*DECODE_ERRORS, TypeError):  # Pillow's for a directory without a size
         return (0, 0), 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -128,12 +128,18 @@ def parse_shares(text: str) -> dict[str, float]:
     return shares
 
 
-def split_patients(names: Iterable[str], shares: dict[str, float], seed: int) -> dict[str, str]:
+def split_patients(
+    names: Iterable[str],
+    shares: dict[str, float],
+    seed: int,
+    hide: Callable[[str], str] = str,
+) -> dict[str, str]:
     """Split of every patient: no patient in two.
 
     Patients are ordered by a hash of (seed, name) and cut: the same splits on every machine.
+    hide  what stands for a name in that hash, so that a split tells nobody which patients it has
     """
-    patients = sorted(set(names), key=lambda name: key_of("split", seed, name))
+    patients = sorted(set(names), key=lambda name: key_of("split", seed, hide(name)))
     ends = np.rint(np.cumsum(list(shares.values())) * len(patients)).astype(int).tolist()
     return {
         patient: name

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from latentds.conversion.anonymity import Anonymizer
+from latentds.conversion.anonymity import hider
 from latentds.conversion.config import ConvertConfig
 from latentds.errors import InputError
 from latentds.evaluation.slide_names import some
@@ -74,7 +74,7 @@ def choose(pictures: Sequence[Picture], config: ConvertConfig) -> tuple[Picture,
     """The pictures that --only names."""
     assert config.only is not None
     names = {line.strip() for line in config.only.read_text().splitlines() if line.strip()}
-    hide = Anonymizer(config.anonymize) if config.anonymize else str
+    hide = hider(config.anonymize)
     chosen = tuple(p for p in pictures if p.source in names or hide(p.source) in names)
     if not chosen:
         raise InputError(f"{config.only}: names none of the {len(pictures)} sources")
@@ -109,8 +109,9 @@ def deal_patients(
             "patient"
         )
     known = [found for found in told if found is not None]
-    part_of = split_patients((patient for patient, _ in known), parse_shares(config.split_patients),
-                             config.seed)  # fmt: skip
+    shares = parse_shares(config.split_patients)
+    names = (patient for patient, _ in known)
+    part_of = split_patients(names, shares, config.seed, hider(config.anonymize))
     kinds = Counter(kind for _, kind in set(known))
     dealt = tuple(
         dataclasses.replace(picture, split=part_of[patient])

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from latentds.errors import InputError
+from latentds.opening import check_regular
 from latentds.sources.records import COLUMNS
 from latentds.sources.slide_reading import reason_of
 
@@ -135,6 +136,7 @@ def read_footer(path: Path) -> tuple[Any, Any]:
     """A Parquet file's footer and its Arrow schema."""
     import pyarrow.parquet as pq
 
+    check_regular(path, str(path))
     with reading(path), pq.ParquetFile(path) as file:
         return file.metadata, file.schema_arrow
 

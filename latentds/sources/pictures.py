@@ -11,11 +11,10 @@ from PIL import Image
 
 from latentds.codecs.formats import DECODE_ERRORS
 from latentds.errors import InputError
+from latentds.opening import known_formats, open_picture
 from latentds.sources.source import Header
 
-# Formats that Pillow only names, or that are no 8-bit pictures.
 MASK_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif")
-NOT_PICTURES = {"BUFR", "GRIB", "HDF5", "MPEG", "FITS", "EPS", "WMF"}
 BITS_PER_SAMPLE = 258  # TIFF tag
 HEAD_BYTES = 1 << 16
 CONVERTED = ("1", "L", "P", "CMYK", "RGBA", "LA", "PA", "RGBX", "YCbCr")  # to RGB, and counted
@@ -26,9 +25,9 @@ JPEG_LUMA_AT_50 = np.array(
 
 
 def picture_suffixes() -> set[str]:
-    """Lower-case file suffixes Pillow opens as pictures."""
-    suffixes = Image.registered_extensions()
-    return {s for s, name in suffixes.items() if name in Image.OPEN and name not in NOT_PICTURES}
+    """Lower-case file suffixes of the formats that are opened as pictures."""
+    suffixes, formats = Image.registered_extensions(), known_formats()
+    return {suffix for suffix, name in suffixes.items() if name in formats}
 
 
 def read_header(file: Path | BinaryIO, max_px: int) -> Header:
@@ -37,7 +36,7 @@ def read_header(file: Path | BinaryIO, max_px: int) -> Header:
     InputError (without the name) where it cannot be converted.
     """
     try:
-        with Image.open(file) as image:
+        with open_picture(file) as image:
             check_mode(image.mode)
             check_depth(image)
             width, height = image.size
@@ -56,7 +55,7 @@ def size_of(file: Path | BinaryIO) -> int:
 def read_picture(file: Path | BinaryIO, max_px: int) -> tuple[np.ndarray, str]:
     """Pixels uint8 (H, W, 3) and the mode they were converted from; InputError (without name)."""
     try:
-        with Image.open(file) as image:
+        with open_picture(file) as image:
             check_mode(image.mode)
             if image.width * image.height > max_px:
                 raise InputError(f"{image.width}x{image.height} px is more than --max-px {max_px}")
@@ -75,7 +74,7 @@ def find_mask(folder: Path, source: str, size_px: tuple[int, int]) -> Path:
     if path is None:
         raise InputError(f"has no mask under --masks ({Path(source).with_suffix('.png')})")
     try:
-        with Image.open(path) as image:
+        with open_picture(path) as image:
             check_mask(image, size_px)
     except DECODE_ERRORS as error:
         raise InputError(f"its mask cannot be read ({first_line(error)})") from error
@@ -93,7 +92,7 @@ def check_mask(image: Image.Image, size_px: tuple[int, int]) -> None:
 def read_mask(path: Path, size_px: tuple[int, int]) -> np.ndarray:
     """Mask uint8 (H, W) of just that size, values untouched; InputError (without the name)."""
     try:
-        with Image.open(path) as image:
+        with open_picture(path) as image:
             check_mask(image, size_px)
             # A palette's indices are the classes; its colours are for looking at.
             mask = np.asarray(image)

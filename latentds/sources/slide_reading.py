@@ -13,6 +13,8 @@ import numpy as np
 from PIL import Image
 
 from latentds.errors import InputError, missing_extra
+from latentds.opening import check_regular
+from latentds.sources.slide_probe import probe_slide
 
 THUMBNAIL_MPP = 8.0  # a 256 px patch at 0.5 mpp is 16 px of it
 MAX_THUMBNAIL_PX = 4096
@@ -33,6 +35,8 @@ def open_slide(path: Path) -> Any:
         import openslide
     except ImportError as error:
         raise missing_extra("openslide-python", "slides") from error
+    check_regular(path)
+    probe_slide(path)
     try:
         return openslide.OpenSlide(str(path))
     except (openslide.OpenSlideError, OSError) as error:

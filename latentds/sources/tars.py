@@ -10,6 +10,7 @@ from typing import Any, BinaryIO, NamedTuple, cast
 
 from latentds.errors import InputError
 from latentds.format import HEADER_PREFIX
+from latentds.opening import open_regular
 
 MAX_HEADER_BYTES = 1 << 20  # a PAX or GNU header; a member's own takes 512
 TAR_ERRORS = (tarfile.TarError, ValueError, OverflowError, EOFError)
@@ -66,7 +67,7 @@ class Window(io.RawIOBase):
 
 def open_member(path: Path, span: tuple[int, int]) -> BinaryIO:
     """A member's bytes as a file; just what is asked for is read of them."""
-    return io.BufferedReader(Window(cast(BinaryIO, path.open("rb", buffering=0)), span))
+    return io.BufferedReader(Window(open_regular(path, str(path), buffering=0), span))
 
 
 def read_member(path: Path, member: TarMember, limit: int) -> bytes:
@@ -81,7 +82,7 @@ def read_member(path: Path, member: TarMember, limit: int) -> bytes:
 def tar_members(path: Path) -> Iterator[TarMember]:
     """The plain files of a tar in its order; links, devices and names that lead out are refused."""
     size = path.stat().st_size
-    with path.open("rb") as file:
+    with open_regular(path, str(path)) as file:
         tar = open_tar(file, path)
         while (info := next_header(tar, path)) is not None:
             tar.members = []  # type: ignore[attr-defined]  # tarfile keeps all it has seen

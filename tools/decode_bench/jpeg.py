@@ -37,8 +37,7 @@ def load_patches(folder: Path | None, patch_px: int) -> list[np.ndarray]:
 
     raises  InputError where no picture is as large as a patch
     """
-    import numpy as np
-    from PIL import Image
+    from latentds.opening import pixels_of
 
     if folder is None:
         from skimage.data import immunohistochemistry
@@ -46,7 +45,7 @@ def load_patches(folder: Path | None, patch_px: int) -> list[np.ndarray]:
         pictures = iter([immunohistochemistry()])
     else:
         paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
-        pictures = (np.asarray(Image.open(path).convert("RGB")) for path in paths)
+        pictures = (pixels_of(path) for path in paths)
     patches: list[np.ndarray] = []
     for picture in pictures:
         height, width = (edge // patch_px * patch_px for edge in picture.shape[:2])

@@ -156,12 +156,12 @@ def kind_of(path: Path, encoding: str) -> str:
 
     JPEG 2000 is other: its files may be lossless, but do not say so to Pillow.
     """
-    from PIL import Image
+    from latentds.opening import open_picture
 
     if encoding == "jpeg" or encoding.startswith("jpeg:"):
         return "jpeg"
     if encoding == "tiff":
-        with Image.open(path) as image:
+        with open_picture(path) as image:
             compression = image.info.get("compression")
         if compression in ("jpeg", "tiff_jpeg"):
             return "jpeg"

@@ -14,6 +14,7 @@ from typing import Any
 
 from latentds_tools.fidelity.plots import Curve, draw_front
 
+from latentds.display import say
 from latentds.errors import InputError
 
 SECTION, EMBEDDER = "MoNuSeg", "efficientnet-lite0"
@@ -44,7 +45,7 @@ def main(report: Path, picture: Path) -> None:
     """Draw the picture, print the table."""
     rows = read_rows(report)
     picture.write_bytes(draw_front([curve(label, rows) for label in CURVES], EMBEDDER))
-    print(cost_table(rows))
+    say(cost_table(rows))
 
 
 def read_rows(report: Path) -> dict[str, dict[str, str]]:

@@ -7,6 +7,7 @@ import dataclasses
 from pathlib import Path
 
 from latentds.errors import InputError
+from latentds.opening import check_regular
 
 OWN = "labels.csv"  # in a folder of pictures
 PICTURES = ("path", "name", "file", "filename")
@@ -39,6 +40,7 @@ class SlideTable:
 def read_table(path: Path) -> SlideTable:
     """A table; InputError where it has not the columns, or says two things of one picture."""
     try:
+        check_regular(path, str(path))
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
             columns = reader.fieldnames or []

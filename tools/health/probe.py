@@ -15,6 +15,7 @@ import torch
 
 from latentds.autoencoders import load_autoencoder
 from latentds.decoding import DecodeOptions, Decoder
+from latentds.display import say
 from latentds.quantizer import Codebook
 
 PATCH_PX, CPU_BATCH, GPU_BATCH = 256, 4, 64
@@ -39,7 +40,7 @@ def count_gpus() -> int:
 
 def tell(line: dict[str, Any]) -> None:
     """Print at once: what follows may never come."""
-    print(json.dumps(line), flush=True)
+    say(json.dumps(line), flush=True)
 
 
 def describe(device: str) -> dict[str, Any]:

@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
+from latentds.display import say
+
 COLD_FACTOR = 6
 Spec = dict[str, Any]
 Labelled = tuple[torch.Tensor, torch.Tensor]
@@ -60,7 +62,7 @@ def import_peer(peer: str) -> None:
 
 def tell(event: str, **values: Any) -> None:
     """Print an event and wait for the one who measures to have looked at this process."""
-    print(json.dumps({"event": event, **values}), flush=True)
+    say(json.dumps({"event": event, **values}), flush=True)
     sys.stdin.readline()
 
 

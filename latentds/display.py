@@ -1,0 +1,107 @@
+"""Names that others chose, made harmless for where they are shown: one function a target.
+
+visible      terminal and log: no control or direction character is sent
+markdown     cards and reports: no link, picture, HTML, end of a cell
+html_text    pages
+csv_cell     tables: no formula for a spreadsheet; `csv_text` undoes it
+"""
+
+from __future__ import annotations
+
+import html
+import logging
+import re
+import sys
+import unicodedata
+from typing import Any, TextIO, TypeVar
+
+HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}  # Unicode categories of what shows nothing
+MARKS = re.compile(r"([\\`*\[\]<>|~$])")
+FORMULA = ("=", "+", "-", "@", "\t", "\r")
+Shown = TypeVar("Shown")
+
+
+def escaped(character: str) -> str:
+    """A character as Python writes it, `\\x1b`, where it would show nothing or do something."""
+    if " " <= character <= "~" or unicodedata.category(character) not in HIDDEN:
+        return character
+    return character.encode("unicode_escape", "surrogatepass").decode()
+
+
+def visible(value: Shown) -> Shown:
+    """Text in one line whose every character shows; so all texts of nested dicts and lists.
+
+    Other values stay as they are.
+    """
+    made: Any = value
+    if isinstance(value, str):
+        made = value if value.isascii() and value.isprintable() else "".join(map(escaped, value))
+    elif isinstance(value, dict):
+        made = {visible(name): visible(part) for name, part in value.items()}
+    elif isinstance(value, (list, tuple)):
+        made = [visible(part) for part in value]
+    return made  # type: ignore[no-any-return]
+
+
+def lines(text: str) -> str:
+    """`visible`, but lines and tabs stay: for whole outputs whose names were made so before."""
+    return "".join(
+        part if part in "\n\t" else visible(part) for part in re.split(r"([\n\t])", text)
+    )
+
+
+def say(
+    text: object = "", file: TextIO | None = None, end: str = "\n", flush: bool = False
+) -> None:
+    """Print to the terminal; commands have no other way to."""
+    out = sys.stdout if file is None else file
+    whole = lines(str(text)) + end
+    encoding = getattr(out, "encoding", None) or "utf-8"
+    out.write(whole.encode(encoding, "backslashreplace").decode(encoding))
+    if flush:
+        out.flush()
+
+
+class VisibleFormatter(logging.Formatter):
+    """Log lines as `lines` has them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return lines(super().format(record))
+
+
+def markdown(text: object) -> str:
+    """Text inside a Markdown line or cell; nothing in it is markup."""
+    return MARKS.sub(r"\\\1", visible(" ".join(str(text).split())))
+
+
+def code_span(text: object) -> str:
+    """Text between backticks, inside a line or cell."""
+    return f"`{visible(' '.join(str(text).split())).replace('`', chr(39)).replace('|', '')}`"
+
+
+def html_text(text: object) -> str:
+    """Text inside an HTML element or a quoted attribute."""
+    return html.escape(lines(str(text)))
+
+
+def is_formula(text: str) -> bool:
+    """Whether a spreadsheet would compute a cell; numbers may have a sign."""
+    if not text.startswith(FORMULA):
+        return False
+    try:
+        float(text)
+    except ValueError:
+        return True
+    return text[0] in "\t\r"
+
+
+def csv_cell(value: object) -> object:
+    """A cell's value: text that a spreadsheet would compute gets an apostrophe before it."""
+    if isinstance(value, str) and is_formula(value.lstrip("'")):
+        return f"'{value}"
+    return value
+
+
+def csv_text(text: str) -> str:
+    """The text that `csv_cell` made a cell of."""
+    return text[1:] if text.startswith("'") and is_formula(text.lstrip("'")) else text

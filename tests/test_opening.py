@@ -1,0 +1,125 @@
+"""What is opened of an input: regular files, and pictures of formats that are named."""
+
+import ast
+import os
+import socket
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from latentds import opening
+from latentds.conversion.config import ConvertConfig
+from latentds.conversion.plan import make_plan
+from latentds.errors import InputError, TooManyBadSamplesError
+from latentds.evaluation.csv_tables import read_table
+from latentds.features.files import FeatureFile
+from latentds.importing.arrays import read_npy_header
+from latentds.sources.coordinates import read_coordinates
+from latentds.sources.image_folder import walk
+from latentds.sources.parquet_files import has_pictures, read_footer
+from latentds.sources.picture_tables import read_table as read_picture_table
+from latentds.sources.pictures import picture_suffixes, read_header
+from latentds.sources.tars import tar_members
+
+ROOT = Path(__file__).parents[1]
+READERS = {
+    "x.csv": read_table,
+    "y.csv": read_picture_table,
+    "x.h5": FeatureFile,
+    "y.h5": read_coordinates,
+    "x.npy": read_npy_header,
+    "x.parquet": read_footer,
+    "x.png": lambda path: read_header(path, 10**6),
+    "x.tar": lambda path: list(tar_members(path)),
+}
+
+
+def opens_pictures(tree: ast.AST) -> bool:
+    """Whether code calls Pillow's open, or takes it from Pillow under another name."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module == "PIL.Image":
+            return True
+        is_open = isinstance(node, ast.Attribute) and node.attr == "open"
+        if is_open and "Image" in ast.unparse(node.value).split("."):
+            return True
+    return False
+
+
+def test_only_one_helper_opens_pictures_and_it_names_their_formats():
+    files = [
+        path for top in ("latentds", "tools", "trainers") for path in (ROOT / top).rglob("*.py")
+    ]
+    found = [
+        str(path.relative_to(ROOT)) for path in files if opens_pictures(ast.parse(path.read_text()))
+    ]
+    assert found == ["latentds/opening.py"] and len(files) > 100
+    assert "EPS" not in opening.known_formats() and "PNG" in opening.known_formats()
+
+
+@pytest.mark.parametrize(
+    "code", ["Image.open(x)", "PIL.Image.open(x)", "from PIL.Image import open"]
+)
+def test_the_search_for_other_openers_finds_them(code):
+    assert opens_pictures(ast.parse(code))
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.jpg", "x.tif"])
+def test_postscript_under_a_picture_s_name_is_no_picture(tmp_path, name):
+    (tmp_path / name).write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"
+    )
+    with pytest.raises(InputError, match="not a picture"):
+        read_header(tmp_path / name, 10**6)
+    assert ".eps" not in picture_suffixes() and ".wmf" not in picture_suffixes()
+
+
+@pytest.mark.parametrize("format", [f for f in opening.known_formats() if f != "QOI"])
+def test_every_named_format_is_read(tmp_path, format):
+    Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(tmp_path / "x", format)
+    assert read_header(tmp_path / "x", 10**6).size_px == (32, 32)
+
+
+@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize("kind", ["pipe", "link", "device"])
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path, name, kind):
+    path = tmp_path / name
+    if kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        os.mkfifo(tmp_path / "pipe" if kind == "link" else path)
+    if kind == "link":
+        path.symlink_to(tmp_path / "pipe")
+    with pytest.raises(InputError, match="named pipe|device"):
+        READERS[name](path)
+
+
+def test_a_folder_with_a_pipe_or_a_socket_is_refused_by_its_name(tmp_path):
+    os.mkfifo(tmp_path / "x.svs")
+    with pytest.raises(InputError, match=r"x\.svs: a named pipe"):
+        list(walk(tmp_path))
+    (tmp_path / "x.svs").unlink()
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(tmp_path / "s.png"))
+        with pytest.raises(InputError, match=r"s\.png: a socket"):
+            list(walk(tmp_path))
+
+
+def test_a_pipe_that_a_table_names_is_a_bad_picture(tmp_path):
+    os.mkfifo(tmp_path / "x.png")
+    (tmp_path / "t.csv").write_text("path\nx.png\n")
+    with pytest.raises(TooManyBadSamplesError, match="a named pipe"):
+        make_plan(ConvertConfig(source=tmp_path / "t.csv", out=tmp_path / "out"))
+
+
+def test_a_broken_link_is_a_picture_that_cannot_be_read(tmp_path):
+    (tmp_path / "x.png").symlink_to(tmp_path / "nowhere")
+    assert list(walk(tmp_path)) == ["x.png"]
+    with pytest.raises(InputError, match="cannot be read"):
+        read_header(tmp_path / "x.png", 10**6)
+
+
+def test_a_pipe_is_no_table_of_pictures(tmp_path):
+    os.mkfifo(tmp_path / "x.parquet")
+    assert not has_pictures(tmp_path / "x.parquet")

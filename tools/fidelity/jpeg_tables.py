@@ -22,7 +22,7 @@ from latentds.codecs.pictures import fit_to_mean
 NAME = "jpeg-fitted"
 BANDS = (0, 1, 3, 6)  # sums of both frequencies at which a band begins
 STEPS = (1.6, 1.25)  # factors tried up and down, one round each
-PICTURES = 24
+PICTURES = 16
 
 
 class FittedTables:

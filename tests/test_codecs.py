@@ -333,7 +333,7 @@ def test_a_sample_of_other_channels_is_a_shape_error():
 
 @pytest.mark.parametrize("quantizer", ["kmeans:16", "int8", "sum:2", "rans:256"])
 def test_a_codebook_of_another_kind_is_refused(quantizer):
-    with pytest.raises(ContractError, match="the codebook is kmeans with 256 levels"):
+    with pytest.raises(ContractError, match="the codebook is kmeans, 1x256 levels"):
         codebook = tiny_codebook().codebook
         with_quantizer(MeanAutoencoder(), quantizer, patch_px=(64, 64), codebook=codebook)
 

@@ -29,9 +29,7 @@ from latentds.codecs.quantizers import (
 from latentds.entropy_codebook import EntropyCodebook
 from latentds.errors import ContractError, FormatError, ShapeError, WeightsError
 from latentds.fit import FitReport, fit_codebook
-from latentds.quantizer import MAX_LEVELS, Codebook
-
-AnyCodebook = Codebook | AdditiveCodebook | EntropyCodebook
+from latentds.quantizer import MAX_LEVELS, AnyCodebook, Codebook
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -174,17 +172,15 @@ def make_quantizer(
         return LloydBlocks(spec)
     if codebook is None or not (spec.is_fitted or spec.kind == RECORDS):
         return Floats(spec)
-    if isinstance(codebook, Codebook):
-        found = QuantizerSpec(kind=codebook.kind, levels=codebook.levels.shape[1]).text
-        summary = f"{codebook.kind} with {codebook.levels.shape[1]} levels"
-    else:
-        found, summary = codebook.text, codebook.summary
-    if found != spec.text:
-        raise ContractError(f"{card.name}+{spec.text}: the codebook is {summary}")
+    if codebook.text != spec.text:
+        raise ContractError(
+            f"{card.name}+{spec.text}: the codebook is {codebook.text}, {codebook.summary}"
+        )
     if isinstance(codebook, EntropyCodebook):
         return Records(spec, codebook)
     if isinstance(codebook, AdditiveCodebook):
         return Sums(spec, codebook)
+    assert isinstance(codebook, Codebook)
     return Codes(spec, codebook)
 
 

@@ -17,7 +17,6 @@ from latentds.codecs.quantizers import latent_shape
 from latentds.entropy_codebook import EntropyCodebook
 from latentds.entropy_fit import fit_entropy_codebook
 from latentds.errors import ContractError, InputError
-from latentds.quantizer import Codebook
 
 ENCODE_BATCH = 16
 ON_TESTED = "fitted on the tested crops themselves"
@@ -74,12 +73,7 @@ class Codebooks:
         """The stored codebook that fits a row, and its name."""
         latent_id, wanted = self.autoencoders.cards[spec.name].latent_id, spec.quantizer
         for name, stored in self.stored.items():
-            book = stored.codebook
-            if isinstance(book, Codebook):
-                is_wanted = (book.kind, book.levels.shape[1]) == (wanted.kind, wanted.levels)
-            else:
-                is_wanted = book.text == wanted.text
-            if stored.latent_id == latent_id and is_wanted:
+            if (stored.latent_id, stored.codebook.text) == (latent_id, wanted.text):
                 return name, stored
         if wanted.record_bytes is not None:
             shape = latent_shape(self.autoencoders.cards[spec.name], self.patch_px)

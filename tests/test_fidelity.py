@@ -592,6 +592,23 @@ def test_another_embedder_encodes_nothing_anew(folder, tmp_path, stand_ins, undr
     assert rows_of(config)["jpeg~500"]["encode_rate"] == first["jpeg~500"]["encode_rate"]
 
 
+def test_another_decoder_of_the_same_latents_reads_the_same_files(
+    folder, tmp_path, undrawn, monkeypatch
+):
+    asked: list[str] = []
+    monkeypatch.setattr(
+        comparing,
+        "encode_all",
+        lambda codec, *rest: (asked.append(codec.name), encode_all(codec, *rest))[1],
+    )
+    codecs = "tiny-v2+rans:96,tiny-v2-fast+rans:96"
+    config = settings(folder, codecs=codecs, embedders="", out=tmp_path / "out")
+    one, two = rows_of(config).values()
+    assert asked == ["tiny-v2+rans:96"]
+    assert one["per_crop"]["step"] == two["per_crop"]["step"]
+    assert one["per_crop"]["psnr_db"] != two["per_crop"]["psnr_db"]
+
+
 def test_damaged_row_is_measured_again(folder, tmp_path, stand_ins, undrawn):
     config = settings(folder, out=tmp_path / "out")
     first = rows_of(config)

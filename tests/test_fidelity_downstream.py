@@ -129,7 +129,9 @@ def test_nuclei_are_found_in_what_codecs_keep(tmp_path, quick):
     tested = save_nuclei(tmp_path / "tested", 2, first=50)
     others = save_nuclei(tmp_path / "others", 6)
     config = settings(tested / "images", codecs="png", embedders="", crop_px=64, nuclei=others)
-    kept = rows_of(config)["png"]["groups"]["all"]["downstream"][nuclei.NAME]
+    report = report_of(config)
+    kept = report["rows"][0]["groups"]["all"]["downstream"][nuclei.NAME]
+    assert any("6 original pictures of others" in note for note in report["notes"])
     assert kept["mean"] > 0.8 and kept["n"] == 2
     finder = prepare(config).finder
     assert max(finder.score(0, [np.full((64, 64, 3), 200, np.uint8)] * 2)) < 0.6

@@ -94,7 +94,7 @@ def facts_of(job: Job, spec: CodecSpec) -> dict[str, Any]:
         "embedders": {name: e.card.to_json() for name, e in embedders.items()},
         "ssim": job.config.ssim,
         "contact": job.contact,
-        "downstream": [judge.facts for judge in (job.finder, job.probe) if judge is not None],
+        "downstream": [judge.facts for judge in job.judges],
     }
 
 
@@ -139,6 +139,7 @@ def make_report(job: Job, rows: Sequence[Measured]) -> dict[str, Any]:
         "notes": [
             *assembling.notes(crops, groups.counts(), described),
             *assembling.fit_notes(job.codebooks.sample, described),
+            *(f"{judge.note}." for judge in job.judges),
             *assembling.seen_notes(config.source, crops, job.trained()),
         ],
         "paper_source": paper_table()["source"],

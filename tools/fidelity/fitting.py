@@ -76,9 +76,10 @@ class Codebooks:
             if (stored.latent_id, stored.codebook.text) == (latent_id, wanted.text):
                 return name, stored
         if wanted.record_bytes is not None:
-            shape = latent_shape(self.autoencoders.cards[spec.name], self.patch_px)
+            card = self.autoencoders.cards[spec.name]
+            shape = latent_shape(card, self.patch_px)
             shipped = shipped_records(latent_id, shape, wanted.record_bytes)
-            return (f"shipped with {spec.name}", shipped) if shipped else None
+            return (f"shipped with {card.encoder or card.name}", shipped) if shipped else None
         return None
 
     def make(self, spec: LatentSpec) -> LatentCodec:

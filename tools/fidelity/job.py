@@ -81,6 +81,11 @@ class Job:
             "weights": card.weights_id,
         }
 
+    @property
+    def judges(self) -> list[NucleiFinder | PatchProbe]:
+        """Those of reconstructions that were asked for."""
+        return [judge for judge in (self.finder, self.probe) if judge is not None]
+
     def downstream(
         self, start: int, decoded: Sequence[np.ndarray], embeddings: dict[str, np.ndarray]
     ) -> dict[str, list[Any]]:

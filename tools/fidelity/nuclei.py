@@ -78,6 +78,11 @@ class NucleiFinder:
         self.pairs = [read_pair(path) for path in pictures]
         digest = hashlib.sha256(b"".join(a.tobytes() + b.tobytes() for a, b in self.pairs))
         self.facts = {"nuclei": digest.hexdigest(), "seed": seed, "steps": STEPS}
+        self.note = (
+            f"{NAME}: of pixels that a U-Net of {sum(WIDTHS)} channels finds, trained for {STEPS} "
+            f"steps of {BATCH} crops on {len(pictures):,} original pictures of "
+            f"{folder.resolve().name}, seed {seed}; png's row is the originals'"
+        )
         self.seed = seed
         self._network: SmallUNet | None = None
 

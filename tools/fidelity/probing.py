@@ -37,6 +37,11 @@ class PatchProbe:
                 f"own ({', '.join(sorted(unknown)) or 'all there'})"
             )
         self.crops, self.embedders = crops, embedders
+        self.note = (
+            "Accuracy: of logistic regression of standardized embeddings of "
+            f"{len(self.training):,} originals, {len(self.classes)} classes, each slide by a probe without it "
+            f"({len(slides):,} slides); png's row is the originals'"
+        )
         self.facts = {"probe": training.digest(), "slides": [c.slide for c in self.training]}
         self._models: dict[tuple[str, str], Any] = {}
         self._originals = Originals([crop.image for crop in self.training], embedders)

@@ -39,8 +39,8 @@ class PatchProbe:
         self.crops, self.embedders = crops, embedders
         self.note = (
             "Accuracy: of logistic regression of standardized embeddings of "
-            f"{len(self.training):,} originals, {len(self.classes)} classes, each slide by a probe without it "
-            f"({len(slides):,} slides); png's row is the originals'"
+            f"{len(self.training):,} originals ({len(self.classes)} classes, {len(slides):,} "
+            "slides), each slide by a probe without it; png's row is the originals'"
         )
         self.facts = {"probe": training.digest(), "slides": [c.slide for c in self.training]}
         self._models: dict[tuple[str, str], Any] = {}

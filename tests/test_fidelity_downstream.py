@@ -158,6 +158,13 @@ def test_real_nuclei_have_masks_of_their_pictures_sizes(assets):
     assert 0.02 < min(shares) < max(shares) < 0.6
 
 
+def test_training_on_tested_pictures_is_refused(tmp_path):
+    tested = save_nuclei(tmp_path / "tested", 2)
+    config = settings(tested / "images", codecs="png", embedders="", crop_px=64, nuclei=tested)
+    with pytest.raises(InputError, match=r"holds tested pictures \(n00.png\)"):
+        report_of(config)
+
+
 def test_dice_of_nothing_found_where_nothing_is_stays_out():
     empty, full = np.zeros((4, 4), bool), np.ones((4, 4), bool)
     assert nuclei.dice(empty, empty) is None

@@ -67,13 +67,19 @@ class NucleiFinder:
 
     folder  images/ and masks/ of equal names to train on; pixels of a mask above 0 are nuclei
     crops   the tested ones, whose masks lie likewise: ../masks beside their folder
-    raises  InputError where a mask is missing or of another size
+    raises  InputError where a mask is missing or of another size, and for tested pictures among
+            those to train on
     """
 
     def __init__(self, folder: Path, crops: Sequence[Crop], seed: int) -> None:
         pictures = sorted(path for path in (folder / "images").glob("*") if path.is_file())
         if not pictures:
             raise InputError(f"--nuclei {folder}: no pictures in {folder.name}/images")
+        tested = {crop.path.resolve() for crop in crops}
+        if shared := sorted(path.name for path in pictures if path.resolve() in tested):
+            raise InputError(
+                f"--nuclei {folder}: holds tested pictures ({shared[0]}); train on others"
+            )
         self.truths = [cut_mask(crop) for crop in crops]
         self.pairs = [read_pair(path) for path in pictures]
         digest = hashlib.sha256(b"".join(a.tobytes() + b.tobytes() for a, b in self.pairs))

@@ -16,6 +16,27 @@ def test_a_list_of_codecs_keeps_order_and_words():
     assert parsed[3].at(2048).text == "avif@2048"
 
 
+def test_one_quality_for_all_pictures_and_additive_codes_have_names():
+    mean, sums = parse_codecs("avif~4096,tiny+sum:2")
+    assert (mean.text, mean.mean_bytes, mean.at_equal_bytes) == ("avif~4096", 4096, False)
+    assert make_picture_codec(mean).name == "avif~4096"
+    assert (sums.text, sums.quantizer.planes, sums.quantizer.bits) == ("tiny+sum:2", 2, 8)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("png~4096", "png~4096: png is lossless"),
+        ("avif~0", "at least 1 byte"),
+        ("tiny+sum", "'' is no number of code planes"),
+        ("tiny+sum:257", "code planes are 1 to 256"),
+    ],
+)
+def test_bytes_and_planes_that_cannot_be_are_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        parse_codec(text)
+
+
 def test_int8_is_the_papers_min_max():
     assert parse_codec("sd15+int8") == parse_codec("sd15+int8-minmax")
 

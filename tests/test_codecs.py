@@ -30,7 +30,7 @@ LOSSY = ["jpeg", "jpeg444", "webp", "avif", "avif444", "jxl", "j2k"]
 # AVIF at its best takes seconds a search.
 SEARCHED = [pytest.param(f, marks=[pytest.mark.slow] if f == "avif444" else []) for f in LOSSY]
 QUANTIZERS = ["none", "fp16", "int8", "int8-percentile", "int8-channel", "kmeans", "kmeans:7"]
-QUANTIZERS += ["kmeans-channel:16", "lbrq:4", "lbrq:3", "lbrq:2"]
+QUANTIZERS += ["kmeans-channel:16", "lbrq:4", "lbrq:3", "lbrq:2", "sum:3"]
 PEAKED = np.random.default_rng(0).laplace(size=(3, 20_000)).astype(np.float32)
 SD15, SD3, DCAE = (CARDS[name] for name in ("sd15", "sd3", "dcae-f32"))
 
@@ -162,6 +162,18 @@ def test_missing_library_names_the_extra(format, monkeypatch):
     monkeypatch.setattr("PIL.features.check", lambda name: False)
     with pytest.raises(MissingExtraError, match=rf"{absent.label}.*latentds\[bench\]"):
         PictureCodec(format, 50)
+
+
+def test_pictures_at_one_quality_have_the_bytes_on_average(tissue):
+    patches = [tissue[:64, :64], tissue[32:, 64:], np.full((64, 64, 3), 200, np.uint8)]
+    fitted = PictureCodec("jpeg", mean_bytes=1200).fit_all(patches)
+    (quality,) = {found.quality for found in fitted}
+    alike = [PictureCodec("jpeg", quality=q) for q in (quality - 0.1, quality, quality + 0.1)]
+    misses = [abs(sum(map(len, c.encode_batch(patches))) / 3 - 1200) for c in alike]
+    assert misses[1] == min(misses) < 30 and len({len(f.encoded) for f in fitted}) == 3
+    assert PictureCodec("jpeg", mean_bytes=1200).encode_batch(patches) == [
+        f.encoded for f in fitted
+    ]
 
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
@@ -319,9 +331,9 @@ def test_a_sample_of_other_channels_is_a_shape_error():
         )
 
 
-@pytest.mark.parametrize("quantizer", ["kmeans:16", "int8"])
+@pytest.mark.parametrize("quantizer", ["kmeans:16", "int8", "sum:2", "rans:256"])
 def test_a_codebook_of_another_kind_is_refused(quantizer):
-    with pytest.raises(ContractError, match="the codebook is kmeans with 256 levels"):
+    with pytest.raises(ContractError, match="the codebook is kmeans, 1x256 levels"):
         codebook = tiny_codebook().codebook
         with_quantizer(MeanAutoencoder(), quantizer, patch_px=(64, 64), codebook=codebook)
 

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 from latentds_tools import bench_fidelity
-from latentds_tools.fidelity import comparing, fitting, opening, page, quality
+from latentds_tools.fidelity import comparing, fitting, job, opening, page, quality
 from latentds_tools.fidelity.config import Config
 from latentds_tools.fidelity.contact import pick_crops
 from latentds_tools.fidelity.crops import read_crops
+from latentds_tools.fidelity.encoded import encode_all
 from latentds_tools.fidelity.measuring import Originals, measure
 from latentds_tools.fidelity.paper import find_paper_row, paper_rows, paper_table
 from latentds_tools.fidelity.plan import make_plan, spread
@@ -183,11 +184,11 @@ def test_lossless_codec_gives_similarity_one_and_no_finite_psnr():
     images = [smooth_picture(n) for n in range(3)]
     originals = Originals(images, {"colours": ColourEmbedder()})
     ticks: list[int] = []
-    row = measure(
-        make_picture_codec(parse_codec("png")), originals, "gaussian", [2, 0], ticks.append
-    )
+    codec = make_picture_codec(parse_codec("png"))
+    encoded = encode_all(codec, images, ticks.append)
+    row = measure(codec, encoded, originals, "gaussian", [2, 0], ticks.append)
     assert row.per_crop["similarity"]["colours"] == pytest.approx([1, 1, 1])
-    assert row.per_crop["psnr_db"] == [None] * 3 and sum(ticks) == 3
+    assert row.per_crop["psnr_db"] == [None] * 3 and sum(ticks) == 6
     assert row.per_crop["ssim"] == pytest.approx([1, 1, 1])
     assert np.array_equal(row.shown, np.stack([images[2], images[0]]))
 
@@ -239,6 +240,26 @@ def test_formats_without_quality_get_the_bytes_of_every_autoencoder(folder, stan
     assert rows["sd15+kmeans"]["groups"]["all"]["bytes"] == 48
     assert max(rows["webp@192"]["per_crop"]["bytes"]) <= 192
     assert rows["webp@48"]["over_budget"] == 6  # no WebP of 32 px is so small
+
+
+def test_additive_codes_and_records_are_fitted_on_other_pictures(folder, tmp_path, stand_ins):
+    save_pictures(tmp_path / "others", 3, first_seed=500)
+    config = settings(folder, codecs="sd15,sd15+sum:2,sd15+rans:80", fit_on=tmp_path / "others")
+    rows = rows_of(config)
+    whole = rows["sd15"]["groups"]["all"]["psnr_db"]["mean"]
+    for name, size in (("sd15+sum:2", 32), ("sd15+rans:80", 80)):
+        row = rows[name]
+        assert set(row["per_crop"]["bytes"]) == {size}
+        assert row["codebook"]["origin"] == "fitted on pictures of others"
+        assert row["groups"]["all"]["container_bytes"] == size + 53
+        assert row["groups"]["all"]["psnr_db"]["mean"] > whole - 3
+
+
+def test_records_that_ship_are_taken_and_bytes_out_of_reach_refused(folder, stand_ins):
+    (row,) = rows_of(settings(folder, codecs="tiny-v2+rans:96", embedders="")).values()
+    assert row["codebook"]["origin"] == "shipped with tiny-v2"
+    with pytest.raises(InputError, match=r"rans:9"):
+        rows_of(settings(folder, codecs="sd15+rans:9", embedders=""))
 
 
 def test_containers_hold_codes_and_pictures_but_no_floats(folder, stand_ins):
@@ -518,11 +539,11 @@ def test_killed_run_goes_on_after_its_last_row(folder, tmp_path, stand_ins, monk
     config = settings(folder, out=tmp_path / "out")
     asked: list[str] = []
 
-    def counted(codec, originals, *rest):
+    def counted(codec, *rest):
         asked.append(codec.name)
         if len(asked) == 2:
             raise KeyboardInterrupt
-        return measure(codec, originals, *rest)
+        return measure(codec, *rest)
 
     monkeypatch.setattr(comparing, "measure", counted)
     with pytest.raises(KeyboardInterrupt):
@@ -556,6 +577,36 @@ def test_rows_made_otherwise_are_measured_again(
     assert asked == []
     comparing.compare(dataclasses.replace(config, **change))
     assert len(asked) == 2
+
+
+def test_another_embedder_encodes_nothing_anew(folder, tmp_path, stand_ins, undrawn, monkeypatch):
+    config = settings(folder, out=tmp_path / "out", codecs="sd15+kmeans,jpeg@600,jpeg~500")
+    first = rows_of(config)
+    monkeypatch.setattr(comparing, "encode_all", lambda *_: pytest.fail("encoded again"))
+    again = rows_of(dataclasses.replace(config, embedders="greys"))
+    for name, row in first.items():
+        other = again[name]["per_crop"]
+        assert list(other["similarity"]) == ["greys"]
+        for column in ("bytes", "quality", "psnr_db", "ssim"):
+            assert other[column] == row["per_crop"][column]
+    assert rows_of(config)["jpeg~500"]["encode_rate"] == first["jpeg~500"]["encode_rate"]
+
+
+def test_another_decoder_of_the_same_latents_reads_the_same_files(
+    folder, tmp_path, undrawn, monkeypatch
+):
+    asked: list[str] = []
+    monkeypatch.setattr(
+        comparing,
+        "encode_all",
+        lambda codec, *rest: (asked.append(codec.name), encode_all(codec, *rest))[1],
+    )
+    codecs = "tiny-v2+rans:96,tiny-v2-fast+rans:96"
+    config = settings(folder, codecs=codecs, embedders="", out=tmp_path / "out")
+    one, two = rows_of(config).values()
+    assert asked == ["tiny-v2+rans:96"]
+    assert one["per_crop"]["step"] == two["per_crop"]["step"]
+    assert one["per_crop"]["psnr_db"] != two["per_crop"]["psnr_db"]
 
 
 def test_damaged_row_is_measured_again(folder, tmp_path, stand_ins, undrawn):
@@ -614,6 +665,6 @@ def test_an_embedder_that_cannot_take_the_size_is_told_before_any_work(
         raise ShapeError(f"no {images.shape[-1]} px")
 
     monkeypatch.setattr(ColourEmbedder, "embed", refuse)
-    monkeypatch.setattr(comparing, "read_crops", lambda *args, **options: pytest.fail("read"))
+    monkeypatch.setattr(job, "read_crops", lambda *args, **options: pytest.fail("read"))
     with pytest.raises(ShapeError, match="no 32 px"):
         comparing.compare(settings(folder))

@@ -387,7 +387,7 @@ def test_a_codebook_file_is_used(pictures, tmp_path):
         pictures, codec="tiny+kmeans:16", codebook=tmp_path / "book.safetensors"
     ).facts().codebook  # fmt: skip
     assert codebook["codebook_id"] == stored.codebook.codebook_id
-    with pytest.raises(ContractError, match="kmeans with 16 levels"):
+    with pytest.raises(ContractError, match="kmeans:16, 1x16 levels"):
         opened(pictures, codec="tiny+kmeans", codebook=tmp_path / "book.safetensors")
 
 

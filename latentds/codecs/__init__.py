@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from latentds.codecs.formats import FORMATS, is_available
-from latentds.codecs.latent import LatentCodec, draw_samples, with_quantizer
+from latentds.codecs.latent import LatentCodec, draw_samples, fit_quantizer, with_quantizer
 from latentds.codecs.naming import (
     CodecSpec,
     LatentSpec,
@@ -32,6 +32,7 @@ __all__ = [
     "PictureSpec",
     "QuantizerSpec",
     "draw_samples",
+    "fit_quantizer",
     "fit_to_bytes",
     "is_available",
     "latent_bytes",
@@ -70,4 +71,4 @@ class Codec(Protocol):
 
 def make_picture_codec(spec: PictureSpec) -> PictureCodec:
     """The codec of a picture format; ValueError while its bytes are open (`spec.at` sets them)."""
-    return PictureCodec(spec.name, spec.quality, spec.max_bytes)
+    return PictureCodec(spec.name, spec.quality, spec.max_bytes, spec.mean_bytes)

@@ -37,6 +37,7 @@ JPEG_CHROMA_AT_50 = (
     *(24, 26, 56, 99, 99, 99, 99, 99, 47, 66, 99, 99, 99, 99, 99, 99),
     *(99,) * 32,
 )
+JPEG_TABLES_AT_50 = np.array([JPEG_LUMA_AT_50, JPEG_CHROMA_AT_50])
 AVIF_THREADS = threading.Lock()
 
 
@@ -81,16 +82,23 @@ def encode_png(image: np.ndarray, _: float) -> bytes:
     return save_with_pillow(image, "PNG", optimize=True)
 
 
-def encode_jpeg(image: np.ndarray, quality: float, subsampling: str) -> bytes:
-    """JPEG by libjpeg's rule for its tables, carried on to qualities between whole numbers."""
+def encode_jpeg(
+    image: np.ndarray, quality: float, subsampling: str, shapes: np.ndarray = JPEG_TABLES_AT_50
+) -> bytes:
+    """JPEG by libjpeg's rule for its tables, carried on to qualities between whole numbers.
+
+    shapes  (2, 64): the tables of luma and chroma at quality 50, row by row
+    """
     scale = 5000 / quality if quality < 50 else 200 - 2 * quality
     if quality == int(quality):
         scale = int(scale)  # as libjpeg rounds it
-    tables = [
-        np.clip((np.array(table) * scale + 50) // 100, 1, 255).astype(int).tolist()
-        for table in (JPEG_LUMA_AT_50, JPEG_CHROMA_AT_50)
-    ]
+    tables = [np.clip((table * scale + 50) // 100, 1, 255).astype(int).tolist() for table in shapes]
     return save_with_pillow(image, "JPEG", qtables=tables, subsampling=subsampling, optimize=True)
+
+
+def encode_unfitted(_: np.ndarray, __: float) -> bytes:
+    """No picture: what fits the tables puts `encode_jpeg` with them in this one's place."""
+    raise ValueError("jpeg-fitted: has no tables; 'latentds bench fidelity' fits some")
 
 
 def encode_webp(image: np.ndarray, quality: float) -> bytes:
@@ -185,6 +193,14 @@ FORMATS = {
         qualities=(1, 100),
         step=0.1,
     ),
+    "jpeg-fitted": Format(
+        label="JPEG, fitted tables",
+        settings="4:2:0, baseline, optimized Huffman tables; quantization tables fitted",
+        encode=encode_unfitted,
+        decode=pillow_format("JPEG"),
+        qualities=(1, 100),
+        step=0.1,
+    ),
     "webp": Format(
         label="WebP",
         settings="libwebp, lossy, 4:2:0, method 6",
@@ -248,25 +264,34 @@ def has_jpegxl() -> bool:
     return bool(imagecodecs.JPEGXL.available)
 
 
-def picture_text(format: str, quality: float | None, max_bytes: int | None) -> str:
-    """jpeg:75, avif@4096, or the format alone."""
+def picture_text(
+    format: str, quality: float | None, max_bytes: int | None, mean_bytes: int | None = None
+) -> str:
+    """jpeg:75, avif@4096, avif~4096, or the format alone."""
+    if mean_bytes is not None:
+        return f"{format}~{mean_bytes}"
     if max_bytes is not None:
         return f"{format}@{max_bytes}"
     return format if quality is None else f"{format}:{quality:g}"
 
 
-def check_choice(format: str, quality: float | None, max_bytes: int | None) -> None:
+def check_choice(
+    format: str, quality: float | None, max_bytes: int | None, mean_bytes: int | None = None
+) -> None:
     """Refuse formats that are not known, and qualities or bytes that they do not have."""
     if format not in FORMATS:
         raise unknown_name("picture format", format, FORMATS)
-    text, range_ = picture_text(format, quality, max_bytes), FORMATS[format].qualities
-    if range_ is None and (quality, max_bytes) != (None, None):
+    text = picture_text(format, quality, max_bytes, mean_bytes)
+    range_, sizes = FORMATS[format].qualities, [n for n in (max_bytes, mean_bytes) if n is not None]
+    if range_ is None and (quality is not None or sizes):
         raise ValueError(f"{text}: {format} is lossless and has neither qualities nor a size")
-    if quality is not None and max_bytes is not None:
+    if quality is not None and sizes:
         raise ValueError(
             f"{text}: a quality ({quality:g}) and a number of bytes exclude each other"
         )
+    if len(sizes) > 1:
+        raise ValueError(f"{text}: bytes of each picture and bytes on average exclude each other")
     if quality is not None and range_ and not range_[0] <= quality <= range_[1]:
         raise ValueError(f"{text}: qualities of {format} are {range_[0]:g} to {range_[1]:g}")
-    if max_bytes is not None and max_bytes < 1:
+    if sizes and sizes[0] < 1:
         raise ValueError(f"{text}: a picture has at least 1 byte")

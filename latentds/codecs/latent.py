@@ -10,23 +10,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from latentds.additive import AdditiveCodebook
+from latentds.additive_fit import AdditiveReport, fit_additive
 from latentds.autoencoders.base import Autoencoder, AutoencoderCard
 from latentds.autoencoders.tiny import shipped_records
 from latentds.codecs.lloyd_blocks import LloydBlocks
-from latentds.codecs.naming import QuantizerSpec, latent_text, parse_quantizer
+from latentds.codecs.naming import RECORDS, QuantizerSpec, latent_text, parse_quantizer
 from latentds.codecs.pictures import check_picture
 from latentds.codecs.quantizers import (
     Codes,
     Floats,
     Quantizer,
     Records,
+    Sums,
     latent_shape,
     packed_bytes,
 )
 from latentds.entropy_codebook import EntropyCodebook
 from latentds.errors import ContractError, FormatError, ShapeError, WeightsError
-from latentds.fit import fit_codebook
-from latentds.quantizer import Codebook
+from latentds.fit import FitReport, fit_codebook
+from latentds.quantizer import MAX_LEVELS, AnyCodebook, Codebook
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -116,7 +119,7 @@ def with_quantizer(
     *,
     patch_px: tuple[int, int],
     samples: np.ndarray | None = None,
-    codebook: Codebook | None = None,
+    codebook: AnyCodebook | None = None,
     seed: int = 0,
 ) -> LatentCodec:
     """The codec of an autoencoder with a quantizer.
@@ -125,14 +128,28 @@ def with_quantizer(
     codebook  used instead where given, for example one that was stored
     seed      of the subsample where there are more than a million values a row
     raises    ValueError where a codebook is needed and there is neither, ContractError for a
-              codebook of another kind or number of levels
+              codebook of another kind, number of levels, planes or bytes
     """
     spec = parse_quantizer(quantizer) if isinstance(quantizer, str) else quantizer
-    if spec.record_bytes is not None:
-        return LatentCodec(autoencoder, make_records(spec, autoencoder.card, patch_px), patch_px)
-    return LatentCodec(
-        autoencoder, make_quantizer(spec, autoencoder.card, samples, codebook, seed), patch_px
-    )
+    card = autoencoder.card
+    if spec.kind == RECORDS and codebook is None:
+        return LatentCodec(autoencoder, make_records(spec, card, patch_px), patch_px)
+    if spec.is_fitted and codebook is None:
+        if samples is None:
+            raise ValueError(f"{card.name}+{spec.text}: needs a sample of latents or a codebook")
+        if len(samples) != card.channels:
+            raise ShapeError(f"samples have {len(samples)} channels, {card.name} {card.channels}")
+        codebook = fit_quantizer(samples, spec, seed)[0]
+    return LatentCodec(autoencoder, make_quantizer(spec, card, codebook), patch_px)
+
+
+def fit_quantizer(
+    samples: np.ndarray, spec: QuantizerSpec, seed: int = 0
+) -> tuple[Codebook | AdditiveCodebook, FitReport | AdditiveReport]:
+    """The codebook of a quantizer for latents like float32 (C, M), and what it does to them."""
+    if spec.planes is not None:
+        return fit_additive(samples.T, spec.planes, seed=seed)
+    return fit_codebook(samples, spec.kind, spec.levels or MAX_LEVELS, seed)
 
 
 def make_records(spec: QuantizerSpec, card: AutoencoderCard, patch_px: tuple[int, int]) -> Records:
@@ -148,29 +165,22 @@ def make_records(spec: QuantizerSpec, card: AutoencoderCard, patch_px: tuple[int
 
 
 def make_quantizer(
-    spec: QuantizerSpec,
-    card: AutoencoderCard,
-    samples: np.ndarray | None,
-    codebook: Codebook | None,
-    seed: int,
+    spec: QuantizerSpec, card: AutoencoderCard, codebook: AnyCodebook | None
 ) -> Quantizer:
-    """Floats, vaezip's, or codes of the codebook given or fitted."""
+    """Floats, vaezip's, or codes of the codebook; ContractError for one of another kind."""
     if spec.kind == "lbrq":
         return LloydBlocks(spec)
-    if not spec.is_fitted or spec.levels is None:
+    if codebook is None or not (spec.is_fitted or spec.kind == RECORDS):
         return Floats(spec)
-    if codebook is None and samples is None:
-        raise ValueError(f"{card.name}+{spec.text}: needs a sample of latents or a codebook")
-    if codebook is None and samples is not None:
-        if len(samples) != card.channels:
-            raise ShapeError(f"samples have {len(samples)} channels, {card.name} {card.channels}")
-        codebook, _ = fit_codebook(samples, spec.kind, spec.levels, seed)
-    assert codebook is not None
-    if (codebook.kind, codebook.levels.shape[1]) != (spec.kind, spec.levels):
+    if codebook.text != spec.text:
         raise ContractError(
-            f"{card.name}+{spec.text}: the codebook is {codebook.kind} with "
-            f"{codebook.levels.shape[1]} levels"
+            f"{card.name}+{spec.text}: the codebook is {codebook.text}, {codebook.summary}"
         )
+    if isinstance(codebook, EntropyCodebook):
+        return Records(spec, codebook)
+    if isinstance(codebook, AdditiveCodebook):
+        return Sums(spec, codebook)
+    assert isinstance(codebook, Codebook)
     return Codes(spec, codebook)
 
 

@@ -1,4 +1,4 @@
-"""Codecs as they are written: jpeg:75, webp@4096, avif, sd15+kmeans:16, tiny-v2+rans:4096."""
+"""Codecs as they are written: jpeg:75, webp@4096, avif~4096, sd15+kmeans:16, tiny-v2+rans:4096."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import ClassVar
 
+from latentds.additive import MAX_PLANES
 from latentds.autoencoders.cards import ALIASES, CARDS
 from latentds.codecs.formats import FORMATS, check_choice, picture_text
 from latentds.errors import unknown_name
@@ -16,8 +17,8 @@ KMEANS = ("kmeans", "kmeans-channel")
 INT8 = ("int8-minmax", "int8-percentile", "int8-channel")
 FLOAT_BITS = {"none": 32, "fp16": 16}
 LBRQ_BITS = (2, 3, 4, 5, 6, 8)  # what vaezip has names for
-RECORDS = "rans"
-QUANTIZERS = (*FLOAT_BITS, *INT8, *KMEANS, "lbrq", RECORDS)
+RECORDS, SUM = "rans", "sum"
+QUANTIZERS = (*FLOAT_BITS, *INT8, *KMEANS, "lbrq", RECORDS, SUM)
 QUANTIZER_ALIASES = {"int8": "int8-minmax"}  # the paper's static int8
 
 
@@ -26,13 +27,16 @@ class QuantizerSpec:
     """How latents become bytes.
 
     kind    one of QUANTIZERS
-    levels  K; None for floats and rans. 256 for int8, 2 to 256 for kmeans, 2 to the bits for lbrq
+    levels  K; None for floats and rans. 256 for int8 and sum, 2 to 256 for kmeans, 2 to the bits
+            for lbrq
     record_bytes  of a patch, for rans
+    planes  code planes for sum: bytes a latent cell
     """
 
     kind: str
     levels: int | None = None
     record_bytes: int | None = None
+    planes: int | None = None
 
     @property
     def text(self) -> str:
@@ -41,6 +45,8 @@ class QuantizerSpec:
             return f"lbrq:{self.bits}"
         if self.kind == RECORDS:
             return f"{RECORDS}:{self.record_bytes}"
+        if self.kind == SUM:
+            return f"{SUM}:{self.planes}"
         return self.kind if self.levels in (None, MAX_LEVELS) else f"{self.kind}:{self.levels}"
 
     @property
@@ -53,7 +59,7 @@ class QuantizerSpec:
     @property
     def is_fitted(self) -> bool:
         """Whether it needs a codebook: a sample of latents, or one that was stored."""
-        return self.kind in (*KMEANS, *INT8)
+        return self.kind in (*KMEANS, *INT8, SUM)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,26 +69,28 @@ class PictureSpec:
     name       one of latentds.codecs.FORMATS
     quality    None where `max_bytes` says it, or where the rows of latents will, or for png
     max_bytes  a picture's file may have
+    mean_bytes  that the files of all pictures have on average, at one quality
     """
 
     family: ClassVar[str] = "picture"
     name: str
     quality: float | None = None
     max_bytes: int | None = None
+    mean_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        check_choice(self.name, self.quality, self.max_bytes)
+        check_choice(self.name, self.quality, self.max_bytes, self.mean_bytes)
 
     @property
     def text(self) -> str:
         """As it is written, for example jpeg:75."""
-        return picture_text(self.name, self.quality, self.max_bytes)
+        return picture_text(self.name, self.quality, self.max_bytes, self.mean_bytes)
 
     @property
     def at_equal_bytes(self) -> bool:
         """Whether it is still open at how many bytes: at those of the latents beside it."""
         lossy = FORMATS[self.name].qualities is not None
-        return lossy and self.quality is None and self.max_bytes is None
+        return lossy and (self.quality, self.max_bytes, self.mean_bytes) == (None, None, None)
 
     @property
     def settings(self) -> str:
@@ -135,12 +143,13 @@ def parse_codecs(text: str) -> list[CodecSpec]:
 def parse_codec(text: str) -> CodecSpec:
     """One codec.
 
-    A picture format is its name alone, or followed by `:quality` or `@bytes`. Everything else is an
-    autoencoder: a name known, or a path or repository, in which `:` and `@` are letters like any.
-    What follows the last `+` of its last component is the quantizer; where it is none but a file
-    has that whole name, it is of the name. A folder named like `x+kmeans` is `x+kmeans+none`.
+    A picture format is its name alone, or followed by `:quality`, by `@bytes` of each picture or by
+    `~bytes` of all on average, at one quality. Everything else is an autoencoder: a name known, or
+    a path or repository, in which `:` and `@` are letters like any. What follows the last `+` of
+    its last component is the quantizer; where it is none but a file has that whole name, it is of
+    the name. A folder named like `x+kmeans` is `x+kmeans+none`.
     """
-    picture = re.fullmatch(rf"({'|'.join(FORMATS)})(?:([:@])(.*))?", text)
+    picture = re.fullmatch(rf"({'|'.join(FORMATS)})(?:([:@~])(.*))?", text)
     if picture:
         return parse_picture(text, *picture.groups())
     head, plus, tail = text.rpartition("+")
@@ -153,11 +162,13 @@ def parse_codec(text: str) -> CodecSpec:
 
 
 def parse_picture(text: str, name: str, sign: str | None, value: str | None) -> PictureSpec:
-    """A picture format of its name, `:` or `@`, and a number."""
+    """A picture format of its name, `:`, `@` or `~`, and a number."""
     if sign is None:
         return PictureSpec(name=name)
     if sign == "@":
         return PictureSpec(name=name, max_bytes=whole_number(value or "", text, "bytes"))
+    if sign == "~":
+        return PictureSpec(name=name, mean_bytes=whole_number(value or "", text, "bytes"))
     try:
         return PictureSpec(name=name, quality=float(value or ""))
     except ValueError as error:
@@ -170,7 +181,7 @@ def parse_picture(text: str, name: str, sign: str | None, value: str | None) -> 
 def parse_quantizer(text: str) -> QuantizerSpec:
     """A quantizer and, for kmeans, its levels (kmeans:16), for lbrq its bits (lbrq:3, else 4).
 
-    rans has the bytes of a patch: rans:4096.
+    rans has the bytes of a patch, rans:4096; sum, additive codes, their planes, sum:2.
 
     raises  UnknownNameError, ValueError for levels it does not have
     """
@@ -180,6 +191,11 @@ def parse_quantizer(text: str) -> QuantizerSpec:
     kind = QUANTIZER_ALIASES.get(kind, kind)
     if kind == RECORDS:
         return QuantizerSpec(kind=kind, record_bytes=whole_number(value, text, "bytes a patch"))
+    if kind == SUM:
+        planes = whole_number(value, text, "code planes")
+        if not 1 <= planes <= MAX_PLANES:
+            raise ValueError(f"{text}: code planes are 1 to {MAX_PLANES}")
+        return QuantizerSpec(kind=kind, levels=MAX_LEVELS, planes=planes)
     if kind == "lbrq":
         bits = whole_number(value, text, "bits") if colon else 4
         if bits not in LBRQ_BITS:

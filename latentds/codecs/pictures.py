@@ -1,4 +1,4 @@
-"""Picture formats at a quality, or at most so many bytes a picture: what everyone has."""
+"""Picture formats at a quality, or at so many bytes a picture or on average: what everyone has."""
 # H W pixels
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import numpy as np
 from latentds.codecs.formats import (
     DECODE_ERRORS,
     FORMATS,
+    Format,
     check_choice,
     is_available,
     picture_text,
@@ -42,18 +43,22 @@ class Fitted:
 class PictureCodec:
     """A picture format at a quality, or at the best quality within so many bytes a picture.
 
-    format     one of FORMATS
-    raises     UnknownNameError, ValueError for a quality the format has not, MissingExtraError
+    format      one of FORMATS
+    mean_bytes  of the files that are made together, all at one quality
+    rules       the format as it is coded, where that is not as in FORMATS
+    raises      UnknownNameError, ValueError for a quality the format has not, MissingExtraError
     """
 
     format: str
     quality: float | None = None
     max_bytes: int | None = None
+    mean_bytes: int | None = None
+    rules: Format | None = None
 
     def __post_init__(self) -> None:
-        check_choice(self.format, self.quality, self.max_bytes)
+        check_choice(self.format, self.quality, self.max_bytes, self.mean_bytes)
         lossy = FORMATS[self.format].qualities is not None
-        if lossy and self.quality is None and self.max_bytes is None:
+        if lossy and (self.quality, self.max_bytes, self.mean_bytes) == (None, None, None):
             raise ValueError(f"{self.format}: needs a quality or a number of bytes")
         if not is_available(self.format):
             raise missing_extra(f"{FORMATS[self.format].label}'s library", "bench")
@@ -61,15 +66,28 @@ class PictureCodec:
     @property
     def name(self) -> str:
         """As it is written, for example jpeg:75 or avif@4096."""
-        return picture_text(self.format, self.quality, self.max_bytes)
+        return picture_text(self.format, self.quality, self.max_bytes, self.mean_bytes)
+
+    @property
+    def coding(self) -> Format:
+        """How files are made and read."""
+        return self.rules or FORMATS[self.format]
 
     def fit(self, image: np.ndarray) -> Fitted:
         """The file of a picture, with the quality it was made at."""
+        if self.mean_bytes is not None:
+            return self.fit_all([image])[0]
         if self.max_bytes is not None:
-            return fit_to_bytes(self.format, image, self.max_bytes)
+            return fit_to_bytes(self.format, image, self.max_bytes, self.rules)
         check_picture(image)
-        encoded = FORMATS[self.format].encode(image, self.quality or 0)
+        encoded = self.coding.encode(image, self.quality or 0)
         return Fitted(encoded, self.quality, True)
+
+    def fit_all(self, images: Sequence[np.ndarray]) -> list[Fitted]:
+        """The files of pictures that belong together, with the qualities they were made at."""
+        if self.mean_bytes is None or not images:
+            return [self.fit(image) for image in images]
+        return fit_to_mean(self.coding, images, self.mean_bytes)
 
     def encode(self, image: np.ndarray) -> bytes:
         """The file's bytes; a warning where they cannot be as few as was asked for."""
@@ -81,7 +99,7 @@ class PictureCodec:
     def decode(self, encoded: bytes) -> np.ndarray:
         """The picture uint8 (H, W, 3) in a file's bytes; FormatError where there is none."""
         try:
-            return FORMATS[self.format].decode(encoded)
+            return self.coding.decode(encoded)
         except DECODE_ERRORS as error:
             label = FORMATS[self.format].label
             raise FormatError(
@@ -90,6 +108,8 @@ class PictureCodec:
 
     def encode_batch(self, images: Sequence[np.ndarray]) -> list[bytes]:
         """The files of pictures of any sizes, one after the other."""
+        if self.mean_bytes is not None:
+            return [fitted.encoded for fitted in self.fit_all(images)]
         return [self.encode(image) for image in images]
 
     def decode_batch(self, files: Sequence[bytes]) -> list[np.ndarray]:
@@ -97,7 +117,32 @@ class PictureCodec:
         return [self.decode(encoded) for encoded in files]
 
 
-def fit_to_bytes(format: str, image: np.ndarray, max_bytes: int) -> Fitted:
+def fit_to_mean(rules: Format, images: Sequence[np.ndarray], mean_bytes: int) -> list[Fitted]:
+    """Files of all pictures at the one quality whose files have nearest to `mean_bytes` on average.
+
+    By bisection; a format with few qualities may miss the mean by some per cent, either way.
+    """
+    for image in images:
+        check_picture(image)
+    assert rules.qualities is not None
+    low, high = 0, round((rules.qualities[1] - rules.qualities[0]) / rules.step)
+    best: list[Fitted] = []
+    misses = float("inf")
+    while low <= high:
+        middle = (low + high) // 2
+        quality = round(rules.qualities[0] + middle * rules.step, 6)
+        files = [rules.encode(image, quality) for image in images]
+        mean = sum(map(len, files)) / len(files)
+        if abs(mean - mean_bytes) < misses:
+            misses = abs(mean - mean_bytes)
+            best = [Fitted(file, quality, True) for file in files]
+        low, high = (middle + 1, high) if mean <= mean_bytes else (low, middle - 1)
+    return best
+
+
+def fit_to_bytes(
+    format: str, image: np.ndarray, max_bytes: int, coding: Format | None = None
+) -> Fitted:
     """The file of the highest quality found that has at most `max_bytes`, by bisection.
 
     Sizes grow with quality but for a few bytes here and there, so the search ends at, or within
@@ -105,7 +150,7 @@ def fit_to_bytes(format: str, image: np.ndarray, max_bytes: int) -> Fitted:
     """
     check_choice(format, None, max_bytes)
     check_picture(image)
-    rules = FORMATS[format]
+    rules = coding or FORMATS[format]
     assert rules.qualities is not None
     low, high = 0, round((rules.qualities[1] - rules.qualities[0]) / rules.step)
     best: Fitted | None = None

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from latentds.additive import AdditiveCodebook
 from latentds.autoencoders.base import AutoencoderCard, latent_cells
 from latentds.codecs.lloyd_blocks import block_bytes
 from latentds.codecs.naming import QuantizerSpec, parse_quantizer
@@ -95,6 +96,24 @@ class Codes:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Sums:
+    """Additive codes, a byte a plane and latent cell."""
+
+    spec: QuantizerSpec
+    codebook: AdditiveCodebook
+
+    def pack(self, latents: Tensor) -> list[bytes]:
+        """The codes of every patch, plane by plane."""
+        return [codes.tobytes() for codes in self.codebook.quantize(latents).numpy()]
+
+    def unpack(self, files: Sequence[bytes], shape: LatentShape) -> Tensor:
+        """The sums of the codes."""
+        values = np.frombuffer(b"".join(files), np.uint8).copy()
+        codes = torch.from_numpy(values).view(-1, *self.codebook.codes_shape_of(shape))
+        return self.codebook.dequantize(codes)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Records:
     """Entropy-coded records of one size."""
 
@@ -132,6 +151,8 @@ def packed_bytes(quantizer: QuantizerSpec, shape: LatentShape) -> int:
     """Bytes of a patch's latents (C, h, w), by arithmetic."""
     if quantizer.record_bytes is not None:
         return quantizer.record_bytes
+    if quantizer.planes is not None:
+        return quantizer.planes * shape[1] * shape[2]
     if quantizer.kind == "lbrq":
         return block_bytes(shape, quantizer.bits)
     return -(-math.prod(shape) * quantizer.bits // 8)

@@ -12,9 +12,8 @@ import torch
 from latentds.autoencoders.base import Autoencoder
 from latentds.autoencoders.tiny import tiny_codebook
 from latentds.codebooks import StoredCodebook, load_codebook
-from latentds.codecs import QuantizerSpec, draw_samples
+from latentds.codecs import QuantizerSpec, draw_samples, fit_quantizer
 from latentds.errors import ContractError, InputError
-from latentds.fit import fit_codebook
 from latentds.patchsets.coded import SEED, Encoding
 from latentds.patchsets.config import PatchInput
 from latentds.patchsets.pictures import Pictures, open_pictures
@@ -66,7 +65,7 @@ def find_codebook(
     parts = [encoding(pixels) for pixels in sample.sample(FITTED_TO, SEED)]
     latents = torch.cat([part.transpose(0, 1).flatten(1) for part in parts], 1)
     samples = draw_samples(latents[None, :, :, None])
-    codebook, report = fit_codebook(samples, quantizer.kind, quantizer.levels or 256, SEED)
+    codebook, report = fit_quantizer(samples, quantizer, SEED)
     made = {"origin": origin, "patches": sum(map(len, parts)), "seed": SEED} | report.to_json()
     return StoredCodebook(codebook=codebook, latent_id=card.latent_id, made=made)
 

@@ -172,7 +172,7 @@ def make_codec(
         stored = find_codebook(config, network, spec.quantizer, pictures, device)
     codec = with_quantizer(
         network, spec.quantizer, patch_px=pictures.patch_px,
-        codebook=None if stored is None else stored.scalar,
+        codebook=None if stored is None else stored.codebook,
     )  # fmt: skip
     made = {} if stored is None else stored.made | {"codebook_id": stored.codebook.codebook_id}
     facts = latent_facts(

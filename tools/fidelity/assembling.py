@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from latentds_tools.fidelity import jpeg_tables
 from latentds_tools.fidelity.crops import Crops
 from latentds_tools.fidelity.fitting import ON_TESTED, FitSample
 from latentds_tools.fidelity.measuring import Measured
@@ -43,13 +44,14 @@ def container_bytes(
     spec: CodecSpec, card: Any, patch_px: tuple[int, int], sizes: Sequence[int]
 ) -> list[int] | None:
     """What each patch takes in its container, None where there is none for it."""
-    if not isinstance(spec, LatentSpec):
+    if isinstance(spec, PictureSpec):
         return [TAR_BLOCK * (1 + math.ceil(size / TAR_BLOCK)) for size in sizes]
     if spec.quantizer.record_bytes is not None:
         return [size + SHARD_BYTES for size in sizes]
     if not spec.quantizer.is_fitted:
         return None
-    codes = card.channels * math.prod(latent_cells(patch_px, card.factor))
+    planes = spec.quantizer.planes or card.channels
+    codes = planes * math.prod(latent_cells(patch_px, card.factor))
     return [codes + SHARD_BYTES] * len(sizes)
 
 
@@ -64,6 +66,8 @@ def fixed_bytes(spec: PictureSpec, patch_px: tuple[int, int]) -> int:
     quality = spec.quality
     if quality is None:
         quality = sum(rules.qualities) / 2 if rules.qualities else 0
+    if spec.name == jpeg_tables.NAME:
+        rules = FORMATS["jpeg"]  # tables of the same size
     return len(rules.encode(np.full((*patch_px, 3), 128, np.uint8), quality))
 
 
@@ -76,9 +80,9 @@ def describe_row(
     container = container_bytes(spec, card, patch_px, sizes)
     packed = packed_bytes(spec, sizes) or container
     described: dict[str, Any] = {"codec": names[1], "kind": spec.family, "series": names[0]}
+    described["codebook"] = codebook
     if isinstance(spec, LatentSpec):
         described |= {"autoencoder": card.to_json(), "quantizer": spec.quantizer.text}
-        described |= {"codebook": codebook}
     else:
         over = sum(size > spec.max_bytes for size in sizes) if spec.max_bytes else 0
         described |= {"settings": spec.settings, "over_budget": over}
@@ -92,11 +96,25 @@ def describe_row(
     found = find_paper_row(spec, encoder, class_name)
     return described | {
         "groups": summaries,
+        "steps": steps_of(row.per_crop),
         "encode_rate": len(sizes) / row.seconds["encode"],
         "decode_rate": len(sizes) / row.seconds["decode"],
         "paper": found and found[0].to_json() | {"note": found[1]},
         "per_crop": row.per_crop,
     }
+
+
+def steps_of(per_crop: dict[str, Any]) -> dict[str, Any] | None:
+    """How fine entropy-coded records are: indices of their steps; None for other rows.
+
+    counts  crops by index; 0 is the finest step
+    """
+    if "step" not in per_crop:
+        return None
+    steps = per_crop["step"]
+    quantiles = np.percentile(steps, (0, 25, 50, 75, 100)).tolist()
+    counts = Counter(steps)
+    return {"quantiles": quantiles, "counts": {str(s): counts[s] for s in sorted(counts)}}
 
 
 def notes(
@@ -147,6 +165,22 @@ def fit_notes(sample: FitSample, rows: Sequence[dict[str, Any]]) -> list[str]:
         f"{len(sample.shared):,} slides or patients of the tested pictures ({sample.shared[0]}, "
         "...) are among those that codebooks are fitted on, too."
     ]
+
+
+def fitted_to(
+    specs: Sequence[CodecSpec], trained: dict[str, dict[str, Any]], embedders: dict[str, Any]
+) -> list[str]:
+    """Names of the embedders that a row's tables or decoder were fitted to, in their order."""
+    found = set()
+    if any(spec.name == jpeg_tables.NAME for spec in specs):
+        found.add(next(reversed(embedders), ""))
+    for how in trained.values():
+        config = how.get("config")
+        text = config.get("embedder") if isinstance(config, dict) else None
+        if text:
+            last = str(text).rstrip("/").rpartition("/")[2].removesuffix(".safetensors")
+            found |= {name for name in embedders if name.rpartition(":")[2] in (text, last)}
+    return [name for name in embedders if name in found]
 
 
 def seen_notes(

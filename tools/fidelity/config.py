@@ -22,13 +22,17 @@ class Config:
     source: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Folders of 8-bit pictures."""
     codecs: str | None = None
-    """Codecs with commas between: jpeg:75 (a quality), avif@4096 (at most so many bytes), avif (at
-    equal bytes with each autoencoder), jpeg444, webp, jxl, j2k, png; autoencoders by name or
-    folder, as they are (tiny) or quantized (tiny+kmeans, sd15+kmeans:16, +kmeans-channel,
-    +int8-minmax, +int8-percentile, +int8-channel, +fp16, +lbrq:4). By default
-    tiny+kmeans,jpeg,webp,avif,jxl."""
+    """Codecs with commas between: jpeg:75 (a quality), avif@4096 (at most so many bytes each),
+    avif~4096 (so many on average, at one quality for all), avif (at equal bytes with each
+    autoencoder), avif444 (at its best), jpeg444, jpeg-fitted (quantization tables fitted on
+    --fit-on to the last of --embedders), webp, jxl, j2k, png; autoencoders by name or folder, as
+    they are (tiny) or quantized (tiny+kmeans, sd15+kmeans:16, +kmeans-channel, +int8-minmax,
+    +int8-percentile, +int8-channel, +fp16, +lbrq:4), as additive codes of so many bytes a latent
+    cell (tiny+sum:2) or entropy-coded records of so many bytes (tiny-v2+rans:4096, sd3+rans:8192).
+    By default tiny+kmeans,jpeg,webp,avif,jxl. Rows of equal bytes are set beside AVIF's."""
     embedders: str | None = None
-    """Embedders with commas between, as load_embedder has them; none by default."""
+    """Embedders with commas between, as load_embedder has them; none by default. In tables, those
+    that a row's decoder or tables were fitted to stand last."""
     preset: Literal["paper-table1"] | None = None
     """paper-table1: codecs, embedders and number of patches of the paper's Table 1, unless given
     here."""
@@ -55,12 +59,22 @@ class Config:
     barcodes in all names, else folders that lie two deep, else each picture), the folder a picture
     lies in, or each picture."""
     fit_on: Path | None = None
-    """Folder of other pictures that codebooks are fitted on; by default the tested crops, which
-    favours them."""
+    """Folder of other pictures that codebooks and tables are fitted on; by default the tested
+    crops, which favours them."""
     fit_patches: int = 256
     """Crops at most that codebooks are fitted on."""
     codebook: Path | None = None
     """Codebook file, used for the rows of its latents, kind and levels."""
+    recode: str | None = None
+    """Codings with commas between, jpeg:80,j2k:38: every crop is tested again as cut from its
+    picture coded so; tables tell them apart, as they do files of other codings."""
+    nuclei: Path | None = None
+    """Folder of images/ and masks/ that a small U-Net is trained on; it finds nuclei in what codecs
+    make of the tested pictures, whose masks lie beside their folder in masks/. Reports Dice."""
+    probe_on: Path | None = None
+    """Folder of pictures in folders of their classes, of the tested ones' classes: linear probes of
+    each embedder are fitted on these originals, without the slide that is tested. Reports the
+    share of reconstructions whose class is told."""
     refit: bool = False
     """Fit tiny's codebook, too, instead of the one it ships."""
     ssim: Literal["gaussian", "uniform", "torchmetrics"] = "gaussian"
@@ -88,6 +102,8 @@ class Config:
             raise InputError(f"--patches {self.patches}; at least 1")
         if self.bootstrap < 0:
             raise InputError(f"--bootstrap {self.bootstrap}; 0 or more")
+        if self.probe_on is not None and not self.embedder_names():
+            raise InputError("--probe-on: no --embedders to probe")
         if not self.source:
             raise InputError("no folder of pictures given")
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from latentds_tools.fidelity.slides import NAMING, RULES, Found, SlideOptions, find_slides
 
+from latentds.codecs import PictureSpec, make_picture_codec
 from latentds.errors import InputError
 
 MAX_PX = 1 << 28
@@ -32,10 +33,12 @@ class Crop:
     source    path below its folder, the folder's name before it where there are several
     slide     what the bootstrap draws: all crops of one slide together
     encoding  how the file is coded: png, jpeg:q=75:4:2:0, ...
-    kind      lossless, jpeg or other: what the file's own coding did to it
+    kind      lossless, jpeg or other: what the file's own coding did to it; the codec where its
+              picture was recoded
     x, y      left and top edge in the picture
     rule      which rule its slide is by
-    picture   hash of the whole picture's pixels
+    picture   hash of the whole picture's pixels, as its file has them
+    path      of the file
     """
 
     image: np.ndarray
@@ -47,6 +50,7 @@ class Crop:
     y: int
     rule: str
     picture: str
+    path: Path
 
     def to_json(self) -> dict[str, Any]:
         """All but the pixels and what stands for them."""
@@ -104,9 +108,11 @@ class Crops:
 def read_crops(
     folders: Sequence[Path], *, crop_px: int, per_picture: int, most: int, seed: int,
     slides: SlideOptions = DEFAULT_SLIDES, must_match: bool = True,
+    recode: Sequence[PictureSpec] = (),
 ) -> Crops:  # fmt: skip
     """At most `most` crops, `per_picture` of each picture, one of a picture that is just as large.
 
+    recode  at qualities: each crop is taken once more from its picture coded so, beyond `most`
     InputError where no picture is large enough. Where there are too many pictures, some are drawn.
     """
     found, rules = find_slides(folders, slides, must_match)
@@ -117,21 +123,23 @@ def read_crops(
     taken: list[tuple[int, Crop]] = []
     too_small = 0
     for place in order.tolist():
-        crops = list(cut(found[place], crop_px, per_picture, rng))
+        crops = list(cut(found[place], crop_px, per_picture, rng, recode))
         too_small += not crops
         taken += [(place, crop) for crop in crops]
-        if len(taken) >= most:
+        if len(taken) >= most * (1 + len(recode)):
             break
     if not taken:
         names = ", ".join(str(folder) for folder in folders)
         raise InputError(f"{names}: no picture is {crop_px} px or larger; a smaller --crop-px")
-    taken = sorted(taken[:most], key=lambda pair: pair[0])
+    taken = sorted(taken[: most * (1 + len(recode))], key=lambda pair: pair[0])
     pictures = len({place for place, _ in taken})
     return Crops(tuple(crop for _, crop in taken), rules, pictures, too_small)
 
 
-def cut(found: Found, edge: int, count: int, rng: np.random.Generator) -> Iterator[Crop]:
-    """The crops of one picture; none where it is too small."""
+def cut(
+    found: Found, edge: int, count: int, rng: np.random.Generator, recode: Sequence[PictureSpec]
+) -> Iterator[Crop]:
+    """The crops of one picture, each as it is and as recoded; none where it is too small."""
     from latentds.sources.pictures import read_header, read_picture
 
     try:
@@ -141,14 +149,19 @@ def cut(found: Found, edge: int, count: int, rng: np.random.Generator) -> Iterat
         image, _ = read_picture(found.path, MAX_PX)
     except InputError as error:
         raise InputError(f"{found.path}: {error}") from error
-    kind = kind_of(found.path, header.encoding)
+    versions = [(header.encoding, kind_of(found.path, header.encoding), image)]
+    for spec in recode:
+        codec = make_picture_codec(spec)
+        versions.append((spec.text, spec.text, codec.decode(codec.encode(image))))
     whole = hashlib.sha256(repr(image.shape).encode() + image.tobytes()).hexdigest()
     for _ in range(1 if image.shape[:2] == (edge, edge) else count):
         y, x = (int(rng.integers(side - edge + 1)) for side in image.shape[:2])
-        yield Crop(
-            image=image[y : y + edge, x : x + edge].copy(), source=found.source, x=x, y=y,
-            slide=found.slide, encoding=header.encoding, kind=kind, rule=found.rule, picture=whole,
-        )  # fmt: skip
+        for encoding, kind, pixels in versions:
+            yield Crop(
+                image=pixels[y : y + edge, x : x + edge].copy(), source=found.source, x=x, y=y,
+                slide=found.slide, encoding=encoding, kind=kind, rule=found.rule, picture=whole,
+                path=found.path,
+            )  # fmt: skip
 
 
 def kind_of(path: Path, encoding: str) -> str:

@@ -1,4 +1,7 @@
-"""Finished rows on disk, by a hash of all that makes them: a killed run goes on after the last."""
+"""Finished rows and their files on disk, by a hash of all that makes them.
+
+A killed run goes on after the last; another embedder or decoder does not encode anew.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,12 @@ import hashlib
 import io
 import json
 import math
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from latentds_tools.fidelity.encoded import Encoded
 from latentds_tools.fidelity.measuring import Measured
 
 from latentds.format import canonical_json
@@ -35,6 +40,24 @@ class KeptRows:
             return Measured(values["per_crop"], values["seconds"], shown)
         except (ValueError, KeyError, EOFError, FileNotFoundError):
             return None  # not one that this version wrote whole: measured again
+
+    def find_encoded(self, facts: dict[str, Any]) -> Encoded | None:
+        """The files that a codec made under just these facts, None where there are none."""
+        if self.folder is None:
+            return None
+        try:
+            with np.load(self.folder / f"{key_of(facts)}.npz", allow_pickle=False) as arrays:
+                return Encoded.from_arrays(dict(arrays))
+        except (ValueError, KeyError, EOFError, FileNotFoundError, zipfile.BadZipFile):
+            return None
+
+    def keep_encoded(self, facts: dict[str, Any], encoded: Encoded) -> None:
+        """Write a codec's files."""
+        if self.folder is None:
+            return
+        content = io.BytesIO()
+        np.savez(content, **encoded.to_arrays())
+        write_atomically(self.folder / f"{key_of(facts)}.npz", content.getvalue())
 
     def keep(self, facts: dict[str, Any], row: Measured) -> None:
         """Write a row, its pictures first: the JSON's presence means both."""

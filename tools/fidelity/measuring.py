@@ -1,22 +1,21 @@
-"""One row: encode and decode every crop with a codec, time both, compare what comes out."""
+"""One row: decode what a codec made of every crop, compare what comes out with the original."""
 # k crops shown on the contact sheet, D embedding dimensions, H W pixels
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from latentds_tools.fidelity.encoded import CHUNK, Encoded
 from latentds_tools.fidelity.quality import cosines, embed, measure_ssim
 
 from latentds.codecs import LatentCodec, PictureCodec
 
-CHUNK = 16  # crops held decoded at a time
+Downstream = Callable[[int, Sequence[np.ndarray], dict[str, np.ndarray]], dict[str, list[Any]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +23,8 @@ class Measured:
     """What a row's codec did to every crop.
 
     per_crop  bytes, psnr_db (None where the reconstruction is equal), ssim, quality (None where
-              it was not searched), similarity by embedder: lists in the order of the crops
+              it was not searched), similarity by embedder, downstream by figure, and for
+              entropy-coded records step, its index: lists in the order of the crops
     seconds   encode, decode: time for all crops
     shown     uint8 (k, H, W, 3): reconstructions for the contact sheet
     """
@@ -55,54 +55,49 @@ class Originals:
 
 
 def measure(
-    codec: PictureCodec | LatentCodec, originals: Originals, ssim: str, contact: Sequence[int],
-    tick: Callable[[int], object],
+    codec: PictureCodec | LatentCodec, encoded: Encoded, originals: Originals, ssim: str,
+    contact: Sequence[int], tick: Callable[[int], object], downstream: Downstream | None = None,
 ) -> Measured:  # fmt: skip
-    """All figures of one codec; `tick` is told how many crops are done."""
+    """All figures of one codec's files; `tick` is told how many crops are done.
+
+    downstream  figures of reconstructions and their embeddings by name, from a place on
+    """
     images = originals.images
-    codec.decode_batch(encode_batch(codec, images[:1])[0])  # first calls set things up
-    columns: dict[str, list[Any]] = {name: [] for name in ("bytes", "quality", "psnr_db", "ssim")}
+    codec.decode_batch(encoded.files[:1])  # first calls set things up
+    columns: dict[str, list[Any]] = {
+        "bytes": [len(file) for file in encoded.files],
+        "quality": encoded.qualities,
+        "psnr_db": [],
+        "ssim": [],
+    }
+    if isinstance(codec, LatentCodec) and codec.quantizer.spec.record_bytes is not None:
+        columns["step"] = [file[0] for file in encoded.files]
     similarity: dict[str, list[float]] = {name: [] for name in originals.embedders}
-    seconds = {"encode": 0.0, "decode": 0.0}
+    figures: dict[str, list[Any]] = {}
+    seconds = {"encode": encoded.seconds, "decode": 0.0}
     shown: dict[int, np.ndarray] = {}
     for start in range(0, len(images), CHUNK):
         part = images[start : start + CHUNK]
-        files, qualities, took = encode_batch(codec, part)
-        seconds["encode"] += took
         began = time.perf_counter()
-        decoded = codec.decode_batch(files)
+        decoded = codec.decode_batch(encoded.files[start : start + CHUNK])
         seconds["decode"] += time.perf_counter() - began
-        columns["bytes"] += [len(file) for file in files]
-        columns["quality"] += qualities
         columns["psnr_db"] += [
             finite_psnr(d, image) for d, image in zip(decoded, part, strict=True)
         ]
         columns["ssim"] += [measure_ssim(d, i, ssim) for d, i in zip(decoded, part, strict=True)]
-        for name, embedder in originals.embedders.items():
+        embeddings = {name: embed(e, decoded) for name, e in originals.embedders.items()}
+        for name, vectors in embeddings.items():
             wanted = originals.embeddings(name)[start : start + len(part)]
-            similarity[name] += cosines(embed(embedder, decoded), wanted).tolist()
+            similarity[name] += cosines(vectors, wanted).tolist()
+        for name, values in (downstream(start, decoded, embeddings) if downstream else {}).items():
+            figures.setdefault(name, []).extend(values)
         shown |= {n: decoded[n - start] for n in contact if start <= n < start + len(part)}
         tick(len(part))
     pictures = (
         np.stack([shown[n] for n in contact]) if contact else np.zeros((0, 1, 1, 3), np.uint8)
     )
-    return Measured({**columns, "similarity": similarity}, seconds, pictures)
-
-
-def encode_batch(
-    codec: PictureCodec | LatentCodec, images: Sequence[np.ndarray]
-) -> tuple[list[bytes], list[float | None], float]:
-    """Files, the qualities that were searched for, and the seconds taken without the search."""
-    if isinstance(codec, PictureCodec) and codec.max_bytes is not None:
-        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            fitted = list(pool.map(codec.fit, images))  # up to 14 files a picture are made
-        fixed = [PictureCodec(codec.format, quality=f.quality) for f in fitted]
-        began = time.perf_counter()
-        files = [c.encode(image) for c, image in zip(fixed, images, strict=True)]
-        return files, [f.quality for f in fitted], time.perf_counter() - began
-    began = time.perf_counter()
-    files = codec.encode_batch(images)
-    return files, [None] * len(files), time.perf_counter() - began
+    found = {**columns, "similarity": similarity, "downstream": figures}
+    return Measured(found, seconds, pictures)
 
 
 def finite_psnr(image: np.ndarray, reference: np.ndarray) -> float | None:

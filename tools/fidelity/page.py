@@ -17,6 +17,8 @@ def write_page(report: dict[str, Any]) -> str:
             parts.append(f"Crops: {counts['crops']:,}; slides: {counts['slides']:,}.")
         parts.append(main_table(report, name))
         parts += [spread_table(report, name)] if name == "all" else []
+    parts += [differences_part(report, name) for name in references(report)]
+    parts += [steps_part(report)] if any(row["steps"] for row in report["rows"]) else []
     parts += [paper_part(report)] if any(row["paper"] for row in report["rows"]) else []
     parts.append("## Notes\n\n" + "\n".join(f"- {note}" for note in notes(report)))
     return "\n\n".join(parts) + "\n"
@@ -44,8 +46,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def main_table(report: dict[str, Any], group: str) -> str:
     """Codecs with their bytes, means and rates."""
-    names = list(report["embedders"])
-    header = ["codec", "bytes", "in container", "packed", *names, "PSNR, dB", "SSIM"]
+    names, figures = embedder_names(report), figure_names(report)
+    header = ["codec", "bytes", "in container", "packed", *names, "PSNR, dB", "SSIM", *figures]
     rows = []
     for row in report["rows"]:
         values = row["groups"][group]
@@ -57,6 +59,7 @@ def main_table(report: dict[str, Any], group: str) -> str:
             *(interval(values["similarity"][name], 4) for name in names),
             psnr(values["psnr_db"]),
             interval(values["ssim"], 3),
+            *(interval(values["downstream"][name], 3) for name in figures),
             *([rate(row["encode_rate"]), rate(row["decode_rate"])] if group == "all" else []),
         ])  # fmt: skip
     return table([*header, *(["encode/s", "decode/s"] if group == "all" else [])], rows)
@@ -64,7 +67,7 @@ def main_table(report: dict[str, Any], group: str) -> str:
 
 def spread_table(report: dict[str, Any], group: str) -> str:
     """Standard deviation and 5th percentile over crops."""
-    names = list(report["embedders"])
+    names = embedder_names(report)
     rows = []
     for row in report["rows"]:
         values = row["groups"][group]
@@ -74,6 +77,60 @@ def spread_table(report: dict[str, Any], group: str) -> str:
         rows.append([f"`{row['codec']}`", *cells])
     header = ["sd, 5th percentile, n", *names, "PSNR, dB", "SSIM"]
     return table(header, rows)
+
+
+def embedder_names(report: dict[str, Any]) -> list[str]:
+    """Embedders, those that nothing was fitted to first."""
+    return sorted(report["embedders"], key=lambda name: name in report["fitted_to"])
+
+
+def figure_names(report: dict[str, Any]) -> list[str]:
+    """Downstream figures."""
+    return list(report["rows"][0]["per_crop"]["downstream"])
+
+
+def references(report: dict[str, Any]) -> list[str]:
+    """Rows that others are compared with, in the table's order."""
+    named = {name for row in report["rows"] for name in row["differences"]}
+    return [row["codec"] for row in report["rows"] if row["codec"] in named]
+
+
+def differences_part(report: dict[str, Any], reference: str) -> str:
+    """How much rows of as many bytes are above a reference, crop by crop."""
+    columns = [(f"similarity {name}", name, 4) for name in embedder_names(report)]
+    columns += [("psnr_db", "PSNR, dB", 2), ("ssim", "SSIM", 3)]
+    columns += [(name, name, 3) for name in figure_names(report)]
+    rows = []
+    for row in report["rows"]:
+        if reference in row["differences"]:
+            found = row["differences"][reference]["all"]
+            cells = [difference(found[name], digits) for name, _, digits in columns]
+            rows.append([f"`{row['codec']}`", *cells])
+    return "\n\n".join([
+        f"## Less `{reference}`",
+        f"A row's figure less that of `{reference}`, mean over the same crops; in brackets 95 % "
+        "intervals by bootstrap over slides.",
+        table(["codec", *(label for _, label, _ in columns)], rows),
+    ])  # fmt: skip
+
+
+def steps_part(report: dict[str, Any]) -> str:
+    """How fine the records of entropy-coded rows are."""
+    rows = []
+    for row in report["rows"]:
+        if row["steps"]:
+            counts = row["steps"]["counts"]
+            cells = [f"{value:g}" for value in row["steps"]["quantiles"]]
+            rows.append(
+                [f"`{row['codec']}`", *cells, f"{counts.get('0', 0):,}", f"{len(counts):,}"]
+            )
+    header = ["codec", "finest", "quarter", "median", "three quarters", "coarsest"]
+    return "\n\n".join([
+        "## Steps of records",
+        "Indices of the quantization steps that crops' records have, 0 the finest there is; each "
+        "step is a little coarser than the one before (`latentds info` has them of a set).",
+        table([*header, "crops at 0", "different"], rows),
+    ])  # fmt: skip
 
 
 def paper_part(report: dict[str, Any]) -> str:
@@ -110,6 +167,11 @@ def notes(report: dict[str, Any]) -> list[str]:
         f"PSNR: {settings['psnr']}. SSIM: {settings['ssim']}.",
         f"In container: {settings['container']}.",
         f"Packed: {settings['packed']}.",
+        *(
+            f"{name}: rows' tables or decoders were fitted to it; the embedders before it are the "
+            "judges"
+            for name in report["fitted_to"]
+        ),
         "Rates leave out the search for a quality, and reading and comparing.",
         *report["notes"],
         *(f"Missing: {name}: {why.rstrip('.')}." for name, why in report["missing"].items()),
@@ -118,7 +180,9 @@ def notes(report: dict[str, Any]) -> list[str]:
     for row in report["rows"]:
         if row.get("codebook"):
             codebooks.setdefault(row["codebook"]["origin"], []).append(f"`{row['codec']}`")
-    found += [f"Codebook of {', '.join(rows)}: {origin}." for origin, rows in codebooks.items()]
+    found += [
+        f"Codebook or tables of {', '.join(rows)}: {origin}." for origin, rows in codebooks.items()
+    ]
     formats = {row["series"]: row["settings"] for row in report["rows"] if "settings" in row}
     found += [f"{name}: {text}; {fixed_part(report, name)}." for name, text in formats.items()]
     found.append(", ".join(f"{name} {v}" for name, v in report["versions"].items()) + ".")
@@ -160,6 +224,16 @@ def interval(values: dict[str, Any], digits: int) -> str:
         return number(values["mean"], digits)
     low, high = (number(v, digits) for v in values["ci95"])
     return f"{number(values['mean'], digits)} [{low}, {high}]"
+
+
+def difference(values: dict[str, Any], digits: int) -> str:
+    """A signed mean difference and its interval."""
+    if values["mean"] is None:
+        return ABSENT
+    mean = f"{values['mean']:+.{digits}f}"
+    if values["low"] is None:
+        return mean
+    return f"{mean} [{values['low']:+.{digits}f}, {values['high']:+.{digits}f}]"
 
 
 def psnr(values: dict[str, Any]) -> str:

@@ -82,14 +82,14 @@ def last_part(name: str) -> str:
     return name.rstrip("/").rpartition("/")[2]
 
 
-def parse(text: str) -> list[CodecSpec]:
+def parse(text: str, option: str = "--codecs") -> list[CodecSpec]:
     """Codecs of the list; InputError where it is written wrongly."""
     try:
         return parse_codecs(text)
     except LatentdsError:
         raise
     except ValueError as error:
-        raise InputError(f"--codecs: {error}") from error
+        raise InputError(f"{option}: {error}") from error
 
 
 def why_not(spec: CodecSpec, autoencoders: Autoencoders, patch_px: tuple[int, int]) -> str | None:
@@ -101,7 +101,8 @@ def why_not(spec: CodecSpec, autoencoders: Autoencoders, patch_px: tuple[int, in
             return None
         if spec.name in autoencoders.absent:
             return autoencoders.absent[spec.name]
-        if not spec.quantizer.is_fitted:
+        is_fitted = spec.quantizer.is_fitted or spec.quantizer.record_bytes is not None
+        if not is_fitted:
             with_quantizer(autoencoders.get(spec.name), spec.quantizer, patch_px=patch_px)
     except MissingExtraError as error:
         return one_line(error)

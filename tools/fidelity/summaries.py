@@ -34,7 +34,7 @@ class Groups:
         }
 
     def summarize(self, per_crop: dict[str, Any]) -> dict[str, Any]:
-        """For every group: bytes, psnr_db, ssim and similarity by embedder."""
+        """For every group: bytes, psnr_db, ssim, similarity by embedder, downstream by figure."""
         return {name: self.summarize_group(per_crop, mask) for name, mask in self.masks.items()}
 
     def summarize_group(self, per_crop: dict[str, Any], mask: np.ndarray) -> dict[str, Any]:
@@ -52,6 +52,7 @@ class Groups:
             "psnr_db": psnr,
             "ssim": of(per_crop["ssim"]),
             "similarity": {name: of(values) for name, values in per_crop["similarity"].items()},
+            "downstream": {name: of(values) for name, values in per_crop["downstream"].items()},
         }
 
 

@@ -1,0 +1,207 @@
+"""All that rows are measured with: what was asked for, opened, read and fitted."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from latentds_tools.fidelity.config import Config
+from latentds_tools.fidelity.contact import pick_crops
+from latentds_tools.fidelity.crops import Crops, read_crops
+from latentds_tools.fidelity.fitting import ON_TESTED, Codebooks, FitSample, stored_codebooks
+from latentds_tools.fidelity.jpeg_tables import NAME as FITTED
+from latentds_tools.fidelity.jpeg_tables import FittedTables
+from latentds_tools.fidelity.nuclei import NAME as NUCLEI
+from latentds_tools.fidelity.nuclei import NucleiFinder
+from latentds_tools.fidelity.opening import Autoencoders
+from latentds_tools.fidelity.plan import Plan, make_plan, parse
+from latentds_tools.fidelity.probing import PatchProbe
+from latentds_tools.fidelity.slide_tables import read_table
+from latentds_tools.fidelity.slides import SlideOptions
+
+from latentds.codecs import (
+    CodecSpec,
+    LatentCodec,
+    LatentSpec,
+    PictureCodec,
+    PictureSpec,
+    make_picture_codec,
+)
+from latentds.errors import InputError
+
+MAX_PROBED = 5000  # crops that probes are fitted to
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """All that rows are measured with."""
+
+    config: Config
+    plan: Plan
+    crops: Crops
+    codebooks: Codebooks
+    contact: list[int]
+    device: str
+    tables: FittedTables
+    finder: NucleiFinder | None
+    probe: PatchProbe | None
+
+    @property
+    def patch_px(self) -> tuple[int, int]:
+        """(H, W) of every crop."""
+        return self.config.crop_px, self.config.crop_px
+
+    def trained(self) -> dict[str, dict[str, Any]]:
+        """For the decoders among the rows, by what they are called: how they were trained."""
+        series = {row.name: self.plan.series(row) for row in self.plan.rows}
+        trained = self.codebooks.autoencoders.trained
+        return {series[name]: how for name, how in trained.items() if name in series}
+
+    def codec(self, spec: CodecSpec) -> PictureCodec | LatentCodec:
+        """A row's codec, fitted where it has to be."""
+        if isinstance(spec, LatentSpec):
+            return self.codebooks.make(spec)
+        if spec.name == FITTED:
+            return self.tables.codec(spec.max_bytes, spec.mean_bytes)
+        return make_picture_codec(spec)
+
+    def origin(self, spec: CodecSpec) -> dict[str, Any] | None:
+        """Where a row's codebook or its tables come from, None for neither."""
+        if isinstance(spec, LatentSpec):
+            return self.codebooks.origin(spec)
+        if spec.name != FITTED:
+            return None
+        card = self.plan.embedders[self.tables.embedder_name].card
+        return self.codebooks.fitted() | {
+            "pictures": len(self.tables.images),
+            "embedder": self.tables.embedder_name,
+            "weights": card.weights_id,
+        }
+
+    @property
+    def judges(self) -> list[NucleiFinder | PatchProbe]:
+        """Those of reconstructions that were asked for."""
+        return [judge for judge in (self.finder, self.probe) if judge is not None]
+
+    def downstream(
+        self, start: int, decoded: Sequence[np.ndarray], embeddings: dict[str, np.ndarray]
+    ) -> dict[str, list[Any]]:
+        """Downstream figures of the crops from a place on."""
+        found: dict[str, list[Any]] = {}
+        if self.finder is not None:
+            found[NUCLEI] = self.finder.score(start, decoded)
+        if self.probe is not None:
+            found |= self.probe.score(start, embeddings)
+        return found
+
+    def card(self, spec: CodecSpec) -> Any:
+        """The card of a row's autoencoder, None for pictures."""
+        return self.codebooks.autoencoders.cards.get(spec.name)
+
+
+def prepare(config: Config) -> Job:
+    """Open all that is needed, and read the crops."""
+    from latentds.conversion.encode import choose_device
+
+    others = (config.fit_on, config.nuclei, config.probe_on)
+    for folder in (*config.source, *(folder for folder in others if folder)):
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder}: no such folder")
+    device = str(choose_device(config.device or "auto"))
+    autoencoders = Autoencoders(device)
+    plan = make_plan(
+        config.codecs or "", config.embedder_names(), autoencoders,
+        patch_px=(config.crop_px, config.crop_px), skip_missing=config.skip_missing,
+    )  # fmt: skip
+    crops = crops_of(config, config.source, config.patches or 1)
+    stored = stored_codebooks(config.codebook, autoencoders.cards, config.refit)
+    sample = fit_sample(config, crops)
+    check_tables(plan)
+    return Job(
+        config=config,
+        plan=plan,
+        crops=crops,
+        codebooks=Codebooks(
+            autoencoders, sample, stored, config.seed, (config.crop_px, config.crop_px)
+        ),
+        contact=pick_crops(config.contact, crops.crops),
+        device=device,
+        tables=FittedTables(sample.images, plan.embedders),
+        finder=NucleiFinder(config.nuclei, crops.crops, config.seed) if config.nuclei else None,
+        probe=probe_of(config, crops, plan.embedders),
+    )
+
+
+def check_tables(plan: Plan) -> None:
+    """InputError for JPEG's tables fitted to no embedder, or at a quality in place of bytes."""
+    for spec in plan.rows:
+        if spec.name != FITTED:
+            continue
+        if not plan.embedders:
+            raise InputError(f"--codecs: {spec.text} needs --embedders; its tables are fitted to "
+                             "the last of them")  # fmt: skip
+        if isinstance(spec, PictureSpec) and spec.quality is not None:
+            raise InputError(f"--codecs: {spec.text} needs bytes, as {FITTED}@4096")
+
+
+def probe_of(config: Config, crops: Crops, embedders: dict[str, Any]) -> PatchProbe | None:
+    """The probe of --probe-on, None without it."""
+    if config.probe_on is None:
+        return None
+    training = crops_of(config, [config.probe_on], MAX_PROBED)
+    return PatchProbe(training, crops.crops, embedders)
+
+
+def crops_of(config: Config, folders: Sequence[Path], most: int) -> Crops:
+    """Crops of folders, as the options say."""
+    tables = tuple(read_table(path) for path in config.slides_table)
+    is_tested = folders == config.source
+    return read_crops(
+        folders, crop_px=config.crop_px, per_picture=config.crops, most=most, seed=config.seed,
+        slides=SlideOptions(config.name_pattern, tables, config.slides),
+        must_match=is_tested, recode=recodings(config.recode) if is_tested else (),
+    )  # fmt: skip
+
+
+def fit_sample(config: Config, crops: Crops) -> FitSample:
+    """Pictures to fit codebooks on; InputError where they hold tested ones."""
+    if config.fit_on is None:
+        count = min(config.fit_patches, len(crops.crops))
+        places = np.linspace(0, len(crops.crops) - 1, count).round().astype(int)
+        images = [crops.crops[place].image for place in places.tolist()]
+        return FitSample(images, ON_TESTED, crops.digest())
+    check_apart(config.fit_on, config.source)
+    others = crops_of(config, [config.fit_on], config.fit_patches)
+    tested = {crop.picture for crop in crops.crops} | {image.tobytes() for image in crops.images}
+    for crop in others.crops:
+        if crop.picture in tested or crop.image.tobytes() in tested:
+            raise InputError(
+                f"--fit-on {config.fit_on}: holds tested pictures ({crop.source}); leave it out "
+                "to fit on the tested crops"
+            )
+    shared = tuple(sorted(crops.known_slides() & others.known_slides()))
+    origin = f"fitted on pictures of {config.fit_on.resolve().name}"
+    return FitSample(others.images, origin, others.digest(), shared)
+
+
+def check_apart(other: Path, tested: Sequence[Path]) -> None:
+    """InputError where a folder is a tested one, lies in one or holds one."""
+    own = other.resolve()
+    for folder in (path.resolve() for path in tested):
+        if own == folder or own in folder.parents or folder in own.parents:
+            raise InputError(
+                f"--fit-on {other}: holds tested pictures, or lies where they do ({folder.name}); "
+                "leave it out to fit on the tested crops"
+            )
+
+
+def recodings(text: str | None) -> list[PictureSpec]:
+    """Codecs in --recode; InputError for what is no picture format at a quality."""
+    specs = parse(text, "--recode") if text else []
+    found = [s for s in specs if isinstance(s, PictureSpec) and s.quality is not None]
+    if len(found) < len(specs):
+        raise InputError(f"--recode {text}: takes picture formats at a quality, as jpeg:80")
+    return found

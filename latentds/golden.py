@@ -159,7 +159,7 @@ def read_golden(
         nothing = np.zeros(0, np.int64)
         none = np.zeros((0, *codes_shape), np.uint8), np.zeros((0, *patch_px, 3), np.uint8)
         return Golden(nothing, *none, [], np.zeros(0), TOLERANCE_LEVELS)
-    thumbnail_px = thumbnail_size(patch_px)
+    thumbnail_px = shrink(np.zeros((*patch_px, 3), np.uint8)).shape[:2]
     try:
         if len(table["row"]) > MAX_GOLDEN or max(table["row"]) >= patches:
             raise FormatError(f"{path}: golden patches name rows that are not there")
@@ -174,11 +174,6 @@ def read_golden(
         )
     except (OSError, SyntaxError, ValueError, TypeError, OverflowError) as error:
         raise FormatError(f"{path}: damaged golden patches ({error}); fetch it anew") from error
-
-
-def thumbnail_size(patch_px: tuple[int, int]) -> tuple[int, ...]:
-    """(H, W) of the thumbnails of such patches."""
-    return shrink(np.zeros((*patch_px, 3), np.uint8)).shape[:2]
 
 
 def shrink(image: np.ndarray) -> np.ndarray:

@@ -11,11 +11,12 @@ from PIL import Image
 from latentds.additive_fit import fit_additive
 from latentds.codebooks import StoredCodebook, save_codebook
 from latentds.entropy_fit import fit_entropy_codebook
-from latentds.errors import ContractError, InputError, WeightsError
+from latentds.errors import ContractError, FormatError, InputError, WeightsError
 from latentds.golden import read_golden_table
 from latentds.loader import LatentLoader
 from latentds.manifest import read_manifest
 from latentds.mixture import Mixture
+from latentds.quantizer import Codebook
 from latentds.reader import ShardSet
 from latentds.rearranging import recoding as module
 from latentds.rearranging.merging import merge
@@ -35,6 +36,11 @@ def dense_latents(seed: int) -> np.ndarray:
     return np.random.default_rng(seed).laplace(0, 0.5, (64, 3, 4, 4)).astype(np.float32)
 
 
+def vectors_of(seed: int) -> np.ndarray:
+    """The same as vectors (N, 3)."""
+    return dense_latents(seed).transpose(0, 2, 3, 1).reshape(-1, 3)
+
+
 def save_book(path, book, latent_id: str = LATENT_ID):
     save_codebook(StoredCodebook(codebook=book, latent_id=latent_id, made={"origin": "a"}), path)
     return path
@@ -48,7 +54,7 @@ def sets(tmp_path_factory):
     save_pictures(root / "in" / "val" / "a" / "s.2", 6, 500)
     books = {
         "u8": None,
-        "u8-sum": fit_additive(dense_latents(0).transpose(0, 2, 3, 1).reshape(-1, 3), 2)[0],
+        "u8-sum": fit_additive(vectors_of(0), 2)[0],
         "rans": fit_entropy_codebook(dense_latents(0), 36, lanes=1)[0],
     }
     for name, book in books.items():
@@ -226,6 +232,23 @@ def test_a_decoder_that_is_not_at_hand_costs_the_golden_patches_and_says_so(
         repack(sets["u8"], tmp_path / "out", Repacking(recoding=recoding))
     assert "no golden patches" in caplog.text and "the decoder is not here" in caplog.text
     assert verify(tmp_path / "out").is_good
+
+
+def test_codes_that_the_codebook_has_not_are_not_recoded(sets, tmp_path, monkeypatch):
+    read = ShardSet.read_codes
+
+    def hostile(shards, rows):
+        return np.full_like(read(shards, rows), 255)
+
+    levels = ShardSet(sets["u8"]).manifest.contract.codebook.levels[:, :200]
+    book = save_book(tmp_path / "b.safetensors", Codebook(levels, "kmeans"))
+    save_pictures(tmp_path / "in", 4)
+    convert_with_mean(tmp_path / "in", tmp_path / "short", codebook=book)
+    monkeypatch.setattr(ShardSet, "read_codes", hostile)
+    target = save_book(tmp_path / "t.safetensors", fit_additive(vectors_of(0), 2)[0])
+    with pytest.raises(FormatError, match="code 255, but the codebook has 200 levels; damaged"):
+        recode(tmp_path / "short", tmp_path / "out", codebook=target)
+    assert not (tmp_path / "out").exists()
 
 
 def test_another_decoder_makes_no_golden_patches(sets, tmp_path):

@@ -26,19 +26,13 @@ from latentds.entropy_codebook import EntropyCodebook
 from latentds.entropy_fit import MAX_FIT_PATCHES, fit_entropy_codebook
 from latentds.errors import (
     ContractError,
+    FormatError,
     InputError,
     MissingExtraError,
     ShapeError,
     WeightsError,
 )
-from latentds.golden import (
-    decode_pixels,
-    encode_golden,
-    from_png,
-    no_golden,
-    read_golden_table,
-    thumbnail_size,
-)
+from latentds.golden import decode_pixels, encode_golden, no_golden, read_golden
 from latentds.metrics import Distortion
 from latentds.quantizer import AnyCodebook, dequantize_each
 from latentds.reader import ShardSet
@@ -101,6 +95,8 @@ class Recoder:
     def recode(self, codes: np.ndarray, before: AnyCodebook) -> np.ndarray:
         """New codes uint8 (N, *codes_shape) of codes of the codebook `before`."""
         book = self.stored.codebook
+        if (fault := before.find_fault(codes)) is not None:
+            raise FormatError(f"{self.shards.folder}: {fault}; damaged, fetch it anew")
         latents = before.dequantize(torch.from_numpy(codes))
         found = book.quantize(latents)
         self.loss.add(latents.numpy(), book.dequantize(found).numpy())
@@ -112,18 +108,17 @@ class Recoder:
 
         order  old rows in the order in which they now stand
         """
-        table = read_golden_table(Path(self.shards.folder)).to_pydict()
-        place = {row: new for new, row in enumerate(order.tolist())}
-        kept = sorted((place[row], i) for i, row in enumerate(table["row"]) if row in place)
+        manifest, book = self.shards.manifest, self.stored.codebook
+        golden = read_golden(Path(self.shards.folder), manifest.contract, manifest.patches)
+        places = [np.flatnonzero(order == row) for row in golden.rows.tolist()]
+        kept = sorted((int(place[0]), n) for n, place in enumerate(places) if len(place))
         if self.decoder is None or not kept:
             return no_golden()
         numbers = [number for _, number in kept]
-        old = np.array([table["row"][number] for number in numbers])
-        book, patch_px = self.stored.codebook, self.shards.manifest.contract.patch_px
-        codes = book.quantize(latents_of(self.shards, self.shards.read_codes(old), old)).numpy()
-        decoded = decode_pixels(codes, [book], self.decoder, patch_px)
-        size = thumbnail_size(patch_px)
-        thumbnails = [from_png(table["thumbnail_png"][number], size) for number in numbers]
+        latents = latents_of(self.shards, golden.codes[numbers], golden.rows[numbers])
+        codes = book.quantize(latents).numpy()
+        decoded = decode_pixels(codes, [book], self.decoder, manifest.contract.patch_px)
+        thumbnails = [golden.thumbnails[number] for number in numbers]
         return encode_golden(np.array([new for new, _ in kept]), codes, thumbnails, decoded)
 
     def recorded(self) -> dict[str, Any]:

@@ -65,7 +65,7 @@ def encode_records(latents: Tensor, codebook: EntropyCodebook, rate_weight: floa
 def in_scan(latents: Tensor, codebook: EntropyCodebook) -> Tensor:
     """Latents times their gains, (h*w, C, B)."""
     scan = scan_of(*codebook.latents_shape[1:], latents.device)
-    gains = torch.from_numpy(codebook.gains.copy())[:, None]
+    gains = torch.from_numpy(codebook.gains.copy()).to(latents.device)[:, None]
     return latents.flatten(2).permute(2, 1, 0).index_select(0, scan.cells) * gains
 
 
@@ -135,17 +135,20 @@ def integers_at(
     -128..128.
     """
     last = len(codebook.steps) - 1
-    exact = values / torch.from_numpy(codebook.steps.copy())[levels.clamp(max=last)]
+    steps = torch.from_numpy(codebook.steps.copy()).to(values.device)
+    exact = values / steps[levels.clamp(max=last)]
     nearest = exact.round().clamp_(-LARGEST - 1, LARGEST + 1)
     integers = nearest.int()
     if rate_weight > 0:
         places = places_at(integers, classes_at(integers, codebook), codebook)
-        worth = encoding_tables(codebook).savings[places] * (rate_weight / (1 << COST_BITS))
+        savings = encoding_tables(codebook, values.device).savings
+        worth = savings[places] * (rate_weight / (1 << COST_BITS))
         added = exact.abs_().sub_(nearest.abs_()).mul_(2).add_(1)  # (e + 1)^2 - e^2
         integers -= integers.sign().mul_(added < worth)
     if bool((levels > last).any()):
         kept = codebook.latents_shape[0] - (levels - last).clamp(min=0)
-        integers *= torch.from_numpy(codebook.order.argsort())[:, None] < kept
+        place = torch.from_numpy(codebook.order.argsort()).to(values.device)
+        integers *= place[:, None] < kept
     return integers
 
 

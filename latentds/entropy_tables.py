@@ -99,8 +99,10 @@ class EncodingTables:
 
 
 @functools.lru_cache(maxsize=16)
-def encoding_tables(codebook: EntropyCodebook) -> EncodingTables:
-    """The encoder's tensors, on the CPU."""
+def encoding_tables(
+    codebook: EntropyCodebook, device: torch.device | None = None
+) -> EncodingTables:
+    """The encoder's tensors, on the CPU or a device."""
     symbols = codebook.tables.shape[2]
     rows = codebook.tables.reshape(-1, symbols).astype(np.int32)
     idle = np.zeros((1, symbols), np.int32)
@@ -113,10 +115,10 @@ def encoding_tables(codebook: EntropyCodebook) -> EncodingTables:
     savings = np.zeros_like(costs)
     savings[:, :-1] = costs[:, :-1] - costs[:, np.arange(symbols - 1) - np.sign(values)]
     return EncodingTables(
-        frequencies=torch.from_numpy(rows.reshape(-1)),
-        starts=torch.from_numpy((rows.cumsum(1, dtype=np.int32) - rows).reshape(-1)),
-        costs=torch.from_numpy(costs.reshape(-1)),
-        savings=torch.from_numpy(savings.reshape(-1)),
+        frequencies=torch.from_numpy(rows.reshape(-1)).to(device),
+        starts=torch.from_numpy((rows.cumsum(1, dtype=np.int32) - rows).reshape(-1)).to(device),
+        costs=torch.from_numpy(costs.reshape(-1)).to(device),
+        savings=torch.from_numpy(savings.reshape(-1)).to(device),
     )
 
 
@@ -143,10 +145,11 @@ def classes_at(integers: Tensor, codebook: EntropyCodebook) -> Tensor | None:
 def places_at(integers: Tensor, classes: Tensor | None, codebook: EntropyCodebook) -> Tensor:
     """int32 (h*w, C, B): place of every value in the encoder's flat tables."""
     _, channels, symbols = codebook.tables.shape
-    extents = torch.from_numpy(codebook.extents)[:, None]
+    extents = torch.from_numpy(codebook.extents).to(integers.device)[:, None]
     escaped = integers.abs() > extents
     places = (integers + codebook.magnitude).masked_fill_(escaped, symbols - 1)
-    places += symbols * torch.arange(channels, dtype=torch.int32)[:, None]
+    rows = torch.arange(channels, dtype=torch.int32, device=integers.device)
+    places += symbols * rows[:, None]
     return places if classes is None else places.add_(classes, alpha=symbols * channels)
 
 

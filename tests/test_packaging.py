@@ -29,9 +29,10 @@ FLOORS = [
         *("report", "randomness", "normalization"),
         *("rans", "entropy_codebook", "entropy_checks", "entropy_contexts", "entropy_counts"),
         *("entropy_decoding", "entropy_encoding", "entropy_fit", "entropy_model", "entropy_tables"),
+        "entropy_rounding",
         *("additive", "additive_search", "additive_groups", "additive_fit"),
     ],
-    ["autoencoders", "codebooks", "codecs", "embedders"],
+    ["autoencoders", "codebooks", "codecs", "embedders", "refining"],
     [
         *("cache", "transport", "tables", "files", "sources", "columns", "manifest", "writer"),
         *("scan", "index", "reader", "golden", "composing", "mixedness", "channel_statistics"),

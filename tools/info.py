@@ -77,6 +77,7 @@ def summarize(config: Config) -> dict[str, Any]:
         },
         "channel_statistics": manifest.statistics and manifest.statistics.to_json(),
         "left_out": len(made.get("left_out", [])),
+        "refine": made.get("options", {}).get("refine", 0),
         "made": {
             name: made.get(name) for name in ("versions", "device", "encode_batch", "threads")
         },
@@ -145,6 +146,7 @@ def as_text(summary: dict[str, Any]) -> str:
         "codebook": f"{codebook['kind']}, {codebook['summary']}, {origin}",
         "channels": channels_text(summary["channel_statistics"]),
         "left out": f"{summary['left_out']} pictures",
+        "refined": f"{summary['refine']} gradient steps a patch" if summary["refine"] else "no",
         "made with": ", ".join(
             f"{name} {value}" for name, value in (summary["made"]["versions"] or {}).items()
         )

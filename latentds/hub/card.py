@@ -123,6 +123,7 @@ def facts(manifest: Manifest) -> dict[str, str]:
     tables = sum(int(entry.get("bytes", 0)) for entry in manifest.tables.values())
     books = [f"{book.summary}, {book.kind}" for book in manifest.codebooks]
     origin = cell(str(made.get("codebook", {}).get("origin", "origin not recorded")))
+    steps = made.get("options", {}).get("refine")
     return {
         "patches": f"{manifest.patches:,} in {manifest.packs:,} packs",
         "shards": f"{len(manifest.shards):,}, {stored / 1e6:,.1f} MB",
@@ -132,6 +133,7 @@ def facts(manifest: Manifest) -> dict[str, str]:
         "pictures left out": f"{len(made.get('left_out', [])):,}",
         "autoencoder": describe_autoencoder(card),
         "codebook": f"{' and '.join(books)}; {origin}",
+        **({"refined": cell(f"{steps} gradient steps a patch")} if steps else {}),
         "latent_id": f"`{contract.latent_id}`",
         "decoder_id": f"`{contract.decoder_id}`",
         "codebook_id": ", ".join(f"`{book.codebook_id}`" for book in manifest.codebooks),

@@ -156,7 +156,7 @@ def places_at(integers: Tensor, classes: Tensor | None, codebook: EntropyCodeboo
 def costs_at(integers: Tensor, codebook: EntropyCodebook) -> Tensor:
     """int32 (h*w, C, B): cost of every value in 1/256 bit."""
     places = places_at(integers, classes_at(integers, codebook), codebook)
-    return encoding_tables(codebook).costs[places]
+    return encoding_tables(codebook, integers.device).costs[places]
 
 
 def decoded_values(codebook: EntropyCodebook) -> np.ndarray:

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from latentds_tools import info
 from torch import nn
 
 from latentds.additive_fit import fit_additive
@@ -174,6 +175,9 @@ def test_a_conversion_records_steps_and_gives_the_same_bytes_for_any_workers(pic
     convert_refined(pictures, tmp_path / "plain")
     refined, plain = (read_manifest(tmp_path / n).made["options"] for n in ("1", "plain"))
     assert refined["refine"] == 2 and plain["refine"] is None
+    assert "refined        2 gradient steps" in info.as_text(
+        info.summarize(info.Config(folder=tmp_path / "1"))
+    )
 
 
 def test_a_stopped_conversion_goes_on_to_the_same_bytes(pictures, tmp_path, monkeypatch):

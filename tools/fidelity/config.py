@@ -25,8 +25,8 @@ class Config:
     """Codecs with commas between: jpeg:75 (a quality), avif@4096 (at most so many bytes), avif (at
     equal bytes with each autoencoder), jpeg444, webp, jxl, j2k, png; autoencoders by name or
     folder, as they are (tiny) or quantized (tiny+kmeans, sd15+kmeans:16, +kmeans-channel,
-    +int8-minmax, +int8-percentile, +int8-channel, +fp16, +lbrq:4). By default
-    tiny+kmeans,jpeg,webp,avif,jxl."""
+    +int8-minmax, +int8-percentile, +int8-channel, +fp16, +lbrq:4); codes of refined latents
+    (tiny+kmeans+refine4). By default tiny+kmeans,jpeg,webp,avif,jxl."""
     embedders: str | None = None
     """Embedders with commas between, as load_embedder has them; none by default."""
     preset: Literal["paper-table1"] | None = None

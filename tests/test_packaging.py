@@ -33,9 +33,10 @@ FLOORS = [
         *("rans", "entropy_codebook", "entropy_checks", "entropy_contexts", "entropy_counts"),
         *("entropy_decoding", "entropy_encoding", "entropy_fit", "entropy_model", "entropy_tables"),
         *("entropy_native", "entropy_streams"),
+        "entropy_rounding",
         *("additive", "additive_search", "additive_groups", "additive_fit"),
     ],
-    ["autoencoders", "codebooks", "codecs", "embedders"],
+    ["autoencoders", "codebooks", "codecs", "embedders", "refining"],
     [
         *(
             "cache",

@@ -86,6 +86,7 @@ def summarize(config: Config) -> dict[str, Any]:
         "record_steps": measure_steps(ShardSet(config.folder, manifest=manifest)),
         "channel_statistics": manifest.statistics and manifest.statistics.to_json(),
         "left_out": len(made.get("left_out", [])),
+        "refine": made.get("options", {}).get("refine") or 0,
         "made": {
             name: made.get(name) for name in ("versions", "device", "encode_batch", "threads")
         },
@@ -159,6 +160,7 @@ def as_text(summary: dict[str, Any]) -> str:
             f"{mpp} ({count:,})" for mpp, count in list(summary["mpp"].items())[:8]
         ),
         "left out": f"{summary['left_out']} pictures",
+        "refined": f"{summary['refine']} gradient steps a patch" if summary["refine"] else "no",
         "made with": ", ".join(
             f"{name} {value}" for name, value in (summary["made"]["versions"] or {}).items()
         )

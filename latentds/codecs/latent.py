@@ -30,6 +30,7 @@ from latentds.entropy_codebook import EntropyCodebook
 from latentds.errors import ContractError, FormatError, ShapeError, WeightsError
 from latentds.fit import FitReport, fit_codebook
 from latentds.quantizer import MAX_LEVELS, AnyCodebook, Codebook
+from latentds.refining import refine
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -72,7 +73,27 @@ class LatentCodec:
 
     def encode_batch(self, images: Sequence[np.ndarray]) -> list[bytes]:
         """The bytes of every picture's latents; WeightsError for latents that are not finite."""
-        return self.quantizer.pack(self.latents(images)) if images else []
+        if not images:
+            return []
+        latents, steps = self.latents(images), self.quantizer.spec.refine
+        return self.quantizer.pack(self.refined(latents, images, steps) if steps else latents)
+
+    def refined(self, latents: Tensor, images: Sequence[np.ndarray], steps: int) -> Tensor:
+        """Latents float32 (B, C, h, w) of the pictures for better codes, on the CPU."""
+        codebook = getattr(self.quantizer, "codebook", None)
+        if codebook is None:
+            raise ContractError(f"{self.name}: refinement is for codes of a codebook")
+        pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+        device = getattr(self.autoencoder, "device", "cpu")
+        parts = [
+            refine(own.to(device), part.to(device).float() / 255, self.autoencoder, codebook, steps)
+            for own, part in zip(
+                torch.split(latents, self.batch_size),
+                torch.split(pixels, self.batch_size),
+                strict=True,
+            )
+        ]
+        return torch.cat(parts).cpu()
 
     def decode_batch(self, files: Sequence[bytes]) -> list[np.ndarray]:
         """The pictures uint8 (H, W, 3) of such bytes; FormatError where they are none."""

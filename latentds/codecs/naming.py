@@ -1,4 +1,4 @@
-"""Codecs as they are written: jpeg:75, webp@4096, avif~4096, sd15+kmeans:16, tiny-v2+rans:4096."""
+"""Codecs as they are written: jpeg:75, webp@4096, avif~4096, sd15+kmeans:16+refine4, sd3+sum:8."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from latentds.autoencoders.cards import ALIASES, CARDS
 from latentds.codecs.formats import FORMATS, check_choice, picture_text
 from latentds.errors import unknown_name
 from latentds.quantizer import MAX_LEVELS
+from latentds.refining import MAX_STEPS
 
 KMEANS = ("kmeans", "kmeans-channel")
 INT8 = ("int8-minmax", "int8-percentile", "int8-channel")
@@ -31,16 +32,23 @@ class QuantizerSpec:
             for lbrq
     record_bytes  of a patch, for rans
     planes  code planes for sum: bytes a latent cell
+    refine  gradient steps on the latents before they are coded
     """
 
     kind: str
     levels: int | None = None
     record_bytes: int | None = None
     planes: int | None = None
+    refine: int = 0
 
     @property
     def text(self) -> str:
-        """As it is written, for example kmeans:16."""
+        """As it is written, for example kmeans:16 or kmeans:16+refine4."""
+        return self.coder + (f"+refine{self.refine}" if self.refine else "")
+
+    @property
+    def coder(self) -> str:
+        """The same without the refinement."""
         if self.kind == "lbrq":
             return f"lbrq:{self.bits}"
         if self.kind == RECORDS:
@@ -147,18 +155,39 @@ def parse_codec(text: str) -> CodecSpec:
     `~bytes` of all on average, at one quality. Everything else is an autoencoder: a name known, or
     a path or repository, in which `:` and `@` are letters like any. What follows the last `+` of
     its last component is the quantizer; where it is none but a file has that whole name, it is of
-    the name. A folder named like `x+kmeans` is `x+kmeans+none`.
+    the name. A folder named like `x+kmeans` is `x+kmeans+none`. A last `+refineN` says that latents
+    are refined by N steps before they are coded.
     """
     picture = re.fullmatch(rf"({'|'.join(FORMATS)})(?:([:@~])(.*))?", text)
     if picture:
         return parse_picture(text, *picture.groups())
     head, plus, tail = text.rpartition("+")
+    if plus and is_refinement(tail) and not Path(text).exists():
+        codec = parse_codec(head)
+        if not isinstance(codec, LatentSpec):
+            raise ValueError(f"{text}: {head} is a picture format; latents are refined")
+        return dataclasses.replace(codec, quantizer=refined(codec.quantizer, tail, text))
     kind = tail.partition(":")[0]
     if plus and "/" not in tail and (kind in known_quantizers() or not Path(text).exists()):
         if head in FORMATS:
             raise ValueError(f"{text}: {head} is a picture format; quantizers are for latents")
         return LatentSpec(name=known_autoencoder(head), quantizer=parse_quantizer(tail))
     return LatentSpec(name=known_autoencoder(text), quantizer=parse_quantizer("none"))
+
+
+def is_refinement(word: str) -> bool:
+    """Whether a word is refineN."""
+    return re.fullmatch("refine[0-9]{1,12}", word) is not None
+
+
+def refined(quantizer: QuantizerSpec, word: str, text: str) -> QuantizerSpec:
+    """A quantizer with the steps of refineN; ValueError where it has no codebook."""
+    steps = int(word.removeprefix("refine"))
+    if quantizer.kind in (*FLOAT_BITS, "lbrq") or quantizer.refine:
+        raise ValueError(f"{text}: {word} follows codes of a codebook, as in tiny+kmeans+refine4")
+    if not 1 <= steps <= MAX_STEPS:
+        raise ValueError(f"{text}: steps of refine are 1 to {MAX_STEPS}")
+    return dataclasses.replace(quantizer, refine=steps)
 
 
 def parse_picture(text: str, name: str, sign: str | None, value: str | None) -> PictureSpec:
@@ -181,10 +210,14 @@ def parse_picture(text: str, name: str, sign: str | None, value: str | None) -> 
 def parse_quantizer(text: str) -> QuantizerSpec:
     """A quantizer and, for kmeans, its levels (kmeans:16), for lbrq its bits (lbrq:3, else 4).
 
-    rans has the bytes of a patch, rans:4096; sum, additive codes, their planes, sum:2.
+    rans has the bytes of a patch, rans:4096; sum, additive codes, their planes, sum:2. All may be
+    followed by steps of refinement: kmeans+refine4.
 
     raises  UnknownNameError, ValueError for levels it does not have
     """
+    head, plus, tail = text.rpartition("+")
+    if plus and is_refinement(tail):
+        return refined(parse_quantizer(head), tail, text)
     kind, colon, value = text.partition(":")
     if kind not in known_quantizers():
         raise unknown_name("quantizer", kind, known_quantizers())

@@ -16,6 +16,7 @@ from torch import Tensor
 from latentds.autoencoders.base import Autoencoder, exact_arithmetic, latent_cells
 from latentds.errors import ContractError, InputError
 from latentds.quantizer import AnyCodebook
+from latentds.refining import error_gradient, refine
 
 logger = logging.getLogger(__name__)
 
@@ -61,11 +62,15 @@ class Encoder:
 
     Float convolutions differ in the last bits between batch sizes, and a bit can move a value over
     a threshold: so every batch is full, and its size is recorded.
+
+    steps  of `refining.refine` before codes are made
     """
 
-    def __init__(self, autoencoder: Autoencoder, device: torch.device, batch: int) -> None:
+    def __init__(
+        self, autoencoder: Autoencoder, device: torch.device, batch: int, steps: int = 0
+    ) -> None:
         self.autoencoder: Autoencoder = autoencoder.to(device, torch.float32)
-        self.device, self.batch = device, batch
+        self.device, self.batch, self.steps = device, batch, steps
 
     def latents(self, pixels: np.ndarray) -> Tensor:
         """Latents float32 (N, C, h, w) on the device of uint8 (N, H, W, 3), N <= the batch size."""
@@ -75,27 +80,40 @@ class Encoder:
 
     def codes(self, pixels: np.ndarray, codebook: AnyCodebook) -> np.ndarray:
         """Codes uint8 (N, *codes_shape) of uint8 (N, H, W, 3)."""
-        return codebook.quantize(self.latents(pixels)).cpu().numpy()
+        if not self.steps:
+            return codebook.quantize(self.latents(pixels)).cpu().numpy()
+        images = to_images(pixels, self.batch, self.device)
+        with exact_arithmetic():
+            latents = self.autoencoder.encode(images)
+            if self.device.type == "cpu":  # refined one by one: what fills the batch up is spared
+                latents, images = latents[: len(pixels)], images[: len(pixels)]
+            refined = refine(latents, images, self.autoencoder, codebook, self.steps)
+        return codebook.quantize(refined)[: len(pixels)].cpu().numpy()
 
     def check_shape(self, patch_px: tuple[int, int]) -> tuple[int, int, int]:
         """(C, h, w) of a patch's latents, found by encoding a black one; must be the card's."""
         card = self.autoencoder.card
         black = torch.zeros(self.batch, 3, *patch_px, device=self.device)
         with exact_arithmetic():
-            shape = tuple(self.autoencoder.encode(black).shape[1:])
+            latents = self.autoencoder.encode(black)
+            if self.steps and self.device.type != "cpu":  # that it fits the memory, too
+                error_gradient(latents, black, self.autoencoder)
+        shape = tuple(latents.shape[1:])
         expected = (card.channels, *latent_cells(patch_px, card.factor))
         if shape != expected:
             raise ContractError(f"{card.name}: latents are {shape}, its card says {expected}")
         return shape[0], shape[1], shape[2]
 
 
-def choose_batch(autoencoder: Autoencoder, device: torch.device, patch_px: tuple[int, int]) -> int:
+def choose_batch(
+    autoencoder: Autoencoder, device: torch.device, patch_px: tuple[int, int], steps: int = 0
+) -> int:
     """Encode batch for this machine: 16 on a CPU, else the largest of 256, 128, ... that fits."""
     if device.type != "cuda":
         return CPU_BATCH
     for batch in CUDA_BATCHES:
         try:
-            Encoder(autoencoder, device, batch).check_shape(patch_px)
+            Encoder(autoencoder, device, batch, steps).check_shape(patch_px)
             return batch
         except torch.cuda.OutOfMemoryError:
             torch.cuda.empty_cache()

@@ -166,9 +166,8 @@ def prepare(
     earlier = work.read_plan()
     check_not_too_small(plan, autoencoder)
     batch = config.encode_batch or earlier.get("encode_batch")
-    encoder = Encoder(
-        autoencoder, device, batch or choose_batch(autoencoder, device, plan.patch_px)
-    )
+    batch = batch or choose_batch(autoencoder, device, plan.patch_px, config.refine)
+    encoder = Encoder(autoencoder, device, batch, config.refine)
     latents_shape = encoder.check_shape(plan.patch_px)
     stored = find_codebook(config, encoder, reader, earlier)
     card = autoencoder.card

@@ -56,7 +56,8 @@ class Job:
         """The encoder on this process's device, with the driver's threads and batch."""
         torch.set_num_threads(self.made["threads"])
         device = choose_device(self.config.device)
-        return Encoder(self.autoencoder, device, self.made["encode_batch"])
+        batch = self.made["encode_batch"]
+        return Encoder(self.autoencoder, device, batch, self.config.refine)
 
     def check_node(self, node: str) -> None:
         """Refuse a node that sees other folders, or whose codes would differ from the others'."""

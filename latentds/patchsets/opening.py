@@ -161,6 +161,11 @@ def make_codec(
     device: torch.device,
 ) -> tuple[Pictures, LatentCodec, SourceFacts]:
     """Pictures, the codec of latents that the config names for them, and what that is called."""
+    if spec.quantizer.refine:
+        raise InputError(
+            f"--codec {config.codec}: refining takes too long for patches that are encoded when "
+            "they are read; convert them with --refine and give the data set"
+        )
     if not spec.quantizer.is_fitted:
         refuse(config, ("codebook", "codebook_from"), f"for {config.codec}, which has none")
     network = autoencoder or load_autoencoder(spec.name)

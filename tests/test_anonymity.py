@@ -47,7 +47,7 @@ def test_the_order_by_slide_or_path_is_just_the_hashes_order(hospital, tmp_path)
 
 
 def test_splits_are_dealt_by_hashes(hospital, tmp_path):
-    options = {"split_patients": "train=0.5,test=0.5", "order": "path"}
+    options = {"split_patients": "train=0.5,test=0.5", "patient_pattern": ".*", "order": "path"}
     first, second = (set(slides_on_disk(hospital, tmp_path / key, **options)) for key in "ab")
     assert first != second
 

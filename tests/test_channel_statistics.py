@@ -27,20 +27,14 @@ from latentds.quantizer import dequantize
 from latentds.rearranging.merging import merge
 from latentds.rearranging.repacking import Repacking, repack
 from latentds.verification import verify
+from tests.bad_shards import edit_manifest
 from tests.conftest import convert_with_mean, save_pictures
 from tests.fakes import MeanAutoencoder
 
 
 def forget(folder: Path) -> None:
     """Make a data set one of before statistics were recorded."""
-    change(folder, lambda record: record.pop("channel_statistics"))
-
-
-def change(folder: Path, edit) -> None:
-    path = folder / MANIFEST
-    record = json.loads(path.read_text())
-    edit(record)
-    path.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+    edit_manifest(folder, lambda record: record.pop("channel_statistics"))
 
 
 def exact(folder: Path, rows: np.ndarray) -> tuple[list[float], list[float]]:
@@ -168,7 +162,7 @@ def test_statistics_that_cannot_be_are_refused_with_the_file(dataset, record):
 
 
 def test_verify_tells_statistics_that_are_not_those_of_the_codes(dataset):
-    change(dataset, lambda record: record["channel_statistics"]["mean"].reverse())
+    edit_manifest(dataset, lambda record: record["channel_statistics"]["mean"].reverse())
     found = verify(dataset, "members")
     assert [level for level, _ in found.problems] == ["members"]
     assert "channel_statistics are not those of the stored codes" in found.problems[0][1]

@@ -2,7 +2,6 @@
 
 import csv
 import itertools
-import json
 
 import pytest
 from latentds_tools import cli
@@ -21,6 +20,7 @@ from latentds.evaluation.csv_tables import read_table, write_table
 from latentds.hub.card import describe_autoencoder
 from latentds.manifest import read_manifest
 from latentds.publishing import dataset_card
+from tests.bad_shards import edit_manifest
 
 EVIL = "\x1b]0;owned\x07\x1b[2J\ra\u202egnp\u2028|[x](http://e)<img src=x>`y`"
 CONTROLS = [chr(code) for code in [*range(32), *range(127, 160), 0x200B, 0x202E, 0x2066, 0x2028]]
@@ -72,8 +72,7 @@ def test_cells_give_back_their_text(text):
 
 
 def test_class_names_reach_terminal_and_card_escaped(dataset, capsys):
-    path = dataset / ".latentds" / "manifest.json"
-    path.write_text(path.read_text().replace('"tumour"', json.dumps(EVIL)))
+    edit_manifest(dataset, lambda record: record.update(classes=["stroma", EVIL]))
     for words in (["info", str(dataset)], ["verify", str(dataset), "--level", "manifest"]):
         with pytest.raises(SystemExit):
             cli.main(words)

@@ -156,9 +156,9 @@ def test_what_is_stored_can_be_had_as_it_is(sets):
 
 def test_records_and_not_integers_leave_the_workers(sets):
     loader = LatentLoader(sets[0], "train", batch_size=4, decode="codes", num_workers=1)
-    batch, _ = next(iter(loader.transfers))
-    assert batch.codes.dtype == torch.uint8
-    assert batch.codes.shape[1:] == loader.contract.codes_shape
+    for _, batch, _ in loader.transfers:
+        assert batch.codes.dtype == torch.uint8
+        assert batch.codes.shape[1:] == loader.contract.codes_shape
 
 
 def test_codes_of_a_merged_set_are_decoded_by_each_patchs_codebook(sets, encoding, tmp_path):

@@ -700,7 +700,7 @@ def test_a_folder_without_a_finished_run_is_told(tmp_path: Path) -> None:
 def test_a_table_that_is_no_file_is_told(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no\.csv: no such file"):
         read_table(tmp_path / "no.csv")
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="a folder, not a regular file"):
         read_table(tmp_path)
 
 

@@ -244,10 +244,10 @@ def test_formats_without_quality_get_the_bytes_of_every_autoencoder(folder, stan
 
 def test_additive_codes_and_records_are_fitted_on_other_pictures(folder, tmp_path, stand_ins):
     save_pictures(tmp_path / "others", 3, first_seed=500)
-    config = settings(folder, codecs="sd15,sd15+sum:2,sd15+rans:80", fit_on=tmp_path / "others")
+    config = settings(folder, codecs="sd15,sd15+sum:2,sd15+rans:64", fit_on=tmp_path / "others")
     rows = rows_of(config)
     whole = rows["sd15"]["groups"]["all"]["psnr_db"]["mean"]
-    for name, size in (("sd15+sum:2", 32), ("sd15+rans:80", 80)):
+    for name, size in (("sd15+sum:2", 32), ("sd15+rans:64", 64)):
         row = rows[name]
         assert set(row["per_crop"]["bytes"]) == {size}
         assert row["codebook"]["origin"] == "fitted on pictures of others"

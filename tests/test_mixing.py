@@ -171,7 +171,7 @@ def test_any_ranks_go_on_from_any_stop(weights, stop):
     for rank in range(2):
         resumed = mixed(weights, rank=rank, world_size=2)
         resumed.load_state_dict(state)
-        parts.append([entries(b) for _ in range(2) for b in resumed])
+        parts.append([entries(b) for _ in range(2 - stop // 8) for b in resumed])  # 8 an epoch
     joined = [[a + b for a, b in zip(*step, strict=True)] for step in zip(*parts, strict=True)]
     assert joined == seen[stop:]
 

@@ -221,11 +221,11 @@ def test_other_tensors_behind_the_record_are_noticed(folder):
         (lambda f: edit(f, "model_args", {"in_chans": "abc"}), WeightsError, "abc channels"),
         (lambda f: setting(f, "mean", [0.5]), FormatError, "mean"),
         (lambda f: setting(f, "std", [0, 0, 0]), FormatError, "std"),
-        (lambda f: setting(f, "mean", [math.nan] * 3), FormatError, "mean"),
+        (lambda f: setting(f, "mean", [math.nan] * 3), FormatError, "NaN is no number"),
         (lambda f: setting(f, "crop_pct", "all"), FormatError, "crop_pct"),
         (lambda f: setting(f, "input_size", [3, 10**6, 10**6]), FormatError, "input_size"),
         (lambda f: setting(f, "classifier", 5), FormatError, "classifier"),
-        (lambda f: (f / CONFIG).write_bytes(b" " * (1 << 24) + b"{}"), FormatError, "no file of a"),
+        (lambda f: (f / CONFIG).write_bytes(b" " * (1 << 24) + b"{}"), FormatError, "no such file"),
         (lambda f: edit(f, "model_args", {"in_chans": 4}), WeightsError, "4 channels"),
     ],
 )  # fmt: skip

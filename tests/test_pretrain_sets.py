@@ -22,8 +22,8 @@ from latentds.autoencoders.decoders import architecture_of, save_decoder
 from latentds.conversion.config import ConvertConfig
 from latentds.conversion.pipeline import convert
 from latentds.embedders.backbone_record import read_record
-from latentds.format import MANIFEST
 from latentds.hub.models import licence_warnings
+from tests.bad_shards import edit_manifest
 from tests.conftest import convert_with_mean, save_pictures
 
 CPU = torch.device("cpu")
@@ -86,9 +86,8 @@ def test_a_decoders_licence_is_known_when_the_backbone_is_published(sets, decode
 
 def test_what_a_manifest_records_of_its_sources_is_kept(sets, tmp_path):
     copy = shutil.copytree(sets / "tiny", tmp_path / "copy")
-    manifest = json.loads((copy / MANIFEST).read_text())
-    manifest["made"]["source_card"] = {"licence": "CC BY-NC-SA 4.0"}
-    (copy / MANIFEST).write_text(json.dumps(manifest))
+    card = {"licence": "CC BY-NC-SA 4.0"}
+    edit_manifest(copy, lambda record: record["made"].update(source_card=card))
     (own,) = facts_of(config_of(tmp_path / "run", copy))["sets"]
     assert own["licences"] == [{"licence": "CC BY-NC-SA 4.0"}]
 

@@ -19,7 +19,7 @@ from latentds.entropy_codebook import EntropyCodebook
 from latentds.entropy_encoding import RATE_WEIGHT
 from latentds.entropy_fit import fit_entropy_codebook
 from latentds.entropy_rounding import round_at_steps
-from latentds.entropy_tables import encoding_tables
+from latentds.entropy_tables import native_model
 from latentds.errors import ContractError, InputError
 from latentds.fit import fit_codebook
 from latentds.manifest import read_manifest
@@ -148,8 +148,7 @@ def test_bits_pull_by_what_the_tables_cost_on_both_sides_of_a_value(autoencoder,
     step = float(codebook.steps[index[0]])
     exact = torch.full_like(latents, 0.25 * step)  # between 0 and 1, rounded to 0
     points, pull = round_at_steps(exact, index, codebook)
-    symbols = codebook.tables.shape[2]
-    costs = encoding_tables(codebook).costs.view(-1, symbols)[:CHANNELS] / 256
+    costs = torch.from_numpy(native_model(codebook).costs[0]).float() / 256
     zero = codebook.magnitude
     wanted = (costs[:, zero + 1] - costs[:, zero]) * step
     assert not bool(points.any())

@@ -63,13 +63,16 @@ def test_pyramids_are_slides_and_one_level_among_them_too(tmp_path):
 
 
 def test_slides_and_pictures_in_one_folder_are_refused_by_name_and_chosen_by_kind(tmp_path):
+    save_pictures(tmp_path / "one", 1)
+    root = tmp_path / "in"
+    root.mkdir()
     for number in range(1100):  # beyond where one used to look
-        (tmp_path / f"a{number:04d}.png").symlink_to("/dev/null")
-    write_tiled(tmp_path / "z.tif", 256, pages=2)
+        (root / f"a{number:04d}.png").symlink_to(tmp_path / "one" / "p000.png")
+    write_tiled(root / "z.tif", 256, pages=2)
     with pytest.raises(InputError, match=r"slides \(1, e.g. z.tif\) and pictures \(1100, e.g. a0"):
-        listed(tmp_path)
-    assert len(listed(tmp_path, kind="slides")[1].pictures) == 1
-    assert len(listed(tmp_path, kind="pictures")[1].pictures) == 1101
+        listed(root)
+    assert len(listed(root, kind="slides")[1].pictures) == 1
+    assert len(listed(root, kind="pictures")[1].pictures) == 1101
 
 
 def test_the_jpegs_of_a_vms_slide_are_no_pictures(tmp_path):

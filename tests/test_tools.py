@@ -97,7 +97,7 @@ def test_info_counts_slides_by_project_where_a_map_is_given(tmp_path, capsys):
     assert "(TCGA: 2 patients, 1 frozen, TCGA-BRCA 1)" in out
     (tmp_path / "map.csv").write_text("site\n3C\n")
     code, _, err = call(capsys, "info", tmp_path / "o", "--projects", tmp_path / "map.csv")
-    assert code == 1 and "row 1: needs key and project" in err
+    assert code == 1 and "no column for keys (key); it has site" in err
 
 
 def test_verify_exits_with_1_on_damage(tiny_set, capsys):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from latentds.errors import InputError
+from latentds.opening import open_picture
 from latentds.sources.pictures import read_picture
 
 NAME = "nuclei, Dice"
@@ -171,11 +172,9 @@ def read_pair(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 def read_mask(path: Path) -> np.ndarray:
     """Bool (H, W) of a mask file."""
-    from PIL import Image
-
     if not path.is_file():
         raise InputError(f"{path}: no such mask; --nuclei takes pictures in images/ and masks/")
-    with Image.open(path) as image:
+    with open_picture(path) as image:
         values: Any = np.asarray(image)
     mask: np.ndarray = (values if values.ndim == 2 else values.max(2)) > 0
     return mask

@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+import json
 
 import pytest
 from latentds_tools import cli
@@ -72,7 +73,8 @@ def test_cells_give_back_their_text(text):
 
 
 def test_class_names_reach_terminal_and_card_escaped(dataset, capsys):
-    edit_manifest(dataset, lambda record: record.update(classes=["stroma", EVIL]))
+    evil = json.dumps(EVIL)
+    edit_manifest(dataset, lambda r: r.update(json.loads(json.dumps(r).replace('"tumour"', evil))))
     for words in (["info", str(dataset)], ["verify", str(dataset), "--level", "manifest"]):
         with pytest.raises(SystemExit):
             cli.main(words)

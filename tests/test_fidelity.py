@@ -242,12 +242,14 @@ def test_formats_without_quality_get_the_bytes_of_every_autoencoder(folder, stan
     assert rows["webp@48"]["over_budget"] == 6  # no WebP of 32 px is so small
 
 
-def test_additive_codes_and_records_are_fitted_on_other_pictures(folder, tmp_path, stand_ins):
-    save_pictures(tmp_path / "others", 3, first_seed=500)
-    config = settings(folder, codecs="sd15,sd15+sum:2,sd15+rans:64", fit_on=tmp_path / "others")
+def test_additive_codes_and_records_are_fitted_on_other_pictures(tmp_path, stand_ins):
+    save_pictures(tmp_path / "in", 3, edge=64)
+    save_pictures(tmp_path / "others", 3, first_seed=500, edge=64)
+    config = settings(tmp_path / "in", codecs="sd15,sd15+sum:2,sd15+rans:192",
+                      fit_on=tmp_path / "others", crop_px=64)  # fmt: skip
     rows = rows_of(config)
     whole = rows["sd15"]["groups"]["all"]["psnr_db"]["mean"]
-    for name, size in (("sd15+sum:2", 32), ("sd15+rans:64", 64)):
+    for name, size in (("sd15+sum:2", 128), ("sd15+rans:192", 192)):
         row = rows[name]
         assert set(row["per_crop"]["bytes"]) == {size}
         assert row["codebook"]["origin"] == "fitted on pictures of others"

@@ -86,7 +86,7 @@ def summarize(config: Config) -> dict[str, Any]:
         "record_steps": measure_steps(ShardSet(config.folder, manifest=manifest)),
         "channel_statistics": manifest.statistics and manifest.statistics.to_json(),
         "left_out": len(made.get("left_out", [])),
-        "refine": made.get("options", {}).get("refine") or 0,
+        "refine": (made.get("options") or {}).get("refine") or 0,
         "made": {
             name: made.get(name) for name in ("versions", "device", "encode_batch", "threads")
         },

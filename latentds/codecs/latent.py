@@ -193,7 +193,7 @@ def make_quantizer(
         return LloydBlocks(spec)
     if codebook is None or not (spec.is_fitted or spec.kind == RECORDS):
         return Floats(spec)
-    if codebook.text != spec.text:
+    if codebook.text != spec.coder:
         raise ContractError(
             f"{card.name}+{spec.text}: the codebook is {codebook.text}, {codebook.summary}"
         )

@@ -243,18 +243,18 @@ def test_formats_without_quality_get_the_bytes_of_every_autoencoder(folder, stan
 
 
 def test_additive_codes_and_records_are_fitted_on_other_pictures(tmp_path, stand_ins):
-    save_pictures(tmp_path / "in", 3, edge=64)
-    save_pictures(tmp_path / "others", 3, first_seed=500, edge=64)
-    config = settings(tmp_path / "in", codecs="sd15,sd15+sum:2,sd15+rans:192",
-                      fit_on=tmp_path / "others", crop_px=64)  # fmt: skip
+    save_pictures(tmp_path / "in", 3, edge=128)
+    save_pictures(tmp_path / "others", 3, first_seed=500, edge=128)
+    config = settings(tmp_path / "in", codecs="tiny,tiny+sum:2,tiny+rans:600",
+                      fit_on=tmp_path / "others", crop_px=128)  # fmt: skip
     rows = rows_of(config)
-    whole = rows["sd15"]["groups"]["all"]["psnr_db"]["mean"]
-    for name, size in (("sd15+sum:2", 128), ("sd15+rans:192", 192)):
+    whole = rows["tiny"]["groups"]["all"]["psnr_db"]["mean"]
+    for name, size in (("tiny+sum:2", 512), ("tiny+rans:600", 600)):
         row = rows[name]
         assert set(row["per_crop"]["bytes"]) == {size}
         assert row["codebook"]["origin"] == "fitted on pictures of others"
         assert row["groups"]["all"]["container_bytes"] == size + 53
-        assert row["groups"]["all"]["psnr_db"]["mean"] > whole - 3
+        assert row["groups"]["all"]["psnr_db"]["mean"] > whole - 12  # other codes: far less
 
 
 def test_records_that_ship_are_taken_and_bytes_out_of_reach_refused(folder, stand_ins):

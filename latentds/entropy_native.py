@@ -8,6 +8,8 @@ beside this file (or in the user's, if that is read-only).
 
 from __future__ import annotations
 
+import logging
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numba
@@ -23,9 +25,20 @@ if TYPE_CHECKING:
     Function = TypeVar("Function", bound=Callable[..., Any])
 
 
+logger = logging.getLogger(__name__)
+
+
 def compiled(function: Function) -> Function:
-    """The function in machine code that does not hold the interpreter's lock."""
-    return cast("Function", numba.njit(cache=True, nogil=True, error_model="numpy")(function))
+    """The function in machine code that does not hold the interpreter's lock.
+
+    Kept beside the file or in the user's cache; compiled in every process where neither can be
+    written to.
+    """
+    options: Any = {"nogil": True, "error_model": "numpy"}
+    try:
+        return cast("Function", numba.njit(cache=True, **options)(function))
+    except RuntimeError:  # Numba's for having no such folder
+        return cast("Function", numba.njit(**options)(function))
 
 
 def inner(function: Function) -> Function:
@@ -203,3 +216,14 @@ def price_all(
                 symbol = escape if abs(integer) > extent else integer + model.magnitude
                 bits[patch] += costs[classes[patch, channel, place], symbol]
                 beyond[patch] |= abs(integer) > LARGEST
+
+
+def is_kept(function: Any) -> bool:
+    """Whether an earlier process left a compiled function's machine code."""
+    folder = function.stats.cache_path
+    name = f"{Path(__file__).stem}.{function.__name__}-*.nbi"
+    return folder is not None and any(Path(folder).glob(name))
+
+
+if not is_kept(round_all):
+    logger.info("compiling what codes records: some 15 s, once in an environment")

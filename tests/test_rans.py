@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from latentds import entropy_decoding
+from latentds import entropy_decoding, entropy_native
 from latentds import entropy_encoding as encoding
 from latentds.codebooks import StoredCodebook, load_codebook, save_codebook
 from latentds.entropy_codebook import EntropyCodebook
@@ -203,3 +203,22 @@ def test_a_codebook_that_cannot_be_meant_is_refused_by_file(
     save_file(arrays, tmp_path / "book.safetensors", made)
     with pytest.raises(FormatError, match=f"book.safetensors: not a codebook file .*{words}"):
         load_codebook(tmp_path / "book.safetensors")
+
+
+def test_where_machine_code_cannot_be_kept_it_is_compiled_anew(monkeypatch):
+    """As in a container whose files and home are read-only: Numba refuses to cache."""
+
+    def njit(cache=False, **options):
+        if cache:
+            raise RuntimeError("cannot cache function 'triple': no locator available")
+        return real(**options)
+
+    real = entropy_native.numba.njit
+    monkeypatch.setattr(entropy_native.numba, "njit", njit)
+    triple = entropy_native.compiled(lambda value: 3 * value)
+    assert triple(2) == 6 and not entropy_native.is_kept(triple)
+
+
+def test_machine_code_is_kept(codebook):
+    codebook.quantize(laplacian_latents(1, 8))
+    assert entropy_native.is_kept(entropy_native.round_all)

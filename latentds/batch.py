@@ -79,8 +79,17 @@ class Batch:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """One shared buffer for all tensors: a worker's batch costs one file descriptor."""
-        packed: Packed = self.__dict__.get("packed") or self.pack()
-        return unpack, packed
+        packed: Packed | None = self.__dict__.get("packed")
+        return unpack, packed if packed is not None and self.is_held(packed) else self.pack()
+
+    def is_held(self, packed: Packed) -> bool:
+        """Whether the packed bytes are still those of the tensors: whoever got it may write."""
+        buffer, layout, _ = packed
+        for name, _, _, offset in layout:
+            flat = bytes_of(getattr(self, name))
+            if not torch.equal(buffer[offset : offset + flat.numel()], flat):
+                return False
+        return True
 
     def pack(self) -> Packed:
         """The tensors in one buffer of shared memory, where each lies, and the rest."""
@@ -125,9 +134,14 @@ def pack(tensors: dict[str, Tensor]) -> tuple[Tensor, Layout]:
         size += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
     buffer = shared_buffer(size)
     for (*_, offset), tensor in zip(layout, tensors.values(), strict=True):
-        flat = tensor.contiguous().view(-1).view(torch.uint8)
+        flat = bytes_of(tensor)
         buffer[offset : offset + flat.numel()] = flat
     return buffer, layout
+
+
+def bytes_of(tensor: Tensor) -> Tensor:
+    """A tensor's bytes, uint8 (n,)."""
+    return tensor.contiguous().view(-1).view(torch.uint8)
 
 
 def unpack(buffer: Tensor, layout: Layout, rest: dict[str, Any]) -> Batch:

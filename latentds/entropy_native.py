@@ -8,6 +8,7 @@ beside this file (or in the user's, if that is read-only).
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -26,6 +27,12 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger(__name__)
+SOURCES = hashlib.sha256(
+    b"".join(
+        Path(__file__).with_name(name).read_bytes()
+        for name in ("entropy_native.py", "entropy_streams.py", "entropy_tables.py", "rans.py")
+    )
+).hexdigest()[:12]
 
 
 def compiled(function: Function) -> Function:
@@ -34,6 +41,8 @@ def compiled(function: Function) -> Function:
     Kept beside the file or in the user's cache; compiled in every process where neither can be
     written to.
     """
+    # Part of the kept code's name: Numba looks at the changes of one file, code is of several.
+    function.__qualname__ = f"{function.__name__}_{SOURCES}"
     options: Any = {"nogil": True, "error_model": "numpy"}
     try:
         return cast("Function", numba.njit(cache=True, **options)(function))
@@ -220,8 +229,8 @@ def price_all(
 
 def is_kept(function: Any) -> bool:
     """Whether an earlier process left a compiled function's machine code."""
-    folder = function.stats.cache_path
-    name = f"{Path(__file__).stem}.{function.__name__}-*.nbi"
+    folder = getattr(getattr(function, "stats", None), "cache_path", None)  # none without Numba's
+    name = f"{Path(__file__).stem}.{function.__name__}_{SOURCES}-*.nbi"
     return folder is not None and any(Path(folder).glob(name))
 
 

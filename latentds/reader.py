@@ -163,7 +163,8 @@ class ShardSet:
             if len(self.near) >= MAX_NEAR:
                 self.near.pop(next(iter(self.near)))
             self.near[pack] = None
-        if self.checksums is not None or not self.check_codes:
+        # A part has no hash of its own: from a location whole packs come, which have one.
+        if self.is_local and (self.checksums is not None or not self.check_codes):
             self.files.fetch(self.parts(rows, packs, size))
         elif new:
             self.files.fetch([self.extent(pack, CODES) for pack in new])

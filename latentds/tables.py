@@ -9,6 +9,7 @@ import base64
 import binascii
 import hashlib
 import io
+import threading
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -87,6 +88,7 @@ class Table:
         self.slots = np.full(blocks, -1, np.int32)  # of every block, -1 where it is not held
         self.holds = np.full(len(self.held), -1, np.int64)  # which block a slot has
         self.next_slot = 0
+        self.lock = threading.RLock()  # blocks come and go while rows are gathered
         self.open(path)
 
     def open(self, path: Path) -> None:
@@ -103,7 +105,8 @@ class Table:
         if isinstance(wanted, slice):
             wanted = np.arange(*wanted.indices(self.count))
         rows = np.asarray(wanted)
-        found = self.gather(np.flatnonzero(rows) if rows.dtype == bool else rows.reshape(-1))
+        with self.lock:
+            found = self.gather(np.flatnonzero(rows) if rows.dtype == bool else rows.reshape(-1))
         return found if rows.ndim else found[0]
 
     def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:

@@ -343,3 +343,22 @@ def test_transfers_of_many_batches_keep_their_sizes_and_order(shared_dataset, ba
     )
     for found, expected in zip(loader, data, strict=True):
         assert torch.equal(found.rows, expected.rows) and torch.equal(found.codes, expected.codes)
+
+
+class Relabelled(torch.utils.data.IterableDataset):
+    """Somebody's change of a batch where it lies, in the worker."""
+
+    def __init__(self, data: LatentDataset) -> None:
+        self.data = data
+
+    def __iter__(self):
+        for batch in self.data:
+            batch.labels.fill_(7)
+            batch.codes.numpy()[:] = 3
+            yield batch
+
+
+def test_what_is_written_into_a_batch_in_a_worker_arrives(shared_dataset):
+    data = Relabelled(LatentDataset(shared_dataset, batch_size=200))
+    for batch in torch.utils.data.DataLoader(data, batch_size=None, num_workers=1):
+        assert bool((batch.labels == 7).all()) and bool((batch.codes == 3).all())

@@ -107,6 +107,15 @@ def test_excluded_slides_are_gone_from_everything(slides, tmp_path):
     assert is_good(tmp_path / "out")
 
 
+def test_classes_keep_their_numbers_when_all_of_one_leaves(tmp_path):
+    for label, slide in (("a", "s.1"), ("b", "s.2"), ("c", "s.3")):
+        save_pictures(tmp_path / "in" / label / slide, 2, ord(label))
+    convert_with_mean(tmp_path / "in", tmp_path / "set")
+    repack(tmp_path / "set", tmp_path / "out", Repacking(exclude_slides=["s.2"]))
+    assert read_manifest(tmp_path / "out").classes == ("a", "b", "c")
+    assert sorted(set(ShardSet(tmp_path / "out").patches["label"].tolist())) == [0, 2]
+
+
 def test_pictures_left_out_of_an_excluded_slide_are_not_named(tmp_path):
     for slide in ("s.1", "s.2"):
         save_pictures(tmp_path / "in" / "tumour" / slide, 9, len(slide))

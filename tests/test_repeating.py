@@ -138,3 +138,12 @@ def test_a_full_disk_is_told_with_the_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="x") as caught, naming(tmp_path / "x"):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     shutil.rmtree(tmp_path)
+
+
+def test_a_finished_run_is_not_repeated_on_pictures_changed_since(source, tmp_path):
+    convert_with_mean(source, tmp_path / "out", **OPTIONS)
+    changed = next((source / "a").iterdir())
+    later = (tmp_path / "out" / MANIFEST).stat().st_mtime_ns + 1
+    os.utime(changed, ns=(later, later))  # as a tool that writes other pixels in as many bytes does
+    with pytest.raises(InputError, match=f"of before .*{changed.name} was last changed"):
+        convert_with_mean(source, tmp_path / "out", **OPTIONS)

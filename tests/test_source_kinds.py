@@ -195,6 +195,24 @@ def test_metadata_beside_pictures_gives_labels(tmp_path, name):
     assert labels_of(tmp_path / "in")["train/p001.png"] == ("train", "b", "s1")
 
 
+def test_metadata_files_that_disagree_are_refused_and_rows_of_no_picture_told(tmp_path):
+    save_pictures(tmp_path / "in/train", 2)
+    own = tmp_path / "in/train/metadata.csv"
+    own.write_text("file_name,label\np000.png,a\np001.png,b\nlost.png,b\n")
+    assert "train/metadata.csv: 1 of its rows" in " ".join(listed(tmp_path / "in")[1].notes)
+    (tmp_path / "in/metadata.csv").write_text("file_name,label\ntrain/p000.png,b\n")
+    with pytest.raises(InputError, match=r"tells of train/p000\.png otherwise than another"):
+        listed(tmp_path / "in")
+
+
+@pytest.mark.parametrize("text", ['{"file_name": "p000.png", "label": "\\ud800"}', "{", "[" * 2000])
+def test_lines_of_metadata_that_no_set_can_hold_are_named(tmp_path, text):
+    save_pictures(tmp_path / "in", 1)
+    (tmp_path / "in/metadata.jsonl").write_text(text + "\n")
+    with pytest.raises(InputError, match=r"metadata\.jsonl, line 1: no JSON"):
+        listed(tmp_path / "in")
+
+
 def test_tables_that_are_not_read_are_told_with_their_rows(tmp_path):
     save_pictures(tmp_path / "in", 2)
     (tmp_path / "in/clinical.tsv").write_text("case\tgrade\nx\t1\ny\t2\n")

@@ -103,7 +103,9 @@ def open_codebook(
     card = base.card
     cells = pairs.crop_px // card.factor
     shape = (card.channels, cells, cells)
-    shipped = fitting_crops(pairs.crop_px, lambda: shipped_records(card.latent_id, shape, None))
+    shipped = None
+    if config.codebook is None:
+        shipped = fitting_crops(pairs.crop_px, lambda: shipped_records(card.latent_id, shape, None))
     if config.codebook is not None:
         path = config.codebook
         stored = from_first(lambda: load_codebook(path))

@@ -10,6 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from latentds.additive_fit import fit_additive, plane_range
+from latentds.autoencoders.base import AutoencoderCard
 from latentds.autoencoders.tiny import shipped_records, tiny_codebook
 from latentds.codebooks import StoredCodebook, load_codebook, sized
 from latentds.conversion.config import ConvertConfig
@@ -34,9 +35,7 @@ def find_codebook(
     """
     card = encoder.autoencoder.card
     if config.codebook_file is not None:
-        stored = codebook_of_file(config.codebook_file, card.latent_id, card.name)
-        shape = encoder.check_shape(reader.plan.patch_px)
-        return fitting(stored, config.codebook_file, shape, config.bytes)
+        return given_codebook(config, card, encoder.check_shape(reader.plan.patch_px))
     if earlier:
         contract = Contract.from_json(earlier["contract"], "plan.json")
         return StoredCodebook(
@@ -65,6 +64,15 @@ def find_codebook(
     if is_usual and shipped.latent_id == card.latent_id:
         return shipped
     return fit_to_sample(config, encoder, reader)
+
+
+def given_codebook(
+    config: ConvertConfig, card: AutoencoderCard, shape: tuple[int, int, int]
+) -> StoredCodebook:
+    """The codebook of --codebook FILE, of --bytes."""
+    assert config.codebook_file is not None
+    stored = codebook_of_file(config.codebook_file, card.latent_id, card.name)
+    return fitting(stored, config.codebook_file, shape, config.bytes)
 
 
 def fitting(

@@ -18,17 +18,17 @@ from latentds.autoencoders import load_autoencoder
 from latentds.autoencoders.base import Autoencoder
 from latentds.codebooks import StoredCodebook
 from latentds.conversion.anonymity import hider
-from latentds.conversion.codebook import find_codebook
+from latentds.conversion.codebook import find_codebook, given_codebook
 from latentds.conversion.config import ConvertConfig
 from latentds.conversion.decode import CHUNKS_AHEAD, PatchReader
 from latentds.conversion.encode import Encoder, choose_batch, choose_device, device_model
 from latentds.conversion.finish import finish
 from latentds.conversion.plan import Plan, PlannedShard, make_plan, plan_shards
 from latentds.conversion.shards import write_shards
-from latentds.conversion.stamps import input_stamp
+from latentds.conversion.stamps import input_files, input_stamp
 from latentds.conversion.workdir import WorkFolder, differences, prepare_output
 from latentds.errors import InputError
-from latentds.format import Contract
+from latentds.format import MANIFEST, Contract
 from latentds.manifest import Manifest, read_manifest
 
 logger = logging.getLogger(__name__)
@@ -107,14 +107,29 @@ def finished_before(
         "options": config.recorded(),
         "input": input_identity(config, plan),
         "latent_id": autoencoder.card.latent_id,
+        "decoder_id": autoencoder.card.decoder_id,
     }
-    kept = manifest.made | {"latent_id": manifest.contract.latent_id}
+    kept = manifest.made | {
+        "latent_id": manifest.contract.latent_id,
+        "decoder_id": manifest.contract.decoder_id,
+    }
+    if config.codebook_file is not None:
+        shape = manifest.contract.latents_shape
+        asked["codebook_id"] = given_codebook(config, autoencoder.card, shape).codebook.codebook_id
+        kept["codebook_id"] = manifest.contract.codebook.codebook_id
     found = {name: kept.get(name) for name in asked}
     changed = differences(found, json.loads(json.dumps(asked)))
     if changed:
         raise InputError(
             f"{config.out}: holds a finished data set of another run ({', '.join(changed[:5])}); "
             "choose another --out, or pass --overwrite"
+        )
+    made_at = (config.out / MANIFEST).stat().st_mtime_ns
+    later = next((p for p in input_files(plan, config) if p.stat().st_mtime_ns > made_at), None)
+    if later is not None:
+        raise InputError(
+            f"{config.out}: holds a finished data set of before {later} was last changed; choose "
+            "another --out, or pass --overwrite"
         )
     shutil.rmtree(work.folder)
     logger.info("%s: this run has ended before; nothing is left to do", config.out)

@@ -18,6 +18,17 @@ def input_stamp(plan: Plan, config: ConvertConfig) -> str:
     A file that was replaced by one of the same size would else give a set of two inputs. It says
     something of this machine's copy only: it is compared by a resumed run and stored in no set.
     """
+    digest = hashlib.sha256()
+    for path in input_files(plan, config):
+        found = path.stat()
+        digest.update(
+            f"{path.name}\0{found.st_size}\0{found.st_mtime_ns}\n".encode(errors="replace")
+        )
+    return f"sha256:{digest.hexdigest()}"
+
+
+def input_files(plan: Plan, config: ConvertConfig) -> list[Path]:
+    """Every file that pictures and masks come from."""
     root = Path(getattr(plan.source, "root", config.source))
     files = {file: None for picture in plan.pictures for file in files_of(root, picture.source)}
     if config.masks is not None:
@@ -27,13 +38,7 @@ def input_stamp(plan: Plan, config: ConvertConfig) -> str:
     files |= dict.fromkeys(root / p.mask for p in plan.pictures if p.mask is not None)
     if not files and root.is_dir():  # rows of a data set of Hugging Face's
         files = dict.fromkeys(root / path for path in walk(root))
-    digest = hashlib.sha256()
-    for path in files:
-        found = path.stat()
-        digest.update(
-            f"{path.name}\0{found.st_size}\0{found.st_mtime_ns}\n".encode(errors="replace")
-        )
-    return f"sha256:{digest.hexdigest()}"
+    return list(files)
 
 
 def files_of(root: Path, source: str) -> Iterator[Path]:

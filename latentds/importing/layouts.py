@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import logging
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
@@ -26,11 +27,12 @@ from latentds.sources.image_folder import (
     check_names,
     name_fields,
     numbers_of,
-    place,
+    read_folders,
     walk,
 )
 from latentds.sources.source import Picture
 
+logger = logging.getLogger(__name__)
 LAYOUTS = ("pixcell", "zoomldm", "npy", "arrays")
 PIXCELL = re.compile(r"(?:^|/)(?:(\d+)_(\d+)|[^/]+)_sd3_vae\.npy$")  # PixCell: extract_features.py
 ZOOMLDM = re.compile(r"(?:^|/)(\d+)_vae\.npy$")  # ZoomLDM: ldm/data/brca.py
@@ -178,8 +180,10 @@ def list_npy(base: Path, paths: list[str], options: ListingOptions) -> list[Fore
     if TABLE in paths and is_export(base):
         return read_table(base)
     found = [path for path in paths if path.endswith(".npy")]
-    has_splits = options.split_folders and bool(found) and are_splits(base, found)
-    pictures = [place(path, has_splits, options.labels) for path in found]
+    rule = read_folders(base, found, options.labels, options.split_folders)
+    for note in rule.notes:
+        logger.info("%s", note)
+    pictures = [rule.place(path) for path in found]
     check_labels(base, pictures, options.labels)
     return [
         ForeignPatch(source=p.source, path=p.source, split=p.split, label=p.label, slide=p.slide)
@@ -235,7 +239,7 @@ def list_arrays(base: Path, paths: list[str], options: ListingOptions) -> list[F
     has_splits = options.split_folders and bool(found) and are_splits(base, found)
     patches = []
     for path in found:
-        split = place(path, has_splits, False).split
+        split = SPLITS[PurePosixPath(path).parts[0].lower()] if has_splits else DEFAULT_SPLIT
         rows = inspect_array(base / path).rows
         labels = read_labels(base / path, rows) if options.labels else None
         stem, suffix = path.rpartition(".")[0], PurePosixPath(path).suffix

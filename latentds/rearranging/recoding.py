@@ -109,7 +109,9 @@ class Recoder:
         order  old rows in the order in which they now stand
         """
         manifest, book = self.shards.manifest, self.stored.codebook
-        golden = read_golden(Path(self.shards.folder), manifest.contract, manifest.patches)
+        golden = read_golden(
+            Path(self.shards.folder), manifest.contract, manifest.patches, manifest.golden_sha256
+        )
         places = [np.flatnonzero(order == row) for row in golden.rows.tolist()]
         kept = sorted((int(place[0]), n) for n, place in enumerate(places) if len(place))
         if self.decoder is None or not kept:

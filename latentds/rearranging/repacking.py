@@ -16,7 +16,7 @@ from tqdm import tqdm
 from latentds.columns import MASK_SCHEMA, SCHEMA, decode_table, encode_table
 from latentds.composing import SHARD_BYTES, Composer, Part, complete
 from latentds.errors import InputError, unknown_name
-from latentds.format import GOLDEN, MASKS, PATCHES, sorted_names
+from latentds.format import GOLDEN, MASKS, PATCHES
 from latentds.golden import read_golden_table, renumbered
 from latentds.manifest import Manifest
 from latentds.reader import ShardSet
@@ -100,8 +100,7 @@ def repack(
         ]
         if recoder:
             contracts = [recoder.contract] * len(contracts)
-        is_sorted = list(manifest.classes) == sorted_names(manifest.classes)
-        composer = Composer(out, contracts[0], () if is_sorted else manifest.classes)
+        composer = Composer(out, contracts[0], manifest.classes)  # a head knows their numbers
         with tqdm(total=len(kept), desc="patches", unit="patch", delay=1, disable=None) as bar:
             for stretch in stretches:
                 packs = read_packs(shards, columns, stretch, options, bar)

@@ -145,14 +145,6 @@ def walk(root: Path) -> Iterator[str]:
     yield from visit(str(root), "", ())
 
 
-def place(path: str, has_splits: bool, use_labels: bool) -> Picture:
-    """What the folders of a path say."""
-    folders = list(PurePosixPath(path).parts[:-1])
-    split = SPLITS[folders.pop(0).lower()] if has_splits else DEFAULT_SPLIT
-    label = folders.pop(0) if folders and use_labels else None
-    return Picture(path, split, label, "/".join(folders) or None)
-
-
 def check_names(root: Path, paths: Sequence[str]) -> None:
     """Refuse names that no table can hold."""
     for path in paths:

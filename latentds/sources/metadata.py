@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from latentds.errors import InputError
+from latentds.errors import FormatError, InputError
 from latentds.evaluation.csv_tables import TextTable, decoded, read_table
+from latentds.foreign_json import parse_json
 from latentds.sources.fields import ALIASES, columns_of, note_unused
 from latentds.sources.image_folder import SPLITS, numbers_of
 from latentds.sources.source import Listing, Picture
@@ -31,8 +31,15 @@ def with_tables(root: Path, found: Listing, others: Sequence[str], use_labels: b
         if own is None or not known & own[0].keys():
             unread.append(path)
             continue
-        facts |= own[0]
+        for source, fields in own[0].items():
+            if facts.setdefault(source, fields) != fields:
+                raise InputError(
+                    f"{root / path}: tells of {source} otherwise than another metadata file; keep "
+                    "one of them"
+                )
         notes += own[1]
+        if strangers := len(own[0].keys() - known):
+            notes.append(f"{path}: {strangers:,} of its rows name no picture that is there")
     pictures = tuple(dataclasses.replace(p, **facts.get(p.source, {})) for p in found.pictures)
     return dataclasses.replace(
         found, pictures=pictures, notes=(*notes, *note_unread(root, unread, pictures))
@@ -71,13 +78,13 @@ def metadata_of(
 def json_lines(path: Path) -> TextTable:
     """A file of an object a line; what is no text or number in it is left out."""
     rows, lines = [], []
-    for number, text in enumerate(decoded(path).splitlines(), 1):
+    for number, text in enumerate(decoded(path).split("\n"), 1):
         if not text.strip():
             continue
         try:
-            record = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}, line {number}: no JSON ({error}); mend it") from error
+            record = parse_json(text.encode(errors="replace"), f"{path}, line {number}", "mend it")
+        except FormatError as error:
+            raise InputError(str(error)) from error
         if not isinstance(record, dict):
             raise InputError(f"{path}, line {number}: no object of fields; mend it")
         rows.append({k: str(v) for k, v in record.items() if isinstance(v, (str, int, float))})

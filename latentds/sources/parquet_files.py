@@ -6,12 +6,12 @@ import bisect
 import contextlib
 import dataclasses
 import itertools
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from latentds.errors import InputError
+from latentds.errors import FormatError, InputError
+from latentds.foreign_json import parse_json
 from latentds.opening import check_regular
 from latentds.sources.records import COLUMNS
 from latentds.sources.slide_reading import reason_of
@@ -228,13 +228,13 @@ def leaf_index(footer: Any, column: str) -> int:
 def class_names(metadata: dict[bytes, bytes]) -> dict[str, list[str]]:
     """Names of Hugging Face's ClassLabel columns; empty where the file has none."""
     try:
-        features = json.loads(metadata[b"huggingface"])["info"]["features"]
+        features = parse_json(metadata[b"huggingface"], "huggingface")["info"]["features"]
         return {
             name: [str(label) for label in feature["names"]]
             for name, feature in features.items()
             if feature.get("_type") == "ClassLabel"
         }
-    except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
+    except (FormatError, KeyError, ValueError, TypeError, AttributeError):
         return {}
 
 

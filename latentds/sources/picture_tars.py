@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from latentds.conversion.config import ConvertConfig
-from latentds.errors import InputError
+from latentds.errors import FormatError, InputError
+from latentds.foreign_json import parse_json
 from latentds.sources.image_folder import check_names
 from latentds.sources.picture_files import PictureFiles
 from latentds.sources.pictures import picture_suffixes
@@ -152,8 +152,8 @@ def read_label(path: Path, member: TarMember) -> str:
 def read_facts(path: Path, member: TarMember) -> dict[str, Any]:
     """The object in a KEY.json; InputError (without the name) where it is none."""
     try:
-        facts = json.loads(read_member(path, member, MAX_JSON_BYTES))
-    except (ValueError, RecursionError) as error:
+        facts = parse_json(read_member(path, member, MAX_JSON_BYTES), "its .json", "mend it")
+    except FormatError as error:
         raise InputError("its .json cannot be read") from error
     if not isinstance(facts, dict):
         raise InputError("its .json is not an object of fields")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from latentds.errors import InputError
+from latentds.errors import FormatError, InputError
+from latentds.foreign_json import parse_json
 from latentds.sources.image_folder import numbers_of
 from latentds.sources.picture_tars import Members, PictureTars, Record
 from latentds.sources.source import Listing
@@ -111,11 +111,11 @@ def read_scale(path: Path) -> dict[str, Any]:
     if path.stat().st_size > MAX_META_BYTES:
         raise InputError(f"{path}: {path.stat().st_size} bytes; no description of tiles")
     try:
-        meta = json.loads(path.read_bytes())
+        meta = parse_json(path.read_bytes(), str(path), "make it anew")
         size, tile = int(meta["tiling"]["tile_size_lv0"]), meta["tiling"]["requested_tile_size_px"]
         spacing = meta["slide"].get("base_spacing_um")
         mpp = meta["tiling"]["requested_spacing_um"] if spacing is None else spacing * size / tile
-    except (ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
+    except (FormatError, ValueError, KeyError, TypeError, ArithmeticError) as error:
         raise InputError(
             f"{path}: not hs2p's ({type(error).__name__}: {error}); make it anew, or remove it"
         ) from error

@@ -72,12 +72,15 @@ def measure_rows(job: Job) -> list[Measured]:
 
 
 def encoding_facts(job: Job, spec: CodecSpec) -> dict[str, Any]:
-    """All that makes a row's files what they are: decoders and embedders have no part in it."""
+    """All that makes a row's files what they are: embedders have no part in it, nor decoders but
+    those that latents are refined through."""
     is_latent = isinstance(spec, LatentSpec)
+    is_refined = isinstance(spec, LatentSpec) and spec.quantizer.refine
     return {
         "codec": spec.quantizer.text if isinstance(spec, LatentSpec) else spec.text,
         "latents": job.card(spec).latent_id if is_latent else None,
         "codebook": job.origin(spec),
+        **({"decoder": job.card(spec).decoder_id} if is_refined else {}),
         "crops": job.crops.digest(),
         "machine": assembling.machine(job.device),
         "versions": assembling.versions(),

@@ -26,9 +26,7 @@ def slide_entropies(folder: Path, manifest: Manifest) -> dict[str, dict[str, flo
     Equal where every shard is like the whole; 0 within shards of one slide each.
     """
     stops = np.cumsum([shard.patches for shard in manifest.shards])
-    entry = manifest.tables.get(PATCHES_TABLE, {})
-    sums = block_sums(entry, int(stops[-1]))
-    slides = Table(folder / PATCHES_TABLE, PATCH_DTYPE, int(stops[-1]), sums)["slide"]
+    slides = patch_table(folder, manifest)["slide"]
     parts: dict[str, list[np.ndarray]] = {}
     for shard, part in zip(manifest.shards, np.split(slides, stops[:-1]), strict=True):
         parts.setdefault(shard.split, []).append(part)
@@ -41,6 +39,12 @@ def slide_entropies(folder: Path, manifest: Manifest) -> dict[str, dict[str, flo
     return found
 
 
+def patch_table(folder: Path, manifest: Manifest) -> Table:
+    """The patch table, checked as it is read."""
+    sums = block_sums(manifest.tables.get(PATCHES_TABLE, {}), manifest.patches)
+    return Table(folder / PATCHES_TABLE, PATCH_DTYPE, manifest.patches, sums)
+
+
 def resolutions(mpp: np.ndarray) -> dict[str, int]:
     """Patches by micrometres a pixel in three digits, ascending; `unknown` for NaN."""
     values, counts = np.unique(mpp, return_counts=True)  # NaN is one value
@@ -51,9 +55,9 @@ def resolutions(mpp: np.ndarray) -> dict[str, int]:
     return found
 
 
-def stored_resolutions(folder: Path) -> dict[str, int]:
+def stored_resolutions(folder: Path, manifest: Manifest) -> dict[str, int]:
     """Patches of a finished set by micrometres a pixel."""
-    return resolutions(np.load(folder / PATCHES_TABLE, mmap_mode="r", allow_pickle=False)["mpp"])
+    return resolutions(patch_table(folder, manifest)["mpp"])
 
 
 def are_several(found: dict[str, int]) -> bool:

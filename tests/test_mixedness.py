@@ -27,7 +27,7 @@ def test_shards_of_one_slide_each_have_no_entropy(tmp_path):
     np.save(tmp_path / ".latentds" / "patches.npy", table)
     names = ["train", "train", "val"]
     shards = [SimpleNamespace(split=s, patches=n) for s, n in zip(names, (2, 2, 4), strict=True)]
-    found = slide_entropies(tmp_path, SimpleNamespace(shards=shards, tables={}))
+    found = slide_entropies(tmp_path, SimpleNamespace(shards=shards, tables={}, patches=8))
     assert found == {"train": {"shards": 0, "split": 1}, "val": {"shards": 1, "split": 1}}
 
 

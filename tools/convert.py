@@ -173,7 +173,7 @@ def describe(config: Config, manifest: Any, seconds: float) -> dict[str, Any]:
         "seconds": round(seconds, 1),
         "codebook": manifest.made["codebook"],
         "converted_to_rgb": manifest.made["converted_to_rgb"],
-        "mpp": stored_resolutions(config.out),
+        "mpp": stored_resolutions(config.out, manifest),
         "converted": manifest.made.get("converted"),
         "left_out": manifest.made["left_out"],
         "without_patches": manifest.made.get("without_patches", []),

@@ -63,7 +63,7 @@ def summarize(config: Config) -> dict[str, Any]:
         "slides": len(manifest.slides),
         "tcga": describe_barcodes(manifest.slides, read_projects(config.projects)),
         "slide_entropy_bits": slide_entropies(config.folder, manifest),
-        "mpp": stored_resolutions(config.folder),
+        "mpp": stored_resolutions(config.folder, manifest),
         "patch_px": list(contract.patch_px),
         "codes_shape": list(contract.codes_shape),
         "bytes_per_patch": contract.bytes_per_patch,

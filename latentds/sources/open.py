@@ -147,6 +147,8 @@ def detect(config: ConvertConfig) -> Source:
         return CoordinateJob(config)
     if root.is_dir() and is_sampath(root):
         return SamPathFolder(config)
+    if not root.exists():  # before its kind is told
+        raise FileNotFoundError(f"{root}: no such folder")
     if not root.is_dir() or config.kind == "pictures":
         return PictureFiles(config)
     if config.kind is not None:

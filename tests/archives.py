@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import webdataset
 from PIL import Image
 
-from latentds.reader import ShardSet
+from latentds.store.reader import ShardSet
 from tests.conftest import save_pictures, smooth_picture
 
 

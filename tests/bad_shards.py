@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from latentds.composing import describe_file
-from latentds.format import CHECKSUMS, MANIFEST, PATCH_DTYPE, PATCHES_TABLE, npy_header
-from latentds.tables import summarize_blocks
-from latentds.writer import BLOCK
+from latentds.store.composing import describe_file
+from latentds.store.format import CHECKSUMS, MANIFEST, PATCH_DTYPE, PATCHES_TABLE, npy_header
+from latentds.store.tables import summarize_blocks
+from latentds.store.writer import BLOCK
 
 
 def edit_manifest(folder: Path, change: Callable[[dict], None]) -> None:

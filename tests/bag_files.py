@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from latentds_trainers import abmil
-from latentds_trainers.abmil import AbmilConfig
-from latentds_trainers.bag_source import FeatureBags
+from latentds_trainers.abmil import __main__ as abmil
+from latentds_trainers.abmil.bag_source import FeatureBags
+from latentds_trainers.abmil.config import AbmilConfig
 
-from latentds.features.files import write_features
-from latentds.features.folder import FeatureFolder
+from latentds.evaluation.features.feature_files import write_features
+from latentds.evaluation.features.folder import FeatureFolder
 
 DIM, SLIDES = 8, 18
 SMALL: dict[str, Any] = {

@@ -18,9 +18,9 @@ import pytest
 import torch
 from PIL import Image
 
-from latentds.conversion.config import ConvertConfig
-from latentds.conversion.pipeline import convert
-from latentds.entropy_codebook import EntropyCodebook
+from latentds.conversion.convert_config import ConvertConfig
+from latentds.conversion.converting import convert
+from latentds.quantizers.entropy.record_codebook import EntropyCodebook
 from tests.fakes import MeanAutoencoder
 from tests.hub_server import HubServer, hub_serving
 
@@ -98,7 +98,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
     import huggingface_hub.utils._http as http
     from huggingface_hub import constants
 
-    import latentds.transport
+    import latentds.store.transport
 
     class Clock:  # the client's waits between tries, up to 8 s, cut short
         sleep = staticmethod(lambda _: None)
@@ -107,7 +107,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
             return getattr(__import__("time"), name)
 
     monkeypatch.setattr(http, "time", Clock())
-    monkeypatch.setattr(latentds.transport, "FIRST_DELAY_S", 0.01)
+    monkeypatch.setattr(latentds.store.transport, "FIRST_DELAY_S", 0.01)
     with hub_serving() as server:
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
@@ -175,7 +175,7 @@ def mean_latents(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def dino_run(tmp_path_factory: pytest.TempPathFactory, tiny_latents: Path) -> Path:
     """The folder of a finished pretraining of `tiny_latents`; read only."""
-    from latentds_trainers.pretrain import main
+    from latentds_trainers.pretrain.__main__ import main
 
     from tests.pretraining import config_of
 

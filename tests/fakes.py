@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from latentds.autoencoders.base import AutoencoderCard, pad_to_factor
+from latentds.autoencoders.autoencoder import AutoencoderCard, pad_to_factor
 
 CARD = AutoencoderCard(
     name="mean8",

@@ -29,7 +29,7 @@ import numpy as np
 from PIL import Image
 
 from latentds.errors import LatentdsError
-from latentds.format import CHECKSUMS, DIGESTS, GOLDEN, MANIFEST, PACKS_TABLE, PATCHES_TABLE
+from latentds.store.format import CHECKSUMS, DIGESTS, GOLDEN, MANIFEST, PACKS_TABLE, PATCHES_TABLE
 
 FILES = (MANIFEST, PACKS_TABLE, DIGESTS, PATCHES_TABLE, CHECKSUMS, GOLDEN)
 SHARDS = ("data/train-000000.tar", "data/val-000000.tar")
@@ -57,7 +57,7 @@ def make_set(root: Path) -> Path:
 
 def read_batches(folder: Path, split: str, **options: Any) -> Iterator[Values]:
     """A loader's values, patch by patch, names instead of numbers."""
-    from latentds.loader import LatentLoader
+    from latentds.loading.loader import LatentLoader
 
     loader = LatentLoader(folder, split, batch_size=8, masks=True, columns=("source",), **options)
     for batch in loader:
@@ -84,7 +84,7 @@ def latents(folder: Path, _: Path) -> Iterator[Values]:
 
 def array(folder: Path, _: Path) -> Iterator[Values]:
     """LatentArray of some patches, one after another."""
-    from latentds.array import LatentArray
+    from latentds.loading.array import LatentArray
 
     held = LatentArray(folder, decode="codes", where="slide != 'trainA'")
     for place in range(len(held)):
@@ -95,7 +95,7 @@ def array(folder: Path, _: Path) -> Iterator[Values]:
 
 def bags(folder: Path, _: Path) -> Iterator[Values]:
     """SlideBags, a slide at a time."""
-    from latentds.bags import SlideBags
+    from latentds.loading.bags import SlideBags
 
     held = SlideBags(folder, "train", max_patches=5)
     for bag in held:
@@ -105,7 +105,7 @@ def bags(folder: Path, _: Path) -> Iterator[Values]:
 
 def patchset(folder: Path, _: Path) -> Iterator[Values]:
     """What features and evaluations read."""
-    from latentds.patchsets.latents import open_shards
+    from latentds.evaluation.patchsets.latent_patches import open_shards
 
     opened = open_shards(str(folder), None, check_codes=True)
     table = opened.table
@@ -116,7 +116,7 @@ def patchset(folder: Path, _: Path) -> Iterator[Values]:
 
 def extract(folder: Path, out: Path) -> Iterator[Values]:
     """`latentds extract`."""
-    from latentds.rearranging.extracting import extract as run
+    from latentds.edit.extracting import extract as run
     from tests.fakes import MeanAutoencoder
 
     run(folder, out, autoencoder=MeanAutoencoder())
@@ -125,7 +125,7 @@ def extract(folder: Path, out: Path) -> Iterator[Values]:
 
 def export(folder: Path, out: Path) -> Iterator[Values]:
     """`latentds export --to npy` and `--to parquet`."""
-    from latentds.rearranging.exporting import export_npy, export_parquet
+    from latentds.edit.exporting import export_npy, export_parquet
 
     export_npy(folder, out / "npy")
     export_parquet(folder, out / "parquet")
@@ -134,8 +134,8 @@ def export(folder: Path, out: Path) -> Iterator[Values]:
 
 def repack(folder: Path, out: Path) -> Iterator[Values]:
     """`latentds repack`, whose golden patches come along."""
-    from latentds.rearranging.repacking import Repacking
-    from latentds.rearranging.repacking import repack as run
+    from latentds.edit.repacking import Repacking
+    from latentds.edit.repacking import repack as run
 
     run(folder, out, Repacking(pack_size=16, order="path"))
     yield from files_below(out)
@@ -154,7 +154,7 @@ def info(folder: Path, _: Path) -> Iterator[Values]:
 
 def verify(folder: Path, _: Path) -> Iterator[Values]:
     """`latentds verify`; a problem that it tells counts as an error of latentds."""
-    from latentds.verification import verify as run
+    from latentds.store.verification import verify as run
     from tests.fakes import MeanAutoencoder
 
     found = run(folder, autoencoder=MeanAutoencoder())

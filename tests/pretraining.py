@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from latentds_trainers.pretrain import PretrainConfig, main
-from latentds_trainers.pretrain_feed import FeedBatch
-from latentds_trainers.pretrain_schedule import settle_batch
-from latentds_trainers.pretrain_sources import open_source
-from latentds_trainers.pretrain_task import PretrainTask
+from latentds_trainers.pretrain.__main__ import main
+from latentds_trainers.pretrain.config import PretrainConfig
+from latentds_trainers.pretrain.data_sources import open_source
+from latentds_trainers.pretrain.feeds import FeedBatch
+from latentds_trainers.pretrain.schedules import settle_batch
+from latentds_trainers.pretrain.task import PretrainTask
 
 CPU = torch.device("cpu")
 SMALL: dict[str, Any] = {

@@ -61,8 +61,8 @@ def steps(kind: str, rank: int = 0, ranks: int = 1, passes: int = 1) -> dict[str
 
 def sharded_steps(kind: str, stage: int, rank: int, ranks: int, out: Path) -> dict:
     """Weights after the same steps through the engine's DeepSpeed."""
-    from latentds_trainers.settings import TrainConfig
-    from latentds_trainers.wrapping import WrappedNetwork
+    from latentds_trainers.engine.settings import TrainConfig
+    from latentds_trainers.engine.wrapping import WrappedNetwork
 
     config = TrainConfig(out=out, steps=9, batch_size=1, lr=LR, zero_stage=stage)
     model = build(kind)

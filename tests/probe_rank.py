@@ -24,8 +24,8 @@ def main(data: str, rendezvous: str, rank: int, ranks: int, out: str) -> None:
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=ranks
     )
-    from latentds_trainers.pretrain_probe import Probe
-    from latentds_trainers.pretrain_probe_config import ProbeConfig
+    from latentds_trainers.pretrain.probe import Probe
+    from latentds_trainers.pretrain.probe_config import ProbeConfig
 
     config = ProbeConfig(probe=data, probe_neighbours=3)
     figures = Probe(config, torch.device("cpu"))(Colours(), lambda images: images)

@@ -12,8 +12,8 @@ from typing import Any
 
 PRELOADED = [
     "tests.conftest",
-    "latentds.loader",
-    "latentds.hub.upload",
+    "latentds.loading.loader",
+    "latentds.hub.set_upload",
     "pyarrow.parquet",
     "skimage.metrics.simple_metrics",  # a conversion's last step
     "tests.rank_imports",

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from latentds.evaluation.csv_tables import write_table
 from latentds.evaluation.folds import Fold, split_id, stratified_group_folds
 from latentds.evaluation.predictions import fold_predictions, join_predictions, write_predictions
 from latentds.evaluation.records import RunRecord, write_record
@@ -18,6 +17,7 @@ from latentds.evaluation.segmentation import (
     correct_scores,
     sampath_compat_scores,
 )
+from latentds.sources.csv_tables import write_table
 
 SLIDES, PATIENTS = 120, 60
 ORIGINAL = {"name": "original", "kind": "original", "bytes_per_patch": 100 * 1024.0}

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from latentds.embedders import NetworkEmbedder, load_embedder
-from latentds.embedders.cards import CARDS
+from latentds.embedders.embedder_cards import CARDS
 from latentds.embedders.nic import NicEncoder
 
 SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2}  # of timm's arguments

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentds.embedders.base import EmbedderCard
+from latentds.core.randomness import digest_of
+from latentds.embedders.embedder import EmbedderCard
 from latentds.errors import FormatError, UnknownNameError
-from latentds.patchsets.base import PatchTable, SourceFacts
-from latentds.randomness import digest_of
+from latentds.evaluation.patchsets.patch_set import PatchTable, SourceFacts
 
 
 @dataclasses.dataclass

@@ -3,7 +3,7 @@
 import timm
 import torch
 
-from latentds.views.crops import Views
+from latentds.views.view_batch import Views
 
 SMALL = {"img_size": 64, "embed_dim": 32, "depth": 2, "num_heads": 2}  # 4 x 4 tokens of 16 px
 HEADS = {"out_dim": 64, "hidden_dim": 32, "bottleneck_dim": 16}

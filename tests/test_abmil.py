@@ -13,15 +13,15 @@ import torch
 from safetensors.torch import save
 
 from latentds.errors import WeightsError
-from latentds.models.abmil import GatedABMIL, load_abmil, save_abmil
+from latentds.models.attention_mil import GatedABMIL, load_abmil, save_abmil
 
 pytest.importorskip("deepspeed")
 pytest.importorskip("sklearn")
 
-from latentds_trainers import bag_source
-from latentds_trainers.abmil import PRESETS, AbmilConfig
-from latentds_trainers.bag_draws import draw_bags, loss_weights
-from latentds_trainers.bag_training import KeepingBest, Stopping
+from latentds_trainers.abmil import bag_source
+from latentds_trainers.abmil.bag_draws import draw_bags, loss_weights
+from latentds_trainers.abmil.bag_training import KeepingBest, Stopping
+from latentds_trainers.abmil.config import PRESETS, AbmilConfig
 
 from tests.bag_files import DIM, SLIDES, bag_of, make_job, reader_of, save_bag, settings
 
@@ -120,7 +120,7 @@ def test_settings_that_cannot_be_are_refused(tmp_path, options, words):
 
 
 def test_help_needs_no_torch():
-    code = "import sys; from latentds_trainers import abmil; print('torch' in sys.modules)"
+    code = "import sys; import latentds_trainers.abmil.__main__; print('torch' in sys.modules)"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ended.stdout == "False\n"
 

@@ -12,22 +12,23 @@ import pytest
 import torch
 from PIL import Image
 
-from latentds.conversion.config import ConvertConfig
-from latentds.conversion.pipeline import convert
+from latentds.conversion.convert_config import ConvertConfig
+from latentds.conversion.converting import convert
 from latentds.errors import ContractError, InputError, LatentdsError
+from latentds.evaluation.patchsets import open_patches
+from latentds.evaluation.patchsets.patch_set_config import PatchInput
+from latentds.evaluation.patchsets.patches import OpenPatches
 from latentds.evaluation.records import read_record
-from latentds.patchsets import open_patches
-from latentds.patchsets.config import PatchInput
-from latentds.patchsets.patches import OpenPatches
 from tests.conftest import smooth_picture
 from tests.small_embedders import save_nic
 
 pytest.importorskip("deepspeed")
 pytest.importorskip("sklearn")
 
-from latentds_trainers import abmil, heat_map
-from latentds_trainers.abmil import AbmilConfig
-from latentds_trainers.bag_source import open_data
+from latentds_trainers.abmil import __main__ as abmil
+from latentds_trainers.abmil import heat_map
+from latentds_trainers.abmil.bag_source import open_data
+from latentds_trainers.abmil.config import AbmilConfig
 
 from tests.bag_files import SMALL, table_of
 

@@ -4,12 +4,12 @@ import json
 
 import pytest
 import torch
-from latentds_trainers.abmil import LAYERS, PRESETS, AbmilConfig
-from latentds_trainers.bag_report import best_is_last, figure, table
-from latentds_trainers.bag_training import build_network
+from latentds_trainers.abmil.bag_report import best_is_last, figure, table
+from latentds_trainers.abmil.bag_training import build_network
+from latentds_trainers.abmil.config import LAYERS, PRESETS, AbmilConfig
 from torch import nn
 
-from latentds.models.abmil import load_abmil, save_abmil
+from latentds.models.attention_mil import load_abmil, save_abmil
 
 DIM, CLASSES = 1024, 2
 # What is called in a training step, in order. Written down from the originals; nothing here is

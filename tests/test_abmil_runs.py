@@ -17,9 +17,9 @@ from latentds.evaluation.records import read_record
 pytest.importorskip("deepspeed")
 pytest.importorskip("sklearn")
 
-from latentds_trainers import abmil
-from latentds_trainers.abmil import AbmilConfig
-from latentds_trainers.bag_source import FeatureBags
+from latentds_trainers.abmil import __main__ as abmil
+from latentds_trainers.abmil.bag_source import FeatureBags
+from latentds_trainers.abmil.config import AbmilConfig
 
 from tests.bag_files import SLIDES, SMALL, make_job, run, settings, table_of
 from tests.trainer_ranks import run_ranks

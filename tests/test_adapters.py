@@ -1,4 +1,4 @@
-"""latentds.adapters by the contracts of libraries that are not installed, and its refusals."""
+"""Adapters by the contracts of libraries that are not installed, and their refusals."""
 
 import dataclasses
 from pathlib import Path
@@ -11,12 +11,18 @@ from PIL import Image
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from latentds.adapters import MappedLoader, MilBags, TileReader, dinov2_batch, wsistream_batch
-from latentds.array import LatentArray
-from latentds.bags import SlideBags
 from latentds.errors import InputError, ShapeError
-from latentds.loader import LatentLoader
-from latentds.views.crops import Views
+from latentds.loading.adapters import (
+    MappedLoader,
+    MilBags,
+    TileReader,
+    dinov2_batch,
+    wsistream_batch,
+)
+from latentds.loading.array import LatentArray
+from latentds.loading.bags import SlideBags
+from latentds.loading.loader import LatentLoader
+from latentds.views.view_batch import Views
 from tests.swaps import BATCH, COUNT, EDGE, moved, run, trained
 
 pytestmark = pytest.mark.usefixtures("in_swap_room")

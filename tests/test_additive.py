@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from latentds.additive import AdditiveCodebook, scalar_as_additive
-from latentds.additive_search import is_separable, smallest
-from latentds.codebooks import StoredCodebook, load_codebook, save_codebook
 from latentds.errors import ContractError, FormatError, ShapeError
-from latentds.quantizer import Codebook, dequantize, quantize
+from latentds.quantizers.additive import AdditiveCodebook, scalar_as_additive
+from latentds.quantizers.additive_search import is_separable, smallest
+from latentds.quantizers.codebook_files import StoredCodebook, load_codebook, save_codebook
+from latentds.quantizers.scalar import Codebook, dequantize, quantize
 
 
 def make_book(planes: int = 3, centroids: int = 256, channels: int = 5) -> AdditiveCodebook:

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from latentds.additive import scalar_as_additive
-from latentds.additive_fit import distortion, fit_additive
-from latentds.additive_groups import allocate, group_distortion
-from latentds.conversion.codebook import planes_of
+from latentds.conversion.codebook_choice import planes_of
 from latentds.errors import InputError, ShapeError
-from latentds.fit import fit_codebook
+from latentds.quantizers.additive import scalar_as_additive
+from latentds.quantizers.additive_fit import distortion, fit_additive
+from latentds.quantizers.additive_groups import allocate, group_distortion
+from latentds.quantizers.scalar_fit import fit_codebook
 
 
 def correlated(count: int = 6000, channels: int = 4, seed: int = 0) -> np.ndarray:
@@ -33,7 +33,7 @@ def test_grouped_beats_scalar_kmeans_at_equal_bits():
 def test_the_rotation_lowers_the_distortion():
     """Against K-means of pairs of channels as they are, which is grouped without rotation."""
     vectors = correlated()
-    from latentds.additive_fit import cluster
+    from latentds.quantizers.additive_fit import cluster
 
     error = 0.0
     for pair in ([0, 1], [2, 3]):

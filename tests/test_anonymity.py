@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from latentds.conversion.anonymity import hider
-from latentds.conversion.config import ConvertConfig
-from latentds.conversion.plan import make_plan
+from latentds.conversion.conversion_plan import make_plan
+from latentds.conversion.convert_config import ConvertConfig
+from latentds.sources.anonymity import hider
 from tests.conftest import save_pictures
 
 SLIDES = [f"HOSP-{number:03d}" for number in range(24)]

@@ -8,13 +8,13 @@ import tarfile
 import numpy as np
 import pytest
 
-from latentds.conversion.config import ConvertConfig
-from latentds.conversion.plan import make_plan
+from latentds.conversion.conversion_plan import make_plan
+from latentds.conversion.convert_config import ConvertConfig
 from latentds.errors import InputError, TooManyBadSamplesError
-from latentds.reader import ShardSet
-from latentds.sources.open import detect
-from latentds.sources.records import slide_name
+from latentds.sources.opening import detect
+from latentds.sources.side_records import slide_name
 from latentds.sources.tars import tar_members
+from latentds.store.reader import ShardSet
 from tests.archives import (
     encoded,
     rows_of,

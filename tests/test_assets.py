@@ -11,12 +11,12 @@ from PIL import Image
 
 from latentds.autoencoders import load_autoencoder
 from latentds.autoencoders.tiny import tiny_codebook
-from latentds.conversion.config import ConvertConfig
-from latentds.conversion.pipeline import convert
-from latentds.loader import LatentLoader
-from latentds.quantizer import Codebook, dequantize, quantize
-from latentds.reader import ShardSet
-from latentds.verification import verify
+from latentds.conversion.convert_config import ConvertConfig
+from latentds.conversion.converting import convert
+from latentds.loading.loader import LatentLoader
+from latentds.quantizers.scalar import Codebook, dequantize, quantize
+from latentds.store.reader import ShardSet
+from latentds.store.verification import verify
 
 pytestmark = pytest.mark.assets
 
@@ -113,7 +113,7 @@ def test_awkward_tiles_survive_tiling_and_a_local_autoencoder(assets, tmp_path):
 
 
 def test_no_codec_is_trained_on_a_test_set(assets, monkeypatch):
-    from latentds_trainers.tiles import read_tiles
+    from latentds_trainers.train_codec.tiles import read_tiles
 
     opened = []
     original = Image.open

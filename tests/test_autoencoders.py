@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from latentds.autoencoders import load_autoencoder
-from latentds.autoencoders.base import NetworkAutoencoder
+from latentds.autoencoders.autoencoder import NetworkAutoencoder
 from latentds.autoencoders.cards import ALIASES, CARDS
 from latentds.autoencoders.taesd import build_decoder, build_encoder
 from latentds.errors import LatentdsError, ShapeError, UnknownNameError, WeightsError
@@ -305,7 +305,7 @@ def test_tiny_codebook_fits_its_latents():
     from skimage.data import immunohistochemistry
 
     from latentds.autoencoders.tiny import tiny_codebook
-    from latentds.quantizer import dequantize, quantize
+    from latentds.quantizers.scalar import dequantize, quantize
 
     pixels = immunohistochemistry()[:256, :256]
     images = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None].float() / 255

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-import latentds.array
-from latentds.array import LatentArray
-from latentds.bags import SlideBags
+import latentds.loading.array
 from latentds.errors import InputError, UnknownNameError
-from latentds.format import PATCHES_TABLE
-from latentds.loader import LatentLoader
-from latentds.reader import ShardSet
+from latentds.loading.array import LatentArray
+from latentds.loading.bags import SlideBags
+from latentds.loading.loader import LatentLoader
+from latentds.store.format import PATCHES_TABLE
+from latentds.store.reader import ShardSet
 from tests.bad_shards import edit_table
 from tests.conftest import convert_with_mean, save_pictures
 from tests.fakes import MeanAutoencoder
@@ -182,7 +182,7 @@ def test_an_array_of_all_splits_takes_slides_that_one_of_them_lacks(tmp_path):
 
 
 def test_what_does_not_fit_is_refused_before_reading(shared_dataset, monkeypatch):
-    monkeypatch.setattr(latentds.array, "free_bytes", lambda device: 30_000)
+    monkeypatch.setattr(latentds.loading.array, "free_bytes", lambda device: 30_000)
     monkeypatch.setattr(ShardSet, "read_codes", None)
     with pytest.raises(
         InputError, match="600 patches take 0.00 GB, cpu has 0.00 GB free; choose fewer"

@@ -5,17 +5,17 @@ import sys
 
 import numpy as np
 import pytest
-from latentds_tools import bench_scale, cli
-from latentds_tools.loader_bench import peers
-from latentds_tools.loader_bench.formats import Patches, write_parquet, write_webdataset
-from latentds_tools.loader_bench.measure import measure
-from latentds_tools.loader_bench.synthetic import write_sparse, write_synthetic
+from latentds_tools import cli
+from latentds_tools.bench import bench_scale, peers
+from latentds_tools.bench.measuring_loaders import measure
+from latentds_tools.bench.peer_formats import Patches, write_parquet, write_webdataset
+from latentds_tools.bench.synthetic import write_sparse, write_synthetic
 
-from latentds.dataset import LatentDataset
 from latentds.errors import InputError
-from latentds.loader import LatentLoader
-from latentds.reader import ShardSet
-from latentds.verification import verify
+from latentds.loading.dataset import LatentDataset
+from latentds.loading.loader import LatentLoader
+from latentds.store.reader import ShardSet
+from latentds.store.verification import verify
 
 SPEC = {
     "split": "train",

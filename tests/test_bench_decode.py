@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from latentds_tools import bench_decode, cli
-from latentds_tools.decode_bench import jpeg, networks
-from latentds_tools.decode_bench.shapes import check_known, find_decoder, gigaflops, shapes
+from latentds_tools import cli
+from latentds_tools.bench import bench_decode, decode_networks, jpeg_decoding
+from latentds_tools.bench.decode_shapes import check_known, find_decoder, gigaflops, shapes
 
 from latentds.errors import InputError, MissingExtraError, UnknownNameError
 
@@ -55,7 +55,7 @@ def test_the_table_is_markdown_and_names_the_machine(report, capsys, monkeypatch
 def test_without_a_jpeg_library_the_extra_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=r"latentds\[bench\]"):
-        jpeg.load_jpegs(None, 256)
+        jpeg_decoding.load_jpegs(None, 256)
 
 
 def test_an_unknown_decoder_is_told_before_anything_is_measured(capsys):
@@ -81,9 +81,9 @@ def decoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_decoder_folder_is_measured_without_a_jpeg_library(capsys, decoder_folder, monkeypatch):
-    plain = networks.combinations("cpu", compile=False)[:1]
-    monkeypatch.setattr(networks, "combinations", lambda *_: plain)
-    monkeypatch.setattr(jpeg, "LIBRARIES", ())
+    plain = decode_networks.combinations("cpu", compile=False)[:1]
+    monkeypatch.setattr(decode_networks, "combinations", lambda *_: plain)
+    monkeypatch.setattr(jpeg_decoding, "LIBRARIES", ())
     words = ("--decoders", decoder_folder, "--no-jpeg", "--json")
     report = json.loads(call(capsys, *words, *QUICK))
     row = report["rows"][0]
@@ -113,8 +113,12 @@ def test_work_is_counted_without_running():
 
 
 def test_compilation_and_graphs_are_measured_at_both_ends():
-    plain = [networks.describe(one) for one in networks.combinations("cpu", compile=False)]
-    full = [networks.describe(one) for one in networks.combinations("cuda", compile=True)]
+    plain = [
+        decode_networks.describe(one) for one in decode_networks.combinations("cpu", compile=False)
+    ]
+    full = [
+        decode_networks.describe(one) for one in decode_networks.combinations("cuda", compile=True)
+    ]
     assert plain[0] == "float32" and len(plain) == 4 and full[:4] == plain
     assert full[-1] == "bfloat16 channels_last compile cuda_graph" and len(full) == 10
 
@@ -124,49 +128,49 @@ def test_plain_rows_are_plain_whatever_layout_a_decoder_was_loaded_in():
     weight = next(p for p in tiny.decoder.parameters() if p.ndim == 4 and min(p.shape[1:]) > 1)
     assert not weight.is_contiguous()
     config = bench_decode.Config(patch_size=16, seconds=0.01)
-    options = networks.combinations("cpu", compile=False)
-    networks.measure(tiny, options[0], 1, config)
+    options = decode_networks.combinations("cpu", compile=False)
+    decode_networks.measure(tiny, options[0], 1, config)
     assert weight.is_contiguous()
-    networks.measure(tiny, options[1], 1, config)
+    decode_networks.measure(tiny, options[1], 1, config)
     assert weight.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_heavy_decoders_run_one_patch_at_a_time_on_a_cpu():
-    assert networks.default_batch("cpu", 622) == 1 < networks.default_batch("cpu", 7)
-    assert networks.default_batch("cuda", 622) == 64
+    assert decode_networks.default_batch("cpu", 622) == 1 < decode_networks.default_batch("cpu", 7)
+    assert decode_networks.default_batch("cuda", 622) == 64
 
 
-@pytest.mark.parametrize("library", jpeg.LIBRARIES)
+@pytest.mark.parametrize("library", jpeg_decoding.LIBRARIES)
 @pytest.mark.parametrize("kind", ["threads", pytest.param("processes", marks=pytest.mark.slow)])
 def test_jpeg_decoders_work_together(library, kind):
     pytest.importorskip(library)
-    jpegs = jpeg.load_jpegs(None, 64)[:4]
-    together, first = jpeg.rate_together(library, jpegs, 0.1, 2, kind)
+    jpegs = jpeg_decoding.load_jpegs(None, 64)[:4]
+    together, first = jpeg_decoding.rate_together(library, jpegs, 0.1, 2, kind)
     assert together > 0 and first > 0
 
 
-@pytest.mark.parametrize("library", jpeg.LIBRARIES)
+@pytest.mark.parametrize("library", jpeg_decoding.LIBRARIES)
 def test_jpeg_decoders_give_the_pictures_back(library):
     pytest.importorskip(library)
-    patch = jpeg.load_patches(None, 256)[0]
-    decoded = torch.as_tensor(jpeg.make_decoder(library)(jpeg.encode(patch)))
+    patch = jpeg_decoding.load_patches(None, 256)[0]
+    decoded = torch.as_tensor(jpeg_decoding.make_decoder(library)(jpeg_decoding.encode(patch)))
     decoded = decoded.permute(1, 2, 0) if decoded.shape[0] == 3 else decoded
     assert (decoded.float() - torch.from_numpy(patch.copy()).float()).abs().mean() < 8
 
 
 def test_pictures_of_a_folder_are_cut_into_patches(pictures):
-    assert len(jpeg.load_patches(pictures, 16)) == jpeg.MOST_PATCHES
-    assert jpeg.load_patches(pictures, 16)[0].shape == (16, 16, 3)
+    assert len(jpeg_decoding.load_patches(pictures, 16)) == jpeg_decoding.MOST_PATCHES
+    assert jpeg_decoding.load_patches(pictures, 16)[0].shape == (16, 16, 3)
     with pytest.raises(InputError, match="no picture of 64 px"):
-        jpeg.load_patches(pictures, 64)
+        jpeg_decoding.load_patches(pictures, 64)
 
 
 def test_a_gpu_decoder_that_cannot_run_says_why():
     pytest.importorskip("torchvision")
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    row = jpeg.gpu_row(jpeg.load_jpegs(None, 64), 0.1, "cuda")
-    assert row["error"] and jpeg.rows_of([[row], [row]]) == [row]
+    row = jpeg_decoding.gpu_row(jpeg_decoding.load_jpegs(None, 64), 0.1, "cuda")
+    assert row["error"] and jpeg_decoding.rows_of([[row], [row]]) == [row]
 
 
 @pytest.mark.gpu

@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from latentds_tools import bench_features, cli
+from latentds_tools import cli
+from latentds_tools.bench import bench_features
 
 pytest.importorskip("h5py")
 pytest.importorskip("timm")

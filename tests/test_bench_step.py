@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from latentds_tools import bench_step, cli
-from latentds_tools.step_bench import rounds
+from latentds_tools import cli
+from latentds_tools.bench import bench_step, step_rounds
 
 for library in ("timm", "kornia", "lightly"):
     pytest.importorskip(library)
@@ -128,19 +128,19 @@ def test_a_gpu_has_the_defaults_of_a_gpu():
 
 def test_every_second_round_runs_backwards():
     seen: list[str] = []
-    ways = [rounds.Way(name, lambda name=name: seen.append(name)) for name in "ab"]
-    rounds.run_rounds(ways, 2, 1, torch.device("cpu"))
+    ways = [step_rounds.Way(name, lambda name=name: seen.append(name)) for name in "ab"]
+    step_rounds.run_rounds(ways, 2, 1, torch.device("cpu"))
     assert "".join(seen) == "ab" + "ab" + "ba"  # a step of each before any clock
     assert [len(way.seconds) for way in ways] == [2, 2]
 
 
 def test_hidden_time_is_what_the_parts_take_less_what_was_added():
-    step, loaded, part = (rounds.Way(name, int, [seconds]) for name, seconds in
+    step, loaded, part = (step_rounds.Way(name, int, [seconds]) for name, seconds in
                           (("step", 1.0), ("loader", 1.1), ("decoding", 0.4)))  # fmt: skip
-    found = rounds.overlap(step, loaded, [part])
+    found = step_rounds.overlap(step, loaded, [part])
     assert found["one_after_another_ms"] == pytest.approx(1400)
     assert found["hidden_percent"] == pytest.approx(75)
-    assert rounds.cost(loaded, step)["percent"] == pytest.approx(10)
+    assert step_rounds.cost(loaded, step)["percent"] == pytest.approx(10)
 
 
 @pytest.mark.gpu

@@ -12,21 +12,21 @@ import pytest
 import torch
 
 from latentds import LatentDataset, LatentLoader, Mixture, ShardSet
-from latentds.channel_statistics import (
+from latentds.edit.merging import merge
+from latentds.edit.repacking import Repacking, repack
+from latentds.errors import FormatError, ShapeError
+from latentds.quantizers.normalization import ChannelStatistics, pool
+from latentds.quantizers.scalar import dequantize
+from latentds.store.channel_statistics import (
     SAMPLE_PATCHES,
     channel_statistics,
     evenly,
     measure_statistics,
     sample_rows,
 )
-from latentds.errors import FormatError, ShapeError
-from latentds.format import MANIFEST
-from latentds.manifest import Manifest, parse_manifest, read_manifest
-from latentds.normalization import ChannelStatistics, pool
-from latentds.quantizer import dequantize
-from latentds.rearranging.merging import merge
-from latentds.rearranging.repacking import Repacking, repack
-from latentds.verification import verify
+from latentds.store.format import MANIFEST
+from latentds.store.manifest import Manifest, parse_manifest, read_manifest
+from latentds.store.verification import verify
 from tests.bad_shards import edit_manifest
 from tests.conftest import convert_with_mean, save_pictures
 from tests.fakes import MeanAutoencoder
@@ -69,7 +69,7 @@ def test_the_manifest_has_the_same_bytes_whatever_the_workers_and_after_a_resume
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("latentds.conversion.finish.complete", die)
+        patched.setattr("latentds.conversion.finishing.complete", die)
         with pytest.raises(KeyboardInterrupt):
             convert_with_mean(pictures, tmp_path / "resumed", workers=2, pack_size=4)
     convert_with_mean(pictures, tmp_path / "resumed", workers=2, pack_size=4)
@@ -108,8 +108,8 @@ def test_evenly_spaced_numbers_stand_in_the_middle_of_their_parts(size, wanted, 
 
 
 def test_a_large_set_is_sampled_at_fixed_places_of_its_training_split(shared_dataset, monkeypatch):
-    monkeypatch.setattr("latentds.channel_statistics.SAMPLE_PATCHES", 40)
-    monkeypatch.setattr("latentds.channel_statistics.SAMPLE_PACKS", 10)
+    monkeypatch.setattr("latentds.store.channel_statistics.SAMPLE_PATCHES", 40)
+    monkeypatch.setattr("latentds.store.channel_statistics.SAMPLE_PACKS", 10)
     shards = ShardSet(shared_dataset)
     rows = sample_rows(shards)
     first, end = shards.patch_range("train")
@@ -124,8 +124,8 @@ def test_a_large_set_is_sampled_at_fixed_places_of_its_training_split(shared_dat
 def test_packs_of_one_patch_are_sampled_until_there_are_as_many_patches(
     pictures, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("latentds.channel_statistics.SAMPLE_PATCHES", 16)
-    monkeypatch.setattr("latentds.channel_statistics.SAMPLE_PACKS", 2)
+    monkeypatch.setattr("latentds.store.channel_statistics.SAMPLE_PATCHES", 16)
+    monkeypatch.setattr("latentds.store.channel_statistics.SAMPLE_PACKS", 2)
     convert_with_mean(pictures, tmp_path / "out", pack_size=1)
     assert len(sample_rows(ShardSet(tmp_path / "out"))) == 16
 

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from latentds.array import LatentArray
-from latentds.bags import SlideBags
-from latentds.codechecks import RECHECK_EPOCHS
-from latentds.dataset import LatentDataset
 from latentds.errors import DamagedPackError, FormatError
-from latentds.format import CHECKSUMS, GOLDEN, PACKS_TABLE, PATCHES_TABLE
-from latentds.loader import LatentLoader
-from latentds.manifest import read_manifest
-from latentds.reader import ShardSet
+from latentds.loading.array import LatentArray
+from latentds.loading.bags import SlideBags
+from latentds.loading.dataset import LatentDataset
+from latentds.loading.loader import LatentLoader
+from latentds.store.code_checks import RECHECK_EPOCHS
+from latentds.store.format import CHECKSUMS, GOLDEN, PACKS_TABLE, PATCHES_TABLE
+from latentds.store.manifest import read_manifest
+from latentds.store.reader import ShardSet
 from tests.bad_shards import edit_manifest, first_shard, flip_bit, make_old
 
 
@@ -172,7 +172,7 @@ def test_every_patch_has_its_checksum(shared_dataset):
 
 
 def test_damaged_golden_patches_are_not_carried_on(dataset, tmp_path):
-    from latentds.rearranging.repacking import repack
+    from latentds.edit.repacking import repack
 
     flip_bit(dataset / GOLDEN, 900)
     with pytest.raises(FormatError, match=r"golden\.parquet: not of the hash"):

@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from latentds.conversion.config import ConvertConfig
-from latentds.conversion.pipeline import convert
+from latentds.conversion.convert_config import ConvertConfig
+from latentds.conversion.converting import convert
 from latentds.errors import ContractError, InputError, ShapeError
 from latentds.evaluation.records import RunRecord, read_record
 from tests.conftest import convert_with_mean, smooth_picture
@@ -22,14 +22,15 @@ pytest.importorskip("sklearn")
 pytest.importorskip("deepspeed")
 pytest.importorskip("timm")
 
-from latentds_trainers.classify_patches import ClassifyConfig, main
-from latentds_trainers.patch_inputs import open_labelled, open_latents
+from latentds_trainers.classify_patches.__main__ import main
+from latentds_trainers.classify_patches.config import ClassifyConfig
+from latentds_trainers.classify_patches.patch_inputs import open_labelled, open_latents
 
 from latentds.embedders.latent_stem import LatentStemConfig, build_vit
-from latentds.loader import LatentLoader
-from latentds.models.exporting import write_backbone
-from latentds.patchsets.config import PatchInput
-from latentds.patchsets.undecoded import open_undecoded
+from latentds.evaluation.patchsets.patch_set_config import PatchInput
+from latentds.evaluation.patchsets.undecoded import open_undecoded
+from latentds.loading.loader import LatentLoader
+from latentds.models.backbone_folder import write_backbone
 
 ARCH = "test_vit"
 TRAINED: dict[str, Any] = {"epochs": 4, "lr": 3e-3}
@@ -90,9 +91,9 @@ def decoded() -> list[int]:
 @pytest.fixture(scope="module")
 def trained(one_rank_on_cpu: None, latents: Path, decoded: list[int]) -> Path:
     """The folder of a network fine-tuned on latents, no pixels decoded from then on; read only."""
-    from latentds_trainers.finetune_backbone import FoldTraining
+    from latentds_trainers.classify_patches.finetune_backbone import FoldTraining
 
-    from latentds.patchsets.developing import DecodedCodes
+    from latentds.evaluation.patchsets.developing import DecodedCodes
 
     build, develop = FoldTraining.__init__, DecodedCodes.develop
 

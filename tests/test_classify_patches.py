@@ -16,14 +16,14 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from latentds.conversion.config import ConvertConfig
-from latentds.conversion.pipeline import convert
+from latentds.conversion.convert_config import ConvertConfig
+from latentds.conversion.converting import convert
 from latentds.errors import ContractError, InputError, WeightsError
 from latentds.evaluation import eva_probe
-from latentds.evaluation.csv_tables import read_table
 from latentds.evaluation.folds import Fold, split_id
 from latentds.evaluation.predictions import read_predictions
 from latentds.evaluation.records import RunRecord, read_record
+from latentds.sources.csv_tables import read_table
 from tests.conftest import smooth_picture
 from tests.trainer_ranks import run_ranks, run_words, succeed
 
@@ -31,11 +31,12 @@ pytest.importorskip("sklearn")
 pytest.importorskip("deepspeed")
 pytest.importorskip("timm")
 
-from latentds_trainers import patch_inputs
-from latentds_trainers.checkpoints import complete_checkpoints
-from latentds_trainers.classify_patches import ClassifyConfig, main
-from latentds_trainers.classify_results import notes_of
-from latentds_trainers.patch_inputs import open_labelled, protocol_folds
+from latentds_trainers.classify_patches import patch_inputs
+from latentds_trainers.classify_patches.__main__ import main
+from latentds_trainers.classify_patches.classify_results import notes_of
+from latentds_trainers.classify_patches.config import ClassifyConfig
+from latentds_trainers.classify_patches.patch_inputs import open_labelled, protocol_folds
+from latentds_trainers.engine.checkpoints import complete_checkpoints
 
 EDGE = 32
 NCT_CRC = ("ADI", "BACK", "DEB", "LYM", "MUC", "MUS", "NORM", "STR", "TUM")
@@ -185,7 +186,7 @@ def test_the_same_command_takes_up_features_and_finished_folds(classes, embedder
 def test_features_go_on_after_the_blocks_that_are_there(
     classes, embedder, probed, tmp_path, monkeypatch
 ):
-    from latentds_trainers import patch_features
+    from latentds_trainers.classify_patches import patch_features
 
     monkeypatch.setattr(patch_features, "BLOCK", 10)
     whole = classify(classes, tmp_path, embedder=embedder)
@@ -593,9 +594,8 @@ def test_settings_that_cannot_be_are_refused(tmp_path, options, words):
 
 
 def test_help_needs_no_torch():
-    code = (
-        "import sys; from latentds_trainers import classify_patches; print('torch' in sys.modules)"
-    )
+    module = "latentds_trainers.classify_patches.__main__"
+    code = f"import sys, {module}; print('torch' in sys.modules)"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ended.stdout == "False\n"
 
@@ -637,7 +637,7 @@ def test_finetuning_learns_and_records_its_network(tuned):
 def test_a_finetuning_that_was_stopped_equals_one_that_never_was(
     classes, tuned, tmp_path, monkeypatch
 ):
-    from latentds_trainers.finetune_backbone import FoldTraining
+    from latentds_trainers.classify_patches.finetune_backbone import FoldTraining
 
     step = FoldTraining.step
 

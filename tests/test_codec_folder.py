@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from latentds.autoencoders import load_autoencoder
-from latentds.autoencoders.base import latent_identity
+from latentds.autoencoders.autoencoder import latent_identity
 from latentds.autoencoders.codec_folder import (
     RECORD,
     TABLES,

@@ -15,6 +15,7 @@ from latentds.autoencoders import load_autoencoder
 from latentds.autoencoders.cards import CARDS
 from latentds.autoencoders.tiny import tiny_codebook
 from latentds.codecs import PictureCodec, latent_bytes, parse_codec, with_quantizer
+from latentds.core.metrics import psnr_db
 from latentds.errors import (
     ContractError,
     FormatError,
@@ -22,8 +23,7 @@ from latentds.errors import (
     ShapeError,
     WeightsError,
 )
-from latentds.fit import fit_codebook
-from latentds.metrics import psnr_db
+from latentds.quantizers.scalar_fit import fit_codebook
 from tests.fakes import MeanAutoencoder
 
 LOSSY = ["jpeg", "jpeg444", "webp", "avif", "avif444", "jxl", "j2k"]

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 from latentds_tools import cli, compare
-from latentds_tools.comparison.page import write_page
-from latentds_tools.comparison.pairing import Bootstrap, pair
-from latentds_tools.comparison.paper import paper_tables
-from latentds_tools.comparison.plots import bar_places, score_limits
-from latentds_tools.comparison.reading import Family, make_families, read_runs
-from latentds_tools.comparison.report import make_report
+from latentds_tools.comparison.compare_page import write_page
+from latentds_tools.comparison.compare_plots import bar_places, score_limits
+from latentds_tools.comparison.compare_report import make_report
+from latentds_tools.comparison.paper_tables import paper_tables
+from latentds_tools.comparison.run_pairing import Bootstrap, pair
+from latentds_tools.comparison.run_reading import Family, make_families, read_runs
 from PIL import Image
 
 from latentds.errors import InputError, UnknownNameError

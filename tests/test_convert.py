@@ -12,13 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
-from latentds.autoencoders.base import pad_to_factor
-from latentds.conversion.config import ConvertConfig
-from latentds.conversion.pipeline import convert
+from latentds.autoencoders.autoencoder import pad_to_factor
+from latentds.conversion.convert_config import ConvertConfig
+from latentds.conversion.converting import convert
 from latentds.errors import InputError
-from latentds.quantizer import quantize
-from latentds.reader import ShardSet
-from latentds.verification import verify
+from latentds.quantizers.scalar import quantize
+from latentds.store.reader import ShardSet
+from latentds.store.verification import verify
 from tests.conftest import convert_with_mean, save_pictures, smooth_picture
 from tests.fakes import MeanAutoencoder
 
@@ -90,7 +90,7 @@ def test_small_shards_split_the_set(shared_dataset, tmp_path):
     manifest = convert_with_mean(tmp_path / "in", tmp_path / "out", shard_mb=1)
     assert len(manifest.shards) == 1  # 600 patches of 48 bytes stay far below a megabyte
     config = ConvertConfig(source=tmp_path / "in", out=tmp_path / "o", shard_mb=1)
-    from latentds.conversion.plan import make_plan, plan_shards
+    from latentds.conversion.conversion_plan import make_plan, plan_shards
 
     shards = plan_shards(make_plan(config), config, bytes_per_patch=3000)
     assert [sum(b - a for a, b in shard.blocks) for shard in shards] == [256, 256, 88]
@@ -203,7 +203,7 @@ def test_files_that_are_no_pictures_are_counted(pictures, tmp_path):
 
 
 def test_golden_patches_are_kept(shared_dataset):
-    from latentds.golden import read_golden
+    from latentds.store.golden import read_golden
 
     shards = ShardSet(shared_dataset)
     golden = read_golden(shared_dataset, shards.manifest.contract, len(shards))
@@ -274,7 +274,7 @@ def test_a_tiled_picture_is_decoded_once(tmp_path, monkeypatch):
 
 
 def test_a_codebook_file_is_named_in_the_manifest(pictures, tmp_path):
-    from latentds.codebooks import StoredCodebook, save_codebook
+    from latentds.quantizers.codebook_files import StoredCodebook, save_codebook
 
     first = convert_with_mean(pictures, tmp_path / "a")
     stored = StoredCodebook(

@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latentds.codebooks import StoredCodebook, save_codebook
 from latentds.conversion import workdir
-from latentds.conversion.config import ConvertConfig
-from latentds.conversion.pipeline import convert
+from latentds.conversion.convert_config import ConvertConfig
+from latentds.conversion.converting import convert
 from latentds.errors import ContractError, FormatError, InputError, TooManyBadSamplesError
-from latentds.format import MANIFEST
-from latentds.quantizer import Codebook
-from latentds.reader import ShardSet
-from latentds.verification import verify
+from latentds.quantizers.codebook_files import StoredCodebook, save_codebook
+from latentds.quantizers.scalar import Codebook
+from latentds.store.format import MANIFEST
+from latentds.store.reader import ShardSet
+from latentds.store.verification import verify
 from tests.conftest import convert_with_mean, save_pictures, smooth_picture
 from tests.fakes import MeanAutoencoder
 from tests.processes import call_apart, limit_file_size
@@ -342,7 +342,7 @@ def test_a_process_killed_at_any_moment_resumes_to_the_same_bytes(processes, tmp
 
 
 def test_two_conversions_into_one_folder_keep_apart(pictures, tmp_path):
-    from latentds.storage import exclusive_lock
+    from latentds.core.storage import exclusive_lock
 
     with (
         exclusive_lock(tmp_path / "out" / ".latentds" / "work" / "lock"),
@@ -397,7 +397,7 @@ class NanAutoencoder(MeanAutoencoder):
 
 
 def test_an_autoencoder_that_gives_nan_is_named_with_the_picture(pictures, tmp_path):
-    from latentds.codebooks import StoredCodebook, save_codebook
+    from latentds.quantizers.codebook_files import StoredCodebook, save_codebook
 
     codebook = Codebook(np.array([[0.0, 1.0]], np.float32), "kmeans")
     stored = StoredCodebook(codebook=codebook, latent_id=MeanAutoencoder().card.latent_id, made={})

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from latentds_trainers.crops import CropConfig, Crops
+from latentds_trainers.train_codec.tile_crops import CropConfig, Crops
 
 from tests.conftest import smooth_picture
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from latentds.dataset import LatentDataset
 from latentds.errors import DamagedPackError, TooManyBadSamplesError
-from latentds.loader import LatentLoader
-from latentds.mixture import Mixture
-from latentds.reader import ShardSet
+from latentds.loading.dataset import LatentDataset
+from latentds.loading.loader import LatentLoader
+from latentds.loading.mixture import Mixture
+from latentds.store.reader import ShardSet
 from tests.bad_shards import flip_bit
 from tests.conftest import convert_with_mean, save_pictures
 

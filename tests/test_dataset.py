@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from latentds.dataset import LatentDataset
 from latentds.errors import ContractError, LatentdsError, UnknownNameError, WeightsError
-from latentds.loader import LatentLoader
-from latentds.reader import ShardSet
+from latentds.loading.dataset import LatentDataset
+from latentds.loading.loader import LatentLoader
+from latentds.store.reader import ShardSet
 from tests.conftest import convert_with_mean, save_pictures
 from tests.fakes import MeanAutoencoder
 

@@ -12,16 +12,16 @@ from torch import nn
 
 from latentds.autoencoders import load_autoencoder
 from latentds.autoencoders.architectures import build
-from latentds.autoencoders.base import NetworkAutoencoder, hash_tensors, last_layer
+from latentds.autoencoders.autoencoder import NetworkAutoencoder, hash_tensors, last_layer
 from latentds.autoencoders.decoder_record import RECORD, WEIGHTS
 from latentds.autoencoders.decoders import architecture_of, load_decoder, save_decoder
 from latentds.autoencoders.students import STUDENTS, build_student
 from latentds.autoencoders.taesd import build_decoder, build_encoder
+from latentds.core.storage import write_together
 from latentds.errors import ContractError, FormatError, LatentdsError, ShapeError, WeightsError
-from latentds.golden import latents_pixels
-from latentds.loader import LatentLoader
-from latentds.storage import write_together
-from latentds.verification import verify
+from latentds.loading.loader import LatentLoader
+from latentds.store.golden import latents_pixels
+from latentds.store.verification import verify
 from tests.conftest import save_pictures
 from tests.fakes import CARD
 from tests.test_autoencoders import MAKERS, make_dc, make_kl
@@ -466,8 +466,8 @@ def test_a_place_without_a_decoder_is_named(tmp_path):
 @pytest.fixture(scope="module")
 def tiny_set(tmp_path_factory) -> Path:
     """Six patches of tiny's latents; read only."""
-    from latentds.conversion.config import ConvertConfig
-    from latentds.conversion.pipeline import convert
+    from latentds.conversion.convert_config import ConvertConfig
+    from latentds.conversion.converting import convert
 
     root = tmp_path_factory.mktemp("tiny")
     save_pictures(root / "in" / "tumour", 6)
@@ -523,8 +523,8 @@ def test_golden_patches_are_checked_with_another_decoder(tiny_set, darker):
 
 def test_a_set_made_with_a_composed_autoencoder_names_the_decoder(tmp_path, darker):
     """By the base's name alone its golden patches would be decoded with other weights."""
-    from latentds.conversion.config import ConvertConfig
-    from latentds.conversion.pipeline import convert
+    from latentds.conversion.convert_config import ConvertConfig
+    from latentds.conversion.converting import convert
 
     save_pictures(tmp_path / "in" / "tumour", 6)
     config = ConvertConfig(source=tmp_path / "in", out=tmp_path / "new", autoencoder=str(darker),

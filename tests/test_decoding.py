@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from latentds.autoencoders import load_autoencoder
-from latentds.decoding import Compiled, DecodeOptions, Decoder
 from latentds.errors import FormatError
-from latentds.loader import LatentLoader
-from latentds.lookup import Levels
-from latentds.mixture import Mixture
-from latentds.quantizer import Codebook, dequantize
+from latentds.loading.decoding import Compiled, DecodeOptions, Decoder
+from latentds.loading.loader import LatentLoader
+from latentds.loading.mixture import Mixture
+from latentds.quantizers.lookup import Levels
+from latentds.quantizers.scalar import Codebook, dequantize
 from tests.conftest import convert_with_mean, save_pictures
 from tests.fakes import MeanAutoencoder
 

@@ -7,7 +7,7 @@ import json
 import pytest
 from latentds_tools import cli
 
-from latentds.display import (
+from latentds.core.display import (
     code_span,
     csv_cell,
     csv_text,
@@ -17,10 +17,10 @@ from latentds.display import (
     say,
     visible,
 )
-from latentds.evaluation.csv_tables import read_table, write_table
 from latentds.hub.card import describe_autoencoder
-from latentds.manifest import read_manifest
-from latentds.publishing import dataset_card
+from latentds.sources.csv_tables import read_table, write_table
+from latentds.store.manifest import read_manifest
+from latentds.store.set_card import dataset_card
 from tests.bad_shards import edit_manifest
 
 EVIL = "\x1b]0;owned\x07\x1b[2J\ra\u202egnp\u2028|[x](http://e)<img src=x>`y`"

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from latentds.dataset import LatentDataset
-from latentds.loader import LatentLoader
+from latentds.loading.dataset import LatentDataset
+from latentds.loading.loader import LatentLoader
 
 OPTIONS = {"global_batch_size": 40, "shuffle": True, "seed": 2}
 
@@ -60,8 +60,8 @@ def engine(monkeypatch):
     The process group stays, as DeepSpeed keeps groups of its own that end with it for good.
     """
     pytest.importorskip("deepspeed")
-    from latentds_trainers.ranks import join_ranks
-    from latentds_trainers.wrapping import load_deepspeed
+    from latentds_trainers.engine.ranks import join_ranks
+    from latentds_trainers.engine.wrapping import load_deepspeed
 
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     join_ranks()

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
 from latentds.embedders import load_embedder
-from latentds.embedders.base import EmbedderCard
-from latentds.embedders.cards import CARDS
+from latentds.embedders.embedder import EmbedderCard
+from latentds.embedders.embedder_cards import CARDS
 from latentds.errors import MissingExtraError, ShapeError, UnknownNameError, WeightsError
 from tests.small_embedders import (
     SMALL,

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from latentds.embedders import NetworkEmbedder, load_embedder
-from latentds.embedders.base import Preparation
-from latentds.embedders.cards import CARDS
+from latentds.embedders.embedder import Preparation
+from latentds.embedders.embedder_cards import CARDS
 from latentds.errors import ShapeError, WeightsError
 from tests.small_embedders import (
     MAKERS,

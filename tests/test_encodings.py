@@ -7,27 +7,27 @@ import numpy as np
 import pytest
 import torch
 
-from latentds.additive_fit import fit_additive
-from latentds.array import LatentArray
-from latentds.bags import SlideBags
-from latentds.codebooks import StoredCodebook, load_codebook, save_codebook
-from latentds.dataset import LatentDataset
-from latentds.entropy_fit import fit_entropy_codebook
+from latentds.edit.contract import ImportOptions
+from latentds.edit.exporting import export_npy
+from latentds.edit.importing import import_latents
+from latentds.edit.merging import merge
+from latentds.edit.repacking import Repacking, repack
 from latentds.errors import ContractError, FormatError, InputError
-from latentds.format import Contract
-from latentds.importing.contract import ImportOptions
-from latentds.importing.run import import_latents
-from latentds.loader import LatentLoader
-from latentds.mixture import Mixture
-from latentds.publishing import DEQUANTIZE, dataset_card
-from latentds.quantizer import dequantize_each
-from latentds.reader import ShardSet
-from latentds.rearranging.exporting import export_npy
-from latentds.rearranging.merging import merge
-from latentds.rearranging.repacking import Repacking, repack
-from latentds.scan import read_contract
-from latentds.stage import HostLanes
-from latentds.verification import verify
+from latentds.loading.array import LatentArray
+from latentds.loading.bags import SlideBags
+from latentds.loading.dataset import LatentDataset
+from latentds.loading.loader import LatentLoader
+from latentds.loading.mixture import Mixture
+from latentds.loading.stage import HostLanes
+from latentds.quantizers.additive_fit import fit_additive
+from latentds.quantizers.codebook_files import StoredCodebook, load_codebook, save_codebook
+from latentds.quantizers.entropy.record_fit import fit_entropy_codebook
+from latentds.quantizers.scalar import dequantize_each
+from latentds.store.format import Contract
+from latentds.store.reader import ShardSet
+from latentds.store.scan import read_contract
+from latentds.store.set_card import DEQUANTIZE, dataset_card
+from latentds.store.verification import verify
 from tests.bad_shards import edit_manifest, first_shard
 from tests.conftest import convert_with_mean, save_pictures
 from tests.fakes import MeanAutoencoder

@@ -25,9 +25,9 @@ from latentds.errors import ContractError, InputError, MissingExtraError
 
 pytest.importorskip("deepspeed")
 
-from latentds_trainers import launching, training_log, wrapping
-from latentds_trainers.checkpoints import complete_checkpoints
-from latentds_trainers.engine import TrainConfig
+from latentds_trainers.engine import launching, training_log, wrapping
+from latentds_trainers.engine.checkpoints import complete_checkpoints
+from latentds_trainers.engine.training import TrainConfig
 
 from tests import toy_recipe
 from tests.launched import PATIENCE_S, ROOT, VARIABLES, deepspeed_command, run_launched, started
@@ -388,7 +388,9 @@ def test_the_learning_rate_warms_up_then_follows_its_schedule(tmp_path):
 
 
 def test_help_needs_no_torch():
-    code = "import sys; from latentds_trainers import train_codec; print('torch' in sys.modules)"
+    code = (
+        "import sys; import latentds_trainers.train_codec.__main__; print('torch' in sys.modules)"
+    )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ended.stdout == "False\n"
 

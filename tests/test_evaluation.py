@@ -16,7 +16,6 @@ from sklearn.metrics import (
 )
 
 from latentds.errors import InputError, ShapeError
-from latentds.evaluation.csv_tables import read_table
 from latentds.evaluation.folds import (
     Fold,
     check_disjoint,
@@ -35,7 +34,6 @@ from latentds.evaluation.predictions import (
 )
 from latentds.evaluation.records import RunRecord, read_record, write_record
 from latentds.evaluation.scores import classification_scores
-from latentds.evaluation.slide_names import NameIndex
 from latentds.evaluation.splits import (
     PATHO_BENCH,
     read_splits,
@@ -49,6 +47,8 @@ from latentds.evaluation.statistics import (
     summary,
 )
 from latentds.evaluation.weighing import METRICS, weighted_score
+from latentds.sources.csv_tables import read_table
+from latentds.sources.slide_names import NameIndex
 
 CLASSES = ["a", "b", "c"]
 

@@ -9,16 +9,16 @@ import pytest
 import torch
 from PIL import Image
 
+from latentds.edit import extracting
+from latentds.edit.exporting import export_npy, export_parquet, export_wids
+from latentds.edit.extracting import extract
+from latentds.edit.filenames import file_stem, patch_path
+from latentds.edit.merging import merge
 from latentds.errors import InputError, UnknownNameError
-from latentds.golden import decode_pixels
-from latentds.manifest import read_manifest
-from latentds.quantizer import dequantize
-from latentds.reader import ShardSet
-from latentds.rearranging import extracting
-from latentds.rearranging.exporting import export_npy, export_parquet, export_wids
-from latentds.rearranging.extracting import extract
-from latentds.rearranging.filenames import file_stem, patch_path
-from latentds.rearranging.merging import merge
+from latentds.quantizers.scalar import dequantize
+from latentds.store.golden import decode_pixels
+from latentds.store.manifest import read_manifest
+from latentds.store.reader import ShardSet
 from tests.conftest import convert_with_mean, save_pictures
 from tests.fakes import MeanAutoencoder
 from tests.test_merge import codes_by_key, make_set
@@ -217,7 +217,7 @@ def test_datasets_reads_exported_rows(merged, tmp_path):
 
 
 def test_exported_rows_say_what_they_mean(merged, tmp_path):
-    from latentds.format import Contract
+    from latentds.store.format import Contract
 
     export_parquet(merged, tmp_path / "out", split="val")
     (path,) = (tmp_path / "out" / "data").iterdir()
@@ -252,7 +252,7 @@ def test_npy_trees_hold_codes_or_latents(merged, tmp_path, latents):
 
 
 def test_exports_appear_whole_or_not_at_all(small, tmp_path, monkeypatch):
-    from latentds.rearranging import exporting
+    from latentds.edit import exporting
 
     def die(*_):
         raise KeyboardInterrupt

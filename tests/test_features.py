@@ -17,12 +17,12 @@ from latentds.errors import (
     TooManyBadSamplesError,
     UnknownNameError,
 )
-from latentds.features.extraction import extract_features
-from latentds.features.files import FeatureFile, write_features
-from latentds.features.folder import FeatureFolder
-from latentds.features.layout import file_name, magnification, overlap_px, slide_name
-from latentds.features.options import FeatureOptions
-from latentds.features.record import read_record
+from latentds.evaluation.features.extraction import extract_features
+from latentds.evaluation.features.extraction_options import FeatureOptions
+from latentds.evaluation.features.feature_files import FeatureFile, write_features
+from latentds.evaluation.features.features_record import read_record
+from latentds.evaluation.features.folder import FeatureFolder
+from latentds.evaluation.features.layout import file_name, magnification, overlap_px, slide_name
 from tests.processes import call_apart, limit_file_size
 from tests.small_patches import ProjectionEmbedder, SmallPatches
 
@@ -380,7 +380,7 @@ def test_a_full_disk_leaves_nothing_half_written(processes, tmp_path):
 
 
 def test_two_runs_do_not_write_the_same_slide(tmp_path):
-    from latentds.storage import exclusive_lock
+    from latentds.core.storage import exclusive_lock
 
     folder = tmp_path / "features_projection"
     with (

@@ -18,8 +18,8 @@ from latentds_tools import cli
 from safetensors.torch import save_file
 
 from latentds.embedders.nic import NicEncoder
-from latentds.features.folder import FeatureFolder
-from latentds.features.pipeline import Piece, embed_pieces, in_background
+from latentds.evaluation.features.embedding_pipeline import Piece, embed_pieces, in_background
+from latentds.evaluation.features.folder import FeatureFolder
 from tests.conftest import save_pictures
 from tests.small_patches import ProjectionEmbedder
 

@@ -8,22 +8,29 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from latentds_tools import bench_fidelity
-from latentds_tools.fidelity import comparing, fitting, job, opening, page, quality
-from latentds_tools.fidelity.config import Config
+from latentds_tools.bench import bench_fidelity
+from latentds_tools.fidelity import (
+    codec_opening,
+    comparing,
+    fidelity_page,
+    job,
+    jpeg_fitting,
+    quality,
+)
 from latentds_tools.fidelity.contact import pick_crops
-from latentds_tools.fidelity.crops import read_crops
 from latentds_tools.fidelity.encoded import encode_all
+from latentds_tools.fidelity.fidelity_config import Config
+from latentds_tools.fidelity.fidelity_crops import read_crops
+from latentds_tools.fidelity.fidelity_plan import make_plan, spread
 from latentds_tools.fidelity.measuring import Originals, measure
-from latentds_tools.fidelity.paper import find_paper_row, paper_rows, paper_table
-from latentds_tools.fidelity.plan import make_plan, spread
+from latentds_tools.fidelity.paper_rows import find_paper_row, paper_rows, paper_table
 from latentds_tools.fidelity.summaries import confidence_interval, drawn_means, summarize
 from PIL import Image
 
-from latentds.autoencoders.base import AutoencoderCard
+from latentds.autoencoders.autoencoder import AutoencoderCard
 from latentds.autoencoders.cards import CARDS
 from latentds.codecs import latent_bytes, make_picture_codec, parse_codec
-from latentds.embedders.base import EmbedderCard
+from latentds.embedders.embedder import EmbedderCard
 from latentds.errors import InputError, UnknownNameError, WeightsError
 from tests.conftest import save_pictures, smooth_picture
 from tests.fakes import MeanAutoencoder
@@ -202,8 +209,8 @@ def test_equal_reconstructions_are_left_out_of_psnr_and_said(tmp_path, stand_ins
     assert (png["n"], png["mean"], png["equal"]) == (0, None, 2) and mean["equal"] == 1
     text = json.dumps(report, allow_nan=False)
     assert "Infinity" not in text and "NaN" not in text
-    assert "infinite (all equal)" in page.write_page(report)
-    assert "(1 equal left out)" in page.write_page(report)
+    assert "infinite (all equal)" in fidelity_page.write_page(report)
+    assert "(1 equal left out)" in fidelity_page.write_page(report)
 
 
 def test_cosines_of_zeros_are_one_only_for_equal_vectors():
@@ -280,19 +287,19 @@ def test_bytes_that_every_file_has_are_told(folder, stand_ins):
     report, _ = comparing.compare(settings(folder, codecs="jpeg:10,jpeg:50,jxl:50"))
     jpeg, _, jxl = (row["fixed_bytes"] for row in report["rows"])
     assert 200 < jpeg < 700 and jxl < 100  # JPEG's tables
-    text = page.write_page(report)
+    text = fidelity_page.write_page(report)
     assert f"{jxl} (a flat grey patch" in text and "of which fixed" in text
 
 
 def test_formats_at_equal_bytes_need_an_autoencoder(folder, stand_ins):
     with pytest.raises(InputError, match="avif:QUALITY or avif@BYTES"):
         comparing.compare(settings(folder, codecs="avif,jpeg:50"))
-    assert spread([parse_codec("jpeg:50")], opening.Autoencoders("cpu"), (8, 8))
+    assert spread([parse_codec("jpeg:50")], codec_opening.Autoencoders("cpu"), (8, 8))
 
 
 def test_codebooks_fitted_on_tested_crops_are_said_to_favour(folder, tmp_path, stand_ins):
     report, _ = comparing.compare(settings(folder))
-    assert report["rows"][0]["codebook"]["origin"] == fitting.ON_TESTED
+    assert report["rows"][0]["codebook"]["origin"] == jpeg_fitting.ON_TESTED
     assert any("favour" in note for note in report["notes"])
     save_pictures(tmp_path / "others", 3, first_seed=500)
     report, _ = comparing.compare(settings(folder, fit_on=tmp_path / "others"))
@@ -338,16 +345,16 @@ def test_decoders_trained_on_a_folder_of_the_tested_name_are_told(tmp_path):
     for name, count in (("gbm", 1), ("new", 0)):
         report, _ = comparing.compare(settings(tmp_path / name, codecs=codecs, embedders=""))
         assert sum(note.startswith(wanted) for note in report["notes"]) == count
-        assert (wanted in page.write_page(report)) == bool(count)
+        assert (wanted in fidelity_page.write_page(report)) == bool(count)
 
 
 def test_tiny_uses_the_codebook_it_ships_unless_told(folder):
     config = settings(folder, codecs="tiny+kmeans,tiny+kmeans:16", embedders="")
     shipped, fitted = rows_of(config).values()
     assert shipped["codebook"]["origin"] == "shipped with tiny"
-    assert fitted["codebook"]["origin"] == fitting.ON_TESTED
+    assert fitted["codebook"]["origin"] == jpeg_fitting.ON_TESTED
     again = rows_of(dataclasses.replace(config, refit=True))["tiny+kmeans"]
-    assert again["codebook"]["origin"] == fitting.ON_TESTED
+    assert again["codebook"]["origin"] == jpeg_fitting.ON_TESTED
 
 
 def test_groups_by_coding_stand_apart(tmp_path, stand_ins):
@@ -360,7 +367,7 @@ def test_groups_by_coding_stand_apart(tmp_path, stand_ins):
     values = report["rows"][1]["groups"]
     ssim = report["rows"][1]["per_crop"]["ssim"]
     assert values["jpeg"]["ssim"]["mean"] == pytest.approx(np.mean(ssim[3:]))
-    text = page.write_page(report)
+    text = fidelity_page.write_page(report)
     assert "## Crops of jpeg files only" in text and "jpeg:q=70:4:2:0" in text
 
 
@@ -398,7 +405,7 @@ def test_skip_missing_goes_on_and_lists_them(folder, stand_ins):
     report, _ = comparing.compare(config)
     assert [row["codec"] for row in report["rows"]] == ["sd15", "jpeg@192"]
     assert set(report["missing"]) == {"dcae-f32", "gone"} and report["embedders"] == {}
-    assert "Missing: gone: gone: gated; ask its authors." in page.write_page(report)
+    assert "Missing: gone: gone: gated; ask its authors." in fidelity_page.write_page(report)
 
 
 def test_nothing_left_is_an_error(folder, stand_ins):
@@ -427,7 +434,7 @@ def test_a_device_that_is_not_there_is_told(folder):
 def test_decoders_on_the_hub_take_the_encoder_they_name(folder, hub, tmp_path):
     from latentds.autoencoders import load_autoencoder
     from latentds.autoencoders.decoders import architecture_of, save_decoder
-    from latentds.hub.decoders import publish_decoder
+    from latentds.hub.decoder_upload import publish_decoder
     from latentds.hub.model_files import ModelPublication
 
     tiny = load_autoencoder("tiny")
@@ -629,14 +636,14 @@ def test_paths_stay_out_of_labels(tmp_path):
         folder = tmp_path / name
         save_decoder(folder, tiny.decoder, tiny.card, architecture_of(tiny), {})
     names = [str(tmp_path / name) for name in ("a/same", "b/same", "other")]
-    autoencoders = opening.Autoencoders("cpu")
+    autoencoders = codec_opening.Autoencoders("cpu")
     plan = make_plan(",".join(names), [], autoencoders, patch_px=(8, 8), skip_missing=False)
     assert [plan.label(row) for row in plan.rows] == [*names[:2], "other"]
 
 
 def test_page_sets_the_papers_figures_beside(folder, stand_ins):
     report, _ = comparing.compare(settings(folder, embedders="uni"))
-    text = page.write_page(report)
+    text = fidelity_page.write_page(report)
     line = next(line for line in text.splitlines() if "| JPEG-50 |" in line)
     similarity = report["rows"][1]["groups"]["all"]["similarity"]["uni"]["mean"]
     assert f"| 0.904 / {similarity:.3f} |" in line and "| 15 / 0." in line

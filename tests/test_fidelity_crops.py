@@ -4,9 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from latentds_tools.fidelity.crops import read_crops
-from latentds_tools.fidelity.slide_tables import read_table
-from latentds_tools.fidelity.slides import SlideOptions, find_slides
+from latentds_tools.fidelity.fidelity_crops import read_crops
+from latentds_tools.fidelity.slide_columns import read_table
+from latentds_tools.fidelity.slide_intervals import SlideOptions, find_slides
 from PIL import Image
 
 from latentds.errors import InputError

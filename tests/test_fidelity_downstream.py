@@ -5,11 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from latentds_tools.fidelity import comparing, jpeg_tables, nuclei, page
-from latentds_tools.fidelity.config import Config
-from latentds_tools.fidelity.crops import read_crops
+from latentds_tools.fidelity import comparing, fidelity_page, jpeg_tables, nuclei
+from latentds_tools.fidelity.fidelity_config import Config
+from latentds_tools.fidelity.fidelity_crops import read_crops
 from latentds_tools.fidelity.job import prepare
-from latentds_tools.fidelity.pairing import pair
+from latentds_tools.fidelity.paired_differences import pair
 from PIL import Image
 
 from latentds.codecs import PictureCodec
@@ -85,7 +85,7 @@ def test_rows_of_equal_bytes_are_set_beside_avif(folder, stand_ins):  # noqa: F8
     means = [rows[name]["groups"]["all"]["psnr_db"]["mean"] for name in ("sd15+kmeans", "avif@48")]
     found = rows["sd15+kmeans"]["differences"]["avif@48"]["all"]["psnr_db"]
     assert found["mean"] == pytest.approx(means[0] - means[1])
-    text = page.write_page(report)
+    text = fidelity_page.write_page(report)
     assert "## Less `avif@48`" in text and f"{found['mean']:+.2f} [" in text
 
 
@@ -94,7 +94,7 @@ def test_steps_of_records_are_counted(folder):
     records, png = report["rows"]
     assert sum(records["steps"]["counts"].values()) == 4 and png["steps"] is None
     assert records["steps"]["quantiles"][0] == min(records["per_crop"]["step"])
-    assert "## Steps of records" in page.write_page(report)
+    assert "## Steps of records" in fidelity_page.write_page(report)
 
 
 # --- sources
@@ -113,7 +113,7 @@ def test_recoded_sources_stand_apart_and_are_the_same_crops(tmp_path):
     x, y = places[0][1:]
     recoded = prepare(config).crops.images[1]
     assert np.array_equal(recoded, whole[y : y + EDGE, x : x + EDGE])
-    assert "Crops of jpeg:30 files only" in page.write_page(report)
+    assert "Crops of jpeg:30 files only" in fidelity_page.write_page(report)
 
 
 @pytest.mark.parametrize("recode", ["jpeg@400", "tiny+kmeans", "png", "jpeg:101"])
@@ -210,9 +210,12 @@ def test_the_embedder_that_tables_are_fitted_to_stands_last(folder, stand_ins, m
     monkeypatch.setattr(jpeg_tables, "STEPS", ())
     config = settings(folder, codecs="jpeg-fitted@900", embedders="colours,greys")
     report = report_of(config)
-    assert report["fitted_to"] == ["greys"] and page.embedder_names(report) == ["colours", "greys"]
+    assert report["fitted_to"] == ["greys"] and fidelity_page.embedder_names(report) == [
+        "colours",
+        "greys",
+    ]
     assert report["rows"][0]["codebook"]["embedder"] == "greys"
-    assert "greys: rows' tables or decoders were fitted to it" in page.write_page(report)
+    assert "greys: rows' tables or decoders were fitted to it" in fidelity_page.write_page(report)
 
 
 @pytest.mark.parametrize(

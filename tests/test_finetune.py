@@ -10,24 +10,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from latentds_trainers.decoder_inputs import (
+from latentds_trainers.finetune_decoder.config import PAPER, FinetuneConfig
+from latentds_trainers.finetune_decoder.decoder_inputs import (
     open_codebook,
     open_picture_pairs,
     read_validation,
 )
-from latentds_trainers.decoder_losses import DecoderLosses, evaluating
-from latentds_trainers.decoder_task import DecoderTask, without_places
-from latentds_trainers.finetune_decoder import PAPER, FinetuneConfig
-from latentds_trainers.judging import Judge
-from latentds_trainers.pairs import Pair, PicturePairs
+from latentds_trainers.finetune_decoder.decoder_losses import DecoderLosses, evaluating
+from latentds_trainers.finetune_decoder.judging import Judge
+from latentds_trainers.finetune_decoder.pairs import Pair, PicturePairs
+from latentds_trainers.finetune_decoder.task import DecoderTask, without_places
 from torch import nn
 
 from latentds.autoencoders import load_autoencoder
 from latentds.autoencoders.decoders import load_decoder, save_decoder
-from latentds.conversion.config import ConvertConfig
-from latentds.conversion.pipeline import convert
+from latentds.conversion.convert_config import ConvertConfig
+from latentds.conversion.converting import convert
 from latentds.errors import ContractError, InputError, LatentdsError, UnknownNameError, WeightsError
-from latentds.loader import LatentLoader
+from latentds.loading.loader import LatentLoader
 from tests.conftest import save_pictures
 from tests.small_embedders import save_phikon
 from tests.trainer_ranks import run_words, succeed
@@ -397,7 +397,7 @@ def test_autocast_trains_against_a_discriminator(folder, held_out, tmp_path):
 
 
 def test_bf16_is_refused_for_a_decoder_with_batch_norm(tmp_path):
-    from latentds_trainers import decoder_networks
+    from latentds_trainers.finetune_decoder import decoder_networks
 
     config = settings(tmp_path, **BF16)
     base = load_autoencoder("tiny")
@@ -643,7 +643,7 @@ def test_other_settings_do_not_go_on_from_a_checkpoint(own_run, folder, tmp_path
 
 
 def test_mean_of_four_rounds_half_up():
-    from latentds_trainers.pairs import mean_of_four
+    from latentds_trainers.finetune_decoder.pairs import mean_of_four
 
     picture = np.array([[[0], [1]], [[1], [0]]], np.uint8).repeat(3, 2)
     assert mean_of_four(picture).tolist() == [[[1, 1, 1]]]

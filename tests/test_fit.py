@@ -4,9 +4,9 @@ import kmeans1d
 import numpy as np
 import pytest
 
+from latentds.core.lloyd import relocate
 from latentds.errors import ShapeError
-from latentds.fit import fit_codebook
-from latentds.lloyd import relocate
+from latentds.quantizers.scalar_fit import fit_codebook
 
 SIZE = 4_000
 SAMPLES = {

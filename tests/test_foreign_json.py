@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from latentds_tools import info
 
+from latentds.core.foreign_json import FREE_BYTES, MAX_DEPTH, parse_json, read_json
 from latentds.errors import FormatError, InputError
-from latentds.features.files import FeatureFile
-from latentds.foreign_json import FREE_BYTES, MAX_DEPTH, parse_json, read_json
+from latentds.evaluation.features.feature_files import FeatureFile
 from latentds.hub.card import facts
-from latentds.manifest import parse_manifest, read_manifest
-from latentds.publishing import dataset_card
 from latentds.sources.coordinates import read_coordinates
+from latentds.store.manifest import parse_manifest, read_manifest
+from latentds.store.set_card import dataset_card
 
 h5py = pytest.importorskip("h5py")
 STRANGE = (None, True, 10**17, "\x1b[2J", [[]], {"a": None})
@@ -84,7 +84,7 @@ def test_a_manifest_with_any_value_replaced_is_refused_or_can_be_printed(dataset
             except FormatError:
                 outcomes["refused"] += 1
                 continue
-            monkeypatch.setattr("latentds.manifest.read_manifest", lambda _, m=manifest: m)
+            monkeypatch.setattr("latentds.store.manifest.read_manifest", lambda _, m=manifest: m)
             summary = info.summarize(info.Config(folder=dataset))
             assert info.as_text(summary) and dataset_card(manifest) and facts(manifest)
             assert json.dumps(summary) and manifest.to_json()

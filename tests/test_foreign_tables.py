@@ -5,13 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from latentds.edit.extracting import extract
+from latentds.edit.slide_lists import read_splits
 from latentds.errors import InputError, UnknownNameError
-from latentds.evaluation.csv_tables import read_table
 from latentds.evaluation.groups import groups_of, read_labels
-from latentds.reader import ShardSet
-from latentds.rearranging.extracting import extract
-from latentds.rearranging.slidelists import read_splits
-from latentds.sources.fields import columns_of, note_unused
+from latentds.sources.csv_tables import read_table
+from latentds.sources.field_names import columns_of, note_unused
+from latentds.store.reader import ShardSet
 from tests.conftest import convert_with_mean, save_pictures
 
 ROWS = "slide,patient,split,label\ns1,p1,train,a\ns2,p2,test,b\n"

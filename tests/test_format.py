@@ -9,10 +9,17 @@ import numpy as np
 import pytest
 
 from latentds.errors import FormatError
-from latentds.format import Contract, check_encoding, check_format, check_npy, npy_header, patch_key
-from latentds.quantizer import Codebook
-from latentds.scan import read_contract, scan_shard
-from latentds.writer import Pack, ShardWriter, global_header
+from latentds.quantizers.scalar import Codebook
+from latentds.store.format import (
+    Contract,
+    check_encoding,
+    check_format,
+    check_npy,
+    npy_header,
+    patch_key,
+)
+from latentds.store.scan import read_contract, scan_shard
+from latentds.store.writer import Pack, ShardWriter, global_header
 
 NPY_HEADER_HEX = (
     "934e554d505901007600"

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from latentds.errors import LatentdsError
-from latentds.format import GOLDEN, MANIFEST, PACKS_TABLE, PATCHES_TABLE
-from latentds.reader import ShardSet
-from latentds.scan import read_contract, scan_shard
-from latentds.verification import verify
+from latentds.store.format import GOLDEN, MANIFEST, PACKS_TABLE, PATCHES_TABLE
+from latentds.store.reader import ShardSet
+from latentds.store.scan import read_contract, scan_shard
+from latentds.store.verification import verify
 from tests.bad_shards import edit_manifest, first_shard
 from tests.conftest import convert_with_mean, save_pictures
 from tests.fakes import MeanAutoencoder
@@ -91,7 +91,7 @@ def test_deeply_nested_json_is_refused(dataset):
 def test_a_parquet_member_that_would_decompress_to_much_is_refused(dataset):
     import pyarrow as pa
 
-    from latentds.columns import SCHEMA, decode_table, encode_table
+    from latentds.store.columns import SCHEMA, decode_table, encode_table
 
     rows = 300_000
     table = pa.table({"source": pa.array(["x" * 500] * rows)})

@@ -16,10 +16,10 @@ from latentds.evaluation.predictions import read_predictions
 pytest.importorskip("deepspeed")
 pytest.importorskip("sklearn")
 
-from latentds_trainers import heat_map
-from latentds_trainers.bag_heat_maps import chosen_slides
-from latentds_trainers.bag_report import FoldOutcome
-from latentds_trainers.run_folders import read_fold
+from latentds_trainers.abmil import heat_map
+from latentds_trainers.abmil.bag_heat_maps import chosen_slides
+from latentds_trainers.abmil.bag_report import FoldOutcome
+from latentds_trainers.engine.run_folders import read_fold
 
 from tests.bag_files import make_job, run, settings
 

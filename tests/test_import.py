@@ -8,19 +8,19 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from latentds.codebooks import StoredCodebook, save_codebook
+from latentds.edit.contract import ImportOptions, identify
+from latentds.edit.exporting import export_npy
+from latentds.edit.extracting import extract
+from latentds.edit.importing import import_latents
+from latentds.edit.layouts import ListingOptions
 from latentds.errors import ContractError, FormatError, InputError, WeightsError
-from latentds.golden import latents_pixels, read_golden_table
-from latentds.importing.contract import ImportOptions, identify
-from latentds.importing.layouts import ListingOptions
-from latentds.importing.run import import_latents
-from latentds.loader import LatentLoader
-from latentds.manifest import read_manifest
-from latentds.quantizer import Codebook, dequantize
-from latentds.reader import ShardSet
-from latentds.rearranging.exporting import export_npy
-from latentds.rearranging.extracting import extract
-from latentds.verification import verify
+from latentds.loading.loader import LatentLoader
+from latentds.quantizers.codebook_files import StoredCodebook, save_codebook
+from latentds.quantizers.scalar import Codebook, dequantize
+from latentds.store.golden import latents_pixels, read_golden_table
+from latentds.store.manifest import read_manifest
+from latentds.store.reader import ShardSet
+from latentds.store.verification import verify
 from tests.fakes import CARD, MeanAutoencoder
 from tests.test_extract import table
 from tests.test_merge import codes_by_key, make_set
@@ -196,7 +196,7 @@ def test_exported_latents_come_back_with_their_codebook(tmp_path):
 
 
 def test_codes_of_two_codebooks_are_not_taken_as_one(tmp_path):
-    from latentds.rearranging.merging import merge
+    from latentds.edit.merging import merge
 
     parts = [make_set(tmp_path, "a", 3, 0), make_set(tmp_path, "b", 3, 5000, levels=32)]
     merge(parts, tmp_path / "ab")
@@ -244,7 +244,7 @@ def test_unknown_identities_are_refused(autoencoder, latent_id, error, match):
 
 
 def test_a_known_name_whose_weights_cannot_be_had_lends_its_card(monkeypatch):
-    from latentds.importing import contract as import_contract
+    from latentds.edit import contract as import_contract
 
     def fail(name):
         raise WeightsError(f"{name}: no network")
@@ -416,7 +416,7 @@ def test_the_same_import_gives_the_same_bytes(tmp_path):
 
 
 def test_a_killed_import_leaves_nothing_that_looks_finished(tmp_path, monkeypatch):
-    from latentds.importing import run as importing
+    from latentds.edit import importing as importing
 
     def die(*_):
         raise KeyboardInterrupt

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from latentds.reader import ShardSet
+from latentds.store.reader import ShardSet
 
 CODES, PATCHES = "codes.npy", "patches.parquet"
 

@@ -13,7 +13,6 @@ import torch
 pytest.importorskip("timm")
 
 from latentds.autoencoders.tiny import load_tiny, tiny_codebook
-from latentds.codebooks import StoredCodebook, save_codebook, sized_book
 from latentds.embedders import load_embedder
 from latentds.embedders.latent_backbone import load_latent_backbone
 from latentds.embedders.latent_stem import (
@@ -23,7 +22,6 @@ from latentds.embedders.latent_stem import (
     image_px,
     timm_arguments,
 )
-from latentds.entropy_fit import fit_entropy_codebook
 from latentds.errors import (
     ContractError,
     FormatError,
@@ -32,11 +30,13 @@ from latentds.errors import (
     UnknownNameError,
     WeightsError,
 )
+from latentds.models.backbone_folder import write_backbone
 from latentds.models.backbones import build_latent_classifier
-from latentds.models.exporting import write_backbone
-from latentds.normalization import ChannelStatistics
-from latentds.quantizer import Codebook, dequantize, quantize
-from latentds.reader import ShardSet
+from latentds.quantizers.codebook_files import StoredCodebook, save_codebook, sized_book
+from latentds.quantizers.entropy.record_fit import fit_entropy_codebook
+from latentds.quantizers.normalization import ChannelStatistics
+from latentds.quantizers.scalar import Codebook, dequantize, quantize
+from latentds.store.reader import ShardSet
 from tests.fakes import MeanAutoencoder
 
 ARCH = "test_vit"  # timm's smallest: one block, tokens of 16 px, laid out for 160 px

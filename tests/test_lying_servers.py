@@ -8,9 +8,9 @@ import time
 
 import pytest
 
-import latentds.transport
+import latentds.store.transport
 from latentds.errors import FormatError, InputError
-from latentds.transport import Transport, wait_of
+from latentds.store.transport import Transport, wait_of
 
 BODY = b"0123456789abcdef" * 8
 OK = b"HTTP/1.1 206 Partial Content\r\n"
@@ -96,7 +96,7 @@ def test_redirects_to_nowhere_are_named(status):
 
 
 def test_a_body_that_drips_is_given_up(monkeypatch):
-    monkeypatch.setattr(latentds.transport, "GRACE_S", 0.3)
+    monkeypatch.setattr(latentds.store.transport, "GRACE_S", 0.3)
     drops = [BODY[place : place + 1] for place in range(len(BODY))]
     with (
         answering(OK + LENGTH + b"\r\n", *drops, pause_s=0.02) as location,
@@ -106,7 +106,7 @@ def test_a_body_that_drips_is_given_up(monkeypatch):
 
 
 def test_headers_that_drip_are_given_up(monkeypatch):
-    monkeypatch.setattr(latentds.transport, "HEADERS_S", 0.3)
+    monkeypatch.setattr(latentds.store.transport, "HEADERS_S", 0.3)
     with (
         answering(OK, *([b"X: y\r\n"] * 60), pause_s=0.02) as location,
         pytest.raises(InputError, match=r"no answer in 0\.3 s, after 1 tries"),
@@ -115,8 +115,8 @@ def test_headers_that_drip_are_given_up(monkeypatch):
 
 
 def test_a_slow_line_is_not_a_server_that_drips(monkeypatch):
-    monkeypatch.setattr(latentds.transport, "GRACE_S", 0.05)
-    monkeypatch.setattr(latentds.transport, "LEAST_RATE", 64)
+    monkeypatch.setattr(latentds.store.transport, "GRACE_S", 0.05)
+    monkeypatch.setattr(latentds.store.transport, "LEAST_RATE", 64)
     drops = [BODY[place : place + 16] for place in range(0, len(BODY), 16)]
     with answering(OK + LENGTH + b"\r\n", *drops, pause_s=0.05) as location:
         assert read(location) == BODY

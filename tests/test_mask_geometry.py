@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from latentds.core.randomness import patch_seeds
 from latentds.errors import ShapeError
-from latentds.mask_geometry import (
+from latentds.views.mask_geometry import (
     View,
     mirrored,
     nearest,
@@ -19,7 +20,6 @@ from latentds.mask_geometry import (
     resize_mask,
     whole,
 )
-from latentds.randomness import patch_seeds
 
 PALETTE = torch.tensor([[0, 0, 0], [255, 0, 0], [0, 255, 0], [0, 0, 255]], dtype=torch.uint8)
 

@@ -10,19 +10,19 @@ import numpy as np
 import pytest
 import torch
 
-from latentds.array import LatentArray
-from latentds.bags import SlideBags
-from latentds.dataset import LatentDataset
+from latentds.edit import merging
+from latentds.edit.merging import merge
 from latentds.errors import ContractError, DamagedPackError, FormatError, InputError
-from latentds.format import MANIFEST
-from latentds.golden import read_golden_table
-from latentds.loader import LatentLoader
-from latentds.manifest import read_manifest
-from latentds.quantizer import dequantize
-from latentds.reader import ShardSet
-from latentds.rearranging import merging
-from latentds.rearranging.merging import merge
-from latentds.verification import verify
+from latentds.loading.array import LatentArray
+from latentds.loading.bags import SlideBags
+from latentds.loading.dataset import LatentDataset
+from latentds.loading.loader import LatentLoader
+from latentds.quantizers.scalar import dequantize
+from latentds.store.format import MANIFEST
+from latentds.store.golden import read_golden_table
+from latentds.store.manifest import read_manifest
+from latentds.store.reader import ShardSet
+from latentds.store.verification import verify
 from tests.bad_shards import edit_manifest, first_shard, flip_bit
 from tests.conftest import convert_with_mean, save_pictures
 from tests.fakes import MeanAutoencoder
@@ -167,7 +167,7 @@ def test_merging_a_merged_set_keeps_three_codebooks(merged, tmp_path):
 
 def test_sets_of_one_codebook_have_no_list_of_them(parts, tmp_path):
     codebook = tmp_path / "book.safetensors"
-    from latentds.codebooks import StoredCodebook, save_codebook
+    from latentds.quantizers.codebook_files import StoredCodebook, save_codebook
 
     contract = read_manifest(parts[0]).contract
     save_codebook(
@@ -186,8 +186,8 @@ def test_a_patch_that_two_sets_have_is_refused_by_name(parts, tmp_path):
 
 
 def test_sets_of_other_latents_are_refused(parts, tmp_path):
-    from latentds.conversion.config import ConvertConfig
-    from latentds.conversion.pipeline import convert
+    from latentds.conversion.convert_config import ConvertConfig
+    from latentds.conversion.converting import convert
 
     save_pictures(tmp_path / "in", 4)
     other = MeanAutoencoder(latent_id="sha256:" + "c" * 64)
@@ -198,8 +198,8 @@ def test_sets_of_other_latents_are_refused(parts, tmp_path):
 
 
 def test_golden_patches_of_another_decoder_are_not_joined(parts, tmp_path):
-    from latentds.conversion.config import ConvertConfig
-    from latentds.conversion.pipeline import convert
+    from latentds.conversion.convert_config import ConvertConfig
+    from latentds.conversion.converting import convert
 
     save_pictures(tmp_path / "in", 9, 700)
     other = MeanAutoencoder(decoder_id="sha256:" + "d" * 64)
@@ -243,7 +243,7 @@ def test_finished_set_is_replaced_with_overwrite_only(parts, tmp_path):
 
 
 def test_a_killed_merge_leaves_nothing_that_looks_finished(parts, tmp_path, monkeypatch):
-    from latentds.rearranging import merging
+    from latentds.edit import merging
 
     def die(*_):
         raise KeyboardInterrupt

@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from latentds.format import PATCH_DTYPE
-from latentds.manifest import read_manifest
-from latentds.mixedness import slide_entropies, slide_entropy
+from latentds.store.format import PATCH_DTYPE
+from latentds.store.manifest import read_manifest
+from latentds.store.mixedness import slide_entropies, slide_entropy
 from tests.test_tools import call
 
 

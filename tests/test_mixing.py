@@ -9,15 +9,15 @@ import torch
 
 from latentds import LatentLoader, Mixture
 from latentds.autoencoders import load_autoencoder
-from latentds.autoencoders.base import last_layer
+from latentds.autoencoders.autoencoder import last_layer
 from latentds.autoencoders.decoders import architecture_of, save_decoder
-from latentds.conversion.config import ConvertConfig
-from latentds.conversion.pipeline import convert
+from latentds.conversion.convert_config import ConvertConfig
+from latentds.conversion.converting import convert
 from latentds.errors import ContractError, InputError, UnknownNameError, WeightsError
-from latentds.fields import check_fields, field_of
-from latentds.grouping import apportion, fix_shares, group_sets
-from latentds.mixing import MixedLoader
-from latentds.reader import ShardSet
+from latentds.loading.fields_of_view import check_fields, field_of
+from latentds.loading.grouping import apportion, fix_shares, group_sets
+from latentds.loading.mixing import MixedLoader
+from latentds.store.reader import ShardSet
 from tests.bad_shards import flip_bit
 from tests.conftest import save_pictures
 from tests.fakes import MeanAutoencoder

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from latentds.format import MANIFEST, PATCHES_TABLE
+from latentds.store.format import MANIFEST, PATCHES_TABLE
 from tests.mutations import (
     ENDS,
     READERS,

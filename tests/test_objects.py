@@ -9,12 +9,12 @@ import pytest
 from latentds_tools import cli
 from PIL import Image
 
-from latentds.cache import CacheConfig
-from latentds.conversion.config import ConvertConfig
+from latentds.conversion.convert_config import ConvertConfig
 from latentds.errors import InputError, MissingExtraError
-from latentds.format import MANIFEST
-from latentds.objects import UPLOADED, inside, location_of, open_location, upload
-from latentds.reader import ShardSet
+from latentds.store.cache import CacheConfig
+from latentds.store.format import MANIFEST
+from latentds.store.object_store import UPLOADED, inside, location_of, open_location, upload
+from latentds.store.reader import ShardSet
 from tests.conftest import convert_with_mean, save_pictures
 
 fsspec = pytest.importorskip("fsspec")

@@ -9,18 +9,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latentds import opening
-from latentds.conversion.config import ConvertConfig
-from latentds.conversion.plan import make_plan
+from latentds.conversion.conversion_plan import make_plan
+from latentds.conversion.convert_config import ConvertConfig
+from latentds.core import untrusted_files
+from latentds.edit.arrays import read_npy_header
 from latentds.errors import InputError, TooManyBadSamplesError
-from latentds.evaluation.csv_tables import read_table
-from latentds.features.files import FeatureFile
-from latentds.importing.arrays import read_npy_header
+from latentds.evaluation.features.feature_files import FeatureFile
 from latentds.sources.coordinates import read_coordinates
+from latentds.sources.csv_tables import read_table
 from latentds.sources.image_folder import walk
 from latentds.sources.parquet_files import has_pictures, read_footer
+from latentds.sources.picture_decoding import picture_suffixes, read_header
 from latentds.sources.picture_tables import read_table as read_picture_table
-from latentds.sources.pictures import picture_suffixes, read_header
 from latentds.sources.tars import tar_members
 
 ROOT = Path(__file__).parents[1]
@@ -54,8 +54,8 @@ def test_only_one_helper_opens_pictures_and_it_names_their_formats():
     found = [
         str(path.relative_to(ROOT)) for path in files if opens_pictures(ast.parse(path.read_text()))
     ]
-    assert found == ["latentds/opening.py"] and len(files) > 100
-    assert "EPS" not in opening.known_formats() and "PNG" in opening.known_formats()
+    assert found == ["latentds/core/untrusted_files.py"] and len(files) > 100
+    assert "EPS" not in untrusted_files.known_formats() and "PNG" in untrusted_files.known_formats()
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_postscript_under_a_picture_s_name_is_no_picture(tmp_path, name):
     assert ".eps" not in picture_suffixes() and ".wmf" not in picture_suffixes()
 
 
-@pytest.mark.parametrize("format", [f for f in opening.known_formats() if f != "QOI"])
+@pytest.mark.parametrize("format", [f for f in untrusted_files.known_formats() if f != "QOI"])
 def test_every_named_format_is_read(tmp_path, format):
     Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(tmp_path / "x", format)
     assert read_header(tmp_path / "x", 10**6).size_px == (32, 32)

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from latentds.batching import Batching
-from latentds.order import MIN_WINDOW, WINDOW_PACKS, Blend, EpochOrder, Layout
-from latentds.randomness import key_of, mix, mix_tensor, permute, shuffled, uniform
+from latentds.core.randomness import key_of, mix, mix_tensor, permute, shuffled, uniform
+from latentds.loading.batching import Batching
+from latentds.loading.order import MIN_WINDOW, WINDOW_PACKS, Blend, EpochOrder, Layout
 
 RNG = np.random.default_rng(0)
 COUNTS = {

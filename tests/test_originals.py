@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from latentds.errors import ContractError, InputError
-from latentds.originals import Originals
-from latentds.reader import ShardSet
+from latentds.sources.originals import Originals
+from latentds.store.reader import ShardSet
 from tests.conftest import convert_with_mean, save_pictures, smooth_picture
 
 
@@ -97,7 +97,7 @@ def test_hidden_names_need_the_key(pictures, tmp_path):
         Originals(shards, pictures)
     pixels = Originals(shards, pictures, anonymize=tmp_path / "key").read(*everything(shards))
     assert len(pixels) == 8
-    from latentds.conversion.anonymity import Anonymizer
+    from latentds.sources.anonymity import Anonymizer
 
     Anonymizer(tmp_path / "other")
     with pytest.raises(ContractError, match="not the key"):

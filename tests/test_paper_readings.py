@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from latentds_trainers.decoder_losses import DecoderLosses
-from latentds_trainers.finetune_decoder import FinetuneConfig, readings
+from latentds_trainers.finetune_decoder.config import FinetuneConfig, readings
+from latentds_trainers.finetune_decoder.decoder_losses import DecoderLosses
 from torch import nn
 
 OPTIONS = {"out": "x", "pictures": ("in",), "embedder": "uni", "preset": "paper-finetune"}

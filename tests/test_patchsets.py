@@ -13,13 +13,12 @@ import torch
 from PIL import Image
 
 from latentds.autoencoders import load_autoencoder
-from latentds.autoencoders.base import NetworkAutoencoder
+from latentds.autoencoders.autoencoder import NetworkAutoencoder
 from latentds.autoencoders.decoders import architecture_of, save_decoder
 from latentds.autoencoders.students import build_student
-from latentds.codebooks import StoredCodebook, save_codebook
 from latentds.codecs import PictureCodec
-from latentds.conversion.config import ConvertConfig
-from latentds.conversion.pipeline import convert
+from latentds.conversion.convert_config import ConvertConfig
+from latentds.conversion.converting import convert
 from latentds.errors import (
     ContractError,
     FormatError,
@@ -28,12 +27,13 @@ from latentds.errors import (
     UnknownNameError,
     WeightsError,
 )
-from latentds.patchsets import open_patches
-from latentds.patchsets.base import PatchSet
-from latentds.patchsets.config import PatchInput
-from latentds.patchsets.developing import in_chunks
-from latentds.quantizer import Codebook
-from latentds.reader import ShardSet
+from latentds.evaluation.patchsets import open_patches
+from latentds.evaluation.patchsets.developing import in_chunks
+from latentds.evaluation.patchsets.patch_set import PatchSet
+from latentds.evaluation.patchsets.patch_set_config import PatchInput
+from latentds.quantizers.codebook_files import StoredCodebook, save_codebook
+from latentds.quantizers.scalar import Codebook
+from latentds.store.reader import ShardSet
 from tests.bad_shards import flip_bit
 from tests.conftest import convert_with_mean, save_pictures, smooth_picture
 from tests.fakes import MeanAutoencoder
@@ -657,7 +657,9 @@ def test_a_data_set_at_a_location_is_read(pictures, tmp_path, monkeypatch):
 
 
 def test_settings_load_no_torch():
-    names = "latentds.patchsets.config, latentds.patchsets.base"
+    names = (
+        "latentds.evaluation.patchsets.patch_set_config, latentds.evaluation.patchsets.patch_set"
+    )
     code = f"import sys, {names}; print('torch' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "False"

@@ -7,12 +7,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from latentds.conversion.config import ConvertConfig
-from latentds.conversion.plan import make_plan
+from latentds.conversion.conversion_plan import make_plan
+from latentds.conversion.convert_config import ConvertConfig
 from latentds.errors import InputError, TooManyBadSamplesError
 from latentds.sources import parquet_files
 from latentds.sources.hugging_face import hub_id
-from latentds.sources.open import detect
+from latentds.sources.opening import detect
 from tests.archives import encoded, hugging_face_rows, midnight_rows, rows_of, write_parquet
 from tests.conftest import convert_with_mean, save_pictures
 

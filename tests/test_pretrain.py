@@ -10,18 +10,18 @@ import pytest
 import torch
 
 import latentds
-from latentds.conversion.config import ConvertConfig
-from latentds.conversion.pipeline import convert
+from latentds.conversion.convert_config import ConvertConfig
+from latentds.conversion.converting import convert
 from latentds.embedders.latent_backbone import load_latent_backbone
 from latentds.errors import ContractError
-from latentds.reader import ShardSet
+from latentds.store.reader import ShardSet
 
 pytest.importorskip("deepspeed")
 pytest.importorskip("lightly")
 pytest.importorskip("kornia")
 
-from latentds_trainers import checkpoints
-from latentds_trainers.pretrain import main
+from latentds_trainers.engine import checkpoints
+from latentds_trainers.pretrain.__main__ import main
 
 from tests.conftest import save_pictures
 from tests.fakes import MeanAutoencoder

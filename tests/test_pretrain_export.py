@@ -17,11 +17,11 @@ from latentds_tools import cli
 
 from latentds.embedders import load_embedder
 from latentds.embedders.backbone_record import CONFIG, RECORD, WEIGHTS, read_record
-from latentds.embedders.base import resize
+from latentds.embedders.embedder import resize
 from latentds.embedders.latent_stem import LatentStemConfig, build_vit
 from latentds.errors import FormatError, InputError, ShapeError, WeightsError
+from latentds.models.backbone_folder import write_backbone
 from latentds.models.backbones import build_classifier
-from latentds.models.exporting import write_backbone
 from tests.conftest import save_pictures
 from tests.small_embedders import random_images
 
@@ -308,7 +308,7 @@ def test_features_of_a_data_set_are_made_by_its_folder(folder, tmp_path):
 
 def test_the_recipe_notes_versions_and_method(backbone, tmp_path):
     pytest.importorskip("deepspeed")
-    from latentds_trainers.pretrain_export import export_backbone
+    from latentds_trainers.pretrain.backbone_export import export_backbone
 
     folder = export_backbone(tmp_path / "b", backbone, arch=ARCH, record=TRAINED)
     trained = read_record(folder).trained

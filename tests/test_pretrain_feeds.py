@@ -12,18 +12,18 @@ import pytest
 import torch
 
 from latentds.autoencoders.tiny import tiny_codebook
-from latentds.codebooks import save_codebook
+from latentds.core.randomness import patch_seeds
 from latentds.errors import ContractError, InputError, UnknownNameError
-from latentds.randomness import patch_seeds
+from latentds.quantizers.codebook_files import save_codebook
 
 pytest.importorskip("deepspeed")
 pytest.importorskip("lightly")
 pytest.importorskip("kornia")
 
-from latentds_trainers.pretrain_feed import FeedBatch, LoaderFeed, micro_batch
-from latentds_trainers.pretrain_pictures import OwnOrder
-from latentds_trainers.pretrain_schedule import settle_batch
-from latentds_trainers.pretrain_sources import open_source
+from latentds_trainers.pretrain.data_sources import open_source
+from latentds_trainers.pretrain.feeds import FeedBatch, LoaderFeed, micro_batch
+from latentds_trainers.pretrain.picture_feed import OwnOrder
+from latentds_trainers.pretrain.schedules import settle_batch
 
 from tests.conftest import convert_with_mean, save_pictures
 from tests.pretraining import config_of, patches_of, steps_of

@@ -12,16 +12,16 @@ pytest.importorskip("deepspeed")
 pytest.importorskip("lightly")
 pytest.importorskip("kornia")
 
-from latentds_trainers.pretrain import main
-from latentds_trainers.pretrain_networks import (
+from latentds_trainers.pretrain.__main__ import main
+from latentds_trainers.pretrain.schedules import RunConfig, settle, settle_batch
+from latentds_trainers.pretrain.ssl_networks import (
     build_backbone,
     build_model,
     build_optimizer,
     build_views,
     trained_backbone,
 )
-from latentds_trainers.pretrain_schedule import RunConfig, settle, settle_batch
-from latentds_trainers.pretrain_task import PretrainTask
+from latentds_trainers.pretrain.task import PretrainTask
 
 from latentds.models.self_distillation import is_last_layer
 from tests.conftest import save_pictures

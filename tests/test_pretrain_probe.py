@@ -14,9 +14,9 @@ pytest.importorskip("sklearn")
 pytest.importorskip("deepspeed")
 
 from latentds_tools import cli
-from latentds_trainers.pretrain_probe import Probe
-from latentds_trainers.pretrain_probe_config import ProbeConfig
-from latentds_trainers.pretrain_probe_rows import FOLDS, sample
+from latentds_trainers.pretrain.probe import Probe
+from latentds_trainers.pretrain.probe_config import ProbeConfig
+from latentds_trainers.pretrain.probe_rows import FOLDS, sample
 from PIL import Image
 
 from latentds.embedders.latent_stem import LatentStemConfig
@@ -31,7 +31,7 @@ TINTS = {"stroma": 0, "tumour": 2}
 
 @pytest.fixture(autouse=True)
 def one_rank(monkeypatch):
-    from latentds_trainers.ranks import join_ranks
+    from latentds_trainers.engine.ranks import join_ranks
 
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     join_ranks()
@@ -182,8 +182,8 @@ def test_two_ranks_have_the_figures_of_one(split_folder, tmp_path):
 
 
 def stem_of(latents) -> LatentStemConfig:
-    from latentds.channel_statistics import channel_statistics
-    from latentds.reader import ShardSet
+    from latentds.store.channel_statistics import channel_statistics
+    from latentds.store.reader import ShardSet
 
     shards = ShardSet(latents)
     return LatentStemConfig.of(shards.manifest.contract, channel_statistics(shards))

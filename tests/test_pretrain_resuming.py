@@ -17,8 +17,8 @@ pytest.importorskip("deepspeed")
 pytest.importorskip("lightly")
 pytest.importorskip("kornia")
 
-from latentds_trainers import pretrain_task
-from latentds_trainers.pretrain import main
+from latentds_trainers.pretrain import task
+from latentds_trainers.pretrain.__main__ import main
 
 from tests.pretraining import config_of, losses, options_of, run_until
 from tests.trainer_ranks import run_ranks, run_words, succeed
@@ -113,7 +113,7 @@ def test_a_failure_after_the_last_step_loses_nothing(tmp_path, tiny_latents, mon
         raise OSError("No space left on device")
 
     with monkeypatch.context() as patched, pytest.raises(InputError, match=words):
-        patched.setattr(pretrain_task, "export_backbone", fail)
+        patched.setattr(task, "export_backbone", fail)
         main(config)
     before = losses(tmp_path)
     assert not (tmp_path / "result.json").exists()

@@ -12,17 +12,18 @@ pytest.importorskip("lightly")
 pytest.importorskip("kornia")
 pytest.importorskip("timm")
 
-from latentds_trainers.pretrain import PretrainConfig, main
-from latentds_trainers.pretrain_schedule import settle_batch
-from latentds_trainers.pretrain_sources import open_source
+from latentds_trainers.pretrain.__main__ import main
+from latentds_trainers.pretrain.config import PretrainConfig
+from latentds_trainers.pretrain.data_sources import open_source
+from latentds_trainers.pretrain.schedules import settle_batch
 
 from latentds.autoencoders import load_autoencoder
-from latentds.autoencoders.base import last_layer
+from latentds.autoencoders.autoencoder import last_layer
 from latentds.autoencoders.decoders import architecture_of, save_decoder
-from latentds.conversion.config import ConvertConfig
-from latentds.conversion.pipeline import convert
+from latentds.conversion.convert_config import ConvertConfig
+from latentds.conversion.converting import convert
 from latentds.embedders.backbone_record import read_record
-from latentds.hub.models import licence_warnings
+from latentds.hub.backbone_upload import licence_warnings
 from tests.bad_shards import edit_manifest
 from tests.conftest import convert_with_mean, save_pictures
 

@@ -13,7 +13,7 @@ pytest.importorskip("deepspeed")
 pytest.importorskip("lightly")
 pytest.importorskip("kornia")
 
-from latentds_trainers.pretrain_schedule import settle, settle_batch
+from latentds_trainers.pretrain.schedules import settle, settle_batch
 
 from tests.pretraining import config_of
 

@@ -13,7 +13,7 @@ from latentds.errors import InputError
 pytest.importorskip("sklearn")
 pytest.importorskip("deepspeed")
 
-from latentds_trainers.finetune_backbone import augmented
+from latentds_trainers.classify_patches.finetune_backbone import augmented
 
 from latentds.evaluation import eva_probe, probes
 

@@ -15,18 +15,18 @@ import pytest
 from huggingface_hub import constants
 from latentds_tools import cli
 
-from latentds.cache import CacheConfig
 from latentds.errors import FormatError, InputError, UnknownNameError
-from latentds.format import GOLDEN, MANIFEST
-from latentds.hub import upload
+from latentds.hub import set_upload
 from latentds.hub.fetching import fetch
 from latentds.hub.licences import check_licence, is_non_commercial, licence_warnings
 from latentds.hub.preview import PREVIEW
+from latentds.hub.set_upload import publish
 from latentds.hub.snippets import Publication
-from latentds.hub.upload import publish
-from latentds.loader import LatentLoader
-from latentds.manifest import read_manifest
-from latentds.verification import verify
+from latentds.loading.loader import LatentLoader
+from latentds.store.cache import CacheConfig
+from latentds.store.format import GOLDEN, MANIFEST
+from latentds.store.manifest import read_manifest
+from latentds.store.verification import verify
 from tests.bad_shards import edit_manifest, flip_bit
 
 NAME = "org/name"
@@ -60,7 +60,7 @@ def test_a_published_set_reads_as_the_folder_does(shared_dataset, hub, tmp_path)
 
 
 def test_the_manifest_comes_in_the_last_commit(shared_dataset, hub, monkeypatch):
-    monkeypatch.setattr("latentds.hub.upload.BATCH_FILES", 1)
+    monkeypatch.setattr("latentds.hub.set_upload.BATCH_FILES", 1)
     publish(shared_dataset, CC0)
     trees = list(hub.repos[NAME].commits.values())
     assert [MANIFEST in tree for tree in trees] == [False, False, False, True]
@@ -124,8 +124,8 @@ def test_datasets_reads_the_fetched_folder(shared_dataset, hub, tmp_path, stream
 @pytest.mark.slow
 def test_the_cards_code_runs_as_it_stands(pictures, hub, tmp_path):
     pytest.importorskip("datasets")
-    from latentds.conversion.config import ConvertConfig
-    from latentds.conversion.pipeline import convert
+    from latentds.conversion.convert_config import ConvertConfig
+    from latentds.conversion.converting import convert
 
     convert(ConvertConfig(source=pictures, out=tmp_path / "set", device="cpu"))
     publish(tmp_path / "set", CC0)
@@ -163,8 +163,8 @@ def test_the_card_says_what_is_known_and_no_more(shared_dataset, hub):
 
 
 def test_a_set_without_golden_patches_has_no_preview(dataset, hub):
-    from latentds.composing import describe_file
-    from latentds.golden import no_golden
+    from latentds.store.composing import describe_file
+    from latentds.store.golden import no_golden
 
     (dataset / GOLDEN).write_bytes(no_golden())
     described = describe_file(dataset / GOLDEN)
@@ -237,7 +237,7 @@ def test_a_token_without_rights_there_is_told_so(shared_dataset, hub):
     with pytest.raises(InputError, match=r"no right to .*rights to write to other/name"):
         publish(shared_dataset, other)
     hub.make("other/name")
-    with pytest.raises(InputError, match="cannot upload, the token has no right"):
+    with pytest.raises(InputError, match="cannot set_upload, the token has no right"):
         publish(shared_dataset, other)
     assert hub.requests["put"] == 0
 
@@ -248,7 +248,7 @@ def test_a_refusal_in_the_middle_is_one_line(shared_dataset, hub, capsys, kind):
     with pytest.raises(SystemExit, match="1"):
         cli.main(["publish", str(shared_dataset), NAME, "--license", "cc0-1.0"])
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("latentds: org/name: cannot upload, the token has no right")
+    assert last.startswith("latentds: org/name: cannot set_upload, the token has no right")
 
 
 @pytest.mark.parametrize("fault", ["drop", "503"])
@@ -275,12 +275,12 @@ def publish_file_by_file(folder: Path, url: str) -> None:
     constants.ENDPOINT, constants.HF_HUB_DISABLE_XET = url, True
     constants.HUGGINGFACE_CO_URL_TEMPLATE = f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
     os.environ["HF_TOKEN"] = "hf_write"
-    upload.BATCH_FILES = 1
+    set_upload.BATCH_FILES = 1
     publish(folder, CC0)
 
 
 def test_a_killed_upload_goes_on_where_it_stopped(processes, shared_dataset, hub, monkeypatch):
-    monkeypatch.setattr(upload, "BATCH_FILES", 1)
+    monkeypatch.setattr(set_upload, "BATCH_FILES", 1)
     hub.faults["put"] = ["", "hang"]
     place = (shared_dataset, hub.url)
     victim = processes.Process(target=publish_file_by_file, args=place)
@@ -321,7 +321,7 @@ def test_another_set_is_refused_and_never_half_replaced(dataset, shared_dataset,
     publish(shared_dataset, CC0)
     with pytest.raises(InputError, match="holds the data set sha256:"):
         publish(dataset.parent / "small", CC0)
-    monkeypatch.setattr("latentds.hub.upload.BATCH_FILES", 1)
+    monkeypatch.setattr("latentds.hub.set_upload.BATCH_FILES", 1)
     publish(dataset.parent / "small", CC0, overwrite=True)
     tree = hub.files(NAME)
     assert [path for path in tree if path.startswith("data/")] == ["data/train-000000.tar"]
@@ -367,7 +367,7 @@ def test_private_means_private(shared_dataset, hub):
 
 
 def test_a_pull_request_carries_everything(shared_dataset, hub, tmp_path, monkeypatch):
-    monkeypatch.setattr("latentds.hub.upload.BATCH_FILES", 1)
+    monkeypatch.setattr("latentds.hub.set_upload.BATCH_FILES", 1)
     hub.make(NAME)
     result = publish(shared_dataset, CC0, pull_request=True)
     assert result.url.endswith("/discussions/1") and MANIFEST not in hub.files(NAME)
@@ -376,14 +376,14 @@ def test_a_pull_request_carries_everything(shared_dataset, hub, tmp_path, monkey
 
 
 def test_a_stranger_may_open_a_pull_request(shared_dataset, hub, monkeypatch):
-    monkeypatch.setattr("latentds.hub.upload.BATCH_FILES", 1)
+    monkeypatch.setattr("latentds.hub.set_upload.BATCH_FILES", 1)
     hub.make("other/name")
     other = Publication(repository="other/name", licence="mit")
     assert publish(shared_dataset, other, pull_request=True).checked == 10
 
 
 def test_a_pull_request_cut_off_is_gone_on_with(shared_dataset, hub, monkeypatch):
-    monkeypatch.setattr("latentds.hub.upload.BATCH_FILES", 1)
+    monkeypatch.setattr("latentds.hub.set_upload.BATCH_FILES", 1)
     hub.make(NAME)
     hub.faults["commit"] = ["", "500"]
     with pytest.raises(InputError, match="with --revision refs/pr/1 instead of --pr"):
@@ -491,8 +491,8 @@ def test_what_cannot_be_fetched_is_said(shared_dataset, hub, tmp_path, monkeypat
 
 
 def test_two_fetches_do_not_write_one_folder(shared_dataset, hub, tmp_path):
+    from latentds.core.storage import exclusive_lock
     from latentds.hub.fetching import LOCK
-    from latentds.storage import exclusive_lock
 
     publish(shared_dataset, CC0)
     with (

@@ -9,19 +9,19 @@ import yaml
 from latentds_tools import cli
 
 from latentds.autoencoders import load_autoencoder
-from latentds.autoencoders.base import last_layer
+from latentds.autoencoders.autoencoder import last_layer
 from latentds.autoencoders.decoder_record import RECORD, WEIGHTS, read_record
 from latentds.autoencoders.decoders import architecture_of, load_decoder, save_decoder
 from latentds.errors import FormatError, InputError, WeightsError
-from latentds.hub.decoders import (
+from latentds.hub.decoder_upload import (
     choose_licence,
     decoder_card,
     licence_warnings,
     publish_decoder,
 )
 from latentds.hub.model_files import ModelPublication
-from latentds.loader import LatentLoader
-from latentds.publishing import MAX_FACTS, facts_table
+from latentds.loading.loader import LatentLoader
+from latentds.store.set_card import MAX_FACTS, facts_table
 from tests.bad_shards import flip_bit
 
 NAME = "org/name"
@@ -53,8 +53,8 @@ def test_a_published_decoder_loads_by_its_name(run, hub):
 
 
 def test_a_published_decoder_decodes_a_set(run, hub, tmp_path):
-    from latentds.conversion.config import ConvertConfig
-    from latentds.conversion.pipeline import convert
+    from latentds.conversion.convert_config import ConvertConfig
+    from latentds.conversion.converting import convert
     from tests.conftest import save_pictures
 
     publish_decoder(run, PLAIN)

@@ -13,15 +13,15 @@ import torch
 import yaml
 from latentds_tools import cli
 
-from latentds.codebooks import StoredCodebook, save_codebook
 from latentds.embedders import load_embedder
 from latentds.embedders.backbone_record import CODEBOOK, CONFIG, RECORD, WEIGHTS, read_record
 from latentds.embedders.latent_stem import LatentStemConfig, build_vit
 from latentds.errors import FormatError, InputError, UnknownNameError, WeightsError
+from latentds.hub.backbone_upload import licence_warnings, publish_model, published_card
 from latentds.hub.model_files import ModelPublication
-from latentds.hub.models import licence_warnings, publish_model, published_card
-from latentds.models.exporting import write_backbone
-from latentds.quantizer import Codebook
+from latentds.models.backbone_folder import write_backbone
+from latentds.quantizers.codebook_files import StoredCodebook, save_codebook
+from latentds.quantizers.scalar import Codebook
 from tests.bad_shards import flip_bit
 from tests.small_embedders import random_images
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from latentds.errors import ShapeError
-from latentds.quantizer import Codebook, dequantize, quantize
+from latentds.quantizers.scalar import Codebook, dequantize, quantize
 
 
 def make_codebook(rows: int, levels: int = 256) -> Codebook:

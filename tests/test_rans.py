@@ -8,13 +8,13 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from latentds import entropy_decoding, entropy_native
-from latentds import entropy_encoding as encoding
-from latentds.codebooks import StoredCodebook, load_codebook, save_codebook
-from latentds.entropy_codebook import EntropyCodebook
-from latentds.entropy_fit import fit_entropy_codebook
-from latentds.entropy_tables import native_model
 from latentds.errors import FormatError, ShapeError
+from latentds.quantizers.codebook_files import StoredCodebook, load_codebook, save_codebook
+from latentds.quantizers.entropy import native_rounding, record_decoding
+from latentds.quantizers.entropy import record_encoding as encoding
+from latentds.quantizers.entropy.coder_tables import native_model
+from latentds.quantizers.entropy.record_codebook import EntropyCodebook
+from latentds.quantizers.entropy.record_fit import fit_entropy_codebook
 
 SHAPE = (6, 8, 8)
 RECORD_BYTES = 120
@@ -135,7 +135,7 @@ def test_the_loop_in_torch_decodes_what_the_compiled_code_does(codebook):
     foreign = torch.from_numpy(rng.integers(0, 256, (64, RECORD_BYTES), dtype=np.uint8))
     for records in (sound, damaged, foreign):
         found = codebook.integers(records)
-        integers, intact = entropy_decoding.decode_in_torch(records, codebook)
+        integers, intact = record_decoding.decode_in_torch(records, codebook)
         assert torch.equal(integers.view_as(found.integers), found.integers)
         assert torch.equal(intact, found.intact)
     assert codebook.integers(sound).intact.all() and not codebook.integers(damaged).intact.all()
@@ -213,12 +213,12 @@ def test_where_machine_code_cannot_be_kept_it_is_compiled_anew(monkeypatch):
             raise RuntimeError("cannot cache function 'triple': no locator available")
         return real(**options)
 
-    real = entropy_native.numba.njit
-    monkeypatch.setattr(entropy_native.numba, "njit", njit)
-    triple = entropy_native.compiled(lambda value: 3 * value)
-    assert triple(2) == 6 and not entropy_native.is_kept(triple)
+    real = native_rounding.numba.njit
+    monkeypatch.setattr(native_rounding.numba, "njit", njit)
+    triple = native_rounding.compiled(lambda value: 3 * value)
+    assert triple(2) == 6 and not native_rounding.is_kept(triple)
 
 
 def test_machine_code_is_kept(codebook):
     codebook.quantize(laplacian_latents(1, 8))
-    assert entropy_native.is_kept(entropy_native.round_all)
+    assert native_rounding.is_kept(native_rounding.round_all)

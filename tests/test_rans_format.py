@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from latentds.entropy_codebook import EntropyCodebook
+from latentds.quantizers.entropy.record_codebook import EntropyCodebook
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "rans.json").read_text())
 LETTERS = {"head": "i", "steps": "f", "gains": "f", "order": "h", "parents": "h", "weights": "h",

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from latentds.conversion import ledger, workdir
-from latentds.conversion.config import ConvertConfig
-from latentds.conversion.pipeline import convert
+from latentds.conversion.convert_config import ConvertConfig
+from latentds.conversion.converting import convert
 from latentds.errors import InputError, TooManyBadSamplesError
-from latentds.format import MANIFEST
+from latentds.store.format import MANIFEST
 from tests.conftest import convert_with_mean, save_pictures
 from tests.fakes import DeadlyAutoencoder, MeanAutoencoder, SlowAutoencoder
 from tests.test_convert import data_bytes

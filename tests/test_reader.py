@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from latentds.errors import FormatError, UnknownNameError
-from latentds.format import MANIFEST, PACKS_TABLE, PATCHES_TABLE
-from latentds.reader import ShardSet
-from latentds.scan import scan_shard
-from latentds.writer import member_bytes
+from latentds.store.format import MANIFEST, PACKS_TABLE, PATCHES_TABLE
+from latentds.store.reader import ShardSet
+from latentds.store.scan import scan_shard
+from latentds.store.writer import member_bytes
 from tests.bad_shards import (
     edit_manifest,
     edit_table,
@@ -64,7 +64,7 @@ def test_a_pickled_set_reads_the_same(shared_dataset):
 
 
 def test_more_shards_than_may_be_open_are_read(shared_dataset, monkeypatch):
-    monkeypatch.setattr("latentds.files.MAX_OPEN_SHARDS", 1)
+    monkeypatch.setattr("latentds.store.files.MAX_OPEN_SHARDS", 1)
     shards = ShardSet(shared_dataset)
     rows = np.array([0, 599, 1, 598])
     assert np.array_equal(shards.read_codes(rows), ShardSet(shared_dataset).read_codes(rows))
@@ -222,7 +222,7 @@ def test_any_flipped_bit_of_a_columns_member_is_refused_before_it_is_parsed(data
 
 @pytest.mark.parametrize(("field", "value"), [("label", 7), ("label", -9), ("slide", 99)])
 def test_labels_and_slides_the_manifest_does_not_list_are_refused(dataset, field, value):
-    from latentds.dataset import LatentDataset
+    from latentds.loading.dataset import LatentDataset
 
     edit_table(dataset, PATCHES_TABLE, lambda table: table[field].__setitem__(3, value))
     with pytest.raises(FormatError, match=f"{field} .*the manifest lists 2"):

@@ -8,21 +8,21 @@ import pytest
 import torch
 from PIL import Image
 
-from latentds.additive_fit import fit_additive
-from latentds.codebooks import StoredCodebook, save_codebook
-from latentds.entropy_fit import fit_entropy_codebook
+from latentds.edit import recoding as module
+from latentds.edit.merging import merge
+from latentds.edit.recoding import Recoding
+from latentds.edit.repacking import Repacking, repack
 from latentds.errors import ContractError, FormatError, InputError, WeightsError
-from latentds.golden import read_golden_table
-from latentds.loader import LatentLoader
-from latentds.manifest import read_manifest
-from latentds.mixture import Mixture
-from latentds.quantizer import Codebook
-from latentds.reader import ShardSet
-from latentds.rearranging import recoding as module
-from latentds.rearranging.merging import merge
-from latentds.rearranging.recoding import Recoding
-from latentds.rearranging.repacking import Repacking, repack
-from latentds.verification import verify
+from latentds.loading.loader import LatentLoader
+from latentds.loading.mixture import Mixture
+from latentds.quantizers.additive_fit import fit_additive
+from latentds.quantizers.codebook_files import StoredCodebook, save_codebook
+from latentds.quantizers.entropy.record_fit import fit_entropy_codebook
+from latentds.quantizers.scalar import Codebook
+from latentds.store.golden import read_golden_table
+from latentds.store.manifest import read_manifest
+from latentds.store.reader import ShardSet
+from latentds.store.verification import verify
 from tests.conftest import convert_with_mean, save_pictures
 from tests.fakes import MeanAutoencoder
 from tests.test_encodings import latents_of

@@ -6,16 +6,16 @@ import shutil
 import numpy as np
 import pytest
 
-from latentds.array import LatentArray
-from latentds.bags import SlideBags
-from latentds.codebooks import StoredCodebook, save_codebook
-from latentds.dataset import LatentDataset
+from latentds.edit.contract import ImportOptions
+from latentds.edit.exporting import export_npy
+from latentds.edit.importing import import_latents
 from latentds.errors import ContractError, FormatError, InputError
-from latentds.importing.contract import ImportOptions
-from latentds.importing.run import import_latents
-from latentds.reader import ShardSet
-from latentds.rearranging.exporting import export_npy
-from latentds.verification import verify
+from latentds.loading.array import LatentArray
+from latentds.loading.bags import SlideBags
+from latentds.loading.dataset import LatentDataset
+from latentds.quantizers.codebook_files import StoredCodebook, save_codebook
+from latentds.store.reader import ShardSet
+from latentds.store.verification import verify
 from tests.conftest import convert_with_mean, save_pictures
 from tests.fakes import MeanAutoencoder
 from tests.test_encodings import entropy_book

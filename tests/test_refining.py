@@ -9,22 +9,22 @@ import torch
 from latentds_tools import info
 from torch import nn
 
-from latentds.additive_fit import fit_additive
-from latentds.autoencoders.base import NetworkAutoencoder
+from latentds.autoencoders.autoencoder import NetworkAutoencoder
 from latentds.codecs import parse_codec, with_quantizer
-from latentds.conversion import shards as conversion_shards
-from latentds.conversion.config import ConvertConfig
-from latentds.conversion.pipeline import convert
-from latentds.entropy_codebook import EntropyCodebook
-from latentds.entropy_encoding import RATE_WEIGHT
-from latentds.entropy_fit import fit_entropy_codebook
-from latentds.entropy_rounding import round_at_steps
-from latentds.entropy_tables import native_model
+from latentds.codecs.refining import MAX_STEPS, errors, refine
+from latentds.conversion import shard_writing as conversion_shards
+from latentds.conversion.convert_config import ConvertConfig
+from latentds.conversion.converting import convert
+from latentds.core.metrics import psnr_db
 from latentds.errors import ContractError, InputError
-from latentds.fit import fit_codebook
-from latentds.manifest import read_manifest
-from latentds.metrics import psnr_db
-from latentds.refining import MAX_STEPS, errors, refine
+from latentds.quantizers.additive_fit import fit_additive
+from latentds.quantizers.entropy.coder_tables import native_model
+from latentds.quantizers.entropy.record_codebook import EntropyCodebook
+from latentds.quantizers.entropy.record_encoding import RATE_WEIGHT
+from latentds.quantizers.entropy.record_fit import fit_entropy_codebook
+from latentds.quantizers.entropy.rounding import round_at_steps
+from latentds.quantizers.scalar_fit import fit_codebook
+from latentds.store.manifest import read_manifest
 from tests.conftest import save_pictures, smooth_picture
 from tests.fakes import CARD, MeanAutoencoder
 from tests.test_convert import data_bytes

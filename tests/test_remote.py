@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 from torch.utils.data import DataLoader
 
-import latentds.cache
-import latentds.transport
-from latentds.cache import Cache, CacheConfig, parse_bytes
-from latentds.dataset import LatentDataset
+import latentds.store.cache
+import latentds.store.transport
 from latentds.errors import ContractError, DamagedPackError, FormatError, InputError
-from latentds.format import DIGESTS, MANIFEST, PACKS_TABLE, PATCHES_TABLE
-from latentds.loader import LatentLoader
-from latentds.reader import ShardSet
-from latentds.transport import shown, wait_of
+from latentds.loading.dataset import LatentDataset
+from latentds.loading.loader import LatentLoader
+from latentds.store.cache import Cache, CacheConfig, parse_bytes
+from latentds.store.format import DIGESTS, MANIFEST, PACKS_TABLE, PATCHES_TABLE
+from latentds.store.reader import ShardSet
+from latentds.store.transport import shown, wait_of
 from tests.bad_shards import edit_manifest, flip_bit
 from tests.fakes import MeanAutoencoder
 from tests.flaky_server import COMMIT, serving
@@ -31,7 +31,7 @@ ROWS = np.array([0, 599, 17, 250, 3])
 
 @pytest.fixture(autouse=True)
 def quick_retries(monkeypatch):
-    monkeypatch.setattr(latentds.transport, "FIRST_DELAY_S", 0.01)
+    monkeypatch.setattr(latentds.store.transport, "FIRST_DELAY_S", 0.01)
 
 
 @pytest.fixture
@@ -183,8 +183,8 @@ def test_an_epoch_fetches_every_pack_once(server, cache):
 
 
 def test_what_comes_later_is_fetched_ahead(server, cache, monkeypatch):
-    monkeypatch.setattr("latentds.order.MIN_WINDOW", 100)
-    monkeypatch.setattr("latentds.order.WINDOW_PACKS", 4)
+    monkeypatch.setattr("latentds.loading.order.MIN_WINDOW", 100)
+    monkeypatch.setattr("latentds.loading.order.WINDOW_PACKS", 4)
     data = LatentDataset(server.url, cache=cache, batch_size=50, shuffle=True)
     assert data.sampler.ahead < data.patches
     data.batch(0, 0)

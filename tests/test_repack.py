@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from latentds.edit.merging import merge
+from latentds.edit.repacking import Repacking, repack
+from latentds.edit.slide_lists import read_slide_list, read_splits
 from latentds.errors import FormatError, InputError, UnknownNameError
-from latentds.format import MANIFEST
-from latentds.golden import read_golden_table
-from latentds.loader import LatentLoader
-from latentds.manifest import read_manifest
-from latentds.reader import ShardSet
-from latentds.rearranging.merging import merge
-from latentds.rearranging.repacking import Repacking, repack
-from latentds.rearranging.slidelists import read_slide_list, read_splits
-from latentds.verification import verify
+from latentds.loading.loader import LatentLoader
+from latentds.store.format import MANIFEST
+from latentds.store.golden import read_golden_table
+from latentds.store.manifest import read_manifest
+from latentds.store.reader import ShardSet
+from latentds.store.verification import verify
 from tests.bad_shards import first_shard, flip_bit
 from tests.conftest import convert_with_mean, save_pictures
 from tests.fakes import MeanAutoencoder

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from latentds.conversion import pipeline
+from latentds.conversion import converting
+from latentds.core.storage import naming
+from latentds.edit.merging import merge
 from latentds.errors import FormatError, InputError
-from latentds.format import MANIFEST
-from latentds.index import TableWriter
-from latentds.rearranging.merging import merge
-from latentds.storage import naming
+from latentds.store.format import MANIFEST
+from latentds.store.index import TableWriter
 from tests.conftest import convert_with_mean, save_pictures
 
 OPTIONS = {"pack_size": 4}
@@ -40,7 +40,7 @@ def kill_at(monkeypatch, name: str) -> None:
     def killed(*_, **__):
         raise Killed
 
-    monkeypatch.setattr(pipeline, name, killed)
+    monkeypatch.setattr(converting, name, killed)
 
 
 @pytest.mark.parametrize("key", [None, "key"])
@@ -55,7 +55,7 @@ def test_a_finished_run_repeated_changes_nothing_and_succeeds(source, tmp_path, 
 
 def test_a_run_killed_before_its_work_is_cleaned_up_ends_well(source, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
-        patched.setattr(pipeline.shutil, "rmtree", lambda *_: (_ for _ in ()).throw(Killed))
+        patched.setattr(converting.shutil, "rmtree", lambda *_: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
             convert_with_mean(source, tmp_path / "out", **OPTIONS)
     work = tmp_path / "out" / ".latentds" / "work"

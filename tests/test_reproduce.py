@@ -148,7 +148,7 @@ def test_the_commands_run_one_after_the_other_on_miniature_folders(miniature, na
 
 def test_the_papers_own_settings_are_a_command_line_that_parses(miniature):
     import tyro
-    from latentds_trainers.finetune_decoder import FinetuneConfig
+    from latentds_trainers.finetune_decoder.config import FinetuneConfig
 
     found = [split_call(words) for block in blocks() for words in calls(block, miniature)]
     words = [rest for part, rest in found if part == "finetune_decoder"]

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from latentds.dataset import LatentDataset
 from latentds.errors import ContractError
-from latentds.loader import LatentLoader
-from latentds.mixture import Mixture
+from latentds.loading.dataset import LatentDataset
+from latentds.loading.loader import LatentLoader
+from latentds.loading.mixture import Mixture
 from tests import gloo_rank
 from tests.conftest import convert_with_mean, save_pictures
 

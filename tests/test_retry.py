@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 from latentds_tools import cli
 
-from latentds.conversion.config import ConvertConfig
-from latentds.conversion.pipeline import convert
+from latentds.conversion.convert_config import ConvertConfig
+from latentds.conversion.converting import convert
+from latentds.edit.retrying import retry
 from latentds.errors import InputError
-from latentds.reader import ShardSet
-from latentds.rearranging.retrying import retry
-from latentds.verification import verify
+from latentds.store.reader import ShardSet
+from latentds.store.verification import verify
 from tests.conftest import save_pictures
 from tests.fakes import MeanAutoencoder
 

@@ -15,22 +15,23 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from latentds.core.randomness import patch_seeds
 from latentds.evaluation.folds import Fold
 from latentds.evaluation.records import read_record
-from latentds.randomness import patch_seeds
 
 pytest.importorskip("deepspeed")
 pytest.importorskip("segmentation_models_pytorch")
 
-from latentds_trainers import segmentation_fold
-from latentds_trainers.checkpoints import complete_checkpoints
-from latentds_trainers.sampath import SampathConfig, main
-from latentds_trainers.segmentation_data import Draws, jitter
-from latentds_trainers.segmentation_folds import group_plan
-from latentds_trainers.segmentation_pictures import picture_name
-from latentds_trainers.segmentation_presets import PRESETS
-from latentds_trainers.segmentation_run import spread_over
-from latentds_trainers.settings import TrainConfig
+from latentds_trainers.engine.checkpoints import complete_checkpoints
+from latentds_trainers.engine.settings import TrainConfig
+from latentds_trainers.sampath import segmentation_fold
+from latentds_trainers.sampath.__main__ import main
+from latentds_trainers.sampath.config import SampathConfig
+from latentds_trainers.sampath.segmentation_data import Draws, jitter
+from latentds_trainers.sampath.segmentation_folds import group_plan
+from latentds_trainers.sampath.segmentation_pictures import picture_name
+from latentds_trainers.sampath.segmentation_presets import PRESETS
+from latentds_trainers.sampath.task import spread_over
 
 from tests.nuclei import one_fold, save_nuclei
 from tests.trainer_ranks import run_ranks
@@ -168,7 +169,7 @@ def test_sam_path_trains_and_saves_its_head_only(sam_run):
 
 
 def test_training_moves_the_head_and_leaves_the_encoders(nuclei, sam_run):
-    from latentds_trainers.segmentation_networks import build_network
+    from latentds_trainers.sampath.segmentation_networks import build_network
 
     config = config_of(nuclei, sam_run, **({"model": "sampath"} | SAM))
     network = build_network(config, 3)
@@ -188,7 +189,7 @@ def test_finished_folds_are_skipped_when_the_command_runs_again(
     trained = []
     real = segmentation_fold.SegmentationFold.run
     monkeypatch.setattr(
-        "latentds_trainers.segmentation_fold.SegmentationFold.run",
+        "latentds_trainers.sampath.segmentation_fold.SegmentationFold.run",
         lambda fold: trained.append(fold.config.out.name) or real(fold),
     )
     again = run(nuclei, copy)
@@ -269,8 +270,8 @@ def test_a_run_goes_on_with_the_same_images_elsewhere(nuclei, finished, copy, tm
 @pytest.fixture(scope="module")
 def latents(nuclei: Path) -> Path:
     """The images as latents; read only."""
-    from latentds.conversion.config import ConvertConfig
-    from latentds.conversion.pipeline import convert
+    from latentds.conversion.convert_config import ConvertConfig
+    from latentds.conversion.converting import convert
 
     out = nuclei.with_name("latents")
     options = {"device": "cpu", "fit_patches": 4, "encode_batch": 4}

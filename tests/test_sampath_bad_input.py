@@ -16,13 +16,14 @@ from latentds.errors import ContractError, InputError, UnknownNameError, Weights
 pytest.importorskip("deepspeed")
 pytest.importorskip("segmentation_models_pytorch")
 
-from latentds_trainers.sampath import SampathConfig, main
-from latentds_trainers.segmentation_data import LabelledImages
-from latentds_trainers.segmentation_folds import FoldPlan, check_classes, named_plan
-from latentds_trainers.segmentation_labels import parse_mask_values
+from latentds_trainers.sampath.__main__ import main
+from latentds_trainers.sampath.config import SampathConfig
+from latentds_trainers.sampath.segmentation_data import LabelledImages
+from latentds_trainers.sampath.segmentation_folds import FoldPlan, check_classes, named_plan
+from latentds_trainers.sampath.segmentation_labels import parse_mask_values
 
 from latentds.evaluation.folds import Fold
-from latentds.patchsets import open_patches
+from latentds.evaluation.patchsets import open_patches
 from tests.nuclei import save_nuclei
 from tests.test_sampath import config_of, run
 
@@ -89,8 +90,8 @@ def test_originals_without_masks_are_refused(nuclei, tmp_path):
 
 
 def test_shards_without_masks_are_refused(nuclei, tmp_path):
-    from latentds.conversion.config import ConvertConfig
-    from latentds.conversion.pipeline import convert
+    from latentds.conversion.convert_config import ConvertConfig
+    from latentds.conversion.converting import convert
 
     out = tmp_path / "latents"
     convert(ConvertConfig(source=nuclei / "images", out=out, device="cpu", fit_patches=4))

@@ -20,7 +20,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("timm")
 
 from latentds.models.sam_weights import SAM_SIZES, load_sam
-from latentds.models.sampath import SamPath, build_sampath
+from latentds.models.sampath_network import SamPath, build_sampath
 
 TINY = "tiny-random"
 GRID = SAM_SIZES["tiny"].image_px // 16

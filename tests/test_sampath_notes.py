@@ -17,11 +17,11 @@ from latentds.evaluation.records import read_record
 pytest.importorskip("deepspeed")
 pytest.importorskip("segmentation_models_pytorch")
 
-from latentds_trainers import segmentation_fold
-from latentds_trainers.sampath import SampathConfig
-from latentds_trainers.segmentation_folds import FoldPlan
-from latentds_trainers.segmentation_presets import schedule_notes
-from latentds_trainers.segmentation_report import FoldOutcome, report, run_record
+from latentds_trainers.sampath import segmentation_fold
+from latentds_trainers.sampath.config import SampathConfig
+from latentds_trainers.sampath.segmentation_folds import FoldPlan
+from latentds_trainers.sampath.segmentation_presets import schedule_notes
+from latentds_trainers.sampath.segmentation_report import FoldOutcome, report, run_record
 
 from tests.nuclei import one_fold, save_nuclei
 from tests.test_sampath import config_of, images_csv, run

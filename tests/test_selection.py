@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
-from latentds.dataset import LatentDataset
 from latentds.errors import InputError, LatentdsError, UnknownNameError
-from latentds.files import LocalFiles
-from latentds.format import PATCHES_TABLE
-from latentds.mixture import Mixture
-from latentds.reader import ShardSet
-from latentds.selection import patient_of, select_rows, split_patients
+from latentds.loading.dataset import LatentDataset
+from latentds.loading.mixture import Mixture
+from latentds.loading.selection import patient_of, select_rows, split_patients
+from latentds.store.files import LocalFiles
+from latentds.store.format import PATCHES_TABLE
+from latentds.store.reader import ShardSet
 from tests.bad_shards import edit_table
 from tests.conftest import convert_with_mean, save_pictures
 

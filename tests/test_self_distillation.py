@@ -11,7 +11,7 @@ from latentds.errors import InputError, ShapeError
 from latentds.models.distillation_losses import Hidden, class_loss, patch_loss
 from latentds.models.self_distillation import SelfDistillation, is_last_layer
 from latentds.models.token_masks import global_masks
-from latentds.views.crops import Views
+from latentds.views.view_batch import Views
 from tests.small_vits import HEADS, SMALL, small_vit, wave_views
 
 SEEDS = torch.arange(6) * 7919 + 3

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from latentds.errors import InputError, TooManyBadSamplesError
-from latentds.mixedness import are_several, resolutions
+from latentds.store.mixedness import are_several, resolutions
 from tests.test_slides import PLACES, convert, write_job, write_slide
 
 tifffile = pytest.importorskip("tifffile")

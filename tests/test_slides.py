@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latentds.conversion.config import ConvertConfig
-from latentds.conversion.plan import make_plan
+from latentds.conversion.conversion_plan import make_plan
+from latentds.conversion.convert_config import ConvertConfig
 from latentds.errors import InputError, TooManyBadSamplesError
-from latentds.reader import ShardSet
 from latentds.sources.coordinates import read_coordinates
 from latentds.sources.slide_reading import (
     cut_region,
@@ -20,6 +19,7 @@ from latentds.sources.slide_reading import (
     thumbnail_of,
 )
 from latentds.sources.tissue import otsu, tissue_mask, tissue_shares
+from latentds.store.reader import ShardSet
 from tests.conftest import convert_with_mean
 
 tifffile = pytest.importorskip("tifffile")

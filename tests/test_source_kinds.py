@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latentds.conversion.config import ConvertConfig
+from latentds.conversion.convert_config import ConvertConfig
 from latentds.errors import InputError
-from latentds.format import joined_names, sorted_names
-from latentds.reader import ShardSet
 from latentds.sources import kinds
 from latentds.sources.image_folder import read_folders
 from latentds.sources.kinds import sort_files
 from latentds.sources.names import is_identifier, known_patient, pattern_patient
-from latentds.sources.open import list_source, open_source
-from latentds.sources.records import split_name, splits_of
+from latentds.sources.opening import list_source, open_source
+from latentds.sources.side_records import split_name, splits_of
+from latentds.store.format import joined_names, sorted_names
+from latentds.store.reader import ShardSet
 from tests.conftest import convert_with_mean, save_pictures, smooth_picture
 
 tifffile = pytest.importorskip("tifffile")

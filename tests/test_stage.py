@@ -9,9 +9,9 @@ import random
 import pytest
 import torch
 
-from latentds.batch import Batch
-from latentds.loader import LatentLoader
-from latentds.stage import CudaLanes, DecodeStage, HostLanes
+from latentds.loading.batch import Batch
+from latentds.loading.loader import LatentLoader
+from latentds.loading.stage import CudaLanes, DecodeStage, HostLanes
 from tests.fakes import FakeLanes, MeanAutoencoder
 
 CAPACITY = 4

@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from latentds.autoencoders import load_autoencoder
-from latentds.autoencoders.base import last_layer
+from latentds.autoencoders.autoencoder import last_layer
 from latentds.autoencoders.students import STUDENTS, Student, build_student, fit_shortcut
 from latentds.autoencoders.taesd import build_decoder
 from latentds.autoencoders.tiny import ResidualBlock

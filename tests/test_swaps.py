@@ -14,9 +14,9 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from latentds.adapters import MilBags, feed_trainer
-from latentds.bags import SlideBags
-from latentds.loader import LatentLoader
+from latentds.loading.adapters import MilBags, feed_trainer
+from latentds.loading.bags import SlideBags
+from latentds.loading.loader import LatentLoader
 from tests.swaps import (
     BATCH,
     COUNT,

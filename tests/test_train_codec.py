@@ -10,11 +10,23 @@ from PIL import Image
 
 pytest.importorskip("deepspeed")
 
-from latentds_trainers import codec_product
-from latentds_trainers.codec_network import GAIN, CodecNetwork, Rate, rounded, warm_start
-from latentds_trainers.codec_product import STEPS, patch_bytes, step_for, symbol_counts, table_bits
-from latentds_trainers.codec_task import CodecTask, draws
-from latentds_trainers.train_codec import PRESETS, TrainCodecConfig
+from latentds_trainers.train_codec import codec_product
+from latentds_trainers.train_codec.codec_network import (
+    GAIN,
+    CodecNetwork,
+    Rate,
+    rounded,
+    warm_start,
+)
+from latentds_trainers.train_codec.codec_product import (
+    STEPS,
+    patch_bytes,
+    step_for,
+    symbol_counts,
+    table_bits,
+)
+from latentds_trainers.train_codec.config import PRESETS, TrainCodecConfig
+from latentds_trainers.train_codec.task import CodecTask, draws
 
 from latentds.autoencoders import load_autoencoder
 from latentds.autoencoders.codec_folder import read_counts

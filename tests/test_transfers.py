@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from latentds.dataset import LatentDataset
+from latentds.core.shared_memory import of_dead_worker, shared_zeros
 from latentds.errors import WorkerError
-from latentds.loader import LatentLoader
-from latentds.shared import of_dead_worker, shared_zeros
+from latentds.loading.dataset import LatentDataset
+from latentds.loading.loader import LatentLoader
 
 
 @contextlib.contextmanager
@@ -50,7 +50,7 @@ def test_memory_for_marks_that_cannot_be_had_is_told():
     ],
 )
 def test_an_epoch_that_lacks_batches_raises(shared_dataset, monkeypatch, lose):
-    monkeypatch.setattr("latentds.transfers.TRANSFER_BYTES", 1)  # a batch a transfer
+    monkeypatch.setattr("latentds.loading.transfers.TRANSFER_BYTES", 1)  # a batch a transfer
     loader = LatentLoader(shared_dataset, batch_size=100, decode="codes")
     whole = loader.transferred
     monkeypatch.setattr(loader, "transferred", lambda: lose(whole()))

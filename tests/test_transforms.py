@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from latentds.loader import LatentLoader
-from latentds.transforms import Watched
+from latentds.loading.loader import LatentLoader
+from latentds.loading.transform_checks import Watched
 from tests.fakes import MeanAutoencoder
 
 IMAGES = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -11,14 +11,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from latentds.conversion import ledger, unit, workdir
-from latentds.conversion.config import ConvertConfig
-from latentds.conversion.encode import choose_device, device_model
-from latentds.conversion.pipeline import versions
-from latentds.conversion.places import cpus_of_worker, room
-from latentds.conversion.plan import make_plan, plan_shards
+from latentds.conversion import ledger, work_units, workdir
+from latentds.conversion.conversion_plan import make_plan, plan_shards
+from latentds.conversion.convert_config import ConvertConfig
+from latentds.conversion.converting import versions
+from latentds.conversion.patch_encoding import choose_device, device_model
+from latentds.conversion.ray_placement import cpus_of_worker, room
+from latentds.core.storage import exclusive_lock
 from latentds.errors import ContractError, InputError
-from latentds.storage import exclusive_lock
 from tests.conftest import convert_with_mean
 from tests.processes import call_apart
 from tests.test_ray import OPTIONS, write_table
@@ -62,7 +62,7 @@ def test_a_unit_holds_its_own_pictures_and_no_others(table, tmp_path):
     config = ConvertConfig(source=table, out=tmp_path / "o", **OPTIONS)
     plan = make_plan(config)
     shard = plan_shards(plan, config, 48)[2]
-    made = unit.make_unit(plan, shard)
+    made = work_units.make_unit(plan, shard)
     start, stop = shard.blocks[0][0], shard.blocks[-1][1]
     whole = [plan.pictures[i] for i in plan.regions["picture"][start:stop]]
     assert [made.pictures[i] for i in made.regions["picture"]] == whole
@@ -102,7 +102,7 @@ def test_a_node_of_another_kind_is_refused_by_name(name, value):
     (made if name == "device" else made["versions"])[name] = value
     job = SimpleNamespace(config=SimpleNamespace(device="cpu"), made=made)
     with pytest.raises(ContractError, match=f"node x has {name} .*this run {value}"):
-        unit.check_kind(job, "node x")
+        work_units.check_kind(job, "node x")
 
 
 def test_a_shard_that_a_lost_worker_still_writes_is_left_alone(pictures, tmp_path, monkeypatch):
@@ -126,7 +126,7 @@ def test_options_of_the_engine_change_no_record(tmp_path):
 def test_gpus_are_not_asked_for_from_a_machine_without_one(pictures, tmp_path):
     config = ConvertConfig(source=pictures, out=tmp_path / "o", device="cpu", gpus_per_worker=1)
     with pytest.raises(InputError, match="--gpus-per-worker 1, but .* without a GPU"):
-        unit.for_workers(config)
+        work_units.for_workers(config)
 
 
 def convert_without_ray(source: Path, out: Path) -> tuple[int, str]:

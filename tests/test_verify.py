@@ -4,9 +4,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from latentds.format import GOLDEN, PACKS_TABLE, PATCHES_TABLE
-from latentds.reader import ShardSet
-from latentds.verification import LEVELS, verify
+from latentds.store.format import GOLDEN, PACKS_TABLE, PATCHES_TABLE
+from latentds.store.reader import ShardSet
+from latentds.store.verification import LEVELS, verify
 from tests.bad_shards import edit_manifest, first_shard, flip_bit
 from tests.fakes import MeanAutoencoder
 
@@ -41,7 +41,7 @@ def test_truncated_shard_is_caught_by_the_manifest(dataset):
 
 
 def test_manifest_that_agrees_with_a_damaged_shard_is_caught_by_its_members(dataset):
-    from latentds.storage import sha256_file
+    from latentds.core.storage import sha256_file
 
     path = first_shard(dataset)
     flip_bit(path, int(ShardSet(dataset).packs["codes_offset"][1]) + 5)
@@ -54,7 +54,7 @@ def test_manifest_that_agrees_with_a_damaged_shard_is_caught_by_its_members(data
     [(PACKS_TABLE, "codes_crc32"), (PATCHES_TABLE, "label"), (PATCHES_TABLE, "x")],
 )
 def test_tables_that_disagree_with_the_shards_are_caught(dataset, table, field):
-    from latentds.storage import sha256_file
+    from latentds.core.storage import sha256_file
 
     rows = np.load(dataset / table)
     rows[field][0] += 1

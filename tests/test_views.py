@@ -9,12 +9,12 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
 from latentds import MultiCrop
+from latentds.core.randomness import uniform
 from latentds.errors import ShapeError, UnknownNameError
-from latentds.randomness import uniform
 from latentds.views.boxes import Draws, draw_boxes
-from latentds.views.crops import Views
 from latentds.views.presets import PRESETS
 from latentds.views.resampling import resized_crops
+from latentds.views.view_batch import Views
 
 PLAIN = {"jitter_p": 0.0, "grey": 0.0, "blur": (0, 0, 0), "solarize": (0, 0, 0), "mean": None,
          "std": None}  # fmt: skip

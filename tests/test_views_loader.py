@@ -7,8 +7,8 @@ import torch
 
 from latentds import LatentLoader, MultiCrop
 from latentds.errors import ContractError
-from latentds.stage import HostLanes
-from latentds.views.crops import Views
+from latentds.loading.stage import HostLanes
+from latentds.views.view_batch import Views
 from tests.fakes import MeanAutoencoder
 
 MULTICROP = MultiCrop(globals=2, locals=2, global_px=20, local_px=9, stain=0.05)

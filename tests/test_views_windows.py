@@ -5,13 +5,13 @@ import torch
 from torch import nn
 
 from latentds import MultiCrop, load_autoencoder
-from latentds.autoencoders.base import AutoencoderCard, NetworkAutoencoder
+from latentds.autoencoders.autoencoder import AutoencoderCard, NetworkAutoencoder
 from latentds.autoencoders.students import Student, build_student
 from latentds.autoencoders.taesd import build_decoder
 from latentds.autoencoders.tiny import tiny_codebook
-from latentds.decoding import DecodeOptions, Decoder
 from latentds.errors import ContractError
-from latentds.quantizer import Codebook
+from latentds.loading.decoding import DecodeOptions, Decoder
+from latentds.quantizers.scalar import Codebook
 from latentds.views.halo import measure_halo
 from latentds.views.windows import CropWindows
 from tests.fakes import MeanAutoencoder

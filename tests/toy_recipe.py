@@ -12,7 +12,7 @@ import signal
 import time
 
 import torch
-from latentds_trainers.engine import Engine, TrainConfig, launch
+from latentds_trainers.engine.training import Engine, TrainConfig, launch
 from torch import Tensor, nn
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import tyro
 
-from latentds.display import VisibleFormatter, say, visible
+from latentds.core.display import VisibleFormatter, say, visible
 from latentds.errors import LatentdsError
 from latentds.version import __version__
 
@@ -44,21 +44,30 @@ COMMANDS = {
     "doctor": ("doctor", "say what is installed, missing or in the way on this machine"),
     "demo": ("demo", "run the main job on real H&E pictures and write a page about it"),
     "bench shuffle": (
-        "bench_shuffle",
+        "bench.bench_shuffle",
         "how far an order is from uniform, what it makes ranks read",
     ),
-    "bench loader": ("bench_loader", "rates of loaders over the same patches, ours and others"),
-    "bench scale": ("bench_scale", "what opening, a first batch and a state cost as sets grow"),
-    "bench decode": ("bench_decode", "decoders under their options, beside JPEG, on a device"),
+    "bench loader": (
+        "bench.bench_loader",
+        "rates of loaders over the same patches, ours and others",
+    ),
+    "bench scale": (
+        "bench.bench_scale",
+        "what opening, a first batch and a state cost as sets grow",
+    ),
+    "bench decode": (
+        "bench.bench_decode",
+        "decoders under their options, beside JPEG, on a device",
+    ),
     "bench features": (
-        "bench_features",
+        "bench.bench_features",
         "what decoding adds to embedding, in a feature extraction from latents",
     ),
-    "bench step": ("bench_step", "what loading and decoding add to a step of training"),
-    "bench convert": ("bench_convert", "rate of a conversion beside the encoder's alone"),
-    "bench container": ("bench_container", "container overhead for patch and pack sizes"),
+    "bench step": ("bench.bench_step", "what loading and decoding add to a step of training"),
+    "bench convert": ("bench.bench_convert", "rate of a conversion beside the encoder's alone"),
+    "bench container": ("bench.bench_container", "container overhead for patch and pack sizes"),
     "bench fidelity": (
-        "bench_fidelity",
+        "bench.bench_fidelity",
         "what codecs and autoencoders keep of patches, at how many bytes",
     ),
 }

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from latentds.display import say
+from latentds.core.display import say
 from latentds.errors import InputError
 
 PAGE, REPORT = "comparison.md", "comparison.json"
@@ -55,11 +55,11 @@ class Config:
 
 def run(config: Config) -> None:
     """Read, compare, write, print."""
-    from latentds_tools.comparison.page import write_page
-    from latentds_tools.comparison.pairing import Bootstrap
-    from latentds_tools.comparison.paper import check_columns
-    from latentds_tools.comparison.reading import make_families, read_runs
-    from latentds_tools.comparison.report import make_report
+    from latentds_tools.comparison.compare_page import write_page
+    from latentds_tools.comparison.compare_report import make_report
+    from latentds_tools.comparison.paper_tables import check_columns
+    from latentds_tools.comparison.run_pairing import Bootstrap
+    from latentds_tools.comparison.run_reading import make_families, read_runs
 
     check_free(config)
     families = make_families(read_runs(config.runs))
@@ -82,7 +82,7 @@ def check_free(config: Config) -> None:
     """InputError where a comparison is in --out; MissingExtraError where none could be drawn."""
     if config.out is None:
         return
-    from latentds_tools.comparison.plots import check_matplotlib
+    from latentds_tools.comparison.compare_plots import check_matplotlib
 
     check_matplotlib()
     there = [name for name in OUTPUTS if (config.out / name).exists()]
@@ -92,9 +92,9 @@ def check_free(config: Config) -> None:
 
 def write_files(out: Path, report: dict[str, Any], page: str, text: str) -> None:
     """All files at once; those of an older comparison that this one has not are removed."""
-    from latentds_tools.comparison.plots import draw_bars, draw_differences
+    from latentds_tools.comparison.compare_plots import draw_bars, draw_differences
 
-    from latentds.storage import write_together
+    from latentds.core.storage import write_together
 
     drawn = {BARS: draw_bars(report), DIFFERENCES: draw_differences(report)}
     files = {out / name: content for name, content in drawn.items() if content is not None}

@@ -13,8 +13,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from latentds.conversion.config import ConvertConfig
-from latentds.display import say, visible
+from latentds.conversion.convert_config import ConvertConfig
+from latentds.core.display import say, visible
 from latentds.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -50,11 +50,11 @@ def run(config: Config) -> int:
 
 def convert_to(config: Config) -> dict[str, Any]:
     """Convert into --out; into a local folder and from there where that is a location."""
-    from latentds.conversion.pipeline import convert
-    from latentds.format import MANIFEST
-    from latentds.manifest import read_manifest
-    from latentds.objects import location_of, refuse_taken, upload
-    from latentds.rearranging.retrying import retry
+    from latentds.conversion.converting import convert
+    from latentds.edit.retrying import retry
+    from latentds.store.format import MANIFEST
+    from latentds.store.manifest import read_manifest
+    from latentds.store.object_store import location_of, refuse_taken, upload
 
     started = time.perf_counter()
     config, location = with_local_source(config), location_of(config.out)
@@ -78,9 +78,9 @@ def convert_to(config: Config) -> dict[str, Any]:
 
 def with_local_source(config: Config) -> Config:
     """The config with an input on an object store copied to a local folder, once."""
-    from latentds.cache import CacheConfig
-    from latentds.objects import download, location_of
     from latentds.sources.hugging_face import hub_id
+    from latentds.store.cache import CacheConfig
+    from latentds.store.object_store import download, location_of
 
     location = location_of(config.source)
     if location is None or hub_id(config.source):
@@ -92,7 +92,7 @@ def with_local_source(config: Config) -> Config:
 
 def staging_of(config: Config, location: str) -> Path:
     """The local folder where a location's data set is made; another for other input or options."""
-    from latentds.cache import CacheConfig
+    from latentds.store.cache import CacheConfig
 
     what = [location, str(config.source.absolute()), config.recorded()]
     digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
@@ -102,10 +102,10 @@ def staging_of(config: Config, location: str) -> Path:
 def estimate(config: Config) -> dict[str, Any]:
     """What a conversion would make, from the headers and the autoencoder's card."""
     from latentds.autoencoders import load_autoencoder
-    from latentds.autoencoders.base import latent_cells
+    from latentds.autoencoders.autoencoder import latent_cells
     from latentds.autoencoders.cards import ALIASES, CARDS
-    from latentds.conversion.plan import make_plan, plan_shards
-    from latentds.format import PATCH_DTYPE
+    from latentds.conversion.conversion_plan import make_plan, plan_shards
+    from latentds.store.format import PATCH_DTYPE
 
     plan = make_plan(config)
     name = ALIASES.get(config.autoencoder, config.autoencoder)
@@ -140,8 +140,8 @@ def planned_bytes(config: Config, latents_shape: tuple[int, int, int]) -> int:
     """Bytes a patch's codes will take."""
     from latentds.autoencoders.cards import ALIASES
     from latentds.autoencoders.tiny import USUAL_BYTES, USUAL_CELLS
-    from latentds.codebooks import load_codebook
-    from latentds.conversion.codebook import fitting, planes_of
+    from latentds.conversion.codebook_choice import fitting, planes_of
+    from latentds.quantizers.codebook_files import load_codebook
 
     channels, rows, columns = latents_shape
     is_tiny2 = ALIASES.get(config.autoencoder, config.autoencoder) in ("tiny-v2", "tiny-v2-fast")
@@ -158,7 +158,7 @@ def planned_bytes(config: Config, latents_shape: tuple[int, int, int]) -> int:
 
 def describe(config: Config, manifest: Any, seconds: float) -> dict[str, Any]:
     """What a conversion made."""
-    from latentds.mixedness import slide_entropies, stored_resolutions
+    from latentds.store.mixedness import slide_entropies, stored_resolutions
 
     stored = sum(shard.bytes for shard in manifest.shards)
     summary = {
@@ -187,7 +187,7 @@ def planned_resolutions(plan: Any) -> dict[str, int]:
     """Patches of a plan by micrometres a pixel, those of a picture alike."""
     import numpy as np
 
-    from latentds.mixedness import resolutions
+    from latentds.store.mixedness import resolutions
 
     counts = np.bincount(plan.regions["picture"], minlength=len(plan.pictures)).tolist()
     mpp: list[float] = []
@@ -221,7 +221,7 @@ def as_text(summary: dict[str, Any]) -> str:
 
 def mpp_text(found: dict[str, int]) -> str:
     """Patches by resolution, and that there are several."""
-    from latentds.mixedness import are_several
+    from latentds.store.mixedness import are_several
 
     shown = ", ".join(f"{mpp} um ({count:,})" if mpp != "unknown" else f"unknown ({count:,})"
                       for mpp, count in list(found.items())[:8])  # fmt: skip

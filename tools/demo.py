@@ -10,10 +10,10 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from latentds.display import say
+from latentds.core.display import say
 
 if TYPE_CHECKING:
-    from latentds.loader import LatentLoader
+    from latentds.loading.loader import LatentLoader
 
 PATCH_NAME = re.compile(r"he_\d_x\d{3}_y\d{3}\.png")
 EDGE_PX = 256
@@ -46,11 +46,11 @@ class Config:
 
 def run(config: Config) -> None:
     """Run the main job and say where its results lie."""
-    from latentds.conversion.config import ConvertConfig
-    from latentds.conversion.encode import choose_device
-    from latentds.conversion.pipeline import convert
+    from latentds.conversion.convert_config import ConvertConfig
+    from latentds.conversion.converting import convert
+    from latentds.conversion.patch_encoding import choose_device
+    from latentds.core.storage import write_atomically
     from latentds.errors import InputError
-    from latentds.storage import write_atomically
 
     patches, folder, html = (config.out / name for name in ("patches", "latents", "demo.html"))
     found = [path for path in patches.rglob("*") if path.is_file()]
@@ -86,7 +86,7 @@ def cut_patches(folder: Path) -> int:
     from PIL import Image
     from skimage.color import rgb2hed
 
-    from latentds.opening import open_picture
+    from latentds.core.untrusted_files import open_picture
 
     cut = {}
     with resources.as_file(resources.files(__package__) / PICTURES) as shipped:
@@ -111,7 +111,7 @@ def measure(folder: Path, patches: Path, autoencoder: str, device: str) -> dict[
     import numpy as np
     import torch
 
-    from latentds.opening import pixels_of
+    from latentds.core.untrusted_files import pixels_of
 
     loader, decoded = read_back(folder, autoencoder, device)
     sources = sorted(decoded)
@@ -150,7 +150,7 @@ def measure(folder: Path, patches: Path, autoencoder: str, device: str) -> dict[
 
 def read_back(folder: Path, autoencoder: str, device: str) -> tuple[LatentLoader, dict[str, Any]]:
     """The loader, and what it decodes: uint8 (H, W, 3) by the patch's source."""
-    from latentds.loader import LatentLoader
+    from latentds.loading.loader import LatentLoader
 
     loader = LatentLoader(folder, "train", batch_size=16, device=device, autoencoder=autoencoder,
                           columns=("source",))  # fmt: skip
@@ -180,7 +180,7 @@ def at_equal_bytes(originals: list[Any], target: int) -> dict[str, tuple[int, li
 
 def judge(size: int, pictures: list[Any], originals: list[Any]) -> dict[str, float]:
     """Bytes, mean PSNR and mean SSIM."""
-    from latentds.metrics import psnr_db, ssim
+    from latentds.core.metrics import psnr_db, ssim
 
     pairs = list(zip(pictures, originals, strict=True))
     return {
@@ -228,7 +228,7 @@ def label_of(name: str, figures: dict[str, Any]) -> str:
 
 def make_page(folder: Path, figures: dict[str, Any]) -> str:
     """The page's HTML."""
-    from latentds import report
+    from latentds.core import html_pages
 
     quality = figures["quality"]
     size = quality[figures["autoencoder"]]["bytes"]
@@ -258,19 +258,19 @@ def make_page(folder: Path, figures: dict[str, Any]) -> str:
         f"{size:,} bytes each. JPEG, WebP and AVIF are the largest files within those bytes. "
         "Detail is lost; not for diagnosis."
     )
-    return report.page(
+    return html_pages.page(
         "latentds demo",
         lead,
         [
-            report.table(
+            html_pages.table(
                 [f"mean of {len(figures['originals'])} patches", "bytes", "PSNR, dB", "SSIM"], facts
             ),
-            report.table(["", "rates and sizes"], rates),
-            report.heading("Original, reconstructions, and pictures of the same bytes"),
+            html_pages.table(["", "rates and sizes"], rates),
+            html_pages.heading("Original, reconstructions, and pictures of the same bytes"),
             *(patch_row(figures, place) for place in range(0, step * SHOWN, step)),
-            report.heading("Where it lies, and how to load it"),
-            report.paragraph(f"Shards, tables, manifest and card: {folder}"),
-            report.code(figures["snippet"]),
+            html_pages.heading("Where it lies, and how to load it"),
+            html_pages.paragraph(f"Shards, tables, manifest and card: {folder}"),
+            html_pages.code(figures["snippet"]),
         ],
     )
 
@@ -279,8 +279,8 @@ def patch_row(figures: dict[str, Any], place: int) -> str:
     """One patch in all its versions."""
     import numpy as np
 
-    from latentds import report
-    from latentds.metrics import psnr_db
+    from latentds.core import html_pages
+    from latentds.core.metrics import psnr_db
 
     original = figures["originals"][place]
     decoded = figures["pictures"][figures["autoencoder"]][place]
@@ -290,4 +290,4 @@ def patch_row(figures: dict[str, Any], place: int) -> str:
         captions.append((pictures[place], f"{name}, {psnr_db(pictures[place], original):.1f} dB"))
     shown = np.clip(difference, 0, 255).astype(np.uint8)
     captions.append((shown, f"difference of {figures['autoencoder']} x{DIFFERENCE_GAIN}"))
-    return report.figure_row([report.figure(image, caption) for image, caption in captions])
+    return html_pages.figure_row([html_pages.figure(image, caption) for image, caption in captions])

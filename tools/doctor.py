@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from latentds.display import say
+from latentds.core.display import say
 
 if TYPE_CHECKING:
     from latentds_tools.health.finding import Finding

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from latentds.display import say
+from latentds.core.display import say
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,8 +41,8 @@ class Config:
 
 def run(config: Config) -> None:
     """Export, and say how much."""
+    from latentds.edit import exporting
     from latentds.errors import InputError
-    from latentds.rearranging import exporting
 
     if (config.latents or config.integers) and config.to != "npy":
         raise InputError(f"--latents and --integers are for --to npy; {config.to} holds codes")

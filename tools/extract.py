@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from latentds.display import say
+from latentds.core.display import say
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,10 +45,10 @@ class Config:
 
 def run(config: Config) -> None:
     """Extract, and say what was written."""
-    from latentds.conversion.encode import choose_device
+    from latentds.conversion.patch_encoding import choose_device
+    from latentds.edit.extracting import extract
+    from latentds.edit.slide_lists import read_slide_list
     from latentds.errors import InputError
-    from latentds.rearranging.extracting import extract
-    from latentds.rearranging.slidelists import read_slide_list
 
     if not 1 <= config.quality <= 100:
         raise InputError(f"--quality {config.quality} is not between 1 and 100")

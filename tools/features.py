@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from latentds.display import say
-from latentds.patchsets.config import PatchInput, recorded_settings
+from latentds.core.display import say
+from latentds.evaluation.patchsets.patch_set_config import PatchInput, recorded_settings
 
 if TYPE_CHECKING:
-    from latentds.features.options import Extraction, Step
+    from latentds.evaluation.features.extraction_options import Extraction, Step
 
 LEFT_OUT = 3  # exit code: done, but not of all slides
 GPU_BATCH, CPU_BATCH = 256, 32
@@ -72,8 +72,8 @@ class Config(PatchInput):
 
 def run(config: Config) -> int:
     """Extract, and say what was made; returns 3 where this rank left a slide out."""
-    from latentds.features.left_out import read_left_out
-    from latentds.launcher import find_rank, meeting
+    from latentds.core.launcher import find_rank, meeting
+    from latentds.evaluation.features.slides_left_out import read_left_out
 
     rank, ranks = find_rank(None, None)
     summary = extract(config, rank, ranks)
@@ -88,12 +88,12 @@ def run(config: Config) -> int:
 
 def extract(config: Config, rank: int, ranks: int) -> dict[str, Any]:
     """Write this rank's feature files; the summary."""
-    from latentds.conversion.encode import choose_device
+    from latentds.conversion.patch_encoding import choose_device
+    from latentds.core.launcher import own_device
     from latentds.embedders import load_embedder
-    from latentds.features.extraction import extract_features, named_slides
-    from latentds.features.options import FeatureOptions
-    from latentds.launcher import own_device
-    from latentds.patchsets import open_patches
+    from latentds.evaluation.features.extraction import extract_features, named_slides
+    from latentds.evaluation.features.extraction_options import FeatureOptions
+    from latentds.evaluation.patchsets import open_patches
 
     device = own_device(choose_device(config.device))
     # Every patch is read once: none is worth keeping.

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from latentds.display import say
+from latentds.core.display import say
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from latentds.display import say
+from latentds.core.display import say
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,8 +75,8 @@ class Config:
 
 def run(config: Config) -> None:
     """Fit, save, report."""
-    from latentds.codebooks import save_codebook
     from latentds.errors import InputError
+    from latentds.quantizers.codebook_files import save_codebook
 
     if config.out.exists() and not config.overwrite:
         raise InputError(f"{config.out}: is there; pass --overwrite to replace it")
@@ -94,15 +94,15 @@ def run(config: Config) -> None:
 def fit(config: Config) -> Any:
     """The codebook, fitted as a conversion of the same folder would."""
     from latentds.autoencoders import load_autoencoder
-    from latentds.conversion.codebook import (
+    from latentds.conversion.codebook_choice import (
         fit_additive_to_sample,
         fit_records_to_sample,
         fit_to_sample,
     )
-    from latentds.conversion.config import ConvertConfig
-    from latentds.conversion.encode import Encoder, choose_batch, choose_device
-    from latentds.conversion.pipeline import make_reader
-    from latentds.conversion.plan import make_plan
+    from latentds.conversion.conversion_plan import make_plan
+    from latentds.conversion.convert_config import ConvertConfig
+    from latentds.conversion.converting import make_reader
+    from latentds.conversion.patch_encoding import Encoder, choose_batch, choose_device
 
     settings = ConvertConfig(
         source=config.source,

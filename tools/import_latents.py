@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from latentds.display import say
+from latentds.core.display import say
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,7 @@ class Config:
 
 def run(config: Config) -> None:
     """Import, and say what was made."""
-    from latentds.importing.run import import_latents
+    from latentds.edit.importing import import_latents
 
     manifest = import_latents(
         config.source,
@@ -99,8 +99,8 @@ def run(config: Config) -> None:
 
 def options(config: Config) -> Any:
     """What the files do not say themselves."""
-    from latentds.importing.contract import ImportOptions
-    from latentds.importing.layouts import ListingOptions
+    from latentds.edit.contract import ImportOptions
+    from latentds.edit.layouts import ListingOptions
 
     check(config)
     same = ("layout", "labels", "split_folders", "name_pattern", "tile_step", "mpp")

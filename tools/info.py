@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from latentds.display import say, visible
+from latentds.core.display import say, visible
 
 FITTED = ("values", "seed", "snr_db", "dead_levels", "saturated_share")  # of a fitted codebook
 
@@ -45,11 +45,11 @@ def run(config: Config) -> None:
 
 def summarize(config: Config) -> dict[str, Any]:
     """What `--json` prints."""
-    from latentds.manifest import read_manifest
-    from latentds.mixedness import slide_entropies, stored_resolutions
-    from latentds.reader import ShardSet
-    from latentds.record_steps import measure_steps
     from latentds.sources.names import describe_barcodes
+    from latentds.store.manifest import read_manifest
+    from latentds.store.mixedness import slide_entropies, stored_resolutions
+    from latentds.store.reader import ShardSet
+    from latentds.store.record_steps import measure_steps
 
     manifest = read_manifest(config.folder)
     contract, made = manifest.contract, manifest.made
@@ -96,7 +96,7 @@ def summarize(config: Config) -> dict[str, Any]:
 
 def read_projects(path: Path | None) -> dict[str, str]:
     """Project by key; empty without a file."""
-    from latentds.evaluation.csv_tables import read_table
+    from latentds.sources.csv_tables import read_table
 
     if path is None:
         return {}
@@ -107,7 +107,7 @@ def read_projects(path: Path | None) -> dict[str, str]:
 
 def loader_memory(manifest: Any, config: Config) -> dict[str, int]:
     """Bytes a LatentLoader of these settings holds, the decoder's own activations not counted."""
-    from latentds.tables import BLOCK_ROWS, MAX_BLOCKS
+    from latentds.store.tables import BLOCK_ROWS, MAX_BLOCKS
 
     contract = manifest.contract
     height, width = contract.patch_px

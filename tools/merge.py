@@ -9,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from latentds.display import say
+from latentds.core.display import say
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class Config:
 
 def run(config: Config) -> None:
     """Merge, and say what was made."""
-    from latentds.rearranging.merging import merge
+    from latentds.edit.merging import merge
 
     manifest = merge(config.folders, config.out, config.overwrite)
     summary = {

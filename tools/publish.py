@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from latentds.display import say
+from latentds.core.display import say
 from latentds.errors import InputError
 
 
@@ -56,7 +56,7 @@ class Config:
 
 def run(config: Config) -> None:
     """Publish, and say what was done."""
-    from latentds.hub.upload import publish
+    from latentds.hub.set_upload import publish
 
     result = publish(
         config.folder,

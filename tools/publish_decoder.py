@@ -10,8 +10,8 @@ from typing import Annotated
 
 import tyro
 
-from latentds.display import say
-from latentds.hub.options import PublishOptions
+from latentds.core.display import say
+from latentds.hub.model_options import PublishOptions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class Config(PublishOptions):
 
 def run(config: Config) -> None:
     """Publish, and say what was done."""
-    from latentds.hub.decoders import publish_decoder
+    from latentds.hub.decoder_upload import publish_decoder
     from latentds.hub.model_files import publication_of, summary_text
 
     result = publish_decoder(

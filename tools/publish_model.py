@@ -10,8 +10,8 @@ from typing import Annotated
 
 import tyro
 
-from latentds.display import say
-from latentds.hub.options import PublishOptions
+from latentds.core.display import say
+from latentds.hub.model_options import PublishOptions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,8 +30,8 @@ class Config(PublishOptions):
 
 def run(config: Config) -> None:
     """Publish, and say what was done."""
+    from latentds.hub.backbone_upload import publish_model
     from latentds.hub.model_files import publication_of, summary_text
-    from latentds.hub.models import publish_model
 
     result = publish_model(
         config.folder,

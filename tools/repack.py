@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from latentds.display import say
+from latentds.core.display import say
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,8 +56,8 @@ class Config:
 
 def run(config: Config) -> None:
     """Repack, and say what was made."""
-    from latentds.manifest import read_manifest
-    from latentds.rearranging.repacking import repack
+    from latentds.edit.repacking import repack
+    from latentds.store.manifest import read_manifest
 
     before = read_manifest(config.folder).patches
     manifest = repack(config.folder, config.out, options(config), config.overwrite)
@@ -83,9 +83,9 @@ def run(config: Config) -> None:
 
 def options(config: Config) -> Any:
     """What is to be different, lists read."""
+    from latentds.edit.repacking import Repacking
+    from latentds.edit.slide_lists import read_slide_list, read_splits
     from latentds.errors import InputError
-    from latentds.rearranging.repacking import Repacking
-    from latentds.rearranging.slidelists import read_slide_list, read_splits
 
     limits = {"pack_size": (1, 65536), "shard_mb": (1, 65536), "seed": (0, 2**31)}
     limits |= {"bytes": (16, 1 << 20)}
@@ -110,8 +110,8 @@ def options(config: Config) -> Any:
 
 def recoding(config: Config) -> Any:
     """What the patches are to be coded as; None where their codes stay."""
+    from latentds.edit.recoding import Recoding
     from latentds.errors import InputError
-    from latentds.rearranging.recoding import Recoding
 
     given = [config.encoding, config.bytes, config.codebook]
     if given == [None] * 3:
@@ -128,6 +128,6 @@ def recoding(config: Config) -> Any:
 
 def golden_count(folder: Path) -> int:
     """Golden patches of a data set."""
-    from latentds.golden import read_golden_table
+    from latentds.store.golden import read_golden_table
 
     return len(read_golden_table(folder))

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from latentds.display import say
+from latentds.core.display import say
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,8 +32,8 @@ class Config:
 
 def run(config: Config) -> None:
     """Decode and write the page."""
+    from latentds.core.storage import write_atomically
     from latentds.errors import InputError
-    from latentds.storage import write_atomically
 
     if config.out.exists() and not config.overwrite:
         raise InputError(f"{config.out}: is there; pass --overwrite to replace it")
@@ -47,10 +47,10 @@ def make_page(config: Config) -> str:
     """The page's HTML."""
     import numpy as np
 
-    from latentds import report
-    from latentds.autoencoders.base import short
-    from latentds.loader import LatentLoader
-    from latentds.manifest import read_manifest
+    from latentds.autoencoders.autoencoder import short
+    from latentds.core import html_pages
+    from latentds.loading.loader import LatentLoader
+    from latentds.store.manifest import read_manifest
 
     split = config.split or next(iter(read_manifest(config.folder).splits))
     loader = LatentLoader(
@@ -74,20 +74,25 @@ def make_page(config: Config) -> str:
         ("latent_id", short(contract.latent_id)),
         ("codebook", f"{contract.codebook.kind}, {contract.codebook.summary}"),
     ]
-    sections = [report.table(["", "data set"], facts)]
+    sections = [html_pages.table(["", "data set"], facts)]
     if manifest.classes:
-        sections += [report.heading(f"Labels in {split}"), report.bars(manifest.labels(split))]
+        sections += [
+            html_pages.heading(f"Labels in {split}"),
+            html_pages.bars(manifest.labels(split)),
+        ]
     sections += [
-        report.heading(f"{len(figures)} decoded patches of {split}, drawn with seed {config.seed}")
+        html_pages.heading(
+            f"{len(figures)} decoded patches of {split}, drawn with seed {config.seed}"
+        )
     ]
-    sections += [report.grid(figures)]
+    sections += [html_pages.grid(figures)]
     lead = "Decoded from latents: detail is lost, and some is made up. Not for diagnosis."
-    return report.page(config.folder.resolve().name, lead, sections)
+    return html_pages.page(config.folder.resolve().name, lead, sections)
 
 
 def patch_figure(batch: Any, place: int, classes: tuple[str, ...]) -> str:
     """One decoded patch with its columns."""
-    from latentds import report
+    from latentds.core import html_pages
 
     image = batch.images[place].mul(255).round().byte().permute(1, 2, 0).cpu().numpy()
     label, (x, y) = int(batch.labels[place]), batch.coords[place].tolist()
@@ -98,4 +103,4 @@ def patch_figure(batch: Any, place: int, classes: tuple[str, ...]) -> str:
         batch.columns["source"][place],
         batch.columns["source_encoding"][place],
     ]
-    return report.figure(image, " · ".join(part for part in parts if part))
+    return html_pages.figure(image, " · ".join(part for part in parts if part))

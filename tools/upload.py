@@ -9,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from latentds.display import say
+from latentds.core.display import say
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ def run(config: Config) -> None:
     """Upload, and say what is there."""
     from tqdm import tqdm
 
-    from latentds.objects import upload
+    from latentds.store.object_store import upload
 
     total = sum(p.stat().st_size for p in config.folder.rglob("*") if p.is_file())
     with tqdm(total=total, unit="B", unit_scale=True, desc="upload", delay=1) as bar:

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from latentds.display import say, visible
+from latentds.core.display import say, visible
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class Config:
 
 def run(config: Config) -> int:
     """Print every problem found; returns 1 where there is one."""
-    from latentds.verification import NOT_DECODED, verify
+    from latentds.store.verification import NOT_DECODED, verify
 
     def tell(level: str) -> None:
         if not config.json and sys.stderr.isatty():

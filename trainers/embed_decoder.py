@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from latentds_trainers.launching import launch
+from latentds_trainers.engine.launching import launch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,10 +33,10 @@ def embed(config: EmbedConfig) -> None:
     from safetensors import safe_open
     from safetensors.torch import save
 
-    from latentds.autoencoders.base import check_decoder
+    from latentds.autoencoders.autoencoder import check_decoder
     from latentds.autoencoders.decoders import find_decoder_folder, load_decoder
     from latentds.autoencoders.tiny import load_tiny, weights_folder
-    from latentds.storage import write_atomically
+    from latentds.core.storage import write_atomically
 
     shipped = Path(str(weights_folder() / "tiny-v1.safetensors"))
     decoder = load_decoder(config.decoder)

@@ -6,7 +6,7 @@ import os
 from importlib import resources
 from pathlib import Path
 
-from latentds.autoencoders.base import Autoencoder, AutoencoderCard, NetworkAutoencoder
+from latentds.autoencoders.autoencoder import Autoencoder, AutoencoderCard, NetworkAutoencoder
 from latentds.autoencoders.cards import ALIASES, CARDS, SHORT_NAMES
 from latentds.errors import WeightsError, unknown_name
 

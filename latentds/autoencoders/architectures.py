@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from latentds.autoencoders.base import NetworkAutoencoder
+from latentds.autoencoders.autoencoder import NetworkAutoencoder
 from latentds.autoencoders.students import STUDENTS, Student, build_student
 from latentds.autoencoders.taesd import Clamp, build_decoder, has_pool
 from latentds.autoencoders.tiny import TinyDecoder

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from latentds.autoencoders.base import AutoencoderCard
+from latentds.autoencoders.autoencoder import AutoencoderCard
 
 TINY = AutoencoderCard(
     name="tiny-v1", class_name="Tiny", channels=4, factor=8, licence="Apache-2.0"

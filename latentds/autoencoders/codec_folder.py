@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from latentds.autoencoders.base import (
+from latentds.autoencoders.autoencoder import (
     AutoencoderCard,
     NetworkAutoencoder,
     hash_tensors,
@@ -32,9 +32,9 @@ from latentds.autoencoders.base import (
 from latentds.autoencoders.decoder_record import is_count, is_identity, is_name, is_object, is_words
 from latentds.autoencoders.decoders import read_tensors
 from latentds.autoencoders.tiny import TinyDecoder, TinyEncoder
+from latentds.core.foreign_json import read_json
+from latentds.core.storage import write_together
 from latentds.errors import FormatError, WeightsError
-from latentds.foreign_json import read_json
-from latentds.storage import write_together
 
 FORMAT = "latentds-codec/1"
 RECORD, WEIGHTS, TABLES, FAST = "codec.json", "weights.safetensors", "tables.safetensors", "fast"

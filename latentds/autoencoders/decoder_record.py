@@ -8,8 +8,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from latentds.core.foreign_json import read_json
 from latentds.errors import FormatError
-from latentds.foreign_json import read_json
 
 FORMAT = "latentds-decoder/1"
 RECORD, WEIGHTS = "decoder.json", "decoder.safetensors"

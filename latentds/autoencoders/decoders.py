@@ -24,7 +24,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from latentds.autoencoders.architectures import architecture_of, build
-from latentds.autoencoders.base import (
+from latentds.autoencoders.autoencoder import (
     AutoencoderCard,
     NetworkAutoencoder,
     hash_tensors,
@@ -41,8 +41,8 @@ from latentds.autoencoders.decoder_record import (
 from latentds.autoencoders.downloads import download
 from latentds.autoencoders.students import Student
 from latentds.autoencoders.tiny import TinyDecoder
+from latentds.core.storage import write_together
 from latentds.errors import ContractError, UnknownNameError, WeightsError
-from latentds.storage import write_together
 
 __all__ = [
     "architecture_of",

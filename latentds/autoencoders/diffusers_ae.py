@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from latentds.autoencoders import efficientvit_keys
 from latentds.autoencoders.architectures import BUILD_ERRORS, check_bounded
-from latentds.autoencoders.base import (
+from latentds.autoencoders.autoencoder import (
     AutoencoderCard,
     NetworkAutoencoder,
     hash_tensors,

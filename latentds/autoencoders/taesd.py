@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from latentds.autoencoders.base import (
+from latentds.autoencoders.autoencoder import (
     AutoencoderCard,
     NetworkAutoencoder,
     hash_tensors,

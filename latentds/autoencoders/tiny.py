@@ -18,14 +18,14 @@ from safetensors.torch import load
 from torch import Tensor, nn
 from torch.nn import functional
 
-from latentds.autoencoders.base import (
+from latentds.autoencoders.autoencoder import (
     AutoencoderCard,
     NetworkAutoencoder,
     hash_tensors,
     latent_identity,
 )
 from latentds.autoencoders.cards import TINY
-from latentds.codebooks import StoredCodebook, load_codebook, sized
+from latentds.quantizers.codebook_files import StoredCodebook, load_codebook, sized
 
 CHANNELS = 4  # of tiny-v1
 WIDTHS = (96, 160)  # of its encoder

@@ -18,7 +18,7 @@ from latentds.codecs.naming import (
     parse_codecs,
     parse_quantizer,
 )
-from latentds.codecs.pictures import Fitted, PictureCodec, fit_to_bytes
+from latentds.codecs.picture_codecs import Fitted, PictureCodec, fit_to_bytes
 from latentds.codecs.quantizers import latent_bytes
 
 __all__ = [

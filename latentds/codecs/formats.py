@@ -14,8 +14,8 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image
 
+from latentds.core.untrusted_files import open_picture
 from latentds.errors import unknown_name
-from latentds.opening import open_picture
 
 DECODE_ERRORS = (
     OSError,

@@ -10,13 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentds.additive import AdditiveCodebook
-from latentds.additive_fit import AdditiveReport, fit_additive
-from latentds.autoencoders.base import Autoencoder, AutoencoderCard
+from latentds.autoencoders.autoencoder import Autoencoder, AutoencoderCard
 from latentds.autoencoders.tiny import shipped_records
 from latentds.codecs.lloyd_blocks import LloydBlocks
 from latentds.codecs.naming import RECORDS, QuantizerSpec, latent_text, parse_quantizer
-from latentds.codecs.pictures import check_picture
+from latentds.codecs.picture_codecs import check_picture
 from latentds.codecs.quantizers import (
     Codes,
     Floats,
@@ -26,11 +24,13 @@ from latentds.codecs.quantizers import (
     latent_shape,
     packed_bytes,
 )
-from latentds.entropy_codebook import EntropyCodebook
+from latentds.codecs.refining import refine
 from latentds.errors import ContractError, FormatError, ShapeError, WeightsError
-from latentds.fit import FitReport, fit_codebook
-from latentds.quantizer import MAX_LEVELS, AnyCodebook, Codebook
-from latentds.refining import refine
+from latentds.quantizers.additive import AdditiveCodebook
+from latentds.quantizers.additive_fit import AdditiveReport, fit_additive
+from latentds.quantizers.entropy.record_codebook import EntropyCodebook
+from latentds.quantizers.scalar import MAX_LEVELS, AnyCodebook, Codebook
+from latentds.quantizers.scalar_fit import FitReport, fit_codebook
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -7,12 +7,12 @@ import re
 from pathlib import Path
 from typing import ClassVar
 
-from latentds.additive import MAX_PLANES
 from latentds.autoencoders.cards import ALIASES, CARDS
 from latentds.codecs.formats import FORMATS, check_choice, picture_text
+from latentds.codecs.refining import MAX_STEPS
 from latentds.errors import unknown_name
-from latentds.quantizer import MAX_LEVELS
-from latentds.refining import MAX_STEPS
+from latentds.quantizers.additive import MAX_PLANES
+from latentds.quantizers.scalar import MAX_LEVELS
 
 KMEANS = ("kmeans", "kmeans-channel")
 INT8 = ("int8-minmax", "int8-percentile", "int8-channel")

@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentds.additive import AdditiveCodebook
-from latentds.autoencoders.base import AutoencoderCard, latent_cells
+from latentds.autoencoders.autoencoder import AutoencoderCard, latent_cells
 from latentds.codecs.lloyd_blocks import block_bytes
 from latentds.codecs.naming import QuantizerSpec, parse_quantizer
-from latentds.entropy_codebook import EntropyCodebook
 from latentds.errors import ContractError, FormatError, ShapeError
-from latentds.quantizer import Codebook, dequantize, quantize
+from latentds.quantizers.additive import AdditiveCodebook
+from latentds.quantizers.entropy.record_codebook import EntropyCodebook
+from latentds.quantizers.scalar import Codebook, dequantize, quantize
 
 LatentShape = tuple[int, int, int]  # C, h, w
 

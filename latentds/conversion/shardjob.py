@@ -10,14 +10,14 @@ from pathlib import Path
 
 import numpy as np
 
-from latentds.columns import encode_masks, encode_table, patches_table
-from latentds.conversion.config import ConvertConfig
-from latentds.conversion.plan import PlannedShard
+from latentds.conversion.conversion_plan import PlannedShard
+from latentds.conversion.convert_config import ConvertConfig
 from latentds.conversion.workdir import Pending, WorkFolder
-from latentds.format import Contract, pack_key
-from latentds.index import index_shard, save_index
-from latentds.sources.patch import Patch
-from latentds.writer import Pack, ShardWriter
+from latentds.store.columns import encode_masks, encode_table, patches_table
+from latentds.store.format import Contract, pack_key
+from latentds.store.index import index_shard, save_index
+from latentds.store.patch_record import Patch
+from latentds.store.writer import Pack, ShardWriter
 
 BACKLOG = 4  # blocks encoded and not yet written
 

@@ -6,10 +6,10 @@ import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from latentds.conversion.config import ConvertConfig
-from latentds.conversion.plan import Plan
+from latentds.conversion.conversion_plan import Plan
+from latentds.conversion.convert_config import ConvertConfig
 from latentds.sources.image_folder import walk
-from latentds.sources.pictures import MASK_SUFFIXES
+from latentds.sources.picture_decoding import MASK_SUFFIXES
 
 
 def input_stamp(plan: Plan, config: ConvertConfig) -> str:

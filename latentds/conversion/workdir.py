@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from latentds.conversion.config import ConvertConfig
+from latentds.conversion.convert_config import ConvertConfig
+from latentds.core.storage import exclusive_lock, naming, write_atomically
 from latentds.errors import InputError
-from latentds.format import MANIFEST, SHARD_PATTERN, SIDECARS
-from latentds.storage import exclusive_lock, naming, write_atomically
+from latentds.store.format import MANIFEST, SHARD_PATTERN, SIDECARS
 
 logger = logging.getLogger(__name__)
 SYNC_SECONDS = 2.0

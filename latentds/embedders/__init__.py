@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from latentds.embedders.base import Embedder, EmbedderCard, NetworkEmbedder
-from latentds.embedders.cards import CARDS
+from latentds.embedders.embedder import Embedder, EmbedderCard, NetworkEmbedder
+from latentds.embedders.embedder_cards import CARDS
 from latentds.embedders.exported import LATENT_PREFIX, is_exported, load_exported
 from latentds.errors import ShapeError, WeightsError, unknown_name
 
@@ -68,7 +68,7 @@ def load_card(name: str, path: Path | None, native: bool) -> NetworkEmbedder:
 
         return load_efficientnet_lite(path)
     if name == "phikon-v2":
-        from latentds.embedders.hugging_face import load_phikon
+        from latentds.embedders.transformers_models import load_phikon
 
         return load_phikon(path, native)
     from latentds.embedders.timm_models import load_known

@@ -8,8 +8,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from latentds import foreign_json
 from latentds.autoencoders.decoder_record import is_count, is_identity, is_object, is_words
+from latentds.core import foreign_json
 from latentds.errors import FormatError
 
 FORMAT = "latentds-backbone/1"

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from latentds.autoencoders.base import hash_tensors
-from latentds.embedders.base import NetworkEmbedder, Preparation
-from latentds.embedders.cards import CARDS
+from latentds.autoencoders.autoencoder import hash_tensors
+from latentds.embedders.embedder import NetworkEmbedder, Preparation
+from latentds.embedders.embedder_cards import CARDS
 from latentds.embedders.weights import fill, read_weights
 from latentds.errors import WeightsError, missing_extra
 

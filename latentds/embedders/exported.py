@@ -11,7 +11,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from latentds.autoencoders.base import short
+from latentds.autoencoders.autoencoder import short
 from latentds.autoencoders.downloads import download
 from latentds.embedders.backbone_record import (
     CONFIG,
@@ -22,7 +22,7 @@ from latentds.embedders.backbone_record import (
     read_json,
     read_record,
 )
-from latentds.embedders.base import EmbedderCard, NetworkEmbedder, without_resizing
+from latentds.embedders.embedder import EmbedderCard, NetworkEmbedder, without_resizing
 from latentds.embedders.foreign_config import (
     checked_arguments,
     checked_settings,

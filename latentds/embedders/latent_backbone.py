@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from latentds.autoencoders import load_autoencoder
-from latentds.autoencoders.base import Autoencoder, hash_tensors, short
+from latentds.autoencoders.autoencoder import Autoencoder, hash_tensors, short
 from latentds.autoencoders.tiny import load_tiny, tiny_codebook
-from latentds.codebooks import StoredCodebook, load_codebook, sized_book
 from latentds.embedders.backbone_record import (
     CODEBOOK,
     RECORD,
@@ -23,13 +22,14 @@ from latentds.embedders.backbone_record import (
     BackboneRecord,
     read_record,
 )
-from latentds.embedders.base import EmbedderCard, NetworkEmbedder, Preparation
+from latentds.embedders.embedder import EmbedderCard, NetworkEmbedder, Preparation
 from latentds.embedders.exported import LATENT_PREFIX as PREFIX
 from latentds.embedders.foreign_config import create_foreign
 from latentds.embedders.latent_stem import LatentStemConfig, build_vit
 from latentds.embedders.weights import fill, read_weights
 from latentds.errors import ContractError, ShapeError, WeightsError
-from latentds.quantizer import AnyCodebook, dequantize, quantize
+from latentds.quantizers.codebook_files import StoredCodebook, load_codebook, sized_book
+from latentds.quantizers.scalar import AnyCodebook, dequantize, quantize
 
 
 class LatentInput(nn.Module):

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from latentds.embedders.timm_models import create
 from latentds.errors import FormatError, InputError, ShapeError
-from latentds.format import Contract
-from latentds.normalization import ChannelStatistics
+from latentds.quantizers.normalization import ChannelStatistics
+from latentds.store.format import Contract
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,8 +11,8 @@ from pathlib import Path
 from torch import Tensor, nn
 from torch.nn import functional
 
-from latentds.autoencoders.base import hash_tensors
-from latentds.embedders.base import EmbedderCard, NetworkEmbedder
+from latentds.autoencoders.autoencoder import hash_tensors
+from latentds.embedders.embedder import EmbedderCard, NetworkEmbedder
 from latentds.embedders.weights import fill, read_weights
 from latentds.errors import ShapeError
 

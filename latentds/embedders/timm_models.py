@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from latentds.autoencoders.base import hash_tensors
-from latentds.embedders.base import EmbedderCard, NetworkEmbedder, Preparation, without_resizing
-from latentds.embedders.cards import CARDS
+from latentds.autoencoders.autoencoder import hash_tensors
+from latentds.embedders.embedder import EmbedderCard, NetworkEmbedder, Preparation, without_resizing
+from latentds.embedders.embedder_cards import CARDS
 from latentds.embedders.weights import fetch, fill, read_weights
 from latentds.errors import ShapeError, UnknownNameError, WeightsError, missing_extra
 

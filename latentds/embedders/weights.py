@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from latentds.autoencoders.downloads import commit_of
 from latentds.autoencoders.taesd import read_tensors
-from latentds.embedders.base import EmbedderCard
+from latentds.embedders.embedder import EmbedderCard
 from latentds.errors import WeightsError
 
 

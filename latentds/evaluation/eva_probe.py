@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from latentds.core.randomness import key_of, shuffled
 from latentds.errors import InputError
 from latentds.evaluation.probes import Fitted, standardized
-from latentds.randomness import key_of, shuffled
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from latentds.errors import InputError, missing_extra
-from latentds.evaluation.slide_names import some
+from latentds.sources.slide_names import some
 
 PARTS = ("train", "val", "test")
 SPLIT_WORDS = {

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 
 from latentds.errors import InputError
-from latentds.evaluation.csv_tables import TextTable, read_table
-from latentds.evaluation.slide_names import NameIndex, plain_name, some
-from latentds.format import sorted_names
-from latentds.sources.fields import ALIASES
+from latentds.sources.csv_tables import TextTable, read_table
+from latentds.sources.field_names import ALIASES
 from latentds.sources.names import known_patient
+from latentds.sources.slide_names import NameIndex, plain_name, some
+from latentds.store.format import sorted_names
 
 SLIDE_COLUMNS = ALIASES["slide"]
 SOURCE_COLUMNS = ("source", *ALIASES["path"])

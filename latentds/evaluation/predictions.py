@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from latentds.errors import InputError
-from latentds.evaluation.csv_tables import TextTable, read_table, write_table
+from latentds.sources.csv_tables import TextTable, read_table, write_table
 
 FILE = "predictions.csv"
 COLUMNS = ("fold", "seed", "item", "group", "label", "prediction")

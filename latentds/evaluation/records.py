@@ -9,9 +9,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, TypedDict
 
+from latentds.core.storage import write_atomically
 from latentds.errors import InputError
 from latentds.evaluation.statistics import Summary, summary
-from latentds.storage import write_atomically
 
 FORMAT = "latentds-run/1"
 FILE = "result.json"

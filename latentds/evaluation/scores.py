@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from latentds.errors import InputError, ShapeError
-from latentds.evaluation.slide_names import some
 from latentds.evaluation.weighing import METRICS, weighted_score
+from latentds.sources.slide_names import some
 
 SUM_TOLERANCE = 1e-3  # rows of half-precision probabilities add up to 1 within this
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from latentds.errors import InputError
-from latentds.evaluation.csv_tables import TextTable, read_table, write_table
 from latentds.evaluation.folds import PARTS, SPLIT_WORDS, Fold, check_disjoint
-from latentds.evaluation.slide_names import NameIndex, some
-from latentds.sources.fields import ALIASES
+from latentds.sources.csv_tables import TextTable, read_table, write_table
+from latentds.sources.field_names import ALIASES
+from latentds.sources.slide_names import NameIndex, some
 
 CLAM_FILE = re.compile(r"splits_(\d+)\.csv")
 FOLD_COLUMN = re.compile(r"fold_(\d+)")

@@ -6,13 +6,13 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from latentds.display import code_span, markdown
-from latentds.format import FORMAT
-from latentds.golden import Golden
+from latentds.core.display import code_span, markdown
 from latentds.hub.preview import LABEL, PICTURE, PREVIEW, SLIDE
 from latentds.hub.snippets import Publication, loading
-from latentds.manifest import Manifest
-from latentds.publishing import front_matter, has_masks, label_table
+from latentds.store.format import FORMAT
+from latentds.store.golden import Golden
+from latentds.store.manifest import Manifest
+from latentds.store.set_card import front_matter, has_masks, label_table
 
 PREVIEW_CONFIG = (
     "- config_name: preview",

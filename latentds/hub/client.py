@@ -21,8 +21,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from latentds.core.storage import READ_BYTES
 from latentds.errors import InputError
-from latentds.storage import READ_BYTES
 
 NAME = re.compile(r"[\w.-]+/[\w.-]+")
 PULL_REQUEST = re.compile(r"refs/pr/\d+")

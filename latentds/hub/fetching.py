@@ -12,21 +12,21 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from latentds.errors import FormatError, InputError
-from latentds.foreign_json import parse_json
-from latentds.format import MANIFEST, SIDECARS
-from latentds.hub.client import NAME, HubFile, Repository
-from latentds.hub.plan import README
-from latentds.hub.preview import PREVIEW
-from latentds.manifest import MAX_MANIFEST_BYTES, Manifest, parse_manifest
-from latentds.storage import (
+from latentds.core.foreign_json import parse_json
+from latentds.core.storage import (
     exclusive_lock,
     naming,
     rename_durably,
     sha256_file,
     write_atomically,
 )
-from latentds.transport import Transport
+from latentds.errors import FormatError, InputError
+from latentds.hub.client import NAME, HubFile, Repository
+from latentds.hub.preview import PREVIEW
+from latentds.hub.publish_plan import README
+from latentds.store.format import MANIFEST, SIDECARS
+from latentds.store.manifest import MAX_MANIFEST_BYTES, Manifest, parse_manifest
+from latentds.store.transport import Transport
 
 PART_BYTES = 16 * 1_000_000  # asked for at once: what a broken connection costs
 THREADS = 8

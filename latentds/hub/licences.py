@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from latentds.errors import InputError, unknown_name
-from latentds.manifest import Manifest
+from latentds.store.manifest import Manifest
 
 # hub-docs, repositories-licenses.md, those made for data or found on data sets. 'unknown' and 'cc'
 # are left out: neither says what is allowed. What is not here goes as 'other', with name and link.

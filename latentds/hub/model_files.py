@@ -10,9 +10,9 @@ from typing import Any
 
 from latentds.hub.client import HubFile, Repository
 from latentds.hub.licences import read_markdown
-from latentds.hub.options import PublishOptions
-from latentds.hub.plan import HUB_OWN, README, Plan, holds_other
-from latentds.hub.upload import Published, compare, have_repository, send
+from latentds.hub.model_options import PublishOptions
+from latentds.hub.publish_plan import HUB_OWN, README, Plan, holds_other
+from latentds.hub.set_upload import Published, compare, have_repository, send
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from latentds.golden import read_golden
-from latentds.reader import ShardSet
+from latentds.store.golden import read_golden
+from latentds.store.reader import ShardSet
 
 # A tar like the shards, not Parquet: `datasets` picks one builder for a repository, by the first
 # config's files, and hands every config's files to it. A Parquet config beside data/*.tar fails

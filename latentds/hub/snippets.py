@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 from latentds.autoencoders.cards import CARDS
-from latentds.format import CODES, PATCHES, SIDECARS
-from latentds.manifest import Manifest
-from latentds.publishing import DEQUANTIZE
+from latentds.store.format import CODES, PATCHES, SIDECARS
+from latentds.store.manifest import Manifest
+from latentds.store.set_card import DEQUANTIZE
 
 MORE_BOOKS = (
     "This set has {} codebooks (`codebooks` in the manifest), and each shard names its own by "

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from latentds.display import code_span, markdown
+from latentds.core.display import code_span, markdown
 from latentds.embedders.backbone_record import RECORD, BackboneRecord
-from latentds.publishing import facts_table
+from latentds.store.set_card import facts_table
 
 CARD = """---
 {front_matter}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from latentds.embedders.base import resize
+from latentds.embedders.embedder import resize
 from latentds.embedders.timm_models import configured_card, create
 from latentds.embedders.weights import fetch, fill, read_weights
 from latentds.errors import WeightsError

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from latentds.autoencoders.base import hash_tensors
+from latentds.autoencoders.autoencoder import hash_tensors
 from latentds.embedders import NetworkEmbedder, load_embedder
 from latentds.embedders.nic import FIELD_PX, SEEN_PX, NicEncoder
 from latentds.errors import ShapeError, WeightsError

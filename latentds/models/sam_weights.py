@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from latentds.autoencoders.base import hash_tensors
-from latentds.embedders.base import EmbedderCard
+from latentds.autoencoders.autoencoder import hash_tensors
+from latentds.embedders.embedder import EmbedderCard
 from latentds.embedders.weights import fetch
 from latentds.errors import WeightsError, missing_extra, unknown_name
 

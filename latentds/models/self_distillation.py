@@ -23,7 +23,7 @@ from latentds.models.gathering import GatheredCenter, gather_rows
 from latentds.models.vit_tokens import encode, require_vit
 
 if TYPE_CHECKING:
-    from latentds.views.crops import Views
+    from latentds.views.view_batch import Views
 
 CENTER_MOMENTUM = 0.9  # DINO main_dino.py, DINOLoss; DINOv2 loss/dino_clstoken_loss.py
 IBOT_WEIGHT = 1.0  # DINOv2 ssl_default_config.yaml, ibot.loss_weight

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from latentds.randomness import uniform
+from latentds.core.randomness import uniform
 
 MAE_RATIO = 0.75  # He et al. 2022, section 3
 MASKED_SHARE = 0.5  # of global views; DINOv2 ssl_default_config.yaml, mask_sample_probability

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from latentds.errors import UnknownNameError, missing_extra, unknown_name
-from latentds.mask_geometry import pad_to_multiple
+from latentds.views.mask_geometry import pad_to_multiple
 
 MULTIPLE_PX = 32  # of the images that an encoder of depth 5 takes
 DECODER_CHANNELS = (256, 128, 64, 32, 16)  # segmentation_models_pytorch's own default

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from latentds.conversion.config import ConvertConfig
+from latentds.conversion.convert_config import ConvertConfig
+from latentds.core.untrusted_files import check_regular, expands_to
 from latentds.errors import InputError, missing_extra
-from latentds.opening import check_regular, expands_to
 from latentds.sources.image_folder import walk
 from latentds.sources.kinds import sort_files
 from latentds.sources.slide_reading import distinct, slide_mpp

@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from latentds.conversion.config import ConvertConfig
+from latentds.conversion.convert_config import ConvertConfig
 from latentds.errors import InputError, missing_extra
 from latentds.sources.image_folder import DEFAULT_SPLIT, SPLITS
 from latentds.sources.kept import Kept
-from latentds.sources.metadata import label_column
 from latentds.sources.picture_files import PictureFiles
-from latentds.sources.records import COLUMNS, fields_of
+from latentds.sources.side_records import COLUMNS, fields_of
+from latentds.sources.side_tables import label_column
 from latentds.sources.source import Header, Listing, Picture
 
 # hf://datasets/ORG/NAME[@REVISION]; a Path has taken one of the slashes already.

@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from latentds.core.untrusted_files import check_regular
 from latentds.errors import InputError
-from latentds.opening import check_regular
 from latentds.sources.names import is_identifier
-from latentds.sources.pictures import picture_suffixes
+from latentds.sources.picture_decoding import picture_suffixes
 from latentds.sources.source import Header, Listing, Picture
 
 SPLITS = {

@@ -9,9 +9,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
 
 from latentds.codecs.formats import DECODE_ERRORS
+from latentds.core.untrusted_files import open_picture
 from latentds.errors import InputError
-from latentds.opening import open_picture
-from latentds.sources.pictures import picture_suffixes
+from latentds.sources.picture_decoding import picture_suffixes
 
 # OpenSlide's own, slides even where they cannot be read; of all others OpenSlide is asked.
 SUFFIXES = {".svs", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", ".svslide", ".zvi", ".czi"}

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from latentds.core.randomness import key_of
 from latentds.errors import InputError
-from latentds.randomness import key_of
 
 TCGA_PATIENT = re.compile(r"(TCGA-[0-9A-Z]{2}-[0-9A-Z]{4})(?:-|$)")
 # Patients in the names of public slides: the whole match, at the beginning of a name.

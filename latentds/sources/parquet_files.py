@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from latentds.core.foreign_json import parse_json
+from latentds.core.untrusted_files import check_regular
 from latentds.errors import FormatError, InputError
-from latentds.foreign_json import parse_json
-from latentds.opening import check_regular
-from latentds.sources.records import COLUMNS
+from latentds.sources.side_records import COLUMNS
 from latentds.sources.slide_reading import reason_of
 
 # Decompressed pictures of a row group; a few are in memory at once.

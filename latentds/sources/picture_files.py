@@ -13,14 +13,14 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
-from latentds.conversion.config import ConvertConfig
+from latentds.conversion.convert_config import ConvertConfig
 from latentds.errors import InputError
 from latentds.sources.image_folder import check_labels, check_sizes, list_pictures, name_fields
 from latentds.sources.kept import Kept
-from latentds.sources.metadata import with_tables
-from latentds.sources.patch import Patch, Place
-from latentds.sources.pictures import find_mask, read_header, read_mask, read_picture
+from latentds.sources.picture_decoding import find_mask, read_header, read_mask, read_picture
+from latentds.sources.side_tables import with_tables
 from latentds.sources.source import Header, Listing, Picture
+from latentds.store.patch_record import Patch, Place
 
 TILED_PICTURES = 2  # decoded pictures kept while their tiles are cut
 

@@ -7,15 +7,15 @@ import io
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
-from latentds.conversion.config import ConvertConfig
+from latentds.conversion.convert_config import ConvertConfig
 from latentds.errors import InputError
 from latentds.sources.image_folder import name_fields
 from latentds.sources.kept import Kept
-from latentds.sources.metadata import label_column
 from latentds.sources.names import path_fields
 from latentds.sources.parquet_files import PATHS, EncodedTable, Group, open_table
 from latentds.sources.picture_files import PictureFiles
-from latentds.sources.records import fields_of, splits_of
+from latentds.sources.side_records import fields_of, splits_of
+from latentds.sources.side_tables import label_column
 from latentds.sources.source import MIXED_CHUNKS, Header, Listing, Picture
 
 # Row groups in memory: those that the plan mixes, and as many read ahead.

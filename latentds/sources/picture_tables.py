@@ -7,16 +7,16 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from latentds.conversion.config import ConvertConfig
+from latentds.conversion.convert_config import ConvertConfig
 from latentds.errors import InputError
-from latentds.evaluation.csv_tables import SUFFIXES, TextTable, read_table
-from latentds.evaluation.slide_names import path_ends
-from latentds.sources.fields import columns_of, note_unused
+from latentds.sources.csv_tables import SUFFIXES, TextTable, read_table
+from latentds.sources.field_names import columns_of, note_unused
 from latentds.sources.image_folder import DEFAULT_SPLIT, SPLITS, check_labels, numbers_of, walk
 from latentds.sources.kinds import SUFFIXES as SLIDE_SUFFIXES
+from latentds.sources.picture_decoding import MASK_SUFFIXES, picture_suffixes
 from latentds.sources.picture_files import PictureFiles
-from latentds.sources.pictures import MASK_SUFFIXES, picture_suffixes
-from latentds.sources.records import slide_name
+from latentds.sources.side_records import slide_name
+from latentds.sources.slide_names import path_ends
 from latentds.sources.source import Listing, Picture
 
 FIELDS = ("path", "label", "slide", "patient", "x", "y", "mpp", "size_px", "split", "mask")

@@ -7,13 +7,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
-from latentds.conversion.config import ConvertConfig
+from latentds.conversion.convert_config import ConvertConfig
+from latentds.core.foreign_json import parse_json
 from latentds.errors import FormatError, InputError
-from latentds.foreign_json import parse_json
 from latentds.sources.image_folder import check_names
+from latentds.sources.picture_decoding import picture_suffixes
 from latentds.sources.picture_files import PictureFiles
-from latentds.sources.pictures import picture_suffixes
-from latentds.sources.records import fields_of, splits_of
+from latentds.sources.side_records import fields_of, splits_of
 from latentds.sources.source import Header, Listing, Picture
 from latentds.sources.tars import TarMember, open_member, read_member, tar_members
 

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from latentds.core.untrusted_files import check_regular
 from latentds.errors import InputError, missing_extra
-from latentds.opening import check_regular
 from latentds.sources.slide_probe import probe_slide
 
 THUMBNAIL_MPP = 8.0  # a 256 px patch at 0.5 mpp is 16 px of it

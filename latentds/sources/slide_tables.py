@@ -8,13 +8,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from latentds.errors import InputError
-from latentds.evaluation.csv_tables import TextTable, read_table
-from latentds.evaluation.slide_names import NameIndex, some
-from latentds.sources.fields import columns_of, note_unused
+from latentds.sources.csv_tables import TextTable, read_table
+from latentds.sources.field_names import columns_of, note_unused
 from latentds.sources.image_folder import SPLITS, numbers_of
 from latentds.sources.kinds import sort_files
 from latentds.sources.names import patient_of
 from latentds.sources.picture_tables import list_table, path_columns
+from latentds.sources.slide_names import NameIndex, some
 from latentds.sources.slides import Slides, check_slide_names
 from latentds.sources.source import Listing, Picture
 

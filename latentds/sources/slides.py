@@ -15,12 +15,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from latentds.conversion.config import ConvertConfig
+from latentds.conversion.convert_config import ConvertConfig
 from latentds.errors import InputError
 from latentds.sources.image_folder import check_labels, check_names, read_folders, walk
 from latentds.sources.kinds import one_a_series, sort_files
-from latentds.sources.metadata import with_tables
-from latentds.sources.patch import Patch, Place
+from latentds.sources.side_tables import with_tables
 from latentds.sources.slide_reading import (
     UNREADABLE,
     ReadRegion,
@@ -38,6 +37,7 @@ from latentds.sources.slide_reading import (
 )
 from latentds.sources.source import Header, Listing, Picture
 from latentds.sources.tissue import has_edges, tissue_mask, tissue_shares
+from latentds.store.patch_record import Patch, Place
 
 logger = logging.getLogger(__name__)
 DEFAULT_PATCH_PX = 256

@@ -9,7 +9,7 @@ from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
-from latentds.sources.patch import Patch, Place
+from latentds.store.patch_record import Patch, Place
 
 MIXED_CHUNKS = 4  # pictures of so many chunks are shuffled among each other
 

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple, cast
 
+from latentds.core.untrusted_files import open_regular
 from latentds.errors import InputError
-from latentds.format import HEADER_PREFIX
-from latentds.opening import open_regular
+from latentds.store.format import HEADER_PREFIX
 
 MAX_HEADER_BYTES = 1 << 20  # a PAX or GNU header; a member's own takes 512
 TAR_ERRORS = (tarfile.TarError, ValueError, OverflowError, EOFError)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from latentds.core.foreign_json import parse_json
 from latentds.errors import FormatError, InputError
-from latentds.foreign_json import parse_json
 from latentds.sources.image_folder import numbers_of
 from latentds.sources.picture_tars import Members, PictureTars, Record
 from latentds.sources.source import Listing

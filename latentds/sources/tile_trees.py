@@ -7,12 +7,12 @@ import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
-from latentds.conversion.config import ConvertConfig
+from latentds.conversion.convert_config import ConvertConfig
 from latentds.errors import InputError
 from latentds.sources.image_folder import are_splits, list_pictures
 from latentds.sources.names import is_identifier
+from latentds.sources.picture_decoding import read_header
 from latentds.sources.picture_files import PictureFiles
-from latentds.sources.pictures import read_header
 from latentds.sources.source import Listing, Picture
 
 TILE_NAME = re.compile(r"(\d+)_(\d+)\.(?:jpe?g|png)")

@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from latentds.core.randomness import uniform_each
 from latentds.errors import ShapeError
-from latentds.randomness import uniform_each
 
 TRIES = 10  # torchvision's RandomResizedCrop; then a central box
 # What each number of a view decides, in this order; new ones go to the end: those before stay.

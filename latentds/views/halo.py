@@ -8,7 +8,7 @@ import copy
 import torch
 from torch import Tensor
 
-from latentds.autoencoders.base import Autoencoder, NetworkAutoencoder
+from latentds.autoencoders.autoencoder import Autoencoder, NetworkAutoencoder
 from latentds.errors import ContractError
 
 MOST_CELLS = 20  # TAESD sees 14, turbo-f32 13, tiny 10

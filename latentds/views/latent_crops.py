@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from latentds.core.randomness import uniform
 from latentds.errors import ShapeError
-from latentds.randomness import uniform
-from latentds.views.crops import Views
+from latentds.views.view_batch import Views
 
 QUARTERS = 4
 

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from latentds.errors import ShapeError, unknown_name
 from latentds.views.boxes import Boxes, Draws, draw_boxes, native_boxes
-from latentds.views.crops import Views
 from latentds.views.limits import at_least, probabilities, ranges, strengths, threes
 from latentds.views.painting import PAINTED, Paint, compiled
 from latentds.views.presets import IMAGENET_MEAN, IMAGENET_STD, PRESETS
 from latentds.views.resampling import SUPPORT, resized_crops
+from latentds.views.view_batch import Views
 
 Two = tuple[float, float]
 Three = tuple[float, float, float]

@@ -8,11 +8,11 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from latentds.decoding import Decoder
+from latentds.loading.decoding import Decoder
 from latentds.views.boxes import Boxes
-from latentds.views.crops import Views
 from latentds.views.halo import measure_halo
 from latentds.views.multicrop import MultiCrop
+from latentds.views.view_batch import Views
 
 # Sizes of windows, in parts of the patch: few shapes, for compiled and captured decoders.
 STEPS = 16

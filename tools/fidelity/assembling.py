@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 from latentds_tools.fidelity import jpeg_tables
-from latentds_tools.fidelity.crops import Crops
-from latentds_tools.fidelity.fitting import ON_TESTED, FitSample
+from latentds_tools.fidelity.fidelity_crops import Crops
+from latentds_tools.fidelity.jpeg_fitting import ON_TESTED, FitSample
 from latentds_tools.fidelity.measuring import Measured
-from latentds_tools.fidelity.paper import find_paper_row
+from latentds_tools.fidelity.paper_rows import find_paper_row
 
-from latentds.autoencoders.base import latent_cells
+from latentds.autoencoders.autoencoder import latent_cells
 from latentds.codecs import FORMATS, CodecSpec, LatentSpec, PictureSpec
 
 # Measured by `latentds bench container`, packs of 256: 28.2 bytes a patch for headers and columns

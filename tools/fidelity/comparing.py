@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from latentds_tools.fidelity import assembling
-from latentds_tools.fidelity.config import Config
 from latentds_tools.fidelity.contact import draw_sheet
 from latentds_tools.fidelity.encoded import encode_all
+from latentds_tools.fidelity.fidelity_config import Config
+from latentds_tools.fidelity.fidelity_plots import draw_plots
 from latentds_tools.fidelity.job import Job, prepare
 from latentds_tools.fidelity.keeping import KeptRows, check_finite
 from latentds_tools.fidelity.measuring import Measured, Originals, measure
-from latentds_tools.fidelity.pairing import add_differences, budget_of
-from latentds_tools.fidelity.paper import differences, paper_table
-from latentds_tools.fidelity.plots import draw_plots
+from latentds_tools.fidelity.paired_differences import add_differences, budget_of
+from latentds_tools.fidelity.paper_rows import differences, paper_table
 from latentds_tools.fidelity.quality import PSNR_SETTINGS, SIMILARITY_SETTINGS, SSIM_SETTINGS
 from latentds_tools.fidelity.summaries import Groups
 

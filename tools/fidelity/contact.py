@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from latentds_tools.fidelity.crops import Crop
+from latentds_tools.fidelity.fidelity_crops import Crop
 
 from latentds.errors import InputError
 

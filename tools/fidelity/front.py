@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from latentds_tools.fidelity.plots import Curve, draw_front
+from latentds_tools.fidelity.fidelity_plots import Curve, draw_front
 
-from latentds.display import say
+from latentds.core.display import say
 from latentds.errors import InputError
 
 SECTION, EMBEDDER = "MoNuSeg", "efficientnet-lite0"

@@ -8,19 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from latentds_tools.fidelity.config import Config
+from latentds_tools.fidelity.codec_opening import Autoencoders
 from latentds_tools.fidelity.contact import pick_crops
-from latentds_tools.fidelity.crops import Crops, read_crops
-from latentds_tools.fidelity.fitting import ON_TESTED, Codebooks, FitSample, stored_codebooks
+from latentds_tools.fidelity.fidelity_config import Config
+from latentds_tools.fidelity.fidelity_crops import Crops, read_crops
+from latentds_tools.fidelity.fidelity_plan import Plan, make_plan, parse
+from latentds_tools.fidelity.jpeg_fitting import ON_TESTED, Codebooks, FitSample, stored_codebooks
 from latentds_tools.fidelity.jpeg_tables import NAME as FITTED
 from latentds_tools.fidelity.jpeg_tables import FittedTables
 from latentds_tools.fidelity.nuclei import NAME as NUCLEI
 from latentds_tools.fidelity.nuclei import NucleiFinder
-from latentds_tools.fidelity.opening import Autoencoders
-from latentds_tools.fidelity.plan import Plan, make_plan, parse
 from latentds_tools.fidelity.probing import PatchProbe
-from latentds_tools.fidelity.slide_tables import read_table
-from latentds_tools.fidelity.slides import SlideOptions
+from latentds_tools.fidelity.slide_columns import read_table
+from latentds_tools.fidelity.slide_intervals import SlideOptions
 
 from latentds.codecs import (
     CodecSpec,
@@ -104,7 +104,7 @@ class Job:
 
 def prepare(config: Config) -> Job:
     """Open all that is needed, and read the crops."""
-    from latentds.conversion.encode import choose_device
+    from latentds.conversion.patch_encoding import choose_device
 
     others = (config.fit_on, config.nuclei, config.probe_on)
     for folder in (*config.source, *(folder for folder in others if folder)):

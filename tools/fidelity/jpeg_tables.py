@@ -17,7 +17,7 @@ from latentds_tools.fidelity.quality import cosines, embed
 
 from latentds.codecs import FORMATS, PictureCodec
 from latentds.codecs.formats import JPEG_TABLES_AT_50, Format, encode_jpeg
-from latentds.codecs.pictures import fit_to_mean
+from latentds.codecs.picture_codecs import fit_to_mean
 
 NAME = "jpeg-fitted"
 BANDS = (0, 1, 3, 6)  # sums of both frequencies at which a band begins

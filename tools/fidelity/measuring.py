@@ -102,7 +102,7 @@ def measure(
 
 def finite_psnr(image: np.ndarray, reference: np.ndarray) -> float | None:
     """PSNR in dB, None where the pictures are equal: JSON has no infinity."""
-    from latentds.metrics import psnr_db
+    from latentds.core.metrics import psnr_db
 
     value = psnr_db(image, reference)
     return value if math.isfinite(value) else None

@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from latentds_tools.fidelity.crops import Crop
+from latentds_tools.fidelity.fidelity_crops import Crop
 from latentds_tools.fidelity.quality import to_images
 from torch import Tensor, nn
 from torch.nn import functional
 
+from latentds.core.untrusted_files import open_picture
 from latentds.errors import InputError
-from latentds.opening import open_picture
-from latentds.sources.pictures import read_picture
+from latentds.sources.picture_decoding import read_picture
 
 NAME = "nuclei, Dice"
 WIDTHS = (16, 32, 64)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from latentds_tools.fidelity.crops import Crop, Crops
+from latentds_tools.fidelity.fidelity_crops import Crop, Crops
 from latentds_tools.fidelity.measuring import Originals
 
 from latentds.errors import InputError

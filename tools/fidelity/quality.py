@@ -35,7 +35,7 @@ def measure_ssim(image: np.ndarray, reference: np.ndarray, settings: str) -> flo
         pair = to_images([image, reference])
         measured = structural_similarity_index_measure(pair[:1], pair[1:], data_range=1.0)
         return float(measured)  # type: ignore[arg-type]  # a pair only with return_full_image
-    from latentds.metrics import ssim
+    from latentds.core.metrics import ssim
 
     return ssim(image, reference)
 

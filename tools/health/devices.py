@@ -13,7 +13,7 @@ from typing import Any
 
 from latentds_tools.health.finding import Finding
 
-PROBE = (sys.executable, "-m", "latentds_tools.health.probe")
+PROBE = (sys.executable, "-m", "latentds_tools.health.device_probe")
 DRIVER = Path("/proc/driver/nvidia/version")  # there where NVIDIA's kernel module is loaded
 
 

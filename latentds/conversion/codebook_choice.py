@@ -1,0 +1,206 @@
+"""Which codebook a conversion uses: an earlier run's, a file's, tiny's own, or a new fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from latentds.autoencoders.autoencoder import AutoencoderCard
+from latentds.autoencoders.tiny import shipped_records, tiny_codebook
+from latentds.conversion.conversion_plan import check_budget
+from latentds.conversion.convert_config import ConvertConfig
+from latentds.conversion.patch_encoding import Encoder, sample_latents
+from latentds.conversion.region_decoding import PatchReader
+from latentds.errors import ContractError, InputError, ShapeError
+from latentds.quantizers.additive_fit import fit_additive, plane_range
+from latentds.quantizers.codebook_files import StoredCodebook, load_codebook, sized
+from latentds.quantizers.entropy.record_fit import fit_entropy_codebook
+from latentds.quantizers.scalar_fit import fit_codebook
+from latentds.store.format import Contract
+
+MAX_SAMPLE_VALUES = 16_000_000  # latent values held while fitting: 64 MB
+
+
+def find_codebook(
+    config: ConvertConfig, encoder: Encoder, reader: PatchReader, earlier: dict[str, Any]
+) -> StoredCodebook:
+    """The codebook of a file, of the run that is resumed, shipped with the autoencoder, or fitted.
+
+    raises  ContractError for a file fitted to other latents, InputError for bytes that the latents
+            or the codebook cannot have, with those that they can
+    """
+    card = encoder.autoencoder.card
+    if config.codebook_file is not None:
+        return given_codebook(config, card, encoder.check_shape(reader.plan.patch_px))
+    if earlier:
+        contract = Contract.from_json(earlier["contract"], "plan.json")
+        return StoredCodebook(
+            codebook=contract.codebook,
+            latent_id=contract.latent_id,
+            made=earlier["made"]["codebook"],
+        )
+    kind = config.codebook_kind
+    is_usual = config.quantizer == "kmeans" and config.levels == 256
+    if kind == "rans" or (kind is None and is_usual):
+        shape = encoder.check_shape(reader.plan.patch_px)
+        records = shipped_records(card.latent_id, shape, config.bytes)
+        if records is not None:
+            return records
+    if kind == "rans":
+        if config.bytes is None:
+            raise InputError("--codebook rans needs --bytes, how many a patch is to take")
+        return fit_records_to_sample(config, encoder, reader, config.bytes)
+    shipped = tiny_codebook()
+    if kind == "additive" or (kind is None and config.bytes is not None):
+        if config.bytes is None:
+            raise InputError("--codebook additive needs --bytes, how many a patch is to take")
+        return fit_additive_to_sample(
+            config, encoder, reader, patch_bytes=config.bytes, method="auto"
+        )
+    if is_usual and shipped.latent_id == card.latent_id:
+        return shipped
+    return fit_to_sample(config, encoder, reader)
+
+
+def given_codebook(
+    config: ConvertConfig, card: AutoencoderCard, shape: tuple[int, int, int]
+) -> StoredCodebook:
+    """The codebook of --codebook FILE, of --bytes."""
+    assert config.codebook_file is not None
+    stored = codebook_of_file(config.codebook_file, card.latent_id, card.name)
+    return fitting(stored, config.codebook_file, shape, config.bytes)
+
+
+def fitting(
+    stored: StoredCodebook, path: Path, shape: tuple[int, int, int], patch_bytes: int | None
+) -> StoredCodebook:
+    """The codebook of a file for these latents and --bytes; errors name the file."""
+    try:
+        return sized(stored, shape, patch_bytes)
+    except (ShapeError, InputError) as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def codebook_of_file(path: Path, latent_id: str, name: str) -> StoredCodebook:
+    """The codebook in a file; ContractError where it was fitted to other latents."""
+    stored = load_codebook(path)
+    if stored.latent_id != latent_id:
+        raise ContractError(
+            f"{path}: fitted to other latents than {name!r} makes; fit one with "
+            "'latentds fit-codebook'"
+        )
+    made = {"origin": "from a codebook file", "file": path.name, "fit": stored.made}
+    return StoredCodebook(codebook=stored.codebook, latent_id=latent_id, made=made)
+
+
+def fit_to_sample(config: ConvertConfig, encoder: Encoder, reader: PatchReader) -> StoredCodebook:
+    """A codebook fitted to patches drawn from the training split, the first where there is none."""
+    samples, drawn = draw_sample(config, encoder, reader)
+    codebook, report = fit_codebook(samples, config.quantizer, config.levels, config.seed)
+    return StoredCodebook(
+        codebook=codebook,
+        latent_id=encoder.autoencoder.card.latent_id,
+        made=drawn | report.to_json(),
+    )
+
+
+def fit_additive_to_sample(
+    config: ConvertConfig, encoder: Encoder, reader: PatchReader, *, patch_bytes: int, method: str
+) -> StoredCodebook:
+    """An additive codebook of as many planes as make `patch_bytes` a patch, fitted likewise.
+
+    raises  InputError for bytes that are no whole planes, or more or fewer than `method` can
+    """
+    channels, rows, columns = encoder.check_shape(reader.plan.patch_px)
+    planes = planes_of(patch_bytes, channels, rows * columns, method)
+    samples, drawn = draw_sample(config, encoder, reader)
+    codebook, report = fit_additive(samples.T, planes, method, config.levels, config.seed)
+    return StoredCodebook(
+        codebook=codebook,
+        latent_id=encoder.autoencoder.card.latent_id,
+        made=drawn | report.to_json(),
+    )
+
+
+def fit_records_to_sample(
+    config: ConvertConfig, encoder: Encoder, reader: PatchReader, record_bytes: int
+) -> StoredCodebook:
+    """The codebook of entropy-coded records of so many bytes, fitted to patches of the input.
+
+    raises  InputError for bytes that these latents cannot be coded in, with those that they can
+    """
+    rows, rng, drawn = draw_rows(config, reader)
+    chunks = sample_chunks(reader, rng.permutation(rows), encoder.batch)
+    batches = (encoder.latents(chunk).cpu() for chunk in chunks if len(chunk))
+    try:
+        codebook, report = fit_entropy_codebook(batches, record_bytes)
+    except ValueError as error:
+        raise InputError(f"--bytes {record_bytes}: {error}") from error
+    return StoredCodebook(
+        codebook=codebook,
+        latent_id=encoder.autoencoder.card.latent_id,
+        made=drawn | {"record_fit": report.to_json()},
+    )
+
+
+def planes_of(patch_bytes: int, channels: int, cells: int, method: str = "auto") -> int:
+    """Code planes that take so many bytes a patch; InputError that says what is possible."""
+    least, most = plane_range(method, channels)
+    most = min(most, channels)  # a byte a value is what scalar codes take, without any search
+    planes, rest = divmod(patch_bytes, cells)
+    if rest == 0 and least <= planes <= most:
+        return planes
+    possible = f"{least * cells:,} alone" if least == most else (
+        f"{', '.join(f'{n * cells:,}' for n in range(least, min(most, least + 3)))}"
+        f"{', ...' if most > least + 3 else ''} or {most * cells:,}"
+    )  # fmt: skip
+    raise InputError(
+        f"--bytes {patch_bytes}: additive codes ({method}) of latents of {channels} channels x "
+        f"{cells:,} cells take {possible}, a byte a cell and plane, at most one a value; "
+        "entropy-coded records, --codebook rans, are not bound to cells"
+    )
+
+
+def draw_sample(
+    config: ConvertConfig, encoder: Encoder, reader: PatchReader
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Latents float32 (C, M) of the patches a codebook is fitted to, and how they were drawn."""
+    rows, rng, drawn = draw_rows(config, reader)
+    cells = max(16, MAX_SAMPLE_VALUES // (encoder.autoencoder.card.channels * len(rows)))
+    with tqdm(total=len(rows), desc="codebook", unit="patch", delay=1) as bar:
+        chunks = sample_chunks(reader, rows, encoder.batch)
+        samples = sample_latents(encoder, chunks, cells, rng, bar.update)
+    return samples, drawn
+
+
+def draw_rows(
+    config: ConvertConfig, reader: PatchReader
+) -> tuple[np.ndarray, np.random.Generator, dict[str, Any]]:
+    """Rows of the patches a codebook is fitted to, the generator that drew them, and how."""
+    splits = reader.plan.splits
+    split = "train" if "train" in splits else next(iter(splits))
+    start, stop = splits[split]
+    rng = np.random.default_rng([config.seed, 1])
+    count = min(config.fit_patches, stop - start)
+    rows = np.sort(rng.choice(np.arange(start, stop), count, replace=False))
+    drawn = {
+        "origin": "fitted to a sample of the input",
+        "split": split,
+        "patches": count,
+        "seed": config.seed,
+    }
+    return rows, rng, drawn
+
+
+def sample_chunks(reader: PatchReader, rows: np.ndarray, batch: int) -> Iterator[np.ndarray]:
+    """Pixels of the readable patches at `rows`, at most a batch at a time."""
+    bad = dict(reader.plan.bad)
+    groups = [rows[start : start + batch] for start in range(0, len(rows), batch)]
+    for chunk in reader.chunks(groups):
+        bad.update(chunk.bad)
+        check_budget(reader.config, bad)  # they will fail later too: say so now
+        yield chunk.pixels

@@ -1,0 +1,302 @@
+"""What will be converted, in which order, into which shard: decided before a pixel is read."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from latentds.conversion.convert_config import ConvertConfig
+from latentds.conversion.left_out import sources_of
+from latentds.errors import InputError, TooManyBadSamplesError
+from latentds.sources.anonymity import hider
+from latentds.sources.image_folder import half_labelled
+from latentds.sources.opening import list_source, open_source
+from latentds.sources.source import MIXED_CHUNKS, Header, Listing, Picture, Source
+from latentds.store.format import canonical_json, patch_key, shard_name
+
+BLOCK_PATCHES = 256  # at least so many patches between two points a killed run resumes from
+HEADERS_AT_ONCE = 4096
+BAD_NAMED = 5
+REGION_DTYPE = np.dtype([("picture", "<u4"), ("x", "<i4"), ("y", "<i4")])
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedShard:
+    """A shard's path in the data set, its split and its blocks.
+
+    blocks  (start, stop) rows of the plan's regions that are encoded, written and journalled
+            together
+    """
+
+    name: str
+    split: str
+    blocks: tuple[tuple[int, int], ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Plan:
+    """Everything a conversion will do.
+
+    source      where they come from
+    pictures    usable ones; headers say size, mode and coding of each
+    patch_px    (H, W) of every patch
+    regions     REGION_DTYPE rows, in the order on disk
+    splits      split of every region's stretch: name -> (start, stop) rows
+    bad         files left out so far, with reasons
+    ignored     files that are no pictures
+    empty       pictures without a patch, with reasons
+    notes       what was assumed of the input, and what of it was not read
+    classes     label names in the source's own order, empty where it has none
+    """
+
+    source: Source
+    pictures: tuple[Picture, ...]
+    headers: tuple[Header, ...]
+    patch_px: tuple[int, int]
+    regions: np.ndarray
+    splits: dict[str, tuple[int, int]]
+    bad: tuple[tuple[str, str], ...]
+    ignored: int
+    ignored_example: str
+    empty: tuple[tuple[str, str], ...] = ()
+    notes: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()
+
+    def digest(self) -> str:
+        """Hash of files, headers and order: what a resumed run must find unchanged."""
+        digest = hashlib.sha256(self.regions.tobytes())
+        for picture, header in zip(self.pictures, self.headers, strict=True):
+            facts = [*dataclasses.astuple(picture), *dataclasses.astuple(header)]
+            digest.update(canonical_json(facts).encode())
+        digest.update(canonical_json([list(entry) for entry in self.bad]).encode())
+        return f"sha256:{digest.hexdigest()}"
+
+    def modes(self) -> dict[str, int]:
+        """Pictures by Pillow mode that are converted to RGB."""
+        counts = Counter(header.mode for header in self.headers if header.mode != "RGB")
+        return dict(sorted(counts.items()))
+
+    def encodings(self) -> dict[str, int]:
+        """Pictures by source coding."""
+        return dict(sorted(Counter(header.encoding for header in self.headers).items()))
+
+
+def make_plan(config: ConvertConfig) -> Plan:
+    """List, read all headers, check, order."""
+    source = open_source(config)
+    listing = list_source(source, config)
+    if config.anonymize:
+        listing = dataclasses.replace(listing, pictures=by_hidden_names(source, listing, config))
+    check_keys(config.source, [picture.source for picture in listing.pictures])
+    pictures, headers, bad = read_headers(source, listing.pictures, config)
+    by_source = {p.source: header for p, header in zip(pictures, headers, strict=True)}
+    plan = Plan(
+        source=source,
+        pictures=pictures,
+        headers=headers,
+        patch_px=source.patch_px(by_source),
+        regions=np.zeros(0, REGION_DTYPE),
+        splits={},
+        bad=bad,
+        ignored=listing.ignored,
+        ignored_example=listing.ignored_example,
+        notes=listing.notes,
+        classes=listing.classes,
+    )
+    check_labels(plan, config)
+    return order_regions(plan, config)
+
+
+def by_hidden_names(source: Source, listing: Listing, config: ConvertConfig) -> tuple[Picture, ...]:
+    """The pictures in an order that tells nothing of their names; chunks and slides stay whole."""
+    hide = hider(config.anonymize)
+
+    def rank(picture: Picture) -> tuple[str, ...]:
+        return hide(source.chunk(picture) or ""), hide(picture.slide or ""), hide(picture.source)
+
+    return tuple(sorted(listing.pictures, key=rank))
+
+
+def read_headers(
+    source: Source, pictures: Sequence[Picture], config: ConvertConfig
+) -> tuple[tuple[Picture, ...], tuple[Header, ...], tuple[tuple[str, str], ...]]:
+    """Headers of the readable pictures, and (source, reason) of the others within the budget."""
+    from tqdm import tqdm
+
+    def read(picture: Picture) -> Header | str:
+        try:
+            return source.header(picture)
+        except InputError as error:
+            return str(error)
+
+    outcomes: list[Header | str] = []
+    bar = tqdm(total=len(pictures), desc="headers", unit="file", delay=1)
+    with bar, ThreadPoolExecutor(config.workers or 8) as pool:
+        for start in range(0, len(pictures), HEADERS_AT_ONCE):  # a task is larger than a header
+            for outcome in pool.map(read, pictures[start : start + HEADERS_AT_ONCE]):
+                outcomes.append(outcome)
+                bar.update()
+    pairs = list(zip(pictures, outcomes, strict=True))
+    bad = {p.source: outcome for p, outcome in pairs if isinstance(outcome, str)}
+    check_budget(config, bad)
+    good = [(p, outcome) for p, outcome in pairs if isinstance(outcome, Header)]
+    if not good:
+        raise InputError(f"{config.source}: none of {len(pictures)} pictures can be read")
+    return tuple(p for p, _ in good), tuple(h for _, h in good), tuple(bad.items())
+
+
+def check_budget(config: ConvertConfig, bad: Mapping[str, str]) -> None:
+    """Raise once more pictures (reasons by source) are bad than --max-bad allows; names one."""
+    sources = sources_of(bad)
+    if len(sources) > config.max_bad:
+        root = config.source.parent if config.source.is_file() else config.source
+        named = [f"{root / s}: {reason}" for s, reason in list(bad.items())[:BAD_NAMED]]
+        more = f"; and {len(bad) - BAD_NAMED} more" if len(bad) > BAD_NAMED else ""
+        raise TooManyBadSamplesError(
+            f"{'; '.join(named)}{more}. {len(sources)} bad pictures, --max-bad is "
+            f"{config.max_bad}: raise it and run the same command again to go on without them, or "
+            "repair or remove them and start anew with --overwrite"
+        )
+
+
+def check_keys(root: Path, sources: Sequence[str]) -> None:
+    """Refuse two files that would be one patch."""
+    first: dict[str, str] = {}
+    for source in sources:
+        other = first.get(patch_key(source))
+        first[patch_key(source)] = source
+        if other == source:
+            raise InputError(f"{root}: {source} is named twice; keep one of the two")
+        if other is not None:
+            raise InputError(
+                f"{root}: {other} and {source} have one key, {patch_key(source)!r}; rename or "
+                "remove one"
+            )
+
+
+def check_labels(plan: Plan, config: ConvertConfig) -> None:
+    """Refuse labels or slides that a name pattern left on some pictures of a split only."""
+    unlabelled = half_labelled(plan.pictures)
+    if config.labels and unlabelled:
+        raise InputError(
+            f"{len(unlabelled)} of {len(plan.pictures)} pictures have no label "
+            f"(first: {unlabelled[0]}); mend --name-pattern or pass --no-labels"
+        )
+    if config.pack_by_slide:
+        bare = [p.source for p in plan.pictures if p.slide is None]
+        if bare:
+            raise InputError(
+                f"--pack-by-slide, but {bare[0]} names no slide; use class/slide/picture folders "
+                "or --name-pattern with a slide group"
+            )
+
+
+def order_regions(plan: Plan, config: ConvertConfig) -> Plan:
+    """The plan, its regions in the order on disk: by split, then shuffled, by slide or by path."""
+    rng, hide = np.random.default_rng([config.seed, 0]), hider(config.anonymize)
+    parts, splits, start = [], {}, 0
+    for split in sorted({picture.split for picture in plan.pictures}):
+        members = np.array([i for i, p in enumerate(plan.pictures) if p.split == split])
+        if config.order == "shuffle":
+            members = shuffle_pictures(plan, members, rng)
+        if config.pack_by_slide:
+            members = np.array(sorted(members, key=functools.partial(slide_and_chunk, plan, hide)))
+        found = [picture_regions(plan, int(i)) for i in members]
+        if config.mix:
+            found = [mix_regions(found[i : i + config.mix], rng)
+                     for i in range(0, len(found), config.mix)]  # fmt: skip
+        regions = np.concatenate(found)
+        if not len(regions):
+            continue
+        parts.append(regions)
+        splits[split] = (start, start + len(regions))
+        start += len(regions)
+    if not parts:
+        reason = plan.source.empty_reason(plan.pictures[0])
+        raise InputError(
+            f"{config.source}: {len(plan.pictures)} pictures, but no patch in them "
+            f"({plan.pictures[0].source}: {reason})"
+        )
+    regions = np.concatenate(parts)
+    return dataclasses.replace(
+        plan, regions=regions, splits=splits, empty=without_patches(plan, regions)
+    )
+
+
+def without_patches(plan: Plan, regions: np.ndarray) -> tuple[tuple[str, str], ...]:
+    """Pictures that gave no patch, and why."""
+    held = np.bincount(regions["picture"], minlength=len(plan.pictures))
+    empty = [plan.pictures[number] for number in np.flatnonzero(held == 0).tolist()]
+    return tuple((p.source, plan.source.empty_reason(p)) for p in empty)
+
+
+def slide_and_chunk(plan: Plan, hide: Callable[[str], str], picture: int) -> tuple[str, str]:
+    """What pictures are sorted by for packs of a slide; its chunks stay whole, to be read once."""
+    found = plan.pictures[int(picture)]
+    return hide(found.slide or ""), hide(plan.source.chunk(found) or "")
+
+
+def shuffle_pictures(plan: Plan, members: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Pictures in random order; those of a few chunks at a time where they come in chunks.
+
+    Each chunk is then read about once, and a reader holds no more than those few.
+    """
+    chunks: dict[str | None, list[int]] = {}
+    for number in members.tolist():
+        chunks.setdefault(plan.source.chunk(plan.pictures[number]), []).append(number)
+    if None in chunks:
+        return rng.permutation(members)
+    parts = list(chunks.values())
+    mixed = [parts[i] for i in rng.permutation(len(parts))]
+    groups = (mixed[i : i + MIXED_CHUNKS] for i in range(0, len(mixed), MIXED_CHUNKS))
+    return np.concatenate([rng.permutation(np.concatenate(group)) for group in groups])
+
+
+def picture_regions(plan: Plan, picture: int) -> np.ndarray:
+    """REGION_DTYPE rows of one picture."""
+    places = plan.source.regions(plan.pictures[picture], plan.headers[picture], plan.patch_px)
+    rows = np.zeros(len(places), REGION_DTYPE)
+    rows["picture"], rows["x"], rows["y"] = picture, places[:, 0], places[:, 1]
+    return rows
+
+
+def mix_regions(parts: list[np.ndarray], rng: np.random.Generator) -> np.ndarray:
+    """Regions of several pictures, shuffled among each other."""
+    joined = np.concatenate(parts)
+    shuffled: np.ndarray = joined[rng.permutation(len(joined))]
+    return shuffled
+
+
+def plan_shards(plan: Plan, config: ConvertConfig, bytes_per_patch: int) -> list[PlannedShard]:
+    """Shards of about `shard_mb` of codes, each a run of whole blocks of one split."""
+    room = config.shard_mb * 1_000_000 // bytes_per_patch
+    shards = []
+    for split in plan.splits:
+        groups: list[list[tuple[int, int]]] = [[]]
+        for start, stop in block_ranges(plan, split, config):
+            held = sum(b - a for a, b in groups[-1])
+            if groups[-1] and held + stop - start > room:
+                groups.append([])
+            groups[-1].append((start, stop))
+        for number, ranges in enumerate(groups):
+            shards.append(PlannedShard(shard_name(split, number), split, tuple(ranges)))
+    return shards
+
+
+def block_ranges(plan: Plan, split: str, config: ConvertConfig) -> list[tuple[int, int]]:
+    """Rows [start, stop) of the blocks of a split."""
+    start, stop = plan.splits[split]
+    if config.pack_by_slide:
+        slides = [plan.pictures[int(i)].slide for i in plan.regions["picture"][start:stop]]
+        edges = [start + i for i in range(1, len(slides)) if slides[i] != slides[i - 1]]
+        return list(itertools.pairwise([start, *edges, stop]))
+    step = config.pack_size * -(-BLOCK_PATCHES // config.pack_size)
+    return [(row, min(row + step, stop)) for row in range(start, stop, step)]

@@ -1,0 +1,100 @@
+"""The end of a conversion: tables, golden patches, card, and last the manifest."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from latentds.conversion.conversion_plan import Plan
+from latentds.conversion.left_out import describe_left_out, region_name, sources_of
+from latentds.core.storage import write_atomically
+from latentds.errors import FormatError, InputError
+from latentds.store.composing import complete
+from latentds.store.format import GOLDEN
+from latentds.store.golden import choose_rows, decode_pixels, encode_golden
+from latentds.store.index import write_tables
+from latentds.store.manifest import Manifest
+from latentds.store.reader import ShardSet
+
+if TYPE_CHECKING:
+    from latentds.conversion.converting import Conversion
+
+
+def finish(conversion: Conversion) -> Manifest:
+    """Write everything beside the shards; the manifest's presence means that all is there."""
+    out, work = conversion.config.out, conversion.work
+    names = sorted(shard.name for shard in conversion.shards if work.index(shard.name).is_file())
+    paths = [work.index(name) for name in names]
+    records, classes, slides = write_tables(out, paths, conversion.plan.classes)
+    bad = dict(conversion.plan.bad) | work.all_bad()
+    manifest = Manifest(
+        contract=conversion.contract,
+        shards=records,
+        classes=classes,
+        slides=slides,
+        tables={},
+        made=conversion.made | {"left_out": left_out(conversion, bad)} | counted(conversion, bad),
+    )
+    check_complete(conversion, manifest, set(bad))
+    write_golden(conversion, manifest, set(bad))
+    return complete(out, manifest)
+
+
+def left_out(conversion: Conversion, bad: dict[str, str]) -> list[dict[str, str]]:
+    """Sources left out and why, by name, or what stands for it."""
+    plan = conversion.plan
+    counts = np.bincount(plan.regions["picture"], minlength=len(plan.pictures)).tolist()
+    patches = {p.source: count for p, count in zip(plan.pictures, counts, strict=True)}
+    return describe_left_out(bad, patches, conversion.reader.hide)
+
+
+def counted(conversion: Conversion, bad: dict[str, str]) -> dict[str, Any]:
+    """How many sources gave patches, and those that had none to give, with reasons."""
+    plan, hide = conversion.plan, conversion.reader.hide or str
+    rows = usable_regions(plan, set(bad))
+    empty = [{"source": hide(source), "reason": reason} for source, reason in plan.empty]
+    return {
+        "converted": len(np.unique(plan.regions["picture"][rows])),
+        "without_patches": sorted(empty, key=lambda entry: entry["source"]),
+    }
+
+
+def usable_regions(plan: Plan, bad: set[str]) -> np.ndarray:
+    """Rows of the plan's regions that were not left out: stored rows follow them."""
+    usable = np.ones(len(plan.regions), bool)
+    sources = sources_of(bad)
+    touched = [i for i, picture in enumerate(plan.pictures) if picture.source in sources]
+    for row in np.flatnonzero(np.isin(plan.regions["picture"], touched)).tolist():
+        number, x, y = plan.regions[row].tolist()
+        usable[row] = region_name(plan.pictures[number].source, x, y) not in bad
+    return np.flatnonzero(usable)
+
+
+def check_complete(conversion: Conversion, manifest: Manifest, bad: set[str]) -> None:
+    """Refuse to call a data set finished that does not hold every patch that could be read."""
+    expected = len(usable_regions(conversion.plan, bad))
+    if manifest.patches != expected:
+        raise FormatError(
+            f"{conversion.config.out}: {manifest.patches} patches stored, {expected} were planned; "
+            "files changed while it ran? Run again with --overwrite"
+        )
+
+
+def write_golden(conversion: Conversion, manifest: Manifest, bad: set[str]) -> None:
+    """Write the golden patches: stored codes, the pictures' thumbnails, the decoder's pixels."""
+    plan, config = conversion.plan, conversion.config
+    rows = choose_rows(manifest.patches, config.seed)
+    regions = usable_regions(plan, bad)[rows]
+    chunks = conversion.reader.chunks(regions[place : place + 1] for place in range(len(rows)))
+    originals = []
+    for chunk in chunks:
+        if chunk.bad:
+            source, reason = next(iter(chunk.bad.items()))
+            raise InputError(f"{config.source / source}: {reason}; it could be read before")
+        originals.append(chunk.pixels[0])
+    codes = ShardSet(config.out, manifest=manifest).read_codes(rows)
+    decoded = decode_pixels(
+        codes, [manifest.contract.codebook], conversion.encoder.autoencoder, plan.patch_px
+    )
+    write_atomically(config.out / GOLDEN, encode_golden(rows, codes, originals, decoded))

@@ -1,0 +1,150 @@
+"""Patches to codes, the same bytes every time.
+
+Full batches, fp32, no TF32, deterministic kernels.
+"""
+# B encode batch, N patches given, C latent channels, h w latent cells
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from latentds.autoencoders.autoencoder import Autoencoder, exact_arithmetic, latent_cells
+from latentds.codecs.refining import error_gradient, refine
+from latentds.errors import ContractError, InputError
+from latentds.quantizers.scalar import AnyCodebook
+
+logger = logging.getLogger(__name__)
+
+CPU_BATCH = 16
+CUDA_BATCHES = (256, 128, 64, 32, 16, 8, 4, 2, 1)  # the largest that fits is chosen
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that name; auto is the GPU where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"--device {name}: not to be had here ({reason}); try auto or cpu"
+        ) from error
+    return device
+
+
+def device_model(device: torch.device) -> str:
+    """What decides about the last bits on a device: a GPU's name, a CPU's vector instructions."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def to_images(pixels: np.ndarray, batch: int, device: torch.device) -> Tensor:
+    """Images float (B, 3, H, W) in [0, 1] of uint8 (N, H, W, 3) pixels.
+
+    N <= B, filled up with black.
+    """
+    filled = torch.zeros((batch, *pixels.shape[1:]), dtype=torch.uint8, device=device)
+    filled[: len(pixels)] = torch.from_numpy(pixels).to(device)
+    images: Tensor = filled.permute(0, 3, 1, 2).float().div_(255)
+    return images
+
+
+class Encoder:
+    """An autoencoder's encoder on a device, at one batch size.
+
+    Float convolutions differ in the last bits between batch sizes, and a bit can move a value over
+    a threshold: so every batch is full, and its size is recorded.
+
+    steps  of `refining.refine` before codes are made
+    """
+
+    def __init__(
+        self, autoencoder: Autoencoder, device: torch.device, batch: int, steps: int = 0
+    ) -> None:
+        self.autoencoder: Autoencoder = autoencoder.to(device, torch.float32)
+        self.device, self.batch, self.steps = device, batch, steps
+
+    def latents(self, pixels: np.ndarray) -> Tensor:
+        """Latents float32 (N, C, h, w) on the device of uint8 (N, H, W, 3), N <= the batch size."""
+        images = to_images(pixels, self.batch, self.device)
+        with exact_arithmetic():
+            return self.autoencoder.encode(images)[: len(pixels)]
+
+    def codes(self, pixels: np.ndarray, codebook: AnyCodebook) -> np.ndarray:
+        """Codes uint8 (N, *codes_shape) of uint8 (N, H, W, 3)."""
+        if not self.steps:
+            return codebook.quantize(self.latents(pixels)).cpu().numpy()
+        images = to_images(pixels, self.batch, self.device)
+        with exact_arithmetic():
+            latents = self.autoencoder.encode(images)
+            if self.device.type == "cpu":  # refined one by one: what fills the batch up is spared
+                latents, images = latents[: len(pixels)], images[: len(pixels)]
+            refined = refine(latents, images, self.autoencoder, codebook, self.steps)
+        return codebook.quantize(refined)[: len(pixels)].cpu().numpy()
+
+    def check_shape(self, patch_px: tuple[int, int]) -> tuple[int, int, int]:
+        """(C, h, w) of a patch's latents, found by encoding a black one; must be the card's."""
+        card = self.autoencoder.card
+        black = torch.zeros(self.batch, 3, *patch_px, device=self.device)
+        with exact_arithmetic():
+            latents = self.autoencoder.encode(black)
+            if self.steps and self.device.type != "cpu":  # that it fits the memory, too
+                error_gradient(latents, black, self.autoencoder)
+        shape = tuple(latents.shape[1:])
+        expected = (card.channels, *latent_cells(patch_px, card.factor))
+        if shape != expected:
+            raise ContractError(f"{card.name}: latents are {shape}, its card says {expected}")
+        return shape[0], shape[1], shape[2]
+
+
+def choose_batch(
+    autoencoder: Autoencoder, device: torch.device, patch_px: tuple[int, int], steps: int = 0
+) -> int:
+    """Encode batch for this machine: 16 on a CPU, else the largest of 256, 128, ... that fits."""
+    if device.type != "cuda":
+        return CPU_BATCH
+    for batch in CUDA_BATCHES:
+        try:
+            Encoder(autoencoder, device, batch, steps).check_shape(patch_px)
+            return batch
+        except torch.cuda.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            logger.info("an encode batch of %d does not fit; trying half", batch)
+    raise ContractError(f"{device}: not even one patch of {patch_px} can be encoded in its memory")
+
+
+def sample_latents(
+    encoder: Encoder,
+    chunks: Iterable[np.ndarray],
+    cells_per_patch: int,
+    rng: np.random.Generator,
+    progress: Callable[[int], object],
+) -> np.ndarray:
+    """Latent values float32 (C, M) of chunks of uint8 (N, H, W, 3) pixels.
+
+    All cells of every patch, or `cells_per_patch` drawn ones a patch.
+    """
+    parts: list[np.ndarray] = []
+    for chunk in chunks:
+        if not len(chunk):
+            continue
+        latents = encoder.latents(chunk)
+        cells = latents.shape[2] * latents.shape[3]
+        values = latents.transpose(0, 1).flatten(1).cpu().numpy()
+        if cells_per_patch < cells:
+            values = values[
+                :, rng.choice(values.shape[1], cells_per_patch * len(chunk), replace=False)
+            ]
+        parts.append(values)
+        progress(len(chunk))
+    if not parts:
+        raise InputError("none of the patches drawn for the codebook can be read")
+    return np.concatenate(parts, axis=1)

@@ -1,0 +1,203 @@
+"""A planned shard as a unit of work for a process elsewhere: what it needs, and doing it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import platform
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from latentds.autoencoders.autoencoder import Autoencoder
+from latentds.conversion.conversion_plan import Plan, PlannedShard
+from latentds.conversion.convert_config import ConvertConfig
+from latentds.conversion.converting import Conversion, make_reader, versions
+from latentds.conversion.patch_encoding import Encoder, choose_device, device_model
+from latentds.conversion.shard_writing import write_shards
+from latentds.conversion.workdir import WorkFolder
+from latentds.core.storage import exclusive_lock, sha256_file
+from latentds.errors import ContractError, InputError
+from latentds.sources.hugging_face import hub_id
+from latentds.sources.source import Header, Picture, Source
+from latentds.store.format import Contract
+
+WITNESSES = 20  # entries of an input folder that a worker must see too
+LOCK_PATIENCE_S = 60.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Job:
+    """What all units of a conversion share.
+
+    plan_sha256  of the work folder's plan.json: a worker that sees another one stays out
+    witnesses    paths of the input that a worker must see
+    bad          pictures left out of the plan, with reasons
+    max_px       Pillow's own limit, None for none
+    """
+
+    config: ConvertConfig
+    source: Source
+    autoencoder: Autoencoder
+    contract: Contract
+    made: dict[str, Any]
+    plan_sha256: str
+    witnesses: tuple[Path, ...]
+    bad: tuple[tuple[str, str], ...]
+    max_px: int | None
+
+    @functools.cached_property
+    def encoder(self) -> Encoder:
+        """The encoder on this process's device, with the driver's threads and batch."""
+        torch.set_num_threads(self.made["threads"])
+        device = choose_device(self.config.device)
+        batch = self.made["encode_batch"]
+        return Encoder(self.autoencoder, device, batch, self.config.refine)
+
+    def check_node(self, node: str) -> None:
+        """Refuse a node that sees other folders, or whose codes would differ from the others'."""
+        check_place(self, node)
+        check_kind(self, node)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Unit:
+    """A shard and just the part of the plan it needs; blocks and regions count from its start."""
+
+    shard: PlannedShard
+    pictures: tuple[Picture, ...]
+    headers: tuple[Header, ...]
+    regions: np.ndarray
+
+
+def for_workers(config: ConvertConfig) -> ConvertConfig:
+    """The config with absolute paths, a device and the GPUs of a worker."""
+    paths: dict[str, Any] = {
+        field.name: value.absolute()
+        for field in dataclasses.fields(ConvertConfig)
+        if isinstance(value := getattr(config, field.name), Path) and hub_id(value) is None
+    }
+    device = "cpu" if config.gpus_per_worker == 0 and config.device == "auto" else config.device
+    is_gpu = choose_device(device).type == "cuda"
+    gpus = float(is_gpu) if config.gpus_per_worker is None else config.gpus_per_worker
+    if gpus and not is_gpu:
+        raise InputError(
+            f"--gpus-per-worker {gpus:g}, but {platform.node()} would fit the codebook without a "
+            "GPU; start the command on a node like the workers', or pass --gpus-per-worker 0"
+        )
+    if is_gpu and device not in ("auto", "cuda"):
+        raise InputError(f"--device {device}: Ray says which GPU a worker takes; pass cuda")
+    return dataclasses.replace(config, **paths, device=device, gpus_per_worker=gpus)
+
+
+def make_job(conversion: Conversion) -> Job:
+    """The job of a prepared conversion."""
+    config = conversion.config
+    return Job(
+        config=config,
+        source=conversion.plan.source,
+        autoencoder=conversion.encoder.autoencoder,
+        contract=conversion.contract,
+        made=conversion.made,
+        plan_sha256=sha256_file(conversion.work.folder / "plan.json"),
+        witnesses=find_witnesses(config),
+        bad=conversion.plan.bad,
+        max_px=Image.MAX_IMAGE_PIXELS,
+    )
+
+
+def find_witnesses(config: ConvertConfig) -> tuple[Path, ...]:
+    """The inputs, and some of what lies in each: an empty mount point has its path, no more."""
+    named = (config.source, config.masks, config.slides, config.root, config.anonymize)
+    roots = [path for path in named if path is not None and path.exists()]
+    inside = (itertools.islice(root.iterdir(), WITNESSES) for root in roots if root.is_dir())
+    return (*roots, *itertools.chain.from_iterable(inside))
+
+
+def make_unit(plan: Plan, shard: PlannedShard) -> Unit:
+    """The unit of a planned shard: what a worker holds grows with a shard, not with the input."""
+    start, stop = shard.blocks[0][0], shard.blocks[-1][1]
+    regions = plan.regions[start:stop].copy()
+    used, regions["picture"] = np.unique(regions["picture"], return_inverse=True)
+    blocks = tuple((first - start, last - start) for first, last in shard.blocks)
+    return Unit(
+        shard=dataclasses.replace(shard, blocks=blocks),
+        pictures=tuple(plan.pictures[number] for number in used.tolist()),
+        headers=tuple(plan.headers[number] for number in used.tolist()),
+        regions=regions,
+    )
+
+
+def write_unit(job: Job, unit: Unit, node: str) -> list[tuple[str, str]]:
+    """Write and index a unit's shard, going on where another worker stopped.
+
+    returns  (source, reason) of the pictures left out
+    raises   InputError with the node where it does not see what the driver sees
+    """
+    work = WorkFolder(job.config.out)
+    Image.MAX_IMAGE_PIXELS = job.max_px
+    check_place(job, node)
+    with (
+        # A lost node's worker may still run: two never write one shard.
+        exclusive_lock(work.shard_lock(unit.shard.name), LOCK_PATIENCE_S),
+        contextlib.closing(make_reader(plan_of(job, unit), job.config)) as reader,
+    ):
+        check_place(job, node)  # the run may have ended while it waited
+        conversion = Conversion(
+            config=job.config,
+            plan=reader.plan,
+            encoder=job.encoder,
+            reader=reader,
+            work=work,
+            contract=job.contract,
+            shards=[unit.shard],
+            made=job.made,
+        )
+        write_shards(conversion, is_quiet=True, on_bad=lambda: check_place(job, node))
+        return work.journal(unit.shard.name).bad
+
+
+def plan_of(job: Job, unit: Unit) -> Plan:
+    """The plan of a unit alone."""
+    return Plan(
+        source=job.source,
+        pictures=unit.pictures,
+        headers=unit.headers,
+        patch_px=job.contract.patch_px,
+        regions=unit.regions,
+        splits={},
+        bad=job.bad,
+        ignored=0,
+        ignored_example="",
+    )
+
+
+def check_place(job: Job, node: str) -> None:
+    """Refuse to work where input or output are not the driver's: pictures would seem unreadable."""
+    lost = next((path for path in job.witnesses if not path.exists()), None)
+    remedy = "mount the same shared file system under the same path on every node"
+    if lost is not None:
+        raise InputError(f"{node} does not see {lost} of the input; {remedy}")
+    path = WorkFolder(job.config.out).folder / "plan.json"
+    if not path.is_file():
+        raise InputError(f"{node} does not see {path} of --out; {remedy}")
+    if sha256_file(path) != job.plan_sha256:
+        raise InputError(f"{node} sees another run's {path}; {remedy}, or wait for that run")
+
+
+def check_kind(job: Job, node: str) -> None:
+    """Refuse a machine whose codes would differ in a few bits from the others'."""
+    here = {"device": device_model(choose_device(job.config.device)), **versions()}
+    wanted = {"device": job.made["device"], **job.made["versions"]}
+    for name, value in here.items():
+        if value != wanted[name]:
+            raise ContractError(
+                f"{node} has {name} {value}, this run {wanted[name]}: bytes would depend on which "
+                "node writes them. Use nodes of one kind with the same packages, or start the "
+                "command on a node like the workers'"
+            )

@@ -1,0 +1,100 @@
+"""Self-contained HTML pages: pictures inside, no script, no network."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+from PIL import Image
+
+from latentds.core.display import html_text
+
+STYLE = """
+body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:1120px;padding:0 1rem;
+color:#1d2330;background:#fff}
+h1{font-size:1.5rem;margin-bottom:.2rem} h2{font-size:1.1rem;margin-top:2rem}
+p.lead{color:#4b5567;margin-top:0}
+table{border-collapse:collapse;margin:.6rem 0}
+th,td{padding:.3rem .8rem;border-bottom:1px solid #dde2ea;text-align:left}
+td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}
+pre{background:#f3f5f9;padding:.8rem;overflow-x:auto}
+.grid{display:grid;gap:14px;grid-template-columns:repeat(auto-fill,minmax(200px,1fr))}
+figure{margin:0} figure img{width:100%;image-rendering:auto;display:block;border:1px solid #dde2ea}
+figcaption{font-size:12px;color:#4b5567;overflow-wrap:anywhere}
+.row{display:grid;gap:10px;margin-bottom:14px}
+.bar{background:#4a72b8;height:.8rem;display:inline-block;vertical-align:middle;margin-right:.4rem}
+"""
+
+
+def page(title: str, lead: str, sections: Iterable[str]) -> str:
+    """A whole page; `title` and `lead` are text, sections are HTML."""
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f"<title>{html_text(title)}</title>"
+        f"<style>{STYLE}</style></head><body><h1>{html_text(title)}</h1>"
+        f'<p class="lead">{html_text(lead)}</p>{"".join(sections)}</body></html>\n'
+    )
+
+
+def heading(text: str) -> str:
+    """A section's heading."""
+    return f"<h2>{html_text(text)}</h2>"
+
+
+def paragraph(text: str) -> str:
+    """A paragraph of text."""
+    return f"<p>{html_text(text)}</p>"
+
+
+def code(text: str) -> str:
+    """A block of code."""
+    return f"<pre>{html_text(text)}</pre>"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table; every column but the first is set as numbers."""
+
+    def line(cells: Sequence[object], tag: str) -> str:
+        shown = "".join(
+            f"<{tag}{' class=n' if place else ''}>{html_text(str(cell))}</{tag}>"
+            for place, cell in enumerate(cells)
+        )
+        return f"<tr>{shown}</tr>"
+
+    return f"<table>{line(header, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"
+
+
+def bars(counts: Mapping[str, int]) -> str:
+    """A bar chart of counts, as a table."""
+    most = max(counts.values(), default=0) or 1
+    rows = "".join(
+        f"<tr><td>{html_text(name)}</td><td>"
+        f"<span class=bar style='width:{300 * count / most:.0f}px'></span>"
+        f"{count:,}</td></tr>"
+        for name, count in counts.items()
+    )
+    return f"<table>{rows}</table>"
+
+
+def figure(image: np.ndarray, caption: str) -> str:
+    """A picture, uint8 (H, W, 3), losslessly inside the page, with text below it."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG")
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return (
+        f'<figure><img alt="" src="data:image/png;base64,{data}">'
+        f"<figcaption>{html_text(caption)}</figcaption></figure>"
+    )
+
+
+def grid(figures: Iterable[str]) -> str:
+    """Figures side by side, as many as fit."""
+    return f'<div class="grid">{"".join(figures)}</div>'
+
+
+def figure_row(figures: Sequence[str]) -> str:
+    """Figures in one row of equal columns."""
+    columns = f"grid-template-columns:repeat({len(figures)},1fr)"
+    return f'<div class="row" style="{columns}">{"".join(figures)}</div>'

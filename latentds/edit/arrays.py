@@ -1,0 +1,255 @@
+"""Array files of others, read as untrusted: npy, npz and safetensors; sizes checked, no pickle."""
+# N rows of a file
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, NamedTuple
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from latentds.core.storage import naming
+from latentds.core.untrusted_files import check_regular, open_regular
+from latentds.errors import InputError
+from latentds.store.format import NPY_ERRORS
+
+ARRAY_SUFFIXES = (".npy", ".npz", ".safetensors")
+LATENTS, LABELS = ("latents", "codes", "arr_0"), ("labels", "label", "y")  # names looked for
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "U8": "uint8"}
+FREE_SHARE = 0.9  # of the free disk that an unpacked npz may take
+MAX_LABELS_BYTES = 1 << 30
+
+
+class NpyHeader(NamedTuple):
+    """What an npy header says, and its length."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    fortran: bool
+    offset: int
+
+
+def read_npy_header(path: Path) -> NpyHeader:
+    """The header of an npy file whose content has just the bytes it announces."""
+    with open_regular(path, str(path)) as file:
+        header = parse_npy_header(file, str(path))
+    expected = header.offset + math.prod(header.shape) * header.dtype.itemsize
+    if path.stat().st_size != expected:
+        raise InputError(
+            f"{path}: {path.stat().st_size} bytes, its header announces {expected} "
+            f"({header.dtype} {header.shape}); truncated or damaged"
+        )
+    return header
+
+
+def parse_npy_header(file: BinaryIO, where: str) -> NpyHeader:
+    """The header at the start of a stream; InputError for anything but plain numbers."""
+    try:
+        version = np.lib.format.read_magic(file)
+        read = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }[version]
+        shape, fortran, dtype = read(file)
+    except NPY_ERRORS as error:
+        reason = " ".join(str(error).split())[:100] or type(error).__name__
+        raise InputError(f"{where}: not an npy array ({reason})") from error
+    if dtype.hasobject or dtype.kind not in "fuiUSb":
+        raise InputError(f"{where}: an array of {dtype}; only plain numbers are read, no pickles")
+    return NpyHeader(tuple(shape), dtype, fortran, file.tell())
+
+
+def read_npy(path: Path) -> np.ndarray:
+    """A whole small npy file."""
+    header = read_npy_header(path)
+    with open_regular(path, str(path)) as file:
+        file.seek(header.offset)
+        values = np.frombuffer(file.read(), header.dtype)
+    return values.reshape(header.shape, order="F" if header.fortran else "C")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ArrayFacts:
+    """What an array file holds, nothing large read.
+
+    rows    N
+    shape   of a row
+    dtype   as stored: float32, float16, bfloat16, uint8, ...
+    name    of the array, empty for npy
+    extras  arrays of the file that are not read
+    """
+
+    rows: int
+    shape: tuple[int, ...]
+    dtype: str
+    name: str = ""
+    extras: tuple[str, ...] = ()
+
+
+def inspect_array(path: Path) -> ArrayFacts:
+    """The facts of a file of rows; InputError where it is none."""
+    if path.suffix == ".safetensors":
+        return inspect_safetensors(path)
+    if path.suffix == ".npz":
+        return inspect_npz(path)
+    header = read_npy_header(path)
+    return facts_of(path, header.shape, str(header.dtype))
+
+
+def facts_of(
+    path: Path, shape: tuple[int, ...], dtype: str, name: str = "", extras: tuple[str, ...] = ()
+) -> ArrayFacts:
+    """The facts, once it is sure that there are rows."""
+    if len(shape) not in (2, 4) or min(shape) < 1:
+        raise InputError(
+            f"{path}: an array of shape {shape}; latents are (N, C, h, w), or "
+            "(N, C*h*w) with --shape"
+        )
+    return ArrayFacts(rows=shape[0], shape=shape[1:], dtype=dtype, name=name, extras=extras)
+
+
+def inspect_safetensors(path: Path) -> ArrayFacts:
+    """The facts of a safetensors file."""
+    check_regular(path, str(path))
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+            name = choose_name(path, names)
+            view = file.get_slice(name)
+            shape, dtype = tuple(view.get_shape()), DTYPES.get(view.get_dtype())
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(f"{path}: not a safetensors file ({error}); fetch it anew") from error
+    if dtype is None:
+        raise InputError(f"{path}: {name} is {view.get_dtype()}; known: {', '.join(DTYPES)}")
+    extras = tuple(other for other in names if other != name and other not in LABELS)
+    return facts_of(path, shape, dtype, name, extras)
+
+
+def inspect_npz(path: Path) -> ArrayFacts:
+    """The facts of an npz file, from the header inside the archive."""
+    with open_zip(path) as archive:
+        names = [name.removesuffix(".npy") for name in archive.namelist()]
+        name = choose_name(path, names)
+        header = zipped_header(archive, path, name)
+    extras = tuple(other for other in names if other != name and other not in LABELS)
+    return facts_of(path, header.shape, str(header.dtype), name, extras)
+
+
+def open_zip(path: Path) -> zipfile.ZipFile:
+    """An npz archive; InputError where it is none."""
+    check_regular(path, str(path))
+    try:
+        return zipfile.ZipFile(path)
+    except (zipfile.BadZipFile, OSError) as error:
+        raise InputError(f"{path}: not an npz file ({error}); fetch it anew") from error
+
+
+def zipped_header(archive: zipfile.ZipFile, path: Path, name: str) -> NpyHeader:
+    """The header of an array in an archive, whose size must be what the header announces."""
+    entry = archive.getinfo(f"{name}.npy")
+    with archive.open(entry) as stream:
+        header = parse_npy_header(stream, f"{path}, {name}")  # type: ignore[arg-type]
+    expected = header.offset + math.prod(header.shape) * header.dtype.itemsize
+    if entry.file_size != expected:
+        raise InputError(
+            f"{path}, {name}: {entry.file_size} bytes, its header announces {expected}"
+        )
+    return header
+
+
+def choose_name(path: Path, names: Sequence[str]) -> str:
+    """Which array holds the latents; InputError where that is not clear."""
+    known = [name for name in LATENTS if name in names]
+    others = [name for name in names if name not in LABELS]
+    if known or len(others) == 1:
+        return known[0] if known else others[0]
+    raise InputError(f"{path}: holds {sorted(names)}; the latents' array must be one of "
+                     f"{', '.join(LATENTS)}, or the only one")  # fmt: skip
+
+
+def read_labels(path: Path, rows: int) -> list[str] | None:
+    """A label a row, as text; None where the file has none."""
+    values: np.ndarray | None = None
+    if path.suffix == ".safetensors":
+        with safe_open(path, framework="numpy") as file:
+            name = next((name for name in LABELS if name in file.keys()), None)  # noqa: SIM118
+            values = None if name is None else file.get_tensor(name)
+    elif path.suffix == ".npz":
+        with open_zip(path) as archive:
+            name = next((name for name in LABELS if f"{name}.npy" in archive.namelist()), None)
+            if name is not None:
+                check_labels_size(path, zipped_header(archive, path, name))
+                values = np.load(archive.open(f"{name}.npy"), allow_pickle=False)
+    if values is None:
+        return None
+    if values.shape != (rows,) or values.dtype.kind not in "iuUS":
+        raise InputError(
+            f"{path}: labels are {values.dtype} {values.shape}, the latents {rows} rows"
+        )
+    return [value.decode() if isinstance(value, bytes) else str(value) for value in values.tolist()]
+
+
+def check_labels_size(path: Path, header: NpyHeader) -> None:
+    """Refuse labels that would not fit into memory before they are read."""
+    if math.prod(header.shape) * header.dtype.itemsize > MAX_LABELS_BYTES:
+        raise InputError(f"{path}: labels {header.shape} of {header.dtype} are too large; refused")
+
+
+class ArrayRows:
+    """Rows of an array file, any of them in any order; `close` deletes what was unpacked."""
+
+    def __init__(self, path: Path, facts: ArrayFacts) -> None:
+        self.unpacked: tempfile.TemporaryDirectory[str] | None = None
+        self.read: Callable[[int], np.ndarray]
+        if path.suffix == ".safetensors":
+            self.read = self.open_safetensors(path, facts.name)
+            return
+        if path.suffix == ".npz":
+            path = self.unpack(path, facts.name)
+        header = read_npy_header(path)
+        order: Literal["C", "F"] = "F" if header.fortran else "C"
+        rows = np.memmap(path, header.dtype, "r", header.offset, header.shape, order)
+        self.read = lambda row: np.array(rows[row])
+
+    def open_safetensors(self, path: Path, name: str) -> Callable[[int], np.ndarray]:
+        """A function that reads one row, bfloat16 as float32."""
+        view = safe_open(path, framework="pt").get_slice(name)  # type: ignore[no-untyped-call]
+
+        def read(row: int) -> np.ndarray:
+            values = view[row : row + 1][0]
+            whole: np.ndarray = (values.float() if values.dtype.itemsize == 2 else values).numpy()
+            return whole
+
+        return read
+
+    def unpack(self, path: Path, name: str) -> Path:
+        """The array as a file of its own: compressed members cannot be read at any place."""
+        self.unpacked = tempfile.TemporaryDirectory(prefix="latentds-")
+        target = Path(self.unpacked.name) / "array.npy"
+        with open_zip(path) as archive:
+            entry = archive.getinfo(f"{name}.npy")
+            free = shutil.disk_usage(self.unpacked.name).free
+            if entry.file_size > free * FREE_SHARE:
+                raise InputError(
+                    f"{path}: unpacks to {entry.file_size} bytes, {target.parent.parent} has "
+                    f"{free} free; set TMPDIR to a larger disk"
+                )
+            try:
+                with archive.open(entry) as stream, naming(target), target.open("wb") as file:
+                    shutil.copyfileobj(stream, file, 1 << 20)
+            except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+                raise InputError(f"{path}: damaged ({error}); fetch it anew") from error
+        return target
+
+    def close(self) -> None:
+        """Let go of what was unpacked."""
+        if self.unpacked is not None:
+            self.unpacked.cleanup()

@@ -1,0 +1,245 @@
+"""What imported latents mean and how they become bytes: identity, scale, patch size, codebook."""
+# C latent channels, h w latent cells, M sample values
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from latentds.autoencoders import load_autoencoder
+from latentds.autoencoders.autoencoder import Autoencoder, latent_cells
+from latentds.autoencoders.cards import ALIASES, CARDS
+from latentds.edit.latent_files import LatentFiles
+from latentds.edit.layouts import ForeignPatch, ListingOptions
+from latentds.errors import (
+    ContractError,
+    InputError,
+    MissingExtraError,
+    ShapeError,
+    WeightsError,
+)
+from latentds.quantizers.codebook_files import load_codebook
+from latentds.quantizers.scalar import AnyCodebook, Codebook
+from latentds.quantizers.scalar_fit import fit_codebook
+from latentds.store.composing import SHARD_BYTES
+from latentds.store.format import MAX_PATCH_BYTES, Contract
+
+MAX_SAMPLE_VALUES = 16_000_000  # latent values held while fitting: 64 MB
+KNOWN_EXTRAS = ("std", "latents_flip")  # other names in someone's files are not passed on
+LATENT_ID = re.compile(r"sha256:[0-9a-f]{64}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImportOptions:
+    """What the files do not say themselves.
+
+    scale, shift  a latent is stored value * scale + shift, unscaled encoder output; None: floats
+                  are taken as they are, bytes are refused
+    codebook      file: floats are quantized with it, bytes are its codes
+    quantizer, levels, fit_patches   of the codebook fitted where none is given
+    patch_px      edge of a patch in pixels; None: latent cells times the autoencoder's factor
+    shape         (C, h, w) of rows that are stored flat
+    order         "shuffle" by the seed, or "path"
+    """
+
+    listing: ListingOptions = dataclasses.field(default_factory=ListingOptions)
+    scale: float | None = None
+    shift: float | None = None
+    codebook: Path | None = None
+    quantizer: str = "kmeans"
+    levels: int = 256
+    fit_patches: int = 1000
+    patch_px: int | None = None
+    shape: tuple[int, int, int] | None = None
+    order: Literal["shuffle", "path"] = "shuffle"
+    pack_size: int = 256
+    shard_bytes: int = SHARD_BYTES
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Identity:
+    """Whose latents they are; `autoencoder` is None where its weights were not at hand."""
+
+    latent_id: str
+    decoder_id: str
+    card: dict[str, Any]
+    autoencoder: Autoencoder | None
+
+
+def identify(
+    autoencoder: Autoencoder | str | os.PathLike[str] | None, latent_id: str | None
+) -> Identity:
+    """Whose latents they are; InputError where neither weights nor an identity are at hand.
+
+    latent_id is a hash of the encoder's weights: a name alone cannot tell it.
+    """
+    if latent_id is not None and not LATENT_ID.fullmatch(latent_id):
+        raise InputError(
+            f"--latent-id {latent_id!r}; it is sha256: and 64 hex digits, as 'latentds info' shows "
+            "it for a data set of the same autoencoder"
+        )
+    loaded: Autoencoder | None = None
+    if isinstance(autoencoder, (str, os.PathLike)):
+        try:
+            loaded = load_autoencoder(autoencoder)
+        except (WeightsError, MissingExtraError) as error:
+            if latent_id is None:
+                raise InputError(
+                    f"{error}. What latents mean is told by latent_id, a hash of the encoder's "
+                    "weights: pass an --autoencoder that can be loaded, or --latent-id"
+                ) from error
+    elif autoencoder is not None:
+        loaded = autoencoder
+    if loaded is not None:
+        card = loaded.card
+        if latent_id not in (None, card.latent_id):
+            raise ContractError(f"--latent-id {latent_id} is not that of {card.name!r}, "
+                                f"{card.latent_id}; pass one of the two")  # fmt: skip
+        return Identity(latent_id=card.latent_id, decoder_id=card.decoder_id, card=card.to_json(),
+                        autoencoder=loaded)  # fmt: skip
+    if latent_id is None:
+        raise InputError("whose latents are these? Pass an --autoencoder that can be loaded, or "
+                         "--latent-id, the hash of its encoder's weights")  # fmt: skip
+    name = ALIASES.get(str(autoencoder), str(autoencoder))
+    known = CARDS[name].to_json() if name in CARDS else {"name": "unknown", "class_name": "unknown"}
+    return Identity(latent_id=latent_id, decoder_id="", card=known, autoencoder=None)
+
+
+def decide(
+    files: LatentFiles, patches: Sequence[ForeignPatch], identity: Identity, options: ImportOptions
+) -> tuple[Contract, dict[str, Any]]:
+    """What the codes will mean, and how that came about."""
+    from latentds.version import __version__
+
+    codebook, origin = choose_codebook(files, patches, identity, options)
+    if files.dtype == "uint8":
+        check_codebook(patches, codebook.codebook_id)
+    try:
+        is_codes = files.dtype == "uint8"
+        channels, *cells = codebook.latents_shape_of(files.shape) if is_codes else files.shape
+        shape = (channels, cells[0], cells[1])
+        codes_shape = codebook.codes_shape_of(shape)
+    except ShapeError as error:
+        raise InputError(f"{patches[0].path}: {error}; pass another --codebook") from error
+    contract = Contract(
+        latent_id=identity.latent_id,
+        decoder_id=identity.decoder_id,
+        codebook=codebook,
+        autoencoder=identity.card,
+        patch_px=patch_size(shape, identity.card, options.patch_px),
+        codes_shape=codes_shape,
+    )
+    if contract.bytes_per_patch > MAX_PATCH_BYTES:
+        raise InputError(f"{patches[0].path}: {files.shape} is more than a patch may have; refused")
+    made = {
+        "imported": {
+            "layout": files.layout,
+            "stored_dtype": files.dtype,
+            "not_taken": [name for name in files.not_taken if name in KNOWN_EXTRAS],
+            "other_arrays": len(set(files.not_taken) - set(KNOWN_EXTRAS)),
+            "scale": files.scale,
+            "shift": files.shift,
+            "scale_was_given": options.scale is not None,
+        },
+        "options": {n: getattr(options, n) for n in ("order", "pack_size", "seed")},
+        "codebook": origin,
+        "versions": {"latentds": __version__, "torch": torch.__version__, "numpy": np.__version__},
+        "left_out": [],
+    }
+    return contract, made
+
+
+def check_codebook(patches: Sequence[ForeignPatch], codebook_id: str) -> None:
+    """Refuse codes of another codebook, where a table tells whose they are."""
+    for patch in patches:
+        if patch.codebook_id not in ("", codebook_id):
+            raise ContractError(
+                f"{patch.path}: its codes are of the codebook {patch.codebook_id}, the import's is "
+                f"{codebook_id}; pass that --codebook, or import each codebook's patches apart"
+            )
+
+
+def patch_size(
+    shape: tuple[int, int, int], card: dict[str, Any], edge: int | None
+) -> tuple[int, int]:
+    """(H, W) of the patches in pixels; InputError where the latents do not fit the autoencoder."""
+    channels, *cells = shape
+    if card.get("channels") not in (None, 0, channels):
+        raise InputError(f"latents have {channels} channels, {card['name']} makes "
+                         f"{card['channels']}; another --autoencoder?")  # fmt: skip
+    factor = int(card.get("factor") or 0)
+    if edge is None:
+        if not factor:
+            raise InputError("pass --patch-size, the edge of a patch in pixels: the autoencoder's "
+                             "factor is not known")  # fmt: skip
+        return cells[0] * factor, cells[1] * factor
+    if factor and latent_cells((edge, edge), factor) != tuple(cells):
+        raise InputError(
+            f"--patch-size {edge} makes latents of {latent_cells((edge, edge), factor)} cells, "
+            f"these have {tuple(cells)}"
+        )
+    return edge, edge
+
+
+def choose_codebook(
+    files: LatentFiles, patches: Sequence[ForeignPatch], identity: Identity, options: ImportOptions
+) -> tuple[AnyCodebook, dict[str, Any]]:
+    """The codebook given, the evenly spaced one that bytes with a scale have, or a fitted one."""
+    is_scaled = options.scale is not None or options.shift is not None
+    if options.codebook is not None:
+        stored = load_codebook(options.codebook)
+        if stored.latent_id != identity.latent_id:
+            raise ContractError(f"{options.codebook}: fitted to other latents; the import's are "
+                                f"{identity.latent_id}")  # fmt: skip
+        if files.dtype == "uint8" and is_scaled:
+            raise InputError("bytes are either codes of --codebook or scaled; pass one of the two")
+        made = {"origin": "from a codebook file", "file": options.codebook.name, "fit": stored.made}
+        return stored.codebook, made
+    if files.dtype != "uint8":
+        return fit_to_sample(files, patches, options)
+    if len(files.shape) == 1:
+        raise InputError(
+            f"{patches[0].path}: rows of {files.shape[0]} bytes are records, which their codebook "
+            "alone can read: pass --codebook (an export holds it as codebook-*.safetensors)"
+        )
+    if options.scale is None or options.shift is None or options.scale <= 0:
+        raise InputError(
+            f"{patches[0].path}: bytes do not say what they stand for. Pass --scale (above 0) and "
+            "--shift, latent = byte * scale + shift (imagenet.int8's README: 0.0941176 and -12), "
+            "or --codebook"
+        )
+    levels = np.arange(256, dtype=np.float64) * options.scale + options.shift
+    book = Codebook(levels.astype(np.float32)[None], "affine")
+    return book, {"origin": "bytes kept, evenly spaced by the scale and shift given"}
+
+
+def fit_to_sample(
+    files: LatentFiles, patches: Sequence[ForeignPatch], options: ImportOptions
+) -> tuple[Codebook, dict[str, Any]]:
+    """A codebook fitted to patches drawn from the training split, the first where there is none."""
+    splits = sorted({patch.split for patch in patches})
+    split = "train" if "train" in splits else splits[0]
+    members = [patch for patch in patches if patch.split == split]
+    rng = np.random.default_rng([options.seed, 1])
+    count = min(options.fit_patches, len(members))
+    drawn = np.sort(rng.choice(len(members), count, replace=False))
+    channels, rows, columns = files.shape  # of floats, which are never records
+    cells = min(rows * columns, max(16, MAX_SAMPLE_VALUES // (channels * count)))
+    samples = np.empty((channels, count * cells), np.float32)
+    for place, number in enumerate(tqdm(drawn, desc="codebook", delay=1, disable=None)):
+        values = files.latents(members[number]).reshape(channels, -1)
+        part = slice(place * cells, (place + 1) * cells)
+        samples[:, part] = values[:, rng.permutation(rows * columns)[:cells]]
+    codebook, report = fit_codebook(samples, options.quantizer, options.levels, options.seed)
+    origin = "fitted to a sample of the imported latents"
+    drawn_from = {"split": split, "patches": count, "seed": options.seed}
+    return codebook, {"origin": origin} | drawn_from | report.to_json()

@@ -1,0 +1,259 @@
+"""Export a data set to what other tools read: Parquet, a tree of npy files, a wids index."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from tqdm import tqdm
+
+from latentds.core.display import csv_cell
+from latentds.core.storage import write_atomically
+from latentds.edit.filenames import patch_path
+from latentds.edit.outputs import local_folder, new_folder
+from latentds.edit.rows import Row, read_rows, table_line
+from latentds.errors import InputError
+from latentds.quantizers.codebook_files import StoredCodebook, save_codebook
+from latentds.quantizers.lookup import make_integers
+from latentds.quantizers.scalar import dequantize_each
+from latentds.store.format import FORMAT, canonical_json
+from latentds.store.reader import ShardSet
+
+BLOCK_PATCHES = 1024
+FILE_BYTES = 512 * 1_000_000  # of codes, a Parquet file
+CONTRACT = ".latentds/contract.json"  # a dot folder: `datasets` leaves it alone
+TABLE = "table.csv"
+FIELDS = (
+    *("path", "label", "slide", "x", "y", "mpp", "split", "source"),
+    *("source_encoding", "size_px", "codebook_id"),
+)
+
+
+def blocks(shards: ShardSet, splits: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
+    """Rows of the splits in their stored order, so many at a time, with a progress bar."""
+    ranges = [(split, *shards.patch_range(split)) for split in splits]
+    total = sum(end - first for _, first, end in ranges)
+    with tqdm(total=total, desc="patches", unit="patch", delay=1, disable=None) as bar:
+        for split, first, end in ranges:
+            for start in range(first, end, BLOCK_PATCHES):
+                rows = np.arange(start, min(start + BLOCK_PATCHES, end))
+                yield split, rows
+                bar.update(len(rows))
+
+
+def export_parquet(
+    folder: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    split: str | None = None,
+    overwrite: bool = False,
+    file_bytes: int = FILE_BYTES,
+) -> int:
+    """Write `OUT/data/SPLIT-NNNNN.parquet`, a patch a row, as `datasets` reads it.
+
+    returns  patches written; the contract is in every file's metadata and in `.latentds/`
+    """
+    shards = ShardSet(folder)
+    splits = [split] if split else sorted(shards.manifest.splits)
+    size = shards.manifest.contract.bytes_per_patch
+    schema = parquet_schema(shards)
+    with new_folder(Path(out), overwrite, sources_of(folder)) as target:
+        write_contract(shards, target)
+        write_atomically(target / "README.md", parquet_card(splits).encode())
+        (target / "data").mkdir()
+        count, written, held = 0, dict.fromkeys(splits, 0), 0
+        writer: pq.ParquetWriter | None = None
+        open_split = ""
+        for name, rows in blocks(shards, splits):
+            if writer is None or name != open_split or held * size >= file_bytes:
+                if writer is not None:
+                    writer.close()
+                path = target / "data" / f"{name}-{written[name]:05d}.parquet"
+                writer = pq.ParquetWriter(path, schema, compression="zstd")
+                open_split, held = name, 0
+                written[name] += 1
+            writer.write_table(parquet_rows(shards, name, rows, schema))
+            held, count = held + len(rows), count + len(rows)
+        assert writer is not None  # a data set has at least one patch
+        writer.close()
+    return count
+
+
+def parquet_card(splits: Sequence[str]) -> str:
+    """README.md: YAML that keeps the splits' names for `datasets`, and what a row is."""
+    lines = ["---", "configs:", "- config_name: default", "  data_files:"]
+    for split in splits:
+        lines += [f"  - split: {split}", f"    path: data/{split}-*.parquet"]
+    text = (
+        "A patch a row, exported from a latentds data set: `codes` are uint8, as stored; what they "
+        f"mean by the codebook of `codebook_id` is told by the contracts in `{CONTRACT}`."
+    )
+    return "\n".join([*lines, "---", "", text, ""])
+
+
+def parquet_schema(shards: ShardSet) -> pa.Schema:
+    """Columns of the exported rows; what the codes mean is the schema's metadata."""
+    size = shards.manifest.contract.bytes_per_patch
+    fields = [("key", pa.string()), ("codes", pa.binary(size))]
+    fields += [(name, pa.string()) for name in ("label", "slide")]
+    fields += [
+        ("x", pa.int32()),
+        ("y", pa.int32()),
+        ("mpp", pa.float32()),
+        ("size_px", pa.uint32()),
+    ]
+    fields += [(n, pa.string()) for n in ("split", "source", "source_encoding", "codebook_id")]
+    return pa.schema(fields, metadata={"latentds": canonical_json(contracts(shards))})
+
+
+def parquet_rows(shards: ShardSet, split: str, rows: np.ndarray, schema: pa.Schema) -> pa.Table:
+    """Rows of a block of patches."""
+    known = read_rows(shards, split, rows)
+    columns: dict[str, Any] = {n: [getattr(r, n) for r in known] for n in Row._fields}
+    codes = shards.read_codes(rows)
+    flat = pa.py_buffer(codes.reshape(-1))
+    columns["codes"] = pa.FixedSizeBinaryArray.from_buffers(
+        pa.binary(codes[0].size), len(codes), [None, flat]
+    )
+    return pa.table(columns, schema=schema)
+
+
+def contracts(shards: ShardSet) -> dict[str, Any]:
+    """What the codes of every codebook mean, by codebook_id."""
+    manifest = shards.manifest
+    numbers = {number: shard for shard, number in enumerate(manifest.codebook_numbers)}
+    return {
+        "format": FORMAT,
+        "dataset_id": manifest.dataset_id,
+        "contracts": {
+            manifest.codebooks[number].codebook_id: manifest.contract_of(shard).to_json()
+            for number, shard in sorted(numbers.items())
+        },
+    }
+
+
+def write_contract(shards: ShardSet, target: Path) -> None:
+    """The contracts beside what was exported."""
+    text = json.dumps(contracts(shards), indent=1, sort_keys=True) + "\n"
+    write_atomically(target / CONTRACT, text.encode())
+
+
+def export_npy(
+    folder: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    split: str | None = None,
+    latents: bool = False,
+    overwrite: bool = False,
+    integers: bool = False,
+) -> int:
+    """Write `OUT/SPLIT/LABEL/SLIDE/KEY.npy`, a patch a file, and `table.csv` with their columns.
+
+    latents   float32 (C, h, w) that the codebook gives instead of uint8 codes; codes come
+              with their codebooks as `codebook-ID.safetensors`
+    integers  int16 (C, h, w) that entropy-coded records hold, with the step each patch's count in
+              as a further column: latents are integers * (step / gains of the codebook)
+    returns   patches written
+    raises    InputError for integers of a set whose codes are no records
+    """
+    shards = ShardSet(folder)
+    splits = [split] if split else sorted(shards.manifest.splits)
+    count, values_of = 0, values_reader(shards, latents, integers)
+    with new_folder(Path(out), overwrite, sources_of(folder)) as target:
+        write_contract(shards, target)
+        if not latents:
+            save_codebooks(shards, target)
+        with (target / TABLE).open("w", newline="", encoding="utf-8") as file:
+            table = csv.writer(file)
+            table.writerow((*FIELDS, "step") if integers else FIELDS)
+            for name, rows in blocks(shards, splits):
+                known = read_rows(shards, name, rows)
+                for row, value, more in zip(known, *values_of(rows), strict=True):
+                    path = f"{name}/{patch_path(row.label, row.slide, row.key, '.npy')}"
+                    (target / path).parent.mkdir(parents=True, exist_ok=True)
+                    np.save(target / path, value)
+                    table.writerow(map(csv_cell, [*table_line(path, row, FIELDS), *more]))
+                count += len(rows)
+    return count
+
+
+def values_reader(
+    shards: ShardSet, latents: bool, integers: bool
+) -> Callable[[np.ndarray], tuple[np.ndarray, list[list[float]]]]:
+    """A function that gives rows' values to be written, and what further columns say of each."""
+    books = shards.manifest.codebooks
+    records = make_integers(books) if integers else None
+    if integers and records is None:
+        raise InputError(
+            f"{shards.folder}: codes are encoded as {books[0].encoding!r}, integers are of records "
+            "('rans'); leave --integers: these codes are what is stored"
+        )
+
+    def read(rows: np.ndarray) -> tuple[np.ndarray, list[list[float]]]:
+        stored, numbers = shards.read_codes(rows), shards.codebook_numbers(rows)
+        if latents:
+            found = dequantize_each(torch.from_numpy(stored), numbers, books)
+            return found.numpy(), [[]] * len(rows)
+        if records is None:
+            return stored, [[]] * len(rows)
+        given = torch.from_numpy(stored), torch.from_numpy(numbers)
+        return records(*given).numpy(), records.steps(*given)[:, None].tolist()
+
+    return read
+
+
+def save_codebooks(shards: ShardSet, target: Path) -> None:
+    """Every codebook as a file that `latentds import --codebook` takes."""
+    manifest = shards.manifest
+    for book in manifest.codebooks:
+        name = f"codebook-{book.codebook_id.removeprefix('sha256:')[:12]}.safetensors"
+        made = {"origin": "exported from a data set", "dataset_id": manifest.dataset_id}
+        stored = StoredCodebook(codebook=book, latent_id=manifest.contract.latent_id, made=made)
+        save_codebook(stored, target / name)
+
+
+def export_wids(
+    folder: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    split: str | None = None,
+    overwrite: bool = False,
+) -> int:
+    """Write a JSON index over the shards as they are, for webdataset's `wids.ShardListDataset`.
+
+    out      file; the shards are named relative to its folder
+    returns  packs indexed: wids counts records, and a record is a pack
+    """
+    source, path = local_folder(folder), Path(out)
+    manifest = ShardSet(source).manifest
+    if split is not None:
+        manifest.pack_range(split)  # says so where there is no such split
+    if path.exists() and (path.is_dir() or not overwrite):
+        raise InputError(f"{path}: is there; name another file, or pass --overwrite")
+    shards = [shard for shard in manifest.shards if split in (None, shard.split)]
+    base = path.resolve().parent
+    index = {
+        "__kind__": "wids-shard-index-v1",
+        "wids_version": 1,
+        "name": manifest.dataset_id,
+        "shardlist": [
+            {
+                "url": Path(os.path.relpath(source.resolve() / shard.name, base)).as_posix(),
+                "nsamples": shard.packs,
+                "filesize": shard.bytes,
+            }
+            for shard in shards
+        ],
+    }
+    write_atomically(path, (json.dumps(index, indent=1) + "\n").encode())
+    return sum(shard.packs for shard in shards)
+
+
+def sources_of(folder: str | os.PathLike[str]) -> list[Path]:
+    """The folder that must not be written into; none where it is a location."""
+    return [] if "://" in str(folder) else [Path(folder)]

@@ -1,0 +1,277 @@
+"""Latents that others made, as they lie: PixCell and ZoomLDM trees, npy trees, array files."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import logging
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from latentds.core.display import csv_text
+from latentds.edit.arrays import (
+    ARRAY_SUFFIXES,
+    inspect_array,
+    read_labels,
+    read_npy_header,
+)
+from latentds.edit.exporting import TABLE
+from latentds.errors import InputError
+from latentds.sources.image_folder import (
+    DEFAULT_SPLIT,
+    SPLITS,
+    are_splits,
+    check_labels,
+    check_names,
+    name_fields,
+    numbers_of,
+    read_folders,
+    walk,
+)
+from latentds.sources.source import Picture
+
+logger = logging.getLogger(__name__)
+LAYOUTS = ("pixcell", "zoomldm", "npy", "arrays")
+PIXCELL = re.compile(r"(?:^|/)(?:(\d+)_(\d+)|[^/]+)_sd3_vae\.npy$")  # PixCell: extract_features.py
+ZOOMLDM = re.compile(r"(?:^|/)(\d+)_vae\.npy$")  # ZoomLDM: ldm/data/brca.py
+TILE_FOLDER = re.compile(r"single(_\d+)?")  # between class and slide in trees of DSMIL's tiler
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ForeignPatch:
+    """One patch's latents in someone's file, and what names and tables say of it.
+
+    path  file relative to the input; row  of the file's array, None where the file is one patch
+    codebook_id  that an export's table tells of its codes; empty where nothing does
+    """
+
+    source: str
+    path: str
+    row: int | None = None
+    split: str = DEFAULT_SPLIT
+    label: str | None = None
+    slide: str | None = None
+    x: int | None = None
+    y: int | None = None
+    mpp: float | None = None
+    size_px: int | None = None
+    source_encoding: str = ""
+    codebook_id: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ListingOptions:
+    """How names are read.
+
+    layout        None: whatever lies there
+    labels, split_folders  class folders (and array files' labels) as labels, top folders as splits
+    name_pattern  groups among label, slide, x, y, mpp in relative paths
+    tile_step     level-0 pixels a step of PixCell's `<col>_<row>`; None leaves places unknown
+    mpp           of every patch
+    """
+
+    layout: str | None = None
+    labels: bool = True
+    split_folders: bool = True
+    name_pattern: str | None = None
+    tile_step: int | None = None
+    mpp: float | None = None
+
+
+def list_latents(root: Path, options: ListingOptions) -> tuple[str, list[ForeignPatch]]:
+    """The layout found (or asked for) and its patches, in the order of their paths.
+
+    raises  InputError where there are none, FileNotFoundError where there is no such input
+    """
+    if not root.exists():
+        raise FileNotFoundError(f"{root}: no such file or folder")
+    paths = [root.name] if root.is_file() else list(walk(root))
+    base = root.parent if root.is_file() else root
+    check_names(base, paths)
+    layout = options.layout or detect(base, paths)
+    listers: dict[str, Callable[[Path, list[str], ListingOptions], list[ForeignPatch]]] = {
+        "pixcell": list_pixcell,
+        "zoomldm": list_zoomldm,
+        "npy": list_npy,
+        "arrays": list_arrays,
+    }
+    patches = listers[layout](base, paths, options)
+    if not patches:
+        raise InputError(f"{root}: no latents of layout {layout!r} in it ({len(paths)} files)")
+    if options.name_pattern:
+        find = name_fields(options.name_pattern)
+        patches = [renamed(patch, find(patch.source)) for patch in patches]
+    return layout, [dataclasses.replace(p, mpp=p.mpp or options.mpp) for p in patches]
+
+
+def detect(base: Path, paths: Sequence[str]) -> str:
+    """The layout of what lies there, by its file names and the first array's dimensions."""
+    if TABLE in paths and is_export(base):
+        return "npy"
+    if any(PIXCELL.search(path) for path in paths):
+        return "pixcell"
+    if any(ZOOMLDM.search(path) for path in paths):
+        return "zoomldm"
+    npy = next((path for path in paths if path.endswith(".npy")), None)
+    if npy is not None and len(read_npy_header(base / npy).shape) in (1, 3):
+        return "npy"
+    if any(PurePosixPath(path).suffix in ARRAY_SUFFIXES for path in paths):
+        return "arrays"
+    raise InputError(
+        f"{base}: no latents found among {len(paths)} files; known are *_sd3_vae.npy (PixCell), "
+        "N_vae.npy (ZoomLDM), .npy of (C, h, w), and .npy, .npz or .safetensors of (N, C, h, w)"
+    )
+
+
+def list_pixcell(base: Path, paths: list[str], options: ListingOptions) -> list[ForeignPatch]:
+    """`.../CLASS/[single_1024/]SLIDE/COL_ROW_sd3_vae.npy`."""
+    found = [path for path in paths if PIXCELL.search(path)]
+    has_splits = options.split_folders and bool(found) and are_splits(base, found)
+    patches = []
+    for path in found:
+        match = PIXCELL.search(path)
+        folders = [f for f in PurePosixPath(path).parts[:-1] if not TILE_FOLDER.fullmatch(f)]
+        split = SPLITS[folders.pop(0).lower()] if has_splits else DEFAULT_SPLIT
+        place_px = tile_place(match, options.tile_step)
+        patches.append(
+            ForeignPatch(
+                source=path,
+                path=path,
+                split=split,
+                label=folders[-2] if options.labels and len(folders) > 1 else None,
+                slide=folders[-1] if folders else None,
+                x=place_px[0],
+                y=place_px[1],
+                size_px=options.tile_step if place_px[0] is not None else None,
+            )
+        )
+    check_labels(base, [Picture(p.source, p.split, p.label, p.slide) for p in patches],
+                 options.labels)  # fmt: skip
+    return patches
+
+
+def tile_place(match: re.Match[str] | None, step: int | None) -> tuple[int | None, int | None]:
+    """x and y of a tile named `<col>_<row>`; unknown where the step is, which no name tells."""
+    if match is None or match[1] is None or step is None:
+        return None, None
+    return int(match[1]) * step, int(match[2]) * step
+
+
+def list_zoomldm(base: Path, paths: list[str], options: ListingOptions) -> list[ForeignPatch]:
+    """`[SPLIT/]MAG/MILLION/INDEX_vae.npy`, by folder and number."""
+    found = [(path, match) for path in paths if (match := ZOOMLDM.search(path))]
+    paths = [path for path, _ in found]
+    has_splits = options.split_folders and bool(found) and are_splits(base, paths)
+    found.sort(key=lambda pair: (str(PurePosixPath(pair[0]).parent), int(pair[1][1])))
+    return [
+        ForeignPatch(
+            source=path,
+            path=path,
+            split=SPLITS[path.partition("/")[0].lower()] if has_splits else DEFAULT_SPLIT,
+        )
+        for path, _ in found
+    ]
+
+
+def list_npy(base: Path, paths: list[str], options: ListingOptions) -> list[ForeignPatch]:
+    """One npy a patch in [split/][class/[slide/]] folders, or as `latentds export` wrote them."""
+    if TABLE in paths and is_export(base):
+        return read_table(base)
+    found = [path for path in paths if path.endswith(".npy")]
+    rule = read_folders(base, found, options.labels, options.split_folders)
+    for note in rule.notes:
+        logger.info("%s", note)
+    pictures = [rule.place(path) for path in found]
+    check_labels(base, pictures, options.labels)
+    return [
+        ForeignPatch(source=p.source, path=p.source, split=p.split, label=p.label, slide=p.slide)
+        for p in pictures
+    ]
+
+
+def is_export(base: Path) -> bool:
+    """Whether table.csv is what `latentds export` writes, and no other kind of table."""
+    with (base / TABLE).open(newline="", encoding="utf-8") as file:
+        names = set(csv.DictReader(file).fieldnames or ())
+    return {"path", "split", "source", "codebook_id"} <= names
+
+
+def read_table(base: Path) -> list[ForeignPatch]:
+    """The patches of an export's table.csv."""
+    with (base / TABLE).open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        return [
+            table_patch(
+                base, {n: csv_text(v or "") for n, v in record.items() if n}, reader.line_num
+            )
+            for record in reader
+        ]
+
+
+def table_patch(base: Path, record: dict[str, Any], line: int) -> ForeignPatch:
+    """The patch of a line; InputError where its path leads out or a number is none."""
+    path = PurePosixPath(record["path"] or "")
+    if path.is_absolute() or ".." in path.parts or not path.name:
+        raise InputError(f"{base / TABLE}, line {line}: path {str(path)!r} leads out; refused")
+    source = PurePosixPath(record["source"] or "")
+    if source.is_absolute() or not source.name:  # where files lie on a machine is nobody's business
+        raise InputError(f"{base / TABLE}, line {line}: source {str(source)!r} is not relative")
+    known = {name: record[name] for name in ("x", "y", "mpp", "size_px") if record.get(name)}
+    numbers: dict[str, Any] = dict(numbers_of(f"{base / TABLE}, line {line}", known))
+    return ForeignPatch(
+        source=record["source"],
+        path=str(path),
+        split=record["split"],
+        label=record.get("label") or None,
+        slide=record.get("slide") or None,
+        source_encoding=record.get("source_encoding") or "",
+        codebook_id=record.get("codebook_id") or "",
+        **numbers,
+    )
+
+
+def list_arrays(base: Path, paths: list[str], options: ListingOptions) -> list[ForeignPatch]:
+    """Every row of every array file; its source is `FILE/NNNNNN.SUFFIX`."""
+    found = [path for path in paths if PurePosixPath(path).suffix in ARRAY_SUFFIXES]
+    found = [path for path in found if not PurePosixPath(path).name.startswith("codebook-")]
+    has_splits = options.split_folders and bool(found) and are_splits(base, found)
+    patches = []
+    for path in found:
+        split = SPLITS[PurePosixPath(path).parts[0].lower()] if has_splits else DEFAULT_SPLIT
+        rows = inspect_array(base / path).rows
+        labels = read_labels(base / path, rows) if options.labels else None
+        stem, suffix = path.rpartition(".")[0], PurePosixPath(path).suffix
+        patches += [
+            ForeignPatch(
+                source=f"{stem}/{row:06d}{suffix}",
+                path=path,
+                row=row,
+                split=split,
+                label=labels[row] if labels else None,
+            )
+            for row in range(rows)
+        ]
+    check_labels(base, [Picture(p.source, p.split, p.label, None) for p in patches],
+                 options.labels)  # fmt: skip
+    return pad_numbers(patches)
+
+
+def pad_numbers(patches: list[ForeignPatch]) -> list[ForeignPatch]:
+    """Integer labels with leading zeros: class names are sorted as text."""
+    labels = {patch.label for patch in patches if patch.label is not None}
+    if not labels or not all(label.isdigit() for label in labels):
+        return patches
+    width = max(len(label) for label in labels)
+    return [
+        dataclasses.replace(p, label=p.label.zfill(width) if p.label else None) for p in patches
+    ]
+
+
+def renamed(patch: ForeignPatch, fields: dict[str, str]) -> ForeignPatch:
+    """The patch with what a name pattern found."""
+    found: dict[str, Any] = {name: fields[name] for name in ("label", "slide") if name in fields}
+    found |= {name: int(fields[name]) for name in ("x", "y") if name in fields}
+    found |= {"mpp": float(fields["mpp"])} if "mpp" in fields else {}
+    return dataclasses.replace(patch, **found)

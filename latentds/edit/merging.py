@@ -1,0 +1,254 @@
+"""Merge data sets of one latent_id: shards copied, packs renumbered, codebooks side by side."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+from tqdm import tqdm
+
+from latentds.core.storage import READ_BYTES, naming, rename_durably, sha256_file, write_atomically
+from latentds.edit.outputs import local_folder, new_data_set
+from latentds.errors import DamagedPackError, FormatError, InputError
+from latentds.loading.mixture import check_mixable
+from latentds.store.columns import encode_table
+from latentds.store.composing import Composer, complete
+from latentds.store.format import GOLDEN, Contract, joined_names, pack_key
+from latentds.store.golden import MAX_GOLDEN, read_golden_table, renumbered
+from latentds.store.index import ShardIndex
+from latentds.store.manifest import Manifest
+from latentds.store.reader import ShardSet
+from latentds.store.scan import read_contract, scan_members
+from latentds.store.writer import BLOCK, ShardWriter, member_header
+
+
+def merge(
+    folders: Sequence[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    overwrite: bool = False,
+) -> Manifest:
+    """One data set of the patches of several; nothing is decoded or quantized anew.
+
+    folders  local data sets of one latent_id, codes shape and patch size, without a patch in common
+    raises   ContractError for sets that do not belong together, InputError for a patch that two
+             have, DamagedPackError for a pack that is not what its set recorded
+    """
+    out, paths = Path(out), [local_folder(folder) for folder in folders]
+    if len(paths) < 2:
+        raise InputError(f"{len(paths)} data sets to merge; name two or more")
+    sets = [ShardSet(path) for path in paths]
+    check_mixable(sets)
+    with new_data_set(out, overwrite, paths):
+        check_distinct(sets)
+        classes = joined_names(shards.manifest.classes for shards in sets)
+        composer = Composer(out, sets[0].manifest.contract, classes)
+        copy_shards(composer, sets)
+        manifest = composer.tables(describe([shards.manifest for shards in sets]))
+        write_atomically(out / GOLDEN, join_golden(sets, manifest))
+        return complete(out, manifest)
+
+
+def check_distinct(sets: Sequence[ShardSet]) -> None:
+    """Refuse a patch that two sets have, by its key."""
+    seen = np.zeros(0, np.uint64)
+    for number, shards in enumerate(sets):
+        hashes = key_hashes(shards)
+        common = np.intersect1d(seen, hashes)
+        if len(common):
+            name_duplicate(sets[:number], shards, hashes, common)
+        seen = np.union1d(seen, hashes)
+
+
+def key_hashes(shards: ShardSet) -> np.ndarray:
+    """64-bit hashes of all patches' keys, uint64 (N,): 8 bytes a patch instead of a name."""
+    hashes = np.zeros(len(shards), np.uint64)
+    for pack in tqdm(range(len(shards.packs)), desc="keys", unit="pack", delay=1, disable=None):
+        first = int(shards.first_patch[pack])
+        keys = shards.pack_columns(pack)["key"]
+        digests = b"".join(hashlib.blake2b(key.encode(), digest_size=8).digest() for key in keys)
+        hashes[first : first + len(keys)] = np.frombuffer(digests, "<u8")
+    return hashes
+
+
+def name_duplicate(
+    earlier: Sequence[ShardSet], shards: ShardSet, hashes: np.ndarray, common: np.ndarray
+) -> None:
+    """Raise InputError with a key that is there twice; two keys of one hash are let pass."""
+    keys = set(shards.read_columns(np.flatnonzero(np.isin(hashes, common)), ["key"])["key"])
+    for other in earlier:
+        rows = np.flatnonzero(np.isin(key_hashes(other), common))
+        both = sorted(keys.intersection(other.read_columns(rows, ["key"])["key"]))
+        if both:
+            raise InputError(
+                f"{shards.folder}: {len(both)} patches are in {other.folder} too, among them "
+                f"{both[0]!r}; leave them out of one ('latentds repack --exclude-slides')"
+            )
+
+
+def copy_shards(composer: Composer, sets: Sequence[ShardSet]) -> None:
+    """Copy every shard of every split, the first set's first."""
+    total = sum(shard.bytes for shards in sets for shard in shards.manifest.shards)
+    splits = sorted({shard.split for shards in sets for shard in shards.manifest.shards})
+    with tqdm(total=total, desc="shards", unit="B", unit_scale=True, delay=1, disable=None) as bar:
+        for split in splits:
+            for shards in sets:
+                for number, record in enumerate(shards.manifest.shards):
+                    if record.split != split:
+                        continue
+                    # Only the codebook may differ from shard to shard; each set's decoder and card
+                    # stay in the manifest's `made`.
+                    codebook = shards.manifest.contract_of(number).codebook
+                    contract = dataclasses.replace(composer.contract, codebook=codebook)
+                    source = Path(shards.folder) / record.name
+                    digests: list[str] = []
+                    copy = functools.partial(copy_noting, digests, source, contract, split)
+                    check_copy(shards, number, composer.add_shard(split, contract, copy))
+                    check_sha256(source, digests[0], record.sha256)
+                    bar.update(record.bytes)
+
+
+def copy_noting(digests: list[str], *words: Any) -> None:
+    """`copy_shard`, its result appended: a composer's copy gives none."""
+    digests.append(copy_shard(*words))
+
+
+def copy_hashed(source: Path, target: Path) -> str:
+    """Copy a file durably; returns the hex sha256 of what was read."""
+    digest = hashlib.sha256()
+    with source.open("rb") as file, naming(target), target.open("wb") as copy:
+        while block := file.read(READ_BYTES):
+            digest.update(block)
+            copy.write(block)
+        copy.flush()
+        os.fsync(copy.fileno())
+    return digest.hexdigest()
+
+
+def check_sha256(source: Path, found: str, recorded: str) -> None:
+    """Refuse a shard that is not the one its set's manifest lists; damage is not passed on."""
+    if found != recorded:
+        raise FormatError(
+            f"{source}: sha256 is {found[:12]}..., its manifest records {recorded[:12]}...; "
+            "damaged or replaced, fetch it anew"
+        )
+
+
+def copy_shard(source: Path, contract: Contract, split: str, path: Path, number: int) -> str:
+    """Copy a shard to be number `number` of its split: as it is where that changes nothing.
+
+    returns  sha256 of the shard that was read
+    """
+    if source.name == path.name and read_contract(source).to_json() == contract.to_json():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.partial")
+        digest = copy_hashed(source, partial)
+        rename_durably(partial, path)
+        return digest
+    digest = sha256_file(source)
+    with source.open("rb") as file, naming(path), ShardWriter(path, contract) as writer:
+        places: dict[str, int] = {}
+        for member in scan_members(file, str(source)):
+            place = places.setdefault(member.key, len(places))
+            name = f"{pack_key(split, number, place)}.{member.kind}"
+            writer.file.write(member_header(name, member.size))
+            copy_bytes(file, writer.file, member.offset, member.size + -member.size % BLOCK)
+        writer.finish()
+    return digest
+
+
+def copy_bytes(source: BinaryIO, target: BinaryIO, offset: int, size: int) -> None:
+    """Append `size` bytes from `offset` of one file to another."""
+    source.seek(offset)
+    while size and (block := source.read(min(size, READ_BYTES))):
+        target.write(block)
+        size -= len(block)
+
+
+def check_copy(shards: ShardSet, number: int, index: ShardIndex) -> None:
+    """Refuse a shard whose packs are not what its set's tables say: damage is not passed on."""
+    first = int(shards.first_pack[number])
+    listed = slice(first, first + len(index.packs))
+    same = np.full(len(index.packs), len(index.packs) == shards.manifest.shards[number].packs)
+    for field in ("codes_crc32", "patches_crc32", "masks_crc32"):
+        same &= index.packs[field] == shards.packs[field][listed]
+    if shards.digests is not None:
+        for field in ("codes", "patches", "masks"):
+            same &= (index.digests[field] == shards.digests[field][listed]).all(axis=1)
+    if not same.all():
+        pack = first + int(np.argmin(same))
+        raise DamagedPackError(
+            f"{shards.shard_path(pack)}, key {shards.key(pack)}: not what its data set recorded; "
+            "damaged, fetch it anew ('latentds verify' lists all damage)",
+            shards,
+            pack,
+        )
+
+
+def join_golden(sets: Sequence[ShardSet], manifest: Manifest) -> bytes:
+    """The golden file of the merged set: patches of every set in turn, at most 32.
+
+    Sets with another decoder than the first have none to give: their pixels are not what it makes.
+    """
+    tables = []
+    starts = first_rows(sets, manifest)
+    for shards, start in zip(sets, starts, strict=True):
+        if shards.manifest.contract.decoder_id != manifest.contract.decoder_id:
+            continue
+        table = read_golden_table(Path(shards.folder), shards.manifest.golden_sha256)
+        rows = np.array(table["row"].to_pylist(), np.int64)
+        number = shards.packs["shard"][shards.packs_of(rows)]
+        own = np.cumsum([0, *(shard.patches for shard in shards.manifest.shards)])
+        tables.append(renumbered(table, rows - own[number] + start[number]))
+    turns = np.concatenate([np.arange(len(table)) for table in tables])
+    chosen = np.sort(np.argsort(turns, kind="stable")[:MAX_GOLDEN])
+    joined = pa.concat_tables(tables).take(chosen)
+    return encode_table(joined.sort_by("row"))
+
+
+def first_rows(sets: Sequence[ShardSet], manifest: Manifest) -> list[np.ndarray]:
+    """For every set, the merged set's row at which each of its shards begins."""
+    ends = np.cumsum([shard.patches for shard in manifest.shards])
+    merged = dict(
+        zip((shard.name for shard in manifest.shards), np.append(0, ends[:-1]), strict=True)
+    )
+    numbers: dict[str, int] = {}
+    starts = []
+    for shards in sets:
+        own = []
+        for shard in shards.manifest.shards:
+            number = numbers.get(shard.split, 0)
+            own.append(merged[f"data/{shard.split}-{number:06d}.tar"])
+            numbers[shard.split] = number + 1
+        starts.append(np.array(own, np.int64))
+    return starts
+
+
+def describe(manifests: Sequence[Manifest]) -> dict[str, Any]:
+    """How the merged set was made: what every set says of itself, and what readers look up."""
+    from latentds.version import __version__
+
+    merged = [
+        {
+            "dataset_id": manifest.dataset_id,
+            "patches": manifest.patches,
+            "decoder_id": manifest.contract.decoder_id,
+            "codebook_id": manifest.contract.codebook.codebook_id,
+            "made": {name: value for name, value in manifest.made.items() if name != "left_out"},
+        }
+        for manifest in manifests
+    ]
+    left_out = [entry for manifest in manifests for entry in manifest.made.get("left_out", [])]
+    return {
+        "merged": merged,
+        "versions": {"latentds": __version__},
+        "codebook": manifests[0].made.get("codebook", {}),
+        "masks": any(bool(manifest.made.get("masks")) for manifest in manifests),
+        "left_out": left_out,
+    }

@@ -1,0 +1,259 @@
+"""Other codes for the patches of a set, made of its stored latents: no picture is needed."""
+# N patches, C latent channels, h w latent cells
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from latentds.autoencoders.autoencoder import Autoencoder
+from latentds.autoencoders.tiny import shipped_records
+from latentds.conversion.codebook_choice import planes_of
+from latentds.core.metrics import Distortion
+from latentds.errors import (
+    ContractError,
+    FormatError,
+    InputError,
+    MissingExtraError,
+    ShapeError,
+    WeightsError,
+)
+from latentds.loading.decoding import find_autoencoder
+from latentds.quantizers.additive_fit import fit_additive
+from latentds.quantizers.codebook_files import StoredCodebook, load_codebook, sized
+from latentds.quantizers.entropy.record_codebook import EntropyCodebook
+from latentds.quantizers.entropy.record_fit import MAX_FIT_PATCHES, fit_entropy_codebook
+from latentds.quantizers.scalar import AnyCodebook, dequantize_each
+from latentds.store.composing import Part
+from latentds.store.golden import decode_pixels, encode_golden, no_golden, read_golden
+from latentds.store.reader import ShardSet
+
+logger = logging.getLogger(__name__)
+
+FIT_PATCHES = 1000
+MAX_SAMPLE_VALUES = 16_000_000  # latent values held while fitting: 64 MB
+BLOCK_PATCHES = 256
+Encoding = Literal["u8-sum", "rans"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recoding:
+    """What patches are to be coded as.
+
+    encoding     of the new codes; None takes that of `codebook`
+    patch_bytes  of the new codes; None where `codebook` tells
+    codebook     file; else records take the tables that ship with these latents, and what does not
+                 ship is fitted to a sample of the set's own
+    autoencoder  whose decoder makes the golden patches, None for the recorded one
+    """
+
+    encoding: Encoding | None = None
+    patch_bytes: int | None = None
+    codebook: Path | None = None
+    autoencoder: Autoencoder | str | os.PathLike[str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.codebook is None and (self.encoding is None or self.patch_bytes is None):
+            raise InputError(
+                "other codes need --encoding and --bytes, how many a patch is to take, or a "
+                "--codebook"
+            )
+
+
+class Recoder:
+    """Codes of a set's patches made anew, and what that loses.
+
+    stored    the new codebook
+    contract  of the new codes
+    decoder   what golden patches are decoded with; None where it is not at hand
+    loss      what the new codes lose of the stored latents, over all patches coded so far
+    """
+
+    def __init__(self, shards: ShardSet, recoding: Recoding, seed: int) -> None:
+        self.shards, self.loss = shards, Distortion()
+        self.stored = choose_codebook(shards, recoding, seed)
+        before, book = shards.manifest.contract, self.stored.codebook
+        codes_shape = book.codes_shape_of(before.latents_shape)
+        self.contract = dataclasses.replace(before, codebook=book, codes_shape=codes_shape)
+        self.decoder = golden_decoder(shards, recoding)
+
+    def recoded(self, packs: Iterator[Part], before: AnyCodebook) -> Iterator[Part]:
+        """The packs with new codes for those of the codebook `before`."""
+        for codes, columns in packs:
+            blocks = np.split(codes, np.arange(BLOCK_PATCHES, len(codes), BLOCK_PATCHES))
+            yield np.concatenate([self.recode(block, before) for block in blocks]), columns
+
+    def recode(self, codes: np.ndarray, before: AnyCodebook) -> np.ndarray:
+        """New codes uint8 (N, *codes_shape) of codes of the codebook `before`."""
+        book = self.stored.codebook
+        if (fault := before.find_fault(codes)) is not None:
+            raise FormatError(f"{self.shards.folder}: {fault}; damaged, fetch it anew")
+        latents = before.dequantize(torch.from_numpy(codes))
+        found = book.quantize(latents)
+        self.loss.add(latents.numpy(), book.dequantize(found).numpy())
+        recoded: np.ndarray = found.numpy()
+        return recoded
+
+    def golden(self, order: np.ndarray) -> bytes:
+        """The golden file: the old one's patches that are still there, as the new codes decode.
+
+        order  old rows in the order in which they now stand
+        """
+        manifest, book = self.shards.manifest, self.stored.codebook
+        golden = read_golden(
+            Path(self.shards.folder), manifest.contract, manifest.patches, manifest.golden_sha256
+        )
+        places = [np.flatnonzero(order == row) for row in golden.rows.tolist()]
+        kept = sorted((int(place[0]), n) for n, place in enumerate(places) if len(place))
+        if self.decoder is None or not kept:
+            return no_golden()
+        numbers = [number for _, number in kept]
+        latents = latents_of(self.shards, golden.codes[numbers], golden.rows[numbers])
+        codes = book.quantize(latents).numpy()
+        decoded = decode_pixels(codes, [book], self.decoder, manifest.contract.patch_px)
+        thumbnails = [golden.thumbnails[number] for number in numbers]
+        return encode_golden(np.array([new for new, _ in kept]), codes, thumbnails, decoded)
+
+    def recorded(self) -> dict[str, Any]:
+        """For the manifest: from what to what, and what it lost."""
+        ends = {"from": self.shards.manifest.contract, "to": self.contract}
+        told = {
+            name: {"encoding": contract.encoding, "bytes": contract.bytes_per_patch}
+            for name, contract in ends.items()
+        }
+        return told | {"lost": self.loss.to_json()}
+
+
+def choose_codebook(shards: ShardSet, recoding: Recoding, seed: int) -> StoredCodebook:
+    """The codebook of the new codes: of a file, shipped, or fitted to the set's own latents.
+
+    raises  ContractError for a file fitted to other latents, InputError for codes that cannot be
+            made of the set's, with those that can
+    """
+    contract = shards.manifest.contract
+    shape, wanted = contract.latents_shape, recoding.patch_bytes
+    if recoding.codebook is not None:
+        stored = codebook_of_file(recoding, contract.latent_id, shape)
+    else:
+        assert recoding.encoding is not None and wanted is not None  # or a codebook was given
+        check_fewer(shards, recoding.encoding, wanted)
+        shipped = None
+        if recoding.encoding == "rans":
+            shipped = shipped_records(contract.latent_id, shape, wanted)
+        stored = shipped or fit_codebook(shards, recoding.encoding, wanted, seed)
+    taken = math.prod(stored.codebook.codes_shape_of(shape))
+    check_fewer(shards, stored.codebook.encoding, taken)
+    return stored
+
+
+def codebook_of_file(
+    recoding: Recoding, latent_id: str, shape: tuple[int, int, int]
+) -> StoredCodebook:
+    """The codebook of --codebook for latents of this shape; errors name the file."""
+    path = recoding.codebook
+    assert path is not None
+    stored = load_codebook(path)
+    found = stored.codebook.encoding
+    if stored.latent_id != latent_id:
+        raise ContractError(
+            f"{path}: fitted to latents {stored.latent_id}, the set's are {latent_id}; leave "
+            "--codebook to fit one to the set's own"
+        )
+    if found not in ("u8-sum", "rans") or recoding.encoding not in (None, found):
+        wanted = recoding.encoding or "u8-sum or rans"
+        raise InputError(f"{path}: its codes are encoded as {found!r}, wanted are {wanted}; give "
+                         "another --codebook, or leave it")  # fmt: skip
+    try:
+        return sized(stored, shape, recoding.patch_bytes)
+    except (ShapeError, InputError) as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def check_fewer(shards: ShardSet, encoding: str, patch_bytes: int) -> None:
+    """Refuse codes of the set's own kind that do not take fewer bytes.
+
+    Of another kind they may take more, so that sets of two kinds can be brought together.
+    """
+    contract = shards.manifest.contract
+    stored = contract.bytes_per_patch
+    if patch_bytes < stored or contract.encoding != encoding:
+        return
+    raise InputError(
+        f"{shards.folder}: codes of {stored:,} bytes a patch ({contract.encoding}) do not get "
+        f"better by {patch_bytes:,} bytes of {encoding}: what they lost is lost; give fewer --bytes"
+    )
+
+
+def fit_codebook(
+    shards: ShardSet, encoding: Encoding, patch_bytes: int, seed: int
+) -> StoredCodebook:
+    """A codebook fitted to patches of the training split, or of the first where there is none."""
+    contract = shards.manifest.contract
+    channels, height, width = contract.latents_shape
+    planes = 0
+    if encoding == "u8-sum":
+        planes = planes_of(patch_bytes, channels, height * width)
+    latents, made = draw_latents(shards, seed, FIT_PATCHES if planes else MAX_FIT_PATCHES)
+    if planes:
+        vectors = latents.permute(0, 2, 3, 1).reshape(-1, channels).numpy()
+        book, report = fit_additive(vectors, planes, seed=seed)
+        made |= report.to_json()
+        return StoredCodebook(codebook=book, latent_id=contract.latent_id, made=made)
+    own = contract.codebook
+    gains = own.gains if isinstance(own, EntropyCodebook) else None
+    try:
+        records, fitted = fit_entropy_codebook(latents, patch_bytes, gains=gains)
+    except ValueError as error:
+        raise InputError(f"--bytes {patch_bytes}: {error}") from error
+    made["record_fit"] = fitted.to_json()
+    return StoredCodebook(codebook=records, latent_id=contract.latent_id, made=made)
+
+
+def draw_latents(shards: ShardSet, seed: int, count: int) -> tuple[Tensor, dict[str, Any]]:
+    """Latents float32 (N, C, h, w) of drawn patches in random order, and how they were drawn."""
+    manifest = shards.manifest
+    split = "train" if "train" in manifest.splits else next(iter(manifest.splits))
+    first, end = shards.patch_range(split)
+    count = min(count, end - first, MAX_SAMPLE_VALUES // math.prod(manifest.contract.latents_shape))
+    rng = np.random.default_rng([seed, 4])
+    rows = np.sort(first + rng.choice(end - first, max(1, count), replace=False))
+    latents = latents_of(shards, shards.read_codes(rows), rows)
+    origin = "fitted to a sample of the latents that the set had before"
+    made = {"origin": origin, "split": split, "patches": len(rows), "seed": seed}
+    return latents[torch.from_numpy(rng.permutation(len(rows)))], made
+
+
+def latents_of(shards: ShardSet, codes: np.ndarray, rows: np.ndarray) -> Tensor:
+    """Latents float32 (N, C, h, w) of codes at these rows, each by its own codebook."""
+    books, numbers = shards.manifest.codebooks, shards.codebook_numbers(rows)
+    return dequantize_each(torch.from_numpy(codes), numbers, books)
+
+
+def golden_decoder(shards: ShardSet, recoding: Recoding) -> Autoencoder | None:
+    """The recorded decoder, for the golden patches; None, and a warning, where it is not at hand.
+
+    raises  ContractError for one that was given and is another
+    """
+    try:
+        found = find_autoencoder(shards, recoding.autoencoder)
+    except (WeightsError, MissingExtraError) as error:
+        if recoding.autoencoder is not None:
+            raise
+        logger.warning("no golden patches, which 'latentds verify' checks decoders with: %s", error)
+        return None
+    decoder_id = shards.manifest.contract.decoder_id
+    if found.card.decoder_id != decoder_id:
+        raise ContractError(
+            f"{shards.folder}: records the decoder {decoder_id}, that of {found.card.name!r} is "
+            f"{found.card.decoder_id}; golden patches need the recorded one"
+        )
+    return found

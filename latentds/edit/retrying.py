@@ -1,0 +1,131 @@
+"""Convert what a finished data set had to leave out, and add it to the set."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from latentds.conversion.convert_config import ConvertConfig
+from latentds.core.storage import write_atomically
+from latentds.edit.merging import merge
+from latentds.errors import ContractError, InputError
+from latentds.quantizers.codebook_files import StoredCodebook, save_codebook
+from latentds.store.composing import complete
+from latentds.store.format import MANIFEST
+from latentds.store.manifest import Manifest, read_manifest
+
+SOME_PATCHES = re.compile(r"(\d+) of (\d+) patches: ")
+
+
+def retry(config: ConvertConfig, convert: Callable[[ConvertConfig], Manifest]) -> Manifest:
+    """Add the sources that can be read by now to the set in `config.out`.
+
+    Both are merged into a new folder, which then takes the old one's place: until then the old set
+    is as it was, so a killed run is just run again.
+
+    config   the options that made the set
+    convert  the conversion
+    raises   InputError where nothing was left out, or the options are not the set's
+    """
+    out = config.out
+    parts = [out.with_name(f"{out.name}.{word}") for word in ("retry", "retried", "before-retry")]
+    part, new, old = parts
+    recover(out, new, old)
+    manifest = read_manifest(out)
+    check_options(config, manifest)
+    wanted = wholly_left_out(manifest)
+    if not wanted:
+        raise InputError(f"{out}: left out no source as a whole; nothing to try again")
+    helper = out.with_name(f"{out.name}.retry-files")
+    write_atomically(helper / "only.txt", "\n".join(wanted).encode())
+    added = convert(for_retry(config, manifest, part, helper))
+    check_same(manifest, added, config)
+    merged = merge([out, part], new, overwrite=True)
+    merged = complete(new, dataclasses.replace(merged, made=made_after(manifest, added, wanted)))
+    out.rename(old)
+    new.rename(out)
+    for folder in (old, part, helper):
+        shutil.rmtree(folder)
+    return merged
+
+
+def recover(out: Path, new: Path, old: Path) -> None:
+    """Finish the renames of a run that was killed between them."""
+    if not out.exists() and old.exists():
+        (new if (new / MANIFEST).is_file() else old).rename(out)
+    if old.exists():
+        shutil.rmtree(old)
+
+
+def wholly_left_out(manifest: Manifest) -> list[str]:
+    """Sources of which nothing is stored, by the names the manifest has for them."""
+    names = []
+    for entry in manifest.made["left_out"]:
+        some = SOME_PATCHES.match(str(entry.get("reason", "")))
+        if some is None or some[1] == some[2]:
+            names.append(str(entry["source"]))
+    return names
+
+
+def check_options(config: ConvertConfig, manifest: Manifest) -> None:
+    """Refuse options other than those that made the set."""
+    made, asked = dict(manifest.made.get("options", {})), config.recorded()
+    for name in ("quantizer", "levels", "fit_patches"):  # the set's codebook says all of it
+        made.pop(name, None)
+        asked.pop(name, None)
+    changed = sorted(
+        name for name in made.keys() | asked.keys() if made.get(name) != asked.get(name)
+    )
+    if changed:
+        name = changed[0]
+        raise InputError(
+            f"{config.out}: made with {name} {made.get(name)!r}, now {asked.get(name)!r}; pass the "
+            "options that made it"
+        )
+
+
+def for_retry(config: ConvertConfig, manifest: Manifest, part: Path, helper: Path) -> ConvertConfig:
+    """The options of the part's conversion: only what was left out, the set's own codebook."""
+    contract = manifest.contract
+    stored = StoredCodebook(
+        codebook=contract.codebook, latent_id=contract.latent_id, made=manifest.made["codebook"]
+    )
+    save_codebook(stored, helper / "codebook.safetensors")
+    return dataclasses.replace(
+        config,
+        out=part,
+        only=helper / "only.txt",
+        codebook=helper / "codebook.safetensors",
+        quantizer="kmeans",
+        levels=256,
+        overwrite=(part / MANIFEST).is_file(),  # of a run that was killed later
+    )
+
+
+def check_same(manifest: Manifest, added: Manifest, config: ConvertConfig) -> None:
+    """Refuse to add patches of another size."""
+    if added.contract.patch_px != manifest.contract.patch_px:
+        raise ContractError(
+            f"{config.out}: patches of {manifest.contract.patch_px} px, what was left out has "
+            f"{added.contract.patch_px}; pass the options that made the set"
+        )
+
+
+def made_after(manifest: Manifest, added: Manifest, wanted: list[str]) -> dict[str, Any]:
+    """The set's record, what is still left out in place of what was."""
+    tried = set(wanted)
+    kept = [entry for entry in manifest.made["left_out"] if entry["source"] not in tried]
+    still = [*kept, *added.made["left_out"]]
+    empty = [
+        entry for made in (manifest.made, added.made) for entry in made.get("without_patches", [])
+    ]
+    counts = [made.get("converted", 0) for made in (manifest.made, added.made)]
+    return manifest.made | {
+        "left_out": sorted(still, key=lambda entry: str(entry["source"])),
+        "without_patches": empty,
+        "converted": sum(counts),
+    }

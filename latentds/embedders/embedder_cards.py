@@ -1,0 +1,72 @@
+"""Cards of the embedders known by name.
+
+Rules as the authors publish them: UNI and UNI 2 in their README (torchvision's Resize(224), thus
+bilinear), Prov-GigaPath in its README (a 256 px patch is cropped, not resized), Phikon-v2 in the
+`preprocessor_config.json` beside its weights, which is followed where it is there.
+"""
+
+from __future__ import annotations
+
+from latentds.embedders.embedder import EmbedderCard
+
+IMAGENET = "ImageNet mean and std"
+# No commit of the gated repositories could be confirmed offline: the commit that was loaded is
+# recorded on the card, and weights_id pins the weights themselves.
+CARDS = {
+    "uni": EmbedderCard(
+        name="uni",
+        class_name="vit_large_patch16_224",
+        dim=1024,
+        rule=f"shorter edge to 224 px (bilinear), centre crop of 224 px, {IMAGENET}; class token",
+        interpolation="bilinear",
+        multiple_px=16,
+        repository="MahmoodLab/UNI",
+        file="pytorch_model.bin",
+        licence="CC-BY-NC-ND-4.0",
+        gated=True,
+    ),
+    "uni2-h": EmbedderCard(
+        name="uni2-h",
+        class_name="vit_giant_patch14_224",
+        dim=1536,
+        rule=f"shorter edge to 224 px (bilinear), centre crop of 224 px, {IMAGENET}; class token",
+        interpolation="bilinear",
+        multiple_px=14,
+        repository="MahmoodLab/UNI2-h",
+        file="pytorch_model.bin",
+        licence="CC-BY-NC-ND-4.0",
+        gated=True,
+    ),
+    "gigapath": EmbedderCard(
+        name="gigapath",
+        class_name="vit_giant_patch14_dinov2",
+        dim=1536,
+        rule=f"shorter edge to 256 px (bicubic), centre crop of 224 px, {IMAGENET}; class token",
+        resize_px=256,
+        multiple_px=16,
+        repository="prov-gigapath/prov-gigapath",
+        file="pytorch_model.bin",
+        licence="terms of its Hub page (research)",
+        gated=True,
+    ),
+    "phikon-v2": EmbedderCard(
+        name="phikon-v2",
+        class_name="Dinov2Model",
+        dim=1024,
+        rule=f"shorter edge to 224 px (bicubic), centre crop of 224 px, {IMAGENET}; class token",
+        multiple_px=16,
+        repository="owkin/phikon-v2",
+        licence="Owkin non-commercial licence",
+    ),
+    "efficientnet-lite0": EmbedderCard(
+        name="efficientnet-lite0",
+        class_name="tf_efficientnet_lite0",
+        dim=1280,
+        rule="shorter edge to 224 px (bicubic), centre crop of 224 px, (x * 255 - 127) / 128; "
+        "pooled features",
+        mean=(127 / 255,) * 3,
+        std=(128 / 255,) * 3,
+        file="efficientnet-lite0-57934424.pth",
+        licence="Apache-2.0",
+    ),
+}

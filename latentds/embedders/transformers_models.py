@@ -1,0 +1,160 @@
+"""Phikon-v2, a Dinov2 network of transformers, from the Hub or a local folder.
+
+The only file of embedders that imports transformers: safetensors only, no code of a repository.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from latentds.autoencoders.autoencoder import hash_tensors
+from latentds.embedders.embedder import EmbedderCard, NetworkEmbedder, Preparation, without_resizing
+from latentds.embedders.embedder_cards import CARDS
+from latentds.embedders.weights import fetch, read_weights
+from latentds.errors import WeightsError, missing_extra
+
+FILES = ("config.json", "preprocessor_config.json", "model.safetensors")
+INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
+
+
+class ClassToken(nn.Module):
+    """Prepared images to the class token (B, D) after the last layer."""
+
+    def __init__(self, network: Any) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, prepared: Tensor) -> Tensor:
+        token: Tensor = self.network(pixel_values=prepared).last_hidden_state[:, 0]
+        return token
+
+    def checkpoint_gradients(self) -> None:
+        """Recompute each layer in the backward pass (transformers does so in train mode only)."""
+        for layer in self.network.encoder.layer:
+            layer.forward = functools.partial(recomputed, layer.forward)
+
+
+def recomputed(forward: Any, *arguments: Any, **named: Any) -> Any:
+    """What a layer returns, its activations dropped where gradients are wanted."""
+    if not torch.is_grad_enabled():
+        return forward(*arguments, **named)
+    return checkpoint(forward, *arguments, use_reentrant=False, **named)
+
+
+def load_phikon(folder: Path | None = None, native: bool = False) -> NetworkEmbedder:
+    """Phikon-v2 as an embedder of class tokens.
+
+    folder  with config.json and model.safetensors; None for the Hub
+    native  do not resize or crop: both edges must be multiples of the patch
+    raises  WeightsError, MissingExtraError
+    """
+    card = CARDS["phikon-v2"]
+    revision = card.revision
+    if folder is None:
+        paths, revision = fetch(card, FILES)
+        folder = paths[0].parent
+    network = load_network(folder)
+    card = dataclasses.replace(
+        card,
+        dim=int(network.config.hidden_size),
+        multiple_px=int(network.config.patch_size),
+        revision=revision,
+        weights_id=hash_tensors(read_weights(folder / "model.safetensors"), {}),
+    )
+    card, stretch_px = published_rule(card, folder / "preprocessor_config.json")
+    if native:
+        card, stretch_px = without_resizing(card), None
+    prepare, token = Preparation(card, stretch_px), ClassToken(network)
+    return NetworkEmbedder(card, token, prepare, checkpoint=token.checkpoint_gradients)
+
+
+def load_network(folder: Path) -> Any:
+    """The Dinov2 network of a folder, float32; WeightsError where a tensor is missing."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        model_type = config.get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise WeightsError(f"{folder}/config.json: cannot be read ({error})") from error
+    if model_type != "dinov2":
+        raise WeightsError(f"{folder}/config.json: model_type {model_type!r}, 'dinov2' is wanted")
+    if not (folder / "model.safetensors").is_file():
+        raise WeightsError(f"{folder}: no model.safetensors; other files of weights are not read")
+    try:
+        from transformers import AutoModel
+    except ImportError as error:
+        raise missing_extra("transformers", "embedders") from error
+    try:
+        network, report = AutoModel.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, TypeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise WeightsError(f"{folder}: cannot load a Dinov2 network ({reason})") from error
+    absent = sorted(report["missing_keys"])
+    if absent:
+        raise WeightsError(f"{folder}: tensor {absent[0]!r} is missing ({len(absent)} in all)")
+    return network
+
+
+def published_rule(card: EmbedderCard, path: Path) -> tuple[EmbedderCard, tuple[int, int] | None]:
+    """The card with what a preprocessor_config.json says, and the (H, W) it stretches images to.
+
+    The card as it is where there is no such file; None where nothing is stretched.
+    """
+    if not path.is_file():
+        return card, None
+    try:
+        said = json.loads(path.read_text())
+        if not said.get("do_rescale", True) or not said.get("do_normalize", True):
+            raise ValueError("it neither rescales nor normalizes")
+        size = said["size"] if said.get("do_resize", True) else {}
+        resize_px = int(size["shortest_edge"]) if "shortest_edge" in size else None
+        stretch_px = None if resize_px or not size else (int(size["height"]), int(size["width"]))
+        is_cropped = "crop_size" in said and said.get("do_center_crop", True)
+        crop = said["crop_size"] if is_cropped else None
+        if crop and crop["height"] != crop["width"]:
+            raise ValueError("its crop is not square")
+        input_px = int(crop["height"]) if crop else None
+        interpolation = INTERPOLATIONS[said["resample"]] if size else card.interpolation
+        mean, std = tuple(said["image_mean"]), tuple(said["image_std"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WeightsError(
+            f"{path}: not a preparation of resizing and cropping ({error!r})"
+        ) from error
+    return dataclasses.replace(
+        card,
+        resize_px=resize_px,
+        input_px=input_px,
+        interpolation=interpolation,
+        mean=mean,
+        std=std,
+        rule=describe_rule(resize_px, stretch_px, input_px, interpolation),
+    ), stretch_px
+
+
+def describe_rule(
+    resize_px: int | None, stretch_px: tuple[int, int] | None, input_px: int | None, how: str
+) -> str:
+    """The preparation in words."""
+    steps = []
+    if resize_px:
+        steps.append(f"shorter edge to {resize_px} px ({how})")
+    if stretch_px:
+        steps.append(f"stretched to {stretch_px[1]}x{stretch_px[0]} px ({how})")
+    if input_px:
+        steps.append(f"centre crop of {input_px} px")
+    steps.append("mean and std of preprocessor_config.json; class token")
+    return ", ".join(steps)

@@ -1,0 +1,133 @@
+"""Images in, features out: embedded, and brought to the host behind the work.
+
+One thread queues all work of a GPU, decoding and embedding, for what decoding sets of torch's
+arithmetic is set for the process. It does not wait for the device: a batch's features are taken
+when `BEHIND` later ones are queued, and written while those are computed.
+"""
+# n patches of a batch, D embedding dimensions, H W pixels
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from latentds.embedders.embedder import Embedder
+
+BEHIND = 2  # batches queued on a GPU behind the one whose features are awaited
+Item = TypeVar("Item")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Piece:
+    """A batch of a bag on its way.
+
+    bag       whatever the batch belongs to
+    coords    int64 (n, 2)
+    images    uint8 (n, 3, H, W) on the device; None once they are embedded
+    features  float32 (n, D) on the host; None before
+    error     why the bag ends here; then there is nothing else
+    """
+
+    bag: Any
+    coords: np.ndarray
+    images: Tensor | None = None
+    features: np.ndarray | None = None
+    error: Exception | None = None
+
+
+def embed_pieces(
+    pieces: Iterator[Piece], embedder: Embedder, device: torch.device
+) -> Generator[Piece, None, None]:
+    """The pieces with features instead of images, in order."""
+    is_gpu = device.type == "cuda"
+    queued: deque[tuple[Piece, Callable[[], np.ndarray] | None]] = deque()
+    for piece in pieces:
+        begin = start if is_gpu else embed
+        queued.append((piece, None if piece.images is None else begin(embedder, piece.images)))
+        if len(queued) > (BEHIND if is_gpu else 0):
+            yield with_features(*queued.popleft())
+    while queued:
+        yield with_features(*queued.popleft())
+
+
+def with_features(piece: Piece, take: Callable[[], np.ndarray] | None) -> Piece:
+    """The piece with the features that `take` brings; one that tells an error as it is."""
+    if take is None:
+        return piece
+    return dataclasses.replace(piece, images=None, features=take())
+
+
+def embed(embedder: Embedder, images: Tensor) -> Callable[[], np.ndarray]:
+    """Features of a batch, at once."""
+    features = run(embedder, images).cpu().numpy()
+    return lambda: features
+
+
+def start(embedder: Embedder, images: Tensor) -> Callable[[], np.ndarray]:
+    """Queue a batch's embedding and its copy to pinned memory; the result waits for that copy."""
+    features = run(embedder, images)
+    host = torch.empty(features.shape, dtype=features.dtype, pin_memory=True)
+    host.copy_(features, non_blocking=True)
+    done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    done.record()
+
+    def take() -> np.ndarray:
+        done.synchronize()
+        features: np.ndarray = host.numpy().copy()  # the pinned block is free for the next ones
+        return features
+
+    return take
+
+
+@torch.inference_mode()
+def run(embedder: Embedder, images: Tensor) -> Tensor:
+    """Features float32 (n, D) of images uint8 (n, 3, H, W), on their device."""
+    return embedder.embed(images.float().div_(255))
+
+
+def in_background(items: Iterable[Item], depth: int) -> Generator[Item, None, None]:
+    """The items, made by a thread up to `depth` ahead; an error of it is raised here.
+
+    Closing the generator ends the thread.
+    """
+    made: queue.Queue[tuple[Item | None, BaseException | None]] = queue.Queue(depth)
+    stopped = threading.Event()
+
+    def put(item: Item | None, error: BaseException | None = None) -> None:
+        while not stopped.is_set():
+            with contextlib.suppress(queue.Full):
+                made.put((item, error), timeout=0.1)
+                return
+
+    def work() -> None:
+        try:
+            for item in items:
+                put(item)
+                if stopped.is_set():
+                    return
+            put(None)
+        except BaseException as error:  # raised by the caller
+            put(None, error)
+
+    thread = threading.Thread(target=work, name="slides-ahead", daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = made.get()
+            if error is not None:
+                raise error
+            if item is None:
+                return
+            yield item
+    finally:
+        stopped.set()
+        thread.join()

@@ -1,0 +1,270 @@
+"""extract_features: one feature file a slide, resumable, slides shared among ranks."""
+# N patches of a slide, n of a batch, D embedding dimensions
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from latentds.core.launcher import find_rank
+from latentds.core.randomness import key_of, shuffled
+from latentds.core.storage import passing_lock
+from latentds.embedders.embedder import Embedder
+from latentds.errors import ContractError, InputError, LatentdsError, TooManyBadSamplesError
+from latentds.evaluation.features import clam, layout
+from latentds.evaluation.features.embedding_pipeline import Piece, embed_pieces, in_background
+from latentds.evaluation.features.extraction_options import (
+    Extraction,
+    FeatureOptions,
+    Progress,
+    Step,
+)
+from latentds.evaluation.features.feature_files import (
+    FeatureFile,
+    write_coordinates,
+    write_features,
+)
+from latentds.evaluation.features.features_record import FeaturesRecord, claim, versions_of
+from latentds.evaluation.features.layout import FeaturePlaces
+from latentds.evaluation.features.slides_left_out import note_left_out
+from latentds.evaluation.patchsets.patch_set import PatchSet
+
+logger = logging.getLogger(__name__)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class UnreadableSlideError(LatentdsError):
+    """A slide whose patches cannot be read, or give no sound features."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SlideBag:
+    """A slide on its way.
+
+    slide       its name
+    number      its place among those of this run, from 1
+    slides      how many those are
+    coords      int64 (N, 2) of the patches chosen
+    attributes  of the coordinates
+    """
+
+    slide: str
+    number: int
+    slides: int
+    coords: np.ndarray = dataclasses.field(default_factory=lambda: np.empty((0, 2), np.int64))
+    attributes: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def extract_features(
+    patches: PatchSet,
+    embedder: Embedder,
+    out: Path,
+    options: FeatureOptions,
+    *,
+    device: torch.device | str = "cpu",
+    rank: int | None = None,
+    world_size: int | None = None,
+    progress: Progress | None = None,
+) -> Extraction:
+    """Write the features of this rank's slides below `out`: every `world_size`-th of all.
+
+    patches   whose images come on `device`
+    device    where images are embedded
+    progress  called after every batch that was written
+
+    A slide's file appears whole; those that are there are left alone, so a killed run goes on by
+    the same call. The features depend neither on ranks nor on where a run was cut off. Slides
+    that failed are listed in left_out.json, from which those made later go.
+
+    raises    InputError for no slides, or another run at the same slide; ContractError where
+              `out` holds features of another embedder, source or options, or a file of another
+              dimension; TooManyBadSamplesError past `max_bad`, naming the slides; OSError for a
+              full disk, with nothing half written
+    """
+    device = torch.device(device)
+    names = named_slides(patches)
+    embedder.to(device, DTYPES[options.precision])
+    claim(out, record_of(patches, embedder, options, device))
+    rank, world_size = find_rank(rank, world_size)
+    mine = names[rank::world_size]
+    places, dim = FeaturePlaces(out, embedder.card.name), embedder.card.dim
+    done = [slide for slide in mine if is_done(places, slide, dim)]
+    wanted = sorted(set(mine) - set(done))
+    count, bad = 0, dict[str, str]()
+    pieces = embed_pieces(read_slides(patches, wanted, options), embedder, device)
+    with contextlib.closing(pieces):
+        for bag, group in itertools.groupby(pieces, key=bag_of):
+            try:
+                count += write_slide(places, bag, group, options, progress)
+            except UnreadableSlideError as error:
+                bad[bag.slide] = str(error)
+                note_bad(bad, options.max_bad)
+    note_left_out(out, mine, bad)
+    found = sorted(set(mine) - set(bad))
+    for slide in found if options.clam else ():
+        clam.add(places, slide, patches.patch_px[1])
+    return Extraction(slides=found, skipped=len(done), patches=count, bad=bad, dim=dim)
+
+
+def named_slides(patches: PatchSet) -> list[str]:
+    """The slides of patches, sorted; InputError where there are none."""
+    names = sorted(patches.slides())
+    if not names:
+        raise InputError(
+            f"{patches.facts().data}: no patch names a slide, and a bag is the patches of a slide; "
+            "give originals a --name-pattern with a group 'slide'"
+        )
+    return names
+
+
+def record_of(
+    patches: PatchSet, embedder: Embedder, options: FeatureOptions, device: torch.device
+) -> FeaturesRecord:
+    """What features.json is to say."""
+    return FeaturesRecord(
+        embedder=embedder.card.to_json(),
+        source=patches.facts().to_json(),
+        options=options.decisive(),
+        versions=versions_of(device.type),
+    )
+
+
+def bag_of(piece: Piece) -> SlideBag:
+    """The slide a piece is of."""
+    return cast(SlideBag, piece.bag)
+
+
+def is_done(places: FeaturePlaces, slide: str, dim: int) -> bool:
+    """Whether a slide's features are there; ContractError where they have another dimension."""
+    path = places.features_file(slide)
+    if not (path.exists() and places.coords_file(slide).exists()):
+        return False
+    with FeatureFile(path) as file:
+        if file.dim != dim:
+            raise ContractError(
+                f"{path}: has features of {file.dim} dimensions, the embedder gives {dim}; take "
+                "it away, or give another --out"
+            )
+    return True
+
+
+def read_slides(
+    patches: PatchSet, slides: Sequence[str], options: FeatureOptions
+) -> Iterator[Piece]:
+    """Batches of one slide after the other, the next slide opened meanwhile.
+
+    A piece with an error ends a slide that fails.
+    """
+    with contextlib.closing(in_background(open_slides(patches, slides, options), 1)) as opened:
+        for bag, own, rows, error in opened:
+            if own is None:
+                yield Piece(bag, bag.coords, error=error)
+                continue
+            parts = [
+                slice(start, start + options.batch_size)
+                for start in range(0, len(rows), options.batch_size)
+            ]
+            try:
+                images = own.stream([rows[part] for part in parts])
+                for part, batch in zip(parts, images, strict=True):
+                    yield Piece(bag, bag.coords[part], images=batch)
+            except LatentdsError as reason:
+                yield Piece(bag, bag.coords[:0], error=reason)
+
+
+def open_slides(
+    patches: PatchSet, slides: Sequence[str], options: FeatureOptions
+) -> Iterator[tuple[SlideBag, PatchSet | None, np.ndarray, Exception | None]]:
+    """Every slide's bag, its patches as a set and the rows that are wanted; or why there are none.
+
+    Of slides as originals this finds the tissue.
+    """
+    for number, slide in enumerate(slides, 1):
+        bag, none = SlideBag(slide, number, len(slides)), np.empty(0, np.int64)
+        try:
+            own = patches.of_slide(slide)
+            rows, bag = open_bag(own, bag, options)
+            yield bag, own, rows, None
+        except LatentdsError as error:
+            yield bag, None, none, error
+
+
+def open_bag(own: PatchSet, bag: SlideBag, options: FeatureOptions) -> tuple[np.ndarray, SlideBag]:
+    """The rows of a slide's own set that are wanted, and its bag with their coordinates."""
+    table, edge_px = own.table, own.patch_px[1]
+    if not len(table):
+        raise InputError("no patch, an empty bag")
+    rows = choose(len(table), bag.slide, options)
+    coords = np.stack([table.x, table.y], 1).astype(np.int64)
+    size_px, mpp = int(table.size_px[0]), float(table.mpp[0])
+    attributes = layout.coords_attributes(bag.slide, coords, size_px, edge_px, mpp)
+    return rows, dataclasses.replace(bag, coords=coords[rows], attributes=attributes)
+
+
+def choose(count: int, slide: str, options: FeatureOptions) -> np.ndarray:
+    """Rows of a slide that are wanted, ascending."""
+    if options.max_patches is None or count <= options.max_patches:
+        return np.arange(count)
+    order = shuffled(count, key_of("bag", options.seed, 0, slide))
+    return np.sort(order[: options.max_patches])
+
+
+def write_slide(
+    places: FeaturePlaces,
+    bag: SlideBag,
+    pieces: Iterator[Piece],
+    options: FeatureOptions,
+    progress: Progress | None,
+) -> int:
+    """Write a slide's files and return N; UnreadableSlideError where its patches fail."""
+    path = places.features_file(bag.slide)
+    attributes = {
+        "features": layout.feature_attributes(places, bag.slide),
+        "coords": bag.attributes,
+    }
+
+    def chunks() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for piece in pieces:
+            features = checked(piece, options.saved)
+            yield features, piece.coords
+            if progress is not None:
+                progress(Step(slide=bag.slide, number=bag.number, slides=bag.slides,
+                              size=len(bag.coords), patches=len(features)))  # fmt: skip
+
+    with passing_lock(path.with_name(f".{path.name}.lock")):
+        count = write_features(path, chunks(), attributes)
+        write_coordinates(places.coords_file(bag.slide), bag.coords, bag.attributes)
+    return count
+
+
+def checked(piece: Piece, saved: str) -> np.ndarray:
+    """A piece's features as they are saved; UnreadableSlideError where there are no sound ones."""
+    if piece.error is not None or piece.features is None:
+        raise UnreadableSlideError(f"{piece.error}") from piece.error
+    with np.errstate(over="ignore"):
+        features = piece.features.astype(saved)
+    if not np.isfinite(features).all():
+        raise UnreadableSlideError(
+            f"features that are not finite as {saved}; try --precision float32 --saved float32"
+        )
+    return features
+
+
+def note_bad(bad: dict[str, str], max_bad: int) -> None:
+    """Tell of a slide that failed; raise past the budget."""
+    slide, reason = next(reversed(bad.items()))
+    if len(bad) > max_bad:
+        told = "; ".join(f"{name}: {text}" for name, text in list(bad.items())[-3:])
+        raise TooManyBadSamplesError(
+            f"{len(bad)} slides failed, --max-bad is {max_bad}: {told}. What is finished stays; "
+            "the same command goes on"
+        )
+    logger.warning("slide %s left out: %s", slide, reason)

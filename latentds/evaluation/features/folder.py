@@ -1,0 +1,164 @@
+"""FeatureFolder: the features of a set of slides, ours or those of TRIDENT and CLAM, bag by bag."""
+# N patches of a slide, D embedding dimensions
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from latentds.errors import ContractError, FormatError, InputError, unknown_name
+from latentds.evaluation.features.feature_files import FEATURES, FeatureFile
+from latentds.evaluation.features.features_record import FeaturesRecord, comparable, read_record
+from latentds.evaluation.features.layout import RECORD, SUFFIX, plain, slide_name
+from latentds.evaluation.features.slides_left_out import read_left_out
+
+PREFIX = "features_"
+
+
+class FeatureFolder:
+    """Slides with features, each a bag.
+
+    path      folder of `latentds features`, a job's folder of TRIDENT (`features_<embedder>/`
+              in it), or a folder of feature files itself (`features_uni/`, CLAM's `h5_files/`)
+    embedder  which features, where a folder has those of several embedders
+    raises    InputError for no folder or no features in it, several embedders to choose from, an
+              empty bag; FormatError for a damaged file; ContractError where files have features of
+              another dimension or embedder than the others
+
+    Opening reads every file's head, no features; slides are sorted by name. `left_out` tells of
+    those that `latentds features` left out, with the reasons.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], embedder: str | None = None) -> None:
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise InputError(
+                f"{self.path}: no such folder; make features with 'latentds features SET --out "
+                "DIR', or name the folder that has them"
+            )
+        self.record, self.folder = find_features(self.path, embedder)
+        files = sorted(self.folder.glob(f"*{SUFFIX}"))
+        if not files:
+            raise InputError(f"{self.folder}: no feature file ({SUFFIX}); make some with 'latentds "
+                             "features'")  # fmt: skip
+        named = {slide_name(file) if self.record else file.stem: file for file in files}
+        self.files = dict(sorted(named.items()))
+        self.sizes: dict[str, int] = {}
+        self.dim, self.encoder = 0, ""
+        for slide, file in self.files.items():
+            self.look_at(slide, file)
+        self.left_out = read_left_out(self.folder.parent) if self.record else {}
+
+    def look_at(self, slide: str, path: Path) -> None:
+        """Note the size of a bag; refuse one that does not belong to the others."""
+        with FeatureFile(path) as file:
+            encoder = str(file.attributes[FEATURES].get("encoder", ""))
+            if not self.sizes:
+                stated = self.record.embedder.get("dim") if self.record else None
+                self.dim, self.encoder = stated or file.dim, encoder
+            if file.dim != self.dim:
+                raise ContractError(
+                    f"{path}: features of {file.dim} dimensions, {self.dim} elsewhere in "
+                    f"{self.folder}; take it away, or make it again"
+                )
+            if encoder != self.encoder:
+                raise ContractError(
+                    f"{path}: features of {encoder or 'an unnamed embedder'!r}, of "
+                    f"{self.encoder!r} elsewhere in {self.folder}; take it away, or make it again"
+                )
+            if not len(file):
+                raise InputError(f"{path}: an empty bag, no patch of slide {slide!r}; take it away")
+            self.sizes[slide] = len(file)
+
+    def __len__(self) -> int:
+        """Slides."""
+        return len(self.files)
+
+    @property
+    def slides(self) -> list[str]:
+        """Sorted names."""
+        return list(self.files)
+
+    @property
+    def embedder(self) -> dict[str, Any]:
+        """What is known of the embedder: its card with name and weights_id, or its name alone."""
+        if self.record:
+            return dict(self.record.embedder)
+        return {"name": self.encoder or self.folder.name.removeprefix(PREFIX), "weights_id": ""}
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """SourceFacts of the patches as JSON; empty for other tools' features."""
+        return dict(self.record.source) if self.record else {}
+
+    def content_id(self, slides: Sequence[str]) -> str:
+        """Identity of slides' features, wherever the folder lies: by its record, else by their
+        first and last rows.
+        """
+        digest = hashlib.sha256()
+        if self.record:
+            digest.update(json.dumps(comparable(self.record), sort_keys=True).encode())
+        for slide in slides:
+            digest.update(json.dumps([slide, self.sizes[slide]]).encode())
+            if not self.record:
+                with self.file(slide) as file:
+                    digest.update(file.features(np.array([0, len(file) - 1])).tobytes())
+        return digest.hexdigest()[:16]
+
+    def where(self, slide: str) -> str:
+        """Where a slide's features lie, for messages."""
+        return str(self.files[slide])
+
+    def file(self, slide: str) -> FeatureFile:
+        """A slide's file, open: for parts of a bag; close it, or use it in a `with`."""
+        if slide not in self.files:
+            raise unknown_name("slide", slide, self.files)
+        return FeatureFile(self.files[slide])
+
+    def bag(self, slide: str, rows: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Features float32 (N, D) and coordinates int64 (N, 2) of a slide, or of some of its rows.
+
+        raises  UnknownNameError; FormatError for a damaged file, or numbers that are not finite
+        """
+        with self.file(slide) as file:
+            chosen: np.ndarray | slice = slice(None) if rows is None else rows
+            features, coords = file.features(chosen), file.coords(chosen)
+        if not np.isfinite(features).all():
+            raise FormatError(f"{self.files[slide]}: features that are not finite; make it again")
+        return features, coords
+
+
+def find_features(path: Path, embedder: str | None) -> tuple[FeaturesRecord | None, Path]:
+    """The record of a folder, None of another tool's, and the folder of its feature files."""
+    for place in (path, path.parent) if path.name.startswith(PREFIX) else (path,):
+        if not (place / RECORD).is_file():
+            continue
+        record = read_record(place)
+        name = str(record.embedder["name"])
+        folder = place / f"{PREFIX}{plain(name)}"
+        if place != path and folder.name != path.name:
+            continue  # another tool's, beside ours
+        if embedder is not None and embedder != name:
+            raise ContractError(f"{place / RECORD}: features of {name!r}, not of {embedder!r}")
+        return record, folder
+    folders = sorted(f for f in path.glob(f"{PREFIX}*") if f.is_dir()) or [path]
+    return None, choose_folder(path, folders, embedder)
+
+
+def choose_folder(path: Path, folders: Sequence[Path], embedder: str | None) -> Path:
+    """The folder of an embedder's features among those there."""
+    if embedder is not None and folders[0] != path:
+        wanted = f"{PREFIX}{plain(embedder)}"
+        folders = [folder for folder in folders if folder.name == wanted] or folders[:0]
+        if not folders:
+            raise InputError(f"{path}: no folder {wanted}; name an embedder that is there")
+    if len(folders) > 1:
+        names = ", ".join(folder.name.removeprefix(PREFIX) for folder in folders)
+        raise InputError(f"{path}: features of several embedders ({names}); name one of them")
+    return folders[0]

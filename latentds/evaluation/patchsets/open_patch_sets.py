@@ -1,0 +1,240 @@
+"""Open a set of patches: what the input is, what it goes through, and what that is called."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import torch
+
+from latentds.autoencoders import load_autoencoder, load_for_decoding
+from latentds.autoencoders.autoencoder import Autoencoder, AutoencoderCard, NetworkAutoencoder
+from latentds.autoencoders.decoders import replace_decoder
+from latentds.codecs import (
+    LatentCodec,
+    LatentSpec,
+    PictureSpec,
+    make_picture_codec,
+    parse_codec,
+    with_quantizer,
+)
+from latentds.codecs.naming import FLOAT_BITS, latent_text
+from latentds.conversion.patch_encoding import choose_device
+from latentds.errors import InputError
+from latentds.evaluation.patchsets.codec_fitting import find_codebook
+from latentds.evaluation.patchsets.coded_patches import LatentRoundTrip, PictureRoundTrip
+from latentds.evaluation.patchsets.developing import DecodedCodes, Decoding, PlainPixels
+from latentds.evaluation.patchsets.latent_patches import Shards, open_shards
+from latentds.evaluation.patchsets.patch_set import PatchSet, SourceFacts
+from latentds.evaluation.patchsets.patch_set_config import OF_ORIGINALS, ORIGINAL, PatchInput
+from latentds.evaluation.patchsets.patches import Memory, OpenPatches
+from latentds.evaluation.patchsets.picture_patches import Pictures, count_workers, open_pictures
+from latentds.loading.decoding import find_autoencoder
+from latentds.sources.hugging_face import hub_id
+from latentds.store.format import MANIFEST
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PATHOLOGY = ("sd15-path", "sd3-path", "dcae-f32-path")  # decoders trained anew, by their cards
+Opened = tuple[torch.device, Memory]
+
+
+def open_patches(config: PatchInput, autoencoder: Autoencoder | None = None) -> PatchSet:
+    """The patches of originals, of originals through a codec, or of a data set.
+
+    autoencoder  an object instead of the one that a codec names, or to decode latents with
+    raises       InputError for an input that is neither, or options that do not belong to it;
+                 FileNotFoundError, FormatError, ContractError, UnknownNameError,
+                 WeightsError, MissingExtraError
+    """
+    opened = choose_device(config.device), Memory(config.keep_mb * 1_000_000)
+    shards = find_shards(config)
+    if shards is not None:
+        return open_latents(config, shards, autoencoder, opened)
+    if config.codec == ORIGINAL:
+        refuse(config, ("decoder", "codebook", "codebook_from"), "for originals as they are")
+        return open_originals(config, opened)
+    try:
+        spec = parse_codec(config.codec)
+    except ValueError as error:
+        raise InputError(f"--codec {error}") from error
+    if isinstance(spec, PictureSpec):
+        refuse(config, ("decoder", "codebook", "codebook_from"), f"for {config.codec}")
+        return open_format(config, spec, opened)
+    return open_codec(config, spec, autoencoder, opened)
+
+
+def find_shards(config: PatchInput) -> Shards | None:
+    """The shards of a data set, None where the input is originals.
+
+    raises  FormatError for a data set that is damaged or not complete
+    """
+    if "://" not in config.location:
+        if not config.data.exists():
+            raise FileNotFoundError(f"{config.location}: no such file or folder")
+        is_set = (config.data / MANIFEST).parent.is_dir()
+        return open_shards(config.location, config.split, config.check_codes) if is_set else None
+    try:
+        return open_shards(config.location, config.split, config.check_codes)
+    except FileNotFoundError as error:
+        if hub_id(config.data):
+            return None
+        raise InputError(
+            f"{config.location}: no latentds data set there; originals must lie on this machine, "
+            "copy them first"
+        ) from error
+
+
+def refuse(config: PatchInput, names: tuple[str, ...], why: str) -> None:
+    """Refuse settings that do not belong to the input."""
+    defaults = {field.name: field.default for field in dataclasses.fields(PatchInput)}
+    for name in names:
+        value = getattr(config, name)
+        if value != defaults[name]:
+            option = name.replace("_", "-")
+            raise InputError(f"--{option} {value}: not {why} ({config.location}); leave it")
+
+
+def open_originals(config: PatchInput, opened: Opened) -> PatchSet:
+    """Pictures as they are."""
+    device, memory = opened
+    pictures = open_pictures(config)
+    facts = SourceFacts(
+        name=ORIGINAL,
+        kind="original",
+        codec=ORIGINAL,
+        autoencoder=None,
+        decoder=None,
+        fine_tuned=False,
+        quantized=False,
+        bytes_per_patch=None,
+        patch_px=pictures.patch_px,
+        data=config.location,
+    )
+    pixels = PlainPixels(device, count_workers(config.workers))
+    measure = functools.cache(pictures.bytes_per_patch)
+    return OpenPatches(pictures, pixels, facts, measure, memory, device)
+
+
+def open_format(config: PatchInput, spec: PictureSpec, opened: Opened) -> PatchSet:
+    """Pictures through a picture format."""
+    device, memory = opened
+    if spec.at_equal_bytes:
+        raise InputError(
+            f"--codec {spec.name}: say at which quality or within how many bytes, for example "
+            f"{spec.name}:50 or {spec.name}@4096"
+        )
+    codec = make_picture_codec(spec)
+    pictures = open_pictures(config)
+    pixels = PictureRoundTrip(codec, device, count_workers(config.workers))
+    facts = SourceFacts(
+        name=codec.name,
+        kind="codec",
+        codec=codec.name,
+        autoencoder=None,
+        decoder=None,
+        fine_tuned=False,
+        quantized=False,
+        bytes_per_patch=None,
+        patch_px=pictures.patch_px,
+        data=config.location,
+    )
+    measure = functools.cache(lambda: pixels.mean_bytes(pictures))
+    return OpenPatches(pictures, pixels, facts, measure, memory, device)
+
+
+def open_codec(
+    config: PatchInput, spec: LatentSpec, autoencoder: Autoencoder | None, opened: Opened
+) -> PatchSet:
+    """Pictures through the latents of an autoencoder."""
+    device, memory = opened
+    pictures, codec, facts = make_codec(config, spec, autoencoder, device)
+    dtype = DTYPES[config.decode_dtype]
+    pixels = LatentRoundTrip(codec, device, dtype, compile=config.decode_compile)
+    return OpenPatches(pictures, pixels, facts, lambda: None, memory, device)
+
+
+def make_codec(
+    config: PatchInput,
+    spec: LatentSpec,
+    autoencoder: Autoencoder | None,
+    device: torch.device,
+) -> tuple[Pictures, LatentCodec, SourceFacts]:
+    """Pictures, the codec of latents that the config names for them, and what that is called."""
+    if spec.quantizer.refine:
+        raise InputError(
+            f"--codec {config.codec}: refining takes too long for patches that are encoded when "
+            "they are read; convert them with --refine and give the data set"
+        )
+    if not spec.quantizer.is_fitted:
+        refuse(config, ("codebook", "codebook_from"), f"for {config.codec}, which has none")
+    network = autoencoder or load_autoencoder(spec.name)
+    if config.decoder is not None:
+        network = with_decoder(network, config.decoder)
+    pictures = open_pictures(config)
+    stored = None
+    if spec.quantizer.is_fitted:
+        stored = find_codebook(config, network, spec.quantizer, pictures, device)
+    codec = with_quantizer(
+        network, spec.quantizer, patch_px=pictures.patch_px,
+        codebook=None if stored is None else stored.codebook,
+    )  # fmt: skip
+    made = {} if stored is None else stored.made | {"codebook_id": stored.codebook.codebook_id}
+    facts = latent_facts(
+        network.card, spec.quantizer.text, kind="codec", patch_px=pictures.patch_px,
+        quantized=spec.quantizer.kind not in FLOAT_BITS, bytes_per_patch=codec.patch_bytes,
+        data=config.location, codebook=made,
+    )  # fmt: skip
+    return pictures, codec, facts
+
+
+def with_decoder(network: Autoencoder, decoder: str) -> Autoencoder:
+    """An autoencoder with another decoder; ContractError where that reads other latents."""
+    if not isinstance(network, NetworkAutoencoder):
+        raise InputError(f"--decoder {decoder}: {network.card.name} is no network to replace it in")
+    return replace_decoder(network, load_for_decoding(decoder))
+
+
+def open_latents(
+    config: PatchInput, shards: Shards, autoencoder: Autoencoder | None, opened: Opened
+) -> PatchSet:
+    """The patches of a data set."""
+    device, memory = opened
+    refuse(config, ("codec", "codebook", "codebook_from"), "for a data set, whose latents have one")
+    refuse(config, OF_ORIGINALS, "for a data set, whose patches are cut")
+    manifest = shards.shards.manifest
+    contract, book = manifest.contract, manifest.contract.codebook
+    network = find_autoencoder(shards.shards, autoencoder or config.decoder)
+    card = recorded_card(network.card, contract.decoder_id, str(contract.autoencoder.get("name")))
+    quantizer = book.text
+    facts = latent_facts(
+        card, quantizer, kind="latents", patch_px=contract.patch_px, quantized=True,
+        bytes_per_patch=contract.bytes_per_patch, data=config.location,
+        codebook={"origin": "stored with the latents", "codebook_id": book.codebook_id},
+    )  # fmt: skip
+    dtype, compile = DTYPES[config.decode_dtype], config.decode_compile
+    decoding = Decoding(network, contract.patch_px, device, dtype, compile=compile)
+    pixels = DecodedCodes(decoding, manifest.codebooks)
+    return OpenPatches(shards, pixels, facts, lambda: None, memory, device)
+
+
+def recorded_card(card: AutoencoderCard, decoder_id: str, encoder: str) -> AutoencoderCard:
+    """A card that names the encoder where its decoder is not the one recorded."""
+    if card.encoder or card.decoder_id == decoder_id or card.name == encoder:
+        return card
+    return dataclasses.replace(card, encoder=encoder)
+
+
+def latent_facts(card: AutoencoderCard, quantizer: str, **facts: Any) -> SourceFacts:
+    """The facts of latents of an autoencoder; a decoder of another name follows a slash."""
+    autoencoder = card.encoder or card.name
+    text = latent_text(autoencoder, quantizer)
+    decoder = card.name if card.encoder else None
+    return SourceFacts(
+        name=text if decoder is None else f"{text}/{decoder}",
+        codec=text,
+        autoencoder=autoencoder,
+        decoder=decoder,
+        fine_tuned=decoder is not None or card.name in PATHOLOGY,
+        **facts,
+    )

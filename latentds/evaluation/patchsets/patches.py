@@ -1,0 +1,285 @@
+"""The one implementation of PatchSet: contents that are read, pixels developed from them, kept."""
+# n patches of a request, H W pixels
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Generic, Protocol, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from latentds.errors import InputError, unknown_name
+from latentds.evaluation.patchsets.developing import sent
+from latentds.evaluation.patchsets.patch_set import PatchTable, SourceFacts
+
+AHEAD = 2  # requests of a stream that are read while another is used
+Raw = TypeVar("Raw")
+
+
+class Contents(Protocol[Raw]):
+    """What lies on the disk: pictures, or codes. Rows are those of a PatchSet."""
+
+    @property
+    def where(self) -> str: ...
+
+    @property
+    def patch_px(self) -> tuple[int, int]: ...
+
+    @property
+    def classes(self) -> list[str]: ...
+
+    @property
+    def has_masks(self) -> bool: ...
+
+    @property
+    def table(self) -> PatchTable: ...
+
+    def slides(self) -> list[str]: ...
+
+    def of_slide(self, slide: str) -> Contents[Raw]: ...
+
+    def fingerprint(self) -> str: ...
+
+    def read(self, rows: np.ndarray) -> Raw:
+        """What is stored of distinct ascending rows; called from several threads."""
+        ...
+
+    def read_masks(self, rows: np.ndarray) -> np.ndarray:
+        """uint8 (n, H, W) of distinct ascending rows; InputError for a patch that has none."""
+        ...
+
+
+class Developer(Protocol[Raw]):
+    """How pixels come of what is stored.
+
+    together  patches that cost no more than one: a stream's small requests are put together
+    """
+
+    together: int
+
+    def prepare(self, raw: Raw) -> Raw:
+        """Work of the CPU's threads, done ahead; called from several of them."""
+        ...
+
+    def develop(self, raw: Raw) -> Tensor:
+        """uint8 (n, 3, H, W) on the device."""
+        ...
+
+
+class Memory:
+    """Pixels that stay in memory, first come, up to so many bytes; nothing makes room for others.
+
+    What a training takes in turn, epoch after epoch, would push out just what is wanted next.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.held = limit, 0
+        self.arrays: dict[Hashable, np.ndarray] = {}
+
+    def get(self, key: Hashable) -> np.ndarray | None:
+        """The array kept under a key."""
+        return self.arrays.get(key)
+
+    def keep(self, key: Hashable, array: np.ndarray) -> None:
+        """Keep a copy of an array while there is room."""
+        if self.held + array.nbytes <= self.limit and key not in self.arrays:
+            self.arrays[key] = array.copy()
+            self.held += array.nbytes
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Fetched(Generic[Raw]):
+    """A request whose stored bytes are in memory.
+
+    places  of its patches among the distinct ones
+    known   pixels of the distinct rows that were kept, uint8 (3, H, W), None for the others
+    rows    the others
+    raw     what is stored of them, prepared; None where there is none
+    """
+
+    places: np.ndarray
+    known: list[np.ndarray | None]
+    rows: np.ndarray
+    raw: Raw | None
+
+
+class OpenPatches(Generic[Raw]):
+    """A PatchSet.
+
+    contents   what is read
+    developer  what makes pixels of it
+    facts      all but the bytes, where those have to be measured
+    measure    mean bytes of a patch of the whole input, asked when the facts are
+    slide      name of the one slide that this is of, None for all
+    """
+
+    def __init__(
+        self,
+        contents: Contents[Raw],
+        developer: Developer[Raw],
+        facts: SourceFacts,
+        measure: Callable[[], float | None],
+        memory: Memory,
+        device: torch.device,
+        slide: str | None = None,
+    ) -> None:
+        self.contents, self.developer = contents, developer
+        self.described, self.measure = facts, measure
+        self.memory, self.device, self.slide = memory, device, slide
+
+    @property
+    def name(self) -> str:
+        return self.described.name
+
+    @property
+    def patch_px(self) -> tuple[int, int]:
+        return self.contents.patch_px
+
+    @property
+    def classes(self) -> list[str]:
+        return self.contents.classes
+
+    @property
+    def has_masks(self) -> bool:
+        return self.contents.has_masks
+
+    @property
+    def table(self) -> PatchTable:
+        return self.contents.table
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def images(self, rows: np.ndarray) -> Tensor:
+        return self.finish(self.fetch(rows))
+
+    def stream(self, requests: Iterable[np.ndarray]) -> Iterator[Tensor]:
+        waiting: deque[tuple[list[int], Future[Fetched[Raw]]]] = deque()
+
+        def oldest() -> Iterator[Tensor]:
+            sizes, future = waiting.popleft()
+            yield from torch.split(self.finish(future.result()), sizes)
+
+        with contextlib.ExitStack() as stack:
+            thread = ThreadPoolExecutor(1, thread_name_prefix="patches-ahead")
+            stack.callback(thread.shutdown, wait=True, cancel_futures=True)
+            for group in put_together(requests, self.developer.together):
+                rows = np.concatenate(group)
+                waiting.append((list(map(len, group)), thread.submit(self.fetch, rows)))
+                if len(waiting) > AHEAD:
+                    yield from oldest()
+            while waiting:
+                yield from oldest()
+
+    def fetch(self, rows: np.ndarray) -> Fetched[Raw]:
+        """Read what a request needs and memory does not have."""
+        distinct, places = np.unique(self.checked(rows), return_inverse=True)
+        known = [self.memory.get((self.slide, row, "image")) for row in distinct.tolist()]
+        missing = distinct[[pixels is None for pixels in known]]
+        raw = self.developer.prepare(self.contents.read(missing)) if len(missing) else None
+        return Fetched(places, known, missing, raw)
+
+    def finish(self, fetched: Fetched[Raw]) -> Tensor:
+        """The pixels of a request."""
+        if fetched.raw is None:
+            stacked = np.stack([pixels for pixels in fetched.known if pixels is not None])
+            return torch.from_numpy(stacked).to(self.device)[self.index(fetched.places)]
+        made = self.developer.develop(fetched.raw)
+        self.keep("image", fetched.rows, made)
+        old = [pixels for pixels in fetched.known if pixels is not None]
+        order = np.argsort(
+            np.argsort([pixels is not None for pixels in fetched.known], kind="stable")
+        )
+        if old:
+            made = torch.cat([made, torch.from_numpy(np.stack(old)).to(self.device)])
+        return made[self.index(order[fetched.places])]
+
+    def index(self, places: np.ndarray) -> Tensor:
+        """Places as an index on the device."""
+        return sent(places.astype(np.int64), self.device)
+
+    def keep(self, kind: str, rows: np.ndarray, pixels: Tensor | np.ndarray) -> None:
+        """Keep what there is room for."""
+        if self.memory.held + pixels[0].nbytes > self.memory.limit:
+            return
+        arrays = pixels.cpu().numpy() if isinstance(pixels, Tensor) else pixels
+        for row, array in zip(rows.tolist(), arrays, strict=True):
+            self.memory.keep((self.slide, row, kind), array)
+
+    def masks(self, rows: np.ndarray) -> np.ndarray:
+        if not self.has_masks:
+            raise InputError(f"{self.contents.where}: has no masks; give --masks FOLDER, or shards "
+                             "that were converted with them")  # fmt: skip
+        distinct, places = np.unique(self.checked(rows), return_inverse=True)
+        kept = [self.memory.get((self.slide, row, "mask")) for row in distinct.tolist()]
+        if any(mask is None for mask in kept):
+            masks = self.contents.read_masks(distinct)
+            self.keep("mask", distinct, masks)
+        else:
+            masks = np.stack([mask for mask in kept if mask is not None])
+        return masks[places]
+
+    def checked(self, rows: np.ndarray | Sequence[int]) -> np.ndarray:
+        """Rows as int64; IndexError for one that is not there, ValueError for none at all."""
+        found = np.asarray(rows, np.int64).reshape(-1)
+        if not len(found):
+            raise ValueError("no rows asked for")
+        if found.min() < 0 or found.max() >= len(self):
+            raise IndexError(f"rows {found.min()} to {found.max()} of {len(self)} patches")
+        return found
+
+    def slides(self) -> list[str]:
+        return [self.slide] if self.slide is not None else self.contents.slides()
+
+    def rows_of(self, slide: str) -> np.ndarray:
+        found = self.rows_by_slide.get(slide)
+        if found is None:
+            raise unknown_name("slide", slide, self.slides())
+        return found
+
+    @functools.cached_property
+    def rows_by_slide(self) -> dict[str, np.ndarray]:
+        """Rows of every slide."""
+        found: dict[str, list[int]] = {}
+        for row, slide in enumerate(self.table.slides):
+            if slide is not None:
+                found.setdefault(slide, []).append(row)
+        return {slide: np.array(rows, np.int64) for slide, rows in found.items()}
+
+    def of_slide(self, slide: str) -> OpenPatches[Raw]:
+        if slide not in self.slides():
+            raise unknown_name("slide", slide, self.slides())
+        contents = self.contents if self.slide is not None else self.contents.of_slide(slide)
+        return OpenPatches(
+            contents, self.developer, self.described, self.measure, self.memory, self.device, slide
+        )
+
+    def fingerprint(self) -> str:
+        return self.contents.fingerprint()
+
+    def facts(self) -> SourceFacts:
+        if self.described.bytes_per_patch is not None:
+            return self.described
+        try:
+            return dataclasses.replace(self.described, bytes_per_patch=self.measure())
+        except InputError:  # a picture of the sample cannot be read; who asks for it is told
+            return self.described
+
+
+def put_together(requests: Iterable[np.ndarray], least: int) -> Iterator[list[np.ndarray]]:
+    """Requests one after the other, in groups of at least so many rows but for the last."""
+    group: list[np.ndarray] = []
+    for rows in requests:
+        group.append(np.asarray(rows, np.int64).reshape(-1))
+        if sum(map(len, group)) >= least:
+            yield group
+            group = []
+    if group:
+        yield group

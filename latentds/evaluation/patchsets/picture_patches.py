@@ -1,0 +1,313 @@
+"""Originals: the patches of pictures, slides and archives, cut as a conversion would cut them."""
+# N patches of the set, n of a request, H W pixels
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from latentds.conversion.conversion_plan import check_keys
+from latentds.conversion.convert_config import ConvertConfig
+from latentds.errors import InputError, unknown_name
+from latentds.evaluation.patchsets.fingerprints import fingerprint_pictures
+from latentds.evaluation.patchsets.ordering import canonical_order
+from latentds.evaluation.patchsets.patch_set import PatchTable
+from latentds.evaluation.patchsets.patch_set_config import PatchInput
+from latentds.sources.opening import list_source, open_source
+from latentds.sources.slides import Slides
+from latentds.sources.source import Header, Picture, Source
+from latentds.store.format import sorted_names
+from latentds.store.masks import decode_mask, no_mask
+from latentds.store.patch_record import Patch, Place
+
+MAX_WORKERS = 16  # threads where --workers is not given
+TASK_REGIONS = 4  # of a picture or slide that a thread reads at a time
+SAMPLED_SLIDES = 16  # whose tissue is found to draw a sample of patches
+BAD_NAMED = 3
+UNPLACED = Place(None, None, None, None)
+OTHER_WORDS = {  # a conversion's, for what is called otherwise here
+    "--no-labels": "--no-use-labels",
+    "nothing to convert": "name a folder of pictures or slides, or a latentds data set",
+    "is a file; pass its folder": "is neither a folder nor an archive or table of pictures; name "
+    "one, or the picture's folder",
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Layout:
+    """Where the patches lie: row by row the picture's number, its header, and the region in it."""
+
+    table: PatchTable
+    numbers: np.ndarray
+    headers: Sequence[Header]
+    regions: np.ndarray
+
+
+class Pictures:
+    """The pictures of an input, or of one of its slides.
+
+    pictures  sorted by source
+    headers   of all of them where they are known; those of slides are read, and their tissue is
+              found, when their patches are asked for
+    """
+
+    def __init__(
+        self,
+        config: ConvertConfig,
+        source: Source,
+        pictures: Sequence[Picture],
+        classes: list[str],
+        pool: ThreadPoolExecutor,
+        headers: Sequence[Header] | None,
+    ) -> None:
+        self.config, self.source, self.pictures = config, source, pictures
+        self.classes, self.pool, self.headers = classes, pool, headers
+
+    @property
+    def where(self) -> str:
+        """The input, for messages."""
+        return str(self.config.source)
+
+    @property
+    def root(self) -> Path:
+        """What sources start from, for messages."""
+        given = self.config.slides or self.config.root or self.config.source
+        return given.parent if given.is_file() else given
+
+    @functools.cached_property
+    def patch_px(self) -> tuple[int, int]:
+        """(H, W) of all patches."""
+        headers = self.headers or ()
+        return self.source.patch_px(
+            {
+                picture.source: header
+                for picture, header in zip(self.pictures, headers, strict=False)
+            }
+        )
+
+    @functools.cached_property
+    def has_masks(self) -> bool:
+        """Whether any picture has a mask."""
+        return self.config.masks is not None or any(p.mask is not None for p in self.pictures)
+
+    @property
+    def table(self) -> PatchTable:
+        """All patches, in canonical order."""
+        return self.layout.table
+
+    @functools.cached_property
+    def layout(self) -> Layout:
+        """Where all patches lie."""
+        headers = self.headers or read_headers(self.source, self.pictures, self.pool, self.root)
+        numbers, regions, places = [], [np.zeros((0, 2), np.int32)], list[Place]()
+        for number, (picture, header) in enumerate(zip(self.pictures, headers, strict=True)):
+            found = self.source.regions(picture, header, self.patch_px)
+            numbers += [number] * len(found)
+            regions.append(found)
+            places += self.source.whereabouts(
+                picture, header, self.patch_px, [(x, y) for x, y in found.tolist()]
+            )
+        if not places:
+            raise InputError(f"{self.where}: {len(self.pictures)} pictures, but no patch in them")
+        return self.ordered(np.array(numbers, np.int64), headers, np.concatenate(regions), places)
+
+    def ordered(
+        self,
+        numbers: np.ndarray,
+        headers: Sequence[Header],
+        regions: np.ndarray,
+        places: Sequence[Place],
+    ) -> Layout:
+        """The layout of patches found picture by picture, in canonical order."""
+        x, y = (column(places, name, -1) for name in ("x_px_level0", "y_px_level0"))
+        pictures = [self.pictures[number] for number in numbers.tolist()]
+        order = canonical_order([picture.source for picture in pictures], y, x)
+        pictures = [pictures[row] for row in order.tolist()]
+        labels = {None: -1} | {label: place for place, label in enumerate(self.classes)}
+        table = PatchTable(
+            sources=[picture.source for picture in pictures],
+            slides=[picture.slide for picture in pictures],
+            labels=np.array([labels[picture.label] for picture in pictures], np.int64),
+            x=x[order],
+            y=y[order],
+            mpp=column(places, "mpp", np.nan).astype(np.float32)[order],
+            size_px=column(places, "size_px_level0", 0)[order],
+            splits=[picture.split for picture in pictures],
+            patients=[picture.patient for picture in pictures],
+        )
+        return Layout(table, numbers[order], headers, regions[order])
+
+    def slides(self) -> list[str]:
+        """Sorted names of the slides."""
+        return sorted({picture.slide for picture in self.pictures if picture.slide is not None})
+
+    def of_slide(self, slide: str) -> Pictures:
+        """The pictures of one slide."""
+        return self.part([number for number, p in enumerate(self.pictures) if p.slide == slide])
+
+    def of_split(self, split: str) -> Pictures:
+        """The pictures of one split."""
+        return self.part([number for number, p in enumerate(self.pictures) if p.split == split])
+
+    def part(self, chosen: Sequence[int]) -> Pictures:
+        """Some of the pictures, with the patch size and the classes of all."""
+        headers = [self.headers[number] for number in chosen] if self.headers else None
+        pictures = [self.pictures[number] for number in chosen]
+        part = Pictures(self.config, self.source, pictures, self.classes, self.pool, headers)
+        part.patch_px = self.patch_px
+        return part
+
+    def fingerprint(self) -> str:
+        """Identity of the pictures' bytes."""
+        try:
+            return fingerprint_pictures(self.source, self.pictures, self.headers)
+        except (InputError, OSError) as error:
+            raise InputError(f"{self.where}: cannot be read ({error})") from error
+
+    def read(self, rows: np.ndarray) -> np.ndarray:
+        """Pixels uint8 (n, H, W, 3) of distinct ascending rows."""
+        pixels = np.empty((len(rows), *self.patch_px, 3), np.uint8)
+        for place, patch in enumerate(self.read_patches(rows)):
+            pixels[place] = patch.image
+        return pixels
+
+    def read_masks(self, rows: np.ndarray) -> np.ndarray:
+        """Masks uint8 (n, H, W) of distinct ascending rows; InputError for a patch without."""
+        masks = np.zeros((len(rows), *self.patch_px), np.uint8)
+        for place, patch in enumerate(self.read_patches(rows)):
+            if patch.mask_png is None:
+                raise no_mask(f"{self.where}: {patch.source}")
+            masks[place] = decode_mask(patch.mask_png, self.patch_px, patch.source)
+        return masks
+
+    def read_patches(self, rows: np.ndarray) -> Iterator[Patch]:
+        """The patches of rows, read by the threads, a few of one picture at a time."""
+        edges = np.flatnonzero(np.diff(self.layout.numbers[rows])) + 1
+        tasks = [
+            run[start : start + TASK_REGIONS]
+            for run in np.split(rows, edges)
+            for start in range(0, len(run), TASK_REGIONS)
+        ]
+        for patches in self.pool.map(self.read_task, tasks):
+            yield from patches
+
+    def read_task(self, rows: np.ndarray) -> list[Patch]:
+        """The patches of rows of one picture."""
+        number = int(self.layout.numbers[rows[0]])
+        picture, header = self.pictures[number], self.layout.headers[number]
+        regions = [(x, y) for x, y in self.layout.regions[rows].tolist()]
+        try:
+            patches = self.source.read(picture, header, self.patch_px, regions)
+        except InputError as error:
+            raise InputError(f"{self.root / picture.source}: {error}") from error
+        except OSError as error:
+            reason = error.strerror or error
+            raise InputError(f"{self.root / picture.source}: cannot be read ({reason})") from error
+        if any(patch.image.shape[:2] != self.patch_px for patch in patches):
+            height, width = self.patch_px
+            raise InputError(f"{self.root / picture.source}: no patch of {width}x{height} px")
+        return patches
+
+    def sample(self, count: int, seed: int) -> Iterator[np.ndarray]:
+        """Pixels of patches drawn by the seed, a few at a time; of slides, those of a few."""
+        rng = np.random.default_rng([seed, 2])
+        for part, wanted in self.drawn_parts(count, rng):
+            rows = np.sort(rng.choice(len(part.table), min(wanted, len(part.table)), replace=False))
+            for start in range(0, len(rows), TASK_REGIONS * TASK_REGIONS):
+                yield part.read(rows[start : start + TASK_REGIONS * TASK_REGIONS])
+
+    def drawn_parts(self, count: int, rng: np.random.Generator) -> list[tuple[Pictures, int]]:
+        """What a sample is drawn from, and how many patches of each."""
+        if self.headers is not None or len(self.pictures) == 1:
+            return [(self, count)]
+        slides = [
+            str(slide) for slide in rng.permutation(self.slides())[: min(SAMPLED_SLIDES, count)]
+        ]
+        return [(self.of_slide(slide), -(-count // len(slides))) for slide in slides]
+
+    def bytes_per_patch(self, seed: int = 0) -> float:
+        """Mean bytes of the files a patch; of slides, of a few drawn by the seed."""
+        rng = np.random.default_rng([seed, 2])
+        parts = [part for part, _ in self.drawn_parts(SAMPLED_SLIDES, rng)]
+        held = sum(header.bytes for part in parts for header in part.layout.headers)
+        return held / sum(len(part.table) for part in parts)
+
+
+def column(places: Sequence[Place], name: str, unknown: float) -> np.ndarray:
+    """A field of all places, int64 unless `unknown` is NaN."""
+    values = [getattr(place, name) for place in places]
+    dtype = np.float64 if np.isnan(unknown) else np.int64
+    return np.array([unknown if value is None else value for value in values], dtype)
+
+
+def open_pictures(config: PatchInput) -> Pictures:
+    """The originals of a config.
+
+    raises  InputError for pictures that cannot be used, with their names; UnknownNameError for a
+            split that is not there
+    """
+    conversion = ConvertConfig(**config.as_conversion(), out=Path("patches"))
+    try:
+        source = open_source(conversion)
+        listing = list_source(source, conversion)
+        pictures = sorted(listing.pictures, key=lambda p: p.source)
+    except InputError as error:
+        raise InputError(in_other_words(str(error))) from error
+    check_keys(conversion.source, [picture.source for picture in pictures])
+    labels = {picture.label for picture in pictures if picture.label is not None}
+    classes = [*listing.classes, *sorted_names(labels.difference(listing.classes))]
+    if config.split is not None:
+        splits = {picture.split for picture in pictures}
+        if config.split not in splits:
+            raise unknown_name(f"split of {config.data}", config.split, splits)
+        pictures = [picture for picture in pictures if picture.split == config.split]
+    pool = ThreadPoolExecutor(count_workers(config.workers), thread_name_prefix="originals")
+    opened = Pictures(conversion, source, pictures, classes, pool, None)
+    if isinstance(source, Slides):
+        if config.masks is not None:
+            raise InputError(f"--masks {config.masks}: slides have no masks; leave it")
+    else:
+        opened.headers = read_headers(source, pictures, pool, opened.root)
+    return opened
+
+
+def in_other_words(message: str) -> str:
+    """A conversion's message, for readers who convert nothing."""
+    for word, other in OTHER_WORDS.items():
+        message = message.replace(word, other)
+    return message
+
+
+def count_workers(workers: int | None) -> int:
+    """Threads of a set."""
+    return workers or min(MAX_WORKERS, os.cpu_count() or 1)
+
+
+def read_headers(
+    source: Source, pictures: Sequence[Picture], pool: ThreadPoolExecutor, root: Path
+) -> list[Header]:
+    """Headers of all pictures; InputError names the first that cannot be used."""
+
+    def read(picture: Picture) -> Header | str:
+        try:
+            return source.header(picture)
+        except InputError as error:
+            return f"{root / picture.source}: {error}"
+        except OSError as error:
+            return f"{root / picture.source}: cannot be read ({error.strerror or error})"
+
+    outcomes = list(pool.map(read, pictures))
+    bad = [outcome for outcome in outcomes if isinstance(outcome, str)]
+    if bad:
+        more = f"; and {len(bad) - BAD_NAMED} more" if len(bad) > BAD_NAMED else ""
+        raise InputError(
+            f"{'; '.join(bad[:BAD_NAMED])}{more}. Repair or remove them, or name the others with "
+            "--only"
+        )
+    return [outcome for outcome in outcomes if isinstance(outcome, Header)]

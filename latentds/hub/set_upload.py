@@ -1,0 +1,213 @@
+"""Publish a data set on the Hub: check it, plan, send what is missing, compare what arrived.
+
+Card and preview are made for the upload and never written into the user's folder: the same folder
+may go out under two names or licences, and may be read-only. Neither is hashed by the manifest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Collection, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from latentds.errors import FormatError, InputError
+from latentds.hub.card import hub_card
+from latentds.hub.client import HubFile, Repository
+from latentds.hub.licences import check_licence, licence_warnings
+from latentds.hub.preview import PREVIEW, make_preview
+from latentds.hub.publish_plan import README, Plan, make_plan
+from latentds.hub.snippets import Publication
+from latentds.store.format import MANIFEST
+from latentds.store.golden import read_golden
+from latentds.store.manifest import Manifest, read_manifest
+from latentds.store.set_card import dataset_card
+from latentds.store.verification import verify
+
+# The Hub advises 50 to 100 files a commit. What a killed run has sent but not committed is not sent
+# again, so large batches lose nothing.
+BATCH_FILES, BATCH_BYTES = 50, 50 * 10**9
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Published:
+    """What was done, or would be.
+
+    commit   of the published set; None where nothing was written
+    checked  files whose checksums were compared after the upload
+    """
+
+    url: str
+    commit: str | None
+    plan: Plan
+    warnings: tuple[str, ...]
+    checked: int = 0
+
+    def summary(self) -> dict[str, Any]:
+        """What the tools print, as plain JSON values."""
+        plan, is_done = self.plan, self.commit is not None
+        return {
+            "url": self.url,
+            "commit": self.commit,
+            "files": len(plan.contents),
+            "bytes": sum(plan.size(path) for path in plan.contents),
+            "sent" if is_done else "to_send": {path: plan.size(path) for path in plan.missing},
+            "already_there": [path for path in plan.contents if path not in plan.missing],
+            "removed" if is_done else "to_remove": plan.deleted,
+            "checksums_compared": self.checked,
+            "warnings": list(self.warnings),
+        }
+
+
+def publish(
+    folder: str | os.PathLike[str],
+    publication: Publication,
+    *,
+    private: bool = False,
+    pull_request: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    tell: Callable[[str], None] = lambda _: None,
+) -> Published:
+    """Publish a data set's folder.
+
+    A run that was cut off is taken up by the same call: what the Hub has is not sent again. Shards
+    go first, tables, card and manifest in one last commit: until then the repository has no
+    manifest and no reader takes it for a data set.
+
+    private       for a repository that is made now
+    pull_request  open one instead of committing to the branch
+    overwrite     replace whatever else the repository holds
+    dry_run       look, plan, write nothing
+    tell          called with what is being done
+    raises        InputError without licence, login or rights, where the folder is damaged or the
+                  repository holds something else; FormatError where the Hub holds other bytes after
+                  the upload
+    """
+    identifier = check_licence(publication.licence, publication.licence_name)
+    repository = Repository(publication.repository, publication.revision)
+    tell("checking the folder's sha256")
+    manifest = check_folder(Path(folder))
+    warnings = tuple(licence_warnings(manifest, identifier))
+    contents = gather(Path(folder), manifest, publication, warnings)
+    warnings += tuple(edited_card(Path(folder), manifest))
+    remote = have_repository(repository, private, dry_run)
+    plan = make_plan(repository, manifest, contents, remote, overwrite)
+    if dry_run:
+        return Published(url=repository.url, commit=None, plan=plan, warnings=warnings)
+    send(repository, plan, {shard.name for shard in manifest.shards}, pull_request, tell)
+    tell("comparing checksums")
+    checked = compare(repository, plan)
+    return Published(
+        url=repository.url, commit=repository.head, plan=plan, warnings=warnings, checked=checked
+    )
+
+
+def have_repository(
+    repository: Repository, private: bool, dry_run: bool = False
+) -> dict[str, HubFile]:
+    """What the repository holds; it is made where it is not there, unless nothing may be written.
+
+    raises  InputError without login or rights, or where it is public and may not be
+    """
+    if not dry_run:
+        repository.check_login()
+    remote = repository.files()
+    if remote is None and not dry_run:
+        repository.create(private)
+        remote = repository.files()  # a new branch starts with what main holds
+    if remote is not None and private and not repository.is_private():
+        raise InputError(
+            f"{repository.name}: is public, --private was asked for; make it private in its "
+            "settings first, or choose another name"
+        )
+    return remote or {}
+
+
+def check_folder(folder: Path) -> Manifest:
+    """The manifest of a folder whose files are what it says."""
+    result = verify(folder, "sha256")
+    if not result.is_good:
+        more = f" (and {len(result.problems) - 1} more)" if len(result.problems) > 1 else ""
+        raise InputError(
+            f"{result.problems[0][1]}{more}; not published. 'latentds verify' tells all"
+        )
+    return read_manifest(folder)
+
+
+def gather(
+    folder: Path, manifest: Manifest, publication: Publication, warnings: tuple[str, ...]
+) -> dict[str, Path | bytes]:
+    """Every file of the published set: shards first, manifest last."""
+    golden = read_golden(folder, manifest.contract, manifest.patches, manifest.golden_sha256)
+    card = hub_card(manifest, golden, publication, warnings)
+    contents: dict[str, Path | bytes] = {
+        shard.name: folder / shard.name for shard in manifest.shards
+    }
+    contents |= {name: folder / name for name in manifest.tables}
+    if len(golden.rows):
+        contents[PREVIEW] = make_preview(folder)
+    return contents | {README: card.encode(), MANIFEST: (folder / MANIFEST).read_bytes()}
+
+
+def edited_card(folder: Path, manifest: Manifest) -> Iterator[str]:
+    """A warning where the folder's README.md is not as latentds wrote it."""
+    path = folder / README
+    if path.is_file() and path.read_text() != dataset_card(manifest):
+        yield f"{path} is not published, a card is made anew; pass your own words with --notes"
+
+
+def send(
+    repository: Repository,
+    plan: Plan,
+    bulk: Collection[str],
+    pull_request: bool,
+    tell: Callable[[str], None],
+) -> None:
+    """Make the commits: what is to go, `bulk` in batches, then everything else at once."""
+    batches = [*batched([path for path in plan.missing if path in bulk], plan.size)]
+    batches += [[path for path in plan.missing if path not in bulk]]
+    steps: list[tuple[list[str], list[str]]] = [([], plan.deleted), *((b, []) for b in batches)]
+    steps = [step for step in steps if step[0] or step[1]]
+    for number, (paths, deleted) in enumerate(steps, 1):
+        size = sum(plan.size(path) for path in paths)
+        tell(f"commit {number} of {len(steps)}: {len(paths)} file(s), {size / 1e6:,.1f} MB")
+        message = f"Publish with latentds ({number} of {len(steps)})"
+        contents = {path: plan.contents[path] for path in paths}
+        first = pull_request and number == 1
+        repository.commit(contents, deleted, message, open_pull_request=first)
+
+
+def batched(paths: Iterable[str], size: Callable[[str], int]) -> Iterator[list[str]]:
+    """The paths in runs that one commit may hold."""
+    batch: list[str] = []
+    held = 0
+    for path in paths:
+        if batch and (len(batch) == BATCH_FILES or held + size(path) > BATCH_BYTES):
+            yield batch
+            batch, held = [], 0
+        batch.append(path)
+        held += size(path)
+    if batch:
+        yield batch
+
+
+def compare(repository: Repository, plan: Plan) -> int:
+    """Number of files the Hub now lists with the checksums of ours; FormatError where it does not.
+
+    Of large files it lists the sha256, which is compared with the manifest's; of small ones git's
+    SHA-1, compared with the file's.
+    """
+    remote = repository.files() or {}
+    wrong = [path for path in plan.contents if not plan.is_there(path, remote)]
+    if wrong:
+        listed = (
+            remote[wrong[0]].sha256 or remote[wrong[0]].blob if wrong[0] in remote else "nothing"
+        )
+        raise FormatError(
+            f"{repository.name}@{repository.revision}: {len(wrong)} file(s) are not what was sent; "
+            f"{wrong[0]} is listed as {listed}, ours is {plan.sha256.get(wrong[0], 'another')}. "
+            "Run the same command again; if it stays so, tell the Hub"
+        )
+    return len(plan.contents)

@@ -1,1 +1,0 @@
-"""Latents that others made, as data sets."""

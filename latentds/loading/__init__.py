@@ -1,0 +1,1 @@
+"""Batches of a data set: order, selection, workers, decoding on the device, mixtures."""

@@ -1,0 +1,157 @@
+"""A batch of patches: codes or images, and what is known of each patch."""
+# B patches, C latent channels, h w latent cells, H W pixels
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latentds.core.shared_memory import shared_buffer
+from latentds.views.view_batch import Views
+
+Layout = list[tuple[str, torch.dtype, list[int], int]]  # name, dtype, shape, offset of every tensor
+Packed = tuple[Tensor, Layout, dict[str, Any]]
+LARGE = ("codes", "latents", "images", "masks")
+ALIGNMENT = 64  # bytes, a cache line; any dtype may be viewed there
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Batch:
+    """B patches.
+
+    codes    uint8 as stored: (B, C, h, w), (B, planes, h, w), or (B, bytes) of entropy-coded
+             records; with decode="codes" the integers of such records, int16 (B, C, h, w)
+    labels   int64 (B,), index into the data set's `classes`, -1 for none
+    slides   slide names, None where unknown
+    coords   int64 (B, 2), x and y in pixels of level 0 (of the source picture for plain images), -1
+             where unknown
+    mpp      float32 (B,), micrometres a pixel, NaN where unknown
+    rows     int64 (B,), rows of the data set's patch table: a patch's identity
+    seeds    int64 (B,), seeds of the patches' random numbers: see `latentds.uniform`
+    valid    bool (B,), False for a patch that only fills up a rank's last batch; leave those out of
+             what you count
+    sets     int64 (B,), which set of a Mixture each patch is of; None for one set
+    codebooks  int64 (B,), which of the loader's codebooks; None where there is one
+    steps    float32 (B,), what integers of entropy-coded records count in: latents are codes *
+             (steps / gains of the codebook); None where `codes` are as stored
+    bad      damaged packs that were found and replaced while this batch was read
+    images   float (B, 3, H, W) in [0, 1], or what `transform` made of them; None before decoding
+    latents  float32 (B, C, h, w), None unless asked for
+    views    crops of every patch, None unless asked for
+    masks    uint8 (B, H, W), None unless asked for
+    columns  values of the columns asked for, lists of B
+    """
+
+    codes: Tensor
+    labels: Tensor
+    slides: list[str | None]
+    coords: Tensor
+    mpp: Tensor
+    rows: Tensor
+    seeds: Tensor
+    valid: Tensor
+    sets: Tensor | None = None
+    codebooks: Tensor | None = None
+    steps: Tensor | None = None
+    bad: tuple[str, ...] = ()
+    images: Any = None
+    latents: Tensor | None = None
+    views: Views | None = None
+    masks: Tensor | None = None
+    columns: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def __getitem__(self, part: slice) -> Batch:
+        """Consecutive patches, tensors as views; `bad` stays with the first."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        cut: dict[str, Any] = {
+            n: v[part] for n, v in values.items() if isinstance(v, (Tensor, list, Views))
+        }
+        columns = {name: column[part] for name, column in self.columns.items()}
+        bad = () if part.start else self.bad
+        return dataclasses.replace(self, **cut, columns=columns, bad=bad)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """One shared buffer for all tensors: a worker's batch costs one file descriptor."""
+        packed: Packed | None = self.__dict__.get("packed")
+        return unpack, packed if packed is not None and self.is_held(packed) else self.pack()
+
+    def is_held(self, packed: Packed) -> bool:
+        """Whether the packed bytes are still those of the tensors: whoever got it may write."""
+        buffer, layout, _ = packed
+        for name, _, _, offset in layout:
+            flat = bytes_of(getattr(self, name))
+            if not torch.equal(buffer[offset : offset + flat.numel()], flat):
+                return False
+        return True
+
+    def pack(self) -> Packed:
+        """The tensors in one buffer of shared memory, where each lies, and the rest."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        tensors = {
+            name: value
+            for name, value in values.items()
+            if isinstance(value, Tensor) and value.device.type == "cpu"
+        }
+        rest = {name: value for name, value in values.items() if name not in tensors}
+        return (*pack(tensors), rest)
+
+    def packed_now(self) -> Batch:
+        """Itself, in shared memory already: pickling it, in a queue's thread, cannot fail of that.
+
+        raises  WorkerError where shared memory is too small
+        """
+        object.__setattr__(self, "packed", self.pack())  # no field: a changed copy has none
+        return self
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """The batch with every tensor on `device`."""
+        return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Batch:
+        """The batch in page-locked memory; DataLoader calls this where `pin_memory=True`."""
+        return self.map(lambda tensor: tensor.pin_memory())
+
+    def map(self, change: Any) -> Batch:
+        """The batch with `change` applied to every tensor."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        tensors = {name: change(v) for name, v in values.items() if isinstance(v, Tensor)}
+        views = self.views.map(change) if self.views is not None else None
+        return dataclasses.replace(self, **tensors, views=views)
+
+
+def pack(tensors: dict[str, Tensor]) -> tuple[Tensor, Layout]:
+    """Tensors in one uint8 buffer of shared memory, and where each lies in it."""
+    layout, size = [], 0
+    for name, tensor in tensors.items():
+        layout.append((name, tensor.dtype, list(tensor.shape), size))
+        size += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+    buffer = shared_buffer(size)
+    for (*_, offset), tensor in zip(layout, tensors.values(), strict=True):
+        flat = bytes_of(tensor)
+        buffer[offset : offset + flat.numel()] = flat
+    return buffer, layout
+
+
+def bytes_of(tensor: Tensor) -> Tensor:
+    """A tensor's bytes, uint8 (n,)."""
+    return tensor.contiguous().view(-1).view(torch.uint8)
+
+
+def unpack(buffer: Tensor, layout: Layout, rest: dict[str, Any]) -> Batch:
+    """The batch whose large tensors are views of the buffer.
+
+    Small ones are copies: labels that a trainer keeps must not keep a transfer's shared memory.
+    """
+    tensors: dict[str, Any] = {}
+    for name, dtype, shape, offset in layout:
+        size = math.prod(shape) * dtype.itemsize
+        tensor = buffer[offset : offset + size].view(dtype).view(shape)
+        tensors[name] = tensor if name in LARGE else tensor.clone()
+    return Batch(**tensors, **rest)

@@ -1,0 +1,348 @@
+"""LatentDataset: batches of codes as a PyTorch IterableDataset.
+
+CPU only, split over ranks and workers.
+"""
+# B batch
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
+
+from latentds.core.launcher import find_rank
+from latentds.core.randomness import digest_of
+from latentds.core.shared_memory import shared_zeros
+from latentds.errors import DamagedPackError, TooManyBadSamplesError
+from latentds.loading.batch import Batch
+from latentds.loading.batching import Batching
+from latentds.loading.collate import Collator
+from latentds.loading.mixture import Mixture
+from latentds.loading.sampling import (
+    BALANCED,
+    BalancedSampler,
+    Drawn,
+    MixtureSampler,
+    PackSampler,
+    Sampler,
+    SetSampler,
+    join,
+)
+from latentds.loading.selection import select_rows
+from latentds.loading.state import LoaderState, check_state
+from latentds.quantizers.normalization import ChannelStatistics
+from latentds.quantizers.scalar import AnyCodebook
+from latentds.store.cache import CacheConfig
+from latentds.store.channel_statistics import choose_statistics, pool_sets
+from latentds.store.reader import ShardSet
+
+DEFAULT_BATCH = 256
+MIN_REPLACEMENTS = 64  # tries to find a sound pack, besides one for each that is damaged
+
+
+class LatentDataset(IterableDataset[Batch]):
+    """Ready batches of one split.
+
+    Give it to a DataLoader with `batch_size=None`, or use LatentLoader.
+
+    folder      a data set's folder or location (hf://datasets/ORG/NAME@REVISION, s3://, https://),
+                or a Mixture of several
+    split       train, val, test, ...
+    batch_size  patches a batch and rank (256)
+    global_batch_size  patches a batch of all ranks, instead of `batch_size`; the order depends on
+                it, so give this where the number of ranks may change
+    shuffle     a new order every epoch, a function of (seed, epoch) alone
+    last        what becomes of the last, smaller global batch; every rank has as many batches as
+                any other. "pad": dealt out evenly; where ranks do not divide it, some repeat one
+                patch and mark it in `batch.valid`. "drop": left out. "repeat": filled up with the
+                epoch's first patches.
+    lanes       number of nodes, where each should read a stretch of its own; part of the order
+    where       condition on label, slide, patient, x, y, mpp, size_px, as in
+                "label == 'TUM' and mpp < 0.6"
+    slides      names of the slides to use
+    balance     "label", "slide" or "patient": draw every one equally often
+    decode      "codes" (uint8; of entropy-coded records their integers, int16), "latents"
+                (float32), both made here, or "stored" (uint8 as it lies on disk, records too);
+                pixels are LatentLoader's business: a worker process must not touch the GPU
+    normalize   latents less each channel's mean and over its standard deviation: by `statistics`,
+                or by those given, as for a network that was trained with others
+    columns     names among key, source, source_encoding to carry along
+    masks       carry the lossless masks
+    max_bad     damaged packs to replace by others (and list in `batch.bad`) before giving up
+    cache       where and how much of remote sets is kept
+    rank, world_size   of this process; read from torch.distributed or the launcher where not given
+
+    A global batch is `global_batch_size` consecutive places of the order, of which every rank takes
+    its stretch; worker w of W makes the batches w, w + W, ... So neither ranks nor workers lose or
+    repeat a patch, and global batches are the same for any number of either.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str] | Mixture,
+        split: str = "train",
+        *,
+        batch_size: int | None = None,
+        global_batch_size: int | None = None,
+        shuffle: bool = False,
+        seed: int = 0,
+        last: str = "pad",
+        lanes: int = 1,
+        where: str | None = None,
+        slides: Sequence[str] | None = None,
+        balance: str | None = None,
+        decode: str = "codes",
+        normalize: bool | ChannelStatistics = False,
+        columns: Sequence[str] = (),
+        masks: bool = False,
+        max_bad: int = 0,
+        cache: CacheConfig | None = None,
+        rank: int | None = None,
+        world_size: int | None = None,
+    ) -> None:
+        if decode not in ("codes", "latents", "stored"):
+            raise ValueError(
+                f"decode={decode!r}; a LatentDataset gives 'codes', 'latents' or 'stored', use "
+                "LatentLoader for pixels"
+            )
+        if normalize and decode != "latents":
+            raise ValueError(
+                "normalize= is for decode='latents'; pixels and codes stay as they are"
+            )
+        if balance is not None and (balance not in BALANCED or not shuffle):
+            raise ValueError(
+                f"balance={balance!r}; one of {', '.join(BALANCED)}, with shuffle=True"
+            )
+        self.mixture = folder if isinstance(folder, Mixture) else Mixture({folder: 1.0})
+        self.sets = [ShardSet(part, cache=cache) for part in self.mixture.folders]
+        self.split, self.shuffle, self.seed, self.max_bad = split, shuffle, seed, max_bad
+        self.where, self.balance = where, balance
+        self.slides = None if slides is None else list(slides)
+        chosen = [self.where, self.slides]
+        self.selection = digest_of(chosen) if chosen != [None, None] else None
+        self.is_mixture = isinstance(folder, Mixture)
+        self.rank, self.world_size = find_rank(rank, world_size)
+        self.samplers = [self.set_sampler(index) for index in range(len(self.sets))]
+        self.sampler: Sampler = self.samplers[0]
+        if isinstance(folder, Mixture):
+            parts = (self.samplers, folder.weights, seed, folder.epoch_patches)
+            self.sampler = MixtureSampler(*parts)
+        self.batching = Batching(
+            size=self.sampler.size,
+            global_batch=global_size(batch_size, global_batch_size, self.world_size),
+            ranks=self.world_size,
+            last=last,
+            lanes=lanes,
+        )
+        self.collator = Collator(self.sets, seed, decode, tuple(columns), masks)
+        self.statistics_given = choose_statistics(normalize, self.sets)
+        if normalize:
+            self.collator.decoders = self.normalized_codebooks()
+        self.bad: dict[tuple[int, int], str] = {}  # (set, pack): what is wrong with it
+        # (epoch, first batch): in shared memory, so that workers that stay alive see it change
+        self.position = shared_zeros(2, torch.int64)
+        self.cursor: tuple[int, int] | None = None  # epoch, batch this worker comes to next
+        self.resumed = False
+
+    def set_sampler(self, index: int) -> SetSampler:
+        """The sampler of one set; a mixture's sets must not run through like orders."""
+        shards, seed = self.sets[index], self.seed + (index << 32)
+        rows = select_rows(shards, self.split, self.where, self.slides, self.sets)
+        if self.balance is None:
+            return PackSampler(shards, self.split, rows, seed, self.shuffle)
+        rows = np.arange(*shards.patch_range(self.split)) if rows is None else rows
+        return BalancedSampler(shards, self.balance, rows, seed)
+
+    @property
+    def shards(self) -> ShardSet:
+        """The set, or the first of a mixture."""
+        return self.sets[0]
+
+    @functools.cached_property
+    def statistics(self) -> ChannelStatistics:
+        """Mean and standard deviation of every channel; of a mixture, of what is drawn from it."""
+        return self.statistics_given or pool_sets(self.sets, self.mixture.weights)
+
+    def normalized_codebooks(self) -> list[AnyCodebook]:
+        """The distinct codebooks of the sets, what they give normalized by `statistics`."""
+        return [self.statistics.normalized(book) for book in self.collator.vocabulary.codebooks]
+
+    @property
+    def classes(self) -> list[str]:
+        """Class names, sorted, as ImageFolder has them; of all sets of a mixture."""
+        return self.collator.vocabulary.classes
+
+    @property
+    def class_to_idx(self) -> dict[str, int]:
+        """Label of every class name, as ImageFolder has it."""
+        return {name: index for index, name in enumerate(self.classes)}
+
+    @property
+    def patches(self) -> int:
+        """Draws of an epoch, over all ranks: the chosen patches, each once, unless balanced."""
+        return self.sampler.size
+
+    @property
+    def epoch(self) -> int:
+        """The epoch the next iteration belongs to."""
+        return int(self.position[0])
+
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
+        """Choose the epoch, and the batch of it, that the next iteration starts with."""
+        self.position[0], self.position[1] = epoch, first_batch
+        for shards in self.sets:
+            shards.begin_epoch(epoch)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        # A copy has memory of its own, its workers must see it.
+        self.position.share_memory_()  # type: ignore[no-untyped-call]
+
+    def __len__(self) -> int:
+        """Batches of an epoch, the same on every rank."""
+        return len(self.batching)
+
+    def __iter__(self) -> Iterator[Batch]:
+        refuse_cuda_in_worker()
+        number, workers = this_worker()
+        epoch, first = int(self.position[0]), int(self.position[1]) + number
+        if self.resumed and self.cursor:
+            epoch, first = self.cursor
+        self.resumed = False
+        for batch in range(first, len(self), workers):
+            ready = self.batch(epoch, batch)
+            self.cursor = (epoch, batch + workers)  # what a state taken now has to start with
+            yield ready.packed_now() if get_worker_info() else ready
+
+    def batch(self, epoch: int, number: int, count: int = 1) -> Batch:
+        """This rank's part of global batch `number` of an epoch, or of `count` of them in a row."""
+        numbers = range(number, number + count)
+        stretches = [s for n in numbers for s in self.batching.stretches(n, self.rank)]
+        drawn = join([self.sampler.draw(epoch, *stretch) for stretch in stretches])
+        valid = np.concatenate([self.batching.valid(n, self.rank) for n in numbers])
+        found: list[str] = []
+        while True:
+            sound = self.replace_bad(drawn)
+            try:
+                batch = self.collator.collate(sound, valid, tuple(found))
+                self.prefetch(epoch, stretches)  # now: what is needed at once went first
+                return batch
+            except DamagedPackError as error:
+                found.append(str(error))
+                self.note_bad(error)
+
+    def sizes(self, number: int, count: int) -> list[int]:
+        """Patches of this rank's part of `count` batches in a row."""
+        return [len(self.batching.valid(n, self.rank)) for n in range(number, number + count)]
+
+    def read(self, rows: np.ndarray) -> Batch:
+        """The batch of any patches, by rows of the (first) set's patch table."""
+        zeros = np.zeros(len(rows), np.int64)
+        return self.collator.collate(Drawn(zeros, rows, zeros), np.ones(len(rows), bool))
+
+    def prefetch(self, epoch: int, stretches: list[tuple[int, int]]) -> None:
+        """Start to fetch what remote sets will need one window of the order later."""
+        ahead = self.sampler.ahead
+        if not ahead or all(shards.revision is None for shards in self.sets):
+            return
+        for start, stop in stretches:
+            later = (min(start + ahead, self.patches), min(stop + ahead, self.patches))
+            drawn = self.sampler.draw(epoch, *later)
+            for which in np.unique(drawn.sets).tolist():
+                self.sets[which].prefetch(drawn.rows[drawn.sets == which])
+
+    def note_bad(self, error: DamagedPackError) -> None:
+        """Remember a damaged pack; raise where there are too many."""
+        if not self.max_bad:
+            raise error
+        which = next(i for i, shards in enumerate(self.sets) if shards is error.shards)
+        self.bad[which, error.pack] = str(error)
+        check_bad(self.bad.values(), self.max_bad)
+
+    def replace_bad(self, drawn: Drawn) -> Drawn:
+        """The draws with patches of damaged packs replaced, by a rule that knows only the order.
+
+        Every rank and worker, and a run resumed elsewhere, replaces alike.
+        """
+        if not self.bad:
+            return drawn
+        rows = drawn.rows.copy()
+        for place, (which, row) in enumerate(zip(drawn.sets.tolist(), rows.tolist(), strict=True)):
+            attempt, chosen = 0, row
+            while (which, self.sets[which].pack_of(chosen)) in self.bad:
+                attempt += 1
+                if attempt > MIN_REPLACEMENTS + len(self.bad):
+                    raise TooManyBadSamplesError(
+                        f"{self.sets[which].folder}: no sound pack to replace damaged ones with: "
+                        f"{next(iter(self.bad.values()))}"
+                    )
+                chosen = self.samplers[which].replacement(row, attempt)
+            rows[place] = chosen
+        return Drawn(drawn.sets, rows, drawn.passes)
+
+    def state_at(self, epoch: int, batch: int) -> LoaderState:
+        """What resuming at global batch `batch` of `epoch` needs; plain JSON, well under 1 KB."""
+        return LoaderState.of(self, epoch, batch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where this iterator stands, for torchdata's StatefulDataLoader, which asks each worker.
+
+        LatentLoader has a state of its own, free of workers.
+        """
+        epoch, batch = self.cursor or (self.epoch, int(self.position[1]) + this_worker()[0])
+        return self.state_at(epoch, batch).to_json() | {"worker": list(this_worker())}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Start the next iteration where `state` was taken; ContractError if of another run."""
+        loaded = check_state(state, self.state_at(0, 0), self.shards.folder)
+        is_over = loaded.batch >= len(self)
+        if "worker" not in state:
+            self.set_epoch(*(loaded.epoch + 1, 0) if is_over else (loaded.epoch, loaded.batch))
+        elif not (is_over and state["worker"][1] == 1):  # of several, others may not be done
+            self.cursor, self.resumed = (loaded.epoch, loaded.batch), True
+
+
+def global_size(batch_size: int | None, global_batch_size: int | None, ranks: int) -> int:
+    """Patches of a global batch, from either size."""
+    if global_batch_size is None:
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size={batch_size}; at least 1")
+        return (batch_size or DEFAULT_BATCH) * ranks
+    if batch_size is not None and batch_size * ranks != global_batch_size:
+        raise ValueError(
+            f"batch_size={batch_size} on {ranks} ranks is not global_batch_size="
+            f"{global_batch_size}; give one of them"
+        )
+    return global_batch_size
+
+
+def check_bad(found: Any, max_bad: int) -> None:
+    """Raise TooManyBadSamplesError where more packs are damaged than allowed."""
+    if len(found) > max_bad:
+        raise TooManyBadSamplesError(
+            f"{len(found)} damaged packs, max_bad={max_bad}: {'; '.join(list(found)[:3])}"
+        )
+
+
+def this_worker() -> tuple[int, int]:
+    """Number of this DataLoader worker, and how many there are; (0, 1) in the main process."""
+    worker = get_worker_info()
+    return (worker.id, worker.num_workers) if worker else (0, 1)
+
+
+def refuse_cuda_in_worker() -> None:
+    """Say plainly why a worker that inherited or made a CUDA context will not do."""
+    if (
+        get_worker_info() is not None
+        and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        and not torch.cuda._is_in_bad_fork()
+    ):
+        raise RuntimeError(
+            "a DataLoader worker has a CUDA context; latentds decodes in the main process. Remove "
+            "CUDA calls from worker_init_fn and from what the dataset carries"
+        )

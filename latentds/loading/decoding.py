@@ -1,0 +1,239 @@
+"""Decoder: uint8 codes on a device to latents and to images."""
+# B batch, C latent channels, S codebooks, h w latent cells, H W pixels
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from latentds.autoencoders import load_autoencoder, load_for_decoding
+from latentds.autoencoders.autoencoder import Autoencoder, NetworkAutoencoder, check_decoder
+from latentds.autoencoders.cards import CARDS
+from latentds.errors import ContractError, WeightsError
+from latentds.quantizers.lookup import make_lookup
+from latentds.quantizers.scalar import AnyCodebook
+from latentds.store.reader import ShardSet
+
+logger = logging.getLogger(__name__)
+
+DECODES = ("pixels", "latents", "codes", "stored")
+WARMUP_RUNS = 3  # of a decoder before its CUDA graph is captured, as PyTorch's notes ask for
+CPU_OUT_OF_MEMORY = "can't allocate memory"  # torch's words in a plain RuntimeError
+
+
+def check_decode(decode: str, known: Sequence[str] = DECODES) -> None:
+    """ValueError for what nothing is decoded to."""
+    if decode not in known:
+        raise ValueError(f"decode={decode!r}; one of {', '.join(map(repr, known))}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodeOptions:
+    """How a decoder runs.
+
+    dtype          of weights and images: float32, or bfloat16 for speed; float16, which overflows
+                   in some decoders: that is noticed, ContractError
+    chunk          patches decoded at once, to bound memory; None decodes a batch whole
+    channels_last  memory layout of weights and activations
+    compile        torch.compile; a warning, and eager, where no compiler works
+    cuda_graph     capture and replay batches of one size; CUDA only
+    """
+
+    dtype: torch.dtype = torch.float32
+    chunk: int | None = None
+    channels_last: bool = False
+    compile: bool = False
+    cuda_graph: bool = False
+
+    def __post_init__(self) -> None:
+        if self.chunk is not None and self.chunk < 1:
+            raise ValueError(f"decode_chunk={self.chunk}; at least 1")
+
+
+class Decoder:
+    """Codes to images on a device.
+
+    autoencoder  whose decoder is used; its weights are moved there, as `Module.to` does. None gives
+                 latents only.
+    codebooks    (S,)
+    patch_px     (H, W), what padding is cropped to
+    """
+
+    def __init__(
+        self,
+        autoencoder: Autoencoder | None,
+        codebooks: Sequence[AnyCodebook],
+        patch_px: tuple[int, int],
+        device: torch.device | str = "cpu",
+        options: DecodeOptions | None = None,
+    ) -> None:
+        self.options, self.device = options or DecodeOptions(), torch.device(device)
+        if self.options.cuda_graph and self.device.type != "cuda":
+            raise ValueError(f"cuda_graph=True needs a CUDA device, not {self.device}")
+        self.patch_px, self.autoencoder = patch_px, autoencoder
+        self.chunk, self.has_halved = self.options.chunk, False
+        dtype = self.options.dtype if autoencoder is not None else torch.float32
+        self.lookup = make_lookup(codebooks, self.device, dtype)
+        if autoencoder is not None:
+            self.autoencoder = autoencoder.to(self.device, dtype)
+            self.network = self.prepare(self.autoencoder)
+
+    def prepare(self, autoencoder: Autoencoder) -> Callable[[Tensor], Tensor]:
+        """The decoding function under the options."""
+        network: Callable[[Tensor], Tensor] = autoencoder.decode
+        if self.options.channels_last:
+            if isinstance(autoencoder, NetworkAutoencoder):
+                autoencoder.decoder.to(memory_format=torch.channels_last)
+            inner = network
+
+            def network(latents: Tensor) -> Tensor:
+                return inner(latents.contiguous(memory_format=torch.channels_last))
+
+        if self.options.compile:
+            network = Compiled(network)
+        return Graphed(network) if self.options.cuda_graph else network
+
+    @torch.no_grad()  # not inference_mode: its tensors could not enter the trainer's graph
+    def __call__(self, codes: Tensor, codebooks: Tensor | None = None) -> Tensor:
+        """Images float (B, 3, H, W) in [0, 1] of codes uint8 (B, *codes_shape) on the device.
+
+        Without an autoencoder latents (B, C, h, w).
+        """
+        latents = self.lookup(codes, codebooks)
+        return latents if self.autoencoder is None else self.decode_within_memory(latents)
+
+    def decode_within_memory(self, latents: Tensor) -> Tensor:
+        """Images of latents; out of memory halves the chunk, once."""
+        try:
+            images = self.decode(latents)
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            self.halve(len(latents), error)
+            images = self.decode(latents)
+        if images.dtype == torch.float16:
+            self.check_finite(images)
+        return images
+
+    def check_finite(self, images: Tensor) -> None:
+        """Refuse images of a decoder that overflows: its sums can be larger than float16's 65,504.
+
+        Waits for the device, as no other dtype's decoding does.
+        """
+        if not bool(images.sum(dtype=torch.float32).isfinite()):
+            assert self.autoencoder is not None
+            raise ContractError(
+                f"{self.autoencoder.card.name}, decoding in float16: images have values that are "
+                "not finite (NaN), as this decoder's activations go beyond 65,504; pass "
+                "dtype=torch.bfloat16 or torch.float32"
+            )
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images of latents, chunk by chunk, padding cropped."""
+        height, width = self.patch_px
+        chunks = torch.split(latents, self.chunk or max(len(latents), 1))
+        images = [self.network(chunk)[:, :, :height, :width] for chunk in chunks]
+        return images[0] if len(images) == 1 else torch.cat(images)
+
+    def halve(self, batch: int, error: RuntimeError) -> None:
+        """Take half the chunk after an out-of-memory error; anything else is raised again."""
+        if not isinstance(error, torch.OutOfMemoryError) and CPU_OUT_OF_MEMORY not in str(error):
+            raise error
+        before = min(self.chunk or batch, batch)
+        if self.has_halved or before < 2:
+            raise type(error)(
+                f"out of memory decoding {before} patches at once on {self.device}; set a smaller "
+                "decode_chunk, or a smaller batch"
+            ) from error
+        self.chunk, self.has_halved = before // 2, True
+        logger.warning(
+            "out of memory decoding %d patches at once on %s: decoding %d at once from now on; set "
+            "decode_chunk to choose yourself", before, self.device, self.chunk,
+        )  # fmt: skip
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+class Compiled:
+    """A function under torch.compile; eager, with one warning, where the compiler fails."""
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        self.eager = function
+        self.function: Callable[..., Tensor] = torch.compile(function, dynamic=False)
+
+    def __call__(self, *values: Tensor) -> Tensor:
+        from torch._dynamo.exc import TorchDynamoException
+
+        try:
+            return self.function(*values)
+        except TorchDynamoException as error:
+            reason = " ".join(str(error).split())[:120]
+            warnings.warn(f"torch.compile failed, running eagerly ({reason})", stacklevel=2)
+            self.function = self.eager
+            return self.function(*values)
+
+
+class Graphed:
+    """A function of CUDA tensors replayed from a graph, one a shape.
+
+    The result is a copy: the graph's own output is overwritten by its next replay.
+    """
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        self.function = function
+        self.graphs: dict[torch.Size, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+
+    def __call__(self, values: Tensor) -> Tensor:
+        if values.shape not in self.graphs:
+            self.graphs[values.shape] = self.capture(values)
+        graph, source, result = self.graphs[values.shape]
+        source.copy_(values)
+        graph.replay()
+        return result.clone()
+
+    def capture(self, values: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
+        """Warm up on a side stream, then record."""
+        source, side = values.clone(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARMUP_RUNS):
+                self.function(source)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = self.function(source)
+        return graph, source, result
+
+
+def find_autoencoder(
+    shards: ShardSet, given: Autoencoder | str | os.PathLike[str] | None = None
+) -> Autoencoder:
+    """The autoencoder to decode a set with: the recorded one, or the one given.
+
+    given   object, name or path of an autoencoder; or a decoder's folder, or its name on the Hub
+    raises  ContractError where it reads other latents, WeightsError where none is recorded
+    """
+    contract = shards.manifest.contract
+    autoencoder: Autoencoder
+    if given is None:
+        name = str(contract.autoencoder.get("name"))
+        if name not in CARDS:
+            raise WeightsError(
+                f"{shards.folder}: made with a local autoencoder {name!r}; pass its folder "
+                "(autoencoder=... in Python, --autoencoder on the command line), or a decoder of "
+                "the same latents"
+            )
+        autoencoder = load_autoencoder(name)
+    elif isinstance(given, (str, os.PathLike)):
+        autoencoder = load_for_decoding(given)
+    else:
+        autoencoder = given
+    check_decoder(autoencoder.card, contract.latent_id, str(shards.folder))
+    if autoencoder.card.decoder_id != contract.decoder_id:
+        logger.info("decoding with %s, not with the decoder the data set was checked with",
+                    autoencoder.card.name)  # fmt: skip
+    return autoencoder

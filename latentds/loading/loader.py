@@ -1,0 +1,405 @@
+"""LatentLoader: batches decoded to pixels on a device, in the main process."""
+# B batch, C latent channels, h w latent cells, H W pixels
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from latentds.autoencoders.autoencoder import Autoencoder
+from latentds.core.launcher import gather, own_device
+from latentds.core.shared_memory import REMEDY, describe_shm, of_dead_worker
+from latentds.errors import WorkerError
+from latentds.loading.batch import Batch
+from latentds.loading.dataset import LatentDataset, check_bad
+from latentds.loading.decoding import DecodeOptions, Decoder, check_decode, find_autoencoder
+from latentds.loading.mixture import Mixture
+from latentds.loading.stage import CudaLanes, DecodeStage, Lanes
+from latentds.loading.transfers import Transfer, Transfers
+from latentds.loading.transform_checks import Watched
+from latentds.quantizers.lookup import make_integers
+from latentds.quantizers.normalization import ChannelStatistics
+from latentds.quantizers.scalar import AnyCodebook
+from latentds.store.cache import CacheConfig
+from latentds.store.channel_statistics import choose_statistics
+from latentds.views.multicrop import MultiCrop
+from latentds.views.view_batch import Views
+from latentds.views.windows import CropWindows, WindowPlan
+
+logger = logging.getLogger(__name__)
+
+
+class LatentLoader:
+    """Iterates a data set in decoded batches; every iteration is an epoch.
+
+    folder, split, batch_size, global_batch_size, shuffle, seed, last, lanes, where, slides,
+    balance, columns, masks, max_bad, cache, rank, world_size: see LatentDataset
+
+    device        where batches end up
+    decode_device where they are decoded, if not there
+    num_workers   processes that read codes; 0 reads in this one
+    decode        "pixels" (batch.images), "latents" (batch.latents, float32), "codes" (batch.codes:
+                  uint8, or of entropy-coded records int16 (B, C, h, w) integers, in batch.steps)
+                  or "stored" (batch.codes as it lies on disk, records too)
+    normalize     latents less each channel's mean and over its standard deviation, by `statistics`;
+                  or by the ChannelStatistics given, as for a network trained with others
+    autoencoder   object, name or path whose decoder is used instead of the recorded one; it must
+                  read the same latent_id
+    decoder       the same, meant for a decoder alone: its folder, its training run's folder, or
+                  ORG/NAME[@REVISION] on the Hub
+    dtype         of decoder and images: float32, or bfloat16 for speed
+    decode_chunk  patches decoded at once, to bound the decoder's memory; None decodes the batch
+                  whole, and half of it should memory run out
+    channels_last, compile, cuda_graph   see DecodeOptions
+    static        on a GPU, hand out memory that the next batch may reuse; see DecodeStage
+    transform     applied to the images (B, 3, H, W) of every batch, on the device; one that draws
+                  random numbers once a batch, as torchvision's do, is warned of
+    views         MultiCrop, or any function of what is decoded and `batch.seeds` that gives Views:
+                  batch.views, made on the device of the images before `transform` changes those
+    crop_windows  decode of every patch only what its views show (no batch.images then); for
+                  decoders of a finite receptive field, and where views show little of a patch
+    as_tuple      yield (images, labels) instead of a Batch, or (views.crops(), labels)
+
+    `state_dict` counts batches handed out; the iteration after `load_state_dict` goes on behind
+    them. A state taken with an epoch's last batch is the beginning of the next epoch.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str] | Mixture,
+        split: str = "train",
+        *,
+        batch_size: int | None = None,
+        global_batch_size: int | None = None,
+        shuffle: bool = False,
+        seed: int = 0,
+        last: str = "pad",
+        lanes: int = 1,
+        where: str | None = None,
+        slides: Sequence[str] | None = None,
+        balance: str | None = None,
+        device: torch.device | str = "cpu",
+        num_workers: int = 0,
+        decode: str = "pixels",
+        normalize: bool | ChannelStatistics = False,
+        autoencoder: Autoencoder | str | os.PathLike[str] | None = None,
+        decoder: Autoencoder | str | os.PathLike[str] | None = None,
+        decode_device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+        decode_chunk: int | None = None,
+        channels_last: bool = False,
+        compile: bool = False,
+        cuda_graph: bool = False,
+        static: bool = False,
+        transform: Callable[[Tensor], Any] | None = None,
+        views: Callable[[Tensor, Tensor], Views] | None = None,
+        crop_windows: bool = False,
+        as_tuple: bool = False,
+        columns: Sequence[str] = (),
+        masks: bool = False,
+        max_bad: int = 0,
+        cache: CacheConfig | None = None,
+        rank: int | None = None,
+        world_size: int | None = None,
+        prefetch_factor: int = 2,
+        multiprocessing_context: str | None = None,
+    ) -> None:
+        check_decode(decode)
+        if normalize and decode != "latents":
+            raise ValueError(f"normalize= is for decode='latents', not decode={decode!r}")
+        check_views(views, decode, crop_windows, transform)
+        if autoencoder is not None and decoder is not None:
+            raise ValueError("autoencoder= and decoder= both name what decodes; pass one of them")
+        self.dataset = LatentDataset(
+            folder,
+            split,
+            batch_size=batch_size,
+            global_batch_size=global_batch_size,
+            shuffle=shuffle,
+            seed=seed,
+            last=last,
+            lanes=lanes,
+            where=where,
+            slides=slides,
+            balance=balance,
+            decode="stored",  # records cross to this process as they are: a sixteenth of integers
+            columns=columns,
+            masks=masks,
+            max_bad=max_bad,
+            cache=cache,
+            rank=rank,
+            world_size=world_size,
+        )
+        if as_tuple and not shuffle and last == "pad" and self.dataset.world_size > 1:
+            raise ValueError(
+                "as_tuple cannot tell which patches only fill up a rank's last batch; take Batch "
+                "and its `valid`, or last='drop' or 'repeat'"
+            )
+        self.dataset.statistics_given = choose_statistics(normalize, self.dataset.sets)
+        self.device, self.decode, self.normalize = own_device(device), decode, bool(normalize)
+        self.decode_device = own_device(decode_device or device)
+        self.transform = Watched(transform) if transform else None
+        self.views, self.as_tuple = views, as_tuple
+        self.contract = self.dataset.shards.manifest.contract
+        options = DecodeOptions(
+            dtype=dtype,
+            chunk=decode_chunk,
+            channels_last=channels_last,
+            compile=compile,
+            cuda_graph=cuda_graph,
+        )
+        self.decoder = self.make_decoder(autoencoder if decoder is None else decoder, options)
+        self.integers = make_integers(self.codebooks) if decode == "codes" else None
+        self.windows = self.make_windows() if crop_windows else None
+        self.plans: deque[WindowPlan] = deque()  # of the batches on their way, with crop windows
+        self.stage: DecodeStage | None = None
+        if self.decode_device.type == "cuda":
+            self.stage = self.make_stage(static, CudaLanes(self.decode_device))
+        self.transfers: DataLoader[Transfer] = DataLoader(
+            Transfers(self.dataset),
+            batch_size=None,
+            num_workers=num_workers,
+            pin_memory=self.decode_device.type == "cuda",
+            prefetch_factor=prefetch_factor if num_workers else None,
+            persistent_workers=num_workers > 0,
+            multiprocessing_context=multiprocessing_context if num_workers else None,
+        )
+        self.epoch, self.handed_out = 0, 0
+        self.resuming = False
+        self.bad_packs: list[str] = []  # damaged ones this rank has met, and replaced
+
+    def make_decoder(self, given: Any, options: DecodeOptions) -> Decoder | None:
+        """The decoder on its device, None where codes are wanted."""
+        if self.decode in ("codes", "stored"):
+            return None
+        autoencoder = None
+        if self.decode == "pixels":
+            autoencoder = find_autoencoder(self.dataset.shards, given)
+        books = self.dataset.normalized_codebooks() if self.normalize else self.codebooks
+        return Decoder(autoencoder, books, self.contract.patch_px, self.decode_device, options)
+
+    def make_windows(self) -> CropWindows:
+        """What decodes the views' windows only."""
+        assert isinstance(self.views, MultiCrop) and self.decoder is not None
+        return CropWindows(self.views, self.decoder, self.contract.latents_shape)
+
+    def make_stage(self, static: bool, lanes: Lanes) -> DecodeStage:
+        """The ring that decodes ahead on a GPU."""
+        batching, contract = self.dataset.batching, self.contract
+        pixels = self.decode == "pixels"
+        dtype = self.decoder.options.dtype if self.decoder and pixels else torch.float32
+        return DecodeStage(
+            None if self.windows else self.decoder or self.integers,
+            (3, *contract.patch_px) if pixels else contract.latents_shape,
+            torch.int16 if self.integers else dtype,
+            batching.global_batch // batching.ranks,
+            self.decode_device,
+            lanes,
+            static=static,
+        )
+
+    @property
+    def autoencoder(self) -> Autoencoder | None:
+        """Whose decoder is used; None where nothing is decoded to pixels."""
+        return self.decoder.autoencoder if self.decoder else None
+
+    @property
+    def statistics(self) -> ChannelStatistics:
+        """Mean and standard deviation of every latent channel, as the manifest records them.
+
+        Of a mixture, those of what is drawn from it, by its weights; those given, where they were.
+        """
+        return self.dataset.statistics
+
+    @property
+    def codebooks(self) -> list[AnyCodebook]:
+        """Distinct codebooks of the sets; `batch.codebooks` counts them."""
+        return self.dataset.collator.vocabulary.codebooks
+
+    @property
+    def classes(self) -> list[str]:
+        """Class names, sorted, as ImageFolder has them."""
+        return self.dataset.classes
+
+    @property
+    def class_to_idx(self) -> dict[str, int]:
+        """Label of every class name, as ImageFolder has it."""
+        return self.dataset.class_to_idx
+
+    def __len__(self) -> int:
+        """Batches of an epoch on this rank."""
+        return len(self.dataset)
+
+    @property
+    def sampler(self) -> LatentLoader:
+        """Itself: Lightning and timm's train.py tell the epoch to `loader.sampler.set_epoch`."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the next iteration's epoch; without it, every iteration runs the next one.
+
+        The epoch of a loaded state keeps its place; one that the state has just ended is empty.
+        """
+        if self.resuming and epoch == self.epoch:
+            return
+        if self.resuming and not self.handed_out and epoch == self.epoch - 1:
+            logger.warning("epoch %d is over in the loader's state: no batch of it is left", epoch)
+            self.epoch, self.handed_out = epoch, len(self)
+            return
+        self.epoch, self.handed_out, self.resuming = epoch, 0, False
+
+    def __iter__(self) -> Iterator[Any]:
+        if self.handed_out and not self.resuming:
+            self.epoch, self.handed_out = self.epoch + 1, 0
+        self.resuming = False
+        self.dataset.set_epoch(self.epoch, self.handed_out)
+        self.plans.clear()
+        with contextlib.closing(self.decoded()) as batches:
+            for batch in batches:
+                self.note_bad(batch)
+                ready = self.finish(batch)
+                # Before the trainer has it: a state taken inside its loop includes it.
+                self.handed_out += 1
+                yield ready
+
+    def decoded(self) -> Generator[Batch, None, None]:
+        """Batches decoded: ahead of the trainer on a GPU, when asked for on a CPU."""
+        if self.stage is not None:
+            yield from self.stage.run(self.received())
+        else:
+            yield from map(self.prepare, self.received())
+
+    def received(self) -> Iterator[Batch]:
+        """Batches as the workers' transfers bring them."""
+        for transfer, sizes in self.counted():
+            start = 0
+            for size in sizes:
+                part = transfer[start : start + size]
+                if self.windows is not None:  # here, where the seeds are still on the host
+                    self.plans.append(self.windows.plan(part.seeds))
+                yield part
+                start += size
+
+    def counted(self) -> Iterator[tuple[Batch, list[int]]]:
+        """The transfers of an epoch, each at its place; WorkerError where one is missing."""
+        place, end = self.dataset.position.tolist()[1], len(self)
+        for start, transfer, sizes in self.transferred():
+            if start != place:
+                break
+            yield transfer, sizes
+            place += len(sizes)
+        if place != end:
+            raise WorkerError(
+                f"{self.dataset.shards.folder}: batch {place} of {end} did not come from its "
+                f"worker ({describe_shm()}); {REMEDY}"
+            )
+
+    def transferred(self) -> Iterator[Transfer]:
+        """What the workers send, an error of theirs without torch's frames.
+
+        One of those frames holds the error itself: a ring that only the collector ends. It ends the
+        workers' queues first, and torch then waits 5 s for each worker, which hears nothing.
+        """
+        try:
+            yield from self.transfers
+        except Exception as error:
+            if not self.transfers.num_workers:
+                raise
+            died = of_dead_worker(error) if isinstance(error, RuntimeError) else None
+            raise (died or error).with_traceback(None) from None
+
+    def note_bad(self, batch: Batch) -> None:
+        """Collect what workers found damaged; raise where all of them together found too much."""
+        new = [text for text in batch.bad if text not in self.bad_packs]
+        for text in new:
+            logger.warning("replaced a damaged pack: %s", text)
+        self.bad_packs += new
+        check_bad(self.bad_packs, max(self.dataset.max_bad, 0))
+
+    def gather_bad_packs(self) -> list[str]:
+        """Damaged packs that any rank has met. Collective: every rank has to call it.
+
+        Call it where you save a state, and hand it to `load_state_dict` with that state;
+        `state_dict` itself never communicates. TooManyBadSamplesError, on every rank alike, where
+        they are more than `max_bad` together.
+        """
+        found = sorted(gather({text: text for text in self.bad_packs}))
+        check_bad(found, self.dataset.max_bad)
+        return found
+
+    def prepare(self, batch: Batch) -> Batch:
+        """A batch moved and decoded, at once: what the stage does ahead where there is one."""
+        batch = batch.to(self.decode_device)
+        images, decode = None, self.decoder or self.integers
+        if decode is not None and self.windows is None:
+            images = decode(batch.codes, batch.codebooks)
+        return dataclasses.replace(batch, images=images)
+
+    def finish(self, batch: Batch) -> Any:
+        """What the trainer gets of a decoded batch, on its device."""
+        if self.decode == "latents":
+            batch = dataclasses.replace(batch, latents=batch.images, images=None)
+        if self.integers is not None:
+            steps = self.integers.steps(batch.codes, batch.codebooks)
+            batch = dataclasses.replace(batch, codes=batch.images, images=None, steps=steps)
+        if self.windows is not None:
+            views = self.windows(batch.codes, batch.codebooks, batch.seeds, self.plans.popleft())
+            batch = dataclasses.replace(batch, views=views)
+        if self.decode_device != self.device:
+            # A copy to the host that is not waited for is read before it is there.
+            batch = batch.to(self.device, non_blocking=self.device.type != "cpu")
+        if self.views is not None and batch.views is None:
+            decoded: Any = batch.images if self.decode == "pixels" else batch.latents
+            batch = dataclasses.replace(batch, views=self.views(decoded, batch.seeds))
+        if self.transform and batch.images is not None:
+            batch = dataclasses.replace(batch, images=self.transform(batch.images))
+        if not self.as_tuple:
+            return batch
+        if batch.views is not None:
+            return batch.views.crops(), batch.labels
+        shown = {"pixels": batch.images, "latents": batch.latents}
+        return shown.get(self.decode, batch.codes), batch.labels
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the next batch stands: plain JSON values, the same on every rank."""
+        return self.dataset.state_at(*self.place_of(self.epoch, self.handed_out)).to_json()
+
+    def place_of(self, epoch: int, batch: int) -> tuple[int, int]:
+        """An epoch and a batch of it that there is: behind the last comes the next one's first."""
+        return (epoch + 1, 0) if batch >= len(self) else (epoch, batch)
+
+    def load_state_dict(self, state: dict[str, Any], bad_packs: Sequence[str] = ()) -> None:
+        """Go on after the batches `state` counts.
+
+        bad_packs  what `gather_bad_packs` gave then: they count towards `max_bad`
+        raises     ContractError where it is of another data set or order
+        """
+        self.dataset.load_state_dict(state)
+        self.bad_packs = list(dict.fromkeys([*self.bad_packs, *bad_packs]))
+        self.epoch, self.handed_out = self.place_of(state["epoch"], state["batch"])
+        self.resuming = True
+
+
+def check_views(views: Any, decode: str, crop_windows: bool, transform: Any) -> None:
+    """Refuse views of what is not decoded, and crop windows where whole images are needed."""
+    if views is not None and getattr(views, "reads", decode) != decode:
+        raise ValueError(
+            f"views of {views.reads} need decode={views.reads!r}, not decode={decode!r}"
+        )
+    if views is not None and decode not in ("pixels", "latents"):
+        raise ValueError(f"views are made of pixels or latents, not of decode={decode!r}")
+    if not crop_windows:
+        return
+    if not isinstance(views, MultiCrop):
+        raise ValueError("crop_windows=True decodes what views show; pass views=MultiCrop(...)")
+    if transform is not None:
+        raise ValueError("crop_windows=True decodes no whole images that transform= could change")

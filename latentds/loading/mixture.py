@@ -1,0 +1,102 @@
+"""Mixture: several data sets of one latent_id, drawn from by weight."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from latentds.errors import ContractError
+from latentds.quantizers.scalar import AnyCodebook
+from latentds.store.format import joined_names
+from latentds.store.reader import ShardSet
+
+
+class Mixture:
+    """Data sets and their weights; give it to LatentLoader or LatentDataset instead of a folder.
+
+    weights        folder or location: weight; positive, they need not add up to 1
+    epoch_patches  draws an epoch; None takes the number of patches of all sets
+
+    Every set runs through its own epochs at its own pace: it is not shortened or padded, a small
+    set of large weight comes round more often. Codebooks may differ, the latent_id may not.
+    """
+
+    def __init__(
+        self,
+        weights: Mapping[str | os.PathLike[str], float],
+        epoch_patches: int | None = None,
+    ) -> None:
+        if not weights or min(weights.values()) <= 0:
+            raise ValueError(f"weights={dict(weights)}; at least one set, and every weight above 0")
+        if epoch_patches is not None and epoch_patches < 1:
+            raise ValueError(f"epoch_patches={epoch_patches}; at least 1")
+        self.folders: list[str | os.PathLike[str]] = list(weights)
+        self.weights = [float(weight) for weight in weights.values()]
+        self.epoch_patches = epoch_patches
+
+
+class Vocabulary:
+    """What the numbers of several sets mean together.
+
+    sets        they must share latent_id, encoding, shapes and patch size
+    classes     label names of all sets, in their own order where that is one
+    codebooks   the distinct codebooks
+    books       for every set, which of them its own ones are, by their number in its manifest
+    """
+
+    def __init__(self, sets: Sequence[ShardSet]) -> None:
+        check_mixable(sets)
+        self.classes = joined_names(shards.manifest.classes for shards in sets)
+        number = {name: index for index, name in enumerate(self.classes)}
+        # The last entry is for -1, no label.
+        self.labels = [
+            np.array([*(number[name] for name in shards.manifest.classes), -1]) for shards in sets
+        ]
+        books: dict[str, AnyCodebook] = {}
+        for shards in sets:
+            for codebook in shards.manifest.codebooks:
+                books.setdefault(codebook.codebook_id, codebook)
+        self.codebooks = list(books.values())
+        place = {identity: index for index, identity in enumerate(books)}
+        self.books = [
+            np.array([place[book.codebook_id] for book in shards.manifest.codebooks])
+            for shards in sets
+        ]
+
+
+def check_mixable(sets: Sequence[ShardSet]) -> None:
+    """Refuse sets whose codes one decoder cannot read into one batch."""
+    first = sets[0].manifest.contract
+    for shards in sets[1:]:
+        contract = shards.manifest.contract
+        for name in ("latent_id", "encoding", "codes_shape", "latents_shape", "patch_px"):
+            if getattr(contract, name) != getattr(first, name):
+                raise ContractError(
+                    f"{shards.folder}: {name} {getattr(contract, name)}, but {sets[0].folder} has "
+                    f"{getattr(first, name)}; only sets of one latent_id, encoding, shape and "
+                    f"patch size merge, or mix in one batch. {remedy(sets[0], shards)}"
+                )
+
+
+def remedy(one: ShardSet, other: ShardSet) -> str:
+    """What brings two unlike sets together."""
+    contracts = [shards.manifest.contract for shards in (one, other)]
+    places = [(c.latent_id, c.latents_shape, c.patch_px) for c in contracts]
+    as_pixels = "latentds.loading.mixing.MixedLoader mixes them as pixels"
+    if places[0] != places[1]:
+        return f"{as_pixels}; to merge them, convert one as the other was"
+    # What repacking aims at: sums before records, never levels; of one kind the fewer bytes.
+    order = {"u8-sum": 0, "rans": 1, "u8": 2}
+    (aim, _), (_, folder) = sorted(
+        (
+            (contract, shards.folder)
+            for contract, shards in zip(contracts, (one, other), strict=True)
+        ),
+        key=lambda pair: (order[pair[0].encoding], pair[0].bytes_per_patch),
+    )
+    return (
+        f"'latentds repack {folder} --out NEW --encoding {aim.encoding} --bytes "
+        f"{aim.bytes_per_patch}' codes it as the other is; {as_pixels}"
+    )

@@ -1,0 +1,1 @@
+"""Latents to stored bytes and back: scalar, additive and entropy-coded codebooks."""

@@ -1,0 +1,1 @@
+"""Entropy-coded records of equal size: the model, its tables, the coder."""

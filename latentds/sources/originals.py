@@ -1,0 +1,169 @@
+"""Originals: the pictures a data set's patches were cut from, read again patch by patch."""
+# N patches, H W pixels
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from latentds.conversion.convert_config import ConvertConfig
+from latentds.errors import ContractError, InputError
+from latentds.sources.anonymity import Anonymizer
+from latentds.sources.opening import list_source, open_source
+from latentds.sources.source import Header, Picture
+from latentds.store.files import LocalFiles
+from latentds.store.golden import likeness_db, read_golden
+from latentds.store.reader import ShardSet
+
+LOCATED_KEPT = 65_536  # patches of which header and region are kept
+GOLDEN_DB = 30.0  # thumbnails of the same patch are equal; of another one they are some 10-15 dB
+COLUMNS = ("source",)
+Place = tuple[str, int, int]  # source, x, y; -1 where x and y are unknown
+
+
+class Originals:
+    """Pixels of a data set's patches, from the input that it was converted from.
+
+    shards     the set
+    source     its input: pictures, slides, coordinates, archives, as `convert` takes them
+    slides, root   as for `convert`
+    anonymize  the key file, where the set was made with one
+    workers    threads that read
+
+    The options recorded in the manifest say how patches were cut. No plan is made: source, x and y
+    lead to a patch. Only archives, tiled pictures, coordinates and sets whose names are hashes are
+    listed first. Opening compares the golden patches' thumbnails with the originals. ContractError
+    where they differ or are not there.
+    """
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        source: Path,
+        *,
+        slides: Path | None = None,
+        root: Path | None = None,
+        anonymize: Path | None = None,
+        workers: int = 4,
+    ) -> None:
+        self.shards, self.folder = shards, source
+        self.patch_px = shards.manifest.contract.patch_px
+        self.hide = Anonymizer(anonymize) if anonymize else None
+        self.config = recorded_config(shards, source, slides, root, anonymize)
+        self.source = open_source(self.config)
+        self.listed: dict[str, Picture] | None = None
+        self.lock = threading.Lock()
+        self.located = functools.lru_cache(LOCATED_KEPT)(self.locate)
+        self.pool = ThreadPoolExecutor(workers, thread_name_prefix="originals")
+        self.check_golden()
+
+    def read(self, sources: Sequence[str], coords: np.ndarray) -> np.ndarray:
+        """Pixels uint8 (N, H, W, 3) of patches by their `source` column and x, y (N, 2).
+
+        raises  ContractError for a patch that the input does not have, InputError for one that
+                cannot be read
+        """
+        places = [(source, int(x), int(y)) for source, (x, y) in zip(sources, coords, strict=True)]
+        return np.stack(list(self.pool.map(self.read_one, places)))
+
+    def read_one(self, place: Place) -> np.ndarray:
+        """Pixels uint8 (H, W, 3) of one patch."""
+        picture, header, region = self.located(place)
+        try:
+            (patch,) = self.source.read(picture, header, self.patch_px, [region])
+        except InputError as error:
+            raise InputError(f"{self.folder / picture.source}: {error}") from error
+        if patch.image.shape[:2] != self.patch_px:
+            height, width = patch.image.shape[:2]
+            raise ContractError(
+                f"{self.folder / picture.source}: {width}x{height} px, {self.shards.folder} has "
+                f"patches of {self.patch_px[1]}x{self.patch_px[0]}; not what it was converted from"
+            )
+        return patch.image
+
+    def locate(self, place: Place) -> tuple[Picture, Header, tuple[int, int]]:
+        """The picture, its header and the region of a patch."""
+        source, x, y = place
+        picture = self.find(source)
+        try:
+            found = picture and self.source.locate(picture, self.patch_px, (x, y))
+        except InputError as error:
+            raise InputError(f"{self.folder / source}: {error}") from error
+        if picture is None or not found:
+            raise ContractError(
+                f"{self.folder}: no patch at ({x}, {y}) of {source!r}, which {self.shards.folder} "
+                "has; give the input it was converted from"
+            )
+        return picture, *found
+
+    def find(self, source: str) -> Picture | None:
+        """The picture that the data set calls `source`, None where there is none."""
+        parts = PurePosixPath(source).parts
+        if source.startswith("/") or ".." in parts:
+            raise ContractError(
+                f"{self.shards.folder}: source {source!r} leaves the input; refused"
+            )
+        picture = None if self.hide or self.listed is not None else self.source.lookup(source)
+        if picture is not None:
+            return picture
+        with self.lock:
+            if self.listed is None:
+                pictures = list_source(self.source, self.config).pictures
+                hide = self.hide or str
+                self.listed = {hide(picture.source): picture for picture in pictures}
+        return self.listed.get(source)
+
+    def check_golden(self) -> None:
+        """Compare originals with the thumbnails of them that the data set keeps."""
+        manifest = self.shards.manifest
+        if not isinstance(self.shards.files, LocalFiles):
+            return  # a remote set's golden file is not fetched for this
+        folder, sha256 = self.shards.files.folder, manifest.golden_sha256
+        golden = read_golden(folder, manifest.contract, manifest.patches, sha256)
+        if not len(golden.rows):
+            return
+        table = self.shards.patches[golden.rows]
+        sources = self.shards.read_columns(golden.rows, COLUMNS)["source"]
+        images = self.read(sources, np.stack([table["x"], table["y"]], 1))
+        for row, source, image, thumbnail in zip(
+            golden.rows.tolist(), sources, images, golden.thumbnails, strict=True
+        ):
+            likeness = likeness_db(image, thumbnail)
+            if likeness < GOLDEN_DB:
+                raise ContractError(
+                    f"{self.folder}: {source!r} differs from the golden patch at row {row} of "
+                    f"{self.shards.folder} ({likeness:.1f} dB); give the input it was converted "
+                    "from, unchanged"
+                )
+
+
+def recorded_config(
+    shards: ShardSet, source: Path, slides: Path | None, root: Path | None, anonymize: Path | None
+) -> ConvertConfig:
+    """The conversion that the manifest records, of an input that lies at `source`."""
+    options = shards.manifest.made.get("options")
+    if not isinstance(options, dict):
+        raise ContractError(
+            f"{shards.folder}: does not record how patches were cut (imported or merged); "
+            "originals cannot be found again"
+        )
+    if options.get("anonymized") and anonymize is None:
+        raise ContractError(
+            f"{shards.folder}: slide and source names are hashes; give the key file they were "
+            "made with"
+        )
+    known = {field.name for field in dataclasses.fields(ConvertConfig)}
+    chosen = {name: value for name, value in options.items() if name in known}
+    if chosen.get("preset") == "paper":  # its values are recorded beside it
+        chosen.pop("preset")
+    paths = {"source": source, "slides": slides, "root": root, "anonymize": anonymize}
+    config = ConvertConfig(**{**chosen, **paths, "out": Path("originals"), "max_bad": 10**9})
+    if anonymize is not None and config.key_check() != options.get("anonymized"):
+        raise ContractError(f"{anonymize}: not the key that {shards.folder} was made with")
+    return config

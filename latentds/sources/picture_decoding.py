@@ -1,0 +1,201 @@
+"""One picture file to uint8 RGB, or a reason why not; and how the file was coded."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from PIL import Image
+
+from latentds.codecs.formats import DECODE_ERRORS
+from latentds.core.untrusted_files import known_formats, open_picture
+from latentds.errors import InputError
+from latentds.sources.source import Header
+
+MASK_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif")
+BITS_PER_SAMPLE = 258  # TIFF tag
+HEAD_BYTES = 1 << 16
+CONVERTED = ("1", "L", "P", "CMYK", "RGBA", "LA", "PA", "RGBX", "YCbCr")  # to RGB, and counted
+# First quantizer of the luma table in libjpeg's quality scale: table 16 at quality 50.
+JPEG_LUMA_AT_50 = np.array(
+    [16, 11, 10, 16, 24, 40, 51, 61, 12, 12, 14, 19, 26, 58, 60, 55], dtype=np.int64
+)  # ITU-T T.81 table K.1, first two rows
+
+
+def picture_suffixes() -> set[str]:
+    """Lower-case file suffixes of the formats that are opened as pictures."""
+    suffixes, formats = Image.registered_extensions(), known_formats()
+    return {suffix for suffix, name in suffixes.items() if name in formats}
+
+
+def read_header(file: Path | BinaryIO, max_px: int) -> Header:
+    """Size, mode and coding, no pixel decoded, of a path or an open file.
+
+    InputError (without the name) where it cannot be converted.
+    """
+    try:
+        with open_picture(file) as image:
+            check_mode(image.mode)
+            check_depth(image)
+            width, height = image.size
+            if width * height > max_px:
+                raise InputError(f"{width}x{height} px is more than --max-px {max_px}")
+            return Header((height, width), image.mode, describe_encoding(image), size_of(file))
+    except DECODE_ERRORS as error:
+        raise InputError(f"cannot be read ({first_line(error)})") from error
+
+
+def size_of(file: Path | BinaryIO) -> int:
+    """Bytes of a path or an open file."""
+    return file.stat().st_size if isinstance(file, Path) else file.seek(0, io.SEEK_END)
+
+
+def read_picture(file: Path | BinaryIO, max_px: int) -> tuple[np.ndarray, str]:
+    """Pixels uint8 (H, W, 3) and the mode they were converted from; InputError (without name)."""
+    try:
+        with open_picture(file) as image:
+            check_mode(image.mode)
+            if image.width * image.height > max_px:
+                raise InputError(f"{image.width}x{image.height} px is more than --max-px {max_px}")
+            image.load()
+            check_alpha(image)
+            return np.asarray(image.convert("RGB")), image.mode
+    except DECODE_ERRORS as error:
+        raise InputError(f"cannot be decoded ({first_line(error)})") from error
+
+
+def find_mask(folder: Path, source: str, size_px: tuple[int, int]) -> Path:
+    """The mask of a picture below `folder`, its header checked; InputError (without the name)."""
+    stem = folder / source
+    paths = [stem.with_suffix(suffix) for suffix in MASK_SUFFIXES]
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        raise InputError(f"has no mask under --masks ({Path(source).with_suffix('.png')})")
+    try:
+        with open_picture(path) as image:
+            check_mask(image, size_px)
+    except DECODE_ERRORS as error:
+        raise InputError(f"its mask cannot be read ({first_line(error)})") from error
+    return path
+
+
+def check_mask(image: Image.Image, size_px: tuple[int, int]) -> None:
+    """Refuse masks that are not 8-bit grey or palette, or not of the picture's size."""
+    if image.mode not in ("L", "1", "P"):
+        raise InputError(f"its mask is of mode {image.mode}; 8-bit grey or palette masks only")
+    if image.size != size_px[::-1]:
+        raise InputError(f"its mask is {image.size} px, the picture {size_px[::-1]}")
+
+
+def read_mask(path: Path, size_px: tuple[int, int]) -> np.ndarray:
+    """Mask uint8 (H, W) of just that size, values untouched; InputError (without the name)."""
+    try:
+        with open_picture(path) as image:
+            check_mask(image, size_px)
+            # A palette's indices are the classes; its colours are for looking at.
+            mask = np.asarray(image)
+            return mask.astype(np.uint8) * (255 if image.mode == "1" else 1)
+    except DECODE_ERRORS as error:
+        raise InputError(f"its mask cannot be decoded ({first_line(error)})") from error
+
+
+def check_mode(mode: str) -> None:
+    """Refuse what has more than 8 bits or no way to RGB."""
+    if mode != "RGB" and mode not in CONVERTED and mode[0] not in "IF":
+        raise InputError(f"mode {mode}; convert to RGB")
+    if mode[0] in "IF":
+        raise InputError(
+            f"mode {mode} (16-bit or float); convert to 8-bit RGB with a scaling you choose"
+        )
+
+
+def check_depth(image: Image.Image) -> None:
+    """Refuse several pages, and 16 bits a channel, which Pillow opens as 8-bit all the same."""
+    pages = getattr(image, "n_frames", 1)
+    if pages > 1:
+        raise InputError(f"has {pages} pages; split it into one file a page")
+    bits = bits_a_channel(image)
+    if bits > 8:
+        raise InputError(
+            f"has {bits} bits a channel; convert to 8-bit RGB with a scaling you choose"
+        )
+
+
+def bits_a_channel(image: Image.Image) -> int:
+    """Bits of an opened picture's widest channel as its file has them, 8 where it does not say.
+
+    Pillow opens files of more as 8-bit RGB, by a scaling of its own, or (planar TIFF) as noise.
+    """
+    tags = getattr(image, "tag_v2", None)
+    if tags is not None:  # TIFF
+        return int(np.max(tags.get(BITS_PER_SAMPLE, 8)))
+    tiles = getattr(image, "tile", [])  # (decoder, box, offset, arguments with the raw mode)
+    if any(";16" in str(tile[3]) or "16" in str(tile[0]) for tile in tiles):
+        return 16
+    largest = [tile[3][1] for tile in tiles if tile[0] in ("ppm", "ppm_plain")
+               and isinstance(tile[3], tuple) and len(tile[3]) > 1]  # fmt: skip
+    if largest:  # PPM says the largest value
+        return max(int(value).bit_length() for value in largest)
+    return box_bits(image) if image.format in ("JPEG2000", "AVIF") else 8
+
+
+def box_bits(image: Image.Image) -> int:
+    """Bits of JPEG 2000 or AVIF, from the box or marker near its beginning that tells."""
+    file: BinaryIO | None = getattr(image, "fp", None)
+    if file is None:
+        return 8
+    place = file.tell()
+    file.seek(0)
+    head = file.read(HEAD_BYTES)
+    file.seek(place)
+    if image.format == "AVIF":
+        at = head.find(b"av1C")
+        return 8 if at < 0 or not head[at + 6] & 0x40 else 12 if head[at + 6] & 0x20 else 10
+    at = head.find(b"\xff\x4f\xff\x51")  # SOC, SIZ: Csiz at 38 of it, then 3 bytes a component
+    if at < 0 or len(head) < at + 45:
+        return 8
+    count = int.from_bytes(head[at + 40 : at + 42], "big")
+    depths = head[at + 42 : at + 42 + 3 * count : 3]
+    return max([(depth & 0x7F) + 1 for depth in depths], default=8)
+
+
+def check_alpha(image: Image.Image) -> None:
+    """Refuse real transparency: which colour lies behind it is not ours to guess."""
+    transparent = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
+    if transparent and image.convert("RGBA").getchannel("A").getextrema()[0] != 255:
+        raise InputError("has transparent pixels; flatten it onto a background first")
+
+
+def describe_encoding(image: Image.Image) -> str:
+    """`png`, `webp`, ..., or `jpeg:q=75:4:2:0` where the tables are libjpeg's at that quality."""
+    name = (image.format or "unknown").lower()
+    if name != "jpeg":
+        return name
+    from PIL import JpegImagePlugin
+
+    sampling = {0: "4:4:4", 1: "4:2:2", 2: "4:2:0"}.get(
+        JpegImagePlugin.get_sampling(image), "other"
+    )
+    return f"jpeg:q={jpeg_quality(getattr(image, 'quantization', {}))}:{sampling}"
+
+
+def jpeg_quality(tables: dict[int, Any]) -> str:
+    """libjpeg quality whose luma table (first two rows) is the file's, `?` where there is none."""
+    luma = np.asarray(tables.get(0, ()))[:16]
+    for quality in range(100, 0, -1):
+        scale = 5000 // quality if quality < 50 else 200 - 2 * quality
+        expected = np.clip((JPEG_LUMA_AT_50 * scale + 50) // 100, 1, 255)
+        if len(luma) == 16 and (luma == expected).all():
+            return str(quality)
+    return "?"
+
+
+def first_line(error: Exception) -> str:
+    """An error's first line; Pillow repeats the path in some, which a manifest must not carry."""
+    text = str(error).strip().splitlines()
+    line = text[0] if text else type(error).__name__
+    if isinstance(error, OSError) and error.strerror:
+        line = error.strerror
+    return "not a picture Pillow knows" if line.startswith("cannot identify image") else line

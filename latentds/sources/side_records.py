@@ -1,0 +1,110 @@
+"""What a record beside a picture, JSON or a table's row, says of it; and what archives' names say.
+
+Only the fields listed here are taken, whatever else a record holds: notes may name people.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from latentds.errors import InputError
+from latentds.sources.field_names import ALIASES
+from latentds.sources.image_folder import DEFAULT_SPLIT, SPLITS, numbers_of
+from latentds.sources.kinds import MAYBE, SUFFIXES
+
+NAMES = {
+    field: ALIASES[field] for field in ("label", "slide", "patient", "x", "y", "mpp", "size_px")
+}
+SCALE = ("tile_size", "level_downsample")  # OpenMidnight's: their product is size_px
+COLUMNS = tuple(name for names in NAMES.values() for name in names) + SCALE
+MAX_NAME = 200  # characters of a label or slide; more is a text
+WORD = re.compile(r"[a-z]+")
+
+
+def fields_of(record: Mapping[str, Any], use_labels: bool) -> dict[str, Any]:
+    """A Picture's fields among a record's; InputError (without the name) for one it cannot hold."""
+    found = {field: first_of(record, names) for field, names in NAMES.items()}
+    if not use_labels:
+        del found["label"]
+    if is_unknown_mpp(found["mpp"]):
+        del found["mpp"]
+    scale = [record.get(name) for name in SCALE]
+    if found["size_px"] is None and None not in scale:
+        found["size_px"] = product(scale)
+    texts = {name: as_text(name, value) for name, value in found.items() if value is not None}
+    if "slide" in texts:
+        is_path = found["slide"] == record.get("slide_path")
+        texts["slide"] = slide_name(texts["slide"], is_path)
+    return texts | numbers_of("its record", texts)
+
+
+def first_of(record: Mapping[str, Any], names: Sequence[str]) -> Any:
+    """The first value that is there, None where none is."""
+    values = (record.get(name) for name in names)
+    return next((value for value in values if value is not None and value != ""), None)
+
+
+def is_unknown_mpp(value: Any) -> bool:
+    """Whether an mpp stands for none: wsistream writes -1."""
+    return isinstance(value, (int, float)) and not value > 0
+
+
+def product(scale: Sequence[Any]) -> int:
+    """Pixels of level 0 of tile size and downsample; InputError where they are no numbers."""
+    try:
+        return round(float(scale[0]) * float(scale[1]))
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InputError(f"its {' and '.join(SCALE)} are no numbers") from error
+
+
+def as_text(name: str, value: Any) -> str:
+    """A value as text, whole numbers without a point."""
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise InputError(f"its {name} is a {type(value).__name__}, not a name or a number")
+    if isinstance(value, float) and math.isfinite(value) and value.is_integer():
+        value = int(value)
+    text = str(value).strip()
+    if not text or len(text) > MAX_NAME:
+        raise InputError(f"its {name} has {len(text)} characters; 1 to {MAX_NAME} are a name")
+    return text
+
+
+def slide_name(text: str, is_path: bool) -> str:
+    """A slide's file without folders and suffix: where it lay is nobody's business."""
+    name = PurePosixPath(text.replace("\\", "/"))
+    is_file = is_path or name.suffix.lower() in SUFFIXES | MAYBE
+    return name.stem if is_file else name.name
+
+
+def splits_of(root: Path, archives: Iterable[str], use_splits: bool) -> dict[str, str]:
+    """Split of every archive: train-*.tar, or in a folder train/; of all of them or of none."""
+    named = {path: split_name(path) if use_splits else None for path in archives}
+    bare = [path for path, split in named.items() if split is None]
+    if bare and len(bare) < len(named):
+        example = next(path for path, split in named.items() if split)
+        raise InputError(
+            f"{root}: {example} is named like a split, {bare[0]} is not; rename it, or pass "
+            "--no-split-folders"
+        )
+    return {path: split or DEFAULT_SPLIT for path, split in named.items()}
+
+
+def split_name(path: str) -> str | None:
+    """The split that a file's name has as a word, or a folder above it is called.
+
+    raises  InputError for a name with the words of two splits
+    """
+    *folders, name = PurePosixPath(path).parts
+    words = [word for word in WORD.findall(name.lower()) if word in SPLITS]
+    found = {SPLITS[word] for word in words}
+    if len(found) > 1:
+        raise InputError(
+            f"{path}: its name has the words of several splits ({', '.join(words)}); rename it, or "
+            "pass --no-split-folders"
+        )
+    named = [SPLITS[folder.lower()] for folder in folders if folder.lower() in SPLITS]
+    return next(iter([*found, *named]), None)

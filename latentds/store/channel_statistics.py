@@ -1,0 +1,163 @@
+"""Channel statistics of a data set: recorded in its manifest, or counted in a fixed sample."""
+# C latent channels, h w latent cells, N patches sampled, S codebooks
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from latentds.errors import FormatError, ShapeError
+from latentds.quantizers.normalization import ChannelStatistics, pool, rounded
+from latentds.quantizers.scalar import MAX_LEVELS, Codebook
+
+if TYPE_CHECKING:
+    from latentds.store.reader import ShardSet
+
+logger = logging.getLogger(__name__)
+
+# 128 packs of 32 patches: 16 MB of codes on a disk, 128 MB from a server, which sends whole packs;
+# of a set of 24 million patches as of one of a hundred thousand.
+SAMPLE_PATCHES, SAMPLE_PACKS = 4096, 128
+TRAIN = "train"
+
+
+def channel_statistics(shards: ShardSet) -> ChannelStatistics:
+    """The statistics that a set's manifest records; of an older set, those it would record."""
+    if shards.manifest.statistics is not None:
+        return shards.manifest.statistics
+    logger.info(
+        "%s: its manifest has no channel statistics (made before they were recorded); taking them "
+        "from %d patches at fixed places", shards.folder, len(sample_rows(shards)),
+    )  # fmt: skip
+    return measure_statistics(shards)
+
+
+def measure_statistics(shards: ShardSet) -> ChannelStatistics:
+    """The statistics of a fixed sample of the training split, or of all where there is none.
+
+    Counted in whole numbers, so the same on every machine and rank. DamagedPackError where a pack
+    of the sample is damaged.
+    """
+    books = shards.manifest.codebooks
+    scalar = [book for book in books if isinstance(book, Codebook)]
+    if len(scalar) < len(books):  # one encoding a set: all or none
+        return sum_latents(shards)
+    channels = shards.manifest.contract.latents_shape[0]
+    counts = np.zeros((len(books), channels, MAX_LEVELS), np.int64)
+    for _, rows in split_by_pack(shards, sample_rows(shards)):
+        number = int(shards.codebook_numbers(rows[:1])[0])
+        counts[number] += count_codes(shards.read_codes(rows))
+    return summarize(counts, scalar, shards.folder)
+
+
+def sum_latents(shards: ShardSet) -> ChannelStatistics:
+    """The same of latents that have no levels to be counted.
+
+    Summed in double precision pack by pack; every processor's sums agree in the digits kept.
+    """
+    books = shards.manifest.codebooks
+    channels = shards.manifest.contract.latents_shape[0]
+    sums, squares, count = np.zeros(channels), np.zeros(channels), 0
+    for _, rows in split_by_pack(shards, sample_rows(shards)):
+        book = books[int(shards.codebook_numbers(rows[:1])[0])]
+        codes = shards.read_codes(rows)
+        if (fault := book.find_fault(codes)) is not None:
+            raise FormatError(f"{shards.folder}: {fault}; damaged, fetch it anew")
+        latents = book.dequantize(torch.from_numpy(codes)).double()
+        sums += latents.sum((0, 2, 3)).numpy()
+        squares += latents.square().sum((0, 2, 3)).numpy()
+        count += latents[:, 0].numel()
+    means = sums / count
+    deviations = np.sqrt(np.maximum(squares / count - means**2, 0))
+    return ChannelStatistics(
+        tuple(map(rounded, means.tolist())), tuple(map(rounded, deviations.tolist())), count
+    )
+
+
+def sample_rows(shards: ShardSet) -> np.ndarray:
+    """Rows of the patch table that are counted: some packs, evenly spaced, and some of each."""
+    packs, splits = np.arange(len(shards.packs)), shards.manifest.splits
+    if TRAIN in splits:
+        packs = np.arange(*shards.manifest.pack_range(TRAIN))
+    sizes = shards.packs["count"][packs].astype(np.int64)
+    # Small packs are counted more of, until there are as many patches.
+    wanted = max(SAMPLE_PACKS, math.ceil(SAMPLE_PATCHES * len(packs) / int(sizes.sum())))
+    chosen = evenly(len(packs), wanted)
+    each = math.ceil(SAMPLE_PATCHES / len(chosen))
+    first = shards.first_patch[packs[chosen]].astype(np.int64)
+    return np.concatenate(
+        [start + evenly(size, each) for start, size in zip(first, sizes[chosen], strict=True)]
+    )
+
+
+def evenly(size: int, wanted: int) -> np.ndarray:
+    """At most `wanted` of the numbers below `size`, evenly spaced, each in the middle of a part."""
+    count = min(int(size), wanted)
+    return (2 * np.arange(count, dtype=np.int64) + 1) * int(size) // (2 * count)
+
+
+def split_by_pack(shards: ShardSet, rows: np.ndarray) -> list[tuple[int, np.ndarray]]:
+    """(pack, its rows) for every pack that the rows are of."""
+    return [(pack, rows[places]) for pack, places in shards.group_by_pack(rows)]
+
+
+def count_codes(codes: np.ndarray) -> np.ndarray:
+    """How often every code stands in every channel, int64 (C, 256), of codes (N, C, h, w)."""
+    by_channel = codes.swapaxes(0, 1).reshape(codes.shape[1], -1)
+    return np.stack([np.bincount(channel, minlength=MAX_LEVELS) for channel in by_channel])
+
+
+def summarize(counts: np.ndarray, books: Sequence[Codebook], where: str) -> ChannelStatistics:
+    """Statistics of histograms (S, C, 256), one a codebook, rounded as float32 would."""
+    channels = counts.shape[1]
+    means, deviations = [], []
+    for channel in range(channels):
+        pairs = [pair for n, book in enumerate(books)
+                 for pair in level_counts(counts[n, channel], book, channel, where)]  # fmt: skip
+        total = sum(count for _, count in pairs)
+        # fsum is exact: no order of summing, no processor's rounding
+        mean = math.fsum(level * count for level, count in pairs) / total
+        variance = math.fsum((level - mean) ** 2 * count for level, count in pairs) / total
+        means.append(rounded(mean))
+        deviations.append(rounded(math.sqrt(variance)))
+    return ChannelStatistics(tuple(means), tuple(deviations), int(counts[:, 0].sum()))
+
+
+def level_counts(
+    counts: np.ndarray, book: Codebook, channel: int, where: str
+) -> list[tuple[float, int]]:
+    """(level, how often) of one channel's codes; FormatError for codes beyond the codebook."""
+    levels = book.levels[channel if len(book.levels) > 1 else 0]
+    if counts[len(levels) :].any():
+        raise FormatError(
+            f"{where}: code {int(np.flatnonzero(counts).max())}, but the codebook has "
+            f"{len(levels)} levels; damaged, fetch it anew"
+        )
+    used = np.flatnonzero(counts)
+    return list(zip(levels[used].astype(float).tolist(), counts[used].tolist(), strict=True))
+
+
+def pool_sets(sets: Sequence[ShardSet], weights: Sequence[float]) -> ChannelStatistics:
+    """The statistics of one set, or of a mixture of several by its weights."""
+    parts = [channel_statistics(shards) for shards in sets]
+    return parts[0] if len(parts) == 1 else pool(parts, weights)
+
+
+def choose_statistics(
+    normalize: bool | ChannelStatistics, sets: Sequence[ShardSet]
+) -> ChannelStatistics | None:
+    """The statistics that were given; ShapeError for those of other channels, None for none."""
+    if isinstance(normalize, bool):
+        return None
+    channels = sets[0].manifest.contract.latents_shape[0]
+    if len(normalize.mean) != channels:
+        raise ShapeError(
+            f"{sets[0].folder}: latents of {channels} channels, the statistics given are of "
+            f"{len(normalize.mean)}; give those of latents of this autoencoder"
+        )
+    return normalize

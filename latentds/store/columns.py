@@ -1,0 +1,114 @@
+"""The columns member of a pack: one Parquet row a patch, in the order of the codes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from latentds.errors import FormatError
+from latentds.store.patch_record import Patch
+
+SCHEMA = pa.schema(
+    [
+        ("label", pa.string()),
+        ("slide", pa.string()),
+        ("x", pa.int32()),
+        ("y", pa.int32()),
+        ("mpp", pa.float32()),
+        ("size_px", pa.uint32()),
+        ("source", pa.string()),
+        ("source_encoding", pa.string()),
+    ]
+)
+MASK_SCHEMA = pa.schema([("mask_png", pa.binary())])
+MAX_COLUMNS_BYTES = 1 << 27  # decompressed; a pack of 65,536 patches has some 20 MB of columns
+
+
+def patches_table(patches: Sequence[Patch]) -> pa.Table:
+    """The columns of a pack's patches; a key is not among them, it follows from source, x and y."""
+    rows = {
+        "label": [p.label for p in patches],
+        "slide": [p.slide for p in patches],
+        "x": [p.x_px_level0 for p in patches],
+        "y": [p.y_px_level0 for p in patches],
+        "mpp": [p.mpp for p in patches],
+        "size_px": [p.size_px_level0 for p in patches],
+        "source": [p.source for p in patches],
+        "source_encoding": [p.source_encoding for p in patches],
+    }
+    return pa.table(rows, schema=SCHEMA)
+
+
+def encode_table(table: pa.Table) -> bytes:
+    """Parquet bytes, zstd, one row group, no statistics: small for packs of a few hundred rows."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(
+        table,
+        sink,
+        compression="zstd",
+        compression_level=9,
+        use_dictionary=[n for n in ("label", "source_encoding") if n in table.schema.names],
+        write_statistics=False,
+        store_schema=False,
+    )
+    encoded: bytes = sink.getvalue().to_pybytes()
+    return encoded
+
+
+def decode_table(
+    encoded: bytes,
+    where: str,
+    schema: pa.Schema,
+    rows: int | None = None,
+    columns: Sequence[str] | None = None,
+) -> pa.Table:
+    """Columns of a Parquet member; FormatError unless they have the schema's types and `rows` rows.
+
+    Sizes that the metadata announce are checked before anything is decompressed.
+    """
+    wanted = list(columns or schema.names)
+    try:
+        file = pq.ParquetFile(pa.BufferReader(encoded))
+        if rows is not None and file.metadata.num_rows != rows:
+            raise FormatError(f"{where}: {file.metadata.num_rows} rows for {rows} patches")
+        check_schema(file.schema_arrow, schema, wanted, where)
+        check_announced_bytes(file.metadata, where)
+        table: pa.Table = file.read(columns=wanted, use_threads=False)
+    except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
+        raise FormatError(f"{where}: not a Parquet table ({first_words(error)})") from error
+    if rows is not None and table.num_rows != rows:
+        raise FormatError(f"{where}: {table.num_rows} rows for {rows} patches")
+    return table
+
+
+def check_schema(found: pa.Schema, schema: pa.Schema, wanted: Sequence[str], where: str) -> None:
+    """Refuse missing columns and columns of other types; more columns than wanted are allowed."""
+    for name in wanted:
+        if name not in found.names:
+            raise FormatError(f"{where}: no column {name!r}; it has {found.names}")
+        seen, expected = found.field(name).type, schema.field(name).type
+        if seen != expected:
+            raise FormatError(f"{where}: column {name!r} is {seen}, not {expected}")
+
+
+def check_announced_bytes(metadata: pq.FileMetaData, where: str) -> None:
+    """Refuse tables that would decompress to more than one can hold."""
+    groups = (metadata.row_group(i) for i in range(metadata.num_row_groups))
+    chunks = (group.column(i) for group in groups for i in range(group.num_columns))
+    announced = sum(chunk.total_uncompressed_size for chunk in chunks)
+    if announced > MAX_COLUMNS_BYTES:
+        raise FormatError(f"{where}: would decompress to {announced} bytes; refused")
+
+
+def first_words(error: BaseException) -> str:
+    """The start of an error's text, on one line."""
+    return " ".join(str(error).split())[:120] or type(error).__name__
+
+
+def encode_masks(patches: Sequence[Patch]) -> bytes | None:
+    """The masks member of a pack: PNG bytes a patch, null for none; None where no patch has one."""
+    if all(patch.mask_png is None for patch in patches):
+        return None
+    return encode_table(pa.table({"mask_png": [p.mask_png for p in patches]}, schema=MASK_SCHEMA))

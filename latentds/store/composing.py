@@ -1,0 +1,209 @@
+"""Compose a data set from codes that are there already: packs, shards, tables, card, manifest."""
+# n patches of a part, C latent channels, h w latent cells
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from latentds.core.storage import sha256_file, write_atomically
+from latentds.errors import InputError
+from latentds.quantizers.scalar import AnyCodebook
+from latentds.store.channel_statistics import measure_statistics
+from latentds.store.columns import MASK_SCHEMA, encode_table
+from latentds.store.format import (
+    CHECKSUMS,
+    DIGESTS,
+    GOLDEN,
+    MANIFEST,
+    PACKS_TABLE,
+    PATCH_DTYPE,
+    PATCHES_TABLE,
+    SIDECARS,
+    SPLIT_PATTERN,
+    Contract,
+    pack_key,
+    shard_name,
+)
+from latentds.store.index import ShardIndex, index_shard, save_index, write_tables
+from latentds.store.manifest import Manifest
+from latentds.store.reader import ShardSet
+from latentds.store.set_card import dataset_card
+from latentds.store.tables import summarize_blocks
+from latentds.store.writer import Pack, ShardWriter
+
+Part = tuple[np.ndarray, pa.Table]  # codes and columns; a column mask_png becomes the masks member
+SHARD_BYTES = 256 * 1_000_000  # of codes, as `convert --shard-mb` has it
+
+
+def compose(
+    out: Path,
+    contract: Contract,
+    splits: dict[str, Iterable[Part]],
+    made: dict[str, Any],
+    golden: bytes,
+    pack_size: int = 256,
+    shard_bytes: int = SHARD_BYTES,
+) -> Manifest:
+    """Write a whole data set.
+
+    out      a folder that is not there yet, or empty
+    splits   split to its patches, in any parts: codes uint8 (n, C, h, w) and their columns
+    made     how they came about, for the manifest
+    golden   bytes of the golden patches' file
+    """
+    if out.is_dir() and any(out.iterdir()):
+        raise InputError(f"{out}: not empty; choose another folder")
+    composer = Composer(out, contract)
+    for split, parts in sorted(splits.items()):
+        composer.add_packs(split, contract, cut(parts, pack_size), shard_bytes)
+    manifest = composer.tables(made)
+    shutil.rmtree(composer.work)
+    write_atomically(out / GOLDEN, golden)
+    return complete(out, manifest)
+
+
+class Composer:
+    """A data set being written, shard by shard: splits in any order, shards numbered as they come.
+
+    out       its folder
+    contract  the set's; shards may have contracts that differ in the codebook
+    classes   label names in the order that numbers them, where it is not theirs
+    """
+
+    def __init__(self, out: Path, contract: Contract, classes: Sequence[str] = ()) -> None:
+        self.out, self.contract, self.classes = out, contract, classes
+        self.work = out / SIDECARS / "work"
+        self.numbers: dict[str, int] = {}
+        self.indexes: dict[str, Path] = {}
+        self.codebooks: dict[str, AnyCodebook] = {}
+
+    def add_packs(
+        self, split: str, contract: Contract, packs: Iterable[Part], shard_bytes: int = SHARD_BYTES
+    ) -> None:
+        """Write packs as shards of at most so many bytes of codes, a pack each at the least."""
+        for shard in grouped(iter(packs), shard_bytes // contract.bytes_per_patch):
+            self.add_shard(split, contract, functools.partial(write_shard, contract, split, shard))
+
+    def add_shard(
+        self, split: str, contract: Contract, write: Callable[[Path, int], None]
+    ) -> ShardIndex:
+        """Have the split's next shard written by `write(path, number)`, and index it."""
+        if not SPLIT_PATTERN.fullmatch(split):
+            raise InputError(f"split {split!r}: a split's name is a-z, 0-9 and _, up to 32")
+        number = self.numbers.get(split, 0)
+        name = shard_name(split, number)
+        write(self.out / name, number)
+        index = index_shard(self.out, name, contract)
+        path = self.work / f"{split}-{number:06d}.index.npz"
+        save_index(index, path)
+        self.indexes[name], self.numbers[split] = path, number + 1
+        self.codebooks[contract.codebook.codebook_id] = contract.codebook
+        return index
+
+    def tables(self, made: dict[str, Any]) -> Manifest:
+        """Write the tables; returns the manifest, which `complete` writes."""
+        if not self.indexes:
+            raise InputError(f"{self.out}: no patches to write")
+        names = sorted(self.indexes)
+        paths = [self.indexes[name] for name in names]
+        records, classes, slides = write_tables(self.out, paths, self.classes)
+        own = self.codebooks.pop(self.contract.codebook.codebook_id, None)
+        if own is None:  # its patches were left out: another shard's takes its place
+            own = self.codebooks.pop(records[0].codebook_id)
+        return Manifest(
+            contract=dataclasses.replace(self.contract, codebook=own),
+            shards=records,
+            classes=classes,
+            slides=slides,
+            tables={},
+            made=made,
+            more_codebooks=tuple(self.codebooks.values()),
+        )
+
+
+def complete(out: Path, manifest: Manifest) -> Manifest:
+    """Write the card and, last of all, the manifest, with what lies there described and counted."""
+    names = (PACKS_TABLE, DIGESTS, PATCHES_TABLE, CHECKSUMS, GOLDEN)
+    tables = {name: describe_file(out / name) for name in names}
+    tables[PATCHES_TABLE] |= summarize_blocks(out / PATCHES_TABLE, PATCH_DTYPE, manifest.patches)
+    manifest = dataclasses.replace(manifest, tables=tables)
+    statistics = measure_statistics(ShardSet(out, manifest=manifest))
+    manifest = dataclasses.replace(manifest, statistics=statistics)
+    write_atomically(out / "README.md", dataset_card(manifest).encode())
+    write_atomically(out / MANIFEST, manifest.to_json().encode())
+    return manifest
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    """Bytes and sha256 of a file, as the manifest lists them."""
+    return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+
+
+def write_shard(
+    contract: Contract, split: str, parts: Iterable[Part], path: Path, number: int
+) -> None:
+    """Write ready packs as shard `number` of a split, under `path`."""
+    with ShardWriter(path, contract) as writer:
+        for place, (codes, columns) in enumerate(parts):
+            masks = None
+            if "mask_png" in columns.schema.names:
+                masks = encode_mask_column(columns["mask_png"])
+                columns = columns.drop_columns(["mask_png"])
+            patches = encode_table(columns)
+            key = pack_key(split, number, place)
+            writer.add(Pack(key=key, codes=codes, patches=patches, masks=masks))
+        writer.finish()
+
+
+def encode_mask_column(column: pa.ChunkedArray) -> bytes | None:
+    """The masks member of a pack, None where no patch has a mask."""
+    if column.null_count == len(column):
+        return None
+    return encode_table(pa.table([column], schema=MASK_SCHEMA))
+
+
+def cut(parts: Iterable[Part], size: int) -> Iterator[Part]:
+    """The same patches in parts of `size`; the last may be smaller."""
+    codes: list[np.ndarray] = []
+    columns: list[pa.Table] = []
+    count = 0
+    for part_codes, part_columns in parts:
+        codes.append(part_codes)
+        columns.append(part_columns)
+        count += len(part_codes)
+        if count >= size:
+            joined, table = np.concatenate(codes), pa.concat_tables(columns)
+            whole = count - count % size
+            for start in range(0, whole, size):
+                yield joined[start : start + size], table.slice(start, size)
+            codes, columns, count = [joined[whole:]], [table.slice(whole)], count - whole
+    if count:
+        yield np.concatenate(codes), pa.concat_tables(columns)
+
+
+def grouped(parts: Iterator[Part], room: int) -> Iterator[Iterator[Part]]:
+    """Runs of parts of at most `room` patches together, or of one part that is larger.
+
+    Each run must be consumed before the next is asked for.
+    """
+    waiting = next(parts, None)
+
+    def run() -> Iterator[Part]:
+        nonlocal waiting
+        held = 0
+        while waiting is not None and (not held or held + len(waiting[0]) <= room):
+            held += len(waiting[0])
+            part, waiting = waiting, None
+            yield part
+            waiting = next(parts, None)
+
+    while waiting is not None:
+        yield run()

@@ -1,0 +1,361 @@
+"""The files of a data set, whether they lie in a folder or at a remote location."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import threading
+import zlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from latentds.core.foreign_json import parse_json
+from latentds.errors import FormatError, InputError
+from latentds.store.cache import Cache, CacheConfig
+from latentds.store.format import (
+    CHECKSUM_DTYPE,
+    CHECKSUMS,
+    DIGEST_DTYPE,
+    DIGESTS,
+    MANIFEST,
+    PACK_DTYPE,
+    PACKS_TABLE,
+    PATCH_DTYPE,
+    PATCHES_TABLE,
+)
+from latentds.store.manifest import MAX_MANIFEST_BYTES, Manifest, parse_manifest, read_manifest
+from latentds.store.open_files import OpenFile
+from latentds.store.tables import TABLE_HEAD_BYTES
+from latentds.store.transport import ATTEMPTS, Transport
+
+logger = logging.getLogger(__name__)
+
+MAX_OPEN_SHARDS = 256
+THREADS = 16  # ranges fetched at once by a process
+MAX_PENDING = 256  # of them asked for ahead
+TABLES = {
+    PACKS_TABLE: PACK_DTYPE,
+    PATCHES_TABLE: PATCH_DTYPE,
+    DIGESTS: DIGEST_DTYPE,
+    CHECKSUMS: CHECKSUM_DTYPE,
+}
+OF_PATCHES = (PATCHES_TABLE, CHECKSUMS)  # tables of a row a patch
+
+
+class Extent(NamedTuple):
+    """Bytes of a shard: what a pack's codes, columns or masks are.
+
+    sha256  of them, None where the set does not record it
+    """
+
+    shard: str
+    offset: int
+    size: int
+    crc32: int
+    sha256: bytes | None
+
+
+class Files(Protocol):
+    """Where a set's bytes come from.
+
+    where     for messages
+    revision  commit or manifest a location resolved to, None for a folder
+    """
+
+    @property
+    def where(self) -> str: ...
+
+    @property
+    def revision(self) -> str | None: ...
+
+    def manifest(self) -> Manifest: ...
+
+    def table(self, name: str, manifest: Manifest) -> Path:
+        """A table as a local file."""
+        ...
+
+    def renew(self, name: str, manifest: Manifest) -> Path | None:
+        """A table found damaged, fetched anew; None where there is nowhere to fetch it from."""
+        ...
+
+    def open(self, extent: Extent) -> tuple[OpenFile, int]:
+        """The file with an extent's bytes, and where in it they begin."""
+        ...
+
+    def fetch(self, extents: Sequence[Extent], ahead: bool = False) -> None:
+        """Have them at hand for `open`; with `ahead` return at once."""
+        ...
+
+    def drop(self, extent: Extent) -> bool:
+        """Forget bytes that were found damaged; whether reading again may help."""
+        ...
+
+
+def open_files(folder: str | os.PathLike[str], cache: CacheConfig | None = None) -> Files:
+    """A folder's files, or a location's (anything with ://)."""
+    if "://" in str(folder):
+        return RemoteFiles(str(folder), cache or CacheConfig())
+    return LocalFiles(Path(folder))
+
+
+class LocalFiles:
+    """A folder.
+
+    reads_parts  whether single patches are read rather than many of a pack
+    """
+
+    revision: str | None = None
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.where = folder, str(folder)
+        self.reads_parts = False
+        self.opened: OrderedDict[str, OpenFile] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"opened": OrderedDict()}
+
+    def manifest(self) -> Manifest:
+        return read_manifest(self.folder)
+
+    def table(self, name: str, manifest: Manifest) -> Path:
+        del manifest
+        return self.folder / name
+
+    def renew(self, name: str, manifest: Manifest) -> None:
+        del name, manifest
+
+    def open(self, extent: Extent) -> tuple[OpenFile, int]:
+        file = take(self.opened, extent.shard)
+        if file is None:
+            file = OpenFile(self.folder / extent.shard)
+            if self.reads_parts:
+                file.single_reads()
+        keep(self.opened, extent.shard, file)
+        return file, extent.offset
+
+    def fetch(self, extents: Sequence[Extent], ahead: bool = False) -> None:
+        """Let the system read them from disk side by side."""
+        del ahead
+        for extent in extents:
+            self.open(extent)[0].will_need(extent.offset, extent.size)
+
+    def drop(self, extent: Extent) -> bool:
+        del extent
+        return False
+
+
+def take(opened: OrderedDict[str, OpenFile], name: str) -> OpenFile | None:
+    """An open file, taken out; None where it is not open."""
+    return opened.pop(name, None)
+
+
+def keep(opened: OrderedDict[str, OpenFile], name: str, file: OpenFile) -> None:
+    """Put an open file last; the least recently used of many goes, closed with its last user."""
+    if len(opened) >= MAX_OPEN_SHARDS:
+        opened.popitem(last=False)
+    opened[name] = file
+
+
+class RemoteFiles:
+    """A location, through the cache: tables whole, members of packs by range, each once a node."""
+
+    def __init__(self, location: str, config: CacheConfig) -> None:
+        folder, limit, self.offline = config.resolve()
+        self.cache, self.transport = Cache(folder, limit), Transport(location)
+        self.where = self.transport.shown.rstrip("/")
+        reference = hashlib.sha256(location.encode()).hexdigest()[:32]
+        self.reference = f"refs/{reference}.json"
+        self.name, self.revision = self.resolve()
+        self.opened: OrderedDict[str, OpenFile] = OrderedDict()
+        self.pools: dict[str, Any] = {}
+        self.waiting = 0  # extents asked for ahead that no thread has begun with
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"opened": OrderedDict(), "pools": {}, "waiting": 0}
+
+    def resolve(self) -> tuple[str, str]:
+        """Cache folder of the manifest the location stands for, and the revision."""
+        if not self.offline and not (self.transport.revision and self.last_resolved()):
+            try:
+                return self.resolve_online()
+            except InputError as error:
+                if not self.last_resolved():
+                    raise
+                # As text: a record that is kept would keep the error's frames, and our threads.
+                logger.warning("%s; using what it was when last seen", str(error))
+        last = self.last_resolved()
+        if last is None:
+            raise InputError(
+                f"{self.where}: offline, and nothing of it is in the cache {self.cache.folder}; "
+                "open it once with a connection"
+            )
+        self.transport.revision = self.transport.revision or last.get("commit")
+        return last["set"], last["revision"]
+
+    def last_resolved(self) -> dict[str, Any] | None:
+        """What the location was when it was last seen."""
+        try:
+            last: dict[str, Any] = json.loads((self.cache.folder / self.reference).read_text())
+            whole = self.kept_manifest(last["set"]) is not None and bool(last["revision"])
+        except (FileNotFoundError, ValueError, TypeError, KeyError):  # torn, or never written
+            return None
+        return last if whole else None
+
+    def kept_manifest(self, name: str) -> bytes | None:
+        """The manifest in a folder of the cache, whose name is its hash; None where it is torn."""
+        try:
+            content = (self.cache.folder / name / MANIFEST).read_bytes()
+        except FileNotFoundError:
+            return None
+        return content if name == folder_of(content) else None
+
+    def resolve_online(self) -> tuple[str, str]:
+        """Ask what the location is now, and remember it."""
+        self.transport.resolve()
+        content = self.transport.read(MANIFEST, 0, None, MAX_MANIFEST_BYTES)
+        parse_manifest(parse_json(content, f"{self.where}/{MANIFEST}"), self.where)
+        digest = hashlib.sha256(content).hexdigest()
+        name, revision = folder_of(content), self.transport.revision or digest
+        if self.kept_manifest(name) is None:
+            self.cache.write(self.cache.folder / name / MANIFEST, content)
+        record = {"set": name, "revision": revision, "commit": self.transport.revision}
+        self.cache.write(self.cache.folder / self.reference, json.dumps(record).encode())
+        return name, revision
+
+    def manifest(self) -> Manifest:
+        content = self.kept_manifest(self.name)
+        if content is None:  # torn since it was looked at, a moment ago
+            raise FormatError(f"{self.cache.folder / self.name / MANIFEST}: torn; open it again")
+        return parse_manifest(parse_json(content, f"{self.where}/{MANIFEST}"), self.where)
+
+    def table(self, name: str, manifest: Manifest) -> Path:
+        """A whole table in the cache; fetched anew where its hash is not the manifest's."""
+        entry, rows = manifest.tables[name], manifest.patches
+        rows = rows if name in OF_PATCHES else manifest.packs
+        size, digest = entry.get("bytes"), entry.get("sha256")
+        most = TABLE_HEAD_BYTES + rows * TABLES[name].itemsize
+        if type(size) is not int or not 0 < size <= most:
+            raise FormatError(f"{self.where}/{name}: {size} bytes, {rows} rows have fewer; refused")
+
+        def download(path: Path) -> None:
+            self.refuse_offline(name)
+            self.transport.download(name, path, size, str(digest))
+
+        # Hashed when it is filled; its size tells most torn writes, its checksums the others.
+        path = self.cache.fill_file(f"{self.name}/{name}", download)
+        if path.stat().st_size != size:
+            self.cache.drop(f"{self.name}/{name}")
+            path = self.cache.fill_file(f"{self.name}/{name}", download)
+        return path
+
+    def renew(self, name: str, manifest: Manifest) -> Path | None:
+        if self.offline:
+            return None
+        logger.warning("%s: torn in the cache, fetched anew", self.cache.folder / self.name / name)
+        self.cache.drop(f"{self.name}/{name}")
+        return self.table(name, manifest)
+
+    def refuse_offline(self, name: str) -> None:
+        """Say what is missing where nothing may be fetched."""
+        if self.offline:
+            raise InputError(f"{self.where}/{name}: not in the cache, and offline; connect once")
+
+    def member(self, extent: Extent) -> str:
+        """Name in the cache."""
+        shard = extent.shard.removeprefix("data/")
+        return f"{self.name}/data/{shard}/{extent.offset}-{extent.size}"
+
+    def fill(self, extent: Extent, attempts: int = ATTEMPTS) -> Path:
+        """The extent as a file of the cache."""
+
+        def fetch() -> bytes:
+            self.refuse_offline(extent.shard)
+            content = self.transport.read(
+                extent.shard,
+                extent.offset,
+                extent.size,
+                extent.size,
+                lambda content: is_sound(content, extent),
+                attempts,
+            )
+            return content
+
+        return self.cache.fill(self.member(extent), fetch)
+
+    def open(self, extent: Extent) -> tuple[OpenFile, int]:
+        name = self.member(extent)
+        file = take(self.opened, name)
+        for _ in range(ATTEMPTS):
+            if file is not None and file.signature()[0] == extent.size:
+                keep(self.opened, name, file)
+                return file, 0
+            if file is not None:  # not what was written: the disk's fault
+                self.cache.drop(name)
+            path = self.fill(extent)
+            with contextlib.suppress(FormatError):  # evicted since
+                file = OpenFile(path)
+        raise FormatError(
+            f"{self.cache.folder / name}: does not stay there; use a larger cache limit, or a "
+            "cache folder on a sound disk (CacheConfig, LATENTDS_CACHE)"
+        )
+
+    def fetch(self, extents: Sequence[Extent], ahead: bool = False) -> None:
+        if ahead:
+            self.fetch_ahead(extents)
+        elif len(extents) > 1:  # one alone `read` fetches
+            tasks = [self.threads("now").submit(self.fill, extent) for extent in extents]
+            done, rest = wait(tasks, return_when=FIRST_EXCEPTION)
+            for (
+                task
+            ) in rest:  # the first failure is enough; `read` will meet it, and knows the pack
+                task.cancel()
+            wait(rest)
+            del done
+
+    def fetch_ahead(self, extents: Sequence[Extent]) -> None:
+        """Fill the cache beside the work, unless much is asked for already."""
+
+        def fill(extent: Extent) -> None:
+            self.waiting -= 1
+            if threading.main_thread().is_alive():  # a process that ends waits for its threads
+                self.fill(extent, attempts=1)  # should it fail, the read will meet it and say so
+
+        for extent in extents:
+            if not self.offline and self.waiting < MAX_PENDING:
+                self.waiting += 1
+                self.threads("ahead").submit(fill, extent)
+
+    def threads(self, name: str) -> ThreadPoolExecutor:
+        """A pool of this process; what is needed now does not queue behind what is for later."""
+        if self.pools.get("pid") != os.getpid():  # threads do not survive a fork
+            self.pools, self.waiting = {"pid": os.getpid()}, 0
+        if name not in self.pools:
+            self.pools[name] = ThreadPoolExecutor(THREADS, f"latentds-{name}")
+        pool: ThreadPoolExecutor = self.pools[name]
+        return pool
+
+    def drop(self, extent: Extent) -> bool:
+        name = self.member(extent)
+        self.opened.pop(name, None)
+        if self.offline:  # what is there is all there is
+            return False
+        self.cache.drop(name)
+        return True
+
+
+def folder_of(content: bytes) -> str:
+    """The cache's folder of a set, by its manifest."""
+    return f"sets/{hashlib.sha256(content).hexdigest()[:32]}"
+
+
+def is_sound(content: bytes, extent: Extent) -> bool:
+    """Whether fetched bytes are those recorded: by sha256, or by CRC-32 in sets without."""
+    if extent.sha256 is not None:
+        return hashlib.sha256(content).digest() == extent.sha256
+    return zlib.crc32(content) == extent.crc32

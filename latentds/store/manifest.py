@@ -1,0 +1,347 @@
+"""The manifest: what a data set holds, shard by shard, and the contract of its codes.
+
+Read as untrusted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from latentds.core.foreign_json import Kind, check_kinds, read_json
+from latentds.errors import FormatError, unknown_name
+from latentds.quantizers.encodings import check_encoding, codebook_from_json
+from latentds.quantizers.normalization import ChannelStatistics, parse_statistics
+from latentds.quantizers.scalar import AnyCodebook
+from latentds.store.format import (
+    FORMAT,
+    GOLDEN,
+    MANIFEST,
+    PACKS_TABLE,
+    PATCHES_TABLE,
+    SHARD_PATTERN,
+    SPLIT_PATTERN,
+    Contract,
+    check_format,
+    digest_json,
+)
+from latentds.store.tables import block_sums
+
+MAX_MANIFEST_BYTES = 1 << 28
+SHA256 = re.compile(r"[0-9a-f]{64}")
+NUMBER = (int, float)
+# Of what tells how a set was made, the parts that commands show or go by.
+MADE_KINDS: dict[str, Kind] = {
+    **dict.fromkeys(("options", "source", "converted_to_rgb", "source_encodings"), dict),
+    **dict.fromkeys(("encode_batch", "threads", "ignored_files"), int),
+    **dict.fromkeys(("merged", "repacked"), list),
+    "device": str,
+}
+CODEBOOK_KINDS: dict[str, Kind] = {
+    **dict.fromkeys(("snr_db", "saturated_share"), NUMBER),
+    **dict.fromkeys(("values", "seed", "dead_levels"), int),
+    **dict.fromkeys(("origin", "file"), str),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ShardRecord:
+    """One shard: path in the folder, split, size, hash, codebook, counts, and patches a class."""
+
+    name: str
+    split: str
+    bytes: int
+    sha256: str
+    codebook_id: str
+    packs: int
+    patches: int
+    labels: dict[str, int]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What `.latentds/manifest.json` says.
+
+    contract  what the codes mean
+    more_codebooks  those of merged sets, beside the contract's own
+    shards    in the order of the tables: splits sorted, shards of a split in sequence
+    classes   label names; a stored label is an index into them
+    slides    slide names; a stored slide is an index into them
+    tables    sha256 and bytes of the files beside the shards
+    made      how the run was made: options, versions, device, counts (no path, host, user or time)
+    statistics  mean and spread of every latent channel; None in sets of before they were recorded
+    has_digest  whether its text was checked as a whole; not in sets of before there was a digest
+    """
+
+    contract: Contract
+    shards: tuple[ShardRecord, ...]
+    classes: tuple[str, ...]
+    slides: tuple[str, ...]
+    tables: dict[str, dict[str, Any]]
+    made: dict[str, Any]
+    more_codebooks: tuple[AnyCodebook, ...] = ()
+    statistics: ChannelStatistics | None = None
+    has_digest: bool = False
+
+    @property
+    def codebooks(self) -> tuple[AnyCodebook, ...]:
+        """Every codebook of the set, the contract's first."""
+        return (self.contract.codebook, *self.more_codebooks)
+
+    @functools.cached_property
+    def codebook_numbers(self) -> tuple[int, ...]:
+        """Which of `codebooks` every shard has."""
+        number = {book.codebook_id: place for place, book in enumerate(self.codebooks)}
+        return tuple(number[shard.codebook_id] for shard in self.shards)
+
+    def contract_of(self, shard: int) -> Contract:
+        """The contract in a shard's header: the set's, with the shard's codebook."""
+        book = self.codebooks[self.codebook_numbers[shard]]
+        return dataclasses.replace(self.contract, codebook=book)
+
+    @property
+    def patches(self) -> int:
+        """Patches of all splits."""
+        return sum(shard.patches for shard in self.shards)
+
+    @property
+    def packs(self) -> int:
+        """Packs of all splits."""
+        return sum(shard.packs for shard in self.shards)
+
+    @property
+    def splits(self) -> dict[str, int]:
+        """Patches of every split."""
+        counts: dict[str, int] = {}
+        for shard in self.shards:
+            counts[shard.split] = counts.get(shard.split, 0) + shard.patches
+        return counts
+
+    def labels(self, split: str | None = None) -> dict[str, int]:
+        """Patches of every class, of one split or all."""
+        counts = dict.fromkeys(self.classes, 0)
+        for shard in self.shards:
+            if split in (None, shard.split):
+                for name, count in shard.labels.items():
+                    counts[name] += count
+        return counts
+
+    def pack_range(self, split: str) -> tuple[int, int]:
+        """First pack of a split in the pack table, and one past its last."""
+        if split not in self.splits:
+            raise unknown_name("split", split, self.splits)
+        first = sum(shard.packs for shard in self.shards if shard.split < split)
+        return first, first + sum(shard.packs for shard in self.shards if shard.split == split)
+
+    @functools.cached_property
+    def dataset_id(self) -> str:
+        """Identity of the stored patches: hash of the shards' names and hashes."""
+        return digest_json([[shard.name, shard.sha256] for shard in self.shards])
+
+    @property
+    def golden_sha256(self) -> str | None:
+        """Hash of the golden file; None while the manifest is not complete."""
+        return self.tables.get(GOLDEN, {}).get("sha256")
+
+    def to_json(self) -> str:
+        """The manifest's text."""
+        record = {
+            "format": FORMAT,
+            "contract": self.contract.to_json(),
+            "patches": self.patches,
+            "packs": self.packs,
+            "splits": self.splits,
+            "classes": list(self.classes),
+            "slides": list(self.slides),
+            "shards": [dataclasses.asdict(shard) for shard in self.shards],
+            "tables": self.tables,
+            "made": self.made,
+        }
+        if self.more_codebooks:
+            record["codebooks"] = [book.to_json() for book in self.codebooks]
+        if self.statistics is not None:
+            record["channel_statistics"] = self.statistics.to_json()
+        record["digest"] = digest_json(record)
+        return json.dumps(record, indent=1, sort_keys=True, allow_nan=False) + "\n"
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The checked manifest of a data set's folder."""
+    path = folder / MANIFEST
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    if not path.is_file():
+        hint = (
+            "its conversion has not ended; run it again"
+            if (folder / ".latentds").exists()
+            else "convert first"
+        )
+        raise FormatError(f"{folder}: no {MANIFEST}; not a complete latentds data set ({hint})")
+    return parse_manifest(read_json(path, MAX_MANIFEST_BYTES), str(path))
+
+
+def parse_manifest(record: Any, where: str) -> Manifest:
+    """A manifest from its JSON values; FormatError names what is wrong."""
+    if not isinstance(record, dict):
+        raise FormatError(f"{where}: not a JSON object; not a latentds data set")
+    check_format(record.get("format"), where)
+    if isinstance(stated := record.get("contract"), dict) and "encoding" in stated:
+        check_encoding(stated["encoding"], where, version_of(record))
+    contract = Contract.from_json(stated, where)
+    try:
+        manifest = Manifest(
+            contract=contract,
+            shards=tuple(parse_shard(shard, where) for shard in record["shards"]),
+            classes=names(record["classes"]),
+            slides=names(record["slides"]),
+            tables=parse_tables(record["tables"]),
+            made=parse_made(record["made"]),
+            more_codebooks=parse_codebooks(record.get("codebooks"), contract),
+            statistics=parse_statistics(
+                record.get("channel_statistics"), contract.latents_shape[0]
+            ),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise FormatError(f"{where}: manifest is damaged ({error!r}); fetch it anew") from error
+    check_counts(manifest, record, where)
+    return dataclasses.replace(manifest, has_digest=check_digest(record, where))
+
+
+def check_digest(record: dict[str, Any], where: str) -> bool:
+    """Whether a manifest has a digest of itself; FormatError where it is another's.
+
+    Last, so that what can be told more precisely is. Values that were exchanged, as class names,
+    contradict nothing else.
+    """
+    if "digest" not in record:
+        return False
+    rest = {name: value for name, value in record.items() if name != "digest"}
+    try:
+        digest = digest_json(rest)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{where}: manifest is damaged ({error}); fetch it anew") from error
+    if record["digest"] != digest:
+        raise FormatError(
+            f"{where}: not of the digest it records; damaged or edited by hand, fetch it anew"
+        )
+    return True
+
+
+def version_of(record: dict[str, Any]) -> object:
+    """The version of latentds that a manifest says it was made by; None where it says none."""
+    versions = made.get("versions") if isinstance(made := record.get("made"), dict) else None
+    return versions.get("latentds") if isinstance(versions, dict) else None
+
+
+def parse_codebooks(records: Any, contract: Contract) -> tuple[AnyCodebook, ...]:
+    """The codebooks beside the contract's own (ValueError where they do not belong to it)."""
+    if records is None:
+        return ()
+    books = [codebook_from_json(contract.encoding, record) for record in records]
+    distinct = {book.codebook_id for book in books}
+    own = contract.codebook.codebook_id
+    if not books or len(distinct) != len(books) or books[0].codebook_id != own:
+        raise ValueError("codebooks must be distinct, the contract's first")
+    if any(book.latents_shape_of(contract.codes_shape) != contract.latents_shape for book in books):
+        raise ValueError("the codebooks are not of the same latents")
+    return tuple(books[1:])
+
+
+def parse_shard(record: Any, where: str) -> ShardRecord:
+    """One shard's record; its name may not lead out of the folder."""
+    name = record["name"]
+    if not isinstance(name, str) or not SHARD_PATTERN.fullmatch(name):
+        raise FormatError(f"{where}: shard name {name!r} is not data/SPLIT-000000.tar; refused")
+    split = name.removeprefix("data/").rpartition("-")[0]
+    if record["split"] != split or not SPLIT_PATTERN.fullmatch(split):
+        raise FormatError(f"{where}: {name} is listed under split {record['split']!r}")
+    counts = {field: record[field] for field in ("bytes", "packs", "patches")}
+    if any(type(value) is not int or value < 1 for value in counts.values()):
+        raise FormatError(f"{where}: {name} has counts {counts}; all must be positive integers")
+    if not SHA256.fullmatch(record["sha256"]):
+        raise FormatError(f"{where}: {name} has sha256 {record['sha256']!r}")
+    labels = dict(record["labels"])
+    if any(type(value) is not int or value < 0 for value in labels.values()):
+        raise FormatError(f"{where}: {name} has label counts {labels}")
+    return ShardRecord(
+        name=name,
+        split=split,
+        sha256=record["sha256"],
+        codebook_id=str(record["codebook_id"]),
+        labels=labels,
+        **counts,
+    )
+
+
+def parse_made(record: Any) -> dict[str, Any]:
+    """How the run was made, the parts that are shown of the types they should have."""
+    made = dict(record)
+    made["codebook"] = dict(made.get("codebook", {}))
+    made["versions"] = dict(made.get("versions", {}))
+    made["left_out"] = [dict(entry) for entry in made.get("left_out", [])]
+    check_kinds(made, MADE_KINDS, "made.")
+    check_kinds(made["codebook"], CODEBOOK_KINDS, "made.codebook.")
+    check_kinds(made.get("options") or {}, {"refine": int}, "made.options.")
+    for entry in made["left_out"]:
+        if not all(isinstance(entry.get(name), str) for name in ("source", "reason")):
+            raise ValueError(f"left_out has {str(entry)[:80]}, not source and reason")
+    return made
+
+
+def parse_tables(record: Any) -> dict[str, dict[str, Any]]:
+    """sha256 and bytes of the files beside the shards, by name (ValueError otherwise)."""
+    tables = {str(name): dict(entry) for name, entry in record.items()}
+    for name, entry in tables.items():
+        check_kinds(entry, {"sha256": str, "bytes": int}, f"{name[:40]}: ")
+    return tables
+
+
+def names(values: Any) -> tuple[str, ...]:
+    """A list of distinct strings as a tuple (ValueError otherwise)."""
+    are_texts = type(values) is list and all(isinstance(value, str) for value in values)
+    if not are_texts or len(set(values)) != len(values):
+        raise ValueError("classes and slides must be distinct strings")
+    return tuple(values)
+
+
+def check_counts(manifest: Manifest, record: dict[str, Any], where: str) -> None:
+    """Refuse a manifest whose own numbers disagree."""
+    if not manifest.shards:
+        raise FormatError(f"{where}: no shards; nothing to read")
+    order = [shard.name for shard in manifest.shards]
+    if order != sorted(set(order)):
+        raise FormatError(f"{where}: shards are not sorted, or one is listed twice")
+    for field in ("patches", "packs", "splits"):
+        if record.get(field) != getattr(manifest, field):
+            raise FormatError(
+                f"{where}: {field} is {record.get(field)}, its shards add up to "
+                f"{getattr(manifest, field)}"
+            )
+    for name in (PACKS_TABLE, PATCHES_TABLE, GOLDEN):
+        if not SHA256.fullmatch(str(manifest.tables.get(name, {}).get("sha256"))):
+            raise FormatError(f"{where}: tables do not list {name} with its sha256")
+    try:
+        block_sums(manifest.tables[PATCHES_TABLE], manifest.patches)
+    except ValueError as error:
+        raise FormatError(f"{where}: {PATCHES_TABLE}: {error}; fetch it anew") from error
+    known = {book.codebook_id for book in manifest.codebooks}
+    for shard in manifest.shards:
+        check_shard(manifest, shard, known, where)
+
+
+def check_shard(manifest: Manifest, shard: ShardRecord, known: set[str], where: str) -> None:
+    """Refuse a shard whose record contradicts itself, the contract or the known codebooks."""
+    if shard.codebook_id not in known:
+        raise FormatError(
+            f"{where}: {shard.name} has codebook {shard.codebook_id!r}, which the manifest does "
+            "not list; fetch both anew"
+        )
+    if shard.patches * manifest.contract.bytes_per_patch >= shard.bytes:
+        raise FormatError(f"{where}: {shard.name} cannot hold {shard.patches} patches")
+    unknown = set(shard.labels) - set(manifest.classes)
+    if unknown or sum(shard.labels.values()) > shard.patches or shard.packs > shard.patches:
+        raise FormatError(f"{where}: counts of {shard.name} contradict each other")

@@ -1,0 +1,410 @@
+"""Read a data set: rows of its tables, and codes of any patches in any order, all of it checked."""
+# N patches asked for, C latent channels, h w latent cells, H W pixels
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import zlib
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from latentds.errors import DamagedPackError, FormatError, unknown_name
+from latentds.store.cache import CacheConfig
+from latentds.store.code_checks import CodeChecks
+from latentds.store.files import Extent, LocalFiles, open_files
+from latentds.store.format import (
+    CHECKSUMS,
+    CODES,
+    DIGESTS,
+    MASKS,
+    PACKS_TABLE,
+    PATCHES,
+    PATCHES_TABLE,
+    pack_key,
+    patch_key,
+)
+from latentds.store.manifest import Manifest
+from latentds.store.masks import decode_mask, no_mask
+from latentds.store.open_files import OpenFile, Signature
+from latentds.store.set_tables import (
+    check_packs,
+    check_rows,
+    check_sizes,
+    check_unsummed,
+    open_table,
+    read_table,
+)
+
+MAX_NEAR = 256  # packs that the system was asked to read: two windows of the order
+MAX_CACHED_TABLES = 256  # Parquet members that stay parsed
+
+
+class ShardSet:
+    """The shards, tables and manifest of a data set.
+
+    folder       local folder, or location: hf://datasets/ORG/NAME@REVISION, s3://, https://
+    check_codes  compare a patch's checksum the first time it is read, and again when its shard has
+                 changed; see CodeChecks
+    manifest     instead of the folder's own, while it is not yet written
+    cache        where and how much of a location is kept
+    reads_parts  single patches will be read rather than many of a pack
+
+    Opening costs the manifest, the pack table and one `stat` a shard, whatever the number of
+    patches (of a location also the tables, once); it raises FormatError for anything that
+    contradicts the manifest. Pickles without its files and tables, so workers may carry it.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        check_codes: bool = True,
+        manifest: Manifest | None = None,
+        cache: CacheConfig | None = None,
+        reads_parts: bool = False,
+    ) -> None:
+        self.files = open_files(folder, cache)
+        self.folder, self.revision = self.files.where, self.files.revision
+        self.manifest = manifest or self.files.manifest()
+        self.check_codes, self.reads_parts = check_codes, reads_parts
+        signatures: list[Signature] = []
+        if isinstance(self.files, LocalFiles):
+            self.files.reads_parts = reads_parts
+            signatures = check_sizes(self.files.folder, self.manifest)
+        self.open_tables()
+        self.checks = CodeChecks(self.first_patches(), signatures)
+        if not self.is_local:
+            self.digests  # noqa: B018  # fetched with the others, for a time without connection
+        if manifest is None:
+            check_unsummed(self.files, self.manifest)
+
+    def open_tables(self) -> None:
+        """Open the tables and check what opening checks."""
+        self.packs = read_table(self.files, self.manifest, PACKS_TABLE)
+        check_packs(self.packs, self.manifest, self.folder)
+        # A field of the table is strided: a binary search on it would copy it for every batch.
+        self.first_patch = np.ascontiguousarray(self.packs["first_patch"])
+        self.first_pack = np.cumsum([0, *(shard.packs for shard in self.manifest.shards)])
+        self.books = np.array(self.manifest.codebook_numbers, np.int64)
+        check = functools.partial(check_rows, manifest=self.manifest, where=self.folder)
+        self.patches = open_table(self.files, self.manifest, PATCHES_TABLE, check)
+        self.checksums = None  # of patches, where those are read one by one
+        if CHECKSUMS in self.manifest.tables and self.reads_parts and self.is_local:
+            self.checksums = open_table(self.files, self.manifest, CHECKSUMS)
+        self.near: dict[int, None] = {}
+        self.parsed: OrderedDict[tuple[int, str], dict[str, list[Any]]] = OrderedDict()
+
+    @property
+    def is_local(self) -> bool:
+        """Whether shards lie in a folder, rather than packs in a cache."""
+        return isinstance(self.files, LocalFiles)
+
+    @functools.cached_property
+    def digests(self) -> np.ndarray | None:
+        """sha256 of every pack's members, DIGEST_DTYPE; None in sets without."""
+        if DIGESTS not in self.manifest.tables:
+            return None
+        return read_table(self.files, self.manifest, DIGESTS)
+
+    def first_patches(self) -> np.ndarray:
+        """Row of every shard's first patch, and one past the last, int64."""
+        return np.cumsum([0, *(shard.patches for shard in self.manifest.shards)])
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Tell the number of an epoch: every few of them all is checked again."""
+        self.checks.begin_epoch(epoch)
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("packs", "patches", "checksums", "digests", "first_patch", "near", "parsed")
+        return {name: value for name, value in self.__dict__.items() if name not in own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.open_tables()
+
+    def __len__(self) -> int:
+        return self.manifest.patches
+
+    def key(self, pack: int) -> str:
+        """Key of a pack: split, shard number and place in the shard."""
+        shard = self.manifest.shards[int(self.packs["shard"][pack])]
+        number = int(shard.name.removesuffix(".tar").rpartition("-")[2])
+        first = int(self.first_pack[self.packs["shard"][pack]])
+        return pack_key(shard.split, number, pack - first)
+
+    def patch_range(self, split: str) -> tuple[int, int]:
+        """First row of a split in the patch table, and one past its last."""
+        first_pack, end_pack = self.manifest.pack_range(split)
+        last = self.packs[end_pack - 1]
+        return int(self.packs["first_patch"][first_pack]), int(last["first_patch"] + last["count"])
+
+    def read_codes(self, rows: np.ndarray) -> np.ndarray:
+        """Codes uint8 (N, C, h, w) of the patches at `rows` of the patch table, in that order."""
+        size = self.manifest.contract.bytes_per_patch
+        codes = np.empty((len(rows), *self.manifest.contract.codes_shape), np.uint8)
+        packs = self.packs_of(rows)
+        self.prepare(rows, packs, size)
+        doubtful = self.doubtful(rows, packs)
+        target = codes.reshape(-1).data
+        self.copy_codes(rows, packs, target, size)
+        if self.checksums is not None and self.check_codes:
+            self.check_patches(rows, packs, doubtful, target)
+        return codes
+
+    def prepare(self, rows: np.ndarray, packs: np.ndarray, size: int) -> None:
+        """Have the system, or the network, fetch what will be read, side by side."""
+        new = [pack for pack in np.unique(packs).tolist() if pack not in self.near]
+        for pack in new:
+            self.patches.will_need(int(self.first_patch[pack]), int(self.packs["count"][pack]))
+            if len(self.near) >= MAX_NEAR:
+                self.near.pop(next(iter(self.near)))
+            self.near[pack] = None
+        # A part has no hash of its own: from a location whole packs come, which have one.
+        if self.is_local and (self.checksums is not None or not self.check_codes):
+            self.files.fetch(self.parts(rows, packs, size))
+        elif new:
+            self.files.fetch([self.extent(pack, CODES) for pack in new])
+
+    def doubtful(self, rows: np.ndarray, packs: np.ndarray) -> np.ndarray:
+        """Places of patches to check when they are read; packs that are read whole are checked now.
+
+        A pack is found damaged by whoever touches it first, whichever patch of it that wants: so
+        every rank and worker replaces it alike (`max_bad`).
+        """
+        places = np.arange(len(rows))
+        if self.is_local and self.check_codes:
+            touched, where = np.unique(self.packs["shard"][packs], return_index=True)
+            for shard, pack in zip(touched.tolist(), packs[where].tolist(), strict=True):
+                self.checks.look_at(shard, self.open(pack, CODES)[0].signature())
+            places = self.checks.doubtful(rows)
+        if self.checksums is None and self.check_codes:
+            for pack in np.unique(packs[places]).tolist():
+                self.check_pack(pack)
+        return places
+
+    def check_pack(self, pack: int) -> None:
+        """Check the codes of a pack, of a location whenever its file in the cache is opened."""
+        if self.is_local or not self.open(pack, CODES)[0].is_sound:
+            self.read_sound(pack, CODES)
+            self.open(pack, CODES)[0].is_sound = True
+        if self.is_local:
+            first = int(self.first_patch[pack])
+            self.checks.found_sound(np.arange(first, first + int(self.packs["count"][pack])))
+
+    def copy_codes(
+        self, rows: np.ndarray, packs: np.ndarray, target: memoryview, size: int
+    ) -> None:
+        """Read patches into `target`, neighbours in one go."""
+        if not len(rows):
+            return
+        edges = np.flatnonzero((np.diff(rows) != 1) | (np.diff(packs) != 0)) + 1
+        starts = np.concatenate([[0], edges])
+        stops = (np.append(edges, len(rows)) * size).tolist()
+        offsets = (rows - self.first_patch[packs].astype(np.int64))[starts] * size
+        files, begins = self.places_of(packs[starts])
+        read, place = os.preadv, 0
+        for number, (file, offset, stop) in enumerate(
+            zip(files, (begins + offsets).tolist(), stops, strict=True)
+        ):
+            part = target[place:stop]
+            try:
+                count = read(file.fd, (part,), offset)
+            except OSError:
+                count = 0  # asked once more, by what says what is wrong
+            if count != len(part):
+                with self.blaming(int(packs[starts[number]])):
+                    file.read_into(part, offset)
+            place = stop
+
+    def places_of(self, packs: np.ndarray) -> tuple[list[OpenFile], np.ndarray]:
+        """The file with each pack's codes, and where in it they begin, int64."""
+        # Of a folder, a shard's file stands for all its packs.
+        alike = self.packs["shard"][packs] if self.is_local else packs
+        _, firsts, which = np.unique(alike, return_index=True, return_inverse=True)
+        opened = [self.open(pack, CODES) for pack in packs[firsts].tolist()]
+        files = [opened[place][0] for place in which.tolist()]
+        if self.is_local:
+            return files, self.packs["codes_offset"][packs].astype(np.int64)
+        return files, np.zeros(len(packs), np.int64)
+
+    def check_patches(
+        self, rows: np.ndarray, packs: np.ndarray, places: np.ndarray, target: memoryview
+    ) -> None:
+        """Compare the checksums of patches at `places`."""
+        assert self.checksums is not None
+        size = self.manifest.contract.bytes_per_patch
+        expected = self.checksums[rows[places]].tolist()
+        crc32 = zlib.crc32
+        for place, recorded in zip(places.tolist(), expected, strict=True):
+            part = target[place * size : (place + 1) * size]
+            if crc32(part) != recorded:
+                raise self.damaged(int(packs[place]), CODES)
+        self.checks.found_sound(rows[places])
+
+    @contextlib.contextmanager
+    def blaming(self, pack: int) -> Iterator[None]:
+        """Give an error of reading the pack it is of: `max_bad` can replace that."""
+        try:
+            yield
+        except FormatError as error:
+            raise DamagedPackError(f"key {self.key(pack)}: {error}", self, pack) from error
+
+    def open(self, pack: int, kind: str) -> tuple[OpenFile, int]:
+        """The file with a pack's codes, columns or masks, and where in it they begin."""
+        with self.blaming(pack):
+            return self.files.open(self.extent(pack, kind))
+
+    def codebook_numbers(self, rows: np.ndarray) -> np.ndarray:
+        """Which of the manifest's codebooks each patch at `rows` has, int64 (N,)."""
+        if len(self.manifest.codebooks) == 1:
+            return np.zeros(len(rows), np.int64)
+        numbers: np.ndarray = self.books[self.packs["shard"][self.packs_of(rows)]]
+        return numbers
+
+    def parts(self, rows: np.ndarray, packs: np.ndarray, size: int) -> list[Extent]:
+        """The bytes of just these patches, neighbours as one."""
+        order = np.argsort(rows, kind="stable")
+        rows, packs = rows[order], packs[order]
+        edges = np.flatnonzero((np.diff(rows) > 1) | (np.diff(packs) > 0)) + 1
+        found = []
+        for first, last in zip([0, *edges], [*edges, len(rows)], strict=True):
+            whole, pack = self.extent(int(packs[first]), CODES), int(packs[first])
+            offset = whole.offset + (int(rows[first]) - int(self.first_patch[pack])) * size
+            length = (int(rows[last - 1]) - int(rows[first]) + 1) * size
+            found.append(whole._replace(offset=offset, size=length))
+        return found
+
+    def packs_of(self, rows: np.ndarray) -> np.ndarray:
+        """The packs that hold rows of the patch table."""
+        return np.searchsorted(self.first_patch, rows.astype(np.uint64), side="right") - 1
+
+    def group_by_pack(self, rows: np.ndarray) -> list[tuple[int, np.ndarray]]:
+        """(pack, places in `rows` that it serves) for every pack that is touched."""
+        if not len(rows):
+            return []
+        packs = self.packs_of(rows)
+        order = np.argsort(packs, kind="stable")
+        touched, starts = np.unique(packs[order], return_index=True)
+        places = np.split(order, starts[1:])
+        return [(int(pack), place) for pack, place in zip(touched, places, strict=True)]
+
+    def read(self, pack: int, kind: str) -> memoryview:
+        """A pack's codes, columns or masks, as they are."""
+        file, start = self.open(pack, kind)
+        with self.blaming(pack):
+            return file.read(start, self.extent(pack, kind).size)
+
+    def read_sound(self, pack: int, kind: str) -> memoryview:
+        """A pack's codes, columns or masks, of the recorded checksum, read anew where that helps.
+
+        raises  DamagedPackError
+        """
+        extent = self.extent(pack, kind)
+        content = self.read(pack, kind)
+        if zlib.crc32(content) != extent.crc32 and self.files.drop(extent):
+            content = self.read(pack, kind)
+        if zlib.crc32(content) != extent.crc32:
+            raise self.damaged(pack, kind)
+        return content
+
+    def damaged(self, pack: int, kind: str) -> DamagedPackError:
+        """The error of a pack that is not what was recorded."""
+        return DamagedPackError(
+            f"{self.shard_path(pack)}, key {self.key(pack)}: {kind} does not have the recorded "
+            "checksum; the shard is damaged, fetch it anew ('latentds verify' lists all damage)",
+            self,
+            pack,
+        )
+
+    def extent(self, pack: int, kind: str) -> Extent:
+        """Where a pack's codes, columns or masks lie."""
+        row, shards = self.packs[pack], self.manifest.shards
+        field = {CODES: "codes", PATCHES: "patches", MASKS: "masks"}[kind]
+        size = int(row["count"]) * self.manifest.contract.bytes_per_patch
+        size = size if kind == CODES else int(row[f"{field}_bytes"])
+        shard, offset = shards[int(row["shard"])], int(row[f"{field}_offset"])
+        sha256 = None
+        if not self.is_local and self.digests is not None:
+            sha256 = self.digests[field][pack].tobytes()
+        return Extent(shard.name, offset, size, int(row[f"{field}_crc32"]), sha256)
+
+    def prefetch(self, rows: np.ndarray) -> None:
+        """Start to fetch what `rows` of the patch table will need, and return at once."""
+        if not self.is_local:  # a disk needs no head start
+            packs = np.unique(self.packs_of(rows)).tolist()
+            self.files.fetch([self.extent(pack, CODES) for pack in packs], ahead=True)
+
+    def pack_of(self, row: int) -> int:
+        """The pack that holds a row of the patch table."""
+        return int(np.searchsorted(self.first_patch, np.uint64(row), side="right")) - 1
+
+    def shard_path(self, pack: int) -> str:
+        """A pack's shard, for messages."""
+        return f"{self.folder}/{self.manifest.shards[int(self.packs['shard'][pack])].name}"
+
+    def read_columns(self, rows: np.ndarray, names: Sequence[str]) -> dict[str, list[Any]]:
+        """Values of Parquet columns (key, source, source_encoding, ...) of patches at `rows`."""
+        values: dict[str, list[Any]] = {name: [None] * len(rows) for name in names}
+        for pack, places in self.group_by_pack(rows):
+            columns = self.pack_columns(pack)
+            first = int(self.packs["first_patch"][pack])
+            for name in names:
+                if name not in columns:
+                    raise unknown_name("column", name, columns)
+                for place in places:
+                    values[name][place] = columns[name][int(rows[place]) - first]
+        return values
+
+    def pack_columns(self, pack: int) -> dict[str, list[Any]]:
+        """All Parquet columns of a pack, and the key that follows from them."""
+        from latentds.store.columns import SCHEMA
+
+        columns = self.parsed_table(pack, PATCHES, SCHEMA)
+        if "key" not in columns:
+            places = zip(columns["source"], columns["x"], columns["y"], strict=True)
+            columns["key"] = [patch_key(*place) for place in places]
+        return columns
+
+    def parsed_table(self, pack: int, kind: str, schema: Any) -> dict[str, list[Any]]:
+        """A Parquet member of a pack as lists, parsed once and kept for a while."""
+        from latentds.store.columns import decode_table
+
+        table = self.parsed.pop((pack, kind), None)
+        if table is None:
+            where = f"{self.shard_path(pack)}, {self.key(pack)}.{kind}"
+            content = self.read_sound(pack, kind)
+            table = decode_table(
+                bytes(content), where, schema, int(self.packs["count"][pack])
+            ).to_pydict()
+            if len(self.parsed) >= MAX_CACHED_TABLES:
+                self.parsed.popitem(last=False)
+        self.parsed[pack, kind] = table
+        return table
+
+    def read_masks(self, rows: np.ndarray, *, required: bool = False) -> np.ndarray:
+        """Masks uint8 (N, H, W) of the patches at `rows`; zeros where a patch has none.
+
+        required  InputError for a patch that has none instead
+        """
+        from latentds.store.columns import MASK_SCHEMA
+
+        height, width = self.manifest.contract.patch_px
+        masks = np.zeros((len(rows), height, width), np.uint8)
+        for pack, places in self.group_by_pack(rows):
+            if not self.packs["masks_bytes"][pack]:
+                if required and len(places):
+                    raise no_mask(f"{self.shard_path(pack)}, {self.key(pack)}")
+                continue
+            encoded = self.parsed_table(pack, MASKS, MASK_SCHEMA)["mask_png"]
+            first, where = int(self.first_patch[pack]), f"{self.shard_path(pack)}, {self.key(pack)}"
+            for place in places:
+                png = encoded[int(rows[place]) - first]
+                if png is not None:
+                    masks[place] = decode_mask(png, (height, width), where)
+                elif required:
+                    raise no_mask(f"{where}, patch {int(rows[place]) - first}")
+        return masks

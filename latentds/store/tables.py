@@ -1,0 +1,202 @@
+"""npy tables beside the shards: read where they are wanted, each block checked before first use.
+
+Opening costs nothing whatever the size.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import io
+import threading
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from latentds.core.untrusted_files import open_regular
+from latentds.errors import FormatError
+from latentds.store.format import NPY_ERRORS
+from latentds.store.open_files import OpenFile
+
+TABLE_HEAD_BYTES = 4096
+BLOCK_ROWS = 512  # of the patch table 12 KiB, read and checked as one
+MAX_BLOCK_ROWS = 1 << 20
+MAX_BLOCKS = 4096  # of a table in memory: two windows of the order touch some 500
+
+
+class BlockSums(NamedTuple):
+    """CRC-32 of every `rows` rows of a table, uint32; the last block may be shorter."""
+
+    rows: int
+    crc32: np.ndarray
+
+
+def summarize_blocks(path: Path, dtype: np.dtype[Any], rows: int) -> dict[str, Any]:
+    """Fields of a table's entry in the manifest that let blocks of it be checked alone."""
+    table = Table(path, dtype, rows)
+    sums = [zlib.crc32(table.load(number).data) for number in range(-(-rows // BLOCK_ROWS))]
+    packed = np.array(sums, "<u4").tobytes()
+    return {"block_rows": BLOCK_ROWS, "block_crc32": base64.b64encode(packed).decode()}
+
+
+def block_sums(entry: dict[str, Any], rows: int) -> BlockSums | None:
+    """What `summarize_blocks` wrote, None in sets of before; ValueError where it is damaged."""
+    if "block_crc32" not in entry:
+        return None
+    size = entry.get("block_rows")
+    if type(size) is not int or not 0 < size <= MAX_BLOCK_ROWS:
+        raise ValueError(f"block_rows is {size!r}")
+    try:
+        crc32 = np.frombuffer(base64.b64decode(entry["block_crc32"], validate=True), "<u4")
+    except (binascii.Error, TypeError, ValueError) as error:
+        raise ValueError(f"block_crc32 is no base64 of numbers ({error})") from error
+    if len(crc32) != -(-rows // size):
+        raise ValueError(f"{len(crc32)} block checksums for {rows} rows")
+    return BlockSums(size, crc32)
+
+
+class Table:
+    """A table of just the expected columns, rows and bytes, indexed as an array is.
+
+    sums   of its blocks; None trusts the file
+    renew  fetches the file anew and says where it is; None where that cannot be done
+    check  raises for rows whose values cannot be; called with all that are handed out
+
+    `table[rows]` and `table[first:end]` give rows, `table[name]` reads a field of all of them.
+    raises  FormatError where the file is not what was expected or a block is damaged
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        dtype: np.dtype[Any],
+        rows: int,
+        sums: BlockSums | None = None,
+        renew: Callable[[], Path | None] = lambda: None,
+        check: Callable[[np.ndarray], None] = lambda _: None,
+    ) -> None:
+        self.dtype, self.count, self.sums = dtype, rows, sums
+        self.renew, self.check = renew, check
+        self.block_rows = sums.rows if sums else BLOCK_ROWS
+        blocks = -(-rows // self.block_rows)
+        # Memory that is not touched costs nothing: it is taken as blocks come.
+        self.held = np.empty((min(blocks, MAX_BLOCKS), self.block_rows), dtype)
+        self.slots = np.full(blocks, -1, np.int32)  # of every block, -1 where it is not held
+        self.holds = np.full(len(self.held), -1, np.int64)  # which block a slot has
+        self.next_slot = 0
+        self.lock = threading.RLock()  # blocks come and go while rows are gathered
+        self.open(path)
+
+    def open(self, path: Path) -> None:
+        """Take the file at `path`."""
+        self.head = check_head(path, self.dtype, self.count)
+        self.file = OpenFile(path)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, wanted: Any) -> Any:
+        if isinstance(wanted, str):
+            return self[:][wanted]
+        if isinstance(wanted, slice):
+            wanted = np.arange(*wanted.indices(self.count))
+        rows = np.asarray(wanted)
+        with self.lock:
+            found = self.gather(np.flatnonzero(rows) if rows.dtype == bool else rows.reshape(-1))
+        return found if rows.ndim else found[0]
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
+        del copy  # it always is one
+        return np.asarray(self[:], dtype)
+
+    def gather(self, rows: np.ndarray) -> np.ndarray:
+        """Rows, in the order asked for."""
+        if not len(rows):
+            return np.empty(0, self.dtype)
+        if rows.min() < 0 or rows.max() >= self.count:
+            raise IndexError(f"rows {rows.min()}..{rows.max()} of a table of {self.count}")
+        numbers, within = np.divmod(rows.astype(np.int64), self.block_rows)
+        wanted = np.unique(numbers)
+        if len(self.held) // 2 < len(wanted) and len(self.held) < len(self.slots):  # a scan
+            middle = len(rows) // 2
+            return np.concatenate([self.gather(rows[:middle]), self.gather(rows[middle:])])
+        for number in wanted[self.slots[wanted] < 0].tolist():
+            self.hold(number)
+        if (self.slots[numbers] < 0).any():  # this one's making room took another's
+            return self.gather(rows)
+        found: np.ndarray = self.held[self.slots[numbers], within]
+        self.check(found)
+        return found
+
+    def hold(self, number: int) -> None:
+        """Put a block among those in memory, in place of the one that came first."""
+        block, slot = self.load(number), self.next_slot
+        if self.holds[slot] >= 0:
+            self.slots[self.holds[slot]] = -1
+        self.held[slot, : len(block)] = block
+        self.slots[number], self.holds[slot] = slot, number
+        self.next_slot = (slot + 1) % len(self.held)
+
+    def load(self, number: int) -> np.ndarray:
+        """A block from the file, or from one fetched anew."""
+        try:
+            return self.sound(number)
+        except FormatError:
+            path = self.renew()
+            if path is None:
+                raise
+        self.open(path)
+        return self.sound(number)
+
+    def sound(self, number: int) -> np.ndarray:
+        """A block from the file; FormatError where it does not have its checksum."""
+        first = number * self.block_rows
+        rows = min(self.block_rows, self.count - first)
+        size = self.dtype.itemsize
+        content = self.file.read(self.head + first * size, rows * size)
+        if self.sums is not None and zlib.crc32(content) != self.sums.crc32[number]:
+            raise FormatError(
+                f"{self.file.path}: rows {first} to {first + rows - 1} do not have the recorded "
+                "checksum; damaged, fetch the table anew ('latentds verify' lists all damage)"
+            )
+        return np.frombuffer(content, self.dtype)
+
+    def will_need(self, first: int, count: int) -> None:
+        """Rows that will be read soon."""
+        size = self.dtype.itemsize
+        if self.slots[first // self.block_rows] < 0:
+            self.file.will_need(self.head + first * size, count * size)
+
+
+def read_whole(path: Path, dtype: np.dtype[Any], rows: int, sha256: str | None) -> np.ndarray:
+    """A table in memory; FormatError where it is not what was expected, or not of its hash."""
+    head = check_head(path, dtype, rows)
+    content = OpenFile(path).read(0, head + rows * dtype.itemsize)
+    if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
+        raise FormatError(
+            f"{path}: not of the hash that the manifest records; damaged, fetch it anew"
+        )
+    return np.frombuffer(content, dtype, rows, head)
+
+
+def check_head(path: Path, dtype: np.dtype[Any], rows: int) -> int:
+    """Length of a table's header; FormatError where the file is not what was expected."""
+    try:
+        with open_regular(path, str(path)) as file:
+            head = io.BytesIO(file.read(TABLE_HEAD_BYTES))
+        if np.lib.format.read_magic(head) != (1, 0):
+            raise ValueError("npy version is not 1.0")
+        shape, fortran, found = np.lib.format.read_array_header_1_0(head)
+    except (*NPY_ERRORS, OSError) as error:
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        raise FormatError(f"{path}: not a table ({reason}); fetch it anew") from error
+    size = path.stat().st_size
+    if found != dtype or fortran or shape != (rows,):
+        raise FormatError(f"{path}: {found} {shape}, expected {rows} rows of {dtype}")
+    if size != head.tell() + rows * dtype.itemsize:
+        raise FormatError(f"{path}: {size} bytes are not {rows} rows; truncated, fetch it anew")
+    return head.tell()

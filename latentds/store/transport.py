@@ -1,0 +1,381 @@
+"""Ranges of remote files: https and the Hub by requests, the rest by fsspec, with retries."""
+
+from __future__ import annotations
+
+import email.utils
+import hashlib
+import logging
+import os
+import random
+import re
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, urlsplit, urlunsplit
+
+from latentds.core.storage import naming
+from latentds.errors import DamagedPackError, FormatError, InputError, missing_extra
+
+logger = logging.getLogger(__name__)
+
+ATTEMPTS = 8
+FIRST_DELAY_S, LAST_DELAY_S, LONGEST_WAIT_S = 0.5, 60.0, 300.0  # a minute of waiting in all
+TIMEOUT_S = (10, 60)  # connect, between two reads
+HEADERS_S = 75.0  # for an answer to begin, the above together
+GRACE_S, LEAST_RATE = 30.0, 2048  # of a body: bytes a second, by all that came after the grace
+DIGITS = re.compile(r"[0-9]{1,18}")
+CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-")
+READ_BYTES = 1 << 20
+PART_BYTES = 1 << 23  # of a table, read and tried again as one
+HUB = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+?)(?:@([^/]+(?:/pr/\d+)?))?(?:/(.*))?")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+class TransientError(Exception):
+    """Worth another try; `wait_s` where the server said when."""
+
+    def __init__(self, reason: str, wait_s: float | None = None) -> None:
+        super().__init__(reason)
+        self.wait_s = wait_s
+
+
+def shown(location: str) -> str:
+    """A location without what may be secret: user, password, query."""
+    parts = urlsplit(location)
+    host = parts.netloc.rpartition("@")[2] if not location.startswith("hf://") else parts.netloc
+    return urlunsplit((parts.scheme, host, parts.path, "", ""))
+
+
+def unopenable(location: str, error: ImportError | ValueError) -> Exception:
+    """The error of a location that fsspec has no file system for; it names the missing package."""
+    if isinstance(error, ImportError) and location.startswith("s3:"):
+        return missing_extra("s3fs", "s3")
+    return InputError(f"{shown(location)}: {error}")
+
+
+def join(location: str, name: str) -> str:
+    """The location of a file in a folder."""
+    parts = urlsplit(location)
+    return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{name}"))
+
+
+class Transport:
+    """Reads files of one folder.
+
+    location  https://..., hf://datasets/ORG/NAME[@REVISION][/FOLDER], or what fsspec opens
+    revision  commit of the Hub, None elsewhere
+    """
+
+    def __init__(self, location: str) -> None:
+        self.location, self.shown = location, shown(location)
+        self.revision: str | None = None
+        self.headers: dict[str, str] = {}
+        found = HUB.fullmatch(location)
+        self.hub = (found[0], *found.groups()) if found else None  # whole, repository, ref, folder
+        if location.startswith("hf://") and not self.hub:
+            raise InputError(f"{location}: not hf://datasets/ORG/NAME[@REVISION][/FOLDER]")
+        if self.hub and COMMIT.fullmatch(self.hub[2] or ""):
+            self.revision = self.hub[2]
+        self.local = threading.local()
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = {name: value for name, value in self.__dict__.items() if name != "local"}
+        return kept | {"headers": {}}  # a token is no business of whoever gets the pickle
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.local = threading.local()  # connections are not carried to another process
+
+    def resolve(self) -> None:
+        """Ask the Hub which commit the revision is; nothing elsewhere."""
+        if self.hub and self.revision is None:
+            self.revision = retry(self.ask_hub, self.shown)
+
+    def ask_hub(self) -> str:
+        """The commit of a branch, tag or pull request."""
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+
+        assert self.hub is not None
+        try:
+            info = HfApi().repo_info(self.hub[1], repo_type="dataset", revision=self.hub[2])
+        except RepositoryNotFoundError as error:
+            raise InputError(
+                f"{self.shown}: no such data set on the Hub, or not for you; check the name, log "
+                "in with 'hf auth login'"
+            ) from error
+        except HfHubHTTPError as error:
+            raise judge(error.response.status_code, error.response.headers, self.shown) from error
+        except Exception as error:  # httpx's are no OSError, and were requests' before 1.0
+            if is_network(error):
+                raise TransientError(type(error).__name__) from None
+            if isinstance(error, (ValueError, KeyError, TypeError, AttributeError)):
+                raise TransientError(f"the Hub's answer cannot be read ({error!r:.80})") from error
+            raise
+        if not COMMIT.fullmatch(str(info.sha)):
+            raise InputError(f"{self.shown}: the Hub names commit {str(info.sha)[:60]!r}; refused")
+        return str(info.sha)
+
+    def url(self, name: str) -> str:
+        """Where a file is fetched from."""
+        if not self.hub:
+            return join(self.location, name)
+        from huggingface_hub import constants, get_token
+
+        token = get_token()
+        if token and "authorization" not in self.headers:
+            self.headers["authorization"] = f"Bearer {token}"
+        folder = f"{self.hub[3].strip('/')}/" if self.hub[3] else ""
+        path = quote(folder + name)
+        return f"{constants.ENDPOINT}/datasets/{self.hub[1]}/resolve/{self.revision}/{path}"
+
+    def read(
+        self,
+        name: str,
+        start: int,
+        size: int | None,
+        limit: int,
+        check: Callable[[bytes], bool] = bool,
+        attempts: int = ATTEMPTS,
+    ) -> bytes:
+        """Bytes [start, start + size) of a file, or all of it where size is None.
+
+        limit   bytes that are read at most
+        attempts  tries before giving up
+        check   whether bytes are what they should be; wrong ones are fetched once more
+        raises  DamagedPackError for wrong bytes, FileNotFoundError, InputError where access is
+                refused or the server stays away
+        """
+        where, wrong = f"{self.shown.rstrip('/')}/{name}", 0
+
+        def attempt() -> bytes:
+            nonlocal wrong
+            content = self.fetch(name, start, size, limit)
+            if size is not None and len(content) != size:
+                raise TransientError(f"{len(content)} of {size} bytes came")
+            if not check(content):
+                wrong += 1
+                if wrong > 1:
+                    raise DamagedPackError(
+                        f"{where}: bytes {start}..{start + len(content)} are not of the recorded "
+                        "hash, twice; the file was replaced or damaged, tell its publisher"
+                    )
+                raise TransientError("wrong hash", 0.0)
+            return content
+
+        read: bytes = retry(attempt, where, attempts)
+        return read
+
+    def download(self, name: str, path: Path, size: int, digest: str) -> None:
+        """Write a whole file of known size and sha256 to `path`, a part in memory at a time."""
+        where = f"{self.shown.rstrip('/')}/{name}"
+        for number in (1, 2):
+            sha256 = hashlib.sha256()
+            with naming(path), path.open("wb") as file:
+                for start in range(0, size, PART_BYTES):
+                    length = min(PART_BYTES, size - start)
+                    content = self.read(name, start, length, length)
+                    sha256.update(content)
+                    file.write(content)
+                file.flush()
+                os.fsync(file.fileno())  # from now on only its size is looked at
+            if sha256.hexdigest() == digest:
+                return
+            logger.warning(
+                "%s: not of the recorded hash%s", where, ", again" if number == 1 else ""
+            )
+        raise FormatError(
+            f"{where}: not of the recorded hash, twice; the file was replaced or damaged, tell its "
+            "publisher"
+        )
+
+    def fetch(self, name: str, start: int, size: int | None, limit: int) -> bytes:
+        """One try."""
+        if self.hub or self.location.startswith(("https://", "http://")):
+            return self.fetch_http(self.url(name), start, size, limit)
+        return self.fetch_fsspec(join(self.location, name), start, size, limit)
+
+    def fetch_http(self, url: str, start: int, size: int | None, limit: int) -> bytes:
+        """A range by HTTP, never more than asked for."""
+        from http.client import HTTPException
+
+        from urllib3.exceptions import HTTPError
+
+        wanted = {"range": f"bytes={start}-{start + size - 1}"} if size is not None else {}
+        headers = self.headers | wanted | {"accept-encoding": "identity"}
+        try:
+            with self.answer(url, headers) as answer:
+                check_answer(answer, shown(url), None if size is None else start)
+                return read_body(answer, shown(url), size if size is not None else limit)
+        except FileNotFoundError:
+            raise
+        # Their texts have the address, token and all. RequestException is an OSError.
+        except (OSError, HTTPError, HTTPException) as error:
+            raise TransientError(type(error).__name__) from None
+
+    def answer(self, url: str, headers: dict[str, str]) -> Any:
+        """The start of a response; TransientError where its headers take longer than HEADERS_S.
+
+        Asked by a thread that is left behind then: a socket's timeout ends only its silence.
+        """
+        future: Future[Any] = Future()
+        session = self.session()
+
+        def ask() -> None:
+            try:
+                future.set_result(session.get(url, headers=headers, stream=True, timeout=TIMEOUT_S))
+            except ValueError as error:  # an address in a redirect; some of requests' are OSErrors
+                kind = type(error).__name__
+                is_network = isinstance(error, OSError)
+                future.set_exception(error if is_network else TransientError(kind))
+            except BaseException as error:
+                future.set_exception(error)
+
+        threading.Thread(target=ask, daemon=True).start()
+        try:
+            return future.result(HEADERS_S)
+        except FutureTimeoutError:
+            if future.done():  # the connection's own timeout, of the same name in Python 3.11
+                raise
+            self.local.pid = None  # its connections are the other thread's now
+            raise TransientError(f"no answer in {HEADERS_S:g} s") from None
+
+    def session(self) -> Any:
+        """This thread's connections, in this process."""
+        import requests
+
+        if getattr(self.local, "pid", None) != os.getpid():
+            self.local.pid, self.local.session = os.getpid(), requests.Session()
+        return self.local.session
+
+    def fetch_fsspec(self, url: str, start: int, size: int | None, limit: int) -> bytes:
+        """A range by fsspec."""
+        import fsspec
+
+        try:
+            if getattr(self.local, "pid", None) != os.getpid():
+                # An event loop does not survive a fork: every process has a file system of its own.
+                made, _ = fsspec.core.url_to_fs(url, skip_instance_cache=True)
+                self.local.pid, self.local.filesystem = os.getpid(), made
+            filesystem = self.local.filesystem
+            path = filesystem._strip_protocol(url)
+            if size is None and (found := filesystem.size(path) or 0) > limit:
+                raise FormatError(f"{shown(url)}: {found} bytes, more than {limit}; refused")
+            content: bytes = filesystem.cat_file(
+                path, start=start, end=None if size is None else start + size
+            )
+        except ImportError as error:
+            raise unopenable(url, error) from error
+        except (FileNotFoundError, PermissionError) as error:
+            raise judge(
+                404 if isinstance(error, FileNotFoundError) else 403, {}, shown(url)
+            ) from error
+        except Exception as error:  # botocore's are no OSError
+            if is_network(error):
+                raise TransientError(type(error).__name__) from None
+            if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError"):
+                raise judge(401, {}, shown(url)) from None
+            raise
+        return content
+
+
+def judge(status: int, headers: Any, where: str) -> Exception:
+    """What an HTTP status means for us."""
+    if status == 404:
+        return FileNotFoundError(f"{where}: not there (404)")
+    if status in (401, 403):
+        return InputError(
+            f"{where}: access refused ({status}); log in ('hf auth login', cloud credentials) or "
+            "ask for access"
+        )
+    if status in (408, 425, 429) or status >= 500:
+        return TransientError(f"status {status}", wait_of(headers.get("retry-after")))
+    return InputError(f"{where}: the server answers {status}")
+
+
+def is_network(error: Exception) -> bool:
+    """Whether an error of a client library is one of the connection."""
+    names = {name for kind in type(error).__mro__ for name in (kind.__name__,)}
+    network = {"TransportError", "TimeoutException", "EndpointConnectionError", "ClientError",
+               "HTTPClientError", "RequestException"}  # fmt: skip
+    return isinstance(error, OSError) or bool(names & network)
+
+
+def wait_of(value: str | None) -> float | None:
+    """Seconds of a Retry-After header: a number, or a date; None for anything else."""
+    if not value:
+        return None
+    if DIGITS.fullmatch(value.strip()):
+        return float(value)
+    try:
+        moment = email.utils.parsedate_tz(value)
+        return max(0.0, email.utils.mktime_tz(moment) - time.time()) if moment else None
+    except (ValueError, OverflowError, TypeError, IndexError):
+        return None
+
+
+def check_answer(answer: Any, where: str, start: int | None) -> None:
+    """Refuse an answer that is not what was asked for, as far as its status and headers tell.
+
+    start  of the range that was asked for, None for a whole file
+    """
+    if answer.status_code >= 400:
+        raise judge(answer.status_code, answer.headers, where)
+    if start is not None and answer.status_code != 206:
+        raise InputError(
+            f"{where}: the server ignores Range requests; latentds reads packs by range, serve the "
+            "files from one that knows them (nginx, S3, the Hub)"
+        )
+    coding = answer.headers.get("content-encoding", "identity").strip().lower()
+    if coding not in ("", "identity"):
+        raise InputError(
+            f"{where}: comes compressed ({coding[:20]!r}) though 'identity' was asked for; switch "
+            "compression off for these files, ranges count bytes as they are stored"
+        )
+    found = CONTENT_RANGE.match(answer.headers.get("content-range", ""))
+    if start is not None and found and int(found[1]) != start:
+        raise TransientError(f"bytes from {found[1]} came, not from {start}")
+
+
+def read_body(answer: Any, where: str, most: int) -> bytes:
+    """The body of an answer, at most so many bytes, at no less than LEAST_RATE."""
+    length = answer.headers.get("content-length")
+    expected = int(length) if length and DIGITS.fullmatch(length.strip()) else None
+    if length is not None and expected is None:
+        raise TransientError(f"content-length is {length[:20]!r}, no number")
+    # What has come, not all of READ_BYTES: urllib3 would gather them for as long as it takes.
+    read = getattr(answer.raw, "read1", None) or answer.raw._fp.read1  # urllib3 2 has its own
+    started, parts, got = time.monotonic(), [], 0
+    while part := read(READ_BYTES):
+        parts.append(part)
+        got += len(part)
+        if got > most:
+            raise FormatError(f"{where}: more than {most} bytes came; refused")
+        late = time.monotonic() - started - GRACE_S
+        if late > 0 and got < late * LEAST_RATE:
+            raise TransientError(f"{got} bytes in {GRACE_S + late:.0f} s, too slow")
+    if expected is not None and got != expected:
+        raise TransientError(f"{got} of {expected} bytes came")
+    return b"".join(parts)
+
+
+def retry(attempt: Callable[[], Any], where: str, attempts: int = ATTEMPTS) -> Any:
+    """The result of the first try that works; waits longer each time, or as long as it is told."""
+    delay = FIRST_DELAY_S
+    for number in range(1, attempts + 1):
+        try:
+            return attempt()
+        except TransientError as error:
+            if number == attempts or (error.wait_s or 0) > LONGEST_WAIT_S:
+                raise InputError(
+                    f"{where}: {error}, after {number} tries; check the network and go on: what is "
+                    "fetched is kept"
+                ) from error
+            wait = max(error.wait_s or 0.0, delay * random.uniform(0.5, 1.5))
+            logger.debug("%s: %s; again in %.1f s", where, error, wait)
+            time.sleep(wait)
+            delay = min(delay * 2, LAST_DELAY_S)

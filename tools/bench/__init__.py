@@ -1,0 +1,1 @@
+"""Measurements: one command a file, and what they share."""

@@ -1,0 +1,118 @@
+"""latentds bench container: what tar, headers and columns cost over the raw codes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from latentds.core.display import say
+
+SHAPES = {
+    256: (4, 8, 8),
+    1024: (4, 16, 16),
+    2048: (32, 8, 8),
+    4096: (4, 32, 32),
+    16384: (16, 32, 32),
+}
+PACK_SIZES = (1, 16, 256, 4096)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Write shards of random codes, all columns filled, and set their size beside the codes'."""
+
+    patches: int = 49_152
+    """Patches in a shard."""
+    small: bool = False
+    """A twelfth of the patches: the shares of small shards, for a quick look."""
+    json: bool = False
+    """Print JSON."""
+
+
+def run(config: Config) -> None:
+    """Print overhead for every patch size and pack size."""
+    count = config.patches // 12 if config.small else config.patches
+    results = [overhead(count, size, pack) for size in SHAPES for pack in PACK_SIZES]
+    if config.json:
+        say(json.dumps(results, indent=1))
+        return
+    say(
+        f"{count:,} patches, every column filled; shard over raw codes, and tables beside the "
+        "shards over raw codes\n"
+    )
+    say(
+        "bytes a patch |" + "".join(f"  N = {pack:<6}" for pack in PACK_SIZES) + "| tables, N = 256"
+    )
+    for size in SHAPES:
+        row = {r["pack_size"]: r for r in results if r["bytes_per_patch"] == size}
+        cells = "".join(f"  {row[pack]['shard_overhead']:<+10.2%}" for pack in PACK_SIZES)
+        say(f"{size:>13} |{cells}| {row[256]['table_overhead']:+.2%}")
+
+
+def overhead(count: int, bytes_per_patch: int, pack_size: int) -> dict[str, Any]:
+    """Sizes of one shard of `count` patches."""
+    import numpy as np
+
+    from latentds.quantizers.scalar import Codebook
+    from latentds.store.columns import encode_table, patches_table
+    from latentds.store.format import DIGEST_DTYPE, PACK_DTYPE, PATCH_DTYPE, Contract, pack_key
+    from latentds.store.writer import Pack, ShardWriter
+
+    shape = SHAPES[bytes_per_patch]
+    contract = Contract(
+        latent_id="sha256:" + "0" * 64,
+        decoder_id="sha256:" + "0" * 64,
+        codebook=Codebook(np.linspace(-3, 3, 256, dtype=np.float32)[None], "kmeans"),
+        autoencoder={"name": "random"},
+        patch_px=(256, 256),
+        codes_shape=shape,
+    )
+    rng = np.random.default_rng(0)
+    patches = [tcga_like_patch(rng) for _ in range(count)]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "data" / "train-000000.tar"
+        with ShardWriter(path, contract) as writer:
+            for number, start in enumerate(range(0, count, pack_size)):
+                part = patches[start : start + pack_size]
+                codes = rng.integers(0, 256, (len(part), *shape), np.uint8)
+                columns = encode_table(patches_table(part))
+                writer.add(Pack(key=pack_key("train", 0, number), codes=codes, patches=columns))
+            writer.finish()
+        size = path.stat().st_size
+    packs = -(-count // pack_size)
+    raw = count * bytes_per_patch
+    tables = count * PATCH_DTYPE.itemsize + packs * (PACK_DTYPE.itemsize + DIGEST_DTYPE.itemsize)
+    return {
+        "bytes_per_patch": bytes_per_patch,
+        "pack_size": pack_size,
+        "patches": count,
+        "shard_bytes": size,
+        "shard_overhead": size / raw - 1,
+        "table_overhead": tables / raw,
+    }
+
+
+def tcga_like_patch(rng: Any) -> Any:
+    """Columns as a shuffled tree of TCGA tiles gives them: no run of like values to squeeze."""
+    import numpy as np
+
+    from latentds.store.patch_record import Patch
+
+    number = int(rng.integers(2500))
+    slide = f"TCGA-{number % 89:02d}-A{number % 997:03d}-01Z-00-DX1"
+    x, y = (int(v) * 512 for v in rng.integers(0, 160, 2))
+    name = f"IDC/{slide}/{x // 512}_{y // 512}"
+    return Patch(
+        image=np.zeros((0, 0, 3), np.uint8),
+        source=f"{name}.jpeg",
+        source_encoding="jpeg:q=70:4:2:0",
+        label="IDC" if rng.random() < 0.8 else "ILC",
+        slide=slide,
+        x_px_level0=x,
+        y_px_level0=y,
+        size_px_level0=512,
+        mpp=0.5,
+    )

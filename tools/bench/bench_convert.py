@@ -1,0 +1,113 @@
+"""latentds bench convert: how much of the encoder's own rate a conversion keeps."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from latentds.core.display import say
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Convert pictures, then encode the same batches from memory; report both rates and ratio."""
+
+    source: Annotated[Path, tyro.conf.Positional]
+    """Folder of pictures of one size."""
+    autoencoder: str = "tiny-v2"
+    """Name or local folder, as for convert."""
+    device: str = "auto"
+    """cpu, cuda, ...; auto takes a GPU where there is one."""
+    encode_batch: int | None = None
+    """As for convert."""
+    workers: int | None = None
+    """As for convert."""
+    rounds: int = 3
+    """Both are measured so often, in turn; medians are reported."""
+    json: bool = False
+    """Print JSON."""
+
+
+def run(config: Config) -> None:
+    """Print the rates."""
+    import statistics
+
+    import torch
+
+    rounds = [measure(config) for _ in range(config.rounds)]
+    result = {name: round(statistics.median(r[name] for r in rounds), 2) for name in rounds[0]}
+    result["share_of_encoder"] = round(
+        statistics.median(r["convert"] / r["encoder"] for r in rounds), 3
+    )
+    result["threads"] = torch.get_num_threads()
+    if config.json:
+        say(json.dumps(result, indent=1))
+        return
+    say(
+        f"encoder alone, same batches   {result['encoder']:,.1f} patches/s "
+        f"(batch {result['batch']:.0f})"
+    )
+    say(f"conversion, pictures to tar   {result['convert']:,.1f} patches/s")
+    say(
+        f"conversion over encoder       {result['share_of_encoder']:.1%} "
+        f"(median of {config.rounds} rounds, {result['threads']} threads)"
+    )
+
+
+def measure(config: Config) -> dict[str, Any]:
+    """Patches a second of writing the shards, and of the encoder on the same pixels in memory."""
+    from latentds.autoencoders import load_autoencoder
+    from latentds.conversion import converting
+    from latentds.conversion.conversion_plan import make_plan
+    from latentds.conversion.convert_config import ConvertConfig
+    from latentds.conversion.workdir import prepare_output
+
+    with tempfile.TemporaryDirectory() as folder:
+        settings = ConvertConfig(
+            source=config.source,
+            out=Path(folder) / "out",
+            autoencoder=config.autoencoder,
+            device=config.device,
+            encode_batch=config.encode_batch,
+            labels=False,
+            workers=config.workers,
+        )
+        plan = make_plan(settings)
+        autoencoder = load_autoencoder(config.autoencoder)
+        with prepare_output(settings) as work:
+            reader = converting.make_reader(plan, settings)
+            conversion = converting.prepare(settings, reader, autoencoder, work)
+            encoder_rate = encode_from_memory(conversion)
+            started = time.perf_counter()
+            converting.write_shards(conversion)
+            seconds = time.perf_counter() - started
+            reader.close()
+    return {
+        "encoder": encoder_rate,
+        "convert": len(plan.regions) / seconds,
+        "batch": conversion.encoder.batch,
+    }
+
+
+def encode_from_memory(conversion: Any, patches: int = 128) -> float:
+    """Patches a second of the encoder and quantizer alone, over batches already decoded."""
+    import numpy as np
+
+    encoder, count = conversion.encoder, len(conversion.plan.regions)
+    count = min(max(patches, 2 * encoder.batch), count)
+    groups = [
+        np.arange(first, min(first + encoder.batch, count))
+        for first in range(0, count, encoder.batch)
+    ]
+    batches = [chunk.pixels for chunk in conversion.reader.chunks(groups)]
+    encoder.codes(batches[0], conversion.contract.codebook)
+    started = time.perf_counter()
+    for pixels in batches:
+        encoder.codes(pixels, conversion.contract.codebook)
+    return sum(len(pixels) for pixels in batches) / (time.perf_counter() - started)

@@ -1,0 +1,147 @@
+"""latentds bench decode: what decoders take on a device, their options, and JPEG beside them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from latentds.core.display import say
+
+DEFAULT_DECODERS = "taesd,sd15,dcae-f32,tiny,turbo-s,turbo-m,turbo-f32"
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Decode random latents under every option, and JPEGs of real patches, on one machine."""
+
+    decoders: str = DEFAULT_DECODERS
+    """Decoders with commas between: shapes with random weights (taesd, sd15, sd3, dcae-f32,
+    turbo-s, turbo-m, turbo-f32: time does not depend on them), tiny, the name or folder of an
+    autoencoder, or a decoder's folder."""
+    patch_size: int = 256
+    """Edge of a patch in pixels."""
+    batch_sizes: tuple[int, ...] | None = None
+    """Patches decoded at once. By default 64 on a GPU; on a CPU 16, and 1 for decoders of more than
+    50 GFLOP a patch."""
+    device: str = "cpu"
+    """cpu, cuda, cuda:1, mps."""
+    compile: bool = False
+    """Also measure torch.compile (a C++ compiler on a CPU, minutes for large decoders)."""
+    jpeg: bool = True
+    """Also measure JPEG decoders: simplejpeg and torchvision, those that are installed."""
+    pictures: Path | None = None
+    """Folder of pictures whose patches are the JPEGs; by default scikit-image's immunostain."""
+    cores: int | None = None
+    """Cores of the JPEG rows on several; by default all."""
+    seconds: float = 3.0
+    """Length of a measurement."""
+    rounds: int = 3
+    """All are measured so often, in turn; medians are reported."""
+    json: bool = False
+    """Print JSON."""
+
+    def __post_init__(self) -> None:
+        if self.rounds < 1 or self.patch_size < 1 or min(self.batch_sizes or (1,)) < 1:
+            raise ValueError("rounds, patch size and batch sizes are at least 1")
+
+
+def run(config: Config) -> None:
+    """Print the table."""
+    report = measure(config)
+    say(json.dumps(report, indent=1) if config.json else as_text(report))
+
+
+def measure(config: Config) -> dict[str, Any]:
+    """All figures: every JPEG decoder and every network in turn, round by round."""
+    from latentds_tools.bench import decode_networks, decode_shapes, jpeg_decoding
+    from latentds_tools.bench.machine import machine, usable_cores
+
+    from latentds.conversion.patch_encoding import choose_device
+
+    choose_device(config.device)
+    names = [name.strip() for name in config.decoders.split(",") if name.strip()]
+    for name in names:
+        decode_shapes.check_known(name)
+    jpegs = jpeg_decoding.load_jpegs(config.pictures, config.patch_size) if config.jpeg else []
+    timed = [decode_networks.survey(name, config) for name in dict.fromkeys(names)]
+    jpeg_rounds = []
+    for number in range(config.rounds):
+        if jpegs:
+            cores = config.cores or usable_cores()
+            jpeg_rounds.append(
+                jpeg_decoding.measure_all(jpegs, config.seconds, cores, config.device)
+            )
+        for one in timed:  # one at a time in memory
+            logger.info("%s, round %d of %d", one.name, number + 1, config.rounds)
+            one.measure(config)
+    rows = jpeg_decoding.rows_of(jpeg_rounds) if jpegs else []
+    rows += [row for one in timed for row in one.rows()]
+    return {
+        "machine": machine(config.device),
+        "config": json.loads(json.dumps(dataclasses.asdict(config), default=str)),
+        "jpeg": jpeg_decoding.describe(jpegs) if jpegs else None,
+        "rows": with_ratios(rows),
+    }
+
+
+def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows with their rate over that of one core that decodes JPEGs, None where none was timed."""
+    is_jpeg = bool(rows) and rows[0]["decoder"].startswith("JPEG")
+    core = rows[0]["patches_per_s"] if is_jpeg else None
+    return [
+        row
+        | {"over_jpeg_core": row["patches_per_s"] / core if core and "error" not in row else None}
+        for row in rows
+    ]
+
+
+def as_text(report: dict[str, Any]) -> str:
+    """The table."""
+    where, config, jpeg = report["machine"], report["config"], report["jpeg"]
+    lines = [
+        f"{where['gpu'] or where['cpu']}, {where['cores']} cores ({where['torch_threads']} threads "
+        f"of torch), torch {where['torch']}; patches of {config['patch_size']} px on "
+        f"{config['device']}, medians of {config['rounds']} rounds of {config['seconds']:g} s",
+        "",
+    ]
+    if jpeg:
+        lines[1:1] = [
+            f"JPEG: quality {jpeg['quality']}, {jpeg['subsampling']}, {jpeg['patches']} patches of "
+            f"{jpeg['mean_bytes']:,.0f} bytes on average"
+        ]
+    lines += [
+        "| decoder | weights | GFLOP | options | batch | patches/s | over one JPEG core | "
+        "over float32 | first batch s | largest change |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    return "\n".join(lines + [row_text(row) for row in report["rows"]])
+
+
+def row_text(row: dict[str, Any]) -> str:
+    """A row of the table; what it has no figure for stays empty."""
+    if "error" in row:
+        return f"| {row['decoder']} | | | {row['options']} | | {row['error']} | | | | |"
+    rate = row["patches_per_s"]
+    cells = [
+        row["decoder"],
+        row.get("weights", ""),
+        shown(row.get("gflop"), ",.1f"),
+        row["options"],
+        str(row["batch"]),
+        f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}",
+        shown(row["over_jpeg_core"], ".3g"),
+        shown(row.get("gain"), ".2f"),
+        f"{row['first_batch_s']:.2g}",
+        shown(row.get("largest_change"), ".4f"),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def shown(value: float | None, form: str) -> str:
+    """A number, or nothing."""
+    return "" if value is None else format(value, form)

@@ -1,0 +1,319 @@
+"""latentds bench features: what decoding latents adds to embedding pictures that are there."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from latentds_tools.bench.machine import machine
+
+from latentds.core.display import say
+
+if TYPE_CHECKING:
+    import torch
+
+    from latentds.embedders import NetworkEmbedder
+    from latentds.evaluation.features.extraction_options import FeatureOptions
+    from latentds.evaluation.patchsets.patch_set import PatchSet
+
+logger = logging.getLogger(__name__)
+CHANNELS = {8: 4, 32: 32}  # of latents by their factor, as SD-1.5 and DC-AE-f32 have them
+GPU = {"patches": 16_384, "batch_sizes": (256,), "embedder": "timm:vit_large_patch16_224"}
+CPU = {"patches": 64, "batch_sizes": (16,), "embedder": "timm:vit_tiny_patch16_224"}
+ALONE, LOADED, WRITTEN, DECODED = "embedder_alone", "from_latents", "with_files", "decoder_alone"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Embed the same number of patches from cached pictures and from latents, in turn."""
+
+    embedder: str | None = None
+    """timm:NAME, with random weights: time does not depend on them. Or what 'latentds features'
+    takes, loaded. By default timm:vit_large_patch16_224 on a GPU, timm:vit_tiny_patch16_224
+    elsewhere."""
+    student: str = "turbo-s"
+    """Decoder, with random weights: turbo-s, turbo-m, turbo-f32, taesd."""
+    patches: int | None = None
+    """Patches of the random data set; 16,384 on a GPU, 64 elsewhere by default."""
+    slides: int = 4
+    """Slides they belong to."""
+    patch_size: int = 256
+    """Edge of a patch in pixels."""
+    batch_sizes: tuple[int, ...] | None = None
+    """Patches embedded at once; 256 on a GPU, 16 elsewhere by default."""
+    device: str = "cpu"
+    """cpu, cuda, cuda:1, mps."""
+    precision: Literal["float32", "bfloat16"] | None = None
+    """Of embedder and decoder; bfloat16 on a GPU, float32 elsewhere by default."""
+    compile: bool = False
+    """Compile the decoder, as 'latentds features --decode-compile' does."""
+    rounds: int = 3
+    """All are measured so often, in turn; medians are reported."""
+    work: Path | None = None
+    """Folder for the data set and the feature files; a temporary one by default."""
+    json: bool = False
+    """Print JSON."""
+
+    def __post_init__(self) -> None:
+        sizes = (self.patches or 1, self.slides, self.patch_size, self.rounds)
+        if min(*sizes, *(self.batch_sizes or (1,))) < 1:
+            raise ValueError("patches, slides, sizes and rounds are at least 1")
+        if self.slides > (self.patches or self.slides):
+            raise ValueError(f"{self.slides} slides of {self.patches} patches; more patches")
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """What is measured: the same patches, embedder and device throughout.
+
+    cached  decoded pictures on the device, uint8 (n, 3, H, W), a batch at most
+    """
+
+    patches: PatchSet
+    cached: torch.Tensor
+    embedder: NetworkEmbedder
+    device: torch.device
+    folder: Path
+    options: FeatureOptions
+
+
+def run(config: Config) -> None:
+    """Measure and print."""
+    report = measure(config)
+    say(json.dumps(report, indent=1) if config.json else as_text(report))
+
+
+def measure(config: Config) -> dict[str, Any]:
+    """All figures, a row a batch size."""
+    from latentds.conversion.patch_encoding import choose_device
+    from latentds.embedders import load_embedder
+
+    device = choose_device(config.device)
+    config = with_defaults(config, device.type == "cuda")
+    name = str(config.embedder)
+    is_random = name.startswith("timm:") and "@" not in name
+    embedder = random_embedder(name) if is_random else load_embedder(name)
+    with tempfile.TemporaryDirectory(dir=config.work) as work:
+        folder = Path(work)
+        write_set(folder, config)
+        rows = [
+            measure_size(open_bench(folder, config, embedder, device, size), config.rounds)
+            for size in config.batch_sizes or ()
+        ]
+    return {
+        "machine": machine(str(device)),
+        "config": json.loads(json.dumps(dataclasses.asdict(config), default=str)),
+        "weights": "random" if is_random else "loaded",
+        "rows": rows,
+    }
+
+
+def with_defaults(config: Config, is_gpu: bool) -> Config:
+    """The config with what suits the device where nothing is given."""
+    chosen = (GPU if is_gpu else CPU) | {"precision": "bfloat16" if is_gpu else "float32"}
+    missing = {name: value for name, value in chosen.items() if getattr(config, name) is None}
+    return dataclasses.replace(config, **missing)
+
+
+def random_embedder(name: str) -> NetworkEmbedder:
+    """A network of timm with random weights, prepared for as its configuration says."""
+    import torch
+
+    from latentds.embedders import NetworkEmbedder
+    from latentds.embedders.embedder import Preparation
+    from latentds.embedders.timm_models import configured_card, create
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = create(name.removeprefix("timm:"))
+    card = configured_card(name.removeprefix("timm:"), network)
+    dim = getattr(network, "head_hidden_size", None) or network.num_features
+    card = dataclasses.replace(card, dim=dim, weights_id="random")
+    return NetworkEmbedder(card, network, Preparation(card))
+
+
+def write_set(folder: Path, config: Config) -> None:
+    """A data set of random codes in slides, and a random decoder of such latents."""
+    from latentds_tools.bench.synthetic import random_contract, write_synthetic
+
+    from latentds.autoencoders.autoencoder import AutoencoderCard, latent_cells
+    from latentds.autoencoders.decoders import save_decoder
+    from latentds.autoencoders.students import STUDENTS, build_student
+    from latentds.errors import unknown_name
+
+    if config.student not in STUDENTS:
+        raise unknown_name("student", config.student, STUDENTS)
+    factor, edge = STUDENTS[config.student].factor, config.patch_size
+    shape = (CHANNELS[factor], *latent_cells((edge, edge), factor))
+    patches = int(config.patches or 0)
+    write_synthetic(
+        folder / "set", patches, shape=shape, patch_px=edge, a_slide=-(-patches // config.slides)
+    )
+    card = AutoencoderCard(
+        name="random",
+        class_name="random",
+        channels=shape[0],
+        factor=factor,
+        latent_id=random_contract().latent_id,
+    )
+    decoder = build_student(config.student, shape[0], factor)
+    architecture = {"class": "student", "name": config.student}
+    save_decoder(folder / "decoder", decoder, card, architecture, {}, name=config.student)
+
+
+def open_bench(
+    folder: Path, config: Config, embedder: NetworkEmbedder, device: torch.device, size: int
+) -> Bench:
+    """The data set opened as 'latentds features' opens it."""
+    import numpy as np
+
+    from latentds.evaluation.features.extraction import DTYPES
+    from latentds.evaluation.features.extraction_options import FeatureOptions
+    from latentds.evaluation.patchsets import open_patches
+    from latentds.evaluation.patchsets.patch_set_config import PatchInput
+
+    precision = config.precision or "float32"
+    patches = open_patches(
+        PatchInput(
+            data=folder / "set",
+            decoder=str(folder / "decoder"),
+            device=str(device),
+            decode_dtype=precision,
+            decode_compile=config.compile,
+            keep_mb=0,
+        )
+    )
+    return Bench(
+        patches,
+        patches.images(np.arange(min(size, len(patches)))),
+        embedder.to(device, DTYPES[precision]),
+        device,
+        folder,
+        FeatureOptions(batch_size=size, precision=precision),
+    )
+
+
+def measure_size(bench: Bench, rounds: int) -> dict[str, Any]:
+    """Medians of one batch size; the cost is that of the same round's embedder alone."""
+    ways = {ALONE: embed_cached, LOADED: embed_latents, WRITTEN: write_files, DECODED: decode}
+    for way in (embed_cached, embed_latents):  # first batches choose kernels and fill pools
+        way(bench)
+    figures: list[dict[str, float]] = []
+    for number in range(rounds):
+        logger.info("batches of %d, round %d of %d", bench.options.batch_size, number + 1, rounds)
+        figures.append({name: rate(way, bench) for name, way in ways.items()})
+    row: dict[str, Any] = {"batch_size": bench.options.batch_size}
+    for name in ways:
+        row[f"{name}_patches_per_s"] = statistics.median(found[name] for found in figures)
+    for name in (LOADED, WRITTEN):
+        costs = [100 * (found[ALONE] / found[name] - 1) for found in figures]
+        row[f"{name}_cost_percent"] = statistics.median(costs)
+        row[f"{name}_cost_range"] = [min(costs), max(costs)]
+    return row
+
+
+def rate(way: Callable[[Bench], int], bench: Bench) -> float:
+    """Patches a second of one pass."""
+    started = time.perf_counter()
+    count = way(bench)
+    return count / (time.perf_counter() - started)
+
+
+def embed_cached(bench: Bench) -> int:
+    """Embed one batch of decoded pictures over and over, as many patches as the set has."""
+    import numpy as np
+
+    from latentds.evaluation.features.embedding_pipeline import Piece
+
+    size, total = bench.options.batch_size, len(bench.patches)
+
+    def pieces() -> Iterator[Piece]:
+        for start in range(0, total, size):
+            part = bench.cached[: min(size, total - start)]
+            yield Piece(None, np.empty((len(part), 2), np.int64), images=part)
+
+    return embed_all(bench, pieces())
+
+
+def embed_latents(bench: Bench) -> int:
+    """Read, decode and embed the set as an extraction does, without writing."""
+    from latentds.evaluation.features.extraction import read_slides
+
+    return embed_all(bench, read_slides(bench.patches, bench.patches.slides(), bench.options))
+
+
+def embed_all(bench: Bench, pieces: Iterator[Any]) -> int:
+    """Embed pieces and bring the features to the host; how many."""
+    from latentds.evaluation.features.embedding_pipeline import embed_pieces
+
+    count = 0
+    with contextlib.closing(embed_pieces(pieces, bench.embedder, bench.device)) as embedded:
+        for piece in embedded:
+            if piece.error is not None:
+                raise piece.error
+            count += len(piece.features)
+    return count
+
+
+def write_files(bench: Bench) -> int:
+    """The extraction itself, files and all."""
+    from latentds.evaluation.features.extraction import extract_features
+
+    with tempfile.TemporaryDirectory(dir=bench.folder) as out:
+        return extract_features(
+            bench.patches, bench.embedder, Path(out), bench.options, device=bench.device,
+            rank=0, world_size=1,
+        ).patches  # fmt: skip
+
+
+def decode(bench: Bench) -> int:
+    """Read and decode the set, without embedding."""
+    from latentds.evaluation.features.extraction import read_slides
+
+    count = 0
+    for piece in read_slides(bench.patches, bench.patches.slides(), bench.options):
+        if piece.error is not None or piece.images is None:
+            raise piece.error or AssertionError("no images")
+        count += len(piece.images)
+    if bench.device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize(bench.device)
+    return count
+
+
+def as_text(report: dict[str, Any]) -> str:
+    """The table."""
+    where, config = report["machine"], report["config"]
+    lines = [
+        f"{where['gpu'] or where['cpu']}, {where['cores']} cores ({where['torch_threads']} threads "
+        f"of torch), torch {where['torch']}; {config['embedder']} ({report['weights']} weights) "
+        f"behind {config['student']} (random weights{', compiled' if config['compile'] else ''}), "
+        f"{config['precision']}, "
+        f"{config['patches']:,} patches of {config['patch_size']} px on {config['device']}, "
+        f"medians of {config['rounds']} rounds",
+        "",
+        "| batch | embedder alone, patches/s | from latents | cost (range) | with files written | "
+        "cost (range) | reading and decoding alone |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    return "\n".join(lines + [row_text(row) for row in report["rows"]])
+
+
+def row_text(row: dict[str, Any]) -> str:
+    """A row of the table."""
+    cells = [str(row["batch_size"]), f"{row[f'{ALONE}_patches_per_s']:,.1f}"]
+    for name in (LOADED, WRITTEN):
+        low, high = row[f"{name}_cost_range"]
+        cells.append(f"{row[f'{name}_patches_per_s']:,.1f}")
+        cells.append(f"{row[f'{name}_cost_percent']:.1f} % ({low:.1f} to {high:.1f})")
+    cells.append(f"{row[f'{DECODED}_patches_per_s']:,.1f}")
+    return f"| {' | '.join(cells)} |"

@@ -1,0 +1,311 @@
+"""latentds bench loader: rates of loaders over the same patches, each in a process of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from latentds_tools.bench.machine import machine
+
+from latentds.core.display import say
+from latentds.errors import InputError, unknown_name
+
+logger = logging.getLogger(__name__)
+
+# name: (stored bytes are pictures, distribution whose version is told)
+PEERS = {
+    "latentds": (False, "latentds"),
+    "webdataset": (False, "webdataset"),
+    "webdataset-packed": (False, "webdataset"),
+    "datasets": (False, "datasets"),
+    "datasets-packed": (False, "datasets"),
+    "mds": (False, "mosaicml-streaming"),
+    "mds-packed": (False, "mosaicml-streaming"),
+    "jpeg-folder": (True, "torchvision"),
+    "jpeg-webdataset": (True, "webdataset"),
+}
+HAVE_PACKED = ("webdataset", "datasets", "mds")
+BUFFER = 5000  # samples that peers without an order of their own shuffle among
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Measure loaders on the same patches, machine and number of workers; all of them shuffle."""
+
+    folder: Annotated[Path | None, tyro.conf.Positional] = None
+    """Data set; without one, random codes of 2,048 bytes a patch (no pixels)."""
+    split: str = "train"
+    """Split."""
+    against: str = "jpeg-folder,jpeg-webdataset,webdataset,datasets"
+    """Peers with commas between: jpeg-folder, jpeg-webdataset, webdataset, datasets, mds. Those of
+    latents are measured with one patch a sample and with packs of 256."""
+    decode: str = "codes,latents,pixels"
+    """What batches are to hold, with commas between."""
+    patches: int = 131_072
+    """Patches to measure with, the first of the split."""
+    pixel_patches: int = 2048
+    """Of them, those that pixels are measured with, by all loaders: JPEG peers' files are decoded
+    first, which is slow on a CPU."""
+    batch_size: int = 256
+    """Patches a batch."""
+    pixel_batch_size: int = 64
+    """Patches a batch where pixels are wanted."""
+    workers: int = 2
+    """Worker processes of every loader."""
+    device: str = "cpu"
+    """Where batches end up and are decoded."""
+    autoencoder: str | None = None
+    """Decoder instead of the recorded one."""
+    seconds: float = 5.0
+    """Length of the warm phase; the cold one ends with the epoch, or after six times as long."""
+    rounds: int = 3
+    """All loaders are measured so often, in turn; medians are reported."""
+    peer_python: Path | None = None
+    """Python of another environment, with torch and mosaicml-streaming, for mds."""
+    work: Path | None = None
+    """Folder for the peers' files; a temporary one by default."""
+    json: bool = False
+    """Print JSON."""
+
+    def __post_init__(self) -> None:
+        for peer in self.peers():
+            if peer not in {*PEERS} - {"latentds"}:
+                raise unknown_name("peer", peer, {*PEERS} - {"latentds"})
+        for decode in self.decodes():
+            if decode not in ("codes", "latents", "pixels"):
+                raise unknown_name("--decode", decode, ("codes", "latents", "pixels"))
+        if "mds" in self.peers() and self.peer_python is None:
+            raise InputError(
+                "mds needs an environment of its own (it pins other versions): 'python -m venv "
+                "peer; peer/bin/pip install torch mosaicml-streaming', then --peer-python "
+                "peer/bin/python"
+            )
+
+    def peers(self) -> list[str]:
+        """Names in --against."""
+        return [name for name in self.against.split(",") if name]
+
+    def decodes(self) -> list[str]:
+        """Names in --decode; no pixels without a set."""
+        names = [name for name in self.decode.split(",") if name]
+        return names if self.folder else [name for name in names if name != "pixels"]
+
+
+def run(config: Config) -> None:
+    """Prepare, measure in turn, print."""
+    from latentds.conversion.patch_encoding import choose_device
+
+    choose_device(config.device)
+    with tempfile.TemporaryDirectory(dir=config.work) as work:
+        contenders = prepare(config, Path(work))
+        results: list[dict[str, Any]] = []
+        for number in range(config.rounds):
+            for spec in contenders:
+                logger.info("round %d: %s, %s", number + 1, spec["peer"], spec["decode"])
+                results.append(spec | measure_one(config, spec))
+    report = {
+        "machine": machine(config.device),
+        "workers": config.workers,
+        "batch_size": config.batch_size,
+        "pixel_batch_size": config.pixel_batch_size,
+        "rounds": config.rounds,
+        "results": summarize(results),
+    }
+    say(json.dumps(report, indent=1) if config.json else as_text(report))
+
+
+def prepare(config: Config, work: Path) -> list[dict[str, Any]]:
+    """Write every peer's files; what each process is to be told."""
+    from latentds_tools.bench import peer_formats, synthetic
+
+    own = work / "latentds"
+    if config.folder:
+        patches = peer_formats.write_subset(config.folder, own, config.split, config.patches)
+    else:
+        synthetic.write_synthetic(own, config.patches)
+        patches = peer_formats.read_patches(own, config.split)
+    common = describe_set(config, own, work, len(patches))
+    wanted = ["latentds"]
+    for peer in config.peers():
+        wanted += [peer, f"{peer}-packed"] if peer in HAVE_PACKED else [peer]
+    few = patches.first(config.pixel_patches)
+    sizes = {decode: few if decode == "pixels" else patches for decode in config.decodes()}
+    own_of = {len(patches): own}
+    if "pixels" in sizes and len(few) < len(patches):
+        own_of[len(few)] = work / "latentds-few"
+        peer_formats.write_subset(own, own_of[len(few)], config.split, len(few))
+    specs = []
+    for peer in wanted:
+        is_images, module = PEERS[peer]
+        for decode, some in sizes.items():
+            if is_images and decode != "pixels":
+                continue
+            folder = work / f"{peer}-{len(some)}"
+            if peer in ("latentds", "webdataset-packed"):
+                folder = own_of[len(some)]
+            elif not folder.exists():
+                folder.mkdir()
+                logger.info("writing %s", peer)
+                write_format(config, peer, some, folder, own)
+            size = config.pixel_batch_size if decode == "pixels" else config.batch_size
+            specs.append(
+                common
+                | {
+                    "peer": peer,
+                    "module": module,
+                    "images": is_images,
+                    "folder": str(folder),
+                    "decode": decode,
+                    "batch_size": size,
+                    "epoch_patches": len(some) - len(some) % size,
+                    "stored_patches": len(some),
+                    "stored_bytes_per_patch": bytes_below(folder) / len(some),
+                    "ceiling_rounds": 3 if (peer, decode) == ("latentds", "pixels") else 0,
+                }
+            )
+    return specs
+
+
+def describe_set(config: Config, own: Path, work: Path, count: int) -> dict[str, Any]:
+    """What all processes are told."""
+    import numpy as np
+
+    from latentds.quantizers.scalar import Codebook
+    from latentds.store.reader import ShardSet
+
+    manifest = ShardSet(own).manifest
+    codebook, levels = manifest.contract.codebook, None
+    if isinstance(codebook, Codebook):  # for peers in a Python without latentds
+        levels = str(work / "levels.npy")
+        np.save(levels, codebook.levels)
+    if count < config.batch_size:
+        raise InputError(
+            f"{config.folder}: {count} patches are less than a batch of {config.batch_size}; "
+            "a smaller --batch-size"
+        )
+    return {
+        "set": str(own),
+        "split": config.split,
+        "classes": list(manifest.classes),
+        "levels": levels,
+        "shape": list(manifest.contract.codes_shape),
+        "workers": config.workers,
+        "buffer": BUFFER,
+        "device": config.device,
+        "autoencoder": config.autoencoder,
+        "seconds": config.seconds,
+    }
+
+
+def write_format(config: Config, peer: str, patches: Any, folder: Path, own: Path) -> None:
+    """Write a peer's files."""
+    from latentds_tools.bench import peer_formats
+    from latentds_tools.bench.measuring_loaders import SCRIPT
+
+    pack = peer_formats.PACK if peer.endswith("-packed") else 1
+    if peer.startswith("jpeg"):
+        peer_formats.write_jpegs(patches, peer, folder, own, config.autoencoder)
+    elif peer == "webdataset":
+        peer_formats.write_webdataset(patches, folder)
+    elif peer.startswith("datasets"):
+        peer_formats.write_parquet(patches, folder, pack)
+    else:
+        peer_formats.write_mds(patches, folder, pack, str(config.peer_python), SCRIPT)
+
+
+def bytes_below(folder: Path) -> int:
+    """Size of all files of a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def measure_one(config: Config, spec: dict[str, Any]) -> dict[str, Any]:
+    """Figures of one contender; its error where it fails, so that the others are still told."""
+    from latentds_tools.bench.measuring_loaders import measure
+
+    python = str(config.peer_python) if spec["peer"].startswith("mds") else sys.executable
+    if spec["peer"].startswith("mds") and spec["decode"] == "pixels":
+        return {"error": "its Python has no latentds to decode with"}
+    try:
+        return measure(spec, python)
+    except InputError as error:
+        logger.warning("%s", error)
+        return {"error": str(error)}
+
+
+def summarize(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Medians over rounds, with the least and the greatest warm rate."""
+    grouped: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for result in results:
+        grouped.setdefault((result["peer"], result["decode"]), []).append(result)
+    rows = []
+    for (peer, decode), rounds in grouped.items():
+        kept = ("stored_patches", "stored_bytes_per_patch", "batch_size")
+        row = {"peer": peer, "decode": decode} | {name: rounds[0][name] for name in kept}
+        sound = [r for r in rounds if "error" not in r]
+        if not sound:
+            rows.append(row | {"error": rounds[0]["error"]})
+            continue
+        for phase in ("cold", "warm"):
+            row[phase] = {
+                name: statistics.median(r[phase][name] for r in sound) for name in sound[0][phase]
+            }
+        rates = [r["warm"]["patches_per_s"] for r in sound]
+        row |= {"warm_range": [min(rates), max(rates)], "versions": sound[0]["versions"]}
+        row["peak_mb"] = statistics.median(r["peak_mb"] for r in sound)
+        ceilings = [pair for r in sound for pair in r["ceilings"]]
+        if ceilings:
+            row["decoder_alone"] = statistics.median(pair["decoder"] for pair in ceilings)
+            row["share_of_decoder"] = statistics.median(
+                pair["end_to_end"] / pair["decoder"] for pair in ceilings
+            )
+        rows.append(row)
+    return rows
+
+
+def as_text(report: dict[str, Any]) -> str:
+    """The table, best rates first within what batches hold."""
+    where = report["machine"]
+    lines = [
+        f"{where['gpu'] or where['cpu']}, {where['cores']} cores; {report['workers']} workers, "
+        f"batches of {report['batch_size']} ({report['pixel_batch_size']} of pixels), medians of "
+        f"{report['rounds']} rounds",
+        "",
+        "| batches of | loader | patches | stored B | warm patches/s (range) | cold patches/s | "
+        "first batch s | CPU s/1000 | disk B read, cold | peak MB |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    rank = {"codes": 0, "latents": 1, "pixels": 2}
+    rows = sorted(
+        report["results"],
+        key=lambda r: (rank[r["decode"]], -r.get("warm", {}).get("patches_per_s", 0.0)),
+    )
+    for row in rows:
+        head = f"| {row['decode']} | {row['peer']} | {row['stored_patches']:,} | "
+        head += f"{row['stored_bytes_per_patch']:,.0f} |"
+        if "error" in row:
+            lines.append(f"{head} {row['error']} | | | | | |")
+            continue
+        low, high = row["warm_range"]
+        warm, cold = row["warm"], row["cold"]
+        lines.append(
+            f"{head} {warm['patches_per_s']:,.0f} ({low:,.0f}-{high:,.0f}) | "
+            f"{cold['patches_per_s']:,.0f} | {cold['first_batch_s']:.2f} | "
+            f"{warm['cpu_s_per_1000']:.3f} | {cold['bytes_read_per_patch']:,.0f} | "
+            f"{row['peak_mb']:,.0f} |"
+        )
+    for row in rows:
+        if "decoder_alone" in row:
+            lines += [
+                "",
+                f"decoder alone, in turn with the loader: {row['decoder_alone']:,.1f} patches/s; "
+                f"end to end {row['share_of_decoder']:.1%} of it",
+            ]
+    versions = {n: v for row in rows for n, v in row.get("versions", {}).items()}
+    return "\n".join([*lines, "", ", ".join(f"{n} {v}" for n, v in sorted(versions.items()))])

@@ -1,0 +1,132 @@
+"""latentds bench scale: what opening a set, its first batch and a state cost as sets grow."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import multiprocessing
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from latentds.core.display import say
+
+logger = logging.getLogger(__name__)
+STATES = 200  # saved and loaded a set
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Open synthetic sets of growing size, each in a fresh process with the page cache dropped."""
+
+    patches: tuple[int, ...] = (100_000, 1_000_000, 24_000_000)
+    """Sizes. Shards of random codes up to --written patches; beyond, shards are holes in the file
+    system, and tables and manifest are whole."""
+    written: int = 1_000_000
+    """Patches up to which codes are written (2 KiB each)."""
+    batch_size: int = 256
+    """Patches a batch."""
+    batches: int = 200
+    """Batches to read before memory is looked at."""
+    rounds: int = 3
+    """Every set is opened so often; medians are reported."""
+    work: Path | None = None
+    """Folder for the sets; a temporary one by default."""
+    json: bool = False
+    """Print JSON."""
+
+
+def run(config: Config) -> None:
+    """Make the sets, open each, print."""
+    from latentds_tools.bench.measuring_loaders import drop_page_cache
+    from latentds_tools.bench.synthetic import write_sparse, write_synthetic
+
+    rows = []
+    with tempfile.TemporaryDirectory(dir=config.work) as work:
+        for patches in config.patches:
+            folder = Path(work) / str(patches)
+            logger.info("making a set of %s patches", f"{patches:,}")
+            (write_synthetic if patches <= config.written else write_sparse)(folder, patches)
+            rounds = []
+            for _ in range(config.rounds):
+                drop_page_cache(folder)
+                rounds.append(in_process(folder, config))
+            medians = {n: statistics.median(r[n] for r in rounds) for n in rounds[0]}
+            rows.append({"patches": patches, "codes": patches <= config.written} | medians)
+    say(json.dumps(rows, indent=1) if config.json else as_text(rows))
+
+
+def in_process(folder: Path, config: Config) -> dict[str, float]:
+    """`look` in a fresh process."""
+    spawn = multiprocessing.get_context("spawn")
+    with spawn.Pool(1) as pool:
+        return pool.apply(look, (folder, config.batch_size, config.batches))
+
+
+def look(folder: Path, batch_size: int, batches: int) -> dict[str, float]:
+    """Seconds and megabytes of one opening, in this process."""
+    from latentds import LatentLoader
+
+    before = memory()
+    started = time.perf_counter()
+    loader = LatentLoader(folder, batch_size=batch_size, shuffle=True, decode="codes")
+    opened = time.perf_counter()
+    iterator = iter(loader)
+    next(iterator)
+    first = time.perf_counter()
+    for _ in range(min(batches, len(loader)) - 1):
+        next(iterator)
+    after = memory()
+    state = loader.state_dict()
+    saved, loaded = time_states(loader, state)
+    return {
+        "open_s": opened - started,
+        "first_batch_s": first - started,
+        "private_mb": (after["RssAnon"] - before["RssAnon"]) / 1e6,
+        "mapped_mb": (after["RssFile"] - before["RssFile"]) / 1e6,
+        "save_ms": saved * 1e3,
+        "load_ms": loaded * 1e3,
+        "state_bytes": len(json.dumps(state)),
+    }
+
+
+def time_states(loader: Any, state: dict[str, Any]) -> tuple[float, float]:
+    """Seconds that saving and loading a state take."""
+    started = time.perf_counter()
+    for _ in range(STATES):
+        loader.state_dict()
+    saved = time.perf_counter()
+    for _ in range(STATES):
+        loader.load_state_dict(state)
+    return (saved - started) / STATES, (time.perf_counter() - saved) / STATES
+
+
+def memory() -> dict[str, int]:
+    """Bytes of this process in memory: its own, and pages of mapped files. Zeros off Linux."""
+    sizes = {"RssAnon": 0, "RssFile": 0}
+    status = Path("/proc/self/status")
+    for line in status.read_text().splitlines() if status.is_file() else ():
+        name, _, rest = line.partition(":")
+        if name in sizes:
+            sizes[name] = int(rest.split()[0]) * 1024
+    return sizes
+
+
+def as_text(rows: list[dict[str, Any]]) -> str:
+    """The table."""
+    lines = [
+        "| patches | shards | open s | first batch s | own memory MB | mapped MB | state save ms "
+        "| load ms | state bytes |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row['patches']:,} | {'written' if row['codes'] else 'holes'} | "
+            f"{row['open_s']:.3f} | {row['first_batch_s']:.3f} | {row['private_mb']:.1f} | "
+            f"{row['mapped_mb']:.1f} | {row['save_ms']:.3f} | {row['load_ms']:.3f} | "
+            f"{row['state_bytes']:.0f} |"
+        )
+    return "\n".join(lines)

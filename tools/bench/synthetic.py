@@ -1,0 +1,183 @@
+"""Sets of random patches of any size: written whole, or with tables alone over sparse shards."""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SHAPE = (32, 8, 8)  # 2,048 bytes: DC-AE-f32's latents of a 256 px patch
+PACK, SHARD_PATCHES = 256, 256 * 256
+PATCHES_A_SLIDE = 5000
+CLASSES = ("ADI", "BACK", "DEB", "LYM", "MUC", "MUS", "NORM", "STR", "TUM")  # NCT-CRC's nine
+MADE: dict[str, Any] = {"synthetic": True}
+
+
+def random_contract(shape: tuple[int, int, int] = SHAPE, patch_px: int = 256) -> Any:
+    """A contract that names no real autoencoder."""
+    from latentds.quantizers.scalar import Codebook
+    from latentds.store.format import Contract
+
+    return Contract(
+        latent_id="sha256:" + "0" * 64,
+        decoder_id="sha256:" + "0" * 64,
+        codebook=Codebook(np.linspace(-3, 3, 256, dtype=np.float32)[None], "kmeans"),
+        autoencoder={"name": "random"},
+        patch_px=(patch_px, patch_px),
+        codes_shape=shape,
+    )
+
+
+def write_synthetic(
+    out: Path,
+    patches: int,
+    seed: int = 0,
+    *,
+    shape: tuple[int, int, int] = SHAPE,
+    patch_px: int = 256,
+    a_slide: int = PATCHES_A_SLIDE,
+) -> None:
+    """A set of random codes, grouped by slide as pathology data come.
+
+    shape    of a patch's codes
+    a_slide  patches a slide
+    """
+    from latentds.store.composing import compose
+
+    made = MADE | {"patches": patches}
+    parts = random_parts(patches, seed, shape, a_slide)
+    compose(out, random_contract(shape, patch_px), {"train": parts}, made, empty_golden())
+
+
+def empty_golden() -> bytes:
+    """Golden patches of a set that no decoder reads: none."""
+    from latentds.store.columns import encode_table
+    from latentds.store.golden import SCHEMA
+
+    return encode_table(SCHEMA.empty_table())
+
+
+def random_parts(
+    patches: int, seed: int, shape: tuple[int, int, int], a_slide: int
+) -> Iterator[Any]:
+    """Codes and columns, a pack at a time."""
+    import pyarrow as pa
+
+    from latentds.store.columns import SCHEMA
+
+    rng = np.random.default_rng(seed)
+    for start in range(0, patches, PACK):
+        places = range(start, min(start + PACK, patches))
+        slides = [f"slide{place // a_slide:05d}" for place in places]
+        columns = {
+            "label": [CLASSES[place // a_slide % len(CLASSES)] for place in places],
+            "slide": slides,
+            "x": [place % 100 * 256 for place in places],
+            "y": [place % a_slide // 100 * 256 for place in places],
+            "mpp": [0.5] * len(places),
+            "size_px": [256] * len(places),
+            "source": slides,
+            "source_encoding": ["none"] * len(places),
+        }
+        codes = rng.integers(0, 256, (len(places), *shape), np.uint8)
+        yield codes, pa.table(columns, schema=SCHEMA)
+
+
+def write_sparse(out: Path, patches: int) -> None:
+    """Tables, manifest and shards that are holes: every code reads as 0 and no disk is needed."""
+    from latentds.core.storage import write_atomically
+    from latentds.store.composing import complete
+    from latentds.store.format import GOLDEN
+    from latentds.store.index import TableWriter
+    from latentds.store.manifest import Manifest, ShardRecord
+
+    contract = random_contract()
+    counts = [min(SHARD_PATCHES, patches - a) for a in range(0, patches, SHARD_PATCHES)]
+    shard_bytes = [count * contract.bytes_per_patch + 10240 for count in counts]
+    records = []
+    for number, (count, size) in enumerate(zip(counts, shard_bytes, strict=True)):
+        path = out / "data" / f"train-{number:06d}.tar"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            file.truncate(size)
+        records.append(
+            ShardRecord(
+                name=f"data/{path.name}",
+                split="train",
+                bytes=size,
+                sha256=hashlib.sha256(path.name.encode()).hexdigest(),
+                codebook_id=contract.codebook.codebook_id,
+                packs=-(-count // PACK),
+                patches=count,
+                labels={},
+            )
+        )
+    write_atomically(out / GOLDEN, empty_golden())
+    write_sparse_tables(out, counts, contract.bytes_per_patch, TableWriter)
+    slides = tuple(f"slide{number:05d}" for number in range(-(-patches // PATCHES_A_SLIDE)))
+    manifest = Manifest(
+        contract=contract,
+        shards=tuple(records),
+        classes=CLASSES,
+        slides=slides,
+        tables={},
+        made=MADE | {"patches": patches},
+    )
+    complete(out, manifest)
+
+
+def write_sparse_tables(out: Path, counts: list[int], patch_bytes: int, writer: Any) -> None:
+    """The tables, a shard at a time."""
+    from latentds.store.format import (
+        CHECKSUM_DTYPE,
+        CHECKSUMS,
+        DIGEST_DTYPE,
+        DIGESTS,
+        PACK_DTYPE,
+        PACKS_TABLE,
+        PATCH_DTYPE,
+        PATCHES_TABLE,
+    )
+
+    packs_total = sum(-(-count // PACK) for count in counts)
+    with (
+        writer(out / PACKS_TABLE, PACK_DTYPE, packs_total) as packs,
+        writer(out / DIGESTS, DIGEST_DTYPE, packs_total) as digests,
+        writer(out / PATCHES_TABLE, PATCH_DTYPE, sum(counts)) as patches,
+        writer(out / CHECKSUMS, CHECKSUM_DTYPE, sum(counts)) as checksums,
+    ):
+        first = 0
+        for number, count in enumerate(counts):
+            starts = np.arange(0, count, PACK)
+            rows = np.zeros(len(starts), PACK_DTYPE)
+            rows["first_patch"], rows["shard"] = first + starts, number
+            rows["count"] = np.minimum(PACK, count - starts)
+            rows["codes_offset"] = starts * patch_bytes
+            digest = np.zeros(len(starts), DIGEST_DTYPE)
+            for size in np.unique(rows["count"]).tolist():
+                zeros = bytes(size * patch_bytes)
+                rows["codes_crc32"][rows["count"] == size] = zlib.crc32(zeros)
+                sha256 = np.frombuffer(hashlib.sha256(zeros).digest(), np.uint8)
+                digest["codes"][rows["count"] == size] = sha256
+            packs.write(rows)
+            digests.write(digest)
+            patches.write(sparse_columns(first, count))
+            checksums.write(np.full(count, zlib.crc32(bytes(patch_bytes)), CHECKSUM_DTYPE))
+            first += count
+
+
+def sparse_columns(first: int, count: int) -> np.ndarray:
+    """Rows of the patch table."""
+    from latentds.store.format import PATCH_DTYPE
+
+    places = np.arange(first, first + count)
+    rows = np.zeros(count, PATCH_DTYPE)
+    rows["slide"] = places // PATCHES_A_SLIDE
+    rows["label"] = rows["slide"] % len(CLASSES)
+    rows["x"], rows["y"] = places % 100 * 256, places % PATCHES_A_SLIDE // 100 * 256
+    rows["mpp"], rows["size_px"] = 0.5, 256
+    return rows

@@ -1,0 +1,139 @@
+"""The comparison as JSON values: families with their rows, differences and the paper's figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from latentds_tools.comparison.paper_tables import paper_key, paper_part
+from latentds_tools.comparison.run_pairing import Bootstrap, pair, setting_notes
+from latentds_tools.comparison.run_reading import Family, Row, kind_of
+
+from latentds.errors import unknown_name
+from latentds.evaluation.statistics import Difference
+from latentds.version import __version__
+
+FORMAT = "latentds-comparison/1"
+PER_CLASS = {"sampath": "dice"}  # else f1
+
+
+def make_report(
+    families: Sequence[Family],
+    *,
+    reference: str | None,
+    metric: str | None,
+    paper: str,
+    bootstrap: Bootstrap,
+) -> dict[str, Any]:
+    """All of it.
+
+    reference  a source's or run folder's name; None for the originals
+    metric     that tables lead with; None for what the runs lead with
+    raises     UnknownNameError for a reference or metric that no family has
+    """
+    check_names(families, reference, metric)
+    return {
+        "format": FORMAT,
+        "bootstrap": {"over": bootstrap.over, "draws": bootstrap.draws, "seed": bootstrap.seed},
+        "families": [describe_family(f, reference, metric, paper, bootstrap) for f in families],
+        "version": __version__,
+    }
+
+
+def check_names(families: Sequence[Family], reference: str | None, metric: str | None) -> None:
+    """Refuse a reference or metric that nothing has."""
+    if reference is not None and not any(family.find(reference) for family in families):
+        names = {row.name for family in families for row in family.rows}
+        raise unknown_name("reference", reference, names)
+    metrics = {name for family in families for row in family.rows for name in row.metrics()}
+    if metric is not None and metric not in metrics:
+        raise unknown_name("metric", metric, metrics)
+
+
+def find_reference(family: Family, name: str | None) -> Row | None:
+    """The row that others are set against."""
+    if name is not None:
+        return family.find(name)
+    return next((r for r in family.rows if kind_of(r.record.source) == "original"), None)
+
+
+def describe_family(
+    family: Family, reference: str | None, metric: str | None, paper: str, bootstrap: Bootstrap
+) -> dict[str, Any]:
+    """One family."""
+    against = find_reference(family, reference)
+    leading = (against or family.rows[0]).record
+    has_metric = any(metric in row.metrics() for row in family.rows)
+    primary = metric if metric and has_metric else leading.primary
+    return {
+        "task": family.task,
+        "data": family.data,
+        "model": family.model,
+        "embedder": family.embedder,
+        "title": family.title,
+        "metric": primary,
+        "classes": leading.classes,
+        "reference": against.name if against else None,
+        "rows": [
+            describe_row(row, against, primary, family.task, bootstrap) for row in family.rows
+        ],
+        "related": describe_related(against or family.rows[0]),
+        "notes": family_notes(family, against),
+        "paper": paper_part(family, paper),
+    }
+
+
+def describe_row(
+    row: Row, against: Row | None, metric: str, task: str, bootstrap: Bootstrap
+) -> dict[str, Any]:
+    """One source's figures."""
+    facts, cells = row.record.source, row.cells
+    stored = facts.get("bytes_per_patch")
+    found: Difference | str = "no reference" if against is None else ""
+    if against is not None and row is not against:
+        found = pair(row, against, metric, bootstrap)
+    return {
+        "source": row.name,
+        "kind": kind_of(facts),
+        "fine_tuned": paper_key(row)[1],
+        "quantized": bool(facts.get("quantized")),
+        "is_network": bool(facts.get("autoencoder")),
+        "kilobytes": stored / 1024 if stored else None,
+        "patch_px": facts.get("patch_px"),
+        "runs": [str(run.folder) for run in row.runs],
+        "split_ids": sorted({cell[0] for cell in cells}),
+        "folds": len({cell[:2] for cell in cells}),
+        "seeds": sorted({cell[2] for cell in cells}),
+        "scores": {name: row.summarize(name).to_json() for name in row.metrics()},
+        "per_class": row.per_class(PER_CLASS.get(task, "f1")),
+        "difference": found.to_json() if isinstance(found, Difference) else None,
+        "not_paired": found if isinstance(found, str) and found else None,
+    }
+
+
+def describe_related(row: Row) -> list[dict[str, Any]]:
+    """Other rows that a run brings along, such as the baseline of colour histograms.
+
+    is_row  whether they are of the same folds: a row of the table
+    """
+    return [
+        {
+            "name": name,
+            "of": row.name,
+            "scores": scores,
+            "is_row": all(value.get("n") == len(run.record.folds) for value in scores.values()),
+        }
+        for run in row.runs[:1]
+        for name, scores in run.record.related.items()
+    ]
+
+
+def family_notes(family: Family, against: Row | None) -> list[str]:
+    """What a reader has to know of the rows, each thing once, in sentences."""
+    notes = [note for row in family.rows for run in row.runs for note in run.record.notes]
+    if against is not None:
+        for row in family.rows:
+            notes += setting_notes(row, against) if row is not against else []
+    rules = dict.fromkeys(run.record.split_rule for row in family.rows for run in row.runs)
+    notes += [f"Folds: {rule}" for rule in rules if rule]
+    return [f"{note.rstrip('.')}." for note in dict.fromkeys(notes)]

@@ -1,0 +1,160 @@
+"""A row's difference to the reference over the same folds, or why there is none."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import numpy as np
+from latentds_tools.comparison.run_reading import Cell, Row
+
+from latentds.errors import InputError
+from latentds.evaluation.patchsets.patch_set_config import PatchInput
+from latentds.evaluation.predictions import join_predictions, read_predictions
+from latentds.evaluation.statistics import (
+    FOLD_DRAWS,
+    GROUP_DRAWS,
+    Difference,
+    paired_bootstrap_groups,
+    paired_difference,
+    paired_images,
+)
+from latentds.evaluation.weighing import METRICS
+from latentds.sources.csv_tables import read_table
+
+IMAGES = "images.csv"  # of a segmentation's run folder: scores of single images
+# Settings that say where pixels come from, not what is learned.
+FREE_SETTINGS = {field.name for field in dataclasses.fields(PatchInput)} | {
+    *("out", "bags", "json", "seed", "seeds", "repeats", "pictures", "heat_maps"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Bootstrap:
+    """What is drawn (folds or groups), how often, from which seed."""
+
+    over: Literal["folds", "groups"] = "folds"
+    draws: int | None = None
+    seed: int = 0
+
+
+def pair(row: Row, reference: Row, metric: str, bootstrap: Bootstrap) -> Difference | str:
+    """The row above the reference, or in words why the two are not paired."""
+    reason = why_not(row, reference, metric)
+    if reason:
+        return reason
+    if bootstrap.over == "folds":
+        return pair_folds(row, reference, metric, bootstrap)
+    draws = GROUP_DRAWS if bootstrap.draws is None else bootstrap.draws
+    if row.record.task == "sampath":
+        return pair_images(row, reference, metric, seed=bootstrap.seed, draws=draws)
+    if metric not in METRICS:
+        return f"{metric} cannot be drawn over groups; {', '.join(METRICS)} can"
+    try:
+        ours, theirs = (
+            join_predictions([read_predictions(run.folder) for run in one.runs])
+            for one in (row, reference)
+        )
+        return paired_bootstrap_groups(ours, theirs, metric, seed=bootstrap.seed, draws=draws)
+    except InputError as error:
+        return str(error)
+
+
+def pair_images(
+    row: Row, reference: Row, metric: str, *, seed: int, draws: int
+) -> Difference | str:
+    """Over the groups of the tested images: means of a score of single images."""
+    ours, theirs = read_images(row, metric), read_images(reference, metric)
+    if ours is None or theirs is None:
+        return f"{IMAGES} has no {metric} of single images"
+    if set(ours) != set(theirs):
+        return f"{IMAGES} of the two runs list other images"
+    keys = sorted(ours)
+    first, second = (np.array([scores[key] for key in keys]) for scores in (ours, theirs))
+    return paired_images(first, second, [key[1] for key in keys], seed=seed, draws=draws)
+
+
+def read_images(row: Row, metric: str) -> dict[tuple[int, str, str], float] | None:
+    """A score of every tested image by fold, group and name, NaN where undefined.
+
+    Seeds are averaged. None where the score is not there.
+    """
+    values: dict[tuple[int, str, str], list[float]] = {}
+    for run in row.runs:
+        table = read_table(run.folder / IMAGES)
+        if metric not in table.columns:
+            return None
+        columns = (table.values(name) for name in ("fold", "group", "item", metric))
+        for fold, group, item, text in zip(*columns, strict=True):
+            values.setdefault((int(fold), group, item), []).append(float(text or "nan"))
+    return {key: float(np.mean(found)) for key, found in values.items()}
+
+
+def pair_folds(row: Row, reference: Row, metric: str, bootstrap: Bootstrap) -> Difference:
+    """Over folds, a fold's seeds averaged first; over seeds where there is one fold."""
+    units: dict[tuple[Any, ...], list[Cell]] = {}
+    ours, theirs = row.cells, reference.cells
+    is_single = len({cell[:2] for cell in ours}) == 1
+    for cell in ours:
+        units.setdefault(cell if is_single else cell[:2], []).append(cell)
+    means: list[tuple[float | None, float | None]] = []
+    for cells in units.values():
+        scores = [(ours[c]["scores"].get(metric), theirs[c]["scores"].get(metric)) for c in cells]
+        kept = [(a, b) for a, b in scores if a is not None and b is not None]
+        means.append(
+            (sum(a for a, _ in kept) / len(kept), sum(b for _, b in kept) / len(kept))
+            if kept
+            else (None, None)
+        )
+    draws = FOLD_DRAWS if bootstrap.draws is None else bootstrap.draws
+    first, second = [a for a, _ in means], [b for _, b in means]
+    found = paired_difference(first, second, seed=bootstrap.seed, draws=draws)
+    return (
+        dataclasses.replace(found, unit="seeds", counted="seeds")
+        if is_single and len(units) > 1
+        else found
+    )
+
+
+def why_not(row: Row, reference: Row, metric: str) -> str:
+    """Why two rows cannot be paired, empty where they can."""
+    ours, theirs = row.cells, reference.cells
+    if row.record.classes != reference.record.classes:
+        return f"other classes: {words(row.record.classes)} / {words(reference.record.classes)}"
+    splits = [{cell[0] for cell in cells} for cells in (ours, theirs)]
+    if splits[0] != splits[1]:
+        shown = " against ".join(words(sorted(s - t)) or "fewer" for s, t in (splits, splits[::-1]))
+        return f"other folds: split_id {shown}"
+    if set(ours) != set(theirs):
+        seeds = [sorted({cell[2] for cell in cells}) for cells in (ours, theirs)]
+        if seeds[0] != seeds[1]:
+            return f"other seeds: {words(seeds[0])} against {words(seeds[1])}"
+        return f"{len(ours)} results against {len(theirs)}: some folds lack"
+    if metric not in row.metrics() or metric not in reference.metrics():
+        return f"{metric} is not among the scores of both"
+    return ""
+
+
+def words(values: list[Any]) -> str:
+    """Values with commas between."""
+    return ", ".join(str(value) for value in values)
+
+
+def is_nested(value: Any) -> bool:
+    """Whether a recorded value is a table: a result that a recipe keeps there, no setting."""
+    return isinstance(value, dict) or (
+        isinstance(value, list) and any(isinstance(part, (list, dict)) for part in value)
+    )
+
+
+def setting_notes(row: Row, reference: Row) -> list[str]:
+    """Settings and versions in which the two differ, in sentences."""
+    found = []
+    for what in ("settings", "versions"):
+        ours, theirs = getattr(row.record, what), getattr(reference.record, what)
+        names = sorted(name for name in ours.keys() & theirs.keys() - FREE_SETTINGS)
+        changed = [n for n in names if ours[n] != theirs[n] and not is_nested(ours[n])]
+        other = [f"{name} {ours[name]} against {theirs[name]}" for name in changed]
+        if other:
+            found.append(f"{row.name}: other {what} than {reference.name}: {'; '.join(other)}.")
+    return found

@@ -1,1 +1,0 @@
-"""What `latentds bench decode` is made of."""

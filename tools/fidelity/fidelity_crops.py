@@ -1,0 +1,182 @@
+"""The crops that codecs are judged on: drawn from folders of pictures, with slide and coding."""
+# H W pixels
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from latentds_tools.fidelity.slide_intervals import NAMING, RULES, Found, SlideOptions, find_slides
+
+from latentds.codecs import PictureSpec, make_picture_codec
+from latentds.errors import InputError
+
+MAX_PX = 1 << 28
+DEFAULT_SLIDES = SlideOptions()
+LOSSLESS = ("png", "bmp", "ppm", "tga", "gif", "pcx", "sgi")
+LOSSLESS_TIFF = (
+    *("raw", "packbits", "tiff_lzw", "tiff_adobe_deflate", "tiff_deflate", "lzma", "zstd"),
+    *("tiff_ccitt", "group3", "group4"),
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Crop:
+    """A square piece of a picture.
+
+    image     uint8 (H, W, 3)
+    source    path below its folder, the folder's name before it where there are several
+    slide     what the bootstrap draws: all crops of one slide together
+    encoding  how the file is coded: png, jpeg:q=75:4:2:0, ...
+    kind      lossless, jpeg or other: what the file's own coding did to it; the codec where its
+              picture was recoded
+    x, y      left and top edge in the picture
+    rule      which rule its slide is by
+    picture   hash of the whole picture's pixels, as its file has them
+    path      of the file
+    """
+
+    image: np.ndarray
+    source: str
+    slide: str
+    encoding: str
+    kind: str
+    x: int
+    y: int
+    rule: str
+    picture: str
+    path: Path
+
+    def to_json(self) -> dict[str, Any]:
+        """All but the pixels and what stands for them."""
+        names = ("source", "slide", "encoding", "kind", "x", "y")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclasses.dataclass(frozen=True)
+class Crops:
+    """All crops, in the order of the pictures; what was left out.
+
+    slide_rules  by folder, the rule that its slides follow
+    """
+
+    crops: tuple[Crop, ...]
+    slide_rules: dict[str, str]
+    pictures: int
+    too_small: int
+
+    @property
+    def images(self) -> list[np.ndarray]:
+        """The crops' pixels."""
+        return [crop.image for crop in self.crops]
+
+    @property
+    def slide_rule(self) -> str:
+        """The rules in words."""
+        rules = self.slide_rules
+        if len(set(rules.values())) == 1:
+            return next(iter(rules.values()))
+        return "; ".join(f"{folder}: {rule}" for folder, rule in rules.items())
+
+    def by_picture(self) -> list[str]:
+        """Folders whose pictures are slides of their own."""
+        return [name for name, rule in self.slide_rules.items() if rule == RULES["picture"]]
+
+    def known_slides(self) -> set[str]:
+        """Slides that mean the same in another folder; of TCGA slides their patients."""
+        from latentds.sources.names import patient_of
+
+        return {patient_of(crop.slide) for crop in self.crops if crop.rule in NAMING}
+
+    def kinds(self) -> dict[str, int]:
+        """Crops of every kind of coding, most frequent first."""
+        return dict(Counter(crop.kind for crop in self.crops).most_common())
+
+    def digest(self) -> str:
+        """Hash of the pixels, in order."""
+        digest = hashlib.sha256()
+        for image in self.images:
+            digest.update(image.tobytes())
+        return digest.hexdigest()
+
+
+def read_crops(
+    folders: Sequence[Path], *, crop_px: int, per_picture: int, most: int, seed: int,
+    slides: SlideOptions = DEFAULT_SLIDES, must_match: bool = True,
+    recode: Sequence[PictureSpec] = (),
+) -> Crops:  # fmt: skip
+    """At most `most` crops, `per_picture` of each picture, one of a picture that is just as large.
+
+    recode  at qualities: each crop is taken once more from its picture coded so, beyond `most`
+    InputError where no picture is large enough. Where there are too many pictures, some are drawn.
+    """
+    found, rules = find_slides(folders, slides, must_match)
+    order = np.arange(len(found))
+    if len(found) * per_picture > most:
+        order = np.random.default_rng([seed, 1]).permutation(len(found))
+    rng = np.random.default_rng(seed)
+    taken: list[tuple[int, Crop]] = []
+    too_small = 0
+    for place in order.tolist():
+        crops = list(cut(found[place], crop_px, per_picture, rng, recode))
+        too_small += not crops
+        taken += [(place, crop) for crop in crops]
+        if len(taken) >= most * (1 + len(recode)):
+            break
+    if not taken:
+        names = ", ".join(str(folder) for folder in folders)
+        raise InputError(f"{names}: no picture is {crop_px} px or larger; a smaller --crop-px")
+    taken = sorted(taken[: most * (1 + len(recode))], key=lambda pair: pair[0])
+    pictures = len({place for place, _ in taken})
+    return Crops(tuple(crop for _, crop in taken), rules, pictures, too_small)
+
+
+def cut(
+    found: Found, edge: int, count: int, rng: np.random.Generator, recode: Sequence[PictureSpec]
+) -> Iterator[Crop]:
+    """The crops of one picture, each as it is and as recoded; none where it is too small."""
+    from latentds.sources.picture_decoding import read_header, read_picture
+
+    try:
+        header = read_header(found.path, MAX_PX)
+        if min(header.size_px) < edge:
+            return
+        image, _ = read_picture(found.path, MAX_PX)
+    except InputError as error:
+        raise InputError(f"{found.path}: {error}") from error
+    versions = [(header.encoding, kind_of(found.path, header.encoding), image)]
+    for spec in recode:
+        codec = make_picture_codec(spec)
+        versions.append((spec.text, spec.text, codec.decode(codec.encode(image))))
+    whole = hashlib.sha256(repr(image.shape).encode() + image.tobytes()).hexdigest()
+    for _ in range(1 if image.shape[:2] == (edge, edge) else count):
+        y, x = (int(rng.integers(side - edge + 1)) for side in image.shape[:2])
+        for encoding, kind, pixels in versions:
+            yield Crop(
+                image=pixels[y : y + edge, x : x + edge].copy(), source=found.source, x=x, y=y,
+                slide=found.slide, encoding=encoding, kind=kind, rule=found.rule, picture=whole,
+                path=found.path,
+            )  # fmt: skip
+
+
+def kind_of(path: Path, encoding: str) -> str:
+    """Whether the file is coded without loss, as JPEG (TIFF may hold either), or otherwise.
+
+    JPEG 2000 is other: its files may be lossless, but do not say so to Pillow.
+    """
+    from latentds.core.untrusted_files import open_picture
+
+    if encoding == "jpeg" or encoding.startswith("jpeg:"):
+        return "jpeg"
+    if encoding == "tiff":
+        with open_picture(path) as image:
+            compression = image.info.get("compression")
+        if compression in ("jpeg", "tiff_jpeg"):
+            return "jpeg"
+        return "lossless" if compression in LOSSLESS_TIFF else "other"
+    return "lossless" if encoding in LOSSLESS else "other"

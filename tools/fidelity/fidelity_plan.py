@@ -1,0 +1,138 @@
+"""Which rows there will be: codecs as written, those at equal bytes at those of all latents."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from latentds_tools.fidelity.codec_opening import Autoencoders, one_line, open_embedders
+from latentds_tools.fidelity.quality import embed
+
+from latentds.codecs import (
+    CodecSpec,
+    LatentSpec,
+    PictureSpec,
+    is_available,
+    latent_bytes,
+    parse_codecs,
+    with_quantizer,
+)
+from latentds.errors import InputError, LatentdsError, MissingExtraError, missing_extra
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What will be measured.
+
+    rows       codecs, none of them open at how many bytes
+    embedders  by name (their card's, where no other has it), loaded
+    missing    codec or embedder: why it cannot be had
+    """
+
+    rows: tuple[CodecSpec, ...]
+    embedders: dict[str, Any]
+    missing: dict[str, str]
+
+    def in_working_order(self) -> list[CodecSpec]:
+        """Rows of one autoencoder after each other, so that it is loaded once."""
+        names = list(dict.fromkeys(row.name for row in self.rows))
+        return sorted(self.rows, key=lambda row: names.index(row.name))
+
+    def series(self, row: CodecSpec) -> str:
+        """What a row's format or autoencoder is called: the last part of a path, where it is clear.
+
+        Reports are read elsewhere; where somebody's folders lie is nobody's business there.
+        """
+        short = last_part(row.name)
+        others = {other.name for other in self.rows} - {row.name}
+        return row.name if short in {last_part(name) for name in others} else short
+
+    def label(self, row: CodecSpec) -> str:
+        """What a row is called."""
+        return self.series(row) + row.text.removeprefix(row.name)
+
+
+def make_plan(
+    codecs: str, embedders: Sequence[str], autoencoders: Autoencoders, *,
+    patch_px: tuple[int, int], skip_missing: bool,
+) -> Plan:  # fmt: skip
+    """The plan, everything that it needs opened once.
+
+    raises  InputError that lists all that cannot be had and why, unless `skip_missing`;
+            UnknownNameError, and InputError for codecs written wrongly
+    """
+    specs = parse(codecs)
+    loaded, missing = open_embedders(embedders, autoencoders.device)
+    for embedder in loaded.values():  # a size it cannot take is found before any work
+        embed(embedder, [np.zeros((*patch_px, 3), np.uint8)])
+    autoencoders.check(dict.fromkeys(s.name for s in specs if isinstance(s, LatentSpec)))
+    missing |= {s.text: why for s in specs if (why := why_not(s, autoencoders, patch_px))}
+    if missing and not skip_missing:
+        raise InputError(tell(missing))
+    rows = spread([s for s in specs if s.text not in missing], autoencoders, patch_px)
+    if not rows:
+        raise InputError(f"no codec is left to measure. {tell(missing)}")
+    return Plan(tuple(rows), loaded, missing)
+
+
+def last_part(name: str) -> str:
+    """The last part of a path, or a name as it is."""
+    return name.rstrip("/").rpartition("/")[2]
+
+
+def parse(text: str, option: str = "--codecs") -> list[CodecSpec]:
+    """Codecs of the list; InputError where it is written wrongly."""
+    try:
+        return parse_codecs(text)
+    except LatentdsError:
+        raise
+    except ValueError as error:
+        raise InputError(f"{option}: {error}") from error
+
+
+def why_not(spec: CodecSpec, autoencoders: Autoencoders, patch_px: tuple[int, int]) -> str | None:
+    """Why a codec cannot be had here, None where it can."""
+    try:
+        if isinstance(spec, PictureSpec):
+            if not is_available(spec.name):
+                raise missing_extra(f"the library for {spec.name}", "bench")
+            return None
+        if spec.name in autoencoders.absent:
+            return autoencoders.absent[spec.name]
+        is_fitted = spec.quantizer.is_fitted or spec.quantizer.record_bytes is not None
+        if not is_fitted:
+            with_quantizer(autoencoders.get(spec.name), spec.quantizer, patch_px=patch_px)
+    except MissingExtraError as error:
+        return one_line(error)
+    return None
+
+
+def tell(missing: dict[str, str]) -> str:
+    """One line that lists what is missing."""
+    parts = "; ".join(f"{name}: {why.rstrip('.')}" for name, why in missing.items())
+    return f"cannot be had: {parts}. Mend them, or pass --skip-missing to go on without"
+
+
+def spread(
+    specs: Sequence[CodecSpec], autoencoders: Autoencoders, patch_px: tuple[int, int]
+) -> list[CodecSpec]:
+    """The rows: a format at equal bytes becomes one row for every number of bytes latents have."""
+    budgets = {
+        latent_bytes(autoencoders.cards[spec.name], patch_px, spec.quantizer)
+        for spec in specs
+        if isinstance(spec, LatentSpec)
+    }
+    rows: list[CodecSpec] = []
+    for spec in specs:
+        if not isinstance(spec, PictureSpec) or not spec.at_equal_bytes:
+            rows.append(spec)
+            continue
+        if not budgets:
+            raise InputError(
+                f"--codecs: {spec.name} has no quality, and no autoencoder is there whose bytes "
+                f"it could have; write {spec.name}:QUALITY or {spec.name}@BYTES"
+            )
+        rows += [spec.at(budget) for budget in sorted(budgets, reverse=True)]
+    return list(dict.fromkeys(rows))

@@ -1,0 +1,104 @@
+"""What torch can do here, in a process of its own: printed as JSON, so that a crash or a hang of a
+driver ends this process and not the doctor.
+
+Run as `python -m latentds_tools.health.device_probe SECONDS`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import Any
+
+import torch
+
+from latentds.autoencoders import load_autoencoder
+from latentds.core.display import say
+from latentds.loading.decoding import DecodeOptions, Decoder
+from latentds.quantizers.scalar import Codebook
+
+PATCH_PX, CPU_BATCH, GPU_BATCH = 256, 4, 64
+
+
+def main(seconds: float) -> None:
+    """Print a line for torch, then one for every device as it is done."""
+    tell({"torch": torch.__version__, "cuda": torch.version.cuda, "gpus": count_gpus()})
+    for device in ["cpu", *(f"cuda:{number}" for number in range(count_gpus()))]:
+        try:
+            tell({"device": device} | describe(device) | {"rate": decode_rate(device, seconds)})
+        except (RuntimeError, OSError) as error:  # a GPU that is taken, too new, or out of memory
+            tell({"device": device, "error": " ".join(str(error).split())[:300]})
+    if count_gpus():
+        tell({"compile": try_compile(), "cuda_graph": try_graph()})
+
+
+def count_gpus() -> int:
+    """GPUs that torch can use."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def tell(line: dict[str, Any]) -> None:
+    """Print at once: what follows may never come."""
+    say(json.dumps(line), flush=True)
+
+
+def describe(device: str) -> dict[str, Any]:
+    """Name and memory of a GPU; threads of the CPU."""
+    if device == "cpu":
+        return {"threads": torch.get_num_threads()}
+    properties = torch.cuda.get_device_properties(device)
+    free, total = torch.cuda.mem_get_info(device)
+    capability = f"{properties.major}.{properties.minor}"
+    return {"name": properties.name, "free": free, "total": total, "capability": capability}
+
+
+def make_decoder(device: str, **options: Any) -> tuple[Decoder, torch.Tensor]:
+    """`tiny` on a device, and a batch of codes for it."""
+    on_gpu = device != "cpu"
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    codebook = Codebook(torch.linspace(-3, 3, 256).numpy()[None], "kmeans")
+    size = (PATCH_PX, PATCH_PX)
+    decoder = Decoder(
+        load_autoencoder("tiny"), [codebook], size, device, DecodeOptions(dtype=dtype, **options)
+    )
+    cells = PATCH_PX // 8
+    shape = (GPU_BATCH if on_gpu else CPU_BATCH, 4, cells, cells)
+    return decoder, torch.zeros(shape, dtype=torch.uint8, device=device)
+
+
+def decode_rate(device: str, seconds: float) -> float:
+    """Patches of 256 px a second that `tiny` decodes, the first batch not counted."""
+    decoder, codes = make_decoder(device)
+    decoder(codes).float().sum().item()
+    count, started = 0, time.perf_counter()
+    while time.perf_counter() - started < seconds or not count:
+        decoder(codes).float().sum().item()  # waits for the device
+        count += len(codes)
+    return count / (time.perf_counter() - started)
+
+
+def try_compile() -> str:
+    """Compile a small function for a GPU and run it; empty, or what went wrong."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    try:
+        torch.compile(lambda values: values.sin() + 1)(torch.zeros(8, device="cuda"))
+    except (TorchDynamoException, RuntimeError, ImportError, OSError) as error:
+        return " ".join(str(error).split())[:200] or type(error).__name__
+    return ""
+
+
+def try_graph() -> str:
+    """Decode through a CUDA graph; empty, or what went wrong."""
+    try:
+        decoder, codes = make_decoder("cuda", cuda_graph=True)
+        for _ in range(2):
+            decoder(codes).float().sum().item()
+    except RuntimeError as error:
+        return " ".join(str(error).split())[:200]
+    return ""
+
+
+if __name__ == "__main__":
+    main(float(sys.argv[1]))

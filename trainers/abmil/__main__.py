@@ -1,0 +1,33 @@
+"""Attention-based multiple-instance learning over folds: what a slide's patches say of its label.
+
+    deepspeed --module latentds_trainers.abmil --bags brca-features/ --labels labels.csv \\
+        --folds 10 --out runs/abmil
+    python -m latentds_trainers.abmil --data tma-latents/ --embedder uni --labels labels.csv \\
+        --folds 5 --heat-maps 4 --out runs/tma
+
+A bag is a slide's features, one vector a patch: from files in TRIDENT's or CLAM's layout, or made
+of patches, once and for OUT/features or each time anew (--on-the-fly). Folds keep patients
+together; the fold after the tested one validates. Every fold is a run of its own in OUT/fold-<i>,
+skipped when it is finished; the same command goes on after an interruption. The result lands in
+OUT/result.json, predictions.csv and splits/.
+"""
+
+from __future__ import annotations
+
+import os
+
+from latentds_trainers.abmil.config import AbmilConfig
+from latentds_trainers.engine.launching import launch
+
+
+def main(config: AbmilConfig) -> None:
+    """Features where they are to be made, the folds, the result."""
+    if config.device == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from latentds_trainers.abmil.task import BagTask
+
+    BagTask(config).run()
+
+
+if __name__ == "__main__":
+    launch(main, AbmilConfig, __doc__)

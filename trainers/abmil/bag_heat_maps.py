@@ -1,0 +1,93 @@
+"""Heat maps of a finished run: which slides, by which fold's weights, into OUT/heat_maps."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+
+import torch
+from latentds_trainers.abmil.bag_report import WEIGHTS, FoldOutcome
+from latentds_trainers.abmil.bag_source import LabelledBags
+from latentds_trainers.abmil.bag_training import logits_of
+from latentds_trainers.abmil.config import AbmilConfig
+from latentds_trainers.abmil.heat_map import draw_heat_map, write_heat_map
+from latentds_trainers.engine.ranks import from_first
+from latentds_trainers.engine.run_folders import fold_folder
+from torch import Tensor
+
+from latentds.models.attention_mil import load_abmil
+
+logger = logging.getLogger(__name__)
+
+
+def draw_heat_maps(
+    config: AbmilConfig,
+    labelled: LabelledBags,
+    outcomes: list[FoldOutcome],
+    device: torch.device,
+) -> None:
+    """Draw the slides that are asked for, each with the weights of a fold that tested it.
+
+    Rank 0 does. Collective, slide by slide: embedding one on the fly may take a while.
+    """
+    for slide, outcome in chosen_slides(config, outcomes):
+        from_first(partial(draw, config, labelled, slide, outcome, device))
+
+
+def draw(
+    config: AbmilConfig,
+    labelled: LabelledBags,
+    slide: str,
+    outcome: FoldOutcome,
+    device: torch.device,
+) -> None:
+    """Draw a slide."""
+    bags, classes = labelled.bags, labelled.slides.classes
+    network, _ = load_abmil(
+        fold_folder(config.out, outcome.fold, outcome.seed, config.seed) / WEIGHTS
+    )
+    logits, attention = logits_of(network.to(device), bags, slide, device)
+    coords, size_px = bags.coords(slide)
+    shares = attention.double().numpy()
+    png = draw_heat_map(
+        slide,
+        shares,
+        coords,
+        title=title_of(slide, classes, outcome, logits),
+        size_px=size_px,
+        patches=labelled.patches,
+    )
+    path = write_heat_map(config.out / "heat_maps", slide, png, shares, coords)
+    logger.info("heat map in %s", path)
+
+
+def title_of(slide: str, classes: list[str], outcome: FoldOutcome, logits: Tensor) -> str:
+    """What stands above a heat map."""
+    truth = classes[outcome.labels[outcome.items.index(slide)]]
+    probabilities = torch.softmax(logits.double(), 0)
+    taken = int(probabilities.argmax())
+    return (
+        f"{slide}: {truth}, predicted {classes[taken]} ({probabilities[taken]:.2f}), "
+        f"tested in fold {outcome.fold}"
+    )
+
+
+def chosen_slides(
+    config: AbmilConfig, outcomes: list[FoldOutcome]
+) -> list[tuple[str, FoldOutcome]]:
+    """Slides to draw, with the fold that tested them: those named, and some of every class.
+
+    Of the others, folds and classes take turns.
+    """
+    tested: dict[str, FoldOutcome] = {}
+    for outcome in outcomes:
+        for slide in outcome.items:
+            tested.setdefault(slide, outcome)
+    ranks: dict[tuple[int, int], int] = {}
+    order = []
+    for slide, outcome in tested.items():
+        key = (outcome.fold, outcome.labels[outcome.items.index(slide)])
+        ranks[key] = ranks.get(key, -1) + 1
+        order.append((ranks[key], *key, slide))
+    names = [*config.heat_map_slides, *(row[-1] for row in sorted(order)[: config.heat_maps])]
+    return [(slide, tested[slide]) for slide in dict.fromkeys(names)]

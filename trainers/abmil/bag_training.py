@@ -1,0 +1,277 @@
+"""One fold of a bag classifier: draws, steps, validation, early stopping, the weights kept."""
+# N patches of a bag, D dimensions, C classes
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from latentds_trainers.abmil.bag_draws import Part, draw_bags, loss_weights, seed_draws
+from latentds_trainers.abmil.config import LAYERS, AbmilConfig
+from latentds_trainers.engine.training import Engine, TrainConfig
+from torch import Tensor, nn
+from torch.nn import functional
+
+from latentds.core.randomness import key_of, shuffled
+from latentds.models.attention_mil import GatedABMIL
+
+NETWORK = "abmil"
+SEEDS = 2**63  # torch takes seeds below
+
+
+class BagReader(Protocol):
+    """Where a fold gets its bags from."""
+
+    @property
+    def dim(self) -> int:
+        """D."""
+        ...
+
+    def count(self, slide: str) -> int:
+        """N."""
+        ...
+
+    def read(self, slide: str, rows: np.ndarray | None = None) -> Tensor:
+        """Features float32 (N, D), of chosen patches where `rows` are given."""
+        ...
+
+    def parts(self, slide: str) -> Iterator[Tensor]:
+        """All features, float32 (n, D) at a time."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Outcome:
+    """Probabilities (n, C) of bags, and the mean cross entropy."""
+
+    probabilities: np.ndarray
+    loss: float
+
+
+class KeepingBest(nn.Module):
+    """A network and, as buffers, the weights of its best moment: a checkpoint carries both."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        for name, tensor in network.state_dict().items():
+            self.register_buffer(best_name(name), tensor.detach().clone())
+
+    def forward(self, features: Tensor) -> Any:
+        """What the network gives."""
+        return self.network(features)
+
+    @torch.no_grad()
+    def keep(self) -> None:
+        """This moment is the best."""
+        for name, tensor in self.network.state_dict().items():
+            self.get_buffer(best_name(name)).copy_(tensor)
+
+    def best(self) -> dict[str, Tensor]:
+        """Weights of the best moment."""
+        return {name: self.get_buffer(best_name(name)) for name in self.network.state_dict()}
+
+
+def best_name(name: str) -> str:
+    """Name of the buffer that keeps a tensor; torch allows no dots in one."""
+    return "best_" + name.replace(".", "__")
+
+
+class Stopping:
+    """Early stopping's memory: the lowest validation loss, its epoch, epochs since then.
+
+    Goes into checkpoints as the engine's `loader`.
+    """
+
+    def __init__(self) -> None:
+        self.lowest: float | None = None
+        self.epoch = 0
+        self.waited = 0
+
+    def is_better(self, loss: float, epoch: int) -> bool:
+        """Take in an epoch's loss; whether it is the lowest so far."""
+        if self.lowest is None or loss < self.lowest:
+            self.lowest, self.epoch, self.waited = loss, epoch, 0
+            return True
+        self.waited += 1
+        return False
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return {"lowest": self.lowest, "epoch": self.epoch, "waited": self.waited}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """What `state_dict` gave."""
+        self.lowest, self.epoch, self.waited = state["lowest"], state["epoch"], state["waited"]
+
+
+def build_network(config: AbmilConfig, dim: int, classes: int) -> GatedABMIL:
+    """The network, its first weights following from torch's seed."""
+    sizes: dict[str, Any] = {name: getattr(config, name) for name in LAYERS}
+    return GatedABMIL(dim, classes, **sizes)
+
+
+def fold_settings(config: AbmilConfig, out: Path, seed: int, epoch_steps: int) -> TrainConfig:
+    """The engine's settings of a fold, counted in steps."""
+    assert config.epochs and config.lr and config.schedule
+    return TrainConfig(
+        out=out,
+        steps=config.epochs * epoch_steps,
+        batch_size=config.batch_size,
+        accumulation=config.accumulation,
+        lr=config.lr,
+        schedule=config.schedule,
+        clip=config.clip,
+        precision=config.precision,
+        seed=seed,
+        save_every=config.save_every * epoch_steps,
+        keep=1,
+        log_every=epoch_steps,
+        tensorboard=config.tensorboard,
+    )
+
+
+class FoldTraining:
+    """A fold's training, resumed where it was interrupted.
+
+    reader   features by slide
+    train, val   bags; `val` may be empty where the last weights are taken
+    out      folder of the fold
+    """
+
+    def __init__(
+        self,
+        config: AbmilConfig,
+        reader: BagReader,
+        *,
+        train: Part,
+        val: Part,
+        classes: int,
+        seed: int,
+        out: Path,
+    ) -> None:
+        self.config, self.reader, self.train, self.val = config, reader, train, val
+        self.seed, self.stopping = seed, Stopping()
+        bags_a_step = config.batch_size * config.accumulation * dist.get_world_size()
+        self.epoch_steps = math.ceil(len(train) / bags_a_step)
+        torch.manual_seed(seed)
+        network = KeepingBest(build_network(config, reader.dim, classes))
+        self.engine = Engine(
+            fold_settings(config, out, seed, self.epoch_steps),
+            NETWORK,
+            {NETWORK: (network, build_optimizer(config, network))},
+            loader=self.stopping,
+        )
+        is_weighted = config.balance == "loss"
+        self.weights = loss_weights(train.targets, classes, is_weighted=is_weighted)
+        self.weights = self.weights.to(self.engine.device)
+
+    @property
+    def network(self) -> KeepingBest:
+        """The network in training."""
+        network = self.engine[NETWORK]
+        assert isinstance(network, KeepingBest)
+        return network
+
+    @property
+    def epochs(self) -> int:
+        """Epochs taken."""
+        return math.ceil(self.engine.step / self.epoch_steps)
+
+    def run(self) -> dict[str, Tensor]:
+        """Train; the chosen weights, on the device."""
+        self.engine.run(self.step)
+        network = self.network
+        chosen = network.network.state_dict() if self.config.select == "last" else network.best()
+        return {name: tensor.detach() for name, tensor in chosen.items()}
+
+    def step(self, number: int) -> dict[str, Tensor | float]:
+        """One forward pass's bags; after an epoch's last, validation."""
+        engine = self.engine
+        self.network.train()
+        losses = [self.loss(number, place) for place in engine.rows]
+        engine.update(NETWORK, torch.stack(losses).mean())
+        is_step_end = engine.micro == self.config.accumulation - 1
+        if is_step_end and (number + 1) % self.epoch_steps == 0 and len(self.val):
+            return {"validation/loss": self.validate((number + 1) // self.epoch_steps)}
+        return {}
+
+    def loss(self, step: int, place: int) -> Tensor:
+        """Cross entropy of the bag at a place of the step's global batch."""
+        epoch, within = divmod(step, self.epoch_steps)
+        draw = within * self.engine.global_batch + place
+        bag = int(self.draws(epoch)[draw])
+        slide, target = self.train.slides[bag], int(self.train.targets[bag])
+        rows = self.choose(slide, epoch, draw)
+        features = self.reader.read(slide, rows).to(self.engine.device)
+        seed_draws(self.engine.device, key_of("dropout", self.seed, step, place) % SEEDS)
+        with self.engine.autocast():
+            logits, _ = self.network(features)
+        wanted = torch.tensor([target], device=logits.device)
+        return functional.cross_entropy(logits[None], wanted) * self.weights[target]
+
+    def draws(self, epoch: int) -> np.ndarray:
+        """Places of the epoch's bags among those trained on."""
+        count = self.epoch_steps * self.engine.global_batch
+        key = key_of("bags", self.seed, epoch)
+        is_balanced = self.config.balance == "draws"
+        return draw_bags(self.train.targets, count, key, is_balanced=is_balanced)
+
+    def choose(self, slide: str, epoch: int, draw: int) -> np.ndarray | None:
+        """Rows of a bag's patches that this draw takes, ascending; None for all."""
+        limit, count = self.config.max_patches, self.reader.count(slide)
+        if limit is None or count <= limit:
+            return None
+        key = key_of("patches", self.seed, epoch, draw, slide)
+        return np.sort(shuffled(count, key)[:limit])
+
+    def validate(self, epoch: int) -> float:
+        """Validation loss after an epoch, from 1; keeps the best weights, may end the fold."""
+        loss = predict(self.network.network, self.reader, self.val, self.engine.device).loss
+        config, stopping = self.config, self.stopping
+        if not math.isfinite(loss):
+            return loss  # the engine stops the run and says so
+        if stopping.is_better(loss, epoch):
+            self.network.keep()
+        assert config.patience is not None and config.min_epochs is not None
+        is_over = stopping.waited >= config.patience and epoch >= config.min_epochs
+        if config.select == "best" and is_over:
+            self.engine.end()
+        return loss
+
+
+def build_optimizer(config: AbmilConfig, network: KeepingBest) -> torch.optim.Optimizer:
+    """Adam or AdamW over the network."""
+    assert config.lr is not None and config.weight_decay is not None
+    kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
+    return kind(
+        network.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
+    )  # fused: 1 ms less of a step of 6 on a CPU
+
+
+def predict(network: nn.Module, reader: BagReader, bags: Part, device: torch.device) -> Outcome:
+    """Probabilities of every bag, shared by the ranks and the same on all of them. Collective."""
+    assert isinstance(network, GatedABMIL)
+    network.eval()
+    own = range(dist.get_rank(), len(bags), dist.get_world_size())
+    rows = {number: logits_of(network, reader, bags.slides[number], device)[0] for number in own}
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, {number: row.tolist() for number, row in rows.items()})
+    gathered = {number: row for part in found for number, row in part.items()}
+    logits = torch.tensor([gathered[number] for number in range(len(bags))], dtype=torch.float64)
+    loss = functional.cross_entropy(logits, torch.from_numpy(bags.targets))
+    return Outcome(probabilities=logits.softmax(1).numpy(), loss=float(loss))
+
+
+def logits_of(
+    network: GatedABMIL, reader: BagReader, slide: str, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Logits (C,) and attention (N,) of a slide's whole bag, on the CPU."""
+    logits, attention = network.in_parts(part.to(device) for part in reader.parts(slide))
+    return logits.cpu(), attention.cpu()

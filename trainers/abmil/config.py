@@ -1,0 +1,184 @@
+"""Settings of abmil. No heavy import: its `--help` is built from this."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+from latentds.evaluation.patchsets.patch_set_config import PatchInput
+
+# Source of each: `clam` CLAM's main.py and models/model_clam.py, `patho-bench` Patho-Bench's
+# configs/finetune/abmil.yaml, `ilse` AMLab's AttentionDeepMIL.
+PRESETS: dict[str, dict[str, Any]] = {
+    "clam": {
+        "hidden": 512, "attention": 256, "dropout": 0.25, "gated": True,
+        "attention_dropout": 0.25, "activation": "relu", "post_attention": False,
+        "optimizer": "adam", "lr": 1e-4, "weight_decay": 1e-5, "schedule": "constant",
+        "epochs": 200, "min_epochs": 50, "patience": 20, "select": "best",
+        "balance": "draws", "max_patches": None,
+    },
+    "patho-bench": {
+        "attention": 512, "dropout": 0.1, "gated": False,  # hidden: as wide as the features
+        "attention_dropout": 0.25, "activation": "gelu", "post_attention": True,
+        "optimizer": "adamw", "lr": 3e-4, "weight_decay": 1e-5, "schedule": "cosine",
+        "epochs": 20, "min_epochs": 20, "patience": 20, "select": "last",
+        "balance": "loss", "max_patches": 2048,
+    },
+    "ilse": {
+        "hidden": 500, "attention": 128, "dropout": 0.0, "gated": True,
+        "attention_dropout": 0.0, "activation": "relu", "post_attention": False,
+        "optimizer": "adam", "lr": 5e-4, "weight_decay": 1e-4, "schedule": "constant",
+        "epochs": 20, "min_epochs": 20, "patience": 20, "select": "last",
+        "balance": "none", "max_patches": None,
+    },
+}  # fmt: skip
+LAYERS = (  # settings that are the network's
+    *("hidden", "attention", "dropout", "gated"),
+    *("attention_dropout", "activation", "post_attention"),
+)
+COUNTS = (
+    *("repeats", "hidden", "attention", "epochs", "min_epochs", "patience", "max_patches"),
+    *("batch_size", "accumulation", "save_every", "embed_batch"),
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AbmilConfig(PatchInput):
+    """Classify slides by attention over their patches' features, in a cross-validation.
+
+    Options of a model or a schedule that are not given are the preset's.
+    """
+
+    out: Path
+    """Folder of the run. The same command run again goes on, and skips folds that are finished."""
+    bags: Path | None = None
+    """Features, one file a slide: what 'latentds features' wrote, TRIDENT's job or features folder,
+    CLAM's h5_files folder."""
+    data: Path | None = None  # type: ignore[assignment]
+    """Instead of --bags: patches (originals as 'latentds convert' takes them, or latents), whose
+    features are made once and kept in OUT/features, or see --on-the-fly. With --bags: what heat
+    maps show."""
+    embedder: str | None = None
+    """With --data: what makes the features (uni, phikon-v2, efficientnet-lite0, timm:NAME, ...).
+    With --bags: whose features, where the folder has several."""
+    on_the_fly: bool = False
+    """With --data: keep no features on the disk. Bags that fit --cache-gb are embedded once and
+    stay in memory; of the others the patches drawn (--max-patches) are embedded anew at every draw,
+    and all of them at every validation."""
+    labels: Path | None = None
+    """CSV: slide_id (or slide, bag), label, and case_id (or patient, group, tma_core) where that is
+    known. Without, the labels that --data records."""
+    allow_subset: bool = False
+    """Go on where slides have no label or labels no slide; without, that is refused."""
+    folds: int = 10
+    """Folds of the cross-validation, patients kept together and classes balanced."""
+    splits: Path | None = None
+    """Instead of --folds: a folder of CLAM's splits_<i>.csv, one such file, or Patho-Bench's
+    TSV."""
+    seed: int = 0
+    """Of the folds, the first weights and the draws."""
+    repeats: int = 1
+    """Trainings of every fold, with seeds from --seed upwards; the folds stay."""
+    preset: Literal["clam", "patho-bench", "ilse"] = "clam"
+    """clam: gated, hidden 512, attention 256, three dropouts of 0.25, Adam 1e-4, weight decay 1e-5,
+    up to 200 epochs, stopped after 50 at the earliest when validation loss has not fallen for 20,
+    best weights, classes drawn equally often. patho-bench: not gated, attention 512 between layers
+    of GELU as wide as the features, dropouts 0.1, 0.25, 0.1, AdamW 3e-4, cosine, 20 epochs, 2048
+    patches a bag, weighted loss, last weights. ilse: gated, hidden 500, attention 128, no dropout,
+    Adam 5e-4, weight decay 1e-4, 20 epochs, last weights."""
+    hidden: int | None = None
+    """Width of the layer that features go through first; by patho-bench the features' own."""
+    attention: int | None = None
+    """Width of the attention's own layer."""
+    dropout: float | None = None
+    """Of the first layer, and of the one after the mean."""
+    attention_dropout: float | None = None
+    """Of the attention's branches."""
+    activation: Literal["relu", "gelu"] | None = None
+    """Of the first layer, and of the one after the mean."""
+    post_attention: bool | None = None
+    """A layer between the weighted mean and the logits."""
+    gated: bool | None = None
+    """Multiply the attention's tanh branch by a sigmoid one."""
+    optimizer: Literal["adam", "adamw"] | None = None
+    lr: float | None = None
+    weight_decay: float | None = None
+    schedule: Literal["constant", "cosine"] | None = None
+    epochs: int | None = None
+    """At most; an epoch draws as many bags as the fold trains on."""
+    min_epochs: int | None = None
+    """Epochs before which early stopping does not end a fold."""
+    patience: int | None = None
+    """Epochs without a lower validation loss after which it does."""
+    select: Literal["best", "last"] | None = None
+    """best: weights of the lowest validation loss, with early stopping; last: those of the last
+    epoch, validation figures only told."""
+    balance: Literal["draws", "loss", "none"] | None = None
+    """Against unequal classes: draw bags of each equally often, or weigh the loss."""
+    max_patches: int | None = None
+    """Patches of a bag in training, chosen anew at every draw; validation and test take all."""
+    batch_size: int = 1
+    """Bags a rank takes in one forward pass."""
+    accumulation: int = 1
+    """Forward passes whose gradients are averaged into one step."""
+    clip: float | None = None
+    """Gradient norm beyond which gradients are scaled down to it."""
+    precision: Literal["fp32", "autocast"] = "fp32"
+    """autocast: training in bfloat16 where torch holds that safe; figures are always float32."""
+    save_every: int = 10
+    """Epochs between checkpoints of a fold."""
+    cache_gb: float = 4.0
+    """Features a rank keeps in memory, in GB; the others are read from their files each time, or
+    made anew (--on-the-fly)."""
+    embed_batch: int = 64
+    """Patches embedded at a time, with --data."""
+    heat_maps: int = 0
+    """Draw the attention of so many tested slides, spread over folds and classes, to
+    OUT/heat_maps."""
+    heat_map_slides: tuple[str, ...] = ()
+    """Draw the attention of these slides."""
+    tensorboard: bool = False
+    """Write TensorBoard events of every fold as well."""
+    json: bool = False
+    """Print the result as JSON instead of a table."""
+
+    def __post_init__(self) -> None:
+        if self.data is None and self.bags is None:
+            raise ValueError("give --bags, or --data with --embedder")
+        if self.data is not None:
+            PatchInput.__post_init__(self)
+        if self.bags is None and self.embedder is None:
+            raise ValueError("--data needs an --embedder to make features with")
+        if self.bags is not None and self.on_the_fly:
+            raise ValueError("--on-the-fly makes features of --data; --bags has them already")
+        if self.bags is not None and self.labels is None:
+            raise ValueError("--bags needs --labels; features do not tell them")
+        for name, value in PRESETS[self.preset].items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        self.check_numbers()
+
+    def check_numbers(self) -> None:
+        """Refuse counts, rates and shares that make no sense."""
+        for name in COUNTS:
+            count = getattr(self, name)
+            if count is not None and count < 1:
+                raise ValueError(f"{name} is {count}; at least 1")
+        if self.folds < 2 and self.splits is None:
+            raise ValueError(f"folds is {self.folds}; at least 2")
+        for name in ("dropout", "attention_dropout"):
+            if not 0 <= self.number(name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; from 0 to below 1")
+        if not 0 < self.number("lr") < math.inf:
+            raise ValueError(f"lr is {self.lr}; a positive number")
+        for name in ("weight_decay", "cache_gb", "heat_maps", "seed"):
+            if not 0 <= self.number(name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; 0 or more")
+        if self.clip is not None and not 0 < self.clip < math.inf:
+            raise ValueError(f"clip is {self.clip}; a positive number")
+
+    def number(self, name: str) -> float:
+        """A setting that the preset has filled in."""
+        return float(getattr(self, name))

@@ -1,0 +1,189 @@
+"""What a bag model looked at: a slide's attention over its patches, as a picture and a table."""
+# N patches, H W pixels
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from latentds.core.storage import write_atomically
+from latentds.errors import InputError, missing_extra
+from latentds.evaluation.features.layout import file_name
+from latentds.evaluation.patchsets.patch_set import PatchSet
+
+LONGEST_PX = 1600  # edge of the slide in the picture
+CHUNK = 64  # patches decoded at a time
+SHARES = (0.1, 10.0)  # ends of the colour bar, as multiples of an even share
+TICKS = (0.1, 0.3, 1, 3, 10)
+BLANK = 255
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Places:
+    """Where patches lie in the picture: pixel edges (N,) of each, and the picture's (H, W)."""
+
+    left: np.ndarray
+    top: np.ndarray
+    right: np.ndarray
+    bottom: np.ndarray
+    size: tuple[int, int]
+
+    def box(self, patch: int) -> tuple[slice, slice]:
+        """Rows and columns of a patch; empty where it lies above or left of the picture."""
+        return (
+            slice(max(0, int(self.top[patch])), max(0, int(self.bottom[patch]))),
+            slice(max(0, int(self.left[patch])), max(0, int(self.right[patch]))),
+        )
+
+
+def place_patches(coords: np.ndarray, size_px: int, origin: np.ndarray, scale: float) -> Places:
+    """Places of patches whose corner `coords` (N, 2) and edge count pixels of level 0."""
+    near = np.round((coords - origin) * scale).astype(np.int64)
+    far = np.round((coords + size_px - origin) * scale).astype(np.int64)
+    far = np.maximum(far, near + 1)
+    width, height = far.max(0).tolist()
+    return Places(
+        left=near[:, 0], top=near[:, 1], right=far[:, 0], bottom=far[:, 1], size=(height, width)
+    )
+
+
+def patch_edge(slide: str, coords: np.ndarray, recorded: int | None) -> int:
+    """Edge of a patch in pixels of level 0: as recorded, else the smallest step of the grid.
+
+    raises  InputError where neither tells
+    """
+    if recorded:
+        return recorded
+    steps = np.concatenate([np.diff(np.unique(coords[:, axis])) for axis in (0, 1)])
+    if not len(steps):
+        raise InputError(
+            f"{slide}: its features do not say how large a patch is on the slide, and one patch "
+            "does not show it; give --data"
+        )
+    return int(steps.min())
+
+
+def slide_thumbnail(patches: PatchSet, slide: str) -> tuple[np.ndarray, np.ndarray, float]:
+    """The slide put together from its patches: uint8 (H, W, 3), origin (2,), pixels a level-0 one.
+
+    Where no patch is, it is white.
+    """
+    own = patches.of_slide(slide)
+    coords = np.stack([own.table.x, own.table.y], 1)
+    check_coords(slide, coords)
+    edge = patch_edge(slide, coords, int(own.table.size_px.max()))
+    origin, scale = frame_of(coords, edge)
+    places = place_patches(coords, edge, origin, scale)
+    picture = np.full((*places.size, 3), BLANK, np.uint8)
+    requests = np.split(np.arange(len(own)), range(CHUNK, len(own), CHUNK))
+    for rows, images in zip(requests, own.stream(requests), strict=True):
+        for row, image in zip(rows.tolist(), images, strict=True):
+            box = places.box(row)
+            picture[box] = shrunk(image, picture[box].shape[:2])
+    return picture, origin, scale
+
+
+def shrunk(image: torch.Tensor, size: tuple[int, int]) -> np.ndarray:
+    """An image uint8 (3, H, W) averaged down (or repeated up) to uint8 (h, w, 3)."""
+    scaled = functional.interpolate(image[None].float(), size, mode="area")[0]
+    pixels: np.ndarray = scaled.round().byte().permute(1, 2, 0).cpu().numpy()
+    return pixels
+
+
+def frame_of(coords: np.ndarray, edge: int) -> tuple[np.ndarray, float]:
+    """Origin (2,) of the picture on the slide, and its pixels a pixel of level 0, at most 1."""
+    origin = coords.min(0)
+    extent = int((coords.max(0) + edge - origin).max())
+    return origin, min(1.0, LONGEST_PX / extent)
+
+
+def check_coords(slide: str, coords: np.ndarray) -> None:
+    """InputError where patches do not say where they lie."""
+    if (coords < 0).any():
+        raise InputError(f"{slide}: patches without x and y; a heat map needs them")
+
+
+def draw_heat_map(
+    slide: str,
+    attention: np.ndarray,
+    coords: np.ndarray,
+    *,
+    title: str,
+    size_px: int | None = None,
+    patches: PatchSet | None = None,
+) -> bytes:
+    """PNG of a slide's attention: over the slide's pixels where there are patches, else alone.
+
+    attention  float (N,), summing to 1
+    coords     int64 (N, 2), left and top in pixels of level 0
+    size_px    edge of a patch in the same pixels, where that is recorded
+    """
+    check_coords(slide, coords)
+    edge = patch_edge(slide, coords, size_px)
+    if patches is not None:
+        picture, origin, scale = slide_thumbnail(patches, slide)
+    else:
+        (origin, scale), picture = frame_of(coords, edge), None
+    places = place_patches(coords, edge, origin, scale)
+    shape = places.size if picture is None else picture.shape[:2]
+    shares = np.full(shape, np.nan, np.float32)
+    for row, share in enumerate((attention * len(attention)).tolist()):
+        shares[places.box(row)] = share
+    if np.isnan(shares).all():
+        raise InputError(
+            f"{slide}: none of its features' patches lies where the patches of --data do; they are "
+            "of another slide or another scale"
+        )
+    return render(picture, shares, title)
+
+
+def render(picture: np.ndarray | None, shares: np.ndarray, title: str) -> bytes:
+    """The PNG: the slide, and beside it the slide under its attention, with a colour bar."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.colors import LogNorm
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise missing_extra("matplotlib", "evaluate") from error
+    panels = 1 if picture is None else 2
+    height, width = shares.shape
+    size = (6 * panels + 1.2, max(3.0, 6 * height / width) + 0.6)  # inches
+    figure = Figure(figsize=size, dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, panels, squeeze=False)[0]
+    figure.suptitle(title)
+    for axis in axes:
+        axis.set_axis_off()
+        if picture is not None:
+            axis.imshow(picture)
+    shown = axes[-1].imshow(
+        np.clip(shares, *SHARES),
+        cmap="coolwarm",
+        norm=LogNorm(*SHARES),
+        alpha=1.0 if picture is None else 0.55,
+        interpolation="nearest",
+    )
+    bar = figure.colorbar(shown, ax=list(axes), fraction=0.05, pad=0.02, extend="both")
+    bar.set_ticks(TICKS, labels=[f"{tick:g}" for tick in TICKS])
+    bar.set_label("attention, as a multiple of an even share")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def write_heat_map(
+    folder: Path, slide: str, png: bytes, attention: np.ndarray, coords: np.ndarray
+) -> Path:
+    """Write the picture, and beside it a CSV of x, y and attention; returns the picture's path."""
+    name = file_name(slide)
+    lines = ["x,y,attention"]
+    for (x, y), share in zip(coords.tolist(), attention.tolist(), strict=True):
+        lines.append(f"{x},{y},{share:.6g}")
+    write_atomically(folder / f"{name}.csv", ("\n".join(lines) + "\n").encode())
+    write_atomically(folder / f"{name}.png", png)
+    return folder / f"{name}.png"

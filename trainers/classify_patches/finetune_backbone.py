@@ -1,0 +1,203 @@
+"""One fold of a network that is trained as a whole: an engine run in a folder of its own."""
+# B images of a forward pass, K classes, H W pixels
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from latentds_trainers.classify_patches.patch_features import as_input, split_rows
+from latentds_trainers.engine.ranks import on_all_ranks
+from latentds_trainers.engine.settings import TrainConfig
+from latentds_trainers.engine.training import Engine
+from torch import Tensor, nn
+from torch.nn import functional
+
+from latentds.core.randomness import key_of, patch_seeds, permute, uniform
+from latentds.models.backbones import build_classifier, build_latent_classifier
+
+if TYPE_CHECKING:
+    from latentds_trainers.classify_patches.config import ClassifyConfig
+    from latentds_trainers.classify_patches.patch_inputs import LabelledPatches
+
+    from latentds.evaluation.folds import Fold
+    from latentds.models.latent_stem import LatentStemConfig
+
+LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, what torchvision's saturation and contrast weigh by
+QUARTERS = 4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FoldConfig(TrainConfig):
+    """What the engine has to know of a fold, and what its checkpoints are checked against."""
+
+    arch: str
+    weights: str
+    split_id: str
+    source: str
+    fold: int
+    weight_decay: float
+    jitter: float
+    augment: bool
+
+
+def fold_config(
+    config: ClassifyConfig, out: Path, fold: int, train: int, split_id: str, source: str
+) -> FoldConfig:
+    """The engine's settings for a fold of `train` training patches."""
+    shared = ("batch_size", "accumulation", "lr", "warmup_steps", "schedule", "clip", "zero_stage")
+    more = ("precision", "seed", "save_every", "log_every", "tensorboard", "weights", "jitter")
+    images = config.batch_size * config.accumulation * dist.get_world_size()
+    return FoldConfig(
+        **{name: getattr(config, name) for name in (*shared, *more)},
+        weight_decay=config.weight_decay,
+        augment=config.augment,
+        arch=config.arch or "",
+        out=out,
+        steps=config.epochs * math.ceil(train / images),
+        keep=1,
+        split_id=split_id,
+        source=source,
+        fold=fold,
+    )
+
+
+class FoldTraining:
+    """A classifier trained on a fold's training patches; collective, the same on every rank.
+
+    patches  whose images, or latents, the network reads
+    stem     of latents, None for images
+
+    Images of a step follow from seed, step and place in the global batch: every epoch is a
+    permutation of the training patches.
+    """
+
+    def __init__(
+        self,
+        config: FoldConfig,
+        patches: LabelledPatches,
+        fold: Fold,
+        stem: LatentStemConfig | None = None,
+    ) -> None:
+        self.config, self.patches, self.fold, self.stem = config, patches, fold, stem
+        model = on_all_ranks(self.build)
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=config.lr, weight_decay=config.weight_decay
+        )
+        self.engine = Engine(config, "classify_patches", {"classifier": (model, optimizer)})
+        self.labels = torch.from_numpy(patches.labels).to(self.engine.device)
+
+    def build(self) -> nn.Module:
+        """The classifier as it starts."""
+        config, classes = self.config, len(self.patches.classes)
+        if self.stem is not None:
+            return build_latent_classifier(
+                config.arch, classes, self.stem, weights=config.weights, seed=config.seed
+            )
+        return build_classifier(config.arch, classes, weights=config.weights, seed=config.seed)
+
+    def run(self) -> np.ndarray:
+        """Train to the last step; probabilities (n, K) of the fold's test patches."""
+        self.engine["classifier"].train()
+        self.images = self.patches.stream(self.requests())
+        self.engine.run(self.step)
+        return self.test()
+
+    def requests(self) -> Iterator[np.ndarray]:
+        """Rows of the forward passes that are left, of this rank."""
+        engine, size = self.engine, self.config.batch_size
+        for step in range(engine.step, self.config.steps):
+            for micro in range(self.config.accumulation):
+                first = (micro * engine.world_size + engine.rank) * size
+                yield self.rows(step, range(first, first + size))
+
+    def rows(self, step: int, places: range) -> np.ndarray:
+        """Training patches at places of a step's global batch."""
+        train = self.fold.train
+        drawn = step * self.engine.global_batch + np.array(places, np.int64)
+        keys = [key_of("epoch", self.config.seed, int(e)) for e in drawn // len(train)]
+        return train[permute(drawn % len(train), len(train), np.array(keys, np.uint64))]
+
+    def step(self, step: int) -> dict[str, Tensor]:
+        """One forward pass."""
+        engine, places = self.engine, self.engine.rows
+        images = as_input(next(self.images).to(engine.device))
+        labels = self.labels[torch.from_numpy(self.rows(step, places)).to(engine.device)]
+        if self.config.augment:
+            zeros = np.zeros(len(places), np.int64)
+            seeds = patch_seeds(self.config.seed, zeros + step, zeros, np.array(places))
+            jitter = self.config.jitter if self.stem is None else 0.0
+            images = augmented(images, torch.from_numpy(seeds).to(images.device), jitter)
+        with engine.autocast():
+            logits = engine["classifier"](images)
+        loss = functional.cross_entropy(logits.float(), labels)
+        engine.update("classifier", loss)
+        return {"accuracy": (logits.argmax(1) == labels).float()}
+
+    @torch.no_grad()
+    def test(self) -> np.ndarray:
+        """Probabilities (n, K) of the test patches by the last weights, ranks sharing the work."""
+        engine, rows = self.engine, self.fold.test
+        model = self.build()
+        model.load_state_dict(engine.weights("classifier"))
+        model.to(engine.device).eval()
+        for tensor in model.state_dict().values():  # batch norm's figures differ between ranks
+            dist.broadcast(tensor, 0)
+        own = split_rows(rows[engine.rank :: engine.world_size], self.config.batch_size)
+        found = [np.empty((0, len(self.patches.classes)), np.float32)]
+        for images in self.patches.stream(own):
+            with engine.autocast():
+                logits = model(as_input(images.to(engine.device)))
+            found.append(logits.float().softmax(1).cpu().numpy())
+        parts: list[np.ndarray | None] = [None] * engine.world_size
+        dist.all_gather_object(parts, np.concatenate(found))
+        probabilities = np.empty((len(rows), len(self.patches.classes)))
+        for rank, part in enumerate(parts):
+            probabilities[rank :: engine.world_size] = part
+        return probabilities
+
+
+def augmented(images: Tensor, seeds: Tensor, jitter: float) -> Tensor:
+    """Images (B, 3, H, W) in [0, 1] flipped, turned by right angles, their colours changed.
+
+    Of latents, which have no colours, flips and turns are nearly those of the images.
+
+    seeds  int64 (B,), from which all draws follow; those that are not square turn by 180 degrees
+    """
+    turns = (uniform(seeds, "turn")[:, 0] * QUARTERS).long()
+    flips = uniform(seeds, "flip")[:, 0] < 0.5
+    if images.shape[-2] != images.shape[-1]:
+        turns = turns // 2 * 2
+    images = torch.where(flips.view(-1, 1, 1, 1), images.flip(-1), images)
+    for turn in range(1, QUARTERS):
+        chosen = (turns == turn).nonzero()[:, 0]
+        if len(chosen):
+            images = images.index_copy(0, chosen, images[chosen].rot90(turn, (2, 3)))
+    return jittered(images, uniform(seeds, "colour", 3), jitter) if jitter else images
+
+
+def jittered(images: Tensor, draws: Tensor, jitter: float) -> Tensor:
+    """Images with brightness, contrast and saturation scaled by 1 - jitter to 1 + jitter.
+
+    draws  float32 (B, 3) in [0, 1)
+    """
+    factors = 1 + jitter * (2 * draws - 1)
+    brightness, contrast, saturation = (f.view(-1, 1, 1, 1) for f in factors.unbind(1))
+    images = images * brightness
+    grey = luma(images)
+    mean = grey.mean((2, 3), keepdim=True)
+    images = mean + (images - mean) * contrast
+    grey = luma(images)
+    return (grey + (images - grey) * saturation).clamp(0, 1)
+
+
+def luma(images: Tensor) -> Tensor:
+    """Grey (B, 1, H, W)."""
+    weights = torch.tensor(LUMA, device=images.device).view(1, 3, 1, 1)
+    return (images * weights).sum(1, keepdim=True)

@@ -1,0 +1,293 @@
+"""Labelled patches of a classification: one set, or a training and a test set, and their folds."""
+# N patches of both, K classes, n of a request
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from latentds.errors import InputError
+from latentds.evaluation.folds import Fold, fixed_test_folds, stratified_group_folds
+from latentds.evaluation.groups import groups_of
+from latentds.evaluation.patchsets import open_patches
+from latentds.sources.slide_names import some
+
+if TYPE_CHECKING:
+    from latentds_trainers.classify_patches.config import ClassifyConfig
+
+    from latentds.evaluation.patchsets.patch_set import PatchSet
+    from latentds.evaluation.patchsets.undecoded import UndecodedPatches
+    from latentds.models.latent_stem import LatentStemConfig
+
+TEST = "test"
+NOT_COMPARED = (
+    "--groups does not cover --test-data: whether patients are in both could not be compared"
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class LabelledPatches:
+    """Patches of one or two sets, rows counted through.
+
+    sets        the set, or the training set and the test set
+    classes     names of the classes that have patches
+    labels      int64 (N,), places in `classes`
+    items       name of every patch, unique
+    groups      what must stay together, one a patch
+    group_rule  how groups were found, in words
+    is_test     bool (N,): patches of the test split or test set
+    notes       what could not be made sure of
+    """
+
+    sets: list[PatchSet]
+    classes: list[str]
+    labels: np.ndarray
+    items: list[str]
+    groups: list[str]
+    group_rule: str
+    is_test: np.ndarray
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @property
+    def has_groups(self) -> bool:
+        """Whether any two patches are known to belong together."""
+        return len(set(self.groups)) < len(self.groups)
+
+    @property
+    def starts(self) -> np.ndarray:
+        """First row of every set, and N."""
+        return np.cumsum([0, *(len(patches) for patches in self.sets)])
+
+    def stream(self, requests: Iterable[np.ndarray]) -> Iterator[Tensor]:
+        """Images uint8 (n, 3, H, W), or latents, of one request after the other, read ahead.
+
+        requests  rows, those of one all of the same set
+        """
+        placed = ((self.set_of(rows), rows) for rows in requests)
+        for number, run in itertools.groupby(placed, key=lambda pair: pair[0]):
+            start = self.starts[number]
+            yield from self.sets[number].stream(rows - start for _, rows in run)
+
+    def set_of(self, rows: np.ndarray) -> int:
+        """Number of the set that rows are of."""
+        first, last = np.searchsorted(self.starts, [rows.min(), rows.max()], "right") - 1
+        assert first == last
+        return int(first)
+
+
+def open_labelled(config: ClassifyConfig) -> LabelledPatches:
+    """The patches of the config's protocol.
+
+    raises  InputError for patches without a label, a test set with other classes or patches of
+            another size, a group in both, and what `groups_of` refuses
+    """
+    train = open_patches(config)
+    tables, sets = [train.table], [train]
+    table = train.table
+    groups, rule = groups_of(table.slides, table.sources, config.groups, table.patients)
+    notes: list[str] = []
+    items, is_test = list(train.table.names), [name == TEST for name in train.table.splits]
+    if config.test_data is not None:
+        test = open_test_set(config, train, config.test_data)
+        prefix = config.test_data.name
+        own, notes = groups_of_test_set(test, prefix, config.groups)
+        if config.groups is not None:
+            check_apart(groups, own, config)
+        tables, sets = [*tables, test.table], [*sets, test]
+        items += [f"{prefix}/{name}" for name in test.table.names]
+        groups += own
+        is_test = [False] * len(train) + [True] * len(test)
+    named = [
+        name
+        for patches, table, where in zip(
+            sets, tables, (config.data, config.test_data), strict=False
+        )
+        for name in labels_of(patches.classes, table.labels, table.sources, str(where))
+    ]
+    classes = sorted(set(named))
+    places = {name: number for number, name in enumerate(classes)}
+    found = LabelledPatches(
+        sets=sets,
+        classes=classes,
+        labels=np.array([places[name] for name in named], np.int64),
+        items=items,
+        groups=groups,
+        group_rule=rule,
+        is_test=np.array(is_test, bool),
+        notes=notes,
+    )
+    check_classes(found, config.protocol, config.test_data)
+    return found
+
+
+def groups_of_test_set(
+    test: PatchSet, prefix: str, groups: Path | None
+) -> tuple[list[str], list[str]]:
+    """Groups of a test set of its own, and a note where they cannot be those of the training set.
+
+    prefix  name of its folder, with which the table of groups may name its files
+    """
+    slides, sources, patients = test.table.slides, test.table.sources, test.table.patients
+    prefixed = [f"{prefix}/{name}" for name in sources]
+    if groups is None:
+        own, _ = groups_of(slides, sources if test.slides() else prefixed, None, patients)
+        return own, []
+    for names in (prefixed, sources):
+        try:
+            return groups_of(slides, names, groups)[0], []
+        except InputError:  # the table itself is sound: the training set's groups are in it
+            continue
+    own, _ = groups_of(slides, sources, None, patients)
+    return [f"{prefix}/{name}" for name in own], [NOT_COMPARED]
+
+
+def check_apart(train: list[str], test: list[str], config: ClassifyConfig) -> None:
+    """InputError where a group of the table has patches in the training and in the test set."""
+    both = sorted(set(train) & set(test))
+    if both:
+        raise InputError(
+            f"{config.groups}: {len(both):,} of its groups are in --data and in --test-data: "
+            f"{some(both)}. Take them out of one; where only file names are the same, give those "
+            f"of the test set in the table as {Path(str(config.test_data)).name}/..."
+        )
+
+
+def as_read(config: ClassifyConfig, device: torch.device) -> ClassifyConfig:
+    """The config with this rank's device, unless another is named; a probe keeps no pixels."""
+    own = str(device) if config.device == "auto" else config.device
+    kept = config.keep_mb if config.probe == "finetune" else 0  # a probe sees each patch once
+    return dataclasses.replace(config, device=own, keep_mb=kept)
+
+
+def open_latents(
+    config: ClassifyConfig, patches: LabelledPatches, stem: LatentStemConfig | None = None
+) -> tuple[LabelledPatches, UndecodedPatches]:
+    """The same patches by their latents, and the training set's own, stem included.
+
+    stem    of a network that is there already, None for one of the training set's statistics
+    raises  InputError for originals without a codec of latents; ContractError for latents of
+            another autoencoder, than the stem's or in the test set
+    """
+    from latentds.evaluation.patchsets.undecoded import open_undecoded
+
+    train = open_undecoded(config, stem=stem)
+    sets = [train.patches]
+    if len(patches.sets) > 1:
+        options = {"data": config.test_data, "split": None, "groups": None}
+        book = patches.sets[0].facts().codebook
+        if str(book.get("origin", "")).startswith("fitted") and config.codebook_from is None:
+            options["codebook_from"] = config.data
+        test = open_undecoded(dataclasses.replace(config, **options), stem=train.stem)
+        sets.append(test.patches)
+    return dataclasses.replace(patches, sets=sets), train
+
+
+def open_test_set(config: ClassifyConfig, train: PatchSet, folder: Path) -> PatchSet:
+    """The test set: all patches of the folder, from the same source of pixels.
+
+    A codebook that was fitted to the training set's patches is fitted to them again.
+    raises  InputError where patches differ in size, or the codebook comes out as another one
+    """
+    options: dict[str, Any] = {"data": folder, "split": None, "groups": None}
+    book = train.facts().codebook
+    is_fitted = str(book.get("origin", "")).startswith("fitted")
+    if is_fitted and config.codebook_from is None:
+        options["codebook_from"] = config.data
+    test = open_patches(dataclasses.replace(config, **options))
+    if train.patch_px != test.patch_px:
+        raise InputError(
+            f"{folder}: patches of {test.patch_px[1]}x{test.patch_px[0]} px, --data has "
+            f"{train.patch_px[1]}x{train.patch_px[0]}; give --patch-size with --resize"
+        )
+    if is_fitted and test.facts().codebook.get("codebook_id") != book.get("codebook_id"):
+        raise InputError(
+            f"{folder}: another codebook would be fitted for it than for {config.data}; fit one "
+            "with 'latentds fit-codebook' and give it as --codebook"
+        )
+    return test
+
+
+def labels_of(classes: list[str], labels: np.ndarray, sources: list[str], data: str) -> list[str]:
+    """The class's name of every patch; InputError where any has none."""
+    bare = np.flatnonzero(labels < 0)
+    if len(bare):
+        raise InputError(
+            f"{data}: {len(bare):,} of {len(labels):,} patches have no label, the first is "
+            f"{sources[bare[0]]!r}; put patches into class folders, or name --name-pattern or "
+            "--splits that label them"
+        )
+    return [classes[number] for number in labels.tolist()]
+
+
+def check_classes(patches: LabelledPatches, protocol: str, test_data: Path | None) -> None:
+    """InputError where the test patches have a class that is never trained on."""
+    if protocol != "val7k":
+        return
+    used = {part: set(patches.labels[patches.is_test == part].tolist()) for part in (False, True)}
+    foreign = [patches.classes[number] for number in sorted(used[True] - used[False])]
+    if used[False] and foreign:
+        where = test_data or "the test split"
+        raise InputError(
+            f"{where}: has class {foreign[0]!r} ({len(foreign)} such), which is never trained on; "
+            "training and test set need the same class folders"
+        )
+
+
+def protocol_folds(config: ClassifyConfig, patches: LabelledPatches) -> list[Fold]:
+    """The folds of the protocol, as row numbers.
+
+    raises  InputError for what `stratified_group_folds` and `fixed_test_folds` refuse, where the
+            protocol's train or test split is missing, and for a fold that tests a class it does
+            not train on
+    """
+    folds = drawn_folds(config, patches)
+    for number, fold in enumerate(folds):
+        trained = set(patches.labels[fold.train].tolist())
+        lost = sorted(set(patches.labels[fold.test].tolist()) - trained)
+        if lost:
+            raise InputError(
+                f"fold {number} tests {some([patches.classes[label] for label in lost])} and does "
+                "not train on it: its groups are all in the tested or validating part. Take fewer "
+                "folds, or finer groups"
+            )
+    return folds
+
+
+def drawn_folds(config: ClassifyConfig, patches: LabelledPatches) -> list[Fold]:
+    """The folds of the protocol, not checked for classes."""
+    labels, groups, classes = patches.labels, patches.groups, patches.classes
+    validates = config.probe == "eva"  # the other probes have nothing to choose
+    if config.protocol == "kfold":
+        return stratified_group_folds(
+            labels, groups, folds=config.folds, seed=config.seed, val=validates, classes=classes
+        )
+    if not patches.is_test.any() or patches.is_test.all():
+        raise InputError(
+            f"{config.location}: {int((~patches.is_test).sum()):,} patches to train on and "
+            f"{int(patches.is_test.sum()):,} in a test split; --protocol {config.protocol} needs "
+            "folders train and test, or --test-data"
+        )
+    if config.protocol == "val7k":
+        return fixed_test_folds(
+            labels, groups, patches.is_test, folds=config.folds, seed=config.seed, classes=classes
+        )
+    rows = np.flatnonzero(~patches.is_test)
+    inner = stratified_group_folds(
+        labels[rows],
+        [groups[row] for row in rows.tolist()],
+        folds=config.folds,
+        seed=config.seed,
+        val=validates,
+        classes=classes,
+    )
+    return [Fold(rows[fold.train], rows[fold.val], rows[fold.test]) for fold in inner]

@@ -1,0 +1,1 @@
+"""DeepSpeed training that every recipe shares: settings, launching, checkpoints, the log."""

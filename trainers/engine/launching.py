@@ -1,0 +1,151 @@
+"""From a command line to a rank that runs a recipe: arguments, signals, exit codes.
+
+    deepspeed --num_gpus 2 --module latentds_trainers.train_codec ...   # on a CPU it counts ranks
+    torchrun --nproc_per_node 2 -m latentds_trainers.train_codec ...
+    python -m latentds_trainers.train_codec ...                         # one rank
+
+Imports neither torch nor DeepSpeed, so that `--help` stays fast. Exit codes: 0 the run reached its
+last step; 1 a LatentdsError (one line on stderr); 2 usage; 143 stopped by SIGTERM with a checkpoint
+saved, so that the same command goes on. SIGTERM may go to a rank, to the launcher, or to the node
+launcher that `deepspeed` starts; the launcher's own exit code is then what it makes of it (SIGTERM
+kills `deepspeed` itself at once, its node launcher ends with 1). A node launcher kills ranks that
+have not ended 30 s after the signal: a step and a checkpoint have to fit in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import TypeVar
+
+from latentds.core.display import VisibleFormatter, say
+from latentds.errors import LatentdsError
+
+STOPPED = 128 + signal.SIGTERM  # exit code, as a shell tells it
+TELLING_S = 1.0  # what rank 0 has for telling an error, before a rank's end ends all
+LOCAL_RANK_OPTION = re.compile(r"--local[-_]rank(=.*)?")
+
+Config = TypeVar("Config")
+
+
+def launch(main: Callable[[Config], None], config: type[Config], description: str | None) -> None:
+    """Parse the command line into `config` and run `main` on it, as one rank of however many.
+
+    Runs under `deepspeed --module NAME`, under `torchrun -m NAME` and as `python -m NAME`, which is
+    a run of one rank. Ends the process with the exit codes above.
+    """
+    import tyro
+
+    words = without_local_rank(sys.argv[1:])
+    settings = tyro.cli(config, args=words, description=description)
+    rank = int(os.environ.get("RANK", "0"))
+    level = logging.INFO if rank == 0 else logging.ERROR
+    logging.basicConfig(level=level, stream=sys.stderr)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(VisibleFormatter("%(message)s"))
+    try:
+        main(settings)
+    except LatentdsError as error:
+        tell(error, rank)
+        # Left to the interpreter's end, the connections' threads may abort the process: exit -6.
+        leave_ranks(together=False)
+        sys.exit(1)
+    leave_ranks()
+
+
+def without_local_rank(words: Sequence[str]) -> list[str]:
+    """The arguments without the `--local_rank` that launchers add; LOCAL_RANK says the same."""
+    kept, skip = [], False
+    for word in words:
+        if skip and not word.startswith("-"):
+            skip = False
+            continue
+        skip = word in ("--local_rank", "--local-rank")
+        if not LOCAL_RANK_OPTION.fullmatch(word):
+            kept.append(word)
+    return kept
+
+
+def same_on_all_ranks(error: LatentdsError) -> LatentdsError:
+    """The error, marked as one that every rank raises: only rank 0 tells it."""
+    error.is_on_all_ranks = True  # type: ignore[attr-defined]
+    return error
+
+
+def tell(error: LatentdsError, rank: int) -> None:
+    """Print the error's line, once for all ranks where it is every rank's."""
+    if rank == 0:
+        say(error, file=sys.stderr, flush=True)
+    elif getattr(error, "is_on_all_ranks", False):
+        time.sleep(TELLING_S)
+    else:
+        say(f"rank {rank}: {error}", file=sys.stderr, flush=True)
+
+
+def leave_ranks(together: bool = True) -> None:
+    """Close the connections to the other ranks, if there were any; by default once all are here."""
+    if "torch" in sys.modules:
+        import torch.distributed
+
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            if together:  # a rank that is still talking must not lose its peer
+                torch.distributed.barrier()
+            torch.distributed.destroy_process_group()
+
+
+class StopRequest:
+    """Whether this rank has been asked to stop: by SIGTERM, or by the end of its launcher.
+
+    The `deepspeed` command does not pass SIGTERM on; it dies, and its child that started the ranks
+    becomes an orphan. The ranks see that and stop as if they had got the signal.
+    """
+
+    def __init__(self) -> None:
+        self.has_signal = False
+        self.launcher = deepspeed_launcher()
+        self.launchers_parent = parent_of(self.launcher) if self.launcher else None
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[StopRequest]:
+        """Take SIGTERM as a request instead of an end, within the block (main thread only)."""
+        before = signal.signal(signal.SIGTERM, self.note)
+        try:
+            yield self
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def note(self, _number: int, _frame: FrameType | None) -> None:
+        """The signal handler."""
+        self.has_signal = True
+
+    def __bool__(self) -> bool:
+        if self.launcher and parent_of(self.launcher) != self.launchers_parent:
+            return True
+        return self.has_signal
+
+
+def deepspeed_launcher() -> int | None:
+    """Process number of DeepSpeed's node launcher, where it is this process's parent."""
+    try:
+        command = Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
+    except OSError:  # no /proc: not Linux
+        return None
+    return os.getppid() if b"deepspeed.launcher.launch" in command else None
+
+
+def parent_of(process: int) -> int | None:
+    """Process number of a process's parent; None where the process is gone."""
+    try:
+        status = Path(f"/proc/{process}/status").read_text()
+    except OSError:
+        return None
+    found = re.search(r"^PPid:\s*(\d+)", status, re.MULTILINE)
+    return int(found[1]) if found else None

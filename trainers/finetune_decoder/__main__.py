@@ -1,0 +1,26 @@
+"""Fine-tune a decoder, or train a small student, for latents that stay as they are.
+
+    deepspeed --module latentds_trainers.finetune_decoder --data tcga-latents/ \\
+        --originals patches/ --autoencoder dcae-f32 --embedder uni --out runs/dcae-path
+
+L1 + PatchGAN + embedding L1 of a frozen pathology encoder, after Yellapragada et al. 2025, section
+3.2, on latent-diffusion's loss. The encoder is frozen, so latents that are stored already profit.
+One process (`python -m`) or many ranks (`deepspeed`, `torchrun`), CPU or GPU; resumed by the same
+command. The decoder lands in OUT/decoder, figures before and after in OUT/report.json.
+"""
+
+from __future__ import annotations
+
+from latentds_trainers.engine.launching import launch
+from latentds_trainers.finetune_decoder.config import FinetuneConfig
+
+
+def main(config: FinetuneConfig) -> None:
+    """Train, save the decoder, report."""
+    from latentds_trainers.finetune_decoder.task import DecoderTask
+
+    DecoderTask(config).run()
+
+
+if __name__ == "__main__":
+    launch(main, FinetuneConfig, __doc__)

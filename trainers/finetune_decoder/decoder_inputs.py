@@ -1,0 +1,197 @@
+"""What a decoder fine-tuning run reads: a data set with its originals, or pictures; codebooks."""
+# V held-out pictures, C latent channels, h w latent cells, H W pixels
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from latentds_trainers.engine.checkpoints import complete_checkpoints
+from latentds_trainers.engine.launching import same_on_all_ranks
+from latentds_trainers.engine.ranks import from_first
+from latentds_trainers.finetune_decoder.config import FinetuneConfig
+from latentds_trainers.finetune_decoder.judging import read_held_out
+from latentds_trainers.finetune_decoder.pairs import Pair, PicturePairs, find_pictures
+from latentds_trainers.finetune_decoder.shard_pairs import ShardPairs
+
+from latentds.autoencoders import load_autoencoder
+from latentds.autoencoders.autoencoder import NetworkAutoencoder
+from latentds.autoencoders.tiny import shipped_records, tiny_codebook
+from latentds.errors import ContractError, InputError, ShapeError
+from latentds.loading.decoding import find_autoencoder
+from latentds.loading.loader import LatentLoader
+from latentds.quantizers.codebook_files import (
+    StoredCodebook,
+    load_codebook,
+    save_codebook,
+    sized_book,
+)
+from latentds.quantizers.scalar import AnyCodebook, dequantize, quantize
+from latentds.quantizers.scalar_fit import fit_codebook
+from latentds.sources.originals import Originals
+from latentds.store.reader import ShardSet
+
+T = TypeVar("T")
+DEFAULT_CROP_PX = 256
+CODEBOOK_CROPS = 256
+ENCODED_AT_ONCE = 4
+VALIDATED = ("val", "test")  # splits taken where none is named, the first there is
+
+
+def check_sizes(config: FinetuneConfig, factor: int) -> None:
+    """Refuse crops that cut through latent cells."""
+    for name in ("crop_px", "validate_px"):
+        edge = getattr(config, name)
+        if name == "validate_px" and config.held_out is None and not config.validate_on:
+            continue
+        if edge is not None and (edge < factor or edge % factor):
+            option = name.replace("_", "-")
+            raise InputError(f"--{option} {edge}: no multiple of the autoencoder's factor {factor}")
+
+
+def open_autoencoder(config: FinetuneConfig) -> NetworkAutoencoder:
+    """The one of --autoencoder, else the set's own, else tiny-v1."""
+    if config.autoencoder is not None or config.data is None:
+        return load_autoencoder(config.autoencoder or "tiny-v1")
+    found = find_autoencoder(ShardSet(config.data))
+    assert isinstance(found, NetworkAutoencoder)  # what names stand for
+    return found
+
+
+def open_shard_pairs(
+    config: FinetuneConfig, base: NetworkAutoencoder, device: torch.device, ranks: int
+) -> ShardPairs:
+    """Patches of --data with their originals.
+
+    raises  ContractError where the set is not of the autoencoder, or not of the originals
+    """
+    assert config.data is not None and config.originals is not None
+    loader = LatentLoader(
+        config.data, config.split, shuffle=True, seed=config.seed, last="repeat",
+        global_batch_size=config.batch_size * config.accumulation * ranks,
+        decode="latents", columns=("source",),
+    )  # fmt: skip
+    latent_id = loader.contract.latent_id
+    if latent_id != base.card.latent_id:
+        raise ContractError(
+            f"{config.data}: stored latents have latent_id {latent_id}, autoencoder "
+            f"{base.card.name!r} makes {base.card.latent_id}; give the one they were made with, "
+            "--autoencoder"
+        )
+    originals = Originals(
+        loader.dataset.shards, config.originals, slides=config.slides, root=config.root,
+        anonymize=config.anonymize, workers=config.workers,
+    )  # fmt: skip
+    return ShardPairs(loader, originals, device, crop_px=config.crop_px, seed=config.seed)
+
+
+def open_picture_pairs(config: FinetuneConfig, base: NetworkAutoencoder) -> PicturePairs:
+    """Crops of --pictures, not quantized yet; none of the pictures of --validate-on."""
+    judged = [path for folder in config.validate_on for path in find_pictures(folder, bool)]
+    return PicturePairs(
+        config.pictures, base, None, crop_px=config.crop_px or DEFAULT_CROP_PX,
+        seed=config.seed, weights=config.picture_weights or None,
+        half_scale=config.half_scale, held_out=config.held_out, without=judged,
+        workers=config.workers,
+    )  # fmt: skip
+
+
+def open_codebook(
+    config: FinetuneConfig, base: NetworkAutoencoder, pairs: PicturePairs
+) -> AnyCodebook:
+    """The codebook that latents made on the fly are rounded with. Collective.
+
+    Of --codebook, else what ships with the latents (tables of entropy-coded records, of a size in
+    proportion to the crops), else one fitted to crops.
+    """
+    card = base.card
+    cells = pairs.crop_px // card.factor
+    shape = (card.channels, cells, cells)
+    shipped = None
+    if config.codebook is None:
+        shipped = fitting_crops(pairs.crop_px, lambda: shipped_records(card.latent_id, shape, None))
+    if config.codebook is not None:
+        path = config.codebook
+        stored = from_first(lambda: load_codebook(path))
+    elif shipped is not None:
+        stored = shipped
+    elif card.latent_id == tiny_codebook().latent_id:
+        stored = tiny_codebook()
+    else:
+        stored = fitted_codebook(config, card.latent_id, pairs)
+    if stored.latent_id != card.latent_id:
+        raise same_on_all_ranks(
+            ContractError(
+                f"codebook of latents {stored.latent_id}, {card.name} makes {card.latent_id}; give "
+                "one that was fitted to these"
+            )
+        )
+    return fitting_crops(pairs.crop_px, lambda: sized_book(stored.codebook, shape))
+
+
+def fitting_crops(crop_px: int, find: Callable[[], T]) -> T:
+    """What `find` gives; its error, on all ranks alike, says which crops it is about."""
+    try:
+        return find()
+    except (InputError, ShapeError) as error:
+        told = InputError(f"crops of {crop_px} px: {error}; another --crop-px, or --no-quantize")
+        raise same_on_all_ranks(told) from error
+
+
+def fitted_codebook(config: FinetuneConfig, latent_id: str, pairs: PicturePairs) -> StoredCodebook:
+    """One fitted to crops of the training pictures by rank 0, in OUT/codebook. Collective.
+
+    Fitted again unless there is a checkpoint to go on from: it might be of another run.
+    """
+    path = config.out / "codebook.safetensors"
+
+    def fit() -> StoredCodebook:
+        if path.exists() and complete_checkpoints(config.out):
+            return load_codebook(path)
+        latents = torch.cat([part.cpu() for part, _ in pairs.sample(CODEBOOK_CROPS)])
+        samples = latents.transpose(0, 1).flatten(1).numpy()
+        codebook, report = fit_codebook(samples, seed=config.seed)
+        made = {"origin": "fitted while fine-tuning", "crops": len(latents)} | report.to_json()
+        save_codebook(StoredCodebook(codebook=codebook, latent_id=latent_id, made=made), path)
+        return load_codebook(path)
+
+    stored: StoredCodebook = from_first(fit)
+    return stored
+
+
+def read_validation(
+    config: FinetuneConfig, base: NetworkAutoencoder, pairs: PicturePairs | ShardPairs
+) -> Pair | None:
+    """Held-out latents (V, C, h, w), as stored, and images (V, 3, H, W); None for none."""
+    if isinstance(pairs, ShardPairs) and not config.validate_on:
+        return read_split(config, pairs)
+    images = read_held_out(config)
+    if images is None:
+        return None
+    is_stored = isinstance(pairs, ShardPairs)
+    codebook = pairs.loader.contract.codebook if is_stored else pairs.codebook
+    images = images.to(base.device)
+    latents = torch.cat([base.encode(part) for part in images.split(ENCODED_AT_ONCE)])
+    if codebook is not None:
+        channels, rows, columns = latents.shape[1:]
+        book = sized_book(codebook, (channels, rows, columns))
+        latents = dequantize(quantize(latents, book), book)
+    return Pair(latents, images)
+
+
+def read_split(config: FinetuneConfig, pairs: ShardPairs) -> Pair | None:
+    """Whole patches of the split to validate on; None where there is none."""
+    splits = pairs.loader.dataset.shards.manifest.splits
+    others = [name for name in VALIDATED if name in splits and name != config.split]
+    split = config.validate_split or next(iter(others), None)
+    if split is None:
+        try:
+            config.refuse_unvalidated("give --validate-on, or --validate-split")
+        except ValueError as error:
+            raise InputError(str(error)) from error
+        return None
+    parts = list(pairs.spread(split, config.validate_crops))
+    return Pair(
+        torch.cat([part.latents for part in parts]), torch.cat([part.images for part in parts])
+    )

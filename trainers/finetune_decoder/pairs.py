@@ -1,0 +1,213 @@
+"""What decoders are fine-tuned on: latents, as a data set stores them, with their originals."""
+# B patches of this rank, C latent channels, h w latent cells, H W pixels
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import re
+import threading
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from latentds.autoencoders.autoencoder import NetworkAutoencoder
+from latentds.errors import InputError
+from latentds.quantizers.scalar import AnyCodebook, dequantize, quantize
+from latentds.sources.image_folder import walk
+from latentds.sources.picture_decoding import (
+    DECODE_ERRORS,
+    first_line,
+    picture_suffixes,
+    read_picture,
+)
+
+logger = logging.getLogger(__name__)
+
+MAX_PX = 1 << 28
+KEPT_BYTES = 4 << 30  # decoded pictures kept in memory, over all of them
+SAMPLE_STEP = 1 << 40  # no run comes to such a step: crops of their own
+SAMPLED_AT_ONCE = 8
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pair:
+    """latents float32 (B, C, h, w), dequantized; images float32 (B, 3, H, W) in [0, 1]."""
+
+    latents: Tensor
+    images: Tensor
+
+
+class Pairs(Protocol):
+    """Where pairs come from."""
+
+    def batch(self, step: int, rows: range) -> Pair:
+        """Pairs at places `rows` of a step's global batch; asked for in order."""
+        ...
+
+    def sample(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Latents and images of about `count` others, a few at a time, the same on every rank."""
+        ...
+
+    def close(self) -> None:
+        """Stop reading."""
+        ...
+
+
+class PicturePairs:
+    """Random crops of pictures, encoded on the fly and, with a codebook, quantized.
+
+    folders   pictures of several folders; every folder is drawn from equally often unless `weights`
+              says otherwise
+    crop_px   edge of a crop, a multiple of the autoencoder's factor
+    half_scale  share of the crops taken at half resolution
+    held_out  regular expression: pictures whose relative path matches are not used
+    without   files that are not used either
+    workers   threads that read and crop
+
+    Crop `i` of the global batch of a step is a function of (seed, step, i) alone: any number of
+    ranks sees the same ones.
+    """
+
+    def __init__(
+        self,
+        folders: Sequence[Path],
+        autoencoder: NetworkAutoencoder,
+        codebook: AnyCodebook | None,
+        *,
+        crop_px: int,
+        seed: int = 0,
+        weights: Sequence[float] | None = None,
+        half_scale: float = 0.0,
+        held_out: str | None = None,
+        without: Collection[Path] = (),
+        workers: int = 1,
+    ) -> None:
+        self.pictures = [
+            apart(folder, list_pictures(folder, crop_px, held_out), without) for folder in folders
+        ]
+        self.autoencoder, self.codebook = autoencoder, codebook
+        self.crop_px, self.seed = crop_px, seed
+        shares = np.asarray(weights or [1.0] * len(folders), float)
+        self.shares, self.half_scale = shares / shares.sum(), half_scale
+        self.kept: dict[Path, np.ndarray] = {}
+        self.kept_bytes, self.keeping = 0, threading.Lock()
+        self.pool = ThreadPoolExecutor(workers, thread_name_prefix="crops")
+
+    def batch(self, step: int, rows: range) -> Pair:
+        crops = list(self.pool.map(lambda place: self.crop(step, place), rows))
+        images = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2)
+        images = images.to(self.autoencoder.device).float().div(255)
+        latents = self.autoencoder.encode(images)
+        if self.codebook is not None:
+            latents = dequantize(quantize(latents, self.codebook), self.codebook)
+        return Pair(latents, images)
+
+    def close(self) -> None:
+        """Stop the threads."""
+        self.pool.shutdown(cancel_futures=True)
+
+    def sample(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for place in range(0, count, SAMPLED_AT_ONCE):
+            pair = self.batch(SAMPLE_STEP, range(place, place + SAMPLED_AT_ONCE))
+            yield pair.latents, pair.images
+
+    def crop(self, step: int, place: int) -> np.ndarray:
+        """Crop uint8 (H, W, 3) number `place` of a step's global batch: flipped, turned."""
+        rng = np.random.default_rng([self.seed, step, place])
+        paths = self.pictures[int(rng.choice(len(self.pictures), p=self.shares))]
+        picture = self.picture(paths[int(rng.integers(len(paths)))])
+        is_half = rng.random() < self.half_scale and min(picture.shape[:2]) >= 2 * self.crop_px
+        side = self.crop_px * (2 if is_half else 1)
+        y, x = (int(rng.integers(length - side + 1)) for length in picture.shape[:2])
+        crop = picture[y : y + side, x : x + side]
+        if is_half:
+            crop = mean_of_four(crop)
+        crop = np.rot90(crop, int(rng.integers(4)))
+        return crop[:, ::-1] if rng.random() < 0.5 else crop
+
+    def picture(self, path: Path) -> np.ndarray:
+        """A decoded picture; kept while all that is kept fits in memory."""
+        found = self.kept.get(path)
+        if found is None:
+            found = open_picture(path)
+            with self.keeping:
+                if path not in self.kept and self.kept_bytes + found.nbytes <= KEPT_BYTES:
+                    self.kept[path] = found
+                    self.kept_bytes += found.nbytes
+        return found
+
+
+def mean_of_four(picture: np.ndarray) -> np.ndarray:
+    """A picture uint8 (2H, 2W, 3) at half its size, by averaging."""
+    quarters = picture.astype(np.uint16)
+    total = quarters[::2, ::2] + quarters[1::2, ::2] + quarters[::2, 1::2] + quarters[1::2, 1::2]
+    return ((total + 2) // 4).astype(np.uint8)
+
+
+def list_pictures(folder: Path, crop_px: int, left_out: str | None = None) -> list[Path]:
+    """Pictures below a folder that a crop fits in, sorted; InputError where there are none.
+
+    left_out  regular expression searched in relative paths: such pictures are not listed
+    """
+    pattern = re.compile(left_out) if left_out is not None else None
+    found = find_pictures(folder, lambda name: pattern is None or not pattern.search(name))
+    fitting = [path for path in found if min(size_of(path)) >= crop_px]
+    if not fitting:
+        raise InputError(
+            f"{folder}: {len(found)} pictures, none of {crop_px} px or larger; give another "
+            "folder, or a smaller --crop-px"
+        )
+    return fitting
+
+
+def apart(folder: Path, pictures: Sequence[Path], without: Collection[Path]) -> list[Path]:
+    """The pictures that are not among those validated on; InputError where none is left."""
+    resolved = {path.resolve() for path in without}
+    kept = [path for path in pictures if path.resolve() not in resolved]
+    if not kept:
+        raise InputError(
+            f"{folder}: all {len(pictures)} pictures are in --validate-on; none to train on"
+        )
+    if len(kept) < len(pictures):
+        logger.info("%s: %d pictures of --validate-on are not trained on", folder,
+                    len(pictures) - len(kept))  # fmt: skip
+    return kept
+
+
+def find_pictures(folder: Path, is_wanted: Callable[[str], bool]) -> list[Path]:
+    """Pictures below a folder, sorted, by their relative paths."""
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder of pictures")
+    suffixes = picture_suffixes()
+    names = [name for name in sorted(walk(folder)) if Path(name).suffix.lower() in suffixes]
+    return [folder / name for name in names if is_wanted(name)]
+
+
+def size_of(path: Path) -> tuple[int, int]:
+    """Width and height of a picture; InputError that names one which cannot be read."""
+    from latentds.core import untrusted_files
+
+    try:
+        with untrusted_files.open_picture(path) as picture:
+            return picture.size
+    except DECODE_ERRORS as error:
+        raise unreadable(path, f"cannot be read ({first_line(error)})") from error
+
+
+def open_picture(path: Path) -> np.ndarray:
+    """Pixels uint8 (H, W, 3) of a picture; InputError that names one which cannot be read."""
+    try:
+        return read_picture(path, MAX_PX)[0]
+    except InputError as error:
+        raise unreadable(path, str(error)) from error
+
+
+def unreadable(path: Path, reason: str) -> InputError:
+    """An error that names the picture."""
+    return InputError(f"{path}: {reason}; repair it or take it out of the folder")

@@ -1,0 +1,218 @@
+"""A decoder fine-tuning run: what it is made of, and what it leaves behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from latentds_trainers.engine.ranks import join_ranks, on_all_ranks
+from latentds_trainers.engine.training import Engine
+from latentds_trainers.finetune_decoder.config import FinetuneConfig, readings
+from latentds_trainers.finetune_decoder.decoder_inputs import (
+    check_sizes,
+    open_autoencoder,
+    open_codebook,
+    open_picture_pairs,
+    open_shard_pairs,
+    read_validation,
+)
+from latentds_trainers.finetune_decoder.decoder_losses import DecoderLosses, cropped, evaluating
+from latentds_trainers.finetune_decoder.decoder_networks import (
+    open_decoder,
+    open_embedder,
+    open_judges,
+    trained_networks,
+)
+from latentds_trainers.finetune_decoder.judging import Judge
+from latentds_trainers.finetune_decoder.pairs import PicturePairs
+from latentds_trainers.finetune_decoder.shard_pairs import ShardPairs
+from torch import Tensor, nn
+
+from latentds.autoencoders.architectures import build
+from latentds.autoencoders.autoencoder import last_layer
+from latentds.autoencoders.decoders import save_decoder
+from latentds.autoencoders.students import fit_shortcut
+from latentds.core.storage import write_atomically
+
+logger = logging.getLogger(__name__)
+
+SHORTCUT_PATCHES = 128
+SAMPLES = 4  # held-out pictures in a sample picture
+# When a run goes on: where things lie, how they are read, what is only judged.
+MAY_CHANGE = (
+    *("data", "originals", "slides", "root", "anonymize", "pictures", "codebook", "workers"),
+    *("validate_on", "validate_split", "validate_crops", "validate_px", "judges"),
+    *("checkpoint_embedder", "half", "licence", "name"),
+)
+NAMES_OR_PATHS = ("autoencoder", "init", "embedder", "judges", "data")
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
+
+
+class DecoderTask:
+    """A fine-tuning run: opens what the config names, trains, saves OUT/decoder and report.json."""
+
+    def __init__(self, config: FinetuneConfig) -> None:
+        self.config = config
+        self.device = join_ranks()
+        self.pairs = on_all_ranks(self.open)
+        if isinstance(self.pairs, PicturePairs) and config.quantize:
+            self.pairs.codebook = open_codebook(config, self.base, self.pairs)
+        if config.student is not None:
+            sample = self.pairs.sample
+            on_all_ranks(lambda: fit_shortcut(self.decoder, sample(SHORTCUT_PATCHES)))
+        self.embedder = on_all_ranks(lambda: open_embedder(config, self.device))
+        self.held_out = on_all_ranks(lambda: read_validation(config, self.base, self.pairs))
+        self.engine = Engine(
+            config,
+            "finetune_decoder",
+            trained_networks(config, self.decoder),
+            loader=self.pairs if isinstance(self.pairs, ShardPairs) else None,
+            may_change=MAY_CHANGE,
+        )
+        self.judge = on_all_ranks(self.open_judge)
+
+    def open(self) -> PicturePairs | ShardPairs:
+        """The autoencoder, the decoder to be trained, and latents with their originals."""
+        config = self.config
+        self.base = open_autoencoder(config)
+        check_sizes(config, self.base.card.factor)
+        self.decoder, self.architecture = open_decoder(config, self.base, self.device)
+        if not config.teacher:
+            self.base.decoder = nn.Identity()  # not needed, and may be the network that is trained
+        self.base.to(self.device)
+        if config.data is None:
+            return open_picture_pairs(config, self.base)
+        return open_shard_pairs(config, self.base, self.device, dist.get_world_size())
+
+    def open_judge(self) -> Judge | None:
+        """What held-out pictures are judged with; None where none are held out."""
+        if self.held_out is None:
+            return None
+        judges = [self.embedder, *open_judges(self.config, self.device)]
+        embedders = {e.card.name: e for e in judges if e is not None}
+        images, latents = self.held_out.images, self.held_out.latents
+        return Judge(images, latents, embedders, self.engine.rank, self.engine.world_size)
+
+    def run(self) -> None:
+        """Train to the last step, save the decoder and the report."""
+        teacher = self.base.decoder if self.config.teacher else None
+        losses = DecoderLosses(
+            self.config, self.engine, last_layer(self.decoder), self.embedder, teacher
+        )
+        before = self.before()
+        try:
+            self.engine.run(
+                lambda step: losses.step(self.pairs.batch(step, self.engine.rows), step),
+                samples=self.samples if self.judge is not None else None,
+                validate=self.validate if self.judge is not None else None,
+            )
+        finally:
+            self.pairs.close()
+        self.finish(before, losses.told_limit())
+
+    def before(self) -> dict[str, float] | None:
+        """Figures of the decoder that the run started from, kept for a run that goes on."""
+        path = self.config.out / "before.json"
+        if self.judge is None:
+            return None
+        found: dict[str, float] | None = None
+        if self.engine.step > 0:
+            found = self.engine.from_first(
+                lambda: json.loads(path.read_text()) if path.exists() else None
+            )
+        else:
+            found = self.validate()
+            text = json.dumps(found, indent=1).encode()
+            self.engine.from_first(lambda: write_atomically(path, text))
+        return found
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images of the network as it stands."""
+        network = self.engine["decoder"]
+        with evaluating(network), self.engine.autocast():
+            images: Tensor = network(latents.to(last_layer(network).dtype))
+        return images.float()
+
+    def validate(self) -> dict[str, float]:
+        """Figures on held-out pictures; every rank has to call it."""
+        assert self.judge is not None
+        return self.judge(self.decode)
+
+    def samples(self) -> Tensor:
+        """Held-out pictures above what is decoded of them: (2n, 3, H, W) in [0, 1]; n of rank 0."""
+        assert self.judge is not None
+        images, latents = self.judge.images[:SAMPLES], self.judge.latents[:SAMPLES]
+        if not len(images):
+            return images
+        return torch.cat([images, cropped(self.decode(latents), images).clamp(0, 1)]).cpu()
+
+    def finish(self, before: dict[str, float] | None, at_limit: int) -> None:
+        """Save the decoder and, where pictures were held out, the figures before and after.
+
+        at_limit  steps at which the adversarial term's weight was at its limit
+        """
+        after = self.validate() if self.judge is not None else None
+        weights = self.engine.weights("decoder")
+        count = 0 if self.held_out is None else len(self.held_out.images)
+        figures = {"held_out_crops": count, "before": before, "after": after}
+
+        def write() -> None:
+            self.save(self.config.out / "decoder", weights, figures)
+            notes = {"readings": readings(self.config), "gan_weight_at_limit": at_limit}
+            report = json.dumps({"steps": self.engine.step, **figures, **notes}, indent=1)
+            write_atomically(self.config.out / "report.json", report.encode())
+
+        self.engine.from_first(write)
+        logger.info("decoder in %s; %s", self.config.out / "decoder", json.dumps(figures))
+
+    def save(self, folder: Path, weights: dict[str, Tensor], figures: dict[str, Any]) -> None:
+        """The decoder folder."""
+        config, card = self.config, self.base.card
+        trained = {
+            "recipe": "finetune_decoder", "steps": self.engine.step,
+            "ranks": self.engine.world_size, "config": shown(config), "held_out": figures,
+            "readings": readings(config),
+        }  # fmt: skip
+        network = build(self.architecture, card.channels, card.factor)
+        network.load_state_dict(weights, assign=True)  # it was built without memory
+        save_decoder(
+            folder,
+            network,
+            dataclasses.replace(card, licence=config.licence),
+            self.architecture,
+            trained,
+            name=config.name,
+            dtype=torch.float16 if config.half else torch.float32,
+        )
+
+
+def shown(config: FinetuneConfig) -> dict[str, Any]:
+    """The config without what names a place: paths by their last part."""
+    values = dataclasses.asdict(config)
+    named = {name: without_places(values[name]) for name in NAMES_OR_PATHS}
+
+    def last(value: Any) -> Any:
+        if isinstance(value, Path):
+            return value.name
+        return [last(part) for part in value] if isinstance(value, (tuple, list)) else value
+
+    return {name: last(value) for name, value in (values | named).items()}
+
+
+def without_places(value: Any) -> Any:
+    """Names as they are, repositories of the Hub too; `uni@/home/me/file` as `uni@file`."""
+    if isinstance(value, (tuple, list)):
+        return [without_places(part) for part in value]
+    text = None if value is None else str(value).rstrip("/")
+    if text is None or (HUB_NAME.fullmatch(text) and not Path(text).exists()):
+        return text
+    first_slash = text.find("/")
+    start = max(text.rfind(mark, 0, max(first_slash, 0)) for mark in ":@") + 1
+    return text[:start] + text.rsplit("/", 1)[-1] if first_slash >= 0 else text

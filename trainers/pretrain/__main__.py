@@ -1,0 +1,30 @@
+"""Train a foundation model without labels: DINO, DINOv2-like or MAE, on a ViT of timm.
+
+    deepspeed --module latentds_trainers.pretrain --data brca/ crc/ prad/ --weights 0.5 0.3 0.2 \\
+        --method dino --arch vit_small_patch16_224 --global-batch-size 1024 --out runs/ssl
+
+Patches are decoded latents, latents without decoding (--input latents), or, to compare with,
+originals as they are or through a codec (--originals). One process (`python -m`) or many ranks; the
+same command goes on from the newest checkpoint, on any number of ranks. OUT/backbone is a model of
+timm, OUT/result.json tells what the run read, took and reached.
+"""
+
+from __future__ import annotations
+
+import os
+
+from latentds_trainers.engine.launching import launch
+from latentds_trainers.pretrain.config import PretrainConfig
+
+
+def main(config: PretrainConfig) -> None:
+    """Train, export the backbone, write the result."""
+    if config.device == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from latentds_trainers.pretrain.task import PretrainTask
+
+    PretrainTask(config).run()
+
+
+if __name__ == "__main__":
+    launch(main, PretrainConfig, __doc__)

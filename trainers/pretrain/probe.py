@@ -1,0 +1,193 @@
+"""What a backbone knows while it is trained: nearest neighbours and a linear probe.
+
+The patches are chosen once, by a fixed seed: every probe of a run, and of runs to compare, is
+fitted to the same patches and scored on the same. No patient and no slide that is known is on both
+sides.
+"""
+# n chosen patches, B batch, D features, C h w latents
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from latentds_trainers.engine.ranks import from_first, on_all_ranks
+from latentds_trainers.pretrain.probe_config import ProbeConfig
+from latentds_trainers.pretrain.probe_rows import choose_rows
+from torch import Tensor, nn
+
+from latentds.embedders.latent_stem import LatentStemConfig, check_cells, timm_arguments
+from latentds.errors import InputError, ShapeError
+from latentds.evaluation.patchsets import open_patches
+from latentds.evaluation.patchsets.patch_set import PatchSet
+from latentds.evaluation.patchsets.patch_set_config import PatchInput
+from latentds.evaluation.patchsets.undecoded import open_undecoded
+from latentds.evaluation.probes import (
+    Fitted,
+    linear_probe,
+    load_scikit_learn,
+    nearest_neighbours,
+)
+from latentds.evaluation.scores import classification_scores
+
+logger = logging.getLogger(__name__)
+
+BATCH = 64  # patches embedded at once
+SCORES = ("accuracy", "balanced_accuracy")
+
+
+class Probe:
+    """Scores of a backbone on labelled patches; made before training, called while it goes on.
+
+    config  the run's settings, with a `probe`
+    stem    of a backbone that reads latents: the probe's latents are normalized as it has them
+    arch    timm's name of the backbone, to tell at once where latents are no whole tokens of it
+    facts   for the run's record: data, classes, numbers of patches, rules
+    raises  InputError for a set without labels, a test split with a class that is never fitted to,
+            a patient or slide in both splits, too few patches or groups, originals or a decoder
+            where latents are wanted; ContractError for other latents than the stem's; ShapeError
+            for latents that are no whole tokens; MissingExtraError. Making one meets no other rank.
+    """
+
+    def __init__(
+        self,
+        config: ProbeConfig,
+        device: torch.device,
+        stem: LatentStemConfig | None = None,
+        arch: str | None = None,
+    ) -> None:
+        load_scikit_learn()
+        assert config.probe is not None
+        self.device, self.neighbours, self.has_stem = device, config.probe_neighbours, bool(stem)
+        self.where = config.probe
+        settings = probe_input(config, device)
+        self.patches: PatchSet
+        if stem is None:
+            self.patches = open_patches(settings)
+        else:
+            if config.probe_decoder is not None:
+                raise InputError(
+                    f"--probe-decoder {config.probe_decoder}: the backbone reads latents, nothing "
+                    "is decoded; leave it"
+                )
+            opened = open_undecoded(settings, stem=stem)
+            self.patches = opened.patches
+            check_tokens(config.probe, opened.cells, stem, arch)
+        self.rows = choose_rows(self.patches, config)
+        self.facts = {
+            "data": Path(config.probe).name,
+            "classes": self.rows.classes,
+            "fitted_to": len(self.rows.fit),
+            "scored_on": len(self.rows.score),
+            "rule": self.rows.rule,
+            "neighbours": self.neighbours,
+        }
+
+    @torch.no_grad()
+    def __call__(
+        self, backbone: nn.Module, prepare: Callable[[Tensor], Tensor]
+    ) -> dict[str, float]:
+        """Accuracy and balanced accuracy of both probes, the same on every rank. Collective.
+
+        backbone  on the device; embeddings (B, D) of its input
+        prepare   pictures float (B, 3, H, W) in [0, 1] to the backbone's input; latents go in as
+                  they are, normalized by the stem
+        returns   knn_accuracy, knn_balanced_accuracy, linear_accuracy, linear_balanced_accuracy
+        raises    InputError for features that are not finite, ShapeError for a backbone that gives
+                  no vectors, what reading a patch raises; on every rank
+        """
+        was_training = backbone.training
+        backbone.eval()
+        rows = np.sort(np.concatenate([self.rows.fit, self.rows.score]))
+        rank, ranks = dist.get_rank(), dist.get_world_size()
+        try:
+            own = on_all_ranks(lambda: self.embed(rows[rank::ranks], backbone, prepare))
+        finally:
+            backbone.train(was_training)
+        parts: list[Any] = [None] * ranks
+        dist.all_gather_object(parts, own)
+        return dict(from_first(lambda: self.score(rows, parts)))
+
+    def embed(
+        self, rows: np.ndarray, backbone: nn.Module, prepare: Callable[[Tensor], Tensor]
+    ) -> np.ndarray:
+        """Features float32 (n, D) of rows."""
+        found = []
+        for part in self.patches.stream(batched(rows)):
+            values = part.to(self.device)
+            features = backbone(values if self.has_stem else prepare(values.float() / 255))
+            if features.ndim != 2 or len(features) != len(part):
+                raise ShapeError(
+                    f"--probe: the backbone gives {tuple(features.shape)} for {len(part)} patches; "
+                    "one vector a patch is wanted"
+                )
+            found.append(features.float().cpu().numpy())
+        return np.concatenate(found) if found else np.empty((0, 0), np.float32)
+
+    def score(self, rows: np.ndarray, parts: Sequence[np.ndarray]) -> dict[str, float]:
+        """The figures, of all ranks' features."""
+        width = max(part.shape[1] for part in parts)
+        features = np.empty((len(rows), width), np.float32)
+        for rank, part in enumerate(parts):
+            if len(part):
+                features[rank :: len(parts)] = part
+        if not np.isfinite(features).all():
+            raise InputError(
+                f"--probe {self.where}: the backbone's features are not finite; the training has "
+                "diverged, go on from an earlier checkpoint with a lower --lr"
+            )
+        chosen, classes = self.rows, self.rows.classes
+        fit, scored = (features[np.searchsorted(rows, part)] for part in (chosen.fit, chosen.score))
+        labels = chosen.labels[chosen.fit]
+        # Features of a network that has just begun are small: UNI's penalty would hold all at 0.
+        options: dict[str, Any] = {"penalty": "squared", "standardize": True}
+        found = {
+            "knn": nearest_neighbours(
+                fit, labels, scored, len(classes), neighbours=self.neighbours
+            ),
+            "linear": linear_probe(fit, labels, scored, len(classes), **options),
+        }
+        return {
+            f"{name}_{score}": value
+            for name, fitted in found.items()
+            for score, value in self.figures(name, fitted).items()
+        }
+
+    def figures(self, name: str, fitted: Fitted) -> dict[str, float]:
+        """Scores of a fitted probe."""
+        if fitted.remark:
+            logger.warning("%s probe: %s", name, fitted.remark)
+        labels = self.rows.labels[self.rows.score]
+        values = classification_scores(labels, fitted.probabilities, self.rows.classes).values
+        return {score: float(value) for score in SCORES if (value := values[score]) is not None}
+
+
+def probe_input(config: ProbeConfig, device: torch.device) -> PatchInput:
+    """The set as an evaluation reads it."""
+    return PatchInput(
+        data=Path(str(config.probe)), decoder=config.probe_decoder, device=str(device)
+    )
+
+
+def check_tokens(
+    where: str, cells: tuple[int, int], stem: LatentStemConfig, arch: str | None
+) -> None:
+    """ShapeError where (h, w) cells are no whole number of the backbone's tokens."""
+    arguments = timm_arguments(arch, stem) if arch is not None else None
+    if arch is None or arguments is None:  # a cell is a token, or several
+        return
+    try:
+        check_cells(arch, arguments["patch_size"], cells)
+    except ShapeError as error:
+        raise ShapeError(f"--probe {where}: {error}") from error
+
+
+def batched(rows: np.ndarray) -> Iterator[np.ndarray]:
+    """Rows a batch at a time."""
+    for start in range(0, len(rows), BATCH):
+        yield rows[start : start + BATCH]

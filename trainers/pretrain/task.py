@@ -1,0 +1,268 @@
+"""A pretraining run: what it is made of, its step, and what it leaves behind."""
+# B patches of a forward pass, G global and L local crops, C channels, H W pixels or latent cells
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from latentds_trainers.engine.ranks import join_ranks, on_all_ranks
+from latentds_trainers.engine.training import Engine
+from latentds_trainers.engine.wrapping import gather_with
+from latentds_trainers.pretrain.backbone_export import FOLDER, export_backbone
+from latentds_trainers.pretrain.config import PretrainConfig
+from latentds_trainers.pretrain.data_sources import open_source
+from latentds_trainers.pretrain.feeds import micro_batch
+from latentds_trainers.pretrain.pretrain_result import result_of
+from latentds_trainers.pretrain.schedules import RECIPE, check_before, settle, settle_batch
+from latentds_trainers.pretrain.ssl_networks import (
+    build_model,
+    build_optimizer,
+    build_views,
+    edge_px,
+    seeded,
+    taken_alone,
+    token_grid,
+    trained_backbone,
+)
+from latentds_trainers.pretrain.time_ledger import Ledger
+from torch import Tensor, nn
+from torch.nn import functional
+
+from latentds.core.storage import write_atomically
+from latentds.errors import InputError
+from latentds.models.token_masks import global_masks, random_masks
+from latentds.views.view_batch import Views
+
+if TYPE_CHECKING:
+    from latentds_trainers.pretrain.probe import Probe
+
+logger = logging.getLogger(__name__)
+
+NETWORK = "model"
+SAMPLES = 4  # patches in a sample picture
+# When a run goes on: where things lie, how they are read, what is only looked at. Which patches
+# there are `data_id` tells.
+MAY_CHANGE = (
+    *("data", "originals", "codebook", "paired_with", "keep_mb", "num_workers", "max_bad"),
+    *("slides", "root", "only", "splits", "max_px"),
+    "decoder",  # where it lies; what it is, decoder_ids tell
+    *("device", "probe", "probe_every", "probe_groups", "probe_decoder", "probe_patches"),
+    "probe_neighbours",
+)
+
+
+class PretrainTask:
+    """A pretraining run: opens what the config names, trains, saves backbone and result.json."""
+
+    def __init__(self, config: PretrainConfig) -> None:
+        self.device = join_ranks()
+        rank, ranks = dist.get_rank(), dist.get_world_size()
+        sized = on_all_ranks(lambda: settle_batch(config, ranks))
+        self.source = on_all_ranks(lambda: open_source(sized, self.device, rank, ranks))
+        self.stem = self.source.stem
+        self.views = on_all_ranks(lambda: build_views(sized, self.stem))
+        self.config = on_all_ranks(
+            lambda: settle(
+                sized,
+                epoch_steps=len(self.source.feed),
+                edge_px=edge_px(self.views, self.stem),
+                data_id=self.source.data_id,
+                decoder_ids=self.source.decoder_ids,
+                views=self.views.record(),
+            )
+        )
+        on_all_ranks(lambda: check_before(self.config))
+        model = on_all_ranks(lambda: build_model(self.config, self.stem))
+        self.probe = on_all_ranks(self.open_probe)
+        self.ledger = Ledger(self.source.feed, self.device)
+        optimizer = build_optimizer(model, self.config)
+        self.decays = [bool(group["decays"]) for group in optimizer.param_groups]
+        self.are_last = [bool(group["is_last"]) for group in optimizer.param_groups]
+        self.engine = Engine(
+            self.config, RECIPE, {NETWORK: (model, optimizer)}, self.ledger, may_change=MAY_CHANGE
+        )
+        self.model: Any = self.engine[NETWORK]
+        if self.config.zero_stage == 3:
+            gather_with(self.model, taken_alone(self.model))
+        self.shown: tuple[Tensor, Views] | None = None
+        self.probed: dict[str, float] = {}
+
+    def open_probe(self) -> Probe | None:
+        """What the backbone is judged with while it trains; None without."""
+        if self.config.probe is None:
+            return None
+        from latentds_trainers.pretrain.probe import Probe
+
+        return Probe(self.config, self.device, self.stem, self.config.arch)
+
+    def run(self) -> None:
+        """Train to the last step, export the backbone, write the result."""
+        self.model.train()
+        self.patches = iter(self.ledger)
+        self.engine.run(
+            self.step,
+            samples=self.samples if self.config.sample_every else None,
+            validate=self.validate if self.probe is not None else None,
+        )
+        self.finish()
+
+    def step(self, number: int) -> dict[str, Tensor | float]:
+        """One forward pass of a step."""
+        engine, config = self.engine, self.config
+        if engine.micro == 0:
+            self.groups = next(self.patches)
+            self.set_schedules(number)
+        parts = micro_batch(self.groups, engine.micro, config.accumulation)
+        views = join([self.views(part.values, part.seeds) for part in parts]).map(self.as_input)
+        if config.sample_every and not engine.micro and not (number + 1) % config.sample_every:
+            images = parts[0].values[:SAMPLES].clone()  # a slice would keep the whole step's memory
+            self.shown = (images, views[: len(images)].map(Tensor.clone))
+        seeds = torch.cat([part.seeds for part in parts])
+        words = ("drop path", config.seed, number, engine.rank, engine.micro)
+        with seeded(self.device, *words), engine.autocast():
+            losses = self.losses(views, seeds, number)
+        engine.update(NETWORK, losses.pop("loss"))
+        figures: dict[str, Tensor | float] = {
+            **losses,
+            "weight_decay": config.weight_decay_at(number),
+        }
+        if config.method == "mae":
+            return figures
+        momentum = config.momentum_at(number)
+        if engine.micro == config.accumulation - 1:  # the student has taken its step
+            self.model.update_teacher(momentum)
+        return figures | {"momentum": momentum, "teacher_temp": config.teacher_temp_at(number)}
+
+    def as_input(self, crops: Tensor) -> Tensor:
+        """Crops in the type of the weights."""
+        return crops.to(torch.bfloat16 if self.config.precision == "bf16" else torch.float32)
+
+    def set_schedules(self, number: int) -> None:
+        """What a step has besides its learning rate."""
+        decay, is_frozen = self.config.weight_decay_at(number), self.config.is_last_frozen(number)
+        groups = self.engine.groups(NETWORK)
+        for group, decays, is_last in zip(groups, self.decays, self.are_last, strict=True):
+            group["weight_decay"] = decay if decays else 0.0
+            group["is_frozen"] = is_last and is_frozen
+
+    def losses(self, views: Views, seeds: Tensor, number: int) -> dict[str, Tensor]:
+        """`loss` and its parts.
+
+        seeds  int64 (B,), from which masks are drawn
+        """
+        config = self.config
+        values = views.globals
+        if config.method == "mae":
+            rows, columns = token_grid(self.model.backbone, values)
+            masks = random_masks(seeds, rows * columns, config.mask_ratio)
+            found: dict[str, Tensor] = dict(self.model(values[0], masks))
+            return found
+        masks = None
+        if config.method == "dinov2":
+            masks = global_masks(seeds, len(values), token_grid(self.model.backbone, values))
+        temp = config.teacher_temp_at(number)
+        return dict(self.model(views, teacher_temp=temp, masks=masks))
+
+    def samples(self) -> Tensor:
+        """The last patches with their crops in a row, (n, 3, H, W) in [0, 1]."""
+        assert self.shown is not None
+        (images, views), self.shown = self.shown, None
+        mean, std = (images.new_tensor(values).float() for values in self.normalization())
+        edge = views.globals.shape[-1]
+        crops = [crop.float() * std.view(3, 1, 1) + mean.view(3, 1, 1) for crop in views.crops()]
+        tiles = [functional.interpolate(image, (edge, edge)) for image in [images.float(), *crops]]
+        return torch.cat(tiles, dim=-1).clamp(0, 1)
+
+    def backbone(self) -> nn.Module:
+        """A copy of what is to be used: the teacher's ViT, or the masked autoencoder's."""
+        network = trained_backbone(self.config, self.stem, self.backbone_weights())
+        return network.to(self.device).eval()
+
+    def backbone_weights(self) -> dict[str, Tensor]:
+        """Its weights in float32; with bf16 the optimizer's, which every rank has to ask for."""
+        if self.config.precision != "bf16" and self.config.zero_stage < 3:
+            return {name: w.float() for name, w in self.model.backbone.state_dict().items()}
+        weights = self.engine.weights(NETWORK).items()  # of mae: the others have neither
+        prefix = "backbone."
+        return {n.removeprefix(prefix): w.float() for n, w in weights if n.startswith(prefix)}
+
+    def validate(self) -> dict[str, float]:
+        """Figures of the probe, where one is due; every rank has to call it."""
+        config, every = self.config, self.config.probe_every
+        step = self.engine.step
+        if self.probe is None or (every and step % every and step < config.steps):
+            return {}
+        with self.ledger.aside():
+            self.probed = self.probe(self.backbone(), self.prepare)
+        return self.probed
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] as the network takes them: resized and normalized."""
+        edge = self.config.global_px
+        if images.shape[-2:] != (edge, edge):
+            images = functional.interpolate(
+                images, (edge, edge), mode="bicubic", antialias=True
+            ).clamp(0, 1)
+        mean, std = (images.new_tensor(values).view(3, 1, 1) for values in self.normalization())
+        return (images - mean) / std
+
+    def normalization(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and deviation of the channels of pictures that views take off and divide by."""
+        mean, std = getattr(self.views, "mean", None), getattr(self.views, "std", None)
+        return mean or (0.0, 0.0, 0.0), std or (1.0, 1.0, 1.0)
+
+    def finish(self) -> None:
+        """Write OUT/backbone and OUT/result.json."""
+        totals, backbone = self.ledger.totals(), self.backbone()
+        if self.probe is not None and not self.probed:  # a run that had its last step before
+            self.probed = self.probe(backbone, self.prepare)
+        result = result_of(self, totals)
+
+        def write() -> None:
+            record = {
+                name: result[name] for name in ("method", "source", "views", "steps", "images")
+            }
+            mean, std = self.normalization()
+            export_backbone(
+                self.config.out / FOLDER,
+                backbone,
+                arch=self.config.arch,
+                record=record,
+                stem=self.stem,
+                codebook=self.source.codebook,
+                mean=mean,
+                std=std,
+                input_px=self.config.global_px,
+                overwrite=True,
+            )
+            text = json.dumps(result, indent=1).encode()
+            write_atomically(self.config.out / "result.json", text)
+
+        self.engine.from_first(lambda: saved_before(write, self.config.out))
+        logger.info("backbone in %s; %s", self.config.out / FOLDER, json.dumps(self.probed))
+
+
+def saved_before(write: Callable[[], None], out: Path) -> None:
+    """Do it; InputError where the file system refuses, with what is not lost."""
+    try:
+        write()
+    except OSError as error:
+        raise InputError(
+            f"{out}: {error}; the training is saved, make room and run the same command again"
+        ) from error
+
+
+def join(parts: Sequence[Views]) -> Views:
+    """The views of several groups of patches as those of one."""
+    if len(parts) == 1:
+        return parts[0]
+    return Views(
+        torch.cat([part.globals for part in parts], dim=1),
+        torch.cat([part.locals for part in parts], dim=1),
+    )

@@ -1,0 +1,203 @@
+"""Settings of sampath. No heavy import: its `--help` is built from this."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from latentds_trainers.engine.settings import TrainConfig
+from latentds_trainers.sampath.segmentation_labels import MaskValues, parse_mask_values
+from latentds_trainers.sampath.segmentation_presets import PRESETS
+
+from latentds.evaluation.patchsets.patch_set_config import PatchInput
+
+if TYPE_CHECKING:
+    from latentds.models.segmentation_losses import LossWeights
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampathConfig(PatchInput, TrainConfig):
+    """Label every pixel: SAM-Path, or a plain U-Net.
+
+    Options that are not given are the preset's.
+    """
+
+    preset: Literal["bcss", "crag", "binary"] = "binary"
+    """bcss, crag: classes, sizes, losses, schedule and augmentation of SAM-Path on these sets.
+    binary: foreground and background from masks of 0 and 255, 256 px crops, 60 epochs of batches of
+    4, learning rate 1e-3 with a cosine."""
+    model: Literal["sampath", "unet"] = "sampath"
+    """sampath: SAM's mask decoder with class prompts on frozen encoders; unet: a U-Net from random
+    weights, as a baseline."""
+    sam: str = "facebook/sam-vit-base"
+    """SAM: a name on the Hub, a folder with config.json and model.safetensors, NAME@FOLDER, or
+    tiny-random and the like to try things out."""
+    pathology_encoder: str | None = None
+    """Encoder beside SAM's: hipt@FILE for HIPT's vit256_small_dino.pth, or an embedder with a map
+    of features (uni, phikon-v2, nic:FILE, timm:NAME, ...)."""
+    unet_encoder: str = "resnet18"
+    """Encoder of --model unet: a name of segmentation_models_pytorch's."""
+    unet_channels: tuple[int, ...] = (256, 128, 64, 32, 16)
+    """Channels of the U-Net's decoder, coarsest first, one a level."""
+    classes: tuple[str, ...] | None = None
+    """Names of the classes."""
+    mask_values: str | None = None
+    """What values in masks mean: VALUE:CLASS by name or by number from 1 on, or VALUE:ignore, with
+    commas between, such as 0:ignore,255:nuclei. A value that is not named is refused."""
+    unscored: tuple[str, ...] | None = None
+    """Classes that are predicted but count in no score, such as background."""
+    image_size: int | None = None
+    """Edge of the squares the network is trained on, in pixels."""
+    odd_size: Literal["pad", "resize"] | None = None
+    """Images that are no square of --image-size: pad keeps their pixels (autoencoders and the U-Net
+    mirror the edges up to their multiple and cut back); resize brings them to that square, as
+    SAM-Path does, originals before their codec."""
+    fold_table: Path | None = None
+    """CSV of img_id and fold (-1 test, 0 val, others train): one fold."""
+    folds: int | None = None
+    """Folds of a cross-validation that keeps groups together; without it and --fold-table, the
+    data's own splits train and test."""
+    allow_shared_groups: bool = False
+    """Take a --fold-table or splits that test a group (a patient or slide, see --groups) which is
+    trained or validated on too."""
+    seeds: tuple[int, ...] = ()
+    """Train every fold with each of these; --seed alone where not given. Three are advised: the
+    paper ran one."""
+    seed: int = 0
+    """Of the folds, and of the training where --seeds is not given."""
+    epochs: int | None = None
+    """Passes over a fold's training images."""
+    steps: int | None = None  # type: ignore[assignment]
+    """Optimizer steps instead of --epochs."""
+    batch_size: int | None = None  # type: ignore[assignment]
+    """Images a rank takes in one forward pass."""
+    accumulation: int | None = None  # type: ignore[assignment]
+    """Forward passes whose gradients are averaged into one optimizer step."""
+    lr: float | None = None  # type: ignore[assignment]
+    """Learning rate after the warm-up."""
+    weight_decay: float | None = None
+    """Of AdamW."""
+    warmup_steps: int | None = None  # type: ignore[assignment]
+    """Steps over which the learning rate rises linearly."""
+    schedule: Literal["constant", "cosine", "multistep"] | None = None  # type: ignore[assignment]
+    """After the warm-up: constant, half a cosine to zero at the last step, or divided by 10 at each
+    of the milestones."""
+    milestones: tuple[int, ...] | None = None  # type: ignore[assignment]
+    """Of --schedule multistep: steps after which the learning rate is a tenth of what it was."""
+    dice_weight: float | None = None
+    focal_weight: float | None = None
+    iou_weight: float | None = None
+    """Of the error of SAM's own guess of the IoU."""
+    ce_weight: float | None = None
+    """Of the cross entropy."""
+    unlabelled: Literal["zeroed", "left-out"] = "zeroed"
+    """Pixels without a label: their logits set to 0, as SAM-Path does, or left out of every
+    loss."""
+    crop_scale: tuple[float, float] | None = None
+    """Share of an image's area that a training crop has, from and to, before it is resized to
+    --image-size."""
+    flip: float | None = None
+    """Share of the crops that are flipped, either way or both."""
+    turn: float | None = None
+    """Share of the crops that are turned by 0 to 3 right angles."""
+    jitter: float | None = None
+    """How far brightness, contrast, saturation and hue of half of the crops change."""
+    pictures: int = 4
+    """Tested images of every fold that are drawn with their true and predicted labels."""
+    keep: int = 1
+    """Checkpoints kept of a fold, the newest ones."""
+    json: bool = False
+    """Print the result as JSON instead of tables."""
+
+    def __post_init__(self) -> None:
+        if self.schedule not in (None, "multistep") and self.milestones is None:
+            object.__setattr__(self, "milestones", ())
+        for name, value in PRESETS[self.preset].items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        PatchInput.__post_init__(self)
+        TrainConfig.__post_init__(self)
+        self.check_numbers()
+        self.check_choices()
+
+    def check_numbers(self) -> None:
+        """Refuse counts, shares and weights that make no sense."""
+        for name, least in (("epochs", 1), ("image_size", 32), ("pictures", 0), ("folds", 2)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} is {value}; at least {least}")
+        for name in ("flip", "turn"):
+            if not 0 <= self.number(name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; a share from 0 to 1")
+        if not 0 <= self.number("jitter") <= 0.5:
+            raise ValueError(f"jitter is {self.jitter}; from 0 to 0.5")
+        if not 0 <= self.number("weight_decay") < math.inf:
+            raise ValueError(f"weight_decay is {self.weight_decay}; 0 or more")
+        low, high = self.number_pair("crop_scale")
+        if not 0 < low <= high <= 1:
+            raise ValueError(
+                f"crop_scale is {self.crop_scale}; two shares above 0, the lower first"
+            )
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds are {self.seeds}; each once")
+
+    def check_choices(self) -> None:
+        """Refuse what excludes each other, and classes that are none."""
+        if self.fold_table is not None and self.folds is not None:
+            raise ValueError("give --folds or --fold-table, not both")
+        if self.precision == "bf16":
+            raise ValueError("precision bf16: frozen encoders stay in float32; take autocast")
+        if self.zero_stage == 3:
+            raise ValueError("zero_stage 3 spreads weights that are small here; take 0, 1 or 2")
+        values = self.values  # refuses what it cannot read
+        foreign = [name for name in self.unscored or () if name not in values.classes]
+        if foreign or len(self.unscored or ()) >= len(values.classes):
+            raise ValueError(
+                f"unscored is {self.unscored}; some of the classes {', '.join(values.classes)}, "
+                "not all"
+            )
+        weights = [getattr(self, f"{name}_weight") for name in ("dice", "focal", "ce")]
+        if min(*weights, self.number("iou_weight")) < 0 or not any(weights):
+            raise ValueError(
+                f"weights of dice, focal and ce are {weights}; none below 0, one above"
+            )
+
+    @property
+    def values(self) -> MaskValues:
+        """What the values in masks mean."""
+        return parse_mask_values(self.mask_values or "", self.classes or ())
+
+    @property
+    def left_out(self) -> tuple[int, ...]:
+        """Labels that are not scored."""
+        names = self.values.names
+        return (0, *(names.index(name) for name in self.unscored or ()))
+
+    @property
+    def image_px(self) -> int:
+        """`image_size`, which the preset has filled in."""
+        assert self.image_size is not None
+        return self.image_size
+
+    @property
+    def losses(self) -> LossWeights:
+        """Weights of the losses; a U-Net guesses no IoU."""
+        from latentds.models.segmentation_losses import LossWeights
+
+        return LossWeights(
+            dice=self.number("dice_weight"),
+            focal=self.number("focal_weight"),
+            iou=self.number("iou_weight"),
+            ce=self.number("ce_weight"),
+        )
+
+    def number(self, name: str) -> float:
+        """A setting that the preset has filled in."""
+        return float(getattr(self, name))
+
+    def number_pair(self, name: str) -> tuple[float, float]:
+        """Two numbers that the preset has filled in."""
+        low, high = getattr(self, name)
+        return float(low), float(high)

@@ -1,0 +1,174 @@
+"""One fold of a segmentation run: a network trained on its images, then tested on whole ones."""
+# B images of a forward pass, n images tested, K labels with 0, h w pixels
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from latentds_trainers.engine.settings import plain
+from latentds_trainers.engine.training import Engine
+from latentds_trainers.sampath.segmentation_data import Draws, LabelledImages
+from latentds_trainers.sampath.segmentation_networks import SegmentationNetwork, build_network
+from safetensors.torch import save as to_safetensors
+from torch import Tensor, nn
+
+from latentds.core.randomness import key_of
+from latentds.core.storage import write_atomically
+from latentds.evaluation.folds import Fold
+from latentds.evaluation.segmentation import Confusion, correct_scores
+from latentds.models.segmentation_losses import predict_labels, segmentation_loss
+
+if TYPE_CHECKING:
+    from latentds_trainers.sampath.config import SampathConfig
+
+NETWORK = "segmentation"
+WEIGHTS = "weights.safetensors"
+TORCH_SEEDS = 2**63  # torch takes seeds below
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Tested:
+    """What a fold's test gave: pixels int64 (n, K, K) by truth and prediction, of rows (n)."""
+
+    rows: np.ndarray
+    counts: np.ndarray
+
+
+class SegmentationFold:
+    """A fold's training, resumed where it was interrupted, and its test.
+
+    config      of the fold: `out`, `seed` and `steps` are its own
+    may_change  settings that may differ when it goes on
+    """
+
+    def __init__(
+        self, config: SampathConfig, images: LabelledImages, fold: Fold, may_change: tuple[str, ...]
+    ) -> None:
+        self.config, self.images, self.fold = config, images, fold
+        self.names = images.values.names
+        self.network: SegmentationNetwork = build_network(config, len(self.names))
+        trained = self.network.trained
+        optimizer = torch.optim.AdamW(
+            [p for p in trained.parameters() if p.requires_grad],
+            lr=config.number("lr"),
+            weight_decay=config.number("weight_decay"),
+        )
+        self.engine = Engine(
+            config, "sampath", {NETWORK: (trained, optimizer)}, may_change=may_change
+        )
+        self.network.model.to(self.engine.device)
+        self.draws = Draws(fold.train, config.seed)
+
+    def run(self) -> Tested:
+        """Train to the last step, save the trained weights, test."""
+        batches = self.batches()
+        self.engine.run(
+            lambda step: self.step(step, next(batches)),
+            validate=self.validate if len(self.fold.val) else None,
+        )
+        self.save()
+        return self.test(self.fold.test)
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Crops and labels of the forward passes that are left, images read ahead."""
+        left = [self.draws.at(places) for places in self.places()]
+        stream = self.images.patches.stream(rows for rows, _ in left)
+        for images, (rows, seeds) in zip(stream, left, strict=True):
+            crops, labels = self.images.crops(images, rows, seeds)
+            yield crops.to(self.engine.device), labels.to(self.engine.device)
+
+    def places(self) -> Iterator[np.ndarray]:
+        """Places of this rank's images, one array a forward pass."""
+        engine, config = self.engine, self.config
+        first = engine.rank * config.batch_size
+        for step in range(engine.step, config.steps):
+            for micro in range(config.accumulation):
+                start = micro * engine.world_size * config.batch_size + first
+                yield step * engine.global_batch + start + np.arange(config.batch_size)
+
+    def step(self, number: int, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        """One forward pass."""
+        crops, labels = batch
+        self.network.model.train()
+        key = key_of("network", self.config.seed, number, self.engine.rows.start)
+        torch.manual_seed(key % TORCH_SEEDS)  # of encoders that drop paths
+        with self.engine.autocast():
+            logits, iou = self.network.model(crops)
+        config = self.config
+        loss, terms = segmentation_loss(logits, labels, config.losses, iou, config.unlabelled)
+        self.engine.update(NETWORK, loss)
+        return terms
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Batch statistics and dropout off, no gradients."""
+        self.network.model.eval()
+        with torch.no_grad(), self.engine.autocast():
+            yield
+
+    def predict(self, image: Tensor) -> Tensor:
+        """Labels uint8 (h, w) on the CPU of a whole image float (1, 3, h, w)."""
+        logits, _ = self.network.model(image.to(self.engine.device))
+        return predict_labels(logits.float())[0].cpu()
+
+    def test(self, rows: np.ndarray) -> Tested:
+        """Pixel counts of whole images, shared out among the ranks. Collective."""
+        share_statistics(self.network.model)
+        own = rows[self.engine.rank :: self.engine.world_size]
+        counted: list[tuple[int, np.ndarray]] = []
+        with self.evaluating():
+            for row, image, labels in self.images.whole(own):
+                confusion = Confusion(self.names)
+                confusion.add(self.predict(image).numpy(), labels.cpu().numpy(), ignore=0)
+                counted.append((row, confusion.counts))
+        parts: list[Any] = [None] * self.engine.world_size
+        dist.all_gather_object(parts, counted)
+        found = dict(pair for part in parts for pair in part)
+        return Tested(rows=rows, counts=np.stack([found[row] for row in rows.tolist()]))
+
+    def validate(self) -> dict[str, float]:
+        """Macro Dice of the validation images, left out where it is undefined. Collective."""
+        counts = self.test(self.fold.val).counts.sum(0)
+        scores = correct_scores(Confusion(self.names, counts), self.config.left_out).scores
+        return {name: scores[name] for name in ("dice_macro", "pixel_accuracy") if name in scores}
+
+    def pictures(self, rows: np.ndarray) -> list[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
+        """Row, image uint8 (h, w, 3), true and predicted labels uint8 (h, w)."""
+        shown = []
+        with self.evaluating():
+            for row, image, labels in self.images.whole(rows):
+                pixels = (image[0] * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+                shown.append((row, pixels, labels.cpu().numpy(), self.predict(image).numpy()))
+        return shown
+
+    def save(self) -> None:
+        """weights.safetensors of what was trained, with the labels and settings. Collective."""
+        weights = {name: t.contiguous() for name, t in self.engine.weights(NETWORK).items()}
+        facts = {
+            "labels": list(self.names),
+            "frozen": self.network.frozen,
+            "settings": plain(self.config),
+            "steps": self.engine.step,
+        }
+        text = {"latentds": json.dumps(facts, allow_nan=False)}
+        path = Path(self.config.out) / WEIGHTS
+        self.engine.from_first(lambda: write_atomically(path, to_safetensors(weights, text)))
+
+
+def share_statistics(model: nn.Module) -> None:
+    """Give every rank the running statistics of rank 0's batch norms, which are saved. Collective.
+
+    Each rank's are of its own images; training does not read them.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            for buffer in module.buffers(recurse=False):
+                dist.broadcast(buffer, 0)

@@ -1,0 +1,278 @@
+"""A segmentation run: its images and folds, every fold trained once, and what it leaves behind."""
+# N images, K labels with 0
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+from latentds_trainers.engine.ranks import from_first, join_ranks, on_all_ranks
+from latentds_trainers.engine.run_folders import claim_folder, fold_folder, read_fold, write_fold
+from latentds_trainers.engine.settings import plain
+from latentds_trainers.sampath.config import SampathConfig
+from latentds_trainers.sampath.segmentation_data import LabelledImages
+from latentds_trainers.sampath.segmentation_fold import SegmentationFold
+from latentds_trainers.sampath.segmentation_folds import (
+    NO_FOLDS,
+    FoldPlan,
+    check_classes,
+    group_plan,
+    named_plan,
+    table_plan,
+)
+from latentds_trainers.sampath.segmentation_pictures import picture_name, write_picture
+from latentds_trainers.sampath.segmentation_presets import (
+    PRESETS,
+    SIZES_PX,
+    schedule_notes,
+    steps_of,
+)
+from latentds_trainers.sampath.segmentation_report import (
+    FoldOutcome,
+    figure,
+    fold_outcome,
+    images_a_step,
+    report,
+    run_record,
+)
+
+from latentds.errors import InputError
+from latentds.evaluation.folds import Fold, split_id
+from latentds.evaluation.groups import count_alone, groups_of
+from latentds.evaluation.patchsets import open_patches
+from latentds.evaluation.patchsets.codec_fitting import codebook_note
+from latentds.evaluation.patchsets.open_patch_sets import find_shards
+from latentds.evaluation.patchsets.patch_set import PatchSet, PatchTable
+from latentds.evaluation.splits import write_clam_splits
+
+logger = logging.getLogger(__name__)
+
+# When a run goes on: where things lie, how they are read, what is shown. What lies there is
+# compared by its content.
+MAY_CHANGE = (
+    *("data", "masks", "groups", "fold_table", "slides", "root", "only", "splits", "codebook_from"),
+    *("device", "workers", "keep_mb", "max_px", "pictures", "json", "seeds"),
+    "allow_shared_groups",
+    *("batch_size", "accumulation"),  # of which images_a_step tells
+)
+REMEDIES = {  # by what differs; a setting is set back
+    "content": "give the data it was started with",
+    "labels": "give the masks it was started with",
+    "images_a_step": "choose --batch-size and --accumulation for as many on these ranks",
+}
+OF_ENGINE = ("out", "save_every", "keep", "log_every", "sample_every", "tensorboard")
+
+
+class SegmentationRun:
+    """A run over all folds and seeds: opens images and masks, trains, tests, reports."""
+
+    def __init__(self, config: SampathConfig) -> None:
+        self.config, self.device = config, join_ranks()
+        patches = on_all_ranks(self.open)
+        self.images = LabelledImages(config, patches, config.values)
+        self.table: PatchTable = patches.table
+        self.groups, rule = on_all_ranks(self.find_groups)
+        self.plan = on_all_ranks(lambda: self.make_plan(rule))
+        counts, self.labels_id = from_first(self.images.count_pixels)
+        absent = on_all_ranks(lambda: check_classes(self.plan, counts, config.values.names))
+        self.source = from_first(lambda: patches.facts().to_json())
+        self.content = from_first(patches.fingerprint)
+        self.notes = [*absent, *self.find_notes()]
+        from_first(self.claim_folder)
+        from_first(self.write_splits)
+
+    def open(self) -> PatchSet:
+        """The images; InputError for those without masks or of another size than the preset's."""
+        config = self.config
+        patches = open_patches(resized_before(config, str(self.device)))
+        if not patches.has_masks:
+            raise InputError(
+                f"{config.location}: has no masks; give --masks FOLDER, or convert with it"
+            )
+        check_size(config, patches.patch_px)
+        return patches
+
+    def find_groups(self) -> tuple[list[str], str]:
+        """What must stay together, one an image, and the rule: tiles of a picture always do."""
+        table = self.table
+        return groups_of(table.slides, table.sources, self.config.groups, table.patients)
+
+    def make_plan(self, rule: str) -> FoldPlan:
+        """The folds that the config asks for."""
+        config, table = self.config, self.table
+        shared = config.allow_shared_groups
+        if config.fold_table is not None:
+            return table_plan(config.fold_table, table.sources, self.groups, allow_shared=shared)
+        if config.folds is not None:
+            return group_plan(self.groups, config.folds, config.seed, rule)
+        if len(set(table.splits)) < 2:
+            raise InputError(f"{config.location}: has one split, {table.splits[0]!r}; {NO_FOLDS}")
+        rule = "the data's own splits"
+        return named_plan(table.splits, self.groups, rule, allow_shared=shared)
+
+    def find_notes(self) -> list[str]:
+        """What a reader should know of groups, schedule, sizes and codebook; logged too."""
+        config, table = self.config, self.table
+        names = (table.slides, table.sources, table.patients)
+        alone = count_alone(*names) if config.groups is None else 0
+        notes = []
+        if alone:
+            notes.append(
+                f"{alone:,} of {len(table):,} images name neither slide nor patient, and each "
+                "file is a group by itself: that no patient is trained on and tested could not be "
+                "checked; --groups CSV says what belongs together"
+            )
+        sizes = [len(fold.train) for fold in self.plan.folds]
+        notes += schedule_notes(config, sizes, dist.get_world_size())
+        notes += resize_notes(config, self.source)
+        tested = {table.splits[row] for fold in self.plan.folds for row in fold.test.tolist()}
+        codebook = self.source.get("codebook") or {}
+        if note := codebook_note(codebook, test_is_apart="train" not in tested):
+            notes.append(note)
+        if dist.get_rank() == 0:
+            for note in notes:
+                logger.warning("%s", note)
+        return notes
+
+    @property
+    def items(self) -> list[str]:
+        """Names of the images."""
+        return self.table.names
+
+    def claim_folder(self) -> None:
+        """Write what the run is, or see that the folder is of the same one.
+
+        raises  ContractError that names what differs
+        """
+        left_out = {*MAY_CHANGE, *OF_ENGINE}
+        settings = {n: v for n, v in plain(self.config).items() if n not in left_out}
+        identity = {
+            "source": self.source["name"],
+            "codebook": self.source.get("codebook"),
+            "content": self.content,
+            "labels": self.labels_id,
+            "folds": split_id(self.plan.folds, self.items),
+            "images_a_step": images_a_step(self.config),
+        }
+        claim_folder(self.config.out, settings | identity, REMEDIES, ("images_a_step",))
+
+    def write_splits(self) -> None:
+        """The folds as CSV files of images."""
+        write_clam_splits(self.config.out / "splits", self.plan.folds, self.items)
+
+    def run(self) -> None:
+        """Train and test what is not finished; write and print the result."""
+        seeds = self.config.seeds or (self.config.seed,)
+        outcomes = [
+            self.outcome(number, fold, seed)
+            for seed in seeds
+            for number, fold in enumerate(self.plan.folds)
+        ]
+        from_first(lambda: self.report(outcomes))
+
+    def report(self, outcomes: Sequence[FoldOutcome]) -> None:
+        """On rank 0."""
+        record = run_record(
+            self.config,
+            self.plan,
+            outcomes,
+            source=self.source,
+            items=self.items,
+            notes=self.notes,
+        )
+        report(self.config, record, outcomes)
+
+    def outcome(self, number: int, fold: Fold, seed: int) -> FoldOutcome:
+        """What a fold came to: as it was found finished, or trained and tested now."""
+        folder = fold_folder(self.config.out, number, seed, self.config.seed)
+        found: FoldOutcome | None = from_first(lambda: read_fold(folder, FoldOutcome))
+        if found is not None:
+            logger.info("fold %d, seed %d: finished before", number, seed)
+            return found
+        config = fold_config(self.config, folder, seed, len(fold.train))
+        training = SegmentationFold(config, self.images, fold, MAY_CHANGE)
+        tested = training.run()
+        outcome = fold_outcome(
+            number,
+            fold,
+            config,
+            items=self.items,
+            groups=self.groups,
+            counts=tested.counts,
+            seconds=training.engine.seconds,
+        )
+        from_first(lambda: self.keep(training, outcome, folder))
+        return outcome
+
+    def keep(self, training: SegmentationFold, outcome: FoldOutcome, folder: Path) -> None:
+        """Draw pictures, then write what the fold came to: it is finished. On rank 0."""
+        if outcome.seed == self.config.seed:
+            rows = spread_over(training.fold.test, self.config.pictures)
+            for row, image, truth, prediction in training.pictures(rows):
+                name = picture_name(outcome.fold, self.items[row])
+                path = self.config.out / "predictions" / name
+                values, unscored = self.config.values, self.config.unscored or ()
+                write_picture(path, image, truth, prediction, values.classes, unscored)
+        write_fold(folder, outcome)
+        dice = figure(outcome.result(self.config)["scores"]["dice_macro"])
+        logger.info("fold %d, seed %d: macro Dice %s", outcome.fold, outcome.seed, dice)
+
+
+def resized_before(config: SampathConfig, device: str) -> SampathConfig:
+    """The config that opens images: with --odd-size resize, originals go to a codec in their size.
+
+    A data set of latents keeps the size it was converted with.
+    """
+    changed: dict[str, Any] = {"device": device if config.device == "auto" else config.device}
+    resizes = config.odd_size == "resize" and config.patch_size is None
+    if resizes and find_shards(config) is None:
+        changed |= {"patch_size": config.image_px, "resize": True}
+    return dataclasses.replace(config, **changed)
+
+
+def resize_notes(config: SampathConfig, source: dict[str, Any]) -> list[str]:
+    """A note on coded images that are resized after decoding.
+
+    source  facts of the patch set
+    """
+    (height, width), edge = source["patch_px"], config.image_px
+    if (
+        source["kind"] == "original"
+        or config.odd_size != "resize"
+        or (height, width) == (edge,) * 2
+    ):
+        return []
+    return [
+        f"images are decoded at {width}x{height} px, then resized to {edge}x{edge}; originals "
+        "through a codec are resized before it, unless --patch-size gives another size"
+    ]
+
+
+def check_size(config: SampathConfig, patch_px: tuple[int, int]) -> None:
+    """InputError for images of another size than the preset is for, unless --image-size says so."""
+    sizes = SIZES_PX.get(config.preset)
+    is_own = config.image_px != PRESETS[config.preset]["image_size"]
+    if sizes is None or is_own or patch_px in sizes:
+        return
+    wanted = " or ".join(f"{width}x{height}" for height, width in sizes)
+    raise InputError(
+        f"{config.location}: images of {patch_px[1]}x{patch_px[0]} px; --preset {config.preset} is "
+        f"for {wanted}. Give the set the preset is for, or --image-size PX and what else differs"
+    )
+
+
+def fold_config(config: SampathConfig, folder: Path, seed: int, images: int) -> SampathConfig:
+    """The settings of a fold: its folder, seed and number of steps."""
+    steps = steps_of(config, images, dist.get_world_size())
+    return dataclasses.replace(config, out=folder, seed=seed, steps=steps)
+
+
+def spread_over(rows: np.ndarray, count: int) -> np.ndarray:
+    """So many of the rows, or all, evenly spread."""
+    places = np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int)
+    return rows[places]

@@ -1,0 +1,38 @@
+"""Train an autoencoder for entropy-coded records: `tiny-v2`, or one from your own tiles.
+
+    python -m latentds_trainers.train_codec --tiles ../shared/assets --out runs/codec
+    deepspeed --num_gpus 1 --module latentds_trainers.train_codec --preset gpu-10min ...
+
+Learns from openly licensed tiles only (`tile_sources.py`); UCSB and MoNuSeg stay test sets and
+are never opened, nor are the pictures that the demo shows. Loss: mean squared error plus
+`rate_weight` times bits a pixel. The same command goes on from the newest checkpoint. With every
+checkpoint, OUT/codec is written anew: encoder, decoder, a fast decoder, tables, card; it is what
+`--autoencoder OUT/codec` takes. Under `deepspeed` or `torchrun`, any number of ranks draws the same
+crops.
+"""
+
+from __future__ import annotations
+
+from latentds_trainers.engine.launching import launch
+from latentds_trainers.train_codec.config import TrainCodecConfig
+
+from latentds.core.display import say
+
+
+def main(config: TrainCodecConfig) -> None:
+    """Run to the last step and print the product's folder, or pack tiles."""
+    if config.pack is not None:
+        from latentds_trainers.train_codec.tiles import pack_tiles
+
+        pack_tiles(config.tiles, config.pack)
+        say(config.pack)
+        return
+    from latentds_trainers.train_codec.task import CodecTask
+
+    path = CodecTask(config).run()
+    if path is not None:
+        say(path)
+
+
+if __name__ == "__main__":
+    launch(main, TrainCodecConfig, __doc__)

@@ -1,0 +1,147 @@
+"""What a `train_codec` run leaves behind, and how it is judged: OUT/codec, rate and distortion."""
+# B crops, C latent channels, h w latent cells, S steps, T symbols
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from latentds_trainers.engine.settings import plain
+from latentds_trainers.train_codec.codec_network import GAIN, CodecNetwork, rounded
+from latentds_trainers.train_codec.tile_crops import Crops
+from latentds_trainers.train_codec.tile_sources import attribution_of
+from torch import Tensor, nn
+
+from latentds.autoencoders.codec_folder import FAST, LARGEST, SymbolCounts, save_codec
+from latentds.autoencoders.decoders import default_name, save_decoder
+
+if TYPE_CHECKING:
+    from latentds_trainers.train_codec.config import TrainCodecConfig
+
+ESCAPE_BITS = 8
+PRODUCT = "codec"  # folder of a run
+STUDENT = "turbo-s"
+STEPS = tuple(0.5 * 2 ** (k / 8) for k in range(33))  # 0.5 to 8; the ninth is 1
+FLOOR = 0.005  # of a geometric law, mixed into counted shares
+COUNTED_PX, COUNTED_CROPS, FINAL_CROPS = 192, 16, 432
+BATCH = 8
+JUDGED_BYTES = (4096, 2048)
+PATCH_PIXELS = 256 * 256
+
+
+@torch.no_grad()
+def count_integers(
+    encoder: nn.Module, crops: Crops, config: TrainCodecConfig, is_last: bool
+) -> Tensor:
+    """Counts int64 (S, C, 32) of symbols on training crops at each of STEPS; the last escapes."""
+    drawn = dataclasses.replace(crops.config, crop_px=COUNTED_PX, seed=config.seed + 1)
+    counts = torch.zeros(len(STEPS), config.channels, 2 * LARGEST + 2, dtype=torch.int64)
+    for start in range(0, FINAL_CROPS if is_last else COUNTED_CROPS, BATCH):
+        latents = encoder(crops.batch(0, range(start, start + BATCH), drawn))
+        counts += torch.stack([symbol_counts(latents, step) for step in STEPS]).cpu()
+    return counts
+
+
+def symbol_counts(latents: Tensor, step: float) -> Tensor:
+    """Counts int64 (C, 32) of the symbols of latents (B, C, h, w) at a step."""
+    symbols = symbols_of(latents, step).transpose(0, 1).flatten(1)
+    width = 2 * LARGEST + 2
+    rows = torch.arange(len(symbols), device=symbols.device)[:, None] * width
+    return torch.bincount((symbols + rows).flatten(), minlength=width * len(symbols)).view(
+        -1, width
+    )
+
+
+def symbols_of(latents: Tensor, step: float) -> Tensor:
+    """Symbols int64 0 .. 31: integers + 15, and 31 for an escape."""
+    integers = (latents * (GAIN / step)).round().long()
+    return torch.where(integers.abs() <= LARGEST, integers + LARGEST, 2 * LARGEST + 1)
+
+
+def table_bits(counts: Tensor) -> Tensor:
+    """Bits (..., C, 32) of each symbol by its share of the counts; escapes with their raw bits."""
+    law = 0.5 ** (torch.arange(2 * LARGEST + 2) - LARGEST).abs().double()
+    law[-1] = law[0]
+    shares = counts.double() / counts.sum(-1, keepdim=True).clamp_min(1)
+    bits = -((1 - FLOOR) * shares + FLOOR * law / law.sum()).log2()
+    bits[..., -1] += ESCAPE_BITS
+    return bits
+
+
+def patch_bytes(latents: Tensor, counts: Tensor, step: float) -> float:
+    """Mean bytes of a patch of latents at a step, with the nearest step's table."""
+    nearest = int(np.argmin([abs(np.log(known / step)) for known in STEPS]))
+    bits = (symbol_counts(latents, step).cpu() * table_bits(counts[nearest])).sum()
+    return float(bits) / 8 / len(latents)
+
+
+def step_for(latents: Tensor, counts: Tensor, size: float) -> float:
+    """The step at which the patches' mean is so many bytes, by halving."""
+    low, high = np.log(STEPS[0]), np.log(STEPS[-1])
+    for _ in range(12):
+        middle = (low + high) / 2
+        is_too_large = patch_bytes(latents, counts, float(np.exp(middle))) > size
+        low, high = (middle, high) if is_too_large else (low, middle)
+    return float(np.exp(high))
+
+
+@torch.no_grad()
+def held_out_figures(
+    network: CodecNetwork, student: nn.Module, counts: Tensor, images: Tensor
+) -> dict[str, float]:
+    """Bytes at step 1 by mixtures and by tables; PSNR in dB at 4,096 and 2,048 bytes.
+
+    images  (B, 3, 256, 256) in [0, 1], of held-out patients
+    """
+    latents = torch.cat([network.encoder(part) for part in images.split(BATCH)])
+    ones = torch.ones(len(latents)).to(latents)
+    estimated = network.rate((GAIN * latents).round(), ones).sum() / 8 / len(latents)
+    figures = {
+        "bytes_at_step_1_estimated": float(estimated),
+        "bytes_at_step_1": patch_bytes(latents, counts, 1.0),
+    }
+    for size in JUDGED_BYTES:
+        step = step_for(latents, counts, size)
+        coded = rounded(latents, ones * step)
+        figures[f"step_at_{size}"] = step
+        figures[f"psnr_db_at_{size}"] = psnr(network.decoder, coded, images)
+        figures[f"fast_psnr_db_at_{size}"] = psnr(student, coded, images)
+    return figures
+
+
+def psnr(decoder: nn.Module, latents: Tensor, images: Tensor) -> float:
+    """Mean PSNR in dB of decoded latents over images."""
+    decoded = torch.cat([decoder(part) for part in latents.split(BATCH)]).clamp(0, 1)
+    return float((-10 * (decoded - images).square().mean((1, 2, 3)).log10()).mean())
+
+
+def save_product(
+    config: TrainCodecConfig,
+    network: CodecNetwork,
+    student: nn.Module,
+    counts: Tensor,
+    trained: dict[str, Any],
+) -> None:
+    """Write OUT/codec with its fast decoder.
+
+    counts   of `count_integers`
+    trained  how: shares of the tiles and figures
+    """
+    folder = config.out / PRODUCT
+    gains = torch.full((config.channels,), GAIN)
+    options = plain(config) | {"tiles": config.tiles.name, "out": config.out.name}
+    card = save_codec(
+        folder,
+        nn.ModuleDict({"encoder": network.encoder, "decoder": network.decoder}),
+        SymbolCounts(counts, torch.tensor(STEPS, dtype=torch.float64), gains),
+        name=config.name or default_name(config.out),
+        licence=config.licence,
+        attribution=attribution_of(trained["shares"]),
+        trained=trained | {"options": options},
+    )
+    fast = card.name + "-fast"
+    architecture = {"class": "student", "name": STUDENT}
+    by = {"recipe": "train_codec", "figures": trained["figures"]}
+    save_decoder(folder / FAST, student, card, architecture, by, name=fast, dtype=torch.float16)

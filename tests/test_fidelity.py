@@ -22,7 +22,7 @@ from latentds_tools.fidelity.encoded import encode_all
 from latentds_tools.fidelity.fidelity_config import Config
 from latentds_tools.fidelity.fidelity_crops import read_crops
 from latentds_tools.fidelity.fidelity_plan import make_plan, spread
-from latentds_tools.fidelity.measuring import Originals, measure
+from latentds_tools.fidelity.measuring import MeasuredOriginals, measure
 from latentds_tools.fidelity.paper_rows import find_paper_row, paper_rows, paper_table
 from latentds_tools.fidelity.summaries import confidence_interval, drawn_means, summarize
 from PIL import Image
@@ -189,7 +189,7 @@ def test_values_that_are_missing_stay_out_of_means():
 
 def test_lossless_codec_gives_similarity_one_and_no_finite_psnr():
     images = [smooth_picture(n) for n in range(3)]
-    originals = Originals(images, {"colours": ColourEmbedder()})
+    originals = MeasuredOriginals(images, {"colours": ColourEmbedder()})
     ticks: list[int] = []
     codec = make_picture_codec(parse_codec("png"))
     encoded = encode_all(codec, images, ticks.append)

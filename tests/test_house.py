@@ -176,7 +176,6 @@ def test_no_recipe_imports_another_and_no_trainer_a_tool():
     assert wrong == []
 
 
-@pytest.mark.xfail(strict=True, reason="falls in the next commits")
 def test_module_names_are_unique():
     stems = Counter(
         m.rsplit(".", 1)[-1] for m, path in modules().items() if "__init__" not in path.name

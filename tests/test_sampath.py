@@ -27,7 +27,7 @@ from latentds_trainers.engine.settings import TrainConfig
 from latentds_trainers.sampath import segmentation_fold
 from latentds_trainers.sampath.__main__ import main
 from latentds_trainers.sampath.config import SampathConfig
-from latentds_trainers.sampath.segmentation_data import Draws, jitter
+from latentds_trainers.sampath.segmentation_data import CropDraws, jitter
 from latentds_trainers.sampath.segmentation_folds import group_plan
 from latentds_trainers.sampath.segmentation_pictures import picture_name
 from latentds_trainers.sampath.segmentation_presets import PRESETS
@@ -429,11 +429,11 @@ def test_milestones_that_make_no_sense_are_refused(tmp_path, options):
 
 
 def test_draws_take_every_image_once_an_epoch_and_follow_from_the_place():
-    draws = Draws(np.arange(10, 17), seed=3)
+    draws = CropDraws(np.arange(10, 17), seed=3)
     rows, seeds = draws.at(np.arange(14))
     assert sorted(rows[:7]) == sorted(rows[7:]) == list(range(10, 17))
     assert list(rows[:7]) != list(rows[7:])
-    again, same = Draws(np.arange(10, 17), seed=3).at(np.array([12, 5]))
+    again, same = CropDraws(np.arange(10, 17), seed=3).at(np.array([12, 5]))
     assert again.tolist() == rows[[12, 5]].tolist() and torch.equal(same, seeds[[12, 5]])
     assert len(set(seeds.tolist())) == 14
 

@@ -37,7 +37,7 @@ class Clamp(nn.Module):
         return torch.tanh(x / 3) * 3
 
 
-class Block(nn.Module):
+class TaesdBlock(nn.Module):
     """Three 3x3 convolutions on an identity path.
 
     A mid-block adds a grouped 1x1 bottleneck first.
@@ -71,10 +71,10 @@ def mid_block() -> nn.Sequential:
 
 def build_encoder(channels: int, has_pool: bool) -> nn.Sequential:
     """f8 encoder: three stride-2 groups of three blocks."""
-    layers: list[nn.Module] = [conv(3, WIDTH), Block()]
+    layers: list[nn.Module] = [conv(3, WIDTH), TaesdBlock()]
     for group in range(3):
         layers += [conv(WIDTH, WIDTH, stride=2, bias=False)]
-        layers += [Block(has_pool and group == 2) for _ in range(3)]
+        layers += [TaesdBlock(has_pool and group == 2) for _ in range(3)]
     return nn.Sequential(*layers, conv(WIDTH, channels))
 
 
@@ -82,9 +82,9 @@ def build_decoder(channels: int, has_pool: bool) -> nn.Sequential:
     """f8 decoder: three groups of nearest upsampling; indices as in the published files."""
     layers: list[nn.Module] = [Clamp(), conv(channels, WIDTH), nn.ReLU()]
     for group in range(3):
-        layers += [Block(has_pool and group == 0) for _ in range(3)]
+        layers += [TaesdBlock(has_pool and group == 0) for _ in range(3)]
         layers += [nn.Upsample(scale_factor=2), conv(WIDTH, WIDTH, bias=False)]
-    return nn.Sequential(*layers, Block(), conv(WIDTH, 3))
+    return nn.Sequential(*layers, TaesdBlock(), conv(WIDTH, 3))
 
 
 def find_pair(path: Path) -> tuple[Path, Path] | None:

@@ -18,14 +18,14 @@ from latentds.codecs.naming import (
     parse_codecs,
     parse_quantizer,
 )
-from latentds.codecs.picture_codecs import Fitted, PictureCodec, fit_to_bytes
+from latentds.codecs.picture_codecs import FittedQuality, PictureCodec, fit_to_bytes
 from latentds.codecs.quantizers import latent_bytes
 
 __all__ = [
     "Codec",
     "CodecSpec",
     "FORMATS",
-    "Fitted",
+    "FittedQuality",
     "LatentCodec",
     "LatentSpec",
     "PictureCodec",

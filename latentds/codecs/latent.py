@@ -19,8 +19,8 @@ from latentds.codecs.quantizers import (
     Codes,
     Floats,
     Quantizer,
-    Records,
-    Sums,
+    RecordQuantizer,
+    SumQuantizer,
     latent_shape,
     packed_bytes,
 )
@@ -173,7 +173,9 @@ def fit_quantizer(
     return fit_codebook(samples, spec.kind, spec.levels or MAX_LEVELS, seed)
 
 
-def make_records(spec: QuantizerSpec, card: AutoencoderCard, patch_px: tuple[int, int]) -> Records:
+def make_records(
+    spec: QuantizerSpec, card: AutoencoderCard, patch_px: tuple[int, int]
+) -> RecordQuantizer:
     """Records by the tables that ship with the autoencoder; ContractError where none do."""
     stored = shipped_records(card.latent_id, latent_shape(card, patch_px), spec.record_bytes)
     if stored is None:
@@ -182,7 +184,7 @@ def make_records(spec: QuantizerSpec, card: AutoencoderCard, patch_px: tuple[int
             "has some, and 'latentds convert --codebook rans' fits them to its input"
         )
     assert isinstance(stored.codebook, EntropyCodebook)
-    return Records(spec, stored.codebook)
+    return RecordQuantizer(spec, stored.codebook)
 
 
 def make_quantizer(
@@ -198,9 +200,9 @@ def make_quantizer(
             f"{card.name}+{spec.text}: the codebook is {codebook.text}, {codebook.summary}"
         )
     if isinstance(codebook, EntropyCodebook):
-        return Records(spec, codebook)
+        return RecordQuantizer(spec, codebook)
     if isinstance(codebook, AdditiveCodebook):
-        return Sums(spec, codebook)
+        return SumQuantizer(spec, codebook)
     assert isinstance(codebook, Codebook)
     return Codes(spec, codebook)
 

@@ -25,7 +25,7 @@ FULL = 0.995  # share of the bytes allowed from which a search does not look for
 
 
 @dataclasses.dataclass(frozen=True)
-class Fitted:
+class FittedQuality:
     """The file a codec makes of one picture.
 
     encoded  its bytes
@@ -73,7 +73,7 @@ class PictureCodec:
         """How files are made and read."""
         return self.rules or FORMATS[self.format]
 
-    def fit(self, image: np.ndarray) -> Fitted:
+    def fit(self, image: np.ndarray) -> FittedQuality:
         """The file of a picture, with the quality it was made at."""
         if self.mean_bytes is not None:
             return self.fit_all([image])[0]
@@ -81,9 +81,9 @@ class PictureCodec:
             return fit_to_bytes(self.format, image, self.max_bytes, self.rules)
         check_picture(image)
         encoded = self.coding.encode(image, self.quality or 0)
-        return Fitted(encoded, self.quality, True)
+        return FittedQuality(encoded, self.quality, True)
 
-    def fit_all(self, images: Sequence[np.ndarray]) -> list[Fitted]:
+    def fit_all(self, images: Sequence[np.ndarray]) -> list[FittedQuality]:
         """The files of pictures that belong together, with the qualities they were made at."""
         if self.mean_bytes is None or not images:
             return [self.fit(image) for image in images]
@@ -117,7 +117,9 @@ class PictureCodec:
         return [self.decode(encoded) for encoded in files]
 
 
-def fit_to_mean(rules: Format, images: Sequence[np.ndarray], mean_bytes: int) -> list[Fitted]:
+def fit_to_mean(
+    rules: Format, images: Sequence[np.ndarray], mean_bytes: int
+) -> list[FittedQuality]:
     """Files of all pictures at the one quality whose files have nearest to `mean_bytes` on average.
 
     By bisection; a format with few qualities may miss the mean by some per cent, either way.
@@ -126,7 +128,7 @@ def fit_to_mean(rules: Format, images: Sequence[np.ndarray], mean_bytes: int) ->
         check_picture(image)
     assert rules.qualities is not None
     low, high = 0, round((rules.qualities[1] - rules.qualities[0]) / rules.step)
-    best: list[Fitted] = []
+    best: list[FittedQuality] = []
     misses = float("inf")
     while low <= high:
         middle = (low + high) // 2
@@ -135,14 +137,14 @@ def fit_to_mean(rules: Format, images: Sequence[np.ndarray], mean_bytes: int) ->
         mean = sum(map(len, files)) / len(files)
         if abs(mean - mean_bytes) < misses:
             misses = abs(mean - mean_bytes)
-            best = [Fitted(file, quality, True) for file in files]
+            best = [FittedQuality(file, quality, True) for file in files]
         low, high = (middle + 1, high) if mean <= mean_bytes else (low, middle - 1)
     return best
 
 
 def fit_to_bytes(
     format: str, image: np.ndarray, max_bytes: int, coding: Format | None = None
-) -> Fitted:
+) -> FittedQuality:
     """The file of the highest quality found that has at most `max_bytes`, by bisection.
 
     Sizes grow with quality but for a few bytes here and there, so the search ends at, or within
@@ -153,18 +155,18 @@ def fit_to_bytes(
     rules = coding or FORMATS[format]
     assert rules.qualities is not None
     low, high = 0, round((rules.qualities[1] - rules.qualities[0]) / rules.step)
-    best: Fitted | None = None
+    best: FittedQuality | None = None
     while low <= high and (best is None or len(best.encoded) < FULL * max_bytes):
         middle = (low + high) // 2
         quality = round(rules.qualities[0] + middle * rules.step, 6)
         encoded = rules.encode(image, quality)
         if len(encoded) <= max_bytes:
-            best, low = Fitted(encoded, quality, True), middle + 1
+            best, low = FittedQuality(encoded, quality, True), middle + 1
         else:
             high = middle - 1
     if best is None:
         lowest = rules.qualities[0]
-        best = Fitted(rules.encode(image, lowest), lowest, False)
+        best = FittedQuality(rules.encode(image, lowest), lowest, False)
     return best
 
 

@@ -96,7 +96,7 @@ class Codes:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Sums:
+class SumQuantizer:
     """Additive codes, a byte a plane and latent cell."""
 
     spec: QuantizerSpec
@@ -114,7 +114,7 @@ class Sums:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Records:
+class RecordQuantizer:
     """Entropy-coded records of one size."""
 
     spec: QuantizerSpec

@@ -19,7 +19,7 @@ import numpy as np
 
 from latentds.core.randomness import key_of, shuffled
 from latentds.errors import InputError
-from latentds.evaluation.probes import Fitted, standardized
+from latentds.evaluation.probes import FittedProbe, standardized
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -54,7 +54,7 @@ def eva_probe(
     *,
     seed: int,
     standardize: bool = False,
-) -> Fitted:
+) -> FittedProbe:
     """Class probabilities of test features (n, D) by a linear layer on features as they are.
 
     val          which epoch's weights are tested, and when training ends; eva takes the test set
@@ -77,7 +77,7 @@ def eva_probe(
     patience = patience_of(len(train))
     remark = kept_best(head, epochs, patience, lambda: balanced_accuracy(head, held, val.labels))
     with torch.no_grad():
-        return Fitted(head(tested).double().softmax(1).numpy(), remark)
+        return FittedProbe(head(tested).double().softmax(1).numpy(), remark)
 
 
 def new_head(dim: int, classes: int, seed: int) -> nn.Linear:

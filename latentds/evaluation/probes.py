@@ -32,7 +32,7 @@ ALL_ZERO = (
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Fitted:
+class FittedProbe:
     """Class probabilities of the test patches, and what is to be told of the fit.
 
     probabilities  float64 (N, K), rows sum to 1
@@ -51,7 +51,7 @@ def linear_probe(
     *,
     penalty: Penalty = "norm",
     standardize: bool = False,
-) -> Fitted:
+) -> FittedProbe:
     """Logistic regression of features (N, D), with cost D * K / 100.
 
     penalty      norm: mean cross-entropy + |W| / (2 cost), what UNI's code minimizes (the norm is
@@ -73,7 +73,7 @@ def linear_probe(
 
 def fit_squared(
     train: np.ndarray, labels: np.ndarray, test: np.ndarray, classes: int, cost: float
-) -> Fitted:
+) -> FittedProbe:
     """The minimum of mean cross-entropy + |W|^2 / (2 cost), by scikit-learn's L-BFGS.
 
     scikit-learn minimizes C * summed cross-entropy + |W|^2 / 2, hence C = cost / N. For two classes
@@ -89,12 +89,12 @@ def fit_squared(
         warnings.simplefilter("always", ConvergenceWarning)
         model.fit(train, labels)
     has_stopped = any(issubclass(w.category, ConvergenceWarning) for w in caught)
-    return Fitted(model.predict_proba(test), NOT_CONVERGED if has_stopped else "")
+    return FittedProbe(model.predict_proba(test), NOT_CONVERGED if has_stopped else "")
 
 
 def fit_norm(
     train: np.ndarray, labels: np.ndarray, test: np.ndarray, classes: int, cost: float
-) -> Fitted:
+) -> FittedProbe:
     """The minimum of mean cross-entropy + |W| / (2 cost), by SciPy's L-BFGS from zero weights."""
     load_scikit_learn()  # it brings SciPy
     from scipy.optimize import minimize
@@ -103,7 +103,9 @@ def fit_norm(
     wanted = np.eye(classes)[labels]
     shares = wanted.mean(0)
     if np.linalg.norm((shares - wanted).T @ train / count) <= 1 / (2 * cost):
-        return Fitted(np.tile(shares, (len(test), 1)), ALL_ZERO)  # no step from 0 lowers the loss
+        return FittedProbe(
+            np.tile(shares, (len(test), 1)), ALL_ZERO
+        )  # no step from 0 lowers the loss
 
     def loss(flat: np.ndarray) -> tuple[float, np.ndarray]:
         weight, bias = flat[: classes * dim].reshape(classes, dim), flat[classes * dim :]
@@ -126,7 +128,7 @@ def fit_norm(
     found = minimize(loss, start, jac=True, method="L-BFGS-B", options=options)
     weight, bias = found.x[: classes * dim].reshape(classes, dim), found.x[classes * dim :]
     remark = NOT_CONVERGED if found.status == 1 else ""
-    return Fitted(np.exp(log_softmax(test @ weight.T + bias)), remark)
+    return FittedProbe(np.exp(log_softmax(test @ weight.T + bias)), remark)
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -138,7 +140,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 def nearest_neighbours(
     train: np.ndarray, labels: np.ndarray, test: np.ndarray, classes: int, *, neighbours: int
-) -> Fitted:
+) -> FittedProbe:
     """Shares of the classes among the nearest training patches.
 
     Features are centred on the training patches' mean and brought to length 1, as UNI's code does.
@@ -156,7 +158,7 @@ def nearest_neighbours(
     model.fit(unit(train - mean), labels)
     shares = np.zeros((len(test), classes))
     shares[:, model.classes_] = model.predict_proba(unit(test - mean))
-    return Fitted(shares)
+    return FittedProbe(shares)
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
@@ -173,7 +175,9 @@ def standardized(train: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.nd
     return (train - mean) / deviation, (test - mean) / deviation
 
 
-def colour_probe(train: np.ndarray, labels: np.ndarray, test: np.ndarray, classes: int) -> Fitted:
+def colour_probe(
+    train: np.ndarray, labels: np.ndarray, test: np.ndarray, classes: int
+) -> FittedProbe:
     """Logistic regression of standardized colour histograms, scikit-learn's C at 1."""
     train, test = standardized(train.astype(np.float64), test.astype(np.float64))
     scale = 2 if classes == 2 else 1  # undone by `fit_squared`

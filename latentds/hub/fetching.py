@@ -36,7 +36,7 @@ TABLE_PATTERN = re.compile(rf"{re.escape(SIDECARS)}/[a-z0-9_]+\.[a-z0-9]+")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Fetched:
+class FetchedSet:
     """What was fetched.
 
     commit   the revision was when it was asked for
@@ -56,7 +56,7 @@ def fetch(
     repository: str,
     out: str | os.PathLike[str] | None = None,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
-) -> Fetched:
+) -> FetchedSet:
     """Fetch ORG/NAME[@REVISION] from the Hub; the same call goes on where one was cut off.
 
     out       folder that is not there yet, or holds a part of the same set; NAME by default
@@ -91,7 +91,7 @@ def fetch(
         new, size = fetch_files(transport, folder, wanted, progress)
         write_atomically(folder / MANIFEST, content)
         (folder / LOCK).unlink()
-    return Fetched(
+    return FetchedSet(
         folder=folder,
         commit=str(remote.head),
         manifest=manifest,

@@ -11,7 +11,7 @@ from typing import Any
 from latentds.hub.client import HubFile, Repository
 from latentds.hub.licences import read_markdown
 from latentds.hub.model_options import PublishOptions
-from latentds.hub.publish_plan import HUB_OWN, README, Plan, holds_other
+from latentds.hub.publish_plan import HUB_OWN, README, PublishPlan, holds_other
 from latentds.hub.set_upload import Published, compare, have_repository, send
 
 
@@ -108,10 +108,10 @@ def plan_files(
     *,
     weights: str,
     page: str,
-) -> Plan:
+) -> PublishPlan:
     """What is to be sent and removed; InputError where the repository holds something else."""
     listed = dict(remote)
-    plan = Plan(contents=contents, sha256={}, missing=[], deleted=[])
+    plan = PublishPlan(contents=contents, sha256={}, missing=[], deleted=[])
     missing = [path for path in contents if not plan.is_there(path, listed)]
     foreign = [path for path in listed if path not in contents and path not in HUB_OWN]
     is_same = page in listed and weights not in missing

@@ -20,7 +20,7 @@ SHOWN = 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
+class PublishPlan:
     """What publishing will do.
 
     contents  every file of the published set: a path here, or bytes made for it; manifest last
@@ -50,11 +50,11 @@ def make_plan(
     contents: dict[str, Path | bytes],
     remote: dict[str, HubFile],
     overwrite: bool,
-) -> Plan:
+) -> PublishPlan:
     """What is to be sent and removed; InputError where the repository holds something else."""
     sha256 = {shard.name: shard.sha256 for shard in manifest.shards}
     sha256 |= {name: str(entry["sha256"]) for name, entry in manifest.tables.items()}
-    plan = Plan(contents=contents, sha256=sha256, missing=[], deleted=[])
+    plan = PublishPlan(contents=contents, sha256=sha256, missing=[], deleted=[])
     missing = [path for path in contents if not plan.is_there(path, remote)]
     found = remote_dataset_id(repository) if MANIFEST in remote else None
     foreign = find_foreign(plan, missing, remote, is_same=found == manifest.dataset_id)
@@ -80,7 +80,7 @@ def holds_other(repository: Repository, foreign: list[str], what: str = "") -> I
 
 
 def find_foreign(
-    plan: Plan, missing: list[str], remote: dict[str, HubFile], is_same: bool
+    plan: PublishPlan, missing: list[str], remote: dict[str, HubFile], is_same: bool
 ) -> list[str]:
     """Paths in a repository that are no part of this set.
 

@@ -17,7 +17,7 @@ from latentds.hub.card import hub_card
 from latentds.hub.client import HubFile, Repository
 from latentds.hub.licences import check_licence, licence_warnings
 from latentds.hub.preview import PREVIEW, make_preview
-from latentds.hub.publish_plan import README, Plan, make_plan
+from latentds.hub.publish_plan import README, PublishPlan, make_plan
 from latentds.hub.snippets import Publication
 from latentds.store.format import MANIFEST
 from latentds.store.golden import read_golden
@@ -40,7 +40,7 @@ class Published:
 
     url: str
     commit: str | None
-    plan: Plan
+    plan: PublishPlan
     warnings: tuple[str, ...]
     checked: int = 0
 
@@ -160,7 +160,7 @@ def edited_card(folder: Path, manifest: Manifest) -> Iterator[str]:
 
 def send(
     repository: Repository,
-    plan: Plan,
+    plan: PublishPlan,
     bulk: Collection[str],
     pull_request: bool,
     tell: Callable[[str], None],
@@ -193,7 +193,7 @@ def batched(paths: Iterable[str], size: Callable[[str], int]) -> Iterator[list[s
         yield batch
 
 
-def compare(repository: Repository, plan: Plan) -> int:
+def compare(repository: Repository, plan: PublishPlan) -> int:
     """Number of files the Hub now lists with the checksums of ours; FormatError where it does not.
 
     Of large files it lists the sha256, which is compared with the manifest's; of small ones git's

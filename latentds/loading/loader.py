@@ -23,7 +23,7 @@ from latentds.loading.batch import Batch
 from latentds.loading.dataset import LatentDataset, check_bad
 from latentds.loading.decoding import DecodeOptions, Decoder, check_decode, find_autoencoder
 from latentds.loading.mixture import Mixture
-from latentds.loading.stage import CudaLanes, DecodeStage, Lanes
+from latentds.loading.stage import CopyLanes, CudaLanes, DecodeStage
 from latentds.loading.transfers import Transfer, Transfers
 from latentds.loading.transform_checks import Watched
 from latentds.quantizers.lookup import make_integers
@@ -192,7 +192,7 @@ class LatentLoader:
         assert isinstance(self.views, MultiCrop) and self.decoder is not None
         return CropWindows(self.views, self.decoder, self.contract.latents_shape)
 
-    def make_stage(self, static: bool, lanes: Lanes) -> DecodeStage:
+    def make_stage(self, static: bool, lanes: CopyLanes) -> DecodeStage:
         """The ring that decodes ahead on a GPU."""
         batching, contract = self.dataset.batching, self.contract
         pixels = self.decode == "pixels"

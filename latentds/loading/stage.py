@@ -36,7 +36,7 @@ class Lane(Protocol):
         ...
 
 
-class Lanes(Protocol):
+class CopyLanes(Protocol):
     """copy and decode are the stage's own; consumer() is where the trainer's next work will run."""
 
     @property
@@ -143,7 +143,7 @@ class DecodeStage:
         dtype: torch.dtype,
         capacity: int,
         device: torch.device,
-        lanes: Lanes,
+        lanes: CopyLanes,
         *,
         slots: int = 3,
         ahead: int = 1,

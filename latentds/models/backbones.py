@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from latentds.embedders.embedder import resize
+from latentds.embedders.latent_stem import LatentStemConfig, build_vit, image_px
 from latentds.embedders.timm_models import configured_card, create
 from latentds.embedders.weights import fetch, fill, read_weights
 from latentds.errors import WeightsError
-from latentds.models.latent_stem import LatentStemConfig, build_vit, image_px
 
 RANDOM, PUBLISHED = "random", "timm"  # weights to start from, beside a file
 

@@ -35,7 +35,7 @@ def is_saved(root: Path) -> bool:
     return is_one or (root / "dataset_dict.json").is_file()
 
 
-class Part(NamedTuple):
+class DatasetPart(NamedTuple):
     """A part of a data set: its rows, and just their images, not decoded."""
 
     rows: Any
@@ -49,7 +49,7 @@ class SavedDataset(PictureFiles):
 
     def __init__(self, config: ConvertConfig) -> None:
         super().__init__(config)
-        self.parts: Kept[dict[str, Part]] = Kept(1)
+        self.parts: Kept[dict[str, DatasetPart]] = Kept(1)
         self.broken: dict[str, str] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -65,7 +65,7 @@ class SavedDataset(PictureFiles):
         """Folders that a picture's path may lie in."""
         return [self.root]
 
-    def load_parts(self) -> dict[str, Part]:
+    def load_parts(self) -> dict[str, DatasetPart]:
         """Its parts by name."""
         with loading(self.root):
             loaded = self.load()
@@ -81,7 +81,7 @@ class SavedDataset(PictureFiles):
         classes = orders.pop() if self.config.labels and len(orders) == 1 else ()
         return self.named(Listing(tuple(pictures), classes=classes))
 
-    def rows_of(self, name: str, part: Part) -> Iterator[Picture]:
+    def rows_of(self, name: str, part: DatasetPart) -> Iterator[Picture]:
         """The pictures of a part of the data set, a row each."""
         split = SPLITS.get(name.lower(), name) if self.config.split_folders else DEFAULT_SPLIT
         for number, record in enumerate(records_of(part.rows)):
@@ -150,13 +150,13 @@ def loading(root: Path) -> Iterator[None]:
         ) from error
 
 
-def part_of(dataset: Any, root: Path) -> Part:
+def part_of(dataset: Any, root: Path) -> DatasetPart:
     """A Dataset as a part."""
     import datasets
 
     column = image_column(dataset, root)
     images = dataset.select_columns([column])
-    return Part(dataset, images.cast_column(column, datasets.Image(decode=False)))
+    return DatasetPart(dataset, images.cast_column(column, datasets.Image(decode=False)))
 
 
 def image_column(dataset: Any, root: Path) -> str:

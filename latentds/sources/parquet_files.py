@@ -26,7 +26,7 @@ RAW = ("image_dtype", "tile_size")  # OpenMidnight's: how image_bytes are coded,
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Group:
+class RowGroup:
     """A row group in memory: Arrow record batches, first row of each, and the pictures' column."""
 
     parts: list[Any]
@@ -86,7 +86,7 @@ class EncodedTable:
                 row[column] = names[number] if number >= 0 else None
         return row
 
-    def read_group(self, number: int) -> Group:
+    def read_group(self, number: int) -> RowGroup:
         """The pictures of a row group.
 
         InputError (without the name) where they are damaged, or more than the footer announced.
@@ -100,7 +100,7 @@ class EncodedTable:
                     raise InputError(f"its row group {number} has more bytes than it announces")
                 parts.append(batch)
                 starts.append(starts[-1] + len(batch))
-        return Group(parts, starts, self.column.partition(".")[0])
+        return RowGroup(parts, starts, self.column.partition(".")[0])
 
     def open(self) -> Any:
         """The file, its footer known."""

@@ -12,7 +12,7 @@ from latentds.errors import InputError
 from latentds.sources.image_folder import name_fields
 from latentds.sources.kept import Kept
 from latentds.sources.names import path_fields
-from latentds.sources.parquet_files import PATHS, EncodedTable, Group, open_table
+from latentds.sources.parquet_files import PATHS, EncodedTable, RowGroup, open_table
 from latentds.sources.picture_files import PictureFiles
 from latentds.sources.side_records import fields_of, splits_of
 from latentds.sources.side_tables import label_column
@@ -37,7 +37,7 @@ class PictureParquet(PictureFiles):
         self.files = files
         self.tables: dict[str, EncodedTable] = {}
         self.broken: dict[str, str] = {}
-        self.groups: Kept[Group] = Kept(GROUPS_KEPT)
+        self.groups: Kept[RowGroup] = Kept(GROUPS_KEPT)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.config, self.files)

@@ -7,11 +7,11 @@ import itertools
 from typing import TYPE_CHECKING, Any
 
 import torch
-from latentds_tools.bench.step_sets import Source, endless, open_loader
+from latentds_tools.bench.step_sets import StepSource, endless, open_loader
 from latentds_tools.bench.step_training import Training
 from torch import Tensor
 
-from latentds.models.latent_stem import LatentStemConfig
+from latentds.embedders.latent_stem import LatentStemConfig
 
 if TYPE_CHECKING:
     from latentds_tools.bench.step_config import Config
@@ -28,7 +28,7 @@ class Feeding:
     has_decoder  whether anything is decoded
     """
 
-    def __init__(self, source: Source, config: Config, device: torch.device) -> None:
+    def __init__(self, source: StepSource, config: Config, device: torch.device) -> None:
         self.config, self.device = config, device
         self.has_decoder = config.input == "pixels"
         dtype = getattr(torch, str(config.dtype))

@@ -21,7 +21,7 @@ RECORDED = "the recorded decoder"
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class StepSource:
     """What is read.
 
     folder       of the set
@@ -36,18 +36,18 @@ class Source:
     weights: str
 
 
-def open_source(config: Config, work: Path) -> Source:
+def open_source(config: Config, work: Path) -> StepSource:
     """The set given, or one of random codes for the decoder; InputError where they do not fit."""
     if config.folder is None:
         return write_random(config, work)
     if config.input == "latents":
-        return Source(config.folder, None, "none", "")
+        return StepSource(config.folder, None, "none", "")
     if config.decoder is None:
-        return Source(config.folder, None, RECORDED, "loaded")
+        return StepSource(config.folder, None, RECORDED, "loaded")
     autoencoder, weights = named(config.decoder)
     if weights == "random":
         autoencoder = for_set(config.folder, autoencoder)
-    return Source(config.folder, autoencoder, config.decoder, weights)
+    return StepSource(config.folder, autoencoder, config.decoder, weights)
 
 
 def named(name: str) -> tuple[Any, str]:
@@ -73,7 +73,7 @@ def for_set(folder: Path, autoencoder: Any) -> Any:
     return autoencoder
 
 
-def write_random(config: Config, work: Path) -> Source:
+def write_random(config: Config, work: Path) -> StepSource:
     """A set of random codes that the decoder fits, which claims to read them."""
     from latentds_tools.bench.synthetic import random_contract, write_synthetic
 
@@ -85,14 +85,14 @@ def write_random(config: Config, work: Path) -> Source:
     shape = (card.channels, *latent_cells((edge, edge), card.factor))
     write_synthetic(work / "set", int(config.patches or 0), shape=shape, patch_px=edge)
     if config.input == "latents":
-        return Source(work / "set", None, "none", "")
+        return StepSource(work / "set", None, "none", "")
     latent_id = random_contract().latent_id
     autoencoder.card = dataclasses.replace(card, latent_id=latent_id)
-    return Source(work / "set", autoencoder, name, weights)
+    return StepSource(work / "set", autoencoder, name, weights)
 
 
 def open_loader(
-    source: Source, config: Config, device: torch.device, dtype: torch.dtype, **options: Any
+    source: StepSource, config: Config, device: torch.device, dtype: torch.dtype, **options: Any
 ) -> LatentLoader:
     """The loader, shuffling as a training does.
 

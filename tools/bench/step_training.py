@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from latentds.models.latent_stem import LatentStemConfig, build_vit
+from latentds.embedders.latent_stem import LatentStemConfig, build_vit
 from latentds.models.token_masks import global_masks, random_masks
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import Any
 
 from latentds_tools.comparison.paper_tables import paper_key, paper_part
 from latentds_tools.comparison.run_pairing import Bootstrap, pair, setting_notes
-from latentds_tools.comparison.run_reading import Family, Row, kind_of
+from latentds_tools.comparison.run_reading import Family, RunRow, kind_of
 
 from latentds.errors import unknown_name
 from latentds.evaluation.statistics import Difference
@@ -50,7 +50,7 @@ def check_names(families: Sequence[Family], reference: str | None, metric: str |
         raise unknown_name("metric", metric, metrics)
 
 
-def find_reference(family: Family, name: str | None) -> Row | None:
+def find_reference(family: Family, name: str | None) -> RunRow | None:
     """The row that others are set against."""
     if name is not None:
         return family.find(name)
@@ -84,7 +84,7 @@ def describe_family(
 
 
 def describe_row(
-    row: Row, against: Row | None, metric: str, task: str, bootstrap: Bootstrap
+    row: RunRow, against: RunRow | None, metric: str, task: str, bootstrap: Bootstrap
 ) -> dict[str, Any]:
     """One source's figures."""
     facts, cells = row.record.source, row.cells
@@ -111,7 +111,7 @@ def describe_row(
     }
 
 
-def describe_related(row: Row) -> list[dict[str, Any]]:
+def describe_related(row: RunRow) -> list[dict[str, Any]]:
     """Other rows that a run brings along, such as the baseline of colour histograms.
 
     is_row  whether they are of the same folds: a row of the table
@@ -128,7 +128,7 @@ def describe_related(row: Row) -> list[dict[str, Any]]:
     ]
 
 
-def family_notes(family: Family, against: Row | None) -> list[str]:
+def family_notes(family: Family, against: RunRow | None) -> list[str]:
     """What a reader has to know of the rows, each thing once, in sentences."""
     notes = [note for row in family.rows for run in row.runs for note in run.record.notes]
     if against is not None:

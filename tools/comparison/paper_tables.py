@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from latentds_tools.comparison.run_reading import Family, Row, kind_of
+from latentds_tools.comparison.run_reading import Family, RunRow, kind_of
 
 from latentds.errors import InputError
 from latentds.evaluation.segmentation import derive_iou, derive_precision
@@ -62,7 +62,7 @@ def check_columns(families: Sequence[Family], table: str) -> None:
         )
 
 
-def paper_key(row: Row) -> tuple[str, bool, bool]:
+def paper_key(row: RunRow) -> tuple[str, bool, bool]:
     """A row's source as the paper tells them apart: codec or autoencoder, fine-tuned, quantized."""
     facts = row.record.source
     if kind_of(facts) == "original":
@@ -79,7 +79,7 @@ def has_authors_decoder(facts: dict[str, Any]) -> bool:
     return any(str(facts.get(key) or "").endswith(FINE_TUNED) for key in ("autoencoder", "decoder"))
 
 
-def find_own(rows: Sequence[Row], key: tuple[str, bool, bool], keys: set[Any]) -> list[Any]:
+def find_own(rows: Sequence[RunRow], key: tuple[str, bool, bool], keys: set[Any]) -> list[Any]:
     """Our rows, with notes, that correspond to one of the paper's with these keys."""
     found = []
     for row in rows:

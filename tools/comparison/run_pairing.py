@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any, Literal
 
 import numpy as np
-from latentds_tools.comparison.run_reading import Cell, Row
+from latentds_tools.comparison.run_reading import Cell, RunRow
 
 from latentds.errors import InputError
 from latentds.evaluation.patchsets.patch_set_config import PatchInput
@@ -38,7 +38,7 @@ class Bootstrap:
     seed: int = 0
 
 
-def pair(row: Row, reference: Row, metric: str, bootstrap: Bootstrap) -> Difference | str:
+def pair(row: RunRow, reference: RunRow, metric: str, bootstrap: Bootstrap) -> Difference | str:
     """The row above the reference, or in words why the two are not paired."""
     reason = why_not(row, reference, metric)
     if reason:
@@ -61,7 +61,7 @@ def pair(row: Row, reference: Row, metric: str, bootstrap: Bootstrap) -> Differe
 
 
 def pair_images(
-    row: Row, reference: Row, metric: str, *, seed: int, draws: int
+    row: RunRow, reference: RunRow, metric: str, *, seed: int, draws: int
 ) -> Difference | str:
     """Over the groups of the tested images: means of a score of single images."""
     ours, theirs = read_images(row, metric), read_images(reference, metric)
@@ -74,7 +74,7 @@ def pair_images(
     return paired_images(first, second, [key[1] for key in keys], seed=seed, draws=draws)
 
 
-def read_images(row: Row, metric: str) -> dict[tuple[int, str, str], float] | None:
+def read_images(row: RunRow, metric: str) -> dict[tuple[int, str, str], float] | None:
     """A score of every tested image by fold, group and name, NaN where undefined.
 
     Seeds are averaged. None where the score is not there.
@@ -90,7 +90,7 @@ def read_images(row: Row, metric: str) -> dict[tuple[int, str, str], float] | No
     return {key: float(np.mean(found)) for key, found in values.items()}
 
 
-def pair_folds(row: Row, reference: Row, metric: str, bootstrap: Bootstrap) -> Difference:
+def pair_folds(row: RunRow, reference: RunRow, metric: str, bootstrap: Bootstrap) -> Difference:
     """Over folds, a fold's seeds averaged first; over seeds where there is one fold."""
     units: dict[tuple[Any, ...], list[Cell]] = {}
     ours, theirs = row.cells, reference.cells
@@ -116,7 +116,7 @@ def pair_folds(row: Row, reference: Row, metric: str, bootstrap: Bootstrap) -> D
     )
 
 
-def why_not(row: Row, reference: Row, metric: str) -> str:
+def why_not(row: RunRow, reference: RunRow, metric: str) -> str:
     """Why two rows cannot be paired, empty where they can."""
     ours, theirs = row.cells, reference.cells
     if row.record.classes != reference.record.classes:
@@ -147,7 +147,7 @@ def is_nested(value: Any) -> bool:
     )
 
 
-def setting_notes(row: Row, reference: Row) -> list[str]:
+def setting_notes(row: RunRow, reference: RunRow) -> list[str]:
     """Settings and versions in which the two differ, in sentences."""
     found = []
     for what in ("settings", "versions"):

@@ -28,7 +28,7 @@ class Run:
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class RunRow:
     """Runs of one source: of other seeds where they are several."""
 
     name: str
@@ -74,14 +74,14 @@ class Family:
     data: str
     model: str
     embedder: str | None
-    rows: tuple[Row, ...]
+    rows: tuple[RunRow, ...]
 
     @property
     def title(self) -> str:
         """Data set, model and embedder in words."""
         return ", ".join(part for part in (self.data, self.model, self.embedder) if part)
 
-    def find(self, name: str) -> Row | None:
+    def find(self, name: str) -> RunRow | None:
         """The row of that source or run folder, None where there is none."""
         for row in self.rows:
             folders = {str(run.folder) for run in row.runs} | {run.folder.name for run in row.runs}
@@ -122,13 +122,13 @@ def belongs(one: Run, other: Run) -> bool:
 
 def make_family(runs: Sequence[Run]) -> Family:
     """Rows in the runs' order, originals first; runs of a source that only differ in seeds join."""
-    rows: list[Row] = []
+    rows: list[RunRow] = []
     for run in runs:
         place = next((i for i, row in enumerate(rows) if can_join(row, run)), None)
         if place is None:
-            rows.append(Row(run.source, (run,)))
+            rows.append(RunRow(run.source, (run,)))
         else:
-            rows[place] = Row(rows[place].name, (*rows[place].runs, run))
+            rows[place] = RunRow(rows[place].name, (*rows[place].runs, run))
     names = [row.name for row in rows]
     told = [
         dataclasses.replace(row, name=f"{row.name} ({row.runs[0].folder.name})")
@@ -142,7 +142,7 @@ def make_family(runs: Sequence[Run]) -> Family:
     return Family(first.task, data, first.model, first.embedder, tuple(told))
 
 
-def can_join(row: Row, run: Run) -> bool:
+def can_join(row: RunRow, run: Run) -> bool:
     """Whether a run is another seed's of the row's source."""
     if row.name != run.source or same_seeds(row, run):
         return False
@@ -151,7 +151,7 @@ def can_join(row: Row, run: Run) -> bool:
     return all(ours.get(name) == theirs.get(name) for name in facts)
 
 
-def same_seeds(row: Row, run: Run) -> bool:
+def same_seeds(row: RunRow, run: Run) -> bool:
     """Whether a seed of the run is one of the row's."""
     seeds = {fold["seed"] for other in row.runs for fold in other.record.folds}
     return bool(seeds & {fold["seed"] for fold in run.record.folds})

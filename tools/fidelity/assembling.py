@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from latentds_tools.fidelity import jpeg_tables
-from latentds_tools.fidelity.fidelity_crops import Crops
+from latentds_tools.fidelity.fidelity_crops import FidelityCrops
 from latentds_tools.fidelity.jpeg_fitting import ON_TESTED, FitSample
 from latentds_tools.fidelity.measuring import Measured
 from latentds_tools.fidelity.paper_rows import find_paper_row
@@ -118,7 +118,7 @@ def steps_of(per_crop: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def notes(
-    crops: Crops, groups: dict[str, dict[str, int]], rows: Sequence[dict[str, Any]]
+    crops: FidelityCrops, groups: dict[str, dict[str, int]], rows: Sequence[dict[str, Any]]
 ) -> list[str]:
     """What a reader must know of this run, in sentences."""
     found = []
@@ -184,7 +184,7 @@ def fitted_to(
 
 
 def seen_notes(
-    folders: Sequence[Path], crops: Crops, trained: dict[str, dict[str, Any]]
+    folders: Sequence[Path], crops: FidelityCrops, trained: dict[str, dict[str, Any]]
 ) -> list[str]:
     """Decoders that were trained on folders of the tested ones' names, as their records say.
 
@@ -215,7 +215,7 @@ def names_in(value: Any) -> set[str]:
     return {text.rstrip("/").rpartition("/")[2] for text in values if isinstance(text, str)} - {""}
 
 
-def encodings(crops: Crops) -> str:
+def encodings(crops: FidelityCrops) -> str:
     """The JPEG codings seen, most frequent first."""
     seen = Counter(crop.encoding for crop in crops.crops if crop.kind == "jpeg")
     return ", ".join(name for name, _ in seen.most_common(4))

@@ -11,9 +11,9 @@ from latentds_tools.fidelity.contact import draw_sheet
 from latentds_tools.fidelity.encoded import encode_all
 from latentds_tools.fidelity.fidelity_config import Config
 from latentds_tools.fidelity.fidelity_plots import draw_plots
-from latentds_tools.fidelity.job import Job, prepare
+from latentds_tools.fidelity.job import FidelityJob, prepare
 from latentds_tools.fidelity.keeping import KeptRows, check_finite
-from latentds_tools.fidelity.measuring import Measured, Originals, measure
+from latentds_tools.fidelity.measuring import Measured, MeasuredOriginals, measure
 from latentds_tools.fidelity.paired_differences import add_differences, budget_of
 from latentds_tools.fidelity.paper_rows import differences, paper_table
 from latentds_tools.fidelity.quality import PSNR_SETTINGS, SIMILARITY_SETTINGS, SSIM_SETTINGS
@@ -36,13 +36,13 @@ def compare(config: Config) -> tuple[dict[str, Any], dict[str, bytes]]:
     return report, draw_plots(report) | {"contact_sheet.png": sheet}
 
 
-def measure_rows(job: Job) -> list[Measured]:
+def measure_rows(job: FidelityJob) -> list[Measured]:
     """Every row, in the plan's order; those kept from a run before are not measured again."""
     from tqdm import tqdm
 
     out, images = job.config.out, job.crops.images
     kept = KeptRows(out / "rows" if out else None)
-    originals = Originals(images, job.plan.embedders)
+    originals = MeasuredOriginals(images, job.plan.embedders)
     done: dict[str, Measured] = {}
     # Each crop counts twice: encoded, and decoded and compared.
     with tqdm(total=2 * len(job.plan.rows) * len(images), unit="crop", delay=1) as bar:
@@ -71,7 +71,7 @@ def measure_rows(job: Job) -> list[Measured]:
     return [done[spec.text] for spec in job.plan.rows]
 
 
-def encoding_facts(job: Job, spec: CodecSpec) -> dict[str, Any]:
+def encoding_facts(job: FidelityJob, spec: CodecSpec) -> dict[str, Any]:
     """All that makes a row's files what they are: embedders have no part in it, nor decoders but
     those that latents are refined through."""
     is_latent = isinstance(spec, LatentSpec)
@@ -88,7 +88,7 @@ def encoding_facts(job: Job, spec: CodecSpec) -> dict[str, Any]:
     }
 
 
-def facts_of(job: Job, spec: CodecSpec) -> dict[str, Any]:
+def facts_of(job: FidelityJob, spec: CodecSpec) -> dict[str, Any]:
     """All that makes a row what it is."""
     card, embedders = job.card(spec), job.plan.embedders
     return encoding_facts(job, spec) | {
@@ -101,7 +101,7 @@ def facts_of(job: Job, spec: CodecSpec) -> dict[str, Any]:
     }
 
 
-def make_report(job: Job, rows: Sequence[Measured]) -> dict[str, Any]:
+def make_report(job: FidelityJob, rows: Sequence[Measured]) -> dict[str, Any]:
     """The report's values; fidelity.json holds just them."""
     crops, config = job.crops, job.config
     groups = Groups(crops.crops, config.bootstrap, config.seed)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from latentds.codecs import Fitted, LatentCodec, PictureCodec
+from latentds.codecs import FittedQuality, LatentCodec, PictureCodec
 
 CHUNK = 16  # crops that are encoded or decoded at a time
 
@@ -69,7 +69,7 @@ def encode_searched(
     codec: PictureCodec, images: Sequence[np.ndarray], tick: Callable[[int], object]
 ) -> Encoded:
     """The files at the qualities that a search finds, of each crop or of all together."""
-    fitted: list[Fitted] = []
+    fitted: list[FittedQuality] = []
     if codec.mean_bytes is not None:
         fitted = codec.fit_all(images)
         tick(len(images))

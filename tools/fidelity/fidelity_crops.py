@@ -59,7 +59,7 @@ class Crop:
 
 
 @dataclasses.dataclass(frozen=True)
-class Crops:
+class FidelityCrops:
     """All crops, in the order of the pictures; what was left out.
 
     slide_rules  by folder, the rule that its slides follow
@@ -109,7 +109,7 @@ def read_crops(
     folders: Sequence[Path], *, crop_px: int, per_picture: int, most: int, seed: int,
     slides: SlideOptions = DEFAULT_SLIDES, must_match: bool = True,
     recode: Sequence[PictureSpec] = (),
-) -> Crops:  # fmt: skip
+) -> FidelityCrops:  # fmt: skip
     """At most `most` crops, `per_picture` of each picture, one of a picture that is just as large.
 
     recode  at qualities: each crop is taken once more from its picture coded so, beyond `most`
@@ -133,7 +133,7 @@ def read_crops(
         raise InputError(f"{names}: no picture is {crop_px} px or larger; a smaller --crop-px")
     taken = sorted(taken[: most * (1 + len(recode))], key=lambda pair: pair[0])
     pictures = len({place for place, _ in taken})
-    return Crops(tuple(crop for _, crop in taken), rules, pictures, too_small)
+    return FidelityCrops(tuple(crop for _, crop in taken), rules, pictures, too_small)
 
 
 def cut(

@@ -23,7 +23,7 @@ from latentds.errors import InputError, LatentdsError, MissingExtraError, missin
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class FidelityPlan:
     """What will be measured.
 
     rows       codecs, none of them open at how many bytes
@@ -57,7 +57,7 @@ class Plan:
 def make_plan(
     codecs: str, embedders: Sequence[str], autoencoders: Autoencoders, *,
     patch_px: tuple[int, int], skip_missing: bool,
-) -> Plan:  # fmt: skip
+) -> FidelityPlan:  # fmt: skip
     """The plan, everything that it needs opened once.
 
     raises  InputError that lists all that cannot be had and why, unless `skip_missing`;
@@ -74,7 +74,7 @@ def make_plan(
     rows = spread([s for s in specs if s.text not in missing], autoencoders, patch_px)
     if not rows:
         raise InputError(f"no codec is left to measure. {tell(missing)}")
-    return Plan(tuple(rows), loaded, missing)
+    return FidelityPlan(tuple(rows), loaded, missing)
 
 
 def last_part(name: str) -> str:

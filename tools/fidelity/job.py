@@ -11,8 +11,8 @@ import numpy as np
 from latentds_tools.fidelity.codec_opening import Autoencoders
 from latentds_tools.fidelity.contact import pick_crops
 from latentds_tools.fidelity.fidelity_config import Config
-from latentds_tools.fidelity.fidelity_crops import Crops, read_crops
-from latentds_tools.fidelity.fidelity_plan import Plan, make_plan, parse
+from latentds_tools.fidelity.fidelity_crops import FidelityCrops, read_crops
+from latentds_tools.fidelity.fidelity_plan import FidelityPlan, make_plan, parse
 from latentds_tools.fidelity.jpeg_fitting import ON_TESTED, Codebooks, FitSample, stored_codebooks
 from latentds_tools.fidelity.jpeg_tables import NAME as FITTED
 from latentds_tools.fidelity.jpeg_tables import FittedTables
@@ -36,12 +36,12 @@ MAX_PROBED = 5000  # crops that probes are fitted to
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Job:
+class FidelityJob:
     """All that rows are measured with."""
 
     config: Config
-    plan: Plan
-    crops: Crops
+    plan: FidelityPlan
+    crops: FidelityCrops
     codebooks: Codebooks
     contact: list[int]
     device: str
@@ -102,7 +102,7 @@ class Job:
         return self.codebooks.autoencoders.cards.get(spec.name)
 
 
-def prepare(config: Config) -> Job:
+def prepare(config: Config) -> FidelityJob:
     """Open all that is needed, and read the crops."""
     from latentds.conversion.patch_encoding import choose_device
 
@@ -120,7 +120,7 @@ def prepare(config: Config) -> Job:
     stored = stored_codebooks(config.codebook, autoencoders.cards, config.refit)
     sample = fit_sample(config, crops)
     check_tables(plan)
-    return Job(
+    return FidelityJob(
         config=config,
         plan=plan,
         crops=crops,
@@ -135,7 +135,7 @@ def prepare(config: Config) -> Job:
     )
 
 
-def check_tables(plan: Plan) -> None:
+def check_tables(plan: FidelityPlan) -> None:
     """InputError for JPEG's tables fitted to no embedder, or at a quality in place of bytes."""
     for spec in plan.rows:
         if spec.name != FITTED:
@@ -147,7 +147,7 @@ def check_tables(plan: Plan) -> None:
             raise InputError(f"--codecs: {spec.text} needs bytes, as {FITTED}@4096")
 
 
-def probe_of(config: Config, crops: Crops, embedders: dict[str, Any]) -> PatchProbe | None:
+def probe_of(config: Config, crops: FidelityCrops, embedders: dict[str, Any]) -> PatchProbe | None:
     """The probe of --probe-on, None without it."""
     if config.probe_on is None:
         return None
@@ -155,7 +155,7 @@ def probe_of(config: Config, crops: Crops, embedders: dict[str, Any]) -> PatchPr
     return PatchProbe(training, crops.crops, embedders)
 
 
-def crops_of(config: Config, folders: Sequence[Path], most: int) -> Crops:
+def crops_of(config: Config, folders: Sequence[Path], most: int) -> FidelityCrops:
     """Crops of folders, as the options say."""
     tables = tuple(read_table(path) for path in config.slides_table)
     is_tested = folders == config.source
@@ -166,7 +166,7 @@ def crops_of(config: Config, folders: Sequence[Path], most: int) -> Crops:
     )  # fmt: skip
 
 
-def fit_sample(config: Config, crops: Crops) -> FitSample:
+def fit_sample(config: Config, crops: FidelityCrops) -> FitSample:
     """Pictures to fit codebooks on; InputError where they hold tested ones."""
     if config.fit_on is None:
         count = min(config.fit_patches, len(crops.crops))

@@ -34,7 +34,7 @@ class Measured:
     shown: np.ndarray
 
 
-class Originals:
+class MeasuredOriginals:
     """The crops, and their embeddings, which are computed when first asked for."""
 
     def __init__(self, images: Sequence[np.ndarray], embedders: dict[str, Any]) -> None:
@@ -55,7 +55,7 @@ class Originals:
 
 
 def measure(
-    codec: PictureCodec | LatentCodec, encoded: Encoded, originals: Originals, ssim: str,
+    codec: PictureCodec | LatentCodec, encoded: Encoded, originals: MeasuredOriginals, ssim: str,
     contact: Sequence[int], tick: Callable[[int], object], downstream: Downstream | None = None,
 ) -> Measured:  # fmt: skip
     """All figures of one codec's files; `tick` is told how many crops are done.

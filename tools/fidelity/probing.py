@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from latentds_tools.fidelity.fidelity_crops import Crop, Crops
-from latentds_tools.fidelity.measuring import Originals
+from latentds_tools.fidelity.fidelity_crops import Crop, FidelityCrops
+from latentds_tools.fidelity.measuring import MeasuredOriginals
 
 from latentds.errors import InputError
 from latentds.evaluation.probes import load_scikit_learn
@@ -25,7 +25,9 @@ class PatchProbe:
     raises    InputError for fewer than two classes or slides, or a tested class not among them
     """
 
-    def __init__(self, training: Crops, crops: Sequence[Crop], embedders: dict[str, Any]) -> None:
+    def __init__(
+        self, training: FidelityCrops, crops: Sequence[Crop], embedders: dict[str, Any]
+    ) -> None:
         self.training = training.crops
         self.classes = sorted({class_of(crop) for crop in self.training})
         slides = {crop.slide for crop in self.training}
@@ -44,7 +46,7 @@ class PatchProbe:
         )
         self.facts = {"probe": training.digest(), "slides": [c.slide for c in self.training]}
         self._models: dict[tuple[str, str], Any] = {}
-        self._originals = Originals([crop.image for crop in self.training], embedders)
+        self._originals = MeasuredOriginals([crop.image for crop in self.training], embedders)
 
     def score(self, start: int, embeddings: dict[str, np.ndarray]) -> dict[str, list[float]]:
         """1 for a class told, else 0, of the crops from `start` on; embeddings (n, D) by name."""

@@ -15,7 +15,7 @@ SLIDES = ("slide", "tma_core", "patient")  # the first that is there
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class SlideTable:
+class SlideColumns:
     """Slides by picture.
 
     name    of the file
@@ -37,7 +37,7 @@ class SlideTable:
         return None
 
 
-def read_table(path: Path) -> SlideTable:
+def read_table(path: Path) -> SlideColumns:
     """A table; InputError where it has not the columns, or says two things of one picture."""
     try:
         check_regular(path, str(path))
@@ -60,10 +60,10 @@ def read_table(path: Path) -> SlideTable:
                     raise InputError(f"{path}: two slides for {key}")
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: cannot be read as CSV ({error})") from error
-    return SlideTable(path.name, slide, slides)
+    return SlideColumns(path.name, slide, slides)
 
 
-def own_table(folder: Path) -> SlideTable | None:
+def own_table(folder: Path) -> SlideColumns | None:
     """The labels.csv of a folder, None where there is none or it says nothing of slides."""
     path = folder / OWN
     if not path.is_file():

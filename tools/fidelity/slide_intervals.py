@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
-from latentds_tools.fidelity.slide_columns import SlideTable, own_table
+from latentds_tools.fidelity.slide_columns import SlideColumns, own_table
 
 from latentds.errors import InputError
 
@@ -46,7 +46,7 @@ class SlideOptions:
     """
 
     name_pattern: str | None = None
-    tables: tuple[SlideTable, ...] = ()
+    tables: tuple[SlideColumns, ...] = ()
     slides: str = "auto"
 
 
@@ -97,7 +97,7 @@ def label_folders(folders: Sequence[Path]) -> list[str]:
 
 def choose_rule(
     folder: Path, names: Sequence[str], options: SlideOptions, pattern: re.Pattern[str] | None
-) -> tuple[str, re.Pattern[str] | SlideTable | None, str]:
+) -> tuple[str, re.Pattern[str] | SlideColumns | None, str]:
     """A folder's rule, what it goes by, and the rule in words."""
     if pattern is not None and any(pattern.search(name) for name in names):
         return "pattern", pattern, RULES["pattern"]
@@ -130,10 +130,10 @@ def rule_of_names(names: Sequence[str]) -> str:
 
 def slides_of(
     folder: Path, names: Sequence[str], fulls: Sequence[str], rule: str,
-    by: re.Pattern[str] | SlideTable | None,
+    by: re.Pattern[str] | SlideColumns | None,
 ) -> list[str]:  # fmt: skip
     """The slide of every picture of a folder; InputError where a pattern does not match."""
-    if isinstance(by, SlideTable):
+    if isinstance(by, SlideColumns):
         return [str(by.slide_of(folder / name)) for name in names]
     if by is not None:
         return [match_slide(by, name) for name in names]
@@ -182,7 +182,7 @@ def compile_pattern(text: str) -> re.Pattern[str]:
 
 
 def check_used(
-    pattern: re.Pattern[str] | None, tables: Sequence[SlideTable], used: set[object]
+    pattern: re.Pattern[str] | None, tables: Sequence[SlideColumns], used: set[object]
 ) -> None:
     """Refuse a pattern or a table that is of no folder."""
     if pattern is not None and pattern not in used:

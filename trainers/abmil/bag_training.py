@@ -137,7 +137,7 @@ def fold_settings(config: AbmilConfig, out: Path, seed: int, epoch_steps: int) -
     )
 
 
-class FoldTraining:
+class BagFoldTraining:
     """A fold's training, resumed where it was interrupted.
 
     reader   features by slide

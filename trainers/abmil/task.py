@@ -20,7 +20,7 @@ from latentds_trainers.abmil.bag_report import (
     report,
 )
 from latentds_trainers.abmil.bag_source import LabelledBags, open_labelled
-from latentds_trainers.abmil.bag_training import FoldTraining, build_network, predict
+from latentds_trainers.abmil.bag_training import BagFoldTraining, build_network, predict
 from latentds_trainers.abmil.config import LAYERS, AbmilConfig
 from latentds_trainers.engine.ranks import from_first, join_ranks, on_all_ranks
 from latentds_trainers.engine.run_folders import claim_folder, fold_folder, read_fold, write_fold
@@ -164,7 +164,7 @@ class BagTask:
             return found
         train, val, test = self.parts(fold)
         bags, classes = self.labelled.bags, self.labelled.slides.classes
-        training = FoldTraining(
+        training = BagFoldTraining(
             self.config,
             bags,
             train=train,

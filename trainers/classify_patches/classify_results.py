@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from latentds.embedders import EmbedderCard
     from latentds.evaluation.folds import Fold
     from latentds.evaluation.patchsets.patch_set import SourceFacts
-    from latentds.evaluation.probes import Fitted
+    from latentds.evaluation.probes import FittedProbe
 
 RUN, FOLD, PROBABILITIES = "run.json", "fold.json", "probabilities.npy"
 CONFUSION = "confusion.csv"
@@ -81,8 +81,8 @@ class FoldOutcome:
         seed: int,
         fold: Fold,
         patches: LabelledPatches,
-        fitted: Fitted,
-        colour: Fitted,
+        fitted: FittedProbe,
+        colour: FittedProbe,
     ) -> FoldOutcome:
         """The scores of what was fitted."""
         labels, classes = patches.labels[fold.test], patches.classes

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from latentds_trainers.classify_patches.config import ClassifyConfig
     from latentds_trainers.classify_patches.patch_inputs import LabelledPatches
 
+    from latentds.embedders.latent_stem import LatentStemConfig
     from latentds.evaluation.folds import Fold
-    from latentds.models.latent_stem import LatentStemConfig
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, what torchvision's saturation and contrast weigh by
 QUARTERS = 4

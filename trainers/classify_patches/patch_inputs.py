@@ -22,9 +22,9 @@ from latentds.sources.slide_names import some
 if TYPE_CHECKING:
     from latentds_trainers.classify_patches.config import ClassifyConfig
 
+    from latentds.embedders.latent_stem import LatentStemConfig
     from latentds.evaluation.patchsets.patch_set import PatchSet
     from latentds.evaluation.patchsets.undecoded import UndecodedPatches
-    from latentds.models.latent_stem import LatentStemConfig
 
 TEST = "test"
 NOT_COMPARED = (

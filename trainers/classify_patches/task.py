@@ -43,13 +43,14 @@ from latentds.core.display import say
 from latentds.core.randomness import digest_of
 from latentds.embedders import load_embedder
 from latentds.embedders.latent_backbone import LatentBackbone
+from latentds.embedders.latent_stem import check_cells
 from latentds.errors import InputError
 from latentds.evaluation.eva_probe import Examples, eva_probe
 from latentds.evaluation.folds import Fold, split_id
 from latentds.evaluation.patchsets.undecoded import UndecodedPatches
 from latentds.evaluation.predictions import fold_predictions, join_predictions, write_predictions
 from latentds.evaluation.probes import (
-    Fitted,
+    FittedProbe,
     colour_probe,
     linear_probe,
     nearest_neighbours,
@@ -57,7 +58,6 @@ from latentds.evaluation.probes import (
 from latentds.evaluation.records import write_record
 from latentds.evaluation.splits import write_clam_splits
 from latentds.models.backbones import build_classifier, build_latent_classifier
-from latentds.models.latent_stem import check_cells
 
 logger = logging.getLogger(__name__)
 
@@ -160,7 +160,7 @@ class ClassifyTask:
         """One fold, from training to its files."""
         config, tested = self.config, None
         if config.probe == "finetune":
-            tested = Fitted(self.finetune(number, fold, folder))
+            tested = FittedProbe(self.finetune(number, fold, folder))
 
         def finish() -> None:
             assert features is not None
@@ -183,7 +183,7 @@ class ClassifyTask:
         gc.collect()  # DeepSpeed's engine refers to itself: its memory is wanted for the next fold
         return probabilities
 
-    def probe(self, fold: Fold, features: PatchFeatures) -> Fitted:
+    def probe(self, fold: Fold, features: PatchFeatures) -> FittedProbe:
         """The probe of frozen features that the config names."""
         config = self.config
         assert features.features is not None
@@ -201,7 +201,7 @@ class ClassifyTask:
             standardize=config.standardize,
         )
 
-    def eva_probe(self, fold: Fold, features: np.ndarray) -> Fitted:
+    def eva_probe(self, fold: Fold, features: np.ndarray) -> FittedProbe:
         """A linear layer trained on the fold, stopped by its validation part."""
         labels = self.patches.labels
         train, val = (
@@ -217,8 +217,8 @@ class ClassifyTask:
         )
 
     def fit(
-        self, features: np.ndarray, fold: Fold, probe: Callable[..., Fitted], **options: object
-    ) -> Fitted:
+        self, features: np.ndarray, fold: Fold, probe: Callable[..., FittedProbe], **options: object
+    ) -> FittedProbe:
         """A probe of features (N, D) on the fold."""
         labels, classes = self.patches.labels[fold.train], len(self.patches.classes)
         return probe(features[fold.train], labels, features[fold.test], classes, **options)

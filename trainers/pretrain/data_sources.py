@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 from latentds_trainers.pretrain.config import PretrainConfig
-from latentds_trainers.pretrain.feeds import Source
+from latentds_trainers.pretrain.feeds import FeedSource
 from latentds_trainers.pretrain.picture_feed import OwnOrder, PatchSetFeed, SetOrder, rows_of_set
 from latentds_trainers.pretrain.training_sets import open_sets, order_settings
 
@@ -17,7 +17,7 @@ from latentds.loading.dataset import LatentDataset
 from latentds.store.reader import ShardSet
 
 
-def open_source(config: PretrainConfig, device: torch.device, rank: int, ranks: int) -> Source:
+def open_source(config: PretrainConfig, device: torch.device, rank: int, ranks: int) -> FeedSource:
     """The feed of the config, which `settle_batch` has made.
 
     raises  InputError for a set that ends before a step is filled, ContractError for sets that do
@@ -28,7 +28,9 @@ def open_source(config: PretrainConfig, device: torch.device, rank: int, ranks: 
     return open_sets(config, device, rank, ranks)
 
 
-def open_originals(config: PretrainConfig, device: torch.device, rank: int, ranks: int) -> Source:
+def open_originals(
+    config: PretrainConfig, device: torch.device, rank: int, ranks: int
+) -> FeedSource:
     """Originals, as they are or through a codec."""
     assert config.originals is not None and config.global_batch_size is not None
     cut = {f.name: getattr(config, f.name) for f in dataclasses.fields(OriginalsInput)}
@@ -64,4 +66,4 @@ def open_originals(config: PretrainConfig, device: torch.device, rank: int, rank
     parts = [patches.fingerprint(), found["name"], paired_id]
     codebook_id = found["codebook"].get("codebook_id")
     data_id = digest_of([*parts, codebook_id] if codebook_id else parts)
-    return Source(feed=feed, data_id=data_id, patches=count)
+    return FeedSource(feed=feed, data_id=data_id, patches=count)

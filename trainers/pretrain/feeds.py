@@ -9,8 +9,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from latentds.embedders.latent_stem import LatentStemConfig
 from latentds.errors import InputError
-from latentds.models.latent_stem import LatentStemConfig
 from latentds.quantizers.codebook_files import StoredCodebook
 
 
@@ -66,7 +66,7 @@ class Feed(Protocol):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Source:
+class FeedSource:
     """An open feed and what a run has to know of it.
 
     data_id      identity of the patches, 16 hex digits

@@ -28,7 +28,7 @@ from latentds.evaluation.patchsets.patch_set import PatchSet
 from latentds.evaluation.patchsets.patch_set_config import PatchInput
 from latentds.evaluation.patchsets.undecoded import open_undecoded
 from latentds.evaluation.probes import (
-    Fitted,
+    FittedProbe,
     linear_probe,
     load_scikit_learn,
     nearest_neighbours,
@@ -158,7 +158,7 @@ class Probe:
             for score, value in self.figures(name, fitted).items()
         }
 
-    def figures(self, name: str, fitted: Fitted) -> dict[str, float]:
+    def figures(self, name: str, fitted: FittedProbe) -> dict[str, float]:
         """Scores of a fitted probe."""
         if fitted.remark:
             logger.warning("%s probe: %s", name, fitted.remark)

@@ -13,8 +13,8 @@ from latentds_trainers.pretrain.schedules import RunConfig
 from torch import Tensor, nn
 
 from latentds.core.randomness import key_of
+from latentds.embedders.latent_stem import LatentStemConfig, build_vit, timm_arguments
 from latentds.errors import InputError, ShapeError
-from latentds.models.latent_stem import LatentStemConfig, build_vit, timm_arguments
 from latentds.models.masked_autoencoder import MaskedAutoencoder
 from latentds.models.self_distillation import SelfDistillation, is_last_layer
 from latentds.models.vit_blocks import add_layer_scales, even_drop_path, fold_layer_scales

@@ -30,7 +30,7 @@ from latentds_trainers.pretrain.ssl_networks import (
     token_grid,
     trained_backbone,
 )
-from latentds_trainers.pretrain.time_ledger import Ledger
+from latentds_trainers.pretrain.time_ledger import TimeLedger
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -80,7 +80,7 @@ class PretrainTask:
         on_all_ranks(lambda: check_before(self.config))
         model = on_all_ranks(lambda: build_model(self.config, self.stem))
         self.probe = on_all_ranks(self.open_probe)
-        self.ledger = Ledger(self.source.feed, self.device)
+        self.ledger = TimeLedger(self.source.feed, self.device)
         optimizer = build_optimizer(model, self.config)
         self.decays = [bool(group["decays"]) for group in optimizer.param_groups]
         self.are_last = [bool(group["is_last"]) for group in optimizer.param_groups]

@@ -17,7 +17,7 @@ from latentds_trainers.pretrain.feeds import Feed, FeedBatch
 TOTALS = ("waited_s", "cpu_s", "aside_s")
 
 
-class Ledger:
+class TimeLedger:
     """A feed whose costs are counted: the engine's loader, so that they outlast a kill.
 
     Totals are over all ranks for CPU seconds, means of the ranks for others; a run that goes on

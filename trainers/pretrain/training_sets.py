@@ -8,24 +8,24 @@ from typing import Any
 
 import torch
 from latentds_trainers.pretrain.config import PretrainConfig
-from latentds_trainers.pretrain.feeds import LoaderFeed, Source
+from latentds_trainers.pretrain.feeds import FeedSource, LoaderFeed
 
 from latentds.autoencoders.autoencoder import AutoencoderCard
 from latentds.codecs.naming import latent_text
 from latentds.core.randomness import digest_of
+from latentds.embedders.latent_stem import LatentStemConfig
 from latentds.errors import ContractError, InputError, ShapeError, unknown_name
 from latentds.hub.licences import recorded_licences
 from latentds.loading.fields_of_view import check_fields
 from latentds.loading.loader import LatentLoader
 from latentds.loading.mixture import Mixture, check_mixable
-from latentds.models.latent_stem import LatentStemConfig
 from latentds.quantizers.codebook_files import StoredCodebook
 from latentds.store.reader import ShardSet
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def open_sets(config: PretrainConfig, device: torch.device, rank: int, ranks: int) -> Source:
+def open_sets(config: PretrainConfig, device: torch.device, rank: int, ranks: int) -> FeedSource:
     """Data sets of latents: in one loader where one decoder reads them all."""
     sets = [ShardSet(location) for location in config.data]
     weights = weights_of(config, sets)
@@ -54,7 +54,7 @@ def open_sets(config: PretrainConfig, device: torch.device, rank: int, ranks: in
     feed = LoaderFeed(loader, share, facts_of(config, sets, weights, decoders))
     manifests = [shards.manifest for shards in sets]
     is_latents = config.input == "latents"
-    return Source(
+    return FeedSource(
         feed=feed,
         data_id=digest_of([manifest.dataset_id for manifest in manifests]),
         patches=sum(manifest.splits[config.split] for manifest in manifests),

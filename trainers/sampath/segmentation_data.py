@@ -81,7 +81,7 @@ class LabelledImages:
             yield row, view.image(image[0])[None], view.mask(labels)
 
 
-class Draws:
+class CropDraws:
     """Which image is at a place of the training's long row of images, and by which seed it is cut.
 
     Every epoch is a permutation of `rows`; a place's draw follows from (seed, place) alone.

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from latentds_trainers.engine.settings import plain
 from latentds_trainers.engine.training import Engine
-from latentds_trainers.sampath.segmentation_data import Draws, LabelledImages
+from latentds_trainers.sampath.segmentation_data import CropDraws, LabelledImages
 from latentds_trainers.sampath.segmentation_networks import SegmentationNetwork, build_network
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
@@ -65,7 +65,7 @@ class SegmentationFold:
             config, "sampath", {NETWORK: (trained, optimizer)}, may_change=may_change
         )
         self.network.model.to(self.engine.device)
-        self.draws = Draws(fold.train, config.seed)
+        self.draws = CropDraws(fold.train, config.seed)
 
     def run(self) -> Tested:
         """Train to the last step, save the trained weights, test."""

@@ -23,7 +23,7 @@ OWN, OWN_HELD_OUT, OWN_JUDGED = "tiles", 20, 16  # one's own: every 20th is judg
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class TileSource:
     """Where tiles lie below the assets' folder, their share of the crops, whom they are owed to.
 
     attribution  as their licence asks for; empty where it asks for nothing
@@ -37,47 +37,47 @@ class Source:
 # Many kinds of stain and camera matter more than many pictures: none rules, and JPEG sources,
 # whose block noise is learned too, stay below a fifth.
 SOURCES = {
-    "tcga_gbm": Source(("tiles/tcga_gbm",), 0.22, "images from The Cancer Genome Atlas"),
-    "brca_m2c": Source(
+    "tcga_gbm": TileSource(("tiles/tcga_gbm",), 0.22, "images from The Cancer Genome Atlas"),
+    "brca_m2c": TileSource(
         ("tiles_open/brca_m2c_tcga",),
         0.22,
         "BRCA-M2C, Copyright (c) 2022 TopoXLab, BSD-3-Clause; Abousamra et al., ICCV 2021; images "
         "from The Cancer Genome Atlas",
     ),
-    "dsb2018_he": Source(
+    "dsb2018_he": TileSource(
         ("segmentation/dsb2018_he/images",), 0.12, "Data Science Bowl 2018 / BBBC038 (CC0)"
     ),
-    "md_midogpp": Source(
+    "md_midogpp": TileSource(
         ("tiles_open/atnorm_md_midogpp",),
         0.12,
         "AtNorM-MD, Banerjee et al. 2025 (MIT, Copyright (c) 2025 DeepMicroscopy); MIDOG++, "
         "Aubreville et al. 2023",
     ),
-    "slide": Source(("wsi/CMU-1-Small-Region.svs",), 0.10, "OpenSlide test data, CMU-1 (CC0)"),
-    "oral": Source(
+    "slide": TileSource(("wsi/CMU-1-Small-Region.svs",), 0.10, "OpenSlide test data, CMU-1 (CC0)"),
+    "oral": TileSource(
         ("classification/oral_cc0_jpeg", "tiles_open/oral_cc0_originals_jpeg"),
         0.06,
         "Oral Cancer Images, ashenafifasilkebede (CC0)",
     ),
-    "osteosarcoma": Source(
+    "osteosarcoma": TileSource(
         ("tiles_open/osteosarcoma_tcia_jpeg",),
         0.05,
         "Leavey et al. 2019, Osteosarcoma data from UT Southwestern/UT Dallas, The Cancer Imaging "
         "Archive, doi 10.7937/tcia.2019.bvhjhdas, CC BY 3.0",
     ),
-    "atnorm_br": Source(
+    "atnorm_br": TileSource(
         ("tiles_open/atnorm_br_tcga",),
         0.05,
         "AtNorM-Br, Banerjee et al. 2025 (MIT, Copyright (c) 2025 DeepMicroscopy); images from The "
         "Cancer Genome Atlas",
     ),
-    "brecahad": Source(
+    "brecahad": TileSource(
         ("tiles_open/brecahad_jpeg",),
         0.04,
         "Aksac, Demetrick, Ozyer, Alhajj 2019, BreCaHAD, doi 10.6084/m9.figshare.7379186.v3, CC BY "
         "4.0",
     ),
-    "singles": Source(
+    "singles": TileSource(
         ("tiles_open/singles",),
         0.02,
         "images from The Cancer Genome Atlas; OpenSlide test data, OS-1.ndpi",

@@ -40,7 +40,7 @@ OTHER_WORDS = {  # a conversion's, for what is called otherwise here
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Layout:
+class PictureLayout:
     """Where the patches lie: row by row the picture's number, its header, and the region in it."""
 
     table: PatchTable
@@ -102,7 +102,7 @@ class Pictures:
         return self.layout.table
 
     @functools.cached_property
-    def layout(self) -> Layout:
+    def layout(self) -> PictureLayout:
         """Where all patches lie."""
         headers = self.headers or read_headers(self.source, self.pictures, self.pool, self.root)
         numbers, regions, places = [], [np.zeros((0, 2), np.int32)], list[Place]()
@@ -123,7 +123,7 @@ class Pictures:
         headers: Sequence[Header],
         regions: np.ndarray,
         places: Sequence[Place],
-    ) -> Layout:
+    ) -> PictureLayout:
         """The layout of patches found picture by picture, in canonical order."""
         x, y = (column(places, name, -1) for name in ("x_px_level0", "y_px_level0"))
         pictures = [self.pictures[number] for number in numbers.tolist()]
@@ -141,7 +141,7 @@ class Pictures:
             splits=[picture.split for picture in pictures],
             patients=[picture.patient for picture in pictures],
         )
-        return Layout(table, numbers[order], headers, regions[order])
+        return PictureLayout(table, numbers[order], headers, regions[order])
 
     def slides(self) -> list[str]:
         """Sorted names of the slides."""

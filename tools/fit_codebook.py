@@ -101,8 +101,8 @@ def fit(config: Config) -> Any:
     )
     from latentds.conversion.conversion_plan import make_plan
     from latentds.conversion.convert_config import ConvertConfig
-    from latentds.conversion.converting import make_reader
     from latentds.conversion.patch_encoding import Encoder, choose_batch, choose_device
+    from latentds.conversion.prepared import make_reader
 
     settings = ConvertConfig(
         source=config.source,

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from latentds.core.canonical_json import canonical_json
 from latentds.errors import ContractError, ShapeError
-from latentds.store.format import canonical_json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

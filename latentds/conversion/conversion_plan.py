@@ -15,12 +15,13 @@ import numpy as np
 
 from latentds.conversion.convert_config import ConvertConfig
 from latentds.conversion.left_out import sources_of
+from latentds.core.canonical_json import canonical_json
 from latentds.errors import InputError, TooManyBadSamplesError
 from latentds.sources.anonymity import hider
 from latentds.sources.image_folder import half_labelled
 from latentds.sources.opening import list_source, open_source
 from latentds.sources.source import MIXED_CHUNKS, Header, Listing, Picture, Source
-from latentds.store.format import canonical_json, patch_key, shard_name
+from latentds.store.format import patch_key, shard_name
 
 BLOCK_PATCHES = 256  # at least so many patches between two points a killed run resumes from
 HEADERS_AT_ONCE = 4096

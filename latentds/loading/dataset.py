@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
+from latentds.core.canonical_json import digest_json
 from latentds.core.launcher import find_rank
 from latentds.core.randomness import digest_of
 from latentds.core.shared_memory import shared_zeros
@@ -34,7 +35,7 @@ from latentds.loading.sampling import (
     join,
 )
 from latentds.loading.selection import select_rows
-from latentds.loading.state import LoaderState, check_state
+from latentds.loading.state import STATE_VERSION, LoaderState, check_state
 from latentds.quantizers.normalization import ChannelStatistics
 from latentds.quantizers.scalar import AnyCodebook
 from latentds.store.cache import CacheConfig
@@ -287,7 +288,29 @@ class LatentDataset(IterableDataset[Batch]):
 
     def state_at(self, epoch: int, batch: int) -> LoaderState:
         """What resuming at global batch `batch` of `epoch` needs; plain JSON, well under 1 KB."""
-        return LoaderState.of(self, epoch, batch)
+        manifests = [shards.manifest for shards in self.sets]
+        ids = [manifest.dataset_id for manifest in manifests]
+        revisions = [shards.revision for shards in self.sets]
+        mixture, single = self.mixture, len(ids) == 1
+        return LoaderState(
+            version=STATE_VERSION,
+            dataset_id=ids[0] if single else digest_json(ids),
+            latent_id=manifests[0].contract.latent_id,
+            revision=revisions[0] if single else digest_of(revisions) if all(revisions) else None,
+            split=self.split,
+            shuffle=self.shuffle,
+            seed=self.seed,
+            global_batch_size=self.batching.global_batch,
+            last=self.batching.last,
+            lanes=self.batching.lanes,
+            balance=self.balance,
+            selection=self.selection,
+            mixture=digest_of([mixture.weights, mixture.epoch_patches])
+            if self.is_mixture
+            else None,
+            epoch=epoch,
+            batch=batch,
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Where this iterator stands, for torchdata's StatefulDataLoader, which asks each worker.

@@ -25,7 +25,7 @@ LOOSE = {"errors", "version"}  # modules beside the rooms
 RECIPE_FILES = {"config", "task", "__main__"}
 HEAVY = {  # heavy libraries and the only modules that may import them
     "diffusers": {"latentds.autoencoders.diffusers_ae"},
-    "faiss": {"latentds.quantizers.scalar_fit", "latentds.quantizers.additive_fit"},
+    "faiss": {"latentds.quantizers.scalar_kinds", "latentds.quantizers.additive_fit"},
     "kornia": {"latentds.views.colour"},
     "numba": {"latentds.quantizers.entropy.native_rounding"},
     "openslide": {

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from latentds.errors import InputError
+from latentds.quantizers.scalar_kinds import KindName
 
 # What may differ between a run and its resumption: it changes no byte of the result.
 # The autoencoder may be a path; the contract names it.
@@ -64,10 +65,7 @@ class ConvertConfig:
     autoencoder: str = "tiny-v2"
     """tiny-v2, tiny-v2-fast, tiny-v1, sd15, sd3, dcae-f32, dcae-f32-mix, taesd, taesd3, sd15-path,
     sd3-path, dcae-f32-path; or a local folder of weights."""
-    quantizer: Literal[
-        "kmeans", "kmeans-channel", "int8-minmax", "int8-percentile", "int8-channel"
-    ] = "kmeans"
-    """How latents become bytes; kmeans is the paper's one table of 256 centroids."""
+    quantizer: KindName = "kmeans"
     levels: int = 256
     """Levels of the codebook, 2 to 256."""
     codebook: Path | None = None

@@ -24,7 +24,7 @@ from latentds.quantizers.entropy.record_codebook import EntropyCodebook
 from tests.fakes import MeanAutoencoder
 from tests.hub_server import HubServer, hub_serving
 
-pytest_plugins = ["tests.budget"]
+pytest_plugins = ["pytester", "tests.budget"]
 EDGE = 32
 torch.set_num_threads(1)
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -413,17 +414,14 @@ def test_nothing_left_is_an_error(folder, stand_ins):
         comparing.compare(settings(folder, codecs="dcae-f32", skip_missing=True))
 
 
-def test_vaezip_is_missed_before_any_work(folder, stand_ins, monkeypatch):
-    import sys
-
-    for name in ("vaezip", "vaezip.codecs"):
-        monkeypatch.setitem(sys.modules, name, None)
-    config = settings(folder, codecs="sd15+lbrq:4,sd15", embedders="")
+def test_a_formats_library_is_missed_before_any_work(folder, stand_ins, monkeypatch):
+    monkeypatch.setitem(sys.modules, "imagecodecs", None)
+    config = settings(folder, codecs="jxl:90,sd15", embedders="")
     monkeypatch.setattr(comparing, "measure_rows", lambda job: pytest.fail("measured"))
-    with pytest.raises(InputError, match=r"sd15\+lbrq:4: vaezip is not installed"):
+    with pytest.raises(InputError, match=r"jxl:90: the library for jxl is not installed"):
         comparing.compare(config)
     plan = comparing.prepare(dataclasses.replace(config, skip_missing=True)).plan
-    assert [row.text for row in plan.rows] == ["sd15"] and list(plan.missing) == ["sd15+lbrq:4"]
+    assert [row.text for row in plan.rows] == ["sd15"] and list(plan.missing) == ["jxl:90"]
 
 
 def test_a_device_that_is_not_there_is_told(folder):

@@ -33,7 +33,6 @@ HEAVY = {  # heavy libraries and the only modules that may import them
         "latentds.sources.kinds",
         "latentds.sources.slide_reading",
     },
-    "vaezip": {"latentds.codecs.lloyd_blocks"},
     "imagecodecs": {"latentds.codecs.formats"},
     "timm": {
         *("latentds.embedders.efficientnet_lite", "latentds.embedders.timm_models"),

@@ -17,9 +17,8 @@ from latentds.quantizers.scalar import MAX_LEVELS
 KMEANS = ("kmeans", "kmeans-channel")
 INT8 = ("int8-minmax", "int8-percentile", "int8-channel")
 FLOAT_BITS = {"none": 32, "fp16": 16}
-LBRQ_BITS = (2, 3, 4, 5, 6, 8)  # what vaezip has names for
 RECORDS, SUM = "rans", "sum"
-QUANTIZERS = (*FLOAT_BITS, *INT8, *KMEANS, "lbrq", RECORDS, SUM)
+QUANTIZERS = (*FLOAT_BITS, *INT8, *KMEANS, RECORDS, SUM)
 QUANTIZER_ALIASES = {"int8": "int8-minmax"}  # the paper's static int8
 
 
@@ -28,8 +27,7 @@ class QuantizerSpec:
     """How latents become bytes.
 
     kind    one of QUANTIZERS
-    levels  K; None for floats and rans. 256 for int8 and sum, 2 to 256 for kmeans, 2 to the bits
-            for lbrq
+    levels  K; None for floats and rans. 256 for int8 and sum, 2 to 256 for kmeans
     record_bytes  of a patch, for rans
     planes  code planes for sum: bytes a latent cell
     refine  gradient steps on the latents before they are coded
@@ -49,8 +47,6 @@ class QuantizerSpec:
     @property
     def coder(self) -> str:
         """The same without the refinement."""
-        if self.kind == "lbrq":
-            return f"lbrq:{self.bits}"
         if self.kind == RECORDS:
             return f"{RECORDS}:{self.record_bytes}"
         if self.kind == SUM:
@@ -183,7 +179,7 @@ def is_refinement(word: str) -> bool:
 def refined(quantizer: QuantizerSpec, word: str, text: str) -> QuantizerSpec:
     """A quantizer with the steps of refineN; ValueError where it has no codebook."""
     steps = int(word.removeprefix("refine"))
-    if quantizer.kind in (*FLOAT_BITS, "lbrq") or quantizer.refine:
+    if quantizer.kind in FLOAT_BITS or quantizer.refine:
         raise ValueError(f"{text}: {word} follows codes of a codebook, as in tiny+kmeans+refine4")
     if not 1 <= steps <= MAX_STEPS:
         raise ValueError(f"{text}: steps of refine are 1 to {MAX_STEPS}")
@@ -208,7 +204,7 @@ def parse_picture(text: str, name: str, sign: str | None, value: str | None) -> 
 
 
 def parse_quantizer(text: str) -> QuantizerSpec:
-    """A quantizer and, for kmeans, its levels (kmeans:16), for lbrq its bits (lbrq:3, else 4).
+    """A quantizer and, for kmeans, its levels, as in kmeans:16.
 
     rans has the bytes of a patch, rans:4096; sum, additive codes, their planes, sum:2. All may be
     followed by steps of refinement: kmeans+refine4.
@@ -229,13 +225,8 @@ def parse_quantizer(text: str) -> QuantizerSpec:
         if not 1 <= planes <= MAX_PLANES:
             raise ValueError(f"{text}: code planes are 1 to {MAX_PLANES}")
         return QuantizerSpec(kind=kind, levels=MAX_LEVELS, planes=planes)
-    if kind == "lbrq":
-        bits = whole_number(value, text, "bits") if colon else 4
-        if bits not in LBRQ_BITS:
-            raise ValueError(f"{text}: bits of lbrq are {', '.join(map(str, LBRQ_BITS))}")
-        return QuantizerSpec(kind=kind, levels=2**bits)
     if colon and kind not in KMEANS:
-        raise ValueError(f"{text}: only kmeans and kmeans-channel have levels, lbrq has bits")
+        raise ValueError(f"{text}: only kmeans and kmeans-channel have levels")
     levels = whole_number(value, text, "levels") if colon else MAX_LEVELS
     if not 2 <= levels <= MAX_LEVELS:
         raise ValueError(f"{text}: levels are 2 to {MAX_LEVELS}")

@@ -28,7 +28,7 @@ TAR_BLOCK = 512
 CONTAINER = (
     f"latents of one byte a code: in shards in packs of 256, their columns and tables included "
     f"({SHARD_BYTES} bytes a patch, measured by latentds bench container); pictures: a member each "
-    "of a plain tar; floats and vaezip's blocks are in no shard"
+    "of a plain tar; floats are in no shard"
 )
 PACKED = (
     f"the same {SHARD_BYTES} bytes a patch for pictures, too, as if their files stood in a column "
@@ -36,7 +36,7 @@ PACKED = (
 )
 PACKAGES = (
     *("latentds", "torch", "numpy", "pillow", "imagecodecs", "scikit-image", "torchmetrics"),
-    *("timm", "transformers", "diffusers", "vaezip", "faiss-cpu"),
+    *("timm", "transformers", "diffusers", "faiss-cpu"),
 )
 
 

@@ -27,7 +27,7 @@ class Config:
     autoencoder), avif444 (at its best), jpeg444, jpeg-fitted (quantization tables fitted on
     --fit-on to the last of --embedders), webp, jxl, j2k, png; autoencoders by name or folder, as
     they are (tiny) or quantized (tiny+kmeans, sd15+kmeans:16, +kmeans-channel, +int8-minmax,
-    +int8-percentile, +int8-channel, +fp16, +lbrq:4), as additive codes of so many bytes a latent
+    +int8-percentile, +int8-channel, +fp16), as additive codes of so many bytes a latent
     cell (tiny+sum:2) or entropy-coded records of so many bytes (tiny-v2+rans:4096, sd3+rans:8192);
     codes of latents refined by so many steps (tiny+kmeans+refine4). By default
     tiny+kmeans,jpeg,webp,avif,jxl. Rows of equal bytes are set beside AVIF's."""

@@ -24,8 +24,9 @@ from latentds_tools.fidelity.fidelity_config import Config
 from latentds_tools.fidelity.fidelity_crops import read_crops
 from latentds_tools.fidelity.fidelity_plan import make_plan, spread
 from latentds_tools.fidelity.measuring import MeasuredOriginals, measure
-from latentds_tools.fidelity.paper_rows import find_paper_row, paper_rows, paper_table
+from latentds_tools.fidelity.paper_rows import find_paper_row, paper_rows
 from latentds_tools.fidelity.summaries import confidence_interval, drawn_means, summarize
+from latentds_tools.reports.paper_tables import paper_tables
 from PIL import Image
 
 from latentds.autoencoders.autoencoder import AutoencoderCard
@@ -645,7 +646,10 @@ def test_page_sets_the_papers_figures_beside(folder, stand_ins):
     line = next(line for line in text.splitlines() if "| JPEG-50 |" in line)
     similarity = report["rows"][1]["groups"]["all"]["similarity"]["uni"]["mean"]
     assert f"| 0.904 / {similarity:.3f} |" in line and "| 15 / 0." in line
-    assert paper_table()["source"] in text and "Crops here have 32 px, its patches 256." in text
+    assert (
+        paper_tables("fidelity")["source"] in text
+        and "Crops here have 32 px, its patches 256." in text
+    )
 
 
 def test_default_run_sets_tiny_beside_formats_at_equal_bytes(tmp_path):

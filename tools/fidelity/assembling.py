@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
-import os
-import platform
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -221,17 +219,6 @@ def encodings(crops: FidelityCrops) -> str:
     return ", ".join(name for name, _ in seen.most_common(4))
 
 
-def plain_config(values: dict[str, Any]) -> dict[str, Any]:
-    """A config's values in JSON."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, (tuple, list)):
-            return [plain(v) for v in value]
-        return str(value) if isinstance(value, Path) else value
-
-    return {name: plain(value) for name, value in values.items()}
-
-
 def versions() -> dict[str, str]:
     """Versions of the packages that figures depend on."""
     found = {}
@@ -241,22 +228,3 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
-
-
-def machine(device: str) -> dict[str, Any]:
-    """What was measured on."""
-    import torch
-
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        cpu = names[0].partition(":")[2].strip() if names else cpu
-    gpu = torch.cuda.get_device_name(device) if device.startswith("cuda") else None
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "gpu": gpu,
-        "python": platform.python_version(),
-    }

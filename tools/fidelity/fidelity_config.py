@@ -112,11 +112,12 @@ class Config:
         """With the preset's and the default values where none are given."""
         codecs, embedders, patches = DEFAULT_CODECS, "", DEFAULT_PATCHES
         if self.preset:
-            from latentds_tools.fidelity.paper_rows import paper_rows, paper_table
+            from latentds_tools.fidelity.paper_rows import paper_rows
+            from latentds_tools.reports.paper_tables import paper_tables
 
+            table = paper_tables("fidelity")
             codecs = ",".join(row.codec for row in paper_rows())
-            embedders = ",".join(paper_table()["embedders"])
-            patches = paper_table()["settings"]["patches"]
+            embedders, patches = ",".join(table["embedders"]), table["settings"]["patches"]
         return dataclasses.replace(
             self,
             codecs=codecs if self.codecs is None else self.codecs,

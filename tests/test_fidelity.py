@@ -11,11 +11,11 @@ import pytest
 import torch
 from latentds_tools.bench import bench_fidelity
 from latentds_tools.fidelity import (
+    codebook_fitting,
     codec_opening,
     comparing,
     fidelity_page,
     job,
-    jpeg_fitting,
     quality,
 )
 from latentds_tools.fidelity.contact import pick_crops
@@ -301,7 +301,7 @@ def test_formats_at_equal_bytes_need_an_autoencoder(folder, stand_ins):
 
 def test_codebooks_fitted_on_tested_crops_are_said_to_favour(folder, tmp_path, stand_ins):
     report, _ = comparing.compare(settings(folder))
-    assert report["rows"][0]["codebook"]["origin"] == jpeg_fitting.ON_TESTED
+    assert report["rows"][0]["codebook"]["origin"] == codebook_fitting.ON_TESTED
     assert any("favour" in note for note in report["notes"])
     save_pictures(tmp_path / "others", 3, first_seed=500)
     report, _ = comparing.compare(settings(folder, fit_on=tmp_path / "others"))
@@ -354,9 +354,9 @@ def test_tiny_uses_the_codebook_it_ships_unless_told(folder):
     config = settings(folder, codecs="tiny+kmeans,tiny+kmeans:16", embedders="")
     shipped, fitted = rows_of(config).values()
     assert shipped["codebook"]["origin"] == "shipped with tiny"
-    assert fitted["codebook"]["origin"] == jpeg_fitting.ON_TESTED
+    assert fitted["codebook"]["origin"] == codebook_fitting.ON_TESTED
     again = rows_of(dataclasses.replace(config, refit=True))["tiny+kmeans"]
-    assert again["codebook"]["origin"] == jpeg_fitting.ON_TESTED
+    assert again["codebook"]["origin"] == codebook_fitting.ON_TESTED
 
 
 def test_groups_by_coding_stand_apart(tmp_path, stand_ins):

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 from latentds_tools.fidelity import jpeg_tables
+from latentds_tools.fidelity.codebook_fitting import ON_TESTED, FitSample
 from latentds_tools.fidelity.fidelity_crops import FidelityCrops
-from latentds_tools.fidelity.jpeg_fitting import ON_TESTED, FitSample
 from latentds_tools.fidelity.measuring import Measured
 from latentds_tools.fidelity.paper_rows import find_paper_row
 

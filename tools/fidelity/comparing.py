@@ -16,10 +16,9 @@ from latentds_tools.fidelity.fidelity_plots import draw_plots
 from latentds_tools.fidelity.job import FidelityJob, prepare
 from latentds_tools.fidelity.keeping import KeptRows, check_finite
 from latentds_tools.fidelity.measuring import Measured, MeasuredOriginals, measure
-from latentds_tools.fidelity.paired_differences import add_differences, budget_of
 from latentds_tools.fidelity.paper_rows import differences
 from latentds_tools.fidelity.quality import PSNR_SETTINGS, SIMILARITY_SETTINGS, SSIM_SETTINGS
-from latentds_tools.fidelity.summaries import Groups
+from latentds_tools.fidelity.summaries import Groups, add_differences, budget_of
 from latentds_tools.reports.paper_tables import paper_tables
 
 from latentds.codecs import CodecSpec, LatentSpec, PictureSpec

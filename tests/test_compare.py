@@ -8,9 +8,9 @@ from latentds_tools import cli, compare
 from latentds_tools.comparison.compare_page import write_page
 from latentds_tools.comparison.compare_plots import bar_places, score_limits
 from latentds_tools.comparison.compare_report import make_report
-from latentds_tools.comparison.paper_tables import paper_tables
 from latentds_tools.comparison.run_pairing import Bootstrap, pair
 from latentds_tools.comparison.run_reading import Family, make_families, read_runs
+from latentds_tools.reports.paper_tables import paper_tables
 from PIL import Image
 
 from latentds.errors import InputError, UnknownNameError
@@ -228,7 +228,7 @@ def test_settings_that_differ_are_told(tmp_path: Path) -> None:
 
 
 def test_the_papers_tables_are_as_printed() -> None:
-    rows = paper_tables()["rows"]
+    rows = paper_tables("evaluations")["rows"]
     assert {name: len(found) for name, found in rows.items()} == {
         "brca": 7, "nct": 7, "bcss": 12, "crag": 12,
     }  # fmt: skip
@@ -242,7 +242,7 @@ def test_the_papers_tables_are_as_printed() -> None:
 def test_sizes_of_latents_follow_from_their_shapes(column: str) -> None:
     edge = {"bcss": 1024, "crag": 1536}[column]
     shapes = {"sd15": (8, 4), "sd3": (8, 16), "dcae-f32": (32, 32)}
-    for source, _, quantized, values in paper_tables()["rows"][column]:
+    for source, _, quantized, values in paper_tables("evaluations")["rows"][column]:
         if source in shapes:
             factor, channels = shapes[source]
             right = (edge // factor) ** 2 * channels * (1 if quantized else 4) / 1024

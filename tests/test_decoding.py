@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from latentds.autoencoders import load_autoencoder
+from latentds.core.compiling import Compiled
 from latentds.errors import FormatError
-from latentds.loading.decoding import Compiled, DecodeOptions, Decoder
+from latentds.loading.decoding import DecodeOptions, Decoder
 from latentds.loading.loader import LatentLoader
 from latentds.loading.mixture import Mixture
 from latentds.quantizers.lookup import Levels

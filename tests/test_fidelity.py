@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,11 @@ import pytest
 import torch
 from latentds_tools.bench import bench_fidelity
 from latentds_tools.fidelity import (
+    codebook_fitting,
     codec_opening,
     comparing,
     fidelity_page,
     job,
-    jpeg_fitting,
     quality,
 )
 from latentds_tools.fidelity.contact import pick_crops
@@ -23,8 +24,9 @@ from latentds_tools.fidelity.fidelity_config import Config
 from latentds_tools.fidelity.fidelity_crops import read_crops
 from latentds_tools.fidelity.fidelity_plan import make_plan, spread
 from latentds_tools.fidelity.measuring import MeasuredOriginals, measure
-from latentds_tools.fidelity.paper_rows import find_paper_row, paper_rows, paper_table
+from latentds_tools.fidelity.paper_rows import find_paper_row, paper_rows
 from latentds_tools.fidelity.summaries import confidence_interval, drawn_means, summarize
+from latentds_tools.reports.paper_tables import paper_tables
 from PIL import Image
 
 from latentds.autoencoders.autoencoder import AutoencoderCard
@@ -299,7 +301,7 @@ def test_formats_at_equal_bytes_need_an_autoencoder(folder, stand_ins):
 
 def test_codebooks_fitted_on_tested_crops_are_said_to_favour(folder, tmp_path, stand_ins):
     report, _ = comparing.compare(settings(folder))
-    assert report["rows"][0]["codebook"]["origin"] == jpeg_fitting.ON_TESTED
+    assert report["rows"][0]["codebook"]["origin"] == codebook_fitting.ON_TESTED
     assert any("favour" in note for note in report["notes"])
     save_pictures(tmp_path / "others", 3, first_seed=500)
     report, _ = comparing.compare(settings(folder, fit_on=tmp_path / "others"))
@@ -352,9 +354,9 @@ def test_tiny_uses_the_codebook_it_ships_unless_told(folder):
     config = settings(folder, codecs="tiny+kmeans,tiny+kmeans:16", embedders="")
     shipped, fitted = rows_of(config).values()
     assert shipped["codebook"]["origin"] == "shipped with tiny"
-    assert fitted["codebook"]["origin"] == jpeg_fitting.ON_TESTED
+    assert fitted["codebook"]["origin"] == codebook_fitting.ON_TESTED
     again = rows_of(dataclasses.replace(config, refit=True))["tiny+kmeans"]
-    assert again["codebook"]["origin"] == jpeg_fitting.ON_TESTED
+    assert again["codebook"]["origin"] == codebook_fitting.ON_TESTED
 
 
 def test_groups_by_coding_stand_apart(tmp_path, stand_ins):
@@ -413,17 +415,14 @@ def test_nothing_left_is_an_error(folder, stand_ins):
         comparing.compare(settings(folder, codecs="dcae-f32", skip_missing=True))
 
 
-def test_vaezip_is_missed_before_any_work(folder, stand_ins, monkeypatch):
-    import sys
-
-    for name in ("vaezip", "vaezip.codecs"):
-        monkeypatch.setitem(sys.modules, name, None)
-    config = settings(folder, codecs="sd15+lbrq:4,sd15", embedders="")
+def test_a_formats_library_is_missed_before_any_work(folder, stand_ins, monkeypatch):
+    monkeypatch.setitem(sys.modules, "imagecodecs", None)
+    config = settings(folder, codecs="jxl:90,sd15", embedders="")
     monkeypatch.setattr(comparing, "measure_rows", lambda job: pytest.fail("measured"))
-    with pytest.raises(InputError, match=r"sd15\+lbrq:4: vaezip is not installed"):
+    with pytest.raises(InputError, match=r"jxl:90: the library for jxl is not installed"):
         comparing.compare(config)
     plan = comparing.prepare(dataclasses.replace(config, skip_missing=True)).plan
-    assert [row.text for row in plan.rows] == ["sd15"] and list(plan.missing) == ["sd15+lbrq:4"]
+    assert [row.text for row in plan.rows] == ["sd15"] and list(plan.missing) == ["jxl:90"]
 
 
 def test_a_device_that_is_not_there_is_told(folder):
@@ -647,7 +646,10 @@ def test_page_sets_the_papers_figures_beside(folder, stand_ins):
     line = next(line for line in text.splitlines() if "| JPEG-50 |" in line)
     similarity = report["rows"][1]["groups"]["all"]["similarity"]["uni"]["mean"]
     assert f"| 0.904 / {similarity:.3f} |" in line and "| 15 / 0." in line
-    assert paper_table()["source"] in text and "Crops here have 32 px, its patches 256." in text
+    assert (
+        paper_tables("fidelity")["source"] in text
+        and "Crops here have 32 px, its patches 256." in text
+    )
 
 
 def test_default_run_sets_tiny_beside_formats_at_equal_bytes(tmp_path):

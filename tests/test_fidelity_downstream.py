@@ -9,7 +9,7 @@ from latentds_tools.fidelity import comparing, fidelity_page, jpeg_tables, nucle
 from latentds_tools.fidelity.fidelity_config import Config
 from latentds_tools.fidelity.fidelity_crops import read_crops
 from latentds_tools.fidelity.job import prepare
-from latentds_tools.fidelity.paired_differences import pair
+from latentds_tools.fidelity.summaries import pair
 from PIL import Image
 
 from latentds.codecs import PictureCodec

@@ -11,7 +11,7 @@ from PIL import Image
 from latentds.errors import InputError
 
 pytest.importorskip("matplotlib")
-from latentds_tools.fidelity import fidelity_plots, front
+from latentds_tools.fidelity import front
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
@@ -36,12 +36,10 @@ def test_sizes_have_three_digits(count, text):
 
 def test_the_picture_shows_every_curve(rows, monkeypatch):
     drawn = []
-    real = fidelity_plots.draw_curve
-    monkeypatch.setattr(fidelity_plots, "draw_curve", lambda axis, curve: drawn.append(curve.label)
+    real = front.draw_curve
+    monkeypatch.setattr(front, "draw_curve", lambda axis, curve: drawn.append(curve.label)
                         or real(axis, curve))  # fmt: skip
-    content = fidelity_plots.draw_front(
-        [front.curve(label, rows) for label in front.CURVES], "an embedder"
-    )
+    content = front.draw_front([front.curve(label, rows) for label in front.CURVES], "an embedder")
     assert Image.open(io.BytesIO(content)).size == (1600, 860) and drawn == list(front.CURVES)
 
 

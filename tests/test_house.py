@@ -33,7 +33,6 @@ HEAVY = {  # heavy libraries and the only modules that may import them
         "latentds.sources.kinds",
         "latentds.sources.slide_reading",
     },
-    "vaezip": {"latentds.codecs.lloyd_blocks"},
     "imagecodecs": {"latentds.codecs.formats"},
     "timm": {
         *("latentds.embedders.efficientnet_lite", "latentds.embedders.timm_models"),
@@ -57,8 +56,7 @@ HEAVY = {  # heavy libraries and the only modules that may import them
         "latentds.hub.client",
     },
     "matplotlib": {
-        *("latentds_trainers.abmil.heat_map", "latentds_tools.comparison.compare_plots"),
-        "latentds_tools.fidelity.fidelity_plots",
+        *("latentds_trainers.abmil.heat_map", "latentds_tools.reports.plots"),
     },
     "fsspec": {"latentds.store.transport", "latentds.store.object_store"},
 }

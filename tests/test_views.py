@@ -333,3 +333,16 @@ def test_numbers_are_those_of_uniform():
     draws = Draws.of(seeds, ["global 0", "local 2"])
     expected = uniform(seeds, "view local 2", draws.values.shape[-1])
     assert torch.equal(draws.values[1], expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_views_never_wait_for_the_gpu():
+    multicrop = MultiCrop(global_px=64, local_px=32, stain=0.05)
+    images, seeds = images_of(9, 192, 192).cuda(), seeds_of(9).cuda()
+    multicrop(images, seeds)  # kernels and workspaces load once
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        multicrop(images, seeds)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

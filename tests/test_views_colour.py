@@ -9,8 +9,8 @@ from skimage.color import hed2rgb, rgb2hed
 from torchvision.transforms.v2 import functional as tv
 
 from latentds import MultiCrop
+from latentds.core.compiling import Compiled
 from latentds.errors import MissingExtraError
-from latentds.loading.decoding import Compiled
 from latentds.views import colour
 from latentds.views.boxes import Draws
 from latentds.views.painting import PAINTED, jitter_factors

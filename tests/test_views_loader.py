@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from latentds import LatentLoader, MultiCrop
-from latentds.errors import ContractError
 from latentds.loading.stage import HostLanes
 from latentds.views.view_batch import Views
 from tests.fakes import MeanAutoencoder
@@ -29,11 +28,11 @@ def by_patch(batches) -> dict[int, list[torch.Tensor]]:
     return found
 
 
-def assert_same(found, expected, atol: float = 0) -> None:
+def assert_same(found, expected) -> None:
     assert found.keys() <= expected.keys() and found
     for row, crops in found.items():
         for crop, other in zip(crops, expected[row], strict=True):
-            torch.testing.assert_close(crop, other, atol=atol, rtol=0)
+            assert torch.equal(crop, other)
 
 
 @pytest.fixture(scope="module")
@@ -97,11 +96,10 @@ def test_a_transform_changes_the_images_and_not_the_views(shared_dataset, expect
 
 
 @pytest.mark.parametrize("static", [False, True])
-@pytest.mark.parametrize("crop_windows", [False, True])
-def test_batches_decoded_ahead_have_the_same_views(shared_dataset, expected, static, crop_windows):
-    loader = loader_of(shared_dataset, crop_windows=crop_windows)
+def test_batches_decoded_ahead_have_the_same_views(shared_dataset, expected, static):
+    loader = loader_of(shared_dataset)
     loader.stage = loader.make_stage(static, HostLanes())
-    assert_same(by_patch(loader), expected, 1e-5 if crop_windows else 0)
+    assert_same(by_patch(loader), expected)
 
 
 def test_slices_and_copies_of_a_batch_carry_their_views(shared_dataset):
@@ -133,39 +131,9 @@ def test_views_may_be_of_latents(shared_dataset):
         ({"decode": "latents"}, "views of pixels need decode='pixels', not decode='latents'"),
         ({"views": Whole()}, "views of latents need decode='latents'"),
         ({"decode": "codes", "views": lambda images, seeds: images}, "not of decode='codes'"),
-        ({"views": None, "crop_windows": True}, "pass views=MultiCrop"),
-        ({"crop_windows": True, "transform": torch.clone}, "decodes no whole images"),
     ],
 )
 def test_what_cannot_be_viewed_is_refused(shared_dataset, options, message):
     with pytest.raises(ValueError) as error:
         loader_of(shared_dataset, **options)
     assert message in str(error.value)
-
-
-@pytest.mark.parametrize("changes", [{}, {"rank": 1, "world_size": 2, "num_workers": 1}])
-def test_crop_windows_show_what_whole_decodes_show(shared_dataset, expected, changes):
-    loader = loader_of(shared_dataset, crop_windows=True, **changes)
-    batches = list(loader)
-    assert all(batch.images is None for batch in batches)
-    assert_same(by_patch(batches), expected, 1e-5)  # float32 sums of other lengths
-
-
-def test_crop_windows_survive_an_abandoned_epoch(shared_dataset, expected):
-    loader = loader_of(shared_dataset, crop_windows=True)
-    for _ in loader:
-        break
-    loader.set_epoch(0)
-    assert_same(by_patch(loader), expected, 1e-5)
-
-
-class Averaging(MeanAutoencoder):
-    """Takes every patch's own mean off, as normalization over the patch does."""
-
-    def decode(self, latents):
-        return super().decode(latents - latents.mean((2, 3), keepdim=True))
-
-
-def test_crop_windows_need_a_decoder_of_a_finite_field(shared_dataset):
-    with pytest.raises(ContractError, match="decoder 'mean8' sees the whole patch"):
-        loader_of(shared_dataset, autoencoder=Averaging(), crop_windows=True)

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 
-from latentds.core.display import say
 from latentds.errors import InputError
 
-PAGE, REPORT = "comparison.md", "comparison.json"
 BARS, DIFFERENCES = "bars.png", "differences.png"
-OUTPUTS = (REPORT, PAGE, BARS, DIFFERENCES)
+OUTPUTS = ("comparison.json", "comparison.md", BARS, DIFFERENCES)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,12 +53,17 @@ class Config:
 def run(config: Config) -> None:
     """Read, compare, write, print."""
     from latentds_tools.comparison.compare_page import write_page
+    from latentds_tools.comparison.compare_plots import draw_bars, draw_differences
     from latentds_tools.comparison.compare_report import make_report
-    from latentds_tools.comparison.paper_tables import check_columns
+    from latentds_tools.comparison.paper_columns import check_columns
     from latentds_tools.comparison.run_pairing import Bootstrap
     from latentds_tools.comparison.run_reading import make_families, read_runs
+    from latentds_tools.reports.delivery import check_free, deliver
+    from latentds_tools.reports.plots import check_matplotlib
 
-    check_free(config)
+    if config.out is not None:
+        check_matplotlib("evaluate")
+        check_free([config.out / name for name in OUTPUTS], config.overwrite)
     families = make_families(read_runs(config.runs))
     check_columns(families, config.paper)
     report = make_report(
@@ -71,35 +73,8 @@ def run(config: Config) -> None:
         paper=config.paper,
         bootstrap=Bootstrap(config.over, config.draws, config.seed),
     )
-    text = json.dumps(report, indent=1, allow_nan=False) + "\n"
-    page = write_page(report)
+    pictures: dict[str, bytes | None] = {}
     if config.out is not None:
-        write_files(config.out, report, page, text)
-    say(text if config.json else page, end="")
-
-
-def check_free(config: Config) -> None:
-    """InputError where a comparison is in --out; MissingExtraError where none could be drawn."""
-    if config.out is None:
-        return
-    from latentds_tools.comparison.compare_plots import check_matplotlib
-
-    check_matplotlib()
-    there = [name for name in OUTPUTS if (config.out / name).exists()]
-    if there and not config.overwrite:
-        raise InputError(f"{config.out / there[0]}: is there; pass --overwrite to replace it")
-
-
-def write_files(out: Path, report: dict[str, Any], page: str, text: str) -> None:
-    """All files at once; those of an older comparison that this one has not are removed."""
-    from latentds_tools.comparison.compare_plots import draw_bars, draw_differences
-
-    from latentds.core.storage import write_together
-
-    drawn = {BARS: draw_bars(report), DIFFERENCES: draw_differences(report)}
-    files = {out / name: content for name, content in drawn.items() if content is not None}
-    # The report comes last: where it is there, all are whole.
-    write_together(files | {out / PAGE: page.encode(), out / REPORT: text.encode()})
-    for name, content in drawn.items():
-        if content is None:
-            (out / name).unlink(missing_ok=True)
+        pictures = {BARS: draw_bars(report), DIFFERENCES: draw_differences(report)}
+    page = write_page(report)
+    deliver(report, page, "comparison", config.out, pictures, as_json=config.json)

@@ -228,7 +228,7 @@ def label_of(name: str, figures: dict[str, Any]) -> str:
 
 def make_page(folder: Path, figures: dict[str, Any]) -> str:
     """The page's HTML."""
-    from latentds.core import html_pages
+    from latentds_tools.reports import html_pages
 
     quality = figures["quality"]
     size = quality[figures["autoencoder"]]["bytes"]
@@ -278,8 +278,8 @@ def make_page(folder: Path, figures: dict[str, Any]) -> str:
 def patch_row(figures: dict[str, Any], place: int) -> str:
     """One patch in all its versions."""
     import numpy as np
+    from latentds_tools.reports import html_pages
 
-    from latentds.core import html_pages
     from latentds.core.metrics import psnr_db
 
     original = figures["originals"][place]

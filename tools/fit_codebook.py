@@ -73,11 +73,11 @@ class Config:
 
 def run(config: Config) -> None:
     """Fit, save, report."""
-    from latentds.errors import InputError
+    from latentds_tools.reports.delivery import check_free
+
     from latentds.quantizers.codebook_files import save_codebook
 
-    if config.out.exists() and not config.overwrite:
-        raise InputError(f"{config.out}: is there; pass --overwrite to replace it")
+    check_free([config.out], config.overwrite)
     stored = fit(config)
     save_codebook(stored, config.out)
     report = {

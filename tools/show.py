@@ -32,11 +32,12 @@ class Config:
 
 def run(config: Config) -> None:
     """Decode and write the page."""
+    from latentds_tools.reports.delivery import check_free
+
     from latentds.core.storage import write_atomically
     from latentds.errors import InputError
 
-    if config.out.exists() and not config.overwrite:
-        raise InputError(f"{config.out}: is there; pass --overwrite to replace it")
+    check_free([config.out], config.overwrite)
     if config.count < 1:
         raise InputError(f"--count {config.count}; at least 1")
     write_atomically(config.out, make_page(config).encode())
@@ -46,9 +47,9 @@ def run(config: Config) -> None:
 def make_page(config: Config) -> str:
     """The page's HTML."""
     import numpy as np
+    from latentds_tools.reports import html_pages
 
     from latentds.autoencoders.autoencoder import short
-    from latentds.core import html_pages
     from latentds.loading.loader import LatentLoader
     from latentds.store.manifest import read_manifest
 
@@ -92,7 +93,7 @@ def make_page(config: Config) -> str:
 
 def patch_figure(batch: Any, place: int, classes: tuple[str, ...]) -> str:
     """One decoded patch with its columns."""
-    from latentds.core import html_pages
+    from latentds_tools.reports import html_pages
 
     image = batch.images[place].mul(255).round().byte().permute(1, 2, 0).cpu().numpy()
     label, (x, y) = int(batch.labels[place]), batch.coords[place].tolist()

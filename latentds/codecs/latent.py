@@ -12,7 +12,6 @@ from torch import Tensor
 
 from latentds.autoencoders.autoencoder import Autoencoder, AutoencoderCard
 from latentds.autoencoders.tiny import shipped_records
-from latentds.codecs.lloyd_blocks import LloydBlocks
 from latentds.codecs.naming import RECORDS, QuantizerSpec, latent_text, parse_quantizer
 from latentds.codecs.picture_codecs import check_picture
 from latentds.codecs.quantizers import (
@@ -190,9 +189,7 @@ def make_records(
 def make_quantizer(
     spec: QuantizerSpec, card: AutoencoderCard, codebook: AnyCodebook | None
 ) -> Quantizer:
-    """Floats, vaezip's, or codes of the codebook; ContractError for one of another kind."""
-    if spec.kind == "lbrq":
-        return LloydBlocks(spec)
+    """Floats, or codes of the codebook; ContractError for one of another kind."""
     if codebook is None or not (spec.is_fitted or spec.kind == RECORDS):
         return Floats(spec)
     if codebook.text != spec.coder:

@@ -16,7 +16,6 @@ from latentds.quantizers.scalar import MAX_LEVELS
 from latentds.quantizers.scalar_kinds import KINDS
 
 FLOAT_BITS = {"none": 32, "fp16": 16}
-LBRQ_BITS = (2, 3, 4, 5, 6, 8)  # what vaezip has names for
 RECORDS, SUM = "rans", "sum"
 QUANTIZER_ALIASES = {"int8": "int8-minmax"}  # the paper's static int8
 
@@ -26,8 +25,7 @@ class QuantizerSpec:
     """How latents become bytes.
 
     kind    one of `known_quantizers`
-    levels  K; None for floats and rans. 256 for int8 and sum, 2 to 256 for kmeans, 2 to the bits
-            for lbrq
+    levels  K; None for floats and rans. 256 for int8 and sum, 2 to 256 for kmeans
     record_bytes  of a patch, for rans
     planes  code planes for sum: bytes a latent cell
     refine  gradient steps on the latents before they are coded
@@ -47,8 +45,6 @@ class QuantizerSpec:
     @property
     def coder(self) -> str:
         """The same without the refinement."""
-        if self.kind == "lbrq":
-            return f"lbrq:{self.bits}"
         if self.kind == RECORDS:
             return f"{RECORDS}:{self.record_bytes}"
         if self.kind == SUM:
@@ -181,7 +177,7 @@ def is_refinement(word: str) -> bool:
 def refined(quantizer: QuantizerSpec, word: str, text: str) -> QuantizerSpec:
     """A quantizer with the steps of refineN; ValueError where it has no codebook."""
     steps = int(word.removeprefix("refine"))
-    if quantizer.kind in (*FLOAT_BITS, "lbrq") or quantizer.refine:
+    if quantizer.kind in FLOAT_BITS or quantizer.refine:
         raise ValueError(f"{text}: {word} follows codes of a codebook, as in tiny+kmeans+refine4")
     if not 1 <= steps <= MAX_STEPS:
         raise ValueError(f"{text}: steps of refine are 1 to {MAX_STEPS}")
@@ -206,7 +202,7 @@ def parse_picture(text: str, name: str, sign: str | None, value: str | None) -> 
 
 
 def parse_quantizer(text: str) -> QuantizerSpec:
-    """A quantizer and, for kmeans, its levels (kmeans:16), for lbrq its bits (lbrq:3, else 4).
+    """A quantizer and, for kmeans, its levels, as in kmeans:16.
 
     rans has the bytes of a patch, rans:4096; sum, additive codes, their planes, sum:2. All may be
     followed by steps of refinement: kmeans+refine4.
@@ -227,14 +223,9 @@ def parse_quantizer(text: str) -> QuantizerSpec:
         if not 1 <= planes <= MAX_PLANES:
             raise ValueError(f"{text}: code planes are 1 to {MAX_PLANES}")
         return QuantizerSpec(kind=kind, levels=MAX_LEVELS, planes=planes)
-    if kind == "lbrq":
-        bits = whole_number(value, text, "bits") if colon else 4
-        if bits not in LBRQ_BITS:
-            raise ValueError(f"{text}: bits of lbrq are {', '.join(map(str, LBRQ_BITS))}")
-        return QuantizerSpec(kind=kind, levels=2**bits)
     if colon and (kind not in KINDS or KINDS[kind].is_fixed):
         free = " and ".join(name for name, known in KINDS.items() if not known.is_fixed)
-        raise ValueError(f"{text}: only {free} have levels, lbrq has bits")
+        raise ValueError(f"{text}: only {free} have levels")
     levels = whole_number(value, text, "levels") if colon else MAX_LEVELS
     if not 2 <= levels <= MAX_LEVELS:
         raise ValueError(f"{text}: levels are 2 to {MAX_LEVELS}")
@@ -243,7 +234,7 @@ def parse_quantizer(text: str) -> QuantizerSpec:
 
 def known_quantizers() -> list[str]:
     """What may be written after a `+`."""
-    return [*FLOAT_BITS, *KINDS, "lbrq", RECORDS, SUM, *QUANTIZER_ALIASES]
+    return [*FLOAT_BITS, *KINDS, RECORDS, SUM, *QUANTIZER_ALIASES]
 
 
 def known_autoencoder(name: str) -> str:

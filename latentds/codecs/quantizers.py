@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from latentds.autoencoders.autoencoder import AutoencoderCard, latent_cells
-from latentds.codecs.lloyd_blocks import block_bytes
 from latentds.codecs.naming import QuantizerSpec, parse_quantizer
 from latentds.errors import ContractError, FormatError, ShapeError
 from latentds.quantizers.additive import AdditiveCodebook
@@ -153,8 +152,6 @@ def packed_bytes(quantizer: QuantizerSpec, shape: LatentShape) -> int:
         return quantizer.record_bytes
     if quantizer.planes is not None:
         return quantizer.planes * shape[1] * shape[2]
-    if quantizer.kind == "lbrq":
-        return block_bytes(shape, quantizer.bits)
     return -(-math.prod(shape) * quantizer.bits // 8)
 
 
@@ -172,8 +169,8 @@ def latent_bytes(
 ) -> int:
     """Bytes of the latents of one (H, W) patch, by arithmetic: no weights, no picture.
 
-    quantizer  float32 is 4 bytes a value, K levels are ceil(log2 K) bits a value; lbrq adds its
-               ranges and its table, which are a patch's own. Codebooks are not counted.
+    quantizer  float32 is 4 bytes a value, K levels are ceil(log2 K) bits a value. Codebooks are not
+               counted.
     """
     spec = parse_quantizer(quantizer) if isinstance(quantizer, str) else quantizer
     return packed_bytes(spec, latent_shape(card, patch_px))

@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 from latentds.autoencoders import load_autoencoder, load_for_decoding
 from latentds.autoencoders.autoencoder import Autoencoder, NetworkAutoencoder, check_decoder
 from latentds.autoencoders.cards import CARDS
+from latentds.core.compiling import Compiled
 from latentds.errors import ContractError, WeightsError
 from latentds.quantizers.lookup import make_lookup
 from latentds.quantizers.scalar import AnyCodebook
@@ -156,25 +156,6 @@ class Decoder:
         )  # fmt: skip
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-class Compiled:
-    """A function under torch.compile; eager, with one warning, where the compiler fails."""
-
-    def __init__(self, function: Callable[..., Tensor]) -> None:
-        self.eager = function
-        self.function: Callable[..., Tensor] = torch.compile(function, dynamic=False)
-
-    def __call__(self, *values: Tensor) -> Tensor:
-        from torch._dynamo.exc import TorchDynamoException
-
-        try:
-            return self.function(*values)
-        except TorchDynamoException as error:
-            reason = " ".join(str(error).split())[:120]
-            warnings.warn(f"torch.compile failed, running eagerly ({reason})", stacklevel=2)
-            self.function = self.eager
-            return self.function(*values)
 
 
 class Graphed:

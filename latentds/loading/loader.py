@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import logging
 import os
-from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
@@ -31,9 +30,7 @@ from latentds.quantizers.normalization import ChannelStatistics
 from latentds.quantizers.scalar import AnyCodebook
 from latentds.store.cache import CacheConfig
 from latentds.store.channel_statistics import choose_statistics
-from latentds.views.multicrop import MultiCrop
 from latentds.views.view_batch import Views
-from latentds.views.windows import CropWindows, WindowPlan
 
 logger = logging.getLogger(__name__)
 
@@ -65,8 +62,6 @@ class LatentLoader:
                   random numbers once a batch, as torchvision's do, is warned of
     views         MultiCrop, or any function of what is decoded and `batch.seeds` that gives Views:
                   batch.views, made on the device of the images before `transform` changes those
-    crop_windows  decode of every patch only what its views show (no batch.images then); for
-                  decoders of a finite receptive field, and where views show little of a patch
     as_tuple      yield (images, labels) instead of a Batch, or (views.crops(), labels)
 
     `state_dict` counts batches handed out; the iteration after `load_state_dict` goes on behind
@@ -102,7 +97,6 @@ class LatentLoader:
         static: bool = False,
         transform: Callable[[Tensor], Any] | None = None,
         views: Callable[[Tensor, Tensor], Views] | None = None,
-        crop_windows: bool = False,
         as_tuple: bool = False,
         columns: Sequence[str] = (),
         masks: bool = False,
@@ -116,7 +110,7 @@ class LatentLoader:
         check_decode(decode)
         if normalize and decode != "latents":
             raise ValueError(f"normalize= is for decode='latents', not decode={decode!r}")
-        check_views(views, decode, crop_windows, transform)
+        check_views(views, decode)
         if autoencoder is not None and decoder is not None:
             raise ValueError("autoencoder= and decoder= both name what decodes; pass one of them")
         self.dataset = LatentDataset(
@@ -159,8 +153,6 @@ class LatentLoader:
         )
         self.decoder = self.make_decoder(autoencoder if decoder is None else decoder, options)
         self.integers = make_integers(self.codebooks) if decode == "codes" else None
-        self.windows = self.make_windows() if crop_windows else None
-        self.plans: deque[WindowPlan] = deque()  # of the batches on their way, with crop windows
         self.stage: DecodeStage | None = None
         if self.decode_device.type == "cuda":
             self.stage = self.make_stage(static, CudaLanes(self.decode_device))
@@ -187,18 +179,13 @@ class LatentLoader:
         books = self.dataset.normalized_codebooks() if self.normalize else self.codebooks
         return Decoder(autoencoder, books, self.contract.patch_px, self.decode_device, options)
 
-    def make_windows(self) -> CropWindows:
-        """What decodes the views' windows only."""
-        assert isinstance(self.views, MultiCrop) and self.decoder is not None
-        return CropWindows(self.views, self.decoder, self.contract.latents_shape)
-
     def make_stage(self, static: bool, lanes: CopyLanes) -> DecodeStage:
         """The ring that decodes ahead on a GPU."""
         batching, contract = self.dataset.batching, self.contract
         pixels = self.decode == "pixels"
         dtype = self.decoder.options.dtype if self.decoder and pixels else torch.float32
         return DecodeStage(
-            None if self.windows else self.decoder or self.integers,
+            self.decoder or self.integers,
             (3, *contract.patch_px) if pixels else contract.latents_shape,
             torch.int16 if self.integers else dtype,
             batching.global_batch // batching.ranks,
@@ -262,7 +249,6 @@ class LatentLoader:
             self.epoch, self.handed_out = self.epoch + 1, 0
         self.resuming = False
         self.dataset.set_epoch(self.epoch, self.handed_out)
-        self.plans.clear()
         with contextlib.closing(self.decoded()) as batches:
             for batch in batches:
                 self.note_bad(batch)
@@ -283,10 +269,7 @@ class LatentLoader:
         for transfer, sizes in self.counted():
             start = 0
             for size in sizes:
-                part = transfer[start : start + size]
-                if self.windows is not None:  # here, where the seeds are still on the host
-                    self.plans.append(self.windows.plan(part.seeds))
-                yield part
+                yield transfer[start : start + size]
                 start += size
 
     def counted(self) -> Iterator[tuple[Batch, list[int]]]:
@@ -340,7 +323,7 @@ class LatentLoader:
         """A batch moved and decoded, at once: what the stage does ahead where there is one."""
         batch = batch.to(self.decode_device)
         images, decode = None, self.decoder or self.integers
-        if decode is not None and self.windows is None:
+        if decode is not None:
             images = decode(batch.codes, batch.codebooks)
         return dataclasses.replace(batch, images=images)
 
@@ -351,13 +334,10 @@ class LatentLoader:
         if self.integers is not None:
             steps = self.integers.steps(batch.codes, batch.codebooks)
             batch = dataclasses.replace(batch, codes=batch.images, images=None, steps=steps)
-        if self.windows is not None:
-            views = self.windows(batch.codes, batch.codebooks, batch.seeds, self.plans.popleft())
-            batch = dataclasses.replace(batch, views=views)
         if self.decode_device != self.device:
             # A copy to the host that is not waited for is read before it is there.
             batch = batch.to(self.device, non_blocking=self.device.type != "cpu")
-        if self.views is not None and batch.views is None:
+        if self.views is not None:
             decoded: Any = batch.images if self.decode == "pixels" else batch.latents
             batch = dataclasses.replace(batch, views=self.views(decoded, batch.seeds))
         if self.transform and batch.images is not None:
@@ -389,17 +369,11 @@ class LatentLoader:
         self.resuming = True
 
 
-def check_views(views: Any, decode: str, crop_windows: bool, transform: Any) -> None:
-    """Refuse views of what is not decoded, and crop windows where whole images are needed."""
+def check_views(views: Any, decode: str) -> None:
+    """Refuse views of what is not decoded."""
     if views is not None and getattr(views, "reads", decode) != decode:
         raise ValueError(
             f"views of {views.reads} need decode={views.reads!r}, not decode={decode!r}"
         )
     if views is not None and decode not in ("pixels", "latents"):
         raise ValueError(f"views are made of pixels or latents, not of decode={decode!r}")
-    if not crop_windows:
-        return
-    if not isinstance(views, MultiCrop):
-        raise ValueError("crop_windows=True decodes what views show; pass views=MultiCrop(...)")
-    if transform is not None:
-        raise ValueError("crop_windows=True decodes no whole images that transform= could change")

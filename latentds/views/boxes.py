@@ -75,14 +75,6 @@ class Boxes:
         """The boxes with `change` applied to every tensor."""
         return Boxes(*(change(getattr(self, field.name)) for field in dataclasses.fields(self)))
 
-    def to(self, device: torch.device) -> Boxes:
-        """The boxes on a device, without waiting for it."""
-        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def moved(self, top: Tensor, left: Tensor) -> Boxes:
-        """The boxes in a window whose corner (B,) lies at `top`, `left` of the patch."""
-        return dataclasses.replace(self, top=self.top - top, left=self.left - left)
-
 
 def draw_boxes(
     draws: Draws,

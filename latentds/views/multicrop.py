@@ -132,7 +132,8 @@ class MultiCrop:
         if not all(size):
             raise ShapeError(f"views of patches of {size[1]}x{size[0]} px; at least one pixel")
         draws = self.draw(seeds.to(images.device))
-        return self.render(images, draws, self.boxes(draws, size))
+        with torch.autocast(images.device.type, enabled=False):  # a trainer's own may be around us
+            return self.render(images, draws, self.boxes(draws, size))
 
     def draw(self, seeds: Tensor) -> list[Draws]:
         """The random numbers of the global and of the local views."""
@@ -153,12 +154,7 @@ class MultiCrop:
         return found
 
     def render(self, images: Tensor, draws: list[Draws], boxes: list[Boxes]) -> Views:
-        """The views in given boxes of the images."""
-        with torch.autocast(images.device.type, enabled=False):  # a trainer's own may be around us
-            return self.rendered(images, draws, boxes)
-
-    def rendered(self, images: Tensor, draws: list[Draws], boxes: list[Boxes]) -> Views:
-        """`render` in the working precision."""
+        """The views in given boxes of the images, in the working precision."""
         working = images.to(working_dtype(images))
         made = []
         for kind, edge_px in enumerate((self.global_px, self.local_px)):

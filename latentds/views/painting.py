@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from latentds.loading.decoding import Compiled
+from latentds.core.compiling import Compiled
 from latentds.views.boxes import DRAWS, spread
 from latentds.views.colour import blur, grey, jitter, solarize, stain, where_chosen
 

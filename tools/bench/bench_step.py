@@ -93,7 +93,7 @@ def as_text(report: dict[str, Any]) -> str:
     if config["locals"]:
         crops += f" and {config['locals']} x {config['local_px']} px"
     decoding = f"{source['decoder']} ({source['weights']} weights, {config['dtype']})"
-    options = ["channels_last", "compile", "cuda_graph", "crop_windows"]
+    options = ["channels_last", "compile", "cuda_graph"]
     options = [name for name in options if config[name]]
     lines = [
         f"{where['gpu'] or where['cpu']}, {where['cores']} cores ({where['torch_threads']} threads "

@@ -57,8 +57,6 @@ class Config:
     """Compile the decoder."""
     cuda_graph: bool = False
     """Decode through a CUDA graph."""
-    crop_windows: bool = False
-    """Let the loader decode of every patch only what its views show."""
     compile_views: bool = False
     """Compile the views' colour arithmetic."""
     num_workers: int | None = None
@@ -93,8 +91,6 @@ class Config:
             raise ValueError("batch, steps, rounds, patches, crops and sizes are at least 1")
         if min(self.locals, self.num_workers or 0) < 0:
             raise ValueError("locals and workers are at least 0")
-        if self.crop_windows and self.input == "latents":
-            raise ValueError("--crop-windows decodes; --input latents does not")
         if self.decoder and self.folder and self.input == "latents":
             raise ValueError("--decoder decodes a set; --input latents does not")
 

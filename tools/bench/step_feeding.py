@@ -36,8 +36,7 @@ class Feeding:
         self.stem, self.views = None, None
         if self.has_decoder:
             self.views = pixel_views(config)
-            windows = {"crop_windows": config.crop_windows}
-            self.loader = open_loader(source, config, device, dtype, views=self.views, **windows)
+            self.loader = open_loader(source, config, device, dtype, views=self.views)
         else:
             codes = self.codes_loader
             self.stem = LatentStemConfig.of(codes.contract, codes.statistics)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-ABSENT, YES, NO = "-", "yes", "no"
+from latentds_tools.reports.markdown import ABSENT, bracketed, number
+
 NAMES = {
     "auc": "AUC",
     "accuracy": "accuracy",
@@ -15,17 +15,11 @@ NAMES = {
 }
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, all columns but the first to the right."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def flags(row: dict[str, Any]) -> list[str]:
     """FT and Quant; a dash for what is no network."""
     if not row["is_network"]:
         return [ABSENT, ABSENT]
-    return [YES if row[name] else NO for name in ("fine_tuned", "quantized")]
+    return ["yes" if row[name] else "no" for name in ("fine_tuned", "quantized")]
 
 
 def size(row: dict[str, Any] | None) -> str:
@@ -52,7 +46,7 @@ def mean_sd(values: dict[str, Any] | None) -> str:
 
 def percent(value: float | None) -> str:
     """A share in per cent."""
-    return ABSENT if value is None else f"{100 * value:.2f}"
+    return number(None if value is None else 100 * value, ".2f")
 
 
 def difference(row: dict[str, Any] | None) -> str:
@@ -62,8 +56,7 @@ def difference(row: dict[str, Any] | None) -> str:
     found = row["difference"]
     if found is None or found["mean"] is None:
         return "not paired" if row["not_paired"] not in (None, "no reference") else ABSENT
-    text = f"{100 * found['mean']:+.2f}"
-    if found["low"] is not None:
-        text += f" [{100 * found['low']:+.2f}, {100 * found['high']:+.2f}]"
+    points = [found[name] and 100 * found[name] for name in ("mean", "low", "high")]
+    text = bracketed(*points, "+.2f")
     ties = f", {found['ties']} equal" if found["ties"] else ""
     return f"{text}, {found['wins']} of {found['n']}{ties}"

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from latentds_tools.comparison.cells import (
-    ABSENT,
     NAMES,
     difference,
     flags,
@@ -14,9 +13,9 @@ from latentds_tools.comparison.cells import (
     percent,
     score,
     size,
-    table,
 )
 from latentds_tools.comparison.paper_page import paper_parts
+from latentds_tools.reports.markdown import ABSENT, bullets, table
 
 SEGMENTATION = (  # titles and scores: correct ones, then what SAM-Path's code would report
     ("Dice macro", "dice_macro"),
@@ -110,10 +109,10 @@ def notes(families: Sequence[dict[str, Any]]) -> list[str]:
         for note in family["notes"]:
             owners.setdefault(note, []).append(family["title"])
     lines = [
-        f"- {note}" if len(titles) == len(families) else f"- {'; '.join(titles)}: {note}"
+        note if len(titles) == len(families) else f"{'; '.join(titles)}: {note}"
         for note, titles in owners.items()
     ]
-    return ["## Notes", "\n".join(lines)] if lines else []
+    return ["## Notes", bullets(lines)] if lines else []
 
 
 def related_rows(families: Sequence[dict[str, Any]], is_one_size: bool) -> list[list[str]]:
@@ -164,13 +163,13 @@ def segmentation_table(family: dict[str, Any]) -> str:
 def reasons(family: dict[str, Any]) -> list[str]:
     """Why rows have no difference."""
     lines = [
-        f"- `{row['source']}`: not paired, {row['not_paired']}."
+        f"`{row['source']}`: not paired, {row['not_paired']}."
         for row in family["rows"]
         if row["not_paired"] and family["reference"]
     ]
     if not family["reference"] and len(family["rows"]) > 1:
-        lines = ["- No differences: no run is of the originals; name one with --reference."]
-    return [f"{family['title']}:\n\n" + "\n".join(lines)] if lines else []
+        lines = ["No differences: no run is of the originals; name one with --reference."]
+    return [f"{family['title']}:\n\n" + bullets(lines)] if lines else []
 
 
 def scores_table(family: dict[str, Any]) -> str:

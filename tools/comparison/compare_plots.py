@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from latentds_tools.comparison.cells import NAMES, size
-
-from latentds.errors import missing_extra
+from latentds_tools.reports.plots import add_legend, make_panels, saved
 
 PANEL_IN = (6.0, 4.8)  # width and height in inches
-COLUMNS = 2
+COLUMNS, DPI = 2, 130
 GAP = 0.03  # between bars, of all widths together
 PLACE = 0.09  # of a bar at least, with its name under it
 COLOURS = {
@@ -24,21 +22,13 @@ COLOURS = {
 LEAST = 0.008  # width of the narrowest bar, of all widths together: it has to be seen
 
 
-def check_matplotlib() -> None:
-    """MissingExtraError where plots cannot be drawn."""
-    import importlib.util
-
-    if importlib.util.find_spec("matplotlib") is None:
-        raise missing_extra("matplotlib", "evaluate")
-
-
 def draw_bars(report: dict[str, Any]) -> bytes:
     """PNG: a panel a family, a bar a source, as wide as its bytes and as high as its score."""
     families = report["families"]
-    figure, axes = panels(len(families))
-    for axis, family in zip(axes, families, strict=False):
+    figure, axes = make_panels(len(families), PANEL_IN, COLUMNS)
+    for axis, family in zip(axes, families, strict=True):
         draw_panel(axis, family)
-    return to_png(figure, {kind_of_bar(row) for family in families for row in family["rows"]})
+    return with_legend(figure, [row for family in families for row in family["rows"]])
 
 
 def draw_differences(report: dict[str, Any]) -> bytes | None:
@@ -46,8 +36,8 @@ def draw_differences(report: dict[str, Any]) -> bytes | None:
     families = [f for f in report["families"] if any(has_difference(r) for r in f["rows"])]
     if not families:
         return None
-    figure, axes = panels(len(families))
-    for axis, family in zip(axes, families, strict=False):
+    figure, axes = make_panels(len(families), PANEL_IN, COLUMNS)
+    for axis, family in zip(axes, families, strict=True):
         rows = [row for row in family["rows"] if has_difference(row)]
         places = range(len(rows), 0, -1)
         for place, row in zip(places, rows, strict=True):
@@ -68,7 +58,14 @@ def draw_differences(report: dict[str, Any]) -> bytes | None:
         axis.set_title(family["title"], fontsize=10)
         axis.grid(alpha=0.3, axis="x", linewidth=0.5)
     paired = [row for family in families for row in family["rows"] if has_difference(row)]
-    return to_png(figure, {kind_of_bar(row) for row in paired})
+    return with_legend(figure, paired)
+
+
+def with_legend(figure: Any, rows: Sequence[dict[str, Any]]) -> bytes:
+    """The figure's file with a legend of the colours that its rows have."""
+    kinds = {kind_of_bar(row) for row in rows}
+    add_legend(figure, {kind: colour for kind, colour in COLOURS.items() if kind in kinds})
+    return saved(figure, DPI)
 
 
 def has_difference(row: dict[str, Any]) -> bool:
@@ -151,30 +148,3 @@ def kind_of_bar(row: dict[str, Any]) -> str:
 def colour(row: dict[str, Any]) -> str:
     """By what a source is."""
     return COLOURS[kind_of_bar(row)]
-
-
-def panels(count: int) -> tuple[Any, list[Any]]:
-    """A figure of that many panels, and their axes."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    columns = min(COLUMNS, count)
-    rows = math.ceil(count / columns)
-    size = (PANEL_IN[0] * columns, PANEL_IN[1] * rows)
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
-    for axis in axes[count:]:
-        axis.set_axis_off()
-    return figure, axes
-
-
-def to_png(figure: Any, kinds: Collection[str]) -> bytes:
-    """The figure's file with a legend of its colours: the same report, the same bytes."""
-    from matplotlib.patches import Patch
-
-    patches = [Patch(color=shade, label=kind) for kind, shade in COLOURS.items() if kind in kinds]
-    figure.legend(handles=patches, loc="outside lower center", ncols=len(COLOURS), frameon=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
-    return buffer.getvalue()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from latentds_tools.comparison.paper_tables import paper_key, paper_part
+from latentds_tools.comparison.paper_columns import paper_key, paper_part
 from latentds_tools.comparison.run_pairing import Bootstrap, pair, setting_notes
 from latentds_tools.comparison.run_reading import Family, RunRow, kind_of
 

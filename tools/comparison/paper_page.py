@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from latentds_tools.comparison.cells import ABSENT, flags, score, size, table
 from latentds_tools.comparison.cells import NAMES as METRICS
+from latentds_tools.comparison.cells import flags, score, size
+from latentds_tools.reports.markdown import ABSENT, bullets, table
 
 NAMES = {"dice": "Dice", "f1": "F1", "iou": "IoU"}
 DERIVED = {  # what follows from the paper's figures, and our correct score of it
@@ -30,7 +31,7 @@ def paper_parts(families: Sequence[dict[str, Any]]) -> list[str]:
             parts += [f"Ours: {family['title']}.", paper_table(family, family["paper"])]
         remarks = dict.fromkeys(paper["notes"])
         remarks |= dict.fromkeys(note for family in members for note in own_notes(family["paper"]))
-        parts.append("\n".join(f"- {remark}" for remark in remarks))
+        parts.append(bullets(remarks))
     return parts
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
-import os
-import platform
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,8 +11,8 @@ from typing import Any
 
 import numpy as np
 from latentds_tools.fidelity import jpeg_tables
+from latentds_tools.fidelity.codebook_fitting import ON_TESTED, FitSample
 from latentds_tools.fidelity.fidelity_crops import FidelityCrops
-from latentds_tools.fidelity.jpeg_fitting import ON_TESTED, FitSample
 from latentds_tools.fidelity.measuring import Measured
 from latentds_tools.fidelity.paper_rows import find_paper_row
 
@@ -28,7 +26,7 @@ TAR_BLOCK = 512
 CONTAINER = (
     f"latents of one byte a code: in shards in packs of 256, their columns and tables included "
     f"({SHARD_BYTES} bytes a patch, measured by latentds bench container); pictures: a member each "
-    "of a plain tar; floats and vaezip's blocks are in no shard"
+    "of a plain tar; floats are in no shard"
 )
 PACKED = (
     f"the same {SHARD_BYTES} bytes a patch for pictures, too, as if their files stood in a column "
@@ -36,7 +34,7 @@ PACKED = (
 )
 PACKAGES = (
     *("latentds", "torch", "numpy", "pillow", "imagecodecs", "scikit-image", "torchmetrics"),
-    *("timm", "transformers", "diffusers", "vaezip", "faiss-cpu"),
+    *("timm", "transformers", "diffusers", "faiss-cpu"),
 )
 
 
@@ -221,17 +219,6 @@ def encodings(crops: FidelityCrops) -> str:
     return ", ".join(name for name, _ in seen.most_common(4))
 
 
-def plain_config(values: dict[str, Any]) -> dict[str, Any]:
-    """A config's values in JSON."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, (tuple, list)):
-            return [plain(v) for v in value]
-        return str(value) if isinstance(value, Path) else value
-
-    return {name: plain(value) for name, value in values.items()}
-
-
 def versions() -> dict[str, str]:
     """Versions of the packages that figures depend on."""
     found = {}
@@ -241,22 +228,3 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
-
-
-def machine(device: str) -> dict[str, Any]:
-    """What was measured on."""
-    import torch
-
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        cpu = names[0].partition(":")[2].strip() if names else cpu
-    gpu = torch.cuda.get_device_name(device) if device.startswith("cuda") else None
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "gpu": gpu,
-        "python": platform.python_version(),
-    }

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from typing import Any
 
+from latentds_tools.bench.machine import machine
 from latentds_tools.fidelity import assembling
 from latentds_tools.fidelity.contact import draw_sheet
 from latentds_tools.fidelity.encoded import encode_all
@@ -14,10 +16,10 @@ from latentds_tools.fidelity.fidelity_plots import draw_plots
 from latentds_tools.fidelity.job import FidelityJob, prepare
 from latentds_tools.fidelity.keeping import KeptRows, check_finite
 from latentds_tools.fidelity.measuring import Measured, MeasuredOriginals, measure
-from latentds_tools.fidelity.paired_differences import add_differences, budget_of
-from latentds_tools.fidelity.paper_rows import differences, paper_table
+from latentds_tools.fidelity.paper_rows import differences
 from latentds_tools.fidelity.quality import PSNR_SETTINGS, SIMILARITY_SETTINGS, SSIM_SETTINGS
-from latentds_tools.fidelity.summaries import Groups
+from latentds_tools.fidelity.summaries import Groups, add_differences, budget_of
+from latentds_tools.reports.paper_tables import paper_tables
 
 from latentds.codecs import CodecSpec, LatentSpec, PictureSpec
 
@@ -82,7 +84,7 @@ def encoding_facts(job: FidelityJob, spec: CodecSpec) -> dict[str, Any]:
         "codebook": job.origin(spec),
         **({"decoder": job.card(spec).decoder_id} if is_refined else {}),
         "crops": job.crops.digest(),
-        "machine": assembling.machine(job.device),
+        "machine": machine_of(job),
         "versions": assembling.versions(),
         **({"settings": spec.settings} if isinstance(spec, PictureSpec) else {}),
     }
@@ -99,6 +101,11 @@ def facts_of(job: FidelityJob, spec: CodecSpec) -> dict[str, Any]:
         "contact": job.contact,
         "downstream": [judge.facts for judge in job.judges],
     }
+
+
+def machine_of(job: FidelityJob) -> dict[str, Any]:
+    """What rates were measured on; torch stands among the versions."""
+    return {name: value for name, value in machine(job.device).items() if name != "torch"}
 
 
 def make_report(job: FidelityJob, rows: Sequence[Measured]) -> dict[str, Any]:
@@ -121,8 +128,8 @@ def make_report(job: FidelityJob, rows: Sequence[Measured]) -> dict[str, Any]:
     )  # fmt: skip
     return {
         "format": FORMAT,
-        "config": assembling.plain_config(dataclasses.asdict(config)),
-        "machine": assembling.machine(job.device),
+        "config": json.loads(json.dumps(dataclasses.asdict(config), default=str)),
+        "machine": machine_of(job),
         "versions": assembling.versions(),
         "settings": {
             "similarity": SIMILARITY_SETTINGS,
@@ -145,7 +152,7 @@ def make_report(job: FidelityJob, rows: Sequence[Measured]) -> dict[str, Any]:
             *(f"{judge.note}." for judge in job.judges),
             *assembling.seen_notes(config.source, crops, job.trained()),
         ],
-        "paper_source": paper_table()["source"],
+        "paper_source": paper_tables("fidelity")["source"],
         "paper_differences": differences(dataclasses.asdict(config), crops.kinds()),
         "contact": job.contact,
         "rows": described,

@@ -27,7 +27,7 @@ class Config:
     autoencoder), avif444 (at its best), jpeg444, jpeg-fitted (quantization tables fitted on
     --fit-on to the last of --embedders), webp, jxl, j2k, png; autoencoders by name or folder, as
     they are (tiny) or quantized (tiny+kmeans, sd15+kmeans:16, +kmeans-channel, +int8-minmax,
-    +int8-percentile, +int8-channel, +fp16, +lbrq:4), as additive codes of so many bytes a latent
+    +int8-percentile, +int8-channel, +fp16), as additive codes of so many bytes a latent
     cell (tiny+sum:2) or entropy-coded records of so many bytes (tiny-v2+rans:4096, sd3+rans:8192);
     codes of latents refined by so many steps (tiny+kmeans+refine4). By default
     tiny+kmeans,jpeg,webp,avif,jxl. Rows of equal bytes are set beside AVIF's."""
@@ -112,11 +112,12 @@ class Config:
         """With the preset's and the default values where none are given."""
         codecs, embedders, patches = DEFAULT_CODECS, "", DEFAULT_PATCHES
         if self.preset:
-            from latentds_tools.fidelity.paper_rows import paper_rows, paper_table
+            from latentds_tools.fidelity.paper_rows import paper_rows
+            from latentds_tools.reports.paper_tables import paper_tables
 
+            table = paper_tables("fidelity")
             codecs = ",".join(row.codec for row in paper_rows())
-            embedders = ",".join(paper_table()["embedders"])
-            patches = paper_table()["settings"]["patches"]
+            embedders, patches = ",".join(table["embedders"]), table["settings"]["patches"]
         return dataclasses.replace(
             self,
             codecs=codecs if self.codecs is None else self.codecs,

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-ABSENT = "-"
+from latentds_tools.reports.markdown import bracketed, bullets, number, table
 
 
 def write_page(report: dict[str, Any]) -> str:
@@ -20,7 +19,7 @@ def write_page(report: dict[str, Any]) -> str:
     parts += [differences_part(report, name) for name in references(report)]
     parts += [steps_part(report)] if any(row["steps"] for row in report["rows"]) else []
     parts += [paper_part(report)] if any(row["paper"] for row in report["rows"]) else []
-    parts.append("## Notes\n\n" + "\n".join(f"- {note}" for note in notes(report)))
+    parts.append("## Notes\n\n" + bullets(notes(report)))
     return "\n\n".join(parts) + "\n"
 
 
@@ -38,12 +37,6 @@ def lead(report: dict[str, Any]) -> str:
     )
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, all columns but the first to the right."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def main_table(report: dict[str, Any], group: str) -> str:
     """Codecs with their bytes, means and rates."""
     names, figures = embedder_names(report), figure_names(report)
@@ -53,9 +46,9 @@ def main_table(report: dict[str, Any], group: str) -> str:
         values = row["groups"][group]
         rows.append([
             f"`{row['codec']}`",
-            count(values["bytes"]),
-            count(values["container_bytes"]),
-            count(values["packed_bytes"]),
+            number(values["bytes"], ",.0f"),
+            number(values["container_bytes"], ",.0f"),
+            number(values["packed_bytes"], ",.0f"),
             *(interval(values["similarity"][name], 4) for name in names),
             psnr(values["psnr_db"]),
             interval(values["ssim"], 3),
@@ -71,8 +64,8 @@ def spread_table(report: dict[str, Any], group: str) -> str:
     rows = []
     for row in report["rows"]:
         values = row["groups"][group]
-        columns = [(values["similarity"][name], 4) for name in names]
-        columns += [(values["psnr_db"], 2), (values["ssim"], 3)]
+        columns = [(values["similarity"][name], ".4f") for name in names]
+        columns += [(values["psnr_db"], ".2f"), (values["ssim"], ".3f")]
         cells = [f"{number(v['sd'], d)}, {number(v['p5'], d)}, {v['n']:,}" for v, d in columns]
         rows.append([f"`{row['codec']}`", *cells])
     header = ["sd, 5th percentile, n", *names, "PSNR, dB", "SSIM"]
@@ -141,9 +134,9 @@ def paper_part(report: dict[str, Any]) -> str:
         paper, ours = row["paper"], row["groups"]["all"]
         if not paper:
             continue
-        pairs = [(paper["similarity"][n], ours["similarity"][n]["mean"], 3) for n in names]
-        pairs += [(paper["ssim"], ours["ssim"]["mean"], 3)]
-        pairs += [(paper["psnr_db"], ours["psnr_db"]["mean"], 2)]
+        pairs = [(paper["similarity"][n], ours["similarity"][n]["mean"], ".3f") for n in names]
+        pairs += [(paper["ssim"], ours["ssim"]["mean"], ".3f")]
+        pairs += [(paper["psnr_db"], ours["psnr_db"]["mean"], ".2f")]
         size = f"{paper['kilobytes']} / {ours['bytes'] / 1024:.1f}"
         cells = [f"{number(theirs, d)} / {number(own, d)}" for theirs, own, d in pairs]
         rows.append([f"`{row['codec']}`", paper["label"], size, *cells])
@@ -154,7 +147,7 @@ def paper_part(report: dict[str, Any]) -> str:
         "## Beside the paper's Table 1",
         "The paper's figure / ours. " + report["paper_source"] + ".",
         table(header, rows),
-        "\n".join(f"- {remark}" for remark in remarks),
+        bullets(remarks),
     ])  # fmt: skip
 
 
@@ -203,16 +196,6 @@ def fixed_part(report: dict[str, Any], series: str) -> str:
     return f"of a file's bytes, of which fixed: {several} (a flat grey patch has so many)"
 
 
-def number(value: float | None, digits: int) -> str:
-    """A figure, or a dash."""
-    return ABSENT if value is None else f"{value:.{digits}f}"
-
-
-def count(value: float | None) -> str:
-    """A number of bytes, or a dash."""
-    return ABSENT if value is None else f"{value:,.0f}"
-
-
 def rate(value: float) -> str:
     """Patches a second; small ones with a digit more."""
     return f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
@@ -220,20 +203,12 @@ def rate(value: float) -> str:
 
 def interval(values: dict[str, Any], digits: int) -> str:
     """A mean and its interval."""
-    if values["ci95"] is None:
-        return number(values["mean"], digits)
-    low, high = (number(v, digits) for v in values["ci95"])
-    return f"{number(values['mean'], digits)} [{low}, {high}]"
+    return bracketed(values["mean"], *(values["ci95"] or (None, None)), f".{digits}f")
 
 
 def difference(values: dict[str, Any], digits: int) -> str:
     """A signed mean difference and its interval."""
-    if values["mean"] is None:
-        return ABSENT
-    mean = f"{values['mean']:+.{digits}f}"
-    if values["low"] is None:
-        return mean
-    return f"{mean} [{values['low']:+.{digits}f}, {values['high']:+.{digits}f}]"
+    return bracketed(values["mean"], values["low"], values["high"], f"+.{digits}f")
 
 
 def psnr(values: dict[str, Any]) -> str:

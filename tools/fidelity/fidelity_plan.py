@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from latentds_tools.fidelity.codec_opening import Autoencoders, one_line, open_embedders
+from latentds_tools.fidelity.codec_opening import Autoencoders, open_embedders
 from latentds_tools.fidelity.quality import embed
 
 from latentds.codecs import (
@@ -17,9 +17,8 @@ from latentds.codecs import (
     is_available,
     latent_bytes,
     parse_codecs,
-    with_quantizer,
 )
-from latentds.errors import InputError, LatentdsError, MissingExtraError, missing_extra
+from latentds.errors import InputError, LatentdsError, missing_extra
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +67,7 @@ def make_plan(
     for embedder in loaded.values():  # a size it cannot take is found before any work
         embed(embedder, [np.zeros((*patch_px, 3), np.uint8)])
     autoencoders.check(dict.fromkeys(s.name for s in specs if isinstance(s, LatentSpec)))
-    missing |= {s.text: why for s in specs if (why := why_not(s, autoencoders, patch_px))}
+    missing |= {s.text: why for s in specs if (why := why_not(s, autoencoders))}
     if missing and not skip_missing:
         raise InputError(tell(missing))
     rows = spread([s for s in specs if s.text not in missing], autoencoders, patch_px)
@@ -92,21 +91,13 @@ def parse(text: str, option: str = "--codecs") -> list[CodecSpec]:
         raise InputError(f"{option}: {error}") from error
 
 
-def why_not(spec: CodecSpec, autoencoders: Autoencoders, patch_px: tuple[int, int]) -> str | None:
+def why_not(spec: CodecSpec, autoencoders: Autoencoders) -> str | None:
     """Why a codec cannot be had here, None where it can."""
-    try:
-        if isinstance(spec, PictureSpec):
-            if not is_available(spec.name):
-                raise missing_extra(f"the library for {spec.name}", "bench")
-            return None
-        if spec.name in autoencoders.absent:
-            return autoencoders.absent[spec.name]
-        is_fitted = spec.quantizer.is_fitted or spec.quantizer.record_bytes is not None
-        if not is_fitted:
-            with_quantizer(autoencoders.get(spec.name), spec.quantizer, patch_px=patch_px)
-    except MissingExtraError as error:
-        return one_line(error)
-    return None
+    if isinstance(spec, LatentSpec):
+        return autoencoders.absent.get(spec.name)
+    if is_available(spec.name):
+        return None
+    return str(missing_extra(f"the library for {spec.name}", "bench"))
 
 
 def tell(missing: dict[str, str]) -> str:

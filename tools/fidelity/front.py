@@ -7,12 +7,16 @@ Nothing is measured here: figures are those that were recorded there with their 
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from latentds_tools.fidelity.fidelity_plots import Curve, draw_front
+from latentds_tools.fidelity.fidelity_plots import MARKERS
+from latentds_tools.reports.markdown import table
+from latentds_tools.reports.plots import make_panels, saved
 
 from latentds.core.display import say
 from latentds.errors import InputError
@@ -39,6 +43,30 @@ COSTS: dict[str, str | int] = {  # what it is called: the codec whose files were
     "latents of `tiny-v2`, SD-1.5, TAESD": "tiny-v2+rans:4096",
     "latents of DC-AE f32": 2_048,
 }
+FRONT_IN, FRONT_DPI = (8.0, 4.3), 200
+# Colours of Okabe and Ito, told apart by all; point whose label it is, its place, its side.
+FRONT_STYLE: dict[str, tuple[str, int, tuple[int, int], str]] = {
+    "AVIF": ("#0072B2", -2, (-2, 12), "right"),
+    "JPEG XL": ("#56B4E9", -1, (10, 0), "left"),
+    "JPEG": ("#555555", 2, (9, -8), "left"),
+    "WebP": ("#CC79A7", 1, (12, -6), "left"),
+    "tiny-v2": ("#D55E00", 1, (-8, 12), "right"),
+    "tiny-v1": ("#D55E00", 0, (12, -4), "left"),
+    "TAEF2": ("#D55E00", 0, (0, -18), "center"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """A codec on the first page.
+
+    kind    picture or latent
+    points  (bytes, mean, low, high), sorted
+    """
+
+    label: str
+    kind: str
+    points: tuple[tuple[float, float, float, float], ...]
 
 
 def main(report: Path, picture: Path) -> None:
@@ -94,13 +122,53 @@ def stored(rows: dict[str, dict[str, str]], codec: str) -> int:
     return int(cell(rows, codec, "bytes").replace(",", ""))
 
 
+def draw_front(curves: Sequence[Curve], embedder: str) -> bytes:
+    """The first page's picture: one panel, labels beside the curves, PNG."""
+    figure, (axis,) = make_panels(1, FRONT_IN)
+    for curve in curves:
+        draw_curve(axis, curve)
+    axis.set_xscale("log", base=2)
+    sizes = [1024 * 2**power for power in range(1, 6)]
+    axis.set_xticks(sizes, [f"{size // 1024} KiB" for size in sizes])
+    axis.minorticks_off()
+    axis.set_xlim(1700, 50_000)
+    axis.set_xlabel("a 256 px patch takes", fontsize=12)
+    axis.set_title(
+        f"Cosine similarity of {embedder} embeddings to those of the original",
+        fontsize=12, loc="left",
+    )  # fmt: skip
+    axis.tick_params(labelsize=11, length=3)
+    axis.grid(alpha=0.25, linewidth=0.6)
+    axis.spines[["top", "right"]].set_visible(False)
+    return saved(figure, FRONT_DPI)
+
+
+def draw_curve(axis: Any, curve: Curve) -> None:
+    """Line, markers, intervals and label of one codec; latents stand out."""
+    color, point, shift, side = FRONT_STYLE[curve.label]
+    sizes, means, lows, highs = zip(*curve.points, strict=True)
+    is_latent = curve.kind == "latent"
+    below = [mean - low for mean, low in zip(means, lows, strict=True)]
+    above = [high - mean for mean, high in zip(means, highs, strict=True)]
+    axis.errorbar(
+        sizes, means, yerr=(below, above), color=color, marker=MARKERS[curve.kind],
+        markersize=11 if is_latent else 6, linewidth=1.6, elinewidth=1.0, zorder=3 + is_latent,
+    )  # fmt: skip
+    text = f"{curve.label} latents" if is_latent else curve.label
+    axis.annotate(
+        text, (sizes[point], means[point]), shift, textcoords="offset points", color=color,
+        fontsize=13, fontweight="bold" if is_latent else "normal", ha=side, va="center",
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5}, zorder=4,
+    )  # fmt: skip
+
+
 def cost_table(rows: dict[str, dict[str, Any]]) -> str:
     """Markdown: bytes a patch, and those and the container's 53 times 24 million."""
-    lines = ["| stored as | bytes a 256 px patch | 24 million patches |", "|---|---:|---:|"]
+    lines = []
     for name, source in COSTS.items():
         size = source if isinstance(source, int) else stored(rows, source)
-        lines.append(f"| {name} | {size:,} | {shown((size + CONTAINER) * PATCHES)} |")
-    return "\n".join(lines)
+        lines.append([name, f"{size:,}", shown((size + CONTAINER) * PATCHES)])
+    return table(["stored as", "bytes a 256 px patch", "24 million patches"], lines)
 
 
 def shown(count: int) -> str:

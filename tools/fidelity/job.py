@@ -8,12 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from latentds_tools.fidelity.codebook_fitting import (
+    ON_TESTED,
+    Codebooks,
+    FitSample,
+    stored_codebooks,
+)
 from latentds_tools.fidelity.codec_opening import Autoencoders
 from latentds_tools.fidelity.contact import pick_crops
 from latentds_tools.fidelity.fidelity_config import Config
 from latentds_tools.fidelity.fidelity_crops import FidelityCrops, read_crops
 from latentds_tools.fidelity.fidelity_plan import FidelityPlan, make_plan, parse
-from latentds_tools.fidelity.jpeg_fitting import ON_TESTED, Codebooks, FitSample, stored_codebooks
 from latentds_tools.fidelity.jpeg_tables import NAME as FITTED
 from latentds_tools.fidelity.jpeg_tables import FittedTables
 from latentds_tools.fidelity.nuclei import NAME as NUCLEI

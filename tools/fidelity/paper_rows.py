@@ -1,17 +1,15 @@
-"""The paper's Table 1 as data, and which of its rows one of ours corresponds to."""
+"""Rows of the paper's Table 1, and which of them one of ours corresponds to."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-from pathlib import Path
 from typing import Any
+
+from latentds_tools.reports.paper_tables import paper_tables
 
 from latentds.autoencoders.cards import CARDS
 from latentds.codecs import CodecSpec, LatentSpec, parse_quantizer
-
-FILE = Path(__file__).with_name("paper_table1.json")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,15 +40,9 @@ class PaperRow:
 
 
 @functools.cache
-def paper_table() -> dict[str, Any]:
-    """The file's values: source, settings, embedders, columns, rows."""
-    return dict(json.loads(FILE.read_text()))
-
-
-@functools.cache
 def paper_rows() -> tuple[PaperRow, ...]:
     """The rows of Table 1, in its order."""
-    table = paper_table()
+    table = paper_tables("fidelity")
     rows = [dict(zip(table["columns"], row, strict=True)) for row in table["rows"]]
     return tuple(
         PaperRow(
@@ -89,7 +81,7 @@ def find_paper_row(
 
 def differences(config: dict[str, Any], kinds: dict[str, int]) -> list[str]:
     """How this run's settings differ from the paper's, or may differ, in sentences."""
-    settings = paper_table()["settings"]
+    settings = paper_tables("fidelity")["settings"]
     notes = [
         "The paper's patches are of other tiles (TCGA Breast, Colon and Prostate at 20x).",
         f"The coding of its patches: {settings['source_encoding']}. Here: "

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from latentds.autoencoders.autoencoder import Autoencoder, NetworkAutoencoder, exact_arithmetic
-from latentds.loading.decoding import Compiled
+from latentds.core.compiling import Compiled
 from latentds.quantizers.lookup import make_lookup
 from latentds.quantizers.scalar import AnyCodebook
 

@@ -1,26 +1,17 @@
-"""The paper's Tables 2 and 3 as data, and which of their columns and rows ours correspond to."""
+"""Which columns and rows of the paper's Tables 2 and 3 ours correspond to."""
 
 from __future__ import annotations
 
-import functools
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from latentds_tools.comparison.run_reading import Family, RunRow, kind_of
+from latentds_tools.reports.paper_tables import paper_tables
 
 from latentds.errors import InputError
 from latentds.evaluation.segmentation import derive_iou, derive_precision
 
-FILE = Path(__file__).with_name("paper_tables.json")
 FINE_TUNED = "-path"  # how the authors' decoders are called
-
-
-@functools.cache
-def paper_tables() -> dict[str, Any]:
-    """The file's values: source, labels, columns, rows."""
-    return dict(json.loads(FILE.read_text()))
 
 
 def paper_column(family: Family, table: str) -> str | None:
@@ -29,7 +20,7 @@ def paper_column(family: Family, table: str) -> str | None:
     table  auto, table2, table3 or none. Data sets are told by their classes or names; table2, asked
            for by name, has one column a task, whatever the data set is called.
     """
-    columns = paper_tables()["columns"]
+    columns = paper_tables("evaluations")["columns"]
     own = {
         name: column
         for name, column in columns.items()
@@ -53,7 +44,8 @@ def is_of(family: Family, column: dict[str, Any]) -> bool:
 def check_columns(families: Sequence[Family], table: str) -> None:
     """InputError where a table was asked for and no family has a column of it."""
     if table in ("table2", "table3") and not any(paper_column(f, table) for f in families):
-        columns = [c for c in paper_tables()["columns"].values() if c["table"] == table]
+        known_columns = paper_tables("evaluations")["columns"].values()
+        columns = [c for c in known_columns if c["table"] == table]
         known = ", ".join(f"{c['title']} ({c['task']})" for c in columns)
         own = "; ".join(f"{family.task}, {family.title}" for family in families)
         raise InputError(
@@ -104,7 +96,7 @@ def paper_part(family: Family, table: str) -> dict[str, Any] | None:
     name = paper_column(family, table)
     if name is None:
         return None
-    tables = paper_tables()
+    tables = paper_tables("evaluations")
     column, rows = tables["columns"][name], tables["rows"][name]
     keys = {(source, tuned, quantized) for source, tuned, quantized, _ in rows}
     metrics = {metric for row in family.rows for metric in row.metrics()}

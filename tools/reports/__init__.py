@@ -1,0 +1,1 @@
+"""What reports are made of: HTML pages, Markdown, plots, the paper's tables, files written."""

@@ -1,0 +1,44 @@
+"""Where results go: files that no run replaces unasked, and the terminal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from latentds.core.display import say
+from latentds.errors import InputError
+
+
+def check_free(paths: Iterable[Path], overwrite: bool) -> None:
+    """InputError where one of the files is there already and may not be replaced."""
+    there = [path for path in paths if path.exists()]
+    if there and not overwrite:
+        raise InputError(f"{there[0]}: is there; pass --overwrite to replace it")
+
+
+def deliver(
+    report: Mapping[str, Any],
+    page: str,
+    name: str,
+    out: Path | None,
+    pictures: Mapping[str, bytes | None],
+    *,
+    as_json: bool,
+) -> None:
+    """Write OUT/name.json, OUT/name.md and the pictures at once; print the page, or the JSON.
+
+    pictures  by file name; None for one that this report has not, whose old file is removed
+    """
+    from latentds.core.storage import write_together
+
+    text = json.dumps(report, indent=1, allow_nan=False) + "\n"
+    if out is not None:
+        files = {out / file: made for file, made in pictures.items() if made is not None}
+        # The report comes last: where it is there, all are whole.
+        files |= {out / f"{name}.md": page.encode(), out / f"{name}.json": text.encode()}
+        write_together(files)
+        for file in pictures.keys() - {path.name for path in files}:
+            (out / file).unlink(missing_ok=True)
+    say(text if as_json else page, end="")

@@ -1,0 +1,57 @@
+"""Figures of matplotlib without a display: made, given a legend, and saved to bytes."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from latentds.errors import missing_extra
+
+
+def check_matplotlib(extra: str) -> None:
+    """MissingExtraError, which names the extra, where plots cannot be drawn."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise missing_extra("matplotlib", extra)
+
+
+def make_panels(
+    count: int, panel_in: tuple[float, float], columns: int | None = None
+) -> tuple[Any, list[Any]]:
+    """A figure and the axes of so many panels.
+
+    panel_in  width and height of a panel in inches
+    columns   panels side by side at most; None for all of them
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = min(columns or count, count)
+    rows = math.ceil(count / columns)
+    figure = Figure(figsize=(panel_in[0] * columns, panel_in[1] * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
+    for axis in axes[count:]:
+        axis.set_axis_off()
+    return figure, axes[:count]
+
+
+def add_legend(figure: Any, colours: Mapping[str, str]) -> None:
+    """A legend of colours below the panels."""
+    from matplotlib.patches import Patch
+
+    patches = [Patch(color=colour, label=label) for label, colour in colours.items()]
+    figure.legend(handles=patches, loc="outside lower center", ncols=4, frameon=False)
+
+
+def saved(figure: Any, dpi: int, suffix: str = "png") -> bytes:
+    """The figure's file, png or svg: the same figure gives the same bytes."""
+    import matplotlib
+
+    undated = {"png": {"Software": None}, "svg": {"Date": None}}[suffix]
+    buffer = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "latentds", "svg.fonttype": "none"}):
+        figure.savefig(buffer, format=suffix, dpi=dpi, metadata=undated)
+    return buffer.getvalue()

@@ -4,9 +4,10 @@ import json
 
 import pytest
 import torch
+from latentds_trainers.abmil.bag_presets import PRESETS
 from latentds_trainers.abmil.bag_report import best_is_last, figure, table
 from latentds_trainers.abmil.bag_training import build_network
-from latentds_trainers.abmil.config import LAYERS, PRESETS, AbmilConfig
+from latentds_trainers.abmil.config import AbmilConfig
 from torch import nn
 
 from latentds.models.attention_mil import load_abmil, save_abmil
@@ -73,12 +74,12 @@ def test_a_preset_is_the_network_it_is_named_after(tmp_path, preset, layers):
 def test_networks_of_presets_are_saved_read_and_run_in_parts(tmp_path, preset):
     made = config(tmp_path, preset=preset)
     network = build_network(made, 8, 2).eval()
-    facts = {name: getattr(made, name) for name in LAYERS}
+    facts = made.settings.layers
     path = tmp_path / "w.safetensors"
     save_abmil(path, network.state_dict(), facts | {"dim": 8, "classes": ["a", "b"]})
     loaded, found = load_abmil(path)
     bag = torch.randn(7, 8)
-    assert torch.equal(loaded(bag)[0], network(bag)[0]) and found["gated"] == made.gated
+    assert torch.equal(loaded(bag)[0], network(bag)[0]) and found["gated"] == made.settings.gated
     parts = loaded.in_parts([bag[:3], bag[3:]])
     assert torch.allclose(parts[0], network(bag)[0], atol=1e-5)  # sums in another order
 
@@ -90,7 +91,9 @@ def test_weights_of_before_the_branches_had_dropouts_are_read(tmp_path):
         name.replace("tanh.0.", "tanh.").replace("gate.0.", "gate."): tensor
         for name, tensor in network.state_dict().items()
     }
-    facts = {name: getattr(made, name) for name in ("hidden", "attention", "dropout", "gated")}
+    facts = {
+        name: made.settings.layers[name] for name in ("hidden", "attention", "dropout", "gated")
+    }
     save_abmil(
         tmp_path / "w", old, json.loads(json.dumps(facts | {"dim": 8, "classes": ["a", "b"]}))
     )

@@ -105,10 +105,12 @@ def test_a_codebook_fitted_to_tested_images_is_noted(nuclei, tmp_path, is_told):
 
 
 def test_a_step_of_more_images_than_the_presets_is_noted(tmp_path):
-    options = {"data": tmp_path, "out": tmp_path / "o", "preset": "bcss"}
-    assert schedule_notes(SampathConfig(**options), [1720], ranks=1) == []
-    notes = schedule_notes(SampathConfig(**options), [1720], ranks=8)
+    def notes_on(ranks: int, **options: int) -> list[str]:
+        config = SampathConfig(data=tmp_path, out=tmp_path / "o", preset="bcss", **options)
+        return schedule_notes("bcss", config.settings, [config.steps_of(1720, ranks)], ranks)
+
+    assert notes_on(1) == []
+    notes = notes_on(8)
     assert "a step takes 192 images (batch size x accumulation x 8 ranks)" in notes[0]
     assert "after 288 steps, before the milestones [1800, 2088]" in notes[1]
-    as_meant = SampathConfig(**options, batch_size=3, accumulation=1)
-    assert schedule_notes(as_meant, [1720], ranks=8) == []
+    assert notes_on(8, batch_size=3, accumulation=1) == []

@@ -203,7 +203,7 @@ def run_record(
 
 def shown_settings(config: AbmilConfig) -> dict[str, Any]:
     """The settings as JSON, paths by their last part."""
-    values = dataclasses.asdict(config)
+    values = dataclasses.asdict(config) | dataclasses.asdict(config.settings)
     named = {n: v.name if isinstance(v, Path) else v for n, v in values.items()}
     plain: dict[str, Any] = jsonable(named)
     return plain

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import logging
@@ -21,10 +20,9 @@ from latentds_trainers.abmil.bag_report import (
 )
 from latentds_trainers.abmil.bag_source import LabelledBags, open_labelled
 from latentds_trainers.abmil.bag_training import BagFoldTraining, build_network, predict
-from latentds_trainers.abmil.config import LAYERS, AbmilConfig
+from latentds_trainers.abmil.config import AbmilConfig
 from latentds_trainers.engine.ranks import from_first, join_ranks, on_all_ranks
 from latentds_trainers.engine.run_folders import claim_folder, fold_folder, read_fold, write_fold
-from latentds_trainers.engine.settings import jsonable
 from torch import Tensor
 
 from latentds.errors import unknown_name
@@ -129,7 +127,7 @@ class BagTask:
 
         raises  ContractError that names what differs
         """
-        settings = jsonable(dataclasses.asdict(self.config))
+        settings = self.config.to_json()
         values = {name: value for name, value in settings.items() if name not in MAY_CHANGE}
         if not self.config.on_the_fly:
             del values["on_the_fly"]  # runs of versions without it go on
@@ -185,7 +183,7 @@ class BagTask:
             probabilities=tested.probabilities,
             epochs=training.epochs,
             stopping=training.stopping,
-            select=str(self.config.select),
+            select=self.config.settings.select,
             seconds=training.engine.seconds,
         )
         from_first(lambda: self.keep(folder, weights, outcome))
@@ -201,7 +199,7 @@ class BagTask:
             "classes": slides.classes,
             "dim": self.labelled.bags.dim,
             "embedder": self.labelled.bags.folder.embedder.get("name"),
-            **{name: getattr(self.config, name) for name in LAYERS},
+            **self.config.settings.layers,
         }
         save_abmil(folder / WEIGHTS, weights, facts)
         write_fold(folder, outcome)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch.distributed as dist
 from latentds_trainers.engine.checkpoints import package_versions
-from latentds_trainers.engine.settings import jsonable
+from latentds_trainers.engine.settings import TrainConfig, jsonable
 from latentds_trainers.sampath.segmentation_folds import FoldPlan
 
 from latentds.core.display import say
@@ -79,8 +79,8 @@ class FoldOutcome:
 
         A score that is undefined is None.
         """
-        confusion = self.confusion(config.values.names)
-        correct = correct_scores(confusion, config.left_out)
+        confusion = self.confusion(config.settings.values.names)
+        correct = correct_scores(confusion, config.settings.left_out)
         compat = sampath_compat_scores(confusion, ignored_metric(config))
         scores: dict[str, float | None] = dict.fromkeys(SCORES) | correct.scores
         return FoldResult(
@@ -95,7 +95,9 @@ class FoldOutcome:
 
     def undefined(self, config: SampathConfig) -> list[str]:
         """A note where no scored class has a pixel; empty otherwise."""
-        correct = correct_scores(self.confusion(config.values.names), config.left_out)
+        correct = correct_scores(
+            self.confusion(config.settings.values.names), config.settings.left_out
+        )
         if correct.per_class:
             return []
         return [
@@ -107,27 +109,28 @@ class FoldOutcome:
 
 def ignored_metric(config: SampathConfig) -> int | None:
     """The label that SAM-Path's own scores leave out: the first that is not scored here."""
-    return config.left_out[1] if len(config.left_out) > 1 else None
+    left_out = config.settings.left_out
+    return left_out[1] if len(left_out) > 1 else None
 
 
 def fold_outcome(
     number: int,
     fold: Fold,
-    config: SampathConfig,
+    train: TrainConfig,
     *,
     items: Sequence[str],
     groups: Sequence[str],
     counts: np.ndarray,
     seconds: float,
 ) -> FoldOutcome:
-    """What a fold's test came to; `config` is the fold's own."""
+    """What a fold's test came to."""
     rows = fold.test.tolist()
     return FoldOutcome(
         fold=number,
-        seed=config.seed,
+        seed=train.seed,
         train=len(fold.train),
         val=len(fold.val),
-        steps=int(config.number("steps")),
+        steps=train.steps,
         items=[items[row] for row in rows],
         groups=[groups[row] for row in rows],
         counts=counts.tolist(),
@@ -149,7 +152,9 @@ def run_record(
     undefined = [note for outcome in outcomes for note in outcome.undefined(config)]
     one_seed = [ONE_SEED] if len(seeds) == 1 else []
     told = [*plan.notes, *notes, *undefined, COMPAT_REASON, *one_seed]
-    classes = [name for name in config.values.classes if name not in (config.unscored or ())]
+    classes = [
+        name for name in config.settings.values.classes if name not in config.settings.unscored
+    ]
     return RunRecord(
         task="sampath",
         data=data_name(config.data),
@@ -179,8 +184,7 @@ def encoder_name(config: SampathConfig) -> str | None:
 
 def images_a_step(config: SampathConfig) -> int:
     """Images of an optimizer step, over all ranks."""
-    assert config.batch_size and config.accumulation
-    return config.batch_size * config.accumulation * dist.get_world_size()
+    return config.settings.images * dist.get_world_size()
 
 
 def data_name(data: Path) -> str:
@@ -191,7 +195,7 @@ def data_name(data: Path) -> str:
 
 def shown_settings(config: SampathConfig) -> dict[str, Any]:
     """The settings as JSON, paths by their last part."""
-    values = dataclasses.asdict(config)
+    values = dataclasses.asdict(config) | dataclasses.asdict(config.settings)
     named = {n: v.name if isinstance(v, Path) else v for n, v in values.items()}
     plain: dict[str, Any] = jsonable(named)
     return plain
@@ -209,8 +213,8 @@ def write_images(config: SampathConfig, outcomes: Sequence[FoldOutcome]) -> None
     rows: list[list[object]] = []
     for outcome in outcomes:
         for item, group, counts in zip(outcome.items, outcome.groups, outcome.counts, strict=True):
-            confusion = Confusion(config.values.names, counts)
-            scores = correct_scores(confusion, config.left_out).scores
+            confusion = Confusion(config.settings.values.names, counts)
+            scores = correct_scores(confusion, config.settings.left_out).scores
             figures = [f"{scores[name]:.6f}" if name in scores else "" for name in IMAGE_SCORES]
             rows.append([outcome.fold, outcome.seed, item, group, *figures])
     columns = ["fold", "seed", "item", "group", *IMAGE_SCORES]

@@ -13,7 +13,6 @@ import numpy as np
 import torch.distributed as dist
 from latentds_trainers.engine.ranks import from_first, join_ranks, on_all_ranks
 from latentds_trainers.engine.run_folders import claim_folder, fold_folder, read_fold, write_fold
-from latentds_trainers.engine.settings import plain
 from latentds_trainers.sampath.config import SampathConfig
 from latentds_trainers.sampath.segmentation_data import LabelledImages
 from latentds_trainers.sampath.segmentation_fold import SegmentationFold
@@ -30,7 +29,6 @@ from latentds_trainers.sampath.segmentation_presets import (
     PRESETS,
     SIZES_PX,
     schedule_notes,
-    steps_of,
 )
 from latentds_trainers.sampath.segmentation_report import (
     FoldOutcome,
@@ -74,12 +72,14 @@ class SegmentationRun:
     def __init__(self, config: SampathConfig) -> None:
         self.config, self.device = config, join_ranks()
         patches = on_all_ranks(self.open)
-        self.images = LabelledImages(config, patches, config.values)
+        self.images = LabelledImages(config.settings, patches)
         self.table: PatchTable = patches.table
         self.groups, rule = on_all_ranks(self.find_groups)
         self.plan = on_all_ranks(lambda: self.make_plan(rule))
         counts, self.labels_id = from_first(self.images.count_pixels)
-        absent = on_all_ranks(lambda: check_classes(self.plan, counts, config.values.names))
+        absent = on_all_ranks(
+            lambda: check_classes(self.plan, counts, config.settings.values.names)
+        )
         self.source = from_first(lambda: patches.facts().to_json())
         self.content = from_first(patches.fingerprint)
         self.notes = [*absent, *self.find_notes()]
@@ -128,7 +128,9 @@ class SegmentationRun:
                 "checked; --groups CSV says what belongs together"
             )
         sizes = [len(fold.train) for fold in self.plan.folds]
-        notes += schedule_notes(config, sizes, dist.get_world_size())
+        ranks = dist.get_world_size()
+        steps = [config.steps_of(size, ranks) for size in sizes]
+        notes += schedule_notes(config.preset, config.settings, steps, ranks)
         notes += resize_notes(config, self.source)
         tested = {table.splits[row] for fold in self.plan.folds for row in fold.test.tolist()}
         codebook = self.source.get("codebook") or {}
@@ -150,7 +152,7 @@ class SegmentationRun:
         raises  ContractError that names what differs
         """
         left_out = {*MAY_CHANGE, *OF_ENGINE}
-        settings = {n: v for n, v in plain(self.config).items() if n not in left_out}
+        settings = {n: v for n, v in self.config.to_json().items() if n not in left_out}
         identity = {
             "source": self.source["name"],
             "codebook": self.source.get("codebook"),
@@ -194,13 +196,14 @@ class SegmentationRun:
         if found is not None:
             logger.info("fold %d, seed %d: finished before", number, seed)
             return found
-        config = fold_config(self.config, folder, seed, len(fold.train))
-        training = SegmentationFold(config, self.images, fold, MAY_CHANGE)
+        steps = self.config.steps_of(len(fold.train), dist.get_world_size())
+        train = self.config.of_fold(folder, seed, steps)
+        training = SegmentationFold(self.config, train, self.images, fold)
         tested = training.run()
         outcome = fold_outcome(
             number,
             fold,
-            config,
+            train,
             items=self.items,
             groups=self.groups,
             counts=tested.counts,
@@ -216,7 +219,7 @@ class SegmentationRun:
             for row, image, truth, prediction in training.pictures(rows):
                 name = picture_name(outcome.fold, self.items[row])
                 path = self.config.out / "predictions" / name
-                values, unscored = self.config.values, self.config.unscored or ()
+                values, unscored = self.images.values, self.config.settings.unscored
                 write_picture(path, image, truth, prediction, values.classes, unscored)
         write_fold(folder, outcome)
         dice = figure(outcome.result(self.config)["scores"]["dice_macro"])
@@ -229,9 +232,9 @@ def resized_before(config: SampathConfig, device: str) -> SampathConfig:
     A data set of latents keeps the size it was converted with.
     """
     changed: dict[str, Any] = {"device": device if config.device == "auto" else config.device}
-    resizes = config.odd_size == "resize" and config.patch_size is None
+    resizes = config.settings.odd_size == "resize" and config.patch_size is None
     if resizes and find_shards(config) is None:
-        changed |= {"patch_size": config.image_px, "resize": True}
+        changed |= {"patch_size": config.settings.image_size, "resize": True}
     return dataclasses.replace(config, **changed)
 
 
@@ -240,10 +243,10 @@ def resize_notes(config: SampathConfig, source: dict[str, Any]) -> list[str]:
 
     source  facts of the patch set
     """
-    (height, width), edge = source["patch_px"], config.image_px
+    (height, width), edge = source["patch_px"], config.settings.image_size
     if (
         source["kind"] == "original"
-        or config.odd_size != "resize"
+        or config.settings.odd_size != "resize"
         or (height, width) == (edge,) * 2
     ):
         return []
@@ -256,7 +259,7 @@ def resize_notes(config: SampathConfig, source: dict[str, Any]) -> list[str]:
 def check_size(config: SampathConfig, patch_px: tuple[int, int]) -> None:
     """InputError for images of another size than the preset is for, unless --image-size says so."""
     sizes = SIZES_PX.get(config.preset)
-    is_own = config.image_px != PRESETS[config.preset]["image_size"]
+    is_own = config.settings.image_size != PRESETS[config.preset].image_size
     if sizes is None or is_own or patch_px in sizes:
         return
     wanted = " or ".join(f"{width}x{height}" for height, width in sizes)
@@ -264,12 +267,6 @@ def check_size(config: SampathConfig, patch_px: tuple[int, int]) -> None:
         f"{config.location}: images of {patch_px[1]}x{patch_px[0]} px; --preset {config.preset} is "
         f"for {wanted}. Give the set the preset is for, or --image-size PX and what else differs"
     )
-
-
-def fold_config(config: SampathConfig, folder: Path, seed: int, images: int) -> SampathConfig:
-    """The settings of a fold: its folder, seed and number of steps."""
-    steps = steps_of(config, images, dist.get_world_size())
-    return dataclasses.replace(config, out=folder, seed=seed, steps=steps)
 
 
 def spread_over(rows: np.ndarray, count: int) -> np.ndarray:

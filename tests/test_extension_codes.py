@@ -8,13 +8,13 @@ import json
 import numpy as np
 import pytest
 import torch
+from latentds_tools import cli
 
 from latentds import LatentLoader
 from latentds.autoencoders.autoencoder import AutoencoderCard, NetworkAutoencoder
 from latentds.autoencoders.cards import CARDS
 from latentds.quantizers.scalar_kinds import KINDS, ScalarKind
 from latentds.store.manifest import read_manifest
-from latentds_tools import cli
 
 
 def latentds(*words: object) -> None:

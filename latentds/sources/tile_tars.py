@@ -55,7 +55,7 @@ class TileTars(PictureTars):
             path.with_name(f"{sample_of(archive)}{META}")
         )
         annotation = annotation_of(archive)
-        if annotation and self.config.labels:
+        if annotation and self.options.labels:
             shared["label"] = annotation
         return {name: shared | places[name] for name in names}
 

@@ -12,6 +12,7 @@ import numpy as np
 import tyro
 
 from latentds.core.display import say
+from latentds.loading.options import Order
 
 BUFFER = 5000  # samples webdataset's documentation shuffles among
 TOPOLOGIES = ((1, 1), (2, 4), (4, 8))  # ranks, workers
@@ -45,7 +46,7 @@ def run(config: Config) -> None:
     data = LatentDataset(
         config.folder,
         config.split,
-        global_batch_size=config.global_batch_size,
+        order=Order(global_batch_size=config.global_batch_size),
         shuffle=True,
         seed=config.seed,
     )

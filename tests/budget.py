@@ -120,6 +120,17 @@ def freeze_libraries() -> None:
 
 
 @pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Import what tests need without looks for garbage, a third of the time: it stays anyway."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        freeze_libraries()
+        gc.enable()
+
+
+@pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item):
     """Fail a test that is not marked slow and takes more CPU time than the suite can afford."""
     freeze_libraries()

@@ -19,7 +19,8 @@ from latentds.errors import InputError, TooManyBadSamplesError
 from latentds.sources.anonymity import hider
 from latentds.sources.image_folder import half_labelled
 from latentds.sources.opening import list_source, open_source
-from latentds.sources.source import MIXED_CHUNKS, Header, Listing, Picture, Source
+from latentds.sources.picture import MIXED_CHUNKS, Header, Listing, Picture
+from latentds.sources.source import Source
 from latentds.store.format import shard_name
 
 BLOCK_PATCHES = 256  # at least so many patches between two points a killed run resumes from
@@ -89,9 +90,12 @@ class Plan:
         return dict(sorted(Counter(header.encoding for header in self.headers).items()))
 
 
-def make_plan(config: ConvertConfig) -> Plan:
-    """List, read all headers, check, order."""
-    source = open_source(config)
+def make_plan(config: ConvertConfig, source: Source | None = None) -> Plan:
+    """List, read all headers, check, order.
+
+    source  to plan for instead of what lies at `config.source`
+    """
+    source = source or open_source(config)
     listing = list_source(source, config)
     if config.anonymize:
         listing = dataclasses.replace(listing, pictures=by_hidden_names(source, listing, config))

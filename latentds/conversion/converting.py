@@ -21,21 +21,31 @@ from latentds.conversion.shard_writing import write_shards
 from latentds.conversion.stamps import input_files
 from latentds.conversion.workdir import WorkFolder, differences, prepare_output
 from latentds.errors import InputError
+from latentds.quantizers.codebook_files import StoredCodebook
+from latentds.sources.source import Source
 from latentds.store.format import MANIFEST
 from latentds.store.manifest import Manifest, read_manifest
 
 logger = logging.getLogger(__name__)
 
 
-def convert(config: ConvertConfig, autoencoder: Autoencoder | None = None) -> Manifest:
+def convert(
+    config: ConvertConfig,
+    autoencoder: Autoencoder | None = None,
+    source: Source | None = None,
+    codebook: StoredCodebook | None = None,
+) -> Manifest:
     """Convert a folder of pictures; returns the manifest of the finished data set.
 
     autoencoder  an object to use instead of `config.autoencoder`'s name or path
+    source       where patches come from, instead of what lies at `config.source`; the options of
+                 how patches are cut are then its own affair
+    codebook     an object to use instead of `config.codebook`
     raises       InputError, TooManyBadSamplesError, WeightsError, ContractError; OSError on a full
                  disk. After any of them the same call goes on where it stopped.
     """
     with open_engine(config) as (config, write):
-        return convert_with(write, config, autoencoder)
+        return convert_with(write, config, autoencoder, source, codebook)
 
 
 @contextlib.contextmanager
@@ -51,10 +61,14 @@ def open_engine(config: ConvertConfig) -> Iterator[tuple[ConvertConfig, WriteSha
 
 
 def convert_with(
-    write: WriteShards, config: ConvertConfig, autoencoder: Autoencoder | None
+    write: WriteShards,
+    config: ConvertConfig,
+    autoencoder: Autoencoder | None,
+    source: Source | None,
+    codebook: StoredCodebook | None,
 ) -> Manifest:
     """Plan, write the shards by `write`, finish."""
-    plan = make_plan(config)
+    plan = make_plan(config, source)
     autoencoder = autoencoder or load_autoencoder(config.autoencoder)
     with (
         prepare_output(config) as work,
@@ -62,8 +76,8 @@ def convert_with(
         recorded_threads(work),
     ):
         if work.is_finished:
-            return finished_before(config, plan, autoencoder, work)
-        conversion = prepare(config, reader, autoencoder, work)
+            return finished_before(config, plan, autoencoder, codebook, work)
+        conversion = prepare(config, reader, autoencoder, work, codebook)
         write(conversion)
         manifest = finish(conversion)
         shutil.rmtree(work.folder)
@@ -71,7 +85,11 @@ def convert_with(
 
 
 def finished_before(
-    config: ConvertConfig, plan: Plan, autoencoder: Autoencoder, work: WorkFolder
+    config: ConvertConfig,
+    plan: Plan,
+    autoencoder: Autoencoder,
+    codebook: StoredCodebook | None,
+    work: WorkFolder,
 ) -> Manifest:
     """The manifest of a set that just this run has made before; its work folder is removed.
 
@@ -88,9 +106,10 @@ def finished_before(
         "latent_id": manifest.contract.latent_id,
         "decoder_id": manifest.contract.decoder_id,
     }
-    if config.codebook_file is not None:
-        shape = manifest.contract.latents_shape
-        asked["codebook_id"] = given_codebook(config, autoencoder.card, shape).codebook.codebook_id
+    shape = manifest.contract.latents_shape
+    given = given_codebook(config, codebook, autoencoder.card, shape)
+    if given is not None:
+        asked["codebook_id"] = given.codebook.codebook_id
         kept["codebook_id"] = manifest.contract.codebook.codebook_id
     found = {name: kept.get(name) for name in asked}
     changed = differences(found, json.loads(json.dumps(asked)))

@@ -60,7 +60,11 @@ def make_reader(plan: Plan, config: ConvertConfig) -> PatchReader:
 
 
 def prepare(
-    config: ConvertConfig, reader: PatchReader, autoencoder: Autoencoder, work: WorkFolder
+    config: ConvertConfig,
+    reader: PatchReader,
+    autoencoder: Autoencoder,
+    work: WorkFolder,
+    codebook: StoredCodebook | None = None,
 ) -> Conversion:
     """Batch, codebook, contract and shards; from the work folder where an earlier run left them."""
     plan, device = reader.plan, choose_device(config.device)
@@ -76,7 +80,7 @@ def prepare(
     batch = batch or choose_batch(autoencoder, device, plan.patch_px, config.refine)
     encoder = Encoder(autoencoder, device, batch, config.refine)
     latents_shape = encoder.check_shape(plan.patch_px)
-    stored = find_codebook(config, encoder, reader, earlier)
+    stored = find_codebook(config, codebook, encoder, reader, earlier)
     card = autoencoder.card
     contract = Contract(
         latent_id=card.latent_id,

@@ -24,7 +24,8 @@ from latentds.conversion.workdir import WorkFolder
 from latentds.core.storage import exclusive_lock, sha256_file
 from latentds.errors import ContractError, InputError
 from latentds.sources.hugging_face import hub_id
-from latentds.sources.source import Header, Picture, Source
+from latentds.sources.picture import Header, Picture
+from latentds.sources.source import Source
 from latentds.store.format import Contract
 
 WITNESSES = 20  # entries of an input folder that a worker must see too

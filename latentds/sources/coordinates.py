@@ -14,10 +14,12 @@ from latentds.core.untrusted_files import check_regular, expands_to
 from latentds.errors import InputError, missing_extra
 from latentds.sources.cut_options import SourceOptions
 from latentds.sources.image_folder import walk
+from latentds.sources.inspection import Inspection
 from latentds.sources.kinds import sort_files
+from latentds.sources.picture import Header, Listing, Picture
 from latentds.sources.slide_reading import distinct, slide_mpp
 from latentds.sources.slides import Slides
-from latentds.sources.source import Header, Listing, Picture
+from latentds.sources.source import Source
 
 logger = logging.getLogger(__name__)
 MAX_COORDINATES = 10**8
@@ -130,6 +132,10 @@ class CoordinateJob(Slides):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.options,), {"edge": self.edge, "scales": self.scales}
+
+    @classmethod
+    def detect(cls, found: Inspection) -> Source | None:
+        return cls(found.options) if is_job(found.root) else None
 
     def listing(self) -> Listing:
         """Slides with coordinates; those without are left alone."""

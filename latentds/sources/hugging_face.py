@@ -12,11 +12,13 @@ from typing import Any, BinaryIO, NamedTuple
 from latentds.errors import InputError, missing_extra
 from latentds.sources.cut_options import SourceOptions
 from latentds.sources.image_folder import DEFAULT_SPLIT, SPLITS
+from latentds.sources.inspection import Inspection
 from latentds.sources.kept import Kept
+from latentds.sources.picture import Header, Listing, Picture
 from latentds.sources.picture_files import PictureFiles
 from latentds.sources.side_records import COLUMNS, fields_of
 from latentds.sources.side_tables import label_column
-from latentds.sources.source import Header, Listing, Picture
+from latentds.sources.source import Source
 
 # hf://datasets/ORG/NAME[@REVISION]; a Path has taken one of the slashes already.
 ADDRESS = re.compile(r"hf:/{1,2}datasets/([\w.-]+(?:/[\w.-]+)?)(?:@([\w./-]+))?")
@@ -54,6 +56,10 @@ class SavedDataset(PictureFiles):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.options,)
+
+    @classmethod
+    def detect(cls, found: Inspection) -> Source | None:
+        return cls(found.options) if is_saved(found.root) else None
 
     def load(self) -> Any:
         """A Dataset or DatasetDict."""
@@ -113,6 +119,11 @@ class HubDataset(SavedDataset):
     """A data set of the Hub by its id, through `load_dataset` and its cache; no code of it runs."""
 
     kind = "a Hugging Face data set by its id"
+
+    @classmethod
+    def detect(cls, found: Inspection) -> Source | None:
+        is_id = hub_id(found.root) is not None and not found.root.exists()
+        return cls(found.options) if is_id else None
 
     def load(self) -> Any:
         import datasets

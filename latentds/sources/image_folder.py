@@ -16,8 +16,8 @@ from typing import Any
 from latentds.core.untrusted_files import check_regular
 from latentds.errors import InputError
 from latentds.sources.names import is_identifier
+from latentds.sources.picture import Header, Listing, Picture
 from latentds.sources.picture_decoding import picture_suffixes
-from latentds.sources.source import Header, Listing, Picture
 from latentds.store.format import patch_key
 
 SPLITS = {

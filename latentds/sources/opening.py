@@ -6,42 +6,44 @@ import dataclasses
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 
 from latentds.errors import InputError
 from latentds.sources.anonymity import hider
-from latentds.sources.coordinates import CoordinateJob, is_job
+from latentds.sources.coordinates import CoordinateJob
 from latentds.sources.cut_options import SourceOptions
-from latentds.sources.hugging_face import HubDataset, SavedDataset, hub_id, is_saved
-from latentds.sources.image_folder import check_keys, walk
-from latentds.sources.kinds import Kinds, sort_files
-from latentds.sources.kinds import choose as choose_kind
+from latentds.sources.hugging_face import HubDataset, SavedDataset
+from latentds.sources.image_folder import check_keys
+from latentds.sources.inspection import Inspection
 from latentds.sources.names import known_patient, parse_shares, pattern_patient, split_patients
-from latentds.sources.parquet_files import has_pictures
+from latentds.sources.picture import Listing, Picture
 from latentds.sources.picture_files import PictureFiles
 from latentds.sources.picture_parquet import PictureParquet
-from latentds.sources.picture_tables import (
-    PictureTable,
-    SamPathFolder,
-    is_sampath,
-    is_table,
-)
-from latentds.sources.picture_tars import PictureTars, holds_pictures
+from latentds.sources.picture_tables import PictureTable, SamPathFolder
+from latentds.sources.picture_tars import PictureTars
 from latentds.sources.slide_names import some
-from latentds.sources.slide_tables import ListedSlides, apply_slide_table, lists_slides
+from latentds.sources.slide_tables import ListedSlides, apply_slide_table
 from latentds.sources.slides import Slides
-from latentds.sources.source import Listing, Picture, Source
-from latentds.sources.tile_tars import SUFFIX, TileTars
-from latentds.sources.tile_trees import TileTree, is_tile_tree
+from latentds.sources.source import Source
+from latentds.sources.tile_tars import TileTars
+from latentds.sources.tile_trees import TileTree
 from latentds.store.format import SPLIT_PATTERN
 
 logger = logging.getLogger(__name__)
-ARCHIVES = {".tar": holds_pictures, ".parquet": has_pictures}  # and whether one is of pictures
+# The first that takes an input for its own is its source. A data set's own files tell, a job's and
+# SAM-Path's folders too, whatever else lies there; tiles, archives and tables are told from plain
+# pictures by their names; slides by a look into files; what is left is pictures. A source of your
+# own with a `detect` goes before those that would take its input.
+SOURCES: tuple[type[Source], ...] = (
+    *(HubDataset, SavedDataset, CoordinateJob, SamPathFolder, TileTree, TileTars, PictureTars),
+    *(PictureParquet, ListedSlides, PictureTable, Slides, PictureFiles),
+)
 
 
 def open_source(options: SourceOptions) -> Source:
-    """The source of a conversion's input."""
-    source = detect(options)
+    """The source of an input, by SOURCES; FileNotFoundError where there is nothing."""
+    inspection = Inspection(options)
+    kinds = (kind.detect(inspection) for kind in SOURCES)
+    source = next(source for source in kinds if source is not None)
     logger.info("%s: %s", options.source, source.kind)
     return source
 
@@ -130,83 +132,3 @@ def patient_and_kind(picture: Picture, pattern: str | None) -> tuple[str, str] |
         return pattern_patient(pattern, picture.slide or picture.source), "by --patient-pattern"
     found = known_patient(picture.slide) if picture.slide else None
     return None if found is None else (found[1], f"{found[0]} patients")
-
-
-def detect(options: SourceOptions) -> Source:
-    """The first kind that the files look like."""
-    root = options.source
-    if hub_id(root) and not root.exists():
-        return HubDataset(options)
-    if is_saved(root):
-        return SavedDataset(options)
-    if root.is_file():
-        archives = open_files(options, [root.name])
-        if archives is not None or not is_table(root):
-            return archives or PictureFiles(options)
-        return ListedSlides(options) if lists_slides(options) else PictureTable(options)
-    if is_job(root):
-        return CoordinateJob(options)
-    if root.is_dir() and is_sampath(root):
-        return SamPathFolder(options)
-    if not root.exists():  # before its kind is told
-        raise FileNotFoundError(f"{root}: no such folder")
-    if not root.is_dir() or options.kind == "pictures":
-        return PictureFiles(options)
-    if options.kind is not None:
-        return Slides(options) if options.kind == "slides" else TileTree(options)
-    return of_folder(options)
-
-
-def of_folder(options: SourceOptions) -> Source:
-    """What a folder holds, all of its files looked at; InputError where that is two things."""
-    root = options.source
-    paths = list(walk(root))
-    found = sort_files(root, paths)
-    pictures = sorted([*found.pictures, *found.unsure])
-    if not found.slides and not options.name_pattern and is_tile_tree(options, pictures):
-        return TileTree(options)
-    if are_archives(root, paths, found):
-        archives = open_files(options, paths)
-        assert archives is not None
-        return archives
-    is_slides, note = choose_kind(root, found)
-    source: Source = Slides(options) if is_slides else PictureFiles(options)
-    if note:
-        source.notes += (note,)
-    return source
-
-
-def are_archives(root: Path, paths: Sequence[str], kinds: Kinds) -> bool:
-    """Whether a folder's files are archives of pictures; InputError for them among pictures.
-
-    What else lies in a folder of slides is left alone.
-    """
-    if any(path.endswith(SUFFIX) for path in paths):
-        return True  # hs2p puts previews and masks beside its tars
-    found = [path for path in paths if Path(path).suffix.lower() in ARCHIVES]
-    if not found or kinds.slides:
-        return False
-    pictures = [*kinds.pictures, *kinds.unsure]
-    if not pictures:
-        return True
-    held = (p for p in found if ARCHIVES[Path(p).suffix.lower()](root / p))
-    mixed = next(held, None)
-    if mixed is not None:
-        raise InputError(
-            f"{root}: holds pictures ({pictures[0]}) and archives of pictures ({mixed}); "
-            "name the one that is meant, or move the other"
-        )
-    return False
-
-
-def open_files(options: SourceOptions, paths: Sequence[str]) -> Source | None:
-    """The source of the archives among paths: tile tars, else tars, else Parquet of pictures."""
-    root = options.source if options.source.is_dir() else options.source.parent
-    tars = [path for path in paths if path.lower().endswith(".tar")]
-    tiles = [path for path in tars if path.endswith(SUFFIX)]
-    if tars:
-        return TileTars(options, tiles) if tiles else PictureTars(options, tars)
-    tables = [path for path in paths if path.lower().endswith(".parquet")]
-    if tables and (options.source.is_dir() or has_pictures(root / tables[0])):
-        return PictureParquet(options, tables)
-    return None

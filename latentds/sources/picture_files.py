@@ -16,10 +16,12 @@ from PIL import Image
 from latentds.errors import InputError
 from latentds.sources.cut_options import SourceOptions
 from latentds.sources.image_folder import check_labels, check_sizes, list_pictures, name_fields
+from latentds.sources.inspection import Inspection
 from latentds.sources.kept import Kept
+from latentds.sources.picture import Header, Listing, Picture
 from latentds.sources.picture_decoding import find_mask, read_header, read_mask, read_picture
 from latentds.sources.side_tables import with_tables
-from latentds.sources.source import Header, Listing, Picture
+from latentds.sources.source import Source
 from latentds.store.patch_record import Patch, Place
 
 TILED_PICTURES = 2  # decoded pictures kept while their tiles are cut
@@ -27,14 +29,13 @@ TILED_PICTURES = 2  # decoded pictures kept while their tiles are cut
 Pixels = tuple[np.ndarray, np.ndarray | None]  # picture and mask
 
 
-class PictureFiles:
+class PictureFiles(Source):
     """Picture files below a folder; class folders are labels, split folders splits.
 
     A subclass that finds its pictures elsewhere gives another `listing`, or other bytes.
     """
 
     kind = "a folder of pictures"
-    notes: tuple[str, ...] = ()
 
     def __init__(self, options: SourceOptions) -> None:
         self.options, self.root = options, options.source
@@ -42,6 +43,14 @@ class PictureFiles:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.options,)  # without lock and pixels, for a worker elsewhere
+
+    @classmethod
+    def detect(cls, found: Inspection) -> Source | None:
+        if not found.root.exists():  # before its kind is told
+            raise FileNotFoundError(f"{found.root}: no such folder")
+        source = cls(found.options)
+        source.notes = found.choice.notes if found.is_open else ()
+        return source
 
     def listing(self) -> Listing:
         options = self.options
@@ -57,10 +66,6 @@ class PictureFiles:
         pattern = name_fields(self.options.name_pattern)
         named = (dataclasses.replace(p, **pattern(p.source)) for p in found.pictures)
         return dataclasses.replace(found, pictures=tuple(named))
-
-    def chunk(self, picture: Picture) -> str | None:
-        del picture  # a file costs the same wherever it lies
-        return None
 
     def header(self, picture: Picture) -> Header:
         header = read_header(self.file(picture), self.options.max_px)
@@ -156,13 +161,9 @@ class PictureFiles:
     def locate(
         self, picture: Picture, patch_px: tuple[int, int], place: tuple[int, int]
     ) -> tuple[Header, tuple[int, int]] | None:
-        header = self.header(picture)
         if not self.options.tile:
-            return header, (0, 0)
-        for region in map(tuple, self.regions(picture, header, patch_px).tolist()):
-            if self.origin(picture, header, region) == place:
-                return header, region
-        return None
+            return self.header(picture), (0, 0)
+        return super().locate(picture, patch_px, place)
 
     def read(
         self,
@@ -211,9 +212,6 @@ class PictureFiles:
             **place._asdict(),
             mask_png=None if fitted is None else encode_png(fitted),
         )
-
-    def facts(self) -> dict[str, Any]:
-        return {}
 
 
 def pixel_scale(picture: Picture, header: Header) -> float:

@@ -10,13 +10,15 @@ from typing import Any, BinaryIO
 from latentds.errors import InputError
 from latentds.sources.cut_options import SourceOptions
 from latentds.sources.image_folder import name_fields
+from latentds.sources.inspection import Inspection
 from latentds.sources.kept import Kept
 from latentds.sources.names import path_fields
-from latentds.sources.parquet_files import PATHS, EncodedTable, RowGroup, open_table
+from latentds.sources.parquet_files import PATHS, EncodedTable, RowGroup, has_pictures, open_table
+from latentds.sources.picture import MIXED_CHUNKS, Header, Listing, Picture
 from latentds.sources.picture_files import PictureFiles
 from latentds.sources.side_records import fields_of, splits_of
 from latentds.sources.side_tables import label_column
-from latentds.sources.source import MIXED_CHUNKS, Header, Listing, Picture
+from latentds.sources.source import Source
 
 # Row groups in memory: those that the plan mixes, and as many read ahead.
 GROUPS_KEPT = 2 * MIXED_CHUNKS
@@ -47,6 +49,12 @@ class PictureParquet(PictureFiles):
         if file not in self.tables:
             self.tables[file] = open_table(self.root / file)
         return self.tables[file]
+
+    @classmethod
+    def detect(cls, found: Inspection) -> Source | None:
+        tables = [path for path in found.archives if path.lower().endswith(".parquet")]
+        is_meant = bool(tables) and (found.is_folder or has_pictures(found.root))
+        return cls(found.options, tables) if is_meant else None
 
     def listing(self) -> Listing:
         splits = splits_of(self.root, self.files, self.options.split_folders)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
@@ -11,16 +10,17 @@ from latentds.core.foreign_json import parse_json
 from latentds.errors import FormatError, InputError
 from latentds.sources.cut_options import SourceOptions
 from latentds.sources.image_folder import check_names
+from latentds.sources.inspection import Inspection
+from latentds.sources.picture import Header, Listing, Picture
 from latentds.sources.picture_decoding import picture_suffixes
 from latentds.sources.picture_files import PictureFiles
 from latentds.sources.side_records import fields_of, splits_of
-from latentds.sources.source import Header, Listing, Picture
+from latentds.sources.source import Source
 from latentds.sources.tars import TarMember, open_member, read_member, tar_members
 
 MAX_CLS_BYTES = 4096
 MAX_JSON_BYTES = 1 << 20
 SIDECARS = (".cls", ".json")
-LOOK_AT = 20  # members, before it is settled that a tar is none of pictures
 
 Members = dict[str, TarMember]
 Record = dict[str, Any] | str  # fields of a Picture, or why it has none
@@ -45,6 +45,11 @@ class PictureTars(PictureFiles):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.options, tuple(self.archives))
+
+    @classmethod
+    def detect(cls, found: Inspection) -> Source | None:
+        tars = [path for path in found.archives if path.lower().endswith(".tar")]
+        return cls(found.options, tars) if tars else None
 
     def listing(self) -> Listing:
         splits = splits_of(self.root, self.archives, self.options.split_folders)
@@ -118,15 +123,6 @@ class PictureTars(PictureFiles):
         above = (str(folder) for folder in PurePosixPath(picture.source).parents)
         archive = next(path for path in above if path in self.archives)
         return open_member(self.root / archive, picture.span)
-
-
-def holds_pictures(path: Path) -> bool:
-    """Whether a tar's first members are pictures among others; a damaged one has none."""
-    try:
-        first = [member.name for member in itertools.islice(tar_members(path), LOOK_AT)]
-    except InputError:
-        return False
-    return any(PurePosixPath(name).suffix.lower() in picture_suffixes() for name in first)
 
 
 def stem_of(name: str) -> str:

@@ -12,12 +12,14 @@ from latentds.sources.csv_tables import TextTable, read_table
 from latentds.sources.cut_options import SourceOptions
 from latentds.sources.field_names import columns_of, note_unused
 from latentds.sources.image_folder import SPLITS, numbers_of
+from latentds.sources.inspection import Inspection
 from latentds.sources.kinds import sort_files
 from latentds.sources.names import patient_of
-from latentds.sources.picture_tables import list_table, path_columns
+from latentds.sources.picture import Listing, Picture
+from latentds.sources.picture_tables import is_table, list_table, path_columns
 from latentds.sources.slide_names import NameIndex, some
 from latentds.sources.slides import Slides, check_slide_names
-from latentds.sources.source import Listing, Picture
+from latentds.sources.source import Source
 
 FACTS = ("split", "label", "patient", "mpp")
 CLAM_PARTS = ("train", "val", "test")
@@ -136,6 +138,11 @@ class ListedSlides(Slides):
     def __init__(self, options: SourceOptions) -> None:
         super().__init__(options)
         self.root = options.root or options.source.parent
+
+    @classmethod
+    def detect(cls, found: Inspection) -> Source | None:
+        is_list = found.is_file and is_table(found.root) and lists_slides(found.options)
+        return cls(found.options) if is_list else None
 
     def listing(self) -> Listing:
         found = list_table(self.options)

@@ -18,7 +18,9 @@ from PIL import Image
 from latentds.errors import InputError
 from latentds.sources.cut_options import SourceOptions
 from latentds.sources.image_folder import check_labels, check_names, read_folders, walk
+from latentds.sources.inspection import Inspection
 from latentds.sources.kinds import one_a_series, sort_files
+from latentds.sources.picture import Header, Listing, Picture
 from latentds.sources.side_tables import with_tables
 from latentds.sources.slide_reading import (
     UNREADABLE,
@@ -35,7 +37,7 @@ from latentds.sources.slide_reading import (
     slide_mpp,
     thumbnail_of,
 )
-from latentds.sources.source import Header, Listing, Picture
+from latentds.sources.source import Source
 from latentds.sources.tissue import has_edges, tissue_mask, tissue_shares
 from latentds.store.patch_record import Patch, Place
 
@@ -46,7 +48,7 @@ MOST_ENLARGED = 1.05  # resampling may enlarge by so much unless --enlarge asks 
 BLOCK_PX = 64  # of a broken overview, read or given up at once: no larger than its tiles
 
 
-class Slides:
+class Slides(Source):
     """Slides below a folder, tissue of each cut into a grid of patches.
 
     A slide's own resolution is its mpp, 10 / magnification where only that is recorded, or
@@ -55,7 +57,6 @@ class Slides:
     """
 
     kind = "whole slides"
-    notes: tuple[str, ...] = ()
 
     def __init__(self, options: SourceOptions) -> None:
         self.options, self.root = options, options.source
@@ -68,6 +69,14 @@ class Slides:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.options,)  # without lock and handles, for a worker elsewhere
+
+    @classmethod
+    def detect(cls, found: Inspection) -> Source | None:
+        if found.is_open and found.choice.is_slides:
+            source = cls(found.options)
+            source.notes = found.choice.notes
+            return source
+        return cls(found.options) if found.is_folder and found.options.kind == "slides" else None
 
     def listing(self) -> Listing:
         paths = list(walk(self.root))
@@ -94,10 +103,6 @@ class Slides:
         check_labels(self.root, pictures, folders.use_labels)
         return Listing(pictures, notes=folders.notes)
 
-    def chunk(self, picture: Picture) -> str | None:
-        del picture  # a slide's patches stay together anyway
-        return None
-
     def header(self, picture: Picture) -> Header:
         path = self.file(picture)
         with self.reading(picture):
@@ -112,10 +117,6 @@ class Slides:
     def file(self, picture: Picture) -> Path:
         """A slide's file."""
         return self.root / picture.source
-
-    def mask_file(self, picture: Picture, size_px: tuple[int, int]) -> Path | None:
-        del picture, size_px  # slides have none
-        return None
 
     def open(self, picture: Picture) -> Any:
         """A slide's handle; the least recently used of many is closed."""

@@ -10,10 +10,12 @@ from pathlib import Path, PurePosixPath
 from latentds.errors import InputError
 from latentds.sources.cut_options import SourceOptions
 from latentds.sources.image_folder import are_splits, list_pictures
+from latentds.sources.inspection import Inspection
 from latentds.sources.names import is_identifier
+from latentds.sources.picture import Listing, Picture
 from latentds.sources.picture_decoding import read_header
 from latentds.sources.picture_files import PictureFiles
-from latentds.sources.source import Listing, Picture
+from latentds.sources.source import Source
 
 TILE_NAME = re.compile(r"(\d+)_(\d+)\.(?:jpe?g|png)")
 MAX_PX = 2**31 - 1
@@ -51,6 +53,16 @@ class TileTree(PictureFiles):
         super().__init__(options)
         if options.name_pattern:
             raise InputError("--name-pattern and tiles named <column>_<row>; leave the pattern")
+
+    @classmethod
+    def detect(cls, found: Inspection) -> Source | None:
+        options, kind = found.options, found.options.kind
+        if not found.is_folder or kind is not None:
+            return cls(options) if found.is_folder and kind == "tiles" else None
+        if found.kinds.slides or options.name_pattern:
+            return None
+        pictures = sorted([*found.kinds.pictures, *found.kinds.unsure])
+        return cls(options) if is_tile_tree(options, pictures) else None
 
     def listing(self) -> Listing:
         found = list_pictures(self.root, use_labels=False, use_splits=self.options.split_folders)

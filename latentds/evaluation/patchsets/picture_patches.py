@@ -19,8 +19,9 @@ from latentds.evaluation.patchsets.patch_set import PatchTable
 from latentds.evaluation.patchsets.patch_set_config import PatchInput
 from latentds.sources.cut_options import SourceOptions
 from latentds.sources.opening import list_source, open_source
+from latentds.sources.picture import Header, Picture
 from latentds.sources.slides import Slides
-from latentds.sources.source import Header, Picture, Source
+from latentds.sources.source import Source
 from latentds.store.format import sorted_names
 from latentds.store.masks import decode_mask, no_mask
 from latentds.store.patch_record import Patch, Place

@@ -306,7 +306,7 @@ def test_images_of_an_odd_size_work_both_ways(tmp_path, odd_size, codec):
     wanted = [64, 64] if odd_size == "resize" else [63, 61]
     assert list(record.source["patch_px"]) == wanted
     outcome = json.loads((tmp_path / "out/fold-0/fold.json").read_text())
-    counted = np.array(outcome["counts"]).sum((1, 2))
+    counted = np.array(outcome["found"]).sum((1, 2))
     assert set(counted.tolist()) == {wanted[0] * wanted[1]}
 
 
@@ -315,7 +315,7 @@ def test_latents_of_odd_sizes_are_resized_after_decoding(nuclei, latents, tmp_pa
     options |= {"steps": 1, **one_fold(nuclei)}
     run(nuclei, tmp_path / "out", **options)
     outcome = json.loads((tmp_path / "out/fold-0/fold.json").read_text())
-    assert {int(np.sum(counts)) for counts in outcome["counts"]} == {96 * 96}
+    assert {int(np.sum(counts)) for counts in outcome["found"]} == {96 * 96}
     notes = read_record(tmp_path / "out").notes
     assert [n for n in notes if n.startswith("images are decoded at 64x64 px, then resized to 96")]
 
@@ -361,7 +361,7 @@ def test_ignored_pixels_are_neither_learned_nor_counted(tmp_path):
     values = "0:background,255:foreground,7:ignore"
     run(root, tmp_path / "out", mask_values=values, **one_fold(root, 4))
     outcome = json.loads((tmp_path / "out/fold-0/fold.json").read_text())
-    assert {int(np.sum(counts)) for counts in outcome["counts"]} == {32 * 64}
+    assert {int(np.sum(counts)) for counts in outcome["found"]} == {32 * 64}
 
 
 # Presets

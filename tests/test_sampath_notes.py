@@ -17,11 +17,13 @@ from latentds.evaluation.records import read_record
 pytest.importorskip("deepspeed")
 pytest.importorskip("segmentation_models_pytorch")
 
+from latentds_trainers.crossval.cross_validation import CrossValidation
+from latentds_trainers.engine.ranks import join_ranks
 from latentds_trainers.sampath import segmentation_fold
 from latentds_trainers.sampath.config import SampathConfig
 from latentds_trainers.sampath.segmentation_folds import FoldPlan
 from latentds_trainers.sampath.segmentation_presets import schedule_notes
-from latentds_trainers.sampath.segmentation_report import FoldOutcome, report, run_record
+from latentds_trainers.sampath.segmentation_report import report, score_fold
 
 from tests.nuclei import one_fold, save_nuclei
 from tests.test_sampath import config_of, images_csv, run
@@ -40,21 +42,20 @@ def nuclei(tmp_path: Path) -> Path:
 
 def test_a_fold_without_a_scored_pixel_has_no_scores_and_says_so(tmp_path):
     """A fold's counts as they come where neither truth nor prediction has the class."""
+    join_ranks()
     config = config_of(tmp_path, tmp_path / "out")
     counts = np.zeros((2, 1, 3, 3), int)
     counts[:, :, 1, 1] = 64
     counts[1, :, 2, 1:] = 8
-    outcomes = [
-        FoldOutcome(
-            fold=n, seed=0, train=3, val=0, steps=2, items=[f"{n}"], groups=[f"{n}"],
-            counts=counts[n].tolist(), seconds=1.0,
-        )
-        for n in (0, 1)
-    ]  # fmt: skip
     source = {"name": "original", "bytes_per_patch": None}
-    plan = FoldPlan(folds=[Fold(np.arange(1), np.arange(0), np.arange(1, 2))], rule="")
-    record = run_record(config, plan, outcomes, source=source, items=["0", "1"])
-    report(config, record, outcomes)
+    fold = Fold(np.arange(1, 2), np.arange(0), np.arange(1))
+    plan = FoldPlan(folds=[fold, fold], rule="")
+    crossval = CrossValidation(
+        task="sampath", out=tmp_path / "out", items=["0", "1"], groups=["0", "1"],
+        folds=plan.folds, cells=[(0, 0), (1, 0)],
+    )  # fmt: skip
+    outcomes = crossval.outcomes(lambda c: score_fold(config.settings, c, counts[c.number]))
+    report(config, crossval, plan, outcomes, source=source, images_a_step=2)
     found = read_record(tmp_path / "out")
     assert found.folds[0]["scores"]["dice_macro"] is None
     assert found.folds[0]["scores"]["pixel_accuracy"] == 1

@@ -5,14 +5,12 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch.distributed as dist
+from latentds_trainers.crossval.cross_validation import Cell, CrossValidation, Tested
 from latentds_trainers.engine.ranks import from_first, join_ranks, on_all_ranks
-from latentds_trainers.engine.run_folders import claim_folder, fold_folder, read_fold, write_fold
 from latentds_trainers.sampath.config import SampathConfig
 from latentds_trainers.sampath.segmentation_data import LabelledImages
 from latentds_trainers.sampath.segmentation_fold import SegmentationFold
@@ -30,23 +28,14 @@ from latentds_trainers.sampath.segmentation_presets import (
     SIZES_PX,
     schedule_notes,
 )
-from latentds_trainers.sampath.segmentation_report import (
-    FoldOutcome,
-    figure,
-    fold_outcome,
-    images_a_step,
-    report,
-    run_record,
-)
+from latentds_trainers.sampath.segmentation_report import report, score_fold
 
 from latentds.errors import InputError
-from latentds.evaluation.folds import Fold, split_id
 from latentds.evaluation.groups import count_alone, groups_of
 from latentds.evaluation.patchsets import open_patches
 from latentds.evaluation.patchsets.codec_fitting import codebook_note
 from latentds.evaluation.patchsets.open_patch_sets import find_shards
 from latentds.evaluation.patchsets.patch_set import PatchSet, PatchTable
-from latentds.evaluation.splits import write_clam_splits
 
 logger = logging.getLogger(__name__)
 
@@ -83,8 +72,16 @@ class SegmentationRun:
         self.source = from_first(lambda: patches.facts().to_json())
         self.content = from_first(patches.fingerprint)
         self.notes = [*absent, *self.find_notes()]
-        from_first(self.claim_folder)
-        from_first(self.write_splits)
+        seeds, folds = config.seeds or (config.seed,), range(len(self.plan.folds))
+        self.crossval = CrossValidation(
+            task="sampath",
+            out=config.out,
+            items=self.table.names,
+            groups=self.groups,
+            folds=self.plan.folds,
+            cells=[(number, seed) for seed in seeds for number in folds],
+        )
+        self.crossval.claim(self.identity, REMEDIES)
 
     def open(self) -> PatchSet:
         """The images; InputError for those without masks or of another size than the preset's."""
@@ -142,88 +139,57 @@ class SegmentationRun:
         return notes
 
     @property
-    def items(self) -> list[str]:
-        """Names of the images."""
-        return self.table.names
+    def images_a_step(self) -> int:
+        """Images of an optimizer step, over all ranks."""
+        return self.config.settings.images * dist.get_world_size()
 
-    def claim_folder(self) -> None:
-        """Write what the run is, or see that the folder is of the same one.
-
-        raises  ContractError that names what differs
-        """
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the run is of: settings, images, masks."""
         left_out = {*MAY_CHANGE, *OF_ENGINE}
         settings = {n: v for n, v in self.config.to_json().items() if n not in left_out}
-        identity = {
+        return settings | {
             "source": self.source["name"],
             "codebook": self.source.get("codebook"),
             "content": self.content,
             "labels": self.labels_id,
-            "folds": split_id(self.plan.folds, self.items),
-            "images_a_step": images_a_step(self.config),
+            "images_a_step": self.images_a_step,
         }
-        claim_folder(self.config.out, settings | identity, REMEDIES, ("images_a_step",))
-
-    def write_splits(self) -> None:
-        """The folds as CSV files of images."""
-        write_clam_splits(self.config.out / "splits", self.plan.folds, self.items)
 
     def run(self) -> None:
         """Train and test what is not finished; write and print the result."""
-        seeds = self.config.seeds or (self.config.seed,)
-        outcomes = [
-            self.outcome(number, fold, seed)
-            for seed in seeds
-            for number, fold in enumerate(self.plan.folds)
-        ]
-        from_first(lambda: self.report(outcomes))
-
-    def report(self, outcomes: Sequence[FoldOutcome]) -> None:
-        """On rank 0."""
-        record = run_record(
-            self.config,
-            self.plan,
-            outcomes,
-            source=self.source,
-            items=self.items,
-            notes=self.notes,
+        outcomes = self.crossval.outcomes(self.test)
+        from_first(
+            lambda: report(
+                self.config,
+                self.crossval,
+                self.plan,
+                outcomes,
+                source=self.source,
+                images_a_step=self.images_a_step,
+                notes=self.notes,
+            )
         )
-        report(self.config, record, outcomes)
 
-    def outcome(self, number: int, fold: Fold, seed: int) -> FoldOutcome:
-        """What a fold came to: as it was found finished, or trained and tested now."""
-        folder = fold_folder(self.config.out, number, seed, self.config.seed)
-        found: FoldOutcome | None = from_first(lambda: read_fold(folder, FoldOutcome))
-        if found is not None:
-            logger.info("fold %d, seed %d: finished before", number, seed)
-            return found
-        steps = self.config.steps_of(len(fold.train), dist.get_world_size())
-        train = self.config.of_fold(folder, seed, steps)
-        training = SegmentationFold(self.config, train, self.images, fold)
-        tested = training.run()
-        outcome = fold_outcome(
-            number,
-            fold,
-            train,
-            items=self.items,
-            groups=self.groups,
-            counts=tested.counts,
-            seconds=training.engine.seconds,
-        )
-        from_first(lambda: self.keep(training, outcome, folder))
-        return outcome
+    def test(self, cell: Cell) -> Tested:
+        """Train a fold, test it, draw pictures."""
+        config, fold = self.config, cell.fold
+        steps = config.steps_of(len(fold.train), dist.get_world_size())
+        train = config.of_fold(cell.folder, cell.seed, steps)
+        training = SegmentationFold(config, train, self.images, fold)
+        counts = training.run().counts
+        if cell.seed == self.crossval.seeds[0]:
+            from_first(lambda: self.draw(training, cell))
+        return score_fold(config.settings, cell, counts, seconds=training.engine.seconds)
 
-    def keep(self, training: SegmentationFold, outcome: FoldOutcome, folder: Path) -> None:
-        """Draw pictures, then write what the fold came to: it is finished. On rank 0."""
-        if outcome.seed == self.config.seed:
-            rows = spread_over(training.fold.test, self.config.pictures)
-            for row, image, truth, prediction in training.pictures(rows):
-                name = picture_name(outcome.fold, self.items[row])
-                path = self.config.out / "predictions" / name
-                values, unscored = self.images.values, self.config.settings.unscored
-                write_picture(path, image, truth, prediction, values.classes, unscored)
-        write_fold(folder, outcome)
-        dice = figure(outcome.result(self.config)["scores"]["dice_macro"])
-        logger.info("fold %d, seed %d: macro Dice %s", outcome.fold, outcome.seed, dice)
+    def draw(self, training: SegmentationFold, cell: Cell) -> None:
+        """Pictures of tested images. On rank 0."""
+        settings = self.config.settings
+        rows = spread_over(cell.fold.test, self.config.pictures)
+        for row, image, truth, prediction in training.pictures(rows):
+            name = picture_name(cell.number, self.table.names[row])
+            path = self.config.out / "predictions" / name
+            write_picture(path, image, truth, prediction, settings.classes, settings.unscored)
 
 
 def resized_before(config: SampathConfig, device: str) -> SampathConfig:

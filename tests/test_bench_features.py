@@ -6,6 +6,7 @@ import pytest
 import torch
 from latentds_tools import cli
 from latentds_tools.bench import bench_features
+from latentds_tools.bench.harness import for_device
 
 pytest.importorskip("h5py")
 pytest.importorskip("timm")
@@ -42,11 +43,12 @@ def test_the_table_is_markdown(capsys):
 
 
 def test_a_gpu_has_the_defaults_of_a_gpu():
-    config = bench_features.with_defaults(bench_features.Config(), is_gpu=True)
+    choices = (bench_features.GPU, bench_features.CPU)
+    config = for_device(bench_features.Config(), True, *choices)
     assert config.embedder == "timm:vit_large_patch16_224" and config.precision == "bfloat16"
-    assert bench_features.with_defaults(bench_features.Config(), is_gpu=False).patches == 64
+    assert for_device(bench_features.Config(), False, *choices).patches == 64
     given = bench_features.Config(patches=9, precision="float32")
-    assert bench_features.with_defaults(given, is_gpu=True).patches == 9
+    assert for_device(given, True, *choices).patches == 9
 
 
 def test_unknown_students_are_named(capsys):

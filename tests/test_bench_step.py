@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from latentds_tools import cli
-from latentds_tools.bench import bench_step, step_rounds
+from latentds_tools.bench import bench_step, harness
 
 for library in ("timm", "kornia", "lightly"):
     pytest.importorskip(library)
@@ -128,19 +128,19 @@ def test_a_gpu_has_the_defaults_of_a_gpu():
 
 def test_every_second_round_runs_backwards():
     seen: list[str] = []
-    ways = [step_rounds.Way(name, lambda name=name: seen.append(name)) for name in "ab"]
-    step_rounds.run_rounds(ways, 2, 1, torch.device("cpu"))
-    assert "".join(seen) == "ab" + "ab" + "ba"  # a step of each before any clock
+    ways = [harness.Way(name, lambda name=name: seen.append(name)) for name in "ab"]
+    harness.run_rounds(ways, 2, torch.device("cpu"), lead=1)
+    assert "".join(seen) == "aabb" + "bbaa"  # a step of each before its clock
     assert [len(way.seconds) for way in ways] == [2, 2]
 
 
 def test_hidden_time_is_what_the_parts_take_less_what_was_added():
-    step, loaded, part = (step_rounds.Way(name, int, [seconds]) for name, seconds in
+    step, loaded, part = (harness.Way(name, int, [seconds]) for name, seconds in
                           (("step", 1.0), ("loader", 1.1), ("decoding", 0.4)))  # fmt: skip
-    found = step_rounds.overlap(step, loaded, [part])
+    found = bench_step.overlap(step, loaded, [part])
     assert found["one_after_another_ms"] == pytest.approx(1400)
     assert found["hidden_percent"] == pytest.approx(75)
-    assert step_rounds.cost(loaded, step)["percent"] == pytest.approx(10)
+    assert bench_step.cost(loaded, step)["percent"] == pytest.approx(10)
 
 
 @pytest.mark.gpu

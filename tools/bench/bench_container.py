@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from latentds.core.display import say
+from latentds_tools.bench.harness import report_text
+from latentds_tools.reports.delivery import show
 
 SHAPES = {
     256: (4, 8, 8),
@@ -36,40 +36,34 @@ def run(config: Config) -> None:
     """Print overhead for every patch size and pack size."""
     count = config.patches // 12 if config.small else config.patches
     results = [overhead(count, size, pack) for size in SHAPES for pack in PACK_SIZES]
-    if config.json:
-        say(json.dumps(results, indent=1))
-        return
-    say(
-        f"{count:,} patches, every column filled; shard over raw codes, and tables beside the "
-        "shards over raw codes\n"
+    show(results, config.json, as_text)
+
+
+def as_text(results: list[dict[str, Any]]) -> str:
+    """The table, a row a patch size."""
+    head = (
+        f"{results[0]['patches']:,} patches, every column filled; shard over raw codes, and tables "
+        "beside the shards over raw codes"
     )
-    say(
-        "bytes a patch |" + "".join(f"  N = {pack:<6}" for pack in PACK_SIZES) + "| tables, N = 256"
-    )
+    rows = []
     for size in SHAPES:
         row = {r["pack_size"]: r for r in results if r["bytes_per_patch"] == size}
-        cells = "".join(f"  {row[pack]['shard_overhead']:<+10.2%}" for pack in PACK_SIZES)
-        say(f"{size:>13} |{cells}| {row[256]['table_overhead']:+.2%}")
+        shares = [f"{row[pack]['shard_overhead']:+.2%}" for pack in PACK_SIZES]
+        rows.append([str(size), *shares, f"{row[256]['table_overhead']:+.2%}"])
+    packs = [f"N = {pack}" for pack in PACK_SIZES]
+    return report_text(head, ["bytes a patch", *packs, "tables, N = 256"], rows)
 
 
 def overhead(count: int, bytes_per_patch: int, pack_size: int) -> dict[str, Any]:
     """Sizes of one shard of `count` patches."""
     import numpy as np
+    from latentds_tools.bench.synthetic import random_contract
 
-    from latentds.quantizers.scalar import Codebook
     from latentds.store.columns import encode_table, patches_table
-    from latentds.store.format import DIGEST_DTYPE, PACK_DTYPE, PATCH_DTYPE, Contract, pack_key
+    from latentds.store.format import DIGEST_DTYPE, PACK_DTYPE, PATCH_DTYPE, pack_key
     from latentds.store.writer import Pack, ShardWriter
 
-    shape = SHAPES[bytes_per_patch]
-    contract = Contract(
-        latent_id="sha256:" + "0" * 64,
-        decoder_id="sha256:" + "0" * 64,
-        codebook=Codebook(np.linspace(-3, 3, 256, dtype=np.float32)[None], "kmeans"),
-        autoencoder={"name": "random"},
-        patch_px=(256, 256),
-        codes_shape=shape,
-    )
+    contract = random_contract(shape := SHAPES[bytes_per_patch])
     rng = np.random.default_rng(0)
     patches = [tcga_like_patch(rng) for _ in range(count)]
     with tempfile.TemporaryDirectory() as folder:

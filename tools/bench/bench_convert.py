@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import statistics
 import tempfile
 import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-
-from latentds.core.display import say
+from latentds_tools.bench.harness import medians
+from latentds_tools.reports.delivery import show
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,27 +36,23 @@ class Config:
 
 def run(config: Config) -> None:
     """Print the rates."""
-    import statistics
-
     import torch
 
     rounds = [measure(config) for _ in range(config.rounds)]
-    result = {name: round(statistics.median(r[name] for r in rounds), 2) for name in rounds[0]}
-    result["share_of_encoder"] = round(
-        statistics.median(r["convert"] / r["encoder"] for r in rounds), 3
-    )
-    result["threads"] = torch.get_num_threads()
-    if config.json:
-        say(json.dumps(result, indent=1))
-        return
-    say(
+    shares = [found["convert"] / found["encoder"] for found in rounds]
+    result = {name: round(value, 2) for name, value in medians(rounds).items()}
+    result |= {"share_of_encoder": round(statistics.median(shares), 3)}
+    show(result | {"threads": torch.get_num_threads()}, config.json, as_text)
+
+
+def as_text(result: dict[str, Any]) -> str:
+    """The rates in three lines."""
+    return (
         f"encoder alone, same batches   {result['encoder']:,.1f} patches/s "
-        f"(batch {result['batch']:.0f})"
-    )
-    say(f"conversion, pictures to tar   {result['convert']:,.1f} patches/s")
-    say(
+        f"(batch {result['batch']:.0f})\n"
+        f"conversion, pictures to tar   {result['convert']:,.1f} patches/s\n"
         f"conversion over encoder       {result['share_of_encoder']:.1%} "
-        f"(median of {config.rounds} rounds, {result['threads']} threads)"
+        f"(medians of all rounds, {result['threads']} threads)"
     )
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 from pathlib import Path
 from typing import Any
 
-from latentds.core.display import say
+from latentds_tools.bench import harness
+from latentds_tools.reports.delivery import show
+from latentds_tools.reports.markdown import number
 
 DEFAULT_DECODERS = "taesd,sd15,dcae-f32,tiny,turbo-s,turbo-m,turbo-f32"
 
@@ -52,14 +53,12 @@ class Config:
 
 def run(config: Config) -> None:
     """Print the table."""
-    report = measure(config)
-    say(json.dumps(report, indent=1) if config.json else as_text(report))
+    show(measure(config), config.json, as_text)
 
 
 def measure(config: Config) -> dict[str, Any]:
     """All figures: every JPEG decoder and every network in turn, round by round."""
     from latentds_tools.bench import decode_networks, decode_shapes, jpeg_decoding
-    from latentds_tools.bench.machine import machine, usable_cores
 
     from latentds.conversion.patch_encoding import choose_device
 
@@ -70,20 +69,20 @@ def measure(config: Config) -> dict[str, Any]:
     jpegs = jpeg_decoding.load_jpegs(config.pictures, config.patch_size) if config.jpeg else []
     timed = [decode_networks.survey(name, config) for name in dict.fromkeys(names)]
     jpeg_rounds = []
-    for number in range(config.rounds):
+    cores = config.cores or harness.usable_cores()
+    for place in range(config.rounds):
         if jpegs:
-            cores = config.cores or usable_cores()
             jpeg_rounds.append(
                 jpeg_decoding.measure_all(jpegs, config.seconds, cores, config.device)
             )
         for one in timed:  # one at a time in memory
-            logger.info("%s, round %d of %d", one.name, number + 1, config.rounds)
+            logger.info("%s, round %d of %d", one.name, place + 1, config.rounds)
             one.measure(config)
     rows = jpeg_decoding.rows_of(jpeg_rounds) if jpegs else []
     rows += [row for one in timed for row in one.rows()]
     return {
-        "machine": machine(config.device),
-        "config": json.loads(json.dumps(dataclasses.asdict(config), default=str)),
+        "machine": harness.machine(config.device),
+        "config": harness.recorded(config),
         "jpeg": jpeg_decoding.describe(jpegs) if jpegs else None,
         "rows": with_ratios(rows),
     }
@@ -102,46 +101,35 @@ def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def as_text(report: dict[str, Any]) -> str:
     """The table."""
-    where, config, jpeg = report["machine"], report["config"], report["jpeg"]
-    lines = [
-        f"{where['gpu'] or where['cpu']}, {where['cores']} cores ({where['torch_threads']} threads "
-        f"of torch), torch {where['torch']}; patches of {config['patch_size']} px on "
-        f"{config['device']}, medians of {config['rounds']} rounds of {config['seconds']:g} s",
-        "",
-    ]
+    config, jpeg = report["config"], report["jpeg"]
+    head = (
+        f"{harness.machine_text(report['machine'])}; patches of {config['patch_size']} px on "
+        f"{config['device']}, medians of {config['rounds']} rounds of {config['seconds']:g} s"
+    )
     if jpeg:
-        lines[1:1] = [
-            f"JPEG: quality {jpeg['quality']}, {jpeg['subsampling']}, {jpeg['patches']} patches of "
-            f"{jpeg['mean_bytes']:,.0f} bytes on average"
-        ]
-    lines += [
-        "| decoder | weights | GFLOP | options | batch | patches/s | over one JPEG core | "
-        "over float32 | first batch s | largest change |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    return "\n".join(lines + [row_text(row) for row in report["rows"]])
+        head += (
+            f"\nJPEG: quality {jpeg['quality']}, {jpeg['subsampling']}, {jpeg['patches']} patches "
+            f"of {jpeg['mean_bytes']:,.0f} bytes on average"
+        )
+    header = ("decoder", "weights", "GFLOP", "options", "batch", "patches/s", "over one JPEG core",
+              "over float32", "first batch s", "largest change")  # fmt: skip
+    return harness.report_text(head, header, map(row_cells, report["rows"]))
 
 
-def row_text(row: dict[str, Any]) -> str:
+def row_cells(row: dict[str, Any]) -> list[str]:
     """A row of the table; what it has no figure for stays empty."""
     if "error" in row:
-        return f"| {row['decoder']} | | | {row['options']} | | {row['error']} | | | | |"
+        return [row["decoder"], "", "", row["options"], "", row["error"], "", "", "", ""]
     rate = row["patches_per_s"]
-    cells = [
+    return [
         row["decoder"],
         row.get("weights", ""),
-        shown(row.get("gflop"), ",.1f"),
+        number(row.get("gflop"), ",.1f", ""),
         row["options"],
         str(row["batch"]),
         f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}",
-        shown(row["over_jpeg_core"], ".3g"),
-        shown(row.get("gain"), ".2f"),
+        number(row["over_jpeg_core"], ".3g", ""),
+        number(row.get("gain"), ".2f", ""),
         f"{row['first_batch_s']:.2g}",
-        shown(row.get("largest_change"), ".4f"),
+        number(row.get("largest_change"), ".4f", ""),
     ]
-    return f"| {' | '.join(cells)} |"
-
-
-def shown(value: float | None, form: str) -> str:
-    """A number, or nothing."""
-    return "" if value is None else format(value, form)

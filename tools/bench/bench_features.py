@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
-import logging
+import functools
 import statistics
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from latentds_tools.bench.machine import machine
-
-from latentds.core.display import say
+from latentds_tools.bench import harness
+from latentds_tools.bench.harness import Way
+from latentds_tools.reports.delivery import show
 
 if TYPE_CHECKING:
     import torch
@@ -24,10 +22,15 @@ if TYPE_CHECKING:
     from latentds.evaluation.features.extraction_options import FeatureOptions
     from latentds.evaluation.patchsets.patch_set import PatchSet
 
-logger = logging.getLogger(__name__)
 CHANNELS = {8: 4, 32: 32}  # of latents by their factor, as SD-1.5 and DC-AE-f32 have them
-GPU = {"patches": 16_384, "batch_sizes": (256,), "embedder": "timm:vit_large_patch16_224"}
-CPU = {"patches": 64, "batch_sizes": (16,), "embedder": "timm:vit_tiny_patch16_224"}
+GPU = {
+    "patches": 16_384, "batch_sizes": (256,), "embedder": "timm:vit_large_patch16_224",
+    "precision": "bfloat16",
+}  # fmt: skip
+CPU = {
+    "patches": 64, "batch_sizes": (16,), "embedder": "timm:vit_tiny_patch16_224",
+    "precision": "float32",
+}  # fmt: skip
 ALONE, LOADED, WRITTEN, DECODED = "embedder_alone", "from_latents", "with_files", "decoder_alone"
 
 
@@ -87,8 +90,7 @@ class Bench:
 
 def run(config: Config) -> None:
     """Measure and print."""
-    report = measure(config)
-    say(json.dumps(report, indent=1) if config.json else as_text(report))
+    show(measure(config), config.json, as_text)
 
 
 def measure(config: Config) -> dict[str, Any]:
@@ -97,7 +99,7 @@ def measure(config: Config) -> dict[str, Any]:
     from latentds.embedders import load_embedder
 
     device = choose_device(config.device)
-    config = with_defaults(config, device.type == "cuda")
+    config = harness.for_device(config, device.type == "cuda", GPU, CPU)
     name = str(config.embedder)
     is_random = name.startswith("timm:") and "@" not in name
     embedder = random_embedder(name) if is_random else load_embedder(name)
@@ -109,18 +111,11 @@ def measure(config: Config) -> dict[str, Any]:
             for size in config.batch_sizes or ()
         ]
     return {
-        "machine": machine(str(device)),
-        "config": json.loads(json.dumps(dataclasses.asdict(config), default=str)),
+        "machine": harness.machine(str(device)),
+        "config": harness.recorded(config),
         "weights": "random" if is_random else "loaded",
         "rows": rows,
     }
-
-
-def with_defaults(config: Config, is_gpu: bool) -> Config:
-    """The config with what suits the device where nothing is given."""
-    chosen = (GPU if is_gpu else CPU) | {"precision": "bfloat16" if is_gpu else "float32"}
-    missing = {name: value for name, value in chosen.items() if getattr(config, name) is None}
-    return dataclasses.replace(config, **missing)
 
 
 def random_embedder(name: str) -> NetworkEmbedder:
@@ -203,31 +198,22 @@ def open_bench(
 
 def measure_size(bench: Bench, rounds: int) -> dict[str, Any]:
     """Medians of one batch size; the cost is that of the same round's embedder alone."""
-    ways = {ALONE: embed_cached, LOADED: embed_latents, WRITTEN: write_files, DECODED: decode}
-    for way in (embed_cached, embed_latents):  # first batches choose kernels and fill pools
-        way(bench)
-    figures: list[dict[str, float]] = []
-    for number in range(rounds):
-        logger.info("batches of %d, round %d of %d", bench.options.batch_size, number + 1, rounds)
-        figures.append({name: rate(way, bench) for name, way in ways.items()})
-    row: dict[str, Any] = {"batch_size": bench.options.batch_size}
-    for name in ways:
-        row[f"{name}_patches_per_s"] = statistics.median(found[name] for found in figures)
+    timed = {ALONE: embed_cached, LOADED: embed_latents, WRITTEN: write_files, DECODED: decode}
+    ways = {name: Way(name, functools.partial(once, bench)) for name, once in timed.items()}
+    size, total = bench.options.batch_size, len(bench.patches)
+    for name in (ALONE, LOADED):  # first batches choose kernels and fill pools
+        harness.run_steps(ways[name], 1, bench.device)
+    harness.run_rounds(list(ways.values()), rounds, bench.device, title=f"batches of {size}, ")
+    row: dict[str, Any] = {"batch_size": size}
+    row |= {f"{name}_patches_per_s": total / way.median for name, way in ways.items()}
     for name in (LOADED, WRITTEN):
-        costs = [100 * (found[ALONE] / found[name] - 1) for found in figures]
+        costs = harness.cost_percents(ways[name], ways[ALONE])
         row[f"{name}_cost_percent"] = statistics.median(costs)
-        row[f"{name}_cost_range"] = [min(costs), max(costs)]
+        row[f"{name}_cost_range"] = harness.extent(costs)
     return row
 
 
-def rate(way: Callable[[Bench], int], bench: Bench) -> float:
-    """Patches a second of one pass."""
-    started = time.perf_counter()
-    count = way(bench)
-    return count / (time.perf_counter() - started)
-
-
-def embed_cached(bench: Bench) -> int:
+def embed_cached(bench: Bench) -> None:
     """Embed one batch of decoded pictures over and over, as many patches as the set has."""
     import numpy as np
 
@@ -240,80 +226,66 @@ def embed_cached(bench: Bench) -> int:
             part = bench.cached[: min(size, total - start)]
             yield Piece(None, np.empty((len(part), 2), np.int64), images=part)
 
-    return embed_all(bench, pieces())
+    embed_all(bench, pieces())
 
 
-def embed_latents(bench: Bench) -> int:
+def embed_latents(bench: Bench) -> None:
     """Read, decode and embed the set as an extraction does, without writing."""
     from latentds.evaluation.features.extraction import read_slides
 
-    return embed_all(bench, read_slides(bench.patches, bench.patches.slides(), bench.options))
+    embed_all(bench, read_slides(bench.patches, bench.patches.slides(), bench.options))
 
 
-def embed_all(bench: Bench, pieces: Iterator[Any]) -> int:
-    """Embed pieces and bring the features to the host; how many."""
+def embed_all(bench: Bench, pieces: Iterator[Any]) -> None:
+    """Embed pieces and bring the features to the host."""
     from latentds.evaluation.features.embedding_pipeline import embed_pieces
 
-    count = 0
     with contextlib.closing(embed_pieces(pieces, bench.embedder, bench.device)) as embedded:
         for piece in embedded:
             if piece.error is not None:
                 raise piece.error
-            count += len(piece.features)
-    return count
 
 
-def write_files(bench: Bench) -> int:
+def write_files(bench: Bench) -> None:
     """The extraction itself, files and all."""
     from latentds.evaluation.features.extraction import extract_features
 
     with tempfile.TemporaryDirectory(dir=bench.folder) as out:
-        return extract_features(
+        extract_features(
             bench.patches, bench.embedder, Path(out), bench.options, device=bench.device,
             rank=0, world_size=1,
-        ).patches  # fmt: skip
+        )  # fmt: skip
 
 
-def decode(bench: Bench) -> int:
+def decode(bench: Bench) -> None:
     """Read and decode the set, without embedding."""
     from latentds.evaluation.features.extraction import read_slides
 
-    count = 0
     for piece in read_slides(bench.patches, bench.patches.slides(), bench.options):
         if piece.error is not None or piece.images is None:
             raise piece.error or AssertionError("no images")
-        count += len(piece.images)
-    if bench.device.type == "cuda":
-        import torch
-
-        torch.cuda.synchronize(bench.device)
-    return count
 
 
 def as_text(report: dict[str, Any]) -> str:
     """The table."""
-    where, config = report["machine"], report["config"]
-    lines = [
-        f"{where['gpu'] or where['cpu']}, {where['cores']} cores ({where['torch_threads']} threads "
-        f"of torch), torch {where['torch']}; {config['embedder']} ({report['weights']} weights) "
-        f"behind {config['student']} (random weights{', compiled' if config['compile'] else ''}), "
-        f"{config['precision']}, "
+    config = report["config"]
+    head = (
+        f"{harness.machine_text(report['machine'])}; {config['embedder']} ({report['weights']} "
+        f"weights) behind {config['student']} (random weights"
+        f"{', compiled' if config['compile'] else ''}), {config['precision']}, "
         f"{config['patches']:,} patches of {config['patch_size']} px on {config['device']}, "
-        f"medians of {config['rounds']} rounds",
-        "",
-        "| batch | embedder alone, patches/s | from latents | cost (range) | with files written | "
-        "cost (range) | reading and decoding alone |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    return "\n".join(lines + [row_text(row) for row in report["rows"]])
+        f"medians of {config['rounds']} rounds"
+    )
+    header = ("batch", "embedder alone, patches/s", "from latents", "cost (range)",
+              "with files written", "cost (range)", "reading and decoding alone")  # fmt: skip
+    return harness.report_text(head, header, map(row_cells, report["rows"]))
 
 
-def row_text(row: dict[str, Any]) -> str:
+def row_cells(row: dict[str, Any]) -> list[str]:
     """A row of the table."""
     cells = [str(row["batch_size"]), f"{row[f'{ALONE}_patches_per_s']:,.1f}"]
     for name in (LOADED, WRITTEN):
         low, high = row[f"{name}_cost_range"]
         cells.append(f"{row[f'{name}_patches_per_s']:,.1f}")
         cells.append(f"{row[f'{name}_cost_percent']:.1f} % ({low:.1f} to {high:.1f})")
-    cells.append(f"{row[f'{DECODED}_patches_per_s']:,.1f}")
-    return f"| {' | '.join(cells)} |"
+    return [*cells, f"{row[f'{DECODED}_patches_per_s']:,.1f}"]

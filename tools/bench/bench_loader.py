@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import statistics
 import sys
@@ -12,9 +11,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from latentds_tools.bench.machine import machine
+from latentds_tools.bench.harness import extent, machine, medians, report_text
+from latentds_tools.reports.delivery import show
 
-from latentds.core.display import say
 from latentds.errors import InputError, unknown_name
 
 logger = logging.getLogger(__name__)
@@ -97,6 +96,18 @@ class Config:
         names = [name for name in self.decode.split(",") if name]
         return names if self.folder else [name for name in names if name != "pixels"]
 
+    def contenders(self) -> list[tuple[str, str]]:
+        """Who is measured with batches of what; files that are pictures give pixels alone."""
+        names = ["latentds"]
+        for peer in self.peers():
+            names += [peer, f"{peer}-packed"] if peer in HAVE_PACKED else [peer]
+        return [
+            (peer, decode)
+            for peer in names
+            for decode in self.decodes()
+            if decode == "pixels" or not PEERS[peer][0]
+        ]
+
 
 def run(config: Config) -> None:
     """Prepare, measure in turn, print."""
@@ -118,7 +129,7 @@ def run(config: Config) -> None:
         "rounds": config.rounds,
         "results": summarize(results),
     }
-    say(json.dumps(report, indent=1) if config.json else as_text(report))
+    show(report, config.json, as_text)
 
 
 def prepare(config: Config, work: Path) -> list[dict[str, Any]]:
@@ -132,45 +143,42 @@ def prepare(config: Config, work: Path) -> list[dict[str, Any]]:
         synthetic.write_synthetic(own, config.patches)
         patches = peer_formats.read_patches(own, config.split)
     common = describe_set(config, own, work, len(patches))
-    wanted = ["latentds"]
-    for peer in config.peers():
-        wanted += [peer, f"{peer}-packed"] if peer in HAVE_PACKED else [peer]
     few = patches.first(config.pixel_patches)
     sizes = {decode: few if decode == "pixels" else patches for decode in config.decodes()}
-    own_of = {len(patches): own}
+    folders = {("latentds", len(patches)): own}
     if "pixels" in sizes and len(few) < len(patches):
-        own_of[len(few)] = work / "latentds-few"
-        peer_formats.write_subset(own, own_of[len(few)], config.split, len(few))
+        folders["latentds", len(few)] = work / "latentds-few"
+        peer_formats.write_subset(own, work / "latentds-few", config.split, len(few))
     specs = []
-    for peer in wanted:
-        is_images, module = PEERS[peer]
-        for decode, some in sizes.items():
-            if is_images and decode != "pixels":
-                continue
-            folder = work / f"{peer}-{len(some)}"
-            if peer in ("latentds", "webdataset-packed"):
-                folder = own_of[len(some)]
-            elif not folder.exists():
-                folder.mkdir()
-                logger.info("writing %s", peer)
-                write_format(config, peer, some, folder, own)
-            size = config.pixel_batch_size if decode == "pixels" else config.batch_size
-            specs.append(
-                common
-                | {
-                    "peer": peer,
-                    "module": module,
-                    "images": is_images,
-                    "folder": str(folder),
-                    "decode": decode,
-                    "batch_size": size,
-                    "epoch_patches": len(some) - len(some) % size,
-                    "stored_patches": len(some),
-                    "stored_bytes_per_patch": bytes_below(folder) / len(some),
-                    "ceiling_rounds": 3 if (peer, decode) == ("latentds", "pixels") else 0,
-                }
-            )
+    for peer, decode in config.contenders():
+        some, where = sizes[decode], "latentds" if peer == "webdataset-packed" else peer
+        if (where, len(some)) not in folders:
+            folders[where, len(some)] = folder = work / f"{peer}-{len(some)}"
+            folder.mkdir()
+            logger.info("writing %s", peer)
+            write_format(config, peer, some, folder, own)
+        specs.append(common | describe_one(config, peer, decode, folders[where, len(some)], some))
     return specs
+
+
+def describe_one(
+    config: Config, peer: str, decode: str, folder: Path, patches: Any
+) -> dict[str, Any]:
+    """What one process is told."""
+    size = config.pixel_batch_size if decode == "pixels" else config.batch_size
+    count = len(patches)
+    return {
+        "peer": peer,
+        "module": PEERS[peer][1],
+        "images": PEERS[peer][0],
+        "folder": str(folder),
+        "decode": decode,
+        "batch_size": size,
+        "epoch_patches": count - count % size,
+        "stored_patches": count,
+        "stored_bytes_per_patch": bytes_below(folder) / count,
+        "ceiling_rounds": 3 if (peer, decode) == ("latentds", "pixels") else 0,
+    }
 
 
 def describe_set(config: Config, own: Path, work: Path, count: int) -> dict[str, Any]:
@@ -252,12 +260,9 @@ def summarize(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if not sound:
             rows.append(row | {"error": rounds[0]["error"]})
             continue
-        for phase in ("cold", "warm"):
-            row[phase] = {
-                name: statistics.median(r[phase][name] for r in sound) for name in sound[0][phase]
-            }
+        row |= {phase: medians([r[phase] for r in sound]) for phase in ("cold", "warm")}
         rates = [r["warm"]["patches_per_s"] for r in sound]
-        row |= {"warm_range": [min(rates), max(rates)], "versions": sound[0]["versions"]}
+        row |= {"warm_range": extent(rates), "versions": sound[0]["versions"]}
         row["peak_mb"] = statistics.median(r["peak_mb"] for r in sound)
         ceilings = [pair for r in sound for pair in r["ceilings"]]
         if ceilings:
@@ -272,40 +277,45 @@ def summarize(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def as_text(report: dict[str, Any]) -> str:
     """The table, best rates first within what batches hold."""
     where = report["machine"]
-    lines = [
+    head = (
         f"{where['gpu'] or where['cpu']}, {where['cores']} cores; {report['workers']} workers, "
         f"batches of {report['batch_size']} ({report['pixel_batch_size']} of pixels), medians of "
-        f"{report['rounds']} rounds",
-        "",
-        "| batches of | loader | patches | stored B | warm patches/s (range) | cold patches/s | "
-        "first batch s | CPU s/1000 | disk B read, cold | peak MB |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+        f"{report['rounds']} rounds"
+    )
+    header = ("batches of", "loader", "patches", "stored B", "warm patches/s (range)",
+              "cold patches/s", "first batch s", "CPU s/1000", "disk B read, cold",
+              "peak MB")  # fmt: skip
     rank = {"codes": 0, "latents": 1, "pixels": 2}
     rows = sorted(
         report["results"],
         key=lambda r: (rank[r["decode"]], -r.get("warm", {}).get("patches_per_s", 0.0)),
     )
-    for row in rows:
-        head = f"| {row['decode']} | {row['peer']} | {row['stored_patches']:,} | "
-        head += f"{row['stored_bytes_per_patch']:,.0f} |"
-        if "error" in row:
-            lines.append(f"{head} {row['error']} | | | | | |")
-            continue
-        low, high = row["warm_range"]
-        warm, cold = row["warm"], row["cold"]
-        lines.append(
-            f"{head} {warm['patches_per_s']:,.0f} ({low:,.0f}-{high:,.0f}) | "
-            f"{cold['patches_per_s']:,.0f} | {cold['first_batch_s']:.2f} | "
-            f"{warm['cpu_s_per_1000']:.3f} | {cold['bytes_read_per_patch']:,.0f} | "
-            f"{row['peak_mb']:,.0f} |"
-        )
+    rest: list[str] = []
     for row in rows:
         if "decoder_alone" in row:
-            lines += [
+            rest += [
                 "",
                 f"decoder alone, in turn with the loader: {row['decoder_alone']:,.1f} patches/s; "
                 f"end to end {row['share_of_decoder']:.1%} of it",
             ]
     versions = {n: v for row in rows for n, v in row.get("versions", {}).items()}
-    return "\n".join([*lines, "", ", ".join(f"{n} {v}" for n, v in sorted(versions.items()))])
+    rest += ["", ", ".join(f"{n} {v}" for n, v in sorted(versions.items()))]
+    return report_text(head, header, map(row_cells, rows), *rest)
+
+
+def row_cells(row: dict[str, Any]) -> list[str]:
+    """A row of the table."""
+    cells = [row["decode"], row["peer"], f"{row['stored_patches']:,}",
+             f"{row['stored_bytes_per_patch']:,.0f}"]  # fmt: skip
+    if "error" in row:
+        return [*cells, row["error"], *[""] * 5]
+    (low, high), warm, cold = row["warm_range"], row["warm"], row["cold"]
+    return [
+        *cells,
+        f"{warm['patches_per_s']:,.0f} ({low:,.0f}-{high:,.0f})",
+        f"{cold['patches_per_s']:,.0f}",
+        f"{cold['first_batch_s']:.2f}",
+        f"{warm['cpu_s_per_1000']:.3f}",
+        f"{cold['bytes_read_per_patch']:,.0f}",
+        f"{row['peak_mb']:,.0f}",
+    ]

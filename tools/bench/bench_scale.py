@@ -6,13 +6,14 @@ import dataclasses
 import json
 import logging
 import multiprocessing
-import statistics
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from latentds.core.display import say
+from latentds_tools.bench.harness import medians
+from latentds_tools.reports.delivery import show
+from latentds_tools.reports.markdown import table
 
 logger = logging.getLogger(__name__)
 STATES = 200  # saved and loaded a set
@@ -54,9 +55,9 @@ def run(config: Config) -> None:
             for _ in range(config.rounds):
                 drop_page_cache(folder)
                 rounds.append(in_process(folder, config))
-            medians = {n: statistics.median(r[n] for r in rounds) for n in rounds[0]}
-            rows.append({"patches": patches, "codes": patches <= config.written} | medians)
-    say(json.dumps(rows, indent=1) if config.json else as_text(rows))
+            row = {"patches": patches, "codes": patches <= config.written}
+            rows.append(row | medians(rounds))
+    show(rows, config.json, as_text)
 
 
 def in_process(folder: Path, config: Config) -> dict[str, float]:
@@ -117,16 +118,18 @@ def memory() -> dict[str, int]:
 
 def as_text(rows: list[dict[str, Any]]) -> str:
     """The table."""
+    columns = {
+        "open s": ("open_s", ".3f"),
+        "first batch s": ("first_batch_s", ".3f"),
+        "own memory MB": ("private_mb", ".1f"),
+        "mapped MB": ("mapped_mb", ".1f"),
+        "state save ms": ("save_ms", ".3f"),
+        "load ms": ("load_ms", ".3f"),
+        "state bytes": ("state_bytes", ".0f"),
+    }
     lines = [
-        "| patches | shards | open s | first batch s | own memory MB | mapped MB | state save ms "
-        "| load ms | state bytes |",
-        "|---|---|---|---|---|---|---|---|---|",
+        [f"{row['patches']:,}", "written" if row["codes"] else "holes"]
+        + [format(row[name], form) for name, form in columns.values()]
+        for row in rows
     ]
-    for row in rows:
-        lines.append(
-            f"| {row['patches']:,} | {'written' if row['codes'] else 'holes'} | "
-            f"{row['open_s']:.3f} | {row['first_batch_s']:.3f} | {row['private_mb']:.1f} | "
-            f"{row['mapped_mb']:.1f} | {row['save_ms']:.3f} | {row['load_ms']:.3f} | "
-            f"{row['state_bytes']:.0f} |"
-        )
-    return "\n".join(lines)
+    return table(["patches", "shards", *columns], lines)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tyro
+from latentds_tools.bench.harness import report_text
+from latentds_tools.reports.delivery import show
+from latentds_tools.reports.markdown import table
 
-from latentds.core.display import say
 from latentds.loading.options import Order
 
 BUFFER = 5000  # samples webdataset's documentation shuffles among
@@ -61,7 +62,7 @@ def run(config: Config) -> None:
             for nodes, lanes in ([(1, 1)] if ranks == 1 else [(1, 1), (2, 1), (2, 2)])
         ],
     }
-    say(json.dumps(result, indent=1) if config.json else as_text(result))
+    show(result, config.json, as_text)
 
 
 def compare_orders(config: Config, data: Any) -> list[dict[str, Any]]:
@@ -188,22 +189,25 @@ def fetch(cache: OrderedDict[int, None], packs: Any, counts: Any, capacity: int)
 
 def as_text(result: dict[str, Any]) -> str:
     """Both tables."""
-    lines = [
+    head = (
         f"{result['patches']:,} patches of {result['slides']:,} slides, global batch "
-        f"{result['global_batch_size']:,}",
-        "",
-        f"{'order':<24}| neighbours of one slide | slides a batch | label distance | displacement",
+        f"{result['global_batch_size']:,}"
+    )
+    orders = [
+        [
+            *(row["order"], f"{row['same_slide']:.2%}", f"{row['slides']:.1f}"),
+            *(f"{row['label_distance']:.3f}", f"{row['displacement']:.3f}"),
+        ]
+        for row in result["orders"]
     ]
-    for row in result["orders"]:
-        lines.append(
-            f"{row['order']:<24}| {row['same_slide']:>23.2%} | {row['slides']:>14.1f} | "
-            f"{row['label_distance']:>14.3f} | {row['displacement']:>12.3f}"
-        )
-    lines += ["", "ranks x workers | nodes | lanes | cached packs | read over delivered, a node"]
-    for row in result["reads"]:
-        topology = f"{row['ranks']} x {row['workers']}"
-        lines.append(
-            f"{topology:>15} | {row['nodes']:>5} | {row['lanes']:>5} | {row['cached_packs']:>12,} "
-            f"| {row['read_over_delivered']:.3f}"
-        )
-    return "\n".join(lines)
+    reads = [
+        [
+            *(f"{row['ranks']} x {row['workers']}", str(row["nodes"]), str(row["lanes"])),
+            *(f"{row['cached_packs']:,}", f"{row['read_over_delivered']:.3f}"),
+        ]
+        for row in result["reads"]
+    ]
+    header = ("order", "neighbours of one slide", "slides a batch", "label distance",
+              "displacement")  # fmt: skip
+    of_nodes = ("ranks x workers", "nodes", "lanes", "cached packs", "read over delivered, a node")
+    return report_text(head, header, orders, "", table(of_nodes, reads))

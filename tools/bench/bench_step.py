@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
+import statistics
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from latentds_tools.bench.machine import machine
-from latentds_tools.bench.step_config import Config, with_defaults
-
-from latentds.core.display import say
-
-if TYPE_CHECKING:
-    from latentds_tools.bench.step_rounds import Way
+from latentds_tools.bench import harness
+from latentds_tools.bench.harness import Way
+from latentds_tools.bench.step_config import LEAD, Config, with_defaults
+from latentds_tools.reports.delivery import show
 
 STEP, VIEWS_TOO, LOADER = "cached views", "cached images, views made", "loader, views made"
 READ, DECODE, VIEWS = "reading codes", "decoding", "making views"
@@ -22,39 +19,40 @@ READ, DECODE, VIEWS = "reading codes", "decoding", "making views"
 
 def run(config: Config) -> None:
     """Measure and print."""
-    report = measure(config)
-    say(json.dumps(report, indent=1) if config.json else as_text(report))
+    show(measure(config), config.json, as_text)
 
 
 def measure(config: Config) -> dict[str, Any]:
     """All figures."""
     from latentds_tools.bench.step_feeding import Feeding
-    from latentds_tools.bench.step_rounds import run_rounds
     from latentds_tools.bench.step_sets import check_enough, open_source
 
     from latentds.conversion.patch_encoding import choose_device
 
     device = choose_device(config.device)
     config = with_defaults(config, device.type == "cuda")
+    assert config.batch_size is not None and config.steps is not None
+    lead = LEAD[device.type == "cuda"]
     with tempfile.TemporaryDirectory(dir=config.work) as work:
         source = open_source(config, Path(work))
-        check_enough(source.folder, config.split, int(config.batch_size or 0))
+        check_enough(source.folder, config.split, config.batch_size)
         with Feeding(source, config, device) as feeding:
             ways = make_ways(feeding)
-            run_rounds(list(ways.values()), config.rounds, int(config.steps or 0), device)
+            for way in ways.values():  # kernels are chosen, compiled and captured; pools fill
+                harness.run_steps(way, max(lead, 1), device)
+            timed = list(ways.values())
+            harness.run_rounds(timed, config.rounds, device, steps=config.steps, lead=lead)
             facts = feeding.facts()
     return {
-        "machine": machine(str(device)),
-        "config": json.loads(json.dumps(dataclasses.asdict(config), default=str)),
+        "machine": harness.machine(str(device)),
+        "config": harness.recorded(config),
         "source": facts | {"decoder": source.decoder, "weights": source.weights},
-        **summarize(ways, int(config.batch_size or 0)),
+        **summarize(ways, config.batch_size),
     }
 
 
 def make_ways(feeding: Any) -> dict[str, Way]:
     """What is timed, by name: steps, then the parts of a loader alone."""
-    from latentds_tools.bench.step_rounds import Way
-
     timed = {
         STEP: feeding.step_on_cached_views,
         VIEWS_TOO: feeding.step_on_cached_images,
@@ -69,16 +67,12 @@ def make_ways(feeding: Any) -> dict[str, Way]:
 
 def summarize(ways: dict[str, Way], batch_size: int) -> dict[str, Any]:
     """Times, costs and the arithmetic of what ran at the same time."""
-    from latentds_tools.bench.step_rounds import cost, describe, overlap
-
+    steps = (STEP, VIEWS_TOO, LOADER)
+    times = {name: harness.describe_time(way, batch_size) for name, way in ways.items()}
     parts = [ways[name] for name in (DECODE, VIEWS) if name in ways]
     return {
-        "steps": {name: describe(ways[name], batch_size) for name in (STEP, VIEWS_TOO, LOADER)},
-        "alone": {
-            name: describe(way, batch_size)
-            for name, way in ways.items()
-            if name in (READ, DECODE, VIEWS)
-        },
+        "steps": {name: times[name] for name in steps},
+        "alone": {name: found for name, found in times.items() if name not in steps},
         "loader_over_cached_views": cost(ways[LOADER], ways[STEP]),
         "loader_over_cached_images": cost(ways[LOADER], ways[VIEWS_TOO]),
         "views_over_cached_views": cost(ways[VIEWS_TOO], ways[STEP]),
@@ -86,40 +80,58 @@ def summarize(ways: dict[str, Way], batch_size: int) -> dict[str, Any]:
     }
 
 
+def cost(slower: Way, base: Way) -> dict[str, Any]:
+    """Percent that one way takes more than another, of the middle round and of all."""
+    percents = harness.cost_percents(slower, base)
+    return {"percent": statistics.median(percents), "percent_range": harness.extent(percents)}
+
+
+def overlap(step: Way, loaded: Way, parts: Sequence[Way]) -> dict[str, float]:
+    """What would be expected if nothing ran at the same time, and how much of it did.
+
+    step    on views that are there
+    loaded  with the loader
+    parts   what the loader does, each alone
+    """
+    alone = sum(part.median for part in parts)
+    added = loaded.median - step.median
+    return {
+        "step_ms": 1000 * step.median,
+        "parts_ms": 1000 * alone,
+        "one_after_another_ms": 1000 * (step.median + alone),
+        "measured_ms": 1000 * loaded.median,
+        "hidden_percent": 100 * (1 - added / alone) if alone else 0.0,
+    }
+
+
 def as_text(report: dict[str, Any]) -> str:
     """The table and what it says."""
-    where, config, source = report["machine"], report["config"], report["source"]
+    config, source = report["config"], report["source"]
     crops = f"{config['globals']} x {config['global_px']} px"
     if config["locals"]:
         crops += f" and {config['locals']} x {config['local_px']} px"
     decoding = f"{source['decoder']} ({source['weights']} weights, {config['dtype']})"
-    options = ["channels_last", "compile", "cuda_graph"]
-    options = [name for name in options if config[name]]
-    lines = [
-        f"{where['gpu'] or where['cpu']}, {where['cores']} cores ({where['torch_threads']} threads "
-        f"of torch), torch {where['torch']}; {config['method']} on {config['arch']}, crops "
+    options = [name for name in ("channels_last", "compile", "cuda_graph") if config[name]]
+    head = (
+        f"{harness.machine_text(report['machine'])}; {config['method']} on {config['arch']}, crops "
         f"{crops}, batch {config['batch_size']}, {config['device']}; "
         + (f"decoder {' '.join([decoding, *options])}" if source["weights"] else "no decoding")
         + f", {source['bytes_per_patch']:,} bytes a patch of {source['patch_px']} px, "
         f"{config['num_workers']} workers; medians of {config['rounds']} rounds of "
-        f"{config['steps']} steps",
-        "",
-        "| | ms a step (range) | patches/s | peak GPU memory |",
-        "|---|---|---|---|",
-        *(row_text(f"step on {name}", row) for name, row in report["steps"].items()),
-        *(row_text(f"{name} alone", row) for name, row in report["alone"].items()),
-        "",
-        *costs_text(report),
-    ]
-    return "\n".join(lines)
+        f"{config['steps']} steps"
+    )
+    rows = [row_cells(f"step on {name}", row) for name, row in report["steps"].items()]
+    rows += [row_cells(f"{name} alone", row) for name, row in report["alone"].items()]
+    header = ("", "ms a step (range)", "patches/s", "peak GPU memory")
+    return harness.report_text(head, header, rows, "", *costs_text(report))
 
 
-def row_text(name: str, row: dict[str, Any]) -> str:
+def row_cells(name: str, row: dict[str, Any]) -> list[str]:
     """A row of the table."""
     low, high = row["ms_range"]
-    peak = "" if row["peak_gb"] is None else f"{row['peak_gb']:.2f} GB"
     times = f"{row['ms']:,.1f} ({low:,.1f} to {high:,.1f})"
-    return f"| {name} | {times} | {row['patches_per_s']:,.1f} | {peak} |"
+    peak = "" if row["peak_gb"] is None else f"{row['peak_gb']:.2f} GB"
+    return [name, times, f"{row['patches_per_s']:,.1f}", peak]
 
 
 def costs_text(report: dict[str, Any]) -> list[str]:

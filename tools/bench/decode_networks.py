@@ -5,11 +5,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import gc
-import statistics
-import time
 from typing import TYPE_CHECKING, Any, Protocol
 
 from latentds_tools.bench.decode_shapes import find_decoder, gigaflops
+from latentds_tools.bench.harness import medians, sustained, synchronize
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,11 +64,10 @@ class Timed:
         base: dict[int, float] = {}
         rows: list[dict[str, Any]] = []
         for number, (options, batch) in enumerate(self.cases):
-            figures = [found[number] for found in self.rounds]
-            medians = {name: statistics.median(f[name] for f in figures) for name in figures[0]}
-            rate = medians["patches_per_s"]
+            figures = medians([found[number] for found in self.rounds])
+            rate = figures["patches_per_s"]
             case = {"options": describe(options), "batch": batch}
-            rows.append(head | case | medians | {"gain": rate / base.setdefault(batch, rate)})
+            rows.append(head | case | figures | {"gain": rate / base.setdefault(batch, rate)})
         return rows
 
 
@@ -123,10 +121,7 @@ def default_batch(device: str, gflop: float) -> int:
 def measure(
     autoencoder: NetworkAutoencoder, options: Decode, batch: int, config: Settings
 ) -> tuple[dict[str, float], Tensor]:
-    """Rate and start-up of one case, and the images it makes of fixed codes.
-
-    The first batch is not part of the rate; at least one more is decoded, however long it takes.
-    """
+    """Rate and start-up of one case, and the images it makes of fixed codes."""
     import torch
 
     from latentds.loading.decoding import Decoder
@@ -142,16 +137,14 @@ def measure(
     generator = torch.Generator().manual_seed(0)
     shape = (batch, card.channels, cells, cells)
     codes = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8).to(device)
-    started = time.perf_counter()
-    images = decoder(codes).float().cpu()
-    first = time.perf_counter() - started
-    patches, started = 0, time.perf_counter()
-    while (now := time.perf_counter() - started) < config.seconds or not patches:
-        decoder(codes)
-        if decoder.device.type == "cuda":
-            torch.cuda.synchronize(decoder.device)
-        patches += batch
-    return {"patches_per_s": patches / now, "first_batch_s": first}, images
+    made: list[Tensor] = []
+
+    def decode() -> None:
+        made[:] = [decoder(codes)]
+        synchronize(decoder.device)
+
+    rate, first = sustained(decode, config.seconds, batch)
+    return {"patches_per_s": rate, "first_batch_s": first}, made[0].float().cpu()
 
 
 def release(device: str) -> None:

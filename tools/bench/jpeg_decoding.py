@@ -11,6 +11,8 @@ from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from latentds_tools.bench.harness import medians, rate_of, sustained, synchronize
+
 from latentds.errors import InputError, missing_extra
 
 if TYPE_CHECKING:
@@ -106,17 +108,17 @@ def rate(
 ) -> tuple[float, float]:
     """Patches a second on the core that calls, and seconds the first took."""
     decode = make_decoder(library)
+
+    def decode_all() -> None:
+        for encoded in jpegs:
+            decode(encoded)
+
     started = time.perf_counter()
     decode(jpegs[0])
     first = time.perf_counter() - started
     if wait is not None:
         wait()
-    count, started = 0, time.perf_counter()
-    while (now := time.perf_counter() - started) < seconds or not count:
-        for encoded in jpegs:
-            decode(encoded)
-        count += len(jpegs)
-    return count / now, first
+    return rate_of(decode_all, seconds, len(jpegs)), first
 
 
 def rate_together(
@@ -169,16 +171,9 @@ def rate_on_gpu(
 
     def decode() -> None:
         decode_jpeg(encoded, device=device)
-        torch.cuda.synchronize(device)
+        synchronize(device)
 
-    started = time.perf_counter()
-    decode()
-    first = time.perf_counter() - started
-    count, started = 0, time.perf_counter()
-    while (now := time.perf_counter() - started) < seconds or not count:
-        decode()
-        count += batch
-    return count / now, first
+    return sustained(decode, seconds, batch)
 
 
 def measure_all(
@@ -217,14 +212,11 @@ def row(library: str, where: str, batch: int, found: tuple[float, float]) -> dic
 
 
 def rows_of(rounds: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """The rows with the medians of their rounds."""
+    """The rows with the medians of their rounds; an error where one failed."""
     rows = []
     for same in zip(*rounds, strict=True):
         failed = [found for found in same if "error" in found]
-        medians = {
-            name: statistics.median(found[name] for found in same)
-            for name in ("patches_per_s", "first_batch_s")
-            if not failed
-        }
-        rows.append((failed or same)[0] | medians)
+        names = ("patches_per_s", "first_batch_s")
+        figures = medians([{name: found[name] for name in names} for found in same if not failed])
+        rows.append((failed or same)[0] | figures)
     return rows

@@ -20,8 +20,6 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from latentds.core.display import say
-
 COLD_FACTOR = 6
 Spec = dict[str, Any]
 Labelled = tuple[torch.Tensor, torch.Tensor]
@@ -62,7 +60,8 @@ def import_peer(peer: str) -> None:
 
 def tell(event: str, **values: Any) -> None:
     """Print an event and wait for the one who measures to have looked at this process."""
-    say(json.dumps({"event": event, **values}), flush=True)
+    sys.stdout.write(json.dumps({"event": event, **values}) + "\n")
+    sys.stdout.flush()
     sys.stdin.readline()
 
 
@@ -231,18 +230,21 @@ def stack(samples: list[Any]) -> Labelled:
 class Pooled(IterableDataset[Labelled]):
     """Packs of patches unpacked and shuffled: the best that a user of a packed peer could write.
 
-    packs  makes an iterator of (codes (n, C, h, w), labels (n,)) in this worker
+    unpack  makes codes (n, C, h, w) and labels (n,) of one of the packs, in a worker
     """
 
-    def __init__(self, packs: Callable[[], Iterator[tuple[Any, Any]]], spec: Spec) -> None:
-        self.packs, self.batch, self.pool = packs, spec["batch_size"], spec["buffer"]
+    def __init__(
+        self, packs: Iterable[Any], unpack: Callable[[Any], tuple[Any, Any]], spec: Spec
+    ) -> None:
+        self.packs, self.unpack = packs, unpack
+        self.batch, self.pool = spec["batch_size"], spec["buffer"]
 
     def __iter__(self) -> Iterator[Labelled]:
         rng = np.random.default_rng(torch.initial_seed() % 2**32)
         codes: list[Any] = []
         labels: list[Any] = []
         count = 0
-        for part, part_labels in self.packs():
+        for part, part_labels in map(self.unpack, self.packs):
             codes.append(part)
             labels.append(part_labels)
             count += len(part)
@@ -273,6 +275,7 @@ def shuffle_together(codes: list[Any], labels: list[Any], rng: Any) -> tuple[Any
 
 def webdataset_packed_loader(spec: Spec) -> Any:
     """The shards as they are published, read by webdataset."""
+    import pyarrow.parquet as pq
     import webdataset as wds
 
     urls = files_of(spec, f"data/{spec['split']}-*.tar")
@@ -280,80 +283,53 @@ def webdataset_packed_loader(spec: Spec) -> Any:
     data = wds.WebDataset(urls, shardshuffle=len(urls), empty_check=False)
     number = {name: index for index, name in enumerate(spec["classes"])}
 
-    def packs() -> Iterator[tuple[Any, Any]]:
-        import pyarrow.parquet as pq
+    def unpack(sample: Any) -> tuple[Any, Any]:
+        codes = np.load(io.BytesIO(sample["codes.npy"]), allow_pickle=False)
+        table = pq.read_table(io.BytesIO(sample["patches.parquet"]), columns=["label"])
+        names = table["label"].to_pylist()
+        return codes, np.array([number.get(name, -1) for name in names])
 
-        for sample in data:
-            codes = np.load(io.BytesIO(sample["codes.npy"]), allow_pickle=False)
-            table = pq.read_table(io.BytesIO(sample["patches.parquet"]), columns=["label"])
-            names = table["label"].to_pylist()
-            yield codes, np.array([number.get(name, -1) for name in names])
-
-    return loader_of(Pooled(packs, spec), spec, batch_size=None)
-
-
-def datasets_loader(spec: Spec) -> Any:
-    """Parquet of one patch a row, streamed; a buffer of rows shuffled."""
-    data = stream_parquet(spec).shuffle(seed=0, buffer_size=spec["buffer"])
-    shape = tuple(spec["shape"])
-
-    def collate(rows: list[Any]) -> Labelled:
-        joined = bytearray(b"".join(row["codes"] for row in rows))
-        codes = np.frombuffer(joined, np.uint8).reshape(-1, *shape)
-        return torch.from_numpy(codes), torch.tensor([row["label"] for row in rows])
-
-    return loader_of(data, spec, batch_size=spec["batch_size"], collate_fn=collate)
-
-
-def datasets_packed_loader(spec: Spec) -> Any:
-    """Parquet of one pack a row, streamed, unpacked and shuffled in a pool."""
-    data, shape = stream_parquet(spec), tuple(spec["shape"])
-
-    def packs() -> Iterator[tuple[Any, Any]]:
-        for row in data:
-            codes = np.frombuffer(row["codes"], np.uint8).reshape(-1, *shape)
-            yield codes, np.frombuffer(row["labels"], np.int64)
-
-    return loader_of(Pooled(packs, spec), spec, batch_size=None)
+    return loader_of(Pooled(data, unpack, spec), spec, batch_size=None)
 
 
 def stream_parquet(spec: Spec) -> Any:
+    """Rows of Parquet, streamed by Hugging Face's datasets."""
     from datasets import load_dataset
 
     files = files_of(spec, "*.parquet")
     return load_dataset("parquet", data_files=files, split="train", streaming=True)
 
 
-def mds_loader(spec: Spec) -> Any:
-    """mosaicml-streaming, its own shuffle."""
+def stream_mds(spec: Spec, batch_size: int) -> Any:
+    """Samples of mosaicml-streaming, its own shuffle."""
     from streaming import StreamingDataset
 
-    data = StreamingDataset(
-        local=spec["folder"], shuffle=True, batch_size=spec["batch_size"], shuffle_seed=0
+    return StreamingDataset(
+        local=spec["folder"], shuffle=True, batch_size=batch_size, shuffle_seed=0
     )
+
+
+def rows_loader(rows: Any, spec: Spec) -> Any:
+    """One patch a row: its codes' bytes and its label."""
     shape = tuple(spec["shape"])
 
-    def collate(samples: list[Any]) -> Labelled:
-        joined = bytearray(b"".join(sample["codes"] for sample in samples))
+    def collate(members: list[Any]) -> Labelled:
+        joined = bytearray(b"".join(row["codes"] for row in members))
         codes = np.frombuffer(joined, np.uint8).reshape(-1, *shape)
-        return torch.from_numpy(codes), torch.tensor([int(s["label"]) for s in samples])
+        return torch.from_numpy(codes), torch.tensor([int(row["label"]) for row in members])
 
-    return loader_of(data, spec, batch_size=spec["batch_size"], collate_fn=collate)
+    return loader_of(rows, spec, batch_size=spec["batch_size"], collate_fn=collate)
 
 
-def mds_packed_loader(spec: Spec) -> Any:
-    """mosaicml-streaming over packs, unpacked and shuffled in a pool."""
-    from streaming import StreamingDataset
-
-    data = StreamingDataset(local=spec["folder"], shuffle=True, batch_size=1, shuffle_seed=0)
+def packed_rows_loader(rows: Any, spec: Spec) -> Any:
+    """One pack a row, unpacked and shuffled in a pool."""
     shape = tuple(spec["shape"])
 
-    def packs() -> Iterator[tuple[Any, Any]]:
-        for sample in data:
-            codes = np.frombuffer(sample["codes"], np.uint8).reshape(-1, *shape)
-            yield codes, np.frombuffer(sample["labels"], np.int64)
+    def unpack(row: Any) -> tuple[Any, Any]:
+        codes = np.frombuffer(row["codes"], np.uint8).reshape(-1, *shape)
+        return codes, np.frombuffer(row["labels"], np.int64)
 
-    return loader_of(Pooled(packs, spec), spec, batch_size=None)
+    return loader_of(Pooled(rows, unpack, spec), spec, batch_size=None)
 
 
 def jpeg_folder_loader(spec: Spec) -> Any:
@@ -369,10 +345,12 @@ BUILDERS: dict[str, Callable[[Spec], Any]] = {
     "latentds": latentds_loader,
     "webdataset": webdataset_loader,
     "webdataset-packed": webdataset_packed_loader,
-    "datasets": datasets_loader,
-    "datasets-packed": datasets_packed_loader,
-    "mds": mds_loader,
-    "mds-packed": mds_packed_loader,
+    "datasets": lambda spec: rows_loader(
+        stream_parquet(spec).shuffle(seed=0, buffer_size=spec["buffer"]), spec
+    ),
+    "datasets-packed": lambda spec: packed_rows_loader(stream_parquet(spec), spec),
+    "mds": lambda spec: rows_loader(stream_mds(spec, spec["batch_size"]), spec),
+    "mds-packed": lambda spec: packed_rows_loader(stream_mds(spec, 1), spec),
     "jpeg-folder": jpeg_folder_loader,
     "jpeg-webdataset": webdataset_loader,
 }

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
+from latentds_tools.bench.harness import for_device
 
 # Steps before the clock starts, by whether there is a GPU: what the loader decoded there while
 # others were timed is used up by then. A CPU decodes nothing ahead.
 LEAD = {True: 3, False: 0}
 GPU = {
     "arch": "vit_small_patch16_224", "batch_size": 128, "steps": 30, "out_dim": 65_536,
-    "num_workers": 4,
+    "num_workers": 4, "dtype": "bfloat16",
 }  # fmt: skip
 CPU = {
     "arch": "vit_tiny_patch16_224", "batch_size": 2, "steps": 1, "out_dim": 4096, "num_workers": 0,
+    "dtype": "float32",
 }  # fmt: skip
 ONE_CROP = ("mae", "supervised")  # methods that see one global crop of a patch
 AHEAD = 8  # batches more than are taken: at an epoch's end nothing is decoded ahead
@@ -97,11 +99,9 @@ class Config:
 
 def with_defaults(config: Config, is_gpu: bool) -> Config:
     """The config with what suits device and method where nothing is given."""
-    chosen = (GPU if is_gpu else CPU) | {"dtype": "bfloat16" if is_gpu else "float32"}
-    missing: dict[str, Any] = {n: v for n, v in chosen.items() if getattr(config, n) is None}
+    config = for_device(config, is_gpu, GPU, CPU)
     if config.method in ONE_CROP:
-        missing |= {"globals": 1, "locals": 0}
-    config = dataclasses.replace(config, **missing)
+        config = dataclasses.replace(config, globals=1, locals=0)
     assert config.batch_size is not None and config.steps is not None
     lead = LEAD[is_gpu]
     batches = max(lead, 1) + config.rounds * (config.steps + lead) + AHEAD

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from latentds_tools.bench.machine import machine
+from latentds_tools.bench.harness import machine
 from latentds_tools.fidelity import assembling
 from latentds_tools.fidelity.contact import draw_sheet
 from latentds_tools.fidelity.encoded import encode_all

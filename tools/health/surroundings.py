@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from latentds_tools.bench.machine import usable_cores
+from latentds_tools.bench.harness import usable_cores
 from latentds_tools.health.finding import Finding, within
 
 from latentds.store.cache import CacheConfig

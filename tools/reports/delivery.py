@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,19 @@ def check_free(paths: Iterable[Path], overwrite: bool) -> None:
     there = [path for path in paths if path.exists()]
     if there and not overwrite:
         raise InputError(f"{there[0]}: is there; pass --overwrite to replace it")
+
+
+def show(values: Any, as_json: bool, text: Callable[[Any], str] | None = None) -> None:
+    """Print what came out: as JSON, as `text` puts it, or a name and a value a line."""
+    if as_json:
+        say(json.dumps(values, indent=1))
+    else:
+        say(text(values) if text else name_lines(values))
+
+
+def name_lines(values: Mapping[str, Any]) -> str:
+    """A name and a value a line."""
+    return "\n".join(f"{name:<16} {value}" for name, value in values.items())
 
 
 def deliver(

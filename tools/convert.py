@@ -18,7 +18,6 @@ from latentds.core.display import say, visible
 from latentds.errors import InputError
 
 logger = logging.getLogger(__name__)
-LEFT_OUT = 3  # exit code: done, but not of all of the input
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,8 +35,8 @@ class Config(ConvertConfig):
     """Print the summary as JSON."""
 
 
-def run(config: Config) -> int:
-    """Convert, and say what was made; returns 3 where something of the input was left out."""
+def run(config: Config) -> None:
+    """Convert, and say what was made and what was left out."""
     from PIL import Image
 
     # --max-px is checked before a pixel is decoded; Pillow's own limit would cap it at twice the
@@ -45,7 +44,6 @@ def run(config: Config) -> int:
     Image.MAX_IMAGE_PIXELS = None
     summary = estimate(config) if config.dry_run else convert_to(config)
     say(json.dumps(summary, indent=1) if config.json else as_text(visible(summary)))
-    return LEFT_OUT if summary["left_out"] and not config.dry_run else 0
 
 
 def convert_to(config: Config) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import ast
 import functools
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -82,7 +83,7 @@ def tree(module: str) -> ast.Module:
 def imports(module: str) -> frozenset[str]:
     """All that a module imports, wherever the statement stands: lazy, or for types alone."""
     found = set()
-    for node in ast.walk(tree(module)):
+    for node in statements(tree(module)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -91,6 +92,16 @@ def imports(module: str) -> frozenset[str]:
             if not whole <= modules().keys():  # a name of the module, not modules of a package
                 found.add(node.module)
     return frozenset(found)
+
+
+def statements(root: ast.AST) -> Iterator[ast.AST]:
+    """All statements of a module; expressions, most of a tree, have no imports."""
+    waiting = [root]
+    while waiting:
+        for child in ast.iter_child_nodes(waiting.pop()):
+            if isinstance(child, ast.stmt | ast.excepthandler):
+                yield child
+                waiting.append(child)
 
 
 @functools.cache

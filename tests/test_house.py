@@ -110,6 +110,12 @@ def arrows() -> dict[str, frozenset[str]]:
     return {m: frozenset(imports(m) & modules().keys() - {m}) for m in modules()}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def parsed() -> None:
+    """The whole house is parsed once, and no single test is charged for it."""
+    arrows()
+
+
 def circles() -> list[list[str]]:
     """Groups of modules each of which reaches every other by imports."""
     reached = {m: reach(m) for m in arrows()}

@@ -73,7 +73,7 @@ class Vocabulary:
 
 
 def named_numbers(given: Mapping[str, int], names: Sequence[str], where: str) -> list[str]:
-    """The names of `given` by their numbers; InputError for names it lacks or numbers taken twice."""
+    """The names of `given` by their numbers; InputError where it cannot number `names`."""
     lost = [name for name in names if name not in given]
     if lost:
         raise InputError(

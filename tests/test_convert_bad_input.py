@@ -16,7 +16,7 @@ from PIL import Image
 from latentds.conversion import workdir
 from latentds.conversion.convert_config import ConvertConfig
 from latentds.conversion.converting import convert
-from latentds.errors import ContractError, FormatError, InputError, TooManyBadSamplesError
+from latentds.errors import REASONS, ContractError, FormatError, InputError, TooManyBadSamplesError
 from latentds.quantizers.codebook_files import StoredCodebook, save_codebook
 from latentds.quantizers.scalar import Codebook
 from latentds.store.format import MANIFEST
@@ -112,8 +112,8 @@ def test_bad_pictures_within_the_budget_are_listed(pictures, tmp_path, spoil, re
     manifest = convert_with_mean(pictures, tmp_path / "out", max_bad=1, pack_size=8)
     assert manifest.patches == 32
     (left_out,) = manifest.made["left_out"]
-    assert left_out["source"] == "tumour/p003.png" and reason in left_out["reason"]
-    assert str(tmp_path) not in left_out["reason"]
+    assert left_out["source"] == "tumour/p003.png" and reason in left_out["detail"]
+    assert str(tmp_path) not in left_out["detail"] and left_out["reason"] in REASONS
     assert verify(tmp_path / "out", "members").is_good
 
 

@@ -198,11 +198,13 @@ def planned_resolutions(plan: Any) -> dict[str, int]:
 
 def as_text(summary: dict[str, Any]) -> str:
     """A summary for people: one fact a line, lists of left-out pictures cut short."""
+    from latentds.store.manifest import left_out_text
+
     lines = []
     for name, value in summary.items():
         if name in ("left_out", "without_patches") and isinstance(value, list):
             lines.append(f"{name.replace('_', ' '):<16} {len(value)}")
-            lines += [f"  {entry['source']}: {entry['reason']}" for entry in value[:10]]
+            lines += [f"  {entry['source']}: {left_out_text(entry)}" for entry in value[:10]]
         elif name == "notes":
             lines += [f"note             {note}" for note in value]
         elif name == "mpp":

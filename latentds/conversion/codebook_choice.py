@@ -13,6 +13,7 @@ from latentds.autoencoders.autoencoder import AutoencoderCard
 from latentds.autoencoders.tiny import shipped_records, tiny_codebook
 from latentds.conversion.conversion_plan import check_budget
 from latentds.conversion.convert_config import ConvertConfig
+from latentds.conversion.left_out import by_region
 from latentds.conversion.patch_encoding import Encoder, sample_latents
 from latentds.conversion.region_decoding import PatchReader
 from latentds.errors import ContractError, InputError, ShapeError
@@ -222,9 +223,9 @@ def draw_rows(
 
 def sample_chunks(reader: PatchReader, rows: np.ndarray, batch: int) -> Iterator[np.ndarray]:
     """Pixels of the readable patches at `rows`, at most a batch at a time."""
-    bad = dict(reader.plan.bad)
+    bad = by_region(reader.plan.bad)
     groups = [rows[start : start + batch] for start in range(0, len(rows), batch)]
     for chunk in reader.chunks(groups):
         bad.update(chunk.bad)
-        check_budget(reader.config, bad)  # they will fail later too: say so now
+        check_budget(reader.config, bad.values())  # they will fail later too: say so now
         yield chunk.pixels

@@ -11,7 +11,7 @@ import numpy as np
 
 from latentds.conversion.conversion_plan import Plan
 from latentds.conversion.convert_config import ConvertConfig
-from latentds.conversion.left_out import region_name
+from latentds.conversion.left_out import LeftOut, Region, by_region, record_of
 from latentds.errors import InputError
 from latentds.sources.anonymity import Anonymizer
 from latentds.store.patch_record import Patch
@@ -20,7 +20,7 @@ TASK_REGIONS = 4  # of a slide or tiled picture a thread reads at a time
 CHUNKS_AHEAD = 3  # decoded and waiting: memory is a few encode batches of pixels
 NO_PIXELS = np.zeros((0, 0, 3), np.uint8)
 
-Outcome = Patch | tuple[str, str]  # a patch, or (source, why it has none)
+Outcome = Patch | LeftOut
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -29,12 +29,12 @@ class Chunk:
 
     patches  the readable ones, their `image` emptied
     pixels   uint8 (N, H, W, 3), their images
-    bad      reasons by source
+    bad      the others
     """
 
     patches: list[Patch]
     pixels: np.ndarray
-    bad: dict[str, str]
+    bad: dict[Region, LeftOut]
 
 
 class PatchReader:
@@ -75,7 +75,7 @@ class PatchReader:
         """The chunk of a list of tasks, pixels in one array."""
         outcomes = [outcome for task in tasks for outcome in task.result()]
         patches = [outcome for outcome in outcomes if isinstance(outcome, Patch)]
-        bad = dict(outcome for outcome in outcomes if not isinstance(outcome, Patch))
+        bad = by_region(outcome for outcome in outcomes if isinstance(outcome, LeftOut))
         pixels = np.zeros((len(patches), *self.plan.patch_px, 3), np.uint8)
         for place, patch in enumerate(patches):
             pixels[place] = patch.image
@@ -88,14 +88,12 @@ class PatchReader:
         try:
             found = plan.source.read(picture, plan.headers[number], plan.patch_px, places)
             return [*(found if self.hide is None else map(self.hidden, found))]
-        except InputError as error:
-            reason = str(error)
-        except OSError as error:
-            reason = f"cannot be read ({error.strerror or error})"
+        except (InputError, OSError) as error:
+            bad = record_of(picture.source, places[0], error)
         if len(regions) > 1:  # the others may be sound: what is left out does not depend on batches
             return [outcome for row in range(len(regions))
                     for outcome in self.read(regions[row : row + 1])]  # fmt: skip
-        return [(region_name(picture.source, *places[0]), reason)]
+        return [bad]
 
     def hidden(self, patch: Patch) -> Patch:
         """A patch without the names it came from."""

@@ -33,7 +33,7 @@ pytest.importorskip("timm")
 
 from latentds_trainers.classify_patches import patch_inputs
 from latentds_trainers.classify_patches.__main__ import main
-from latentds_trainers.classify_patches.classify_results import notes_of
+from latentds_trainers.classify_patches.classify_report import notes_of
 from latentds_trainers.classify_patches.config import ClassifyConfig
 from latentds_trainers.classify_patches.patch_inputs import open_labelled, protocol_folds
 from latentds_trainers.engine.checkpoints import complete_checkpoints
@@ -213,19 +213,22 @@ def test_a_damaged_block_of_features_is_named(classes, embedder, copy, damage, w
     assert path.name in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["fold.json", "probabilities.npy"])
-def test_a_damaged_fold_is_named(classes, embedder, copy, name):
-    (copy / "fold-1" / name).write_bytes(b"{")
-    with pytest.raises(InputError, match=rf"fold-1/{name}.*delete .*fold-1"):
+@pytest.mark.parametrize(
+    "damage", [lambda _: "{", lambda text: text.replace('"found": [', '"found": [0.5, ')]
+)
+def test_a_damaged_fold_is_named(classes, embedder, copy, damage):
+    path = copy / "fold-1" / "fold.json"
+    path.write_text(damage(path.read_text()))
+    with pytest.raises(InputError, match=r"fold-1/fold\.json is damaged.*delete .*fold-1"):
         classify(classes, copy, embedder=embedder)
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"seed": 1}, "holds a run with seed 0, this one has 1"),
-        ({"codec": "jpeg:10"}, "holds a run with codec 'original', this one has 'jpeg:10'"),
-        ({"penalty": "squared"}, "holds a run with penalty 'norm'"),
+        ({"seed": 1}, "the run there has seed 0, this one 1"),
+        ({"codec": "jpeg:10"}, "the run there has codec 'original', this one 'jpeg:10'"),
+        ({"penalty": "squared"}, "the run there has penalty 'norm'"),
     ],
 )
 def test_a_folder_of_other_settings_is_refused(classes, embedder, probed, change, words):
@@ -236,7 +239,7 @@ def test_a_folder_of_other_settings_is_refused(classes, embedder, probed, change
 def test_a_folder_of_other_patches_is_refused(classes, embedder, probed, tmp_path):
     other = Path(shutil.copytree(classes, tmp_path / "other"))
     save_class(other / "tumour", 2, 500, 1, stem="q")
-    with pytest.raises(ContractError, match="holds a run with split_id"):
+    with pytest.raises(ContractError, match="the run there has (split_id|data_content)"):
         classify(other, probed, embedder=embedder)
 
 
@@ -265,7 +268,7 @@ def test_other_pixels_under_the_same_names_are_refused_and_moved_data_go_on(
     options |= {"data": moved / "train", "test_data": moved / "test"}
     assert classify(**options).folds == read_record(val7k_run).folds
     change_pixels(moved / changed)
-    with pytest.raises(ContractError, match=f"other content lie in .*moved/{changed} behind"):
+    with pytest.raises(ContractError, match=f"other content lie in .*moved/{changed};"):
         classify(**options)
 
 
@@ -286,7 +289,7 @@ def test_other_weights_of_the_embedder_are_refused(classes, tmp_path):
     classify(classes, tmp_path / "run", **options)
     torch.manual_seed(9)
     save_file(timm.create_model("test_resnet").state_dict(), own)
-    with pytest.raises(ContractError, match="holds a run with embedder_weights"):
+    with pytest.raises(ContractError, match="the run there has embedder_weights"):
         classify(classes, tmp_path / "run", **options)
 
 
@@ -658,7 +661,7 @@ def test_a_finetuning_that_was_stopped_equals_one_that_never_was(
 def test_steps_of_other_images_are_refused(classes, tuned, tmp_path):
     out = Path(shutil.copytree(tuned, tmp_path / "run"))
     finetune(classes, out, **TUNED, batch_size=4, accumulation=2)
-    with pytest.raises(ContractError, match="holds a run of 8 images a step, this one has 4"):
+    with pytest.raises(ContractError, match="has images_a_step 8, this one 4; choose --batch-size"):
         finetune(classes, out, **TUNED, batch_size=4)
 
 

@@ -108,7 +108,7 @@ def open_loader(
         shuffle=True,
         last="drop",
         device=device,
-        num_workers=config.num_workers,
+        num_workers=config.num_workers or 0,
         autoencoder=source.autoencoder,
         dtype=dtype,
         channels_last=config.channels_last,

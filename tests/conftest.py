@@ -8,7 +8,6 @@ import os
 # processes inherit it; a test about threads sets them itself. Torch reads it when imported.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,11 +19,10 @@ from PIL import Image
 
 from latentds.conversion.convert_config import ConvertConfig
 from latentds.conversion.converting import convert
-from latentds.quantizers.entropy.record_codebook import EntropyCodebook
 from tests.fakes import MeanAutoencoder
 from tests.hub_server import HubServer, hub_serving
 
-pytest_plugins = ["tests.budget"]
+pytest_plugins = ["pytester", "tests.budget", "tests.compiling"]
 EDGE = 32
 torch.set_num_threads(1)
 
@@ -56,14 +54,6 @@ def convert_with_mean(source: Path, out: Path, **options: object):
     """Convert with the exact, fast autoencoder."""
     settings = {"fit_patches": 16, "encode_batch": 4, "device": "cpu", "workers": 2} | options
     return convert(ConvertConfig(source=source, out=out, **settings), MeanAutoencoder())
-
-
-@pytest.fixture(scope="session", autouse=True)
-def compiled_records() -> None:
-    """Machine code of records, made once in an environment: no test is charged for it."""
-    golden = json.loads((Path(__file__).parent / "golden" / "rans.json").read_text())
-    codebook = EntropyCodebook.from_json(golden["codebook"])
-    codebook.integers(codebook.quantize(torch.zeros(1, *codebook.latents_shape)))
 
 
 @pytest.fixture(scope="session")

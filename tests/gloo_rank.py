@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from latentds import LatentLoader, Mixture
+from tests.loaders import grouped
 
 
 def main(task: dict) -> None:
@@ -22,12 +23,14 @@ def main(task: dict) -> None:
         folder = Mixture(folder, task["epoch_patches"])
     loader = LatentLoader(
         folder,
-        global_batch_size=48,
-        shuffle=True,
-        seed=5,
-        decode="codes",
-        num_workers=task["workers"],
-        **task["options"],
+        **grouped(
+            global_batch_size=48,
+            shuffle=True,
+            seed=5,
+            decode="codes",
+            num_workers=task["workers"],
+            **task["options"],
+        ),
     )
     if task["state"] is not None:
         loader.load_state_dict(task["state"])

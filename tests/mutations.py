@@ -29,7 +29,9 @@ import numpy as np
 from PIL import Image
 
 from latentds.errors import LatentdsError
+from latentds.loading.options import Select
 from latentds.store.format import CHECKSUMS, DIGESTS, GOLDEN, MANIFEST, PACKS_TABLE, PATCHES_TABLE
+from tests.loaders import grouped
 
 FILES = (MANIFEST, PACKS_TABLE, DIGESTS, PATCHES_TABLE, CHECKSUMS, GOLDEN)
 SHARDS = ("data/train-000000.tar", "data/val-000000.tar")
@@ -59,7 +61,9 @@ def read_batches(folder: Path, split: str, **options: Any) -> Iterator[Values]:
     """A loader's values, patch by patch, names instead of numbers."""
     from latentds.loading.loader import LatentLoader
 
-    loader = LatentLoader(folder, split, batch_size=8, masks=True, columns=("source",), **options)
+    loader = LatentLoader(
+        folder, split, **grouped(batch_size=8, masks=True, columns=("source",), **options)
+    )
     for batch in loader:
         shown = batch.codes if batch.latents is None else batch.latents
         for place, row in enumerate(batch.rows.tolist()):
@@ -86,7 +90,7 @@ def array(folder: Path, _: Path) -> Iterator[Values]:
     """LatentArray of some patches, one after another."""
     from latentds.loading.array import LatentArray
 
-    held = LatentArray(folder, decode="codes", where="slide != 'trainA'")
+    held = LatentArray(folder, decode="codes", select=Select(where="slide != 'trainA'"))
     for place in range(len(held)):
         slide = held.slide_names[int(held.slides[place])]
         coords, label = held.coords[place].tolist(), held.classes[int(held.labels[place])]

@@ -8,6 +8,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from latentds import LatentLoader
+from tests.loaders import grouped
 
 OPTIONS = {"batch_size": 4, "shuffle": True, "last": "drop"}
 
@@ -17,7 +18,7 @@ def under_accelerate(folder: str, out: Path) -> None:
 
     accelerator = Accelerator(cpu=True)
     network = torch.nn.Linear(3 * 64 * 64, 2)
-    loader = LatentLoader(folder, device=accelerator.device, **OPTIONS)
+    loader = LatentLoader(folder, **grouped(device=accelerator.device, **OPTIONS))
     network, prepared = accelerator.prepare(network, loader)
     assert prepared is loader
     rows = []
@@ -37,7 +38,7 @@ def under_lightning(folder: str, out: Path) -> None:
             self.network, self.rows = torch.nn.Linear(3 * 64 * 64, 2), []
 
         def train_dataloader(self):
-            return LatentLoader(folder, **OPTIONS)
+            return LatentLoader(folder, **grouped(**OPTIONS))
 
         def training_step(self, batch, _):
             self.rows += batch.rows.tolist()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 import tracemalloc
@@ -20,8 +21,9 @@ pytest.importorskip("sklearn")
 
 from latentds_trainers.abmil import bag_source
 from latentds_trainers.abmil.bag_draws import draw_bags, loss_weights
+from latentds_trainers.abmil.bag_presets import PRESETS
 from latentds_trainers.abmil.bag_training import KeepingBest, Stopping
-from latentds_trainers.abmil.config import PRESETS, AbmilConfig
+from latentds_trainers.abmil.config import AbmilConfig
 
 from tests.bag_files import DIM, SLIDES, bag_of, make_job, reader_of, save_bag, settings
 
@@ -95,8 +97,7 @@ def test_a_preset_fills_what_is_not_given(tmp_path, preset):
     config = AbmilConfig(
         bags=tmp_path, labels=tmp_path / "l.csv", out=tmp_path, preset=preset, lr=0.5
     )
-    for name, value in PRESETS[preset].items():
-        assert getattr(config, name) == (0.5 if name == "lr" else value)
+    assert config.settings == dataclasses.replace(PRESETS[preset], lr=0.5)
 
 
 @pytest.mark.parametrize(

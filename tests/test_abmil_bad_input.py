@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -146,10 +145,6 @@ def test_a_run_goes_on_with_as_many_bags_a_step_and_no_others(job, tmp_path):
     run(job, batch_size=2, accumulation=2, **options)
     with pytest.raises(ContractError, match="bags_a_step 4, this one 2; choose --batch-size"):
         run(job, batch_size=2, **options)
-    path = job.parent / "run" / "run.json"  # a run of a version that did not record it
-    values = json.loads(path.read_text())
-    path.write_text(json.dumps({n: v for n, v in values.items() if n != "bags_a_step"}))
-    run(job, batch_size=2, **options)
 
 
 def test_a_run_folder_of_other_labels_is_refused(run_job):

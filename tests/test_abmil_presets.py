@@ -4,11 +4,13 @@ import json
 
 import pytest
 import torch
-from latentds_trainers.abmil.bag_report import best_is_last, figure, table
+from latentds_trainers.abmil.bag_presets import PRESETS
+from latentds_trainers.abmil.bag_report import best_is_last, table
 from latentds_trainers.abmil.bag_training import build_network
-from latentds_trainers.abmil.config import LAYERS, PRESETS, AbmilConfig
+from latentds_trainers.abmil.config import AbmilConfig
 from torch import nn
 
+from latentds.evaluation.records import RunRecord
 from latentds.models.attention_mil import load_abmil, save_abmil
 
 DIM, CLASSES = 1024, 2
@@ -73,12 +75,12 @@ def test_a_preset_is_the_network_it_is_named_after(tmp_path, preset, layers):
 def test_networks_of_presets_are_saved_read_and_run_in_parts(tmp_path, preset):
     made = config(tmp_path, preset=preset)
     network = build_network(made, 8, 2).eval()
-    facts = {name: getattr(made, name) for name in LAYERS}
+    facts = made.settings.layers
     path = tmp_path / "w.safetensors"
     save_abmil(path, network.state_dict(), facts | {"dim": 8, "classes": ["a", "b"]})
     loaded, found = load_abmil(path)
     bag = torch.randn(7, 8)
-    assert torch.equal(loaded(bag)[0], network(bag)[0]) and found["gated"] == made.gated
+    assert torch.equal(loaded(bag)[0], network(bag)[0]) and found["gated"] == made.settings.gated
     parts = loaded.in_parts([bag[:3], bag[3:]])
     assert torch.allclose(parts[0], network(bag)[0], atol=1e-5)  # sums in another order
 
@@ -90,7 +92,9 @@ def test_weights_of_before_the_branches_had_dropouts_are_read(tmp_path):
         name.replace("tanh.0.", "tanh.").replace("gate.0.", "gate."): tensor
         for name, tensor in network.state_dict().items()
     }
-    facts = {name: getattr(made, name) for name in ("hidden", "attention", "dropout", "gated")}
+    facts = {
+        name: made.settings.layers[name] for name in ("hidden", "attention", "dropout", "gated")
+    }
     save_abmil(
         tmp_path / "w", old, json.loads(json.dumps(facts | {"dim": 8, "classes": ["a", "b"]}))
     )
@@ -100,18 +104,17 @@ def test_weights_of_before_the_branches_had_dropouts_are_read(tmp_path):
     )
 
 
-def test_folds_together_have_no_auc(tmp_path):
-    from types import SimpleNamespace
-
-    record = SimpleNamespace(
-        data="d", classes=["a"], embedder=None, source={"name": "s"}, split_rule="r", folds=[],
-        summary=dict.fromkeys(("auc", "balanced_accuracy", "accuracy", "macro_f1"), (0.9, 0.1)),
-        notes=[],
+def test_folds_together_have_no_auc():
+    scores = dict.fromkeys(("auc", "balanced_accuracy", "accuracy", "macro_f1"), 0.9)
+    fold = {"fold": 0, "seed": 0, "train": 1, "val": 1, "test": 1, "scores": scores}
+    record = RunRecord(
+        task="abmil", data="d", source={"name": "s"}, embedder=None, model="abmil", classes=["a"],
+        seeds=[0], split_id="", split_rule="r", primary="auc", folds=[fold | {"per_class": {}}],
     )  # fmt: skip
     together = {"auc": 0.678, "balanced_accuracy": 0.6, "accuracy": 0.7, "macro_f1": 0.5}
-    lines = table(record, together, tmp_path).splitlines()
+    lines = table(record, together).splitlines()
     (line,) = [line for line in lines if line.startswith("all folds together")]
-    assert line.split()[3:] == [figure(None), "0.600", "0.700", "0.500"]
+    assert line.split()[3:] == ["-", "0.6000", "0.7000", "0.5000"]
 
 
 @pytest.mark.parametrize(("epochs", "best", "select", "told"), [

@@ -130,7 +130,9 @@ def test_presets_run(job, tmp_path, one_fold, preset):
         **one_fold,
     )
     abmil.main(config)
-    assert json.loads((config.out / "fold-0" / "fold.json").read_text())["chosen_epoch"] == 2
+    assert (
+        json.loads((config.out / "fold-0" / "fold.json").read_text())["facts"]["chosen_epoch"] == 2
+    )
 
 
 class KilledError(Exception):
@@ -179,12 +181,12 @@ def overfitted(job: Path, overfitting: dict[str, Any]) -> Path:
 
 
 def test_early_stopping_and_the_best_weights_survive_a_kill(job, overfitting, overfitted, tmp_path):
-    outcome = json.loads((overfitted / "fold-0" / "fold.json").read_text())
+    outcome = json.loads((overfitted / "fold-0" / "fold.json").read_text())["facts"]
     assert outcome["chosen_epoch"] < outcome["epochs"] - 1 < 29
     kill_at = SLIDES // 3 * (outcome["epochs"] - 1) + 2  # the checkpoint is of a later epoch
     run_killed(job, tmp_path / "parts", kill_at, **overfitting)
     parts = run(job, tmp_path / "parts", **overfitting)
-    again = json.loads((parts / "fold-0" / "fold.json").read_text())
+    again = json.loads((parts / "fold-0" / "fold.json").read_text())["facts"]
     assert again["chosen_epoch"] == outcome["chosen_epoch"]
     assert table_of(parts) == table_of(overfitted)
 

@@ -22,6 +22,7 @@ from latentds.loading.adapters import (
 from latentds.loading.array import LatentArray
 from latentds.loading.bags import SlideBags
 from latentds.loading.loader import LatentLoader
+from latentds.loading.options import Select
 from latentds.views.view_batch import Views
 from tests.swaps import BATCH, COUNT, EDGE, moved, run, trained
 
@@ -186,7 +187,7 @@ def test_wsistream_bytes_forgive_what_resizing_overshoots():
 
 
 def test_slide2vec_reads_tiles_by_the_tilings_numbers():
-    array = LatentArray("latents", "train", slides=["slide.A"])
+    array = LatentArray("latents", "train", select=Select(slides=["slide.A"]))
     coords = [(0, y) for y in range(COUNT)]  # as the pictures' names count them
     tiles = TileReader(array, coords).read_batch(np.arange(COUNT))
     assert tiles.shape == (COUNT, 3, EDGE, EDGE) and tiles.dtype == torch.uint8
@@ -202,7 +203,7 @@ def test_slide2vec_reads_tiles_by_the_tilings_numbers():
 
 
 def test_a_tile_that_is_not_there_is_named():
-    array = LatentArray("latents", "train", slides=["slide.A"])
+    array = LatentArray("latents", "train", select=Select(slides=["slide.A"]))
     with pytest.raises(InputError, match=r"no patch at \(7, 70\)"):
         TileReader(array, [(0, 1), (7, 70)])
     with pytest.raises(InputError, match=r"two patches at \(0, \d\); open one slide"):
@@ -212,12 +213,13 @@ def test_a_tile_that_is_not_there_is_named():
 
 
 def test_slide2vec_lines_run():
-    array = LatentArray("latents", "train", slides=["slide.A"])
+    array = LatentArray("latents", "train", select=Select(slides=["slide.A"]))
     names = run(
         "slide2vec",
         "+",
         TileReader=TileReader,
         LatentArray=LatentArray,
+        Select=Select,
         coords=None,
         tile_indices=np.array([1, 0, len(array) - 1]),
     )

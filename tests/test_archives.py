@@ -11,7 +11,7 @@ import pytest
 from latentds.conversion.conversion_plan import make_plan
 from latentds.conversion.convert_config import ConvertConfig
 from latentds.errors import InputError, TooManyBadSamplesError
-from latentds.sources.opening import detect
+from latentds.sources.opening import open_source
 from latentds.sources.side_records import slide_name
 from latentds.sources.tars import tar_members
 from latentds.store.reader import ShardSet
@@ -258,7 +258,7 @@ def test_annotations_of_hs2p_are_labels(hs2p, tmp_path):
     manifest = convert_with_mean(hs2p / "tiles/tumour/s2.tiles.tar", tmp_path / "out", labels=False)
     assert manifest.patches == 3 and manifest.slides == ("s2",)
     config = ConvertConfig(source=hs2p, out=tmp_path)
-    assert {p.label for p in detect(config).listing().pictures} == {None, "tumour"}
+    assert {p.label for p in open_source(config).listing().pictures} == {None, "tumour"}
 
 
 @pytest.mark.parametrize(

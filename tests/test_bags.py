@@ -13,6 +13,7 @@ from latentds.errors import InputError, UnknownNameError
 from latentds.loading.array import LatentArray
 from latentds.loading.bags import SlideBags
 from latentds.loading.loader import LatentLoader
+from latentds.loading.options import Select
 from latentds.store.format import PATCHES_TABLE
 from latentds.store.reader import ShardSet
 from tests.bad_shards import edit_table
@@ -106,7 +107,7 @@ def test_only_the_chosen_patches_are_read_and_decoded(slides, monkeypatch):
 
 def test_bags_touch_only_the_bytes_of_their_patches(slides):
     """The pages of a shard that a bag's read brings in: checked in the file, damage elsewhere."""
-    bags = SlideBags(slides, slides=["one"])
+    bags = SlideBags(slides, select=Select(slides=["one"]))
     shards = bags.shards
     chosen = set(bags[0].rows.tolist())
     path = Path(shards.shard_path(0))
@@ -121,18 +122,20 @@ def test_bags_touch_only_the_bytes_of_their_patches(slides):
             if first + local not in chosen:
                 start = offset + local * size
                 content[start : start + size] = bytes(size)
-    expected = SlideBags(slides, slides=["one"])[0].codes.clone()
+    expected = SlideBags(slides, select=Select(slides=["one"]))[0].codes.clone()
     original = path.read_bytes()
     try:
         path.write_bytes(content)
-        assert torch.equal(SlideBags(slides, slides=["one"])[0].codes, expected)
+        assert torch.equal(SlideBags(slides, select=Select(slides=["one"]))[0].codes, expected)
     finally:
         path.write_bytes(original)
 
 
 def test_bags_select_and_refuse(slides, tmp_path):
-    assert SlideBags(slides, where="label == 'a'").slides == ["one", "three"]
-    assert SlideBags(slides, slides=["two"], columns=("source",))[0].columns["source"][0]
+    assert SlideBags(slides, select=Select(where="label == 'a'")).slides == ["one", "three"]
+    assert SlideBags(slides, select=Select(slides=["two"]), columns=("source",))[0].columns[
+        "source"
+    ][0]
     with pytest.raises(ValueError, match="max_patches=0"):
         SlideBags(slides, max_patches=0)
     with pytest.raises(IndexError):
@@ -168,7 +171,9 @@ def test_array_knows_its_patches_and_its_memory(array, shared_dataset):
     assert "500 patches, 0.000 GB on cpu" in repr(array)
     assert len(LatentArray(shared_dataset, decode="codes")) == 600
     assert LatentArray(shared_dataset, "val", decode="latents")[:2].dtype == torch.float32
-    only = LatentArray(shared_dataset, "train", decode="codes", where="label == 'tumour'")
+    only = LatentArray(
+        shared_dataset, "train", decode="codes", select=Select(where="label == 'tumour'")
+    )
     assert len(only) == 250 and only[0].dtype == torch.uint8
 
 
@@ -176,9 +181,11 @@ def test_an_array_of_all_splits_takes_slides_that_one_of_them_lacks(tmp_path):
     save_pictures(tmp_path / "in" / "train" / "tumour" / "slide.A", 3)
     save_pictures(tmp_path / "in" / "val" / "tumour" / "slide.B", 2)
     convert_with_mean(tmp_path / "in", tmp_path / "out")
-    assert len(LatentArray(tmp_path / "out", decode="codes", slides=["slide.A"])) == 3
+    assert (
+        len(LatentArray(tmp_path / "out", decode="codes", select=Select(slides=["slide.A"]))) == 3
+    )
     with pytest.raises(InputError, match="chooses no patch of the set"):
-        LatentArray(tmp_path / "out", decode="codes", where="x > 5")
+        LatentArray(tmp_path / "out", decode="codes", select=Select(where="x > 5"))
 
 
 def test_what_does_not_fit_is_refused_before_reading(shared_dataset, monkeypatch):

@@ -30,6 +30,7 @@ from latentds.store.verification import verify
 from tests.bad_shards import edit_manifest
 from tests.conftest import convert_with_mean, save_pictures
 from tests.fakes import MeanAutoencoder
+from tests.loaders import grouped
 
 
 def forget(folder: Path) -> None:
@@ -185,7 +186,7 @@ def test_info_shows_the_statistics(dataset, capsys):
 
 
 def epoch(source, **options) -> torch.Tensor:
-    loader = LatentLoader(source, batch_size=50, decode="latents", **options)
+    loader = LatentLoader(source, **grouped(batch_size=50, decode="latents", **options))
     return torch.cat([batch.latents for batch in loader])
 
 

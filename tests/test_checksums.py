@@ -14,11 +14,13 @@ from latentds.loading.array import LatentArray
 from latentds.loading.bags import SlideBags
 from latentds.loading.dataset import LatentDataset
 from latentds.loading.loader import LatentLoader
+from latentds.loading.options import Select
 from latentds.store.code_checks import RECHECK_EPOCHS
 from latentds.store.format import CHECKSUMS, GOLDEN, PACKS_TABLE, PATCHES_TABLE
 from latentds.store.manifest import read_manifest
 from latentds.store.reader import ShardSet
 from tests.bad_shards import edit_manifest, first_shard, flip_bit, make_old
+from tests.loaders import grouped
 
 
 def codes_at(shards: ShardSet, row: int) -> int:
@@ -85,9 +87,9 @@ def test_bags_and_arrays_check_codes(dataset, old):
         make_old(dataset)
     slide = "slide.A" if ShardSet(dataset).patches[40]["slide"] == 0 else "slide.B"
     with pytest.raises(DamagedPackError):
-        list(SlideBags(dataset, slides=[slide]))
+        list(SlideBags(dataset, select=Select(slides=[slide])))
     with pytest.raises(DamagedPackError):
-        LatentArray(dataset, decode="codes", slides=[slide])
+        LatentArray(dataset, decode="codes", select=Select(slides=[slide]))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -200,9 +202,9 @@ class Overflowing:
 
 def test_float16_that_overflows_is_refused_with_the_remedy(shared_dataset):
     options = {"batch_size": 8, "autoencoder": Overflowing()}
-    images = next(iter(LatentLoader(shared_dataset, **options))).images
+    images = next(iter(LatentLoader(shared_dataset, **grouped(**options)))).images
     assert images.isfinite().all()
     from latentds.errors import ContractError
 
     with pytest.raises(ContractError, match=r"not finite.*dtype=torch\.bfloat16"):
-        next(iter(LatentLoader(shared_dataset, dtype=torch.float16, **options)))
+        next(iter(LatentLoader(shared_dataset, **grouped(dtype=torch.float16, **options))))

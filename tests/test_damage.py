@@ -11,9 +11,11 @@ from latentds.errors import DamagedPackError, TooManyBadSamplesError
 from latentds.loading.dataset import LatentDataset
 from latentds.loading.loader import LatentLoader
 from latentds.loading.mixture import Mixture
+from latentds.loading.options import Select
 from latentds.store.reader import ShardSet
 from tests.bad_shards import flip_bit
 from tests.conftest import convert_with_mean, save_pictures
+from tests.loaders import grouped
 
 
 def damage(folder, *packs: int, member: str = "codes") -> None:
@@ -28,10 +30,12 @@ def stream(folder, workers=0, ranks=1, **options):
     for rank in range(ranks):
         loader = LatentLoader(
             folder,
-            **{"global_batch_size": 48, "decode": "codes", "max_bad": 5} | options,
-            num_workers=workers,
-            rank=rank,
-            world_size=ranks,
+            **grouped(
+                **{"global_batch_size": 48, "decode": "codes", "max_bad": 5, **options},
+                num_workers=workers,
+                rank=rank,
+                world_size=ranks,
+            ),
         )
         parts.append([batch.rows[batch.valid].tolist() for batch in loader])
     assert len({len(part) for part in parts}) == 1
@@ -54,8 +58,10 @@ def test_every_topology_replaces_alike(dataset, options):
 
 def test_balanced_draws_replace_inside_their_group(dataset):
     damage(dataset, 3)
-    data = LatentDataset(dataset, shuffle=True, balance="label", max_bad=1, batch_size=100)
-    sound = LatentDataset(dataset, shuffle=True, balance="label", batch_size=100)
+    data = LatentDataset(
+        dataset, shuffle=True, select=Select(balance="label"), max_bad=1, batch_size=100
+    )
+    sound = LatentDataset(dataset, shuffle=True, select=Select(balance="label"), batch_size=100)
     for number in range(len(data)):
         drawn = sound.sampler.draw(0, number * 100, number * 100 + 100).rows
         batch = data.batch(0, number)
@@ -153,18 +159,20 @@ def test_a_group_in_one_damaged_pack_is_replaced_by_others(tmp_path):
     save_pictures(tmp_path / "in" / "a" / "two", 20, first_seed=50)
     convert_with_mean(tmp_path / "in", tmp_path / "out", pack_by_slide=True)
     damage(tmp_path / "out", 0)
-    data = LatentDataset(tmp_path / "out", max_bad=1, batch_size=40, shuffle=True, balance="slide")
+    data = LatentDataset(
+        tmp_path / "out", max_bad=1, batch_size=40, shuffle=True, select=Select(balance="slide")
+    )
     assert {row >= 20 for row in next(iter(data)).rows.tolist()} == {True}
 
 
 def test_bad_packs_of_an_earlier_run_count_towards_the_bound(dataset):
     damage(dataset, 0, 5)
     options = {"decode": "codes", "batch_size": 100, "max_bad": 2}
-    first = LatentLoader(dataset, **options)
+    first = LatentLoader(dataset, **grouped(**options))
     list(first)
     found = first.gather_bad_packs()
     assert len(found) == 2
-    again = LatentLoader(dataset, **(options | {"max_bad": 1}))
+    again = LatentLoader(dataset, **grouped(**(options | {"max_bad": 1})))
     again.load_state_dict(first.state_dict(), bad_packs=found)
     with pytest.raises(TooManyBadSamplesError, match="2 damaged packs, max_bad=1"):
         again.gather_bad_packs()

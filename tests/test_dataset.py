@@ -16,9 +16,11 @@ from torch.utils.data import DataLoader
 from latentds.errors import ContractError, LatentdsError, UnknownNameError, WeightsError
 from latentds.loading.dataset import LatentDataset
 from latentds.loading.loader import LatentLoader
+from latentds.loading.options import Order
 from latentds.store.reader import ShardSet
 from tests.conftest import convert_with_mean, save_pictures
 from tests.fakes import MeanAutoencoder
+from tests.loaders import grouped
 
 
 def rows_of(batches) -> list[int]:
@@ -31,7 +33,10 @@ def test_ranks_and_workers_lose_and_repeat_nothing(shared_dataset, shuffle, worl
     seen = []
     for rank in range(world_size):
         data = LatentDataset(
-            shared_dataset, batch_size=12, shuffle=shuffle, rank=rank, world_size=world_size
+            shared_dataset,
+            batch_size=12,
+            shuffle=shuffle,
+            order=Order(rank=rank, world_size=world_size),
         )
         batches = list(DataLoader(data, batch_size=None, num_workers=workers))
         assert len(batches) == len(data)
@@ -58,8 +63,7 @@ def test_any_number_of_ranks_sees_the_same_global_batches(shared_dataset, world_
                 shared_dataset,
                 batch_size=64 // world_size,
                 shuffle=True,
-                rank=r,
-                world_size=world_size,
+                order=Order(rank=r, world_size=world_size),
             )
         )
         for r in range(world_size)
@@ -73,7 +77,9 @@ def test_every_rank_gets_equal_batches(shared_dataset, last, expected):
     """500 patches in global batches of 96: five and a fifth of one."""
     sizes = []
     for rank in range(3):
-        data = LatentDataset(shared_dataset, batch_size=32, last=last, rank=rank, world_size=3)
+        data = LatentDataset(
+            shared_dataset, batch_size=32, order=Order(last=last, rank=rank, world_size=3)
+        )
         sizes.append([len(batch) for batch in data])
         assert len(sizes[-1]) == len(data)
     assert sizes[0] == sizes[1] == sizes[2] and 3 * sum(sizes[0]) == expected
@@ -83,7 +89,9 @@ def test_padding_is_marked_and_each_patch_counts_once(shared_dataset):
     batches = [
         batch
         for rank in range(3)
-        for batch in LatentDataset(shared_dataset, batch_size=32, rank=rank, world_size=3)
+        for batch in LatentDataset(
+            shared_dataset, batch_size=32, order=Order(rank=rank, world_size=3)
+        )
     ]
     assert sorted(rows_of(batches)) == list(range(500))
     assert sum(int((~batch.valid).sum()) for batch in batches) == 1
@@ -145,11 +153,13 @@ def test_unknown_split_and_bad_settings_are_refused(shared_dataset):
     with pytest.raises(ValueError, match="use LatentLoader for pixels"):
         LatentDataset(shared_dataset, decode="pixels")
     with pytest.raises(ValueError, match="rank 2 of 2"):
-        LatentDataset(shared_dataset, rank=2, world_size=2)
+        LatentDataset(shared_dataset, order=Order(rank=2, world_size=2))
 
 
 def make_loader(folder, **options) -> LatentLoader:
-    return LatentLoader(folder, **{"autoencoder": MeanAutoencoder(), "batch_size": 32} | options)
+    return LatentLoader(
+        folder, **grouped(**{"autoencoder": MeanAutoencoder(), "batch_size": 32} | options)
+    )
 
 
 def test_loader_decodes_what_was_encoded(shared_dataset):
@@ -197,9 +207,7 @@ def test_decoded_images_enter_a_graph(shared_dataset):
 
 
 def test_chunked_decoding_gives_the_same_images(shared_dataset):
-    whole, chunked = (
-        next(iter(make_loader(shared_dataset, decode_chunk=c))).images for c in (None, 5)
-    )
+    whole, chunked = (next(iter(make_loader(shared_dataset, chunk=c))).images for c in (None, 5))
     assert torch.equal(whole, chunked)
 
 

@@ -24,6 +24,7 @@ from latentds.store.golden import latents_pixels
 from latentds.store.verification import verify
 from tests.conftest import save_pictures
 from tests.fakes import CARD
+from tests.loaders import grouped
 from tests.test_autoencoders import MAKERS, make_dc, make_kl
 
 TRAINED = {"steps": 3, "recipe": "test"}
@@ -490,7 +491,7 @@ def darker(tmp_path_factory) -> Path:
 
 
 def test_an_old_set_loads_with_a_new_decoder(tiny_set, darker):
-    old, new = (next(iter(LatentLoader(tiny_set, batch_size=6, **options)))
+    old, new = (next(iter(LatentLoader(tiny_set, **grouped(batch_size=6, **options))))
                 for options in ({}, {"decoder": darker}))  # fmt: skip
     latents = next(iter(LatentLoader(tiny_set, batch_size=6, decode="latents"))).latents
     expected = load_decoder(darker).decode(latents)
@@ -502,7 +503,7 @@ def test_an_old_set_loads_with_a_new_decoder(tiny_set, darker):
 def test_every_way_to_name_a_decoder_is_taken(tiny_set, darker, as_text):
     chosen = str(darker / "decoder") if as_text else load_decoder(darker)
     for option in ("decoder", "autoencoder"):
-        loader = LatentLoader(tiny_set, batch_size=6, **{option: chosen})
+        loader = LatentLoader(tiny_set, **grouped(batch_size=6, **{option: chosen}))
         assert loader.autoencoder.card.name == "darker"
 
 

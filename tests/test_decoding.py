@@ -10,7 +10,7 @@ import torch
 from latentds.autoencoders import load_autoencoder
 from latentds.core.compiling import Compiled
 from latentds.errors import FormatError
-from latentds.loading.decoding import DecodeOptions, Decoder
+from latentds.loading.decoding import Decode, Decoder
 from latentds.loading.loader import LatentLoader
 from latentds.loading.mixture import Mixture
 from latentds.quantizers.lookup import Levels
@@ -45,7 +45,7 @@ def test_mixed_codebooks_each_decode_by_their_own():
 
 
 def make_decoder(autoencoder, **options) -> Decoder:
-    return Decoder(autoencoder, [BOOKS[0]], (32, 32), options=DecodeOptions(**options))
+    return Decoder(autoencoder, [BOOKS[0]], (32, 32), options=Decode(**options))
 
 
 class Hungry(MeanAutoencoder):
@@ -85,7 +85,8 @@ def test_a_second_out_of_memory_tells_the_remedy():
     with pytest.raises(torch.OutOfMemoryError):
         decoder(CODES)
     with pytest.raises(
-        torch.OutOfMemoryError, match="3 patches at once on cpu; set a smaller decode_chunk"
+        torch.OutOfMemoryError,
+        match=r"3 patches at once on cpu; set a smaller Decode\(chunk=",
     ):
         decoder(CODES)
 
@@ -114,8 +115,8 @@ def test_a_failing_compiler_warns_once_and_decodes_eagerly(monkeypatch):
 def test_graphs_need_cuda():
     with pytest.raises(ValueError, match="cuda_graph=True needs a CUDA device"):
         make_decoder(MeanAutoencoder(), cuda_graph=True)
-    with pytest.raises(ValueError, match="decode_chunk=0"):
-        DecodeOptions(chunk=0)
+    with pytest.raises(ValueError, match="chunk=0"):
+        Decode(chunk=0)
 
 
 @pytest.fixture(scope="module")
@@ -136,14 +137,14 @@ def test_a_patch_decodes_alike_in_any_batch(tiny):
 
 def test_channels_last_changes_rounding_only(tiny):
     _, book, codes, images = tiny
-    options = DecodeOptions(channels_last=True)
+    options = Decode(channels_last=True)
     found = Decoder(load_autoencoder("tiny"), [book], (64, 64), options=options)(codes)
     torch.testing.assert_close(found, images, atol=1e-5, rtol=0)
 
 
 def test_bfloat16_stays_within_its_budget(tiny):
     _, book, codes, images = tiny
-    options = DecodeOptions(dtype=torch.bfloat16)
+    options = Decode(dtype=torch.bfloat16)
     found = Decoder(load_autoencoder("tiny"), [book], (64, 64), options=options)(codes)
     error = (found.float() - images).square().mean().sqrt()
     assert (
@@ -156,7 +157,7 @@ def test_compiled_decoding_changes_rounding_only(tiny, monkeypatch):
     # In this thread: the compiler's pool would outlive the test.
     monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)
     _, book, codes, images = tiny
-    options = DecodeOptions(compile=True)
+    options = Decode(compile=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # without a compiler it says so and decodes eagerly
         found = Decoder(load_autoencoder("tiny"), [book], (64, 64), options=options)(codes)
@@ -169,7 +170,7 @@ def test_cuda_decodes_as_the_cpu_does(tiny, options):
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     _, book, codes, images = tiny
-    decoder = Decoder(load_autoencoder("tiny"), [book], (64, 64), "cuda", DecodeOptions(**options))
+    decoder = Decoder(load_autoencoder("tiny"), [book], (64, 64), "cuda", Decode(**options))
     for size in (4, 4, 3):  # a graph is captured, replayed, and captured for another size
         found = decoder(codes[:size].cuda())
         torch.testing.assert_close(found.cpu(), images[:size], atol=1e-3, rtol=0)

@@ -7,6 +7,7 @@ import torch
 
 from latentds.loading.dataset import LatentDataset
 from latentds.loading.loader import LatentLoader
+from tests.loaders import grouped
 
 OPTIONS = {"global_batch_size": 40, "shuffle": True, "seed": 2}
 
@@ -14,7 +15,7 @@ OPTIONS = {"global_batch_size": 40, "shuffle": True, "seed": 2}
 @pytest.fixture(scope="module")
 def whole(shared_dataset) -> list[list[int]]:
     """The rows of every batch of an epoch."""
-    return [batch.rows.tolist() for batch in LatentDataset(shared_dataset, **OPTIONS)]
+    return [batch.rows.tolist() for batch in LatentDataset(shared_dataset, **grouped(**OPTIONS))]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -23,7 +24,7 @@ def test_stateful_dataloader_resumes_exactly(shared_dataset, whole, workers, sto
     torchdata = pytest.importorskip("torchdata.stateful_dataloader")
 
     def loader():
-        data = LatentDataset(shared_dataset, **OPTIONS)
+        data = LatentDataset(shared_dataset, **grouped(**OPTIONS))
         return torchdata.StatefulDataLoader(data, batch_size=None, num_workers=workers)
 
     assert len(whole) == 13
@@ -43,7 +44,7 @@ def test_a_stateful_dataloader_saved_at_an_epochs_end_goes_on(shared_dataset, wh
     torchdata = pytest.importorskip("torchdata.stateful_dataloader")
 
     def loader():
-        data = LatentDataset(shared_dataset, **OPTIONS)
+        data = LatentDataset(shared_dataset, **grouped(**OPTIONS))
         return torchdata.StatefulDataLoader(data, batch_size=None, num_workers=workers)
 
     ended = loader()
@@ -76,9 +77,10 @@ def engine(monkeypatch):
 @pytest.mark.slow
 def test_a_deepspeed_checkpoint_carries_the_loader(shared_dataset, engine, tmp_path):
     whole = [
-        batch.rows.tolist() for batch in LatentLoader(shared_dataset, decode="codes", **OPTIONS)
+        batch.rows.tolist()
+        for batch in LatentLoader(shared_dataset, **grouped(decode="codes", **OPTIONS))
     ]
-    loader, seen = LatentLoader(shared_dataset, decode="codes", **OPTIONS), []
+    loader, seen = LatentLoader(shared_dataset, **grouped(decode="codes", **OPTIONS)), []
     for batch in loader:
         seen.append(batch.rows.tolist())
         loss = torch.nn.functional.cross_entropy(
@@ -91,6 +93,6 @@ def test_a_deepspeed_checkpoint_carries_the_loader(shared_dataset, engine, tmp_p
     engine.save_checkpoint(str(tmp_path), client_state={"loader": loader.state_dict()})
     _, client = engine.load_checkpoint(str(tmp_path))
     json.dumps(client["loader"])
-    resumed = LatentLoader(shared_dataset, decode="codes", **OPTIONS)
+    resumed = LatentLoader(shared_dataset, **grouped(decode="codes", **OPTIONS))
     resumed.load_state_dict(client["loader"])
     assert seen + [batch.rows.tolist() for batch in resumed] == whole

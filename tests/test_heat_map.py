@@ -18,8 +18,7 @@ pytest.importorskip("sklearn")
 
 from latentds_trainers.abmil import heat_map
 from latentds_trainers.abmil.bag_heat_maps import chosen_slides
-from latentds_trainers.abmil.bag_report import FoldOutcome
-from latentds_trainers.engine.run_folders import read_fold
+from latentds_trainers.crossval.run_folders import read_fold
 
 from tests.bag_files import make_job, run, settings
 
@@ -59,8 +58,9 @@ def test_a_heat_map_of_features_alone_shows_the_patch_that_stands_out(job, tmp_p
 
 
 def test_heat_maps_take_turns_among_folds_and_classes(job, finished):
-    folds = [read_fold(finished / f"fold-{number}", FoldOutcome) for number in range(3)]
-    chosen = chosen_slides(settings(job, heat_maps=6), folds)
+    folds = [read_fold(finished / f"fold-{number}") for number in range(3)]
+    truths = {slide: int(slide[1:]) % 2 for fold in folds for slide in fold.items}
+    chosen = chosen_slides(settings(job, heat_maps=6), folds, truths)
     assert {(outcome.fold, int(slide[1:]) % 2) for slide, outcome in chosen} == {
         (fold, label) for fold in range(3) for label in range(2)
     }

@@ -25,7 +25,7 @@ LOOSE = {"errors", "version"}  # modules beside the rooms
 RECIPE_FILES = {"config", "task", "__main__"}
 HEAVY = {  # heavy libraries and the only modules that may import them
     "diffusers": {"latentds.autoencoders.diffusers_ae"},
-    "faiss": {"latentds.quantizers.scalar_fit", "latentds.quantizers.additive_fit"},
+    "faiss": {"latentds.quantizers.scalar_kinds", "latentds.quantizers.additive_fit"},
     "kornia": {"latentds.views.colour"},
     "numba": {"latentds.quantizers.entropy.native_rounding"},
     "openslide": {
@@ -131,7 +131,6 @@ def test_every_module_stands_in_a_room():
     assert [m for m in library() if m.split(".")[1] not in known] == []
 
 
-@pytest.mark.xfail(strict=True, reason="falls in the next commits")
 def test_imports_go_down_the_floors():
     above = [
         (module, name)
@@ -147,7 +146,6 @@ def test_no_module_imports_itself_through_others():
     assert circles() == []
 
 
-@pytest.mark.xfail(strict=True, reason="falls in the next commits")
 def test_no_two_rooms_import_each_other():
     between = {
         (module.split(".")[1], name.split(".")[1])
@@ -159,11 +157,16 @@ def test_no_two_rooms_import_each_other():
 
 
 def test_no_recipe_imports_another_and_no_trainer_a_tool():
+    """The engine and the cross-validation are every recipe's."""
     wrong = []
     for module in modules():
         for name in arrows()[module]:
             (package, *room), (other, *target) = module.split(".")[:2], name.split(".")[:2]
-            if other == package == "latentds_trainers" and target not in (room, ["engine"]):
+            if other == package == "latentds_trainers" and target not in (
+                room,
+                ["engine"],
+                ["crossval"],
+            ):
                 wrong.append((module, name))
             if (
                 package.startswith("latentds_")

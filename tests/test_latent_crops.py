@@ -11,6 +11,7 @@ import torch
 from latentds import LatentLoader
 from latentds.errors import ShapeError
 from latentds.views.latent_crops import LatentCrops, noisy, oriented
+from tests.loaders import grouped
 
 PLAIN = {"flip": 0.0, "turns": False, "noise": 0.0, "drop": 0.0}
 
@@ -129,7 +130,9 @@ def test_a_loader_makes_the_same_windows_whatever_its_workers(shared_dataset):
     found = []
     for options in ({"num_workers": 0, "batch_size": 20}, {"num_workers": 1, "batch_size": 40}):
         loader = LatentLoader(
-            shared_dataset, "val", decode="latents", normalize=True, views=views, **options
+            shared_dataset,
+            "val",
+            **grouped(decode="latents", normalize=True, views=views, **options),
         )
         found.append(torch.cat([batch.views.globals for batch in loader], 1))
     assert torch.equal(*found) and found[0].shape == (1, 100, 3, 2, 2)

@@ -17,10 +17,12 @@ from latentds.errors import ContractError, InputError, UnknownNameError, Weights
 from latentds.loading.fields_of_view import check_fields, field_of
 from latentds.loading.grouping import apportion, fix_shares, group_sets
 from latentds.loading.mixing import MixedLoader
+from latentds.loading.options import Order
 from latentds.store.reader import ShardSet
 from tests.bad_shards import flip_bit
 from tests.conftest import save_pictures
 from tests.fakes import MeanAutoencoder
+from tests.loaders import grouped_mixed
 
 SETS = {  # pictures of either class, edge, first seed, micrometres a pixel, other autoencoder
     "tiny-a": (9, 32, 0, 0.5, None),
@@ -60,7 +62,7 @@ def weights(sets):
 
 def mixed(weights, **options):
     settings = {"global_batch_size": 8, "seed": 3, "decoder": FAST, "rank": 0}
-    return MixedLoader(weights, **settings | {"world_size": 1} | options)
+    return MixedLoader(weights, **grouped_mixed(**settings | {"world_size": 1} | options))
 
 
 def entries(batches):
@@ -341,7 +343,7 @@ def test_groups_are_found_by_what_one_decoder_reads(sets):
         {"as_tuple": True},
         {"balance": "label"},
         {"decode": "latents"},
-        {"last": "pad"},
+        {"order": Order(last="pad")},
     ],
 )
 def test_options_without_a_meaning_are_refused(weights, options):

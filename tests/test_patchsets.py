@@ -579,7 +579,7 @@ def test_pictures_of_several_sizes_are_told(pictures):
 
 def test_pictures_in_no_class_folder_are_told_in_these_words(pictures):
     Image.fromarray(smooth_picture(0)).save(pictures / "bare.png")
-    with pytest.raises(InputError, match="pass --no-use-labels"):
+    with pytest.raises(InputError, match="--no-use-labels in an evaluation"):
         opened(pictures)
 
 

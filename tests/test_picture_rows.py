@@ -12,7 +12,7 @@ from latentds.conversion.convert_config import ConvertConfig
 from latentds.errors import InputError, TooManyBadSamplesError
 from latentds.sources import parquet_files
 from latentds.sources.hugging_face import hub_id
-from latentds.sources.opening import detect
+from latentds.sources.opening import open_source
 from tests.archives import encoded, hugging_face_rows, midnight_rows, rows_of, write_parquet
 from tests.conftest import convert_with_mean, save_pictures
 
@@ -59,7 +59,7 @@ def test_packs_by_slide_keep_row_groups_whole(parquet, tmp_path):
 def test_columns_of_notes_are_never_read(parquet, tmp_path):
     table = midnight_rows(4).append_column("notes", pa.array(["John Doe"] * 4))
     pq.write_table(table, parquet / "part-0.parquet")
-    source = detect(ConvertConfig(source=parquet, out=tmp_path))
+    source = open_source(ConvertConfig(source=parquet, out=tmp_path))
     source.listing()
     (found,) = source.tables.values()
     assert "notes" not in found.facts and "task_id" not in found.facts

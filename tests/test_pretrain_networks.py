@@ -123,12 +123,12 @@ def seen(monkeypatch) -> list[dict[str, torch.Tensor]]:
 
 @pytest.mark.parametrize(("method", "stage"), [("dino", 0), ("dinov2", 1)])
 def test_last_layers_stay_and_learn_after(tmp_path, pictures, method, stage, seen):
-    options = {"method": method, "zero_stage": stage, "freeze_last_steps": 2, "lr": LR}
+    options = {"method": method, "zero_stage": stage, "freeze_last_steps": 1, "lr": LR}
     config = settled(tmp_path, method)
     before = dict(build_model(config, None).named_parameters())
-    run = {"originals": pictures, "schedule": "constant", "steps": 3}
+    run = {"originals": pictures, "schedule": "constant", "steps": 2}
     main(config_of(tmp_path / "run", **run, **options))
-    frozen, thawed = seen[1], seen[2]
+    frozen, thawed = seen
     assert frozen and all(torch.equal(tensor, before[name]) for name, tensor in frozen.items())
     # a first step of Adam is at most about lr, and decay much less
     changes = [float((thawed[name] - tensor).abs().max()) for name, tensor in frozen.items()]

@@ -24,6 +24,7 @@ from latentds.store.transport import shown, wait_of
 from tests.bad_shards import edit_manifest, flip_bit
 from tests.fakes import MeanAutoencoder
 from tests.flaky_server import COMMIT, serving
+from tests.loaders import grouped
 
 SHARD = "data/train-000000.tar"
 ROWS = np.array([0, 599, 17, 250, 3])
@@ -133,9 +134,9 @@ def test_damaged_packs_of_a_location_are_replaced_as_in_a_folder(dataset, cache)
     for pack in (1, 5):
         flip_bit(Path(shards.shard_path(pack)), int(shards.packs["codes_offset"][pack]) + 10)
     options = {"max_bad": 2, "batch_size": 100, "shuffle": True}
-    local = [batch.rows.tolist() for batch in LatentDataset(dataset, **options)]
+    local = [batch.rows.tolist() for batch in LatentDataset(dataset, **grouped(**options))]
     with serving(dataset) as server:
-        data = LatentDataset(server.url, cache=cache, **options)
+        data = LatentDataset(server.url, **grouped(cache=cache, **options))
         assert [batch.rows.tolist() for batch in data] == local
     assert {pack for _, pack in data.bad} == {1, 5}
 
@@ -248,8 +249,10 @@ def test_workers_of_every_start_method_read(processes, shared_dataset, server, c
 
 def test_pixels_of_a_location(server, cache, shared_dataset):
     options = {"batch_size": 50, "autoencoder": MeanAutoencoder()}
-    remote = LatentLoader(server.url, cache=cache, **options)
-    for ours, theirs in zip(remote, LatentLoader(shared_dataset, **options), strict=True):
+    remote = LatentLoader(server.url, **grouped(cache=cache, **options))
+    for ours, theirs in zip(
+        remote, LatentLoader(shared_dataset, **grouped(**options)), strict=True
+    ):
         assert np.array_equal(ours.images, theirs.images)
 
 

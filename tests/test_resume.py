@@ -12,8 +12,10 @@ from latentds.errors import ContractError
 from latentds.loading.dataset import LatentDataset
 from latentds.loading.loader import LatentLoader
 from latentds.loading.mixture import Mixture
+from latentds.loading.options import Order
 from tests import gloo_rank
 from tests.conftest import convert_with_mean, save_pictures
+from tests.loaders import grouped
 
 GLOBAL = 48
 TOPOLOGIES = [(1, 0), (1, 3), (2, 1), (4, 2), (6, 0)]  # ranks, workers
@@ -53,10 +55,10 @@ def global_batches(folder, options, ranks, workers, start, count, epoch=0):
 
 def opened(folder, options, ranks):
     """The data sets of all ranks."""
+    ordered = {"global_batch_size": GLOBAL, "shuffle": True, "seed": 5}
     return [
         LatentDataset(
-            folder, global_batch_size=GLOBAL, shuffle=True, seed=5, rank=r, world_size=ranks,
-            **options,
+            folder, **grouped(**ordered, rank=r, world_size=ranks, **options),
         )
         for r in range(ranks)
     ]  # fmt: skip
@@ -109,7 +111,7 @@ def test_every_divisor_goes_on_from_every_stop(sets, kind, ranks):
 
 def test_mixture_keeps_its_weights_and_sees_every_patch_of_a_set(sets):
     mixture, _ = sets["mixture"]
-    data = LatentDataset(mixture, global_batch_size=100, shuffle=True)
+    data = LatentDataset(mixture, order=Order(global_batch_size=100), shuffle=True)
     batches = [data.batch(epoch, n) for epoch in range(3) for n in range(len(data))]
     drawn = np.concatenate([batch.sets.numpy() for batch in batches])
     assert np.bincount(drawn[:1024]).tolist() == [512, 307, 205]  # exact in blocks of 1,024
@@ -121,7 +123,7 @@ def test_mixture_keeps_its_weights_and_sees_every_patch_of_a_set(sets):
 
 def test_a_patch_has_other_seeds_in_another_pass(sets):
     folder, options = sets["packs of 7"]
-    data = LatentDataset(folder, global_batch_size=GLOBAL, **options)
+    data = LatentDataset(folder, **grouped(global_batch_size=GLOBAL, **options))
     first, again, later = (dict(seeds_of(data, epoch)) for epoch in (0, 0, 1))
     assert first == again and len(set(first.values())) == len(first)
     assert not set(first.values()) & set(later.values())
@@ -138,8 +140,13 @@ def test_state_is_small_plain_and_free_of_topology(sets):
         folder, options = sets[kind]
         states = [
             LatentDataset(
-                folder, global_batch_size=GLOBAL, shuffle=True, rank=0, world_size=r, **options
-            ).state_at(7, 3).to_json()
+                folder,
+                **grouped(
+                    global_batch_size=GLOBAL, shuffle=True, rank=0, world_size=r, **options
+                ),
+            )
+            .state_at(7, 3)
+            .to_json()
             for r in (1, 4)
         ]  # fmt: skip
         assert states[0] == states[1] and len(json.dumps(states[0])) < 1024
@@ -245,7 +252,9 @@ def merged(tmp_path: Path, name: str, ranks: int) -> list[list[tuple]]:
 
 def test_loader_counts_what_was_handed_out_not_what_was_prefetched(sets):
     folder, _ = sets["packs of 7"]
-    loader = LatentLoader(folder, global_batch_size=GLOBAL, decode="codes", num_workers=2)
+    loader = LatentLoader(
+        folder, order=Order(global_batch_size=GLOBAL), decode="codes", num_workers=2
+    )
     batches = iter(loader)
     next(batches)
     next(batches)

@@ -30,7 +30,7 @@ from latentds_trainers.sampath.config import SampathConfig
 from latentds_trainers.sampath.segmentation_data import CropDraws, jitter
 from latentds_trainers.sampath.segmentation_folds import group_plan
 from latentds_trainers.sampath.segmentation_pictures import picture_name
-from latentds_trainers.sampath.segmentation_presets import PRESETS
+from latentds_trainers.sampath.segmentation_presets import SegmentationSettings
 from latentds_trainers.sampath.task import spread_over
 
 from tests.nuclei import one_fold, save_nuclei
@@ -38,6 +38,7 @@ from tests.trainer_ranks import run_ranks
 
 SMALL = {"unet_channels": (16, 8), "image_size": 32, "batch_size": 2}
 UNET = SMALL | {"model": "unet", "unet_encoder": "mobilenet_v2"}
+CLASSES = ("classes", "mask_values")
 SAM = {"sam": "tiny-random", "image_size": 64, "batch_size": 2}
 
 
@@ -172,7 +173,7 @@ def test_training_moves_the_head_and_leaves_the_encoders(nuclei, sam_run):
     from latentds_trainers.sampath.segmentation_networks import build_network
 
     config = config_of(nuclei, sam_run, **({"model": "sampath"} | SAM))
-    network = build_network(config, 3)
+    network = build_network(config, 3, config.seed)
     before, after = network.trained.state_dict(), weights(sam_run / "fold-0")
     assert set(before) == set(after)
     assert any(not torch.equal(before[name], after[name]) for name in before)
@@ -190,7 +191,7 @@ def test_finished_folds_are_skipped_when_the_command_runs_again(
     real = segmentation_fold.SegmentationFold.run
     monkeypatch.setattr(
         "latentds_trainers.sampath.segmentation_fold.SegmentationFold.run",
-        lambda fold: trained.append(fold.config.out.name) or real(fold),
+        lambda fold: trained.append(fold.train.out.name) or real(fold),
     )
     again = run(nuclei, copy)
     assert trained == ["fold-1"]
@@ -305,7 +306,7 @@ def test_images_of_an_odd_size_work_both_ways(tmp_path, odd_size, codec):
     wanted = [64, 64] if odd_size == "resize" else [63, 61]
     assert list(record.source["patch_px"]) == wanted
     outcome = json.loads((tmp_path / "out/fold-0/fold.json").read_text())
-    counted = np.array(outcome["counts"]).sum((1, 2))
+    counted = np.array(outcome["found"]).sum((1, 2))
     assert set(counted.tolist()) == {wanted[0] * wanted[1]}
 
 
@@ -314,7 +315,7 @@ def test_latents_of_odd_sizes_are_resized_after_decoding(nuclei, latents, tmp_pa
     options |= {"steps": 1, **one_fold(nuclei)}
     run(nuclei, tmp_path / "out", **options)
     outcome = json.loads((tmp_path / "out/fold-0/fold.json").read_text())
-    assert {int(np.sum(counts)) for counts in outcome["counts"]} == {96 * 96}
+    assert {int(np.sum(counts)) for counts in outcome["found"]} == {96 * 96}
     notes = read_record(tmp_path / "out").notes
     assert [n for n in notes if n.startswith("images are decoded at 64x64 px, then resized to 96")]
 
@@ -360,7 +361,7 @@ def test_ignored_pixels_are_neither_learned_nor_counted(tmp_path):
     values = "0:background,255:foreground,7:ignore"
     run(root, tmp_path / "out", mask_values=values, **one_fold(root, 4))
     outcome = json.loads((tmp_path / "out/fold-0/fold.json").read_text())
-    assert {int(np.sum(counts)) for counts in outcome["counts"]} == {32 * 64}
+    assert {int(np.sum(counts)) for counts in outcome["found"]} == {32 * 64}
 
 
 # Presets
@@ -374,7 +375,7 @@ def test_ignored_pixels_are_neither_learned_nor_counted(tmp_path):
     ],
 )
 def test_presets_are_sam_paths_settings(tmp_path, preset, expected):
-    config = SampathConfig(data=tmp_path, out=tmp_path / "out", preset=preset)
+    config = SampathConfig(data=tmp_path, out=tmp_path / "out", preset=preset).settings
     names = ("image_size", "batch_size", "accumulation", "epochs", "warmup_steps", "milestones",
              "dice_weight", "focal_weight", "iou_weight", "unscored")  # fmt: skip
     assert tuple(getattr(config, name) for name in names) == expected
@@ -383,7 +384,8 @@ def test_presets_are_sam_paths_settings(tmp_path, preset, expected):
 
 
 @pytest.mark.parametrize(
-    "name", [n for n in PRESETS["bcss"] if n not in ("classes", "mask_values")]
+    "name",
+    [f.name for f in dataclasses.fields(SegmentationSettings) if f.name not in CLASSES],
 )
 def test_every_value_of_a_preset_can_be_set(tmp_path, name):
     changed = {
@@ -396,18 +398,21 @@ def test_every_value_of_a_preset_can_be_set(tmp_path, name):
     config = SampathConfig(
         data=tmp_path, out=tmp_path / "o", preset="bcss", **{name: changed[name]}
     )
-    assert getattr(config, name) == changed[name]
+    assert getattr(config.settings, name) == changed[name]
 
 
 def test_crags_mask_values_become_labels_from_one_on(tmp_path):
-    values = SampathConfig(data=tmp_path, out=tmp_path / "o", preset="crag").values
+    values = SampathConfig(data=tmp_path, out=tmp_path / "o", preset="crag").settings.values
     labels = values.labels(np.array([[[0, 1]]], np.uint8), ["a"])
     assert labels.tolist() == [[[1, 2]]] and values.names[0] == "unlabelled"
 
 
 def test_the_learning_rate_falls_to_a_tenth_at_every_milestone(tmp_path):
     config = SampathConfig(data=tmp_path, out=tmp_path / "o", preset="bcss", steps=2304)
-    shares = [config.lr_share(step) for step in (0, 35, 71, 1799, 1800, 2087, 2088, 2303)]
+    shares = [
+        config.of_fold(tmp_path, 0, 2304).lr_share(step)
+        for step in (0, 35, 71, 1799, 1800, 2087, 2088, 2303)
+    ]
     assert shares == pytest.approx([1 / 72, 0.5, 1, 1, 0.1, 0.1, 0.01, 0.01])
 
 

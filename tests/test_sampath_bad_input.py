@@ -241,7 +241,7 @@ def test_masks_with_as_many_pixels_of_every_class_are_told_apart(nuclei, tmp_pat
     config = config_of(nuclei, tmp_path / "out")
     counted = []
     for _ in range(2):
-        images = LabelledImages(config, open_patches(config), config.values)
+        images = LabelledImages(config.settings, open_patches(config))
         counted.append(images.count_pixels())
         for path in (nuclei / "masks").iterdir():
             turned = Image.open(path).transpose(Image.Transpose.ROTATE_180)

@@ -17,11 +17,13 @@ from latentds.evaluation.records import read_record
 pytest.importorskip("deepspeed")
 pytest.importorskip("segmentation_models_pytorch")
 
+from latentds_trainers.crossval.cross_validation import CrossValidation
+from latentds_trainers.engine.ranks import join_ranks
 from latentds_trainers.sampath import segmentation_fold
 from latentds_trainers.sampath.config import SampathConfig
 from latentds_trainers.sampath.segmentation_folds import FoldPlan
 from latentds_trainers.sampath.segmentation_presets import schedule_notes
-from latentds_trainers.sampath.segmentation_report import FoldOutcome, report, run_record
+from latentds_trainers.sampath.segmentation_report import report, score_fold
 
 from tests.nuclei import one_fold, save_nuclei
 from tests.test_sampath import config_of, images_csv, run
@@ -40,21 +42,20 @@ def nuclei(tmp_path: Path) -> Path:
 
 def test_a_fold_without_a_scored_pixel_has_no_scores_and_says_so(tmp_path):
     """A fold's counts as they come where neither truth nor prediction has the class."""
+    join_ranks()
     config = config_of(tmp_path, tmp_path / "out")
     counts = np.zeros((2, 1, 3, 3), int)
     counts[:, :, 1, 1] = 64
     counts[1, :, 2, 1:] = 8
-    outcomes = [
-        FoldOutcome(
-            fold=n, seed=0, train=3, val=0, steps=2, items=[f"{n}"], groups=[f"{n}"],
-            counts=counts[n].tolist(), seconds=1.0,
-        )
-        for n in (0, 1)
-    ]  # fmt: skip
     source = {"name": "original", "bytes_per_patch": None}
-    plan = FoldPlan(folds=[Fold(np.arange(1), np.arange(0), np.arange(1, 2))], rule="")
-    record = run_record(config, plan, outcomes, source=source, items=["0", "1"])
-    report(config, record, outcomes)
+    fold = Fold(np.arange(1, 2), np.arange(0), np.arange(1))
+    plan = FoldPlan(folds=[fold, fold], rule="")
+    crossval = CrossValidation(
+        task="sampath", out=tmp_path / "out", items=["0", "1"], groups=["0", "1"],
+        folds=plan.folds, cells=[(0, 0), (1, 0)],
+    )  # fmt: skip
+    outcomes = crossval.outcomes(lambda c: score_fold(config.settings, c, counts[c.number]))
+    report(config, crossval, plan, outcomes, source=source, images_a_step=2)
     found = read_record(tmp_path / "out")
     assert found.folds[0]["scores"]["dice_macro"] is None
     assert found.folds[0]["scores"]["pixel_accuracy"] == 1
@@ -105,10 +106,12 @@ def test_a_codebook_fitted_to_tested_images_is_noted(nuclei, tmp_path, is_told):
 
 
 def test_a_step_of_more_images_than_the_presets_is_noted(tmp_path):
-    options = {"data": tmp_path, "out": tmp_path / "o", "preset": "bcss"}
-    assert schedule_notes(SampathConfig(**options), [1720], ranks=1) == []
-    notes = schedule_notes(SampathConfig(**options), [1720], ranks=8)
+    def notes_on(ranks: int, **options: int) -> list[str]:
+        config = SampathConfig(data=tmp_path, out=tmp_path / "o", preset="bcss", **options)
+        return schedule_notes("bcss", config.settings, [config.steps_of(1720, ranks)], ranks)
+
+    assert notes_on(1) == []
+    notes = notes_on(8)
     assert "a step takes 192 images (batch size x accumulation x 8 ranks)" in notes[0]
     assert "after 288 steps, before the milestones [1800, 2088]" in notes[1]
-    as_meant = SampathConfig(**options, batch_size=3, accumulation=1)
-    assert schedule_notes(as_meant, [1720], ranks=8) == []
+    assert notes_on(8, batch_size=3, accumulation=1) == []

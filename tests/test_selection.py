@@ -6,6 +6,7 @@ import pytest
 from latentds.errors import InputError, LatentdsError, UnknownNameError
 from latentds.loading.dataset import LatentDataset
 from latentds.loading.mixture import Mixture
+from latentds.loading.options import Select
 from latentds.loading.selection import patient_of, select_rows, split_patients
 from latentds.store.files import LocalFiles
 from latentds.store.format import PATCHES_TABLE
@@ -115,15 +116,15 @@ def test_misspelt_names_are_refused(labelled, where, message):
 
 def test_a_choice_of_nothing_is_refused(labelled):
     with pytest.raises(InputError, match="'x > 1000' chooses no patch of split 'train'"):
-        LatentDataset(labelled, where="x > 1000")
+        LatentDataset(labelled, select=Select(where="x > 1000"))
 
 
 def test_slide_lists_choose_their_patches(labelled):
-    data = LatentDataset(labelled, slides=SLIDES[2:4], shuffle=True, batch_size=7)
+    data = LatentDataset(labelled, select=Select(slides=SLIDES[2:4]), shuffle=True, batch_size=7)
     slides = [slide for batch in data for slide in batch.slides]
     assert set(slides) == set(SLIDES[2:4]) and len(slides) == data.patches == 50
     with pytest.raises(UnknownNameError, match="unknown slide 'x'"):
-        LatentDataset(labelled, slides=["x"])
+        LatentDataset(labelled, select=Select(slides=["x"]))
 
 
 def test_selection_reads_no_shard(labelled, monkeypatch):
@@ -132,14 +133,17 @@ def test_selection_reads_no_shard(labelled, monkeypatch):
 
     monkeypatch.setattr(LocalFiles, "open", refuse)
     assert (
-        LatentDataset(labelled, where="label == 'a'", balance="slide", shuffle=True).patches == 16
+        LatentDataset(
+            labelled, select=Select(where="label == 'a'", balance="slide"), shuffle=True
+        ).patches
+        == 16
     )
 
 
 @pytest.mark.parametrize("by", ["label", "slide", "patient"])
 def test_balanced_draws_show_every_group_equally_often(labelled, by):
     _, columns = truth(labelled)
-    data = LatentDataset(labelled, balance=by, shuffle=True, batch_size=100)
+    data = LatentDataset(labelled, select=Select(balance=by), shuffle=True, batch_size=100)
     rows = np.concatenate([data.batch(e, n).rows for e in range(8) for n in range(len(data))])
     groups, counts = np.unique(columns[by][rows], return_counts=True)
     assert len(groups) == len(set(columns[by]))
@@ -153,9 +157,9 @@ def test_balancing_by_what_nobody_has_is_refused(tmp_path):
     save_pictures(tmp_path / "in", 5)
     convert_with_mean(tmp_path / "in", tmp_path / "out")
     with pytest.raises(InputError, match="no chosen patch has a label"):
-        LatentDataset(tmp_path / "out", balance="label", shuffle=True)
+        LatentDataset(tmp_path / "out", select=Select(balance="label"), shuffle=True)
     with pytest.raises(ValueError, match="balance='colour'; one of label, slide, patient"):
-        LatentDataset(tmp_path / "out", balance="colour", shuffle=True)
+        LatentDataset(tmp_path / "out", select=Select(balance="colour"), shuffle=True)
 
 
 def test_patients_are_never_in_two_parts(labelled):
@@ -195,11 +199,13 @@ def test_a_mixture_is_selected_by_the_names_of_all_its_sets(labelled, tmp_path):
     convert_with_mean(tmp_path / "in", tmp_path / "out")
     own = ShardSet(labelled).manifest.slides[0]
     mixture = Mixture({str(labelled): 0.5, str(tmp_path / "out"): 0.5})
-    data = LatentDataset(mixture, batch_size=8, slides=[own, "elsewhere"], shuffle=True)
+    data = LatentDataset(
+        mixture, batch_size=8, select=Select(slides=[own, "elsewhere"]), shuffle=True
+    )
     seen = {name for batch in data for name in batch.slides}
     assert seen == {own, "elsewhere"}
     with pytest.raises(UnknownNameError, match="'nowhere'"):
-        LatentDataset(mixture, slides=["nowhere"])
+        LatentDataset(mixture, select=Select(slides=["nowhere"]))
 
 
 def test_patients_that_no_name_tells_are_asked_for(tmp_path):
@@ -213,4 +219,4 @@ def test_patients_that_no_name_tells_are_asked_for(tmp_path):
     parts = split_patients(shards, shares, patients={s: s[:5] for s in shards.manifest.slides})
     assert sorted(parts.values(), key=len) == [["case2_a"], ["case1_a", "case1_b"]]
     with pytest.raises(InputError, match="no patient is known.*balance='slide'"):
-        LatentDataset(tmp_path / "out", balance="patient", shuffle=True)
+        LatentDataset(tmp_path / "out", select=Select(balance="patient"), shuffle=True)

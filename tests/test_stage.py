@@ -13,6 +13,7 @@ from latentds.loading.batch import Batch
 from latentds.loading.loader import LatentLoader
 from latentds.loading.stage import CudaLanes, DecodeStage, HostLanes
 from tests.fakes import FakeLanes, MeanAutoencoder
+from tests.loaders import grouped
 
 CAPACITY = 4
 
@@ -132,8 +133,8 @@ def test_impossible_rings_are_refused():
 def test_the_stage_gives_what_decoding_at_once_gives(shared_dataset):
     """The loader's own path with a stage, on the CPU."""
     options = {"batch_size": 48, "shuffle": True, "autoencoder": MeanAutoencoder()}
-    plain = list(LatentLoader(shared_dataset, **options))
-    staged = LatentLoader(shared_dataset, **options)
+    plain = list(LatentLoader(shared_dataset, **grouped(**options)))
+    staged = LatentLoader(shared_dataset, **grouped(**options))
     staged.stage = staged.make_stage(False, HostLanes())
     state = None
     for number, (batch, expected) in enumerate(zip(staged, plain, strict=True)):
@@ -174,8 +175,8 @@ def test_cuda_loader_gives_what_the_cpu_gives(shared_dataset, decode):
     device = cuda()
     options = {"batch_size": 48, "shuffle": True, "decode": decode, "num_workers": 2}
     options |= {"autoencoder": MeanAutoencoder()} if decode == "pixels" else {}
-    host = list(LatentLoader(shared_dataset, **options))
-    kept = list(LatentLoader(shared_dataset, device=device, **options))
+    host = list(LatentLoader(shared_dataset, **grouped(**options)))
+    kept = list(LatentLoader(shared_dataset, **grouped(device=device, **options)))
     for ours, theirs in zip(kept, host, strict=True):
         for name in ("codes", "images", "latents"):
             if getattr(theirs, name) is not None:

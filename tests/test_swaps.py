@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy
 from latentds.loading.adapters import MilBags, feed_trainer
 from latentds.loading.bags import SlideBags
 from latentds.loading.loader import LatentLoader
+from tests.loaders import grouped
 from tests.swaps import (
     BATCH,
     COUNT,
@@ -100,9 +101,11 @@ def test_a_loader_under_timms_prefetcher_gives_what_normalize_gives():
     v2 = names_of("torchvision.transforms:v2")["v2"]
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
     options = {"batch_size": BATCH, "shuffle": True, "as_tuple": True}
-    bytes_like = LatentLoader("latents", transform=lambda images: images * 255, **options)
+    bytes_like = LatentLoader(
+        "latents", **grouped(transform=lambda images: images * 255, **options)
+    )
     fetched = prefetcher(bytes_like, mean=mean, std=std, device=torch.device("cpu"))
-    ours = LatentLoader("latents", transform=v2.Normalize(mean, std), **options)
+    ours = LatentLoader("latents", **grouped(transform=v2.Normalize(mean, std), **options))
     for (theirs, target), (images, labels) in zip(fetched, ours, strict=True):
         # float32 of values near 1: (255 x - 255 m) / 255 s against (x - m) / s
         assert torch.allclose(theirs, images, atol=1e-5) and torch.equal(target, labels)

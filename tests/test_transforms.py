@@ -10,6 +10,7 @@ import torch
 from latentds.loading.loader import LatentLoader
 from latentds.loading.transform_checks import Watched
 from tests.fakes import MeanAutoencoder
+from tests.loaders import grouped
 
 IMAGES = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -64,5 +65,5 @@ def test_generators_are_left_as_one_call_leaves_them():
 def test_the_loader_watches_its_transform(shared_dataset, caplog):
     options = {"batch_size": 100, "autoencoder": MeanAutoencoder(), "transform": flip_all}
     with caplog.at_level(logging.WARNING):
-        list(LatentLoader(shared_dataset, **options))
+        list(LatentLoader(shared_dataset, **grouped(**options)))
     assert sum("once a batch" in record.message for record in caplog.records) == 1

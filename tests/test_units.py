@@ -14,8 +14,8 @@ import pytest
 from latentds.conversion import ledger, work_units, workdir
 from latentds.conversion.conversion_plan import make_plan, plan_shards
 from latentds.conversion.convert_config import ConvertConfig
-from latentds.conversion.converting import versions
 from latentds.conversion.patch_encoding import choose_device, device_model
+from latentds.conversion.prepared import versions
 from latentds.conversion.ray_placement import cpus_of_worker, room
 from latentds.core.storage import exclusive_lock
 from latentds.errors import ContractError, InputError

@@ -9,6 +9,7 @@ from latentds import LatentLoader, MultiCrop
 from latentds.loading.stage import HostLanes
 from latentds.views.view_batch import Views
 from tests.fakes import MeanAutoencoder
+from tests.loaders import grouped
 
 MULTICROP = MultiCrop(globals=2, locals=2, global_px=20, local_px=9, stain=0.05)
 OPTIONS = {"split": "val", "shuffle": True, "seed": 3, "last": "drop"}
@@ -16,7 +17,7 @@ OPTIONS = {"split": "val", "shuffle": True, "seed": 3, "last": "drop"}
 
 def loader_of(folder, **changes) -> LatentLoader:
     options = {"global_batch_size": 20, "autoencoder": MeanAutoencoder(), "views": MULTICROP}
-    return LatentLoader(folder, **(OPTIONS | options | changes))
+    return LatentLoader(folder, **grouped(**(OPTIONS | options | changes)))
 
 
 def by_patch(batches) -> dict[int, list[torch.Tensor]]:
@@ -56,7 +57,7 @@ def test_views_are_those_of_the_decoded_images(shared_dataset):
         {"global_batch_size": 4},
         {"num_workers": 2},
         {"rank": 1, "world_size": 2},
-        {"rank": 3, "world_size": 4, "num_workers": 1, "decode_chunk": 2},
+        {"rank": 3, "world_size": 4, "num_workers": 1, "chunk": 2},
     ],
 )
 def test_a_patchs_crops_do_not_depend_on_batch_rank_or_worker(shared_dataset, expected, changes):

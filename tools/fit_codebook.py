@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from latentds.core.display import say
+from latentds.quantizers.scalar_kinds import KindName
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,10 +33,7 @@ class Config:
     method: Literal["auto", "grouped", "residual", "scalar"] = "auto"
     """How additive tables are made: K-means of groups of principal axes, K-means of what the planes
     before leave, or of each channel; auto takes the better of the first two."""
-    quantizer: Literal[
-        "kmeans", "kmeans-channel", "int8-minmax", "int8-percentile", "int8-channel"
-    ] = "kmeans"
-    """How latents become bytes, one by one."""
+    quantizer: KindName = "kmeans"
     levels: int = 256
     """Levels, 2 to 256."""
     fit_patches: int = 1000
@@ -101,8 +99,8 @@ def fit(config: Config) -> Any:
     )
     from latentds.conversion.conversion_plan import make_plan
     from latentds.conversion.convert_config import ConvertConfig
-    from latentds.conversion.converting import make_reader
     from latentds.conversion.patch_encoding import Encoder, choose_batch, choose_device
+    from latentds.conversion.prepared import make_reader
 
     settings = ConvertConfig(
         source=config.source,

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from latentds.core.display import say
+from latentds.quantizers.scalar_kinds import KindName
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,10 +37,7 @@ class Config:
     """Likewise; needed for bytes, 0 for floats."""
     codebook: Path | None = None
     """Codebook file: floats are quantized with it, bytes are its codes, or its records."""
-    quantizer: Literal[
-        "kmeans", "kmeans-channel", "int8-minmax", "int8-percentile", "int8-channel"
-    ] = "kmeans"
-    """How floats become bytes, where no --codebook is given."""
+    quantizer: KindName = "kmeans"
     levels: int = 256
     """Levels of the fitted codebook, 2 to 256."""
     fit_patches: int = 1000

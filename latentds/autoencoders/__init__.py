@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import os
-from importlib import resources
 from pathlib import Path
 
 from latentds.autoencoders.autoencoder import Autoencoder, AutoencoderCard, NetworkAutoencoder
 from latentds.autoencoders.cards import ALIASES, CARDS, SHORT_NAMES
 from latentds.errors import WeightsError, unknown_name
 
+FROM_HUB = "latentds.autoencoders.diffusers_ae:load_from_hub"
 __all__ = ["Autoencoder", "AutoencoderCard", "NetworkAutoencoder", "load_autoencoder"]
 
 
@@ -37,22 +38,21 @@ def load_autoencoder(
     given = str(name_or_path)
     is_copy = "/" in given and Path(given).exists()  # of a repository, under its name
     name = given if is_copy else ALIASES.get(given, given)
-    if name == "tiny-v1":
-        from latentds.autoencoders.tiny import load_tiny
-
-        return load_tiny()
-    if name in ("tiny-v2", "tiny-v2-fast"):
-        return load_embedded(name)
     if name in CARDS:
-        from latentds.autoencoders.diffusers_ae import load_from_hub
-
-        return load_from_hub(CARDS[name])
+        return load_known(CARDS[name])
     folder = find_decoder_folder(name_or_path)
     if folder is not None:
         return load_completed(folder, encoder)
     if encoder is not None:
         raise ValueError(f"{name_or_path}: encoder= goes with a decoder's folder (decoder.json)")
     return load_path(Path(name_or_path))
+
+
+def load_known(card: AutoencoderCard) -> NetworkAutoencoder:
+    """The autoencoder of a card in CARDS, by the card's own loader."""
+    module, _, function = (card.loader or FROM_HUB).partition(":")
+    loaded: NetworkAutoencoder = getattr(importlib.import_module(module), function)(card)
+    return loaded
 
 
 def load_for_decoding(name_or_path: str | os.PathLike[str]) -> NetworkAutoencoder:
@@ -66,19 +66,6 @@ def load_for_decoding(name_or_path: str | os.PathLike[str]) -> NetworkAutoencode
     if is_decoder or find_decoder_folder(name_or_path) is not None:
         return load_decoder(name_or_path)
     return load_autoencoder(name_or_path)
-
-
-def load_embedded(name: str) -> NetworkAutoencoder:
-    """`tiny-v2` as it ships, or with its fast decoder."""
-    from latentds.autoencoders.codec_folder import FAST, load_codec
-    from latentds.autoencoders.decoders import load_decoder, replace_decoder
-    from latentds.autoencoders.tiny import weights_folder
-
-    with resources.as_file(weights_folder() / "tiny-v2") as folder:
-        codec = load_codec(folder)
-        if name == "tiny-v2":
-            return codec
-        return replace_decoder(codec, load_decoder(folder / FAST))
 
 
 def load_completed(

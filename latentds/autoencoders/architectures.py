@@ -14,19 +14,13 @@ import torch
 from torch import nn
 
 from latentds.autoencoders.autoencoder import NetworkAutoencoder
+from latentds.autoencoders.bounded_configs import BUILD_ERRORS, check_bounded
 from latentds.autoencoders.students import STUDENTS, Student, build_student
 from latentds.autoencoders.taesd import Clamp, build_decoder, has_pool
 from latentds.autoencoders.tiny import TinyDecoder
 from latentds.errors import WeightsError, unknown_name
 
 CELLS = 4  # latent cells each way of the trial that tells a decoder's factor
-MAX_NUMBER = 16_384  # of a config: no known decoder is wider
-MAX_LAYERS, MAX_ENTRIES, MAX_DEPTH = 64, 64, 6
-# What networks and diffusers raise for values that do not fit.
-BUILD_ERRORS = (
-    *(ArithmeticError, AssertionError, AttributeError, LookupError),
-    *(NotImplementedError, RuntimeError, TypeError, ValueError),
-)
 
 
 def architecture_of(autoencoder: NetworkAutoencoder) -> dict[str, Any]:
@@ -110,20 +104,3 @@ BUILDERS: dict[str, Callable[[Mapping[str, Any], int, int], nn.Module]] = {
     "AutoencoderDC": build_diffusers,
     "AutoencoderTiny": build_diffusers,
 }
-
-
-def check_bounded(value: Any, where: str, limit: float = MAX_NUMBER, depth: int = 0) -> None:
-    """Refuse numbers and lists no decoder has: they would cost memory and time before any error."""
-    if depth > MAX_DEPTH:
-        raise WeightsError(f"{where}: nested more than {MAX_DEPTH} deep; refused")
-    if isinstance(value, Mapping | list) and len(value) > MAX_ENTRIES:
-        raise WeightsError(f"{where}: {len(value)} entries; at most {MAX_ENTRIES}")
-    if isinstance(value, Mapping):
-        for key, entry in value.items():
-            counts = "layers" in key or ("num_" in key and "blocks" in key)
-            check_bounded(entry, f"{where}.{key}"[:100], MAX_LAYERS if counts else limit, depth + 1)
-    elif isinstance(value, list):
-        for entry in value:
-            check_bounded(entry, where, limit, depth + 1)
-    elif isinstance(value, int | float) and not abs(value) <= limit:
-        raise WeightsError(f"{where}: {value!r:.40} is more than any decoder has ({limit})")

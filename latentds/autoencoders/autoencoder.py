@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from latentds.core.canonical_json import canonical_json
 from latentds.errors import ContractError, ShapeError
-from latentds.store.format import canonical_json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,6 +33,8 @@ class AutoencoderCard:
     latent_id   what the latents mean; empty until the weights are loaded
     decoder_id  hash of the decoder; empty until the weights are loaded
     encoder     name of the autoencoder whose encoder makes the latents; empty where it is this one
+    loader      "module:function" that makes the autoencoder of its card; recorded nowhere. Empty: a
+                class of diffusers, from the Hub
     """
 
     name: str
@@ -47,10 +49,12 @@ class AutoencoderCard:
     latent_id: str = ""
     decoder_id: str = ""
     encoder: str = ""
+    loader: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; `encoder` only where it tells something."""
         values = dataclasses.asdict(self)
+        del values["loader"]  # nothing that a file says is imported
         if not self.encoder:
             del values["encoder"]
         return values

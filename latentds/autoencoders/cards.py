@@ -1,16 +1,26 @@
-"""Cards of the autoencoders known by name."""
+"""Autoencoders known by name. A new one is a file that has its card, and a line here."""
 
 from __future__ import annotations
 
 from latentds.autoencoders.autoencoder import AutoencoderCard
 
 TINY = AutoencoderCard(
-    name="tiny-v1", class_name="Tiny", channels=4, factor=8, licence="Apache-2.0"
+    name="tiny-v1",
+    class_name="Tiny",
+    channels=4,
+    factor=8,
+    licence="Apache-2.0",
+    loader="latentds.autoencoders.tiny:load_tiny",
 )
 CARDS = {
     "tiny-v1": TINY,
     "tiny-v2": AutoencoderCard(
-        name="tiny-v2", class_name="Tiny", channels=32, factor=8, licence="Apache-2.0"
+        name="tiny-v2",
+        class_name="Tiny",
+        channels=32,
+        factor=8,
+        licence="Apache-2.0",
+        loader="latentds.autoencoders.embedded:load_embedded",
     ),
     "tiny-v2-fast": AutoencoderCard(
         name="tiny-v2-fast",
@@ -19,6 +29,7 @@ CARDS = {
         factor=8,
         licence="Apache-2.0",
         encoder="tiny-v2",
+        loader="latentds.autoencoders.embedded:load_embedded",
     ),
     # The paper's "SD-1.5" is this fine-tune of its VAE (reproduced from the authors' weight
     # repositories).

@@ -30,6 +30,7 @@ from latentds.autoencoders.autoencoder import (
     hash_tensors,
     short,
 )
+from latentds.autoencoders.bounded_configs import check_placed
 from latentds.autoencoders.decoder_record import (
     FORMAT,
     RECORD,
@@ -247,24 +248,6 @@ def read_tensors(path: Path, expected: Mapping[str, Tensor], latent_id: str) -> 
             f"{short(latent_id)}; the two files are not of one decoder"
         )
     return {name: t.to(expected[name].dtype) for name, t in tensors.items()}
-
-
-def check_placed(
-    expected: Mapping[str, Tensor], shapes: Mapping[str, list[int]], where: str
-) -> None:
-    """Refuse tensors that are missing, left over, or of another shape than the architecture's."""
-    missing, extra = sorted(set(expected) - set(shapes)), sorted(set(shapes) - set(expected))
-    if missing or extra:
-        what = f"lacks {missing[0]!r}" if missing else f"has {extra[0]!r:.80} left over"
-        raise WeightsError(
-            f"{where}: {what} ({len(missing)} tensors missing, {len(extra)} left over); not of the "
-            "architecture given"
-        )
-    for name, tensor in expected.items():
-        if list(tensor.shape) != shapes[name]:
-            raise WeightsError(
-                f"{where}: {name} is {shapes[name]}, the architecture has {list(tensor.shape)}"
-            )
 
 
 def check_dtypes(expected: Mapping[str, Tensor], dtypes: Mapping[str, str], path: Path) -> None:

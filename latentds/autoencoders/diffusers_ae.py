@@ -17,14 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from latentds.autoencoders import efficientvit_keys
-from latentds.autoencoders.architectures import BUILD_ERRORS, check_bounded
 from latentds.autoencoders.autoencoder import (
     AutoencoderCard,
     NetworkAutoencoder,
     hash_tensors,
     latent_identity,
 )
-from latentds.autoencoders.decoders import check_placed
+from latentds.autoencoders.bounded_configs import BUILD_ERRORS, check_bounded, check_placed
 from latentds.autoencoders.downloads import download
 from latentds.errors import WeightsError, missing_extra, unknown_name
 

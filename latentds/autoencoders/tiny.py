@@ -111,10 +111,10 @@ def weights_folder() -> Any:
     return resources.files("latentds.autoencoders") / "weights"
 
 
-def load_tiny() -> NetworkAutoencoder:
+def load_tiny(card: AutoencoderCard = TINY) -> NetworkAutoencoder:
     """`tiny-v1` with the weights that ship with latentds."""
     tensors = load((weights_folder() / "tiny-v1.safetensors").read_bytes())
-    return build_tiny({name: tensor.float() for name, tensor in tensors.items()}, TINY)
+    return build_tiny({name: tensor.float() for name, tensor in tensors.items()}, card)
 
 
 def build_tiny(tensors: dict[str, Tensor], card: AutoencoderCard) -> NetworkAutoencoder:

@@ -13,12 +13,10 @@ from latentds.codecs.refining import MAX_STEPS
 from latentds.errors import unknown_name
 from latentds.quantizers.additive import MAX_PLANES
 from latentds.quantizers.scalar import MAX_LEVELS
+from latentds.quantizers.scalar_kinds import KINDS
 
-KMEANS = ("kmeans", "kmeans-channel")
-INT8 = ("int8-minmax", "int8-percentile", "int8-channel")
 FLOAT_BITS = {"none": 32, "fp16": 16}
 RECORDS, SUM = "rans", "sum"
-QUANTIZERS = (*FLOAT_BITS, *INT8, *KMEANS, RECORDS, SUM)
 QUANTIZER_ALIASES = {"int8": "int8-minmax"}  # the paper's static int8
 
 
@@ -26,7 +24,7 @@ QUANTIZER_ALIASES = {"int8": "int8-minmax"}  # the paper's static int8
 class QuantizerSpec:
     """How latents become bytes.
 
-    kind    one of QUANTIZERS
+    kind    one of `known_quantizers`
     levels  K; None for floats and rans. 256 for int8 and sum, 2 to 256 for kmeans
     record_bytes  of a patch, for rans
     planes  code planes for sum: bytes a latent cell
@@ -63,7 +61,7 @@ class QuantizerSpec:
     @property
     def is_fitted(self) -> bool:
         """Whether it needs a codebook: a sample of latents, or one that was stored."""
-        return self.kind in (*KMEANS, *INT8, SUM)
+        return self.kind in KINDS or self.kind == SUM
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -225,8 +223,9 @@ def parse_quantizer(text: str) -> QuantizerSpec:
         if not 1 <= planes <= MAX_PLANES:
             raise ValueError(f"{text}: code planes are 1 to {MAX_PLANES}")
         return QuantizerSpec(kind=kind, levels=MAX_LEVELS, planes=planes)
-    if colon and kind not in KMEANS:
-        raise ValueError(f"{text}: only kmeans and kmeans-channel have levels")
+    if colon and (kind not in KINDS or KINDS[kind].is_fixed):
+        free = " and ".join(name for name, known in KINDS.items() if not known.is_fixed)
+        raise ValueError(f"{text}: only {free} have levels")
     levels = whole_number(value, text, "levels") if colon else MAX_LEVELS
     if not 2 <= levels <= MAX_LEVELS:
         raise ValueError(f"{text}: levels are 2 to {MAX_LEVELS}")
@@ -235,7 +234,7 @@ def parse_quantizer(text: str) -> QuantizerSpec:
 
 def known_quantizers() -> list[str]:
     """What may be written after a `+`."""
-    return [*QUANTIZERS, *QUANTIZER_ALIASES]
+    return [*FLOAT_BITS, *KINDS, RECORDS, SUM, *QUANTIZER_ALIASES]
 
 
 def known_autoencoder(name: str) -> str:

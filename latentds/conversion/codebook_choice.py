@@ -26,16 +26,23 @@ MAX_SAMPLE_VALUES = 16_000_000  # latent values held while fitting: 64 MB
 
 
 def find_codebook(
-    config: ConvertConfig, encoder: Encoder, reader: PatchReader, earlier: dict[str, Any]
+    config: ConvertConfig,
+    codebook: StoredCodebook | None,
+    encoder: Encoder,
+    reader: PatchReader,
+    earlier: dict[str, Any],
 ) -> StoredCodebook:
-    """The codebook of a file, of the run that is resumed, shipped with the autoencoder, or fitted.
+    """The one given, that of the run that is resumed, shipped with the autoencoder, or fitted.
+
+    codebook  an object that the caller gave
 
     raises  ContractError for a file fitted to other latents, InputError for bytes that the latents
             or the codebook cannot have, with those that they can
     """
     card = encoder.autoencoder.card
-    if config.codebook_file is not None:
-        return given_codebook(config, card, encoder.check_shape(reader.plan.patch_px))
+    given = given_codebook(config, codebook, card, encoder.check_shape(reader.plan.patch_px))
+    if given is not None:
+        return given
     if earlier:
         contract = Contract.from_json(earlier["contract"], "plan.json")
         return StoredCodebook(
@@ -67,18 +74,30 @@ def find_codebook(
 
 
 def given_codebook(
-    config: ConvertConfig, card: AutoencoderCard, shape: tuple[int, int, int]
-) -> StoredCodebook:
-    """The codebook of --codebook FILE, of --bytes."""
-    assert config.codebook_file is not None
+    config: ConvertConfig,
+    codebook: StoredCodebook | None,
+    card: AutoencoderCard,
+    shape: tuple[int, int, int],
+) -> StoredCodebook | None:
+    """The caller's own codebook, or that of --codebook FILE, of --bytes; None where there is none.
+
+    raises  ContractError for one fitted to other latents, InputError for two, or other bytes
+    """
+    if codebook is not None:
+        if config.codebook is not None:
+            raise InputError(f"a codebook, and --codebook {config.codebook}; give one of them")
+        check_latents(codebook, "codebook", card.latent_id, card.name)
+        return fitting(codebook, "codebook", shape, config.bytes)
+    if config.codebook_file is None:
+        return None
     stored = codebook_of_file(config.codebook_file, card.latent_id, card.name)
     return fitting(stored, config.codebook_file, shape, config.bytes)
 
 
 def fitting(
-    stored: StoredCodebook, path: Path, shape: tuple[int, int, int], patch_bytes: int | None
+    stored: StoredCodebook, path: Path | str, shape: tuple[int, int, int], patch_bytes: int | None
 ) -> StoredCodebook:
-    """The codebook of a file for these latents and --bytes; errors name the file."""
+    """The codebook of a file for these latents and --bytes; errors name the file or object."""
     try:
         return sized(stored, shape, patch_bytes)
     except (ShapeError, InputError) as error:
@@ -88,13 +107,18 @@ def fitting(
 def codebook_of_file(path: Path, latent_id: str, name: str) -> StoredCodebook:
     """The codebook in a file; ContractError where it was fitted to other latents."""
     stored = load_codebook(path)
-    if stored.latent_id != latent_id:
-        raise ContractError(
-            f"{path}: fitted to other latents than {name!r} makes; fit one with "
-            "'latentds fit-codebook'"
-        )
+    check_latents(stored, path, latent_id, name)
     made = {"origin": "from a codebook file", "file": path.name, "fit": stored.made}
     return StoredCodebook(codebook=stored.codebook, latent_id=latent_id, made=made)
+
+
+def check_latents(stored: StoredCodebook, where: Path | str, latent_id: str, name: str) -> None:
+    """ContractError for a codebook that was fitted to other latents than an autoencoder's."""
+    if stored.latent_id != latent_id:
+        raise ContractError(
+            f"{where}: fitted to other latents than {name!r} makes; fit one with "
+            "'latentds fit-codebook'"
+        )
 
 
 def fit_to_sample(config: ConvertConfig, encoder: Encoder, reader: PatchReader) -> StoredCodebook:

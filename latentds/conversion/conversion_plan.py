@@ -9,18 +9,19 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 
 from latentds.conversion.convert_config import ConvertConfig
 from latentds.conversion.left_out import sources_of
+from latentds.core.canonical_json import canonical_json
 from latentds.errors import InputError, TooManyBadSamplesError
 from latentds.sources.anonymity import hider
 from latentds.sources.image_folder import half_labelled
 from latentds.sources.opening import list_source, open_source
-from latentds.sources.source import MIXED_CHUNKS, Header, Listing, Picture, Source
-from latentds.store.format import canonical_json, patch_key, shard_name
+from latentds.sources.picture import MIXED_CHUNKS, Header, Listing, Picture
+from latentds.sources.source import Source
+from latentds.store.format import shard_name
 
 BLOCK_PATCHES = 256  # at least so many patches between two points a killed run resumes from
 HEADERS_AT_ONCE = 4096
@@ -89,13 +90,15 @@ class Plan:
         return dict(sorted(Counter(header.encoding for header in self.headers).items()))
 
 
-def make_plan(config: ConvertConfig) -> Plan:
-    """List, read all headers, check, order."""
-    source = open_source(config)
+def make_plan(config: ConvertConfig, source: Source | None = None) -> Plan:
+    """List, read all headers, check, order.
+
+    source  to plan for instead of what lies at `config.source`
+    """
+    source = source or open_source(config)
     listing = list_source(source, config)
     if config.anonymize:
         listing = dataclasses.replace(listing, pictures=by_hidden_names(source, listing, config))
-    check_keys(config.source, [picture.source for picture in listing.pictures])
     pictures, headers, bad = read_headers(source, listing.pictures, config)
     by_source = {p.source: header for p, header in zip(pictures, headers, strict=True)}
     plan = Plan(
@@ -165,21 +168,6 @@ def check_budget(config: ConvertConfig, bad: Mapping[str, str]) -> None:
             f"{config.max_bad}: raise it and run the same command again to go on without them, or "
             "repair or remove them and start anew with --overwrite"
         )
-
-
-def check_keys(root: Path, sources: Sequence[str]) -> None:
-    """Refuse two files that would be one patch."""
-    first: dict[str, str] = {}
-    for source in sources:
-        other = first.get(patch_key(source))
-        first[patch_key(source)] = source
-        if other == source:
-            raise InputError(f"{root}: {source} is named twice; keep one of the two")
-        if other is not None:
-            raise InputError(
-                f"{root}: {other} and {source} have one key, {patch_key(source)!r}; rename or "
-                "remove one"
-            )
 
 
 def check_labels(plan: Plan, config: ConvertConfig) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from latentds.conversion.conversion_plan import Plan
 from latentds.conversion.left_out import describe_left_out, region_name, sources_of
+from latentds.conversion.prepared import Conversion
 from latentds.core.storage import write_atomically
 from latentds.errors import FormatError, InputError
 from latentds.store.composing import complete
@@ -16,9 +17,6 @@ from latentds.store.golden import choose_rows, decode_pixels, encode_golden
 from latentds.store.index import write_tables
 from latentds.store.manifest import Manifest
 from latentds.store.reader import ShardSet
-
-if TYPE_CHECKING:
-    from latentds.conversion.converting import Conversion
 
 
 def finish(conversion: Conversion) -> Manifest:

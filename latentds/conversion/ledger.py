@@ -9,7 +9,7 @@ from collections import deque
 import torch
 
 from latentds.conversion.conversion_plan import PlannedShard, check_budget
-from latentds.conversion.converting import Conversion
+from latentds.conversion.prepared import Conversion
 from latentds.conversion.workdir import look_at_journal
 from latentds.errors import InputError, LatentdsError
 

@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from latentds.conversion.conversion_plan import PlannedShard
 from latentds.conversion.convert_config import ConvertConfig
-from latentds.conversion.converting import MAX_WORKERS, Conversion, WriteShards
 from latentds.conversion.ledger import Ledger, check_deaths, told
+from latentds.conversion.prepared import MAX_WORKERS, Conversion, WriteShards
 from latentds.conversion.ray_placement import Node, cpus_of_worker, no_room, room
 from latentds.conversion.shard_writing import patches_bar
 from latentds.conversion.work_units import Job, Unit, for_workers, make_job, make_unit, write_unit

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from latentds.conversion.convert_config import ConvertConfig
-from latentds.conversion.converting import MAX_WORKERS
+from latentds.conversion.prepared import MAX_WORKERS
 
 Node = dict[str, Any]  # CPU, GPU: how many it has
 

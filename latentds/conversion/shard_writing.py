@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from latentds.conversion.conversion_plan import check_budget
+from latentds.conversion.prepared import Conversion
 from latentds.conversion.region_decoding import Chunk
 from latentds.conversion.shardjob import Block, ShardJob, WriterThread
 from latentds.errors import ContractError
-
-if TYPE_CHECKING:
-    from latentds.conversion.converting import Conversion
 
 
 def write_shards(

@@ -36,8 +36,9 @@ def input_files(plan: Plan, config: ConvertConfig) -> list[Path]:
         masks = [stem.with_suffix(suffix) for stem in stems for suffix in MASK_SUFFIXES]
         files |= dict.fromkeys(path for path in masks if path.is_file())
     files |= dict.fromkeys(root / p.mask for p in plan.pictures if p.mask is not None)
-    if not files and root.is_dir():  # rows of a data set of Hugging Face's
-        files = dict.fromkeys(root / path for path in walk(root))
+    if not files:  # rows of a data set of Hugging Face's, or of a file
+        paths = [root / path for path in walk(root)] if root.is_dir() else [root]
+        files = dict.fromkeys(path for path in paths if path.is_file())
     return list(files)
 
 

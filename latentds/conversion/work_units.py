@@ -17,14 +17,15 @@ from PIL import Image
 from latentds.autoencoders.autoencoder import Autoencoder
 from latentds.conversion.conversion_plan import Plan, PlannedShard
 from latentds.conversion.convert_config import ConvertConfig
-from latentds.conversion.converting import Conversion, make_reader, versions
 from latentds.conversion.patch_encoding import Encoder, choose_device, device_model
+from latentds.conversion.prepared import Conversion, make_reader, versions
 from latentds.conversion.shard_writing import write_shards
 from latentds.conversion.workdir import WorkFolder
 from latentds.core.storage import exclusive_lock, sha256_file
 from latentds.errors import ContractError, InputError
 from latentds.sources.hugging_face import hub_id
-from latentds.sources.source import Header, Picture, Source
+from latentds.sources.picture import Header, Picture
+from latentds.sources.source import Source
 from latentds.store.format import Contract
 
 WITNESSES = 20  # entries of an input folder that a worker must see too

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import torch
 from tqdm import tqdm
 
+from latentds.core.canonical_json import canonical_json
 from latentds.core.display import csv_cell
 from latentds.core.storage import write_atomically
 from latentds.edit.filenames import patch_path
@@ -24,7 +25,7 @@ from latentds.errors import InputError
 from latentds.quantizers.codebook_files import StoredCodebook, save_codebook
 from latentds.quantizers.lookup import make_integers
 from latentds.quantizers.scalar import dequantize_each
-from latentds.store.format import FORMAT, canonical_json
+from latentds.store.format import FORMAT
 from latentds.store.reader import ShardSet
 
 BLOCK_PATCHES = 1024

@@ -30,7 +30,7 @@ from latentds.sources.image_folder import (
     read_folders,
     walk,
 )
-from latentds.sources.source import Picture
+from latentds.sources.picture import Picture
 
 logger = logging.getLogger(__name__)
 LAYOUTS = ("pixcell", "zoomldm", "npy", "arrays")

@@ -193,7 +193,7 @@ def wsistream_batch(batch: Batch, output_dtype: str = "float32") -> dict[str, An
 class TileReader:
     """The tiles of a slide by number, as slide2vec's readers give them.
 
-    array   LatentArray of the slide (`slides=[name]`), which decodes to pixels
+    array   LatentArray of the slide (`Select(slides=[name])`), which decodes to pixels
     coords  x and y at level 0 of the tiles in slide2vec's order, (N, 2); None takes the array's
             own order
     raises  InputError where the array holds no patch at one of them, or two
@@ -291,7 +291,9 @@ def places_at(array: LatentArray, coords: np.ndarray) -> np.ndarray:
     known: dict[tuple[int, int], int] = {}
     for place, (x, y) in enumerate(array.coords.tolist()):
         if known.setdefault((x, y), place) != place:
-            raise InputError(f"{array}: two patches at ({x}, {y}); open one slide (slides=[name])")
+            raise InputError(
+                f"{array}: two patches at ({x}, {y}); open one slide, select=Select(slides=[name])"
+            )
     try:
         return np.array([known[x, y] for x, y in coords.tolist()], np.int64)
     except KeyError as error:

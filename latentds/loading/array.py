@@ -16,7 +16,8 @@ from tqdm import tqdm
 from latentds.autoencoders.autoencoder import Autoencoder
 from latentds.errors import InputError, unknown_name
 from latentds.loading.collate import check_codes
-from latentds.loading.decoding import DecodeOptions, Decoder, check_decode, find_autoencoder
+from latentds.loading.decoding import Decode, Decoder, check_decode, find_autoencoder
+from latentds.loading.options import Select
 from latentds.loading.selection import select_rows
 from latentds.quantizers.lookup import Integers, make_integers
 from latentds.store.cache import CacheConfig
@@ -32,7 +33,7 @@ class LatentArray:
 
     With the set on the GPU a loader is a permutation: `for i in torch.randperm(len(a)).split(64)`.
 
-    folder, where, slides, cache   see LatentDataset
+    folder, cache, select   see LatentDataset
     split         one split; None takes all
     device        where the codes lie and are decoded
     decode        what indexing gives: "pixels", "latents", "codes" (uint8, or of entropy-coded
@@ -56,20 +57,19 @@ class LatentArray:
         *,
         device: torch.device | str = "cpu",
         decode: str = "pixels",
-        where: str | None = None,
-        slides: Sequence[str] | None = None,
+        select: Select = Select(),
         autoencoder: Autoencoder | str | os.PathLike[str] | None = None,
         dtype: torch.dtype = torch.float32,
         cache: CacheConfig | None = None,
     ) -> None:
         check_decode(decode)
         self.shards, self.device, self.decode = (
-            ShardSet(folder, cache=cache, reads_parts=where is not None or slides is not None),
+            ShardSet(folder, cache=cache, reads_parts=select != Select()),
             torch.device(device),
             decode,
         )
         manifest = self.shards.manifest
-        rows = select_rows(self.shards, split, where, slides)
+        rows = select_rows(self.shards, split, *select.unbalanced("LatentArray"))
         if rows is None:
             rows = np.arange(*(self.shards.patch_range(split) if split else (0, len(self.shards))))
         self.check_fits(len(rows))
@@ -82,7 +82,7 @@ class LatentArray:
                 manifest.codebooks,
                 manifest.contract.patch_px,
                 device,
-                DecodeOptions(dtype=dtype),
+                Decode(dtype=dtype),
             )
         table = self.shards.patches[rows]
         self.rows = torch.from_numpy(rows)
@@ -103,8 +103,8 @@ class LatentArray:
         if self.memory_bytes > free * (1 - KEPT_FREE):
             raise InputError(
                 f"{self.shards.folder}: {count:,} patches take {self.memory_bytes / 1e9:.2f} GB, "
-                f"{self.device} has {free / 1e9:.2f} GB free; choose fewer (split=, where=, "
-                "slides=), another device, or LatentLoader"
+                f"{self.device} has {free / 1e9:.2f} GB free; choose fewer (split=, "
+                "select=), another device, or LatentLoader"
             )
 
     def load(self, rows: np.ndarray) -> Tensor:

@@ -20,11 +20,12 @@ from latentds.errors import InputError
 from latentds.loading.collate import check_codes
 from latentds.loading.decoding import (
     DECODES,
-    DecodeOptions,
+    Decode,
     Decoder,
     check_decode,
     find_autoencoder,
 )
+from latentds.loading.options import Select
 from latentds.loading.selection import select_rows
 from latentds.quantizers.lookup import Integers, make_integers
 from latentds.store.cache import CacheConfig
@@ -71,7 +72,7 @@ class SlideBags(Dataset[Bag]):
     In a DataLoader use `batch_size=None` (a bag an item) and, with workers, `decode` in the main
     process.
 
-    folder, split, where, slides, cache   see LatentDataset
+    folder, split, cache, select   see LatentDataset
     max_patches   at most so many patches a bag, another choice every epoch; None takes all
     seed          of the choice: a function of (seed, epoch, slide)
     columns       names among key, source, source_encoding to carry along
@@ -91,8 +92,7 @@ class SlideBags(Dataset[Bag]):
         *,
         max_patches: int | None = None,
         seed: int = 0,
-        where: str | None = None,
-        slides: Sequence[str] | None = None,
+        select: Select = Select(),
         columns: Sequence[str] = (),
         check_codes: bool = True,
         decode: str = "pixels",
@@ -109,7 +109,7 @@ class SlideBags(Dataset[Bag]):
         self.wanted, self.device = decode, torch.device(device)
         self.decoding = (autoencoder, dtype)
         self.decoder: Decoder | Integers | None = None
-        rows = select_rows(self.shards, split, where, slides)
+        rows = select_rows(self.shards, split, *select.unbalanced("SlideBags"))
         rows = np.arange(*self.shards.patch_range(split)) if rows is None else rows
         numbers = self.shards.patches[rows]["slide"]
         rows, numbers = rows[numbers >= 0], numbers[numbers >= 0]
@@ -201,5 +201,5 @@ class SlideBags(Dataset[Bag]):
             manifest.codebooks,
             manifest.contract.patch_px,
             self.device,
-            DecodeOptions(dtype=dtype),
+            Decode(dtype=dtype),
         )

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
+from latentds.core.canonical_json import digest_json
 from latentds.core.launcher import find_rank
 from latentds.core.randomness import digest_of
 from latentds.core.shared_memory import shared_zeros
@@ -23,6 +24,7 @@ from latentds.loading.batch import Batch
 from latentds.loading.batching import Batching
 from latentds.loading.collate import Collator
 from latentds.loading.mixture import Mixture
+from latentds.loading.options import Order, Select
 from latentds.loading.sampling import (
     BALANCED,
     BalancedSampler,
@@ -34,7 +36,7 @@ from latentds.loading.sampling import (
     join,
 )
 from latentds.loading.selection import select_rows
-from latentds.loading.state import LoaderState, check_state
+from latentds.loading.state import STATE_VERSION, LoaderState, check_state
 from latentds.quantizers.normalization import ChannelStatistics
 from latentds.quantizers.scalar import AnyCodebook
 from latentds.store.cache import CacheConfig
@@ -54,18 +56,7 @@ class LatentDataset(IterableDataset[Batch]):
                 or a Mixture of several
     split       train, val, test, ...
     batch_size  patches a batch and rank (256)
-    global_batch_size  patches a batch of all ranks, instead of `batch_size`; the order depends on
-                it, so give this where the number of ranks may change
     shuffle     a new order every epoch, a function of (seed, epoch) alone
-    last        what becomes of the last, smaller global batch; every rank has as many batches as
-                any other. "pad": dealt out evenly; where ranks do not divide it, some repeat one
-                patch and mark it in `batch.valid`. "drop": left out. "repeat": filled up with the
-                epoch's first patches.
-    lanes       number of nodes, where each should read a stretch of its own; part of the order
-    where       condition on label, slide, patient, x, y, mpp, size_px, as in
-                "label == 'TUM' and mpp < 0.6"
-    slides      names of the slides to use
-    balance     "label", "slide" or "patient": draw every one equally often
     decode      "codes" (uint8; of entropy-coded records their integers, int16), "latents"
                 (float32), both made here, or "stored" (uint8 as it lies on disk, records too);
                 pixels are LatentLoader's business: a worker process must not touch the GPU
@@ -75,7 +66,8 @@ class LatentDataset(IterableDataset[Batch]):
     masks       carry the lossless masks
     max_bad     damaged packs to replace by others (and list in `batch.bad`) before giving up
     cache       where and how much of remote sets is kept
-    rank, world_size   of this process; read from torch.distributed or the launcher where not given
+    select      Select: a condition, slides, equal shares of labels, slides or patients
+    order       Order: the global batch, what becomes of the last one, ranks, nodes
 
     A global batch is `global_batch_size` consecutive places of the order, of which every rank takes
     its stretch; worker w of W makes the batches w, w + W, ... So neither ranks nor workers lose or
@@ -88,23 +80,18 @@ class LatentDataset(IterableDataset[Batch]):
         split: str = "train",
         *,
         batch_size: int | None = None,
-        global_batch_size: int | None = None,
         shuffle: bool = False,
         seed: int = 0,
-        last: str = "pad",
-        lanes: int = 1,
-        where: str | None = None,
-        slides: Sequence[str] | None = None,
-        balance: str | None = None,
         decode: str = "codes",
         normalize: bool | ChannelStatistics = False,
         columns: Sequence[str] = (),
         masks: bool = False,
         max_bad: int = 0,
         cache: CacheConfig | None = None,
-        rank: int | None = None,
-        world_size: int | None = None,
+        select: Select = Select(),
+        order: Order = Order(),
     ) -> None:
+        balance = select.balance
         if decode not in ("codes", "latents", "stored"):
             raise ValueError(
                 f"decode={decode!r}; a LatentDataset gives 'codes', 'latents' or 'stored', use "
@@ -121,12 +108,12 @@ class LatentDataset(IterableDataset[Batch]):
         self.mixture = folder if isinstance(folder, Mixture) else Mixture({folder: 1.0})
         self.sets = [ShardSet(part, cache=cache) for part in self.mixture.folders]
         self.split, self.shuffle, self.seed, self.max_bad = split, shuffle, seed, max_bad
-        self.where, self.balance = where, balance
-        self.slides = None if slides is None else list(slides)
+        self.where, self.balance = select.where, balance
+        self.slides = None if select.slides is None else list(select.slides)
         chosen = [self.where, self.slides]
         self.selection = digest_of(chosen) if chosen != [None, None] else None
         self.is_mixture = isinstance(folder, Mixture)
-        self.rank, self.world_size = find_rank(rank, world_size)
+        self.rank, self.world_size = find_rank(order.rank, order.world_size)
         self.samplers = [self.set_sampler(index) for index in range(len(self.sets))]
         self.sampler: Sampler = self.samplers[0]
         if isinstance(folder, Mixture):
@@ -134,10 +121,10 @@ class LatentDataset(IterableDataset[Batch]):
             self.sampler = MixtureSampler(*parts)
         self.batching = Batching(
             size=self.sampler.size,
-            global_batch=global_size(batch_size, global_batch_size, self.world_size),
+            global_batch=global_size(batch_size, order.global_batch_size, self.world_size),
             ranks=self.world_size,
-            last=last,
-            lanes=lanes,
+            last=order.last,
+            lanes=order.lanes,
         )
         self.collator = Collator(self.sets, seed, decode, tuple(columns), masks)
         self.statistics_given = choose_statistics(normalize, self.sets)
@@ -287,7 +274,29 @@ class LatentDataset(IterableDataset[Batch]):
 
     def state_at(self, epoch: int, batch: int) -> LoaderState:
         """What resuming at global batch `batch` of `epoch` needs; plain JSON, well under 1 KB."""
-        return LoaderState.of(self, epoch, batch)
+        manifests = [shards.manifest for shards in self.sets]
+        ids = [manifest.dataset_id for manifest in manifests]
+        revisions = [shards.revision for shards in self.sets]
+        mixture, single = self.mixture, len(ids) == 1
+        return LoaderState(
+            version=STATE_VERSION,
+            dataset_id=ids[0] if single else digest_json(ids),
+            latent_id=manifests[0].contract.latent_id,
+            revision=revisions[0] if single else digest_of(revisions) if all(revisions) else None,
+            split=self.split,
+            shuffle=self.shuffle,
+            seed=self.seed,
+            global_batch_size=self.batching.global_batch,
+            last=self.batching.last,
+            lanes=self.batching.lanes,
+            balance=self.balance,
+            selection=self.selection,
+            mixture=digest_of([mixture.weights, mixture.epoch_patches])
+            if self.is_mixture
+            else None,
+            epoch=epoch,
+            batch=batch,
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Where this iterator stands, for torchdata's StatefulDataLoader, which asks each worker.

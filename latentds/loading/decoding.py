@@ -34,7 +34,7 @@ def check_decode(decode: str, known: Sequence[str] = DECODES) -> None:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DecodeOptions:
+class Decode:
     """How a decoder runs.
 
     dtype          of weights and images: float32, or bfloat16 for speed; float16, which overflows
@@ -43,6 +43,9 @@ class DecodeOptions:
     channels_last  memory layout of weights and activations
     compile        torch.compile; a warning, and eager, where no compiler works
     cuda_graph     capture and replay batches of one size; CUDA only
+    device         of a LatentLoader: where it decodes, if not where batches end up
+    static         of a LatentLoader on a GPU: hand out memory that the next batch may reuse; see
+                   DecodeStage
     """
 
     dtype: torch.dtype = torch.float32
@@ -50,10 +53,18 @@ class DecodeOptions:
     channels_last: bool = False
     compile: bool = False
     cuda_graph: bool = False
+    device: torch.device | str | None = None
+    static: bool = False
 
     def __post_init__(self) -> None:
         if self.chunk is not None and self.chunk < 1:
-            raise ValueError(f"decode_chunk={self.chunk}; at least 1")
+            raise ValueError(f"chunk={self.chunk}; at least 1")
+
+    def with_dtype(self, dtype: torch.dtype) -> Decode:
+        """The same in the `dtype` of a loader; ValueError where both say another."""
+        if self.dtype not in (torch.float32, dtype):
+            raise ValueError(f"Decode(dtype={self.dtype}) beside dtype={dtype}; say it once")
+        return dataclasses.replace(self, dtype=dtype)
 
 
 class Decoder:
@@ -71,9 +82,9 @@ class Decoder:
         codebooks: Sequence[AnyCodebook],
         patch_px: tuple[int, int],
         device: torch.device | str = "cpu",
-        options: DecodeOptions | None = None,
+        options: Decode | None = None,
     ) -> None:
-        self.options, self.device = options or DecodeOptions(), torch.device(device)
+        self.options, self.device = options or Decode(), torch.device(device)
         if self.options.cuda_graph and self.device.type != "cuda":
             raise ValueError(f"cuda_graph=True needs a CUDA device, not {self.device}")
         self.patch_px, self.autoencoder = patch_px, autoencoder
@@ -147,12 +158,12 @@ class Decoder:
         if self.has_halved or before < 2:
             raise type(error)(
                 f"out of memory decoding {before} patches at once on {self.device}; set a smaller "
-                "decode_chunk, or a smaller batch"
+                "Decode(chunk=...), or a smaller batch"
             ) from error
         self.chunk, self.has_halved = before // 2, True
         logger.warning(
             "out of memory decoding %d patches at once on %s: decoding %d at once from now on; set "
-            "decode_chunk to choose yourself", before, self.device, self.chunk,
+            "Decode(chunk=...) to choose yourself", before, self.device, self.chunk,
         )  # fmt: skip
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

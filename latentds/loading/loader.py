@@ -20,8 +20,9 @@ from latentds.core.shared_memory import REMEDY, describe_shm, of_dead_worker
 from latentds.errors import WorkerError
 from latentds.loading.batch import Batch
 from latentds.loading.dataset import LatentDataset, check_bad
-from latentds.loading.decoding import DecodeOptions, Decoder, check_decode, find_autoencoder
+from latentds.loading.decoding import Decode, Decoder, check_decode, find_autoencoder
 from latentds.loading.mixture import Mixture
+from latentds.loading.options import Order, Select, Workers
 from latentds.loading.stage import CopyLanes, CudaLanes, DecodeStage
 from latentds.loading.transfers import Transfer, Transfers
 from latentds.loading.transform_checks import Watched
@@ -38,12 +39,11 @@ logger = logging.getLogger(__name__)
 class LatentLoader:
     """Iterates a data set in decoded batches; every iteration is an epoch.
 
-    folder, split, batch_size, global_batch_size, shuffle, seed, last, lanes, where, slides,
-    balance, columns, masks, max_bad, cache, rank, world_size: see LatentDataset
+    folder, split, batch_size, shuffle, seed, columns, masks, max_bad, cache, select, order: see
+    LatentDataset
 
     device        where batches end up
-    decode_device where they are decoded, if not there
-    num_workers   processes that read codes; 0 reads in this one
+    num_workers   processes that read codes; 0 reads in this one. Workers says more
     decode        "pixels" (batch.images), "latents" (batch.latents, float32), "codes" (batch.codes:
                   uint8, or of entropy-coded records int16 (B, C, h, w) integers, in batch.steps)
                   or "stored" (batch.codes as it lies on disk, records too)
@@ -54,10 +54,7 @@ class LatentLoader:
     decoder       the same, meant for a decoder alone: its folder, its training run's folder, or
                   ORG/NAME[@REVISION] on the Hub
     dtype         of decoder and images: float32, or bfloat16 for speed
-    decode_chunk  patches decoded at once, to bound the decoder's memory; None decodes the batch
-                  whole, and half of it should memory run out
-    channels_last, compile, cuda_graph   see DecodeOptions
-    static        on a GPU, hand out memory that the next batch may reuse; see DecodeStage
+    decoding      Decode: how the decoder runs, chunks, compilation, graphs; its `dtype` is `dtype`
     transform     applied to the images (B, 3, H, W) of every batch, on the device; one that draws
                   random numbers once a batch, as torchvision's do, is warned of
     views         MultiCrop, or any function of what is decoded and `batch.seeds` that gives Views:
@@ -74,27 +71,15 @@ class LatentLoader:
         split: str = "train",
         *,
         batch_size: int | None = None,
-        global_batch_size: int | None = None,
         shuffle: bool = False,
         seed: int = 0,
-        last: str = "pad",
-        lanes: int = 1,
-        where: str | None = None,
-        slides: Sequence[str] | None = None,
-        balance: str | None = None,
         device: torch.device | str = "cpu",
-        num_workers: int = 0,
+        num_workers: int | Workers = 0,
         decode: str = "pixels",
         normalize: bool | ChannelStatistics = False,
         autoencoder: Autoencoder | str | os.PathLike[str] | None = None,
         decoder: Autoencoder | str | os.PathLike[str] | None = None,
-        decode_device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
-        decode_chunk: int | None = None,
-        channels_last: bool = False,
-        compile: bool = False,
-        cuda_graph: bool = False,
-        static: bool = False,
         transform: Callable[[Tensor], Any] | None = None,
         views: Callable[[Tensor, Tensor], Views] | None = None,
         as_tuple: bool = False,
@@ -102,10 +87,9 @@ class LatentLoader:
         masks: bool = False,
         max_bad: int = 0,
         cache: CacheConfig | None = None,
-        rank: int | None = None,
-        world_size: int | None = None,
-        prefetch_factor: int = 2,
-        multiprocessing_context: str | None = None,
+        select: Select = Select(),
+        order: Order = Order(),
+        decoding: Decode = Decode(),
     ) -> None:
         check_decode(decode)
         if normalize and decode != "latents":
@@ -117,59 +101,52 @@ class LatentLoader:
             folder,
             split,
             batch_size=batch_size,
-            global_batch_size=global_batch_size,
             shuffle=shuffle,
             seed=seed,
-            last=last,
-            lanes=lanes,
-            where=where,
-            slides=slides,
-            balance=balance,
             decode="stored",  # records cross to this process as they are: a sixteenth of integers
             columns=columns,
             masks=masks,
             max_bad=max_bad,
             cache=cache,
-            rank=rank,
-            world_size=world_size,
+            select=select,
+            order=order,
         )
-        if as_tuple and not shuffle and last == "pad" and self.dataset.world_size > 1:
+        if as_tuple and not shuffle and order.last == "pad" and self.dataset.world_size > 1:
             raise ValueError(
                 "as_tuple cannot tell which patches only fill up a rank's last batch; take Batch "
-                "and its `valid`, or last='drop' or 'repeat'"
+                "and its `valid`, or Order(last='drop') or 'repeat'"
             )
         self.dataset.statistics_given = choose_statistics(normalize, self.dataset.sets)
         self.device, self.decode, self.normalize = own_device(device), decode, bool(normalize)
-        self.decode_device = own_device(decode_device or device)
+        self.decode_device = own_device(decoding.device or device)
         self.transform = Watched(transform) if transform else None
         self.views, self.as_tuple = views, as_tuple
         self.contract = self.dataset.shards.manifest.contract
-        options = DecodeOptions(
-            dtype=dtype,
-            chunk=decode_chunk,
-            channels_last=channels_last,
-            compile=compile,
-            cuda_graph=cuda_graph,
-        )
+        options = decoding.with_dtype(dtype)
         self.decoder = self.make_decoder(autoencoder if decoder is None else decoder, options)
         self.integers = make_integers(self.codebooks) if decode == "codes" else None
         self.stage: DecodeStage | None = None
         if self.decode_device.type == "cuda":
-            self.stage = self.make_stage(static, CudaLanes(self.decode_device))
-        self.transfers: DataLoader[Transfer] = DataLoader(
-            Transfers(self.dataset),
-            batch_size=None,
-            num_workers=num_workers,
-            pin_memory=self.decode_device.type == "cuda",
-            prefetch_factor=prefetch_factor if num_workers else None,
-            persistent_workers=num_workers > 0,
-            multiprocessing_context=multiprocessing_context if num_workers else None,
-        )
+            self.stage = self.make_stage(decoding.static, CudaLanes(self.decode_device))
+        workers = Workers(count=num_workers) if isinstance(num_workers, int) else num_workers
+        self.transfers = self.make_transfers(workers)
         self.epoch, self.handed_out = 0, 0
         self.resuming = False
         self.bad_packs: list[str] = []  # damaged ones this rank has met, and replaced
 
-    def make_decoder(self, given: Any, options: DecodeOptions) -> Decoder | None:
+    def make_transfers(self, workers: Workers) -> DataLoader[Transfer]:
+        """What brings codes from the processes that read them."""
+        return DataLoader(
+            Transfers(self.dataset),
+            batch_size=None,
+            num_workers=workers.count,
+            pin_memory=self.decode_device.type == "cuda",
+            prefetch_factor=workers.prefetch_factor if workers.count else None,
+            persistent_workers=workers.count > 0,
+            multiprocessing_context=workers.multiprocessing_context if workers.count else None,
+        )
+
+    def make_decoder(self, given: Any, options: Decode) -> Decoder | None:
         """The decoder on its device, None where codes are wanted."""
         if self.decode in ("codes", "stored"):
             return None

@@ -34,6 +34,7 @@ from latentds.loading.grouping import (
 )
 from latentds.loading.loader import LatentLoader
 from latentds.loading.mixture import Mixture
+from latentds.loading.options import Order, Select
 from latentds.store.cache import CacheConfig
 from latentds.store.format import joined_names
 from latentds.store.reader import ShardSet
@@ -64,14 +65,13 @@ class MixedLoader:
     split          of all sets
     global_batch_size  patches of all groups and ranks together
     shuffle, seed  see LatentDataset; groups do not run through like orders
-    last           batches are always full: "drop" and nothing else
     decoder        object, name, path, ORG/NAME[@REVISION] or several of them: a group takes the one
                    that reads its latents, else the recorded one; two for one group are refused
     num_workers    processes that read codes, shared out among the groups, one each at least
     max_bad        damaged packs of all groups together to replace before giving up
     allow_mixed_mpp  mix sets whose patches show fields of unlike size, in micrometres
     rank, world_size   of this process; read from torch.distributed or the launcher where not given
-    options        of every group's LatentLoader: device, dtype, decode_chunk, views, where, ...
+    options        of every group's LatentLoader: device, dtype, decoding, views, select, ...
     raises         ContractError for fields of unlike size, or a decoder that reads no set's
                    latents; WeightsError for a set whose decoder is not at hand; InputError for a
                    number of ranks that does not divide the shares; UnknownNameError for a split
@@ -91,7 +91,6 @@ class MixedLoader:
         global_batch_size: int,
         shuffle: bool = True,
         seed: int = 0,
-        last: str = "drop",
         decoder: Decoding | Sequence[Decoding] | None = None,
         num_workers: int = 0,
         max_bad: int = 0,
@@ -101,8 +100,6 @@ class MixedLoader:
         world_size: int | None = None,
         **options: Any,
     ) -> None:
-        if last != "drop":
-            raise ValueError(f"last={last!r}; batches of a mixed loader are always full")
         refuse_options(options)
         mixture = weights if isinstance(weights, Mixture) else Mixture(weights)
         self.folders, self.max_bad = mixture.folders, max_bad
@@ -116,15 +113,15 @@ class MixedLoader:
         patches = mixture.epoch_patches or sum(patches_of(part, split) for part in self.sets)
         self.batches = max(patches // global_batch_size, 1)
         decoders = find_decoders(self.sets, grouped, decoder)
-        settings = options | {"shuffle": shuffle, "last": last, "max_bad": max_bad, "cache": cache}
-        settings |= {"rank": rank, "world_size": world_size}
+        settings = options | {"shuffle": shuffle, "max_bad": max_bad, "cache": cache}
         settings["num_workers"] = max(num_workers // len(grouped), 1) if num_workers else 0
         self.groups = []
         for place, (numbers, share) in enumerate(zip(grouped, self.shares, strict=True)):
             settings |= {"seed": seed + place * GROUP_SEEDS, "decoder": decoders[place]}
             parts = {mixture.folders[n]: mixture.weights[n] for n in numbers}
             own = Mixture(parts, epoch_patches=share * self.batches)
-            loader = LatentLoader(own, split, global_batch_size=share, **settings)
+            order = Order(global_batch_size=share, last="drop", rank=rank, world_size=world_size)
+            loader = LatentLoader(own, split, order=order, **settings)
             self.groups.append(Group(numbers, share, loader))
             named = ", ".join(str(mixture.folders[number]) for number in numbers)
             logger.info("%s: %d of %d patches a batch", named, share, global_batch_size)
@@ -209,9 +206,11 @@ class MixedLoader:
 
 def refuse_options(options: Mapping[str, Any]) -> None:
     """ValueError for options of a LatentLoader that mean nothing over several of them."""
-    for name in ("batch_size", "as_tuple", "autoencoder", "balance"):
+    for name in ("batch_size", "as_tuple", "autoencoder", "order"):
         if options.get(name):
             raise ValueError(f"{name}= is not for a mixed loader; leave it")
+    if options.get("select", Select()).balance is not None:
+        raise ValueError("balance= is not for a mixed loader; leave it")
     if options.get("decode", "pixels") != "pixels":
         raise ValueError(
             f"decode={options['decode']!r}; latents of several kinds are one input as pixels only"

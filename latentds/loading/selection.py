@@ -68,7 +68,7 @@ def select_rows(
         chosen.append(rows if condition is None else filter_rows(shards, rows, condition))
     found = np.concatenate(chosen)
     if not len(found):
-        what = f"where={where!r}" if where is not None else "slides=[...]"
+        what = f"where={where!r}" if where is not None else "Select(slides=[...])"
         within = "the set" if split is None else f"split {split!r}"
         raise InputError(f"{shards.folder}: {what} chooses no patch of {within}")
     return found

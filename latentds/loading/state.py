@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from latentds.core.randomness import digest_of
 from latentds.errors import ContractError
-from latentds.store.format import digest_json
-
-if TYPE_CHECKING:
-    from latentds.loading.dataset import LatentDataset
 
 STATE_VERSION = 2
 
@@ -41,33 +36,6 @@ class LoaderState:
     mixture: str | None
     epoch: int
     batch: int
-
-    @classmethod
-    def of(cls, dataset: LatentDataset, epoch: int, batch: int) -> LoaderState:
-        """The state of a data set's order at a global batch."""
-        manifests = [shards.manifest for shards in dataset.sets]
-        ids = [manifest.dataset_id for manifest in manifests]
-        revisions = [shards.revision for shards in dataset.sets]
-        mixture, single = dataset.mixture, len(ids) == 1
-        return cls(
-            version=STATE_VERSION,
-            dataset_id=ids[0] if single else digest_json(ids),
-            latent_id=manifests[0].contract.latent_id,
-            revision=revisions[0] if single else digest_of(revisions) if all(revisions) else None,
-            split=dataset.split,
-            shuffle=dataset.shuffle,
-            seed=dataset.seed,
-            global_batch_size=dataset.batching.global_batch,
-            last=dataset.batching.last,
-            lanes=dataset.batching.lanes,
-            balance=dataset.balance,
-            selection=dataset.selection,
-            mixture=digest_of([mixture.weights, mixture.epoch_patches])
-            if dataset.is_mixture
-            else None,
-            epoch=epoch,
-            batch=batch,
-        )
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""

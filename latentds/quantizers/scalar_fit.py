@@ -1,4 +1,4 @@
-"""Fit codebooks to latent values: K-means by faiss, and evenly spaced int8 as baselines."""
+"""Fit scalar codebooks to latent values, and say what they do to them."""
 # M sample values, C latent channels, K levels
 
 from __future__ import annotations
@@ -9,15 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from latentds.core.lloyd import relocate
 from latentds.errors import ShapeError
 from latentds.quantizers.scalar import MAX_LEVELS, Codebook
+from latentds.quantizers.scalar_kinds import KINDS, check_kind
 
-KINDS = ("kmeans", "kmeans-channel", "int8-minmax", "int8-percentile", "int8-channel")
-PER_CHANNEL = ("kmeans-channel", "int8-channel")
-ITERATIONS = 20  # from the companding start; the moves that follow end where 100 would have led
 MAX_FIT_VALUES = 1_000_000  # a row; the distortion of 256 levels is known to 0.1 % from far fewer
-TAIL = 1e-4  # share of the values that int8-percentile leaves beyond each end
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,21 +50,18 @@ def fit_codebook(
     """A codebook for latents distributed like the sample, and what it does to them.
 
     samples  float32 (C, M): M values of each channel, finite
-    kind     kmeans (one table, as in the paper), kmeans-channel (one a channel), int8-minmax,
-             int8-channel, int8-percentile (evenly spaced levels over the range, over that of each
-             channel, or over all but 1e-4 at each end)
+    kind     one of `scalar_kinds.KINDS`
     levels   K, 1 to 256
     seed     of the subsample drawn where there are more than a million values a row
     """
-    if kind not in KINDS:
-        raise ValueError(f"unknown quantizer {kind!r}; known: {', '.join(KINDS)}")
+    how = KINDS[check_kind(kind)]
     if samples.ndim != 2 or samples.size == 0:
         raise ShapeError(f"samples have shape {samples.shape}, expected (C, M) with M > 0")
     if not np.isfinite(samples).all():
         raise ValueError("samples contain NaN or infinity; encode in float32")
-    rows = samples if kind in PER_CHANNEL else samples.reshape(1, -1)
+    rows = samples if how.is_per_channel else samples.reshape(1, -1)
     rng = np.random.default_rng(seed)
-    table = np.stack([fit_row(subsample(row, rng), kind, levels) for row in rows])
+    table = np.stack([how.fit(subsample(row, rng), levels) for row in rows])
     codebook = Codebook(table, kind)
     return codebook, report(rows, codebook)
 
@@ -79,55 +72,6 @@ def subsample(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         drawn = rng.choice(values, MAX_FIT_VALUES - 2, replace=False)
         values = np.append(drawn, [values.min(), values.max()])
     return np.sort(values.astype(np.float32))
-
-
-def fit_row(values: np.ndarray, kind: str, levels: int) -> np.ndarray:
-    """Ascending float32 (K,) levels for ascending values (M,)."""
-    if kind in ("int8-minmax", "int8-channel"):
-        return even_levels(values[0], values[-1], levels)
-    if kind == "int8-percentile":
-        low, high = np.quantile(values, [TAIL, 1 - TAIL])
-        return even_levels(low, high, levels)
-    return fit_kmeans(values, levels)
-
-
-def even_levels(low: float, high: float, levels: int) -> np.ndarray:
-    """Evenly spaced levels from `low` to `high`, both included."""
-    return np.linspace(low, high, levels, dtype=np.float32)
-
-
-def fit_kmeans(values: np.ndarray, levels: int) -> np.ndarray:
-    """K-means centroids of ascending 1-D values, ascending.
-
-    faiss from a companding start, then moves between cells. faiss's own start, random points, ends
-    8 to 14 dB below the optimum for 256 centroids in one dimension; the start alone leaves up to 4
-    dB of a heavy tail, since Lloyd steps keep the number of centroids in a stretch; the moves bring
-    it to 0.4 dB.
-    """
-    import faiss
-
-    distinct = np.unique(values)
-    if len(distinct) <= levels:
-        return np.pad(distinct, (0, levels - len(distinct)), mode="edge").astype(np.float32)
-    start = companding_levels(values, levels).astype(np.float32)
-    kmeans = faiss.Kmeans(
-        1, levels, niter=ITERATIONS, max_points_per_centroid=len(values), min_points_per_centroid=1
-    )
-    kmeans.train(values.reshape(-1, 1), init_centroids=start.reshape(-1, 1))
-    centroids = np.sort(np.asarray(kmeans.centroids, np.float64).reshape(-1))
-    return relocate(values, centroids).astype(np.float32)
-
-
-def companding_levels(values: np.ndarray, levels: int) -> np.ndarray:
-    """Ascending levels spaced as an optimal compander's: density to the 1/3 (Panter and Dite 1951).
-
-    The density is read off the gaps between ascending values, not off a histogram of even bins,
-    which a heavy tail leaves empty: over a gap of width d its cube root integrates to d^(2/3).
-    """
-    cumulative = np.append(0.0, np.cumsum(np.diff(values.astype(np.float64)) ** (2 / 3)))
-    wanted = (np.arange(levels) + 0.5) / levels * cumulative[-1]
-    start: np.ndarray = np.interp(wanted, cumulative, values)
-    return start
 
 
 def report(rows: np.ndarray, codebook: Codebook) -> FitReport:

@@ -10,14 +10,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from latentds.conversion.convert_config import ConvertConfig
 from latentds.core.untrusted_files import check_regular, expands_to
 from latentds.errors import InputError, missing_extra
+from latentds.sources.cut_options import SourceOptions
 from latentds.sources.image_folder import walk
+from latentds.sources.inspection import Inspection
 from latentds.sources.kinds import sort_files
+from latentds.sources.picture import Header, Listing, Picture
 from latentds.sources.slide_reading import distinct, slide_mpp
 from latentds.sources.slides import Slides
-from latentds.sources.source import Header, Listing, Picture
+from latentds.sources.source import Source
 
 logger = logging.getLogger(__name__)
 MAX_COORDINATES = 10**8
@@ -114,22 +116,26 @@ class CoordinateJob(Slides):
 
     kind = "coordinates of slides (TRIDENT or CLAM)"
 
-    def __init__(self, config: ConvertConfig) -> None:
-        super().__init__(config)
-        if config.slides is None:
+    def __init__(self, options: SourceOptions) -> None:
+        super().__init__(options)
+        if options.slides is None:
             raise InputError(
-                f"{config.source}: coordinates only; say where the slides lie, --slides"
+                f"{options.source}: coordinates only; say where the slides lie, --slides"
             )
-        if config.mpp is not None:
+        if options.mpp is not None:
             raise InputError("--mpp, but the coordinates say how large patches are; leave it")
-        self.job, self.root = config.source, config.slides
+        self.job, self.root = options.source, options.slides
         self.files: dict[str, Path] = {}
         self.scales: dict[str, float] = {}
         self.dropped: dict[str, int] = {}  # patches that reach beyond their slide
         self.twice: dict[str, int] = {}  # corners that a file has more than once
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.config,), {"edge": self.edge, "scales": self.scales}
+        return type(self), (self.options,), {"edge": self.edge, "scales": self.scales}
+
+    @classmethod
+    def detect(cls, found: Inspection) -> Source | None:
+        return cls(found.options) if is_job(found.root) else None
 
     def listing(self) -> Listing:
         """Slides with coordinates; those without are left alone."""
@@ -145,7 +151,7 @@ class CoordinateJob(Slides):
             )
         found = self.placed({paths[name]: name for name in sorted(files)})
         self.files = {p.source: self.job / files[str(p.slide)] for p in found.pictures}
-        self.edge = self.config.patch_size or self.first_edge()
+        self.edge = self.options.patch_size or self.first_edge()
         return dataclasses.replace(found, ignored=len(slides) - len(found.pictures))
 
     def first_edge(self) -> int:
@@ -177,7 +183,7 @@ class CoordinateJob(Slides):
                 f"its coordinates are of a slide of {found.slide_px[0]}x{found.slide_px[1]} px, "
                 f"this one has {size[0]}x{size[1]} ({file.name})"
             )
-        if self.config.patch_size is None and found.patch_px != self.edge:
+        if self.options.patch_size is None and found.patch_px != self.edge:
             raise InputError(
                 f"its coordinates ask for patches of {found.patch_px} px, the first file for "
                 f"{self.edge}; pass --patch-size to resample all ({file.name})"
@@ -189,7 +195,7 @@ class CoordinateJob(Slides):
                 f"its coordinates lie outside of it, x {x} y {y} of {size[0]}x{size[1]} "
                 f"({file.name})"
             )
-        if self.config.edges == "drop":
+        if self.options.edges == "drop":
             reach = (found.places + found.size_px > np.array(size)).any(1)
             self.dropped[picture.source] = int(reach.sum())
             found = found._replace(places=found.places[~reach])
@@ -208,12 +214,12 @@ class CoordinateJob(Slides):
 
     def own_mpp(self, picture: Picture, slide: Any) -> float | None:
         try:
-            return slide_mpp(slide, self.config.assume_mpp, picture.mpp)
+            return slide_mpp(slide, self.options.assume_mpp, picture.mpp)
         except InputError:  # the file says where the patches lie all the same
             return None
 
     def facts(self) -> dict[str, Any]:
-        found = {"edges": self.config.edges, "reached_beyond": sum(self.dropped.values())}
+        found = {"edges": self.options.edges, "reached_beyond": sum(self.dropped.values())}
         return found | ({"there_twice": sum(self.twice.values())} if self.twice else {})
 
 

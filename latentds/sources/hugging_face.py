@@ -9,14 +9,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from latentds.conversion.convert_config import ConvertConfig
 from latentds.errors import InputError, missing_extra
+from latentds.sources.cut_options import SourceOptions
 from latentds.sources.image_folder import DEFAULT_SPLIT, SPLITS
+from latentds.sources.inspection import Inspection
 from latentds.sources.kept import Kept
+from latentds.sources.picture import Header, Listing, Picture
 from latentds.sources.picture_files import PictureFiles
 from latentds.sources.side_records import COLUMNS, fields_of
 from latentds.sources.side_tables import label_column
-from latentds.sources.source import Header, Listing, Picture
+from latentds.sources.source import Source
 
 # hf://datasets/ORG/NAME[@REVISION]; a Path has taken one of the slashes already.
 ADDRESS = re.compile(r"hf:/{1,2}datasets/([\w.-]+(?:/[\w.-]+)?)(?:@([\w./-]+))?")
@@ -47,13 +49,17 @@ class SavedDataset(PictureFiles):
 
     kind = "a Hugging Face data set (save_to_disk)"
 
-    def __init__(self, config: ConvertConfig) -> None:
-        super().__init__(config)
+    def __init__(self, options: SourceOptions) -> None:
+        super().__init__(options)
         self.parts: Kept[dict[str, DatasetPart]] = Kept(1)
         self.broken: dict[str, str] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.config,)
+        return type(self), (self.options,)
+
+    @classmethod
+    def detect(cls, found: Inspection) -> Source | None:
+        return cls(found.options) if is_saved(found.root) else None
 
     def load(self) -> Any:
         """A Dataset or DatasetDict."""
@@ -76,18 +82,18 @@ class SavedDataset(PictureFiles):
         parts = self.parts.get("", self.load_parts)
         pictures = [p for name in sorted(parts) for p in self.rows_of(name, parts[name])]
         if not pictures:
-            raise InputError(f"{self.root}: no row in it; nothing to convert")
+            raise InputError(f"{self.root}: no row in it; name another data set")
         orders = {class_order(part.rows) for part in parts.values()}
-        classes = orders.pop() if self.config.labels and len(orders) == 1 else ()
+        classes = orders.pop() if self.options.labels and len(orders) == 1 else ()
         return self.named(Listing(tuple(pictures), classes=classes))
 
     def rows_of(self, name: str, part: DatasetPart) -> Iterator[Picture]:
         """The pictures of a part of the data set, a row each."""
-        split = SPLITS.get(name.lower(), name) if self.config.split_folders else DEFAULT_SPLIT
+        split = SPLITS.get(name.lower(), name) if self.options.split_folders else DEFAULT_SPLIT
         for number, record in enumerate(records_of(part.rows)):
             source, fields = f"{name}/{number}", {}
             try:
-                fields = fields_of(record, self.config.labels)
+                fields = fields_of(record, self.options.labels)
             except InputError as error:
                 self.broken[source] = str(error)
             yield Picture(source, split, **fields)
@@ -113,6 +119,11 @@ class HubDataset(SavedDataset):
     """A data set of the Hub by its id, through `load_dataset` and its cache; no code of it runs."""
 
     kind = "a Hugging Face data set by its id"
+
+    @classmethod
+    def detect(cls, found: Inspection) -> Source | None:
+        is_id = hub_id(found.root) is not None and not found.root.exists()
+        return cls(found.options) if is_id else None
 
     def load(self) -> Any:
         import datasets

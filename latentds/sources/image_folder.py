@@ -16,8 +16,9 @@ from typing import Any
 from latentds.core.untrusted_files import check_regular
 from latentds.errors import InputError
 from latentds.sources.names import is_identifier
+from latentds.sources.picture import Header, Listing, Picture
 from latentds.sources.picture_decoding import picture_suffixes
-from latentds.sources.source import Header, Listing, Picture
+from latentds.store.format import patch_key
 
 SPLITS = {
     **{"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"},
@@ -25,6 +26,7 @@ SPLITS = {
     **{"nct-crc-he-100k": "train", "nct-crc-he-100k-nonorm": "train", "crc-val-he-7k": "val"},
 }
 DEFAULT_SPLIT = "train"
+NO_LABELS = "--no-labels (--no-use-labels in an evaluation)"
 # Folders that only hold: `images` alone at its place is no class.
 HOLDERS = {"images", "image", "img", "imgs", "slides", "wsi", "wsis", "patches", "tiles", "data"}
 
@@ -35,7 +37,10 @@ def list_pictures(root: Path, use_labels: bool = True, use_splits: bool = True) 
     [split/][class/[slide/...]]picture: top folders are splits when all of them have split names.
     """
     if root.is_file():
-        raise InputError(f"{root}: is a file; pass its folder")
+        raise InputError(
+            f"{root}: is neither a folder nor an archive or table of pictures; name one, or the "
+            "picture's folder"
+        )
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder")
     suffixes = picture_suffixes()
@@ -45,7 +50,8 @@ def list_pictures(root: Path, use_labels: bool = True, use_splits: bool = True) 
         (found if PurePosixPath(path).suffix.lower() in suffixes else ignored).append(path)
     if not found:
         raise InputError(
-            f"{root}: no pictures in it ({len(ignored)} other files); nothing to convert"
+            f"{root}: no pictures in it ({len(ignored)} other files); name a folder of pictures or "
+            "slides"
         )
     check_names(root, found)
     folders = read_folders(root, found, use_labels, use_splits)
@@ -117,7 +123,7 @@ def read_folders(root: Path, paths: Sequence[str], use_labels: bool, use_splits:
     elif use_labels and odd:
         notes.append(
             f"{len(odd)} of {len(names)} class folders are named by UUID, patient or slide "
-            f"({odd[0]}); --no-labels takes none for a class"
+            f"({odd[0]}); {NO_LABELS} takes none for a class"
         )
     return dataclasses.replace(rule, notes=tuple(notes))
 
@@ -154,13 +160,28 @@ def check_names(root: Path, paths: Sequence[str]) -> None:
             raise InputError(f"{root}: file name {path!r} is not UTF-8; rename it") from error
 
 
+def check_keys(root: Path, sources: Sequence[str]) -> None:
+    """Refuse two files that would be one patch."""
+    first: dict[str, str] = {}
+    for source in sources:
+        other = first.get(patch_key(source))
+        first[patch_key(source)] = source
+        if other == source:
+            raise InputError(f"{root}: {source} is named twice; keep one of the two")
+        if other is not None:
+            raise InputError(
+                f"{root}: {other} and {source} have one key, {patch_key(source)!r}; rename or "
+                "remove one"
+            )
+
+
 def check_labels(root: Path, pictures: Sequence[Picture], use_labels: bool) -> None:
     """Refuse a folder where some pictures of a split have a class and others none."""
     bare = half_labelled(pictures) if use_labels else []
     if bare:
         raise InputError(
             f"{root}: {len(bare)} of {len(pictures)} pictures lie in no class folder (first: "
-            f"{bare[0]}); move them into one, or pass --no-labels"
+            f"{bare[0]}); move them into one, or pass {NO_LABELS}"
         )
 
 

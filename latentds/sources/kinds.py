@@ -41,6 +41,11 @@ class Choice(NamedTuple):
     is_slides: bool
     note: str = ""
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """The note, if there is one."""
+        return (self.note,) if self.note else ()
+
 
 def sort_files(root: Path, paths: Sequence[str]) -> Kinds:
     """What every file is; OpenSlide is asked of all that are no plain pictures."""

@@ -6,78 +6,81 @@ import dataclasses
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 
-from latentds.conversion.convert_config import ConvertConfig
 from latentds.errors import InputError
 from latentds.sources.anonymity import hider
-from latentds.sources.coordinates import CoordinateJob, is_job
-from latentds.sources.hugging_face import HubDataset, SavedDataset, hub_id, is_saved
-from latentds.sources.image_folder import walk
-from latentds.sources.kinds import Kinds, sort_files
-from latentds.sources.kinds import choose as choose_kind
+from latentds.sources.coordinates import CoordinateJob
+from latentds.sources.cut_options import SourceOptions
+from latentds.sources.hugging_face import HubDataset, SavedDataset
+from latentds.sources.image_folder import check_keys
+from latentds.sources.inspection import Inspection
 from latentds.sources.names import known_patient, parse_shares, pattern_patient, split_patients
-from latentds.sources.parquet_files import has_pictures
+from latentds.sources.picture import Listing, Picture
 from latentds.sources.picture_files import PictureFiles
 from latentds.sources.picture_parquet import PictureParquet
-from latentds.sources.picture_tables import (
-    PictureTable,
-    SamPathFolder,
-    is_sampath,
-    is_table,
-)
-from latentds.sources.picture_tars import PictureTars, holds_pictures
+from latentds.sources.picture_tables import PictureTable, SamPathFolder
+from latentds.sources.picture_tars import PictureTars
 from latentds.sources.slide_names import some
-from latentds.sources.slide_tables import ListedSlides, apply_slide_table, lists_slides
+from latentds.sources.slide_tables import ListedSlides, apply_slide_table
 from latentds.sources.slides import Slides
-from latentds.sources.source import Listing, Picture, Source
-from latentds.sources.tile_tars import SUFFIX, TileTars
-from latentds.sources.tile_trees import TileTree, is_tile_tree
+from latentds.sources.source import Source
+from latentds.sources.tile_tars import TileTars
+from latentds.sources.tile_trees import TileTree
 from latentds.store.format import SPLIT_PATTERN
 
 logger = logging.getLogger(__name__)
-ARCHIVES = {".tar": holds_pictures, ".parquet": has_pictures}  # and whether one is of pictures
+# The first that takes an input for its own is its source. A data set's own files tell, a job's and
+# SAM-Path's folders too, whatever else lies there; tiles, archives and tables are told from plain
+# pictures by their names; slides by a look into files; what is left is pictures. A source of your
+# own with a `detect` goes before those that would take its input.
+SOURCES: tuple[type[Source], ...] = (
+    *(HubDataset, SavedDataset, CoordinateJob, SamPathFolder, TileTree, TileTars, PictureTars),
+    *(PictureParquet, ListedSlides, PictureTable, Slides, PictureFiles),
+)
 
 
-def open_source(config: ConvertConfig) -> Source:
-    """The source of a conversion's input."""
-    source = detect(config)
-    logger.info("%s: %s", config.source, source.kind)
+def open_source(options: SourceOptions) -> Source:
+    """The source of an input, by SOURCES; FileNotFoundError where there is nothing."""
+    inspection = Inspection(options)
+    kinds = (kind.detect(inspection) for kind in SOURCES)
+    source = next(source for source in kinds if source is not None)
+    logger.info("%s: %s", options.source, source.kind)
     return source
 
 
-def list_source(source: Source, config: ConvertConfig) -> Listing:
+def list_source(source: Source, options: SourceOptions) -> Listing:
     """A source's pictures, in the splits that the options ask for."""
     listing = source.listing()
     pictures = listing.pictures
-    if config.only is not None:
-        pictures = choose(pictures, config)
-    table, notes = config.splits or config.slide_table, source.notes + listing.notes
+    if options.only is not None:
+        pictures = choose(pictures, options)
+    table, notes = options.splits or options.slide_table, source.notes + listing.notes
     if table is not None:
         pictures, told = apply_slide_table(
-            pictures, table, use_labels=config.labels, is_split_file=config.splits is not None
+            pictures, table, use_labels=options.labels, is_split_file=options.splits is not None
         )
         notes += told
-    if config.split_patients is not None:
-        pictures, told = deal_patients(pictures, config)
+    if options.split_patients is not None:
+        pictures, told = deal_patients(pictures, options)
         notes += told
-    notes += unlabelled(pictures) if config.labels else ()
+    notes += unlabelled(pictures) if options.labels else ()
     for picture in pictures:
         if not SPLIT_PATTERN.fullmatch(picture.split):
             raise InputError(f"{picture.source}: split {picture.split!r}; use [a-z0-9_] only")
+    check_keys(options.source, [picture.source for picture in pictures])
     for note in notes:
         logger.info("%s", note)
     return dataclasses.replace(listing, pictures=tuple(pictures), notes=notes)
 
 
-def choose(pictures: Sequence[Picture], config: ConvertConfig) -> tuple[Picture, ...]:
+def choose(pictures: Sequence[Picture], options: SourceOptions) -> tuple[Picture, ...]:
     """The pictures that --only names."""
-    assert config.only is not None
-    names = {line.strip() for line in config.only.read_text().splitlines() if line.strip()}
-    hide = hider(config.anonymize)
+    assert options.only is not None
+    names = {line.strip() for line in options.only.read_text().splitlines() if line.strip()}
+    hide = hider(options.anonymize)
     chosen = tuple(p for p in pictures if p.source in names or hide(p.source) in names)
     if not chosen:
-        raise InputError(f"{config.only}: names none of the {len(pictures)} sources")
+        raise InputError(f"{options.only}: names none of the {len(pictures)} sources")
     return chosen
 
 
@@ -90,14 +93,14 @@ def unlabelled(pictures: Sequence[Picture]) -> tuple[str, ...]:
 
 
 def deal_patients(
-    pictures: Sequence[Picture], config: ConvertConfig
+    pictures: Sequence[Picture], options: SourceOptions
 ) -> tuple[tuple[Picture, ...], tuple[str, ...]]:
     """The pictures in splits that no patient is in two of, and how patients were known.
 
     raises  InputError where the patient of one is not known
     """
-    assert config.split_patients is not None
-    told = [patient_and_kind(picture, config.patient_pattern) for picture in pictures]
+    assert options.split_patients is not None
+    told = [patient_and_kind(picture, options.patient_pattern) for picture in pictures]
     bare = dict.fromkeys(
         p.slide or p.source for p, found in zip(pictures, told, strict=True) if found is None
     )
@@ -109,9 +112,9 @@ def deal_patients(
             "patient"
         )
     known = [found for found in told if found is not None]
-    shares = parse_shares(config.split_patients)
+    shares = parse_shares(options.split_patients)
     names = (patient for patient, _ in known)
-    part_of = split_patients(names, shares, config.seed, hider(config.anonymize))
+    part_of = split_patients(names, shares, options.seed, hider(options.anonymize))
     kinds = Counter(kind for _, kind in set(known))
     dealt = tuple(
         dataclasses.replace(picture, split=part_of[patient])
@@ -129,83 +132,3 @@ def patient_and_kind(picture: Picture, pattern: str | None) -> tuple[str, str] |
         return pattern_patient(pattern, picture.slide or picture.source), "by --patient-pattern"
     found = known_patient(picture.slide) if picture.slide else None
     return None if found is None else (found[1], f"{found[0]} patients")
-
-
-def detect(config: ConvertConfig) -> Source:
-    """The first kind that the files look like."""
-    root = config.source
-    if hub_id(root) and not root.exists():
-        return HubDataset(config)
-    if is_saved(root):
-        return SavedDataset(config)
-    if root.is_file():
-        archives = open_files(config, [root.name])
-        if archives is not None or not is_table(root):
-            return archives or PictureFiles(config)
-        return ListedSlides(config) if lists_slides(config) else PictureTable(config)
-    if is_job(root):
-        return CoordinateJob(config)
-    if root.is_dir() and is_sampath(root):
-        return SamPathFolder(config)
-    if not root.exists():  # before its kind is told
-        raise FileNotFoundError(f"{root}: no such folder")
-    if not root.is_dir() or config.kind == "pictures":
-        return PictureFiles(config)
-    if config.kind is not None:
-        return Slides(config) if config.kind == "slides" else TileTree(config)
-    return of_folder(config)
-
-
-def of_folder(config: ConvertConfig) -> Source:
-    """What a folder holds, all of its files looked at; InputError where that is two things."""
-    root = config.source
-    paths = list(walk(root))
-    found = sort_files(root, paths)
-    pictures = sorted([*found.pictures, *found.unsure])
-    if not found.slides and not config.name_pattern and is_tile_tree(config, pictures):
-        return TileTree(config)
-    if are_archives(root, paths, found):
-        archives = open_files(config, paths)
-        assert archives is not None
-        return archives
-    is_slides, note = choose_kind(root, found)
-    source: Source = Slides(config) if is_slides else PictureFiles(config)
-    if note:
-        source.notes += (note,)
-    return source
-
-
-def are_archives(root: Path, paths: Sequence[str], kinds: Kinds) -> bool:
-    """Whether a folder's files are archives of pictures; InputError for them among pictures.
-
-    What else lies in a folder of slides is left alone.
-    """
-    if any(path.endswith(SUFFIX) for path in paths):
-        return True  # hs2p puts previews and masks beside its tars
-    found = [path for path in paths if Path(path).suffix.lower() in ARCHIVES]
-    if not found or kinds.slides:
-        return False
-    pictures = [*kinds.pictures, *kinds.unsure]
-    if not pictures:
-        return True
-    held = (p for p in found if ARCHIVES[Path(p).suffix.lower()](root / p))
-    mixed = next(held, None)
-    if mixed is not None:
-        raise InputError(
-            f"{root}: holds pictures ({pictures[0]}) and archives of pictures ({mixed}); "
-            "name the one that is meant, or move the other"
-        )
-    return False
-
-
-def open_files(config: ConvertConfig, paths: Sequence[str]) -> Source | None:
-    """The source of the archives among paths: tile tars, else tars, else Parquet of pictures."""
-    root = config.source if config.source.is_dir() else config.source.parent
-    tars = [path for path in paths if path.lower().endswith(".tar")]
-    tiles = [path for path in tars if path.endswith(SUFFIX)]
-    if tars:
-        return TileTars(config, tiles) if tiles else PictureTars(config, tars)
-    tables = [path for path in paths if path.lower().endswith(".parquet")]
-    if tables and (config.source.is_dir() or has_pictures(root / tables[0])):
-        return PictureParquet(config, tables)
-    return None

@@ -12,11 +12,11 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from latentds.conversion.convert_config import ConvertConfig
 from latentds.errors import ContractError, InputError
 from latentds.sources.anonymity import Anonymizer
+from latentds.sources.cut_options import SourceOptions
 from latentds.sources.opening import list_source, open_source
-from latentds.sources.source import Header, Picture
+from latentds.sources.picture import Header, Picture
 from latentds.store.files import LocalFiles
 from latentds.store.golden import likeness_db, read_golden
 from latentds.store.reader import ShardSet
@@ -55,8 +55,8 @@ class Originals:
         self.shards, self.folder = shards, source
         self.patch_px = shards.manifest.contract.patch_px
         self.hide = Anonymizer(anonymize) if anonymize else None
-        self.config = recorded_config(shards, source, slides, root, anonymize)
-        self.source = open_source(self.config)
+        self.options = recorded_options(shards, source, slides, root, anonymize)
+        self.source = open_source(self.options)
         self.listed: dict[str, Picture] | None = None
         self.lock = threading.Lock()
         self.located = functools.lru_cache(LOCATED_KEPT)(self.locate)
@@ -114,7 +114,7 @@ class Originals:
             return picture
         with self.lock:
             if self.listed is None:
-                pictures = list_source(self.source, self.config).pictures
+                pictures = list_source(self.source, self.options).pictures
                 hide = self.hide or str
                 self.listed = {hide(picture.source): picture for picture in pictures}
         return self.listed.get(source)
@@ -143,27 +143,25 @@ class Originals:
                 )
 
 
-def recorded_config(
+def recorded_options(
     shards: ShardSet, source: Path, slides: Path | None, root: Path | None, anonymize: Path | None
-) -> ConvertConfig:
-    """The conversion that the manifest records, of an input that lies at `source`."""
-    options = shards.manifest.made.get("options")
-    if not isinstance(options, dict):
+) -> SourceOptions:
+    """How the manifest says that patches were cut, of an input that lies at `source`."""
+    recorded = shards.manifest.made.get("options")
+    if not isinstance(recorded, dict):
         raise ContractError(
             f"{shards.folder}: does not record how patches were cut (imported or merged); "
             "originals cannot be found again"
         )
-    if options.get("anonymized") and anonymize is None:
+    if recorded.get("anonymized") and anonymize is None:
         raise ContractError(
             f"{shards.folder}: slide and source names are hashes; give the key file they were "
             "made with"
         )
-    known = {field.name for field in dataclasses.fields(ConvertConfig)}
-    chosen = {name: value for name, value in options.items() if name in known}
-    if chosen.get("preset") == "paper":  # its values are recorded beside it
-        chosen.pop("preset")
+    known = {field.name for field in dataclasses.fields(SourceOptions)}
+    chosen = {name: value for name, value in recorded.items() if name in known}
     paths = {"source": source, "slides": slides, "root": root, "anonymize": anonymize}
-    config = ConvertConfig(**{**chosen, **paths, "out": Path("originals"), "max_bad": 10**9})
-    if anonymize is not None and config.key_check() != options.get("anonymized"):
+    options = SourceOptions(**(chosen | paths))
+    if anonymize is not None and options.key_check() != recorded.get("anonymized"):
         raise ContractError(f"{anonymize}: not the key that {shards.folder} was made with")
-    return config
+    return options

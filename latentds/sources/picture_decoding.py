@@ -12,7 +12,7 @@ from PIL import Image
 from latentds.codecs.formats import DECODE_ERRORS
 from latentds.core.untrusted_files import known_formats, open_picture
 from latentds.errors import InputError
-from latentds.sources.source import Header
+from latentds.sources.picture import Header
 
 MASK_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif")
 BITS_PER_SAMPLE = 258  # TIFF tag

@@ -13,13 +13,15 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
-from latentds.conversion.convert_config import ConvertConfig
 from latentds.errors import InputError
+from latentds.sources.cut_options import SourceOptions
 from latentds.sources.image_folder import check_labels, check_sizes, list_pictures, name_fields
+from latentds.sources.inspection import Inspection
 from latentds.sources.kept import Kept
+from latentds.sources.picture import Header, Listing, Picture
 from latentds.sources.picture_decoding import find_mask, read_header, read_mask, read_picture
 from latentds.sources.side_tables import with_tables
-from latentds.sources.source import Header, Listing, Picture
+from latentds.sources.source import Source
 from latentds.store.patch_record import Patch, Place
 
 TILED_PICTURES = 2  # decoded pictures kept while their tiles are cut
@@ -27,43 +29,46 @@ TILED_PICTURES = 2  # decoded pictures kept while their tiles are cut
 Pixels = tuple[np.ndarray, np.ndarray | None]  # picture and mask
 
 
-class PictureFiles:
+class PictureFiles(Source):
     """Picture files below a folder; class folders are labels, split folders splits.
 
     A subclass that finds its pictures elsewhere gives another `listing`, or other bytes.
     """
 
     kind = "a folder of pictures"
-    notes: tuple[str, ...] = ()
 
-    def __init__(self, config: ConvertConfig) -> None:
-        self.config, self.root = config, config.source
+    def __init__(self, options: SourceOptions) -> None:
+        self.options, self.root = options, options.source
         self.decoded: Kept[Pixels] = Kept(TILED_PICTURES)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.config,)  # without lock and pixels, for a worker elsewhere
+        return type(self), (self.options,)  # without lock and pixels, for a worker elsewhere
+
+    @classmethod
+    def detect(cls, found: Inspection) -> Source | None:
+        if not found.root.exists():  # before its kind is told
+            raise FileNotFoundError(f"{found.root}: no such folder")
+        source = cls(found.options)
+        source.notes = found.choice.notes if found.is_open else ()
+        return source
 
     def listing(self) -> Listing:
-        config = self.config
-        found = list_pictures(self.root, config.labels, config.split_folders)
-        found = with_tables(self.root, found, found.others, config.labels)
-        check_labels(self.root, found.pictures, config.labels)
+        options = self.options
+        found = list_pictures(self.root, options.labels, options.split_folders)
+        found = with_tables(self.root, found, found.others, options.labels)
+        check_labels(self.root, found.pictures, options.labels)
         return self.named(found)
 
     def named(self, found: Listing) -> Listing:
         """Pictures with what --name-pattern finds in their sources."""
-        if not self.config.name_pattern:
+        if not self.options.name_pattern:
             return found
-        pattern = name_fields(self.config.name_pattern)
+        pattern = name_fields(self.options.name_pattern)
         named = (dataclasses.replace(p, **pattern(p.source)) for p in found.pictures)
         return dataclasses.replace(found, pictures=tuple(named))
 
-    def chunk(self, picture: Picture) -> str | None:
-        del picture  # a file costs the same wherever it lies
-        return None
-
     def header(self, picture: Picture) -> Header:
-        header = read_header(self.file(picture), self.config.max_px)
+        header = read_header(self.file(picture), self.options.max_px)
         self.check_tile(header)
         mask = self.mask_file(picture, header.size_px)
         if mask is None:
@@ -76,8 +81,8 @@ class PictureFiles:
 
     def mask_file(self, picture: Picture, size_px: tuple[int, int]) -> Path | None:
         """A picture's mask; the header of one below --masks is checked."""
-        if self.config.masks is not None:
-            return find_mask(self.config.masks, picture.source, size_px)
+        if self.options.masks is not None:
+            return find_mask(self.options.masks, picture.source, size_px)
         if picture.mask is None:
             return None
         path = self.root / picture.mask
@@ -87,24 +92,24 @@ class PictureFiles:
 
     def check_tile(self, header: Header) -> None:
         """Refuse a picture too small for a single tile; InputError (without the name)."""
-        (height, width), edge = header.size_px, self.config.patch_size
-        if self.config.tile and edge and min(height, width) < edge:
+        (height, width), edge = header.size_px, self.options.patch_size
+        if self.options.tile and edge and min(height, width) < edge:
             raise InputError(f"{width}x{height} px holds no tile of {edge}")
 
     def patch_px(self, headers: dict[str, Header]) -> tuple[int, int]:
-        config, edge = self.config, self.config.patch_size
+        options, edge = self.options, self.options.patch_size
         if edge is None:
             return check_sizes(headers)
-        if config.resize:
+        if options.resize:
             return edge, edge
         for source, header in headers.items():
             height, width = header.size_px
-            if config.pad and (max(height, width) > edge or 2 * min(height, width) <= edge):
+            if options.pad and (max(height, width) > edge or 2 * min(height, width) <= edge):
                 raise InputError(
                     f"{source}: {width}x{height} px cannot be reflected to {edge}; it must be "
                     "larger than half and not larger than --patch-size"
                 )
-            if not (config.tile or config.pad) and (height, width) != (edge, edge):
+            if not (options.tile or options.pad) and (height, width) != (edge, edge):
                 raise InputError(
                     f"{source}: {width}x{height} px, --patch-size is {edge}; choose --resize, "
                     "--tile or --pad"
@@ -113,10 +118,10 @@ class PictureFiles:
 
     def regions(self, picture: Picture, header: Header, patch_px: tuple[int, int]) -> np.ndarray:
         del picture
-        if not self.config.tile:
+        if not self.options.tile:
             return np.zeros((1, 2), np.int32)
         (height, width), edge = header.size_px, patch_px[0]
-        step = self.config.stride or edge
+        step = self.options.stride or edge
         rows, columns = range(0, height - edge + 1, step), range(0, width - edge + 1, step)
         return np.array([(x, y) for y, x in itertools.product(rows, columns)], np.int32)
 
@@ -128,7 +133,7 @@ class PictureFiles:
         self, picture: Picture, header: Header, region: tuple[int, int]
     ) -> tuple[int | None, int | None]:
         """x and y of a region's patch in pixels of level 0, None where unknown."""
-        if not self.config.tile:
+        if not self.options.tile:
             return picture.x, picture.y
         scale, (x, y) = pixel_scale(picture, header), region
         return (picture.x or 0) + round(x * scale), (picture.y or 0) + round(y * scale)
@@ -140,29 +145,25 @@ class PictureFiles:
         patch_px: tuple[int, int],
         regions: Sequence[tuple[int, int]],
     ) -> list[Place]:
-        config, width = self.config, patch_px[1]
-        region_width = width if config.tile else header.size_px[1]
+        options, width = self.options, patch_px[1]
+        region_width = width if options.tile else header.size_px[1]
         size = round(region_width * pixel_scale(picture, header))
-        mpp = picture.mpp if picture.mpp is not None else config.mpp
-        if mpp is not None and config.resize:
+        mpp = picture.mpp if picture.mpp is not None else options.mpp
+        if mpp is not None and options.resize:
             mpp *= region_width / width
         return [Place(*self.origin(picture, header, at), size, mpp) for at in regions]
 
     def lookup(self, source: str) -> Picture | None:
-        if self.config.tile or not (self.root / source).is_file():
+        if self.options.tile or not (self.root / source).is_file():
             return None  # where tiles lie, names and tables say
         return Picture(source=source, split="")
 
     def locate(
         self, picture: Picture, patch_px: tuple[int, int], place: tuple[int, int]
     ) -> tuple[Header, tuple[int, int]] | None:
-        header = self.header(picture)
-        if not self.config.tile:
-            return header, (0, 0)
-        for region in map(tuple, self.regions(picture, header, patch_px).tolist()):
-            if self.origin(picture, header, region) == place:
-                return header, region
-        return None
+        if not self.options.tile:
+            return self.header(picture), (0, 0)
+        return super().locate(picture, patch_px, place)
 
     def read(
         self,
@@ -176,13 +177,13 @@ class PictureFiles:
 
     def decode(self, picture: Picture, header: Header) -> Pixels:
         """Pixels and mask of a picture; a tiled one is kept for the chunks that follow."""
-        if not self.config.tile:
+        if not self.options.tile:
             return self.decode_file(picture, header)
         return self.decoded.get(picture.source, lambda: self.decode_file(picture, header))
 
     def decode_file(self, picture: Picture, header: Header) -> Pixels:
         """Pixels and mask of a picture, from its files."""
-        image, _ = read_picture(self.file(picture), self.config.max_px)
+        image, _ = read_picture(self.file(picture), self.options.max_px)
         if image.shape[:2] != header.size_px:
             raise InputError("changed its size while the conversion ran")
         size_px = (image.shape[0], image.shape[1])
@@ -199,11 +200,11 @@ class PictureFiles:
         mask: np.ndarray | None,
     ) -> Patch:
         """One patch of a decoded picture."""
-        (x, y), config = at, self.config
+        (x, y), options = at, self.options
         (place,) = self.whereabouts(picture, header, patch_px, [at])
-        fitted = None if mask is None else fit(mask, x, y, patch_px, config)
+        fitted = None if mask is None else fit(mask, x, y, patch_px, options)
         return Patch(
-            image=fit(image, x, y, patch_px, config),
+            image=fit(image, x, y, patch_px, options),
             source=picture.source,
             source_encoding=header.encoding,
             label=picture.label,
@@ -212,9 +213,6 @@ class PictureFiles:
             mask_png=None if fitted is None else encode_png(fitted),
         )
 
-    def facts(self) -> dict[str, Any]:
-        return {}
-
 
 def pixel_scale(picture: Picture, header: Header) -> float:
     """Pixels of level 0 a pixel of the picture."""
@@ -222,17 +220,17 @@ def pixel_scale(picture: Picture, header: Header) -> float:
 
 
 def fit(
-    pixels: np.ndarray, x: int, y: int, size_px: tuple[int, int], config: ConvertConfig
+    pixels: np.ndarray, x: int, y: int, size_px: tuple[int, int], options: SourceOptions
 ) -> np.ndarray:
     """The patch (H, W[, 3]) of a picture or mask: its tile, resized, padded, or as it is."""
     height, width = size_px
-    if config.tile:
+    if options.tile:
         return np.ascontiguousarray(pixels[y : y + height, x : x + width])
-    if config.resize and pixels.shape[:2] != size_px:
+    if options.resize and pixels.shape[:2] != size_px:
         # Nearest for masks keeps their values; Lanczos in Pillow widens its kernel when it shrinks.
         kernel = Image.Resampling.LANCZOS if pixels.ndim == 3 else Image.Resampling.NEAREST
         return np.asarray(Image.fromarray(pixels).resize((width, height), kernel))
-    if config.pad:
+    if options.pad:
         missing = [(0, height - pixels.shape[0]), (0, width - pixels.shape[1])]
         return np.pad(pixels, missing + [(0, 0)] * (pixels.ndim - 2), mode="reflect")
     return pixels

@@ -7,16 +7,18 @@ import io
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
-from latentds.conversion.convert_config import ConvertConfig
 from latentds.errors import InputError
+from latentds.sources.cut_options import SourceOptions
 from latentds.sources.image_folder import name_fields
+from latentds.sources.inspection import Inspection
 from latentds.sources.kept import Kept
 from latentds.sources.names import path_fields
-from latentds.sources.parquet_files import PATHS, EncodedTable, RowGroup, open_table
+from latentds.sources.parquet_files import PATHS, EncodedTable, RowGroup, has_pictures, open_table
+from latentds.sources.picture import MIXED_CHUNKS, Header, Listing, Picture
 from latentds.sources.picture_files import PictureFiles
 from latentds.sources.side_records import fields_of, splits_of
 from latentds.sources.side_tables import label_column
-from latentds.sources.source import MIXED_CHUNKS, Header, Listing, Picture
+from latentds.sources.source import Source
 
 # Row groups in memory: those that the plan mixes, and as many read ahead.
 GROUPS_KEPT = 2 * MIXED_CHUNKS
@@ -30,8 +32,8 @@ class PictureParquet(PictureFiles):
 
     kind = "Parquet of encoded pictures"
 
-    def __init__(self, config: ConvertConfig, files: Sequence[str]) -> None:
-        super().__init__(config)
+    def __init__(self, options: SourceOptions, files: Sequence[str]) -> None:
+        super().__init__(options)
         if self.root.is_file():
             self.root = self.root.parent
         self.files = files
@@ -40,7 +42,7 @@ class PictureParquet(PictureFiles):
         self.groups: Kept[RowGroup] = Kept(GROUPS_KEPT)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.config, self.files)
+        return type(self), (self.options, self.files)
 
     def table(self, file: str) -> EncodedTable:
         """An opened file; InputError where it has no pictures."""
@@ -48,8 +50,14 @@ class PictureParquet(PictureFiles):
             self.tables[file] = open_table(self.root / file)
         return self.tables[file]
 
+    @classmethod
+    def detect(cls, found: Inspection) -> Source | None:
+        tables = [path for path in found.archives if path.lower().endswith(".parquet")]
+        is_meant = bool(tables) and (found.is_folder or has_pictures(found.root))
+        return cls(found.options, tables) if is_meant else None
+
     def listing(self) -> Listing:
-        splits = splits_of(self.root, self.files, self.config.split_folders)
+        splits = splits_of(self.root, self.files, self.options.split_folders)
         pictures = [p for file in self.files for p in self.rows_of(file, splits[file])]
         if not pictures:
             raise InputError(f"{self.root}: {len(self.files)} Parquet files, no row in them")
@@ -64,9 +72,9 @@ class PictureParquet(PictureFiles):
         path = row[column] if column else None
         if not isinstance(path, str):
             return {}
-        pattern = self.config.name_pattern
+        pattern = self.options.name_pattern
         found = name_fields(pattern)(path) if pattern else path_fields(path)
-        if not self.config.labels:
+        if not self.options.labels:
             found.pop("label", None)
         return found
 
@@ -75,7 +83,7 @@ class PictureParquet(PictureFiles):
         orders = {
             tuple(t.classes.get(label_column(t.facts) or "", ())) for t in self.tables.values()
         }
-        return orders.pop() if self.config.labels and len(orders) == 1 else ()
+        return orders.pop() if self.options.labels and len(orders) == 1 else ()
 
     def unused(self) -> tuple[str, ...]:
         """That columns are not read, for people."""
@@ -87,7 +95,7 @@ class PictureParquet(PictureFiles):
         for number, row in enumerate(self.table(file).rows()):
             source, fields = f"{file}/{number}", {}
             try:
-                fields = self.path_fields(row) | fields_of(row, self.config.labels)
+                fields = self.path_fields(row) | fields_of(row, self.options.labels)
             except InputError as error:
                 self.broken[source] = str(error)
             yield Picture(source, split, **fields)

@@ -7,17 +7,19 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from latentds.conversion.convert_config import ConvertConfig
 from latentds.errors import InputError
 from latentds.sources.csv_tables import SUFFIXES, TextTable, read_table
+from latentds.sources.cut_options import SourceOptions
 from latentds.sources.field_names import columns_of, note_unused
 from latentds.sources.image_folder import DEFAULT_SPLIT, SPLITS, check_labels, numbers_of, walk
+from latentds.sources.inspection import Inspection
 from latentds.sources.kinds import SUFFIXES as SLIDE_SUFFIXES
+from latentds.sources.picture import Listing, Picture
 from latentds.sources.picture_decoding import MASK_SUFFIXES, picture_suffixes
 from latentds.sources.picture_files import PictureFiles
 from latentds.sources.side_records import slide_name
 from latentds.sources.slide_names import path_ends
-from latentds.sources.source import Listing, Picture
+from latentds.sources.source import Source
 
 FIELDS = ("path", "label", "slide", "patient", "x", "y", "mpp", "size_px", "split", "mask")
 DRIVE = re.compile(r"[A-Za-z]:/|//")  # how Windows begins a whole path, slashes turned
@@ -38,30 +40,34 @@ class PictureTable(PictureFiles):
 
     kind = "a table of pictures"
 
-    def __init__(self, config: ConvertConfig) -> None:
-        super().__init__(config)
-        self.root = config.root or config.source.parent
+    def __init__(self, options: SourceOptions) -> None:
+        super().__init__(options)
+        self.root = options.root or options.source.parent
+
+    @classmethod
+    def detect(cls, found: Inspection) -> Source | None:
+        return cls(found.options) if is_table(found.root) else None
 
     def listing(self) -> Listing:
-        return list_table(self.config)
+        return list_table(self.options)
 
 
-def list_table(config: ConvertConfig) -> Listing:
+def list_table(options: SourceOptions) -> Listing:
     """The pictures that an input's rows name, and the columns that nobody reads."""
-    table = read_table(config.source)
+    table = read_table(options.source)
     if not table.rows:
         raise InputError(f"{table.path}: no rows")
     columns = path_columns(table)
-    root = config.root or config.source.parent
+    root = options.root or options.source.parent
     rows = [
         {field: row[column].strip() for field, column in columns.items() if row[column].strip()}
         for row in table.rows
     ]
     pictures = tuple(
-        row_picture(f"{table.path}, row {number}", root, row, config.labels)
+        row_picture(f"{table.path}, row {number}", root, row, options.labels)
         for number, row in enumerate(rows, 1)
     )
-    check_labels(table.path, pictures, config.labels)
+    check_labels(table.path, pictures, options.labels)
     return Listing(pictures, notes=note_unused(table, columns.values()))
 
 
@@ -125,6 +131,10 @@ class SamPathFolder(PictureFiles):
     """img/NAME, mask/NAME.png and a CSV (img_id, fold): fold -1 is test, 0 val, others train."""
 
     kind = "img/, mask/ and a CSV of folds (SAM-Path's layout)"
+
+    @classmethod
+    def detect(cls, found: Inspection) -> Source | None:
+        return cls(found.options) if found.is_folder and is_sampath(found.root) else None
 
     def listing(self) -> Listing:
         images, masks = list(walk(self.root / "img")), list(walk(self.root / "mask"))

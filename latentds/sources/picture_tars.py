@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
-from latentds.conversion.convert_config import ConvertConfig
 from latentds.core.foreign_json import parse_json
 from latentds.errors import FormatError, InputError
+from latentds.sources.cut_options import SourceOptions
 from latentds.sources.image_folder import check_names
+from latentds.sources.inspection import Inspection
+from latentds.sources.picture import Header, Listing, Picture
 from latentds.sources.picture_decoding import picture_suffixes
 from latentds.sources.picture_files import PictureFiles
 from latentds.sources.side_records import fields_of, splits_of
-from latentds.sources.source import Header, Listing, Picture
+from latentds.sources.source import Source
 from latentds.sources.tars import TarMember, open_member, read_member, tar_members
 
 MAX_CLS_BYTES = 4096
 MAX_JSON_BYTES = 1 << 20
 SIDECARS = (".cls", ".json")
-LOOK_AT = 20  # members, before it is settled that a tar is none of pictures
 
 Members = dict[str, TarMember]
 Record = dict[str, Any] | str  # fields of a Picture, or why it has none
@@ -35,8 +35,8 @@ class PictureTars(PictureFiles):
 
     kind = "tars of pictures (WebDataset)"
 
-    def __init__(self, config: ConvertConfig, archives: Sequence[str]) -> None:
-        super().__init__(config)
+    def __init__(self, options: SourceOptions, archives: Sequence[str]) -> None:
+        super().__init__(options)
         if self.root.is_file():
             self.root = self.root.parent
         self.archives = dict.fromkeys(archives)  # in order, and found at once
@@ -44,15 +44,20 @@ class PictureTars(PictureFiles):
         self.ignored, self.ignored_example = 0, ""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.config, tuple(self.archives))
+        return type(self), (self.options, tuple(self.archives))
+
+    @classmethod
+    def detect(cls, found: Inspection) -> Source | None:
+        tars = [path for path in found.archives if path.lower().endswith(".tar")]
+        return cls(found.options, tars) if tars else None
 
     def listing(self) -> Listing:
-        splits = splits_of(self.root, self.archives, self.config.split_folders)
+        splits = splits_of(self.root, self.archives, self.options.split_folders)
         pictures = [p for archive in self.archives for p in self.samples(archive, splits[archive])]
         if not pictures:
             raise InputError(
                 f"{self.root}: {len(self.archives)} tars, no picture in them "
-                f"({self.ignored} other members); nothing to convert"
+                f"({self.ignored} other members); name others"
             )
         check_names(self.root, [picture.source for picture in pictures])
         return self.named(Listing(tuple(pictures), self.ignored, self.ignored_example))
@@ -101,9 +106,9 @@ class PictureTars(PictureFiles):
         found = [members.get(f"{key}{suffix}") for suffix in SIDECARS for key in keys]
         label, facts = found[0] or found[1], found[2] or found[3]
         try:
-            fields = {"label": read_label(path, label)} if label and self.config.labels else {}
+            fields = {"label": read_label(path, label)} if label and self.options.labels else {}
             return fields | (
-                fields_of(read_facts(path, facts), self.config.labels) if facts else {}
+                fields_of(read_facts(path, facts), self.options.labels) if facts else {}
             )
         except InputError as error:
             return str(error)
@@ -118,15 +123,6 @@ class PictureTars(PictureFiles):
         above = (str(folder) for folder in PurePosixPath(picture.source).parents)
         archive = next(path for path in above if path in self.archives)
         return open_member(self.root / archive, picture.span)
-
-
-def holds_pictures(path: Path) -> bool:
-    """Whether a tar's first members are pictures among others; a damaged one has none."""
-    try:
-        first = [member.name for member in itertools.islice(tar_members(path), LOOK_AT)]
-    except InputError:
-        return False
-    return any(PurePosixPath(name).suffix.lower() in picture_suffixes() for name in first)
 
 
 def stem_of(name: str) -> str:

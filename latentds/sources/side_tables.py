@@ -12,7 +12,7 @@ from latentds.errors import FormatError, InputError
 from latentds.sources.csv_tables import TextTable, decoded, read_table
 from latentds.sources.field_names import ALIASES, columns_of, note_unused
 from latentds.sources.image_folder import SPLITS, numbers_of
-from latentds.sources.source import Listing, Picture
+from latentds.sources.picture import Listing, Picture
 
 READ = {"metadata.csv", "metadata.tsv", "metadata.jsonl", "metadata.parquet"}
 SUFFIXES = {".csv", ".tsv", ".jsonl", ".parquet", ".xlsx", ".xls"}

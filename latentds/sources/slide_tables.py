@@ -9,14 +9,17 @@ from typing import Any
 
 from latentds.errors import InputError
 from latentds.sources.csv_tables import TextTable, read_table
+from latentds.sources.cut_options import SourceOptions
 from latentds.sources.field_names import columns_of, note_unused
 from latentds.sources.image_folder import SPLITS, numbers_of
+from latentds.sources.inspection import Inspection
 from latentds.sources.kinds import sort_files
 from latentds.sources.names import patient_of
-from latentds.sources.picture_tables import list_table, path_columns
+from latentds.sources.picture import Listing, Picture
+from latentds.sources.picture_tables import is_table, list_table, path_columns
 from latentds.sources.slide_names import NameIndex, some
 from latentds.sources.slides import Slides, check_slide_names
-from latentds.sources.source import Listing, Picture
+from latentds.sources.source import Source
 
 FACTS = ("split", "label", "patient", "mpp")
 CLAM_PARTS = ("train", "val", "test")
@@ -132,12 +135,17 @@ class ListedSlides(Slides):
 
     kind = "a table of slides"
 
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)
-        self.root = config.root or config.source.parent
+    def __init__(self, options: SourceOptions) -> None:
+        super().__init__(options)
+        self.root = options.root or options.source.parent
+
+    @classmethod
+    def detect(cls, found: Inspection) -> Source | None:
+        is_list = found.is_file and is_table(found.root) and lists_slides(found.options)
+        return cls(found.options) if is_list else None
 
     def listing(self) -> Listing:
-        found = list_table(self.config)
+        found = list_table(self.options)
         pictures = tuple(
             dataclasses.replace(p, slide=p.slide or PurePosixPath(p.source).stem)
             for p in found.pictures
@@ -150,13 +158,13 @@ class ListedSlides(Slides):
         return None
 
 
-def lists_slides(config: Any) -> bool:
+def lists_slides(options: SourceOptions) -> bool:
     """Whether the first row of a table that names a file names a slide."""
-    table = read_table(config.source)
+    table = read_table(options.source)
     column = path_columns(table).get("path")
-    root = config.root or config.source.parent
+    root = options.root or options.source.parent
     names = [row[column].strip().replace("\\", "/") for row in table.rows] if column else []
     first = next((name for name in names if name and (root / name).is_file()), None)
-    if first is None or config.kind is not None:
-        return first is not None and config.kind == "slides"
+    if first is None or options.kind is not None:
+        return first is not None and options.kind == "slides"
     return bool(sort_files(root, [first]).slides)  # a tiled TIFF of one level is a patch

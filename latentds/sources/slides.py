@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from latentds.conversion.convert_config import ConvertConfig
 from latentds.errors import InputError
+from latentds.sources.cut_options import SourceOptions
 from latentds.sources.image_folder import check_labels, check_names, read_folders, walk
+from latentds.sources.inspection import Inspection
 from latentds.sources.kinds import one_a_series, sort_files
+from latentds.sources.picture import Header, Listing, Picture
 from latentds.sources.side_tables import with_tables
 from latentds.sources.slide_reading import (
     UNREADABLE,
@@ -35,7 +37,7 @@ from latentds.sources.slide_reading import (
     slide_mpp,
     thumbnail_of,
 )
-from latentds.sources.source import Header, Listing, Picture
+from latentds.sources.source import Source
 from latentds.sources.tissue import has_edges, tissue_mask, tissue_shares
 from latentds.store.patch_record import Patch, Place
 
@@ -46,7 +48,7 @@ MOST_ENLARGED = 1.05  # resampling may enlarge by so much unless --enlarge asks 
 BLOCK_PX = 64  # of a broken overview, read or given up at once: no larger than its tiles
 
 
-class Slides:
+class Slides(Source):
     """Slides below a folder, tissue of each cut into a grid of patches.
 
     A slide's own resolution is its mpp, 10 / magnification where only that is recorded, or
@@ -55,11 +57,10 @@ class Slides:
     """
 
     kind = "whole slides"
-    notes: tuple[str, ...] = ()
 
-    def __init__(self, config: ConvertConfig) -> None:
-        self.config, self.root = config, config.source
-        self.edge = config.patch_size or DEFAULT_PATCH_PX
+    def __init__(self, options: SourceOptions) -> None:
+        self.options, self.root = options, options.source
+        self.edge = options.patch_size or DEFAULT_PATCH_PX
         self.handles: OrderedDict[str, Any] = OrderedDict()
         self.lock = threading.Lock()
         self.places: dict[str, np.ndarray] = {}
@@ -67,7 +68,15 @@ class Slides:
         self.repaired: set[str] = set()  # slides whose overview could not be read everywhere
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.config,)  # without lock and handles, for a worker elsewhere
+        return type(self), (self.options,)  # without lock and handles, for a worker elsewhere
+
+    @classmethod
+    def detect(cls, found: Inspection) -> Source | None:
+        if found.is_open and found.choice.is_slides:
+            source = cls(found.options)
+            source.notes = found.choice.notes
+            return source
+        return cls(found.options) if found.is_folder and found.options.kind == "slides" else None
 
     def listing(self) -> Listing:
         paths = list(walk(self.root))
@@ -82,21 +91,17 @@ class Slides:
         found = dataclasses.replace(
             found, ignored=len(others), ignored_example=others[0] if others else ""
         )
-        return with_tables(self.root, found, others, self.config.labels)
+        return with_tables(self.root, found, others, self.options.labels)
 
     def placed(self, names: Mapping[str, str]) -> Listing:
         """Slides by path and name, with what their folders say."""
-        config, paths = self.config, list(names)
+        options, paths = self.options, list(names)
         check_names(self.root, paths)
-        folders = read_folders(self.root, paths, config.labels, config.split_folders)
+        folders = read_folders(self.root, paths, options.labels, options.split_folders)
         placed = [(folders.place(path), name) for path, name in names.items()]
         pictures = tuple(Picture(p.source, p.split, p.label, name) for p, name in placed)
         check_labels(self.root, pictures, folders.use_labels)
         return Listing(pictures, notes=folders.notes)
-
-    def chunk(self, picture: Picture) -> str | None:
-        del picture  # a slide's patches stay together anyway
-        return None
 
     def header(self, picture: Picture) -> Header:
         path = self.file(picture)
@@ -113,10 +118,6 @@ class Slides:
         """A slide's file."""
         return self.root / picture.source
 
-    def mask_file(self, picture: Picture, size_px: tuple[int, int]) -> Path | None:
-        del picture, size_px  # slides have none
-        return None
-
     def open(self, picture: Picture) -> Any:
         """A slide's handle; the least recently used of many is closed."""
         with self.lock:
@@ -131,21 +132,22 @@ class Slides:
 
     def find_places(self, picture: Picture, slide: Any) -> np.ndarray:
         """int32 (n, 2): x and y at level 0 of the patches that hold tissue."""
-        config, scale = self.config, self.scale(picture, slide)
-        places = grid(slide, self.edge * scale, (config.stride or self.edge) * scale, config.edges)
+        options, scale = self.options, self.scale(picture, slide)
+        step = (options.stride or self.edge) * scale
+        places = grid(slide, self.edge * scale, step, options.edges)
         places = distinct(places)
         if not len(places):
             self.empty[picture.source] = f"holds no patch of {self.edge * scale:.0f} px of level 0"
             return places
-        if config.tissue == "dsmil":
+        if options.tissue == "dsmil":
             kept = np.array([self.has_edges(picture, at, scale) for at in places.tolist()], bool)
         else:
             thumbnail, factor = self.overview(picture, slide)
-            mask = tissue_mask(thumbnail, config.tissue)
+            mask = tissue_mask(thumbnail, options.tissue)
             boxes = np.concatenate([places, places + self.edge * scale], 1) / factor
-            kept = tissue_shares(mask, boxes) >= config.min_tissue
+            kept = tissue_shares(mask, boxes) >= options.min_tissue
         if not kept.any():
-            rule = f"--tissue {config.tissue}, --min-tissue {config.min_tissue}"
+            rule = f"--tissue {options.tissue}, --min-tissue {options.min_tissue}"
             self.empty[picture.source] = f"no tissue in any of {len(places)} places ({rule})"
         chosen: np.ndarray = places[kept]
         return chosen
@@ -211,7 +213,7 @@ class Slides:
 
     def check_enlarging(self, scale: float) -> None:
         """Refuse patches finer than the slide; InputError (without the name)."""
-        if scale * MOST_ENLARGED < 1 and not self.config.enlarge:
+        if scale * MOST_ENLARGED < 1 and not self.options.enlarge:
             raise InputError(
                 f"is coarser than asked: its patches would be enlarged {1 / scale:.3g} times; ask "
                 "for a larger --mpp, or pass --enlarge"
@@ -219,8 +221,8 @@ class Slides:
 
     def scale(self, picture: Picture, slide: Any) -> float:
         """Pixels of level 0 a pixel of a slide's patches."""
-        own = slide_mpp(slide, self.config.assume_mpp, picture.mpp)
-        return (self.config.mpp or own) / own
+        own = slide_mpp(slide, self.options.assume_mpp, picture.mpp)
+        return (self.options.mpp or own) / own
 
     def patch_px(self, headers: dict[str, Header]) -> tuple[int, int]:
         del headers
@@ -280,7 +282,7 @@ class Slides:
 
     def own_mpp(self, picture: Picture, slide: Any) -> float | None:
         """Micrometres a pixel of level 0, None where they need not be known."""
-        return slide_mpp(slide, self.config.assume_mpp, picture.mpp)
+        return slide_mpp(slide, self.options.assume_mpp, picture.mpp)
 
     @contextlib.contextmanager
     def reading(self, picture: Picture) -> Iterator[None]:
@@ -298,7 +300,7 @@ class Slides:
 
     def facts(self) -> dict[str, Any]:
         names = ("tissue", "min_tissue", "edges", "assume_mpp")
-        found = {name: getattr(self.config, name) for name in names}
+        found = {name: getattr(self.options, name) for name in names}
         return found | ({"overviews_with_holes": len(self.repaired)} if self.repaired else {})
 
 

@@ -1,159 +1,45 @@
-"""What a conversion reads from: pictures (files, slides, archive members), and their patches."""
+"""Where patches come from: what a source must say, and what follows from it."""
 
 from __future__ import annotations
 
-import dataclasses
+import abc
+import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 import numpy as np
 
+from latentds.sources.image_folder import check_sizes
+from latentds.sources.inspection import Inspection
+from latentds.sources.picture import Header, Listing, Picture
 from latentds.store.patch_record import Patch, Place
 
-MIXED_CHUNKS = 4  # pictures of so many chunks are shuffled among each other
 
-
-@dataclasses.dataclass(frozen=True)
-class Picture:
-    """A picture that was found, and what its name, its folders or a table say about it.
-
-    source       path relative to the input folder (posix), inside an archive `archive/member`
-    split        train, val, test, ...
-    label, slide names, None where unknown
-    x, y         left and top edge of the whole picture in pixels of level 0, None where unknown
-    mpp          micrometres a pixel, None where unknown
-    size_px      width of the picture in pixels of level 0, None where that is its own
-    mask         path of its mask relative to the input folder, None for none
-    patient      name, None where it is the slide's or unknown; for splits only, stored nowhere
-    span         (offset, size) of its bytes in an archive, None for a file of its own
-    """
-
-    source: str
-    split: str
-    label: str | None = None
-    slide: str | None = None
-    x: int | None = None
-    y: int | None = None
-    mpp: float | None = None
-    size_px: int | None = None
-    mask: str | None = None
-    patient: str | None = None
-    span: tuple[int, int] | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Header:
-    """What a picture says before a pixel is decoded.
-
-    size_px     (H, W)
-    mode        Pillow mode
-    encoding    how it is coded, for example png or jpeg:q=75:4:2:0
-    bytes       of the file
-    mask_bytes  of its mask's file, 0 for none
-    """
-
-    size_px: tuple[int, int]
-    mode: str
-    encoding: str
-    bytes: int
-    mask_bytes: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Listing:
-    """Pictures in a fixed order, and how many other files were passed over (with one of them).
-
-    notes    what was assumed, and what was found and not read, in sentences without an end
-    others   the files passed over
-    classes  all label names in the source's own order, whose places are its numbers; else empty
-    """
-
-    pictures: tuple[Picture, ...]
-    ignored: int = 0
-    ignored_example: str = ""
-    notes: tuple[str, ...] = ()
-    others: tuple[str, ...] = ()
-    classes: tuple[str, ...] = ()
-
-
-class Source(Protocol):
+class Source(abc.ABC):
     """Where patches come from.
 
-    `header`, `regions` and `read` are called from several threads; pickled, it can still `read`.
+    A source says five things: `listing`, `header` and `read`, and where they are not what stands
+    here, `regions` and `facts`. The rest follows from these; a source that can tell it without
+    reading a pixel, or has more to say, overrides it. `header`, `regions` and `read` are called
+    from several threads. For Ray it must be picklable, and can then still `read`.
+
+    kind   in words, for the user: what was found in the input
+    notes  what is assumed of it
     """
 
-    @property
-    def kind(self) -> str:
-        """In words, for the user: what was found in the input."""
-        ...
+    kind: str = "a source of its own"
+    notes: tuple[str, ...] = ()
 
-    notes: tuple[str, ...]  # what its kind assumes
-
+    @abc.abstractmethod
     def listing(self) -> Listing:
         """All pictures; InputError where there are none or they contradict each other."""
-        ...
 
-    def chunk(self, picture: Picture) -> str | None:
-        """What must be read as a whole to reach a picture, None where each stands for itself.
-
-        The order keeps pictures of MIXED_CHUNKS chunks together, so that each is read once.
-        """
-        ...
-
+    @abc.abstractmethod
     def header(self, picture: Picture) -> Header:
         """Size and coding; InputError (without the name) where it cannot be converted."""
-        ...
 
-    def file(self, picture: Picture) -> Path | BinaryIO:
-        """A picture's bytes: a path, or an open member of an archive.
-
-        InputError (without the name) where there are none.
-        """
-        ...
-
-    def mask_file(self, picture: Picture, size_px: tuple[int, int]) -> Path | None:
-        """A picture's mask, None where there is none; InputError for one that is lost or bad."""
-        ...
-
-    def patch_px(self, headers: dict[str, Header]) -> tuple[int, int]:
-        """(H, W) of all patches, from the headers by source; InputError where none fits all."""
-        ...
-
-    def regions(self, picture: Picture, header: Header, patch_px: tuple[int, int]) -> np.ndarray:
-        """int32 (n, 2): x and y of the picture's patches, in its own pixels."""
-        ...
-
-    def empty_reason(self, picture: Picture) -> str:
-        """Why a picture has no regions."""
-        ...
-
-    def whereabouts(
-        self,
-        picture: Picture,
-        header: Header,
-        patch_px: tuple[int, int],
-        regions: Sequence[tuple[int, int]],
-    ) -> list[Place]:
-        """What `read` will record of where the patches at regions lie, without reading a pixel."""
-        ...
-
-    def lookup(self, source: str) -> Picture | None:
-        """A picture by its source, enough to `locate` and `read` its patches.
-
-        None where it is not there, or where only a listing tells.
-        """
-        ...
-
-    def locate(
-        self, picture: Picture, patch_px: tuple[int, int], place: tuple[int, int]
-    ) -> tuple[Header, tuple[int, int]] | None:
-        """Header and region of the patch that `read` records at x and y (-1 for unknown).
-
-        None where the picture has none; InputError (without the name) as from `header`.
-        """
-        ...
-
+    @abc.abstractmethod
     def read(
         self,
         picture: Picture,
@@ -162,8 +48,87 @@ class Source(Protocol):
         regions: Sequence[tuple[int, int]],
     ) -> list[Patch]:
         """The patches at regions; InputError (without the name) where it cannot be decoded."""
-        ...
+
+    def regions(self, picture: Picture, header: Header, patch_px: tuple[int, int]) -> np.ndarray:
+        """int32 (n, 2): x and y of the picture's patches, in its own pixels; one, the whole."""
+        del picture, header, patch_px
+        return np.zeros((1, 2), np.int32)
 
     def facts(self) -> dict[str, Any]:
         """What the manifest is to say about the input besides the options; no path, no name."""
-        ...
+        return {}
+
+    @classmethod
+    def detect(cls, found: Inspection) -> Source | None:
+        """This source of an input, None where that is not of its kind; for an entry of SOURCES."""
+        del found
+        return None
+
+    def chunk(self, picture: Picture) -> str | None:
+        """What must be read as a whole to reach a picture, None where each stands for itself.
+
+        The order keeps pictures of MIXED_CHUNKS chunks together, so that each is read once.
+        """
+        del picture
+        return None
+
+    def patch_px(self, headers: dict[str, Header]) -> tuple[int, int]:
+        """(H, W) of all patches, from the headers by source; InputError where none fits all."""
+        return check_sizes(headers)
+
+    def empty_reason(self, picture: Picture) -> str:
+        """Why a picture has no regions."""
+        del picture
+        return "no patch in it"
+
+    def file(self, picture: Picture) -> Path | BinaryIO:
+        """What identifies a picture: its file, an open member of an archive, else its pixels.
+
+        InputError (without the name) where there are none.
+        """
+        header = self.header(picture)
+        patch_px = self.patch_px({picture.source: header})
+        places = self.regions(picture, header, patch_px).tolist()
+        patches = self.read(picture, header, patch_px, [(x, y) for x, y in places[:1]])
+        return io.BytesIO(b"".join(patch.image.tobytes() for patch in patches))
+
+    def mask_file(self, picture: Picture, size_px: tuple[int, int]) -> Path | None:
+        """A picture's mask, None where there is none; InputError for one that is lost or bad."""
+        del picture, size_px
+        return None
+
+    def whereabouts(
+        self,
+        picture: Picture,
+        header: Header,
+        patch_px: tuple[int, int],
+        regions: Sequence[tuple[int, int]],
+    ) -> list[Place]:
+        """Where the patches at regions lie, as `read` records it."""
+        return [
+            Place(patch.x_px_level0, patch.y_px_level0, patch.size_px_level0, patch.mpp)
+            for patch in self.read(picture, header, patch_px, regions)
+        ]
+
+    def lookup(self, source: str) -> Picture | None:
+        """A picture by its source, enough to `locate` and `read` its patches.
+
+        None where it is not there, or where only a listing tells.
+        """
+        del source
+        return None
+
+    def locate(
+        self, picture: Picture, patch_px: tuple[int, int], place: tuple[int, int]
+    ) -> tuple[Header, tuple[int, int]] | None:
+        """Header and region of the patch that `read` records at x and y (-1 for unknown).
+
+        None where the picture has none; InputError (without the name) as from `header`.
+        """
+        header = self.header(picture)
+        regions = [(x, y) for x, y in self.regions(picture, header, patch_px).tolist()]
+        places = self.whereabouts(picture, header, patch_px, regions)
+        for region, (x, y, *_) in zip(regions, places, strict=True):
+            if (-1 if x is None else x, -1 if y is None else y) == place:
+                return header, region
+        return None

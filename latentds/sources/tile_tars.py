@@ -10,10 +10,11 @@ from typing import Any
 from latentds.core.foreign_json import parse_json
 from latentds.errors import FormatError, InputError
 from latentds.sources.image_folder import numbers_of
+from latentds.sources.inspection import TILE_TAR, Inspection
+from latentds.sources.picture import Listing
 from latentds.sources.picture_tars import Members, PictureTars, Record
-from latentds.sources.source import Listing
+from latentds.sources.source import Source
 
-SUFFIX = ".tiles.tar"
 MANIFEST = ".tiles.manifest.csv"
 META = ".coordinates.meta.json"
 COLUMNS = ("tile_index", "x", "y")
@@ -28,6 +29,11 @@ class TileTars(PictureTars):
     """
 
     kind = "tile tars of hs2p or slide2vec"
+
+    @classmethod
+    def detect(cls, found: Inspection) -> Source | None:
+        tars = [path for path in found.archives if path.endswith(TILE_TAR)]
+        return cls(found.options, tars) if tars else None
 
     def listing(self) -> Listing:
         first: dict[tuple[str, str | None], str] = {}
@@ -55,14 +61,14 @@ class TileTars(PictureTars):
             path.with_name(f"{sample_of(archive)}{META}")
         )
         annotation = annotation_of(archive)
-        if annotation and self.config.labels:
+        if annotation and self.options.labels:
             shared["label"] = annotation
         return {name: shared | places[name] for name in names}
 
 
 def sample_of(archive: str) -> str:
     """Slide of a tile tar."""
-    return PurePosixPath(archive).name.removesuffix(SUFFIX)
+    return PurePosixPath(archive).name.removesuffix(TILE_TAR)
 
 
 def annotation_of(archive: str) -> str | None:

@@ -7,32 +7,34 @@ import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
-from latentds.conversion.convert_config import ConvertConfig
 from latentds.errors import InputError
+from latentds.sources.cut_options import SourceOptions
 from latentds.sources.image_folder import are_splits, list_pictures
+from latentds.sources.inspection import Inspection
 from latentds.sources.names import is_identifier
+from latentds.sources.picture import Listing, Picture
 from latentds.sources.picture_decoding import read_header
 from latentds.sources.picture_files import PictureFiles
-from latentds.sources.source import Listing, Picture
+from latentds.sources.source import Source
 
 TILE_NAME = re.compile(r"(\d+)_(\d+)\.(?:jpe?g|png)")
 MAX_PX = 2**31 - 1
 
 
-def is_tile_tree(config: ConvertConfig, pictures: Sequence[str]) -> bool:
+def is_tile_tree(options: SourceOptions, pictures: Sequence[str]) -> bool:
     """Whether all pictures of a folder are tiles, in a folder a slide.
 
     raises  InputError where the folders may as well be classes
     """
     if not pictures or not all("/" in p and TILE_NAME.fullmatch(Path(p).name) for p in pictures):
         return False
-    has_splits = config.split_folders and are_splits(config.source, pictures)
+    has_splits = options.split_folders and are_splits(options.source, pictures)
     folders = [PurePosixPath(path).parts[has_splits:-1] for path in pictures]
-    is_told = config.tile_downsample != 1 or min(map(len, folders)) > 1
+    is_told = options.tile_downsample != 1 or min(map(len, folders)) > 1
     if is_told or all(parts and is_identifier(parts[-1]) for parts in folders):
         return True
     raise InputError(
-        f"{config.source}: {pictures[0]} is named like a tile, <column>_<row> of a slide, and its "
+        f"{options.source}: {pictures[0]} is named like a tile, <column>_<row> of a slide, and its "
         "folder may be a slide or a class; pass --kind tiles for slides with places, or --kind "
         "pictures for classes"
     )
@@ -47,15 +49,25 @@ class TileTree(PictureFiles):
 
     kind = "a tree of tiles named <column>_<row>"
 
-    def __init__(self, config: ConvertConfig) -> None:
-        super().__init__(config)
-        if config.name_pattern:
+    def __init__(self, options: SourceOptions) -> None:
+        super().__init__(options)
+        if options.name_pattern:
             raise InputError("--name-pattern and tiles named <column>_<row>; leave the pattern")
 
+    @classmethod
+    def detect(cls, found: Inspection) -> Source | None:
+        options, kind = found.options, found.options.kind
+        if not found.is_folder or kind is not None:
+            return cls(options) if found.is_folder and kind == "tiles" else None
+        if found.kinds.slides or options.name_pattern:
+            return None
+        pictures = sorted([*found.kinds.pictures, *found.kinds.unsure])
+        return cls(options) if is_tile_tree(options, pictures) else None
+
     def listing(self) -> Listing:
-        found = list_pictures(self.root, use_labels=False, use_splits=self.config.split_folders)
+        found = list_pictures(self.root, use_labels=False, use_splits=self.options.split_folders)
         height, width = self.first_size(found.pictures)
-        has_splits = self.config.split_folders and are_splits(
+        has_splits = self.options.split_folders and are_splits(
             self.root, [p.source for p in found.pictures]
         )
         pictures = tuple(self.placed(p, width, height, has_splits) for p in found.pictures)
@@ -78,7 +90,7 @@ class TileTree(PictureFiles):
         """(H, W) of the first tile that can be read; all must be alike, as headers will show."""
         for picture in pictures:
             try:
-                return read_header(self.root / picture.source, self.config.max_px).size_px
+                return read_header(self.root / picture.source, self.options.max_px).size_px
             except InputError:
                 continue
         raise InputError(f"{self.root}: none of {len(pictures)} tiles can be read")
@@ -89,12 +101,12 @@ class TileTree(PictureFiles):
         match = TILE_NAME.fullmatch(path.name)
         if match is None or len(path.parts) < 2 + has_splits:
             raise InputError(f"{picture.source}: not <column>_<row>; move it, or rename its folder")
-        factor = self.config.tile_downsample
+        factor = self.options.tile_downsample
         x, y = round(int(match[1]) * width * factor), round(int(match[2]) * height * factor)
         if max(x, y) > MAX_PX:
             raise InputError(f"{picture.source}: lies at ({x}, {y}); no slide is so large")
         above = path.parts[has_splits:-2]
-        label = above[-1] if above and self.config.labels else None
+        label = above[-1] if above and self.options.labels else None
         return dataclasses.replace(
             picture, label=label, slide=path.parts[-2], x=x, y=y, size_px=round(width * factor)
         )

@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import hashlib
 import io
-import json
 import math
 import re
 import tokenize
@@ -21,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from latentds.core.canonical_json import canonical_json
 from latentds.core.foreign_json import Kind, check_kinds
 from latentds.errors import FormatError
 from latentds.quantizers.encodings import check_encoding, codebook_from_json
@@ -225,16 +225,6 @@ def joined_names(lists: Iterable[Sequence[str]]) -> list[str]:
         return sorted_names(everything)
     longest = max(known, key=len)
     return [*longest, *sorted_names(everything - set(longest))]
-
-
-def canonical_json(record: Any) -> str:
-    """JSON with sorted keys and no spaces, ASCII only: the same text for the same values."""
-    return json.dumps(record, sort_keys=True, separators=(",", ":"), allow_nan=False)
-
-
-def digest_json(record: Any) -> str:
-    """`sha256:...` of the canonical JSON."""
-    return f"sha256:{hashlib.sha256(canonical_json(record).encode()).hexdigest()}"
 
 
 def shard_headers(contract: Contract) -> dict[str, str]:

@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from latentds.core.canonical_json import digest_json
 from latentds.core.foreign_json import Kind, check_kinds, read_json
 from latentds.errors import FormatError, unknown_name
 from latentds.quantizers.encodings import check_encoding, codebook_from_json
@@ -27,7 +28,6 @@ from latentds.store.format import (
     SPLIT_PATTERN,
     Contract,
     check_format,
-    digest_json,
 )
 from latentds.store.tables import block_sums
 

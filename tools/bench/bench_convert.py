@@ -59,7 +59,7 @@ def as_text(result: dict[str, Any]) -> str:
 def measure(config: Config) -> dict[str, Any]:
     """Patches a second of writing the shards, and of the encoder on the same pixels in memory."""
     from latentds.autoencoders import load_autoencoder
-    from latentds.conversion import converting
+    from latentds.conversion import prepared, shard_writing
     from latentds.conversion.conversion_plan import make_plan
     from latentds.conversion.convert_config import ConvertConfig
     from latentds.conversion.workdir import prepare_output
@@ -77,11 +77,11 @@ def measure(config: Config) -> dict[str, Any]:
         plan = make_plan(settings)
         autoencoder = load_autoencoder(config.autoencoder)
         with prepare_output(settings) as work:
-            reader = converting.make_reader(plan, settings)
-            conversion = converting.prepare(settings, reader, autoencoder, work)
+            reader = prepared.make_reader(plan, settings)
+            conversion = prepared.prepare(settings, reader, autoencoder, work)
             encoder_rate = encode_from_memory(conversion)
             started = time.perf_counter()
-            converting.write_shards(conversion)
+            shard_writing.write_shards(conversion)
             seconds = time.perf_counter() - started
             reader.close()
     return {

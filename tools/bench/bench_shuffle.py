@@ -13,6 +13,8 @@ from latentds_tools.bench.harness import report_text
 from latentds_tools.reports.delivery import show
 from latentds_tools.reports.markdown import table
 
+from latentds.loading.options import Order
+
 BUFFER = 5000  # samples webdataset's documentation shuffles among
 TOPOLOGIES = ((1, 1), (2, 4), (4, 8))  # ranks, workers
 PREFETCH = 2  # batches a DataLoader worker is ahead
@@ -45,7 +47,7 @@ def run(config: Config) -> None:
     data = LatentDataset(
         config.folder,
         config.split,
-        global_batch_size=config.global_batch_size,
+        order=Order(global_batch_size=config.global_batch_size),
         shuffle=True,
         seed=config.seed,
     )

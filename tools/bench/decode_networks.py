@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from latentds.autoencoders.autoencoder import NetworkAutoencoder
-    from latentds.loading.decoding import DecodeOptions
+    from latentds.loading.decoding import Decode
 
 # of a GPU; of a CPU for decoders up to HEAVY_GFLOP a patch; of a CPU for heavier ones
 GPU_BATCH, CPU_BATCH, HEAVY_BATCH = 64, 16, 1
@@ -48,7 +48,7 @@ class Timed:
     name: str
     weights: str
     gflop: float
-    cases: list[tuple[DecodeOptions, int]]
+    cases: list[tuple[Decode, int]]
     rounds: list[list[dict[str, float]]] = dataclasses.field(default_factory=list)
 
     def measure(self, config: Settings) -> None:
@@ -85,7 +85,7 @@ def survey(name: str, config: Settings) -> Timed:
     return Timed(name, weights, gflop, [(one, batch) for batch in batches for one in options])
 
 
-def combinations(device: str, compile: bool) -> list[DecodeOptions]:
+def combinations(device: str, compile: bool) -> list[Decode]:
     """Options to measure, plain float32 first.
 
     Compilation and graphs are measured at both ends, plain float32 and bfloat16 with channels last:
@@ -93,10 +93,10 @@ def combinations(device: str, compile: bool) -> list[DecodeOptions]:
     """
     import torch
 
-    from latentds.loading.decoding import DecodeOptions
+    from latentds.loading.decoding import Decode
 
     found = [
-        DecodeOptions(dtype=dtype, channels_last=last)
+        Decode(dtype=dtype, channels_last=last)
         for dtype in (torch.float32, torch.bfloat16)
         for last in (False, True)
     ]
@@ -109,7 +109,7 @@ def combinations(device: str, compile: bool) -> list[DecodeOptions]:
     return found
 
 
-def describe(options: DecodeOptions) -> str:
+def describe(options: Decode) -> str:
     """Options in a few words."""
     words = [str(options.dtype).removeprefix("torch.")]
     words += [n for n in ("channels_last", "compile", "cuda_graph") if getattr(options, n)]
@@ -124,7 +124,7 @@ def default_batch(device: str, gflop: float) -> int:
 
 
 def measure(
-    autoencoder: NetworkAutoencoder, options: DecodeOptions, batch: int, config: Settings
+    autoencoder: NetworkAutoencoder, options: Decode, batch: int, config: Settings
 ) -> tuple[dict[str, float], Tensor]:
     """Rate and start-up of one case, and the images it makes of fixed codes."""
     import torch

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from latentds_tools.bench.decode_shapes import check_known, find_decoder
 
+from latentds.loading.decoding import Decode
+from latentds.loading.options import Order
+
 if TYPE_CHECKING:
     import torch
     from latentds_tools.bench.step_config import Config
@@ -106,14 +109,16 @@ def open_loader(
         config.split,
         batch_size=config.batch_size,
         shuffle=True,
-        last="drop",
+        order=Order(last="drop"),
         device=device,
         num_workers=config.num_workers or 0,
         autoencoder=source.autoencoder,
         dtype=dtype,
-        channels_last=config.channels_last,
-        compile=config.compile,
-        cuda_graph=config.cuda_graph and on_gpu,
+        decoding=Decode(
+            channels_last=config.channels_last,
+            compile=config.compile,
+            cuda_graph=config.cuda_graph and on_gpu,
+        ),
         **options,
     )
 

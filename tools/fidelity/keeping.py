@@ -17,8 +17,8 @@ import numpy as np
 from latentds_tools.fidelity.encoded import Encoded
 from latentds_tools.fidelity.measuring import Measured
 
+from latentds.core.canonical_json import canonical_json
 from latentds.core.storage import write_atomically
-from latentds.store.format import canonical_json
 
 
 class KeptRows:

@@ -15,7 +15,7 @@ import torch
 
 from latentds.autoencoders import load_autoencoder
 from latentds.core.display import say
-from latentds.loading.decoding import DecodeOptions, Decoder
+from latentds.loading.decoding import Decode, Decoder
 from latentds.quantizers.scalar import Codebook
 
 PATCH_PX, CPU_BATCH, GPU_BATCH = 256, 4, 64
@@ -60,7 +60,7 @@ def make_decoder(device: str, **options: Any) -> tuple[Decoder, torch.Tensor]:
     codebook = Codebook(torch.linspace(-3, 3, 256).numpy()[None], "kmeans")
     size = (PATCH_PX, PATCH_PX)
     decoder = Decoder(
-        load_autoencoder("tiny"), [codebook], size, device, DecodeOptions(dtype=dtype, **options)
+        load_autoencoder("tiny"), [codebook], size, device, Decode(dtype=dtype, **options)
     )
     cells = PATCH_PX // 8
     shape = (GPU_BATCH if on_gpu else CPU_BATCH, 4, cells, cells)

@@ -111,7 +111,7 @@ def examine_options(line: dict[str, str]) -> Iterator[Finding]:
     """torch.compile and CUDA graphs on the GPU: both optional."""
     remedies = {
         "compile": "torch.compile needs triton and a C compiler; leave compile=False without",
-        "cuda_graph": "leave cuda_graph=False",
+        "cuda_graph": "leave Decode(cuda_graph=False)",
     }
     for name, remedy in remedies.items():
         if name not in line:  # a library's talk that happens to be JSON

@@ -39,7 +39,7 @@ def check_parts(fold: int, train: Part, val: Part, test: Part, config: AbmilConf
         raise InputError(
             f"fold {fold}: {len(train)} slides to train on and {len(test)} to test; {remedy}"
         )
-    if not len(val) and config.select == "best":
+    if not len(val) and config.settings.select == "best":
         raise InputError(
             f"fold {fold}: no slide to validate on, by which the best weights are chosen; "
             "give splits that have some, or --select last"

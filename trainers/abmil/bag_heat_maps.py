@@ -3,49 +3,56 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 
 import torch
-from latentds_trainers.abmil.bag_report import WEIGHTS, FoldOutcome
 from latentds_trainers.abmil.bag_source import LabelledBags
 from latentds_trainers.abmil.bag_training import logits_of
 from latentds_trainers.abmil.config import AbmilConfig
 from latentds_trainers.abmil.heat_map import draw_heat_map, write_heat_map
+from latentds_trainers.crossval.cross_validation import CrossValidation
+from latentds_trainers.crossval.run_folders import FoldOutcome
 from latentds_trainers.engine.ranks import from_first
-from latentds_trainers.engine.run_folders import fold_folder
 from torch import Tensor
 
 from latentds.models.attention_mil import load_abmil
 
 logger = logging.getLogger(__name__)
 
+WEIGHTS = "model.safetensors"
+
 
 def draw_heat_maps(
     config: AbmilConfig,
     labelled: LabelledBags,
-    outcomes: list[FoldOutcome],
+    run: CrossValidation,
+    outcomes: Sequence[FoldOutcome],
     device: torch.device,
 ) -> None:
     """Draw the slides that are asked for, each with the weights of a fold that tested it.
 
     Rank 0 does. Collective, slide by slide: embedding one on the fly may take a while.
     """
-    for slide, outcome in chosen_slides(config, outcomes):
-        from_first(partial(draw, config, labelled, slide, outcome, device))
+    truths = dict(zip(labelled.slides.slides, labelled.slides.targets.tolist(), strict=True))
+    for slide, outcome in chosen_slides(config, outcomes, truths):
+        weights = run.cell(outcome.fold, outcome.seed).folder / WEIGHTS
+        title = partial(title_of, slide, labelled.slides.classes, truths[slide], outcome.fold)
+        from_first(partial(draw, config, labelled, slide, weights, title, device))
 
 
 def draw(
     config: AbmilConfig,
     labelled: LabelledBags,
     slide: str,
-    outcome: FoldOutcome,
+    weights: Path,
+    title: Callable[[Tensor], str],
     device: torch.device,
 ) -> None:
-    """Draw a slide."""
-    bags, classes = labelled.bags, labelled.slides.classes
-    network, _ = load_abmil(
-        fold_folder(config.out, outcome.fold, outcome.seed, config.seed) / WEIGHTS
-    )
+    """Draw a slide by a fold's weights, with a title that follows from its logits."""
+    bags = labelled.bags
+    network, _ = load_abmil(weights)
     logits, attention = logits_of(network.to(device), bags, slide, device)
     coords, size_px = bags.coords(slide)
     shares = attention.double().numpy()
@@ -53,7 +60,7 @@ def draw(
         slide,
         shares,
         coords,
-        title=title_of(slide, classes, outcome, logits),
+        title=title(logits),
         size_px=size_px,
         patches=labelled.patches,
     )
@@ -61,23 +68,24 @@ def draw(
     logger.info("heat map in %s", path)
 
 
-def title_of(slide: str, classes: list[str], outcome: FoldOutcome, logits: Tensor) -> str:
+def title_of(slide: str, classes: list[str], truth: int, fold: int, logits: Tensor) -> str:
     """What stands above a heat map."""
-    truth = classes[outcome.labels[outcome.items.index(slide)]]
     probabilities = torch.softmax(logits.double(), 0)
     taken = int(probabilities.argmax())
     return (
-        f"{slide}: {truth}, predicted {classes[taken]} ({probabilities[taken]:.2f}), "
-        f"tested in fold {outcome.fold}"
+        f"{slide}: {classes[truth]}, predicted {classes[taken]} ({probabilities[taken]:.2f}), "
+        f"tested in fold {fold}"
     )
 
 
 def chosen_slides(
-    config: AbmilConfig, outcomes: list[FoldOutcome]
+    config: AbmilConfig, outcomes: Sequence[FoldOutcome], truths: Mapping[str, int]
 ) -> list[tuple[str, FoldOutcome]]:
     """Slides to draw, with the fold that tested them: those named, and some of every class.
 
     Of the others, folds and classes take turns.
+
+    truths  class of every slide
     """
     tested: dict[str, FoldOutcome] = {}
     for outcome in outcomes:
@@ -86,7 +94,7 @@ def chosen_slides(
     ranks: dict[tuple[int, int], int] = {}
     order = []
     for slide, outcome in tested.items():
-        key = (outcome.fold, outcome.labels[outcome.items.index(slide)])
+        key = (outcome.fold, truths[slide])
         ranks[key] = ranks.get(key, -1) + 1
         order.append((ranks[key], *key, slide))
     names = [*config.heat_map_slides, *(row[-1] for row in sorted(order)[: config.heat_maps])]

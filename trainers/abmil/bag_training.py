@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from latentds_trainers.abmil.bag_draws import Part, draw_bags, loss_weights, seed_draws
-from latentds_trainers.abmil.config import LAYERS, AbmilConfig
+from latentds_trainers.abmil.config import AbmilConfig
 from latentds_trainers.engine.training import Engine, TrainConfig
 from torch import Tensor, nn
 from torch.nn import functional
@@ -113,20 +113,19 @@ class Stopping:
 
 def build_network(config: AbmilConfig, dim: int, classes: int) -> GatedABMIL:
     """The network, its first weights following from torch's seed."""
-    sizes: dict[str, Any] = {name: getattr(config, name) for name in LAYERS}
-    return GatedABMIL(dim, classes, **sizes)
+    return GatedABMIL(dim, classes, **config.settings.layers)
 
 
 def fold_settings(config: AbmilConfig, out: Path, seed: int, epoch_steps: int) -> TrainConfig:
     """The engine's settings of a fold, counted in steps."""
-    assert config.epochs and config.lr and config.schedule
+    settings = config.settings
     return TrainConfig(
         out=out,
-        steps=config.epochs * epoch_steps,
+        steps=settings.epochs * epoch_steps,
         batch_size=config.batch_size,
         accumulation=config.accumulation,
-        lr=config.lr,
-        schedule=config.schedule,
+        lr=settings.lr,
+        schedule=settings.schedule,
         clip=config.clip,
         precision=config.precision,
         seed=seed,
@@ -168,7 +167,7 @@ class BagFoldTraining:
             {NETWORK: (network, build_optimizer(config, network))},
             loader=self.stopping,
         )
-        is_weighted = config.balance == "loss"
+        is_weighted = config.settings.balance == "loss"
         self.weights = loss_weights(train.targets, classes, is_weighted=is_weighted)
         self.weights = self.weights.to(self.engine.device)
 
@@ -188,7 +187,11 @@ class BagFoldTraining:
         """Train; the chosen weights, on the device."""
         self.engine.run(self.step)
         network = self.network
-        chosen = network.network.state_dict() if self.config.select == "last" else network.best()
+        chosen = (
+            network.network.state_dict()
+            if self.config.settings.select == "last"
+            else network.best()
+        )
         return {name: tensor.detach() for name, tensor in chosen.items()}
 
     def step(self, number: int) -> dict[str, Tensor | float]:
@@ -220,12 +223,12 @@ class BagFoldTraining:
         """Places of the epoch's bags among those trained on."""
         count = self.epoch_steps * self.engine.global_batch
         key = key_of("bags", self.seed, epoch)
-        is_balanced = self.config.balance == "draws"
+        is_balanced = self.config.settings.balance == "draws"
         return draw_bags(self.train.targets, count, key, is_balanced=is_balanced)
 
     def choose(self, slide: str, epoch: int, draw: int) -> np.ndarray | None:
         """Rows of a bag's patches that this draw takes, ascending; None for all."""
-        limit, count = self.config.max_patches, self.reader.count(slide)
+        limit, count = self.config.settings.max_patches, self.reader.count(slide)
         if limit is None or count <= limit:
             return None
         key = key_of("patches", self.seed, epoch, draw, slide)
@@ -234,24 +237,23 @@ class BagFoldTraining:
     def validate(self, epoch: int) -> float:
         """Validation loss after an epoch, from 1; keeps the best weights, may end the fold."""
         loss = predict(self.network.network, self.reader, self.val, self.engine.device).loss
-        config, stopping = self.config, self.stopping
+        settings, stopping = self.config.settings, self.stopping
         if not math.isfinite(loss):
             return loss  # the engine stops the run and says so
         if stopping.is_better(loss, epoch):
             self.network.keep()
-        assert config.patience is not None and config.min_epochs is not None
-        is_over = stopping.waited >= config.patience and epoch >= config.min_epochs
-        if config.select == "best" and is_over:
+        is_over = stopping.waited >= settings.patience and epoch >= settings.min_epochs
+        if settings.select == "best" and is_over:
             self.engine.end()
         return loss
 
 
 def build_optimizer(config: AbmilConfig, network: KeepingBest) -> torch.optim.Optimizer:
     """Adam or AdamW over the network."""
-    assert config.lr is not None and config.weight_decay is not None
-    kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
+    settings = config.settings
+    kind = torch.optim.Adam if settings.optimizer == "adam" else torch.optim.AdamW
     return kind(
-        network.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
+        network.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True
     )  # fused: 1 ms less of a step of 6 on a CPU
 
 

@@ -3,52 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from pathlib import Path
 from typing import Any, Literal
 
-from latentds.evaluation.patchsets.patch_set_config import PatchInput
+from latentds_trainers.abmil.bag_presets import PRESETS, BagSettings
+from latentds_trainers.engine.settings import plain, settled
 
-# Source of each: `clam` CLAM's main.py and models/model_clam.py, `patho-bench` Patho-Bench's
-# configs/finetune/abmil.yaml, `ilse` AMLab's AttentionDeepMIL.
-PRESETS: dict[str, dict[str, Any]] = {
-    "clam": {
-        "hidden": 512, "attention": 256, "dropout": 0.25, "gated": True,
-        "attention_dropout": 0.25, "activation": "relu", "post_attention": False,
-        "optimizer": "adam", "lr": 1e-4, "weight_decay": 1e-5, "schedule": "constant",
-        "epochs": 200, "min_epochs": 50, "patience": 20, "select": "best",
-        "balance": "draws", "max_patches": None,
-    },
-    "patho-bench": {
-        "attention": 512, "dropout": 0.1, "gated": False,  # hidden: as wide as the features
-        "attention_dropout": 0.25, "activation": "gelu", "post_attention": True,
-        "optimizer": "adamw", "lr": 3e-4, "weight_decay": 1e-5, "schedule": "cosine",
-        "epochs": 20, "min_epochs": 20, "patience": 20, "select": "last",
-        "balance": "loss", "max_patches": 2048,
-    },
-    "ilse": {
-        "hidden": 500, "attention": 128, "dropout": 0.0, "gated": True,
-        "attention_dropout": 0.0, "activation": "relu", "post_attention": False,
-        "optimizer": "adam", "lr": 5e-4, "weight_decay": 1e-4, "schedule": "constant",
-        "epochs": 20, "min_epochs": 20, "patience": 20, "select": "last",
-        "balance": "none", "max_patches": None,
-    },
-}  # fmt: skip
-LAYERS = (  # settings that are the network's
-    *("hidden", "attention", "dropout", "gated"),
-    *("attention_dropout", "activation", "post_attention"),
-)
-COUNTS = (
-    *("repeats", "hidden", "attention", "epochs", "min_epochs", "patience", "max_patches"),
-    *("batch_size", "accumulation", "save_every", "embed_batch"),
-)
+from latentds.evaluation.patchsets.patch_set_config import PatchInput
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AbmilConfig(PatchInput):
     """Classify slides by attention over their patches' features, in a cross-validation.
 
-    Options of a model or a schedule that are not given are the preset's.
+    Options of a model or a schedule that are not given are the preset's: `settings` has them all.
     """
 
     out: Path
@@ -155,30 +125,23 @@ class AbmilConfig(PatchInput):
             raise ValueError("--on-the-fly makes features of --data; --bags has them already")
         if self.bags is not None and self.labels is None:
             raise ValueError("--bags needs --labels; features do not tell them")
-        for name, value in PRESETS[self.preset].items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
-        self.check_numbers()
-
-    def check_numbers(self) -> None:
-        """Refuse counts, rates and shares that make no sense."""
-        for name in COUNTS:
-            count = getattr(self, name)
-            if count is not None and count < 1:
-                raise ValueError(f"{name} is {count}; at least 1")
+        for name in ("repeats", "batch_size", "accumulation", "save_every", "embed_batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; at least 1")
         if self.folds < 2 and self.splits is None:
             raise ValueError(f"folds is {self.folds}; at least 2")
-        for name in ("dropout", "attention_dropout"):
-            if not 0 <= self.number(name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; from 0 to below 1")
-        if not 0 < self.number("lr") < math.inf:
-            raise ValueError(f"lr is {self.lr}; a positive number")
-        for name in ("weight_decay", "cache_gb", "heat_maps", "seed"):
-            if not 0 <= self.number(name) < math.inf:
+        for name in ("cache_gb", "heat_maps", "seed"):
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}; 0 or more")
         if self.clip is not None and not 0 < self.clip < math.inf:
             raise ValueError(f"clip is {self.clip}; a positive number")
+        _ = self.settings  # refuses what cannot be
 
-    def number(self, name: str) -> float:
-        """A setting that the preset has filled in."""
-        return float(getattr(self, name))
+    @functools.cached_property
+    def settings(self) -> BagSettings:
+        """The preset, with what is given instead."""
+        return settled(PRESETS[self.preset], self)
+
+    def to_json(self) -> dict[str, Any]:
+        """All settings, those of the preset filled in."""
+        return plain(self) | plain(self.settings)

@@ -2,39 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import logging
-import shutil
-from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from latentds_trainers.abmil.bag_draws import Part, check_parts, part_of
-from latentds_trainers.abmil.bag_heat_maps import draw_heat_maps
-from latentds_trainers.abmil.bag_report import (
-    WEIGHTS,
-    FoldOutcome,
-    bags_a_step,
-    fold_outcome,
-    report,
-)
+from latentds_trainers.abmil.bag_heat_maps import WEIGHTS, draw_heat_maps
+from latentds_trainers.abmil.bag_report import best_is_last, report
 from latentds_trainers.abmil.bag_source import LabelledBags, open_labelled
 from latentds_trainers.abmil.bag_training import BagFoldTraining, build_network, predict
-from latentds_trainers.abmil.config import LAYERS, AbmilConfig
+from latentds_trainers.abmil.config import AbmilConfig
+from latentds_trainers.crossval.cross_validation import Cell, CrossValidation, Tested
 from latentds_trainers.engine.ranks import from_first, join_ranks, on_all_ranks
-from latentds_trainers.engine.run_folders import claim_folder, fold_folder, read_fold, write_fold
-from latentds_trainers.engine.settings import jsonable
-from torch import Tensor
 
 from latentds.errors import unknown_name
-from latentds.evaluation.folds import Fold, split_id, stratified_group_folds
-from latentds.evaluation.splits import (
-    PATHO_BENCH,
-    read_splits,
-    write_clam_splits,
-    write_patho_bench,
-)
+from latentds.evaluation.folds import Fold, stratified_group_folds
+from latentds.evaluation.scores import classification_scores
+from latentds.evaluation.splits import PATHO_BENCH, read_splits, write_patho_bench
 from latentds.models.attention_mil import save_abmil
 
 logger = logging.getLogger(__name__)
@@ -53,7 +39,6 @@ REMEDIES = {  # by what differs; a setting is set back
     "bags_a_step": "choose --batch-size and --accumulation for as many on these ranks",
     "data_content": "give the patches it was started with",
 }
-NEWER = ("bags_a_step", "data_content")
 
 
 class BagTask:
@@ -67,8 +52,16 @@ class BagTask:
         self.labelled: LabelledBags = open_labelled(config, self.device)
         self.folds = on_all_ranks(self.make_folds)
         on_all_ranks(self.check_heat_maps)
-        from_first(self.claim_folder)
-        from_first(self.write_splits)
+        slides, seeds = self.labelled.slides, range(config.seed, config.seed + config.repeats)
+        self.crossval = CrossValidation(
+            task="abmil",
+            out=config.out,
+            items=slides.slides,
+            groups=slides.groups,
+            folds=self.folds,
+            cells=[(number, seed) for number in range(len(self.folds)) for seed in seeds],
+        )
+        self.claim()
 
     def make_folds(self) -> list[Fold]:
         """The folds, from the split files or drawn; each checked."""
@@ -100,11 +93,19 @@ class BagTask:
         return train, val, test
 
     @property
+    def bags_a_step(self) -> int:
+        """Bags of an optimizer step, over all ranks."""
+        return self.config.batch_size * self.config.accumulation * dist.get_world_size()
+
+    @property
     def identity(self) -> dict[str, Any]:
-        """What the run is of, beside its settings: features, labels, folds."""
-        folder, slides = self.labelled.bags.folder, self.labelled.slides
+        """What the run is of: settings, features, labels; the patches whose features it makes."""
+        folder, slides, patches = self.labelled.bags.folder, self.labelled.slides, None
+        if self.config.bags is None:
+            patches = self.labelled.patches
+        settings = {n: v for n, v in self.config.to_json().items() if n not in MAY_CHANGE}
         rows = [slides.slides, slides.groups, slides.targets.tolist(), slides.classes]
-        return {
+        return settings | {
             "features": {
                 "embedder": folder.embedder.get("name"),
                 "weights_id": folder.embedder.get("weights_id", ""),
@@ -113,56 +114,32 @@ class BagTask:
                 "content_id": folder.content_id(slides.slides),
             },
             "labels_id": hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16],
-            "split_id": split_id(self.folds, slides.slides),
-            "bags_a_step": bags_a_step(self.config),
-        } | self.patches_identity()
+            "bags_a_step": self.bags_a_step,
+            "data_content": patches.fingerprint() if patches is not None else None,
+        }
 
-    def patches_identity(self) -> dict[str, Any]:
-        """What is stored of the patches whose features the run makes itself."""
-        patches = self.labelled.patches
-        if self.config.bags is not None or patches is None:
-            return {}
-        return {"data_content": patches.fingerprint()}
-
-    def claim_folder(self) -> None:
-        """Write what the run is, or see that the folder is of the same one.
-
-        raises  ContractError that names what differs
-        """
-        settings = jsonable(dataclasses.asdict(self.config))
-        values = {name: value for name, value in settings.items() if name not in MAY_CHANGE}
-        if not self.config.on_the_fly:
-            del values["on_the_fly"]  # runs of versions without it go on
-        claim_folder(self.config.out, values | self.identity, REMEDIES, NEWER)
-
-    def write_splits(self) -> None:
-        """The folds as CLAM and Patho-Bench read them."""
-        slides, folder = self.labelled.slides, self.config.out / "splits"
-        write_clam_splits(folder, self.folds, slides.slides)
+    def claim(self) -> None:
+        """Make the folder this run's, with its folds as CLAM and Patho-Bench read them."""
+        self.crossval.claim(from_first(lambda: self.identity), REMEDIES)
+        slides, path = self.labelled.slides, self.config.out / "splits" / PATHO_BENCH
         labels = [slides.classes[target] for target in slides.targets.tolist()]
-        write_patho_bench(
-            folder / PATHO_BENCH, self.folds, slides.slides, cases=slides.groups, labels=labels
+        from_first(
+            lambda: write_patho_bench(
+                path, self.folds, slides.slides, cases=slides.groups, labels=labels
+            )
         )
 
     def run(self) -> None:
         """Train and test what is not finished; write and print the result; draw heat maps."""
-        outcomes = [
-            self.outcome(number, fold, self.config.seed + repeat)
-            for number, fold in enumerate(self.folds)
-            for repeat in range(self.config.repeats)
-        ]
-        identity = split_id(self.folds, self.labelled.slides.slides)
-        from_first(lambda: report(self.config, self.labelled, identity, outcomes))
-        draw_heat_maps(self.config, self.labelled, outcomes, self.device)
+        outcomes = self.crossval.outcomes(self.test, keeps_checkpoints=False)  # 20 MB a fold
+        from_first(
+            lambda: report(self.config, self.labelled, self.crossval, outcomes, self.bags_a_step)
+        )
+        draw_heat_maps(self.config, self.labelled, self.crossval, outcomes, self.device)
 
-    def outcome(self, number: int, fold: Fold, seed: int) -> FoldOutcome:
-        """What a fold came to: as it was found finished, or trained and tested now."""
-        folder = fold_folder(self.config.out, number, seed, self.config.seed)
-        found: FoldOutcome | None = from_first(lambda: read_fold(folder, FoldOutcome))
-        if found is not None:
-            logger.info("fold %d, seed %d: finished before", number, seed)
-            return found
-        train, val, test = self.parts(fold)
+    def test(self, cell: Cell) -> Tested:
+        """Train a fold, keep its weights, test it."""
+        train, val, test = self.parts(cell.fold)
         bags, classes = self.labelled.bags, self.labelled.slides.classes
         training = BagFoldTraining(
             self.config,
@@ -170,43 +147,42 @@ class BagTask:
             train=train,
             val=val,
             classes=len(classes),
-            seed=seed,
-            out=folder,
+            seed=cell.seed,
+            out=cell.folder,
         )
         weights = training.run()
         network = build_network(self.config, bags.dim, len(classes)).to(self.device)
         network.load_state_dict(weights)
-        tested = predict(network, bags, test, self.device)
-        outcome = fold_outcome(
-            self.labelled,
-            fold,
-            number=number,
-            seed=seed,
-            probabilities=tested.probabilities,
-            epochs=training.epochs,
-            stopping=training.stopping,
-            select=str(self.config.select),
+        probabilities = predict(network, bags, test, self.device).probabilities
+        from_first(lambda: save_abmil(cell.folder / WEIGHTS, weights, self.network_facts))
+        scores = classification_scores(test.targets, probabilities, classes)
+        epochs, stopping = training.epochs, training.stopping
+        select = self.config.settings.select
+        return Tested(
+            found=probabilities,
+            scores=scores.values,
+            per_class=scores.per_class,
+            notes=[
+                *(f"fold {cell.number}: {note}" for note in scores.notes),
+                *best_is_last(cell.number, epochs, stopping.epoch, select),
+            ],
+            facts={
+                "epochs": epochs,
+                "chosen_epoch": stopping.epoch if select == "best" else epochs,
+                "validation_loss": stopping.lowest,
+            },
             seconds=training.engine.seconds,
         )
-        from_first(lambda: self.keep(folder, weights, outcome))
-        return outcome
 
-    def keep(self, folder: Path, weights: dict[str, Tensor], outcome: FoldOutcome) -> None:
-        """Write the fold's weights, then what it came to: the fold is finished.
-
-        Its checkpoints go.
-        """
-        slides = self.labelled.slides
-        facts = {
-            "classes": slides.classes,
+    @property
+    def network_facts(self) -> dict[str, Any]:
+        """What a fold's weights say of their network."""
+        return {
+            "classes": self.labelled.slides.classes,
             "dim": self.labelled.bags.dim,
             "embedder": self.labelled.bags.folder.embedder.get("name"),
-            **{name: getattr(self.config, name) for name in LAYERS},
+            **self.config.settings.layers,
         }
-        save_abmil(folder / WEIGHTS, weights, facts)
-        write_fold(folder, outcome)
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # 20 MB that nothing reads again
-        logger.info("%s", outcome.line())
 
     def check_heat_maps(self) -> None:
         """UnknownNameError for a slide that is not there, before hours of training."""

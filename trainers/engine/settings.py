@@ -6,31 +6,21 @@ import dataclasses
 import math
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Preset = TypeVar("Preset", bound="DataclassInstance")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """Settings of a run that the engine reads; a recipe inherits them and adds its own."""
+class EngineOptions:
+    """Settings of a run that every recipe has as they are; what follows from others is not here."""
 
     out: Path
     """Folder of the run: checkpoints/, log.jsonl, config.json, samples/. The same command run again
     goes on from its newest checkpoint. With several nodes, a folder all of them see."""
-    steps: int
-    """Optimizer steps; warm-up, schedule and every `..._every` count in them too."""
-    batch_size: int
-    """Images a rank takes in one forward pass."""
-    accumulation: int = 1
-    """Forward passes whose gradients are averaged into one optimizer step."""
-    lr: float
-    """Learning rate after the warm-up."""
-    warmup_steps: int = 0
-    """Steps over which the learning rate rises linearly."""
-    schedule: Literal["constant", "cosine", "multistep"] = "constant"
-    """After the warm-up: constant, half a cosine to zero at the last step, or divided by 10 at each
-    of the milestones."""
-    milestones: tuple[int, ...] = ()
-    """Of --schedule multistep: steps after which the learning rate is a tenth of what it was."""
     clip: float | None = None
     """Gradient norm beyond which gradients are scaled down to it."""
     spike: float | None = None
@@ -56,20 +46,13 @@ class TrainConfig:
     """Write TensorBoard events to tensorboard/ as well."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulation", "save_every", "keep", "log_every"):
-            count = getattr(self, name)
-            if count is not None and count < 1:  # a recipe's steps may follow from its epochs
-                raise ValueError(f"{name} is {count}; at least 1")
-        for name in ("lr", "clip", "spike", "sample_every", "save_minutes"):
+        for name in ("save_every", "keep", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; at least 1")
+        for name in ("clip", "spike", "sample_every", "save_minutes"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value}; a positive number")
-        if self.warmup_steps is not None and self.warmup_steps < 0:  # may follow from steps too
-            raise ValueError(f"warmup_steps is {self.warmup_steps}; 0 or more")
-        if bool(self.milestones) != (self.schedule == "multistep"):
-            raise ValueError(f"milestones {self.milestones} with schedule {self.schedule}")
-        if list(self.milestones) != sorted({step for step in self.milestones if step > 0}):
-            raise ValueError(f"milestones are {self.milestones}; positive and ascending")
         if self.precision == "bf16" and self.zero_stage == 0:
             raise ValueError("precision bf16 needs zero_stage 1, 2 or 3; with 0, take autocast")
         if self.spike is not None and (self.clip is None or self.zero_stage != 0):
@@ -79,6 +62,35 @@ class TrainConfig:
         """Whether a checkpoint of that `time.monotonic()` is `save_minutes` old."""
         minutes = self.save_minutes
         return minutes is not None and time.monotonic() - saved_at >= 60 * minutes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig(EngineOptions):
+    """All that the engine reads of a run.
+
+    A recipe inherits this and adds its own; one whose steps, batch or learning rate may follow from
+    other settings inherits `EngineOptions` and makes a TrainConfig of what it comes to.
+    """
+
+    steps: int
+    """Optimizer steps; warm-up, schedule and every `..._every` count in them too."""
+    batch_size: int
+    """Images a rank takes in one forward pass."""
+    accumulation: int = 1
+    """Forward passes whose gradients are averaged into one optimizer step."""
+    lr: float
+    """Learning rate after the warm-up."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises linearly."""
+    schedule: Literal["constant", "cosine", "multistep"] = "constant"
+    """After the warm-up: constant, half a cosine to zero at the last step, or divided by 10 at each
+    of the milestones."""
+    milestones: tuple[int, ...] = ()
+    """Of --schedule multistep: steps after which the learning rate is a tenth of what it was."""
+
+    def __post_init__(self) -> None:
+        EngineOptions.__post_init__(self)
+        check_schedule(self)
 
     def lr_share(self, step: int) -> float:
         """Share of `lr` that step `step` (the first is 0) takes."""
@@ -93,13 +105,36 @@ class TrainConfig:
         return share
 
 
-def plain(config: TrainConfig) -> dict[str, Any]:
+def check_schedule(settings: Any) -> None:
+    """ValueError for steps, a batch, a learning rate or milestones that cannot be; None is open."""
+    for name in ("steps", "batch_size", "accumulation"):
+        count = getattr(settings, name, None)
+        if count is not None and count < 1:
+            raise ValueError(f"{name} is {count}; at least 1")
+    if settings.lr is not None and not 0 < settings.lr < math.inf:
+        raise ValueError(f"lr is {settings.lr}; a positive number")
+    if settings.warmup_steps is not None and settings.warmup_steps < 0:
+        raise ValueError(f"warmup_steps is {settings.warmup_steps}; 0 or more")
+    if bool(settings.milestones) != (settings.schedule == "multistep"):
+        raise ValueError(f"milestones {settings.milestones} with schedule {settings.schedule}")
+    if list(settings.milestones) != sorted({step for step in settings.milestones if step > 0}):
+        raise ValueError(f"milestones are {settings.milestones}; positive and ascending")
+
+
+def settled(preset: Preset, given: object) -> Preset:
+    """The preset with those of its fields that are given: not None in `given`."""
+    names = [field.name for field in dataclasses.fields(preset)]
+    own = {name: value for name in names if (value := getattr(given, name)) is not None}
+    return dataclasses.replace(preset, **own)
+
+
+def plain(config: DataclassInstance) -> dict[str, Any]:
     """The settings as JSON values."""
     values = dataclasses.asdict(config)
     return {name: jsonable(value) for name, value in values.items()}
 
 
-def defaults(config: TrainConfig) -> dict[str, Any]:
+def defaults(config: DataclassInstance) -> dict[str, Any]:
     """What the settings are where nothing is given, as JSON values."""
     fields = dataclasses.fields(config)
     given = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}

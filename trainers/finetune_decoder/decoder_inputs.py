@@ -21,6 +21,7 @@ from latentds.autoencoders.tiny import shipped_records, tiny_codebook
 from latentds.errors import ContractError, InputError, ShapeError
 from latentds.loading.decoding import find_autoencoder
 from latentds.loading.loader import LatentLoader
+from latentds.loading.options import Order
 from latentds.quantizers.codebook_files import (
     StoredCodebook,
     load_codebook,
@@ -67,10 +68,10 @@ def open_shard_pairs(
     raises  ContractError where the set is not of the autoencoder, or not of the originals
     """
     assert config.data is not None and config.originals is not None
+    size = config.batch_size * config.accumulation * ranks
     loader = LatentLoader(
-        config.data, config.split, shuffle=True, seed=config.seed, last="repeat",
-        global_batch_size=config.batch_size * config.accumulation * ranks,
-        decode="latents", columns=("source",),
+        config.data, config.split, shuffle=True, seed=config.seed, decode="latents",
+        columns=("source",), order=Order(global_batch_size=size, last="repeat"),
     )  # fmt: skip
     latent_id = loader.contract.latent_id
     if latent_id != base.card.latent_id:

@@ -11,11 +11,11 @@ from latentds_trainers.pretrain.data_checks import check_settings
 from latentds_trainers.pretrain.probe_config import ProbeConfig
 from latentds_trainers.pretrain.ssl_presets import METHODS
 
-from latentds.evaluation.patchsets.patch_set_config import OriginalsInput
+from latentds.sources.cut_options import CutOptions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PretrainConfig(OriginalsInput, ProbeConfig, TrainConfig):
+class PretrainConfig(CutOptions, ProbeConfig, TrainConfig):
     """Train a foundation model without labels. What is not given follows from the method."""
 
     data: tuple[str, ...] = ()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from latentds_trainers.pretrain.ssl_presets import METHODS, OF_DINOS, OF_MAE
 
-from latentds.evaluation.patchsets.patch_set_config import OriginalsInput
+from latentds.sources.cut_options import CutOptions
 
 if TYPE_CHECKING:
     from latentds_trainers.pretrain.config import PretrainConfig
@@ -31,7 +31,7 @@ def check_inputs(config: PretrainConfig) -> None:
     if (config.originals is None) == (not config.data):
         raise ValueError("give either --data or --originals")
     if config.originals is None:
-        unset = {field.name: field.default for field in dataclasses.fields(OriginalsInput)}
+        unset = {field.name: field.default for field in dataclasses.fields(CutOptions)}
         unset |= {"codec": "original", "codebook": None, "paired_with": None}
         for name, value in unset.items():
             if getattr(config, name) != value:

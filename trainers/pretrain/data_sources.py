@@ -12,8 +12,9 @@ from latentds_trainers.pretrain.training_sets import open_sets, order_settings
 
 from latentds.core.randomness import digest_of
 from latentds.evaluation.patchsets import open_patches
-from latentds.evaluation.patchsets.patch_set_config import OriginalsInput, PatchInput
+from latentds.evaluation.patchsets.patch_set_config import PatchInput
 from latentds.loading.dataset import LatentDataset
+from latentds.sources.cut_options import CutOptions
 from latentds.store.reader import ShardSet
 
 
@@ -33,7 +34,7 @@ def open_originals(
 ) -> FeedSource:
     """Originals, as they are or through a codec."""
     assert config.originals is not None and config.global_batch_size is not None
-    cut = {f.name: getattr(config, f.name) for f in dataclasses.fields(OriginalsInput)}
+    cut = {f.name: getattr(config, f.name) for f in dataclasses.fields(CutOptions)}
     patches = open_patches(
         PatchInput(
             **cut,

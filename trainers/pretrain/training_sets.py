@@ -16,9 +16,11 @@ from latentds.core.randomness import digest_of
 from latentds.embedders.latent_stem import LatentStemConfig
 from latentds.errors import ContractError, InputError, ShapeError, unknown_name
 from latentds.hub.licences import recorded_licences
+from latentds.loading.decoding import Decode
 from latentds.loading.fields_of_view import check_fields
 from latentds.loading.loader import LatentLoader
 from latentds.loading.mixture import Mixture, check_mixable
+from latentds.loading.options import Order
 from latentds.quantizers.codebook_files import StoredCodebook
 from latentds.store.reader import ShardSet
 
@@ -34,8 +36,10 @@ def open_sets(config: PretrainConfig, device: torch.device, rank: int, ranks: in
     if config.input == "latents":
         settings |= {"decode": "latents", "normalize": True}
     else:
-        settings |= {"dtype": DTYPES[config.decode_dtype], "decode_chunk": config.batch_size}
-    settings["static"] = True  # a step is done with its patches before it asks for more
+        settings["dtype"] = DTYPES[config.decode_dtype]
+    chunk = None if config.input == "latents" else config.batch_size
+    # static: a step is done with its patches before it asks for more
+    settings["decoding"] = Decode(chunk=chunk, static=True)
     loader: Any
     reason = apart(sets)
     if reason is None:
@@ -48,9 +52,12 @@ def open_sets(config: PretrainConfig, device: torch.device, rank: int, ranks: in
 
         parts = dict(zip(config.data, weights, strict=True))
         settings |= {"decoder": config.decoder, "allow_mixed_mpp": config.allow_mixed_mpp}
+        settings |= {"global_batch_size": config.global_batch_size}
+        settings |= {"rank": rank, "world_size": ranks}
+        del settings["order"]
         loader = MixedLoader(parts, config.split, **settings)
         weights = drawn_weights(loader, weights)
-    share, decoders = settings["global_batch_size"] // ranks, decoders_of(loader, sets)
+    share, decoders = (config.global_batch_size or 0) // ranks, decoders_of(loader, sets)
     feed = LoaderFeed(loader, share, facts_of(config, sets, weights, decoders))
     manifests = [shards.manifest for shards in sets]
     is_latents = config.input == "latents"
@@ -112,12 +119,9 @@ def order_settings(
             f"{size:,} is filled; a smaller --global-batch-size"
         )
     return {
-        "global_batch_size": size,
         "shuffle": True,
         "seed": config.seed,
-        "last": "drop",
-        "rank": rank,
-        "world_size": ranks,
+        "order": Order(global_batch_size=size, last="drop", rank=rank, world_size=ranks),
     }
 
 

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
-from latentds_trainers.engine.settings import TrainConfig
-from latentds_trainers.sampath.segmentation_labels import MaskValues, parse_mask_values
-from latentds_trainers.sampath.segmentation_presets import PRESETS
+from latentds_trainers.engine.settings import EngineOptions, TrainConfig, plain, settled
+from latentds_trainers.sampath.segmentation_presets import PRESETS, SegmentationSettings
 
 from latentds.evaluation.patchsets.patch_set_config import PatchInput
 
-if TYPE_CHECKING:
-    from latentds.models.segmentation_losses import LossWeights
+SCHEDULE = ("batch_size", "accumulation", "lr", "warmup_steps", "schedule", "milestones")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SampathConfig(PatchInput, TrainConfig):
+class SampathConfig(PatchInput, EngineOptions):
     """Label every pixel: SAM-Path, or a plain U-Net.
 
-    Options that are not given are the preset's.
+    Options that are not given are the preset's: `settings` has them all.
     """
 
     preset: Literal["bcss", "crag", "binary"] = "binary"
@@ -69,22 +68,22 @@ class SampathConfig(PatchInput, TrainConfig):
     """Of the folds, and of the training where --seeds is not given."""
     epochs: int | None = None
     """Passes over a fold's training images."""
-    steps: int | None = None  # type: ignore[assignment]
+    steps: int | None = None
     """Optimizer steps instead of --epochs."""
-    batch_size: int | None = None  # type: ignore[assignment]
+    batch_size: int | None = None
     """Images a rank takes in one forward pass."""
-    accumulation: int | None = None  # type: ignore[assignment]
+    accumulation: int | None = None
     """Forward passes whose gradients are averaged into one optimizer step."""
-    lr: float | None = None  # type: ignore[assignment]
+    lr: float | None = None
     """Learning rate after the warm-up."""
     weight_decay: float | None = None
     """Of AdamW."""
-    warmup_steps: int | None = None  # type: ignore[assignment]
+    warmup_steps: int | None = None
     """Steps over which the learning rate rises linearly."""
-    schedule: Literal["constant", "cosine", "multistep"] | None = None  # type: ignore[assignment]
+    schedule: Literal["constant", "cosine", "multistep"] | None = None
     """After the warm-up: constant, half a cosine to zero at the last step, or divided by 10 at each
     of the milestones."""
-    milestones: tuple[int, ...] | None = None  # type: ignore[assignment]
+    milestones: tuple[int, ...] | None = None
     """Of --schedule multistep: steps after which the learning rate is a tenth of what it was."""
     dice_weight: float | None = None
     focal_weight: float | None = None
@@ -112,92 +111,41 @@ class SampathConfig(PatchInput, TrainConfig):
     """Print the result as JSON instead of tables."""
 
     def __post_init__(self) -> None:
-        if self.schedule not in (None, "multistep") and self.milestones is None:
-            object.__setattr__(self, "milestones", ())
-        for name, value in PRESETS[self.preset].items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
         PatchInput.__post_init__(self)
-        TrainConfig.__post_init__(self)
-        self.check_numbers()
-        self.check_choices()
-
-    def check_numbers(self) -> None:
-        """Refuse counts, shares and weights that make no sense."""
-        for name, least in (("epochs", 1), ("image_size", 32), ("pictures", 0), ("folds", 2)):
+        EngineOptions.__post_init__(self)
+        for name, least in (("steps", 1), ("pictures", 0), ("folds", 2)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} is {value}; at least {least}")
-        for name in ("flip", "turn"):
-            if not 0 <= self.number(name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; a share from 0 to 1")
-        if not 0 <= self.number("jitter") <= 0.5:
-            raise ValueError(f"jitter is {self.jitter}; from 0 to 0.5")
-        if not 0 <= self.number("weight_decay") < math.inf:
-            raise ValueError(f"weight_decay is {self.weight_decay}; 0 or more")
-        low, high = self.number_pair("crop_scale")
-        if not 0 < low <= high <= 1:
-            raise ValueError(
-                f"crop_scale is {self.crop_scale}; two shares above 0, the lower first"
-            )
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds are {self.seeds}; each once")
-
-    def check_choices(self) -> None:
-        """Refuse what excludes each other, and classes that are none."""
         if self.fold_table is not None and self.folds is not None:
             raise ValueError("give --folds or --fold-table, not both")
         if self.precision == "bf16":
             raise ValueError("precision bf16: frozen encoders stay in float32; take autocast")
         if self.zero_stage == 3:
             raise ValueError("zero_stage 3 spreads weights that are small here; take 0, 1 or 2")
-        values = self.values  # refuses what it cannot read
-        foreign = [name for name in self.unscored or () if name not in values.classes]
-        if foreign or len(self.unscored or ()) >= len(values.classes):
-            raise ValueError(
-                f"unscored is {self.unscored}; some of the classes {', '.join(values.classes)}, "
-                "not all"
-            )
-        weights = [getattr(self, f"{name}_weight") for name in ("dice", "focal", "ce")]
-        if min(*weights, self.number("iou_weight")) < 0 or not any(weights):
-            raise ValueError(
-                f"weights of dice, focal and ce are {weights}; none below 0, one above"
-            )
+        _ = self.settings  # refuses what cannot be
 
-    @property
-    def values(self) -> MaskValues:
-        """What the values in masks mean."""
-        return parse_mask_values(self.mask_values or "", self.classes or ())
+    @functools.cached_property
+    def settings(self) -> SegmentationSettings:
+        """The preset, with what is given instead."""
+        preset = PRESETS[self.preset]
+        if self.schedule is not None and self.schedule != "multistep":
+            preset = dataclasses.replace(preset, schedule=self.schedule, milestones=())
+        return settled(preset, self)
 
-    @property
-    def left_out(self) -> tuple[int, ...]:
-        """Labels that are not scored."""
-        names = self.values.names
-        return (0, *(names.index(name) for name in self.unscored or ()))
+    def steps_of(self, images: int, ranks: int) -> int:
+        """Optimizer steps of a fold that trains on so many images."""
+        epoch_steps = math.ceil(images / (self.settings.images * ranks))
+        return self.steps or self.settings.epochs * epoch_steps
 
-    @property
-    def image_px(self) -> int:
-        """`image_size`, which the preset has filled in."""
-        assert self.image_size is not None
-        return self.image_size
+    def of_fold(self, out: Path, seed: int, steps: int) -> TrainConfig:
+        """What the engine reads of a fold."""
+        options = {f.name: getattr(self, f.name) for f in dataclasses.fields(EngineOptions)}
+        schedule = {name: getattr(self.settings, name) for name in SCHEDULE}
+        return TrainConfig(**options | schedule | {"out": out, "seed": seed, "steps": steps})
 
-    @property
-    def losses(self) -> LossWeights:
-        """Weights of the losses; a U-Net guesses no IoU."""
-        from latentds.models.segmentation_losses import LossWeights
-
-        return LossWeights(
-            dice=self.number("dice_weight"),
-            focal=self.number("focal_weight"),
-            iou=self.number("iou_weight"),
-            ce=self.number("ce_weight"),
-        )
-
-    def number(self, name: str) -> float:
-        """A setting that the preset has filled in."""
-        return float(getattr(self, name))
-
-    def number_pair(self, name: str) -> tuple[float, float]:
-        """Two numbers that the preset has filled in."""
-        low, high = getattr(self, name)
-        return float(low), float(high)
+    def to_json(self) -> dict[str, Any]:
+        """All settings, those of the preset filled in."""
+        return plain(self) | plain(self.settings)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from latentds_trainers.sampath.segmentation_labels import MaskValues
+from latentds_trainers.sampath.segmentation_presets import SegmentationSettings
 from torch import Tensor
 
 from latentds.core.randomness import key_of, patch_seeds, shuffled, uniform
@@ -17,8 +17,6 @@ from latentds.errors import InputError, missing_extra
 from latentds.views.mask_geometry import random_views, whole
 
 if TYPE_CHECKING:
-    from latentds_trainers.sampath.config import SampathConfig
-
     from latentds.evaluation.patchsets.patch_set import PatchSet
 
 JITTERED = 0.5  # share of the crops whose colours change: albumentations' default
@@ -29,8 +27,8 @@ COLOURS = ("brightness", "contrast", "saturation", "hue")
 class LabelledImages:
     """Decoded images and the labels of their masks, by row of the patch set."""
 
-    def __init__(self, config: SampathConfig, patches: PatchSet, values: MaskValues) -> None:
-        self.config, self.patches, self.values = config, patches, values
+    def __init__(self, settings: SegmentationSettings, patches: PatchSet) -> None:
+        self.settings, self.patches, self.values = settings, patches, settings.values
         self.sources = patches.table.sources
 
     def labels(self, rows: np.ndarray) -> np.ndarray:
@@ -53,31 +51,31 @@ class LabelledImages:
 
     def crops(self, images: Tensor, rows: np.ndarray, seeds: Tensor) -> tuple[Tensor, Tensor]:
         """Random views of images uint8 (B, 3, H, W): float (B, 3, h, w), labels uint8 (B, h, w)."""
-        config, edge = self.config, self.config.image_px
+        settings, edge = self.settings, self.settings.image_size
         views = random_views(
             seeds,
-            tuple(images.shape[-2:]),  # type: ignore[arg-type]
+            (int(images.shape[-2]), int(images.shape[-1])),
             (edge, edge),
-            scale=config.number_pair("crop_scale"),
-            flip=config.number("flip"),
-            turn=config.number("turn"),
+            scale=settings.crop_scale,
+            flip=settings.flip,
+            turn=settings.turn,
         )
         labels = torch.from_numpy(self.labels(rows)).to(images.device)
         seen = torch.stack([view.image(image) for view, image in zip(views, images, strict=True)])
         masks = torch.stack([view.mask(mask) for view, mask in zip(views, labels, strict=True)])
-        return jitter(seen, seeds, config.number("jitter")), masks
+        return jitter(seen, seeds, settings.jitter), masks
 
     def whole(self, rows: np.ndarray) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Row, image float (1, 3, h, w) and labels uint8 (h, w), one after the other.
 
         Resized where the config says so, else of the patch's own size.
         """
-        edge = self.config.image_px
+        edge = self.settings.image_size
         stream = self.patches.stream(np.array([row]) for row in rows)
         for row, image in zip(rows.tolist(), stream, strict=True):
             labels = torch.from_numpy(self.labels(np.array([row]))[0]).to(image.device)
             size = (int(image.shape[-2]), int(image.shape[-1]))
-            view = whole(size, (edge, edge) if self.config.odd_size == "resize" else size)
+            view = whole(size, (edge, edge) if self.settings.odd_size == "resize" else size)
             yield row, view.image(image[0])[None], view.mask(labels)
 
 

@@ -7,13 +7,12 @@ import contextlib
 import dataclasses
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from latentds_trainers.engine.settings import plain
+from latentds_trainers.engine.settings import TrainConfig, plain
 from latentds_trainers.engine.training import Engine
 from latentds_trainers.sampath.segmentation_data import CropDraws, LabelledImages
 from latentds_trainers.sampath.segmentation_networks import SegmentationNetwork, build_network
@@ -24,7 +23,7 @@ from latentds.core.randomness import key_of
 from latentds.core.storage import write_atomically
 from latentds.evaluation.folds import Fold
 from latentds.evaluation.segmentation import Confusion, correct_scores
-from latentds.models.segmentation_losses import predict_labels, segmentation_loss
+from latentds.models.segmentation_losses import LossWeights, predict_labels, segmentation_loss
 
 if TYPE_CHECKING:
     from latentds_trainers.sampath.config import SampathConfig
@@ -45,27 +44,26 @@ class Tested:
 class SegmentationFold:
     """A fold's training, resumed where it was interrupted, and its test.
 
-    config      of the fold: `out`, `seed` and `steps` are its own
-    may_change  settings that may differ when it goes on
+    config  of the run
+    train   of the fold: its folder, seed and number of steps
     """
 
     def __init__(
-        self, config: SampathConfig, images: LabelledImages, fold: Fold, may_change: tuple[str, ...]
+        self, config: SampathConfig, train: TrainConfig, images: LabelledImages, fold: Fold
     ) -> None:
-        self.config, self.images, self.fold = config, images, fold
+        self.config, self.train, self.images, self.fold = config, train, images, fold
+        settings = config.settings
         self.names = images.values.names
-        self.network: SegmentationNetwork = build_network(config, len(self.names))
+        self.network: SegmentationNetwork = build_network(config, len(self.names), train.seed)
         trained = self.network.trained
         optimizer = torch.optim.AdamW(
             [p for p in trained.parameters() if p.requires_grad],
-            lr=config.number("lr"),
-            weight_decay=config.number("weight_decay"),
+            lr=settings.lr,
+            weight_decay=settings.weight_decay,
         )
-        self.engine = Engine(
-            config, "sampath", {NETWORK: (trained, optimizer)}, may_change=may_change
-        )
+        self.engine = Engine(train, "sampath", {NETWORK: (trained, optimizer)})
         self.network.model.to(self.engine.device)
-        self.draws = CropDraws(fold.train, config.seed)
+        self.draws = CropDraws(fold.train, train.seed)
 
     def run(self) -> Tested:
         """Train to the last step, save the trained weights, test."""
@@ -87,7 +85,7 @@ class SegmentationFold:
 
     def places(self) -> Iterator[np.ndarray]:
         """Places of this rank's images, one array a forward pass."""
-        engine, config = self.engine, self.config
+        engine, config = self.engine, self.train
         first = engine.rank * config.batch_size
         for step in range(engine.step, config.steps):
             for micro in range(config.accumulation):
@@ -98,12 +96,18 @@ class SegmentationFold:
         """One forward pass."""
         crops, labels = batch
         self.network.model.train()
-        key = key_of("network", self.config.seed, number, self.engine.rows.start)
+        key = key_of("network", self.train.seed, number, self.engine.rows.start)
         torch.manual_seed(key % TORCH_SEEDS)  # of encoders that drop paths
         with self.engine.autocast():
             logits, iou = self.network.model(crops)
-        config = self.config
-        loss, terms = segmentation_loss(logits, labels, config.losses, iou, config.unlabelled)
+        settings = self.config.settings
+        weights = LossWeights(
+            dice=settings.dice_weight,
+            focal=settings.focal_weight,
+            iou=settings.iou_weight,
+            ce=settings.ce_weight,
+        )
+        loss, terms = segmentation_loss(logits, labels, weights, iou, self.config.unlabelled)
         self.engine.update(NETWORK, loss)
         return terms
 
@@ -137,7 +141,7 @@ class SegmentationFold:
     def validate(self) -> dict[str, float]:
         """Macro Dice of the validation images, left out where it is undefined. Collective."""
         counts = self.test(self.fold.val).counts.sum(0)
-        scores = correct_scores(Confusion(self.names, counts), self.config.left_out).scores
+        scores = correct_scores(Confusion(self.names, counts), self.config.settings.left_out).scores
         return {name: scores[name] for name in ("dice_macro", "pixel_accuracy") if name in scores}
 
     def pictures(self, rows: np.ndarray) -> list[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
@@ -155,11 +159,11 @@ class SegmentationFold:
         facts = {
             "labels": list(self.names),
             "frozen": self.network.frozen,
-            "settings": plain(self.config),
+            "settings": self.config.to_json() | plain(self.train),
             "steps": self.engine.step,
         }
         text = {"latentds": json.dumps(facts, allow_nan=False)}
-        path = Path(self.config.out) / WEIGHTS
+        path = self.train.out / WEIGHTS
         self.engine.from_first(lambda: write_atomically(path, to_safetensors(weights, text)))
 
 

@@ -26,8 +26,8 @@ class SegmentationNetwork:
     frozen: dict[str, Any]
 
 
-def build_network(config: SampathConfig, labels: int) -> SegmentationNetwork:
-    """The config's network; what is random follows from its seed.
+def build_network(config: SampathConfig, labels: int, seed: int) -> SegmentationNetwork:
+    """The config's network; what is random follows from the seed.
 
     raises  WeightsError, UnknownNameError, MissingExtraError for encoders that cannot be had
     """
@@ -35,11 +35,11 @@ def build_network(config: SampathConfig, labels: int) -> SegmentationNetwork:
         from latentds.models.unet import build_unet
 
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
+            torch.manual_seed(seed)
             unet = build_unet(labels, config.unet_encoder, config.unet_channels)
         return SegmentationNetwork(model=unet, trained=unet, frozen={})
     from latentds.models.sampath_network import build_sampath
 
-    model = build_sampath(config.sam, config.pathology_encoder, labels=labels, seed=config.seed)
+    model = build_sampath(config.sam, config.pathology_encoder, labels=labels, seed=seed)
     frozen = dataclasses.asdict(model.facts)
     return SegmentationNetwork(model=model, trained=model.head, frozen=frozen)

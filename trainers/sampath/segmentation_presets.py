@@ -7,42 +7,116 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Literal
 
-if TYPE_CHECKING:
-    from latentds_trainers.sampath.config import SampathConfig
+from latentds_trainers.engine.settings import check_schedule
+from latentds_trainers.sampath.segmentation_labels import MaskValues, parse_mask_values
 
-AUGMENTATION: dict[str, Any] = {
-    "crop_scale": (0.08, 1.0), "flip": 0.75, "turn": 0.5, "jitter": 0.1,
-}  # fmt: skip
 
-PRESETS: dict[str, dict[str, Any]] = {
-    "bcss": {
-        "classes": ("tumor", "stroma", "inflammatory", "necrosis", "other"),
-        "mask_values": "0:ignore,1:tumor,2:stroma,3:inflammatory,4:necrosis,5:other",
-        "unscored": (), "image_size": 1024, "odd_size": "resize",
-        "epochs": 32, "batch_size": 12, "accumulation": 2, "lr": 1e-4, "weight_decay": 1e-2,
-        "warmup_steps": 72, "schedule": "multistep", "milestones": (1800, 2088),
-        "dice_weight": 0.75, "focal_weight": 0.25, "ce_weight": 0.0, "iou_weight": 0.0625,
-    } | AUGMENTATION,
-    "crag": {
-        "classes": ("background", "gland"),
-        "mask_values": "0:background,1:gland",
-        "unscored": ("background",), "image_size": 1536, "odd_size": "resize",
-        "epochs": 60, "batch_size": 6, "accumulation": 1, "lr": 1e-4, "weight_decay": 1e-2,
-        "warmup_steps": 46, "schedule": "multistep", "milestones": (1150, 1265),
-        "dice_weight": 0.875, "focal_weight": 0.125, "ce_weight": 0.0, "iou_weight": 0.0,
-    } | AUGMENTATION,
-    "binary": {  # nuclei and the like; no published run
-        "classes": ("background", "foreground"),
-        "mask_values": "0:background,255:foreground",
-        "unscored": ("background",), "image_size": 256, "odd_size": "pad",
-        "epochs": 60, "batch_size": 4, "accumulation": 1, "lr": 1e-3, "weight_decay": 1e-2,
-        "warmup_steps": 10, "schedule": "cosine", "milestones": (),
-        "dice_weight": 0.75, "focal_weight": 0.25, "ce_weight": 0.0, "iou_weight": 0.0625,
-    } | AUGMENTATION,
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SegmentationSettings:
+    """Settings that a preset has and any of which may be given instead; see `SampathConfig`.
+
+    raises  ValueError for counts, shares and weights that make no sense, and classes that are none
+    """
+
+    classes: tuple[str, ...]
+    mask_values: str
+    unscored: tuple[str, ...]
+    image_size: int
+    odd_size: Literal["pad", "resize"]
+    epochs: int
+    batch_size: int
+    accumulation: int
+    lr: float
+    weight_decay: float = 1e-2
+    warmup_steps: int
+    schedule: Literal["constant", "cosine", "multistep"]
+    milestones: tuple[int, ...] = ()
+    dice_weight: float = 0.75
+    focal_weight: float = 0.25
+    ce_weight: float = 0.0
+    iou_weight: float = 0.0625
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    flip: float = 0.75
+    turn: float = 0.5
+    jitter: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_schedule(self)
+        for name, least in (("epochs", 1), ("image_size", 32)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; at least {least}")
+        for name in ("flip", "turn"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; a share from 0 to 1")
+        if not 0 <= self.jitter <= 0.5:
+            raise ValueError(f"jitter is {self.jitter}; from 0 to 0.5")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay is {self.weight_decay}; 0 or more")
+        low, high = self.crop_scale
+        if not 0 < low <= high <= 1:
+            raise ValueError(
+                f"crop_scale is {self.crop_scale}; two shares above 0, the lower first"
+            )
+        self.check_classes()
+
+    def check_classes(self) -> None:
+        """Refuse unscored classes that are none or all, and losses that have no weight."""
+        known = self.values.classes  # refuses what it cannot read
+        foreign = [name for name in self.unscored if name not in known]
+        if foreign or len(self.unscored) >= len(known):
+            raise ValueError(
+                f"unscored is {self.unscored}; some of the classes {', '.join(known)}, not all"
+            )
+        weights = [self.dice_weight, self.focal_weight, self.ce_weight]
+        if min(*weights, self.iou_weight) < 0 or not any(weights):
+            raise ValueError(
+                f"weights of dice, focal and ce are {weights}; none below 0, one above"
+            )
+
+    @property
+    def values(self) -> MaskValues:
+        """What the values in masks mean."""
+        return parse_mask_values(self.mask_values, self.classes)
+
+    @property
+    def left_out(self) -> tuple[int, ...]:
+        """Labels that are not scored."""
+        names = self.values.names
+        return (0, *(names.index(name) for name in self.unscored))
+
+    @property
+    def images(self) -> int:
+        """Images that an optimizer step takes on one rank."""
+        return self.batch_size * self.accumulation
+
+
+PRESETS = {
+    "bcss": SegmentationSettings(
+        classes=("tumor", "stroma", "inflammatory", "necrosis", "other"),
+        mask_values="0:ignore,1:tumor,2:stroma,3:inflammatory,4:necrosis,5:other",
+        unscored=(), image_size=1024, odd_size="resize",
+        epochs=32, batch_size=12, accumulation=2, lr=1e-4,
+        warmup_steps=72, schedule="multistep", milestones=(1800, 2088),
+    ),
+    "crag": SegmentationSettings(
+        classes=("background", "gland"),
+        mask_values="0:background,1:gland",
+        unscored=("background",), image_size=1536, odd_size="resize",
+        epochs=60, batch_size=6, accumulation=1, lr=1e-4,
+        warmup_steps=46, schedule="multistep", milestones=(1150, 1265),
+        dice_weight=0.875, focal_weight=0.125, iou_weight=0.0,
+    ),
+    "binary": SegmentationSettings(  # nuclei and the like; no published run
+        classes=("background", "foreground"),
+        mask_values="0:background,255:foreground",
+        unscored=("background",), image_size=256, odd_size="pad",
+        epochs=60, batch_size=4, accumulation=1, lr=1e-3, warmup_steps=10, schedule="cosine",
+    ),
 }  # fmt: skip
 
 # (H, W) of the images that a preset is for: CRAG's own, either way round, and as SAM-Path has them.
@@ -52,35 +126,23 @@ SIZES_PX: dict[str, tuple[tuple[int, int], ...]] = {
 }
 
 
-def steps_of(config: SampathConfig, images: int, ranks: int) -> int:
-    """Optimizer steps of a fold that trains on so many images."""
-    epoch_steps = math.ceil(images / step_images(config, ranks))
-    return config.steps or int(config.number("epochs")) * epoch_steps
-
-
-def step_images(config: SampathConfig, ranks: int) -> int:
-    """Images that an optimizer step takes."""
-    return int(config.number("batch_size") * config.number("accumulation")) * ranks
-
-
-def schedule_notes(config: SampathConfig, images: Sequence[int], ranks: int) -> list[str]:
+def schedule_notes(
+    preset: str, settings: SegmentationSettings, steps: Sequence[int], ranks: int
+) -> list[str]:
     """Where the training departs from the schedule it is set to.
 
-    images  what every fold trains on
+    steps  of every fold
     """
-    notes, steps = [], min(steps_of(config, count, ranks) for count in images)
-    preset, taken = PRESETS[config.preset], step_images(config, ranks)
-    meant = preset["batch_size"] * preset["accumulation"]
-    if config.preset in SIZES_PX and taken != meant:
+    notes, taken, meant = [], settings.images * ranks, PRESETS[preset].images
+    if preset in SIZES_PX and taken != meant:
         notes.append(
             f"a step takes {taken} images (batch size x accumulation x {ranks} ranks), those of "
-            f"preset {config.preset} {meant}: warm-up, milestones and learning rate are for the "
-            "latter"
+            f"preset {preset} {meant}: warm-up, milestones and learning rate are for the latter"
         )
-    missed = [place for place in config.milestones or () if place >= steps]
-    if config.schedule == "multistep" and missed:
+    missed = [place for place in settings.milestones if place >= min(steps)]
+    if settings.schedule == "multistep" and missed:
         notes.append(
-            f"training ends after {steps} steps, before the milestones {missed}: the learning "
+            f"training ends after {min(steps)} steps, before the milestones {missed}: the learning "
             "rate does not fall there"
         )
     return notes

@@ -5,15 +5,12 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch.distributed as dist
+from latentds_trainers.crossval.cross_validation import Cell, CrossValidation, Tested
 from latentds_trainers.engine.ranks import from_first, join_ranks, on_all_ranks
-from latentds_trainers.engine.run_folders import claim_folder, fold_folder, read_fold, write_fold
-from latentds_trainers.engine.settings import plain
 from latentds_trainers.sampath.config import SampathConfig
 from latentds_trainers.sampath.segmentation_data import LabelledImages
 from latentds_trainers.sampath.segmentation_fold import SegmentationFold
@@ -30,25 +27,15 @@ from latentds_trainers.sampath.segmentation_presets import (
     PRESETS,
     SIZES_PX,
     schedule_notes,
-    steps_of,
 )
-from latentds_trainers.sampath.segmentation_report import (
-    FoldOutcome,
-    figure,
-    fold_outcome,
-    images_a_step,
-    report,
-    run_record,
-)
+from latentds_trainers.sampath.segmentation_report import report, score_fold
 
 from latentds.errors import InputError
-from latentds.evaluation.folds import Fold, split_id
 from latentds.evaluation.groups import count_alone, groups_of
 from latentds.evaluation.patchsets import open_patches
 from latentds.evaluation.patchsets.codec_fitting import codebook_note
 from latentds.evaluation.patchsets.open_patch_sets import find_shards
 from latentds.evaluation.patchsets.patch_set import PatchSet, PatchTable
-from latentds.evaluation.splits import write_clam_splits
 
 logger = logging.getLogger(__name__)
 
@@ -74,17 +61,27 @@ class SegmentationRun:
     def __init__(self, config: SampathConfig) -> None:
         self.config, self.device = config, join_ranks()
         patches = on_all_ranks(self.open)
-        self.images = LabelledImages(config, patches, config.values)
+        self.images = LabelledImages(config.settings, patches)
         self.table: PatchTable = patches.table
         self.groups, rule = on_all_ranks(self.find_groups)
         self.plan = on_all_ranks(lambda: self.make_plan(rule))
         counts, self.labels_id = from_first(self.images.count_pixels)
-        absent = on_all_ranks(lambda: check_classes(self.plan, counts, config.values.names))
+        absent = on_all_ranks(
+            lambda: check_classes(self.plan, counts, config.settings.values.names)
+        )
         self.source = from_first(lambda: patches.facts().to_json())
         self.content = from_first(patches.fingerprint)
         self.notes = [*absent, *self.find_notes()]
-        from_first(self.claim_folder)
-        from_first(self.write_splits)
+        seeds, folds = config.seeds or (config.seed,), range(len(self.plan.folds))
+        self.crossval = CrossValidation(
+            task="sampath",
+            out=config.out,
+            items=self.table.names,
+            groups=self.groups,
+            folds=self.plan.folds,
+            cells=[(number, seed) for seed in seeds for number in folds],
+        )
+        self.crossval.claim(self.identity, REMEDIES)
 
     def open(self) -> PatchSet:
         """The images; InputError for those without masks or of another size than the preset's."""
@@ -128,7 +125,9 @@ class SegmentationRun:
                 "checked; --groups CSV says what belongs together"
             )
         sizes = [len(fold.train) for fold in self.plan.folds]
-        notes += schedule_notes(config, sizes, dist.get_world_size())
+        ranks = dist.get_world_size()
+        steps = [config.steps_of(size, ranks) for size in sizes]
+        notes += schedule_notes(config.preset, config.settings, steps, ranks)
         notes += resize_notes(config, self.source)
         tested = {table.splits[row] for fold in self.plan.folds for row in fold.test.tolist()}
         codebook = self.source.get("codebook") or {}
@@ -140,87 +139,57 @@ class SegmentationRun:
         return notes
 
     @property
-    def items(self) -> list[str]:
-        """Names of the images."""
-        return self.table.names
+    def images_a_step(self) -> int:
+        """Images of an optimizer step, over all ranks."""
+        return self.config.settings.images * dist.get_world_size()
 
-    def claim_folder(self) -> None:
-        """Write what the run is, or see that the folder is of the same one.
-
-        raises  ContractError that names what differs
-        """
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the run is of: settings, images, masks."""
         left_out = {*MAY_CHANGE, *OF_ENGINE}
-        settings = {n: v for n, v in plain(self.config).items() if n not in left_out}
-        identity = {
+        settings = {n: v for n, v in self.config.to_json().items() if n not in left_out}
+        return settings | {
             "source": self.source["name"],
             "codebook": self.source.get("codebook"),
             "content": self.content,
             "labels": self.labels_id,
-            "folds": split_id(self.plan.folds, self.items),
-            "images_a_step": images_a_step(self.config),
+            "images_a_step": self.images_a_step,
         }
-        claim_folder(self.config.out, settings | identity, REMEDIES, ("images_a_step",))
-
-    def write_splits(self) -> None:
-        """The folds as CSV files of images."""
-        write_clam_splits(self.config.out / "splits", self.plan.folds, self.items)
 
     def run(self) -> None:
         """Train and test what is not finished; write and print the result."""
-        seeds = self.config.seeds or (self.config.seed,)
-        outcomes = [
-            self.outcome(number, fold, seed)
-            for seed in seeds
-            for number, fold in enumerate(self.plan.folds)
-        ]
-        from_first(lambda: self.report(outcomes))
-
-    def report(self, outcomes: Sequence[FoldOutcome]) -> None:
-        """On rank 0."""
-        record = run_record(
-            self.config,
-            self.plan,
-            outcomes,
-            source=self.source,
-            items=self.items,
-            notes=self.notes,
+        outcomes = self.crossval.outcomes(self.test)
+        from_first(
+            lambda: report(
+                self.config,
+                self.crossval,
+                self.plan,
+                outcomes,
+                source=self.source,
+                images_a_step=self.images_a_step,
+                notes=self.notes,
+            )
         )
-        report(self.config, record, outcomes)
 
-    def outcome(self, number: int, fold: Fold, seed: int) -> FoldOutcome:
-        """What a fold came to: as it was found finished, or trained and tested now."""
-        folder = fold_folder(self.config.out, number, seed, self.config.seed)
-        found: FoldOutcome | None = from_first(lambda: read_fold(folder, FoldOutcome))
-        if found is not None:
-            logger.info("fold %d, seed %d: finished before", number, seed)
-            return found
-        config = fold_config(self.config, folder, seed, len(fold.train))
-        training = SegmentationFold(config, self.images, fold, MAY_CHANGE)
-        tested = training.run()
-        outcome = fold_outcome(
-            number,
-            fold,
-            config,
-            items=self.items,
-            groups=self.groups,
-            counts=tested.counts,
-            seconds=training.engine.seconds,
-        )
-        from_first(lambda: self.keep(training, outcome, folder))
-        return outcome
+    def test(self, cell: Cell) -> Tested:
+        """Train a fold, test it, draw pictures."""
+        config, fold = self.config, cell.fold
+        steps = config.steps_of(len(fold.train), dist.get_world_size())
+        train = config.of_fold(cell.folder, cell.seed, steps)
+        training = SegmentationFold(config, train, self.images, fold)
+        counts = training.run().counts
+        if cell.seed == self.crossval.seeds[0]:
+            from_first(lambda: self.draw(training, cell))
+        return score_fold(config.settings, cell, counts, seconds=training.engine.seconds)
 
-    def keep(self, training: SegmentationFold, outcome: FoldOutcome, folder: Path) -> None:
-        """Draw pictures, then write what the fold came to: it is finished. On rank 0."""
-        if outcome.seed == self.config.seed:
-            rows = spread_over(training.fold.test, self.config.pictures)
-            for row, image, truth, prediction in training.pictures(rows):
-                name = picture_name(outcome.fold, self.items[row])
-                path = self.config.out / "predictions" / name
-                values, unscored = self.config.values, self.config.unscored or ()
-                write_picture(path, image, truth, prediction, values.classes, unscored)
-        write_fold(folder, outcome)
-        dice = figure(outcome.result(self.config)["scores"]["dice_macro"])
-        logger.info("fold %d, seed %d: macro Dice %s", outcome.fold, outcome.seed, dice)
+    def draw(self, training: SegmentationFold, cell: Cell) -> None:
+        """Pictures of tested images. On rank 0."""
+        settings = self.config.settings
+        rows = spread_over(cell.fold.test, self.config.pictures)
+        for row, image, truth, prediction in training.pictures(rows):
+            name = picture_name(cell.number, self.table.names[row])
+            path = self.config.out / "predictions" / name
+            write_picture(path, image, truth, prediction, settings.classes, settings.unscored)
 
 
 def resized_before(config: SampathConfig, device: str) -> SampathConfig:
@@ -229,9 +198,9 @@ def resized_before(config: SampathConfig, device: str) -> SampathConfig:
     A data set of latents keeps the size it was converted with.
     """
     changed: dict[str, Any] = {"device": device if config.device == "auto" else config.device}
-    resizes = config.odd_size == "resize" and config.patch_size is None
+    resizes = config.settings.odd_size == "resize" and config.patch_size is None
     if resizes and find_shards(config) is None:
-        changed |= {"patch_size": config.image_px, "resize": True}
+        changed |= {"patch_size": config.settings.image_size, "resize": True}
     return dataclasses.replace(config, **changed)
 
 
@@ -240,10 +209,10 @@ def resize_notes(config: SampathConfig, source: dict[str, Any]) -> list[str]:
 
     source  facts of the patch set
     """
-    (height, width), edge = source["patch_px"], config.image_px
+    (height, width), edge = source["patch_px"], config.settings.image_size
     if (
         source["kind"] == "original"
-        or config.odd_size != "resize"
+        or config.settings.odd_size != "resize"
         or (height, width) == (edge,) * 2
     ):
         return []
@@ -256,7 +225,7 @@ def resize_notes(config: SampathConfig, source: dict[str, Any]) -> list[str]:
 def check_size(config: SampathConfig, patch_px: tuple[int, int]) -> None:
     """InputError for images of another size than the preset is for, unless --image-size says so."""
     sizes = SIZES_PX.get(config.preset)
-    is_own = config.image_px != PRESETS[config.preset]["image_size"]
+    is_own = config.settings.image_size != PRESETS[config.preset].image_size
     if sizes is None or is_own or patch_px in sizes:
         return
     wanted = " or ".join(f"{width}x{height}" for height, width in sizes)
@@ -264,12 +233,6 @@ def check_size(config: SampathConfig, patch_px: tuple[int, int]) -> None:
         f"{config.location}: images of {patch_px[1]}x{patch_px[0]} px; --preset {config.preset} is "
         f"for {wanted}. Give the set the preset is for, or --image-size PX and what else differs"
     )
-
-
-def fold_config(config: SampathConfig, folder: Path, seed: int, images: int) -> SampathConfig:
-    """The settings of a fold: its folder, seed and number of steps."""
-    steps = steps_of(config, images, dist.get_world_size())
-    return dataclasses.replace(config, out=folder, seed=seed, steps=steps)
 
 
 def spread_over(rows: np.ndarray, count: int) -> np.ndarray:

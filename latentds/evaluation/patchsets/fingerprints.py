@@ -10,7 +10,8 @@ import numpy as np
 
 from latentds.core.untrusted_files import open_regular
 from latentds.errors import InputError
-from latentds.sources.source import Header, Picture, Source
+from latentds.sources.picture import Header, Picture
+from latentds.sources.source import Source
 
 SAMPLED = 64  # pictures whose bytes are read, spread evenly over all
 READ_BYTES = 1 << 16  # of each, from its start

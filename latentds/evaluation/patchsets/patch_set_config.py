@@ -6,13 +6,13 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
+from latentds.sources.cut_options import CutOptions, SourceOptions
+
 ORIGINAL = "original"
-CONVERSION = (  # what a conversion calls just the same
-    *("masks", "patch_size", "resize", "tile", "stride", "pad", "split_folders", "name_pattern"),
-    *("kind", "mpp", "slides", "root", "splits", "only", "tile_downsample", "assume_mpp", "tissue"),
-    *("min_tissue", "edges", "max_px", "workers"),
+OF_ORIGINALS = (
+    *("masks", "split_folders", "use_labels"),
+    *(field.name for field in dataclasses.fields(CutOptions) if field.name != "max_px"),
 )
-OF_ORIGINALS = (*(name for name in CONVERSION if name not in ("workers", "max_px")), "use_labels")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,51 +48,7 @@ class PatchSource:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OriginalsInput:
-    """How patches are cut from originals; in words and meaning the options of a conversion."""
-
-    patch_size: int | None = None
-    """Edge of a patch of originals in pixels; with --resize, --tile or --pad where pictures
-    differ."""
-    resize: bool = False
-    """Scale every picture to the patch size (area and Lanczos, proportions not kept)."""
-    tile: bool = False
-    """Cut every picture into a grid of patches; remainders at the right and bottom are dropped."""
-    stride: int | None = None
-    """Step of the grid in pixels; the patch size by default."""
-    pad: bool = False
-    """Reflect smaller pictures at the right and bottom up to the patch size."""
-    name_pattern: str | None = None
-    """Regular expression with groups among label, slide, x, y, mpp, searched in relative paths."""
-    kind: Literal["pictures", "slides", "tiles"] | None = None
-    """What a folder's files are, where a look at all of them does not tell."""
-    mpp: float | None = None
-    """Micrometres a pixel: of pictures, recorded with every patch; of slides, what patches are to
-    have (0.5 is 20x), their own where not given."""
-    slides: Path | None = None
-    """Folder of the slides that a TRIDENT or CLAM job's coordinates belong to."""
-    root: Path | None = None
-    """Folder that a table's paths start from; the table's own by default."""
-    splits: Path | None = None
-    """CSV with columns slide or patient, split, and label if it is to set labels."""
-    only: Path | None = None
-    """File of sources, one a line: take these originals and no others."""
-    tile_downsample: float = 1.0
-    """Pixels of level 0 a pixel of tiles named <column>_<row>."""
-    assume_mpp: float | None = None
-    """Micrometres a pixel of slides that record neither it nor a magnification."""
-    tissue: Literal["otsu", "clam", "dsmil", "none"] = "otsu"
-    """What of a slide is tissue, as in 'latentds convert'."""
-    min_tissue: float = 0.25
-    """Share of tissue a patch of a slide must have."""
-    edges: Literal["drop", "pad"] = "drop"
-    """Patches that reach beyond a slide: left out, or filled up with white."""
-    max_px: int = 89_478_485
-    """Pixels above which a picture is refused."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PatchInput(OriginalsInput, PatchSource):
+class PatchInput(CutOptions, PatchSource):
     """Patches that an evaluation reads; a recipe's or tool's settings inherit them.
 
     A class that inherits from several calls `PatchInput.__post_init__(self)` in its own.
@@ -132,12 +88,16 @@ class PatchInput(OriginalsInput, PatchSource):
         slashes = "///" if scheme == "file" else "//"
         return f"{scheme}:{slashes}{rest.lstrip('/')}" if is_address else str(self.data)
 
-    def as_conversion(self) -> dict[str, Any]:
-        """The settings by the names that `ConvertConfig` has for them."""
-        return {name: getattr(self, name) for name in CONVERSION} | {
-            "source": self.data,
-            "labels": self.use_labels,
-        }
+    def source_options(self) -> SourceOptions:
+        """What the originals are opened with; InputError for settings that cannot be."""
+        names = [field.name for field in dataclasses.fields(CutOptions)]
+        return SourceOptions(
+            source=self.data,
+            labels=self.use_labels,
+            split_folders=self.split_folders,
+            masks=self.masks,
+            **{name: getattr(self, name) for name in names},
+        )
 
 
 def patch_settings(config: PatchInput) -> dict[str, Any]:

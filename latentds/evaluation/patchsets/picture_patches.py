@@ -12,16 +12,16 @@ from pathlib import Path
 
 import numpy as np
 
-from latentds.conversion.conversion_plan import check_keys
-from latentds.conversion.convert_config import ConvertConfig
 from latentds.errors import InputError, unknown_name
 from latentds.evaluation.patchsets.fingerprints import fingerprint_pictures
 from latentds.evaluation.patchsets.ordering import canonical_order
 from latentds.evaluation.patchsets.patch_set import PatchTable
 from latentds.evaluation.patchsets.patch_set_config import PatchInput
+from latentds.sources.cut_options import SourceOptions
 from latentds.sources.opening import list_source, open_source
+from latentds.sources.picture import Header, Picture
 from latentds.sources.slides import Slides
-from latentds.sources.source import Header, Picture, Source
+from latentds.sources.source import Source
 from latentds.store.format import sorted_names
 from latentds.store.masks import decode_mask, no_mask
 from latentds.store.patch_record import Patch, Place
@@ -31,12 +31,6 @@ TASK_REGIONS = 4  # of a picture or slide that a thread reads at a time
 SAMPLED_SLIDES = 16  # whose tissue is found to draw a sample of patches
 BAD_NAMED = 3
 UNPLACED = Place(None, None, None, None)
-OTHER_WORDS = {  # a conversion's, for what is called otherwise here
-    "--no-labels": "--no-use-labels",
-    "nothing to convert": "name a folder of pictures or slides, or a latentds data set",
-    "is a file; pass its folder": "is neither a folder nor an archive or table of pictures; name "
-    "one, or the picture's folder",
-}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -59,25 +53,25 @@ class Pictures:
 
     def __init__(
         self,
-        config: ConvertConfig,
+        options: SourceOptions,
         source: Source,
         pictures: Sequence[Picture],
         classes: list[str],
         pool: ThreadPoolExecutor,
         headers: Sequence[Header] | None,
     ) -> None:
-        self.config, self.source, self.pictures = config, source, pictures
+        self.options, self.source, self.pictures = options, source, pictures
         self.classes, self.pool, self.headers = classes, pool, headers
 
     @property
     def where(self) -> str:
         """The input, for messages."""
-        return str(self.config.source)
+        return str(self.options.source)
 
     @property
     def root(self) -> Path:
         """What sources start from, for messages."""
-        given = self.config.slides or self.config.root or self.config.source
+        given = self.options.slides or self.options.root or self.options.source
         return given.parent if given.is_file() else given
 
     @functools.cached_property
@@ -94,7 +88,7 @@ class Pictures:
     @functools.cached_property
     def has_masks(self) -> bool:
         """Whether any picture has a mask."""
-        return self.config.masks is not None or any(p.mask is not None for p in self.pictures)
+        return self.options.masks is not None or any(p.mask is not None for p in self.pictures)
 
     @property
     def table(self) -> PatchTable:
@@ -159,7 +153,7 @@ class Pictures:
         """Some of the pictures, with the patch size and the classes of all."""
         headers = [self.headers[number] for number in chosen] if self.headers else None
         pictures = [self.pictures[number] for number in chosen]
-        part = Pictures(self.config, self.source, pictures, self.classes, self.pool, headers)
+        part = Pictures(self.options, self.source, pictures, self.classes, self.pool, headers)
         part.patch_px = self.patch_px
         return part
 
@@ -252,14 +246,10 @@ def open_pictures(config: PatchInput) -> Pictures:
     raises  InputError for pictures that cannot be used, with their names; UnknownNameError for a
             split that is not there
     """
-    conversion = ConvertConfig(**config.as_conversion(), out=Path("patches"))
-    try:
-        source = open_source(conversion)
-        listing = list_source(source, conversion)
-        pictures = sorted(listing.pictures, key=lambda p: p.source)
-    except InputError as error:
-        raise InputError(in_other_words(str(error))) from error
-    check_keys(conversion.source, [picture.source for picture in pictures])
+    options = config.source_options()
+    source = open_source(options)
+    listing = list_source(source, options)
+    pictures = sorted(listing.pictures, key=lambda p: p.source)
     labels = {picture.label for picture in pictures if picture.label is not None}
     classes = [*listing.classes, *sorted_names(labels.difference(listing.classes))]
     if config.split is not None:
@@ -268,20 +258,13 @@ def open_pictures(config: PatchInput) -> Pictures:
             raise unknown_name(f"split of {config.data}", config.split, splits)
         pictures = [picture for picture in pictures if picture.split == config.split]
     pool = ThreadPoolExecutor(count_workers(config.workers), thread_name_prefix="originals")
-    opened = Pictures(conversion, source, pictures, classes, pool, None)
+    opened = Pictures(options, source, pictures, classes, pool, None)
     if isinstance(source, Slides):
         if config.masks is not None:
             raise InputError(f"--masks {config.masks}: slides have no masks; leave it")
     else:
         opened.headers = read_headers(source, pictures, pool, opened.root)
     return opened
-
-
-def in_other_words(message: str) -> str:
-    """A conversion's message, for readers who convert nothing."""
-    for word, other in OTHER_WORDS.items():
-        message = message.replace(word, other)
-    return message
 
 
 def count_workers(workers: int | None) -> int:

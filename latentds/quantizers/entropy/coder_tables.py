@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,9 +19,7 @@ from latentds.quantizers.entropy.contexts import (
     classes_of,
     scan_of,
 )
-
-if TYPE_CHECKING:
-    from latentds.quantizers.entropy.record_codebook import EntropyCodebook
+from latentds.quantizers.entropy.record_model import RecordModel
 
 ESCAPE_BITS = 8
 
@@ -55,7 +53,7 @@ class ModelTables:
 
 
 @functools.lru_cache(maxsize=16)
-def model_tables(codebook: EntropyCodebook, device: torch.device) -> ModelTables:
+def model_tables(codebook: RecordModel, device: torch.device) -> ModelTables:
     """The model's tensors on a device."""
     _, height, width = codebook.latents_shape
     move = functools.partial(torch.as_tensor, dtype=torch.int32, device=device)
@@ -70,7 +68,7 @@ def model_tables(codebook: EntropyCodebook, device: torch.device) -> ModelTables
 
 
 @functools.lru_cache(maxsize=16)
-def decoding_table(codebook: EntropyCodebook, device: torch.device) -> Tensor:
+def decoding_table(codebook: RecordModel, device: torch.device) -> Tensor:
     """int32 ((K * C + 1) * 4096); the last row is of one symbol, which takes no bits."""
     rows = codebook.tables.reshape(-1, codebook.tables.shape[2])
     idle = np.zeros((1, rows.shape[1]), rows.dtype)
@@ -118,7 +116,7 @@ class Model(NamedTuple):
 
 
 @functools.lru_cache(maxsize=16)
-def native_model(codebook: EntropyCodebook) -> Model:
+def native_model(codebook: RecordModel) -> Model:
     """The codebook as compiled code reads it."""
     scan = scan_of(*codebook.latents_shape[1:], torch.device("cpu"))
     classes, channels, symbols = codebook.tables.shape
@@ -157,7 +155,7 @@ def native_model(codebook: EntropyCodebook) -> Model:
     )
 
 
-def decoded_values(codebook: EntropyCodebook) -> np.ndarray:
+def decoded_values(codebook: RecordModel) -> np.ndarray:
     """float32 (steps, C): what an integer's unit is worth."""
     scales: np.ndarray = codebook.steps[:, None] / codebook.gains[None, :]
     return scales

@@ -3,17 +3,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from latentds.quantizers.entropy.coder_tables import model_tables
 from latentds.quantizers.entropy.contexts import CAP, PHASES, activity, around_of, blur
-
-if TYPE_CHECKING:
-    from latentds.quantizers.entropy.record_codebook import EntropyCodebook
+from latentds.quantizers.entropy.record_model import RecordModel
 
 UNIT = 1024  # of an activity: a magnitude of 1
 FEATURE_UNIT = 16  # of blurred magnitudes and of cells around
@@ -24,7 +20,7 @@ SHARES = (0.0, 0.25, 0.5, 0.7, 0.82, 0.9, 0.95, 0.985, 1.0)
 
 
 def fit_model(
-    integers: Tensor, codebook: EntropyCodebook, classes: int, parents: int
+    integers: Tensor, codebook: RecordModel, classes: int, parents: int
 ) -> dict[str, np.ndarray]:
     """`parents`, `weights` and `thresholds` of a codebook for integers int32 (N, C, h*w).
 

@@ -3,16 +3,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from latentds.errors import ShapeError
 from latentds.quantizers.entropy.contexts import PHASES
 from latentds.quantizers.entropy.rans import HEAD_BYTES, MAX_SYMBOLS, STATE_BYTES, TOTAL
-
-if TYPE_CHECKING:
-    from latentds.quantizers.entropy.record_codebook import EntropyCodebook
+from latentds.quantizers.entropy.record_model import RecordModel
 
 MAX_STEPS = 256  # one byte of the record
 MAX_RECORD_BYTES = 1 << 20
@@ -25,7 +21,7 @@ MAX_TABLE_VALUES = 1 << 22
 SMALLEST, LARGEST = 1e-15, 1e15  # of steps and gains: their quotients stay within float32
 
 
-def check_codebook(codebook: EntropyCodebook) -> None:
+def check_codebook(codebook: RecordModel) -> None:
     """Raise ShapeError or ValueError unless all fields are sound and go together."""
     check_shape(codebook)
     channels = codebook.latents_shape[0]
@@ -44,7 +40,7 @@ def check_codebook(codebook: EntropyCodebook) -> None:
 
 
 def check_array(
-    codebook: EntropyCodebook, name: str, dtype: type[np.generic], shape: tuple[int, ...]
+    codebook: RecordModel, name: str, dtype: type[np.generic], shape: tuple[int, ...]
 ) -> None:
     """Refuse an array of another type or shape."""
     values = getattr(codebook, name)
@@ -54,7 +50,7 @@ def check_array(
         )
 
 
-def check_shape(codebook: EntropyCodebook) -> None:
+def check_shape(codebook: RecordModel) -> None:
     """Refuse sizes that are not positive, too large, or do not go together."""
     channels, rows, columns = codebook.latents_shape
     if not 0 < channels <= MAX_CHANNELS or min(rows, columns) < 1 or rows * columns > MAX_CELLS:
@@ -72,7 +68,7 @@ def check_shape(codebook: EntropyCodebook) -> None:
         )
 
 
-def check_tables(codebook: EntropyCodebook) -> None:
+def check_tables(codebook: RecordModel) -> None:
     """Refuse tables whose shape, sums or gaps are wrong."""
     tables = codebook.tables
     if tables.dtype != np.uint16 or tables.ndim != 3 or tables.size > MAX_TABLE_VALUES:
@@ -99,7 +95,7 @@ def check_tables(codebook: EntropyCodebook) -> None:
         )
 
 
-def check_model(codebook: EntropyCodebook) -> None:
+def check_model(codebook: RecordModel) -> None:
     """Refuse an order that is none, parents that come later, thresholds that descend."""
     channels = codebook.latents_shape[0]
     classes = len(codebook.tables)

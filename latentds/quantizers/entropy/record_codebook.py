@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import functools
-import hashlib
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,47 +20,12 @@ from torch import Tensor
 from latentds.errors import ShapeError
 from latentds.quantizers.entropy import record_checks, record_decoding, record_encoding
 from latentds.quantizers.entropy.record_decoding import DecodedRecords
-
-KIND = "rans"
-ARRAYS = (  # in the order in which they are hashed
-    *(("steps", "<f4"), ("gains", "<f4"), ("order", "<i2"), ("parents", "<i2")),
-    *(("weights", "<i2"), ("thresholds", "<i4"), ("tables", "<u2")),
-)
-DTYPES = {"head": "<i4", **dict(ARRAYS)}
+from latentds.quantizers.entropy.record_model import ARRAYS, DTYPES, KIND, RecordModel
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class EntropyCodebook:
-    """How latents become records of `record_bytes` and integers again.
-
-    latents_shape  (C, h, w)
-    record_bytes   R, of every patch
-    lanes          L, streams a record interleaves
-    steps          float32 (at most 256,) ascending: quantization steps a record may name
-    gains          float32 (C,): an integer q of channel c stands for q * (step / gains[c])
-    tables         uint16 (K, C, S), frequencies that sum to 4096: symbol i < S - 1 stands for
-                   the integer i - (S - 2) / 2, the last one for an escape, whose integer is a byte
-                   of its own. Only integers of up to a channel's extent have a frequency, the same
-                   ones in all classes
-    order          int16 (C,): the channels in the order in which they are coded
-    parents        int16 (C, P): channels coded earlier whose magnitudes tell something, -1 for none
-    weights        int16 (C, 3, P + 2): what is expected of a magnitude, times 1,024: for each phase
-                   of cells a constant, a weight of cells around, a weight of each parent
-    thresholds     int32 (C, K - 1) ascending: expectations where a class ends
-    """
-
-    latents_shape: tuple[int, int, int]
-    record_bytes: int
-    lanes: int
-    steps: np.ndarray
-    gains: np.ndarray
-    tables: np.ndarray
-    order: np.ndarray
-    parents: np.ndarray
-    weights: np.ndarray
-    thresholds: np.ndarray
-    kind: str = KIND
-    encoding: ClassVar[str] = KIND
+class EntropyCodebook(RecordModel):
+    """A record model that was checked, and what it does."""
 
     def __post_init__(self) -> None:
         record_checks.check_codebook(self)
@@ -103,29 +66,6 @@ class EntropyCodebook:
         if not len(codes) or (largest := int(codes[:, 0].max())) < len(self.steps):
             return None
         return f"a record of step {largest}, but the codebook has {len(self.steps)} steps"
-
-    @property
-    def magnitude(self) -> int:
-        """Largest absolute integer the tables hold; others are escapes."""
-        return (int(self.tables.shape[2]) - 2) // 2
-
-    @functools.cached_property
-    def extents(self) -> np.ndarray:
-        """int32 (C,): largest absolute integer of each channel that is no escape."""
-        coded = self.tables[0, :, self.magnitude : -1] > 0
-        extents: np.ndarray = (coded.sum(axis=1) - 1).astype(np.int32)
-        return extents
-
-    @functools.cached_property
-    def codebook_id(self) -> str:
-        """sha256 of "rans C h w R L steps K S P", a newline and the little-endian arrays."""
-        classes, _, symbols = self.tables.shape
-        sizes = (self.record_bytes, self.lanes, len(self.steps), classes, symbols)
-        words = (*self.latents_shape, *sizes, self.parents.shape[1])
-        digest = hashlib.sha256(" ".join([KIND, *map(str, words)]).encode() + b"\n")
-        for name, dtype in ARRAYS:
-            digest.update(np.ascontiguousarray(getattr(self, name), dtype).tobytes())
-        return f"sha256:{digest.hexdigest()}"
 
     def quantize(self, latents: Tensor, rate_weight: float = record_encoding.RATE_WEIGHT) -> Tensor:
         """Records uint8 (B, R) of latents float (B, C, h, w): the finest step that fits, each.

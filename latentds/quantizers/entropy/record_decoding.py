@@ -5,7 +5,6 @@ in torch on other devices."""
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -22,9 +21,7 @@ from latentds.quantizers.entropy.coder_tables import (
 from latentds.quantizers.entropy.contexts import around_of, blur
 from latentds.quantizers.entropy.rans import HEAD_BYTES
 from latentds.quantizers.entropy.record_encoding import by_patch, check_of
-
-if TYPE_CHECKING:
-    from latentds.quantizers.entropy.record_codebook import EntropyCodebook
+from latentds.quantizers.entropy.record_model import RecordModel
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -42,7 +39,7 @@ class DecodedRecords:
     intact: Tensor
 
 
-def check_records(records: Tensor, codebook: EntropyCodebook) -> None:
+def check_records(records: Tensor, codebook: RecordModel) -> None:
     """Raise unless records are uint8 (B, R) whose step bytes name steps there are."""
     if records.dtype != torch.uint8 or records.ndim != 2:
         raise ShapeError(f"records are {records.dtype} {tuple(records.shape)}, not uint8 (B, R)")
@@ -59,7 +56,7 @@ def check_records(records: Tensor, codebook: EntropyCodebook) -> None:
         )
 
 
-def decode_records(records: Tensor, codebook: EntropyCodebook) -> DecodedRecords:
+def decode_records(records: Tensor, codebook: RecordModel) -> DecodedRecords:
     """See `EntropyCodebook.integers`."""
     check_records(records, codebook)
     decode = decode_natively if records.device.type == "cpu" else decode_in_torch
@@ -71,7 +68,7 @@ def decode_records(records: Tensor, codebook: EntropyCodebook) -> DecodedRecords
     )
 
 
-def decode_natively(records: Tensor, codebook: EntropyCodebook) -> tuple[Tensor, Tensor]:
+def decode_natively(records: Tensor, codebook: RecordModel) -> tuple[Tensor, Tensor]:
     """Integers int32 (B, C, h*w) and which records are intact, of records on the CPU."""
     from latentds.quantizers.entropy import native_streams as streams
 
@@ -88,7 +85,7 @@ def decode_natively(records: Tensor, codebook: EntropyCodebook) -> tuple[Tensor,
     return torch.from_numpy(integers), torch.from_numpy(intact)
 
 
-def decode_in_torch(records: Tensor, codebook: EntropyCodebook) -> tuple[Tensor, Tensor]:
+def decode_in_torch(records: Tensor, codebook: RecordModel) -> tuple[Tensor, Tensor]:
     """As `decode_natively`, on any device."""
     lanes = open_lanes(records, codebook)
     symbols = decode_symbols(lanes, codebook)
@@ -100,7 +97,7 @@ def decode_in_torch(records: Tensor, codebook: EntropyCodebook) -> tuple[Tensor,
     return integers.index_select(2, scan.inverse), intact
 
 
-def turns_of(codebook: EntropyCodebook) -> list[int]:
+def turns_of(codebook: RecordModel) -> list[int]:
     """Turns of a channel's phases."""
     _, height, width = codebook.latents_shape
     even = ((height + 1) // 2) * ((width + 1) // 2)
@@ -108,7 +105,7 @@ def turns_of(codebook: EntropyCodebook) -> list[int]:
     return [-(-n // codebook.lanes) for n in (even, odd, height * width - even - odd)]
 
 
-def open_lanes(records: Tensor, codebook: EntropyCodebook) -> rans.Lanes:
+def open_lanes(records: Tensor, codebook: RecordModel) -> rans.Lanes:
     """The lanes before the first turn."""
     head = HEAD_BYTES + rans.STATE_BYTES * codebook.lanes
     states = numbers_of(records[:, HEAD_BYTES:head], rans.STATE_BYTES) & (rans.HIGH - 1)
@@ -119,7 +116,7 @@ def open_lanes(records: Tensor, codebook: EntropyCodebook) -> rans.Lanes:
     return rans.Lanes(states, numbers_of(records[:, head : head + whole], 2), lowest)
 
 
-def decode_symbols(lanes: rans.Lanes, codebook: EntropyCodebook) -> Tensor:
+def decode_symbols(lanes: rans.Lanes, codebook: RecordModel) -> Tensor:
     """Symbols int32 (B, C, h*w), channels in the order of coding, cells in scan order."""
     channels, height, width = codebook.latents_shape
     device = lanes.words.device
@@ -164,7 +161,7 @@ def decode_phase(
 
 
 def with_escapes(
-    symbols: Tensor, records: Tensor, lanes: rans.Lanes, codebook: EntropyCodebook
+    symbols: Tensor, records: Tensor, lanes: rans.Lanes, codebook: RecordModel
 ) -> tuple[Tensor, Tensor]:
     """Integers int32 (B, C, h*w) of symbols, and bool (B,): streams and escapes fit the record."""
     room = codebook.record_bytes
@@ -187,7 +184,7 @@ def numbers_of(octets: Tensor, width: int) -> Tensor:
     return (parts << shifts).sum(2, dtype=torch.int32)
 
 
-def latents_of(decoded: DecodedRecords, codebook: EntropyCodebook) -> Tensor:
+def latents_of(decoded: DecodedRecords, codebook: RecordModel) -> Tensor:
     """float32 (B, C, h, w): every integer times its patch's step over its channel's gain."""
     scales = torch.from_numpy(decoded_values(codebook)).to(decoded.integers.device)
     return decoded.integers.float() * scales[decoded.step_index][:, :, None, None]

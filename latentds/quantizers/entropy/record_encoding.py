@@ -7,7 +7,6 @@ import functools
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,9 +16,7 @@ from latentds.errors import ShapeError
 from latentds.quantizers.entropy.coder_tables import native_model
 from latentds.quantizers.entropy.contexts import scan_of
 from latentds.quantizers.entropy.rans import COST_BITS, HEAD_BYTES, LARGEST
-
-if TYPE_CHECKING:
-    from latentds.quantizers.entropy.record_codebook import EntropyCodebook
+from latentds.quantizers.entropy.record_model import RecordModel
 
 CHUNK = 256  # patches encoded at a time: some 100 MB
 # What a bit is worth, in squared steps, when a value is rounded towards zero. At tiny-v2's 2,048
@@ -34,7 +31,7 @@ SLOPE = 0.9
 MOST_SECANTS = 6  # then halves: a secant may crawl
 
 
-def check_latents(latents: Tensor, codebook: EntropyCodebook) -> None:
+def check_latents(latents: Tensor, codebook: RecordModel) -> None:
     """Raise unless latents are (B, *latents_shape) and finite."""
     if latents.ndim != 4 or tuple(latents.shape[1:]) != codebook.latents_shape:
         raise ShapeError(
@@ -45,7 +42,7 @@ def check_latents(latents: Tensor, codebook: EntropyCodebook) -> None:
         raise ValueError("latents contain NaN or infinity; encode in float32")
 
 
-def encode_records(latents: Tensor, codebook: EntropyCodebook, rate_weight: float) -> Tensor:
+def encode_records(latents: Tensor, codebook: RecordModel, rate_weight: float) -> Tensor:
     """See `EntropyCodebook.quantize`."""
     check_latents(latents, codebook)
     check_reach(codebook)
@@ -57,7 +54,7 @@ def encode_records(latents: Tensor, codebook: EntropyCodebook, rate_weight: floa
 
 
 def encode_chunk(
-    values: np.ndarray, codebook: EntropyCodebook, rate_weight: float, records: np.ndarray
+    values: np.ndarray, codebook: RecordModel, rate_weight: float, records: np.ndarray
 ) -> None:
     """Fill the records: the level by the tables' costs, then tried and made coarser."""
     levels = finest_levels(values, codebook, rate_weight)
@@ -81,7 +78,7 @@ def by_patch(work: Callable[[slice], None], count: int) -> None:
         list(pool.map(work, map(slice, ends[:-1], ends[1:])))
 
 
-def in_scan(latents: Tensor, codebook: EntropyCodebook) -> np.ndarray:
+def in_scan(latents: Tensor, codebook: RecordModel) -> np.ndarray:
     """Latents (B, C, h, w) times their gains, float32 (B, C, h*w) in scan order."""
     flat = latents.detach().to("cpu", torch.float32).flatten(2).numpy()
     scan = scan_of(*codebook.latents_shape[1:], torch.device("cpu"))
@@ -89,12 +86,12 @@ def in_scan(latents: Tensor, codebook: EntropyCodebook) -> np.ndarray:
     return values
 
 
-def last_level(codebook: EntropyCodebook) -> int:
+def last_level(codebook: RecordModel) -> int:
     """Levels of coarseness are the steps, then the last step with ever more channels dropped."""
     return len(codebook.steps) - 1 + codebook.latents_shape[0]
 
 
-def finest_levels(values: np.ndarray, codebook: EntropyCodebook, rate_weight: float) -> np.ndarray:
+def finest_levels(values: np.ndarray, codebook: RecordModel, rate_weight: float) -> np.ndarray:
     """int64 (B,): the level whose expected bytes fit while those of the next finer do not.
 
     A search by secants between bounds; every patch's is its own, whatever the others need.
@@ -132,7 +129,7 @@ def finest_levels(values: np.ndarray, codebook: EntropyCodebook, rate_weight: fl
 
 
 def integers_at(
-    values: np.ndarray, levels: np.ndarray, codebook: EntropyCodebook, rate_weight: float
+    values: np.ndarray, levels: np.ndarray, codebook: RecordModel, rate_weight: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Integers at the levels' steps and their classes, int32 (B, C, h*w); see `round_all`."""
     from latentds.quantizers.entropy import native_rounding as native
@@ -149,7 +146,7 @@ def integers_at(
 
 
 def expected_bytes(
-    values: np.ndarray, levels: np.ndarray, codebook: EntropyCodebook, rate_weight: float
+    values: np.ndarray, levels: np.ndarray, codebook: RecordModel, rate_weight: float
 ) -> np.ndarray:
     """int64 (B,): bytes of records at these levels, by the tables; very many where not allowed."""
     integers, classes = integers_at(values, levels, codebook, rate_weight)
@@ -160,7 +157,7 @@ def expected_bytes(
 
 
 def bits_by_tables(
-    integers: np.ndarray, classes: np.ndarray, codebook: EntropyCodebook
+    integers: np.ndarray, classes: np.ndarray, codebook: RecordModel
 ) -> tuple[np.ndarray, np.ndarray]:
     """int64 (B,) 1/256 bits of integers int32 (B, C, h*w); bool (B,): one is beyond a byte."""
     from latentds.quantizers.entropy import native_rounding as native
@@ -176,7 +173,7 @@ def bits_by_tables(
 
 
 def write_records(
-    integers: np.ndarray, classes: np.ndarray, levels: np.ndarray, codebook: EntropyCodebook
+    integers: np.ndarray, classes: np.ndarray, levels: np.ndarray, codebook: RecordModel
 ) -> tuple[np.ndarray, np.ndarray]:
     """Records uint8 (B, R) of integers int32 (B, C, h*w), and bool (B,) which are whole."""
     from latentds.quantizers.entropy import native_streams as streams
@@ -195,7 +192,7 @@ def write_records(
 
 
 @functools.lru_cache(maxsize=16)
-def check_reach(codebook: EntropyCodebook) -> None:
+def check_reach(codebook: RecordModel) -> None:
     """ValueError unless every patch can be brought down to the record's bytes.
 
     Of the encoder alone: a reader takes whatever records were written.
@@ -214,7 +211,7 @@ def most_bytes(latents_shape: tuple[int, int, int]) -> int:
     return HEAD_BYTES + math.prod(latents_shape)
 
 
-def least_bytes(codebook: EntropyCodebook) -> int:
+def least_bytes(codebook: RecordModel) -> int:
     """Bytes that any patch can be brought down to: those of nothing but zeros."""
     channels, height, width = codebook.latents_shape
     zeros, level = np.zeros((1, channels, height * width), np.float32), np.zeros(1, np.int64)

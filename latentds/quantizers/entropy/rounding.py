@@ -13,12 +13,12 @@ from torch import Tensor
 from latentds.quantizers.entropy.coder_tables import native_model
 from latentds.quantizers.entropy.contexts import scan_of
 from latentds.quantizers.entropy.rans import COST_BITS
-from latentds.quantizers.entropy.record_codebook import EntropyCodebook
 from latentds.quantizers.entropy.record_encoding import RATE_WEIGHT, in_scan, integers_at
+from latentds.quantizers.entropy.record_model import RecordModel
 
 
 def round_at_steps(
-    latents: Tensor, step_index: Tensor, codebook: EntropyCodebook
+    latents: Tensor, step_index: Tensor, codebook: RecordModel
 ) -> tuple[Tensor, Tensor]:
     """The points that latents would be decoded as, and what their bits do there.
 
@@ -38,7 +38,7 @@ def round_at_steps(
     return points.to(latents.device), pull.to(latents.device)
 
 
-def bits_slopes(exact: np.ndarray, classes: np.ndarray, codebook: EntropyCodebook) -> np.ndarray:
+def bits_slopes(exact: np.ndarray, classes: np.ndarray, codebook: RecordModel) -> np.ndarray:
     """float32 (B, C, h*w): bits that a unit more of values (in steps) takes, cells in scan order.
 
     classes  int32 (B, C, h*w), of the integers that the values are rounded to
@@ -56,7 +56,7 @@ def bits_slopes(exact: np.ndarray, classes: np.ndarray, codebook: EntropyCodeboo
     return slopes.astype(np.float32)
 
 
-def from_scan(values: np.ndarray, codebook: EntropyCodebook) -> Tensor:
+def from_scan(values: np.ndarray, codebook: RecordModel) -> Tensor:
     """Latents (B, C, h, w) of values (B, C, h*w) in scan order, their gains taken off."""
     scan = scan_of(*codebook.latents_shape[1:], torch.device("cpu"))
     cells = (values / codebook.gains[:, None]).astype(np.float32).take(scan.inverse.numpy(), axis=2)

@@ -1,0 +1,61 @@
+"""What few need to say to a loader, in groups: which patches, in which order, by whom."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Select:
+    """Which patches of a split, and how often each is drawn.
+
+    where    condition on label, slide, patient, x, y, mpp, size_px, as in
+             "label == 'TUM' and mpp < 0.6"
+    slides   names of the slides to use
+    balance  "label", "slide" or "patient": draw every one equally often, with shuffle=True
+    """
+
+    where: str | None = None
+    slides: Sequence[str] | None = None
+    balance: str | None = None
+
+    def unbalanced(self, reader: str) -> tuple[str | None, Sequence[str] | None]:
+        """`where` and `slides`; ValueError for a balance where nothing is drawn."""
+        if self.balance is not None:
+            raise ValueError(f"balance={self.balance!r}: a {reader} draws nothing; leave it")
+        return self.where, self.slides
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Order:
+    """How an epoch's patches are dealt to batches and ranks; all of it is part of a state.
+
+    global_batch_size  patches a batch of all ranks, instead of `batch_size`; the order depends on
+                       it, so give this where the number of ranks may change
+    last         what becomes of the last, smaller global batch; every rank has as many batches as
+                 any other. "pad": dealt out evenly; where ranks do not divide it, some repeat one
+                 patch and mark it in `batch.valid`. "drop": left out. "repeat": filled up with the
+                 epoch's first patches.
+    lanes        number of nodes, where each should read a stretch of its own
+    rank, world_size   of this process; read from torch.distributed or the launcher where not given
+    """
+
+    global_batch_size: int | None = None
+    last: str = "pad"
+    lanes: int = 1
+    rank: int | None = None
+    world_size: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Workers:
+    """Processes that read codes, in DataLoader's words.
+
+    count     0 reads in this process
+    prefetch_factor, multiprocessing_context   see torch.utils.data.DataLoader
+    """
+
+    count: int
+    prefetch_factor: int = 2
+    multiprocessing_context: str | None = None

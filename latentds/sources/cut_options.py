@@ -1,0 +1,154 @@
+"""What decides how originals are found and cut into patches, in the same words everywhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from latentds.errors import InputError
+from latentds.sources.anonymity import Anonymizer
+
+MAX_PX = 89_478_485  # Pillow's own limit against decompression bombs
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CutOptions:
+    """How patches are cut; a command's or recipe's settings inherit these flags."""
+
+    patch_size: int | None = None
+    """Edge of a patch in pixels; with --resize, --tile or --pad where pictures differ."""
+    resize: bool = False
+    """Scale every picture to the patch size (area and Lanczos, proportions not kept)."""
+    tile: bool = False
+    """Cut every picture into a grid of patches; remainders at the right and bottom are dropped."""
+    stride: int | None = None
+    """Step of the tiles' grid in pixels; the patch size by default, smaller for overlap."""
+    pad: bool = False
+    """Reflect smaller pictures at the right and bottom up to the patch size."""
+    name_pattern: str | None = None
+    """Regular expression with groups among label, slide, x, y, mpp, searched in relative paths."""
+    kind: Literal["pictures", "slides", "tiles"] | None = None
+    """What a folder's files are, where a look at all of them does not tell, or tells wrong."""
+    mpp: float | None = None
+    """Micrometres a pixel: of pictures, recorded with every patch; of slides, what patches are to
+    have (0.5 is 20x), their own where not given."""
+    slides: Path | None = None
+    """Folder of the slides that a TRIDENT or CLAM job's coordinates belong to."""
+    root: Path | None = None
+    """Folder that a table's paths start from; the table's own by default."""
+    splits: Path | None = None
+    """CSV with columns slide or patient, split, and label if it is to set labels: splits of the
+    slides, instead of split folders; or CLAM's splits_0.csv."""
+    only: Path | None = None
+    """File of sources, one a line as a manifest names them: take these and no others."""
+    tile_downsample: float = 1.0
+    """Pixels of level 0 a pixel of tiles named <column>_<row>: 2 for tiles of 20x from 40x."""
+    assume_mpp: float | None = None
+    """Micrometres a pixel of slides that record neither it nor a magnification, or pixels that are
+    not square."""
+    tissue: Literal["otsu", "clam", "dsmil", "none"] = "otsu"
+    """What of a slide is tissue: saturation above Otsu's threshold, above CLAM's, patches with
+    edges as DSMIL's tiler keeps them, or everything."""
+    min_tissue: float = 0.25
+    """Share of tissue a patch of a slide must have."""
+    edges: Literal["drop", "pad"] = "drop"
+    """Patches that reach beyond a slide: left out, or filled up with white."""
+    max_px: int = MAX_PX
+    """Pixels above which a picture is refused (Pillow's own limit against decompression bombs)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SourceOptions(CutOptions):
+    """All that a source is opened with: the input, how it is cut, what it says of its patches.
+
+    raises  InputError for settings that cannot be, or files and folders that are not there
+    """
+
+    source: Path
+    """The input."""
+    labels: bool = True
+    """Take class folders as labels."""
+    split_folders: bool = True
+    """Take top folders named train, val, valid, validation and test as splits."""
+    masks: Path | None = None
+    """Mask folder: 8-bit PNG or TIFF, same relative path and size, suffix aside; kept lossless."""
+    slide_table: Path | None = None
+    """CSV, TSV or Parquet with a column slide (or patient) and any of mpp, label, patient, split:
+    what it says of a slide counts more than its file and folders."""
+    split_patients: str | None = None
+    """Splits by patient, shares of the patients: train=0.8,val=0.1,test=0.1."""
+    patient_pattern: str | None = None
+    """Regular expression that finds the patient in a slide's name (a picture's path where it has no
+    slide): its group patient, else its first, else all of it; '.*' where each slide is a patient.
+    Names of TCGA, CPTAC, GTEx and CAMELYON need none."""
+    enlarge: bool = False
+    """Cut patches finer than a slide is: enlarged by more than 5 %, they show nothing new."""
+    anonymize: Path | None = None
+    """File of a secret key, made where there is none: slide and source names are stored as keyed
+    hashes. Keep it: with it the same slide gets the same name again."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        # A Path leaves hf:/ of hf://; sources.hugging_face.hub_id knows both.
+        object.__setattr__(self, "source", Path(self.source))
+        self.check_cutting()
+        self.check_files()
+        self.check_splits()
+        limits = {
+            **{"patch_size": (8, 8192), "stride": (1, 8192), "max_px": (64, 2**34)},
+            **{"seed": (0, 2**31), "min_tissue": (0, 1)},
+        }
+        self.check_limits(limits)
+        self.check_limits({"mpp": (0.01, 100), "assume_mpp": (0.01, 100)}, " micrometres a pixel")
+
+    def check_cutting(self) -> None:
+        """Refuse ways of cutting that exclude each other."""
+        if self.resize + self.tile + self.pad > 1:
+            raise InputError("choose one of --resize, --tile and --pad")
+        if (self.resize or self.tile or self.pad) and self.patch_size is None:
+            raise InputError("--resize, --tile and --pad need --patch-size PX")
+        if self.stride is not None and not self.tile:
+            raise InputError("--stride is the step of --tile; pass both")
+
+    def check_files(self) -> None:
+        """Refuse folders and files that are not there."""
+        for name in ("masks", "slides", "root"):
+            folder = getattr(self, name)
+            if folder is not None and not folder.is_dir():
+                raise InputError(f"--{name} {folder}: no such folder")
+        for name in ("only", "splits", "slide_table"):
+            file = getattr(self, name)
+            if file is not None and not file.is_file():
+                raise InputError(f"--{name.replace('_', '-')} {file}: no such file")
+
+    def check_splits(self) -> None:
+        """Refuse splits by two rules, and a pattern without its use."""
+        if self.splits is not None and self.split_patients is not None:
+            raise InputError("choose one of --splits and --split-patients")
+        if self.splits is not None and self.slide_table is not None:
+            raise InputError("choose one of --splits and --slide-table, which may have splits too")
+        if self.patient_pattern is None:
+            return
+        if self.split_patients is None:
+            raise InputError("--patient-pattern is for --split-patients; pass both")
+        try:
+            re.compile(self.patient_pattern)
+        except re.error as error:
+            raise InputError(
+                f"--patient-pattern {self.patient_pattern!r} is no regular expression ({error})"
+            ) from error
+
+    def check_limits(self, limits: Mapping[str, tuple[float, float]], unit: str = "") -> None:
+        """Refuse numbers out of their bounds."""
+        for name, (low, high) in limits.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                option = name.replace("_", "-")
+                raise InputError(f"--{option} {value}{unit} is not between {low} and {high}")
+
+    def key_check(self) -> str | None:
+        """Which key names are hidden with, None where they are not: a resumed run must have it."""
+        return Anonymizer(self.anonymize).check if self.anonymize else None

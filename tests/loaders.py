@@ -1,0 +1,34 @@
+"""Options of loaders as tests list them, flat, in the groups that loaders take."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from latentds.loading.decoding import Decode
+from latentds.loading.options import Order, Select, Workers
+
+GROUPS = {
+    "select": (Select, ("where", "slides", "balance")),
+    "order": (Order, ("global_batch_size", "last", "lanes", "rank", "world_size")),
+    "decoding": (Decode, ("chunk", "channels_last", "compile", "cuda_graph", "static")),
+}
+
+
+def grouped(**options: Any) -> dict[str, Any]:
+    """Arguments of a LatentLoader or LatentDataset."""
+    for name, (group, fields) in GROUPS.items():
+        found = {field: options.pop(field) for field in fields if field in options}
+        if found:
+            options[name] = group(**found)
+    fields = ("prefetch_factor", "multiprocessing_context")
+    found = {field: options.pop(field) for field in fields if field in options}
+    if found:
+        options["num_workers"] = Workers(count=options.get("num_workers", 0), **found)
+    return options
+
+
+def grouped_mixed(**options: Any) -> dict[str, Any]:
+    """Arguments of a MixedLoader, whose global batch and ranks are its own."""
+    own = ("global_batch_size", "rank", "world_size")
+    kept = {name: options.pop(name) for name in own if name in options}
+    return kept | grouped(**options)

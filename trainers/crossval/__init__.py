@@ -1,0 +1,1 @@
+"""Cross-validations: folds that go on where they stopped, their records, tables and predictions."""

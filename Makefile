@@ -20,6 +20,7 @@ test: $(VENV)/.dev
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	mkdir -p .mypy_cache/names && cd .mypy_cache/names && ln -sfn ../../tools latentds_tools && ln -sfn ../../trainers latentds_trainers
 	$(BIN)/mypy
 
 $(VENV)/.base: pyproject.toml constraints.txt

@@ -116,8 +116,8 @@ def measure(folder: Path, patches: Path, autoencoder: str, device: str) -> dict[
     loader, decoded = read_back(folder, autoencoder, device)
     sources = sorted(decoded)
     originals = [pixels_of(patches / name) for name in sources]
-    network = loader.autoencoder
-    assert network is not None
+    network, decoder = loader.autoencoder, loader.decoder
+    assert network is not None and decoder is not None
     size = loader.contract.bytes_per_patch
     rows = {network.card.name: (size, [decoded[name] for name in sources])}
     if fast := FAST.get(network.card.name):
@@ -137,7 +137,7 @@ def measure(folder: Path, patches: Path, autoencoder: str, device: str) -> dict[
             name: judge(size, pictures, originals) for name, (size, pictures) in rows.items()
         },
         "encode_rate": rate(lambda: network.encode(images), len(images), device),
-        "decode_rate": rate(lambda: loader.decoder.decode(latents), len(images), device),
+        "decode_rate": rate(lambda: decoder.decode(latents), len(images), device),
         "device": torch.cuda.get_device_name(device)
         if "cuda" in device
         else f"{torch.get_num_threads()} CPU threads",
@@ -154,7 +154,7 @@ def read_back(folder: Path, autoencoder: str, device: str) -> tuple[LatentLoader
 
     loader = LatentLoader(folder, "train", batch_size=16, device=device, autoencoder=autoencoder,
                           columns=("source",))  # fmt: skip
-    decoded = {}
+    decoded: dict[str, Any] = {}
     for batch in loader:
         pixels = batch.images.mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         decoded |= dict(zip(batch.columns["source"], pixels, strict=True))

@@ -101,8 +101,8 @@ def options(config: Config) -> Any:
     from latentds.edit.layouts import ListingOptions
 
     check(config)
-    same = ("layout", "labels", "split_folders", "name_pattern", "tile_step", "mpp")
-    listing = ListingOptions(**{name: getattr(config, name) for name in same})
+    of_listing = ("layout", "labels", "split_folders", "name_pattern", "tile_step", "mpp")
+    listing = ListingOptions(**{name: getattr(config, name) for name in of_listing})
     same = ("scale", "shift", "codebook", "quantizer", "levels", "fit_patches", "shape", "order")
     return ImportOptions(
         listing=listing,

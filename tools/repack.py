@@ -94,7 +94,10 @@ def options(config: Config) -> Any:
         if value is not None and not low <= value <= high:
             flag = name.replace("_", "-")
             raise InputError(f"--{flag} {getattr(config, name)} is not between {low} and {high}")
-    split_by, splits = read_splits(config.splits) if config.splits else ("slide", None)
+    split_by: Literal["slide", "patient"] = "slide"
+    splits: dict[str, str] | None = None
+    if config.splits:
+        split_by, splits = read_splits(config.splits)
     return Repacking(
         pack_size=config.pack_size,
         group_by=config.group_by,

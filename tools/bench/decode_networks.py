@@ -24,11 +24,16 @@ HEAVY_GFLOP = 50
 class Settings(Protocol):
     """What the tool's config says about a measurement."""
 
-    patch_size: int
-    batch_sizes: tuple[int, ...] | None
-    device: str
-    compile: bool
-    seconds: float
+    @property
+    def patch_size(self) -> int: ...
+    @property
+    def batch_sizes(self) -> tuple[int, ...] | None: ...
+    @property
+    def device(self) -> str: ...
+    @property
+    def compile(self) -> bool: ...
+    @property
+    def seconds(self) -> float: ...
 
 
 @dataclasses.dataclass

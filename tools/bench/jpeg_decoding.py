@@ -93,7 +93,8 @@ def make_decoder(library: str) -> Callable[[bytes], object]:
     if library == "simplejpeg":
         import simplejpeg
 
-        return simplejpeg.decode_jpeg  # type: ignore[no-any-return]
+        by_simplejpeg: Callable[[bytes], object] = simplejpeg.decode_jpeg
+        return by_simplejpeg
     import torch
     from torchvision.io import decode_jpeg
 

@@ -87,8 +87,8 @@ class Config:
     """Print JSON."""
 
     def __post_init__(self) -> None:
-        sizes = (self.batch_size, self.steps, self.patches, self.out_dim, self.rounds)
-        sizes += (self.globals, self.global_px, self.local_px, self.patch_size)
+        sizes = [self.batch_size, self.steps, self.patches, self.out_dim, self.rounds]
+        sizes += [self.globals, self.global_px, self.local_px, self.patch_size]
         if min(1 if size is None else size for size in sizes) < 1:
             raise ValueError("batch, steps, rounds, patches, crops and sizes are at least 1")
         if min(self.locals, self.num_workers or 0) < 0:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from latentds_tools.bench.step_config import Config
 
     from latentds.loading.batch import Batch
+    from latentds.views.view_batch import Views
+
+    MakesViews = Callable[[Tensor, Tensor], Views]
 
 CACHED = 2  # batches that lie on the device, used in turn
 TOKEN_PX = 16  # of a patch16 arch: windows of latents start where its tokens do
@@ -33,7 +37,8 @@ class Feeding:
         self.has_decoder = config.input == "pixels"
         dtype = getattr(torch, str(config.dtype))
         self.codes_loader = open_loader(source, config, device, dtype, decode="stored")
-        self.stem, self.views = None, None
+        self.stem: LatentStemConfig | None = None
+        self.views: MakesViews
         if self.has_decoder:
             self.views = pixel_views(config)
             self.loader = open_loader(source, config, device, dtype, views=self.views)
@@ -81,6 +86,7 @@ class Feeding:
     def step_on_loader(self) -> None:
         """A step on what the loader brings."""
         batch = next(self.batches)
+        assert batch.views is not None
         self.training.step(batch.views, batch.seeds)
 
     def read(self) -> None:
@@ -93,6 +99,7 @@ class Feeding:
 
     def decode(self) -> None:
         """A batch of codes that lies there, decoded."""
+        assert self.loader.decoder is not None
         self.loader.decoder(next(self.held_codes))
 
     def facts(self) -> dict[str, Any]:

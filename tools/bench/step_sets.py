@@ -111,7 +111,7 @@ def open_loader(
         shuffle=True,
         order=Order(last="drop"),
         device=device,
-        num_workers=config.num_workers,
+        num_workers=config.num_workers or 0,
         autoencoder=source.autoencoder,
         dtype=dtype,
         decoding=Decode(

@@ -42,10 +42,11 @@ class Training:
         self.optimizer.zero_grad(set_to_none=True)
         with self.autocast():
             loss = self.loss(views, seeds)
-        loss.backward()
+        torch.autograd.backward(loss)
         self.optimizer.step()
         if self.method in DISTILLING:
-            self.model.update_teacher(MOMENTUM)  # type: ignore[operator]
+            distilling: Any = self.model
+            distilling.update_teacher(MOMENTUM)
 
     def loss(self, views: Views, seeds: Tensor) -> Tensor:
         """The method's loss; labels are made up."""

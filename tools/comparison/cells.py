@@ -56,7 +56,7 @@ def difference(row: dict[str, Any] | None) -> str:
     found = row["difference"]
     if found is None or found["mean"] is None:
         return "not paired" if row["not_paired"] not in (None, "no reference") else ABSENT
-    points = [found[name] and 100 * found[name] for name in ("mean", "low", "high")]
-    text = bracketed(*points, "+.2f")
+    mean, low, high = (found[name] and 100 * found[name] for name in ("mean", "low", "high"))
+    text = bracketed(mean, low, high, "+.2f")
     ties = f", {found['ties']} equal" if found["ties"] else ""
     return f"{text}, {found['wins']} of {found['n']}{ties}"

@@ -52,7 +52,8 @@ class Autoencoders:
         A listed one; or, for a decoder on the Hub, the known one it names. None where there is
         none, with the reason in `absent`.
         """
-        from latentds.autoencoders import CARDS, load_autoencoder
+        from latentds.autoencoders import load_autoencoder
+        from latentds.autoencoders.cards import CARDS
         from latentds.autoencoders.decoders import is_hub_name, load_decoder
 
         try:

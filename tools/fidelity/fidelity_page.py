@@ -203,7 +203,8 @@ def rate(value: float) -> str:
 
 def interval(values: dict[str, Any], digits: int) -> str:
     """A mean and its interval."""
-    return bracketed(values["mean"], *(values["ci95"] or (None, None)), f".{digits}f")
+    low, high = values["ci95"] or (None, None)
+    return bracketed(values["mean"], low, high, f".{digits}f")
 
 
 def difference(values: dict[str, Any], digits: int) -> str:

@@ -56,7 +56,8 @@ class KeptRows:
         if self.folder is None:
             return
         content = io.BytesIO()
-        np.savez(content, **encoded.to_arrays())
+        arrays: dict[str, Any] = encoded.to_arrays()
+        np.savez(content, **arrays)
         write_atomically(self.folder / f"{key_of(facts)}.npz", content.getvalue())
 
     def keep(self, facts: dict[str, Any], row: Measured) -> None:

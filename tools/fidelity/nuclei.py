@@ -117,7 +117,7 @@ def train(pairs: Sequence[tuple[np.ndarray, np.ndarray]], seed: int) -> SmallUNe
         shares = torch.sigmoid(logits)
         loss = loss + 1 - 2 * (shares * masks).sum() / (shares.sum() + masks.sum() + 1)
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         optimizer.step()
         schedule.step()
     return network.eval()
@@ -129,7 +129,7 @@ def draw_batch(
     """Crops (B, 3, h, w) and masks (B, 1, h, w), turned, scaled by .7 to 1.6, stains shifted."""
     images, masks = [], []
     for _ in range(BATCH):
-        image, mask = pairs[rng.integers(len(pairs))]
+        image, mask = pairs[int(rng.integers(len(pairs)))]
         edge = min(round(CROP_PX / rng.uniform(0.7, 1.6)), *image.shape[:2])
         y, x = (int(rng.integers(side - edge + 1)) for side in image.shape[:2])
         turns, is_flipped = int(rng.integers(4)), bool(rng.integers(2))

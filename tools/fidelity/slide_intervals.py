@@ -156,9 +156,10 @@ def barcode_in(name: str) -> str:
     """The TCGA slide in a path that has one."""
     from latentds.sources.names import TCGA_SLIDE, parse_barcode
 
-    text = TCGA_SLIDE.search(name)[0]  # type: ignore[index]
-    barcode = parse_barcode(text)
-    return barcode.slide if barcode else text
+    match = TCGA_SLIDE.search(name)
+    assert match is not None
+    barcode = parse_barcode(match[0])
+    return barcode.slide if barcode else match[0]
 
 
 def patient_in(name: str) -> str:

@@ -112,7 +112,8 @@ def columns_of(per_crop: dict[str, Any]) -> dict[str, Sequence[float | None]]:
     """What is compared: similarity by embedder, psnr_db, ssim, and the downstream figures."""
     columns = {f"similarity {name}": values for name, values in per_crop["similarity"].items()}
     columns |= {name: per_crop[name] for name in ("psnr_db", "ssim")}
-    return columns | per_crop.get("downstream", {})
+    columns |= per_crop.get("downstream", {})
+    return columns
 
 
 def pair(

@@ -18,6 +18,8 @@ Preset = TypeVar("Preset", bound="DataclassInstance")
 class EngineOptions:
     """Settings of a run that every recipe has as they are; what follows from others is not here."""
 
+    panel = "engine"
+
     out: Path
     """Folder of the run: checkpoints/, log.jsonl, config.json, samples/. The same command run again
     goes on from its newest checkpoint. With several nodes, a folder all of them see."""

@@ -71,6 +71,17 @@ def classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def few(classes: Path) -> Path:
+    """The first eight of each, for what is not to learn."""
+    root = classes.with_name("few")
+    for folder in classes.iterdir():
+        (root / folder.name).mkdir(parents=True)
+        for path in sorted(folder.iterdir())[:8]:
+            shutil.copy(path, root / folder.name)
+    return root
+
+
+@pytest.fixture(scope="session")
 def embedder(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A small network of timm with random weights."""
     import timm
@@ -280,24 +291,25 @@ def test_features_of_other_pixels_are_not_taken_up(classes, embedder, copy, tmp_
     assert len({path.parent for path in blocks(copy)}) == 2
 
 
-def test_other_weights_of_the_embedder_are_refused(classes, tmp_path):
+def test_other_weights_of_the_embedder_are_refused(few, tmp_path):
     import timm
 
     own = tmp_path / "w.safetensors"
     options = {"embedder": f"timm:test_resnet@{own}", "folds": 2}
     save_file(timm.create_model("test_resnet").state_dict(), own)
-    classify(classes, tmp_path / "run", **options)
+    classify(few, tmp_path / "run", **options)
     torch.manual_seed(9)
     save_file(timm.create_model("test_resnet").state_dict(), own)
     with pytest.raises(ContractError, match="the run there has embedder_weights"):
-        classify(classes, tmp_path / "run", **options)
+        classify(few, tmp_path / "run", **options)
 
 
 # Sources, groups, protocols
 
 
 def test_sources_share_their_folds(classes, embedder, probed, tmp_path):
-    convert(ConvertConfig(source=classes, out=tmp_path / "latents", device="cpu", workers=1))
+    options = {"source": classes, "out": tmp_path / "latents", "autoencoder": "tiny"}
+    convert(ConvertConfig(**options, device="cpu", workers=1))
     runs = [
         read_record(probed),
         classify(classes, tmp_path / "jpeg", embedder=embedder, codec="jpeg:10"),
@@ -474,8 +486,8 @@ def test_a_codebook_fitted_to_test_patches_is_told(halves, data, options, is_tol
     assert ("test patches among them; --codebook or" in notes) == is_told
 
 
-def test_a_run_tells_of_the_codebook_fitted_to_test_patches(classes, embedder, tmp_path):
-    record = classify(classes, tmp_path, embedder=embedder, codec="tiny+kmeans:16", folds=2)
+def test_a_run_tells_of_the_codebook_fitted_to_test_patches(few, embedder, tmp_path):
+    record = classify(few, tmp_path, embedder=embedder, codec="tiny+kmeans:16", folds=2)
     assert "test patches among them; --codebook or" in " ".join(record.notes)
 
 
@@ -619,12 +631,10 @@ def tuned(one_rank_on_cpu: None, classes: Path, tmp_path_factory: pytest.TempPat
 
 
 @pytest.fixture(scope="module")
-def tuned_vit(
-    one_rank_on_cpu: None, classes: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def tuned_vit(one_rank_on_cpu: None, few: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same of a network without batch norm, whose figures depend on the forward pass."""
     out = tmp_path_factory.mktemp("tuned") / "vit"
-    finetune(classes, out, **VIT, batch_size=8)
+    finetune(few, out, **VIT, batch_size=8)
     return out
 
 
@@ -670,15 +680,15 @@ def test_finetuning_starts_from_a_file_of_weights(classes, embedder, tuned, tmp_
     assert record.folds != read_record(tuned).folds
 
 
-def test_accumulation_equals_a_larger_batch(classes, tuned_vit, tmp_path):
-    finetune(classes, tmp_path, batch_size=4, accumulation=2, **VIT)
+def test_accumulation_equals_a_larger_batch(few, tuned_vit, tmp_path):
+    finetune(few, tmp_path, batch_size=4, accumulation=2, **VIT)
     large, small = read_predictions(tuned_vit), read_predictions(tmp_path)
     # float32 sums in another order, through a few steps of Adam
     assert np.abs(large.probabilities - small.probabilities).max() < 1e-3
 
 
-def test_bfloat16_operations_train_and_test(classes, tmp_path):
-    record = finetune(classes, tmp_path, precision="autocast", epochs=1)
+def test_bfloat16_operations_train_and_test(few, tmp_path):
+    record = finetune(few, tmp_path, precision="autocast", epochs=1)
     assert len(record.folds) == 2
 
 
@@ -692,8 +702,8 @@ def test_two_ranks_give_the_figures_of_one(classes, embedder, probed, tmp_path, 
 
 
 @pytest.mark.slow
-def test_two_ranks_finetune_as_one_with_twice_the_batch(classes, tuned_vit, tmp_path, processes):
-    words = ["--data", str(classes), "--device", "cpu", "--probe", "finetune", "--arch", "test_vit"]
+def test_two_ranks_finetune_as_one_with_twice_the_batch(few, tuned_vit, tmp_path, processes):
+    words = ["--data", str(few), "--device", "cpu", "--probe", "finetune", "--arch", "test_vit"]
     words += [
         "--folds",
         "2",

@@ -255,10 +255,10 @@ RUN = {"fit_patches": 16, "encode_batch": 4, "pack_size": 32, "device": "cpu"}
 
 @pytest.fixture(scope="module")
 def two_splits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """300 pictures in each of two splits: a call to fit, four to take, 75 to encode each."""
+    """76 pictures in each of two splits: a call to fit, four to take, 19 to encode each."""
     root = tmp_path_factory.mktemp("two") / "in"
-    save_pictures(root / "train", 300)
-    save_pictures(root / "val", 300, first_seed=900)
+    save_pictures(root / "train", 76)
+    save_pictures(root / "val", 76, first_seed=900)
     return root
 
 
@@ -270,11 +270,17 @@ def unbroken(two_splits: Path) -> dict[str, bytes]:
     return data_bytes(out)
 
 
-@pytest.mark.parametrize("calls", [3, 8, 69, 70, 110, 152])
-def test_a_run_stopped_anywhere_resumes_to_the_same_bytes(
-    two_splits, unbroken, tmp_path, monkeypatch, calls
-):
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A point to resume from behind every 64 patches, 16 calls."""
     monkeypatch.setattr("latentds.conversion.workdir.SYNC_SECONDS", 0.0)
+    monkeypatch.setattr("latentds.conversion.conversion_plan.BLOCK_PATCHES", 64)
+
+
+@pytest.mark.parametrize("calls", [3, 8, 21, 22, 31, 41])
+def test_a_run_stopped_anywhere_resumes_to_the_same_bytes(
+    two_splits, unbroken, tmp_path, small_blocks, calls
+):
     config = ConvertConfig(source=two_splits, out=tmp_path / "out", **RUN)
     with pytest.raises(Interrupt):
         convert(config, FailingAutoencoder(calls))
@@ -283,12 +289,11 @@ def test_a_run_stopped_anywhere_resumes_to_the_same_bytes(
 
 
 def test_a_torn_journal_line_and_bytes_after_the_last_sync_are_dropped(
-    two_splits, unbroken, tmp_path, monkeypatch
+    two_splits, unbroken, tmp_path, small_blocks
 ):
-    monkeypatch.setattr("latentds.conversion.workdir.SYNC_SECONDS", 0.0)
     config = ConvertConfig(source=two_splits, out=tmp_path / "out", **RUN)
     with pytest.raises(Interrupt):
-        convert(config, FailingAutoencoder(75))  # behind the first block of the first shard
+        convert(config, FailingAutoencoder(23))  # behind the first block of the first shard
     journal = tmp_path / "out" / ".latentds" / "work" / "train-000000.jsonl"
     assert journal.read_text().count("\n") > 0
     with journal.open("a") as file:
@@ -351,13 +356,12 @@ def test_two_conversions_into_one_folder_keep_apart(pictures, tmp_path):
         convert_with_mean(pictures, tmp_path / "out")
 
 
-def test_overwrite_goes_on_with_an_unfinished_run(two_splits, tmp_path, monkeypatch):
-    monkeypatch.setattr("latentds.conversion.workdir.SYNC_SECONDS", 0.0)
+def test_overwrite_goes_on_with_an_unfinished_run(two_splits, tmp_path, small_blocks):
     config = ConvertConfig(source=two_splits, out=tmp_path / "out", overwrite=True, **RUN)
     with pytest.raises(Interrupt):
-        convert(config, FailingAutoencoder(140))
-    counting = FailingAutoencoder(100)  # a new start would need 5 + 150 calls
-    assert convert(config, counting).patches == 600
+        convert(config, FailingAutoencoder(38))
+    counting = FailingAutoencoder(30)  # a new start would need 5 + 38 calls
+    assert convert(config, counting).patches == 152
 
 
 def test_a_refused_resumption_leaves_the_unfinished_run_as_it_was(pictures, tmp_path):

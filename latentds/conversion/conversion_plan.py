@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import itertools
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -20,11 +20,11 @@ from latentds.sources.anonymity import hider
 from latentds.sources.image_folder import half_labelled
 from latentds.sources.opening import list_source, open_source
 from latentds.sources.picture import MIXED_CHUNKS, Header, Listing, Picture
+from latentds.sources.reading import PatchReader
 from latentds.sources.source import Source
 from latentds.store.format import shard_name
 
 BLOCK_PATCHES = 256  # at least so many patches between two points a killed run resumes from
-HEADERS_AT_ONCE = 4096
 BAD_NAMED = 5
 REGION_DTYPE = np.dtype([("picture", "<u4"), ("x", "<i4"), ("y", "<i4")])
 
@@ -134,21 +134,18 @@ def read_headers(
     """Headers of the readable pictures, and the others within the budget."""
     from tqdm import tqdm
 
-    def read(picture: Picture) -> Header | LeftOut:
-        try:
-            return source.header(picture)
-        except (InputError, OSError) as error:
-            return record_of(picture.source, (0, 0), error)
-
-    outcomes: list[Header | LeftOut] = []
     bar = tqdm(total=len(pictures), desc="headers", unit="file", delay=1)
-    with bar, ThreadPoolExecutor(config.workers or 8) as pool:
-        for start in range(0, len(pictures), HEADERS_AT_ONCE):  # a task is larger than a header
-            for outcome in pool.map(read, pictures[start : start + HEADERS_AT_ONCE]):
-                outcomes.append(outcome)
-                bar.update()
+    outcomes: list[Header | InputError] = []
+    with bar, contextlib.closing(PatchReader(source, config.workers or 8)) as reader:
+        for outcome in reader.headers(pictures):
+            outcomes.append(outcome)
+            bar.update()
     pairs = list(zip(pictures, outcomes, strict=True))
-    bad = tuple(outcome for outcome in outcomes if isinstance(outcome, LeftOut))
+    bad = tuple(
+        record_of(picture.source, (0, 0), outcome)
+        for picture, outcome in pairs
+        if isinstance(outcome, InputError)
+    )
     check_budget(config, bad)
     good = [(p, outcome) for p, outcome in pairs if isinstance(outcome, Header)]
     if not good:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from latentds.errors import Reason, UnusableError
+from latentds.errors import InputError, Reason, UnusableError
 
 Region = tuple[str, int, int]  # source, x, y
 
@@ -40,10 +40,8 @@ class LeftOut:
         return list(dataclasses.astuple(self))
 
 
-def record_of(source: str, place: tuple[int, int], error: Exception) -> LeftOut:
-    """The record of what a source raised."""
-    if isinstance(error, OSError):
-        return LeftOut(source, *place, "unreadable", f"cannot be read ({error.strerror or error})")
+def record_of(source: str, place: tuple[int, int], error: InputError) -> LeftOut:
+    """The record of why a patch or picture cannot be had."""
     reason: Reason = error.reason if isinstance(error, UnusableError) else "other"
     return LeftOut(source, *place, reason, str(error))
 

@@ -14,11 +14,10 @@ import torch.distributed as dist
 from latentds_trainers.engine.ranks import join_ranks, on_all_ranks
 from latentds_trainers.engine.training import Engine
 from latentds_trainers.engine.wrapping import gather_with
-from latentds_trainers.pretrain.backbone_export import FOLDER, export_backbone
 from latentds_trainers.pretrain.config import PretrainConfig
 from latentds_trainers.pretrain.data_sources import open_source
 from latentds_trainers.pretrain.feeds import micro_batch
-from latentds_trainers.pretrain.pretrain_result import result_of
+from latentds_trainers.pretrain.pretrain_result import FOLDER, export_backbone, result_of
 from latentds_trainers.pretrain.schedules import RECIPE, check_before, settle, settle_batch
 from latentds_trainers.pretrain.ssl_networks import (
     build_model,
@@ -222,7 +221,14 @@ class PretrainTask:
         totals, backbone = self.ledger.totals(), self.backbone()
         if self.probe is not None and not self.probed:  # a run that had its last step before
             self.probed = self.probe(backbone, self.prepare)
-        result = result_of(self, totals)
+        result = result_of(
+            self.config,
+            self.source,
+            self.engine,
+            totals,
+            probed=self.probed,
+            probe_facts=None if self.probe is None else self.probe.facts,
+        )
 
         def write() -> None:
             record = {

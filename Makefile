@@ -20,6 +20,7 @@ test: $(VENV)/.dev
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	mkdir -p .path && ln -sfn ../trainers .path/latentds_trainers
 	$(BIN)/mypy
 
 $(VENV)/.base: pyproject.toml constraints.txt

@@ -35,6 +35,7 @@ from torch.nn import functional
 
 from latentds.core.storage import write_atomically
 from latentds.errors import InputError
+from latentds.models.masked_autoencoder import MaskedAutoencoder
 from latentds.models.token_masks import global_masks, random_masks
 from latentds.views.view_batch import Views
 
@@ -88,7 +89,8 @@ class PretrainTask:
         )
         self.model: Any = self.engine[NETWORK]
         if self.config.zero_stage == 3:
-            gather_with(self.model, taken_alone(self.model))
+            assert isinstance(model, MaskedAutoencoder)  # no other method takes stage 3
+            gather_with(self.model, taken_alone(model))
         self.shown: tuple[Tensor, Views] | None = None
         self.probed: dict[str, float] = {}
 
@@ -162,11 +164,11 @@ class PretrainTask:
             masks = random_masks(seeds, rows * columns, config.mask_ratio)
             found: dict[str, Tensor] = dict(self.model(values[0], masks))
             return found
-        masks = None
+        token_masks = None
         if config.method == "dinov2":
-            masks = global_masks(seeds, len(values), token_grid(self.model.backbone, values))
+            token_masks = global_masks(seeds, len(values), token_grid(self.model.backbone, values))
         temp = config.teacher_temp_at(number)
-        return dict(self.model(views, teacher_temp=temp, masks=masks))
+        return dict(self.model(views, teacher_temp=temp, masks=token_masks))
 
     def samples(self) -> Tensor:
         """The last patches with their crops in a row, (n, 3, H, W) in [0, 1]."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,8 @@ def open_sets(config: SizedConfig, device: torch.device, rank: int, ranks: int) 
     else:
         from latentds.loading.mixing import MixedLoader
 
-        parts = dict(zip(config.data, weights, strict=True))
+        parts: dict[str | os.PathLike[str], float] = {}
+        parts |= zip(config.data, weights, strict=True)
         settings |= {"decoder": config.decoder, "allow_mixed_mpp": config.allow_mixed_mpp}
         loader = MixedLoader(parts, config.split, **settings)
         weights = drawn_weights(loader, weights)

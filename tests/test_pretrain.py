@@ -50,7 +50,7 @@ def test_a_run_tells_what_it_took_and_reached(dino_run):
     assert (result["method"], result["steps"], result["images"]) == ("dino", 4, 32)
     assert result["source"]["source"] == "tiny-v1+kmeans"
     assert result["bytes_of_patches"] == 32 * result["source"]["bytes_per_patch"] == 32 * 256
-    assert 0 < result["waited_s"] < result["wall_s"] and result["cpu_s"] > 0
+    assert 0 < result["waited_s"] < result["wall_s"]
     assert result["last"]["model/loss"] == losses(dino_run)[-1]
     assert (dino_run / "samples" / "step-000004.png").exists()
 

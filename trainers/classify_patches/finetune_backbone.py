@@ -120,7 +120,9 @@ class FoldTraining:
         train = self.fold.train
         drawn = step * self.engine.global_batch + np.array(places, np.int64)
         keys = [key_of("epoch", self.config.seed, int(e)) for e in drawn // len(train)]
-        return train[permute(drawn % len(train), len(train), np.array(keys, np.uint64))]
+        places_of = permute(drawn % len(train), len(train), np.array(keys, np.uint64))
+        rows: np.ndarray = train[places_of]
+        return rows
 
     def step(self, step: int) -> dict[str, Tensor]:
         """One forward pass."""

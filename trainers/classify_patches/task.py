@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch.distributed as dist
@@ -128,7 +129,8 @@ class ClassifyTask:
             return
         arch, stem = config.arch or "", self.latents.stem
         network = build_latent_classifier(arch, classes, stem, weights=config.weights)
-        check_cells(arch, network.patch_embed.patch_size[0], self.latents.cells)
+        patch_embed: Any = network.patch_embed
+        check_cells(arch, patch_embed.patch_size[0], self.latents.cells)
 
     def run(self) -> None:
         """Do the folds that are left, write the record, print it."""

@@ -32,7 +32,7 @@ def main(config: TrainCodecConfig) -> None:
         return
     from latentds_trainers.train_codec.task import CodecTask
 
-    path = CodecTask(config).run()
+    path = CodecTask(config.settings).run()
     if path is not None:
         say(path)
 

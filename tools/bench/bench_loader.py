@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import tyro
 from latentds_tools.bench.harness import extent, machine, medians, report_text
-from latentds_tools.reports.delivery import show
+from latentds_tools.reports.commands import show
 
 from latentds.errors import InputError, unknown_name
 

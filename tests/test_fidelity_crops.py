@@ -5,8 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from latentds_tools.fidelity.fidelity_crops import read_crops
-from latentds_tools.fidelity.slide_columns import read_table
-from latentds_tools.fidelity.slide_intervals import SlideOptions, find_slides
+from latentds_tools.fidelity.picture_slides import SlideOptions, find_slides, read_slides
 from PIL import Image
 
 from latentds.errors import InputError
@@ -114,7 +113,7 @@ def test_every_folder_has_its_own_rule(tmp_path):
 def test_tables_and_patterns_are_for_the_folders_they_know(tmp_path):
     folders = save_mixed(tmp_path)
     (tmp_path / "t.csv").write_text("name,slide\nc1_x,s1\nc2_x,s1\nc1_y,s2\n")
-    table = read_table(tmp_path / "t.csv")
+    table = read_slides(tmp_path / "t.csv")
     options = SlideOptions(r"^(?P<slide>\d)\.png", (table,))
     found, rules = find_slides(folders, options)
     assert [f.slide for f in found[2:]] == ["s1", "s1", "s2", "1"]
@@ -123,7 +122,7 @@ def test_tables_and_patterns_are_for_the_folders_they_know(tmp_path):
         find_slides(folders[:1], SlideOptions(tables=(table,)))
     (tmp_path / "part.csv").write_text("name,slide\nc1_x,s1\n")
     with pytest.raises(InputError, match="lists 1 of 3 pictures"):
-        find_slides(folders, SlideOptions(tables=(read_table(tmp_path / "part.csv"),)))
+        find_slides(folders, SlideOptions(tables=(read_slides(tmp_path / "part.csv"),)))
 
 
 @pytest.mark.parametrize(
@@ -132,7 +131,7 @@ def test_tables_and_patterns_are_for_the_folders_they_know(tmp_path):
 def test_tables_that_tell_no_slides_are_refused(tmp_path, text):
     (tmp_path / "t.csv").write_text(text)
     with pytest.raises(InputError, match=r"t\.csv"):
-        read_table(tmp_path / "t.csv")
+        read_slides(tmp_path / "t.csv")
 
 
 def test_folders_of_one_name_are_told_apart(tmp_path):

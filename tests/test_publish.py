@@ -237,7 +237,7 @@ def test_a_token_without_rights_there_is_told_so(shared_dataset, hub):
     with pytest.raises(InputError, match=r"no right to .*rights to write to other/name"):
         publish(shared_dataset, other)
     hub.make("other/name")
-    with pytest.raises(InputError, match="cannot set_upload, the token has no right"):
+    with pytest.raises(InputError, match="cannot upload, the token has no right"):
         publish(shared_dataset, other)
     assert hub.requests["put"] == 0
 
@@ -248,7 +248,7 @@ def test_a_refusal_in_the_middle_is_one_line(shared_dataset, hub, capsys, kind):
     with pytest.raises(SystemExit, match="1"):
         cli.main(["publish", str(shared_dataset), NAME, "--license", "cc0-1.0"])
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("latentds: org/name: cannot set_upload, the token has no right")
+    assert last.startswith("latentds: org/name: cannot upload, the token has no right")
 
 
 @pytest.mark.parametrize("fault", ["drop", "503"])

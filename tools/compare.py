@@ -58,7 +58,7 @@ def run(config: Config) -> None:
     from latentds_tools.comparison.paper_columns import check_columns
     from latentds_tools.comparison.run_pairing import Bootstrap
     from latentds_tools.comparison.run_reading import make_families, read_runs
-    from latentds_tools.reports.delivery import check_free, deliver
+    from latentds_tools.reports.commands import check_free, deliver
     from latentds_tools.reports.plots import check_matplotlib
 
     if config.out is not None:

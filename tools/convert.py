@@ -13,8 +13,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from latentds_tools.reports.commands import show
+
 from latentds.conversion.convert_config import ConvertConfig
-from latentds.core.display import say, visible
+from latentds.core.display import visible
 from latentds.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -43,7 +45,7 @@ def run(config: Config) -> None:
     # default.
     Image.MAX_IMAGE_PIXELS = None
     summary = estimate(config) if config.dry_run else convert_to(config)
-    say(json.dumps(summary, indent=1) if config.json else as_text(visible(summary)))
+    show(summary, config.json, lambda found: as_text(visible(found)))
 
 
 def convert_to(config: Config) -> dict[str, Any]:

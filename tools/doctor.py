@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from latentds.core.display import say
+from latentds_tools.reports.commands import show
 
 if TYPE_CHECKING:
     from latentds_tools.health.finding import Finding
@@ -47,11 +46,8 @@ def run(config: Config) -> int:
     """Look, print; the exit code."""
     findings = list(examine(config))
     broken = any(finding.breaks_base for finding in findings)
-    if config.json:
-        rows = [dataclasses.asdict(finding) for finding in findings]
-        say(json.dumps({"works": not broken, "findings": rows}, indent=1))
-    else:
-        say(as_text(findings))
+    rows = [dataclasses.asdict(finding) for finding in findings]
+    show({"works": not broken, "findings": rows}, config.json, lambda _: as_text(findings))
     return int(broken)
 
 

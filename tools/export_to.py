@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-
-from latentds.core.display import say
+from latentds_tools.reports.commands import show
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,4 +56,4 @@ def run(config: Config) -> None:
         count = exporting.export_wids(*where, overwrite=config.overwrite)
     unit = "packs" if config.to == "wids" else "patches"
     summary = {"out": str(config.out), unit: count}
-    say(json.dumps(summary, indent=1) if config.json else f"{config.out}: {count:,} {unit}")
+    show(summary, config.json, lambda _: f"{config.out}: {count:,} {unit}")

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-
-from latentds.core.display import say
+from latentds_tools.reports.commands import show
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,4 +64,4 @@ def run(config: Config) -> None:
     )
     summary = {"out": str(config.out), **counts}
     text = f"{config.out}: {counts['written']:,} pictures written, {counts['found']:,} were there"
-    say(json.dumps(summary, indent=1) if config.json else text)
+    show(summary, config.json, lambda _: text)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
+from latentds_tools.reports.commands import show
 
-from latentds.core.display import say
 from latentds.evaluation.patchsets.patch_set_config import PatchInput, recorded_settings
 
 if TYPE_CHECKING:
@@ -82,7 +81,7 @@ def run(config: Config) -> int:
             left = read_left_out(config.out)  # by any rank
             told = [{"slide": slide, "reason": reason} for slide, reason in left.items()]
             shown = summary | {"left_out": told}
-            say(json.dumps(shown, indent=1) if config.json else as_text(shown), flush=True)
+            show(shown, config.json, as_text)
     return LEFT_OUT if summary["left_out"] else 0
 
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
-
-from latentds.core.display import say
+from latentds_tools.reports.commands import show
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,10 +29,17 @@ class Config:
 
 def run(config: Config) -> None:
     """Fetch, and say what lies where."""
+    from tqdm import tqdm
+
     from latentds.hub.fetching import fetch
 
-    with progress_bar() as show:
-        result = fetch(config.repository, config.out, show)
+    with tqdm(unit="B", unit_scale=True, disable=None, file=sys.stderr) as bar:
+
+        def advance(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        result = fetch(config.repository, config.out, advance)
     summary = {
         "folder": str(result.folder),
         "commit": result.commit,
@@ -45,30 +50,9 @@ def run(config: Config) -> None:
         "new_files": result.new,
         "new_bytes": result.bytes,
     }
-    if config.json:
-        say(json.dumps(summary, indent=1))
-        return
-    say(
+    text = (
         f"{result.folder}: {result.manifest.patches:,} patches at commit {result.commit}; "
         f"{result.new} of {result.files} files fetched ({result.bytes:,} bytes), all checksums "
         "right"
     )
-
-
-def progress_bar() -> Any:
-    """A context that gives a function of (bytes done, bytes of all), shown on a terminal."""
-    import contextlib
-
-    from tqdm import tqdm
-
-    @contextlib.contextmanager
-    def bar() -> Any:
-        with tqdm(unit="B", unit_scale=True, disable=None, file=sys.stderr) as shown:
-
-            def show(done: int, total: int) -> None:
-                shown.total = total
-                shown.update(done - shown.n)
-
-            yield show
-
-    return bar()
+    show(summary, config.json, lambda _: text)

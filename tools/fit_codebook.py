@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
+from latentds_tools.reports.commands import check_free, show
 
-from latentds.core.display import say
 from latentds.quantizers.scalar_kinds import KindName
 
 
@@ -73,8 +72,6 @@ class Config:
 
 def run(config: Config) -> None:
     """Fit, save, report."""
-    from latentds_tools.reports.delivery import check_free
-
     from latentds.quantizers.codebook_files import save_codebook
 
     check_free([config.out], config.overwrite)
@@ -85,8 +82,7 @@ def run(config: Config) -> None:
         "codebook_id": stored.codebook.codebook_id,
         **stored.made,
     }
-    text = "\n".join(f"{name:<16} {value}" for name, value in report.items())
-    say(json.dumps(report, indent=1) if config.json else text)
+    show(report, config.json)
 
 
 def fit(config: Config) -> Any:

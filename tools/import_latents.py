@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
+from latentds_tools.reports.commands import check_ranges, show
 
-from latentds.core.display import say
 from latentds.quantizers.scalar_kinds import KindName
 
 
@@ -91,8 +90,7 @@ def run(config: Config) -> None:
         "shards": len(manifest.shards),
         **{name: manifest.made[name] for name in ("imported", "codebook", "quantization")},
     }
-    text = "\n".join(f"{name:<16} {value}" for name, value in summary.items())
-    say(json.dumps(summary, indent=1) if config.json else text)
+    show(summary, config.json)
 
 
 def options(config: Config) -> Any:
@@ -100,7 +98,11 @@ def options(config: Config) -> Any:
     from latentds.edit.contract import ImportOptions
     from latentds.edit.layouts import ListingOptions
 
-    check(config)
+    check_ranges(
+        config, levels=(2, 256), fit_patches=(1, 10**7), patch_size=(8, 8192),
+        pack_size=(1, 65536), shard_mb=(1, 65536), tile_step=(1, 65536), seed=(0, 2**31),
+        mpp=(0.01, 100), scale=(-1e6, 1e6), shift=(-1e6, 1e6),
+    )  # fmt: skip
     of_listing = ("layout", "labels", "split_folders", "name_pattern", "tile_step", "mpp")
     listing = ListingOptions(**{name: getattr(config, name) for name in of_listing})
     same = ("scale", "shift", "codebook", "quantizer", "levels", "fit_patches", "shape", "order")
@@ -112,18 +114,3 @@ def options(config: Config) -> Any:
         seed=config.seed,
         **{name: getattr(config, name) for name in same},
     )
-
-
-def check(config: Config) -> None:
-    """Refuse numbers out of range."""
-    from latentds.errors import InputError
-
-    limits = {
-        "levels": (2, 256), "fit_patches": (1, 10**7), "patch_size": (8, 8192),
-        "pack_size": (1, 65536), "shard_mb": (1, 65536), "tile_step": (1, 65536),
-        "seed": (0, 2**31), "mpp": (0.01, 100), "scale": (-1e6, 1e6), "shift": (-1e6, 1e6),
-    }  # fmt: skip
-    for name, (low, high) in limits.items():
-        value = getattr(config, name)
-        if value is not None and not low <= value <= high:
-            raise InputError(f"--{name.replace('_', '-')} {value} is not between {low} and {high}")

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+from latentds_tools.reports.commands import show
 
-from latentds.core.display import say, visible
+from latentds.core.display import visible
 
 FITTED = ("values", "seed", "snr_db", "dead_levels", "saturated_share")  # of a fitted codebook
 
@@ -39,8 +39,7 @@ class Config:
 
 def run(config: Config) -> None:
     """Print what the manifest says."""
-    summary = summarize(config)
-    say(json.dumps(summary, indent=1) if config.json else as_text(visible(summary)))
+    show(summarize(config), config.json, lambda summary: as_text(visible(summary)))
 
 
 def summarize(config: Config) -> dict[str, Any]:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Annotated
 
 import tyro
-
-from latentds.core.display import say
+from latentds_tools.reports.commands import show
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,5 +41,4 @@ def run(config: Config) -> None:
         "codebooks": len(manifest.codebooks),
         "slides": len(manifest.slides),
     }
-    text = "\n".join(f"{name:<16} {value}" for name, value in summary.items())
-    say(json.dumps(summary, indent=1) if config.json else text)
+    show(summary, config.json)

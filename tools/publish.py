@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+from latentds_tools.reports.commands import show, tell
 
 from latentds.core.display import say
 from latentds.errors import InputError
+from latentds.hub.model_options import PublishOptions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,12 +67,33 @@ def run(config: Config) -> None:
         pull_request=config.pr,
         overwrite=config.overwrite,
         dry_run=config.dry_run,
-        tell=lambda line: say(f"{line} ...", file=sys.stderr),
+        tell=tell,
     )
+    say_published(result, config.json, as_text)
+
+
+def publish_model_folder(
+    send: Callable[..., Any], config: PublishOptions, folder: Path, repository: str
+) -> None:
+    """Publish a decoder or a backbone by its own function, and say what was done."""
+    from latentds.hub.model_files import publication_of, summary_text
+
+    result = send(
+        folder,
+        publication_of(repository, config),
+        private=config.private,
+        overwrite=config.overwrite,
+        dry_run=config.dry_run,
+        tell=tell,
+    )
+    say_published(result, config.json, summary_text)
+
+
+def say_published(result: Any, as_json: bool, text: Callable[[Any], str]) -> None:
+    """Warnings to stderr, then what lies on the Hub now."""
     for warning in result.warnings:
         say(f"warning: {warning}", file=sys.stderr)
-    summary = result.summary()
-    say(json.dumps(summary, indent=1) if config.json else as_text(summary))
+    show(result.summary(), as_json, text)
 
 
 def publication(config: Config) -> Any:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import tyro
+from latentds_tools.publish import publish_model_folder
 
-from latentds.core.display import say
 from latentds.hub.model_options import PublishOptions
 
 
@@ -31,17 +29,5 @@ class Config(PublishOptions):
 def run(config: Config) -> None:
     """Publish, and say what was done."""
     from latentds.hub.decoder_upload import publish_decoder
-    from latentds.hub.model_files import publication_of, summary_text
 
-    result = publish_decoder(
-        config.folder,
-        publication_of(config.repository, config),
-        private=config.private,
-        overwrite=config.overwrite,
-        dry_run=config.dry_run,
-        tell=lambda line: say(f"{line} ...", file=sys.stderr),
-    )
-    for warning in result.warnings:
-        say(f"warning: {warning}", file=sys.stderr)
-    summary = result.summary()
-    say(json.dumps(summary, indent=1) if config.json else summary_text(summary))
+    publish_model_folder(publish_decoder, config, config.folder, config.repository)

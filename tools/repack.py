@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
+from latentds_tools.reports.commands import check_ranges, show
 
 from latentds.core.display import say
 
@@ -57,11 +57,12 @@ class Config:
 def run(config: Config) -> None:
     """Repack, and say what was made."""
     from latentds.edit.repacking import repack
+    from latentds.store.golden import read_golden_table
     from latentds.store.manifest import read_manifest
 
     before = read_manifest(config.folder).patches
     manifest = repack(config.folder, config.out, options(config), config.overwrite)
-    kept = golden_count(config.out)
+    kept = len(read_golden_table(config.out))
     if not kept:
         say("no golden patch is left: 'latentds verify' cannot check a decoder", file=sys.stderr)
     summary = {
@@ -77,23 +78,17 @@ def run(config: Config) -> None:
     if config.encoding or config.codebook:
         summary |= manifest.made["repacked"][-1]["recoded"]
         summary["codebook"] = manifest.made["codebook"]
-    text = "\n".join(f"{name:<16} {value}" for name, value in summary.items())
-    say(json.dumps(summary, indent=1) if config.json else text)
+    show(summary, config.json)
 
 
 def options(config: Config) -> Any:
     """What is to be different, lists read."""
     from latentds.edit.repacking import Repacking
     from latentds.edit.slide_lists import read_slide_list, read_splits
-    from latentds.errors import InputError
 
-    limits = {"pack_size": (1, 65536), "shard_mb": (1, 65536), "seed": (0, 2**31)}
-    limits |= {"bytes": (16, 1 << 20)}
-    for name, (low, high) in limits.items():
-        value = getattr(config, name)
-        if value is not None and not low <= value <= high:
-            flag = name.replace("_", "-")
-            raise InputError(f"--{flag} {getattr(config, name)} is not between {low} and {high}")
+    check_ranges(
+        config, pack_size=(1, 65536), shard_mb=(1, 65536), seed=(0, 2**31), bytes=(16, 1 << 20)
+    )
     split_by: Literal["slide", "patient"] = "slide"
     splits: dict[str, str] | None = None
     if config.splits:
@@ -127,10 +122,3 @@ def recoding(config: Config) -> Any:
         codebook=config.codebook,
         autoencoder=config.autoencoder,
     )
-
-
-def golden_count(folder: Path) -> int:
-    """Golden patches of a data set."""
-    from latentds.store.golden import read_golden_table
-
-    return len(read_golden_table(folder))

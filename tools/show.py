@@ -32,7 +32,7 @@ class Config:
 
 def run(config: Config) -> None:
     """Decode and write the page."""
-    from latentds_tools.reports.delivery import check_free
+    from latentds_tools.reports.commands import check_free
 
     from latentds.core.storage import write_atomically
     from latentds.errors import InputError

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Annotated
 
 import tyro
-
-from latentds.core.display import say
+from latentds_tools.reports.commands import show
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,7 +44,4 @@ def run(config: Config) -> None:
         "shards": len(manifest.shards),
         "dataset_id": manifest.dataset_id,
     }
-    if config.json:
-        say(json.dumps(summary, indent=1))
-    else:
-        say("\n".join(f"{name:<12} {value}" for name, value in summary.items()))
+    show(summary, config.json)

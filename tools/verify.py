@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
+from latentds_tools.reports.commands import show
 
 from latentds.core.display import say, visible
+
+if TYPE_CHECKING:
+    from latentds.store.verification import Verification
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,24 +35,27 @@ class Config:
 
 def run(config: Config) -> int:
     """Print every problem found; returns 1 where there is one."""
-    from latentds.store.verification import NOT_DECODED, verify
+    from latentds.store.verification import verify
 
     def tell(level: str) -> None:
         if not config.json and sys.stderr.isatty():
             say(f"checking {level} ...", file=sys.stderr)
 
     result = verify(config.folder, config.level, config.autoencoder, tell)
-    if config.json:
-        say(json.dumps(dataclasses.asdict(result) | {"is_good": result.is_good}, indent=1))
-    else:
-        for level in result.levels:
-            lines = [line for where, line in result.problems if where == level]
-            word = f"{len(lines)} problem(s)" if lines else "ok"
-            if level == "golden" and not lines and any(NOT_DECODED in n for n in result.notes):
-                word = "codes ok, not decoded"
-            say(f"{level:<9} {word}")
-            for line in lines:
-                say(f"  {visible(line)}")
-        for note in result.notes:
-            say(f"note: {visible(note)}")
+    values = dataclasses.asdict(result) | {"is_good": result.is_good}
+    show(values, config.json, lambda _: as_text(result))
     return 0 if result.is_good else 1
+
+
+def as_text(result: Verification) -> str:
+    """A level a line, problems below theirs, notes at the end."""
+    from latentds.store.verification import NOT_DECODED
+
+    lines = []
+    for level in result.levels:
+        found = [f"  {visible(line)}" for where, line in result.problems if where == level]
+        word = f"{len(found)} problem(s)" if found else "ok"
+        if level == "golden" and not found and any(NOT_DECODED in n for n in result.notes):
+            word = "codes ok, not decoded"
+        lines += [f"{level:<9} {word}", *found]
+    return "\n".join(lines + [f"note: {visible(note)}" for note in result.notes])

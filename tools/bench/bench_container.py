@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from latentds_tools.bench.harness import report_text
-from latentds_tools.reports.delivery import show
+from latentds_tools.reports.commands import show
 
 SHAPES = {
     256: (4, 8, 8),

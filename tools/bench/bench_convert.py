@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import tyro
 from latentds_tools.bench.harness import medians
-from latentds_tools.reports.delivery import show
+from latentds_tools.reports.commands import show
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

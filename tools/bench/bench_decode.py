@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from latentds_tools.bench import harness
-from latentds_tools.reports.delivery import show
+from latentds_tools.reports.commands import show
 from latentds_tools.reports.markdown import number
 
 DEFAULT_DECODERS = "taesd,sd15,dcae-f32,tiny,turbo-s,turbo-m,turbo-f32"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from latentds_tools.bench import harness
 from latentds_tools.bench.harness import Way
-from latentds_tools.reports.delivery import show
+from latentds_tools.reports.commands import show
 
 if TYPE_CHECKING:
     import torch

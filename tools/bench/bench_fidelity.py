@@ -18,7 +18,7 @@ def run(config: Config) -> None:
     """Measure, write, print."""
     from latentds_tools.fidelity.comparing import compare
     from latentds_tools.fidelity.fidelity_page import write_page
-    from latentds_tools.reports.delivery import check_free, deliver
+    from latentds_tools.reports.commands import check_free, deliver
     from latentds_tools.reports.plots import check_matplotlib
 
     from latentds.core.storage import exclusive_lock

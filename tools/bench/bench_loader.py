@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import tyro
 from latentds_tools.bench.harness import extent, machine, medians, report_text
-from latentds_tools.reports.delivery import show
+from latentds_tools.reports.commands import show
 
 from latentds.errors import InputError, unknown_name
 
@@ -167,6 +167,7 @@ def describe_one(
     """What one process is told."""
     size = config.pixel_batch_size if decode == "pixels" else config.batch_size
     count = len(patches)
+    stored = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return {
         "peer": peer,
         "module": PEERS[peer][1],
@@ -176,7 +177,7 @@ def describe_one(
         "batch_size": size,
         "epoch_patches": count - count % size,
         "stored_patches": count,
-        "stored_bytes_per_patch": bytes_below(folder) / count,
+        "stored_bytes_per_patch": stored / count,
         "ceiling_rounds": 3 if (peer, decode) == ("latentds", "pixels") else 0,
     }
 
@@ -226,11 +227,6 @@ def write_format(config: Config, peer: str, patches: Any, folder: Path, own: Pat
         peer_formats.write_parquet(patches, folder, pack)
     else:
         peer_formats.write_mds(patches, folder, pack, str(config.peer_python), SCRIPT)
-
-
-def bytes_below(folder: Path) -> int:
-    """Size of all files of a folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def measure_one(config: Config, spec: dict[str, Any]) -> dict[str, Any]:

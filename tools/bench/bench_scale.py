@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from latentds_tools.bench.harness import medians
-from latentds_tools.reports.delivery import show
+from latentds_tools.reports.commands import show
 from latentds_tools.reports.markdown import table
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import tyro
 from latentds_tools.bench.harness import report_text
-from latentds_tools.reports.delivery import show
+from latentds_tools.reports.commands import show
 from latentds_tools.reports.markdown import table
 
 from latentds.loading.options import Order

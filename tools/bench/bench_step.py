@@ -11,7 +11,7 @@ from typing import Any
 from latentds_tools.bench import harness
 from latentds_tools.bench.harness import Way
 from latentds_tools.bench.step_config import LEAD, Config, with_defaults
-from latentds_tools.reports.delivery import show
+from latentds_tools.reports.commands import show
 
 STEP, VIEWS_TOO, LOADER = "cached views", "cached images, views made", "loader, views made"
 READ, DECODE, VIEWS = "reading codes", "decoding", "making views"

@@ -15,6 +15,7 @@ from latentds_tools.fidelity.codebook_fitting import ON_TESTED, FitSample
 from latentds_tools.fidelity.fidelity_crops import FidelityCrops
 from latentds_tools.fidelity.measuring import Measured
 from latentds_tools.fidelity.paper_rows import find_paper_row
+from latentds_tools.fidelity.picture_slides import RULES
 
 from latentds.autoencoders.autoencoder import latent_cells
 from latentds.codecs import FORMATS, CodecSpec, LatentSpec, PictureSpec
@@ -134,7 +135,8 @@ def notes(
     found += [
         f"{folder}: each picture is taken for a slide of its own, so that intervals are over "
         "pictures, too narrow where several are of one slide"
-        for folder in crops.by_picture()
+        for folder, rule in crops.slide_rules.items()
+        if rule == RULES["picture"]
     ]
     if any((row.get("codebook") or {}).get("origin") == ON_TESTED for row in rows):
         found.append(

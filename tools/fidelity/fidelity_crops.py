@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from latentds_tools.fidelity.slide_intervals import NAMING, RULES, Found, SlideOptions, find_slides
+from latentds_tools.fidelity.picture_slides import NAMING, Found, SlideOptions, find_slides
 
 from latentds.codecs import PictureSpec, make_picture_codec
 from latentds.errors import InputError
@@ -82,10 +82,6 @@ class FidelityCrops:
         if len(set(rules.values())) == 1:
             return next(iter(rules.values()))
         return "; ".join(f"{folder}: {rule}" for folder, rule in rules.items())
-
-    def by_picture(self) -> list[str]:
-        """Folders whose pictures are slides of their own."""
-        return [name for name, rule in self.slide_rules.items() if rule == RULES["picture"]]
 
     def known_slides(self) -> set[str]:
         """Slides that mean the same in another folder; of TCGA slides their patients."""

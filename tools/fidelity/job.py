@@ -23,9 +23,8 @@ from latentds_tools.fidelity.jpeg_tables import NAME as FITTED
 from latentds_tools.fidelity.jpeg_tables import FittedTables
 from latentds_tools.fidelity.nuclei import NAME as NUCLEI
 from latentds_tools.fidelity.nuclei import NucleiFinder
+from latentds_tools.fidelity.picture_slides import SlideOptions, read_slides
 from latentds_tools.fidelity.probing import PatchProbe
-from latentds_tools.fidelity.slide_columns import read_table
-from latentds_tools.fidelity.slide_intervals import SlideOptions
 
 from latentds.codecs import (
     CodecSpec,
@@ -162,7 +161,7 @@ def probe_of(config: Config, crops: FidelityCrops, embedders: dict[str, Any]) ->
 
 def crops_of(config: Config, folders: Sequence[Path], most: int) -> FidelityCrops:
     """Crops of folders, as the options say."""
-    tables = tuple(read_table(path) for path in config.slides_table)
+    tables = tuple(read_slides(path) for path in config.slides_table)
     is_tested = folders == config.source
     return read_crops(
         folders, crop_px=config.crop_px, per_picture=config.crops, most=most, seed=config.seed,

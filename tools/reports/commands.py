@@ -1,14 +1,23 @@
-"""Where results go: files that no run replaces unasked, and the terminal."""
+"""What commands share: ranges of options, files not replaced unasked, results shown and written."""
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from latentds.core.display import say
 from latentds.errors import InputError
+
+
+def check_ranges(config: object, **limits: tuple[float, float]) -> None:
+    """InputError where an option that is given lies outside its limits."""
+    for name, (low, high) in limits.items():
+        value = getattr(config, name)
+        if value is not None and not low <= value <= high:
+            raise InputError(f"--{name.replace('_', '-')} {value} is not between {low} and {high}")
 
 
 def check_free(paths: Iterable[Path], overwrite: bool) -> None:
@@ -18,17 +27,20 @@ def check_free(paths: Iterable[Path], overwrite: bool) -> None:
         raise InputError(f"{there[0]}: is there; pass --overwrite to replace it")
 
 
+def tell(line: str) -> None:
+    """Say on stderr what is being done."""
+    say(f"{line} ...", file=sys.stderr)
+
+
 def show(values: Any, as_json: bool, text: Callable[[Any], str] | None = None) -> None:
     """Print what came out: as JSON, as `text` puts it, or a name and a value a line."""
     if as_json:
-        say(json.dumps(values, indent=1))
+        shown = json.dumps(values, indent=1)
+    elif text is not None:
+        shown = text(values)
     else:
-        say(text(values) if text else name_lines(values))
-
-
-def name_lines(values: Mapping[str, Any]) -> str:
-    """A name and a value a line."""
-    return "\n".join(f"{name:<16} {value}" for name, value in values.items())
+        shown = "\n".join(f"{name:<16} {value}" for name, value in values.items())
+    say(shown, flush=True)
 
 
 def deliver(

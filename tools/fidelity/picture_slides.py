@@ -10,8 +10,6 @@ import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
-from latentds_tools.fidelity.slide_columns import SlideColumns, own_table
-
 from latentds.errors import InputError
 
 RULES = {
@@ -23,6 +21,32 @@ RULES = {
     "picture": "each picture is taken for a slide of its own",
 }
 NAMING = ("pattern", "table", "tcga", "patient")  # rules whose slides mean the same everywhere
+OWN = "labels.csv"  # in a folder of pictures
+PICTURES = ("path", "name", "file", "filename")
+SLIDES = ("slide", "tma_core", "patient")  # the first that is there
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SlideColumns:
+    """Slides by picture.
+
+    name    of the file
+    column  that its slides are from
+    slides  slide by a path's end (class/1.png) or by a name without its suffix
+    """
+
+    name: str
+    column: str
+    slides: dict[str, str]
+
+    def slide_of(self, path: Path) -> str | None:
+        """The slide of a picture: of the line with the longest end of its path, None for none."""
+        parts = path.absolute().parts[1:]
+        ends = ("/".join(parts[start:]) for start in range(len(parts)))
+        for end in (*ends, path.stem):
+            if end in self.slides:
+                return self.slides[end]
+        return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,3 +215,32 @@ def check_used(
     for table in tables:
         if table not in used:
             raise InputError(f"{table.name}: lists none of the pictures")
+
+
+def read_slides(path: Path) -> SlideColumns:
+    """A table; InputError where it has not the columns, or says two things of one picture."""
+    from latentds.sources.csv_tables import read_table
+
+    table = read_table(path)
+    picture = table.need_column(PICTURES, "pictures")
+    slide = table.need_column(SLIDES, "slides")
+    slides: dict[str, str] = {}
+    cells = zip(table.lines, table.values(picture), table.values(slide), strict=True)
+    for line, name, own in cells:
+        key = name.replace("\\", "/").removeprefix("./").lstrip("/")
+        if not key or not own:
+            raise InputError(f"{path}: line {line} lacks a picture or a slide")
+        if slides.setdefault(key, own) != own:
+            raise InputError(f"{path}: two slides for {key}")
+    return SlideColumns(path.name, slide, slides)
+
+
+def own_table(folder: Path) -> SlideColumns | None:
+    """The labels.csv of a folder, None where there is none or it says nothing of slides."""
+    path = folder / OWN
+    if not path.is_file():
+        return None
+    try:
+        return read_slides(path)
+    except InputError:
+        return None  # labels of something else

@@ -158,7 +158,6 @@ def test_imports_go_down_the_floors():
     assert sorted(above) == []
 
 
-@pytest.mark.xfail(strict=True, reason="falls in the next commits")
 def test_no_module_imports_itself_through_others():
     assert circles() == []
 

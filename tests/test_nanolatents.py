@@ -61,7 +61,8 @@ def test_batches_are_those_of_the_library(opened, epoch, ranks):
         loader = LatentLoader(folder, shuffle=True, seed=5, order=order)
         loader.set_epoch(epoch)
         found = ours.batches(decoder, size=9, seed=5, epoch=epoch, rank=rank, ranks=ranks)
-        for theirs, (images, labels, rows) in zip(loader, found, strict=True):
+        counted = (batch for batch in loader if batch.valid.any())  # not of padding alone
+        for theirs, (images, labels, rows) in zip(counted, found, strict=True):
             valid = theirs.valid
             assert rows.tolist() == theirs.rows[valid].tolist()
             assert labels.tolist() == theirs.labels[valid].tolist()

@@ -47,8 +47,12 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
 
 @pytest.fixture(scope="module")
 def wholes(sets) -> dict[str, list]:
-    """An epoch of each of them, that nothing stopped."""
-    return {kind: global_batches(*sets[kind], 1, 0, 0, 1000) for kind in sets}
+    """Epochs 0 and 3 of each of them, that nothing stopped."""
+    return {
+        (kind, epoch): global_batches(*sets[kind], 1, 0, 0, 1000, epoch)
+        for kind in sets
+        for epoch in (0, 3)
+    }
 
 
 KINDS = ["packs of 7", "packs of 16", "one pack", "selection", "balanced", "lanes", "mixture"]
@@ -96,7 +100,7 @@ def entries(batch):
 @pytest.mark.parametrize(("ranks", "workers"), TOPOLOGIES)
 def test_any_topology_goes_on_from_any_stop(sets, wholes, kind, ranks, workers):
     folder, options = sets[kind]
-    whole, datasets = wholes[kind], opened(folder, options, ranks)
+    whole, datasets = wholes[kind, 0], opened(folder, options, ranks)
     last = len(whole)
     for stop in sorted({0, 1, last // 2, last - 1, last}):
         assert batches_from(datasets, workers, stop, 1000, 0) == whole[stop:]
@@ -105,11 +109,11 @@ def test_any_topology_goes_on_from_any_stop(sets, wholes, kind, ranks, workers):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 6, 8, 12, 16, 24, 48])
-def test_every_divisor_goes_on_from_every_stop(sets, kind, ranks):
+def test_every_divisor_goes_on_from_every_stop(sets, wholes, kind, ranks):
     folder, options = sets[kind]
     datasets = opened(folder, options, ranks)
     for epoch in (0, 3):
-        whole = global_batches(folder, options, 1, 0, 0, 1000, epoch)
+        whole = wholes[kind, epoch]
         for stop in range(len(whole) + 1):
             found = batches_from(datasets, 0, stop, 3, epoch)
             assert found == whole[stop : stop + 3]

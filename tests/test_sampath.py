@@ -170,7 +170,7 @@ def test_sam_path_trains_and_saves_its_head_only(sam_run):
 
 
 def test_training_moves_the_head_and_leaves_the_encoders(nuclei, sam_run):
-    from latentds_trainers.sampath.segmentation_networks import build_network
+    from latentds_trainers.sampath.segmentation_fold import build_network
 
     config = config_of(nuclei, sam_run, **({"model": "sampath"} | SAM))
     network = build_network(config, 3, config.seed)

@@ -53,7 +53,7 @@ def tiles(tmp_path_factory):
 def settings(tiles, out, **options):
     small = {"steps": 2, "batch_size": 2, "crop_px": 32, "save_every": 1, "log_every": 1}
     small |= {"encoder_widths": (16, 24), "init": "cold", "channels": 8, "sample_every": None}
-    return TrainCodecConfig(tiles=tiles, out=out, **(small | options))
+    return TrainCodecConfig(tiles=tiles, out=out, **(small | options)).settings
 
 
 @pytest.mark.parametrize("step", [0.7, 1.0, 2.8])
@@ -114,7 +114,7 @@ def test_the_step_for_a_size_makes_patches_of_it():
 
 
 def test_fewer_bytes_weigh_the_rate_more(tiles, tmp_path):
-    weights = [settings(tiles, tmp_path, bytes=size).settings.rate_weight for size in (4096, 2048)]
+    weights = [settings(tiles, tmp_path, bytes=size).rate_weight for size in (4096, 2048)]
     assert weights == pytest.approx([2.2e-3, 8.8e-3])
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -25,11 +24,6 @@ class Part:
 
     def __len__(self) -> int:
         return len(self.slides)
-
-
-def part_of(slides: Sequence[str], numbers: np.ndarray, targets: np.ndarray) -> Part:
-    """The bags of a fold's part."""
-    return Part(slides=[slides[number] for number in numbers.tolist()], targets=targets[numbers])
 
 
 def check_parts(fold: int, train: Part, val: Part, test: Part, config: AbmilConfig) -> None:

@@ -8,7 +8,7 @@ import logging
 from typing import Any
 
 import torch.distributed as dist
-from latentds_trainers.abmil.bag_draws import Part, check_parts, part_of
+from latentds_trainers.abmil.bag_draws import Part, check_parts
 from latentds_trainers.abmil.bag_heat_maps import WEIGHTS, draw_heat_maps
 from latentds_trainers.abmil.bag_report import best_is_last, report
 from latentds_trainers.abmil.bag_source import LabelledBags, open_labelled
@@ -87,8 +87,8 @@ class BagTask:
         """Bags to train on, to validate on, to test."""
         slides = self.labelled.slides
         train, val, test = (
-            part_of(slides.slides, numbers, slides.targets)
-            for numbers in (fold.train, fold.val, fold.test)
+            Part(slides=[slides.slides[row] for row in rows.tolist()], targets=slides.targets[rows])
+            for rows in (fold.train, fold.val, fold.test)
         )
         return train, val, test
 

@@ -74,11 +74,6 @@ class RunState:
         return cls(**(values | tuples))
 
 
-def checkpoint_name(step: int) -> str:
-    """Name of the folder."""
-    return f"step-{step:06d}"
-
-
 def complete_checkpoints(out: Path) -> list[Path]:
     """Folders of complete checkpoints, oldest first."""
     found = [path for path in (out / "checkpoints").glob("step-*") if NAME.fullmatch(path.name)]
@@ -145,7 +140,7 @@ def write_checkpoint(
     raises          InputError on every rank where any of them could not write; the checkpoints
                     before this one stay
     """
-    final = out / "checkpoints" / checkpoint_name(state.step)
+    final = out / "checkpoints" / f"step-{state.step:06d}"
     partial = final.with_name(f".{final.name}.partial")
     steps: list[Callable[[], None]] = [
         lambda: prepare_folder(partial, state.networks) if is_first else None,

@@ -94,7 +94,8 @@ class Engine:
         self.noted: dict[str, list[Tensor]] = {}
         self.log: TrainingLog | None = None
         found = self.find_checkpoint(may_change)
-        is_universal = found is not None and self.needs_universal(found[1])
+        is_spread = config.zero_stage != 0  # the optimizer, over the ranks
+        is_universal = is_spread and found is not None and found[1].world_size != self.world_size
         self.wrapped = {
             name: WrappedNetwork(network.to(self.device), optimizer, config, is_universal)
             for name, (network, optimizer) in networks.items()
@@ -105,8 +106,6 @@ class Engine:
     def __getitem__(self, name: str) -> nn.Module:
         """The network, to be called; its loss goes to `update`."""
         return self.wrapped[name].network
-
-    module = __getitem__
 
     def weights(self, name: str) -> dict[str, Tensor]:
         """Copies of a network's weights on the CPU. Collective: every rank has to call it."""
@@ -353,10 +352,6 @@ class Engine:
         self.saved_at = time.monotonic()
         return folder
 
-    def from_first(self, make: Callable[[], Any]) -> Any:
-        """What rank 0 makes, or its error, on every rank. Collective."""
-        return from_first(make)
-
     def find_checkpoint(self, may_change: Collection[str]) -> tuple[Path, RunState] | None:
         """The newest checkpoint, checked to be of this run."""
 
@@ -378,10 +373,6 @@ class Engine:
 
         found: tuple[Path, RunState] | None = from_first(find)
         return found
-
-    def needs_universal(self, found: RunState) -> bool:
-        """Whether the checkpoint's optimizer is spread over another number of ranks."""
-        return self.config.zero_stage != 0 and found.world_size != self.world_size
 
     def restore(self, folder: Path, found: RunState, *, is_universal: bool) -> None:
         """Go on after a checkpoint."""

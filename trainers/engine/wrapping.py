@@ -156,7 +156,8 @@ class WrappedNetwork:
         With bf16, the optimizer's float32 ones of what is trained.
         """
         parameters = list(self.network.parameters())
-        with load_deepspeed().zero.GatheredParameters(parameters, enabled=self.is_spread()):
+        is_spread = self.config.zero_stage == 3  # every rank holds a part of the weights only
+        with load_deepspeed().zero.GatheredParameters(parameters, enabled=is_spread):
             state = self.network.state_dict()
             copies = {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
         if self.config.precision == "bf16":
@@ -174,10 +175,6 @@ class WrappedNetwork:
             for name, tensor in found.items()
             if tensor is not None
         }
-
-    def is_spread(self) -> bool:
-        """Whether every rank holds a part of the weights only."""
-        return self.config.zero_stage == 3
 
     def noting_failures(self, save: Callable[..., None]) -> Callable[..., None]:
         """DeepSpeed's writing of a file, whose failure is noted instead of raised.

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from latentds_trainers.engine.ranks import join_ranks, on_all_ranks
+from latentds_trainers.engine.ranks import from_first, join_ranks, on_all_ranks
 from latentds_trainers.engine.training import Engine
 from latentds_trainers.finetune_decoder.config import FinetuneConfig, readings
 from latentds_trainers.finetune_decoder.decoder_inputs import (
@@ -123,13 +123,11 @@ class DecoderTask:
             return None
         found: dict[str, float] | None = None
         if self.engine.step > 0:
-            found = self.engine.from_first(
-                lambda: json.loads(path.read_text()) if path.exists() else None
-            )
+            found = from_first(lambda: json.loads(path.read_text()) if path.exists() else None)
         else:
             found = self.validate()
             text = json.dumps(found, indent=1).encode()
-            self.engine.from_first(lambda: write_atomically(path, text))
+            from_first(lambda: write_atomically(path, text))
         return found
 
     @torch.no_grad()
@@ -169,7 +167,7 @@ class DecoderTask:
             report = json.dumps({"steps": self.engine.step, **figures, **notes}, indent=1)
             write_atomically(self.config.out / "report.json", report.encode())
 
-        self.engine.from_first(write)
+        from_first(write)
         logger.info("decoder in %s; %s", self.config.out / "decoder", json.dumps(figures))
 
     def save(self, folder: Path, weights: dict[str, Tensor], figures: dict[str, Any]) -> None:

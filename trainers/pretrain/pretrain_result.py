@@ -103,18 +103,13 @@ def result_of(
         "probe_s": totals["aside_s"],
         "waited_s": totals["waited_s"],
         "ranks": engine.world_size,
-        "device": device_name(engine.device),
+        "device": torch.cuda.get_device_name() if engine.device.type == "cuda" else "cpu",
         "last": last_figures(config.out / "log.jsonl"),
         "probe": probed,
         "probed": probe_facts,
         "backbone": FOLDER,
         "versions": package_versions(),
     }
-
-
-def device_name(device: torch.device) -> str:
-    """The GPU's name, or cpu."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def last_figures(path: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ sides.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,9 @@ class Probe:
         assert config.probe is not None
         self.device, self.neighbours, self.has_stem = device, config.probe_neighbours, bool(stem)
         self.where = config.probe
-        settings = probe_input(config, device)
+        settings = PatchInput(
+            data=Path(config.probe), decoder=config.probe_decoder, device=str(device)
+        )
         self.patches: PatchSet
         if stem is None:
             self.patches = open_patches(settings)
@@ -118,7 +120,8 @@ class Probe:
     ) -> np.ndarray:
         """Features float32 (n, D) of rows."""
         found = []
-        for part in self.patches.stream(batched(rows)):
+        batches = (rows[start : start + BATCH] for start in range(0, len(rows), BATCH))
+        for part in self.patches.stream(batches):
             values = part.to(self.device)
             features = backbone(values if self.has_stem else prepare(values.float() / 255))
             if features.ndim != 2 or len(features) != len(part):
@@ -167,13 +170,6 @@ class Probe:
         return {score: float(value) for score in SCORES if (value := values[score]) is not None}
 
 
-def probe_input(config: ProbeConfig, device: torch.device) -> PatchInput:
-    """The set as an evaluation reads it."""
-    return PatchInput(
-        data=Path(str(config.probe)), decoder=config.probe_decoder, device=str(device)
-    )
-
-
 def check_tokens(
     where: str, cells: tuple[int, int], stem: LatentStemConfig, arch: str | None
 ) -> None:
@@ -185,9 +181,3 @@ def check_tokens(
         check_cells(arch, arguments["patch_size"], cells)
     except ShapeError as error:
         raise ShapeError(f"--probe {where}: {error}") from error
-
-
-def batched(rows: np.ndarray) -> Iterator[np.ndarray]:
-    """Rows a batch at a time."""
-    for start in range(0, len(rows), BATCH):
-        yield rows[start : start + BATCH]

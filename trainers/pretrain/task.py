@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from latentds_trainers.engine.ranks import join_ranks, on_all_ranks
+from latentds_trainers.engine.ranks import from_first, join_ranks, on_all_ranks
 from latentds_trainers.engine.training import Engine
 from latentds_trainers.engine.wrapping import gather_with
 from latentds_trainers.pretrain.config import PretrainConfig
@@ -252,7 +252,7 @@ class PretrainTask:
             text = json.dumps(result, indent=1).encode()
             write_atomically(self.config.out / "result.json", text)
 
-        self.engine.from_first(lambda: saved_before(write, self.config.out))
+        from_first(lambda: saved_before(write, self.config.out))
         logger.info("backbone in %s; %s", self.config.out / FOLDER, json.dumps(self.probed))
 
 

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from latentds_trainers.engine.ranks import from_first
 from latentds_trainers.engine.settings import TrainConfig, plain
 from latentds_trainers.engine.training import Engine
 from latentds_trainers.sampath.segmentation_data import CropDraws, LabelledImages
-from latentds_trainers.sampath.segmentation_networks import SegmentationNetwork, build_network
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
@@ -31,6 +31,39 @@ if TYPE_CHECKING:
 NETWORK = "segmentation"
 WEIGHTS = "weights.safetensors"
 TORCH_SEEDS = 2**63  # torch takes seeds below
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SegmentationNetwork:
+    """A model, and its part that goes to the optimizer and into checkpoints.
+
+    model    images float (B, 3, H, W) in [0, 1] to logits (B, K, H, W) and IoU predictions or None
+    trained  all that is trained of it
+    frozen   what the rest was made of, JSON values
+    """
+
+    model: nn.Module
+    trained: nn.Module
+    frozen: dict[str, Any]
+
+
+def build_network(config: SampathConfig, labels: int, seed: int) -> SegmentationNetwork:
+    """The config's network; what is random follows from the seed.
+
+    raises  WeightsError, UnknownNameError, MissingExtraError for encoders that cannot be had
+    """
+    if config.model == "unet":
+        from latentds.models.unet import build_unet
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            unet = build_unet(labels, config.unet_encoder, config.unet_channels)
+        return SegmentationNetwork(model=unet, trained=unet, frozen={})
+    from latentds.models.sampath_network import build_sampath
+
+    model = build_sampath(config.sam, config.pathology_encoder, labels=labels, seed=seed)
+    frozen = dataclasses.asdict(model.facts)
+    return SegmentationNetwork(model=model, trained=model.head, frozen=frozen)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -164,7 +197,7 @@ class SegmentationFold:
         }
         text = {"latentds": json.dumps(facts, allow_nan=False)}
         path = self.train.out / WEIGHTS
-        self.engine.from_first(lambda: write_atomically(path, to_safetensors(weights, text)))
+        from_first(lambda: write_atomically(path, to_safetensors(weights, text)))
 
 
 def share_statistics(model: nn.Module) -> None:

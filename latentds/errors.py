@@ -6,7 +6,8 @@
     |   `-- DamagedPackError     one pack is not what was recorded; `max_bad` can replace it
     |-- ContractError            a decoder, codebook or data set that does not belong to the others
     |-- InputError               the user's images, labels or folders cannot be converted as they
-    |                            are
+    |   |                        are
+    |   `-- UnusableError        one picture that cannot; its `reason` is of a closed list
     |-- ShapeError               an array's shape does not fit (also a ValueError)
     |-- UnknownNameError         no autoencoder, split or column of that name (also a KeyError)
     |-- MissingExtraError        an optional dependency is not installed (also an ImportError)
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Literal, get_args
 
 
 class LatentdsError(Exception):
@@ -52,6 +54,32 @@ class ContractError(LatentdsError):
 
 class InputError(LatentdsError):
     """Images, labels or folders that cannot be converted as they are."""
+
+
+# Why one picture or patch is left out; what else its error says is free text.
+Reason = Literal[
+    "unreadable",  # bytes that cannot be opened or decoded
+    "truncated",  # a file that ends too early
+    "missing",  # no file, or no bytes in its row
+    "too_small",
+    "too_large",
+    "unsupported",  # more than 8 bits, several pages, transparent: no one way to RGB
+    "mask",  # its mask is missing, or not of its size
+    "record",  # what is said of it beside it cannot be used
+    "coordinates",  # they cannot be read, or are of another slide
+    "resolution",  # not known, or coarser than asked for
+    "changed",  # other than when it was listed
+    "other",
+]
+REASONS: tuple[str, ...] = get_args(Reason)
+
+
+class UnusableError(InputError):
+    """One picture or patch that cannot be converted; its words do not name it."""
+
+    def __init__(self, message: str, reason: Reason = "unreadable") -> None:
+        super().__init__(message)
+        self.reason: Reason = reason
 
 
 class ShapeError(LatentdsError, ValueError):

@@ -111,6 +111,7 @@ def test_the_end_is_told_as_a_table_or_as_the_record(job, copy, capsys, is_json)
         assert "mean ± sd" in told
 
 
+@pytest.mark.slow
 def test_bfloat16_learns_too(job, whole, tmp_path):
     out = run(job, tmp_path / "run", precision="autocast")
     assert read_record(out).summary["auc"][0] > 0.8

@@ -137,7 +137,7 @@ def test_latents_and_pixels_are_tested_on_the_same_folds(latents, trained, tmp_p
 
 
 def test_a_run_of_latents_does_not_go_on_with_pixels(latents, trained):
-    with pytest.raises(ContractError, match="input 'latents', this one has 'images'"):
+    with pytest.raises(ContractError, match="input 'latents', this one 'images'"):
         classify(latents, trained, input="images", **TRAINED)
 
 

@@ -33,7 +33,7 @@ pytest.importorskip("timm")
 
 from latentds_trainers.classify_patches import patch_inputs
 from latentds_trainers.classify_patches.__main__ import main
-from latentds_trainers.classify_patches.classify_results import notes_of
+from latentds_trainers.classify_patches.classify_report import notes_of
 from latentds_trainers.classify_patches.config import ClassifyConfig
 from latentds_trainers.classify_patches.patch_inputs import open_labelled, protocol_folds
 from latentds_trainers.engine.checkpoints import complete_checkpoints
@@ -67,6 +67,17 @@ def classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("classes") / "pictures"
     save_class(root / "stroma", 18, 0, 0)
     save_class(root / "tumour", 15, 100, 1)
+    return root
+
+
+@pytest.fixture(scope="session")
+def few(classes: Path) -> Path:
+    """The first eight of each, for what is not to learn."""
+    root = classes.with_name("few")
+    for folder in classes.iterdir():
+        (root / folder.name).mkdir(parents=True)
+        for path in sorted(folder.iterdir())[:8]:
+            shutil.copy(path, root / folder.name)
     return root
 
 
@@ -213,19 +224,22 @@ def test_a_damaged_block_of_features_is_named(classes, embedder, copy, damage, w
     assert path.name in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["fold.json", "probabilities.npy"])
-def test_a_damaged_fold_is_named(classes, embedder, copy, name):
-    (copy / "fold-1" / name).write_bytes(b"{")
-    with pytest.raises(InputError, match=rf"fold-1/{name}.*delete .*fold-1"):
+@pytest.mark.parametrize(
+    "damage", [lambda _: "{", lambda text: text.replace('"found": [', '"found": [0.5, ')]
+)
+def test_a_damaged_fold_is_named(classes, embedder, copy, damage):
+    path = copy / "fold-1" / "fold.json"
+    path.write_text(damage(path.read_text()))
+    with pytest.raises(InputError, match=r"fold-1/fold\.json is damaged.*delete .*fold-1"):
         classify(classes, copy, embedder=embedder)
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"seed": 1}, "holds a run with seed 0, this one has 1"),
-        ({"codec": "jpeg:10"}, "holds a run with codec 'original', this one has 'jpeg:10'"),
-        ({"penalty": "squared"}, "holds a run with penalty 'norm'"),
+        ({"seed": 1}, "the run there has seed 0, this one 1"),
+        ({"codec": "jpeg:10"}, "the run there has codec 'original', this one 'jpeg:10'"),
+        ({"penalty": "squared"}, "the run there has penalty 'norm'"),
     ],
 )
 def test_a_folder_of_other_settings_is_refused(classes, embedder, probed, change, words):
@@ -236,7 +250,7 @@ def test_a_folder_of_other_settings_is_refused(classes, embedder, probed, change
 def test_a_folder_of_other_patches_is_refused(classes, embedder, probed, tmp_path):
     other = Path(shutil.copytree(classes, tmp_path / "other"))
     save_class(other / "tumour", 2, 500, 1, stem="q")
-    with pytest.raises(ContractError, match="holds a run with split_id"):
+    with pytest.raises(ContractError, match="the run there has (split_id|data_content)"):
         classify(other, probed, embedder=embedder)
 
 
@@ -265,7 +279,7 @@ def test_other_pixels_under_the_same_names_are_refused_and_moved_data_go_on(
     options |= {"data": moved / "train", "test_data": moved / "test"}
     assert classify(**options).folds == read_record(val7k_run).folds
     change_pixels(moved / changed)
-    with pytest.raises(ContractError, match=f"other content lie in .*moved/{changed} behind"):
+    with pytest.raises(ContractError, match=f"other content lie in .*moved/{changed};"):
         classify(**options)
 
 
@@ -277,24 +291,25 @@ def test_features_of_other_pixels_are_not_taken_up(classes, embedder, copy, tmp_
     assert len({path.parent for path in blocks(copy)}) == 2
 
 
-def test_other_weights_of_the_embedder_are_refused(classes, tmp_path):
+def test_other_weights_of_the_embedder_are_refused(few, tmp_path):
     import timm
 
     own = tmp_path / "w.safetensors"
     options = {"embedder": f"timm:test_resnet@{own}", "folds": 2}
     save_file(timm.create_model("test_resnet").state_dict(), own)
-    classify(classes, tmp_path / "run", **options)
+    classify(few, tmp_path / "run", **options)
     torch.manual_seed(9)
     save_file(timm.create_model("test_resnet").state_dict(), own)
-    with pytest.raises(ContractError, match="holds a run with embedder_weights"):
-        classify(classes, tmp_path / "run", **options)
+    with pytest.raises(ContractError, match="the run there has embedder_weights"):
+        classify(few, tmp_path / "run", **options)
 
 
 # Sources, groups, protocols
 
 
 def test_sources_share_their_folds(classes, embedder, probed, tmp_path):
-    convert(ConvertConfig(source=classes, out=tmp_path / "latents", device="cpu", workers=1))
+    options = {"source": classes, "out": tmp_path / "latents", "autoencoder": "tiny"}
+    convert(ConvertConfig(**options, device="cpu", workers=1))
     runs = [
         read_record(probed),
         classify(classes, tmp_path / "jpeg", embedder=embedder, codec="jpeg:10"),
@@ -471,8 +486,8 @@ def test_a_codebook_fitted_to_test_patches_is_told(halves, data, options, is_tol
     assert ("test patches among them; --codebook or" in notes) == is_told
 
 
-def test_a_run_tells_of_the_codebook_fitted_to_test_patches(classes, embedder, tmp_path):
-    record = classify(classes, tmp_path, embedder=embedder, codec="tiny+kmeans:16", folds=2)
+def test_a_run_tells_of_the_codebook_fitted_to_test_patches(few, embedder, tmp_path):
+    record = classify(few, tmp_path, embedder=embedder, codec="tiny+kmeans:16", folds=2)
     assert "test patches among them; --codebook or" in " ".join(record.notes)
 
 
@@ -616,12 +631,10 @@ def tuned(one_rank_on_cpu: None, classes: Path, tmp_path_factory: pytest.TempPat
 
 
 @pytest.fixture(scope="module")
-def tuned_vit(
-    one_rank_on_cpu: None, classes: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def tuned_vit(one_rank_on_cpu: None, few: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same of a network without batch norm, whose figures depend on the forward pass."""
     out = tmp_path_factory.mktemp("tuned") / "vit"
-    finetune(classes, out, **VIT, batch_size=8)
+    finetune(few, out, **VIT, batch_size=8)
     return out
 
 
@@ -658,7 +671,7 @@ def test_a_finetuning_that_was_stopped_equals_one_that_never_was(
 def test_steps_of_other_images_are_refused(classes, tuned, tmp_path):
     out = Path(shutil.copytree(tuned, tmp_path / "run"))
     finetune(classes, out, **TUNED, batch_size=4, accumulation=2)
-    with pytest.raises(ContractError, match="holds a run of 8 images a step, this one has 4"):
+    with pytest.raises(ContractError, match="has images_a_step 8, this one 4; choose --batch-size"):
         finetune(classes, out, **TUNED, batch_size=4)
 
 
@@ -667,15 +680,15 @@ def test_finetuning_starts_from_a_file_of_weights(classes, embedder, tuned, tmp_
     assert record.folds != read_record(tuned).folds
 
 
-def test_accumulation_equals_a_larger_batch(classes, tuned_vit, tmp_path):
-    finetune(classes, tmp_path, batch_size=4, accumulation=2, **VIT)
+def test_accumulation_equals_a_larger_batch(few, tuned_vit, tmp_path):
+    finetune(few, tmp_path, batch_size=4, accumulation=2, **VIT)
     large, small = read_predictions(tuned_vit), read_predictions(tmp_path)
     # float32 sums in another order, through a few steps of Adam
     assert np.abs(large.probabilities - small.probabilities).max() < 1e-3
 
 
-def test_bfloat16_operations_train_and_test(classes, tmp_path):
-    record = finetune(classes, tmp_path, precision="autocast", epochs=1)
+def test_bfloat16_operations_train_and_test(few, tmp_path):
+    record = finetune(few, tmp_path, precision="autocast", epochs=1)
     assert len(record.folds) == 2
 
 
@@ -689,8 +702,8 @@ def test_two_ranks_give_the_figures_of_one(classes, embedder, probed, tmp_path, 
 
 
 @pytest.mark.slow
-def test_two_ranks_finetune_as_one_with_twice_the_batch(classes, tuned_vit, tmp_path, processes):
-    words = ["--data", str(classes), "--device", "cpu", "--probe", "finetune", "--arch", "test_vit"]
+def test_two_ranks_finetune_as_one_with_twice_the_batch(few, tuned_vit, tmp_path, processes):
+    words = ["--data", str(few), "--device", "cpu", "--probe", "finetune", "--arch", "test_vit"]
     words += [
         "--folds",
         "2",

@@ -16,7 +16,7 @@ from PIL import Image
 from latentds.conversion import workdir
 from latentds.conversion.convert_config import ConvertConfig
 from latentds.conversion.converting import convert
-from latentds.errors import ContractError, FormatError, InputError, TooManyBadSamplesError
+from latentds.errors import REASONS, ContractError, FormatError, InputError, TooManyBadSamplesError
 from latentds.quantizers.codebook_files import StoredCodebook, save_codebook
 from latentds.quantizers.scalar import Codebook
 from latentds.store.format import MANIFEST
@@ -112,8 +112,8 @@ def test_bad_pictures_within_the_budget_are_listed(pictures, tmp_path, spoil, re
     manifest = convert_with_mean(pictures, tmp_path / "out", max_bad=1, pack_size=8)
     assert manifest.patches == 32
     (left_out,) = manifest.made["left_out"]
-    assert left_out["source"] == "tumour/p003.png" and reason in left_out["reason"]
-    assert str(tmp_path) not in left_out["reason"]
+    assert left_out["source"] == "tumour/p003.png" and reason in left_out["detail"]
+    assert str(tmp_path) not in left_out["detail"] and left_out["reason"] in REASONS
     assert verify(tmp_path / "out", "members").is_good
 
 
@@ -255,10 +255,10 @@ RUN = {"fit_patches": 16, "encode_batch": 4, "pack_size": 32, "device": "cpu"}
 
 @pytest.fixture(scope="module")
 def two_splits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """300 pictures in each of two splits: a call to fit, four to take, 75 to encode each."""
+    """76 pictures in each of two splits: a call to fit, four to take, 19 to encode each."""
     root = tmp_path_factory.mktemp("two") / "in"
-    save_pictures(root / "train", 300)
-    save_pictures(root / "val", 300, first_seed=900)
+    save_pictures(root / "train", 76)
+    save_pictures(root / "val", 76, first_seed=900)
     return root
 
 
@@ -270,11 +270,17 @@ def unbroken(two_splits: Path) -> dict[str, bytes]:
     return data_bytes(out)
 
 
-@pytest.mark.parametrize("calls", [3, 8, 69, 70, 110, 152])
-def test_a_run_stopped_anywhere_resumes_to_the_same_bytes(
-    two_splits, unbroken, tmp_path, monkeypatch, calls
-):
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A point to resume from behind every 64 patches, 16 calls."""
     monkeypatch.setattr("latentds.conversion.workdir.SYNC_SECONDS", 0.0)
+    monkeypatch.setattr("latentds.conversion.conversion_plan.BLOCK_PATCHES", 64)
+
+
+@pytest.mark.parametrize("calls", [3, 8, 21, 22, 31, 41])
+def test_a_run_stopped_anywhere_resumes_to_the_same_bytes(
+    two_splits, unbroken, tmp_path, small_blocks, calls
+):
     config = ConvertConfig(source=two_splits, out=tmp_path / "out", **RUN)
     with pytest.raises(Interrupt):
         convert(config, FailingAutoencoder(calls))
@@ -283,12 +289,11 @@ def test_a_run_stopped_anywhere_resumes_to_the_same_bytes(
 
 
 def test_a_torn_journal_line_and_bytes_after_the_last_sync_are_dropped(
-    two_splits, unbroken, tmp_path, monkeypatch
+    two_splits, unbroken, tmp_path, small_blocks
 ):
-    monkeypatch.setattr("latentds.conversion.workdir.SYNC_SECONDS", 0.0)
     config = ConvertConfig(source=two_splits, out=tmp_path / "out", **RUN)
     with pytest.raises(Interrupt):
-        convert(config, FailingAutoencoder(75))  # behind the first block of the first shard
+        convert(config, FailingAutoencoder(23))  # behind the first block of the first shard
     journal = tmp_path / "out" / ".latentds" / "work" / "train-000000.jsonl"
     assert journal.read_text().count("\n") > 0
     with journal.open("a") as file:
@@ -351,13 +356,12 @@ def test_two_conversions_into_one_folder_keep_apart(pictures, tmp_path):
         convert_with_mean(pictures, tmp_path / "out")
 
 
-def test_overwrite_goes_on_with_an_unfinished_run(two_splits, tmp_path, monkeypatch):
-    monkeypatch.setattr("latentds.conversion.workdir.SYNC_SECONDS", 0.0)
+def test_overwrite_goes_on_with_an_unfinished_run(two_splits, tmp_path, small_blocks):
     config = ConvertConfig(source=two_splits, out=tmp_path / "out", overwrite=True, **RUN)
     with pytest.raises(Interrupt):
-        convert(config, FailingAutoencoder(140))
-    counting = FailingAutoencoder(100)  # a new start would need 5 + 150 calls
-    assert convert(config, counting).patches == 600
+        convert(config, FailingAutoencoder(38))
+    counting = FailingAutoencoder(30)  # a new start would need 5 + 38 calls
+    assert convert(config, counting).patches == 152
 
 
 def test_a_refused_resumption_leaves_the_unfinished_run_as_it_was(pictures, tmp_path):

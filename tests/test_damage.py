@@ -42,7 +42,10 @@ def stream(folder, workers=0, ranks=1, **options):
     return [[row for part in batch for row in part] for batch in zip(*parts, strict=True)]
 
 
-@pytest.mark.parametrize("options", [{"shuffle": True}, {}, {"where": "label == 'tumour'"}])
+@pytest.mark.parametrize(
+    "options",
+    [{"shuffle": True}, pytest.param({}, marks=pytest.mark.slow), {"where": "label == 'tumour'"}],
+)
 def test_every_topology_replaces_alike(dataset, options):
     sound = stream(dataset, **options)
     damage(dataset, 3, 4, 17)

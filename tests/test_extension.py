@@ -1,5 +1,6 @@
 """What a stranger adds in one file works like what is there."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 
 from latentds.conversion.convert_config import ConvertConfig
 from latentds.conversion.converting import convert
-from latentds.errors import ContractError, InputError
+from latentds.errors import ContractError, InputError, TooManyBadSamplesError
 from latentds.evaluation.patchsets import open_patches
 from latentds.evaluation.patchsets.patch_set_config import PatchInput
 from latentds.quantizers.codebook_files import StoredCodebook
@@ -62,6 +63,29 @@ def test_a_changed_file_of_an_own_source_is_noticed(array, tmp_path):
     np.save(array, np.load(array)[::-1])
     with pytest.raises(InputError, match="differs in input_files"):
         convert(config, MeanAutoencoder(), source=ArrayFile(array))
+
+
+class Wrong(ArrayFile):
+    """Gives what was not asked for."""
+
+    def __init__(self, path, gives):
+        super().__init__(path)
+        self.gives = gives
+
+    def read(self, *asked):
+        (patch,) = super().read(*asked)
+        smaller = dataclasses.replace(patch, image=patch.image[:8])
+        return {"smaller": [smaller], "none": []}[self.gives]
+
+
+@pytest.mark.parametrize(
+    ("gives", "words"),
+    [("smaller", "16x8 px, no patch of 16x16 px"), ("none", "0 patches where 1 were asked for")],
+)
+def test_a_source_that_gives_what_was_not_asked_for_is_told(array, tmp_path, gives, words):
+    config = ConvertConfig(source=array, out=tmp_path / "out", **RUN)
+    with pytest.raises(TooManyBadSamplesError, match=rf"\d{{6}}: {words}"):
+        convert(config, MeanAutoencoder(), source=Wrong(array, gives))
 
 
 @pytest.mark.usefixtures("known")

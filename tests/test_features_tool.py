@@ -133,6 +133,7 @@ def test_a_broken_picture_fails_its_slide_alone(work, tmp_path, capsys, caplog):
     assert FeatureFolder(tmp_path).slides == ["slide.0", "slide.2"]
 
 
+@pytest.mark.slow
 def test_a_broken_picture_is_counted_through_a_codec_too(work, tmp_path, capsys):
     shutil.copytree(work / "pictures", work / "torn", dirs_exist_ok=True)
     path = work / "torn" / "slide.1" / "p003.png"

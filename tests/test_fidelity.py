@@ -430,6 +430,7 @@ def test_a_device_that_is_not_there_is_told(folder):
         comparing.compare(dataclasses.replace(settings(folder), device="nonsense"))
 
 
+@pytest.mark.slow
 def test_decoders_on_the_hub_take_the_encoder_they_name(folder, hub, tmp_path):
     from latentds.autoencoders import load_autoencoder
     from latentds.autoencoders.decoders import architecture_of, save_decoder

@@ -390,7 +390,7 @@ def test_bf16_trains_and_saves_the_float32_weights(folder, held_out, tmp_path, s
 
 def test_autocast_trains_against_a_discriminator(folder, held_out, tmp_path):
     options = {"pictures": (folder,), "validate_on": (held_out,), "precision": "autocast"}
-    options |= {"crop_px": 64, "batch_size": 1, "disc_start": 0, "gan_weight": 0.5}
+    options |= {"crop_px": 32, "batch_size": 1, "disc_start": 0, "gan_weight": 0.5}
     DecoderTask(settings(tmp_path, **options, steps=1, validate_px=32)).run()
     (line,) = lines(tmp_path)
     assert np.isfinite([line["gan"], line["discriminator/loss"], line["decoder/loss"]]).all()
@@ -621,7 +621,7 @@ def test_latents_of_another_autoencoder_are_refused(shared_dataset, folder, tmp_
 
 def test_the_decoder_of_a_set_of_the_default_is_trained_by_its_name(folder, tmp_path):
     out = tmp_path / "set"
-    convert(ConvertConfig(source=folder, out=out, device="cpu", workers=1))
+    convert(ConvertConfig(source=folder, out=out, device="cpu", workers=1, fit_patches=8))
     DecoderTask(settings(tmp_path, data=out, originals=folder, steps=1, crop_px=32)).run()
     card = load_decoder(tmp_path / "run").card
     assert card.latent_id == load_autoencoder("tiny-v2").card.latent_id

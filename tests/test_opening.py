@@ -51,8 +51,9 @@ def test_only_one_helper_opens_pictures_and_it_names_their_formats():
     files = [
         path for top in ("latentds", "tools", "trainers") for path in (ROOT / top).rglob("*.py")
     ]
-    found = [
-        str(path.relative_to(ROOT)) for path in files if opens_pictures(ast.parse(path.read_text()))
+    texts = {str(path.relative_to(ROOT)): path.read_text() for path in files}
+    found = [  # without the word there is nothing to find
+        name for name, text in texts.items() if "Image" in text and opens_pictures(ast.parse(text))
     ]
     assert found == ["latentds/core/untrusted_files.py"] and len(files) > 100
     assert "EPS" not in untrusted_files.known_formats() and "PNG" in untrusted_files.known_formats()

@@ -773,6 +773,7 @@ def test_a_real_slide_has_the_patches_of_its_shards(assets, tmp_path):
     assert len(originals.of_slide("CMU-1-Small-Region")) == len(originals) > 30
 
 
+@pytest.mark.slow
 def test_a_compiled_decoder_gives_the_same_pixels(tmp_path, monkeypatch):
     # Traced, and run without the minutes of a code generator; that one is tested in test_decoding.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))

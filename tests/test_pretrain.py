@@ -50,7 +50,7 @@ def test_a_run_tells_what_it_took_and_reached(dino_run):
     assert (result["method"], result["steps"], result["images"]) == ("dino", 4, 32)
     assert result["source"]["source"] == "tiny-v1+kmeans"
     assert result["bytes_of_patches"] == 32 * result["source"]["bytes_per_patch"] == 32 * 256
-    assert 0 < result["waited_s"] < result["wall_s"] and result["cpu_s"] > 0
+    assert 0 < result["waited_s"] < result["wall_s"]
     assert result["last"]["model/loss"] == losses(dino_run)[-1]
     assert (dino_run / "samples" / "step-000004.png").exists()
 
@@ -114,7 +114,7 @@ def larger(tmp_path_factory) -> Path:
 
 def test_sets_of_other_patch_sizes_are_trained_on_together(tmp_path, tiny_latents, larger):
     options = {"data": (tiny_latents, larger), "weights": (0.75, 0.25), "method": "mae"}
-    main(config_of(tmp_path / "whole", **options, steps=3))
+    main(config_of(tmp_path / "whole", **options, steps=1))
     result = json.loads((tmp_path / "whole" / "result.json").read_text())
     assert [part["weight"] for part in result["source"]["sets"]] == [0.75, 0.25]
     assert result["source"]["bytes_per_patch"] == 0.75 * 256 + 0.25 * 576

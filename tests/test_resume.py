@@ -45,6 +45,12 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     }
 
 
+@pytest.fixture(scope="module")
+def wholes(sets) -> dict[str, list]:
+    """An epoch of each of them, that nothing stopped."""
+    return {kind: global_batches(*sets[kind], 1, 0, 0, 1000) for kind in sets}
+
+
 KINDS = ["packs of 7", "packs of 16", "one pack", "selection", "balanced", "lanes", "mixture"]
 
 
@@ -88,12 +94,12 @@ def entries(batch):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("ranks", "workers"), TOPOLOGIES)
-def test_any_topology_goes_on_from_any_stop(sets, kind, ranks, workers):
+def test_any_topology_goes_on_from_any_stop(sets, wholes, kind, ranks, workers):
     folder, options = sets[kind]
-    whole = global_batches(folder, options, 1, 0, 0, 1000)
+    whole, datasets = wholes[kind], opened(folder, options, ranks)
     last = len(whole)
     for stop in sorted({0, 1, last // 2, last - 1, last}):
-        assert global_batches(folder, options, ranks, workers, stop, 1000) == whole[stop:]
+        assert batches_from(datasets, workers, stop, 1000, 0) == whole[stop:]
 
 
 @pytest.mark.slow

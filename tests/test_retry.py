@@ -95,8 +95,9 @@ def test_the_command_says_what_was_left_out_and_tries_again(tmp_path, capsys):
     (tmp_path / "in" / "p002.png").write_bytes(b"broken")
     words = ["convert", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--device", "cpu"]
     words += ["--max-bad", "1"]
-    with pytest.raises(SystemExit, match="3"):
+    with pytest.raises(SystemExit, match="0"):  # as many as --max-bad allows
         cli.main(words)
+    assert "p002.png" in capsys.readouterr().out
     (tmp_path / "in" / "p002.png").write_bytes(whole)
     with pytest.raises(SystemExit, match="0"):
         cli.main([*words, "--retry"])

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 from latentds.errors import InputError, LatentdsError, UnknownNameError
+from latentds.loading.array import LatentArray
+from latentds.loading.bags import SlideBags
 from latentds.loading.dataset import LatentDataset
 from latentds.loading.mixture import Mixture
 from latentds.loading.options import Select
@@ -220,3 +222,31 @@ def test_patients_that_no_name_tells_are_asked_for(tmp_path):
     assert sorted(parts.values(), key=len) == [["case2_a"], ["case1_a", "case1_b"]]
     with pytest.raises(InputError, match="no patient is known.*balance='slide'"):
         LatentDataset(tmp_path / "out", select=Select(balance="patient"), shuffle=True)
+
+
+def test_labels_take_the_numbers_that_a_head_was_trained_with(shared_dataset):
+    numbers = {"tumour": 3, "stroma": 0, "fat": 1}
+    select = Select(class_to_idx=numbers)
+    own = LatentDataset(shared_dataset, "val", batch_size=100)
+    data = LatentDataset(shared_dataset, "val", batch_size=100, select=select)
+    (theirs,), (ours,) = list(own), list(data)
+    named = [own.classes[label] for label in theirs.labels.tolist()]
+    assert ours.labels.tolist() == [numbers[name] for name in named]
+    assert data.class_to_idx == numbers and data.classes == ["stroma", "fat", "", "tumour"]
+    array = LatentArray(shared_dataset, "val", decode="codes", select=select)
+    assert array.labels.tolist() == ours.labels.tolist() and array.classes == data.classes
+    bags = SlideBags(shared_dataset, "val", select=select)
+    assert {bag.label for bag in bags} == {0, 3}
+
+
+@pytest.mark.parametrize(
+    ("numbers", "words"),
+    [
+        ({"tumour": 0}, "no number for 'stroma' of its 2 classes"),
+        ({"tumour": 1, "stroma": 1}, "each once"),
+        ({"tumour": -1, "stroma": 0}, "0 or more"),
+    ],
+)
+def test_numbers_that_cannot_be_labels_are_refused(shared_dataset, numbers, words):
+    with pytest.raises(InputError, match=words):
+        LatentDataset(shared_dataset, select=Select(class_to_idx=numbers))

@@ -36,7 +36,7 @@ def test_a_slide_that_openslide_dies_of_is_left_out_and_the_rest_goes_on(tmp_pat
     manifest = shards.manifest
     (left,) = manifest.made["left_out"]
     assert manifest.slides == ("sound",) and left["source"] == "hostile.tif"
-    assert "OpenSlide" in left["reason"]
+    assert "OpenSlide" in left["detail"] and left["reason"] == "unreadable"
 
 
 def test_a_slide_that_changed_is_tried_again(tmp_path):

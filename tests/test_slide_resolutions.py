@@ -39,7 +39,8 @@ def test_slides_are_not_enlarged_unless_asked(tmp_path):
     write_slide(tmp_path / "in/fine.tif", mpp=0.52)  # within 5 %
     shards, _ = convert(tmp_path / "in", tmp_path / "out", max_bad=1, **MPP)
     (entry,) = shards.manifest.made["left_out"]
-    assert entry["source"] == "coarse.tif" and "enlarged 4 times" in entry["reason"]
+    assert entry["source"] == "coarse.tif" and "enlarged 4 times" in entry["detail"]
+    assert entry["reason"] == "resolution"
     assert shards.manifest.slides == ("fine",)
     asked, _ = convert(tmp_path / "in", tmp_path / "asked", enlarge=True, **MPP)
     assert asked.manifest.slides == ("coarse", "fine")

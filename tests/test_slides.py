@@ -19,6 +19,7 @@ from latentds.sources.slide_reading import (
     thumbnail_of,
 )
 from latentds.sources.tissue import otsu, tissue_mask, tissue_shares
+from latentds.store.manifest import left_out_text
 from latentds.store.reader import ShardSet
 from tests.conftest import convert_with_mean
 
@@ -122,7 +123,7 @@ def test_a_broken_slide_is_left_out_with_its_reason_and_the_rest_goes_on(slides,
     (slides / "broken.tiff").write_bytes(whole.read_bytes()[:5000])
     (slides / "none.svs").write_bytes(b"no slide")
     shards, _ = convert(slides, tmp_path / "out", mpp=0.5, max_bad=2)
-    left_out = {e["source"]: e["reason"] for e in shards.manifest.made["left_out"]}
+    left_out = {e["source"]: e["detail"] for e in shards.manifest.made["left_out"]}
     assert "OpenSlide cannot read it" in left_out["none.svs"] and len(shards) > 0
     assert str(tmp_path) not in shards.manifest.to_json()
 
@@ -142,7 +143,8 @@ def test_a_slide_that_breaks_half_way_loses_only_what_cannot_be_read(slides, tmp
     lost = {(x, y) for x in (256, 320) for y in (384, 448)}
     assert not places & lost and len(places) == 16 * 12 - 4
     (entry,) = shards.manifest.made["left_out"]
-    assert entry["reason"].startswith("4 of 192 patches: OpenSlide cannot read it")
+    assert left_out_text(entry).startswith("4 of 192 patches: OpenSlide cannot read it")
+    assert (entry["reason"], entry["patches"], entry["of"]) == ("unreadable", 4, 192)
 
 
 @pytest.mark.parametrize("at", [(129, 257), (131, 256), (128, 258)])
@@ -284,7 +286,8 @@ def test_a_broken_file_of_coordinates_leaves_its_slide_out(slides, tmp_path):
     (tmp_path / "job" / "patches" / "a_patches.h5").write_bytes(b"none")
     shards, _ = convert(tmp_path / "job", tmp_path / "out", slides=slides, max_bad=1)
     (entry,) = shards.manifest.made["left_out"]
-    assert entry == {"source": "a.tiff", "reason": "is no readable h5 file (OSError)"}
+    assert (entry["source"], entry["reason"]) == ("a.tiff", "coordinates")
+    assert entry["detail"] == "is no readable h5 file (OSError)"
 
 
 def test_a_job_without_slides_says_what_it_needs(slides, tmp_path):

@@ -122,13 +122,13 @@ def test_show_writes_one_self_contained_page(tiny_set, tmp_path, capsys):
 def test_fit_codebook_makes_a_file_convert_takes(pictures, tmp_path, capsys):
     book = tmp_path / "book.safetensors"
     words = ["--out", book, "--quantizer", "kmeans-channel", "--device", "cpu", "--json"]
+    words += ["--autoencoder", "tiny"]
     code, out, _ = call(capsys, "fit-codebook", pictures, *words)
     assert code == 0 and json.loads(out)["snr_db"] > 20
-    code, _, _ = call(
-        capsys, "convert", pictures, "--out", tmp_path / "o", "--codebook", book, "--device", "cpu"
-    )
+    words = ["--out", tmp_path / "o", "--codebook", book, "--autoencoder", "tiny"]
+    code, _, _ = call(capsys, "convert", pictures, *words, "--device", "cpu")
     _, out, _ = call(capsys, "info", tmp_path / "o", "--json")
-    assert json.loads(out)["codebook"]["summary"] == "32x256 levels"
+    assert json.loads(out)["codebook"]["summary"] == "4x256 levels"
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -113,15 +114,15 @@ def test_the_step_for_a_size_makes_patches_of_it():
 
 
 def test_fewer_bytes_weigh_the_rate_more(tiles, tmp_path):
-    weights = [settings(tiles, tmp_path, bytes=size).rate_weight for size in (4096, 2048)]
+    weights = [settings(tiles, tmp_path, bytes=size).settings.rate_weight for size in (4096, 2048)]
     assert weights == pytest.approx([2.2e-3, 8.8e-3])
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_give_what_is_not_given(preset, tiles, tmp_path):
     config = TrainCodecConfig(tiles=tiles, out=tmp_path, preset=preset, crop_px=40)
-    wanted = PRESETS[preset] | {"crop_px": 40}
-    assert {name: getattr(config, name) for name in wanted} == wanted
+    wanted = dataclasses.asdict(PRESETS[preset]) | {"crop_px": 40}
+    assert dataclasses.asdict(config.settings) == dataclasses.asdict(config.settings) | wanted
 
 
 @pytest.mark.slow

@@ -31,7 +31,8 @@ def test_shared_memory_that_is_too_small_raises_and_names_the_remedy(shared_data
         list(loader)
 
 
-def test_a_data_sets_own_workers_raise_too(shared_dataset):
+def test_a_data_sets_own_workers_raise_too(shared_dataset, monkeypatch):
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)  # 5 s
     data = LatentDataset(shared_dataset, batch_size=100)
     with pytest.raises(WorkerError, match="no 0.0 MiB of shared memory"), room_for(4096):
         list(DataLoader(data, batch_size=None, num_workers=1))

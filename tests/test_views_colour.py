@@ -170,6 +170,7 @@ def painted(change, device="cpu"):
     return change(crops.to(device), *numbers).cpu()
 
 
+@pytest.mark.slow
 def test_colour_is_one_graph_for_a_compiler():
     compiled = torch.compile(PAINT, backend="eager", fullgraph=True, dynamic=False)
     close(painted(compiled), painted(PAINT), 1e-5)

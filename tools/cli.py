@@ -7,8 +7,9 @@ import logging
 import sys
 from collections.abc import Sequence
 
-import tyro
+from latentds_tools.helps import HELPS
 
+from latentds.core.command_line import parse
 from latentds.core.display import VisibleFormatter, say, visible
 from latentds.errors import LatentdsError
 from latentds.version import __version__
@@ -102,7 +103,13 @@ def run(command: str, words: list[str]) -> int:
     """Parse and run one command; returns the exit code."""
     module = importlib.import_module(f"latentds_tools.{COMMANDS[command][0]}")
     try:
-        config = tyro.cli(module.Config, args=words, prog=f"latentds {command}")
+        config = parse(
+            module.Config,
+            words,
+            prog=f"latentds {command}",
+            usual=HELPS[command].usual,
+            examples=HELPS[command].examples,
+        )
         return int(module.run(config) or 0)
     except LatentdsError as error:
         return complain(str(error))

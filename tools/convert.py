@@ -20,7 +20,6 @@ from latentds.core.display import visible
 from latentds.errors import InputError
 
 logger = logging.getLogger(__name__)
-LEFT_OUT = 3  # exit code: done, but not of all of the input
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,8 +37,8 @@ class Config(ConvertConfig):
     """Print the summary as JSON."""
 
 
-def run(config: Config) -> int:
-    """Convert, and say what was made; returns 3 where something of the input was left out."""
+def run(config: Config) -> None:
+    """Convert, and say what was made and what was left out."""
     from PIL import Image
 
     # --max-px is checked before a pixel is decoded; Pillow's own limit would cap it at twice the
@@ -47,7 +46,6 @@ def run(config: Config) -> int:
     Image.MAX_IMAGE_PIXELS = None
     summary = estimate(config) if config.dry_run else convert_to(config)
     show(summary, config.json, lambda found: as_text(visible(found)))
-    return LEFT_OUT if summary["left_out"] and not config.dry_run else 0
 
 
 def convert_to(config: Config) -> dict[str, Any]:
@@ -202,11 +200,13 @@ def planned_resolutions(plan: Any) -> dict[str, int]:
 
 def as_text(summary: dict[str, Any]) -> str:
     """A summary for people: one fact a line, lists of left-out pictures cut short."""
+    from latentds.store.manifest import left_out_text
+
     lines = []
     for name, value in summary.items():
         if name in ("left_out", "without_patches") and isinstance(value, list):
             lines.append(f"{name.replace('_', ' '):<16} {len(value)}")
-            lines += [f"  {entry['source']}: {entry['reason']}" for entry in value[:10]]
+            lines += [f"  {entry['source']}: {left_out_text(entry)}" for entry in value[:10]]
         elif name == "notes":
             lines += [f"note             {note}" for note in value]
         elif name == "mpp":

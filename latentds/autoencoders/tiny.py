@@ -125,9 +125,10 @@ def build_tiny(tensors: dict[str, Tensor], card: AutoencoderCard) -> NetworkAuto
         }
         for part in ("encoder", "decoder")
     }
-    encoder, decoder = TinyEncoder(), TinyDecoder()
-    encoder.load_state_dict(parts["encoder"])
-    decoder.load_state_dict(parts["decoder"])
+    with torch.device("meta"):  # random weights, to be replaced, took most of the time
+        encoder, decoder = TinyEncoder(), TinyDecoder()
+    encoder.load_state_dict(parts["encoder"], assign=True)
+    decoder.load_state_dict(parts["decoder"], assign=True)
     card = dataclasses.replace(
         card,
         latent_id=latent_identity(parts["encoder"], input_range=(-1, 1)),

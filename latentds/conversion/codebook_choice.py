@@ -13,8 +13,9 @@ from latentds.autoencoders.autoencoder import AutoencoderCard
 from latentds.autoencoders.tiny import shipped_records, tiny_codebook
 from latentds.conversion.conversion_plan import check_budget
 from latentds.conversion.convert_config import ConvertConfig
+from latentds.conversion.left_out import by_region
 from latentds.conversion.patch_encoding import Encoder, sample_latents
-from latentds.conversion.region_decoding import PatchReader
+from latentds.conversion.region_decoding import PlanReader
 from latentds.errors import ContractError, InputError, ShapeError
 from latentds.quantizers.additive_fit import fit_additive, plane_range
 from latentds.quantizers.codebook_files import StoredCodebook, load_codebook, sized
@@ -29,7 +30,7 @@ def find_codebook(
     config: ConvertConfig,
     codebook: StoredCodebook | None,
     encoder: Encoder,
-    reader: PatchReader,
+    reader: PlanReader,
     earlier: dict[str, Any],
 ) -> StoredCodebook:
     """The one given, that of the run that is resumed, shipped with the autoencoder, or fitted.
@@ -121,7 +122,7 @@ def check_latents(stored: StoredCodebook, where: Path | str, latent_id: str, nam
         )
 
 
-def fit_to_sample(config: ConvertConfig, encoder: Encoder, reader: PatchReader) -> StoredCodebook:
+def fit_to_sample(config: ConvertConfig, encoder: Encoder, reader: PlanReader) -> StoredCodebook:
     """A codebook fitted to patches drawn from the training split, the first where there is none."""
     samples, drawn = draw_sample(config, encoder, reader)
     codebook, report = fit_codebook(samples, config.quantizer, config.levels, config.seed)
@@ -133,7 +134,7 @@ def fit_to_sample(config: ConvertConfig, encoder: Encoder, reader: PatchReader) 
 
 
 def fit_additive_to_sample(
-    config: ConvertConfig, encoder: Encoder, reader: PatchReader, *, patch_bytes: int, method: str
+    config: ConvertConfig, encoder: Encoder, reader: PlanReader, *, patch_bytes: int, method: str
 ) -> StoredCodebook:
     """An additive codebook of as many planes as make `patch_bytes` a patch, fitted likewise.
 
@@ -151,7 +152,7 @@ def fit_additive_to_sample(
 
 
 def fit_records_to_sample(
-    config: ConvertConfig, encoder: Encoder, reader: PatchReader, record_bytes: int
+    config: ConvertConfig, encoder: Encoder, reader: PlanReader, record_bytes: int
 ) -> StoredCodebook:
     """The codebook of entropy-coded records of so many bytes, fitted to patches of the input.
 
@@ -190,7 +191,7 @@ def planes_of(patch_bytes: int, channels: int, cells: int, method: str = "auto")
 
 
 def draw_sample(
-    config: ConvertConfig, encoder: Encoder, reader: PatchReader
+    config: ConvertConfig, encoder: Encoder, reader: PlanReader
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """Latents float32 (C, M) of the patches a codebook is fitted to, and how they were drawn."""
     rows, rng, drawn = draw_rows(config, reader)
@@ -202,7 +203,7 @@ def draw_sample(
 
 
 def draw_rows(
-    config: ConvertConfig, reader: PatchReader
+    config: ConvertConfig, reader: PlanReader
 ) -> tuple[np.ndarray, np.random.Generator, dict[str, Any]]:
     """Rows of the patches a codebook is fitted to, the generator that drew them, and how."""
     splits = reader.plan.splits
@@ -220,11 +221,11 @@ def draw_rows(
     return rows, rng, drawn
 
 
-def sample_chunks(reader: PatchReader, rows: np.ndarray, batch: int) -> Iterator[np.ndarray]:
+def sample_chunks(reader: PlanReader, rows: np.ndarray, batch: int) -> Iterator[np.ndarray]:
     """Pixels of the readable patches at `rows`, at most a batch at a time."""
-    bad = dict(reader.plan.bad)
+    bad = by_region(reader.plan.bad)
     groups = [rows[start : start + batch] for start in range(0, len(rows), batch)]
     for chunk in reader.chunks(groups):
         bad.update(chunk.bad)
-        check_budget(reader.config, bad)  # they will fail later too: say so now
+        check_budget(reader.config, bad.values())  # they will fail later too: say so now
         yield chunk.pixels

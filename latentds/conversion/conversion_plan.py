@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import itertools
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 
 from latentds.conversion.convert_config import ConvertConfig
-from latentds.conversion.left_out import sources_of
+from latentds.conversion.left_out import LeftOut, record_of, sources_of
 from latentds.core.canonical_json import canonical_json
 from latentds.errors import InputError, TooManyBadSamplesError
 from latentds.sources.anonymity import hider
 from latentds.sources.image_folder import half_labelled
 from latentds.sources.opening import list_source, open_source
 from latentds.sources.picture import MIXED_CHUNKS, Header, Listing, Picture
+from latentds.sources.reading import PatchReader
 from latentds.sources.source import Source
 from latentds.store.format import shard_name
 
 BLOCK_PATCHES = 256  # at least so many patches between two points a killed run resumes from
-HEADERS_AT_ONCE = 4096
 BAD_NAMED = 5
 REGION_DTYPE = np.dtype([("picture", "<u4"), ("x", "<i4"), ("y", "<i4")])
 
@@ -51,7 +51,7 @@ class Plan:
     patch_px    (H, W) of every patch
     regions     REGION_DTYPE rows, in the order on disk
     splits      split of every region's stretch: name -> (start, stop) rows
-    bad         files left out so far, with reasons
+    bad         pictures left out so far
     ignored     files that are no pictures
     empty       pictures without a patch, with reasons
     notes       what was assumed of the input, and what of it was not read
@@ -64,7 +64,7 @@ class Plan:
     patch_px: tuple[int, int]
     regions: np.ndarray
     splits: dict[str, tuple[int, int]]
-    bad: tuple[tuple[str, str], ...]
+    bad: tuple[LeftOut, ...]
     ignored: int
     ignored_example: str
     empty: tuple[tuple[str, str], ...] = ()
@@ -77,7 +77,7 @@ class Plan:
         for picture, header in zip(self.pictures, self.headers, strict=True):
             facts = [*dataclasses.astuple(picture), *dataclasses.astuple(header)]
             digest.update(canonical_json(facts).encode())
-        digest.update(canonical_json([list(entry) for entry in self.bad]).encode())
+        digest.update(canonical_json([[bad.source, bad.detail] for bad in self.bad]).encode())
         return f"sha256:{digest.hexdigest()}"
 
     def modes(self) -> dict[str, int]:
@@ -130,38 +130,35 @@ def by_hidden_names(source: Source, listing: Listing, config: ConvertConfig) -> 
 
 def read_headers(
     source: Source, pictures: Sequence[Picture], config: ConvertConfig
-) -> tuple[tuple[Picture, ...], tuple[Header, ...], tuple[tuple[str, str], ...]]:
-    """Headers of the readable pictures, and (source, reason) of the others within the budget."""
+) -> tuple[tuple[Picture, ...], tuple[Header, ...], tuple[LeftOut, ...]]:
+    """Headers of the readable pictures, and the others within the budget."""
     from tqdm import tqdm
 
-    def read(picture: Picture) -> Header | str:
-        try:
-            return source.header(picture)
-        except InputError as error:
-            return str(error)
-
-    outcomes: list[Header | str] = []
     bar = tqdm(total=len(pictures), desc="headers", unit="file", delay=1)
-    with bar, ThreadPoolExecutor(config.workers or 8) as pool:
-        for start in range(0, len(pictures), HEADERS_AT_ONCE):  # a task is larger than a header
-            for outcome in pool.map(read, pictures[start : start + HEADERS_AT_ONCE]):
-                outcomes.append(outcome)
-                bar.update()
+    outcomes: list[Header | InputError] = []
+    with bar, contextlib.closing(PatchReader(source, config.workers or 8)) as reader:
+        for outcome in reader.headers(pictures):
+            outcomes.append(outcome)
+            bar.update()
     pairs = list(zip(pictures, outcomes, strict=True))
-    bad = {p.source: outcome for p, outcome in pairs if isinstance(outcome, str)}
+    bad = tuple(
+        record_of(picture.source, (0, 0), outcome)
+        for picture, outcome in pairs
+        if isinstance(outcome, InputError)
+    )
     check_budget(config, bad)
     good = [(p, outcome) for p, outcome in pairs if isinstance(outcome, Header)]
     if not good:
         raise InputError(f"{config.source}: none of {len(pictures)} pictures can be read")
-    return tuple(p for p, _ in good), tuple(h for _, h in good), tuple(bad.items())
+    return tuple(p for p, _ in good), tuple(h for _, h in good), bad
 
 
-def check_budget(config: ConvertConfig, bad: Mapping[str, str]) -> None:
-    """Raise once more pictures (reasons by source) are bad than --max-bad allows; names one."""
+def check_budget(config: ConvertConfig, bad: Collection[LeftOut]) -> None:
+    """Raise once more pictures are bad than --max-bad allows; names a few."""
     sources = sources_of(bad)
     if len(sources) > config.max_bad:
         root = config.source.parent if config.source.is_file() else config.source
-        named = [f"{root / s}: {reason}" for s, reason in list(bad.items())[:BAD_NAMED]]
+        named = [f"{root / str(one)}: {one.detail}" for one in itertools.islice(bad, BAD_NAMED)]
         more = f"; and {len(bad) - BAD_NAMED} more" if len(bad) > BAD_NAMED else ""
         raise TooManyBadSamplesError(
             f"{'; '.join(named)}{more}. {len(sources)} bad pictures, --max-bad is "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
@@ -50,6 +50,8 @@ CODEBOOK_KINDS = ("scalar", "additive", "rans")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CodeOptions:
     """What is made: where, of which latents, in how many bytes; ConvertConfig's first options."""
+
+    panel = "codes"
 
     out: Path
     """Folder of the data set to be made, or a location such as s3://bucket/brca: then it is made in
@@ -107,6 +109,12 @@ class ConvertConfig(SourceOptions, CodeOptions):
     Class folders become labels, train/val/test folders splits. A killed run is resumed by the same
     command.
     """
+
+    PANELS: ClassVar[dict[str, tuple[str, ...]]] = {
+        "ray": ("engine", "address", "ray_workers", "gpus_per_worker", "cpus_per_worker"),
+        "packs": ("order", "mix", "pack_size", "pack_by_slide", "shard_mb", "encode_batch"),
+    }
+    panel = "run"
 
     source: Annotated[Path, tyro.conf.Positional]
     """Folder of 8-bit pictures, slides or archives of them (tar, Parquet), a table of paths, a data

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
 
 from latentds.conversion.conversion_plan import Plan
-from latentds.conversion.left_out import describe_left_out, region_name, sources_of
+from latentds.conversion.left_out import LeftOut, Region, by_region, describe_left_out
 from latentds.conversion.prepared import Conversion
 from latentds.core.storage import write_atomically
 from latentds.errors import FormatError, InputError
@@ -18,6 +19,8 @@ from latentds.store.index import write_tables
 from latentds.store.manifest import Manifest
 from latentds.store.reader import ShardSet
 
+NO_PATCH = "no patch in it"
+
 
 def finish(conversion: Conversion) -> Manifest:
     """Write everything beside the shards; the manifest's presence means that all is there."""
@@ -25,7 +28,7 @@ def finish(conversion: Conversion) -> Manifest:
     names = sorted(shard.name for shard in conversion.shards if work.index(shard.name).is_file())
     paths = [work.index(name) for name in names]
     records, classes, slides = write_tables(out, paths, conversion.plan.classes)
-    bad = dict(conversion.plan.bad) | work.all_bad()
+    bad = by_region([*conversion.plan.bad, *work.all_bad()])
     manifest = Manifest(
         contract=conversion.contract,
         shards=records,
@@ -34,42 +37,47 @@ def finish(conversion: Conversion) -> Manifest:
         tables={},
         made=conversion.made | {"left_out": left_out(conversion, bad)} | counted(conversion, bad),
     )
-    check_complete(conversion, manifest, set(bad))
-    write_golden(conversion, manifest, set(bad))
+    check_complete(conversion, manifest, bad)
+    write_golden(conversion, manifest, bad)
     return complete(out, manifest)
 
 
-def left_out(conversion: Conversion, bad: dict[str, str]) -> list[dict[str, str]]:
+def left_out(conversion: Conversion, bad: dict[Region, LeftOut]) -> list[dict[str, Any]]:
     """Sources left out and why, by name, or what stands for it."""
     plan = conversion.plan
     counts = np.bincount(plan.regions["picture"], minlength=len(plan.pictures)).tolist()
     patches = {p.source: count for p, count in zip(plan.pictures, counts, strict=True)}
-    return describe_left_out(bad, patches, conversion.reader.hide)
+    return describe_left_out(bad.values(), patches, conversion.reader.hide)
 
 
-def counted(conversion: Conversion, bad: dict[str, str]) -> dict[str, Any]:
-    """How many sources gave patches, and those that had none to give, with reasons."""
+def counted(conversion: Conversion, bad: Collection[Region]) -> dict[str, Any]:
+    """How many sources gave patches, and those that had none to give, with reasons.
+
+    Where names are hidden a reason is not the source's own words, which may have names.
+    """
     plan, hide = conversion.plan, conversion.reader.hide or str
-    rows = usable_regions(plan, set(bad))
-    empty = [{"source": hide(source), "reason": reason} for source, reason in plan.empty]
+    rows = usable_regions(plan, bad)
+    is_hidden = conversion.reader.hide is not None
+    empty = [{"source": hide(source), "reason": NO_PATCH if is_hidden else reason}
+             for source, reason in plan.empty]  # fmt: skip
     return {
         "converted": len(np.unique(plan.regions["picture"][rows])),
         "without_patches": sorted(empty, key=lambda entry: entry["source"]),
     }
 
 
-def usable_regions(plan: Plan, bad: set[str]) -> np.ndarray:
+def usable_regions(plan: Plan, bad: Collection[Region]) -> np.ndarray:
     """Rows of the plan's regions that were not left out: stored rows follow them."""
     usable = np.ones(len(plan.regions), bool)
-    sources = sources_of(bad)
+    sources = {source for source, _, _ in bad}
     touched = [i for i, picture in enumerate(plan.pictures) if picture.source in sources]
     for row in np.flatnonzero(np.isin(plan.regions["picture"], touched)).tolist():
         number, x, y = plan.regions[row].tolist()
-        usable[row] = region_name(plan.pictures[number].source, x, y) not in bad
+        usable[row] = (plan.pictures[number].source, x, y) not in bad
     return np.flatnonzero(usable)
 
 
-def check_complete(conversion: Conversion, manifest: Manifest, bad: set[str]) -> None:
+def check_complete(conversion: Conversion, manifest: Manifest, bad: Collection[Region]) -> None:
     """Refuse to call a data set finished that does not hold every patch that could be read."""
     expected = len(usable_regions(conversion.plan, bad))
     if manifest.patches != expected:
@@ -79,7 +87,7 @@ def check_complete(conversion: Conversion, manifest: Manifest, bad: set[str]) ->
         )
 
 
-def write_golden(conversion: Conversion, manifest: Manifest, bad: set[str]) -> None:
+def write_golden(conversion: Conversion, manifest: Manifest, bad: Collection[Region]) -> None:
     """Write the golden patches: stored codes, the pictures' thumbnails, the decoder's pixels."""
     plan, config = conversion.plan, conversion.config
     rows = choose_rows(manifest.patches, config.seed)
@@ -88,8 +96,8 @@ def write_golden(conversion: Conversion, manifest: Manifest, bad: set[str]) -> N
     originals = []
     for chunk in chunks:
         if chunk.bad:
-            source, reason = next(iter(chunk.bad.items()))
-            raise InputError(f"{config.source / source}: {reason}; it could be read before")
+            lost = next(iter(chunk.bad.values()))
+            raise InputError(f"{config.source / str(lost)}: {lost.detail}; it could be read before")
         originals.append(chunk.pixels[0])
     codes = ShardSet(config.out, manifest=manifest).read_codes(rows)
     decoded = decode_pixels(

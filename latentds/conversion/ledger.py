@@ -9,6 +9,7 @@ from collections import deque
 import torch
 
 from latentds.conversion.conversion_plan import PlannedShard, check_budget
+from latentds.conversion.left_out import LeftOut, by_region
 from latentds.conversion.prepared import Conversion
 from latentds.conversion.workdir import look_at_journal
 from latentds.errors import InputError, LatentdsError
@@ -28,12 +29,12 @@ class Ledger:
     waiting  shards to be handed out
     resting  (time, shard) of those whose worker died, until then
     deaths   block a shard's last worker died at, and how many died there
-    patches  durable ones, by shard; bad  reasons by source, over all shards
+    patches  durable ones, by shard; bad  what is left out of all shards
     """
 
     def __init__(self, conversion: Conversion) -> None:
         self.work, self.config = conversion.work, conversion.config
-        self.bad = dict(conversion.plan.bad)
+        self.bad = by_region(conversion.plan.bad)
         self.patches: dict[str, int] = {}
         self.deaths: dict[str, tuple[int, int]] = {}
         self.resting: list[tuple[float, PlannedShard]] = []
@@ -62,18 +63,18 @@ class Ledger:
     def look_at(self, shard: PlannedShard) -> int:
         """Blocks of a shard that are durable; they and its bad pictures are accounted for."""
         blocks, bad = look_at_journal(self.work.journal_path(shard.name))
-        self.bad.update(bad)
+        self.bad |= by_region(bad)
         self.patches[shard.name] = patches_of(shard, blocks)
         return blocks
 
-    def note_done(self, shard: PlannedShard, bad: list[tuple[str, str]]) -> None:
+    def note_done(self, shard: PlannedShard, bad: list[LeftOut]) -> None:
         """Account for a finished shard; `look_at` might see an older journal on another node."""
-        self.bad.update(bad)
+        self.bad |= by_region(bad)
         self.patches[shard.name] = patches_of(shard)
 
     def check_budget(self) -> None:
         """Raise once more pictures are bad, over all shards, than --max-bad allows."""
-        check_budget(self.config, self.bad)
+        check_budget(self.config, self.bad.values())
 
     def note_death(self, shard: PlannedShard, why: str) -> None:
         """Let a shard rest whose worker died; InputError where every worker dies of it."""

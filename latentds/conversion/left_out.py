@@ -1,53 +1,77 @@
-"""Names of what is left out of a conversion: a source, or a patch of one."""
+"""What is left out of a conversion: a source or a patch of one, and why, as records."""
 
 from __future__ import annotations
 
-import re
+import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import PurePosixPath
+from typing import Any
 
-PLACE = re.compile(r"(.*) at \((-?\d+), (-?\d+)\)", re.DOTALL)
+from latentds.errors import InputError, Reason, UnusableError
 
-
-def region_name(source: str, x: int, y: int) -> str:
-    """The name of a patch: its source's own where it is the first, or the only one."""
-    return source if x == y == 0 else f"{source} at ({x}, {y})"
+Region = tuple[str, int, int]  # source, x, y
 
 
-def source_of(name: str) -> str:
-    """The source of a patch's name."""
-    found = PLACE.fullmatch(name)
-    return found[1] if found else name
+@dataclasses.dataclass(frozen=True)
+class LeftOut:
+    """A patch, or at (0, 0) a whole picture or its first patch, that no shard holds.
+
+    reason  of the closed list in `latentds.errors`
+    detail  the error's words, which may name a file; stored nowhere that names are hidden
+    """
+
+    source: str
+    x: int
+    y: int
+    reason: Reason
+    detail: str
+
+    @property
+    def region(self) -> Region:
+        """What is left out, as a key."""
+        return self.source, self.x, self.y
+
+    def __str__(self) -> str:
+        """What is left out, for people."""
+        return self.source if self.x == self.y == 0 else f"{self.source} at ({self.x}, {self.y})"
+
+    def to_json(self) -> list[Any]:
+        """A line of a journal."""
+        return list(dataclasses.astuple(self))
 
 
-def sources_of(names: Iterable[str]) -> set[str]:
+def record_of(source: str, place: tuple[int, int], error: InputError) -> LeftOut:
+    """The record of why a patch or picture cannot be had."""
+    reason: Reason = error.reason if isinstance(error, UnusableError) else "other"
+    return LeftOut(source, *place, reason, str(error))
+
+
+def by_region(records: Iterable[LeftOut]) -> dict[Region, LeftOut]:
+    """Records by what they are about, each once."""
+    return {record.region: record for record in records}
+
+
+def sources_of(records: Iterable[LeftOut]) -> set[str]:
     """Distinct sources."""
-    return {source_of(name) for name in names}
+    return {record.source for record in records}
 
 
 def describe_left_out(
-    bad: Mapping[str, str], patches: Mapping[str, int], hide: Callable[[str], str] | None
-) -> list[dict[str, str]]:
-    """Sources with reasons, sorted, for the manifest.
+    records: Iterable[LeftOut], patches: Mapping[str, int], hide: Callable[[str], str] | None
+) -> list[dict[str, Any]]:
+    """Sources with reasons, sorted, for the manifest; `manifest.left_out_text` has it in words.
 
-    bad      reasons by name of source or patch
-    patches  planned patches by source, for those of which only some were left out
-    hide     what stands for a source's name; reasons then say no word that comes from names
+    patches  planned patches by source: of one with several it is said how many were left out
+    hide     what stands for a source's name; then no detail is stored, for it may have names
     """
-    counts = Counter(source_of(name) for name in bad)
-    reasons = {source_of(name): reason for name, reason in sorted(bad.items(), reverse=True)}
+    found = sorted(set(records), key=lambda record: record.region)
+    counts = Counter(record.source for record in found)
     entries = []
-    for source, reason in reasons.items():
-        total = patches.get(source, 0)
-        shown = reason if hide is None else without_names(reason)
-        if total > 1:
-            shown = f"{counts[source]} of {total} patches: {shown}"
-        entries.append({"source": source if hide is None else hide(source), "reason": shown})
-    return sorted(entries, key=lambda entry: entry["source"])
-
-
-def without_names(reason: str) -> str:
-    """The part of a reason that is ours: what a file is called stands in brackets or behind it."""
-    words = re.split(r"[(:;,]", reason, maxsplit=1)[0].split()
-    return " ".join(word for word in words if not PurePosixPath(word).suffix and "/" not in word)
+    for source, first in {record.source: record for record in reversed(found)}.items():
+        entry: dict[str, Any] = {"source": source, "reason": first.reason, "detail": first.detail}
+        if hide is not None:
+            entry = {"source": hide(source), "reason": first.reason}
+        if patches.get(source, 0) > 1:
+            entry |= {"patches": counts[source], "of": patches[source]}
+        entries.append(entry)
+    return sorted(entries, key=lambda entry: str(entry["source"]))

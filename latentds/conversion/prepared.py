@@ -15,7 +15,7 @@ from latentds.conversion.codebook_choice import find_codebook
 from latentds.conversion.conversion_plan import Plan, PlannedShard, plan_shards
 from latentds.conversion.convert_config import ConvertConfig
 from latentds.conversion.patch_encoding import Encoder, choose_batch, choose_device, device_model
-from latentds.conversion.region_decoding import CHUNKS_AHEAD, PatchReader
+from latentds.conversion.region_decoding import CHUNKS_AHEAD, PlanReader
 from latentds.conversion.stamps import input_stamp
 from latentds.conversion.workdir import WorkFolder
 from latentds.errors import InputError
@@ -33,7 +33,7 @@ class Conversion:
     config: ConvertConfig
     plan: Plan
     encoder: Encoder
-    reader: PatchReader
+    reader: PlanReader
     work: WorkFolder
     contract: Contract
     shards: list[PlannedShard]
@@ -48,7 +48,7 @@ def input_identity(config: ConvertConfig, plan: Plan) -> str:
     return hider(config.anonymize)(plan.digest())
 
 
-def make_reader(plan: Plan, config: ConvertConfig) -> PatchReader:
+def make_reader(plan: Plan, config: ConvertConfig) -> PlanReader:
     """The plan's reader; on a CPU without reading ahead, which would hold the encoder up.
 
     Two cores, PNG patches: pictures decoded between two batches cost 9 % of the encoder's rate,
@@ -56,12 +56,12 @@ def make_reader(plan: Plan, config: ConvertConfig) -> PatchReader:
     """
     workers = config.workers or min(MAX_WORKERS, os.cpu_count() or 1)
     is_cpu = choose_device(config.device).type == "cpu"
-    return PatchReader(plan, config, workers, ahead=0 if is_cpu else CHUNKS_AHEAD)
+    return PlanReader(plan, config, workers, ahead=0 if is_cpu else CHUNKS_AHEAD)
 
 
 def prepare(
     config: ConvertConfig,
-    reader: PatchReader,
+    reader: PlanReader,
     autoencoder: Autoencoder,
     work: WorkFolder,
     codebook: StoredCodebook | None = None,

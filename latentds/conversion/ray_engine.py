@@ -17,6 +17,7 @@ from tqdm import tqdm
 from latentds.conversion.conversion_plan import PlannedShard
 from latentds.conversion.convert_config import ConvertConfig
 from latentds.conversion.ledger import Ledger, check_deaths, told
+from latentds.conversion.left_out import LeftOut
 from latentds.conversion.prepared import MAX_WORKERS, Conversion, WriteShards
 from latentds.conversion.ray_placement import Node, cpus_of_worker, no_room, room
 from latentds.conversion.shard_writing import patches_bar
@@ -105,7 +106,7 @@ class Worker:
         self.job, self.node = job, node_name()
         job.check_node(self.node)
 
-    def write(self, unit: Unit) -> list[tuple[str, str]]:
+    def write(self, unit: Unit) -> list[LeftOut]:
         """What `write_unit` returns."""
         return write_unit(self.job, unit, self.node)
 

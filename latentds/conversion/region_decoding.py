@@ -11,16 +11,17 @@ import numpy as np
 
 from latentds.conversion.conversion_plan import Plan
 from latentds.conversion.convert_config import ConvertConfig
-from latentds.conversion.left_out import region_name
+from latentds.conversion.left_out import LeftOut, Region, by_region, record_of
 from latentds.errors import InputError
 from latentds.sources.anonymity import Anonymizer
+from latentds.sources.reading import PatchReader, tasks_of
 from latentds.store.patch_record import Patch
 
-TASK_REGIONS = 4  # of a slide or tiled picture a thread reads at a time
 CHUNKS_AHEAD = 3  # decoded and waiting: memory is a few encode batches of pixels
 NO_PIXELS = np.zeros((0, 0, 3), np.uint8)
 
-Outcome = Patch | tuple[str, str]  # a patch, or (source, why it has none)
+# A source, some of its regions, and what became of each.
+Task = tuple[str, list[tuple[int, int]], Future[list[Patch | InputError]]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -29,15 +30,15 @@ class Chunk:
 
     patches  the readable ones, their `image` emptied
     pixels   uint8 (N, H, W, 3), their images
-    bad      reasons by source
+    bad      the others
     """
 
     patches: list[Patch]
     pixels: np.ndarray
-    bad: dict[str, str]
+    bad: dict[Region, LeftOut]
 
 
-class PatchReader:
+class PlanReader:
     """Reads the regions of a plan.
 
     Chunks come in the order asked for, whatever the number of threads.
@@ -48,7 +49,7 @@ class PatchReader:
     ) -> None:
         self.plan, self.config, self.ahead = plan, config, ahead
         self.hide = Anonymizer(config.anonymize) if config.anonymize else None
-        self.pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+        self.reader = PatchReader(plan.source, workers)
         self.collator = ThreadPoolExecutor(1, thread_name_prefix="collate")
 
     def chunks(self, groups: Iterable[np.ndarray]) -> Iterator[Chunk]:
@@ -61,49 +62,41 @@ class PatchReader:
         while waiting:
             yield waiting.popleft().result()
 
-    def submit(self, rows: np.ndarray) -> list[Future[list[Outcome]]]:
-        """One task for a few regions of one picture."""
-        regions = self.plan.regions[rows]
-        edges = np.flatnonzero(np.diff(regions["picture"].astype(np.int64))) + 1
-        runs = np.split(regions, edges)
-        parts = [
-            run[i : i + TASK_REGIONS] for run in runs for i in range(0, len(run), TASK_REGIONS)
-        ]
-        return [self.pool.submit(self.read, part) for part in parts]
+    def submit(self, rows: np.ndarray) -> list[Task]:
+        """A few regions of one picture a task."""
+        regions, plan = self.plan.regions[rows], self.plan
+        tasks = []
+        for places in tasks_of(regions["picture"]):
+            part = regions[places]
+            number, at = int(part["picture"][0]), [(int(r["x"]), int(r["y"])) for r in part]
+            picture, header = plan.pictures[number], plan.headers[number]
+            future = self.reader.submit(picture, header, plan.patch_px, at)
+            tasks.append((picture.source, at, future))
+        return tasks
 
-    def collate(self, tasks: list[Future[list[Outcome]]]) -> Chunk:
+    def collate(self, tasks: list[Task]) -> Chunk:
         """The chunk of a list of tasks, pixels in one array."""
-        outcomes = [outcome for task in tasks for outcome in task.result()]
-        patches = [outcome for outcome in outcomes if isinstance(outcome, Patch)]
-        bad = dict(outcome for outcome in outcomes if not isinstance(outcome, Patch))
+        patches, bad = list[Patch](), list[LeftOut]()
+        for source, places, future in tasks:
+            for place, outcome in zip(places, future.result(), strict=True):
+                if isinstance(outcome, Patch):
+                    patches.append(outcome)
+                else:
+                    bad.append(record_of(source, place, outcome))
         pixels = np.zeros((len(patches), *self.plan.patch_px, 3), np.uint8)
-        for place, patch in enumerate(patches):
-            pixels[place] = patch.image
-        return Chunk([dataclasses.replace(p, image=NO_PIXELS) for p in patches], pixels, bad)
+        for row, patch in enumerate(patches):
+            pixels[row] = patch.image
+        return Chunk([self.stored(patch) for patch in patches], pixels, by_region(bad))
 
-    def read(self, regions: np.ndarray) -> list[Outcome]:
-        """The patches of regions of one picture."""
-        number, plan = int(regions["picture"][0]), self.plan
-        picture, places = plan.pictures[number], [(int(r["x"]), int(r["y"])) for r in regions]
-        try:
-            found = plan.source.read(picture, plan.headers[number], plan.patch_px, places)
-            return [*(found if self.hide is None else map(self.hidden, found))]
-        except InputError as error:
-            reason = str(error)
-        except OSError as error:
-            reason = f"cannot be read ({error.strerror or error})"
-        if len(regions) > 1:  # the others may be sound: what is left out does not depend on batches
-            return [outcome for row in range(len(regions))
-                    for outcome in self.read(regions[row : row + 1])]  # fmt: skip
-        return [(region_name(picture.source, *places[0]), reason)]
-
-    def hidden(self, patch: Patch) -> Patch:
-        """A patch without the names it came from."""
-        assert self.hide is not None
+    def stored(self, patch: Patch) -> Patch:
+        """A patch without its pixels, and without the names it came from where they are hidden."""
+        if self.hide is None:
+            return dataclasses.replace(patch, image=NO_PIXELS)
         slide = None if patch.slide is None else self.hide(patch.slide)
-        return dataclasses.replace(patch, slide=slide, source=self.hide(patch.source))
+        source = self.hide(patch.source)
+        return dataclasses.replace(patch, image=NO_PIXELS, slide=slide, source=source)
 
     def close(self) -> None:
         """Stop the threads; what is waiting is dropped."""
-        for pool in (self.pool, self.collator):
-            pool.shutdown(wait=True, cancel_futures=True)
+        self.reader.close()
+        self.collator.shutdown(wait=True, cancel_futures=True)

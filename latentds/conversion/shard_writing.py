@@ -9,6 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from latentds.conversion.conversion_plan import check_budget
+from latentds.conversion.left_out import by_region
 from latentds.conversion.prepared import Conversion
 from latentds.conversion.region_decoding import Chunk
 from latentds.conversion.shardjob import Block, ShardJob, WriterThread
@@ -26,7 +27,7 @@ def write_shards(
     """
     work, total = conversion.work, len(conversion.plan.regions)
     jobs = [ShardJob(conversion.config, conversion.contract, s, work) for s in conversion.shards]
-    bad = dict(conversion.plan.bad) | work.all_bad()
+    bad = by_region([*conversion.plan.bad, *work.all_bad()])
     with (
         patches_bar(total, is_quiet) as bar,
         WriterThread() as writer,
@@ -40,7 +41,7 @@ def write_shards(
                 if block.bad:
                     on_bad()
                 bad |= block.bad
-                check_budget(conversion.config, bad)
+                check_budget(conversion.config, bad.values())
                 writer.submit(job.write, block)
             writer.submit(job.finish)
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from latentds.conversion.conversion_plan import PlannedShard
 from latentds.conversion.convert_config import ConvertConfig
+from latentds.conversion.left_out import LeftOut, Region
 from latentds.conversion.workdir import Pending, WorkFolder
 from latentds.store.columns import encode_masks, encode_table, patches_table
 from latentds.store.format import Contract, pack_key
@@ -27,12 +28,12 @@ class Block:
     """Encoded candidates of a stretch of the plan.
 
     patches  the readable ones; codes  their codes in parts, uint8 (n, C, h, w)
-    bad      reasons of the pictures left out, by source
+    bad      what is left out
     """
 
     patches: list[Patch]
     codes: list[np.ndarray]
-    bad: dict[str, str]
+    bad: dict[Region, LeftOut]
 
 
 class WriterThread:
@@ -91,7 +92,7 @@ class ShardJob:
         packs = self.make_packs(block)
         for pack in packs:
             self.writer.add(pack)
-        self.pending.add(len(packs), list(block.bad.items()))
+        self.pending.add(len(packs), list(block.bad.values()))
         if self.pending.is_due():
             self.journal.append(self.writer.sync(), *self.pending.take())
 

@@ -17,6 +17,7 @@ from PIL import Image
 from latentds.autoencoders.autoencoder import Autoencoder
 from latentds.conversion.conversion_plan import Plan, PlannedShard
 from latentds.conversion.convert_config import ConvertConfig
+from latentds.conversion.left_out import LeftOut
 from latentds.conversion.patch_encoding import Encoder, choose_device, device_model
 from latentds.conversion.prepared import Conversion, make_reader, versions
 from latentds.conversion.shard_writing import write_shards
@@ -38,7 +39,7 @@ class Job:
 
     plan_sha256  of the work folder's plan.json: a worker that sees another one stays out
     witnesses    paths of the input that a worker must see
-    bad          pictures left out of the plan, with reasons
+    bad          pictures left out of the plan
     max_px       Pillow's own limit, None for none
     """
 
@@ -49,7 +50,7 @@ class Job:
     made: dict[str, Any]
     plan_sha256: str
     witnesses: tuple[Path, ...]
-    bad: tuple[tuple[str, str], ...]
+    bad: tuple[LeftOut, ...]
     max_px: int | None
 
     @functools.cached_property
@@ -134,10 +135,10 @@ def make_unit(plan: Plan, shard: PlannedShard) -> Unit:
     )
 
 
-def write_unit(job: Job, unit: Unit, node: str) -> list[tuple[str, str]]:
+def write_unit(job: Job, unit: Unit, node: str) -> list[LeftOut]:
     """Write and index a unit's shard, going on where another worker stopped.
 
-    returns  (source, reason) of the pictures left out
+    returns  what was left out
     raises   InputError with the node where it does not see what the driver sees
     """
     work = WorkFolder(job.config.out)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from latentds.conversion.convert_config import ConvertConfig
+from latentds.conversion.left_out import LeftOut
 from latentds.core.storage import exclusive_lock, naming, write_atomically
 from latentds.errors import InputError
 from latentds.store.format import MANIFEST, SHARD_PATTERN, SIDECARS
@@ -26,13 +27,13 @@ class Journal:
     """What of a shard is durable: one line each time the shard was synced.
 
     blocks, packs  so many are written; end  the shard's length after them (0 where nothing is)
-    bad            (source, reason) of the pictures left out
+    bad            what is left out
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.blocks = self.packs = self.end = 0
-        self.bad: list[tuple[str, str]] = []
+        self.bad: list[LeftOut] = []
         text, whole = read_lines(path)
         if whole != text:
             write_atomically(path, whole.encode())
@@ -44,11 +45,16 @@ class Journal:
         self.blocks += record["blocks"]
         self.packs += record["packs"]
         self.end = record["end"]
-        self.bad += [(source, reason) for source, reason in record["bad"]]
+        self.bad += [LeftOut(*entry) for entry in record["bad"]]
 
-    def append(self, end: int, blocks: int, packs: int, bad: list[tuple[str, str]]) -> None:
+    def append(self, end: int, blocks: int, packs: int, bad: list[LeftOut]) -> None:
         """Note that the shard is durable to `end`, so many blocks and packs further than before."""
-        record = {"end": end, "blocks": blocks, "packs": packs, "bad": bad}
+        record = {
+            "end": end,
+            "blocks": blocks,
+            "packs": packs,
+            "bad": [one.to_json() for one in bad],
+        }
         with naming(self.path), self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
             file.flush()
@@ -70,10 +76,10 @@ def read_lines(path: Path) -> tuple[str, str]:
     return text, text[: text.rfind("\n") + 1]
 
 
-def look_at_journal(path: Path) -> tuple[int, list[tuple[str, str]]]:
+def look_at_journal(path: Path) -> tuple[int, list[LeftOut]]:
     """Blocks and bad pictures in a journal that another process may be writing."""
     records = [json.loads(line) for line in read_lines(path)[1].splitlines()]
-    bad = [(source, reason) for record in records for source, reason in record["bad"]]
+    bad = [LeftOut(*entry) for record in records for entry in record["bad"]]
     return sum(record["blocks"] for record in records), bad
 
 
@@ -82,10 +88,10 @@ class Pending:
 
     def __init__(self) -> None:
         self.blocks = self.packs = 0
-        self.bad: list[tuple[str, str]] = []
+        self.bad: list[LeftOut] = []
         self.since = time.monotonic()
 
-    def add(self, packs: int, bad: list[tuple[str, str]]) -> None:
+    def add(self, packs: int, bad: list[LeftOut]) -> None:
         """Count one more block."""
         self.blocks += 1
         self.packs += packs
@@ -95,7 +101,7 @@ class Pending:
         """Whether it is time to sync."""
         return time.monotonic() - self.since >= SYNC_SECONDS
 
-    def take(self) -> tuple[int, int, list[tuple[str, str]]]:
+    def take(self) -> tuple[int, int, list[LeftOut]]:
         """Blocks, packs and bad pictures so far; starts anew."""
         taken = (self.blocks, self.packs, self.bad)
         self.__init__()  # type: ignore[misc]
@@ -130,9 +136,9 @@ class WorkFolder:
         """Where a finished shard's index is kept."""
         return self.folder / f"{Path(shard).stem}.index.npz"
 
-    def all_bad(self) -> dict[str, str]:
-        """Reasons of the pictures left out of the shards so far, by source."""
-        return {source: why for journal in self.journals.values() for source, why in journal.bad}
+    def all_bad(self) -> list[LeftOut]:
+        """What is left out of the shards so far."""
+        return [bad for journal in self.journals.values() for bad in journal.bad]
 
     def read_plan(self) -> dict[str, Any]:
         """What an earlier run decided; empty where there was none."""

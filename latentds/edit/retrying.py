@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,13 +11,11 @@ from typing import Any
 from latentds.conversion.convert_config import ConvertConfig
 from latentds.core.storage import write_atomically
 from latentds.edit.merging import merge
-from latentds.errors import ContractError, InputError
+from latentds.errors import REASONS, ContractError, InputError
 from latentds.quantizers.codebook_files import StoredCodebook, save_codebook
 from latentds.store.composing import complete
 from latentds.store.format import MANIFEST
 from latentds.store.manifest import Manifest, read_manifest
-
-SOME_PATCHES = re.compile(r"(\d+) of (\d+) patches: ")
 
 
 def retry(config: ConvertConfig, convert: Callable[[ConvertConfig], Manifest]) -> Manifest:
@@ -63,12 +60,14 @@ def recover(out: Path, new: Path, old: Path) -> None:
 
 def wholly_left_out(manifest: Manifest) -> list[str]:
     """Sources of which nothing is stored, by the names the manifest has for them."""
-    names = []
-    for entry in manifest.made["left_out"]:
-        some = SOME_PATCHES.match(str(entry.get("reason", "")))
-        if some is None or some[1] == some[2]:
-            names.append(str(entry["source"]))
-    return names
+    entries = manifest.made["left_out"]
+    old = next((entry for entry in entries if entry["reason"] not in REASONS), None)
+    if old is not None:  # a sentence, which may stand for some patches of its source
+        raise InputError(
+            f"{old['source']}: left out for {old['reason']!r}, as sets were made before reasons "
+            f"were of a list ({', '.join(REASONS)}); convert the input anew"
+        )
+    return [str(entry["source"]) for entry in entries if entry.get("patches") == entry.get("of")]
 
 
 def check_options(config: ConvertConfig, manifest: Manifest) -> None:

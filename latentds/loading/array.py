@@ -17,6 +17,7 @@ from latentds.autoencoders.autoencoder import Autoencoder
 from latentds.errors import InputError, unknown_name
 from latentds.loading.collate import check_codes
 from latentds.loading.decoding import Decode, Decoder, check_decode, find_autoencoder
+from latentds.loading.mixture import Vocabulary
 from latentds.loading.options import Select
 from latentds.loading.selection import select_rows
 from latentds.quantizers.lookup import Integers, make_integers
@@ -86,7 +87,9 @@ class LatentArray:
             )
         table = self.shards.patches[rows]
         self.rows = torch.from_numpy(rows)
-        self.labels = torch.from_numpy(table["label"].astype(np.int64)).to(self.device)
+        self.vocabulary = Vocabulary([self.shards], select.class_to_idx)
+        labels = self.vocabulary.labels[0][table["label"]]
+        self.labels = torch.from_numpy(labels).to(self.device)
         self.slides = torch.from_numpy(table["slide"].astype(np.int64))
         self.coords = torch.from_numpy(np.stack([table["x"], table["y"]], 1).astype(np.int64))
         self.codebooks: Tensor | None = None  # which codebook each patch has, where there are more
@@ -133,7 +136,7 @@ class LatentArray:
     @property
     def classes(self) -> list[str]:
         """Class names, sorted."""
-        return list(self.shards.manifest.classes)
+        return list(self.vocabulary.classes)
 
     @property
     def slide_names(self) -> list[str]:

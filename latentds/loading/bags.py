@@ -25,6 +25,7 @@ from latentds.loading.decoding import (
     check_decode,
     find_autoencoder,
 )
+from latentds.loading.mixture import Vocabulary
 from latentds.loading.options import Select
 from latentds.loading.selection import select_rows
 from latentds.quantizers.lookup import Integers, make_integers
@@ -105,6 +106,7 @@ class SlideBags(Dataset[Bag]):
             raise ValueError(f"max_patches={max_patches}; at least 1")
         check_decode(decode, DECODES[:3])
         self.shards = ShardSet(folder, check_codes, cache=cache, reads_parts=True)
+        self.vocabulary = Vocabulary([self.shards], select.class_to_idx)
         self.max_patches, self.seed, self.columns = max_patches, seed, tuple(columns)
         self.wanted, self.device = decode, torch.device(device)
         self.decoding = (autoencoder, dtype)
@@ -124,7 +126,7 @@ class SlideBags(Dataset[Bag]):
     @property
     def classes(self) -> list[str]:
         """Class names, sorted."""
-        return list(self.shards.manifest.classes)
+        return list(self.vocabulary.classes)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that decides which `max_patches` a bag has."""
@@ -147,7 +149,7 @@ class SlideBags(Dataset[Bag]):
         table = self.shards.patches[rows]
         order = np.lexsort((table["x"], table["y"]))
         rows, table = rows[order], table[order]
-        labels = np.unique(table["label"])
+        labels = np.unique(numbered := self.vocabulary.labels[0][table["label"]])
         codes = torch.from_numpy(self.shards.read_codes(rows))
         books, numbers = self.shards.manifest.codebooks, self.shards.codebook_numbers(rows)
         check_codes(self.shards, codes, numbers, books)
@@ -159,7 +161,7 @@ class SlideBags(Dataset[Bag]):
             codes=codes,
             coords=torch.from_numpy(np.stack([table["x"], table["y"]], 1).astype(np.int64)),
             mpp=torch.from_numpy(table["mpp"].copy()),
-            labels=torch.from_numpy(table["label"].astype(np.int64)),
+            labels=torch.from_numpy(numbered),
             rows=torch.from_numpy(rows),
             columns=self.shards.read_columns(rows, self.columns) if self.columns else {},
             codebooks=several,

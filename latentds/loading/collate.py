@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ class Collator:
     seed     of the run
     decode   stored, codes or latents
     columns, masks   what to carry besides
+    class_to_idx     numbers of classes, where they are not the sets' own
     """
 
     def __init__(
@@ -36,10 +37,11 @@ class Collator:
         decode: str,
         columns: tuple[str, ...],
         masks: bool,
+        class_to_idx: Mapping[str, int] | None = None,
     ) -> None:
         self.sets, self.seed, self.decode = sets, seed, decode
         self.columns, self.masks = columns, masks
-        self.vocabulary = Vocabulary(sets)
+        self.vocabulary = Vocabulary(sets, class_to_idx)
         self.decoders = self.vocabulary.codebooks  # what codes become latents by
         self.integers = make_integers(self.decoders) if decode == "codes" else None
 

@@ -126,7 +126,9 @@ class LatentDataset(IterableDataset[Batch]):
             last=order.last,
             lanes=order.lanes,
         )
-        self.collator = Collator(self.sets, seed, decode, tuple(columns), masks)
+        self.collator = Collator(
+            self.sets, seed, decode, tuple(columns), masks, select.class_to_idx
+        )
         self.statistics_given = choose_statistics(normalize, self.sets)
         if normalize:
             self.collator.decoders = self.normalized_codebooks()
@@ -167,7 +169,7 @@ class LatentDataset(IterableDataset[Batch]):
     @property
     def class_to_idx(self) -> dict[str, int]:
         """Label of every class name, as ImageFolder has it."""
-        return {name: index for index, name in enumerate(self.classes)}
+        return dict(self.collator.vocabulary.number)
 
     @property
     def patches(self) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from latentds.errors import ContractError
+from latentds.errors import ContractError, InputError
 from latentds.quantizers.scalar import AnyCodebook
 from latentds.store.format import joined_names
 from latentds.store.reader import ShardSet
@@ -41,18 +41,24 @@ class Vocabulary:
     """What the numbers of several sets mean together.
 
     sets        they must share latent_id, encoding, shapes and patch size
-    classes     label names of all sets, in their own order where that is one
+    given       numbers of label names that others chose; InputError unless all names are among them
+    classes     label names of all sets, in their own order where that is one; where numbers were
+                given, by them, and "" for a number without a name
     codebooks   the distinct codebooks
     books       for every set, which of them its own ones are, by their number in its manifest
     """
 
-    def __init__(self, sets: Sequence[ShardSet]) -> None:
+    def __init__(self, sets: Sequence[ShardSet], given: Mapping[str, int] | None = None) -> None:
         check_mixable(sets)
         self.classes = joined_names(shards.manifest.classes for shards in sets)
-        number = {name: index for index, name in enumerate(self.classes)}
+        self.number = {name: index for index, name in enumerate(self.classes)}
+        if given is not None:
+            self.number = dict(given)
+            self.classes = named_numbers(given, self.classes, sets[0].folder)
         # The last entry is for -1, no label.
         self.labels = [
-            np.array([*(number[name] for name in shards.manifest.classes), -1]) for shards in sets
+            np.array([*(self.number[name] for name in shards.manifest.classes), -1])
+            for shards in sets
         ]
         books: dict[str, AnyCodebook] = {}
         for shards in sets:
@@ -64,6 +70,21 @@ class Vocabulary:
             np.array([place[book.codebook_id] for book in shards.manifest.codebooks])
             for shards in sets
         ]
+
+
+def named_numbers(given: Mapping[str, int], names: Sequence[str], where: str) -> list[str]:
+    """The names of `given` by their numbers; InputError where it cannot number `names`."""
+    lost = [name for name in names if name not in given]
+    if lost:
+        raise InputError(
+            f"{where}: class_to_idx has no number for {', '.join(map(repr, lost[:5]))} of its "
+            f"{len(names)} classes; number them all, or leave some out by where="
+        )
+    numbers = list(given.values())
+    if min(numbers, default=0) < 0 or len(set(numbers)) < len(numbers):
+        raise InputError(f"{where}: class_to_idx {dict(given)}: numbers are 0 or more, each once")
+    found = {number: name for name, number in given.items()}
+    return [found.get(number, "") for number in range(max(numbers, default=-1) + 1)]
 
 
 def check_mixable(sets: Sequence[ShardSet]) -> None:

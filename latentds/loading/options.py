@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -14,11 +14,14 @@ class Select:
              "label == 'TUM' and mpp < 0.6"
     slides   names of the slides to use
     balance  "label", "slide" or "patient": draw every one equally often, with shuffle=True
+    class_to_idx   the number of every class name, for a head that was trained with others than the
+                   set's own; all names of the set must be there
     """
 
     where: str | None = None
     slides: Sequence[str] | None = None
     balance: str | None = None
+    class_to_idx: Mapping[str, int] | None = None
 
     def unbalanced(self, reader: str) -> tuple[str | None, Sequence[str] | None]:
         """`where` and `slides`; ValueError for a balance where nothing is drawn."""

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from latentds.core.untrusted_files import check_regular, expands_to
-from latentds.errors import InputError, missing_extra
+from latentds.errors import InputError, UnusableError, missing_extra
 from latentds.sources.cut_options import SourceOptions
 from latentds.sources.image_folder import walk
 from latentds.sources.inspection import Inspection
@@ -65,25 +65,29 @@ def read_coordinates(path: Path) -> Coordinates:
             link = file.get("coords", getlink=True)
             # Links and external storage would read files that were not asked for.
             if not isinstance(link, h5py.HardLink):
-                raise InputError("has no data set 'coords' of its own")
+                raise UnusableError("has no data set 'coords' of its own", "coordinates")
             coords = file["coords"]
             check_dataset(coords, path)
             places, attributes = coords[:], dict(coords.attrs)
     except (OSError, KeyError, RuntimeError) as error:
-        raise InputError(f"is no readable h5 file ({type(error).__name__})") from error
+        raise UnusableError(
+            f"is no readable h5 file ({type(error).__name__})", "coordinates"
+        ) from error
     return Coordinates(places.astype(np.int64), *sizes_of(attributes))
 
 
 def check_dataset(coords: Any, path: Path) -> None:
     """Refuse what is not a bounded array of whole numbers inside the file."""
     if getattr(coords, "external", None) or getattr(coords, "is_virtual", False):
-        raise InputError("keeps 'coords' in other files; refused")
+        raise UnusableError("keeps 'coords' in other files; refused", "coordinates")
     if coords.dtype.kind not in "iu" or len(coords.shape) != 2 or coords.shape[1] != 2:
-        raise InputError(f"'coords' is {coords.dtype} {coords.shape}, not integers (n, 2)")
+        raise UnusableError(
+            f"'coords' is {coords.dtype} {coords.shape}, not integers (n, 2)", "coordinates"
+        )
     if len(coords) > MAX_COORDINATES:
-        raise InputError(f"'coords' has {len(coords)} rows; refused")
+        raise UnusableError(f"'coords' has {len(coords)} rows; refused", "coordinates")
     if wrong := expands_to(coords, path):
-        raise InputError(f"'coords' {wrong}")
+        raise UnusableError(f"'coords' {wrong}", "coordinates")
 
 
 def sizes_of(attributes: dict[str, Any]) -> tuple[int, int, tuple[int, int] | None]:
@@ -100,12 +104,15 @@ def sizes_of(attributes: dict[str, Any]) -> tuple[int, int, tuple[int, int] | No
         # Fishing-Rod's CLAM resamples by whole steps where a slide lacks the level asked for.
         custom = int(attributes.get("custom_downsample", 1))
         if not 1 <= custom <= MAX_CUSTOM:
-            raise InputError(f"'coords' has custom_downsample {custom}, not 1 to {MAX_CUSTOM}")
+            raise UnusableError(
+                f"'coords' has custom_downsample {custom}, not 1 to {MAX_CUSTOM}", "coordinates"
+            )
         factor = float(np.ravel(downsample)[0]) * custom
         return round(patch * factor), patch, None
     except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"'coords' has no usable attribute {error}; not TRIDENT's or CLAM's"
-                         ) from error  # fmt: skip
+        raise UnusableError(
+            f"'coords' has no usable attribute {error}; not TRIDENT's or CLAM's", "coordinates"
+        ) from error
 
 
 class CoordinateJob(Slides):
@@ -179,21 +186,24 @@ class CoordinateJob(Slides):
         found = read_coordinates(file)
         size = (int(slide.dimensions[0]), int(slide.dimensions[1]))
         if found.slide_px is not None and found.slide_px != size:
-            raise InputError(
+            raise UnusableError(
                 f"its coordinates are of a slide of {found.slide_px[0]}x{found.slide_px[1]} px, "
-                f"this one has {size[0]}x{size[1]} ({file.name})"
+                f"this one has {size[0]}x{size[1]} ({file.name})",
+                "coordinates",
             )
         if self.options.patch_size is None and found.patch_px != self.edge:
-            raise InputError(
+            raise UnusableError(
                 f"its coordinates ask for patches of {found.patch_px} px, the first file for "
-                f"{self.edge}; pass --patch-size to resample all ({file.name})"
+                f"{self.edge}; pass --patch-size to resample all ({file.name})",
+                "coordinates",
             )
         outside = ((found.places < 0) | (found.places >= np.array(size))).any(1)
         if outside.any():
             x, y = found.places[int(np.argmax(outside))].tolist()
-            raise InputError(
+            raise UnusableError(
                 f"its coordinates lie outside of it, x {x} y {y} of {size[0]}x{size[1]} "
-                f"({file.name})"
+                f"({file.name})",
+                "coordinates",
             )
         if self.options.edges == "drop":
             reach = (found.places + found.size_px > np.array(size)).any(1)

@@ -6,7 +6,7 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from latentds.errors import InputError
 from latentds.sources.anonymity import Anonymizer
@@ -17,6 +17,13 @@ MAX_PX = 89_478_485  # Pillow's own limit against decompression bombs
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CutOptions:
     """How patches are cut; a command's or recipe's settings inherit these flags."""
+
+    PANELS: ClassVar[dict[str, tuple[str, ...]]] = {
+        "slides": (
+            *("slides", "root", "tile_downsample", "assume_mpp", "tissue", "min_tissue", "edges"),
+        )
+    }
+    panel = "pictures"
 
     patch_size: int | None = None
     """Edge of a patch in pixels; with --resize, --tile or --pad where pictures differ."""
@@ -66,6 +73,8 @@ class SourceOptions(CutOptions):
 
     raises  InputError for settings that cannot be, or files and folders that are not there
     """
+
+    panel = "labels_and_splits"
 
     source: Path
     """The input."""

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from latentds.errors import InputError, missing_extra
+from latentds.errors import InputError, UnusableError, missing_extra
 from latentds.sources.cut_options import SourceOptions
 from latentds.sources.image_folder import DEFAULT_SPLIT, SPLITS
 from latentds.sources.inspection import Inspection
@@ -100,7 +100,7 @@ class SavedDataset(PictureFiles):
 
     def header(self, picture: Picture) -> Header:
         if picture.source in self.broken:
-            raise InputError(self.broken[picture.source])
+            raise UnusableError(self.broken[picture.source], "record")
         return super().header(picture)
 
     def file(self, picture: Picture) -> Path | BinaryIO:
@@ -111,7 +111,9 @@ class SavedDataset(PictureFiles):
         # A row may name any file of this machine: only the data set's own are opened.
         path = Path(image["path"]).resolve() if image and image["path"] else None
         if path is None or not any(path.is_relative_to(root.resolve()) for root in self.roots()):
-            raise InputError("has no bytes in its row, nor a file inside the data set")
+            raise UnusableError(
+                "has no bytes in its row, nor a file inside the data set", "missing"
+            )
         return path
 
 

@@ -7,18 +7,19 @@ import dataclasses
 import functools
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from latentds.errors import ContractError, InputError
+from latentds.errors import ContractError, InputError, UnusableError
 from latentds.sources.anonymity import Anonymizer
 from latentds.sources.cut_options import SourceOptions
 from latentds.sources.opening import list_source, open_source
 from latentds.sources.picture import Header, Picture
+from latentds.sources.reading import PatchReader, of_file
 from latentds.store.files import LocalFiles
 from latentds.store.golden import likeness_db, read_golden
+from latentds.store.patch_record import Patch
 from latentds.store.reader import ShardSet
 
 LOCATED_KEPT = 65_536  # patches of which header and region are kept
@@ -60,7 +61,7 @@ class Originals:
         self.listed: dict[str, Picture] | None = None
         self.lock = threading.Lock()
         self.located = functools.lru_cache(LOCATED_KEPT)(self.locate)
-        self.pool = ThreadPoolExecutor(workers, thread_name_prefix="originals")
+        self.reader = PatchReader(self.source, workers)
         self.check_golden()
 
     def read(self, sources: Sequence[str], coords: np.ndarray) -> np.ndarray:
@@ -70,22 +71,20 @@ class Originals:
                 cannot be read
         """
         places = [(source, int(x), int(y)) for source, (x, y) in zip(sources, coords, strict=True)]
-        return np.stack(list(self.pool.map(self.read_one, places)))
+        return np.stack(list(self.reader.pool.map(self.read_one, places)))
 
     def read_one(self, place: Place) -> np.ndarray:
         """Pixels uint8 (H, W, 3) of one patch."""
         picture, header, region = self.located(place)
-        try:
-            (patch,) = self.source.read(picture, header, self.patch_px, [region])
-        except InputError as error:
-            raise InputError(f"{self.folder / picture.source}: {error}") from error
-        if patch.image.shape[:2] != self.patch_px:
-            height, width = patch.image.shape[:2]
+        (found,) = self.reader.read(picture, header, self.patch_px, [region])
+        if isinstance(found, Patch):
+            return found.image
+        if isinstance(found, UnusableError) and found.reason == "changed":
             raise ContractError(
-                f"{self.folder / picture.source}: {width}x{height} px, {self.shards.folder} has "
-                f"patches of {self.patch_px[1]}x{self.patch_px[0]}; not what it was converted from"
+                f"{self.folder / picture.source}: {found}; not what {self.shards.folder} was "
+                "converted from"
             )
-        return patch.image
+        raise of_file(self.folder / picture.source, found) from found
 
     def locate(self, place: Place) -> tuple[Picture, Header, tuple[int, int]]:
         """The picture, its header and the region of a patch."""
@@ -94,7 +93,7 @@ class Originals:
         try:
             found = picture and self.source.locate(picture, self.patch_px, (x, y))
         except InputError as error:
-            raise InputError(f"{self.folder / source}: {error}") from error
+            raise of_file(self.folder / source, error) from error
         if picture is None or not found:
             raise ContractError(
                 f"{self.folder}: no patch at ({x}, {y}) of {source!r}, which {self.shards.folder} "

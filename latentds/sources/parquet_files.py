@@ -12,7 +12,7 @@ from typing import Any
 
 from latentds.core.foreign_json import parse_json
 from latentds.core.untrusted_files import check_regular
-from latentds.errors import FormatError, InputError
+from latentds.errors import FormatError, InputError, UnusableError
 from latentds.sources.side_records import COLUMNS
 from latentds.sources.slide_reading import reason_of
 
@@ -41,7 +41,9 @@ class RowGroup:
         if isinstance(picture, dict):
             picture = picture["bytes"]
         if picture is None:
-            raise InputError("has no bytes in its row; embed the pictures in the Parquet")
+            raise UnusableError(
+                "has no bytes in its row; embed the pictures in the Parquet", "missing"
+            )
         is_raw = found.get("image_dtype") == "raw"
         return as_ppm(picture, found.get("tile_size")) if is_raw else picture
 
@@ -97,7 +99,7 @@ class EncodedTable:
             for batch in file.iter_batches(BATCH_ROWS, row_groups=[number], columns=columns):
                 held += batch.nbytes
                 if held > MAX_GROUP_BYTES:
-                    raise InputError(f"its row group {number} has more bytes than it announces")
+                    raise UnusableError(f"its row group {number} has more bytes than it announces")
                 parts.append(batch)
                 starts.append(starts[-1] + len(batch))
         return RowGroup(parts, starts, self.column.partition(".")[0])
@@ -120,7 +122,9 @@ def reading(path: Path | None) -> Iterator[None]:
         if isinstance(error, FileNotFoundError):
             raise
         where = f"{path}: " if path else ""
-        raise InputError(f"{where}damaged Parquet ({reason_of(error)}); fetch it anew") from error
+        raise UnusableError(
+            f"{where}damaged Parquet ({reason_of(error)}); fetch it anew"
+        ) from error
 
 
 def has_pictures(path: Path) -> bool:
@@ -241,5 +245,5 @@ def class_names(metadata: dict[bytes, bytes]) -> dict[str, list[str]]:
 def as_ppm(pixels: bytes, edge: Any) -> bytes:
     """Bare pixels (edge, edge, 3) as a file that Pillow opens; InputError (without the name)."""
     if not isinstance(edge, int) or len(pixels) != edge * edge * 3:
-        raise InputError(f"{len(pixels)} raw bytes are not RGB pixels of tile_size {edge}")
+        raise UnusableError(f"{len(pixels)} raw bytes are not RGB pixels of tile_size {edge}")
     return b"P6 %d %d 255\n" % (edge, edge) + pixels

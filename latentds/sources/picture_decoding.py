@@ -11,7 +11,7 @@ from PIL import Image
 
 from latentds.codecs.formats import DECODE_ERRORS
 from latentds.core.untrusted_files import known_formats, open_picture
-from latentds.errors import InputError
+from latentds.errors import Reason, UnusableError
 from latentds.sources.picture import Header
 
 MASK_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif")
@@ -41,10 +41,12 @@ def read_header(file: Path | BinaryIO, max_px: int) -> Header:
             check_depth(image)
             width, height = image.size
             if width * height > max_px:
-                raise InputError(f"{width}x{height} px is more than --max-px {max_px}")
+                raise UnusableError(
+                    f"{width}x{height} px is more than --max-px {max_px}", "too_large"
+                )
             return Header((height, width), image.mode, describe_encoding(image), size_of(file))
     except DECODE_ERRORS as error:
-        raise InputError(f"cannot be read ({first_line(error)})") from error
+        raise UnusableError(f"cannot be read ({first_line(error)})", reason_of(error)) from error
 
 
 def size_of(file: Path | BinaryIO) -> int:
@@ -58,12 +60,14 @@ def read_picture(file: Path | BinaryIO, max_px: int) -> tuple[np.ndarray, str]:
         with open_picture(file) as image:
             check_mode(image.mode)
             if image.width * image.height > max_px:
-                raise InputError(f"{image.width}x{image.height} px is more than --max-px {max_px}")
+                raise UnusableError(
+                    f"{image.width}x{image.height} px is more than --max-px {max_px}", "too_large"
+                )
             image.load()
             check_alpha(image)
             return np.asarray(image.convert("RGB")), image.mode
     except DECODE_ERRORS as error:
-        raise InputError(f"cannot be decoded ({first_line(error)})") from error
+        raise UnusableError(f"cannot be decoded ({first_line(error)})", reason_of(error)) from error
 
 
 def find_mask(folder: Path, source: str, size_px: tuple[int, int]) -> Path:
@@ -72,21 +76,25 @@ def find_mask(folder: Path, source: str, size_px: tuple[int, int]) -> Path:
     paths = [stem.with_suffix(suffix) for suffix in MASK_SUFFIXES]
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
-        raise InputError(f"has no mask under --masks ({Path(source).with_suffix('.png')})")
+        raise UnusableError(
+            f"has no mask under --masks ({Path(source).with_suffix('.png')})", "mask"
+        )
     try:
         with open_picture(path) as image:
             check_mask(image, size_px)
     except DECODE_ERRORS as error:
-        raise InputError(f"its mask cannot be read ({first_line(error)})") from error
+        raise UnusableError(f"its mask cannot be read ({first_line(error)})", "mask") from error
     return path
 
 
 def check_mask(image: Image.Image, size_px: tuple[int, int]) -> None:
     """Refuse masks that are not 8-bit grey or palette, or not of the picture's size."""
     if image.mode not in ("L", "1", "P"):
-        raise InputError(f"its mask is of mode {image.mode}; 8-bit grey or palette masks only")
+        raise UnusableError(
+            f"its mask is of mode {image.mode}; 8-bit grey or palette masks only", "mask"
+        )
     if image.size != size_px[::-1]:
-        raise InputError(f"its mask is {image.size} px, the picture {size_px[::-1]}")
+        raise UnusableError(f"its mask is {image.size} px, the picture {size_px[::-1]}", "mask")
 
 
 def read_mask(path: Path, size_px: tuple[int, int]) -> np.ndarray:
@@ -98,16 +106,17 @@ def read_mask(path: Path, size_px: tuple[int, int]) -> np.ndarray:
             mask = np.asarray(image)
             return mask.astype(np.uint8) * (255 if image.mode == "1" else 1)
     except DECODE_ERRORS as error:
-        raise InputError(f"its mask cannot be decoded ({first_line(error)})") from error
+        raise UnusableError(f"its mask cannot be decoded ({first_line(error)})", "mask") from error
 
 
 def check_mode(mode: str) -> None:
     """Refuse what has more than 8 bits or no way to RGB."""
     if mode != "RGB" and mode not in CONVERTED and mode[0] not in "IF":
-        raise InputError(f"mode {mode}; convert to RGB")
+        raise UnusableError(f"mode {mode}; convert to RGB", "unsupported")
     if mode[0] in "IF":
-        raise InputError(
-            f"mode {mode} (16-bit or float); convert to 8-bit RGB with a scaling you choose"
+        raise UnusableError(
+            f"mode {mode} (16-bit or float); convert to 8-bit RGB with a scaling you choose",
+            "unsupported",
         )
 
 
@@ -115,11 +124,12 @@ def check_depth(image: Image.Image) -> None:
     """Refuse several pages, and 16 bits a channel, which Pillow opens as 8-bit all the same."""
     pages = getattr(image, "n_frames", 1)
     if pages > 1:
-        raise InputError(f"has {pages} pages; split it into one file a page")
+        raise UnusableError(f"has {pages} pages; split it into one file a page", "unsupported")
     bits = bits_a_channel(image)
     if bits > 8:
-        raise InputError(
-            f"has {bits} bits a channel; convert to 8-bit RGB with a scaling you choose"
+        raise UnusableError(
+            f"has {bits} bits a channel; convert to 8-bit RGB with a scaling you choose",
+            "unsupported",
         )
 
 
@@ -165,7 +175,9 @@ def check_alpha(image: Image.Image) -> None:
     """Refuse real transparency: which colour lies behind it is not ours to guess."""
     transparent = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
     if transparent and image.convert("RGBA").getchannel("A").getextrema()[0] != 255:
-        raise InputError("has transparent pixels; flatten it onto a background first")
+        raise UnusableError(
+            "has transparent pixels; flatten it onto a background first", "unsupported"
+        )
 
 
 def describe_encoding(image: Image.Image) -> str:
@@ -190,6 +202,11 @@ def jpeg_quality(tables: dict[int, Any]) -> str:
         if len(luma) == 16 and (luma == expected).all():
             return str(quality)
     return "?"
+
+
+def reason_of(error: Exception) -> Reason:
+    """Which of the closed reasons Pillow's error is."""
+    return "truncated" if "truncated" in str(error) else "unreadable"
 
 
 def first_line(error: Exception) -> str:

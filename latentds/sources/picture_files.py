@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
-from latentds.errors import InputError
+from latentds.errors import InputError, UnusableError
 from latentds.sources.cut_options import SourceOptions
 from latentds.sources.image_folder import check_labels, check_sizes, list_pictures, name_fields
 from latentds.sources.inspection import Inspection
@@ -87,14 +87,14 @@ class PictureFiles(Source):
             return None
         path = self.root / picture.mask
         if not path.is_file():
-            raise InputError(f"its mask is not there ({picture.mask})")
+            raise UnusableError(f"its mask is not there ({picture.mask})", "mask")
         return path
 
     def check_tile(self, header: Header) -> None:
         """Refuse a picture too small for a single tile; InputError (without the name)."""
         (height, width), edge = header.size_px, self.options.patch_size
         if self.options.tile and edge and min(height, width) < edge:
-            raise InputError(f"{width}x{height} px holds no tile of {edge}")
+            raise UnusableError(f"{width}x{height} px holds no tile of {edge}", "too_small")
 
     def patch_px(self, headers: dict[str, Header]) -> tuple[int, int]:
         options, edge = self.options, self.options.patch_size
@@ -185,7 +185,7 @@ class PictureFiles(Source):
         """Pixels and mask of a picture, from its files."""
         image, _ = read_picture(self.file(picture), self.options.max_px)
         if image.shape[:2] != header.size_px:
-            raise InputError("changed its size while the conversion ran")
+            raise UnusableError("changed its size while the conversion ran", "changed")
         size_px = (image.shape[0], image.shape[1])
         mask = self.mask_file(picture, size_px)
         return image, None if mask is None else read_mask(mask, size_px)

@@ -7,7 +7,7 @@ import io
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
-from latentds.errors import InputError
+from latentds.errors import InputError, UnusableError
 from latentds.sources.cut_options import SourceOptions
 from latentds.sources.image_folder import name_fields
 from latentds.sources.inspection import Inspection
@@ -106,7 +106,7 @@ class PictureParquet(PictureFiles):
 
     def header(self, picture: Picture) -> Header:
         if picture.source in self.broken:
-            raise InputError(self.broken[picture.source])
+            raise UnusableError(self.broken[picture.source], "record")
         header = super().header(picture)
         # Bare pixels are given to Pillow as a PPM file.
         return dataclasses.replace(header, encoding="raw") if header.encoding == "ppm" else header

@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from latentds.core.foreign_json import parse_json
-from latentds.errors import FormatError, InputError
+from latentds.errors import FormatError, InputError, UnusableError
 from latentds.sources.cut_options import SourceOptions
 from latentds.sources.image_folder import check_names
 from latentds.sources.inspection import Inspection
@@ -115,7 +115,7 @@ class PictureTars(PictureFiles):
 
     def header(self, picture: Picture) -> Header:
         if picture.source in self.broken:
-            raise InputError(self.broken[picture.source])
+            raise UnusableError(self.broken[picture.source], "record")
         return super().header(picture)
 
     def file(self, picture: Picture) -> BinaryIO:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from latentds.errors import InputError
+from latentds.errors import UnusableError
 
 PATIENCE_S = 120.0  # a slide on a slow file server opens in seconds
 MEMORY_BYTES = 1 << 32  # that a pixel of every level may take, Python included
@@ -52,8 +52,8 @@ def _probe(path: Path, size: int, mtime_ns: int) -> None:
             command, stdin=nothing, stdout=nothing, stderr=nothing, timeout=PATIENCE_S
         )
     except subprocess.TimeoutExpired as error:
-        raise InputError(f"OpenSlide does not open it in {PATIENCE_S:g} s") from error
+        raise UnusableError(f"OpenSlide does not open it in {PATIENCE_S:g} s") from error
     if ended.returncode:
         code = ended.returncode
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        raise InputError(f"OpenSlide dies of it ({how}); damaged, or made to do that")
+        raise UnusableError(f"OpenSlide dies of it ({how}); damaged, or made to do that")

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from latentds.core.untrusted_files import check_regular
-from latentds.errors import InputError, missing_extra
+from latentds.errors import UnusableError, missing_extra
 from latentds.sources.slide_probe import probe_slide
 
 THUMBNAIL_MPP = 8.0  # a 256 px patch at 0.5 mpp is 16 px of it
@@ -40,7 +40,7 @@ def open_slide(path: Path) -> Any:
     try:
         return openslide.OpenSlide(str(path))
     except (openslide.OpenSlideError, OSError) as error:
-        raise InputError(f"{UNREADABLE} ({reason_of(error)})") from error
+        raise UnusableError(f"{UNREADABLE} ({reason_of(error)})") from error
 
 
 def reason_of(error: Exception) -> str:
@@ -72,9 +72,10 @@ def slide_mpp(slide: Any, assumed: float | None, given: float | None = None) -> 
     if len(found) == 2 and abs(found[0] - found[1]) > 0.02 * found[0]:
         if assumed is not None:
             return assumed
-        raise InputError(
+        raise UnusableError(
             f"its pixels are not square (mpp {found[0]:.4f} by {found[1]:.4f}); pass --assume-mpp, "
-            "or its mpp in a --slide-table"
+            "or its mpp in a --slide-table",
+            "resolution",
         )
     if found:
         return sum(found) / len(found)
@@ -85,7 +86,9 @@ def slide_mpp(slide: Any, assumed: float | None, given: float | None = None) -> 
         return assumed
     seen = [f"{value:.4g}" for value in values if value is not None]
     what = f"records an mpp of {seen[0]}, which no scanner has," if seen else "records neither mpp"
-    raise InputError(f"{what} nor magnification; pass --assume-mpp, or its mpp in a --slide-table")
+    raise UnusableError(
+        f"{what} nor magnification; pass --assume-mpp, or its mpp in a --slide-table", "resolution"
+    )
 
 
 def number(text: str | None) -> float | None:
@@ -119,7 +122,9 @@ def grid(slide: Any, size: float, step: float, edges: str) -> np.ndarray:
     bottom = top + int(slide.properties.get("openslide.bounds-height", height - top))
     room = size if edges == "drop" else 1
     if (right - left) / step * ((bottom - top) / step) > MAX_PLACES:
-        raise InputError(f"a grid every {step:.3g} px has over {MAX_PLACES:,} patches; see its mpp")
+        raise UnusableError(
+            f"a grid every {step:.3g} px has over {MAX_PLACES:,} patches; see its mpp", "resolution"
+        )
     columns = np.arange(0, max(right - left - room, -1) + 1e-6, step)
     rows = np.arange(0, max(bottom - top - room, -1) + 1e-6, step)
     x, y = np.meshgrid(left + np.rint(columns), top + np.rint(rows))

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from latentds.errors import InputError
+from latentds.errors import InputError, UnusableError
 from latentds.sources.cut_options import SourceOptions
 from latentds.sources.image_folder import check_labels, check_names, read_folders, walk
 from latentds.sources.inspection import Inspection
@@ -176,7 +176,7 @@ class Slides(Source):
         blocks = [0, 0]
         found = thumbnail_of(self.open(picture), mpp, read=self.patched_reader(picture, blocks))
         if blocks[0] == blocks[1]:
-            raise InputError(f"{UNREADABLE} (no part of its overview)")
+            raise UnusableError(f"{UNREADABLE} (no part of its overview)")
         logger.warning(
             "%s: %d of %d parts of its overview cannot be read; taken for background",
             picture.source, blocks[0], blocks[1],
@@ -214,9 +214,10 @@ class Slides(Source):
     def check_enlarging(self, scale: float) -> None:
         """Refuse patches finer than the slide; InputError (without the name)."""
         if scale * MOST_ENLARGED < 1 and not self.options.enlarge:
-            raise InputError(
+            raise UnusableError(
                 f"is coarser than asked: its patches would be enlarged {1 / scale:.3g} times; ask "
-                "for a larger --mpp, or pass --enlarge"
+                "for a larger --mpp, or pass --enlarge",
+                "resolution",
             )
 
     def scale(self, picture: Picture, slide: Any) -> float:
@@ -295,7 +296,7 @@ class Slides(Source):
             with self.lock:
                 self.handles.pop(picture.source, None)
             if is_slide_error(error):
-                raise InputError(f"{UNREADABLE} ({reason_of(error)})") from error
+                raise UnusableError(f"{UNREADABLE} ({reason_of(error)})") from error
             raise
 
     def facts(self) -> dict[str, Any]:

@@ -41,6 +41,7 @@ MADE_KINDS: dict[str, Kind] = {
     **dict.fromkeys(("merged", "repacked"), list),
     "device": str,
 }
+LEFT_OUT_KINDS: dict[str, Kind] = {"detail": str, "patches": int, "of": int}
 CODEBOOK_KINDS: dict[str, Kind] = {
     **dict.fromkeys(("snr_db", "saturated_share"), NUMBER),
     **dict.fromkeys(("values", "seed", "dead_levels"), int),
@@ -289,7 +290,14 @@ def parse_made(record: Any) -> dict[str, Any]:
     for entry in made["left_out"]:
         if not all(isinstance(entry.get(name), str) for name in ("source", "reason")):
             raise ValueError(f"left_out has {str(entry)[:80]}, not source and reason")
+        check_kinds(entry, LEFT_OUT_KINDS, "made.left_out.")
     return made
+
+
+def left_out_text(entry: dict[str, Any]) -> str:
+    """Why an entry of `left_out` is, for people; sets made before have a sentence as its reason."""
+    text = str(entry.get("detail") or str(entry.get("reason")).replace("_", " "))
+    return f"{entry['patches']} of {entry['of']} patches: {text}" if "of" in entry else text
 
 
 def parse_tables(record: Any) -> dict[str, dict[str, Any]]:

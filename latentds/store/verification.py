@@ -19,7 +19,7 @@ from latentds.store.columns import MASK_SCHEMA, decode_table
 from latentds.store.format import DIGESTS, MANIFEST, MASKS, PACKS_TABLE, PATCHES_TABLE
 from latentds.store.golden import THUMBNAIL_SLACK_DB, decode_pixels, likeness_db, read_golden
 from latentds.store.index import ShardIndex, index_shard, pack_rows, renumber
-from latentds.store.manifest import read_manifest
+from latentds.store.manifest import left_out_text, read_manifest
 from latentds.store.masks import decode_mask
 from latentds.store.reader import ShardSet
 from latentds.store.scan import ScannedPack, read_contract, read_member, scan_shard
@@ -111,7 +111,7 @@ def check_manifest(folder: Path) -> Iterator[Finding]:
                 f"{path}: not in the manifest; readers that take data/*.tar would read it too",
             )
     for left_out in manifest.made.get("left_out", []):
-        yield "note", f"left out at conversion: {left_out.get('source')}: {left_out.get('reason')}"
+        yield "note", f"left out at conversion: {left_out.get('source')}: {left_out_text(left_out)}"
 
 
 def check_hashes(folder: Path) -> Iterator[Finding]:

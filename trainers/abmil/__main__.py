@@ -19,6 +19,8 @@ import os
 from latentds_trainers.abmil.config import AbmilConfig
 from latentds_trainers.engine.launching import launch
 
+USUAL = ("bags", "labels", "data", "embedder", "preset", "folds", "device")  # options
+
 
 def main(config: AbmilConfig) -> None:
     """Features where they are to be made, the folds, the result."""
@@ -30,4 +32,9 @@ def main(config: AbmilConfig) -> None:
 
 
 if __name__ == "__main__":
-    launch(main, AbmilConfig, __doc__)
+    launch(
+        main,
+        AbmilConfig,
+        __doc__,
+        usual=USUAL,
+    )

@@ -77,7 +77,7 @@ class FeatureBags:
         """All features, float32 (n, D) at a time."""
         whole = self.keep(slide)
         if whole is not None:
-            yield from torch.from_numpy(whole).split(PART)
+            yield from torch.split(torch.from_numpy(whole), PART)
             return
         with self.folder.file(slide) as file:
             for start in range(0, len(file), PART):

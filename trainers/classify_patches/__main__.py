@@ -18,6 +18,8 @@ from __future__ import annotations
 from latentds_trainers.classify_patches.config import ClassifyConfig
 from latentds_trainers.engine.launching import launch
 
+USUAL = ("data", "embedder", "probe", "protocol", "folds", "device")  # options
+
 
 def main(config: ClassifyConfig) -> None:
     """Classify, record, print the table."""
@@ -27,4 +29,9 @@ def main(config: ClassifyConfig) -> None:
 
 
 if __name__ == "__main__":
-    launch(main, ClassifyConfig, __doc__)
+    launch(
+        main,
+        ClassifyConfig,
+        __doc__,
+        usual=USUAL,
+    )

@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,6 +24,7 @@ from latentds.models.backbones import build_classifier, build_latent_classifier
 if TYPE_CHECKING:
     from latentds_trainers.classify_patches.config import ClassifyConfig
     from latentds_trainers.classify_patches.patch_inputs import LabelledPatches
+    from latentds_trainers.crossval.cross_validation import Cell
 
     from latentds.embedders.latent_stem import LatentStemConfig
     from latentds.evaluation.folds import Fold
@@ -47,10 +47,8 @@ class FoldConfig(TrainConfig):
     augment: bool
 
 
-def fold_config(
-    config: ClassifyConfig, out: Path, fold: int, train: int, split_id: str, source: str
-) -> FoldConfig:
-    """The engine's settings for a fold of `train` training patches."""
+def fold_config(config: ClassifyConfig, cell: Cell, *, split_id: str, source: str) -> FoldConfig:
+    """The engine's settings for a fold."""
     shared = ("batch_size", "accumulation", "lr", "warmup_steps", "schedule", "clip", "zero_stage")
     more = ("precision", "seed", "save_every", "log_every", "tensorboard", "weights", "jitter")
     images = config.batch_size * config.accumulation * dist.get_world_size()
@@ -59,12 +57,12 @@ def fold_config(
         weight_decay=config.weight_decay,
         augment=config.augment,
         arch=config.arch or "",
-        out=out,
-        steps=config.epochs * math.ceil(train / images),
+        out=cell.folder,
+        steps=config.epochs * math.ceil(len(cell.fold.train) / images),
         keep=1,
         split_id=split_id,
         source=source,
-        fold=fold,
+        fold=cell.number,
     )
 
 
@@ -122,7 +120,9 @@ class FoldTraining:
         train = self.fold.train
         drawn = step * self.engine.global_batch + np.array(places, np.int64)
         keys = [key_of("epoch", self.config.seed, int(e)) for e in drawn // len(train)]
-        return train[permute(drawn % len(train), len(train), np.array(keys, np.uint64))]
+        places_of = permute(drawn % len(train), len(train), np.array(keys, np.uint64))
+        rows: np.ndarray = train[places_of]
+        return rows
 
     def step(self, step: int) -> dict[str, Tensor]:
         """One forward pass."""

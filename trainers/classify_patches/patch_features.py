@@ -197,7 +197,8 @@ def embedding(embedder: NetworkEmbedder, precision: str) -> Callable[[Tensor], T
     """Features of images uint8 (B, 3, H, W) or of latents, where the embedder is."""
 
     def embed(inputs: Tensor) -> Tensor:
-        values, made = as_input(inputs.to(embedder.device)), embedder.embed
+        values = as_input(inputs.to(embedder.device))
+        made: Callable[[Tensor], Tensor] = embedder.embed
         if isinstance(embedder, LatentBackbone) and inputs.dtype != torch.uint8:
             made = embedder.embed_latents
         if precision == "fp32":

@@ -183,7 +183,7 @@ def open_latents(
     train = open_undecoded(config, stem=stem)
     sets = [train.patches]
     if len(patches.sets) > 1:
-        options = {"data": config.test_data, "split": None, "groups": None}
+        options: dict[str, Any] = {"data": config.test_data, "split": None, "groups": None}
         book = patches.sets[0].facts().codebook
         if str(book.get("origin", "")).startswith("fitted") and config.codebook_from is None:
             options["codebook_from"] = config.data

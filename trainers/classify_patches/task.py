@@ -4,25 +4,13 @@
 from __future__ import annotations
 
 import gc
-import json
-import logging
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch.distributed as dist
-from latentds_trainers.classify_patches.classify_results import (
-    FoldOutcome,
-    check_run,
-    is_finished,
-    make_record,
-    read_outcome,
-    source_identity,
-    write_confusion,
-    write_outcome,
-)
-from latentds_trainers.classify_patches.classify_table import print_table
-from latentds_trainers.classify_patches.config import ClassifyConfig
+from latentds_trainers.classify_patches.classify_report import report, score_fold, source_identity
+from latentds_trainers.classify_patches.config import MAY_CHANGE, ClassifyConfig
 from latentds_trainers.classify_patches.finetune_backbone import FoldTraining, fold_config
 from latentds_trainers.classify_patches.patch_features import (
     FeatureStore,
@@ -37,29 +25,25 @@ from latentds_trainers.classify_patches.patch_inputs import (
     open_latents,
     protocol_folds,
 )
+from latentds_trainers.crossval.cross_validation import Cell, CrossValidation, Tested
 from latentds_trainers.engine.ranks import from_first, join_ranks, on_all_ranks
+from latentds_trainers.engine.settings import plain
 
-from latentds.core.display import say
 from latentds.core.randomness import digest_of
 from latentds.embedders import load_embedder
 from latentds.embedders.latent_backbone import LatentBackbone
 from latentds.embedders.latent_stem import check_cells
 from latentds.errors import InputError
 from latentds.evaluation.eva_probe import Examples, eva_probe
-from latentds.evaluation.folds import Fold, split_id
+from latentds.evaluation.folds import Fold
 from latentds.evaluation.patchsets.undecoded import UndecodedPatches
-from latentds.evaluation.predictions import fold_predictions, join_predictions, write_predictions
 from latentds.evaluation.probes import (
     FittedProbe,
     colour_probe,
     linear_probe,
     nearest_neighbours,
 )
-from latentds.evaluation.records import write_record
-from latentds.evaluation.splits import write_clam_splits
 from latentds.models.backbones import build_classifier, build_latent_classifier
-
-logger = logging.getLogger(__name__)
 
 
 class ClassifyTask:
@@ -71,7 +55,14 @@ class ClassifyTask:
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.patches = on_all_ranks(lambda: open_labelled(as_read(config, self.device)))
         self.folds = on_all_ranks(lambda: protocol_folds(config, self.patches))
-        self.split_id = split_id(self.folds, self.patches.items)
+        self.crossval = CrossValidation(
+            task="classify_patches",
+            out=config.out,
+            items=self.patches.items,
+            groups=self.patches.groups,
+            folds=self.folds,
+            cells=[(number, config.seed) for number in range(len(self.folds))],
+        )
         self.embedder = None
         if config.embedder is not None:
             name = config.embedder
@@ -84,8 +75,7 @@ class ClassifyTask:
         if self.embedder is None:
             on_all_ranks(self.check_arch)
         card = None if self.embedder is None else self.embedder.card
-        self.weights_id = card.weights_id if card else None
-        from_first(self.claim)
+        self.claim()
         self.store = FeatureStore(config.out, self.patches, self.pixels, card, config.precision)
 
     def open_inputs(self) -> tuple[LabelledPatches, UndecodedPatches | None]:
@@ -102,18 +92,34 @@ class ClassifyTask:
             stem = self.embedder.stem
         return open_latents(as_read(self.config, self.device), self.patches, stem)
 
+    @property
+    def images_a_step(self) -> int | None:
+        """Images of an optimizer step over all ranks; None for a probe."""
+        if self.config.probe != "finetune":
+            return None
+        return self.config.batch_size * self.config.accumulation * self.ranks
+
     def claim(self) -> None:
-        """Make the run's folder this run's, with its folds in CLAM's files."""
-        out = self.config.out
-        check_run(
-            self.config,
-            self.ranks,
-            split=self.split_id,
-            source=self.source,
-            content=self.content,
-            weights_id=self.weights_id,
-        )
-        write_clam_splits(out / "splits", self.folds, self.patches.items)
+        """Make the run's folder this run's. Collective."""
+        config, content = self.config, self.content
+        settings = {n: v for n, v in plain(config).items() if n not in MAY_CHANGE}
+        identity = {
+            "data_content": content[0],
+            "test_data_content": content[1] if len(content) > 1 else None,
+            "source": digest_of(self.source),
+            "embedder_weights": None if self.embedder is None else self.embedder.card.weights_id,
+            "images_a_step": self.images_a_step,
+        }
+        others = "files of other content lie in"
+        remedies = {
+            "data_content": f"{others} {config.location}; give the patches it was started with",
+            "test_data_content": f"{others} {config.test_data}; give those it was started with",
+            "source": "give the pixels it was started with",
+            "embedder_weights": "give the weights it was started with",
+            "images_a_step": "choose --batch-size and --accumulation for as many on these ranks",
+            "split_id": "give the patches and --groups it was started with",
+        }
+        self.crossval.claim(settings | identity, remedies)
 
     def check_arch(self) -> None:
         """Build the network once, so that a wrong name or file is told before anything is done."""
@@ -123,18 +129,24 @@ class ClassifyTask:
             return
         arch, stem = config.arch or "", self.latents.stem
         network = build_latent_classifier(arch, classes, stem, weights=config.weights)
-        check_cells(arch, network.patch_embed.patch_size[0], self.latents.cells)
+        patch_embed: Any = network.patch_embed
+        check_cells(arch, patch_embed.patch_size[0], self.latents.cells)
 
     def run(self) -> None:
         """Do the folds that are left, write the record, print it."""
         features = self.features()
-        for number, fold in enumerate(self.folds):
-            folder = self.config.out / f"fold-{number}"
-            if from_first(lambda folder=folder: is_finished(folder)):
-                logger.info("fold %d is finished", number)
-                continue
-            self.do_fold(number, fold, folder, features)
-        from_first(self.finish)
+        outcomes = self.crossval.outcomes(lambda cell: self.test(cell, features))
+        from_first(
+            lambda: report(
+                self.config,
+                self.crossval,
+                self.patches,
+                outcomes,
+                source=self.facts.to_json(),
+                embedder=None if self.embedder is None else self.embedder.card,
+                images_a_step=self.images_a_step,
+            )
+        )
 
     def features(self) -> PatchFeatures | None:
         """Features of all patches on rank 0, once all ranks have made theirs."""
@@ -154,32 +166,31 @@ class ClassifyTask:
         from_first(lambda: found.append(self.store.read()))
         return found[0] if found else None
 
-    def do_fold(
-        self, number: int, fold: Fold, folder: Path, features: PatchFeatures | None
-    ) -> None:
-        """One fold, from training to its files."""
-        config, tested = self.config, None
-        if config.probe == "finetune":
-            tested = FittedProbe(self.finetune(number, fold, folder))
+    def test(self, cell: Cell, features: PatchFeatures | None) -> Tested:
+        """A fold's probe or network on its test patches. Collective.
 
-        def finish() -> None:
+        features  on rank 0
+        """
+        tuned = None
+        if self.config.probe == "finetune":
+            tuned = FittedProbe(self.finetune(cell))
+
+        def score() -> Tested:
             assert features is not None
-            fitted = tested or self.probe(fold, features)
-            colour = self.fit(features.colours, fold, colour_probe)
-            outcome = FoldOutcome.of(number, config.seed, fold, self.patches, fitted, colour)
-            write_outcome(folder, outcome, fitted.probabilities)
-            told = ", ".join(f"{k} {v:.4f}" for k, v in outcome.scores.items() if v is not None)
-            logger.info("fold %d: %s", number, told)
+            fitted = tuned or self.probe(cell.fold, features)
+            colour = self.fit(features.colours, cell.fold, colour_probe)
+            return score_fold(self.patches, cell.fold, fitted, colour)
 
-        from_first(finish)
+        tested: Tested = from_first(score)
+        return tested
 
-    def finetune(self, number: int, fold: Fold, folder: Path) -> np.ndarray:
+    def finetune(self, cell: Cell) -> np.ndarray:
         """Probabilities (n, K) of a network trained on the fold. Collective."""
         settings = fold_config(
-            self.config, folder, number, len(fold.train), self.split_id, digest_of(self.pixels)
+            self.config, cell, split_id=self.crossval.split_id, source=digest_of(self.pixels)
         )
         stem = None if self.latents is None else self.latents.stem
-        probabilities = FoldTraining(settings, self.inputs, fold, stem).run()
+        probabilities = FoldTraining(settings, self.inputs, cell.fold, stem).run()
         gc.collect()  # DeepSpeed's engine refers to itself: its memory is wanted for the next fold
         return probabilities
 
@@ -222,40 +233,3 @@ class ClassifyTask:
         """A probe of features (N, D) on the fold."""
         labels, classes = self.patches.labels[fold.train], len(self.patches.classes)
         return probe(features[fold.train], labels, features[fold.test], classes, **options)
-
-    def finish(self) -> None:
-        """On rank 0: result.json, predictions.csv, confusion.csv, the table."""
-        config, patches = self.config, self.patches
-        found = [read_outcome(config.out / f"fold-{n}", f, patches.classes)
-                 for n, f in enumerate(self.folds)]  # fmt: skip
-        predictions = [
-            fold_predictions(
-                outcome.fold,
-                outcome.seed,
-                items=[patches.items[row] for row in fold.test.tolist()],
-                groups=[patches.groups[row] for row in fold.test.tolist()],
-                labels=patches.labels[fold.test],
-                probabilities=probabilities,
-                classes=patches.classes,
-            )
-            for (outcome, probabilities), fold in zip(found, self.folds, strict=True)
-        ]
-        embedder = None if self.embedder is None else self.embedder.card
-        record = make_record(
-            config,
-            patches,
-            [outcome for outcome, _ in found],
-            source=self.facts.to_json(),
-            embedder=embedder,
-            split=self.split_id,
-            images_a_step=config.batch_size * config.accumulation * self.ranks
-            if config.probe == "finetune"
-            else None,
-        )
-        write_confusion(config.out, patches.classes, [outcome for outcome, _ in found])
-        write_predictions(config.out, join_predictions(predictions))
-        write_record(config.out, record)
-        if config.json:
-            say(json.dumps(record.to_json(), indent=1))
-        else:
-            print_table(record, [outcome for outcome, _ in found], len(patches))

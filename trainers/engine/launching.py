@@ -36,16 +36,25 @@ LOCAL_RANK_OPTION = re.compile(r"--local[-_]rank(=.*)?")
 Config = TypeVar("Config")
 
 
-def launch(main: Callable[[Config], None], config: type[Config], description: str | None) -> None:
+def launch(
+    main: Callable[[Config], None],
+    config: type[Config],
+    description: str | None,
+    usual: Sequence[str] = (),
+) -> None:
     """Parse the command line into `config` and run `main` on it, as one rank of however many.
+
+    description  the recipe's docstring; its indented command lines become the help's examples
+    usual        options that most runs need, shown behind the required ones
 
     Runs under `deepspeed --module NAME`, under `torchrun -m NAME` and as `python -m NAME`, which is
     a run of one rank. Ends the process with the exit codes above.
     """
-    import tyro
+    from latentds.core.command_line import parse
 
     words = without_local_rank(sys.argv[1:])
-    settings = tyro.cli(config, args=words, description=description)
+    about, examples = parted(description or "")
+    settings = parse(config, words, description=about, usual=usual, examples=examples)
     rank = int(os.environ.get("RANK", "0"))
     level = logging.INFO if rank == 0 else logging.ERROR
     logging.basicConfig(level=level, stream=sys.stderr)
@@ -59,6 +68,14 @@ def launch(main: Callable[[Config], None], config: type[Config], description: st
         leave_ranks(together=False)
         sys.exit(1)
     leave_ranks()
+
+
+def parted(docstring: str) -> tuple[str, list[str]]:
+    """A docstring's prose, and its indented command lines, continued ones joined."""
+    lines = docstring.splitlines()
+    examples = "\n".join(line.strip() for line in lines if line.startswith("    "))
+    prose = "\n".join(line for line in lines if not line.startswith("    "))
+    return re.sub(r"\n{3,}", "\n\n", prose), examples.replace("\\\n", "").splitlines()
 
 
 def without_local_rank(words: Sequence[str]) -> list[str]:

@@ -29,7 +29,8 @@ def join_ranks() -> torch.device:
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
     if "RANK" not in os.environ and not dist.is_initialized():  # no launcher: one rank, no port
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        store = dist.HashStore()  # type: ignore[attr-defined]  # torch's, though not in its list
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
     deepspeed.init_distributed(verbose=False)
     return device
 

@@ -18,6 +18,8 @@ Preset = TypeVar("Preset", bound="DataclassInstance")
 class EngineOptions:
     """Settings of a run that every recipe has as they are; what follows from others is not here."""
 
+    panel = "engine"
+
     out: Path
     """Folder of the run: checkpoints/, log.jsonl, config.json, samples/. The same command run again
     goes on from its newest checkpoint. With several nodes, a folder all of them see."""
@@ -55,8 +57,6 @@ class EngineOptions:
                 raise ValueError(f"{name} is {value}; a positive number")
         if self.precision == "bf16" and self.zero_stage == 0:
             raise ValueError("precision bf16 needs zero_stage 1, 2 or 3; with 0, take autocast")
-        if self.spike is not None and (self.clip is None or self.zero_stage != 0):
-            raise ValueError("spike needs clip, and zero_stage 0")
 
     def is_late(self, saved_at: float) -> bool:
         """Whether a checkpoint of that `time.monotonic()` is `save_minutes` old."""
@@ -91,6 +91,8 @@ class TrainConfig(EngineOptions):
     def __post_init__(self) -> None:
         EngineOptions.__post_init__(self)
         check_schedule(self)
+        if self.spike is not None and (self.clip is None or self.zero_stage != 0):
+            raise ValueError("spike needs clip, and zero_stage 0")
 
     def lr_share(self, step: int) -> float:
         """Share of `lr` that step `step` (the first is 0) takes."""
@@ -115,16 +117,17 @@ def check_schedule(settings: Any) -> None:
         raise ValueError(f"lr is {settings.lr}; a positive number")
     if settings.warmup_steps is not None and settings.warmup_steps < 0:
         raise ValueError(f"warmup_steps is {settings.warmup_steps}; 0 or more")
-    if bool(settings.milestones) != (settings.schedule == "multistep"):
-        raise ValueError(f"milestones {settings.milestones} with schedule {settings.schedule}")
-    if list(settings.milestones) != sorted({step for step in settings.milestones if step > 0}):
-        raise ValueError(f"milestones are {settings.milestones}; positive and ascending")
+    milestones = getattr(settings, "milestones", ())
+    if bool(milestones) != (settings.schedule == "multistep"):
+        raise ValueError(f"milestones {milestones} with schedule {settings.schedule}")
+    if list(milestones) != sorted({step for step in milestones if step > 0}):
+        raise ValueError(f"milestones are {milestones}; positive and ascending")
 
 
 def settled(preset: Preset, given: object) -> Preset:
     """The preset with those of its fields that are given: not None in `given`."""
     names = [field.name for field in dataclasses.fields(preset)]
-    own = {name: value for name in names if (value := getattr(given, name)) is not None}
+    own = {name: value for name in names if (value := getattr(given, name, None)) is not None}
     return dataclasses.replace(preset, **own)
 
 

@@ -79,7 +79,7 @@ class Engine:
         self,
         config: TrainConfig,
         recipe: str,
-        networks: dict[str, tuple[nn.Module, torch.optim.Optimizer]],
+        networks: Mapping[str, tuple[nn.Module, torch.optim.Optimizer]],
         loader: Any = None,
         *,
         may_change: Collection[str] = (),

@@ -2,6 +2,8 @@
 
     deepspeed --module latentds_trainers.finetune_decoder --data tcga-latents/ \\
         --originals patches/ --autoencoder dcae-f32 --embedder uni --out runs/dcae-path
+    python -m latentds_trainers.finetune_decoder --pictures tiles/ --autoencoder sd15 \\
+        --student turbo-s --out runs/student
 
 L1 + PatchGAN + embedding L1 of a frozen pathology encoder, after Yellapragada et al. 2025, section
 3.2, on latent-diffusion's loss. The encoder is frozen, so latents that are stored already profit.
@@ -14,6 +16,8 @@ from __future__ import annotations
 from latentds_trainers.engine.launching import launch
 from latentds_trainers.finetune_decoder.config import FinetuneConfig
 
+USUAL = ("data", "originals", "autoencoder", "embedder", "preset")  # options
+
 
 def main(config: FinetuneConfig) -> None:
     """Train, save the decoder, report."""
@@ -23,4 +27,9 @@ def main(config: FinetuneConfig) -> None:
 
 
 if __name__ == "__main__":
-    launch(main, FinetuneConfig, __doc__)
+    launch(
+        main,
+        FinetuneConfig,
+        __doc__,
+        usual=USUAL,
+    )

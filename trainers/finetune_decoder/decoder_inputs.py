@@ -170,10 +170,9 @@ def read_validation(
     images = read_held_out(config)
     if images is None:
         return None
-    is_stored = isinstance(pairs, ShardPairs)
-    codebook = pairs.loader.contract.codebook if is_stored else pairs.codebook
+    codebook = pairs.loader.contract.codebook if isinstance(pairs, ShardPairs) else pairs.codebook
     images = images.to(base.device)
-    latents = torch.cat([base.encode(part) for part in images.split(ENCODED_AT_ONCE)])
+    latents = torch.cat([base.encode(part) for part in torch.split(images, ENCODED_AT_ONCE)])
     if codebook is not None:
         channels, rows, columns = latents.shape[1:]
         book = sized_book(codebook, (channels, rows, columns))

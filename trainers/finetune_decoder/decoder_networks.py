@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,7 +37,8 @@ def open_decoder(
     if config.batch_norm == "sync":
         if device.type != "cuda":
             raise InputError("--batch-norm sync needs a GPU; take --batch-norm eval")
-        network = nn.SyncBatchNorm.convert_sync_batchnorm(network).train()
+        convert: Callable[[nn.Module], nn.Module] = nn.SyncBatchNorm.convert_sync_batchnorm
+        network = convert(network).train()
     return network, architecture
 
 

@@ -17,15 +17,11 @@ import torch
 from torch import Tensor
 
 from latentds.autoencoders.autoencoder import NetworkAutoencoder
+from latentds.codecs.formats import DECODE_ERRORS
 from latentds.errors import InputError
 from latentds.quantizers.scalar import AnyCodebook, dequantize, quantize
 from latentds.sources.image_folder import walk
-from latentds.sources.picture_decoding import (
-    DECODE_ERRORS,
-    first_line,
-    picture_suffixes,
-    read_picture,
-)
+from latentds.sources.picture_decoding import first_line, picture_suffixes, read_picture
 
 logger = logging.getLogger(__name__)
 

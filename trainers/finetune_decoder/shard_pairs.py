@@ -110,6 +110,7 @@ class ShardPairs:
             self.batches = self.endless()
         batch = next(self.batches)
         state = self.loader.state_dict()
+        assert batch.latents is not None  # the loader decodes to latents
         return ReadBatch(batch.latents, self.read(batch), state)
 
     def endless(self) -> Iterator[Batch]:

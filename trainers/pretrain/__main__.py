@@ -2,6 +2,8 @@
 
     deepspeed --module latentds_trainers.pretrain --data brca/ crc/ prad/ --weights 0.5 0.3 0.2 \\
         --method dino --arch vit_small_patch16_224 --global-batch-size 1024 --out runs/ssl
+    python -m latentds_trainers.pretrain --data brca/ --method mae --input latents \\
+        --global-batch-size 64 --steps 1000 --device cpu --out runs/mae
 
 Patches are decoded latents, latents without decoding (--input latents), or, to compare with,
 originals as they are or through a codec (--originals). One process (`python -m`) or many ranks; the
@@ -16,6 +18,8 @@ import os
 from latentds_trainers.engine.launching import launch
 from latentds_trainers.pretrain.config import PretrainConfig
 
+USUAL = ("data", "method", "arch", "global_batch_size", "steps", "device")  # options
+
 
 def main(config: PretrainConfig) -> None:
     """Train, export the backbone, write the result."""
@@ -27,4 +31,9 @@ def main(config: PretrainConfig) -> None:
 
 
 if __name__ == "__main__":
-    launch(main, PretrainConfig, __doc__)
+    launch(
+        main,
+        PretrainConfig,
+        __doc__,
+        usual=USUAL,
+    )

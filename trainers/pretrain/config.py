@@ -3,74 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
+import functools
+import math
 from typing import Literal
 
-from latentds_trainers.engine.settings import TrainConfig
-from latentds_trainers.pretrain.data_checks import check_settings
+from latentds_trainers.engine.settings import EngineOptions, check_schedule, settled
+from latentds_trainers.pretrain.pretrain_options import PretrainOptions
 from latentds_trainers.pretrain.probe_config import ProbeConfig
-from latentds_trainers.pretrain.ssl_presets import METHODS
+from latentds_trainers.pretrain.ssl_presets import METHODS, OF_DINOS, OF_MAE, MethodSettings
 
 from latentds.sources.cut_options import CutOptions
 
+SUM_TOLERANCE = 1e-6  # of weights that sum to 1
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PretrainConfig(CutOptions, ProbeConfig, TrainConfig):
+class PretrainConfig(PretrainOptions):
     """Train a foundation model without labels. What is not given follows from the method."""
-
-    data: tuple[str, ...] = ()
-    """Data sets of latents: folders, hf://datasets/ORG/NAME[@REVISION], s3://..."""
-    weights: tuple[float, ...] = ()
-    """Share of every data set among the patches; they sum to 1. By number of patches where not
-    given."""
-    split: str = "train"
-    """Split of --data to train on."""
-    originals: Path | None = None
-    """Instead of --data: pictures, slides or archives as 'latentds convert' takes them, with its
-    options (--patch-size to --max-px)."""
-    codec: str = "original"
-    """What --originals go through: original (nothing), jpeg@4096, tiny+kmeans, ..."""
-    codebook: Path | None = None
-    """Codebook of a codec such as tiny+kmeans, instead of one fitted to a sample."""
-    paired_with: str | None = None
-    """Take --originals in the order and with the random numbers that this data set, converted from
-    them, would have as --data: runs that differ in nothing but the pixels."""
-    keep_mb: int = 2048
-    """Of --originals: pixels kept in memory for the next epoch, in MB."""
-    num_workers: int = 4
-    """Processes that read latents, or threads that read originals."""
-    max_bad: int = 0
-    """Damaged packs of --data to replace by others before giving up."""
-    method: Literal["dino", "dinov2", "mae"] = "dino"
-    """dino: self-distillation of crops; dinov2: with iBOT's masked patches and KoLeo besides; mae:
-    a masked autoencoder."""
-    arch: str = "vit_small_patch16_224"
-    """A plain ViT of timm."""
-    input: Literal["images", "latents"] = "images"
-    """images: decoded pixels; latents: the latents themselves, through a stem of their own."""
-    decoder: tuple[str, ...] = ()
-    """Decode with this decoder instead of the recorded one: its folder, an autoencoder's name,
-    ORG/NAME[@REVISION]; several for sets of several kinds of latents."""
-    allow_mixed_mpp: bool = False
-    """Mix sets whose patches show fields of unlike size, in micrometres."""
-    decode_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Numbers that latents are decoded in; bfloat16 for speed on a GPU."""
-    device: Literal["auto", "cpu"] = "auto"
-    """auto: a GPU where there is one."""
 
     global_batch_size: int | None = None
     """Images of an optimizer step over all ranks; 1024 where neither this nor --batch-size is
     given. Forward passes a step follow from it, --batch-size and the ranks."""
-    batch_size: int | None = None  # type: ignore[assignment]
+    batch_size: int | None = None
     """Images a rank takes in one forward pass; with --global-batch-size, the largest divisor of a
     rank's share up to 64 where not given."""
-    accumulation: int | None = None  # type: ignore[assignment]
+    accumulation: int | None = None
     """Forward passes a step, where --global-batch-size is not given; else it follows."""
     epochs: int | None = None
     """Passes over the patches; 100 where neither this nor --steps is given."""
-    steps: int | None = None  # type: ignore[assignment]
+    steps: int | None = None
     """Optimizer steps, instead of --epochs."""
-    lr: float | None = None  # type: ignore[assignment]
+    lr: float | None = None
     """Learning rate after the warm-up, instead of --base-lr."""
     base_lr: float | None = None
     """Learning rate for --base-images images a step."""
@@ -80,13 +43,11 @@ class PretrainConfig(CutOptions, ProbeConfig, TrainConfig):
     """How the learning rate follows the images of a step: in proportion, or as their root."""
     min_lr: float | None = None
     """Where half a cosine takes the learning rate by the last step."""
-    warmup_steps: int | None = None  # type: ignore[assignment]
+    warmup_steps: int | None = None
     """Steps over which the learning rate rises linearly; a tenth of all (mae: a twentieth) where
     not given."""
     schedule: Literal["constant", "cosine"] = "cosine"
     """After the warm-up: constant, or half a cosine down to --min-lr."""
-    milestones: tuple[()] = ()
-    """Of no schedule here."""
     layer_decay: float | None = None
     """Factor of the learning rate from each block of the ViT to the one before it."""
     stem_lr: float | None = None
@@ -102,60 +63,135 @@ class PretrainConfig(CutOptions, ProbeConfig, TrainConfig):
     clip: float | None = None
     """Gradient norm (of all weights together) beyond which gradients are scaled down to it; 3 for
     dino and dinov2 where not given."""
-
     momentum: float | None = None
     """Of the teacher, which follows the student: at the first step."""
-    momentum_end: float = 1.0
-    """At the last step, half a cosine away."""
-    teacher_temp: float = 0.07
-    """Temperature of the teacher's outputs after its warm-up."""
-    teacher_temp_start: float = 0.04
-    """At the first step."""
     teacher_temp_steps: int | None = None
     """Steps from one to the other, linearly; three tenths of all where not given."""
     freeze_last_steps: int | None = None
     """Steps in which the heads' last layers stay as they are; a hundredth of all if not given."""
     out_dim: int | None = None
     """Prototypes of the heads; 65,536 where not given."""
-    hidden_dim: int = 2048
-    """Width of the heads' hidden layers."""
-    bottleneck_dim: int = 256
-    """Width before the heads' last layers."""
-    mask_ratio: float = 0.75
-    """Share of the tokens that mae masks."""
-    mae_dim: int = 512
-    """Width of mae's decoder."""
-    mae_depth: int = 8
-    """Blocks of mae's decoder."""
-    mae_heads: int = 16
-    """Attention heads of mae's decoder."""
-
     views: Literal["dino", "dinov2", "openmidnight", "mae", "none"] | None = None
     """Preset of the augmentation; the method's own where not given."""
     global_px: int | None = None
     """Edge of the global crops in pixels (with --input latents: of what their cells stand for)."""
-    local_px: int | None = None
-    """Edge of the local crops."""
-    globals: int | None = None
-    """Global crops of a patch."""
-    locals: int | None = None
-    """Local crops of a patch."""
-    global_scale: tuple[float, float] | None = None
-    """Share of a patch's area that a global crop has, from and to."""
-    local_scale: tuple[float, float] | None = None
-    """The same of local crops."""
-    turns: bool | None = None
-    """Turn crops by right angles."""
-    stain: float | None = None
-    """Strength of stain changes: 0 for none, 0.1 for a tenth more or less of each stain."""
-
-    probe_every: int | None = None
-    """Steps between probes, a multiple of --save-every; at every checkpoint where not given."""
 
     def __post_init__(self) -> None:
-        for name, value in METHODS[self.method].items():
-            if name in self.__dict__ and getattr(self, name) is None:
-                object.__setattr__(self, name, value)
         ProbeConfig.__post_init__(self)
-        TrainConfig.__post_init__(self)
-        check_settings(self)
+        EngineOptions.__post_init__(self)
+        self.check_inputs()
+        self.check_weights()
+        self.check_numbers()
+        self.check_choices()
+        self.check_method()
+
+    @functools.cached_property
+    def settings(self) -> MethodSettings:
+        """The method's, with what is given instead."""
+        return settled(METHODS[self.method], self)
+
+    def check_inputs(self) -> None:
+        """Refuse a choice of inputs that is none or two, and options of the other."""
+        if (self.originals is None) == (not self.data):
+            raise ValueError("give either --data or --originals")
+        if self.originals is None:
+            unset = {field.name: field.default for field in dataclasses.fields(CutOptions)}
+            unset |= {"codec": "original", "codebook": None, "paired_with": None}
+            for name, value in unset.items():
+                if getattr(self, name) != value:
+                    raise ValueError(f"--{name.replace('_', '-')} is of --originals; leave it")
+        elif self.input == "latents" or self.decoder:
+            raise ValueError("--input latents and --decoder are of --data; leave them")
+        if len(set(self.data)) < len(self.data):
+            raise ValueError(f"--data {' '.join(self.data)}: each set once")
+
+    def check_weights(self) -> None:
+        """Refuse weights that are not one a set, positive, and 1 together."""
+        weights = self.weights
+        if not weights:
+            return
+        seen = " ".join(f"{weight:g}" for weight in weights)
+        if len(weights) != len(self.data):
+            raise ValueError(
+                f"--weights {seen}: {len(weights)} for {len(self.data)} sets of --data; one each"
+            )
+        if not all(0 < weight < math.inf for weight in weights):
+            raise ValueError(
+                f"--weights {seen}: every one must be above 0; leave out a set instead"
+            )
+        if abs(math.fsum(weights) - 1) > SUM_TOLERANCE:
+            scaled = " ".join(f"{weight / math.fsum(weights):.9g}" for weight in weights)
+            raise ValueError(
+                f"--weights {seen}: they sum to {math.fsum(weights):.9g}, not to 1; in the same "
+                f"proportions, --weights {scaled}"
+            )
+
+    def check_numbers(self) -> None:
+        """Refuse counts, shares and rates that make no sense."""
+        check_schedule(self)
+        least = dict.fromkeys(("global_batch_size", "epochs", "globals", "global_px"), 1)
+        least |= dict.fromkeys(("local_px", "probe_every", "hidden_dim", "bottleneck_dim"), 1)
+        least |= dict.fromkeys(("mae_dim", "mae_depth", "mae_heads"), 1)
+        least |= dict.fromkeys(("locals", "keep_mb", "num_workers", "max_bad"), 0)
+        for name, smallest in (least | {"teacher_temp_steps": 0, "freeze_last_steps": 0}).items():
+            value = getattr(self, name)
+            if value is not None and value < smallest:
+                raise ValueError(f"{name} is {value}; at least {smallest}")
+        for name in ("momentum_end", "mask_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; from 0 to 1")
+        for name in ("teacher_temp", "teacher_temp_start"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; a positive number")
+        settings = self.settings  # refuses what cannot be
+        if self.lr is not None:
+            settings.check_rate(self.lr, self.schedule)
+
+    def check_choices(self) -> None:
+        """Refuse settings that exclude each other."""
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("give --steps or --epochs, not both")
+        if self.method != "mae" and self.precision == "bf16":
+            raise ValueError(
+                f"--precision bf16 with --method {self.method}: the teacher's moving average lies "
+                "below what bfloat16 weights resolve; take autocast"
+            )
+        if self.method != "mae" and self.zero_stage == 3:
+            raise ValueError(
+                f"--zero-stage 3 with --method {self.method}: the teacher follows whole weights, "
+                "which stage 3 parts; take 0, 1 or 2"
+            )
+        if self.input == "latents":
+            for name in ("sample_every", "global_scale", "local_scale", "stain"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"--{name.replace('_', '-')} is of pictures; --input latents has none, "
+                        "leave it"
+                    )
+        if self.probe is None and self.probe_every is not None:
+            raise ValueError("--probe-every without a --probe")
+        if self.probe_every is not None and self.probe_every % self.save_every:
+            raise ValueError(
+                f"probe_every is {self.probe_every}; a multiple of save_every {self.save_every}"
+            )
+
+    def check_method(self) -> None:
+        """Refuse options of another method, and sizes that mae's decoder cannot have."""
+        is_mae = self.method == "mae"
+        for name in OF_DINOS if is_mae else OF_MAE:
+            if getattr(self, name) != getattr(type(self), name):
+                raise ValueError(
+                    f"--{name.replace('_', '-')} is of {'dino and dinov2' if is_mae else 'mae'}; "
+                    f"--method {self.method} has none, leave it"
+                )
+        if not is_mae:
+            return
+        if not 0 < self.mask_ratio < 1:
+            raise ValueError(f"mask_ratio is {self.mask_ratio}; above 0 and below 1")
+        unit = math.lcm(self.mae_heads, 4)  # its positions are sines and cosines of two edges
+        if self.mae_dim % unit:
+            near = max(round(self.mae_dim / unit), 1) * unit
+            raise ValueError(
+                f"mae_dim is {self.mae_dim}, with mae_heads {self.mae_heads} a multiple of {unit} "
+                f"is wanted: --mae-dim {near}"
+            )

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-from latentds_trainers.pretrain.config import PretrainConfig
 from latentds_trainers.pretrain.feeds import FeedSource
 from latentds_trainers.pretrain.picture_feed import OwnOrder, PatchSetFeed, SetOrder, rows_of_set
+from latentds_trainers.pretrain.schedules import SizedConfig
 from latentds_trainers.pretrain.training_sets import open_sets, order_settings
 
 from latentds.core.randomness import digest_of
@@ -18,7 +18,7 @@ from latentds.sources.cut_options import CutOptions
 from latentds.store.reader import ShardSet
 
 
-def open_source(config: PretrainConfig, device: torch.device, rank: int, ranks: int) -> FeedSource:
+def open_source(config: SizedConfig, device: torch.device, rank: int, ranks: int) -> FeedSource:
     """The feed of the config, which `settle_batch` has made.
 
     raises  InputError for a set that ends before a step is filled, ContractError for sets that do
@@ -29,11 +29,9 @@ def open_source(config: PretrainConfig, device: torch.device, rank: int, ranks: 
     return open_sets(config, device, rank, ranks)
 
 
-def open_originals(
-    config: PretrainConfig, device: torch.device, rank: int, ranks: int
-) -> FeedSource:
+def open_originals(config: SizedConfig, device: torch.device, rank: int, ranks: int) -> FeedSource:
     """Originals, as they are or through a codec."""
-    assert config.originals is not None and config.global_batch_size is not None
+    assert config.originals is not None
     cut = {f.name: getattr(config, f.name) for f in dataclasses.fields(CutOptions)}
     patches = open_patches(
         PatchInput(

@@ -27,7 +27,8 @@ class Order(Protocol):
     steps  of an epoch
     """
 
-    steps: int
+    @property
+    def steps(self) -> int: ...
 
     def share(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Rows and seeds, int64 (n,)."""

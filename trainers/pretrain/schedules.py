@@ -9,41 +9,53 @@ from pathlib import Path
 from typing import Any
 
 from latentds_trainers.engine.checkpoints import read_newest
-from latentds_trainers.engine.settings import defaults, plain
+from latentds_trainers.engine.settings import TrainConfig, defaults, plain
 from latentds_trainers.pretrain.config import PretrainConfig
+from latentds_trainers.pretrain.pretrain_options import PretrainOptions
 from latentds_trainers.pretrain.ssl_presets import (
     EPOCHS,
     GLOBAL_BATCH,
     LARGEST_BATCH,
     LEAST_BATCH,
-    METHODS,
+    MethodSettings,
 )
 
 from latentds.autoencoders.autoencoder import short
 from latentds.errors import ContractError, InputError
 
 RECIPE = "pretrain"
-TEACHER_TEMP_SHARE = 0.3  # of the steps; 30 epochs of 100 in both DINOs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RunConfig(PretrainConfig):
+class SizedConfig(PretrainConfig):
+    """The settings of a run on so many ranks, with its batch."""
+
+    global_batch_size: int
+    batch_size: int
+    accumulation: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig(PretrainOptions, MethodSettings, TrainConfig):
     """The settings with nothing left open: what checkpoints are checked against.
 
+    global_px     pixels that the edge of a global crop stands for
     data_id       identity of the patches and their order
     decoder_ids   identity of every set's decoder, empty where nothing is decoded
     views_record  what the augmentation does
     """
 
+    global_batch_size: int
+    global_px: int
+    freeze_last_steps: int
+    teacher_temp_steps: int
     data_id: str = ""
     decoder_ids: tuple[str, ...] = ()
     views_record: dict[str, Any] = dataclasses.field(default_factory=dict)
 
-    @property
-    def global_images(self) -> int:
-        """Images of an optimizer step over all ranks."""
-        assert self.global_batch_size is not None
-        return self.global_batch_size
+    def __post_init__(self) -> None:
+        TrainConfig.__post_init__(self)
+        self.check_rate(self.lr, self.schedule)
 
     def lr_share(self, step: int) -> float:
         """Share of `lr` that a step takes: a linear rise, then half a cosine down to min_lr."""
@@ -51,32 +63,25 @@ class RunConfig(PretrainConfig):
             return (step + 1) / self.warmup_steps
         if self.schedule == "constant":
             return 1.0
-        low = (self.min_lr or 0.0) / self.lr
+        low = self.min_lr / self.lr
         return cosine(1.0, low, step - self.warmup_steps, self.steps - self.warmup_steps)
 
     def weight_decay_at(self, step: int) -> float:
         """Of the weights that have one."""
-        return cosine(
-            self.number("weight_decay"), self.number("weight_decay_end"), step, self.steps
-        )
+        return cosine(self.weight_decay, self.weight_decay_end, step, self.steps)
 
     def momentum_at(self, step: int) -> float:
         """Share of itself that the teacher keeps in a step."""
-        return cosine(self.number("momentum"), self.momentum_end, step, self.steps)
+        return cosine(self.momentum, self.momentum_end, step, self.steps)
 
     def teacher_temp_at(self, step: int) -> float:
         """Temperature of the teacher's outputs."""
         start, end, steps = self.teacher_temp_start, self.teacher_temp, self.teacher_temp_steps
-        assert steps is not None
         return end if step >= steps else start + (end - start) * step / steps
 
     def is_last_frozen(self, step: int) -> bool:
         """Whether the heads' last layers stay as they are."""
-        return step < self.number("freeze_last_steps")
-
-    def number(self, name: str) -> float:
-        """A setting that the method has filled in."""
-        return float(getattr(self, name))
+        return step < self.freeze_last_steps
 
 
 def cosine(start: float, end: float, step: int, steps: int) -> float:
@@ -84,7 +89,7 @@ def cosine(start: float, end: float, step: int, steps: int) -> float:
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * step / max(steps, 1)))
 
 
-def settle_batch(config: PretrainConfig, ranks: int) -> PretrainConfig:
+def settle_batch(config: PretrainConfig, ranks: int) -> SizedConfig:
     """The config with batch_size, accumulation and global_batch_size.
 
     raises  InputError where they do not divide, with what would
@@ -98,9 +103,7 @@ def settle_batch(config: PretrainConfig, ranks: int) -> PretrainConfig:
     if wanted is None and (batch is not None or config.accumulation is not None):
         batch, passes = batch or LARGEST_BATCH, config.accumulation or 1
         wanted = batch * passes * ranks
-        return dataclasses.replace(
-            config, global_batch_size=wanted, batch_size=batch, accumulation=passes
-        )
+        return sized(config, images=wanted, batch=batch, passes=passes)
     wanted = wanted or GLOBAL_BATCH
     if wanted % ranks:
         raise InputError(
@@ -123,9 +126,14 @@ def settle_batch(config: PretrainConfig, ranks: int) -> PretrainConfig:
             f"global_batch_size {wanted} is {share} images for each of {ranks} ranks, which "
             f"batch_size {batch} does not divide; take batch_size {', '.join(map(str, near))}"
         )
-    return dataclasses.replace(
-        config, global_batch_size=wanted, batch_size=batch, accumulation=share // batch
-    )
+    return sized(config, images=wanted, batch=batch, passes=share // batch)
+
+
+def sized(config: PretrainConfig, *, images: int, batch: int, passes: int) -> SizedConfig:
+    """The config with its batch."""
+    given = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    batches = {"global_batch_size": images, "batch_size": batch, "accumulation": passes}
+    return SizedConfig(**given | batches)
 
 
 def multiples_around(number: int, divisor: int) -> list[int]:
@@ -135,7 +143,7 @@ def multiples_around(number: int, divisor: int) -> list[int]:
 
 
 def settle(
-    config: PretrainConfig,
+    config: SizedConfig,
     *,
     epoch_steps: int,
     edge_px: int,
@@ -145,34 +153,43 @@ def settle(
 ) -> RunConfig:
     """The run's settings, all of them.
 
-    config       one that `settle_batch` made
     epoch_steps  optimizer steps of a pass over the patches
     edge_px      pixels that the edge of a global crop stands for
     raises       InputError for what follows from the batch and cannot be
     """
-    steps = config.steps or (config.epochs or EPOCHS) * epoch_steps
-    own = METHODS[config.method]
-    given = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    shares = {
-        "warmup_steps": own["warmup"],
-        "freeze_last_steps": own["freeze_last"],
-        "teacher_temp_steps": TEACHER_TEMP_SHARE,
-    }
-    counts = {name: round(share * steps) for name, share in shares.items() if given[name] is None}
-    lr = scaled_lr(config) if config.lr is None else config.lr
-    found = given | counts | {"steps": steps, "epochs": None, "lr": lr, "global_px": edge_px}
+    steps, own = config.steps or (config.epochs or EPOCHS) * epoch_steps, config.settings
+    given = {f.name: getattr(config, f.name) for f in dataclasses.fields(PretrainOptions)}
+    given |= {f.name: getattr(own, f.name) for f in dataclasses.fields(own)}
+
+    def counted(name: str, share: float) -> int:
+        count: int | None = getattr(config, name)
+        return round(share * steps) if count is None else count
+
     try:
-        return RunConfig(**found, data_id=data_id, decoder_ids=decoder_ids, views_record=views)
+        return RunConfig(
+            **given,
+            steps=steps,
+            global_batch_size=config.global_batch_size,
+            batch_size=config.batch_size,
+            accumulation=config.accumulation,
+            lr=scaled_lr(config.global_batch_size, own) if config.lr is None else config.lr,
+            schedule=config.schedule,
+            warmup_steps=counted("warmup_steps", own.warmup_share),
+            freeze_last_steps=counted("freeze_last_steps", own.freeze_last_share),
+            teacher_temp_steps=counted("teacher_temp_steps", own.teacher_temp_share),
+            global_px=edge_px,
+            data_id=data_id,
+            decoder_ids=decoder_ids,
+            views_record=views,
+        )
     except ValueError as error:
         raise InputError(f"with {config.global_batch_size} images a step, {error}") from error
 
 
-def scaled_lr(config: PretrainConfig) -> float:
+def scaled_lr(images: int, settings: MethodSettings) -> float:
     """The learning rate of a step of so many images."""
-    images, base_images, base_lr = config.global_batch_size, config.base_images, config.base_lr
-    assert images is not None and base_images is not None and base_lr is not None
-    ratio = images / base_images
-    return base_lr * (ratio if config.lr_rule == "linear" else math.sqrt(ratio))
+    ratio = images / settings.base_images
+    return settings.base_lr * (ratio if settings.lr_rule == "linear" else math.sqrt(ratio))
 
 
 def check_before(config: RunConfig) -> None:

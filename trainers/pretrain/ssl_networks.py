@@ -42,16 +42,16 @@ def build_views(config: PretrainConfig, stem: LatentStemConfig | None) -> Augmen
             the method compares
     """
     given = {name: getattr(config, name) for name in FLAGS if getattr(config, name) is not None}
-    assert config.views is not None
+    preset = config.settings.views
     if config.method == "mae":
         given = {"globals": 1, "locals": 0} | given
     try:
-        views = MultiCrop.preset(config.views, **given)
+        views = MultiCrop.preset(preset, **given)
     except ValueError as error:
-        raise InputError(f"--views {config.views}: {error}") from error
+        raise InputError(f"--views {preset}: {error}") from error
     if config.method != "mae" and views.globals < 2:
         raise InputError(
-            f"views {config.views} have {views.globals} global crop; {config.method} compares 2: "
+            f"views {preset} have {views.globals} global crop; {config.method} compares 2: "
             "give --globals 2, or other --views"
         )
     if stem is None:
@@ -98,9 +98,8 @@ def taken_alone(model: MaskedAutoencoder) -> list[nn.Parameter]:
 
 def build_backbone(config: RunConfig, stem: LatentStemConfig | None, drop_path: float) -> nn.Module:
     """The ViT, as the seed starts it; for dinov2, with its blocks' scales and even drop path."""
-    edge = config.global_px
-    assert edge is not None
-    vit = build_vit(config.arch, stem=stem, img_px=edge, drop_path=drop_path, seed=config.seed)
+    edge, seed = config.global_px, config.seed
+    vit = build_vit(config.arch, stem=stem, img_px=edge, drop_path=drop_path, seed=seed)
     if config.method == "dinov2":
         add_layer_scales(vit, LAYER_SCALE)
         even_drop_path(vit)
@@ -114,16 +113,14 @@ def trained_backbone(
 
     weights  by name, of `build_backbone`'s; scales that the arch does not have are folded in
     """
-    edge = config.global_px
-    assert edge is not None
-    vit = build_vit(config.arch, stem=stem, img_px=edge)
+    vit = build_vit(config.arch, stem=stem, img_px=config.global_px)
     vit.load_state_dict(fold_layer_scales(weights, vit.state_dict()))
     return vit
 
 
 def build_model(config: RunConfig, stem: LatentStemConfig | None) -> nn.Module:
     """The module of one engine network: all that a checkpoint has to hold."""
-    student = build_backbone(config, stem, config.number("drop_path"))
+    student = build_backbone(config, stem, config.drop_path)
     check_edges(config, student, stem)
     if config.method == "mae":
         return MaskedAutoencoder(
@@ -134,7 +131,6 @@ def build_model(config: RunConfig, stem: LatentStemConfig | None) -> nn.Module:
             ratio=config.mask_ratio,
             seed=config.seed,
         )
-    assert config.out_dim is not None
     return SelfDistillation(
         student,
         build_backbone(config, stem, 0.0),
@@ -177,10 +173,10 @@ def build_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(
         [
             {"params": members, "lr": config.lr * factor, "decays": decays, "is_last": is_last,
-             "weight_decay": config.number("weight_decay") if decays else 0.0}
+             "weight_decay": config.weight_decay if decays else 0.0}
             for (decays, is_last, factor), members in groups.items()
         ],
-        betas=(BETA1, config.number("beta2")),
+        betas=(BETA1, config.beta2),
     )  # fmt: skip
 
 
@@ -195,8 +191,8 @@ def lr_factor(name: str, depth: int, config: RunConfig) -> float:
         layer = int(block[1]) + 1
     elif FIRST.search(name):
         layer = 0
-    factor = config.number("layer_decay") ** (depth + 1 - layer)
-    return factor * (config.number("stem_lr") if "backbone.patch_embed" in name else 1.0)
+    factor = config.layer_decay ** (depth + 1 - layer)
+    return factor * (config.stem_lr if "backbone.patch_embed" in name else 1.0)
 
 
 def token_grid(backbone: Any, values: Tensor) -> tuple[int, int]:

@@ -14,11 +14,10 @@ import torch.distributed as dist
 from latentds_trainers.engine.ranks import join_ranks, on_all_ranks
 from latentds_trainers.engine.training import Engine
 from latentds_trainers.engine.wrapping import gather_with
-from latentds_trainers.pretrain.backbone_export import FOLDER, export_backbone
 from latentds_trainers.pretrain.config import PretrainConfig
 from latentds_trainers.pretrain.data_sources import open_source
 from latentds_trainers.pretrain.feeds import micro_batch
-from latentds_trainers.pretrain.pretrain_result import result_of
+from latentds_trainers.pretrain.pretrain_result import FOLDER, export_backbone, result_of
 from latentds_trainers.pretrain.schedules import RECIPE, check_before, settle, settle_batch
 from latentds_trainers.pretrain.ssl_networks import (
     build_model,
@@ -36,6 +35,7 @@ from torch.nn import functional
 
 from latentds.core.storage import write_atomically
 from latentds.errors import InputError
+from latentds.models.masked_autoencoder import MaskedAutoencoder
 from latentds.models.token_masks import global_masks, random_masks
 from latentds.views.view_batch import Views
 
@@ -89,7 +89,8 @@ class PretrainTask:
         )
         self.model: Any = self.engine[NETWORK]
         if self.config.zero_stage == 3:
-            gather_with(self.model, taken_alone(self.model))
+            assert isinstance(model, MaskedAutoencoder)  # no other method takes stage 3
+            gather_with(self.model, taken_alone(model))
         self.shown: tuple[Tensor, Views] | None = None
         self.probed: dict[str, float] = {}
 
@@ -163,11 +164,11 @@ class PretrainTask:
             masks = random_masks(seeds, rows * columns, config.mask_ratio)
             found: dict[str, Tensor] = dict(self.model(values[0], masks))
             return found
-        masks = None
+        token_masks = None
         if config.method == "dinov2":
-            masks = global_masks(seeds, len(values), token_grid(self.model.backbone, values))
+            token_masks = global_masks(seeds, len(values), token_grid(self.model.backbone, values))
         temp = config.teacher_temp_at(number)
-        return dict(self.model(views, teacher_temp=temp, masks=masks))
+        return dict(self.model(views, teacher_temp=temp, masks=token_masks))
 
     def samples(self) -> Tensor:
         """The last patches with their crops in a row, (n, 3, H, W) in [0, 1]."""
@@ -222,7 +223,14 @@ class PretrainTask:
         totals, backbone = self.ledger.totals(), self.backbone()
         if self.probe is not None and not self.probed:  # a run that had its last step before
             self.probed = self.probe(backbone, self.prepare)
-        result = result_of(self, totals)
+        result = result_of(
+            self.config,
+            self.source,
+            self.engine,
+            totals,
+            probed=self.probed,
+            probe_facts=None if self.probe is None else self.probe.facts,
+        )
 
         def write() -> None:
             record = {

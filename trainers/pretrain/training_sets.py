@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from latentds_trainers.pretrain.config import PretrainConfig
 from latentds_trainers.pretrain.feeds import FeedSource, LoaderFeed
+from latentds_trainers.pretrain.schedules import SizedConfig
 
 from latentds.autoencoders.autoencoder import AutoencoderCard
 from latentds.codecs.naming import latent_text
@@ -27,7 +28,7 @@ from latentds.store.reader import ShardSet
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def open_sets(config: PretrainConfig, device: torch.device, rank: int, ranks: int) -> FeedSource:
+def open_sets(config: SizedConfig, device: torch.device, rank: int, ranks: int) -> FeedSource:
     """Data sets of latents: in one loader where one decoder reads them all."""
     sets = [ShardSet(location) for location in config.data]
     weights = weights_of(config, sets)
@@ -50,7 +51,8 @@ def open_sets(config: PretrainConfig, device: torch.device, rank: int, ranks: in
     else:
         from latentds.loading.mixing import MixedLoader
 
-        parts = dict(zip(config.data, weights, strict=True))
+        parts: dict[str | os.PathLike[str], float] = {}
+        parts |= zip(config.data, weights, strict=True)
         settings |= {"decoder": config.decoder, "allow_mixed_mpp": config.allow_mixed_mpp}
         settings |= {"global_batch_size": config.global_batch_size}
         settings |= {"rank": rank, "world_size": ranks}
@@ -72,7 +74,7 @@ def open_sets(config: PretrainConfig, device: torch.device, rank: int, ranks: in
 
 
 def open_alike(
-    config: PretrainConfig, weights: Sequence[float], settings: dict[str, Any]
+    config: SizedConfig, weights: Sequence[float], settings: dict[str, Any]
 ) -> LatentLoader:
     """One loader of sets that one decoder reads."""
     if len(config.decoder) > 1:
@@ -97,7 +99,7 @@ def drawn_weights(loader: Any, weights: Sequence[float]) -> list[float]:
 
 
 def order_settings(
-    config: PretrainConfig, sets: Sequence[ShardSet], rank: int, ranks: int
+    config: SizedConfig, sets: Sequence[ShardSet], rank: int, ranks: int
 ) -> dict[str, Any]:
     """What the order of latents follows from, as arguments of a loader.
 
@@ -111,7 +113,6 @@ def order_settings(
             raise unknown_name(f"split of {shards.folder}", config.split, splits)
         counts.append(shards.manifest.splits[config.split])
     size = config.global_batch_size
-    assert size is not None
     if sum(counts) < size:
         names = ", ".join(shards.folder for shards in sets)
         raise InputError(
@@ -125,7 +126,7 @@ def order_settings(
     }
 
 
-def weights_of(config: PretrainConfig, sets: Sequence[ShardSet]) -> list[float]:
+def weights_of(config: SizedConfig, sets: Sequence[ShardSet]) -> list[float]:
     """Share of every set: as given, or by its number of patches."""
     if config.weights:
         return list(config.weights)
@@ -177,7 +178,7 @@ def card_of(loader: LatentLoader) -> AutoencoderCard | None:
 
 
 def facts_of(
-    config: PretrainConfig,
+    config: SizedConfig,
     sets: Sequence[ShardSet],
     weights: Sequence[float],
     decoders: Sequence[AutoencoderCard | None],

@@ -22,6 +22,8 @@ import os
 from latentds_trainers.engine.launching import launch
 from latentds_trainers.sampath.config import SampathConfig
 
+USUAL = ("data", "masks", "preset", "model", "folds", "device")  # options
+
 
 def main(config: SampathConfig) -> None:
     """Train and test every fold, write and print the result."""
@@ -33,4 +35,4 @@ def main(config: SampathConfig) -> None:
 
 
 if __name__ == "__main__":
-    launch(main, SampathConfig, __doc__)
+    launch(main, SampathConfig, __doc__, usual=USUAL)

@@ -113,7 +113,7 @@ class SampathConfig(PatchInput, EngineOptions):
     def __post_init__(self) -> None:
         PatchInput.__post_init__(self)
         EngineOptions.__post_init__(self)
-        for name, least in (("steps", 1), ("pictures", 0), ("folds", 2)):
+        for name, least in (("pictures", 0), ("folds", 2)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} is {value}; at least {least}")
@@ -125,7 +125,7 @@ class SampathConfig(PatchInput, EngineOptions):
             raise ValueError("precision bf16: frozen encoders stay in float32; take autocast")
         if self.zero_stage == 3:
             raise ValueError("zero_stage 3 spreads weights that are small here; take 0, 1 or 2")
-        _ = self.settings  # refuses what cannot be
+        self.of_fold(self.out, self.seed, 1 if self.steps is None else self.steps)  # refuses too
 
     @functools.cached_property
     def settings(self) -> SegmentationSettings:

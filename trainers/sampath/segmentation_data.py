@@ -46,7 +46,7 @@ class LabelledImages:
             rows = np.arange(start, min(start + COUNTED_AT_ONCE, len(self.patches)))
             for labels in self.labels(rows):
                 counts.append(np.bincount(labels.ravel(), minlength=size))
-                hashed.update(np.ascontiguousarray(labels))
+                hashed.update(labels.tobytes())
         return np.stack(counts), hashed.hexdigest()[:16]
 
     def crops(self, images: Tensor, rows: np.ndarray, seeds: Tensor) -> tuple[Tensor, Tensor]:

@@ -63,7 +63,8 @@ def painted(
     for label, colour in shown.items():
         where = labels == label
         pixels[where] = (1 - OPACITY) * pixels[where] + OPACITY * np.array(colour, np.float32)
-    return pixels.round().astype(np.uint8)
+    rounded: np.ndarray = pixels.round().astype(np.uint8)
+    return rounded
 
 
 def draw_legend(

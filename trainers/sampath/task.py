@@ -238,4 +238,5 @@ def check_size(config: SampathConfig, patch_px: tuple[int, int]) -> None:
 def spread_over(rows: np.ndarray, count: int) -> np.ndarray:
     """So many of the rows, or all, evenly spread."""
     places = np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int)
-    return rows[places]
+    chosen: np.ndarray = rows[places]
+    return chosen

@@ -1,7 +1,8 @@
 """Train an autoencoder for entropy-coded records: `tiny-v2`, or one from your own tiles.
 
     python -m latentds_trainers.train_codec --tiles ../shared/assets --out runs/codec
-    deepspeed --num_gpus 1 --module latentds_trainers.train_codec --preset gpu-10min ...
+    deepspeed --num_gpus 1 --module latentds_trainers.train_codec --tiles packed.tiles \\
+        --preset gpu-10min --out runs/codec
 
 Learns from openly licensed tiles only (`tile_sources.py`); UCSB and MoNuSeg stay test sets and
 are never opened, nor are the pictures that the demo shows. Loss: mean squared error plus
@@ -18,6 +19,8 @@ from latentds_trainers.train_codec.config import TrainCodecConfig
 
 from latentds.core.display import say
 
+USUAL = ("tiles", "preset", "bytes", "channels", "steps")  # options
+
 
 def main(config: TrainCodecConfig) -> None:
     """Run to the last step and print the product's folder, or pack tiles."""
@@ -29,10 +32,10 @@ def main(config: TrainCodecConfig) -> None:
         return
     from latentds_trainers.train_codec.task import CodecTask
 
-    path = CodecTask(config).run()
+    path = CodecTask(config.settings).run()
     if path is not None:
         say(path)
 
 
 if __name__ == "__main__":
-    launch(main, TrainCodecConfig, __doc__)
+    launch(main, TrainCodecConfig, __doc__, usual=USUAL)

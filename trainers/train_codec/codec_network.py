@@ -61,6 +61,7 @@ class CodecNetwork(nn.Module):
         super().__init__()
         self.encoder = TinyEncoder(channels, widths, is_bounded=False)
         self.decoder = TinyDecoder(channels)
+        self.channels = channels
         self.rate = Rate(channels)
         for block in self.modules():
             if isinstance(block, ResidualBlock):
@@ -83,7 +84,8 @@ def rounded(latents: Tensor, steps: Tensor) -> Tensor:
 def warm_start(network: CodecNetwork) -> None:
     """Take the layers of `tiny-v1`; its latent channels are spread over the network's."""
     tiny = load_tiny()
-    channels = network.decoder.layers[0].in_channels
+    assert isinstance(tiny.encoder, TinyEncoder) and isinstance(tiny.decoder, TinyDecoder)
+    channels = network.channels
     places = [index * channels // CHANNELS for index in range(CHANNELS)]
     _copy_rows(tiny.encoder.layers, network.encoder.layers, places)
     _copy_columns(tiny.decoder.layers, network.decoder.layers, places)
@@ -93,6 +95,8 @@ def _copy_rows(source: nn.Sequential, target: nn.Sequential, places: list[int]) 
     """An encoder's layers; of the last, rows at these places are the source's."""
     target[:-1].load_state_dict(source[:-1].state_dict())
     last, trained = target[-1], source[-1]
+    assert isinstance(last, nn.Conv2d) and isinstance(trained, nn.Conv2d)
+    assert last.bias is not None and trained.bias is not None
     last.weight.mul_(NEW_ROWS)
     last.weight[places] = trained.weight
     last.bias[places] = trained.bias
@@ -102,6 +106,8 @@ def _copy_columns(source: nn.Sequential, target: nn.Sequential, places: list[int
     """A decoder's layers; of the first, columns at these places are the source's."""
     target[1:].load_state_dict(_later_layers(source))
     first, trained = target[0], source[0]
+    assert isinstance(first, nn.Conv2d) and isinstance(trained, nn.Conv2d)
+    assert first.bias is not None and trained.bias is not None
     first.weight.mul_(NEW_COLUMNS)
     first.weight[:, places] = trained.weight
     first.bias.copy_(trained.bias)

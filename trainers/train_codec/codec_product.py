@@ -18,7 +18,7 @@ from latentds.autoencoders.codec_folder import FAST, LARGEST, SymbolCounts, save
 from latentds.autoencoders.decoders import default_name, save_decoder
 
 if TYPE_CHECKING:
-    from latentds_trainers.train_codec.config import TrainCodecConfig
+    from latentds_trainers.train_codec.config import CodecSettings
 
 ESCAPE_BITS = 8
 PRODUCT = "codec"  # folder of a run
@@ -33,7 +33,7 @@ PATCH_PIXELS = 256 * 256
 
 @torch.no_grad()
 def count_integers(
-    encoder: nn.Module, crops: Crops, config: TrainCodecConfig, is_last: bool
+    encoder: nn.Module, crops: Crops, config: CodecSettings, is_last: bool
 ) -> Tensor:
     """Counts int64 (S, C, 32) of symbols on training crops at each of STEPS; the last escapes."""
     drawn = dataclasses.replace(crops.config, crop_px=COUNTED_PX, seed=config.seed + 1)
@@ -95,7 +95,7 @@ def held_out_figures(
 
     images  (B, 3, 256, 256) in [0, 1], of held-out patients
     """
-    latents = torch.cat([network.encoder(part) for part in images.split(BATCH)])
+    latents = torch.cat([network.encoder(part) for part in torch.split(images, BATCH)])
     ones = torch.ones(len(latents)).to(latents)
     estimated = network.rate((GAIN * latents).round(), ones).sum() / 8 / len(latents)
     figures = {
@@ -113,12 +113,12 @@ def held_out_figures(
 
 def psnr(decoder: nn.Module, latents: Tensor, images: Tensor) -> float:
     """Mean PSNR in dB of decoded latents over images."""
-    decoded = torch.cat([decoder(part) for part in latents.split(BATCH)]).clamp(0, 1)
+    decoded = torch.cat([decoder(part) for part in torch.split(latents, BATCH)]).clamp(0, 1)
     return float((-10 * (decoded - images).square().mean((1, 2, 3)).log10()).mean())
 
 
 def save_product(
-    config: TrainCodecConfig,
+    config: CodecSettings,
     network: CodecNetwork,
     student: nn.Module,
     counts: Tensor,

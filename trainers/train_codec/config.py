@@ -3,30 +3,46 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from latentds_trainers.engine.settings import TrainConfig
+from latentds_trainers.engine.settings import TrainConfig, settled
 
-PRESETS: dict[str, dict[str, Any]] = {
-    # One core of an EPYC without AVX-512: 0.6 s a step. bf16 is 13 times slower there than fp32.
-    "cpu": {
-        "steps": 8_000, "batch_size": 6, "crop_px": 96, "precision": "fp32",
-        "encoder_widths": (96, 160), "init": "tiny-v1", "save_every": 800, "warmup_steps": 200,
-        "save_minutes": None,
-    },
-    "gpu-10min": {
-        "steps": 12_000, "batch_size": 64, "crop_px": 128, "precision": "autocast",
-        "encoder_widths": (192, 320), "init": "cold", "save_every": 100_000, "warmup_steps": 500,
-        "save_minutes": 2.0,
-    },
-}  # fmt: skip
 USUAL_BYTES, USUAL_RATE_WEIGHT = 4096, 2.2e-3  # what this weight came to in a first run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainCodecConfig(TrainConfig):
-    """Settings of the run; None is the preset's. The weights that ship: preset `cpu`."""
+class CodecPreset:
+    """Settings that a preset has and any of which may be given instead; see `TrainCodecConfig`."""
+
+    steps: int
+    batch_size: int
+    crop_px: int
+    precision: Literal["fp32", "autocast", "bf16"]
+    encoder_widths: tuple[int, int]
+    init: Literal["tiny-v1", "cold"]
+    save_every: int
+    save_minutes: float | None = None
+    warmup_steps: int
+
+
+PRESETS = {
+    # One core of an EPYC without AVX-512: 0.6 s a step. bf16 is 13 times slower there than fp32.
+    "cpu": CodecPreset(
+        steps=8_000, batch_size=6, crop_px=96, precision="fp32", encoder_widths=(96, 160),
+        init="tiny-v1", save_every=800, warmup_steps=200,
+    ),
+    "gpu-10min": CodecPreset(
+        steps=12_000, batch_size=64, crop_px=128, precision="autocast", encoder_widths=(192, 320),
+        init="cold", save_every=100_000, save_minutes=2.0, warmup_steps=500,
+    ),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CodecOptions:
+    """Settings of the run that stay as they are given."""
 
     tiles: Path
     """The assets' folder (segmentation/, classification/, tiles/, tiles_open/, wsi/), any folder of
@@ -43,10 +59,34 @@ class TrainCodecConfig(TrainConfig):
     channels: int = 32
     bytes: int = USUAL_BYTES
     """Size of a 256 px patch at step 1 that the rate's weight is chosen for."""
-    rate_weight: float | None = None
-    """Of bits a pixel beside the mean squared error; follows from `bytes`."""
     early_rate_weight: float = 5e-4
     """The weight for the first eighth of the steps: channels that start cheap are kept."""
+    rate_lr: float = 4e-3
+    """Peak learning rate of the rate's mixtures, which have to follow the latents."""
+    step_range: tuple[float, float] = (0.7, 2.8)
+    """Quantization steps that the crops take, evenly in their logarithm: about 4.5 to 1.4 KB."""
+    half_scale_share: float = 0.25
+    """Share of the crops that are taken at half resolution (area filter)."""
+    stain_share: float = 0.3
+    """Share of the crops whose colours are mixed, so that stains other than H&E are not foreign."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CodecSettings(CodecOptions, CodecPreset, TrainConfig):
+    """The settings with nothing left open: what the engine and its checkpoints have."""
+
+    rate_weight: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainCodecConfig(CodecOptions):
+    """Settings of the run; None is the preset's. The weights that ship: preset `cpu`."""
+
+    out: Path
+    """Folder of the run: codec/, checkpoints/, log.jsonl, samples/. The same command run again goes
+    on from its newest checkpoint."""
+    rate_weight: float | None = None
+    """Of bits a pixel beside the mean squared error; follows from `bytes`."""
     steps: int | None = None
     batch_size: int | None = None
     crop_px: int | None = None
@@ -55,8 +95,6 @@ class TrainCodecConfig(TrainConfig):
     init: Literal["tiny-v1", "cold"] | None = None
     """Start from the layers of `tiny-v1`, or from random ones."""
     lr: float = 4e-4
-    rate_lr: float = 4e-3
-    """Peak learning rate of the rate's mixtures, which have to follow the latents."""
     warmup_steps: int | None = None
     schedule: Literal["constant", "cosine", "multistep"] = "cosine"
     clip: float | None = 0.3
@@ -65,19 +103,31 @@ class TrainCodecConfig(TrainConfig):
     precision: Literal["fp32", "autocast", "bf16"] | None = None
     save_every: int | None = None
     sample_every: int | None = 1000
-    step_range: tuple[float, float] = (0.7, 2.8)
-    """Quantization steps that the crops take, evenly in their logarithm: about 4.5 to 1.4 KB."""
-    half_scale_share: float = 0.25
-    """Share of the crops that are taken at half resolution (area filter)."""
-    stain_share: float = 0.3
-    """Share of the crops whose colours are mixed, so that stains other than H&E are not foreign."""
+    save_minutes: float | None = None
+    """Minutes after which a checkpoint is due as well: for time that may be cut off."""
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """What DeepSpeed spreads over the ranks: 0 nothing, 1 optimizer state, 2 gradients too, 3
+    weights too."""
+    accumulation: int = 1
+    """Forward passes whose gradients are averaged into one optimizer step."""
+    seed: int = 0
+    keep: int = 2
+    """Checkpoints kept, the newest ones."""
+    log_every: int = 10
+    """Steps between lines of log.jsonl."""
+    tensorboard: bool = False
+    """Write TensorBoard events to tensorboard/ as well."""
 
     def __post_init__(self) -> None:
-        for name, value in PRESETS[self.preset].items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
+        _ = self.settings  # refuses what cannot be
+
+    @functools.cached_property
+    def settings(self) -> CodecSettings:
+        """The preset, with what is given instead."""
+        preset = settled(PRESETS[self.preset], self)
+        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        given |= {field.name: getattr(preset, field.name) for field in dataclasses.fields(preset)}
         if self.rate_weight is None:
             # Error falls as 1 / bytes, so its slope, which the weight has to match, as its square.
-            weight = USUAL_RATE_WEIGHT * (USUAL_BYTES / self.bytes) ** 2
-            object.__setattr__(self, "rate_weight", weight)
-        super().__post_init__()
+            given["rate_weight"] = USUAL_RATE_WEIGHT * (USUAL_BYTES / self.bytes) ** 2
+        return CodecSettings(**given)

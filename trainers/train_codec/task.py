@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from latentds.autoencoders.students import build_student, fit_shortcut
 
 if TYPE_CHECKING:
-    from latentds_trainers.train_codec.config import TrainCodecConfig
+    from latentds_trainers.train_codec.config import CodecSettings
 
 SHORTCUT_CROPS = 64
 SHORTCUT_STEP = 2**32 - 1  # whose crops no training step draws
@@ -39,12 +39,18 @@ BETAS, DECAY = (0.9, 0.98), 1e-4
 class CodecTask:
     """The tiles, the networks and their step."""
 
-    def __init__(self, config: TrainCodecConfig) -> None:
+    def __init__(self, config: CodecSettings) -> None:
         self.config = config
         device = join_ranks()
         self.tiles = on_all_ranks(lambda: read_tiles(config.tiles))
         self.held_out = self.tiles.held_out.to(device)
-        self.crops = Crops(self.tiles.pictures, self.tiles.shares, crop_config(config), device)
+        crops = CropConfig(
+            crop_px=config.crop_px,
+            half_scale_share=config.half_scale_share,
+            stain_share=config.stain_share,
+            seed=config.seed,
+        )
+        self.crops = Crops(self.tiles.pictures, self.tiles.shares, crops, device)
         torch.manual_seed(config.seed)
         network = CodecNetwork(config.channels, config.encoder_widths)
         if config.init == "tiny-v1":
@@ -75,6 +81,7 @@ class CodecTask:
         engine, config = self.engine, self.config
         images = self.crops.batch(step, engine.rows).contiguous(memory_format=torch.channels_last)
         network, student = engine["codec"], engine["student"]
+        assert isinstance(network, CodecNetwork)
         with engine.autocast():
             latents = network.encoder(images)
         latents = latents.float()
@@ -92,7 +99,6 @@ class CodecTask:
         """Of bits a pixel at this step."""
         config = self.config
         is_early = step * EARLY_SHARE < config.steps
-        assert config.rate_weight is not None
         return config.early_rate_weight if is_early else config.rate_weight
 
     def networks(self) -> tuple[CodecNetwork, nn.Module]:
@@ -127,7 +133,7 @@ class CodecTask:
         return figures
 
 
-def optimizer_of(network: CodecNetwork, config: TrainCodecConfig) -> torch.optim.AdamW:
+def optimizer_of(network: CodecNetwork, config: CodecSettings) -> torch.optim.AdamW:
     """AdamW with the mixtures in a group of their own."""
     rate = list(network.rate.parameters())
     others = [*network.encoder.parameters(), *network.decoder.parameters()]
@@ -144,7 +150,7 @@ def adamw(parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.AdamW:
 
 
 def draws(
-    config: TrainCodecConfig, step: int, places: Iterable[int], latents: Tensor
+    config: CodecSettings, step: int, places: Iterable[int], latents: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Quantization steps (B,) and noise like the latents, each crop's from its seed alone."""
     low, high = (math.log(bound) for bound in config.step_range)
@@ -155,13 +161,3 @@ def draws(
         steps.append(math.exp(low + share * (high - low)))
         noise.append(torch.rand(latents.shape[1:], generator=generator) - 0.5)
     return torch.tensor(steps).to(latents), torch.stack(noise).to(latents)
-
-
-def crop_config(config: TrainCodecConfig) -> CropConfig:
-    """How the run draws its crops."""
-    return CropConfig(
-        crop_px=config.crop_px,
-        half_scale_share=config.half_scale_share,
-        stain_share=config.stain_share,
-        seed=config.seed,
-    )

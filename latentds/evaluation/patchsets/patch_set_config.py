@@ -19,6 +19,8 @@ OF_ORIGINALS = (
 class PatchSource:
     """Which patches, through which codec: PatchInput's first options."""
 
+    panel = "patches"
+
     data: Path
     """Originals as 'latentds convert' takes them (a folder of pictures or slides, archives, a table
     of paths), or a latentds data set: its folder, hf://datasets/ORG/NAME[@REVISION], s3://..."""

@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,7 @@ from latentds.evaluation.patchsets.patch_set_config import PatchInput
 from latentds.sources.cut_options import SourceOptions
 from latentds.sources.opening import list_source, open_source
 from latentds.sources.picture import Header, Picture
+from latentds.sources.reading import TASK_REGIONS, PatchReader, of_file, tasks_of
 from latentds.sources.slides import Slides
 from latentds.sources.source import Source
 from latentds.store.format import sorted_names
@@ -27,7 +27,6 @@ from latentds.store.masks import decode_mask, no_mask
 from latentds.store.patch_record import Patch, Place
 
 MAX_WORKERS = 16  # threads where --workers is not given
-TASK_REGIONS = 4  # of a picture or slide that a thread reads at a time
 SAMPLED_SLIDES = 16  # whose tissue is found to draw a sample of patches
 BAD_NAMED = 3
 UNPLACED = Place(None, None, None, None)
@@ -57,11 +56,11 @@ class Pictures:
         source: Source,
         pictures: Sequence[Picture],
         classes: list[str],
-        pool: ThreadPoolExecutor,
+        reader: PatchReader,
         headers: Sequence[Header] | None,
     ) -> None:
         self.options, self.source, self.pictures = options, source, pictures
-        self.classes, self.pool, self.headers = classes, pool, headers
+        self.classes, self.reader, self.headers = classes, reader, headers
 
     @property
     def where(self) -> str:
@@ -98,7 +97,7 @@ class Pictures:
     @functools.cached_property
     def layout(self) -> PictureLayout:
         """Where all patches lie."""
-        headers = self.headers or read_headers(self.source, self.pictures, self.pool, self.root)
+        headers = self.headers or read_headers(self.reader, self.pictures, self.root)
         numbers, regions, places = [], [np.zeros((0, 2), np.int32)], list[Place]()
         for number, (picture, header) in enumerate(zip(self.pictures, headers, strict=True)):
             found = self.source.regions(picture, header, self.patch_px)
@@ -153,7 +152,7 @@ class Pictures:
         """Some of the pictures, with the patch size and the classes of all."""
         headers = [self.headers[number] for number in chosen] if self.headers else None
         pictures = [self.pictures[number] for number in chosen]
-        part = Pictures(self.options, self.source, pictures, self.classes, self.pool, headers)
+        part = Pictures(self.options, self.source, pictures, self.classes, self.reader, headers)
         part.patch_px = self.patch_px
         return part
 
@@ -182,31 +181,19 @@ class Pictures:
 
     def read_patches(self, rows: np.ndarray) -> Iterator[Patch]:
         """The patches of rows, read by the threads, a few of one picture at a time."""
-        edges = np.flatnonzero(np.diff(self.layout.numbers[rows])) + 1
-        tasks = [
-            run[start : start + TASK_REGIONS]
-            for run in np.split(rows, edges)
-            for start in range(0, len(run), TASK_REGIONS)
-        ]
-        for patches in self.pool.map(self.read_task, tasks):
-            yield from patches
-
-    def read_task(self, rows: np.ndarray) -> list[Patch]:
-        """The patches of rows of one picture."""
-        number = int(self.layout.numbers[rows[0]])
-        picture, header = self.pictures[number], self.layout.headers[number]
-        regions = [(x, y) for x, y in self.layout.regions[rows].tolist()]
-        try:
-            patches = self.source.read(picture, header, self.patch_px, regions)
-        except InputError as error:
-            raise InputError(f"{self.root / picture.source}: {error}") from error
-        except OSError as error:
-            reason = error.strerror or error
-            raise InputError(f"{self.root / picture.source}: cannot be read ({reason})") from error
-        if any(patch.image.shape[:2] != self.patch_px for patch in patches):
-            height, width = self.patch_px
-            raise InputError(f"{self.root / picture.source}: no patch of {width}x{height} px")
-        return patches
+        layout, tasks = self.layout, []
+        for places in tasks_of(layout.numbers[rows]):
+            part = rows[places]
+            number, regions = int(layout.numbers[part[0]]), layout.regions[part].tolist()
+            picture, header = self.pictures[number], layout.headers[number]
+            places_xy = [(x, y) for x, y in regions]
+            future = self.reader.submit(picture, header, self.patch_px, places_xy)
+            tasks.append((self.root / picture.source, future))
+        for path, future in tasks:
+            for outcome in future.result():
+                if isinstance(outcome, InputError):
+                    raise of_file(path, outcome) from outcome
+                yield outcome
 
     def sample(self, count: int, seed: int) -> Iterator[np.ndarray]:
         """Pixels of patches drawn by the seed, a few at a time; of slides, those of a few."""
@@ -257,13 +244,13 @@ def open_pictures(config: PatchInput) -> Pictures:
         if config.split not in splits:
             raise unknown_name(f"split of {config.data}", config.split, splits)
         pictures = [picture for picture in pictures if picture.split == config.split]
-    pool = ThreadPoolExecutor(count_workers(config.workers), thread_name_prefix="originals")
-    opened = Pictures(options, source, pictures, classes, pool, None)
+    reader = PatchReader(source, count_workers(config.workers))
+    opened = Pictures(options, source, pictures, classes, reader, None)
     if isinstance(source, Slides):
         if config.masks is not None:
             raise InputError(f"--masks {config.masks}: slides have no masks; leave it")
     else:
-        opened.headers = read_headers(source, pictures, pool, opened.root)
+        opened.headers = read_headers(reader, pictures, opened.root)
     return opened
 
 
@@ -272,21 +259,14 @@ def count_workers(workers: int | None) -> int:
     return workers or min(MAX_WORKERS, os.cpu_count() or 1)
 
 
-def read_headers(
-    source: Source, pictures: Sequence[Picture], pool: ThreadPoolExecutor, root: Path
-) -> list[Header]:
+def read_headers(reader: PatchReader, pictures: Sequence[Picture], root: Path) -> list[Header]:
     """Headers of all pictures; InputError names the first that cannot be used."""
-
-    def read(picture: Picture) -> Header | str:
-        try:
-            return source.header(picture)
-        except InputError as error:
-            return f"{root / picture.source}: {error}"
-        except OSError as error:
-            return f"{root / picture.source}: cannot be read ({error.strerror or error})"
-
-    outcomes = list(pool.map(read, pictures))
-    bad = [outcome for outcome in outcomes if isinstance(outcome, str)]
+    outcomes = list(reader.headers(pictures))
+    bad = [
+        str(of_file(root / picture.source, outcome))
+        for picture, outcome in zip(pictures, outcomes, strict=True)
+        if isinstance(outcome, InputError)
+    ]
     if bad:
         more = f"; and {len(bad) - BAD_NAMED} more" if len(bad) > BAD_NAMED else ""
         raise InputError(

@@ -1,0 +1,145 @@
+"""Command lines from dataclasses, options in the order of need.
+
+Required options come first, then those that most runs need, then a panel for each class that
+has the attribute `panel`, or several by a table `PANELS`, title to names of fields. Options keep
+the names of their fields.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import sys
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Any, TypeVar, get_type_hints
+
+import tyro
+
+from latentds.core.display import say
+from latentds.errors import LatentdsError
+
+Settings = TypeVar("Settings")
+FLAT = (tyro.conf.OmitArgPrefixes,)
+
+
+def parse(
+    settings: type[Settings],
+    words: Sequence[str] | None = None,
+    *,
+    prog: str | None = None,
+    description: str | None = None,
+    usual: Sequence[str] = (),
+    examples: Sequence[str] = (),
+) -> Settings:
+    """The settings that a command line asks for; exit code 2 and a line where it asks wrongly.
+
+    settings     a dataclass; its fields' docstrings are the helps
+    words        the process's own arguments by default
+    description  the help's first words; the class's docstring by default
+    usual        fields that most runs need, in the order of the help
+    examples     command lines, which the help ends with
+    """
+    form, panels = make_form(settings, usual)
+    about = description or inspect.getdoc(settings)
+    try:
+        filled = tyro.cli(form, args=words, prog=prog, description=about, config=FLAT)
+    except SystemExit as end:
+        if not end.code and examples:  # it was a help
+            say("\n".join(["", "examples:", *(f"    {line}" for line in examples)]))
+        raise
+    values: dict[str, Any] = {}
+    for panel, names in panels.items():
+        part = getattr(filled, panel) if panel else filled
+        values |= {name: getattr(part, name) for name in names}
+    try:
+        return settings(**values)
+    except LatentdsError:
+        raise
+    except ValueError as error:
+        say(f"{prog or sys.argv[0]}: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def make_form(
+    settings: type[Any], usual: Sequence[str]
+) -> tuple[type[Any], dict[str, tuple[str, ...]]]:
+    """A dataclass of panels as tyro shows them, and the fields of each; "" has positional ones."""
+    hints = get_type_hints(settings, include_extras=True)
+    helps = field_helps(settings)
+    places: dict[str, list[Any]] = {"": [], "required": [], "usual": []}
+    fields = {field.name: field for field in dataclasses.fields(settings) if field.init}
+    for name in dict.fromkeys([*(n for n in usual if n in fields), *fields]):
+        field = fields[name]
+        if tyro.conf.Positional in getattr(hints[name], "__metadata__", ()):
+            panel = ""
+        elif not has_default(field):
+            panel = "required"
+        elif name in usual:
+            panel = "usual"
+        else:
+            panel = panel_of(settings, name)
+        places.setdefault(panel, []).append(entry(field, hints[name], helps.get(name)))
+    panels = {panel: tuple(e[0] for e in entries) for panel, entries in places.items() if entries}
+    members = [*places[""], *((p, make_panel(p, places[p])) for p in panels if p)]
+    return make_dataclass("Form", members), panels
+
+
+def has_default(field: dataclasses.Field[Any]) -> bool:
+    """Whether an option may be left out."""
+    missing = dataclasses.MISSING
+    return field.default is not missing or field.default_factory is not missing
+
+
+def entry(field: dataclasses.Field[Any], hint: Any, words: str | None) -> tuple[Any, ...]:
+    """A field as `make_dataclass` takes it, with its help."""
+    if words is not None:
+        hint = Annotated[hint, tyro.conf.arg(help=words)]
+    if field.default is not dataclasses.MISSING:
+        return (field.name, hint, dataclasses.field(default=field.default))
+    if field.default_factory is not dataclasses.MISSING:
+        return (field.name, hint, dataclasses.field(default_factory=field.default_factory))
+    return (field.name, hint)
+
+
+def make_panel(name: str, entries: Iterable[Any]) -> Any:
+    """A nested dataclass without a docstring of its own, which tyro would print."""
+    return make_dataclass(name.title(), entries)
+
+
+def make_dataclass(name: str, entries: Iterable[Any]) -> type[Any]:
+    """A dataclass of keyword-only fields."""
+    made = dataclasses.make_dataclass(name, list(entries), kw_only=True)
+    made.__doc__ = " "
+    return made
+
+
+def panel_of(settings: type[Any], name: str) -> str:
+    """The panel of a field: by the table `PANELS`, else by the attribute `panel`, of its class."""
+    owner = next(c for c in settings.__mro__ if name in inspect.get_annotations(c))
+    table: Mapping[str, Sequence[str]] = vars(owner).get("PANELS", {})
+    listed = (panel for panel, names in table.items() if name in names)
+    return next(listed, str(vars(owner).get("panel", "other")))
+
+
+def field_helps(settings: type[Any]) -> dict[str, str]:
+    """The strings below a dataclass's fields, inherited ones included."""
+    found: dict[str, str] = {}
+    for owner in reversed(settings.__mro__):
+        if dataclasses.is_dataclass(owner):
+            found |= own_helps(owner)
+    return found
+
+
+def own_helps(owner: type[Any]) -> dict[str, str]:
+    """The strings below the fields that are written in one class."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0]
+    assert isinstance(body, ast.ClassDef)
+    found = {}
+    for field, below in zip(body.body, body.body[1:], strict=False):
+        if not (isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)):
+            continue
+        if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
+            found[field.target.id] = " ".join(str(below.value.value).split())
+    return found

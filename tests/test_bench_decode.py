@@ -9,6 +9,7 @@ import torch
 from latentds_tools import cli
 from latentds_tools.bench import bench_decode, decode_networks, jpeg_decoding
 from latentds_tools.bench.decode_shapes import check_known, find_decoder, gigaflops, shapes
+from latentds_tools.bench.harness import run_cases
 
 from latentds.errors import InputError, MissingExtraError, UnknownNameError
 
@@ -169,8 +170,9 @@ def test_a_gpu_decoder_that_cannot_run_says_why():
     pytest.importorskip("torchvision")
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    row = jpeg_decoding.gpu_row(jpeg_decoding.load_jpegs(None, 64), 0.1, "cuda")
-    assert row["error"] and jpeg_decoding.rows_of([[row], [row]]) == [row]
+    case = jpeg_decoding.cases(jpeg_decoding.load_jpegs(None, 64), 0.01, 1, "cuda")[-1]
+    run_cases([case], 2)
+    assert case.row()["options"] == "the GPU" and case.row()["error"] == case.rounds[0]["error"]
 
 
 @pytest.mark.gpu

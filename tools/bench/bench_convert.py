@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from latentds_tools.bench.harness import medians
+from latentds_tools.bench.harness import Case, run_cases
 from latentds_tools.reports.commands import show
 
 
@@ -38,9 +38,10 @@ def run(config: Config) -> None:
     """Print the rates."""
     import torch
 
-    rounds = [measure(config) for _ in range(config.rounds)]
-    shares = [found["convert"] / found["encoder"] for found in rounds]
-    result = {name: round(value, 2) for name, value in medians(rounds).items()}
+    case = Case({}, lambda: measure(config))
+    run_cases([case], config.rounds)
+    shares = [found["convert"] / found["encoder"] for found in case.rounds]
+    result = {name: round(value, 2) for name, value in case.row().items()}
     result |= {"share_of_encoder": round(statistics.median(shares), 3)}
     show(result | {"threads": torch.get_num_threads()}, config.json, as_text)
 

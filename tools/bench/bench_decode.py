@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,6 @@ from latentds_tools.reports.commands import show
 from latentds_tools.reports.markdown import number
 
 DEFAULT_DECODERS = "taesd,sd15,dcae-f32,tiny,turbo-s,turbo-m,turbo-f32"
-
-logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,36 +64,33 @@ def measure(config: Config) -> dict[str, Any]:
     for name in names:
         decode_shapes.check_known(name)
     jpegs = jpeg_decoding.load_jpegs(config.pictures, config.patch_size) if config.jpeg else []
-    timed = [decode_networks.survey(name, config) for name in dict.fromkeys(names)]
-    jpeg_rounds = []
     cores = config.cores or harness.usable_cores()
-    for place in range(config.rounds):
-        if jpegs:
-            jpeg_rounds.append(
-                jpeg_decoding.measure_all(jpegs, config.seconds, cores, config.device)
-            )
-        for one in timed:  # one at a time in memory
-            logger.info("%s, round %d of %d", one.name, place + 1, config.rounds)
-            one.measure(config)
-    rows = jpeg_decoding.rows_of(jpeg_rounds) if jpegs else []
-    rows += [row for one in timed for row in one.rows()]
+    cases = jpeg_decoding.cases(jpegs, config.seconds, cores, config.device) if jpegs else []
+    for name in dict.fromkeys(names):
+        cases += decode_networks.cases(name, config)
+    harness.run_cases(cases, config.rounds)
     return {
         "machine": harness.machine(config.device),
         "config": harness.recorded(config),
         "jpeg": jpeg_decoding.describe(jpegs) if jpegs else None,
-        "rows": with_ratios(rows),
+        "rows": with_ratios([case.row() for case in cases]),
     }
 
 
 def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows with their rate over that of one core that decodes JPEGs, None where none was timed."""
+    """Rows with their rate over that of one core that decodes JPEGs, None where none was timed.
+
+    Networks also with their gain over plain float32, the first at their batch.
+    """
     is_jpeg = bool(rows) and rows[0]["decoder"].startswith("JPEG")
     core = rows[0]["patches_per_s"] if is_jpeg else None
-    return [
-        row
-        | {"over_jpeg_core": row["patches_per_s"] / core if core and "error" not in row else None}
-        for row in rows
-    ]
+    plain: dict[tuple[str, int], float] = {}
+    for row in rows:
+        rate: Any = row.get("patches_per_s")
+        if "weights" in row:
+            row["gain"] = rate / plain.setdefault((row["decoder"], row["batch"]), rate)
+        row["over_jpeg_core"] = rate / core if core and rate else None
+    return rows
 
 
 def as_text(report: dict[str, Any]) -> str:

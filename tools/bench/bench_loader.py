@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import statistics
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from latentds_tools.bench.harness import extent, machine, medians, report_text
+from latentds_tools.bench.harness import Case, extent, machine, medians, report_text, run_cases
 from latentds_tools.reports.commands import show
 
 from latentds.errors import InputError, unknown_name
@@ -115,19 +116,16 @@ def run(config: Config) -> None:
 
     choose_device(config.device)
     with tempfile.TemporaryDirectory(dir=config.work) as work:
-        contenders = prepare(config, Path(work))
-        results: list[dict[str, Any]] = []
-        for number in range(config.rounds):
-            for spec in contenders:
-                logger.info("round %d: %s, %s", number + 1, spec["peer"], spec["decode"])
-                results.append(spec | measure_one(config, spec))
+        specs = prepare(config, Path(work))
+        cases = [Case(spec, functools.partial(measure_one, config, spec)) for spec in specs]
+        run_cases(cases, config.rounds)
     report = {
         "machine": machine(config.device),
         "workers": config.workers,
         "batch_size": config.batch_size,
         "pixel_batch_size": config.pixel_batch_size,
         "rounds": config.rounds,
-        "results": summarize(results),
+        "results": [summarize(case) for case in cases],
     }
     show(report, config.json, as_text)
 
@@ -243,31 +241,25 @@ def measure_one(config: Config, spec: dict[str, Any]) -> dict[str, Any]:
         return {"error": str(error)}
 
 
-def summarize(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def summarize(case: Case) -> dict[str, Any]:
     """Medians over rounds, with the least and the greatest warm rate."""
-    grouped: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for result in results:
-        grouped.setdefault((result["peer"], result["decode"]), []).append(result)
-    rows = []
-    for (peer, decode), rounds in grouped.items():
-        kept = ("stored_patches", "stored_bytes_per_patch", "batch_size")
-        row = {"peer": peer, "decode": decode} | {name: rounds[0][name] for name in kept}
-        sound = [r for r in rounds if "error" not in r]
-        if not sound:
-            rows.append(row | {"error": rounds[0]["error"]})
-            continue
-        row |= {phase: medians([r[phase] for r in sound]) for phase in ("cold", "warm")}
-        rates = [r["warm"]["patches_per_s"] for r in sound]
-        row |= {"warm_range": extent(rates), "versions": sound[0]["versions"]}
-        row["peak_mb"] = statistics.median(r["peak_mb"] for r in sound)
-        ceilings = [pair for r in sound for pair in r["ceilings"]]
-        if ceilings:
-            row["decoder_alone"] = statistics.median(pair["decoder"] for pair in ceilings)
-            row["share_of_decoder"] = statistics.median(
-                pair["end_to_end"] / pair["decoder"] for pair in ceilings
-            )
-        rows.append(row)
-    return rows
+    kept = ("peer", "decode", "stored_patches", "stored_bytes_per_patch", "batch_size")
+    row = {name: case.head[name] for name in kept}
+    sound = case.sound
+    if not sound:
+        return row | case.rounds[0]
+    row |= {phase: medians([found[phase] for found in sound]) for phase in ("cold", "warm")}
+    row |= {
+        "warm_range": extent([found["warm"]["patches_per_s"] for found in sound]),
+        "versions": sound[0]["versions"],
+        "peak_mb": statistics.median(found["peak_mb"] for found in sound),
+    }
+    pairs = [pair for found in sound for pair in found["ceilings"]]
+    if pairs:
+        shares = [pair["end_to_end"] / pair["decoder"] for pair in pairs]
+        row["decoder_alone"] = statistics.median(pair["decoder"] for pair in pairs)
+        row["share_of_decoder"] = statistics.median(shares)
+    return row
 
 
 def as_text(report: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 import multiprocessing
@@ -11,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from latentds_tools.bench.harness import medians
+from latentds_tools.bench.harness import Case, run_cases
 from latentds_tools.reports.commands import show
 from latentds_tools.reports.markdown import table
 
@@ -42,28 +43,26 @@ class Config:
 
 def run(config: Config) -> None:
     """Make the sets, open each, print."""
-    from latentds_tools.bench.measuring_loaders import drop_page_cache
     from latentds_tools.bench.synthetic import write_sparse, write_synthetic
 
-    rows = []
+    cases = []
     with tempfile.TemporaryDirectory(dir=config.work) as work:
         for patches in config.patches:
-            folder = Path(work) / str(patches)
+            folder, is_whole = Path(work) / str(patches), patches <= config.written
             logger.info("making a set of %s patches", f"{patches:,}")
-            (write_synthetic if patches <= config.written else write_sparse)(folder, patches)
-            rounds = []
-            for _ in range(config.rounds):
-                drop_page_cache(folder)
-                rounds.append(in_process(folder, config))
-            row = {"patches": patches, "codes": patches <= config.written}
-            rows.append(row | medians(rounds))
-    show(rows, config.json, as_text)
+            (write_synthetic if is_whole else write_sparse)(folder, patches)
+            once = functools.partial(open_once, folder, config)
+            cases.append(Case({"patches": patches, "codes": is_whole}, once))
+        run_cases(cases, config.rounds)
+    show([case.row() for case in cases], config.json, as_text)
 
 
-def in_process(folder: Path, config: Config) -> dict[str, float]:
-    """`look` in a fresh process."""
-    spawn = multiprocessing.get_context("spawn")
-    with spawn.Pool(1) as pool:
+def open_once(folder: Path, config: Config) -> dict[str, float]:
+    """`look` in a fresh process, the page cache dropped."""
+    from latentds_tools.bench.measuring_loaders import drop_page_cache
+
+    drop_page_cache(folder)
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(look, (folder, config.batch_size, config.batches))
 
 

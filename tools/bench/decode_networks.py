@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
+import functools
 import gc
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from latentds_tools.bench.decode_shapes import find_decoder, gigaflops
-from latentds_tools.bench.harness import medians, sustained, synchronize
+from latentds_tools.bench.harness import Case, sustained, synchronize
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,53 +36,29 @@ class Settings(Protocol):
     def seconds(self) -> float: ...
 
 
-@dataclasses.dataclass
-class Timed:
-    """A decoder, what is measured of it and the figures of its rounds; no weights.
-
-    weights  random or loaded
-    gflop    to decode a patch
-    rounds   figures of every case, a list a round
-    """
-
-    name: str
-    weights: str
-    gflop: float
-    cases: list[tuple[Decode, int]]
-    rounds: list[list[dict[str, float]]] = dataclasses.field(default_factory=list)
-
-    def measure(self, config: Settings) -> None:
-        """One round more; `largest_change` is against plain float32, the first at its batch."""
-        autoencoder, _ = find_decoder(self.name)
-        plain: dict[int, Tensor] = {}
-        figures = []
-        for options, batch in self.cases:
-            found, images = measure(copy.deepcopy(autoencoder), options, batch, config)
-            change = float((images - plain.setdefault(batch, images)).abs().max())
-            figures.append(found | {"largest_change": change})
-            release(config.device)
-        self.rounds.append(figures)
-
-    def rows(self) -> list[dict[str, Any]]:
-        """A row a case: medians of its rounds, and its gain over plain float32 at its batch."""
-        head = {"decoder": self.name, "weights": self.weights, "gflop": self.gflop}
-        base: dict[int, float] = {}
-        rows: list[dict[str, Any]] = []
-        for number, (options, batch) in enumerate(self.cases):
-            figures = medians([found[number] for found in self.rounds])
-            rate = figures["patches_per_s"]
-            case = {"options": describe(options), "batch": batch}
-            rows.append(head | case | figures | {"gain": rate / base.setdefault(batch, rate)})
-        return rows
-
-
-def survey(name: str, config: Settings) -> Timed:
-    """What is to be measured of a decoder."""
+def cases(name: str, config: Settings) -> list[Case]:
+    """What is measured of a decoder: options at every batch size, plain float32 first."""
     autoencoder, weights = find_decoder(name)
     gflop = gigaflops(autoencoder, config.patch_size)
-    batches = config.batch_sizes or (default_batch(config.device, gflop),)
-    options = combinations(config.device, config.compile)
-    return Timed(name, weights, gflop, [(one, batch) for batch in batches for one in options])
+    made = []
+    for batch in config.batch_sizes or (default_batch(config.device, gflop),):
+        plain: list[Tensor] = []
+        for options in combinations(config.device, config.compile):
+            head = {"decoder": name, "weights": weights, "gflop": gflop}
+            head |= {"options": describe(options), "batch": batch}
+            once = functools.partial(measure_case, name, options, batch, plain, config)
+            made.append(Case(head, once))
+    return made
+
+
+def measure_case(
+    name: str, options: Decode, batch: int, plain: list[Tensor], config: Settings
+) -> dict[str, float]:
+    """One round of one case; `largest_change` is against plain float32's images."""
+    found, images = measure(find_decoder(name)[0], options, batch, config)
+    plain[:] = plain or [images]
+    release(config.device)
+    return found | {"largest_change": float((images - plain[0]).abs().max())}
 
 
 def combinations(device: str, compile: bool) -> list[Decode]:

@@ -104,6 +104,38 @@ def rate_of(work: Callable[[], object], seconds: float, count: int) -> float:
 
 
 @dataclasses.dataclass
+class Case:
+    """Something that measures itself.
+
+    head    what its row says of it
+    once    the figures of a round; `error` alone where it cannot be measured
+    rounds  figures of the rounds so far
+    """
+
+    head: dict[str, Any]
+    once: Callable[[], dict[str, Any]]
+    rounds: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+    @property
+    def sound(self) -> list[dict[str, Any]]:
+        """Rounds without an error."""
+        return [figures for figures in self.rounds if "error" not in figures]
+
+    def row(self) -> dict[str, Any]:
+        """Head and medians, or the first error where no round is sound."""
+        return self.head | (medians(self.sound) if self.sound else self.rounds[0])
+
+
+def run_cases(cases: Sequence[Case], rounds: int) -> None:
+    """Measure all in turn, round by round."""
+    for number in range(rounds):
+        for case in cases:
+            told = [text for text in case.head.values() if isinstance(text, str)]
+            logger.info("round %d of %d: %s", number + 1, rounds, ", ".join(told[:3]))
+            case.rounds.append(case.once())
+
+
+@dataclasses.dataclass
 class Way:
     """Something to time.
 
@@ -165,9 +197,8 @@ def run_steps(way: Way, steps: int, device: torch.device) -> None:
 
 
 def medians(rounds: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The median over rounds of every figure; nothing of no rounds."""
-    names = rounds[0] if rounds else ()
-    return {name: statistics.median(found[name] for found in rounds) for name in names}
+    """The median over rounds of every figure."""
+    return {name: statistics.median(found[name] for found in rounds) for name in rounds[0]}
 
 
 def extent(values: Sequence[float]) -> list[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import io
 import statistics
@@ -11,7 +12,7 @@ from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from latentds_tools.bench.harness import medians, rate_of, sustained, synchronize
+from latentds_tools.bench.harness import Case, rate_of, sustained, synchronize
 
 from latentds.errors import InputError, missing_extra
 
@@ -177,47 +178,31 @@ def rate_on_gpu(
     return sustained(decode, seconds, batch)
 
 
-def measure_all(
-    jpegs: Sequence[bytes], seconds: float, cores: int, device: str
-) -> list[dict[str, Any]]:
-    """A row a JPEG decoder: the first is one core of the first library installed."""
-    rows = []
+def cases(jpegs: Sequence[bytes], seconds: float, cores: int, device: str) -> list[Case]:
+    """A case a JPEG decoder and place: the first is one core of the first library installed."""
+    made = []
     for library in installed():
-        rows.append(row(library, "1 core", 1, rate(library, jpegs, seconds)))
+        alone = functools.partial(rate, library, jpegs, seconds)
+        made.append(case_of(library, "1 core", 1, alone))
         for kind in ("threads", "processes") if cores > 1 else ():
-            found = rate_together(library, jpegs, seconds, cores, kind)
-            rows.append(row(library, f"{cores} {kind}", 1, found))
+            once = functools.partial(rate_together, library, jpegs, seconds, cores, kind)
+            made.append(case_of(library, f"{cores} {kind}", 1, once))
     if device.startswith("cuda") and "torchvision" in installed():
-        rows.append(gpu_row(jpegs, seconds, device))
-    return rows
+        once = functools.partial(rate_on_gpu, jpegs, seconds, device)
+        made.append(case_of("torchvision", "the GPU", GPU_BATCH, once))
+    return made
 
 
-def gpu_row(jpegs: Sequence[bytes], seconds: float, device: str) -> dict[str, Any]:
-    """The row of the GPU's decoder, or the reason why it cannot be used."""
-    try:
-        return row("torchvision", "the GPU", GPU_BATCH, rate_on_gpu(jpegs, seconds, device))
-    except (RuntimeError, AssertionError) as error:  # what torch raises without CUDA or nvJPEG
-        reason = " ".join(str(error).split())[:120]
-        return {"decoder": "JPEG, torchvision", "options": "the GPU", "error": reason}
+def case_of(library: str, where: str, batch: int, once: Callable[[], tuple[float, float]]) -> Case:
+    """A JPEG decoder in one place; what torch raises without CUDA or nvJPEG is the GPU's error."""
 
+    def figures() -> dict[str, Any]:
+        try:
+            rate, first = once()
+        except (RuntimeError, AssertionError) as error:
+            if where != "the GPU":
+                raise
+            return {"error": " ".join(str(error).split())[:120]}
+        return {"patches_per_s": rate, "first_batch_s": first}
 
-def row(library: str, where: str, batch: int, found: tuple[float, float]) -> dict[str, Any]:
-    """Figures of one JPEG decoder in one place."""
-    return {
-        "decoder": f"JPEG, {library}",
-        "options": where,
-        "batch": batch,
-        "patches_per_s": found[0],
-        "first_batch_s": found[1],
-    }
-
-
-def rows_of(rounds: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """The rows with the medians of their rounds; an error where one failed."""
-    rows = []
-    for same in zip(*rounds, strict=True):
-        failed = [found for found in same if "error" in found]
-        names = ("patches_per_s", "first_batch_s")
-        figures = medians([{name: found[name] for name in names} for found in same if not failed])
-        rows.append((failed or same)[0] | figures)
-    return rows
+    return Case({"decoder": f"JPEG, {library}", "options": where, "batch": batch}, figures)

@@ -92,7 +92,6 @@ def write_sparse(out: Path, patches: int) -> None:
     from latentds.core.storage import write_atomically
     from latentds.store.composing import complete
     from latentds.store.format import GOLDEN
-    from latentds.store.index import TableWriter
     from latentds.store.manifest import Manifest, ShardRecord
 
     contract = random_contract()
@@ -117,7 +116,7 @@ def write_sparse(out: Path, patches: int) -> None:
             )
         )
     write_atomically(out / GOLDEN, empty_golden())
-    write_sparse_tables(out, counts, contract.bytes_per_patch, TableWriter)
+    write_sparse_tables(out, patches, contract.bytes_per_patch)
     slides = tuple(f"slide{number:05d}" for number in range(-(-patches // PATCHES_A_SLIDE)))
     manifest = Manifest(
         contract=contract,
@@ -130,44 +129,34 @@ def write_sparse(out: Path, patches: int) -> None:
     complete(out, manifest)
 
 
-def write_sparse_tables(out: Path, counts: list[int], patch_bytes: int, writer: Any) -> None:
-    """The tables, a shard at a time."""
-    from latentds.store.format import (
-        CHECKSUM_DTYPE,
-        CHECKSUMS,
-        DIGEST_DTYPE,
-        DIGESTS,
-        PACK_DTYPE,
-        PACKS_TABLE,
-        PATCH_DTYPE,
-        PATCHES_TABLE,
-    )
+def write_sparse_tables(out: Path, patches: int, patch_bytes: int) -> None:
+    """The tables: those of packs whole, those of patches a shard at a time."""
+    from latentds.store import format as layout
+    from latentds.store.index import TableWriter
 
-    packs_total = sum(-(-count // PACK) for count in counts)
+    first = np.arange(0, patches, PACK)
+    packs = np.zeros(len(first), layout.PACK_DTYPE)
+    packs["first_patch"], packs["shard"] = first, first // SHARD_PATCHES
+    packs["count"] = np.minimum(PACK, patches - first)
+    packs["codes_offset"] = first % SHARD_PATCHES * patch_bytes
+    digests = np.zeros(len(first), layout.DIGEST_DTYPE)
+    for count in np.unique(packs["count"]).tolist():
+        zeros, same = bytes(count * patch_bytes), packs["count"] == count
+        packs["codes_crc32"][same] = zlib.crc32(zeros)
+        digests["codes"][same] = np.frombuffer(hashlib.sha256(zeros).digest(), np.uint8)
+    with TableWriter(out / layout.PACKS_TABLE, layout.PACK_DTYPE, len(first)) as writer:
+        writer.write(packs)
+    with TableWriter(out / layout.DIGESTS, layout.DIGEST_DTYPE, len(first)) as writer:
+        writer.write(digests)
+    crc = zlib.crc32(bytes(patch_bytes))
     with (
-        writer(out / PACKS_TABLE, PACK_DTYPE, packs_total) as packs,
-        writer(out / DIGESTS, DIGEST_DTYPE, packs_total) as digests,
-        writer(out / PATCHES_TABLE, PATCH_DTYPE, sum(counts)) as patches,
-        writer(out / CHECKSUMS, CHECKSUM_DTYPE, sum(counts)) as checksums,
+        TableWriter(out / layout.PATCHES_TABLE, layout.PATCH_DTYPE, patches) as rows,
+        TableWriter(out / layout.CHECKSUMS, layout.CHECKSUM_DTYPE, patches) as checksums,
     ):
-        first = 0
-        for number, count in enumerate(counts):
-            starts = np.arange(0, count, PACK)
-            rows = np.zeros(len(starts), PACK_DTYPE)
-            rows["first_patch"], rows["shard"] = first + starts, number
-            rows["count"] = np.minimum(PACK, count - starts)
-            rows["codes_offset"] = starts * patch_bytes
-            digest = np.zeros(len(starts), DIGEST_DTYPE)
-            for size in np.unique(rows["count"]).tolist():
-                zeros = bytes(size * patch_bytes)
-                rows["codes_crc32"][rows["count"] == size] = zlib.crc32(zeros)
-                sha256 = np.frombuffer(hashlib.sha256(zeros).digest(), np.uint8)
-                digest["codes"][rows["count"] == size] = sha256
-            packs.write(rows)
-            digests.write(digest)
-            patches.write(sparse_columns(first, count))
-            checksums.write(np.full(count, zlib.crc32(bytes(patch_bytes)), CHECKSUM_DTYPE))
-            first += count
+        for start in range(0, patches, SHARD_PATCHES):
+            count = min(SHARD_PATCHES, patches - start)
+            rows.write(sparse_columns(start, count))
+            checksums.write(np.full(count, crc, layout.CHECKSUM_DTYPE))
 
 
 def sparse_columns(first: int, count: int) -> np.ndarray:

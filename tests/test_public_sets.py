@@ -6,17 +6,21 @@ Where a layout comes from stands beside what writes it.
 import json
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from latentds.conversion.convert_config import ConvertConfig
 from latentds.errors import InputError
+from latentds.sources import patch_arrays
 from latentds.sources.data_cards import card_files
 from latentds.sources.names import known_patient
 from latentds.sources.opening import list_source, open_source
-from tests.archives import encoded, write_samples
-from tests.conftest import convert_with_mean
+from latentds.store.reader import ShardSet
+from tests.archives import encoded, rows_of, write_samples
+from tests.conftest import convert_with_mean, smooth_picture
 
 SLIDES = ("TCGA-FS-A1Z7-06Z-00-DX7", "TCGA-N8-A4PN-01Z-00-DX2", "TCGA-E2-A1L9-01Z-00-DX1")
 
@@ -237,4 +241,123 @@ def test_tiles_of_qupath_keep_class_folders(tmp_path):
     assert told(tmp_path / "in", "label", "slide", "x") == [
         ("Stroma", "s1", 32),
         ("Tumor", "s1", 0),
+    ]
+
+
+# github.com/basveeling/pcam and zenodo.org/records/2546921: x uint8 (N, 96, 96, 3), y (N, 1, 1, 1)
+# in a file of their own, a mask of the training part, a table of pandas with an index.
+PCAM = "camelyonpatch_level_2_split_"
+
+
+def write_pcam(root: Path, rows: int = 3, edge: int = 96) -> None:
+    h5py = pytest.importorskip("h5py")
+    root.mkdir()
+    for number, split in enumerate(("train", "valid", "test")):
+        pixels = np.stack([smooth_picture(10 * number + n, edge) for n in range(rows)])
+        labels = np.arange(rows, dtype=np.uint8).reshape(rows, 1, 1, 1) % 2
+        for name, values in (("x", pixels), ("y", labels)):
+            with h5py.File(root / f"{PCAM}{split}_{name}.h5", "w") as file:
+                file.create_dataset(name, data=values, chunks=(1, *values.shape[1:]))
+        header = ",coord_y,coord_x,tumor_patch,center_tumor_patch,wsi\n"
+        part, kind = ("test", "test") if split == "test" else ("train", "tumor")
+        lines = [
+            f"{n},64,128,True,{n % 2 > 0},camelyon16_{part}_{kind}_00{n}\n" for n in range(rows)
+        ]
+        if part == "test":
+            lines = [line.replace("camelyon16_test_test_", "camelyon16_test_") for line in lines]
+        (root / f"{PCAM}{split}_meta.csv").write_text(header + "".join(lines))
+    with h5py.File(root / f"{PCAM}train_mask.h5", "w") as file:
+        file["mask"] = np.zeros((rows, edge, edge, 1), bool)
+
+
+def test_pcam_has_its_splits_classes_slides_patients_and_resolution(tmp_path):
+    write_pcam(tmp_path / "in")
+    manifest = convert_with_mean(tmp_path / "in", tmp_path / "out")
+    assert manifest.splits == {"test": 3, "train": 3, "val": 3}
+    assert manifest.classes == ("0", "1") and manifest.labels() == {"0": 6, "1": 3}
+    rows = rows_of(tmp_path / "out", "slide", "mpp", "label", "x")
+    assert rows[f"{PCAM}train_x.h5/1"] == (
+        "camelyon16_train_tumor_001",
+        np.float32(0.972),
+        "1",
+        None,
+    )
+    assert known_patient("camelyon16_train_tumor_001") == ("CAMELYON16", "tumor_001")
+    assert known_patient("camelyon16_test_001") == ("CAMELYON16", "test_001")
+    notes = " ".join(manifest.made["source"]["notes"])
+    assert "columns not used: center_tumor_patch, coord_x, coord_y, tumor_patch" in notes
+    assert f"not read: '{PCAM}train_mask.h5'" in notes
+
+
+def test_patches_of_arrays_are_those_of_pictures(tmp_path):
+    write_pcam(tmp_path / "in")
+    for number in range(3):
+        save(tmp_path / f"plain/p{number}.png", number)
+        Image.fromarray(smooth_picture(number, 96)).save(tmp_path / f"plain/p{number}.png")
+    for name, source in (("a", "in/" + PCAM + "train_x.h5"), ("b", "plain")):
+        convert_with_mean(tmp_path / source, tmp_path / name, order="path", labels=False)
+    codes = [ShardSet(tmp_path / name).read_codes(np.arange(3)) for name in "ab"]
+    np.testing.assert_array_equal(*codes)
+
+
+def test_blocks_of_rows_are_read_and_no_more(tmp_path, monkeypatch):
+    monkeypatch.setattr(patch_arrays, "BLOCK_BYTES", 2 * 32 * 32 * 3)
+    write_pcam(tmp_path / "in", rows=5, edge=32)
+    source, found = listed(tmp_path / "in" / f"{PCAM}train_x.h5")
+    read = [np.asarray(Image.open(source.file(picture))) for picture in found.pictures]
+    np.testing.assert_array_equal(np.stack(read), [smooth_picture(n, 32) for n in range(5)])
+    assert {len(future.result()) for future in source.blocks.futures.values()} == {1, 2}
+    assert [source.chunk(p)[-2:] for p in found.pictures] == ["/0", "/0", "/1", "/1", "/2"]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda file: file.__setitem__("y", np.zeros(2, np.uint8)), "'y' is uint8 .2,., not whole"),
+        (lambda file: file.__setitem__("y", np.zeros(3, np.float32)), "'y' is float32"),
+    ],
+)
+def test_labels_that_do_not_fit_an_array_are_refused(tmp_path, spoil, message):
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file["x"] = np.zeros((3, 16, 16, 3), np.uint8)
+        spoil(file)
+    with pytest.raises(InputError, match=message):
+        listed(tmp_path / "x.h5")
+
+
+def test_a_table_of_other_rows_beside_an_array_is_refused(tmp_path):
+    write_pcam(tmp_path / "in")
+    path = tmp_path / "in" / f"{PCAM}test_meta.csv"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(InputError, match="2 rows for 3 patches"):
+        listed(tmp_path / "in")
+
+
+def test_arrays_that_would_fill_memory_or_lie_elsewhere_are_not_read(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_dataset("x", (10**6, 96, 96, 3), np.uint8, chunks=(1, 96, 96, 3))
+    with pytest.raises(InputError, match="announces 27,648,000,000 bytes"):
+        listed(tmp_path / "a.h5")
+    with h5py.File(tmp_path / "b.h5", "w") as file:
+        file["x"] = h5py.ExternalLink("a.h5", "x")
+    with pytest.raises(InputError):
+        listed(tmp_path / "b.h5")
+
+
+# mahmoodlab/HEST src/hest: patches/ID.h5 has img (N, 224, 224, 3), coords (N, 2), corners in pixels
+# of the full image, and barcode.
+def test_hest_patches_have_slide_and_place(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    (tmp_path / "in/patches").mkdir(parents=True)
+    for name in ("TENX95", "NCBI783"):
+        with h5py.File(tmp_path / f"in/patches/{name}.h5", "w") as file:
+            file["img"] = np.stack([smooth_picture(n, 32) for n in range(2)])
+            file["coords"] = np.array([[64, 0], [128, 32]])
+    assert told(tmp_path / "in", "slide", "x", "y", "split") == [
+        ("NCBI783", 64, 0, "train"),
+        ("NCBI783", 128, 32, "train"),
+        ("TENX95", 64, 0, "train"),
+        ("TENX95", 128, 32, "train"),
     ]

@@ -11,11 +11,11 @@ from PIL import Image
 from latentds.conversion.convert_config import ConvertConfig
 from latentds.errors import InputError
 from latentds.sources import kinds
-from latentds.sources.image_folder import read_folders
+from latentds.sources.image_folder import SPLITS, read_folders
 from latentds.sources.kinds import sort_files
 from latentds.sources.names import is_identifier, known_patient, pattern_patient
 from latentds.sources.opening import list_source, open_source
-from latentds.sources.side_records import split_name, splits_of
+from latentds.sources.side_records import split_word, splits_of
 from latentds.store.format import joined_names, sorted_names
 from latentds.store.reader import ShardSet
 from tests.conftest import convert_with_mean, save_pictures, smooth_picture
@@ -111,6 +111,7 @@ UUIDS = [f"{n}a1b2c3d-1111-4222-8333-444455556666" for n in range(2)]
         (["TCGA-AA-0001/s1.svs", "TCGA-BB-0002/s2.svs"], [("train", None), ("train", None)]),
         (["1.2.840.113.7.8/a.dcm", "1.2.840.113.7.9/b.dcm"], [("train", None), ("train", None)]),
         (["patient_001/a.tif", "patient_002/b.tif"], [("train", None), ("train", None)]),
+        (["training/center_0/a.tif", "testing/b.tif"], [("train", None), ("test", None)]),
         (["training/no/n.tif", "testing/tumor/t.tif"], [("train", "no"), ("test", "tumor")]),
         (["training/normal/n.tif", "testing/images/t.tif"], [("train", "normal"), ("test", None)]),
         (["images/a/x.png", "images/b/y.png"], [("train", "a"), ("train", "b")]),
@@ -142,7 +143,8 @@ def test_a_split_without_labels_is_told(tmp_path):
     ],
 )
 def test_split_words_are_found_between_separators(name, split):
-    assert split_name(name) == split
+    word = split_word(name)
+    assert (SPLITS[word] if word else None) == split
 
 
 def test_names_of_two_splits_are_refused():

@@ -15,7 +15,10 @@ ALIASES: dict[str, tuple[str, ...]] = {
         *("path", "file_name", "filename", "file", "file_path", "filepath", "image_path"),
         *("img_path", "patch_path", "tile_path", "image", "img", "image_name", "name"),
     ),
-    "label": ("label", "labels", "class_name", "class", "cls", "oncotree_code", "category"),
+    "label": (
+        *("label", "labels", "class_name", "class", "cls", "oncotree_code", "category"),
+        "biological_class",  # PathoROB's
+    ),
     "slide": (
         *("slide", "slide_id", "slide_name", "slide_path", "wsi", "wsi_id", "wsi_name"),
         *("wsi_path", "bag", "bag_name"),
@@ -32,6 +35,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "mask": ("mask", "mask_path"),
 }
 ONE_OF = ("slide", "patient", "x", "y", "mpp", "size_px", "split", "mask")
+MOST = 40  # unused columns that a note names
 CLOSE = 0.8  # of difflib: `lable` is meant for `label`
 
 
@@ -79,3 +83,10 @@ def note_unused(table: TextTable, used: Iterable[str]) -> tuple[str, ...]:
     """That columns are not used, for people; nothing where all are."""
     left = unused(table, used)
     return (f"{table.path.name}: columns not used: {', '.join(left)}",) if left else ()
+
+
+def note_columns(names: Iterable[str]) -> tuple[str, ...]:
+    """That columns or keys of records are not used, for people; nothing where all are."""
+    left = sorted(set(names))
+    more = f" and {len(left) - MOST} more" if len(left) > MOST else ""
+    return (f"columns not used: {', '.join(left[:MOST])}{more}",) if left else ()

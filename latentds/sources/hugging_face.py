@@ -11,6 +11,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from latentds.errors import InputError, UnusableError, missing_extra
 from latentds.sources.cut_options import SourceOptions
+from latentds.sources.field_names import note_columns
 from latentds.sources.image_folder import DEFAULT_SPLIT, SPLITS
 from latentds.sources.inspection import Inspection
 from latentds.sources.kept import Kept
@@ -85,7 +86,9 @@ class SavedDataset(PictureFiles):
             raise InputError(f"{self.root}: no row in it; name another data set")
         orders = {class_order(part.rows) for part in parts.values()}
         classes = orders.pop() if self.options.labels and len(orders) == 1 else ()
-        return self.named(Listing(tuple(pictures), classes=classes))
+        unused = {n for part in parts.values() for n in set(part.rows.column_names) - set(COLUMNS)}
+        unused -= {n for part in parts.values() for n in part.images.column_names}
+        return self.named(Listing(tuple(pictures), notes=note_columns(unused), classes=classes))
 
     def rows_of(self, name: str, part: DatasetPart) -> Iterator[Picture]:
         """The pictures of a part of the data set, a row each."""

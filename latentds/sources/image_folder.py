@@ -9,13 +9,14 @@ import dataclasses
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from latentds.core.untrusted_files import check_regular
 from latentds.errors import InputError
-from latentds.sources.names import is_identifier
+from latentds.sources.data_cards import card_files
+from latentds.sources.names import is_identifier, path_fields
 from latentds.sources.picture import Header, Listing, Picture
 from latentds.sources.picture_decoding import picture_suffixes
 from latentds.store.format import patch_key
@@ -23,6 +24,7 @@ from latentds.store.format import patch_key
 SPLITS = {
     **{"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"},
     **{"training": "train", "testing": "test"},  # CAMELYON16's
+    **{"dev": "val", "eval": "test", "evaluation": "test"},  # so `datasets` reads file names
     **{"nct-crc-he-100k": "train", "nct-crc-he-100k-nonorm": "train", "crc-val-he-7k": "val"},
 }
 DEFAULT_SPLIT = "train"
@@ -54,10 +56,19 @@ def list_pictures(root: Path, use_labels: bool = True, use_splits: bool = True) 
             "slides"
         )
     check_names(root, found)
+    card = card_files(root, found) if use_splits else None
+    if card is not None:
+        ignored += [path for path in found if path not in card.splits]
+        found = [path for path in found if path in card.splits]
+        tops = {PurePosixPath(path).parts[0].lower() for path in found}
+        use_splits = tops <= SPLITS.keys()  # else the card alone tells them
     folders = read_folders(root, found, use_labels, use_splits)
     pictures = tuple(folders.place(path) for path in found)
-    example = ignored[0] if ignored else ""
-    return Listing(pictures, len(ignored), example, folders.notes, tuple(ignored))
+    if card is not None:
+        named = {path: SPLITS.get(split.lower(), split) for path, split in card.splits.items()}
+        pictures = tuple(dataclasses.replace(p, split=named[p.source]) for p in pictures)
+    notes = (*(card.notes if card else ()), *folders.notes)
+    return Listing(pictures, len(ignored), ignored[0] if ignored else "", notes, tuple(ignored))
 
 
 def are_splits(root: Path, paths: Sequence[str]) -> bool:
@@ -70,7 +81,20 @@ def are_splits(root: Path, paths: Sequence[str]) -> bool:
             f"{root}: {', '.join(sorted(named))} are named like splits, {others[0]} is not; move "
             "it, or pass --no-split-folders to take all of them as classes"
         )
+    check_words(root, {top: top.lower() for top in named})
     return bool(named)
+
+
+def check_words(root: Path, words: Mapping[str, str]) -> None:
+    """Refuse names that different words would put into one split; words by name, of SPLITS."""
+    first: dict[str, str] = {}
+    for name in sorted(words):
+        other = first.setdefault(SPLITS[words[name]], name)
+        if words[other] != words[name]:
+            raise InputError(
+                f"{root}: {other} and {name} would both be split {SPLITS[words[name]]!r}, though "
+                "their names differ; take the one that is not meant out, or rename it"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,20 +136,28 @@ def read_folders(root: Path, paths: Sequence[str], use_labels: bool, use_splits:
                  if len(names) == 1 and min(names).lower() in HOLDERS and use_labels)  # fmt: skip
     notes = [f"folder {min(tops[split])} is taken for no class; it only holds" for split in held]
     rule = dataclasses.replace(rule, held=held)
-    names = {folders[0] for path in paths if (folders := rule.parts(path)[1])}
-    odd = sorted(name for name in names if is_identifier(name))
+    names: dict[str, set[str]] = {}  # slides that file names tell, by the folder in a class's place
+    for path in paths:
+        if folders := rule.parts(path)[1]:
+            names.setdefault(folders[0], set()).add(slide_told(path))
+    odd = sorted(name for name, own in names.items() if is_identifier(name) or own == {name})
     if use_labels and odd and len(odd) == len(names):
         notes.append(
-            f"no labels: the {len(odd)} folders are named by UUID, patient or slide ({odd[0]}), "
-            "which is no class"
+            f"no labels: the {len(odd)} folders are named by UUID, centre, patient or slide "
+            f"({odd[0]}), which is no class"
         )
         rule = dataclasses.replace(rule, use_labels=False)
     elif use_labels and odd:
         notes.append(
-            f"{len(odd)} of {len(names)} class folders are named by UUID, patient or slide "
+            f"{len(odd)} of {len(names)} class folders are named by UUID, centre, patient or slide "
             f"({odd[0]}); {NO_LABELS} takes none for a class"
         )
     return dataclasses.replace(rule, notes=tuple(notes))
+
+
+def slide_told(path: str) -> str:
+    """The slide that a file's own name tells, empty where it tells none."""
+    return str(path_fields(PurePosixPath(path).name).get("slide", ""))
 
 
 def walk(root: Path) -> Iterator[str]:

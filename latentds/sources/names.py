@@ -19,7 +19,9 @@ PATIENTS = {
     "CPTAC": re.compile(r"(C3[LN]-\d{5})(?:[-_.]|$)"),
     "GTEx": re.compile(r"(GTEX-[0-9A-Z]{4,5})(?:-|$)"),
     "CAMELYON17": re.compile(r"(patient_\d{3})(?:_node_\d+.*|\.zip)?$"),
-    "CAMELYON16": re.compile(r"((?:normal|tumor|test)_\d{3})(?:_mask)?$"),  # a slide a patient
+    "CAMELYON16": re.compile(  # a slide a patient; PCam has camelyon16_ before it
+        r"(?:camelyon16_(?:train_)?)?((?:normal|tumor|test)_\d{3})(?:_mask)?$"
+    ),
 }
 # A slide of those at the beginning of a tile's or folder's name; of TCGA with its UUID.
 SLIDE_IN_NAME = re.compile(
@@ -79,14 +81,19 @@ def patient_of(slide: str) -> str:
 
 
 def is_identifier(folder: str) -> bool:
-    """Whether a folder is named by UUID, DICOM UID, patient or slide, as no class is."""
-    is_number = UUID.fullmatch(folder) or DICOM_UID.fullmatch(folder)
-    return bool(is_number) or known_patient(folder) is not None
+    """Whether a folder is named by UUID, DICOM UID, centre, patient or slide, as no class is."""
+    is_number = any(kind.fullmatch(folder) for kind in (UUID, DICOM_UID, CENTRE))
+    return is_number or known_patient(folder) is not None
 
 
+CENTRE = re.compile(r"cent(?:er|re)_?\d+", re.IGNORECASE)  # CAMELYON17's folders
 # x and y in a tile's name where it says so: `..._x1024_y2048`, `x=1024,y=2048`.
 NAMED_PLACE = re.compile(
     r"(?<![a-z])x=?[-_]?(\d{1,9})[_,;-]+y=?[-_]?(\d{1,9})(?!\d)", re.IGNORECASE
+)
+# QuPath's TileExporter: `slide [d=2,x=0,y=512,w=512,h=512].png`, in pixels of level 0.
+QUPATH = re.compile(
+    r"(.+?) ?\[(?:d=[\d.]+,)?x=(-?\d{1,9}),y=(-?\d{1,9}),w=(\d{1,9}),h=\d{1,9}[^\]]*\][^/]*$"
 )
 
 
@@ -98,7 +105,12 @@ def path_fields(path: str) -> dict[str, Any]:
     named = [match[1] for match in slides if match]
     if named:
         found["slide"] = named[-1]
-    if place := NAMED_PLACE.search(parts[-1]):
+    if tile := QUPATH.match(parts[-1]):
+        found["size_px"] = int(tile[4])
+        if "-" not in tile[2] + tile[3]:  # beyond the slide's corner is no place of a table
+            found |= {"x": int(tile[2]), "y": int(tile[3])}
+        found.setdefault("slide", tile[1])
+    elif place := NAMED_PLACE.search(parts[-1]):
         found |= {"x": int(place[1]), "y": int(place[2])}
     return found
 

@@ -15,6 +15,7 @@ from latentds.sources.hugging_face import HubDataset, SavedDataset
 from latentds.sources.image_folder import check_keys
 from latentds.sources.inspection import Inspection
 from latentds.sources.names import known_patient, parse_shares, pattern_patient, split_patients
+from latentds.sources.patch_arrays import PatchArrays
 from latentds.sources.picture import Listing, Picture
 from latentds.sources.picture_files import PictureFiles
 from latentds.sources.picture_parquet import PictureParquet
@@ -34,8 +35,8 @@ logger = logging.getLogger(__name__)
 # pictures by their names; slides by a look into files; what is left is pictures. A source of your
 # own with a `detect` goes before those that would take its input.
 SOURCES: tuple[type[Source], ...] = (
-    *(HubDataset, SavedDataset, CoordinateJob, SamPathFolder, TileTree, TileTars, PictureTars),
-    *(PictureParquet, ListedSlides, PictureTable, Slides, PictureFiles),
+    *(HubDataset, SavedDataset, PatchArrays, CoordinateJob, SamPathFolder, TileTree, TileTars),
+    *(PictureTars, PictureParquet, ListedSlides, PictureTable, Slides, PictureFiles),
 )
 
 

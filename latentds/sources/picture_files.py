@@ -18,6 +18,7 @@ from latentds.sources.cut_options import SourceOptions
 from latentds.sources.image_folder import check_labels, check_sizes, list_pictures, name_fields
 from latentds.sources.inspection import Inspection
 from latentds.sources.kept import Kept
+from latentds.sources.names import path_fields
 from latentds.sources.picture import Header, Listing, Picture
 from latentds.sources.picture_decoding import find_mask, read_header, read_mask, read_picture
 from latentds.sources.side_tables import with_tables
@@ -60,12 +61,16 @@ class PictureFiles(Source):
         return self.named(found)
 
     def named(self, found: Listing) -> Listing:
-        """Pictures with what --name-pattern finds in their sources."""
-        if not self.options.name_pattern:
-            return found
-        pattern = name_fields(self.options.name_pattern)
-        named = (dataclasses.replace(p, **pattern(p.source)) for p in found.pictures)
-        return dataclasses.replace(found, pictures=tuple(named))
+        """Pictures with what their sources tell: by --name-pattern, else by known rules.
+
+        Known rules tell only what nothing else does.
+        """
+        if self.options.name_pattern:
+            pattern = name_fields(self.options.name_pattern)
+            named = tuple(dataclasses.replace(p, **pattern(p.source)) for p in found.pictures)
+        else:
+            named = tuple(with_path_fields(picture) for picture in found.pictures)
+        return dataclasses.replace(found, pictures=named)
 
     def header(self, picture: Picture) -> Header:
         header = read_header(self.file(picture), self.options.max_px)
@@ -212,6 +217,13 @@ class PictureFiles(Source):
             **place._asdict(),
             mask_png=None if fitted is None else encode_png(fitted),
         )
+
+
+def with_path_fields(picture: Picture) -> Picture:
+    """A picture with what its source tells by known rules, and nothing else has told."""
+    told = path_fields(picture.source).items()
+    missing = {field: value for field, value in told if getattr(picture, field) is None}
+    return dataclasses.replace(picture, **missing) if missing else picture
 
 
 def pixel_scale(picture: Picture, header: Header) -> float:

@@ -9,6 +9,7 @@ from typing import Any, BinaryIO
 
 from latentds.errors import InputError, UnusableError
 from latentds.sources.cut_options import SourceOptions
+from latentds.sources.field_names import note_columns
 from latentds.sources.image_folder import name_fields
 from latentds.sources.inspection import Inspection
 from latentds.sources.kept import Kept
@@ -57,11 +58,12 @@ class PictureParquet(PictureFiles):
         return cls(found.options, tables) if is_meant else None
 
     def listing(self) -> Listing:
-        splits = splits_of(self.root, self.files, self.options.split_folders)
-        pictures = [p for file in self.files for p in self.rows_of(file, splits[file])]
+        files = splits_of(self.root, self.files, self.options.split_folders)
+        pictures = [p for file, split in files.splits.items() for p in self.rows_of(file, split)]
         if not pictures:
             raise InputError(f"{self.root}: {len(self.files)} Parquet files, no row in them")
-        found = Listing(tuple(pictures), notes=self.unused(), classes=self.class_order())
+        notes = (*files.notes, *self.unused())
+        found = Listing(tuple(pictures), notes=notes, classes=self.class_order())
         return (
             found if any(path_column(t.facts) for t in self.tables.values()) else self.named(found)
         )
@@ -87,8 +89,7 @@ class PictureParquet(PictureFiles):
 
     def unused(self) -> tuple[str, ...]:
         """That columns are not read, for people."""
-        held = {name for table in self.tables.values() for name in table.unused}
-        return (f"columns not used: {', '.join(sorted(held))}",) if held else ()
+        return note_columns(name for table in self.tables.values() for name in table.unused)
 
     def rows_of(self, file: str, split: str) -> Iterator[Picture]:
         """The pictures of a file, a row each."""

@@ -9,12 +9,13 @@ from typing import Any, BinaryIO
 from latentds.core.foreign_json import parse_json
 from latentds.errors import FormatError, InputError, UnusableError
 from latentds.sources.cut_options import SourceOptions
+from latentds.sources.field_names import note_columns
 from latentds.sources.image_folder import check_names
 from latentds.sources.inspection import Inspection
 from latentds.sources.picture import Header, Listing, Picture
 from latentds.sources.picture_decoding import picture_suffixes
 from latentds.sources.picture_files import PictureFiles
-from latentds.sources.side_records import fields_of, splits_of
+from latentds.sources.side_records import COLUMNS, fields_of, splits_of
 from latentds.sources.source import Source
 from latentds.sources.tars import TarMember, open_member, read_member, tar_members
 
@@ -42,6 +43,7 @@ class PictureTars(PictureFiles):
         self.archives = dict.fromkeys(archives)  # in order, and found at once
         self.broken: dict[str, str] = {}  # pictures whose record cannot be read, and why
         self.ignored, self.ignored_example = 0, ""
+        self.unused: set[str] = set()  # keys of records that nobody reads
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.options, tuple(self.archives))
@@ -52,15 +54,18 @@ class PictureTars(PictureFiles):
         return cls(found.options, tars) if tars else None
 
     def listing(self) -> Listing:
-        splits = splits_of(self.root, self.archives, self.options.split_folders)
-        pictures = [p for archive in self.archives for p in self.samples(archive, splits[archive])]
+        archives = splits_of(self.root, list(self.archives), self.options.split_folders)
+        pictures = [
+            p for archive, split in archives.splits.items() for p in self.samples(archive, split)
+        ]
         if not pictures:
             raise InputError(
                 f"{self.root}: {len(self.archives)} tars, no picture in them "
                 f"({self.ignored} other members); name others"
             )
         check_names(self.root, [picture.source for picture in pictures])
-        return self.named(Listing(tuple(pictures), self.ignored, self.ignored_example))
+        notes = (*archives.notes, *note_columns(self.unused))
+        return self.named(Listing(tuple(pictures), self.ignored, self.ignored_example, notes))
 
     def samples(self, archive: str, split: str) -> Iterator[Picture]:
         """The pictures of an archive, in its order."""
@@ -107,9 +112,9 @@ class PictureTars(PictureFiles):
         label, facts = found[0] or found[1], found[2] or found[3]
         try:
             fields = {"label": read_label(path, label)} if label and self.options.labels else {}
-            return fields | (
-                fields_of(read_facts(path, facts), self.options.labels) if facts else {}
-            )
+            record = read_facts(path, facts) if facts else {}
+            self.unused |= record.keys() - COLUMNS
+            return fields | fields_of(record, self.options.labels)
         except InputError as error:
             return str(error)
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 from latentds.errors import InputError
+from latentds.sources.data_cards import card_files
 from latentds.sources.field_names import ALIASES
-from latentds.sources.image_folder import DEFAULT_SPLIT, SPLITS, numbers_of
+from latentds.sources.image_folder import DEFAULT_SPLIT, SPLITS, check_words, numbers_of
 from latentds.sources.kinds import MAYBE, SUFFIXES
 
 NAMES = {
@@ -80,31 +81,48 @@ def slide_name(text: str, is_path: bool) -> str:
     return name.stem if is_file else name.name
 
 
-def splits_of(root: Path, archives: Iterable[str], use_splits: bool) -> dict[str, str]:
-    """Split of every archive: train-*.tar, or in a folder train/; of all of them or of none."""
-    named = {path: split_name(path) if use_splits else None for path in archives}
-    bare = [path for path, split in named.items() if split is None]
-    if bare and len(bare) < len(named):
-        example = next(path for path, split in named.items() if split)
+class ArchiveSplits(NamedTuple):
+    """Split by archive, those that a card leaves out not among them, and what that assumes."""
+
+    splits: dict[str, str]
+    notes: tuple[str, ...] = ()
+
+
+def splits_of(root: Path, archives: Sequence[str], use_splits: bool) -> ArchiveSplits:
+    """Split of every archive: a card's, else train-*.tar, or in a folder train/; of all or none.
+
+    raises  InputError where some names have the word of a split and others none, or names with
+            different words would make one split
+    """
+    if not use_splits:
+        return ArchiveSplits(dict.fromkeys(archives, DEFAULT_SPLIT))
+    card = card_files(root, archives)
+    if card is not None:
+        named = {path: SPLITS.get(split.lower(), split) for path, split in card.splits.items()}
+        return ArchiveSplits(named, card.notes)
+    words = {path: split_word(path) for path in archives}
+    bare = [path for path, word in words.items() if word is None]
+    if bare and len(bare) < len(words):
+        example = next(path for path, word in words.items() if word)
         raise InputError(
             f"{root}: {example} is named like a split, {bare[0]} is not; rename it, or pass "
             "--no-split-folders"
         )
-    return {path: split or DEFAULT_SPLIT for path, split in named.items()}
+    check_words(root, {path: word for path, word in words.items() if word})
+    return ArchiveSplits({path: SPLITS[word] if word else DEFAULT_SPLIT
+                          for path, word in words.items()})  # fmt: skip
 
 
-def split_name(path: str) -> str | None:
-    """The split that a file's name has as a word, or a folder above it is called.
+def split_word(path: str) -> str | None:
+    """The word of a split in a file's name, else the folder above it that is called like one.
 
     raises  InputError for a name with the words of two splits
     """
     *folders, name = PurePosixPath(path).parts
     words = [word for word in WORD.findall(name.lower()) if word in SPLITS]
-    found = {SPLITS[word] for word in words}
-    if len(found) > 1:
+    if len({SPLITS[word] for word in words}) > 1:
         raise InputError(
             f"{path}: its name has the words of several splits ({', '.join(words)}); rename it, or "
             "pass --no-split-folders"
         )
-    named = [SPLITS[folder.lower()] for folder in folders if folder.lower() in SPLITS]
-    return next(iter([*found, *named]), None)
+    return next(iter([*words, *(f.lower() for f in folders if f.lower() in SPLITS)]), None)

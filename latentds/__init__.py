@@ -27,6 +27,7 @@ _HOMES = {
     "Select": "latentds.loading.options",
     "ShardSet": "latentds.store.reader",
     "Workers": "latentds.loading.options",
+    "Writer": "latentds.edit.sink",
     "convert": "latentds.conversion.converting",
     "load_autoencoder": "latentds.autoencoders",
     "SlideBags": "latentds.loading.bags",

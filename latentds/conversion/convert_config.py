@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import tyro
 
 from latentds.errors import InputError
-from latentds.quantizers.scalar_kinds import KindName
+from latentds.quantizers.scalar_kinds import KindName, check_kind
 from latentds.sources.cut_options import SourceOptions
 
 # What may differ between a run and its resumption: it changes no byte of the result.
@@ -88,7 +88,8 @@ class CodeOptions:
         return None if self.codebook_kind else self.codebook
 
     def check_codes(self) -> None:
-        """Refuse two choices of codes that exclude each other."""
+        """Refuse an unknown quantizer, and two choices of codes that exclude each other."""
+        check_kind(self.quantizer)
         is_scalar = self.codebook_kind in (None, "scalar") and self.codebook_file is None
         if not is_scalar and (self.quantizer != "kmeans" or self.levels != 256):
             raise InputError("--codebook says what the levels are; leave --quantizer and --levels")

@@ -203,7 +203,6 @@ def test_module_names_are_unique():
     assert [name for name, count in stems.items() if count > 1 and name not in RECIPE_FILES] == []
 
 
-@pytest.mark.xfail(strict=True, reason="falls in the next commits")
 def test_public_class_names_are_unique():
     """A command's settings are its module's `Config`; every other class has a name of its own."""
     owners = defaultdict(list)

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -89,7 +89,7 @@ class Spool:
 def given_of(line: str) -> Given:
     """A line of the records; names that many patches share are kept once."""
     source, split, label, slide, *rest = json.loads(line)
-    names = [sys.intern(name) if name else name for name in (source, split, label, slide)]
+    names: list[Any] = [sys.intern(n) if n else n for n in (source, split, label, slide)]
     return Given(*names, *rest)
 
 

@@ -72,15 +72,19 @@ class Writer:
             raise InputError(f"Writer: {wrong[0]} says how pictures are found and cut; leave it")
         self.out = folder_of(out, part)
         spool = self.out / SIDECARS / "spool"
-        is_object = not isinstance(autoencoder, str | os.PathLike)
-        name = {} if is_object else {"autoencoder": os.fspath(autoencoder)}
+        if isinstance(autoencoder, str | os.PathLike):
+            options |= {"autoencoder": os.fspath(autoencoder)}
         # `overwrite` is of what was encoded of fewer patches by a run that was killed.
-        self.config = ConvertConfig(source=spool, out=self.out, overwrite=True, **name, **options)
+        self.config = ConvertConfig(source=spool, out=self.out, overwrite=True, **options)
         check_apart(self.out, [])
         refuse_foreign(self.out, SIDECARS)
         refuse_finished(self.out, spool, overwrite)
         choose_device(self.config.device)
-        self.autoencoder = autoencoder if is_object else load_autoencoder(autoencoder)
+        self.autoencoder: Autoencoder
+        if isinstance(autoencoder, str | os.PathLike):
+            self.autoencoder = load_autoencoder(autoencoder)
+        else:
+            self.autoencoder = autoencoder
         self.spool = Spool(spool, is_anew=overwrite)
         self.now: set[str] = set()  # keys that this process gave
         self.is_open = True

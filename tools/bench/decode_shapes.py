@@ -31,7 +31,7 @@ SD3 = SD15 | {"latent_channels": 16, "use_quant_conv": False, "use_post_quant_co
 
 
 @dataclasses.dataclass(frozen=True)
-class Shape:
+class DecodeShape:
     """A decoder's architecture and the latents it reads."""
 
     build: Callable[[], nn.Module]
@@ -39,7 +39,7 @@ class Shape:
     factor: int
 
 
-def student(name: str, channels: int, factor: int) -> Shape:
+def student(name: str, channels: int, factor: int) -> DecodeShape:
     """One of the library's students, random weights."""
 
     def build() -> nn.Module:
@@ -47,10 +47,10 @@ def student(name: str, channels: int, factor: int) -> Shape:
 
         return build_student(name, channels, factor)
 
-    return Shape(build, channels, factor)
+    return DecodeShape(build, channels, factor)
 
 
-def diffusers_half(class_name: str, config: dict[str, Any] | None, factor: int) -> Shape:
+def diffusers_half(class_name: str, config: dict[str, Any] | None, factor: int) -> DecodeShape:
     """The decoder half of a diffusers class, random weights; no config is DC-AE f32c32's own."""
     from latentds.autoencoders.efficientvit_keys import F32C32
 
@@ -65,10 +65,10 @@ def diffusers_half(class_name: str, config: dict[str, Any] | None, factor: int) 
             torch.manual_seed(0)
             return build_decoder(class_name, options)
 
-    return Shape(build, int(options["latent_channels"]), factor)
+    return DecodeShape(build, int(options["latent_channels"]), factor)
 
 
-def shapes() -> dict[str, Shape]:
+def shapes() -> dict[str, DecodeShape]:
     """Every known shape by its name."""
     return {
         "taesd": student("taesd", 4, 8),

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from latentds.evaluation.patchsets.patch_set import PatchSet
 
 
-class Order(Protocol):
+class FeedOrder(Protocol):
     """Which patches a rank has in a step, a pure function of the step.
 
     steps  of an epoch
@@ -112,7 +112,7 @@ class PatchSetFeed:
     """
 
     def __init__(
-        self, patches: PatchSet, order: Order, device: torch.device, facts: dict[str, Any]
+        self, patches: PatchSet, order: FeedOrder, device: torch.device, facts: dict[str, Any]
     ) -> None:
         self.patches, self.order, self.device, self.facts = patches, order, device, facts
         self.step = 0

@@ -67,7 +67,7 @@ def build_network(config: SampathConfig, labels: int, seed: int) -> Segmentation
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Tested:
+class TestedImages:
     """What a fold's test gave: pixels int64 (n, K, K) by truth and prediction, of rows (n)."""
 
     rows: np.ndarray
@@ -98,7 +98,7 @@ class SegmentationFold:
         self.network.model.to(self.engine.device)
         self.draws = CropDraws(fold.train, train.seed)
 
-    def run(self) -> Tested:
+    def run(self) -> TestedImages:
         """Train to the last step, save the trained weights, test."""
         batches = self.batches()
         self.engine.run(
@@ -156,7 +156,7 @@ class SegmentationFold:
         logits, _ = self.network.model(image.to(self.engine.device))
         return predict_labels(logits.float())[0].cpu()
 
-    def test(self, rows: np.ndarray) -> Tested:
+    def test(self, rows: np.ndarray) -> TestedImages:
         """Pixel counts of whole images, shared out among the ranks. Collective."""
         share_statistics(self.network.model)
         own = rows[self.engine.rank :: self.engine.world_size]
@@ -169,7 +169,7 @@ class SegmentationFold:
         parts: list[Any] = [None] * self.engine.world_size
         dist.all_gather_object(parts, counted)
         found = dict(pair for part in parts for pair in part)
-        return Tested(rows=rows, counts=np.stack([found[row] for row in rows.tolist()]))
+        return TestedImages(rows=rows, counts=np.stack([found[row] for row in rows.tolist()]))
 
     def validate(self) -> dict[str, float]:
         """Macro Dice of the validation images, left out where it is undefined. Collective."""

@@ -38,6 +38,7 @@ def test_wheel_holds_the_packages_the_weights_and_nothing_else(tmp_path):
     assert sources == expected
     assert {name for name in content if not name.endswith(".py")} == {
         "latentds/py.typed",
+        "latentds_trainers/py.typed",
         "latentds/autoencoders/weights/tiny-v1.safetensors",
         "latentds/autoencoders/weights/tiny-v1-codebook.safetensors",
         "latentds/autoencoders/weights/tiny-v2/codec.json",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,14 +42,9 @@ class Coordinates(NamedTuple):
     slide_px: tuple[int, int] | None
 
 
-def is_job(root: Path) -> bool:
-    """Whether a folder is TRIDENT's or CLAM's: `patches/*.h5` somewhere in it."""
-    return root.is_dir() and next(iter(job_files(root)), None) is not None
-
-
-def job_files(root: Path) -> list[str]:
-    """Coordinate files of a job, by name."""
-    return [path for path in walk(root) if Path(path).parent.name == "patches"
+def job_files(paths: Iterable[str]) -> list[str]:
+    """TRIDENT's or CLAM's files of coordinates, `patches/*.h5` among a folder's, by name."""
+    return [path for path in paths if Path(path).parent.name == "patches"
             and path.endswith(".h5")]  # fmt: skip
 
 
@@ -142,11 +137,11 @@ class CoordinateJob(Slides):
 
     @classmethod
     def detect(cls, found: Inspection) -> Source | None:
-        return cls(found.options) if is_job(found.root) else None
+        return cls(found.options) if found.is_folder and job_files(found.paths) else None
 
     def listing(self) -> Listing:
         """Slides with coordinates; those without are left alone."""
-        files = by_name(self.job, job_files(self.job), name_of, "files of coordinates")
+        files = by_name(self.job, job_files(walk(self.job)), name_of, "files of coordinates")
         kinds = sort_files(self.root, list(walk(self.root)))
         slides = sorted([*kinds.slides, *kinds.unsure])
         paths = by_name(self.root, slides, lambda path: Path(path).stem, "slides")

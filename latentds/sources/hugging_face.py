@@ -32,12 +32,6 @@ def hub_id(source: Path) -> tuple[str, str | None] | None:
     return (match[1], match[2]) if match else None
 
 
-def is_saved(root: Path) -> bool:
-    """Whether a folder was made by save_to_disk, of one split or of several."""
-    is_one = (root / "state.json").is_file() and (root / "dataset_info.json").is_file()
-    return is_one or (root / "dataset_dict.json").is_file()
-
-
 class DatasetPart(NamedTuple):
     """A part of a data set: its rows, and just their images, not decoded."""
 
@@ -60,7 +54,10 @@ class SavedDataset(PictureFiles):
 
     @classmethod
     def detect(cls, found: Inspection) -> Source | None:
-        return cls(found.options) if is_saved(found.root) else None
+        root = found.root
+        is_one = (root / "state.json").is_file() and (root / "dataset_info.json").is_file()
+        is_saved = is_one or (root / "dataset_dict.json").is_file()
+        return cls(found.options) if is_saved else None
 
     def load(self) -> Any:
         """A Dataset or DatasetDict."""

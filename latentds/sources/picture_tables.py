@@ -122,11 +122,6 @@ def inside(path: str, root: Path, where: str) -> str:
     return full.as_posix()
 
 
-def is_sampath(root: Path) -> bool:
-    """Whether a folder has SAM-Path's layout."""
-    return (root / "img").is_dir() and (root / "mask").is_dir()
-
-
 class SamPathFolder(PictureFiles):
     """img/NAME, mask/NAME.png and a CSV (img_id, fold): fold -1 is test, 0 val, others train."""
 
@@ -134,7 +129,8 @@ class SamPathFolder(PictureFiles):
 
     @classmethod
     def detect(cls, found: Inspection) -> Source | None:
-        return cls(found.options) if found.is_folder and is_sampath(found.root) else None
+        has_both = all((found.root / name).is_dir() for name in ("img", "mask"))
+        return cls(found.options) if has_both else None
 
     def listing(self) -> Listing:
         images, masks = list(walk(self.root / "img")), list(walk(self.root / "mask"))

@@ -1,13 +1,16 @@
 """What was left out is converted later and added: the old patches as they were, nothing twice."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from latentds_tools import cli
 
 from latentds.conversion.convert_config import ConvertConfig
 from latentds.conversion.converting import convert
-from latentds.edit.retrying import retry
+from latentds.edit.retrying import retry, wholly_left_out
 from latentds.errors import InputError
+from latentds.store.manifest import Manifest, read_manifest
 from latentds.store.reader import ShardSet
 from latentds.store.verification import verify
 from tests.conftest import save_pictures
@@ -103,3 +106,20 @@ def test_the_command_says_what_was_left_out_and_tries_again(tmp_path, capsys):
         cli.main([*words, "--retry"])
     assert len(ShardSet(tmp_path / "out")) == 6
     capsys.readouterr()
+
+
+def made_with(config, entries) -> Manifest:
+    manifest = read_manifest(config.out)
+    return dataclasses.replace(manifest, made=manifest.made | {"left_out": entries})
+
+
+def test_only_sources_left_out_as_a_whole_are_tried_again(config):
+    some = {"source": "s", "reason": "truncated", "patches": 3, "of": 7}
+    entries = [some, some | {"source": "all", "patches": 7}, {"source": "one", "reason": "mask"}]
+    assert wholly_left_out(made_with(config, entries)) == ["all", "one"]
+
+
+def test_sentences_of_older_sets_are_refused_by_name(config):
+    old = {"source": "s.svs", "reason": "3 of 7 patches: OpenSlide cannot read it"}
+    with pytest.raises(InputError, match=r"s\.svs: left out for '3 of 7 .*convert the input anew"):
+        wholly_left_out(made_with(config, [old]))

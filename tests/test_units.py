@@ -14,13 +14,16 @@ import pytest
 from latentds.conversion import ledger, work_units, workdir
 from latentds.conversion.conversion_plan import make_plan, plan_shards
 from latentds.conversion.convert_config import ConvertConfig
+from latentds.conversion.converting import convert_with
 from latentds.conversion.patch_encoding import choose_device, device_model
 from latentds.conversion.prepared import versions
 from latentds.conversion.ray_placement import cpus_of_worker, room
 from latentds.core.storage import exclusive_lock
 from latentds.errors import ContractError, InputError
 from tests.conftest import convert_with_mean
+from tests.fakes import MeanAutoencoder
 from tests.processes import call_apart
+from tests.test_convert_bad_input import data_bytes, spoil_truncated
 from tests.test_ray import OPTIONS, write_table
 
 
@@ -154,3 +157,30 @@ def loads_ray(source: Path, out: Path) -> bool:
 def test_neither_help_nor_a_local_conversion_imports_ray(processes, pictures, tmp_path):
     assert not call_apart(processes, loads_ray, pictures, tmp_path / "o")
     assert (tmp_path / "o").is_dir()
+
+
+def sent(thing):
+    """As another process receives it."""
+    return pickle.loads(pickle.dumps(thing))
+
+
+def write_apart(conversion) -> None:
+    """Every shard as a unit that another process would write; its records come back."""
+    account = ledger.Ledger(conversion)
+    job = sent(work_units.make_job(conversion))
+    while account.waiting:
+        shard = account.waiting.popleft()
+        unit = sent(work_units.make_unit(conversion.plan, shard))
+        account.note_done(shard, sent(work_units.write_unit(job, unit, "node x")))
+        conversion.work.journal(shard.name)
+    assert [record.reason for record in account.bad.values()] == ["truncated"]
+
+
+def test_what_units_leave_out_is_recorded_as_by_one_process(pictures, tmp_path):
+    spoil_truncated(pictures / "tumour" / "p003.png")
+    options = {"fit_patches": 16, "encode_batch": 16, "max_bad": 1, "device": "cpu", "workers": 1}
+    config = ConvertConfig(source=pictures, out=tmp_path / "units", **options)
+    made = convert_with(write_apart, config, MeanAutoencoder(), None, None)
+    assert made.made == convert_with_mean(pictures, tmp_path / "one", **options).made
+    assert made.made["left_out"][0]["source"] == "tumour/p003.png"
+    assert data_bytes(tmp_path / "units") == data_bytes(tmp_path / "one")

@@ -162,6 +162,7 @@ def test_features_made_on_the_fly_and_kept_in_memory_give_what_kept_ones_give(la
     assert differing_settings(latent_run, live_run) <= {"out", "on_the_fly", "heat_map_slides"}
 
 
+@pytest.mark.slow
 def test_features_made_on_the_fly_at_every_draw_give_what_kept_ones_give(
     run, latents, latent_run, tmp_path
 ):

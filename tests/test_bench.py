@@ -44,7 +44,11 @@ def patches_of(folder) -> Patches:
 
 
 @pytest.mark.parametrize(
-    "peer", ["webdataset", "webdataset-packed", "datasets", "datasets-packed", "latentds"]
+    "peer",
+    [
+        *("latentds", "webdataset-packed", "datasets-packed"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("webdataset", "datasets")),
+    ],
 )
 def test_every_peer_delivers_the_same_patches_shuffled(shared_dataset, tmp_path, peer):
     patches = patches_of(shared_dataset)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import re
+import subprocess
+import threading
 
 import pytest
 
@@ -21,16 +21,20 @@ def test_busy():
 """
 LEAVES_A_THREAD = """
 import threading
+from tests import test_budget
 
 def test_left():
-    threading.Thread(target=threading.Event().wait, args=(0.5,), name="left").start()
+    threading.Thread(target=test_budget.released.wait, name="left").start()
 """
 LEAVES_A_CHILD = """
 import subprocess
+from tests import test_budget
 
 def test_left():
-    subprocess.Popen(["sleep", "0.5"])
+    test_budget.children.append(subprocess.Popen(["sleep", "600"]))
 """
+released = threading.Event()  # what the thread waits for
+children: list[subprocess.Popen[bytes]] = []
 
 
 @pytest.fixture
@@ -85,13 +89,20 @@ def test_the_limit_grows_with_the_machines_slowness_and_with_modules(monkeypatch
 
 
 def test_a_thread_that_is_left_fails_the_test(run):
-    result = run(LEAVES_A_THREAD)
+    try:
+        result = run(LEAVES_A_THREAD)
+    finally:
+        released.set()
     result.assert_outcomes(passed=1, errors=1)
     result.stdout.fnmatch_lines(["left behind: thread left; end what the test starts"])
 
 
 def test_a_process_that_is_left_fails_the_test(run):
-    result = run(LEAVES_A_CHILD)
+    try:
+        result = run(LEAVES_A_CHILD)
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
     result.assert_outcomes(passed=1, errors=1)
-    (pid,) = re.findall(r"left behind: process (\d+) \(sleep 0.5", result.stdout.str())
-    os.waitpid(int(pid), 0)  # this test has to end it as well
+    result.stdout.fnmatch_lines(["left behind: process * (sleep 600 ); end what the test starts"])

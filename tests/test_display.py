@@ -72,6 +72,7 @@ def test_cells_give_back_their_text(text):
     assert csv_text(str(csv_cell(text))) == text
 
 
+@pytest.mark.slow
 def test_class_names_reach_terminal_and_card_escaped(dataset, capsys):
     evil = json.dumps(EVIL)
     edit_manifest(dataset, lambda r: r.update(json.loads(json.dumps(r).replace('"tumour"', evil))))

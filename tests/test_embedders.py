@@ -197,6 +197,7 @@ def test_one_network_has_one_identity_whatever_its_file(tmp_path):
     assert first.weights_id == again.weights_id != other.weights_id
 
 
+@pytest.mark.slow
 def test_the_published_kwargs_give_networks_of_the_published_size():
     """Millions of parameters, as their papers and cards give them."""
     pytest.importorskip("timm")

@@ -132,6 +132,7 @@ def test_clams_files_can_be_made_later_without_embedding_again(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
 def test_torchmil_reads_the_folder(tmp_path):
     datasets = pytest.importorskip("torchmil.datasets")
     extract(tmp_path / "out")

@@ -251,6 +251,7 @@ def test_formats_without_quality_get_the_bytes_of_every_autoencoder(folder, stan
     assert rows["webp@48"]["over_budget"] == 6  # no WebP of 32 px is so small
 
 
+@pytest.mark.slow
 def test_additive_codes_and_records_are_fitted_on_other_pictures(tmp_path, stand_ins):
     save_pictures(tmp_path / "in", 3, edge=128)
     save_pictures(tmp_path / "others", 3, first_seed=500, edge=128)

@@ -378,7 +378,7 @@ def test_patches_that_fill_no_whole_cells_are_trained_on(tmp_path):
     assert lines(tmp_path)[0]["l1"] < 0.2
 
 
-@pytest.mark.parametrize("student", [None, "turbo-s"])
+@pytest.mark.parametrize("student", [None, pytest.param("turbo-s", marks=pytest.mark.slow)])
 def test_bf16_trains_and_saves_the_float32_weights(folder, held_out, tmp_path, student):
     options = BF16 | {"pictures": (folder,), "validate_on": (held_out,), "student": student}
     DecoderTask(settings(tmp_path, **options, lr=1e-5, steps=1, validate_px=32)).run()

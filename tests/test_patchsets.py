@@ -109,7 +109,7 @@ def split_pictures(tmp_path) -> Path:
     [
         {},
         {"tile": True, "patch_size": 16},
-        {"tile": True, "patch_size": 16, "stride": 8},
+        pytest.param({"tile": True, "patch_size": 16, "stride": 8}, marks=pytest.mark.slow),
         {"resize": True, "patch_size": 24, "mpp": 0.5},
         {"pad": True, "patch_size": 56},
     ],
@@ -195,7 +195,7 @@ def test_an_unknown_slide_is_named(split_pictures, ask):
 # Codecs on the fly
 
 
-@pytest.mark.parametrize("size", [(48, 48), (50, 46)])
+@pytest.mark.parametrize("size", [pytest.param((48, 48), marks=pytest.mark.slow), (50, 46)])
 def test_a_codec_on_the_fly_gives_the_pixels_of_shards(tmp_path, size):
     """Sizes that are no multiple of the factor are padded and cut back alike."""
     (tmp_path / "in").mkdir()

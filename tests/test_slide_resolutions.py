@@ -110,8 +110,15 @@ def test_slides_without_tissue_alone_are_refused_with_the_reason(tmp_path):
         convert(tmp_path / "in", tmp_path / "out", **MPP)
 
 
-@pytest.mark.parametrize("tissue", ["otsu", "dsmil"])
-@pytest.mark.parametrize("broken", [(1,), (0, 1)])
+@pytest.mark.parametrize(
+    ("broken", "tissue"),
+    [
+        ((1,), "otsu"),
+        ((0, 1), "dsmil"),
+        pytest.param((1,), "dsmil", marks=pytest.mark.slow),
+        pytest.param((0, 1), "otsu", marks=pytest.mark.slow),
+    ],
+)
 def test_a_broken_background_tile_of_an_overview_loses_no_patch(tmp_path, broken, tissue):
     write_slide(tmp_path / "in/a.tif")
     options = {"patch_size": 128, "tissue": tissue, **MPP}

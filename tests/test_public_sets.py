@@ -82,6 +82,7 @@ def test_tcga_ut_has_its_splits_classes_slides_and_patients(tmp_path):
     assert manifest.labels() == {"Skin_Cutaneous_Melanoma": 2, "Uterine_Carcinosarcoma": 1}
     assert sorted(manifest.slides) == sorted(SLIDES)
     found = told(tmp_path / "in", "slide", "split", "mpp")
+    assert "names end in #_#_#, which is not read" in " ".join(listed(tmp_path / "in")[1].notes)
     assert {(known_patient(slide)[1], split, mpp) for slide, split, mpp in found} == {
         ("TCGA-FS-A1Z7", "train", None),
         ("TCGA-N8-A4PN", "val", None),
@@ -222,8 +223,8 @@ def test_tcga_12k_has_slides_places_and_patients(tmp_path):
     assert "columns not used: level, task_id" in listed(tmp_path / "in")[1].notes
 
 
-# docs.qupath: "Exporting images", TileExporter: tiles/IMAGE/IMAGE [d=..,x=..,y=..,w=..,h=..].tif,
-# d only where it is not 1; x, y, w and h in pixels of the full image.
+# QuPath's documentation, "Exporting images", TileExporter: tiles/IMAGE/IMAGE [d=..,x=..,...].tif, d
+# only where it is not 1; x, y, w and h in pixels of the full image; masks end in ]-labelled.png.
 @pytest.mark.parametrize(("scale", "size"), [("", 32), ("d=2.01345,", 64)])
 def test_tiles_of_qupath_have_slide_and_place(tmp_path, scale, size):
     names = [("CMU-1 (2)", 64, 0), ("CMU-1 (2)", 128, 0), (SLIDES[0], 0, 512)]
@@ -502,3 +503,28 @@ def test_what_is_still_packed_is_named(tmp_path, name):
     (tmp_path / name).write_bytes(b"packed")
     with pytest.raises(InputError, match=rf"1 to unpack first, e.g. {name}"):
         listed(tmp_path)
+
+
+def test_labelled_tiles_of_qupath_are_masks(tmp_path):
+    for number in range(2):
+        tile = tmp_path / f"in/s1/s1 [d=4,x={number * 128},y=0,w=128,h=128]"
+        save(Path(f"{tile}.jpg"), number, "JPEG")
+        Image.fromarray(np.full((32, 32), number, np.uint8)).save(f"{tile}-labelled.png")
+    manifest = convert_with_mean(tmp_path / "in", tmp_path / "out")
+    assert manifest.patches == 2
+    found = told(tmp_path / "in", "slide", "x", "size_px", "mask")
+    mask = "s1/s1 [d=4,x=128,y=0,w=128,h=128]-labelled.png"
+    assert found[0] == ("s1", 0, 128, mask.replace("x=128", "x=0"))
+    assert found[1] == ("s1", 128, 128, mask)
+
+
+def test_names_that_hugging_face_keeps_beside_the_bytes_tell_slide_and_place(tmp_path):
+    (tmp_path / "in").mkdir()
+    names = [f"{SLIDES[0]}_x64_y0.png", None, "plain.png"]
+    column = [{"bytes": encoded(n), "path": name} for n, name in enumerate(names)]
+    pq.write_table(pa.table({"image": column}), tmp_path / "in/test.parquet")
+    assert told(tmp_path / "in", "slide", "x", "split") == [
+        (SLIDES[0], 64, "test"),
+        (None, None, "test"),
+        (None, None, "test"),
+    ]

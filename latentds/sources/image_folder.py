@@ -24,6 +24,7 @@ from latentds.store.format import patch_key
 SPLITS = {
     **{"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"},
     **{"training": "train", "testing": "test"},  # CAMELYON16's
+    **{"trainset": "train", "valset": "val", "validationset": "val", "testset": "test"},
     **{"dev": "val", "eval": "test", "evaluation": "test"},  # so `datasets` reads file names
     **{"nct-crc-he-100k": "train", "nct-crc-he-100k-nonorm": "train", "crc-val-he-7k": "val"},
 }

@@ -18,6 +18,7 @@ from latentds.sources import patch_arrays
 from latentds.sources.data_cards import card_files
 from latentds.sources.names import known_patient
 from latentds.sources.opening import list_source, open_source
+from latentds.sources.tile_tars import read_scale
 from latentds.store.reader import ShardSet
 from tests.archives import encoded, rows_of, write_samples
 from tests.conftest import convert_with_mean, smooth_picture
@@ -81,6 +82,7 @@ def test_tcga_ut_has_its_splits_classes_slides_and_patients(tmp_path):
     assert manifest.labels() == {"Skin_Cutaneous_Melanoma": 2, "Uterine_Carcinosarcoma": 1}
     assert sorted(manifest.slides) == sorted(SLIDES)
     found = told(tmp_path / "in", "slide", "split", "mpp")
+    assert "names end in #_#_#, which is not read" in " ".join(listed(tmp_path / "in")[1].notes)
     assert {(known_patient(slide)[1], split, mpp) for slide, split, mpp in found} == {
         ("TCGA-FS-A1Z7", "train", None),
         ("TCGA-N8-A4PN", "val", None),
@@ -221,8 +223,8 @@ def test_tcga_12k_has_slides_places_and_patients(tmp_path):
     assert "columns not used: level, task_id" in listed(tmp_path / "in")[1].notes
 
 
-# docs.qupath: "Exporting images", TileExporter: tiles/IMAGE/IMAGE [d=..,x=..,y=..,w=..,h=..].tif,
-# d only where it is not 1; x, y, w and h in pixels of the full image.
+# QuPath's documentation, "Exporting images", TileExporter: tiles/IMAGE/IMAGE [d=..,x=..,...].tif, d
+# only where it is not 1; x, y, w and h in pixels of the full image; masks end in ]-labelled.png.
 @pytest.mark.parametrize(("scale", "size"), [("", 32), ("d=2.01345,", 64)])
 def test_tiles_of_qupath_have_slide_and_place(tmp_path, scale, size):
     names = [("CMU-1 (2)", 64, 0), ("CMU-1 (2)", 128, 0), (SLIDES[0], 0, 512)]
@@ -360,4 +362,169 @@ def test_hest_patches_have_slide_and_place(tmp_path):
         ("NCBI783", 128, 32, "train"),
         ("TENX95", 64, 0, "train"),
         ("TENX95", 128, 32, "train"),
+    ]
+
+
+# histai/SPIDER scripts: metadata.json is a list of such records, images/ is flat; the 24 pictures
+# around a patch have no class.
+def write_spider(root: Path) -> None:
+    for number, name in enumerate(("c0", "c1", "c2", "around0", "around1")):
+        save(root / f"images/{name}.png", number)
+    records = [
+        {
+            "slide_id": f"slide_{n:04d}",
+            "image_name": f"c{n}.png",
+            "context_info": {"0_0": f"around{n % 2}.png"},
+            "class": ("Fat", "Mucus")[n % 2],
+            "split": ("train", "test")[n // 2],
+        }
+        for n in range(3)
+    ]
+    (root / "metadata.json").write_text(json.dumps(records))
+
+
+def test_spider_has_its_splits_classes_and_slides_and_tells_of_what_lies_around(tmp_path):
+    write_spider(tmp_path / "in/SPIDER-colorectal")
+    assert told(tmp_path / "in", "split", "label", "slide") == [
+        ("train", "Fat", "slide_0000"),
+        ("train", "Mucus", "slide_0001"),
+        ("test", "Fat", "slide_0002"),
+    ]
+    notes = listed(tmp_path / "in")[1].notes
+    assert "metadata.json: columns not used: context_info" in notes
+    assert any(note.startswith("2 pictures are left out") for note in notes)
+
+
+# The same after its convert_to_imagenet.py: split/class/slide/picture.
+def test_spider_as_folders_has_its_splits_classes_and_slides(tmp_path):
+    for number, path in enumerate(("train/Fat/slide_0000", "test/Fat/slide_0002")):
+        save(tmp_path / f"in/{path}/c{number}.png", number)
+    assert told(tmp_path / "in", "split", "label", "slide") == [
+        ("test", "Fat", "slide_0002"),
+        ("train", "Fat", "slide_0000"),
+    ]
+
+
+def save_slide(path: Path, seed: int = 0) -> None:
+    tifffile = pytest.importorskip("tifffile")
+    pytest.importorskip("openslide")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tifffile.TiffWriter(path) as writer:
+        for level in range(2):
+            writer.write(smooth_picture(seed, 128 >> level), tile=(64, 64), photometric="rgb",
+                         subfiletype=int(level > 0))  # fmt: skip
+
+
+# camelyon16.grand-challenge.org; kaiko-ai/eva reads testing/reference.csv without a header, and
+# takes its classes in lower case.
+def test_camelyon16_has_its_splits_classes_and_patients(tmp_path):
+    for path in (
+        "training/normal/normal_001",
+        "training/tumor/tumor_001",
+        "testing/images/test_001",
+    ):
+        save_slide(tmp_path / f"in/{path}.tif")
+    (tmp_path / "in/testing/reference.csv").write_text(
+        "test_001,Tumor,IDC,Macro\ntest_002,Normal,None,None\n"
+    )
+    fields = ("slide", "split", "label")
+    assert told(tmp_path / "in", *fields) == [
+        ("test_001", "test", "tumor"),
+        ("normal_001", "train", "normal"),
+        ("tumor_001", "train", "tumor"),
+    ]
+    dealt = listed(tmp_path / "in", split_patients="train=0.5,test=0.5")[1]
+    assert "split by patient: 3 CAMELYON16 patients" in dealt.notes
+
+
+# camelyon17.grand-challenge.org: folders of centres, stages.csv of patients' archives and slides.
+def test_camelyon17_has_its_splits_classes_and_patients(tmp_path):
+    nodes = ["training/center_0/patient_000_node_0", "training/center_1/patient_020_node_4",
+             "testing/patient_100_node_0"]  # fmt: skip
+    for path in nodes:
+        save_slide(tmp_path / f"in/{path}.tif")
+    (tmp_path / "in/training/stages.csv").write_text(
+        "patient,stage\npatient_000.zip,pN0\npatient_000_node_0.tif,negative\n"
+        "patient_020.zip,pN1\npatient_020_node_4.tif,macro\n"
+    )
+    assert told(tmp_path / "in", "slide", "split", "label") == [
+        ("patient_100_node_0", "test", None),
+        ("patient_000_node_0", "train", "negative"),
+        ("patient_020_node_4", "train", "macro"),
+    ]
+    dealt = listed(tmp_path / "in", split_patients="train=0.5,test=0.5")[1]
+    assert "split by patient: 3 CAMELYON17 patients" in dealt.notes
+
+
+# docs.gdc.cancer.gov, Data Transfer Tool: UUID/slide.svs, logs/ and annotations.txt beside it.
+def test_a_download_of_gdc_has_slides_and_patients_and_no_classes(tmp_path):
+    for number, slide in enumerate(SLIDES):
+        uuid = f"{number}d1f2a3b-1111-4222-8333-444455556666"
+        save_slide(tmp_path / f"in/{uuid}/{slide}.{uuid.upper()}.tif", number)
+        (tmp_path / f"in/{uuid}/logs").mkdir()
+        (tmp_path / f"in/{uuid}/logs/{slide}.svs.parcel").write_text("")
+        (tmp_path / f"in/{uuid}/annotations.txt").write_text("id\tentity\n")
+    (tmp_path / "in/gdc_manifest.txt").write_text("id\tfilename\tmd5\tsize\tstate\n")
+    found = told(tmp_path / "in", "slide", "split", "label")
+    assert [(known_patient(slide)[1], split, label) for slide, split, label in found] == [
+        (slide[:12], "train", None) for slide in SLIDES
+    ]
+
+
+# mahmoodlab/TRIDENT, --dump_patches: patch_images/SLIDE/000000_x0_y512.png
+def test_patches_dumped_by_trident_have_slide_and_place(tmp_path):
+    for number, slide in enumerate(("CMU-1", "CMU-2", "CMU-2")):
+        save(tmp_path / f"in/{slide}/{number:06d}_x{512 * number}_y0.png", number)
+    assert told(tmp_path / "in", "slide", "x", "y", "label") == [
+        ("CMU-1", 0, 0, None),
+        ("CMU-2", 512, 0, None),
+        ("CMU-2", 1024, 0, None),
+    ]
+
+
+# clemsgrs/hs2p: sections since docs/artifacts.md, before that one flat object with targets.
+@pytest.mark.parametrize(
+    "meta",
+    [
+        {"slide": {"base_spacing_um": 0.25}, "tiling": {"requested_tile_size_px": 32}},
+        {"tiling": {"requested_tile_size_px": 32, "requested_spacing_um": 0.5}},
+        {"target_tile_size_px": 32, "target_spacing_um": 0.5, "read_spacing_um": 0.25,
+         "read_tile_size_px": 64, "sample_id": "s", "tissue_threshold": 0.1},
+    ],
+)  # fmt: skip
+def test_scales_of_all_versions_of_hs2p_are_read(tmp_path, meta):
+    meta.get("tiling", meta)["tile_size_lv0"] = 64
+    (tmp_path / "m.json").write_text(json.dumps(meta))
+    assert read_scale(tmp_path / "m.json") == {"size_px": 64, "mpp": 0.5}
+
+
+@pytest.mark.parametrize("name", ["train_x.h5.gz", "NCT-CRC-HE-100K.zip", "spider-skin.tar.00"])
+def test_what_is_still_packed_is_named(tmp_path, name):
+    (tmp_path / name).write_bytes(b"packed")
+    with pytest.raises(InputError, match=rf"1 to unpack first, e.g. {name}"):
+        listed(tmp_path)
+
+
+def test_labelled_tiles_of_qupath_are_masks(tmp_path):
+    for number in range(2):
+        tile = tmp_path / f"in/s1/s1 [d=4,x={number * 128},y=0,w=128,h=128]"
+        save(Path(f"{tile}.jpg"), number, "JPEG")
+        Image.fromarray(np.full((32, 32), number, np.uint8)).save(f"{tile}-labelled.png")
+    manifest = convert_with_mean(tmp_path / "in", tmp_path / "out")
+    assert manifest.patches == 2
+    found = told(tmp_path / "in", "slide", "x", "size_px", "mask")
+    mask = "s1/s1 [d=4,x=128,y=0,w=128,h=128]-labelled.png"
+    assert found[0] == ("s1", 0, 128, mask.replace("x=128", "x=0"))
+    assert found[1] == ("s1", 128, 128, mask)
+
+
+def test_names_that_hugging_face_keeps_beside_the_bytes_tell_slide_and_place(tmp_path):
+    (tmp_path / "in").mkdir()
+    names = [f"{SLIDES[0]}_x64_y0.png", None, "plain.png"]
+    column = [{"bytes": encoded(n), "path": name} for n, name in enumerate(names)]
+    pq.write_table(pa.table({"image": column}), tmp_path / "in/test.parquet")
+    assert told(tmp_path / "in", "slide", "x", "split") == [
+        (SLIDES[0], 64, "test"),
+        (None, None, "test"),
+        (None, None, "test"),
     ]

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 
@@ -139,6 +140,29 @@ def test_custom_downsample_of_clam_is_read(tmp_path, changes, size_px):
     write_job(tmp_path / "job", "a", [(128, 256)], trident=False, **changes)
     _, columns = convert(tmp_path / "job", tmp_path / "out", slides=tmp_path / "slides")
     assert set(columns["size_px"]) == {size_px}
+
+
+@pytest.mark.parametrize(
+    ("trident", "lacking"),
+    [(True, ("level0_width", "level0_height")), (False, ("downsample",))],
+    ids=["TRIDENT 0.1", "forks of CLAM"],
+)
+def test_coordinates_of_earlier_versions_are_read(tmp_path, trident, lacking):
+    write_slide(tmp_path / "slides/a.tif")
+    with h5py.File(write_job(tmp_path / "job", "a", [(128, 256)], trident), "r+") as file:
+        for name in lacking:
+            del file["coords"].attrs[name]
+    _, columns = convert(tmp_path / "job", tmp_path / "out", slides=tmp_path / "slides")
+    assert set(columns["size_px"]) == {128} and set(columns["x"]) == {128}
+
+
+def test_coordinates_of_a_level_that_a_slide_lacks_are_refused(tmp_path):
+    write_slide(tmp_path / "slides/a.tif")
+    path = write_job(tmp_path / "job", "a", [(0, 0)], trident=False, patch_level=9)
+    with h5py.File(path, "r+") as file:
+        del file["coords"].attrs["downsample"]
+    with pytest.raises(TooManyBadSamplesError, match="are of level 9, it has"):
+        convert(tmp_path / "job", tmp_path / "out", slides=tmp_path / "slides")
 
 
 def test_corners_that_are_there_twice_are_one_patch_and_counted(tmp_path):

@@ -34,12 +34,14 @@ class Coordinates(NamedTuple):
     size_px       width of a patch at level 0
     patch_px      width of a patch as it was asked for
     slide_px      (W, H) of level 0 that the file was made for, None where it does not say
+    level         of the slide whose pixels size_px counts, where the file does not say how large
     """
 
     places: np.ndarray
     size_px: int
     patch_px: int
     slide_px: tuple[int, int] | None
+    level: int = 0
 
 
 def job_files(paths: Iterable[str]) -> list[str]:
@@ -85,25 +87,25 @@ def check_dataset(coords: Any, path: Path) -> None:
         raise UnusableError(f"'coords' {wrong}", "coordinates")
 
 
-def sizes_of(attributes: dict[str, Any]) -> tuple[int, int, tuple[int, int] | None]:
-    """Width at level 0, width asked for and the slide's size, from either tool's attributes."""
+def sizes_of(attributes: dict[str, Any]) -> tuple[int, int, tuple[int, int] | None, int]:
+    """The fields of Coordinates after its places, from either tool's attributes."""
     try:
         patch = int(attributes["patch_size"])
         if "patch_size_level0" in attributes:  # TRIDENT
             size = int(attributes["patch_size_level0"])
             sides = [int(attributes.get(f"level0_{side}", 0)) for side in ("width", "height")]
-            return size, patch, (sides[0], sides[1]) if all(sides) else None
+            return size, patch, (sides[0], sides[1]) if all(sides) else None, 0
         # CLAM: patch_size counts pixels of patch_level.
-        is_level_0 = int(attributes.get("patch_level", 0)) == 0
-        downsample = attributes.get("downsample", 1.0) if is_level_0 else attributes["downsample"]
+        level, downsample = int(attributes.get("patch_level", 0)), attributes.get("downsample")
+        size_unknown = level if downsample is None else 0  # forks of CLAM leave it to the slide
         # Fishing-Rod's CLAM resamples by whole steps where a slide lacks the level asked for.
         custom = int(attributes.get("custom_downsample", 1))
         if not 1 <= custom <= MAX_CUSTOM:
             raise UnusableError(
                 f"'coords' has custom_downsample {custom}, not 1 to {MAX_CUSTOM}", "coordinates"
             )
-        factor = float(np.ravel(downsample)[0]) * custom
-        return round(patch * factor), patch, None
+        factor = float(np.ravel(1.0 if downsample is None else downsample)[0]) * custom
+        return round(patch * factor), patch, None, size_unknown
     except (KeyError, TypeError, ValueError) as error:
         raise UnusableError(
             f"'coords' has no usable attribute {error}; not TRIDENT's or CLAM's", "coordinates"
@@ -122,7 +124,8 @@ class CoordinateJob(Slides):
         super().__init__(options)
         if options.slides is None:
             raise InputError(
-                f"{options.source}: coordinates only; say where the slides lie, --slides"
+                f"{options.source}: coordinates only; say where the slides lie, --slides, or name "
+                "the folder of patches that were dumped beside them (patch_images)"
             )
         if options.mpp is not None:
             raise InputError("--mpp, but the coordinates say how large patches are; leave it")
@@ -178,7 +181,7 @@ class CoordinateJob(Slides):
     def find_places(self, picture: Picture, slide: Any) -> np.ndarray:
         """The file's corners, checked against the slide."""
         file = self.files[picture.source]
-        found = read_coordinates(file)
+        found = at_level_0(read_coordinates(file), slide)
         size = (int(slide.dimensions[0]), int(slide.dimensions[1]))
         if found.slide_px is not None and found.slide_px != size:
             raise UnusableError(
@@ -226,6 +229,18 @@ class CoordinateJob(Slides):
     def facts(self) -> dict[str, Any]:
         found = {"edges": self.options.edges, "reached_beyond": sum(self.dropped.values())}
         return found | ({"there_twice": sum(self.twice.values())} if self.twice else {})
+
+
+def at_level_0(found: Coordinates, slide: Any) -> Coordinates:
+    """Coordinates with the width of a patch at level 0, of the slide where the file has it not."""
+    if not found.level:
+        return found
+    factors = slide.level_downsamples
+    if not 0 < found.level < len(factors):
+        raise UnusableError(
+            f"its coordinates are of level {found.level}, it has {len(factors)}", "coordinates"
+        )
+    return found._replace(size_px=round(found.size_px * factors[found.level]), level=0)
 
 
 def by_name(

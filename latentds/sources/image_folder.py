@@ -24,10 +24,12 @@ from latentds.store.format import patch_key
 SPLITS = {
     **{"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"},
     **{"training": "train", "testing": "test"},  # CAMELYON16's
+    **{"trainset": "train", "valset": "val", "validationset": "val", "testset": "test"},
     **{"dev": "val", "eval": "test", "evaluation": "test"},  # so `datasets` reads file names
     **{"nct-crc-he-100k": "train", "nct-crc-he-100k-nonorm": "train", "crc-val-he-7k": "val"},
 }
 DEFAULT_SPLIT = "train"
+PACKED = re.compile(r"\.(?:gz|tgz|bz2|xz|zst|zip|7z|rar|tar\.\w+|part\d+)$")
 NO_LABELS = "--no-labels (--no-use-labels in an evaluation)"
 # Folders that only hold: `images` alone at its place is no class.
 HOLDERS = {"images", "image", "img", "imgs", "slides", "wsi", "wsis", "patches", "tiles", "data"}
@@ -52,8 +54,8 @@ def list_pictures(root: Path, use_labels: bool = True, use_splits: bool = True) 
         (found if PurePosixPath(path).suffix.lower() in suffixes else ignored).append(path)
     if not found:
         raise InputError(
-            f"{root}: no pictures in it ({len(ignored)} other files); name a folder of pictures or "
-            "slides"
+            f"{root}: no pictures in it ({len(ignored)} other files{packed_among(ignored)}); name "
+            "a folder of pictures or slides"
         )
     check_names(root, found)
     card = card_files(root, found) if use_splits else None
@@ -69,6 +71,12 @@ def list_pictures(root: Path, use_labels: bool = True, use_splits: bool = True) 
         pictures = tuple(dataclasses.replace(p, split=named[p.source]) for p in pictures)
     notes = (*(card.notes if card else ()), *folders.notes)
     return Listing(pictures, len(ignored), ignored[0] if ignored else "", notes, tuple(ignored))
+
+
+def packed_among(paths: Sequence[str]) -> str:
+    """That files have to be unpacked first, for a message; nothing where none has."""
+    packed = [path for path in paths if PACKED.search(path.lower())]
+    return f"; {len(packed)} to unpack first, e.g. {packed[0]}" if packed else ""
 
 
 def are_splits(root: Path, paths: Sequence[str]) -> bool:
@@ -156,8 +164,8 @@ def read_folders(root: Path, paths: Sequence[str], use_labels: bool, use_splits:
 
 
 def slide_told(path: str) -> str:
-    """The slide that a file's own name tells, empty where it tells none."""
-    return str(path_fields(PurePosixPath(path).name).get("slide", ""))
+    """The slide that a file's path tells, empty where it tells none."""
+    return str(path_fields(path).get("slide", ""))
 
 
 def walk(root: Path) -> Iterator[str]:

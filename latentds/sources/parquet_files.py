@@ -57,6 +57,7 @@ class EncodedTable:
     classes  names of class numbers by column, from Hugging Face's features
     starts   first row of every row group, and the number of rows
     unused   names of all other columns
+    own_path path of the column of names that Hugging Face keeps beside the bytes, None for none
     """
 
     path: Path
@@ -66,6 +67,7 @@ class EncodedTable:
     classes: dict[str, list[str]]
     starts: tuple[int, ...]
     unused: tuple[str, ...] = ()
+    own_path: str | None = None
 
     def group_of(self, row: int) -> int:
         """Row group of a row."""
@@ -74,10 +76,11 @@ class EncodedTable:
     def rows(self) -> Iterator[dict[str, Any]]:
         """What is said of every picture; the pictures' bytes are not read."""
         with reading(self.path), self.open() as file:
-            if not self.facts:
+            columns = [*self.facts, *([self.own_path] if self.own_path else ())]
+            if not columns:
                 yield from ({} for _ in range(self.starts[-1]))
                 return
-            for batch in file.iter_batches(batch_size=4096, columns=list(self.facts)):
+            for batch in file.iter_batches(batch_size=4096, columns=columns):
                 yield from (self.named(row) for row in batch.to_pylist())
 
     def named(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -86,6 +89,9 @@ class EncodedTable:
             number = row.get(column)
             if isinstance(number, int) and -1 <= number < len(names):
                 row[column] = names[number] if number >= 0 else None
+        if self.own_path:
+            picture = row.pop(self.own_path.partition(".")[0])
+            row.setdefault("path", (picture or {}).get("path"))
         return row
 
     def read_group(self, number: int) -> RowGroup:
@@ -159,18 +165,18 @@ def open_table(path: Path) -> EncodedTable:
         )
     check_footer(path, footer, column)
     counts = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
+    struct = column.partition(".")[0]
+    kind = schema.field(struct).type
+    has_path = column != struct and any(field.name == "path" for field in kind)
     return EncodedTable(
+        own_path=f"{struct}.path" if has_path else None,
         path=path,
         footer=footer,
         column=column,
         facts=tuple(name for name in schema.names if name in {*COLUMNS, *RAW, *PATHS}),
         classes=class_names(schema.metadata or {}),
         starts=tuple(itertools.accumulate(counts, initial=0)),
-        unused=tuple(
-            name
-            for name in schema.names
-            if name not in {*COLUMNS, *RAW, *PATHS, column.partition(".")[0]}
-        ),
+        unused=tuple(name for name in schema.names if name not in {*COLUMNS, *RAW, *PATHS, struct}),
     )
 
 

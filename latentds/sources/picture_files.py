@@ -6,8 +6,9 @@ from __future__ import annotations
 import dataclasses
 import io
 import itertools
+import re
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -18,13 +19,14 @@ from latentds.sources.cut_options import SourceOptions
 from latentds.sources.image_folder import check_labels, check_sizes, list_pictures, name_fields
 from latentds.sources.inspection import Inspection
 from latentds.sources.kept import Kept
-from latentds.sources.names import path_fields
+from latentds.sources.names import note_numbers, path_fields
 from latentds.sources.picture import Header, Listing, Picture
 from latentds.sources.picture_decoding import find_mask, read_header, read_mask, read_picture
 from latentds.sources.side_tables import with_tables
 from latentds.sources.source import Source
 from latentds.store.patch_record import Patch, Place
 
+LABELLED = re.compile(r"(.+\])-labelled\.\w+")  # a mask of QuPath's TileExporter
 TILED_PICTURES = 2  # decoded pictures kept while their tiles are cut
 
 Pixels = tuple[np.ndarray, np.ndarray | None]  # picture and mask
@@ -56,7 +58,7 @@ class PictureFiles(Source):
     def listing(self) -> Listing:
         options = self.options
         found = list_pictures(self.root, options.labels, options.split_folders)
-        found = with_tables(self.root, found, found.others, options.labels)
+        found = with_tables(self.root, with_labelled(found), found.others, options.labels)
         check_labels(self.root, found.pictures, options.labels)
         return self.named(found)
 
@@ -68,9 +70,10 @@ class PictureFiles(Source):
         if self.options.name_pattern:
             pattern = name_fields(self.options.name_pattern)
             named = tuple(dataclasses.replace(p, **pattern(p.source)) for p in found.pictures)
-        else:
-            named = tuple(with_path_fields(picture) for picture in found.pictures)
-        return dataclasses.replace(found, pictures=named)
+            return dataclasses.replace(found, pictures=named)
+        named = tuple(with_path_fields(picture) for picture in found.pictures)
+        told = note_numbers(p.source for p in named if p.x is None)
+        return dataclasses.replace(found, pictures=named, notes=(*found.notes, *told))
 
     def header(self, picture: Picture) -> Header:
         header = read_header(self.file(picture), self.options.max_px)
@@ -217,6 +220,20 @@ class PictureFiles(Source):
             **place._asdict(),
             mask_png=None if fitted is None else encode_png(fitted),
         )
+
+
+def with_labelled(found: Listing) -> Listing:
+    """Tiles of QuPath with the masks that its exporter wrote beside them, which are no tiles."""
+    masks = {match[1]: p.source for p in found.pictures if (match := LABELLED.fullmatch(p.source))}
+    if not masks:
+        return found
+    pictures = tuple(
+        dataclasses.replace(p, mask=masks.get(str(PurePosixPath(p.source).with_suffix(""))))
+        for p in found.pictures
+        if not LABELLED.fullmatch(p.source)
+    )
+    note = f"{len(masks):,} pictures named ]-labelled are taken for masks, as QuPath writes them"
+    return dataclasses.replace(found, pictures=pictures, notes=(*found.notes, note))
 
 
 def with_path_fields(picture: Picture) -> Picture:

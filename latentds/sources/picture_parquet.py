@@ -63,17 +63,12 @@ class PictureParquet(PictureFiles):
         if not pictures:
             raise InputError(f"{self.root}: {len(self.files)} Parquet files, no row in them")
         notes = (*files.notes, *self.unused())
-        found = Listing(tuple(pictures), notes=notes, classes=self.class_order())
-        return (
-            found if any(path_column(t.facts) for t in self.tables.values()) else self.named(found)
-        )
+        return Listing(tuple(pictures), notes=notes, classes=self.class_order())
 
-    def path_fields(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """What a picture's own path tells: by --name-pattern, else by known rules."""
+    def path_fields(self, row: Mapping[str, Any], source: str) -> dict[str, Any]:
+        """What a picture's own path tells, else its source: by --name-pattern, or known rules."""
         column = path_column(tuple(row))
-        path = row[column] if column else None
-        if not isinstance(path, str):
-            return {}
+        path = row[column] if column and isinstance(row[column], str) else source
         pattern = self.options.name_pattern
         found = name_fields(pattern)(path) if pattern else path_fields(path)
         if not self.options.labels:
@@ -96,7 +91,7 @@ class PictureParquet(PictureFiles):
         for number, row in enumerate(self.table(file).rows()):
             source, fields = f"{file}/{number}", {}
             try:
-                fields = self.path_fields(row) | fields_of(row, self.options.labels)
+                fields = self.path_fields(row, source) | fields_of(row, self.options.labels)
             except InputError as error:
                 self.broken[source] = str(error)
             yield Picture(source, split, **fields)

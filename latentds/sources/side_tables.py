@@ -1,4 +1,4 @@
-"""Tables that lie beside pictures: Hugging Face's metadata is read, of others it is told."""
+"""Tables that lie beside pictures: metadata of known names is read, of others it is told."""
 
 from __future__ import annotations
 
@@ -7,30 +7,37 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from latentds.core.foreign_json import parse_json
+from latentds.core.foreign_json import parse_json, read_json
 from latentds.errors import FormatError, InputError
-from latentds.sources.csv_tables import TextTable, decoded, read_table
+from latentds.sources.csv_tables import TextTable, decoded, read_table, text_lines
 from latentds.sources.field_names import ALIASES, columns_of, note_unused
 from latentds.sources.image_folder import SPLITS, numbers_of
 from latentds.sources.picture import Listing, Picture
+from latentds.sources.slide_names import plain_name
 
-READ = {"metadata.csv", "metadata.tsv", "metadata.jsonl", "metadata.parquet"}
+READ = {  # Hugging Face's imagefolder, and SPIDER's
+    *("metadata.csv", "metadata.tsv", "metadata.jsonl", "metadata.parquet", "metadata.json"),
+}
+PAIRS = {"reference.csv", "stages.csv"}  # CAMELYON16's and CAMELYON17's: a slide's file, its class
 SUFFIXES = {".csv", ".tsv", ".jsonl", ".parquet", ".xlsx", ".xls"}
+MAX_JSON_BYTES = 1 << 28
 FIELDS = ("path", "label", "slide", "patient", "x", "y", "mpp", "size_px", "split")
 SHOWN = 3  # tables that a note names
 
 
 def with_tables(root: Path, found: Listing, others: Sequence[str], use_labels: bool) -> Listing:
     """Pictures with what metadata files beside them say, and a note on tables that are not read."""
-    tables = [path for path in others if PurePosixPath(path).suffix.lower() in SUFFIXES]
+    tables = [path for path in others if is_side_table(path)]
     facts: dict[str, dict[str, Any]] = {}
-    notes, unread = list(found.notes), []
+    notes, unread, closed = list(found.notes), [], set[str]()
     known = {picture.source for picture in found.pictures}
     for path in tables:
-        own = metadata_of(root, path, use_labels) if PurePosixPath(path).name in READ else None
+        own = side_facts(root, path, found.pictures, use_labels)
         if own is None or not known & own[0].keys():
             unread.append(path)
             continue
+        if any("split" in fields for fields in own[0].values()):
+            closed.add(f"{PurePosixPath(path).parent}/".removeprefix("./"))
         for source, fields in own[0].items():
             if facts.setdefault(source, fields) != fields:
                 raise InputError(
@@ -40,10 +47,55 @@ def with_tables(root: Path, found: Listing, others: Sequence[str], use_labels: b
         notes += own[1]
         if strangers := len(own[0].keys() - known):
             notes.append(f"{path}: {strangers:,} of its rows name no picture that is there")
-    pictures = tuple(dataclasses.replace(p, **facts.get(p.source, {})) for p in found.pictures)
+    kept = [p for p in found.pictures
+            if p.source in facts or not p.source.startswith(tuple(closed))]  # fmt: skip
+    if left := len(found.pictures) - len(kept):
+        notes.append(
+            f"{left:,} pictures are left out: tables with splits beside them name them not"
+        )
+    pictures = tuple(dataclasses.replace(p, **facts.get(p.source, {})) for p in kept)
     return dataclasses.replace(
-        found, pictures=pictures, notes=(*notes, *note_unread(root, unread, pictures))
+        found,
+        pictures=pictures,
+        ignored=found.ignored + left,
+        notes=(*notes, *note_unread(root, unread, pictures)),
     )
+
+
+def is_side_table(path: str) -> bool:
+    """Whether a file beside pictures may be a table of them."""
+    name = PurePosixPath(path)
+    return name.suffix.lower() in SUFFIXES or name.name in READ
+
+
+def side_facts(
+    root: Path, path: str, pictures: Sequence[Picture], use_labels: bool
+) -> tuple[dict[str, dict[str, Any]], tuple[str, ...]] | None:
+    """Fields by picture of a table of a known name, and its notes; None where it tells nothing."""
+    name = PurePosixPath(path).name
+    if name in PAIRS:
+        return (pair_labels(root, path, pictures), ()) if use_labels else None
+    return metadata_of(root, path, use_labels) if name in READ else None
+
+
+def pair_labels(root: Path, path: str, pictures: Sequence[Picture]) -> dict[str, dict[str, Any]]:
+    """Labels of the slides that the first column names, below the table's folder; header or not.
+
+    A class that folders have is called as there, in whatever case. Rows of no slide are patients'.
+    """
+    folder = PurePosixPath(path).parent
+    inside = [p for p in pictures if PurePosixPath(p.source).is_relative_to(folder)]
+    known = {plain_name(p.source).rpartition("/")[2]: p.source for p in inside}
+    called = {p.label.casefold(): p.label for p in pictures if p.label is not None}
+    found: dict[str, dict[str, Any]] = {}
+    for line, row in text_lines(root / path):
+        source = known.get(plain_name(row[0]))
+        if source is None or len(row) < 2 or not row[1].strip():
+            continue
+        label = called.get(row[1].strip().casefold(), row[1].strip())
+        if found.setdefault(source, {"label": label}) != {"label": label}:
+            raise InputError(f"{root / path}, line {line}: {row[0]} is there twice; keep one line")
+    return found
 
 
 def metadata_of(
@@ -54,7 +106,8 @@ def metadata_of(
     raises  InputError where it cannot be read, names a file twice or has a value no table holds
     """
     full, folder = root / path, PurePosixPath(path).parent
-    table = json_lines(full) if path.endswith(".jsonl") else read_table(full)
+    kinds = {".jsonl": json_lines, ".json": json_list}
+    table = kinds.get(PurePosixPath(path).suffix, read_table)(full)
     columns = columns_of(table, FIELDS)
     name = columns.pop("path", None)
     if name is None:
@@ -69,15 +122,23 @@ def metadata_of(
             own.pop("label", None)
         if "split" in own:
             own["split"] = SPLITS.get(own["split"].lower(), own["split"])
-        source = (folder / row[name].strip().replace("\\", "/")).as_posix()
+        source = placed(root, folder, row[name].strip().replace("\\", "/"))
         if facts.setdefault(source, own) != own:
             raise InputError(f"{where}: {source} is there twice, in different ways; keep one line")
     return facts, note_unused(table, [name, *columns.values()])
 
 
+def placed(root: Path, folder: PurePosixPath, name: str) -> str:
+    """A named picture's path: beside its table, or in the folder `images` there, as SPIDER's."""
+    beside, below = folder / name, folder / "images" / name
+    return (
+        below if (root / below).is_file() and not (root / beside).is_file() else beside
+    ).as_posix()
+
+
 def json_lines(path: Path) -> TextTable:
-    """A file of an object a line; what is no text or number in it is left out."""
-    rows, lines = [], []
+    """A file of an object a line; what is no text or number in it is empty."""
+    records = []
     for number, text in enumerate(decoded(path).split("\n"), 1):
         if not text.strip():
             continue
@@ -85,12 +146,34 @@ def json_lines(path: Path) -> TextTable:
             record = parse_json(text.encode(errors="replace"), f"{path}, line {number}", "mend it")
         except FormatError as error:
             raise InputError(str(error)) from error
+        records.append((number, record))
+    return table_of(path, records)
+
+
+def json_list(path: Path) -> TextTable:
+    """A file that is one list of objects, counted as lines; what is no text or number is empty."""
+    try:
+        found = read_json(path, MAX_JSON_BYTES, "mend it")
+    except FormatError as error:
+        raise InputError(str(error)) from error
+    return table_of(path, list(enumerate(found if isinstance(found, list) else [], 1)))
+
+
+def table_of(path: Path, records: Sequence[tuple[int, Any]]) -> TextTable:
+    """Objects by line as a table."""
+    rows, lines = [], []
+    for number, record in records:
         if not isinstance(record, dict):
             raise InputError(f"{path}, line {number}: no object of fields; mend it")
-        rows.append({k: str(v) for k, v in record.items() if isinstance(v, (str, int, float))})
+        rows.append({name: plain(value) for name, value in record.items()})
         lines.append(number)
     columns = tuple(dict.fromkeys(name for row in rows for name in row))
     return TextTable(path, columns, [{c: row.get(c, "") for c in columns} for row in rows], lines)
+
+
+def plain(value: Any) -> str:
+    """A value as a cell, empty for what is no text or number."""
+    return str(value) if isinstance(value, (str, int, float)) else ""
 
 
 def note_unread(root: Path, paths: Sequence[str], pictures: Sequence[Picture]) -> tuple[str, ...]:

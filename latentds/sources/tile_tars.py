@@ -117,12 +117,25 @@ def read_scale(path: Path) -> dict[str, Any]:
     if path.stat().st_size > MAX_META_BYTES:
         raise InputError(f"{path}: {path.stat().st_size} bytes; no description of tiles")
     try:
-        meta = parse_json(path.read_bytes(), str(path), "make it anew")
-        size, tile = int(meta["tiling"]["tile_size_lv0"]), meta["tiling"]["requested_tile_size_px"]
-        spacing = meta["slide"].get("base_spacing_um")
-        mpp = meta["tiling"]["requested_spacing_um"] if spacing is None else spacing * size / tile
-    except (FormatError, ValueError, KeyError, TypeError, ArithmeticError) as error:
+        size, mpp = scale_of(parse_json(path.read_bytes(), str(path), "make it anew"))
+    except (FormatError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
         raise InputError(
             f"{path}: not hs2p's ({type(error).__name__}: {error}); make it anew, or remove it"
         ) from error
     return numbers_of(str(path), {"size_px": str(size), "mpp": str(mpp)})
+
+
+def scale_of(meta: dict[str, Any]) -> tuple[int, float]:
+    """Width of a tile at level 0 and its mpp; KeyError and the like where a meta file has none.
+
+    hs2p's first versions have no sections and call the request a target.
+    """
+    tiling = meta.get("tiling", meta)
+    size, base = int(tiling["tile_size_lv0"]), meta.get("slide", {}).get("base_spacing_um")
+    asked = "requested" if "requested_tile_size_px" in tiling else "target"
+    tile = tiling[f"{asked}_tile_size_px"]
+    if base is not None:
+        return size, base * size / tile
+    if "read_tile_size_px" in tiling:
+        return size, tiling["read_spacing_um"] * tiling["read_tile_size_px"] / tile
+    return size, tiling[f"{asked}_spacing_um"]

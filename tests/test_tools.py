@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from latentds_tools import cli, demo
 from latentds_tools.bench import bench_container
 from PIL import Image
 
+from latentds.core.display import start_logging
 from tests.conftest import save_pictures
 
 
@@ -208,6 +210,42 @@ def test_errors_are_one_line_and_exit_code_1(words, part, tmp_path, monkeypatch,
     code, _, err = call(capsys, *words)
     assert code == 1 and err.startswith("latentds: ") and part in err
     assert err.count("\n") == 1
+
+
+def test_a_conversion_ends_with_four_lines_and_the_next_command(pictures, tmp_path, capsys):
+    (pictures / "stroma" / "bad.png").write_bytes(b"no picture")
+    words = ["convert", pictures, "--out", tmp_path / "a set", "--autoencoder", "tiny-v1"]
+    code, out, _ = call(capsys, *words, "--device", "cpu", "--max-bad", "1")
+    *four, following = out.splitlines()
+    assert code == 0 and len(four) == 4 and "33 patches" in four[0] and "2 classes" in four[1]
+    assert "left out         1, without patches 0 (stroma/bad.png: " in four[3]
+    assert following == f"next             latentds show '{tmp_path}/a set' --out 'a set.html'"
+    code, out, _ = call(capsys, *words, "--device", "cpu", "--max-bad", "1", "--verbose")
+    assert "codebook" in out and "stroma 13, tumour 20" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["convrt"], "unknown command 'convrt'; did you mean 'convert'? 'latentds --help'"),
+        (["bench", "lodr"], "'bench lodr'; did you mean 'bench loader'? 'latentds bench --help'"),
+        (["frobnicate"], "unknown command 'frobnicate'; 'latentds --help' lists all"),
+    ],
+)
+def test_an_unknown_command_is_answered_with_the_nearest(words, line, capsys):
+    code, out, err = call(capsys, *words)
+    assert code == 2 and out == "" and line in err and err.count("\n") == 1
+
+
+def test_only_our_own_logs_are_shown(capsys, monkeypatch):
+    root = logging.getLogger()
+    monkeypatch.setattr(root, "handlers", [])
+    monkeypatch.setattr(root, "level", logging.WARNING)
+    start_logging(logging.INFO)
+    for name in ("latentds.conversion.converting", "latentds_tools.convert", "somebody.else"):
+        logging.getLogger(name).info("from %s", name)
+    shown = capsys.readouterr().err.splitlines()
+    assert shown == ["from latentds.conversion.converting", "from latentds_tools.convert"]
 
 
 def test_wrong_usage_exits_with_2(capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import logging
 import sys
@@ -10,7 +11,8 @@ from collections.abc import Sequence
 from latentds_tools.helps import HELPS
 
 from latentds.core.command_line import parse
-from latentds.core.display import VisibleFormatter, say, visible
+from latentds.core.display import say, start_logging, visible
+from latentds.core.extras import check_extras
 from latentds.errors import LatentdsError
 from latentds.version import __version__
 
@@ -86,13 +88,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = find_command(words)
     if command is None:
         is_group = words[0] in {name.split()[0] for name in COMMANDS if " " in name}
-        say(overview(words[0] if is_group else ""), file=sys.stdout if is_group else sys.stderr)
-        if is_group and words[1:] and words[1] in ("-h", "--help"):
-            return
+        if is_group and words[1:2] in ([], ["-h"], ["--help"]):
+            say(overview(words[0]))
+            sys.exit(0 if words[1:] else 2)
+        say(unknown_command(words, is_group), file=sys.stderr)
         sys.exit(2)
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr)
-    for handler in logging.getLogger().handlers:
-        handler.setFormatter(VisibleFormatter("%(message)s"))
+    start_logging(logging.INFO)
     # They tell every request, every retry, every attempt to find a faster build.
     for name in ("httpx", "faiss", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -110,6 +111,7 @@ def run(command: str, words: list[str]) -> int:
             usual=HELPS[command].usual,
             examples=HELPS[command].examples,
         )
+        check_extras(command, config)
         return int(module.run(config) or 0)
     except LatentdsError as error:
         return complain(str(error))
@@ -138,6 +140,15 @@ def find_command(words: list[str]) -> str | None:
         if name in COMMANDS:
             return name
     return None
+
+
+def unknown_command(words: list[str], is_group: bool) -> str:
+    """That there is no such command, with the nearest one, or its group's."""
+    given = " ".join(words[: 2 if is_group else 1])
+    close = difflib.get_close_matches(given, COMMANDS, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ";"
+    listing = f"latentds {words[0]} --help" if is_group else "latentds --help"
+    return f"latentds: unknown command {visible(given)!r}{hint} '{listing}' lists all"
 
 
 def overview(group: str) -> str:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import math
+import shlex
 import shutil
 import time
 from collections import Counter
@@ -35,6 +36,8 @@ class Config(ConvertConfig):
     """Read headers only, say what would be made and how large, write nothing."""
     json: bool = False
     """Print the summary as JSON."""
+    verbose: bool = False
+    """Print all of the summary; by default four lines and what to do next."""
 
 
 def run(config: Config) -> None:
@@ -45,7 +48,8 @@ def run(config: Config) -> None:
     # default.
     Image.MAX_IMAGE_PIXELS = None
     summary = estimate(config) if config.dry_run else convert_to(config)
-    show(summary, config.json, lambda found: as_text(visible(found)))
+    text = as_text if config.verbose or config.dry_run else in_short
+    show(summary, config.json, lambda found: text(visible(found)))
 
 
 def convert_to(config: Config) -> dict[str, Any]:
@@ -196,6 +200,31 @@ def planned_resolutions(plan: Any) -> dict[str, int]:
             (place,) = plan.source.whereabouts(picture, header, plan.patch_px, [(0, 0)])
             mpp += [np.nan if place.mpp is None else place.mpp] * count
     return resolutions(np.array(mpp, np.float32))
+
+
+def in_short(summary: dict[str, Any]) -> str:
+    """A finished conversion in four lines, and the next command."""
+    from latentds.store.manifest import left_out_text
+
+    splits = ", ".join(f"{split} {count:,}" for split, count in summary["splits"].items())
+    classes = len(summary["classes"])
+    size, seconds = summary["shard_bytes"] / 1e6, summary["seconds"]
+    out, empty = shlex.quote(summary["out"]), summary["without_patches"]
+    left = [f"{entry['source']}: {left_out_text(entry)}" for entry in summary["left_out"] + empty]
+    more = f" ({left[0]}{'; ...' if len(left) > 1 else ''}; --verbose lists them)" if left else ""
+    return "\n".join([
+        f"{summary['out']}: {summary['patches']:,} patches in {seconds:,} s",
+        f"splits           {splits}; {classes or 'no'} class{'' if classes == 1 else 'es'}",
+        f"size             {summary['bytes_per_patch']:,} bytes a patch, {size:,.1f} MB in "
+        f"{summary['shards']:,} shards; mpp {mpp_text(summary['mpp'])}",
+        f"left out         {len(left) - len(empty):,}, without patches {len(empty):,}{more}",
+        f"next             latentds show {out} --out {shlex.quote(page_of(summary['out']))}",
+    ])  # fmt: skip
+
+
+def page_of(out: str) -> str:
+    """A name for the page of a set's patches."""
+    return f"{out.rstrip('/').rpartition('/')[2] or 'set'}.html"
 
 
 def as_text(summary: dict[str, Any]) -> str:

@@ -153,9 +153,9 @@ class Bar:
     """Progress over patches; its end is estimated from the slides so far."""
 
     def __init__(self, shown: bool) -> None:
-        from tqdm import tqdm
+        from latentds.core.progress import progress
 
-        self.bar = tqdm(unit=" patches", disable=not shown, file=sys.stderr)
+        self.bar = progress(total=0, desc="features", unit="patch", disable=not shown)
         self.slide, self.patches = 0, 0
 
     def advance(self, step: Step) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -29,11 +28,10 @@ class Config:
 
 def run(config: Config) -> None:
     """Fetch, and say what lies where."""
-    from tqdm import tqdm
-
+    from latentds.core.progress import progress
     from latentds.hub.fetching import fetch
 
-    with tqdm(unit="B", unit_scale=True, disable=None, file=sys.stderr) as bar:
+    with progress(total=0, desc="fetching", unit="B", unit_scale=True) as bar:
 
         def advance(done: int, total: int) -> None:
             bar.total = total

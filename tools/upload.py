@@ -29,12 +29,11 @@ class Config:
 
 def run(config: Config) -> None:
     """Upload, and say what is there."""
-    from tqdm import tqdm
-
+    from latentds.core.progress import progress
     from latentds.store.object_store import upload
 
     total = sum(p.stat().st_size for p in config.folder.rglob("*") if p.is_file())
-    with tqdm(total=total, unit="B", unit_scale=True, desc="upload", delay=1) as bar:
+    with progress(total=total, unit="B", unit_scale=True, desc="upload") as bar:
         manifest = upload(
             config.folder, config.location, config.overwrite, lambda _, size: bar.update(size)
         )

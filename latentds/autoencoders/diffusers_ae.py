@@ -102,6 +102,7 @@ def find_class(class_name: str) -> Any:
 def load_from_hub(card: AutoencoderCard) -> NetworkAutoencoder:
     """The autoencoder of a card, at its pinned revision, from the Hub or its cache."""
     assert card.repository
+    find_class(card.class_name)  # before the network is asked for what nothing here could build
     folder, revision = fetch(card)
     return wrap(load_network(folder), dataclasses.replace(card, revision=revision))
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from latentds.autoencoders.autoencoder import AutoencoderCard
 from latentds.autoencoders.tiny import shipped_records, tiny_codebook
@@ -16,6 +15,7 @@ from latentds.conversion.convert_config import ConvertConfig
 from latentds.conversion.left_out import by_region
 from latentds.conversion.patch_encoding import Encoder, sample_latents
 from latentds.conversion.region_decoding import PlanReader
+from latentds.core.progress import progress
 from latentds.errors import ContractError, InputError, ShapeError
 from latentds.quantizers.additive_fit import fit_additive, plane_range
 from latentds.quantizers.codebook_files import StoredCodebook, load_codebook, sized
@@ -196,7 +196,7 @@ def draw_sample(
     """Latents float32 (C, M) of the patches a codebook is fitted to, and how they were drawn."""
     rows, rng, drawn = draw_rows(config, reader)
     cells = max(16, MAX_SAMPLE_VALUES // (encoder.autoencoder.card.channels * len(rows)))
-    with tqdm(total=len(rows), desc="codebook", unit="patch", delay=1) as bar:
+    with progress(total=len(rows), desc="codebook", unit="patch") as bar:
         chunks = sample_chunks(reader, rows, encoder.batch)
         samples = sample_latents(encoder, chunks, cells, rng, bar.update)
     return samples, drawn

@@ -132,9 +132,9 @@ def read_headers(
     source: Source, pictures: Sequence[Picture], config: ConvertConfig
 ) -> tuple[tuple[Picture, ...], tuple[Header, ...], tuple[LeftOut, ...]]:
     """Headers of the readable pictures, and the others within the budget."""
-    from tqdm import tqdm
+    from latentds.core.progress import progress
 
-    bar = tqdm(total=len(pictures), desc="headers", unit="file", delay=1)
+    bar = progress(total=len(pictures), desc="headers", unit="file")
     outcomes: list[Header | InputError] = []
     with bar, contextlib.closing(PatchReader(source, config.workers or 8)) as reader:
         for outcome in reader.headers(pictures):

@@ -13,6 +13,7 @@ from latentds.conversion.left_out import by_region
 from latentds.conversion.prepared import Conversion
 from latentds.conversion.region_decoding import Chunk
 from latentds.conversion.shardjob import Block, ShardJob, WriterThread
+from latentds.core.progress import progress
 from latentds.errors import ContractError
 
 
@@ -48,9 +49,7 @@ def write_shards(
 
 def patches_bar(total: int, is_quiet: bool = False) -> tqdm[Any]:
     """The progress bar of a conversion."""
-    return tqdm(
-        total=total, desc="patches", unit="patch", smoothing=0.05, delay=1, disable=is_quiet
-    )
+    return progress(total=total, desc="patches", unit="patch", smoothing=0.05, disable=is_quiet)
 
 
 def encoded_blocks(

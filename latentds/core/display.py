@@ -19,6 +19,7 @@ HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}  # Unicode categories of wha
 MARKS = re.compile(r"([\\`*\[\]<>|~$])")
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
 Shown = TypeVar("Shown")
+OURS = ("latentds", "latentds_tools", "latentds_trainers")  # packages whose logs are shown
 
 
 def escaped(character: str) -> str:
@@ -67,6 +68,15 @@ class VisibleFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return lines(super().format(record))
+
+
+def start_logging(level: int) -> None:
+    """Show our own loggers from `level` on, others' from WARNING on, on standard error."""
+    logging.basicConfig(level=max(level, logging.WARNING), stream=sys.stderr)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(VisibleFormatter("%(message)s"))
+    for name in OURS:
+        logging.getLogger(name).setLevel(level)
 
 
 def markdown(text: object) -> str:

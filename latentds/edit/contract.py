@@ -12,11 +12,11 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from latentds.autoencoders import load_autoencoder
 from latentds.autoencoders.autoencoder import Autoencoder, latent_cells
 from latentds.autoencoders.cards import ALIASES, CARDS
+from latentds.core.progress import progress
 from latentds.edit.latent_files import LatentFiles
 from latentds.edit.layouts import ForeignPatch, ListingOptions
 from latentds.errors import (
@@ -235,7 +235,7 @@ def fit_to_sample(
     channels, rows, columns = files.shape  # of floats, which are never records
     cells = min(rows * columns, max(16, MAX_SAMPLE_VALUES // (channels * count)))
     samples = np.empty((channels, count * cells), np.float32)
-    for place, number in enumerate(tqdm(drawn, desc="codebook", delay=1, disable=None)):
+    for place, number in enumerate(progress(drawn, desc="codebook")):
         values = files.latents(members[number]).reshape(channels, -1)
         part = slice(place * cells, (place + 1) * cells)
         samples[:, part] = values[:, rng.permutation(rows * columns)[:cells]]

@@ -13,10 +13,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from tqdm import tqdm
 
 from latentds.core.canonical_json import canonical_json
 from latentds.core.display import csv_cell
+from latentds.core.progress import progress
 from latentds.core.storage import write_atomically
 from latentds.edit.filenames import patch_path
 from latentds.edit.outputs import local_folder, new_folder
@@ -42,7 +42,7 @@ def blocks(shards: ShardSet, splits: Sequence[str]) -> Iterator[tuple[str, np.nd
     """Rows of the splits in their stored order, so many at a time, with a progress bar."""
     ranges = [(split, *shards.patch_range(split)) for split in splits]
     total = sum(end - first for _, first, end in ranges)
-    with tqdm(total=total, desc="patches", unit="patch", delay=1, disable=None) as bar:
+    with progress(total=total, desc="patches", unit="patch") as bar:
         for split, first, end in ranges:
             for start in range(first, end, BLOCK_PATCHES):
                 rows = np.arange(start, min(start + BLOCK_PATCHES, end))

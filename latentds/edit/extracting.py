@@ -13,10 +13,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from latentds.autoencoders.autoencoder import Autoencoder
 from latentds.core.display import csv_cell
+from latentds.core.progress import progress
 from latentds.core.storage import exclusive_lock, naming, write_atomically
 from latentds.edit.exporting import TABLE, sources_of
 from latentds.edit.filenames import patch_path
@@ -128,7 +128,7 @@ def write_pictures(
     """Write what is not there yet, then the table of all; counts of both."""
     lines, counts = [], {"written": 0, "found": 0}
     total = sum(len(rows) for rows in chosen.values())
-    with tqdm(total=total, desc="pictures", unit="picture", delay=1, disable=None) as bar:
+    with progress(total=total, desc="pictures", unit="picture") as bar:
         for split, rows in named_blocks(chosen):
             known = read_rows(shards, split, rows)
             paths = [picture_path(shards, row, len(chosen) > 1, picture_format) for row in known]

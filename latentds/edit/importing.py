@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from latentds.autoencoders.autoencoder import Autoencoder
 from latentds.core.metrics import Distortion
+from latentds.core.progress import progress
 from latentds.core.storage import write_atomically
 from latentds.edit.contract import Identity, ImportOptions, decide, identify
 from latentds.edit.latent_files import LatentFiles
@@ -83,7 +84,7 @@ def write_shards(
     """Write the shards of every split; returns what quantizing did."""
     loss, contract = Distortion(), composer.contract
     total = sum(len(patches) for patches in ordered.values())
-    with tqdm(total=total, desc="patches", unit="patch", delay=1, disable=None) as bar:
+    with progress(total=total, desc="patches", unit="patch") as bar:
         for split, patches in ordered.items():
             packs = read_packs(files, patches, contract, options.pack_size, loss, bar)
             composer.add_packs(split, contract, packs, options.shard_bytes)

@@ -12,8 +12,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
-from tqdm import tqdm
 
+from latentds.core.progress import progress
 from latentds.core.storage import READ_BYTES, naming, rename_durably, sha256_file, write_atomically
 from latentds.edit.outputs import local_folder, new_data_set
 from latentds.errors import DamagedPackError, FormatError, InputError
@@ -69,7 +69,7 @@ def check_distinct(sets: Sequence[ShardSet]) -> None:
 def key_hashes(shards: ShardSet) -> np.ndarray:
     """64-bit hashes of all patches' keys, uint64 (N,): 8 bytes a patch instead of a name."""
     hashes = np.zeros(len(shards), np.uint64)
-    for pack in tqdm(range(len(shards.packs)), desc="keys", unit="pack", delay=1, disable=None):
+    for pack in progress(range(len(shards.packs)), desc="keys", unit="pack"):
         first = int(shards.first_patch[pack])
         keys = shards.pack_columns(pack)["key"]
         digests = b"".join(hashlib.blake2b(key.encode(), digest_size=8).digest() for key in keys)
@@ -96,7 +96,7 @@ def copy_shards(composer: Composer, sets: Sequence[ShardSet]) -> None:
     """Copy every shard of every split, the first set's first."""
     total = sum(shard.bytes for shards in sets for shard in shards.manifest.shards)
     splits = sorted({shard.split for shards in sets for shard in shards.manifest.shards})
-    with tqdm(total=total, desc="shards", unit="B", unit_scale=True, delay=1, disable=None) as bar:
+    with progress(total=total, desc="shards", unit="B", unit_scale=True) as bar:
         for split in splits:
             for shards in sets:
                 for number, record in enumerate(shards.manifest.shards):

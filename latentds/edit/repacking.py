@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm import tqdm
 
+from latentds.core.progress import progress
 from latentds.core.storage import write_atomically
 from latentds.edit.outputs import local_folder, new_data_set
 from latentds.edit.recoding import Recoder, Recoding
@@ -101,7 +102,7 @@ def repack(
         if recoder:
             contracts = [recoder.contract] * len(contracts)
         composer = Composer(out, contracts[0], manifest.classes)  # a head knows their numbers
-        with tqdm(total=len(kept), desc="patches", unit="patch", delay=1, disable=None) as bar:
+        with progress(total=len(kept), desc="patches", unit="patch") as bar:
             for stretch in stretches:
                 packs = read_packs(shards, columns, stretch, options, bar)
                 if recoder:

@@ -20,6 +20,7 @@ from latentds.conversion.converting import convert
 from latentds.conversion.given import Given, checked, spread
 from latentds.conversion.patch_encoding import choose_device
 from latentds.conversion.spool import RECORDS, Spool, SpooledPatches
+from latentds.core.extras import check_extras
 from latentds.edit.merging import merge
 from latentds.edit.outputs import check_apart, refuse_foreign
 from latentds.errors import InputError, ShapeError
@@ -80,6 +81,7 @@ class Writer:
         refuse_foreign(self.out, SIDECARS)
         refuse_finished(self.out, spool, overwrite)
         choose_device(self.config.device)
+        check_extras("Writer", self.config)
         self.autoencoder: Autoencoder
         if isinstance(autoencoder, str | os.PathLike):
             self.autoencoder = load_autoencoder(autoencoder)

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from latentds.autoencoders.autoencoder import Autoencoder
+from latentds.core.progress import progress
 from latentds.errors import InputError, unknown_name
 from latentds.loading.collate import check_codes
 from latentds.loading.decoding import Decode, Decoder, check_decode, find_autoencoder
@@ -114,7 +114,7 @@ class LatentArray:
         """All codes, read in blocks."""
         shape = self.shards.manifest.contract.codes_shape
         codes = torch.empty((len(rows), *shape), dtype=torch.uint8, device=self.device)
-        for start in tqdm(
+        for start in progress(
             range(0, len(rows), BLOCK_PATCHES), desc="loading", unit="block", disable=None
         ):
             part = rows[start : start + BLOCK_PATCHES]

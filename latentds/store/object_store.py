@@ -65,7 +65,7 @@ def download(location: str, folder: Path) -> Path:
 
     raises  InputError where nothing lies there, or a name leads out of the folder
     """
-    from tqdm import tqdm
+    from latentds.core.progress import progress
 
     filesystem, root = open_location(location)
     try:
@@ -74,7 +74,7 @@ def download(location: str, folder: Path) -> Path:
         if not names:
             raise InputError(f"{shown(location)}: no files there")
         total = sum(int(info["size"]) for info in names.values())
-        with tqdm(total=total, unit="B", unit_scale=True, desc="fetching", delay=1) as bar:
+        with progress(total=total, unit="B", unit_scale=True, desc="fetching") as bar:
             for name, info in sorted(names.items()):
                 fetch(filesystem, f"{root}/{name}", folder / inside(name, location), info["size"])
                 bar.update(int(info["size"]))

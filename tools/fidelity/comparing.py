@@ -40,14 +40,14 @@ def compare(config: Config) -> tuple[dict[str, Any], dict[str, bytes]]:
 
 def measure_rows(job: FidelityJob) -> list[Measured]:
     """Every row, in the plan's order; those kept from a run before are not measured again."""
-    from tqdm import tqdm
+    from latentds.core.progress import progress
 
     out, images = job.config.out, job.crops.images
     kept = KeptRows(out / "rows" if out else None)
     originals = MeasuredOriginals(images, job.plan.embedders)
     done: dict[str, Measured] = {}
     # Each crop counts twice: encoded, and decoded and compared.
-    with tqdm(total=2 * len(job.plan.rows) * len(images), unit="crop", delay=1) as bar:
+    with progress(total=2 * len(job.plan.rows) * len(images), unit="crop") as bar:
         for spec in job.plan.in_working_order():
             bar.set_description(spec.text[-24:])
             facts = facts_of(job, spec)

@@ -26,7 +26,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TypeVar
 
-from latentds.core.display import VisibleFormatter, say
+from latentds.core.display import say, start_logging
+from latentds.core.extras import check_extras
 from latentds.errors import LatentdsError
 
 STOPPED = 128 + signal.SIGTERM  # exit code, as a shell tells it
@@ -57,10 +58,9 @@ def launch(
     settings = parse(config, words, description=about, usual=usual, examples=examples)
     rank = int(os.environ.get("RANK", "0"))
     level = logging.INFO if rank == 0 else logging.ERROR
-    logging.basicConfig(level=level, stream=sys.stderr)
-    for handler in logging.getLogger().handlers:
-        handler.setFormatter(VisibleFormatter("%(message)s"))
+    start_logging(level)
     try:
+        check_extras(config.__module__.split(".")[-2], settings)
         main(settings)
     except LatentdsError as error:
         tell(error, rank)

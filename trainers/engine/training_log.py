@@ -30,15 +30,13 @@ class TrainingLog:
     def __init__(
         self, out: Path, *, step: int, steps: int, seconds: float, images: int, tensorboard: bool
     ) -> None:
-        from tqdm import tqdm
+        from latentds.core.progress import progress
 
         self.path, self.images = out / "log.jsonl", images
         self.samples = out / "samples"
         cut_lines_beyond(self.path, step)
         self.events = open_events(out / "tensorboard", step) if tensorboard else None
-        self.progress = tqdm(
-            total=steps, initial=step, disable=None, dynamic_ncols=True, unit="step"
-        )
+        self.progress = progress(total=steps, initial=step, desc="training", unit="step")
         self.started = time.perf_counter() - seconds
         self.last_step, self.last_seconds = step, seconds
 

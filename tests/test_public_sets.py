@@ -111,6 +111,7 @@ def test_the_default_config_of_a_card_wins_and_what_it_leaves_is_told(tmp_path, 
         ("[{split: a, path: 'x*'}]", ["d/x0.tar"], None),
         ("[{split: a}]", ["x0.tar"], None),
         ("7", ["x0.tar"], None),
+        ("[{split: [[a]], path: x0.tar}]", ["x0.tar"], {"x0.tar": "train"}),
     ],
 )
 def test_data_files_are_read_as_the_hub_reads_them(tmp_path, files, paths, expected):
@@ -125,6 +126,7 @@ def test_data_files_are_read_as_the_hub_reads_them(tmp_path, files, paths, expec
         ("- {config_name: a, data_files: x}\n- {config_name: b, data_files: x}", "none is the def"),
         ("- data_files: {a: x, b: x}", "x is in split a and in b"),
         ("- [", "no YAML"),
+        (f"- data_files: '{'*a' * 9}'", "over 8 wildcards"),
     ],
 )
 def test_cards_that_could_mean_several_things_are_refused(tmp_path, configs, message):

@@ -13,6 +13,7 @@ from latentds.sources.slide_names import some
 
 CARD = "README.md"
 MAX_CARD_BYTES = 1 << 20
+MAX_WILD = 8  # wildcards of a pattern
 FRONT_MATTER = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?\n)---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 WILD = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
 
@@ -73,7 +74,7 @@ def read_configs(card: Path) -> tuple[dict[str, Patterns], str]:
         ) from error
     configs = said.get("configs") if isinstance(said, dict) else None
     own = [config for config in configs or () if isinstance(config, dict)]
-    named = {str(config.get("config_name", "default")): config for config in own}
+    named = {text_of(config.get("config_name"), "default"): config for config in own}
     default = next((name for name, config in named.items() if config.get("default")), "default")
     return {name: patterns_of(config.get("data_files")) for name, config in named.items()}, default
 
@@ -83,15 +84,20 @@ def patterns_of(data_files: Any) -> Patterns:
     if isinstance(data_files, Mapping):
         pairs: Iterable[tuple[Any, Any]] = data_files.items()
     elif isinstance(data_files, list) and all(isinstance(part, dict) for part in data_files):
-        pairs = [(part.get("split", "train"), part.get("path")) for part in data_files]
+        pairs = [(part.get("split"), part.get("path")) for part in data_files]
     else:
         pairs = [("train", data_files)]
     found: Patterns = {}
     for split, globs in pairs:
         texts = [glob for glob in (globs if isinstance(globs, list) else [globs])
                  if isinstance(glob, str)]  # fmt: skip
-        found.setdefault(str(split), []).extend(texts)
+        found.setdefault(text_of(split, "train"), []).extend(texts)
     return found
+
+
+def text_of(value: Any, default: str) -> str:
+    """A name or number as text; a list that YAML's aliases blow up is never printed."""
+    return str(value) if isinstance(value, (str, int, float)) else default
 
 
 def match_files(patterns: Patterns, paths: Sequence[str], inside: str) -> dict[str, str]:
@@ -113,4 +119,8 @@ def match_files(patterns: Patterns, paths: Sequence[str], inside: str) -> dict[s
 def glob_regex(glob: str) -> re.Pattern[str]:
     """A glob of the Hub's as a regular expression: ** crosses folders, * and ? do not."""
     parts = re.split(r"(\*\*/|\*\*|\*|\?)", glob.removeprefix("./"))
+    if len(parts) > 2 * MAX_WILD + 1:  # each wildcard multiplies what a name may cost
+        raise InputError(
+            f"{CARD}: the pattern {glob[:100]!r} has over {MAX_WILD} wildcards; mend it"
+        )
     return re.compile("".join(WILD.get(part) or re.escape(part) for part in parts))

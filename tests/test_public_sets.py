@@ -4,6 +4,7 @@ Where a layout comes from stands beside what writes it.
 """
 
 import json
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +96,8 @@ def test_the_default_config_of_a_card_wins_and_what_it_leaves_is_told(tmp_path, 
     write_tcga_ut(tmp_path / "in")
     external = tmp_path / "in/data/dataset_external_train_part000.tar"
     external.write_bytes((tmp_path / "in/data/dataset_internal_test_part000.tar").read_bytes())
+    notes = listed(tmp_path / "in/data")[1].notes
+    assert any(note.startswith("1 pictures of named slides are in several arch") for note in notes)
     (tmp_path / "in/README.md").write_text(TCGA_UT)
     _, found = listed(tmp_path / "in" / inside)
     assert sorted(picture.split for picture in found.pictures) == ["test", "train", "val"]
@@ -530,3 +533,12 @@ def test_names_that_hugging_face_keeps_beside_the_bytes_tell_slide_and_place(tmp
         (None, None, "test"),
         (None, None, "test"),
     ]
+
+
+def test_an_array_is_read_by_a_source_that_was_sent_elsewhere(tmp_path):
+    write_pcam(tmp_path / "in")
+    source, found = listed(tmp_path / "in")
+    there = pickle.loads(pickle.dumps(source))
+    here = [source.file(picture).read() for picture in found.pictures]
+    assert [there.file(picture).read() for picture in found.pictures] == here
+    assert len(set(here)) == 9

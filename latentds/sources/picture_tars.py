@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
@@ -65,7 +66,22 @@ class PictureTars(PictureFiles):
             )
         check_names(self.root, [picture.source for picture in pictures])
         notes = (*archives.notes, *note_columns(self.unused))
-        return self.named(Listing(tuple(pictures), self.ignored, self.ignored_example, notes))
+        found = self.named(Listing(tuple(pictures), self.ignored, self.ignored_example, notes))
+        return dataclasses.replace(found, notes=(*found.notes, *self.note_twice(found.pictures)))
+
+    def note_twice(self, pictures: Sequence[Picture]) -> tuple[str, ...]:
+        """That pictures of named slides stand in several archives by one name, for people."""
+        splits: dict[tuple[str | None, str], list[str]] = {}
+        for picture in pictures:
+            if picture.slide is not None:
+                name = picture.source.removeprefix(f"{self.archive_of(picture)}/")
+                splits.setdefault((picture.slide, name), []).append(picture.split)
+        twice = [own for own in splits.values() if len(own) > 1]
+        if not twice:
+            return ()
+        apart = sum(len(set(own)) > 1 for own in twice)
+        return (f"{len(twice):,} pictures of named slides are in several archives by one name, "
+                f"{apart:,} of them in several splits: perhaps the same",)  # fmt: skip
 
     def samples(self, archive: str, split: str) -> Iterator[Picture]:
         """The pictures of an archive, in its order."""
@@ -125,9 +141,12 @@ class PictureTars(PictureFiles):
 
     def file(self, picture: Picture) -> BinaryIO:
         assert picture.span is not None  # `samples` gave it one
+        return open_member(self.root / self.archive_of(picture), picture.span)
+
+    def archive_of(self, picture: Picture) -> str:
+        """The archive that a picture is in."""
         above = (str(folder) for folder in PurePosixPath(picture.source).parents)
-        archive = next(path for path in above if path in self.archives)
-        return open_member(self.root / archive, picture.span)
+        return next(path for path in above if path in self.archives)
 
 
 def stem_of(name: str) -> str:

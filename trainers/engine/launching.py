@@ -60,7 +60,9 @@ def launch(
     level = logging.INFO if rank == 0 else logging.ERROR
     start_logging(level)
     try:
-        check_extras(config.__module__.split(".")[-2], settings)
+        check_extras(
+            config.__module__.rpartition(".")[0].rpartition(".")[2], settings
+        )  # its folder
         main(settings)
     except LatentdsError as error:
         tell(error, rank)

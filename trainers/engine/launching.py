@@ -60,7 +60,8 @@ def launch(
     level = logging.INFO if rank == 0 else logging.ERROR
     start_logging(level)
     try:
-        check_extras(config.__module__.split(".")[-2], settings)
+        recipe = config.__module__.rpartition(".")[0].rpartition(".")[2]  # its folder's name
+        check_extras(recipe, settings)
         main(settings)
     except LatentdsError as error:
         tell(error, rank)

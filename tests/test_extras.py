@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -50,6 +51,20 @@ def test_all_that_is_missing_is_one_line(command, settings, message):
 @pytest.mark.parametrize("command", sorted(COMMANDS.keys() - NEEDS.keys()))
 def test_other_commands_need_nothing(command):
     check_extras(command, SimpleNamespace(autoencoder="tiny", engine="local", embedder=None))
+
+
+@pytest.mark.usefixtures("base")
+def test_slides_are_not_always_files_of_openslide():
+    check_extras("extract", SimpleNamespace(slides=Path("names.txt")))
+    check_extras("bench features", SimpleNamespace(slides=4))
+    with pytest.raises(MissingExtraError, match=r"openslide-python.*\[slides\]"):
+        check_extras("convert", SimpleNamespace(slides=Path("slides"), assume_mpp=None))
+
+
+@pytest.mark.usefixtures("base")
+@pytest.mark.parametrize("settings", [{"dry_run": True}, {"latent_id": "sha256:" + "0" * 64}])
+def test_an_autoencoder_that_is_not_built_needs_nothing(settings):
+    check_extras("convert", SimpleNamespace(autoencoder="sd15", **settings))
 
 
 def test_tables_name_commands_recipes_and_extras_that_are_there():

@@ -74,7 +74,8 @@ def wanted(command: str, config: object) -> Iterator[tuple[str, str]]:
     for extra, modules in NEEDS.get(command, {}).items():
         yield from ((module, extra) for module in modules)
     autoencoder = str(told("autoencoder") or "")
-    if autoencoder.startswith(BUILT_BY_DIFFUSERS) and not Path(autoencoder).exists():
+    is_built = not (told("dry_run") or told("latent_id"))  # else its card or its identity will do
+    if is_built and autoencoder.startswith(BUILT_BY_DIFFUSERS) and not Path(autoencoder).exists():
         yield "diffusers", "autoencoders"
     extra = "embedders" if command in ("features", "bench features") else "evaluate"
     for name in names_of(told("embedder")):
@@ -85,7 +86,7 @@ def wanted(command: str, config: object) -> Iterator[tuple[str, str]]:
         yield "tensorboard", "train"
     if told("heat_maps") or told("heat_map_slides"):
         yield "matplotlib", "evaluate"
-    if told("preset") == "paper" or told("slides"):
+    if told("assume_mpp") or told("preset") == "paper" or has_coordinates(config):
         yield "openslide", "slides"
     for name in ("source", "out", "data", "folder", "location"):
         if str(told(name) or "").startswith(("s3:/",)):
@@ -95,6 +96,11 @@ def wanted(command: str, config: object) -> Iterator[tuple[str, str]]:
     if command == "sampath":
         is_unet = told("model") == "unet"
         yield ("segmentation_models_pytorch" if is_unet else "transformers"), "evaluate"
+
+
+def has_coordinates(config: object) -> bool:
+    """Whether patches are cut from a job's slides; `extract --slides` is a list, others a count."""
+    return hasattr(config, "assume_mpp") and isinstance(getattr(config, "slides", None), Path)
 
 
 def names_of(value: Any) -> list[str]:

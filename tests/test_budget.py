@@ -83,9 +83,10 @@ def test_a_fast_machine_gives_no_less(monkeypatch):
 
 def test_the_limit_grows_with_the_machines_slowness_and_with_modules(monkeypatch):
     monkeypatch.setattr(budget, "slowness", lambda: 3.0)
-    assert budget.allowance(0) == 3 * budget.CPU_SECONDS
-    more = 3 * budget.CPU_SECONDS_A_MODULE * 100
-    assert budget.allowance(100) == pytest.approx(3 * budget.CPU_SECONDS + more)
+    slow = 3 * budget.MARGIN
+    assert budget.allowance(0) == slow * budget.CPU_SECONDS
+    more = slow * budget.CPU_SECONDS_A_MODULE * 100
+    assert budget.allowance(100) == pytest.approx(slow * budget.CPU_SECONDS + more)
 
 
 def test_a_thread_that_is_left_fails_the_test(run):

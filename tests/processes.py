@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import resource
 import signal
+import sys
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
@@ -55,4 +56,5 @@ def answer(connection: Connection, function: Callable[..., Any], args: tuple[Any
 def limit_file_size(size: int) -> None:
     """Let this process write no larger file: what a full disk does, as far as a write is told."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    sys.dont_write_bytecode = True  # a cut .pyc would end every later process that imports it
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))

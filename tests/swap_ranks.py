@@ -7,10 +7,9 @@ from pathlib import Path
 import torch
 from torch.nn.functional import cross_entropy
 
-from latentds import LatentLoader
-from tests.loaders import grouped
+from latentds import LatentLoader, Order
 
-OPTIONS = {"batch_size": 4, "shuffle": True, "last": "drop"}
+OPTIONS = {"batch_size": 4, "shuffle": True, "order": Order(last="drop")}
 
 
 def under_accelerate(folder: str, out: Path) -> None:
@@ -18,7 +17,7 @@ def under_accelerate(folder: str, out: Path) -> None:
 
     accelerator = Accelerator(cpu=True)
     network = torch.nn.Linear(3 * 64 * 64, 2)
-    loader = LatentLoader(folder, **grouped(device=accelerator.device, **OPTIONS))
+    loader = LatentLoader(folder, device=accelerator.device, **OPTIONS)
     network, prepared = accelerator.prepare(network, loader)
     assert prepared is loader
     rows = []
@@ -38,7 +37,7 @@ def under_lightning(folder: str, out: Path) -> None:
             self.network, self.rows = torch.nn.Linear(3 * 64 * 64, 2), []
 
         def train_dataloader(self):
-            return LatentLoader(folder, **grouped(**OPTIONS))
+            return LatentLoader(folder, **OPTIONS)
 
         def training_step(self, batch, _):
             self.rows += batch.rows.tolist()

@@ -410,7 +410,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):
     ended = subprocess.run(
         command,
         cwd=ROOT,
-        env=os.environ | VARIABLES,
+        env=os.environ | VARIABLES | {"PYTHONDONTWRITEBYTECODE": "1"},  # none is cut either
         capture_output=True,
         text=True,
         preexec_fn=limit,

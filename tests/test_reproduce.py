@@ -112,7 +112,9 @@ def config_class(module: ModuleType) -> type:
     (found,) = [
         value
         for value in vars(module).values()
-        if dataclasses.is_dataclass(value) and value.__module__ == module.__name__
+        if dataclasses.is_dataclass(value)
+        and value.__module__ == module.__name__
+        and value.__name__.endswith("Config")
     ]
     return found
 
@@ -122,8 +124,9 @@ def call(part: str, words: list[str]) -> None:
     if part in RECIPES:
         import tyro
 
-        module = importlib.import_module(f"latentds_trainers.{part}")
-        module.main(tyro.cli(config_class(module), args=words))
+        config = importlib.import_module(f"latentds_trainers.{part}.config")
+        recipe = importlib.import_module(f"latentds_trainers.{part}.__main__")
+        recipe.main(tyro.cli(config_class(config), args=words))
         return
     from latentds_tools import cli
 

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import resource
+import sys
 
 import pytest
 import torch
@@ -18,11 +19,13 @@ from latentds.loading.loader import LatentLoader
 def room_for(size: int):
     """Files that may grow to `size`, of which shared memory is one; workers inherit it."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    writes, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # a cut .pyc would stay
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        sys.dont_write_bytecode = writes
 
 
 def test_shared_memory_that_is_too_small_raises_and_names_the_remedy(shared_dataset):

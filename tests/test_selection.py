@@ -7,6 +7,7 @@ from latentds.errors import InputError, LatentdsError, UnknownNameError
 from latentds.loading.array import LatentArray
 from latentds.loading.bags import SlideBags
 from latentds.loading.dataset import LatentDataset
+from latentds.loading.loader import LatentLoader
 from latentds.loading.mixture import Mixture
 from latentds.loading.options import Select
 from latentds.loading.selection import patient_of, select_rows, split_patients
@@ -250,3 +251,16 @@ def test_labels_take_the_numbers_that_a_head_was_trained_with(shared_dataset):
 def test_numbers_that_cannot_be_labels_are_refused(shared_dataset, numbers, words):
     with pytest.raises(InputError, match=words):
         LatentDataset(shared_dataset, select=Select(class_to_idx=numbers))
+
+
+@pytest.mark.parametrize("reader", [LatentDataset, LatentLoader, LatentArray, SlideBags])
+def test_a_condition_outside_its_group_is_answered_with_the_group(shared_dataset, reader):
+    with pytest.raises(TypeError, match=r"select='x > 5': pass select=Select\(\.\.\.\)"):
+        reader(shared_dataset, select="x > 5")
+
+
+def test_options_of_the_decoder_outside_their_group_are_answered_with_it(shared_dataset):
+    with pytest.raises(TypeError, match=r"pass decoding=Decode"):
+        LatentLoader(shared_dataset, decode="codes", decoding={"compile": True})
+    with pytest.raises(TypeError, match=r"pass order=Order"):
+        LatentLoader(shared_dataset, order="drop")

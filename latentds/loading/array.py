@@ -18,7 +18,7 @@ from latentds.errors import InputError, unknown_name
 from latentds.loading.collate import check_codes
 from latentds.loading.decoding import Decode, Decoder, check_decode, find_autoencoder
 from latentds.loading.mixture import Vocabulary
-from latentds.loading.options import Select
+from latentds.loading.options import Select, check_group
 from latentds.loading.selection import select_rows
 from latentds.quantizers.lookup import Integers, make_integers
 from latentds.store.cache import CacheConfig
@@ -64,6 +64,7 @@ class LatentArray:
         cache: CacheConfig | None = None,
     ) -> None:
         check_decode(decode)
+        check_group(select, Select, "select")
         self.shards, self.device, self.decode = (
             ShardSet(folder, cache=cache, reads_parts=select != Select()),
             torch.device(device),

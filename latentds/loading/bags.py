@@ -26,7 +26,7 @@ from latentds.loading.decoding import (
     find_autoencoder,
 )
 from latentds.loading.mixture import Vocabulary
-from latentds.loading.options import Select
+from latentds.loading.options import Select, check_group
 from latentds.loading.selection import select_rows
 from latentds.quantizers.lookup import Integers, make_integers
 from latentds.store.cache import CacheConfig
@@ -105,6 +105,7 @@ class SlideBags(Dataset[Bag]):
         if max_patches is not None and max_patches < 1:
             raise ValueError(f"max_patches={max_patches}; at least 1")
         check_decode(decode, DECODES[:3])
+        check_group(select, Select, "select")
         self.shards = ShardSet(folder, check_codes, cache=cache, reads_parts=True)
         self.vocabulary = Vocabulary([self.shards], select.class_to_idx)
         self.max_patches, self.seed, self.columns = max_patches, seed, tuple(columns)

@@ -24,7 +24,7 @@ from latentds.loading.batch import Batch
 from latentds.loading.batching import Batching
 from latentds.loading.collate import Collator
 from latentds.loading.mixture import Mixture
-from latentds.loading.options import Order, Select
+from latentds.loading.options import Order, Select, check_group
 from latentds.loading.sampling import (
     BALANCED,
     BalancedSampler,
@@ -91,6 +91,8 @@ class LatentDataset(IterableDataset[Batch]):
         select: Select = Select(),
         order: Order = Order(),
     ) -> None:
+        check_group(select, Select, "select")
+        check_group(order, Order, "order")
         balance = select.balance
         if decode not in ("codes", "latents", "stored"):
             raise ValueError(

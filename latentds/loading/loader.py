@@ -22,7 +22,7 @@ from latentds.loading.batch import Batch
 from latentds.loading.dataset import LatentDataset, check_bad
 from latentds.loading.decoding import Decode, Decoder, check_decode, find_autoencoder
 from latentds.loading.mixture import Mixture
-from latentds.loading.options import Order, Select, Workers
+from latentds.loading.options import Order, Select, Workers, check_group
 from latentds.loading.stage import CopyLanes, CudaLanes, DecodeStage
 from latentds.loading.transfers import Transfer, Transfers
 from latentds.loading.transform_checks import Watched
@@ -95,6 +95,7 @@ class LatentLoader:
         if normalize and decode != "latents":
             raise ValueError(f"normalize= is for decode='latents', not decode={decode!r}")
         check_views(views, decode)
+        check_group(decoding, Decode, "decoding")
         if autoencoder is not None and decoder is not None:
             raise ValueError("autoencoder= and decoder= both name what decodes; pass one of them")
         self.dataset = LatentDataset(

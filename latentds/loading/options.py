@@ -6,6 +6,12 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 
+def check_group(value: object, kind: type[object], name: str) -> None:
+    """TypeError where a group of options is not given as one, `select="x > 5"` for example."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name}={value!r}: pass {name}={kind.__name__}(...), as its help has it")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Select:
     """Which patches of a split, and how often each is drawn.

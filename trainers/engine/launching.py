@@ -55,7 +55,9 @@ def launch(
 
     words = without_local_rank(sys.argv[1:])
     about, examples = parted(description or "")
-    settings = parse(config, words, description=about, usual=usual, examples=examples)
+    # The file that a launcher runs would stand there else.
+    name = None if config.__module__ == "__main__" else config.__module__.removesuffix(".config")
+    settings = parse(config, words, prog=name, description=about, usual=usual, examples=examples)
     rank = int(os.environ.get("RANK", "0"))
     level = logging.INFO if rank == 0 else logging.ERROR
     start_logging(level)

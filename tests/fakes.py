@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import time
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -101,11 +102,26 @@ def can_go_on(lane: FakeLane) -> bool:
     return kind != "wait" or what["occurred"]
 
 
-class SlowAutoencoder(MeanAutoencoder):
-    """The mean, a while later: time to kill somebody."""
+class HeldAutoencoder(MeanAutoencoder):
+    """The mean, slow until the file `gate` is there; after `images` a process waits for it."""
+
+    PATIENCE_S = 400.0  # another worker may need minutes to import torch on a loaded machine
+    PACE_S = 0.4  # a batch: a block of 16 takes longer than a journal waits for its next line
+
+    def __init__(self, gate: Path, images: int) -> None:
+        super().__init__()
+        self.gate, self.images, self.seen = gate, images, 0
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state | {"seen": 0})  # another process counts for itself
 
     def encode(self, images: Tensor) -> Tensor:
-        time.sleep(0.1)
+        self.seen += len(images)
+        deadline = time.monotonic() + self.PATIENCE_S
+        if not self.gate.exists():
+            time.sleep(self.PACE_S)
+        while self.seen > self.images and not self.gate.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
         return super().encode(images)
 
 

@@ -18,12 +18,13 @@ from latentds.conversion.converting import convert
 from latentds.errors import InputError, TooManyBadSamplesError
 from latentds.store.format import MANIFEST
 from tests.conftest import convert_with_mean, save_pictures
-from tests.fakes import DeadlyAutoencoder, MeanAutoencoder, SlowAutoencoder
+from tests.fakes import DeadlyAutoencoder, HeldAutoencoder, MeanAutoencoder
 from tests.test_convert import data_bytes
 from tests.test_convert_bad_input import spoil_truncated
 
 ROOT = Path(__file__).parents[1]
 SPLITS = ("a", "b", "c", "d")  # a shard each
+HELD = 300  # patches: a block of 256 is durable, the second not written
 OPTIONS = {
     **{"fit_patches": 16, "encode_batch": 16, "device": "cpu", "workers": 1, "pack_size": 64},
     **{"tile": True, "patch_size": 32},
@@ -87,7 +88,7 @@ def unbroken(source: Path, out: Path, **options) -> dict[str, bytes]:
 
 def wait_for_blocks(out: Path, shards: int) -> None:
     """Return once so many shards have durable blocks."""
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + HeldAutoencoder.PATIENCE_S
     work = workdir.WorkFolder(out)
     while time.monotonic() < deadline:
         found = [workdir.look_at_journal(work.journal_path(f"data/{s}-000000.tar")) for s in SPLITS]
@@ -115,14 +116,18 @@ def test_a_real_encoder_gives_the_same_bytes_in_workers(cluster, pictures, tmp_p
 @pytest.mark.slow
 def test_a_node_killed_in_the_middle_changes_no_byte(cluster, table, tmp_path, caplog):
     caplog.set_level(logging.WARNING)
+    gate = tmp_path / "gate"
 
     def kill():
-        wait_for_blocks(tmp_path / "ray", 2)
-        cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
+        try:
+            wait_for_blocks(tmp_path / "ray", 2)
+            cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
+        finally:
+            gate.touch()
 
     killer = threading.Thread(target=kill)
     killer.start()
-    on_ray(cluster, table, tmp_path / "ray", SlowAutoencoder())
+    on_ray(cluster, table, tmp_path / "ray", HeldAutoencoder(gate, HELD))
     killer.join()
     assert not cluster.worker_nodes and "a worker was lost" in caplog.text
     assert data_bytes(tmp_path / "ray") == unbroken(table, tmp_path / "local")
@@ -133,9 +138,10 @@ def test_a_killed_driver_resumes_by_the_same_command(cluster, table, tmp_path, c
     caplog.set_level(logging.INFO)
     script = (
         "from pathlib import Path; from types import SimpleNamespace;"
-        "from tests.fakes import SlowAutoencoder; from tests.test_ray import on_ray;"
+        "from tests.fakes import HeldAutoencoder; from tests.test_ray import on_ray;"
         f"on_ray(SimpleNamespace(address={cluster.address!r}), Path({str(table)!r}),"
-        f" Path({str(tmp_path / 'ray')!r}), SlowAutoencoder())"
+        f" Path({str(tmp_path / 'ray')!r}),"
+        f" HeldAutoencoder(Path({str(tmp_path / 'never')!r}), {HELD}))"
     )
     driver = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL)
     try:

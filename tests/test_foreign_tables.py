@@ -67,6 +67,18 @@ def test_a_parquet_table_is_a_table_like_any(tmp_path):
     assert found.columns == ("slide", "patient") and found.values("patient") == ["1", ""]
 
 
+def test_a_parquet_table_that_unpacks_to_much_is_refused_unread(tmp_path, monkeypatch):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = pa.table({"slide": pa.nulls(100_000), "label": pa.nulls(100_000)})
+    pq.write_table(rows, tmp_path / "t.parquet")
+    assert (tmp_path / "t.parquet").stat().st_size < 2000
+    monkeypatch.setattr("latentds.sources.csv_tables.MAX_CELLS", 199_999)
+    with pytest.raises(InputError, match=r"t.parquet: 100,000 rows of 2 columns.*at most 199,999"):
+        read_table(tmp_path / "t.parquet")
+
+
 def test_places_as_pandas_and_excel_write_them(tmp_path):
     save_pictures(tmp_path, 2)
     text = "path;x;y;mpp;slide\np000.png;64.0;0.0;0,25;12.0\np001.png;128.0;0.0;0,5;\n"

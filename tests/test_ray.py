@@ -54,8 +54,9 @@ def nodes():
 
     sizes = {"num_cpus": 1, "object_store_memory": 100 << 20}
     # A node that is lost is missed after seconds, not half a minute.
-    health = {"health_check_period_ms": 500, "health_check_failure_threshold": 4}
-    head = sizes | {"include_dashboard": False, "_system_config": health}
+    system = {"health_check_period_ms": 500, "health_check_failure_threshold": 4}
+    system["worker_niceness"] = 0  # Ray's 15 would let other tests of a busy machine go first
+    head = sizes | {"include_dashboard": False, "_system_config": system}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
         cluster.add_node(**sizes)
@@ -195,7 +196,8 @@ def test_ray_killing_for_memory_is_told_as_such(pictures, tmp_path):
     pytest.importorskip("ray")
     script = (
         "import ray, sys; from pathlib import Path; from types import SimpleNamespace;"
-        "limits = {'memory_usage_threshold': 0.01, 'memory_monitor_refresh_ms': 100};"
+        "limits = {'memory_usage_threshold': 0.01, 'memory_monitor_refresh_ms': 100,"
+        " 'worker_niceness': 0};"
         "ray.init('local', num_cpus=1, include_dashboard=False, _system_config=limits);"
         "from tests.test_ray import on_ray; source, out = map(Path, sys.argv[1:]);"
         "on_ray(SimpleNamespace(address='auto'), source, out)"

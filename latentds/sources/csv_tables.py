@@ -17,7 +17,8 @@ from latentds.errors import InputError
 
 SEPARATORS = ",;\t|"
 SUFFIXES = {".csv", ".tsv", ".parquet"}
-MAX_BYTES = 1 << 34
+MAX_BYTES = 1 << 32  # of a table; 24 million patches have 2 GB
+MAX_CELLS = 1 << 28  # some bytes of Parquet can announce any number of rows
 UNNAMED = re.compile(r"(unnamed: ?\d+)?", re.IGNORECASE)  # pandas' index, written and read again
 WHOLE_FLOAT = re.compile(r"-?\d+\.0+")  # what pandas makes of whole numbers beside a missing one
 DECIMAL_COMMA = re.compile(r"-?\d+(,\d+)?")
@@ -105,7 +106,7 @@ def rewrite(rows: list[dict[str, str]], column: str) -> None:
 def text_lines(path: Path) -> list[tuple[int, list[str]]]:
     """Line numbers and cells of a file of text, the header first; empty lines left out."""
     text = decoded(path)
-    first = next((line for line in text.splitlines() if line.strip()), "")
+    first = next(filter(str.strip, io.StringIO(text, newline="")), "")
     outside = re.sub(r'"[^"]*"', "", first)
     separator = max(SEPARATORS, key=outside.count)
     try:
@@ -159,12 +160,25 @@ def parquet_lines(path: Path) -> list[tuple[int, list[str]]]:
     try:
         with pq.ParquetFile(path) as file:
             columns = [field.name for field in file.schema_arrow if is_plain(field.type)]
+            check_announced(path, file.metadata, len(columns))
             table = file.read(columns=columns)
     except (pa.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())[:120]
         raise InputError(f"{path}: not a table of Parquet ({reason})") from error
     cells = [[plain(value) for value in table[name].to_pylist()] for name in columns]
     return [(0, columns), *((n, list(row)) for n, row in enumerate(zip(*cells, strict=True), 1))]
+
+
+def check_announced(path: Path, footer: Any, columns: int) -> None:
+    """InputError where a Parquet file unpacks to more than a table has."""
+    groups = [footer.row_group(number) for number in range(footer.num_row_groups)]
+    size = sum(group.total_byte_size for group in groups)  # unpacked
+    if footer.num_rows * columns > MAX_CELLS or size > MAX_BYTES:
+        raise InputError(
+            f"{path}: {footer.num_rows:,} rows of {columns} columns, {size:,} bytes unpacked; a "
+            f"table has at most {MAX_CELLS:,} values and {MAX_BYTES:,} bytes. Keep the rows and "
+            "columns that are needed"
+        )
 
 
 def plain(value: Any) -> str:

@@ -38,7 +38,7 @@ LINES = {
     "latentds/models": 2_650,
     "latentds/quantizers": 3_850,
     "latentds/sources": 5_900,
-    "latentds/store": 4_850,
+    "latentds/store": 4_900,
     "latentds/views": 1_300,
     "tools": 11_400,
     "trainers": 11_300,

@@ -115,12 +115,16 @@ class Cache:
             temporary.replace(path)
         except BaseException as error:
             temporary.unlink(missing_ok=True)
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise InputError(
-                    f"{self.folder}: disk full; set a lower cache limit (now {self.limit:,} bytes) "
-                    "or another cache folder (CacheConfig, LATENTDS_CACHE, LATENTDS_CACHE_LIMIT)"
-                ) from error
-            raise
+            raise self.judged(error) from error
+
+    def judged(self, error: BaseException) -> BaseException:
+        """An error of writing, with the remedy where the disk is full."""
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return InputError(
+                f"{self.folder}: disk full; set a lower cache limit (now {self.limit:,} bytes) "
+                "or another cache folder (CacheConfig, LATENTDS_CACHE, LATENTDS_CACHE_LIMIT)"
+            )
+        return error
 
     def drop(self, name: str) -> None:
         """Forget a file that was found damaged."""

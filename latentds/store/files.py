@@ -10,13 +10,15 @@ import os
 import threading
 import zlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+
 from latentds.core.foreign_json import parse_json
-from latentds.errors import FormatError, InputError
+from latentds.errors import DamagedPackError, FormatError, InputError
 from latentds.store.cache import Cache, CacheConfig
 from latentds.store.format import (
     CHECKSUM_DTYPE,
@@ -31,7 +33,8 @@ from latentds.store.format import (
 )
 from latentds.store.manifest import MAX_MANIFEST_BYTES, Manifest, parse_manifest, read_manifest
 from latentds.store.open_files import OpenFile
-from latentds.store.tables import TABLE_HEAD_BYTES
+from latentds.store.table_parts import PRESENT, WHOLE_BYTES, TableParts
+from latentds.store.tables import TABLE_HEAD_BYTES, BlockSums, block_sums
 from latentds.store.transport import ATTEMPTS, Transport
 
 logger = logging.getLogger(__name__)
@@ -84,6 +87,10 @@ class Files(Protocol):
         """A table found damaged, fetched anew; None where there is nowhere to fetch it from."""
         ...
 
+    def fill_table(self, name: str, blocks: np.ndarray, ahead: bool = False) -> None:
+        """Have blocks of a table in its file; with `ahead` return at once."""
+        ...
+
     def open(self, extent: Extent) -> tuple[OpenFile, int]:
         """The file with an extent's bytes, and where in it they begin."""
         ...
@@ -130,6 +137,9 @@ class LocalFiles:
     def renew(self, name: str, manifest: Manifest) -> None:
         del name, manifest
 
+    def fill_table(self, name: str, blocks: np.ndarray, ahead: bool = False) -> None:
+        del name, blocks, ahead
+
     def open(self, extent: Extent) -> tuple[OpenFile, int]:
         file = take(self.opened, extent.shard)
         if file is None:
@@ -163,7 +173,7 @@ def keep(opened: OrderedDict[str, OpenFile], name: str, file: OpenFile) -> None:
 
 
 class RemoteFiles:
-    """A location, through the cache: tables whole, members of packs by range, each once a node."""
+    """A location, through the cache: small tables whole, the rest by range, each once a node."""
 
     def __init__(self, location: str, config: CacheConfig) -> None:
         folder, limit, self.offline = config.resolve()
@@ -173,11 +183,14 @@ class RemoteFiles:
         self.reference = f"refs/{reference}.json"
         self.name, self.revision = self.resolve()
         self.opened: OrderedDict[str, OpenFile] = OrderedDict()
+        self.parted: dict[str, TableParts] = {}  # large tables, by name
         self.pools: dict[str, Any] = {}
         self.waiting = 0  # extents asked for ahead that no thread has begun with
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"opened": OrderedDict(), "pools": {}, "waiting": 0}
+        return self.__dict__ | {
+            "opened": OrderedDict(), "parted": {}, "pools": {}, "waiting": 0
+        }  # fmt: skip
 
     def resolve(self) -> tuple[str, str]:
         """Cache folder of the manifest the location stands for, and the revision."""
@@ -235,13 +248,16 @@ class RemoteFiles:
         return parse_manifest(parse_json(content, f"{self.where}/{MANIFEST}"), self.where)
 
     def table(self, name: str, manifest: Manifest) -> Path:
-        """A whole table in the cache; fetched anew where its hash is not the manifest's."""
+        """A table in the cache: a large one of patches with holes, for `fill_table` to fill."""
         entry, rows = manifest.tables[name], manifest.patches
         rows = rows if name in OF_PATCHES else manifest.packs
         size, digest = entry.get("bytes"), entry.get("sha256")
         most = TABLE_HEAD_BYTES + rows * TABLES[name].itemsize
         if type(size) is not int or not 0 < size <= most:
             raise FormatError(f"{self.where}/{name}: {size} bytes, {rows} rows have fewer; refused")
+        sums = block_sums(entry, rows)
+        if sums is not None and size > WHOLE_BYTES:
+            return self.parts_of(name, size, rows, sums).path
 
         def download(path: Path) -> None:
             self.refuse_offline(name)
@@ -258,8 +274,28 @@ class RemoteFiles:
         if self.offline:
             return None
         logger.warning("%s: torn in the cache, fetched anew", self.cache.folder / self.name / name)
-        self.cache.drop(f"{self.name}/{name}")
+        self.parted.pop(name, None)
+        for file in (f"{name}{PRESENT}", name):
+            self.cache.drop(f"{self.name}/{file}")
         return self.table(name, manifest)
+
+    def parts_of(self, name: str, size: int, rows: int, sums: BlockSums) -> TableParts:
+        """A large table whose parts are fetched where they are wanted."""
+
+        def fetch(start: int, length: int, check: Callable[[bytes], bool]) -> bytes:
+            self.refuse_offline(name)
+            try:
+                return self.transport.read(name, start, length, length, check)
+            except DamagedPackError as error:  # of a table, which `max_bad` cannot replace
+                raise FormatError(str(error)) from error
+
+        self.parted[name] = TableParts(self.cache, f"{self.name}/{name}", size, rows, sums, fetch)
+        return self.parted[name]
+
+    def fill_table(self, name: str, blocks: np.ndarray, ahead: bool = False) -> None:
+        parts = self.parted.get(name)
+        if parts is not None and not (ahead and self.offline):
+            parts.bring(blocks, self.threads("ahead" if ahead else "now"), ahead)
 
     def refuse_offline(self, name: str) -> None:
         """Say what is missing where nothing may be fetched."""

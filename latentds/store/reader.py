@@ -163,6 +163,7 @@ class ShardSet:
             if len(self.near) >= MAX_NEAR:
                 self.near.pop(next(iter(self.near)))
             self.near[pack] = None
+        self.patches.bring(self.first_patch[new], self.packs["count"][new])
         # A part has no hash of its own: from a location whole packs come, which have one.
         if self.is_local and (self.checksums is not None or not self.check_codes):
             self.files.fetch(self.parts(rows, packs, size))
@@ -335,8 +336,9 @@ class ShardSet:
     def prefetch(self, rows: np.ndarray) -> None:
         """Start to fetch what `rows` of the patch table will need, and return at once."""
         if not self.is_local:  # a disk needs no head start
-            packs = np.unique(self.packs_of(rows)).tolist()
-            self.files.fetch([self.extent(pack, CODES) for pack in packs], ahead=True)
+            packs = np.unique(self.packs_of(rows))
+            self.patches.bring(self.first_patch[packs], self.packs["count"][packs], ahead=True)
+            self.files.fetch([self.extent(pack, CODES) for pack in packs.tolist()], ahead=True)
 
     def pack_of(self, row: int) -> int:
         """The pack that holds a row of the patch table."""

@@ -49,7 +49,8 @@ def open_table(
     rows = rows_of(manifest, name)
     sums = block_sums(manifest.tables.get(name, {}), rows)
     renew = functools.partial(files.renew, name, manifest)
-    return Table(files.table(name, manifest), TABLES[name], rows, sums, renew, check)
+    fill = functools.partial(files.fill_table, name)
+    return Table(files.table(name, manifest), TABLES[name], rows, sums, renew, check, fill)
 
 
 def check_unsummed(files: Files, manifest: Manifest) -> None:

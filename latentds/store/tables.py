@@ -59,12 +59,18 @@ def block_sums(entry: dict[str, Any], rows: int) -> BlockSums | None:
     return BlockSums(size, crc32)
 
 
+def nothing(blocks: np.ndarray, ahead: bool = False) -> None:
+    """Of a folder, all blocks are there."""
+    del blocks, ahead
+
+
 class Table:
     """A table of just the expected columns, rows and bytes, indexed as an array is.
 
     sums   of its blocks; None trusts the file
     renew  fetches the file anew and says where it is; None where that cannot be done
     check  raises for rows whose values cannot be; called with all that are handed out
+    fill   puts blocks into the file that are not there yet; `ahead` returns at once
 
     `table[rows]` and `table[first:end]` give rows, `table[name]` reads a field of all of them.
     raises  FormatError where the file is not what was expected or a block is damaged
@@ -78,9 +84,10 @@ class Table:
         sums: BlockSums | None = None,
         renew: Callable[[], Path | None] = lambda: None,
         check: Callable[[np.ndarray], None] = lambda _: None,
+        fill: Callable[..., None] = nothing,
     ) -> None:
         self.dtype, self.count, self.sums = dtype, rows, sums
-        self.renew, self.check = renew, check
+        self.renew, self.check, self.fill = renew, check, fill
         self.block_rows = sums.rows if sums else BLOCK_ROWS
         blocks = -(-rows // self.block_rows)
         # Memory that is not touched costs nothing: it is taken as blocks come.
@@ -124,7 +131,10 @@ class Table:
         if len(self.held) // 2 < len(wanted) and len(self.held) < len(self.slots):  # a scan
             middle = len(rows) // 2
             return np.concatenate([self.gather(rows[:middle]), self.gather(rows[middle:])])
-        for number in wanted[self.slots[wanted] < 0].tolist():
+        new = wanted[self.slots[wanted] < 0]
+        if len(new):
+            self.fill(new)
+        for number in new.tolist():
             self.hold(number)
         if (self.slots[numbers] < 0).any():  # this one's making room took another's
             return self.gather(rows)
@@ -150,6 +160,7 @@ class Table:
             if path is None:
                 raise
         self.open(path)
+        self.fill(np.array([number]))
         return self.sound(number)
 
     def sound(self, number: int) -> np.ndarray:
@@ -164,6 +175,17 @@ class Table:
                 "checksum; damaged, fetch the table anew ('latentds verify' lists all damage)"
             )
         return np.frombuffer(content, self.dtype)
+
+    def bring(self, firsts: np.ndarray, counts: np.ndarray, ahead: bool = False) -> None:
+        """Have stretches of rows fetched that are not there; `ahead` returns at once."""
+        begins = firsts.astype(np.int64) // self.block_rows
+        ends = (firsts.astype(np.int64) + counts.astype(np.int64) - 1) // self.block_rows
+        longest = int((ends - begins).max(initial=0))
+        blocks = np.minimum(begins[:, None] + np.arange(longest + 1), ends[:, None])
+        new = np.unique(blocks)
+        new = new[self.slots[new] < 0]
+        if len(new):
+            self.fill(new, ahead=ahead)
 
     def will_need(self, first: int, count: int) -> None:
         """Rows that will be read soon."""

@@ -1,0 +1,142 @@
+"""A large table of a location, in the cache by parts: what is wanted is fetched, once a node."""
+
+from __future__ import annotations
+
+import os
+import threading
+import zlib
+from collections.abc import Callable, Iterable
+from concurrent.futures import Executor
+from pathlib import Path
+
+import numpy as np
+
+from latentds.store.cache import Cache
+from latentds.store.format import PATCH_DTYPE
+from latentds.store.tables import BlockSums
+
+WHOLE_BYTES = 1 << 23  # up to so many, one request for all is quicker than many for parts
+PART_BYTES = 1 << 20  # of a part, once many were wanted; a block at first
+RANGE_BYTES = 1 << 23  # of a request, where parts that are wanted lie side by side
+GROWTH = 64  # parts of a size before the next ones are twice as large
+PRESENT = ".parts"  # suffix of the file that has a byte for every block: 1 once it is there
+
+Fetch = Callable[[int, int, Callable[[bytes], bool]], bytes]  # start, size, is it sound
+
+
+class TableParts:
+    """The patch table of a location: a file of the cache with holes, filled where it is wanted.
+
+    path    of the file
+    size    bytes of the whole table
+    rows    of it
+    sums    of its blocks
+    fetch   bytes of the location's file: from where, how many, and a function that checks them
+
+    Processes of a node share the file. A part is sound when it is fetched; what the disk loses
+    afterwards has another checksum when it is read.
+    """
+
+    def __init__(
+        self, cache: Cache, name: str, size: int, rows: int, sums: BlockSums, fetch: Fetch
+    ) -> None:
+        self.cache, self.name, self.size, self.sums, self.fetch = cache, name, size, sums, fetch
+        self.row_bytes = PATCH_DTYPE.itemsize
+        self.head, self.rows = size - rows * self.row_bytes, rows
+        self.block_bytes = sums.rows * self.row_bytes
+        self.fetched, self.lock = 0, threading.Lock()
+        cache.fill_file(f"{name}{PRESENT}", lambda path: set_size(path, len(sums.crc32)))
+        self.path = cache.fill_file(name, self.make)
+        self.files = [self.path, self.path.with_name(f"{self.path.name}{PRESENT}")]
+        self.descriptors = [os.open(path, os.O_RDWR | os.O_CLOEXEC) for path in self.files]
+        self.known = np.zeros(len(sums.crc32), bool)
+
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        for descriptor in self.__dict__.get("descriptors", ()):
+            close(descriptor)
+
+    def make(self, path: Path) -> None:
+        """A file of nothing but holes behind its header."""
+        head = self.fetch(0, self.head, bool)
+        set_size(path, self.size)
+        with path.open("r+b") as file:
+            file.write(head)
+
+    def missing(self, blocks: np.ndarray) -> np.ndarray:
+        """Which of some blocks are not there."""
+        if not self.known[blocks].all():
+            present = os.pread(self.descriptors[1], len(self.known), 0)
+            self.known = np.frombuffer(present.ljust(len(self.known), b"\0"), np.uint8) == 1
+        missing: np.ndarray = blocks[~self.known[blocks]]
+        return missing
+
+    def wanted(self, blocks: np.ndarray) -> list[tuple[int, int]]:
+        """First block and end of every range to fetch, so that `blocks` are there."""
+        with self.lock:
+            missing = self.missing(blocks)
+            if not len(missing):
+                return []
+            doublings = min(self.fetched // GROWTH, 20)
+            width = max(1, min(1 << doublings, PART_BYTES // self.block_bytes))
+            parts = np.unique(missing // width)
+            self.fetched += len(parts)
+        most = max(1, RANGE_BYTES // self.block_bytes // width)
+        return [
+            (first * width, min((last + 1) * width, len(self.known)))
+            for first, last in neighbours(parts.tolist(), most)
+        ]
+
+    def bring(self, blocks: np.ndarray, pool: Executor, ahead: bool) -> None:
+        """Have blocks in the file, fetched side by side; with `ahead` return at once."""
+        tasks = [pool.submit(self.fill, *each) for each in self.wanted(blocks)]
+        for task in [] if ahead else tasks:
+            task.result()
+
+    def fill(self, first: int, end: int) -> None:
+        """Fetch blocks `first` to `end`, unless another process has meanwhile."""
+        with self.cache.lock(f"locks/{zlib.crc32(f'{self.name} {first}'.encode()) % 1024}"):
+            if not len(self.missing(np.arange(first, end))):
+                return
+            start = self.head + first * self.block_bytes
+            size = min(end * self.block_bytes, self.rows * self.row_bytes)
+            size -= first * self.block_bytes
+            content = self.fetch(start, size, lambda found: self.is_sound(found, first))
+            try:
+                write_all(self.descriptors[0], content, start)
+                write_all(self.descriptors[1], b"\1" * (end - first), first)
+            except OSError as error:
+                raise self.cache.judged(error) from error
+
+    def is_sound(self, content: bytes, first: int) -> bool:
+        """Whether fetched blocks have their checksums."""
+        view = memoryview(content)
+        parts = (view[at : at + self.block_bytes] for at in range(0, len(view), self.block_bytes))
+        sums = self.sums.crc32[first:]
+        return all(
+            zlib.crc32(part) == recorded for part, recorded in zip(parts, sums, strict=False)
+        )
+
+
+def neighbours(parts: Iterable[int], most: int) -> list[tuple[int, int]]:
+    """First and last of every run of ascending numbers, of at most so many."""
+    found: list[tuple[int, int]] = []
+    for part in parts:
+        if found and part == found[-1][1] + 1 and part - found[-1][0] < most:
+            found[-1] = (found[-1][0], part)
+        else:
+            found.append((part, part))
+    return found
+
+
+def set_size(path: Path, size: int) -> None:
+    """Make a file of zeros that takes no room."""
+    with path.open("wb") as file:
+        file.truncate(size)
+
+
+def write_all(descriptor: int, content: bytes, offset: int) -> None:
+    """Write at an offset."""
+    view = memoryview(content)
+    while view:
+        count = os.pwrite(descriptor, view, offset)
+        view, offset = view[count:], offset + count

@@ -1,0 +1,147 @@
+"""A large patch table of a location: read as the folder's, fetched by parts, each once a node."""
+
+import errno
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import latentds.store.table_parts
+import latentds.store.transport
+from latentds.errors import FormatError, InputError
+from latentds.loading.loader import LatentLoader
+from latentds.store.cache import CacheConfig
+from latentds.store.format import PATCHES_TABLE
+from latentds.store.reader import ShardSet
+from tests.conftest import convert_with_mean, save_pictures
+from tests.flaky_server import serving
+from tests.loaders import grouped
+
+BLOCK = 8 * 24  # bytes of a block of eight rows
+ROWS = np.array([3, 170, 60])
+
+
+@pytest.fixture(autouse=True)
+def quick_retries(monkeypatch):
+    monkeypatch.setattr(latentds.store.transport, "FIRST_DELAY_S", 0.01)
+    monkeypatch.setattr("latentds.store.files.WHOLE_BYTES", 0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """200 patches in packs of 16, their table in 25 blocks."""
+    root = tmp_path_factory.mktemp("parts")
+    for label in ("stroma", "tumour"):
+        save_pictures(root / "in" / label, 100, first_seed=len(label) * 100)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("latentds.store.tables.BLOCK_ROWS", 8)
+        convert_with_mean(root / "in", root / "out", pack_size=16)
+    return root / "out"
+
+
+@pytest.fixture
+def server(folder):
+    with serving(folder) as running:
+        yield running
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return CacheConfig(dir=tmp_path / "cache")
+
+
+def table_file(cache) -> Path:
+    (found,) = cache.dir.rglob(Path(PATCHES_TABLE).name)
+    return found
+
+
+def same(found: np.ndarray, expected: np.ndarray) -> bool:
+    return found.tobytes() == expected.tobytes()  # some are NaN
+
+
+def test_rows_are_the_folders_and_only_their_blocks_are_fetched(folder, server, cache):
+    local, remote = ShardSet(folder), ShardSet(server.url, cache=cache)
+    before = server.sent
+    assert same(remote.patches[ROWS], local.patches[ROWS])
+    assert server.sent - before == 3 * BLOCK
+    before = server.sent
+    assert same(remote.patches[np.arange(56, 64)], local.patches[56:64])
+    assert same(ShardSet(server.url, cache=cache).patches[ROWS], local.patches[ROWS])
+    assert server.requests[PATCHES_TABLE] == 1 + 3  # the header
+    assert same(remote.patches[:], local.patches[:])
+
+
+def test_a_scan_asks_for_neighbours_at_once(folder, server, cache):
+    remote = ShardSet(server.url, cache=cache)
+    assert same(remote.patches["label"], ShardSet(folder).patches["label"])
+    assert server.requests[PATCHES_TABLE] == 2
+
+
+def test_parts_grow_with_their_number(server, cache, monkeypatch):
+    monkeypatch.setattr(latentds.store.table_parts, "GROWTH", 2)
+    remote = ShardSet(server.url, cache=cache)
+    for row in range(200):
+        remote.patches[row]
+    assert server.requests[PATCHES_TABLE] - 1 == 2 + 2 + 2 + 2 + 1  # of 1, 2, 4, 8 blocks; the last
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_gives_the_folders_batches(folder, server, cache, workers):
+    def batches(where, **more):
+        options = grouped(batch_size=24, shuffle=True, decode="codes", num_workers=workers, **more)
+        return [
+            (batch.rows.tolist(), batch.labels.tolist(), batch.slides, batch.codes.sum().item())
+            for batch in LatentLoader(where, "train", **options)
+        ]
+
+    assert batches(server.url, cache=cache) == batches(folder)
+    assert server.requests[PATCHES_TABLE] <= 1 + 25
+
+
+@pytest.mark.parametrize("fault", ["drop", "short", "wrong", "503"])
+def test_a_fault_heals(folder, server, cache, fault):
+    remote = ShardSet(server.url, cache=cache)
+    server.faults[PATCHES_TABLE] = [fault]
+    assert same(remote.patches[ROWS], ShardSet(folder).patches[ROWS])
+
+
+def test_a_part_that_stays_wrong_is_named_and_not_kept(folder, server, cache):
+    remote = ShardSet(server.url, cache=cache)
+    server.faults[PATCHES_TABLE] = ["wrong!"]
+    with pytest.raises(FormatError, match=f"{PATCHES_TABLE}: bytes .* not of the recorded hash"):
+        remote.patches[ROWS]
+    server.faults.clear()
+    assert same(remote.patches[ROWS], ShardSet(folder).patches[ROWS])
+
+
+def test_what_the_cache_lost_is_fetched_anew(folder, server, cache):
+    remote = ShardSet(server.url, cache=cache)
+    remote.patches[ROWS]
+    path = table_file(cache)
+    with path.open("r+b") as file:
+        file.seek(path.stat().st_size - 200 * 24)
+        file.write(bytes(200 * 24))
+    again = ShardSet(server.url, cache=cache)
+    assert same(again.patches[ROWS], ShardSet(folder).patches[ROWS])
+    path.unlink()
+    again = ShardSet(server.url, cache=cache)
+    assert same(again.patches[ROWS], ShardSet(folder).patches[ROWS])
+
+
+def test_offline_what_is_there_is_read_and_the_rest_is_named(folder, server, cache):
+    expected = ShardSet(folder).patches[ROWS]
+    ShardSet(server.url, cache=cache).patches[ROWS]
+    offline = ShardSet(server.url, cache=CacheConfig(dir=cache.dir, offline=True))
+    assert same(offline.patches[ROWS], expected)
+    with pytest.raises(InputError, match=f"{PATCHES_TABLE}: not in the cache, and offline"):
+        offline.patches[100]
+
+
+def test_a_full_disk_names_the_cache_and_the_remedy(server, cache, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    remote = ShardSet(server.url, cache=cache)
+    monkeypatch.setattr(latentds.store.table_parts, "write_all", full)
+    with pytest.raises(InputError, match="disk full; set a lower cache limit"):
+        remote.patches[0]

@@ -48,7 +48,7 @@ def run(config: Config) -> None:
     """Run the main job and say where its results lie."""
     from latentds.conversion.convert_config import ConvertConfig
     from latentds.conversion.converting import convert
-    from latentds.conversion.patch_encoding import choose_device
+    from latentds.core.device_choice import choose_device
     from latentds.core.storage import write_atomically
     from latentds.errors import InputError
 

@@ -128,7 +128,7 @@ def test_plain_rows_are_plain_whatever_layout_a_decoder_was_loaded_in():
     tiny = find_decoder("tiny")[0]
     weight = next(p for p in tiny.decoder.parameters() if p.ndim == 4 and min(p.shape[1:]) > 1)
     assert not weight.is_contiguous()
-    config = bench_decode.Config(patch_size=16, seconds=0.01)
+    config = bench_decode.Config(patch_size=16, seconds=0.01, device="cpu")
     options = decode_networks.combinations("cpu", compile=False)
     decode_networks.measure(tiny, options[0], 1, config)
     assert weight.is_contiguous()

@@ -8,7 +8,7 @@ import torch
 from latentds_tools import cli
 from latentds_tools.bench import bench_step, harness
 
-for library in ("timm", "kornia", "lightly"):
+for library in ("timm", "lightly"):
     pytest.importorskip(library)
 
 QUICK = (

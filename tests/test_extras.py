@@ -13,7 +13,6 @@ from latentds_tools.cli import COMMANDS
 from latentds.core import extras
 from latentds.core.extras import NEEDS, check_extras
 from latentds.errors import MissingExtraError
-from latentds.views.multicrop import MultiCrop
 from tests.conftest import save_pictures
 
 
@@ -36,7 +35,7 @@ def base(monkeypatch) -> None:
         ("abmil", {"embedder": "phikon-v2", "heat_maps": 3}, "matplotlib, scikit-learn, transform"),
         ("convert", {"autoencoder": "sd15"}, r"needs diffusers, which is .*\[autoencoders\]'$"),
         ("convert", {"engine": "ray", "source": "s3://b/x"}, r"ray, s3fs, .*\[distributed,s3\]"),
-        ("pretrain", {"method": "dino"}, r"deepspeed, kornia, lightly, timm, .*\[train\]"),
+        ("pretrain", {"method": "dino"}, r"deepspeed, lightly, timm, .*\[train\]"),
         ("pretrain", {"method": "mae"}, "needs deepspeed, lightly, timm, "),
         ("sampath", {"model": "unet"}, "deepspeed, segmentation-models-pytorch, "),
         ("compare", {}, "needs matplotlib, which is"),
@@ -76,13 +75,6 @@ def test_tables_name_commands_recipes_and_extras_that_are_there():
     for extra, modules in [pair for needs in NEEDS.values() for pair in needs.items()]:
         line = next(line for line in text.splitlines() if line.startswith(f"{extra} = "))
         assert all(extras.PACKAGES.get(module, module) in line for module in modules)
-
-
-def test_views_say_at_once_what_they_lack(monkeypatch):
-    monkeypatch.setattr("latentds.views.multicrop.is_here", lambda module: False)
-    with pytest.raises(MissingExtraError, match=r"kornia is not installed.*views"):
-        MultiCrop()
-    assert MultiCrop(jitter_p=0.0, grey=0.0, blur=(0.0, 0.0, 0.0)).locals
 
 
 WORKING = {

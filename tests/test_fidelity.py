@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import skimage.metrics
 import torch
 from latentds_tools.bench import bench_fidelity
 from latentds_tools.fidelity import (
@@ -32,8 +33,9 @@ from PIL import Image
 from latentds.autoencoders.autoencoder import AutoencoderCard
 from latentds.autoencoders.cards import CARDS
 from latentds.codecs import latent_bytes, make_picture_codec, parse_codec
+from latentds.core import metrics
 from latentds.embedders.embedder import EmbedderCard
-from latentds.errors import InputError, UnknownNameError, WeightsError
+from latentds.errors import InputError, ShapeError, UnknownNameError, WeightsError
 from tests.conftest import save_pictures, smooth_picture
 from tests.fakes import MeanAutoencoder
 
@@ -218,6 +220,29 @@ def test_equal_reconstructions_are_left_out_of_psnr_and_said(tmp_path, stand_ins
 def test_cosines_of_zeros_are_one_only_for_equal_vectors():
     values = quality.cosines(np.array([[0, 0], [0, 0], [3, 4]]), np.array([[0, 0], [1, 0], [6, 8]]))
     assert values.tolist() == [1, 0, pytest.approx(1)]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("gaussian", {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}),
+        ("uniform", {}),
+    ],
+)
+def test_ssim_and_psnr_are_scikit_images(name, options):
+    a, b = smooth_picture(0, 64)[:40], smooth_picture(1, 64)[:40]
+    expected = skimage.metrics.structural_similarity(
+        a, b, channel_axis=2, data_range=255, **options
+    )
+    assert quality.measure_ssim(b, a, name) == pytest.approx(expected, abs=1e-12)
+    assert metrics.psnr_db(b, a) == pytest.approx(
+        skimage.metrics.peak_signal_noise_ratio(a, b, data_range=255), abs=1e-12
+    )
+
+
+def test_ssim_of_a_picture_smaller_than_its_window_is_refused():
+    with pytest.raises(ShapeError, match="64x10 px; its window is 11 px"):
+        metrics.ssim(smooth_picture(0, 64)[:10], smooth_picture(1, 64)[:10])
 
 
 @pytest.mark.parametrize("name", quality.SSIM_SETTINGS)
@@ -427,7 +452,7 @@ def test_a_formats_library_is_missed_before_any_work(folder, stand_ins, monkeypa
 
 
 def test_a_device_that_is_not_there_is_told(folder):
-    with pytest.raises(InputError, match="--device nonsense: not to be had here"):
+    with pytest.raises(InputError, match="device 'nonsense': not to be had here"):
         comparing.compare(dataclasses.replace(settings(folder), device="nonsense"))
 
 

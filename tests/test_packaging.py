@@ -103,6 +103,18 @@ def test_the_loading_guide_runs_as_it_stands(tmp_path, monkeypatch):
         exec(compile(block.replace('"cuda"', '"cpu"'), "loading.md", "exec"), names)
 
 
+def test_what_an_installation_weighs_is_told_as_the_page_says(capsys):
+    text = (ROOT / "docs" / "installing.md").read_text()
+    exec(
+        compile(re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0], "installing.md", "exec"), {}
+    )
+    assert re.fullmatch(r"\d,\d{3} MB, slides \d+\n", capsys.readouterr().out)
+    pyproject = (ROOT / "pyproject.toml").read_text()
+    section = pyproject.split("[project.optional-dependencies]")[1].split("\nall =")[0]
+    extras = re.findall(r"^(\w+) = \[", section, re.MULTILINE)
+    assert extras and [extra for extra in extras if f"| `{extra}` |" not in text] == []
+
+
 def test_readme_commands_are_makefile_targets():
     makefile = (ROOT / "Makefile").read_text()
     for target in ("demo", "test"):

@@ -18,7 +18,6 @@ from latentds.store.reader import ShardSet
 
 pytest.importorskip("deepspeed")
 pytest.importorskip("lightly")
-pytest.importorskip("kornia")
 
 from latentds_trainers.engine import checkpoints
 from latentds_trainers.pretrain.__main__ import main

@@ -18,7 +18,6 @@ from latentds.quantizers.codebook_files import save_codebook
 
 pytest.importorskip("deepspeed")
 pytest.importorskip("lightly")
-pytest.importorskip("kornia")
 
 from latentds_trainers.pretrain.data_sources import open_source
 from latentds_trainers.pretrain.feeds import FeedBatch, LoaderFeed, micro_batch

@@ -10,7 +10,6 @@ import torch
 
 pytest.importorskip("deepspeed")
 pytest.importorskip("lightly")
-pytest.importorskip("kornia")
 
 from latentds_trainers.pretrain.__main__ import main
 from latentds_trainers.pretrain.schedules import RunConfig, settle, settle_batch

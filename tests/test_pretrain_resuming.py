@@ -15,7 +15,6 @@ from latentds.errors import ContractError, InputError
 
 pytest.importorskip("deepspeed")
 pytest.importorskip("lightly")
-pytest.importorskip("kornia")
 
 from latentds_trainers.pretrain import task
 from latentds_trainers.pretrain.__main__ import main

@@ -9,7 +9,6 @@ import torch
 
 pytest.importorskip("deepspeed")
 pytest.importorskip("lightly")
-pytest.importorskip("kornia")
 pytest.importorskip("timm")
 
 from latentds_trainers.pretrain.__main__ import main

@@ -11,7 +11,6 @@ from latentds.errors import InputError
 
 pytest.importorskip("deepspeed")
 pytest.importorskip("lightly")
-pytest.importorskip("kornia")
 
 from latentds_trainers.pretrain.schedules import settle, settle_batch
 

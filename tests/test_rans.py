@@ -15,6 +15,7 @@ from latentds.quantizers.entropy import record_encoding as encoding
 from latentds.quantizers.entropy.coder_tables import native_model
 from latentds.quantizers.entropy.record_codebook import EntropyCodebook
 from latentds.quantizers.entropy.record_fit import fit_entropy_codebook
+from latentds.quantizers.entropy.record_model import RATE_WEIGHT
 
 SHAPE = (6, 8, 8)
 RECORD_BYTES = 120
@@ -95,7 +96,7 @@ def test_records_too_small_for_a_patch_are_refused_by_the_encoder_alone(codebook
 def test_the_level_found_fits_and_the_next_finer_does_not(codebook):
     latents = laplacian_latents(70, 4)
     latents[0], latents[1:3] = 0, latents[1:3] * 1e3  # nothing to say, and too much for any step
-    values, weight = encoding.in_scan(latents, codebook), encoding.RATE_WEIGHT
+    values, weight = encoding.in_scan(latents, codebook), RATE_WEIGHT
     levels = encoding.finest_levels(values, codebook, weight)
     budget = codebook.record_bytes - encoding.MARGIN_BYTES
     assert (encoding.expected_bytes(values, levels, codebook, weight) <= budget).all()
@@ -109,7 +110,7 @@ def test_rounding_goes_towards_zero_where_that_costs_less(codebook):
     values = encoding.in_scan(laplacian_latents(3, 5), codebook)
     levels = np.array([60, 120, 180])
     nearest, classes = encoding.integers_at(values, levels, codebook, 0)
-    found, _ = encoding.integers_at(values, levels, codebook, encoding.RATE_WEIGHT)
+    found, _ = encoding.integers_at(values, levels, codebook, RATE_WEIGHT)
     exact = values / codebook.steps[levels][:, None, None]
     costs, channel = native_model(codebook).costs, np.arange(SHAPE[0])[:, None]
 
@@ -117,7 +118,7 @@ def test_rounding_goes_towards_zero_where_that_costs_less(codebook):
         symbols = integers + codebook.magnitude
         symbols[np.abs(integers) > codebook.extents[:, None]] = -1
         bits = costs[classes, channel, symbols] / 256
-        return (exact - integers) ** 2 + encoding.RATE_WEIGHT * bits
+        return (exact - integers) ** 2 + RATE_WEIGHT * bits
 
     lower = nearest - np.sign(nearest)
     saved = price_of(nearest) - price_of(lower)

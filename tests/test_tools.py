@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from latentds_tools.bench import bench_container
 from PIL import Image
 
 from latentds.core.display import start_logging
-from tests.conftest import save_pictures
+from tests.conftest import convert_with_mean, save_pictures
 
 
 def call(capsys, *words: str) -> tuple[int, str, str]:
@@ -44,6 +45,39 @@ def test_help_lists_every_command_and_imports_nothing_heavy():
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert all(command in run.stdout for command in cli.COMMANDS)
+
+
+LIGHT = (
+    "info {0}",
+    "verify {0} --level manifest",
+    "upload {0} file://{out}/uploaded",
+    "merge {0} {1} --out {out}/merged",
+    "publish {0} lab/set --license cc0-1.0 --dry-run",
+)
+ALONE = """
+import contextlib, io, json, sys
+from latentds_tools import cli
+for line in json.loads(sys.argv[1]):
+    with contextlib.redirect_stdout(io.StringIO()):
+        try:
+            cli.main(line.split())
+        except SystemExit as end:
+            assert not end.code, line
+    heavy = {"torch", "numba", "diffusers", "faiss"} & set(sys.modules)
+    assert not heavy, (line, heavy)
+"""
+
+
+def test_commands_that_decode_nothing_import_neither_torch_nor_what_compiles(
+    shared_dataset, pictures, tmp_path
+):
+    convert_with_mean(pictures, tmp_path / "other")
+    lines = [line.format(shared_dataset, tmp_path / "other", out=tmp_path) for line in LIGHT]
+    run = subprocess.run(
+        [sys.executable, "-c", ALONE, json.dumps(lines)], capture_output=True, text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"}, cwd=tmp_path,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)

@@ -1,7 +1,6 @@
-"""What views do to colour and sharpness: torchvision v2's and scikit-image's arithmetic."""
+"""What views do to colour and sharpness: the arithmetic of torchvision v2, kornia and skimage."""
 
-import sys
-
+import kornia
 import numpy as np
 import pytest
 import torch
@@ -10,7 +9,6 @@ from torchvision.transforms.v2 import functional as tv
 
 from latentds import MultiCrop
 from latentds.core.compiling import Compiled
-from latentds.errors import MissingExtraError
 from latentds.views import colour
 from latentds.views.boxes import Draws
 from latentds.views.painting import PAINTED, jitter_factors
@@ -53,8 +51,6 @@ def test_jitter_is_brightness_contrast_saturation_hue(crops):
 
 
 def test_hue_equals_torchvisions_and_kornias(crops):
-    import kornia
-
     shift = torch.tensor([0.3, -0.45, 0.05])
     found = colour.shift_hue(crops, shift)
     close(found, kornia.enhance.adjust_hue(crops, shift * 2 * torch.pi))
@@ -77,6 +73,19 @@ def test_blur_equals_torchvisions(crops):
     found = colour.blur(crops, sigma)
     for patch, image in enumerate(crops):
         close(found[patch], tv.gaussian_blur(image, [9, 9], [float(sigma[patch])] * 2))
+
+
+def test_jitter_grey_and_blur_equal_kornias(crops):
+    adjust, numbers = kornia.enhance.adjust, FACTORS.unbind(1)
+    expected = adjust.adjust_brightness_accumulative(crops, numbers[0])
+    expected = adjust.adjust_contrast_with_mean_subtraction(expected, numbers[1])
+    expected = adjust.adjust_saturation_with_gray_subtraction(expected, numbers[2])
+    expected = kornia.enhance.adjust_hue(expected, numbers[3] * 2 * torch.pi)
+    close(colour.jitter(crops, FACTORS), expected)
+    close(colour.grey(crops), kornia.color.rgb_to_grayscale(crops).expand_as(crops), 1e-6)
+    both = torch.tensor([0.1, 0.9, 2.0])[:, None].expand(-1, 2)
+    blurred = kornia.filters.gaussian_blur2d(crops, 9, both, "reflect")
+    close(colour.blur(crops, both[:, 0]), blurred, 1e-6)
 
 
 def test_solarize_equals_torchvisions(crops):
@@ -156,7 +165,7 @@ def test_normalized_views_are_the_plain_ones_shifted_and_scaled():
 def test_a_blur_in_half_precision_is_rounded_once():
     images, sigma = images_of(4, 16, 16).half(), torch.tensor([0.1, 0.7, 1.3, 2.0])
     both = sigma[:, None].expand(-1, 2)
-    wanted = colour.kornia().filters.gaussian_blur2d(images.float(), 9, both, "reflect").half()
+    wanted = kornia.filters.gaussian_blur2d(images.float(), 9, both, "reflect").half()
     assert torch.equal(colour.blur(images, sigma), wanted)
 
 
@@ -194,10 +203,3 @@ def test_views_on_a_gpu_are_those_of_a_cpu(dtype):
     assert there.globals.dtype == dtype
     close(there.globals.float().cpu(), here.globals, atol)
     close(there.locals.float().cpu(), here.locals, atol)
-
-
-def test_without_kornia_the_extra_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "kornia", None)
-    MultiCrop.preset("mae", global_px=8)(images_of(1), seeds_of(1))
-    with pytest.raises(MissingExtraError, match=r"pip install 'latentds\[views\]'"):
-        MultiCrop(**SMALL)(images_of(1), seeds_of(1))

@@ -48,7 +48,7 @@ def run(config: Config) -> None:
     """Run the main job and say where its results lie."""
     from latentds.conversion.convert_config import ConvertConfig
     from latentds.conversion.converting import convert
-    from latentds.conversion.patch_encoding import choose_device
+    from latentds.core.device_choice import choose_device
     from latentds.core.storage import write_atomically
     from latentds.errors import InputError
 
@@ -84,9 +84,9 @@ def cut_patches(folder: Path) -> int:
     """Overlapping PNG patches, in folders for much and for little of the nuclear stain."""
     import numpy as np
     from PIL import Image
-    from skimage.color import rgb2hed
 
     from latentds.core.untrusted_files import open_picture
+    from latentds.views.colour import DARKEST, RGB_TO_STAINS
 
     cut = {}
     with resources.as_file(resources.files(__package__) / PICTURES) as shipped:
@@ -97,7 +97,11 @@ def cut_patches(folder: Path) -> int:
                 for x in range(0, picture.shape[1] - EDGE_PX + 1, STEP_PX):
                     name = f"{path.stem}_x{x:03d}_y{y:03d}.png"
                     cut[name] = picture[y : y + EDGE_PX, x : x + EDGE_PX]
-    amounts = {name: rgb2hed(patch)[..., 0].mean() for name, patch in cut.items()}
+    weights = np.array(RGB_TO_STAINS)[:, 0] / np.log(DARKEST)  # of haematoxylin's density
+    amounts = {
+        name: (np.log(np.maximum(patch / 255, DARKEST)) @ weights).clip(0).mean()
+        for name, patch in cut.items()
+    }
     for name, patch in cut.items():
         is_high = amounts[name] > np.median(list(amounts.values()))
         path = folder / ("haematoxylin_high" if is_high else "haematoxylin_low") / name

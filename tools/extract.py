@@ -43,7 +43,7 @@ class Config:
 
 def run(config: Config) -> None:
     """Extract, and say what was written."""
-    from latentds.conversion.patch_encoding import choose_device
+    from latentds.core.device_choice import choose_device
     from latentds.edit.extracting import extract
     from latentds.edit.slide_lists import read_slide_list
     from latentds.errors import InputError

@@ -87,14 +87,13 @@ def run(config: Config) -> int:
 
 def extract(config: Config, rank: int, ranks: int) -> dict[str, Any]:
     """Write this rank's feature files; the summary."""
-    from latentds.conversion.patch_encoding import choose_device
-    from latentds.core.launcher import own_device
+    from latentds.core.device_choice import choose_device
     from latentds.embedders import load_embedder
     from latentds.evaluation.features.extraction import extract_features, named_slides
     from latentds.evaluation.features.extraction_options import FeatureOptions
     from latentds.evaluation.patchsets import open_patches
 
-    device = own_device(choose_device(config.device))
+    device = choose_device(config.device)
     # Every patch is read once: none is worth keeping.
     patches = open_patches(dataclasses.replace(config, device=str(device), keep_mb=0))
     named_slides(patches)  # before weights are fetched, which may take long and fail

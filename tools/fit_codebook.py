@@ -95,8 +95,9 @@ def fit(config: Config) -> Any:
     )
     from latentds.conversion.conversion_plan import make_plan
     from latentds.conversion.convert_config import ConvertConfig
-    from latentds.conversion.patch_encoding import Encoder, choose_batch, choose_device
+    from latentds.conversion.patch_encoding import Encoder, choose_batch
     from latentds.conversion.prepared import make_reader
+    from latentds.core.device_choice import choose_device
 
     settings = ConvertConfig(
         source=config.source,

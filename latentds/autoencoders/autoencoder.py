@@ -8,14 +8,14 @@ import dataclasses
 import hashlib
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
-
-import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from typing import TYPE_CHECKING, Any, Protocol
 
 from latentds.core.canonical_json import canonical_json
 from latentds.errors import ContractError, ShapeError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,17 +87,21 @@ class NetworkAutoencoder:
     """
 
     def __init__(self, card: AutoencoderCard, encoder: nn.Module, decoder: nn.Module) -> None:
+        import torch
+
         self.card = card
         self.encoder = encoder.eval().requires_grad_(False)
         # DC-AE's decoder has 15 BatchNorm layers: in train mode a patch would depend on its batch.
         self.decoder = decoder.eval().requires_grad_(False)
         self.device, self.dtype = torch.device("cpu"), torch.float32
 
-    @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Latents (B, C, ceil(H/f), ceil(W/f)) of [0, 1] images, reflect-padded to the factor."""
+        import torch
+
         padded = pad_to_factor(images, self.card.factor)
-        latents: Tensor = self.encoder(padded.to(self.device, self.dtype))
+        with torch.no_grad():
+            latents: Tensor = self.encoder(padded.to(self.device, self.dtype))
         return latents
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -109,6 +113,8 @@ class NetworkAutoencoder:
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> NetworkAutoencoder:
         """Self, its weights moved."""
+        import torch
+
         self.device = torch.device(device) if device is not None else self.device
         self.dtype = dtype or self.dtype
         self.encoder.to(self.device, self.dtype)
@@ -119,6 +125,8 @@ class NetworkAutoencoder:
 @contextlib.contextmanager
 def exact_arithmetic() -> Iterator[None]:
     """fp32 without TF32 and deterministic cuDNN, the process's own settings restored afterwards."""
+    import torch
+
     backends = torch.backends
     saved = (backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32,
              backends.cudnn.deterministic, backends.cudnn.benchmark)  # fmt: skip
@@ -133,6 +141,8 @@ def exact_arithmetic() -> Iterator[None]:
 
 def pad_to_factor(images: Tensor, factor: int) -> Tensor:
     """Images (B, 3, H, W) reflected at the right and bottom up to multiples of `factor`."""
+    from torch.nn import functional
+
     height, width = images.shape[-2:]
     bottom, right = -height % factor, -width % factor
     if not (bottom or right):
@@ -152,6 +162,8 @@ def hash_tensors(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> str
 
     Tensors are sorted by name, each as name, shape and little-endian fp32.
     """
+    import torch
+
     digest = hashlib.sha256(canonical_json(dict(facts)).encode())
     for name in sorted(tensors):
         values = tensors[name].detach().to("cpu", torch.float32).contiguous()
@@ -185,6 +197,8 @@ def last_layer(decoder: nn.Module) -> nn.Parameter:
     The one registered last: true of every decoder here. The adaptive weight of an adversarial loss
     needs it (taming-transformers, VQGAN).
     """
+    from torch import nn
+
     convolutions = [module for module in decoder.modules() if isinstance(module, nn.Conv2d)]
     if not convolutions:
         raise ShapeError(f"{type(decoder).__name__}: a decoder without a convolution")

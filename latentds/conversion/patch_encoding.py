@@ -24,21 +24,6 @@ CPU_BATCH = 16
 CUDA_BATCHES = (256, 128, 64, 32, 16, 8, 4, 2, 1)  # the largest that fits is chosen
 
 
-def choose_device(name: str) -> torch.device:
-    """The device of that name; auto is the GPU where there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(
-            f"--device {name}: not to be had here ({reason}); try auto or cpu"
-        ) from error
-    return device
-
-
 def device_model(device: torch.device) -> str:
     """What decides about the last bits on a device: a GPU's name, a CPU's vector instructions."""
     if device.type == "cuda":

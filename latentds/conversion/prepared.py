@@ -14,10 +14,11 @@ from latentds.autoencoders.autoencoder import Autoencoder
 from latentds.conversion.codebook_choice import find_codebook
 from latentds.conversion.conversion_plan import Plan, PlannedShard, plan_shards
 from latentds.conversion.convert_config import ConvertConfig
-from latentds.conversion.patch_encoding import Encoder, choose_batch, choose_device, device_model
+from latentds.conversion.patch_encoding import Encoder, choose_batch, device_model
 from latentds.conversion.region_decoding import CHUNKS_AHEAD, PlanReader
 from latentds.conversion.stamps import input_stamp
 from latentds.conversion.workdir import WorkFolder
+from latentds.core.device_choice import choose_device
 from latentds.errors import InputError
 from latentds.quantizers.codebook_files import StoredCodebook
 from latentds.sources.anonymity import hider

@@ -18,10 +18,11 @@ from latentds.autoencoders.autoencoder import Autoencoder
 from latentds.conversion.conversion_plan import Plan, PlannedShard
 from latentds.conversion.convert_config import ConvertConfig
 from latentds.conversion.left_out import LeftOut
-from latentds.conversion.patch_encoding import Encoder, choose_device, device_model
+from latentds.conversion.patch_encoding import Encoder, device_model
 from latentds.conversion.prepared import Conversion, make_reader, versions
 from latentds.conversion.shard_writing import write_shards
 from latentds.conversion.workdir import WorkFolder
+from latentds.core.device_choice import choose_device
 from latentds.core.storage import exclusive_lock, sha256_file
 from latentds.errors import ContractError, InputError
 from latentds.sources.hugging_face import hub_id

@@ -91,8 +91,6 @@ def wanted(command: str, config: object) -> Iterator[tuple[str, str]]:
     for name in ("source", "out", "data", "folder", "location"):
         if str(told(name) or "").startswith(("s3:/",)):
             yield "s3fs", "s3"
-    if command == "pretrain" and (told("views") or told("method")) not in ("none", "mae"):
-        yield "kornia", "train"
     if command == "sampath":
         is_unet = told("model") == "unet"
         yield ("segmentation_models_pytorch" if is_unet else "transformers"), "evaluate"

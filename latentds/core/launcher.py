@@ -30,20 +30,6 @@ def find_rank(rank: int | None, world_size: int | None) -> tuple[int, int]:
     return rank, world_size
 
 
-def own_device(device: torch.device | str) -> torch.device:
-    """The device with its number: "cuda" is this rank's own GPU.
-
-    The one made current by `torch.cuda.set_device`, else the launcher's LOCAL_RANK-th.
-    """
-    found = torch.device(device)
-    if found.type != "cuda" or found.index is not None:
-        return found
-    current, local = torch.cuda.current_device(), int(os.environ.get("LOCAL_RANK", "0"))
-    # With one visible GPU a process, every rank's own is number 0.
-    use_local = current == 0 and local < torch.cuda.device_count()
-    return torch.device("cuda", local if use_local else current)
-
-
 @contextlib.contextmanager
 def meeting(world_size: int) -> Iterator[None]:
     """Wait at both ends of the block for torchrun's other ranks, for as long as it takes.

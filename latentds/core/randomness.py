@@ -10,11 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 GOLDEN = 0x9E3779B97F4A7C15  # splitmix64, Steele, Lea, Flood 2014
 MULTIPLIERS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
@@ -105,6 +106,8 @@ def uniform(seeds: Tensor, op: str, draws: int = 1) -> Tensor:
 
 def uniform_each(seeds: Tensor, ops: Sequence[str], draws: int = 1) -> Tensor:
     """`uniform` of several ops at once: float32 (number of ops, B, D)."""
+    import torch
+
     if not ops:
         return torch.zeros((0, len(seeds), draws), device=seeds.device)
     count = torch.arange(draws, device=seeds.device)

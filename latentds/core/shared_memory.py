@@ -11,12 +11,13 @@ import shutil
 from collections.abc import Iterator
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from latentds.errors import WorkerError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 SHM = Path("/dev/shm")
 REMEDY = (
@@ -50,6 +51,8 @@ def unseal(content: bytes) -> Any:
 
 def shared_buffer(size: int) -> Tensor:
     """uint8 (size,) in shared memory; WorkerError where there is too little."""
+    import torch
+
     buffer = torch.empty(0, dtype=torch.uint8)
     with sharing(size):
         buffer.set_(torch.UntypedStorage._new_shared(size))  # type: ignore[no-untyped-call]
@@ -58,6 +61,8 @@ def shared_buffer(size: int) -> Tensor:
 
 def shared_zeros(size: int, dtype: torch.dtype) -> Tensor:
     """Zeros (size,) that forked and spawned workers see change; WorkerError as above."""
+    import torch
+
     with sharing(size * dtype.itemsize):
         zeros: Tensor = torch.zeros(size, dtype=dtype).share_memory_()  # type: ignore[no-untyped-call]
     return zeros

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from latentds.autoencoders.autoencoder import Autoencoder
+from latentds.core.device_choice import choose_device
 from latentds.core.display import csv_cell
 from latentds.core.progress import progress
 from latentds.core.storage import exclusive_lock, naming, write_atomically
@@ -43,7 +44,7 @@ def extract(
     where: str | None = None,
     slides: Sequence[str] | None = None,
     autoencoder: Autoencoder | str | os.PathLike[str] | None = None,
-    device: torch.device | str = "cpu",
+    device: torch.device | str = "auto",
     overwrite: bool = False,
 ) -> dict[str, int]:
     """Write `[SPLIT/]LABEL/SLIDE/KEY.png` for every chosen patch, and last `table.csv`.
@@ -58,7 +59,7 @@ def extract(
     refuse_foreign(out, MARK)
     chosen = choose(shards, split, where, slides)
     decoder = Decoder(find_autoencoder(shards, autoencoder), shards.manifest.codebooks,
-                      shards.manifest.contract.patch_px, device)  # fmt: skip
+                      shards.manifest.contract.patch_px, choose_device(device))  # fmt: skip
     lock = out.with_name(f"{out.name}.lock")
     with exclusive_lock(lock):
         try:

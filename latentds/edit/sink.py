@@ -18,8 +18,8 @@ from latentds.autoencoders.autoencoder import Autoencoder
 from latentds.conversion.convert_config import ConvertConfig
 from latentds.conversion.converting import convert
 from latentds.conversion.given import Given, checked, spread
-from latentds.conversion.patch_encoding import choose_device
 from latentds.conversion.spool import RECORDS, Spool, SpooledPatches
+from latentds.core.device_choice import choose_device
 from latentds.core.extras import check_extras
 from latentds.edit.merging import merge
 from latentds.edit.outputs import check_apart, refuse_foreign

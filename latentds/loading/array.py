@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from latentds.autoencoders.autoencoder import Autoencoder
+from latentds.core.device_choice import choose_device
 from latentds.core.progress import progress
 from latentds.errors import InputError, unknown_name
 from latentds.loading.collate import check_codes
@@ -56,7 +57,7 @@ class LatentArray:
         folder: str | os.PathLike[str],
         split: str | None = None,
         *,
-        device: torch.device | str = "cpu",
+        device: torch.device | str = "auto",
         decode: str = "pixels",
         select: Select = Select(),
         autoencoder: Autoencoder | str | os.PathLike[str] | None = None,
@@ -67,7 +68,7 @@ class LatentArray:
         check_group(select, Select, "select")
         self.shards, self.device, self.decode = (
             ShardSet(folder, cache=cache, reads_parts=select != Select()),
-            torch.device(device),
+            choose_device(device),
             decode,
         )
         manifest = self.shards.manifest
@@ -83,7 +84,7 @@ class LatentArray:
                 find_autoencoder(self.shards, autoencoder) if pixels else None,
                 manifest.codebooks,
                 manifest.contract.patch_px,
-                device,
+                self.device,
                 Decode(dtype=dtype),
             )
         table = self.shards.patches[rows]

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from latentds.autoencoders.autoencoder import Autoencoder
+from latentds.core.device_choice import choose_device
 from latentds.core.randomness import key_of, shuffled
 from latentds.core.shared_memory import shared_zeros
 from latentds.errors import InputError
@@ -97,7 +98,7 @@ class SlideBags(Dataset[Bag]):
         columns: Sequence[str] = (),
         check_codes: bool = True,
         decode: str = "pixels",
-        device: torch.device | str = "cpu",
+        device: torch.device | str = "auto",
         autoencoder: Autoencoder | str | os.PathLike[str] | None = None,
         dtype: torch.dtype = torch.float32,
         cache: CacheConfig | None = None,
@@ -109,7 +110,7 @@ class SlideBags(Dataset[Bag]):
         self.shards = ShardSet(folder, check_codes, cache=cache, reads_parts=True)
         self.vocabulary = Vocabulary([self.shards], select.class_to_idx)
         self.max_patches, self.seed, self.columns = max_patches, seed, tuple(columns)
-        self.wanted, self.device = decode, torch.device(device)
+        self.wanted, self.device = decode, choose_device(device)
         self.decoding = (autoencoder, dtype)
         self.decoder: Decoder | Integers | None = None
         rows = select_rows(self.shards, split, *select.unbalanced("SlideBags"))

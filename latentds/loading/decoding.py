@@ -15,6 +15,7 @@ from latentds.autoencoders import load_autoencoder, load_for_decoding
 from latentds.autoencoders.autoencoder import Autoencoder, NetworkAutoencoder, check_decoder
 from latentds.autoencoders.cards import CARDS
 from latentds.core.compiling import Compiled
+from latentds.core.device_choice import warn_of_slow_decoding
 from latentds.errors import ContractError, WeightsError
 from latentds.quantizers.lookup import make_lookup
 from latentds.quantizers.scalar import AnyCodebook
@@ -92,6 +93,8 @@ class Decoder:
         dtype = self.options.dtype if autoencoder is not None else torch.float32
         self.lookup = make_lookup(codebooks, self.device, dtype)
         if autoencoder is not None:
+            if self.device.type == "cpu":
+                warn_of_slow_decoding()
             self.autoencoder = autoencoder.to(self.device, dtype)
             self.network = self.prepare(self.autoencoder)
 

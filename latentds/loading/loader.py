@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from latentds.autoencoders.autoencoder import Autoencoder
-from latentds.core.launcher import gather, own_device
+from latentds.core.device_choice import choose_device
+from latentds.core.launcher import gather
 from latentds.core.shared_memory import REMEDY, describe_shm, of_dead_worker
 from latentds.errors import WorkerError
 from latentds.loading.batch import Batch
@@ -73,7 +74,7 @@ class LatentLoader:
         batch_size: int | None = None,
         shuffle: bool = False,
         seed: int = 0,
-        device: torch.device | str = "cpu",
+        device: torch.device | str = "auto",
         num_workers: int | Workers = 0,
         decode: str = "pixels",
         normalize: bool | ChannelStatistics = False,
@@ -118,8 +119,8 @@ class LatentLoader:
                 "and its `valid`, or Order(last='drop') or 'repeat'"
             )
         self.dataset.statistics_given = choose_statistics(normalize, self.dataset.sets)
-        self.device, self.decode, self.normalize = own_device(device), decode, bool(normalize)
-        self.decode_device = own_device(decoding.device or device)
+        self.device, self.decode, self.normalize = choose_device(device), decode, bool(normalize)
+        self.decode_device = choose_device(decoding.device or device)
         self.transform = Watched(transform) if transform else None
         self.views, self.as_tuple = views, as_tuple
         self.contract = self.dataset.shards.manifest.contract

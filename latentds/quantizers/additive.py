@@ -11,16 +11,16 @@ import base64
 import dataclasses
 import hashlib
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.nn import functional
 
 from latentds.errors import ShapeError
-from latentds.quantizers.additive_search import is_separable, search
 from latentds.quantizers.scalar import MAX_LEVELS, Codebook, beyond
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 MAX_PLANES = 256
 MAX_CHANNELS = 512  # four times those of DC-AE f64; the test for orthogonality holds S D D values
@@ -103,6 +103,8 @@ class AdditiveCodebook:
 
     def table(self, device: torch.device | str = "cpu") -> Tensor:
         """The tables as a float32 tensor (S, K, D) on `device`."""
+        import torch
+
         return torch.from_numpy(self.tables.copy()).to(device)
 
     def quantize(self, latents: Tensor, beam: int = BEAM) -> Tensor:
@@ -116,6 +118,10 @@ class AdditiveCodebook:
         raises   ShapeError for another number of channels, ValueError on NaN or infinity
         source   beam search over planes, Babenko and Lempitsky 2014, section 3.2
         """
+        import torch
+
+        from latentds.quantizers.additive_search import is_separable, search
+
         if not 1 <= beam <= MAX_BEAM:
             raise ValueError(f"beam {beam} is not between 1 and {MAX_BEAM}")
         if latents.ndim != 4:
@@ -141,6 +147,9 @@ class AdditiveCodebook:
                  order fixed, every machine that rounds to nearest gives the same bits
         raises   ShapeError for another number of planes, IndexError for a code beyond K
         """
+        import torch
+        from torch.nn import functional
+
         if codes.ndim != 4:
             raise ShapeError(f"codes of shape {tuple(codes.shape)}, expected (B, S, h, w)")
         self._check_planes(tuple(codes.shape[1:]))

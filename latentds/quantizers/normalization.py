@@ -6,14 +6,15 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from latentds.quantizers.additive import AdditiveCodebook
 from latentds.quantizers.scalar import AnyCodebook, Codebook
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 DIGITS = 7  # what a float32 holds
 
@@ -68,6 +69,8 @@ class Normalized:
 
     def dequantize(self, codes: Tensor) -> Tensor:
         """Normalized latents float32 (B, C, h, w) of codes uint8 (B, *codes_shape)."""
+        import torch
+
         latents = self.codebook.dequantize(codes)
         mean, std = (
             torch.tensor(values, device=latents.device).view(-1, 1, 1)

@@ -12,13 +12,15 @@ import base64
 import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from latentds.errors import ShapeError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 MAX_LEVELS = 256
 
@@ -142,6 +144,8 @@ class Codebook:
                   infinity
         source    scalar K-means, Lloyd 1982; Yellapragada et al. 2025, section 3.3
         """
+        import torch
+
         check_channels(latents.shape[1:], self)
         if not bool(torch.isfinite(latents).all()):
             raise ValueError("latents contain NaN or infinity; encode in float32")
@@ -162,6 +166,8 @@ class Codebook:
         table     `table(device)` kept from before, to spare its copy
         raises    ShapeError for a wrong number of channels, IndexError for a code beyond K
         """
+        import torch
+
         check_channels(codes.shape[1:], self)
         levels = self.table(codes.device) if table is None else table
         rows, count = levels.shape
@@ -200,6 +206,8 @@ class Codebook:
 
     def table(self, device: torch.device | str = "cpu") -> Tensor:
         """The levels as a float32 tensor (R, K) on `device`."""
+        import torch
+
         return torch.from_numpy(self.levels.copy()).to(device)
 
 
@@ -224,6 +232,8 @@ def dequantize_each(codes: Tensor, books: np.ndarray, codebooks: Sequence[AnyCod
     books     int64 (B,), which of `codebooks` each patch has
     raises    as `dequantize`
     """
+    import torch
+
     if len(codebooks) == 1:
         return dequantize(codes, codebooks[0])
     shape = codebooks[0].latents_shape_of(tuple(codes.shape[1:]))

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from latentds.errors import FormatError, ShapeError
 from latentds.quantizers.normalization import ChannelStatistics, pool, rounded
@@ -60,6 +59,8 @@ def sum_latents(shards: ShardSet) -> ChannelStatistics:
 
     Summed in double precision pack by pack; every processor's sums agree in the digits kept.
     """
+    import torch
+
     books = shards.manifest.codebooks
     channels = shards.manifest.contract.latents_shape[0]
     sums, squares, count = np.zeros(channels), np.zeros(channels), 0

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+import mmap
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
-from latentds.core.shared_memory import shared_zeros
 from latentds.store.open_files import Signature
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 RECHECK_EPOCHS = 10  # a disk may lose what it was read from without telling
 
@@ -27,15 +29,27 @@ class CodeChecks:
     def __init__(self, first_patches: np.ndarray, signatures: list[Signature]) -> None:
         self.first_patches, self.signatures = first_patches, signatures
         self.round = 0
+        self.shared: Tensor | None = None
         size = -(-int(first_patches[-1]) // 8) if signatures else 0
-        self.shared = shared_zeros(max(size, 1), torch.uint8)  # a bit a patch
-        self.marks = self.shared.numpy()
+        # A bit a patch. Forked workers see such memory change, without torch; see `__getstate__`.
+        self.marks = np.frombuffer(mmap.mmap(-1, max(size, 1)), np.uint8)
 
     def __getstate__(self) -> dict[str, Any]:
+        """For another process, which shares memory by torch's handles: the marks move there."""
+        import torch
+
+        from latentds.core.shared_memory import shared_zeros
+
+        if self.shared is None:
+            self.shared = shared_zeros(len(self.marks), torch.uint8)
+            moved = self.shared.numpy()
+            moved[:] = self.marks
+            self.marks = moved
         return self.__dict__ | {"marks": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        assert self.shared is not None
         self.marks = self.shared.numpy()
 
     def look_at(self, shard: int, signature: Signature) -> None:

@@ -11,12 +11,11 @@ import hashlib
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
-import torch
 from PIL import Image
-from torch import Tensor
 
 from latentds.autoencoders.autoencoder import Autoencoder, exact_arithmetic
 from latentds.core.metrics import psnr_db
@@ -25,6 +24,9 @@ from latentds.errors import FormatError
 from latentds.quantizers.scalar import AnyCodebook, dequantize
 from latentds.store.columns import decode_table, encode_table
 from latentds.store.format import GOLDEN, Contract
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MIN_GOLDEN, MAX_GOLDEN = 8, 32
 PATCHES_A_GOLDEN = 1000
@@ -81,6 +83,8 @@ def decode_pixels(
 
     books  int64 (G,), which of the codebooks each patch has; None for the first
     """
+    import torch
+
     decoded = np.empty((len(codes), *patch_px, 3), np.uint8)
     for place in range(len(codes)):
         codebook = codebooks[0 if books is None else int(books[place])]
@@ -93,6 +97,8 @@ def latents_pixels(
     latents: Tensor, autoencoder: Autoencoder, patch_px: tuple[int, int]
 ) -> np.ndarray:
     """Decoded uint8 (H, W, 3) of one patch's latents (1, C, h, w)."""
+    import torch
+
     height, width = patch_px
     with torch.no_grad(), exact_arithmetic():
         image = autoencoder.decode(latents)[0, :, :height, :width].float().cpu()

@@ -1,7 +1,6 @@
 """Changes of colour and sharpness with numbers of each patch's own.
 
-torchvision v2's arithmetic, from kornia where kornia has it; kornia's random classes and its
-generator are not used.
+torchvision v2's arithmetic, a factor a crop, as kornia has it; tests hold both to be equal.
 """
 # N crops, H W pixels
 
@@ -9,28 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-
-from latentds.errors import missing_extra
+from torch.nn import functional
 
 BLUR_TAPS = 9  # pixels of the blur's kernel, as in DINOv2
 SOLARIZE_FROM = 128 / 255  # DINO's threshold of 128 for bytes
 HUE_PLACES = (5.0, 3.0, 1.0)  # of red, green and blue on the circle of six
-
-
-def kornia() -> Any:
-    """The library, imported when a view needs it."""
-    try:
-        import kornia.color
-        import kornia.enhance
-        import kornia.filters
-    except ModuleNotFoundError as error:
-        raise missing_extra("kornia", "views") from error
-    return kornia
+LUMA = (0.299, 0.587, 0.114)  # of red, green and blue: ITU-R BT.601
 
 
 def where_chosen(
@@ -58,12 +45,13 @@ def jitter(images: Tensor, factors: Tensor) -> Tensor:
     torchvision's ColorJitter draws an order a call. Every order of each crop's own would cost four
     times the arithmetic on a GPU, so there is one.
     """
-    enhance = kornia().enhance.adjust
-    brightness, contrast, saturation, hue = factors.to(images.dtype).unbind(1)
-    images = enhance.adjust_brightness_accumulative(images, brightness)
-    images = enhance.adjust_contrast_with_mean_subtraction(images, contrast)
-    images = enhance.adjust_saturation_with_gray_subtraction(images, saturation)
-    return shift_hue(images, hue)
+    columns = factors.to(images.dtype)[..., None, None, None]
+    brightness, contrast, saturation = columns[:, :3].unbind(1)
+    images = (images * brightness).clamp(0, 1)
+    mean = luminance(images).mean((-2, -1), keepdim=True)
+    images = (images * contrast + mean * (1 - contrast)).clamp(0, 1)
+    images = (images * saturation + luminance(images) * (1 - saturation)).clamp(0, 1)
+    return shift_hue(images, factors[:, 3])
 
 
 def shift_hue(images: Tensor, shift: Tensor) -> Tensor:
@@ -90,18 +78,29 @@ def shift_hue(images: Tensor, shift: Tensor) -> Tensor:
 
 def grey(images: Tensor) -> Tensor:
     """Three equal channels of the images' luminance."""
-    luminance: Tensor = kornia().color.rgb_to_grayscale(images)
-    return luminance.expand_as(images)
+    return luminance(images).expand_as(images)
+
+
+def luminance(images: Tensor) -> Tensor:
+    """Images (N, 3, H, W) as one channel (N, 1, H, W)."""
+    red, green, blue = (plane * part for plane, part in zip(images.unbind(1), LUMA, strict=True))
+    return (red + green + blue)[:, None]
 
 
 def blur(images: Tensor, sigma: Tensor) -> Tensor:
     """Gaussian blur of sigma (N,) pixels, borders reflected."""
     edge = min(images.shape[-2:])
     taps = min(BLUR_TAPS, 2 * edge - 1)  # a reflection is no longer than the image
-    filters = kornia().filters  # its gaussian_blur2d makes the same kernel twice, once an axis
-    kernel = filters.get_gaussian_kernel1d(taps, sigma[:, None])
-    blurred: Tensor = filters.filter2d_separable(images.float(), kernel, kernel, "reflect")
-    return blurred.to(images.dtype)  # rounded once, as there
+    reach = taps // 2
+    places = torch.arange(-reach, reach + 1, device=sigma.device, dtype=sigma.dtype)
+    kernel = torch.exp(-places.square() / (2 * sigma.clamp(min=1e-3).square()[:, None]))
+    kernel = (kernel / kernel.sum(1, keepdim=True)).float().repeat_interleave(3, 0)[:, None, None]
+    planes = images.float().flatten(0, 1)[None]  # every channel of every crop has its own kernel
+    across = functional.pad(planes, (reach, reach, 0, 0), mode="reflect")
+    across = functional.conv2d(across, kernel, groups=len(kernel))
+    down = functional.pad(across, (0, 0, reach, reach), mode="reflect")
+    blurred = functional.conv2d(down, kernel.mT, groups=len(kernel))
+    return blurred.view(images.shape).to(images.dtype)  # rounded once
 
 
 def solarize(images: Tensor) -> Tensor:

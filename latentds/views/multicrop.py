@@ -11,8 +11,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from latentds.core.extras import is_here
-from latentds.errors import ShapeError, missing_extra, unknown_name
+from latentds.errors import ShapeError, unknown_name
 from latentds.views.boxes import Boxes, Draws, draw_boxes, native_boxes
 from latentds.views.limits import at_least, probabilities, ranges, strengths, threes
 from latentds.views.painting import PAINTED, Paint, compiled
@@ -106,9 +105,6 @@ class MultiCrop:
             raise ValueError(f"jitter={self.jitter}; hue turns by at most 0.5, half a circle")
         if self.std is not None and min(self.std) <= 0:
             raise ValueError(f"std={self.std}; above 0")
-        is_painted = self.jitter_p or self.grey or any(self.blur) or self.dinov2_compat_blur
-        if is_painted and not is_here("kornia"):  # said here, not by the first batch
-            raise missing_extra("kornia", "views")
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> MultiCrop:

@@ -26,8 +26,8 @@ class Config:
     batch_sizes: tuple[int, ...] | None = None
     """Patches decoded at once. By default 64 on a GPU; on a CPU 16, and 1 for decoders of more than
     50 GFLOP a patch."""
-    device: str = "cpu"
-    """cpu, cuda, cuda:1, mps."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps; auto takes a GPU where there is one."""
     compile: bool = False
     """Also measure torch.compile (a C++ compiler on a CPU, minutes for large decoders)."""
     jpeg: bool = True
@@ -57,9 +57,9 @@ def measure(config: Config) -> dict[str, Any]:
     """All figures: every JPEG decoder and every network in turn, round by round."""
     from latentds_tools.bench import decode_networks, decode_shapes, jpeg_decoding
 
-    from latentds.conversion.patch_encoding import choose_device
+    from latentds.core.device_choice import choose_device
 
-    choose_device(config.device)
+    config = dataclasses.replace(config, device=str(choose_device(config.device)))
     names = [name.strip() for name in config.decoders.split(",") if name.strip()]
     for name in names:
         decode_shapes.check_known(name)

@@ -52,8 +52,8 @@ class Config:
     """Edge of a patch in pixels."""
     batch_sizes: tuple[int, ...] | None = None
     """Patches embedded at once; 256 on a GPU, 16 elsewhere by default."""
-    device: str = "cpu"
-    """cpu, cuda, cuda:1, mps."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps; auto takes a GPU where there is one."""
     precision: Literal["float32", "bfloat16"] | None = None
     """Of embedder and decoder; bfloat16 on a GPU, float32 elsewhere by default."""
     compile: bool = False
@@ -95,10 +95,11 @@ def run(config: Config) -> None:
 
 def measure(config: Config) -> dict[str, Any]:
     """All figures, a row a batch size."""
-    from latentds.conversion.patch_encoding import choose_device
+    from latentds.core.device_choice import choose_device
     from latentds.embedders import load_embedder
 
     device = choose_device(config.device)
+    config = dataclasses.replace(config, device=str(device))
     config = harness.for_device(config, device.type == "cuda", GPU, CPU)
     name = str(config.embedder)
     is_random = name.startswith("timm:") and "@" not in name

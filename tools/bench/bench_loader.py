@@ -59,8 +59,8 @@ class Config:
     """Patches a batch where pixels are wanted."""
     workers: int = 2
     """Worker processes of every loader."""
-    device: str = "cpu"
-    """Where batches end up and are decoded."""
+    device: str = "auto"
+    """Where batches end up and are decoded; auto takes a GPU where there is one."""
     autoencoder: str | None = None
     """Decoder instead of the recorded one."""
     seconds: float = 5.0
@@ -112,9 +112,9 @@ class Config:
 
 def run(config: Config) -> None:
     """Prepare, measure in turn, print."""
-    from latentds.conversion.patch_encoding import choose_device
+    from latentds.core.device_choice import choose_device
 
-    choose_device(config.device)
+    config = dataclasses.replace(config, device=str(choose_device(config.device)))
     with tempfile.TemporaryDirectory(dir=config.work) as work:
         specs = prepare(config, Path(work))
         cases = [Case(spec, functools.partial(measure_one, config, spec)) for spec in specs]

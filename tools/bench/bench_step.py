@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import tempfile
 from collections.abc import Sequence
@@ -27,9 +28,10 @@ def measure(config: Config) -> dict[str, Any]:
     from latentds_tools.bench.step_feeding import Feeding
     from latentds_tools.bench.step_sets import check_enough, open_source
 
-    from latentds.conversion.patch_encoding import choose_device
+    from latentds.core.device_choice import choose_device
 
     device = choose_device(config.device)
+    config = dataclasses.replace(config, device=str(device))
     config = with_defaults(config, device.type == "cuda")
     assert config.batch_size is not None and config.steps is not None
     lead = LEAD[device.type == "cuda"]

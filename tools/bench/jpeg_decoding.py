@@ -43,8 +43,10 @@ def load_patches(folder: Path | None, patch_px: int) -> list[np.ndarray]:
     from latentds.core.untrusted_files import pixels_of
 
     if folder is None:
-        from skimage.data import immunohistochemistry
-
+        try:
+            from skimage.data import immunohistochemistry
+        except ModuleNotFoundError as error:
+            raise missing_extra("scikit-image", "bench") from error
         pictures = iter([immunohistochemistry()])
     else:
         paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)

@@ -49,8 +49,8 @@ class Config:
     with --input latents too."""
     batch_size: int | None = None
     """Patches a step; 128 on a GPU, 2 elsewhere by default."""
-    device: str = "cpu"
-    """cpu, cuda, cuda:1, mps."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps; auto takes a GPU where there is one."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Of the decoder and its images; bfloat16 on a GPU, float32 elsewhere by default."""
     channels_last: bool = False

@@ -34,7 +34,7 @@ PACKED = (
     "of a packed table such as Parquet"
 )
 PACKAGES = (
-    *("latentds", "torch", "numpy", "pillow", "imagecodecs", "scikit-image", "torchmetrics"),
+    *("latentds", "torch", "numpy", "pillow", "imagecodecs", "torchmetrics"),
     *("timm", "transformers", "diffusers", "faiss-cpu"),
 )
 

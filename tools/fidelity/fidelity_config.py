@@ -86,8 +86,8 @@ class Config:
     contact: str | None = None
     """Crops on the contact sheet, their numbers with commas between; by default 3 of different
     slides."""
-    device: str | None = None
-    """Where networks run; the GPU where there is one."""
+    device: str = "auto"
+    """Where networks run: cpu, cuda, cuda:1, mps; auto takes a GPU where there is one."""
     skip_missing: bool = False
     """Go on without codecs and embedders that cannot be had, and list them."""
     json: bool = False

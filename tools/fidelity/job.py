@@ -108,13 +108,13 @@ class FidelityJob:
 
 def prepare(config: Config) -> FidelityJob:
     """Open all that is needed, and read the crops."""
-    from latentds.conversion.patch_encoding import choose_device
+    from latentds.core.device_choice import choose_device
 
     others = (config.fit_on, config.nuclei, config.probe_on)
     for folder in (*config.source, *(folder for folder in others if folder)):
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder}: no such folder")
-    device = str(choose_device(config.device or "auto"))
+    device = str(choose_device(config.device))
     autoencoders = Autoencoders(device)
     plan = make_plan(
         config.codecs or "", config.embedder_names(), autoencoders,

@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from latentds.core.metrics import ssim, ssim_uniform
+
 SSIM_SETTINGS = {
-    "gaussian": "scikit-image, Gaussian window with sigma 1.5 (11x11), population covariance, mean "
+    "gaussian": "Gaussian window with sigma 1.5 (11x11), population covariance, mean "
     "over RGB channels, data range 255 (Wang et al. 2004)",
-    "uniform": "scikit-image's defaults, 7x7 uniform window, sample covariance, mean over RGB "
+    "uniform": "scikit-image's defaults: 7x7 uniform window, sample covariance, mean over RGB "
     "channels, data range 255",
     "torchmetrics": "torchmetrics' defaults, Gaussian 11x11 window with sigma 1.5, mean over RGB "
     "channels, data range 1",
@@ -25,18 +27,13 @@ SIMILARITY_SETTINGS = (
 def measure_ssim(image: np.ndarray, reference: np.ndarray, settings: str) -> float:
     """SSIM of uint8 (H, W, 3) pictures by one of SSIM_SETTINGS."""
     if settings == "uniform":
-        from skimage.metrics import structural_similarity
-
-        value = structural_similarity(reference, image, channel_axis=2, data_range=255)
-        return float(value)
+        return ssim_uniform(image, reference)
     if settings == "torchmetrics":
         from torchmetrics.functional.image import structural_similarity_index_measure
 
         pair = to_images([image, reference])
         measured: Any = structural_similarity_index_measure(pair[:1], pair[1:], data_range=1.0)
         return float(measured)
-    from latentds.core.metrics import ssim
-
     return ssim(image, reference)
 
 

@@ -14,18 +14,15 @@ OUT/result.json, predictions.csv and splits/.
 
 from __future__ import annotations
 
-import os
-
 from latentds_trainers.abmil.config import AbmilConfig
-from latentds_trainers.engine.launching import launch
+from latentds_trainers.engine.launching import launch, take_device
 
 USUAL = ("bags", "labels", "data", "embedder", "preset", "folds", "device")  # options
 
 
 def main(config: AbmilConfig) -> None:
     """Features where they are to be made, the folds, the result."""
-    if config.device == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    take_device(config.device)
     from latentds_trainers.abmil.task import BagTask
 
     BagTask(config).run()

@@ -16,13 +16,14 @@ predictions.csv; 'latentds compare' sets runs side by side.
 from __future__ import annotations
 
 from latentds_trainers.classify_patches.config import ClassifyConfig
-from latentds_trainers.engine.launching import launch
+from latentds_trainers.engine.launching import launch, take_device
 
 USUAL = ("data", "embedder", "probe", "protocol", "folds", "device")  # options
 
 
 def main(config: ClassifyConfig) -> None:
     """Classify, record, print the table."""
+    take_device(config.device)
     from latentds_trainers.classify_patches.task import ClassifyTask
 
     ClassifyTask(config).run()

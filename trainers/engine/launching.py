@@ -73,6 +73,19 @@ def launch(
     leave_ranks()
 
 
+def take_device(name: str) -> None:
+    """Have the engine take the CPU where a recipe's --device says so; others must be there.
+
+    raises  InputError for a device that is not to be had
+    """
+    if name == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    elif name != "auto":
+        from latentds.core.device_choice import choose_device
+
+        choose_device(name)
+
+
 def parted(docstring: str) -> tuple[str, list[str]]:
     """A docstring's prose, and its indented command lines, continued ones joined."""
     lines = docstring.splitlines()

@@ -13,9 +13,7 @@ timm, OUT/result.json tells what the run read, took and reached.
 
 from __future__ import annotations
 
-import os
-
-from latentds_trainers.engine.launching import launch
+from latentds_trainers.engine.launching import launch, take_device
 from latentds_trainers.pretrain.config import PretrainConfig
 
 USUAL = ("data", "method", "arch", "global_batch_size", "steps", "device")  # options
@@ -23,8 +21,7 @@ USUAL = ("data", "method", "arch", "global_batch_size", "steps", "device")  # op
 
 def main(config: PretrainConfig) -> None:
     """Train, export the backbone, write the result."""
-    if config.device == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    take_device(config.device)
     from latentds_trainers.pretrain.task import PretrainTask
 
     PretrainTask(config).run()

@@ -17,9 +17,7 @@ or --accumulation keeps them; a run that departs from them says so.
 
 from __future__ import annotations
 
-import os
-
-from latentds_trainers.engine.launching import launch
+from latentds_trainers.engine.launching import launch, take_device
 from latentds_trainers.sampath.config import SampathConfig
 
 USUAL = ("data", "masks", "preset", "model", "folds", "device")  # options
@@ -27,8 +25,7 @@ USUAL = ("data", "masks", "preset", "model", "folds", "device")  # options
 
 def main(config: SampathConfig) -> None:
     """Train and test every fold, write and print the result."""
-    if config.device == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    take_device(config.device)
     from latentds_trainers.sampath.task import SegmentationRun
 
     SegmentationRun(config).run()

@@ -14,6 +14,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
+from latentds.core.device_choice import choose_device
 from latentds.core.launcher import find_rank
 from latentds.core.randomness import key_of, shuffled
 from latentds.core.storage import passing_lock
@@ -69,7 +70,7 @@ def extract_features(
     out: Path,
     options: FeatureOptions,
     *,
-    device: torch.device | str = "cpu",
+    device: torch.device | str = "auto",
     rank: int | None = None,
     world_size: int | None = None,
     progress: Progress | None = None,
@@ -89,7 +90,7 @@ def extract_features(
               dimension; TooManyBadSamplesError past `max_bad`, naming the slides; OSError for a
               full disk, with nothing half written
     """
-    device = torch.device(device)
+    device = choose_device(device)
     names = named_slides(patches)
     embedder.to(device, DTYPES[options.precision])
     claim(out, record_of(patches, embedder, options, device))

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from latentds.core.device_choice import choose_device
 from latentds.embedders.embedder import Embedder
 from latentds.errors import InputError, LatentdsError, unknown_name
 from latentds.evaluation.features.embedding_pipeline import embed
@@ -44,9 +45,9 @@ class LiveFeatures:
         embedder: Embedder,
         options: FeatureOptions,
         *,
-        device: torch.device | str = "cpu",
+        device: torch.device | str = "auto",
     ) -> None:
-        self.patches, self.options, self.device = patches, options, torch.device(device)
+        self.patches, self.options, self.device = patches, options, choose_device(device)
         self.network = embedder
         embedder.to(self.device, DTYPES[options.precision])
         self.record = record_of(patches, embedder, options, self.device)

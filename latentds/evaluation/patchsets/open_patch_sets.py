@@ -20,7 +20,7 @@ from latentds.codecs import (
     with_quantizer,
 )
 from latentds.codecs.naming import FLOAT_BITS, latent_text
-from latentds.conversion.patch_encoding import choose_device
+from latentds.core.device_choice import choose_device
 from latentds.errors import InputError
 from latentds.evaluation.patchsets.codec_fitting import find_codebook
 from latentds.evaluation.patchsets.coded_patches import LatentRoundTrip, PictureRoundTrip

@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 PHASES = 3  # cells (even, even); (odd, odd), between four of those; the others, between four of all
 CAP = 15  # magnitudes beyond count as this
@@ -44,6 +47,8 @@ class Scan:
 @functools.lru_cache(maxsize=16)
 def scan_of(height: int, width: int, device: torch.device) -> Scan:
     """The scan of channels of that size."""
+    import torch
+
     y, x = np.divmod(np.arange(height * width), width)
     phase = np.where(y % 2 != x % 2, 2, y % 2)
     cells = np.argsort(phase, kind="stable")

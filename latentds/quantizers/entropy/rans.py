@@ -8,9 +8,12 @@ Integers only, so that every machine decodes the same. The layout is in docs/for
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PRECISION_BITS = 12
 TOTAL = 1 << PRECISION_BITS  # what the frequencies of a table sum to
@@ -31,6 +34,8 @@ def decoding_table(frequencies: np.ndarray) -> Tensor:
 
     frequencies  integers (rows, S), each row summing to 4096
     """
+    import torch
+
     rows, symbols = frequencies.shape
     counts = frequencies.astype(np.int64)
     starts = (np.cumsum(counts, axis=1) - counts).reshape(-1)
@@ -42,6 +47,8 @@ def decoding_table(frequencies: np.ndarray) -> Tensor:
 
 def lowest_states(turns: int, quiet: Tensor) -> Tensor:
     """int32 (T, B, 1): below which a lane takes a word, 2^15 and 0 in the quiet turns."""
+    import torch
+
     awake = turns - quiet[None, :, None]
     turn = torch.arange(turns, device=quiet.device)[:, None, None]
     return torch.where(turn < awake, LOW, 0).int()
@@ -57,6 +64,8 @@ class Lanes:
     """
 
     def __init__(self, state: Tensor, words: Tensor, lowest: Tensor) -> None:
+        import torch
+
         self.state = state
         self.words = words
         self.lowest = lowest
@@ -68,6 +77,8 @@ class Lanes:
 
         first_entry  int32 (B, L), where in `table` each lane's row starts
         """
+        import torch
+
         state = self.state
         entries = table.index_select(0, ((state & (TOTAL - 1)) + first_entry).view(-1))
         entries = entries.view(state.shape)

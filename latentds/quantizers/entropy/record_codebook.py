@@ -11,16 +11,24 @@ from __future__ import annotations
 import base64
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from latentds.errors import ShapeError
-from latentds.quantizers.entropy import record_checks, record_decoding, record_encoding
-from latentds.quantizers.entropy.record_decoding import DecodedRecords
-from latentds.quantizers.entropy.record_model import ARRAYS, DTYPES, KIND, RecordModel
+from latentds.quantizers.entropy import record_checks
+from latentds.quantizers.entropy.record_model import (
+    ARRAYS,
+    DTYPES,
+    KIND,
+    RATE_WEIGHT,
+    RecordModel,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from latentds.quantizers.entropy.record_decoding import DecodedRecords
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -67,7 +75,7 @@ class EntropyCodebook(RecordModel):
             return None
         return f"a record of step {largest}, but the codebook has {len(self.steps)} steps"
 
-    def quantize(self, latents: Tensor, rate_weight: float = record_encoding.RATE_WEIGHT) -> Tensor:
+    def quantize(self, latents: Tensor, rate_weight: float = RATE_WEIGHT) -> Tensor:
         """Records uint8 (B, R) of latents float (B, C, h, w): the finest step that fits, each.
 
         The same bytes whatever the batch and the threads; computed on the CPU. A patch that does
@@ -77,6 +85,8 @@ class EntropyCodebook(RecordModel):
         raises       ShapeError for other latents, ValueError on NaN or infinity, and where records
                      are too small for some patches (`check_reach`)
         """
+        from latentds.quantizers.entropy import record_encoding
+
         return record_encoding.encode_records(latents, self, rate_weight)
 
     def integers(self, records: Tensor) -> DecodedRecords:
@@ -84,10 +94,16 @@ class EntropyCodebook(RecordModel):
 
         raises  ShapeError for other records, ValueError for a step byte beyond the steps
         """
+        from latentds.quantizers.entropy import record_decoding
+
         return record_decoding.decode_records(records, self)
 
     def dequantize(self, records: Tensor) -> Tensor:
         """Latents float32 (B, C, h, w) of records uint8 (B, R), on their device."""
+        import torch
+
+        from latentds.quantizers.entropy import record_decoding
+
         if not len(records):
             return torch.zeros(0, *self.latents_shape, device=records.device)
         return record_decoding.latents_of(self.integers(records), self)

@@ -19,9 +19,6 @@ from latentds.quantizers.entropy.rans import COST_BITS, HEAD_BYTES, LARGEST
 from latentds.quantizers.entropy.record_model import RecordModel
 
 CHUNK = 256  # patches encoded at a time: some 100 MB
-# What a bit is worth, in squared steps, when a value is rounded towards zero. At tiny-v2's 2,048
-# bytes 0.1 dB better than the nearest on H&E, at 4,096 the same; 0.1 loses similarity.
-RATE_WEIGHT = 0.04
 # Bytes of a stream that its symbols' costs do not tell: the first states hold half a word on
 # average that is counted twice, the quiet turns' least states a few bits. 2.3 a lane is what 40
 # crops of UCSB took more than their symbols, six bytes spare most second tries.

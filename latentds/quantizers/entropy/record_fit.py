@@ -19,6 +19,7 @@ from latentds.quantizers.entropy.magnitude_model import fit_model
 from latentds.quantizers.entropy.rans import COST_BITS, HEAD_BYTES, LARGEST
 from latentds.quantizers.entropy.record_checks import MAX_STEPS
 from latentds.quantizers.entropy.record_codebook import EntropyCodebook
+from latentds.quantizers.entropy.record_model import RATE_WEIGHT
 from latentds.quantizers.entropy.symbol_counts import count_integers, count_tables
 
 MAX_FIT_PATCHES = 512  # 1,024 change the bytes of other patches by less than 0.1 %
@@ -67,7 +68,7 @@ def fit_entropy_codebook(
     gains: np.ndarray | None = None,
     lanes: int | None = None,
     classes: int = CLASSES,
-    rate_weight: float = encoding.RATE_WEIGHT,
+    rate_weight: float = RATE_WEIGHT,
 ) -> tuple[EntropyCodebook, EntropyFitReport]:
     """A codebook for latents distributed like these, and what it does to them.
 

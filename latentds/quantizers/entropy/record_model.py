@@ -12,6 +12,9 @@ from typing import ClassVar
 import numpy as np
 
 KIND = "rans"
+# What a bit is worth, in squared steps, when a value is rounded towards zero. At tiny-v2's 2,048
+# bytes 0.1 dB better than the nearest on H&E, at 4,096 the same; 0.1 loses similarity.
+RATE_WEIGHT = 0.04
 ARRAYS = (  # in the order in which they are hashed
     *(("steps", "<f4"), ("gains", "<f4"), ("order", "<i2"), ("parents", "<i2")),
     *(("weights", "<i2"), ("thresholds", "<i4"), ("tables", "<u2")),

@@ -13,8 +13,8 @@ from torch import Tensor
 from latentds.quantizers.entropy.coder_tables import native_model
 from latentds.quantizers.entropy.contexts import scan_of
 from latentds.quantizers.entropy.rans import COST_BITS
-from latentds.quantizers.entropy.record_encoding import RATE_WEIGHT, in_scan, integers_at
-from latentds.quantizers.entropy.record_model import RecordModel
+from latentds.quantizers.entropy.record_encoding import in_scan, integers_at
+from latentds.quantizers.entropy.record_model import RATE_WEIGHT, RecordModel
 
 
 def round_at_steps(

@@ -128,7 +128,9 @@ class CoordinateJob(Slides):
                 "the folder of patches that were dumped beside them (patch_images)"
             )
         if options.mpp is not None:
-            raise InputError("--mpp, but the coordinates say how large patches are; leave it")
+            raise InputError(
+                "--mpp or --magnification, but the coordinates say how large patches are; leave it"
+            )
         self.job, self.root = options.source, options.slides
         self.files: dict[str, Path] = {}
         self.scales: dict[str, float] = {}

@@ -33,6 +33,7 @@ from latentds.sources.slide_reading import (
     on_white,
     open_slide,
     overview_level,
+    own_scale,
     reason_of,
     slide_mpp,
     thumbnail_of,
@@ -52,8 +53,9 @@ class Slides(Source):
     """Slides below a folder, tissue of each cut into a grid of patches.
 
     A slide's own resolution is its mpp, 10 / magnification where only that is recorded, or
-    --assume-mpp. Patches are read from the nearest finer level and resampled to just the mpp asked
-    for; x and y count pixels of level 0.
+    --assume-mpp. Where a level is within --mpp-tolerance of the mpp asked for, patches are its own
+    pixels, else resampled from the nearest finer level to just that mpp; x and y count pixels of
+    level 0.
     """
 
     kind = "whole slides"
@@ -134,7 +136,8 @@ class Slides(Source):
         """int32 (n, 2): x and y at level 0 of the patches that hold tissue."""
         options, scale = self.options, self.scale(picture, slide)
         step = (options.stride or self.edge) * scale
-        places = grid(slide, self.edge * scale, step, options.edges)
+        unit = scale if scale in slide.level_downsamples else 1.0
+        places = grid(slide, self.edge * scale, step, options.edges, unit)
         places = distinct(places)
         if not len(places):
             self.empty[picture.source] = f"holds no patch of {self.edge * scale:.0f} px of level 0"
@@ -223,7 +226,8 @@ class Slides(Source):
     def scale(self, picture: Picture, slide: Any) -> float:
         """Pixels of level 0 a pixel of a slide's patches."""
         own = slide_mpp(slide, self.options.assume_mpp, picture.mpp)
-        return (self.options.mpp or own) / own
+        asked = (self.options.mpp or own) / own
+        return own_scale(slide, asked, self.options.mpp_tolerance)
 
     def patch_px(self, headers: dict[str, Header]) -> tuple[int, int]:
         del headers

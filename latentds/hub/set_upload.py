@@ -19,10 +19,11 @@ from latentds.hub.licences import check_licence, licence_warnings
 from latentds.hub.preview import PREVIEW, make_preview
 from latentds.hub.publish_plan import README, PublishPlan, make_plan
 from latentds.hub.snippets import Publication
-from latentds.store.format import MANIFEST
+from latentds.store.format import MANIFEST, SLIDES_TABLE
 from latentds.store.golden import read_golden
 from latentds.store.manifest import Manifest, read_manifest
 from latentds.store.set_card import dataset_card
+from latentds.store.slide_records import need_slide_records
 from latentds.store.verification import verify
 
 # The Hub advises 50 to 100 files a commit. What a killed run has sent but not committed is not sent
@@ -68,6 +69,7 @@ def publish(
     pull_request: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
+    thumbnails: bool = False,
     tell: Callable[[str], None] = lambda _: None,
 ) -> Published:
     """Publish a data set's folder.
@@ -80,6 +82,7 @@ def publish(
     pull_request  open one instead of committing to the branch
     overwrite     replace whatever else the repository holds
     dry_run       look, plan, write nothing
+    thumbnails    send what is kept of slides, too: overviews show pen and glass, which no patch may
     tell          called with what is being done
     raises        InputError without licence, login or rights, where the folder is damaged or the
                   repository holds something else; FormatError where the Hub holds other bytes after
@@ -90,8 +93,10 @@ def publish(
     tell("checking the folder's sha256")
     manifest = check_folder(Path(folder))
     warnings = tuple(licence_warnings(manifest, identifier))
-    contents = gather(Path(folder), manifest, publication, warnings)
+    contents = gather(Path(folder), manifest, publication, warnings, thumbnails)
     warnings += tuple(edited_card(Path(folder), manifest))
+    if not thumbnails and (Path(folder) / SLIDES_TABLE).is_file():
+        warnings += ("pictures of the slides are not published; --thumbnails sends them",)
     remote = have_repository(repository, private, dry_run)
     plan = make_plan(repository, manifest, contents, remote, overwrite)
     if dry_run:
@@ -137,7 +142,11 @@ def check_folder(folder: Path) -> Manifest:
 
 
 def gather(
-    folder: Path, manifest: Manifest, publication: Publication, warnings: tuple[str, ...]
+    folder: Path,
+    manifest: Manifest,
+    publication: Publication,
+    warnings: tuple[str, ...],
+    thumbnails: bool = False,
 ) -> dict[str, Path | bytes]:
     """Every file of the published set: shards first, manifest last."""
     golden = read_golden(folder, manifest.contract, manifest.patches, manifest.golden_sha256)
@@ -146,6 +155,9 @@ def gather(
         shard.name: folder / shard.name for shard in manifest.shards
     }
     contents |= {name: folder / name for name in manifest.tables}
+    if thumbnails:
+        need_slide_records(folder)
+        contents[SLIDES_TABLE] = folder / SLIDES_TABLE
     if len(golden.rows):
         contents[PREVIEW] = make_preview(folder)
     return contents | {README: card.encode(), MANIFEST: (folder / MANIFEST).read_bytes()}

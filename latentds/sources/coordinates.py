@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -211,6 +211,7 @@ class CoordinateJob(Slides):
             found = found._replace(places=found.places[~reach])
         self.scales[picture.source] = found.size_px / self.edge
         self.check_enlarging(self.scales[picture.source])
+        self.looked_at[picture.source] = len(found.places) + self.dropped.get(picture.source, 0)
         places = distinct(found.places.astype(np.int32))
         if len(places) < len(found.places):
             self.twice[picture.source] = len(found.places) - len(places)
@@ -227,6 +228,14 @@ class CoordinateJob(Slides):
             return slide_mpp(slide, self.options.assume_mpp, picture.mpp)
         except InputError:  # the file says where the patches lie all the same
             return None
+
+    def passed_over(self, picture: Picture) -> Iterator[str]:
+        if not len(self.places[picture.source]):
+            yield self.empty_reason(picture)
+        if dropped := self.dropped.get(picture.source):
+            yield f"{dropped:,} places reach beyond the slide (--edges drop)"
+        if twice := self.twice.get(picture.source):
+            yield f"{twice:,} places are in its file twice"
 
     def facts(self) -> dict[str, Any]:
         found = {"edges": self.options.edges, "reached_beyond": sum(self.dropped.values())}

@@ -19,6 +19,7 @@ from latentds.sources.slide_probe import probe_slide
 
 THUMBNAIL_MPP = 8.0  # a 256 px patch at 0.5 mpp is 16 px of it
 MAX_THUMBNAIL_PX = 4096
+MAX_LEVEL_PX = 1 << 27  # of a level that is read for a picture alone: some seconds
 STRIP_PX = 1 << 24  # of a level at once, 64 MB
 # A level up to 1 % finer than asked is not resampled from the one above it.
 LEVEL_SLACK = 1.01
@@ -173,10 +174,25 @@ def thumbnail_of(
     level  to read from, by default the coarsest that is fine enough
     read   a region of it, as `on_white` does
     """
-    width, height = slide.dimensions
-    factor = overview_factor(slide, mpp)
-    columns, rows = max(1, round(width / factor)), max(1, round(height / factor))
     level = overview_level(slide, mpp) if level is None else level
+    return shrink_level(slide, overview_factor(slide, mpp), level, read)
+
+
+def small_view(slide: Any, edge: int) -> tuple[np.ndarray, float] | None:
+    """A slide about `edge` pixels long as `thumbnail_of` makes it; None where no level is small."""
+    factor = max(float(max(slide.dimensions)) / edge, 1.0)
+    level = slide.get_best_level_for_downsample(factor * LEVEL_SLACK)
+    if math.prod(slide.level_dimensions[level]) > MAX_LEVEL_PX:
+        return None
+    return shrink_level(slide, factor, level, on_white)
+
+
+def shrink_level(
+    slide: Any, factor: float, level: int, read: ReadRegion
+) -> tuple[np.ndarray, float]:
+    """A level `factor` times smaller than level 0, and how many times exactly it is."""
+    width, height = slide.dimensions
+    columns, rows = max(1, round(width / factor)), max(1, round(height / factor))
     step = slide.level_downsamples[level]
     across, down = slide.level_dimensions[level]
     high = down / rows  # pixels of the level a pixel of the thumbnail

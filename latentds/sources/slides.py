@@ -22,6 +22,7 @@ from latentds.sources.inspection import Inspection
 from latentds.sources.kinds import one_a_series, sort_files
 from latentds.sources.picture import Header, Listing, Picture
 from latentds.sources.side_tables import with_tables
+from latentds.sources.slide_looks import LOOK_PX, SlideLook, draw_look
 from latentds.sources.slide_reading import (
     UNREADABLE,
     ReadRegion,
@@ -36,6 +37,7 @@ from latentds.sources.slide_reading import (
     own_scale,
     reason_of,
     slide_mpp,
+    small_view,
     thumbnail_of,
 )
 from latentds.sources.source import Source
@@ -59,6 +61,7 @@ class Slides(Source):
     """
 
     kind = "whole slides"
+    has_looks = True
 
     def __init__(self, options: SourceOptions) -> None:
         self.options, self.root = options, options.source
@@ -67,6 +70,10 @@ class Slides(Source):
         self.lock = threading.Lock()
         self.places: dict[str, np.ndarray] = {}
         self.empty: dict[str, str] = {}  # slides without a patch, and why
+        self.looked_at: dict[str, int] = {}  # places of patches, those not taken included
+        self.drawn: dict[
+            str, tuple[bytes | None, float | None]
+        ] = {}  # pictures and shares of tissue
         self.repaired: set[str] = set()  # slides whose overview could not be read everywhere
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -139,6 +146,7 @@ class Slides(Source):
         unit = scale if scale in slide.level_downsamples else 1.0
         places = grid(slide, self.edge * scale, step, options.edges, unit)
         places = distinct(places)
+        self.looked_at[picture.source] = len(places)
         if not len(places):
             self.empty[picture.source] = f"holds no patch of {self.edge * scale:.0f} px of level 0"
             return places
@@ -149,15 +157,66 @@ class Slides(Source):
             mask = tissue_mask(thumbnail, options.tissue)
             boxes = np.concatenate([places, places + self.edge * scale], 1) / factor
             kept = tissue_shares(mask, boxes) >= options.min_tissue
+            if self.keeps_looks:
+                told = None if options.tissue == "none" else mask
+                drawn = self.draw(picture, places[kept], (thumbnail, factor), told)
+                self.drawn[picture.source] = drawn, None if told is None else float(mask.mean())
         if not kept.any():
-            rule = f"--tissue {options.tissue}, --min-tissue {options.min_tissue}"
-            self.empty[picture.source] = f"no tissue in any of {len(places)} places ({rule})"
+            self.empty[picture.source] = f"no tissue in any of {len(places)} places ({self.rule})"
         chosen: np.ndarray = places[kept]
         return chosen
+
+    @property
+    def rule(self) -> str:
+        """What decides about tissue."""
+        return f"--tissue {self.options.tissue}, --min-tissue {self.options.min_tissue}"
 
     def empty_reason(self, picture: Picture) -> str:
         """Why a slide has no patches."""
         return self.empty.get(picture.source, "no places in it")
+
+    def look(self, picture: Picture) -> SlideLook | None:
+        found = self.drawn.get(picture.source)
+        drawn, tissue = found or (self.draw(picture, self.places[picture.source]), None)
+        return SlideLook(
+            picture_jpeg=drawn,
+            mpp_level0=self.own_mpp(picture, self.open(picture)),
+            tissue=tissue,
+            places=self.looked_at.get(picture.source, 0),
+            left_out=tuple(self.passed_over(picture)),
+        )
+
+    def draw(
+        self,
+        picture: Picture,
+        places: np.ndarray,
+        overview: tuple[np.ndarray, float] | None = None,
+        mask: np.ndarray | None = None,
+    ) -> bytes | None:
+        """A small picture of a slide with patches at places, None where no level is small.
+
+        overview  of it and level-0 pixels a pixel, if one was read; a small slide is read finer
+        """
+        view = overview
+        if view is None or max(view[0].shape) < LOOK_PX:
+            try:
+                view = small_view(self.open(picture), LOOK_PX) or overview
+            except Exception as error:
+                self.forget(picture, error)
+        if view is None:
+            return None
+        edge = self.edge * self.scale(picture, self.open(picture))
+        return draw_look(view[0], mask, np.concatenate([places, places + edge], 1) / view[1])
+
+    def passed_over(self, picture: Picture) -> Iterator[str]:
+        """Why patches of a slide were not taken, a sentence each."""
+        places, taken = self.looked_at.get(picture.source, 0), len(self.places[picture.source])
+        if not taken:
+            yield self.empty_reason(picture)
+        elif places > taken:
+            yield f"{places - taken:,} of {places:,} places: too little tissue ({self.rule})"
+        if picture.source in self.repaired:
+            yield "its overview cannot be read everywhere; what cannot counts as background"
 
     def has_edges(self, picture: Picture, at: tuple[int, int], scale: float) -> bool:
         """DSMIL's rule at one place; what cannot be read is kept, for its patch to be told."""

@@ -120,7 +120,7 @@ def estimate(config: Config) -> dict[str, Any]:
     shards = plan_shards(plan, config, bytes_per_patch)
     patches = len(plan.regions)
     source = sum(header.bytes for header in plan.headers)
-    labels = [plan.pictures[int(n)].label for n in plan.regions["picture"]]
+    labels = [plan.source.label(plan.pictures[n], (x, y)) for n, x, y in plan.regions.tolist()]
     return {
         "dry_run": True,
         "patches": patches,

@@ -28,6 +28,8 @@ NOT_RECORDED = (
     "magnification",  # told as mpp
     "mpp_tolerance",
     "only",
+    "regions",  # told as by_regions
+    "label_from",
     "anonymize",
     "out",
     "masks",
@@ -196,5 +198,6 @@ class ConvertConfig(SourceOptions, CodeOptions):
         found |= {name: getattr(self, name) or None for name in ("enlarge", "refine")}
         # Without --mpp it decides nothing.
         found["mpp_tolerance"] = None if self.mpp is None else self.mpp_tolerance
+        found["by_regions"] = None if self.regions is None else self.label_from or "taken"
         found["codebook"] = self.codebook_kind
         return found | {"anonymized": self.key_check()}

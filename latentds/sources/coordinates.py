@@ -138,7 +138,8 @@ class CoordinateJob(Slides):
         self.twice: dict[str, int] = {}  # corners that a file has more than once
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.options,), {"edge": self.edge, "scales": self.scales}
+        state = {"edge": self.edge, "scales": self.scales, "chosen": self.chosen}
+        return type(self), (self.options,), state
 
     @classmethod
     def detect(cls, found: Inspection) -> Source | None:
@@ -236,6 +237,8 @@ class CoordinateJob(Slides):
             yield f"{dropped:,} places reach beyond the slide (--edges drop)"
         if twice := self.twice.get(picture.source):
             yield f"{twice:,} places are in its file twice"
+        if outside := self.chosen.outside.get(picture.source) if self.chosen else 0:
+            yield f"{outside:,} places: too little of it in its regions"
 
     def facts(self) -> dict[str, Any]:
         found = {"edges": self.options.edges, "reached_beyond": sum(self.dropped.values())}

@@ -81,6 +81,7 @@ class SourceOptions(CutOptions):
     raises  InputError for settings that cannot be, or files and folders that are not there
     """
 
+    PANELS: ClassVar[dict[str, tuple[str, ...]]] = {"slides": ("regions", "label_from")}
     panel = "labels_and_splits"
 
     source: Path
@@ -100,6 +101,12 @@ class SourceOptions(CutOptions):
     """Regular expression that finds the patient in a slide's name (a picture's path where it has no
     slide): its group patient, else its first, else all of it; '.*' where each slide is a patient.
     Names of TCGA, CPTAC, GTEx and CAMELYON need none."""
+    regions: Path | None = None
+    """Folder of regions of slides, the only ones to be taken: SLIDE.geojson (QuPath, TRIDENT's
+    contours) or SLIDE.png, a mask at any scale. Of a patch --min-tissue must lie in them."""
+    label_from: Literal["regions"] | None = None
+    """regions: label every patch with the class, of --regions, that has the largest share of it;
+    a QuPath classification, or a mask's value."""
     enlarge: bool = False
     """Cut patches finer than a slide is: enlarged by more than 5 %, they show nothing new."""
     anonymize: Path | None = None
@@ -145,7 +152,9 @@ class SourceOptions(CutOptions):
 
     def check_files(self) -> None:
         """Refuse folders and files that are not there."""
-        for name in ("masks", "slides", "root"):
+        if self.label_from is not None and self.regions is None:
+            raise InputError(f"--label-from {self.label_from} needs --regions FOLDER; pass both")
+        for name in ("masks", "slides", "root", "regions"):
             folder = getattr(self, name)
             if folder is not None and not folder.is_dir():
                 raise InputError(f"--{name} {folder}: no such folder")

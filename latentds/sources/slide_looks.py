@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -15,6 +16,20 @@ OUTLINE = (0, 120, 60)
 PATCH = (30, 90, 220)
 FILL_ALPHA, LINE_ALPHA = 40, 150  # of 255
 LEAST_CELL_PX = 5  # smaller cells have no lines, or nothing else would be seen
+
+
+Drawn = tuple[bytes | None, float | None]  # JPEG of a slide, share of it that is tissue
+
+
+class Overview(NamedTuple):
+    """A slide as its tissue was looked for: uint8 (H, W, 3), level-0 pixels a pixel, the mask.
+
+    mask  bool (H, W), None where the rule does not tell
+    """
+
+    pixels: np.ndarray
+    factor: float
+    mask: np.ndarray | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -86,6 +86,11 @@ class Source(abc.ABC):
         del picture
         return "no patch in it"
 
+    def label(self, picture: Picture, region: tuple[int, int]) -> str | None:
+        """The label of the patch at a region, as `read` records it."""
+        del region
+        return picture.label
+
     def look(self, picture: Picture) -> SlideLook | None:
         """What a person is shown of a slide whose header was read; None where it is no slide."""
         del picture

@@ -28,7 +28,7 @@ RECIPE_FILES = {"config", "task", "__main__"}
 LINES = {
     "latentds/autoencoders": 2_250,
     "latentds/codecs": 1_450,
-    "latentds/conversion": 2_900,
+    "latentds/conversion": 3_000,
     "latentds/core": 1_350,
     "latentds/edit": 3_150,
     "latentds/embedders": 1_850,
@@ -37,7 +37,7 @@ LINES = {
     "latentds/loading": 4_150,
     "latentds/models": 2_650,
     "latentds/quantizers": 3_850,
-    "latentds/sources": 5_900,
+    "latentds/sources": 6_300,
     "latentds/store": 4_900,
     "latentds/views": 1_300,
     "tools": 11_400,

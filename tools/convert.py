@@ -33,7 +33,8 @@ class Config(ConvertConfig):
     """Convert what the finished set in --out had to leave out, with the options that made it, and
     add what can be read by now."""
     dry_run: bool = False
-    """Read headers only, say what would be made and how large, write nothing."""
+    """Read headers only, say what would be made and how large, write nothing; of slides a page
+    to look at, OUT.slides.html."""
     json: bool = False
     """Print the summary as JSON."""
     verbose: bool = False
@@ -119,7 +120,7 @@ def estimate(config: Config) -> dict[str, Any]:
     shards = plan_shards(plan, config, bytes_per_patch)
     patches = len(plan.regions)
     source = sum(header.bytes for header in plan.headers)
-    labels = [plan.pictures[int(n)].label for n in plan.regions["picture"]]
+    labels = [plan.source.label(plan.pictures[n], (x, y)) for n, x, y in plan.regions.tolist()]
     return {
         "dry_run": True,
         "patches": patches,
@@ -137,7 +138,35 @@ def estimate(config: Config) -> dict[str, Any]:
         "without_patches": [{"source": s, "reason": reason} for s, reason in plan.empty],
         "ignored_files": plan.ignored,
         "notes": list(plan.notes),
+        **planned_slides(config, plan),
     }
+
+
+def planned_slides(config: Config, plan: Any) -> dict[str, Any]:
+    """Of every slide what would be taken, and the page that was written of it; empty for pictures.
+
+    The page lies beside --out, below which nothing is written.
+    """
+    from latentds_tools.reports.slide_pages import slide_page
+
+    from latentds.conversion.left_out import describe_left_out
+    from latentds.conversion.slide_looking import slide_records
+    from latentds.core.storage import write_atomically
+    from latentds.sources.anonymity import hider
+    from latentds.store.object_store import location_of
+
+    hide = hider(config.anonymize) if config.anonymize else None
+    records = slide_records(plan, describe_left_out(plan.bad, {}, hide), hide)
+    if not records:
+        return {}
+    name = page_of(str(config.out)).removesuffix(".html")
+    folder = Path() if location_of(config.out) else config.out.parent
+    page = folder / f"{name}.slides.html"
+    title = f"{name}: slides, before anything is encoded"
+    write_atomically(page, slide_page(title, records, {}).encode())
+    told = ("patches", "places", "tissue", "mpp", "left_out")
+    slides = {one.name: {field: getattr(one, field) for field in told} for one in records}
+    return {"page": str(page), "slides": slides}
 
 
 def planned_bytes(config: Config, latents_shape: tuple[int, int, int]) -> int:
@@ -162,6 +191,7 @@ def planned_bytes(config: Config, latents_shape: tuple[int, int, int]) -> int:
 
 def describe(config: Config, manifest: Any, seconds: float) -> dict[str, Any]:
     """What a conversion made."""
+    from latentds.store.format import SLIDES_TABLE
     from latentds.store.mixedness import slide_entropies, stored_resolutions
 
     stored = sum(shard.bytes for shard in manifest.shards)
@@ -183,6 +213,7 @@ def describe(config: Config, manifest: Any, seconds: float) -> dict[str, Any]:
         "without_patches": manifest.made.get("without_patches", []),
         "ignored_files": manifest.made["ignored_files"],
         "notes": manifest.made["source"].get("notes", []),
+        "has_slides": (config.out / SLIDES_TABLE).is_file(),
     }
     return summary
 
@@ -211,6 +242,7 @@ def in_short(summary: dict[str, Any]) -> str:
     size, seconds = summary["shard_bytes"] / 1e6, summary["seconds"]
     out, empty = shlex.quote(summary["out"]), summary["without_patches"]
     left = [f"{entry['source']}: {left_out_text(entry)}" for entry in summary["left_out"] + empty]
+    look = " --slides" if summary["has_slides"] else ""
     more = f" ({left[0]}{'; ...' if len(left) > 1 else ''}; --verbose lists them)" if left else ""
     return "\n".join([
         f"{summary['out']}: {summary['patches']:,} patches in {seconds:,} s",
@@ -218,7 +250,7 @@ def in_short(summary: dict[str, Any]) -> str:
         f"size             {summary['bytes_per_patch']:,} bytes a patch, {size:,.1f} MB in "
         f"{summary['shards']:,} shards; mpp {mpp_text(summary['mpp'])}",
         f"left out         {len(left) - len(empty):,}, without patches {len(empty):,}{more}",
-        f"next             latentds show {out} --out {shlex.quote(page_of(summary['out']))}",
+        f"next             latentds show {out}{look} --out {shlex.quote(page_of(summary['out']))}",
     ])  # fmt: skip
 
 
@@ -238,6 +270,9 @@ def as_text(summary: dict[str, Any]) -> str:
             lines += [f"  {entry['source']}: {left_out_text(entry)}" for entry in value[:10]]
         elif name == "notes":
             lines += [f"note             {note}" for note in value]
+        elif name == "slides":
+            lines.append(f"{name:<16} {len(value):,}")
+            lines += [f"  {slide}: {slide_text(told)}" for slide, told in value.items()]
         elif name == "mpp":
             lines.append(f"mpp              {mpp_text(value)}")
         elif isinstance(value, dict):
@@ -248,6 +283,12 @@ def as_text(summary: dict[str, Any]) -> str:
                 f"{name.replace('_', ' '):<16} {f'{value:,}' if type(value) is int else value}"
             )
     return "\n".join(lines)
+
+
+def slide_text(told: dict[str, Any]) -> str:
+    """What would be taken of a slide, and why the rest would not."""
+    counts = f"{told['patches']:,} of {told['places']:,} places" if told["places"] else "left out"
+    return "; ".join([counts, *told["left_out"]])
 
 
 def mpp_text(found: dict[str, int]) -> str:

@@ -36,8 +36,8 @@ HELPS = {
         ("level",), ("latentds verify crc/", "latentds verify crc/ --level manifest --json")
     ),
     "show": Help(
-        ("split", "count"),
-        ("latentds show crc/ --out crc.html", "latentds show crc/ --out val.html --split val"),
+        ("slides", "split", "count"),
+        ("latentds show crc/ --out crc.html", "latentds show brca/ --slides --out slides.html"),
     ),
     "upload": Help(
         ("overwrite",),

@@ -44,6 +44,9 @@ class Config:
     """BibTeX file for the card."""
     notes: Path | None = None
     """Markdown file for the card: where the slides come from, consent, intended use."""
+    thumbnails: bool = False
+    """Send the small pictures of slides, too ('latentds show --slides'). Look at them before: they
+    show pen, glass and stickers beside the tissue, which patches do not."""
     overwrite: bool = False
     """Replace what else the repository holds; its history keeps it."""
     dry_run: bool = False
@@ -72,6 +75,7 @@ def run(config: Config) -> None:
         dry_run=config.dry_run,
         look=config.look
         or (Path(f"{config.repository.partition('/')[2]}-look") if config.dry_run else None),
+        thumbnails=config.thumbnails,
         tell=tell,
     )
     say_published(result, config.json, as_text)

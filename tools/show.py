@@ -1,4 +1,4 @@
-"""latentds show: a page of decoded patches with their columns."""
+"""latentds show: a page of decoded patches with their columns, or of slides."""
 
 from __future__ import annotations
 
@@ -13,17 +13,31 @@ from latentds.core.display import say
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Write one self-contained HTML page: decoded patches, their columns, label counts."""
+    """Write one self-contained HTML page: decoded patches, their columns, label counts.
+
+    With --slides a page of all slides: what was taken of each, why the rest was not, and some of
+    their patches.
+    """
 
     folder: Annotated[Path, tyro.conf.Positional]
     """Folder of a data set."""
     out: Path
     """HTML file to write."""
+    slides: bool = False
+    """Show every slide, sorted and searchable, with links to its decoded patches."""
     split: str | None = None
-    """Split to show; the first by default."""
+    """Split to show; the first by default, all with --slides."""
     count: int = 48
-    """Patches, drawn by --seed."""
+    """Patches, drawn by --seed; with --slides dealt over the slides."""
     seed: int = 0
+    originals: Path | None = None
+    """Input that the set was converted from: sets the source's pixels beside the decoded ones."""
+    slide_folder: Path | None = None
+    """Of --originals that are TRIDENT's or CLAM's coordinates: the folder of their slides."""
+    root: Path | None = None
+    """Of --originals that are a table: the folder that its paths start from."""
+    anonymize: Path | None = None
+    """Key file of a set whose names are hashes, for --originals."""
     autoencoder: Annotated[str | None, tyro.conf.arg(aliases=["--decoder"])] = None
     """Name, folder or ORG/NAME of the decoder, where the recorded one is local or not wanted."""
     overwrite: bool = False
@@ -40,8 +54,57 @@ def run(config: Config) -> None:
     check_free([config.out], config.overwrite)
     if config.count < 1:
         raise InputError(f"--count {config.count}; at least 1")
-    write_atomically(config.out, make_page(config).encode())
+    if config.originals is None and (config.slide_folder or config.root or config.anonymize):
+        raise InputError("--slide-folder, --root and --anonymize are of --originals; pass it too")
+    page = make_slide_page(config) if config.slides else make_page(config)
+    write_atomically(config.out, page.encode())
     say(config.out)
+
+
+class ShownPatches:
+    """Decoded patches of a split as figures, beside their originals where those are given."""
+
+    def __init__(self, config: Config, split: str) -> None:
+        from latentds.loading.loader import LatentLoader
+
+        self.config, self.split = config, split
+        self.loader = LatentLoader(
+            config.folder,
+            split,
+            autoencoder=config.autoencoder,
+            columns=("source", "source_encoding"),
+        )
+        self.shards = self.loader.dataset.shards
+        self.originals = self.open_originals()
+        self.figure_px = 200 if self.originals is None else 380
+
+    def open_originals(self) -> Any:
+        """What --originals gives, None without it."""
+        from latentds.sources.originals import Originals
+
+        config = self.config
+        if config.originals is None:
+            return None
+        return Originals(
+            self.shards, config.originals, slides=config.slide_folder, root=config.root,
+            anonymize=config.anonymize,
+        )  # fmt: skip
+
+    def figures(self, rows: Any) -> list[tuple[str, str]]:
+        """Slide ("" for none) and HTML of the patches at rows."""
+        made = []
+        for start in range(0, len(rows), 16):
+            batch = self.loader.prepare(self.loader.dataset.read(rows[start : start + 16]))
+            pixels = None
+            if self.originals is not None:
+                coords = batch.coords.cpu().numpy()
+                pixels = self.originals.read(batch.columns["source"], coords)
+            for place in range(len(batch)):
+                original = None if pixels is None else pixels[place]
+                classes = self.shards.manifest.classes
+                figure = patch_figure(batch, place, classes, original)
+                made.append((batch.slides[place] or "", figure))
+        return made
 
 
 def make_page(config: Config) -> str:
@@ -50,22 +113,15 @@ def make_page(config: Config) -> str:
     from latentds_tools.reports import html_pages
 
     from latentds.autoencoders.autoencoder import short
-    from latentds.loading.loader import LatentLoader
     from latentds.store.manifest import read_manifest
 
     split = config.split or next(iter(read_manifest(config.folder).splits))
-    loader = LatentLoader(
-        config.folder, split, autoencoder=config.autoencoder, columns=("source", "source_encoding")
-    )
-    dataset = loader.dataset
-    manifest = dataset.shards.manifest
-    first, end = dataset.shards.patch_range(split)
+    patches = ShownPatches(config, split)
+    manifest = patches.shards.manifest
+    first, end = patches.shards.patch_range(split)
     rng = np.random.default_rng(config.seed)
     rows = np.sort(rng.choice(np.arange(first, end), min(config.count, end - first), replace=False))
-    figures = []
-    for start in range(0, len(rows), 16):
-        batch = loader.prepare(dataset.read(rows[start : start + 16]))
-        figures += [patch_figure(batch, place, manifest.classes) for place in range(len(batch))]
+    figures = [figure for _, figure in patches.figures(rows)]
     contract = manifest.contract
     facts = [
         ("patches", f"{manifest.patches:,}"),
@@ -86,14 +142,69 @@ def make_page(config: Config) -> str:
             f"{len(figures)} decoded patches of {split}, drawn with seed {config.seed}"
         )
     ]
-    sections += [html_pages.grid(figures)]
+    sections += [html_pages.grid(figures, patches.figure_px)]
     lead = "Decoded from latents: detail is lost, and some is made up. Not for diagnosis."
     return html_pages.page(config.folder.resolve().name, lead, sections)
 
 
-def patch_figure(batch: Any, place: int, classes: tuple[str, ...]) -> str:
-    """One decoded patch with its columns."""
+def make_slide_page(config: Config) -> str:
+    """The HTML of the page of slides."""
+    from latentds_tools.reports.slide_pages import slide_page
+
+    from latentds.errors import unknown_name
+    from latentds.store.manifest import read_manifest
+    from latentds.store.slide_records import need_slide_records
+
+    records = need_slide_records(config.folder)
+    splits = list(read_manifest(config.folder).splits)
+    if config.split is not None:
+        if config.split not in splits:
+            raise unknown_name("split", config.split, splits)
+        splits = [config.split]
+    figures: dict[str, list[str]] = {}
+    split_of: dict[str, str] = {}
+    for number, split in enumerate(splits):
+        share = len(range(number, config.count, len(splits)))  # --count dealt over the splits
+        patches = ShownPatches(config, split)
+        split_of |= dict.fromkeys(slides_of(patches.shards, split), split)
+        for slide, figure in patches.figures(dealt_rows(patches.shards, split, share, config.seed)):
+            figures.setdefault(slide, []).append(figure)
+    # A set may have been divided anew since its slides were looked at.
+    records = [dataclasses.replace(one, split=split_of.get(one.name, one.split)) for one in records]
+    if config.split is not None:
+        records = [record for record in records if record.split == config.split]
+    return slide_page(config.folder.resolve().name, records, figures, patches.figure_px)
+
+
+def slides_of(shards: Any, split: str) -> list[str]:
+    """Names of the slides that a split has patches of."""
+    import numpy as np
+
+    slides = np.unique(shards.patches["slide"][slice(*shards.patch_range(split))])
+    return [shards.manifest.slides[number] for number in slides.tolist() if number >= 0]
+
+
+def dealt_rows(shards: Any, split: str, count: int, seed: int) -> Any:
+    """Rows of `count` patches of a split, drawn by `seed`: one of every slide, then one more."""
+    import numpy as np
+
+    first, end = shards.patch_range(split)
+    rows = np.random.default_rng(seed).permutation(np.arange(first, end))
+    slides = shards.patches["slide"][rows]
+    order = np.argsort(slides, kind="stable")
+    starts = np.flatnonzero(np.diff(slides[order], prepend=slides[order][:1] - 1))
+    turns = np.empty(len(rows), np.int64)
+    turns[order] = np.arange(len(rows)) - np.repeat(starts, np.diff(starts, append=len(rows)))
+    return np.sort(rows[np.argsort(turns, kind="stable")[:count]])
+
+
+def patch_figure(
+    batch: Any, place: int, classes: tuple[str, ...], original: Any | None = None
+) -> str:
+    """One decoded patch with its columns, beside its original where that is given."""
     from latentds_tools.reports import html_pages
+
+    from latentds.core.metrics import psnr_db
 
     image = batch.images[place].mul(255).round().byte().permute(1, 2, 0).cpu().numpy()
     label, (x, y) = int(batch.labels[place]), batch.coords[place].tolist()
@@ -104,4 +215,10 @@ def patch_figure(batch: Any, place: int, classes: tuple[str, ...]) -> str:
         batch.columns["source"][place],
         batch.columns["source_encoding"][place],
     ]
-    return html_pages.figure(image, " · ".join(part for part in parts if part))
+    caption = " · ".join(part for part in parts if part)
+    if original is None:
+        return html_pages.figure(image, caption)
+    decoded = f"decoded, {psnr_db(original, image):.1f} dB · {caption}"
+    return html_pages.figure_row([
+        html_pages.figure(original, "source"), html_pages.figure(image, decoded)
+    ])  # fmt: skip

@@ -96,6 +96,7 @@ def make_plan(config: ConvertConfig, source: Source | None = None) -> Plan:
     source  to plan for instead of what lies at `config.source`
     """
     source = source or open_source(config)
+    source.keeps_looks = source.has_looks
     listing = list_source(source, config)
     if config.anonymize:
         listing = dataclasses.replace(listing, pictures=by_hidden_names(source, listing, config))

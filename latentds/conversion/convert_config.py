@@ -25,7 +25,11 @@ NOT_RECORDED = (
     "kind",  # these three told where given: plans of before them are compared with
     "enlarge",
     "patient_pattern",
+    "magnification",  # told as mpp
+    "mpp_tolerance",
     "only",
+    "regions",  # told as by_regions
+    "label_from",
     "anonymize",
     "out",
     "masks",
@@ -123,8 +127,9 @@ class ConvertConfig(SourceOptions, CodeOptions):
     as s3://bucket/slides, which is copied to --work first."""
     preset: Literal["paper"] | None = None
     """paper: slides as Yellapragada et al. cut them (DSMIL's tiler -m 0 -b 20 -s 256): 256 px at
-    20x, edges rule; but to just 0.5 mpp where DSMIL takes the nearest level by magnification, and
-    without its stretched tiles at the edges. Sets --patch-size, --mpp and --tissue."""
+    20x, edges rule; but at 0.5 mpp within --mpp-tolerance, else resampled to it, where DSMIL takes
+    the nearest level by magnification, and without its stretched tiles at the edges. Sets
+    --patch-size, --mpp and --tissue."""
     order: Literal["shuffle", "path"] = "shuffle"
     """Order of the pictures on disk: shuffled by --seed, or by path. Tiles of one stay together."""
     mix: int | None = None
@@ -163,6 +168,8 @@ class ConvertConfig(SourceOptions, CodeOptions):
 
     def __post_init__(self) -> None:
         if self.preset == "paper":
+            if self.magnification is not None:
+                raise InputError("--preset paper sets --mpp; leave --magnification")
             for name, value in PAPER.items():
                 if getattr(self, name) not in (
                     value,
@@ -189,5 +196,8 @@ class ConvertConfig(SourceOptions, CodeOptions):
         # None where not given: plans of before these options were there have them as None, too.
         found |= {name: getattr(self, name) for name in ("bytes", "kind", "patient_pattern")}
         found |= {name: getattr(self, name) or None for name in ("enlarge", "refine")}
+        # Without --mpp it decides nothing.
+        found["mpp_tolerance"] = None if self.mpp is None else self.mpp_tolerance
+        found["by_regions"] = None if self.regions is None else self.label_from or "taken"
         found["codebook"] = self.codebook_kind
         return found | {"anonymized": self.key_check()}

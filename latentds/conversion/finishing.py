@@ -10,6 +10,7 @@ import numpy as np
 from latentds.conversion.conversion_plan import Plan
 from latentds.conversion.left_out import LeftOut, Region, by_region, describe_left_out
 from latentds.conversion.prepared import Conversion
+from latentds.conversion.slide_looking import slide_records
 from latentds.core.storage import write_atomically
 from latentds.errors import FormatError, InputError
 from latentds.store.composing import complete
@@ -18,6 +19,7 @@ from latentds.store.golden import choose_rows, decode_pixels, encode_golden
 from latentds.store.index import write_tables
 from latentds.store.manifest import Manifest
 from latentds.store.reader import ShardSet
+from latentds.store.slide_records import write_slide_records
 
 NO_PATCH = "no patch in it"
 
@@ -39,6 +41,8 @@ def finish(conversion: Conversion) -> Manifest:
     )
     check_complete(conversion, manifest, bad)
     write_golden(conversion, manifest, bad)
+    hide = conversion.reader.hide
+    write_slide_records(out, slide_records(conversion.plan, manifest.made["left_out"], hide))
     return complete(out, manifest)
 
 

@@ -35,6 +35,8 @@ def input_files(plan: Plan, config: ConvertConfig) -> list[Path]:
         stems = [config.masks / picture.source for picture in plan.pictures]
         masks = [stem.with_suffix(suffix) for stem in stems for suffix in MASK_SUFFIXES]
         files |= dict.fromkeys(path for path in masks if path.is_file())
+    if config.regions is not None:
+        files |= dict.fromkeys(config.regions / path for path in walk(config.regions))
     files |= dict.fromkeys(root / p.mask for p in plan.pictures if p.mask is not None)
     if not files:  # rows of a data set of Hugging Face's, or of a file
         paths = [root / path for path in walk(root)] if root.is_dir() else [root]

@@ -20,14 +20,17 @@ MAX_DIGITS = 18  # a whole number of more is none of ours, and past 4300 cannot 
 Kind = type | tuple[type, ...]
 
 
-def parse_json(content: bytes, where: str, remedy: str = "fetch it anew") -> Any:
+def parse_json(
+    content: bytes, where: str, remedy: str = "fetch it anew", times: int = TIMES
+) -> Any:
     """The values of untrusted bytes, UTF-8.
 
+    times   bytes of values that a byte of text may take
     raises  FormatError for what is no JSON, or would take many times its size in memory, nests
             deeper than MAX_DEPTH, or holds what cannot be printed: halves of characters, numbers
             that are not finite or of more than MAX_DIGITS digits
     """
-    check_cost(content, where)
+    check_cost(content, where, times)
     try:
         values = json.loads(
             content.decode("utf-8-sig"),
@@ -44,21 +47,21 @@ def parse_json(content: bytes, where: str, remedy: str = "fetch it anew") -> Any
     return values
 
 
-def read_json(path: Path, limit: int, remedy: str = "fetch it anew") -> Any:
+def read_json(path: Path, limit: int, remedy: str = "fetch it anew", times: int = TIMES) -> Any:
     """`parse_json` of a regular file of at most `limit` bytes."""
     with open_regular(path, str(path)) as file:
         content = file.read(limit + 1)
     if len(content) > limit:
         raise FormatError(f"{path}: over {limit:,} bytes, no such file has; {remedy}")
-    return parse_json(content, str(path), remedy)
+    return parse_json(content, str(path), remedy, times)
 
 
-def check_cost(content: bytes, where: str) -> None:
+def check_cost(content: bytes, where: str, times: int) -> None:
     """Refuse text whose values would take many times its size: 45 MB of `[],` took 1.7 GB."""
     if len(content) <= FREE_BYTES:
         return
     cost = sum(content.count(mark) * bytes_each for mark, bytes_each in COSTS.items())
-    if cost > TIMES * len(content):
+    if cost > times * len(content):
         raise FormatError(
             f"{where}: {len(content):,} bytes of JSON would take about {cost:,} in memory; refused"
         )

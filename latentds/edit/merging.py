@@ -26,6 +26,7 @@ from latentds.store.index import ShardIndex
 from latentds.store.manifest import Manifest
 from latentds.store.reader import ShardSet
 from latentds.store.scan import read_contract, scan_members
+from latentds.store.slide_records import join_slide_records
 from latentds.store.writer import BLOCK, ShardWriter, member_header
 
 
@@ -52,6 +53,7 @@ def merge(
         copy_shards(composer, sets)
         manifest = composer.tables(describe([shards.manifest for shards in sets]))
         write_atomically(out / GOLDEN, join_golden(sets, manifest))
+        join_slide_records(paths, out)
         return complete(out, manifest)
 
 

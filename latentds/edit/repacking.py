@@ -25,6 +25,7 @@ from latentds.store.format import GOLDEN, MASKS, PATCHES
 from latentds.store.golden import read_golden_table, renumbered
 from latentds.store.manifest import Manifest
 from latentds.store.reader import ShardSet
+from latentds.store.slide_records import join_slide_records
 
 # Arrow's own strings end at 2 GB a column, which some 30 million source paths fill.
 LARGE = pa.schema(
@@ -120,6 +121,7 @@ def repack(
         order = np.concatenate([stretch.rows for stretch in stretches])
         golden = recoder.golden(order) if recoder else move_golden(shards, order)
         write_atomically(out / GOLDEN, golden)
+        join_slide_records([source], out, without=options.exclude_slides)
         return complete(out, repacked)
 
 

@@ -31,6 +31,7 @@ from latentds.store.manifest import Manifest, read_manifest
 EDGES_PX = (8, 8192)
 # The patches are cut already, and say themselves what folders would.
 NOT_HERE = {field.name for field in dataclasses.fields(CutOptions)} - {"splits", "only"}
+NOT_HERE |= {"regions", "label_from"}
 NOT_HERE |= {"source", "out", "labels", "split_folders", "masks", "preset", "enlarge"}
 
 

@@ -24,7 +24,7 @@ from latentds.errors import FormatError, InputError
 from latentds.hub.client import NAME, HubFile, Repository
 from latentds.hub.preview import PREVIEW
 from latentds.hub.publish_plan import README
-from latentds.store.format import MANIFEST, SIDECARS
+from latentds.store.format import MANIFEST, SIDECARS, SLIDES_TABLE
 from latentds.store.manifest import MAX_MANIFEST_BYTES, Manifest, parse_manifest
 from latentds.store.transport import Transport
 
@@ -108,7 +108,8 @@ def wanted_files(manifest: Manifest, listed: dict[str, HubFile], name: str) -> d
         if not TABLE_PATTERN.fullmatch(table) or table == MANIFEST:
             raise FormatError(f"{name}/{MANIFEST}: names a table {table!r}; refused")
         wanted[table] = HubFile(table_bytes(entry, f"{name}/{table}"), str(entry["sha256"]), "")
-    return wanted | {path: listed[path] for path in (README, PREVIEW) if path in listed}
+    beside = (README, PREVIEW, SLIDES_TABLE)  # no part of the set
+    return wanted | {path: listed[path] for path in beside if path in listed}
 
 
 def table_bytes(entry: dict[str, Any], where: str) -> int:
@@ -121,7 +122,14 @@ def table_bytes(entry: dict[str, Any], where: str) -> int:
 
 def check_folder(folder: Path, wanted: set[str], manifest: bytes) -> None:
     """Refuse a folder that holds anything but a part of this set."""
-    own = {MANIFEST, f"{MANIFEST}.tmp", LOCK, *wanted, *(f"{path}{PARTIAL}" for path in wanted)}
+    own = {
+        MANIFEST,
+        f"{MANIFEST}.tmp",
+        LOCK,
+        SLIDES_TABLE,
+        *wanted,
+        *(f"{path}{PARTIAL}" for path in wanted),
+    }
     found = (str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir())
     foreign = next((path for path in found if path not in own), None)
     path = folder / MANIFEST

@@ -9,7 +9,7 @@ from latentds.core.foreign_json import parse_json
 from latentds.errors import FormatError, InputError
 from latentds.hub.client import HubFile, Repository
 from latentds.hub.preview import PREVIEW
-from latentds.store.format import MANIFEST
+from latentds.store.format import MANIFEST, SLIDES_TABLE
 from latentds.store.manifest import MAX_MANIFEST_BYTES, Manifest, parse_manifest
 from latentds.store.transport import Transport
 
@@ -89,7 +89,8 @@ def find_foreign(
     """
     extra = [path for path in remote if path not in plan.contents and path not in HUB_OWN]
     if is_same:
-        return sorted(path for path in extra if path.startswith(("data/", "preview/")))
+        ours = ("data/", "preview/", SLIDES_TABLE)  # thumbnails that are no longer to be there
+        return sorted(path for path in extra if path.startswith(ours))
     others = [path for path in missing if path in remote and path not in (*MADE_HERE, MANIFEST)]
     return sorted(extra + others)
 

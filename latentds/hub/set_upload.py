@@ -20,10 +20,11 @@ from latentds.hub.licences import check_licence, licence_warnings
 from latentds.hub.preview import PREVIEW, make_preview
 from latentds.hub.publish_plan import README, PublishPlan, make_plan
 from latentds.hub.snippets import Publication
-from latentds.store.format import MANIFEST
+from latentds.store.format import MANIFEST, SLIDES_TABLE
 from latentds.store.golden import read_golden
 from latentds.store.manifest import Manifest, read_manifest
 from latentds.store.set_card import dataset_card
+from latentds.store.slide_records import need_slide_records
 from latentds.store.verification import verify
 
 # The Hub advises 50 to 100 files a commit. What a killed run has sent but not committed is not sent
@@ -73,6 +74,7 @@ def publish(
     overwrite: bool = False,
     dry_run: bool = False,
     look: Path | None = None,
+    thumbnails: bool = False,
     tell: Callable[[str], None] = lambda _: None,
 ) -> Published:
     """Publish a data set's folder.
@@ -86,6 +88,7 @@ def publish(
     overwrite     replace whatever else the repository holds
     dry_run       look, plan, write nothing there; without a network plan as for an empty one
     look          folder that card and preview are written to as well, to be looked at
+    thumbnails    send what is kept of slides, too: overviews show pen and glass, which no patch may
     tell          called with what is being done
     raises        InputError without licence, login or rights, where the folder is damaged or the
                   repository holds something else; FormatError where the Hub holds other bytes after
@@ -96,10 +99,12 @@ def publish(
     tell("checking the folder's sha256")
     manifest = check_folder(Path(folder))
     warnings = tuple(licence_warnings(manifest, identifier))
-    contents = gather(Path(folder), manifest, publication, warnings)
+    contents = gather(Path(folder), manifest, publication, warnings, thumbnails)
     warnings += tuple(edited_card(Path(folder), manifest))
     if look is not None:
         write_look(look, contents)
+    if not thumbnails and (Path(folder) / SLIDES_TABLE).is_file():
+        warnings += ("pictures of the slides are not published; --thumbnails sends them",)
     unseen = ""
     try:
         remote = have_repository(repository, private, dry_run)
@@ -153,7 +158,11 @@ def check_folder(folder: Path) -> Manifest:
 
 
 def gather(
-    folder: Path, manifest: Manifest, publication: Publication, warnings: tuple[str, ...]
+    folder: Path,
+    manifest: Manifest,
+    publication: Publication,
+    warnings: tuple[str, ...],
+    thumbnails: bool = False,
 ) -> dict[str, Path | bytes]:
     """Every file of the published set: shards first, manifest last."""
     golden = read_golden(folder, manifest.contract, manifest.patches, manifest.golden_sha256)
@@ -162,6 +171,9 @@ def gather(
         shard.name: folder / shard.name for shard in manifest.shards
     }
     contents |= {name: folder / name for name in manifest.tables}
+    if thumbnails:
+        need_slide_records(folder)
+        contents[SLIDES_TABLE] = folder / SLIDES_TABLE
     if len(golden.rows):
         contents[PREVIEW] = make_preview(folder)
     return contents | {README: card.encode(), MANIFEST: (folder / MANIFEST).read_bytes()}

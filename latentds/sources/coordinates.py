@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -128,7 +128,9 @@ class CoordinateJob(Slides):
                 "the folder of patches that were dumped beside them (patch_images)"
             )
         if options.mpp is not None:
-            raise InputError("--mpp, but the coordinates say how large patches are; leave it")
+            raise InputError(
+                "--mpp or --magnification, but the coordinates say how large patches are; leave it"
+            )
         self.job, self.root = options.source, options.slides
         self.files: dict[str, Path] = {}
         self.scales: dict[str, float] = {}
@@ -136,7 +138,8 @@ class CoordinateJob(Slides):
         self.twice: dict[str, int] = {}  # corners that a file has more than once
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.options,), {"edge": self.edge, "scales": self.scales}
+        state = {"edge": self.edge, "scales": self.scales, "chosen": self.chosen}
+        return type(self), (self.options,), state
 
     @classmethod
     def detect(cls, found: Inspection) -> Source | None:
@@ -209,6 +212,7 @@ class CoordinateJob(Slides):
             found = found._replace(places=found.places[~reach])
         self.scales[picture.source] = found.size_px / self.edge
         self.check_enlarging(self.scales[picture.source])
+        self.looked_at[picture.source] = len(found.places) + self.dropped.get(picture.source, 0)
         places = distinct(found.places.astype(np.int32))
         if len(places) < len(found.places):
             self.twice[picture.source] = len(found.places) - len(places)
@@ -225,6 +229,16 @@ class CoordinateJob(Slides):
             return slide_mpp(slide, self.options.assume_mpp, picture.mpp)
         except InputError:  # the file says where the patches lie all the same
             return None
+
+    def passed_over(self, picture: Picture) -> Iterator[str]:
+        if not len(self.places[picture.source]):
+            yield self.empty_reason(picture)
+        if dropped := self.dropped.get(picture.source):
+            yield f"{dropped:,} places reach beyond the slide (--edges drop)"
+        if twice := self.twice.get(picture.source):
+            yield f"{twice:,} places are in its file twice"
+        if outside := self.chosen.outside.get(picture.source) if self.chosen else 0:
+            yield f"{outside:,} places: too little of it in its regions"
 
     def facts(self) -> dict[str, Any]:
         found = {"edges": self.options.edges, "reached_beyond": sum(self.dropped.values())}

@@ -11,6 +11,7 @@ from typing import ClassVar, Literal
 from latentds.errors import InputError
 from latentds.sources.anonymity import Anonymizer
 
+MAGNIFICATION_MPP = 10.0  # mpp of 1x: 40x is 0.25, 20x 0.5, as TRIDENT and most others have it
 MAX_PX = 89_478_485  # Pillow's own limit against decompression bombs
 
 
@@ -20,7 +21,8 @@ class CutOptions:
 
     PANELS: ClassVar[dict[str, tuple[str, ...]]] = {
         "slides": (
-            *("slides", "root", "tile_downsample", "assume_mpp", "tissue", "min_tissue", "edges"),
+            *("magnification", "mpp_tolerance", "slides", "root", "tile_downsample", "assume_mpp"),
+            *("tissue", "min_tissue", "edges"),
         )
     }
     panel = "pictures"
@@ -42,6 +44,11 @@ class CutOptions:
     mpp: float | None = None
     """Micrometres a pixel: of pictures, recorded with every patch; of slides, what patches are to
     have (0.5 is 20x), their own where not given."""
+    magnification: float | None = None
+    """--mpp in a microscope's words, which is 10 / magnification: 20 is --mpp 0.5, 40 is 0.25."""
+    mpp_tolerance: float = 0.05
+    """Share of --mpp by which a slide's own pixels, of any level, may differ from it: then they are
+    taken as they are, and their true mpp is recorded. 0 resamples to just --mpp."""
     slides: Path | None = None
     """Folder of the slides that a TRIDENT or CLAM job's coordinates belong to."""
     root: Path | None = None
@@ -74,6 +81,7 @@ class SourceOptions(CutOptions):
     raises  InputError for settings that cannot be, or files and folders that are not there
     """
 
+    PANELS: ClassVar[dict[str, tuple[str, ...]]] = {"slides": ("regions", "label_from")}
     panel = "labels_and_splits"
 
     source: Path
@@ -93,6 +101,12 @@ class SourceOptions(CutOptions):
     """Regular expression that finds the patient in a slide's name (a picture's path where it has no
     slide): its group patient, else its first, else all of it; '.*' where each slide is a patient.
     Names of TCGA, CPTAC, GTEx and CAMELYON need none."""
+    regions: Path | None = None
+    """Folder of regions of slides, the only ones to be taken: SLIDE.geojson (QuPath, TRIDENT's
+    contours) or SLIDE.png, a mask at any scale. Of a patch --min-tissue must lie in them."""
+    label_from: Literal["regions"] | None = None
+    """regions: label every patch with the class, of --regions, that has the largest share of it;
+    a QuPath classification, or a mask's value."""
     enlarge: bool = False
     """Cut patches finer than a slide is: enlarged by more than 5 %, they show nothing new."""
     anonymize: Path | None = None
@@ -103,15 +117,29 @@ class SourceOptions(CutOptions):
     def __post_init__(self) -> None:
         # A Path leaves hf:/ of hf://; sources.hugging_face.hub_id knows both.
         object.__setattr__(self, "source", Path(self.source))
+        self.take_magnification()
         self.check_cutting()
         self.check_files()
         self.check_splits()
         limits = {
             **{"patch_size": (8, 8192), "stride": (1, 8192), "max_px": (64, 2**34)},
-            **{"seed": (0, 2**31), "min_tissue": (0, 1)},
+            **{"seed": (0, 2**31), "min_tissue": (0, 1), "mpp_tolerance": (0, 0.5)},
         }
         self.check_limits(limits)
         self.check_limits({"mpp": (0.01, 100), "assume_mpp": (0.01, 100)}, " micrometres a pixel")
+
+    def take_magnification(self) -> None:
+        """Turn --magnification into --mpp, by which a run is known; InputError where both are."""
+        if self.magnification is None:
+            return
+        if self.mpp is not None:
+            raise InputError(
+                f"--mpp {self.mpp:g} and --magnification {self.magnification:g}: give one of them "
+                f"(a magnification is --mpp {MAGNIFICATION_MPP:g} / magnification)"
+            )
+        self.check_limits({"magnification": (0.1, 1000)})
+        object.__setattr__(self, "mpp", MAGNIFICATION_MPP / self.magnification)
+        object.__setattr__(self, "magnification", None)  # a copy with other settings has one, too
 
     def check_cutting(self) -> None:
         """Refuse ways of cutting that exclude each other."""
@@ -124,7 +152,9 @@ class SourceOptions(CutOptions):
 
     def check_files(self) -> None:
         """Refuse folders and files that are not there."""
-        for name in ("masks", "slides", "root"):
+        if self.label_from is not None and self.regions is None:
+            raise InputError(f"--label-from {self.label_from} needs --regions FOLDER; pass both")
+        for name in ("masks", "slides", "root", "regions"):
             folder = getattr(self, name)
             if folder is not None and not folder.is_dir():
                 raise InputError(f"--{name} {folder}: no such folder")

@@ -45,6 +45,10 @@ def open_source(options: SourceOptions) -> Source:
     inspection = Inspection(options)
     kinds = (kind.detect(inspection) for kind in SOURCES)
     source = next(source for source in kinds if source is not None)
+    if options.regions is not None and not source.has_looks:
+        raise InputError(
+            f"--regions {options.regions} is of slides, {options.source} is {source.kind}; leave it"
+        )
     logger.info("%s: %s", options.source, source.kind)
     return source
 

@@ -159,6 +159,7 @@ def recorded_options(
         )
     known = {field.name for field in dataclasses.fields(SourceOptions)}
     chosen = {name: value for name, value in recorded.items() if name in known}
+    chosen["mpp_tolerance"] = recorded.get("mpp_tolerance") or 0.0  # none before it was an option
     paths = {"source": source, "slides": slides, "root": root, "anonymize": anonymize}
     options = SourceOptions(**(chosen | paths))
     if anonymize is not None and options.key_check() != recorded.get("anonymized"):

@@ -14,17 +14,19 @@ from PIL import Image
 
 from latentds.core.untrusted_files import check_regular
 from latentds.errors import UnusableError, missing_extra
+from latentds.sources.cut_options import MAGNIFICATION_MPP
 from latentds.sources.slide_probe import probe_slide
 
 THUMBNAIL_MPP = 8.0  # a 256 px patch at 0.5 mpp is 16 px of it
 MAX_THUMBNAIL_PX = 4096
+MAX_LEVEL_PX = 1 << 27  # of a level that is read for a picture alone: some seconds
 STRIP_PX = 1 << 24  # of a level at once, 64 MB
 # A level up to 1 % finer than asked is not resampled from the one above it.
 LEVEL_SLACK = 1.01
 NO_PIXEL = 0.01  # parts of a pixel that are rounding's
+ROUNDING = 1e-9  # of floats: 0.525 is within 5 % of 0.5
 PLAUSIBLE_MPP = (0.05, 20.0)
 MAX_PLACES = 10**7  # a grid of more is a mistake in a resolution
-MAGNIFICATION_MPP = 10.0  # mpp of 1x: 40x is 0.25, 20x 0.5, as TRIDENT and most others have it
 UNREADABLE = "OpenSlide cannot read it"
 ReadRegion = Callable[[Any, tuple[int, int], int, tuple[int, int]], Image.Image]
 
@@ -100,6 +102,16 @@ def number(text: str | None) -> float | None:
     return value if math.isfinite(value) and value > 0 else None
 
 
+def own_scale(slide: Any, scale: float, tolerance: float) -> float:
+    """The downsampling of a slide's level nearest to `scale`, where it will do; else `scale`.
+
+    scale      level-0 pixels asked for a pixel
+    tolerance  share of it by which the level's may differ
+    """
+    nearest = min(slide.level_downsamples, key=lambda factor: abs(factor - scale))
+    return float(nearest) if abs(nearest - scale) <= tolerance * scale + ROUNDING else scale
+
+
 def describe_slide(slide: Any, path: Path) -> str:
     """Format and coding, as far as a slide says: `svs:jpeg:q=30`; no other property leaves it."""
     vendor, suffix = slide.properties.get("openslide.vendor", ""), path.suffix.lower().lstrip(".")
@@ -110,24 +122,26 @@ def describe_slide(slide: Any, path: Path) -> str:
     return f"{suffix}:j2k" if "J2K/" in comment else suffix
 
 
-def grid(slide: Any, size: float, step: float, edges: str) -> np.ndarray:
+def grid(slide: Any, size: float, step: float, edges: str, unit: float = 1.0) -> np.ndarray:
     """int32 (n, 2): corners of a slide's grid at level 0, rows of y, within its bounds.
 
     edges  "drop" leaves out patches that reach beyond the slide, "pad" keeps them
+    unit   level-0 pixels of which the first corner is a multiple: a level's whole pixels
     """
     width, height = slide.dimensions
     left = int(slide.properties.get("openslide.bounds-x", 0))
     top = int(slide.properties.get("openslide.bounds-y", 0))
     right = left + int(slide.properties.get("openslide.bounds-width", width - left))
     bottom = top + int(slide.properties.get("openslide.bounds-height", height - top))
+    first_x, first_y = (math.ceil(first / unit) * unit for first in (left, top))
     room = size if edges == "drop" else 1
     if (right - left) / step * ((bottom - top) / step) > MAX_PLACES:
         raise UnusableError(
             f"a grid every {step:.3g} px has over {MAX_PLACES:,} patches; see its mpp", "resolution"
         )
-    columns = np.arange(0, max(right - left - room, -1) + 1e-6, step)
-    rows = np.arange(0, max(bottom - top - room, -1) + 1e-6, step)
-    x, y = np.meshgrid(left + np.rint(columns), top + np.rint(rows))
+    columns = np.arange(0, max(right - first_x - room, -1) + 1e-6, step)
+    rows = np.arange(0, max(bottom - first_y - room, -1) + 1e-6, step)
+    x, y = np.meshgrid(np.rint(first_x + columns), np.rint(first_y + rows))
     return np.stack([x.ravel(), y.ravel()], 1).astype(np.int32)
 
 
@@ -160,10 +174,25 @@ def thumbnail_of(
     level  to read from, by default the coarsest that is fine enough
     read   a region of it, as `on_white` does
     """
-    width, height = slide.dimensions
-    factor = overview_factor(slide, mpp)
-    columns, rows = max(1, round(width / factor)), max(1, round(height / factor))
     level = overview_level(slide, mpp) if level is None else level
+    return shrink_level(slide, overview_factor(slide, mpp), level, read)
+
+
+def small_view(slide: Any, edge: int) -> tuple[np.ndarray, float] | None:
+    """A slide about `edge` pixels long as `thumbnail_of` makes it; None where no level is small."""
+    factor = max(float(max(slide.dimensions)) / edge, 1.0)
+    level = slide.get_best_level_for_downsample(factor * LEVEL_SLACK)
+    if math.prod(slide.level_dimensions[level]) > MAX_LEVEL_PX:
+        return None
+    return shrink_level(slide, factor, level, on_white)
+
+
+def shrink_level(
+    slide: Any, factor: float, level: int, read: ReadRegion
+) -> tuple[np.ndarray, float]:
+    """A level `factor` times smaller than level 0, and how many times exactly it is."""
+    width, height = slide.dimensions
+    columns, rows = max(1, round(width / factor)), max(1, round(height / factor))
     step = slide.level_downsamples[level]
     across, down = slide.level_dimensions[level]
     high = down / rows  # pixels of the level a pixel of the thumbnail
@@ -187,9 +216,15 @@ def cut_region(slide: Any, at: tuple[int, int], scale: float, edge: int) -> np.n
     level = slide.get_best_level_for_downsample(scale * LEVEL_SLACK)
     factor = slide.level_downsamples[level]
     size = edge * scale / factor
+    # Corners are whole pixels of level 0; between those of a level 4.0003 times coarser that is
+    # rounding, and no reason to resample its own pixels.
+    is_own = abs(size - edge) <= NO_PIXEL
+    is_uneven = is_own and not float(factor).is_integer()
+    slack = max(0.5 / factor, NO_PIXEL) if is_uneven else NO_PIXEL
     # Whole pixels of the level: OpenSlide would blur in between, each patch differently.
-    first = [math.floor(place / factor + NO_PIXEL) for place in at]
+    first = [math.floor(place / factor + slack) for place in at]
     offset = [max(place / factor - start, 0.0) for place, start in zip(at, first, strict=True)]
+    offset = [0.0 if is_own and part <= slack else part for part in offset]
     whole = [max(1, math.ceil(part + size - NO_PIXEL)) for part in offset]
     corner = (round(first[0] * factor), round(first[1] * factor))
     white = on_white(slide, corner, level, (whole[0], whole[1]))

@@ -18,6 +18,7 @@ from latentds.sources.names import patient_of
 from latentds.sources.picture import Listing, Picture
 from latentds.sources.picture_tables import is_table, list_table, path_columns
 from latentds.sources.slide_names import NameIndex, some
+from latentds.sources.slide_regions import note_unused_regions
 from latentds.sources.slides import Slides, check_slide_names
 from latentds.sources.source import Source
 
@@ -151,7 +152,8 @@ class ListedSlides(Slides):
             for p in found.pictures
         )
         check_slide_names(self.root, pictures)
-        return dataclasses.replace(found, pictures=pictures)
+        told = note_unused_regions(self.chosen, [str(p.slide) for p in pictures])
+        return dataclasses.replace(found, pictures=pictures, notes=(*found.notes, *told))
 
     def lookup(self, source: str) -> Picture | None:
         del source  # the table tells its resolution

@@ -22,6 +22,7 @@ from latentds.sources.inspection import Inspection
 from latentds.sources.kinds import one_a_series, sort_files
 from latentds.sources.picture import Header, Listing, Picture
 from latentds.sources.side_tables import with_tables
+from latentds.sources.slide_looks import LOOK_PX, Drawn, Overview, SlideLook, draw_look
 from latentds.sources.slide_reading import (
     UNREADABLE,
     ReadRegion,
@@ -33,10 +34,13 @@ from latentds.sources.slide_reading import (
     on_white,
     open_slide,
     overview_level,
+    own_scale,
     reason_of,
     slide_mpp,
+    small_view,
     thumbnail_of,
 )
+from latentds.sources.slide_regions import note_unused_regions, open_regions
 from latentds.sources.source import Source
 from latentds.sources.tissue import has_edges, tissue_mask, tissue_shares
 from latentds.store.patch_record import Patch, Place
@@ -52,11 +56,13 @@ class Slides(Source):
     """Slides below a folder, tissue of each cut into a grid of patches.
 
     A slide's own resolution is its mpp, 10 / magnification where only that is recorded, or
-    --assume-mpp. Patches are read from the nearest finer level and resampled to just the mpp asked
-    for; x and y count pixels of level 0.
+    --assume-mpp. Where a level is within --mpp-tolerance of the mpp asked for, patches are its own
+    pixels, else resampled from the nearest finer level to just that mpp; x and y count pixels of
+    level 0.
     """
 
     kind = "whole slides"
+    has_looks = True
 
     def __init__(self, options: SourceOptions) -> None:
         self.options, self.root = options, options.source
@@ -65,10 +71,15 @@ class Slides(Source):
         self.lock = threading.Lock()
         self.places: dict[str, np.ndarray] = {}
         self.empty: dict[str, str] = {}  # slides without a patch, and why
+        self.looked_at: dict[str, int] = {}  # places of patches, those not taken included
+        self.overviews: dict[str, Overview] = {}  # until its picture is drawn
+        self.drawn: dict[str, Drawn] = {}
+        self.chosen = open_regions(options)
         self.repaired: set[str] = set()  # slides whose overview could not be read everywhere
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.options,)  # without lock and handles, for a worker elsewhere
+        # Without lock and handles, for a worker elsewhere.
+        return type(self), (self.options,), {"chosen": self.chosen}
 
     @classmethod
     def detect(cls, found: Inspection) -> Source | None:
@@ -97,11 +108,13 @@ class Slides(Source):
         """Slides by path and name, with what their folders say."""
         options, paths = self.options, list(names)
         check_names(self.root, paths)
-        folders = read_folders(self.root, paths, options.labels, options.split_folders)
+        use_labels = options.labels and options.label_from is None
+        folders = read_folders(self.root, paths, use_labels, options.split_folders)
         placed = [(folders.place(path), name) for path, name in names.items()]
         pictures = tuple(Picture(p.source, p.split, p.label, name) for p, name in placed)
         check_labels(self.root, pictures, folders.use_labels)
-        return Listing(pictures, notes=folders.notes)
+        notes = folders.notes + note_unused_regions(self.chosen, names.values())
+        return Listing(pictures, notes=notes)
 
     def header(self, picture: Picture) -> Header:
         path = self.file(picture)
@@ -109,8 +122,12 @@ class Slides(Source):
             slide = self.open(picture)
             width, height = slide.dimensions
             self.check_enlarging(self.scale(picture, slide))
-            self.places[picture.source] = self.find_places(picture, slide)
+            found = self.find_places(picture, slide)
             slide = self.open(picture)  # a broken overview may have closed the first
+            self.places[picture.source] = self.within_regions(picture, slide, found)
+            overview = self.overviews.pop(picture.source, None)
+            if self.keeps_looks:
+                self.drawn[picture.source] = self.draw(picture, overview)
         encoding = describe_slide(slide, path)
         return Header((height, width), "RGB", encoding, path.stat().st_size)
 
@@ -134,8 +151,10 @@ class Slides(Source):
         """int32 (n, 2): x and y at level 0 of the patches that hold tissue."""
         options, scale = self.options, self.scale(picture, slide)
         step = (options.stride or self.edge) * scale
-        places = grid(slide, self.edge * scale, step, options.edges)
+        unit = scale if scale in slide.level_downsamples else 1.0
+        places = grid(slide, self.edge * scale, step, options.edges, unit)
         places = distinct(places)
+        self.looked_at[picture.source] = len(places)
         if not len(places):
             self.empty[picture.source] = f"holds no patch of {self.edge * scale:.0f} px of level 0"
             return places
@@ -146,15 +165,79 @@ class Slides(Source):
             mask = tissue_mask(thumbnail, options.tissue)
             boxes = np.concatenate([places, places + self.edge * scale], 1) / factor
             kept = tissue_shares(mask, boxes) >= options.min_tissue
+            told = None if options.tissue == "none" else mask
+            self.overviews[picture.source] = Overview(thumbnail, factor, told)
         if not kept.any():
-            rule = f"--tissue {options.tissue}, --min-tissue {options.min_tissue}"
-            self.empty[picture.source] = f"no tissue in any of {len(places)} places ({rule})"
+            self.empty[picture.source] = f"no tissue in any of {len(places)} places ({self.rule})"
         chosen: np.ndarray = places[kept]
         return chosen
+
+    @property
+    def rule(self) -> str:
+        """What decides about tissue."""
+        return f"--tissue {self.options.tissue}, --min-tissue {self.options.min_tissue}"
 
     def empty_reason(self, picture: Picture) -> str:
         """Why a slide has no patches."""
         return self.empty.get(picture.source, "no places in it")
+
+    def look(self, picture: Picture) -> SlideLook | None:
+        drawn, tissue = self.drawn.get(picture.source) or self.draw(picture)
+        return SlideLook(
+            picture_jpeg=drawn,
+            mpp_level0=self.own_mpp(picture, self.open(picture)),
+            tissue=tissue,
+            places=self.looked_at.get(picture.source, 0),
+            left_out=tuple(self.passed_over(picture)),
+        )
+
+    def draw(self, picture: Picture, overview: Overview | None = None) -> Drawn:
+        """A small picture of a slide, None where no level is small, and its share of tissue.
+
+        overview  of it, if one was read; a small slide is read finer
+        """
+        mask = None if overview is None else overview.mask
+        view = None if overview is None else (overview.pixels, overview.factor)
+        if view is None or max(view[0].shape) < LOOK_PX:
+            try:
+                view = small_view(self.open(picture), LOOK_PX) or view
+            except Exception as error:
+                self.forget(picture, error)
+        if view is None:
+            return None, None
+        places = self.places[picture.source]
+        edge = self.edge * self.scale(picture, self.open(picture))
+        drawn = draw_look(view[0], mask, np.concatenate([places, places + edge], 1) / view[1])
+        return drawn, None if mask is None else float(mask.mean())
+
+    def within_regions(self, picture: Picture, slide: Any, places: np.ndarray) -> np.ndarray:
+        """The places that lie in a slide's --regions, all without them."""
+        if self.chosen is None or not len(places):
+            return places
+        edge = self.edge * self.scale(picture, slide)
+        places, why = self.chosen.within(picture, slide.dimensions, places, edge)
+        if not len(places):
+            self.empty[picture.source] = why
+        return places
+
+    def label(self, picture: Picture, region: tuple[int, int]) -> str | None:
+        if self.chosen is None or not self.chosen.by_class:
+            return picture.label
+        return self.chosen.labels[picture.source].at(region)
+
+    def passed_over(self, picture: Picture) -> Iterator[str]:
+        """Why patches of a slide were not taken, a sentence each."""
+        places, held = self.looked_at.get(picture.source, 0), len(self.places[picture.source])
+        outside = self.chosen.outside.get(picture.source, 0) if self.chosen else 0
+        if not held:
+            yield self.empty_reason(picture)
+        elif places - outside > held:
+            lost = places - outside - held
+            yield f"{lost:,} of {places:,} places: too little tissue ({self.rule})"
+        if outside:
+            yield f"{outside:,} of {places:,} places: too little of it in its regions"
+        if picture.source in self.repaired:
+            yield "its overview cannot be read everywhere; what cannot counts as background"
 
     def has_edges(self, picture: Picture, at: tuple[int, int], scale: float) -> bool:
         """DSMIL's rule at one place; what cannot be read is kept, for its patch to be told."""
@@ -223,7 +306,8 @@ class Slides(Source):
     def scale(self, picture: Picture, slide: Any) -> float:
         """Pixels of level 0 a pixel of a slide's patches."""
         own = slide_mpp(slide, self.options.assume_mpp, picture.mpp)
-        return (self.options.mpp or own) / own
+        asked = (self.options.mpp or own) / own
+        return own_scale(slide, asked, self.options.mpp_tolerance)
 
     def patch_px(self, headers: dict[str, Header]) -> tuple[int, int]:
         del headers
@@ -272,12 +356,12 @@ class Slides(Source):
                 image=image,
                 source=picture.source,
                 source_encoding=header.encoding,
-                label=picture.label,
+                label=self.label(picture, at),
                 slide=picture.slide,
                 **place._asdict(),
             )
-            for image, place in zip(
-                images, self.whereabouts(picture, header, patch_px, regions), strict=True
+            for at, image, place in zip(
+                regions, images, self.whereabouts(picture, header, patch_px, regions), strict=True
             )
         ]
 

@@ -13,6 +13,7 @@ import numpy as np
 from latentds.sources.image_folder import check_sizes
 from latentds.sources.inspection import Inspection
 from latentds.sources.picture import Header, Listing, Picture
+from latentds.sources.slide_looks import SlideLook
 from latentds.store.patch_record import Patch, Place
 
 
@@ -26,10 +27,14 @@ class Source(abc.ABC):
 
     kind   in words, for the user: what was found in the input
     notes  what is assumed of it
+    has_looks    whether its pictures are slides, which `look` shows
+    keeps_looks  whether `look` will be asked for: what it needs is kept when headers are read
     """
 
     kind: str = "a source of its own"
     notes: tuple[str, ...] = ()
+    has_looks: bool = False
+    keeps_looks: bool = False
 
     @abc.abstractmethod
     def listing(self) -> Listing:
@@ -80,6 +85,16 @@ class Source(abc.ABC):
         """Why a picture has no regions."""
         del picture
         return "no patch in it"
+
+    def label(self, picture: Picture, region: tuple[int, int]) -> str | None:
+        """The label of the patch at a region, as `read` records it."""
+        del region
+        return picture.label
+
+    def look(self, picture: Picture) -> SlideLook | None:
+        """What a person is shown of a slide whose header was read; None where it is no slide."""
+        del picture
+        return None
 
     def file(self, picture: Picture) -> Path | BinaryIO:
         """What identifies a picture: its file, an open member of an archive, else its pixels.

@@ -63,6 +63,7 @@ def decode_table(
     schema: pa.Schema,
     rows: int | None = None,
     columns: Sequence[str] | None = None,
+    most_bytes: int = MAX_COLUMNS_BYTES,
 ) -> pa.Table:
     """Columns of a Parquet member; FormatError unless they have the schema's types and `rows` rows.
 
@@ -74,7 +75,7 @@ def decode_table(
         if rows is not None and file.metadata.num_rows != rows:
             raise FormatError(f"{where}: {file.metadata.num_rows} rows for {rows} patches")
         check_schema(file.schema_arrow, schema, wanted, where)
-        check_announced_bytes(file.metadata, where)
+        check_announced_bytes(file.metadata, where, most_bytes)
         table: pa.Table = file.read(columns=wanted, use_threads=False)
     except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
         raise FormatError(f"{where}: not a Parquet table ({first_words(error)})") from error
@@ -93,12 +94,12 @@ def check_schema(found: pa.Schema, schema: pa.Schema, wanted: Sequence[str], whe
             raise FormatError(f"{where}: column {name!r} is {seen}, not {expected}")
 
 
-def check_announced_bytes(metadata: pq.FileMetaData, where: str) -> None:
+def check_announced_bytes(metadata: pq.FileMetaData, where: str, most_bytes: int) -> None:
     """Refuse tables that would decompress to more than one can hold."""
     groups = (metadata.row_group(i) for i in range(metadata.num_row_groups))
     chunks = (group.column(i) for group in groups for i in range(group.num_columns))
     announced = sum(chunk.total_uncompressed_size for chunk in chunks)
-    if announced > MAX_COLUMNS_BYTES:
+    if announced > most_bytes:
         raise FormatError(f"{where}: would decompress to {announced} bytes; refused")
 
 

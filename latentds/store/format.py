@@ -37,6 +37,7 @@ PATCHES_TABLE = f"{SIDECARS}/patches.npy"
 DIGESTS = f"{SIDECARS}/digests.npy"
 CHECKSUMS = f"{SIDECARS}/checksums.npy"
 GOLDEN = f"{SIDECARS}/golden.parquet"
+SLIDES_TABLE = f"{SIDECARS}/slides.parquet"  # beside the set, no part of it
 HEADER_PREFIX = "LATENTDS."
 # What numpy raises for headers that are none, hostile ones included.
 NPY_ERRORS = (

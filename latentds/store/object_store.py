@@ -12,7 +12,7 @@ from typing import Any
 from latentds.core.foreign_json import parse_json
 from latentds.core.storage import write_atomically
 from latentds.errors import InputError
-from latentds.store.format import MANIFEST
+from latentds.store.format import MANIFEST, SLIDES_TABLE
 from latentds.store.manifest import Manifest, read_manifest
 from latentds.store.transport import shown, unopenable
 
@@ -42,7 +42,8 @@ def upload(
     """
     manifest = read_manifest(folder)
     filesystem, root = open_location(location)
-    names = [*(shard.name for shard in manifest.shards), *manifest.tables, "README.md", MANIFEST]
+    beside = [name for name in (SLIDES_TABLE, "README.md") if (folder / name).is_file()]
+    names = [*(shard.name for shard in manifest.shards), *manifest.tables, *beside, MANIFEST]
     try:
         check_free(filesystem, root, location, manifest, overwrite)
         done = read_done(folder, location, manifest)

@@ -1,4 +1,4 @@
-"""Self-contained HTML pages: pictures inside, no script, no network."""
+"""Self-contained HTML pages: pictures inside, no network, and no script unless one is given."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ table{border-collapse:collapse;margin:.6rem 0}
 th,td{padding:.3rem .8rem;border-bottom:1px solid #dde2ea;text-align:left}
 td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}
 pre{background:#f3f5f9;padding:.8rem;overflow-x:auto}
-.grid{display:grid;gap:14px;grid-template-columns:repeat(auto-fill,minmax(200px,1fr))}
+.grid{display:grid;gap:14px}
 figure{margin:0} figure img{width:100%;image-rendering:auto;display:block;border:1px solid #dde2ea}
 figcaption{font-size:12px;color:#4b5567;overflow-wrap:anywhere}
 .row{display:grid;gap:10px;margin-bottom:14px}
@@ -28,13 +28,18 @@ figcaption{font-size:12px;color:#4b5567;overflow-wrap:anywhere}
 """
 
 
-def page(title: str, lead: str, sections: Iterable[str]) -> str:
-    """A whole page; `title` and `lead` are text, sections are HTML."""
+def page(title: str, lead: str, sections: Iterable[str], style: str = "", script: str = "") -> str:
+    """A whole page; `title` and `lead` are text, sections are HTML.
+
+    style, script  more of each than all pages have, our own words alone
+    """
+    code = f"<script>{script}</script>" if script else ""
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width">'
         f"<title>{html_text(title)}</title>"
-        f"<style>{STYLE}</style></head><body><h1>{html_text(title)}</h1>"
-        f'<p class="lead">{html_text(lead)}</p>{"".join(sections)}</body></html>\n'
+        f"<style>{STYLE}{style}</style></head><body><h1>{html_text(title)}</h1>"
+        f'<p class="lead">{html_text(lead)}</p>{"".join(sections)}{code}</body></html>\n'
     )
 
 
@@ -89,9 +94,10 @@ def figure(image: np.ndarray, caption: str) -> str:
     )
 
 
-def grid(figures: Iterable[str]) -> str:
-    """Figures side by side, as many as fit."""
-    return f'<div class="grid">{"".join(figures)}</div>'
+def grid(figures: Iterable[str], least_px: int = 200) -> str:
+    """Figures side by side, as many as fit at `least_px` each."""
+    columns = f"grid-template-columns:repeat(auto-fill,minmax(min(100%,{least_px}px),1fr))"
+    return f'<div class="grid" style="{columns}">{"".join(figures)}</div>'
 
 
 def figure_row(figures: Sequence[str]) -> str:

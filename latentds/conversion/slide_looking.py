@@ -1,0 +1,79 @@
+"""What a conversion keeps of every slide to be looked at: counts, reasons, a small picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from latentds.conversion.conversion_plan import Plan
+from latentds.core.progress import progress
+from latentds.sources.picture import Header, Picture
+from latentds.sources.slide_looks import SlideLook
+from latentds.store.manifest import left_out_text
+from latentds.store.slide_records import SlideRecord
+
+THREADS = 8
+
+
+def slide_records(
+    plan: Plan, left_out: Sequence[Mapping[str, Any]], hide: Callable[[str], str] | None
+) -> list[SlideRecord]:
+    """Every slide of a plan, those that were left out included; empty where it has no slides.
+
+    left_out  the manifest's entries
+    hide      what stands for names
+    """
+    if not plan.source.has_looks:
+        return []
+    looks = looks_of(plan)
+    name, words = hide or str, {str(entry["source"]): entry for entry in left_out}
+    counts = np.bincount(plan.regions["picture"], minlength=len(plan.pictures)).tolist()
+    records = []
+    for number, (picture, look) in enumerate(zip(plan.pictures, looks, strict=True)):
+        if look is not None:
+            entry = words.pop(name(picture.source), None)
+            header = plan.headers[number]
+            records.append(record_of(plan, picture, header, look, counts[number], entry, name))
+    bare = [
+        SlideRecord(source=source, slide=None, left_out=(left_out_text(dict(entry)),))
+        for source, entry in words.items()
+    ]
+    return records + bare
+
+
+def looks_of(plan: Plan) -> list[SlideLook | None]:
+    """The look of every picture, in threads: some sources have to read one."""
+    bar = progress(total=len(plan.pictures), desc="looks", unit="slide")
+    looks = []
+    with bar, ThreadPoolExecutor(THREADS, thread_name_prefix="looks") as pool:
+        for look in pool.map(plan.source.look, plan.pictures):
+            looks.append(look)
+            bar.update()
+    return looks
+
+
+def record_of(
+    plan: Plan, picture: Picture, header: Header, look: SlideLook, planned: int,
+    entry: Mapping[str, Any] | None, name: Callable[[str], str],
+) -> SlideRecord:  # fmt: skip
+    """The record of a slide of which so many patches were planned and `entry` was left out."""
+    ((_, _, size_px, mpp),) = plan.source.whereabouts(picture, header, plan.patch_px, [(0, 0)])
+    lost = 0 if entry is None else int(entry.get("patches", planned))
+    told = () if entry is None else (left_out_text(dict(entry)),)
+    return SlideRecord(
+        source=name(picture.source),
+        slide=None if picture.slide is None else name(picture.slide),
+        split=picture.split,
+        label=picture.label,
+        mpp_level0=look.mpp_level0,
+        mpp=mpp,
+        size_px=size_px,
+        tissue=look.tissue,
+        places=look.places,
+        patches=planned - lost,
+        left_out=(*look.left_out, *told),
+        picture_jpeg=look.picture_jpeg,
+    )

@@ -1,0 +1,292 @@
+"""Regions of slides that are to be taken, and their classes: masks and GeoJSON, by slide name."""
+# H W pixels of a raster, n patches, k classes
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from latentds.codecs.formats import DECODE_ERRORS
+from latentds.core.foreign_json import read_json
+from latentds.core.untrusted_files import open_picture
+from latentds.errors import FormatError, InputError, UnusableError
+from latentds.sources.cut_options import SourceOptions
+from latentds.sources.field_names import ALIASES
+from latentds.sources.image_folder import walk
+from latentds.sources.picture import Picture
+from latentds.sources.slide_names import NameIndex, some
+from latentds.sources.tissue import tissue_shares
+
+SUFFIXES = (".geojson", ".json", ".png")
+CELLS = 16  # pixels of the raster that a patch is wide: shares are right to some 2 %
+MOST_PX = 4096  # of the raster's longer edge
+MAX_JSON_BYTES = 1 << 27
+JSON_TIMES = 16  # vertices are short lists, which take more memory than other JSON
+MAX_CLASSES = 64  # more values are a picture's, not a mask's
+ASPECT = 0.02  # by which a mask's proportions may differ from its slide's
+MAX_DEPTH = 8  # of collections of geometries
+MASK_MODES = ("1", "L", "P")
+
+Rings = Sequence[Sequence[Sequence[float]]]
+
+
+class Taken(NamedTuple):
+    """Which places of a slide lie in its regions.
+
+    kept     bool (n,)
+    numbers  uint8 (n,) of each place's class in `classes`, by the largest share
+    classes  names, in their order
+    """
+
+    kept: np.ndarray
+    numbers: np.ndarray
+    classes: tuple[str, ...]
+
+
+class PlaceLabels(NamedTuple):
+    """Classes of a slide's places: 9 bytes each.
+
+    keys     int64 (n,) ascending, of x and y
+    numbers  uint8 (n,), of `classes`
+    """
+
+    keys: np.ndarray
+    numbers: np.ndarray
+    classes: tuple[str, ...]
+
+    @classmethod
+    def of(cls, places: np.ndarray, found: Taken) -> PlaceLabels:
+        """Of the places that were kept."""
+        keys = place_keys(places[found.kept])
+        order = np.argsort(keys)
+        return cls(keys[order], found.numbers[found.kept][order], found.classes)
+
+    def at(self, place: tuple[int, int]) -> str:
+        """The class at one of the places."""
+        row = np.searchsorted(self.keys, place_keys(np.array([place])))[0]
+        return self.classes[int(self.numbers[row])]
+
+
+def place_keys(places: np.ndarray) -> np.ndarray:
+    """int64 (n,) of places (n, 2)."""
+    keys: np.ndarray = (places[:, 0].astype(np.int64) << 32) | places[:, 1].astype(np.int64)
+    return keys
+
+
+class SlideRegions:
+    """Which places of slides lie in regions, by a folder of files named as the slides are.
+
+    SLIDE.geojson or .json   polygons in pixels of level 0: QuPath's annotations, TRIDENT's contours
+    SLIDE.png                a mask of the whole slide at any scale; 0 is outside, other values are
+                             classes
+
+    least     share of a patch that must lie in regions
+    by_class  whether only regions with a class count, and label what lies in them
+    labels, outside  of slides seen so far, by source: classes of places, and how many lie outside
+    raises    InputError for a folder without such files
+    """
+
+    def __init__(self, folder: Path, least: float, by_class: bool) -> None:
+        self.folder, self.least, self.by_class = folder, least, by_class
+        paths = [path for path in walk(folder) if PurePosixPath(path).suffix.lower() in SUFFIXES]
+        if not paths:
+            raise InputError(f"--regions {folder}: no {', '.join(SUFFIXES)} in it")
+        self.paths = paths
+        self.index = NameIndex([str(PurePosixPath(path).with_suffix("")) for path in paths])
+        self.labels: dict[str, PlaceLabels] = {}
+        self.outside: dict[str, int] = {}
+
+    def file_of(self, slide: str) -> Path | None:
+        """The file of a slide's regions, None for none; UnusableError where it may be several."""
+        places = self.index.find_all(slide)
+        if len(places) > 1:
+            named = some([self.paths[place] for place in places])
+            raise UnusableError(f"has several files in --regions: {named}; keep one", "mask")
+        return self.folder / self.paths[places[0]] if places else None
+
+    def within(
+        self, picture: Picture, slide_px: tuple[int, int], places: np.ndarray, edge: float
+    ) -> tuple[np.ndarray, str]:
+        """The places of a slide that lie in its regions, and why there are none."""
+        file = self.file_of(picture.slide or picture.source)
+        if file is None:
+            return places[:0], "has no file in --regions"
+        found = taken(file, slide_px, places, edge, self.least, by_class=self.by_class)
+        if self.by_class:
+            self.labels[picture.source] = PlaceLabels.of(places, found)
+        if lost := int((~found.kept).sum()):
+            self.outside[picture.source] = lost
+        return places[found.kept], f"none of {len(places)} places lies in its regions"
+
+
+def open_regions(options: SourceOptions) -> SlideRegions | None:
+    """What --regions names, None without it."""
+    if options.regions is None:
+        return None
+    return SlideRegions(options.regions, options.min_tissue, options.label_from is not None)
+
+
+def note_unused_regions(chosen: SlideRegions | None, slides: Iterable[str]) -> tuple[str, ...]:
+    """A note on files of regions that belong to none of the slides."""
+    if chosen is None:
+        return ()
+    used = {place for slide in slides for place in chosen.index.find_all(slide)}
+    unused = [path for place, path in enumerate(chosen.paths) if place not in used]
+    return (f"--regions: {len(unused):,} files are of no slide: {some(unused)}",) if unused else ()
+
+
+def taken(
+    path: Path,
+    slide_px: tuple[int, int],
+    places: np.ndarray,
+    edge: float,
+    least: float,
+    *,
+    by_class: bool,
+) -> Taken:
+    """The places that lie in a file's regions.
+
+    slide_px  (W, H) of level 0
+    places    int (n, 2), corners of patches at level 0
+    edge      of a patch there
+    least     share of a patch that must lie in regions
+    by_class  whether only regions with a class count
+    raises    UnusableError (without the slide's name) for a file that cannot be used
+    """
+    factor = max(edge / CELLS, max(slide_px) / MOST_PX, 1.0)
+    size = (max(1, round(slide_px[0] / factor)), max(1, round(slide_px[1] / factor)))
+    if path.suffix.lower() == ".png":
+        masks = mask_regions(path, slide_px, size, by_class)
+    else:
+        masks = polygon_regions(path, slide_px, size, by_class)
+    scale = np.tile([size[0] / slide_px[0], size[1] / slide_px[1]], 2)
+    boxes = np.concatenate([places, places + edge], 1) * scale
+    shares = np.stack([tissue_shares(mask, boxes) for mask in masks.values()])
+    union = tissue_shares(np.logical_or.reduce(list(masks.values())), boxes)
+    return Taken(union >= least, shares.argmax(0).astype(np.uint8), tuple(masks))
+
+
+def mask_regions(
+    path: Path, slide_px: tuple[int, int], size: tuple[int, int], by_class: bool
+) -> dict[str, np.ndarray]:
+    """bool (H, W) masks by class, a PNG's values as texts, resized to `size` (W, H)."""
+    try:
+        with open_picture(path, ["PNG"]) as image:
+            if image.mode not in MASK_MODES:
+                raise bad(path, f"is {image.mode}, not one channel of 8 bits")
+            aspect = image.width / image.height * slide_px[1] / slide_px[0]
+            if abs(math.log(aspect)) > ASPECT:
+                raise bad(
+                    path,
+                    f"has {image.width}x{image.height} px, other proportions than its slide of "
+                    f"{slide_px[0]}x{slide_px[1]}",
+                )
+            values = np.asarray(image.convert("L") if image.mode == "1" else image)
+    except DECODE_ERRORS as error:
+        raise bad(path, f"cannot be read as PNG ({type(error).__name__})") from error
+    values = np.asarray(Image.fromarray(values, "L").resize(size, Image.Resampling.NEAREST))
+    if not by_class:
+        return {"": values > 0}
+    classes = [value for value in np.unique(values).tolist() if value]
+    if not classes or len(classes) > MAX_CLASSES:
+        raise bad(
+            path, f"has {len(classes)} values beside 0, no mask of 1 to {MAX_CLASSES} classes"
+        )
+    return {str(value): values == value for value in classes}
+
+
+def polygon_regions(
+    path: Path, slide_px: tuple[int, int], size: tuple[int, int], by_class: bool
+) -> dict[str, np.ndarray]:
+    """bool (H, W) masks by class of a GeoJSON's polygons, drawn at `size` (W, H)."""
+    scale = (size[0] / slide_px[0], size[1] / slide_px[1])
+    masks: dict[str, np.ndarray] = {}
+    try:
+        values = read_json(path, MAX_JSON_BYTES, "export it anew", times=JSON_TIMES)
+        for name, polygon in polygons_of(values):
+            if by_class and not name:
+                continue
+            mask = masks.setdefault(name if by_class else "", np.zeros(size[::-1], bool))
+            draw_polygon(mask, polygon, scale)
+    except FormatError as error:
+        raise bad(path, str(error).removeprefix(f"{path}: ")) from error
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise bad(path, f"is no GeoJSON ({type(error).__name__}: {str(error)[:80]})") from error
+    if not masks or len(masks) > MAX_CLASSES:
+        kind = "polygons with a class" if by_class else "polygons"
+        raise bad(path, f"has {kind} of {len(masks)} classes" if masks else f"has no {kind}")
+    return dict(sorted(masks.items()))
+
+
+def polygons_of(values: Any) -> Iterator[tuple[str, Rings]]:
+    """Class ("" for none) and rings of every polygon of a feature, a list or collection of them."""
+    features = values["features"] if isinstance(values, dict) and "features" in values else values
+    for feature in features if isinstance(features, list) else [features]:
+        geometry = feature.get("geometry") if feature.get("type") == "Feature" else feature
+        name = class_of(feature.get("properties") or {})
+        yield from ((name, rings) for rings in rings_of(geometry or {}))
+
+
+def class_of(properties: Mapping[str, Any]) -> str:
+    """The class of a feature: QuPath's classification, or a property that tables call a label."""
+    found = properties.get("classification")
+    if isinstance(found, dict):
+        found = found.get("name")
+    if found is None:
+        found = next((properties[name] for name in ALIASES["label"] if name in properties), None)
+    return "" if found is None else str(found)[:200].strip()
+
+
+def rings_of(geometry: Mapping[str, Any], depth: int = 0) -> Iterator[Rings]:
+    """Rings of a geometry's polygons, outer ring first; points and lines have none."""
+    kind = geometry.get("type")
+    if kind == "Polygon":
+        yield geometry["coordinates"]
+    elif kind == "MultiPolygon":
+        yield from geometry["coordinates"]
+    elif kind == "GeometryCollection" and depth < MAX_DEPTH:
+        for part in geometry["geometries"]:
+            yield from rings_of(part, depth + 1)
+
+
+def draw_polygon(mask: np.ndarray, rings: Rings, scale: tuple[float, float]) -> None:
+    """Set the pixels of a mask whose middles a polygon covers; its holes stay as they are."""
+    outlines = [np.asarray([point[:2] for point in ring], np.float64) * scale for ring in rings]
+    outlines = [outline for outline in outlines if len(outline) > 2]
+    if not outlines:
+        return
+    points, room = np.concatenate(outlines), np.array(mask.shape[::-1])
+    low = np.clip(np.floor(points.min(0)), 0, room - 1).astype(int)
+    high = np.clip(np.ceil(points.max(0)), low + 1, room).astype(int)
+    inside = even_odd([outline - low for outline in outlines], *(high - low).tolist())
+    mask[low[1] : high[1], low[0] : high[0]] |= inside
+
+
+def even_odd(outlines: Sequence[np.ndarray], width: int, height: int) -> np.ndarray:
+    """bool (H, W), pixels whose middles lie inside of closed outlines, float (n, 2) of x and y.
+
+    Exact, where Pillow's polygons reach half a pixel too far on every side.
+    """
+    starts = np.concatenate(outlines)
+    ends = np.concatenate([np.roll(outline, -1, 0) for outline in outlines])
+    sides = np.stack([starts[:, 1], ends[:, 1]])
+    first = np.clip(np.ceil(sides.min(0) - 0.5), 0, height).astype(int)
+    counts = np.clip(np.ceil(sides.max(0) - 0.5), 0, height).astype(int) - first
+    edge = np.repeat(np.arange(len(starts)), counts)
+    rows = np.arange(len(edge)) - np.repeat(np.cumsum(counts) - counts, counts) + first[edge]
+    (x, y), (to_x, to_y) = starts[edge].T, ends[edge].T
+    crossings = x + (rows + 0.5 - y) / (to_y - y) * (to_x - x)
+    turns = np.zeros((height, width + 1), np.int32)
+    np.add.at(turns, (rows, np.clip(np.ceil(crossings - 0.5), 0, width).astype(int)), 1)
+    inside: np.ndarray = turns[:, :-1].cumsum(1) % 2 == 1
+    return inside
+
+
+def bad(path: Path, words: str) -> UnusableError:
+    """The error of a file of regions."""
+    return UnusableError(f"its file of regions ({path.name}) {words}", "mask")

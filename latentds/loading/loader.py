@@ -22,7 +22,7 @@ from latentds.loading.batch import Batch
 from latentds.loading.dataset import LatentDataset, check_bad
 from latentds.loading.decoding import Decode, Decoder, check_decode, find_autoencoder
 from latentds.loading.mixture import Mixture
-from latentds.loading.options import Order, Select, Workers, check_group
+from latentds.loading.options import Order, Select, Workers, answering, check_group
 from latentds.loading.stage import CopyLanes, CudaLanes, DecodeStage
 from latentds.loading.transfers import Transfer, Transfers
 from latentds.loading.transform_checks import Watched
@@ -65,6 +65,7 @@ class LatentLoader:
     them. A state taken with an epoch's last batch is the beginning of the next epoch.
     """
 
+    @answering
     def __init__(
         self,
         folder: str | os.PathLike[str] | Mixture,
@@ -199,6 +200,12 @@ class LatentLoader:
     def class_to_idx(self) -> dict[str, int]:
         """Label of every class name, as ImageFolder has it."""
         return self.dataset.class_to_idx
+
+    def __repr__(self) -> str:
+        return (
+            f"LatentLoader({self.dataset.describe()}, decode={self.decode!r} on {self.device}, "
+            f"{self.transfers.num_workers} workers)"
+        )
 
     def __len__(self) -> int:
         """Batches of an epoch on this rank."""

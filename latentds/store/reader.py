@@ -129,6 +129,16 @@ class ShardSet:
     def __len__(self) -> int:
         return self.manifest.patches
 
+    def __repr__(self) -> str:
+        manifest, contract = self.manifest, self.manifest.contract
+        splits = ", ".join(f"{name} {count:,}" for name, count in manifest.splits.items())
+        height, width = contract.patch_px
+        return (
+            f"ShardSet({self.folder}: {len(self):,} patches ({splits}) of {width}x{height} px, "
+            f"{len(manifest.slides):,} slides, {len(manifest.classes)} classes, "
+            f"{contract.bytes_per_patch:,} bytes a patch)"
+        )
+
     def key(self, pack: int) -> str:
         """Key of a pack: split, shard number and place in the shard."""
         shard = self.manifest.shards[int(self.packs["shard"][pack])]

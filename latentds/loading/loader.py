@@ -18,6 +18,7 @@ from latentds.autoencoders.autoencoder import Autoencoder
 from latentds.core.launcher import gather, own_device
 from latentds.core.shared_memory import REMEDY, describe_shm, of_dead_worker
 from latentds.errors import WorkerError
+from latentds.loading.augmenting import find_augment
 from latentds.loading.batch import Batch
 from latentds.loading.dataset import LatentDataset, check_bad
 from latentds.loading.decoding import Decode, Decoder, check_decode, find_autoencoder
@@ -31,6 +32,7 @@ from latentds.quantizers.normalization import ChannelStatistics
 from latentds.quantizers.scalar import AnyCodebook
 from latentds.store.cache import CacheConfig
 from latentds.store.channel_statistics import choose_statistics
+from latentds.views.multicrop import MultiCrop
 from latentds.views.view_batch import Views
 
 logger = logging.getLogger(__name__)
@@ -59,6 +61,8 @@ class LatentLoader:
                   random numbers once a batch, as torchvision's do, is warned of
     views         MultiCrop, or any function of what is decoded and `batch.seeds` that gives Views:
                   batch.views, made on the device of the images before `transform` changes those
+    augment       True for flips, turns, crops and changes of colour and stain of every patch's own,
+                  drawn from its seed, before `transform`; or a MultiCrop of one global crop
     as_tuple      yield (images, labels) instead of a Batch, or (views.crops(), labels)
 
     `state_dict` counts batches handed out; the iteration after `load_state_dict` goes on behind
@@ -83,6 +87,7 @@ class LatentLoader:
         dtype: torch.dtype = torch.float32,
         transform: Callable[[Tensor], Any] | None = None,
         views: Callable[[Tensor, Tensor], Views] | None = None,
+        augment: bool | MultiCrop = False,
         as_tuple: bool = False,
         columns: Sequence[str] = (),
         masks: bool = False,
@@ -124,6 +129,10 @@ class LatentLoader:
         self.transform = Watched(transform) if transform else None
         self.views, self.as_tuple = views, as_tuple
         self.contract = self.dataset.shards.manifest.contract
+        beside = {"views": views is not None, "masks": masks}
+        self.augment: MultiCrop | None = None
+        if augment is not False:
+            self.augment = find_augment(augment, self.contract.patch_px, decode, beside)
         options = decoding.with_dtype(dtype)
         self.decoder = self.make_decoder(autoencoder if decoder is None else decoder, options)
         self.integers = make_integers(self.codebooks) if decode == "codes" else None
@@ -325,6 +334,9 @@ class LatentLoader:
         if self.views is not None:
             decoded: Any = batch.images if self.decode == "pixels" else batch.latents
             batch = dataclasses.replace(batch, views=self.views(decoded, batch.seeds))
+        if self.augment is not None:
+            changed = self.augment(batch.images, batch.seeds).globals[0]
+            batch = dataclasses.replace(batch, images=changed)
         if self.transform and batch.images is not None:
             batch = dataclasses.replace(batch, images=self.transform(batch.images))
         if not self.as_tuple:

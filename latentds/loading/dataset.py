@@ -113,11 +113,13 @@ class LatentDataset(IterableDataset[Batch]):
         self.split, self.shuffle, self.seed, self.max_bad = split, shuffle, seed, max_bad
         self.where, self.balance = select.where, balance
         self.slides = None if select.slides is None else list(select.slides)
-        chosen = [self.where, self.slides]
-        self.selection = digest_of(chosen) if chosen != [None, None] else None
         self.is_mixture = isinstance(folder, Mixture)
         self.rank, self.world_size = find_rank(order.rank, order.world_size)
-        self.samplers = [self.set_sampler(index) for index in range(len(self.sets))]
+        self.samplers = [self.set_sampler(index, select.rows) for index in range(len(self.sets))]
+        chosen = [self.where, self.slides]
+        if select.rows is not None:
+            chosen.append(np.sort(np.asarray(select.rows)).tolist())
+        self.selection = digest_of(chosen) if select.chooses else None
         self.sampler: Sampler = self.samplers[0]
         if isinstance(folder, Mixture):
             parts = (self.samplers, folder.weights, seed, folder.epoch_patches)
@@ -141,10 +143,10 @@ class LatentDataset(IterableDataset[Batch]):
         self.cursor: tuple[int, int] | None = None  # epoch, batch this worker comes to next
         self.resumed = False
 
-    def set_sampler(self, index: int) -> SetSampler:
+    def set_sampler(self, index: int, chosen: Any) -> SetSampler:
         """The sampler of one set; a mixture's sets must not run through like orders."""
         shards, seed = self.sets[index], self.seed + (index << 32)
-        rows = select_rows(shards, self.split, self.where, self.slides, self.sets)
+        rows = select_rows(shards, self.split, self.where, self.slides, chosen, self.sets)
         if self.balance is None:
             return PackSampler(shards, self.split, rows, seed, self.shuffle)
         rows = np.arange(*shards.patch_range(self.split)) if rows is None else rows

@@ -48,18 +48,26 @@ class Select:
     balance  "label", "slide" or "patient": draw every one equally often, with shuffle=True
     class_to_idx   the number of every class name, for a head that was trained with others than the
                    set's own; all names of the set must be there
+    rows     patches by their rows in the patch table, int (N,): a list, an array, or an Arrow
+             column, `table["row"]` of what is left of `ShardSet.table()`
     """
 
     where: str | None = None
     slides: Sequence[str] | None = None
     balance: str | None = None
     class_to_idx: Mapping[str, int] | None = None
+    rows: Any = dataclasses.field(default=None, compare=False, repr=False)
 
-    def unbalanced(self, reader: str) -> tuple[str | None, Sequence[str] | None]:
-        """`where` and `slides`; ValueError for a balance where nothing is drawn."""
+    @property
+    def chooses(self) -> bool:
+        """Whether patches may be left out."""
+        return (self.where, self.slides) != (None, None) or self.rows is not None
+
+    def unbalanced(self, reader: str) -> tuple[str | None, Sequence[str] | None, Any]:
+        """`where`, `slides` and `rows`; ValueError for a balance where nothing is drawn."""
         if self.balance is not None:
             raise ValueError(f"balance={self.balance!r}: a {reader} draws nothing; leave it")
-        return self.where, self.slides
+        return self.where, self.slides, self.rows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

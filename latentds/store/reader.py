@@ -369,6 +369,23 @@ class ShardSet:
                     values[name][place] = columns[name][int(rows[place]) - first]
         return values
 
+    def table(self, split: str | None = None, columns: Sequence[str] = ()) -> Any:
+        """The patches as a pyarrow.Table, `.to_pandas()` away from a data frame.
+
+        split    one split; None takes all
+        columns  among key, source, source_encoding: what the shards hold besides, which reads them
+
+        Columns row (int64, what `Select(rows=...)` takes), split, label, slide, x, y (pixels of
+        level 0), mpp, size_px (of level 0); null where unknown.
+        """
+        from latentds.store.arrow_columns import patch_columns
+
+        rows = np.arange(*(self.patch_range(split) if split else (0, len(self))))
+        table = patch_columns(rows, self.patches[rows], self.manifest)
+        for name, values in self.read_columns(rows, columns).items():
+            table = table.append_column(name, [values])
+        return table
+
     def pack_columns(self, pack: int) -> dict[str, list[Any]]:
         """All Parquet columns of a pack, and the key that follows from them."""
         from latentds.store.columns import SCHEMA

@@ -32,6 +32,7 @@ class SmallPatches:
     own: str | None = None
     read: dict[str, list[int]] = dataclasses.field(default_factory=dict)
     patch_px: tuple[int, int] = (8, 8)
+    classes = ()
 
     @property
     def table(self) -> PatchTable:

@@ -105,7 +105,6 @@ def test_a_preset_fills_what_is_not_given(tmp_path, preset):
     [
         ({"bags": None}, "give --bags, or --data with --embedder"),
         ({"bags": None, "data": Path("x")}, "needs an --embedder"),
-        ({"labels": None}, "--bags needs --labels"),
         ({"on_the_fly": True}, "--on-the-fly makes features of --data"),
         ({"folds": 1}, "folds is 1; at least 2"),
         ({"epochs": 0}, "epochs is 0; at least 1"),

@@ -63,7 +63,12 @@ def test_layout_is_tridents_name_by_name(tmp_path):
     extract(tmp_path)
     names = set(content(tmp_path))
     files = [f"features_projection/{s}.h5" for s in SIZES]
-    assert names == {"features.json", *files, *(f"patches/{s}_patches.h5" for s in SIZES)}
+    assert names == {
+        "features.json",
+        "labels.csv",
+        *files,
+        *(f"patches/{s}_patches.h5" for s in SIZES),
+    }
     with h5py.File(tmp_path / "features_projection" / "b.h5") as file:
         features, coords = file["features"], file["coords"]
         assert set(file) == {"features", "coords"}

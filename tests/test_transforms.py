@@ -38,7 +38,8 @@ def told(transform, caplog) -> list[str]:
 @pytest.mark.parametrize("transform", [flip_all, flip_by_python])
 def test_draws_of_a_whole_batch_are_told_once(transform, caplog):
     (message,) = told(transform, caplog)
-    assert "MultiCrop" in message and "latentds.uniform(batch.seeds" in message
+    assert "augment=True" in message and "views=MultiCrop" in message
+    assert "latentds.uniform(batch.seeds" in message
 
 
 def test_torchvisions_random_transforms_are_told(caplog):

@@ -36,7 +36,8 @@ class Config(PatchInput):
     """uni, uni2-h, gigapath, phikon-v2, efficientnet-lite0, timm:NAME, each with @FILE for weights
     in a local file; timm-dir:FOLDER, timm:hf-hub:ORG/NAME; nic:FILE, nic-quarters:FILE."""
     out: Path
-    """Folder to write: features_<embedder>/SLIDE.h5, patches/SLIDE_patches.h5, features.json.
+    """Folder to write: features_<embedder>/SLIDE.h5, patches/SLIDE_patches.h5, labels.csv,
+    features.json.
     Exit code 3: done, but slides were left out."""
     native: bool = False
     """Feed whole patches to the embedder, neither resized nor cropped."""

@@ -1,8 +1,9 @@
-"""LatentArray: a whole set of codes resident in memory, any patches of it decoded at once."""
+"""LatentArray: any patches of a set decoded by their place, its codes in memory or on disk."""
 # N patches of the set, B patches asked for, C latent channels, h w latent cells, H W pixels
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from latentds.autoencoders.autoencoder import Autoencoder
 from latentds.core.device_choice import choose_device
@@ -30,22 +32,26 @@ CGROUP = Path("/sys/fs/cgroup")
 KEPT_FREE = 0.1  # of the free memory, for decoding and the rest of the program
 
 
-class LatentArray:
-    """Codes of a split in RAM or GPU memory; `array[indices]` decodes patches.
+class LatentArray(Dataset[Tensor]):
+    """Codes of a split in RAM or GPU memory, or left on disk; `array[indices]` decodes patches.
 
     With the set on the GPU a loader is a permutation: `for i in torch.randperm(len(a)).split(64)`.
+    It is a map-style Dataset: Subset, random_split, StackDataset(array, array.labels), samplers and
+    DataLoader take it (with workers on the CPU alone, where they decode).
 
     folder, cache, select   see LatentDataset
     split         one split; None takes all
+    resident      hold the codes; without, they are read (and checked) when they are asked for
     device        where the codes lie and are decoded
     decode        what indexing gives: "pixels", "latents", "codes" (uint8, or of entropy-coded
                   records int16 (B, C, h, w) integers) or "stored"
     autoencoder, dtype   see LatentLoader
 
-    codes   uint8 (N, *codes_shape) on the device, as stored
+    codes   uint8 (N, *codes_shape) on the device, as stored; InputError where not resident
     labels  int64 (N,) on the device, -1 for none
     steps   float32 (N,) on the device, what the integers of entropy-coded records count in: latents
-            are integers * (steps / gains of the codebook); None for other encodings
+            are integers * (steps / gains of the codebook); None for other encodings. The first use
+            reads all codes
     slides, coords, rows   of the patches: int64 (N,) numbers of `slide_names`, (N, 2), (N,); on the
             CPU
 
@@ -57,6 +63,7 @@ class LatentArray:
         folder: str | os.PathLike[str],
         split: str | None = None,
         *,
+        resident: bool = True,
         device: torch.device | str = "auto",
         decode: str = "pixels",
         select: Select = Select(),
@@ -67,15 +74,15 @@ class LatentArray:
         check_decode(decode)
         check_group(select, Select, "select")
         self.shards, self.device, self.decode = (
-            ShardSet(folder, cache=cache, reads_parts=select != Select()),
-            choose_device(device),
+            ShardSet(folder, cache=cache, reads_parts=select.chooses or not resident),
+            choose_device("cpu" if device == "auto" and not resident else device),
             decode,
         )
         manifest = self.shards.manifest
         rows = select_rows(self.shards, split, *select.unbalanced("LatentArray"))
         if rows is None:
             rows = np.arange(*(self.shards.patch_range(split) if split else (0, len(self.shards))))
-        self.check_fits(len(rows))
+        self.check_fits(len(rows), resident)
         integers = make_integers(manifest.codebooks)
         self.decoder: Decoder | Integers | None = integers if decode == "codes" else None
         if decode in ("pixels", "latents"):
@@ -97,19 +104,19 @@ class LatentArray:
         self.codebooks: Tensor | None = None  # which codebook each patch has, where there are more
         if len(manifest.codebooks) > 1:
             self.codebooks = torch.from_numpy(self.shards.codebook_numbers(rows)).to(self.device)
-        self.codes = self.load(rows)
-        self.steps = None if integers is None else integers.steps(self.codes, self.codebooks)
+        self.held = self.load(rows) if resident else None
         self.places: dict[str, int] = {}
 
-    def check_fits(self, count: int) -> None:
+    def check_fits(self, count: int, resident: bool) -> None:
         """Refuse before anything is read."""
-        self.memory_bytes = count * (self.shards.manifest.contract.bytes_per_patch + 8)
+        codes_bytes = self.shards.manifest.contract.bytes_per_patch if resident else 0
+        self.memory_bytes = count * (codes_bytes + 8)
         free = free_bytes(self.device)
         if self.memory_bytes > free * (1 - KEPT_FREE):
             raise InputError(
                 f"{self.shards.folder}: {count:,} patches take {self.memory_bytes / 1e9:.2f} GB, "
                 f"{self.device} has {free / 1e9:.2f} GB free; choose fewer (split=, "
-                "select=), another device, or LatentLoader"
+                "select=), another device, resident=False, or LatentLoader"
             )
 
     def load(self, rows: np.ndarray) -> Tensor:
@@ -119,21 +126,54 @@ class LatentArray:
         for start in progress(
             range(0, len(rows), BLOCK_PATCHES), desc="loading", unit="block", disable=None
         ):
-            part = rows[start : start + BLOCK_PATCHES]
-            block = torch.from_numpy(self.shards.read_codes(part))
-            books = self.shards.codebook_numbers(part)
-            check_codes(self.shards, block, books, self.shards.manifest.codebooks)
+            block = self.read(rows[start : start + BLOCK_PATCHES])
             codes[start : start + len(block)] = block
         return codes
 
+    def read(self, rows: np.ndarray) -> Tensor:
+        """Codes of rows of the patch table from the shards, checked, on the CPU."""
+        codes = torch.from_numpy(self.shards.read_codes(rows))
+        books = self.shards.codebook_numbers(rows)
+        check_codes(self.shards, codes, books, self.shards.manifest.codebooks)
+        return codes
+
+    def stored(self, places: Tensor | slice) -> Tensor:
+        """Codes on the device of patches by place."""
+        if self.held is not None:
+            return self.held[places if isinstance(places, slice) else places.to(self.device)]
+        places = places if isinstance(places, slice) else places.cpu()
+        return self.read(self.rows[places].numpy()).to(self.device)
+
+    @property
+    def codes(self) -> Tensor:
+        """All codes, as stored."""
+        if self.held is None:
+            raise InputError(
+                f"{self}: codes are not resident; array[...] of decode='stored' reads some of them"
+            )
+        return self.held
+
+    @functools.cached_property
+    def steps(self) -> Tensor | None:
+        """What the integers of entropy-coded records count in."""
+        integers = make_integers(self.shards.manifest.codebooks)
+        if integers is None:
+            return None
+        blocks = [slice(n, n + BLOCK_PATCHES) for n in range(0, len(self), BLOCK_PATCHES)]
+        return torch.cat([integers.steps(self.stored(b), self.books(b)) for b in blocks])
+
+    def books(self, places: Tensor | slice) -> Tensor | None:
+        """Which codebook patches have, by place; None where there is one."""
+        if self.codebooks is None:
+            return None
+        return self.codebooks[places if isinstance(places, slice) else places.to(self.device)]
+
     def __len__(self) -> int:
-        return len(self.codes)
+        return len(self.rows)
 
     def __repr__(self) -> str:
-        return (
-            f"LatentArray({self.shards.folder}: {len(self):,} patches, "
-            f"{self.memory_bytes / 1e9:.3f} GB on {self.device})"
-        )
+        held = f"{self.memory_bytes / 1e9:.3f} GB" if self.held is not None else "read from disk,"
+        return f"LatentArray({self.shards.folder}: {len(self):,} patches, {held} on {self.device})"
 
     @property
     def classes(self) -> list[str]:
@@ -170,17 +210,20 @@ class LatentArray:
         """Patches by place or key: (B, ...), without B for a single place or key."""
         if isinstance(indices, str):
             return self[int(self.index([indices]))]
-        if isinstance(indices, int):
-            place = range(len(self))[indices]
+        is_number = isinstance(indices, (int, np.integer))
+        if is_number or (isinstance(indices, Tensor) and not indices.ndim):
+            place = range(len(self))[int(indices)]  # type: ignore[arg-type]
             return self[place : place + 1][0]
         names = isinstance(indices, list) and indices and isinstance(indices[0], str)
         places = self.index(indices) if names else indices  # type: ignore[arg-type]
         if not isinstance(places, slice):
-            places = torch.as_tensor(places).to(self.device)
-        codes = self.codes[places]
-        if self.decoder is None:
-            return codes
-        return self.decoder(codes, None if self.codebooks is None else self.codebooks[places])
+            places = torch.as_tensor(places)
+        codes = self.stored(places)
+        return codes if self.decoder is None else self.decoder(codes, self.books(places))
+
+    def __getitems__(self, indices: list[int]) -> list[Tensor]:
+        """Patches by place, read and decoded together: what torch's DataLoader asks of a batch."""
+        return list(self[indices])
 
 
 def free_bytes(device: torch.device) -> int:

@@ -36,7 +36,7 @@ from latentds.store.reader import ShardSet
 DECODE_CHUNK = 64
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Bag:
     """The patches of one slide, in raster order (by y, then x).
 
@@ -66,6 +66,9 @@ class Bag:
 
     def __len__(self) -> int:
         return len(self.codes)
+
+    def __repr__(self) -> str:
+        return f"Bag({self.slide}: {len(self):,} patches, label {self.label})"
 
 
 class SlideBags(Dataset[Bag]):
@@ -141,6 +144,10 @@ class SlideBags(Dataset[Bag]):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.position.share_memory_()  # type: ignore[no-untyped-call]
+
+    def __repr__(self) -> str:
+        bags = f"{len(self):,} slides, {len(self.rows):,} patches"
+        return f"SlideBags({self.shards.folder}: {bags}, decode={self.wanted!r} on {self.device})"
 
     def __len__(self) -> int:
         """Slides."""

@@ -19,7 +19,7 @@ LARGE = ("codes", "latents", "images", "masks")
 ALIGNMENT = 64  # bytes, a cache line; any dtype may be viewed there
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Batch:
     """B patches.
 
@@ -66,6 +66,15 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.codes)
+
+    def __repr__(self) -> str:
+        slides = {name for name in self.slides if name is not None}
+        held = {name: getattr(self, name) for name in LARGE}
+        shown = [f"{name} {of_tensor(part)}" for name, part in held.items() if part is not None]
+        if self.views is not None:
+            shown += [f"views {of_tensor(self.views.globals)}, {of_tensor(self.views.locals)}"]
+        where = f"of {len(slides)} slides on {self.codes.device}"
+        return f"Batch({len(self)} patches {where}: {'; '.join(shown)})"
 
     def __getitem__(self, part: slice) -> Batch:
         """Consecutive patches, tensors as views; `bad` stays with the first."""
@@ -124,6 +133,13 @@ class Batch:
         tensors = {name: change(v) for name, v in values.items() if isinstance(v, Tensor)}
         views = self.views.map(change) if self.views is not None else None
         return dataclasses.replace(self, **tensors, views=views)
+
+
+def of_tensor(value: Any) -> str:
+    """What a tensor is, "uint8 (64, 4, 32, 32)"; of what a transform made instead, its type."""
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
 
 
 def pack(tensors: dict[str, Tensor]) -> tuple[Tensor, Layout]:

@@ -24,7 +24,7 @@ from latentds.loading.batch import Batch
 from latentds.loading.batching import Batching
 from latentds.loading.collate import Collator
 from latentds.loading.mixture import Mixture
-from latentds.loading.options import Order, Select, check_group
+from latentds.loading.options import Order, Select, answering, check_group
 from latentds.loading.sampling import (
     BALANCED,
     BalancedSampler,
@@ -74,6 +74,7 @@ class LatentDataset(IterableDataset[Batch]):
     repeat a patch, and global batches are the same for any number of either.
     """
 
+    @answering
     def __init__(
         self,
         folder: str | os.PathLike[str] | Mixture,
@@ -112,11 +113,13 @@ class LatentDataset(IterableDataset[Batch]):
         self.split, self.shuffle, self.seed, self.max_bad = split, shuffle, seed, max_bad
         self.where, self.balance = select.where, balance
         self.slides = None if select.slides is None else list(select.slides)
-        chosen = [self.where, self.slides]
-        self.selection = digest_of(chosen) if chosen != [None, None] else None
         self.is_mixture = isinstance(folder, Mixture)
         self.rank, self.world_size = find_rank(order.rank, order.world_size)
-        self.samplers = [self.set_sampler(index) for index in range(len(self.sets))]
+        self.samplers = [self.set_sampler(index, select.rows) for index in range(len(self.sets))]
+        chosen = [self.where, self.slides]
+        if select.rows is not None:
+            chosen.append(np.sort(np.asarray(select.rows)).tolist())
+        self.selection = digest_of(chosen) if select.chooses else None
         self.sampler: Sampler = self.samplers[0]
         if isinstance(folder, Mixture):
             parts = (self.samplers, folder.weights, seed, folder.epoch_patches)
@@ -140,10 +143,10 @@ class LatentDataset(IterableDataset[Batch]):
         self.cursor: tuple[int, int] | None = None  # epoch, batch this worker comes to next
         self.resumed = False
 
-    def set_sampler(self, index: int) -> SetSampler:
+    def set_sampler(self, index: int, chosen: Any) -> SetSampler:
         """The sampler of one set; a mixture's sets must not run through like orders."""
         shards, seed = self.sets[index], self.seed + (index << 32)
-        rows = select_rows(shards, self.split, self.where, self.slides, self.sets)
+        rows = select_rows(shards, self.split, self.where, self.slides, chosen, self.sets)
         if self.balance is None:
             return PackSampler(shards, self.split, rows, seed, self.shuffle)
         rows = np.arange(*shards.patch_range(self.split)) if rows is None else rows
@@ -193,6 +196,20 @@ class LatentDataset(IterableDataset[Batch]):
         self.__dict__.update(state)
         # A copy has memory of its own, its workers must see it.
         self.position.share_memory_()  # type: ignore[no-untyped-call]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.describe()}, decode={self.collator.decode!r})"
+
+    def describe(self) -> str:
+        """What an epoch is made of, for `repr`."""
+        folders = " + ".join(str(shards.folder) for shards in self.sets)
+        order = f"shuffled by seed {self.seed}" if self.shuffle else "in order"
+        ranks = f", rank {self.rank} of {self.world_size}" if self.world_size > 1 else ""
+        size = self.batching.global_batch // self.batching.ranks
+        return (
+            f"{folders}, {self.split}: {self.patches:,} patches {order}, {len(self):,} batches of "
+            f"{size}{ranks}"
+        )
 
     def __len__(self) -> int:
         """Batches of an epoch, the same on every rank."""

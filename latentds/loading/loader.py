@@ -19,11 +19,12 @@ from latentds.core.device_choice import choose_device
 from latentds.core.launcher import gather
 from latentds.core.shared_memory import REMEDY, describe_shm, of_dead_worker
 from latentds.errors import WorkerError
+from latentds.loading.augmenting import find_augment
 from latentds.loading.batch import Batch
 from latentds.loading.dataset import LatentDataset, check_bad
 from latentds.loading.decoding import Decode, Decoder, check_decode, find_autoencoder
 from latentds.loading.mixture import Mixture
-from latentds.loading.options import Order, Select, Workers, check_group
+from latentds.loading.options import Order, Select, Workers, answering, check_group
 from latentds.loading.stage import CopyLanes, CudaLanes, DecodeStage
 from latentds.loading.transfers import Transfer, Transfers
 from latentds.loading.transform_checks import Watched
@@ -32,6 +33,7 @@ from latentds.quantizers.normalization import ChannelStatistics
 from latentds.quantizers.scalar import AnyCodebook
 from latentds.store.cache import CacheConfig
 from latentds.store.channel_statistics import choose_statistics
+from latentds.views.multicrop import MultiCrop
 from latentds.views.view_batch import Views
 
 logger = logging.getLogger(__name__)
@@ -60,12 +62,15 @@ class LatentLoader:
                   random numbers once a batch, as torchvision's do, is warned of
     views         MultiCrop, or any function of what is decoded and `batch.seeds` that gives Views:
                   batch.views, made on the device of the images before `transform` changes those
+    augment       True for flips, turns, crops and changes of colour and stain of every patch's own,
+                  drawn from its seed, before `transform`; or a MultiCrop of one global crop
     as_tuple      yield (images, labels) instead of a Batch, or (views.crops(), labels)
 
     `state_dict` counts batches handed out; the iteration after `load_state_dict` goes on behind
     them. A state taken with an epoch's last batch is the beginning of the next epoch.
     """
 
+    @answering
     def __init__(
         self,
         folder: str | os.PathLike[str] | Mixture,
@@ -83,6 +88,7 @@ class LatentLoader:
         dtype: torch.dtype = torch.float32,
         transform: Callable[[Tensor], Any] | None = None,
         views: Callable[[Tensor, Tensor], Views] | None = None,
+        augment: bool | MultiCrop = False,
         as_tuple: bool = False,
         columns: Sequence[str] = (),
         masks: bool = False,
@@ -124,6 +130,10 @@ class LatentLoader:
         self.transform = Watched(transform) if transform else None
         self.views, self.as_tuple = views, as_tuple
         self.contract = self.dataset.shards.manifest.contract
+        beside = {"views": views is not None, "masks": masks}
+        self.augment: MultiCrop | None = None
+        if augment is not False:
+            self.augment = find_augment(augment, self.contract.patch_px, decode, beside)
         options = decoding.with_dtype(dtype)
         self.decoder = self.make_decoder(autoencoder if decoder is None else decoder, options)
         self.integers = make_integers(self.codebooks) if decode == "codes" else None
@@ -200,6 +210,12 @@ class LatentLoader:
     def class_to_idx(self) -> dict[str, int]:
         """Label of every class name, as ImageFolder has it."""
         return self.dataset.class_to_idx
+
+    def __repr__(self) -> str:
+        return (
+            f"LatentLoader({self.dataset.describe()}, decode={self.decode!r} on {self.device}, "
+            f"{self.transfers.num_workers} workers)"
+        )
 
     def __len__(self) -> int:
         """Batches of an epoch on this rank."""
@@ -319,6 +335,9 @@ class LatentLoader:
         if self.views is not None:
             decoded: Any = batch.images if self.decode == "pixels" else batch.latents
             batch = dataclasses.replace(batch, views=self.views(decoded, batch.seeds))
+        if self.augment is not None:
+            changed = self.augment(batch.images, batch.seeds).globals[0]
+            batch = dataclasses.replace(batch, images=changed)
         if self.transform and batch.images is not None:
             batch = dataclasses.replace(batch, images=self.transform(batch.images))
         if not self.as_tuple:

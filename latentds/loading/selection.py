@@ -42,6 +42,7 @@ def select_rows(
     split: str | None,
     where: str | None = None,
     slides: Sequence[str] | None = None,
+    rows: Any = None,
     mixed: Sequence[ShardSet] = (),
 ) -> np.ndarray | None:
     """Rows of the patch table that are chosen, ascending; None stands for the whole split.
@@ -50,28 +51,58 @@ def select_rows(
     where   e.g. "label == 'TUM' and mpp < 0.6"; columns: label, slide, patient, x, y, mpp, size_px.
             A patch whose value is unknown fails every comparison.
     slides  names of slides to keep
+    rows    of the patch table, to keep; None for all
     mixed   the sets of a mixture: a name that one of them has is none that is misspelt
-    raises  InputError for a condition that is none or chooses nothing, UnknownNameError for a
-            column, label or slide that the set does not have
+    raises  InputError for a condition that is none or chooses nothing, or rows that are not the
+            split's; UnknownNameError for a column, label or slide that the set does not have
     """
-    if where is None and slides is None:
+    if where is None and slides is None and rows is None:
         return None
     first, end = (0, len(shards)) if split is None else shards.patch_range(split)
     sets = mixed or [shards]
+    if rows is not None and len(sets) > 1:
+        raise InputError("Select(rows=...) counts in one set's table; not for a mixture of several")
+    given = None if rows is None else checked_rows(shards, rows, (first, end), split)
     condition = Parser(shards, where, sets).expression() if where is not None else None
     listed = slide_numbers(shards, slides, sets) if slides is not None else None
     chosen = [np.zeros(0, np.int64)]
     for start in range(first, end, BLOCK_ROWS):
-        rows = np.arange(start, min(start + BLOCK_ROWS, end))
+        part = np.arange(start, min(start + BLOCK_ROWS, end))
+        if given is not None:
+            part = given[slice(*np.searchsorted(given, (start, start + BLOCK_ROWS)))]
         if listed is not None:
-            rows = rows[listed[shards.patches[rows]["slide"]]]
-        chosen.append(rows if condition is None else filter_rows(shards, rows, condition))
+            part = part[listed[shards.patches[part]["slide"]]]
+        chosen.append(part if condition is None else filter_rows(shards, part, condition))
     found = np.concatenate(chosen)
     if not len(found):
-        what = f"where={where!r}" if where is not None else "Select(slides=[...])"
+        others = "Select(slides=[...])" if slides is not None else "Select(rows=[])"
+        what = f"where={where!r}" if where is not None else others
         within = "the set" if split is None else f"split {split!r}"
         raise InputError(f"{shards.folder}: {what} chooses no patch of {within}")
     return found
+
+
+def checked_rows(
+    shards: ShardSet, rows: Any, ends: tuple[int, int], split: str | None
+) -> np.ndarray:
+    """Rows as int64, ascending; InputError for what are none of the split's, or two that agree."""
+    given = np.asarray(rows)
+    if given.ndim != 1 or (len(given) and given.dtype.kind not in "iu"):
+        raise InputError(
+            f"{shards.folder}: Select(rows=...) of {given.dtype} {given.shape}; row numbers are "
+            "wanted, the column 'row' of ShardSet.table()"
+        )
+    ordered: np.ndarray = np.unique(given.astype(np.int64))
+    if len(ordered) < len(given):
+        raise InputError(f"{shards.folder}: Select(rows=...) names a row twice; name each once")
+    outside = ordered[(ordered < ends[0]) | (ordered >= ends[1])]
+    if len(outside):
+        within = "the set" if split is None else f"split {split!r}"
+        raise InputError(
+            f"{shards.folder}: Select(rows=...) has {len(outside):,} rows (row {outside[0]}) that "
+            f"are not of {within}, which has rows {ends[0]} to {ends[1] - 1}"
+        )
+    return ordered
 
 
 def slide_numbers(shards: ShardSet, slides: Sequence[str], sets: Sequence[ShardSet]) -> np.ndarray:
@@ -96,16 +127,12 @@ def filter_rows(shards: ShardSet, rows: np.ndarray, condition: Any) -> np.ndarra
 
 def column(shards: ShardSet, name: str, rows: np.ndarray) -> Any:
     """A column of the patch table as an Arrow array, unknown values null."""
-    import pyarrow as pa
+    from latentds.store.arrow_columns import named, numbered
 
     stored = shards.patches[rows]["slide" if name == "patient" else name]
     if name in NAMES:
-        values = pa.array(list(names_of(shards, name)), pa.string())
-        return pa.DictionaryArray.from_arrays(pa.array(stored, mask=stored < 0), values).cast(
-            pa.string()
-        )
-    unknown = stored == 0 if name == "size_px" else ~(stored >= 0)  # NaN is not >= 0 either
-    return pa.array(stored, mask=unknown)
+        return named(stored, names_of(shards, name)).cast("string")
+    return numbered(name, stored)
 
 
 def names_of(shards: ShardSet, column: str) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ COPIES, TRIALS = 8, 4  # one patch several times over, several times
 ONCE = (
     "transform= draws random numbers once a batch: all its patches are flipped, cut or coloured "
     "alike, as by torchvision's random transforms. For draws of every patch's own pass "
-    "views=MultiCrop(...), or draw by latentds.uniform(batch.seeds, NAME)"
+    "augment=True, or views=MultiCrop(...), or draw by latentds.uniform(batch.seeds, NAME)"
 )
 
 

@@ -129,6 +129,16 @@ class ShardSet:
     def __len__(self) -> int:
         return self.manifest.patches
 
+    def __repr__(self) -> str:
+        manifest, contract = self.manifest, self.manifest.contract
+        splits = ", ".join(f"{name} {count:,}" for name, count in manifest.splits.items())
+        height, width = contract.patch_px
+        return (
+            f"ShardSet({self.folder}: {len(self):,} patches ({splits}) of {width}x{height} px, "
+            f"{len(manifest.slides):,} slides, {len(manifest.classes)} classes, "
+            f"{contract.bytes_per_patch:,} bytes a patch)"
+        )
+
     def key(self, pack: int) -> str:
         """Key of a pack: split, shard number and place in the shard."""
         shard = self.manifest.shards[int(self.packs["shard"][pack])]
@@ -360,6 +370,23 @@ class ShardSet:
                 for place in places:
                     values[name][place] = columns[name][int(rows[place]) - first]
         return values
+
+    def table(self, split: str | None = None, columns: Sequence[str] = ()) -> Any:
+        """The patches as a pyarrow.Table, `.to_pandas()` away from a data frame.
+
+        split    one split; None takes all
+        columns  among key, source, source_encoding: what the shards hold besides, which reads them
+
+        Columns row (int64, what `Select(rows=...)` takes), split, label, slide, x, y (pixels of
+        level 0), mpp, size_px (of level 0); null where unknown.
+        """
+        from latentds.store.arrow_columns import patch_columns
+
+        rows = np.arange(*(self.patch_range(split) if split else (0, len(self))))
+        table = patch_columns(rows, self.patches[rows], self.manifest)
+        for name, values in self.read_columns(rows, columns).items():
+            table = table.append_column(name, [values])
+        return table
 
     def pack_columns(self, pack: int) -> dict[str, list[Any]]:
         """All Parquet columns of a pack, and the key that follows from them."""

@@ -108,7 +108,7 @@ class MultiCrop:
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> MultiCrop:
-        """A published recipe: dino, dinov2, openmidnight, mae, none; `changes` override fields."""
+        """A recipe: dino, dinov2, openmidnight, mae, supervised or none; `changes` override it."""
         if name not in PRESETS:
             raise unknown_name("preset of views", name, PRESETS)
         return cls(**(PRESETS[name] | changes))

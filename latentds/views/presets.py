@@ -36,6 +36,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # facebookresearch/mae main_pretrain.py
     "mae": {**OFF, "globals": 1, "locals": 0, "global_scale": (0.2, 1.0)},
+    # ours, of a training with labels: HED-light and HSV-light of Tellez et al. 2019, "Quantifying
+    # the effects of data augmentation and stain color normalization", brightness and contrast too
+    "supervised": {
+        **OFF,
+        **{"globals": 1, "locals": 0, "global_scale": (0.6, 1.0), "ratio": (0.9, 10 / 9)},
+        **{"turns": True, "stain": 0.05, "jitter": (0.2, 0.2, 0.1, 0.1), "jitter_p": 0.8},
+        **{"mean": None, "std": None},
+    },
     # the patch resized, of one that is not square its central square
     "none": {
         **OFF,

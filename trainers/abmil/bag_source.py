@@ -20,6 +20,7 @@ from latentds.evaluation.features.extraction import extract_features
 from latentds.evaluation.features.extraction_options import FeatureOptions
 from latentds.evaluation.features.folder import FeatureFolder
 from latentds.evaluation.features.live import LiveFeatures
+from latentds.evaluation.features.slide_labels import labels_beside
 from latentds.evaluation.groups import (
     LabelledSlides,
     groups_of,
@@ -205,6 +206,16 @@ def label_slides(
             allow_subset=config.allow_subset,
             groups=config.groups,
             patients=patients_of(patches, folder.slides) if config.bags is None else (),
+        )
+    if config.bags is not None:
+        assert isinstance(folder, FeatureFolder)
+        table, patients = labels_beside(folder.folder.parent if folder.record else config.bags)
+        return match_labels(
+            table,
+            folder.slides,
+            allow_subset=config.allow_subset,
+            groups=config.groups,
+            patients=[patients.get(slide) for slide in folder.slides],
         )
     assert patches is not None
     return recorded_labels(patches, folder.slides, config.groups)

@@ -39,7 +39,8 @@ class AbmilConfig(PatchInput):
     and all of them at every validation."""
     labels: Path | None = None
     """CSV: slide_id (or slide, bag), label, and case_id (or patient, group, tma_core) where that is
-    known. Without, the labels that --data records."""
+    known. Without, the labels that --data records, or the labels.csv that 'latentds features' left
+    in --bags."""
     allow_subset: bool = False
     """Go on where slides have no label or labels no slide; without, that is refused."""
     folds: int = 10
@@ -123,8 +124,6 @@ class AbmilConfig(PatchInput):
             raise ValueError("--data needs an --embedder to make features with")
         if self.bags is not None and self.on_the_fly:
             raise ValueError("--on-the-fly makes features of --data; --bags has them already")
-        if self.bags is not None and self.labels is None:
-            raise ValueError("--bags needs --labels; features do not tell them")
         for name in ("repeats", "batch_size", "accumulation", "save_every", "embed_batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; at least 1")

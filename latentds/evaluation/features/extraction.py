@@ -35,6 +35,12 @@ from latentds.evaluation.features.feature_files import (
 )
 from latentds.evaluation.features.features_record import FeaturesRecord, claim, versions_of
 from latentds.evaluation.features.layout import FeaturePlaces
+from latentds.evaluation.features.slide_labels import (
+    SlideLabel,
+    label_of,
+    note_labels,
+    read_lines,
+)
 from latentds.evaluation.features.slides_left_out import note_left_out
 from latentds.evaluation.patchsets.patch_set import PatchSet
 
@@ -55,6 +61,7 @@ class SlideBag:
     slides      how many those are
     coords      int64 (N, 2) of the patches chosen
     attributes  of the coordinates
+    label       its line of labels.csv; None before it was opened
     """
 
     slide: str
@@ -62,6 +69,7 @@ class SlideBag:
     slides: int
     coords: np.ndarray = dataclasses.field(default_factory=lambda: np.empty((0, 2), np.int64))
     attributes: dict[str, Any] = dataclasses.field(default_factory=dict)
+    label: SlideLabel | None = None
 
 
 def extract_features(
@@ -83,7 +91,8 @@ def extract_features(
 
     A slide's file appears whole; those that are there are left alone, so a killed run goes on by
     the same call. The features depend neither on ranks nor on where a run was cut off. Slides
-    that failed are listed in left_out.json, from which those made later go.
+    that failed are listed in left_out.json, from which those made later go; of the others
+    labels.csv tells split, patient and label.
 
     raises    InputError for no slides, or another run at the same slide; ContractError where
               `out` holds features of another embedder, source or options, or a file of another
@@ -100,15 +109,20 @@ def extract_features(
     done = [slide for slide in mine if is_done(places, slide, dim)]
     wanted = sorted(set(mine) - set(done))
     count, bad = 0, dict[str, str]()
+    known = read_lines(out)
+    labels = {s: known.get(s) or own_label(patches.of_slide(s), s) for s in done}
     pieces = embed_pieces(read_slides(patches, wanted, options), embedder, device)
     with contextlib.closing(pieces):
         for bag, group in itertools.groupby(pieces, key=bag_of):
             try:
                 count += write_slide(places, bag, group, options, progress)
+                assert bag.label is not None
+                labels[bag.slide] = bag.label
             except UnreadableSlideError as error:
                 bad[bag.slide] = str(error)
                 note_bad(bad, options.max_bad)
     note_left_out(out, mine, bad)
+    note_labels(out, mine, labels)
     found = sorted(set(mine) - set(bad))
     for slide in found if options.clam else ():
         clam.add(places, slide, patches.patch_px[1])
@@ -141,6 +155,11 @@ def record_of(
 def bag_of(piece: Piece) -> SlideBag:
     """The slide a piece is of."""
     return cast(SlideBag, piece.bag)
+
+
+def own_label(own: PatchSet, slide: str) -> SlideLabel:
+    """A slide's line of labels.csv, by its own set of patches."""
+    return label_of(slide, own.table, own.classes)
 
 
 def is_done(places: FeaturePlaces, slide: str, dim: int) -> bool:
@@ -207,7 +226,8 @@ def open_bag(own: PatchSet, bag: SlideBag, options: FeatureOptions) -> tuple[np.
     coords = np.stack([table.x, table.y], 1).astype(np.int64)
     size_px, mpp = int(table.size_px[0]), float(table.mpp[0])
     attributes = layout.coords_attributes(bag.slide, coords, size_px, edge_px, mpp)
-    return rows, dataclasses.replace(bag, coords=coords[rows], attributes=attributes)
+    label = own_label(own, bag.slide)
+    return rows, dataclasses.replace(bag, coords=coords[rows], attributes=attributes, label=label)
 
 
 def choose(count: int, slide: str, options: FeatureOptions) -> np.ndarray:

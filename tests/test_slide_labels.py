@@ -1,0 +1,118 @@
+"""labels.csv of `latentds features`: what a slide's patches agree in, by ranks, for abmil."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from latentds_tools import cli
+from safetensors.torch import save_file
+
+from latentds.embedders.nic import NicEncoder
+from latentds.errors import InputError
+from latentds.evaluation.features.extraction import extract_features
+from latentds.evaluation.features.extraction_options import FeatureOptions
+from latentds.evaluation.features.slide_labels import (
+    FILE,
+    SlideLabel,
+    label_of,
+    labels_beside,
+    note_labels,
+    read_lines,
+)
+from latentds.evaluation.patchsets.patch_set import PatchTable
+from tests.small_patches import ProjectionEmbedder, SmallPatches
+
+pytest.importorskip("h5py")
+NAMES = ["TCGA-AA-0001-01Z-00-DX1", "TCGA-AA-0001-01Z-00-DX2", "TCGA-BB-0002-01Z-00-DX1", "other"]
+
+
+def table_of(labels, splits=None, patients=()) -> PatchTable:
+    count, zeros = len(labels), np.zeros(len(labels), np.int64)
+    return PatchTable(
+        sources=["a"] * count,
+        slides=["a"] * count,
+        labels=np.array(labels),
+        x=zeros,
+        y=zeros,
+        mpp=zeros.astype(np.float32),
+        size_px=zeros,
+        splits=splits or ["train"] * count,
+        patients=list(patients),
+    )
+
+
+@pytest.mark.parametrize(
+    ("table", "line"),
+    [
+        (table_of([1, 1]), ("s", "s", "train", "tumour")),
+        (table_of([0, 1]), ("s", "s", "train", "")),
+        (table_of([-1, -1]), ("s", "s", "train", "")),
+        (table_of([1, -1], ["train", "val"]), ("s", "s", "", "")),
+        (table_of([0, 0], patients=["p7", "p7"]), ("s", "p7", "train", "stroma")),
+        (table_of([0, 0], patients=["p7", None]), ("s", "s", "train", "stroma")),
+    ],
+)
+def test_a_line_tells_what_all_patches_agree_in(table, line):
+    assert label_of("s", table, ["stroma", "tumour"]) == SlideLabel(*line)
+
+
+def test_a_name_tells_its_patient():
+    assert label_of(NAMES[0], table_of([-1]), []).patient == "TCGA-AA-0001"
+
+
+def test_ranks_write_one_table_and_names_survive_it(tmp_path):
+    names = ["=1+1", "a,b", "s.0"]
+    lines = {name: SlideLabel(name, "p", "train", "@tumour") for name in names}
+    note_labels(tmp_path, names[:2], {name: lines[name] for name in names[:2]})
+    note_labels(tmp_path, names[2:], {"s.0": lines["s.0"]})
+    assert read_lines(tmp_path) == lines
+    note_labels(tmp_path, ["a,b"], {})  # it failed this time
+    assert set(read_lines(tmp_path)) == {"=1+1", "s.0"}
+
+
+def test_slides_that_were_there_before_get_their_lines(tmp_path):
+    patches = SmallPatches({"s0": 2, "s1": 3})
+    options = FeatureOptions(batch_size=2)
+    extract_features(patches, ProjectionEmbedder(), tmp_path, options, rank=0, world_size=1)
+    expected = (tmp_path / FILE).read_bytes()
+    (tmp_path / FILE).unlink()  # as of a run that was killed before its end
+    extract_features(patches, ProjectionEmbedder(), tmp_path, options, rank=0, world_size=1)
+    assert (tmp_path / FILE).read_bytes() == expected and b"s1,s1,train," in expected
+
+
+def test_slides_without_a_label_ask_for_a_table(tmp_path):
+    with pytest.raises(InputError, match=r"labels\.csv: no such file; give --labels"):
+        labels_beside(tmp_path)
+    note_labels(tmp_path, ["s"], {"s": SlideLabel("s", "s", "train", "")})
+    with pytest.raises(InputError, match="no slide has a label there; give --labels"):
+        labels_beside(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory) -> Path:
+    """Features of twelve slides of six patients, of pictures in folders of classes."""
+    from tests.conftest import save_pictures
+
+    root = tmp_path_factory.mktemp("labelled")
+    for number in range(12):
+        patient, label = f"TCGA-AA-{number // 2:04d}", ("tumour", "stroma")[number % 2]
+        slide = f"{patient}-01Z-00-DX{number % 2 + 1}"
+        save_pictures(root / "in" / label / slide, 2, first_seed=9 * number, edge=128)
+    tensors = {n: t for n, t in NicEncoder().state_dict().items() if t.ndim}
+    save_file(tensors, root / "small.safetensors")
+    words = ["features", root / "in", "--embedder", root / "small.safetensors", "--out"]
+    with pytest.raises(SystemExit, match="0"):
+        cli.main([str(word) for word in [*words, root / "out", "--device", "cpu"]])
+    return root / "out"
+
+
+def test_abmil_takes_the_labels_that_features_wrote(features):
+    pytest.importorskip("deepspeed")
+    pytest.importorskip("sklearn")
+    from tests.bag_files import run
+
+    result = json.loads((run(features, labels=None) / "result.json").read_text())
+    assert result["classes"] == ["stroma", "tumour"]
+    assert sum(fold["test"] for fold in result["folds"]) == 12
+    assert "recorded patient" in result["split_rule"]

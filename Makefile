@@ -1,6 +1,7 @@
 # make demo   environment, install, the main job on real H&E pictures
 # make test   environment, install, tests
 # make lint   ruff and mypy, as CI runs them
+# make docs   the site, in site/; a warning is an error
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -9,7 +10,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -q
 INSTALL = ($(PIP) uv && $(BIN)/uv pip install -q --python $(BIN)/python -c constraints.txt -e '.$(EXTRAS)') \
 	|| $(PIP) -c constraints.txt -e '.$(EXTRAS)'
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs clean
 
 demo: $(VENV)/.base
 	$(BIN)/latentds demo --out demo --overwrite
@@ -23,16 +24,19 @@ lint: $(VENV)/.dev
 	mkdir -p .mypy_cache/names && cd .mypy_cache/names && ln -sfn ../../tools latentds_tools && ln -sfn ../../trainers latentds_trainers
 	$(BIN)/mypy
 
+docs: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet --site-dir site
+
 $(VENV)/.base: pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; assert (3, 10) <= sys.version_info[:2] <= (3, 13), 'Python 3.10 to 3.13'"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(INSTALL)
 	touch $@
 
-$(VENV)/.dev: EXTRAS := [autoencoders,embedders,bench,slides,dev]
+$(VENV)/.dev: EXTRAS := [autoencoders,embedders,bench,slides,dev,docs]
 $(VENV)/.dev: $(VENV)/.base
 	$(INSTALL)
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo build *.egg-info
+	rm -rf $(VENV) demo site build *.egg-info

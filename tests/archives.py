@@ -86,16 +86,16 @@ def write_hs2p(folder):
     return folder
 
 
-def midnight_rows(count):
+def midnight_rows(count, edge=32):
     """Rows in OpenMidnight's columns: jpeg, png and raw in turn."""
     rows = []
     for n in range(count):
         kind = ("jpeg", "png", "raw")[n % 3]
-        content = smooth_picture(n).tobytes() if kind == "raw" else encoded(n, kind)
+        content = smooth_picture(n, edge).tobytes() if kind == "raw" else encoded(n, kind, edge)
         rows.append(
             {
                 "task_id": "t", "slide_path": f"/mnt/secret/w{n // 10}.x.svs", "x": n * 32,
-                "y": 5, "level": 1, "tile_size": 32, "level_downsample": 4.0,
+                "y": 5, "level": 1, "tile_size": edge, "level_downsample": 4.0,
                 "image_dtype": kind, "image_bytes": content,
             }
         )  # fmt: skip

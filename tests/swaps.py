@@ -29,6 +29,12 @@ def diffs() -> dict[str, str]:
     return found
 
 
+def changed_lines(block: str, sign: str) -> list[str]:
+    """The lines of a diff that go (`-`) or come (`+`), imports aside."""
+    lines = [line[1:].strip() for line in block.split("\n") if line[:1] == sign]
+    return [line for line in lines if line and not line.startswith(("import ", "from "))]
+
+
 def side_of(title: str, sign: str) -> str:
     """The program before (`-`) or after (`+`), small enough for a CPU."""
     lines = [line[1:] for line in diffs()[title].split("\n") if line[:1] in ("", " ", sign)]

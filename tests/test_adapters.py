@@ -59,7 +59,7 @@ def test_dinov2_loop_trains_on_the_batch():
 
     crops = SimpleNamespace(global_crops_size=56, local_crops_size=28)
     names = run(
-        "DINOv2, OpenMidnight",
+        "DINOv2",
         "+",
         cfg=SimpleNamespace(
             crops=crops,

@@ -54,6 +54,10 @@ COMMANDS = {
         "bench.bench_loader",
         "rates of loaders over the same patches, ours and others",
     ),
+    "bench resume": (
+        "bench.bench_resume",
+        "what loaders lose, repeat and move when killed and resumed",
+    ),
     "bench scale": (
         "bench.bench_scale",
         "what opening, a first batch and a state cost as sets grow",

@@ -133,6 +133,13 @@ HELPS = {
         ("folder", "against", "decode", "workers", "device"),
         ("latentds bench loader", "latentds bench loader crc/ --device cuda --json"),
     ),
+    "bench resume": Help(
+        ("against", "topologies", "stops", "peer_python"),
+        (
+            "latentds bench resume",
+            "latentds bench resume --against mds,litdata --peer-python peer/bin/python --json",
+        ),
+    ),
     "bench scale": Help(
         ("patches",), ("latentds bench scale", "latentds bench scale --patches 24000000 --json")
     ),

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -152,6 +153,32 @@ def dinov2_batch(
         "upperbound": len(indices),
         "n_masked_patches": torch.full((1,), len(indices), dtype=torch.long),
     }
+
+
+def nanopath_batch(batch: Batch) -> dict[str, Tensor]:
+    """A batch with views under the names that nanopath's data set gives it.
+
+    global_views, local_views  (B, G, 3, H, W) and (B, L, 3, ., .), on their device
+    sample_idx            int64 (B,), rows of the data set
+    slide_id, patient_id  int64 (B,), hashes of slide name and patient, of "" where unknown
+    raises  InputError without views
+    source  MedARC-AI/nanopath, dataloader.py (read, not copied)
+    """
+    views = views_of(batch)
+    names = [name or "" for name in batch.slides]
+    return {
+        "global_views": views.globals.transpose(0, 1),
+        "local_views": views.locals.transpose(0, 1),
+        "sample_idx": batch.rows,
+        "slide_id": torch.tensor([name_hash(name) for name in names]),
+        "patient_id": torch.tensor([name_hash(patient_of(name)) for name in names]),
+    }
+
+
+def name_hash(name: str) -> int:
+    """63 bits of a name's BLAKE2b hash."""
+    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") & (2**63 - 1)
 
 
 def wsistream_batch(batch: Batch, output_dtype: str = "float32") -> dict[str, Any]:

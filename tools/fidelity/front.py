@@ -76,11 +76,11 @@ def main(report: Path, picture: Path) -> None:
     say(cost_table(rows))
 
 
-def read_rows(report: Path) -> dict[str, dict[str, str]]:
+def read_rows(report: Path, section: str = SECTION) -> dict[str, dict[str, str]]:
     """Cells by codec and column, of all tables in the section; InputError where there are none."""
     rows: dict[str, dict[str, str]] = {}
     header: list[str] = []
-    for line in section_of(report.read_text()):
+    for line in section_of(report.read_text(), section):
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if not line.startswith("|"):
             header = []
@@ -89,14 +89,14 @@ def read_rows(report: Path) -> dict[str, dict[str, str]]:
         elif not cells[0].startswith("-"):
             rows[cells[0].strip("`")] = dict(zip(header, cells, strict=True))
     if not rows:
-        raise InputError(f"{report}: no table in a section {SECTION!r}")
+        raise InputError(f"{report}: no table in a section {section!r}")
     return rows
 
 
-def section_of(text: str) -> list[str]:
-    """Lines under the heading that starts with SECTION."""
+def section_of(text: str, section: str) -> list[str]:
+    """Lines under the heading that starts with `section`."""
     parts = re.split(r"^## ", text, flags=re.MULTILINE)
-    return next((part for part in parts if part.startswith(SECTION)), "").splitlines()
+    return next((part for part in parts if part.startswith(section)), "").splitlines()
 
 
 def cell(rows: dict[str, dict[str, str]], codec: str, column: str) -> str:

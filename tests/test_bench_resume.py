@@ -1,0 +1,99 @@
+"""latentds bench resume: what is counted, our loader in miniature, peers that are killed."""
+
+import json
+
+import pytest
+from latentds_tools import cli
+from latentds_tools.bench import bench_resume, resuming
+from latentds_tools.bench.bench_resume import Config, compare
+from latentds_tools.bench.synthetic import write_synthetic
+
+from latentds.errors import InputError, UnknownNameError
+
+WHOLE = [[[0, 1], [2, 3], [4, 5]]]  # one rank, three batches
+
+
+@pytest.mark.parametrize(
+    ("rest", "found"),
+    [
+        ([[2, 3], [4, 5]], (0, 0, 0)),
+        ([[3, 2], [5, 4]], (0, 0, 0)),  # a step's sum is the same in any order
+        ([[4, 5], [2, 3]], (0, 0, 4)),
+        ([[0, 1], [2, 3], [4, 5]], (0, 2, 6)),
+        ([[4, 5]], (2, 0, 2)),
+    ],
+)
+def test_what_is_lost_repeated_and_moved_is_counted(rest, found):
+    row = compare(WHOLE, [WHOLE[0][:1]], [rest], samples=7)
+    assert (row["lost"], row["repeated"], row["moved"]) == found
+    assert (row["missing"], row["extra"], row["repeatable"]) == (1, 0, True)
+
+
+def test_other_ranks_may_deliver_a_step():
+    two = [[[0], [2], [4]], [[1], [3], [5]]]
+    row = compare(two, [part[:1] for part in two], [[[2, 3], [4, 5]]], samples=6)
+    assert (row["lost"], row["repeated"], row["moved"]) == (0, 0, 0)
+
+
+def test_an_order_that_is_another_each_time_is_told():
+    row = compare(WHOLE, [[[5, 4]]], [[[0, 1], [2, 3]]], samples=6)
+    assert not row["repeatable"] and row["lost"] == row["repeated"] == 0
+    head = {"peer": "p", "before": (1, 0), "after": (1, 0), "stop": 1}
+    assert "no order to repeat" in bench_resume.row_cells(head | row)
+
+
+def test_ours_goes_on_as_if_nothing_had_stopped_it(tmp_path):
+    write_synthetic(tmp_path / "set", 60, shape=(1, 2, 2), patch_px=16)
+    spec = {"peer": "latentds", "folder": str(tmp_path / "set"), "samples": 60, "seed": 1,
+            "ranks": 1, "workers": 0, "batch_size": 8, "stop": 3,
+            "state": str(tmp_path / "state.pt")}  # fmt: skip
+    whole, first, rest = (
+        [resuming.run_phase(spec | {"phase": phase})] for phase in ("whole", "stopped", "resumed")
+    )
+    assert len(first[0]) == 3 and len(rest[0]) == 5 and whole[0][:3] == first[0]
+    row = compare(whole, first, rest, samples=60)
+    assert row == {"lost": 0, "repeated": 0, "moved": 0, "missing": 0, "extra": 0,
+                   "repeatable": True}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"against": "mosaic"}, UnknownNameError, "unknown peer 'mosaic'"),
+        ({"topologies": "2"}, InputError, "'2' is not RANKSxWORKERS"),
+        ({"topologies": "1x0-0x2"}, InputError, "'1x0-0x2' is not"),
+        ({"topologies": "3x1"}, InputError, "16 is not divisible by 3 ranks"),
+        ({"stops": "0.5,1"}, InputError, "between 0 and 1"),
+        ({"stops": "half"}, InputError, "between 0 and 1"),
+        ({"samples": 1}, InputError, "--samples 1"),
+    ],
+)
+def test_wrong_options_are_named(options, error, message):
+    with pytest.raises(error, match=message):
+        Config(**options)
+
+
+def test_a_peer_that_is_not_installed_is_a_row(tmp_path, monkeypatch):
+    monkeypatch.setitem(bench_resume.PEERS, "litdata", ("no-such-distribution",))
+    (row,) = bench_resume.measure_peer(Config(), "litdata", tmp_path)
+    assert row["error"] == "not installed: no-such-distribution"
+    assert "not installed: no-such-distribution" in bench_resume.row_cells(row)
+
+
+@pytest.mark.slow
+def test_peers_are_killed_and_resumed(tmp_path, capsys):
+    pytest.importorskip("torchdata", reason="torchdata is not installed")
+    words = ["--against", "webdataset,torchdata", "--topologies", "1x0,2x1-1x0", "--stops", "0.5"]
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["bench", "resume", *words, "--samples", "160", "--json",
+                  "--out", str(tmp_path / "resume.json")])  # fmt: skip
+    report = json.loads(capsys.readouterr().out)
+    assert report == json.loads((tmp_path / "resume.json").read_text())
+    rows = {(row["peer"], tuple(row["after"]), tuple(row["before"])): row
+            for row in report["results"]}  # fmt: skip
+    for before in ((1, 0), (2, 1)):
+        row = rows["latentds", (1, 0), before]
+        assert (row["lost"], row["repeated"], row["moved"], row["missing"]) == (0, 0, 0, 0)
+    assert rows["torchdata", (1, 0), (1, 0)]["repeated"] == 0
+    again = rows["webdataset", (1, 0), (1, 0)]
+    assert again["lost"] == 0 and again["repeated"] == 5 * 16  # it begins anew

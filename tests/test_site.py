@@ -1,0 +1,106 @@
+"""The site: every page has its place, and references come from the code."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from latentds_tools.cli import COMMANDS
+
+import latentds
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "docs"))
+import site_hooks  # noqa: E402
+
+# Pages whose sentences were gone over; others follow.
+GONE_OVER = ("../README.md", "alternatives.md", "autoencoders.md", "reliability.md", "swap.md",
+             "traceability.md", "tutorial.md")  # fmt: skip
+WORDS = 35  # a sentence, at most
+MADE = {"index.md", "api.md", "helps.md"}
+
+
+def pages_of(nav: object) -> list[str]:
+    """The pages that a part of the navigation names."""
+    if isinstance(nav, str):
+        return [nav]
+    parts = nav.values() if isinstance(nav, dict) else nav
+    return [page for part in parts for page in pages_of(part)]
+
+
+def sentences_of(markdown: str) -> list[str]:
+    """Sentences of the prose: code is a word, tables and headings are left out."""
+    text = re.sub(r"```.*?```", ".\n", markdown, flags=re.DOTALL)
+    text = re.sub(r"(?m)^(?:    |\||#).*$", ".", text)
+    text = re.sub(r"`[^`]*`", "X", text)
+    text = re.sub(r"\]\([^)]*\)", "]", text)
+    return re.split(r"(?<=[.:?!])\**\s+", re.sub(r"\n- ", ". ", text))
+
+
+@pytest.mark.parametrize("page", GONE_OVER)
+def test_sentences_are_short(page):
+    sentences = sentences_of((ROOT / "docs" / page).read_text())
+    assert len(sentences) > 10
+    assert [said for said in sentences if len(re.findall(r"\S*\w\S*", said)) > WORDS] == []
+
+
+def test_every_page_has_a_place_in_the_navigation():
+    named = pages_of(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
+    assert sorted(named) == sorted(MADE | {path.name for path in (ROOT / "docs").glob("*.md")})
+
+
+def test_every_public_name_has_its_docstring():
+    page = site_hooks.api_page()
+    for name in set(latentds.__all__) - {"__version__"}:
+        section = page.split(f"\n## {name}\n")[1].split("\n## ")[0]
+        said = site_hooks.docstring(getattr(latentds, name)).splitlines()
+        assert said and said[0] in section, name
+
+
+def test_fields_of_a_dataclass_are_told():
+    page = site_hooks.api_page()
+    assert "locals              Local crops of a patch." in page
+    assert "global_scale: Two | None = (0.32, 1.0)," in page
+    assert "### LatentLoader.state_dict" in page
+
+
+def test_a_help_is_what_the_command_prints():
+    text = site_hooks.command_help("bench resume")
+    assert text.startswith("usage: latentds bench resume") and "--topologies" in text
+    assert "\x1b" not in text
+
+
+def test_a_recipe_has_its_help():
+    text = site_hooks.recipe_help("train_codec")
+    assert text.startswith("usage: python -m latentds_trainers.train_codec") and "--steps" in text
+
+
+@pytest.mark.slow
+def test_every_command_and_recipe_has_a_help():
+    page = site_hooks.help_page()
+    titles = [f"latentds {name}" for name in COMMANDS]
+    titles += [f"latentds_trainers.{name}" for name in site_hooks.RECIPES]
+    for title in titles:
+        assert re.search(rf"\n## {re.escape(title)}\n\n```text\nusage: ", page), title
+
+
+def test_links_of_the_first_page_lead_on():
+    page = site_hooks.first_page((ROOT / "README.md").read_text())
+    links = re.findall(r"\]\(([^)#:]+)\)", site_hooks.unlinked(page))
+    assert len(links) > 10 and [n for n in links if not (ROOT / "docs" / n).is_file()] == []
+
+
+def test_links_out_of_the_site_are_names():
+    text = "[a test](../tests/a.py), [CHANGELOG](CHANGELOG.md), [loading](loading.md)"
+    assert site_hooks.unlinked(text) == "`a test`, `CHANGELOG`, [loading](loading.md)"
+
+
+@pytest.mark.slow
+def test_the_site_is_built_without_a_warning(tmp_path):
+    pytest.importorskip("material", reason="mkdocs-material is not installed")
+    from mkdocs.commands.build import build
+    from mkdocs.config import load_config
+
+    build(load_config(str(ROOT / "mkdocs.yml"), site_dir=str(tmp_path), strict=True))
+    assert "LatentLoader" in (tmp_path / "api" / "index.html").read_text()

@@ -1,0 +1,345 @@
+"""latentds bench resume: what loaders lose, repeat and move when a run is killed and resumed."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from latentds_tools.bench.harness import machine, machine_text, recorded, report_text
+from latentds_tools.reports.commands import check_ranges, show
+
+from latentds.errors import InputError, unknown_name
+
+SCRIPT = Path(__file__).with_name("resuming.py")
+GIVE_UP_S = 300
+# peer: distributions it is made of; the first one's version is told
+PEERS = {
+    "latentds": ("latentds",),
+    "webdataset": ("webdataset",),
+    "webdataset-stateful": ("webdataset", "torchdata"),
+    "datasets": ("datasets", "torchdata"),
+    "torchdata": ("torchdata",),
+    "mds": ("mosaicml-streaming",),
+    "litdata": ("litdata",),
+}
+TOPOLOGY = re.compile(r"(\d+)x(\d+)(?:-(\d+)x(\d+))?")
+
+Ranks = list[list[list[int]]]  # sample numbers by rank and batch
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Kill runs behind a checkpoint, resume them, and compare with a run that nobody stopped."""
+
+    against: str = "webdataset,webdataset-stateful,datasets,torchdata"
+    """Peers with commas between: webdataset, webdataset-stateful, datasets, torchdata, mds,
+    litdata."""
+    topologies: str = "1x0,1x2,2x2,2x2-1x2"
+    """Ranks x workers with commas between; A-B is stopped as A and resumed as B."""
+    stops: str = "0.2,0.7"
+    """Checkpoints, as shares of an epoch, with commas between."""
+    samples: int = 2000
+    """Samples of an epoch."""
+    batch_size: int = 16
+    """Samples a step, over all ranks."""
+    buffer: int = 200
+    """Samples that peers without an order of their own shuffle among."""
+    seed: int = 0
+    """Of the orders."""
+    peer_python: Path | None = None
+    """Python of another environment for mds and litdata."""
+    work: Path | None = None
+    """Folder for the peers' files; a temporary one by default."""
+    out: Path | None = None
+    """Write the report to this JSON file too."""
+    json: bool = False
+    """Print JSON."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, samples=(10, 10**7), batch_size=(1, 10**5), buffer=(1, 10**7))
+        for peer in self.peers():
+            if peer not in PEERS:
+                raise unknown_name("peer", peer, {*PEERS} - {"latentds"})
+        for before, after in self.pairs():
+            for ranks, _ in (before, after):
+                if self.batch_size % ranks:
+                    raise InputError(
+                        f"--batch-size {self.batch_size} is not divisible by {ranks} ranks; "
+                        "choose a multiple"
+                    )
+        self.shares()
+
+    def peers(self) -> list[str]:
+        """Who is measured, ourselves first."""
+        return ["latentds", *(name for name in self.against.split(",") if name)]
+
+    def pairs(self) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+        """Ranks and workers before and after the stop."""
+        found = []
+        for text in self.topologies.split(","):
+            match = TOPOLOGY.fullmatch(text)
+            if match is None or "0" in (match[1], match[3]):
+                raise InputError(
+                    f"--topologies {self.topologies}: {text!r} is not RANKSxWORKERS, as 2x4, or "
+                    "two of them, as 2x4-1x2"
+                )
+            numbers = [int(number) for number in match.groups() if number]
+            before = (numbers[0], numbers[1])
+            found.append((before, (numbers[2], numbers[3]) if match[3] else before))
+        return found
+
+    def shares(self) -> list[float]:
+        """Where runs are stopped."""
+        try:
+            found = [float(text) for text in self.stops.split(",")]
+        except ValueError:
+            found = [0.0]
+        if not all(0 < share < 1 for share in found):
+            raise InputError(f"--stops {self.stops}: shares between 0 and 1 with commas between")
+        return found
+
+
+def run(config: Config) -> None:
+    """Measure every peer and print; the report is written behind every peer."""
+    report: dict[str, Any] = {
+        "machine": machine("cpu"),
+        "config": recorded(config),
+        "versions": {},
+        "results": [],
+    }
+    with tempfile.TemporaryDirectory(dir=config.work) as work:
+        for peer in config.peers():
+            rows = measure_peer(config, peer, Path(work))
+            report["versions"] |= rows[0]["versions"]
+            report["results"] += [{n: v for n, v in row.items() if n != "versions"} for row in rows]
+            if config.out is not None:
+                config.out.write_text(json.dumps(report, indent=1) + "\n")
+    show(report, config.json, as_text)
+
+
+def measure_peer(config: Config, peer: str, work: Path) -> list[dict[str, Any]]:
+    """Rows of a peer: a topology and a stop each."""
+    python = str(config.peer_python) if needs_other(config, peer) else sys.executable
+    versions = find_versions(peer, python)
+    head: dict[str, Any] = {"peer": peer, "versions": versions}
+    missing = [name for name in PEERS[peer] if name not in versions]
+    if missing:
+        return [head | {"error": f"not installed: {', '.join(missing)}"}]
+    folder = work / peer
+    folder.mkdir()
+    spec = {"peer": peer, "folder": str(folder), "samples": config.samples, "seed": config.seed,
+            "buffer": config.buffer}  # fmt: skip
+    if peer == "latentds":
+        from latentds_tools.bench.synthetic import write_synthetic
+
+        write_synthetic(folder, config.samples, shape=(1, 2, 2), patch_px=16)
+    else:
+        run_ranks(python, spec | {"phase": "write"}, config, (1, 0), work)
+    return [
+        head | row
+        for before, after in config.pairs()
+        for row in measure_topology(config, python, spec, before, after, work)
+    ]
+
+
+def needs_other(config: Config, peer: str) -> bool:
+    """Whether a peer runs in the other environment."""
+    return config.peer_python is not None and peer in ("mds", "litdata")
+
+
+def find_versions(peer: str, python: str) -> dict[str, str]:
+    """Versions of what is installed of a peer, in its Python."""
+    if python == sys.executable:
+        found = {}
+        for name in PEERS[peer]:
+            try:
+                found[name] = version(name)
+            except PackageNotFoundError:
+                continue
+        return found
+    script = (
+        "import importlib.metadata as m, json, sys; "
+        "there = {d.name.lower(): d.version for d in m.distributions()}; "
+        "print(json.dumps({n: there[n] for n in sys.argv[1:] if n in there}))"
+    )
+    command = [python, "-c", script, *PEERS[peer]]
+    return dict(json.loads(subprocess.run(command, capture_output=True, check=True).stdout))
+
+
+def measure_topology(
+    config: Config,
+    python: str,
+    spec: dict[str, Any],
+    before: tuple[int, int],
+    after: tuple[int, int],
+    work: Path,
+) -> list[dict[str, Any]]:
+    """Rows of a topology: a stop each, compared with one run that nobody stopped."""
+    logger.info("%s, %dx%d, resumed %dx%d", spec["peer"], *before, *after)
+    rows = []
+    try:
+        whole = run_ranks(python, spec | {"phase": "whole"}, config, before, work)
+    except InputError as error:
+        return [{"before": before, "after": after, "error": str(error)}]
+    steps = min(map(len, whole))
+    for share in config.shares():
+        stop = max(1, round(share * steps))
+        row: dict[str, Any] = {"before": before, "after": after, "stop": stop}
+        try:
+            first = run_ranks(
+                python, spec | {"phase": "stopped", "stop": stop}, config, before, work
+            )
+            rest = run_ranks(python, spec | {"phase": "resumed", "stop": stop}, config, after, work)
+            row |= compare(whole, first, rest, config.samples)
+        except InputError as error:
+            row["error"] = str(error)
+        rows.append(row)
+    return rows
+
+
+def compare(whole: Ranks, first: Ranks, rest: Ranks, samples: int) -> dict[str, Any]:
+    """What became of an epoch's samples.
+
+    lost      those of the run that nobody stopped, which neither part delivered
+    repeated  deliveries over those of that run
+    moved     deliveries after resuming that this run has in another step, or not at all
+    missing   samples of the epoch that this run does not deliver either; extra: those over one
+    repeatable  whether the stopped run began as the other
+    """
+    expected = Counter(samples_of(whole))
+    got = Counter(samples_of(first)) + Counter(samples_of(rest))
+    stop = max(map(len, first))
+    return {
+        "lost": (expected - got).total(),
+        "repeated": (got - expected).total(),
+        "moved": (steps_of(rest, stop) - steps_of(whole, 0)).total(),
+        "missing": samples - len(expected),
+        "extra": expected.total() - len(expected),
+        "repeatable": steps_of(first, 0) <= steps_of(whole, 0),
+    }
+
+
+def samples_of(ranks: Ranks) -> list[int]:
+    """All samples of all ranks."""
+    return [sample for batches in ranks for batch in batches for sample in batch]
+
+
+def steps_of(ranks: Ranks, start: int) -> Counter[tuple[int, int]]:
+    """How often a step delivers a sample, on whatever rank; the first one is `start`."""
+    return Counter(
+        (step, sample)
+        for batches in ranks
+        for step, batch in enumerate(batches, start)
+        for sample in batch
+    )
+
+
+def run_ranks(
+    python: str, spec: dict[str, Any], config: Config, topology: tuple[int, int], work: Path
+) -> Ranks:
+    """Run a phase on all ranks at once; what every rank delivered. InputError where one fails."""
+    ranks, workers = topology
+    spec = spec | {"ranks": ranks, "workers": workers, "batch_size": config.batch_size // ranks}
+    outs = [work / f"out-{rank}.json" for rank in range(ranks)]
+    if spec["phase"] == "stopped":
+        for old in work.glob("state-*.pt"):
+            old.unlink()
+    port = free_port()
+    processes = []
+    for rank, out in enumerate(outs):
+        out.unlink(missing_ok=True)
+        # A state is a rank's own where there are as many ranks as before, else the first one's.
+        kept = work / f"state-{rank}.pt"
+        state = kept if kept.exists() or spec["phase"] != "resumed" else work / "state-0.pt"
+        own = spec | {"out": str(out), "state": str(state)}
+        processes.append(start_rank(python, own, rank, ranks, port))
+    words = [wait_for(process) for process in processes]
+    if spec["phase"] == "write":
+        failed = [text for code, text in words if code]
+        if failed:
+            raise InputError(f"{spec['peer']}: {failed[0]}")
+        return []
+    for out, (_, text) in zip(outs, words, strict=True):
+        if not out.exists():
+            raise InputError(f"{spec['peer']}: {text}")
+    return [json.loads(out.read_text()) for out in outs]
+
+
+def start_rank(
+    python: str, spec: dict[str, Any], rank: int, ranks: int, port: int
+) -> subprocess.Popen[str]:
+    """Start a rank in a session of its own, so that its workers end with it."""
+    launcher = {
+        "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks,
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+    }  # fmt: skip
+    return subprocess.Popen(
+        [python, str(SCRIPT), json.dumps(spec)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {name: str(value) for name, value in launcher.items()},
+        start_new_session=True,
+    )
+
+
+def wait_for(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """Exit code and last words of a rank, its workers ended with it."""
+    try:
+        _, errors = process.communicate(timeout=GIVE_UP_S)
+    except subprocess.TimeoutExpired:
+        errors = f"no end within {GIVE_UP_S} s"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    words = errors.strip().splitlines() or ["no message"]
+    return process.returncode, words[-1][:300]
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def as_text(report: dict[str, Any]) -> str:
+    """The table."""
+    config = report["config"]
+    head = (
+        f"{config['samples']:,} samples, {config['batch_size']} a step; "
+        f"{machine_text(report['machine'])}"
+    )
+    header = ("loader", "ranks x workers", "killed after step", "lost", "repeated",
+              "in another step", "missing, extra without a stop")  # fmt: skip
+    versions = ", ".join(f"{n} {v}" for n, v in sorted(report["versions"].items()))
+    return report_text(head, header, map(row_cells, report["results"]), "", versions)
+
+
+def row_cells(row: dict[str, Any]) -> list[str]:
+    """A row of the table."""
+    if "before" not in row:
+        return [row["peer"], "", "", row["error"], "", "", ""]
+    before, after = ("x".join(map(str, row[name])) for name in ("before", "after"))
+    place = before if before == after else f"{before}, then {after}"
+    cells = [row["peer"], place, str(row.get("stop", ""))]
+    if "error" in row:
+        return [*cells, row["error"], "", "", ""]
+    moved = f"{row['moved']:,}" if row["repeatable"] else "no order to repeat"
+    figures = [f"{row[name]:,}" for name in ("lost", "repeated")]
+    return [*cells, *figures, moved, f"{row['missing']:,}, {row['extra']:,}"]

@@ -1,0 +1,240 @@
+"""One rank of a loader that is stopped or resumed, in a process of its own: what it delivers.
+
+Run by path, with any Python that has torch and the peer: only its own loader imports this package.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+AHEAD = 2  # batches a run still gets between its checkpoint and its end
+SHARDS = 16
+LENGTH_LIMIT = 3  # epochs' worth of samples, behind which a loader is taken to be endless
+
+Spec = dict[str, Any]
+Batches = list[list[int]]
+
+
+def main() -> None:
+    """Run a phase, or write a peer's files, as the JSON in the first argument says."""
+    spec = json.loads(sys.argv[1])
+    if spec["phase"] == "write":
+        return WRITERS[spec["peer"]](spec)
+    distributed = spec["ranks"] > 1
+    if distributed:
+        torch.distributed.init_process_group("gloo")
+    delivered = run_phase(spec)
+    Path(spec["out"]).write_text(json.dumps(delivered))
+    if distributed:
+        torch.distributed.barrier()  # a rank that ends early must not take the others along
+    if spec["phase"] == "stopped":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run_phase(spec: Spec) -> Batches:
+    """Sample numbers of every batch that counts: none behind a checkpoint."""
+    torch.manual_seed(spec["seed"])
+    loader, numbers_of = BUILDERS[spec["peer"]](spec)
+    state_dict = getattr(loader, "state_dict", None)  # DataLoader has none
+    if spec["phase"] == "resumed" and state_dict:
+        loader.load_state_dict(torch.load(spec["state"], weights_only=False))
+    stop = spec["stop"] if spec["phase"] == "stopped" else None
+    delivered: Batches = []
+    for number, batch in enumerate(loader, 1):
+        if stop is None or number <= stop:
+            delivered.append([int(sample) for sample in numbers_of(batch)])
+        if number == stop and state_dict:
+            torch.save(state_dict(), spec["state"])
+        is_endless = sum(map(len, delivered)) > LENGTH_LIMIT * spec["samples"]
+        if is_endless or (stop is not None and number >= stop + AHEAD):
+            break
+    return delivered
+
+
+def rank() -> int:
+    """This process's rank."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def latentds_loader(spec: Spec) -> Any:
+    from latentds import LatentLoader, Order
+
+    loader = LatentLoader(
+        spec["folder"],
+        shuffle=True,
+        seed=spec["seed"],
+        order=Order(global_batch_size=spec["batch_size"] * spec["ranks"]),
+        device="cpu",
+        decode="stored",
+        num_workers=spec["workers"],
+    )
+    return loader, lambda batch: batch.rows[batch.valid]
+
+
+def plain_loader(kind: Callable[..., Any], source: Any, spec: Spec, **options: Any) -> Any:
+    """A DataLoader, or StatefulDataLoader, of batches that are lists of numbers."""
+    return kind(
+        source,
+        batch_size=spec["batch_size"],
+        num_workers=spec["workers"],
+        collate_fn=list,
+        **options,
+    )
+
+
+def webdataset_samples(spec: Spec) -> Any:
+    import webdataset as wds
+
+    urls = sorted(str(path) for path in Path(spec["folder"]).glob("*.tar"))
+    options = {"shardshuffle": len(urls), "detshuffle": True, "seed": spec["seed"]}
+    data = wds.WebDataset(urls, nodesplitter=wds.split_by_node, **options)
+    shuffled = data.compose(wds.filters.detshuffle(spec["buffer"], seed=spec["seed"]))
+    return shuffled.decode().to_tuple("cls").map(first)
+
+
+def first(sample: Any) -> Any:
+    """The first field of a sample."""
+    return sample[0]
+
+
+def webdataset_loader(spec: Spec) -> Any:
+    """Without a state, as webdataset has none: a resumed run begins anew."""
+    from torch.utils.data import DataLoader
+
+    return plain_loader(DataLoader, webdataset_samples(spec), spec), list
+
+
+def webdataset_stateful_loader(spec: Spec) -> Any:
+    """In torchdata's loader, which reads again and throws away what was delivered."""
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    return plain_loader(StatefulDataLoader, webdataset_samples(spec), spec), list
+
+
+def datasets_loader(spec: Spec) -> Any:
+    """Streamed Parquet in torchdata's loader, as its documentation has it."""
+    from datasets import load_dataset
+    from datasets.distributed import split_dataset_by_node
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    files = sorted(str(path) for path in Path(spec["folder"]).glob("*.parquet"))
+    rows = load_dataset("parquet", data_files=files, split="train", streaming=True)
+    rows = rows.shuffle(seed=spec["seed"], buffer_size=spec["buffer"])
+    rows = split_dataset_by_node(rows, rank=rank(), world_size=spec["ranks"])
+    return plain_loader(StatefulDataLoader, rows, spec), numbers_of_rows
+
+
+def numbers_of_rows(batch: Any) -> list[int]:
+    """The numbers of rows that are dictionaries."""
+    return [row["number"] for row in batch]
+
+
+def torchdata_loader(spec: Spec) -> Any:
+    """A map-style data set, whose whole order is the sampler's."""
+    from torchdata.stateful_dataloader import StatefulDataLoader
+    from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
+
+    numbers = range(spec["samples"])
+    sampler = StatefulDistributedSampler(
+        numbers, num_replicas=spec["ranks"], rank=rank(), seed=spec["seed"]
+    )
+    return plain_loader(StatefulDataLoader, numbers, spec, sampler=sampler), list
+
+
+def mds_loader(spec: Spec) -> Any:
+    from streaming import StreamingDataLoader, StreamingDataset
+
+    options = {"batch_size": spec["batch_size"], "shuffle_seed": spec["seed"]}
+    data = StreamingDataset(local=spec["folder"], shuffle=True, **options)
+    # Its own collating: the state counts the samples of a batch by the form that this gives.
+    options = {"batch_size": spec["batch_size"], "num_workers": spec["workers"]}
+    return StreamingDataLoader(data, **options), lambda batch: batch["number"]
+
+
+def litdata_loader(spec: Spec) -> Any:
+    from litdata import StreamingDataLoader, StreamingDataset
+
+    data = StreamingDataset(spec["folder"], shuffle=True, seed=spec["seed"], drop_last=False)
+    options = {"batch_size": spec["batch_size"], "num_workers": spec["workers"], "shuffle": True}
+    return StreamingDataLoader(data, **options), list
+
+
+BUILDERS: dict[str, Callable[[Spec], Any]] = {
+    "latentds": latentds_loader,
+    "webdataset": webdataset_loader,
+    "webdataset-stateful": webdataset_stateful_loader,
+    "datasets": datasets_loader,
+    "torchdata": torchdata_loader,
+    "mds": mds_loader,
+    "litdata": litdata_loader,
+}
+
+
+def shards_of(spec: Spec) -> Iterator[tuple[int, range]]:
+    """Number and samples of every file."""
+    each = -(-spec["samples"] // SHARDS)
+    for number, start in enumerate(range(0, spec["samples"], each)):
+        yield number, range(start, min(start + each, spec["samples"]))
+
+
+def write_webdataset(spec: Spec) -> None:
+    import webdataset as wds
+
+    for shard, numbers in shards_of(spec):
+        with wds.TarWriter(f"{spec['folder']}/{shard:06d}.tar", mtime=0) as writer:
+            for number in numbers:
+                writer.write({"__key__": f"{number:09d}", "cls": number})
+
+
+def write_parquet(spec: Spec) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for shard, numbers in shards_of(spec):
+        pq.write_table(pa.table({"number": list(numbers)}), f"{spec['folder']}/{shard:06d}.parquet")
+
+
+def write_mds(spec: Spec) -> None:
+    from streaming import MDSWriter
+
+    # 8 bytes a sample, 4 of the index: as many shards as the others have, about.
+    limit = 12 * spec["samples"] // SHARDS
+    with MDSWriter(out=spec["folder"], columns={"number": "int"}, size_limit=limit) as writer:
+        for number in range(spec["samples"]):
+            writer.write({"number": number})
+
+
+def write_litdata(spec: Spec) -> None:
+    from litdata.streaming.writer import BinaryWriter
+
+    writer = BinaryWriter(spec["folder"], chunk_size=-(-spec["samples"] // SHARDS))
+    for number in range(spec["samples"]):
+        writer[number] = number
+    writer.done()
+    writer.merge()
+
+
+def write_nothing(spec: Spec) -> None:
+    """Samples that are their own numbers."""
+
+
+WRITERS: dict[str, Callable[[Spec], None]] = {
+    "webdataset": write_webdataset,
+    "webdataset-stateful": write_webdataset,
+    "datasets": write_parquet,
+    "torchdata": write_nothing,
+    "mds": write_mds,
+    "litdata": write_litdata,
+}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""Tables of pages that follow from kept figures, each made anew from its source.
+
+    python -m latentds_tools.reports.traced            # writes them into the pages
+    python -m latentds_tools.reports.traced --check    # names those that differ
+
+Nothing is measured here. docs/traceability.md says where the sources themselves come from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from latentds_tools.bench import bench_resume
+from latentds_tools.fidelity.front import cell, cost_table, read_rows
+from latentds_tools.reports.markdown import table
+
+from latentds.core.display import say
+from latentds.errors import InputError
+
+ROOT = Path(__file__).resolve().parents[2]
+EMBEDDERS = ("efficientnet-lite0", "nic:encoder_multitask-4", "nic:encoder_bigan")
+MEASURES = ("bytes", *EMBEDDERS, "PSNR, dB", "SSIM")
+# Section of docs/fidelity.md: what its first row is called, and its codecs.
+KEPT = {
+    "MoNuSeg": (
+        "MoNuSeg, 28 crops: ",
+        ("tiny-v2+rans:4096", "tiny-v2-fast+rans:4096", "tiny+kmeans", "avif444@4096",
+         "avif@4096", "jxl@4096", "tiny-v2+rans:2048", "tiny-v2-fast+rans:2048", "avif444@2048",
+         "avif@2048", "jxl@2048"),
+    ),
+    "UCSB": (
+        "UCSB, 40 crops: ",
+        ("tiny-v2+rans:4096", "tiny-v2-fast+rans:4096", "tiny+kmeans", "avif444@4096",
+         "avif@4096", "jxl@4096", "tiny-v2+rans:2048", "tiny-v2-fast+rans:2048", "avif@2048",
+         "jxl@2048"),
+    ),
+}  # fmt: skip
+CALLED = {"tiny+kmeans": "`tiny-v1`", "jxl": "JPEG XL"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Traced:
+    """A table of a page.
+
+    page, source  paths from the repository's root
+    start         how the table's first line begins
+    make          Markdown of the table, from the source's path
+    """
+
+    page: str
+    start: str
+    source: str
+    make: Callable[[Path], str]
+
+
+def main(words: Sequence[str]) -> int:
+    """Write the tables into their pages, or with --check say which differ; the exit code."""
+    differ = 0
+    for traced in TABLES:
+        page = ROOT / traced.page
+        text, made = page.read_text(), traced.make(ROOT / traced.source)
+        old = table_in(text, traced.start, traced.page)
+        if old == made:
+            continue
+        differ += 1
+        say(f"{traced.page}: the table '{traced.start}' is not what {traced.source} gives")
+        if "--check" not in words:
+            page.write_text(text.replace(old, made))
+    return int(differ > 0 and "--check" in words)
+
+
+def table_in(text: str, start: str, page: str) -> str:
+    """The table whose first line starts so; InputError unless there is one."""
+    lines = text.split("\n")
+    places = [number for number, line in enumerate(lines) if line.startswith(start)]
+    if len(places) != 1:
+        raise InputError(f"{page}: {len(places)} lines start with {start!r}; one is needed")
+    rest = lines[places[0] :]
+    length = next((n for n, line in enumerate(rest) if not line.startswith("|")), len(rest))
+    return "\n".join(rest[:length])
+
+
+def cost_rows(source: Path) -> str:
+    """What 24 million patches take."""
+    return cost_table(read_rows(source))
+
+
+def kept_rows(source: Path) -> str:
+    """What tiny-v2 keeps beside AVIF and JPEG XL, means alone."""
+    lines = []
+    for section, (first, codecs) in KEPT.items():
+        rows = read_rows(source, section)
+        for number, codec in enumerate(codecs):
+            figures = [cell(rows, codec, measure).split(" ")[0] for measure in MEASURES]
+            lines.append([("" if number else first) + called(codec), *figures])
+    header = ["", "bytes", "EfficientNet-Lite0", "nic multitask-4", "nic bigan", "PSNR, dB", "SSIM"]
+    return table(header, lines)
+
+
+def called(codec: str) -> str:
+    """A codec's name on the page of autoencoders."""
+    name = codec.split("@")[0].split("+rans")[0]
+    return CALLED.get(codec, CALLED.get(name, f"`{name}`"))
+
+
+def resume_rows(source: Path) -> str:
+    """What loaders lose when killed and resumed."""
+    report: dict[str, Any] = json.loads(source.read_text())
+    return table_in(bench_resume.as_text(report), "| loader |", str(source))
+
+
+TABLES = (
+    Traced("README.md", "| stored as |", "docs/fidelity.md", cost_rows),
+    Traced("docs/autoencoders.md", "|  | bytes | EfficientNet", "docs/fidelity.md", kept_rows),
+    Traced("docs/reliability.md", "| loader | ranks", "results/resume.json", resume_rows),
+)
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

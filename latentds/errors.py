@@ -7,7 +7,8 @@
     |-- ContractError            a decoder, codebook or data set that does not belong to the others
     |-- InputError               the user's images, labels or folders cannot be converted as they
     |   |                        are
-    |   `-- UnusableError        one picture that cannot; its `reason` is of a closed list
+    |   |-- UnusableError        one picture that cannot; its `reason` is of a closed list
+    |   `-- UnreachableError     the Hub, where nothing answers
     |-- ShapeError               an array's shape does not fit (also a ValueError)
     |-- UnknownNameError         no autoencoder, split or column of that name (also a KeyError)
     |-- MissingExtraError        an optional dependency is not installed (also an ImportError)
@@ -80,6 +81,10 @@ class UnusableError(InputError):
     def __init__(self, message: str, reason: Reason = "unreadable") -> None:
         super().__init__(message)
         self.reason: Reason = reason
+
+
+class UnreachableError(InputError):
+    """The Hub, which does not answer."""
 
 
 class ShapeError(LatentdsError, ValueError):

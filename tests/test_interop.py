@@ -1,6 +1,7 @@
 """A data set read without latentds: webdataset, datasets (streaming and not), pyarrow."""
 
 import io
+import re
 import textwrap
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from latentds.store.reader import ShardSet
+from tests.fakes import MeanAutoencoder
 
 CODES, PATCHES = "codes.npy", "patches.parquet"
 
@@ -46,17 +48,32 @@ def test_datasets_reads_a_row_a_pack(shared_dataset, expected, streaming, tmp_pa
     assert [column["source"] for column in columns] == expected[1][: len(columns)]
 
 
-def test_the_cards_lines_unpack_a_pack(shared_dataset):
-    """The lines of the data set's README, run as they stand but for the folder's name."""
-    datasets = pytest.importorskip("datasets")
-    card = (shared_dataset / "README.md").read_text().replace("this folder", str(shared_dataset))
-    start = card.index("patches:\n\n    import") + len("patches:\n\n")
-    lines = textwrap.dedent(card[start : card.index("Check with")])
-    rows = datasets.load_dataset(str(shared_dataset), split="val", streaming=True)
-    scope = {"row": next(iter(rows))}
-    exec(lines, scope)
-    shards = ShardSet(shared_dataset)
-    rows = np.arange(*shards.patch_range("val"))[: len(scope["codes"])]
+@pytest.fixture(params=["u8", "u8-sum", "rans"])
+def coded(request, tmp_path, shared_dataset):
+    """A set of each encoding."""
+    if request.param == "u8":
+        return shared_dataset
+    from tests.conftest import convert_with_mean, save_pictures
+    from tests.test_encodings import BOOKS
+    from tests.test_recoding import save_book
+
+    save_pictures(tmp_path / "in" / "tumour", 6)
+    book = save_book(tmp_path / "book.safetensors", BOOKS[request.param]())
+    convert_with_mean(tmp_path / "in", tmp_path / "out", codebook=book, pack_size=4)
+    return tmp_path / "out"
+
+
+def test_the_cards_code_runs_as_it_stands(coded):
+    """The lines of the data set's README, but for the folder's name and a local autoencoder."""
+    pytest.importorskip("datasets")
+    card = (coded / "README.md").read_text().replace("this folder", str(coded))
+    loading, unpacking = re.findall(r"\n\n((?:    .*\n|\n(?=    ))+)", card)
+    scope: dict = {"MEAN": MeanAutoencoder()}
+    exec(textwrap.dedent(loading).replace("_size=64", "_size=64, autoencoder=MEAN"), scope)
+    assert scope["batch"].images.shape[1:] == (3, 32, 32)
+    exec(textwrap.dedent(unpacking), scope)
+    shards = ShardSet(coded)
+    rows = np.arange(*shards.patch_range("train"))[: len(scope["codes"])]
     wanted = shards.manifest.contract.codebook.dequantize(torch.from_numpy(scope["codes"]))
     assert np.array_equal(scope["codes"], shards.read_codes(rows))
     assert np.array_equal(scope["latents"], wanted.numpy())

@@ -403,6 +403,19 @@ def test_an_unreachable_hub_is_one_line(shared_dataset, hub, monkeypatch):
         fetch(NAME, "nowhere")
 
 
+def test_a_dry_run_needs_no_network_and_writes_card_and_preview(
+    shared_dataset, hub, monkeypatch, tmp_path, capsys
+):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["publish", str(shared_dataset), NAME, "--license", "cc0-1.0", "--dry-run"])
+    told = capsys.readouterr().out.splitlines()
+    assert told[-1].startswith("not compared with what the Hub holds: ") and SHARD in told[1]
+    look = tmp_path / f"{NAME.partition('/')[2]}-look"
+    assert NAME in (look / "README.md").read_text() and (look / PREVIEW).stat().st_size > 1000
+
+
 def test_a_branch_is_made_and_named_on_the_card(shared_dataset, hub):
     hub.make(NAME)
     publish(shared_dataset, Publication(repository=NAME, licence="mit", revision="v2"))

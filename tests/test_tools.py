@@ -52,6 +52,7 @@ LIGHT = (
     "verify {0} --level manifest",
     "upload {0} file://{out}/uploaded",
     "merge {0} {1} --out {out}/merged",
+    "publish {0} lab/set --license cc0-1.0 --dry-run",
 )
 ALONE = """
 import contextlib, io, json, sys

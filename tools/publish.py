@@ -47,7 +47,10 @@ class Config:
     overwrite: bool = False
     """Replace what else the repository holds; its history keeps it."""
     dry_run: bool = False
-    """Check, look and print the plan; write nothing."""
+    """Check, plan and write card and preview to --look; nothing goes to the Hub, which is compared
+    with where it can be reached."""
+    look: Path | None = None
+    """Folder for a look at card and preview, NAME-look where a dry run is given none."""
     json: bool = False
     """Print JSON."""
 
@@ -67,6 +70,8 @@ def run(config: Config) -> None:
         pull_request=config.pr,
         overwrite=config.overwrite,
         dry_run=config.dry_run,
+        look=config.look
+        or (Path(f"{config.repository.partition('/')[2]}-look") if config.dry_run else None),
         tell=tell,
     )
     say_published(result, config.json, as_text)
@@ -124,6 +129,8 @@ def as_text(summary: dict[str, Any]) -> str:
         f"{sum(sent.values()):,} of {summary['bytes']:,} bytes; "
         f"{len(summary['already_there'])} there already"
     )
+    if summary["not_compared"]:
+        lines.append(f"not compared with what the Hub holds: {summary['not_compared']}")
     if is_done:
         lines.append(
             f"checksums of {summary['checksums_compared']} files on the Hub are the manifest's and "

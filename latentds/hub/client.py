@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
 )
 
 from latentds.core.storage import READ_BYTES
-from latentds.errors import InputError
+from latentds.errors import InputError, UnreachableError
 
 NAME = re.compile(r"[\w.-]+/[\w.-]+")
 PULL_REQUEST = re.compile(r"refs/pr/\d+")
@@ -177,7 +177,7 @@ class Repository:
             return error  # a file here, not the Hub
         if isinstance(error, ValueError):
             return InputError(f"{self.name}: cannot {what}: {error}")
-        return InputError(
+        return UnreachableError(
             f"{self.name}: cannot {what}, the connection to the Hub failed "
             f"({type(error).__name__}: {error}); {self.again}"
         )

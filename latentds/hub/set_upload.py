@@ -12,7 +12,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from latentds.errors import FormatError, InputError
+from latentds.core.storage import write_atomically
+from latentds.errors import FormatError, InputError, UnreachableError
 from latentds.hub.card import hub_card
 from latentds.hub.client import HubFile, Repository
 from latentds.hub.licences import check_licence, licence_warnings
@@ -36,6 +37,7 @@ class Published:
 
     commit   of the published set; None where nothing was written
     checked  files whose checksums were compared after the upload
+    unseen   why the plan knows nothing of what the Hub holds; empty where it does
     """
 
     url: str
@@ -43,6 +45,7 @@ class Published:
     plan: PublishPlan
     warnings: tuple[str, ...]
     checked: int = 0
+    unseen: str = ""
 
     def summary(self) -> dict[str, Any]:
         """What the tools print, as plain JSON values."""
@@ -56,6 +59,7 @@ class Published:
             "already_there": [path for path in plan.contents if path not in plan.missing],
             "removed" if is_done else "to_remove": plan.deleted,
             "checksums_compared": self.checked,
+            "not_compared": self.unseen or None,
             "warnings": list(self.warnings),
         }
 
@@ -68,6 +72,7 @@ def publish(
     pull_request: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
+    look: Path | None = None,
     tell: Callable[[str], None] = lambda _: None,
 ) -> Published:
     """Publish a data set's folder.
@@ -79,7 +84,8 @@ def publish(
     private       for a repository that is made now
     pull_request  open one instead of committing to the branch
     overwrite     replace whatever else the repository holds
-    dry_run       look, plan, write nothing
+    dry_run       look, plan, write nothing there; without a network plan as for an empty one
+    look          folder that card and preview are written to as well, to be looked at
     tell          called with what is being done
     raises        InputError without licence, login or rights, where the folder is damaged or the
                   repository holds something else; FormatError where the Hub holds other bytes after
@@ -92,10 +98,20 @@ def publish(
     warnings = tuple(licence_warnings(manifest, identifier))
     contents = gather(Path(folder), manifest, publication, warnings)
     warnings += tuple(edited_card(Path(folder), manifest))
-    remote = have_repository(repository, private, dry_run)
+    if look is not None:
+        write_look(look, contents)
+    unseen = ""
+    try:
+        remote = have_repository(repository, private, dry_run)
+    except UnreachableError as error:
+        if not dry_run:
+            raise
+        remote, unseen = {}, str(error)
     plan = make_plan(repository, manifest, contents, remote, overwrite)
     if dry_run:
-        return Published(url=repository.url, commit=None, plan=plan, warnings=warnings)
+        return Published(
+            url=repository.url, commit=None, plan=plan, warnings=warnings, unseen=unseen
+        )
     send(repository, plan, {shard.name for shard in manifest.shards}, pull_request, tell)
     tell("comparing checksums")
     checked = compare(repository, plan)
@@ -149,6 +165,14 @@ def gather(
     if len(golden.rows):
         contents[PREVIEW] = make_preview(folder)
     return contents | {README: card.encode(), MANIFEST: (folder / MANIFEST).read_bytes()}
+
+
+def write_look(folder: Path, contents: dict[str, Path | bytes]) -> None:
+    """Write card and preview to a folder, over those of an earlier run."""
+    for name in (README, PREVIEW):
+        content = contents.get(name)
+        if isinstance(content, bytes):
+            write_atomically(folder / name, content)
 
 
 def edited_card(folder: Path, manifest: Manifest) -> Iterator[str]:

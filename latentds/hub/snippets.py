@@ -20,7 +20,7 @@ With `latentds`, decoded to pixels on the way:
 from latentds import LatentLoader
 
 loader = LatentLoader(
-    "hf://datasets/{repository}{at}", split="{split}", batch_size=64, device="cuda"{autoencoder}
+    "hf://datasets/{repository}{at}", split="{split}", batch_size=64{autoencoder}
 )
 for batch in loader:
     images = batch.images  # float (B, 3, {height}, {width}) in [0, 1]

@@ -61,14 +61,15 @@ Each patch of {width}x{height} px is {bytes_per_patch:,} bytes: the latents of t
 ## Load
 
     from latentds import LatentLoader
-    for batch in LatentLoader("this folder", split="{split}", batch_size=64, device="cuda"):
+    for batch in LatentLoader("this folder", split="{split}", batch_size=64):
         batch.images  # float (B, 3, {height}, {width}) in [0, 1]; \
 batch.labels, batch.slides, batch.coords
 
-Without the loader, a row of `datasets.load_dataset("this folder", streaming=True)` is a pack of
-patches:
+Without the loader, a row is a pack of patches:
 
 {imports}
+    rows = datasets.load_dataset("this folder", split="{split}", streaming=True)
+    row = next(iter(rows))
     codes = np.asarray(row["{codes}"], np.uint8)  # (N, {codes_shape})
     columns = pyarrow.parquet.read_table(io.BytesIO(row["{parquet}"])).to_pylist()  \
 # N rows: label, slide, x, y, ...
@@ -105,7 +106,7 @@ def dataset_card(manifest: Manifest) -> str:
         codes=CODES,
         parquet=PATCHES,
         codes_shape=", ".join(map(str, contract.codes_shape)),
-        imports=indented(imports + "import numpy as np\nimport pyarrow.parquet"),
+        imports=indented(imports + "import datasets\nimport numpy as np\nimport pyarrow.parquet"),
         dequantize=indented(dequantize),
     )
 

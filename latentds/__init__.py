@@ -33,6 +33,7 @@ _HOMES = {
     "SlideBags": "latentds.loading.bags",
     "split_patients": "latentds.loading.selection",
     "uniform": "latentds.core.randomness",
+    "unpack": "latentds.loading.unpacking",
     "verify": "latentds.store.verification",
 }
 

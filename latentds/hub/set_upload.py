@@ -100,6 +100,7 @@ def publish(
     warnings += tuple(edited_card(Path(folder), manifest))
     if look is not None:
         write_look(look, contents)
+        tell(f"card and preview, to be looked at: {look}")
     unseen = ""
     try:
         remote = have_repository(repository, private, dry_run)

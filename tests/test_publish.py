@@ -410,7 +410,9 @@ def test_a_dry_run_needs_no_network_and_writes_card_and_preview(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="0"):
         cli.main(["publish", str(shared_dataset), NAME, "--license", "cc0-1.0", "--dry-run"])
-    told = capsys.readouterr().out.splitlines()
+    captured = capsys.readouterr()
+    told = captured.out.splitlines()
+    assert f"to be looked at: {NAME.partition('/')[2]}-look" in captured.err
     assert told[-1].startswith("not compared with what the Hub holds: ") and SHARD in told[1]
     look = tmp_path / f"{NAME.partition('/')[2]}-look"
     assert NAME in (look / "README.md").read_text() and (look / PREVIEW).stat().st_size > 1000
@@ -429,7 +431,8 @@ def test_an_edited_card_is_told_about(dataset, hub):
     assert "--notes" in warning
 
 
-def test_the_commands_print_what_was_done(shared_dataset, hub, tmp_path, capsys):
+def test_the_commands_print_what_was_done(shared_dataset, hub, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     words = ["publish", str(shared_dataset), NAME, "--license", "cc0-1.0"]
     for more in (["--dry-run"], [], ["--json"]):
         with pytest.raises(SystemExit, match="0"):

@@ -94,6 +94,12 @@ def wanted(command: str, config: object) -> Iterator[tuple[str, str]]:
     if command == "sampath":
         is_unet = told("model") == "unet"
         yield ("segmentation_models_pytorch" if is_unet else "transformers"), "evaluate"
+        if told("jitter") != 0:  # colours of the crops, at the first step
+            yield "torchvision", "evaluate"
+    if told("probe_on") or (command == "pretrain" and told("probe")):
+        yield "sklearn", "evaluate"
+    if told("ssim") == "torchmetrics":
+        yield "torchmetrics", "bench"
 
 
 def has_coordinates(config: object) -> bool:

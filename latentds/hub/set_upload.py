@@ -103,6 +103,7 @@ def publish(
     warnings += tuple(edited_card(Path(folder), manifest))
     if look is not None:
         write_look(look, contents)
+        tell(f"card and preview, to be looked at: {look}")
     if not thumbnails and (Path(folder) / SLIDES_TABLE).is_file():
         warnings += ("pictures of the slides are not published; --thumbnails sends them",)
     unseen = ""

@@ -12,7 +12,7 @@ from latentds_trainers.train_codec.tile_sources import list_tiles, shares_of
 from torch import Tensor
 
 from latentds.core.untrusted_files import pixels_of
-from latentds.errors import InputError
+from latentds.errors import InputError, missing_extra
 
 JUDGED_PX = 256  # edge of what is judged, cut from a picture's middle
 HELD_OUT = "held_out"  # what a pack calls the pictures that are judged by
@@ -68,8 +68,10 @@ def read_pictures(path: Path) -> list[np.ndarray]:
     """The picture of a file; of a slide, all of its finest level."""
     if path.suffix != ".svs":
         return [pixels_of(path)]
-    import openslide
-
+    try:
+        import openslide
+    except ModuleNotFoundError as error:
+        raise missing_extra("openslide-python", "slides") from error
     with openslide.OpenSlide(path) as slide:
         return [np.asarray(slide.read_region((0, 0), 0, slide.dimensions).convert("RGB"))]
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from latentds.conversion.conversion_plan import Plan
 from latentds.core.progress import progress
-from latentds.sources.picture import Header, Picture
+from latentds.sources.picture import Picture
 from latentds.sources.slide_looks import SlideLook
 from latentds.store.manifest import left_out_text
 from latentds.store.slide_records import SlideRecord
@@ -35,8 +35,7 @@ def slide_records(
     for number, (picture, look) in enumerate(zip(plan.pictures, looks, strict=True)):
         if look is not None:
             entry = words.pop(name(picture.source), None)
-            header = plan.headers[number]
-            records.append(record_of(plan, picture, header, look, counts[number], entry, name))
+            records.append(record_of(picture, look, counts[number], entry, name))
     bare = [
         SlideRecord(source=source, slide=None, left_out=(left_out_text(dict(entry)),))
         for source, entry in words.items()
@@ -56,11 +55,13 @@ def looks_of(plan: Plan) -> list[SlideLook | None]:
 
 
 def record_of(
-    plan: Plan, picture: Picture, header: Header, look: SlideLook, planned: int,
-    entry: Mapping[str, Any] | None, name: Callable[[str], str],
-) -> SlideRecord:  # fmt: skip
+    picture: Picture,
+    look: SlideLook,
+    planned: int,
+    entry: Mapping[str, Any] | None,
+    name: Callable[[str], str],
+) -> SlideRecord:
     """The record of a slide of which so many patches were planned and `entry` was left out."""
-    ((_, _, size_px, mpp),) = plan.source.whereabouts(picture, header, plan.patch_px, [(0, 0)])
     lost = 0 if entry is None else int(entry.get("patches", planned))
     told = () if entry is None else (left_out_text(dict(entry)),)
     return SlideRecord(
@@ -69,8 +70,8 @@ def record_of(
         split=picture.split,
         label=picture.label,
         mpp_level0=look.mpp_level0,
-        mpp=mpp,
-        size_px=size_px,
+        mpp=look.mpp,
+        size_px=look.size_px,
         tissue=look.tissue,
         places=look.places,
         patches=planned - lost,

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
 from latentds.conversion.conversion_plan import Plan
-from latentds.core.progress import progress
 from latentds.sources.picture import Picture
 from latentds.sources.slide_looks import SlideLook
 from latentds.store.manifest import left_out_text
 from latentds.store.slide_records import SlideRecord
-
-THREADS = 8
 
 
 def slide_records(
@@ -28,30 +24,19 @@ def slide_records(
     """
     if not plan.source.has_looks:
         return []
-    looks = looks_of(plan)
     name, words = hide or str, {str(entry["source"]): entry for entry in left_out}
     counts = np.bincount(plan.regions["picture"], minlength=len(plan.pictures)).tolist()
     records = []
-    for number, (picture, look) in enumerate(zip(plan.pictures, looks, strict=True)):
+    for picture, count in zip(plan.pictures, counts, strict=True):
+        look = plan.source.look(picture)
         if look is not None:
             entry = words.pop(name(picture.source), None)
-            records.append(record_of(picture, look, counts[number], entry, name))
+            records.append(record_of(picture, look, count, entry, name))
     bare = [
         SlideRecord(source=source, slide=None, left_out=(left_out_text(dict(entry)),))
         for source, entry in words.items()
     ]
     return records + bare
-
-
-def looks_of(plan: Plan) -> list[SlideLook | None]:
-    """The look of every picture, in threads: some sources have to read one."""
-    bar = progress(total=len(plan.pictures), desc="looks", unit="slide")
-    looks = []
-    with bar, ThreadPoolExecutor(THREADS, thread_name_prefix="looks") as pool:
-        for look in pool.map(plan.source.look, plan.pictures):
-            looks.append(look)
-            bar.update()
-    return looks
 
 
 def record_of(

@@ -23,6 +23,7 @@ from latentds.sources.kinds import one_a_series, sort_files
 from latentds.sources.picture import Header, Listing, Picture
 from latentds.sources.side_tables import with_tables
 from latentds.sources.slide_looks import LOOK_PX, Overview, SlideLook, draw_look
+from latentds.sources.slide_names import check_slide_names
 from latentds.sources.slide_reading import (
     UNREADABLE,
     ReadRegion,
@@ -392,14 +393,3 @@ class Slides(Source):
         names = ("tissue", "min_tissue", "edges", "assume_mpp")
         found = {name: getattr(self.options, name) for name in names}
         return found | ({"overviews_with_holes": len(self.repaired)} if self.repaired else {})
-
-
-def check_slide_names(root: Path, pictures: Sequence[Picture]) -> None:
-    """Refuse two slides of one name: their patches could not be told apart."""
-    first: dict[str | None, str] = {}
-    for picture in pictures:
-        other = first.setdefault(picture.slide, picture.source)
-        if other != picture.source:
-            raise InputError(
-                f"{root}: {other} and {picture.source} are both slide {picture.slide!r}; rename one"
-            )

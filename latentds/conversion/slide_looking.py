@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
 from latentds.conversion.conversion_plan import Plan
-from latentds.core.progress import progress
-from latentds.sources.picture import Header, Picture
+from latentds.sources.picture import Picture
 from latentds.sources.slide_looks import SlideLook
 from latentds.store.manifest import left_out_text
 from latentds.store.slide_records import SlideRecord
-
-THREADS = 8
 
 
 def slide_records(
@@ -28,15 +24,14 @@ def slide_records(
     """
     if not plan.source.has_looks:
         return []
-    looks = looks_of(plan)
     name, words = hide or str, {str(entry["source"]): entry for entry in left_out}
     counts = np.bincount(plan.regions["picture"], minlength=len(plan.pictures)).tolist()
     records = []
-    for number, (picture, look) in enumerate(zip(plan.pictures, looks, strict=True)):
+    for picture, count in zip(plan.pictures, counts, strict=True):
+        look = plan.source.look(picture)
         if look is not None:
             entry = words.pop(name(picture.source), None)
-            header = plan.headers[number]
-            records.append(record_of(plan, picture, header, look, counts[number], entry, name))
+            records.append(record_of(picture, look, count, entry, name))
     bare = [
         SlideRecord(source=source, slide=None, left_out=(left_out_text(dict(entry)),))
         for source, entry in words.items()
@@ -44,23 +39,14 @@ def slide_records(
     return records + bare
 
 
-def looks_of(plan: Plan) -> list[SlideLook | None]:
-    """The look of every picture, in threads: some sources have to read one."""
-    bar = progress(total=len(plan.pictures), desc="looks", unit="slide")
-    looks = []
-    with bar, ThreadPoolExecutor(THREADS, thread_name_prefix="looks") as pool:
-        for look in pool.map(plan.source.look, plan.pictures):
-            looks.append(look)
-            bar.update()
-    return looks
-
-
 def record_of(
-    plan: Plan, picture: Picture, header: Header, look: SlideLook, planned: int,
-    entry: Mapping[str, Any] | None, name: Callable[[str], str],
-) -> SlideRecord:  # fmt: skip
+    picture: Picture,
+    look: SlideLook,
+    planned: int,
+    entry: Mapping[str, Any] | None,
+    name: Callable[[str], str],
+) -> SlideRecord:
     """The record of a slide of which so many patches were planned and `entry` was left out."""
-    ((_, _, size_px, mpp),) = plan.source.whereabouts(picture, header, plan.patch_px, [(0, 0)])
     lost = 0 if entry is None else int(entry.get("patches", planned))
     told = () if entry is None else (left_out_text(dict(entry)),)
     return SlideRecord(
@@ -69,8 +55,8 @@ def record_of(
         split=picture.split,
         label=picture.label,
         mpp_level0=look.mpp_level0,
-        mpp=mpp,
-        size_px=size_px,
+        mpp=look.mpp,
+        size_px=look.size_px,
         tissue=look.tissue,
         places=look.places,
         patches=planned - lost,

@@ -18,9 +18,6 @@ FILL_ALPHA, LINE_ALPHA = 40, 150  # of 255
 LEAST_CELL_PX = 5  # smaller cells have no lines, or nothing else would be seen
 
 
-Drawn = tuple[bytes | None, float | None]  # JPEG of a slide, share of it that is tissue
-
-
 class Overview(NamedTuple):
     """A slide as its tissue was looked for: uint8 (H, W, 3), level-0 pixels a pixel, the mask.
 
@@ -37,7 +34,8 @@ class SlideLook:
     """What is known of a slide once its patches were chosen.
 
     picture_jpeg  of its levels, never of its label or macro images; None where none is small enough
-    mpp_level0    micrometres a pixel of level 0, None where unknown
+    mpp_level0, mpp  micrometres a pixel of level 0 and of patches, None where unknown
+    size_px       of a patch, in pixels of level 0
     tissue        share of it that is tissue, None where the rule does not tell
     places        places of patches that were looked at
     left_out      why of places no patch was taken, a sentence each, without names
@@ -45,6 +43,8 @@ class SlideLook:
 
     picture_jpeg: bytes | None = None
     mpp_level0: float | None = None
+    mpp: float | None = None
+    size_px: int | None = None
     tissue: float | None = None
     places: int = 0
     left_out: tuple[str, ...] = ()

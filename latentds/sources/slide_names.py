@@ -1,12 +1,14 @@
-"""Which of the known names a name means: extensions, folders and TCGA UUIDs are forgiven."""
+"""Which of the known names a name means (extensions, folders, TCGA UUIDs forgiven); names twice."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 from latentds.errors import InputError
 from latentds.sources.names import parse_barcode
+from latentds.sources.picture import Picture
 
 EXTENSIONS = (
     *(".ome.tiff", ".ome.tif", ".svs", ".tiff", ".tif", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu"),
@@ -126,3 +128,14 @@ def some(names: Sequence[str]) -> str:
     listed = ", ".join(repr(name) for name in names[:SHOWN])
     more = len(names) - SHOWN
     return f"{listed} and {more:,} more" if more > 0 else listed
+
+
+def check_slide_names(root: Path, pictures: Sequence[Picture]) -> None:
+    """Refuse two slides of one name: their patches could not be told apart."""
+    first: dict[str | None, str] = {}
+    for picture in pictures:
+        other = first.setdefault(picture.slide, picture.source)
+        if other != picture.source:
+            raise InputError(
+                f"{root}: {other} and {picture.source} are both slide {picture.slide!r}; rename one"
+            )

@@ -17,9 +17,9 @@ from latentds.sources.kinds import sort_files
 from latentds.sources.names import patient_of
 from latentds.sources.picture import Listing, Picture
 from latentds.sources.picture_tables import is_table, list_table, path_columns
-from latentds.sources.slide_names import NameIndex, some
+from latentds.sources.slide_names import NameIndex, check_slide_names, some
 from latentds.sources.slide_regions import note_unused_regions
-from latentds.sources.slides import Slides, check_slide_names
+from latentds.sources.slides import Slides
 from latentds.sources.source import Source
 
 FACTS = ("split", "label", "patient", "mpp")

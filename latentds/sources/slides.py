@@ -22,7 +22,8 @@ from latentds.sources.inspection import Inspection
 from latentds.sources.kinds import one_a_series, sort_files
 from latentds.sources.picture import Header, Listing, Picture
 from latentds.sources.side_tables import with_tables
-from latentds.sources.slide_looks import LOOK_PX, Drawn, Overview, SlideLook, draw_look
+from latentds.sources.slide_looks import LOOK_PX, Overview, SlideLook, draw_look
+from latentds.sources.slide_names import check_slide_names
 from latentds.sources.slide_reading import (
     UNREADABLE,
     ReadRegion,
@@ -72,8 +73,8 @@ class Slides(Source):
         self.places: dict[str, np.ndarray] = {}
         self.empty: dict[str, str] = {}  # slides without a patch, and why
         self.looked_at: dict[str, int] = {}  # places of patches, those not taken included
-        self.overviews: dict[str, Overview] = {}  # until its picture is drawn
-        self.drawn: dict[str, Drawn] = {}
+        self.overviews: dict[str, Overview] = {}  # until a look is made of it
+        self.looks: dict[str, SlideLook] = {}
         self.chosen = open_regions(options)
         self.repaired: set[str] = set()  # slides whose overview could not be read everywhere
 
@@ -125,10 +126,10 @@ class Slides(Source):
             found = self.find_places(picture, slide)
             slide = self.open(picture)  # a broken overview may have closed the first
             self.places[picture.source] = self.within_regions(picture, slide, found)
+            encoding = describe_slide(slide, path)
             overview = self.overviews.pop(picture.source, None)
             if self.keeps_looks:
-                self.drawn[picture.source] = self.draw(picture, overview)
-        encoding = describe_slide(slide, path)
+                self.looks[picture.source] = self.make_look(picture, overview)
         return Header((height, width), "RGB", encoding, path.stat().st_size)
 
     def file(self, picture: Picture) -> Path:
@@ -182,33 +183,38 @@ class Slides(Source):
         return self.empty.get(picture.source, "no places in it")
 
     def look(self, picture: Picture) -> SlideLook | None:
-        drawn, tissue = self.drawn.get(picture.source) or self.draw(picture)
+        return self.looks.get(picture.source) or self.make_look(picture)
+
+    def make_look(self, picture: Picture, overview: Overview | None = None) -> SlideLook:
+        """What is shown of a slide whose places are known; of its overview, if one was read."""
+        slide = self.open(picture)
+        own, scale = self.own_mpp(picture, slide), self.scale(picture, slide)
+        mask = None if overview is None else overview.mask
         return SlideLook(
-            picture_jpeg=drawn,
-            mpp_level0=self.own_mpp(picture, self.open(picture)),
-            tissue=tissue,
+            picture_jpeg=self.draw(picture, overview, self.edge * scale),
+            mpp_level0=own,
+            mpp=None if own is None else own * scale,
+            size_px=round(self.edge * scale),
+            tissue=None if mask is None else float(mask.mean()),
             places=self.looked_at.get(picture.source, 0),
             left_out=tuple(self.passed_over(picture)),
         )
 
-    def draw(self, picture: Picture, overview: Overview | None = None) -> Drawn:
-        """A small picture of a slide, None where no level is small, and its share of tissue.
+    def draw(self, picture: Picture, overview: Overview | None, edge: float) -> bytes | None:
+        """A small picture of a slide with its patches, None where no level is small.
 
-        overview  of it, if one was read; a small slide is read finer
+        edge  of a patch at level 0
         """
-        mask = None if overview is None else overview.mask
         view = None if overview is None else (overview.pixels, overview.factor)
-        if view is None or max(view[0].shape) < LOOK_PX:
+        if view is None or max(view[0].shape) < LOOK_PX:  # a small slide is read finer
             try:
                 view = small_view(self.open(picture), LOOK_PX) or view
             except Exception as error:
                 self.forget(picture, error)
         if view is None:
-            return None, None
-        places = self.places[picture.source]
-        edge = self.edge * self.scale(picture, self.open(picture))
-        drawn = draw_look(view[0], mask, np.concatenate([places, places + edge], 1) / view[1])
-        return drawn, None if mask is None else float(mask.mean())
+            return None
+        places, mask = self.places[picture.source], overview.mask if overview else None
+        return draw_look(view[0], mask, np.concatenate([places, places + edge], 1) / view[1])
 
     def within_regions(self, picture: Picture, slide: Any, places: np.ndarray) -> np.ndarray:
         """The places that lie in a slide's --regions, all without them."""
@@ -387,14 +393,3 @@ class Slides(Source):
         names = ("tissue", "min_tissue", "edges", "assume_mpp")
         found = {name: getattr(self.options, name) for name in names}
         return found | ({"overviews_with_holes": len(self.repaired)} if self.repaired else {})
-
-
-def check_slide_names(root: Path, pictures: Sequence[Picture]) -> None:
-    """Refuse two slides of one name: their patches could not be told apart."""
-    first: dict[str | None, str] = {}
-    for picture in pictures:
-        other = first.setdefault(picture.slide, picture.source)
-        if other != picture.source:
-            raise InputError(
-                f"{root}: {other} and {picture.source} are both slide {picture.slide!r}; rename one"
-            )

@@ -58,14 +58,20 @@ def classify(
     folds: int = 5,
     fold_seed: int = 0,
     seeds: tuple[int, ...] = (0,),
+    bias: float = 0.0,
     **changes: Any,
 ) -> Path:
-    """A run of abmil whose predictions are the better the higher `strength` is."""
+    """A run of abmil whose predictions are the better the higher `strength` is.
+
+    bias  added to the logits of the second class
+    """
     labels, patients, slides, made = cohort(folds, fold_seed)
     classes = ["IDC", "ILC"]
     parts, results = [], []
     for seed in seeds:
-        logits = np.random.default_rng(seed).normal(size=SLIDES) + strength * (2 * labels - 1)
+        logits = (
+            np.random.default_rng(seed).normal(size=SLIDES) + strength * (2 * labels - 1) + bias
+        )
         values = np.stack([1 / (1 + np.exp(logits)), 1 / (1 + np.exp(-logits))], axis=1)
         for number, fold in enumerate(made):
             scores = classification_scores(labels[fold.test], values[fold.test], classes)

@@ -50,11 +50,15 @@ def small_vit(folder: Path, name: str = "uni", native: bool = False) -> NetworkE
     return load_known(name, save_vit(folder / "w.bin", name), native, **SMALL)
 
 
-def save_phikon(folder: Path) -> Path:
+def save_phikon(folder: Path, patch_px: int = 16) -> Path:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.Dinov2Config(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, patch_size=16, image_size=224
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        patch_size=patch_px,
+        image_size=224,
     )
     transformers.Dinov2Model(config).save_pretrained(folder)
     return folder
@@ -71,6 +75,9 @@ MAKERS = {
     "uni-like": lambda folder: small_vit(folder),
     "uni2-like": lambda folder: small_vit(folder, "uni2-h"),
     "gigapath-like": lambda folder: small_vit(folder, "gigapath"),
+    "virchow2-like": lambda folder: small_vit(folder, "virchow2"),
+    "h-optimus-like": lambda folder: small_vit(folder, "h-optimus-1"),
+    "midnight-like": lambda folder: load_embedder(f"midnight@{save_phikon(folder / 'm', 14)}"),
     "phikon-like": lambda folder: load_embedder(f"phikon-v2@{save_phikon(folder / 'p')}"),
     "efficientnet-lite0": lambda folder: load_embedder("efficientnet-lite0"),
     "nic": lambda folder: load_embedder(save_nic(folder / "n.safetensors")),

@@ -143,8 +143,12 @@ def test_the_bootstrap_follows_its_seed(runs: list[Path]) -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"fold_seed": 3}, "other folds: split_id"),
-        ({"folds": 4}, "other folds: split_id"),
+        ({"fold_seed": 3}, "folds differ: one rule, other items or another --seed"),
+        ({"folds": 4}, "folds differ: 4 here, 5 there"),
+        (
+            {"split_rule": "5 folds by seed; 40 groups: slide", "fold_seed": 3},
+            "folds differ: '5 folds by seed; 40 groups: slide' here, '",
+        ),
         ({"seeds": (0, 1)}, "other seeds: 0, 1 against 0"),
         ({"classes": ["IDC", "other"]}, "other classes: IDC, other / IDC, ILC"),
     ],
@@ -207,10 +211,24 @@ def test_scores_that_cannot_be_drawn_over_groups_are_not_paired(tmp_path: Path, 
     assert "kappa" in family["rows"][1]["not_paired"]
 
 
-def test_without_originals_there_are_no_differences_and_the_page_says_so(runs: list[Path]) -> None:
-    report = report_of(runs[0], runs[2])
-    assert report["families"][0]["reference"] is None
-    assert "no run is of the originals; name one with --reference" in write_page(report)
+def test_without_originals_the_first_run_is_the_reference_and_the_page_says_so(
+    runs: list[Path],
+) -> None:
+    report = report_of(runs[2], runs[0])
+    (family,) = report["families"]
+    assert family["reference"] == "dcae-f32+kmeans" and family["rows"][1]["difference"]
+    said = "No run is of the originals: differences are to the first, dcae-f32+kmeans; --reference"
+    assert said in write_page(report)
+
+
+def test_a_class_that_is_never_predicted_is_noted(tmp_path: Path) -> None:
+    folders = [
+        classify(tmp_path / "original", ORIGINAL),
+        classify(tmp_path / "dcae", network(), bias=-30.0),
+    ]
+    notes = report_of(*folders)["families"][0]["notes"]
+    assert "dcae-f32+kmeans: class 'ILC' is never predicted, in no fold." in notes
+    assert sum("never predicted" in note for note in notes) == 1
 
 
 def test_settings_that_differ_are_told(tmp_path: Path) -> None:

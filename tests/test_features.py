@@ -17,7 +17,7 @@ from latentds.errors import (
     TooManyBadSamplesError,
     UnknownNameError,
 )
-from latentds.evaluation.features.extraction import extract_features
+from latentds.evaluation.features.extraction import extract_features, extract_several
 from latentds.evaluation.features.extraction_options import FeatureOptions
 from latentds.evaluation.features.feature_files import FeatureFile, write_features
 from latentds.evaluation.features.features_record import read_record
@@ -570,3 +570,37 @@ if __name__ == "__main__":
 def test_a_folder_that_is_not_there_is_told_with_what_makes_one(tmp_path):
     with pytest.raises(InputError, match="no such folder; make features with 'latentds features"):
         FeatureFolder(tmp_path / "none")
+
+
+# Several embedders
+
+
+def extract_both(out: Path, patches: SmallPatches, **changes: object) -> list:
+    embedders = {out / "a": ProjectionEmbedder(6, "a"), out / "b": ProjectionEmbedder(3, "b")}
+    options = FeatureOptions(batch_size=4)
+    return extract_several(patches, embedders, options, rank=0, world_size=1, **changes)
+
+
+def test_several_embedders_read_every_patch_once_and_write_what_each_alone_does(tmp_path):
+    patches = SmallPatches(SIZES)
+    made = extract_both(tmp_path, patches)
+    assert patches.read == {slide: list(range(count)) for slide, count in SIZES.items()}
+    for name, dim, done in (("a", 6, made[0]), ("b", 3, made[1])):
+        alone, embedder = tmp_path / "alone" / name, ProjectionEmbedder(dim, name)
+        options = FeatureOptions(batch_size=4)
+        extract_features(SmallPatches(SIZES), embedder, alone, options, rank=0, world_size=1)
+        assert content(tmp_path / name) == content(alone)
+        assert (done.dim, done.patches) == (dim, sum(SIZES.values()))
+
+
+def test_an_embedder_that_comes_later_reads_for_itself_alone(tmp_path):
+    first = ProjectionEmbedder(6, "a")
+    options = FeatureOptions(batch_size=4)
+    extract_features(SmallPatches(SIZES), first, tmp_path / "a", options, rank=0, world_size=1)
+    before = content(tmp_path / "a")
+    made = extract_both(tmp_path, SmallPatches(SIZES))
+    assert [(done.skipped, done.patches) for done in made] == [
+        (len(SIZES), 0),
+        (0, sum(SIZES.values())),
+    ]
+    assert content(tmp_path / "a") == before and len(FeatureFolder(tmp_path / "b")) == len(SIZES)

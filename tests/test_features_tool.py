@@ -264,3 +264,16 @@ def test_leaving_early_ends_the_thread():
     assert next(made) == 0
     made.close()
     assert "slides-ahead" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_several_embedders_have_a_folder_each(work, tmp_path, capsys):
+    shutil.copy(work / "small.safetensors", work / "other.safetensors")
+    words = words_of(work, tmp_path, "--json")
+    words.insert(words.index("--embedder") + 1, str(work / "other.safetensors"))
+    reports = json.loads(call(capsys, words))
+    assert [report["embedder"] for report in reports] == ["nic:other", "nic:small"]
+    for report, name in zip(reports, ("nic-other", "nic-small"), strict=True):
+        assert report["out"] == str(tmp_path / name) and report["patches"] == 10
+        assert FeatureFolder(tmp_path / name).sizes == SLIDES
+    words[words.index("--embedder") + 1] = str(work / "small.safetensors")
+    assert "each once" in call(capsys, words, code=2)

@@ -1,6 +1,7 @@
 """labels.csv of `latentds features`: what a slide's patches agree in, by ranks, for abmil."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -116,3 +117,46 @@ def test_abmil_takes_the_labels_that_features_wrote(features):
     assert result["classes"] == ["stroma", "tumour"]
     assert sum(fold["test"] for fold in result["folds"]) == 12
     assert "recorded patient" in result["split_rule"]
+
+
+DOTTED = [f"TCGA-AA-000{number}-01Z-00-DX1.0A1B-{number}.X" for number in range(3)]
+
+
+@pytest.fixture
+def dotted_features(tmp_path, monkeypatch) -> None:
+    """Features with CLAM's files of slides whose names have dots, in the folder the guide names."""
+    monkeypatch.chdir(tmp_path)
+    out, options = Path("brca-features"), FeatureOptions(batch_size=4, clam=True)
+    patches = SmallPatches(dict(zip(DOTTED, (3, 5, 4), strict=True)))
+    embedder = ProjectionEmbedder(6, "uni")
+    extract_features(patches, embedder, out, options, rank=0, world_size=1)
+    lines = [SlideLabel(s, s[:12], "train", "ab"[n % 2]) for n, s in enumerate(DOTTED)]
+    note_labels(out, DOTTED, {line.slide: line for line in lines})
+
+
+def guide_block(word: str) -> str:
+    text = (Path(__file__).parents[1] / "docs" / "downstream.md").read_text()
+    (block,) = [part for part in re.findall(r"```python\n(.*?)```", text, re.S) if word in part]
+    return block
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
+def test_the_guides_block_gives_torchmil_labels_of_dotted_names(dotted_features):
+    pytest.importorskip("torchmil.datasets")
+    names: dict[str, object] = {}
+    exec(compile(guide_block("torchmil"), "downstream.md", "exec"), names)
+    bags = names["bags"]
+    found = {name: bags[place] for place, name in enumerate(bags.get_bag_names())}
+    assert {name: bag["Y"].tolist() for name, bag in found.items()} == {
+        name: [number % 2] for number, name in enumerate(DOTTED)
+    }
+    assert [len(found[name]["X"]) for name in DOTTED] == [3, 5, 4]
+
+
+def test_the_guides_block_reads_what_clam_reads(dotted_features):
+    pytest.importorskip("pandas")
+    names: dict[str, object] = {}
+    exec(compile(guide_block("clam_uni"), "downstream.md", "exec"), names)
+    assert names["slides"]["case_id"].tolist() == [name[:12] for name in DOTTED]
+    assert names["features"].shape == (4, 6)

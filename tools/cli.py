@@ -108,6 +108,10 @@ def run(command: str, words: list[str]) -> int:
     """Parse and run one command; returns the exit code."""
     module = importlib.import_module(f"latentds_tools.{COMMANDS[command][0]}")
     try:
+        for word, answer in getattr(module, "ANSWERS", {}).items():
+            if word in words:
+                say(answer())
+                return 0
         config = parse(
             module.Config,
             words,

@@ -24,7 +24,8 @@ class Config:
     out: Path | None = None
     """Folder for comparison.json, comparison.md, bars.png and differences.png."""
     reference: str | None = None
-    """Source (or run folder) that others are set against; by default the originals."""
+    """Source (or run folder) that others are set against; by default the originals, else the first
+    run."""
     metric: str | None = None
     """Score that tables lead with, such as balanced_accuracy; by default the runs' own choice."""
     over: Literal["folds", "groups"] = "folds"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 from latentds_tools.reports.commands import show
 
+from latentds.errors import InputError
 from latentds.evaluation.patchsets.patch_set_config import PatchInput, recorded_settings
 
 if TYPE_CHECKING:
@@ -32,13 +33,16 @@ class Config(PatchInput):
     data: Annotated[Path, tyro.conf.Positional]
     """A latentds data set (its folder, hf://datasets/ORG/NAME[@REVISION], s3://...), or originals
     as 'latentds convert' takes them: slides, folders of pictures, archives, a table of paths."""
-    embedder: str
-    """uni, uni2-h, gigapath, phikon-v2, efficientnet-lite0, timm:NAME, each with @FILE for weights
-    in a local file; timm-dir:FOLDER, timm:hf-hub:ORG/NAME; nic:FILE, nic-quarters:FILE."""
+    embedder: tuple[str, ...]
+    """One or several, for which patches are decoded once: uni, virchow2, ... (--list-embedders),
+    timm:NAME, each with @FILE for weights in a local file; timm-dir:FOLDER, timm:hf-hub:ORG/NAME;
+    nic:FILE, nic-quarters:FILE; FILE.py:FUNCTION, a local file whose function makes one."""
     out: Path
     """Folder to write: features_<embedder>/SLIDE.h5, patches/SLIDE_patches.h5, labels.csv,
-    features.json.
+    features.json; of several embedders a folder each, OUT/<embedder>/, with all of these.
     Exit code 3: done, but slides were left out."""
+    list_embedders: bool = False
+    """Only list the embedders known by name: dimensions, preparation, licence, where they are."""
     native: bool = False
     """Feed whole patches to the embedder, neither resized nor cropped."""
     batch_size: int | None = None
@@ -62,6 +66,8 @@ class Config(PatchInput):
 
     def __post_init__(self) -> None:
         PatchInput.__post_init__(self)
+        if not self.embedder or len(set(self.embedder)) < len(self.embedder):
+            raise ValueError(f"--embedder {' '.join(self.embedder)}: at least one, each once")
         for name in ("batch_size", "max_patches"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -76,21 +82,33 @@ def run(config: Config) -> int:
     from latentds.evaluation.features.slides_left_out import read_left_out
 
     rank, ranks = find_rank(None, None)
-    summary = extract(config, rank, ranks)
+    summaries = extract(config, rank, ranks)
     with meeting(ranks):
         if rank == 0:
-            left = read_left_out(config.out)  # by any rank
-            told = [{"slide": slide, "reason": reason} for slide, reason in left.items()]
-            shown = summary | {"left_out": told}
-            show(shown, config.json, as_text)
-    return LEFT_OUT if summary["left_out"] else 0
+            shown = []
+            for summary in summaries:
+                left = read_left_out(Path(summary["out"]))  # by any rank
+                told = [{"slide": slide, "reason": reason} for slide, reason in left.items()]
+                shown.append(summary | {"left_out": told})
+            show(shown if len(shown) > 1 else shown[0], config.json, as_text)
+    return LEFT_OUT if any(summary["left_out"] for summary in summaries) else 0
 
 
-def extract(config: Config, rank: int, ranks: int) -> dict[str, Any]:
-    """Write this rank's feature files; the summary."""
+def list_embedders() -> str:
+    """The embedders known by name, for --list-embedders."""
+    from latentds.embedders.catalogue import describe
+
+    return describe()
+
+
+ANSWERS = {"--list-embedders": list_embedders}  # options that ask, and need no other
+
+
+def extract(config: Config, rank: int, ranks: int) -> list[dict[str, Any]]:
+    """Write this rank's feature files; a summary for each embedder."""
     from latentds.core.device_choice import choose_device
     from latentds.embedders import load_embedder
-    from latentds.evaluation.features.extraction import extract_features, named_slides
+    from latentds.evaluation.features.extraction import extract_several, named_slides
     from latentds.evaluation.features.extraction_options import FeatureOptions
     from latentds.evaluation.patchsets import open_patches
 
@@ -98,7 +116,10 @@ def extract(config: Config, rank: int, ranks: int) -> dict[str, Any]:
     # Every patch is read once: none is worth keeping.
     patches = open_patches(dataclasses.replace(config, device=str(device), keep_mb=0))
     named_slides(patches)  # before weights are fetched, which may take long and fail
-    embedder = load_embedder(config.embedder, native=config.native)
+    loaded = [load_embedder(name, native=config.native) for name in config.embedder]
+    embedders = {out_of(config, embedder.card.name): embedder for embedder in loaded}
+    if len(embedders) < len(loaded):
+        raise InputError(f"--embedder {' '.join(config.embedder)}: two go to one folder")
     options = FeatureOptions(
         batch_size=config.batch_size or (GPU_BATCH if device.type == "cuda" else CPU_BATCH),
         precision=config.precision,
@@ -111,24 +132,36 @@ def extract(config: Config, rank: int, ranks: int) -> dict[str, Any]:
     )
     started = time.perf_counter()
     with Bar(shown=rank == 0) as bar:
-        done = extract_features(
-            patches, embedder, config.out, options, device=device, rank=rank, world_size=ranks,
+        made = extract_several(
+            patches, embedders, options, device=device, rank=rank, world_size=ranks,
             progress=bar.advance,
         )  # fmt: skip
     seconds = time.perf_counter() - started
-    about = {"source": patches.name, "embedder": embedder.card.name, "device": str(device)}
-    return summarize(config, done, seconds, about, (rank, ranks))
+    return [
+        summarize(out, done, seconds,
+                  {"source": patches.name, "embedder": name, "device": str(device)}, (rank, ranks))
+        for (out, name), done in zip(
+            ((out, embedder.card.name) for out, embedder in embedders.items()), made, strict=True
+        )
+    ]  # fmt: skip
+
+
+def out_of(config: Config, name: str) -> Path:
+    """The folder of an embedder's features: --out, or of several one in it."""
+    from latentds.evaluation.features.layout import plain
+
+    return config.out if len(config.embedder) == 1 else config.out / plain(name)
 
 
 def summarize(
-    config: Config,
+    out: Path,
     done: Extraction,
     seconds: float,
     about: dict[str, Any],
     place: tuple[int, int],
 ) -> dict[str, Any]:
     """What a rank did, as JSON."""
-    summary = {"out": str(config.out)} | about | {
+    summary = {"out": str(out)} | about | {
         "dim": done.dim,
         "slides": len(done.slides),
         "there_before": done.skipped,
@@ -140,8 +173,10 @@ def summarize(
     return summary | ({"rank": place[0], "ranks": place[1]} if place[1] > 1 else {})
 
 
-def as_text(summary: dict[str, Any]) -> str:
-    """One fact a line; slides that were left out with their reasons."""
+def as_text(summary: dict[str, Any] | list[dict[str, Any]]) -> str:
+    """One fact a line; slides that were left out with their reasons; a block an embedder."""
+    if isinstance(summary, list):
+        return "\n\n".join(map(as_text, summary))
     facts = {name: value for name, value in summary.items() if name != "left_out"}
     lines = [f"{name.replace('_', ' '):<16} {value}" for name, value in facts.items()]
     bad = summary["left_out"]

@@ -106,7 +106,7 @@ HELPS = {
     "features": Help(
         ("device", "batch_size", "codec", "split", "clam"),
         (
-            "latentds features brca/ --embedder uni --out brca-features/",
+            "latentds features brca/ --embedder uni phikon-v2 --out brca-features/",
             "latentds features slides/ --patch-size 256 --mpp 0.5 --embedder efficientnet-lite0 "
             "--out features/ --clam",
         ),

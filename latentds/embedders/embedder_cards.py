@@ -2,7 +2,9 @@
 
 Rules as the authors publish them: UNI and UNI 2 in their README (torchvision's Resize(224), thus
 bilinear), Prov-GigaPath in its README (a 256 px patch is cropped, not resized), Phikon-v2 in the
-`preprocessor_config.json` beside its weights, which is followed where it is there.
+`preprocessor_config.json` beside its weights, which is followed where it is there; Virchow2,
+H-optimus and Midnight on their pages on the Hub. H-optimus takes patches of 224 px as they are;
+others are resized as TRIDENT v0.3 does it, which has the same figures for all of these.
 """
 
 from __future__ import annotations
@@ -48,6 +50,49 @@ CARDS = {
         file="pytorch_model.bin",
         licence="terms of its Hub page (research)",
         gated=True,
+    ),
+    "virchow2": EmbedderCard(
+        name="virchow2",
+        class_name="vit_huge_patch14_224",
+        dim=2560,
+        rule=f"shorter edge to 224 px (bicubic), centre crop of 224 px, {IMAGENET}; class token "
+        "beside the mean of the patch tokens, registers left out",
+        multiple_px=14,
+        repository="paige-ai/Virchow2",
+        file="pytorch_model.bin",
+        licence="CC-BY-NC-ND-4.0",
+        gated=True,
+    ),
+    **{
+        name: EmbedderCard(
+            name=name,
+            class_name="vit_giant_patch14_reg4_dinov2",
+            dim=1536,
+            rule="shorter edge to 224 px (bilinear), centre crop of 224 px, its own mean and std; "
+            "class token",
+            interpolation="bilinear",
+            multiple_px=14,
+            mean=(0.707223, 0.578729, 0.703617),
+            std=(0.211883, 0.230117, 0.177517),
+            repository=f"bioptimus/{name.capitalize()}",
+            file="pytorch_model.bin",
+            licence=licence,
+            gated=True,
+        )
+        for name, licence in (("h-optimus-0", "Apache-2.0"), ("h-optimus-1", "CC-BY-NC-ND-4.0"))
+    },
+    "midnight": EmbedderCard(
+        name="midnight",
+        class_name="Dinov2Model",
+        dim=3072,
+        rule="shorter edge to 224 px (bilinear), centre crop of 224 px, mean and std 0.5; class "
+        "token beside the mean of the patch tokens",
+        interpolation="bilinear",
+        multiple_px=14,
+        mean=(0.5,) * 3,
+        std=(0.5,) * 3,
+        repository="kaiko-ai/midnight",
+        licence="MIT",
     ),
     "phikon-v2": EmbedderCard(
         name="phikon-v2",

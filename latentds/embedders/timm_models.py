@@ -1,4 +1,4 @@
-"""Embedders that are timm networks: UNI, UNI 2, Prov-GigaPath, and any other by timm's name.
+"""Embedders that are timm networks: UNI, Virchow2, H-optimus, ..., and any other by timm's name.
 
 Only the network comes from timm; weights are read by `weights.py`, from the Hub or a local file,
 and every tensor must find its place.
@@ -15,7 +15,13 @@ import torch
 from torch import nn
 
 from latentds.autoencoders.autoencoder import hash_tensors
-from latentds.embedders.embedder import EmbedderCard, NetworkEmbedder, Preparation, without_resizing
+from latentds.embedders.embedder import (
+    EmbedderCard,
+    NetworkEmbedder,
+    Preparation,
+    TokenAndMean,
+    without_resizing,
+)
 from latentds.embedders.embedder_cards import CARDS
 from latentds.embedders.weights import fetch, fill, read_weights
 from latentds.errors import ShapeError, UnknownNameError, WeightsError, missing_extra
@@ -26,7 +32,7 @@ INTERPOLATIONS = ("bicubic", "bilinear")
 def load_known(
     name: str, path: Path | None = None, native: bool = False, **changes: Any
 ) -> NetworkEmbedder:
-    """uni, uni2-h or gigapath, from the Hub or from a local file of its weights (or its folder).
+    """uni, virchow2, ..., from the Hub or from a local file of its weights (or its folder).
 
     native   do not resize or crop: both edges must be multiples of the network's patch
     changes  of timm's arguments, for networks of another size
@@ -35,7 +41,11 @@ def load_known(
     card = without_resizing(CARDS[name]) if native else CARDS[name]
     with torch.device("meta"):  # drawing weights to overwrite takes seconds, and their memory twice
         network = create(card.class_name, **(arguments(name) | changes))
-    return load(card, network, path, f"{name} ({card.class_name})")
+    embedder = load(card, network, path, f"{name} ({card.class_name})")
+    if name == "virchow2":
+        embedder.network = TokenAndMean(network, network.num_prefix_tokens).eval()
+        embedder.card = dataclasses.replace(embedder.card, dim=2 * embedder.card.dim)
+    return embedder
 
 
 def load_named(text: str, path: Path | None = None) -> NetworkEmbedder:
@@ -73,6 +83,14 @@ def arguments(name: str) -> dict[str, Any]:
     """
     if name == "uni":
         return {"img_size": 224, "patch_size": 16, "init_values": 1e-5, "dynamic_img_size": True}
+    if name in ("h-optimus-0", "h-optimus-1"):
+        return {"img_size": 224, "init_values": 1e-5, "dynamic_img_size": True}
+    if name == "virchow2":
+        from timm.layers import SwiGLUPacked
+
+        gated = {"mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU, "mlp_ratio": 5.3375}
+        whole = {"img_size": 224, "init_values": 1e-5, "reg_tokens": 4, "global_pool": ""}
+        return gated | whole | {"dynamic_img_size": True}
     common = {"img_size": 224, "num_heads": 24, "embed_dim": 1536, "dynamic_img_size": True}
     if name == "gigapath":
         return common | {"patch_size": 16, "depth": 40, "init_values": 1e-5, "mlp_ratio": 5.33334}

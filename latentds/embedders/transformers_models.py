@@ -1,4 +1,4 @@
-"""Phikon-v2, a Dinov2 network of transformers, from the Hub or a local folder.
+"""Phikon-v2 and Midnight, Dinov2 networks of transformers, from the Hub or a local folder.
 
 The only file of embedders that imports transformers: safetensors only, no code of a repository.
 """
@@ -16,30 +16,49 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from latentds.autoencoders.autoencoder import hash_tensors
-from latentds.embedders.embedder import EmbedderCard, NetworkEmbedder, Preparation, without_resizing
+from latentds.embedders.embedder import (
+    EmbedderCard,
+    NetworkEmbedder,
+    Preparation,
+    TokenAndMean,
+    without_resizing,
+)
 from latentds.embedders.embedder_cards import CARDS
 from latentds.embedders.weights import fetch, read_weights
 from latentds.errors import WeightsError, missing_extra
 
-FILES = ("config.json", "preprocessor_config.json", "model.safetensors")
+PUBLISHED = "preprocessor_config.json"
+FILES = ("config.json", PUBLISHED, "model.safetensors")
 INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 
 
-class ClassToken(nn.Module):
-    """Prepared images to the class token (B, D) after the last layer."""
+class Tokens(nn.Module):
+    """Prepared images to the tokens (B, T, D) after the last layer, the class token first."""
 
     def __init__(self, network: Any) -> None:
         super().__init__()
         self.network = network
 
     def forward(self, prepared: Tensor) -> Tensor:
-        token: Tensor = self.network(pixel_values=prepared).last_hidden_state[:, 0]
-        return token
+        tokens: Tensor = self.network(pixel_values=prepared).last_hidden_state
+        return tokens
 
     def checkpoint_gradients(self) -> None:
         """Recompute each layer in the backward pass (transformers does so in train mode only)."""
         for layer in self.network.encoder.layer:
             layer.forward = functools.partial(recomputed, layer.forward)
+
+
+class ClassToken(nn.Module):
+    """The class token (B, D) alone."""
+
+    def __init__(self, tokens: Tokens) -> None:
+        super().__init__()
+        self.tokens = tokens
+
+    def forward(self, prepared: Tensor) -> Tensor:
+        tokens: Tensor = self.tokens(prepared)
+        return tokens[:, 0]
 
 
 def recomputed(forward: Any, *arguments: Any, **named: Any) -> Any:
@@ -49,31 +68,34 @@ def recomputed(forward: Any, *arguments: Any, **named: Any) -> Any:
     return checkpoint(forward, *arguments, use_reentrant=False, **named)
 
 
-def load_phikon(folder: Path | None = None, native: bool = False) -> NetworkEmbedder:
-    """Phikon-v2 as an embedder of class tokens.
+def load_dinov2(name: str, folder: Path | None = None, native: bool = False) -> NetworkEmbedder:
+    """phikon-v2, an embedder of class tokens, or midnight, which has the patches' mean beside.
 
     folder  with config.json and model.safetensors; None for the Hub
     native  do not resize or crop: both edges must be multiples of the patch
     raises  WeightsError, MissingExtraError
     """
-    card = CARDS["phikon-v2"]
+    card, has_mean = CARDS[name], name == "midnight"
     revision = card.revision
-    if folder is None:
-        paths, revision = fetch(card, FILES)
+    if folder is None:  # the page of midnight states its preparation, no file of its does
+        paths, revision = fetch(card, tuple(f for f in FILES if not (has_mean and f == PUBLISHED)))
         folder = paths[0].parent
     network = load_network(folder)
     card = dataclasses.replace(
         card,
-        dim=int(network.config.hidden_size),
+        dim=int(network.config.hidden_size) * (2 if has_mean else 1),
         multiple_px=int(network.config.patch_size),
         revision=revision,
         weights_id=hash_tensors(read_weights(folder / "model.safetensors"), {}),
     )
-    card, stretch_px = published_rule(card, folder / "preprocessor_config.json")
+    stretch_px = None
+    if not has_mean:
+        card, stretch_px = published_rule(card, folder / PUBLISHED)
     if native:
         card, stretch_px = without_resizing(card), None
-    prepare, token = Preparation(card, stretch_px), ClassToken(network)
-    return NetworkEmbedder(card, token, prepare, checkpoint=token.checkpoint_gradients)
+    prepare, tokens = Preparation(card, stretch_px), Tokens(network)
+    pooled = TokenAndMean(tokens) if has_mean else ClassToken(tokens)
+    return NetworkEmbedder(card, pooled, prepare, checkpoint=tokens.checkpoint_gradients)
 
 
 def load_network(folder: Path) -> Any:

@@ -168,7 +168,7 @@ def reasons(family: dict[str, Any]) -> list[str]:
         if row["not_paired"] and family["reference"]
     ]
     if not family["reference"] and len(family["rows"]) > 1:
-        lines = ["No differences: no run is of the originals; name one with --reference."]
+        lines = ["No differences: no run here is the one that --reference names."]
     return [f"{family['title']}:\n\n" + bullets(lines)] if lines else []
 
 

@@ -27,7 +27,7 @@ def make_report(
 ) -> dict[str, Any]:
     """All of it.
 
-    reference  a source's or run folder's name; None for the originals
+    reference  a source's or run folder's name; None for the originals, or the first row
     metric     that tables lead with; None for what the runs lead with
     raises     UnknownNameError for a reference or metric that no family has
     """
@@ -54,7 +54,8 @@ def find_reference(family: Family, name: str | None) -> RunRow | None:
     """The row that others are set against."""
     if name is not None:
         return family.find(name)
-    return next((r for r in family.rows if kind_of(r.record.source) == "original"), None)
+    originals = (row for row in family.rows if kind_of(row.record.source) == "original")
+    return next(originals, family.rows[0])
 
 
 def describe_family(
@@ -78,7 +79,7 @@ def describe_family(
             describe_row(row, against, primary, family.task, bootstrap) for row in family.rows
         ],
         "related": describe_related(against or family.rows[0]),
-        "notes": family_notes(family, against),
+        "notes": [*reference_notes(family, against, reference), *family_notes(family, against)],
         "paper": paper_part(family, paper),
     }
 
@@ -125,6 +126,35 @@ def describe_related(row: RunRow) -> list[dict[str, Any]]:
         }
         for run in row.runs[:1]
         for name, scores in run.record.related.items()
+    ]
+
+
+def reference_notes(family: Family, against: RunRow | None, asked: str | None) -> list[str]:
+    """That the first row is the reference for want of originals, and classes never predicted."""
+    notes = []
+    is_original = against is None or kind_of(against.record.source) == "original"
+    if asked is None and against is not None and not is_original and len(family.rows) > 1:
+        notes.append(
+            f"No run is of the originals: differences are to the first, {against.name}; "
+            "--reference names another."
+        )
+    for row in family.rows:
+        lost = never_predicted(row)
+        if lost:
+            few = f"class {lost[0]!r} is" if len(lost) == 1 else f"classes {', '.join(lost)} are"
+            notes.append(f"{row.name}: {few} never predicted, in no fold.")
+    return notes
+
+
+def never_predicted(row: RunRow) -> list[str]:
+    """Classes that have test items and no prediction in any fold: their precision is undefined."""
+    folds = [fold["per_class"] for fold in row.cells.values()]
+    return [
+        name
+        for name in dict.fromkeys(name for fold in folds for name in fold)
+        if all("precision" in fold.get(name, {}) for fold in folds)
+        and all(fold[name]["precision"] is None for fold in folds)
+        and any(fold[name].get("recall") is not None for fold in folds)
     ]
 
 

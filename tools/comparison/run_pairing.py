@@ -123,8 +123,7 @@ def why_not(row: RunRow, reference: RunRow, metric: str) -> str:
         return f"other classes: {words(row.record.classes)} / {words(reference.record.classes)}"
     splits = [{cell[0] for cell in cells} for cells in (ours, theirs)]
     if splits[0] != splits[1]:
-        shown = " against ".join(words(sorted(s - t)) or "fewer" for s, t in (splits, splits[::-1]))
-        return f"other folds: split_id {shown}"
+        return f"folds differ: {differing_folds(row, reference)}"
     if set(ours) != set(theirs):
         seeds = [sorted({cell[2] for cell in cells}) for cells in (ours, theirs)]
         if seeds[0] != seeds[1]:
@@ -133,6 +132,22 @@ def why_not(row: RunRow, reference: RunRow, metric: str) -> str:
     if metric not in row.metrics() or metric not in reference.metrics():
         return f"{metric} is not among the scores of both"
     return ""
+
+
+def differing_folds(row: RunRow, reference: RunRow) -> str:
+    """What of two rows' folds is other: their number, the rule, the items, else only the draw."""
+    rules = [dict.fromkeys(run.record.split_rule for run in one.runs) for one in (row, reference)]
+    counts = [len({cell[:2] for cell in one.cells}) for one in (row, reference)]
+    tested = [sum({cell[:2]: fold["test"] for cell, fold in one.cells.items()}.values())
+              for one in (row, reference)]  # fmt: skip
+    if counts[0] != counts[1]:
+        return f"{counts[0]} here, {counts[1]} there"
+    if list(rules[0]) != list(rules[1]):
+        ours, theirs = ("; ".join(found) or "no rule recorded" for found in rules)
+        return f"{ours!r} here, {theirs!r} there"
+    if tested[0] != tested[1]:
+        return f"{tested[0]:,} items tested here, {tested[1]:,} there"
+    return "one rule, other items or another --seed (their split_id is not the same)"
 
 
 def words(values: list[Any]) -> str:

@@ -13,14 +13,12 @@ import dataclasses
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
-from typing import Any, TypeVar
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
-
-from latentds.embedders.embedder import Embedder
 
 BEHIND = 2  # batches queued on a GPU behind the one whose features are awaited
 Item = TypeVar("Item")
@@ -44,8 +42,28 @@ class Piece:
     error: Exception | None = None
 
 
+class Embeds(Protocol):
+    """The part of an Embedder that is needed here."""
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Features float32 (n, D) of images (n, 3, H, W) in [0, 1]."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Together:
+    """Several embedders as one: their features side by side, of images that are made once."""
+
+    embedders: Sequence[Embeds]
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Features float32 (n, sum of D)."""
+        features = [embedder.embed(images) for embedder in self.embedders]
+        return features[0] if len(features) == 1 else torch.cat(features, 1)
+
+
 def embed_pieces(
-    pieces: Iterator[Piece], embedder: Embedder, device: torch.device
+    pieces: Iterator[Piece], embedder: Embeds, device: torch.device
 ) -> Generator[Piece, None, None]:
     """The pieces with features instead of images, in order."""
     is_gpu = device.type == "cuda"
@@ -66,13 +84,13 @@ def with_features(piece: Piece, take: Callable[[], np.ndarray] | None) -> Piece:
     return dataclasses.replace(piece, images=None, features=take())
 
 
-def embed(embedder: Embedder, images: Tensor) -> Callable[[], np.ndarray]:
+def embed(embedder: Embeds, images: Tensor) -> Callable[[], np.ndarray]:
     """Features of a batch, at once."""
     features = run(embedder, images).cpu().numpy()
     return lambda: features
 
 
-def start(embedder: Embedder, images: Tensor) -> Callable[[], np.ndarray]:
+def start(embedder: Embeds, images: Tensor) -> Callable[[], np.ndarray]:
     """Queue a batch's embedding and its copy to pinned memory; the result waits for that copy."""
     features = run(embedder, images)
     host = torch.empty(features.shape, dtype=features.dtype, pin_memory=True)
@@ -89,7 +107,7 @@ def start(embedder: Embedder, images: Tensor) -> Callable[[], np.ndarray]:
 
 
 @torch.inference_mode()
-def run(embedder: Embedder, images: Tensor) -> Tensor:
+def run(embedder: Embeds, images: Tensor) -> Tensor:
     """Features float32 (n, D) of images uint8 (n, 3, H, W), on their device."""
     return embedder.embed(images.float().div_(255))
 

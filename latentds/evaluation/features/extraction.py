@@ -1,4 +1,4 @@
-"""extract_features: one feature file a slide, resumable, slides shared among ranks."""
+"""Extraction: one feature file a slide and embedder, resumable, slides shared among ranks."""
 # N patches of a slide, n of a batch, D embedding dimensions
 
 from __future__ import annotations
@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +21,12 @@ from latentds.core.storage import passing_lock
 from latentds.embedders.embedder import Embedder
 from latentds.errors import ContractError, InputError, LatentdsError, TooManyBadSamplesError
 from latentds.evaluation.features import clam, layout
-from latentds.evaluation.features.embedding_pipeline import Piece, embed_pieces, in_background
+from latentds.evaluation.features.embedding_pipeline import (
+    Piece,
+    Together,
+    embed_pieces,
+    in_background,
+)
 from latentds.evaluation.features.extraction_options import (
     Extraction,
     FeatureOptions,
@@ -31,7 +36,7 @@ from latentds.evaluation.features.extraction_options import (
 from latentds.evaluation.features.feature_files import (
     FeatureFile,
     write_coordinates,
-    write_features,
+    write_side_by_side,
 )
 from latentds.evaluation.features.features_record import FeaturesRecord, claim, versions_of
 from latentds.evaluation.features.layout import FeaturePlaces
@@ -72,6 +77,15 @@ class SlideBag:
     label: SlideLabel | None = None
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Target:
+    """Where an embedder's features go, and of which slides of this rank they are there already."""
+
+    embedder: Embedder
+    places: FeaturePlaces
+    done: frozenset[str]
+
+
 def extract_features(
     patches: PatchSet,
     embedder: Embedder,
@@ -83,50 +97,94 @@ def extract_features(
     world_size: int | None = None,
     progress: Progress | None = None,
 ) -> Extraction:
-    """Write the features of this rank's slides below `out`: every `world_size`-th of all.
+    """Write the features of one embedder below `out`; see `extract_several`."""
+    ranks = {"rank": rank, "world_size": world_size}
+    (made,) = extract_several(
+        patches, {out: embedder}, options, device=device, progress=progress, **ranks
+    )
+    return made
 
-    patches   whose images come on `device`
-    device    where images are embedded
-    progress  called after every batch that was written
+
+def extract_several(
+    patches: PatchSet,
+    embedders: Mapping[Path, Embedder],
+    options: FeatureOptions,
+    *,
+    device: torch.device | str = "cpu",
+    rank: int | None = None,
+    world_size: int | None = None,
+    progress: Progress | None = None,
+) -> list[Extraction]:
+    """Write the features of this rank's slides, every `world_size`-th of all, for every embedder.
+
+    patches    whose images come on `device`; they are read and decoded once for all embedders
+    embedders  by the folder that its features go to
+    device     where images are embedded
+    progress   called after every batch that was written
 
     A slide's file appears whole; those that are there are left alone, so a killed run goes on by
-    the same call. The features depend neither on ranks nor on where a run was cut off. Slides
-    that failed are listed in left_out.json, from which those made later go; of the others
-    labels.csv tells split, patient and label.
+    the same call. The features depend neither on ranks, nor on where a run was cut off, nor on
+    the other embedders. Slides that failed are listed in left_out.json, from which those made later
+    go; of the others labels.csv tells split, patient and label.
 
     raises    InputError for no slides, or another run at the same slide; ContractError where
-              `out` holds features of another embedder, source or options, or a file of another
+              a folder holds features of another embedder, source or options, or a file of another
               dimension; TooManyBadSamplesError past `max_bad`, naming the slides; OSError for a
               full disk, with nothing half written
     """
     device = choose_device(device)
     names = named_slides(patches)
-    embedder.to(device, DTYPES[options.precision])
-    claim(out, record_of(patches, embedder, options, device))
     rank, world_size = find_rank(rank, world_size)
     mine = names[rank::world_size]
-    places, dim = FeaturePlaces(out, embedder.card.name), embedder.card.dim
-    done = [slide for slide in mine if is_done(places, slide, dim)]
-    wanted = sorted(set(mine) - set(done))
-    count, bad = 0, dict[str, str]()
-    known = read_lines(out)
-    labels = {s: known.get(s) or own_label(patches.of_slide(s), s) for s in done}
-    pieces = embed_pieces(read_slides(patches, wanted, options), embedder, device)
+    targets = []
+    for out, embedder in embedders.items():
+        embedder.to(device, DTYPES[options.precision])
+        claim(out, record_of(patches, embedder, options, device))
+        places, dim = FeaturePlaces(out, embedder.card.name), embedder.card.dim
+        done = frozenset(slide for slide in mine if is_done(places, slide, dim))
+        targets.append(Target(embedder, places, done))
+    wanted = sorted(slide for slide in mine if any(slide not in t.done for t in targets))
+    open_targets = [target for target in targets if len(target.done) < len(mine)]
+    together = Together([target.embedder for target in open_targets])
+    count, bad, labels = 0, dict[str, str](), dict[str, SlideLabel]()
+    pieces = embed_pieces(read_slides(patches, wanted, options), together, device)
     with contextlib.closing(pieces):
         for bag, group in itertools.groupby(pieces, key=bag_of):
             try:
-                count += write_slide(places, bag, group, options, progress)
+                count += write_slide(open_targets, bag, group, options, progress)
                 assert bag.label is not None
                 labels[bag.slide] = bag.label
             except UnreadableSlideError as error:
                 bad[bag.slide] = str(error)
                 note_bad(bad, options.max_bad)
-    note_left_out(out, mine, bad)
-    note_labels(out, mine, labels)
-    found = sorted(set(mine) - set(bad))
-    for slide in found if options.clam else ():
-        clam.add(places, slide, patches.patch_px[1])
-    return Extraction(slides=found, skipped=len(done), patches=count, bad=bad, dim=dim)
+    return [finish(t, patches, mine, labels, bad, count, options.clam) for t in targets]
+
+
+def finish(
+    target: Target,
+    patches: PatchSet,
+    mine: list[str],
+    labels: Mapping[str, SlideLabel],
+    bad: Mapping[str, str],
+    count: int,
+    with_clam: bool,
+) -> Extraction:
+    """Record what was left out and the labels of the rest; what this rank did for an embedder."""
+    out, own = target.places.out, {s: text for s, text in bad.items() if s not in target.done}
+    known = read_lines(out) | dict(labels)
+    found = [slide for slide in mine if slide not in own]
+    note_left_out(out, mine, own)
+    lines = {s: known.get(s) or own_label(patches.of_slide(s), s) for s in found}
+    note_labels(out, mine, lines)
+    for slide in found if with_clam else ():
+        clam.add(target.places, slide, patches.patch_px[1])
+    return Extraction(
+        slides=found,
+        skipped=len(target.done),
+        patches=count if len(target.done) < len(mine) else 0,
+        bad=own,
+        dim=target.embedder.card.dim,
+    )
 
 
 def named_slides(patches: PatchSet) -> list[str]:
@@ -239,18 +297,22 @@ def choose(count: int, slide: str, options: FeatureOptions) -> np.ndarray:
 
 
 def write_slide(
-    places: FeaturePlaces,
+    targets: Sequence[Target],
     bag: SlideBag,
     pieces: Iterator[Piece],
     options: FeatureOptions,
     progress: Progress | None,
 ) -> int:
     """Write a slide's files and return N; UnreadableSlideError where its patches fail."""
-    path = places.features_file(bag.slide)
-    attributes = {
-        "features": layout.feature_attributes(places, bag.slide),
-        "coords": bag.attributes,
-    }
+    files: dict[Path, tuple[slice, dict[str, dict[str, Any]]]] = {}
+    first = 0
+    for target in targets:
+        dimensions = slice(first, first + target.embedder.card.dim)
+        first = dimensions.stop
+        if bag.slide not in target.done:
+            attributes = layout.feature_attributes(target.places, bag.slide)
+            named = {"features": attributes, "coords": bag.attributes}
+            files[target.places.features_file(bag.slide)] = (dimensions, named)
 
     def chunks() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for piece in pieces:
@@ -260,9 +322,14 @@ def write_slide(
                 progress(Step(slide=bag.slide, number=bag.number, slides=bag.slides,
                               size=len(bag.coords), patches=len(features)))  # fmt: skip
 
-    with passing_lock(path.with_name(f".{path.name}.lock")):
-        count = write_features(path, chunks(), attributes)
-        write_coordinates(places.coords_file(bag.slide), bag.coords, bag.attributes)
+    with contextlib.ExitStack() as locks:
+        for path in files:
+            locks.enter_context(passing_lock(path.with_name(f".{path.name}.lock")))
+        count = write_side_by_side(files, chunks())
+        for target in targets:
+            if bag.slide not in target.done:
+                place = target.places.coords_file(bag.slide)
+                write_coordinates(place, bag.coords, bag.attributes)
     return count
 
 

@@ -87,15 +87,24 @@ def write_features(
     attributes  of `features` and of `coords`
     raises      InputError for no patch at all; OSError for a full disk; what `chunks` raises
     """
-    with new_file(path) as (file, sink):
+    return write_side_by_side({path: (slice(None), attributes)}, chunks)
+
+
+def write_side_by_side(
+    files: Mapping[Path, tuple[slice, Attributes]], chunks: Iterable[tuple[np.ndarray, np.ndarray]]
+) -> int:
+    """Write some dimensions of the features to each of several files; see write_features."""
+    with contextlib.ExitStack() as opened:
+        places = [(*opened.enter_context(new_file(path)), *own) for path, own in files.items()]
         rows = 0
         for features, coords in chunks:
-            for name, part in ((FEATURES, features), (COORDS, coords)):
-                append(file, name, part, attributes.get(name, {}))
+            for file, sink, dimensions, attributes in places:
+                for name, part in ((FEATURES, features[:, dimensions]), (COORDS, coords)):
+                    append(file, name, part, attributes.get(name, {}))
+                sink.check()
             rows += len(features)
-            sink.check()
         if not rows:
-            raise InputError(f"{path.stem}: no patch; an empty bag is not written")
+            raise InputError(f"{next(iter(files)).stem}: no patch; an empty bag is not written")
     return rows
 
 

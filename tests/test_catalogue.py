@@ -1,0 +1,137 @@
+"""Embedders by name: pooling, preparation, the list of them, and a function of one's own."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from latentds_tools import cli
+
+from latentds.core.extras import modules_of_embedder
+from latentds.embedders import NetworkEmbedder, load_embedder
+from latentds.embedders.catalogue import ALIASES, ELSEWHERE
+from latentds.embedders.embedder import Preparation
+from latentds.embedders.embedder_cards import CARDS
+from latentds.errors import InputError, UnknownNameError, WeightsError
+from tests.small_embedders import random_images, save_phikon, small_vit
+
+OWN = """
+import torch
+from latentds.embedders.embedder import EmbedderCard, NetworkEmbedder, Preparation
+
+class Mean(torch.nn.Module):
+    def forward(self, prepared):
+        return prepared.mean((2, 3))
+
+def colour():
+    card = EmbedderCard(name="", class_name="Mean", dim=3, rule="colour", resize_px=8, input_px=8)
+    return NetworkEmbedder(card, Mean(), Preparation(card))
+
+def nothing():
+    return 5
+"""
+
+
+def test_virchow2_has_the_mean_of_the_patch_tokens_without_registers(tmp_path):
+    pytest.importorskip("timm")
+    embedder, images = small_vit(tmp_path, "virchow2"), random_images(2, 224, 224)
+    with torch.no_grad():
+        tokens = embedder.network.network(embedder.prepare(images))
+    assert tokens.shape == (2, 1 + 4 + 256, 32)  # class token, registers, 16 x 16 patches
+    expected = torch.cat([tokens[:, 0], tokens[:, 5:].mean(1)], 1)
+    torch.testing.assert_close(embedder.embed(images), expected, atol=1e-5, rtol=0)
+    assert embedder.card.dim == 64 and CARDS["virchow2"].dim == 2 * 1280
+
+
+def test_midnight_has_the_mean_of_the_patch_tokens(tmp_path):
+    embedder = load_embedder(f"midnight@{save_phikon(tmp_path, 14)}")
+    images = random_images(2, 224, 224)
+    assert embedder.prepare(images).mean() == pytest.approx(float((images * 2 - 1).mean()))
+    network = embedder.network.network.network
+    with torch.no_grad():
+        tokens = network(pixel_values=embedder.prepare(images)).last_hidden_state
+    expected = torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], 1)
+    torch.testing.assert_close(embedder.embed(images), expected, atol=1e-5, rtol=0)
+    assert embedder.card.dim == 64 and CARDS["midnight"].dim == 2 * 1536
+
+
+def test_h_optimus_gives_its_class_token(tmp_path):
+    pytest.importorskip("timm")
+    embedder, images = small_vit(tmp_path, "h-optimus-0"), random_images(1, 224, 224)
+    with torch.no_grad():
+        tokens = embedder.network.forward_features(embedder.prepare(images))
+    assert tokens.shape == (1, 1 + 4 + 256, 32)
+    torch.testing.assert_close(embedder.embed(images), tokens[:, 0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["uni", "virchow2", "h-optimus-0", "midnight", "gigapath"])
+def test_images_are_prepared_as_the_authors_do(name):
+    """Against torchvision's transforms of floats, of a patch of 256 px."""
+    v2 = pytest.importorskip("torchvision.transforms.v2")
+    card, images = CARDS[name], random_images(1, 256, 256)
+    mode = v2.InterpolationMode.BICUBIC if "bicubic" in card.rule else v2.InterpolationMode.BILINEAR
+    steps = [v2.Resize(card.resize_px, mode, antialias=True), v2.CenterCrop(224)]
+    expected = v2.Compose([*steps, v2.Normalize(card.mean, card.std)])(images)
+    found = Preparation(card)(images)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("name", "count"), [("virchow2", 631), ("h-optimus-1", 1135)])
+def test_the_networks_have_the_sizes_their_authors_state(name, count):
+    """Millions of parameters; Zimmermann et al. 2024 have 631, H-optimus' page 1.1 billion."""
+    pytest.importorskip("timm")
+    from latentds.embedders.timm_models import arguments, create
+
+    with torch.device("meta"):
+        network = create(CARDS[name].class_name, **arguments(name))
+    assert round(sum(p.numel() for p in network.parameters()) / 1e6) == count
+
+
+def test_the_list_names_all_with_dimensions_and_how_to_get_them(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["features", "--list-embedders"])
+    text = capsys.readouterr().out
+    assert all(name in text for name in (*CARDS, *ALIASES, *ELSEWHERE))
+    assert "gated: accept its licence at https://huggingface.co/paige-ai/Virchow2" in text
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_networks_of_foreign_code_are_explained(name):
+    with pytest.raises(WeightsError, match=r"is not run from here.*FILE\.py:FUNCTION"):
+        load_embedder(name)
+
+
+@pytest.mark.parametrize("name", [*CARDS, *ALIASES])
+def test_every_name_tells_its_package_before_work(name):
+    assert modules_of_embedder(name)
+
+
+def test_a_function_of_ones_own_makes_an_embedder(tmp_path):
+    (tmp_path / "mine.py").write_text(OWN)
+    embedder = load_embedder(f"{tmp_path}/mine.py:colour")
+    assert isinstance(embedder, NetworkEmbedder) and embedder.card.name == "mine:colour"
+    assert embedder.embed(random_images(2, 16, 16)).shape == (2, 3) and embedder.card.weights_id
+
+
+def test_the_guides_function_makes_an_embedder(tmp_path):
+    text = (Path(__file__).parents[1] / "docs" / "downstream.md").read_text()
+    (block,) = [
+        part for part in re.findall(r"```python\n(.*?)```", text, re.S) if "def make" in part
+    ]
+    (tmp_path / "mine.py").write_text(block)
+    embedder = load_embedder(f"{tmp_path}/mine.py:make")
+    assert embedder.embed(random_images(2, 256, 256)).shape == (2, 8)
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "words"),
+    [
+        ("mine.py:color", UnknownNameError, "did you mean 'colour'"),
+        ("mine.py:nothing", TypeError, "returned int; a latentds.embedders.NetworkEmbedder"),
+        ("other.py:colour", InputError, "no such file; --embedder FILE.py:FUNCTION"),
+    ],
+)
+def test_what_makes_no_embedder_is_refused(tmp_path, text, error, words):
+    (tmp_path / "mine.py").write_text(OWN)
+    with pytest.raises(error, match=words):
+        load_embedder(f"{tmp_path}/{text}")

@@ -139,6 +139,7 @@ class Tiles(Dataset):
         }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sign", SIDES)
 def test_nanopaths_loop_trains(tmp_path, monkeypatch, sign):
     monkeypatch.chdir(tmp_path)

@@ -34,7 +34,7 @@ LINES = {
     "latentds/embedders": 1_850,
     "latentds/evaluation": 5_350,
     "latentds/hub": 1_850,
-    "latentds/loading": 4_000,
+    "latentds/loading": 4_150,
     "latentds/models": 2_650,
     "latentds/quantizers": 3_850,
     "latentds/sources": 5_900,

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,7 @@ class LatentArray:
         rows = select_rows(self.shards, split, *select.unbalanced("LatentArray"))
         if rows is None:
             rows = np.arange(*(self.shards.patch_range(split) if split else (0, len(self.shards))))
-        self.check_fits(len(rows))
+        self.memory_bytes = check_fits(self.shards, len(rows), self.device, extra=8)  # a label
         integers = make_integers(manifest.codebooks)
         self.decoder: Decoder | Integers | None = integers if decode == "codes" else None
         if decode in ("pixels", "latents"):
@@ -96,34 +96,11 @@ class LatentArray:
         self.codebooks: Tensor | None = None  # which codebook each patch has, where there are more
         if len(manifest.codebooks) > 1:
             self.codebooks = torch.from_numpy(self.shards.codebook_numbers(rows)).to(self.device)
-        self.codes = self.load(rows)
+        size = (len(rows), *manifest.contract.codes_shape)
+        self.codes = torch.empty(size, dtype=torch.uint8, device=self.device)
+        fill(self.codes, self.shards, rows, self.shards.read_codes)
         self.steps = None if integers is None else integers.steps(self.codes, self.codebooks)
         self.places: dict[str, int] = {}
-
-    def check_fits(self, count: int) -> None:
-        """Refuse before anything is read."""
-        self.memory_bytes = count * (self.shards.manifest.contract.bytes_per_patch + 8)
-        free = free_bytes(self.device)
-        if self.memory_bytes > free * (1 - KEPT_FREE):
-            raise InputError(
-                f"{self.shards.folder}: {count:,} patches take {self.memory_bytes / 1e9:.2f} GB, "
-                f"{self.device} has {free / 1e9:.2f} GB free; choose fewer (split=, "
-                "select=), another device, or LatentLoader"
-            )
-
-    def load(self, rows: np.ndarray) -> Tensor:
-        """All codes, read in blocks."""
-        shape = self.shards.manifest.contract.codes_shape
-        codes = torch.empty((len(rows), *shape), dtype=torch.uint8, device=self.device)
-        for start in progress(
-            range(0, len(rows), BLOCK_PATCHES), desc="loading", unit="block", disable=None
-        ):
-            part = rows[start : start + BLOCK_PATCHES]
-            block = torch.from_numpy(self.shards.read_codes(part))
-            books = self.shards.codebook_numbers(part)
-            check_codes(self.shards, block, books, self.shards.manifest.codebooks)
-            codes[start : start + len(block)] = block
-        return codes
 
     def __len__(self) -> int:
         return len(self.codes)
@@ -180,6 +157,38 @@ class LatentArray:
         if self.decoder is None:
             return codes
         return self.decoder(codes, None if self.codebooks is None else self.codebooks[places])
+
+
+def check_fits(shards: ShardSet, count: int, device: torch.device, extra: int = 0) -> int:
+    """Bytes that so many patches take, `extra` more each; InputError where there are not as many.
+
+    To be asked before anything is read.
+    """
+    memory_bytes = count * (shards.manifest.contract.bytes_per_patch + extra)
+    free = free_bytes(device)
+    if memory_bytes > free * (1 - KEPT_FREE):
+        raise InputError(
+            f"{shards.folder}: {count:,} patches take {memory_bytes / 1e9:.2f} GB, "
+            f"{device} has {free / 1e9:.2f} GB free; choose fewer (split=, "
+            "select=), another device, or a LatentLoader that is not resident"
+        )
+    return memory_bytes
+
+
+def fill(
+    memory: Tensor,
+    shards: ShardSet,
+    rows: np.ndarray | range,
+    read: Callable[[np.ndarray], np.ndarray],
+) -> None:
+    """Put what `read` gives of all rows into `memory`, block by block, its codes checked."""
+    for start in progress(
+        range(0, len(rows), BLOCK_PATCHES), desc="loading", unit="block", disable=None
+    ):
+        part = np.asarray(rows[start : start + BLOCK_PATCHES])
+        block = torch.from_numpy(read(part))
+        check_codes(shards, block, shards.codebook_numbers(part), shards.manifest.codebooks)
+        memory[start : start + len(block)] = block
 
 
 def free_bytes(device: torch.device) -> int:

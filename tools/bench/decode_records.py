@@ -57,11 +57,13 @@ def shipped_book(autoencoder: NetworkAutoencoder, patch_px: int) -> EntropyCodeb
     """The entropy codebook that ships for an autoencoder's latents of such patches."""
     from latentds.autoencoders.autoencoder import latent_cells
     from latentds.autoencoders.tiny import shipped_records
+    from latentds.quantizers.entropy.record_codebook import EntropyCodebook
 
     card = autoencoder.card
     shape = (card.channels, *latent_cells((patch_px, patch_px), card.factor))
     stored = shipped_records(card.latent_id, shape, None) if card.latent_id else None
-    book: Any = stored.codebook if stored else None
+    book = stored.codebook if stored else None
+    assert book is None or isinstance(book, EntropyCodebook)
     return book
 
 
@@ -88,7 +90,8 @@ def repeated(records: Any, batch: int, device: str) -> Any:
 
 def alone(book: EntropyCodebook, records: Any, batch: int, config: Settings) -> dict[str, Any]:
     """One round of records to latents."""
-    codes, made = repeated(records(), batch, config.device), []
+    codes = repeated(records(), batch, config.device)
+    made: list[Any] = []
 
     def decode() -> None:
         made[:] = [book.dequantize(codes)]

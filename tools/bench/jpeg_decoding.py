@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import io
 import statistics
 import time
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from latentds_tools.bench.harness import Case, rate_of, sustained, synchronize
 
+from latentds.core.extras import is_here
 from latentds.errors import InputError
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def described(coded: str, files: Sequence[bytes]) -> dict[str, Any]:
 
 def installed() -> list[str]:
     """The JPEG libraries that are here; Pillow, which always is, where there is no faster one."""
-    return [name for name in LIBRARIES if importlib.util.find_spec(name)] or [PILLOW]
+    return [name for name in LIBRARIES if is_here(name)] or [PILLOW]
 
 
 def make_decoder(library: str) -> Callable[[bytes], object]:

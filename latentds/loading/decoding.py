@@ -215,7 +215,8 @@ class Graphed:
                 self.function(source)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # The thread that pins the next batches allocates meanwhile, which a global check refuses.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             result = self.function(source)
         return graph, source, result
 

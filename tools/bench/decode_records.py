@@ -48,7 +48,7 @@ def cases(name: str, patches: Patches, config: Settings) -> list[Case]:
     records = functools.cache(functools.partial(make_records, autoencoder, book, patches))
     head = {"decoder": name, "weights": weights, "gflop": None, "batch": batch}
     made = [Case(head | {"options": ALONE}, functools.partial(alone, book, records, batch, config))]
-    options = chosen(config)[-1]  # what is fastest, most likely
+    options = chosen(config)[-1]  # all are ordered from plain to fast
     once = functools.partial(together, name, book, records, batch, options, config)
     return [*made, Case(head | {"options": f"records, {describe(options)}"}, once)]
 

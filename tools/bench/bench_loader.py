@@ -179,7 +179,7 @@ def prepare(config: Config, work: Path) -> list[dict[str, Any]]:
             folder.mkdir()
             logger.info("writing %s", peer)
             write_format(config, peer, some, folder, own)
-        specs.append(common | describe_one(config, peer, decode, folders[where, len(some)], some))
+        specs.append(describe_one(config, peer, decode, folders[where, len(some)], some) | common)
     return specs
 
 

@@ -1,13 +1,17 @@
 """The benchmarks that compare loaders: every peer gives the same patches, failures are told."""
 
+import importlib.util
 import json
+import math
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from latentds_tools import cli
 from latentds_tools.bench import bench_scale, peers
-from latentds_tools.bench.measuring_loaders import measure
+from latentds_tools.bench.measuring_loaders import Watch, measure_loader
 from latentds_tools.bench.peer_formats import Patches, write_parquet, write_webdataset
 from latentds_tools.bench.synthetic import write_sparse, write_synthetic
 
@@ -27,6 +31,8 @@ SPEC = {
     "device": "cpu",
     "autoencoder": None,
     "shape": [3, 4, 4],
+    "dtype": "float32",
+    "decoding": {"channels_last": False, "compile": False, "cuda_graph": False},
 }
 
 
@@ -46,7 +52,7 @@ def patches_of(folder) -> Patches:
 @pytest.mark.parametrize(
     "peer",
     [
-        *("latentds", "webdataset-packed", "datasets-packed"),
+        *("latentds", "latentds-resident", "webdataset-packed", "datasets-packed"),
         *(pytest.param(name, marks=pytest.mark.slow) for name in ("webdataset", "datasets")),
     ],
 )
@@ -61,6 +67,7 @@ def test_every_peer_delivers_the_same_patches_shuffled(shared_dataset, tmp_path,
         folder = shared_dataset
     classes = list(ShardSet(shared_dataset).manifest.classes)
     spec = SPEC | {"peer": peer, "folder": str(folder), "classes": classes, "set": str(folder)}
+    spec |= {"resident": peer == "latentds-resident", "module": peer.partition("-")[0]}
     ready, seen = peers.Ready(spec), []
     for batch in peers.BUILDERS[peer](spec):
         codes, labels = ready(batch)
@@ -76,14 +83,42 @@ def test_a_process_that_dies_is_told_by_its_last_words(tmp_path):
     python.chmod(0o755)
     spec = SPEC | {"peer": "jpeg-folder", "folder": str(tmp_path)}
     with pytest.raises(InputError, match="^jpeg-folder: no such thing$"):
-        measure(spec, str(python))
+        measure_loader(spec, str(python))
 
 
 @pytest.mark.slow
 def test_a_loader_that_dies_is_told_by_its_last_words(tmp_path):
     spec = SPEC | {"peer": "jpeg-folder", "module": "torchvision", "folder": str(tmp_path / "no")}
     with pytest.raises(InputError, match=r"jpeg-folder: .*no"):
-        measure(spec | {"seconds": 1, "epoch_patches": 1, "ceiling_rounds": 0}, sys.executable)
+        measure_loader(
+            spec | {"seconds": 1, "epoch_patches": 1, "ceiling_rounds": 0}, sys.executable
+        )
+
+
+def test_without_psutil_memory_and_cpu_are_not_told(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with Watch(1) as watch:
+        assert math.isnan(watch.counters()["cpu_s"]) and math.isnan(watch.peak)
+
+
+@pytest.mark.parametrize(
+    ("decoding", "counted", "words"),
+    [
+        ({"cuda_graph": True}, {"device": "cpu", "graph_replays": 0}, "never engaged"),
+        ({"cuda_graph": False}, {"device": "cuda:0", "graph_replays": 0}, "never engaged"),
+    ],
+)
+def test_a_loader_that_does_not_use_what_it_claims_fails(decoding, counted, words):
+    loader = SimpleNamespace(decoder=SimpleNamespace(counters=lambda: counted))
+    with pytest.raises(RuntimeError, match=words):
+        peers.counted(loader, SPEC | {"decoding": decoding, "resident": False})
+
+
+def test_nothing_gathered_is_not_resident():
+    resident = SimpleNamespace(gathered=0, codes=torch.zeros(1))
+    loader = SimpleNamespace(decoder=None, resident=resident)
+    with pytest.raises(RuntimeError, match="nothing was gathered"):
+        peers.counted(loader, SPEC | {"resident": True})
 
 
 def test_peers_of_other_environments_are_asked_for_by_name(capsys):
@@ -123,12 +158,14 @@ def test_bench_loader_writes_jpegs_and_measures_the_decoder(tmp_path, capsys):
 
     save_pictures(tmp_path / "in" / "a", 40, edge=64)
     call(capsys, "convert", tmp_path / "in", "--out", tmp_path / "set", "--json", "--device", "cpu")
-    words = ["bench", "loader", tmp_path / "set", "--against", "jpeg-folder,jpeg-webdataset"]
+    words = ["bench", "loader", tmp_path / "set", "--against", "latentds-resident,jpeg-folder"]
     words += ["--decode", "pixels", "--batch-size", 8, "--pixel-batch-size", 8]
     result = call(capsys, *words, "--rounds", 1, "--seconds", 0.5, "--json")
     rows = {row["peer"]: row for row in result["results"]}
     assert not any("error" in row for row in rows.values())
     assert rows["latentds"]["share_of_decoder"] > 0
+    counters = rows["latentds-resident"]["counters"]
+    assert counters["gathered"] >= counters["decoded"] > 0 and counters["held"] == "cpu"
 
 
 def test_bench_scale_looks_at_an_opening(shared_dataset):

@@ -1,17 +1,19 @@
 """bench decode: networks and JPEG decoders in one table, shapes as published, failures told."""
 
-import importlib.util
 import json
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from latentds_tools import cli
-from latentds_tools.bench import bench_decode, decode_networks, jpeg_decoding
+from latentds_tools.bench import bench_decode, decode_networks, harness, jpeg_decoding
 from latentds_tools.bench.decode_shapes import check_known, find_decoder, gigaflops, shapes
 from latentds_tools.bench.harness import run_cases
 
-from latentds.errors import InputError, MissingExtraError, UnknownNameError
+from latentds.errors import InputError, UnknownNameError
+from latentds.loading.decoding import Decode
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
 
@@ -37,11 +39,12 @@ def report() -> dict:
 def test_networks_and_jpeg_stand_in_one_table(report):
     rows = {(row["decoder"], row["options"]): row for row in report["rows"]}
     core, plain = rows["JPEG, simplejpeg", "1 core"], rows["tiny", "float32"]
-    assert core["over_jpeg_core"] == 1 and report["jpeg"]["quality"] == 75
+    assert core["over_jpeg_core"] == 1 and report["pictures"]["JPEG"]["patches"] == 64
     assert plain["gain"] == 1 and plain["largest_change"] == 0 and plain["weights"] == "loaded"
     assert plain["over_jpeg_core"] == plain["patches_per_s"] / core["patches_per_s"]
     assert 0 < rows["tiny", "bfloat16 channels_last"]["largest_change"] < 0.5
     assert rows["turbo-s", "float32"]["weights"] == "random"
+    assert rows["tiny", "float32"]["device"] == "cpu" and rows["tiny", "float32"]["decoded"] >= 2
     assert report["machine"]["cores"] >= 1 and report["machine"]["torch"] == torch.__version__
 
 
@@ -53,10 +56,85 @@ def test_the_table_is_markdown_and_names_the_machine(report, capsys, monkeypatch
     assert len({line.count("|") for line in table}) == 1 and len(table) >= 7
 
 
-def test_without_a_jpeg_library_the_extra_is_named(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(MissingExtraError, match=r"latentds\[bench\]"):
-        jpeg_decoding.load_jpegs(None, 256)
+def test_without_a_jpeg_library_pillow_decodes(monkeypatch):
+    monkeypatch.setattr(jpeg_decoding, "LIBRARIES", ())
+    cases = jpeg_decoding.cases(jpegs_of(64)[:1], 0.01, 1, "cpu")
+    run_cases(cases, 1)
+    assert [case.head["decoder"] for case in cases] == ["JPEG, Pillow"]
+    assert cases[0].row()["patches_per_s"] > 0
+
+
+def jpegs_of(patch_px: int) -> list[bytes]:
+    return [jpeg_decoding.encode(patch) for patch in jpeg_decoding.load_patches(None, patch_px)]
+
+
+def measured(**options) -> dict:
+    sizes = {"patch_size": 16, "batch_sizes": (1,), "seconds": 0.01, "rounds": 1, "jpeg": False}
+    return bench_decode.measure(bench_decode.Config(**(sizes | options)))
+
+
+def test_avif_stands_beside_and_options_are_chosen_by_name():
+    report = measured(decoders="turbo-s", options="bfloat16 channels_last", avif=True, cores=1)
+    assert report["pictures"]["AVIF"]["mean_bytes"] <= jpeg_decoding.LEAST_BYTES
+    avif, row = report["rows"]
+    assert avif["decoder"] == "AVIF, Pillow" and avif["patches_per_s"] > 0
+    assert row["options"] == "bfloat16 channels_last" and row["gain"] is None
+    assert "largest_change" not in row  # nothing to compare with
+    with pytest.raises(UnknownNameError, match="unknown options 'bfloat16 channel_last'; did you"):
+        measured(decoders="turbo-s", options="bfloat16 channel_last")
+
+
+def test_records_are_decoded_alone_and_to_pixels():
+    report = measured(decoders="tiny-v2-fast", options="float32", patch_size=32)
+    network, alone, together = report["rows"]
+    assert alone["options"] == "records, entropy decoder alone" and alone["patches_per_s"] > 0
+    assert together["options"] == "records, float32" and together["decoded"] >= 2
+    assert network["gain"] == 1 and "gain" not in alone
+
+
+def test_a_run_that_is_cut_short_leaves_what_it_measured(tmp_path, monkeypatch):
+    real = decode_networks.measure
+
+    def cut(autoencoder, options, batch, config):
+        if options.dtype == torch.bfloat16:
+            raise KeyboardInterrupt
+        return real(autoencoder, options, batch, config)
+
+    monkeypatch.setattr(decode_networks, "measure", cut)
+    with pytest.raises(KeyboardInterrupt):
+        measured(decoders="turbo-s", options="float32,bfloat16", out=tmp_path / "decode.json")
+    (row,) = json.loads((tmp_path / "decode.json").read_text())["rows"]
+    assert row["options"] == "float32" and row["patches_per_s"] > 0
+
+
+def test_an_option_that_never_engages_is_told_and_is_a_failure(capsys, monkeypatch):
+    def fall_back(self, values):
+        warnings.warn("torch.compile failed, running eagerly (no compiler)", stacklevel=2)
+        return self.eager(values)
+
+    monkeypatch.setattr("latentds.core.compiling.Compiled.__call__", fall_back)
+    words = ("--decoders", "turbo-s", "--no-jpeg", "--compile", "--options")
+    options = "float32,bfloat16 channels_last compile"
+    with pytest.raises(SystemExit, match="1"):
+        cli.main(["bench", "decode", *words, options, "--json", *map(str, QUICK)])
+    plain, compiled = json.loads(capsys.readouterr().out)["rows"]
+    assert plain["patches_per_s"] > 0 and plain["graph_replays"] == 0
+    assert compiled["error"].startswith("never engaged: torch.compile failed")
+
+
+@pytest.mark.parametrize(
+    ("counters", "words"),
+    [
+        ({"graphs": 1, "graph_replays": 0, "device": "cuda:0"}, "no CUDA graph was replayed"),
+        ({"graphs": 1, "graph_replays": 3, "device": "cpu"}, "decoding was to be on cuda"),
+    ],
+)
+def test_counters_say_what_never_ran(counters, words):
+    decoder = SimpleNamespace(
+        options=Decode(cuda_graph=True), device=torch.device("cuda"), counters=lambda: counters
+    )
+    with pytest.raises(InputError, match=words):
+        harness.engaged(decoder)
 
 
 def test_an_unknown_decoder_is_told_before_anything_is_measured(capsys):
@@ -88,7 +166,7 @@ def test_a_decoder_folder_is_measured_without_a_jpeg_library(capsys, decoder_fol
     words = ("--decoders", decoder_folder, "--no-jpeg", "--json")
     report = json.loads(call(capsys, *words, *QUICK))
     row = report["rows"][0]
-    assert report["jpeg"] is None and row["over_jpeg_core"] is None
+    assert report["pictures"] == {} and row["over_jpeg_core"] is None
     assert row["weights"] == "loaded" and row["gflop"] == pytest.approx(7.3 / 256, rel=0.02)
 
 
@@ -145,7 +223,7 @@ def test_heavy_decoders_run_one_patch_at_a_time_on_a_cpu():
 @pytest.mark.parametrize("kind", ["threads", pytest.param("processes", marks=pytest.mark.slow)])
 def test_jpeg_decoders_work_together(library, kind):
     pytest.importorskip(library)
-    jpegs = jpeg_decoding.load_jpegs(None, 64)[:4]
+    jpegs = jpegs_of(64)[:4]
     together, first = jpeg_decoding.rate_together(library, jpegs, 0.1, 2, kind)
     assert together > 0 and first > 0
 
@@ -170,7 +248,7 @@ def test_a_gpu_decoder_that_cannot_run_says_why():
     pytest.importorskip("torchvision")
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    case = jpeg_decoding.cases(jpeg_decoding.load_jpegs(None, 64), 0.01, 1, "cuda")[-1]
+    case = jpeg_decoding.cases(jpegs_of(64), 0.01, 1, "cuda")[-1]
     run_cases([case], 2)
     assert case.row()["options"] == "the GPU" and case.row()["error"] == case.rounds[0]["error"]
 

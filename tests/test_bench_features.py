@@ -28,7 +28,7 @@ def test_cost_is_that_of_the_same_round(capsys, tmp_path):
     (row,) = report["rows"]
     rates = [row[f"{name}_patches_per_s"] for name in ("embedder_alone", "from_latents",
                                                        "with_files", "decoder_alone")]  # fmt: skip
-    assert min(rates) > 0 and row["batch_size"] == 3
+    assert min(rates) > 0 and row["batch_size"] == 3 and row["decoded_on"] == "cpu"
     low, high = row["from_latents_cost_range"]
     assert low <= row["from_latents_cost_percent"] <= high
     assert report["weights"] == "random" and report["config"]["precision"] == "float32"

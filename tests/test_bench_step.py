@@ -44,6 +44,7 @@ def test_costs_are_those_of_the_same_round(measured):
     assert low <= report["loader_over_cached_views"]["percent"] <= high
     assert report["source"]["weights"] == "random" and report["source"]["decoder"] == "turbo-s"
     assert report["machine"]["torch"] == torch.__version__
+    assert report["counters"]["device"] == "cpu" and report["counters"]["decoded"] >= 2 * 8
     assert report["steps"][bench_step.STEP]["peak_gb"] is None
 
 
@@ -98,6 +99,12 @@ def test_a_converted_set_is_read_with_its_own_decoder(capsys, tmp_path):
 def test_a_set_smaller_than_a_batch_is_named(capsys, tmp_path):
     words = (*QUICK, "--patches", 1, "--work", tmp_path)
     assert "a smaller --batch-size" in call(capsys, *words, code=1)
+
+
+def test_a_graph_without_a_gpu_is_refused_before_anything_runs(capsys):
+    assert "--cuda-graph needs a CUDA device, not cpu" in call(
+        capsys, *QUICK, "--cuda-graph", code=1
+    )
 
 
 def test_unknown_decoders_are_named(capsys):

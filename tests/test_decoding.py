@@ -164,6 +164,15 @@ def test_compiled_decoding_changes_rounding_only(tiny, monkeypatch):
     torch.testing.assert_close(found, images, atol=1e-5, rtol=0)
 
 
+def test_a_decoder_counts_what_it_decodes(shared_dataset):
+    loader = LatentLoader(shared_dataset, "val", batch_size=30, autoencoder=MeanAutoencoder())
+    assert loader.decoder.counters()["decoded"] == 0
+    list(loader)
+    assert loader.decoder.counters() == {
+        "decoded": 100, "device": "cpu", "graphs": 0, "graph_replays": 0
+    }  # fmt: skip
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("options", [{}, {"channels_last": True}, {"cuda_graph": True}])
 def test_cuda_decodes_as_the_cpu_does(tiny, options):

@@ -34,7 +34,7 @@ LINES = {
     "latentds/embedders": 2_050,
     "latentds/evaluation": 5_500,
     "latentds/hub": 1_850,
-    "latentds/loading": 4_250,
+    "latentds/loading": 4_450,
     "latentds/models": 2_650,
     "latentds/quantizers": 3_850,
     "latentds/sources": 6_300,

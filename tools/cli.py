@@ -71,6 +71,10 @@ COMMANDS = {
         "what decoding adds to embedding, in a feature extraction from latents",
     ),
     "bench step": ("bench.bench_step", "what loading and decoding add to a step of training"),
+    "bench gpu": (
+        "bench.bench_gpu",
+        "all that a machine with a GPU can tell, in so many minutes",
+    ),
     "bench convert": ("bench.bench_convert", "rate of a conversion beside the encoder's alone"),
     "bench container": ("bench.bench_container", "container overhead for patch and pack sizes"),
     "bench fidelity": (

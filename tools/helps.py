@@ -155,6 +155,13 @@ HELPS = {
         ("arch", "method", "device", "batch_size", "steps"),
         ("latentds bench step", "latentds bench step --arch vit_small --device cuda --json"),
     ),
+    "bench gpu": Help(
+        ("minutes", "only", "device"),
+        (
+            "latentds bench gpu --out results/gpu-h100/",
+            "latentds bench gpu --out miniature/ --device cpu --only decode,resident",
+        ),
+    ),
     "bench convert": Help(
         ("autoencoder", "device", "workers"),
         ("latentds bench convert patches/", "latentds bench convert patches/ --autoencoder tiny"),

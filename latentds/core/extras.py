@@ -13,7 +13,6 @@ from latentds.errors import MissingExtraError
 NEEDS: dict[str, dict[str, tuple[str, ...]]] = {
     "features": {"evaluate": ("h5py",)},
     "compare": {"evaluate": ("matplotlib",)},
-    "bench loader": {"bench": ("psutil",)},
     "abmil": {"evaluate": ("deepspeed", "sklearn")},
     "classify_patches": {"evaluate": ("deepspeed", "sklearn")},
     "sampath": {"evaluate": ("deepspeed",)},

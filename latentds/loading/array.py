@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,8 @@ class LatentArray(Dataset[Tensor]):
         rows = select_rows(self.shards, split, *select.unbalanced("LatentArray"))
         if rows is None:
             rows = np.arange(*(self.shards.patch_range(split) if split else (0, len(self.shards))))
-        self.check_fits(len(rows), resident)
+        each = 8 + (manifest.contract.bytes_per_patch if resident else 0)  # 8 of a label
+        self.memory_bytes = check_fits(self.shards, len(rows), self.device, each)
         integers = make_integers(manifest.codebooks)
         self.decoder: Decoder | Integers | None = integers if decode == "codes" else None
         if decode in ("pixels", "latents"):
@@ -104,31 +105,12 @@ class LatentArray(Dataset[Tensor]):
         self.codebooks: Tensor | None = None  # which codebook each patch has, where there are more
         if len(manifest.codebooks) > 1:
             self.codebooks = torch.from_numpy(self.shards.codebook_numbers(rows)).to(self.device)
-        self.held = self.load(rows) if resident else None
+        self.held: Tensor | None = None
+        if resident:
+            size = (len(rows), *manifest.contract.codes_shape)
+            self.held = torch.empty(size, dtype=torch.uint8, device=self.device)
+            fill(self.held, self.shards, rows, self.shards.read_codes)
         self.places: dict[str, int] = {}
-
-    def check_fits(self, count: int, resident: bool) -> None:
-        """Refuse before anything is read."""
-        codes_bytes = self.shards.manifest.contract.bytes_per_patch if resident else 0
-        self.memory_bytes = count * (codes_bytes + 8)
-        free = free_bytes(self.device)
-        if self.memory_bytes > free * (1 - KEPT_FREE):
-            raise InputError(
-                f"{self.shards.folder}: {count:,} patches take {self.memory_bytes / 1e9:.2f} GB, "
-                f"{self.device} has {free / 1e9:.2f} GB free; choose fewer (split=, "
-                "select=), another device, resident=False, or LatentLoader"
-            )
-
-    def load(self, rows: np.ndarray) -> Tensor:
-        """All codes, read in blocks."""
-        shape = self.shards.manifest.contract.codes_shape
-        codes = torch.empty((len(rows), *shape), dtype=torch.uint8, device=self.device)
-        for start in progress(
-            range(0, len(rows), BLOCK_PATCHES), desc="loading", unit="block", disable=None
-        ):
-            block = self.read(rows[start : start + BLOCK_PATCHES])
-            codes[start : start + len(block)] = block
-        return codes
 
     def read(self, rows: np.ndarray) -> Tensor:
         """Codes of rows of the patch table from the shards, checked, on the CPU."""
@@ -224,6 +206,38 @@ class LatentArray(Dataset[Tensor]):
     def __getitems__(self, indices: list[int]) -> list[Tensor]:
         """Patches by place, read and decoded together: what torch's DataLoader asks of a batch."""
         return list(self[indices])
+
+
+def check_fits(shards: ShardSet, count: int, device: torch.device, each: int) -> int:
+    """Bytes that so many patches of `each` bytes take; InputError where there is no room for them.
+
+    To be asked before anything is read.
+    """
+    memory_bytes = count * each
+    free = free_bytes(device)
+    if memory_bytes > free * (1 - KEPT_FREE):
+        raise InputError(
+            f"{shards.folder}: {count:,} patches take {memory_bytes / 1e9:.2f} GB, "
+            f"{device} has {free / 1e9:.2f} GB free; choose fewer (split=, "
+            "select=), another device, or resident=False"
+        )
+    return memory_bytes
+
+
+def fill(
+    memory: Tensor,
+    shards: ShardSet,
+    rows: np.ndarray | range,
+    read: Callable[[np.ndarray], np.ndarray],
+) -> None:
+    """Put what `read` gives of all rows into `memory`, block by block, its codes checked."""
+    for start in progress(
+        range(0, len(rows), BLOCK_PATCHES), desc="loading", unit="block", disable=None
+    ):
+        part = np.asarray(rows[start : start + BLOCK_PATCHES])
+        block = torch.from_numpy(read(part))
+        check_codes(shards, block, shards.codebook_numbers(part), shards.manifest.codebooks)
+        memory[start : start + len(block)] = block
 
 
 def free_bytes(device: torch.device) -> int:

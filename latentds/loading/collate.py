@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,8 @@ class Collator:
         self.vocabulary = Vocabulary(sets, class_to_idx)
         self.decoders = self.vocabulary.codebooks  # what codes become latents by
         self.integers = make_integers(self.decoders) if decode == "codes" else None
+        # Of resident codes: where they lie, which batches then carry instead (`Resident`).
+        self.places: Callable[[int, np.ndarray], np.ndarray] | None = None
 
     def collate(self, drawn: Drawn, valid: np.ndarray, bad: tuple[str, ...] = ()) -> Batch:
         """The batch of D draws; DamagedPackError where a pack cannot be read."""
@@ -71,11 +74,13 @@ class Collator:
     def read(self, which: int, rows: np.ndarray) -> dict[str, Any]:
         """Fields of a Batch for patches of one set."""
         shards = self.sets[which]
-        codes = torch.from_numpy(shards.read_codes(rows))
+        read = shards.read_codes if self.places is None else functools.partial(self.places, which)
+        codes = torch.from_numpy(read(rows))
         manifest, table = shards.manifest, shards.patches[rows]  # by now on their way from disk
         books = self.vocabulary.books[which][shards.codebook_numbers(rows)]
         codebooks = self.vocabulary.codebooks
-        check_codes(shards, codes, books, codebooks)
+        if self.places is None:
+            check_codes(shards, codes, books, codebooks)
         return {
             **self.shown(codes, torch.from_numpy(books)),
             "labels": torch.from_numpy(self.vocabulary.labels[which][table["label"]]),

@@ -75,6 +75,8 @@ class Decoder:
                  latents only.
     codebooks    (S,)
     patch_px     (H, W), what padding is cropped to
+
+    decoded, ran_on   patches so far, and the device that the last of them came out on
     """
 
     def __init__(
@@ -90,6 +92,8 @@ class Decoder:
             raise ValueError(f"cuda_graph=True needs a CUDA device, not {self.device}")
         self.patch_px, self.autoencoder = patch_px, autoencoder
         self.chunk, self.has_halved = self.options.chunk, False
+        self.decoded, self.ran_on = 0, ""
+        self.graphed: Graphed | None = None
         dtype = self.options.dtype if autoencoder is not None else torch.float32
         self.lookup = make_lookup(codebooks, self.device, dtype)
         if autoencoder is not None:
@@ -111,7 +115,9 @@ class Decoder:
 
         if self.options.compile:
             network = Compiled(network)
-        return Graphed(network) if self.options.cuda_graph else network
+        if self.options.cuda_graph:
+            self.graphed = Graphed(network)
+        return self.graphed or network
 
     @torch.no_grad()  # not inference_mode: its tensors could not enter the trainer's graph
     def __call__(self, codes: Tensor, codebooks: Tensor | None = None) -> Tensor:
@@ -119,8 +125,19 @@ class Decoder:
 
         Without an autoencoder latents (B, C, h, w).
         """
-        latents = self.lookup(codes, codebooks)
-        return latents if self.autoencoder is None else self.decode_within_memory(latents)
+        decoded = self.lookup(codes, codebooks)
+        if self.autoencoder is not None:
+            decoded = self.decode_within_memory(decoded)
+        self.decoded, self.ran_on = self.decoded + len(decoded), str(decoded.device)
+        return decoded
+
+    def counters(self) -> dict[str, int | str]:
+        """What ran so far: patches, the device they came out on, CUDA graphs and their replays."""
+        graphs, replays = 0, 0
+        if self.graphed is not None:
+            graphs, replays = len(self.graphed.graphs), self.graphed.replays
+        return {"decoded": self.decoded, "device": self.ran_on, "graphs": graphs,
+                "graph_replays": replays}  # fmt: skip
 
     def decode_within_memory(self, latents: Tensor) -> Tensor:
         """Images of latents; out of memory halves the chunk, once."""
@@ -181,6 +198,7 @@ class Graphed:
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         self.function = function
         self.graphs: dict[torch.Size, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+        self.replays = 0
 
     def __call__(self, values: Tensor) -> Tensor:
         if values.shape not in self.graphs:
@@ -188,6 +206,7 @@ class Graphed:
         graph, source, result = self.graphs[values.shape]
         source.copy_(values)
         graph.replay()
+        self.replays += 1
         return result.clone()
 
     def capture(self, values: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
@@ -199,7 +218,8 @@ class Graphed:
                 self.function(source)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # The thread that pins the next batches allocates meanwhile, which a global check refuses.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             result = self.function(source)
         return graph, source, result
 

@@ -25,6 +25,7 @@ from latentds.loading.dataset import LatentDataset, check_bad
 from latentds.loading.decoding import Decode, Decoder, check_decode, find_autoencoder
 from latentds.loading.mixture import Mixture
 from latentds.loading.options import Order, Select, Workers, answering, check_group
+from latentds.loading.resident import Resident
 from latentds.loading.stage import CopyLanes, CudaLanes, DecodeStage
 from latentds.loading.transfers import Transfer, Transfers
 from latentds.loading.transform_checks import Watched
@@ -64,6 +65,9 @@ class LatentLoader:
                   batch.views, made on the device of the images before `transform` changes those
     augment       True for flips, turns, crops and changes of colour and stain of every patch's own,
                   drawn from its seed, before `transform`; or a MultiCrop of one global crop
+    resident      hold the stored bytes of all that may be drawn where they are decoded: read and
+                  checked once, gathered there by the same order; batches and states are those of
+                  reading. InputError where they do not fit
     as_tuple      yield (images, labels) instead of a Batch, or (views.crops(), labels)
 
     `state_dict` counts batches handed out; the iteration after `load_state_dict` goes on behind
@@ -89,6 +93,7 @@ class LatentLoader:
         transform: Callable[[Tensor], Any] | None = None,
         views: Callable[[Tensor, Tensor], Views] | None = None,
         augment: bool | MultiCrop = False,
+        resident: bool = False,
         as_tuple: bool = False,
         columns: Sequence[str] = (),
         masks: bool = False,
@@ -137,6 +142,7 @@ class LatentLoader:
         options = decoding.with_dtype(dtype)
         self.decoder = self.make_decoder(autoencoder if decoder is None else decoder, options)
         self.integers = make_integers(self.codebooks) if decode == "codes" else None
+        self.resident = Resident(self.dataset, self.decode_device) if resident else None
         self.stage: DecodeStage | None = None
         if self.decode_device.type == "cuda":
             self.stage = self.make_stage(decoding.static, CudaLanes(self.decode_device))
@@ -144,7 +150,8 @@ class LatentLoader:
         self.transfers = self.make_transfers(workers)
         self.epoch, self.handed_out = 0, 0
         self.resuming = False
-        self.bad_packs: list[str] = []  # damaged ones this rank has met, and replaced
+        # Damaged ones this rank has met, and replaced.
+        self.bad_packs: list[str] = list(self.dataset.bad.values())
 
     def make_transfers(self, workers: Workers) -> DataLoader[Transfer]:
         """What brings codes from the processes that read them."""
@@ -174,7 +181,7 @@ class LatentLoader:
         pixels = self.decode == "pixels"
         dtype = self.decoder.options.dtype if self.decoder and pixels else torch.float32
         return DecodeStage(
-            self.decoder or self.integers,
+            self.decode_codes,
             (3, *contract.patch_px) if pixels else contract.latents_shape,
             torch.int16 if self.integers else dtype,
             batching.global_batch // batching.ranks,
@@ -182,6 +189,14 @@ class LatentLoader:
             lanes,
             static=static,
         )
+
+    @property
+    def decode_codes(self) -> Callable[..., Tensor] | None:
+        """What is made of a batch's codes, or of the places of resident ones; None for nothing."""
+        decode = self.decoder or self.integers
+        if decode is None or self.resident is None:
+            return decode
+        return self.resident.before(decode)
 
     @property
     def autoencoder(self) -> Autoencoder | None:
@@ -317,13 +332,15 @@ class LatentLoader:
     def prepare(self, batch: Batch) -> Batch:
         """A batch moved and decoded, at once: what the stage does ahead where there is one."""
         batch = batch.to(self.decode_device)
-        images, decode = None, self.decoder or self.integers
+        images, decode = None, self.decode_codes
         if decode is not None:
             images = decode(batch.codes, batch.codebooks)
         return dataclasses.replace(batch, images=images)
 
     def finish(self, batch: Batch) -> Any:
         """What the trainer gets of a decoded batch, on its device."""
+        if self.resident is not None:
+            batch = dataclasses.replace(batch, codes=self.resident(batch.codes))
         if self.decode == "latents":
             batch = dataclasses.replace(batch, latents=batch.images, images=None)
         if self.integers is not None:

@@ -54,7 +54,13 @@ class Sampler(Protocol):
 
 
 class SetSampler(Sampler, Protocol):
-    """A sampler of one set."""
+    """A sampler of one set.
+
+    chosen  rows of the patch table that may be drawn, ascending
+    """
+
+    @property
+    def chosen(self) -> np.ndarray | range: ...
 
     def replacement(self, row: int, attempt: int) -> int:
         """The row that stands in for a damaged one, the attempt-th choice."""
@@ -92,6 +98,12 @@ class PackSampler:
     def ahead(self) -> int:
         """A window."""
         return self.layout.window
+
+    @property
+    def chosen(self) -> np.ndarray | range:
+        """The split's rows, or those selected."""
+        own = range(self.first_row, self.first_row + self.size)
+        return own if self.rows is None else self.rows
 
     def order(self, epoch: int) -> EpochOrder:
         """The order of an epoch; the last two are kept."""
@@ -155,6 +167,11 @@ class BalancedSampler:
     def ahead(self) -> int:
         """None: packs are touched at random."""
         return 0
+
+    @property
+    def chosen(self) -> np.ndarray:
+        """Rows that are in some group."""
+        return np.sort(self.members)
 
     def draw(self, epoch: int, start: int, stop: int) -> Drawn:
         """The draws [start, stop) of an epoch."""

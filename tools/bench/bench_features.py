@@ -15,6 +15,8 @@ from latentds_tools.bench import harness
 from latentds_tools.bench.harness import Way
 from latentds_tools.reports.commands import show
 
+from latentds.errors import InputError
+
 if TYPE_CHECKING:
     import torch
 
@@ -104,7 +106,7 @@ def measure(config: Config) -> dict[str, Any]:
     name = str(config.embedder)
     is_random = name.startswith("timm:") and "@" not in name
     embedder = random_embedder(name) if is_random else load_embedder(name)
-    with tempfile.TemporaryDirectory(dir=config.work) as work:
+    with tempfile.TemporaryDirectory(dir=config.work) as work, harness.no_fallback():
         folder = Path(work)
         write_set(folder, config)
         rows = [
@@ -205,13 +207,22 @@ def measure_size(bench: Bench, rounds: int) -> dict[str, Any]:
     for name in (ALONE, LOADED):  # first batches choose kernels and fill pools
         harness.run_steps(ways[name], 1, bench.device)
     harness.run_rounds(list(ways.values()), rounds, bench.device, title=f"batches of {size}, ")
-    row: dict[str, Any] = {"batch_size": size}
+    row: dict[str, Any] = {"batch_size": size, "decoded_on": decoded_on(bench)}
     row |= {f"{name}_patches_per_s": total / way.median for name, way in ways.items()}
     for name in (LOADED, WRITTEN):
         costs = harness.cost_percents(ways[name], ways[ALONE])
         row[f"{name}_cost_percent"] = statistics.median(costs)
         row[f"{name}_cost_range"] = harness.extent(costs)
     return row
+
+
+def decoded_on(bench: Bench) -> str:
+    """The device that pictures came out on; InputError where it is another than was asked for."""
+    if bench.cached.device.type != bench.device.type:
+        raise InputError(
+            f"never engaged: decoding was to be on {bench.device}, not on {bench.cached.device}"
+        )
+    return str(bench.cached.device)
 
 
 def embed_cached(bench: Bench) -> None:
@@ -279,7 +290,9 @@ def as_text(report: dict[str, Any]) -> str:
     )
     header = ("batch", "embedder alone, patches/s", "from latents", "cost (range)",
               "with files written", "cost (range)", "reading and decoding alone")  # fmt: skip
-    return harness.report_text(head, header, map(row_cells, report["rows"]))
+    devices = {"decoded_on": ", ".join(sorted({row["decoded_on"] for row in report["rows"]}))}
+    counted = harness.counters_text(devices)
+    return harness.report_text(head, header, map(row_cells, report["rows"]), "", counted)
 
 
 def row_cells(row: dict[str, Any]) -> list[str]:

@@ -9,10 +9,18 @@ import statistics
 import sys
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
-from latentds_tools.bench.harness import Case, extent, machine, medians, report_text, run_cases
+from latentds_tools.bench.harness import (
+    Case,
+    counters_text,
+    extent,
+    machine,
+    medians,
+    report_text,
+    run_cases,
+)
 from latentds_tools.reports.commands import show
 
 from latentds.errors import InputError, unknown_name
@@ -22,6 +30,7 @@ logger = logging.getLogger(__name__)
 # name: (stored bytes are pictures, distribution whose version is told)
 PEERS = {
     "latentds": (False, "latentds"),
+    "latentds-resident": (False, "latentds"),
     "webdataset": (False, "webdataset"),
     "webdataset-packed": (False, "webdataset"),
     "datasets": (False, "datasets"),
@@ -31,6 +40,7 @@ PEERS = {
     "jpeg-folder": (True, "torchvision"),
     "jpeg-webdataset": (True, "webdataset"),
 }
+READS = {"webdataset-packed": "latentds", "latentds-resident": "latentds"}  # others' files
 HAVE_PACKED = ("webdataset", "datasets", "mds")
 BUFFER = 5000  # samples that peers without an order of their own shuffle among
 
@@ -45,7 +55,8 @@ class Config:
     """Split."""
     against: str = "jpeg-folder,jpeg-webdataset,webdataset,datasets"
     """Peers with commas between: jpeg-folder, jpeg-webdataset, webdataset, datasets, mds. Those of
-    latents are measured with one patch a sample and with packs of 256."""
+    latents are measured with one patch a sample and with packs of 256. latentds-resident is ours
+    with all stored bytes on the device. 'none' measures ours alone."""
     decode: str = "codes,latents,pixels"
     """What batches are to hold, with commas between."""
     patches: int = 131_072
@@ -63,6 +74,14 @@ class Config:
     """Where batches end up and are decoded; auto takes a GPU where there is one."""
     autoencoder: str | None = None
     """Decoder instead of the recorded one."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the decoder and its images."""
+    channels_last: bool = False
+    """Decode with channels last."""
+    compile: bool = False
+    """Compile the decoder."""
+    cuda_graph: bool = False
+    """Decode through a CUDA graph."""
     seconds: float = 5.0
     """Length of the warm phase; the cold one ends with the epoch, or after six times as long."""
     rounds: int = 3
@@ -90,7 +109,7 @@ class Config:
 
     def peers(self) -> list[str]:
         """Names in --against."""
-        return [name for name in self.against.split(",") if name]
+        return [name for name in self.against.split(",") if name not in ("", "none")]
 
     def decodes(self) -> list[str]:
         """Names in --decode; no pixels without a set."""
@@ -111,15 +130,22 @@ class Config:
 
 
 def run(config: Config) -> None:
-    """Prepare, measure in turn, print."""
+    """Measure and print."""
+    show(measure(config), config.json, as_text)
+
+
+def measure(config: Config) -> dict[str, Any]:
+    """Prepare, and measure in turn."""
     from latentds.core.device_choice import choose_device
 
     config = dataclasses.replace(config, device=str(choose_device(config.device)))
+    if config.cuda_graph and not config.device.startswith("cuda"):
+        raise InputError(f"--cuda-graph needs a CUDA device, not {config.device}; leave it")
     with tempfile.TemporaryDirectory(dir=config.work) as work:
         specs = prepare(config, Path(work))
         cases = [Case(spec, functools.partial(measure_one, config, spec)) for spec in specs]
         run_cases(cases, config.rounds)
-    report = {
+    return {
         "machine": machine(config.device),
         "workers": config.workers,
         "batch_size": config.batch_size,
@@ -127,7 +153,6 @@ def run(config: Config) -> None:
         "rounds": config.rounds,
         "results": [summarize(case) for case in cases],
     }
-    show(report, config.json, as_text)
 
 
 def prepare(config: Config, work: Path) -> list[dict[str, Any]]:
@@ -149,13 +174,13 @@ def prepare(config: Config, work: Path) -> list[dict[str, Any]]:
         peer_formats.write_subset(own, work / "latentds-few", config.split, len(few))
     specs = []
     for peer, decode in config.contenders():
-        some, where = sizes[decode], "latentds" if peer == "webdataset-packed" else peer
+        some, where = sizes[decode], READS.get(peer, peer)
         if (where, len(some)) not in folders:
             folders[where, len(some)] = folder = work / f"{peer}-{len(some)}"
             folder.mkdir()
             logger.info("writing %s", peer)
             write_format(config, peer, some, folder, own)
-        specs.append(common | describe_one(config, peer, decode, folders[where, len(some)], some))
+        specs.append(describe_one(config, peer, decode, folders[where, len(some)], some) | common)
     return specs
 
 
@@ -176,7 +201,8 @@ def describe_one(
         "epoch_patches": count - count % size,
         "stored_patches": count,
         "stored_bytes_per_patch": stored / count,
-        "ceiling_rounds": 3 if (peer, decode) == ("latentds", "pixels") else 0,
+        "resident": peer == "latentds-resident",
+        "ceiling_rounds": 3 if PEERS[peer][1] == "latentds" and decode == "pixels" else 0,
     }
 
 
@@ -207,6 +233,12 @@ def describe_set(config: Config, own: Path, work: Path, count: int) -> dict[str,
         "buffer": BUFFER,
         "device": config.device,
         "autoencoder": config.autoencoder,
+        "dtype": config.dtype,
+        "decoding": {
+            "channels_last": config.channels_last,
+            "compile": config.compile,
+            "cuda_graph": config.cuda_graph,
+        },
         "seconds": config.seconds,
     }
 
@@ -229,13 +261,13 @@ def write_format(config: Config, peer: str, patches: Any, folder: Path, own: Pat
 
 def measure_one(config: Config, spec: dict[str, Any]) -> dict[str, Any]:
     """Figures of one contender; its error where it fails, so that the others are still told."""
-    from latentds_tools.bench.measuring_loaders import measure
+    from latentds_tools.bench.measuring_loaders import measure_loader
 
     python = str(config.peer_python) if spec["peer"].startswith("mds") else sys.executable
     if spec["peer"].startswith("mds") and spec["decode"] == "pixels":
         return {"error": "its Python has no latentds to decode with"}
     try:
-        return measure(spec, python)
+        return measure_loader(spec, python)
     except InputError as error:
         logger.warning("%s", error)
         return {"error": str(error)}
@@ -253,6 +285,7 @@ def summarize(case: Case) -> dict[str, Any]:
         "warm_range": extent([found["warm"]["patches_per_s"] for found in sound]),
         "versions": sound[0]["versions"],
         "peak_mb": statistics.median(found["peak_mb"] for found in sound),
+        "counters": sound[-1].get("counters"),
     }
     pairs = [pair for found in sound for pair in found["ceilings"]]
     if pairs:
@@ -283,9 +316,12 @@ def as_text(report: dict[str, Any]) -> str:
         if "decoder_alone" in row:
             rest += [
                 "",
-                f"decoder alone, in turn with the loader: {row['decoder_alone']:,.1f} patches/s; "
-                f"end to end {row['share_of_decoder']:.1%} of it",
+                f"{row['peer']}: decoder alone, in turn with the loader: "
+                f"{row['decoder_alone']:,.1f} patches/s; end to end {row['share_of_decoder']:.1%} "
+                "of it",
             ]
+        if row.get("counters"):
+            rest += ["", f"{row['peer']}, {row['decode']}: {counters_text(row['counters'])}"]
     versions = {n: v for row in rows for n, v in row.get("versions", {}).items()}
     rest += ["", ", ".join(f"{n} {v}" for n, v in sorted(versions.items()))]
     return report_text(head, header, map(row_cells, rows), *rest)

@@ -14,6 +14,8 @@ from latentds_tools.bench.harness import Way
 from latentds_tools.bench.step_config import LEAD, Config, with_defaults
 from latentds_tools.reports.commands import show
 
+from latentds.errors import InputError
+
 STEP, VIEWS_TOO, LOADER = "cached views", "cached images, views made", "loader, views made"
 READ, DECODE, VIEWS = "reading codes", "decoding", "making views"
 
@@ -33,22 +35,26 @@ def measure(config: Config) -> dict[str, Any]:
     device = choose_device(config.device)
     config = dataclasses.replace(config, device=str(device))
     config = with_defaults(config, device.type == "cuda")
+    if config.cuda_graph and device.type != "cuda":
+        raise InputError(f"--cuda-graph needs a CUDA device, not {device}; leave it")
     assert config.batch_size is not None and config.steps is not None
     lead = LEAD[device.type == "cuda"]
-    with tempfile.TemporaryDirectory(dir=config.work) as work:
+    with tempfile.TemporaryDirectory(dir=config.work) as work, harness.no_fallback():
         source = open_source(config, Path(work))
         check_enough(source.folder, config.split, config.batch_size)
         with Feeding(source, config, device) as feeding:
             ways = make_ways(feeding)
             for way in ways.values():  # kernels are chosen, compiled and captured; pools fill
                 harness.run_steps(way, max(lead, 1), device)
+            feeding.counters()  # before minutes are spent on what does not engage
             timed = list(ways.values())
             harness.run_rounds(timed, config.rounds, device, steps=config.steps, lead=lead)
-            facts = feeding.facts()
+            facts, counters = feeding.facts(), feeding.counters()
     return {
         "machine": harness.machine(str(device)),
         "config": harness.recorded(config),
         "source": facts | {"decoder": source.decoder, "weights": source.weights},
+        "counters": counters,
         **summarize(ways, config.batch_size),
     }
 
@@ -125,7 +131,8 @@ def as_text(report: dict[str, Any]) -> str:
     rows = [row_cells(f"step on {name}", row) for name, row in report["steps"].items()]
     rows += [row_cells(f"{name} alone", row) for name, row in report["alone"].items()]
     header = ("", "ms a step (range)", "patches/s", "peak GPU memory")
-    return harness.report_text(head, header, rows, "", *costs_text(report))
+    counted = harness.counters_text(report["counters"])
+    return harness.report_text(head, header, rows, "", *costs_text(report), counted)
 
 
 def row_cells(name: str, row: dict[str, Any]) -> list[str]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import gc
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from latentds_tools.bench.decode_shapes import find_decoder, gigaflops
-from latentds_tools.bench.harness import Case, sustained, synchronize
+from latentds_tools.bench.harness import Case, engaged, no_fallback, sustained, synchronize
+
+from latentds.errors import InputError, unknown_name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 # of a GPU; of a CPU for decoders up to HEAVY_GFLOP a patch; of a CPU for heavier ones
 GPU_BATCH, CPU_BATCH, HEAVY_BATCH = 64, 16, 1
 HEAVY_GFLOP = 50
+PLAIN = "float32"
 
 
 class Settings(Protocol):
@@ -33,6 +36,8 @@ class Settings(Protocol):
     @property
     def compile(self) -> bool: ...
     @property
+    def options(self) -> str | None: ...
+    @property
     def seconds(self) -> float: ...
 
 
@@ -43,7 +48,7 @@ def cases(name: str, config: Settings) -> list[Case]:
     made = []
     for batch in config.batch_sizes or (default_batch(config.device, gflop),):
         plain: list[Tensor] = []
-        for options in combinations(config.device, config.compile):
+        for options in chosen(config):
             head = {"decoder": name, "weights": weights, "gflop": gflop}
             head |= {"options": describe(options), "batch": batch}
             once = functools.partial(measure_case, name, options, batch, plain, config)
@@ -53,12 +58,40 @@ def cases(name: str, config: Settings) -> list[Case]:
 
 def measure_case(
     name: str, options: Decode, batch: int, plain: list[Tensor], config: Settings
-) -> dict[str, float]:
-    """One round of one case; `largest_change` is against plain float32's images."""
-    found, images = measure(find_decoder(name)[0], options, batch, config)
-    plain[:] = plain or [images]
-    release(config.device)
-    return found | {"largest_change": float((images - plain[0]).abs().max())}
+) -> dict[str, Any]:
+    """One round of one case; `largest_change` is against plain float32's images, where those are.
+
+    Only `error` and whether it is of an option that never engaged, where it cannot be measured.
+    """
+    import torch
+
+    try:
+        with no_fallback():
+            found, images = measure(find_decoder(name)[0], options, batch, config)
+    except InputError as error:
+        return {"error": str(error), "never_engaged": True}
+    except torch.OutOfMemoryError as error:
+        return {"error": " ".join(str(error).split())[:120]}
+    finally:
+        release(config.device)
+    if describe(options) == PLAIN:
+        plain[:] = plain or [images]
+    if plain:
+        found["largest_change"] = float((images - plain[0]).abs().max())
+    return found
+
+
+def chosen(config: Settings) -> list[Decode]:
+    """The options asked for by name, or all; UnknownNameError for one there is not."""
+    every = combinations(config.device, config.compile)
+    if config.options is None:
+        return every
+    known = {describe(options): options for options in every}
+    names = [" ".join(name.split()) for name in config.options.split(",")]
+    for name in names:
+        if name not in known:
+            raise unknown_name("options", name, known)
+    return [known[name] for name in names]
 
 
 def combinations(device: str, compile: bool) -> list[Decode]:
@@ -101,8 +134,8 @@ def default_batch(device: str, gflop: float) -> int:
 
 def measure(
     autoencoder: NetworkAutoencoder, options: Decode, batch: int, config: Settings
-) -> tuple[dict[str, float], Tensor]:
-    """Rate and start-up of one case, and the images it makes of fixed codes."""
+) -> tuple[dict[str, Any], Tensor]:
+    """Rate, start-up and counters of one case, and the images it makes of fixed codes."""
     import torch
 
     from latentds.loading.decoding import Decoder
@@ -125,7 +158,8 @@ def measure(
         synchronize(decoder.device)
 
     rate, first = sustained(decode, config.seconds, batch)
-    return {"patches_per_s": rate, "first_batch_s": first}, made[0].float().cpu()
+    found = {"patches_per_s": rate, "first_batch_s": first, **engaged(decoder)}
+    return found, made[0].float().cpu()
 
 
 def release(device: str) -> None:

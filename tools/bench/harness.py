@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -9,14 +10,19 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from latentds_tools.reports.markdown import table
 
+from latentds.errors import InputError
+
 if TYPE_CHECKING:
     import torch
+
+    from latentds.loading.decoding import Decoder
 
 CPUINFO = Path("/proc/cpuinfo")
 AnyConfig = TypeVar("AnyConfig", bound=Any)
@@ -83,6 +89,34 @@ def synchronize(device: str | torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+@contextlib.contextmanager
+def no_fallback() -> Iterator[None]:
+    """InputError where compiled code was asked for and eager code would be timed under its name."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="torch.compile failed")
+        try:
+            yield
+        except UserWarning as warning:
+            raise InputError(f"never engaged: {warning}; measure without --compile") from warning
+
+
+def engaged(decoder: Decoder) -> dict[str, Any]:
+    """What a decoder counted; InputError where what its options say never ran, or ran elsewhere."""
+    found = decoder.counters()
+    if decoder.options.cuda_graph and not found["graph_replays"]:
+        raise InputError(f"never engaged: no CUDA graph was replayed ({found}); see the log")
+    if str(found["device"]).partition(":")[0] != decoder.device.type:
+        raise InputError(f"never engaged: decoding was to be on {decoder.device} ({found})")
+    return found
+
+
+def counters_text(counters: Mapping[str, Any]) -> str:
+    """What was counted, in a line."""
+    shown = (f"{name} {value:,}" if isinstance(value, int) else f"{name} {value}"
+             for name, value in counters.items())  # fmt: skip
+    return f"counted: {', '.join(shown)}"
+
+
 def sustained(work: Callable[[], object], seconds: float, count: int) -> tuple[float, float]:
     """Things a second that `work` does, `count` a call, and seconds its first call took.
 
@@ -126,13 +160,18 @@ class Case:
         return self.head | (medians(self.sound) if self.sound else self.rounds[0])
 
 
-def run_cases(cases: Sequence[Case], rounds: int) -> None:
-    """Measure all in turn, round by round."""
+def run_cases(cases: Sequence[Case], rounds: int, note: Callable[[], object] | None = None) -> None:
+    """Measure all in turn, round by round.
+
+    note  called after every measurement, for what is to be left of a run that is cut short
+    """
     for number in range(rounds):
         for case in cases:
             told = [text for text in case.head.values() if isinstance(text, str)]
             logger.info("round %d of %d: %s", number + 1, rounds, ", ".join(told[:3]))
             case.rounds.append(case.once())
+            if note is not None:
+                note()
 
 
 @dataclasses.dataclass
@@ -196,9 +235,14 @@ def run_steps(way: Way, steps: int, device: torch.device) -> None:
     synchronize(device)
 
 
-def medians(rounds: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The median over rounds of every figure."""
-    return {name: statistics.median(found[name] for found in rounds) for name in rounds[0]}
+def medians(rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The median over rounds of every figure; of what is no figure, the first round's."""
+    return {
+        name: statistics.median(found[name] for found in rounds)
+        if isinstance(first, (int, float))
+        else first
+        for name, first in rounds[0].items()
+    }
 
 
 def extent(values: Sequence[float]) -> list[float]:

@@ -1,25 +1,29 @@
-"""Rate of JPEG decoders on the same patches: one core, all cores, the GPU's own decoder."""
+"""Rate of JPEG and AVIF decoders on the same patches: one core, all cores, the GPU's own."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import importlib.util
 import io
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from latentds_tools.bench.harness import Case, rate_of, sustained, synchronize
 
+from latentds.core.extras import is_here
 from latentds.errors import InputError, missing_extra
 
 if TYPE_CHECKING:
     import numpy as np
 
-LIBRARIES = ("simplejpeg", "torchvision")  # in the order they are asked for
+LIBRARIES, PILLOW = ("simplejpeg", "torchvision"), "Pillow"  # in the order they are asked for
+AVIF_BYTES, LEAST_BYTES = 4096, 1024  # a patch of 256 px as `tiny-v2`'s records; of any patch
+MOST_AVIF, AVIF_SPEED = 8, 6  # patches; the most thorough encoding takes half a minute each
+JPEG_START = b"\xff\xd8"
 QUALITY, SUBSAMPLING = 75, "4:2:0"
 MOST_PATCHES = 64  # kept in memory and decoded in turn
 GPU_BATCH = 64  # JPEGs handed to the GPU's decoder at once
@@ -27,12 +31,6 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
 READY_S = 120.0  # for every worker to start
 
 _gate: Any = None  # of a worker process, set as it starts
-
-
-def load_jpegs(folder: Path | None, patch_px: int) -> list[bytes]:
-    """Baseline JPEGs of a folder's patches, or of a public micrograph's."""
-    installed()  # tells a missing library before pictures are read
-    return [encode(patch) for patch in load_patches(folder, patch_px)]
 
 
 def load_patches(folder: Path | None, patch_px: int) -> list[np.ndarray]:
@@ -73,22 +71,25 @@ def encode(patch: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-def describe(jpegs: Sequence[bytes]) -> dict[str, Any]:
+def encode_avif(patch: np.ndarray) -> bytes:
+    """A patch as AVIF within AVIF_BYTES for 256 px, in proportion for other sizes."""
+    from latentds.codecs import PictureCodec, formats
+
+    fast = functools.partial(formats.encode_avif, subsampling="4:4:4", speed=AVIF_SPEED)
+    rules = dataclasses.replace(formats.FORMATS["avif"], encode=fast)
+    most = max(AVIF_BYTES * patch.shape[0] * patch.shape[1] // 256**2, LEAST_BYTES)
+    return PictureCodec("avif", max_bytes=most, rules=rules).encode_batch([patch])[0]
+
+
+def described(coded: str, files: Sequence[bytes]) -> dict[str, Any]:
     """What was decoded."""
-    return {
-        "quality": QUALITY,
-        "subsampling": SUBSAMPLING,
-        "patches": len(jpegs),
-        "mean_bytes": statistics.fmean(map(len, jpegs)),
-    }
+    mean = statistics.fmean(map(len, files))
+    return {"coded": coded, "patches": len(files), "mean_bytes": mean}
 
 
 def installed() -> list[str]:
-    """The JPEG libraries that are here; MissingExtraError where there is none."""
-    found = [name for name in LIBRARIES if importlib.util.find_spec(name)]
-    if not found:
-        raise missing_extra(LIBRARIES[0], "bench")
-    return found
+    """The JPEG libraries that are here; Pillow, which always is, where there is no faster one."""
+    return [name for name in LIBRARIES if is_here(name)] or [PILLOW]
 
 
 def make_decoder(library: str) -> Callable[[bytes], object]:
@@ -98,6 +99,14 @@ def make_decoder(library: str) -> Callable[[bytes], object]:
 
         by_simplejpeg: Callable[[bytes], object] = simplejpeg.decode_jpeg
         return by_simplejpeg
+    if library == PILLOW:
+        from latentds.codecs.formats import decode_avif, open_with_pillow
+
+        return lambda encoded: (
+            open_with_pillow(encoded, "JPEG")
+            if encoded.startswith(JPEG_START)
+            else decode_avif(encoded)
+        )
     import torch
     from torchvision.io import decode_jpeg
 
@@ -174,29 +183,76 @@ def rate_on_gpu(
     encoded = [encoded[i % len(encoded)] for i in range(batch)]
 
     def decode() -> None:
-        decode_jpeg(encoded, device=device)
+        decoded = decode_jpeg(encoded, device=device)
+        if decoded[0].device.type != "cuda":
+            raise RuntimeError(f"never engaged: decoded on {decoded[0].device}")
         synchronize(device)
 
     return sustained(decode, seconds, batch)
+
+
+class PictureSettings(Protocol):
+    """What the tool's config says about pictures."""
+
+    @property
+    def jpeg(self) -> bool: ...
+    @property
+    def avif(self) -> bool: ...
+    @property
+    def seconds(self) -> float: ...
+    @property
+    def device(self) -> str: ...
+
+
+def picture_cases(
+    patches: Callable[[], Sequence[np.ndarray]], config: PictureSettings, cores: int
+) -> tuple[list[Case], dict[str, Any]]:
+    """What is measured of picture formats, JPEG on one core first; and their files, by format."""
+    made: list[Case] = []
+    files: dict[str, Any] = {}
+    if config.jpeg:
+        jpegs = [encode(patch) for patch in patches()]
+        files["JPEG"] = described(f"quality {QUALITY}, {SUBSAMPLING}", jpegs)
+        made += cases(jpegs, config.seconds, cores, config.device)
+    if config.avif:
+        avifs = [encode_avif(patch) for patch in patches()[:MOST_AVIF]]
+        files["AVIF"] = described(f"4:4:4, speed {AVIF_SPEED}, as many bytes as fit", avifs)
+        made += on_cores("AVIF", PILLOW, avifs, config.seconds, cores, kinds=("processes",))
+    return made, files
+
+
+def on_cores(
+    format: str,
+    library: str,
+    files: Sequence[bytes],
+    seconds: float,
+    cores: int,
+    *,
+    kinds: Sequence[str] = ("threads", "processes"),
+) -> list[Case]:
+    """A decoder on one core, and on several: threads of one process take turns at AVIF here."""
+    name = f"{format}, {library}"
+    alone = functools.partial(rate, library, files, seconds)
+    made = [case_of(name, "1 core", 1, alone)]
+    for kind in kinds if cores > 1 else ():
+        once = functools.partial(rate_together, library, files, seconds, cores, kind)
+        made.append(case_of(name, f"{cores} {kind}", 1, once))
+    return made
 
 
 def cases(jpegs: Sequence[bytes], seconds: float, cores: int, device: str) -> list[Case]:
     """A case a JPEG decoder and place: the first is one core of the first library installed."""
     made = []
     for library in installed():
-        alone = functools.partial(rate, library, jpegs, seconds)
-        made.append(case_of(library, "1 core", 1, alone))
-        for kind in ("threads", "processes") if cores > 1 else ():
-            once = functools.partial(rate_together, library, jpegs, seconds, cores, kind)
-            made.append(case_of(library, f"{cores} {kind}", 1, once))
+        made += on_cores("JPEG", library, jpegs, seconds, cores)
     if device.startswith("cuda") and "torchvision" in installed():
         once = functools.partial(rate_on_gpu, jpegs, seconds, device)
-        made.append(case_of("torchvision", "the GPU", GPU_BATCH, once))
+        made.append(case_of("JPEG, torchvision", "the GPU", GPU_BATCH, once))
     return made
 
 
-def case_of(library: str, where: str, batch: int, once: Callable[[], tuple[float, float]]) -> Case:
-    """A JPEG decoder in one place; what torch raises without CUDA or nvJPEG is the GPU's error."""
+def case_of(name: str, where: str, batch: int, once: Callable[[], tuple[float, float]]) -> Case:
+    """A picture decoder in one place; what torch raises without CUDA or nvJPEG is its error."""
 
     def figures() -> dict[str, Any]:
         try:
@@ -205,6 +261,7 @@ def case_of(library: str, where: str, batch: int, once: Callable[[], tuple[float
             if where != "the GPU":
                 raise
             return {"error": " ".join(str(error).split())[:120]}
-        return {"patches_per_s": rate, "first_batch_s": first}
+        on = "cuda" if where == "the GPU" else "cpu"
+        return {"patches_per_s": rate, "first_batch_s": first, "device": on}
 
-    return Case({"decoder": f"JPEG, {library}", "options": where, "batch": batch}, figures)
+    return Case({"decoder": name, "options": where, "batch": batch}, figures)

@@ -12,7 +12,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from latentds.errors import InputError, missing_extra
+from latentds.core.extras import is_here
+from latentds.errors import InputError
 
 SCRIPT = Path(__file__).with_name("peers.py")
 SAMPLE_S = 0.2
@@ -31,7 +32,7 @@ def drop_page_cache(folder: Path) -> None:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def measure(spec: dict[str, Any], python: str) -> dict[str, Any]:
+def measure_loader(spec: dict[str, Any], python: str) -> dict[str, Any]:
     """Figures of one run of a loader; InputError with its last words where it dies."""
     drop_page_cache(Path(spec["folder"]))
     with tempfile.TemporaryFile("w+") as errors:
@@ -81,6 +82,8 @@ def note(figures: dict[str, Any], event: dict[str, Any], spent: dict[str, float]
     name = event.pop("event")
     if name == "imported":
         figures["versions"] = event["versions"]
+    elif name == "counted":
+        figures["counters"] = event
     elif name == "ceiling":
         rate = event["patches"] / event["seconds"]
         figures["ceilings"].append({"decoder": event["decoder"], "end_to_end": rate})
@@ -96,15 +99,17 @@ def note(figures: dict[str, Any], event: dict[str, Any], spent: dict[str, float]
 
 
 class Watch:
-    """Samples a process and all below it: peak memory (proportional, shared pages once)."""
+    """Samples a process and all below it: peak memory (proportional, shared pages once).
+
+    Figures are NaN without psutil.
+    """
 
     def __init__(self, pid: int) -> None:
-        try:
+        self.root, self.gone, self.peak = None, OSError, math.nan
+        if is_here("psutil"):
             import psutil
-        except ImportError as error:
-            raise missing_extra("psutil measures the loaders' processes", "bench") from error
-        self.gone = psutil.Error
-        self.root, self.peak = psutil.Process(pid), 0
+
+            self.root, self.gone, self.peak = psutil.Process(pid), psutil.Error, 0.0
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self.sample, daemon=True)
 
@@ -119,7 +124,7 @@ class Watch:
     def sample(self) -> None:
         """Look every SAMPLE_S seconds until told to end."""
         while not self.ended.wait(SAMPLE_S):
-            self.peak = max(self.peak, int(self.total(memory_of)))
+            self.peak = max(self.peak, self.total(memory_of))
 
     def counters(self) -> dict[str, float]:
         """CPU seconds and bytes read from disk so far, of the processes that live."""
@@ -127,6 +132,8 @@ class Watch:
 
     def total(self, figure: Any) -> float:
         """The sum of a figure over the process and its children."""
+        if self.root is None:
+            return math.nan
         total = 0.0
         with contextlib.suppress(self.gone):
             for process in (self.root, *self.root.children(recursive=True)):

@@ -12,6 +12,7 @@ import io
 import json
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ def main() -> None:
     if spec["peer"] == "write-mds":
         return write_mds(spec)
     torch.manual_seed(0)
+    # What is timed under a name is to be that: a compiler that falls back ends the measurement.
+    warnings.filterwarnings("error", message="torch.compile failed")
     import_peer(spec["peer"])
     tell("imported", versions=versions(spec["module"]))
     started = time.perf_counter()
@@ -41,16 +44,34 @@ def main() -> None:
     cold = run_phase(loader, ready, limit, started, spec["epoch_patches"])
     tell("cold", **cold)
     tell("warm", **run_phase(loader, ready, spec["seconds"], None, None))
+    if spec["module"] == "latentds":
+        tell("counted", **counted(loader, spec))
     for _ in range(spec["ceiling_rounds"]):
         alone = ready.alone(spec["seconds"])
         whole = run_phase(loader, ready, spec["seconds"], None, None)
         tell("ceiling", decoder=alone, **whole)
 
 
+def counted(loader: Any, spec: Spec) -> dict[str, Any]:
+    """What our loader's parts counted; RuntimeError where what was asked for never engaged."""
+    found: dict[str, Any] = {}
+    if loader.decoder is not None:
+        found = loader.decoder.counters()
+        is_there = found["device"].partition(":")[0] == torch.device(spec["device"]).type
+        if not is_there or (spec["decoding"]["cuda_graph"] and not found["graph_replays"]):
+            raise RuntimeError(f"never engaged: {spec['decoding']} on {spec['device']}: {found}")
+    if spec["resident"]:
+        found |= {"gathered": loader.resident.gathered, "held": str(loader.resident.codes.device)}
+        if not loader.resident.gathered:
+            raise RuntimeError(f"never engaged: nothing was gathered: {found}")
+    return found
+
+
 def import_peer(peer: str) -> None:
     """Import what a builder would, so that no phase's time has it."""
     modules = {
         "latentds": "latentds.loading.loader",
+        "latentds-resident": "latentds.loading.loader",
         "datasets": "datasets",
         "mds": "streaming",
         "jpeg-folder": "torchvision.datasets",
@@ -113,7 +134,7 @@ class Ready:
     def __init__(self, spec: Spec) -> None:
         self.spec, self.device = spec, torch.device(spec["device"])
         self.decode, self.last = spec["decode"], torch.zeros(0)
-        if spec["peer"] == "latentds" or spec["images"]:
+        if spec["module"] == "latentds" or spec["images"]:
             return
         if self.decode == "latents":
             self.latents = make_lookup(spec, self.device)
@@ -122,7 +143,7 @@ class Ready:
 
     def __call__(self, batch: Any) -> Labelled:
         """Tensors on the device."""
-        if self.spec["peer"] == "latentds":  # its loader has done all of it
+        if self.spec["module"] == "latentds":  # its loader has done all of it
             self.last = batch.codes
             shown = {"codes": batch.codes, "latents": batch.latents, "pixels": batch.images}
             return shown[self.decode], batch.labels
@@ -138,7 +159,9 @@ class Ready:
 
     def alone(self, seconds: float) -> float:
         """Patches a second of decoding the last batch again and again."""
-        decoder = getattr(self, "decoder", None) or make_decoder(self.spec)
+        if not hasattr(self, "decoder"):
+            self.decoder = make_decoder(self.spec)
+        decoder = self.decoder
         decoder(self.last)
         patches, started = 0, time.perf_counter()
         while (now := time.perf_counter() - started) < seconds:
@@ -169,13 +192,14 @@ def look_up(levels: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
 
 def make_decoder(spec: Spec) -> Callable[[torch.Tensor], torch.Tensor]:
     """The set's own decoder, in a Python that has latentds."""
-    from latentds.loading.decoding import Decoder, find_autoencoder
+    from latentds.loading.decoding import Decode, Decoder, find_autoencoder
     from latentds.store.reader import ShardSet
 
     shards = ShardSet(spec["set"])
     contract = shards.manifest.contract
     autoencoder = find_autoencoder(shards, spec["autoencoder"])
-    return Decoder(autoencoder, [contract.codebook], contract.patch_px, spec["device"])
+    options = Decode(dtype=getattr(torch, spec["dtype"]), **spec["decoding"])
+    return Decoder(autoencoder, [contract.codebook], contract.patch_px, spec["device"], options)
 
 
 def loader_of(source: Any, spec: Spec, **options: Any) -> DataLoader[Any]:
@@ -193,6 +217,7 @@ def files_of(spec: Spec, pattern: str) -> list[str]:
 
 def latentds_loader(spec: Spec) -> Any:
     from latentds import LatentLoader
+    from latentds.loading.decoding import Decode
 
     return LatentLoader(
         spec["folder"],
@@ -203,6 +228,9 @@ def latentds_loader(spec: Spec) -> Any:
         decode="stored" if spec["decode"] == "codes" else spec["decode"],  # as its peers' bytes
         num_workers=spec["workers"],
         autoencoder=spec["autoencoder"],
+        dtype=getattr(torch, spec["dtype"]),
+        decoding=Decode(**spec["decoding"]),
+        resident=spec["resident"],
     )
 
 
@@ -343,6 +371,7 @@ def jpeg_folder_loader(spec: Spec) -> Any:
 
 BUILDERS: dict[str, Callable[[Spec], Any]] = {
     "latentds": latentds_loader,
+    "latentds-resident": latentds_loader,
     "webdataset": webdataset_loader,
     "webdataset-packed": webdataset_packed_loader,
     "datasets": lambda spec: rows_loader(

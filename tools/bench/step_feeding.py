@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from latentds_tools.bench.harness import engaged
 from latentds_tools.bench.step_sets import StepSource, endless, open_loader
 from latentds_tools.bench.step_training import Training
 from torch import Tensor
@@ -101,6 +102,12 @@ class Feeding:
         """A batch of codes that lies there, decoded."""
         assert self.loader.decoder is not None
         self.loader.decoder(next(self.held_codes))
+
+    def counters(self) -> dict[str, Any]:
+        """What decoded, where; InputError where an option for it never engaged."""
+        decoder = self.loader.decoder
+        assert decoder is not None
+        return engaged(decoder) if self.has_decoder else decoder.counters()
 
     def facts(self) -> dict[str, Any]:
         """Of the set, for the report."""

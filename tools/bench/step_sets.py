@@ -103,7 +103,6 @@ def open_loader(
     """
     from latentds.loading.loader import LatentLoader
 
-    on_gpu = device.type == "cuda"
     return LatentLoader(
         source.folder,
         config.split,
@@ -117,7 +116,7 @@ def open_loader(
         decoding=Decode(
             channels_last=config.channels_last,
             compile=config.compile,
-            cuda_graph=config.cuda_graph and on_gpu,
+            cuda_graph=config.cuda_graph,
         ),
         **options,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,18 @@ def write_synthetic(
     compose(out, random_contract(shape, patch_px), {"train": parts}, made, empty_golden())
 
 
+def write_repeated(out: Path, folder: Path, patches: int) -> None:
+    """A set of as many patches, whose codes are those of another set again and again."""
+    from latentds.store.composing import compose
+    from latentds.store.reader import ShardSet
+
+    shards = ShardSet(folder)
+    codes = shards.read_codes(np.arange(len(shards)))
+    parts = filled_parts(patches, PATCHES_A_SLIDE, lambda places: codes[places % len(codes)])
+    contract = shards.manifest.contract
+    compose(out, contract, {"train": parts}, MADE | {"patches": patches}, empty_golden())
+
+
 def empty_golden() -> bytes:
     """Golden patches of a set that no decoder reads: none."""
     from latentds.store.columns import encode_table
@@ -64,12 +76,24 @@ def empty_golden() -> bytes:
 def random_parts(
     patches: int, seed: int, shape: tuple[int, int, int], a_slide: int
 ) -> Iterator[Any]:
-    """Codes and columns, a pack at a time."""
+    """Random codes and columns, a pack at a time."""
+    rng = np.random.default_rng(seed)
+    return filled_parts(
+        patches, a_slide, lambda places: rng.integers(0, 256, (len(places), *shape), np.uint8)
+    )
+
+
+def filled_parts(
+    patches: int, a_slide: int, codes_of: Callable[[np.ndarray], np.ndarray]
+) -> Iterator[Any]:
+    """Codes and columns, a pack at a time.
+
+    codes_of  codes uint8 (n, *shape) of places (n,) in the set
+    """
     import pyarrow as pa
 
     from latentds.store.columns import SCHEMA
 
-    rng = np.random.default_rng(seed)
     for start in range(0, patches, PACK):
         places = range(start, min(start + PACK, patches))
         slides = [f"slide{place // a_slide:05d}" for place in places]
@@ -83,8 +107,7 @@ def random_parts(
             "source": slides,
             "source_encoding": ["none"] * len(places),
         }
-        codes = rng.integers(0, 256, (len(places), *shape), np.uint8)
-        yield codes, pa.table(columns, schema=SCHEMA)
+        yield codes_of(np.asarray(places)), pa.table(columns, schema=SCHEMA)
 
 
 def write_sparse(out: Path, patches: int) -> None:

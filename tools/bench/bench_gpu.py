@@ -1,0 +1,100 @@
+"""latentds bench gpu: all that a machine with a GPU can tell, in so many minutes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from latentds_tools.reports.commands import show, tell
+
+PATCHES = {True: 65_536, False: 64}  # of the sets that loaders read, by whether there is a GPU
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Run every bench that a GPU tells something by, most important first.
+
+    Each has a process of its own and its share of the time, and is in its file before the next
+    begins: a run that is cut short leaves the rest whole. What failed, was cut or could not be run
+    is recorded with its reason. Inputs are made of pictures that ship; nothing is fetched.
+    """
+
+    out: Path
+    """Folder for a JSON file a part, and summary.json."""
+    minutes: float = 8.0
+    """All of it takes no longer."""
+    device: str = "cuda"
+    """cuda, cuda:1; cpu runs a miniature whose figures say nothing."""
+    only: str = ""
+    """Parts, with commas between; all by default."""
+    overwrite: bool = False
+    """Replace what an earlier run left in --out."""
+    json: bool = False
+    """Print JSON."""
+
+    def __post_init__(self) -> None:
+        if self.minutes <= 0:
+            raise ValueError(f"minutes={self.minutes}; more than 0")
+
+
+def run(config: Config) -> int:
+    """Measure, write, print; exit code 1 where a part failed."""
+    from latentds_tools.bench.gpu_tables import as_text
+
+    outcomes = measure(config)
+    show(list(outcomes.values()), config.json, as_text)
+    return int(any(one["status"] == "failed" for one in outcomes.values()))
+
+
+def measure(config: Config) -> dict[str, Any]:
+    """Outcomes by part, all of them in --out."""
+    from latentds_tools.bench.gpu_parts import all_parts
+    from latentds_tools.bench.gpu_running import run_parts
+    from latentds_tools.bench.gpu_tables import SUMMARY
+    from latentds_tools.reports.commands import check_free
+
+    from latentds.core.storage import write_atomically
+
+    check_gpu(config.device)
+    check_free([config.out / SUMMARY], config.overwrite)
+    work = config.out.absolute() / "work"
+    shutil.rmtree(work, ignore_errors=True)
+    parts = all_parts(work, config.device, PATCHES[config.device.startswith("cuda")])
+    parts = chosen(parts, config.only)
+    config.out.mkdir(parents=True, exist_ok=True)
+    for part in parts:
+        (config.out / f"{part.name}.json").unlink(missing_ok=True)
+    summary = {"parts": [part.name for part in parts], "minutes": config.minutes}
+    summary |= {"device": config.device}
+    write_atomically(config.out / SUMMARY, (json.dumps(summary, indent=1) + "\n").encode())
+    try:
+        return run_parts(parts, config.out, work, 60 * config.minutes)
+    finally:
+        for folder in ("sets", "tmp"):
+            shutil.rmtree(work / folder, ignore_errors=True)
+        tell(f"what the parts said lies in {work / 'logs'}")
+
+
+def check_gpu(device: str) -> None:
+    """InputError without the GPU asked for; opens nothing on it, whose memory is the parts'."""
+    import torch
+
+    from latentds.errors import InputError
+
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"--device {device}: torch sees no GPU; --device cpu runs a miniature")
+
+
+def chosen(parts: list[Any], only: str) -> list[Any]:
+    """The parts asked for and those they read from; UnknownNameError for one there is not."""
+    from latentds.errors import unknown_name
+
+    wanted = {name for name in only.split(",") if name}
+    names = {part.name for part in parts}
+    for name in wanted - names:
+        raise unknown_name("part", name, names)
+    wanted |= {part.uses for part in parts if part.name in wanted}
+    return [part for part in parts if not only or part.name in wanted]

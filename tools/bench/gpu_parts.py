@@ -1,0 +1,208 @@
+"""The parts of `bench gpu`, most important first: each a command, its share of the time, its needs.
+
+Sizes are those of a GPU of the present, or a miniature that a CPU ends in minutes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+from latentds_tools.bench.gpu_sets import demo_pictures
+
+from latentds.core.extras import is_here
+
+BEST = "bfloat16 channels_last"
+OPTIONS = f"float32,{BEST},{BEST} cuda_graph"  # records are decoded under the last
+NETWORKS = ("tiny-v2-fast", "turbo-s", "tiny-v2", "taesd", "turbo-m", "sd15", "dcae-f32")
+BY_DIFFUSERS = ("sd15", "dcae-f32")
+MARK = "pytest.mark.gpu"
+FAST = ("--dtype", "bfloat16", "--channels-last", "--cuda-graph")  # of a loader's decoder
+
+
+@dataclasses.dataclass(frozen=True)
+class GpuPart:
+    """One thing to measure.
+
+    title    of its table
+    share    of the time, beside other parts' shares
+    words    behind `python`; a bench prints its JSON
+    needs    modules, and the extra that has them
+    uses     the part that makes what it reads
+    partial  file with the JSON so far, where a bench leaves one
+    missing  why it cannot be run at all, empty where it can
+    """
+
+    name: str
+    title: str
+    share: float
+    words: tuple[str, ...]
+    needs: tuple[str, ...] = ()
+    extra: str = ""
+    uses: str = ""
+    partial: Path | None = None
+    missing: str = ""
+
+    @property
+    def bench(self) -> str:
+        """The bench that is run, empty where it is none."""
+        return self.words[3] if self.words[2:3] == ("bench",) else ""
+
+    def why_not(self) -> str:
+        """Why it cannot be run here; empty where it can."""
+        lost = [name for name in self.needs if not is_here(name)]
+        if lost:
+            return f"{', '.join(lost)} not installed; pip install 'latentds[{self.extra}]'"
+        return self.missing
+
+
+def bench(name: str, *words: object) -> tuple[str, ...]:
+    """The words of a bench that prints JSON."""
+    given = map(str, words)
+    return ("-m", "latentds_tools.cli", "bench", name, *given, "--json")
+
+
+def all_parts(work: Path, device: str, patches: int) -> list[GpuPart]:
+    """All parts in the order they are run.
+
+    work     folder for what they make
+    patches  of the sets that loaders read
+    """
+    is_gpu = device.startswith("cuda")
+    edge = 256 if is_gpu else 64
+    sets = work / "sets"
+    made = ("-m", "latentds_tools.bench.gpu_sets", str(sets), str(edge), str(patches), device)
+    return [
+        GpuPart("inputs", "Inputs", 40, made),
+        tests_part(is_gpu),
+        *decode_parts(work, device, edge),
+        *loading_parts(sets, device, patches),
+        *step_parts(device, is_gpu),
+        features_part(device, is_gpu),
+        resident_part(sets, device, patches),
+        compiled_step(device, is_gpu),
+    ]
+
+
+def tests_part(is_gpu: bool) -> GpuPart:
+    """The tests marked gpu, of the files that have some, where there are tests at hand."""
+    import latentds
+
+    tests = Path(str(latentds.__file__)).resolve().parents[1] / "tests"
+    files = [str(path) for path in sorted(tests.glob("test_*.py")) if MARK in path.read_text()]
+    words = ("-m", "pytest", *files, "-m", "gpu and not slow", "-vv", "-p", "no:cacheprovider")
+    missing = "" if is_gpu else "they need a GPU"
+    if not files:
+        missing = "no tests beside the package: a wheel has none; run from a checkout"
+    return GpuPart("tests", "Tests marked gpu", 60, words, ("pytest",), "dev", missing=missing)
+
+
+def decode_parts(work: Path, device: str, edge: int) -> list[GpuPart]:
+    """Decoders beside JPEG and AVIF; then the compiler, which may take all its time to start."""
+    is_gpu = device.startswith("cuda")
+    names = [name for name in NETWORKS if is_here("diffusers") or name not in BY_DIFFUSERS]
+    if not is_gpu:
+        names = ["tiny-v2-fast", "turbo-s"]
+    sizes = (128, 1.0) if is_gpu else (1, 0.02)
+    common = ("--device", device, "--patch-size", edge, "--batch-sizes", sizes[0],
+              "--seconds", sizes[1], "--rounds", 1)  # fmt: skip
+    options = OPTIONS if is_gpu else f"float32,{BEST}"
+    pictures = ("--avif", "--pictures", demo_pictures())
+    partial = [work / f"{name}.json" for name in ("decode", "decode-compiled")]
+    words = bench("decode", *common, *pictures, "--decoders", ",".join(names), "--options", options,
+                  "--out", partial[0])  # fmt: skip
+    parts = [GpuPart("decode", "Decoders beside JPEG and AVIF", 130, words, partial=partial[0])]
+    if is_gpu:
+        both = f"{BEST} compile,{BEST} compile cuda_graph"
+        words = bench("decode", *common, "--no-jpeg", "--decoders", "tiny-v2-fast,turbo-s,tiny-v2",
+                      "--compile", "--options", both, "--out", partial[1])  # fmt: skip
+        parts.append(
+            GpuPart("decode-compiled", "Decoders, compiled", 40, words, partial=partial[1])
+        )
+    return parts
+
+
+def loading_parts(sets: Path, device: str, patches: int) -> list[GpuPart]:
+    """The loader end to end over the decoder alone: of bytes, and of entropy-coded records."""
+    common = loading(device, patches)
+    return [
+        GpuPart("loader", "The loader over its decoder, one byte a value", 40,
+             bench("loader", sets / "codes", "--against", "none", "--decode", "pixels", *common),
+             uses="inputs"),
+        GpuPart("loader-records", "The loader over its decoder, entropy-coded records", 40,
+             bench("loader", sets / "records", "--against", "none", "--decode", "pixels",
+                   "--autoencoder", "tiny-v2-fast", *common),
+             uses="inputs"),
+    ]  # fmt: skip
+
+
+def resident_part(sets: Path, device: str, patches: int) -> GpuPart:
+    """The whole set on the device beside the same set on disk."""
+    words = bench("loader", sets / "codes", "--against", "latentds-resident", "--decode",
+                  "codes,pixels", *loading(device, patches))  # fmt: skip
+    return GpuPart("resident", "The whole set on the device", 60, words, uses="inputs")
+
+
+def loading(device: str, patches: int) -> tuple[object, ...]:
+    """What loaders are told."""
+    is_gpu = device.startswith("cuda")
+    batch, seconds, workers = (256, 1.5, 4) if is_gpu else (8, 0.05, 1)
+    return (
+        *("--device", device, "--patches", patches, "--pixel-patches", patches),
+        *("--batch-size", batch, "--pixel-batch-size", batch, "--workers", workers),
+        *("--seconds", seconds, "--rounds", 1),
+        *(FAST if is_gpu else ()),
+    )
+
+
+def step_parts(device: str, is_gpu: bool) -> list[GpuPart]:
+    """A step of DINO with views, 2 and 8 crops: ViT-S and ViT-L."""
+    small, large = step_words(device, is_gpu), step_words(device, is_gpu)
+    if is_gpu:
+        small += ("--batch-size", 128, "--steps", 10, "--rounds", 3)
+        large += ("--arch", "vit_large_patch16_224", "--batch-size", 64, "--steps", 6,
+                  "--rounds", 2)  # fmt: skip
+    parts = [step("step-vit-s", "A DINO step of ViT-S with views", 50, small)]
+    return [*parts, step("step-vit-l", "A DINO step of ViT-L with views", 50, large)][: 1 + is_gpu]
+
+
+def compiled_step(device: str, is_gpu: bool) -> GpuPart:
+    """The same with views and decoder compiled: what no table has yet, and what may fail."""
+    words = step_words(device, is_gpu)
+    if is_gpu:
+        words += ("--batch-size", 128, "--steps", 10, "--rounds", 2, "--compile-views", "--compile")
+    part = step("step-vit-s-compiled", "A DINO step of ViT-S, views compiled", 50, words)
+    return part if is_gpu else dataclasses.replace(part, missing="a CPU compiles for minutes")
+
+
+def step(name: str, title: str, share: float, words: tuple[object, ...]) -> GpuPart:
+    """A part that is a step."""
+    needs = ("timm", "lightly", "kornia")
+    return GpuPart(name, title, share, bench("step", *words), needs, "train")
+
+
+def step_words(device: str, is_gpu: bool) -> tuple[object, ...]:
+    """What all steps are told; tiny where it is for a CPU."""
+    if is_gpu:
+        return ("--device", device, "--channels-last", "--cuda-graph")
+    return ("--device", device, "--arch", "test_vit", "--batch-size", 2, "--steps", 1, "--rounds",
+            1, "--global-px", 32, "--local-px", 16, "--locals", 2, "--patch-size", 32, "--out-dim",
+            16)  # fmt: skip
+
+
+def features_part(device: str, is_gpu: bool) -> GpuPart:
+    """Features of ViT-L, of decoded latents and of pictures that are there."""
+    sizes = ("--patches", 8192, "--batch-sizes", 256, "--rounds", 2) if is_gpu else (
+        "--patches", 8, "--slides", 2, "--patch-size", 32, "--batch-sizes", 4, "--rounds", 1,
+        "--embedder", "timm:test_vit")  # fmt: skip
+    words = bench("features", "--device", device, *sizes)
+    return GpuPart("features", "Features of ViT-L", 45, words, ("timm", "h5py"), "evaluate")
+
+
+def command_of(part: GpuPart) -> str:
+    """What a user would type."""
+    words = part.words
+    if part.bench:
+        return f"latentds {' '.join(words[2:])}"
+    return f"{Path(sys.executable).name} {' '.join(words)}"

@@ -80,6 +80,20 @@ def test_a_peer_that_is_not_installed_is_a_row(tmp_path, monkeypatch):
     assert "not installed: no-such-distribution" in bench_resume.row_cells(row)
 
 
+def test_the_stops_of_a_topology_are_one_row():
+    row = {"peer": "p", "before": [2, 1], "after": [1, 0], "stop": 3, "repeated": 0, "moved": 1,
+           "lost": 5, "missing": 0, "extra": 0, "repeatable": True}  # fmt: skip
+    report = {
+        "config": {"samples": 100, "batch_size": 4},
+        "machine": {"gpu": None, "cpu": "a CPU", "cores": 2, "torch_threads": 1, "torch": "2"},
+        "versions": {"p": "1.0"},
+        "results": [row, row | {"stop": 9, "lost": 0}, {"peer": "q", "error": "not installed: q"}],
+    }
+    lines = bench_resume.as_text(report).splitlines()
+    assert "| p | 2x1, then 1x0 | 3; 9 | 5; 0 | 0 | 1 | 0, 0 |" in lines
+    assert "| q |  |  | not installed: q |  |  |  |" in lines
+
+
 @pytest.mark.slow
 def test_peers_are_killed_and_resumed(tmp_path, capsys):
     pytest.importorskip("torchdata", reason="torchdata is not installed")

@@ -21,6 +21,7 @@ from latentds.core.display import visible
 from latentds.errors import InputError
 
 logger = logging.getLogger(__name__)
+SLIDES_SHOWN = 20  # of a dry run, in a terminal
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -272,7 +273,10 @@ def as_text(summary: dict[str, Any]) -> str:
             lines += [f"note             {note}" for note in value]
         elif name == "slides":
             lines.append(f"{name:<16} {len(value):,}")
-            lines += [f"  {slide}: {slide_text(told)}" for slide, told in value.items()]
+            told = [f"  {slide}: {slide_text(found)}" for slide, found in value.items()]
+            more = len(told) - SLIDES_SHOWN
+            lines += told[:SLIDES_SHOWN]
+            lines += [f"  and {more:,} more; the page and --json have all"] if more > 0 else []
         elif name == "mpp":
             lines.append(f"mpp              {mpp_text(value)}")
         elif isinstance(value, dict):

@@ -328,7 +328,17 @@ def as_text(report: dict[str, Any]) -> str:
     header = ("loader", "ranks x workers", "killed after step", "lost", "repeated",
               "in another step", "missing, extra without a stop")  # fmt: skip
     versions = ", ".join(f"{n} {v}" for n, v in sorted(report["versions"].items()))
-    return report_text(head, header, map(row_cells, report["results"]), "", versions)
+    groups: dict[Any, list[list[str]]] = {}
+    for row in report["results"]:
+        peer, place, *cells = row_cells(row)
+        groups.setdefault((peer, place), []).append(cells)
+    rows = [[*names, *map(joined, zip(*cells, strict=True))] for names, cells in groups.items()]
+    return report_text(head, header, rows, "", versions)
+
+
+def joined(cells: tuple[str, ...]) -> str:
+    """The cells of all stops as one: each of them, or the one that they all are."""
+    return cells[0] if len({*cells}) == 1 else "; ".join(cells)
 
 
 def row_cells(row: dict[str, Any]) -> list[str]:
@@ -339,7 +349,7 @@ def row_cells(row: dict[str, Any]) -> list[str]:
     place = before if before == after else f"{before}, then {after}"
     cells = [row["peer"], place, str(row.get("stop", ""))]
     if "error" in row:
-        return [*cells, row["error"], "", "", ""]
+        return [*cells, row["error"].removeprefix(f"{row['peer']}: "), "", "", ""]
     moved = f"{row['moved']:,}" if row["repeatable"] else "no order to repeat"
     figures = [f"{row[name]:,}" for name in ("lost", "repeated")]
     return [*cells, *figures, moved, f"{row['missing']:,}, {row['extra']:,}"]

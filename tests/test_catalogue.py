@@ -13,7 +13,8 @@ from latentds.embedders.catalogue import ALIASES, ELSEWHERE
 from latentds.embedders.embedder import Preparation
 from latentds.embedders.embedder_cards import CARDS
 from latentds.errors import InputError, UnknownNameError, WeightsError
-from tests.small_embedders import random_images, save_phikon, small_vit
+from latentds.models.dense_encoders import of_embedder
+from tests.small_embedders import MAKERS, random_images, save_phikon, small_vit
 
 OWN = """
 import torch
@@ -62,6 +63,15 @@ def test_h_optimus_gives_its_class_token(tmp_path):
         tokens = embedder.network.forward_features(embedder.prepare(images))
     assert tokens.shape == (1, 1 + 4 + 256, 32)
     torch.testing.assert_close(embedder.embed(images), tokens[:, 0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "maker", ["virchow2-like", "h-optimus-like", "midnight-like", "phikon-like"]
+)
+def test_networks_that_pool_give_segmentation_their_map(tmp_path, maker):
+    pytest.importorskip("timm")
+    encoder = of_embedder(MAKERS[maker](tmp_path), 112, 7)
+    assert encoder(random_images(1, 112, 112)).shape == (1, 32, 7, 7)
 
 
 @pytest.mark.parametrize("name", ["uni", "virchow2", "h-optimus-0", "midnight", "gigapath"])

@@ -52,12 +52,12 @@ class Tokens(nn.Module):
 class ClassToken(nn.Module):
     """The class token (B, D) alone."""
 
-    def __init__(self, tokens: Tokens) -> None:
+    def __init__(self, network: Tokens) -> None:
         super().__init__()
-        self.tokens = tokens
+        self.network = network
 
     def forward(self, prepared: Tensor) -> Tensor:
-        tokens: Tensor = self.tokens(prepared)
+        tokens: Tensor = self.network(prepared)
         return tokens[:, 0]
 
 

@@ -112,17 +112,19 @@ def load_dense_encoder(name: str, input_px: int, grid: int) -> DenseEncoder:
 
 def of_embedder(embedder: NetworkEmbedder, input_px: int, grid: int) -> DenseEncoder:
     """The map that an embedder's network makes before it pools; ShapeError where it makes none."""
-    card, network = embedder.card, embedder.network
+    card = embedder.card
+    network: Any = embedder.network
+    while hasattr(network, "network"):  # inside what pools its tokens
+        network = network.network
     facts = {n: getattr(card, n) for n in ("name", "weights_id", "mean", "std")}
     if hasattr(network, "forward_features"):
         return of_timm(network, input_px, grid, facts)
-    inner: Any = getattr(network, "network", None)  # Phikon's, inside what takes its class token
-    if hasattr(inner, "config") and hasattr(inner.config, "patch_size"):
-        edge = nearest_multiple(input_px, int(inner.config.patch_size))
+    if hasattr(network, "config") and hasattr(network.config, "patch_size"):
+        edge = nearest_multiple(input_px, int(network.config.patch_size))
         return DenseEncoder(
-            inner,
+            network,
             dinov2_map,
-            channels=int(inner.config.hidden_size),
+            channels=int(network.config.hidden_size),
             input_px=(edge, edge),
             grid=(grid, grid),
             **facts,

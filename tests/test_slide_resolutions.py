@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from latentds.errors import InputError, TooManyBadSamplesError
+from latentds.sources.originals import Originals
 from latentds.store.mixedness import are_several, resolutions
-from tests.test_slides import PLACES, convert, write_job, write_slide
+from tests.test_slides import PLACES, convert, slide_pixels, write_job, write_slide
 
 tifffile = pytest.importorskip("tifffile")
 pytest.importorskip("openslide")
@@ -83,6 +84,22 @@ def test_a_table_of_slides_overrules_files_and_folders(tmp_path):
     notes = shards.manifest.made["source"]["notes"]
     assert "t.csv: columns not used: scanner" in notes
     assert "t.csv: 1 slides are not in it: 'b'" in notes
+
+
+def test_originals_are_read_at_the_resolution_that_a_table_gave(tmp_path):
+    write_slide(tmp_path / "in/a.tif")
+    (tmp_path / "t.csv").write_text("slide,mpp\na,0.5\n")
+    shards, columns = convert(
+        tmp_path / "in", tmp_path / "out", slide_table=tmp_path / "t.csv", **MPP
+    )
+    rows = np.arange(len(shards))
+    coords = np.stack([shards.patches[rows]["x"], shards.patches[rows]["y"]], 1)
+    found = Originals(shards, tmp_path / "in").read(columns["source"], coords)
+    pixels = slide_pixels()
+    x, y = coords[5]
+    assert set(columns["size_px"]) == {64} and np.array_equal(
+        found[5], pixels[y : y + 64, x : x + 64]
+    )
 
 
 def test_a_table_of_slides_is_an_input(tmp_path):

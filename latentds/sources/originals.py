@@ -21,6 +21,7 @@ from latentds.store.files import LocalFiles
 from latentds.store.golden import likeness_db, read_golden
 from latentds.store.patch_record import Patch
 from latentds.store.reader import ShardSet
+from latentds.store.slide_records import read_slide_records
 
 LOCATED_KEPT = 65_536  # patches of which header and region are kept
 GOLDEN_DB = 30.0  # thumbnails of the same patch are equal; of another one they are some 10-15 dB
@@ -58,6 +59,7 @@ class Originals:
         self.hide = Anonymizer(anonymize) if anonymize else None
         self.options = recorded_options(shards, source, slides, root, anonymize)
         self.source = open_source(self.options)
+        self.own_mpp = own_mpp(shards)  # of slides, by source: a table may have overruled files
         self.listed: dict[str, Picture] | None = None
         self.lock = threading.Lock()
         self.located = functools.lru_cache(LOCATED_KEPT)(self.locate)
@@ -103,6 +105,13 @@ class Originals:
 
     def find(self, source: str) -> Picture | None:
         """The picture that the data set calls `source`, None where there is none."""
+        picture = self.look_up(source)
+        if picture is None or source not in self.own_mpp:
+            return picture
+        return dataclasses.replace(picture, mpp=self.own_mpp[source])
+
+    def look_up(self, source: str) -> Picture | None:
+        """The same, with what its file tells alone."""
         parts = PurePosixPath(source).parts
         if source.startswith("/") or ".." in parts:
             raise ContractError(
@@ -140,6 +149,14 @@ class Originals:
                     f"{self.shards.folder} ({likeness:.1f} dB); give the input it was converted "
                     "from, unchanged"
                 )
+
+
+def own_mpp(shards: ShardSet) -> dict[str, float]:
+    """Micrometres a pixel of the level 0 of slides that a set was made of, where it keeps them."""
+    if not isinstance(shards.files, LocalFiles):
+        return {}
+    records = read_slide_records(shards.files.folder)
+    return {one.source: one.mpp_level0 for one in records if one.mpp_level0 is not None}
 
 
 def recorded_options(

@@ -27,7 +27,7 @@ SCHEMA = pa.schema(
         ("slide", pa.string()),
         ("split", pa.string()),
         ("label", pa.string()),
-        ("mpp_level0", pa.float32()),
+        ("mpp_level0", pa.float64()),  # exact: originals are read again by it
         ("mpp", pa.float32()),
         ("size_px", pa.uint32()),
         ("tissue", pa.float32()),

@@ -37,7 +37,7 @@ LINES = {
     "latentds/loading": 4_450,
     "latentds/models": 2_650,
     "latentds/quantizers": 3_850,
-    "latentds/sources": 6_300,
+    "latentds/sources": 6_350,
     "latentds/store": 5_100,
     "latentds/views": 1_300,
     "tools": 13_150,

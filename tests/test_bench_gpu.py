@@ -164,3 +164,11 @@ def test_a_cpu_runs_the_miniature(capsys, tmp_path):
     assert rows["latentds", "pixels"]["share_of_decoder"] > 0
     assert "records, entropy decoder alone" in said.out and "part 1 of 4" in said.err
     assert not (tmp_path / "out" / "work" / "sets").exists()
+
+
+def test_a_folder_of_others_is_left_alone(tmp_path):
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "mine.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"not empty \(work\); choose another --out"):
+        bench_gpu.measure(bench_gpu.Config(out=tmp_path, device="cpu", overwrite=True))
+    assert (tmp_path / "work" / "mine.txt").read_text() == "mine"

@@ -123,6 +123,19 @@ def test_a_function_of_ones_own_makes_an_embedder(tmp_path):
     assert embedder.embed(random_images(2, 16, 16)).shape == (2, 3) and embedder.card.weights_id
 
 
+def test_a_file_of_ones_own_may_have_dataclasses(tmp_path):
+    head = "from __future__ import annotations\nimport dataclasses\n"
+    settings = "@dataclasses.dataclass\nclass Settings:\n    size: int = 3\n"
+    (tmp_path / "mine.py").write_text(head + settings + OWN)
+    assert load_embedder(f"{tmp_path}/mine.py:colour").card.dim == 3
+
+
+@pytest.mark.parametrize("name", ALIASES)
+def test_a_network_by_another_name_takes_no_file(name):
+    with pytest.raises(WeightsError, match=f"{name}@w.bin: takes no @FILE; name its folder"):
+        load_embedder(f"{name}@w.bin")
+
+
 def test_the_guides_function_makes_an_embedder(tmp_path):
     text = (Path(__file__).parents[1] / "docs" / "downstream.md").read_text()
     (block,) = [
@@ -137,7 +150,7 @@ def test_the_guides_function_makes_an_embedder(tmp_path):
     ("text", "error", "words"),
     [
         ("mine.py:color", UnknownNameError, "did you mean 'colour'"),
-        ("mine.py:nothing", TypeError, "returned int; a latentds.embedders.NetworkEmbedder"),
+        ("mine.py:nothing", InputError, "returned int; a latentds.embedders.NetworkEmbedder"),
         ("other.py:colour", InputError, "no such file; --embedder FILE.py:FUNCTION"),
     ],
 )

@@ -385,7 +385,7 @@ def test_stray_shards_are_neither_adopted_nor_deleted_unasked(pictures, tmp_path
 
 @pytest.mark.parametrize("name", ["banana", "cuda:99"])
 def test_a_device_that_is_not_there_is_named(pictures, tmp_path, name):
-    with pytest.raises(InputError, match=f"device '{name}': not to be had here"):
+    with pytest.raises(InputError, match=f"device '{name}' is not available here"):
         convert_with_mean(pictures, tmp_path / "out", device=name)
 
 

@@ -28,15 +28,15 @@ def test_auto_is_a_device_that_is_here():
 @no_gpu
 @pytest.mark.parametrize("name", ["cuda", "cuda:3", "tpu9"])
 def test_a_device_that_is_not_to_be_had_is_one_line_that_names_what_is(name):
-    with pytest.raises(InputError, match=rf"^device '{name}': not to be had here \(.*here is cpu"):
+    with pytest.raises(InputError, match=rf"^device '{name}' is not available here \(.*; cpu.* is"):
         choose_device(name)
 
 
 @no_gpu
 def test_loaders_and_recipes_say_it_before_they_work(shared_dataset):
-    with pytest.raises(InputError, match="'cuda': not to be had"):
+    with pytest.raises(InputError, match="'cuda' is not available"):
         LatentLoader(shared_dataset, batch_size=8, device="cuda", autoencoder=MeanAutoencoder())
-    with pytest.raises(InputError, match="'cuda': not to be had"):
+    with pytest.raises(InputError, match="'cuda' is not available"):
         take_device("cuda")
 
 

@@ -452,7 +452,7 @@ def test_a_formats_library_is_missed_before_any_work(folder, stand_ins, monkeypa
 
 
 def test_a_device_that_is_not_there_is_told(folder):
-    with pytest.raises(InputError, match="device 'nonsense': not to be had here"):
+    with pytest.raises(InputError, match="device 'nonsense' is not available here"):
         comparing.compare(dataclasses.replace(settings(folder), device="nonsense"))
 
 

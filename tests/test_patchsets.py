@@ -511,7 +511,7 @@ def test_settings_of_originals_are_refused_for_latents(pictures, tmp_path, optio
         ({"codec": "jpeg"}, "--codec jpeg: say at which quality .* jpeg:50 or jpeg@4096"),
         ({"codec": "tiny+kmaens"}, "unknown codec|unknown quantizer"),
         ({"split": "test"}, "unknown split .*'test'.* known: train"),
-        ({"device": "cuda:99"}, "device 'cuda:99': not to be had here"),
+        ({"device": "cuda:99"}, "device 'cuda:99' is not available here"),
         ({"masks": Path("nowhere")}, "--masks nowhere: no such folder"),
         ({"tile": True}, "need --patch-size"),
     ],

@@ -416,6 +416,9 @@ def test_a_dry_run_needs_no_network_and_writes_card_and_preview(
     assert told[-1].startswith("not compared with what the Hub holds: ") and SHARD in told[1]
     look = tmp_path / f"{NAME.partition('/')[2]}-look"
     assert NAME in (look / "README.md").read_text() and (look / PREVIEW).stat().st_size > 1000
+    (look / "mine.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"--look .*-look: holds mine.txt; name an empty folder"):
+        publish(shared_dataset, CC0, dry_run=True, look=look)
 
 
 def test_a_branch_is_made_and_named_on_the_card(shared_dataset, hub):

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 
@@ -16,8 +17,14 @@ from latentds.hub.fetching import fetch
 from latentds.hub.set_upload import publish
 from latentds.hub.snippets import Publication
 from latentds.sources.slide_looks import LOOK_PX, OUTLINE, draw_look
+from latentds.store.columns import encode_table
 from latentds.store.format import SLIDES_TABLE
-from latentds.store.slide_records import SlideRecord, read_slide_records, write_slide_records
+from latentds.store.slide_records import (
+    SCHEMA,
+    SlideRecord,
+    read_slide_records,
+    write_slide_records,
+)
 from latentds.store.verification import verify
 from tests.conftest import convert_with_mean, save_pictures
 from tests.test_slide_resolutions import write_blank
@@ -118,6 +125,8 @@ def test_merged_sets_keep_the_slides_of_all(slide_set, tmp_path):
     assert names == ["a.b", "none.svs", "other", "pale"]
     repack(tmp_path / "both", tmp_path / "less", Repacking(exclude_slides=["other"]))
     assert read_slide_records(tmp_path / "less") == read_slide_records(slide_set)
+    repack(slide_set, tmp_path / "blank", Repacking(exclude_slides=["pale"]))  # has no patch
+    assert {one.name for one in read_slide_records(tmp_path / "blank")} == {"a.b", "none.svs"}
 
 
 def test_a_set_that_replaces_one_of_slides_keeps_none_of_them(slide_set, tmp_path):
@@ -149,4 +158,18 @@ def test_records_that_are_no_pictures_are_refused(tmp_path):
     content = (tmp_path / SLIDES_TABLE).read_bytes()
     (tmp_path / SLIDES_TABLE).write_bytes(content[:-9])
     with pytest.raises(FormatError, match="not a Parquet table"):
+        read_slide_records(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"source": None}, "a row without source"), ({"places": None}, "a row without places"),
+     ({"mpp_level0": 0.0}, "'a' has mpp 0.0"), ({"mpp_level0": float("nan")}, "'a' has mpp nan")],
+)  # fmt: skip
+def test_records_of_others_are_refused_where_they_cannot_be(tmp_path, change, message):
+    row = dict.fromkeys(SCHEMA.names) | {"source": "a", "places": 1, "patches": 1}
+    (tmp_path / SLIDES_TABLE).parent.mkdir()
+    table = pa.Table.from_pylist([row | change], schema=SCHEMA)
+    (tmp_path / SLIDES_TABLE).write_bytes(encode_table(table))
+    with pytest.raises(FormatError, match=message):
         read_slide_records(tmp_path)

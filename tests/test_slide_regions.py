@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ import pytest
 from PIL import Image
 
 from latentds.conversion.convert_config import ConvertConfig
-from latentds.errors import InputError, TooManyBadSamplesError
+from latentds.errors import InputError, TooManyBadSamplesError, UnusableError
+from latentds.sources import slide_regions
 from latentds.sources.cut_options import SourceOptions
 from latentds.sources.opening import open_source
 from latentds.sources.slide_regions import polygon_regions, taken
@@ -209,3 +211,32 @@ def test_large_files_of_vertices_are_read(tmp_path):
     assert (tmp_path / "a.geojson").stat().st_size > 1 << 21
     masks = polygon_regions(tmp_path / "a.geojson", (1000, 800), (500, 400), by_class=True)
     assert masks["T"].sum() == pytest.approx(np.pi * 150**2, abs=20)  # of 942 pixels of rim
+
+
+def test_without_a_least_share_a_patch_has_to_touch_a_region(folder):
+    write_regions(folder / "regions/a.b.geojson", annotation("Tumor", square(0, 0, 100, 100)))
+    found = places_of(folder, label_from="regions", min_tissue=0.0)
+    assert found == {(0, 0): "Tumor"}
+
+
+def test_an_outline_to_and_fro_takes_neither_memory_nor_time(tmp_path, monkeypatch):
+    zigzag = [[x, (x % 2) * 4000.0] for x in range(2000)]
+    write_regions(tmp_path / "z.geojson", annotation("Tumor", zigzag))
+    tracemalloc.start()
+    slide_regions.polygon_regions(tmp_path / "z.geojson", (4096, 4096), (4096, 4096), True)
+    assert tracemalloc.get_traced_memory()[1] < 350e6  # 2 x 67 MB of the raster, 8 M crossings
+    tracemalloc.stop()
+    monkeypatch.setattr(slide_regions, "MAX_CROSSINGS", 1_000_000)
+    with pytest.raises(UnusableError, match="goes to and fro without end"):
+        slide_regions.polygon_regions(tmp_path / "z.geojson", (4096, 4096), (4096, 4096), True)
+
+
+def test_a_mask_or_annotation_beyond_bounds_is_refused(tmp_path, monkeypatch):
+    Image.new("L", (64, 64)).save(tmp_path / "m.png")
+    monkeypatch.setattr(slide_regions, "MAX_MASK_PX", 4000)
+    with pytest.raises(UnusableError, match="has 64x64 px, more than 4,000; save it at a smaller"):
+        slide_regions.mask_regions(tmp_path / "m.png", (64, 64), (8, 8), False)
+    features = [annotation(f"c{n}", square(0, 0, 9, 9)) for n in range(65)]
+    write_regions(tmp_path / "c.geojson", *features)
+    with pytest.raises(UnusableError, match="polygons of more than 64 classes"):
+        slide_regions.polygon_regions(tmp_path / "c.geojson", (64, 64), (8, 8), True)

@@ -113,7 +113,7 @@ def run(command: str, words: list[str]) -> int:
     module = importlib.import_module(f"latentds_tools.{COMMANDS[command][0]}")
     try:
         for word, answer in getattr(module, "ANSWERS", {}).items():
-            if word in words:
+            if word in {given.replace("_", "-") for given in words}:
                 say(answer())
                 return 0
         config = parse(

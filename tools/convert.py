@@ -34,7 +34,7 @@ class Config(ConvertConfig):
     """Convert what the finished set in --out had to leave out, with the options that made it, and
     add what can be read by now."""
     dry_run: bool = False
-    """Read headers only, say what would be made and how large, write nothing; of slides a page
+    """Read headers only, say what would be made and how large; of slides write a page
     to look at, OUT.slides.html."""
     json: bool = False
     """Print the summary as JSON."""

@@ -197,7 +197,7 @@ class ConvertConfig(SourceOptions, CodeOptions):
         found |= {name: getattr(self, name) for name in ("bytes", "kind", "patient_pattern")}
         found |= {name: getattr(self, name) or None for name in ("enlarge", "refine")}
         # Without --mpp it decides nothing.
-        found["mpp_tolerance"] = None if self.mpp is None else self.mpp_tolerance
+        found["mpp_tolerance"] = None if self.mpp is None else self.mpp_tolerance or None
         found["by_regions"] = None if self.regions is None else self.label_from or "taken"
         found["codebook"] = self.codebook_kind
         return found | {"anonymized": self.key_check()}

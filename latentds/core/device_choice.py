@@ -18,7 +18,7 @@ def choose_device(name: torch.device | str = "auto") -> torch.device:
 
     name    auto, cpu, cuda, cuda:1, mps, or a torch.device. "cuda" is this rank's own GPU: the one
             made current by `torch.cuda.set_device`, else the launcher's LOCAL_RANK-th
-    raises  InputError where it is not to be had, with what is
+    raises  InputError where it is not available, with what is
     """
     if str(name) == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -28,7 +28,7 @@ def choose_device(name: torch.device | str = "auto") -> torch.device:
     except (RuntimeError, AssertionError, ValueError, NotImplementedError) as error:
         reason = str(error).partition("\n")[0].partition(". ")[0]
         raise InputError(
-            f"device {str(name)!r}: not to be had here ({reason}); here is {', '.join(available())}"
+            f"device {str(name)!r} is not available here ({reason}); {', '.join(available())} is"
         ) from error
     if device.type != "cuda" or device.index is not None:
         return device

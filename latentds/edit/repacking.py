@@ -25,7 +25,7 @@ from latentds.store.format import GOLDEN, MASKS, PATCHES
 from latentds.store.golden import read_golden_table, renumbered
 from latentds.store.manifest import Manifest
 from latentds.store.reader import ShardSet
-from latentds.store.slide_records import join_slide_records
+from latentds.store.slide_records import join_slide_records, read_slide_records
 
 # Arrow's own strings end at 2 GB a column, which some 30 million source paths fill.
 LARGE = pa.schema(
@@ -132,10 +132,12 @@ def remaining_rows(shards: ShardSet, excluded: Sequence[str]) -> np.ndarray:
     """
     names = shards.manifest.slides
     number = {name: index for index, name in enumerate(names)}
+    # Slides without a patch are in what is kept of slides alone.
+    known = {*names, *(one.name for one in read_slide_records(Path(shards.folder)))}
     for name in excluded:
-        if name not in number:
-            raise unknown_name("slide", name, names)
-    gone = np.isin(shards.patches["slide"], [number[name] for name in excluded])
+        if name not in known:
+            raise unknown_name("slide", name, known)
+    gone = np.isin(shards.patches["slide"], [number[n] for n in excluded if n in number])
     if gone.all():
         raise InputError(f"{shards.folder}: every patch is of an excluded slide; nothing is left")
     return np.flatnonzero(~gone)

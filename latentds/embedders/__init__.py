@@ -50,6 +50,8 @@ def load_embedder(name_or_path: str | os.PathLike[str], *, native: bool = False)
         embedder = load_exported(ALIASES[text], native=native)
         embedder.card = dataclasses.replace(embedder.card, name=text)
         return embedder
+    if name in ALIASES:
+        raise WeightsError(f"{text}: takes no @FILE; name its folder, timm-dir:FOLDER")
     if name in ELSEWHERE:
         raise WeightsError(f"{name}: {ELSEWHERE[name]}")
     if is_own_code(text):

@@ -181,7 +181,11 @@ def gather(
 
 
 def write_look(folder: Path, contents: dict[str, Path | bytes]) -> None:
-    """Write card and preview to a folder, over those of an earlier run."""
+    """Write card and preview to a folder, over those of an earlier run; InputError for others'."""
+    ours = {README, PREVIEW.partition("/")[0]}
+    others = sorted({path.name for path in folder.iterdir()} - ours) if folder.is_dir() else []
+    if others:
+        raise InputError(f"--look {folder}: holds {others[0]}; name an empty folder")
     for name in (README, PREVIEW):
         content = contents.get(name)
         if isinstance(content, bytes):

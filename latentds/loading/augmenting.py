@@ -14,8 +14,7 @@ def find_augment(
     augment  True for MultiCrop.preset("supervised") in the patches' own size, or a MultiCrop of one
              global crop
     others   options that it cannot stand beside, by name, and whether they are set
-    raises   ValueError for what cannot be augmented, InputError for patches that are not square,
-             MissingExtraError without kornia
+    raises   ValueError for what cannot be augmented, InputError for patches that are not square
     """
     if decode != "pixels":
         raise ValueError(f"augment= changes pixels; it needs decode='pixels', not {decode!r}")

@@ -30,6 +30,9 @@ JSON_TIMES = 16  # vertices are short lists, which take more memory than other J
 MAX_CLASSES = 64  # more values are a picture's, not a mask's
 ASPECT = 0.02  # by which a mask's proportions may differ from its slide's
 MAX_DEPTH = 8  # of collections of geometries
+MAX_MASK_PX = 1 << 28  # decoded whole: a slide of 100,000 px edge at a sixth
+RUN_CROSSINGS = 1 << 20  # of outlines with rows of the raster, computed at once
+MAX_CROSSINGS = 1 << 28  # of a polygon; honest ones have some millions
 MASK_MODES = ("1", "L", "P")
 
 Rings = Sequence[Sequence[Sequence[float]]]
@@ -168,7 +171,7 @@ def taken(
     boxes = np.concatenate([places, places + edge], 1) * scale
     shares = np.stack([tissue_shares(mask, boxes) for mask in masks.values()])
     union = tissue_shares(np.logical_or.reduce(list(masks.values())), boxes)
-    return Taken(union >= least, shares.argmax(0).astype(np.uint8), tuple(masks))
+    return Taken((union > 0) & (union >= least), shares.argmax(0).astype(np.uint8), tuple(masks))
 
 
 def mask_regions(
@@ -179,6 +182,12 @@ def mask_regions(
         with open_picture(path, ["PNG"]) as image:
             if image.mode not in MASK_MODES:
                 raise bad(path, f"is {image.mode}, not one channel of 8 bits")
+            if image.width * image.height > MAX_MASK_PX:
+                raise bad(
+                    path,
+                    f"has {image.width}x{image.height} px, more than {MAX_MASK_PX:,}; save it "
+                    "at a smaller scale",
+                )
             aspect = image.width / image.height * slide_px[1] / slide_px[0]
             if abs(math.log(aspect)) > ASPECT:
                 raise bad(
@@ -211,15 +220,18 @@ def polygon_regions(
         for name, polygon in polygons_of(values):
             if by_class and not name:
                 continue
-            mask = masks.setdefault(name if by_class else "", np.zeros(size[::-1], bool))
-            draw_polygon(mask, polygon, scale)
+            name = name if by_class else ""
+            if name not in masks:
+                masks[name] = np.zeros(size[::-1], bool)
+            if len(masks) > MAX_CLASSES:
+                raise bad(path, f"has polygons of more than {MAX_CLASSES} classes")
+            draw_polygon(masks[name], polygon, scale)
     except FormatError as error:
         raise bad(path, str(error).removeprefix(f"{path}: ")) from error
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise bad(path, f"is no GeoJSON ({type(error).__name__}: {str(error)[:80]})") from error
-    if not masks or len(masks) > MAX_CLASSES:
-        kind = "polygons with a class" if by_class else "polygons"
-        raise bad(path, f"has {kind} of {len(masks)} classes" if masks else f"has no {kind}")
+    if not masks:
+        raise bad(path, f"has no {'polygons with a class' if by_class else 'polygons'}")
     return dict(sorted(masks.items()))
 
 
@@ -277,12 +289,17 @@ def even_odd(outlines: Sequence[np.ndarray], width: int, height: int) -> np.ndar
     sides = np.stack([starts[:, 1], ends[:, 1]])
     first = np.clip(np.ceil(sides.min(0) - 0.5), 0, height).astype(int)
     counts = np.clip(np.ceil(sides.max(0) - 0.5), 0, height).astype(int) - first
-    edge = np.repeat(np.arange(len(starts)), counts)
-    rows = np.arange(len(edge)) - np.repeat(np.cumsum(counts) - counts, counts) + first[edge]
-    (x, y), (to_x, to_y) = starts[edge].T, ends[edge].T
-    crossings = x + (rows + 0.5 - y) / (to_y - y) * (to_x - x)
+    if counts.sum() > MAX_CROSSINGS:
+        raise ValueError("an outline that goes to and fro without end")
     turns = np.zeros((height, width + 1), np.int32)
-    np.add.at(turns, (rows, np.clip(np.ceil(crossings - 0.5), 0, width).astype(int)), 1)
+    runs = np.flatnonzero(np.diff(np.cumsum(counts) // RUN_CROSSINGS)) + 1
+    for part in np.split(np.arange(len(starts)), runs):
+        edge = np.repeat(part, counts[part])
+        behind = np.repeat(np.cumsum(counts[part]) - counts[part], counts[part])
+        rows = np.arange(len(edge)) - behind + first[edge]
+        (x, y), (to_x, to_y) = starts[edge].T, ends[edge].T
+        crossings = x + (rows + 0.5 - y) / (to_y - y) * (to_x - x)
+        np.add.at(turns, (rows, np.clip(np.ceil(crossings - 0.5), 0, width).astype(int)), 1)
     inside: np.ndarray = turns[:, :-1].cumsum(1) % 2 == 1
     return inside
 

@@ -124,10 +124,10 @@ class Slides(Source):
             width, height = slide.dimensions
             self.check_enlarging(self.scale(picture, slide))
             found = self.find_places(picture, slide)
+            overview = self.overviews.pop(picture.source, None)  # gone whatever fails below
             slide = self.open(picture)  # a broken overview may have closed the first
             self.places[picture.source] = self.within_regions(picture, slide, found)
             encoding = describe_slide(slide, path)
-            overview = self.overviews.pop(picture.source, None)
             if self.keeps_looks:
                 self.looks[picture.source] = self.make_look(picture, overview)
         return Header((height, width), "RGB", encoding, path.stat().st_size)

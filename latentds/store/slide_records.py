@@ -1,13 +1,14 @@
 """What is kept of every slide beside the shards: counts, a small picture of what was taken, why
 the rest was not.
 
-One Parquet file, a row a slide. It is no part of the set: no reader needs it, the manifest does not
-list it, and it is published only where that is asked for.
+One Parquet file, a row a slide. It is no part of the set: the manifest does not list it, only
+originals are found by it (the mpp of their level 0). `publish` sends it where that is asked for.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
@@ -91,9 +92,14 @@ def read_slide_records(folder: Path) -> list[SlideRecord]:
     if path.stat().st_size > MAX_BYTES:
         raise FormatError(f"{path}: {path.stat().st_size:,} bytes; refused, remove it")
     table = decode_table(path.read_bytes(), str(path), SCHEMA, most_bytes=MAX_BYTES)
+    for name in ("source", "places", "patches"):
+        if table[name].null_count:
+            raise FormatError(f"{path}: a row without {name}; remove the file, no patch needs it")
     found = [SlideRecord(**row | {"left_out": tuple((row["left_out"] or "").splitlines())})
              for row in table.to_pylist()]  # fmt: skip
     for record in found:
+        if record.mpp_level0 is not None and not 0 < record.mpp_level0 < math.inf:
+            raise FormatError(f"{path}: {record.source!r} has mpp {record.mpp_level0}; remove it")
         if record.picture_jpeg is not None and not record.picture_jpeg.startswith(JPEG):
             raise FormatError(f"{path}: the picture of {record.source!r} is no JPEG; remove it")
     return found

@@ -57,8 +57,10 @@ def measure(config: Config) -> dict[str, Any]:
     from latentds_tools.reports.commands import check_free
 
     from latentds.core.storage import write_atomically
+    from latentds.edit.outputs import refuse_foreign
 
     check_gpu(config.device)
+    refuse_foreign(config.out, SUMMARY)  # what parts write there is deleted below
     check_free([config.out / SUMMARY], config.overwrite)
     work = config.out.absolute() / "work"
     shutil.rmtree(work, ignore_errors=True)

@@ -21,6 +21,7 @@ from typing import Any
 from latentds_tools.bench.harness import machine, machine_text, recorded, report_text
 from latentds_tools.reports.commands import check_ranges, show
 
+from latentds.core.storage import write_atomically
 from latentds.errors import InputError, unknown_name
 
 SCRIPT = Path(__file__).with_name("resuming.py")
@@ -127,7 +128,7 @@ def run(config: Config) -> None:
             report["versions"] |= rows[0]["versions"]
             report["results"] += [{n: v for n, v in row.items() if n != "versions"} for row in rows]
             if config.out is not None:
-                config.out.write_text(json.dumps(report, indent=1) + "\n")
+                write_atomically(config.out, (json.dumps(report, indent=1) + "\n").encode())
     show(report, config.json, as_text)
 
 

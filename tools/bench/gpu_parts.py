@@ -178,7 +178,7 @@ def compiled_step(device: str, is_gpu: bool) -> GpuPart:
 
 def step(name: str, title: str, share: float, words: tuple[object, ...]) -> GpuPart:
     """A part that is a step."""
-    needs = ("timm", "lightly", "kornia")
+    needs = ("timm", "lightly")
     return GpuPart(name, title, share, bench("step", *words), needs, "train")
 
 

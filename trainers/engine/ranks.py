@@ -11,6 +11,7 @@ import torch.distributed as dist
 from latentds_trainers.engine.launching import same_on_all_ranks
 from latentds_trainers.engine.wrapping import load_deepspeed
 
+from latentds.core.device_choice import choose_device
 from latentds.errors import InputError, LatentdsError
 
 Made = TypeVar("Made")
@@ -24,7 +25,7 @@ def join_ranks() -> torch.device:
     deepspeed = load_deepspeed()
     device = torch.device("cpu")
     if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        device = choose_device("cuda")
         torch.cuda.set_device(device)
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
     if "RANK" not in os.environ and not dist.is_initialized():  # no launcher: one rank, no port

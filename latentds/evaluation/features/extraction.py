@@ -110,7 +110,7 @@ def extract_several(
     embedders: Mapping[Path, Embedder],
     options: FeatureOptions,
     *,
-    device: torch.device | str = "cpu",
+    device: torch.device | str = "auto",
     rank: int | None = None,
     world_size: int | None = None,
     progress: Progress | None = None,
@@ -124,8 +124,9 @@ def extract_several(
 
     A slide's file appears whole; those that are there are left alone, so a killed run goes on by
     the same call. The features depend neither on ranks, nor on where a run was cut off, nor on
-    the other embedders. Slides that failed are listed in left_out.json, from which those made later
-    go; of the others labels.csv tells split, patient and label.
+    the other embedders; a slide that fails for one of them is left out for all. Slides that failed
+    are listed in left_out.json, from which those made later go; of the others labels.csv tells
+    split, patient and label.
 
     raises    InputError for no slides, or another run at the same slide; ContractError where
               a folder holds features of another embedder, source or options, or a file of another
@@ -305,10 +306,11 @@ def write_slide(
 ) -> int:
     """Write a slide's files and return N; UnreadableSlideError where its patches fail."""
     files: dict[Path, tuple[slice, dict[str, dict[str, Any]]]] = {}
-    first = 0
+    first, spans = 0, dict[str, slice]()
     for target in targets:
         dimensions = slice(first, first + target.embedder.card.dim)
         first = dimensions.stop
+        spans[target.embedder.card.name] = dimensions
         if bag.slide not in target.done:
             attributes = layout.feature_attributes(target.places, bag.slide)
             named = {"features": attributes, "coords": bag.attributes}
@@ -316,7 +318,7 @@ def write_slide(
 
     def chunks() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for piece in pieces:
-            features = checked(piece, options.saved)
+            features = checked(piece, options.saved, spans)
             yield features, piece.coords
             if progress is not None:
                 progress(Step(slide=bag.slide, number=bag.number, slides=bag.slides,
@@ -333,15 +335,20 @@ def write_slide(
     return count
 
 
-def checked(piece: Piece, saved: str) -> np.ndarray:
-    """A piece's features as they are saved; UnreadableSlideError where there are no sound ones."""
+def checked(piece: Piece, saved: str, spans: Mapping[str, slice]) -> np.ndarray:
+    """A piece's features as they are saved; UnreadableSlideError where there are no sound ones.
+
+    spans  of every embedder's dimensions
+    """
     if piece.error is not None or piece.features is None:
         raise UnreadableSlideError(f"{piece.error}") from piece.error
     with np.errstate(over="ignore"):
         features = piece.features.astype(saved)
     if not np.isfinite(features).all():
+        whose = [name for name, own in spans.items() if not np.isfinite(features[:, own]).all()]
         raise UnreadableSlideError(
-            f"features that are not finite as {saved}; try --precision float32 --saved float32"
+            f"features of {', '.join(whose)} that are not finite as {saved}; try --precision "
+            "float32 --saved float32"
         )
     return features
 

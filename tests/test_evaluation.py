@@ -74,6 +74,9 @@ class Cohort:
         )
 
 
+UNKNOWN = "slide, as no patient is known"
+
+
 @pytest.fixture
 def cohort() -> Cohort:
     return Cohort.draw()
@@ -310,7 +313,7 @@ def test_two_names_for_one_slide_are_refused() -> None:
 def test_groups_are_tcga_patients_else_slides_else_items() -> None:
     slides = [f"{SLIDE}.F6E9", "TCGA-3C-AALI-01A-01-TS1.svs"]
     assert groups_of(slides, ["x", "y"], None) == (["TCGA-3C-AALI"] * 2, "TCGA patient")
-    assert groups_of(["s1", "s1"], ["x", "y"], None) == (["s1", "s1"], "slide")
+    assert groups_of(["s1", "s1"], ["x", "y"], None) == (["s1", "s1"], UNKNOWN)
     groups, rule = groups_of([None, None], ["x.png", "y.png"], None)
     assert groups == ["x.png", "y.png"] and rule == "each file by itself, as no slide is known"
     assert "(1 items)" in groups_of(["s1", None], ["x", "y"], None)[1]
@@ -427,7 +430,7 @@ def test_numbers_as_labels_are_sorted_as_numbers(tmp_path: Path) -> None:
     path.write_text("slide,label\na,10\nb,9\nc,2\n")
     found = match_labels(read_labels(path), ["a", "b", "c"])
     assert found.classes == ["2", "9", "10"] and found.groups == ["a", "b", "c"]
-    assert found.group_rule == "slide"
+    assert found.group_rule == UNKNOWN
 
 
 def test_a_slide_with_two_labels_is_refused(tmp_path: Path) -> None:

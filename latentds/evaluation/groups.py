@@ -81,7 +81,10 @@ def count_alone(
 
 def describe_rule(kinds: Mapping[str, int]) -> str:
     """What groups are, in words."""
-    words = {"item": "each file by itself, as no slide is known"}
+    words = {
+        "item": "each file by itself, as no slide is known",
+        "slide": "slide, as no patient is known",
+    }
     if len(kinds) == 1:
         (kind,) = kinds
         return words.get(kind, kind)

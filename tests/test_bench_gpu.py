@@ -3,6 +3,7 @@
 import importlib
 import json
 import time
+from pathlib import Path
 
 import pytest
 from latentds_tools import cli
@@ -172,3 +173,21 @@ def test_a_folder_of_others_is_left_alone(tmp_path):
     with pytest.raises(InputError, match=r"not empty \(work\); choose another --out"):
         bench_gpu.measure(bench_gpu.Config(out=tmp_path, device="cpu", overwrite=True))
     assert (tmp_path / "work" / "mine.txt").read_text() == "mine"
+
+
+def test_a_part_of_which_nothing_came_to_figures_failed(tmp_path):
+    rows = '{"results": [{"error": "no room"}, {"error": "none either"}]}'
+    outcomes = run(tmp_path, python("loader", f"print({rows!r})", bench="loader"))
+    assert statuses(outcomes) == {"loader": "failed"} and outcomes["loader"]["reason"] == "no room"
+    mixed = '{"results": [{"error": "no room"}, {"rate": 1}]}'
+    assert statuses(run(tmp_path, python("loader", f"print({mixed!r})", bench="loader"))) == {
+        "loader": "done"
+    }
+
+
+def test_parts_have_a_temporary_folder_of_a_short_path_that_goes_with_them(tmp_path):
+    code = "import os, json; print(json.dumps(os.environ['TMPDIR']))"
+    out = tmp_path / ("long" * 20)
+    out.mkdir()
+    folder = run(out, python("tell", code, bench="loader"))["tell"]["report"]
+    assert not Path(folder).is_relative_to(out) and not Path(folder).exists()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from latentds.core.shared_memory import of_dead_worker, shared_zeros
+from latentds.core.shared_memory import of_dead_worker, shared_zeros, sharing
 from latentds.errors import WorkerError
 from latentds.loading.dataset import LatentDataset
 from latentds.loading.loader import LatentLoader
@@ -66,3 +66,9 @@ def test_a_worker_that_died_is_an_error_of_ours():
     died = of_dead_worker(RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error."))
     assert died is not None and "pid 7" in str(died) and "num_workers" in str(died)
     assert of_dead_worker(RuntimeError("another")) is None
+
+
+def test_a_temporary_folder_too_deep_for_sockets_is_named():
+    with pytest.raises(WorkerError, match="folder's path is too long for a socket .* set TMPDIR"):
+        with sharing():
+            raise RuntimeError("unable to open shared memory object: AF_UNIX path too long")

@@ -8,6 +8,7 @@ import io
 import os
 import pickle
 import shutil
+import tempfile
 from collections.abc import Iterator
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -79,6 +80,11 @@ def sharing(size: int | None = None) -> Iterator[None]:
             raise WorkerError(
                 "batches cannot be sent between processes: too many open files; raise the limit "
                 "('ulimit -n 65536') or take fewer num_workers"
+            ) from error
+        if "AF_UNIX path too long" in str(error):
+            raise WorkerError(
+                "batches cannot be sent between processes: the temporary folder's path is too long "
+                f"for a socket ({tempfile.gettempdir()}); set TMPDIR to a shorter one, as /tmp"
             ) from error
         raise WorkerError(
             f"batches cannot be sent between processes: no {wanted}shared memory "

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -60,13 +61,17 @@ def outcome_of(part: GpuPart, before: dict[str, Any], limit: float, work: Path) 
 
 def run_part(part: GpuPart, limit: float, work: Path) -> dict[str, Any]:
     """Run it in a process of its own, ended with all that it started when its time is over."""
-    logs, temporary = work / "logs", work / "tmp"
-    for folder in (logs, temporary):
-        folder.mkdir(parents=True, exist_ok=True)
+    logs = work / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
     printed, log = logs / f"{part.name}.out", logs / f"{part.name}.log"
-    environment = os.environ | {"TMPDIR": str(temporary), "HF_HUB_OFFLINE": "1"}
     started = time.monotonic()
-    with printed.open("wb") as out, log.open("wb") as err:
+    # What a killed part leaves goes with the folder; one in --out may be too long for sockets.
+    with (
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary,
+        printed.open("wb") as out,
+        log.open("wb") as err,
+    ):
+        environment = os.environ | {"TMPDIR": temporary, "HF_HUB_OFFLINE": "1"}
         process = subprocess.Popen(
             [sys.executable, *part.words], stdout=out, stderr=err, stdin=subprocess.DEVNULL,
             env=environment, start_new_session=True,
@@ -80,12 +85,12 @@ def run_part(part: GpuPart, limit: float, work: Path) -> dict[str, Any]:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     report = read_report(part, printed)
-    status = CUT if code is None else DONE if code == 0 else FAILED
+    status = CUT if code is None else DONE if code == 0 and not all_failed(report) else FAILED
     reason = ""
     if status == CUT:
         reason = f"its time was over; {'what it had left is kept' if report else 'nothing is left'}"
     elif status == FAILED:
-        reason = never_engaged(report) or last_words(log, printed)
+        reason = never_engaged(report) or all_failed(report) or last_words(log, printed)
     return {"status": status, "reason": reason, "seconds": time.monotonic() - started,
             "report": report}  # fmt: skip
 
@@ -111,6 +116,13 @@ def never_engaged(report: Any) -> str:
     told = [f"{row['decoder']}, {row['options']}: {row['error']}" for row in rows
             if "never_engaged" in row]  # fmt: skip
     return "; ".join(told)[:SHOWN_REASON]
+
+
+def all_failed(report: Any) -> str:
+    """The first error of a report of which no row came to figures; nothing where one did."""
+    rows = report.get("results", []) if isinstance(report, dict) else []
+    errors = [str(row["error"]) for row in rows if "error" in row]
+    return errors[0][:SHOWN_REASON] if errors and len(errors) == len(rows) else ""
 
 
 def last_words(log: Path, printed: Path) -> str:

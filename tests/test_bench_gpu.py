@@ -177,17 +177,15 @@ def test_a_folder_of_others_is_left_alone(tmp_path):
 
 def test_a_part_of_which_nothing_came_to_figures_failed(tmp_path):
     rows = '{"results": [{"error": "no room"}, {"error": "none either"}]}'
-    outcomes = run(tmp_path, python("loader", f"print({rows!r})", bench="loader"))
+    outcomes = run(tmp_path, python("loader", f"print({rows!r})"))
     assert statuses(outcomes) == {"loader": "failed"} and outcomes["loader"]["reason"] == "no room"
     mixed = '{"results": [{"error": "no room"}, {"rate": 1}]}'
-    assert statuses(run(tmp_path, python("loader", f"print({mixed!r})", bench="loader"))) == {
-        "loader": "done"
-    }
+    assert statuses(run(tmp_path, python("loader", f"print({mixed!r})"))) == {"loader": "done"}
 
 
 def test_parts_have_a_temporary_folder_of_a_short_path_that_goes_with_them(tmp_path):
     code = "import os, json; print(json.dumps(os.environ['TMPDIR']))"
     out = tmp_path / ("long" * 20)
     out.mkdir()
-    folder = run(out, python("tell", code, bench="loader"))["tell"]["report"]
+    folder = run(out, python("tell", code))["tell"]["report"]
     assert not Path(folder).is_relative_to(out) and not Path(folder).exists()

@@ -69,6 +69,6 @@ def test_a_worker_that_died_is_an_error_of_ours():
 
 
 def test_a_temporary_folder_too_deep_for_sockets_is_named():
-    with pytest.raises(WorkerError, match="folder's path is too long for a socket .* set TMPDIR"):
-        with sharing():
-            raise RuntimeError("unable to open shared memory object: AF_UNIX path too long")
+    words = "folder's path is too long for a socket .* set TMPDIR"
+    with pytest.raises(WorkerError, match=words), sharing():
+        raise RuntimeError("unable to open shared memory object: AF_UNIX path too long")

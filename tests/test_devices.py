@@ -1,4 +1,4 @@
-"""Which device a name means: one answer everywhere, one line where it is not to be had."""
+"""Which device a name means: one answer everywhere, one line where it is not available."""
 
 import dataclasses
 import importlib

@@ -232,7 +232,7 @@ def test_a_finished_set_is_replaced_only_when_told_and_only_at_the_end(tmp_path,
         ({"quantizer": "int9"}, ValueError, "unknown quantizer 'int9'"),
         ({"packsize": 4}, TypeError, "packsize"),
         ({"part": "a/b"}, InputError, "part 'a/b': a folder's name"),
-        ({"device": "cuda:99"}, InputError, "cuda:99': not to be had"),
+        ({"device": "cuda:99"}, InputError, "cuda:99' is not available"),
     ],
 )
 def test_settings_that_cannot_be_are_refused_at_once(tmp_path, options, error, message):

@@ -76,7 +76,7 @@ def launch(
 def take_device(name: str) -> None:
     """Have the engine take the CPU where a recipe's --device says so; others must be there.
 
-    raises  InputError for a device that is not to be had
+    raises  InputError for a device that is not available
     """
     if name == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

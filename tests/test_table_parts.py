@@ -1,6 +1,7 @@
 """A large patch table of a location: read as the folder's, fetched by parts, each once a node."""
 
 import errno
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from latentds.loading.loader import LatentLoader
 from latentds.store.cache import CacheConfig
 from latentds.store.format import PATCHES_TABLE
 from latentds.store.reader import ShardSet
+from tests.bad_shards import edit_manifest
 from tests.conftest import convert_with_mean, save_pictures
 from tests.flaky_server import serving
 from tests.loaders import grouped
@@ -147,3 +149,13 @@ def test_a_full_disk_names_the_cache_and_the_remedy(server, cache, monkeypatch):
     monkeypatch.setattr(latentds.store.table_parts, "write_all", full)
     with pytest.raises(InputError, match="disk full; set a lower cache limit"):
         remote.patches[0]
+
+
+def test_a_manifest_that_promises_too_small_a_table_is_refused(folder, cache, tmp_path):
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    edit_manifest(copy, lambda record: record["tables"][PATCHES_TABLE].update(bytes=200 * 24))
+    with (
+        serving(copy) as server,
+        pytest.raises(FormatError, match="4800 bytes, not 200 rows; refused"),
+    ):
+        ShardSet(server.url, cache=cache)

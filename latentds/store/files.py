@@ -255,8 +255,10 @@ class RemoteFiles:
         most = TABLE_HEAD_BYTES + rows * TABLES[name].itemsize
         if type(size) is not int or not 0 < size <= most:
             raise FormatError(f"{self.where}/{name}: {size} bytes, {rows} rows have fewer; refused")
-        sums = block_sums(entry, rows)
+        sums = block_sums(entry, rows) if name == PATCHES_TABLE else None
         if sums is not None and size > WHOLE_BYTES:
+            if size <= rows * TABLES[name].itemsize:
+                raise FormatError(f"{self.where}/{name}: {size} bytes, not {rows} rows; refused")
             return self.parts_of(name, size, rows, sums).path
 
         def download(path: Path) -> None:

@@ -173,7 +173,8 @@ class ShardSet:
             if len(self.near) >= MAX_NEAR:
                 self.near.pop(next(iter(self.near)))
             self.near[pack] = None
-        self.patches.bring(self.first_patch[new], self.packs["count"][new])
+        if new and not self.is_local:  # of a folder all rows are there
+            self.patches.bring(self.first_patch[new], self.packs["count"][new])
         # A part has no hash of its own: from a location whole packs come, which have one.
         if self.is_local and (self.checksums is not None or not self.check_codes):
             self.files.fetch(self.parts(rows, packs, size))

@@ -54,9 +54,8 @@ def main() -> None:
 
 def counted(loader: Any, spec: Spec) -> dict[str, Any]:
     """What our loader's parts counted; RuntimeError where what was asked for never engaged."""
-    found: dict[str, Any] = {}
-    if loader.decoder is not None:
-        found = loader.decoder.counters()
+    found = {} if loader.decoder is None else loader.decoder.counters()
+    if found:
         is_there = found["device"].partition(":")[0] == torch.device(spec["device"]).type
         if not is_there or (spec["decoding"]["cuda_graph"] and not found["graph_replays"]):
             raise RuntimeError(f"never engaged: {spec['decoding']} on {spec['device']}: {found}")
@@ -161,11 +160,10 @@ class Ready:
         """Patches a second of decoding the last batch again and again."""
         if not hasattr(self, "decoder"):
             self.decoder = make_decoder(self.spec)
-        decoder = self.decoder
-        decoder(self.last)
+        self.decoder(self.last)
         patches, started = 0, time.perf_counter()
         while (now := time.perf_counter() - started) < seconds:
-            decoder(self.last)
+            self.decoder(self.last)
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
             patches += len(self.last)

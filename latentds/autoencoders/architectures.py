@@ -32,7 +32,7 @@ def architecture_of(autoencoder: NetworkAutoencoder) -> dict[str, Any]:
     if isinstance(decoder, TinyDecoder):
         return {"class": "tiny"}
     if isinstance(decoder, Student):
-        names = [name for name, spec in STUDENTS.items() if spec.stages == decoder.stages]
+        names = [name for name, spec in STUDENTS.items() if spec == decoder.spec]
         if names:
             return {"class": "student", "name": names[0]}
     if isinstance(decoder, nn.Sequential) and len(decoder) and isinstance(decoder[0], Clamp):

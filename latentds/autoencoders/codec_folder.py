@@ -37,7 +37,8 @@ from latentds.core.storage import write_together
 from latentds.errors import FormatError, WeightsError
 
 FORMAT = "latentds-codec/1"
-RECORD, WEIGHTS, TABLES, FAST = "codec.json", "weights.safetensors", "tables.safetensors", "fast"
+RECORD, WEIGHTS, TABLES = "codec.json", "weights.safetensors", "tables.safetensors"
+FAST, CPU = "fast", "cpu"  # folders of decoders that cost less, one for CPUs
 FACTOR = 8
 LARGEST = 15  # symbols are integers -15 .. 15 and, last of all, one for what lies beyond
 MAX_RECORD_BYTES, MAX_CHANNELS, MAX_WIDTH, MAX_STEPS = 1 << 20, 512, 4096, 1024

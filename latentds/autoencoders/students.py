@@ -1,9 +1,9 @@
 """Students: small, fast decoders for the latents of a larger autoencoder.
 
 All layers of the turbo students run at a quarter of the resolution or below and pixel-shuffle out:
-cost is at full resolution, not in width. Beside them runs a linear shortcut, one 5x5 convolution
-from latents to pixels, which has a closed-form best start (`fit_shortcut`): training refines a
-picture instead of finding one. The TAESD shape is the slower one that is known to do.
+cost is at full resolution, not in width. Beside them runs a linear shortcut, one convolution from
+latents to pixels, which has a closed-form best start (`fit_shortcut`): training refines a picture
+instead of finding one. The TAESD shape is the slower one that is known to do.
 """
 # B patches, C latent channels, h w latent cells, H W pixels
 
@@ -23,7 +23,6 @@ from latentds.errors import ShapeError, unknown_name
 PIXELS = 4  # pixels of a cell of the last layer, each way
 BRANCH_SCALE = 0.1  # of a fresh block's residual: blocks start near the identity
 OUTPUT_SCALE = 0.01  # of the fresh output layer: the shortcut starts alone
-SHORTCUT = 5  # cells the linear shortcut sees, each way
 RIDGE = 1e-4  # of the mean of the normal equations' diagonal
 
 
@@ -31,17 +30,21 @@ RIDGE = 1e-4  # of the mean of the normal equations' diagonal
 class StudentSpec:
     """The shape of a student.
 
-    factor  pixels a latent cell, each way
-    stages  (width, blocks) at the latents' resolution, then at twice each time; empty for TAESD's
-            own shape
+    factor    pixels a latent cell, each way
+    stages    (width, blocks) at the latents' resolution, then at twice each time; empty for TAESD's
+              own shape
+    shortcut  cells the linear shortcut sees, each way
     """
 
     factor: int
     stages: tuple[tuple[int, int], ...] = ()
+    shortcut: int = 5
 
 
 # GFLOP a 256 px patch and parameters, counted by torch's FlopCounterMode (tests/test_students.py)
 STUDENTS = {
+    # 0.38 GFLOP and 0.15 M for 32 channels: 2,900 multiply-adds a pixel, for CPUs
+    "turbo-xs": StudentSpec(factor=8, stages=((64, 1), (24, 1)), shortcut=1),
     "turbo-s": StudentSpec(factor=8, stages=((128, 2), (64, 1))),  # 2.1 GFLOP, 0.73 M
     "turbo-m": StudentSpec(factor=8, stages=((192, 3), (96, 2))),  # 7.3 GFLOP, 2.5 M
     # 7.1 GFLOP, 20.0 M
@@ -53,14 +56,16 @@ STUDENTS = {
 class Student(nn.Module):
     """Latents (B, C, h, w) to images (B, 3, h * factor, w * factor), nominally in [0, 1]."""
 
-    def __init__(self, channels: int, factor: int, stages: tuple[tuple[int, int], ...]) -> None:
+    def __init__(self, channels: int, spec: StudentSpec) -> None:
         super().__init__()
-        self.stages = stages
-        shortcut = nn.Conv2d(channels, 3 * factor**2, SHORTCUT, padding=SHORTCUT // 2)
-        self.shortcut = nn.Sequential(shortcut, nn.PixelShuffle(factor))
-        width = stages[0][0]
+        self.spec = spec
+        shortcut = nn.Conv2d(
+            channels, 3 * spec.factor**2, spec.shortcut, padding=spec.shortcut // 2
+        )
+        self.shortcut = nn.Sequential(shortcut, nn.PixelShuffle(spec.factor))
+        width = spec.stages[0][0]
         layers: list[nn.Module] = [nn.Conv2d(channels, width, 3, padding=1)]
-        for stage_width, blocks in stages:
+        for stage_width, blocks in spec.stages:
             if len(layers) > 1:
                 layers += [nn.Conv2d(width, 4 * stage_width, 1), nn.PixelShuffle(2)]
             layers += [near_identity(stage_width) for _ in range(blocks)]
@@ -97,12 +102,12 @@ def fit_shortcut(student: nn.Module, pairs: Iterable[tuple[Tensor, Tensor]]) -> 
         return
     layer = student.shortcut[0]
     assert isinstance(layer, nn.Conv2d) and layer.bias is not None
-    factor = round((layer.out_channels / 3) ** 0.5)
-    size = layer.in_channels * SHORTCUT**2 + 1
+    factor, edge = student.spec.factor, student.spec.shortcut
+    size = layer.in_channels * edge**2 + 1
     normal = torch.zeros(size, size, dtype=torch.float64)
     right = torch.zeros(size, layer.out_channels, dtype=torch.float64)
     for latents, images in pairs:
-        seen = functional.unfold(latents.cpu().double(), SHORTCUT, padding=SHORTCUT // 2)
+        seen = functional.unfold(latents.cpu().double(), edge, padding=edge // 2)
         rows = seen.transpose(1, 2).flatten(0, 1)
         rows = torch.cat([rows, torch.ones(len(rows), 1, dtype=torch.float64)], 1)
         wanted = functional.pixel_unshuffle(images.cpu().double() * 2 - 1, factor)
@@ -138,4 +143,4 @@ def build_student(name: str, channels: int, factor: int, seed: int = 0) -> nn.Mo
         torch.manual_seed(seed)
         if not spec.stages:
             return build_decoder(channels, has_pool=False)
-        return Student(channels, factor, spec.stages)
+        return Student(channels, spec)

@@ -7,7 +7,7 @@
 Learns from openly licensed tiles only (`tile_sources.py`); UCSB and MoNuSeg stay test sets and
 are never opened, nor are the pictures that the demo shows. Loss: mean squared error plus
 `rate_weight` times bits a pixel. The same command goes on from the newest checkpoint. With every
-checkpoint, OUT/codec is written anew: encoder, decoder, a fast decoder, tables, card; it is what
+checkpoint, OUT/codec is written anew: encoder, decoder, two fast decoders, tables, card; it is what
 `--autoencoder OUT/codec` takes. Under `deepspeed` or `torchrun`, any number of ranks draws the same
 crops.
 """
@@ -30,9 +30,11 @@ def main(config: TrainCodecConfig) -> None:
         pack_tiles(config.tiles, config.pack)
         say(config.pack)
         return
+    from latentds_trainers.train_codec.student_task import StudentTask
     from latentds_trainers.train_codec.task import CodecTask
 
-    path = CodecTask(config.settings).run()
+    task = CodecTask if config.students_of is None else StudentTask
+    path = task(config.settings).run()
     if path is not None:
         say(path)
 

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +16,8 @@ from latentds_trainers.train_codec.tile_crops import Crops
 from latentds_trainers.train_codec.tile_sources import attribution_of
 from torch import Tensor, nn
 
-from latentds.autoencoders.codec_folder import FAST, LARGEST, SymbolCounts, save_codec
+from latentds.autoencoders.autoencoder import AutoencoderCard
+from latentds.autoencoders.codec_folder import CPU, FAST, LARGEST, SymbolCounts, save_codec
 from latentds.autoencoders.decoders import default_name, save_decoder
 
 if TYPE_CHECKING:
@@ -22,7 +25,7 @@ if TYPE_CHECKING:
 
 ESCAPE_BITS = 8
 PRODUCT = "codec"  # folder of a run
-STUDENT = "turbo-s"
+STUDENTS = {FAST: "turbo-s", CPU: "turbo-xs"}  # fast decoders, by their folder in the product
 STEPS = tuple(0.5 * 2 ** (k / 8) for k in range(33))  # 0.5 to 8; the ninth is 1
 FLOOR = 0.005  # of a geometric law, mixed into counted shares
 COUNTED_PX, COUNTED_CROPS, FINAL_CROPS = 192, 16, 432
@@ -89,26 +92,35 @@ def step_for(latents: Tensor, counts: Tensor, size: float) -> float:
 
 @torch.no_grad()
 def held_out_figures(
-    network: CodecNetwork, student: nn.Module, counts: Tensor, images: Tensor
+    latents: Tensor, decoders: Mapping[str, nn.Module], counts: Tensor, images: Tensor
 ) -> dict[str, float]:
-    """Bytes at step 1 by mixtures and by tables; PSNR in dB at 4,096 and 2,048 bytes.
+    """Bytes at step 1 by tables; PSNR in dB at 4,096 and 2,048 bytes.
 
-    images  (B, 3, 256, 256) in [0, 1], of held-out patients
+    latents   (B, C, 32, 32) of the images
+    decoders  by what stands before their figures' names
+    images    (B, 3, 256, 256) in [0, 1], of held-out patients
     """
-    latents = torch.cat([network.encoder(part) for part in torch.split(images, BATCH)])
-    ones = torch.ones(len(latents)).to(latents)
-    estimated = network.rate((GAIN * latents).round(), ones).sum() / 8 / len(latents)
-    figures = {
-        "bytes_at_step_1_estimated": float(estimated),
-        "bytes_at_step_1": patch_bytes(latents, counts, 1.0),
-    }
+    figures = {"bytes_at_step_1": patch_bytes(latents, counts, 1.0)}
     for size in JUDGED_BYTES:
         step = step_for(latents, counts, size)
-        coded = rounded(latents, ones * step)
+        coded = rounded(latents, torch.full((len(latents),), step).to(latents))
         figures[f"step_at_{size}"] = step
-        figures[f"psnr_db_at_{size}"] = psnr(network.decoder, coded, images)
-        figures[f"fast_psnr_db_at_{size}"] = psnr(student, coded, images)
+        for name, decoder in decoders.items():
+            figures[f"{name}psnr_db_at_{size}"] = psnr(decoder, coded, images)
     return figures
+
+
+@torch.no_grad()
+def estimated_bytes(network: CodecNetwork, latents: Tensor) -> float:
+    """Mean bytes of a patch at step 1 by the network's own mixtures."""
+    ones = torch.ones(len(latents)).to(latents)
+    return float(network.rate((GAIN * latents).round(), ones).sum() / 8 / len(latents))
+
+
+@torch.no_grad()
+def encoded(encoder: nn.Module, images: Tensor) -> Tensor:
+    """Latents of images, a few at a time."""
+    return torch.cat([encoder(part) for part in torch.split(images, BATCH)])
 
 
 def psnr(decoder: nn.Module, latents: Tensor, images: Tensor) -> float:
@@ -120,11 +132,11 @@ def psnr(decoder: nn.Module, latents: Tensor, images: Tensor) -> float:
 def save_product(
     config: CodecSettings,
     network: CodecNetwork,
-    student: nn.Module,
+    students: Mapping[str, nn.Module],
     counts: Tensor,
     trained: dict[str, Any],
 ) -> None:
-    """Write OUT/codec with its fast decoder.
+    """Write OUT/codec with its fast decoders.
 
     counts   of `count_integers`
     trained  how: shares of the tiles and figures
@@ -141,7 +153,20 @@ def save_product(
         attribution=attribution_of(trained["shares"]),
         trained=trained | {"options": options},
     )
-    fast = card.name + "-fast"
-    architecture = {"class": "student", "name": STUDENT}
-    by = {"recipe": "train_codec", "figures": trained["figures"]}
-    save_decoder(folder / FAST, student, card, architecture, by, name=fast, dtype=torch.float16)
+    save_students(folder, students, card, trained["figures"])
+
+
+def save_students(
+    folder: Path,
+    students: Mapping[str, nn.Module],
+    card: AutoencoderCard,
+    figures: Mapping[str, float],
+) -> None:
+    """Write fast decoders of a codec into the product's folder."""
+    by = {"recipe": "train_codec", "figures": dict(figures)}
+    for place, student in students.items():
+        architecture = {"class": "student", "name": STUDENTS[place]}
+        name = f"{card.name}-{place}"
+        save_decoder(
+            folder / place, student, card, architecture, by, name=name, dtype=torch.float16
+        )

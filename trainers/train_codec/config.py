@@ -50,6 +50,9 @@ class CodecOptions:
     wrote."""
     pack: Path | None = None
     """Write what fits of the tiles into this file, at most 55 MB, and end."""
+    students_of: str | None = None
+    """Train only fast decoders, for the latents of this codec (a name or a folder): they learn what
+    its own decoder makes of them, and OUT/codec has nothing else."""
     name: str | None = None
     """Of the autoencoder; by default the run's folder's."""
     licence: str = "unknown"

@@ -10,6 +10,7 @@ from latentds_tools.comparison.compare_plots import bar_places, score_limits
 from latentds_tools.comparison.compare_report import make_report
 from latentds_tools.comparison.run_pairing import Bootstrap, pair
 from latentds_tools.comparison.run_reading import Family, make_families, read_runs
+from latentds_tools.reports import html_pages
 from latentds_tools.reports.paper_tables import paper_tables
 from PIL import Image
 
@@ -444,6 +445,16 @@ def test_the_command_writes_report_page_and_plots(
     for name in (compare.BARS, compare.DIFFERENCES):
         with Image.open(out / name) as image:
             assert image.width > 500
+    page = (out / "comparison.html").read_text()
+    assert page.count("data:image/png;base64,") == 2 and "http" not in page
+    assert "<td>original</td>" in page and "<h2>By class</h2>" in page and "`" not in page
+
+
+def test_what_a_report_quotes_does_nothing_in_its_page() -> None:
+    text = "# A <b>\n\nlead\n\n| run | n |\n| --- | ---: |\n| `<script>x` | 1 |\n\n- **a** & b\n"
+    page = html_pages.of_markdown(text, {"gone.png": None})
+    assert "<h1>A &lt;b&gt;</h1>" in page and "<script>" not in page and "<img" not in page
+    assert "<td>&lt;script&gt;x</td><td class=n>1</td>" in page and "<li>a &amp; b</li>" in page
 
 
 def test_the_same_runs_give_the_same_bytes(runs: list[Path], tmp_path: Path) -> None:

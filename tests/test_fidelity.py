@@ -549,7 +549,7 @@ def test_page_has_the_figures_of_the_json(folder, tmp_path, stand_ins, capsys):
 
 def test_plots_and_sheet_show_something(folder, tmp_path, stand_ins):
     _, files = comparing.compare(settings(folder, out=tmp_path / "out", contact="1,4"))
-    assert set(files) == set(bench_fidelity.OUTPUTS) - {"fidelity.json", "fidelity.md"}
+    assert set(files) == {name for name in bench_fidelity.OUTPUTS if name.endswith(("png", "svg"))}
     for name in ("rate_fidelity.png", "contact_sheet.png"):
         (tmp_path / name).write_bytes(files[name])
         with Image.open(tmp_path / name) as image:

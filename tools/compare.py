@@ -11,7 +11,7 @@ import tyro
 from latentds.errors import InputError
 
 BARS, DIFFERENCES = "bars.png", "differences.png"
-OUTPUTS = ("comparison.json", "comparison.md", BARS, DIFFERENCES)
+OUTPUTS = ("comparison.json", "comparison.md", "comparison.html", BARS, DIFFERENCES)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,7 @@ class Config:
     """Run folders of abmil, classify_patches and sampath, each with a result.json; of any tasks,
     data sets, models, embedders and seeds."""
     out: Path | None = None
-    """Folder for comparison.json, comparison.md, bars.png and differences.png."""
+    """Folder for comparison.html, .md and .json, bars.png and differences.png."""
     reference: str | None = None
     """Source (or run folder) that others are set against; by default the originals, else the first
     run."""

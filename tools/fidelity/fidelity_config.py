@@ -38,7 +38,7 @@ class Config:
     """paper-table1: codecs, embedders and number of patches of the paper's Table 1, unless given
     here."""
     out: Path | None = None
-    """Folder for fidelity.json, fidelity.md, the plots and the contact sheet. Finished rows are
+    """Folder for fidelity.html, .md and .json, the plots and the contact sheet. Finished rows are
     kept there: the same command goes on where it was killed."""
     overwrite: bool = False
     """Replace a finished report in --out; rows that would be the same are not measured again."""

@@ -52,17 +52,22 @@ def deliver(
     *,
     as_json: bool,
 ) -> None:
-    """Write OUT/name.json, OUT/name.md and the pictures at once; print the page, or the JSON.
+    """Write OUT/name.json, .md, .html and the pictures at once; print the page, or the JSON.
 
+    page      Markdown; the HTML is it with the pictures inside
     pictures  by file name; None for one that this report has not, whose old file is removed
     """
+    from latentds_tools.reports.html_pages import of_markdown
+
     from latentds.core.storage import write_together
 
     text = json.dumps(report, indent=1, allow_nan=False) + "\n"
     if out is not None:
         files = {out / file: made for file, made in pictures.items() if made is not None}
         # The report comes last: where it is there, all are whole.
-        files |= {out / f"{name}.md": page.encode(), out / f"{name}.json": text.encode()}
+        files[out / f"{name}.md"] = page.encode()
+        files[out / f"{name}.html"] = of_markdown(page, pictures).encode()
+        files[out / f"{name}.json"] = text.encode()
         write_together(files)
         for file in pictures.keys() - {path.name for path in files}:
             (out / file).unlink(missing_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -16,7 +17,7 @@ body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:1120px;paddin
 color:#1d2330;background:#fff}
 h1{font-size:1.5rem;margin-bottom:.2rem} h2{font-size:1.1rem;margin-top:2rem}
 p.lead{color:#4b5567;margin-top:0}
-table{border-collapse:collapse;margin:.6rem 0}
+table{border-collapse:collapse;margin:.6rem 0;display:block;max-width:100%;overflow-x:auto}
 th,td{padding:.3rem .8rem;border-bottom:1px solid #dde2ea;text-align:left}
 td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}
 pre{background:#f3f5f9;padding:.8rem;overflow-x:auto}
@@ -87,7 +88,12 @@ def figure(image: np.ndarray, caption: str) -> str:
     """A picture, uint8 (H, W, 3), losslessly inside the page, with text below it."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "PNG")
-    data = base64.b64encode(buffer.getvalue()).decode()
+    return png_figure(buffer.getvalue(), caption)
+
+
+def png_figure(png: bytes, caption: str) -> str:
+    """A PNG file's picture inside the page, with text below it."""
+    data = base64.b64encode(png).decode()
     return (
         f'<figure><img alt="" src="data:image/png;base64,{data}">'
         f"<figcaption>{html_text(caption)}</figcaption></figure>"
@@ -104,3 +110,33 @@ def figure_row(figures: Sequence[str]) -> str:
     """Figures in one row of equal columns."""
     columns = f"grid-template-columns:repeat({len(figures)},1fr)"
     return f'<div class="row" style="{columns}">{"".join(figures)}</div>'
+
+
+def of_markdown(text: str, pictures: Mapping[str, bytes | None]) -> str:
+    """The page of a report's Markdown: a title, headings, tables, lists and paragraphs.
+
+    pictures  PNG files by name, below the first paragraph; others are left out
+    """
+    title, lead, *blocks = text.strip().split("\n\n")
+    shown = [
+        png_figure(file, name) for name, file in pictures.items() if file and name.endswith(".png")
+    ]
+    return page(title.removeprefix("# "), lead, [*shown, *map(block_of_markdown, blocks)])
+
+
+def block_of_markdown(block: str) -> str:
+    """A heading, table, list or paragraph as HTML."""
+    lines = block.splitlines()
+    if block.startswith("#"):
+        return heading(block.lstrip("# "))
+    if block.startswith("|"):
+        header, _, *rows = ([plain(cell) for cell in line[2:-2].split(" | ")] for line in lines)
+        return table(header, rows)
+    if all(line.startswith("- ") for line in lines):
+        return f"<ul>{''.join(f'<li>{html_text(plain(line[2:]))}</li>' for line in lines)}</ul>"
+    return paragraph(plain(block))
+
+
+def plain(text: str) -> str:
+    """Text without the marks of code and emphasis that reports have."""
+    return re.sub(r"`([^`]*)`|\*\*([^*]*)\*\*", lambda found: found[1] or found[2], text)

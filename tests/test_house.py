@@ -37,8 +37,8 @@ LINES = {
     "latentds/loading": 4_450,
     "latentds/models": 2_650,
     "latentds/quantizers": 3_850,
-    "latentds/sources": 6_350,
-    "latentds/store": 5_100,
+    "latentds/sources": 6_650,
+    "latentds/store": 5_110,
     "latentds/views": 1_300,
     "tools": 13_200,
     "trainers": 11_300,
@@ -50,7 +50,7 @@ HEAVY = {  # heavy libraries and the only modules that may import them
     "openslide": {
         "latentds_trainers.train_codec.tiles",
         "latentds.sources.kinds",
-        "latentds.sources.slide_reading",
+        "latentds.sources.slide_probe",
     },
     "imagecodecs": {"latentds.codecs.formats"},
     "timm": {

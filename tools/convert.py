@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -83,17 +84,26 @@ def convert_to(config: Config) -> dict[str, Any]:
 
 
 def with_local_source(config: Config) -> Config:
-    """The config with an input on an object store copied to a local folder, once."""
+    """The config with an input on an object store copied to a local folder, once.
+
+    Of tiled slides only the directories: their tiles are fetched where they are read.
+    """
     from latentds.sources.hugging_face import hub_id
+    from latentds.sources.slide_ranges import make_hollow
     from latentds.store.cache import CacheConfig
     from latentds.store.object_store import download, location_of
+    from latentds.store.transport import Transport
 
     location = location_of(config.source)
     if location is None or hub_id(config.source):
         return config
     digest = hashlib.sha256(location.encode()).hexdigest()[:16]
+    is_ray = config.engine == "ray"  # whose workers may have no such folder
     folder = (config.work or CacheConfig().resolve()[0] / "staging") / f"source-{digest}"
-    return dataclasses.replace(config, source=download(location, folder))
+    folder = folder.with_name(f"{folder.name}-whole") if is_ray else folder
+    hollow = functools.partial(make_hollow, Transport(location))
+    source = download(location, folder) if is_ray else download(location, folder, hollow)
+    return dataclasses.replace(config, source=source, location=location)
 
 
 def staging_of(config: Config, location: str) -> Path:
@@ -178,7 +188,7 @@ def planned_bytes(config: Config, latents_shape: tuple[int, int, int]) -> int:
     from latentds.quantizers.codebook_files import load_codebook
 
     channels, rows, columns = latents_shape
-    is_tiny2 = ALIASES.get(config.autoencoder, config.autoencoder) in ("tiny-v2", "tiny-v2-fast")
+    is_tiny2 = ALIASES.get(config.autoencoder, config.autoencoder).startswith("tiny-v2")
     if config.codebook_kind == "rans" or (config.codebook is None and is_tiny2):
         return config.bytes or USUAL_BYTES * rows * columns // USUAL_CELLS
     if config.codebook_file is not None:

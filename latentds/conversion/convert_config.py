@@ -17,6 +17,7 @@ from latentds.sources.cut_options import SourceOptions
 PAPER = {"patch_size": 256, "mpp": 0.5, "tissue": "dsmil"}
 NOT_RECORDED = (
     "autoencoder",
+    "location",
     "source",
     "slides",
     "root",
@@ -61,8 +62,8 @@ class CodeOptions:
     """Folder of the data set to be made, or a location such as s3://bucket/brca: then it is made in
     a local folder first, and uploaded."""
     autoencoder: str = "tiny-v2"
-    """tiny-v2, tiny-v2-fast, tiny-v1, sd15, sd3, dcae-f32, dcae-f32-mix, taesd, taesd3, sd15-path,
-    sd3-path, dcae-f32-path; or a local folder of weights."""
+    """tiny-v2, tiny-v2-fast, tiny-v2-cpu, tiny-v1, sd15, sd3, dcae-f32, dcae-f32-mix, taesd,
+    taesd3, sd15-path, sd3-path, dcae-f32-path; or a local folder of weights."""
     quantizer: KindName = "kmeans"
     levels: int = 256
     """Levels of the codebook, 2 to 256."""
@@ -124,7 +125,7 @@ class ConvertConfig(SourceOptions, CodeOptions):
     source: Annotated[Path, tyro.conf.Positional]
     """Folder of 8-bit pictures, slides or archives of them (tar, Parquet), a table of paths, a data
     set saved by Hugging Face's save_to_disk, hf://datasets/ORG/NAME[@REVISION], or a location such
-    as s3://bucket/slides, which is copied to --work first."""
+    as s3://bucket/slides, which is copied to --work first; of tiled slides, only what is read."""
     preset: Literal["paper"] | None = None
     """paper: slides as Yellapragada et al. cut them (DSMIL's tiler -m 0 -b 20 -s 256): 256 px at
     20x, edges rule; but at 0.5 mpp within --mpp-tolerance, else resampled to it, where DSMIL takes

@@ -6,7 +6,9 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
+
+import tyro
 
 from latentds.errors import InputError
 from latentds.sources.anonymity import Anonymizer
@@ -113,6 +115,8 @@ class SourceOptions(CutOptions):
     """File of a secret key, made where there is none: slide and source names are stored as keyed
     hashes. Keep it: with it the same slide gets the same name again."""
     seed: int = 0
+    location: Annotated[str | None, tyro.conf.Suppress] = None
+    """Where the input lies, if `source` is a copy whose slides are filled from there."""
 
     def __post_init__(self) -> None:
         # A Path leaves hf:/ of hf://; sources.hugging_face.hub_id knows both.

@@ -14,7 +14,7 @@ from latentds.core.foreign_json import parse_json
 from latentds.core.untrusted_files import check_regular
 from latentds.errors import FormatError, InputError, UnusableError
 from latentds.sources.side_records import COLUMNS
-from latentds.sources.slide_reading import reason_of
+from latentds.sources.slide_probe import reason_of
 
 # Decompressed pictures of a row group; a few are in memory at once.
 MAX_GROUP_BYTES = 1 << 28

@@ -7,12 +7,17 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
-from latentds.errors import UnusableError
+from latentds.core.untrusted_files import check_regular
+from latentds.errors import UnusableError, missing_extra
+
+UNREADABLE = "OpenSlide cannot read it"
 
 PATIENCE_S = 120.0  # a slide on a slow file server opens in seconds
 MEMORY_BYTES = 1 << 32  # that a pixel of every level may take, Python included
@@ -57,3 +62,23 @@ def _probe(path: Path, size: int, mtime_ns: int) -> None:
         code = ended.returncode
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         raise UnusableError(f"OpenSlide dies of it ({how}); damaged, or made to do that")
+
+
+def open_whole(path: Path) -> Any:
+    """OpenSlide's own, of a file."""
+    try:
+        import openslide
+    except ImportError as error:
+        raise missing_extra("openslide-python", "slides") from error
+    check_regular(path)
+    probe_slide(path)
+    try:
+        return openslide.OpenSlide(str(path))
+    except (openslide.OpenSlideError, OSError) as error:
+        raise UnusableError(f"{UNREADABLE} ({reason_of(error)})") from error
+
+
+def reason_of(error: Exception) -> str:
+    """An error's words without paths, which a manifest must not carry."""
+    words = " ".join(str(error).split()) or type(error).__name__
+    return re.sub(r"\S*/\S*", "...", words)[:160]

@@ -5,17 +5,18 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from latentds.core.untrusted_files import check_regular
-from latentds.errors import UnusableError, missing_extra
+from latentds.errors import UnusableError
 from latentds.sources.cut_options import MAGNIFICATION_MPP
-from latentds.sources.slide_probe import probe_slide
+from latentds.sources.slide_probe import open_whole
+from latentds.sources.slide_ranges import RangedSlide, tiles_file
+from latentds.store.transport import Transport
 
 THUMBNAIL_MPP = 8.0  # a 256 px patch at 0.5 mpp is 16 px of it
 MAX_THUMBNAIL_PX = 4096
@@ -27,28 +28,20 @@ NO_PIXEL = 0.01  # parts of a pixel that are rounding's
 ROUNDING = 1e-9  # of floats: 0.525 is within 5 % of 0.5
 PLAUSIBLE_MPP = (0.05, 20.0)
 MAX_PLACES = 10**7  # a grid of more is a mistake in a resolution
-UNREADABLE = "OpenSlide cannot read it"
 ReadRegion = Callable[[Any, tuple[int, int], int, tuple[int, int]], Image.Image]
 
 
-def open_slide(path: Path) -> Any:
-    """An open slide; InputError (without the name) where OpenSlide cannot."""
-    try:
-        import openslide
-    except ImportError as error:
-        raise missing_extra("openslide-python", "slides") from error
-    check_regular(path)
-    probe_slide(path)
-    try:
-        return openslide.OpenSlide(str(path))
-    except (openslide.OpenSlideError, OSError) as error:
-        raise UnusableError(f"{UNREADABLE} ({reason_of(error)})") from error
+def open_slide(path: Path, transport: Transport | None = None, name: str = "") -> Any:
+    """An open slide; InputError (without the name) where OpenSlide cannot.
 
-
-def reason_of(error: Exception) -> str:
-    """An error's words without paths, which a manifest must not carry."""
-    words = " ".join(str(error).split()) or type(error).__name__
-    return re.sub(r"\S*/\S*", "...", words)[:160]
+    transport  of the location that a file with holes is filled from
+    name       of the slide there
+    """
+    if not tiles_file(path).is_file():
+        return open_whole(path)
+    if transport is None:
+        raise UnusableError("has holes that only its location can fill; convert that")
+    return RangedSlide(open_whole(path), path, transport, name)
 
 
 def is_slide_error(error: Exception) -> bool:
@@ -205,6 +198,14 @@ def shrink_level(
         box = (0, first * high - top, across, min((first + part) * high - top, bottom - top))
         strips.append(np.asarray(region.resize((columns, part), Image.Resampling.BOX, box=box)))
     return np.concatenate(strips), width / columns
+
+
+def bring_regions(slide: Any, regions: Sequence[tuple[int, int]], scale: float, edge: int) -> None:
+    """Fetch what `cut_region` will read of a location's slide, all of it side by side."""
+    if isinstance(slide, RangedSlide):
+        level = slide.get_best_level_for_downsample(scale * LEVEL_SLACK)
+        length = math.ceil(edge * scale / slide.level_downsamples[level])
+        slide.bring(level, regions, (length, length))
 
 
 def cut_region(slide: Any, at: tuple[int, int], scale: float, edge: int) -> np.ndarray:

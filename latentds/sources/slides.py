@@ -24,9 +24,10 @@ from latentds.sources.picture import Header, Listing, Picture
 from latentds.sources.side_tables import with_tables
 from latentds.sources.slide_looks import LOOK_PX, Overview, SlideLook, draw_look
 from latentds.sources.slide_names import check_slide_names
+from latentds.sources.slide_probe import UNREADABLE, reason_of
 from latentds.sources.slide_reading import (
-    UNREADABLE,
     ReadRegion,
+    bring_regions,
     cut_region,
     describe_slide,
     distinct,
@@ -36,7 +37,6 @@ from latentds.sources.slide_reading import (
     open_slide,
     overview_level,
     own_scale,
-    reason_of,
     slide_mpp,
     small_view,
     thumbnail_of,
@@ -45,6 +45,7 @@ from latentds.sources.slide_regions import note_unused_regions, open_regions
 from latentds.sources.source import Source
 from latentds.sources.tissue import has_edges, tissue_mask, tissue_shares
 from latentds.store.patch_record import Patch, Place
+from latentds.store.transport import Transport
 
 logger = logging.getLogger(__name__)
 DEFAULT_PATCH_PX = 256
@@ -70,6 +71,7 @@ class Slides(Source):
         self.edge = options.patch_size or DEFAULT_PATCH_PX
         self.handles: OrderedDict[str, Any] = OrderedDict()
         self.lock = threading.Lock()
+        self.transport = Transport(options.location) if options.location else None
         self.places: dict[str, np.ndarray] = {}
         self.empty: dict[str, str] = {}  # slides without a patch, and why
         self.looked_at: dict[str, int] = {}  # places of patches, those not taken included
@@ -141,7 +143,7 @@ class Slides(Source):
         with self.lock:
             handle = self.handles.pop(picture.source, None)
         if handle is None:
-            handle = open_slide(self.file(picture))
+            handle = open_slide(self.file(picture), self.transport, picture.source)
         with self.lock:
             self.handles[picture.source] = handle
             if len(self.handles) > OPEN_SLIDES:
@@ -356,6 +358,7 @@ class Slides(Source):
         with self.reading(picture):
             slide = self.open(picture)
             scale = self.scale(picture, slide)
+            bring_regions(slide, regions, scale, self.edge)
             images = [cut_region(slide, at, scale, self.edge) for at in regions]
         return [
             Patch(

@@ -61,9 +61,12 @@ def upload(
     return manifest
 
 
-def download(location: str, folder: Path) -> Path:
+def download(
+    location: str, folder: Path, in_place: Callable[[str, Path, int], bool] = lambda *_: False
+) -> Path:
     """A location's files in a local folder; what is there with its size is not fetched again.
 
+    in_place  told a file's name there, its path here and its size: whether it need not be fetched
     raises  InputError where nothing lies there, or a name leads out of the folder
     """
     from latentds.core.progress import progress
@@ -77,8 +80,10 @@ def download(location: str, folder: Path) -> Path:
         total = sum(int(info["size"]) for info in names.values())
         with progress(total=total, unit="B", unit_scale=True, desc="fetching") as bar:
             for name, info in sorted(names.items()):
-                fetch(filesystem, f"{root}/{name}", folder / inside(name, location), info["size"])
-                bar.update(int(info["size"]))
+                path, size = folder / inside(name, location), int(info["size"])
+                if not in_place(name, path, size):
+                    fetch(filesystem, f"{root}/{name}", path, size)
+                bar.update(size)
     except Exception as error:
         raise judged(error, location) from None
     return folder

@@ -150,7 +150,7 @@ def planned_slides(config: Config, plan: Any) -> dict[str, Any]:
     """
     from latentds_tools.reports.slide_pages import slide_page
 
-    from latentds.conversion.left_out import describe_left_out
+    from latentds.conversion.conversion_plan import describe_left_out
     from latentds.conversion.slide_looking import slide_records
     from latentds.core.storage import write_atomically
     from latentds.sources.anonymity import hider

@@ -32,7 +32,7 @@ from latentds.autoencoders.autoencoder import (
 from latentds.autoencoders.decoder_record import is_count, is_identity, is_name, is_object, is_words
 from latentds.autoencoders.decoders import read_tensors
 from latentds.autoencoders.tiny import TinyDecoder, TinyEncoder
-from latentds.core.foreign_json import read_json
+from latentds.core.json_text import read_json
 from latentds.core.storage import write_together
 from latentds.errors import FormatError, WeightsError
 

@@ -17,14 +17,13 @@ from typing import Any
 import numpy as np
 
 from latentds.conversion.convert_config import ConvertConfig
-from latentds.core.canonical_json import canonical_json
+from latentds.core.json_text import canonical_json
 from latentds.errors import InputError, Reason, TooManyBadSamplesError, UnusableError
 from latentds.sources.anonymity import hider
 from latentds.sources.image_folder import half_labelled
 from latentds.sources.opening import list_source, open_source
 from latentds.sources.picture import MIXED_CHUNKS, Header, Listing, Picture
-from latentds.sources.reading import PatchReader
-from latentds.sources.source import Source
+from latentds.sources.source import PatchReader, Source
 from latentds.store.format import shard_name
 
 Region = tuple[str, int, int]  # source, x, y
@@ -202,7 +201,7 @@ def read_headers(
     source: Source, pictures: Sequence[Picture], config: ConvertConfig
 ) -> tuple[tuple[Picture, ...], tuple[Header, ...], tuple[LeftOut, ...]]:
     """Headers of the readable pictures, and the others within the budget."""
-    from latentds.core.progress import progress
+    from latentds.core.display import progress
 
     bar = progress(total=len(pictures), desc="headers", unit="file")
     outcomes: list[Header | InputError] = []

@@ -24,7 +24,7 @@ from latentds.conversion.convert_config import ConvertConfig
 from latentds.errors import ContractError, InputError
 from latentds.quantizers.scalar import AnyCodebook
 from latentds.sources.anonymity import Anonymizer
-from latentds.sources.reading import PatchReader, tasks_of
+from latentds.sources.source import PatchReader, tasks_of
 from latentds.store.patch_record import Patch
 
 CHUNKS_AHEAD = 3  # decoded and waiting: memory is a few encode batches of pixels

@@ -23,7 +23,7 @@ from latentds.conversion.convert_config import ConvertConfig
 from latentds.conversion.patch_encoding import Chunk
 from latentds.conversion.prepared import Conversion
 from latentds.conversion.workdir import Pending, WorkFolder
-from latentds.core.progress import progress
+from latentds.core.display import progress
 from latentds.errors import ContractError
 from latentds.store.columns import encode_masks, encode_table, patches_table
 from latentds.store.format import Contract, pack_key

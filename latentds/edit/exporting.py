@@ -14,9 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from latentds.core.canonical_json import canonical_json
-from latentds.core.display import csv_cell
-from latentds.core.progress import progress
+from latentds.core.display import csv_cell, progress
+from latentds.core.json_text import canonical_json
 from latentds.core.storage import write_atomically
 from latentds.edit.filenames import patch_path
 from latentds.edit.outputs import local_folder, new_folder

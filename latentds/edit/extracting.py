@@ -16,8 +16,7 @@ from PIL import Image
 
 from latentds.autoencoders.autoencoder import Autoencoder
 from latentds.core.device_choice import choose_device
-from latentds.core.display import csv_cell
-from latentds.core.progress import progress
+from latentds.core.display import csv_cell, progress
 from latentds.core.storage import exclusive_lock, naming, write_atomically
 from latentds.edit.exporting import TABLE, sources_of
 from latentds.edit.filenames import patch_path

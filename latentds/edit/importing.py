@@ -15,8 +15,8 @@ import torch
 from tqdm import tqdm
 
 from latentds.autoencoders.autoencoder import Autoencoder
+from latentds.core.display import progress
 from latentds.core.metrics import Distortion
-from latentds.core.progress import progress
 from latentds.core.storage import write_atomically
 from latentds.edit.contract import Identity, ImportOptions, decide, identify
 from latentds.edit.latent_files import LatentFiles

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import pyarrow as pa
 
-from latentds.core.progress import progress
+from latentds.core.display import progress
 from latentds.core.storage import READ_BYTES, naming, rename_durably, sha256_file, write_atomically
 from latentds.edit.outputs import local_folder, new_data_set
 from latentds.errors import DamagedPackError, FormatError, InputError

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm import tqdm
 
-from latentds.core.progress import progress
+from latentds.core.display import progress
 from latentds.core.storage import write_atomically
 from latentds.edit.outputs import local_folder, new_data_set
 from latentds.edit.recoding import Recoder, Recoding

@@ -16,9 +16,9 @@ from torch.utils.data import Dataset
 
 from latentds.autoencoders.autoencoder import Autoencoder
 from latentds.core.device_choice import choose_device
-from latentds.core.progress import progress
+from latentds.core.display import progress
 from latentds.errors import InputError, unknown_name
-from latentds.loading.collate import check_codes
+from latentds.loading.batch import check_codes
 from latentds.loading.decoding import Decode, Decoder, check_decode, find_autoencoder
 from latentds.loading.mixture import Vocabulary
 from latentds.loading.options import Select, check_group

@@ -16,18 +16,16 @@ from torch.utils.data import DataLoader
 
 from latentds.autoencoders.autoencoder import Autoencoder
 from latentds.core.device_choice import choose_device
-from latentds.core.launcher import gather
-from latentds.core.shared_memory import REMEDY, describe_shm, of_dead_worker
+from latentds.core.processes import REMEDY, describe_shm, gather, of_dead_worker
 from latentds.errors import WorkerError
 from latentds.loading.augmenting import find_augment
 from latentds.loading.batch import Batch
-from latentds.loading.dataset import LatentDataset, check_bad
+from latentds.loading.dataset import LatentDataset, Transfer, Transfers, check_bad
 from latentds.loading.decoding import Decode, Decoder, check_decode, find_autoencoder
 from latentds.loading.mixture import Mixture
 from latentds.loading.options import Order, Select, Workers, answering, check_group
 from latentds.loading.resident import Resident
 from latentds.loading.stage import CopyLanes, CudaLanes, DecodeStage
-from latentds.loading.transfers import Transfer, Transfers
 from latentds.loading.transform_checks import Watched
 from latentds.quantizers.lookup import make_integers
 from latentds.quantizers.normalization import ChannelStatistics

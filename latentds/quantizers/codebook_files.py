@@ -13,7 +13,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from latentds.core.foreign_json import parse_json
+from latentds.core.json_text import parse_json
 from latentds.core.storage import write_atomically
 from latentds.errors import ContractError, FormatError, InputError
 from latentds.quantizers.encodings import ENCODINGS, check_encoding

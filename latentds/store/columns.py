@@ -1,13 +1,17 @@
-"""The columns member of a pack: one Parquet row a patch, in the order of the codes."""
+"""The Parquet members of a pack, columns and masks: one row a patch, in the order of the codes."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from latentds.errors import FormatError
+from latentds.core.untrusted_files import open_picture
+from latentds.errors import FormatError, InputError
+from latentds.store.manifest import Manifest
 from latentds.store.patch_record import Patch
 
 SCHEMA = pa.schema(
@@ -24,6 +28,7 @@ SCHEMA = pa.schema(
 )
 MASK_SCHEMA = pa.schema([("mask_png", pa.binary())])
 MAX_COLUMNS_BYTES = 1 << 27  # decompressed; a pack of 65,536 patches has some 20 MB of columns
+NUMBERS = ("x", "y", "mpp", "size_px")
 
 
 def patches_table(patches: Sequence[Patch]) -> pa.Table:
@@ -113,3 +118,48 @@ def encode_masks(patches: Sequence[Patch]) -> bytes | None:
     if all(patch.mask_png is None for patch in patches):
         return None
     return encode_table(pa.table({"mask_png": [p.mask_png for p in patches]}, schema=MASK_SCHEMA))
+
+
+def named(numbers: np.ndarray, names: Sequence[str]) -> pa.DictionaryArray:
+    """Numbers of names as the names; null for -1."""
+    places = pa.array(numbers.astype(np.int32), mask=numbers < 0)
+    return pa.DictionaryArray.from_arrays(places, pa.array(list(names), pa.string()))
+
+
+def numbered(name: str, stored: np.ndarray) -> pa.Array:
+    """x, y, mpp or size_px of patches; null where unknown."""
+    unknown = stored == 0 if name == "size_px" else ~(stored >= 0)  # NaN is not >= 0 either
+    return pa.array(stored, mask=unknown)
+
+
+def patch_columns(rows: np.ndarray, stored: np.ndarray, manifest: Manifest) -> pa.Table:
+    """Row, split, label, slide, x, y, mpp and size_px of patches.
+
+    stored  PATCH_DTYPE, of these rows
+    """
+    ends = np.cumsum(list(manifest.splits.values()))
+    columns = {
+        "row": pa.array(rows),
+        "split": named(np.searchsorted(ends, rows, side="right"), list(manifest.splits)),
+        "label": named(stored["label"], manifest.classes),
+        "slide": named(stored["slide"], manifest.slides),
+    }
+    return pa.table(columns | {name: numbered(name, stored[name]) for name in NUMBERS})
+
+
+def no_mask(where: str) -> InputError:
+    """The error of a patch without a mask where every one needs it: zeros would be a class."""
+    return InputError(f"{where} has no mask; give it one, or leave the patch out")
+
+
+def decode_mask(encoded: bytes, size_px: tuple[int, int], where: str) -> np.ndarray:
+    """A mask (H, W) from its PNG bytes, size checked before a pixel is decoded."""
+    try:
+        with open_picture(io.BytesIO(encoded), ["PNG"]) as image:
+            if image.size != size_px[::-1] or image.mode not in ("L", "1"):
+                raise FormatError(
+                    f"{where}: mask is {image.mode} {image.size}, patches are {size_px[::-1]}"
+                )
+            return np.asarray(image.convert("L"))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise FormatError(f"{where}: damaged mask ({error})") from error

@@ -20,8 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from latentds.core.canonical_json import canonical_json
-from latentds.core.foreign_json import Kind, check_kinds
+from latentds.core.json_text import Kind, canonical_json, check_kinds
 from latentds.errors import FormatError
 from latentds.quantizers.encodings import check_encoding, codebook_from_json
 from latentds.quantizers.scalar import AnyCodebook

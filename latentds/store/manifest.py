@@ -12,8 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from latentds.core.canonical_json import digest_json
-from latentds.core.foreign_json import Kind, check_kinds, read_json
+from latentds.core.json_text import Kind, check_kinds, digest_json, read_json
 from latentds.errors import FormatError, unknown_name
 from latentds.quantizers.encodings import check_encoding, codebook_from_json
 from latentds.quantizers.normalization import ChannelStatistics, parse_statistics

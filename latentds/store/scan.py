@@ -13,7 +13,7 @@ from typing import BinaryIO
 import numpy as np
 import pyarrow as pa
 
-from latentds.core.foreign_json import parse_json
+from latentds.core.json_text import parse_json
 from latentds.core.untrusted_files import open_regular
 from latentds.errors import FormatError
 from latentds.store.columns import MAX_COLUMNS_BYTES, SCHEMA, decode_table

@@ -151,7 +151,7 @@ def planned_slides(config: Config, plan: Any) -> dict[str, Any]:
     from latentds_tools.reports.slide_pages import slide_page
 
     from latentds.conversion.conversion_plan import describe_left_out
-    from latentds.conversion.slide_looking import slide_records
+    from latentds.conversion.converting import slide_records
     from latentds.core.storage import write_atomically
     from latentds.sources.anonymity import hider
     from latentds.store.object_store import location_of

@@ -9,7 +9,7 @@ import contextlib
 import json
 import logging
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,19 +36,20 @@ from latentds.conversion.prepared import (
     prepare,
 )
 from latentds.conversion.shard_writing import write_shards
-from latentds.conversion.slide_looking import slide_records
 from latentds.conversion.workdir import WorkFolder, differences, prepare_output
 from latentds.core.storage import write_atomically
 from latentds.errors import FormatError, InputError
 from latentds.quantizers.codebook_files import StoredCodebook
+from latentds.sources.picture import Picture
+from latentds.sources.slide_looks import SlideLook
 from latentds.sources.source import Source
 from latentds.store.composing import complete
 from latentds.store.format import GOLDEN, MANIFEST
 from latentds.store.golden import choose_rows, decode_pixels, encode_golden
 from latentds.store.index import write_tables
-from latentds.store.manifest import Manifest, read_manifest
+from latentds.store.manifest import Manifest, left_out_text, read_manifest
 from latentds.store.reader import ShardSet
-from latentds.store.slide_records import write_slide_records
+from latentds.store.slide_records import SlideRecord, write_slide_records
 
 logger = logging.getLogger(__name__)
 NO_PATCH = "no patch in it"
@@ -254,3 +255,54 @@ def write_golden(conversion: Conversion, manifest: Manifest, bad: Collection[Reg
         codes, [manifest.contract.codebook], conversion.encoder.autoencoder, plan.patch_px
     )
     write_atomically(config.out / GOLDEN, encode_golden(rows, codes, originals, decoded))
+
+
+def slide_records(
+    plan: Plan, left_out: Sequence[Mapping[str, Any]], hide: Callable[[str], str] | None
+) -> list[SlideRecord]:
+    """Every slide of a plan, those that were left out included; empty where it has no slides.
+
+    left_out  the manifest's entries
+    hide      what stands for names
+    """
+    if not plan.source.has_looks:
+        return []
+    name, words = hide or str, {str(entry["source"]): entry for entry in left_out}
+    counts = np.bincount(plan.regions["picture"], minlength=len(plan.pictures)).tolist()
+    records = []
+    for picture, count in zip(plan.pictures, counts, strict=True):
+        look = plan.source.look(picture)
+        if look is not None:
+            entry = words.pop(name(picture.source), None)
+            records.append(slide_record(picture, look, count, entry, name))
+    bare = [
+        SlideRecord(source=source, slide=None, left_out=(left_out_text(dict(entry)),))
+        for source, entry in words.items()
+    ]
+    return records + bare
+
+
+def slide_record(
+    picture: Picture,
+    look: SlideLook,
+    planned: int,
+    entry: Mapping[str, Any] | None,
+    name: Callable[[str], str],
+) -> SlideRecord:
+    """The record of a slide of which so many patches were planned and `entry` was left out."""
+    lost = 0 if entry is None else int(entry.get("patches", planned))
+    told = () if entry is None else (left_out_text(dict(entry)),)
+    return SlideRecord(
+        source=name(picture.source),
+        slide=None if picture.slide is None else name(picture.slide),
+        split=picture.split,
+        label=picture.label,
+        mpp_level0=look.mpp_level0,
+        mpp=look.mpp,
+        size_px=look.size_px,
+        tissue=look.tissue,
+        places=look.places,
+        patches=planned - lost,
+        left_out=(*look.left_out, *told),
+        picture_jpeg=look.picture_jpeg,
+    )

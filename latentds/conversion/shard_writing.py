@@ -25,11 +25,10 @@ from latentds.conversion.prepared import Conversion
 from latentds.conversion.workdir import Pending, WorkFolder
 from latentds.core.display import progress
 from latentds.errors import ContractError
-from latentds.store.columns import encode_masks, encode_table, patches_table
 from latentds.store.format import Contract, pack_key
 from latentds.store.index import index_shard, save_index
+from latentds.store.packs import Pack, ShardWriter, encode_masks, encode_table, patches_table
 from latentds.store.patch_record import Patch
-from latentds.store.writer import Pack, ShardWriter
 
 BACKLOG = 4  # blocks encoded and not yet written
 

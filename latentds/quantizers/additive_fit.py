@@ -18,7 +18,7 @@ from latentds.errors import ShapeError
 from latentds.quantizers.additive import MAX_PLANES, AdditiveCodebook
 from latentds.quantizers.additive_groups import allocate
 from latentds.quantizers.scalar import MAX_LEVELS
-from latentds.quantizers.scalar_kinds import fit_kmeans
+from latentds.quantizers.scalar_fit import fit_kmeans
 
 METHODS = ("auto", "grouped", "residual", "scalar")
 ITERATIONS = 25

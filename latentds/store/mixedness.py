@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from latentds.store.format import PATCH_DTYPE, PATCHES_TABLE
+from latentds.store.format import PATCH_DTYPE, PATCHES_TABLE, block_sums
 from latentds.store.manifest import Manifest
-from latentds.store.tables import Table, block_sums
+from latentds.store.tables import Table
 
 
 def slide_entropy(slides: np.ndarray) -> float | None:

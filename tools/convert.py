@@ -148,18 +148,17 @@ def planned_slides(config: Config, plan: Any) -> dict[str, Any]:
 
     The page lies beside --out, below which nothing is written.
     """
+    if not plan.source.has_looks:
+        return {}
     from latentds_tools.reports.slide_pages import slide_page
 
     from latentds.conversion.conversion_plan import describe_left_out
     from latentds.conversion.converting import slide_records
     from latentds.core.storage import write_atomically
-    from latentds.sources.anonymity import hider
     from latentds.store.object_store import location_of
 
-    hide = hider(config.anonymize) if config.anonymize else None
+    hide = config.hide if config.anonymize else None
     records = slide_records(plan, describe_left_out(plan.bad, {}, hide), hide)
-    if not records:
-        return {}
     name = page_of(str(config.out)).removesuffix(".html")
     folder = Path() if location_of(config.out) else config.out.parent
     page = folder / f"{name}.slides.html"

@@ -19,7 +19,6 @@ import numpy as np
 from latentds.conversion.convert_config import ConvertConfig
 from latentds.core.json_text import canonical_json
 from latentds.errors import InputError, Reason, TooManyBadSamplesError, UnusableError
-from latentds.sources.anonymity import hider
 from latentds.sources.image_folder import half_labelled
 from latentds.sources.opening import list_source, open_source
 from latentds.sources.picture import MIXED_CHUNKS, Header, Listing, Picture
@@ -189,7 +188,7 @@ def make_plan(config: ConvertConfig, source: Source | None = None) -> Plan:
 
 def by_hidden_names(source: Source, listing: Listing, config: ConvertConfig) -> tuple[Picture, ...]:
     """The pictures in an order that tells nothing of their names; chunks and slides stay whole."""
-    hide = hider(config.anonymize)
+    hide = config.hide
 
     def rank(picture: Picture) -> tuple[str, ...]:
         return hide(source.chunk(picture) or ""), hide(picture.slide or ""), hide(picture.source)
@@ -255,7 +254,7 @@ def check_labels(plan: Plan, config: ConvertConfig) -> None:
 
 def order_regions(plan: Plan, config: ConvertConfig) -> Plan:
     """The plan, its regions in the order on disk: by split, then shuffled, by slide or by path."""
-    rng, hide = np.random.default_rng([config.seed, 0]), hider(config.anonymize)
+    rng, hide = np.random.default_rng([config.seed, 0]), config.hide
     parts, splits, start = [], {}, 0
     for split in sorted({picture.split for picture in plan.pictures}):
         members = np.array([i for i, p in enumerate(plan.pictures) if p.split == split])

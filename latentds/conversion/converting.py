@@ -188,8 +188,9 @@ def finish(conversion: Conversion) -> Manifest:
     )
     check_complete(conversion, manifest, bad)
     write_golden(conversion, manifest, bad)
-    hide = conversion.reader.hide
-    write_slide_records(out, slide_records(conversion.plan, manifest.made["left_out"], hide))
+    if conversion.plan.source.has_looks:
+        hide = conversion.reader.hide
+        write_slide_records(out, slide_records(conversion.plan, manifest.made["left_out"], hide))
     return complete(out, manifest)
 
 
@@ -260,13 +261,11 @@ def write_golden(conversion: Conversion, manifest: Manifest, bad: Collection[Reg
 def slide_records(
     plan: Plan, left_out: Sequence[Mapping[str, Any]], hide: Callable[[str], str] | None
 ) -> list[SlideRecord]:
-    """Every slide of a plan, those that were left out included; empty where it has no slides.
+    """Every slide of a plan of slides, those that were left out included.
 
     left_out  the manifest's entries
     hide      what stands for names
     """
-    if not plan.source.has_looks:
-        return []
     name, words = hide or str, {str(entry["source"]): entry for entry in left_out}
     counts = np.bincount(plan.regions["picture"], minlength=len(plan.pictures)).tolist()
     records = []

@@ -23,7 +23,6 @@ from latentds.conversion.conversion_plan import LeftOut, Plan, Region, by_region
 from latentds.conversion.convert_config import ConvertConfig
 from latentds.errors import ContractError, InputError
 from latentds.quantizers.scalar import AnyCodebook
-from latentds.sources.anonymity import Anonymizer
 from latentds.sources.source import PatchReader, tasks_of
 from latentds.store.patch_record import Patch
 
@@ -62,7 +61,7 @@ class PlanReader:
         self, plan: Plan, config: ConvertConfig, workers: int, ahead: int = CHUNKS_AHEAD
     ) -> None:
         self.plan, self.config, self.ahead = plan, config, ahead
-        self.hide = Anonymizer(config.anonymize) if config.anonymize else None
+        self.hide = config.hide if config.anonymize else None
         self.reader = PatchReader(plan.source, workers)
         self.collator = ThreadPoolExecutor(1, thread_name_prefix="collate")
 

@@ -27,7 +27,6 @@ from latentds.conversion.workdir import WorkFolder
 from latentds.core.device_choice import choose_device
 from latentds.errors import InputError
 from latentds.quantizers.codebook_files import StoredCodebook
-from latentds.sources.anonymity import hider
 from latentds.sources.image_folder import walk
 from latentds.sources.picture_decoding import MASK_SUFFIXES
 from latentds.store.format import Contract
@@ -95,7 +94,7 @@ WriteShards = Callable[[Conversion], None]  # an engine
 
 def input_identity(config: ConvertConfig, plan: Plan) -> str:
     """What tells an input from another; under a key where names are hidden by it."""
-    return hider(config.anonymize)(plan.digest())
+    return config.hide(plan.digest())
 
 
 def make_reader(plan: Plan, config: ConvertConfig) -> PlanReader:

@@ -45,7 +45,7 @@ from latentds.loading.state import STATE_VERSION, LoaderState, check_state
 from latentds.quantizers.normalization import ChannelStatistics
 from latentds.quantizers.scalar import AnyCodebook
 from latentds.store.cache import CacheConfig
-from latentds.store.channel_statistics import choose_statistics, pool_sets
+from latentds.store.channel_statistics import checked_statistics, pool_sets
 from latentds.store.reader import ShardSet
 
 DEFAULT_BATCH = 256
@@ -122,7 +122,7 @@ class LatentDataset(IterableDataset[Batch]):
         self.slides = None if select.slides is None else list(select.slides)
         self.is_mixture = isinstance(folder, Mixture)
         self.rank, self.world_size = find_rank(order.rank, order.world_size)
-        self.samplers = [self.set_sampler(index, select.rows) for index in range(len(self.sets))]
+        self.samplers = [self.set_sampler(index, select) for index in range(len(self.sets))]
         chosen = [self.where, self.slides]
         if select.rows is not None:
             chosen.append(np.sort(np.asarray(select.rows)).tolist())
@@ -141,7 +141,9 @@ class LatentDataset(IterableDataset[Batch]):
         self.collator = Collator(
             self.sets, seed, decode, tuple(columns), masks, select.class_to_idx
         )
-        self.statistics_given = choose_statistics(normalize, self.sets)
+        self.statistics_given: ChannelStatistics | None = None
+        if isinstance(normalize, ChannelStatistics):
+            self.statistics_given = checked_statistics(normalize, self.shards)
         if normalize:
             self.collator.decoders = self.normalized_codebooks()
         self.bad: dict[tuple[int, int], str] = {}  # (set, pack): what is wrong with it
@@ -150,10 +152,12 @@ class LatentDataset(IterableDataset[Batch]):
         self.cursor: tuple[int, int] | None = None  # epoch, batch this worker comes to next
         self.resumed = False
 
-    def set_sampler(self, index: int, chosen: Any) -> SetSampler:
+    def set_sampler(self, index: int, select: Select) -> SetSampler:
         """The sampler of one set; a mixture's sets must not run through like orders."""
         shards, seed = self.sets[index], self.seed + (index << 32)
-        rows = select_rows(shards, self.split, self.where, self.slides, chosen, self.sets)
+        rows = None
+        if select.chooses:
+            rows = select_rows(shards, self.split, self.where, self.slides, select.rows, self.sets)
         if self.balance is None:
             return PackSampler(shards, self.split, rows, seed, self.shuffle)
         rows = np.arange(*shards.patch_range(self.split)) if rows is None else rows

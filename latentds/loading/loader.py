@@ -31,7 +31,7 @@ from latentds.quantizers.lookup import make_integers
 from latentds.quantizers.normalization import ChannelStatistics
 from latentds.quantizers.scalar import AnyCodebook
 from latentds.store.cache import CacheConfig
-from latentds.store.channel_statistics import choose_statistics
+from latentds.store.channel_statistics import checked_statistics
 from latentds.views.multicrop import MultiCrop
 from latentds.views.view_batch import Views
 
@@ -127,7 +127,8 @@ class LatentLoader:
                 "as_tuple cannot tell which patches only fill up a rank's last batch; take Batch "
                 "and its `valid`, or Order(last='drop') or 'repeat'"
             )
-        self.dataset.statistics_given = choose_statistics(normalize, self.dataset.sets)
+        if isinstance(normalize, ChannelStatistics):
+            self.dataset.statistics_given = checked_statistics(normalize, self.dataset.shards)
         self.device, self.decode, self.normalize = choose_device(device), decode, bool(normalize)
         self.decode_device = choose_device(decoding.device or device)
         self.transform = Watched(transform) if transform else None

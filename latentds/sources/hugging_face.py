@@ -42,6 +42,7 @@ class SavedDataset(PictureFiles):
     """A folder made by `save_to_disk`. A picture's source is `split/row`."""
 
     kind = "a Hugging Face data set (save_to_disk)"
+    suffixes = frozenset({".json"})
 
     def __init__(self, options: SourceOptions) -> None:
         super().__init__(options)
@@ -120,11 +121,12 @@ class HubDataset(SavedDataset):
     """A data set of the Hub by its id, through `load_dataset` and its cache; no code of it runs."""
 
     kind = "a Hugging Face data set by its id"
+    suffixes = frozenset[str]()
+    is_remote = True
 
     @classmethod
     def detect(cls, found: Inspection) -> Source | None:
-        is_id = hub_id(found.root) is not None and not found.root.exists()
-        return cls(found.options) if is_id else None
+        return cls(found.options) if hub_id(found.root) is not None else None
 
     def load(self) -> Any:
         import datasets

@@ -54,6 +54,7 @@ class PatchArrays(PictureFiles):
     """
 
     kind = "HDF5 arrays of patches"
+    suffixes = frozenset(SUFFIXES)
 
     def __init__(self, options: SourceOptions, files: Sequence[str]) -> None:
         super().__init__(options)

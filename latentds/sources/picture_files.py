@@ -48,16 +48,15 @@ class PictureFiles(Source):
 
     @classmethod
     def detect(cls, found: Inspection) -> Source | None:
-        if not found.root.exists():  # before its kind is told
-            raise FileNotFoundError(f"{found.root}: no such folder")
         source = cls(found.options)
         source.notes = found.choice.notes if found.is_open else ()
         return source
 
     def listing(self) -> Listing:
         options = self.options
-        found = list_pictures(self.root, options.labels, options.split_folders)
-        found = with_tables(self.root, with_labelled(found), found.others, options.labels)
+        found = with_labelled(list_pictures(self.root, options.labels, options.split_folders))
+        if found.others:  # tables may be among them
+            found = with_tables(self.root, found, found.others, options.labels)
         check_labels(self.root, found.pictures, options.labels)
         return self.named(found)
 

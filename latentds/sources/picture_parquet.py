@@ -31,6 +31,7 @@ class PictureParquet(PictureFiles):
     """
 
     kind = "Parquet of encoded pictures"
+    suffixes = frozenset({".parquet"})
 
     def __init__(self, options: SourceOptions, files: Sequence[str]) -> None:
         super().__init__(options)

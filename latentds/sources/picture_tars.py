@@ -36,6 +36,7 @@ class PictureTars(PictureFiles):
     """
 
     kind = "tars of pictures (WebDataset)"
+    suffixes = frozenset({".tar"})
 
     def __init__(self, options: SourceOptions, archives: Sequence[str]) -> None:
         super().__init__(options)

@@ -37,12 +37,17 @@ class Source(abc.ABC):
 
     kind   in words, for the user: what was found in the input
     notes  what is assumed of it
+    suffixes   where it needs some: `detect` is asked only where the input, or a file in its folder,
+               is named so
+    is_remote  whether its inputs lie on no disk; `detect` is asked only for those, or others'
     has_looks    whether its pictures are slides, which `look` shows
     keeps_looks  whether `look` will be asked for: what it needs is kept when headers are read
     """
 
     kind: str = "a source of its own"
     notes: tuple[str, ...] = ()
+    suffixes: frozenset[str] = frozenset()
+    is_remote: bool = False
     has_looks: bool = False
     keeps_looks: bool = False
 

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from latentds.quantizers.additive_groups import allocate, group_distortion
 
 from latentds.conversion.codebook_choice import planes_of
 from latentds.errors import InputError, ShapeError
 from latentds.quantizers.additive import scalar_as_additive
 from latentds.quantizers.additive_fit import distortion, fit_additive
-from latentds.quantizers.additive_groups import allocate, group_distortion
 from latentds.quantizers.scalar_fit import fit_codebook
 
 

@@ -192,7 +192,7 @@ def planned_bytes(config: Config, latents_shape: tuple[int, int, int]) -> int:
 def describe(config: Config, manifest: Any, seconds: float) -> dict[str, Any]:
     """What a conversion made."""
     from latentds.store.format import SLIDES_TABLE
-    from latentds.store.mixedness import slide_entropies, stored_resolutions
+    from latentds.store.set_measures import slide_entropies, stored_resolutions
 
     stored = sum(shard.bytes for shard in manifest.shards)
     summary = {
@@ -222,7 +222,7 @@ def planned_resolutions(plan: Any) -> dict[str, int]:
     """Patches of a plan by micrometres a pixel, those of a picture alike."""
     import numpy as np
 
-    from latentds.store.mixedness import resolutions
+    from latentds.store.set_measures import resolutions
 
     counts = np.bincount(plan.regions["picture"], minlength=len(plan.pictures)).tolist()
     mpp: list[float] = []
@@ -296,7 +296,7 @@ def slide_text(told: dict[str, Any]) -> str:
 
 def mpp_text(found: dict[str, int]) -> str:
     """Patches by resolution, and that there are several."""
-    from latentds.store.mixedness import are_several
+    from latentds.store.set_measures import are_several
 
     shown = ", ".join(f"{mpp} um ({count:,})" if mpp != "unknown" else f"unknown ({count:,})"
                       for mpp, count in list(found.items())[:8])  # fmt: skip

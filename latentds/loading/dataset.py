@@ -29,7 +29,7 @@ from latentds.errors import DamagedPackError, TooManyBadSamplesError
 from latentds.loading.batch import Batch, Collator
 from latentds.loading.mixture import Mixture
 from latentds.loading.options import Order, Select, answering, check_group
-from latentds.loading.order import Batching
+from latentds.loading.order import STATE_VERSION, Batching, LoaderState, check_state
 from latentds.loading.sampling import (
     BALANCED,
     BalancedSampler,
@@ -41,7 +41,6 @@ from latentds.loading.sampling import (
     join,
 )
 from latentds.loading.selection import select_rows
-from latentds.loading.state import STATE_VERSION, LoaderState, check_state
 from latentds.quantizers.normalization import ChannelStatistics
 from latentds.quantizers.scalar import AnyCodebook
 from latentds.store.cache import CacheConfig

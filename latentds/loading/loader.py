@@ -18,15 +18,14 @@ from latentds.autoencoders.autoencoder import Autoencoder
 from latentds.core.device_choice import choose_device
 from latentds.core.processes import REMEDY, describe_shm, gather, of_dead_worker
 from latentds.errors import WorkerError
-from latentds.loading.augmenting import find_augment
+from latentds.loading.array import Resident
+from latentds.loading.augmenting import Watched, find_augment
 from latentds.loading.batch import Batch
 from latentds.loading.dataset import LatentDataset, Transfer, Transfers, check_bad
 from latentds.loading.decoding import Decode, Decoder, check_decode, find_autoencoder
 from latentds.loading.mixture import Mixture
 from latentds.loading.options import Order, Select, Workers, answering, check_group
-from latentds.loading.resident import Resident
 from latentds.loading.stage import CopyLanes, CudaLanes, DecodeStage
-from latentds.loading.transform_checks import Watched
 from latentds.quantizers.lookup import make_integers
 from latentds.quantizers.normalization import ChannelStatistics
 from latentds.quantizers.scalar import AnyCodebook

@@ -8,10 +8,18 @@ import pytest
 import torch
 
 from latentds.errors import ContractError, FormatError, ShapeError
-from latentds.quantizers.additive import AdditiveCodebook, scalar_as_additive
+from latentds.quantizers.additive import AdditiveCodebook
 from latentds.quantizers.additive_search import is_separable, smallest
 from latentds.quantizers.codebook_files import StoredCodebook, load_codebook, save_codebook
 from latentds.quantizers.scalar import Codebook, dequantize, quantize
+
+
+def scalar_as_additive(codebook: Codebook, channels: int) -> AdditiveCodebook:
+    """The additive codebook with a plane a channel that stands for the same latents."""
+    tables = np.zeros((channels, codebook.levels.shape[1], channels), np.float32)
+    plane = np.arange(channels)
+    tables[plane, :, plane] = np.broadcast_to(codebook.levels, (channels, tables.shape[1]))
+    return AdditiveCodebook(tables, "additive-scalar")
 
 
 def make_book(planes: int = 3, centroids: int = 256, channels: int = 5) -> AdditiveCodebook:

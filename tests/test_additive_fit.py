@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from latentds.quantizers.additive_groups import allocate, group_distortion
 
 from latentds.conversion.codebook_choice import planes_of
 from latentds.errors import InputError, ShapeError
-from latentds.quantizers.additive import scalar_as_additive
 from latentds.quantizers.additive_fit import distortion, fit_additive
-from latentds.quantizers.additive_groups import allocate, group_distortion
 from latentds.quantizers.scalar_fit import fit_codebook
+from tests.test_additive import scalar_as_additive
 
 
 def correlated(count: int = 6000, channels: int = 4, seed: int = 0) -> np.ndarray:

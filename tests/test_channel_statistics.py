@@ -70,7 +70,7 @@ def test_the_manifest_has_the_same_bytes_whatever_the_workers_and_after_a_resume
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("latentds.conversion.finishing.complete", die)
+        patched.setattr("latentds.conversion.converting.complete", die)
         with pytest.raises(KeyboardInterrupt):
             convert_with_mean(pictures, tmp_path / "resumed", workers=2, pack_size=4)
     convert_with_mean(pictures, tmp_path / "resumed", workers=2, pack_size=4)

@@ -15,9 +15,9 @@ from latentds.loading.bags import SlideBags
 from latentds.loading.dataset import LatentDataset
 from latentds.loading.loader import LatentLoader
 from latentds.loading.options import Select
-from latentds.store.code_checks import RECHECK_EPOCHS
 from latentds.store.format import CHECKSUMS, GOLDEN, PACKS_TABLE, PATCHES_TABLE
 from latentds.store.manifest import read_manifest
+from latentds.store.open_files import RECHECK_EPOCHS
 from latentds.store.reader import ShardSet
 from tests.bad_shards import edit_manifest, first_shard, flip_bit, make_old
 from tests.loaders import grouped

@@ -13,7 +13,7 @@ from latentds_tools import cli
 from latentds import LatentLoader
 from latentds.autoencoders.autoencoder import AutoencoderCard, NetworkAutoencoder
 from latentds.autoencoders.cards import CARDS
-from latentds.quantizers.scalar_kinds import KINDS, ScalarKind
+from latentds.quantizers.scalar_fit import KINDS, ScalarKind
 from latentds.store.manifest import read_manifest
 
 

@@ -4,9 +4,8 @@ import kmeans1d
 import numpy as np
 import pytest
 
-from latentds.core.lloyd import relocate
 from latentds.errors import ShapeError
-from latentds.quantizers.scalar_fit import fit_codebook
+from latentds.quantizers.scalar_fit import fit_codebook, relocate
 
 SIZE = 4_000
 SAMPLES = {

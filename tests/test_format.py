@@ -18,8 +18,8 @@ from latentds.store.format import (
     npy_header,
     patch_key,
 )
+from latentds.store.packs import Pack, ShardWriter, global_header
 from latentds.store.scan import read_contract, scan_shard
-from latentds.store.writer import Pack, ShardWriter, global_header
 
 NPY_HEADER_HEX = (
     "934e554d505901007600"

@@ -92,7 +92,7 @@ def test_deeply_nested_json_is_refused(dataset):
 def test_a_parquet_member_that_would_decompress_to_much_is_refused(dataset):
     import pyarrow as pa
 
-    from latentds.store.columns import SCHEMA, decode_table, encode_table
+    from latentds.store.packs import SCHEMA, decode_table, encode_table
 
     rows = 300_000
     table = pa.table({"source": pa.array(["x" * 500] * rows)})

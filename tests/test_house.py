@@ -45,7 +45,7 @@ LINES = {
 }
 HEAVY = {  # heavy libraries and the only modules that may import them
     "diffusers": {"latentds.autoencoders.diffusers_ae"},
-    "faiss": {"latentds.quantizers.scalar_kinds", "latentds.quantizers.additive_fit"},
+    "faiss": {"latentds.quantizers.scalar_fit", "latentds.quantizers.additive_fit"},
     "numba": {"latentds.quantizers.entropy.native_rounding"},
     "openslide": {
         "latentds_trainers.train_codec.tiles",

@@ -7,7 +7,7 @@ import pytest
 
 from latentds.store.format import PATCH_DTYPE
 from latentds.store.manifest import read_manifest
-from latentds.store.mixedness import slide_entropies, slide_entropy
+from latentds.store.set_measures import slide_entropies, slide_entropy
 from tests.test_tools import call
 
 

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from latentds.core.randomness import key_of, mix, mix_tensor, permute, shuffled, uniform
-from latentds.loading.batching import Batching
-from latentds.loading.order import MIN_WINDOW, WINDOW_PACKS, Blend, EpochOrder, Layout
+from latentds.loading.order import MIN_WINDOW, WINDOW_PACKS, Batching, Blend, EpochOrder, Layout
 
 RNG = np.random.default_rng(0)
 COUNTS = {

@@ -2,8 +2,8 @@
 
 import pytest
 
-from latentds.core import progress as module
-from latentds.core.progress import progress
+from latentds.core import display as module
+from latentds.core.display import progress
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from latentds.conversion import ledger, workdir
+from latentds.conversion import work_units, workdir
 from latentds.conversion.convert_config import ConvertConfig
 from latentds.conversion.converting import convert
 from latentds.errors import InputError, TooManyBadSamplesError
@@ -70,7 +70,7 @@ def nodes():
 def cluster(nodes, monkeypatch):
     """Both nodes alive; workers import these tests from the working directory."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(ledger, "REST_S", 0.5)
+    monkeypatch.setattr(work_units, "REST_S", 0.5)
     if not nodes.worker_nodes:
         nodes.add_node(num_cpus=1, object_store_memory=100 << 20)
     return nodes

@@ -20,9 +20,9 @@ from latentds.errors import ContractError, InputError
 from latentds.quantizers.additive_fit import fit_additive
 from latentds.quantizers.entropy.coder_tables import native_model
 from latentds.quantizers.entropy.record_codebook import EntropyCodebook
+from latentds.quantizers.entropy.record_encoding import round_at_steps
 from latentds.quantizers.entropy.record_fit import fit_entropy_codebook
 from latentds.quantizers.entropy.record_model import RATE_WEIGHT
-from latentds.quantizers.entropy.rounding import round_at_steps
 from latentds.quantizers.scalar_fit import fit_codebook
 from latentds.store.manifest import read_manifest
 from tests.conftest import save_pictures, smooth_picture

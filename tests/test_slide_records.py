@@ -17,8 +17,8 @@ from latentds.hub.fetching import fetch
 from latentds.hub.set_upload import publish
 from latentds.hub.snippets import Publication
 from latentds.sources.slide_looks import LOOK_PX, OUTLINE, draw_look
-from latentds.store.columns import encode_table
 from latentds.store.format import SLIDES_TABLE
+from latentds.store.packs import encode_table
 from latentds.store.slide_records import (
     SCHEMA,
     SlideRecord,

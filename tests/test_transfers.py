@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from latentds.core.shared_memory import of_dead_worker, shared_zeros, sharing
+from latentds.core.processes import of_dead_worker, shared_zeros, sharing
 from latentds.errors import WorkerError
 from latentds.loading.dataset import LatentDataset
 from latentds.loading.loader import LatentLoader
@@ -54,7 +54,7 @@ def test_memory_for_marks_that_cannot_be_had_is_told():
     ],
 )
 def test_an_epoch_that_lacks_batches_raises(shared_dataset, monkeypatch, lose):
-    monkeypatch.setattr("latentds.loading.transfers.TRANSFER_BYTES", 1)  # a batch a transfer
+    monkeypatch.setattr("latentds.loading.dataset.TRANSFER_BYTES", 1)  # a batch a transfer
     loader = LatentLoader(shared_dataset, batch_size=100, decode="codes")
     whole = loader.transferred
     monkeypatch.setattr(loader, "transferred", lambda: lose(whole()))

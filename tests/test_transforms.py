@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from latentds.loading.augmenting import Watched
 from latentds.loading.loader import LatentLoader
-from latentds.loading.transform_checks import Watched
 from tests.fakes import MeanAutoencoder
 from tests.loaders import grouped
 

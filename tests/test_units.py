@@ -11,13 +11,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from latentds.conversion import ledger, work_units, workdir
+from latentds.conversion import work_units, workdir
 from latentds.conversion.conversion_plan import make_plan, plan_shards
 from latentds.conversion.convert_config import ConvertConfig
 from latentds.conversion.converting import convert_with
 from latentds.conversion.patch_encoding import device_model
 from latentds.conversion.prepared import versions
-from latentds.conversion.ray_placement import cpus_of_worker, room
+from latentds.conversion.ray_engine import cpus_of_worker, room
 from latentds.core.device_choice import choose_device
 from latentds.core.storage import exclusive_lock
 from latentds.errors import ContractError, InputError
@@ -40,7 +40,7 @@ def test_workers_killed_for_memory_end_the_run_with_what_to_do(tmp_path):
         plan=SimpleNamespace(bad=()),
         shards=[SimpleNamespace(name="data/a-000000.tar", blocks=((0, 256),))],
     )
-    account = ledger.Ledger(conversion)
+    account = work_units.Ledger(conversion)
     for _ in range(2):
         account.note_death(account.waiting[0], "killed for memory")
     with pytest.raises(InputError, match=r"data/a-000000.*killed for memory.*--encode-batch"):
@@ -167,7 +167,7 @@ def sent(thing):
 
 def write_apart(conversion) -> None:
     """Every shard as a unit that another process would write; its records come back."""
-    account = ledger.Ledger(conversion)
+    account = work_units.Ledger(conversion)
     job = sent(work_units.make_job(conversion))
     while account.waiting:
         shard = account.waiting.popleft()

@@ -12,7 +12,7 @@ from latentds import MultiCrop
 from latentds.core.randomness import uniform
 from latentds.errors import ShapeError, UnknownNameError
 from latentds.views.boxes import Draws, draw_boxes
-from latentds.views.presets import PRESETS
+from latentds.views.multicrop import PRESETS
 from latentds.views.resampling import resized_crops
 from latentds.views.view_batch import Views
 

@@ -158,18 +158,17 @@ def planned_slides(config: Config, plan: Any) -> dict[str, Any]:
 
     The page lies beside --out, below which nothing is written.
     """
+    if not plan.source.has_looks:
+        return {}
     from latentds_tools.reports.slide_pages import slide_page
 
-    from latentds.conversion.left_out import describe_left_out
-    from latentds.conversion.slide_looking import slide_records
+    from latentds.conversion.conversion_plan import describe_left_out
+    from latentds.conversion.converting import slide_records
     from latentds.core.storage import write_atomically
-    from latentds.sources.anonymity import hider
     from latentds.store.object_store import location_of
 
-    hide = hider(config.anonymize) if config.anonymize else None
+    hide = config.hide if config.anonymize else None
     records = slide_records(plan, describe_left_out(plan.bad, {}, hide), hide)
-    if not records:
-        return {}
     name = page_of(str(config.out)).removesuffix(".html")
     folder = Path() if location_of(config.out) else config.out.parent
     page = folder / f"{name}.slides.html"
@@ -203,7 +202,7 @@ def planned_bytes(config: Config, latents_shape: tuple[int, int, int]) -> int:
 def describe(config: Config, manifest: Any, seconds: float) -> dict[str, Any]:
     """What a conversion made."""
     from latentds.store.format import SLIDES_TABLE
-    from latentds.store.mixedness import slide_entropies, stored_resolutions
+    from latentds.store.set_measures import slide_entropies, stored_resolutions
 
     stored = sum(shard.bytes for shard in manifest.shards)
     summary = {
@@ -233,7 +232,7 @@ def planned_resolutions(plan: Any) -> dict[str, int]:
     """Patches of a plan by micrometres a pixel, those of a picture alike."""
     import numpy as np
 
-    from latentds.store.mixedness import resolutions
+    from latentds.store.set_measures import resolutions
 
     counts = np.bincount(plan.regions["picture"], minlength=len(plan.pictures)).tolist()
     mpp: list[float] = []
@@ -307,7 +306,7 @@ def slide_text(told: dict[str, Any]) -> str:
 
 def mpp_text(found: dict[str, int]) -> str:
     """Patches by resolution, and that there are several."""
-    from latentds.store.mixedness import are_several
+    from latentds.store.set_measures import are_several
 
     shown = ", ".join(f"{mpp} um ({count:,})" if mpp != "unknown" else f"unknown ({count:,})"
                       for mpp, count in list(found.items())[:8])  # fmt: skip

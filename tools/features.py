@@ -78,7 +78,7 @@ class Config(PatchInput):
 
 def run(config: Config) -> int:
     """Extract, and say what was made; returns 3 where this rank left a slide out."""
-    from latentds.core.launcher import find_rank, meeting
+    from latentds.core.processes import find_rank, meeting
     from latentds.evaluation.features.slides_left_out import read_left_out
 
     rank, ranks = find_rank(None, None)
@@ -188,7 +188,7 @@ class Bar:
     """Progress over patches; its end is estimated from the slides so far."""
 
     def __init__(self, shown: bool) -> None:
-        from latentds.core.progress import progress
+        from latentds.core.display import progress
 
         self.bar = progress(total=0, desc="features", unit="patch", disable=not shown)
         self.slide, self.patches = 0, 0

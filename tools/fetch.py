@@ -28,7 +28,7 @@ class Config:
 
 def run(config: Config) -> None:
     """Fetch, and say what lies where."""
-    from latentds.core.progress import progress
+    from latentds.core.display import progress
     from latentds.hub.fetching import fetch
 
     with progress(total=0, desc="fetching", unit="B", unit_scale=True) as bar:

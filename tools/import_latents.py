@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from latentds_tools.reports.commands import check_ranges, show
 
-from latentds.quantizers.scalar_kinds import KindName
+from latentds.quantizers.scalar_fit import KindName
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -46,9 +46,8 @@ def summarize(config: Config) -> dict[str, Any]:
     """What `--json` prints."""
     from latentds.sources.names import describe_barcodes
     from latentds.store.manifest import read_manifest
-    from latentds.store.mixedness import slide_entropies, stored_resolutions
     from latentds.store.reader import ShardSet
-    from latentds.store.record_steps import measure_steps
+    from latentds.store.set_measures import measure_steps, slide_entropies, stored_resolutions
 
     manifest = read_manifest(config.folder)
     contract, made = manifest.contract, manifest.made

@@ -29,7 +29,7 @@ class Config:
 
 def run(config: Config) -> None:
     """Upload, and say what is there."""
-    from latentds.core.progress import progress
+    from latentds.core.display import progress
     from latentds.store.object_store import upload
 
     total = sum(p.stat().st_size for p in config.folder.rglob("*") if p.is_file())

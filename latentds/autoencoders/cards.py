@@ -20,7 +20,7 @@ CARDS = {
         channels=32,
         factor=8,
         licence="Apache-2.0",
-        loader="latentds.autoencoders.embedded:load_embedded",
+        loader="latentds.autoencoders.codec_folder:load_embedded",
     ),
     "tiny-v2-fast": AutoencoderCard(
         name="tiny-v2-fast",
@@ -29,7 +29,7 @@ CARDS = {
         factor=8,
         licence="Apache-2.0",
         encoder="tiny-v2",
-        loader="latentds.autoencoders.embedded:load_embedded",
+        loader="latentds.autoencoders.codec_folder:load_embedded",
     ),
     # The paper's "SD-1.5" is this fine-tune of its VAE (reproduced from the authors' weight
     # repositories).

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,9 @@ from latentds.autoencoders.autoencoder import (
     short,
 )
 from latentds.autoencoders.decoder_record import is_count, is_identity, is_name, is_object, is_words
-from latentds.autoencoders.decoders import read_tensors
-from latentds.autoencoders.tiny import TinyDecoder, TinyEncoder
-from latentds.core.foreign_json import read_json
+from latentds.autoencoders.decoders import load_decoder, read_tensors, replace_decoder
+from latentds.autoencoders.tiny import TinyDecoder, TinyEncoder, weights_folder
+from latentds.core.json_text import read_json
 from latentds.core.storage import write_together
 from latentds.errors import FormatError, WeightsError
 
@@ -253,3 +254,12 @@ CHECKS = {
     "attribution": is_lines,
     "trained": is_object,
 }
+
+
+def load_embedded(card: AutoencoderCard) -> NetworkAutoencoder:
+    """`tiny-v2`, or `tiny-v2-fast` and `tiny-v2-cpu`, which have other decoders."""
+    with resources.as_file(weights_folder() / "tiny-v2") as folder:
+        codec = load_codec(folder)
+        if card.name == "tiny-v2":
+            return codec
+        return replace_decoder(codec, load_decoder(folder / card.name.removeprefix("tiny-v2-")))

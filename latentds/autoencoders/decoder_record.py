@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from latentds.core.foreign_json import read_json
+from latentds.core.json_text import read_json
 from latentds.errors import FormatError
 
 FORMAT = "latentds-decoder/1"

@@ -13,7 +13,7 @@ from latentds.codecs.refining import MAX_STEPS
 from latentds.errors import unknown_name
 from latentds.quantizers.additive import MAX_PLANES
 from latentds.quantizers.scalar import MAX_LEVELS
-from latentds.quantizers.scalar_kinds import KINDS
+from latentds.quantizers.scalar_fit import KINDS
 
 FLOAT_BITS = {"none": 32, "fp16": 16}
 RECORDS, SUM = "rans", "sum"

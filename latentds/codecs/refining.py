@@ -17,7 +17,7 @@ from torch import Tensor
 from latentds.autoencoders.autoencoder import Autoencoder
 from latentds.errors import ContractError
 from latentds.quantizers.entropy.record_codebook import EntropyCodebook
-from latentds.quantizers.entropy.rounding import round_at_steps
+from latentds.quantizers.entropy.record_encoding import round_at_steps
 from latentds.quantizers.scalar import AnyCodebook
 
 MAX_STEPS = 256  # hundreds bring nothing more

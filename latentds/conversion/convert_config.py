@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import tyro
 
 from latentds.errors import InputError
-from latentds.quantizers.scalar_kinds import KindName, check_kind
+from latentds.quantizers.scalar_fit import KindName, check_kind
 from latentds.sources.cut_options import SourceOptions
 
 # What may differ between a run and its resumption: it changes no byte of the result.

@@ -1,4 +1,7 @@
-"""Convert: plan, codebook, shards, tables, manifest. Resumes after the last block on the disk."""
+"""Convert: plan, codebook, shards, tables, golden patches, card, and last the manifest.
+
+Resumes after the last block on the disk.
+"""
 
 from __future__ import annotations
 
@@ -6,27 +9,50 @@ import contextlib
 import json
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 
 from latentds.autoencoders import load_autoencoder
 from latentds.autoencoders.autoencoder import Autoencoder
 from latentds.conversion.codebook_choice import given_codebook
-from latentds.conversion.conversion_plan import Plan, make_plan
+from latentds.conversion.conversion_plan import (
+    LeftOut,
+    Plan,
+    Region,
+    by_region,
+    describe_left_out,
+    make_plan,
+)
 from latentds.conversion.convert_config import ConvertConfig
-from latentds.conversion.finishing import finish
-from latentds.conversion.prepared import WriteShards, input_identity, make_reader, prepare
+from latentds.conversion.prepared import (
+    Conversion,
+    WriteShards,
+    input_files,
+    input_identity,
+    make_reader,
+    prepare,
+)
 from latentds.conversion.shard_writing import write_shards
-from latentds.conversion.stamps import input_files
 from latentds.conversion.workdir import WorkFolder, differences, prepare_output
-from latentds.errors import InputError
+from latentds.core.storage import write_atomically
+from latentds.errors import FormatError, InputError
 from latentds.quantizers.codebook_files import StoredCodebook
+from latentds.sources.picture import Picture
+from latentds.sources.slide_looks import SlideLook
 from latentds.sources.source import Source
-from latentds.store.format import MANIFEST
-from latentds.store.manifest import Manifest, read_manifest
+from latentds.store.composing import complete
+from latentds.store.format import GOLDEN, MANIFEST
+from latentds.store.golden import choose_rows, decode_pixels, encode_golden
+from latentds.store.index import write_tables
+from latentds.store.manifest import Manifest, left_out_text, read_manifest
+from latentds.store.reader import ShardSet
+from latentds.store.slide_records import SlideRecord, write_slide_records
 
 logger = logging.getLogger(__name__)
+NO_PATCH = "no patch in it"
 
 
 def convert(
@@ -143,3 +169,139 @@ def recorded_threads(work: WorkFolder) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def finish(conversion: Conversion) -> Manifest:
+    """Write everything beside the shards; the manifest's presence means that all is there."""
+    out, work = conversion.config.out, conversion.work
+    names = sorted(shard.name for shard in conversion.shards if work.index(shard.name).is_file())
+    paths = [work.index(name) for name in names]
+    records, classes, slides = write_tables(out, paths, conversion.plan.classes)
+    bad = by_region([*conversion.plan.bad, *work.all_bad()])
+    manifest = Manifest(
+        contract=conversion.contract,
+        shards=records,
+        classes=classes,
+        slides=slides,
+        tables={},
+        made=conversion.made | {"left_out": left_out(conversion, bad)} | counted(conversion, bad),
+    )
+    check_complete(conversion, manifest, bad)
+    write_golden(conversion, manifest, bad)
+    if conversion.plan.source.has_looks:
+        hide = conversion.reader.hide
+        write_slide_records(out, slide_records(conversion.plan, manifest.made["left_out"], hide))
+    return complete(out, manifest)
+
+
+def left_out(conversion: Conversion, bad: dict[Region, LeftOut]) -> list[dict[str, Any]]:
+    """Sources left out and why, by name, or what stands for it."""
+    plan = conversion.plan
+    counts = np.bincount(plan.regions["picture"], minlength=len(plan.pictures)).tolist()
+    patches = {p.source: count for p, count in zip(plan.pictures, counts, strict=True)}
+    return describe_left_out(bad.values(), patches, conversion.reader.hide)
+
+
+def counted(conversion: Conversion, bad: Collection[Region]) -> dict[str, Any]:
+    """How many sources gave patches, and those that had none to give, with reasons.
+
+    Where names are hidden a reason is not the source's own words, which may have names.
+    """
+    plan, hide = conversion.plan, conversion.reader.hide or str
+    rows = usable_regions(plan, bad)
+    is_hidden = conversion.reader.hide is not None
+    empty = [{"source": hide(source), "reason": NO_PATCH if is_hidden else reason}
+             for source, reason in plan.empty]  # fmt: skip
+    return {
+        "converted": len(np.unique(plan.regions["picture"][rows])),
+        "without_patches": sorted(empty, key=lambda entry: entry["source"]),
+    }
+
+
+def usable_regions(plan: Plan, bad: Collection[Region]) -> np.ndarray:
+    """Rows of the plan's regions that were not left out: stored rows follow them."""
+    usable = np.ones(len(plan.regions), bool)
+    sources = {source for source, _, _ in bad}
+    touched = [i for i, picture in enumerate(plan.pictures) if picture.source in sources]
+    for row in np.flatnonzero(np.isin(plan.regions["picture"], touched)).tolist():
+        number, x, y = plan.regions[row].tolist()
+        usable[row] = (plan.pictures[number].source, x, y) not in bad
+    return np.flatnonzero(usable)
+
+
+def check_complete(conversion: Conversion, manifest: Manifest, bad: Collection[Region]) -> None:
+    """Refuse to call a data set finished that does not hold every patch that could be read."""
+    expected = len(usable_regions(conversion.plan, bad))
+    if manifest.patches != expected:
+        raise FormatError(
+            f"{conversion.config.out}: {manifest.patches} patches stored, {expected} were planned; "
+            "files changed while it ran? Run again with --overwrite"
+        )
+
+
+def write_golden(conversion: Conversion, manifest: Manifest, bad: Collection[Region]) -> None:
+    """Write the golden patches: stored codes, the pictures' thumbnails, the decoder's pixels."""
+    plan, config = conversion.plan, conversion.config
+    rows = choose_rows(manifest.patches, config.seed)
+    regions = usable_regions(plan, bad)[rows]
+    chunks = conversion.reader.chunks(regions[place : place + 1] for place in range(len(rows)))
+    originals = []
+    for chunk in chunks:
+        if chunk.bad:
+            lost = next(iter(chunk.bad.values()))
+            raise InputError(f"{config.source / str(lost)}: {lost.detail}; it could be read before")
+        originals.append(chunk.pixels[0])
+    codes = ShardSet(config.out, manifest=manifest).read_codes(rows)
+    decoded = decode_pixels(
+        codes, [manifest.contract.codebook], conversion.encoder.autoencoder, plan.patch_px
+    )
+    write_atomically(config.out / GOLDEN, encode_golden(rows, codes, originals, decoded))
+
+
+def slide_records(
+    plan: Plan, left_out: Sequence[Mapping[str, Any]], hide: Callable[[str], str] | None
+) -> list[SlideRecord]:
+    """Every slide of a plan of slides, those that were left out included.
+
+    left_out  the manifest's entries
+    hide      what stands for names
+    """
+    name, words = hide or str, {str(entry["source"]): entry for entry in left_out}
+    counts = np.bincount(plan.regions["picture"], minlength=len(plan.pictures)).tolist()
+    records = []
+    for picture, count in zip(plan.pictures, counts, strict=True):
+        look = plan.source.look(picture)
+        if look is not None:
+            entry = words.pop(name(picture.source), None)
+            records.append(slide_record(picture, look, count, entry, name))
+    bare = [
+        SlideRecord(source=source, slide=None, left_out=(left_out_text(dict(entry)),))
+        for source, entry in words.items()
+    ]
+    return records + bare
+
+
+def slide_record(
+    picture: Picture,
+    look: SlideLook,
+    planned: int,
+    entry: Mapping[str, Any] | None,
+    name: Callable[[str], str],
+) -> SlideRecord:
+    """The record of a slide of which so many patches were planned and `entry` was left out."""
+    lost = 0 if entry is None else int(entry.get("patches", planned))
+    told = () if entry is None else (left_out_text(dict(entry)),)
+    return SlideRecord(
+        source=name(picture.source),
+        slide=None if picture.slide is None else name(picture.slide),
+        split=picture.split,
+        label=picture.label,
+        mpp_level0=look.mpp_level0,
+        mpp=look.mpp,
+        size_px=look.size_px,
+        tissue=look.tissue,
+        places=look.places,
+        patches=planned - lost,
+        left_out=(*look.left_out, *told),
+        picture_jpeg=look.picture_jpeg,
+    )

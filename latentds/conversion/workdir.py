@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from latentds.conversion.conversion_plan import LeftOut
 from latentds.conversion.convert_config import ConvertConfig
-from latentds.conversion.left_out import LeftOut
 from latentds.core.storage import exclusive_lock, naming, write_atomically
 from latentds.errors import InputError
 from latentds.store.format import MANIFEST, SHARD_PATTERN, SIDECARS

@@ -1,4 +1,4 @@
-"""Names that others chose, made harmless for where they are shown: one function a target.
+"""What people see of long work, and names that others chose, made harmless to show.
 
 visible      terminal and log: no control or direction character is sent
 markdown     cards and reports: no link, picture, HTML, end of a cell
@@ -13,13 +13,18 @@ import logging
 import re
 import sys
 import unicodedata
+from collections.abc import Iterable
 from typing import Any, TextIO, TypeVar
+
+from tqdm import tqdm
 
 HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}  # Unicode categories of what shows nothing
 MARKS = re.compile(r"([\\`*\[\]<>|~$])")
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
 Shown = TypeVar("Shown")
 OURS = ("latentds", "latentds_tools", "latentds_trainers")  # packages whose logs are shown
+LINE_S = 30.0
+LINE = "{desc}: {n_fmt} of {total_fmt} {unit}, {elapsed} gone, {remaining} left{postfix}"
 
 
 def escaped(character: str) -> str:
@@ -115,3 +120,29 @@ def csv_cell(value: object) -> object:
 def csv_text(text: str) -> str:
     """The text that `csv_cell` made a cell of."""
     return text[1:] if text.startswith("'") and is_formula(text.lstrip("'")) else text
+
+
+class Lines:
+    """Standard error for a bar that is no terminal's: what it draws anew becomes a line."""
+
+    def write(self, text: str) -> None:
+        """Write a drawing of the bar as a line of its own."""
+        line = text.strip("\r\n ")
+        if line:
+            sys.stderr.write(f"{line}\n")
+
+    def flush(self) -> None:
+        """Hand on what was written."""
+        sys.stderr.flush()
+
+
+def progress(steps: Iterable[Any] | None = None, **words: Any) -> tqdm[Any]:
+    """tqdm's bar, with its words; where standard error is a file, a line every 30 s.
+
+    total  always, or steps with a length: without it neither can say what is left
+    """
+    if sys.stderr.isatty():
+        return tqdm(steps, **{"delay": 1, "dynamic_ncols": True, "file": sys.stderr, **words})
+    lines = {"mininterval": LINE_S, "maxinterval": LINE_S, "delay": LINE_S, "miniters": 1,
+             "bar_format": LINE, "file": Lines()}  # fmt: skip
+    return tqdm(steps, **{**words, **lines})

@@ -16,7 +16,7 @@ import torch
 from latentds.autoencoders import load_autoencoder
 from latentds.autoencoders.autoencoder import Autoencoder, latent_cells
 from latentds.autoencoders.cards import ALIASES, CARDS
-from latentds.core.progress import progress
+from latentds.core.display import progress
 from latentds.edit.latent_files import LatentFiles
 from latentds.edit.layouts import ForeignPatch, ListingOptions
 from latentds.errors import (

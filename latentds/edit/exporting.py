@@ -14,13 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from latentds.core.canonical_json import canonical_json
-from latentds.core.display import csv_cell
-from latentds.core.progress import progress
+from latentds.core.display import csv_cell, progress
+from latentds.core.json_text import canonical_json
 from latentds.core.storage import write_atomically
-from latentds.edit.filenames import patch_path
 from latentds.edit.outputs import local_folder, new_folder
-from latentds.edit.rows import Row, read_rows, table_line
+from latentds.edit.rows import Row, patch_path, read_rows, table_line
 from latentds.errors import InputError
 from latentds.quantizers.codebook_files import StoredCodebook, save_codebook
 from latentds.quantizers.lookup import make_integers

@@ -16,13 +16,11 @@ from PIL import Image
 
 from latentds.autoencoders.autoencoder import Autoencoder
 from latentds.core.device_choice import choose_device
-from latentds.core.display import csv_cell
-from latentds.core.progress import progress
+from latentds.core.display import csv_cell, progress
 from latentds.core.storage import exclusive_lock, naming, write_atomically
 from latentds.edit.exporting import TABLE, sources_of
-from latentds.edit.filenames import patch_path
 from latentds.edit.outputs import MARK, check_apart, refuse_foreign
-from latentds.edit.rows import Row, read_rows, table_line
+from latentds.edit.rows import Row, patch_path, read_rows, table_line
 from latentds.errors import InputError
 from latentds.loading.decoding import Decoder, find_autoencoder
 from latentds.loading.selection import select_rows

@@ -15,8 +15,8 @@ import torch
 from tqdm import tqdm
 
 from latentds.autoencoders.autoencoder import Autoencoder
+from latentds.core.display import progress
 from latentds.core.metrics import Distortion
-from latentds.core.progress import progress
 from latentds.core.storage import write_atomically
 from latentds.edit.contract import Identity, ImportOptions, decide, identify
 from latentds.edit.latent_files import LatentFiles
@@ -25,7 +25,6 @@ from latentds.edit.outputs import new_data_set
 from latentds.errors import InputError
 from latentds.quantizers.entropy.record_codebook import EntropyCodebook
 from latentds.quantizers.scalar import AnyCodebook, dequantize, quantize
-from latentds.store.columns import SCHEMA
 from latentds.store.composing import Composer, Part, complete
 from latentds.store.format import GOLDEN, SPLIT_PATTERN, Contract, patch_key
 from latentds.store.golden import (
@@ -36,6 +35,7 @@ from latentds.store.golden import (
     no_golden,
 )
 from latentds.store.manifest import Manifest
+from latentds.store.packs import SCHEMA
 
 logger = logging.getLogger(__name__)
 

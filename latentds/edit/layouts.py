@@ -33,7 +33,6 @@ from latentds.sources.image_folder import (
 from latentds.sources.picture import Picture
 
 logger = logging.getLogger(__name__)
-LAYOUTS = ("pixcell", "zoomldm", "npy", "arrays")
 PIXCELL = re.compile(r"(?:^|/)(?:(\d+)_(\d+)|[^/]+)_sd3_vae\.npy$")  # PixCell: extract_features.py
 ZOOMLDM = re.compile(r"(?:^|/)(\d+)_vae\.npy$")  # ZoomLDM: ldm/data/brca.py
 TILE_FOLDER = re.compile(r"single(_\d+)?")  # between class and slide in trees of DSMIL's tiler

@@ -13,21 +13,20 @@ from typing import Any, BinaryIO
 import numpy as np
 import pyarrow as pa
 
-from latentds.core.progress import progress
+from latentds.core.display import progress
 from latentds.core.storage import READ_BYTES, naming, rename_durably, sha256_file, write_atomically
 from latentds.edit.outputs import local_folder, new_data_set
 from latentds.errors import DamagedPackError, FormatError, InputError
 from latentds.loading.mixture import check_mixable
-from latentds.store.columns import encode_table
 from latentds.store.composing import Composer, complete
 from latentds.store.format import GOLDEN, Contract, joined_names, pack_key
 from latentds.store.golden import MAX_GOLDEN, read_golden_table, renumbered
 from latentds.store.index import ShardIndex
 from latentds.store.manifest import Manifest
+from latentds.store.packs import BLOCK, ShardWriter, encode_table, member_header
 from latentds.store.reader import ShardSet
 from latentds.store.scan import read_contract, scan_members
 from latentds.store.slide_records import join_slide_records
-from latentds.store.writer import BLOCK, ShardWriter, member_header
 
 
 def merge(

@@ -13,17 +13,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm import tqdm
 
-from latentds.core.progress import progress
+from latentds.core.display import progress
 from latentds.core.storage import write_atomically
 from latentds.edit.outputs import local_folder, new_data_set
 from latentds.edit.recoding import Recoder, Recoding
 from latentds.errors import InputError, unknown_name
 from latentds.sources.names import patient_of
-from latentds.store.columns import MASK_SCHEMA, SCHEMA, decode_table, encode_table
 from latentds.store.composing import SHARD_BYTES, Composer, Part, complete
 from latentds.store.format import GOLDEN, MASKS, PATCHES
 from latentds.store.golden import read_golden_table, renumbered
 from latentds.store.manifest import Manifest
+from latentds.store.packs import MASK_SCHEMA, SCHEMA, decode_table, encode_table
 from latentds.store.reader import ShardSet
 from latentds.store.slide_records import join_slide_records, read_slide_records
 

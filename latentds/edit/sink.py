@@ -17,8 +17,7 @@ from latentds.autoencoders import load_autoencoder
 from latentds.autoencoders.autoencoder import Autoencoder
 from latentds.conversion.convert_config import ConvertConfig
 from latentds.conversion.converting import convert
-from latentds.conversion.given import Given, checked, spread
-from latentds.conversion.spool import RECORDS, Spool, SpooledPatches
+from latentds.conversion.spool import RECORDS, Given, Spool, SpooledPatches, checked, spread
 from latentds.core.device_choice import choose_device
 from latentds.core.extras import check_extras
 from latentds.edit.merging import merge

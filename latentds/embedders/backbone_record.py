@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from latentds.autoencoders.decoder_record import is_count, is_identity, is_object, is_words
-from latentds.core import foreign_json
+from latentds.core import json_text
 from latentds.errors import FormatError
 
 FORMAT = "latentds-backbone/1"
@@ -64,7 +64,7 @@ def read_record(folder: Path) -> BackboneRecord:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A file's JSON object; FormatError where it has none, or is larger than any such file."""
-    values = foreign_json.read_json(path, MAX_JSON_BYTES)
+    values = json_text.read_json(path, MAX_JSON_BYTES)
     if not isinstance(values, dict):
         raise FormatError(f"{path}: a JSON object is wanted, not {type(values).__name__}")
     return values

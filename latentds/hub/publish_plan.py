@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from latentds.core.foreign_json import parse_json
+from latentds.core.json_text import parse_json
 from latentds.errors import FormatError, InputError
 from latentds.hub.client import HubFile, Repository
 from latentds.hub.preview import PREVIEW

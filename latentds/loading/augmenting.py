@@ -1,9 +1,31 @@
-"""What `augment=` of a loader means: a changed picture of every patch, drawn from its seed."""
+"""What `augment=` of a loader means: a changed picture of every patch, drawn from its seed.
+
+And a look at `transform=`: whether its random numbers are the batch's, not the patches'.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
 from latentds.errors import InputError
 from latentds.views.multicrop import MultiCrop
+
+logger = logging.getLogger(__name__)
+
+COPIES, TRIALS = 8, 4  # one patch several times over, several times
+ONCE = (
+    "transform= draws random numbers once a batch: all its patches are flipped, cut or coloured "
+    "alike, as by torchvision's random transforms. For draws of every patch's own pass "
+    "augment=True, or views=MultiCrop(...), or draw by latentds.uniform(batch.seeds, NAME)"
+)
 
 
 def find_augment(
@@ -39,3 +61,69 @@ def find_augment(
             "crop takes the image's place, views= is for several"
         )
     return augment
+
+
+class Watched:
+    """A transform of images (B, 3, H, W); a warning, once, where it draws once for all of them.
+
+    One that draws no random numbers (of torch's, numpy's or Python's own generators) in its first
+    batch is called once. Another is called some times more, on copies of a patch: those come out
+    alike where all patches of a batch share the draws. Generators are left as one call leaves them.
+    """
+
+    def __init__(self, transform: Callable[[Tensor], Any]) -> None:
+        self.transform, self.was_watched = transform, False
+
+    def __call__(self, images: Tensor) -> Any:
+        if self.was_watched:
+            return self.transform(images)
+        self.was_watched, before = True, generator_states(images.device)
+        changed = self.transform(images)
+        if not same(before, generator_states(images.device)):
+            with generators_kept(images.device):
+                shared = shares_draws(self.transform, images)
+            if shared:
+                logger.warning(ONCE)
+        return changed
+
+
+def shares_draws(transform: Callable[[Tensor], Any], images: Tensor) -> bool:
+    """Whether copies of a patch in one batch always come out alike; False where it cannot say."""
+    copies = images[:1].expand(COPIES, -1, -1, -1)
+    for _ in range(TRIALS):
+        made = transform(copies.clone())
+        if (
+            not isinstance(made, Tensor)
+            or len(made) != COPIES
+            or not bool((made == made[:1]).all())
+        ):
+            return False
+    return True
+
+
+def generator_states(device: torch.device) -> list[Any]:
+    """States of the global generators."""
+    states = [torch.get_rng_state(), random.getstate(), np.random.get_state()]
+    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
+
+
+def same(before: list[Any], after: list[Any]) -> bool:
+    """Whether no generator was used."""
+    return all(map(equal, before, after))
+
+
+def equal(one: Any, other: Any) -> bool:
+    """Whether two states are the same, parts and all."""
+    if isinstance(one, (tuple, list)):
+        return all(map(equal, one, other))
+    return bool(np.array_equal(np.asarray(one), np.asarray(other)))
+
+
+@contextlib.contextmanager
+def generators_kept(device: torch.device) -> Iterator[None]:
+    """Give the global generators back as they were."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
+    random.setstate(python)
+    np.random.set_state(numpy)

@@ -15,10 +15,10 @@ from torch.utils.data import Dataset
 
 from latentds.autoencoders.autoencoder import Autoencoder
 from latentds.core.device_choice import choose_device
+from latentds.core.processes import shared_zeros
 from latentds.core.randomness import key_of, shuffled
-from latentds.core.shared_memory import shared_zeros
 from latentds.errors import InputError
-from latentds.loading.collate import check_codes
+from latentds.loading.batch import check_codes
 from latentds.loading.decoding import (
     DECODES,
     Decode,

@@ -7,24 +7,29 @@ CPU only, split over ranks and workers.
 from __future__ import annotations
 
 import functools
+import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from latentds.core.canonical_json import digest_json
-from latentds.core.launcher import find_rank
+from latentds.core.json_text import digest_json
+from latentds.core.processes import (
+    Sealed,
+    find_rank,
+    refuse_cuda_in_worker,
+    shared_zeros,
+    this_worker,
+)
 from latentds.core.randomness import digest_of
-from latentds.core.shared_memory import shared_zeros
 from latentds.errors import DamagedPackError, TooManyBadSamplesError
-from latentds.loading.batch import Batch
-from latentds.loading.batching import Batching
-from latentds.loading.collate import Collator
+from latentds.loading.batch import Batch, Collator
 from latentds.loading.mixture import Mixture
 from latentds.loading.options import Order, Select, answering, check_group
+from latentds.loading.order import STATE_VERSION, Batching, LoaderState, check_state
 from latentds.loading.sampling import (
     BALANCED,
     BalancedSampler,
@@ -36,15 +41,16 @@ from latentds.loading.sampling import (
     join,
 )
 from latentds.loading.selection import select_rows
-from latentds.loading.state import STATE_VERSION, LoaderState, check_state
 from latentds.quantizers.normalization import ChannelStatistics
 from latentds.quantizers.scalar import AnyCodebook
 from latentds.store.cache import CacheConfig
-from latentds.store.channel_statistics import choose_statistics, pool_sets
+from latentds.store.channel_statistics import checked_statistics, pool_sets
 from latentds.store.reader import ShardSet
 
 DEFAULT_BATCH = 256
 MIN_REPLACEMENTS = 64  # tries to find a sound pack, besides one for each that is damaged
+Transfer = tuple[int, Batch, list[int]]
+TRANSFER_BYTES = 1 << 22  # 256 patches of 2 KiB alone: 130k/s from two workers; 2,048: 330k/s
 
 
 class LatentDataset(IterableDataset[Batch]):
@@ -115,7 +121,7 @@ class LatentDataset(IterableDataset[Batch]):
         self.slides = None if select.slides is None else list(select.slides)
         self.is_mixture = isinstance(folder, Mixture)
         self.rank, self.world_size = find_rank(order.rank, order.world_size)
-        self.samplers = [self.set_sampler(index, select.rows) for index in range(len(self.sets))]
+        self.samplers = [self.set_sampler(index, select) for index in range(len(self.sets))]
         chosen = [self.where, self.slides]
         if select.rows is not None:
             chosen.append(np.sort(np.asarray(select.rows)).tolist())
@@ -134,7 +140,9 @@ class LatentDataset(IterableDataset[Batch]):
         self.collator = Collator(
             self.sets, seed, decode, tuple(columns), masks, select.class_to_idx
         )
-        self.statistics_given = choose_statistics(normalize, self.sets)
+        self.statistics_given: ChannelStatistics | None = None
+        if isinstance(normalize, ChannelStatistics):
+            self.statistics_given = checked_statistics(normalize, self.shards)
         if normalize:
             self.collator.decoders = self.normalized_codebooks()
         self.bad: dict[tuple[int, int], str] = {}  # (set, pack): what is wrong with it
@@ -143,10 +151,12 @@ class LatentDataset(IterableDataset[Batch]):
         self.cursor: tuple[int, int] | None = None  # epoch, batch this worker comes to next
         self.resumed = False
 
-    def set_sampler(self, index: int, chosen: Any) -> SetSampler:
+    def set_sampler(self, index: int, select: Select) -> SetSampler:
         """The sampler of one set; a mixture's sets must not run through like orders."""
         shards, seed = self.sets[index], self.seed + (index << 32)
-        rows = select_rows(shards, self.split, self.where, self.slides, chosen, self.sets)
+        rows = None
+        if select.chooses:
+            rows = select_rows(shards, self.split, self.where, self.slides, select.rows, self.sets)
         if self.balance is None:
             return PackSampler(shards, self.split, rows, seed, self.shuffle)
         rows = np.arange(*shards.patch_range(self.split)) if rows is None else rows
@@ -359,20 +369,31 @@ def check_bad(found: Any, max_bad: int) -> None:
         )
 
 
-def this_worker() -> tuple[int, int]:
-    """Number of this DataLoader worker, and how many there are; (0, 1) in the main process."""
-    worker = get_worker_info()
-    return (worker.id, worker.num_workers) if worker else (0, 1)
+class Transfers(IterableDataset[Transfer]):
+    """A data set's batches, some in a row at a time: the first one's number, all, their sizes.
 
+    Worker w of W makes the transfers w, w + W, ..., so that a DataLoader hands them out in order.
+    """
 
-def refuse_cuda_in_worker() -> None:
-    """Say plainly why a worker that inherited or made a CUDA context will not do."""
-    if (
-        get_worker_info() is not None
-        and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-        and not torch.cuda._is_in_bad_fork()
-    ):
-        raise RuntimeError(
-            "a DataLoader worker has a CUDA context; latentds decodes in the main process. Remove "
-            "CUDA calls from worker_init_fn and from what the dataset carries"
-        )
+    def __init__(self, dataset: LatentDataset) -> None:
+        self.dataset = dataset
+        batching = dataset.batching
+        contract = dataset.shards.manifest.contract
+        patch_bytes = contract.bytes_per_patch
+        if dataset.collator.decode == "latents":
+            patch_bytes = 4 * math.prod(contract.latents_shape)
+        if dataset.collator.masks:
+            patch_bytes += contract.patch_px[0] * contract.patch_px[1]
+        batch_bytes = batching.global_batch // batching.ranks * patch_bytes
+        self.count = max(1, TRANSFER_BYTES // batch_bytes)
+
+    def __iter__(self) -> Iterator[Any]:
+        """Transfers; from a worker they are sealed, which the main process does not see."""
+        seal: Callable[[Transfer], Any] = Sealed if get_worker_info() else tuple
+        refuse_cuda_in_worker()
+        dataset, (number, workers) = self.dataset, this_worker()
+        epoch, first = dataset.position.tolist()
+        end = len(dataset)
+        for start in range(first + number * self.count, end, workers * self.count):
+            count = min(self.count, end - start)
+            yield seal((start, dataset.batch(epoch, start, count), dataset.sizes(start, count)))

@@ -16,24 +16,21 @@ from torch.utils.data import DataLoader
 
 from latentds.autoencoders.autoencoder import Autoencoder
 from latentds.core.device_choice import choose_device
-from latentds.core.launcher import gather
-from latentds.core.shared_memory import REMEDY, describe_shm, of_dead_worker
+from latentds.core.processes import REMEDY, describe_shm, gather, of_dead_worker
 from latentds.errors import WorkerError
-from latentds.loading.augmenting import find_augment
+from latentds.loading.array import Resident
+from latentds.loading.augmenting import Watched, find_augment
 from latentds.loading.batch import Batch
-from latentds.loading.dataset import LatentDataset, check_bad
+from latentds.loading.dataset import LatentDataset, Transfer, Transfers, check_bad
 from latentds.loading.decoding import Decode, Decoder, check_decode, find_autoencoder
 from latentds.loading.mixture import Mixture
 from latentds.loading.options import Order, Select, Workers, answering, check_group
-from latentds.loading.resident import Resident
 from latentds.loading.stage import CopyLanes, CudaLanes, DecodeStage
-from latentds.loading.transfers import Transfer, Transfers
-from latentds.loading.transform_checks import Watched
 from latentds.quantizers.lookup import make_integers
 from latentds.quantizers.normalization import ChannelStatistics
 from latentds.quantizers.scalar import AnyCodebook
 from latentds.store.cache import CacheConfig
-from latentds.store.channel_statistics import choose_statistics
+from latentds.store.channel_statistics import checked_statistics
 from latentds.views.multicrop import MultiCrop
 from latentds.views.view_batch import Views
 
@@ -129,7 +126,8 @@ class LatentLoader:
                 "as_tuple cannot tell which patches only fill up a rank's last batch; take Batch "
                 "and its `valid`, or Order(last='drop') or 'repeat'"
             )
-        self.dataset.statistics_given = choose_statistics(normalize, self.dataset.sets)
+        if isinstance(normalize, ChannelStatistics):
+            self.dataset.statistics_given = checked_statistics(normalize, self.dataset.shards)
         self.device, self.decode, self.normalize = choose_device(device), decode, bool(normalize)
         self.decode_device = choose_device(decoding.device or device)
         self.transform = Watched(transform) if transform else None

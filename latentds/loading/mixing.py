@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentds.core.launcher import find_rank
+from latentds.core.processes import find_rank
 from latentds.errors import ContractError
 from latentds.loading.batch import Batch
 from latentds.loading.dataset import check_bad

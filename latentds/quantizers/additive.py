@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from latentds.errors import ShapeError
-from latentds.quantizers.scalar import MAX_LEVELS, Codebook, beyond
+from latentds.quantizers.scalar import MAX_LEVELS, beyond
 
 if TYPE_CHECKING:
     import torch
@@ -211,17 +211,3 @@ class AdditiveCodebook:
                 f"codes of shape {tuple(shape)} do not fit an additive codebook of "
                 f"{self.planes} planes"
             )
-
-
-def scalar_as_additive(codebook: Codebook, channels: int) -> AdditiveCodebook:
-    """The additive codebook with a plane a channel that stands for the same latents.
-
-    raises  ShapeError where a per-channel codebook has other channels
-    """
-    rows, levels = codebook.levels.shape
-    if rows not in (1, channels):
-        raise ShapeError(f"codebook has {rows} rows, the latents {channels} channels")
-    tables = np.zeros((channels, levels, channels), np.float32)
-    plane = np.arange(channels)
-    tables[plane, :, plane] = np.broadcast_to(codebook.levels, (channels, levels))
-    return AdditiveCodebook(tables, "additive-scalar")

@@ -1,4 +1,7 @@
-"""Codebook files: safetensors whose metadata tell kind, latents and fit."""
+"""The codebook of every encoding of latentds/1, the one place that knows them all; their files.
+
+Those are safetensors whose metadata tell kind, latents and fit.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +16,37 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from latentds.core.foreign_json import parse_json
+from latentds.core.json_text import parse_json
 from latentds.core.storage import write_atomically
 from latentds.errors import ContractError, FormatError, InputError
-from latentds.quantizers.encodings import ENCODINGS, check_encoding
+from latentds.quantizers.additive import AdditiveCodebook
 from latentds.quantizers.entropy.record_checks import MAX_RECORD_BYTES
 from latentds.quantizers.entropy.record_codebook import EntropyCodebook
-from latentds.quantizers.entropy.record_encoding import least_bytes, most_bytes
 from latentds.quantizers.scalar import AnyCodebook, Codebook
+from latentds.version import __version__
+
+ENCODINGS: dict[str, type[Codebook] | type[AdditiveCodebook] | type[EntropyCodebook]] = {
+    book.encoding: book for book in (Codebook, AdditiveCodebook, EntropyCodebook)
+}
+
+
+def check_encoding(value: object, where: str, made_by: object = None) -> None:
+    """Refuse codes that are packed in a way this reader does not know.
+
+    made_by  version of latentds that wrote them, where a manifest tells
+    """
+    if not isinstance(value, str) or value not in ENCODINGS:
+        known = ", ".join(map(repr, ENCODINGS))
+        needed = f" to {made_by:.40} or later, which made them" if isinstance(made_by, str) else ""
+        raise FormatError(
+            f"{where}: codes are encoded as {value!r}, this reader (latentds {__version__}) knows "
+            f"{known}; upgrade latentds{needed}"
+        )
+
+
+def codebook_from_json(encoding: str, record: Any) -> AnyCodebook:
+    """The codebook inside a contract's JSON; KeyError, TypeError or ValueError if damaged."""
+    return ENCODINGS[encoding].from_json(record)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,6 +104,8 @@ def sized_records(
     book: EntropyCodebook, latents_shape: tuple[int, int, int], record_bytes: int | None
 ) -> EntropyCodebook:
     """The same model and tables for other patches or records; see `sized_book`."""
+    from latentds.quantizers.entropy.record_encoding import least_bytes, most_bytes
+
     own, cells = math.prod(book.latents_shape[1:]), math.prod(latents_shape[1:])
     if latents_shape[0] != book.latents_shape[0]:
         book.codes_shape_of(latents_shape)  # says so

@@ -85,7 +85,7 @@ class Codebook:
     """Levels that latents are rounded to.
 
     levels  float32 (R, K), each row ascending; R is 1 (one table for all) or the number of channels
-    kind    how it was made: one of `scalar_kinds.KINDS`
+    kind    how it was made: one of `scalar_fit.KINDS`
             (told, never acted on)
     """
 

@@ -6,7 +6,6 @@ import hashlib
 import hmac
 import os
 import secrets
-from collections.abc import Callable
 from pathlib import Path
 
 from latentds.core.untrusted_files import check_regular
@@ -46,12 +45,3 @@ class Anonymizer:
     def __call__(self, name: str) -> str:
         """What stands for a name; the same name gets the same under the same key."""
         return hmac.new(self.key, name.encode(), hashlib.sha256).hexdigest()[:SHOWN_DIGITS]
-
-
-def hider(path: Path | None) -> Callable[[str], str]:
-    """What stands for a name under a key file, the name itself without one.
-
-    Whatever orders or deals by names does so by these: the rank of a name among sorted ones, or the
-    split it falls into, would tell it to whoever has a list of names.
-    """
-    return Anonymizer(path) if path else str

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -191,6 +191,15 @@ class SourceOptions(CutOptions):
             if value is not None and not low <= value <= high:
                 option = name.replace("_", "-")
                 raise InputError(f"--{option} {value}{unit} is not between {low} and {high}")
+
+    @property
+    def hide(self) -> Callable[[str], str]:
+        """What stands for a name under --anonymize's key, the name itself without one.
+
+        Whatever orders or deals by names does so by these: the rank of a name among sorted ones, or
+        the split it falls into, would tell it to whoever has a list of names.
+        """
+        return Anonymizer(self.anonymize) if self.anonymize else str
 
     def key_check(self) -> str | None:
         """Which key names are hidden with, None where they are not: a resumed run must have it."""

@@ -14,12 +14,11 @@ from latentds.sources.cut_options import SourceOptions
 from latentds.sources.field_names import note_columns
 from latentds.sources.image_folder import DEFAULT_SPLIT, SPLITS
 from latentds.sources.inspection import Inspection
-from latentds.sources.kept import Kept
 from latentds.sources.picture import Header, Listing, Picture
 from latentds.sources.picture_files import PictureFiles
 from latentds.sources.side_records import COLUMNS, fields_of
 from latentds.sources.side_tables import label_column
-from latentds.sources.source import Source
+from latentds.sources.source import Kept, Source
 
 # hf://datasets/ORG/NAME[@REVISION]; a Path has taken one of the slashes already.
 ADDRESS = re.compile(r"hf:/{1,2}datasets/([\w.-]+(?:/[\w.-]+)?)(?:@([\w./-]+))?")
@@ -43,6 +42,7 @@ class SavedDataset(PictureFiles):
     """A folder made by `save_to_disk`. A picture's source is `split/row`."""
 
     kind = "a Hugging Face data set (save_to_disk)"
+    suffixes = frozenset({".json"})
 
     def __init__(self, options: SourceOptions) -> None:
         super().__init__(options)
@@ -121,11 +121,12 @@ class HubDataset(SavedDataset):
     """A data set of the Hub by its id, through `load_dataset` and its cache; no code of it runs."""
 
     kind = "a Hugging Face data set by its id"
+    suffixes = frozenset[str]()
+    is_remote = True
 
     @classmethod
     def detect(cls, found: Inspection) -> Source | None:
-        is_id = hub_id(found.root) is not None and not found.root.exists()
-        return cls(found.options) if is_id else None
+        return cls(found.options) if hub_id(found.root) is not None else None
 
     def load(self) -> Any:
         import datasets

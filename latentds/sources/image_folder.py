@@ -15,7 +15,7 @@ from typing import Any
 
 from latentds.core.untrusted_files import check_regular
 from latentds.errors import InputError
-from latentds.sources.data_cards import card_files
+from latentds.sources.data_cards import CARD, card_files
 from latentds.sources.names import is_identifier, path_fields
 from latentds.sources.picture import Header, Listing, Picture
 from latentds.sources.picture_decoding import picture_suffixes
@@ -58,7 +58,8 @@ def list_pictures(root: Path, use_labels: bool = True, use_splits: bool = True) 
             "a folder of pictures or slides"
         )
     check_names(root, found)
-    card = card_files(root, found) if use_splits else None
+    has_card = CARD in ignored or root.name == "data"  # the one above that folder, too
+    card = card_files(root, found) if use_splits and has_card else None
     if card is not None:
         ignored += [path for path in found if path not in card.splits]
         found = [path for path in found if path in card.splits]

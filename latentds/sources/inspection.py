@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
 from pathlib import Path, PurePosixPath
 
 from latentds.errors import InputError
@@ -44,6 +45,12 @@ class Inspection:
     def paths(self) -> list[str]:
         """Files of a folder, by name."""
         return list(walk(self.root))
+
+    @functools.cached_property
+    def suffixes(self) -> set[str]:
+        """How the input, or the files of its folder, are named, in small letters."""
+        names = self.paths if self.is_folder else [self.root.name]
+        return {os.path.splitext(name)[1].lower() for name in names}  # noqa: PTH122  # of many
 
     @functools.cached_property
     def kinds(self) -> Kinds:

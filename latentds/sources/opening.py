@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Sequence
 
 from latentds.errors import InputError
-from latentds.sources.anonymity import hider
 from latentds.sources.coordinates import CoordinateJob
 from latentds.sources.cut_options import SourceOptions
 from latentds.sources.hugging_face import HubDataset, SavedDataset
@@ -43,8 +42,15 @@ SOURCES: tuple[type[Source], ...] = (
 def open_source(options: SourceOptions) -> Source:
     """The source of an input, by SOURCES; FileNotFoundError where there is nothing."""
     inspection = Inspection(options)
-    kinds = (kind.detect(inspection) for kind in SOURCES)
-    source = next(source for source in kinds if source is not None)
+    exists = options.source.exists()
+    found = (
+        kind.detect(inspection)
+        for kind in SOURCES
+        if exists != kind.is_remote and (not kind.suffixes or kind.suffixes & inspection.suffixes)
+    )
+    source = next((source for source in found if source is not None), None)
+    if source is None:
+        raise FileNotFoundError(f"{options.source}: no such folder")
     if options.regions is not None and not source.has_looks:
         raise InputError(
             f"--regions {options.regions} is of slides, {options.source} is {source.kind}; leave it"
@@ -82,7 +88,7 @@ def choose(pictures: Sequence[Picture], options: SourceOptions) -> tuple[Picture
     """The pictures that --only names."""
     assert options.only is not None
     names = {line.strip() for line in options.only.read_text().splitlines() if line.strip()}
-    hide = hider(options.anonymize)
+    hide = options.hide
     chosen = tuple(p for p in pictures if p.source in names or hide(p.source) in names)
     if not chosen:
         raise InputError(f"{options.only}: names none of the {len(pictures)} sources")
@@ -119,7 +125,7 @@ def deal_patients(
     known = [found for found in told if found is not None]
     shares = parse_shares(options.split_patients)
     names = (patient for patient, _ in known)
-    part_of = split_patients(names, shares, options.seed, hider(options.anonymize))
+    part_of = split_patients(names, shares, options.seed, options.hide)
     kinds = Counter(kind for _, kind in set(known))
     dealt = tuple(
         dataclasses.replace(picture, split=part_of[patient])

@@ -16,7 +16,7 @@ from latentds.sources.anonymity import Anonymizer
 from latentds.sources.cut_options import SourceOptions
 from latentds.sources.opening import list_source, open_source
 from latentds.sources.picture import Header, Picture
-from latentds.sources.reading import PatchReader, of_file
+from latentds.sources.source import PatchReader, of_file
 from latentds.store.files import LocalFiles
 from latentds.store.golden import likeness_db, read_golden
 from latentds.store.patch_record import Patch

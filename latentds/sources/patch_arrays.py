@@ -17,12 +17,11 @@ from latentds.sources.cut_options import SourceOptions
 from latentds.sources.field_names import note_columns
 from latentds.sources.image_folder import numbers_of
 from latentds.sources.inspection import Inspection
-from latentds.sources.kept import Kept
 from latentds.sources.picture import MIXED_CHUNKS, Header, Listing, Picture
 from latentds.sources.picture_files import PictureFiles
 from latentds.sources.side_records import COLUMNS, fields_of, splits_of
 from latentds.sources.slide_names import some
-from latentds.sources.source import Source
+from latentds.sources.source import Kept, Source
 
 SUFFIXES = (".h5", ".hdf5")
 ARRAYS = ("x", "img", "imgs", "images")  # of patches, uint8 (N, H, W, 3)
@@ -55,6 +54,7 @@ class PatchArrays(PictureFiles):
     """
 
     kind = "HDF5 arrays of patches"
+    suffixes = frozenset(SUFFIXES)
 
     def __init__(self, options: SourceOptions, files: Sequence[str]) -> None:
         super().__init__(options)

@@ -18,12 +18,11 @@ from latentds.errors import InputError, UnusableError
 from latentds.sources.cut_options import SourceOptions
 from latentds.sources.image_folder import check_labels, check_sizes, list_pictures, name_fields
 from latentds.sources.inspection import Inspection
-from latentds.sources.kept import Kept
 from latentds.sources.names import note_numbers, path_fields
 from latentds.sources.picture import Header, Listing, Picture
 from latentds.sources.picture_decoding import find_mask, read_header, read_mask, read_picture
 from latentds.sources.side_tables import with_tables
-from latentds.sources.source import Source
+from latentds.sources.source import Kept, Source
 from latentds.store.patch_record import Patch, Place
 
 LABELLED = re.compile(r"(.+\])-labelled\.\w+")  # a mask of QuPath's TileExporter
@@ -49,16 +48,15 @@ class PictureFiles(Source):
 
     @classmethod
     def detect(cls, found: Inspection) -> Source | None:
-        if not found.root.exists():  # before its kind is told
-            raise FileNotFoundError(f"{found.root}: no such folder")
         source = cls(found.options)
         source.notes = found.choice.notes if found.is_open else ()
         return source
 
     def listing(self) -> Listing:
         options = self.options
-        found = list_pictures(self.root, options.labels, options.split_folders)
-        found = with_tables(self.root, with_labelled(found), found.others, options.labels)
+        found = with_labelled(list_pictures(self.root, options.labels, options.split_folders))
+        if found.others:  # tables may be among them
+            found = with_tables(self.root, found, found.others, options.labels)
         check_labels(self.root, found.pictures, options.labels)
         return self.named(found)
 

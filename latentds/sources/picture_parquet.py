@@ -12,14 +12,13 @@ from latentds.sources.cut_options import SourceOptions
 from latentds.sources.field_names import note_columns
 from latentds.sources.image_folder import name_fields
 from latentds.sources.inspection import Inspection
-from latentds.sources.kept import Kept
 from latentds.sources.names import path_fields
 from latentds.sources.parquet_files import PATHS, EncodedTable, RowGroup, has_pictures, open_table
 from latentds.sources.picture import MIXED_CHUNKS, Header, Listing, Picture
 from latentds.sources.picture_files import PictureFiles
 from latentds.sources.side_records import fields_of, splits_of
 from latentds.sources.side_tables import label_column
-from latentds.sources.source import Source
+from latentds.sources.source import Kept, Source
 
 # Row groups in memory: those that the plan mixes, and as many read ahead.
 GROUPS_KEPT = 2 * MIXED_CHUNKS
@@ -32,6 +31,7 @@ class PictureParquet(PictureFiles):
     """
 
     kind = "Parquet of encoded pictures"
+    suffixes = frozenset({".parquet"})
 
     def __init__(self, options: SourceOptions, files: Sequence[str]) -> None:
         super().__init__(options)

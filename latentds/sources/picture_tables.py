@@ -39,6 +39,7 @@ class PictureTable(PictureFiles):
     """
 
     kind = "a table of pictures"
+    suffixes = frozenset(SUFFIXES)
 
     def __init__(self, options: SourceOptions) -> None:
         super().__init__(options)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
-from latentds.core.foreign_json import parse_json
+from latentds.core.json_text import parse_json
 from latentds.errors import FormatError, InputError, UnusableError
 from latentds.sources.cut_options import SourceOptions
 from latentds.sources.field_names import note_columns
@@ -36,6 +36,7 @@ class PictureTars(PictureFiles):
     """
 
     kind = "tars of pictures (WebDataset)"
+    suffixes = frozenset({".tar"})
 
     def __init__(self, options: SourceOptions, archives: Sequence[str]) -> None:
         super().__init__(options)

@@ -16,7 +16,7 @@ from latentds.sources.inspection import Inspection
 from latentds.sources.kinds import sort_files
 from latentds.sources.names import patient_of
 from latentds.sources.picture import Listing, Picture
-from latentds.sources.picture_tables import is_table, list_table, path_columns
+from latentds.sources.picture_tables import PictureTable, is_table, list_table, path_columns
 from latentds.sources.slide_names import NameIndex, check_slide_names, some
 from latentds.sources.slide_regions import note_unused_regions
 from latentds.sources.slides import Slides
@@ -135,6 +135,7 @@ class ListedSlides(Slides):
     """Slides that a table names by path, with their labels, patients, splits and mpp."""
 
     kind = "a table of slides"
+    suffixes = PictureTable.suffixes
 
     def __init__(self, options: SourceOptions) -> None:
         super().__init__(options)

@@ -1,20 +1,30 @@
-"""Where patches come from: what a source must say, and what follows from it."""
+"""Where patches come from: what a source must say, and the one reader of originals, in threads."""
 
 from __future__ import annotations
 
 import abc
 import io
-from collections.abc import Sequence
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Generic, TypeVar
 
 import numpy as np
 
+from latentds.errors import InputError, UnusableError
 from latentds.sources.image_folder import check_sizes
 from latentds.sources.inspection import Inspection
 from latentds.sources.picture import Header, Listing, Picture
 from latentds.sources.slide_looks import SlideLook
 from latentds.store.patch_record import Patch, Place
+
+Value = TypeVar("Value")
+HEADERS_AT_ONCE = 4096  # a task is larger than a header
+TASK_REGIONS = 4  # of a picture or slide that a thread reads at a time
+
+Regions = Sequence[tuple[int, int]]
 
 
 class Source(abc.ABC):
@@ -27,12 +37,17 @@ class Source(abc.ABC):
 
     kind   in words, for the user: what was found in the input
     notes  what is assumed of it
+    suffixes   where it needs some: `detect` is asked only where the input, or a file in its folder,
+               is named so
+    is_remote  whether its inputs lie on no disk; `detect` is asked only for those, or others'
     has_looks    whether its pictures are slides, which `look` shows
     keeps_looks  whether `look` will be asked for: what it needs is kept when headers are read
     """
 
     kind: str = "a source of its own"
     notes: tuple[str, ...] = ()
+    suffixes: frozenset[str] = frozenset()
+    is_remote: bool = False
     has_looks: bool = False
     keeps_looks: bool = False
 
@@ -147,3 +162,108 @@ class Source(abc.ABC):
             if (-1 if x is None else x, -1 if y is None else y) == place:
                 return header, region
         return None
+
+
+class Kept(Generic[Value]):
+    """At most `count` values by name; the least recently asked for goes first."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self.lock = count, threading.Lock()
+        self.futures: OrderedDict[str, Future[Value]] = OrderedDict()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.count,)  # elsewhere they are made anew
+
+    def get(self, name: str, make: Callable[[], Value]) -> Value:
+        """The value of that name; made now, or waited for where another thread makes it.
+
+        An error is kept like a value: what could not be read is not tried for every patch of it.
+        """
+        with self.lock:
+            future = self.futures.pop(name, None)
+            is_mine = future is None
+            self.futures[name] = future = future or Future()
+            while len(self.futures) > self.count:
+                self.futures.popitem(last=False)
+        if is_mine:
+            try:
+                future.set_result(make())
+            except BaseException as error:
+                future.set_exception(error)
+        return future.result()
+
+
+class PatchReader:
+    """Reads for whoever wants pixels: conversions, patch sets, originals of a data set.
+
+    What cannot be read is an InputError in its place, which does not name the picture: `of_file`
+    does. The order is that asked for, whatever the number of threads.
+    """
+
+    def __init__(self, source: Source, workers: int) -> None:
+        self.source = source
+        self.pool = ThreadPoolExecutor(workers, thread_name_prefix="originals")
+
+    def headers(self, pictures: Sequence[Picture]) -> Iterator[Header | InputError]:
+        """The header of every picture, or why it has none."""
+        for start in range(0, len(pictures), HEADERS_AT_ONCE):
+            yield from self.pool.map(self.header, pictures[start : start + HEADERS_AT_ONCE])
+
+    def header(self, picture: Picture) -> Header | InputError:
+        """A picture's header, or why it has none."""
+        try:
+            return self.source.header(picture)
+        except (InputError, OSError) as error:
+            return without_name(error)
+
+    def submit(
+        self, picture: Picture, header: Header, patch_px: tuple[int, int], regions: Regions
+    ) -> Future[list[Patch | InputError]]:
+        """What `read` will return."""
+        return self.pool.submit(self.read, picture, header, patch_px, regions)
+
+    def read(
+        self, picture: Picture, header: Header, patch_px: tuple[int, int], regions: Regions
+    ) -> list[Patch | InputError]:
+        """The patch at every region, or why there is none: what is sound is not lost to others."""
+        try:
+            found = self.source.read(picture, header, patch_px, regions)
+            return [*checked(found, len(regions), patch_px)]
+        except (InputError, OSError) as error:
+            if len(regions) == 1:
+                return [without_name(error)]
+        return [one for at in regions for one in self.read(picture, header, patch_px, [at])]
+
+    def close(self) -> None:
+        """Stop the threads; what is waiting is dropped."""
+        self.pool.shutdown(wait=True, cancel_futures=True)
+
+
+def checked(patches: list[Patch], count: int, patch_px: tuple[int, int]) -> list[Patch]:
+    """Patches as many and as large as were asked for; UnusableError where they are not."""
+    if len(patches) != count:
+        raise UnusableError(f"{len(patches)} patches where {count} were asked for", "other")
+    for patch in patches:
+        (height, width), wanted = patch.image.shape[:2], f"{patch_px[1]}x{patch_px[0]}"
+        if (height, width) != patch_px:
+            raise UnusableError(f"{width}x{height} px, no patch of {wanted} px", "changed")
+    return patches
+
+
+def without_name(error: InputError | OSError) -> InputError:
+    """An error as one of a picture's, without the name that the file system's has."""
+    if isinstance(error, OSError):
+        return UnusableError(f"cannot be read ({error.strerror or error})")
+    return error
+
+
+def of_file(path: object, error: InputError) -> InputError:
+    """The error with the name of the picture."""
+    return InputError(f"{path}: {error}")
+
+
+def tasks_of(numbers: np.ndarray) -> list[np.ndarray]:
+    """Places of an array of picture numbers, a few of one picture at a time: a thread's tasks."""
+    edges = np.flatnonzero(np.diff(numbers.astype(np.int64))) + 1
+    runs = np.split(np.arange(len(numbers)), edges)
+    return [run[i : i + TASK_REGIONS] for run in runs for i in range(0, len(run), TASK_REGIONS)]

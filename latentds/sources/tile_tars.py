@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from latentds.core.foreign_json import parse_json
+from latentds.core.json_text import parse_json
 from latentds.errors import FormatError, InputError
 from latentds.sources.image_folder import numbers_of
 from latentds.sources.inspection import TILE_TAR, Inspection

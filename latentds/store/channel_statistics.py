@@ -149,16 +149,12 @@ def pool_sets(sets: Sequence[ShardSet], weights: Sequence[float]) -> ChannelStat
     return parts[0] if len(parts) == 1 else pool(parts, weights)
 
 
-def choose_statistics(
-    normalize: bool | ChannelStatistics, sets: Sequence[ShardSet]
-) -> ChannelStatistics | None:
-    """The statistics that were given; ShapeError for those of other channels, None for none."""
-    if isinstance(normalize, bool):
-        return None
-    channels = sets[0].manifest.contract.latents_shape[0]
-    if len(normalize.mean) != channels:
+def checked_statistics(given: ChannelStatistics, shards: ShardSet) -> ChannelStatistics:
+    """The statistics that were given; ShapeError for those of other channels than a set's."""
+    channels = shards.manifest.contract.latents_shape[0]
+    if len(given.mean) != channels:
         raise ShapeError(
-            f"{sets[0].folder}: latents of {channels} channels, the statistics given are of "
-            f"{len(normalize.mean)}; give those of latents of this autoencoder"
+            f"{shards.folder}: latents of {channels} channels, the statistics given are of "
+            f"{len(given.mean)}; give those of latents of this autoencoder"
         )
-    return normalize
+    return given

@@ -17,7 +17,6 @@ from latentds.core.storage import sha256_file, write_atomically
 from latentds.errors import InputError
 from latentds.quantizers.scalar import AnyCodebook
 from latentds.store.channel_statistics import measure_statistics
-from latentds.store.columns import MASK_SCHEMA, encode_table
 from latentds.store.format import (
     CHECKSUMS,
     DIGESTS,
@@ -34,10 +33,10 @@ from latentds.store.format import (
 )
 from latentds.store.index import ShardIndex, index_shard, save_index, write_tables
 from latentds.store.manifest import Manifest
+from latentds.store.packs import MASK_SCHEMA, Pack, ShardWriter, encode_table
 from latentds.store.reader import ShardSet
 from latentds.store.set_card import dataset_card
 from latentds.store.tables import summarize_blocks
-from latentds.store.writer import Pack, ShardWriter
 
 Part = tuple[np.ndarray, pa.Table]  # codes and columns; a column mask_png becomes the masks member
 SHARD_BYTES = 256 * 1_000_000  # of codes, as `convert --shard-mb` has it

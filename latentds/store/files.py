@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from latentds.core.foreign_json import parse_json
+from latentds.core.json_text import parse_json
 from latentds.errors import DamagedPackError, FormatError, InputError
 from latentds.store.cache import Cache, CacheConfig
 from latentds.store.format import (
@@ -30,11 +30,13 @@ from latentds.store.format import (
     PACKS_TABLE,
     PATCH_DTYPE,
     PATCHES_TABLE,
+    TABLE_HEAD_BYTES,
+    BlockSums,
+    block_sums,
 )
 from latentds.store.manifest import MAX_MANIFEST_BYTES, Manifest, parse_manifest, read_manifest
 from latentds.store.open_files import OpenFile
 from latentds.store.table_parts import PRESENT, WHOLE_BYTES, TableParts
-from latentds.store.tables import TABLE_HEAD_BYTES, BlockSums, block_sums
 from latentds.store.transport import ATTEMPTS, Transport
 
 logger = logging.getLogger(__name__)

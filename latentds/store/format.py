@@ -7,6 +7,7 @@ No IO; docs/format.md is the text.
 
 from __future__ import annotations
 
+import base64
 import binascii
 import dataclasses
 import functools
@@ -16,14 +17,13 @@ import math
 import re
 import tokenize
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from latentds.core.canonical_json import canonical_json
-from latentds.core.foreign_json import Kind, check_kinds
+from latentds.core.json_text import Kind, canonical_json, check_kinds
 from latentds.errors import FormatError
-from latentds.quantizers.encodings import check_encoding, codebook_from_json
+from latentds.quantizers.codebook_files import check_encoding, codebook_from_json
 from latentds.quantizers.scalar import AnyCodebook
 
 FORMAT = "latentds/1"
@@ -54,6 +54,8 @@ CARD_KINDS: dict[str, Kind] = {
 NO_LABEL = -1
 MAX_PATCH_AREA_PX = 1 << 26  # 8192x8192
 MAX_PATCH_BYTES = 1 << 26
+TABLE_HEAD_BYTES = 4096
+MAX_BLOCK_ROWS = 1 << 20  # of a table that are checked as one
 SPLIT_PATTERN = re.compile(r"[a-z0-9_]{1,32}")
 SHARD_PATTERN = re.compile(r"data/[a-z0-9_]{1,32}-\d{6}\.tar")
 MEMBER_PATTERN = re.compile(r"([A-Za-z0-9_-]{1,80})\.([a-z0-9.]{1,40})")
@@ -288,3 +290,26 @@ def patch_key(source: str, x: int | None = None, y: int | None = None) -> str:
     plain = re.sub(r"[^A-Za-z0-9_/-]", "_", stem)[:160]
     key = plain if plain == stem else f"{plain}-{hashlib.sha256(stem.encode()).hexdigest()[:8]}"
     return key if x is None or y is None else f"{key}_x{x}_y{y}"
+
+
+class BlockSums(NamedTuple):
+    """CRC-32 of every `rows` rows of a table, uint32; the last block may be shorter."""
+
+    rows: int
+    crc32: np.ndarray
+
+
+def block_sums(entry: dict[str, Any], rows: int) -> BlockSums | None:
+    """What `summarize_blocks` wrote, None in sets of before; ValueError where it is damaged."""
+    if "block_crc32" not in entry:
+        return None
+    size = entry.get("block_rows")
+    if type(size) is not int or not 0 < size <= MAX_BLOCK_ROWS:
+        raise ValueError(f"block_rows is {size!r}")
+    try:
+        crc32 = np.frombuffer(base64.b64decode(entry["block_crc32"], validate=True), "<u4")
+    except (binascii.Error, TypeError, ValueError) as error:
+        raise ValueError(f"block_crc32 is no base64 of numbers ({error})") from error
+    if len(crc32) != -(-rows // size):
+        raise ValueError(f"{len(crc32)} block checksums for {rows} rows")
+    return BlockSums(size, crc32)

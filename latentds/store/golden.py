@@ -22,8 +22,8 @@ from latentds.core.metrics import psnr_db
 from latentds.core.untrusted_files import open_picture
 from latentds.errors import FormatError
 from latentds.quantizers.scalar import AnyCodebook, dequantize
-from latentds.store.columns import decode_table, encode_table
 from latentds.store.format import GOLDEN, Contract
+from latentds.store.packs import decode_table, encode_table
 
 if TYPE_CHECKING:
     from torch import Tensor

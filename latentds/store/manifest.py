@@ -12,10 +12,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from latentds.core.canonical_json import digest_json
-from latentds.core.foreign_json import Kind, check_kinds, read_json
+from latentds.core.json_text import Kind, check_kinds, digest_json, read_json
 from latentds.errors import FormatError, unknown_name
-from latentds.quantizers.encodings import check_encoding, codebook_from_json
+from latentds.quantizers.codebook_files import check_encoding, codebook_from_json
 from latentds.quantizers.normalization import ChannelStatistics, parse_statistics
 from latentds.quantizers.scalar import AnyCodebook
 from latentds.store.format import (
@@ -27,9 +26,9 @@ from latentds.store.format import (
     SHARD_PATTERN,
     SPLIT_PATTERN,
     Contract,
+    block_sums,
     check_format,
 )
-from latentds.store.tables import block_sums
 
 MAX_MANIFEST_BYTES = 1 << 28
 SHA256 = re.compile(r"[0-9a-f]{64}")

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from latentds.core.foreign_json import parse_json
+from latentds.core.json_text import parse_json
 from latentds.core.storage import write_atomically
 from latentds.errors import InputError
 from latentds.store.format import MANIFEST, SLIDES_TABLE
@@ -69,7 +69,7 @@ def download(
     in_place  told a file's name there, its path here and its size: whether it need not be fetched
     raises  InputError where nothing lies there, or a name leads out of the folder
     """
-    from latentds.core.progress import progress
+    from latentds.core.display import progress
 
     filesystem, root = open_location(location)
     try:

@@ -15,7 +15,6 @@ import numpy as np
 
 from latentds.errors import DamagedPackError, FormatError, unknown_name
 from latentds.store.cache import CacheConfig
-from latentds.store.code_checks import CodeChecks
 from latentds.store.files import Extent, LocalFiles, open_files
 from latentds.store.format import (
     CHECKSUMS,
@@ -29,9 +28,8 @@ from latentds.store.format import (
     patch_key,
 )
 from latentds.store.manifest import Manifest
-from latentds.store.masks import decode_mask, no_mask
-from latentds.store.open_files import OpenFile, Signature
-from latentds.store.set_tables import (
+from latentds.store.open_files import CodeChecks, OpenFile, Signature
+from latentds.store.tables import (
     check_packs,
     check_rows,
     check_sizes,
@@ -381,7 +379,7 @@ class ShardSet:
         Columns row (int64, what `Select(rows=...)` takes), split, label, slide, x, y (pixels of
         level 0), mpp, size_px (of level 0); null where unknown.
         """
-        from latentds.store.arrow_columns import patch_columns
+        from latentds.store.packs import patch_columns
 
         rows = np.arange(*(self.patch_range(split) if split else (0, len(self))))
         table = patch_columns(rows, self.patches[rows], self.manifest)
@@ -391,7 +389,7 @@ class ShardSet:
 
     def pack_columns(self, pack: int) -> dict[str, list[Any]]:
         """All Parquet columns of a pack, and the key that follows from them."""
-        from latentds.store.columns import SCHEMA
+        from latentds.store.packs import SCHEMA
 
         columns = self.parsed_table(pack, PATCHES, SCHEMA)
         if "key" not in columns:
@@ -401,7 +399,7 @@ class ShardSet:
 
     def parsed_table(self, pack: int, kind: str, schema: Any) -> dict[str, list[Any]]:
         """A Parquet member of a pack as lists, parsed once and kept for a while."""
-        from latentds.store.columns import decode_table
+        from latentds.store.packs import decode_table
 
         table = self.parsed.pop((pack, kind), None)
         if table is None:
@@ -420,7 +418,7 @@ class ShardSet:
 
         required  InputError for a patch that has none instead
         """
-        from latentds.store.columns import MASK_SCHEMA
+        from latentds.store.packs import MASK_SCHEMA, decode_mask, no_mask
 
         height, width = self.manifest.contract.patch_px
         masks = np.zeros((len(rows), height, width), np.uint8)

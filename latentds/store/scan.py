@@ -13,10 +13,9 @@ from typing import BinaryIO
 import numpy as np
 import pyarrow as pa
 
-from latentds.core.foreign_json import parse_json
+from latentds.core.json_text import parse_json
 from latentds.core.untrusted_files import open_regular
 from latentds.errors import FormatError
-from latentds.store.columns import MAX_COLUMNS_BYTES, SCHEMA, decode_table
 from latentds.store.format import (
     CODES,
     HEADER_PREFIX,
@@ -28,7 +27,7 @@ from latentds.store.format import (
     check_format,
     check_npy,
 )
-from latentds.store.writer import BLOCK
+from latentds.store.packs import BLOCK, MAX_COLUMNS_BYTES, SCHEMA, decode_table
 
 MAX_HEADER_BYTES = 1 << 24  # an additive codebook of 32 planes and 32 channels takes 1.4 MB
 BLOCK_BYTES = 1 << 20

@@ -17,8 +17,8 @@ import pyarrow as pa
 from latentds.core.storage import write_atomically
 from latentds.core.untrusted_files import check_regular
 from latentds.errors import FormatError, InputError
-from latentds.store.columns import decode_table, encode_table
 from latentds.store.format import SLIDES_TABLE
+from latentds.store.packs import decode_table, encode_table
 
 MAX_BYTES = 1 << 30  # some 100,000 slides
 JPEG = b"\xff\xd8\xff"

@@ -12,8 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from latentds.store.cache import Cache
-from latentds.store.format import PATCH_DTYPE
-from latentds.store.tables import BlockSums
+from latentds.store.format import PATCH_DTYPE, BlockSums
 
 WHOLE_BYTES = 1 << 23  # up to so many, one request for all is quicker than many for parts
 PART_BYTES = 1 << 20  # of a part, once many were wanted; a block at first

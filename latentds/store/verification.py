@@ -11,19 +11,18 @@ import numpy as np
 
 from latentds.autoencoders import load_autoencoder, load_for_decoding
 from latentds.autoencoders.autoencoder import Autoencoder, check_decoder
-from latentds.core.canonical_json import canonical_json
+from latentds.core.json_text import canonical_json
 from latentds.core.storage import sha256_file
 from latentds.errors import FormatError, LatentdsError
 from latentds.store.channel_statistics import measure_statistics
-from latentds.store.columns import MASK_SCHEMA, decode_table
 from latentds.store.format import DIGESTS, MANIFEST, MASKS, PACKS_TABLE, PATCHES_TABLE
 from latentds.store.golden import THUMBNAIL_SLACK_DB, decode_pixels, likeness_db, read_golden
 from latentds.store.index import ShardIndex, index_shard, pack_rows, renumber
 from latentds.store.manifest import left_out_text, read_manifest
-from latentds.store.masks import decode_mask
+from latentds.store.packs import MASK_SCHEMA, decode_mask, decode_table
 from latentds.store.reader import ShardSet
 from latentds.store.scan import ScannedPack, read_contract, read_member, scan_shard
-from latentds.store.set_tables import check_sizes
+from latentds.store.tables import check_sizes
 
 Finding = tuple[str, str]  # ("problem" | "note", line)
 NOT_DECODED = "golden patches not decoded"

@@ -13,15 +13,98 @@ from torch import Tensor
 
 from latentds.errors import ShapeError, unknown_name
 from latentds.views.boxes import Boxes, Draws, draw_boxes, native_boxes
-from latentds.views.limits import at_least, probabilities, ranges, strengths, threes
 from latentds.views.painting import PAINTED, Paint, compiled
-from latentds.views.presets import IMAGENET_MEAN, IMAGENET_STD, PRESETS
 from latentds.views.resampling import SUPPORT, resized_crops
 from latentds.views.view_batch import Views
 
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # torchvision's, as most timm backbones have them
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+OFF: dict[str, Any] = {
+    "turns": False,
+    "jitter_p": 0.0,
+    "grey": 0.0,
+    "blur": (0.0, 0.0, 0.0),
+    "solarize": (0.0, 0.0, 0.0),
+}
+PRESETS: dict[str, dict[str, Any]] = {
+    # facebookresearch/dino main_dino.py, DataAugmentationDINO and its default scales; its blur is
+    # Pillow's, of a radius of 0.1 to 2
+    "dino": {"turns": False, "global_scale": (0.4, 1.0), "local_scale": (0.05, 0.4)},
+    # facebookresearch/dinov2 data/augmentations.py and ssl_default_config.yaml, blur as it is
+    # meant to be: dinov2_compat_blur=True is what its code does
+    "dinov2": {"turns": False},
+    # MedARC-AI/OpenMidnight dinov2/data/augmentations.py at 36a4355: global crops are cut without
+    # resizing, stain shifts and torchvision's default resizing of local crops, no solarize
+    "openmidnight": {
+        "turns": False,
+        "local_px": 98,
+        "global_scale": None,
+        "local_scale": (0.08, 1.0),
+        "interpolation": "bilinear",
+        "stain_shift": 0.05,
+        "stain_p": (0.0, 0.0, 1.0),
+        "dinov2_compat_blur": True,
+        "solarize": (0.0, 0.0, 0.0),
+    },
+    # facebookresearch/mae main_pretrain.py
+    "mae": {**OFF, "globals": 1, "locals": 0, "global_scale": (0.2, 1.0)},
+    # ours, of a training with labels: HED-light and HSV-light of Tellez et al. 2019, "Quantifying
+    # the effects of data augmentation and stain color normalization", brightness and contrast too
+    "supervised": {
+        **OFF,
+        **{"globals": 1, "locals": 0, "global_scale": (0.6, 1.0), "ratio": (0.9, 10 / 9)},
+        **{"turns": True, "stain": 0.05, "jitter": (0.2, 0.2, 0.1, 0.1), "jitter_p": 0.8},
+        **{"mean": None, "std": None},
+    },
+    # the patch resized, of one that is not square its central square
+    "none": {
+        **OFF,
+        **{"globals": 1, "locals": 0, "global_scale": (1.0, 1.0), "ratio": (1.0, 1.0)},
+        **{"flip": 0.0, "mean": None, "std": None},
+    },
+}
 Two = tuple[float, float]
 Three = tuple[float, float, float]
 CHUNK_BYTES = 1 << 28  # of crops in float32 that are augmented at once; temporaries are some more
+
+
+def at_least(least: int, **values: int) -> None:
+    """Refuse a whole number below `least`, by its field."""
+    for name, value in values.items():
+        if value < least:
+            raise ValueError(f"{name}={value}; at least {least}")
+
+
+def probabilities(**values: float | Sequence[float]) -> None:
+    """Refuse what is no probability, or are none."""
+    for name, value in values.items():
+        several = value if isinstance(value, Sequence) else (value,)
+        if not all(0 <= one <= 1 for one in several):
+            raise ValueError(f"{name}={value}; probabilities lie between 0 and 1")
+
+
+def ranges(most: float | None = None, **values: tuple[float, float] | None) -> None:
+    """Refuse a (from, to) that runs backwards, is not above 0, or goes beyond `most`."""
+    for name, value in values.items():
+        if value is not None and not (0 < value[0] <= value[1] <= (most or value[1])):
+            limit = "" if most is None else f" <= {most}"
+            raise ValueError(f"{name}={value}; (from, to) with 0 < from <= to{limit}")
+
+
+def strengths(**values: float | Sequence[float]) -> None:
+    """Refuse a negative strength."""
+    for name, value in values.items():
+        several = value if isinstance(value, Sequence) else (value,)
+        if not all(one >= 0 for one in several):
+            raise ValueError(f"{name}={value}; strengths are 0 (off) or more")
+
+
+def threes(**values: Sequence[float] | None) -> None:
+    """Refuse what does not have three numbers."""
+    for name, value in values.items():
+        if value is not None and len(value) != 3:
+            raise ValueError(f"{name}={value}; three numbers")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

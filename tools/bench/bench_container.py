@@ -59,9 +59,8 @@ def overhead(count: int, bytes_per_patch: int, pack_size: int) -> dict[str, Any]
     import numpy as np
     from latentds_tools.bench.synthetic import random_contract
 
-    from latentds.store.columns import encode_table, patches_table
     from latentds.store.format import DIGEST_DTYPE, PACK_DTYPE, PATCH_DTYPE, pack_key
-    from latentds.store.writer import Pack, ShardWriter
+    from latentds.store.packs import Pack, ShardWriter, encode_table, patches_table
 
     contract = random_contract(shape := SHAPES[bytes_per_patch])
     rng = np.random.default_rng(0)

@@ -130,7 +130,7 @@ def count_reads(
     Every worker is PREFETCH batches ahead; the ranks of a node share a cache of packs, of which the
     least recently used go first.
     """
-    from latentds.loading.batching import Batching
+    from latentds.loading.order import Batching
 
     batching = Batching(
         size=data.patches, global_batch=config.global_batch_size, ranks=ranks, lanes=lanes

@@ -49,9 +49,9 @@ class Patches:
 
 def write_subset(folder: Path, out: Path, split: str, count: int) -> Patches:
     """A latentds set of the first `count` patches of a split, and those patches."""
-    from latentds.store.columns import SCHEMA
     from latentds.store.composing import compose
     from latentds.store.format import GOLDEN
+    from latentds.store.packs import SCHEMA
     from latentds.store.reader import ShardSet
 
     shards = ShardSet(folder)

@@ -67,8 +67,8 @@ def write_repeated(out: Path, folder: Path, patches: int) -> None:
 
 def empty_golden() -> bytes:
     """Golden patches of a set that no decoder reads: none."""
-    from latentds.store.columns import encode_table
     from latentds.store.golden import SCHEMA
+    from latentds.store.packs import encode_table
 
     return encode_table(SCHEMA.empty_table())
 
@@ -92,7 +92,7 @@ def filled_parts(
     """
     import pyarrow as pa
 
-    from latentds.store.columns import SCHEMA
+    from latentds.store.packs import SCHEMA
 
     for start in range(0, patches, PACK):
         places = range(start, min(start + PACK, patches))

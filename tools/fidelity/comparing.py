@@ -40,7 +40,7 @@ def compare(config: Config) -> tuple[dict[str, Any], dict[str, bytes]]:
 
 def measure_rows(job: FidelityJob) -> list[Measured]:
     """Every row, in the plan's order; those kept from a run before are not measured again."""
-    from latentds.core.progress import progress
+    from latentds.core.display import progress
 
     out, images = job.config.out, job.crops.images
     kept = KeptRows(out / "rows" if out else None)

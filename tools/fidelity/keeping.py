@@ -17,7 +17,7 @@ import numpy as np
 from latentds_tools.fidelity.encoded import Encoded
 from latentds_tools.fidelity.measuring import Measured
 
-from latentds.core.canonical_json import canonical_json
+from latentds.core.json_text import canonical_json
 from latentds.core.storage import write_atomically
 
 

@@ -30,7 +30,7 @@ class TrainingLog:
     def __init__(
         self, out: Path, *, step: int, steps: int, seconds: float, images: int, tensorboard: bool
     ) -> None:
-        from latentds.core.progress import progress
+        from latentds.core.display import progress
 
         self.path, self.images = out / "log.jsonl", images
         self.samples = out / "samples"

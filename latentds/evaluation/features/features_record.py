@@ -8,7 +8,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from latentds.core.foreign_json import read_json
+from latentds.core.json_text import read_json
 from latentds.core.storage import passing_lock, write_atomically
 from latentds.errors import ContractError, FormatError
 from latentds.evaluation.features.layout import RECORD

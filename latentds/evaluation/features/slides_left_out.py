@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from latentds.core.foreign_json import read_json
+from latentds.core.json_text import read_json
 from latentds.core.storage import passing_lock, write_atomically
 from latentds.errors import FormatError
 

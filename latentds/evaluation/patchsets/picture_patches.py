@@ -19,11 +19,10 @@ from latentds.evaluation.patchsets.patch_set_config import PatchInput
 from latentds.sources.cut_options import SourceOptions
 from latentds.sources.opening import list_source, open_source
 from latentds.sources.picture import Header, Picture
-from latentds.sources.reading import TASK_REGIONS, PatchReader, of_file, tasks_of
 from latentds.sources.slides import Slides
-from latentds.sources.source import Source
+from latentds.sources.source import TASK_REGIONS, PatchReader, Source, of_file, tasks_of
 from latentds.store.format import sorted_names
-from latentds.store.masks import decode_mask, no_mask
+from latentds.store.packs import decode_mask, no_mask
 from latentds.store.patch_record import Patch, Place
 
 MAX_WORKERS = 16  # threads where --workers is not given

@@ -15,12 +15,11 @@ from latentds.errors import ShapeError
 from latentds.quantizers.entropy import record_encoding as encoding
 from latentds.quantizers.entropy.coder_tables import native_model
 from latentds.quantizers.entropy.contexts import scan_of
-from latentds.quantizers.entropy.magnitude_model import fit_model
 from latentds.quantizers.entropy.rans import COST_BITS, HEAD_BYTES, LARGEST
 from latentds.quantizers.entropy.record_checks import MAX_STEPS
 from latentds.quantizers.entropy.record_codebook import EntropyCodebook
 from latentds.quantizers.entropy.record_model import RATE_WEIGHT
-from latentds.quantizers.entropy.symbol_counts import count_integers, count_tables
+from latentds.quantizers.entropy.table_fit import count_integers, count_tables, fit_model
 
 MAX_FIT_PATCHES = 512  # 1,024 change the bytes of other patches by less than 0.1 %
 # Octaves of the steps around the one that spends the bytes on average; 256 steps are 1.4 % apart,

@@ -1,7 +1,11 @@
-"""JSON that others wrote: read at a bounded cost, into values that everything here can print."""
+"""JSON as one text, so that a digest of it can be an identity; and JSON that others wrote.
+
+That is read at a bounded cost, into values that everything here can print.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -18,6 +22,16 @@ COSTS = {b"[": 64, b"{": 240, b",": 64}
 MAX_DEPTH = 200  # a set merged of merged ones nests; json.dumps gives up at some 300
 MAX_DIGITS = 18  # a whole number of more is none of ours, and past 4300 cannot be printed
 Kind = type | tuple[type, ...]
+
+
+def canonical_json(record: Any) -> str:
+    """JSON with sorted keys and no spaces, ASCII only: the same text for the same values."""
+    return json.dumps(record, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def digest_json(record: Any) -> str:
+    """`sha256:...` of the canonical JSON."""
+    return f"sha256:{hashlib.sha256(canonical_json(record).encode()).hexdigest()}"
 
 
 def parse_json(

@@ -1,8 +1,9 @@
-"""Shared memory through which workers send, and what is said where there is too little of it."""
+"""What processes share: the ranks of a launcher, and the memory through which workers send."""
 
 from __future__ import annotations
 
 import contextlib
+import datetime
 import errno
 import io
 import os
@@ -12,20 +13,67 @@ import tempfile
 from collections.abc import Iterator
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from latentds.errors import WorkerError
 
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
+PATIENCE = datetime.timedelta(days=14)  # ranks may have slides of very unlike sizes
 SHM = Path("/dev/shm")
 REMEDY = (
     "give the machine more (docker run --shm-size=2g or --ipc=host; in Kubernetes an emptyDir of "
     "medium Memory on /dev/shm), or take fewer num_workers, a smaller prefetch_factor or batch, or "
     "num_workers=0; 'latentds doctor' looks at it"
 )
+
+
+def find_rank(rank: int | None, world_size: int | None) -> tuple[int, int]:
+    """This process's rank and the number of ranks.
+
+    As given, from torch.distributed, or from the launcher.
+    """
+    if (rank is None) != (world_size is None):
+        raise ValueError("pass both rank and world_size, or neither")
+    if rank is None or world_size is None:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        else:
+            rank = int(os.environ.get("RANK", "0"))
+            world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank {rank} of {world_size}")
+    return rank, world_size
+
+
+@contextlib.contextmanager
+def meeting(world_size: int) -> Iterator[None]:
+    """Wait at both ends of the block for torchrun's other ranks, for as long as it takes.
+
+    torchrun ends all ranks where one exits with anything but 0. Others than torchrun's wait for
+    nobody.
+    """
+    if world_size == 1 or "TORCHELASTIC_RUN_ID" not in os.environ:
+        yield
+        return
+    torch.distributed.init_process_group("gloo", timeout=PATIENCE)
+    try:
+        torch.distributed.barrier()
+        yield
+        torch.distributed.barrier()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def gather(values: dict[str, str]) -> dict[str, str]:
+    """The union of every rank's dictionary. Collective: every rank has to call it."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return values
+    parts: list[dict[str, str]] = [{} for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(parts, values)
+    return {key: text for part in parts for key, text in sorted(part.items())}
 
 
 class Sealed:
@@ -52,8 +100,6 @@ def unseal(content: bytes) -> Any:
 
 def shared_buffer(size: int) -> Tensor:
     """uint8 (size,) in shared memory; WorkerError where there is too little."""
-    import torch
-
     buffer = torch.empty(0, dtype=torch.uint8)
     with sharing(size):
         buffer.set_(torch.UntypedStorage._new_shared(size))  # type: ignore[no-untyped-call]
@@ -62,8 +108,6 @@ def shared_buffer(size: int) -> Tensor:
 
 def shared_zeros(size: int, dtype: torch.dtype) -> Tensor:
     """Zeros (size,) that forked and spawned workers see change; WorkerError as above."""
-    import torch
-
     with sharing(size * dtype.itemsize):
         zeros: Tensor = torch.zeros(size, dtype=dtype).share_memory_()  # type: ignore[no-untyped-call]
     return zeros
@@ -114,3 +158,22 @@ def of_dead_worker(error: RuntimeError) -> WorkerError | None:
         f"{text}: a loader's worker died (process {os.getpid()} is its consumer; "
         f"{describe_shm()}). Killed by the system it lacked memory; take fewer num_workers"
     )
+
+
+def this_worker() -> tuple[int, int]:
+    """Number of this DataLoader worker, and how many there are; (0, 1) in the main process."""
+    worker = get_worker_info()
+    return (worker.id, worker.num_workers) if worker else (0, 1)
+
+
+def refuse_cuda_in_worker() -> None:
+    """Say plainly why a worker that inherited or made a CUDA context will not do."""
+    if (
+        get_worker_info() is not None
+        and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        and not torch.cuda._is_in_bad_fork()
+    ):
+        raise RuntimeError(
+            "a DataLoader worker has a CUDA context; latentds decodes in the main process. Remove "
+            "CUDA calls from worker_init_fn and from what the dataset carries"
+        )

@@ -13,6 +13,7 @@ from latentds.errors import ShapeError, UnknownNameError
 
 TURBO = [name for name in STUDENTS if name.startswith("turbo")]
 BUDGETS = {  # GFLOP a 256 px patch, parameters in millions, at four channels
+    "turbo-xs": (0.36, 0.14),
     "turbo-s": (2.1, 0.75),
     "turbo-m": (7.3, 2.5),
     "turbo-f32": (7.1, 20.0),
@@ -103,7 +104,7 @@ def test_a_network_without_a_convolution_has_no_last_layer():
 
 def test_turbo_m_is_the_decoder_tiny_has_beside_a_shortcut():
     names = {name: t.shape for name, t in load_autoencoder("tiny").decoder.state_dict().items()}
-    student = Student(4, 8, STUDENTS["turbo-m"].stages)
+    student = Student(4, STUDENTS["turbo-m"])
     own = student.state_dict().items()
     assert {name: t.shape for name, t in own if not name.startswith("shortcut")} == names
 

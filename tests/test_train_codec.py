@@ -27,12 +27,15 @@ from latentds_trainers.train_codec.codec_product import (
     table_bits,
 )
 from latentds_trainers.train_codec.config import PRESETS, TrainCodecConfig
-from latentds_trainers.train_codec.task import CodecTask, draws
+from latentds_trainers.train_codec.student_task import StudentTask, codec_folder_of
+from latentds_trainers.train_codec.task import CodecTask
+from latentds_trainers.train_codec.tile_task import draws
 
 from latentds.autoencoders import load_autoencoder
-from latentds.autoencoders.codec_folder import read_counts
+from latentds.autoencoders.codec_folder import is_codec_folder, read_counts
 from latentds.autoencoders.decoders import load_decoder
 from latentds.autoencoders.tiny import BOUND, load_tiny
+from latentds.errors import WeightsError
 from tests.conftest import smooth_picture
 
 
@@ -139,6 +142,20 @@ def test_a_run_resumes_and_leaves_a_folder_that_loads(tiles, tmp_path, monkeypat
     assert codec.card.name == "mine" and fast.card.latent_id == codec.card.latent_id
     assert fast.decode(codec.encode(torch.rand(1, 3, 64, 64))).shape == (1, 3, 64, 64)
     assert read_counts(product).counts_SCT.sum((1, 2)).unique().tolist() == [8 * 8 * 64]
+
+    config = settings(tiles, tmp_path / "students", students_of=str(product), steps=1, lr=1e-9)
+    students = StudentTask(config).run()
+    assert sorted(path.name for path in students.iterdir()) == ["cpu", "fast"]
+    decoder = load_decoder(students / "fast")  # went on from the codec's
+    assert (decoder.card.name, decoder.card.latent_id) == ("mine-fast", codec.card.latent_id)
+    ends = [network.decoder.state_dict() for network in (decoder, fast)]
+    assert all(torch.allclose(ends[0][name], ends[1][name], atol=1e-3) for name in ends[1])
+
+
+def test_students_are_of_a_codec_of_this_recipe():
+    with pytest.raises(WeightsError, match=r"sd15: no codec's folder .*finetune_decoder --student"):
+        codec_folder_of("sd15")
+    assert is_codec_folder(codec_folder_of("tiny-v2"))
 
 
 @pytest.mark.slow

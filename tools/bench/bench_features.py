@@ -45,7 +45,7 @@ class Config:
     takes, loaded. By default timm:vit_large_patch16_224 on a GPU, timm:vit_tiny_patch16_224
     elsewhere."""
     student: str = "turbo-s"
-    """Decoder, with random weights: turbo-s, turbo-m, turbo-f32, taesd."""
+    """Decoder, with random weights: turbo-xs, turbo-s, turbo-m, turbo-f32, taesd."""
     patches: int | None = None
     """Patches of the random data set; 16,384 on a GPU, 64 elsewhere by default."""
     slides: int = 4

@@ -93,9 +93,10 @@ class FinetuneConfig(TrainConfig):
     for --pictures."""
     init: str | None = None
     """Decoder to start from instead of the autoencoder's own: a decoder folder."""
-    student: Literal["turbo-s", "turbo-m", "turbo-f32", "taesd"] | None = None
-    """Train this small decoder instead. turbo-s, turbo-m and turbo-f32 start from the linear
-    decoder of least squares, what else they have from random weights, as all of taesd."""
+    student: Literal["turbo-xs", "turbo-s", "turbo-m", "turbo-f32", "taesd"] | None = None
+    """Train this small decoder instead. turbo-xs (for CPUs), turbo-s, turbo-m and turbo-f32 start
+    from the linear decoder of least squares, what else they have from random weights, as all of
+    taesd."""
     teacher: bool = False
     """Also approach what the autoencoder's own decoder makes of the latents."""
     teacher_weight: float = 1.0

@@ -22,6 +22,13 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 COLD_FACTOR = 6
+MODULES = {  # webdataset for other peers
+    "latentds": "latentds.loading.loader",
+    "latentds-resident": "latentds.loading.loader",
+    "datasets": "datasets",
+    "mds": "streaming",
+    "jpeg-folder": "torchvision.datasets",
+}
 Spec = dict[str, Any]
 Labelled = tuple[torch.Tensor, torch.Tensor]
 
@@ -34,7 +41,8 @@ def main() -> None:
     torch.manual_seed(0)
     # What is timed under a name is to be that: a compiler that falls back ends the measurement.
     warnings.filterwarnings("error", message="torch.compile failed")
-    import_peer(spec["peer"])
+    # What a builder would import, so that no phase's time has it.
+    importlib.import_module(MODULES.get(spec["peer"].removesuffix("-packed"), "webdataset"))
     tell("imported", versions=versions(spec["module"]))
     started = time.perf_counter()
     loader, ready = BUILDERS[spec["peer"]](spec), Ready(spec)
@@ -64,18 +72,6 @@ def counted(loader: Any, spec: Spec) -> dict[str, Any]:
         if not loader.resident.gathered:
             raise RuntimeError(f"never engaged: nothing was gathered: {found}")
     return found
-
-
-def import_peer(peer: str) -> None:
-    """Import what a builder would, so that no phase's time has it."""
-    modules = {
-        "latentds": "latentds.loading.loader",
-        "latentds-resident": "latentds.loading.loader",
-        "datasets": "datasets",
-        "mds": "streaming",
-        "jpeg-folder": "torchvision.datasets",
-    }
-    importlib.import_module(modules.get(peer.removesuffix("-packed"), "webdataset"))
 
 
 def tell(event: str, **values: Any) -> None:

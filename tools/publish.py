@@ -63,7 +63,6 @@ class Config:
 
 
 def run(config: Config) -> None:
-    """Publish, and say what was done."""
     from latentds.hub.set_upload import publish
 
     result = publish(
@@ -106,7 +105,6 @@ def say_published(result: Any, as_json: bool, text: Callable[[Any], str]) -> Non
 
 
 def publication(config: Config) -> Any:
-    """What the card is to say."""
     from latentds.hub.licences import check_licence, read_markdown
     from latentds.hub.snippets import Publication
 
@@ -122,7 +120,6 @@ def publication(config: Config) -> Any:
 
 
 def as_text(summary: dict[str, Any]) -> str:
-    """The summary for people."""
     is_done = summary["commit"] is not None
     sent = summary["sent" if is_done else "to_send"]
     lines = [f"{summary['url']}  {summary['commit'] or '(dry run, nothing written)'}"]

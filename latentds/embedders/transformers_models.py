@@ -170,7 +170,6 @@ def published_rule(card: EmbedderCard, path: Path) -> tuple[EmbedderCard, tuple[
 def describe_rule(
     resize_px: int | None, stretch_px: tuple[int, int] | None, input_px: int | None, how: str
 ) -> str:
-    """The preparation in words."""
     steps = []
     if resize_px:
         steps.append(f"shorter edge to {resize_px} px ({how})")

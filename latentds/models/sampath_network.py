@@ -64,7 +64,6 @@ class FrozenEncoders(nn.Module):
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
 
     def train(self, mode: bool = True) -> FrozenEncoders:  # noqa: ARG002
-        """Self, unchanged."""
         super().train(False)
         return self
 

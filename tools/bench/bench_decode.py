@@ -80,7 +80,6 @@ def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def as_text(report: dict[str, Any]) -> str:
-    """The table."""
     config = report["config"]
     head = (
         f"{harness.machine_text(report['machine'])}; patches of {config['patch_size']} px on "

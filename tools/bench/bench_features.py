@@ -90,7 +90,6 @@ class Bench:
 
 
 def run(config: Config) -> None:
-    """Measure and print."""
     show(measure(config), config.json, as_text)
 
 
@@ -236,7 +235,6 @@ def embed_all(bench: Bench, pieces: Iterator[Any]) -> None:
 
 
 def write_files(bench: Bench) -> None:
-    """The extraction itself, files and all."""
     from latentds.evaluation.features.extraction import extract_features
 
     with tempfile.TemporaryDirectory(dir=bench.folder) as out:
@@ -256,7 +254,6 @@ def decode(bench: Bench) -> None:
 
 
 def as_text(report: dict[str, Any]) -> str:
-    """The table."""
     config = report["config"]
     head = (
         f"{harness.machine_text(report['machine'])}; {config['embedder']} ({report['weights']} "

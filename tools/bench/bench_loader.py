@@ -102,7 +102,6 @@ class Config:
             )
 
     def peers(self) -> list[str]:
-        """Names in --against."""
         return [name for name in self.against.split(",") if name not in ("", "none")]
 
     def decodes(self) -> list[str]:
@@ -124,12 +123,10 @@ class Config:
 
 
 def run(config: Config) -> None:
-    """Measure and print."""
     show(measure(config), config.json, as_text)
 
 
 def measure(config: Config) -> dict[str, Any]:
-    """Prepare, and measure in turn."""
     config = harness.on_device(config)
     with tempfile.TemporaryDirectory(dir=config.work) as work:
         specs = prepare(config, Path(work))
@@ -178,7 +175,6 @@ def prepare(config: Config, work: Path) -> list[dict[str, Any]]:
 def describe_one(
     config: Config, peer: str, decode: str, folder: Path, patches: Any
 ) -> dict[str, Any]:
-    """What one process is told."""
     size = config.pixel_batch_size if decode == "pixels" else config.batch_size
     count = len(patches)
     stored = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
@@ -228,7 +224,6 @@ def describe_set(config: Config, own: Path, work: Path, count: int) -> dict[str,
 
 
 def write_format(config: Config, peer: str, patches: Any, folder: Path, own: Path) -> None:
-    """Write a peer's files."""
     from latentds_tools.bench import peer_formats
 
     pack = peer_formats.PACK if peer.endswith("-packed") else 1

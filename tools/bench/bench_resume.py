@@ -82,7 +82,6 @@ class Config:
         self.shares()
 
     def peers(self) -> list[str]:
-        """Who is measured, ourselves first."""
         return ["latentds", *(name for name in self.against.split(",") if name)]
 
     def pairs(self) -> list[tuple[tuple[int, int], tuple[int, int]]]:
@@ -101,7 +100,6 @@ class Config:
         return found
 
     def shares(self) -> list[float]:
-        """Where runs are stopped."""
         try:
             found = [float(text) for text in self.stops.split(",")]
         except ValueError:
@@ -216,7 +214,6 @@ def compare(whole: Ranks, first: Ranks, rest: Ranks, samples: int) -> dict[str, 
 
 
 def samples_of(ranks: Ranks) -> list[int]:
-    """All samples of all ranks."""
     return [sample for batches in ranks for batch in batches for sample in batch]
 
 
@@ -269,7 +266,6 @@ def run_ranks(
 
 
 def wait_for(process: subprocess.Popen[str]) -> str:
-    """Last words of a rank."""
     try:
         return harness.last_words(process.communicate(timeout=GIVE_UP_S)[1])
     except subprocess.TimeoutExpired:
@@ -277,7 +273,6 @@ def wait_for(process: subprocess.Popen[str]) -> str:
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
@@ -305,7 +300,6 @@ COLUMNS: dict[str, harness.Column] = {
 
 
 def row_cells(row: dict[str, Any]) -> list[str]:
-    """A row of the table."""
     if "error" in row:
         row = row | {"error": row["error"].removeprefix(f"{row['peer']}: ")}
     return harness.row_cells(COLUMNS, row, "lost")

@@ -42,7 +42,6 @@ class Config:
 
 
 def run(config: Config) -> None:
-    """Make the sets, open each, print."""
     from latentds_tools.bench.synthetic import write_sparse, write_synthetic
 
     cases = []
@@ -116,7 +115,6 @@ def memory() -> dict[str, int]:
 
 
 def as_text(rows: list[dict[str, Any]]) -> str:
-    """The table."""
     columns: dict[str, Column] = {
         "patches": ("patches", ","),
         "shards": ("codes", lambda row: "written" if row["codes"] else "holes"),

@@ -55,7 +55,6 @@ class Config:
 
 
 def run(config: Config) -> None:
-    """Print both tables."""
     from latentds import LatentDataset
 
     data = LatentDataset(
@@ -202,7 +201,6 @@ def fetch(cache: OrderedDict[int, None], packs: Any, counts: Any, capacity: int)
 
 
 def as_text(result: dict[str, Any]) -> str:
-    """Both tables."""
     head = (
         f"{result['patches']:,} patches of {result['slides']:,} slides, global batch "
         f"{result['global_batch_size']:,}"

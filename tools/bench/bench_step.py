@@ -25,12 +25,10 @@ COLUMNS: dict[str, harness.Column] = {
 
 
 def run(config: Config) -> None:
-    """Measure and print."""
     show(measure(config), config.json, as_text)
 
 
 def measure(config: Config) -> dict[str, Any]:
-    """All figures."""
     import torch
     from latentds_tools.bench.step_feeding import Feeding, open_source
 
@@ -118,7 +116,6 @@ def overlap(step: Way, loaded: Way, parts: Sequence[Way]) -> dict[str, float]:
 
 
 def as_text(report: dict[str, Any]) -> str:
-    """The table and what it says."""
     config, source = report["config"], report["source"]
     crops = f"{config['globals']} x {config['global_px']} px"
     if config["locals"]:

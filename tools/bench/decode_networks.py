@@ -113,7 +113,6 @@ def combinations(device: str, compile: bool) -> list[Decode]:
 
 
 def describe(options: Decode) -> str:
-    """Options in a few words."""
     words = [str(options.dtype).removeprefix("torch.")]
     words += [n for n in ("channels_last", "compile", "cuda_graph") if getattr(options, n)]
     return " ".join(words)

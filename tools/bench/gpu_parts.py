@@ -51,7 +51,6 @@ class GpuPart:
 
     @property
     def command(self) -> str:
-        """What a user would type."""
         program = "latentds" if self.bench else Path(sys.executable).name
         return " ".join((program, *self.words[2 if self.bench else 0 :]))
 
@@ -151,7 +150,6 @@ def resident_part(sets: Path, device: str, patches: int) -> GpuPart:
 
 
 def loading(device: str, patches: int) -> tuple[object, ...]:
-    """What loaders are told."""
     is_gpu = device.startswith("cuda")
     batch, seconds, workers = (256, 1.5, 4) if is_gpu else (8, 0.05, 1)
     return (
@@ -174,7 +172,6 @@ def step(name: str, title: str, device: str, *words: object) -> GpuPart:
 
 
 def step_parts(device: str, is_gpu: bool) -> list[GpuPart]:
-    """ViT-S and ViT-L."""
     parts = [
         step("step-vit-s", "A DINO step of ViT-S with views", device,
              "--batch-size", 128, "--steps", 10, "--rounds", 3),

@@ -58,7 +58,6 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def machine_text(where: Mapping[str, Any]) -> str:
-    """The machine in a line."""
     return (
         f"{where['gpu'] or where['cpu']}, {where['cores']} cores ({where['torch_threads']} threads "
         f"of torch), torch {where['torch']}"
@@ -126,7 +125,6 @@ def engaged(decoder: Decoder) -> dict[str, Any]:
 
 
 def counters_text(counters: Mapping[str, Any]) -> str:
-    """What was counted, in a line."""
     shown = (f"{name} {value:,}" if isinstance(value, int) else f"{name} {value}"
              for name, value in counters.items())  # fmt: skip
     return f"counted: {', '.join(shown)}"
@@ -189,7 +187,6 @@ class Case:
 
     @property
     def sound(self) -> list[dict[str, Any]]:
-        """Rounds without an error."""
         return [figures for figures in self.rounds if "error" not in figures]
 
     def row(self) -> dict[str, Any]:
@@ -230,7 +227,6 @@ class Way:
         return statistics.median(self.seconds)
 
     def run(self, steps: int, device: torch.device) -> float:
-        """Seconds that so many steps take."""
         started = time.perf_counter()
         for _ in range(steps):
             self.once()
@@ -276,7 +272,6 @@ def medians(rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def extent(values: Sequence[float]) -> list[float]:
-    """The least and the greatest."""
     return [min(values), max(values)]
 
 

@@ -68,7 +68,6 @@ def load_patches(folder: Path | None, patch_px: int) -> list[np.ndarray]:
 
 
 def encode(patch: np.ndarray) -> bytes:
-    """A patch as baseline JPEG."""
     file = io.BytesIO()
     Image.fromarray(patch).save(file, "JPEG", quality=QUALITY, subsampling=SUBSAMPLING)
     return file.getvalue()

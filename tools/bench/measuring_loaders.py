@@ -70,7 +70,6 @@ def follow(process: subprocess.Popen[str], watch: Watch) -> dict[str, Any] | Non
 
 
 def note(figures: dict[str, Any], event: dict[str, Any], spent: dict[str, float]) -> None:
-    """Keep what an event tells."""
     name = event.pop("event")
     if name == "imported":
         figures["versions"] = event["versions"]

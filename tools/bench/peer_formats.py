@@ -103,7 +103,6 @@ def write_parquet(patches: Patches, out: Path, pack: int) -> None:
 
 
 def write_mds(patches: Patches, out: Path, pack: int, python: str) -> None:
-    """By the other environment's own writer."""
     spec: dict[str, Any] = {"peer": "write-mds", "folder": str(out), "pack": pack}
     with tempfile.TemporaryDirectory(dir=out.parent) as work:
         for name, values in (("codes", patches.codes), ("labels", patches.labels)):

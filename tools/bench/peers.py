@@ -137,7 +137,6 @@ class Ready:
             self.decoder = make_decoder(spec)
 
     def __call__(self, batch: Any) -> Labelled:
-        """Tensors on the device."""
         if self.spec["module"] == "latentds":  # its loader has done all of it
             self.last = batch.codes
             shown = {"codes": batch.codes, "latents": batch.latents, "pixels": batch.images}
@@ -205,7 +204,6 @@ def loader_of(source: Any, spec: Spec, **options: Any) -> DataLoader[Any]:
 
 
 def files_of(spec: Spec, pattern: str) -> list[str]:
-    """Paths of a peer's files."""
     return sorted(str(path) for path in Path(spec["folder"]).glob(pattern))
 
 
@@ -289,7 +287,6 @@ class Pooled(IterableDataset[Labelled]):
 
 
 def shuffle_together(codes: list[Any], labels: list[Any], rng: Any) -> tuple[Any, Any]:
-    """Parts joined and permuted alike."""
     joined, numbers = np.concatenate(codes), np.concatenate(labels)
     order = rng.permutation(len(joined))
     return joined[order], numbers[order]

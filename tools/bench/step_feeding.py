@@ -177,7 +177,6 @@ class Feeding:
         return engaged(self.decoder) if self.has_decoder else self.decoder.counters()
 
     def facts(self) -> dict[str, Any]:
-        """Of the set, for the report."""
         contract = self.loader.contract
         return {"bytes_per_patch": contract.bytes_per_patch, "patch_px": contract.patch_px[0]}
 

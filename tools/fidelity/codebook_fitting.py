@@ -83,7 +83,6 @@ class Codebooks:
         return None
 
     def make(self, spec: LatentSpec) -> LatentCodec:
-        """The codec of a row."""
         autoencoder, quantizer = self.autoencoders.get(spec.name), spec.quantizer
         found = self.find_stored(spec)
         book = found[1].codebook if found else None

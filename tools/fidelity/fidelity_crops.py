@@ -72,12 +72,10 @@ class FidelityCrops:
 
     @property
     def images(self) -> list[np.ndarray]:
-        """The crops' pixels."""
         return [crop.image for crop in self.crops]
 
     @property
     def slide_rule(self) -> str:
-        """The rules in words."""
         rules = self.slide_rules
         if len(set(rules.values())) == 1:
             return next(iter(rules.values()))
@@ -94,7 +92,6 @@ class FidelityCrops:
         return dict(Counter(crop.kind for crop in self.crops).most_common())
 
     def digest(self) -> str:
-        """Hash of the pixels, in order."""
         digest = hashlib.sha256()
         for image in self.images:
             digest.update(image.tobytes())

@@ -41,8 +41,6 @@ MAX_PROBED = 5000  # crops that probes are fitted to
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FidelityJob:
-    """All that rows are measured with."""
-
     config: Config
     plan: FidelityPlan
     crops: FidelityCrops

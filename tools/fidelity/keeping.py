@@ -52,7 +52,6 @@ class KeptRows:
             return None
 
     def keep_encoded(self, facts: dict[str, Any], encoded: Encoded) -> None:
-        """Write a codec's files."""
         if self.folder is None:
             return
         content = io.BytesIO()

@@ -140,7 +140,6 @@ def choose_rule(
 
 
 def rule_of_names(names: Sequence[str]) -> str:
-    """The rule that all names allow."""
     from latentds.sources.names import TCGA_SLIDE
 
     if all(TCGA_SLIDE.search(name) for name in names):

@@ -31,7 +31,6 @@ class Groups:
         self.rounds, self.seed = rounds, seed
 
     def counts(self) -> dict[str, dict[str, int]]:
-        """Crops and slides of every group."""
         return {
             name: {"crops": int(mask.sum()), "slides": len(np.unique(self.slides[mask]))}
             for name, mask in self.masks.items()
@@ -42,7 +41,6 @@ class Groups:
         return {name: self.summarize_group(per_crop, mask) for name, mask in self.masks.items()}
 
     def summarize_group(self, per_crop: dict[str, Any], mask: np.ndarray) -> dict[str, Any]:
-        """The figures of one group."""
         slides = self.slides[mask]
 
         def of(column: Sequence[float | None]) -> dict[str, Any]:

@@ -132,7 +132,6 @@ def settled(preset: Preset, given: object) -> Preset:
 
 
 def plain(config: DataclassInstance) -> dict[str, Any]:
-    """The settings as JSON values."""
     values = dataclasses.asdict(config)
     return {name: jsonable(value) for name, value in values.items()}
 

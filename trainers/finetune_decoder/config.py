@@ -245,7 +245,6 @@ class FinetuneConfig(TrainConfig):
             raise ValueError("--student brings its own first weights; leave --init")
 
     def check_paper(self) -> None:
-        """Refuse what differs from the paper."""
         if self.embedder is None:
             raise ValueError("--preset paper-finetune needs an --embedder (the paper's is uni)")
         changed = [name for name, value in PAPER.items() if getattr(self, name) != value]

@@ -148,7 +148,6 @@ class PretrainConfig(PretrainOptions):
             settings.check_rate(self.lr, self.schedule)
 
     def check_choices(self) -> None:
-        """Refuse settings that exclude each other."""
         if self.steps is not None and self.epochs is not None:
             raise ValueError("give --steps or --epochs, not both")
         if self.method != "mae" and self.precision == "bf16":

@@ -80,12 +80,10 @@ class SegmentationSettings:
 
     @property
     def values(self) -> MaskValues:
-        """What the values in masks mean."""
         return parse_mask_values(self.mask_values, self.classes)
 
     @property
     def left_out(self) -> tuple[int, ...]:
-        """Labels that are not scored."""
         names = self.values.names
         return (0, *(names.index(name) for name in self.unscored))
 

@@ -96,7 +96,6 @@ def refuse(config: PatchInput, names: tuple[str, ...], why: str) -> None:
 
 
 def open_originals(config: PatchInput, opened: Opened) -> PatchSet:
-    """Pictures as they are."""
     device, memory = opened
     pictures = open_pictures(config)
     facts = SourceFacts(
@@ -117,7 +116,6 @@ def open_originals(config: PatchInput, opened: Opened) -> PatchSet:
 
 
 def open_format(config: PatchInput, spec: PictureSpec, opened: Opened) -> PatchSet:
-    """Pictures through a picture format."""
     device, memory = opened
     if spec.at_equal_bytes:
         raise InputError(
@@ -198,7 +196,6 @@ def with_decoder(network: Autoencoder, decoder: str) -> Autoencoder:
 def open_latents(
     config: PatchInput, shards: Shards, autoencoder: Autoencoder | None, opened: Opened
 ) -> PatchSet:
-    """The patches of a data set."""
     device, memory = opened
     refuse(config, ("codec", "codebook", "codebook_from"), "for a data set, whose latents have one")
     refuse(config, OF_ORIGINALS, "for a data set, whose patches are cut")

@@ -85,7 +85,6 @@ class SourceFacts:
     codebook: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
         return dataclasses.asdict(self) | {"patch_px": list(self.patch_px)}
 
 

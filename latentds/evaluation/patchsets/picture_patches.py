@@ -137,15 +137,12 @@ class Pictures:
         return PictureLayout(table, numbers[order], headers, regions[order])
 
     def slides(self) -> list[str]:
-        """Sorted names of the slides."""
         return sorted({picture.slide for picture in self.pictures if picture.slide is not None})
 
     def of_slide(self, slide: str) -> Pictures:
-        """The pictures of one slide."""
         return self.part([number for number, p in enumerate(self.pictures) if p.slide == slide])
 
     def of_split(self, split: str) -> Pictures:
-        """The pictures of one split."""
         return self.part([number for number, p in enumerate(self.pictures) if p.split == split])
 
     def part(self, chosen: Sequence[int]) -> Pictures:
@@ -255,7 +252,6 @@ def open_pictures(config: PatchInput) -> Pictures:
 
 
 def count_workers(workers: int | None) -> int:
-    """Threads of a set."""
     return workers or min(MAX_WORKERS, os.cpu_count() or 1)
 
 

@@ -84,11 +84,19 @@ def publish_model_folder(
     send: Callable[..., Any], config: PublishOptions, folder: Path, repository: str
 ) -> None:
     """Publish a decoder or a backbone by its own function, and say what was done."""
-    from latentds.hub.model_files import publication_of, summary_text
+    from latentds.hub.licences import read_markdown
+    from latentds.hub.model_files import summary_text
+    from latentds.hub.snippets import Publication
 
     result = send(
         folder,
-        publication_of(repository, config),
+        Publication(
+            repository=repository,
+            licence=config.license,
+            licence_name=config.license_name,
+            revision=config.revision,
+            notes=read_markdown(config.notes),
+        ),
         private=config.private,
         overwrite=config.overwrite,
         dry_run=config.dry_run,

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -138,10 +137,6 @@ class SamPath(nn.Module):
         features = self.encoders(images)
         logits, iou = self.head(features, (height, width))
         return logits, iou
-
-    def trainable_parameters(self) -> Iterator[nn.Parameter]:
-        """Those of the head; all others are frozen."""
-        return self.head.parameters()
 
     def load_trained(self, path: Path) -> SamPath:
         """Self, with a head's weights from a safetensors file.

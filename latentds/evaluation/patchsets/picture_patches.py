@@ -13,8 +13,7 @@ import numpy as np
 
 from latentds.errors import InputError, unknown_name
 from latentds.evaluation.patchsets.fingerprints import fingerprint_pictures
-from latentds.evaluation.patchsets.ordering import canonical_order
-from latentds.evaluation.patchsets.patch_set import PatchTable
+from latentds.evaluation.patchsets.patch_set import PatchTable, canonical_order
 from latentds.evaluation.patchsets.patch_set_config import PatchInput
 from latentds.sources.cut_options import SourceOptions
 from latentds.sources.opening import list_source, open_source
@@ -29,7 +28,6 @@ from latentds.store.patch_record import Patch, Place
 MAX_WORKERS = 16  # threads where --workers is not given
 SAMPLED_SLIDES = 16  # whose tissue is found to draw a sample of patches
 BAD_NAMED = 3
-UNPLACED = Place(None, None, None, None)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -58,10 +58,7 @@ class ColourEmbedder:
 @pytest.fixture
 def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
     """`sd15` is the mean of 8x8 px, `colours` an embedder, `dcae-f32` and `gone` cannot be had."""
-    import latentds.autoencoders
-    import latentds.embedders
-
-    real = latentds.autoencoders.load_autoencoder
+    real = codec_opening.load_autoencoder
 
     def autoencoder(name: str, **options: object) -> object:
         if name == "dcae-f32":
@@ -73,8 +70,8 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
             raise WeightsError("gone: gated; ask its authors")
         return ColourEmbedder(name)
 
-    monkeypatch.setattr(latentds.autoencoders, "load_autoencoder", autoencoder)
-    monkeypatch.setattr(latentds.embedders, "load_embedder", embedder)
+    monkeypatch.setattr(codec_opening, "load_autoencoder", autoencoder)
+    monkeypatch.setattr(codec_opening, "load_embedder", embedder)
 
 
 @pytest.fixture

@@ -14,7 +14,10 @@ import numpy as np
 from latentds_tools.fidelity.picture_slides import NAMING, Found, SlideOptions, find_slides
 
 from latentds.codecs import PictureSpec, make_picture_codec
+from latentds.core.untrusted_files import open_picture
 from latentds.errors import InputError
+from latentds.sources.names import patient_of
+from latentds.sources.picture_decoding import read_header, read_picture
 
 MAX_PX = 1 << 28
 DEFAULT_SLIDES = SlideOptions()
@@ -83,8 +86,6 @@ class FidelityCrops:
 
     def known_slides(self) -> set[str]:
         """Slides that mean the same in another folder; of TCGA slides their patients."""
-        from latentds.sources.names import patient_of
-
         return {patient_of(crop.slide) for crop in self.crops if crop.rule in NAMING}
 
     def kinds(self) -> dict[str, int]:
@@ -133,8 +134,6 @@ def cut(
     found: Found, edge: int, count: int, rng: np.random.Generator, recode: Sequence[PictureSpec]
 ) -> Iterator[Crop]:
     """The crops of one picture, each as it is and as recoded; none where it is too small."""
-    from latentds.sources.picture_decoding import read_header, read_picture
-
     try:
         header = read_header(found.path, MAX_PX)
         if min(header.size_px) < edge:
@@ -162,8 +161,6 @@ def kind_of(path: Path, encoding: str) -> str:
 
     JPEG 2000 is other: its files may be lossless, but do not say so to Pillow.
     """
-    from latentds.core.untrusted_files import open_picture
-
     if encoding == "jpeg" or encoding.startswith("jpeg:"):
         return "jpeg"
     if encoding == "tiff":

@@ -19,6 +19,7 @@ from latentds_tools.fidelity.measuring import Measured
 
 from latentds.core.canonical_json import canonical_json
 from latentds.core.storage import write_atomically
+from latentds.errors import InputError
 
 
 class KeptRows:
@@ -78,8 +79,6 @@ def key_of(facts: dict[str, Any]) -> str:
 
 def check_finite(values: dict[str, Any], where: str) -> None:
     """Refuse figures that are NaN: something is broken, and no table should hide it."""
-    from latentds.errors import InputError
-
     for name, column in values.items():
         if isinstance(column, dict):
             check_finite(column, where)

@@ -12,7 +12,7 @@ import torch
 from latentds_tools import cli
 from latentds_tools.bench import bench_scale, peers
 from latentds_tools.bench.measuring_loaders import Watch, measure_loader
-from latentds_tools.bench.peer_formats import Patches, write_parquet, write_webdataset
+from latentds_tools.bench.peer_formats import read_patches, write_parquet, write_webdataset
 from latentds_tools.bench.synthetic import write_sparse, write_synthetic
 
 from latentds.errors import InputError
@@ -43,12 +43,6 @@ def call(capsys, *words) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
-def patches_of(folder) -> Patches:
-    shards = ShardSet(folder)
-    rows = np.arange(*shards.patch_range("train"))
-    return Patches(shards.read_codes(rows), shards.patches["label"][rows].astype(np.int64))
-
-
 @pytest.mark.parametrize(
     "peer",
     [
@@ -57,10 +51,10 @@ def patches_of(folder) -> Patches:
     ],
 )
 def test_every_peer_delivers_the_same_patches_shuffled(shared_dataset, tmp_path, peer):
-    patches = patches_of(shared_dataset)
+    patches = read_patches(shared_dataset, "train")
     folder = tmp_path
     if peer == "webdataset":
-        write_webdataset(patches, tmp_path)
+        write_webdataset(patches, tmp_path, "npy", patches.codes)
     elif peer.startswith("datasets"):
         write_parquet(patches, tmp_path, 16 if peer == "datasets-packed" else 1)
     else:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from latentds_tools import cli
 from latentds_tools.bench import bench_decode, decode_networks, harness, jpeg_decoding
-from latentds_tools.bench.decode_shapes import check_known, find_decoder, gigaflops, shapes
+from latentds_tools.bench.decode_shapes import SHAPES, check_known, find_decoder, gigaflops
 from latentds_tools.bench.harness import run_cases
 
 from latentds.errors import InputError, UnknownNameError
@@ -176,7 +176,7 @@ def test_shapes_decode_as_the_published_networks_do(name):
     if name in ("sd15", "sd3", "dcae-f32"):
         pytest.importorskip("diffusers")
     with torch.device("meta"):
-        shape = shapes()[name]
+        shape = SHAPES[name]
         decoder = shape.build().eval()
     cells = 256 // shape.factor
     images = decoder(torch.zeros(1, shape.channels, cells, cells, device="meta"))
@@ -224,8 +224,8 @@ def test_heavy_decoders_run_one_patch_at_a_time_on_a_cpu():
 def test_jpeg_decoders_work_together(library, kind):
     pytest.importorskip(library)
     jpegs = jpegs_of(64)[:4]
-    together, first = jpeg_decoding.rate_together(library, jpegs, 0.1, 2, kind)
-    assert together > 0 and first > 0
+    found = jpeg_decoding.rate_together(library, jpegs, 0.1, 2, kind)
+    assert found["patches_per_s"] > 0 and found["first_batch_s"] > 0
 
 
 @pytest.mark.parametrize("library", jpeg_decoding.LIBRARIES)

@@ -75,7 +75,7 @@ def test_wrong_options_are_named(options, error, message):
 
 def test_a_peer_that_is_not_installed_is_a_row(tmp_path, monkeypatch):
     monkeypatch.setitem(bench_resume.PEERS, "litdata", ("no-such-distribution",))
-    (row,) = bench_resume.measure_peer(Config(), "litdata", tmp_path)
+    (row,) = bench_resume.measure_peer(Config(), "litdata", tmp_path, {})
     assert row["error"] == "not installed: no-such-distribution"
     assert "not installed: no-such-distribution" in bench_resume.row_cells(row)
 

@@ -58,10 +58,7 @@ class ColourEmbedder:
 @pytest.fixture
 def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
     """`sd15` is the mean of 8x8 px, `colours` an embedder, `dcae-f32` and `gone` cannot be had."""
-    import latentds.autoencoders
-    import latentds.embedders
-
-    real = latentds.autoencoders.load_autoencoder
+    real = codec_opening.load_autoencoder
 
     def autoencoder(name: str, **options: object) -> object:
         if name == "dcae-f32":
@@ -73,8 +70,8 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
             raise WeightsError("gone: gated; ask its authors")
         return ColourEmbedder(name)
 
-    monkeypatch.setattr(latentds.autoencoders, "load_autoencoder", autoencoder)
-    monkeypatch.setattr(latentds.embedders, "load_embedder", embedder)
+    monkeypatch.setattr(codec_opening, "load_autoencoder", autoencoder)
+    monkeypatch.setattr(codec_opening, "load_embedder", embedder)
 
 
 @pytest.fixture
@@ -461,13 +458,13 @@ def test_decoders_on_the_hub_take_the_encoder_they_name(folder, hub, tmp_path):
     from latentds.autoencoders import load_autoencoder
     from latentds.autoencoders.decoders import architecture_of, save_decoder
     from latentds.hub.decoder_upload import publish_decoder
-    from latentds.hub.model_files import ModelPublication
+    from latentds.hub.snippets import Publication
 
     tiny = load_autoencoder("tiny")
     for name, base in (("mine", tiny.card), ("other", dataclasses.replace(tiny.card, name="x"))):
         trained = {"config": {"pictures": ["in"]}}
         save_decoder(tmp_path / name, tiny.decoder, base, architecture_of(tiny), trained)
-        publication = ModelPublication(repository=f"org/{name}", licence="mit")
+        publication = Publication(repository=f"org/{name}", licence="mit")
         publish_decoder(tmp_path / name, publication)
     config = settings(folder, codecs="org/mine+kmeans", embedders="")
     report, _ = comparing.compare(config)

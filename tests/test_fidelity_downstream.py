@@ -9,7 +9,7 @@ from latentds_tools.fidelity import comparing, fidelity_page, jpeg_tables, nucle
 from latentds_tools.fidelity.fidelity_config import Config
 from latentds_tools.fidelity.fidelity_crops import read_crops
 from latentds_tools.fidelity.job import prepare
-from latentds_tools.fidelity.summaries import pair
+from latentds_tools.fidelity.summaries import Groups
 from PIL import Image
 
 from latentds.codecs import PictureCodec
@@ -60,14 +60,15 @@ def report_of(config: Config) -> dict:
 @dataclasses.dataclass
 class OfSlide:
     slide: str
+    kind: str
 
 
 def test_differences_are_paired_and_their_intervals_over_slides():
-    crops = [OfSlide(slide) for slide in ("a", "a", "b", "c")]
+    kinds = ("two", "two", "one", "one")
+    crops = [OfSlide(*names) for names in zip(("a", "a", "b", "c"), kinds, strict=True)]
     own = {"similarity": {}, "psnr_db": [31.0, None, 33.0, 34.0], "ssim": [1.0] * 4}
     other = {"similarity": {}, "psnr_db": [30.0, 1.0, 30.0, 30.0], "ssim": [0.5] * 4}
-    masks = {"all": np.ones(4, bool), "two": np.array([True, True, False, False])}
-    found = pair(own, other, crops, masks, 200, 0)
+    found = Groups(crops, 200, 0).pair(own, other)
     psnr = found["all"]["psnr_db"]
     assert (psnr["mean"], psnr["wins"], psnr["n"]) == (pytest.approx(8 / 3), 3, 3)
     assert 1 <= psnr["low"] < 8 / 3 < psnr["high"] <= 4

@@ -19,13 +19,13 @@ from latentds.hub.decoder_upload import (
     licence_warnings,
     publish_decoder,
 )
-from latentds.hub.model_files import ModelPublication
+from latentds.hub.snippets import Publication
 from latentds.loading.loader import LatentLoader
 from latentds.store.set_card import MAX_FACTS, facts_table
 from tests.bad_shards import flip_bit
 
 NAME = "org/name"
-PLAIN = ModelPublication(repository=NAME)
+PLAIN = Publication(repository=NAME)
 TRAINED = {"recipe": "finetune_decoder", "config": {"lr": 5e-5, "steps": 20}, "data": "a|b\nc"}
 
 

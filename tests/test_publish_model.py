@@ -18,7 +18,7 @@ from latentds.embedders.backbone_record import CODEBOOK, CONFIG, RECORD, WEIGHTS
 from latentds.embedders.latent_stem import LatentStemConfig, build_vit
 from latentds.errors import FormatError, InputError, UnknownNameError, WeightsError
 from latentds.hub.backbone_upload import licence_warnings, publish_model, published_card
-from latentds.hub.model_files import ModelPublication
+from latentds.hub.snippets import Publication
 from latentds.models.backbone_folder import write_backbone
 from latentds.quantizers.codebook_files import StoredCodebook, save_codebook
 from latentds.quantizers.scalar import Codebook
@@ -26,7 +26,7 @@ from tests.bad_shards import flip_bit
 from tests.small_embedders import random_images
 
 ARCH, NAME = "test_vit", "org/name"
-PLAIN = ModelPublication(repository=NAME, licence="mit")
+PLAIN = Publication(repository=NAME, licence="mit")
 TRAINED = {"method": "dino", "sets": [{"name": "tcga", "licence": "CC BY-NC 4.0"}], "steps": 3}
 STEM = LatentStemConfig(4, 32, (0.0,) * 4, (1.0,) * 4, latent_id="sha256:1")
 

@@ -82,7 +82,7 @@ def take_steps(model: SamPath, count: int) -> list[float]:
     labels = torch.ones(2, 256, 256, dtype=torch.long)
     labels[:, 64:192, 64:192] = 2
     images += 0.7 * (labels == 2)[:, None]
-    optimizer = torch.optim.AdamW(model.trainable_parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(model.head.parameters(), lr=3e-3)
     losses = []
     for _ in range(count):
         logits, iou = model(images)

@@ -52,7 +52,6 @@ class Config:
 
 
 def run(config: Config) -> None:
-    """Read, compare, write, print."""
     from latentds_tools.comparison.compare_page import write_page
     from latentds_tools.comparison.compare_plots import draw_bars, draw_differences
     from latentds_tools.comparison.compare_report import make_report

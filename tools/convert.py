@@ -180,7 +180,6 @@ def planned_slides(config: Config, plan: Any) -> dict[str, Any]:
 
 
 def planned_bytes(config: Config, latents_shape: tuple[int, int, int]) -> int:
-    """Bytes a patch's codes will take."""
     from latentds.autoencoders.cards import ALIASES
     from latentds.autoencoders.tiny import USUAL_BYTES, USUAL_CELLS
     from latentds.conversion.codebook_choice import fitting, planes_of
@@ -200,7 +199,6 @@ def planned_bytes(config: Config, latents_shape: tuple[int, int, int]) -> int:
 
 
 def describe(config: Config, manifest: Any, seconds: float) -> dict[str, Any]:
-    """What a conversion made."""
     from latentds.store.format import SLIDES_TABLE
     from latentds.store.set_measures import slide_entropies, stored_resolutions
 

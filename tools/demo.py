@@ -210,7 +210,6 @@ def rate(work: Callable[[], object], count: int, device: str) -> float:
 
 
 def print_figures(figures: dict[str, Any]) -> None:
-    """The figures as a few lines."""
     for name, quality in figures["quality"].items():
         label = label_of(name, figures)
         say(
@@ -231,7 +230,6 @@ def label_of(name: str, figures: dict[str, Any]) -> str:
 
 
 def make_page(folder: Path, figures: dict[str, Any]) -> str:
-    """The page's HTML."""
     from latentds_tools.reports import html_pages
 
     quality = figures["quality"]
@@ -280,7 +278,6 @@ def make_page(folder: Path, figures: dict[str, Any]) -> str:
 
 
 def patch_row(figures: dict[str, Any], place: int) -> str:
-    """One patch in all its versions."""
     import numpy as np
     from latentds_tools.reports import html_pages
 

@@ -43,7 +43,6 @@ class Config:
 
 
 def run(config: Config) -> int:
-    """Look, print; the exit code."""
     findings = list(examine(config))
     broken = any(finding.breaks_base for finding in findings)
     rows = [dataclasses.asdict(finding) for finding in findings]

@@ -38,7 +38,6 @@ class Config:
 
 
 def run(config: Config) -> None:
-    """Export, and say how much."""
     from latentds.edit import exporting
     from latentds.errors import InputError
 

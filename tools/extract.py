@@ -42,7 +42,6 @@ class Config:
 
 
 def run(config: Config) -> None:
-    """Extract, and say what was written."""
     from latentds.core.device_choice import choose_device
     from latentds.edit.extracting import extract
     from latentds.edit.slide_lists import read_slide_list

@@ -160,7 +160,6 @@ def summarize(
     about: dict[str, Any],
     place: tuple[int, int],
 ) -> dict[str, Any]:
-    """What a rank did, as JSON."""
     summary = {"out": str(out)} | about | {
         "dim": done.dim,
         "slides": len(done.slides),
@@ -194,7 +193,6 @@ class Bar:
         self.slide, self.patches = 0, 0
 
     def advance(self, step: Step) -> None:
-        """Count patches just written."""
         if step.number != self.slide:
             self.slide, self.patches = step.number, self.patches + step.size
             self.bar.total = round(self.patches / step.number * step.slides)

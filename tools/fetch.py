@@ -27,7 +27,6 @@ class Config:
 
 
 def run(config: Config) -> None:
-    """Fetch, and say what lies where."""
     from latentds.core.display import progress
     from latentds.hub.fetching import fetch
 

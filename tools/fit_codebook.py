@@ -71,7 +71,6 @@ class Config:
 
 
 def run(config: Config) -> None:
-    """Fit, save, report."""
     from latentds.quantizers.codebook_files import save_codebook
 
     check_free([config.out], config.overwrite)

@@ -69,7 +69,6 @@ class Config:
 
 
 def run(config: Config) -> None:
-    """Import, and say what was made."""
     from latentds.edit.importing import import_latents
 
     manifest = import_latents(

@@ -38,12 +38,10 @@ class Config:
 
 
 def run(config: Config) -> None:
-    """Print what the manifest says."""
     show(summarize(config), config.json, lambda summary: as_text(visible(summary)))
 
 
 def summarize(config: Config) -> dict[str, Any]:
-    """What `--json` prints."""
     from latentds.sources.names import describe_barcodes
     from latentds.store.manifest import read_manifest
     from latentds.store.reader import ShardSet
@@ -120,7 +118,6 @@ def loader_memory(manifest: Any, config: Config) -> dict[str, int]:
 
 
 def as_text(summary: dict[str, Any]) -> str:
-    """The summary for people."""
     card, codebook, memory = summary["autoencoder"], summary["codebook"], summary["loader_memory"]
     height, width = summary["patch_px"]
     splits = ", ".join(f"{name} {count:,}" for name, count in summary["splits"].items())

@@ -28,7 +28,6 @@ class Config:
 
 
 def run(config: Config) -> None:
-    """Merge, and say what was made."""
     from latentds.edit.merging import merge
 
     manifest = merge(config.folders, config.out, config.overwrite)

@@ -63,7 +63,6 @@ class Config:
 
 
 def run(config: Config) -> None:
-    """Publish, and say what was done."""
     from latentds.hub.set_upload import publish
 
     result = publish(
@@ -85,11 +84,19 @@ def publish_model_folder(
     send: Callable[..., Any], config: PublishOptions, folder: Path, repository: str
 ) -> None:
     """Publish a decoder or a backbone by its own function, and say what was done."""
-    from latentds.hub.model_files import publication_of, summary_text
+    from latentds.hub.licences import read_markdown
+    from latentds.hub.model_files import summary_text
+    from latentds.hub.snippets import Publication
 
     result = send(
         folder,
-        publication_of(repository, config),
+        Publication(
+            repository=repository,
+            licence=config.license,
+            licence_name=config.license_name,
+            revision=config.revision,
+            notes=read_markdown(config.notes),
+        ),
         private=config.private,
         overwrite=config.overwrite,
         dry_run=config.dry_run,
@@ -106,7 +113,6 @@ def say_published(result: Any, as_json: bool, text: Callable[[Any], str]) -> Non
 
 
 def publication(config: Config) -> Any:
-    """What the card is to say."""
     from latentds.hub.licences import check_licence, read_markdown
     from latentds.hub.snippets import Publication
 
@@ -122,7 +128,6 @@ def publication(config: Config) -> Any:
 
 
 def as_text(summary: dict[str, Any]) -> str:
-    """The summary for people."""
     is_done = summary["commit"] is not None
     sent = summary["sent" if is_done else "to_send"]
     lines = [f"{summary['url']}  {summary['commit'] or '(dry run, nothing written)'}"]

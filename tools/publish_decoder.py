@@ -27,7 +27,6 @@ class Config(PublishOptions):
 
 
 def run(config: Config) -> None:
-    """Publish, and say what was done."""
     from latentds.hub.decoder_upload import publish_decoder
 
     publish_model_folder(publish_decoder, config, config.folder, config.repository)

@@ -27,7 +27,6 @@ class Config(PublishOptions):
 
 
 def run(config: Config) -> None:
-    """Publish, and say what was done."""
     from latentds.hub.backbone_upload import publish_model
 
     publish_model_folder(publish_model, config, config.folder, config.repository)

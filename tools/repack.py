@@ -55,7 +55,6 @@ class Config:
 
 
 def run(config: Config) -> None:
-    """Repack, and say what was made."""
     from latentds.edit.repacking import repack
     from latentds.store.golden import read_golden_table
     from latentds.store.manifest import read_manifest

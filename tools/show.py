@@ -45,7 +45,6 @@ class Config:
 
 
 def run(config: Config) -> None:
-    """Decode and write the page."""
     from latentds_tools.reports.commands import check_free
 
     from latentds.core.storage import write_atomically
@@ -108,7 +107,6 @@ class ShownPatches:
 
 
 def make_page(config: Config) -> str:
-    """The page's HTML."""
     import numpy as np
     from latentds_tools.reports import html_pages
 

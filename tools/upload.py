@@ -28,7 +28,6 @@ class Config:
 
 
 def run(config: Config) -> None:
-    """Upload, and say what is there."""
     from latentds.core.display import progress
     from latentds.store.object_store import upload
 

@@ -76,7 +76,6 @@ def load_embedder(name_or_path: str | os.PathLike[str], *, native: bool = False)
 
 
 def load_card(name: str, path: Path | None, native: bool) -> NetworkEmbedder:
-    """An embedder known by name."""
     if name == "efficientnet-lite0":
         from latentds.embedders.efficientnet_lite import load_efficientnet_lite
 
@@ -91,7 +90,6 @@ def load_card(name: str, path: Path | None, native: bool) -> NetworkEmbedder:
 
 
 def load_file(path: Path, rule: str) -> NetworkEmbedder:
-    """A local pathology encoder."""
     from latentds.embedders.nic import load_nic
 
     return load_nic(path, rule)

@@ -50,7 +50,6 @@ class BackboneRecord:
     trained: dict[str, Any]
 
     def to_json(self) -> str:
-        """The text of latentds.json."""
         return json.dumps({"format": FORMAT} | dataclasses.asdict(self), indent=1) + "\n"
 
 

@@ -91,7 +91,6 @@ def packaged_file() -> Path:
 
 
 def rename(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """The same tensors under timm's names."""
     places = [f"{stage}.{block}" for stage, count in enumerate(REPEATS) for block in range(count)]
     renamed = {}
     for name, tensor in tensors.items():

@@ -56,7 +56,6 @@ class EmbedderCard:
     weights_id: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
         return dataclasses.asdict(self)
 
 
@@ -69,9 +68,9 @@ class Embedder(Protocol):
         """Embeddings float32 (B, D) of images (B, 3, H, W) in [0, 1], gradients kept."""
         ...
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Any:
-        """Self, its weights moved."""
-        ...
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> Any: ...
 
 
 class Preparation(nn.Module):

@@ -61,12 +61,10 @@ def checked_settings(settings: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def is_triple(value: Any) -> bool:
-    """Three finite numbers."""
     return isinstance(value, list) and len(value) == 3 and all(map(is_number, value))
 
 
 def is_number(value: Any) -> bool:
-    """A finite number."""
     return type(value) in (int, float) and math.isfinite(value)
 
 

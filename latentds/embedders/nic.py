@@ -41,12 +41,15 @@ class NicEncoder(nn.Module):
             setattr(self, f"bn{i}", nn.BatchNorm2d(WIDTH, eps=1e-3))  # Keras's default eps
         self.fc = nn.Linear(WIDTH * 3 * 3, WIDTH)
 
-    def forward(self, fields: Tensor) -> Tensor:
-        x = fields
+    def convolved(self, x: Tensor) -> Tensor:
+        """What the convolutions make of images of any size."""
         for i in range(4):
             conv, norm = getattr(self, f"conv{i}"), getattr(self, f"bn{i}")
             x = norm(functional.leaky_relu(conv(x), 0.2))
-        embeddings: Tensor = self.fc(x.flatten(1))
+        return x
+
+    def forward(self, fields: Tensor) -> Tensor:
+        embeddings: Tensor = self.fc(self.convolved(fields).flatten(1))
         return embeddings
 
 

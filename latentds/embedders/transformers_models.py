@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -100,21 +101,37 @@ def load_dinov2(name: str, folder: Path | None = None, native: bool = False) -> 
 
 def load_network(folder: Path) -> Any:
     """The Dinov2 network of a folder, float32; WeightsError where a tensor is missing."""
+    network, absent = pretrained(folder, "dinov2", "a Dinov2 network", "embedders")
+    if absent:
+        raise WeightsError(f"{folder}: tensor {absent[0]!r} is missing ({len(absent)} in all)")
+    return network
+
+
+def load_transformers(extra: str) -> Any:
+    """The library, when it is needed: importing it takes a second."""
     try:
-        config = json.loads((folder / "config.json").read_text())
-        model_type = config.get("model_type")
+        import transformers
+    except ImportError as error:
+        raise missing_extra("transformers", extra) from error
+    return transformers
+
+
+def pretrained(folder: Path, model_type: str, what: str, extra: str) -> tuple[Any, list[str]]:
+    """A folder's network of transformers, float32, and the tensors that it lacks, sorted.
+
+    what    the network in words, for messages
+    raises  WeightsError for another architecture and what cannot be read, MissingExtraError
+    """
+    try:
+        found = json.loads((folder / "config.json").read_text()).get("model_type")
     except (OSError, ValueError, AttributeError) as error:
         raise WeightsError(f"{folder}/config.json: cannot be read ({error})") from error
-    if model_type != "dinov2":
-        raise WeightsError(f"{folder}/config.json: model_type {model_type!r}, 'dinov2' is wanted")
+    if found != model_type:
+        raise WeightsError(f"{folder}/config.json: model_type {found!r}, {model_type!r} is wanted")
     if not (folder / "model.safetensors").is_file():
         raise WeightsError(f"{folder}: no model.safetensors; other files of weights are not read")
     try:
-        from transformers import AutoModel
-    except ImportError as error:
-        raise missing_extra("transformers", "embedders") from error
-    try:
-        network, report = AutoModel.from_pretrained(
+        network, report = load_transformers(extra).AutoModel.from_pretrained(
             folder,
             dtype=torch.float32,
             use_safetensors=True,
@@ -122,13 +139,10 @@ def load_network(folder: Path) -> Any:
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, TypeError) as error:
+    except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise WeightsError(f"{folder}: cannot load a Dinov2 network ({reason})") from error
-    absent = sorted(report["missing_keys"])
-    if absent:
-        raise WeightsError(f"{folder}: tensor {absent[0]!r} is missing ({len(absent)} in all)")
-    return network
+        raise WeightsError(f"{folder}: cannot load {what} ({reason})") from error
+    return network, sorted(report["missing_keys"])
 
 
 def published_rule(card: EmbedderCard, path: Path) -> tuple[EmbedderCard, tuple[int, int] | None]:
@@ -170,7 +184,6 @@ def published_rule(card: EmbedderCard, path: Path) -> tuple[EmbedderCard, tuple[
 def describe_rule(
     resize_px: int | None, stretch_px: tuple[int, int] | None, input_px: int | None, how: str
 ) -> str:
-    """The preparation in words."""
     steps = []
     if resize_px:
         steps.append(f"shorter edge to {resize_px} px ({how})")

@@ -31,7 +31,6 @@ class Fold:
     test: np.ndarray
 
     def parts(self) -> dict[str, np.ndarray]:
-        """Item numbers by the part's name."""
         return {"train": self.train, "val": self.val, "test": self.test}
 
     def sizes(self) -> dict[str, int]:

@@ -80,7 +80,6 @@ def count_alone(
 
 
 def describe_rule(kinds: Mapping[str, int]) -> str:
-    """What groups are, in words."""
     words = {
         "item": "each file by itself, as no slide is known",
         "slide": "slide, as no patient is known",

@@ -28,7 +28,6 @@ class Summary:
     n: int
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
         return dataclasses.asdict(self)
 
 
@@ -54,7 +53,6 @@ class Difference:
     counted: str = "folds"
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
         return dataclasses.asdict(self)
 
 
@@ -191,7 +189,6 @@ def check_same_items(one: Predictions, two: Predictions) -> None:
 
 
 def fold_rows(predictions: Predictions) -> Iterator[np.ndarray]:
-    """Rows of every fold and seed."""
     pairs = np.stack([predictions.folds, predictions.seeds], axis=1)
     cells = np.unique(pairs, axis=0, return_inverse=True)[1].reshape(-1)
     for cell in range(int(cells.max()) + 1):

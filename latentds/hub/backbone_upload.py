@@ -21,9 +21,10 @@ from latentds.embedders.weights import read_weights
 from latentds.errors import WeightsError
 from latentds.hub.client import Repository
 from latentds.hub.licences import check_licence, is_non_commercial, recorded_licences
-from latentds.hub.model_files import ModelPublication, front_matter, publish_files
+from latentds.hub.model_files import front_matter, publish_files
 from latentds.hub.publish_plan import README
 from latentds.hub.set_upload import Published
+from latentds.hub.snippets import Publication
 from latentds.models.backbone_card import TAGS, backbone_card
 
 RUN_FOLDER = "backbone"  # where a pretraining's folder has it
@@ -32,7 +33,7 @@ NETWORKS = ("autoencoder", "decoder")  # fields of a record that tell of no data
 
 def publish_model(
     folder: str | os.PathLike[str],
-    publication: ModelPublication,
+    publication: Publication,
     *,
     private: bool = False,
     overwrite: bool = False,
@@ -116,7 +117,7 @@ def check_backbone(folder: Path) -> BackboneRecord:
     return record
 
 
-def published_card(record: BackboneRecord, publication: ModelPublication) -> str:
+def published_card(record: BackboneRecord, publication: Publication) -> str:
     """The text of a published backbone's README.md."""
     head = front_matter(publication, TAGS, library="timm")
     return backbone_card(

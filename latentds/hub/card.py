@@ -98,14 +98,12 @@ def hub_card(
 
 
 def head(manifest: Manifest, publication: Publication) -> list[str]:
-    """The first lines of the YAML; what a user wrote is quoted as JSON, which YAML reads."""
-    lines = [f"license: {publication.licence}"]
-    if publication.licence_name:
-        lines.append(f"license_name: {json.dumps(publication.licence_name)}")
-    if publication.licence_link:
-        lines.append(f"license_link: {json.dumps(publication.licence_link)}")
     title = json.dumps(publication.repository.partition("/")[2])
-    return [*lines, f"pretty_name: {title}", f"size_categories: [{size_category(manifest)}]"]
+    return [
+        *publication.licence_lines,
+        f"pretty_name: {title}",
+        f"size_categories: [{size_category(manifest)}]",
+    ]
 
 
 def size_category(manifest: Manifest) -> str:

@@ -82,7 +82,6 @@ class Repository:
 
     @property
     def url(self) -> str:
-        """Where people look at it."""
         tree = "" if self.revision == "main" else f"/tree/{self.revision}"
         place = "datasets/" if self.options["repo_type"] == "dataset" else ""
         return self.pull_request or f"{self.api.endpoint}/{place}{self.name}{tree}"
@@ -170,7 +169,6 @@ class Repository:
             raise self.explain(cause or error, what) from error
 
     def explain(self, error: BaseException, what: str) -> Exception:
-        """The error a user sees."""
         if isinstance(error, HfHubHTTPError):
             return self.explain_status(error, what)
         if isinstance(error, OSError) and error.filename:

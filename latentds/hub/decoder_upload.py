@@ -17,9 +17,10 @@ from latentds.embedders.embedder_cards import CARDS as EMBEDDERS
 from latentds.errors import InputError
 from latentds.hub.client import Repository
 from latentds.hub.licences import HUB_LICENCES, check_licence, is_non_commercial
-from latentds.hub.model_files import ModelPublication, front_matter, publish_files
+from latentds.hub.model_files import front_matter, publish_files
 from latentds.hub.publish_plan import README
 from latentds.hub.set_upload import Published
+from latentds.hub.snippets import Publication
 from latentds.store.set_card import MAX_FACT, facts_table
 
 CARD = """---
@@ -68,7 +69,7 @@ images = decoder.decode(latents)
 
 def publish_decoder(
     folder: str | os.PathLike[str],
-    publication: ModelPublication,
+    publication: Publication,
     *,
     private: bool = False,
     overwrite: bool = False,
@@ -116,7 +117,7 @@ def publish_decoder(
     )
 
 
-def choose_licence(record: DecoderRecord, publication: ModelPublication) -> str:
+def choose_licence(record: DecoderRecord, publication: Publication) -> str:
     """The licence's identifier: the publisher's, else the recorded one where the Hub knows it."""
     recorded = record.licence.lower().replace(" ", "-")
     identifier = publication.licence or (recorded if recorded in HUB_LICENCES else None)
@@ -172,7 +173,7 @@ def find_embedder(record: DecoderRecord) -> EmbedderCard | None:
     return EMBEDDERS.get(name, EmbedderCard(name=name[:MAX_FACT], class_name=""))
 
 
-def decoder_card(record: DecoderRecord, publication: ModelPublication) -> str:
+def decoder_card(record: DecoderRecord, publication: Publication) -> str:
     """The text of a published decoder's README.md."""
     licence = publication.licence_name or publication.licence
     base = CARDS.get(record.autoencoder)

@@ -3,66 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from latentds.hub.client import HubFile, Repository
-from latentds.hub.licences import read_markdown
-from latentds.hub.model_options import PublishOptions
 from latentds.hub.publish_plan import HUB_OWN, README, PublishPlan, holds_other
-from latentds.hub.set_upload import Published, compare, have_repository, send
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelPublication:
-    """What a publisher says of a model, beyond what its folder says.
-
-    repository    ORG/NAME on the Hub
-    licence       identifier the Hub knows; None takes the one the folder has
-    licence_name  its name, with 'other'
-    revision      branch it goes to; None for main
-    notes         Markdown
-    """
-
-    repository: str
-    licence: str | None = None
-    licence_name: str | None = None
-    revision: str | None = None
-    notes: str = ""
-
-    @property
-    def at(self) -> str:
-        """What follows the repository's name where it is loaded: @BRANCH, nothing for main."""
-        branch = self.revision or "main"
-        return "" if branch == "main" or branch.startswith("refs/") else f"@{branch}"
-
-
-def publication_of(repository: str, options: PublishOptions) -> ModelPublication:
-    """What a tool's user says of a model; InputError for notes that are no text."""
-    return ModelPublication(
-        repository=repository,
-        licence=options.license,
-        licence_name=options.license_name,
-        revision=options.revision,
-        notes=read_markdown(options.notes),
-    )
+from latentds.hub.set_upload import Published, carry_out, have_repository
+from latentds.hub.snippets import Publication
 
 
 def front_matter(
-    publication: ModelPublication,
+    publication: Publication,
     tags: Sequence[str],
     base_model: str | None = None,
     library: str = "latentds",
 ) -> str:
-    """The card's YAML; what a user wrote is quoted as JSON, which YAML reads."""
-    lines = [f"license: {publication.licence}"]
-    if publication.licence_name:
-        lines.append(f"license_name: {json.dumps(publication.licence_name)}")
-    if base_model:
-        lines.append(f"base_model: {base_model}")
-    return "\n".join([*lines, f"library_name: {library}", "tags:", *(f"- {tag}" for tag in tags)])
+    """The card's YAML."""
+    base = [f"base_model: {base_model}"] if base_model else []
+    lines = [*publication.licence_lines, *base, f"library_name: {library}", "tags:"]
+    return "\n".join([*lines, *(f"- {tag}" for tag in tags)])
 
 
 def publish_files(
@@ -86,18 +46,7 @@ def publish_files(
     """
     remote = have_repository(repository, private, dry_run)
     plan = plan_files(repository, contents, remote, overwrite, weights=weights, page=page)
-    checked = 0
-    if not dry_run:
-        send(repository, plan, {weights}, False, tell)
-        tell("comparing checksums")
-        checked = compare(repository, plan)
-    return Published(
-        url=repository.url,
-        commit=None if dry_run else repository.head,
-        plan=plan,
-        warnings=warnings,
-        checked=checked,
-    )
+    return carry_out(repository, plan, {weights}, warnings, tell, dry_run=dry_run)
 
 
 def plan_files(

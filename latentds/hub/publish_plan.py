@@ -35,7 +35,6 @@ class PublishPlan:
     deleted: list[str]
 
     def size(self, path: str) -> int:
-        """Bytes of a file."""
         content = self.contents[path]
         return len(content) if isinstance(content, bytes) else content.stat().st_size
 

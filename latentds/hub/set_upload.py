@@ -114,15 +114,37 @@ def publish(
             raise
         remote, unseen = {}, str(error)
     plan = make_plan(repository, manifest, contents, remote, overwrite)
-    if dry_run:
-        return Published(
-            url=repository.url, commit=None, plan=plan, warnings=warnings, unseen=unseen
-        )
-    send(repository, plan, {shard.name for shard in manifest.shards}, pull_request, tell)
-    tell("comparing checksums")
-    checked = compare(repository, plan)
+    bulk = {shard.name for shard in manifest.shards}
+    return carry_out(
+        repository, plan, bulk, warnings, tell,
+        dry_run=dry_run, pull_request=pull_request, unseen=unseen,
+    )  # fmt: skip
+
+
+def carry_out(
+    repository: Repository,
+    plan: PublishPlan,
+    bulk: Collection[str],
+    warnings: tuple[str, ...],
+    tell: Callable[[str], None],
+    *,
+    dry_run: bool,
+    pull_request: bool = False,
+    unseen: str = "",
+) -> Published:
+    """Send what a plan says, `bulk` first, and compare what arrived; or say what would be done."""
+    checked = 0
+    if not dry_run:
+        send(repository, plan, bulk, pull_request, tell)
+        tell("comparing checksums")
+        checked = compare(repository, plan)
     return Published(
-        url=repository.url, commit=repository.head, plan=plan, warnings=warnings, checked=checked
+        url=repository.url,
+        commit=None if dry_run else repository.head,
+        plan=plan,
+        warnings=warnings,
+        checked=checked,
+        unseen=unseen,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 from latentds.autoencoders.cards import CARDS
 from latentds.store.format import CODES, PATCHES, SIDECARS
@@ -76,35 +77,51 @@ for sample in webdataset.WebDataset(shards, shardshuffle=False):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Publication:
-    """What a publisher says of a set, beyond what its manifest says.
+    """What a publisher says of a set or a model, beyond what its manifest or record says.
 
     repository    ORG/NAME on the Hub
-    licence       identifier the Hub knows; with 'other', its name and where to read it
+    licence       identifier the Hub knows; with 'other', its name and where to read it. None, for
+                  a decoder, takes the one that is recorded
     revision      branch it goes to, or refs/pr/N; None for main
-    notes         Markdown: where the slides come from, consent, what the set is for
+    notes         Markdown: where the slides come from, consent, what it is for
     citation      BibTeX of the set or its source
     """
 
     repository: str
-    licence: str
+    licence: str | None = None
     licence_name: str | None = None
     licence_link: str | None = None
     revision: str | None = None
     notes: str = ""
     citation: str = ""
 
+    @property
+    def branch(self) -> str | None:
+        """Where it is read from once it is merged; None for main."""
+        branch = self.revision or "main"
+        return None if branch == "main" or branch.startswith("refs/") else branch
+
+    @property
+    def at(self) -> str:
+        """What follows the repository's name where it is loaded: @BRANCH, nothing for main."""
+        return f"@{self.branch}" if self.branch else ""
+
+    @property
+    def licence_lines(self) -> list[str]:
+        """Of a card's YAML; what a user wrote is quoted as JSON, which YAML reads."""
+        given = {"license_name": self.licence_name, "license_link": self.licence_link}
+        quoted = [f"{name}: {json.dumps(text)}" for name, text in given.items() if text]
+        return [f"license: {self.licence}", *quoted]
+
 
 def loading(manifest: Manifest, publication: Publication) -> str:
     """Markdown with code for latentds, datasets and webdataset; a test runs it as it stands."""
     imports, dequantize = DEQUANTIZE[manifest.contract.encoding]
-    branch = publication.revision
-    if branch == "main" or (branch or "").startswith("refs/"):
-        branch = None  # a pull request is read from main once it is merged
     known = manifest.contract.autoencoder.get("name") in CARDS
     return LOADING.format(
         repository=publication.repository,
-        at=f"@{branch}" if branch else "",
-        revision=f', revision="{branch}"' if branch else "",
+        at=publication.at,
+        revision=f', revision="{publication.branch}"' if publication.branch else "",
         autoencoder="" if known else ', autoencoder="PATH_OF_THE_AUTOENCODER"',
         split=next(iter(manifest.splits)),
         height=manifest.contract.patch_px[0],

@@ -104,7 +104,6 @@ def backbone_card(
 
 
 def how_to_load(record: BackboneRecord, repository: str | None) -> str:
-    """The section on loading."""
     timm_place = f"hf-hub:{repository}" if repository else "local-dir:FOLDER"
     if record.stem is None:
         embedder = f"timm:hf-hub:{repository}" if repository else "timm-dir:FOLDER"
@@ -118,7 +117,6 @@ def how_to_load(record: BackboneRecord, repository: str | None) -> str:
 
 
 def describe_input(record: BackboneRecord) -> str:
-    """What the network reads."""
     if record.stem is None:
         return f"pictures in [0, 1], {record.interpolation} resizing"
     factor = record.stem.get("factor")
@@ -126,13 +124,11 @@ def describe_input(record: BackboneRecord) -> str:
 
 
 def describe_arguments(record: BackboneRecord) -> str:
-    """timm's arguments in one line."""
     named = [f"{name}={value}" for name, value in (record.model_args or {}).items()]
     return ", ".join(named) or "as timm has it"
 
 
 def numbers(values: tuple[float, ...]) -> str:
-    """Numbers in a row."""
     return ", ".join(f"{value:.6g}" for value in values)
 
 

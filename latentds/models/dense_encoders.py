@@ -196,10 +196,7 @@ def nic_map(encoder: NicEncoder, pooled: Tensor) -> Tensor:
              the border the image is mirrored
     """
     margin = (SEEN_PX - NIC_CELL_PX) // 2
-    x = functional.pad(pooled, (margin,) * 4, mode="reflect")
-    for number in range(4):
-        conv, norm = getattr(encoder, f"conv{number}"), getattr(encoder, f"bn{number}")
-        x = norm(functional.leaky_relu(conv(x), 0.2))
+    x = encoder.convolved(functional.pad(pooled, (margin,) * 4, mode="reflect"))
     weight = encoder.fc.weight.view(encoder.fc.out_features, -1, 3, 3)
     return functional.conv2d(x, weight, encoder.fc.bias)
 

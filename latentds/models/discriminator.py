@@ -53,7 +53,6 @@ class PatchDiscriminator(nn.Module):
 
 
 def conv(inputs: int, outputs: int, stride: int, bias: bool) -> nn.Conv2d:
-    """A 4x4 convolution, padding 1."""
     return nn.Conv2d(inputs, outputs, 4, stride=stride, padding=1, bias=bias)
 
 

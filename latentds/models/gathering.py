@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 
 def ranks() -> int:
-    """How many ranks train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 

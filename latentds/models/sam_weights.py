@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,9 @@ from torch import nn
 
 from latentds.autoencoders.autoencoder import hash_tensors
 from latentds.embedders.embedder import EmbedderCard
+from latentds.embedders.transformers_models import load_transformers, pretrained
 from latentds.embedders.weights import fetch
-from latentds.errors import WeightsError, missing_extra, unknown_name
+from latentds.errors import WeightsError, unknown_name
 
 FILES = ("config.json", "model.safetensors")
 HUB = {  # names on the Hub, under Apache-2.0
@@ -26,7 +26,7 @@ HUB = {  # names on the Hub, under Apache-2.0
     )
     for name in ("facebook/sam-vit-base", "facebook/sam-vit-large", "facebook/sam-vit-huge")
 }
-RANDOM = "-random"
+RANDOM, EXTRA = "-random", "evaluate"
 NAMED = 3  # tensors that an error lists
 
 
@@ -90,29 +90,7 @@ def find_folder(name: str) -> Path:
 
 def read_folder(folder: Path) -> Any:
     """The SamModel of a folder; WeightsError for another architecture or missing tensors."""
-    try:
-        config = json.loads((folder / "config.json").read_text())
-        model_type = config.get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
-        raise WeightsError(f"{folder}/config.json: cannot be read ({error})") from error
-    if model_type != "sam":
-        raise WeightsError(f"{folder}/config.json: model_type {model_type!r}, 'sam' is wanted")
-    if not (folder / "model.safetensors").is_file():
-        raise WeightsError(f"{folder}: no model.safetensors; other files of weights are not read")
-    from safetensors import SafetensorError
-
-    try:
-        sam, report = load_transformers().SamModel.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise WeightsError(f"{folder}: cannot load a SAM ({reason})") from error
-    missing = sorted(report["missing_keys"])
+    sam, missing = pretrained(folder, "sam", "a SAM", EXTRA)
     if missing:
         raise WeightsError(
             f"{folder}: {len(missing)} tensors of SAM are missing: {', '.join(missing[:NAMED])} ..."
@@ -136,7 +114,7 @@ def check_grid(config: Any, folder: Path) -> None:
 
 def random_sam(size: SamSize, seed: int) -> Any:
     """A SamModel of random weights, the same for the same seed; torch's own state is kept."""
-    transformers = load_transformers()
+    transformers = load_transformers(EXTRA)
     edges = {"image_size": size.image_px, "patch_size": 16}
     config = transformers.SamConfig(
         vision_config=edges
@@ -182,12 +160,3 @@ def vision_neck(sam: Any, channels: int) -> Any:
     config = copy.deepcopy(sam.config.vision_config)
     config.hidden_size = channels
     return SamVisionNeck(config)
-
-
-def load_transformers() -> Any:
-    """The library, when it is needed: importing it takes a second."""
-    try:
-        import transformers
-    except ImportError as error:
-        raise missing_extra("transformers", "evaluate") from error
-    return transformers

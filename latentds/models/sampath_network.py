@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +63,6 @@ class FrozenEncoders(nn.Module):
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
 
     def train(self, mode: bool = True) -> FrozenEncoders:  # noqa: ARG002
-        """Self, unchanged."""
         super().train(False)
         return self
 
@@ -139,10 +137,6 @@ class SamPath(nn.Module):
         features = self.encoders(images)
         logits, iou = self.head(features, (height, width))
         return logits, iou
-
-    def trainable_parameters(self) -> Iterator[nn.Parameter]:
-        """Those of the head; all others are frozen."""
-        return self.head.parameters()
 
     def load_trained(self, path: Path) -> SamPath:
         """Self, with a head's weights from a safetensors file.

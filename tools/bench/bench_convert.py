@@ -35,7 +35,6 @@ class Config:
 
 
 def run(config: Config) -> None:
-    """Print the rates."""
     import torch
 
     case = Case({}, lambda: measure(config))
@@ -47,7 +46,6 @@ def run(config: Config) -> None:
 
 
 def as_text(result: dict[str, Any]) -> str:
-    """The rates in three lines."""
     return (
         f"encoder alone, same batches   {result['encoder']:,.1f} patches/s "
         f"(batch {result['batch']:.0f})\n"

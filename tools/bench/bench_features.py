@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import statistics
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -91,17 +90,17 @@ class Bench:
 
 
 def run(config: Config) -> None:
-    """Measure and print."""
     show(measure(config), config.json, as_text)
 
 
 def measure(config: Config) -> dict[str, Any]:
     """All figures, a row a batch size."""
-    from latentds.core.device_choice import choose_device
+    import torch
+
     from latentds.embedders import load_embedder
 
-    device = choose_device(config.device)
-    config = dataclasses.replace(config, device=str(device))
+    config = harness.on_device(config)
+    device = torch.device(config.device)
     config = harness.for_device(config, device.type == "cuda", GPU, CPU)
     name = str(config.embedder)
     is_random = name.startswith("timm:") and "@" not in name
@@ -113,12 +112,8 @@ def measure(config: Config) -> dict[str, Any]:
             measure_size(open_bench(folder, config, embedder, device, size), config.rounds)
             for size in config.batch_sizes or ()
         ]
-    return {
-        "machine": harness.machine(str(device)),
-        "config": harness.recorded(config),
-        "weights": "random" if is_random else "loaded",
-        "rows": rows,
-    }
+    weights = "random" if is_random else "loaded"
+    return harness.report_of(config, weights=weights, rows=rows)
 
 
 def random_embedder(name: str) -> NetworkEmbedder:
@@ -155,12 +150,9 @@ def write_set(folder: Path, config: Config) -> None:
     write_synthetic(
         folder / "set", patches, shape=shape, patch_px=edge, a_slide=-(-patches // config.slides)
     )
+    latent_id = random_contract().latent_id
     card = AutoencoderCard(
-        name="random",
-        class_name="random",
-        channels=shape[0],
-        factor=factor,
-        latent_id=random_contract().latent_id,
+        name="random", class_name="random", channels=shape[0], factor=factor, latent_id=latent_id
     )
     decoder = build_student(config.student, shape[0], factor)
     architecture = {"class": "student", "name": config.student}
@@ -179,24 +171,21 @@ def open_bench(
     from latentds.evaluation.patchsets.patch_set_config import PatchInput
 
     precision = config.precision or "float32"
-    patches = open_patches(
-        PatchInput(
-            data=folder / "set",
-            decoder=str(folder / "decoder"),
-            device=str(device),
-            decode_dtype=precision,
-            decode_compile=config.compile,
-            keep_mb=0,
-        )
+    given = PatchInput(
+        data=folder / "set",
+        decoder=str(folder / "decoder"),
+        device=str(device),
+        decode_dtype=precision,
+        decode_compile=config.compile,
+        keep_mb=0,
     )
-    return Bench(
-        patches,
-        patches.images(np.arange(min(size, len(patches)))),
-        embedder.to(device, DTYPES[precision]),
-        device,
-        folder,
-        FeatureOptions(batch_size=size, precision=precision),
-    )
+    patches = open_patches(given)
+    cached = patches.images(np.arange(min(size, len(patches))))
+    if cached.device.type != device.type:
+        raise InputError(f"never engaged: decoding was to be on {device}, not on {cached.device}")
+    embedder.to(device, DTYPES[precision])
+    options = FeatureOptions(batch_size=size, precision=precision)
+    return Bench(patches, cached, embedder, device, folder, options)
 
 
 def measure_size(bench: Bench, rounds: int) -> dict[str, Any]:
@@ -205,24 +194,14 @@ def measure_size(bench: Bench, rounds: int) -> dict[str, Any]:
     ways = {name: Way(name, functools.partial(once, bench)) for name, once in timed.items()}
     size, total = bench.options.batch_size, len(bench.patches)
     for name in (ALONE, LOADED):  # first batches choose kernels and fill pools
-        harness.run_steps(ways[name], 1, bench.device)
+        ways[name].run(1, bench.device)
     harness.run_rounds(list(ways.values()), rounds, bench.device, title=f"batches of {size}, ")
-    row: dict[str, Any] = {"batch_size": size, "decoded_on": decoded_on(bench)}
+    row: dict[str, Any] = {"batch_size": size, "decoded_on": str(bench.cached.device)}
     row |= {f"{name}_patches_per_s": total / way.median for name, way in ways.items()}
     for name in (LOADED, WRITTEN):
-        costs = harness.cost_percents(ways[name], ways[ALONE])
-        row[f"{name}_cost_percent"] = statistics.median(costs)
-        row[f"{name}_cost_range"] = harness.extent(costs)
+        found = harness.cost(ways[name], ways[ALONE])
+        row[f"{name}_cost_percent"], row[f"{name}_cost_range"] = found
     return row
-
-
-def decoded_on(bench: Bench) -> str:
-    """The device that pictures came out on; InputError where it is another than was asked for."""
-    if bench.cached.device.type != bench.device.type:
-        raise InputError(
-            f"never engaged: decoding was to be on {bench.device}, not on {bench.cached.device}"
-        )
-    return str(bench.cached.device)
 
 
 def embed_cached(bench: Bench) -> None:
@@ -232,13 +211,10 @@ def embed_cached(bench: Bench) -> None:
     from latentds.evaluation.features.embedding_pipeline import Piece
 
     size, total = bench.options.batch_size, len(bench.patches)
-
-    def pieces() -> Iterator[Piece]:
-        for start in range(0, total, size):
-            part = bench.cached[: min(size, total - start)]
-            yield Piece(None, np.empty((len(part), 2), np.int64), images=part)
-
-    embed_all(bench, pieces())
+    parts = (bench.cached[: min(size, total - start)] for start in range(0, total, size))
+    embed_all(
+        bench, (Piece(None, np.empty((len(part), 2), np.int64), images=part) for part in parts)
+    )
 
 
 def embed_latents(bench: Bench) -> None:
@@ -259,7 +235,6 @@ def embed_all(bench: Bench, pieces: Iterator[Any]) -> None:
 
 
 def write_files(bench: Bench) -> None:
-    """The extraction itself, files and all."""
     from latentds.evaluation.features.extraction import extract_features
 
     with tempfile.TemporaryDirectory(dir=bench.folder) as out:
@@ -279,7 +254,6 @@ def decode(bench: Bench) -> None:
 
 
 def as_text(report: dict[str, Any]) -> str:
-    """The table."""
     config = report["config"]
     head = (
         f"{harness.machine_text(report['machine'])}; {config['embedder']} ({report['weights']} "
@@ -288,18 +262,23 @@ def as_text(report: dict[str, Any]) -> str:
         f"{config['patches']:,} patches of {config['patch_size']} px on {config['device']}, "
         f"medians of {config['rounds']} rounds"
     )
+    devices = {"decoded_on": ", ".join(sorted({row["decoded_on"] for row in report["rows"]}))}
     header = ("batch", "embedder alone, patches/s", "from latents", "cost (range)",
               "with files written", "cost (range)", "reading and decoding alone")  # fmt: skip
-    devices = {"decoded_on": ", ".join(sorted({row["decoded_on"] for row in report["rows"]}))}
-    counted = harness.counters_text(devices)
-    return harness.report_text(head, header, map(row_cells, report["rows"]), "", counted)
+    rows = [
+        [
+            str(row["batch_size"]),
+            f"{row[f'{ALONE}_patches_per_s']:,.1f}",
+            *(cell for name in (LOADED, WRITTEN) for cell in rate_and_cost(row, name)),
+            f"{row[f'{DECODED}_patches_per_s']:,.1f}",
+        ]
+        for row in report["rows"]
+    ]
+    return harness.report_text(head, header, rows, "", harness.counters_text(devices))
 
 
-def row_cells(row: dict[str, Any]) -> list[str]:
-    """A row of the table."""
-    cells = [str(row["batch_size"]), f"{row[f'{ALONE}_patches_per_s']:,.1f}"]
-    for name in (LOADED, WRITTEN):
-        low, high = row[f"{name}_cost_range"]
-        cells.append(f"{row[f'{name}_patches_per_s']:,.1f}")
-        cells.append(f"{row[f'{name}_cost_percent']:.1f} % ({low:.1f} to {high:.1f})")
-    return [*cells, f"{row[f'{DECODED}_patches_per_s']:,.1f}"]
+def rate_and_cost(row: dict[str, Any], name: str) -> list[str]:
+    """Two cells of a way that embeds."""
+    low, high = row[f"{name}_cost_range"]
+    cost = f"{row[f'{name}_cost_percent']:.1f} % ({low:.1f} to {high:.1f})"
+    return [f"{row[f'{name}_patches_per_s']:,.1f}", cost]

@@ -15,7 +15,6 @@ __all__ = ["Config", "run"]
 
 
 def run(config: Config) -> None:
-    """Measure, write, print."""
     from latentds_tools.fidelity.comparing import compare
     from latentds_tools.fidelity.fidelity_page import write_page
     from latentds_tools.reports.commands import check_free, deliver

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
-from latentds_tools.reports.commands import show, tell
+from latentds_tools.bench.harness import write_report
+from latentds_tools.reports.commands import check_free, show, tell
+
+from latentds.errors import InputError, unknown_name
 
 PATCHES = {True: 65_536, False: 64}  # of the sets that loaders read, by whether there is a GPU
 
@@ -51,27 +53,30 @@ def run(config: Config) -> int:
 
 def measure(config: Config) -> dict[str, Any]:
     """Outcomes by part, all of them in --out."""
+    import torch
     from latentds_tools.bench.gpu_parts import all_parts
     from latentds_tools.bench.gpu_running import run_parts
     from latentds_tools.bench.gpu_tables import SUMMARY
-    from latentds_tools.reports.commands import check_free
 
-    from latentds.core.storage import write_atomically
     from latentds.edit.outputs import refuse_foreign
 
-    check_gpu(config.device)
+    is_gpu = config.device.startswith("cuda")
+    if is_gpu and not torch.cuda.is_available():  # opens nothing there: memory is the parts'
+        raise InputError(
+            f"--device {config.device}: torch sees no GPU; --device cpu runs a miniature"
+        )
     refuse_foreign(config.out, SUMMARY)  # what parts write there is deleted below
     check_free([config.out / SUMMARY], config.overwrite)
     work = config.out.absolute() / "work"
     shutil.rmtree(work, ignore_errors=True)
-    parts = all_parts(work, config.device, PATCHES[config.device.startswith("cuda")])
+    parts = all_parts(work, config.device, PATCHES[is_gpu])
     parts = chosen(parts, config.only)
     config.out.mkdir(parents=True, exist_ok=True)
     for part in parts:
         (config.out / f"{part.name}.json").unlink(missing_ok=True)
     summary = {"parts": [part.name for part in parts], "minutes": config.minutes}
     summary |= {"device": config.device}
-    write_atomically(config.out / SUMMARY, (json.dumps(summary, indent=1) + "\n").encode())
+    write_report(config.out / SUMMARY, summary)
     try:
         return run_parts(parts, config.out, work, 60 * config.minutes)
     finally:
@@ -79,20 +84,8 @@ def measure(config: Config) -> dict[str, Any]:
         tell(f"what the parts said lies in {work / 'logs'}")
 
 
-def check_gpu(device: str) -> None:
-    """InputError without the GPU asked for; opens nothing on it, whose memory is the parts'."""
-    import torch
-
-    from latentds.errors import InputError
-
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"--device {device}: torch sees no GPU; --device cpu runs a miniature")
-
-
 def chosen(parts: list[Any], only: str) -> list[Any]:
     """The parts asked for and those they read from; UnknownNameError for one there is not."""
-    from latentds.errors import unknown_name
-
     wanted = {name for name in only.split(",") if name}
     names = {part.name for part in parts}
     for name in wanted - names:

@@ -12,15 +12,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-from latentds_tools.bench.harness import (
-    Case,
-    counters_text,
-    extent,
-    machine,
-    medians,
-    report_text,
-    run_cases,
-)
+from latentds_tools.bench import harness
+from latentds_tools.bench.harness import Case, row_cells
 from latentds_tools.reports.commands import show
 
 from latentds.errors import InputError, unknown_name
@@ -42,6 +35,7 @@ PEERS = {
 }
 READS = {"webdataset-packed": "latentds", "latentds-resident": "latentds"}  # others' files
 HAVE_PACKED = ("webdataset", "datasets", "mds")
+DECODES = ("codes", "latents", "pixels")
 BUFFER = 5000  # samples that peers without an order of their own shuffle among
 
 
@@ -98,8 +92,8 @@ class Config:
             if peer not in {*PEERS} - {"latentds"}:
                 raise unknown_name("peer", peer, {*PEERS} - {"latentds"})
         for decode in self.decodes():
-            if decode not in ("codes", "latents", "pixels"):
-                raise unknown_name("--decode", decode, ("codes", "latents", "pixels"))
+            if decode not in DECODES:
+                raise unknown_name("--decode", decode, DECODES)
         if "mds" in self.peers() and self.peer_python is None:
             raise InputError(
                 "mds needs an environment of its own (it pins other versions): 'python -m venv "
@@ -108,7 +102,6 @@ class Config:
             )
 
     def peers(self) -> list[str]:
-        """Names in --against."""
         return [name for name in self.against.split(",") if name not in ("", "none")]
 
     def decodes(self) -> list[str]:
@@ -130,23 +123,17 @@ class Config:
 
 
 def run(config: Config) -> None:
-    """Measure and print."""
     show(measure(config), config.json, as_text)
 
 
 def measure(config: Config) -> dict[str, Any]:
-    """Prepare, and measure in turn."""
-    from latentds.core.device_choice import choose_device
-
-    config = dataclasses.replace(config, device=str(choose_device(config.device)))
-    if config.cuda_graph and not config.device.startswith("cuda"):
-        raise InputError(f"--cuda-graph needs a CUDA device, not {config.device}; leave it")
+    config = harness.on_device(config)
     with tempfile.TemporaryDirectory(dir=config.work) as work:
         specs = prepare(config, Path(work))
         cases = [Case(spec, functools.partial(measure_one, config, spec)) for spec in specs]
-        run_cases(cases, config.rounds)
+        harness.run_cases(cases, config.rounds)
     return {
-        "machine": machine(config.device),
+        "machine": harness.machine(config.device),
         "workers": config.workers,
         "batch_size": config.batch_size,
         "pixel_batch_size": config.pixel_batch_size,
@@ -166,7 +153,8 @@ def prepare(config: Config, work: Path) -> list[dict[str, Any]]:
         synthetic.write_synthetic(own, config.patches)
         patches = peer_formats.read_patches(own, config.split)
     common = describe_set(config, own, work, len(patches))
-    few = patches.first(config.pixel_patches)
+    most = config.pixel_patches
+    few = peer_formats.Patches(patches.codes[:most], patches.labels[:most])
     sizes = {decode: few if decode == "pixels" else patches for decode in config.decodes()}
     folders = {("latentds", len(patches)): own}
     if "pixels" in sizes and len(few) < len(patches):
@@ -187,7 +175,6 @@ def prepare(config: Config, work: Path) -> list[dict[str, Any]]:
 def describe_one(
     config: Config, peer: str, decode: str, folder: Path, patches: Any
 ) -> dict[str, Any]:
-    """What one process is told."""
     size = config.pixel_batch_size if decode == "pixels" else config.batch_size
     count = len(patches)
     stored = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
@@ -207,56 +194,47 @@ def describe_one(
 
 
 def describe_set(config: Config, own: Path, work: Path, count: int) -> dict[str, Any]:
-    """What all processes are told."""
+    """What all processes are told: options, and what the set is like."""
     import numpy as np
 
     from latentds.quantizers.scalar import Codebook
     from latentds.store.reader import ShardSet
 
-    manifest = ShardSet(own).manifest
-    codebook, levels = manifest.contract.codebook, None
-    if isinstance(codebook, Codebook):  # for peers in a Python without latentds
-        levels = str(work / "levels.npy")
-        np.save(levels, codebook.levels)
     if count < config.batch_size:
         raise InputError(
             f"{config.folder}: {count} patches are less than a batch of {config.batch_size}; "
             "a smaller --batch-size"
         )
+    manifest = ShardSet(own).manifest
+    codebook, levels = manifest.contract.codebook, None
+    if isinstance(codebook, Codebook):  # for peers in a Python without latentds
+        levels = str(work / "levels.npy")
+        np.save(levels, codebook.levels)
+    told = ("split", "workers", "device", "autoencoder", "dtype", "seconds")
+    decoding = ("channels_last", "compile", "cuda_graph")
     return {
+        **{name: getattr(config, name) for name in told},
+        "decoding": {name: getattr(config, name) for name in decoding},
         "set": str(own),
-        "split": config.split,
         "classes": list(manifest.classes),
         "levels": levels,
         "shape": list(manifest.contract.codes_shape),
-        "workers": config.workers,
         "buffer": BUFFER,
-        "device": config.device,
-        "autoencoder": config.autoencoder,
-        "dtype": config.dtype,
-        "decoding": {
-            "channels_last": config.channels_last,
-            "compile": config.compile,
-            "cuda_graph": config.cuda_graph,
-        },
-        "seconds": config.seconds,
     }
 
 
 def write_format(config: Config, peer: str, patches: Any, folder: Path, own: Path) -> None:
-    """Write a peer's files."""
     from latentds_tools.bench import peer_formats
-    from latentds_tools.bench.measuring_loaders import SCRIPT
 
     pack = peer_formats.PACK if peer.endswith("-packed") else 1
     if peer.startswith("jpeg"):
         peer_formats.write_jpegs(patches, peer, folder, own, config.autoencoder)
     elif peer == "webdataset":
-        peer_formats.write_webdataset(patches, folder)
+        peer_formats.write_webdataset(patches, folder, "npy", patches.codes)
     elif peer.startswith("datasets"):
         peer_formats.write_parquet(patches, folder, pack)
     else:
-        peer_formats.write_mds(patches, folder, pack, str(config.peer_python), SCRIPT)
+        peer_formats.write_mds(patches, folder, pack, str(config.peer_python))
 
 
 def measure_one(config: Config, spec: dict[str, Any]) -> dict[str, Any]:
@@ -280,9 +258,9 @@ def summarize(case: Case) -> dict[str, Any]:
     sound = case.sound
     if not sound:
         return row | case.rounds[0]
-    row |= {phase: medians([found[phase] for found in sound]) for phase in ("cold", "warm")}
+    row |= {phase: harness.medians([found[phase] for found in sound]) for phase in ("cold", "warm")}
     row |= {
-        "warm_range": extent([found["warm"]["patches_per_s"] for found in sound]),
+        "warm_range": harness.extent([found["warm"]["patches_per_s"] for found in sound]),
         "versions": sound[0]["versions"],
         "peak_mb": statistics.median(found["peak_mb"] for found in sound),
         "counters": sound[-1].get("counters"),
@@ -295,6 +273,25 @@ def summarize(case: Case) -> dict[str, Any]:
     return row
 
 
+def warm_text(row: dict[str, Any]) -> str:
+    low, high = row["warm_range"]
+    return f"{row['warm']['patches_per_s']:,.0f} ({low:,.0f}-{high:,.0f})"
+
+
+COLUMNS: dict[str, harness.Column] = {
+    "batches of": ("decode", ""),
+    "loader": ("peer", ""),
+    "patches": ("stored_patches", ","),
+    "stored B": ("stored_bytes_per_patch", ",.0f"),
+    "warm patches/s (range)": ("warm_range", warm_text),
+    "cold patches/s": ("cold", lambda row: f"{row['cold']['patches_per_s']:,.0f}"),
+    "first batch s": ("cold", lambda row: f"{row['cold']['first_batch_s']:.2f}"),
+    "CPU s/1000": ("warm", lambda row: f"{row['warm']['cpu_s_per_1000']:.3f}"),
+    "disk B read, cold": ("cold", lambda row: f"{row['cold']['bytes_read_per_patch']:,.0f}"),
+    "peak MB": ("peak_mb", ",.0f"),
+}
+
+
 def as_text(report: dict[str, Any]) -> str:
     """The table, best rates first within what batches hold."""
     where = report["machine"]
@@ -303,13 +300,12 @@ def as_text(report: dict[str, Any]) -> str:
         f"batches of {report['batch_size']} ({report['pixel_batch_size']} of pixels), medians of "
         f"{report['rounds']} rounds"
     )
-    header = ("batches of", "loader", "patches", "stored B", "warm patches/s (range)",
-              "cold patches/s", "first batch s", "CPU s/1000", "disk B read, cold",
-              "peak MB")  # fmt: skip
-    rank = {"codes": 0, "latents": 1, "pixels": 2}
     rows = sorted(
         report["results"],
-        key=lambda r: (rank[r["decode"]], -r.get("warm", {}).get("patches_per_s", 0.0)),
+        key=lambda row: (
+            DECODES.index(row["decode"]),
+            -row.get("warm", {}).get("patches_per_s", 0.0),
+        ),
     )
     rest: list[str] = []
     for row in rows:
@@ -321,25 +317,9 @@ def as_text(report: dict[str, Any]) -> str:
                 "of it",
             ]
         if row.get("counters"):
-            rest += ["", f"{row['peer']}, {row['decode']}: {counters_text(row['counters'])}"]
+            counted = harness.counters_text(row["counters"])
+            rest += ["", f"{row['peer']}, {row['decode']}: {counted}"]
     versions = {n: v for row in rows for n, v in row.get("versions", {}).items()}
     rest += ["", ", ".join(f"{n} {v}" for n, v in sorted(versions.items()))]
-    return report_text(head, header, map(row_cells, rows), *rest)
-
-
-def row_cells(row: dict[str, Any]) -> list[str]:
-    """A row of the table."""
-    cells = [row["decode"], row["peer"], f"{row['stored_patches']:,}",
-             f"{row['stored_bytes_per_patch']:,.0f}"]  # fmt: skip
-    if "error" in row:
-        return [*cells, row["error"], *[""] * 5]
-    (low, high), warm, cold = row["warm_range"], row["warm"], row["cold"]
-    return [
-        *cells,
-        f"{warm['patches_per_s']:,.0f} ({low:,.0f}-{high:,.0f})",
-        f"{cold['patches_per_s']:,.0f}",
-        f"{cold['first_batch_s']:.2f}",
-        f"{warm['cpu_s_per_1000']:.3f}",
-        f"{cold['bytes_read_per_patch']:,.0f}",
-        f"{row['peak_mb']:,.0f}",
-    ]
+    cells = [row_cells(COLUMNS, row, "warm_range") for row in rows]
+    return harness.report_text(head, list(COLUMNS), cells, *rest)

@@ -8,20 +8,17 @@ import json
 import logging
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
 from collections import Counter
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from latentds_tools.bench.harness import machine, machine_text, recorded, report_text
+from latentds_tools.bench import harness
 from latentds_tools.reports.commands import check_ranges, show
 
-from latentds.core.storage import write_atomically
 from latentds.errors import InputError, unknown_name
 
 SCRIPT = Path(__file__).with_name("resuming.py")
@@ -85,7 +82,6 @@ class Config:
         self.shares()
 
     def peers(self) -> list[str]:
-        """Who is measured, ourselves first."""
         return ["latentds", *(name for name in self.against.split(",") if name)]
 
     def pairs(self) -> list[tuple[tuple[int, int], tuple[int, int]]]:
@@ -104,7 +100,6 @@ class Config:
         return found
 
     def shares(self) -> list[float]:
-        """Where runs are stopped."""
         try:
             found = [float(text) for text in self.stops.split(",")]
         except ValueError:
@@ -116,30 +111,27 @@ class Config:
 
 def run(config: Config) -> None:
     """Measure every peer and print; the report is written behind every peer."""
-    report: dict[str, Any] = {
-        "machine": machine("cpu"),
-        "config": recorded(config),
-        "versions": {},
-        "results": [],
-    }
+    versions: dict[str, str] = {}
+    results: list[dict[str, Any]] = []
+    report = harness.report_of(config, versions=versions, results=results)
     with tempfile.TemporaryDirectory(dir=config.work) as work:
         for peer in config.peers():
-            rows = measure_peer(config, peer, Path(work))
-            report["versions"] |= rows[0]["versions"]
-            report["results"] += [{n: v for n, v in row.items() if n != "versions"} for row in rows]
-            if config.out is not None:
-                write_atomically(config.out, (json.dumps(report, indent=1) + "\n").encode())
+            results += measure_peer(config, peer, Path(work), versions)
+            harness.write_report(config.out, report)
     show(report, config.json, as_text)
 
 
-def measure_peer(config: Config, peer: str, work: Path) -> list[dict[str, Any]]:
-    """Rows of a peer: a topology and a stop each."""
-    python = str(config.peer_python) if needs_other(config, peer) else sys.executable
-    versions = find_versions(peer, python)
-    head: dict[str, Any] = {"peer": peer, "versions": versions}
-    missing = [name for name in PEERS[peer] if name not in versions]
+def measure_peer(
+    config: Config, peer: str, work: Path, versions: dict[str, str]
+) -> list[dict[str, Any]]:
+    """Rows of a peer: a topology and a stop each. Its versions are noted."""
+    is_other = config.peer_python is not None and peer in ("mds", "litdata")
+    python = str(config.peer_python) if is_other else sys.executable
+    found = find_versions(peer, python)
+    versions |= found
+    missing = [name for name in PEERS[peer] if name not in found]
     if missing:
-        return [head | {"error": f"not installed: {', '.join(missing)}"}]
+        return [{"peer": peer, "error": f"not installed: {', '.join(missing)}"}]
     folder = work / peer
     folder.mkdir()
     spec = {"peer": peer, "folder": str(folder), "samples": config.samples, "seed": config.seed,
@@ -151,27 +143,14 @@ def measure_peer(config: Config, peer: str, work: Path) -> list[dict[str, Any]]:
     else:
         run_ranks(python, spec | {"phase": "write"}, config, (1, 0), work)
     return [
-        head | row
+        {"peer": peer} | row
         for before, after in config.pairs()
         for row in measure_topology(config, python, spec, before, after, work)
     ]
 
 
-def needs_other(config: Config, peer: str) -> bool:
-    """Whether a peer runs in the other environment."""
-    return config.peer_python is not None and peer in ("mds", "litdata")
-
-
 def find_versions(peer: str, python: str) -> dict[str, str]:
     """Versions of what is installed of a peer, in its Python."""
-    if python == sys.executable:
-        found = {}
-        for name in PEERS[peer]:
-            try:
-                found[name] = version(name)
-            except PackageNotFoundError:
-                continue
-        return found
     script = (
         "import importlib.metadata as m, json, sys; "
         "there = {d.name.lower(): d.version for d in m.distributions()}; "
@@ -235,7 +214,6 @@ def compare(whole: Ranks, first: Ranks, rest: Ranks, samples: int) -> dict[str, 
 
 
 def samples_of(ranks: Ranks) -> list[int]:
-    """All samples of all ranks."""
     return [sample for batches in ranks for batch in batches for sample in batch]
 
 
@@ -260,97 +238,93 @@ def run_ranks(
         for old in work.glob("state-*.pt"):
             old.unlink()
     port = free_port()
-    processes = []
-    for rank, out in enumerate(outs):
-        out.unlink(missing_ok=True)
-        # A state is a rank's own where there are as many ranks as before, else the first one's.
-        kept = work / f"state-{rank}.pt"
-        state = kept if kept.exists() or spec["phase"] != "resumed" else work / "state-0.pt"
-        own = spec | {"out": str(out), "state": str(state)}
-        processes.append(start_rank(python, own, rank, ranks, port))
-    words = [wait_for(process) for process in processes]
-    if spec["phase"] == "write":
-        failed = [text for code, text in words if code]
-        if failed:
-            raise InputError(f"{spec['peer']}: {failed[0]}")
-        return []
-    for out, (_, text) in zip(outs, words, strict=True):
-        if not out.exists():
+    with contextlib.ExitStack() as started:
+        processes = []
+        for rank, out in enumerate(outs):
+            out.unlink(missing_ok=True)
+            # A state is a rank's own where there are as many ranks as before, else the first's.
+            kept = work / f"state-{rank}.pt"
+            state = kept if kept.exists() or spec["phase"] != "resumed" else work / "state-0.pt"
+            own = json.dumps(spec | {"out": str(out), "state": str(state)})
+            launcher = {
+                "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks,
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+            }  # fmt: skip
+            rank_of = harness.child(
+                [python, str(SCRIPT), own],
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                env=os.environ | {name: str(value) for name, value in launcher.items()},
+            )
+            processes.append(started.enter_context(rank_of))
+        words = [wait_for(process) for process in processes]
+    for process, out, text in zip(processes, outs, words, strict=True):
+        if process.returncode if spec["phase"] == "write" else not out.exists():
             raise InputError(f"{spec['peer']}: {text}")
-    return [json.loads(out.read_text()) for out in outs]
+    return [] if spec["phase"] == "write" else [json.loads(out.read_text()) for out in outs]
 
 
-def start_rank(
-    python: str, spec: dict[str, Any], rank: int, ranks: int, port: int
-) -> subprocess.Popen[str]:
-    """Start a rank in a session of its own, so that its workers end with it."""
-    launcher = {
-        "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks,
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-    }  # fmt: skip
-    return subprocess.Popen(
-        [python, str(SCRIPT), json.dumps(spec)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {name: str(value) for name, value in launcher.items()},
-        start_new_session=True,
-    )
-
-
-def wait_for(process: subprocess.Popen[str]) -> tuple[int, str]:
-    """Exit code and last words of a rank, its workers ended with it."""
+def wait_for(process: subprocess.Popen[str]) -> str:
     try:
-        _, errors = process.communicate(timeout=GIVE_UP_S)
+        return harness.last_words(process.communicate(timeout=GIVE_UP_S)[1])
     except subprocess.TimeoutExpired:
-        errors = f"no end within {GIVE_UP_S} s"
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    words = errors.strip().splitlines() or ["no message"]
-    return process.returncode, words[-1][:300]
+        return f"no end within {GIVE_UP_S} s"
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
 
 
+def place_text(row: dict[str, Any]) -> str:
+    before, after = ("x".join(map(str, row[name])) for name in ("before", "after"))
+    return before if before == after else f"{before}, then {after}"
+
+
+COLUMNS: dict[str, harness.Column] = {
+    "loader": ("peer", ""),
+    "ranks x workers": ("before", place_text),
+    "killed after step": ("stop", ""),
+    "lost": ("lost", ","),
+    "repeated": ("repeated", ","),
+    "in another step": (
+        "moved",
+        lambda row: f"{row['moved']:,}" if row["repeatable"] else "no order to repeat",
+    ),
+    "missing, extra without a stop": (
+        "missing", lambda row: f"{row['missing']:,}, {row['extra']:,}"
+    ),
+}  # fmt: skip
+
+
+def row_cells(row: dict[str, Any]) -> list[str]:
+    if "error" in row:
+        row = row | {"error": row["error"].removeprefix(f"{row['peer']}: ")}
+    return harness.row_cells(COLUMNS, row, "lost")
+
+
 def as_text(report: dict[str, Any]) -> str:
-    """The table."""
+    """The table, the stops of a topology in one row: each of their cells, or what they all are."""
     config = report["config"]
     head = (
         f"{config['samples']:,} samples, {config['batch_size']} a step; "
-        f"{machine_text(report['machine'])}"
+        f"{harness.machine_text(report['machine'])}"
     )
-    header = ("loader", "ranks x workers", "killed after step", "lost", "repeated",
-              "in another step", "missing, extra without a stop")  # fmt: skip
     versions = ", ".join(f"{n} {v}" for n, v in sorted(report["versions"].items()))
     groups: dict[Any, list[list[str]]] = {}
     for row in report["results"]:
         peer, place, *cells = row_cells(row)
         groups.setdefault((peer, place), []).append(cells)
-    rows = [[*names, *map(joined, zip(*cells, strict=True))] for names, cells in groups.items()]
-    return report_text(head, header, rows, "", versions)
-
-
-def joined(cells: tuple[str, ...]) -> str:
-    """The cells of all stops as one: each of them, or the one that they all are."""
-    return cells[0] if len({*cells}) == 1 else "; ".join(cells)
-
-
-def row_cells(row: dict[str, Any]) -> list[str]:
-    """A row of the table."""
-    if "before" not in row:
-        return [row["peer"], "", "", row["error"], "", "", ""]
-    before, after = ("x".join(map(str, row[name])) for name in ("before", "after"))
-    place = before if before == after else f"{before}, then {after}"
-    cells = [row["peer"], place, str(row.get("stop", ""))]
-    if "error" in row:
-        return [*cells, row["error"].removeprefix(f"{row['peer']}: "), "", "", ""]
-    moved = f"{row['moved']:,}" if row["repeatable"] else "no order to repeat"
-    figures = [f"{row[name]:,}" for name in ("lost", "repeated")]
-    return [*cells, *figures, moved, f"{row['missing']:,}, {row['extra']:,}"]
+    rows = [
+        [
+            *names,
+            *(
+                "; ".join(each if len({*each}) > 1 else each[:1])
+                for each in zip(*cells, strict=True)
+            ),
+        ]
+        for names, cells in groups.items()
+    ]
+    return harness.report_text(head, list(COLUMNS), rows, "", versions)

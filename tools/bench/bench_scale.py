@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from latentds_tools.bench.harness import Case, run_cases
+from latentds_tools.bench.harness import Case, Column, row_cells, run_cases
 from latentds_tools.reports.commands import show
 from latentds_tools.reports.markdown import table
 
@@ -42,7 +42,6 @@ class Config:
 
 
 def run(config: Config) -> None:
-    """Make the sets, open each, print."""
     from latentds_tools.bench.synthetic import write_sparse, write_synthetic
 
     cases = []
@@ -116,8 +115,9 @@ def memory() -> dict[str, int]:
 
 
 def as_text(rows: list[dict[str, Any]]) -> str:
-    """The table."""
-    columns = {
+    columns: dict[str, Column] = {
+        "patches": ("patches", ","),
+        "shards": ("codes", lambda row: "written" if row["codes"] else "holes"),
         "open s": ("open_s", ".3f"),
         "first batch s": ("first_batch_s", ".3f"),
         "own memory MB": ("private_mb", ".1f"),
@@ -126,9 +126,4 @@ def as_text(rows: list[dict[str, Any]]) -> str:
         "load ms": ("load_ms", ".3f"),
         "state bytes": ("state_bytes", ".0f"),
     }
-    lines = [
-        [f"{row['patches']:,}", "written" if row["codes"] else "holes"]
-        + [format(row[name], form) for name, form in columns.values()]
-        for row in rows
-    ]
-    return table(["patches", "shards", *columns], lines)
+    return table(list(columns), [row_cells(columns, row) for row in rows])

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import tyro
-from latentds_tools.bench.harness import report_text
+from latentds_tools.bench.harness import Column, report_text, row_cells
 from latentds_tools.reports.commands import show
 from latentds_tools.reports.markdown import table
 
@@ -17,6 +17,20 @@ from latentds.loading.options import Order
 
 BUFFER = 5000  # samples webdataset's documentation shuffles among
 TOPOLOGIES = ((1, 1), (2, 4), (4, 8))  # ranks, workers
+ORDERS: dict[str, Column] = {
+    "order": ("order", ""),
+    "neighbours of one slide": ("same_slide", ".2%"),
+    "slides a batch": ("slides", ".1f"),
+    "label distance": ("label_distance", ".3f"),
+    "displacement": ("displacement", ".3f"),
+}
+READS: dict[str, Column] = {
+    "ranks x workers": ("ranks", lambda row: f"{row['ranks']} x {row['workers']}"),
+    "nodes": ("nodes", ""),
+    "lanes": ("lanes", ""),
+    "cached packs": ("cached_packs", ","),
+    "read over delivered, a node": ("read_over_delivered", ".3f"),
+}
 PREFETCH = 2  # batches a DataLoader worker is ahead
 
 
@@ -41,7 +55,6 @@ class Config:
 
 
 def run(config: Config) -> None:
-    """Print both tables."""
     from latentds import LatentDataset
 
     data = LatentDataset(
@@ -188,26 +201,10 @@ def fetch(cache: OrderedDict[int, None], packs: Any, counts: Any, capacity: int)
 
 
 def as_text(result: dict[str, Any]) -> str:
-    """Both tables."""
     head = (
         f"{result['patches']:,} patches of {result['slides']:,} slides, global batch "
         f"{result['global_batch_size']:,}"
     )
-    orders = [
-        [
-            *(row["order"], f"{row['same_slide']:.2%}", f"{row['slides']:.1f}"),
-            *(f"{row['label_distance']:.3f}", f"{row['displacement']:.3f}"),
-        ]
-        for row in result["orders"]
-    ]
-    reads = [
-        [
-            *(f"{row['ranks']} x {row['workers']}", str(row["nodes"]), str(row["lanes"])),
-            *(f"{row['cached_packs']:,}", f"{row['read_over_delivered']:.3f}"),
-        ]
-        for row in result["reads"]
-    ]
-    header = ("order", "neighbours of one slide", "slides a batch", "label distance",
-              "displacement")  # fmt: skip
-    of_nodes = ("ranks x workers", "nodes", "lanes", "cached packs", "read over delivered, a node")
-    return report_text(head, header, orders, "", table(of_nodes, reads))
+    orders = [row_cells(ORDERS, row) for row in result["orders"]]
+    reads = [row_cells(READS, row) for row in result["reads"]]
+    return report_text(head, list(ORDERS), orders, "", table(list(READS), reads))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import statistics
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,49 +12,45 @@ from latentds_tools.bench.harness import Way
 from latentds_tools.bench.step_config import LEAD, Config, with_defaults
 from latentds_tools.reports.commands import show
 
-from latentds.errors import InputError
-
 STEP, VIEWS_TOO, LOADER = "cached views", "cached images, views made", "loader, views made"
 READ, DECODE, VIEWS = "reading codes", "decoding", "making views"
+COLUMNS: dict[str, harness.Column] = {
+    "ms a step (range)": (
+        "ms",
+        lambda row: "{:,.1f} ({:,.1f} to {:,.1f})".format(row["ms"], *row["ms_range"]),
+    ),
+    "patches/s": ("patches_per_s", ",.1f"),
+    "peak GPU memory": ("peak_gb", lambda row: f"{row['peak_gb']:.2f} GB"),
+}
 
 
 def run(config: Config) -> None:
-    """Measure and print."""
     show(measure(config), config.json, as_text)
 
 
 def measure(config: Config) -> dict[str, Any]:
-    """All figures."""
-    from latentds_tools.bench.step_feeding import Feeding
-    from latentds_tools.bench.step_sets import check_enough, open_source
+    import torch
+    from latentds_tools.bench.step_feeding import Feeding, open_source
 
-    from latentds.core.device_choice import choose_device
-
-    device = choose_device(config.device)
-    config = dataclasses.replace(config, device=str(device))
+    config = harness.on_device(config)
+    device = torch.device(config.device)
     config = with_defaults(config, device.type == "cuda")
-    if config.cuda_graph and device.type != "cuda":
-        raise InputError(f"--cuda-graph needs a CUDA device, not {device}; leave it")
     assert config.batch_size is not None and config.steps is not None
     lead = LEAD[device.type == "cuda"]
     with tempfile.TemporaryDirectory(dir=config.work) as work, harness.no_fallback():
         source = open_source(config, Path(work))
-        check_enough(source.folder, config.split, config.batch_size)
         with Feeding(source, config, device) as feeding:
             ways = make_ways(feeding)
             for way in ways.values():  # kernels are chosen, compiled and captured; pools fill
-                harness.run_steps(way, max(lead, 1), device)
+                way.run(max(lead, 1), device)
             feeding.counters()  # before minutes are spent on what does not engage
             timed = list(ways.values())
             harness.run_rounds(timed, config.rounds, device, steps=config.steps, lead=lead)
             facts, counters = feeding.facts(), feeding.counters()
-    return {
-        "machine": harness.machine(str(device)),
-        "config": harness.recorded(config),
-        "source": facts | {"decoder": source.decoder, "weights": source.weights},
-        "counters": counters,
-        **summarize(ways, config.batch_size),
-    }
+    facts |= {"decoder": source.decoder, "weights": source.weights}
+    return harness.report_of(
+        config, source=facts, counters=counters, **summarize(ways, config.batch_size)
+    )
 
 
 def make_ways(feeding: Any) -> dict[str, Way]:
@@ -76,7 +70,7 @@ def make_ways(feeding: Any) -> dict[str, Way]:
 def summarize(ways: dict[str, Way], batch_size: int) -> dict[str, Any]:
     """Times, costs and the arithmetic of what ran at the same time."""
     steps = (STEP, VIEWS_TOO, LOADER)
-    times = {name: harness.describe_time(way, batch_size) for name, way in ways.items()}
+    times = {name: describe_time(way, batch_size) for name, way in ways.items()}
     parts = [ways[name] for name in (DECODE, VIEWS) if name in ways]
     return {
         "steps": {name: times[name] for name in steps},
@@ -88,10 +82,19 @@ def summarize(ways: dict[str, Way], batch_size: int) -> dict[str, Any]:
     }
 
 
+def describe_time(way: Way, count: int) -> dict[str, Any]:
+    """Milliseconds a step and things a second, `count` a step, of the middle round and of all."""
+    return {
+        "ms": 1000 * way.median,
+        "ms_range": [1000 * seconds for seconds in harness.extent(way.seconds)],
+        "patches_per_s": count / way.median,
+        "peak_gb": way.peak / 1e9 if way.peak else None,
+    }
+
+
 def cost(slower: Way, base: Way) -> dict[str, Any]:
     """Percent that one way takes more than another, of the middle round and of all."""
-    percents = harness.cost_percents(slower, base)
-    return {"percent": statistics.median(percents), "percent_range": harness.extent(percents)}
+    return dict(zip(("percent", "percent_range"), harness.cost(slower, base), strict=True))
 
 
 def overlap(step: Way, loaded: Way, parts: Sequence[Way]) -> dict[str, float]:
@@ -113,7 +116,6 @@ def overlap(step: Way, loaded: Way, parts: Sequence[Way]) -> dict[str, float]:
 
 
 def as_text(report: dict[str, Any]) -> str:
-    """The table and what it says."""
     config, source = report["config"], report["source"]
     crops = f"{config['globals']} x {config['global_px']} px"
     if config["locals"]:
@@ -128,19 +130,11 @@ def as_text(report: dict[str, Any]) -> str:
         f"{config['num_workers']} workers; medians of {config['rounds']} rounds of "
         f"{config['steps']} steps"
     )
-    rows = [row_cells(f"step on {name}", row) for name, row in report["steps"].items()]
-    rows += [row_cells(f"{name} alone", row) for name, row in report["alone"].items()]
-    header = ("", "ms a step (range)", "patches/s", "peak GPU memory")
+    names = {f"step on {name}": row for name, row in report["steps"].items()}
+    names |= {f"{name} alone": row for name, row in report["alone"].items()}
+    rows = [[name, *harness.row_cells(COLUMNS, row)] for name, row in names.items()]
     counted = harness.counters_text(report["counters"])
-    return harness.report_text(head, header, rows, "", *costs_text(report), counted)
-
-
-def row_cells(name: str, row: dict[str, Any]) -> list[str]:
-    """A row of the table."""
-    low, high = row["ms_range"]
-    times = f"{row['ms']:,.1f} ({low:,.1f} to {high:,.1f})"
-    peak = "" if row["peak_gb"] is None else f"{row['peak_gb']:.2f} GB"
-    return [name, times, f"{row['patches_per_s']:,.1f}", peak]
+    return harness.report_text(head, ["", *COLUMNS], rows, "", *costs_text(report), counted)
 
 
 def costs_text(report: dict[str, Any]) -> list[str]:

@@ -1,87 +1,85 @@
-"""Rate of a decoder under each of its options."""
+"""Rates of decoders under each of their options: of codes, and of entropy-coded records."""
+# B batch, R record bytes, C latent channels, h w latent cells
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import gc
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
 from latentds_tools.bench.decode_shapes import find_decoder, gigaflops
-from latentds_tools.bench.harness import Case, engaged, no_fallback, sustained, synchronize
+from latentds_tools.bench.harness import Case, engaged, no_fallback, sustained
+from torch import Tensor
 
 from latentds.errors import InputError, unknown_name
+from latentds.loading.decoding import Decode, Decoder
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from latentds_tools.bench.decode_config import Config
 
     from latentds.autoencoders.autoencoder import NetworkAutoencoder
-    from latentds.loading.decoding import Decode
+    from latentds.quantizers.entropy.record_codebook import EntropyCodebook
 
 # of a GPU; of a CPU for decoders up to HEAVY_GFLOP a patch; of a CPU for heavier ones
 GPU_BATCH, CPU_BATCH, HEAVY_BATCH = 64, 16, 1
 HEAVY_GFLOP = 50
-PLAIN = "float32"
+PLAIN, ALONE = "float32", "records, entropy decoder alone"
+MOST_CODED = 16  # patches: coding one takes a CPU half a second
+Patches = Callable[[], Sequence[np.ndarray]]
+Figures = dict[str, Any]
 
 
-class Settings(Protocol):
-    """What the tool's config says about a measurement."""
+def cases(name: str, patches: Patches, config: Config) -> list[Case]:
+    """What is measured of a decoder: options at every batch size, plain float32 first.
 
-    @property
-    def patch_size(self) -> int: ...
-    @property
-    def batch_sizes(self) -> tuple[int, ...] | None: ...
-    @property
-    def device(self) -> str: ...
-    @property
-    def compile(self) -> bool: ...
-    @property
-    def options(self) -> str | None: ...
-    @property
-    def seconds(self) -> float: ...
-
-
-def cases(name: str, config: Settings) -> list[Case]:
-    """What is measured of a decoder: options at every batch size, plain float32 first."""
+    Then records, where those ship: to latents alone, and to pixels under the last options.
+    """
     autoencoder, weights = find_decoder(name)
     gflop = gigaflops(autoencoder, config.patch_size)
-    made = []
-    for batch in config.batch_sizes or (default_batch(config.device, gflop),):
+    batches = config.batch_sizes or (default_batch(config.device, gflop),)
+    every, made = chosen(config), []
+
+    def add(options: str, batch: int, gflop: float | None, once: Callable[[], Figures]) -> None:
+        head = {"decoder": name, "weights": weights, "gflop": gflop, "options": options}
+        made.append(Case(head | {"batch": batch}, functools.partial(guarded, once, config.device)))
+
+    for batch in batches:
         plain: list[Tensor] = []
-        for options in chosen(config):
-            head = {"decoder": name, "weights": weights, "gflop": gflop}
-            head |= {"options": describe(options), "batch": batch}
-            once = functools.partial(measure_case, name, options, batch, plain, config)
-            made.append(Case(head, once))
+        for options in every:
+            once = functools.partial(measure_codes, name, options, batch, plain, config)
+            add(describe(options), batch, gflop, once)
+    book = shipped_book(autoencoder, config.patch_size) if weights != "random" else None
+    if book is not None:
+        records = functools.cache(functools.partial(make_records, autoencoder, book, patches))
+        batch = batches[0]
+        alone = functools.partial(measure_records, book, records, batch, None, name, config)
+        add(ALONE, batch, None, alone)
+        whole = functools.partial(measure_records, book, records, batch, every[-1], name, config)
+        add(f"records, {describe(every[-1])}", batch, None, whole)
     return made
 
 
-def measure_case(
-    name: str, options: Decode, batch: int, plain: list[Tensor], config: Settings
-) -> dict[str, Any]:
-    """One round of one case; `largest_change` is against plain float32's images, where those are.
-
-    Only `error` and whether it is of an option that never engaged, where it cannot be measured.
-    """
-    import torch
-
+def guarded(once: Callable[[], Figures], device: str) -> Figures:
+    """The figures, or why there are none: an option that never engaged, or memory."""
     try:
         with no_fallback():
-            found, images = measure(find_decoder(name)[0], options, batch, config)
+            return once()
     except InputError as error:
         return {"error": str(error), "never_engaged": True}
     except torch.OutOfMemoryError as error:
         return {"error": " ".join(str(error).split())[:120]}
-    finally:
-        release(config.device)
-    if describe(options) == PLAIN:
-        plain[:] = plain or [images]
-    if plain:
-        found["largest_change"] = float((images - plain[0]).abs().max())
-    return found
+    finally:  # weights, graphs, and code, which counts against the next case's recompilations
+        torch.compiler.reset()
+        gc.collect()
+        if device.startswith("cuda"):
+            torch.cuda.empty_cache()
 
 
-def chosen(config: Settings) -> list[Decode]:
+def chosen(config: Config) -> list[Decode]:
     """The options asked for by name, or all; UnknownNameError for one there is not."""
     every = combinations(config.device, config.compile)
     if config.options is None:
@@ -100,10 +98,6 @@ def combinations(device: str, compile: bool) -> list[Decode]:
     Compilation and graphs are measured at both ends, plain float32 and bfloat16 with channels last:
     each costs a start-up, minutes for a large decoder.
     """
-    import torch
-
-    from latentds.loading.decoding import Decode
-
     found = [
         Decode(dtype=dtype, channels_last=last)
         for dtype in (torch.float32, torch.bfloat16)
@@ -119,7 +113,6 @@ def combinations(device: str, compile: bool) -> list[Decode]:
 
 
 def describe(options: Decode) -> str:
-    """Options in a few words."""
     words = [str(options.dtype).removeprefix("torch.")]
     words += [n for n in ("channels_last", "compile", "cuda_graph") if getattr(options, n)]
     return " ".join(words)
@@ -132,41 +125,88 @@ def default_batch(device: str, gflop: float) -> int:
     return HEAVY_BATCH if gflop > HEAVY_GFLOP else CPU_BATCH
 
 
-def measure(
-    autoencoder: NetworkAutoencoder, options: Decode, batch: int, config: Settings
-) -> tuple[dict[str, Any], Tensor]:
-    """Rate, start-up and counters of one case, and the images it makes of fixed codes."""
-    import torch
+def measure_codes(
+    name: str, options: Decode, batch: int, plain: list[Tensor], config: Config
+) -> Figures:
+    """A round; `largest_change` is against plain float32's images, where those are."""
+    found, images = measure(find_decoder(name)[0], options, batch, config)
+    if describe(options) == PLAIN:
+        plain[:] = plain or [images]
+    if plain:
+        found["largest_change"] = float((images - plain[0]).abs().max())
+    return found
 
-    from latentds.loading.decoding import Decoder
+
+def measure(
+    autoencoder: NetworkAutoencoder, options: Decode, batch: int, config: Config
+) -> tuple[Figures, Tensor]:
+    """Rate, start-up and counters, and the images float32 (B, 3, H, W) made of fixed codes."""
     from latentds.quantizers.scalar import Codebook
 
-    card, patch_px, device = autoencoder.card, config.patch_size, config.device
+    card, edge = autoencoder.card, config.patch_size
     # Some are loaded with channels last, and a plain row is to be plain.
     autoencoder.decoder.to(memory_format=torch.contiguous_format)
-    levels = torch.linspace(-3, 3, 256).numpy()[None]
-    size = (patch_px, patch_px)
-    decoder = Decoder(autoencoder, [Codebook(levels, "kmeans")], size, device, options)
-    cells = -(-patch_px // card.factor)
+    book = Codebook(np.linspace(-3, 3, 256, dtype=np.float32)[None], "kmeans")
+    decoder = Decoder(autoencoder, [book], (edge, edge), config.device, options)
+    cells = -(-edge // card.factor)
     generator = torch.Generator().manual_seed(0)
     shape = (batch, card.channels, cells, cells)
-    codes = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8).to(device)
+    codes = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+    found, images = timed(decoder, codes, config)
+    return found | engaged(decoder), images.float().cpu()
+
+
+def timed(
+    decode: Callable[[Tensor], Tensor], codes: Tensor, config: Config
+) -> tuple[Figures, Tensor]:
+    """Figures of decoding the same codes (B, ...) again and again, and what came out last."""
+    codes = codes.to(config.device)
     made: list[Tensor] = []
 
-    def decode() -> None:
-        made[:] = [decoder(codes)]
-        synchronize(decoder.device)
+    def once() -> None:
+        made[:] = [decode(codes)]
 
-    rate, first = sustained(decode, config.seconds, batch)
-    found = {"patches_per_s": rate, "first_batch_s": first, **engaged(decoder)}
-    return found, made[0].float().cpu()
+    return sustained(once, config.seconds, len(codes), config.device), made[0]
 
 
-def release(device: str) -> None:
-    """Give back what a case held: weights, graphs, compiled code."""
-    import torch
+def shipped_book(autoencoder: NetworkAutoencoder, patch_px: int) -> EntropyCodebook | None:
+    """The entropy codebook that ships for an autoencoder's latents of such patches."""
+    from latentds.autoencoders.autoencoder import latent_cells
+    from latentds.autoencoders.tiny import shipped_records
+    from latentds.quantizers.entropy.record_codebook import EntropyCodebook
 
-    torch.compiler.reset()  # else the code of one case counts against the next one's recompilations
-    gc.collect()
-    if device.startswith("cuda"):
-        torch.cuda.empty_cache()
+    card = autoencoder.card
+    shape = (card.channels, *latent_cells((patch_px, patch_px), card.factor))
+    stored = shipped_records(card.latent_id, shape, None) if card.latent_id else None
+    book = stored.codebook if stored else None
+    assert book is None or isinstance(book, EntropyCodebook)
+    return book
+
+
+@torch.no_grad()
+def make_records(autoencoder: NetworkAutoencoder, book: EntropyCodebook, patches: Patches) -> Any:
+    """Records uint8 (n, R) of patches uint8 (H, W, 3)."""
+    from latentds.autoencoders import load_autoencoder
+
+    # A decoder that replaces another says whose latents it reads.
+    encoder = load_autoencoder(autoencoder.card.encoder or autoencoder.card.name)
+    pixels = torch.from_numpy(np.stack(patches()[:MOST_CODED]))
+    return book.quantize(encoder.encode(pixels.permute(0, 3, 1, 2).float() / 255))
+
+
+def measure_records(
+    book: EntropyCodebook,
+    records: Callable[[], Tensor],
+    batch: int,
+    options: Decode | None,
+    name: str,
+    config: Config,
+) -> Figures:
+    """A round of records, those made again and again: to pixels under options, else to latents."""
+    few, edge = records(), config.patch_size
+    codes = few[torch.arange(batch) % len(few)]
+    if options is None:
+        found, latents = timed(book.dequantize, codes, config)
+        return found | {"device": str(latents.device)}
+    decoder = Decoder(find_decoder(name)[0], [book], (edge, edge), config.device, options)
+    return timed(decoder, codes, config)[0] | engaged(decoder)

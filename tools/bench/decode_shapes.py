@@ -5,17 +5,23 @@ Time does not depend on the weights, so shapes whose weights are not here are bu
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from latentds.autoencoders import load_for_decoding
+from latentds.autoencoders.autoencoder import AutoencoderCard, NetworkAutoencoder
+from latentds.autoencoders.cards import ALIASES, SHORT_NAMES
+from latentds.autoencoders.efficientvit_keys import F32C32
+from latentds.autoencoders.students import build_student
 from latentds.errors import unknown_name
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from latentds.autoencoders.autoencoder import NetworkAutoencoder
 
 # Both configs of diffusers' AutoencoderKL: config.json of stabilityai/sd-vae-ft-ema, and the vae
 # folder of stabilityai/stable-diffusion-3.5-large (16 channels, no quant_conv).
@@ -41,51 +47,36 @@ class DecodeShape:
 
 def student(name: str, channels: int, factor: int) -> DecodeShape:
     """One of the library's students, random weights."""
+    return DecodeShape(functools.partial(build_student, name, channels, factor), channels, factor)
+
+
+def diffusers_half(class_name: str, config: dict[str, Any], factor: int) -> DecodeShape:
+    """The decoder half of a diffusers class, random weights."""
 
     def build() -> nn.Module:
-        from latentds.autoencoders.students import build_student
-
-        return build_student(name, channels, factor)
-
-    return DecodeShape(build, channels, factor)
-
-
-def diffusers_half(class_name: str, config: dict[str, Any] | None, factor: int) -> DecodeShape:
-    """The decoder half of a diffusers class, random weights; no config is DC-AE f32c32's own."""
-    from latentds.autoencoders.efficientvit_keys import F32C32
-
-    options = config or F32C32
-
-    def build() -> nn.Module:
-        import torch
-
         from latentds.autoencoders.diffusers_ae import build_decoder
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            return build_decoder(class_name, options)
+            return build_decoder(class_name, config)
 
-    return DecodeShape(build, int(options["latent_channels"]), factor)
+    return DecodeShape(build, int(config["latent_channels"]), factor)
 
 
-def shapes() -> dict[str, DecodeShape]:
-    """Every known shape by its name."""
-    return {
-        "taesd": student("taesd", 4, 8),
-        "sd15": diffusers_half("AutoencoderKL", SD15, 8),
-        "sd3": diffusers_half("AutoencoderKL", SD3, 8),
-        "dcae-f32": diffusers_half("AutoencoderDC", None, 32),
-        "turbo-s": student("turbo-s", 4, 8),
-        "turbo-m": student("turbo-m", 4, 8),
-        "turbo-f32": student("turbo-f32", 32, 32),
-    }
+SHAPES = {
+    "taesd": student("taesd", 4, 8),
+    "sd15": diffusers_half("AutoencoderKL", SD15, 8),
+    "sd3": diffusers_half("AutoencoderKL", SD3, 8),
+    "dcae-f32": diffusers_half("AutoencoderDC", F32C32, 32),
+    "turbo-s": student("turbo-s", 4, 8),
+    "turbo-m": student("turbo-m", 4, 8),
+    "turbo-f32": student("turbo-f32", 32, 32),
+}
 
 
 def check_known(name: str) -> None:
     """Refuse a name that is no shape, no autoencoder, nothing here and none of the Hub's form."""
-    from latentds.autoencoders.cards import ALIASES, SHORT_NAMES
-
-    known = {*shapes(), *SHORT_NAMES}
+    known = {*SHAPES, *SHORT_NAMES}
     if name not in known | set(ALIASES) and "/" not in name and not Path(name).exists():
         raise unknown_name("decoder", name, known)
 
@@ -96,12 +87,7 @@ def find_decoder(name: str) -> tuple[NetworkAutoencoder, str]:
     name    a known shape, the name or folder of an autoencoder, or a decoder's folder or Hub name
     raises  what loading raises
     """
-    from torch import nn
-
-    from latentds.autoencoders import load_for_decoding
-    from latentds.autoencoders.autoencoder import AutoencoderCard, NetworkAutoencoder
-
-    shape = shapes().get(name)
+    shape = SHAPES.get(name)
     if shape is None:
         return load_for_decoding(name), "loaded"
     card = AutoencoderCard(
@@ -112,11 +98,6 @@ def find_decoder(name: str) -> tuple[NetworkAutoencoder, str]:
 
 def gigaflops(autoencoder: NetworkAutoencoder, patch_px: int) -> float:
     """GFLOP to decode a patch (two a multiplication with its addition), counted without running."""
-    import copy
-
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
     cells = -(-patch_px // autoencoder.card.factor)
     decoder = copy.deepcopy(autoencoder.decoder).to("meta")
     latents = torch.zeros(1, autoencoder.card.channels, cells, cells, device="meta")

@@ -49,6 +49,11 @@ class GpuPart:
         """The bench that is run, empty where it is none."""
         return self.words[3] if self.words[2:3] == ("bench",) else ""
 
+    @property
+    def command(self) -> str:
+        program = "latentds" if self.bench else Path(sys.executable).name
+        return " ".join((program, *self.words[2 if self.bench else 0 :]))
+
     def why_not(self) -> str:
         """Why it cannot be run here; empty where it can."""
         lost = [name for name in self.needs if not is_here(name)]
@@ -145,7 +150,6 @@ def resident_part(sets: Path, device: str, patches: int) -> GpuPart:
 
 
 def loading(device: str, patches: int) -> tuple[object, ...]:
-    """What loaders are told."""
     is_gpu = device.startswith("cuda")
     batch, seconds, workers = (256, 1.5, 4) if is_gpu else (8, 0.05, 1)
     return (
@@ -156,39 +160,33 @@ def loading(device: str, patches: int) -> tuple[object, ...]:
     )
 
 
+def step(name: str, title: str, device: str, *words: object) -> GpuPart:
+    """A DINO step with views, 2 and 8 crops; tiny where it is for a CPU."""
+    if device.startswith("cuda"):
+        words = ("--device", device, "--channels-last", "--cuda-graph", *words)
+    else:
+        words = ("--device", device, "--arch", "test_vit", "--batch-size", 2, "--steps", 1,
+                 "--rounds", 1, "--global-px", 32, "--local-px", 16, "--locals", 2,
+                 "--patch-size", 32, "--out-dim", 16)  # fmt: skip
+    return GpuPart(name, title, 50, bench("step", *words), ("timm", "lightly"), "train")
+
+
 def step_parts(device: str, is_gpu: bool) -> list[GpuPart]:
-    """A step of DINO with views, 2 and 8 crops: ViT-S and ViT-L."""
-    small, large = step_words(device, is_gpu), step_words(device, is_gpu)
-    if is_gpu:
-        small += ("--batch-size", 128, "--steps", 10, "--rounds", 3)
-        large += ("--arch", "vit_large_patch16_224", "--batch-size", 64, "--steps", 6,
-                  "--rounds", 2)  # fmt: skip
-    parts = [step("step-vit-s", "A DINO step of ViT-S with views", 50, small)]
-    return [*parts, step("step-vit-l", "A DINO step of ViT-L with views", 50, large)][: 1 + is_gpu]
+    parts = [
+        step("step-vit-s", "A DINO step of ViT-S with views", device,
+             "--batch-size", 128, "--steps", 10, "--rounds", 3),
+        step("step-vit-l", "A DINO step of ViT-L with views", device,
+             "--arch", "vit_large_patch16_224", "--batch-size", 64, "--steps", 6, "--rounds", 2),
+    ]  # fmt: skip
+    return parts[: 1 + is_gpu]
 
 
 def compiled_step(device: str, is_gpu: bool) -> GpuPart:
     """The same with views and decoder compiled: what no table has yet, and what may fail."""
-    words = step_words(device, is_gpu)
-    if is_gpu:
-        words += ("--batch-size", 128, "--steps", 10, "--rounds", 2, "--compile-views", "--compile")
-    part = step("step-vit-s-compiled", "A DINO step of ViT-S, views compiled", 50, words)
+    part = step("step-vit-s-compiled", "A DINO step of ViT-S, views compiled", device,
+                "--batch-size", 128, "--steps", 10, "--rounds", 2, "--compile-views",
+                "--compile")  # fmt: skip
     return part if is_gpu else dataclasses.replace(part, missing="a CPU compiles for minutes")
-
-
-def step(name: str, title: str, share: float, words: tuple[object, ...]) -> GpuPart:
-    """A part that is a step."""
-    needs = ("timm", "lightly")
-    return GpuPart(name, title, share, bench("step", *words), needs, "train")
-
-
-def step_words(device: str, is_gpu: bool) -> tuple[object, ...]:
-    """What all steps are told; tiny where it is for a CPU."""
-    if is_gpu:
-        return ("--device", device, "--channels-last", "--cuda-graph")
-    return ("--device", device, "--arch", "test_vit", "--batch-size", 2, "--steps", 1, "--rounds",
-            1, "--global-px", 32, "--local-px", 16, "--locals", 2, "--patch-size", 32, "--out-dim",
-            16)  # fmt: skip
 
 
 def features_part(device: str, is_gpu: bool) -> GpuPart:
@@ -198,11 +196,3 @@ def features_part(device: str, is_gpu: bool) -> GpuPart:
         "--embedder", "timm:test_vit")  # fmt: skip
     words = bench("features", "--device", device, *sizes)
     return GpuPart("features", "Features of ViT-L", 45, words, ("timm", "h5py"), "evaluate")
-
-
-def command_of(part: GpuPart) -> str:
-    """What a user would type."""
-    words = part.words
-    if part.bench:
-        return f"latentds {' '.join(words[2:])}"
-    return f"{Path(sys.executable).name} {' '.join(words)}"

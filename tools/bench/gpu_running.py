@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import tempfile
@@ -15,10 +14,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from latentds_tools.bench.gpu_parts import GpuPart, command_of
+from latentds_tools.bench.gpu_parts import GpuPart
+from latentds_tools.bench.harness import child, last_words, write_report
 from latentds_tools.reports.commands import tell
-
-from latentds.core.storage import write_atomically
 
 # Of a part: done; cut when its time was over, what it had left kept; failed; skipped.
 DONE, CUT, FAILED, SKIPPED = "done", "cut", "failed", "skipped"
@@ -40,7 +38,7 @@ def run_parts(parts: list[GpuPart], out: Path, work: Path, seconds: float) -> di
         tell(f"part {number + 1} of {len(parts)}, {part.name}: at most {limit:.0f} s")
         outcome = outcome_of(part, outcomes, limit, work)
         outcomes[part.name] = outcome
-        write_atomically(out / f"{part.name}.json", (json.dumps(outcome, indent=1) + "\n").encode())
+        write_report(out / f"{part.name}.json", outcome)
         tell(f"{part.name}: {outcome['status']}, {outcome['seconds']:.0f} s {outcome['reason']}")
     return outcomes
 
@@ -48,7 +46,7 @@ def run_parts(parts: list[GpuPart], out: Path, work: Path, seconds: float) -> di
 def outcome_of(part: GpuPart, before: dict[str, Any], limit: float, work: Path) -> dict[str, Any]:
     """What became of a part: status, reason, seconds, command, report."""
     head: dict[str, Any] = {"part": part.name, "title": part.title, "bench": part.bench}
-    head |= {"command": command_of(part), "limit_s": limit, "seconds": 0.0, "report": None}
+    head |= {"command": part.command, "limit_s": limit, "seconds": 0.0, "report": None}
     reason = part.why_not()
     if part.uses and before[part.uses]["status"] != DONE:
         reason = f"without {part.uses}: {before[part.uses]['reason']}"
@@ -72,25 +70,21 @@ def run_part(part: GpuPart, limit: float, work: Path) -> dict[str, Any]:
         log.open("wb") as err,
     ):
         environment = os.environ | {"TMPDIR": temporary, "HF_HUB_OFFLINE": "1"}
-        process = subprocess.Popen(
-            [sys.executable, *part.words], stdout=out, stderr=err, stdin=subprocess.DEVNULL,
-            env=environment, start_new_session=True,
-        )  # fmt: skip
-        try:
-            code: int | None = process.wait(limit)
-        except subprocess.TimeoutExpired:
-            code = None
-        finally:  # its workers, too, and where this process is interrupted
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        options = {"stdout": out, "stderr": err, "stdin": subprocess.DEVNULL, "env": environment}
+        # Ended with its workers, too, and where this process is interrupted.
+        with child([sys.executable, *part.words], **options) as process:
+            try:
+                code: int | None = process.wait(limit)
+            except subprocess.TimeoutExpired:
+                code = None
     report = read_report(part, printed)
     status = CUT if code is None else DONE if code == 0 and not all_failed(report) else FAILED
     reason = ""
     if status == CUT:
         reason = f"its time was over; {'what it had left is kept' if report else 'nothing is left'}"
     elif status == FAILED:
-        reason = never_engaged(report) or all_failed(report) or last_words(log, printed)
+        said = [path.read_text(errors="replace") for path in (log, printed)]
+        reason = never_engaged(report) or all_failed(report) or last_words(*said, most=SHOWN_REASON)
     return {"status": status, "reason": reason, "seconds": time.monotonic() - started,
             "report": report}  # fmt: skip
 
@@ -123,12 +117,3 @@ def all_failed(report: Any) -> str:
     rows = report.get("results", []) if isinstance(report, dict) else []
     errors = [str(row["error"]) for row in rows if "error" in row]
     return errors[0][:SHOWN_REASON] if errors and len(errors) == len(rows) else ""
-
-
-def last_words(log: Path, printed: Path) -> str:
-    """The last line of what a process said."""
-    for path in (log, printed):
-        lines = path.read_text(errors="replace").strip().splitlines()
-        if lines:
-            return lines[-1][:SHOWN_REASON]
-    return "it said nothing"

@@ -27,7 +27,6 @@ TEXTS: Mapping[str, Callable[[dict[str, Any]], str]] = {
 
 
 def main(folder: Path) -> None:
-    """Print all tables of a folder."""
     say(as_text(read_outcomes(folder)))
 
 
@@ -53,7 +52,6 @@ def as_text(outcomes: list[dict[str, Any]]) -> str:
 
 
 def section(outcome: dict[str, Any]) -> str:
-    """A part's heading, command and table."""
     report = outcome["report"]
     if outcome["bench"]:
         text = TEXTS[outcome["bench"]](report)

@@ -1,4 +1,4 @@
-"""What all benches share: the machine's facts, clocks, rounds in turn, medians, costs, reports."""
+"""What all benches share: machine, clocks, rounds in turn, medians, costs, children, reports."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import json
 import logging
 import os
 import platform
+import signal
 import statistics
+import subprocess
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from latentds_tools.reports.markdown import table
 
+from latentds.core.storage import write_atomically
 from latentds.errors import InputError
 
 if TYPE_CHECKING:
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
 
 CPUINFO = Path("/proc/cpuinfo")
 AnyConfig = TypeVar("AnyConfig", bound=Any)
+Column = tuple[str, str | Callable[[Any], str]]
 
 logger = logging.getLogger(__name__)
 
@@ -37,19 +41,14 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-def cpu_model() -> str:
-    """The CPU's name, as the system gives it."""
-    lines = CPUINFO.read_text().splitlines() if CPUINFO.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def machine(device: str) -> dict[str, Any]:
     """CPU model, cores this process may use, GPU of the device if it is one, Python, torch."""
     import torch
 
+    lines = CPUINFO.read_text().splitlines() if CPUINFO.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {
-        "cpu": cpu_model(),
+        "cpu": names[0] if names else platform.processor() or platform.machine(),
         "cores": usable_cores(),
         "torch_threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name(device) if device.startswith("cuda") else None,
@@ -59,11 +58,20 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def machine_text(where: Mapping[str, Any]) -> str:
-    """The machine in a line."""
     return (
         f"{where['gpu'] or where['cpu']}, {where['cores']} cores ({where['torch_threads']} threads "
         f"of torch), torch {where['torch']}"
     )
+
+
+def on_device(config: AnyConfig) -> AnyConfig:
+    """The config with `auto` settled; InputError where a CUDA graph is asked for elsewhere."""
+    from latentds.core.device_choice import choose_device
+
+    device = str(choose_device(config.device))
+    if getattr(config, "cuda_graph", False) and not device.startswith("cuda"):
+        raise InputError(f"--cuda-graph needs a CUDA device, not {device}; leave it")
+    return dataclasses.replace(config, device=device)
 
 
 def for_device(
@@ -75,10 +83,16 @@ def for_device(
     return dataclasses.replace(config, **missing)
 
 
-def recorded(config: Any) -> dict[str, Any]:
-    """A config as JSON values."""
-    values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config), default=str))
-    return values
+def report_of(config: Any, **rest: Any) -> dict[str, Any]:
+    """A report's JSON: machine, config, and what was measured."""
+    recorded = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    return {"machine": machine(getattr(config, "device", "cpu")), "config": recorded, **rest}
+
+
+def write_report(path: Path | None, report: Any) -> None:
+    """Write JSON, where a file was asked for."""
+    if path is not None:
+        write_atomically(path, (json.dumps(report, indent=1) + "\n").encode())
 
 
 def synchronize(device: str | torch.device) -> None:
@@ -111,21 +125,27 @@ def engaged(decoder: Decoder) -> dict[str, Any]:
 
 
 def counters_text(counters: Mapping[str, Any]) -> str:
-    """What was counted, in a line."""
     shown = (f"{name} {value:,}" if isinstance(value, int) else f"{name} {value}"
              for name, value in counters.items())  # fmt: skip
     return f"counted: {', '.join(shown)}"
 
 
-def sustained(work: Callable[[], object], seconds: float, count: int) -> tuple[float, float]:
-    """Things a second that `work` does, `count` a call, and seconds its first call took.
+@contextlib.contextmanager
+def child(words: Sequence[str], **options: Any) -> Iterator[subprocess.Popen[Any]]:
+    """A process in a session of its own, ended with all that it started."""
+    process = subprocess.Popen(words, start_new_session=True, **options)
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
-    The first call is not part of the rate; at least one more is made, however long it takes.
-    """
-    started = time.perf_counter()
-    work()
-    first = time.perf_counter() - started
-    return rate_of(work, seconds, count), first
+
+def last_words(*said: str, most: int = 300) -> str:
+    """The last line of the first of these texts that has one."""
+    lines = [text.strip().splitlines()[-1] for text in said if text.strip()]
+    return lines[0][:most] if lines else "no message"
 
 
 def rate_of(work: Callable[[], object], seconds: float, count: int) -> float:
@@ -135,6 +155,21 @@ def rate_of(work: Callable[[], object], seconds: float, count: int) -> float:
         work()
         done += count
     return done / now
+
+
+def sustained(
+    work: Callable[[], object], seconds: float, count: int, device: str = "cpu"
+) -> dict[str, float]:
+    """`rate_of` behind a first call, and seconds that one took; a GPU is waited for."""
+
+    def waited() -> None:
+        work()
+        synchronize(device)
+
+    started = time.perf_counter()
+    waited()
+    first = time.perf_counter() - started
+    return {"patches_per_s": rate_of(waited, seconds, count), "first_batch_s": first}
 
 
 @dataclasses.dataclass
@@ -152,7 +187,6 @@ class Case:
 
     @property
     def sound(self) -> list[dict[str, Any]]:
-        """Rounds without an error."""
         return [figures for figures in self.rounds if "error" not in figures]
 
     def row(self) -> dict[str, Any]:
@@ -160,7 +194,7 @@ class Case:
         return self.head | (medians(self.sound) if self.sound else self.rounds[0])
 
 
-def run_cases(cases: Sequence[Case], rounds: int, note: Callable[[], object] | None = None) -> None:
+def run_cases(cases: Sequence[Case], rounds: int, note: Callable[[], object] = int) -> None:
     """Measure all in turn, round by round.
 
     note  called after every measurement, for what is to be left of a run that is cut short
@@ -170,8 +204,7 @@ def run_cases(cases: Sequence[Case], rounds: int, note: Callable[[], object] | N
             told = [text for text in case.head.values() if isinstance(text, str)]
             logger.info("round %d of %d: %s", number + 1, rounds, ", ".join(told[:3]))
             case.rounds.append(case.once())
-            if note is not None:
-                note()
+            note()
 
 
 @dataclasses.dataclass
@@ -193,6 +226,13 @@ class Way:
         """Seconds a step, of the middle round."""
         return statistics.median(self.seconds)
 
+    def run(self, steps: int, device: torch.device) -> float:
+        started = time.perf_counter()
+        for _ in range(steps):
+            self.once()
+        synchronize(device)
+        return time.perf_counter() - started
+
 
 def run_rounds(
     ways: Sequence[Way],
@@ -207,32 +247,18 @@ def run_rounds(
 
     lead  steps of a way in every round before the clock starts
     """
-    for number in range(rounds):
-        for way in ways if number % 2 == 0 else list(reversed(ways)):
-            logger.info("%sround %d of %d: %s", title, number + 1, rounds, way.name)
-            time_way(way, steps, lead, device)
-
-
-def time_way(way: Way, steps: int, lead: int, device: torch.device) -> None:
-    """One round of one way."""
     import torch
 
     on_gpu = device.type == "cuda"
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats(device)
-    run_steps(way, lead, device)
-    started = time.perf_counter()
-    run_steps(way, steps, device)
-    way.seconds.append((time.perf_counter() - started) / steps)
-    if on_gpu:
-        way.peak = max(way.peak, torch.cuda.max_memory_allocated(device))
-
-
-def run_steps(way: Way, steps: int, device: torch.device) -> None:
-    """Steps, waited for."""
-    for _ in range(steps):
-        way.once()
-    synchronize(device)
+    for number in range(rounds):
+        for way in ways if number % 2 == 0 else list(reversed(ways)):
+            logger.info("%sround %d of %d: %s", title, number + 1, rounds, way.name)
+            if on_gpu:
+                torch.cuda.reset_peak_memory_stats(device)
+            way.run(lead, device)
+            way.seconds.append(way.run(steps, device) / steps)
+            if on_gpu:
+                way.peak = max(way.peak, torch.cuda.max_memory_allocated(device))
 
 
 def medians(rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -246,27 +272,33 @@ def medians(rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def extent(values: Sequence[float]) -> list[float]:
-    """The least and the greatest."""
     return [min(values), max(values)]
 
 
-def cost_percents(slower: Way, base: Way) -> list[float]:
-    """Percent that one way takes more than another, round by round."""
+def cost(slower: Way, base: Way) -> tuple[float, list[float]]:
+    """Percent that one way takes more than another: of the middle round, least and greatest."""
     pairs = zip(slower.seconds, base.seconds, strict=True)
-    return [100 * (one / other - 1) for one, other in pairs]
-
-
-def describe_time(way: Way, count: int) -> dict[str, Any]:
-    """Milliseconds a step and things a second, `count` a step, of the middle round and of all."""
-    times = [1000 * seconds for seconds in way.seconds]
-    return {
-        "ms": statistics.median(times),
-        "ms_range": extent(times),
-        "patches_per_s": count / way.median,
-        "peak_gb": way.peak / 1e9 if way.peak else None,
-    }
+    percents = [100 * (one / other - 1) for one, other in pairs]
+    return statistics.median(percents), extent(percents)
 
 
 def report_text(head: str, header: Sequence[str], rows: Iterable[Sequence[str]], *rest: str) -> str:
     """A bench's report: what was measured where, the table, and what follows from it."""
     return "\n".join([head, "", table(header, rows), *rest])
+
+
+def row_cells(columns: Mapping[str, Column], row: Mapping[str, Any], main: str = "") -> list[str]:
+    """A row's cells, empty where it has no figure.
+
+    columns  heading: a key of the row with a format of its value, or with a function of the row
+    main     the key in whose place an error stands
+    """
+    cells = []
+    for key, form in columns.values():
+        if key == main and "error" in row:
+            cells.append(str(row["error"]))
+        elif row.get(key) is None:
+            cells.append("")
+        else:
+            cells.append(format(row[key], form) if isinstance(form, str) else form(row))
+    return cells

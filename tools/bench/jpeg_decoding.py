@@ -5,21 +5,28 @@ from __future__ import annotations
 import dataclasses
 import functools
 import io
+import multiprocessing
 import statistics
-import time
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from latentds_tools.bench.harness import Case, rate_of, sustained, synchronize
+import numpy as np
+import torch
+from latentds_tools.bench.harness import Case, rate_of, sustained, usable_cores
+from PIL import Image
 
+from latentds.codecs import PictureCodec, formats
 from latentds.core.extras import is_here
+from latentds.core.untrusted_files import pixels_of
 from latentds.errors import InputError, missing_extra
 
 if TYPE_CHECKING:
-    import numpy as np
+    from latentds_tools.bench.decode_config import Config
 
+Figures = dict[str, Any]
 LIBRARIES, PILLOW = ("simplejpeg", "torchvision"), "Pillow"  # in the order they are asked for
 AVIF_BYTES, LEAST_BYTES = 4096, 1024  # a patch of 256 px as `tiny-v2`'s records; of any patch
 MOST_AVIF, AVIF_SPEED = 8, 6  # patches; the most thorough encoding takes half a minute each
@@ -38,8 +45,6 @@ def load_patches(folder: Path | None, patch_px: int) -> list[np.ndarray]:
 
     raises  InputError where no picture is as large as a patch
     """
-    from latentds.core.untrusted_files import pixels_of
-
     if folder is None:
         try:
             from skimage.data import immunohistochemistry
@@ -63,9 +68,6 @@ def load_patches(folder: Path | None, patch_px: int) -> list[np.ndarray]:
 
 
 def encode(patch: np.ndarray) -> bytes:
-    """A patch as baseline JPEG."""
-    from PIL import Image
-
     file = io.BytesIO()
     Image.fromarray(patch).save(file, "JPEG", quality=QUALITY, subsampling=SUBSAMPLING)
     return file.getvalue()
@@ -73,92 +75,61 @@ def encode(patch: np.ndarray) -> bytes:
 
 def encode_avif(patch: np.ndarray) -> bytes:
     """A patch as AVIF within AVIF_BYTES for 256 px, in proportion for other sizes."""
-    from latentds.codecs import PictureCodec, formats
-
     fast = functools.partial(formats.encode_avif, subsampling="4:4:4", speed=AVIF_SPEED)
     rules = dataclasses.replace(formats.FORMATS["avif"], encode=fast)
     most = max(AVIF_BYTES * patch.shape[0] * patch.shape[1] // 256**2, LEAST_BYTES)
     return PictureCodec("avif", max_bytes=most, rules=rules).encode_batch([patch])[0]
 
 
-def described(coded: str, files: Sequence[bytes]) -> dict[str, Any]:
-    """What was decoded."""
-    mean = statistics.fmean(map(len, files))
-    return {"coded": coded, "patches": len(files), "mean_bytes": mean}
-
-
-def installed() -> list[str]:
-    """The JPEG libraries that are here; Pillow, which always is, where there is no faster one."""
-    return [name for name in LIBRARIES if is_here(name)] or [PILLOW]
-
-
 def make_decoder(library: str) -> Callable[[bytes], object]:
-    """A function of one JPEG, to pixels in memory."""
+    """A function of one JPEG, or of one AVIF for Pillow, to pixels in memory."""
     if library == "simplejpeg":
         import simplejpeg
 
         by_simplejpeg: Callable[[bytes], object] = simplejpeg.decode_jpeg
         return by_simplejpeg
     if library == PILLOW:
-        from latentds.codecs.formats import decode_avif, open_with_pillow
-
         return lambda encoded: (
-            open_with_pillow(encoded, "JPEG")
+            formats.open_with_pillow(encoded, "JPEG")
             if encoded.startswith(JPEG_START)
-            else decode_avif(encoded)
+            else formats.decode_avif(encoded)
         )
-    import torch
     from torchvision.io import decode_jpeg
 
-    def decode(encoded: bytes) -> object:
-        return decode_jpeg(torch.frombuffer(bytearray(encoded), dtype=torch.uint8))
-
-    return decode
+    return lambda encoded: decode_jpeg(torch.frombuffer(bytearray(encoded), dtype=torch.uint8))
 
 
 def rate(
-    library: str, jpegs: Sequence[bytes], seconds: float, wait: Callable[[], object] | None = None
-) -> tuple[float, float]:
-    """Patches a second on the core that calls, and seconds the first took."""
+    library: str, files: Sequence[bytes], seconds: float, wait: Callable[[], object] = int
+) -> Figures:
+    """Figures of the core that calls, its rate from when `wait` is over."""
     decode = make_decoder(library)
-
-    def decode_all() -> None:
-        for encoded in jpegs:
-            decode(encoded)
-
-    started = time.perf_counter()
-    decode(jpegs[0])
-    first = time.perf_counter() - started
-    if wait is not None:
-        wait()
-    return rate_of(decode_all, seconds, len(jpegs)), first
+    first = sustained(lambda: decode(files[0]), 0, 1)["first_batch_s"]
+    wait()
+    rate = rate_of(lambda: [decode(encoded) for encoded in files], seconds, len(files))
+    return {"patches_per_s": rate, "first_batch_s": first, "device": "cpu"}
 
 
 def rate_together(
-    library: str, jpegs: Sequence[bytes], seconds: float, workers: int, kind: str
-) -> tuple[float, float]:
-    """Patches a second of `workers` threads or processes that decode at the same time.
-
-    kind  threads or processes
-    """
+    library: str, files: Sequence[bytes], seconds: float, workers: int, kind: str
+) -> Figures:
+    """Figures of `workers` threads or processes that decode at the same time."""
     with make_pool(kind, workers) as pool:
-        futures = [pool.submit(rate_when_ready, library, jpegs, seconds) for _ in range(workers)]
+        futures = [pool.submit(rate_when_ready, library, files, seconds) for _ in range(workers)]
         found = [future.result() for future in futures]
-    return sum(one for one, _ in found), max(first for _, first in found)
+    return {
+        "patches_per_s": sum(one["patches_per_s"] for one in found),
+        "first_batch_s": max(one["first_batch_s"] for one in found),
+        "device": "cpu",
+    }
 
 
 def make_pool(kind: str, workers: int) -> Executor:
     """A pool whose workers start to decode at one moment."""
     if kind == "threads":
-        import threading
-
-        gate = threading.Barrier(workers)
-        return ThreadPoolExecutor(workers, initializer=set_gate, initargs=(gate,))
-    import multiprocessing
-
+        return ThreadPoolExecutor(workers, "", set_gate, (threading.Barrier(workers),))
     context = multiprocessing.get_context("spawn")  # forking a process with CUDA breaks it
-    barrier = context.Barrier(workers)
-    return ProcessPoolExecutor(workers, context, initializer=set_gate, initargs=(barrier,))
+    return ProcessPoolExecutor(workers, context, set_gate, (context.Barrier(workers),))
 
 
 def set_gate(gate: Any) -> None:
@@ -167,58 +138,65 @@ def set_gate(gate: Any) -> None:
     _gate = gate
 
 
-def rate_when_ready(library: str, jpegs: Sequence[bytes], seconds: float) -> tuple[float, float]:
+def rate_when_ready(library: str, files: Sequence[bytes], seconds: float) -> Figures:
     """`rate`, begun when every worker is here: so each of them takes one task."""
-    return rate(library, jpegs, seconds, lambda: _gate.wait(READY_S))
+    return rate(library, files, seconds, lambda: _gate.wait(READY_S))
 
 
-def rate_on_gpu(
-    jpegs: Sequence[bytes], seconds: float, device: str, batch: int = GPU_BATCH
-) -> tuple[float, float]:
-    """Patches a second of torchvision's decoder on a GPU (nvJPEG), batch by batch, as uint8."""
-    import torch
+def rate_on_gpu(jpegs: Sequence[bytes], seconds: float, device: str) -> Figures:
+    """Figures of torchvision's decoder on a GPU (nvJPEG), to uint8; or why it does not run."""
     from torchvision.io import decode_jpeg
 
     encoded = [torch.frombuffer(bytearray(jpeg), dtype=torch.uint8) for jpeg in jpegs]
-    encoded = [encoded[i % len(encoded)] for i in range(batch)]
+    encoded = [encoded[i % len(encoded)] for i in range(GPU_BATCH)]
 
     def decode() -> None:
         decoded = decode_jpeg(encoded, device=device)
         if decoded[0].device.type != "cuda":
             raise RuntimeError(f"never engaged: decoded on {decoded[0].device}")
-        synchronize(device)
 
-    return sustained(decode, seconds, batch)
-
-
-class PictureSettings(Protocol):
-    """What the tool's config says about pictures."""
-
-    @property
-    def jpeg(self) -> bool: ...
-    @property
-    def avif(self) -> bool: ...
-    @property
-    def seconds(self) -> float: ...
-    @property
-    def device(self) -> str: ...
+    try:
+        return sustained(decode, seconds, GPU_BATCH, device) | {"device": "cuda"}
+    except (RuntimeError, AssertionError) as error:  # what torch raises without CUDA or nvJPEG
+        return {"error": " ".join(str(error).split())[:120]}
 
 
 def picture_cases(
-    patches: Callable[[], Sequence[np.ndarray]], config: PictureSettings, cores: int
+    patches: Callable[[], Sequence[np.ndarray]], config: Config
 ) -> tuple[list[Case], dict[str, Any]]:
     """What is measured of picture formats, JPEG on one core first; and their files, by format."""
     made: list[Case] = []
     files: dict[str, Any] = {}
+    cores = config.cores or usable_cores()
+
+    def describe(name: str, coded: str, encoded: Sequence[bytes]) -> None:
+        mean = statistics.fmean(map(len, encoded))
+        files[name] = {"coded": coded, "patches": len(encoded), "mean_bytes": mean}
+
     if config.jpeg:
         jpegs = [encode(patch) for patch in patches()]
-        files["JPEG"] = described(f"quality {QUALITY}, {SUBSAMPLING}", jpegs)
+        describe("JPEG", f"quality {QUALITY}, {SUBSAMPLING}", jpegs)
         made += cases(jpegs, config.seconds, cores, config.device)
     if config.avif:
         avifs = [encode_avif(patch) for patch in patches()[:MOST_AVIF]]
-        files["AVIF"] = described(f"4:4:4, speed {AVIF_SPEED}, as many bytes as fit", avifs)
+        describe("AVIF", f"4:4:4, speed {AVIF_SPEED}, as many bytes as fit", avifs)
         made += on_cores("AVIF", PILLOW, avifs, config.seconds, cores, kinds=("processes",))
     return made, files
+
+
+def cases(jpegs: Sequence[bytes], seconds: float, cores: int, device: str) -> list[Case]:
+    """A case a JPEG decoder and place: the first is one core of the first library installed.
+
+    Pillow, which always is, stands for the libraries where none of them is there.
+    """
+    made = []
+    libraries = [name for name in LIBRARIES if is_here(name)]
+    for library in libraries or [PILLOW]:
+        made += on_cores("JPEG", library, jpegs, seconds, cores)
+    if device.startswith("cuda") and "torchvision" in libraries:
+        head = {"decoder": "JPEG, torchvision", "options": "the GPU", "batch": GPU_BATCH}
+        made.append(Case(head, functools.partial(rate_on_gpu, jpegs, seconds, device)))
+    return made
 
 
 def on_cores(
@@ -231,37 +209,14 @@ def on_cores(
     kinds: Sequence[str] = ("threads", "processes"),
 ) -> list[Case]:
     """A decoder on one core, and on several: threads of one process take turns at AVIF here."""
-    name = f"{format}, {library}"
+    head = {"decoder": f"{format}, {library}", "batch": 1}
     alone = functools.partial(rate, library, files, seconds)
-    made = [case_of(name, "1 core", 1, alone)]
-    for kind in kinds if cores > 1 else ():
-        once = functools.partial(rate_together, library, files, seconds, cores, kind)
-        made.append(case_of(name, f"{cores} {kind}", 1, once))
-    return made
-
-
-def cases(jpegs: Sequence[bytes], seconds: float, cores: int, device: str) -> list[Case]:
-    """A case a JPEG decoder and place: the first is one core of the first library installed."""
-    made = []
-    for library in installed():
-        made += on_cores("JPEG", library, jpegs, seconds, cores)
-    if device.startswith("cuda") and "torchvision" in installed():
-        once = functools.partial(rate_on_gpu, jpegs, seconds, device)
-        made.append(case_of("JPEG, torchvision", "the GPU", GPU_BATCH, once))
-    return made
-
-
-def case_of(name: str, where: str, batch: int, once: Callable[[], tuple[float, float]]) -> Case:
-    """A picture decoder in one place; what torch raises without CUDA or nvJPEG is its error."""
-
-    def figures() -> dict[str, Any]:
-        try:
-            rate, first = once()
-        except (RuntimeError, AssertionError) as error:
-            if where != "the GPU":
-                raise
-            return {"error": " ".join(str(error).split())[:120]}
-        on = "cuda" if where == "the GPU" else "cpu"
-        return {"patches_per_s": rate, "first_batch_s": first, "device": on}
-
-    return Case({"decoder": name, "options": where, "batch": batch}, figures)
+    together = [
+        Case(
+            head | {"options": f"{cores} {kind}"},
+            functools.partial(rate_together, library, files, seconds, cores, kind),
+        )
+        for kind in kinds
+        if cores > 1
+    ]
+    return [Case(head | {"options": "1 core"}, alone), *together]

@@ -12,6 +12,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from latentds_tools.bench.harness import child, last_words
+
 from latentds.core.extras import is_here
 from latentds.errors import InputError
 
@@ -35,23 +37,13 @@ def drop_page_cache(folder: Path) -> None:
 def measure_loader(spec: dict[str, Any], python: str) -> dict[str, Any]:
     """Figures of one run of a loader; InputError with its last words where it dies."""
     drop_page_cache(Path(spec["folder"]))
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(
-            [python, str(SCRIPT), json.dumps(spec)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-        )
-        try:
+        with child([python, str(SCRIPT), json.dumps(spec)], stderr=errors, **pipes) as process:
             figures = follow(process, Watch(process.pid))
-        finally:
-            process.kill()
-            process.wait()
         errors.seek(0)
         if figures is None:
-            words = errors.read().strip().splitlines() or ["no message"]
-            raise InputError(f"{spec['peer']}: {words[-1][:300]}")
+            raise InputError(f"{spec['peer']}: {last_words(errors.read())}")
     return figures
 
 
@@ -78,7 +70,6 @@ def follow(process: subprocess.Popen[str], watch: Watch) -> dict[str, Any] | Non
 
 
 def note(figures: dict[str, Any], event: dict[str, Any], spent: dict[str, float]) -> None:
-    """Keep what an event tells."""
     name = event.pop("event")
     if name == "imported":
         figures["versions"] = event["versions"]

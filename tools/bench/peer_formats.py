@@ -3,18 +3,31 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import io
 import itertools
 import json
 import subprocess
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import webdataset as wds
+from latentds_tools.bench.measuring_loaders import SCRIPT
+from PIL import Image
 
 from latentds.errors import InputError
+from latentds.loading.decoding import Decoder, find_autoencoder
+from latentds.store.composing import compose
+from latentds.store.format import GOLDEN
+from latentds.store.packs import SCHEMA
+from latentds.store.reader import ShardSet
 
 SHARD_BYTES = 64 << 20  # of a peer's files; at least MIN_SHARDS, so that workers have some each
 MIN_SHARDS = 8
@@ -22,6 +35,7 @@ PACK = 256
 JPEG_QUALITY = 75
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class Patches:
     """What all formats hold.
 
@@ -29,15 +43,11 @@ class Patches:
     labels  int64 (N,), -1 for none
     """
 
-    def __init__(self, codes: np.ndarray, labels: np.ndarray) -> None:
-        self.codes, self.labels = codes, labels
+    codes: np.ndarray
+    labels: np.ndarray
 
     def __len__(self) -> int:
         return len(self.codes)
-
-    def first(self, count: int) -> Patches:
-        """The first `count`."""
-        return Patches(self.codes[:count], self.labels[:count])
 
     def runs(self) -> list[range]:
         """The patches of every file of a peer."""
@@ -47,46 +57,39 @@ class Patches:
         return [range(a, b) for a, b in itertools.pairwise(edges) if b > a]
 
 
+def read_patches(folder: Path, split: str, count: int | None = None) -> Patches:
+    """The first `count` patches of a split, or all."""
+    shards = ShardSet(folder)
+    rows = np.arange(*shards.patch_range(split))[:count]
+    return Patches(shards.read_codes(rows), shards.patches[rows]["label"].astype(np.int64))
+
+
 def write_subset(folder: Path, out: Path, split: str, count: int) -> Patches:
     """A latentds set of the first `count` patches of a split, and those patches."""
-    from latentds.store.composing import compose
-    from latentds.store.format import GOLDEN
-    from latentds.store.packs import SCHEMA
-    from latentds.store.reader import ShardSet
-
-    shards = ShardSet(folder)
-    first, end = shards.patch_range(split)
-    rows = np.arange(first, min(first + count, end))
-    codes, labels = shards.read_codes(rows), shards.patches[rows]["label"].astype(np.int64)
+    shards, patches = ShardSet(folder), read_patches(folder, split, count)
+    rows = shards.patch_range(split)[0] + np.arange(len(patches))
 
     def parts() -> Iterator[Any]:
-        import pyarrow as pa
-
         for start in range(0, len(rows), PACK):
             columns = shards.read_columns(rows[start : start + PACK], SCHEMA.names)
-            yield codes[start : start + PACK], pa.table(columns, schema=SCHEMA)
+            yield patches.codes[start : start + PACK], pa.table(columns, schema=SCHEMA)
 
     golden = (Path(folder) / GOLDEN).read_bytes()
     compose(out, shards.manifest.contract, {split: parts()}, shards.manifest.made, golden)
-    return Patches(codes, labels)
+    return patches
 
 
-def write_webdataset(patches: Patches, out: Path) -> None:
-    """A sample a patch: npy and cls, with the integer mtime that saves a PAX header each."""
-    import webdataset as wds
-
+def write_webdataset(patches: Patches, out: Path, kind: str, stored: Sequence[Any]) -> None:
+    """A sample a patch: what is stored and cls, with the integer mtime that saves a PAX header."""
     for number, run in enumerate(patches.runs()):
         with wds.TarWriter(str(out / f"{number:06d}.tar"), mtime=0) as writer:
             for place in run:
-                sample = {"__key__": f"{place:09d}", "npy": patches.codes[place]}
+                sample = {"__key__": f"{place:09d}", kind: stored[place]}
                 writer.write(sample | {"cls": int(patches.labels[place])})
 
 
 def write_parquet(patches: Patches, out: Path, pack: int) -> None:
     """A row a patch, or `pack` patches a row."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     for number, run in enumerate(patches.runs()):
         codes, labels = patches.codes[run.start : run.stop], patches.labels[run.start : run.stop]
         parts = [slice(start, start + pack) for start in range(0, len(codes), pack)]
@@ -99,62 +102,33 @@ def write_parquet(patches: Patches, out: Path, pack: int) -> None:
         pq.write_table(pa.table(columns), out / f"{number:06d}.parquet", row_group_size=rows)
 
 
-def write_mds(patches: Patches, out: Path, pack: int, python: str, script: Path) -> None:
-    """By the other environment's own writer."""
-    np.save(out.with_suffix(".codes.npy"), patches.codes)
-    np.save(out.with_suffix(".labels.npy"), patches.labels)
-    spec = {"peer": "write-mds", "folder": str(out), "pack": pack}
-    spec |= {
-        "codes": str(out.with_suffix(".codes.npy")),
-        "labels": str(out.with_suffix(".labels.npy")),
-    }
-    run = subprocess.run([python, str(script), json.dumps(spec)], capture_output=True, text=True)
+def write_mds(patches: Patches, out: Path, pack: int, python: str) -> None:
+    spec: dict[str, Any] = {"peer": "write-mds", "folder": str(out), "pack": pack}
+    with tempfile.TemporaryDirectory(dir=out.parent) as work:
+        for name, values in (("codes", patches.codes), ("labels", patches.labels)):
+            spec[name] = f"{work}/{name}.npy"
+            np.save(spec[name], values)
+        words = [python, str(SCRIPT), json.dumps(spec)]
+        run = subprocess.run(words, capture_output=True, text=True)
     if run.returncode:
         raise InputError(f"{python}: mosaicml-streaming cannot write: {run.stderr.strip()[-300:]}")
-    for name in ("codes", "labels"):
-        out.with_suffix(f".{name}.npy").unlink()
-
-
-def read_patches(folder: Path, split: str) -> Patches:
-    """All patches of a split."""
-    from latentds.store.reader import ShardSet
-
-    shards = ShardSet(folder)
-    rows = np.arange(*shards.patch_range(split))
-    return Patches(shards.read_codes(rows), shards.patches[rows]["label"].astype(np.int64))
 
 
 def write_jpegs(patches: Patches, peer: str, out: Path, own: Path, autoencoder: str | None) -> None:
     """The patches' decoded pictures as JPEG, in class folders or in tars."""
+    encoded = decoded_jpegs(patches, own, autoencoder)
     if peer == "jpeg-webdataset":
-        write_jpeg_webdataset(patches, decoded_jpegs(patches, own, autoencoder), out)
+        write_webdataset(patches, out, "jpg", encoded)
         return
-    for place, content in enumerate(decoded_jpegs(patches, own, autoencoder)):
+    for place, content in enumerate(encoded):
         path = out / f"class{patches.labels[place]}" / f"{place:09d}.jpg"
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(content)
 
 
-def write_jpeg_webdataset(patches: Patches, encoded: list[bytes], out: Path) -> None:
-    """A sample a patch: jpg and cls."""
-    import webdataset as wds
-
-    for number, run in enumerate(patches.runs()):
-        with wds.TarWriter(str(out / f"{number:06d}.tar"), mtime=0) as writer:
-            for place in run:
-                sample = {"__key__": f"{place:09d}", "jpg": encoded[place]}
-                writer.write(sample | {"cls": int(patches.labels[place])})
-
-
 @functools.cache
 def decoded_jpegs(patches: Patches, folder: Path, autoencoder: str | None) -> list[bytes]:
     """The decoded pictures as JPEG files, 4:2:0; made once for all peers."""
-    import torch
-    from PIL import Image
-
-    from latentds.loading.decoding import Decoder, find_autoencoder
-    from latentds.store.reader import ShardSet
-
     shards = ShardSet(folder)
     contract = shards.manifest.contract
     decoder = Decoder(find_autoencoder(shards, autoencoder), [contract.codebook], contract.patch_px)

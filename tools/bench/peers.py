@@ -22,6 +22,13 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 COLD_FACTOR = 6
+MODULES = {  # webdataset for other peers
+    "latentds": "latentds.loading.loader",
+    "latentds-resident": "latentds.loading.loader",
+    "datasets": "datasets",
+    "mds": "streaming",
+    "jpeg-folder": "torchvision.datasets",
+}
 Spec = dict[str, Any]
 Labelled = tuple[torch.Tensor, torch.Tensor]
 
@@ -34,7 +41,8 @@ def main() -> None:
     torch.manual_seed(0)
     # What is timed under a name is to be that: a compiler that falls back ends the measurement.
     warnings.filterwarnings("error", message="torch.compile failed")
-    import_peer(spec["peer"])
+    # What a builder would import, so that no phase's time has it.
+    importlib.import_module(MODULES.get(spec["peer"].removesuffix("-packed"), "webdataset"))
     tell("imported", versions=versions(spec["module"]))
     started = time.perf_counter()
     loader, ready = BUILDERS[spec["peer"]](spec), Ready(spec)
@@ -64,18 +72,6 @@ def counted(loader: Any, spec: Spec) -> dict[str, Any]:
         if not loader.resident.gathered:
             raise RuntimeError(f"never engaged: nothing was gathered: {found}")
     return found
-
-
-def import_peer(peer: str) -> None:
-    """Import what a builder would, so that no phase's time has it."""
-    modules = {
-        "latentds": "latentds.loading.loader",
-        "latentds-resident": "latentds.loading.loader",
-        "datasets": "datasets",
-        "mds": "streaming",
-        "jpeg-folder": "torchvision.datasets",
-    }
-    importlib.import_module(modules.get(peer.removesuffix("-packed"), "webdataset"))
 
 
 def tell(event: str, **values: Any) -> None:
@@ -141,7 +137,6 @@ class Ready:
             self.decoder = make_decoder(spec)
 
     def __call__(self, batch: Any) -> Labelled:
-        """Tensors on the device."""
         if self.spec["module"] == "latentds":  # its loader has done all of it
             self.last = batch.codes
             shown = {"codes": batch.codes, "latents": batch.latents, "pixels": batch.images}
@@ -209,7 +204,6 @@ def loader_of(source: Any, spec: Spec, **options: Any) -> DataLoader[Any]:
 
 
 def files_of(spec: Spec, pattern: str) -> list[str]:
-    """Paths of a peer's files."""
     return sorted(str(path) for path in Path(spec["folder"]).glob(pattern))
 
 
@@ -293,7 +287,6 @@ class Pooled(IterableDataset[Labelled]):
 
 
 def shuffle_together(codes: list[Any], labels: list[Any], rng: Any) -> tuple[Any, Any]:
-    """Parts joined and permuted alike."""
     joined, numbers = np.concatenate(codes), np.concatenate(labels)
     order = rng.permutation(len(joined))
     return joined[order], numbers[order]

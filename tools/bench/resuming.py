@@ -60,7 +60,6 @@ def run_phase(spec: Spec) -> Batches:
 
 
 def rank() -> int:
-    """This process's rank."""
     return int(os.environ.get("RANK", "0"))
 
 
@@ -101,7 +100,6 @@ def webdataset_samples(spec: Spec) -> Any:
 
 
 def first(sample: Any) -> Any:
-    """The first field of a sample."""
     return sample[0]
 
 
@@ -179,7 +177,6 @@ BUILDERS: dict[str, Callable[[Spec], Any]] = {
 
 
 def shards_of(spec: Spec) -> Iterator[tuple[int, range]]:
-    """Number and samples of every file."""
     each = -(-spec["samples"] // SHARDS)
     for number, start in enumerate(range(0, spec["samples"], each)):
         yield number, range(start, min(start + each, spec["samples"]))

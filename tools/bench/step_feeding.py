@@ -1,62 +1,133 @@
-"""What feeds a training step: cached views, cached images, the loader; and its parts alone."""
+"""What feeds a training step: the set, cached views, cached images, the loader; its parts alone."""
 # B batch, C channels of images or latents, H W their size
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from latentds_tools.bench.decode_shapes import check_known, find_decoder
 from latentds_tools.bench.harness import engaged
-from latentds_tools.bench.step_sets import StepSource, endless, open_loader
 from latentds_tools.bench.step_training import Training
+from latentds_tools.bench.synthetic import random_contract, write_synthetic
 from torch import Tensor
 
+from latentds.autoencoders.autoencoder import Autoencoder, latent_cells
 from latentds.embedders.latent_stem import LatentStemConfig
+from latentds.errors import InputError
+from latentds.loading.batch import Batch
+from latentds.loading.decoding import Decode
+from latentds.loading.loader import LatentLoader
+from latentds.loading.options import Order
+from latentds.store.manifest import read_manifest
+from latentds.views.latent_crops import LatentCrops
+from latentds.views.multicrop import MultiCrop
+from latentds.views.view_batch import Views
 
 if TYPE_CHECKING:
     from latentds_tools.bench.step_config import Config
 
-    from latentds.loading.batch import Batch
-    from latentds.views.view_batch import Views
-
-    MakesViews = Callable[[Tensor, Tensor], Views]
-
 CACHED = 2  # batches that lie on the device, used in turn
 TOKEN_PX = 16  # of a patch16 arch: windows of latents start where its tokens do
+
+
+@dataclasses.dataclass(frozen=True)
+class StepSource:
+    """What is read.
+
+    folder       of the set
+    autoencoder  whose decoder is used; None for the recorded one, and where nothing is decoded
+    decoder      its name
+    weights      random or loaded; empty where nothing is decoded
+    """
+
+    folder: Path
+    autoencoder: Autoencoder | None = None
+    decoder: str = "none"
+    weights: str = ""
+
+
+def open_source(config: Config, work: Path) -> StepSource:
+    """The set given, or one of random codes for the decoder, which claims to read its latents.
+
+    raises  InputError where they do not fit; UnknownNameError, which lists the known decoders
+    """
+    folder, decodes = config.folder, config.input == "pixels"
+    if folder is not None and not decodes:
+        return StepSource(folder)
+    if folder is not None and config.decoder is None:
+        return StepSource(folder, None, "the recorded decoder", "loaded")
+    name = config.decoder or "turbo-s"
+    check_known(name)
+    autoencoder, weights = find_decoder(name)
+    card, edge = autoencoder.card, config.patch_size
+    if folder is None:
+        folder = work / "set"
+        shape = (card.channels, *latent_cells((edge, edge), card.factor))
+        write_synthetic(folder, config.patches or 0, shape=shape, patch_px=edge)
+        if not decodes:
+            return StepSource(folder)
+        latent_id = random_contract().latent_id
+    elif weights == "random":
+        latent_id = latents_that_fit(folder, card)
+    else:
+        latent_id = card.latent_id
+    autoencoder.card = dataclasses.replace(card, latent_id=latent_id)
+    return StepSource(folder, autoencoder, name, weights)
+
+
+def latents_that_fit(folder: Path, card: Any) -> str:
+    """The identity of a set's latents; InputError where a decoder's shape is another."""
+    contract = read_manifest(folder).contract
+    factor = contract.patch_px[0] // contract.latents_shape[1]
+    if (card.channels, card.factor) != (contract.latents_shape[0], factor):
+        fit = f"f{factor} and {contract.latents_shape[0]} channels"
+        raise InputError(
+            f"{folder}: latents of {fit}; decoder {card.name!r} reads f{card.factor} and "
+            f"{card.channels} channels. Choose one that fits, or leave the set away"
+        )
+    return contract.latent_id
 
 
 class Feeding:
     """One training that is fed in several ways; every method but `facts` does one step's part.
 
     has_decoder  whether anything is decoded
+    raises       InputError where the split does not fill a batch
     """
 
     def __init__(self, source: StepSource, config: Config, device: torch.device) -> None:
-        self.config, self.device = config, device
+        patches, batch = read_manifest(source.folder).splits.get(config.split), config.batch_size
+        if patches is not None and patches < (batch or 0):  # an unknown split is the loader's
+            raise InputError(
+                f"{source.folder}: {patches} patches in split {config.split!r}, a batch is "
+                f"{batch}; a smaller --batch-size"
+            )
         self.has_decoder = config.input == "pixels"
-        dtype = getattr(torch, str(config.dtype))
-        self.codes_loader = open_loader(source, config, device, dtype, decode="stored")
-        self.stem: LatentStemConfig | None = None
-        self.views: MakesViews
+        codes_loader = open_loader(source, config, device, decode="stored")
+        stem = None
+        self.views: Callable[[Tensor, Tensor], Views]
         if self.has_decoder:
             self.views = pixel_views(config)
-            self.loader = open_loader(source, config, device, dtype, views=self.views)
+            self.loader = open_loader(source, config, device, views=self.views)
         else:
-            codes = self.codes_loader
-            self.stem = LatentStemConfig.of(codes.contract, codes.statistics)
-            self.views = latent_views(config, self.stem)
-            self.loader = open_loader(
-                source, config, device, dtype, decode="latents", normalize=True, views=self.views
-            )
-        self.batches, self.codes = endless(self.loader), endless(self.codes_loader)
+            stem = LatentStemConfig.of(codes_loader.contract, codes_loader.statistics)
+            self.views = latent_views(config, stem)
+            options = {"decode": "latents", "normalize": True, "views": self.views}
+            self.loader = open_loader(source, config, device, **options)
+        assert self.loader.decoder is not None
+        self.decoder = self.loader.decoder
+        self.batches, self.codes = endless(self.loader), endless(codes_loader)
         held = [self.hold(next(self.codes)) for _ in range(CACHED)]
         self.held_codes = itertools.cycle([codes for codes, _, _ in held])
         self.images = itertools.cycle([(values, seeds) for _, values, seeds in held])
         made = [(self.views(values, seeds), seeds) for _, values, seeds in held]
         self.made = itertools.cycle(made)
-        self.training = Training(config, self.stem, device)
+        self.training = Training(config, stem, device)
 
     def __enter__(self) -> Feeding:
         return self
@@ -71,9 +142,8 @@ class Feeding:
 
         Images, or normalized latents.
         """
-        assert self.loader.decoder is not None
         codes, seeds = batch.codes.clone(), batch.seeds.clone()
-        return codes, self.loader.decoder(codes, batch.codebooks).clone(), seeds
+        return codes, self.decoder(codes, batch.codebooks).clone(), seeds
 
     def step_on_cached_views(self) -> None:
         """A step of which nothing but the network is timed."""
@@ -100,28 +170,52 @@ class Feeding:
 
     def decode(self) -> None:
         """A batch of codes that lies there, decoded."""
-        assert self.loader.decoder is not None
-        self.loader.decoder(next(self.held_codes))
+        self.decoder(next(self.held_codes))
 
     def counters(self) -> dict[str, Any]:
         """What decoded, where; InputError where an option for it never engaged."""
-        decoder = self.loader.decoder
-        assert decoder is not None
-        return engaged(decoder) if self.has_decoder else decoder.counters()
+        return engaged(self.decoder) if self.has_decoder else self.decoder.counters()
 
     def facts(self) -> dict[str, Any]:
-        """Of the set, for the report."""
         contract = self.loader.contract
         return {"bytes_per_patch": contract.bytes_per_patch, "patch_px": contract.patch_px[0]}
 
 
-def pixel_views(config: Config) -> Any:
-    """The method's augmentation at the config's crops."""
-    from latentds.views.multicrop import MultiCrop
+def open_loader(
+    source: StepSource, config: Config, device: torch.device, **options: Any
+) -> LatentLoader:
+    """The loader, shuffling as a training does.
 
-    preset = "mae" if config.method in ("mae", "supervised") else config.method
+    options  decode and views
+    """
+    decoding = Decode(
+        channels_last=config.channels_last, compile=config.compile, cuda_graph=config.cuda_graph
+    )
+    return LatentLoader(
+        source.folder,
+        config.split,
+        batch_size=config.batch_size,
+        shuffle=True,
+        order=Order(last="drop"),
+        device=device,
+        num_workers=config.num_workers or 0,
+        autoencoder=source.autoencoder,
+        dtype=getattr(torch, str(config.dtype)),
+        decoding=decoding,
+        **options,
+    )
+
+
+def endless(loader: LatentLoader) -> Generator[Batch, None, None]:
+    """Batches of one epoch after the other."""
+    while True:
+        yield from loader
+
+
+def pixel_views(config: Config) -> MultiCrop:
+    """The method's augmentation at the config's crops."""
     return MultiCrop.preset(
-        preset,
+        "mae" if config.method == "supervised" else config.method,
         globals=config.globals,
         locals=config.locals,
         global_px=config.global_px,
@@ -130,10 +224,8 @@ def pixel_views(config: Config) -> Any:
     )
 
 
-def latent_views(config: Config, stem: LatentStemConfig) -> Any:
+def latent_views(config: Config, stem: LatentStemConfig) -> LatentCrops:
     """Crops of latents, as many cells as the pixels are."""
-    from latentds.views.latent_crops import LatentCrops
-
     return LatentCrops(
         globals=config.globals,
         locals=config.locals,

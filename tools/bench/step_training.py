@@ -40,7 +40,8 @@ class Training:
     def step(self, views: Views, seeds: Tensor) -> None:
         """Masks where the method has them, forward, backward, update, and the teacher's."""
         self.optimizer.zero_grad(set_to_none=True)
-        with self.autocast():
+        on_gpu = self.device.type == "cuda"
+        with torch.autocast("cuda", torch.bfloat16) if on_gpu else contextlib.nullcontext():
             loss = self.loss(views, seeds)
         torch.autograd.backward(loss)
         self.optimizer.step()
@@ -58,20 +59,14 @@ class Training:
             masks = random_masks(seeds, self.grid[0] * self.grid[1])
             found: dict[str, Tensor] = self.model(views.globals[0], masks)
         else:
-            found = self.model(views, teacher_temp=TEMPERATURE, masks=self.hidden(views, seeds))
+            # Tokens DINOv2 hides, bool (G, B, T).
+            masks = (
+                global_masks(seeds, len(views.globals), self.grid)
+                if self.method == "dinov2"
+                else None
+            )
+            found = self.model(views, teacher_temp=TEMPERATURE, masks=masks)
         return found["loss"]
-
-    def hidden(self, views: Views, seeds: Tensor) -> Tensor | None:
-        """Tokens DINOv2 hides, bool (G, B, T)."""
-        if self.method != "dinov2":
-            return None
-        return global_masks(seeds, len(views.globals), self.grid)
-
-    def autocast(self) -> Any:
-        """bfloat16 on a GPU, nothing elsewhere."""
-        if self.device.type != "cuda":
-            return contextlib.nullcontext()
-        return torch.autocast("cuda", torch.bfloat16)
 
 
 def build_model(config: Config, stem: LatentStemConfig | None) -> nn.Module:

@@ -183,7 +183,6 @@ def write_sparse_tables(out: Path, patches: int, patch_bytes: int) -> None:
 
 
 def sparse_columns(first: int, count: int) -> np.ndarray:
-    """Rows of the patch table."""
     from latentds.store.format import PATCH_DTYPE
 
     places = np.arange(first, first + count)

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from latentds_tools.fidelity.codec_opening import Autoencoders
 
-from latentds.autoencoders.tiny import shipped_records
+from latentds.autoencoders.tiny import shipped_records, tiny_codebook
 from latentds.codecs import LatentCodec, LatentSpec, draw_samples, with_quantizer
 from latentds.codecs.quantizers import latent_shape
 from latentds.errors import ContractError, InputError
-from latentds.quantizers.codebook_files import StoredCodebook
+from latentds.quantizers.codebook_files import StoredCodebook, load_codebook
 from latentds.quantizers.entropy.record_codebook import EntropyCodebook
 from latentds.quantizers.entropy.record_fit import fit_entropy_codebook
 
@@ -83,7 +84,6 @@ class Codebooks:
         return None
 
     def make(self, spec: LatentSpec) -> LatentCodec:
-        """The codec of a row."""
         autoencoder, quantizer = self.autoencoders.get(spec.name), spec.quantizer
         found = self.find_stored(spec)
         book = found[1].codebook if found else None
@@ -106,8 +106,6 @@ class Codebooks:
 
     def encode_sample(self, spec: LatentSpec) -> Any:
         """Latents (N, C, h, w) of the fit sample; encoded once for the rows of one autoencoder."""
-        import torch
-
         if self._samples is None or self._samples[0] != spec.name:
             codec = with_quantizer(self.autoencoders.get(spec.name), "none", patch_px=self.patch_px)
             images = self.sample.images
@@ -126,9 +124,6 @@ def stored_codebooks(
 
     raises  ContractError for a codebook of latents that no listed autoencoder makes
     """
-    from latentds.autoencoders.tiny import tiny_codebook
-    from latentds.quantizers.codebook_files import load_codebook
-
     found = {}
     if path is not None:
         found[path.name] = load_codebook(path)

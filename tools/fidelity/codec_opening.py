@@ -9,6 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from latentds.autoencoders import load_autoencoder
+from latentds.autoencoders.cards import CARDS
+from latentds.autoencoders.decoders import (
+    find_record,
+    is_hub_name,
+    load_decoder,
+    replace_decoder,
+)
+from latentds.embedders import load_embedder
 from latentds.errors import LatentdsError, MissingExtraError, WeightsError
 
 ABSENT = (WeightsError, MissingExtraError, FileNotFoundError)  # the rest are mistakes
@@ -52,10 +61,6 @@ class Autoencoders:
         A listed one; or, for a decoder on the Hub, the known one it names. None where there is
         none, with the reason in `absent`.
         """
-        from latentds.autoencoders import load_autoencoder
-        from latentds.autoencoders.cards import CARDS
-        from latentds.autoencoders.decoders import is_hub_name, load_decoder
-
         try:
             decoder = load_decoder(name).card
             for other, card in self.cards.items():
@@ -64,20 +69,15 @@ class Autoencoders:
             if is_hub_name(name) and decoder.encoder in CARDS:
                 load_autoencoder(decoder.encoder)
                 return decoder.encoder
+            reason = f"a decoder for latents of {decoder.encoder!r}; list that autoencoder, too"
         except (LatentdsError, FileNotFoundError) as error:
-            if is_hub_name(name):
-                self.absent[name] = one_line(error)
-            return None
+            reason = one_line(error)
         if is_hub_name(name):
-            self.absent[name] = (
-                f"a decoder for latents of {decoder.encoder!r}; list that autoencoder, too"
-            )
+            self.absent[name] = reason
         return None
 
     def how_trained(self, name: str) -> dict[str, Any] | None:
         """What a decoder's record says of its training, None for what is no decoder."""
-        from latentds.autoencoders.decoders import find_record
-
         if not self.cards[name].encoder:
             return None
         try:
@@ -87,9 +87,6 @@ class Autoencoders:
 
     def get(self, name: str) -> Any:
         """The autoencoder, on the device."""
-        from latentds.autoencoders import load_autoencoder
-        from latentds.autoencoders.decoders import load_decoder, replace_decoder
-
         if self._open and self._open[0] == name:
             return self._open[1]
         self._open = None  # the old one's memory first
@@ -108,8 +105,6 @@ def open_embedders(names: Sequence[str], device: str) -> tuple[dict[str, Any], d
     They are called what their cards say, or as they were written where cards do not tell them
     apart.
     """
-    from latentds.embedders import load_embedder
-
     found, absent = {}, {}
     for name in names:
         try:

@@ -18,10 +18,11 @@ from latentds_tools.fidelity.keeping import KeptRows, check_finite
 from latentds_tools.fidelity.measuring import Measured, MeasuredOriginals, measure
 from latentds_tools.fidelity.paper_rows import differences
 from latentds_tools.fidelity.quality import PSNR_SETTINGS, SIMILARITY_SETTINGS, SSIM_SETTINGS
-from latentds_tools.fidelity.summaries import Groups, add_differences, budget_of
+from latentds_tools.fidelity.summaries import Groups, budget_of
 from latentds_tools.reports.paper_tables import paper_tables
 
 from latentds.codecs import CodecSpec, LatentSpec, PictureSpec
+from latentds.core.display import progress
 
 FORMAT = "latentds-fidelity/1"
 
@@ -40,8 +41,6 @@ def compare(config: Config) -> tuple[dict[str, Any], dict[str, bytes]]:
 
 def measure_rows(job: FidelityJob) -> list[Measured]:
     """Every row, in the plan's order; those kept from a run before are not measured again."""
-    from latentds.core.display import progress
-
     out, images = job.config.out, job.crops.images
     kept = KeptRows(out / "rows" if out else None)
     originals = MeasuredOriginals(images, job.plan.embedders)
@@ -114,18 +113,13 @@ def make_report(job: FidelityJob, rows: Sequence[Measured]) -> dict[str, Any]:
     groups = Groups(crops.crops, config.bootstrap, config.seed)
     described = []
     for spec, row in zip(job.plan.rows, rows, strict=True):
-        codebook = job.origin(spec)
         names = (job.plan.series(spec), job.plan.label(spec))
+        card, codebook = job.card(spec), job.origin(spec)
         described.append(
-            assembling.describe_row(
-                spec, names, job.card(spec), codebook, row, job.patch_px, groups
-            )
+            assembling.describe_row(spec, names, card, codebook, row, job.patch_px, groups)
         )
-    add_differences(
-        described, job.plan.rows,
-        [budget_of(spec, job.card(spec), job.patch_px) for spec in job.plan.rows],
-        crops.crops, groups.masks, config.bootstrap, config.seed,
-    )  # fmt: skip
+    budgets = [budget_of(spec, job.card(spec), job.patch_px) for spec in job.plan.rows]
+    groups.add_differences(described, job.plan.rows, budgets)
     return {
         "format": FORMAT,
         "config": json.loads(json.dumps(dataclasses.asdict(config), default=str)),

@@ -79,7 +79,6 @@ def caption(row: dict[str, Any], number: int) -> str:
 
 
 def shorten(text: str, font: Any, width: int) -> str:
-    """Lines cut to what fits."""
     lines = []
     for line in text.split("\n"):
         whole = line

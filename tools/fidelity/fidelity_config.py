@@ -126,5 +126,4 @@ class Config:
         )
 
     def embedder_names(self) -> list[str]:
-        """Names in --embedders."""
         return [name.strip() for name in (self.embedders or "").split(",") if name.strip()]

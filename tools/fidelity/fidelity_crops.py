@@ -14,7 +14,10 @@ import numpy as np
 from latentds_tools.fidelity.picture_slides import NAMING, Found, SlideOptions, find_slides
 
 from latentds.codecs import PictureSpec, make_picture_codec
+from latentds.core.untrusted_files import open_picture
 from latentds.errors import InputError
+from latentds.sources.names import patient_of
+from latentds.sources.picture_decoding import read_header, read_picture
 
 MAX_PX = 1 << 28
 DEFAULT_SLIDES = SlideOptions()
@@ -72,12 +75,10 @@ class FidelityCrops:
 
     @property
     def images(self) -> list[np.ndarray]:
-        """The crops' pixels."""
         return [crop.image for crop in self.crops]
 
     @property
     def slide_rule(self) -> str:
-        """The rules in words."""
         rules = self.slide_rules
         if len(set(rules.values())) == 1:
             return next(iter(rules.values()))
@@ -85,8 +86,6 @@ class FidelityCrops:
 
     def known_slides(self) -> set[str]:
         """Slides that mean the same in another folder; of TCGA slides their patients."""
-        from latentds.sources.names import patient_of
-
         return {patient_of(crop.slide) for crop in self.crops if crop.rule in NAMING}
 
     def kinds(self) -> dict[str, int]:
@@ -94,7 +93,6 @@ class FidelityCrops:
         return dict(Counter(crop.kind for crop in self.crops).most_common())
 
     def digest(self) -> str:
-        """Hash of the pixels, in order."""
         digest = hashlib.sha256()
         for image in self.images:
             digest.update(image.tobytes())
@@ -136,8 +134,6 @@ def cut(
     found: Found, edge: int, count: int, rng: np.random.Generator, recode: Sequence[PictureSpec]
 ) -> Iterator[Crop]:
     """The crops of one picture, each as it is and as recoded; none where it is too small."""
-    from latentds.sources.picture_decoding import read_header, read_picture
-
     try:
         header = read_header(found.path, MAX_PX)
         if min(header.size_px) < edge:
@@ -165,8 +161,6 @@ def kind_of(path: Path, encoding: str) -> str:
 
     JPEG 2000 is other: its files may be lossless, but do not say so to Pillow.
     """
-    from latentds.core.untrusted_files import open_picture
-
     if encoding == "jpeg" or encoding.startswith("jpeg:"):
         return "jpeg"
     if encoding == "tiff":

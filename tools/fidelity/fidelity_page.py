@@ -8,7 +8,6 @@ from latentds_tools.reports.markdown import bracketed, bullets, number, table
 
 
 def write_page(report: dict[str, Any]) -> str:
-    """The whole page."""
     parts = ["# Fidelity of codecs", lead(report)]
     for name, counts in report["groups"].items():
         if name != "all":
@@ -24,7 +23,6 @@ def write_page(report: dict[str, Any]) -> str:
 
 
 def lead(report: dict[str, Any]) -> str:
-    """What was measured."""
     counts, config, where = report["groups"]["all"], report["config"], report["machine"]
     kinds = ", ".join(f"{count:,} {name}" for name, count in report["kinds"].items())
     return (
@@ -78,7 +76,6 @@ def embedder_names(report: dict[str, Any]) -> list[str]:
 
 
 def figure_names(report: dict[str, Any]) -> list[str]:
-    """Downstream figures."""
     return list(report["rows"][0]["per_crop"]["downstream"])
 
 
@@ -127,7 +124,6 @@ def steps_part(report: dict[str, Any]) -> str:
 
 
 def paper_part(report: dict[str, Any]) -> str:
-    """The paper's figures and ours."""
     names = [name for name in ("uni", "phikon-v2", "gigapath") if name in report["embedders"]]
     rows, remarks = [], list(report["paper_differences"])
     for row in report["rows"]:
@@ -183,7 +179,6 @@ def notes(report: dict[str, Any]) -> list[str]:
 
 
 def describe_embedder(name: str, card: dict[str, Any]) -> str:
-    """Which network, on what input."""
     rule = f"; {card['rule']}" if card.get("rule") else ""
     weights = str(card.get("weights_id", "")).removeprefix("sha256:")[:12]
     return f"{name}: {card.get('dim')} dimensions{rule}; weights {weights or 'unknown'}."
@@ -202,7 +197,6 @@ def rate(value: float) -> str:
 
 
 def interval(values: dict[str, Any], digits: int) -> str:
-    """A mean and its interval."""
     low, high = values["ci95"] or (None, None)
     return bracketed(values["mean"], low, high, f".{digits}f")
 

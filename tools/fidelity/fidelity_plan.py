@@ -49,7 +49,6 @@ class FidelityPlan:
         return row.name if short in {last_part(name) for name in others} else short
 
     def label(self, row: CodecSpec) -> str:
-        """What a row is called."""
         return self.series(row) + row.text.removeprefix(row.name)
 
 

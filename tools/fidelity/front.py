@@ -70,7 +70,6 @@ class Curve:
 
 
 def main(report: Path, picture: Path) -> None:
-    """Draw the picture, print the table."""
     rows = read_rows(report)
     picture.write_bytes(draw_front([curve(label, rows) for label in CURVES], EMBEDDER))
     say(cost_table(rows))

@@ -34,6 +34,7 @@ from latentds.codecs import (
     PictureSpec,
     make_picture_codec,
 )
+from latentds.core.device_choice import choose_device
 from latentds.errors import InputError
 
 MAX_PROBED = 5000  # crops that probes are fitted to
@@ -41,8 +42,6 @@ MAX_PROBED = 5000  # crops that probes are fitted to
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FidelityJob:
-    """All that rows are measured with."""
-
     config: Config
     plan: FidelityPlan
     crops: FidelityCrops
@@ -108,8 +107,6 @@ class FidelityJob:
 
 def prepare(config: Config) -> FidelityJob:
     """Open all that is needed, and read the crops."""
-    from latentds.core.device_choice import choose_device
-
     others = (config.fit_on, config.nuclei, config.probe_on)
     for folder in (*config.source, *(folder for folder in others if folder)):
         if not folder.is_dir():

@@ -19,6 +19,7 @@ from latentds_tools.fidelity.measuring import Measured
 
 from latentds.core.json_text import canonical_json
 from latentds.core.storage import write_atomically
+from latentds.errors import InputError
 
 
 class KeptRows:
@@ -52,7 +53,6 @@ class KeptRows:
             return None
 
     def keep_encoded(self, facts: dict[str, Any], encoded: Encoded) -> None:
-        """Write a codec's files."""
         if self.folder is None:
             return
         content = io.BytesIO()
@@ -79,8 +79,6 @@ def key_of(facts: dict[str, Any]) -> str:
 
 def check_finite(values: dict[str, Any], where: str) -> None:
     """Refuse figures that are NaN: something is broken, and no table should hide it."""
-    from latentds.errors import InputError
-
     for name, column in values.items():
         if isinstance(column, dict):
             check_finite(column, where)

@@ -14,6 +14,7 @@ from latentds_tools.fidelity.encoded import CHUNK, Encoded
 from latentds_tools.fidelity.quality import cosines, embed, measure_ssim
 
 from latentds.codecs import LatentCodec, PictureCodec
+from latentds.core.metrics import psnr_db
 
 Downstream = Callable[[int, Sequence[np.ndarray], dict[str, np.ndarray]], dict[str, list[Any]]]
 
@@ -41,15 +42,11 @@ class MeasuredOriginals:
         self.images, self.embedders = images, embedders
         self._embeddings: dict[str, np.ndarray] = {}
 
-    def embeddings(self, name: str, tick: Callable[[int], object] | None = None) -> np.ndarray:
+    def embeddings(self, name: str) -> np.ndarray:
         """Float32 (crops, D)."""
         if name not in self._embeddings:
-            parts = []
-            for start in range(0, len(self.images), CHUNK):
-                part = self.images[start : start + CHUNK]
-                parts.append(embed(self.embedders[name], part))
-                if tick:
-                    tick(len(part))
+            starts = range(0, len(self.images), CHUNK)
+            parts = [embed(self.embedders[name], self.images[s : s + CHUNK]) for s in starts]
             self._embeddings[name] = np.concatenate(parts)
         return self._embeddings[name]
 
@@ -102,7 +99,5 @@ def measure(
 
 def finite_psnr(image: np.ndarray, reference: np.ndarray) -> float | None:
     """PSNR in dB, None where the pictures are equal: JSON has no infinity."""
-    from latentds.core.metrics import psnr_db
-
     value = psnr_db(image, reference)
     return value if math.isfinite(value) else None

@@ -35,7 +35,6 @@ class PaperRow:
         return own == name and parse_quantizer(own_quantizer or "none").text == quantizer
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
         return dataclasses.asdict(self)
 
 

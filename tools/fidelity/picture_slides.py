@@ -11,6 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from latentds.errors import InputError
+from latentds.sources.csv_tables import read_table
+from latentds.sources.image_folder import list_pictures
+from latentds.sources.names import TCGA_SLIDE, parse_barcode, patient_of
 
 RULES = {
     "pattern": "the group 'slide' of --name-pattern",
@@ -83,8 +86,6 @@ def find_slides(
     raises      InputError for a pattern without the group 'slide'; for one, or a table, of some
                 pictures of a folder only
     """
-    from latentds.sources.image_folder import list_pictures
-
     pattern = compile_pattern(options.name_pattern) if options.name_pattern else None
     labels = label_folders(folders)
     found: list[Found] = []
@@ -140,9 +141,6 @@ def choose_rule(
 
 
 def rule_of_names(names: Sequence[str]) -> str:
-    """The rule that all names allow."""
-    from latentds.sources.names import TCGA_SLIDE
-
     if all(TCGA_SLIDE.search(name) for name in names):
         return "tcga"
     if all(patient_in(name) for name in names):
@@ -178,8 +176,6 @@ def match_slide(pattern: re.Pattern[str], name: str) -> str:
 
 def barcode_in(name: str) -> str:
     """The TCGA slide in a path that has one."""
-    from latentds.sources.names import TCGA_SLIDE, parse_barcode
-
     match = TCGA_SLIDE.search(name)
     assert match is not None
     barcode = parse_barcode(match[0])
@@ -188,8 +184,6 @@ def barcode_in(name: str) -> str:
 
 def patient_in(name: str) -> str:
     """The TCGA patient in a path, empty where there is none."""
-    from latentds.sources.names import patient_of
-
     start = name.find("TCGA-")
     patient = patient_of(name[start:]) if start >= 0 else ""
     return patient if patient != name[start:] else ""
@@ -219,8 +213,6 @@ def check_used(
 
 def read_slides(path: Path) -> SlideColumns:
     """A table; InputError where it has not the columns, or says two things of one picture."""
-    from latentds.sources.csv_tables import read_table
-
     table = read_table(path)
     picture = table.need_column(PICTURES, "pictures")
     slide = table.need_column(SLIDES, "slides")

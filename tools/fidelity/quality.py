@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from latentds.core.metrics import ssim, ssim_uniform
 
@@ -39,15 +40,11 @@ def measure_ssim(image: np.ndarray, reference: np.ndarray, settings: str) -> flo
 
 def to_images(pictures: Sequence[np.ndarray]) -> Any:
     """Float tensor (B, 3, H, W) in [0, 1] of uint8 pictures."""
-    import torch
-
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float().div(255)
 
 
 def embed(embedder: Any, pictures: Sequence[np.ndarray]) -> np.ndarray:
     """Embeddings float32 (B, D) of uint8 pictures."""
-    import torch
-
     with torch.no_grad():
         embeddings: np.ndarray = embedder.embed(to_images(pictures)).float().cpu().numpy()
     return embeddings

@@ -27,11 +27,11 @@ class Groups:
         self.masks = {"all": np.ones(len(crops), bool)}
         if len(set(kinds.tolist())) > 1:
             self.masks |= {kind: kinds == kind for kind in dict.fromkeys(kinds.tolist())}
-        self.slides = np.unique([crop.slide for crop in crops], return_inverse=True)[1]
+        self.names = np.array([crop.slide for crop in crops])
+        self.slides = np.unique(self.names, return_inverse=True)[1]
         self.rounds, self.seed = rounds, seed
 
     def counts(self) -> dict[str, dict[str, int]]:
-        """Crops and slides of every group."""
         return {
             name: {"crops": int(mask.sum()), "slides": len(np.unique(self.slides[mask]))}
             for name, mask in self.masks.items()
@@ -42,7 +42,6 @@ class Groups:
         return {name: self.summarize_group(per_crop, mask) for name, mask in self.masks.items()}
 
     def summarize_group(self, per_crop: dict[str, Any], mask: np.ndarray) -> dict[str, Any]:
-        """The figures of one group."""
         slides = self.slides[mask]
 
         def of(column: Sequence[float | None]) -> dict[str, Any]:
@@ -57,6 +56,37 @@ class Groups:
             "similarity": {name: of(values) for name, values in per_crop["similarity"].items()},
             "downstream": {name: of(values) for name, values in per_crop["downstream"].items()},
         }
+
+    def pair(self, per_crop: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+        """By group and column: how much a row is above another of the same crops.
+
+        returns  `Difference` as JSON: mean over crops, low and high of 95 % by bootstrap over
+                 slides (None for fewer than three), wins of n crops
+        """
+        own, others = columns_of(per_crop), columns_of(other)
+        return {
+            group: {
+                name: paired_images(
+                    own[name][mask], others[name][mask], self.names[mask].tolist(),
+                    seed=self.seed, draws=self.rounds,
+                ).to_json()
+                for name in own
+                if name in others
+            }
+            for group, mask in self.masks.items()
+        }  # fmt: skip
+
+    def add_differences(
+        self, rows: Sequence[dict[str, Any]], specs: Sequence[CodecSpec],
+        budgets: Sequence[int | None],
+    ) -> None:  # fmt: skip
+        """Put into every row at so many bytes its differences to AVIF's rows at as many."""
+        for row, spec, budget in zip(rows, specs, budgets, strict=True):
+            row["differences"] = {
+                other["codec"]: self.pair(row["per_crop"], other["per_crop"])
+                for other, reference, size in zip(rows, specs, budgets, strict=True)
+                if reference.name in REFERENCES and size == budget is not None and reference != spec
+            }
 
 
 def summarize(values: np.ndarray, slides: np.ndarray, rounds: int, seed: int) -> dict[str, Any]:
@@ -108,53 +138,14 @@ def budget_of(spec: CodecSpec, card: Any, patch_px: tuple[int, int]) -> int | No
     return spec.max_bytes or spec.mean_bytes
 
 
-def columns_of(per_crop: dict[str, Any]) -> dict[str, Sequence[float | None]]:
+def columns_of(per_crop: dict[str, Any]) -> dict[str, np.ndarray]:
     """What is compared: similarity by embedder, psnr_db, ssim, and the downstream figures."""
     columns = {f"similarity {name}": values for name, values in per_crop["similarity"].items()}
     columns |= {name: per_crop[name] for name in ("psnr_db", "ssim")}
     columns |= per_crop.get("downstream", {})
-    return columns
-
-
-def pair(
-    per_crop: dict[str, Any], other: dict[str, Any], crops: Sequence[Crop],
-    masks: dict[str, np.ndarray], rounds: int, seed: int,
-) -> dict[str, Any]:  # fmt: skip
-    """By group and column: how much a row is above another of the same crops.
-
-    returns  `Difference` as JSON: mean over crops, low and high of 95 % by bootstrap over slides
-             (None for fewer than three), wins of n crops
-    """
-    slides = np.array([crop.slide for crop in crops])
-    own, others = columns_of(per_crop), columns_of(other)
-    return {
-        group: {
-            name: paired_images(
-                floats(own[name])[mask], floats(others[name])[mask], slides[mask].tolist(),
-                seed=seed, draws=rounds,
-            ).to_json()
-            for name in own
-            if name in others
-        }
-        for group, mask in masks.items()
-    }  # fmt: skip
+    return {name: floats(values) for name, values in columns.items()}
 
 
 def floats(column: Sequence[float | None]) -> np.ndarray:
     """Float64 (n,), NaN for None."""
     return np.array([np.nan if value is None else value for value in column], np.float64)
-
-
-def add_differences(
-    rows: Sequence[dict[str, Any]], specs: Sequence[CodecSpec], budgets: Sequence[int | None],
-    crops: Sequence[Crop], masks: dict[str, np.ndarray], rounds: int, seed: int,
-) -> None:  # fmt: skip
-    """Put into every row at so many bytes its differences to AVIF's rows at as many, by codec."""
-    for row, spec, budget in zip(rows, specs, budgets, strict=True):
-        row["differences"] = {
-            other["codec"]: pair(
-                row["per_crop"], other["per_crop"], crops, masks, rounds, seed
-            )
-            for other, reference, size in zip(rows, specs, budgets, strict=True)
-            if reference.name in REFERENCES and size == budget is not None and reference != spec
-        }  # fmt: skip

@@ -34,7 +34,6 @@ def main(seconds: float) -> None:
 
 
 def count_gpus() -> int:
-    """GPUs that torch can use."""
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 

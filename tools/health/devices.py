@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from latentds_tools.health.finding import Finding
+from latentds_tools.health.finding import Finding, finding
 
 PROBE = (sys.executable, "-m", "latentds_tools.health.device_probe")
 DRIVER = Path("/proc/driver/nvidia/version")  # there where NVIDIA's kernel module is loaded
@@ -32,15 +32,12 @@ def examine_devices(seconds: float, timeout_s: float) -> Iterator[Finding]:
         else:
             yield from examine_options(line)
     if failure:
-        yield Finding(
-            group="devices",
-            name="decoding",
-            state="problem",
-            text=failure,
-            remedy="reinstall torch and latentds; if it hangs on a GPU, look at nvidia-smi, or "
-            "hide it with CUDA_VISIBLE_DEVICES=''",
+        yield finding(
+            "devices", "decoding", failure, "problem",
+            "reinstall torch and latentds; if it hangs on a GPU, look at nvidia-smi, or hide it "
+            "with CUDA_VISIBLE_DEVICES=''",
             is_base=not any("rate" in line for line in lines),
-        )
+        )  # fmt: skip
 
 
 def run_probe(command: list[str], timeout_s: float) -> tuple[list[dict[str, Any]], str]:
@@ -77,34 +74,24 @@ def examine_build(line: dict[str, Any]) -> Iterator[Finding]:
     if stranded and line["cuda"]:
         remedy = "look at nvidia-smi (driver too old?) and at CUDA_VISIBLE_DEVICES; in a container "
         remedy += "pass --gpus all"
-    yield Finding(
-        group="devices",
-        name="torch",
-        state="problem" if stranded else "ok",
-        text=text + (", though a driver is here" if stranded else ""),
-        remedy=remedy if stranded else "",
-    )
+    text += ", though a driver is here" if stranded else ""
+    yield finding("devices", "torch", text, "problem" if stranded else "", remedy)
 
 
 def examine_device(line: dict[str, Any]) -> Finding:
     """What a device is and its rate."""
     name = line["device"]
     if "error" in line:
-        return Finding(
-            group="devices",
-            name=name,
-            state="problem",
-            text=line["error"],
-            remedy="free its memory, or choose another device",
-            is_base=name == "cpu",
-        )
+        remedy = "free its memory, or choose another device"
+        is_base = name == "cpu"
+        return finding("devices", name, line["error"], "problem", remedy, is_base=is_base)
     if name == "cpu":
         what = f"{line['threads']} threads of torch"
     else:
         memory = f"{line['free'] / 2**30:.1f} of {line['total'] / 2**30:.1f} GiB free"
         what = f"{line['name']} (compute capability {line['capability']}), {memory}"
     text = f"{what}; `tiny` decodes {line['rate']:,.0f} patches of 256 px a second"
-    return Finding(group="devices", name=name, state="ok", text=text)
+    return finding("devices", name, text)
 
 
 def examine_options(line: dict[str, str]) -> Iterator[Finding]:
@@ -114,13 +101,6 @@ def examine_options(line: dict[str, str]) -> Iterator[Finding]:
         "cuda_graph": "leave Decode(cuda_graph=False)",
     }
     for name, remedy in remedies.items():
-        if name not in line:  # a library's talk that happens to be JSON
-            continue
-        failure = line[name]
-        yield Finding(
-            group="devices",
-            name=name,
-            state="missing" if failure else "ok",
-            text=failure or "works",
-            remedy=remedy if failure else "",
-        )
+        if name in line:  # else a library's talk that happens to be JSON
+            failure = line[name]
+            yield finding("devices", name, failure or "works", "missing" if failure else "", remedy)

@@ -34,6 +34,26 @@ class Finding:
         return self.is_base and self.state == "problem"
 
 
+def finding(
+    group: str,
+    name: str,
+    text: str,
+    bad: Literal["missing", "problem", ""] = "",
+    remedy: str = "",
+    *,
+    is_base: bool = False,
+) -> Finding:
+    """A finding; where nothing is bad it is ok and has no remedy."""
+    return Finding(
+        group=group,
+        name=name,
+        state=bad or "ok",
+        text=text,
+        remedy=remedy if bad else "",
+        is_base=is_base,
+    )
+
+
 def within(timeout_s: float, ask: Callable[[], Found]) -> Found | None:
     """What `ask` gives, or None where it takes longer; its errors are raised here.
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from latentds_tools.health.finding import Finding
+from latentds_tools.health.finding import Finding, finding
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
@@ -21,7 +21,7 @@ FOR_DEVELOPERS = ("dev", "all")  # extras that no user of the library lacks
 def examine_installed() -> Iterator[Finding]:
     """Python, latentds, its base requirements with versions, and its extras."""
     python = f"{platform.python_version()} ({sys.executable}), {platform.platform(terse=True)}"
-    yield Finding(group="base", name="python", state="ok", text=python)
+    yield finding("base", "python", python)
     try:
         requirements = read_requirements()
     except importlib.metadata.PackageNotFoundError:
@@ -30,9 +30,14 @@ def examine_installed() -> Iterator[Finding]:
     except ImportError as error:
         yield base_problem(str(error.name), "not installed", f"pip install {error.name}")
         return
-    version = importlib.metadata.version(PACKAGE)
-    yield Finding(group="base", name=PACKAGE, state="ok", text=version)
-    yield from examine_base(requirements)
+    yield finding("base", PACKAGE, importlib.metadata.version(PACKAGE))
+    for requirement in requirements:
+        if is_wanted(requirement, ""):
+            name, lack = requirement.name, lack_of(requirement)
+            if lack:
+                yield base_problem(name, lack, f"pip install '{name}{requirement.specifier}'")
+            else:
+                yield finding("base", name, str(installed_version(name)))
     yield from examine_extras(requirements)
 
 
@@ -42,18 +47,6 @@ def read_requirements() -> list[Requirement]:
 
     found = [Requirement(text) for text in importlib.metadata.requires(PACKAGE) or ()]
     return [requirement for requirement in found if requirement.name != PACKAGE]
-
-
-def examine_base(requirements: list[Requirement]) -> Iterator[Finding]:
-    """A finding a base requirement."""
-    for requirement in requirements:
-        if not is_wanted(requirement, ""):
-            continue
-        lack, version = lack_of(requirement), installed_version(requirement.name)
-        if lack:
-            yield base_problem(requirement.name, lack, f"pip install '{asked(requirement)}'")
-        else:
-            yield Finding(group="base", name=requirement.name, state="ok", text=str(version))
 
 
 def examine_extras(requirements: list[Requirement]) -> Iterator[Finding]:
@@ -66,13 +59,8 @@ def examine_extras(requirements: list[Requirement]) -> Iterator[Finding]:
             continue
         lacks = [f"{one.name} {lack}" for one in wanted if (lack := lack_of(one))]
         here = [f"{one.name} {installed_version(one.name)}" for one in wanted if not lack_of(one)]
-        yield Finding(
-            group="extras",
-            name=extra,
-            state="missing" if lacks else "ok",
-            text=", ".join(lacks or here),
-            remedy=f"pip install 'latentds[{extra}]'" if lacks else "",
-        )
+        text, remedy = ", ".join(lacks or here), f"pip install 'latentds[{extra}]'"
+        yield finding("extras", extra, text, "missing" if lacks else "", remedy)
 
 
 def is_wanted(requirement: Requirement, extra: str) -> bool:
@@ -98,11 +86,6 @@ def installed_version(name: str) -> str | None:
         return None
 
 
-def asked(requirement: Requirement) -> str:
-    """A requirement as pip takes it, without its marker."""
-    return f"{requirement.name}{requirement.specifier}"
-
-
 def base_problem(name: str, text: str, remedy: str) -> Finding:
     """Something the base install cannot do without."""
-    return Finding(group="base", name=name, state="problem", text=text, remedy=remedy, is_base=True)
+    return finding("base", name, text, "problem", remedy, is_base=True)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from latentds_tools.bench.harness import usable_cores
-from latentds_tools.health.finding import Finding, within
+from latentds_tools.health.finding import Finding, finding, within
 
 from latentds.store.cache import CacheConfig
 
@@ -34,26 +34,17 @@ def examine_hub(timeout_s: float) -> Iterator[Finding]:
     offline = CacheConfig(limit=1).resolve()[2]  # a limit: the user's may be no number, told below
     failure = "told to stay offline (HF_HUB_OFFLINE or LATENTDS_OFFLINE)" if offline else ""
     failure = failure or ask(endpoint, timeout_s)
-    yield Finding(
-        group="hub",
-        name=endpoint.partition("://")[2],
-        state="missing" if failure else "ok",
-        text=failure or "answers",
-        remedy="`tiny`, local sets and local weights work without; fetch the others on a machine "
-        "that has the Hub, or set HTTPS_PROXY or HF_ENDPOINT"
-        if failure
-        else "",
-    )
+    yield finding(
+        "hub", endpoint.partition("://")[2], failure or "answers", "missing" if failure else "",
+        "`tiny`, local sets and local weights work without; fetch the others on a machine that has "
+        "the Hub, or set HTTPS_PROXY or HF_ENDPOINT",
+    )  # fmt: skip
     has_token = bool(get_token())
-    yield Finding(
-        group="hub",
-        name="token",
-        state="ok" if has_token else "missing",
-        text="one is there (not shown, not tried)" if has_token else "none",
-        remedy=""
-        if has_token
-        else "'hf auth login' where you publish, or fetch what asks for a licence to be accepted",
-    )
+    yield finding(
+        "hub", "token", "one is there (not shown, not tried)" if has_token else "none",
+        "" if has_token else "missing",
+        "'hf auth login' where you publish, or fetch what asks for a licence to be accepted",
+    )  # fmt: skip
 
 
 def ask(endpoint: str, timeout_s: float) -> str:
@@ -77,13 +68,7 @@ def examine_disks() -> Iterator[Finding]:
     try:
         folder, limit, _ = CacheConfig().resolve()
     except ValueError as error:
-        yield Finding(
-            group="disk",
-            name="cache",
-            state="problem",
-            text=str(error),
-            remedy="mend LATENTDS_CACHE_LIMIT",
-        )
+        yield finding("disk", "cache", str(error), "problem", "mend LATENTDS_CACHE_LIMIT")
         return
     yield room("cache of sets", folder, f" (limit {limit / 1e9:,.0f} GB)")
     try:
@@ -102,16 +87,11 @@ def room(name: str, folder: Path, note: str) -> Finding:
         problem = ", cannot be written to"
     elif free < ENOUGH_DISK:
         problem = ", little for sets and weights of the Hub"
-    return Finding(
-        group="disk",
-        name=name,
-        state="problem" if problem else "ok",
-        text=text + problem,
-        remedy="set LATENTDS_CACHE (sets) or HF_HOME (weights) to a folder you may write to, on a "
-        "larger disk of this machine"
-        if problem
-        else "",
-    )
+    return finding(
+        "disk", name, text + problem, "problem" if problem else "",
+        "set LATENTDS_CACHE (sets) or HF_HOME (weights) to a folder you may write to, on a larger "
+        "disk of this machine",
+    )  # fmt: skip
 
 
 def examine_limits() -> Iterator[Finding]:
@@ -128,15 +108,11 @@ def examine_cores() -> Finding:
     cores, share = usable_cores(), cgroup_cores()
     text = f"{cores} of {os.cpu_count()} cores"
     if share is None or share >= cores:
-        return Finding(group="limits", name="cores", state="ok", text=text)
-    return Finding(
-        group="limits",
-        name="cores",
-        state="problem",
-        text=f"{text}, but the container gets the time of {share:g}: threads and workers counted "
-        "by cores get in each other's way",
-        remedy=f"OMP_NUM_THREADS={max(1, int(share))}, and no more workers than that",
-    )
+        return finding("limits", "cores", text)
+    text += f", but the container gets the time of {share:g}: threads and workers counted by cores "
+    text += "get in each other's way"
+    remedy = f"OMP_NUM_THREADS={max(1, int(share))}, and no more workers than that"
+    return finding("limits", "cores", text, "problem", remedy)
 
 
 def cgroup_cores(root: Path = CGROUP, own: Path = OWN_CGROUP) -> float | None:
@@ -173,17 +149,12 @@ def quota(folder: Path) -> float | None:
 def examine_shm(size: int) -> Finding:
     """Shared memory, through which workers and ranks send."""
     small = size < ENOUGH_SHM
-    return Finding(
-        group="limits",
-        name="/dev/shm",
-        state="problem" if small else "ok",
-        text=f"{size / 2**20:,.0f} MiB"
-        + (": workers may find no room for batches" if small else ""),
-        remedy="docker run --shm-size=2g (or --ipc=host), in Kubernetes an emptyDir of medium "
-        "Memory on /dev/shm; or num_workers=0"
-        if small
-        else "",
-    )
+    text = f"{size / 2**20:,.0f} MiB{': workers may find no room for batches' if small else ''}"
+    return finding(
+        "limits", "/dev/shm", text, "problem" if small else "",
+        "docker run --shm-size=2g (or --ipc=host), in Kubernetes an emptyDir of medium Memory on "
+        "/dev/shm; or num_workers=0",
+    )  # fmt: skip
 
 
 def examine_files() -> Finding:
@@ -193,13 +164,9 @@ def examine_files() -> Finding:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     unlimited = soft == resource.RLIM_INFINITY
     small = not unlimited and soft < ENOUGH_FILES
-    return Finding(
-        group="limits",
-        name="open files",
-        state="problem" if small else "ok",
-        text="no limit" if unlimited else f"{soft:,} at once",
-        remedy=f"ulimit -n {65536 if hard < 0 else min(hard, 65536)}" if small else "",
-    )
+    text = "no limit" if unlimited else f"{soft:,} at once"
+    remedy = f"ulimit -n {65536 if hard < 0 else min(hard, 65536)}"
+    return finding("limits", "open files", text, "problem" if small else "", remedy)
 
 
 def examine_workers() -> Finding:
@@ -212,4 +179,4 @@ def examine_workers() -> Finding:
     if method == "fork":
         text += ". Code of your own in a worker must not either: a forked process cannot use CUDA. "
         text += "Pass multiprocessing_context='spawn' where it has to"
-    return Finding(group="limits", name="workers", state="ok", text=text)
+    return finding("limits", "workers", text)

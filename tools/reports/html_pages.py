@@ -45,17 +45,14 @@ def page(title: str, lead: str, sections: Iterable[str], style: str = "", script
 
 
 def heading(text: str) -> str:
-    """A section's heading."""
     return f"<h2>{html_text(text)}</h2>"
 
 
 def paragraph(text: str) -> str:
-    """A paragraph of text."""
     return f"<p>{html_text(text)}</p>"
 
 
 def code(text: str) -> str:
-    """A block of code."""
     return f"<pre>{html_text(text)}</pre>"
 
 

@@ -26,5 +26,4 @@ def bracketed(mean: float | None, low: float | None, high: float | None, form: s
 
 
 def bullets(lines: Iterable[str]) -> str:
-    """A list."""
     return "\n".join(f"- {line}" for line in lines)

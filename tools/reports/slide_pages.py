@@ -86,7 +86,6 @@ def summary(records: Sequence[SlideRecord]) -> str:
 
 
 def card(record: SlideRecord, number: int, decoded: int) -> str:
-    """A slide's picture and facts."""
     picture = ""
     if record.picture_jpeg is not None:
         data = base64.b64encode(record.picture_jpeg).decode()

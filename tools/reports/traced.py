@@ -86,12 +86,10 @@ def table_in(text: str, start: str, page: str) -> str:
 
 
 def cost_rows(source: Path) -> str:
-    """What 24 million patches take."""
     return cost_table(read_rows(source))
 
 
 def kept_rows(source: Path) -> str:
-    """What tiny-v2 keeps beside AVIF and JPEG XL, means alone."""
     lines = []
     for section, (first, codecs) in KEPT.items():
         rows = read_rows(source, section)
@@ -109,7 +107,6 @@ def called(codec: str) -> str:
 
 
 def resume_rows(source: Path) -> str:
-    """What loaders lose when killed and resumed."""
     report: dict[str, Any] = json.loads(source.read_text())
     return table_in(bench_resume.as_text(report), "| loader |", str(source))
 

@@ -69,7 +69,6 @@ def draw(
 
 
 def title_of(slide: str, classes: list[str], truth: int, fold: int, logits: Tensor) -> str:
-    """What stands above a heat map."""
     probabilities = torch.softmax(logits.double(), 0)
     taken = int(probabilities.argmax())
     return (

@@ -7,8 +7,9 @@ configs/finetune/abmil.yaml, `ilse` AMLab's AttentionDeepMIL.
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any, Literal
+
+from latentds_trainers.engine.settings import check_ranges
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,17 +40,14 @@ class BagSettings:
     max_patches: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("hidden", "attention", "epochs", "min_epochs", "patience", "max_patches"):
-            count = getattr(self, name)
-            if count is not None and count < 1:
-                raise ValueError(f"{name} is {count}; at least 1")
-        for name in ("dropout", "attention_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; from 0 to below 1")
-        if not 0 < self.lr < math.inf:
-            raise ValueError(f"lr is {self.lr}; a positive number")
-        if not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f"weight_decay is {self.weight_decay}; 0 or more")
+        counts = ("hidden", "attention", "epochs", "min_epochs", "patience", "max_patches")
+        check_ranges(
+            self,
+            dict.fromkeys(counts, 1),
+            positive=("lr",),
+            not_negative=("weight_decay",),
+            below_one=("dropout", "attention_dropout"),
+        )
 
     @property
     def layers(self) -> dict[str, Any]:

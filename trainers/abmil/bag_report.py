@@ -69,7 +69,6 @@ def record_of(
     outcomes: Sequence[FoldOutcome],
     bags_a_step: int,
 ) -> RunRecord:
-    """The run's record."""
     folder, slides = labelled.bags.folder, labelled.slides
     place = config.data or config.bags
     rule = f"{len(set(slides.groups))} groups: {slides.group_rule}"

@@ -64,17 +64,14 @@ class KeepingBest(nn.Module):
             self.register_buffer(best_name(name), tensor.detach().clone())
 
     def forward(self, features: Tensor) -> Any:
-        """What the network gives."""
         return self.network(features)
 
     @torch.no_grad()
     def keep(self) -> None:
-        """This moment is the best."""
         for name, tensor in self.network.state_dict().items():
             self.get_buffer(best_name(name)).copy_(tensor)
 
     def best(self) -> dict[str, Tensor]:
-        """Weights of the best moment."""
         return {name: self.get_buffer(best_name(name)) for name in self.network.state_dict()}
 
 
@@ -103,11 +100,9 @@ class Stopping:
         return False
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON values."""
         return {"lowest": self.lowest, "epoch": self.epoch, "waited": self.waited}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """What `state_dict` gave."""
         self.lowest, self.epoch, self.waited = state["lowest"], state["epoch"], state["waited"]
 
 
@@ -173,14 +168,12 @@ class BagFoldTraining:
 
     @property
     def network(self) -> KeepingBest:
-        """The network in training."""
         network = self.engine[NETWORK]
         assert isinstance(network, KeepingBest)
         return network
 
     @property
     def epochs(self) -> int:
-        """Epochs taken."""
         return math.ceil(self.engine.step / self.epoch_steps)
 
     def run(self) -> dict[str, Tensor]:
@@ -249,7 +242,6 @@ class BagFoldTraining:
 
 
 def build_optimizer(config: AbmilConfig, network: KeepingBest) -> torch.optim.Optimizer:
-    """Adam or AdamW over the network."""
     settings = config.settings
     kind = torch.optim.Adam if settings.optimizer == "adam" else torch.optim.AdamW
     return kind(

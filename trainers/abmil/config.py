@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from pathlib import Path
 from typing import Any, Literal
 
 from latentds_trainers.abmil.bag_presets import PRESETS, BagSettings
-from latentds_trainers.engine.settings import plain, settled
+from latentds_trainers.engine.settings import check_ranges, plain, settled
 
 from latentds.evaluation.patchsets.patch_set_config import PatchInput
 
@@ -124,16 +123,10 @@ class AbmilConfig(PatchInput):
             raise ValueError("--data needs an --embedder to make features with")
         if self.bags is not None and self.on_the_fly:
             raise ValueError("--on-the-fly makes features of --data; --bags has them already")
-        for name in ("repeats", "batch_size", "accumulation", "save_every", "embed_batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; at least 1")
-        if self.folds < 2 and self.splits is None:
-            raise ValueError(f"folds is {self.folds}; at least 2")
-        for name in ("cache_gb", "heat_maps", "seed"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}; 0 or more")
-        if self.clip is not None and not 0 < self.clip < math.inf:
-            raise ValueError(f"clip is {self.clip}; a positive number")
+        least = dict.fromkeys(("repeats", "batch_size", "accumulation", "save_every"), 1)
+        least |= {"embed_batch": 1, **({"folds": 2} if self.splits is None else {})}
+        not_negative = ("cache_gb", "heat_maps", "seed")
+        check_ranges(self, least, positive=("clip",), not_negative=not_negative)
         _ = self.settings  # refuses what cannot be
 
     @functools.cached_property

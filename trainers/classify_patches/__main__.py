@@ -22,7 +22,6 @@ USUAL = ("data", "embedder", "probe", "protocol", "folds", "device")  # options
 
 
 def main(config: ClassifyConfig) -> None:
-    """Classify, record, print the table."""
     take_device(config.device)
     from latentds_trainers.classify_patches.task import ClassifyTask
 

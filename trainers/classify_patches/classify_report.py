@@ -122,7 +122,6 @@ def report(
 
 
 def heading(record: RunRecord, patches: int) -> str:
-    """What was classified, by what."""
     with_what = f"{record.model} of {record.embedder}" if record.embedder else record.model
     height, width = record.source["patch_px"]
     return (

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from pathlib import Path
 from typing import Literal
+
+from latentds_trainers.engine.settings import check_ranges
 
 from latentds.evaluation.patchsets.patch_set_config import PatchInput
 
@@ -108,25 +109,15 @@ class ClassifyConfig(PatchInput):
 
     def __post_init__(self) -> None:
         PatchInput.__post_init__(self)
-        self.check_numbers()
-        self.check_choices()
-
-    def check_numbers(self) -> None:
-        """Refuse counts below what makes sense, and rates that are none."""
         least = {"folds": 2, "neighbours": 1, "epochs": 1, "batch_size": 1, "accumulation": 1}
-        for name, smallest in (
-            least | {"save_every": 1, "log_every": 1, "warmup_steps": 0}
-        ).items():
-            if getattr(self, name) < smallest:
-                raise ValueError(f"{name} is {getattr(self, name)}; at least {smallest}")
-        for name in ("lr", "clip"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name} is {value}; a positive number")
-        if not 0 <= self.jitter < 1:
-            raise ValueError(f"jitter is {self.jitter}; from 0 to below 1")
-        if not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f"weight_decay is {self.weight_decay}; 0 or a positive number")
+        check_ranges(
+            self,
+            least | {"save_every": 1, "log_every": 1, "warmup_steps": 0},
+            positive=("lr", "clip"),
+            not_negative=("weight_decay",),
+            below_one=("jitter",),
+        )
+        self.check_choices()
 
     def check_choices(self) -> None:
         """Refuse a probe without its network, and test sets that no protocol uses."""

@@ -48,7 +48,6 @@ class FoldConfig(TrainConfig):
 
 
 def fold_config(config: ClassifyConfig, cell: Cell, *, split_id: str, source: str) -> FoldConfig:
-    """The engine's settings for a fold."""
     shared = ("batch_size", "accumulation", "lr", "warmup_steps", "schedule", "clip", "zero_stage")
     more = ("precision", "seed", "save_every", "log_every", "tensorboard", "weights", "jitter")
     images = config.batch_size * config.accumulation * dist.get_world_size()
@@ -92,7 +91,6 @@ class FoldTraining:
         self.labels = torch.from_numpy(patches.labels).to(self.engine.device)
 
     def build(self) -> nn.Module:
-        """The classifier as it starts."""
         config, classes = self.config, len(self.patches.classes)
         if self.stem is not None:
             return build_latent_classifier(
@@ -125,7 +123,6 @@ class FoldTraining:
         return rows
 
     def step(self, step: int) -> dict[str, Tensor]:
-        """One forward pass."""
         engine, places = self.engine, self.engine.rows
         images = as_input(next(self.images).to(engine.device))
         labels = self.labels[torch.from_numpy(self.rows(step, places)).to(engine.device)]

@@ -77,7 +77,6 @@ class FeatureStore:
         self.folder = out / "features" / f"{name}-{self.identity}"
 
     def path(self, number: int) -> Path:
-        """File of a block."""
         return self.folder / f"block-{number:06d}.safetensors"
 
     def missing(self, rank: int, ranks: int) -> list[int]:
@@ -85,7 +84,6 @@ class FeatureStore:
         return [n for n in range(rank, len(self.blocks), ranks) if not self.path(n).exists()]
 
     def write(self, number: int, tensors: dict[str, np.ndarray]) -> None:
-        """Write a block whole."""
         content = to_safetensors(tensors, {"identity": self.identity})
         write_atomically(self.path(number), content)
 
@@ -98,7 +96,6 @@ class FeatureStore:
         return PatchFeatures(np.concatenate([part[COLOURS] for part in parts]), features)
 
     def read_block(self, number: int) -> dict[str, np.ndarray]:
-        """A block's arrays, checked."""
         path, wanted = self.path(number), {COLOURS: 3 * COLOUR_BINS}
         if self.dim is not None:
             wanted[FEATURES] = self.dim
@@ -178,7 +175,6 @@ def check_finite(arrays: dict[str, np.ndarray], items: list[str]) -> None:
 
 
 def split_rows(rows: np.ndarray, batch_size: int) -> list[np.ndarray]:
-    """Rows in batches."""
     return [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
 
 

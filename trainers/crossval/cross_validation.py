@@ -71,7 +71,6 @@ class CrossValidation:
 
     @property
     def split_id(self) -> str:
-        """Identity of the folds."""
         return split_id(self.folds, self.items)
 
     @property
@@ -129,7 +128,6 @@ class CrossValidation:
         return outcome
 
     def outcome_of(self, cell: Cell, tested: Tested) -> FoldOutcome:
-        """What is kept of a fold."""
         rows, sizes = cell.fold.test.tolist(), cell.fold.sizes()
         return FoldOutcome(
             fold=cell.number,

@@ -46,7 +46,6 @@ class FoldOutcome:
     seconds: float
 
     def result(self) -> FoldResult:
-        """The fold in the run's record."""
         return FoldResult(
             fold=self.fold,
             seed=self.seed,

@@ -156,7 +156,6 @@ class StopRequest:
             signal.signal(signal.SIGTERM, before)
 
     def note(self, _number: int, _frame: FrameType | None) -> None:
-        """The signal handler."""
         self.has_signal = True
 
     def __bool__(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -48,13 +49,11 @@ class EngineOptions:
     """Write TensorBoard events to tensorboard/ as well."""
 
     def __post_init__(self) -> None:
-        for name in ("save_every", "keep", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; at least 1")
-        for name in ("clip", "spike", "sample_every", "save_minutes"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name} is {value}; a positive number")
+        check_ranges(
+            self,
+            dict.fromkeys(("save_every", "keep", "log_every"), 1),
+            positive=("clip", "spike", "sample_every", "save_minutes"),
+        )
         if self.precision == "bf16" and self.zero_stage == 0:
             raise ValueError("precision bf16 needs zero_stage 1, 2 or 3; with 0, take autocast")
 
@@ -107,16 +106,39 @@ class TrainConfig(EngineOptions):
         return share
 
 
+def check_ranges(
+    settings: object,
+    least: Mapping[str, float] | None = None,
+    *,
+    positive: Sequence[str] = (),
+    not_negative: Sequence[str] = (),
+    shares: Sequence[str] = (),
+    below_one: Sequence[str] = (),
+) -> None:
+    """ValueError for a setting that cannot be; None is open, and what settings lack is left out.
+
+    least         the smallest value by name
+    positive ...  names; below_one are from 0 to below 1
+    """
+
+    def refuse(names: Sequence[str], words: str, fits: Callable[[float], bool]) -> None:
+        for name in names:
+            value = getattr(settings, name, None)
+            if value is not None and not fits(value):
+                raise ValueError(f"{name} is {value}; {words}")
+
+    for name, smallest in (least or {}).items():
+        refuse([name], f"at least {smallest}", lambda value, low=smallest: value >= low)
+    refuse(positive, "a positive number", lambda value: 0 < value < math.inf)
+    refuse(not_negative, "0 or more", lambda value: 0 <= value < math.inf)
+    refuse(shares, "a share from 0 to 1", lambda value: 0 <= value <= 1)
+    refuse(below_one, "from 0 to below 1", lambda value: 0 <= value < 1)
+
+
 def check_schedule(settings: Any) -> None:
     """ValueError for steps, a batch, a learning rate or milestones that cannot be; None is open."""
-    for name in ("steps", "batch_size", "accumulation"):
-        count = getattr(settings, name, None)
-        if count is not None and count < 1:
-            raise ValueError(f"{name} is {count}; at least 1")
-    if settings.lr is not None and not 0 < settings.lr < math.inf:
-        raise ValueError(f"lr is {settings.lr}; a positive number")
-    if settings.warmup_steps is not None and settings.warmup_steps < 0:
-        raise ValueError(f"warmup_steps is {settings.warmup_steps}; 0 or more")
+    least = dict.fromkeys(("steps", "batch_size", "accumulation"), 1)
+    check_ranges(settings, {**least, "warmup_steps": 0}, positive=("lr",))
     milestones = getattr(settings, "milestones", ())
     if bool(milestones) != (settings.schedule == "multistep"):
         raise ValueError(f"milestones {milestones} with schedule {settings.schedule}")
@@ -132,7 +154,6 @@ def settled(preset: Preset, given: object) -> Preset:
 
 
 def plain(config: DataclassInstance) -> dict[str, Any]:
-    """The settings as JSON values."""
     values = dataclasses.asdict(config)
     return {name: jsonable(value) for name, value in values.items()}
 

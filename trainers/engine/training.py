@@ -174,7 +174,6 @@ class Engine:
 
     @property
     def is_done(self) -> bool:
-        """Whether no step is left."""
         return self.has_ended or self.step >= self.config.steps
 
     def run(
@@ -226,7 +225,6 @@ class Engine:
         return named, asked_to_stop > 0
 
     def note(self, name: str, value: Tensor | float) -> None:
-        """Keep a figure of this step."""
         tensor = torch.as_tensor(value, device=self.device).detach().double().mean()
         self.noted.setdefault(name, []).append(tensor)
 
@@ -308,7 +306,6 @@ class Engine:
         from_first(start)
 
     def close_logs(self) -> None:
-        """End the progress line."""
         if self.log is not None:
             self.seconds = self.log.seconds
             self.log.close()
@@ -375,7 +372,6 @@ class Engine:
         return found
 
     def restore(self, folder: Path, found: RunState, *, is_universal: bool) -> None:
-        """Go on after a checkpoint."""
         source = folder
         if is_universal:
             source = from_first(lambda: convert_to_universal(folder, self.names))

@@ -85,7 +85,6 @@ class Host(nn.Module):
         self.network = network
 
     def forward(self, loss: Tensor) -> Tensor:
-        """The loss, as it is."""
         return loss
 
 

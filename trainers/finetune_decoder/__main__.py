@@ -20,7 +20,6 @@ USUAL = ("data", "originals", "autoencoder", "embedder", "preset")  # options
 
 
 def main(config: FinetuneConfig) -> None:
-    """Train, save the decoder, report."""
     from latentds_trainers.finetune_decoder.task import DecoderTask
 
     DecoderTask(config).run()

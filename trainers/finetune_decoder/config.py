@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-from latentds_trainers.engine.settings import TrainConfig
+from latentds_trainers.engine.settings import TrainConfig, check_ranges
 
 # What the paper states (section 3.2), and what the code it builds on has where it does not. Not
 # among them: how equation 1 is read (see `readings`); both readings are the paper's preset.
@@ -154,31 +154,18 @@ class FinetuneConfig(TrainConfig):
         super().__post_init__()
         if self.embedder is not None and self.embedding_weight is None:
             object.__setattr__(self, "embedding_weight", 1.0)
-        self.check_numbers()
+        check_ranges(
+            self,
+            {"workers": 1, "validate_crops": 1, "validate_px": 1, "disc_start": 0},
+            positive=("disc_lr",),
+            not_negative=("l1_weight", "gan_weight", "embedding_weight", "teacher_weight"),
+            shares=("half_scale",),
+        )
         self.check_inputs()
         self.check_validation()
         self.check_networks()
         if self.preset == "paper-finetune":
             self.check_paper()
-
-    def check_numbers(self) -> None:
-        """Refuse weights below zero or not finite, and counts below what makes sense."""
-        for name in ("l1_weight", "gan_weight", "embedding_weight", "teacher_weight"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:
-                raise ValueError(f"{name} is {value}; 0 or a positive number")
-        for name, least in (
-            ("workers", 1),
-            ("validate_crops", 1),
-            ("validate_px", 1),
-            ("disc_start", 0),
-        ):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}; at least {least}")
-        if not 0 <= self.half_scale <= 1:
-            raise ValueError(f"half_scale is {self.half_scale}; a share from 0 to 1")
-        if self.disc_lr is not None and not 0 < self.disc_lr < math.inf:
-            raise ValueError(f"disc_lr is {self.disc_lr}; a positive number")
 
     def check_inputs(self) -> None:
         """Refuse a choice of inputs that is none or two."""
@@ -246,7 +233,6 @@ class FinetuneConfig(TrainConfig):
             raise ValueError("--student brings its own first weights; leave --init")
 
     def check_paper(self) -> None:
-        """Refuse what differs from the paper."""
         if self.embedder is None:
             raise ValueError("--preset paper-finetune needs an --embedder (the paper's is uni)")
         changed = [name for name, value in PAPER.items() if getattr(self, name) != value]

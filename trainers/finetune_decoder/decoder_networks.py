@@ -93,5 +93,4 @@ def open_embedder(config: FinetuneConfig, device: torch.device) -> Embedder | No
 
 
 def open_judges(config: FinetuneConfig, device: torch.device) -> list[Embedder]:
-    """The embedders that only judge."""
     return [load_embedder(name).to(device) for name in config.judges]

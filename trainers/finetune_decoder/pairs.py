@@ -105,7 +105,6 @@ class PicturePairs:
         return Pair(latents, images)
 
     def close(self) -> None:
-        """Stop the threads."""
         self.pool.shutdown(cancel_futures=True)
 
     def sample(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -205,5 +204,4 @@ def open_picture(path: Path) -> np.ndarray:
 
 
 def unreadable(path: Path, reason: str) -> InputError:
-    """An error that names the picture."""
     return InputError(f"{path}: {reason}; repair it or take it out of the folder")

@@ -119,7 +119,6 @@ class ShardPairs:
             yield from self.loader
 
     def close(self) -> None:
-        """Stop reading ahead."""
         self.thread.shutdown(cancel_futures=True)
 
     def sample(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -171,7 +171,6 @@ class DecoderTask:
         logger.info("decoder in %s; %s", self.config.out / "decoder", json.dumps(figures))
 
     def save(self, folder: Path, weights: dict[str, Tensor], figures: dict[str, Any]) -> None:
-        """The decoder folder."""
         config, card = self.config, self.base.card
         trained = {
             "recipe": "finetune_decoder", "steps": self.engine.step,

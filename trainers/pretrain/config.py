@@ -7,7 +7,7 @@ import functools
 import math
 from typing import Literal
 
-from latentds_trainers.engine.settings import EngineOptions, check_schedule, settled
+from latentds_trainers.engine.settings import EngineOptions, check_ranges, check_schedule, settled
 from latentds_trainers.pretrain.pretrain_options import PretrainOptions
 from latentds_trainers.pretrain.probe_config import ProbeConfig
 from latentds_trainers.pretrain.ssl_presets import METHODS, OF_DINOS, OF_MAE, MethodSettings
@@ -133,22 +133,14 @@ class PretrainConfig(PretrainOptions):
         least |= dict.fromkeys(("local_px", "probe_every", "hidden_dim", "bottleneck_dim"), 1)
         least |= dict.fromkeys(("mae_dim", "mae_depth", "mae_heads"), 1)
         least |= dict.fromkeys(("locals", "keep_mb", "num_workers", "max_bad"), 0)
-        for name, smallest in (least | {"teacher_temp_steps": 0, "freeze_last_steps": 0}).items():
-            value = getattr(self, name)
-            if value is not None and value < smallest:
-                raise ValueError(f"{name} is {value}; at least {smallest}")
-        for name in ("momentum_end", "mask_ratio"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; from 0 to 1")
-        for name in ("teacher_temp", "teacher_temp_start"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}; a positive number")
+        least |= dict.fromkeys(("teacher_temp_steps", "freeze_last_steps"), 0)
+        temperatures = ("teacher_temp", "teacher_temp_start")
+        check_ranges(self, least, positive=temperatures, shares=("momentum_end", "mask_ratio"))
         settings = self.settings  # refuses what cannot be
         if self.lr is not None:
             settings.check_rate(self.lr, self.schedule)
 
     def check_choices(self) -> None:
-        """Refuse settings that exclude each other."""
         if self.steps is not None and self.epochs is not None:
             raise ValueError("give --steps or --epochs, not both")
         if self.method != "mae" and self.precision == "bf16":

@@ -75,7 +75,6 @@ class OwnOrder:
         return rows, patch_seeds(self.seed, zeros + epoch, zeros, rows)
 
     def record(self) -> dict[str, Any]:
-        """Identity of the order."""
         return {"patches": self.patches, "global_batch": self.global_batch, "seed": self.seed}
 
 
@@ -100,7 +99,6 @@ class SetOrder:
         return self.rows_of[drawn.rows], seeds
 
     def record(self) -> dict[str, Any]:
-        """Identity of the order."""
         state = self.dataset.state_at(0, 0).to_json()
         return {name: value for name, value in state.items() if name not in ("epoch", "batch")}
 

@@ -133,7 +133,6 @@ class Probe:
         return np.concatenate(found) if found else np.empty((0, 0), np.float32)
 
     def score(self, rows: np.ndarray, parts: Sequence[np.ndarray]) -> dict[str, float]:
-        """The figures, of all ranks' features."""
         width = max(part.shape[1] for part in parts)
         features = np.empty((len(rows), width), np.float32)
         for rank, part in enumerate(parts):
@@ -162,7 +161,6 @@ class Probe:
         }
 
     def figures(self, name: str, fitted: FittedProbe) -> dict[str, float]:
-        """Scores of a fitted probe."""
         if fitted.remark:
             logger.warning("%s probe: %s", name, fitted.remark)
         labels = self.rows.labels[self.rows.score]

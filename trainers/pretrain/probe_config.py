@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from latentds_trainers.engine.settings import check_ranges
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProbeConfig:
@@ -26,10 +28,7 @@ class ProbeConfig:
     """Nearest neighbours that vote."""
 
     def __post_init__(self) -> None:
-        if self.probe_patches < 4:
-            raise ValueError(f"probe_patches is {self.probe_patches}; at least 4")
-        if self.probe_neighbours < 1:
-            raise ValueError(f"probe_neighbours is {self.probe_neighbours}; at least 1")
+        check_ranges(self, {"probe_patches": 4, "probe_neighbours": 1})
         for name in ("probe_groups", "probe_decoder"):
             if self.probe is None and getattr(self, name) is not None:
                 raise ValueError(f"--{name.replace('_', '-')} without a --probe")

@@ -75,7 +75,6 @@ class RunConfig(PretrainOptions, MethodSettings, TrainConfig):
         return cosine(self.momentum, self.momentum_end, step, self.steps)
 
     def teacher_temp_at(self, step: int) -> float:
-        """Temperature of the teacher's outputs."""
         start, end, steps = self.teacher_temp_start, self.teacher_temp, self.teacher_temp_steps
         return end if step >= steps else start + (end - start) * step / steps
 
@@ -130,7 +129,6 @@ def settle_batch(config: PretrainConfig, ranks: int) -> SizedConfig:
 
 
 def sized(config: PretrainConfig, *, images: int, batch: int, passes: int) -> SizedConfig:
-    """The config with its batch."""
     given = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     batches = {"global_batch_size": images, "batch_size": batch, "accumulation": passes}
     return SizedConfig(**given | batches)

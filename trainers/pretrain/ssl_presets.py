@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Literal
+
+from latentds_trainers.engine.settings import check_ranges
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,18 +36,13 @@ class MethodSettings:
     teacher_temp_share: float = 0.3  # 30 epochs of 100 in both DINOs
 
     def __post_init__(self) -> None:
-        for name, smallest in (("base_images", 1), ("out_dim", 0)):
-            if getattr(self, name) < smallest:
-                raise ValueError(f"{name} is {getattr(self, name)}; at least {smallest}")
-        for name in ("momentum", "drop_path", "beta2"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; from 0 to 1")
-        for name in ("base_lr", "layer_decay"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}; a positive number")
-        for name in ("min_lr", "stem_lr", "weight_decay", "weight_decay_end"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}; 0 or more")
+        check_ranges(
+            self,
+            {"base_images": 1, "out_dim": 0},
+            positive=("base_lr", "layer_decay"),
+            not_negative=("min_lr", "stem_lr", "weight_decay", "weight_decay_end"),
+            shares=("momentum", "drop_path", "beta2"),
+        )
 
     def check_rate(self, lr: float, schedule: str) -> None:
         """ValueError for a learning rate that would rise to its end."""

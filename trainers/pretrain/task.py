@@ -114,7 +114,6 @@ class PretrainTask:
         self.finish()
 
     def step(self, number: int) -> dict[str, Tensor | float]:
-        """One forward pass of a step."""
         engine, config = self.engine, self.config
         if engine.micro == 0:
             self.groups = next(self.patches)
@@ -219,7 +218,6 @@ class PretrainTask:
         return mean or (0.0, 0.0, 0.0), std or (1.0, 1.0, 1.0)
 
     def finish(self) -> None:
-        """Write OUT/backbone and OUT/result.json."""
         totals, backbone = self.ledger.totals(), self.backbone()
         if self.probe is not None and not self.probed:  # a run that had its last step before
             self.probed = self.probe(backbone, self.prepare)

@@ -173,7 +173,6 @@ def decoders_of(loader: Any, sets: Sequence[ShardSet]) -> list[AutoencoderCard |
 
 
 def card_of(loader: LatentLoader) -> AutoencoderCard | None:
-    """The card of a loader's decoder."""
     return None if loader.autoencoder is None else loader.autoencoder.card
 
 

@@ -8,7 +8,13 @@ import math
 from pathlib import Path
 from typing import Any, Literal
 
-from latentds_trainers.engine.settings import EngineOptions, TrainConfig, plain, settled
+from latentds_trainers.engine.settings import (
+    EngineOptions,
+    TrainConfig,
+    check_ranges,
+    plain,
+    settled,
+)
 from latentds_trainers.sampath.segmentation_presets import PRESETS, SegmentationSettings
 
 from latentds.evaluation.patchsets.patch_set_config import PatchInput
@@ -113,10 +119,7 @@ class SampathConfig(PatchInput, EngineOptions):
     def __post_init__(self) -> None:
         PatchInput.__post_init__(self)
         EngineOptions.__post_init__(self)
-        for name, least in (("pictures", 0), ("folds", 2)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name} is {value}; at least {least}")
+        check_ranges(self, {"pictures": 0, "folds": 2})
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds are {self.seeds}; each once")
         if self.fold_table is not None and self.folds is not None:

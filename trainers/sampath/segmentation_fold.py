@@ -126,7 +126,6 @@ class SegmentationFold:
                 yield step * engine.global_batch + start + np.arange(config.batch_size)
 
     def step(self, number: int, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-        """One forward pass."""
         crops, labels = batch
         self.network.model.train()
         key = key_of("network", self.train.seed, number, self.engine.rows.start)

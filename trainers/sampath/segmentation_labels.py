@@ -92,5 +92,4 @@ def label_of(name: str, classes: tuple[str, ...], text: str) -> int:
 
 
 def shown(values: list[int]) -> str:
-    """The first few values."""
     return ", ".join(map(str, values[:8])) + (" ..." if len(values) > 8 else "")

@@ -8,11 +8,10 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Literal
 
-from latentds_trainers.engine.settings import check_schedule
+from latentds_trainers.engine.settings import check_ranges, check_schedule
 from latentds_trainers.sampath.segmentation_labels import MaskValues, parse_mask_values
 
 
@@ -47,16 +46,10 @@ class SegmentationSettings:
 
     def __post_init__(self) -> None:
         check_schedule(self)
-        for name, least in (("epochs", 1), ("image_size", 32)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}; at least {least}")
-        for name in ("flip", "turn"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; a share from 0 to 1")
+        least, shares = {"epochs": 1, "image_size": 32}, ("flip", "turn")
+        check_ranges(self, least, not_negative=("weight_decay",), shares=shares)
         if not 0 <= self.jitter <= 0.5:
             raise ValueError(f"jitter is {self.jitter}; from 0 to 0.5")
-        if not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f"weight_decay is {self.weight_decay}; 0 or more")
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
             raise ValueError(
@@ -80,12 +73,10 @@ class SegmentationSettings:
 
     @property
     def values(self) -> MaskValues:
-        """What the values in masks mean."""
         return parse_mask_values(self.mask_values, self.classes)
 
     @property
     def left_out(self) -> tuple[int, ...]:
-        """Labels that are not scored."""
         names = self.values.names
         return (0, *(names.index(name) for name in self.unscored))
 

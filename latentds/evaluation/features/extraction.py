@@ -202,7 +202,6 @@ def named_slides(patches: PatchSet) -> list[str]:
 def record_of(
     patches: PatchSet, embedder: Embedder, options: FeatureOptions, device: torch.device
 ) -> FeaturesRecord:
-    """What features.json is to say."""
     return FeaturesRecord(
         embedder=embedder.card.to_json(),
         source=patches.facts().to_json(),

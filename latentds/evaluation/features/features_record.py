@@ -38,7 +38,6 @@ class FeaturesRecord:
     versions: dict[str, str]
 
     def to_json(self) -> str:
-        """The text of features.json."""
         values = {"format": FORMAT} | dataclasses.asdict(self)
         return json.dumps(values, indent=1, sort_keys=True) + "\n"
 

@@ -77,12 +77,10 @@ class FeatureFolder:
             self.sizes[slide] = len(file)
 
     def __len__(self) -> int:
-        """Slides."""
         return len(self.files)
 
     @property
     def slides(self) -> list[str]:
-        """Sorted names."""
         return list(self.files)
 
     @property

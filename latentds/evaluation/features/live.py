@@ -62,17 +62,14 @@ class LiveFeatures:
         self.sizes = {slide: len(bag) for slide, bag in self.bags.items()}
 
     def __len__(self) -> int:
-        """Slides."""
         return len(self.sizes)
 
     @property
     def slides(self) -> list[str]:
-        """Sorted names."""
         return list(self.sizes)
 
     @property
     def embedder(self) -> dict[str, Any]:
-        """The embedder's card."""
         return dict(self.record.embedder)
 
     @property

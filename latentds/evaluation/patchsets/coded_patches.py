@@ -35,7 +35,6 @@ class PictureRoundTrip(PlainPixels):
         return np.stack(list(self.pool.map(self.through, raw)))
 
     def through(self, image: np.ndarray) -> np.ndarray:
-        """A picture as it comes back."""
         return self.codec.decode(self.codec.encode(image))
 
     def mean_bytes(self, pictures: Pictures) -> float:

@@ -12,8 +12,7 @@ import numpy as np
 from latentds.core.randomness import digest_of
 from latentds.errors import unknown_name
 from latentds.evaluation.patchsets.developing import Codes
-from latentds.evaluation.patchsets.ordering import canonical_order
-from latentds.evaluation.patchsets.patch_set import PatchTable
+from latentds.evaluation.patchsets.patch_set import PatchTable, canonical_order
 from latentds.store.reader import ShardSet
 
 COLUMNS = ("source",)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -96,28 +96,15 @@ def refuse(config: PatchInput, names: tuple[str, ...], why: str) -> None:
 
 
 def open_originals(config: PatchInput, opened: Opened) -> PatchSet:
-    """Pictures as they are."""
     device, memory = opened
     pictures = open_pictures(config)
-    facts = SourceFacts(
-        name=ORIGINAL,
-        kind="original",
-        codec=ORIGINAL,
-        autoencoder=None,
-        decoder=None,
-        fine_tuned=False,
-        quantized=False,
-        bytes_per_patch=None,
-        patch_px=pictures.patch_px,
-        data=config.location,
-    )
     pixels = PlainPixels(device, count_workers(config.workers))
     measure = functools.cache(pictures.bytes_per_patch)
+    facts = picture_facts(config, pictures, "original", ORIGINAL)
     return OpenPatches(pictures, pixels, facts, measure, memory, device)
 
 
 def open_format(config: PatchInput, spec: PictureSpec, opened: Opened) -> PatchSet:
-    """Pictures through a picture format."""
     device, memory = opened
     if spec.at_equal_bytes:
         raise InputError(
@@ -127,20 +114,19 @@ def open_format(config: PatchInput, spec: PictureSpec, opened: Opened) -> PatchS
     codec = make_picture_codec(spec)
     pictures = open_pictures(config)
     pixels = PictureRoundTrip(codec, device, count_workers(config.workers))
-    facts = SourceFacts(
-        name=codec.name,
-        kind="codec",
-        codec=codec.name,
-        autoencoder=None,
-        decoder=None,
-        fine_tuned=False,
-        quantized=False,
-        bytes_per_patch=None,
-        patch_px=pictures.patch_px,
-        data=config.location,
-    )
     measure = functools.cache(lambda: pixels.mean_bytes(pictures))
+    facts = picture_facts(config, pictures, "codec", codec.name)
     return OpenPatches(pictures, pixels, facts, measure, memory, device)
+
+
+def picture_facts(
+    config: PatchInput, pictures: Pictures, kind: Literal["original", "codec"], codec: str
+) -> SourceFacts:
+    """The facts of pictures that no autoencoder sees."""
+    return SourceFacts(
+        name=codec, kind=kind, codec=codec, autoencoder=None, decoder=None, fine_tuned=False,
+        quantized=False, bytes_per_patch=None, patch_px=pictures.patch_px, data=config.location,
+    )  # fmt: skip
 
 
 def open_codec(
@@ -198,24 +184,29 @@ def with_decoder(network: Autoencoder, decoder: str) -> Autoencoder:
 def open_latents(
     config: PatchInput, shards: Shards, autoencoder: Autoencoder | None, opened: Opened
 ) -> PatchSet:
-    """The patches of a data set."""
     device, memory = opened
-    refuse(config, ("codec", "codebook", "codebook_from"), "for a data set, whose latents have one")
-    refuse(config, OF_ORIGINALS, "for a data set, whose patches are cut")
+    stored = stored_facts(config, shards)
     manifest = shards.shards.manifest
-    contract, book = manifest.contract, manifest.contract.codebook
+    contract = manifest.contract
     network = find_autoencoder(shards.shards, autoencoder or config.decoder)
     card = recorded_card(network.card, contract.decoder_id, str(contract.autoencoder.get("name")))
-    quantizer = book.text
-    facts = latent_facts(
-        card, quantizer, kind="latents", patch_px=contract.patch_px, quantized=True,
-        bytes_per_patch=contract.bytes_per_patch, data=config.location,
-        codebook={"origin": "stored with the latents", "codebook_id": book.codebook_id},
-    )  # fmt: skip
+    facts = latent_facts(card, contract.codebook.text, **stored)
     dtype, compile = DTYPES[config.decode_dtype], config.decode_compile
     decoding = Decoding(network, contract.patch_px, device, dtype, compile=compile)
     pixels = DecodedCodes(decoding, manifest.codebooks)
     return OpenPatches(shards, pixels, facts, lambda: None, memory, device)
+
+
+def stored_facts(config: PatchInput, shards: Shards) -> dict[str, Any]:
+    """Facts of a data set's latents, decoded or not; InputError for options of other inputs."""
+    refuse(config, ("codec", "codebook", "codebook_from"), "for a data set, whose latents have one")
+    refuse(config, OF_ORIGINALS, "for a data set, whose patches are cut")
+    contract = shards.shards.manifest.contract
+    origin = {"origin": "stored with the latents", "codebook_id": contract.codebook.codebook_id}
+    return {
+        "kind": "latents", "quantized": True, "bytes_per_patch": contract.bytes_per_patch,
+        "patch_px": contract.patch_px, "data": config.location, "codebook": origin,
+    }  # fmt: skip
 
 
 def recorded_card(card: AutoencoderCard, decoder_id: str, encoder: str) -> AutoencoderCard:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
@@ -85,7 +85,6 @@ class SourceFacts:
     codebook: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
         return dataclasses.asdict(self) | {"patch_px": list(self.patch_px)}
 
 
@@ -165,3 +164,10 @@ class PatchSet(Protocol):
     def facts(self) -> SourceFacts:
         """Where the pixels come from and what they cost; may encode a sample to measure that."""
         ...
+
+
+def canonical_order(sources: Sequence[str], y: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """int64 (N,): places of patches sorted by source (by code points), y and x."""
+    rank = {source: place for place, source in enumerate(sorted(set(sources)))}
+    numbers = np.fromiter((rank[source] for source in sources), np.int64, len(sources))
+    return np.lexsort((x, y, numbers)).astype(np.int64)

@@ -187,7 +187,6 @@ class OpenPatches(Generic[Raw]):
         return Fetched(places, known, missing, raw)
 
     def finish(self, fetched: Fetched[Raw]) -> Tensor:
-        """The pixels of a request."""
         if fetched.raw is None:
             stacked = np.stack([pixels for pixels in fetched.known if pixels is not None])
             return torch.from_numpy(stacked).to(self.device)[self.index(fetched.places)]
@@ -206,7 +205,6 @@ class OpenPatches(Generic[Raw]):
         return sent(places.astype(np.int64), self.device)
 
     def keep(self, kind: str, rows: np.ndarray, pixels: Tensor | np.ndarray) -> None:
-        """Keep what there is room for."""
         if self.memory.held + pixels[0].nbytes > self.memory.limit:
             return
         arrays = pixels.cpu().numpy() if isinstance(pixels, Tensor) else pixels
@@ -246,7 +244,6 @@ class OpenPatches(Generic[Raw]):
 
     @functools.cached_property
     def rows_by_slide(self) -> dict[str, np.ndarray]:
-        """Rows of every slide."""
         found: dict[str, list[int]] = {}
         for row, slide in enumerate(self.table.slides):
             if slide is not None:

@@ -13,8 +13,7 @@ import numpy as np
 
 from latentds.errors import InputError, unknown_name
 from latentds.evaluation.patchsets.fingerprints import fingerprint_pictures
-from latentds.evaluation.patchsets.ordering import canonical_order
-from latentds.evaluation.patchsets.patch_set import PatchTable
+from latentds.evaluation.patchsets.patch_set import PatchTable, canonical_order
 from latentds.evaluation.patchsets.patch_set_config import PatchInput
 from latentds.sources.cut_options import SourceOptions
 from latentds.sources.opening import list_source, open_source
@@ -28,7 +27,6 @@ from latentds.store.patch_record import Patch, Place
 MAX_WORKERS = 16  # threads where --workers is not given
 SAMPLED_SLIDES = 16  # whose tissue is found to draw a sample of patches
 BAD_NAMED = 3
-UNPLACED = Place(None, None, None, None)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -136,15 +134,12 @@ class Pictures:
         return PictureLayout(table, numbers[order], headers, regions[order])
 
     def slides(self) -> list[str]:
-        """Sorted names of the slides."""
         return sorted({picture.slide for picture in self.pictures if picture.slide is not None})
 
     def of_slide(self, slide: str) -> Pictures:
-        """The pictures of one slide."""
         return self.part([number for number, p in enumerate(self.pictures) if p.slide == slide])
 
     def of_split(self, split: str) -> Pictures:
-        """The pictures of one split."""
         return self.part([number for number, p in enumerate(self.pictures) if p.split == split])
 
     def part(self, chosen: Sequence[int]) -> Pictures:
@@ -254,7 +249,6 @@ def open_pictures(config: PatchInput) -> Pictures:
 
 
 def count_workers(workers: int | None) -> int:
-    """Threads of a set."""
     return workers or min(MAX_WORKERS, os.cpu_count() or 1)
 
 

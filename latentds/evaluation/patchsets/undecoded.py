@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import torch
 
@@ -19,9 +18,15 @@ from latentds.evaluation.patchsets.codec_fitting import FITTED_TO, fit_sample
 from latentds.evaluation.patchsets.coded_patches import SEED, LatentsOnTheFly
 from latentds.evaluation.patchsets.developing import UndecodedCodes
 from latentds.evaluation.patchsets.latent_patches import Shards
-from latentds.evaluation.patchsets.open_patch_sets import Opened, find_shards, make_codec, refuse
+from latentds.evaluation.patchsets.open_patch_sets import (
+    Opened,
+    find_shards,
+    make_codec,
+    refuse,
+    stored_facts,
+)
 from latentds.evaluation.patchsets.patch_set import PatchSet, SourceFacts
-from latentds.evaluation.patchsets.patch_set_config import OF_ORIGINALS, ORIGINAL, PatchInput
+from latentds.evaluation.patchsets.patch_set_config import ORIGINAL, PatchInput
 from latentds.evaluation.patchsets.patches import Memory, OpenPatches
 from latentds.evaluation.patchsets.picture_patches import Pictures
 from latentds.quantizers.normalization import ChannelStatistics, rounded
@@ -70,23 +75,21 @@ def of_shards(
 ) -> UndecodedPatches:
     """The stored latents of a data set."""
     device, memory = opened
-    refuse(config, ("codec", "codebook", "codebook_from"), "for a data set, whose latents have one")
-    refuse(config, OF_ORIGINALS, "for a data set, whose patches are cut")
+    facts = stored_facts(config, shards)
     manifest = shards.shards.manifest
-    contract, book = manifest.contract, manifest.contract.codebook
+    contract = manifest.contract
     if stem is None:
         stem = LatentStemConfig.of(contract, channel_statistics(shards.shards))
     check_latents(stem, contract.latent_id, config.location)
-    facts = undecoded_facts(
-        str(contract.autoencoder.get("encoder") or contract.autoencoder["name"]),
-        book.text,
-        kind="latents", quantized=True, bytes_per_patch=contract.bytes_per_patch,
-        patch_px=contract.patch_px, data=config.location,
-        codebook={"origin": "stored with the latents", "codebook_id": book.codebook_id},
+    encoder = str(contract.autoencoder.get("encoder") or contract.autoencoder["name"])
+    codec = latent_text(encoder, contract.codebook.text)
+    described = SourceFacts(
+        name=f"{PREFIX}{codec}", codec=codec, autoencoder=encoder, decoder=None, fine_tuned=False,
+        **facts,
     )  # fmt: skip
     books = [stem.statistics.normalized(book) for book in manifest.codebooks]
     latents = UndecodedCodes(books, device)
-    patches = OpenPatches(shards, latents, facts, lambda: None, memory, device)
+    patches = OpenPatches(shards, latents, described, lambda: None, memory, device)
     return UndecodedPatches(patches, stem, contract.latents_shape[1:])
 
 
@@ -140,15 +143,6 @@ def sampled_statistics(
     mean, std = by_channel.mean(1).tolist(), by_channel.std(1, correction=0).tolist()
     count = by_channel.shape[1]
     return ChannelStatistics(tuple(map(rounded, mean)), tuple(map(rounded, std)), count)
-
-
-def undecoded_facts(autoencoder: str, quantizer: str, **facts: Any) -> SourceFacts:
-    """The facts of latents that no decoder sees."""
-    codec = latent_text(autoencoder, quantizer)
-    return SourceFacts(
-        name=f"{PREFIX}{codec}", codec=codec, autoencoder=autoencoder, decoder=None,
-        fine_tuned=False, **facts,
-    )  # fmt: skip
 
 
 def check_latents(stem: LatentStemConfig, latent_id: str, where: str) -> None:

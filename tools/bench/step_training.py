@@ -56,8 +56,8 @@ class Training:
             labels = torch.arange(len(logits), device=self.device) % CLASSES
             return nn.functional.cross_entropy(logits, labels)
         if self.method == "mae":
-            masks = random_masks(seeds, self.grid[0] * self.grid[1])
-            found: dict[str, Tensor] = self.model(views.globals[0], masks)
+            hidden = random_masks(seeds, self.grid[0] * self.grid[1])
+            found: dict[str, Tensor] = self.model(views.globals[0], hidden)
         else:
             # Tokens DINOv2 hides, bool (G, B, T).
             masks = (

@@ -51,9 +51,9 @@ class CodecOptions:
     pack: Path | None = None
     """Write what fits of the tiles into this file, at most 55 MB, and end."""
     name: str | None = None
-    """Of the autoencoder; by default the run's folder's."""
+    """Name of the autoencoder; by default that of the run's folder."""
     licence: str = "unknown"
-    """Of the weights."""
+    """Licence of the weights."""
     preset: Literal["cpu", "gpu-10min"] = "cpu"
     """Sizes for two cores and at most two hours, or for one H100-class GPU and ten minutes."""
     channels: int = 32
@@ -86,7 +86,7 @@ class TrainCodecConfig(CodecOptions):
     """Folder of the run: codec/, checkpoints/, log.jsonl, samples/. The same command run again goes
     on from its newest checkpoint."""
     rate_weight: float | None = None
-    """Of bits a pixel beside the mean squared error; follows from `bytes`."""
+    """Weight of bits a pixel beside the mean squared error; follows from `bytes`."""
     steps: int | None = None
     batch_size: int | None = None
     crop_px: int | None = None

@@ -111,7 +111,7 @@ def test_a_tensor_missing_misshapen_or_left_over_is_named(tmp_path):
     with pytest.raises(WeightsError, match=r"'fc\.bias' of the NIC encoder is missing; \[128\]"):
         load_embedder(path)
     save_file(tensors | {"fc.weight": torch.zeros(128, 64)}, path)
-    with pytest.raises(WeightsError, match=r"'fc\.weight' is \[128, 64\].*wants \[128, 1152\]"):
+    with pytest.raises(WeightsError, match=r"'fc\.weight' is \[128, 64\].*needs \[128, 1152\]"):
         load_embedder(path)
     save_file(tensors | {"extra": torch.zeros(1)}, path)
     with pytest.raises(WeightsError, match="'extra' has no place in the NIC encoder"):

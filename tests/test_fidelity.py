@@ -409,7 +409,7 @@ def test_decoder_alone_takes_the_encoder_of_a_listed_autoencoder(tmp_path, monke
     rows = rows_of(config)
     assert list(rows) == ["mine+kmeans", "tiny+kmeans"]
     assert rows["mine+kmeans"]["per_crop"]["ssim"] == rows["tiny+kmeans"]["per_crop"]["ssim"]
-    with pytest.raises(InputError, match="cannot be had"):
+    with pytest.raises(InputError, match="not available here"):
         comparing.compare(dataclasses.replace(config, codecs=f"{name}+kmeans"))
 
 

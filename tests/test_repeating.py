@@ -145,5 +145,5 @@ def test_a_finished_run_is_not_repeated_on_pictures_changed_since(source, tmp_pa
     changed = next((source / "a").iterdir())
     later = (tmp_path / "out" / MANIFEST).stat().st_mtime_ns + 1
     os.utime(changed, ns=(later, later))  # as a tool that writes other pixels in as many bytes does
-    with pytest.raises(InputError, match=f"of before .*{changed.name} was last changed"):
+    with pytest.raises(InputError, match=f"data set, and .*{changed.name} was changed after"):
         convert_with_mean(source, tmp_path / "out", **OPTIONS)

@@ -297,7 +297,7 @@ def test_a_trained_head_is_all_that_is_kept(tmp_path):
 
 def test_a_head_of_other_classes_is_refused(tmp_path):
     save_file(tiny().head.state_dict(), tmp_path / "head.safetensors")
-    with pytest.raises(WeightsError, match=r"mask_tokens\.weight' is \[4, 64\].* wants \[6, 64\]"):
+    with pytest.raises(WeightsError, match=r"mask_tokens\.weight' is \[4, 64\].* needs \[6, 64\]"):
         tiny(labels=5).load_trained(tmp_path / "head.safetensors")
 
 
@@ -339,7 +339,7 @@ def test_hipt_of_another_width_is_told(hipt_network, tmp_path):
     tensors = dict(hipt_network.state_dict())
     tensors["pos_embed"] = torch.zeros(1, 50, 384)
     torch.save(tensors, tmp_path / "odd.pth")
-    with pytest.raises(WeightsError, match=r"'pos_embed' is \(1, 50, 384\).*wants \(1, 197, 384\)"):
+    with pytest.raises(WeightsError, match=r"'pos_embed' is \(1, 50, 384\).*needs \(1, 197, 384\)"):
         load_dense_encoder(f"hipt@{tmp_path / 'odd.pth'}", 256, 16)
 
 

@@ -35,7 +35,7 @@ class Config:
     """Draws of the bootstrap; 10,000 over folds and 2,000 over groups by default, 0 for no
     intervals."""
     seed: int = 0
-    """Of the bootstrap."""
+    """Seed of the bootstrap."""
     paper: Literal["auto", "table2", "table3", "none"] = "auto"
     """The paper's figures beside ours: where the data set's classes or name say that it is the
     paper's, of one of its tables only, or none."""

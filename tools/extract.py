@@ -24,7 +24,7 @@ class Config:
     format: Literal["png", "jpeg"] = "png"
     """File format."""
     quality: int = 95
-    """Of JPEG, 1 to 100."""
+    """Quality of JPEG files, 1 to 100."""
     split: str | None = None
     """One split; all by default, each in a folder of its own."""
     where: str | None = None

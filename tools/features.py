@@ -49,13 +49,13 @@ class Config(PatchInput):
     """Patches embedded at once; 256 on a GPU and 32 elsewhere by default. Part of the record, as
     the last bits depend on it."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the embedder; bfloat16 is faster on a GPU. --decode-dtype is the decoder's."""
+    """Numbers of the embedder; bfloat16 is faster on a GPU. --decode-dtype is the decoder's."""
     saved: Literal["float32", "float16"] = "float32"
     """Numbers in the files; float16 takes half the room."""
     max_patches: int | None = None
     """At most so many patches a slide, drawn by --seed; no others are read."""
     seed: int = 0
-    """Of that choice."""
+    """Seed of the patches that --max-patches draws."""
     clam: bool = False
     """Also write CLAM's layout: clam_<embedder>/ with pt_files, h5_files and coordinates."""
     max_bad: int = 0

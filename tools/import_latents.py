@@ -27,7 +27,7 @@ class Config:
     autoencoder: str | None = None
     """Name or local folder of the autoencoder whose latents these are."""
     latent_id: str | None = None
-    """Its latent_id (sha256:...), where its weights cannot be loaded here."""
+    """latent_id (sha256:...) of the autoencoder, where its weights cannot be loaded here."""
     layout: Literal["pixcell", "zoomldm", "npy", "arrays"] | None = None
     """How the files lie; found out by their names where not given."""
     scale: float | None = None

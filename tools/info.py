@@ -25,11 +25,11 @@ class Config:
     folder: Annotated[Path, tyro.conf.Positional]
     """Folder of a data set."""
     batch_size: int = 256
-    """Of the loader whose memory is reckoned."""
+    """Batch size of the loader whose memory is reckoned."""
     num_workers: int = 4
-    """Of that loader."""
+    """Workers of that loader."""
     prefetch_factor: int = 2
-    """Of that loader."""
+    """Batches that each of its workers prepares ahead."""
     projects: Path | None = None
     """CSV with columns key and project, the key a TCGA patient, slide or tissue source site: count
     slides by project, which no barcode tells."""

@@ -31,9 +31,9 @@ class Config:
     license: str | None = None
     """Licence of the set, as the Hub names it: cc0-1.0, cc-by-4.0, ... Required."""
     license_name: str | None = None
-    """Its name, with --license other."""
+    """Name of the licence, with --license other."""
     license_link: str | None = None
-    """Where to read it, with --license other."""
+    """Where to read the licence, with --license other."""
     private: bool = False
     """Make a new repository private."""
     revision: str | None = None

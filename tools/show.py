@@ -33,9 +33,9 @@ class Config:
     originals: Path | None = None
     """Input that the set was converted from: sets the source's pixels beside the decoded ones."""
     slide_folder: Path | None = None
-    """Of --originals that are TRIDENT's or CLAM's coordinates: the folder of their slides."""
+    """Folder of the slides, where --originals are TRIDENT's or CLAM's coordinates."""
     root: Path | None = None
-    """Of --originals that are a table: the folder that its paths start from."""
+    """Folder that paths start from, where --originals are a table."""
     anonymize: Path | None = None
     """Key file of a set whose names are hashes, for --originals."""
     autoencoder: Annotated[str | None, tyro.conf.arg(aliases=["--decoder"])] = None

@@ -72,8 +72,8 @@ class CodeOptions:
     chooses), rans (entropy-coded records of --bytes); or a file made by 'latentds fit-codebook'. By
     default what ships with the autoencoder, else scalar, or additive where --bytes is given."""
     bytes: int | None = None
-    """Bytes a patch: of rans any number, of additive codes a multiple of the latent cells, of which
-    a patch of 256 px has 1,024 at f8."""
+    """Bytes a patch. Records (rans) take any number; additive codes take a multiple of the latent
+    cells, of which a patch of 256 px has 1,024 at f8."""
     refine: int = 0
     """Gradient steps on the latents of every patch, through the decoder, before they are coded:
     codes that keep more in the same bytes, for a step's time of some three decodings each. 4 bring

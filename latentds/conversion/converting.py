@@ -148,8 +148,8 @@ def finished_before(
     later = next((p for p in input_files(plan, config) if p.stat().st_mtime_ns > made_at), None)
     if later is not None:
         raise InputError(
-            f"{config.out}: holds a finished data set of before {later} was last changed; choose "
-            "another --out, or pass --overwrite"
+            f"{config.out}: holds a finished data set, and {later} was changed after it was made; "
+            "choose another --out, or pass --overwrite"
         )
     shutil.rmtree(work.folder)
     logger.info("%s: this run has ended before; nothing is left to do", config.out)

@@ -64,8 +64,8 @@ def wholly_left_out(manifest: Manifest) -> list[str]:
     old = next((entry for entry in entries if entry["reason"] not in REASONS), None)
     if old is not None:  # a sentence, which may stand for some patches of its source
         raise InputError(
-            f"{old['source']}: left out for {old['reason']!r}, as sets were made before reasons "
-            f"were of a list ({', '.join(REASONS)}); convert the input anew"
+            f"{old['source']}: left out for {old['reason']!r}; newer sets give a reason in a word "
+            f"({', '.join(REASONS)}), and only those are retried; convert the input anew"
         )
     return [str(entry["source"]) for entry in entries if entry.get("patches") == entry.get("of")]
 

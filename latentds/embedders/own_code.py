@@ -29,7 +29,7 @@ def load_own_code(text: str) -> NetworkEmbedder:
     file, _, function = text.rpartition(":")
     path = Path(file)
     if not path.is_file():
-        raise InputError(f"{path}: no such file; --embedder FILE.py:FUNCTION wants a local one")
+        raise InputError(f"{path}: no such file; --embedder FILE.py:FUNCTION needs a local file")
     name = f"latentds_own_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None

@@ -115,12 +115,12 @@ def configured_card(text: str, network: Any) -> EmbedderCard:
     config = resolve_data_config({}, model=network)
     _, height, width = config["input_size"]
     if height != width:
-        raise ShapeError(f"timm:{text} wants {width}x{height} px; only square inputs are prepared")
+        raise ShapeError(f"timm:{text} needs {width}x{height} px; only square inputs are prepared")
     resize_px = math.floor(height / config["crop_pct"])
     interpolation, crop_mode = config["interpolation"], config["crop_mode"]
     if interpolation not in INTERPOLATIONS or crop_mode != "center":
         raise ShapeError(
-            f"timm:{text} wants {interpolation} resizing and a {crop_mode} crop; only "
+            f"timm:{text} needs {interpolation} resizing and a {crop_mode} crop; only "
             f"{' or '.join(INTERPOLATIONS)} and a center crop are prepared"
         )
     source = network.pretrained_cfg

@@ -41,12 +41,12 @@ def fill(network: nn.Module, tensors: Mapping[str, Tensor], path: Path, what: st
     for name, shape in wanted.items():
         if name not in tensors:
             raise WeightsError(
-                f"{path}: tensor {name!r} of {what} is missing; {list(shape)} wanted"
+                f"{path}: tensor {name!r} of {what} is missing; {list(shape)} is needed"
             )
         seen = tuple(tensors[name].shape)
         if seen != shape:
             raise WeightsError(
-                f"{path}: tensor {name!r} is {list(seen)}, {what} wants {list(shape)}"
+                f"{path}: tensor {name!r} is {list(seen)}, {what} needs {list(shape)}"
             )
     left = sorted(set(tensors) - set(wanted))
     if left:

@@ -13,7 +13,7 @@ class PublishOptions:
     license: str | None = None
     """Licence, as the Hub names it: mit, cc-by-nc-4.0, ...; by default the one recorded, if any."""
     license_name: str | None = None
-    """Its name, with --license other."""
+    """Name of the licence, with --license other."""
     private: bool = False
     """Make a new repository private."""
     revision: str | None = None

@@ -230,7 +230,7 @@ class TileReader:
         self, array: LatentArray, coords: Sequence[Any] | np.ndarray | None = None
     ) -> None:
         if array.decode != "pixels":
-            raise ValueError(f"an array of decode={array.decode!r}; a TileReader wants 'pixels'")
+            raise ValueError(f"an array of decode={array.decode!r}; a TileReader needs 'pixels'")
         self.array = array
         self.places = np.arange(len(array))
         if coords is not None:

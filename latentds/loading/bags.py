@@ -81,8 +81,8 @@ class SlideBags(Dataset[Bag]):
     max_patches   at most so many patches a bag, another choice every epoch; None takes all
     seed          of the choice: a function of (seed, epoch, slide)
     columns       names among key, source, source_encoding to carry along
-    check_codes   compare every patch's checksum when it is first read (in sets of before patches
-                  had one: a pack's, which is read whole for it); without, damage goes unnoticed
+    check_codes   compare every patch's checksum when it is first read (older sets have one
+                  a pack, which is read whole for it); without, damage goes unnoticed
     decode        what `SlideBags.decode` gives: "pixels", "latents" or "codes"; see LatentLoader
     device, autoencoder, dtype   of it; see LatentLoader
 

@@ -42,7 +42,7 @@ def load_hipt(path: Path) -> Any:
             raise WeightsError(f"{path}: tensors of {WHAT} {what}: {some(names)}")
     if odd:
         seen, right = (tuple(of[odd[0]].shape) for of in (tensors, wanted))
-        raise WeightsError(f"{path}: tensor {odd[0]!r} is {seen}, {WHAT} wants {right}")
+        raise WeightsError(f"{path}: tensor {odd[0]!r} is {seen}, {WHAT} needs {right}")
     network.load_state_dict(tensors)
     return network
 

@@ -44,8 +44,8 @@ class CutOptions:
     kind: Literal["pictures", "slides", "tiles"] | None = None
     """What a folder's files are, where a look at all of them does not tell, or tells wrong."""
     mpp: float | None = None
-    """Micrometres a pixel: of pictures, recorded with every patch; of slides, what patches are to
-    have (0.5 is 20x), their own where not given."""
+    """Micrometres a pixel. For pictures it is recorded with every patch; patches of slides are cut
+    at it (0.5 is 20x), or at the slides' own where it is not given."""
     magnification: float | None = None
     """--mpp in a microscope's words, which is 10 / magnification: 20 is --mpp 0.5, 40 is 0.25."""
     mpp_tolerance: float = 0.05

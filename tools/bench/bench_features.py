@@ -56,7 +56,7 @@ class Config:
     device: str = "auto"
     """cpu, cuda, cuda:1, mps; auto takes a GPU where there is one."""
     precision: Literal["float32", "bfloat16"] | None = None
-    """Of embedder and decoder; bfloat16 on a GPU, float32 elsewhere by default."""
+    """Numbers of embedder and decoder; bfloat16 on a GPU, float32 elsewhere by default."""
     compile: bool = False
     """Compile the decoder, as 'latentds features --decode-compile' does."""
     rounds: int = 3

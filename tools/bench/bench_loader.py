@@ -56,7 +56,7 @@ class Config:
     patches: int = 131_072
     """Patches to measure with, the first of the split."""
     pixel_patches: int = 2048
-    """Of them, those that pixels are measured with, by all loaders: JPEG peers' files are decoded
+    """Patches that pixels are measured with, by all loaders: JPEG peers' files are decoded
     first, which is slow on a CPU."""
     batch_size: int = 256
     """Patches a batch."""
@@ -69,7 +69,7 @@ class Config:
     autoencoder: str | None = None
     """Decoder instead of the recorded one."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the decoder and its images."""
+    """Numbers of the decoder and its images."""
     channels_last: bool = False
     """Decode with channels last."""
     compile: bool = False

@@ -57,7 +57,7 @@ class Config:
     buffer: int = 200
     """Samples that peers without an order of their own shuffle among."""
     seed: int = 0
-    """Of the orders."""
+    """Seed of the orders."""
     peer_python: Path | None = None
     """Python of another environment for mds and litdata."""
     work: Path | None = None

@@ -45,7 +45,7 @@ class Config:
     global_batch_size: int = 256
     """Patches a global batch."""
     seed: int = 0
-    """Of the orders."""
+    """Seed of the orders."""
     cache_share: float = 0.1
     """A node's cache, as a share of the split's packs; at least two windows of the order."""
     max_patches: int = 2_000_000

@@ -52,7 +52,7 @@ class Config:
     device: str = "auto"
     """cpu, cuda, cuda:1, mps; auto takes a GPU where there is one."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Of the decoder and its images; bfloat16 on a GPU, float32 elsewhere by default."""
+    """Numbers of the decoder and its images; bfloat16 on a GPU, float32 elsewhere by default."""
     channels_last: bool = False
     """Decode with channels last."""
     compile: bool = False

@@ -89,7 +89,7 @@ class Config:
     device: str = "auto"
     """Where networks run: cpu, cuda, cuda:1, mps; auto takes a GPU where there is one."""
     skip_missing: bool = False
-    """Go on without codecs and embedders that cannot be had, and list them."""
+    """Go on without codecs and embedders that are not available, and list them."""
     json: bool = False
     """Print JSON."""
 

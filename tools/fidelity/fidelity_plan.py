@@ -102,7 +102,7 @@ def why_not(spec: CodecSpec, autoencoders: Autoencoders) -> str | None:
 def tell(missing: dict[str, str]) -> str:
     """One line that lists what is missing."""
     parts = "; ".join(f"{name}: {why.rstrip('.')}" for name, why in missing.items())
-    return f"cannot be had: {parts}. Mend them, or pass --skip-missing to go on without"
+    return f"not available here: {parts}. Provide them, or pass --skip-missing to go on without"
 
 
 def spread(

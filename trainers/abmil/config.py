@@ -48,7 +48,7 @@ class AbmilConfig(PatchInput):
     """Instead of --folds: a folder of CLAM's splits_<i>.csv, one such file, or Patho-Bench's
     TSV."""
     seed: int = 0
-    """Of the folds, the first weights and the draws."""
+    """Seed of the folds, the first weights and the draws."""
     repeats: int = 1
     """Trainings of every fold, with seeds from --seed upwards; the folds stay."""
     preset: Literal["clam", "patho-bench", "ilse"] = "clam"
@@ -63,11 +63,11 @@ class AbmilConfig(PatchInput):
     attention: int | None = None
     """Width of the attention's own layer."""
     dropout: float | None = None
-    """Of the first layer, and of the one after the mean."""
+    """Dropout of the first layer, and of the one after the mean."""
     attention_dropout: float | None = None
-    """Of the attention's branches."""
+    """Dropout of the attention's branches."""
     activation: Literal["relu", "gelu"] | None = None
-    """Of the first layer, and of the one after the mean."""
+    """Activation of the first layer, and of the one after the mean."""
     post_attention: bool | None = None
     """A layer between the weighted mean and the logits."""
     gated: bool | None = None

@@ -58,21 +58,21 @@ class ClassifyConfig(PatchInput):
     """Folds; classes balanced over them, groups kept together. With --probe eva the fold after the
     tested one validates; under val7k the one that is left out does."""
     seed: int = 0
-    """Of the folds, the first weights and the draws."""
+    """Seed of the folds, the first weights and the draws."""
     penalty: Literal["norm", "squared"] = "norm"
-    """Of --probe linear, with cost = features * classes / 100: norm, mean cross-entropy +
-    |W| / (2 cost), as UNI's code has it; squared, + |W|^2 / (2 cost), scikit-learn's with
+    """Penalty of --probe linear, with cost = features * classes / 100. norm: mean cross-entropy +
+    |W| / (2 cost), as UNI's code has it. squared: + |W|^2 / (2 cost), scikit-learn's with
     C = cost / patches."""
     standardize: bool = False
     """Bring features to mean 0 and deviation 1 over the training patches first; UNI does not."""
     neighbours: int = 20
-    """Of --probe knn, as UNI's authors have it."""
+    """Neighbours that vote in --probe knn; UNI's authors take 20."""
     arch: str | None = None
     """With --probe finetune: resnet18, vit_small_patch16_224, or any other network of timm."""
     weights: str = "random"
-    """Of --probe finetune, as what follows up to --zero-stage (not --batch-size). What it starts
-    from: random, timm (its pretrained weights, from the Hub), or a file (.safetensors, or a torch
-    file of tensors). The head is always new."""
+    """What --probe finetune starts from: random, timm (its pretrained weights, from the Hub), or a
+    file (.safetensors, or a torch file of tensors). The head is always new. The options from here
+    to --zero-stage, but for --batch-size, are of --probe finetune too."""
     epochs: int = 10
     """Passes over a fold's training patches; the last weights are tested."""
     lr: float = 3e-4

@@ -87,7 +87,7 @@ class TrainConfig(EngineOptions):
     """After the warm-up: constant, half a cosine to zero at the last step, or divided by 10 at each
     of the milestones."""
     milestones: tuple[int, ...] = ()
-    """Of --schedule multistep: steps after which the learning rate is a tenth of what it was."""
+    """Steps after which --schedule multistep divides the learning rate by ten."""
 
     def __post_init__(self) -> None:
         EngineOptions.__post_init__(self)

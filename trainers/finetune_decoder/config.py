@@ -124,7 +124,7 @@ class FinetuneConfig(TrainConfig):
     disc_start: int = 50_001
     """Step from which the discriminator counts and learns (reference; the paper does not tell)."""
     disc_lr: float | None = None
-    """Of the discriminator; the decoder's where not given."""
+    """Learning rate of the discriminator; the decoder's where not given."""
     reduction: Literal["sum", "mean"] = "sum"
     """sum: the reconstruction loss is summed over an image's values, as in the reference, against
     which the adaptive ratio's limit of 10,000 and its 1e-4 are meant."""

@@ -53,18 +53,18 @@ class PretrainConfig(PretrainOptions):
     stem_lr: float | None = None
     """Factor of the learning rate of the patch embedding."""
     weight_decay: float | None = None
-    """Of AdamW, at the first step; biases and norms have none."""
+    """Weight decay of AdamW at the first step; biases and norms have none."""
     weight_decay_end: float | None = None
-    """At the last step, half a cosine away."""
+    """Weight decay at the last step, half a cosine away."""
     beta2: float | None = None
-    """Of AdamW."""
+    """Second beta of AdamW."""
     drop_path: float | None = None
     """Stochastic depth of the student: share of the last block's residuals left out."""
     clip: float | None = None
     """Gradient norm (of all weights together) beyond which gradients are scaled down to it; 3 for
     dino and dinov2 where not given."""
     momentum: float | None = None
-    """Of the teacher, which follows the student: at the first step."""
+    """Momentum at the first step of the teacher, which follows the student."""
     teacher_temp_steps: int | None = None
     """Steps from one to the other, linearly; three tenths of all where not given."""
     freeze_last_steps: int | None = None

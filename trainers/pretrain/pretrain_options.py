@@ -34,7 +34,7 @@ class PretrainOptions(CutOptions, ProbeConfig, EngineOptions):
     """Take --originals in the order and with the random numbers that this data set, converted from
     them, would have as --data: runs that differ in nothing but the pixels."""
     keep_mb: int = 2048
-    """Of --originals: pixels kept in memory for the next epoch, in MB."""
+    """Pixels of --originals kept in memory for the next epoch, in MB."""
     num_workers: int = 4
     """Processes that read latents, or threads that read originals."""
     max_bad: int = 0

@@ -71,7 +71,7 @@ class SampathConfig(PatchInput, EngineOptions):
     """Train every fold with each of these; --seed alone where not given. Three are advised: the
     paper ran one."""
     seed: int = 0
-    """Of the folds, and of the training where --seeds is not given."""
+    """Seed of the folds, and of the training where --seeds is not given."""
     epochs: int | None = None
     """Passes over a fold's training images."""
     steps: int | None = None
@@ -83,20 +83,20 @@ class SampathConfig(PatchInput, EngineOptions):
     lr: float | None = None
     """Learning rate after the warm-up."""
     weight_decay: float | None = None
-    """Of AdamW."""
+    """Weight decay of AdamW."""
     warmup_steps: int | None = None
     """Steps over which the learning rate rises linearly."""
     schedule: Literal["constant", "cosine", "multistep"] | None = None
     """After the warm-up: constant, half a cosine to zero at the last step, or divided by 10 at each
     of the milestones."""
     milestones: tuple[int, ...] | None = None
-    """Of --schedule multistep: steps after which the learning rate is a tenth of what it was."""
+    """Steps after which --schedule multistep divides the learning rate by ten."""
     dice_weight: float | None = None
     focal_weight: float | None = None
     iou_weight: float | None = None
-    """Of the error of SAM's own guess of the IoU."""
+    """Weight of the error of SAM's own guess of the IoU."""
     ce_weight: float | None = None
-    """Of the cross entropy."""
+    """Weight of the cross entropy."""
     unlabelled: Literal["zeroed", "left-out"] = "zeroed"
     """Pixels without a label: their logits set to 0, as SAM-Path does, or left out of every
     loss."""

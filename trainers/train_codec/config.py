@@ -54,9 +54,9 @@ class CodecOptions:
     """Train only fast decoders, for the latents of this codec (a name or a folder): they learn what
     its own decoder makes of them, and OUT/codec has nothing else."""
     name: str | None = None
-    """Of the autoencoder; by default the run's folder's."""
+    """Name of the autoencoder; by default that of the run's folder."""
     licence: str = "unknown"
-    """Of the weights."""
+    """Licence of the weights."""
     preset: Literal["cpu", "gpu-10min"] = "cpu"
     """Sizes for two cores and at most two hours, or for one H100-class GPU and ten minutes."""
     channels: int = 32
@@ -89,7 +89,7 @@ class TrainCodecConfig(CodecOptions):
     """Folder of the run: codec/, checkpoints/, log.jsonl, samples/. The same command run again goes
     on from its newest checkpoint."""
     rate_weight: float | None = None
-    """Of bits a pixel beside the mean squared error; follows from `bytes`."""
+    """Weight of bits a pixel beside the mean squared error; follows from `bytes`."""
     steps: int | None = None
     batch_size: int | None = None
     crop_px: int | None = None

@@ -246,7 +246,7 @@ def test_cards_name_class_repository_and_licence():
     for name, card in CARDS.items():
         assert card.name == name and card.licence and card.channels and card.factor
         assert card.licence.startswith("unknown") is name.endswith("-path")  # as their cards say
-        assert name in ("tiny-v1", "tiny-v2", "tiny-v2-fast") or card.repository
+        assert name in ("tiny-v1", "tiny-v2", "tiny-v2-fast", "tiny-v2-cpu") or card.repository
     assert set(ALIASES.values()) <= set(CARDS)
 
 
@@ -265,8 +265,10 @@ def test_tiny_keeps_to_its_budget():
     assert autoencoder.encode(torch.zeros(1, 3, 256, 256)).numel() == 4096
 
 
-@pytest.mark.parametrize(("name", "gflop"), [("tiny-v2", 8.0), ("tiny-v2-fast", 2.5)])
-def test_both_decoders_of_tiny_v2_keep_to_their_budget(name, gflop):
+@pytest.mark.parametrize(
+    ("name", "gflop"), [("tiny-v2", 8.0), ("tiny-v2-fast", 2.5), ("tiny-v2-cpu", 0.4)]
+)
+def test_the_decoders_of_tiny_v2_keep_to_their_budget(name, gflop):
     from torch.utils.flop_counter import FlopCounterMode
 
     autoencoder = load_autoencoder(name)
@@ -275,20 +277,22 @@ def test_both_decoders_of_tiny_v2_keep_to_their_budget(name, gflop):
     assert counter.get_total_flops() <= gflop * 1e9 and images.shape == (1, 3, 256, 256)
 
 
-def test_tiny_v2_has_pinned_identities_and_two_decoders_of_the_same_latents():
-    exact, fast = load_autoencoder("tiny-v2").card, load_autoencoder("tiny-v2-fast").card
+def test_tiny_v2_has_pinned_identities_and_three_decoders_of_the_same_latents():
+    names = ("tiny-v2", "tiny-v2-fast", "tiny-v2-cpu")
+    exact, *fast = (load_autoencoder(name).card for name in names)
     assert (
         exact.latent_id == "sha256:906326152d866fac61a2112d5235a5f19d9d39a60c2bbbe633adbdc2e9795294"
     )
-    assert fast.latent_id == exact.latent_id and fast.decoder_id != exact.decoder_id
-    assert (exact.name, fast.encoder) == ("tiny-v2", "tiny-v2")
+    assert [card.latent_id for card in fast] == [exact.latent_id] * 2
+    assert len({card.decoder_id for card in (exact, *fast)}) == 3
+    assert [card.encoder for card in fast] == [exact.name] * 2
 
 
 def test_tiny_v2_fits_into_twelve_megabytes():
     from latentds.autoencoders.tiny import weights_folder
 
     files = [p for p in Path(str(weights_folder() / "tiny-v2")).rglob("*") if p.is_file()]
-    assert len(files) == 7 and sum(path.stat().st_size for path in files) <= 12e6
+    assert len(files) == 9 and sum(path.stat().st_size for path in files) <= 12e6
 
 
 def test_tiny_has_a_pinned_identity():

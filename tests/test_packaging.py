@@ -48,6 +48,8 @@ def test_wheel_holds_the_packages_the_weights_and_nothing_else(tmp_path):
         "latentds/autoencoders/weights/tiny-v2/weights.safetensors",
         "latentds/autoencoders/weights/tiny-v2/fast/decoder.json",
         "latentds/autoencoders/weights/tiny-v2/fast/decoder.safetensors",
+        "latentds/autoencoders/weights/tiny-v2/cpu/decoder.json",
+        "latentds/autoencoders/weights/tiny-v2/cpu/decoder.safetensors",
         *(f"latentds_tools/demo_pictures/he_{number}.webp" for number in (1, 2, 3, 4)),
         "latentds_tools/demo_pictures/SOURCE.md",
         "latentds_tools/reports/paper_tables.json",

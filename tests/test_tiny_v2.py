@@ -36,7 +36,7 @@ def test_records_of_other_sizes_and_patches_come_from_the_one_that_ships(tiny_v2
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["tiny-v2", "tiny-v2-fast"])
+@pytest.mark.parametrize("name", ["tiny-v2", "tiny-v2-cpu"])
 def test_a_set_is_converted_verified_and_decoded_by_the_name_it_records(tmp_path, name):
     save_pictures(tmp_path / "in" / "tumour", 6, edge=64)
     config = ConvertConfig(

@@ -20,14 +20,14 @@ def load_autoencoder(
 ) -> NetworkAutoencoder:
     """The autoencoder of that name, or of that local path, in fp32 on the CPU and in eval mode.
 
-    name_or_path  tiny, tiny-v2, tiny-v2-fast (its codes, decoded faster); sd15, sd3, dcae-f32,
-                  dcae-f32-mix, taesd, taesd3; sd15-path, sd3-path, dcae-f32-path (the paper's
-                  fine-tuned decoders); the repository of one of them; a diffusers folder
-                  (config.json of class AutoencoderKL, AutoencoderDC or AutoencoderTiny); a DC-AE's
-                  folder with model.safetensors as efficientvit writes it; a TAESD-style pair of
-                  `*_encoder.pth` and `*_decoder.pth` (their folder, or the folder plus their
-                  prefix); a codec's folder (codec.json); or a decoder's folder, or its run's: the
-                  autoencoder it names, with the decoder replaced
+    name_or_path  tiny, tiny-v2, tiny-v2-fast and tiny-v2-cpu (its codes, decoded faster); sd15,
+                  sd3, dcae-f32, dcae-f32-mix, taesd, taesd3; sd15-path, sd3-path, dcae-f32-path
+                  (the paper's fine-tuned decoders); the repository of one of them; a diffusers
+                  folder (config.json of class AutoencoderKL, AutoencoderDC or AutoencoderTiny); a
+                  DC-AE's folder with model.safetensors as efficientvit writes it; a TAESD-style
+                  pair of `*_encoder.pth` and `*_decoder.pth` (their folder, or the folder plus
+                  their prefix); a codec's folder (codec.json); or a decoder's folder, or its run's:
+                  the autoencoder it names, with the decoder replaced
     encoder       for a decoder's folder: the autoencoder whose encoder is used, where it is not to
                   be found by the name the folder gives
     raises        UnknownNameError, WeightsError (what is missing, how to get it),

@@ -22,15 +22,18 @@ CARDS = {
         licence="Apache-2.0",
         loader="latentds.autoencoders.codec_folder:load_embedded",
     ),
-    "tiny-v2-fast": AutoencoderCard(
-        name="tiny-v2-fast",
-        class_name="student",
-        channels=32,
-        factor=8,
-        licence="Apache-2.0",
-        encoder="tiny-v2",
-        loader="latentds.autoencoders.codec_folder:load_embedded",
-    ),
+    **{
+        name: AutoencoderCard(
+            name=name,
+            class_name="student",
+            channels=32,
+            factor=8,
+            licence="Apache-2.0",
+            encoder="tiny-v2",
+            loader="latentds.autoencoders.codec_folder:load_embedded",
+        )
+        for name in ("tiny-v2-fast", "tiny-v2-cpu")
+    },
     # The paper's "SD-1.5" is this fine-tune of its VAE (reproduced from the authors' weight
     # repositories).
     "sd15": AutoencoderCard(

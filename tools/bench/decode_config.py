@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-DEFAULT_DECODERS = "taesd,sd15,dcae-f32,tiny-v2,tiny-v2-fast,tiny,turbo-s,turbo-m,turbo-f32"
+DEFAULT_DECODERS = (
+    "taesd,sd15,dcae-f32,tiny-v2,tiny-v2-fast,tiny-v2-cpu,tiny,turbo-s,turbo-m,turbo-f32"
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -60,7 +60,7 @@ def check_unsummed(files: Files, manifest: Manifest) -> None:
     if has_sums and manifest.has_digest and CHECKSUMS in manifest.tables:
         return
     logger.warning(
-        "%s: an older set; its tables, patches and manifest have no checksums of their own: damage "
+        "%s: an older set, without checksums of its tables, patches and manifest: damage "
         "may go unnoticed, and checking reads whole packs; 'latentds verify' finds all damage, "
         "'latentds repack' writes a set that has them", files.where,
     )  # fmt: skip

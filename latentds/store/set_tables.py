@@ -60,7 +60,7 @@ def check_unsummed(files: Files, manifest: Manifest) -> None:
     if has_sums and manifest.has_digest and CHECKSUMS in manifest.tables:
         return
     logger.warning(
-        "%s: an older set, without checksums of its tables, patches and manifest: damage "
+        "%s: of a time before tables, patches and the manifest had checksums of their own: damage "
         "may go unnoticed, and checking reads whole packs; 'latentds verify' finds all damage, "
         "'latentds repack' writes a set that has them", files.where,
     )  # fmt: skip

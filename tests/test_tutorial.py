@@ -48,8 +48,7 @@ def run_page(page: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     printed: list[str] = []
     for language, text in CELL.findall(page.read_text()):
         if language == "text":
-            shown = [line.removesuffix(" ...") for line in masked(text) if line != "..."]
-            assert [one for one in shown if not any(map(one.__eq__, printed))] == []
+            assert [line for line in masked(text) if line not in printed] == []
             continue
         if language == "python":
             exec(compile(text, str(page), "exec"), names)
@@ -92,3 +91,14 @@ def test_a_tutorial_runs_and_does_what_it_says(page, tmp_path, monkeypatch, caps
     (tmp_path / "run").mkdir()
     monkeypatch.chdir(tmp_path / "run")
     JUDGES[page.stem](run_page(page, capsys))
+
+
+@pytest.mark.parametrize(("shown", "is_printed"), [("made 4.5 MB", True), ("lost 3 MB", False)])
+def test_what_a_page_shows_has_to_be_printed(shown, is_printed, tmp_path, capsys):
+    page = tmp_path / "page.md"
+    page.write_text(f'```python\nprint("made  31 MB")\n```\n\n```text\n{shown}\n```\n')
+    if is_printed:
+        assert "__builtins__" in run_page(page, capsys)
+        return
+    with pytest.raises(AssertionError, match="lost"):
+        run_page(page, capsys)

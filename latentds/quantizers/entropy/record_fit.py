@@ -104,8 +104,8 @@ def fit_entropy_codebook(
         encoding.check_reach(codebook)
     except ValueError as error:
         raise ValueError(
-            f"records of {record_bytes} bytes: no tables of these latents bring every patch to "
-            f"just so many; {possible_bytes(values, shape, lanes)}"
+            f"records of {record_bytes} bytes: no tables of these latents bring every patch "
+            f"to that size; {possible_bytes(values, shape, lanes)}"
         ) from error
     return codebook, report(values, nominal, codebook, rate_weight)
 

@@ -29,7 +29,7 @@ from latentds.conversion.work_units import (
     told,
     write_unit,
 )
-from latentds.errors import InputError, missing_extra
+from latentds.errors import InputError, first_words, missing_extra
 
 Node = dict[str, Any]  # CPU, GPU: how many it has
 
@@ -96,7 +96,7 @@ def connect(address: str) -> None:
     try:
         ray.init(address, log_to_driver=False, logging_level=logging.WARNING, **options)
     except (ConnectionError, TimeoutError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = first_words(error, 160)
         raise InputError(
             f"--address {address}: no Ray cluster answers ({reason}); start one with 'ray start "
             "--head' (where it asks ray:// for a token, set RAY_AUTH_MODE=token here too), or pass "
@@ -143,17 +143,13 @@ class Worker:
 
     def prepare(self, job: Job) -> None:
         """Take a job on; raises what its `check_node` does."""
-        self.job, self.node = job, node_name()
+        own = ray.get_runtime_context().get_node_id()[:8]
+        self.job, self.node = job, f"node {platform.node()} ({own})"
         job.check_node(self.node)
 
     def write(self, unit: Unit) -> list[LeftOut]:
         """What `write_unit` returns."""
         return write_unit(self.job, unit, self.node)
-
-
-def node_name() -> str:
-    """This node in words: its host, and Ray's own name for it."""
-    return f"node {platform.node()} ({ray.get_runtime_context().get_node_id()[:8]})"
 
 
 class Handout:
@@ -275,7 +271,7 @@ def put_job(job: Job) -> Any:
     try:
         return ray.put(job)
     except TypeError as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = first_words(error, 160)
         name = job.contract.autoencoder["name"]
         raise InputError(
             f"autoencoder {name!r} cannot be sent to workers ({reason}); make it picklable, or use "
@@ -287,4 +283,4 @@ def cause_of(error: RayError) -> str:
     """Why a worker died, in a few words."""
     if isinstance(error, OutOfMemoryError):
         return "killed for memory"
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    return first_words(error, 300)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from latentds.errors import InputError, UnusableError, missing_extra
+from latentds.errors import InputError, UnusableError, first_words, missing_extra
 from latentds.sources.cut_options import SourceOptions
 from latentds.sources.field_names import note_columns
 from latentds.sources.image_folder import DEFAULT_SPLIT, SPLITS
@@ -157,7 +157,7 @@ def loading(root: Path) -> Iterator[None]:
     try:
         yield
     except (*known, datasets.exceptions.DatasetsError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = first_words(error, 200)
         raise InputError(
             f"{root}: 'datasets' cannot load it ({type(error).__name__}: {reason}); check the "
             "name, or save it with save_to_disk and convert that folder"

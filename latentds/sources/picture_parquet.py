@@ -67,7 +67,7 @@ class PictureParquet(PictureFiles):
 
     def path_fields(self, row: Mapping[str, Any], source: str) -> dict[str, Any]:
         """What a picture's own path tells, else its source: by --name-pattern, or known rules."""
-        column = path_column(tuple(row))
+        column = next((name for name in PATHS if name in row), None)
         path = row[column] if column and isinstance(row[column], str) else source
         pattern = self.options.name_pattern
         found = name_fields(pattern)(path) if pattern else path_fields(path)
@@ -113,11 +113,6 @@ class PictureParquet(PictureFiles):
         number = table.group_of(row)
         group = self.groups.get(f"{file}/{number}", lambda: table.read_group(number))
         return io.BytesIO(group.picture(row - table.starts[number]))
-
-
-def path_column(names: Sequence[str]) -> str | None:
-    """The column of pictures' own paths, None where there is none."""
-    return next((name for name in PATHS if name in names), None)
 
 
 def place_of(picture: Picture) -> tuple[str, int]:

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from latentds.core.storage import naming, rename_durably
 from latentds.core.untrusted_files import open_picture
-from latentds.errors import FormatError, InputError
+from latentds.errors import FormatError, InputError, first_words
 from latentds.store.format import CODES, MASKS, PATCHES, Contract, npy_header, shard_headers
 from latentds.store.manifest import Manifest
 from latentds.store.patch_record import Patch
@@ -117,11 +117,6 @@ def check_announced_bytes(metadata: pq.FileMetaData, where: str, most_bytes: int
     announced = sum(chunk.total_uncompressed_size for chunk in chunks)
     if announced > most_bytes:
         raise FormatError(f"{where}: would decompress to {announced} bytes; refused")
-
-
-def first_words(error: BaseException) -> str:
-    """The start of an error's text, on one line."""
-    return " ".join(str(error).split())[:120] or type(error).__name__
 
 
 def encode_masks(patches: Sequence[Patch]) -> bytes | None:

@@ -14,7 +14,7 @@ from latentds.sources.cut_options import SourceOptions
 from latentds.sources.field_names import note_columns
 from latentds.sources.image_folder import DEFAULT_SPLIT, SPLITS
 from latentds.sources.inspection import Inspection
-from latentds.sources.picture import Header, Listing, Picture
+from latentds.sources.picture import Listing, Picture
 from latentds.sources.picture_files import PictureFiles
 from latentds.sources.side_records import COLUMNS, fields_of
 from latentds.sources.side_tables import label_column
@@ -47,10 +47,6 @@ class SavedDataset(PictureFiles):
     def __init__(self, options: SourceOptions) -> None:
         super().__init__(options)
         self.parts: Kept[dict[str, DatasetPart]] = Kept(1)
-        self.broken: dict[str, str] = {}
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.options,)
 
     @classmethod
     def detect(cls, found: Inspection) -> Source | None:
@@ -97,11 +93,6 @@ class SavedDataset(PictureFiles):
             except InputError as error:
                 self.broken[source] = str(error)
             yield Picture(source, split, **fields)
-
-    def header(self, picture: Picture) -> Header:
-        if picture.source in self.broken:
-            raise UnusableError(self.broken[picture.source], "record")
-        return super().header(picture)
 
     def file(self, picture: Picture) -> Path | BinaryIO:
         name, _, row = picture.source.rpartition("/")

@@ -35,6 +35,8 @@ class PictureFiles(Source):
     """Picture files below a folder; class folders are labels, split folders splits.
 
     A subclass that finds its pictures elsewhere gives another `listing`, or other bytes.
+
+    broken  pictures whose record cannot be read, and why
     """
 
     kind = "a folder of pictures"
@@ -42,6 +44,7 @@ class PictureFiles(Source):
     def __init__(self, options: SourceOptions) -> None:
         self.options, self.root = options, options.source
         self.decoded: Kept[Pixels] = Kept(TILED_PICTURES)
+        self.broken: dict[str, str] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.options,)  # without lock and pixels, for a worker elsewhere
@@ -74,6 +77,8 @@ class PictureFiles(Source):
         return dataclasses.replace(found, pictures=named, notes=(*found.notes, *told))
 
     def header(self, picture: Picture) -> Header:
+        if picture.source in self.broken:
+            raise UnusableError(self.broken[picture.source], "record")
         header = read_header(self.file(picture), self.options.max_px)
         self.check_tile(header)
         mask = self.mask_file(picture, header.size_px)
@@ -218,6 +223,24 @@ class PictureFiles(Source):
             **place._asdict(),
             mask_png=None if fitted is None else encode_png(fitted),
         )
+
+
+class PicturesInFiles(PictureFiles):
+    """Pictures inside files of a folder, or inside one file; a picture's source is `file/...`."""
+
+    def __init__(self, options: SourceOptions, files: Sequence[str]) -> None:
+        super().__init__(options)
+        if self.root.is_file():
+            self.root = self.root.parent
+        self.files = dict.fromkeys(files)  # in order, and found at once
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.options, tuple(self.files))
+
+    def row_of(self, picture: Picture) -> tuple[str, int]:
+        """File and row of a picture, where pictures are rows."""
+        file, _, row = picture.source.rpartition("/")
+        return file, int(row)
 
 
 def with_labelled(found: Listing) -> Listing:

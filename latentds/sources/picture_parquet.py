@@ -7,7 +7,7 @@ import io
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
-from latentds.errors import InputError, UnusableError
+from latentds.errors import InputError
 from latentds.sources.cut_options import SourceOptions
 from latentds.sources.field_names import note_columns
 from latentds.sources.image_folder import name_fields
@@ -15,7 +15,7 @@ from latentds.sources.inspection import Inspection
 from latentds.sources.names import path_fields
 from latentds.sources.parquet_files import PATHS, EncodedTable, RowGroup, has_pictures, open_table
 from latentds.sources.picture import MIXED_CHUNKS, Header, Listing, Picture
-from latentds.sources.picture_files import PictureFiles
+from latentds.sources.picture_files import PicturesInFiles
 from latentds.sources.side_records import fields_of, splits_of
 from latentds.sources.side_tables import label_column
 from latentds.sources.source import Kept, Source
@@ -24,7 +24,7 @@ from latentds.sources.source import Kept, Source
 GROUPS_KEPT = 2 * MIXED_CHUNKS
 
 
-class PictureParquet(PictureFiles):
+class PictureParquet(PicturesInFiles):
     """Every *.parquet of a folder, or one. A picture's source is `file.parquet/row`.
 
     A row group is decompressed as a whole, so its pictures stay near each other in the order.
@@ -34,16 +34,9 @@ class PictureParquet(PictureFiles):
     suffixes = frozenset({".parquet"})
 
     def __init__(self, options: SourceOptions, files: Sequence[str]) -> None:
-        super().__init__(options)
-        if self.root.is_file():
-            self.root = self.root.parent
-        self.files = files
+        super().__init__(options, files)
         self.tables: dict[str, EncodedTable] = {}
-        self.broken: dict[str, str] = {}
         self.groups: Kept[RowGroup] = Kept(GROUPS_KEPT)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.options, self.files)
 
     def table(self, file: str) -> EncodedTable:
         """An opened file; InputError where it has no pictures."""
@@ -58,7 +51,7 @@ class PictureParquet(PictureFiles):
         return cls(found.options, tables) if is_meant else None
 
     def listing(self) -> Listing:
-        files = splits_of(self.root, self.files, self.options.split_folders)
+        files = splits_of(self.root, list(self.files), self.options.split_folders)
         pictures = [p for file, split in files.splits.items() for p in self.rows_of(file, split)]
         if not pictures:
             raise InputError(f"{self.root}: {len(self.files)} Parquet files, no row in them")
@@ -97,25 +90,17 @@ class PictureParquet(PictureFiles):
             yield Picture(source, split, **fields)
 
     def chunk(self, picture: Picture) -> str | None:
-        file, row = place_of(picture)
+        file, row = self.row_of(picture)
         return f"{file}/{self.table(file).group_of(row)}"
 
     def header(self, picture: Picture) -> Header:
-        if picture.source in self.broken:
-            raise UnusableError(self.broken[picture.source], "record")
         header = super().header(picture)
         # Bare pixels are given to Pillow as a PPM file.
         return dataclasses.replace(header, encoding="raw") if header.encoding == "ppm" else header
 
     def file(self, picture: Picture) -> BinaryIO:
-        file, row = place_of(picture)
+        file, row = self.row_of(picture)
         table = self.table(file)
         number = table.group_of(row)
         group = self.groups.get(f"{file}/{number}", lambda: table.read_group(number))
         return io.BytesIO(group.picture(row - table.starts[number]))
-
-
-def place_of(picture: Picture) -> tuple[str, int]:
-    """File and row of a picture."""
-    file, _, row = picture.source.rpartition("/")
-    return file, int(row)

@@ -37,7 +37,7 @@ class TileTars(PictureTars):
 
     def listing(self) -> Listing:
         first: dict[tuple[str, str | None], str] = {}
-        for archive in self.archives:
+        for archive in self.files:
             sample = (sample_of(archive), annotation_of(archive))
             other = first.setdefault(sample, archive)
             if other != archive:

@@ -13,12 +13,11 @@ from latentds.errors import InputError, UnusableError, first_words, missing_extr
 from latentds.sources.cut_options import SourceOptions
 from latentds.sources.field_names import note_columns
 from latentds.sources.image_folder import DEFAULT_SPLIT, SPLITS
-from latentds.sources.inspection import Inspection
 from latentds.sources.picture import Listing, Picture
 from latentds.sources.picture_files import PictureFiles
 from latentds.sources.side_records import COLUMNS, fields_of
 from latentds.sources.side_tables import label_column
-from latentds.sources.source import Kept, Source
+from latentds.sources.source import Inspection, Kept, Source
 
 # hf://datasets/ORG/NAME[@REVISION]; a Path has taken one of the slashes already.
 ADDRESS = re.compile(r"hf:/{1,2}datasets/([\w.-]+(?:/[\w.-]+)?)(?:@([\w./-]+))?")

@@ -16,12 +16,11 @@ from latentds.sources.csv_tables import read_table
 from latentds.sources.cut_options import SourceOptions
 from latentds.sources.field_names import note_columns
 from latentds.sources.image_folder import numbers_of
-from latentds.sources.inspection import Inspection
 from latentds.sources.picture import MIXED_CHUNKS, Header, Listing, Picture
 from latentds.sources.picture_files import PicturesInFiles
 from latentds.sources.side_records import COLUMNS, fields_of, splits_of
 from latentds.sources.slide_names import some
-from latentds.sources.source import Kept, Source
+from latentds.sources.source import Inspection, Kept, Source
 
 SUFFIXES = (".h5", ".hdf5")
 ARRAYS = ("x", "img", "imgs", "images")  # of patches, uint8 (N, H, W, 3)

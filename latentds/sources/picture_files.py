@@ -17,12 +17,11 @@ from PIL import Image
 from latentds.errors import InputError, UnusableError
 from latentds.sources.cut_options import SourceOptions
 from latentds.sources.image_folder import check_labels, check_sizes, list_pictures, name_fields
-from latentds.sources.inspection import Inspection
 from latentds.sources.names import note_numbers, path_fields
 from latentds.sources.picture import Header, Listing, Picture
 from latentds.sources.picture_decoding import find_mask, read_header, read_mask, read_picture
 from latentds.sources.side_tables import with_tables
-from latentds.sources.source import Kept, Source
+from latentds.sources.source import Inspection, Kept, Source
 from latentds.store.patch_record import Patch, Place
 
 LABELLED = re.compile(r"(.+\])-labelled\.\w+")  # a mask of QuPath's TileExporter

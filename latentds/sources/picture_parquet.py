@@ -11,14 +11,13 @@ from latentds.errors import InputError
 from latentds.sources.cut_options import SourceOptions
 from latentds.sources.field_names import note_columns
 from latentds.sources.image_folder import name_fields
-from latentds.sources.inspection import Inspection
 from latentds.sources.names import path_fields
 from latentds.sources.parquet_files import PATHS, EncodedTable, RowGroup, has_pictures, open_table
 from latentds.sources.picture import MIXED_CHUNKS, Header, Listing, Picture
 from latentds.sources.picture_files import PicturesInFiles
 from latentds.sources.side_records import fields_of, splits_of
 from latentds.sources.side_tables import label_column
-from latentds.sources.source import Kept, Source
+from latentds.sources.source import Inspection, Kept, Source
 
 # Row groups in memory: those that the plan mixes, and as many read ahead.
 GROUPS_KEPT = 2 * MIXED_CHUNKS

@@ -12,12 +12,11 @@ from latentds.errors import FormatError, InputError
 from latentds.sources.cut_options import SourceOptions
 from latentds.sources.field_names import note_columns
 from latentds.sources.image_folder import check_names
-from latentds.sources.inspection import Inspection
 from latentds.sources.picture import Listing, Picture
 from latentds.sources.picture_decoding import picture_suffixes
 from latentds.sources.picture_files import PicturesInFiles
 from latentds.sources.side_records import COLUMNS, fields_of, splits_of
-from latentds.sources.source import Source
+from latentds.sources.source import Inspection, Source
 from latentds.sources.tars import TarMember, open_member, read_member, tar_members
 
 MAX_CLS_BYTES = 4096

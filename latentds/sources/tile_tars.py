@@ -10,10 +10,9 @@ from typing import Any
 from latentds.core.json_text import parse_json
 from latentds.errors import FormatError, InputError
 from latentds.sources.image_folder import numbers_of
-from latentds.sources.inspection import TILE_TAR, Inspection
 from latentds.sources.picture import Listing
 from latentds.sources.picture_tars import Members, PictureTars, Record
-from latentds.sources.source import Source
+from latentds.sources.source import TILE_TAR, Inspection, Source
 
 MANIFEST = ".tiles.manifest.csv"
 META = ".coordinates.meta.json"

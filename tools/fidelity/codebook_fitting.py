@@ -14,7 +14,7 @@ from latentds.autoencoders.tiny import shipped_records
 from latentds.codecs import LatentCodec, LatentSpec, draw_samples, with_quantizer
 from latentds.codecs.quantizers import latent_shape
 from latentds.errors import ContractError, InputError
-from latentds.quantizers.codebook_files import StoredCodebook
+from latentds.quantizers.codebooks import StoredCodebook
 from latentds.quantizers.entropy.record_codebook import EntropyCodebook
 from latentds.quantizers.entropy.record_fit import fit_entropy_codebook
 
@@ -127,7 +127,7 @@ def stored_codebooks(
     raises  ContractError for a codebook of latents that no listed autoencoder makes
     """
     from latentds.autoencoders.tiny import tiny_codebook
-    from latentds.quantizers.codebook_files import load_codebook
+    from latentds.quantizers.codebooks import load_codebook
 
     found = {}
     if path is not None:

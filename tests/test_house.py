@@ -30,7 +30,7 @@ LINES = {
     "latentds/codecs": 1_400,
     "latentds/conversion": 2_850,
     "latentds/core": 1_300,
-    "latentds/edit": 3_100,
+    "latentds/edit": 3_050,
     "latentds/embedders": 2_050,
     "latentds/evaluation": 5_500,
     "latentds/hub": 1_850,

@@ -129,3 +129,8 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UnknownNameError
 def missing_extra(module: str, extra: str) -> MissingExtraError:
     """An error that says which extra brings `module`."""
     return MissingExtraError(f"{module} is not installed; pip install 'latentds[{extra}]'")
+
+
+def first_words(error: BaseException, most: int = 120) -> str:
+    """The start of an error's text, on one line; its kind where it has no text."""
+    return " ".join(str(error).split())[:most] or type(error).__name__

@@ -3,11 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from latentds.quantizers.additive_groups import allocate, group_distortion
 
 from latentds.conversion.codebook_choice import planes_of
 from latentds.errors import InputError, ShapeError
-from latentds.quantizers.additive_fit import distortion, fit_additive
+from latentds.quantizers.additive_fit import allocate, distortion, fit_additive, group_distortion
 from latentds.quantizers.scalar_fit import fit_codebook
 from tests.test_additive import scalar_as_additive
 

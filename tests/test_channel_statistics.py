@@ -15,7 +15,7 @@ from latentds import LatentDataset, LatentLoader, Mixture, ShardSet
 from latentds.edit.merging import merge
 from latentds.edit.repacking import Repacking, repack
 from latentds.errors import FormatError, ShapeError
-from latentds.quantizers.normalization import ChannelStatistics, pool
+from latentds.quantizers.codebooks import ChannelStatistics, pool
 from latentds.quantizers.scalar import dequantize
 from latentds.store.channel_statistics import (
     SAMPLE_PATCHES,

@@ -274,7 +274,7 @@ def test_a_tiled_picture_is_decoded_once(tmp_path, monkeypatch):
 
 
 def test_a_codebook_file_is_named_in_the_manifest(pictures, tmp_path):
-    from latentds.quantizers.codebook_files import StoredCodebook, save_codebook
+    from latentds.quantizers.codebooks import StoredCodebook, save_codebook
 
     first = convert_with_mean(pictures, tmp_path / "a")
     stored = StoredCodebook(

@@ -17,7 +17,7 @@ from latentds.conversion import workdir
 from latentds.conversion.convert_config import ConvertConfig
 from latentds.conversion.converting import convert
 from latentds.errors import REASONS, ContractError, FormatError, InputError, TooManyBadSamplesError
-from latentds.quantizers.codebook_files import StoredCodebook, save_codebook
+from latentds.quantizers.codebooks import StoredCodebook, save_codebook
 from latentds.quantizers.scalar import Codebook
 from latentds.store.format import MANIFEST
 from latentds.store.reader import ShardSet
@@ -401,7 +401,7 @@ class NanAutoencoder(MeanAutoencoder):
 
 
 def test_an_autoencoder_that_gives_nan_is_named_with_the_picture(pictures, tmp_path):
-    from latentds.quantizers.codebook_files import StoredCodebook, save_codebook
+    from latentds.quantizers.codebooks import StoredCodebook, save_codebook
 
     codebook = Codebook(np.array([[0.0, 1.0]], np.float32), "kmeans")
     stored = StoredCodebook(codebook=codebook, latent_id=MeanAutoencoder().card.latent_id, made={})

@@ -20,7 +20,7 @@ from latentds.loading.loader import LatentLoader
 from latentds.loading.mixture import Mixture
 from latentds.loading.stage import HostLanes
 from latentds.quantizers.additive_fit import fit_additive
-from latentds.quantizers.codebook_files import StoredCodebook, load_codebook, save_codebook
+from latentds.quantizers.codebooks import StoredCodebook, load_codebook, save_codebook
 from latentds.quantizers.entropy.record_fit import fit_entropy_codebook
 from latentds.quantizers.scalar import dequantize_each
 from latentds.store.format import Contract

@@ -11,7 +11,7 @@ from latentds.conversion.converting import convert
 from latentds.errors import ContractError, InputError, TooManyBadSamplesError
 from latentds.evaluation.patchsets import open_patches
 from latentds.evaluation.patchsets.patch_set_config import PatchInput
-from latentds.quantizers.codebook_files import StoredCodebook
+from latentds.quantizers.codebooks import StoredCodebook
 from latentds.sources import opening
 from latentds.sources.originals import Originals
 from latentds.store.reader import ShardSet

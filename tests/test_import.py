@@ -15,7 +15,7 @@ from latentds.edit.importing import import_latents
 from latentds.edit.layouts import ListingOptions
 from latentds.errors import ContractError, FormatError, InputError, WeightsError
 from latentds.loading.loader import LatentLoader
-from latentds.quantizers.codebook_files import StoredCodebook, save_codebook
+from latentds.quantizers.codebooks import StoredCodebook, save_codebook
 from latentds.quantizers.scalar import Codebook, dequantize
 from latentds.store.golden import latents_pixels, read_golden_table
 from latentds.store.manifest import read_manifest

@@ -32,9 +32,13 @@ from latentds.errors import (
 )
 from latentds.models.backbone_folder import write_backbone
 from latentds.models.backbones import build_latent_classifier
-from latentds.quantizers.codebook_files import StoredCodebook, save_codebook, sized_book
+from latentds.quantizers.codebooks import (
+    ChannelStatistics,
+    StoredCodebook,
+    save_codebook,
+    sized_book,
+)
 from latentds.quantizers.entropy.record_fit import fit_entropy_codebook
-from latentds.quantizers.normalization import ChannelStatistics
 from latentds.quantizers.scalar import Codebook, dequantize, quantize
 from latentds.store.reader import ShardSet
 from tests.fakes import MeanAutoencoder

@@ -167,7 +167,7 @@ def test_merging_a_merged_set_keeps_three_codebooks(merged, tmp_path):
 
 def test_sets_of_one_codebook_have_no_list_of_them(parts, tmp_path):
     codebook = tmp_path / "book.safetensors"
-    from latentds.quantizers.codebook_files import StoredCodebook, save_codebook
+    from latentds.quantizers.codebooks import StoredCodebook, save_codebook
 
     contract = read_manifest(parts[0]).contract
     save_codebook(

@@ -15,8 +15,7 @@ from latentds.conversion.convert_config import ConvertConfig
 from latentds.conversion.converting import convert
 from latentds.errors import ContractError, InputError, UnknownNameError, WeightsError
 from latentds.loading.fields_of_view import check_fields, field_of
-from latentds.loading.grouping import apportion, fix_shares, group_sets
-from latentds.loading.mixing import MixedLoader
+from latentds.loading.mixing import MixedLoader, apportion, fix_shares, group_sets
 from latentds.loading.options import Order
 from latentds.store.reader import ShardSet
 from tests.bad_shards import flip_bit

@@ -31,7 +31,7 @@ from latentds.evaluation.patchsets import open_patches
 from latentds.evaluation.patchsets.developing import in_chunks
 from latentds.evaluation.patchsets.patch_set import PatchSet
 from latentds.evaluation.patchsets.patch_set_config import PatchInput
-from latentds.quantizers.codebook_files import StoredCodebook, save_codebook
+from latentds.quantizers.codebooks import StoredCodebook, save_codebook
 from latentds.quantizers.scalar import Codebook
 from latentds.store.reader import ShardSet
 from tests.bad_shards import flip_bit

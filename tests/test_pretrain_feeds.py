@@ -14,7 +14,7 @@ import torch
 from latentds.autoencoders.tiny import tiny_codebook
 from latentds.core.randomness import patch_seeds
 from latentds.errors import ContractError, InputError, UnknownNameError
-from latentds.quantizers.codebook_files import save_codebook
+from latentds.quantizers.codebooks import save_codebook
 
 pytest.importorskip("deepspeed")
 pytest.importorskip("lightly")

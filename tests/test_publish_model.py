@@ -20,7 +20,7 @@ from latentds.errors import FormatError, InputError, UnknownNameError, WeightsEr
 from latentds.hub.backbone_upload import licence_warnings, publish_model, published_card
 from latentds.hub.snippets import Publication
 from latentds.models.backbone_folder import write_backbone
-from latentds.quantizers.codebook_files import StoredCodebook, save_codebook
+from latentds.quantizers.codebooks import StoredCodebook, save_codebook
 from latentds.quantizers.scalar import Codebook
 from tests.bad_shards import flip_bit
 from tests.small_embedders import random_images

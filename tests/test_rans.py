@@ -9,7 +9,7 @@ import torch
 from safetensors.numpy import save_file
 
 from latentds.errors import FormatError, ShapeError
-from latentds.quantizers.codebook_files import StoredCodebook, load_codebook, save_codebook
+from latentds.quantizers.codebooks import StoredCodebook, load_codebook, save_codebook
 from latentds.quantizers.entropy import native_rounding, record_decoding
 from latentds.quantizers.entropy import record_encoding as encoding
 from latentds.quantizers.entropy.coder_tables import native_model

@@ -16,7 +16,7 @@ from latentds.errors import ContractError, FormatError, InputError, WeightsError
 from latentds.loading.loader import LatentLoader
 from latentds.loading.mixture import Mixture
 from latentds.quantizers.additive_fit import fit_additive
-from latentds.quantizers.codebook_files import StoredCodebook, save_codebook
+from latentds.quantizers.codebooks import StoredCodebook, save_codebook
 from latentds.quantizers.entropy.record_fit import fit_entropy_codebook
 from latentds.quantizers.scalar import Codebook
 from latentds.store.golden import read_golden_table

@@ -13,7 +13,7 @@ from latentds.errors import ContractError, FormatError, InputError
 from latentds.loading.array import LatentArray
 from latentds.loading.bags import SlideBags
 from latentds.loading.dataset import LatentDataset
-from latentds.quantizers.codebook_files import StoredCodebook, save_codebook
+from latentds.quantizers.codebooks import StoredCodebook, save_codebook
 from latentds.store.reader import ShardSet
 from latentds.store.verification import verify
 from tests.conftest import convert_with_mean, save_pictures

@@ -10,7 +10,7 @@ from latentds import LatentLoader, Mixture, MultiCrop
 from latentds.errors import DamagedPackError, InputError, TooManyBadSamplesError
 from latentds.loading.batch import bytes_of
 from latentds.loading.stage import HostLanes
-from latentds.quantizers.codebook_files import StoredCodebook, save_codebook
+from latentds.quantizers.codebooks import StoredCodebook, save_codebook
 from latentds.store.reader import ShardSet
 from tests.bad_shards import first_shard, flip_bit
 from tests.conftest import convert_with_mean, save_pictures

@@ -212,7 +212,7 @@ def test_bytes_that_records_cannot_have_are_refused_with_those_they_can(
 
 
 def test_fit_codebook_makes_an_additive_codebook_of_the_bytes_asked_for(pictures, tmp_path, capsys):
-    from latentds.quantizers.codebook_files import load_codebook
+    from latentds.quantizers.codebooks import load_codebook
 
     book = tmp_path / "book.safetensors"
     words = [pictures, "--out", book, "--kind", "additive", "--device", "cpu", "--json"]

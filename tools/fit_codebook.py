@@ -71,7 +71,7 @@ class Config:
 
 
 def run(config: Config) -> None:
-    from latentds.quantizers.codebook_files import save_codebook
+    from latentds.quantizers.codebooks import save_codebook
 
     check_free([config.out], config.overwrite)
     stored = fit(config)

@@ -18,7 +18,7 @@ from latentds.autoencoders.bounded_configs import BUILD_ERRORS, check_bounded
 from latentds.autoencoders.students import STUDENTS, Student, build_student
 from latentds.autoencoders.taesd import Clamp, build_decoder, has_pool
 from latentds.autoencoders.tiny import TinyDecoder
-from latentds.errors import WeightsError, unknown_name
+from latentds.errors import WeightsError, first_words, unknown_name
 
 CELLS = 4  # latent cells each way of the trial that tells a decoder's factor
 
@@ -61,7 +61,7 @@ def build(architecture: Mapping[str, Any], channels: int, factor: int) -> nn.Mod
             decoder = BUILDERS[class_name](architecture, channels, factor).eval()
             shape = list(decoder(torch.zeros(1, channels, CELLS, CELLS)).shape)
     except BUILD_ERRORS as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = first_words(error, 200)
         raise WeightsError(f"cannot build a decoder of class {class_name} ({reason})") from error
     if shape != [1, 3, pixels, pixels]:
         raise WeightsError(
@@ -91,13 +91,8 @@ def build_tiny(architecture: Mapping[str, Any], channels: int, factor: int) -> n
     return TinyDecoder(channels)
 
 
-def build_named(architecture: Mapping[str, Any], channels: int, factor: int) -> nn.Module:
-    """A student."""
-    return build_student(str(architecture["name"]), channels, factor)
-
-
 BUILDERS: dict[str, Callable[[Mapping[str, Any], int, int], nn.Module]] = {
-    "student": build_named,
+    "student": lambda words, *shape: build_student(str(words["name"]), *shape),
     "tiny": build_tiny,
     "taesd": build_taesd,
     "AutoencoderKL": build_diffusers,

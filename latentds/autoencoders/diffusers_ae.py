@@ -25,7 +25,7 @@ from latentds.autoencoders.autoencoder import (
 )
 from latentds.autoencoders.bounded_configs import BUILD_ERRORS, check_bounded, check_placed
 from latentds.autoencoders.downloads import download
-from latentds.errors import WeightsError, missing_extra, unknown_name
+from latentds.errors import WeightsError, first_words, missing_extra, unknown_name
 
 CLASSES = ("AutoencoderKL", "AutoencoderDC", "AutoencoderTiny")
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "diffusion_pytorch_model.safetensors"
@@ -171,7 +171,7 @@ def load_network(folder: Path) -> nn.Module:
             output_loading_info=True,
         )  # fmt: skip
     except LOAD_ERRORS as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = first_words(error, 300)
         raise WeightsError(f"{folder}: cannot load {class_name} ({reason})") from error
     absent = sorted(n for n in report["missing_keys"] if not n.endswith("num_batches_tracked"))
     if absent:
@@ -192,7 +192,7 @@ def build_empty(network_class: Any, config: dict[str, Any], where: Path) -> nn.M
         with torch.device("meta"):
             network: nn.Module = network_class(**options)
     except BUILD_ERRORS as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = first_words(error, 300)
         raise WeightsError(f"{where}: no {network_class.__name__} ({reason})") from error
     return network
 

@@ -20,7 +20,7 @@ from latentds.autoencoders.autoencoder import (
     hash_tensors,
     latent_identity,
 )
-from latentds.errors import WeightsError
+from latentds.errors import WeightsError, first_words
 
 WIDTH = 64
 # What torch raises for files that are none of its own, or are damaged somewhere.
@@ -152,5 +152,5 @@ def fill(network: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
     try:
         network.load_state_dict(tensors)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = first_words(error, 200)
         raise WeightsError(f"{path}: not the f8 TAESD topology ({reason})") from error

@@ -25,7 +25,7 @@ from latentds.autoencoders.autoencoder import (
     latent_identity,
 )
 from latentds.autoencoders.cards import TINY
-from latentds.quantizers.codebook_files import StoredCodebook, load_codebook, sized
+from latentds.quantizers.codebooks import StoredCodebook, load_codebook, sized
 
 CHANNELS = 4  # of tiny-v1
 WIDTHS = (96, 160)  # of its encoder

@@ -16,7 +16,7 @@ from latentds.conversion.patch_encoding import Encoder, PlanReader, sample_laten
 from latentds.core.display import progress
 from latentds.errors import ContractError, InputError, ShapeError
 from latentds.quantizers.additive_fit import fit_additive, plane_range
-from latentds.quantizers.codebook_files import StoredCodebook, load_codebook, sized
+from latentds.quantizers.codebooks import StoredCodebook, load_codebook, sized
 from latentds.quantizers.entropy.record_fit import fit_entropy_codebook
 from latentds.quantizers.scalar_fit import fit_codebook
 from latentds.store.format import Contract

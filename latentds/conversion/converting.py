@@ -39,7 +39,7 @@ from latentds.conversion.shard_writing import write_shards
 from latentds.conversion.workdir import WorkFolder, differences, prepare_output
 from latentds.core.storage import write_atomically
 from latentds.errors import FormatError, InputError
-from latentds.quantizers.codebook_files import StoredCodebook
+from latentds.quantizers.codebooks import StoredCodebook
 from latentds.sources.picture import Picture
 from latentds.sources.slide_looks import SlideLook
 from latentds.sources.source import Source

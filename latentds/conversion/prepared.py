@@ -26,7 +26,7 @@ from latentds.conversion.patch_encoding import (
 from latentds.conversion.workdir import WorkFolder
 from latentds.core.device_choice import choose_device
 from latentds.errors import InputError
-from latentds.quantizers.codebook_files import StoredCodebook
+from latentds.quantizers.codebooks import StoredCodebook
 from latentds.sources.image_folder import walk
 from latentds.sources.picture_decoding import MASK_SUFFIXES
 from latentds.store.format import Contract

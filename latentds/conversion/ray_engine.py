@@ -1,4 +1,4 @@
-"""Shards of a conversion handed out to workers on a Ray cluster, and how many have room there."""
+"""Shards of a conversion handed out to workers on a Ray cluster."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,48 +21,19 @@ from latentds.conversion.shard_writing import patches_bar
 from latentds.conversion.work_units import (
     Job,
     Ledger,
+    Node,
     Unit,
     check_deaths,
+    cpus_of_worker,
     for_workers,
     make_job,
     make_unit,
+    no_room,
+    room,
     told,
     write_unit,
 )
-from latentds.errors import InputError, missing_extra
-
-Node = dict[str, Any]  # CPU, GPU: how many it has
-
-
-def cpus_of_worker(config: ConvertConfig, nodes: Sequence[Node]) -> float:
-    """CPUs of a worker: asked for, a GPU's share of its node, or the encoder's threads."""
-    if config.cpus_per_worker is not None:
-        return config.cpus_per_worker
-    if not config.gpus_per_worker:
-        return float(torch.get_num_threads())
-    shares = [node.get("CPU", 1) / node["GPU"] for node in nodes if node.get("GPU")]
-    share: float = min(shares, default=4.0) * config.gpus_per_worker // 1
-    return max(1.0, min(MAX_WORKERS, share))
-
-
-def room(config: ConvertConfig, nodes: Sequence[Node]) -> int:
-    """How many workers the nodes have room for."""
-    wanted = {"CPU": config.cpus_per_worker, "GPU": config.gpus_per_worker}
-    return sum(
-        # Fractions: 0.3 goes into 0.9 three times.
-        min(int(node.get(name, 0) / count + 1e-6) for name, count in wanted.items() if count)
-        for node in nodes
-    )
-
-
-def no_room(config: ConvertConfig, nodes: Sequence[Node]) -> str:
-    """That no node has room for a worker, in words."""
-    sizes = [f"{n.get('CPU', 0):g} CPUs and {n.get('GPU', 0):g} GPUs" for n in nodes]
-    return (
-        f"no node of the Ray cluster has room for a worker of {config.cpus_per_worker:g} CPUs and "
-        f"{config.gpus_per_worker:g} GPUs (nodes: {', '.join(sizes) or 'none'})"
-    )
-
+from latentds.errors import InputError, first_words, missing_extra
 
 try:
     import ray
@@ -96,7 +67,7 @@ def connect(address: str) -> None:
     try:
         ray.init(address, log_to_driver=False, logging_level=logging.WARNING, **options)
     except (ConnectionError, TimeoutError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = first_words(error, 160)
         raise InputError(
             f"--address {address}: no Ray cluster answers ({reason}); start one with 'ray start "
             "--head' (where it asks ray:// for a token, set RAY_AUTH_MODE=token here too), or pass "
@@ -143,17 +114,13 @@ class Worker:
 
     def prepare(self, job: Job) -> None:
         """Take a job on; raises what its `check_node` does."""
-        self.job, self.node = job, node_name()
+        own = ray.get_runtime_context().get_node_id()[:8]
+        self.job, self.node = job, f"node {platform.node()} ({own})"
         job.check_node(self.node)
 
     def write(self, unit: Unit) -> list[LeftOut]:
         """What `write_unit` returns."""
         return write_unit(self.job, unit, self.node)
-
-
-def node_name() -> str:
-    """This node in words: its host, and Ray's own name for it."""
-    return f"node {platform.node()} ({ray.get_runtime_context().get_node_id()[:8]})"
 
 
 class Handout:
@@ -275,7 +242,7 @@ def put_job(job: Job) -> Any:
     try:
         return ray.put(job)
     except TypeError as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = first_words(error, 160)
         name = job.contract.autoencoder["name"]
         raise InputError(
             f"autoencoder {name!r} cannot be sent to workers ({reason}); make it picklable, or use "
@@ -287,4 +254,4 @@ def cause_of(error: RayError) -> str:
     """Why a worker died, in a few words."""
     if isinstance(error, OutOfMemoryError):
         return "killed for memory"
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    return first_words(error, 300)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from tqdm import tqdm
 
 from latentds.conversion.conversion_plan import (
@@ -141,7 +142,7 @@ class ShardJob:
                     key=pack_key(self.shard.split, number, first + place),
                     codes=codes[start : start + size],
                     patches=encode_table(patches_table(part)),
-                    masks=encode_masks(part),
+                    masks=encode_masks(pa.array([p.mask_png for p in part], pa.binary())),
                 )
             )
         return packs

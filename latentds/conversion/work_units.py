@@ -1,4 +1,4 @@
-"""Planned shards as units of work for processes elsewhere: the ledger of them, and doing one."""
+"""Planned shards as units of work for processes elsewhere: their ledger, doing one, their room."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import logging
 import platform
 import time
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from latentds.autoencoders.autoencoder import Autoencoder
 from latentds.conversion.conversion_plan import LeftOut, Plan, PlannedShard, by_region, check_budget
 from latentds.conversion.convert_config import ConvertConfig
 from latentds.conversion.patch_encoding import Encoder, device_model
-from latentds.conversion.prepared import Conversion, make_reader, versions
+from latentds.conversion.prepared import MAX_WORKERS, Conversion, make_reader, versions
 from latentds.conversion.shard_writing import write_shards
 from latentds.conversion.workdir import WorkFolder, look_at_journal
 from latentds.core.device_choice import choose_device
@@ -33,6 +34,7 @@ from latentds.sources.source import Source
 from latentds.store.format import Contract
 
 logger = logging.getLogger(__name__)
+Node = dict[str, Any]  # CPU, GPU: how many it has
 MAX_DEATHS = 3  # of workers at one block of a shard
 REST_S = 2.0  # before a shard whose worker died is handed out again, times its deaths
 LESS_MEMORY = (
@@ -299,3 +301,33 @@ def check_kind(job: Job, node: str) -> None:
                 "node writes them. Use nodes of one kind with the same packages, or start the "
                 "command on a node like the workers'"
             )
+
+
+def cpus_of_worker(config: ConvertConfig, nodes: Sequence[Node]) -> float:
+    """CPUs of a worker: asked for, a GPU's share of its node, or the encoder's threads."""
+    if config.cpus_per_worker is not None:
+        return config.cpus_per_worker
+    if not config.gpus_per_worker:
+        return float(torch.get_num_threads())
+    shares = [node.get("CPU", 1) / node["GPU"] for node in nodes if node.get("GPU")]
+    share: float = min(shares, default=4.0) * config.gpus_per_worker // 1
+    return max(1.0, min(MAX_WORKERS, share))
+
+
+def room(config: ConvertConfig, nodes: Sequence[Node]) -> int:
+    """How many workers the nodes have room for."""
+    wanted = {"CPU": config.cpus_per_worker, "GPU": config.gpus_per_worker}
+    return sum(
+        # Fractions: 0.3 goes into 0.9 three times.
+        min(int(node.get(name, 0) / count + 1e-6) for name, count in wanted.items() if count)
+        for node in nodes
+    )
+
+
+def no_room(config: ConvertConfig, nodes: Sequence[Node]) -> str:
+    """That no node has room for a worker, in words."""
+    sizes = [f"{n.get('CPU', 0):g} CPUs and {n.get('GPU', 0):g} GPUs" for n in nodes]
+    return (
+        f"no node of the Ray cluster has room for a worker of {config.cpus_per_worker:g} CPUs and "
+        f"{config.gpus_per_worker:g} GPUs (nodes: {', '.join(sizes) or 'none'})"
+    )

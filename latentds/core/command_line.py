@@ -82,7 +82,7 @@ def make_form(
             panel = panel_of(settings, name)
         places.setdefault(panel, []).append(entry(field, hints[name], helps.get(name)))
     panels = {panel: tuple(e[0] for e in entries) for panel, entries in places.items() if entries}
-    members = [*places[""], *((p, make_panel(p, places[p])) for p in panels if p)]
+    members = [*places[""], *((p, make_dataclass(p.title(), places[p])) for p in panels if p)]
     return make_dataclass("Form", members), panels
 
 
@@ -101,11 +101,6 @@ def entry(field: dataclasses.Field[Any], hint: Any, words: str | None) -> tuple[
     if field.default_factory is not dataclasses.MISSING:
         return (field.name, hint, dataclasses.field(default_factory=field.default_factory))
     return (field.name, hint)
-
-
-def make_panel(name: str, entries: Iterable[Any]) -> Any:
-    """A nested dataclass without a docstring of its own, which tyro would print."""
-    return make_dataclass(name.title(), entries)
 
 
 def make_dataclass(name: str, entries: Iterable[Any]) -> type[Any]:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from latentds.errors import first_words
+
 
 class Compiled:
     """A function under torch.compile; eager, with one warning, where the compiler fails."""
@@ -22,7 +24,7 @@ class Compiled:
         try:
             return self.function(*values)
         except TorchDynamoException as error:
-            reason = " ".join(str(error).split())[:120]
-            warnings.warn(f"torch.compile failed, running eagerly ({reason})", stacklevel=2)
+            reason = f"torch.compile failed, running eagerly ({first_words(error)})"
+            warnings.warn(reason, stacklevel=2)
             self.function = self.eager
             return self.function(*values)

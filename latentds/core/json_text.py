@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from latentds.core.untrusted_files import open_regular
-from latentds.errors import FormatError
+from latentds.errors import FormatError, first_words
 
 FREE_BYTES = 1 << 20  # of text whatever is in it: some 40 MB of values at most
 TIMES = 8  # so many bytes of values a byte of text beyond that
@@ -56,8 +56,7 @@ def parse_json(
         if b"\\ud" in content or b"\\uD" in content:  # may be the half of a character
             json.dumps(values, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:120] or type(error).__name__
-        raise FormatError(f"{where}: no JSON ({reason}); {remedy}") from error
+        raise FormatError(f"{where}: no JSON ({first_words(error)}); {remedy}") from error
     return values
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from latentds.errors import WorkerError
+from latentds.errors import WorkerError, first_words
 
 PATIENCE = datetime.timedelta(days=14)  # ranks may have slides of very unlike sizes
 SHM = Path("/dev/shm")
@@ -132,7 +132,7 @@ def sharing(size: int | None = None) -> Iterator[None]:
             ) from error
         raise WorkerError(
             f"batches cannot be sent between processes: no {wanted}shared memory "
-            f"({describe_shm()}; {first_line(error)}); {REMEDY}"
+            f"({describe_shm()}; {first_words(error)}); {REMEDY}"
         ) from error
 
 
@@ -144,14 +144,9 @@ def describe_shm() -> str:
     return f"{SHM} has {usage.total / 2**20:,.1f} MiB, {usage.free / 2**20:,.1f} free"
 
 
-def first_line(error: BaseException) -> str:
-    """The start of an error's text."""
-    return " ".join(str(error).split())[:120] or type(error).__name__
-
-
 def of_dead_worker(error: RuntimeError) -> WorkerError | None:
     """The error of a worker that died, None for any other; torch only says by which signal."""
-    text = first_line(error)
+    text = first_words(error)
     if not text.startswith("DataLoader worker"):
         return None
     return WorkerError(

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from latentds.core.storage import naming
 from latentds.core.untrusted_files import check_regular, open_regular
-from latentds.errors import InputError
+from latentds.errors import InputError, first_words
 from latentds.store.format import NPY_ERRORS
 
 ARRAY_SUFFIXES = (".npy", ".npz", ".safetensors")
@@ -60,8 +60,7 @@ def parse_npy_header(file: BinaryIO, where: str) -> NpyHeader:
         }[version]
         shape, fortran, dtype = read(file)
     except NPY_ERRORS as error:
-        reason = " ".join(str(error).split())[:100] or type(error).__name__
-        raise InputError(f"{where}: not an npy array ({reason})") from error
+        raise InputError(f"{where}: not an npy array ({first_words(error, 100)})") from error
     if dtype.hasobject or dtype.kind not in "fuiUSb":
         raise InputError(f"{where}: an array of {dtype}; only plain numbers are read, no pickles")
     return NpyHeader(tuple(shape), dtype, fortran, file.tell())

@@ -26,7 +26,7 @@ from latentds.errors import (
     ShapeError,
     WeightsError,
 )
-from latentds.quantizers.codebook_files import load_codebook
+from latentds.quantizers.codebooks import load_codebook
 from latentds.quantizers.scalar import AnyCodebook, Codebook
 from latentds.quantizers.scalar_fit import fit_codebook
 from latentds.store.composing import SHARD_BYTES

@@ -20,7 +20,7 @@ from latentds.core.storage import write_atomically
 from latentds.edit.outputs import local_folder, new_folder
 from latentds.edit.rows import Row, patch_path, read_rows, table_line
 from latentds.errors import InputError
-from latentds.quantizers.codebook_files import StoredCodebook, save_codebook
+from latentds.quantizers.codebooks import StoredCodebook, save_codebook
 from latentds.quantizers.lookup import make_integers
 from latentds.quantizers.scalar import dequantize_each
 from latentds.store.format import FORMAT

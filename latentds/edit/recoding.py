@@ -29,7 +29,7 @@ from latentds.errors import (
 )
 from latentds.loading.decoding import find_autoencoder
 from latentds.quantizers.additive_fit import fit_additive
-from latentds.quantizers.codebook_files import StoredCodebook, load_codebook, sized
+from latentds.quantizers.codebooks import StoredCodebook, load_codebook, sized
 from latentds.quantizers.entropy.record_codebook import EntropyCodebook
 from latentds.quantizers.entropy.record_fit import MAX_FIT_PATCHES, fit_entropy_codebook
 from latentds.quantizers.scalar import AnyCodebook, dequantize_each

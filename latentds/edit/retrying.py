@@ -12,7 +12,7 @@ from latentds.conversion.convert_config import ConvertConfig
 from latentds.core.storage import write_atomically
 from latentds.edit.merging import merge
 from latentds.errors import REASONS, ContractError, InputError
-from latentds.quantizers.codebook_files import StoredCodebook, save_codebook
+from latentds.quantizers.codebooks import StoredCodebook, save_codebook
 from latentds.store.composing import complete
 from latentds.store.format import MANIFEST
 from latentds.store.manifest import Manifest, read_manifest

@@ -28,7 +28,7 @@ from latentds.embedders.foreign_config import create_foreign
 from latentds.embedders.latent_stem import LatentStemConfig, build_vit
 from latentds.embedders.weights import fill, read_weights
 from latentds.errors import ContractError, ShapeError, WeightsError
-from latentds.quantizers.codebook_files import StoredCodebook, load_codebook, sized_book
+from latentds.quantizers.codebooks import StoredCodebook, load_codebook, sized_book
 from latentds.quantizers.scalar import AnyCodebook, dequantize, quantize
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from latentds.embedders.timm_models import create
 from latentds.errors import FormatError, InputError, ShapeError
-from latentds.quantizers.normalization import ChannelStatistics
+from latentds.quantizers.codebooks import ChannelStatistics
 from latentds.store.format import Contract
 
 

@@ -41,7 +41,7 @@ from latentds.loading.sampling import (
     join,
 )
 from latentds.loading.selection import select_rows
-from latentds.quantizers.normalization import ChannelStatistics
+from latentds.quantizers.codebooks import ChannelStatistics
 from latentds.quantizers.scalar import AnyCodebook
 from latentds.store.cache import CacheConfig
 from latentds.store.channel_statistics import checked_statistics, pool_sets

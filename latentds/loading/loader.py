@@ -26,8 +26,8 @@ from latentds.loading.decoding import Decode, Decoder, check_decode, find_autoen
 from latentds.loading.mixture import Mixture
 from latentds.loading.options import Order, Select, Workers, answering, check_group
 from latentds.loading.stage import CopyLanes, CudaLanes, DecodeStage
+from latentds.quantizers.codebooks import ChannelStatistics
 from latentds.quantizers.lookup import make_integers
-from latentds.quantizers.normalization import ChannelStatistics
 from latentds.quantizers.scalar import AnyCodebook
 from latentds.store.cache import CacheConfig
 from latentds.store.channel_statistics import checked_statistics

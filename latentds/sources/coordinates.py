@@ -14,12 +14,11 @@ from latentds.core.untrusted_files import check_regular, expands_to
 from latentds.errors import InputError, UnusableError, missing_extra
 from latentds.sources.cut_options import SourceOptions
 from latentds.sources.image_folder import walk
-from latentds.sources.inspection import Inspection
 from latentds.sources.kinds import sort_files
 from latentds.sources.picture import Header, Listing, Picture
 from latentds.sources.slide_reading import distinct, slide_mpp
 from latentds.sources.slides import Slides
-from latentds.sources.source import Source
+from latentds.sources.source import Inspection, Source
 
 logger = logging.getLogger(__name__)
 MAX_COORDINATES = 10**8

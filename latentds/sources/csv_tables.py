@@ -13,7 +13,7 @@ from typing import Any
 from latentds.core.display import csv_cell, csv_text
 from latentds.core.storage import write_atomically
 from latentds.core.untrusted_files import check_regular
-from latentds.errors import InputError
+from latentds.errors import InputError, first_words
 
 SEPARATORS = ",;\t|"
 SUFFIXES = {".csv", ".tsv", ".parquet"}
@@ -163,8 +163,7 @@ def parquet_lines(path: Path) -> list[tuple[int, list[str]]]:
             check_announced(path, file.metadata, len(columns))
             table = file.read(columns=columns)
     except (pa.ArrowException, OSError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise InputError(f"{path}: not a table of Parquet ({reason})") from error
+        raise InputError(f"{path}: not a table of Parquet ({first_words(error)})") from error
     cells = [[plain(value) for value in table[name].to_pylist()] for name in columns]
     return [(0, columns), *((n, list(row)) for n, row in enumerate(zip(*cells, strict=True), 1))]
 

@@ -9,16 +9,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from latentds.errors import InputError, UnusableError, missing_extra
+from latentds.errors import InputError, UnusableError, first_words, missing_extra
 from latentds.sources.cut_options import SourceOptions
 from latentds.sources.field_names import note_columns
 from latentds.sources.image_folder import DEFAULT_SPLIT, SPLITS
-from latentds.sources.inspection import Inspection
-from latentds.sources.picture import Header, Listing, Picture
+from latentds.sources.picture import Listing, Picture
 from latentds.sources.picture_files import PictureFiles
 from latentds.sources.side_records import COLUMNS, fields_of
 from latentds.sources.side_tables import label_column
-from latentds.sources.source import Kept, Source
+from latentds.sources.source import Inspection, Kept, Source
 
 # hf://datasets/ORG/NAME[@REVISION]; a Path has taken one of the slashes already.
 ADDRESS = re.compile(r"hf:/{1,2}datasets/([\w.-]+(?:/[\w.-]+)?)(?:@([\w./-]+))?")
@@ -47,10 +46,6 @@ class SavedDataset(PictureFiles):
     def __init__(self, options: SourceOptions) -> None:
         super().__init__(options)
         self.parts: Kept[dict[str, DatasetPart]] = Kept(1)
-        self.broken: dict[str, str] = {}
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.options,)
 
     @classmethod
     def detect(cls, found: Inspection) -> Source | None:
@@ -97,11 +92,6 @@ class SavedDataset(PictureFiles):
             except InputError as error:
                 self.broken[source] = str(error)
             yield Picture(source, split, **fields)
-
-    def header(self, picture: Picture) -> Header:
-        if picture.source in self.broken:
-            raise UnusableError(self.broken[picture.source], "record")
-        return super().header(picture)
 
     def file(self, picture: Picture) -> Path | BinaryIO:
         name, _, row = picture.source.rpartition("/")
@@ -157,7 +147,7 @@ def loading(root: Path) -> Iterator[None]:
     try:
         yield
     except (*known, datasets.exceptions.DatasetsError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = first_words(error, 200)
         raise InputError(
             f"{root}: 'datasets' cannot load it ({type(error).__name__}: {reason}); check the "
             "name, or save it with save_to_disk and convert that folder"

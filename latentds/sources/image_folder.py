@@ -148,7 +148,7 @@ def read_folders(root: Path, paths: Sequence[str], use_labels: bool, use_splits:
     names: dict[str, set[str]] = {}  # slides that file names tell, by the folder in a class's place
     for path in paths:
         if folders := rule.parts(path)[1]:
-            names.setdefault(folders[0], set()).add(slide_told(path))
+            names.setdefault(folders[0], set()).add(str(path_fields(path).get("slide", "")))
     odd = sorted(name for name, own in names.items() if is_identifier(name) or own == {name})
     if use_labels and odd and len(odd) == len(names):
         notes.append(
@@ -162,11 +162,6 @@ def read_folders(root: Path, paths: Sequence[str], use_labels: bool, use_splits:
             f"({odd[0]}); {NO_LABELS} takes none for a class"
         )
     return dataclasses.replace(rule, notes=tuple(notes))
-
-
-def slide_told(path: str) -> str:
-    """The slide that a file's path tells, empty where it tells none."""
-    return str(path_fields(path).get("slide", ""))
 
 
 def walk(root: Path) -> Iterator[str]:

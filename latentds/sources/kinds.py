@@ -69,14 +69,10 @@ def sort_files(root: Path, paths: Sequence[str]) -> Kinds:
     if not found.slides:
         return found
     # Among slides, a TIFF that nobody opens is a damaged slide.
-    lost = [p for p in found.pictures if is_tiff(p) and size_of(root / p)[0] == (0, 0)]
+    tiffs = [p for p in found.pictures if PurePosixPath(p).suffix.lower() in MAYBE]
+    lost = [path for path in tiffs if size_of(root / path)[0] == (0, 0)]
     pictures = [path for path in found.pictures if path not in set(lost)]
     return found._replace(pictures=pictures, unsure=sorted([*found.unsure, *lost]))
-
-
-def is_tiff(path: str) -> bool:
-    """Whether a file is named as TIFF."""
-    return PurePosixPath(path).suffix.lower() in MAYBE
 
 
 def asked(path: Path) -> str | None:

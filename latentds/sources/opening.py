@@ -12,7 +12,6 @@ from latentds.sources.coordinates import CoordinateJob
 from latentds.sources.cut_options import SourceOptions
 from latentds.sources.hugging_face import HubDataset, SavedDataset
 from latentds.sources.image_folder import check_keys
-from latentds.sources.inspection import Inspection
 from latentds.sources.names import known_patient, parse_shares, pattern_patient, split_patients
 from latentds.sources.patch_arrays import PatchArrays
 from latentds.sources.picture import Listing, Picture
@@ -23,7 +22,7 @@ from latentds.sources.picture_tars import PictureTars
 from latentds.sources.slide_names import some
 from latentds.sources.slide_tables import ListedSlides, apply_slide_table
 from latentds.sources.slides import Slides
-from latentds.sources.source import Source
+from latentds.sources.source import Inspection, Source
 from latentds.sources.tile_tars import TileTars
 from latentds.sources.tile_trees import TileTree
 from latentds.store.format import SPLIT_PATTERN

@@ -16,12 +16,11 @@ from latentds.sources.csv_tables import read_table
 from latentds.sources.cut_options import SourceOptions
 from latentds.sources.field_names import note_columns
 from latentds.sources.image_folder import numbers_of
-from latentds.sources.inspection import Inspection
 from latentds.sources.picture import MIXED_CHUNKS, Header, Listing, Picture
-from latentds.sources.picture_files import PictureFiles
+from latentds.sources.picture_files import PicturesInFiles
 from latentds.sources.side_records import COLUMNS, fields_of, splits_of
 from latentds.sources.slide_names import some
-from latentds.sources.source import Kept, Source
+from latentds.sources.source import Inspection, Kept, Source
 
 SUFFIXES = (".h5", ".hdf5")
 ARRAYS = ("x", "img", "imgs", "images")  # of patches, uint8 (N, H, W, 3)
@@ -45,7 +44,7 @@ class Shape(NamedTuple):
     block: int
 
 
-class PatchArrays(PictureFiles):
+class PatchArrays(PicturesInFiles):
     """Every *.h5 of a folder that has an array of patches, or one. A source is `file.h5/row`.
 
     Labels are `y`, in the same file or in NAME_y.h5 beside NAME_x.h5; what NAME_meta.csv says, a
@@ -57,16 +56,10 @@ class PatchArrays(PictureFiles):
     suffixes = frozenset(SUFFIXES)
 
     def __init__(self, options: SourceOptions, files: Sequence[str]) -> None:
-        super().__init__(options)
-        if self.root.is_file():
-            self.root = self.root.parent
-        self.files = files
+        super().__init__(options, files)
         self.shapes: dict[str, Shape] = {}
         self.blocks: Kept[np.ndarray] = Kept(BLOCKS_KEPT)
         self.unused: set[str] = set()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.options, self.files)
 
     @classmethod
     def detect(cls, found: Inspection) -> Source | None:
@@ -85,7 +78,7 @@ class PatchArrays(PictureFiles):
         return source
 
     def listing(self) -> Listing:
-        files = splits_of(self.root, self.files, self.options.split_folders)
+        files = splits_of(self.root, list(self.files), self.options.split_folders)
         pictures = [p for file, split in files.splits.items() for p in self.rows_of(file, split)]
         notes = (*files.notes, *note_columns(self.unused))
         return self.named(Listing(tuple(pictures), notes=notes))
@@ -138,18 +131,18 @@ class PatchArrays(PictureFiles):
         return self.shapes[file]
 
     def chunk(self, picture: Picture) -> str | None:
-        file, row = place_of(picture)
+        file, row = self.row_of(picture)
         return f"{file}/{row // self.shape(file).block}"
 
     def header(self, picture: Picture) -> Header:
-        size_px = self.shape(place_of(picture)[0]).size_px
+        size_px = self.shape(self.row_of(picture)[0]).size_px
         header = Header(size_px, "RGB", "raw", math.prod(size_px) * 3)
         self.check_tile(header)
         return header
 
     def file(self, picture: Picture) -> BinaryIO:
         """A patch as a file that Pillow opens."""
-        file, row = place_of(picture)
+        file, row = self.row_of(picture)
         shape = self.shape(file)
         number, place = divmod(row, shape.block)
         block = self.blocks.get(
@@ -170,12 +163,6 @@ def note_others(paths: Sequence[str], arrays: Sequence[str]) -> tuple[str, ...]:
 def path_stem(path: str) -> str:
     """What the names of an array's file and of those beside it have in common."""
     return str(PurePosixPath(path).with_suffix("")).removesuffix(OF_ARRAY)
-
-
-def place_of(picture: Picture) -> tuple[str, int]:
-    """File and row of a picture."""
-    file, _, row = picture.source.rpartition("/")
-    return file, int(row)
 
 
 def open_h5(path: Path) -> Any:

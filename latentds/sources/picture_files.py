@@ -17,12 +17,11 @@ from PIL import Image
 from latentds.errors import InputError, UnusableError
 from latentds.sources.cut_options import SourceOptions
 from latentds.sources.image_folder import check_labels, check_sizes, list_pictures, name_fields
-from latentds.sources.inspection import Inspection
 from latentds.sources.names import note_numbers, path_fields
 from latentds.sources.picture import Header, Listing, Picture
 from latentds.sources.picture_decoding import find_mask, read_header, read_mask, read_picture
 from latentds.sources.side_tables import with_tables
-from latentds.sources.source import Kept, Source
+from latentds.sources.source import Inspection, Kept, Source
 from latentds.store.patch_record import Patch, Place
 
 LABELLED = re.compile(r"(.+\])-labelled\.\w+")  # a mask of QuPath's TileExporter
@@ -35,6 +34,8 @@ class PictureFiles(Source):
     """Picture files below a folder; class folders are labels, split folders splits.
 
     A subclass that finds its pictures elsewhere gives another `listing`, or other bytes.
+
+    broken  pictures whose record cannot be read, and why
     """
 
     kind = "a folder of pictures"
@@ -42,6 +43,7 @@ class PictureFiles(Source):
     def __init__(self, options: SourceOptions) -> None:
         self.options, self.root = options, options.source
         self.decoded: Kept[Pixels] = Kept(TILED_PICTURES)
+        self.broken: dict[str, str] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.options,)  # without lock and pixels, for a worker elsewhere
@@ -74,6 +76,8 @@ class PictureFiles(Source):
         return dataclasses.replace(found, pictures=named, notes=(*found.notes, *told))
 
     def header(self, picture: Picture) -> Header:
+        if picture.source in self.broken:
+            raise UnusableError(self.broken[picture.source], "record")
         header = read_header(self.file(picture), self.options.max_px)
         self.check_tile(header)
         mask = self.mask_file(picture, header.size_px)
@@ -218,6 +222,24 @@ class PictureFiles(Source):
             **place._asdict(),
             mask_png=None if fitted is None else encode_png(fitted),
         )
+
+
+class PicturesInFiles(PictureFiles):
+    """Pictures inside files of a folder, or inside one file; a picture's source is `file/...`."""
+
+    def __init__(self, options: SourceOptions, files: Sequence[str]) -> None:
+        super().__init__(options)
+        if self.root.is_file():
+            self.root = self.root.parent
+        self.files = dict.fromkeys(files)  # in order, and found at once
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.options, tuple(self.files))
+
+    def row_of(self, picture: Picture) -> tuple[str, int]:
+        """File and row of a picture, where pictures are rows."""
+        file, _, row = picture.source.rpartition("/")
+        return file, int(row)
 
 
 def with_labelled(found: Listing) -> Listing:

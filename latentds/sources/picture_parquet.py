@@ -7,24 +7,23 @@ import io
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
-from latentds.errors import InputError, UnusableError
+from latentds.errors import InputError
 from latentds.sources.cut_options import SourceOptions
 from latentds.sources.field_names import note_columns
 from latentds.sources.image_folder import name_fields
-from latentds.sources.inspection import Inspection
 from latentds.sources.names import path_fields
 from latentds.sources.parquet_files import PATHS, EncodedTable, RowGroup, has_pictures, open_table
 from latentds.sources.picture import MIXED_CHUNKS, Header, Listing, Picture
-from latentds.sources.picture_files import PictureFiles
+from latentds.sources.picture_files import PicturesInFiles
 from latentds.sources.side_records import fields_of, splits_of
 from latentds.sources.side_tables import label_column
-from latentds.sources.source import Kept, Source
+from latentds.sources.source import Inspection, Kept, Source
 
 # Row groups in memory: those that the plan mixes, and as many read ahead.
 GROUPS_KEPT = 2 * MIXED_CHUNKS
 
 
-class PictureParquet(PictureFiles):
+class PictureParquet(PicturesInFiles):
     """Every *.parquet of a folder, or one. A picture's source is `file.parquet/row`.
 
     A row group is decompressed as a whole, so its pictures stay near each other in the order.
@@ -34,16 +33,9 @@ class PictureParquet(PictureFiles):
     suffixes = frozenset({".parquet"})
 
     def __init__(self, options: SourceOptions, files: Sequence[str]) -> None:
-        super().__init__(options)
-        if self.root.is_file():
-            self.root = self.root.parent
-        self.files = files
+        super().__init__(options, files)
         self.tables: dict[str, EncodedTable] = {}
-        self.broken: dict[str, str] = {}
         self.groups: Kept[RowGroup] = Kept(GROUPS_KEPT)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.options, self.files)
 
     def table(self, file: str) -> EncodedTable:
         """An opened file; InputError where it has no pictures."""
@@ -58,7 +50,7 @@ class PictureParquet(PictureFiles):
         return cls(found.options, tables) if is_meant else None
 
     def listing(self) -> Listing:
-        files = splits_of(self.root, self.files, self.options.split_folders)
+        files = splits_of(self.root, list(self.files), self.options.split_folders)
         pictures = [p for file, split in files.splits.items() for p in self.rows_of(file, split)]
         if not pictures:
             raise InputError(f"{self.root}: {len(self.files)} Parquet files, no row in them")
@@ -67,7 +59,7 @@ class PictureParquet(PictureFiles):
 
     def path_fields(self, row: Mapping[str, Any], source: str) -> dict[str, Any]:
         """What a picture's own path tells, else its source: by --name-pattern, or known rules."""
-        column = path_column(tuple(row))
+        column = next((name for name in PATHS if name in row), None)
         path = row[column] if column and isinstance(row[column], str) else source
         pattern = self.options.name_pattern
         found = name_fields(pattern)(path) if pattern else path_fields(path)
@@ -97,30 +89,17 @@ class PictureParquet(PictureFiles):
             yield Picture(source, split, **fields)
 
     def chunk(self, picture: Picture) -> str | None:
-        file, row = place_of(picture)
+        file, row = self.row_of(picture)
         return f"{file}/{self.table(file).group_of(row)}"
 
     def header(self, picture: Picture) -> Header:
-        if picture.source in self.broken:
-            raise UnusableError(self.broken[picture.source], "record")
         header = super().header(picture)
         # Bare pixels are given to Pillow as a PPM file.
         return dataclasses.replace(header, encoding="raw") if header.encoding == "ppm" else header
 
     def file(self, picture: Picture) -> BinaryIO:
-        file, row = place_of(picture)
+        file, row = self.row_of(picture)
         table = self.table(file)
         number = table.group_of(row)
         group = self.groups.get(f"{file}/{number}", lambda: table.read_group(number))
         return io.BytesIO(group.picture(row - table.starts[number]))
-
-
-def path_column(names: Sequence[str]) -> str | None:
-    """The column of pictures' own paths, None where there is none."""
-    return next((name for name in PATHS if name in names), None)
-
-
-def place_of(picture: Picture) -> tuple[str, int]:
-    """File and row of a picture."""
-    file, _, row = picture.source.rpartition("/")
-    return file, int(row)

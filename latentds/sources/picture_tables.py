@@ -12,14 +12,13 @@ from latentds.sources.csv_tables import SUFFIXES, TextTable, read_table
 from latentds.sources.cut_options import SourceOptions
 from latentds.sources.field_names import columns_of, note_unused
 from latentds.sources.image_folder import DEFAULT_SPLIT, SPLITS, check_labels, numbers_of, walk
-from latentds.sources.inspection import Inspection
 from latentds.sources.kinds import SUFFIXES as SLIDE_SUFFIXES
 from latentds.sources.picture import Listing, Picture
 from latentds.sources.picture_decoding import MASK_SUFFIXES, picture_suffixes
 from latentds.sources.picture_files import PictureFiles
 from latentds.sources.side_records import slide_name
 from latentds.sources.slide_names import path_ends
-from latentds.sources.source import Source
+from latentds.sources.source import Inspection, Source
 
 FIELDS = ("path", "label", "slide", "patient", "x", "y", "mpp", "size_px", "split", "mask")
 DRIVE = re.compile(r"[A-Za-z]:/|//")  # how Windows begins a whole path, slashes turned

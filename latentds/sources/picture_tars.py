@@ -8,16 +8,15 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from latentds.core.json_text import parse_json
-from latentds.errors import FormatError, InputError, UnusableError
+from latentds.errors import FormatError, InputError
 from latentds.sources.cut_options import SourceOptions
 from latentds.sources.field_names import note_columns
 from latentds.sources.image_folder import check_names
-from latentds.sources.inspection import Inspection
-from latentds.sources.picture import Header, Listing, Picture
+from latentds.sources.picture import Listing, Picture
 from latentds.sources.picture_decoding import picture_suffixes
-from latentds.sources.picture_files import PictureFiles
+from latentds.sources.picture_files import PicturesInFiles
 from latentds.sources.side_records import COLUMNS, fields_of, splits_of
-from latentds.sources.source import Source
+from latentds.sources.source import Inspection, Source
 from latentds.sources.tars import TarMember, open_member, read_member, tar_members
 
 MAX_CLS_BYTES = 4096
@@ -28,7 +27,7 @@ Members = dict[str, TarMember]
 Record = dict[str, Any] | str  # fields of a Picture, or why it has none
 
 
-class PictureTars(PictureFiles):
+class PictureTars(PicturesInFiles):
     """Every *.tar of a folder, or one tar. A picture's source is `archive/member`.
 
     Labels are KEY.cls (a number or a name) or KEY.json's; splits those of names like train-*.tar.
@@ -38,17 +37,10 @@ class PictureTars(PictureFiles):
     kind = "tars of pictures (WebDataset)"
     suffixes = frozenset({".tar"})
 
-    def __init__(self, options: SourceOptions, archives: Sequence[str]) -> None:
-        super().__init__(options)
-        if self.root.is_file():
-            self.root = self.root.parent
-        self.archives = dict.fromkeys(archives)  # in order, and found at once
-        self.broken: dict[str, str] = {}  # pictures whose record cannot be read, and why
+    def __init__(self, options: SourceOptions, files: Sequence[str]) -> None:
+        super().__init__(options, files)
         self.ignored, self.ignored_example = 0, ""
         self.unused: set[str] = set()  # keys of records that nobody reads
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.options, tuple(self.archives))
 
     @classmethod
     def detect(cls, found: Inspection) -> Source | None:
@@ -56,13 +48,13 @@ class PictureTars(PictureFiles):
         return cls(found.options, tars) if tars else None
 
     def listing(self) -> Listing:
-        archives = splits_of(self.root, list(self.archives), self.options.split_folders)
+        archives = splits_of(self.root, list(self.files), self.options.split_folders)
         pictures = [
             p for archive, split in archives.splits.items() for p in self.samples(archive, split)
         ]
         if not pictures:
             raise InputError(
-                f"{self.root}: {len(self.archives)} tars, no picture in them "
+                f"{self.root}: {len(self.files)} tars, no picture in them "
                 f"({self.ignored} other members); name others"
             )
         check_names(self.root, [picture.source for picture in pictures])
@@ -135,11 +127,6 @@ class PictureTars(PictureFiles):
         except InputError as error:
             return str(error)
 
-    def header(self, picture: Picture) -> Header:
-        if picture.source in self.broken:
-            raise UnusableError(self.broken[picture.source], "record")
-        return super().header(picture)
-
     def file(self, picture: Picture) -> BinaryIO:
         assert picture.span is not None  # `samples` gave it one
         return open_member(self.root / self.archive_of(picture), picture.span)
@@ -147,7 +134,7 @@ class PictureTars(PictureFiles):
     def archive_of(self, picture: Picture) -> str:
         """The archive that a picture is in."""
         above = (str(folder) for folder in PurePosixPath(picture.source).parents)
-        return next(path for path in above if path in self.archives)
+        return next(path for path in above if path in self.files)
 
 
 def stem_of(name: str) -> str:

@@ -31,7 +31,7 @@ def fields_of(record: Mapping[str, Any], use_labels: bool) -> dict[str, Any]:
     found = {field: first_of(record, names) for field, names in NAMES.items()}
     if not use_labels:
         del found["label"]
-    if is_unknown_mpp(found["mpp"]):
+    if isinstance(found["mpp"], (int, float)) and not found["mpp"] > 0:  # wsistream writes -1
         del found["mpp"]
     scale = [record.get(name) for name in SCALE]
     if found["size_px"] is None and None not in scale:
@@ -47,11 +47,6 @@ def first_of(record: Mapping[str, Any], names: Sequence[str]) -> Any:
     """The first value that is there, None where none is."""
     values = (record.get(name) for name in names)
     return next((value for value in values if value is not None and value != ""), None)
-
-
-def is_unknown_mpp(value: Any) -> bool:
-    """Whether an mpp stands for none: wsistream writes -1."""
-    return isinstance(value, (int, float)) and not value > 0
 
 
 def product(scale: Sequence[Any]) -> int:

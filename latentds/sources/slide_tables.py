@@ -12,7 +12,6 @@ from latentds.sources.csv_tables import TextTable, read_table
 from latentds.sources.cut_options import SourceOptions
 from latentds.sources.field_names import columns_of, note_unused
 from latentds.sources.image_folder import SPLITS, numbers_of
-from latentds.sources.inspection import Inspection
 from latentds.sources.kinds import sort_files
 from latentds.sources.names import patient_of
 from latentds.sources.picture import Listing, Picture
@@ -20,7 +19,7 @@ from latentds.sources.picture_tables import PictureTable, is_table, list_table, 
 from latentds.sources.slide_names import NameIndex, check_slide_names, some
 from latentds.sources.slide_regions import note_unused_regions
 from latentds.sources.slides import Slides
-from latentds.sources.source import Source
+from latentds.sources.source import Inspection, Source
 
 FACTS = ("split", "label", "patient", "mpp")
 CLAM_PARTS = ("train", "val", "test")

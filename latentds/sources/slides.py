@@ -18,7 +18,6 @@ from PIL import Image
 from latentds.errors import InputError, UnusableError
 from latentds.sources.cut_options import SourceOptions
 from latentds.sources.image_folder import check_labels, check_names, read_folders, walk
-from latentds.sources.inspection import Inspection
 from latentds.sources.kinds import one_a_series, sort_files
 from latentds.sources.picture import Header, Listing, Picture
 from latentds.sources.side_tables import with_tables
@@ -42,7 +41,7 @@ from latentds.sources.slide_reading import (
     thumbnail_of,
 )
 from latentds.sources.slide_regions import note_unused_regions, open_regions
-from latentds.sources.source import Source
+from latentds.sources.source import Inspection, Source
 from latentds.sources.tissue import has_edges, tissue_mask, tissue_shares
 from latentds.store.patch_record import Patch, Place
 from latentds.store.transport import Transport

@@ -10,10 +10,9 @@ from typing import Any
 from latentds.core.json_text import parse_json
 from latentds.errors import FormatError, InputError
 from latentds.sources.image_folder import numbers_of
-from latentds.sources.inspection import TILE_TAR, Inspection
 from latentds.sources.picture import Listing
 from latentds.sources.picture_tars import Members, PictureTars, Record
-from latentds.sources.source import Source
+from latentds.sources.source import TILE_TAR, Inspection, Source
 
 MANIFEST = ".tiles.manifest.csv"
 META = ".coordinates.meta.json"
@@ -37,7 +36,7 @@ class TileTars(PictureTars):
 
     def listing(self) -> Listing:
         first: dict[tuple[str, str | None], str] = {}
-        for archive in self.archives:
+        for archive in self.files:
             sample = (sample_of(archive), annotation_of(archive))
             other = first.setdefault(sample, archive)
             if other != archive:

@@ -10,12 +10,11 @@ from pathlib import Path, PurePosixPath
 from latentds.errors import InputError
 from latentds.sources.cut_options import SourceOptions
 from latentds.sources.image_folder import are_splits, list_pictures
-from latentds.sources.inspection import Inspection
 from latentds.sources.names import is_identifier
 from latentds.sources.picture import Listing, Picture
 from latentds.sources.picture_decoding import read_header
 from latentds.sources.picture_files import PictureFiles
-from latentds.sources.source import Source
+from latentds.sources.source import Inspection, Source
 
 TILE_NAME = re.compile(r"(\d+)_(\d+)\.(?:jpe?g|png)")
 MAX_PX = 2**31 - 1

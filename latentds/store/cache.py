@@ -63,26 +63,24 @@ class Cache:
     """Files under a folder.
 
     folder  shared by the processes of a node
-    limit   bytes of members; what `fill` is told to keep (tables, manifests) does not count
+    limit   bytes of members; tables and manifests do not count
     """
 
     def __init__(self, folder: Path, limit: int) -> None:
         self.folder, self.limit = folder, limit
 
-    def fill(self, name: str, fetch: Callable[[], bytes], keep: bool = False) -> Path:
+    def fill(self, name: str, fetch: Callable[[], bytes]) -> Path:
         """The file `name`, fetched by whichever process is first; others wait for it."""
         path = self.folder / name
         if path.is_file():
-            if not keep:
-                with contextlib.suppress(FileNotFoundError):
-                    os.utime(path)  # used now: among the last to go
+            with contextlib.suppress(FileNotFoundError):
+                os.utime(path)  # used now: among the last to go
             return path
         with self.lock(f"locks/{int(hashlib.sha256(name.encode()).hexdigest(), 16) % LOCKS}"):
             if not path.is_file():
                 content = fetch()
                 self.write(path, content)
-                if not keep:
-                    self.account(len(content))
+                self.account(len(content))
         return path
 
     def fill_file(self, name: str, download: Callable[[Path], None]) -> Path:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from latentds.errors import FormatError, ShapeError
-from latentds.quantizers.normalization import ChannelStatistics, pool, rounded
+from latentds.quantizers.codebooks import ChannelStatistics, pool, rounded
 from latentds.quantizers.scalar import MAX_LEVELS, Codebook
 
 if TYPE_CHECKING:

@@ -33,7 +33,7 @@ from latentds.store.format import (
 )
 from latentds.store.index import ShardIndex, index_shard, save_index, write_tables
 from latentds.store.manifest import Manifest
-from latentds.store.packs import MASK_SCHEMA, Pack, ShardWriter, encode_table
+from latentds.store.packs import Pack, ShardWriter, encode_masks, encode_table
 from latentds.store.reader import ShardSet
 from latentds.store.set_card import dataset_card
 from latentds.store.tables import summarize_blocks
@@ -154,19 +154,12 @@ def write_shard(
         for place, (codes, columns) in enumerate(parts):
             masks = None
             if "mask_png" in columns.schema.names:
-                masks = encode_mask_column(columns["mask_png"])
+                masks = encode_masks(columns["mask_png"])
                 columns = columns.drop_columns(["mask_png"])
             patches = encode_table(columns)
             key = pack_key(split, number, place)
             writer.add(Pack(key=key, codes=codes, patches=patches, masks=masks))
         writer.finish()
-
-
-def encode_mask_column(column: pa.ChunkedArray) -> bytes | None:
-    """The masks member of a pack, None where no patch has a mask."""
-    if column.null_count == len(column):
-        return None
-    return encode_table(pa.table([column], schema=MASK_SCHEMA))
 
 
 def cut(parts: Iterable[Part], size: int) -> Iterator[Part]:

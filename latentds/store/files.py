@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -143,7 +144,7 @@ class LocalFiles:
         del name, blocks, ahead
 
     def open(self, extent: Extent) -> tuple[OpenFile, int]:
-        file = take(self.opened, extent.shard)
+        file = self.opened.pop(extent.shard, None)
         if file is None:
             file = OpenFile(self.folder / extent.shard)
             if self.reads_parts:
@@ -160,11 +161,6 @@ class LocalFiles:
     def drop(self, extent: Extent) -> bool:
         del extent
         return False
-
-
-def take(opened: OrderedDict[str, OpenFile], name: str) -> OpenFile | None:
-    """An open file, taken out; None where it is not open."""
-    return opened.pop(name, None)
 
 
 def keep(opened: OrderedDict[str, OpenFile], name: str, file: OpenFile) -> None:
@@ -316,21 +312,15 @@ class RemoteFiles:
 
         def fetch() -> bytes:
             self.refuse_offline(extent.shard)
-            content = self.transport.read(
-                extent.shard,
-                extent.offset,
-                extent.size,
-                extent.size,
-                lambda content: is_sound(content, extent),
-                attempts,
-            )
-            return content
+            shard, offset, size, _, _ = extent
+            check = functools.partial(is_sound, extent=extent)
+            return self.transport.read(shard, offset, size, size, check, attempts)
 
         return self.cache.fill(self.member(extent), fetch)
 
     def open(self, extent: Extent) -> tuple[OpenFile, int]:
         name = self.member(extent)
-        file = take(self.opened, name)
+        file = self.opened.pop(name, None)
         for _ in range(ATTEMPTS):
             if file is not None and file.signature()[0] == extent.size:
                 keep(self.opened, name, file)
@@ -350,13 +340,10 @@ class RemoteFiles:
             self.fetch_ahead(extents)
         elif len(extents) > 1:  # one alone `read` fetches
             tasks = [self.threads("now").submit(self.fill, extent) for extent in extents]
-            done, rest = wait(tasks, return_when=FIRST_EXCEPTION)
-            for (
-                task
-            ) in rest:  # the first failure is enough; `read` will meet it, and knows the pack
+            rest = wait(tasks, return_when=FIRST_EXCEPTION).not_done
+            for task in rest:  # one failure is enough; `read` will meet it, and knows the pack
                 task.cancel()
             wait(rest)
-            del done
 
     def fetch_ahead(self, extents: Sequence[Extent]) -> None:
         """Fill the cache beside the work, unless much is asked for already."""

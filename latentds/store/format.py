@@ -23,7 +23,7 @@ import numpy as np
 
 from latentds.core.json_text import Kind, canonical_json, check_kinds
 from latentds.errors import FormatError
-from latentds.quantizers.codebook_files import check_encoding, codebook_from_json
+from latentds.quantizers.codebooks import check_encoding, codebook_from_json
 from latentds.quantizers.scalar import AnyCodebook
 
 FORMAT = "latentds/1"

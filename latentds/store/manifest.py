@@ -14,8 +14,12 @@ from typing import Any
 
 from latentds.core.json_text import Kind, check_kinds, digest_json, read_json
 from latentds.errors import FormatError, unknown_name
-from latentds.quantizers.codebook_files import check_encoding, codebook_from_json
-from latentds.quantizers.normalization import ChannelStatistics, parse_statistics
+from latentds.quantizers.codebooks import (
+    ChannelStatistics,
+    check_encoding,
+    codebook_from_json,
+    parse_statistics,
+)
 from latentds.quantizers.scalar import AnyCodebook
 from latentds.store.format import (
     FORMAT,

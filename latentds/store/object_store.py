@@ -11,7 +11,7 @@ from typing import Any
 
 from latentds.core.json_text import parse_json
 from latentds.core.storage import write_atomically
-from latentds.errors import InputError
+from latentds.errors import InputError, first_words
 from latentds.store.format import MANIFEST, SLIDES_TABLE
 from latentds.store.manifest import Manifest, read_manifest
 from latentds.store.transport import shown, unopenable
@@ -124,7 +124,7 @@ def judged(error: Exception, location: str) -> Exception:
     kind = type(error)
     if isinstance(error, PermissionError):
         return InputError(
-            f"{shown(location)}: writing is denied ({first_line(error)}); check credentials and "
+            f"{shown(location)}: writing is denied ({first_words(error)}); check credentials and "
             "the bucket's policy, then run the same command again"
         )
     if kind.__module__.startswith("botocore"):
@@ -180,7 +180,7 @@ def put(filesystem: Any, source: Path, target: str) -> None:
         except OSError as error:
             if attempt == ATTEMPTS:
                 raise InputError(
-                    f"{target}: {first_line(error)}, after {ATTEMPTS} tries; run the same command "
+                    f"{target}: {first_words(error)}, after {ATTEMPTS} tries; run the same command "
                     "again, what is there is kept"
                 ) from error
 
@@ -228,8 +228,3 @@ def keep_done(folder: Path, location: str, manifest: Manifest, done: list[str]) 
     """Note what is there."""
     record = {"to": shown(location), "dataset_id": manifest.dataset_id, "files": done}
     write_atomically(folder / UPLOADED, json.dumps(record).encode())
-
-
-def first_line(error: BaseException) -> str:
-    """The start of an error's text."""
-    return " ".join(str(error).split())[:120] or type(error).__name__

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from latentds.core.storage import naming, rename_durably
 from latentds.core.untrusted_files import open_picture
-from latentds.errors import FormatError, InputError
+from latentds.errors import FormatError, InputError, first_words
 from latentds.store.format import CODES, MASKS, PATCHES, Contract, npy_header, shard_headers
 from latentds.store.manifest import Manifest
 from latentds.store.patch_record import Patch
@@ -119,16 +119,11 @@ def check_announced_bytes(metadata: pq.FileMetaData, where: str, most_bytes: int
         raise FormatError(f"{where}: would decompress to {announced} bytes; refused")
 
 
-def first_words(error: BaseException) -> str:
-    """The start of an error's text, on one line."""
-    return " ".join(str(error).split())[:120] or type(error).__name__
-
-
-def encode_masks(patches: Sequence[Patch]) -> bytes | None:
+def encode_masks(masks: pa.Array | pa.ChunkedArray) -> bytes | None:
     """The masks member of a pack: PNG bytes a patch, null for none; None where no patch has one."""
-    if all(patch.mask_png is None for patch in patches):
+    if masks.null_count == len(masks):
         return None
-    return encode_table(pa.table({"mask_png": [p.mask_png for p in patches]}, schema=MASK_SCHEMA))
+    return encode_table(pa.table([masks], schema=MASK_SCHEMA))
 
 
 def named(numbers: np.ndarray, names: Sequence[str]) -> pa.DictionaryArray:

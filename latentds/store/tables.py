@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from latentds.core.untrusted_files import open_regular
-from latentds.errors import FormatError
+from latentds.errors import FormatError, first_words
 from latentds.store.files import OF_PATCHES, TABLES, Files
 from latentds.store.format import (
     CHECKSUMS,
@@ -203,8 +203,7 @@ def check_head(path: Path, dtype: np.dtype[Any], rows: int) -> int:
             raise ValueError("npy version is not 1.0")
         shape, fortran, found = np.lib.format.read_array_header_1_0(head)
     except (*NPY_ERRORS, OSError) as error:
-        reason = " ".join(str(error).split())[:120] or type(error).__name__
-        raise FormatError(f"{path}: not a table ({reason}); fetch it anew") from error
+        raise FormatError(f"{path}: not a table ({first_words(error)}); fetch it anew") from error
     size = path.stat().st_size
     if found != dtype or fortran or shape != (rows,):
         raise FormatError(f"{path}: {found} {shape}, expected {rows} rows of {dtype}")

@@ -299,7 +299,7 @@ def judge(status: int, headers: Any, where: str) -> Exception:
 
 def is_network(error: Exception) -> bool:
     """Whether an error of a client library is one of the connection."""
-    names = {name for kind in type(error).__mro__ for name in (kind.__name__,)}
+    names = {kind.__name__ for kind in type(error).__mro__}
     network = {"TransportError", "TimeoutException", "EndpointConnectionError", "ClientError",
                "HTTPClientError", "RequestException"}  # fmt: skip
     return isinstance(error, OSError) or bool(names & network)

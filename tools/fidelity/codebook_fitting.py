@@ -15,7 +15,7 @@ from latentds.autoencoders.tiny import shipped_records, tiny_codebook
 from latentds.codecs import LatentCodec, LatentSpec, draw_samples, with_quantizer
 from latentds.codecs.quantizers import latent_shape
 from latentds.errors import ContractError, InputError
-from latentds.quantizers.codebook_files import StoredCodebook, load_codebook
+from latentds.quantizers.codebooks import StoredCodebook, load_codebook
 from latentds.quantizers.entropy.record_codebook import EntropyCodebook
 from latentds.quantizers.entropy.record_fit import fit_entropy_codebook
 

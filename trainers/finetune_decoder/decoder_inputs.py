@@ -22,7 +22,7 @@ from latentds.errors import ContractError, InputError, ShapeError
 from latentds.loading.decoding import find_autoencoder
 from latentds.loading.loader import LatentLoader
 from latentds.loading.options import Order
-from latentds.quantizers.codebook_files import (
+from latentds.quantizers.codebooks import (
     StoredCodebook,
     load_codebook,
     save_codebook,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from latentds.embedders.latent_stem import LatentStemConfig
 from latentds.errors import InputError
-from latentds.quantizers.codebook_files import StoredCodebook
+from latentds.quantizers.codebooks import StoredCodebook
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -23,7 +23,7 @@ from latentds.embedders.backbone_record import CODEBOOK
 from latentds.embedders.embedder import IMAGENET_MEAN, IMAGENET_STD
 from latentds.embedders.latent_stem import LatentStemConfig
 from latentds.models.backbone_folder import write_backbone
-from latentds.quantizers.codebook_files import StoredCodebook, save_codebook
+from latentds.quantizers.codebooks import StoredCodebook, save_codebook
 
 FOLDER = "backbone"
 FORMAT = "latentds-pretrain/1"

@@ -22,7 +22,7 @@ from latentds.loading.fields_of_view import check_fields
 from latentds.loading.loader import LatentLoader
 from latentds.loading.mixture import Mixture, check_mixable
 from latentds.loading.options import Order
-from latentds.quantizers.codebook_files import StoredCodebook
+from latentds.quantizers.codebooks import StoredCodebook
 from latentds.store.reader import ShardSet
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -16,7 +16,7 @@ from latentds.errors import ContractError, InputError
 from latentds.evaluation.patchsets.coded_patches import SEED, Encoding
 from latentds.evaluation.patchsets.patch_set_config import PatchInput
 from latentds.evaluation.patchsets.picture_patches import Pictures, open_pictures
-from latentds.quantizers.codebook_files import StoredCodebook, load_codebook
+from latentds.quantizers.codebooks import StoredCodebook, load_codebook
 
 FITTED_TO = 128  # patches
 OF_ALL = "fitted to a sample of the patches"

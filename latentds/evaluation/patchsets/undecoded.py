@@ -29,7 +29,7 @@ from latentds.evaluation.patchsets.patch_set import PatchSet, SourceFacts
 from latentds.evaluation.patchsets.patch_set_config import ORIGINAL, PatchInput
 from latentds.evaluation.patchsets.patches import Memory, OpenPatches
 from latentds.evaluation.patchsets.picture_patches import Pictures
-from latentds.quantizers.normalization import ChannelStatistics, rounded
+from latentds.quantizers.codebooks import ChannelStatistics, rounded
 from latentds.store.channel_statistics import channel_statistics
 
 PREFIX = "latents:"  # of the name, before that of the same latents decoded

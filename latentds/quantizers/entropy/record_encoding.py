@@ -84,11 +84,6 @@ def in_scan(latents: Tensor, codebook: RecordModel) -> np.ndarray:
     return values
 
 
-def last_level(codebook: RecordModel) -> int:
-    """Levels of coarseness are the steps, then the last step with ever more channels dropped."""
-    return len(codebook.steps) - 1 + codebook.latents_shape[0]
-
-
 def finest_levels(values: np.ndarray, codebook: RecordModel, rate_weight: float) -> np.ndarray:
     """int64 (B,): the level whose expected bytes fit while those of the next finer do not.
 
@@ -97,7 +92,8 @@ def finest_levels(values: np.ndarray, codebook: RecordModel, rate_weight: float)
     budget = codebook.record_bytes - MARGIN_BYTES
     octaves = torch.from_numpy(codebook.steps.copy()).log2()
     low = torch.full((len(values),), -1)  # does not fit
-    high = torch.full_like(low, last_level(codebook))  # fits
+    # Levels of coarseness are the steps, then the last step with ever more channels dropped.
+    high = torch.full_like(low, len(codebook.steps) - 1 + codebook.latents_shape[0])  # fits
     # Octaves of bytes above the budget at both bounds; unknown until a guess became the bound.
     above_low, above_high = (torch.full((len(low),), torch.nan) for _ in range(2))
     guess = torch.full_like(low, len(codebook.steps) // 2).minimum(high)

@@ -67,7 +67,6 @@ def fit_entropy_codebook(
     gains: np.ndarray | None = None,
     lanes: int | None = None,
     classes: int = CLASSES,
-    rate_weight: float = RATE_WEIGHT,
 ) -> tuple[EntropyCodebook, EntropyFitReport]:
     """A codebook for latents distributed like these, and what it does to them.
 
@@ -79,7 +78,6 @@ def fit_entropy_codebook(
                   squared error; None for 1
     lanes         by default 32, or as many as a quarter of the cells, if those are fewer
     classes       K; 1 for one table a channel, without a model
-    rate_weight   as in `EntropyCodebook.quantize`
     raises        ShapeError or ValueError for latents that cannot be used, and for bytes that they
                   cannot reach, with those that they can
     """
@@ -99,7 +97,7 @@ def fit_entropy_codebook(
         codebook = dataclasses.replace(codebook, gains=weights)
         encoding.check_reach(codebook)
         for _ in range(ROUNDS):
-            integers = at_own_steps(values, codebook, rate_weight)[0]
+            integers = at_own_steps(values, codebook)[0]
             codebook = refit(integers, codebook, classes)
         encoding.check_reach(codebook)
     except ValueError as error:
@@ -107,7 +105,7 @@ def fit_entropy_codebook(
             f"records of {record_bytes} bytes: no tables of these latents bring every patch "
             f"to that size; {possible_bytes(values, shape, lanes)}"
         ) from error
-    return codebook, report(values, nominal, codebook, rate_weight)
+    return codebook, report(values, nominal, codebook)
 
 
 def plain_codebook(
@@ -216,20 +214,18 @@ def order_of(integers: Tensor) -> np.ndarray:
 
 
 def at_own_steps(
-    values: Tensor, codebook: EntropyCodebook, rate_weight: float
+    values: Tensor, codebook: EntropyCodebook
 ) -> tuple[Tensor, np.ndarray, np.ndarray]:
     """Integers int32 (N, C, h*w) of every patch at its level, their classes, the levels (N,)."""
     scaled = values.numpy()
-    levels = encoding.finest_levels(scaled, codebook, rate_weight)
-    integers, classes = encoding.integers_at(scaled, levels, codebook, rate_weight)
+    levels = encoding.finest_levels(scaled, codebook, RATE_WEIGHT)
+    integers, classes = encoding.integers_at(scaled, levels, codebook, RATE_WEIGHT)
     return torch.from_numpy(integers.clip(-LARGEST, LARGEST)), classes, levels
 
 
-def report(
-    values: Tensor, nominal: float, codebook: EntropyCodebook, rate_weight: float
-) -> EntropyFitReport:
+def report(values: Tensor, nominal: float, codebook: EntropyCodebook) -> EntropyFitReport:
     """What the codebook does to the sample."""
-    integers, classes, levels = at_own_steps(values, codebook, rate_weight)
+    integers, classes, levels = at_own_steps(values, codebook)
     last = len(codebook.steps) - 1
     steps = torch.from_numpy(codebook.steps[levels.clip(max=last)])
     errors = values - integers * steps[:, None, None]

@@ -311,8 +311,10 @@ def write_slide(
         first = dimensions.stop
         spans[target.embedder.card.name] = dimensions
         if bag.slide not in target.done:
-            attributes = layout.feature_attributes(target.places, bag.slide)
-            named = {"features": attributes, "coords": bag.attributes}
+            # TRIDENT's; the folder's name alone is told, no path of a machine.
+            own: dict[str, Any] = {"name": bag.slide, "savetodir": target.places.features.name}
+            own["encoder"] = target.places.embedder
+            named = {"features": own, "coords": bag.attributes}
             files[target.places.features_file(bag.slide)] = (dimensions, named)
 
     def chunks() -> Iterator[tuple[np.ndarray, np.ndarray]]:

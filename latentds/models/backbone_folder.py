@@ -85,7 +85,7 @@ def write_backbone(
         mean=tuple(stem.mean if stem else mean),
         std=tuple(stem.std if stem else std),
         interpolation=interpolation,
-        dim=width_of(backbone),
+        dim=int(getattr(backbone, "head_hidden_size", None) or backbone.num_features),
         weights_id=hash_tensors(tensors, {}),
         stem=dataclasses.asdict(stem) if stem else None,
         trained=dict(trained),
@@ -97,11 +97,6 @@ def write_backbone(
     if arguments is None:
         (folder / CONFIG).unlink(missing_ok=True)  # of a backbone that lay here before
     return folder
-
-
-def width_of(backbone: Any) -> int:
-    """Numbers of an embedding."""
-    return int(getattr(backbone, "head_hidden_size", None) or backbone.num_features)
 
 
 def contents_of(

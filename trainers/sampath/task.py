@@ -63,7 +63,8 @@ class SegmentationRun:
         patches = on_all_ranks(self.open)
         self.images = LabelledImages(config.settings, patches)
         self.table: PatchTable = patches.table
-        self.groups, rule = on_all_ranks(self.find_groups)
+        names = (self.table.slides, self.table.sources, config.groups, self.table.patients)
+        self.groups, rule = on_all_ranks(lambda: groups_of(*names))
         self.plan = on_all_ranks(lambda: self.make_plan(rule))
         counts, self.labels_id = from_first(self.images.count_pixels)
         absent = on_all_ranks(
@@ -93,11 +94,6 @@ class SegmentationRun:
             )
         check_size(config, patches.patch_px)
         return patches
-
-    def find_groups(self) -> tuple[list[str], str]:
-        """What must stay together, one an image, and the rule: tiles of a picture always do."""
-        table = self.table
-        return groups_of(table.slides, table.sources, self.config.groups, table.patients)
 
     def make_plan(self, rule: str) -> FoldPlan:
         """The folds that the config asks for."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+import operator
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -128,7 +130,7 @@ def check_ranges(
                 raise ValueError(f"{name} is {value}; {words}")
 
     for name, smallest in (least or {}).items():
-        refuse([name], f"at least {smallest}", lambda value, low=smallest: value >= low)
+        refuse([name], f"at least {smallest}", functools.partial(operator.le, smallest))
     refuse(positive, "a positive number", lambda value: 0 < value < math.inf)
     refuse(not_negative, "0 or more", lambda value: 0 <= value < math.inf)
     refuse(shares, "a share from 0 to 1", lambda value: 0 <= value <= 1)

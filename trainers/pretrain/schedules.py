@@ -106,10 +106,10 @@ def settle_batch(config: PretrainConfig, ranks: int) -> SizedConfig:
     wanted = wanted or GLOBAL_BATCH
     if wanted % ranks:
         low = wanted // ranks * ranks
-        near = [str(size) for size in (low, low + ranks) if size > 0]
+        multiples = [str(size) for size in (low, low + ranks) if size > 0]
         raise InputError(
             f"global_batch_size {wanted} over {ranks} ranks leaves {wanted % ranks} images; take a "
-            f"multiple of {ranks}: {', '.join(near)}"
+            f"multiple of {ranks}: {', '.join(multiples)}"
         )
     share = wanted // ranks
     if batch is None:

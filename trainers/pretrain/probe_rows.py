@@ -39,7 +39,8 @@ class ProbeRows:
 def choose_rows(patches: PatchSet, config: ProbeConfig) -> ProbeRows:
     """The patches that are fitted to and scored, at most so many of each."""
     table, where = patches.table, f"--probe {config.probe}"
-    names = labels_of(patches.classes, table, where)
+    remedy = "give a set that was converted with labels, or class folders"
+    names = table.class_names(patches.classes, where, remedy)
     groups, group_rule = groups_of(table.slides, table.sources, config.probe_groups, table.patients)
     fold, rule = find_fold(table, names, groups, config)
     check_apart(fold, table, groups, config)
@@ -61,18 +62,6 @@ def choose_rows(patches: PatchSet, config: ProbeConfig) -> ProbeRows:
         classes=classes,
         rule=f"{rule}; groups: {group_rule}",
     )
-
-
-def labels_of(classes: list[str], table: PatchTable, where: str) -> list[str]:
-    """The class's name of every patch; InputError where any has none."""
-    bare = np.flatnonzero(table.labels < 0)
-    if len(bare):
-        raise InputError(
-            f"{where}: {len(bare):,} of {len(table):,} patches have no label, the first is "
-            f"{table.sources[bare[0]]!r}; give a set that was converted with labels, or class "
-            "folders"
-        )
-    return [classes[number] for number in table.labels.tolist()]
 
 
 def find_fold(

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
+from latentds.errors import InputError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -42,6 +44,16 @@ class PatchTable:
 
     def __len__(self) -> int:
         return len(self.sources)
+
+    def class_names(self, classes: Sequence[str], where: str, remedy: str) -> list[str]:
+        """The class's name of every patch; InputError, with the remedy, where any has none."""
+        bare = np.flatnonzero(self.labels < 0)
+        if len(bare):
+            raise InputError(
+                f"{where}: {len(bare):,} of {len(self):,} patches have no label, the first is "
+                f"{self.sources[bare[0]]!r}; {remedy}"
+            )
+        return [classes[number] for number in self.labels.tolist()]
 
     @property
     def names(self) -> list[str]:

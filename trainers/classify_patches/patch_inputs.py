@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from latentds_trainers.classify_patches.config import ClassifyConfig
 
     from latentds.embedders.latent_stem import LatentStemConfig
-    from latentds.evaluation.patchsets.patch_set import PatchSet
+    from latentds.evaluation.patchsets.patches import PatchSet
     from latentds.evaluation.patchsets.undecoded import UndecodedPatches
 
 TEST = "test"

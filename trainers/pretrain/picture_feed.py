@@ -18,7 +18,7 @@ from latentds.loading.sampling import join
 from latentds.sources.slide_names import some
 
 if TYPE_CHECKING:
-    from latentds.evaluation.patchsets.patch_set import PatchSet
+    from latentds.evaluation.patchsets.patches import PatchSet
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

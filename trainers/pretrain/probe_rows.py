@@ -12,7 +12,8 @@ from latentds_trainers.pretrain.probe_config import ProbeConfig
 from latentds.errors import InputError
 from latentds.evaluation.folds import SPLIT_WORDS, Fold, check_disjoint, stratified_group_folds
 from latentds.evaluation.groups import groups_of, own_groups
-from latentds.evaluation.patchsets.patch_set import PatchSet, PatchTable
+from latentds.evaluation.patchsets.patch_set import PatchTable
+from latentds.evaluation.patchsets.patches import PatchSet
 from latentds.sources.slide_names import some
 
 FOLDS = 5  # a fifth of the groups is held out where there is no test split

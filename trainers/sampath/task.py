@@ -35,7 +35,8 @@ from latentds.evaluation.groups import count_alone, groups_of
 from latentds.evaluation.patchsets import open_patches
 from latentds.evaluation.patchsets.codec_fitting import codebook_note
 from latentds.evaluation.patchsets.open_patch_sets import find_shards
-from latentds.evaluation.patchsets.patch_set import PatchSet, PatchTable
+from latentds.evaluation.patchsets.patch_set import PatchTable
+from latentds.evaluation.patchsets.patches import PatchSet
 
 logger = logging.getLogger(__name__)
 

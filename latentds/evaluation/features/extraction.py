@@ -47,7 +47,7 @@ from latentds.evaluation.features.slide_labels import (
     read_lines,
 )
 from latentds.evaluation.features.slides_left_out import note_left_out
-from latentds.evaluation.patchsets.patch_set import PatchSet
+from latentds.evaluation.patchsets.patches import PatchSet
 
 logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -1,4 +1,4 @@
-"""The one implementation of PatchSet: contents that are read, pixels developed from them, kept."""
+"""A set of patches: contents that are read, pixels developed from them, kept in memory."""
 # n patches of a request, H W pixels
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ class Fetched:
     raw: Any
 
 
-class OpenPatches:
-    """A PatchSet.
+class PatchSet:
+    """Patches of one size; rows count from 0 in canonical order.
 
     contents   what is read of distinct ascending rows, from several threads
     developer  what makes pixels of it
@@ -89,31 +89,43 @@ class OpenPatches:
 
     @property
     def name(self) -> str:
+        """What a table calls this source of pixels, for example tiny-v1+kmeans."""
         return self.described.name
 
     @property
     def patch_px(self) -> tuple[int, int]:
+        """(H, W)."""
         return self.contents.patch_px
 
     @property
     def classes(self) -> list[str]:
+        """Sorted names of the whole input's classes; those of a single split are among them."""
         return self.contents.classes
 
     @property
     def has_masks(self) -> bool:
+        """Whether `masks` tells something."""
         return self.contents.has_masks
 
     @property
     def table(self) -> PatchTable:
+        """All patches. Of slides as originals it finds the tissue of every one when first used."""
         return self.contents.table
 
     def __len__(self) -> int:
+        """N, for which the table is made."""
         return len(self.table)
 
     def images(self, rows: np.ndarray) -> Tensor:
+        """uint8 (n, 3, H, W) on the device: pixels as decoded, rounded to 8 bits.
+
+        A patch's pixels do not depend on which others are asked for with it.
+        raises  InputError, FormatError with the file's name where one cannot be read
+        """
         return self.finish(self.fetch(rows))
 
     def stream(self, requests: Iterable[np.ndarray]) -> Iterator[Tensor]:
+        """`images` of one request after the other, the next ones read in threads meanwhile."""
         waiting: deque[tuple[list[int], Future[Fetched]]] = deque()
 
         def oldest() -> Iterator[Tensor]:
@@ -165,6 +177,7 @@ class OpenPatches:
             self.memory.keep((self.slide, row, kind), array)
 
     def masks(self, rows: np.ndarray) -> np.ndarray:
+        """uint8 (n, H, W), lossless, never through a codec; InputError where there are none."""
         if not self.has_masks:
             raise InputError(f"{self.contents.where}: has no masks; give --masks FOLDER, or shards "
                              "that were converted with them")  # fmt: skip
@@ -187,9 +200,11 @@ class OpenPatches:
         return found
 
     def slides(self) -> list[str]:
+        """Sorted names of the slides; empty where patches name none."""
         return [self.slide] if self.slide is not None else self.contents.slides()
 
     def rows_of(self, slide: str) -> np.ndarray:
+        """Rows of a slide's patches, ascending; UnknownNameError for one that is not there."""
         found = self.rows_by_slide.get(slide)
         if found is None:
             raise unknown_name("slide", slide, self.slides())
@@ -203,18 +218,30 @@ class OpenPatches:
                 found.setdefault(slide, []).append(row)
         return {slide: np.array(rows, np.int64) for slide, rows in found.items()}
 
-    def of_slide(self, slide: str) -> OpenPatches:
+    def of_slide(self, slide: str) -> PatchSet:
+        """The patches of one slide as a set of their own, rows from 0.
+
+        Of slides as originals only this one's tissue is found: take it to go slide by slide.
+        """
         if slide not in self.slides():
             raise unknown_name("slide", slide, self.slides())
         contents = self.contents if self.slide is not None else self.contents.of_slide(slide)
-        return OpenPatches(
+        return PatchSet(
             contents, self.developer, self.described, self.measure, self.memory, self.device, slide
         )
 
     def fingerprint(self) -> str:
+        """Identity of what is stored behind the table, 16 hex digits; the same once moved.
+
+        Of originals: the sizes of all files, and the first bytes of some, with their masks. Of
+        latents: the hashes of the shards, and which patches of them are meant. What is done to
+        what is stored (a codec, a decoder) `facts` tells.
+        raises  InputError with the name of a file that cannot be read
+        """
         return self.contents.fingerprint()
 
     def facts(self) -> SourceFacts:
+        """Where the pixels come from and what they cost; may encode a sample to measure that."""
         if self.described.bytes_per_patch is not None:
             return self.described
         try:

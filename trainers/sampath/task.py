@@ -174,7 +174,7 @@ class SegmentationRun:
         steps = config.steps_of(len(fold.train), dist.get_world_size())
         train = config.of_fold(cell.folder, cell.seed, steps)
         training = SegmentationFold(config, train, self.images, fold)
-        counts = training.run().counts
+        counts = training.run()
         if cell.seed == self.crossval.seeds[0]:
             from_first(lambda: self.draw(training, cell))
         return score_fold(config.settings, cell, counts, seconds=training.engine.seconds)

@@ -17,7 +17,7 @@ from latentds.conversion.converting import convert
 from latentds.errors import ContractError, InputError, LatentdsError
 from latentds.evaluation.patchsets import open_patches
 from latentds.evaluation.patchsets.patch_set_config import PatchInput
-from latentds.evaluation.patchsets.patches import OpenPatches
+from latentds.evaluation.patchsets.patches import PatchSet
 from latentds.evaluation.records import read_record
 from tests.conftest import smooth_picture
 from tests.small_embedders import save_nic
@@ -176,14 +176,14 @@ def test_features_made_on_the_fly_at_every_draw_give_what_kept_ones_give(
 
 def test_on_the_fly_only_the_drawn_patches_are_read(run, shared_tiles, tmp_path, monkeypatch):
     read: list[int] = []
-    stream = OpenPatches.stream
+    stream = PatchSet.stream
 
-    def counted(patches: OpenPatches, requests: Any) -> Any:
+    def counted(patches: PatchSet, requests: Any) -> Any:
         requests = list(requests)
         read.extend(map(len, requests))
         return stream(patches, requests)
 
-    monkeypatch.setattr(OpenPatches, "stream", counted)
+    monkeypatch.setattr(PatchSet, "stream", counted)
     options: dict[str, Any] = {"name_pattern": PATTERN, "on_the_fly": True, "cache_gb": 0.0}
     run(shared_tiles, tmp_path / "run", **options, max_patches=3, epochs=1, select="last", folds=2)
     # 2 folds, each 6 bags drawn to train on, of 3 patches, and 6 tested whole, of 4
@@ -192,13 +192,13 @@ def test_on_the_fly_only_the_drawn_patches_are_read(run, shared_tiles, tmp_path,
 
 def test_on_the_fly_a_slide_is_opened_once(run, shared_tiles, tmp_path, monkeypatch):
     opened: list[str] = []
-    of_slide = OpenPatches.of_slide
+    of_slide = PatchSet.of_slide
 
-    def counted(patches: OpenPatches, slide: str) -> Any:
+    def counted(patches: PatchSet, slide: str) -> Any:
         opened.append(slide)
         return of_slide(patches, slide)
 
-    monkeypatch.setattr(OpenPatches, "of_slide", counted)
+    monkeypatch.setattr(PatchSet, "of_slide", counted)
     options: dict[str, Any] = {"on_the_fly": True, "cache_gb": 0.0, "epochs": 1, "folds": 2}
     run(shared_tiles, tmp_path / "run", name_pattern=PATTERN, select="last", **options)
     assert sorted(opened) == [f"s{number:02d}" for number in range(12)]
@@ -246,7 +246,7 @@ def test_slides_left_out_of_the_features_are_told(run, original_run, tmp_path):
 def test_no_pixels_are_kept_where_they_are_read_once(shared_tiles, tmp_path):
     config = AbmilConfig(data=shared_tiles, embedder="uni", out=tmp_path, name_pattern=PATTERN)
     patches = open_data(config, torch.device("cpu"))
-    assert isinstance(patches, OpenPatches) and patches.memory.limit == 0
+    assert isinstance(patches, PatchSet) and patches.memory.limit == 0
 
 
 def test_a_heat_map_lies_over_the_slides_pixels(run, shared_tiles, original_run, tmp_path):

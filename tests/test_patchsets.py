@@ -29,8 +29,8 @@ from latentds.errors import (
 )
 from latentds.evaluation.patchsets import open_patches
 from latentds.evaluation.patchsets.developing import in_chunks
-from latentds.evaluation.patchsets.patch_set import PatchSet
 from latentds.evaluation.patchsets.patch_set_config import PatchInput
+from latentds.evaluation.patchsets.patches import PatchSet
 from latentds.quantizers.codebooks import StoredCodebook, save_codebook
 from latentds.quantizers.scalar import Codebook
 from latentds.store.reader import ShardSet

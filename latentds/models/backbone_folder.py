@@ -74,6 +74,7 @@ def write_backbone(
     folder = Path(folder)
     if getattr(backbone, "num_classes", 0):
         raise ValueError(f"{arch}: has a classifier of {backbone.num_classes} classes; none here")
+    network: Any = backbone
     tensors = {name: as_stored(tensor) for name, tensor in backbone.state_dict().items()}
     layout = image_edge(backbone, arch, stem)
     arguments = find_arguments(backbone, arch, layout, model_args, stem)
@@ -85,7 +86,7 @@ def write_backbone(
         mean=tuple(stem.mean if stem else mean),
         std=tuple(stem.std if stem else std),
         interpolation=interpolation,
-        dim=width_of(backbone),
+        dim=int(getattr(network, "head_hidden_size", None) or network.num_features),
         weights_id=hash_tensors(tensors, {}),
         stem=dataclasses.asdict(stem) if stem else None,
         trained=dict(trained),
@@ -97,11 +98,6 @@ def write_backbone(
     if arguments is None:
         (folder / CONFIG).unlink(missing_ok=True)  # of a backbone that lay here before
     return folder
-
-
-def width_of(backbone: Any) -> int:
-    """Numbers of an embedding."""
-    return int(getattr(backbone, "head_hidden_size", None) or backbone.num_features)
 
 
 def contents_of(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from latentds.errors import UnknownNameError, missing_extra, unknown_name
+from latentds.errors import missing_extra, unknown_name
 from latentds.views.mask_geometry import pad_to_multiple
 
 MULTIPLE_PX = 32  # of the images that an encoder of depth 5 takes
@@ -57,7 +57,9 @@ def build_unet(
         raise missing_extra("segmentation-models-pytorch", "evaluate") from error
     known = networks.encoders.get_encoder_names()
     if encoder not in known:
-        raise unknown_encoder(encoder, known)
+        small = ("resnet", "mobilenet", "efficientnet", "vgg")  # of more than a hundred
+        known = [name for name in known if name.startswith(small)]
+        raise unknown_name("encoder of the U-Net", encoder, known)
     network = networks.Unet(
         encoder,
         encoder_depth=len(channels),
@@ -66,9 +68,3 @@ def build_unet(
         classes=labels,
     )
     return SegmentationUNet(network)
-
-
-def unknown_encoder(name: str, known: list[str]) -> UnknownNameError:
-    """An error that lists the smaller ones of a hundred."""
-    small = [n for n in known if n.startswith(("resnet", "mobilenet", "efficientnet", "vgg"))]
-    return unknown_name("encoder of the U-Net", name, small)

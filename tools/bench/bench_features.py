@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from latentds.embedders import NetworkEmbedder
     from latentds.evaluation.features.extraction_options import FeatureOptions
-    from latentds.evaluation.patchsets.patch_set import PatchSet
+    from latentds.evaluation.patchsets.patches import PatchSet
 
 CHANNELS = {8: 4, 32: 32}  # of latents by their factor, as SD-1.5 and DC-AE-f32 have them
 GPU = {

@@ -127,12 +127,9 @@ def datasets_loader(spec: Spec) -> Any:
     rows = load_dataset("parquet", data_files=files, split="train", streaming=True)
     rows = rows.shuffle(seed=spec["seed"], buffer_size=spec["buffer"])
     rows = split_dataset_by_node(rows, rank=rank(), world_size=spec["ranks"])
-    return plain_loader(StatefulDataLoader, rows, spec), numbers_of_rows
-
-
-def numbers_of_rows(batch: Any) -> list[int]:
-    """The numbers of rows that are dictionaries."""
-    return [row["number"] for row in batch]
+    return plain_loader(StatefulDataLoader, rows, spec), lambda batch: [
+        row["number"] for row in batch
+    ]
 
 
 def torchdata_loader(spec: Spec) -> Any:

@@ -59,13 +59,10 @@ class Training:
             hidden = random_masks(seeds, self.grid[0] * self.grid[1])
             found: dict[str, Tensor] = self.model(views.globals[0], hidden)
         else:
-            # Tokens DINOv2 hides, bool (G, B, T).
-            masks = (
-                global_masks(seeds, len(views.globals), self.grid)
-                if self.method == "dinov2"
-                else None
-            )
-            found = self.model(views, teacher_temp=TEMPERATURE, masks=masks)
+            hidden = None
+            if self.method == "dinov2":  # bool (G, B, T)
+                hidden = global_masks(seeds, len(views.globals), self.grid)
+            found = self.model(views, teacher_temp=TEMPERATURE, masks=hidden)
         return found["loss"]
 
 

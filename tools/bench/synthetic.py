@@ -49,7 +49,10 @@ def write_synthetic(
     from latentds.store.composing import compose
 
     made = MADE | {"patches": patches}
-    parts = random_parts(patches, seed, shape, a_slide)
+    rng = np.random.default_rng(seed)
+    parts = filled_parts(
+        patches, a_slide, lambda places: rng.integers(0, 256, (len(places), *shape), np.uint8)
+    )
     compose(out, random_contract(shape, patch_px), {"train": parts}, made, empty_golden())
 
 
@@ -71,16 +74,6 @@ def empty_golden() -> bytes:
     from latentds.store.packs import encode_table
 
     return encode_table(SCHEMA.empty_table())
-
-
-def random_parts(
-    patches: int, seed: int, shape: tuple[int, int, int], a_slide: int
-) -> Iterator[Any]:
-    """Random codes and columns, a pack at a time."""
-    rng = np.random.default_rng(seed)
-    return filled_parts(
-        patches, a_slide, lambda places: rng.integers(0, 256, (len(places), *shape), np.uint8)
-    )
 
 
 def filled_parts(

@@ -158,20 +158,16 @@ def slides_of(
     if isinstance(by, SlideColumns):
         return [str(by.slide_of(folder / name)) for name in names]
     if by is not None:
-        return [match_slide(by, name) for name in names]
+        matches = {name: by.search(name) for name in names}
+        for name, match in matches.items():
+            if match is None or not match["slide"]:
+                raise InputError(f"{name}: does not match --name-pattern {by.pattern!r}")
+        return [match["slide"] for match in matches.values() if match is not None]
     if rule == "tcga":
         return [barcode_in(name) for name in names]
     if rule == "patient":
         return [patient_in(name) for name in names]
     return [str(PurePosixPath(full).parent) if rule == "folder" else full for full in fulls]
-
-
-def match_slide(pattern: re.Pattern[str], name: str) -> str:
-    """The group 'slide' of a name; InputError where there is none."""
-    match = pattern.search(name)
-    if match is None or not match["slide"]:
-        raise InputError(f"{name}: does not match --name-pattern {pattern.pattern!r}")
-    return match["slide"]
 
 
 def barcode_in(name: str) -> str:

@@ -13,7 +13,6 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from latentds_tools.bench import bench_resume
 from latentds_tools.fidelity.front import cell, cost_table, read_rows
@@ -85,10 +84,6 @@ def table_in(text: str, start: str, page: str) -> str:
     return "\n".join(rest[:length])
 
 
-def cost_rows(source: Path) -> str:
-    return cost_table(read_rows(source))
-
-
 def kept_rows(source: Path) -> str:
     lines = []
     for section, (first, codecs) in KEPT.items():
@@ -106,15 +101,19 @@ def called(codec: str) -> str:
     return CALLED.get(codec, CALLED.get(name, f"`{name}`"))
 
 
-def resume_rows(source: Path) -> str:
-    report: dict[str, Any] = json.loads(source.read_text())
-    return table_in(bench_resume.as_text(report), "| loader |", str(source))
+def resume_table(source: Path) -> str:
+    return table_in(bench_resume.as_text(json.loads(source.read_text())), "| loader |", str(source))
 
 
 TABLES = (
-    Traced("README.md", "| stored as |", "docs/fidelity.md", cost_rows),
+    Traced(
+        "README.md",
+        "| stored as |",
+        "docs/fidelity.md",
+        lambda source: cost_table(read_rows(source)),
+    ),
     Traced("docs/autoencoders.md", "|  | bytes | EfficientNet", "docs/fidelity.md", kept_rows),
-    Traced("docs/reliability.md", "| loader | ranks", "results/resume.json", resume_rows),
+    Traced("docs/reliability.md", "| loader | ranks", "results/resume.json", resume_table),
 )
 
 if __name__ == "__main__":

@@ -29,9 +29,4 @@ def main(config: AbmilConfig) -> None:
 
 
 if __name__ == "__main__":
-    launch(
-        main,
-        AbmilConfig,
-        __doc__,
-        usual=USUAL,
-    )
+    launch(main, AbmilConfig, __doc__, usual=USUAL)

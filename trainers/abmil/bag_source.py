@@ -28,8 +28,8 @@ from latentds.evaluation.groups import (
     read_labels,
     sorted_classes,
 )
-from latentds.evaluation.patchsets.patch_set import PatchSet
 from latentds.evaluation.patchsets.patch_set_config import PatchInput, recorded_settings
+from latentds.evaluation.patchsets.patches import PatchSet
 from latentds.sources.slide_names import some
 
 logger = logging.getLogger(__name__)

@@ -5,9 +5,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,29 +20,11 @@ from torch.nn import functional
 from latentds.core.randomness import key_of, shuffled
 from latentds.models.attention_mil import GatedABMIL
 
+if TYPE_CHECKING:
+    from latentds_trainers.abmil.bag_source import FeatureBags
+
 NETWORK = "abmil"
 SEEDS = 2**63  # torch takes seeds below
-
-
-class BagReader(Protocol):
-    """Where a fold gets its bags from."""
-
-    @property
-    def dim(self) -> int:
-        """D."""
-        ...
-
-    def count(self, slide: str) -> int:
-        """N."""
-        ...
-
-    def read(self, slide: str, rows: np.ndarray | None = None) -> Tensor:
-        """Features float32 (N, D), of chosen patches where `rows` are given."""
-        ...
-
-    def parts(self, slide: str) -> Iterator[Tensor]:
-        """All features, float32 (n, D) at a time."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -142,7 +123,7 @@ class BagFoldTraining:
     def __init__(
         self,
         config: AbmilConfig,
-        reader: BagReader,
+        reader: FeatureBags,
         *,
         train: Part,
         val: Part,
@@ -249,7 +230,7 @@ def build_optimizer(config: AbmilConfig, network: KeepingBest) -> torch.optim.Op
     )  # fused: 1 ms less of a step of 6 on a CPU
 
 
-def predict(network: nn.Module, reader: BagReader, bags: Part, device: torch.device) -> Outcome:
+def predict(network: nn.Module, reader: FeatureBags, bags: Part, device: torch.device) -> Outcome:
     """Probabilities of every bag, shared by the ranks and the same on all of them. Collective."""
     assert isinstance(network, GatedABMIL)
     network.eval()
@@ -264,7 +245,7 @@ def predict(network: nn.Module, reader: BagReader, bags: Part, device: torch.dev
 
 
 def logits_of(
-    network: GatedABMIL, reader: BagReader, slide: str, device: torch.device
+    network: GatedABMIL, reader: FeatureBags, slide: str, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Logits (C,) and attention (N,) of a slide's whole bag, on the CPU."""
     logits, attention = network.in_parts(part.to(device) for part in reader.parts(slide))

@@ -14,7 +14,7 @@ from torch.nn import functional
 from latentds.core.storage import write_atomically
 from latentds.errors import InputError, missing_extra
 from latentds.evaluation.features.layout import file_name
-from latentds.evaluation.patchsets.patch_set import PatchSet
+from latentds.evaluation.patchsets.patches import PatchSet
 
 LONGEST_PX = 1600  # edge of the slide in the picture
 CHUNK = 64  # patches decoded at a time

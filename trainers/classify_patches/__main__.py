@@ -29,9 +29,4 @@ def main(config: ClassifyConfig) -> None:
 
 
 if __name__ == "__main__":
-    launch(
-        main,
-        ClassifyConfig,
-        __doc__,
-        usual=USUAL,
-    )
+    launch(main, ClassifyConfig, __doc__, usual=USUAL)

@@ -23,10 +23,11 @@ if TYPE_CHECKING:
     from latentds_trainers.classify_patches.config import ClassifyConfig
 
     from latentds.embedders.latent_stem import LatentStemConfig
-    from latentds.evaluation.patchsets.patch_set import PatchSet
+    from latentds.evaluation.patchsets.patches import PatchSet
     from latentds.evaluation.patchsets.undecoded import UndecodedPatches
 
 TEST = "test"
+LABEL_THEM = "put patches into class folders, or name --name-pattern or --splits that label them"
 NOT_COMPARED = (
     "--groups does not cover --test-data: whether patients are in both could not be compared"
 )
@@ -112,7 +113,7 @@ def open_labelled(config: ClassifyConfig) -> LabelledPatches:
         for patches, table, where in zip(
             sets, tables, (config.data, config.test_data), strict=False
         )
-        for name in labels_of(patches.classes, table.labels, table.sources, str(where))
+        for name in table.class_names(patches.classes, str(where), LABEL_THEM)
     ]
     classes = sorted(set(named))
     places = {name: number for number, name in enumerate(classes)}
@@ -183,50 +184,42 @@ def open_latents(
     train = open_undecoded(config, stem=stem)
     sets = [train.patches]
     if len(patches.sets) > 1:
-        options: dict[str, Any] = {"data": config.test_data, "split": None, "groups": None}
-        book = patches.sets[0].facts().codebook
-        if str(book.get("origin", "")).startswith("fitted") and config.codebook_from is None:
-            options["codebook_from"] = config.data
-        test = open_undecoded(dataclasses.replace(config, **options), stem=train.stem)
-        sets.append(test.patches)
+        sets.append(open_undecoded(of_test_set(config, patches.sets[0]), stem=train.stem).patches)
     return dataclasses.replace(patches, sets=sets), train
+
+
+def of_test_set(config: ClassifyConfig, train: PatchSet) -> ClassifyConfig:
+    """The config that opens --test-data as the training set was opened.
+
+    A codebook that was fitted to the training set's patches is fitted to them again.
+    """
+    options: dict[str, Any] = {"data": config.test_data, "split": None, "groups": None}
+    if is_fitted(train.facts().codebook) and config.codebook_from is None:
+        options["codebook_from"] = config.data
+    return dataclasses.replace(config, **options)
+
+
+def is_fitted(book: dict[str, Any]) -> bool:
+    return str(book.get("origin", "")).startswith("fitted")
 
 
 def open_test_set(config: ClassifyConfig, train: PatchSet, folder: Path) -> PatchSet:
     """The test set: all patches of the folder, from the same source of pixels.
 
-    A codebook that was fitted to the training set's patches is fitted to them again.
     raises  InputError where patches differ in size, or the codebook comes out as another one
     """
-    options: dict[str, Any] = {"data": folder, "split": None, "groups": None}
-    book = train.facts().codebook
-    is_fitted = str(book.get("origin", "")).startswith("fitted")
-    if is_fitted and config.codebook_from is None:
-        options["codebook_from"] = config.data
-    test = open_patches(dataclasses.replace(config, **options))
+    test, book = open_patches(of_test_set(config, train)), train.facts().codebook
     if train.patch_px != test.patch_px:
         raise InputError(
             f"{folder}: patches of {test.patch_px[1]}x{test.patch_px[0]} px, --data has "
             f"{train.patch_px[1]}x{train.patch_px[0]}; give --patch-size with --resize"
         )
-    if is_fitted and test.facts().codebook.get("codebook_id") != book.get("codebook_id"):
+    if is_fitted(book) and test.facts().codebook.get("codebook_id") != book.get("codebook_id"):
         raise InputError(
             f"{folder}: another codebook would be fitted for it than for {config.data}; fit one "
             "with 'latentds fit-codebook' and give it as --codebook"
         )
     return test
-
-
-def labels_of(classes: list[str], labels: np.ndarray, sources: list[str], data: str) -> list[str]:
-    """The class's name of every patch; InputError where any has none."""
-    bare = np.flatnonzero(labels < 0)
-    if len(bare):
-        raise InputError(
-            f"{data}: {len(bare):,} of {len(labels):,} patches have no label, the first is "
-            f"{sources[bare[0]]!r}; put patches into class folders, or name --name-pattern or "
-            "--splits that label them"
-        )
-    return [classes[number] for number in labels.tolist()]
 
 
 def check_classes(patches: LabelledPatches, protocol: str, test_data: Path | None) -> None:

@@ -130,7 +130,8 @@ class WrappedNetwork:
         if self.config.zero_stage == 0:
             gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
             self.norm = float(nn.utils.get_total_norm(gradients))
-            if self.is_spike():
+            spike, clip = self.config.spike, self.config.clip
+            if spike is not None and clip is not None and not self.norm < spike * clip:
                 self.engine.zero_grad()
                 return False
         self.engine.step()
@@ -143,11 +144,6 @@ class WrappedNetwork:
         """The optimizer's parameter groups, in the order it was made with."""
         found: list[dict[str, Any]] = self.engine.optimizer.param_groups
         return found
-
-    def is_spike(self) -> bool:
-        """Whether the step is to be left out."""
-        spike, clip = self.config.spike, self.config.clip
-        return spike is not None and clip is not None and not self.norm < spike * clip
 
     def weights(self) -> dict[str, Tensor]:
         """Copies of the whole weights on the CPU. Collective: every rank has to call it.

@@ -26,9 +26,4 @@ def main(config: FinetuneConfig) -> None:
 
 
 if __name__ == "__main__":
-    launch(
-        main,
-        FinetuneConfig,
-        __doc__,
-        usual=USUAL,
-    )
+    launch(main, FinetuneConfig, __doc__, usual=USUAL)

@@ -90,7 +90,3 @@ def open_embedder(config: FinetuneConfig, device: torch.device) -> Embedder | No
     if config.checkpoint_embedder:
         embedder.checkpoint_gradients()
     return embedder.to(device)
-
-
-def open_judges(config: FinetuneConfig, device: torch.device) -> list[Embedder]:
-    return [load_embedder(name).to(device) for name in config.judges]

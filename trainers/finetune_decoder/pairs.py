@@ -10,7 +10,6 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -37,22 +36,6 @@ class Pair:
 
     latents: Tensor
     images: Tensor
-
-
-class Pairs(Protocol):
-    """Where pairs come from."""
-
-    def batch(self, step: int, rows: range) -> Pair:
-        """Pairs at places `rows` of a step's global batch; asked for in order."""
-        ...
-
-    def sample(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Latents and images of about `count` others, a few at a time, the same on every rank."""
-        ...
-
-    def close(self) -> None:
-        """Stop reading."""
-        ...
 
 
 class PicturePairs:
@@ -96,6 +79,7 @@ class PicturePairs:
         self.pool = ThreadPoolExecutor(workers, thread_name_prefix="crops")
 
     def batch(self, step: int, rows: range) -> Pair:
+        """Pairs at places `rows` of a step's global batch; asked for in order."""
         crops = list(self.pool.map(lambda place: self.crop(step, place), rows))
         images = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2)
         images = images.to(self.autoencoder.device).float().div(255)
@@ -108,6 +92,7 @@ class PicturePairs:
         self.pool.shutdown(cancel_futures=True)
 
     def sample(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Latents and images of about `count` others, a few at a time, the same on every rank."""
         for place in range(0, count, SAMPLED_AT_ONCE):
             pair = self.batch(SAMPLE_STEP, range(place, place + SAMPLED_AT_ONCE))
             yield pair.latents, pair.images

@@ -26,7 +26,6 @@ from latentds_trainers.finetune_decoder.decoder_losses import DecoderLosses, cro
 from latentds_trainers.finetune_decoder.decoder_networks import (
     open_decoder,
     open_embedder,
-    open_judges,
     trained_networks,
 )
 from latentds_trainers.finetune_decoder.judging import Judge
@@ -39,6 +38,7 @@ from latentds.autoencoders.autoencoder import last_layer
 from latentds.autoencoders.decoders import save_decoder
 from latentds.autoencoders.students import fit_shortcut
 from latentds.core.storage import write_atomically
+from latentds.embedders import load_embedder
 
 logger = logging.getLogger(__name__)
 
@@ -94,8 +94,8 @@ class DecoderTask:
         """What held-out pictures are judged with; None where none are held out."""
         if self.held_out is None:
             return None
-        judges = [self.embedder, *open_judges(self.config, self.device)]
-        embedders = {e.card.name: e for e in judges if e is not None}
+        judges = [load_embedder(name).to(self.device) for name in self.config.judges]
+        embedders = {e.card.name: e for e in (self.embedder, *judges) if e is not None}
         images, latents = self.held_out.images, self.held_out.latents
         return Judge(images, latents, embedders, self.engine.rank, self.engine.world_size)
 

@@ -28,9 +28,4 @@ def main(config: PretrainConfig) -> None:
 
 
 if __name__ == "__main__":
-    launch(
-        main,
-        PretrainConfig,
-        __doc__,
-        usual=USUAL,
-    )
+    launch(main, PretrainConfig, __doc__, usual=USUAL)

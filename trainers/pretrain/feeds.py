@@ -5,13 +5,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
 from latentds.embedders.latent_stem import LatentStemConfig
 from latentds.errors import InputError
 from latentds.quantizers.codebooks import StoredCodebook
+
+if TYPE_CHECKING:
+    from latentds.loading.loader import LatentLoader
+    from latentds.loading.mixing import MixedLoader
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -84,20 +88,6 @@ class FeedSource:
     decoder_ids: tuple[str, ...] = ()
 
 
-class Loader(Protocol):
-    """A LatentLoader, or a MixedLoader: batches of patches, one iteration an epoch."""
-
-    def __len__(self) -> int: ...
-
-    def __iter__(self) -> Iterator[Any]: ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any], bad_packs: Sequence[str] = ()) -> None: ...
-
-    def gather_bad_packs(self) -> list[str]: ...
-
-
 class LoaderFeed:
     """A Feed of data sets of latents, decoded or as they are.
 
@@ -106,7 +96,9 @@ class LoaderFeed:
     facts   see Feed
     """
 
-    def __init__(self, loader: Loader, share: int, facts: dict[str, Any]) -> None:
+    def __init__(
+        self, loader: LatentLoader | MixedLoader, share: int, facts: dict[str, Any]
+    ) -> None:
         self.loader, self.share, self.facts = loader, share, facts
         self.has_resumed = False
 

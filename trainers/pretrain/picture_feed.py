@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,30 +18,14 @@ from latentds.loading.sampling import join
 from latentds.sources.slide_names import some
 
 if TYPE_CHECKING:
-    from latentds.evaluation.patchsets.patch_set import PatchSet
-
-
-class FeedOrder(Protocol):
-    """Which patches a rank has in a step, a pure function of the step.
-
-    steps  of an epoch
-    """
-
-    @property
-    def steps(self) -> int: ...
-
-    def share(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows and seeds, int64 (n,)."""
-        ...
-
-    def record(self) -> dict[str, Any]:
-        """Identity, plain JSON values without the place."""
-        ...
+    from latentds.evaluation.patchsets.patches import PatchSet
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OwnOrder:
     """A permutation of N patches an epoch; what does not fill a last step is left out of it.
+
+    A pure function of the step; `record` is its identity, without the place.
 
     raises  InputError for fewer patches than a step takes
     """
@@ -65,7 +49,7 @@ class OwnOrder:
         return self.patches // self.global_batch
 
     def share(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows and seeds of this rank in a step."""
+        """Rows and seeds, int64 (n,), of this rank in a step."""
         epoch, number = divmod(step, self.steps)
         size = self.global_batch // self.ranks
         first = number * self.global_batch + self.rank * size
@@ -90,7 +74,7 @@ class SetOrder:
         self.steps = len(dataset)
 
     def share(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows and seeds of this rank in a step."""
+        """Rows and seeds, int64 (n,), of this rank in a step."""
         epoch, number = divmod(step, self.steps)
         dataset = self.dataset
         stretches = dataset.batching.stretches(number, dataset.rank)
@@ -110,7 +94,11 @@ class PatchSetFeed:
     """
 
     def __init__(
-        self, patches: PatchSet, order: FeedOrder, device: torch.device, facts: dict[str, Any]
+        self,
+        patches: PatchSet,
+        order: OwnOrder | SetOrder,
+        device: torch.device,
+        facts: dict[str, Any],
     ) -> None:
         self.patches, self.order, self.device, self.facts = patches, order, device, facts
         self.step = 0

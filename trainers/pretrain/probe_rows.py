@@ -12,7 +12,8 @@ from latentds_trainers.pretrain.probe_config import ProbeConfig
 from latentds.errors import InputError
 from latentds.evaluation.folds import SPLIT_WORDS, Fold, check_disjoint, stratified_group_folds
 from latentds.evaluation.groups import groups_of, own_groups
-from latentds.evaluation.patchsets.patch_set import PatchSet, PatchTable
+from latentds.evaluation.patchsets.patch_set import PatchTable
+from latentds.evaluation.patchsets.patches import PatchSet
 from latentds.sources.slide_names import some
 
 FOLDS = 5  # a fifth of the groups is held out where there is no test split
@@ -39,7 +40,8 @@ class ProbeRows:
 def choose_rows(patches: PatchSet, config: ProbeConfig) -> ProbeRows:
     """The patches that are fitted to and scored, at most so many of each."""
     table, where = patches.table, f"--probe {config.probe}"
-    names = labels_of(patches.classes, table, where)
+    remedy = "give a set that was converted with labels, or class folders"
+    names = table.class_names(patches.classes, where, remedy)
     groups, group_rule = groups_of(table.slides, table.sources, config.probe_groups, table.patients)
     fold, rule = find_fold(table, names, groups, config)
     check_apart(fold, table, groups, config)
@@ -61,18 +63,6 @@ def choose_rows(patches: PatchSet, config: ProbeConfig) -> ProbeRows:
         classes=classes,
         rule=f"{rule}; groups: {group_rule}",
     )
-
-
-def labels_of(classes: list[str], table: PatchTable, where: str) -> list[str]:
-    """The class's name of every patch; InputError where any has none."""
-    bare = np.flatnonzero(table.labels < 0)
-    if len(bare):
-        raise InputError(
-            f"{where}: {len(bare):,} of {len(table):,} patches have no label, the first is "
-            f"{table.sources[bare[0]]!r}; give a set that was converted with labels, or class "
-            "folders"
-        )
-    return [classes[number] for number in table.labels.tolist()]
 
 
 def find_fold(

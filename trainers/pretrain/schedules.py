@@ -105,9 +105,11 @@ def settle_batch(config: PretrainConfig, ranks: int) -> SizedConfig:
         return sized(config, images=wanted, batch=batch, passes=passes)
     wanted = wanted or GLOBAL_BATCH
     if wanted % ranks:
+        low = wanted // ranks * ranks
+        multiples = [str(size) for size in (low, low + ranks) if size > 0]
         raise InputError(
             f"global_batch_size {wanted} over {ranks} ranks leaves {wanted % ranks} images; take a "
-            f"multiple of {ranks}: {', '.join(map(str, multiples_around(wanted, ranks)))}"
+            f"multiple of {ranks}: {', '.join(multiples)}"
         )
     share = wanted // ranks
     if batch is None:
@@ -132,12 +134,6 @@ def sized(config: PretrainConfig, *, images: int, batch: int, passes: int) -> Si
     given = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     batches = {"global_batch_size": images, "batch_size": batch, "accumulation": passes}
     return SizedConfig(**given | batches)
-
-
-def multiples_around(number: int, divisor: int) -> list[int]:
-    """The multiples next to a number."""
-    low = number // divisor * divisor
-    return [size for size in (low, low + divisor) if size > 0]
 
 
 def settle(

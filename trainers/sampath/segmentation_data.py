@@ -17,7 +17,7 @@ from latentds.errors import InputError, missing_extra
 from latentds.views.mask_geometry import random_views, whole
 
 if TYPE_CHECKING:
-    from latentds.evaluation.patchsets.patch_set import PatchSet
+    from latentds.evaluation.patchsets.patches import PatchSet
 
 JITTERED = 0.5  # share of the crops whose colours change: albumentations' default
 COUNTED_AT_ONCE = 16

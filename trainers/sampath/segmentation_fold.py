@@ -66,14 +66,6 @@ def build_network(config: SampathConfig, labels: int, seed: int) -> Segmentation
     return SegmentationNetwork(model=model, trained=model.head, frozen=frozen)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class TestedImages:
-    """What a fold's test gave: pixels int64 (n, K, K) by truth and prediction, of rows (n)."""
-
-    rows: np.ndarray
-    counts: np.ndarray
-
-
 class SegmentationFold:
     """A fold's training, resumed where it was interrupted, and its test.
 
@@ -98,8 +90,8 @@ class SegmentationFold:
         self.network.model.to(self.engine.device)
         self.draws = CropDraws(fold.train, train.seed)
 
-    def run(self) -> TestedImages:
-        """Train to the last step, save the trained weights, test."""
+    def run(self) -> np.ndarray:
+        """Train to the last step, save the trained weights, test: see `test`."""
         batches = self.batches()
         self.engine.run(
             lambda step: self.step(step, next(batches)),
@@ -155,8 +147,11 @@ class SegmentationFold:
         logits, _ = self.network.model(image.to(self.engine.device))
         return predict_labels(logits.float())[0].cpu()
 
-    def test(self, rows: np.ndarray) -> TestedImages:
-        """Pixel counts of whole images, shared out among the ranks. Collective."""
+    def test(self, rows: np.ndarray) -> np.ndarray:
+        """Pixels int64 (n, K, K) of whole images by truth and prediction, shared out among ranks.
+
+        Collective.
+        """
         share_statistics(self.network.model)
         own = rows[self.engine.rank :: self.engine.world_size]
         counted: list[tuple[int, np.ndarray]] = []
@@ -168,11 +163,11 @@ class SegmentationFold:
         parts: list[Any] = [None] * self.engine.world_size
         dist.all_gather_object(parts, counted)
         found = dict(pair for part in parts for pair in part)
-        return TestedImages(rows=rows, counts=np.stack([found[row] for row in rows.tolist()]))
+        return np.stack([found[row] for row in rows.tolist()])
 
     def validate(self) -> dict[str, float]:
         """Macro Dice of the validation images, left out where it is undefined. Collective."""
-        counts = self.test(self.fold.val).counts.sum(0)
+        counts = self.test(self.fold.val).sum(0)
         scores = correct_scores(Confusion(self.names, counts), self.config.settings.left_out).scores
         return {name: scores[name] for name in ("dice_macro", "pixel_accuracy") if name in scores}
 

@@ -35,7 +35,8 @@ from latentds.evaluation.groups import count_alone, groups_of
 from latentds.evaluation.patchsets import open_patches
 from latentds.evaluation.patchsets.codec_fitting import codebook_note
 from latentds.evaluation.patchsets.open_patch_sets import find_shards
-from latentds.evaluation.patchsets.patch_set import PatchSet, PatchTable
+from latentds.evaluation.patchsets.patch_set import PatchTable
+from latentds.evaluation.patchsets.patches import PatchSet
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +64,8 @@ class SegmentationRun:
         patches = on_all_ranks(self.open)
         self.images = LabelledImages(config.settings, patches)
         self.table: PatchTable = patches.table
-        self.groups, rule = on_all_ranks(self.find_groups)
+        names = (self.table.slides, self.table.sources, config.groups, self.table.patients)
+        self.groups, rule = on_all_ranks(lambda: groups_of(*names))
         self.plan = on_all_ranks(lambda: self.make_plan(rule))
         counts, self.labels_id = from_first(self.images.count_pixels)
         absent = on_all_ranks(
@@ -93,11 +95,6 @@ class SegmentationRun:
             )
         check_size(config, patches.patch_px)
         return patches
-
-    def find_groups(self) -> tuple[list[str], str]:
-        """What must stay together, one an image, and the rule: tiles of a picture always do."""
-        table = self.table
-        return groups_of(table.slides, table.sources, self.config.groups, table.patients)
 
     def make_plan(self, rule: str) -> FoldPlan:
         """The folds that the config asks for."""
@@ -177,7 +174,7 @@ class SegmentationRun:
         steps = config.steps_of(len(fold.train), dist.get_world_size())
         train = config.of_fold(cell.folder, cell.seed, steps)
         training = SegmentationFold(config, train, self.images, fold)
-        counts = training.run().counts
+        counts = training.run()
         if cell.seed == self.crossval.seeds[0]:
             from_first(lambda: self.draw(training, cell))
         return score_fold(config.settings, cell, counts, seconds=training.engine.seconds)

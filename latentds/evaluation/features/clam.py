@@ -8,7 +8,7 @@ import shutil
 
 from latentds.core.storage import write_atomically
 from latentds.evaluation.features.feature_files import FeatureFile, write_coordinates
-from latentds.evaluation.features.layout import FeaturePlaces, clam_attributes
+from latentds.evaluation.features.layout import FeaturePlaces
 
 
 def add(places: FeaturePlaces, slide: str, patch_px: int) -> None:
@@ -27,7 +27,14 @@ def add(places: FeaturePlaces, slide: str, patch_px: int) -> None:
         return
     with FeatureFile(source) as file:
         size = int(file.attributes["coords"].get("patch_size_level0", patch_px))
-        write_coordinates(coords, file.coords(), clam_attributes(slide, size, patch_px))
+        # CLAM's patch_size counts pixels of patch_level: patches of half the resolution are 512 px
+        # of level 0 here, which TRIDENT calls 256. A slide's size is not known.
+        attributes = {
+            "patch_size": size or patch_px, "patch_level": 0, "downsample": (1.0, 1.0),
+            "downsampled_level_dim": (0, 0), "level_dim": (0, 0), "name": slide,
+            "save_path": "patches",
+        }  # fmt: skip
+        write_coordinates(coords, file.coords(), attributes)
         content = io.BytesIO()
         torch.save(torch.from_numpy(file.features()), content)
     linked.unlink(missing_ok=True)

@@ -47,7 +47,7 @@ from latentds.evaluation.features.slide_labels import (
     read_lines,
 )
 from latentds.evaluation.features.slides_left_out import note_left_out
-from latentds.evaluation.patchsets.patch_set import PatchSet
+from latentds.evaluation.patchsets.patches import PatchSet
 
 logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -311,8 +311,10 @@ def write_slide(
         first = dimensions.stop
         spans[target.embedder.card.name] = dimensions
         if bag.slide not in target.done:
-            attributes = layout.feature_attributes(target.places, bag.slide)
-            named = {"features": attributes, "coords": bag.attributes}
+            # TRIDENT's; the folder's name alone is told, no path of a machine.
+            own: dict[str, Any] = {"name": bag.slide, "savetodir": target.places.features.name}
+            own["encoder"] = target.places.embedder
+            named = {"features": own, "coords": bag.attributes}
             files[target.places.features_file(bag.slide)] = (dimensions, named)
 
     def chunks() -> Iterator[tuple[np.ndarray, np.ndarray]]:

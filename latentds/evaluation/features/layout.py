@@ -77,11 +77,6 @@ def slide_name(path: Path) -> str:
     return unquote(path.name.removesuffix(SUFFIX))
 
 
-def feature_attributes(places: FeaturePlaces, slide: str) -> dict[str, Any]:
-    """TRIDENT's attributes of `features`; the folder's name alone is told, no path of a machine."""
-    return {"name": slide, "savetodir": places.features.name, "encoder": places.embedder}
-
-
 def coords_attributes(
     slide: str, coords: np.ndarray, size_px: int, patch_px: int, mpp: float
 ) -> dict[str, Any]:
@@ -106,22 +101,6 @@ def coords_attributes(
         "savetodir": "patches",
         "level0_width": 0,
         "level0_height": 0,
-    }
-
-
-def clam_attributes(slide: str, size_px: int, patch_px: int) -> dict[str, Any]:
-    """CLAM's attributes of `coords`, where patch_size counts pixels of patch_level.
-
-    Patches of half the resolution are 512 px of level 0 here, which TRIDENT calls 256.
-    """
-    return {
-        "patch_size": size_px or patch_px,
-        "patch_level": 0,
-        "downsample": (1.0, 1.0),
-        "downsampled_level_dim": (0, 0),  # the slide's size is not known
-        "level_dim": (0, 0),
-        "name": slide,
-        "save_path": "patches",
     }
 
 

@@ -24,7 +24,7 @@ from latentds.evaluation.features.extraction import (
 )
 from latentds.evaluation.features.extraction_options import FeatureOptions
 from latentds.evaluation.features.features_record import comparable
-from latentds.evaluation.patchsets.patch_set import PatchSet
+from latentds.evaluation.patchsets.patches import PatchSet
 
 
 class LiveFeatures:

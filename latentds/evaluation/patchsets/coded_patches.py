@@ -15,7 +15,13 @@ from latentds.autoencoders.autoencoder import Autoencoder, exact_arithmetic
 from latentds.codecs import LatentCodec, PictureCodec
 from latentds.codecs.latent import check_finite
 from latentds.errors import WeightsError
-from latentds.evaluation.patchsets.developing import Decoding, PlainPixels, chunk_size, in_chunks
+from latentds.evaluation.patchsets.developing import (
+    Decoding,
+    Developer,
+    PlainPixels,
+    chunk_size,
+    in_chunks,
+)
 from latentds.evaluation.patchsets.picture_patches import Pictures
 
 MEASURED = 256  # patches whose files are measured
@@ -48,7 +54,7 @@ class PictureRoundTrip(PlainPixels):
         return float(np.mean(sizes))
 
 
-class LatentRoundTrip:
+class LatentRoundTrip(Developer):
     """Every patch through the bytes of its latents.
 
     Encoded and decoded in chunks of one size, whatever was asked for together.
@@ -70,15 +76,12 @@ class LatentRoundTrip:
         self.decoding = Decoding(decoder, codec.patch_px, device, dtype, compile=compile)
         self.together = self.decoding.chunk
 
-    def prepare(self, raw: np.ndarray) -> np.ndarray:
-        return raw
-
     def develop(self, raw: np.ndarray) -> Tensor:
         files = self.codec.quantizer.pack(self.encoding(raw))
         return self.decoding(self.codec.latents_of(files))
 
 
-class LatentsOnTheFly:
+class LatentsOnTheFly(Developer):
     """Every patch's latents, through their bytes, not decoded.
 
     normalize  what is done to them last
@@ -89,9 +92,6 @@ class LatentsOnTheFly:
         self.normalize: Callable[[Tensor], Tensor] = lambda latents: latents
         self.encoding = Encoding(codec.autoencoder, codec.patch_px, device)
         self.together = self.encoding.chunk
-
-    def prepare(self, raw: np.ndarray) -> np.ndarray:
-        return raw
 
     def develop(self, raw: np.ndarray) -> Tensor:
         return self.normalize(self.stored(raw)).to(self.device)

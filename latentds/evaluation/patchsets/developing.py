@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -89,14 +90,28 @@ def sent(values: np.ndarray, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-class PlainPixels:
+class Developer:
+    """How pixels, or latents, come of what is stored.
+
+    together  patches that cost no more than one: a stream's small requests are put together
+    """
+
+    together: int
+
+    def prepare(self, raw: Any) -> Any:
+        """Work of the CPU's threads, done ahead; called from several of them."""
+        return raw
+
+    def develop(self, raw: Any) -> Tensor:
+        """uint8 (n, 3, H, W) on the device, or latents."""
+        raise NotImplementedError
+
+
+class PlainPixels(Developer):
     """Pixels uint8 (n, H, W, 3) as they are."""
 
     def __init__(self, device: torch.device, workers: int) -> None:
         self.device, self.together = device, workers
-
-    def prepare(self, raw: np.ndarray) -> np.ndarray:
-        return raw
 
     def develop(self, raw: np.ndarray) -> Tensor:
         return sent(raw, self.device).permute(0, 3, 1, 2).contiguous()
@@ -105,35 +120,31 @@ class PlainPixels:
 Codes = tuple[np.ndarray, np.ndarray]  # uint8 (n, *codes_shape), and which codebook each has
 
 
-class UndecodedCodes:
+class UndecodedCodes(Developer):
     """Stored codes to latents, by their codebooks."""
 
     together = GPU_CHUNK
 
-    def __init__(self, codebooks: Sequence[AnyCodebook], device: torch.device) -> None:
+    def __init__(
+        self,
+        codebooks: Sequence[AnyCodebook],
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         self.has_many, self.device = len(codebooks) > 1, device
-        self.lookup = make_lookup(codebooks, device, torch.float32)
-
-    def prepare(self, raw: Codes) -> Codes:
-        return raw
+        self.lookup = make_lookup(codebooks, device, dtype)
 
     def develop(self, raw: Codes) -> Tensor:
         codes, books = (sent(values, self.device) for values in raw)
         return self.lookup(codes, books if self.has_many else None)
 
 
-class DecodedCodes:
+class DecodedCodes(UndecodedCodes):
     """Stored codes to pixels."""
 
     def __init__(self, decoding: Decoding, codebooks: Sequence[AnyCodebook]) -> None:
-        self.decoding, self.has_many = decoding, len(codebooks) > 1
-        self.together = decoding.chunk
-        self.lookup = make_lookup(codebooks, decoding.device, decoding.dtype)
-
-    def prepare(self, raw: Codes) -> Codes:
-        return raw
+        super().__init__(codebooks, decoding.device, decoding.dtype)
+        self.decoding, self.together = decoding, decoding.chunk
 
     def develop(self, raw: Codes) -> Tensor:
-        device = self.decoding.device
-        codes, books = (sent(values, device) for values in raw)
-        return self.decoding(self.lookup(codes, books if self.has_many else None))
+        return self.decoding(super().develop(raw))

@@ -26,9 +26,9 @@ from latentds.evaluation.patchsets.codec_fitting import find_codebook
 from latentds.evaluation.patchsets.coded_patches import LatentRoundTrip, PictureRoundTrip
 from latentds.evaluation.patchsets.developing import DecodedCodes, Decoding, PlainPixels
 from latentds.evaluation.patchsets.latent_patches import Shards, open_shards
-from latentds.evaluation.patchsets.patch_set import PatchSet, SourceFacts
+from latentds.evaluation.patchsets.patch_set import SourceFacts
 from latentds.evaluation.patchsets.patch_set_config import OF_ORIGINALS, ORIGINAL, PatchInput
-from latentds.evaluation.patchsets.patches import Memory, OpenPatches
+from latentds.evaluation.patchsets.patches import Memory, PatchSet
 from latentds.evaluation.patchsets.picture_patches import Pictures, count_workers, open_pictures
 from latentds.loading.decoding import find_autoencoder
 from latentds.sources.hugging_face import hub_id
@@ -101,7 +101,7 @@ def open_originals(config: PatchInput, opened: Opened) -> PatchSet:
     pixels = PlainPixels(device, count_workers(config.workers))
     measure = functools.cache(pictures.bytes_per_patch)
     facts = picture_facts(config, pictures, "original", ORIGINAL)
-    return OpenPatches(pictures, pixels, facts, measure, memory, device)
+    return PatchSet(pictures, pixels, facts, measure, memory, device)
 
 
 def open_format(config: PatchInput, spec: PictureSpec, opened: Opened) -> PatchSet:
@@ -116,7 +116,7 @@ def open_format(config: PatchInput, spec: PictureSpec, opened: Opened) -> PatchS
     pixels = PictureRoundTrip(codec, device, count_workers(config.workers))
     measure = functools.cache(lambda: pixels.mean_bytes(pictures))
     facts = picture_facts(config, pictures, "codec", codec.name)
-    return OpenPatches(pictures, pixels, facts, measure, memory, device)
+    return PatchSet(pictures, pixels, facts, measure, memory, device)
 
 
 def picture_facts(
@@ -137,7 +137,7 @@ def open_codec(
     pictures, codec, facts = make_codec(config, spec, autoencoder, device)
     dtype = DTYPES[config.decode_dtype]
     pixels = LatentRoundTrip(codec, device, dtype, compile=config.decode_compile)
-    return OpenPatches(pictures, pixels, facts, lambda: None, memory, device)
+    return PatchSet(pictures, pixels, facts, lambda: None, memory, device)
 
 
 def make_codec(
@@ -194,7 +194,7 @@ def open_latents(
     dtype, compile = DTYPES[config.decode_dtype], config.decode_compile
     decoding = Decoding(network, contract.patch_px, device, dtype, compile=compile)
     pixels = DecodedCodes(decoding, manifest.codebooks)
-    return OpenPatches(shards, pixels, facts, lambda: None, memory, device)
+    return PatchSet(shards, pixels, facts, lambda: None, memory, device)
 
 
 def stored_facts(config: PatchInput, shards: Shards) -> dict[str, Any]:

@@ -4,13 +4,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from latentds.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -42,6 +41,16 @@ class PatchTable:
 
     def __len__(self) -> int:
         return len(self.sources)
+
+    def class_names(self, classes: Sequence[str], where: str, remedy: str) -> list[str]:
+        """The class's name of every patch; InputError, with the remedy, where any has none."""
+        bare = np.flatnonzero(self.labels < 0)
+        if len(bare):
+            raise InputError(
+                f"{where}: {len(bare):,} of {len(self):,} patches have no label, the first is "
+                f"{self.sources[bare[0]]!r}; {remedy}"
+            )
+        return [classes[number] for number in self.labels.tolist()]
 
     @property
     def names(self) -> list[str]:
@@ -86,84 +95,6 @@ class SourceFacts:
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self) | {"patch_px": list(self.patch_px)}
-
-
-class PatchSet(Protocol):
-    """Patches of one size. Rows count from 0 in canonical order."""
-
-    @property
-    def name(self) -> str:
-        """What a table calls this source of pixels, for example tiny-v1+kmeans."""
-        ...
-
-    @property
-    def patch_px(self) -> tuple[int, int]:
-        """(H, W)."""
-        ...
-
-    @property
-    def classes(self) -> list[str]:
-        """Sorted names of the whole input's classes; those of a single split are among them."""
-        ...
-
-    @property
-    def has_masks(self) -> bool:
-        """Whether `masks` tells something."""
-        ...
-
-    @property
-    def table(self) -> PatchTable:
-        """All patches. Of slides as originals it finds the tissue of every one when first used."""
-        ...
-
-    def __len__(self) -> int:
-        """N, for which the table is made."""
-        ...
-
-    def images(self, rows: np.ndarray) -> Tensor:
-        """uint8 (n, 3, H, W) on the device: pixels as decoded, rounded to 8 bits.
-
-        A patch's pixels do not depend on which others are asked for with it.
-        raises  InputError, FormatError with the file's name where one cannot be read
-        """
-        ...
-
-    def stream(self, requests: Iterable[np.ndarray]) -> Iterator[Tensor]:
-        """`images` of one request after the other, the next ones read in threads meanwhile."""
-        ...
-
-    def masks(self, rows: np.ndarray) -> np.ndarray:
-        """uint8 (n, H, W), lossless, never through a codec; InputError where there are none."""
-        ...
-
-    def slides(self) -> list[str]:
-        """Sorted names of the slides; empty where patches name none."""
-        ...
-
-    def rows_of(self, slide: str) -> np.ndarray:
-        """Rows of a slide's patches, ascending; UnknownNameError for one that is not there."""
-        ...
-
-    def of_slide(self, slide: str) -> PatchSet:
-        """The patches of one slide as a set of their own, rows from 0.
-
-        Of slides as originals only this one's tissue is found: take it to go slide by slide.
-        """
-        ...
-
-    def fingerprint(self) -> str:
-        """Identity of what is stored behind the table, 16 hex digits; the same once moved.
-
-        Of originals: the sizes of all files, and the first bytes of some, with their masks. Of
-        latents: the hashes of the shards, and which patches of them are meant. What is done to
-        what is stored (a codec, a decoder) `facts` tells.
-        raises  InputError with the name of a file that cannot be read
-        """
-        ...
-
-    def facts(self) -> SourceFacts:
-        """Where the pixels come from and what they cost; may encode a sample to measure that."""
-        ...
 
 
 def canonical_order(sources: Sequence[str], y: np.ndarray, x: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The one implementation of PatchSet: contents that are read, pixels developed from them, kept."""
+"""A set of patches: contents that are read, pixels developed from them, kept in memory."""
 # n patches of a request, H W pixels
 
 from __future__ import annotations
@@ -9,68 +9,21 @@ import functools
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from latentds.errors import InputError, unknown_name
-from latentds.evaluation.patchsets.developing import sent
+from latentds.evaluation.patchsets.developing import Developer, sent
 from latentds.evaluation.patchsets.patch_set import PatchTable, SourceFacts
 
+if TYPE_CHECKING:
+    from latentds.evaluation.patchsets.latent_patches import Shards
+    from latentds.evaluation.patchsets.picture_patches import Pictures
+
 AHEAD = 2  # requests of a stream that are read while another is used
-Raw = TypeVar("Raw")
-
-
-class Contents(Protocol[Raw]):
-    """What lies on the disk: pictures, or codes. Rows are those of a PatchSet."""
-
-    @property
-    def where(self) -> str: ...
-
-    @property
-    def patch_px(self) -> tuple[int, int]: ...
-
-    @property
-    def classes(self) -> list[str]: ...
-
-    @property
-    def has_masks(self) -> bool: ...
-
-    @property
-    def table(self) -> PatchTable: ...
-
-    def slides(self) -> list[str]: ...
-
-    def of_slide(self, slide: str) -> Contents[Raw]: ...
-
-    def fingerprint(self) -> str: ...
-
-    def read(self, rows: np.ndarray) -> Raw:
-        """What is stored of distinct ascending rows; called from several threads."""
-        ...
-
-    def read_masks(self, rows: np.ndarray) -> np.ndarray:
-        """uint8 (n, H, W) of distinct ascending rows; InputError for a patch that has none."""
-        ...
-
-
-class Developer(Protocol[Raw]):
-    """How pixels come of what is stored.
-
-    together  patches that cost no more than one: a stream's small requests are put together
-    """
-
-    together: int
-
-    def prepare(self, raw: Raw) -> Raw:
-        """Work of the CPU's threads, done ahead; called from several of them."""
-        ...
-
-    def develop(self, raw: Raw) -> Tensor:
-        """uint8 (n, 3, H, W) on the device."""
-        ...
 
 
 class Memory:
@@ -95,7 +48,7 @@ class Memory:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Fetched(Generic[Raw]):
+class Fetched:
     """A request whose stored bytes are in memory.
 
     places  of its patches among the distinct ones
@@ -107,13 +60,13 @@ class Fetched(Generic[Raw]):
     places: np.ndarray
     known: list[np.ndarray | None]
     rows: np.ndarray
-    raw: Raw | None
+    raw: Any
 
 
-class OpenPatches(Generic[Raw]):
-    """A PatchSet.
+class PatchSet:
+    """Patches of one size; rows count from 0 in canonical order.
 
-    contents   what is read
+    contents   what is read of distinct ascending rows, from several threads
     developer  what makes pixels of it
     facts      all but the bytes, where those have to be measured
     measure    mean bytes of a patch of the whole input, asked when the facts are
@@ -122,8 +75,8 @@ class OpenPatches(Generic[Raw]):
 
     def __init__(
         self,
-        contents: Contents[Raw],
-        developer: Developer[Raw],
+        contents: Pictures | Shards,
+        developer: Developer,
         facts: SourceFacts,
         measure: Callable[[], float | None],
         memory: Memory,
@@ -136,32 +89,44 @@ class OpenPatches(Generic[Raw]):
 
     @property
     def name(self) -> str:
+        """What a table calls this source of pixels, for example tiny-v1+kmeans."""
         return self.described.name
 
     @property
     def patch_px(self) -> tuple[int, int]:
+        """(H, W)."""
         return self.contents.patch_px
 
     @property
     def classes(self) -> list[str]:
+        """Sorted names of the whole input's classes; those of a single split are among them."""
         return self.contents.classes
 
     @property
     def has_masks(self) -> bool:
+        """Whether `masks` tells something."""
         return self.contents.has_masks
 
     @property
     def table(self) -> PatchTable:
+        """All patches. Of slides as originals it finds the tissue of every one when first used."""
         return self.contents.table
 
     def __len__(self) -> int:
+        """N, for which the table is made."""
         return len(self.table)
 
     def images(self, rows: np.ndarray) -> Tensor:
+        """uint8 (n, 3, H, W) on the device: pixels as decoded, rounded to 8 bits.
+
+        A patch's pixels do not depend on which others are asked for with it.
+        raises  InputError, FormatError with the file's name where one cannot be read
+        """
         return self.finish(self.fetch(rows))
 
     def stream(self, requests: Iterable[np.ndarray]) -> Iterator[Tensor]:
-        waiting: deque[tuple[list[int], Future[Fetched[Raw]]]] = deque()
+        """`images` of one request after the other, the next ones read in threads meanwhile."""
+        waiting: deque[tuple[list[int], Future[Fetched]]] = deque()
 
         def oldest() -> Iterator[Tensor]:
             sizes, future = waiting.popleft()
@@ -178,7 +143,7 @@ class OpenPatches(Generic[Raw]):
             while waiting:
                 yield from oldest()
 
-    def fetch(self, rows: np.ndarray) -> Fetched[Raw]:
+    def fetch(self, rows: np.ndarray) -> Fetched:
         """Read what a request needs and memory does not have."""
         distinct, places = np.unique(self.checked(rows), return_inverse=True)
         known = [self.memory.get((self.slide, row, "image")) for row in distinct.tolist()]
@@ -186,7 +151,7 @@ class OpenPatches(Generic[Raw]):
         raw = self.developer.prepare(self.contents.read(missing)) if len(missing) else None
         return Fetched(places, known, missing, raw)
 
-    def finish(self, fetched: Fetched[Raw]) -> Tensor:
+    def finish(self, fetched: Fetched) -> Tensor:
         if fetched.raw is None:
             stacked = np.stack([pixels for pixels in fetched.known if pixels is not None])
             return torch.from_numpy(stacked).to(self.device)[self.index(fetched.places)]
@@ -212,6 +177,7 @@ class OpenPatches(Generic[Raw]):
             self.memory.keep((self.slide, row, kind), array)
 
     def masks(self, rows: np.ndarray) -> np.ndarray:
+        """uint8 (n, H, W), lossless, never through a codec; InputError where there are none."""
         if not self.has_masks:
             raise InputError(f"{self.contents.where}: has no masks; give --masks FOLDER, or shards "
                              "that were converted with them")  # fmt: skip
@@ -234,9 +200,11 @@ class OpenPatches(Generic[Raw]):
         return found
 
     def slides(self) -> list[str]:
+        """Sorted names of the slides; empty where patches name none."""
         return [self.slide] if self.slide is not None else self.contents.slides()
 
     def rows_of(self, slide: str) -> np.ndarray:
+        """Rows of a slide's patches, ascending; UnknownNameError for one that is not there."""
         found = self.rows_by_slide.get(slide)
         if found is None:
             raise unknown_name("slide", slide, self.slides())
@@ -250,18 +218,30 @@ class OpenPatches(Generic[Raw]):
                 found.setdefault(slide, []).append(row)
         return {slide: np.array(rows, np.int64) for slide, rows in found.items()}
 
-    def of_slide(self, slide: str) -> OpenPatches[Raw]:
+    def of_slide(self, slide: str) -> PatchSet:
+        """The patches of one slide as a set of their own, rows from 0.
+
+        Of slides as originals only this one's tissue is found: take it to go slide by slide.
+        """
         if slide not in self.slides():
             raise unknown_name("slide", slide, self.slides())
         contents = self.contents if self.slide is not None else self.contents.of_slide(slide)
-        return OpenPatches(
+        return PatchSet(
             contents, self.developer, self.described, self.measure, self.memory, self.device, slide
         )
 
     def fingerprint(self) -> str:
+        """Identity of what is stored behind the table, 16 hex digits; the same once moved.
+
+        Of originals: the sizes of all files, and the first bytes of some, with their masks. Of
+        latents: the hashes of the shards, and which patches of them are meant. What is done to
+        what is stored (a codec, a decoder) `facts` tells.
+        raises  InputError with the name of a file that cannot be read
+        """
         return self.contents.fingerprint()
 
     def facts(self) -> SourceFacts:
+        """Where the pixels come from and what they cost; may encode a sample to measure that."""
         if self.described.bytes_per_patch is not None:
             return self.described
         try:

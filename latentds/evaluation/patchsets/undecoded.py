@@ -25,9 +25,9 @@ from latentds.evaluation.patchsets.open_patch_sets import (
     refuse,
     stored_facts,
 )
-from latentds.evaluation.patchsets.patch_set import PatchSet, SourceFacts
+from latentds.evaluation.patchsets.patch_set import SourceFacts
 from latentds.evaluation.patchsets.patch_set_config import ORIGINAL, PatchInput
-from latentds.evaluation.patchsets.patches import Memory, OpenPatches
+from latentds.evaluation.patchsets.patches import Memory, PatchSet
 from latentds.evaluation.patchsets.picture_patches import Pictures
 from latentds.quantizers.codebooks import ChannelStatistics, rounded
 from latentds.store.channel_statistics import channel_statistics
@@ -89,7 +89,7 @@ def of_shards(
     )  # fmt: skip
     books = [stem.statistics.normalized(book) for book in manifest.codebooks]
     latents = UndecodedCodes(books, device)
-    patches = OpenPatches(shards, latents, described, lambda: None, memory, device)
+    patches = PatchSet(shards, latents, described, lambda: None, memory, device)
     return UndecodedPatches(patches, stem, contract.latents_shape[1:])
 
 
@@ -114,7 +114,7 @@ def of_originals(
     check_latents(stem, codec.card.latent_id, config.location)
     making.normalize = stem.normalize
     facts = dataclasses.replace(decoded, name=f"{PREFIX}{decoded.codec}", decoder=None)
-    patches = OpenPatches(pictures, making, facts, lambda: None, memory, device)
+    patches = PatchSet(pictures, making, facts, lambda: None, memory, device)
     return UndecodedPatches(patches, stem, (cells[0], cells[1]))
 
 

@@ -162,8 +162,8 @@ def planned_slides(config: Config, plan: Any) -> dict[str, Any]:
         return {}
     from latentds_tools.reports.slide_pages import slide_page
 
-    from latentds.conversion.conversion_plan import describe_left_out
     from latentds.conversion.converting import slide_records
+    from latentds.conversion.workdir import describe_left_out
     from latentds.core.storage import write_atomically
     from latentds.store.object_store import location_of
 

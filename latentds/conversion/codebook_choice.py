@@ -10,9 +10,10 @@ import numpy as np
 
 from latentds.autoencoders.autoencoder import AutoencoderCard
 from latentds.autoencoders.tiny import shipped_records, tiny_codebook
-from latentds.conversion.conversion_plan import by_region, check_budget
+from latentds.conversion.conversion_plan import check_budget
 from latentds.conversion.convert_config import ConvertConfig
 from latentds.conversion.patch_encoding import Encoder, PlanReader, sample_latents
+from latentds.conversion.workdir import by_region
 from latentds.core.display import progress
 from latentds.errors import ContractError, InputError, ShapeError
 from latentds.quantizers.additive_fit import fit_additive, plane_range

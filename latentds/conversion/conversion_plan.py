@@ -1,7 +1,4 @@
-"""What will be converted, in which order, into which shard, and what is left out of that.
-
-All of it but patches that turn out damaged is decided before a pixel is read.
-"""
+"""What will be converted, in which order, into which shard: decided before a pixel is read."""
 
 from __future__ import annotations
 
@@ -11,89 +8,23 @@ import functools
 import hashlib
 import itertools
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 
 from latentds.conversion.convert_config import ConvertConfig
+from latentds.conversion.workdir import LeftOut, record_of, sources_of
 from latentds.core.json_text import canonical_json
-from latentds.errors import InputError, Reason, TooManyBadSamplesError, UnusableError
+from latentds.errors import InputError, TooManyBadSamplesError
 from latentds.sources.image_folder import half_labelled
 from latentds.sources.opening import list_source, open_source
 from latentds.sources.picture import MIXED_CHUNKS, Header, Listing, Picture
 from latentds.sources.source import PatchReader, Source
 from latentds.store.format import shard_name
 
-Region = tuple[str, int, int]  # source, x, y
 BLOCK_PATCHES = 256  # at least so many patches between two points a killed run resumes from
 BAD_NAMED = 5
 REGION_DTYPE = np.dtype([("picture", "<u4"), ("x", "<i4"), ("y", "<i4")])
-
-
-@dataclasses.dataclass(frozen=True)
-class LeftOut:
-    """A patch, or at (0, 0) a whole picture or its first patch, that no shard holds.
-
-    reason  of the closed list in `latentds.errors`
-    detail  the error's words, which may name a file; stored nowhere that names are hidden
-    """
-
-    source: str
-    x: int
-    y: int
-    reason: Reason
-    detail: str
-
-    @property
-    def region(self) -> Region:
-        """What is left out, as a key."""
-        return self.source, self.x, self.y
-
-    def __str__(self) -> str:
-        """What is left out, for people."""
-        return self.source if self.x == self.y == 0 else f"{self.source} at ({self.x}, {self.y})"
-
-    def to_json(self) -> list[Any]:
-        """A line of a journal."""
-        return list(dataclasses.astuple(self))
-
-
-def record_of(source: str, place: tuple[int, int], error: InputError) -> LeftOut:
-    """The record of why a patch or picture cannot be had."""
-    reason: Reason = error.reason if isinstance(error, UnusableError) else "other"
-    return LeftOut(source, *place, reason, str(error))
-
-
-def by_region(records: Iterable[LeftOut]) -> dict[Region, LeftOut]:
-    """Records by what they are about, each once."""
-    return {record.region: record for record in records}
-
-
-def sources_of(records: Iterable[LeftOut]) -> set[str]:
-    """Distinct sources."""
-    return {record.source for record in records}
-
-
-def describe_left_out(
-    records: Iterable[LeftOut], patches: Mapping[str, int], hide: Callable[[str], str] | None
-) -> list[dict[str, Any]]:
-    """Sources with reasons, sorted, for the manifest; `manifest.left_out_text` has it in words.
-
-    patches  planned patches by source: of one with several it is said how many were left out
-    hide     what stands for a source's name; then no detail is stored, for it may have names
-    """
-    found = sorted(set(records), key=lambda record: record.region)
-    counts = Counter(record.source for record in found)
-    entries = []
-    for source, first in {record.source: record for record in reversed(found)}.items():
-        entry: dict[str, Any] = {"source": source, "reason": first.reason, "detail": first.detail}
-        if hide is not None:
-            entry = {"source": hide(source), "reason": first.reason}
-        if patches.get(source, 0) > 1:
-            entry |= {"patches": counts[source], "of": patches[source]}
-        entries.append(entry)
-    return sorted(entries, key=lambda entry: str(entry["source"]))
 
 
 @dataclasses.dataclass(frozen=True)

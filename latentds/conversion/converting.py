@@ -18,14 +18,7 @@ import torch
 from latentds.autoencoders import load_autoencoder
 from latentds.autoencoders.autoencoder import Autoencoder
 from latentds.conversion.codebook_choice import given_codebook
-from latentds.conversion.conversion_plan import (
-    LeftOut,
-    Plan,
-    Region,
-    by_region,
-    describe_left_out,
-    make_plan,
-)
+from latentds.conversion.conversion_plan import Plan, make_plan
 from latentds.conversion.convert_config import ConvertConfig
 from latentds.conversion.prepared import (
     Conversion,
@@ -36,7 +29,15 @@ from latentds.conversion.prepared import (
     prepare,
 )
 from latentds.conversion.shard_writing import write_shards
-from latentds.conversion.workdir import WorkFolder, differences, prepare_output
+from latentds.conversion.workdir import (
+    LeftOut,
+    Region,
+    WorkFolder,
+    by_region,
+    describe_left_out,
+    differences,
+    prepare_output,
+)
 from latentds.core.storage import write_atomically
 from latentds.errors import FormatError, InputError
 from latentds.quantizers.codebooks import StoredCodebook

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from latentds.autoencoders.autoencoder import Autoencoder, exact_arithmetic, latent_cells
 from latentds.codecs.refining import error_gradient, refine
-from latentds.conversion.conversion_plan import LeftOut, Plan, Region, by_region, record_of
+from latentds.conversion.conversion_plan import Plan
 from latentds.conversion.convert_config import ConvertConfig
+from latentds.conversion.workdir import LeftOut, Region, by_region, record_of
 from latentds.errors import ContractError, InputError
 from latentds.quantizers.scalar import AnyCodebook
 from latentds.sources.source import PatchReader, tasks_of

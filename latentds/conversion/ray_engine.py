@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from latentds.conversion.conversion_plan import LeftOut, PlannedShard
+from latentds.conversion.conversion_plan import PlannedShard
 from latentds.conversion.convert_config import ConvertConfig
 from latentds.conversion.prepared import MAX_WORKERS, Conversion, WriteShards
 from latentds.conversion.shard_writing import patches_bar
@@ -33,6 +33,7 @@ from latentds.conversion.work_units import (
     told,
     write_unit,
 )
+from latentds.conversion.workdir import LeftOut
 from latentds.errors import InputError, first_words, missing_extra
 
 try:

@@ -13,17 +13,11 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from latentds.conversion.conversion_plan import (
-    LeftOut,
-    PlannedShard,
-    Region,
-    by_region,
-    check_budget,
-)
+from latentds.conversion.conversion_plan import PlannedShard, check_budget
 from latentds.conversion.convert_config import ConvertConfig
 from latentds.conversion.patch_encoding import Chunk
 from latentds.conversion.prepared import Conversion
-from latentds.conversion.workdir import Pending, WorkFolder
+from latentds.conversion.workdir import LeftOut, Pending, Region, WorkFolder, by_region
 from latentds.core.display import progress
 from latentds.errors import ContractError
 from latentds.store.format import Contract, pack_key

@@ -19,12 +19,12 @@ import torch
 from PIL import Image
 
 from latentds.autoencoders.autoencoder import Autoencoder
-from latentds.conversion.conversion_plan import LeftOut, Plan, PlannedShard, by_region, check_budget
+from latentds.conversion.conversion_plan import Plan, PlannedShard, check_budget
 from latentds.conversion.convert_config import ConvertConfig
 from latentds.conversion.patch_encoding import Encoder, device_model
 from latentds.conversion.prepared import MAX_WORKERS, Conversion, make_reader, versions
 from latentds.conversion.shard_writing import write_shards
-from latentds.conversion.workdir import WorkFolder, look_at_journal
+from latentds.conversion.workdir import LeftOut, WorkFolder, by_region, look_at_journal
 from latentds.core.device_choice import choose_device
 from latentds.core.storage import exclusive_lock, sha256_file
 from latentds.errors import ContractError, InputError, LatentdsError

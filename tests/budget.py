@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import multiprocessing
 import resource
 import statistics
 import sys
@@ -104,6 +105,7 @@ def wait_for_the_end(children: set[int], known: set[threading.Thread]) -> list[s
     gc.collect()  # an iterator that a test left half way ends its workers when it is collected
     deadline = time.monotonic() + PATIENCE_S
     while (found := left_behind(children, known)) and time.monotonic() < deadline:
+        multiprocessing.active_children()  # asks after those that have ended, as nobody else may
         time.sleep(0.02)
     return found
 

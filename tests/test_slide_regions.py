@@ -152,7 +152,7 @@ def test_other_regions_are_another_conversion(folder):
         places_of(folder, label_from="regions")
     made = (folder / "out/.latentds/manifest.json").stat().st_mtime_ns
     os.utime(path, ns=(made + 10**9, made + 10**9))
-    with pytest.raises(InputError, match=r"a\.b\.geojson was last changed"):
+    with pytest.raises(InputError, match=r"a\.b\.geojson was changed after it was made"):
         places_of(folder)
 
 

@@ -9,12 +9,15 @@ Nothing is measured here. docs/traceability.md says where the sources themselves
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from latentds_tools.bench import bench_resume
+from latentds_tools.fidelity import fidelity_page
 from latentds_tools.fidelity.front import cell, cost_table, read_rows
 from latentds_tools.reports.markdown import table
 
@@ -28,17 +31,19 @@ MEASURES = ("bytes", *EMBEDDERS, "PSNR, dB", "SSIM")
 KEPT = {
     "MoNuSeg": (
         "MoNuSeg, 28 crops: ",
-        ("tiny-v2+rans:4096", "tiny-v2-fast+rans:4096", "tiny+kmeans", "avif444@4096",
-         "avif@4096", "jxl@4096", "tiny-v2+rans:2048", "tiny-v2-fast+rans:2048", "avif444@2048",
-         "avif@2048", "jxl@2048"),
+        ("tiny-v2+rans:4096", "tiny-v2-fast+rans:4096", "tiny-v2-cpu+rans:4096", "tiny+kmeans",
+         "avif444@4096", "avif@4096", "jxl@4096", "tiny-v2+rans:2048", "tiny-v2-fast+rans:2048",
+         "tiny-v2-cpu+rans:2048", "avif444@2048", "avif@2048", "jxl@2048"),
     ),
     "UCSB": (
         "UCSB, 40 crops: ",
-        ("tiny-v2+rans:4096", "tiny-v2-fast+rans:4096", "tiny+kmeans", "avif444@4096",
-         "avif@4096", "jxl@4096", "tiny-v2+rans:2048", "tiny-v2-fast+rans:2048", "avif@2048",
-         "jxl@2048"),
+        ("tiny-v2+rans:4096", "tiny-v2-fast+rans:4096", "tiny-v2-cpu+rans:4096", "tiny+kmeans",
+         "avif444@4096", "avif@4096", "jxl@4096", "tiny-v2+rans:2048", "tiny-v2-fast+rans:2048",
+         "tiny-v2-cpu+rans:2048", "avif444@2048", "avif@2048", "jxl@2048"),
     ),
 }  # fmt: skip
+EQUAL_BYTES = {"MoNuSeg": "results/fidelity-monuseg.json", "UCSB": "results/fidelity-ucsb.json"}
+REFERENCES = ("avif444@1024", "avif444@2048", "avif444@4096", "avif@8192")
 CALLED = {"tiny+kmeans": "`tiny-v1`", "jxl": "JPEG XL"}
 
 
@@ -105,7 +110,29 @@ def resume_table(source: Path) -> str:
     return table_in(bench_resume.as_text(json.loads(source.read_text())), "| loader |", str(source))
 
 
+def equal_bytes(title: str, part: Callable[[dict[str, Any]], str], source: Path) -> str:
+    """A table of a fidelity report, under the name of its pictures."""
+    found = table_in(part(json.loads(source.read_text())), "| codec |", str(source))
+    return found.replace("| codec |", f"| {title} |", 1)
+
+
+def tables_of_equal_bytes() -> Iterator[Traced]:
+    """What docs/fidelity.md has of the runs at equal bytes."""
+    for name, source in EQUAL_BYTES.items():
+        parts: dict[str, Callable[[dict[str, Any]], str]] = {
+            name: functools.partial(fidelity_page.main_table, group="all"),
+            f"{name}, steps": fidelity_page.steps_part,
+        }
+        for reference in REFERENCES:
+            less = functools.partial(fidelity_page.differences_part, reference=reference)
+            parts[f"{name}, less `{reference}`"] = less
+        for title, part in parts.items():
+            make = functools.partial(equal_bytes, title, part)
+            yield Traced("docs/fidelity.md", f"| {title} |", source, make)
+
+
 TABLES = (
+    *tables_of_equal_bytes(),
     Traced(
         "README.md",
         "| stored as |",

@@ -1,5 +1,7 @@
 """Slides of a location: read in place by range, the same patches as of a whole copy."""
 
+import dataclasses
+
 import fsspec
 import numpy as np
 import pytest
@@ -7,9 +9,10 @@ from latentds_tools.convert import Config, with_local_source
 
 from latentds import ShardSet
 from latentds.conversion.converting import convert
-from latentds.errors import LocationError, UnusableError
+from latentds.core.untrusted_files import open_picture, tiles_file
+from latentds.errors import InputError, LocationError
 from latentds.sources import slide_ranges
-from latentds.sources.slide_ranges import Level, joined, tiles_file
+from latentds.sources.slide_ranges import Level, joined
 from latentds.sources.slide_reading import open_slide
 from latentds.store.format import MANIFEST
 from latentds.store.transport import Transport
@@ -48,7 +51,14 @@ def fetched(monkeypatch):
 
 
 def settings(source, tmp_path, name) -> Config:
-    options = {"patch_size": 64, "mpp": 0.25, "fit_patches": 16, "device": "cpu", "workers": 2}
+    options = {
+        "kind": "slides",
+        "patch_size": 64,
+        "mpp": 0.25,
+        "fit_patches": 16,
+        "device": "cpu",
+        "workers": 2,
+    }
     return Config(source=source, out=tmp_path / name, work=tmp_path / "work", **options)
 
 
@@ -93,8 +103,18 @@ def test_a_location_that_is_gone_ends_the_run_and_loses_no_patch(location, tmp_p
 
 def test_holes_are_never_taken_for_pixels(location, tmp_path):
     config = with_local_source(settings(location, tmp_path, "out"))
-    with pytest.raises(UnusableError, match="has holes that only its location can fill"):
-        open_slide(config.source / NAME)
+    path = config.source / NAME
+    with pytest.raises(InputError, match="has holes that only its location can fill"):
+        open_slide(path)
+    with pytest.raises(InputError, match="has holes"), open_picture(path):
+        pass
+
+
+@pytest.mark.parametrize("kind", [None, "pictures", "tiles"])
+def test_a_tiled_picture_is_no_slide_and_is_copied(location, tmp_path, kind):
+    config = settings(location, tmp_path, "out")
+    copy = with_local_source(dataclasses.replace(config, kind=kind)).source / NAME
+    assert copy.read_bytes() == (tmp_path / "local" / NAME).read_bytes()
 
 
 @pytest.mark.parametrize("what", ["no slide", "strips", "small", "cut short"])

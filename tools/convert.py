@@ -101,7 +101,7 @@ def with_local_source(config: Config) -> Config:
     is_ray = config.engine == "ray"  # whose workers may have no such folder
     folder = (config.work or CacheConfig().resolve()[0] / "staging") / f"source-{digest}"
     folder = folder.with_name(f"{folder.name}-whole") if is_ray else folder
-    hollow = functools.partial(make_hollow, Transport(location))
+    hollow = functools.partial(make_hollow, Transport(location), config.kind)
     source = download(location, folder) if is_ray else download(location, folder, hollow)
     return dataclasses.replace(config, source=source, location=location)
 

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
 
 from latentds.codecs.formats import DECODE_ERRORS
-from latentds.core.untrusted_files import open_picture
+from latentds.core.untrusted_files import open_picture, open_regular
 from latentds.errors import InputError
 from latentds.sources.picture_decoding import picture_suffixes
 
@@ -102,7 +102,8 @@ def size_of(path: Path) -> tuple[tuple[int, int], int]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of damaged directories, which are told elsewhere
-            with open_picture(path, ["TIFF"]) as image:
+            # Of an open file, which may have holes: no pixel is read.
+            with open_regular(path) as file, open_picture(file, ["TIFF"]) as image:
                 return image.size, getattr(image, "n_frames", 1)
     except (*DECODE_ERRORS, TypeError):  # Pillow's for a directory without a size
         return (0, 0), 1

@@ -20,11 +20,12 @@ from typing import Any
 
 import numpy as np
 
+from latentds.core.untrusted_files import tiles_file
 from latentds.errors import InputError, LocationError, UnusableError
 from latentds.sources.slide_probe import open_whole
 from latentds.store.transport import Transport
 
-SUFFIXES = (".svs", ".tif", ".tiff")
+SUFFIXES = {None: (".svs",), "slides": (".svs", ".tif", ".tiff")}  # by --kind
 LEAST_BYTES = 1 << 24  # of a slide: a smaller one is sooner there as a whole
 BLOCK_BYTES = 1 << 16  # of a directory, at a time
 MAX_DIRECTORY_BYTES, MAX_PAGES = 1 << 26, 64
@@ -106,14 +107,12 @@ class Level:
         return numbers
 
 
-def tiles_file(path: Path) -> Path:
-    """Beside a slide with holes, a byte for every tile: 1 once it is there."""
-    return path.with_name(f".{path.name}.tiles")
+def make_hollow(transport: Transport, kind: str | None, name: str, path: Path, size: int) -> bool:
+    """Whether a location's slide can be read by range; then `path` is its file, with holes.
 
-
-def make_hollow(transport: Transport, name: str, path: Path, size: int) -> bool:
-    """Whether a location's slide can be read by range; then `path` is its file, with holes."""
-    if path.suffix.lower() not in SUFFIXES or size < LEAST_BYTES:
+    kind  --kind: only where it is slides, a .tif is surely no picture
+    """
+    if path.suffix.lower() not in SUFFIXES.get(kind, ()) or size < LEAST_BYTES:
         return False
     if path.is_file() and path.stat().st_size == size:
         return tiles_file(path).is_file()

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from latentds.core.untrusted_files import check_whole, tiles_file
 from latentds.errors import UnusableError
 from latentds.sources.cut_options import MAGNIFICATION_MPP
 from latentds.sources.slide_probe import open_whole
-from latentds.sources.slide_ranges import RangedSlide, tiles_file
+from latentds.sources.slide_ranges import RangedSlide
 from latentds.store.transport import Transport
 
 THUMBNAIL_MPP = 8.0  # a 256 px patch at 0.5 mpp is 16 px of it
@@ -37,10 +38,9 @@ def open_slide(path: Path, transport: Transport | None = None, name: str = "") -
     transport  of the location that a file with holes is filled from
     name       of the slide there
     """
-    if not tiles_file(path).is_file():
+    if transport is None or not tiles_file(path).is_file():
+        check_whole(path)
         return open_whole(path)
-    if transport is None:
-        raise UnusableError("has holes that only its location can fill; convert that")
     return RangedSlide(open_whole(path), path, transport, name)
 
 

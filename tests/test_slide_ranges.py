@@ -13,7 +13,7 @@ from latentds.core.untrusted_files import open_picture, tiles_file
 from latentds.errors import InputError, LocationError
 from latentds.sources import slide_ranges
 from latentds.sources.slide_ranges import Level, joined
-from latentds.sources.slide_reading import open_slide
+from latentds.sources.slide_reading import cut_region, open_slide
 from latentds.store.format import MANIFEST
 from latentds.store.transport import Transport
 from tests.fakes import MeanAutoencoder
@@ -148,3 +148,15 @@ def test_near_ranges_are_one_request(monkeypatch):
     monkeypatch.setattr(slide_ranges, "RANGE_BYTES", 100)
     spans = joined(np.array([50, 0, 200, 255, 290]), np.array([10, 40, 50, 20, 30]))
     assert list(spans) == [(0, 60), (200, 275), (290, 320)]
+
+
+@pytest.mark.assets
+def test_a_scanners_slide_gives_the_pixels_of_a_copy(assets, tmp_path, location, fetched):
+    local = assets / "wsi" / "CMU-1-Small-Region.svs"
+    fsspec.filesystem("memory").pipe_file(f"/{tmp_path.name}/slides/a.svs", local.read_bytes())
+    transport, copy, size = Transport(location), tmp_path / "a.svs", local.stat().st_size
+    assert slide_ranges.make_hollow(transport, None, "a.svs", copy, size)
+    slides = [open_slide(copy, transport, "a.svs"), open_slide(local)]
+    for place in [(0, 0), (500, 700), (1900, 2500)]:
+        assert np.array_equal(*(cut_region(slide, place, 1.0, 256) for slide in slides))
+    assert sum(fetched) < size / 10

@@ -22,6 +22,7 @@ MARGIN = 2.0  # the machine may have been busier during the test than when it is
 # A library is imported by whichever test needs it first: that test may have the import's time.
 CPU_SECONDS_A_MODULE = 0.005
 UNBOUND = ("slow", "assets", "gpu")  # marks of tests that may take longer
+YOUNG_S = 0.1  # most end by themselves, and a look for garbage takes as long
 PATIENCE_S = 15.0  # a server's thread or a killed child needs a moment to go
 # Started once a process by a library, and meant to stay.
 LASTING_THREADS = ("fsspecIO", "tqdm", "pytest_", "execnet", "TMonitor", "asyncio_")
@@ -68,11 +69,11 @@ def allowance(new_modules: int) -> float:
 
 def child_processes() -> set[int]:
     """Process ids of this process's children; none where there is no /proc to tell."""
-    lists = Path("/proc/self/task").glob("*/children")
     found: set[int] = set()
-    for path in lists:
+    tasks = Path("/proc/self/task")
+    for task in tasks.iterdir() if tasks.is_dir() else ():
         try:
-            found |= {int(word) for word in path.read_text().split()}
+            found.update(map(int, (task / "children").read_bytes().split()))
         except OSError:  # the thread has ended meanwhile
             continue
     return {pid for pid in found if not any(word in command(pid) for word in LASTING_CHILDREN)}
@@ -102,11 +103,14 @@ def wait_for_the_end(children: set[int], known: set[threading.Thread]) -> list[s
     """Who is left after a moment's patience."""
     if not left_behind(children, known):
         return []
-    gc.collect()  # an iterator that a test left half way ends its workers when it is collected
-    deadline = time.monotonic() + PATIENCE_S
-    while (found := left_behind(children, known)) and time.monotonic() < deadline:
-        multiprocessing.active_children()  # asks after those that have ended, as nobody else may
-        time.sleep(0.02)
+    for patience_s in (YOUNG_S, PATIENCE_S):
+        deadline = time.monotonic() + patience_s
+        while (found := left_behind(children, known)) and time.monotonic() < deadline:
+            multiprocessing.active_children()  # asks after the ended, as nobody else may
+            time.sleep(0.01)
+        if not found:
+            break
+        gc.collect()  # an iterator that a test left half way ends its workers when it is collected
     return found
 
 

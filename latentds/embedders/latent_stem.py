@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from latentds.embedders.timm_models import create
+from latentds.embedders.timm_models import create, outline
 from latentds.errors import FormatError, InputError, ShapeError
 from latentds.quantizers.codebooks import ChannelStatistics
 from latentds.store.format import Contract
@@ -143,11 +143,10 @@ def build_vit(
     return network
 
 
-@functools.cache  # timm draws weights on `meta` too, in Python: half a second a network
+@functools.cache
 def check_arch(arch: str) -> None:
     """Refuse networks that are not timm's plain ViT: no patch embedding there to replace."""
-    with torch.device("meta"):
-        network = create(arch)
+    network = outline(arch)
     embedding = type(getattr(network, "patch_embed", None)).__name__
     if (type(network).__name__, embedding) != ("VisionTransformer", "PatchEmbed"):
         raise InputError(
@@ -188,8 +187,7 @@ def check_cells(arch: str, edge: int, cells: tuple[int, int]) -> None:
 def image_px(arch: str) -> int:
     """Edge of the images that an arch's own position embedding is laid out for."""
     check_arch(arch)
-    with torch.device("meta"):
-        return int(create(arch).patch_embed.img_size[0])
+    return int(outline(arch).patch_embed.img_size[0])
 
 
 def sixteen(arch: str) -> str:
@@ -203,8 +201,7 @@ def timm_arguments(arch: str, stem: LatentStemConfig, img_px: int = 224) -> dict
 
     What an exported backbone's config.json takes as `model_args`, beside dynamic_img_size.
     """
-    with torch.device("meta"):
-        patch_px = create(arch).patch_embed.patch_size[0]
+    patch_px = outline(arch).patch_embed.patch_size[0]
     if patch_px % stem.factor:
         return None
     cells = patch_px // stem.factor

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from latentds.autoencoders.autoencoder import hash_tensors
 from latentds.embedders.embedder import (
@@ -39,8 +40,7 @@ def load_known(
     raises   WeightsError, MissingExtraError
     """
     card = without_resizing(CARDS[name]) if native else CARDS[name]
-    with torch.device("meta"):  # drawing weights to overwrite takes seconds, and their memory twice
-        network = create(card.class_name, **(arguments(name) | changes))
+    network = outline(card.class_name, **(arguments(name) | changes))
     embedder = load(card, network, path, f"{name} ({card.class_name})")
     if name == "virchow2":
         embedder.network = TokenAndMean(network, network.num_prefix_tokens).eval()
@@ -74,6 +74,26 @@ def create(timm_name: str, **arguments: Any) -> Any:
         return timm.create_model(timm_name, pretrained=False, **({"num_classes": 0} | arguments))
     except RuntimeError as error:  # a tag that this network does not have
         raise UnknownNameError(f"timm model {timm_name!r}: {error}") from error
+
+
+def outline(timm_name: str, **arguments: Any) -> Any:
+    """The same on the meta device: shapes alone, as drawing weights to overwrite takes seconds."""
+    with torch.device("meta"), Undrawn():
+        return create(timm_name, **arguments)
+
+
+class Undrawn(TorchFunctionMode):
+    """Leaves out what would fill tensors of the meta device, which torch does in Python there."""
+
+    FILLS = frozenset(
+        getattr(torch.Tensor, f"{name}_")
+        for name in ("uniform", "normal", "erfinv", "mul", "add", "clamp", "fill", "zero")
+    )
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self.FILLS and args[0].is_meta:
+            return args[0]
+        return func(*args, **(kwargs or {}))
 
 
 def arguments(name: str) -> dict[str, Any]:

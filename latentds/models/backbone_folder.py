@@ -34,7 +34,7 @@ from latentds.embedders.backbone_record import (
 )
 from latentds.embedders.embedder import IMAGENET_MEAN, IMAGENET_STD
 from latentds.embedders.latent_stem import LatentStemConfig, timm_arguments
-from latentds.embedders.timm_models import create
+from latentds.embedders.timm_models import outline
 from latentds.errors import FormatError, InputError, ShapeError
 from latentds.models.backbone_card import backbone_card, local_front_matter
 
@@ -124,8 +124,7 @@ def as_stored(tensor: Tensor) -> Tensor:
 def image_edge(backbone: Any, arch: str, stem: LatentStemConfig | None) -> int:
     """Edge in pixels of the pictures, or of what the latents are of, a network is laid out for."""
     if stem is not None:
-        with torch.device("meta"):
-            token_px = create(arch).patch_embed.patch_size[0]
+        token_px = outline(arch).patch_embed.patch_size[0]
         return int(backbone.patch_embed.grid_size[0] * token_px)
     size = getattr(getattr(backbone, "patch_embed", None), "img_size", None)
     config: Any = backbone.pretrained_cfg
@@ -194,8 +193,7 @@ def check_place(folder: Path, record: BackboneRecord, overwrite: bool) -> None:
 
 def check_buildable(record: BackboneRecord, tensors: Mapping[str, Tensor]) -> None:
     """InputError where timm's network of that name and arguments has other tensors."""
-    with torch.device("meta"):
-        network = create(record.arch, **(record.model_args or {}))
+    network = outline(record.arch, **(record.model_args or {}))
     wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     seen = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     odd = sorted(n for n in wanted.keys() | seen.keys() if wanted.get(n) != seen.get(n))

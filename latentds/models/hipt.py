@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentds.embedders.timm_models import create
+from latentds.embedders.timm_models import outline
 from latentds.errors import WeightsError
 
 NETWORK, WHAT = "vit_small_patch16_224", "HIPT's ViT-S/16"
@@ -31,7 +31,7 @@ READ_ERRORS = (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFErro
 
 def load_hipt(path: Path) -> Any:
     """The network with the file's weights, without a head; WeightsError names what is missing."""
-    network = create(NETWORK)
+    network = outline(NETWORK)
     tensors = read_checkpoint(path)
     wanted = network.state_dict()
     missing = [name for name in wanted if name not in tensors]
@@ -43,7 +43,7 @@ def load_hipt(path: Path) -> Any:
     if odd:
         seen, right = (tuple(of[odd[0]].shape) for of in (tensors, wanted))
         raise WeightsError(f"{path}: tensor {odd[0]!r} is {seen}, {WHAT} needs {right}")
-    network.load_state_dict(tensors)
+    network.load_state_dict(tensors, assign=True)
     return network
 
 

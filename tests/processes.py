@@ -16,7 +16,6 @@ PRELOADED = [
     "latentds.loading.loader",
     "latentds.hub.set_upload",
     "pyarrow.parquet",
-    "skimage.metrics.simple_metrics",  # a conversion's last step
     "tests.rank_imports",
 ]
 

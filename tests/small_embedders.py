@@ -50,6 +50,23 @@ def small_vit(folder: Path, name: str = "uni", native: bool = False) -> NetworkE
     return load_known(name, save_vit(folder / "w.bin", name), native, **SMALL)
 
 
+def save_conch(path: Path, cells: int = 14) -> Path:
+    """Random weights of CONCH v1.5, made small, its positions of `cells` x `cells` patches."""
+    pytest.importorskip("timm")
+    from latentds.embedders.conch import Tower
+
+    torch.manual_seed(0)
+    network = Tower(16, **SMALL, img_size=16 * cells).to_empty(device="cpu")
+    torch.save({n: torch.randn(t.shape) * 0.3 for n, t in network.state_dict().items()}, path)
+    return path
+
+
+def small_conch(folder: Path, cells: int = 14) -> NetworkEmbedder:
+    from latentds.embedders.conch import load_conch
+
+    return load_conch(save_conch(folder / "c.bin", cells), width=16, **SMALL)
+
+
 def save_phikon(folder: Path, patch_px: int = 16) -> Path:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
@@ -77,6 +94,7 @@ MAKERS = {
     "gigapath-like": lambda folder: small_vit(folder, "gigapath"),
     "virchow2-like": lambda folder: small_vit(folder, "virchow2"),
     "h-optimus-like": lambda folder: small_vit(folder, "h-optimus-1"),
+    "conch-like": lambda folder: small_conch(folder),
     "midnight-like": lambda folder: load_embedder(f"midnight@{save_phikon(folder / 'm', 14)}"),
     "phikon-like": lambda folder: load_embedder(f"phikon-v2@{save_phikon(folder / 'p')}"),
     "efficientnet-lite0": lambda folder: load_embedder("efficientnet-lite0"),

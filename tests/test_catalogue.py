@@ -14,7 +14,14 @@ from latentds.embedders.embedder import Preparation
 from latentds.embedders.embedder_cards import CARDS
 from latentds.errors import InputError, UnknownNameError, WeightsError
 from latentds.models.dense_encoders import of_embedder
-from tests.small_embedders import MAKERS, random_images, save_phikon, small_vit
+from tests.small_embedders import (
+    MAKERS,
+    random_images,
+    save_conch,
+    save_phikon,
+    small_conch,
+    small_vit,
+)
 
 OWN = """
 import torch
@@ -66,7 +73,7 @@ def test_h_optimus_gives_its_class_token(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "maker", ["virchow2-like", "h-optimus-like", "midnight-like", "phikon-like"]
+    "maker", ["virchow2-like", "h-optimus-like", "conch-like", "midnight-like", "phikon-like"]
 )
 def test_networks_that_pool_give_segmentation_their_map(tmp_path, maker):
     pytest.importorskip("timm")
@@ -74,13 +81,67 @@ def test_networks_that_pool_give_segmentation_their_map(tmp_path, maker):
     assert encoder(random_images(1, 112, 112)).shape == (1, 32, 7, 7)
 
 
-@pytest.mark.parametrize("name", ["uni", "virchow2", "h-optimus-0", "midnight", "gigapath"])
+def test_conch_pools_its_tokens_by_one_learned_query(tmp_path):
+    """Against attention written out: 8 heads of 2, keys and values of normalized tokens."""
+    pytest.importorskip("timm")
+    embedder, images = small_conch(tmp_path), random_images(2, 448, 448)
+    tower, pool = embedder.network, embedder.network.attn_pool_contrast
+    with torch.no_grad():
+        tokens = tower.trunk.forward_features(embedder.prepare(images))
+        assert tokens.shape == (2, 1 + 28 * 28, 32)
+        query = (pool.to_q.weight @ pool.ln_q(pool.query)[0]).view(8, 2)
+        keys, values = (pool.ln_k(tokens) @ pool.to_kv.weight.T).view(2, -1, 2, 8, 2).unbind(2)
+        weights = (torch.einsum("hd,bthd->bth", query, keys) / 2**0.5).softmax(1)
+        pooled = torch.einsum("bth,bthd->bhd", weights, values).flatten(1) @ pool.to_out.weight.T
+    torch.testing.assert_close(embedder.embed(images), tower.ln_contrast(pooled))
+    assert embedder.card.dim == 16 and CARDS["conch-v1.5"].dim == 768
+
+
+@pytest.mark.parametrize("cells", [14, 28])
+def test_conchs_positions_are_spread_over_images_of_448_px(tmp_path, cells):
+    """As TRIDENT does it: to 14 x 14, bilinear, and from there to 28 x 28, bicubic."""
+    pytest.importorskip("timm")
+    embedder = small_conch(tmp_path, cells)
+    stored = torch.load(tmp_path / "c.bin", weights_only=True)["trunk.pos_embed"]
+    grid = stored[:, 1:].unflatten(1, (cells, cells)).permute(0, 3, 1, 2)
+    if cells == 28:  # a cell of 14 lies between two of 28: bilinear takes the mean of four
+        grid = torch.nn.functional.avg_pool2d(grid, 2)
+    scale = 28.1 / 14
+    expected = torch.nn.functional.interpolate(grid, scale_factor=(scale, scale), mode="bicubic")
+    found = embedder.network.trunk.pos_embed
+    assert torch.equal(found[:, :1], stored[:, :1])
+    spread = found[:, 1:].unflatten(1, (28, 28)).permute(0, 3, 1, 2)
+    torch.testing.assert_close(spread, expected)
+
+
+def test_conchs_positions_that_are_no_square_are_refused(tmp_path):
+    pytest.importorskip("timm")
+    tensors = torch.load(save_conch(tmp_path / "c.bin"), weights_only=True)
+    torch.save(tensors | {"trunk.pos_embed": torch.zeros(1, 6, 32)}, tmp_path / "c.bin")
+    with pytest.raises(WeightsError, match=r"c\.bin: tensor 'trunk.pos_embed' is \[1, 6, 32\]"):
+        load_embedder(f"conch-v1.5@{tmp_path / 'c.bin'}")
+
+
+def test_conch_is_a_vit_large_with_a_pool():
+    pytest.importorskip("timm")
+    from latentds.embedders.conch import Tower
+
+    counts = [sum(p.numel() for p in part.parameters()) for part in Tower(768).children()]
+    pool = 2 * 1024 + 2 * 768 + 768 + 2 * 768 * 768 + 2 * 1024 * 768
+    vit, scales, more_positions = 303_301_632, 2 * 24 * 1024, (28**2 - 14**2) * 1024
+    assert counts == [vit + scales + more_positions, pool, 2 * 768]
+
+
+@pytest.mark.parametrize(
+    "name", ["uni", "virchow2", "h-optimus-0", "conch-v1.5", "midnight", "gigapath"]
+)
 def test_images_are_prepared_as_the_authors_do(name):
     """Against torchvision's transforms of floats, of a patch of 256 px."""
     v2 = pytest.importorskip("torchvision.transforms.v2")
     card, images = CARDS[name], random_images(1, 256, 256)
     mode = v2.InterpolationMode.BICUBIC if "bicubic" in card.rule else v2.InterpolationMode.BILINEAR
-    steps = [v2.Resize(card.resize_px, mode, antialias=True), v2.CenterCrop(224)]
+    edge = card.input_px
+    steps = [v2.Resize(card.resize_px, mode, antialias=True), v2.CenterCrop(edge)]
     expected = v2.Compose([*steps, v2.Normalize(card.mean, card.std)])(images)
     found = Preparation(card)(images)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)

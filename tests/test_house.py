@@ -31,7 +31,7 @@ LINES = {
     "latentds/conversion": 2_850,
     "latentds/core": 1_300,
     "latentds/edit": 3_050,
-    "latentds/embedders": 2_050,
+    "latentds/embedders": 2_150,
     "latentds/evaluation": 5_400,
     "latentds/hub": 1_830,
     "latentds/loading": 4_400,
@@ -54,6 +54,7 @@ HEAVY = {  # heavy libraries and the only modules that may import them
     },
     "imagecodecs": {"latentds.codecs.formats"},
     "timm": {
+        "latentds.embedders.conch",
         *("latentds.embedders.efficientnet_lite", "latentds.embedders.timm_models"),
         "latentds.models.vit_tokens",
     },

@@ -32,6 +32,7 @@ BUILT_BY_DIFFUSERS = ("sd15", "sd3", "dcae-f32", "taesd", "stabilityai/", "mit-h
 EMBEDDERS = {
     "timm": (
         *("uni", "uni2-h", "gigapath", "virchow2", "h-optimus-0", "h-optimus-1"),
+        "conch-v1.5",
         *("kaiko-vits8", "kaiko-vits16", "kaiko-vitb8", "kaiko-vitb16", "kaiko-vitl14"),
         "efficientnet-lite0",
     ),

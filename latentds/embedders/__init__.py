@@ -84,6 +84,10 @@ def load_card(name: str, path: Path | None, native: bool) -> NetworkEmbedder:
         from latentds.embedders.transformers_models import load_dinov2
 
         return load_dinov2(name, path, native)
+    if name == "conch-v1.5":
+        from latentds.embedders.conch import load_conch
+
+        return load_conch(path)
     from latentds.embedders.timm_models import load_known
 
     return load_known(name, path, native)

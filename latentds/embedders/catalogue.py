@@ -18,7 +18,6 @@ OWN_CODE = (
     "'--embedder FILE.py:FUNCTION' with a function of yours that makes it (docs/downstream.md)"
 )
 ELSEWHERE = {
-    "conch-v1.5": OWN_CODE.format("MahmoodLab/conchv1_5 or MahmoodLab/TITAN, gated"),
     "hibou-b": OWN_CODE.format("histai/hibou-b"),
     "hibou-l": OWN_CODE.format("histai/hibou-L, gated"),
 }

@@ -4,7 +4,8 @@ Rules as the authors publish them: UNI and UNI 2 in their README (torchvision's 
 bilinear), Prov-GigaPath in its README (a 256 px patch is cropped, not resized), Phikon-v2 in the
 `preprocessor_config.json` beside its weights, which is followed where it is there; Virchow2,
 H-optimus and Midnight on their pages on the Hub. H-optimus takes patches of 224 px as they are;
-others are resized as TRIDENT v0.3 does it, which has the same figures for all of these.
+others are resized as TRIDENT v0.3 does it, which has the same figures for all of these. CONCH v1.5
+is TRIDENT's alone.
 """
 
 from __future__ import annotations
@@ -36,6 +37,20 @@ CARDS = {
         multiple_px=14,
         repository="MahmoodLab/UNI2-h",
         file="pytorch_model.bin",
+        licence="CC-BY-NC-ND-4.0",
+        gated=True,
+    ),
+    "conch-v1.5": EmbedderCard(
+        name="conch-v1.5",
+        class_name="vit_large_patch16_224",
+        dim=768,
+        rule=f"shorter edge to 448 px (bilinear), centre crop of 448 px, {IMAGENET}; one learned "
+        "query over all tokens",
+        resize_px=448,
+        input_px=448,
+        interpolation="bilinear",
+        repository="MahmoodLab/conchv1_5",
+        file="pytorch_model_vision.bin",
         licence="CC-BY-NC-ND-4.0",
         gated=True,
     ),

@@ -28,7 +28,7 @@ PATIENCE_S = 15.0  # a server's thread or a killed child needs a moment to go
 LASTING_THREADS = ("fsspecIO", "tqdm", "pytest_", "execnet", "TMonitor", "asyncio_")
 LASTING_CHILDREN = ("resource_tracker", "torch_shm_manager", "forkserver")
 
-FREEZE_MODULES = 100  # new ones since the last time
+FREEZE_MODULES = 400  # new ones since the last time
 
 before_call = pytest.StashKey[tuple[set[int], set[threading.Thread]]]()
 

@@ -1,5 +1,6 @@
 """The main job on real material: real tissue, real weights, awkward tiles, the trainer."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -67,7 +68,7 @@ def test_real_patches_convert_verify_and_load(assets, tmp_path):
     manifest = convert(config)
     assert manifest.labels() == {"benign": 207, "malignant": 153} and len(manifest.slides) == 40
     assert verify(tmp_path / "ucsb").is_good
-    loader = LatentLoader(tmp_path / "ucsb", batch_size=40, shuffle=True, num_workers=2)
+    loader = LatentLoader(tmp_path / "ucsb", batch_size=40, shuffle=True, decode="codes")
     rows = [row for batch in loader for row in batch.rows.tolist()]
     assert sorted(rows) == list(range(360)) and loader.classes == ["benign", "malignant"]
 
@@ -94,23 +95,24 @@ def test_real_jpegs_and_masks_convert(assets, tmp_path):
     assert all(name.startswith("jpeg:q=") for name in jpegs.made["source_encodings"])
 
 
-def test_awkward_tiles_survive_tiling_and_a_local_autoencoder(assets, tmp_path):
-    config = ConvertConfig(
-        source=assets / "edge_tiles",
-        out=tmp_path / "edge",
-        autoencoder=str(assets / "autoencoders" / "taef2"),
-        tile=True,
-        patch_size=256,
-        fit_patches=2,
-        device="cpu",
-    )
+def test_awkward_tiles_survive_tiling(assets, tmp_path):
+    options = {"tile": True, "patch_size": 256, "device": "cpu", "autoencoder": "tiny"}
+    config = ConvertConfig(source=assets / "edge_tiles", out=tmp_path / "edge", **options)
     manifest = convert(config)
-    assert manifest.patches == 36 and manifest.contract.codes_shape == (32, 32, 32)
+    assert manifest.patches == 36
+
+
+def test_a_local_autoencoder_leaves_no_path_of_its_machine(assets, tmp_path):
+    (tile,) = (assets / "edge_tiles").glob("very-low-nuclei-*")
+    (tmp_path / "in").mkdir()
+    shutil.copy(tile, tmp_path / "in")
+    taef2 = str(assets / "autoencoders" / "taef2")
+    options = {"tile": True, "patch_size": 256, "device": "cpu", "autoencoder": taef2}
+    config = ConvertConfig(source=tmp_path / "in", out=tmp_path / "edge", fit_patches=2, **options)
+    assert convert(config).contract.codes_shape == (32, 32, 32)
     assert str(assets) not in (tmp_path / "edge" / ".latentds" / "manifest.json").read_text()
-    batch = next(
-        iter(LatentLoader(tmp_path / "edge", batch_size=4, autoencoder=config.autoencoder))
-    )
-    assert batch.images.shape == (4, 3, 256, 256)
+    loader = LatentLoader(tmp_path / "edge", batch_size=4, num_workers=0, autoencoder=taef2)
+    assert next(iter(loader)).images.shape == (4, 3, 256, 256)
 
 
 def test_no_codec_is_trained_on_a_test_set(assets, monkeypatch):
@@ -128,7 +130,8 @@ def test_no_codec_is_trained_on_a_test_set(assets, monkeypatch):
 
 def test_trainer_runs_resumes_and_writes_a_codec(assets, tmp_path):
     options = [
-        *("--tiles", str(assets), "--out", str(tmp_path), "--save-every", "2"),
+        *("--tiles", str(assets / "segmentation" / "dsb2018_he" / "images")),
+        *("--out", str(tmp_path), "--save-every", "2"),
         *("--batch-size", "2", "--crop-px", "32", "--encoder-widths", "16", "24"),
         *("--init", "cold"),
     ]

@@ -43,7 +43,8 @@ def run(pytester):
 
     def run(text: str, slowness: float = 1.0) -> pytest.RunResult:
         pytester.makepyfile(text)
-        options = ("-p", "tests.budget", "-p", "no:cacheprovider", "-p", "no:xdist")
+        plugins = ("no:cacheprovider", "no:xdist", "no:unraisableexception")  # looks for garbage
+        options = (word for name in ("tests.budget", *plugins) for word in ("-p", name))
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr(budget, "CPU_SECONDS", 0.05)
             patched.setattr(budget, "CPU_SECONDS_A_MODULE", 0.0)

@@ -148,6 +148,7 @@ class Encoder:
     ) -> None:
         self.autoencoder: Autoencoder = autoencoder.to(device, torch.float32)
         self.device, self.batch, self.steps = device, batch, steps
+        self.shapes: dict[tuple[int, int], tuple[int, int, int]] = {}
 
     def latents(self, pixels: np.ndarray) -> Tensor:
         """Latents float32 (N, C, h, w) on the device of uint8 (N, H, W, 3), N <= the batch size."""
@@ -168,18 +169,24 @@ class Encoder:
         return codebook.quantize(refined)[: len(pixels)].cpu().numpy()
 
     def check_shape(self, patch_px: tuple[int, int]) -> tuple[int, int, int]:
-        """(C, h, w) of a patch's latents, found by encoding a black one; must be the card's."""
-        card = self.autoencoder.card
-        black = torch.zeros(self.batch, 3, *patch_px, device=self.device)
+        """(C, h, w) of a patch's latents, found by encoding a black one; must be the card's.
+
+        On a GPU a whole batch is encoded: that it fits the memory is found here.
+        """
+        if patch_px in self.shapes:
+            return self.shapes[patch_px]
+        card, is_cpu = self.autoencoder.card, self.device.type == "cpu"
+        black = torch.zeros(1 if is_cpu else self.batch, 3, *patch_px, device=self.device)
         with exact_arithmetic():
             latents = self.autoencoder.encode(black)
-            if self.steps and self.device.type != "cpu":  # that it fits the memory, too
+            if self.steps and not is_cpu:
                 error_gradient(latents, black, self.autoencoder)
         shape = tuple(latents.shape[1:])
         expected = (card.channels, *latent_cells(patch_px, card.factor))
         if shape != expected:
             raise ContractError(f"{card.name}: latents are {shape}, its card says {expected}")
-        return shape[0], shape[1], shape[2]
+        self.shapes[patch_px] = expected
+        return expected
 
 
 def choose_batch(

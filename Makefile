@@ -16,7 +16,7 @@ demo: $(VENV)/.base
 	$(BIN)/latentds demo --out demo --overwrite
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow and not assets"
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "not slow and not assets"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .

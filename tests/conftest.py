@@ -11,6 +11,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import functools
 import io
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,6 +37,32 @@ def pytest_xdist_auto_num_workers() -> int:
     """One more than cores: a quarter of a worker's time is waiting, for servers and processes."""
     has_affinity = hasattr(os, "sched_getaffinity")  # what a container may use of its machine
     return 1 + (len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1)
+
+
+# Minutes each where slow tests run, most of it in one or two: the first files that workers take.
+LONGEST = (
+    *("test_assets", "test_ray", "test_tutorial", "test_engine", "test_resume", "test_reproduce"),
+    *("test_finetune_launched", "test_pretrain_resuming", "test_bench_gpu", "test_bench"),
+    *("test_swaps", "test_tools", "test_features_tool", "test_bench_resume", "test_features"),
+)
+
+
+@pytest.hookimpl(tryfirst=True)  # before marks are asked for
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first, then those of many tests: no worker is to begin one when others end.
+
+    Tests in processes of their own are slow: what forks those imports torch anew, for 8 s a worker.
+    """
+    for item in items:
+        if "processes" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
+    counts = Counter(item.path for item in items)
+    rank = {name: number for number, name in enumerate(LONGEST)}
+
+    def place(item: pytest.Item) -> tuple[int, int]:
+        return rank.get(item.path.stem, len(rank)), -counts[item.path]
+
+    items.sort(key=place)
 
 
 @functools.cache

@@ -108,7 +108,9 @@ def test_a_local_autoencoder_leaves_no_path_of_its_machine(assets, tmp_path):
     shutil.copy(tile, tmp_path / "in")
     taef2 = str(assets / "autoencoders" / "taef2")
     options = {"tile": True, "patch_size": 256, "device": "cpu", "autoencoder": taef2}
-    config = ConvertConfig(source=tmp_path / "in", out=tmp_path / "edge", fit_patches=2, **options)
+    config = ConvertConfig(
+        source=tmp_path / "in", out=tmp_path / "edge", fit_patches=2, encode_batch=4, **options
+    )
     assert convert(config).contract.codes_shape == (32, 32, 32)
     assert str(assets) not in (tmp_path / "edge" / ".latentds" / "manifest.json").read_text()
     loader = LatentLoader(tmp_path / "edge", batch_size=4, num_workers=0, autoencoder=taef2)

@@ -107,6 +107,7 @@ def test_a_run_that_is_cut_short_leaves_what_it_measured(tmp_path, monkeypatch):
     assert row["options"] == "float32" and row["patches_per_s"] > 0
 
 
+@pytest.mark.slow
 def test_an_option_that_never_engages_is_told_and_is_a_failure(capsys, monkeypatch):
     def fall_back(self, values):
         warnings.warn("torch.compile failed, running eagerly (no compiler)", stacklevel=2)

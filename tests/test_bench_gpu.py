@@ -69,6 +69,7 @@ def test_what_is_cut_fails_or_is_not_there_leaves_the_rest_whole(tmp_path):
     assert json.loads((tmp_path / "good.json").read_text())["report"] == {"rows": []}
 
 
+@pytest.mark.slow
 def test_a_part_is_ended_with_what_it_started_and_leaves_what_it_had(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_running, "LEAST_S", 0.0)
     mark, partial = tmp_path / "alive", tmp_path / "partial.json"

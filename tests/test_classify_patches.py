@@ -647,6 +647,7 @@ def test_finetuning_learns_and_records_its_network(tuned):
     assert "colour-histogram" in record.related
 
 
+@pytest.mark.slow
 def test_a_finetuning_that_was_stopped_equals_one_that_never_was(
     classes, tuned, tmp_path, monkeypatch
 ):

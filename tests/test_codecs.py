@@ -65,7 +65,7 @@ def test_picture_round_trips_closely(text, least_db, tissue):
     assert psnr_db(decoded, tissue) >= least_db
 
 
-@pytest.mark.parametrize("format", LOSSY)
+@pytest.mark.parametrize("format", SEARCHED)
 def test_higher_quality_is_larger_and_closer(format, tissue):
     low, high = (np.interp(share, (0, 1), codecs.FORMATS[format].qualities) for share in (0.4, 0.8))
     files = [PictureCodec(format, float(quality)).encode(tissue) for quality in (low, high)]

@@ -126,6 +126,7 @@ def test_recodings_without_a_quality_are_refused(folder, recode):
 # --- downstream
 
 
+@pytest.mark.slow
 def test_nuclei_are_found_in_what_codecs_keep(tmp_path, quick):
     tested = save_nuclei(tmp_path / "tested", 2, first=50)
     others = save_nuclei(tmp_path / "others", 6)

@@ -236,6 +236,7 @@ def test_an_interrupted_run_ends_as_one_that_was_not(folder, tmp_path):
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_batches_read_ahead_are_taken_again_after_a_resume(dataset, folder, tmp_path):
     options = {"data": dataset, "originals": folder, "steps": 6, "save_every": 4, "batch_size": 5,
                "accumulation": 2, "crop_px": 16}  # fmt: skip
@@ -388,6 +389,7 @@ def test_bf16_trains_and_saves_the_float32_weights(folder, held_out, tmp_path, s
     assert report["after"]["psnr_db"] > 5
 
 
+@pytest.mark.slow
 def test_autocast_trains_against_a_discriminator(folder, held_out, tmp_path):
     options = {"pictures": (folder,), "validate_on": (held_out,), "precision": "autocast"}
     options |= {"crop_px": 32, "batch_size": 1, "disc_start": 0, "gan_weight": 0.5}

@@ -73,6 +73,7 @@ def replaced(values, path, value):
     return values | {path[0]: replaced(values[path[0]], path[1:], value)}
 
 
+@pytest.mark.slow
 def test_a_manifest_with_any_value_replaced_is_refused_or_can_be_printed(dataset, monkeypatch):
     record = json.loads((dataset / ".latentds" / "manifest.json").read_text())
     del record["digest"]

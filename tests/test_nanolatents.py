@@ -53,7 +53,9 @@ def opened(nano, request, tmp_path_factory):
         return ours, nano.open_decoder(path, ours.contract), root / "out"
 
 
-@pytest.mark.parametrize(("epoch", "ranks"), [(0, 1), (3, 1), (1, 3)])
+@pytest.mark.parametrize(
+    ("epoch", "ranks"), [(0, 1), (1, 3), pytest.param(3, 1, marks=pytest.mark.slow)]
+)
 def test_batches_are_those_of_the_library(opened, epoch, ranks):
     ours, decoder, folder = opened
     for rank in range(ranks):

@@ -105,6 +105,7 @@ def test_the_loading_guide_runs_as_it_stands(tmp_path, monkeypatch):
         exec(compile(block.replace('"cuda"', '"cpu"'), "loading.md", "exec"), names)
 
 
+@pytest.mark.slow
 def test_what_an_installation_weighs_is_told_as_the_page_says(capsys):
     text = (ROOT / "docs" / "installing.md").read_text()
     exec(

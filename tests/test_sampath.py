@@ -208,6 +208,7 @@ def whole(one_rank_on_cpu: None, nuclei: Path) -> Path:
     return nuclei.with_name("whole")
 
 
+@pytest.mark.slow
 def test_a_resumed_fold_equals_one_that_never_stopped(nuclei, whole, tmp_path, monkeypatch):
     options = RESUMED | one_fold(nuclei)
     real = segmentation_fold.SegmentationFold.step
@@ -234,6 +235,7 @@ def test_a_fold_that_is_trained_again_by_other_workers_gives_the_same(nuclei, fi
     assert all(torch.equal(again[name], first[name]) for name in first)
 
 
+@pytest.mark.slow
 def test_every_seed_trains_every_fold_of_the_same_split(nuclei, copy):
     record = run(nuclei, copy, seeds=(0, 7))
     assert [(f["fold"], f["seed"]) for f in record.folds] == [(0, 0), (1, 0), (0, 7), (1, 7)]

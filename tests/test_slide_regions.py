@@ -219,6 +219,7 @@ def test_without_a_least_share_a_patch_has_to_touch_a_region(folder):
     assert found == {(0, 0): "Tumor"}
 
 
+@pytest.mark.slow
 def test_an_outline_to_and_fro_takes_neither_memory_nor_time(tmp_path, monkeypatch):
     zigzag = [[x, (x % 2) * 4000.0] for x in range(2000)]
     write_regions(tmp_path / "z.geojson", annotation("Tumor", zigzag))

@@ -68,6 +68,7 @@ for line in json.loads(sys.argv[1]):
 """
 
 
+@pytest.mark.slow
 def test_commands_that_decode_nothing_import_neither_torch_nor_what_compiles(
     shared_dataset, pictures, tmp_path
 ):

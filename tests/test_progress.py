@@ -20,10 +20,12 @@ def test_in_a_file_there_is_a_line_every_half_minute(clock, capsys):
         for step in range(100):
             clock[0] = float(step + 1)
             bar.update()
+            if step == 40:
+                bar.set_description("slides")
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 4  # at 30, 60 and 90 s, and the end
     assert lines[0].startswith("patches: 30 of 100 patch, 00:30 gone, 01:10 left")
-    assert lines[3].startswith("patches: 100 of 100 patch")
+    assert lines[3].startswith("slides: 100 of 100 patch")
 
 
 def test_short_work_writes_nothing(clock, capsys):

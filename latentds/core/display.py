@@ -8,6 +8,7 @@ csv_cell     tables: no formula for a spreadsheet; `csv_text` undoes it
 
 from __future__ import annotations
 
+import functools
 import html
 import logging
 import re
@@ -145,4 +146,7 @@ def progress(steps: Iterable[Any] | None = None, **words: Any) -> tqdm[Any]:
         return tqdm(steps, **{"delay": 1, "dynamic_ncols": True, "file": sys.stderr, **words})
     lines = {"mininterval": LINE_S, "maxinterval": LINE_S, "delay": LINE_S, "miniters": 1,
              "bar_format": LINE, "file": Lines()}  # fmt: skip
-    return tqdm(steps, **{**words, **lines})
+    bar = tqdm(steps, **{**words, **lines})
+    # tqdm's own adds a colon, where LINE has one, and a line at every call.
+    bar.set_description = functools.partial(bar.set_description_str, refresh=False)
+    return bar

@@ -44,6 +44,20 @@ def test_stored_codes_are_the_quantized_latents_of_their_source(pictures, tmp_pa
         )
 
 
+def test_the_encoder_sees_one_patch_before_the_work_and_then_full_batches(pictures, tmp_path):
+    """A shape is learned once, of one patch: of a large network on a CPU a batch takes minutes."""
+    sizes = []
+
+    class Counting(MeanAutoencoder):
+        def encode(self, images):
+            sizes.append(len(images))
+            return super().encode(images)
+
+    options = {"fit_patches": 16, "encode_batch": 4, "device": "cpu"}
+    convert(ConvertConfig(source=pictures, out=tmp_path / "out", **options), Counting())
+    assert sizes == [1] + [4] * (4 + 9)  # a sample of 16 for the codebook, and 33 patches
+
+
 def test_class_folders_become_labels(pictures, tmp_path):
     manifest = convert_with_mean(pictures, tmp_path / "out")
     assert manifest.labels() == {"stroma": 13, "tumour": 20}

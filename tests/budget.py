@@ -103,14 +103,18 @@ def wait_for_the_end(children: set[int], known: set[threading.Thread]) -> list[s
     """Who is left after a moment's patience."""
     if not left_behind(children, known):
         return []
-    for patience_s in (YOUNG_S, PATIENCE_S):
-        deadline = time.monotonic() + patience_s
-        while (found := left_behind(children, known)) and time.monotonic() < deadline:
-            multiprocessing.active_children()  # asks after the ended, as nobody else may
-            time.sleep(0.01)
-        if not found:
-            break
-        gc.collect()  # an iterator that a test left half way ends its workers when it is collected
+    if not left_after(YOUNG_S, children, known):
+        return []
+    gc.collect()  # an iterator that a test left half way ends its workers when it is collected
+    return left_after(PATIENCE_S, children, known)
+
+
+def left_after(seconds: float, children: set[int], known: set[threading.Thread]) -> list[str]:
+    """Who is left when all have ended or the time is over."""
+    deadline = time.monotonic() + seconds
+    while (found := left_behind(children, known)) and time.monotonic() < deadline:
+        multiprocessing.active_children()  # asks after those that have ended, as nobody else may
+        time.sleep(0.01)
     return found
 
 

@@ -47,8 +47,8 @@ LONGEST = (
 )
 
 
-@pytest.hookimpl(tryfirst=True)  # before marks are asked for
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
     """Long files first, then those of many tests: no worker is to begin one when others end.
 
     Tests in processes of their own are slow: what forks those imports torch anew, for 8 s a worker.
@@ -56,6 +56,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "processes" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.slow)
+    yield  # tests of other marks are left out now
     counts = Counter(item.path for item in items)
     rank = {name: number for number, name in enumerate(LONGEST)}
 
@@ -159,7 +160,8 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
 def processes():
     """Starts processes that need not import torch; see tests/processes.py.
 
-    Of the session, so that its server starts before a test changes the environment.
+    Its tests are marked slow by `pytest_collection_modifyitems`. It is of the session, so that its
+    server starts before a test changes the environment.
     """
     from tests.processes import call_apart, new_context
 

@@ -68,7 +68,8 @@ def test_real_patches_convert_verify_and_load(assets, tmp_path):
     manifest = convert(config)
     assert manifest.labels() == {"benign": 207, "malignant": 153} and len(manifest.slides) == 40
     assert verify(tmp_path / "ucsb").is_good
-    loader = LatentLoader(tmp_path / "ucsb", batch_size=40, shuffle=True, decode="codes")
+    options = {"batch_size": 40, "shuffle": True, "num_workers": 2}
+    loader = LatentLoader(tmp_path / "ucsb", decode="codes", **options)
     rows = [row for batch in loader for row in batch.rows.tolist()]
     assert sorted(rows) == list(range(360)) and loader.classes == ["benign", "malignant"]
 
@@ -99,7 +100,10 @@ def test_awkward_tiles_survive_tiling(assets, tmp_path):
     options = {"tile": True, "patch_size": 256, "device": "cpu", "autoencoder": "tiny"}
     config = ConvertConfig(source=assets / "edge_tiles", out=tmp_path / "edge", **options)
     manifest = convert(config)
-    assert manifest.patches == 36
+    assert manifest.patches == 36 and manifest.contract.codes_shape == (4, 32, 32)
+    assert verify(tmp_path / "edge").is_good
+    (batch,) = LatentLoader(tmp_path / "edge", batch_size=36, num_workers=1)
+    assert batch.images.shape == (36, 3, 256, 256)
 
 
 def test_a_local_autoencoder_leaves_no_path_of_its_machine(assets, tmp_path):

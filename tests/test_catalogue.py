@@ -7,11 +7,14 @@ import pytest
 import torch
 from latentds_tools import cli
 
+from latentds.autoencoders.autoencoder import hash_tensors
 from latentds.core.extras import modules_of_embedder
 from latentds.embedders import NetworkEmbedder, load_embedder
 from latentds.embedders.catalogue import ALIASES, ELSEWHERE
 from latentds.embedders.embedder import Preparation
 from latentds.embedders.embedder_cards import CARDS
+from latentds.embedders.positions import resample_positions
+from latentds.embedders.weights import read_weights
 from latentds.errors import InputError, UnknownNameError, WeightsError
 from latentds.models.dense_encoders import of_embedder
 from tests.small_embedders import (
@@ -114,6 +117,22 @@ def test_conchs_positions_are_spread_over_images_of_448_px(tmp_path, cells):
     torch.testing.assert_close(spread, expected)
 
 
+def test_conch_is_known_by_its_file_and_not_by_what_is_resampled(tmp_path):
+    pytest.importorskip("timm")
+    embedder = small_conch(tmp_path)
+    assert embedder.card.weights_id == hash_tensors(read_weights(tmp_path / "c.bin"), {})
+
+
+@pytest.mark.parametrize(("edge_px", "cells"), [(224, 14), (160, 10)])
+def test_segmentation_has_conchs_positions_of_its_own_size(tmp_path, edge_px, cells):
+    pytest.importorskip("timm")
+    encoder = of_embedder(small_conch(tmp_path), edge_px, cells)
+    stored = torch.load(tmp_path / "c.bin", weights_only=True)["trunk.pos_embed"]
+    expected = resample_positions(stored, (14, 14), (cells, cells), 1)
+    assert torch.equal(encoder.network.pos_embed, expected)
+    assert encoder(random_images(1, edge_px, edge_px)).shape == (1, 32, cells, cells)
+
+
 def test_conchs_positions_that_are_no_square_are_refused(tmp_path):
     pytest.importorskip("timm")
     tensors = torch.load(save_conch(tmp_path / "c.bin"), weights_only=True)
@@ -133,15 +152,18 @@ def test_conch_is_a_vit_large_with_a_pool():
 
 
 @pytest.mark.parametrize(
-    "name", ["uni", "virchow2", "h-optimus-0", "conch-v1.5", "midnight", "gigapath"]
+    ("name", "edge", "crop"),
+    [
+        *(("uni", 224, 224), ("virchow2", 224, 224), ("h-optimus-0", 224, 224)),
+        *(("conch-v1.5", 448, 448), ("midnight", 224, 224), ("gigapath", 256, 224)),
+    ],
 )
-def test_images_are_prepared_as_the_authors_do(name):
+def test_images_are_prepared_as_the_authors_do(name, edge, crop):
     """Against torchvision's transforms of floats, of a patch of 256 px."""
     v2 = pytest.importorskip("torchvision.transforms.v2")
     card, images = CARDS[name], random_images(1, 256, 256)
     mode = v2.InterpolationMode.BICUBIC if "bicubic" in card.rule else v2.InterpolationMode.BILINEAR
-    edge = card.input_px
-    steps = [v2.Resize(card.resize_px, mode, antialias=True), v2.CenterCrop(edge)]
+    steps = [v2.Resize(edge, mode, antialias=True), v2.CenterCrop(crop)]
     expected = v2.Compose([*steps, v2.Normalize(card.mean, card.std)])(images)
     found = Preparation(card)(images)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)

@@ -25,6 +25,7 @@ def test_in_a_file_there_is_a_line_every_half_minute(clock, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 4  # at 30, 60 and 90 s, and the end
     assert lines[0].startswith("patches: 30 of 100 patch, 00:30 gone, 01:10 left")
+    assert [line.split(":")[0] for line in lines] == ["patches", "slides", "slides", "slides"]
     assert lines[3].startswith("slides: 100 of 100 patch")
 
 

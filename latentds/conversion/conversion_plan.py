@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
+import operator
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 
@@ -38,6 +39,13 @@ class PlannedShard:
     name: str
     split: str
     blocks: tuple[tuple[int, int], ...]
+
+
+# `dataclasses.astuple` copies what it goes through: four times as long a patch.
+PICTURE_FACTS, HEADER_FACTS = (
+    operator.attrgetter(*(field.name for field in dataclasses.fields(kind)))
+    for kind in (Picture, Header)
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -73,7 +81,7 @@ class Plan:
         """Hash of files, headers and order: what a resumed run must find unchanged."""
         digest = hashlib.sha256(self.regions.tobytes())
         for picture, header in zip(self.pictures, self.headers, strict=True):
-            facts = [*vars(picture).values(), *vars(header).values()]  # astuple is slower by far
+            facts = [*PICTURE_FACTS(picture), *HEADER_FACTS(header)]
             digest.update(canonical_json(facts).encode())
         digest.update(canonical_json([[bad.source, bad.detail] for bad in self.bad]).encode())
         return f"sha256:{digest.hexdigest()}"

@@ -13,6 +13,7 @@ import functools
 import inspect
 import itertools
 import sys
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, TypeVar, get_type_hints
 
@@ -132,7 +133,11 @@ def field_helps(settings: type[Any]) -> dict[str, str]:
 @functools.cache
 def own_helps(owner: type[Any]) -> dict[str, str]:
     """The strings below the fields that are written in one class."""
-    body = module_classes(owner.__module__).get(owner.__qualname__, ())
+    body = module_classes(owner.__module__).get(owner.__qualname__)
+    if body is None:  # a class within a class or a function
+        found_class = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0]
+        assert isinstance(found_class, ast.ClassDef)
+        body = found_class.body
     found = {}
     for field, below in itertools.pairwise(body):
         if not (isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)):

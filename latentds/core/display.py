@@ -8,7 +8,6 @@ csv_cell     tables: no formula for a spreadsheet; `csv_text` undoes it
 
 from __future__ import annotations
 
-import functools
 import html
 import logging
 import re
@@ -147,6 +146,10 @@ def progress(steps: Iterable[Any] | None = None, **words: Any) -> tqdm[Any]:
     lines = {"mininterval": LINE_S, "maxinterval": LINE_S, "delay": LINE_S, "miniters": 1,
              "bar_format": LINE, "file": Lines()}  # fmt: skip
     bar = tqdm(steps, **{**words, **lines})
-    # tqdm's own adds a colon, where LINE has one, and a line at every call.
-    bar.set_description = functools.partial(bar.set_description_str, refresh=False)
+
+    def describe(desc: str | None = None, refresh: bool = True) -> None:  # noqa: ARG001
+        """tqdm's own adds a colon, where LINE has one, and writes a line at every call."""
+        bar.set_description_str(desc, refresh=False)
+
+    bar.set_description = describe
     return bar

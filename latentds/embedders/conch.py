@@ -1,7 +1,6 @@
 """CONCH v1.5, the patch encoder of TITAN: a ViT-L of timm whose tokens one learned query pools.
 
-Sizes, steps and names of tensors are those of TRIDENT v0.3's `conchv1_5.py`, which its authors
-publish beside the weights.
+Sizes, steps and names of tensors are those of `conchv1_5.py` in TRIDENT v0.3, by the same group.
 """
 # B batch, T tokens, C width of the ViT, D embedding dimensions
 
@@ -19,18 +18,24 @@ from torch.nn import functional
 from latentds.autoencoders.autoencoder import hash_tensors
 from latentds.embedders.embedder import NetworkEmbedder, Preparation
 from latentds.embedders.embedder_cards import CARDS
+from latentds.embedders.positions import resample_positions
 from latentds.embedders.timm_models import outline
 from latentds.embedders.weights import fetch, fill, read_weights
 from latentds.errors import WeightsError
 
 NAME, HEADS = "conch-v1.5", 8
 POSITIONS = "trunk.pos_embed"
-TRAINED_CELLS, CELLS = 14, 28  # tokens each way of 224 px, and of 448 px, which it is used at
-NUDGE = 0.1  # DINO's, of the cells asked for: no rounding then loses the last
+TRAINED = (14, 14)  # tokens of 224 px, whose positions those of any size are made of
+CELLS = (28, 28)  # of 448 px
 
 
 class Tower(nn.Module):
-    """Prepared images to embeddings (B, D)."""
+    """Prepared images to embeddings (B, D).
+
+    trained_positions  (1, 1 + 14 x 14, C), where segmentation takes those of other sizes from
+    """
+
+    trained_positions: Tensor
 
     def __init__(self, width: int, **changes: Any) -> None:
         super().__init__()
@@ -81,20 +86,20 @@ def load_conch(path: Path | None = None, *, width: int = 768, **changes: Any) ->
     if path is None:
         (path,), revision = fetch(card, (card.file,))
     path = path / card.file if path.is_dir() else path
-    network = Tower(width, **changes)
-    tensors = read_weights(path)
+    network, tensors = Tower(width, **changes), read_weights(path)
+    identity = hash_tensors(tensors, {})  # of the file: a processor's bits are in what is resampled
     if POSITIONS in tensors:
-        tensors[POSITIONS] = spread(tensors[POSITIONS], path)
+        network.trained_positions = trained_positions(tensors[POSITIONS], path)
+        spread = resample_positions(network.trained_positions, TRAINED, CELLS, prefix=1)
+        tensors[POSITIONS] = spread
     fill(network, tensors, path, f"{NAME} ({card.class_name})")
-    card = dataclasses.replace(
-        card, dim=width, revision=revision, weights_id=hash_tensors(network.state_dict(), {})
-    )
+    card = dataclasses.replace(card, dim=width, revision=revision, weights_id=identity)
     checkpoint = network.trunk.set_grad_checkpointing
     return NetworkEmbedder(card, network, Preparation(card), checkpoint=checkpoint)
 
 
-def spread(positions: Tensor, path: Path) -> Tensor:
-    """Positions (1, 1 + CELLS², C) of a file's, in the two steps that TRIDENT takes."""
+def trained_positions(positions: Tensor, path: Path) -> Tensor:
+    """A file's positions as (1, 1 + 14 x 14, C); of another size resampled as TRIDENT does."""
     from timm.layers import resample_abs_pos_embed
 
     edge = math.isqrt(max(positions.shape[1] - 1, 0)) if positions.ndim == 3 else 0
@@ -103,12 +108,9 @@ def spread(positions: Tensor, path: Path) -> Tensor:
             f"{path}: tensor {POSITIONS!r} is {list(positions.shape)}; [1, 1 + n x n, C] is "
             "needed, of a class token and n x n patches"
         )
-    if edge != TRAINED_CELLS:
-        positions = resample_abs_pos_embed(
-            positions, [TRAINED_CELLS] * 2, interpolation="bilinear", antialias=False
-        )
-    rows = positions[:, 1:].reshape(1, TRAINED_CELLS, TRAINED_CELLS, -1)
-    grid = rows.permute(0, 3, 1, 2)
-    scale = (CELLS + NUDGE) / TRAINED_CELLS
-    larger = functional.interpolate(grid, scale_factor=(scale, scale), mode="bicubic")
-    return torch.cat([positions[:, :1], larger.flatten(2).transpose(1, 2)], 1)
+    if (edge, edge) == TRAINED:
+        return positions
+    made: Tensor = resample_abs_pos_embed(
+        positions, list(TRAINED), interpolation="bilinear", antialias=False
+    )
+    return made

@@ -4,8 +4,8 @@ Rules as the authors publish them: UNI and UNI 2 in their README (torchvision's 
 bilinear), Prov-GigaPath in its README (a 256 px patch is cropped, not resized), Phikon-v2 in the
 `preprocessor_config.json` beside its weights, which is followed where it is there; Virchow2,
 H-optimus and Midnight on their pages on the Hub. H-optimus takes patches of 224 px as they are;
-others are resized as TRIDENT v0.3 does it, which has the same figures for all of these. CONCH v1.5
-is TRIDENT's alone.
+others are resized as TRIDENT v0.3 does it, which has the same figures for all of these. The rule
+of CONCH v1.5 is taken from TRIDENT alone.
 """
 
 from __future__ import annotations

@@ -77,13 +77,16 @@ def create(timm_name: str, **arguments: Any) -> Any:
 
 
 def outline(timm_name: str, **arguments: Any) -> Any:
-    """The same on the meta device: shapes alone, as drawing weights to overwrite takes seconds."""
+    """`create`'s network on the meta device: shapes alone, as drawing its weights takes seconds."""
     with torch.device("meta"), Undrawn():
         return create(timm_name, **arguments)
 
 
 class Undrawn(TorchFunctionMode):
-    """Leaves out what would fill tensors of the meta device, which torch does in Python there."""
+    """Leaves out what would fill tensors of the meta device, which torch does in Python there.
+
+    Nothing is lost where a file's tensors take the place of all of them.
+    """
 
     FILLS = frozenset(
         getattr(torch.Tensor, f"{name}_")

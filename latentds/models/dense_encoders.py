@@ -7,6 +7,7 @@ vision transformers and CNNs, Phikon-v2's Dinov2, the encoders of Neural Image C
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,8 @@ from torch.nn import functional
 from latentds.autoencoders.autoencoder import hash_tensors
 from latentds.embedders import NetworkEmbedder, load_embedder
 from latentds.embedders.nic import FIELD_PX, SEEN_PX, NicEncoder
+from latentds.embedders.positions import resample_positions
 from latentds.errors import ShapeError, WeightsError
-from latentds.models.positions import resample_positions
 
 Mapper = Callable[[Any, Tensor], Tensor]  # network, prepared images -> (B, C, h, w)
 
@@ -102,12 +103,7 @@ def load_dense_encoder(name: str, input_px: int, grid: int) -> DenseEncoder:
         "mean": hipt.MEAN,
         "std": hipt.STD,
     }
-    table, own = network.pos_embed.detach().clone(), tuple(network.patch_embed.grid_size)
-    encoder = of_timm(network, input_px, grid, facts)
-    new = tuple(network.patch_embed.grid_size)
-    # set_input_size has resampled it as timm does, with antialiasing and without DINO's offset.
-    network.pos_embed.data = resample_positions(table, own, new, int(network.num_prefix_tokens))
-    return encoder
+    return of_dino(network, network.pos_embed.detach().clone(), input_px, grid, facts)
 
 
 def of_embedder(embedder: NetworkEmbedder, input_px: int, grid: int) -> DenseEncoder:
@@ -117,6 +113,9 @@ def of_embedder(embedder: NetworkEmbedder, input_px: int, grid: int) -> DenseEnc
     while hasattr(network, "network"):  # inside what pools its tokens
         network = network.network
     facts = {n: getattr(card, n) for n in ("name", "weights_id", "mean", "std")}
+    table = getattr(embedder.network, "trained_positions", None)
+    if table is not None:
+        return of_dino(network, table, input_px, grid, facts)
     if hasattr(network, "forward_features"):
         return of_timm(network, input_px, grid, facts)
     if hasattr(network, "config") and hasattr(network.config, "patch_size"):
@@ -134,6 +133,19 @@ def of_embedder(embedder: NetworkEmbedder, input_px: int, grid: int) -> DenseEnc
         pooled_px = FIELD_PX // SEEN_PX * (1 if encoder is not network else 2)
         return of_nic(encoder, input_px, grid, pooled_px, facts)
     raise ShapeError(f"{card.name}: its network ({type(network).__name__}) has no map of features")
+
+
+def of_dino(
+    network: Any, table: Tensor, input_px: int, grid: int, facts: dict[str, Any]
+) -> DenseEncoder:
+    """`of_timm` with positions made of the trained table (1, P + n x n, D) as DINO makes them.
+
+    timm's set_input_size resamples with antialiasing and without DINO's offset.
+    """
+    encoder, prefix = of_timm(network, input_px, grid, facts), int(network.num_prefix_tokens)
+    edge, new = math.isqrt(table.shape[1] - prefix), tuple(network.patch_embed.grid_size)
+    network.pos_embed.data = resample_positions(table, (edge, edge), new, prefix)
+    return encoder
 
 
 def of_timm(network: Any, input_px: int, grid: int, facts: dict[str, Any]) -> DenseEncoder:

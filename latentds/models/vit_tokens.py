@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from latentds.embedders.positions import add_positions
 from latentds.errors import InputError, ShapeError, missing_extra
-from latentds.models.positions import add_positions
 
 
 def require_vit(network: Any, *, class_token: bool) -> None:

@@ -35,7 +35,7 @@ LINES = {
     "latentds/evaluation": 5_400,
     "latentds/hub": 1_830,
     "latentds/loading": 4_400,
-    "latentds/models": 2_540,
+    "latentds/models": 2_500,
     "latentds/quantizers": 3_800,
     "latentds/sources": 6_650,
     "latentds/store": 5_050,

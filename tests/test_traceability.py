@@ -10,11 +10,20 @@ from latentds.errors import InputError
 
 ROOT = Path(__file__).parents[1]
 TRACES = (ROOT / "docs" / "traceability.md").read_text()
-TRACED_PAGES = ("fidelity.md", "autoencoders.md", "reliability.md")
+TRACED_PAGES = (
+    *("fidelity.md", "autoencoders.md", "reliability.md"),
+    *("downstream.md", "pretraining.md", "finetuning.md"),
+)
 # A figure on its own: no part of a name (SD-1.5, H200), a version or a range of versions.
 FIGURE = re.compile(r"(?<![\w.-])\.?\d[\d,]*(?:\.\d+)?(?![\w.-]*\w)")
 # Pages tell what is measured; these sections have tables of words.
-OF_WORDS = {("reliability.md", "What is checked, and when"), ("reliability.md", "Beside others")}
+OF_WORDS = {
+    *(("reliability.md", "What is checked, and when"), ("reliability.md", "Beside others")),
+    # settings and names
+    *(("downstream.md", name) for name in ("Slide classification", "Segmentation")),
+    *(("downstream.md", "Comparing runs"), ("pretraining.md", "A step")),
+    ("finetuning.md", "Embedders"),
+}
 
 
 def figures_of(markdown: str) -> set[str]:

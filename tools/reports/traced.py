@@ -44,6 +44,8 @@ KEPT = {
 }  # fmt: skip
 EQUAL_BYTES = {"MoNuSeg": "results/fidelity-monuseg.json", "UCSB": "results/fidelity-ucsb.json"}
 REFERENCES = ("avif444@1024", "avif444@2048", "avif444@4096", "avif@8192")
+UNTRAINED = "timm:tf_efficientnet_lite0"  # what reports call it, whatever file its weights are of
+SHUFFLED = "-shuffled"  # what a folder is called whose pictures were dealt to classes by chance
 CALLED = {"tiny+kmeans": "`tiny-v1`", "jxl": "JPEG XL"}
 
 
@@ -113,6 +115,7 @@ def resume_table(source: Path) -> str:
 def equal_bytes(title: str, part: Callable[[dict[str, Any]], str], source: Path) -> str:
     """A table of a fidelity report, under the name of its pictures."""
     found = table_in(part(json.loads(source.read_text())), "| codec |", str(source))
+    found = found.replace(UNTRAINED, "random weights")
     return found.replace("| codec |", f"| {title} |", 1)
 
 
@@ -131,8 +134,42 @@ def tables_of_equal_bytes() -> Iterator[Traced]:
             yield Traced("docs/fidelity.md", f"| {title} |", source, make)
 
 
+def downstream_table(source: Path) -> str:
+    """Accuracies of a comparison: a source a row, an embedder a column, nulls beside them."""
+    families = json.loads(source.read_text())["families"]
+    whole = [f for f in families if not f["data"].endswith(SHUFFLED)]
+    by_chance = {f["embedder"]: f["rows"][0] for f in families if f["data"].endswith(SHUFFLED)}
+    embedders = [family["embedder"] for family in whole]
+    lines = []
+    for rows in zip(*(family["rows"] for family in whole), strict=True):
+        first = rows[0]
+        figures = [accuracy(row) for row in rows]
+        lines.append([f"`{first['source']}`", f"{first['kilobytes']:.1f}", *figures])
+    lines.append(["labels shuffled", "", *(accuracy(by_chance[name]) for name in embedders)])
+    return table(["UCSB breast", "KB", *embedders], lines).replace(UNTRAINED, "random weights")
+
+
+def accuracy(row: dict[str, Any]) -> str:
+    """In per cent over folds, behind it the paired difference with its interval."""
+    score, difference = row["scores"]["accuracy"], row["difference"]
+    found = f"{100 * score['mean']:.1f} ± {100 * score['sd']:.1f}"
+    if difference is None:
+        return found
+    mean, low, high = (100 * difference[name] for name in ("mean", "low", "high"))
+    return f"{found} ({mean:+.1f} [{low:+.1f}, {high:+.1f}])"
+
+
 TABLES = (
     *tables_of_equal_bytes(),
+    Traced(
+        "docs/fidelity.md",
+        "| MoNuSeg, null |",
+        "results/fidelity-null.json",
+        functools.partial(
+            equal_bytes, "MoNuSeg, null", functools.partial(fidelity_page.main_table, group="all")
+        ),
+    ),
+    Traced("docs/downstream.md", "| UCSB breast |", "results/patches-ucsb.json", downstream_table),
     Traced(
         "README.md",
         "| stored as |",

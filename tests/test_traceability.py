@@ -12,7 +12,8 @@ ROOT = Path(__file__).parents[1]
 TRACES = (ROOT / "docs" / "traceability.md").read_text()
 TRACED_PAGES = (
     *("fidelity.md", "autoencoders.md", "reliability.md"),
-    *("downstream.md", "pretraining.md", "finetuning.md"),
+    *("downstream.md", "pretraining.md", "finetuning.md", "benchmarks.md"),
+    *("converting.md", "format.md"),
 )
 # A figure on its own: no part of a name (SD-1.5, H200), a version or a range of versions.
 FIGURE = re.compile(r"(?<![\w.-])\.?\d[\d,]*(?:\.\d+)?(?![\w.-]*\w)")
@@ -22,7 +23,9 @@ OF_WORDS = {
     # settings and names
     *(("downstream.md", name) for name in ("Slide classification", "Segmentation")),
     *(("downstream.md", "Comparing runs"), ("pretraining.md", "A step")),
-    ("finetuning.md", "Embedders"),
+    *(("finetuning.md", "Embedders"), ("converting.md", "What goes in")),
+    *(("converting.md", "What is stored"), ("format.md", "Shard"), ("format.md", "Tables")),
+    ("format.md", "Encoding `rans`: entropy-coded records"),
 }
 
 

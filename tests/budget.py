@@ -101,8 +101,6 @@ def left_behind(children: set[int], known: set[threading.Thread]) -> list[str]:
 
 def wait_for_the_end(children: set[int], known: set[threading.Thread]) -> list[str]:
     """Who is left after a moment's patience."""
-    if not left_behind(children, known):
-        return []
     if not left_after(YOUNG_S, children, known):
         return []
     gc.collect()  # an iterator that a test left half way ends its workers when it is collected

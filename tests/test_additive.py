@@ -56,6 +56,7 @@ def test_codes_stand_for_the_float32_sum_of_their_rows_in_plane_order(planes, ch
     for plane in range(planes):
         total = total + book.table()[plane][codes[:, plane].long()]
     assert torch.equal(book.dequantize(codes), total.permute(0, 3, 1, 2))
+    assert np.array_equal(book.latents(codes.numpy()), book.dequantize(codes).numpy())
 
 
 def test_grouped_codes_come_back_from_their_latents():

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -135,6 +137,22 @@ def readers(folder, decode: str):
     if decode == "codes":
         bags = SlideBags(folder, "train", decode=decode)
         yield bags[0].rows, torch.cat(list(bags.decode(bags[0], chunk=4))), bags[0].steps
+
+
+MERGED = """
+import sys
+from latentds.edit.merging import merge
+merge(sys.argv[1:3], sys.argv[3])
+assert "torch" not in sys.modules
+"""
+
+
+@pytest.mark.slow
+def test_sets_are_merged_without_torch(sets, tmp_path):
+    command = [sys.executable, "-c", MERGED, *map(str, sets), str(tmp_path / "merged")]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert verify(tmp_path / "merged").is_good
 
 
 def test_codes_of_records_are_their_integers_everywhere(sets, encoding):

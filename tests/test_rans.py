@@ -12,7 +12,7 @@ from latentds.errors import FormatError, ShapeError
 from latentds.quantizers.codebooks import StoredCodebook, load_codebook, save_codebook
 from latentds.quantizers.entropy import native_rounding, record_decoding
 from latentds.quantizers.entropy import record_encoding as encoding
-from latentds.quantizers.entropy.coder_tables import native_model
+from latentds.quantizers.entropy.native_model import native_model
 from latentds.quantizers.entropy.record_codebook import EntropyCodebook
 from latentds.quantizers.entropy.record_fit import fit_entropy_codebook
 from latentds.quantizers.entropy.record_model import RATE_WEIGHT
@@ -43,6 +43,11 @@ def test_dequantized_latents_are_within_half_a_step(codebook):
     steps = torch.from_numpy(codebook.steps)[decoded.step_index]
     errors = (latents - codebook.dequantize(records)).abs().flatten(1).max(1).values
     assert bool((errors <= steps * 0.50001).all())  # float32 rounding of q * step
+
+
+def test_compiled_code_alone_gives_the_latents_that_torch_gives(codebook):
+    records = codebook.quantize(laplacian_latents(16, 1))
+    assert np.array_equal(codebook.latents(records.numpy()), codebook.dequantize(records).numpy())
 
 
 def test_a_patch_has_the_same_record_in_any_batch(codebook):

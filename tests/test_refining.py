@@ -18,7 +18,7 @@ from latentds.conversion.converting import convert
 from latentds.core.metrics import psnr_db
 from latentds.errors import ContractError, InputError
 from latentds.quantizers.additive_fit import fit_additive
-from latentds.quantizers.entropy.coder_tables import native_model
+from latentds.quantizers.entropy.native_model import native_model
 from latentds.quantizers.entropy.record_codebook import EntropyCodebook
 from latentds.quantizers.entropy.record_encoding import round_at_steps
 from latentds.quantizers.entropy.record_fit import fit_entropy_codebook

@@ -165,6 +165,14 @@ class AdditiveCodebook:
         sums = functional.embedding_bag(index, rows, mode="sum")
         return sums.view(batch, height, width, -1).permute(0, 3, 1, 2).contiguous()
 
+    def latents(self, codes: np.ndarray) -> np.ndarray:
+        """What `dequantize` gives, to the bit, in NumPy: an import of torch takes seconds."""
+        sums = self.tables[0][codes[:, 0]]
+        for table, plane in zip(self.tables[1:], codes[:, 1:].swapaxes(0, 1), strict=True):
+            sums += table[plane]
+        moved: np.ndarray = np.moveaxis(sums, -1, 1)
+        return moved
+
     def find_fault(self, codes: np.ndarray) -> str | None:
         """That a code lies beyond tables of fewer than 256 rows."""
         return beyond(codes, self.centroids, "rows a plane")

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from latentds.errors import FormatError, ShapeError
+from latentds.quantizers.additive import AdditiveCodebook
 from latentds.quantizers.codebooks import ChannelStatistics, pool, rounded
+from latentds.quantizers.entropy.record_codebook import EntropyCodebook
 from latentds.quantizers.scalar import MAX_LEVELS, Codebook
 
 if TYPE_CHECKING:
@@ -59,9 +61,8 @@ def sum_latents(shards: ShardSet) -> ChannelStatistics:
 
     Summed in double precision pack by pack; every processor's sums agree in the digits kept.
     """
-    import torch
-
-    books = shards.manifest.codebooks
+    found = shards.manifest.codebooks
+    books = [book for book in found if isinstance(book, AdditiveCodebook | EntropyCodebook)]
     channels = shards.manifest.contract.latents_shape[0]
     sums, squares, count = np.zeros(channels), np.zeros(channels), 0
     for _, rows in split_by_pack(shards, sample_rows(shards)):
@@ -69,10 +70,10 @@ def sum_latents(shards: ShardSet) -> ChannelStatistics:
         codes = shards.read_codes(rows)
         if (fault := book.find_fault(codes)) is not None:
             raise FormatError(f"{shards.folder}: {fault}; damaged, fetch it anew")
-        latents = book.dequantize(torch.from_numpy(codes)).double()
-        sums += latents.sum((0, 2, 3)).numpy()
-        squares += latents.square().sum((0, 2, 3)).numpy()
-        count += latents[:, 0].numel()
+        latents = book.latents(codes).astype(np.float64)
+        sums += latents.sum((0, 2, 3))
+        squares += np.square(latents).sum((0, 2, 3))
+        count += latents[:, 0].size
     means = sums / count
     deviations = np.sqrt(np.maximum(squares / count - means**2, 0))
     return ChannelStatistics(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -49,12 +49,33 @@ def scan_of(height: int, width: int, device: torch.device) -> Scan:
     """The scan of channels of that size."""
     import torch
 
+    places = scan_places(height, width)
+    first, second = (torch.from_numpy(around).to(device) for around in places.neighbours)
+    return Scan(
+        cells=torch.from_numpy(places.cells).to(device),
+        inverse=torch.from_numpy(places.inverse).to(device),
+        ends=places.ends,
+        neighbours=(None, first, second),
+    )
+
+
+class ScanPlaces(NamedTuple):
+    """What `Scan` has, in NumPy's arrays; of `neighbours` the phases that have any."""
+
+    cells: np.ndarray
+    inverse: np.ndarray
+    ends: tuple[int, int, int]
+    neighbours: list[np.ndarray]
+
+
+def scan_places(height: int, width: int) -> ScanPlaces:
+    """The scan of channels of that size, without torch."""
     y, x = np.divmod(np.arange(height * width), width)
     phase = np.where(y % 2 != x % 2, 2, y % 2)
     cells = np.argsort(phase, kind="stable")
     inverse = np.argsort(cells)
     ends = np.cumsum(np.bincount(phase, minlength=PHASES))
-    around: list[Tensor | None] = [None]
+    around = []
     for number, offsets in ((1, ((-1, -1), (-1, 1), (1, -1), (1, 1))),
                             (2, ((-1, 0), (0, -1), (0, 1), (1, 0)))):  # fmt: skip
         at = cells[phase[cells] == number]
@@ -62,13 +83,8 @@ def scan_of(height: int, width: int, device: torch.device) -> Scan:
             inverse[reflect(y[at] + dy, height) * width + reflect(x[at] + dx, width)]
             for dy, dx in offsets
         ]
-        around.append(torch.from_numpy(np.stack(places)).to(device))
-    return Scan(
-        cells=torch.from_numpy(cells).to(device),
-        inverse=torch.from_numpy(inverse).to(device),
-        ends=(int(ends[0]), int(ends[1]), int(ends[2])),
-        neighbours=(around[0], around[1], around[2]),
-    )
+        around.append(np.stack(places))
+    return ScanPlaces(cells, inverse, (int(ends[0]), int(ends[1]), int(ends[2])), around)
 
 
 def reflect(places: np.ndarray, size: int) -> np.ndarray:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numba
 import numpy as np
 
-from latentds.quantizers.entropy.coder_tables import Model
+from latentds.quantizers.entropy.native_model import Model
 from latentds.quantizers.entropy.rans import COST_BITS, LARGEST
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 SOURCES = hashlib.sha256(
     b"".join(
         Path(__file__).with_name(name).read_bytes()
-        for name in ("native_rounding.py", "native_streams.py", "coder_tables.py", "rans.py")
+        for name in ("native_rounding.py", "native_streams.py", "native_model.py", "rans.py")
     )
 ).hexdigest()[:12]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from latentds.quantizers.entropy.coder_tables import Model
+from latentds.quantizers.entropy.native_model import Model
 from latentds.quantizers.entropy.native_rounding import blur, compiled, inner, name_classes
 from latentds.quantizers.entropy.rans import (
     HEAD_BYTES,

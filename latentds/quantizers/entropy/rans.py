@@ -29,20 +29,19 @@ MAX_SYMBOLS = 256  # 8 + 12 + 12 bits of an entry of the decoding table
 MAX_QUIET = (1 << 16) - 1  # turns, two bytes of a record
 
 
-def decoding_table(frequencies: np.ndarray) -> Tensor:
+def decoding_table(frequencies: np.ndarray) -> np.ndarray:
     """int32 (rows * 4096): symbol << 24 | (frequency - 1) << 12 | place in the symbol's interval.
 
     frequencies  integers (rows, S), each row summing to 4096
     """
-    import torch
-
     rows, symbols = frequencies.shape
     counts = frequencies.astype(np.int64)
     starts = (np.cumsum(counts, axis=1) - counts).reshape(-1)
     entries = (np.arange(symbols) << 24) | ((counts - 1) << PRECISION_BITS)
     table = np.repeat(entries.reshape(-1), counts.reshape(-1))
     table |= np.tile(np.arange(TOTAL), rows) - np.repeat(starts, counts.reshape(-1))
-    return torch.from_numpy(table.astype(np.uint32).view(np.int32))
+    packed: np.ndarray = table.astype(np.uint32).view(np.int32)
+    return packed
 
 
 def lowest_states(turns: int, quiet: Tensor) -> Tensor:

@@ -12,13 +12,9 @@ from torch import Tensor
 
 from latentds.errors import ShapeError
 from latentds.quantizers.entropy import rans
-from latentds.quantizers.entropy.coder_tables import (
-    decoded_values,
-    decoding_table,
-    model_tables,
-    native_model,
-)
+from latentds.quantizers.entropy.coder_tables import decoding_table, model_tables
 from latentds.quantizers.entropy.contexts import around_of, blur
+from latentds.quantizers.entropy.native_model import decoded_values, native_model
 from latentds.quantizers.entropy.rans import HEAD_BYTES
 from latentds.quantizers.entropy.record_encoding import by_patch, check_of
 from latentds.quantizers.entropy.record_model import RecordModel

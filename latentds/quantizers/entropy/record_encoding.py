@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from latentds.errors import ShapeError
-from latentds.quantizers.entropy.coder_tables import native_model
 from latentds.quantizers.entropy.contexts import scan_of
+from latentds.quantizers.entropy.native_model import native_model
 from latentds.quantizers.entropy.rans import COST_BITS, HEAD_BYTES, LARGEST
 from latentds.quantizers.entropy.record_model import RATE_WEIGHT, RecordModel
 

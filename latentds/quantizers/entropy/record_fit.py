@@ -13,8 +13,8 @@ from torch import Tensor
 
 from latentds.errors import ShapeError
 from latentds.quantizers.entropy import record_encoding as encoding
-from latentds.quantizers.entropy.coder_tables import native_model
 from latentds.quantizers.entropy.contexts import scan_of
+from latentds.quantizers.entropy.native_model import native_model
 from latentds.quantizers.entropy.rans import COST_BITS, HEAD_BYTES, LARGEST
 from latentds.quantizers.entropy.record_checks import MAX_STEPS
 from latentds.quantizers.entropy.record_codebook import EntropyCodebook

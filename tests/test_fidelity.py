@@ -421,7 +421,7 @@ def test_all_that_is_missing_is_told_before_any_work(folder, stand_ins):
     with pytest.raises(InputError) as error:
         comparing.compare(config)
     text = str(error.value)
-    assert "dcae-f32+kmeans: dcae-f32: no network" in text and "gone: gone: gated" in text
+    assert "dcae-f32+kmeans: dcae-f32: no network" in text and "here: gone: gated" in text
     assert "--skip-missing" in text and "sd15:" not in text
 
 

@@ -101,7 +101,10 @@ def why_not(spec: CodecSpec, autoencoders: Autoencoders) -> str | None:
 
 def tell(missing: dict[str, str]) -> str:
     """One line that lists what is missing."""
-    parts = "; ".join(f"{name}: {why.rstrip('.')}" for name, why in missing.items())
+    # Most errors begin with the name that was asked for.
+    parts = "; ".join(
+        f"{name}: {why.removeprefix(f'{name}: ').rstrip('.')}" for name, why in missing.items()
+    )
     return f"not available here: {parts}. Provide them, or pass --skip-missing to go on without"
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -89,14 +90,20 @@ def unbroken(source: Path, out: Path, **options) -> dict[str, bytes]:
 
 def wait_for_blocks(out: Path, shards: int) -> None:
     """Return once so many shards have durable blocks."""
-    deadline = time.monotonic() + HeldAutoencoder.PATIENCE_S
     work = workdir.WorkFolder(out)
-    while time.monotonic() < deadline:
+
+    def are_there() -> bool:
         found = [workdir.look_at_journal(work.journal_path(f"data/{s}-000000.tar")) for s in SPLITS]
-        if sum(blocks > 0 for blocks, _ in found) >= shards:
-            return
+        return sum(blocks > 0 for blocks, _ in found) >= shards
+
+    wait_until(are_there)
+
+
+def wait_until(happened: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + HeldAutoencoder.PATIENCE_S
+    while not happened():
+        assert time.monotonic() < deadline, "no progress"
         time.sleep(0.1)
-    raise AssertionError("no progress")
 
 
 @pytest.mark.slow
@@ -123,6 +130,8 @@ def test_a_node_killed_in_the_middle_changes_no_byte(cluster, table, tmp_path, c
         try:
             wait_for_blocks(tmp_path / "ray", 2)
             cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
+            # Its worker outlives it for a moment, and could write all that is left meanwhile.
+            wait_until(lambda: "a worker was lost" in caplog.text)
         finally:
             gate.touch()
 

@@ -33,6 +33,8 @@ $(VENV)/.base: pyproject.toml constraints.txt
 	$(INSTALL)
 	touch $@
 
+# Compiled once, not by each of the processes that tests start side by side.
+$(VENV)/.dev: export UV_COMPILE_BYTECODE = 1
 $(VENV)/.dev: EXTRAS := [autoencoders,embedders,bench,slides,dev,docs]
 $(VENV)/.dev: $(VENV)/.base
 	$(INSTALL)

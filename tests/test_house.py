@@ -38,7 +38,7 @@ LINES = {
     "latentds/models": 2_500,
     "latentds/quantizers": 3_800,
     "latentds/sources": 6_650,
-    "latentds/store": 5_050,
+    "latentds/store": 5_400,
     "latentds/views": 1_250,
     "tools": 13_100,
     "trainers": 11_200,

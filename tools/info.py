@@ -103,17 +103,18 @@ def read_projects(path: Path | None) -> dict[str, str]:
 
 def loader_memory(manifest: Any, config: Config) -> dict[str, int]:
     """Bytes a LatentLoader of these settings holds, the decoder's own activations not counted."""
-    from latentds.store.tables import BLOCK_ROWS, MAX_BLOCKS
+    from latentds.store.open_files import MAX_HELD_BYTES
 
     contract = manifest.contract
     height, width = contract.patch_px
     codes = config.batch_size * contract.bytes_per_patch
+    sizes = (manifest.patches * 24, manifest.packs * 64)
     waiting = max(1, config.num_workers * config.prefetch_factor)
     return {
         "codes_waiting": codes * waiting,
         "decoded_batch_fp32": config.batch_size * 3 * height * width * 4,
         "latents_fp32": config.batch_size * math.prod(contract.latents_shape) * 4,
-        "tables": min(manifest.patches, MAX_BLOCKS * BLOCK_ROWS) * 24 + manifest.packs * 64,
+        "tables": sum(min(size, MAX_HELD_BYTES) for size in sizes),
     }
 
 

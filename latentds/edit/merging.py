@@ -177,11 +177,13 @@ def check_copy(shards: ShardSet, number: int, index: ShardIndex) -> None:
     first = int(shards.first_pack[number])
     listed = slice(first, first + len(index.packs))
     same = np.full(len(index.packs), len(index.packs) == shards.manifest.shards[number].packs)
+    packs = shards.packs[listed]
     for field in ("codes_crc32", "patches_crc32", "masks_crc32"):
-        same &= index.packs[field] == shards.packs[field][listed]
+        same &= index.packs[field] == packs[field]
     if shards.digests is not None:
+        digests = shards.digests[listed]
         for field in ("codes", "patches", "masks"):
-            same &= (index.digests[field] == shards.digests[field][listed]).all(axis=1)
+            same &= (index.digests[field] == digests[field]).all(axis=1)
     if not same.all():
         pack = first + int(np.argmin(same))
         raise DamagedPackError(
@@ -204,7 +206,7 @@ def join_golden(sets: Sequence[ShardSet], manifest: Manifest) -> bytes:
             continue
         table = read_golden_table(Path(shards.folder), shards.manifest.golden_sha256)
         rows = np.array(table["row"].to_pylist(), np.int64)
-        number = shards.packs["shard"][shards.packs_of(rows)]
+        number = shards.shards_of(shards.packs_of(rows))
         own = np.cumsum([0, *(shard.patches for shard in shards.manifest.shards)])
         tables.append(renumbered(table, rows - own[number] + start[number]))
     turns = np.concatenate([np.arange(len(table)) for table in tables])

@@ -229,7 +229,7 @@ def read_columns(shards: ShardSet) -> pa.Table:
     for pack in range(len(shards.packs)):
         where = f"{shards.shard_path(pack)}, {shards.key(pack)}.{PATCHES}"
         content = shards.read_sound(pack, PATCHES)
-        table = decode_table(bytes(content), where, SCHEMA, int(shards.packs["count"][pack]))
+        table = decode_table(bytes(content), where, SCHEMA, int(shards.first_patch.counts(pack)))
         tables.append(table.cast(LARGE))
     return pa.concat_tables(tables).combine_chunks()
 
@@ -238,7 +238,7 @@ def read_mask_bytes(shards: ShardSet, rows: np.ndarray) -> pa.Array:
     """The PNG bytes of patches' masks, null where one has none."""
     masks: list[bytes | None] = [None] * len(rows)
     for pack, places in shards.group_by_pack(rows):
-        if not shards.packs["masks_bytes"][pack]:
+        if not shards.packs[pack]["masks_bytes"]:
             continue
         stored = shards.parsed_table(pack, MASKS, MASK_SCHEMA)["mask_png"]
         for place in places.tolist():

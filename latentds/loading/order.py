@@ -13,6 +13,7 @@ import numpy as np
 
 from latentds.core.randomness import key_of, permute, shuffled
 from latentds.errors import ContractError
+from latentds.store.format import Spans
 
 WINDOW_PACKS = 128  # packs whose patches are shuffled among each other
 MIN_WINDOW, MAX_WINDOW = 1 << 14, 1 << 18  # patches; packs of one patch, packs of whole slides
@@ -24,8 +25,7 @@ STATE_VERSION = 2
 class Layout:
     """Packs (or what a selection left of them) that fill the positions 0..size-1 end to end.
 
-    first  position where every pack starts, (P,), ascending; kept as it is, a memory-mapped table's
-           column stays one
+    first  position where every pack starts, (P,), ascending, or the packs as Spans
     size   positions
     base   what `first` counts from
 
@@ -33,12 +33,12 @@ class Layout:
     fixed size, every one where slides are packs.
     """
 
-    def __init__(self, first: np.ndarray, size: int, base: int = 0) -> None:
+    def __init__(self, first: np.ndarray | Spans, size: int, base: int = 0) -> None:
+        if not isinstance(first, Spans):
+            first = Spans.listed(np.append(first.astype(np.int64), base + size))
         self.first, self.size, self.base = first, size, base
-        counts = np.diff(first.astype(np.int64), append=base + size)
-        self.usual = int(np.bincount(counts).argmax())
-        self.odd = np.flatnonzero(counts != self.usual)
-        self.odd_counts = counts[self.odd]
+        self.usual, self.odd = first.unlike()
+        self.odd_counts = first.counts(self.odd)
         self.window = min(max(WINDOW_PACKS * self.usual, MIN_WINDOW), MAX_WINDOW)
 
     def __len__(self) -> int:
@@ -46,15 +46,12 @@ class Layout:
 
     def find(self, position: int) -> tuple[int, int]:
         """The pack that holds a position, and how far into it."""
-        place = self.first.dtype.type(position + self.base)
-        pack = int(np.searchsorted(self.first, place, side="right")) - 1
+        pack = int(self.first.find(position + self.base))
         return pack, position - self.span(pack)[0]
 
     def span(self, pack: int) -> tuple[int, int]:
         """First position of a pack, and how many it has."""
-        start = int(self.first[pack]) - self.base
-        end = self.size if pack + 1 == len(self) else int(self.first[pack + 1]) - self.base
-        return start, end - start
+        return int(self.first[pack]) - self.base, int(self.first.counts(pack))
 
 
 class EpochOrder:
@@ -128,7 +125,7 @@ class EpochOrder:
             offsets[past] = np.where(inside, places[past] - self.odd_starts[odd], rest)
         touched = np.arange(slots[0], slots[-1] + 1)
         packs = permute(touched, len(self.layout), self.key)
-        starts = self.layout.first[packs].astype(np.int64) - self.layout.base
+        starts = self.layout.first[packs] - self.layout.base
         positions: np.ndarray = starts[slots - slots[0]] + offsets
         return positions
 

@@ -79,13 +79,10 @@ class PackSampler:
         self.seed, self.shuffle, self.rows = seed, shuffle, rows
         self.first_row, end = shards.patch_range(split)
         if rows is None:
-            packs = slice(*shards.manifest.pack_range(split))
-            self.layout = Layout(
-                shards.first_patch[packs], end - self.first_row, base=self.first_row
-            )
+            packs = shards.first_patch.part(*shards.manifest.pack_range(split))
+            self.layout = Layout(packs, end - self.first_row, base=self.first_row)
         else:
-            packs_of = np.searchsorted(shards.first_patch, rows.astype(np.uint64), side="right")
-            first = np.flatnonzero(np.diff(packs_of, prepend=-1))
+            first = np.flatnonzero(np.diff(shards.packs_of(rows), prepend=-1))
             self.layout = Layout(first, len(rows))
         self.orders: dict[int, EpochOrder] = {}
 

@@ -83,17 +83,17 @@ def sum_latents(shards: ShardSet) -> ChannelStatistics:
 
 def sample_rows(shards: ShardSet) -> np.ndarray:
     """Rows of the patch table that are counted: some packs, evenly spaced, and some of each."""
-    packs, splits = np.arange(len(shards.packs)), shards.manifest.splits
-    if TRAIN in splits:
-        packs = np.arange(*shards.manifest.pack_range(TRAIN))
-    sizes = shards.packs["count"][packs].astype(np.int64)
+    manifest = shards.manifest
+    begin, end, patches = 0, manifest.packs, manifest.patches
+    if TRAIN in manifest.splits:
+        (begin, end), patches = manifest.pack_range(TRAIN), manifest.splits[TRAIN]
     # Small packs are counted more of, until there are as many patches.
-    wanted = max(SAMPLE_PACKS, math.ceil(SAMPLE_PATCHES * len(packs) / int(sizes.sum())))
-    chosen = evenly(len(packs), wanted)
+    wanted = max(SAMPLE_PACKS, math.ceil(SAMPLE_PATCHES * (end - begin) / patches))
+    chosen = begin + evenly(end - begin, wanted)
     each = math.ceil(SAMPLE_PATCHES / len(chosen))
-    first = shards.first_patch[packs[chosen]].astype(np.int64)
+    first, sizes = shards.first_patch[chosen], shards.first_patch.counts(chosen)
     return np.concatenate(
-        [start + evenly(size, each) for start, size in zip(first, sizes[chosen], strict=True)]
+        [start + evenly(size, each) for start, size in zip(first, sizes, strict=True)]
     )
 
 

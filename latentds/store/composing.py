@@ -17,13 +17,13 @@ from latentds.core.storage import sha256_file, write_atomically
 from latentds.errors import InputError
 from latentds.quantizers.scalar import AnyCodebook
 from latentds.store.channel_statistics import measure_statistics
+from latentds.store.files import TABLES
 from latentds.store.format import (
     CHECKSUMS,
     DIGESTS,
     GOLDEN,
     MANIFEST,
     PACKS_TABLE,
-    PATCH_DTYPE,
     PATCHES_TABLE,
     SIDECARS,
     SPLIT_PATTERN,
@@ -36,7 +36,7 @@ from latentds.store.manifest import Manifest
 from latentds.store.packs import Pack, ShardWriter, encode_masks, encode_table
 from latentds.store.reader import ShardSet
 from latentds.store.set_card import dataset_card
-from latentds.store.tables import summarize_blocks
+from latentds.store.tables import even_size, summarize_blocks, summarize_patches
 
 Part = tuple[np.ndarray, pa.Table]  # codes and columns; a column mask_png becomes the masks member
 SHARD_BYTES = 256 * 1_000_000  # of codes, as `convert --shard-mb` has it
@@ -132,8 +132,12 @@ def complete(out: Path, manifest: Manifest) -> Manifest:
     """Write the card and, last of all, the manifest, with what lies there described and counted."""
     names = (PACKS_TABLE, DIGESTS, PATCHES_TABLE, CHECKSUMS, GOLDEN)
     tables = {name: describe_file(out / name) for name in names}
-    tables[PATCHES_TABLE] |= summarize_blocks(out / PATCHES_TABLE, PATCH_DTYPE, manifest.patches)
-    manifest = dataclasses.replace(manifest, tables=tables)
+    size = even_size(out, manifest)
+    tables[PATCHES_TABLE] |= summarize_patches(out, manifest, size)
+    if size is not None:
+        for name in (PACKS_TABLE, DIGESTS):
+            tables[name] |= summarize_blocks(out / name, TABLES[name], manifest.packs, "sha256")
+    manifest = dataclasses.replace(manifest, tables=tables, pack_patches=size)
     statistics = measure_statistics(ShardSet(out, manifest=manifest))
     manifest = dataclasses.replace(manifest, statistics=statistics)
     write_atomically(out / "README.md", dataset_card(manifest).encode())

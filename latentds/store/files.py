@@ -12,7 +12,7 @@ import threading
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -32,11 +32,9 @@ from latentds.store.format import (
     PATCH_DTYPE,
     PATCHES_TABLE,
     TABLE_HEAD_BYTES,
-    BlockSums,
-    block_sums,
 )
 from latentds.store.manifest import MAX_MANIFEST_BYTES, Manifest, parse_manifest, read_manifest
-from latentds.store.open_files import OpenFile
+from latentds.store.open_files import BlockSums, OpenFile
 from latentds.store.table_parts import PRESENT, WHOLE_BYTES, TableParts
 from latentds.store.transport import ATTEMPTS, Transport
 
@@ -51,6 +49,7 @@ TABLES = {
     DIGESTS: DIGEST_DTYPE,
     CHECKSUMS: CHECKSUM_DTYPE,
 }
+Tasks = list[Future[None]]
 OF_PATCHES = (PATCHES_TABLE, CHECKSUMS)  # tables of a row a patch
 
 
@@ -82,16 +81,20 @@ class Files(Protocol):
 
     def manifest(self) -> Manifest: ...
 
-    def table(self, name: str, manifest: Manifest) -> Path:
-        """A table as a local file."""
+    def table(self, name: str, manifest: Manifest, sums: BlockSums | None = None) -> Path:
+        """A table as a local file, with or without the blocks that `sums` are of."""
         ...
 
-    def renew(self, name: str, manifest: Manifest) -> Path | None:
+    def renew(self, name: str, manifest: Manifest, sums: BlockSums | None = None) -> Path | None:
         """A table found damaged, fetched anew; None where there is nowhere to fetch it from."""
         ...
 
-    def fill_table(self, name: str, blocks: np.ndarray, ahead: bool = False) -> None:
-        """Have blocks of a table in its file; with `ahead` return at once."""
+    def fill_table(self, name: str, blocks: np.ndarray, ahead: bool = False) -> Tasks:
+        """Begin to put blocks of a table into its file; with `ahead` behind what is wanted now."""
+        ...
+
+    def missing(self, name: str, blocks: np.ndarray) -> np.ndarray:
+        """Which of some blocks of a table are not in its file."""
         ...
 
     def open(self, extent: Extent) -> tuple[OpenFile, int]:
@@ -133,15 +136,20 @@ class LocalFiles:
     def manifest(self) -> Manifest:
         return read_manifest(self.folder)
 
-    def table(self, name: str, manifest: Manifest) -> Path:
-        del manifest
+    def table(self, name: str, manifest: Manifest, sums: BlockSums | None = None) -> Path:
+        del manifest, sums
         return self.folder / name
 
-    def renew(self, name: str, manifest: Manifest) -> None:
-        del name, manifest
+    def renew(self, name: str, manifest: Manifest, sums: BlockSums | None = None) -> None:
+        del name, manifest, sums
 
-    def fill_table(self, name: str, blocks: np.ndarray, ahead: bool = False) -> None:
+    def fill_table(self, name: str, blocks: np.ndarray, ahead: bool = False) -> Tasks:
         del name, blocks, ahead
+        return []
+
+    def missing(self, name: str, blocks: np.ndarray) -> np.ndarray:
+        del name
+        return blocks[:0]
 
     def open(self, extent: Extent) -> tuple[OpenFile, int]:
         file = self.opened.pop(extent.shard, None)
@@ -245,15 +253,13 @@ class RemoteFiles:
             raise FormatError(f"{self.cache.folder / self.name / MANIFEST}: torn; open it again")
         return parse_manifest(parse_json(content, f"{self.where}/{MANIFEST}"), self.where)
 
-    def table(self, name: str, manifest: Manifest) -> Path:
-        """A table in the cache: a large one of patches with holes, for `fill_table` to fill."""
-        entry, rows = manifest.tables[name], manifest.patches
-        rows = rows if name in OF_PATCHES else manifest.packs
-        size, digest = entry.get("bytes"), entry.get("sha256")
+    def table(self, name: str, manifest: Manifest, sums: BlockSums | None = None) -> Path:
+        """A table in the cache: a large one that has sums with holes, for `fill_table` to fill."""
+        rows = manifest.patches if name in OF_PATCHES else manifest.packs
+        size, digest = (manifest.tables[name].get(field) for field in ("bytes", "sha256"))
         most = TABLE_HEAD_BYTES + rows * TABLES[name].itemsize
         if type(size) is not int or not 0 < size <= most:
             raise FormatError(f"{self.where}/{name}: {size} bytes, {rows} rows have fewer; refused")
-        sums = block_sums(entry, rows) if name == PATCHES_TABLE else None
         if sums is not None and size > WHOLE_BYTES:
             if size <= rows * TABLES[name].itemsize:
                 raise FormatError(f"{self.where}/{name}: {size} bytes, not {rows} rows; refused")
@@ -270,14 +276,14 @@ class RemoteFiles:
             path = self.cache.fill_file(f"{self.name}/{name}", download)
         return path
 
-    def renew(self, name: str, manifest: Manifest) -> Path | None:
+    def renew(self, name: str, manifest: Manifest, sums: BlockSums | None = None) -> Path | None:
         if self.offline:
             return None
         logger.warning("%s: torn in the cache, fetched anew", self.cache.folder / self.name / name)
         self.parted.pop(name, None)
         for file in (f"{name}{PRESENT}", name):
             self.cache.drop(f"{self.name}/{file}")
-        return self.table(name, manifest)
+        return self.table(name, manifest, sums)
 
     def parts_of(self, name: str, size: int, rows: int, sums: BlockSums) -> TableParts:
         """A large table whose parts are fetched where they are wanted."""
@@ -289,13 +295,19 @@ class RemoteFiles:
             except DamagedPackError as error:  # of a table, which `max_bad` cannot replace
                 raise FormatError(str(error)) from error
 
-        self.parted[name] = TableParts(self.cache, f"{self.name}/{name}", size, rows, sums, fetch)
+        shape, key = (rows, TABLES[name].itemsize), f"{self.name}/{name}"
+        self.parted[name] = TableParts(self.cache, key, size, shape, sums, fetch)
         return self.parted[name]
 
-    def fill_table(self, name: str, blocks: np.ndarray, ahead: bool = False) -> None:
+    def fill_table(self, name: str, blocks: np.ndarray, ahead: bool = False) -> Tasks:
         parts = self.parted.get(name)
-        if parts is not None and not (ahead and self.offline):
-            parts.bring(blocks, self.threads("ahead" if ahead else "now"), ahead)
+        if parts is None or (ahead and self.offline):
+            return []
+        return parts.bring(blocks, self.threads("ahead" if ahead else "now"))
+
+    def missing(self, name: str, blocks: np.ndarray) -> np.ndarray:
+        parts = self.parted.get(name)
+        return blocks[:0] if parts is None else parts.missing(blocks)
 
     def refuse_offline(self, name: str) -> None:
         """Say what is missing where nothing may be fetched."""

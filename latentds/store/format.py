@@ -7,7 +7,6 @@ No IO; docs/format.md is the text.
 
 from __future__ import annotations
 
-import base64
 import binascii
 import dataclasses
 import functools
@@ -17,7 +16,7 @@ import math
 import re
 import tokenize
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -56,6 +55,7 @@ MAX_PATCH_AREA_PX = 1 << 26  # 8192x8192
 MAX_PATCH_BYTES = 1 << 26
 TABLE_HEAD_BYTES = 4096
 MAX_BLOCK_ROWS = 1 << 20  # of a table that are checked as one
+SHA256_BYTES = 16  # of a block's sha256 that the manifest has: as hard to forge as 2^128 tries
 SPLIT_PATTERN = re.compile(r"[a-z0-9_]{1,32}")
 SHARD_PATTERN = re.compile(r"data/[a-z0-9_]{1,32}-\d{6}\.tar")
 MEMBER_PATTERN = re.compile(r"([A-Za-z0-9_-]{1,80})\.([a-z0-9.]{1,40})")
@@ -73,7 +73,7 @@ PACK_DTYPE = np.dtype(
         ("codes_crc32", "<u4"),  # zlib's, of the N*C*h*w code bytes
         ("patches_crc32", "<u4"),  # of the Parquet bytes: a parser is never fed damaged ones
         ("masks_crc32", "<u4"),
-        ("reserved", "<u4"),
+        ("rows_crc32", "<u4"),  # of the pack's rows in the patch table; 0 in sets of before
     ]
 )
 DIGEST_DTYPE = np.dtype(  # sha256 of what CRC-32 stands for above; zeros for masks a pack has not
@@ -292,24 +292,62 @@ def patch_key(source: str, x: int | None = None, y: int | None = None) -> str:
     return key if x is None or y is None else f"{key}_x{x}_y{y}"
 
 
-class BlockSums(NamedTuple):
-    """CRC-32 of every `rows` rows of a table, uint32; the last block may be shorter."""
+class Spans:
+    """Rows cut into consecutive spans: packs of a patch table, blocks of any table. Holds no list.
 
-    rows: int
-    crc32: np.ndarray
+    firsts  first row of every run of spans (a shard's packs), and one past the last, int64 (S + 1,)
+    starts  number of every run's first span, and of one past the last, int64 (S + 1,)
+    size    rows of a span; the last of every run may have fewer
+    """
 
+    def __init__(self, firsts: np.ndarray, starts: np.ndarray, size: int) -> None:
+        self.firsts, self.starts, self.size = firsts, starts, size
 
-def block_sums(entry: dict[str, Any], rows: int) -> BlockSums | None:
-    """What `summarize_blocks` wrote, None in sets of before; ValueError where it is damaged."""
-    if "block_crc32" not in entry:
-        return None
-    size = entry.get("block_rows")
-    if type(size) is not int or not 0 < size <= MAX_BLOCK_ROWS:
-        raise ValueError(f"block_rows is {size!r}")
-    try:
-        crc32 = np.frombuffer(base64.b64decode(entry["block_crc32"], validate=True), "<u4")
-    except (binascii.Error, TypeError, ValueError) as error:
-        raise ValueError(f"block_crc32 is no base64 of numbers ({error})") from error
-    if len(crc32) != -(-rows // size):
-        raise ValueError(f"{len(crc32)} block checksums for {rows} rows")
-    return BlockSums(size, crc32)
+    @staticmethod
+    def even(rows: int, size: int) -> Spans:
+        """`rows` cut into spans of `size`, the last shorter."""
+        return Spans(np.array([0, rows]), np.array([0, -(-rows // size)]), size)
+
+    @staticmethod
+    def listed(edges: np.ndarray) -> Spans:
+        """Spans of any sizes by their first rows and one past the last, int64 (P + 1,): held."""
+        return Spans(edges, np.arange(len(edges)), int(np.diff(edges).max(initial=1)))
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getitem__(self, numbers: Any) -> Any:
+        """First rows of spans, int64; of number `len(self)`, one past the last row."""
+        numbers = np.asarray(numbers, np.int64)
+        if len(self.starts) > len(self):  # every run is one span
+            return self.firsts[numbers]
+        runs = np.searchsorted(self.starts, numbers, side="right") - 1
+        return self.firsts[runs] + (numbers - self.starts[runs]) * self.size
+
+    def counts(self, numbers: Any) -> Any:
+        """How many rows spans have, int64."""
+        return self[np.asarray(numbers, np.int64) + 1] - self[numbers]
+
+    def find(self, rows: Any) -> Any:
+        """The spans that rows are in, int64."""
+        rows = np.asarray(rows, np.int64)
+        runs = np.searchsorted(self.firsts, rows, side="right") - 1
+        return self.starts[runs] + (rows - self.firsts[runs]) // self.size
+
+    def part(self, first: int, end: int) -> Spans:
+        """The spans [first, end) of whole runs, numbered from 0; rows keep their numbers."""
+        begin, last = np.searchsorted(self.starts, (first, end)).tolist()
+        runs = slice(begin, last + 1)
+        return Spans(self.firsts[runs], self.starts[runs] - first, self.size)
+
+    def unlike(self) -> tuple[int, np.ndarray]:
+        """The usual count of a span (the least of the commonest), and the spans that have another.
+
+        At most one a run, or twice as many numbers as there are runs.
+        """
+        lasts, runs = self.starts[1:] - 1, len(self.starts) - 1
+        if len(self) > 2 * runs:  # then no other count is as common
+            return self.size, lasts[self.counts(lasts) != self.size]
+        counts = self.counts(np.arange(len(self)))
+        usual = int(np.bincount(counts).argmax())
+        return usual, np.flatnonzero(counts != usual)

@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import os
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -246,6 +247,7 @@ def renumber(
 ) -> tuple[np.ndarray, np.ndarray]:
     """A shard's rows with numbers of the whole data set instead of its own."""
     packs, patches = index.packs.copy(), index.patches.copy()
+    ends = np.cumsum(packs["count"], dtype=np.int64)
     packs["shard"] = shard
     packs["first_patch"] += np.uint64(first_patch)
     for field, own, all_names in (
@@ -255,4 +257,5 @@ def renumber(
         position = {name: number for number, name in enumerate(all_names)}
         lookup = np.array([*(position[name] for name in own), NO_LABEL], np.int32)
         patches[field] = lookup[patches[field]]  # -1 picks the last entry, which is -1
+    packs["rows_crc32"] = [zlib.crc32(part.data) for part in np.split(patches, ends[:-1])]
     return packs, patches

@@ -22,17 +22,19 @@ from latentds.quantizers.codebooks import (
 )
 from latentds.quantizers.scalar import AnyCodebook
 from latentds.store.format import (
+    DIGESTS,
     FORMAT,
     GOLDEN,
     MANIFEST,
+    MAX_BLOCK_ROWS,
     PACKS_TABLE,
     PATCHES_TABLE,
     SHARD_PATTERN,
     SPLIT_PATTERN,
     Contract,
-    block_sums,
     check_format,
 )
+from latentds.store.open_files import block_sums
 
 MAX_MANIFEST_BYTES = 1 << 28
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -77,6 +79,7 @@ class Manifest:
     slides    slide names; a stored slide is an index into them
     tables    sha256 and bytes of the files beside the shards
     made      how the run was made: options, versions, device, counts (no path, host, user or time)
+    pack_patches  patches of every pack but the last of its shard; None where they are not alike
     statistics  mean and spread of every latent channel; None in sets of before they were recorded
     has_digest  whether its text was checked as a whole; not in sets of before there was a digest
     """
@@ -88,6 +91,7 @@ class Manifest:
     tables: dict[str, dict[str, Any]]
     made: dict[str, Any]
     more_codebooks: tuple[AnyCodebook, ...] = ()
+    pack_patches: int | None = None
     statistics: ChannelStatistics | None = None
     has_digest: bool = False
 
@@ -134,6 +138,13 @@ class Manifest:
                     counts[name] += count
         return counts
 
+    def patch_range(self, split: str) -> tuple[int, int]:
+        """First row of a split in the patch table, and one past its last."""
+        if split not in self.splits:
+            raise unknown_name("split", split, self.splits)
+        first = sum(shard.patches for shard in self.shards if shard.split < split)
+        return first, first + self.splits[split]
+
     def pack_range(self, split: str) -> tuple[int, int]:
         """First pack of a split in the pack table, and one past its last."""
         if split not in self.splits:
@@ -167,6 +178,8 @@ class Manifest:
         }
         if self.more_codebooks:
             record["codebooks"] = [book.to_json() for book in self.codebooks]
+        if self.pack_patches is not None:
+            record["pack_patches"] = self.pack_patches
         if self.statistics is not None:
             record["channel_statistics"] = self.statistics.to_json()
         record["digest"] = digest_json(record)
@@ -205,6 +218,7 @@ def parse_manifest(record: Any, where: str) -> Manifest:
             tables=parse_tables(record["tables"]),
             made=parse_made(record["made"]),
             more_codebooks=parse_codebooks(record.get("codebooks"), contract),
+            pack_patches=record.get("pack_patches"),
             statistics=parse_statistics(
                 record.get("channel_statistics"), contract.latents_shape[0]
             ),
@@ -335,13 +349,36 @@ def check_counts(manifest: Manifest, record: dict[str, Any], where: str) -> None
     for name in (PACKS_TABLE, PATCHES_TABLE, GOLDEN):
         if not SHA256.fullmatch(str(manifest.tables.get(name, {}).get("sha256"))):
             raise FormatError(f"{where}: tables do not list {name} with its sha256")
-    try:
-        block_sums(manifest.tables[PATCHES_TABLE], manifest.patches)
-    except ValueError as error:
-        raise FormatError(f"{where}: {PATCHES_TABLE}: {error}; fetch it anew") from error
+    check_tables(manifest, where)
     known = {book.codebook_id for book in manifest.codebooks}
     for shard in manifest.shards:
         check_shard(manifest, shard, known, where)
+
+
+def check_tables(manifest: Manifest, where: str) -> None:
+    """Refuse checksums that cannot be a table's, and packs of a size that shards contradict."""
+    size, shards = manifest.pack_patches, manifest.shards
+    if size is not None and (
+        type(size) is not int
+        or not 0 < size <= max(shard.patches for shard in shards)
+        or any(shard.packs != -(-shard.patches // size) for shard in shards)
+    ):
+        raise FormatError(
+            f"{where}: pack_patches is {size!r}, its shards have other packs; fetch it anew"
+        )
+    for name, rows in (
+        *((name, manifest.packs) for name in (PACKS_TABLE, DIGESTS)),
+        (PATCHES_TABLE, manifest.patches),
+    ):
+        entry = manifest.tables.get(name, {})
+        try:
+            block_sums(entry, rows)
+            if entry.get("blocks", "packs") != "packs" or (
+                "blocks" in entry and not 0 < (size or 0) <= MAX_BLOCK_ROWS
+            ):
+                raise ValueError(f"blocks are {entry['blocks']!r} of {size} patches")
+        except ValueError as error:
+            raise FormatError(f"{where}: {name}: {error}; fetch it anew") from error
 
 
 def check_shard(manifest: Manifest, shard: ShardRecord, known: set[str], where: str) -> None:

@@ -1,25 +1,41 @@
-"""Files read by calls that report what goes wrong, and which patches in them were found sound.
+"""Files and tables read by calls that report what goes wrong, and marks of what was found sound.
 
-A map dies of what goes wrong, and names no file.
+A map dies of what goes wrong, and names no file. Opening a table costs nothing whatever its size.
 """
 
 from __future__ import annotations
 
+import base64
+import binascii
+import hashlib
+import io
 import mmap
 import os
+import threading
+import zlib
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from latentds.core.untrusted_files import check_kind
-from latentds.errors import FormatError
+from latentds.core.untrusted_files import check_kind, open_regular
+from latentds.errors import FormatError, first_words
+from latentds.store.format import (
+    MAX_BLOCK_ROWS,
+    NPY_ERRORS,
+    SHA256_BYTES,
+    TABLE_HEAD_BYTES,
+    Spans,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Signature = tuple[int, int, int]  # size, time of the last change in ns, inode
+BLOCK_ROWS = 512  # of the patch table 12 KiB, read and checked as one
+MAX_HELD_BYTES = 1 << 24  # of a table in memory: two windows of the order touch some 3 MB
 RECHECK_EPOCHS = 10  # a disk may lose what it was read from without telling
 
 
@@ -146,3 +162,227 @@ class CodeChecks:
     def found_sound(self, rows: np.ndarray) -> None:
         """Mark rows. Two processes may lose each other's marks: those are checked once more."""
         np.bitwise_or.at(self.marks, rows >> 3, np.left_shift(1, rows & 7).astype(np.uint8))
+
+
+class BlockSums(NamedTuple):
+    """Checksums of the blocks of a table.
+
+    spans     the blocks' rows
+    kind      crc32, or sha256: its first SHA256_BYTES
+    recorded  sums of blocks by number int64 (N,)
+    together  blocks, a power of two, whose sums are had at once
+    """
+
+    spans: Spans
+    kind: str
+    recorded: Callable[[np.ndarray], list[bytes]]
+    together: int = 1 << 30
+
+    def of(self, content: Any) -> bytes:
+        """The checksum of a block's bytes."""
+        return KINDS[self.kind][1](content)
+
+
+KINDS: dict[str, tuple[int, Callable[[Any], bytes]]] = {  # bytes of a sum, and how it is taken
+    "crc32": (4, lambda content: zlib.crc32(content).to_bytes(4, "little")),
+    "sha256": (SHA256_BYTES, lambda content: hashlib.sha256(content).digest()[:SHA256_BYTES]),
+}
+
+
+def block_sums(entry: dict[str, Any], rows: int) -> BlockSums | None:
+    """The checksums in a table's entry, None where it has none; ValueError for damaged ones."""
+    kind = next((kind for kind in KINDS if f"block_{kind}" in entry), None)
+    if kind is None:
+        return None
+    field, (width, _) = f"block_{kind}", KINDS[kind]
+    size = entry.get("block_rows")
+    if type(size) is not int or not 0 < size <= MAX_BLOCK_ROWS:
+        raise ValueError(f"block_rows is {size!r}")
+    try:
+        sums = np.frombuffer(base64.b64decode(entry[field], validate=True), f"V{width}")
+    except (binascii.Error, TypeError, ValueError) as error:
+        raise ValueError(f"{field} is no base64 of numbers ({error})") from error
+    spans = Spans.even(rows, size)
+    if len(sums) != len(spans):
+        raise ValueError(f"{len(sums)} block checksums for {rows} rows")
+    return BlockSums(spans, kind, lambda numbers: [each.tobytes() for each in sums[numbers]])
+
+
+def nothing(blocks: np.ndarray, ahead: bool = False) -> list[Future[None]]:
+    """Of a folder, all blocks are there."""
+    del blocks, ahead
+    return []
+
+
+def none_missing(blocks: np.ndarray) -> np.ndarray:
+    """Of a folder, no block is missing."""
+    return blocks[:0]
+
+
+class Table:
+    """A table of just the expected columns, rows and bytes, indexed as an array is.
+
+    sums     of its blocks; None trusts the file
+    renew    fetches the file anew and says where it is; None where that cannot be done
+    check    raises for rows whose values cannot be; called with all that are handed out, and with
+             their numbers
+    fill     begins to put blocks into the file that are not there yet
+    missing  which of some blocks are not there
+
+    `table[rows]` and `table[first:end]` give rows, `table[name]` reads a field of all of them.
+    raises  FormatError where the file is not what was expected or a block is damaged
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        dtype: np.dtype[Any],
+        rows: int,
+        sums: BlockSums | None = None,
+        renew: Callable[[], Path | None] = lambda: None,
+        check: Callable[[np.ndarray, np.ndarray], None] = lambda *_: None,
+        fill: Callable[..., list[Future[None]]] = nothing,
+        missing: Callable[[np.ndarray], np.ndarray] = none_missing,
+    ) -> None:
+        self.dtype, self.count, self.sums = dtype, rows, sums
+        self.renew, self.check, self.fill, self.missing = renew, check, fill, missing
+        self.spans = sums.spans if sums else Spans.even(rows, BLOCK_ROWS)
+        blocks, size = len(self.spans), min(self.spans.size, rows)
+        most = max(2, MAX_HELD_BYTES // (size * dtype.itemsize))
+        # Memory that is not touched costs nothing: it is taken as blocks come.
+        self.held = np.empty((min(blocks, most), size), dtype)
+        self.slots = np.zeros(blocks, np.int32)  # of every block, from 1; 0 where it is not held
+        self.holds = np.full(len(self.held), -1, np.int64)  # which block a slot has
+        self.next_slot = 0
+        self.lock = threading.RLock()  # blocks come and go while rows are gathered
+        self.open(path)
+
+    def open(self, path: Path) -> None:
+        """Take the file at `path`."""
+        self.head = check_head(path, self.dtype, self.count)
+        self.file = OpenFile(path)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, wanted: Any) -> Any:
+        if isinstance(wanted, str):
+            return self[:][wanted]
+        if isinstance(wanted, slice):
+            wanted = np.arange(*wanted.indices(self.count))
+        rows = np.asarray(wanted)
+        with self.lock:
+            found = self.gather(np.flatnonzero(rows) if rows.dtype == bool else rows.reshape(-1))
+        return found if rows.ndim else found[0]
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
+        del copy  # it always is one
+        return np.asarray(self[:], dtype)
+
+    def gather(self, rows: np.ndarray) -> np.ndarray:
+        """Rows, in the order asked for."""
+        if not len(rows):
+            return np.empty(0, self.dtype)
+        if rows.min() < 0 or rows.max() >= self.count:
+            raise IndexError(f"rows {rows.min()}..{rows.max()} of a table of {self.count}")
+        numbers = self.spans.find(rows)
+        wanted = np.unique(numbers)
+        if len(self.held) // 2 < len(wanted) and len(self.held) < len(self.slots):  # a scan
+            middle = len(rows) // 2
+            return np.concatenate([self.gather(rows[:middle]), self.gather(rows[middle:])])
+        new = wanted[self.slots[wanted] == 0]
+        if len(new):
+            wait_for(self.fill(new))
+        recorded = self.sums.recorded(new) if self.sums and len(new) else [b""] * len(new)
+        for number, expected in zip(new.tolist(), recorded, strict=True):
+            self.hold(number, expected)
+        slots = self.slots[numbers] - 1
+        if (slots < 0).any():  # this one's making room took another's
+            return self.gather(rows)
+        found: np.ndarray = self.held[slots, rows - self.spans[numbers]]
+        self.check(found, rows)
+        return found
+
+    def hold(self, number: int, expected: bytes) -> None:
+        """Put a block among those in memory, in place of the one that came first."""
+        block, slot = self.load(number, expected), self.next_slot
+        if self.holds[slot] >= 0:
+            self.slots[self.holds[slot]] = 0
+        self.held[slot, : len(block)] = block
+        self.slots[number], self.holds[slot] = slot + 1, number
+        self.next_slot = (slot + 1) % len(self.held)
+
+    def load(self, number: int, expected: bytes = b"") -> np.ndarray:
+        """A block from the file, or from one fetched anew, of the recorded checksum."""
+        try:
+            return self.sound(number, expected)
+        except FormatError:
+            path = self.renew()
+            if path is None:
+                raise
+        self.open(path)
+        wait_for(self.fill(np.array([number])))
+        return self.sound(number, expected)
+
+    def sound(self, number: int, expected: bytes) -> np.ndarray:
+        """A block from the file; FormatError where it does not have its checksum."""
+        content = self.read(number)
+        if self.sums is not None and self.sums.of(content) != expected:
+            first, end = self.spans[[number, number + 1]].tolist()
+            raise FormatError(
+                f"{self.file.path}: rows {first} to {end - 1} do not have the recorded "
+                "checksum; damaged, fetch the table anew ('latentds verify' lists all damage)"
+            )
+        return np.frombuffer(content, self.dtype)
+
+    def read(self, number: int) -> memoryview:
+        """Bytes of a block, as they are in the file."""
+        first, end = self.spans[[number, number + 1]].tolist()
+        size = self.dtype.itemsize
+        return self.file.read(self.head + first * size, (end - first) * size)
+
+    def bring(
+        self, firsts: np.ndarray, counts: np.ndarray, ahead: bool = False
+    ) -> list[Future[None]]:
+        """Begin to fetch stretches of rows that are not there."""
+        begins, ends = self.spans.find(firsts), self.spans.find(firsts + counts - 1)
+        longest = int((ends - begins).max(initial=0))
+        blocks = np.minimum(begins[:, None] + np.arange(longest + 1), ends[:, None])
+        new = np.unique(blocks)
+        new = new[self.slots[new] == 0]
+        return self.fill(new, ahead=ahead) if len(new) else []
+
+    def has(self, rows: np.ndarray) -> np.ndarray:
+        """Which rows need not be fetched, bool (N,)."""
+        numbers = self.spans.find(rows)
+        return ~np.isin(numbers, self.missing(np.unique(numbers)))
+
+    def will_need(self, first: int, count: int) -> None:
+        """Rows that will be read soon."""
+        size = self.dtype.itemsize
+        if self.slots[self.spans.find(first)] == 0:
+            self.file.will_need(self.head + first * size, count * size)
+
+
+def wait_for(tasks: list[Future[None]]) -> None:
+    """Wait for what was begun, and raise what it raised."""
+    for task in tasks:
+        task.result()
+
+
+def check_head(path: Path, dtype: np.dtype[Any], rows: int) -> int:
+    """Length of a table's header; FormatError where the file is not what was expected."""
+    try:
+        with open_regular(path, str(path)) as file:
+            head = io.BytesIO(file.read(TABLE_HEAD_BYTES))
+        if np.lib.format.read_magic(head) != (1, 0):
+            raise ValueError("npy version is not 1.0")
+        shape, fortran, found = np.lib.format.read_array_header_1_0(head)
+    except (*NPY_ERRORS, OSError) as error:
+        raise FormatError(f"{path}: not a table ({first_words(error)}); fetch it anew") from error
+    size = path.stat().st_size
+    if found != dtype or fortran or shape != (rows,):
+        raise FormatError(f"{path}: {found} {shape}, expected {rows} rows of {dtype}")
+    if size != head.tell() + rows * dtype.itemsize:
+        raise FormatError(f"{path}: {size} bytes are not {rows} rows; truncated, fetch it anew")
+    return head.tell()

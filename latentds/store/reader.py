@@ -19,23 +19,19 @@ from latentds.store.files import Extent, LocalFiles, open_files
 from latentds.store.format import (
     CHECKSUMS,
     CODES,
-    DIGESTS,
     MASKS,
-    PACKS_TABLE,
     PATCHES,
-    PATCHES_TABLE,
     pack_key,
     patch_key,
 )
 from latentds.store.manifest import Manifest
-from latentds.store.open_files import CodeChecks, OpenFile, Signature
+from latentds.store.open_files import CodeChecks, OpenFile, Signature, Table, wait_for
 from latentds.store.tables import (
-    check_packs,
+    PackTable,
     check_rows,
     check_sizes,
     check_unsummed,
     open_table,
-    read_table,
 )
 
 MAX_NEAR = 256  # packs that the system was asked to read: two windows of the order
@@ -52,9 +48,13 @@ class ShardSet:
     cache        where and how much of a location is kept
     reads_parts  single patches will be read rather than many of a pack
 
-    Opening costs the manifest, the pack table and one `stat` a shard, whatever the number of
-    patches (of a location also the tables, once); it raises FormatError for anything that
-    contradicts the manifest. Pickles without its files and tables, so workers may carry it.
+    packs, digests  rows by pack, read where they are wanted; of older sets the whole tables
+    first_patch     row of every pack's first patch
+
+    Opening costs the manifest and one `stat` a shard, whatever the number of patches (of packs that
+    are not of one size, also the pack table; of a location small tables, once); it raises
+    FormatError for anything that contradicts the manifest. Pickles without its files and tables, so
+    workers may carry it.
     """
 
     def __init__(
@@ -74,26 +74,24 @@ class ShardSet:
             self.files.reads_parts = reads_parts
             signatures = check_sizes(self.files.folder, self.manifest)
         self.open_tables()
-        self.checks = CodeChecks(self.first_patches(), signatures)
+        self.checks = CodeChecks(self.pack_table.first_patches, signatures)
         if not self.is_local:
             self.digests  # noqa: B018  # fetched with the others, for a time without connection
         if manifest is None:
-            check_unsummed(self.files, self.manifest)
+            check_unsummed(self.files, self.manifest, self.patches)
 
     def open_tables(self) -> None:
         """Open the tables and check what opening checks."""
-        self.packs = read_table(self.files, self.manifest, PACKS_TABLE)
-        check_packs(self.packs, self.manifest, self.folder)
-        # A field of the table is strided: a binary search on it would copy it for every batch.
-        self.first_patch = np.ascontiguousarray(self.packs["first_patch"])
-        self.first_pack = np.cumsum([0, *(shard.packs for shard in self.manifest.shards)])
+        self.pack_table = PackTable(self.files, self.manifest)
+        self.packs, self.first_patch = self.pack_table.rows, self.pack_table.spans
+        self.first_pack, self.shards_of = self.pack_table.first_pack, self.pack_table.shards_of
         self.books = np.array(self.manifest.codebook_numbers, np.int64)
         check = functools.partial(check_rows, manifest=self.manifest, where=self.folder)
-        self.patches = open_table(self.files, self.manifest, PATCHES_TABLE, check)
+        self.patches = self.pack_table.open_patches(check)
         self.checksums = None  # of patches, where those are read one by one
         if CHECKSUMS in self.manifest.tables and self.reads_parts and self.is_local:
             self.checksums = open_table(self.files, self.manifest, CHECKSUMS)
-        self.near: dict[int, None] = {}
+        self.near: dict[int, Extent] = {}  # codes of packs that were wanted last
         self.parsed: OrderedDict[tuple[int, str], dict[str, list[Any]]] = OrderedDict()
 
     @property
@@ -101,23 +99,20 @@ class ShardSet:
         """Whether shards lie in a folder, rather than packs in a cache."""
         return isinstance(self.files, LocalFiles)
 
-    @functools.cached_property
-    def digests(self) -> np.ndarray | None:
+    @property
+    def digests(self) -> Table | np.ndarray | None:
         """sha256 of every pack's members, DIGEST_DTYPE; None in sets without."""
-        if DIGESTS not in self.manifest.tables:
-            return None
-        return read_table(self.files, self.manifest, DIGESTS)
-
-    def first_patches(self) -> np.ndarray:
-        """Row of every shard's first patch, and one past the last, int64."""
-        return np.cumsum([0, *(shard.patches for shard in self.manifest.shards)])
+        return self.pack_table.digests
 
     def begin_epoch(self, epoch: int) -> None:
         """Tell the number of an epoch: every few of them all is checked again."""
         self.checks.begin_epoch(epoch)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("packs", "patches", "checksums", "digests", "first_patch", "near", "parsed")
+        own = (
+            *("pack_table", "packs", "first_patch", "first_pack", "shards_of"),
+            *("patches", "checksums", "near", "parsed"),
+        )
         return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -139,16 +134,14 @@ class ShardSet:
 
     def key(self, pack: int) -> str:
         """Key of a pack: split, shard number and place in the shard."""
-        shard = self.manifest.shards[int(self.packs["shard"][pack])]
+        place = int(self.shards_of(pack))
+        shard = self.manifest.shards[place]
         number = int(shard.name.removesuffix(".tar").rpartition("-")[2])
-        first = int(self.first_pack[self.packs["shard"][pack]])
-        return pack_key(shard.split, number, pack - first)
+        return pack_key(shard.split, number, pack - int(self.first_pack[place]))
 
     def patch_range(self, split: str) -> tuple[int, int]:
         """First row of a split in the patch table, and one past its last."""
-        first_pack, end_pack = self.manifest.pack_range(split)
-        last = self.packs[end_pack - 1]
-        return int(self.packs["first_patch"][first_pack]), int(last["first_patch"] + last["count"])
+        return self.manifest.patch_range(split)
 
     def read_codes(self, rows: np.ndarray) -> np.ndarray:
         """Codes uint8 (N, C, h, w) of the patches at `rows` of the patch table, in that order."""
@@ -166,18 +159,27 @@ class ShardSet:
     def prepare(self, rows: np.ndarray, packs: np.ndarray, size: int) -> None:
         """Have the system, or the network, fetch what will be read, side by side."""
         new = [pack for pack in np.unique(packs).tolist() if pack not in self.near]
-        for pack in new:
-            self.patches.will_need(int(self.first_patch[pack]), int(self.packs["count"][pack]))
-            if len(self.near) >= MAX_NEAR:
-                self.near.pop(next(iter(self.near)))
-            self.near[pack] = None
-        if new and not self.is_local:  # of a folder all rows are there
-            self.patches.bring(self.first_patch[new], self.packs["count"][new])
+        if new:
+            self.look_up(np.array(new))
         # A part has no hash of its own: from a location whole packs come, which have one.
         if self.is_local and (self.checksums is not None or not self.check_codes):
             self.files.fetch(self.parts(rows, packs, size))
         elif new:
             self.files.fetch([self.extent(pack, CODES) for pack in new])
+
+    def look_up(self, new: np.ndarray) -> None:
+        """Note where packs' codes are, and have what the tables say of their patches at hand."""
+        firsts, counts = self.first_patch[new], self.first_patch.counts(new)
+        if self.is_local:
+            for first, count in zip(firsts.tolist(), counts.tolist(), strict=True):
+                self.patches.will_need(first, count)
+        else:
+            self.pack_table.bring(new)
+            wait_for(self.patches.bring(firsts, counts))
+        extents = self.pack_table.extents(new, CODES)
+        for pack in list(self.near)[: max(0, len(self.near) + len(new) - MAX_NEAR)]:
+            del self.near[pack]
+        self.near.update(zip(new.tolist(), extents, strict=True))
 
     def doubtful(self, rows: np.ndarray, packs: np.ndarray) -> np.ndarray:
         """Places of patches to check when they are read; packs that are read whole are checked now.
@@ -187,7 +189,7 @@ class ShardSet:
         """
         places = np.arange(len(rows))
         if self.is_local and self.check_codes:
-            touched, where = np.unique(self.packs["shard"][packs], return_index=True)
+            touched, where = np.unique(self.shards_of(packs), return_index=True)
             for shard, pack in zip(touched.tolist(), packs[where].tolist(), strict=True):
                 self.checks.look_at(shard, self.open(pack, CODES)[0].signature())
             places = self.checks.doubtful(rows)
@@ -202,8 +204,7 @@ class ShardSet:
             self.read_sound(pack, CODES)
             self.open(pack, CODES)[0].is_sound = True
         if self.is_local:
-            first = int(self.first_patch[pack])
-            self.checks.found_sound(np.arange(first, first + int(self.packs["count"][pack])))
+            self.checks.found_sound(np.arange(*self.first_patch[[pack, pack + 1]]))
 
     def copy_codes(
         self, rows: np.ndarray, packs: np.ndarray, target: memoryview, size: int
@@ -214,7 +215,7 @@ class ShardSet:
         edges = np.flatnonzero((np.diff(rows) != 1) | (np.diff(packs) != 0)) + 1
         starts = np.concatenate([[0], edges])
         stops = (np.append(edges, len(rows)) * size).tolist()
-        offsets = (rows - self.first_patch[packs].astype(np.int64))[starts] * size
+        offsets = (rows[starts] - self.first_patch[packs[starts]]) * size
         files, begins = self.places_of(packs[starts])
         read, place = os.preadv, 0
         for number, (file, offset, stop) in enumerate(
@@ -232,14 +233,16 @@ class ShardSet:
 
     def places_of(self, packs: np.ndarray) -> tuple[list[OpenFile], np.ndarray]:
         """The file with each pack's codes, and where in it they begin, int64."""
-        # Of a folder, a shard's file stands for all its packs.
-        alike = self.packs["shard"][packs] if self.is_local else packs
-        _, firsts, which = np.unique(alike, return_index=True, return_inverse=True)
-        opened = [self.open(pack, CODES) for pack in packs[firsts].tolist()]
-        files = [opened[place][0] for place in which.tolist()]
-        if self.is_local:
-            return files, self.packs["codes_offset"][packs].astype(np.int64)
-        return files, np.zeros(len(packs), np.int64)
+        distinct, which = np.unique(packs, return_inverse=True)
+        files, begins, opened = [], np.zeros(len(distinct), np.int64), dict[str | int, OpenFile]()
+        for place, pack in enumerate(distinct.tolist()):
+            extent = self.extent(pack, CODES)
+            name = extent.shard if self.is_local else pack  # a shard's file is all its packs'
+            if name not in opened:
+                opened[name] = self.open(pack, CODES)[0]
+            files.append(opened[name])
+            begins[place] = extent.offset if self.is_local else 0
+        return [files[place] for place in which.tolist()], begins[which]
 
     def check_patches(
         self, rows: np.ndarray, packs: np.ndarray, places: np.ndarray, target: memoryview
@@ -272,7 +275,7 @@ class ShardSet:
         """Which of the manifest's codebooks each patch at `rows` has, int64 (N,)."""
         if len(self.manifest.codebooks) == 1:
             return np.zeros(len(rows), np.int64)
-        numbers: np.ndarray = self.books[self.packs["shard"][self.packs_of(rows)]]
+        numbers: np.ndarray = self.books[self.shards_of(self.packs_of(rows))]
         return numbers
 
     def parts(self, rows: np.ndarray, packs: np.ndarray, size: int) -> list[Extent]:
@@ -290,7 +293,7 @@ class ShardSet:
 
     def packs_of(self, rows: np.ndarray) -> np.ndarray:
         """The packs that hold rows of the patch table."""
-        return np.searchsorted(self.first_patch, rows.astype(np.uint64), side="right") - 1
+        return np.asarray(self.first_patch.find(rows))
 
     def group_by_pack(self, rows: np.ndarray) -> list[tuple[int, np.ndarray]]:
         """(pack, places in `rows` that it serves) for every pack that is touched."""
@@ -332,37 +335,35 @@ class ShardSet:
 
     def extent(self, pack: int, kind: str) -> Extent:
         """Where a pack's codes, columns or masks lie."""
-        row, shards = self.packs[pack], self.manifest.shards
-        field = {CODES: "codes", PATCHES: "patches", MASKS: "masks"}[kind]
-        size = int(row["count"]) * self.manifest.contract.bytes_per_patch
-        size = size if kind == CODES else int(row[f"{field}_bytes"])
-        shard, offset = shards[int(row["shard"])], int(row[f"{field}_offset"])
-        sha256 = None
-        if not self.is_local and self.digests is not None:
-            sha256 = self.digests[field][pack].tobytes()
-        return Extent(shard.name, offset, size, int(row[f"{field}_crc32"]), sha256)
+        if kind == CODES and pack in self.near:
+            return self.near[pack]
+        return self.pack_table.extents([pack], kind)[0]
 
     def prefetch(self, rows: np.ndarray) -> None:
         """Start to fetch what `rows` of the patch table will need, and return at once."""
         if not self.is_local:  # a disk needs no head start
             packs = np.unique(self.packs_of(rows))
-            self.patches.bring(self.first_patch[packs], self.packs["count"][packs], ahead=True)
-            self.files.fetch([self.extent(pack, CODES) for pack in packs.tolist()], ahead=True)
+            self.pack_table.bring(packs, ahead=True)
+            # Those whose rows are on their way have their turn when the next batch is asked for.
+            packs = packs[self.pack_table.has(packs)]
+            counts = self.first_patch.counts(packs)
+            self.patches.bring(self.first_patch[packs], counts, ahead=True)
+            self.files.fetch(self.pack_table.extents(packs, CODES), ahead=True)
 
     def pack_of(self, row: int) -> int:
         """The pack that holds a row of the patch table."""
-        return int(np.searchsorted(self.first_patch, np.uint64(row), side="right")) - 1
+        return int(self.first_patch.find(row))
 
     def shard_path(self, pack: int) -> str:
         """A pack's shard, for messages."""
-        return f"{self.folder}/{self.manifest.shards[int(self.packs['shard'][pack])].name}"
+        return f"{self.folder}/{self.manifest.shards[int(self.shards_of(pack))].name}"
 
     def read_columns(self, rows: np.ndarray, names: Sequence[str]) -> dict[str, list[Any]]:
         """Values of Parquet columns (key, source, source_encoding, ...) of patches at `rows`."""
         values: dict[str, list[Any]] = {name: [None] * len(rows) for name in names}
         for pack, places in self.group_by_pack(rows):
             columns = self.pack_columns(pack)
-            first = int(self.packs["first_patch"][pack])
+            first = int(self.first_patch[pack])
             for name in names:
                 if name not in columns:
                     raise unknown_name("column", name, columns)
@@ -405,9 +406,8 @@ class ShardSet:
         if table is None:
             where = f"{self.shard_path(pack)}, {self.key(pack)}.{kind}"
             content = self.read_sound(pack, kind)
-            table = decode_table(
-                bytes(content), where, schema, int(self.packs["count"][pack])
-            ).to_pydict()
+            count = int(self.first_patch.counts(pack))
+            table = decode_table(bytes(content), where, schema, count).to_pydict()
             if len(self.parsed) >= MAX_CACHED_TABLES:
                 self.parsed.popitem(last=False)
         self.parsed[pack, kind] = table
@@ -423,7 +423,7 @@ class ShardSet:
         height, width = self.manifest.contract.patch_px
         masks = np.zeros((len(rows), height, width), np.uint8)
         for pack, places in self.group_by_pack(rows):
-            if not self.packs["masks_bytes"][pack]:
+            if not self.packs[pack]["masks_bytes"]:
                 if required and len(places):
                     raise no_mask(f"{self.shard_path(pack)}, {self.key(pack)}")
                 continue

@@ -10,10 +10,11 @@ import numpy as np
 
 from latentds.quantizers.entropy.record_codebook import EntropyCodebook
 from latentds.store.channel_statistics import sample_rows
-from latentds.store.format import PATCH_DTYPE, PATCHES_TABLE, block_sums
+from latentds.store.files import LocalFiles
 from latentds.store.manifest import Manifest
+from latentds.store.open_files import Table
 from latentds.store.reader import ShardSet
-from latentds.store.tables import Table
+from latentds.store.tables import PackTable
 
 SHARES = (0, 5, 25, 50, 75, 95, 100)  # per cent of the patches
 
@@ -48,8 +49,7 @@ def slide_entropies(folder: Path, manifest: Manifest) -> dict[str, dict[str, flo
 
 def patch_table(folder: Path, manifest: Manifest) -> Table:
     """The patch table, checked as it is read."""
-    sums = block_sums(manifest.tables.get(PATCHES_TABLE, {}), manifest.patches)
-    return Table(folder / PATCHES_TABLE, PATCH_DTYPE, manifest.patches, sums)
+    return PackTable(LocalFiles(folder), manifest).open_patches()
 
 
 def resolutions(mpp: np.ndarray) -> dict[str, int]:

@@ -6,49 +6,55 @@ import os
 import threading
 import zlib
 from collections.abc import Callable, Iterable
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future
 from pathlib import Path
 
 import numpy as np
 
 from latentds.store.cache import Cache
-from latentds.store.format import PATCH_DTYPE, BlockSums
+from latentds.store.open_files import BlockSums
 
-WHOLE_BYTES = 1 << 23  # up to so many, one request for all is quicker than many for parts
+WHOLE_BYTES = 1 << 21  # up to so many, one request for all is quicker than many for parts
 PART_BYTES = 1 << 20  # of a part, once many were wanted; a block at first
 RANGE_BYTES = 1 << 23  # of a request, where parts that are wanted lie side by side
-GROWTH = 64  # parts of a size before the next ones are twice as large
+GROWTH = 256  # parts of a size before the next ones are twice as large
 PRESENT = ".parts"  # suffix of the file that has a byte for every block: 1 once it is there
 
 Fetch = Callable[[int, int, Callable[[bytes], bool]], bytes]  # start, size, is it sound
 
 
 class TableParts:
-    """The patch table of a location: a file of the cache with holes, filled where it is wanted.
+    """A table of a location: a file of the cache with holes, filled where it is wanted.
 
-    path    of the file
-    size    bytes of the whole table
-    rows    of it
-    sums    of its blocks
-    fetch   bytes of the location's file: from where, how many, and a function that checks them
+    path   of the file
+    size   bytes of the whole table
+    shape  rows of it, and bytes of a row
+    sums   of its blocks
+    fetch  bytes of the location's file: from where, how many, and a function that checks them
 
     Processes of a node share the file. A part is sound when it is fetched; what the disk loses
     afterwards has another checksum when it is read.
     """
 
     def __init__(
-        self, cache: Cache, name: str, size: int, rows: int, sums: BlockSums, fetch: Fetch
+        self,
+        cache: Cache,
+        name: str,
+        size: int,
+        shape: tuple[int, int],
+        sums: BlockSums,
+        fetch: Fetch,
     ) -> None:
         self.cache, self.name, self.size, self.sums, self.fetch = cache, name, size, sums, fetch
-        self.row_bytes = PATCH_DTYPE.itemsize
-        self.head, self.rows = size - rows * self.row_bytes, rows
-        self.block_bytes = sums.rows * self.row_bytes
+        rows, self.row_bytes = shape
+        self.head, self.count = size - rows * self.row_bytes, len(sums.spans)
+        self.block_bytes = min(sums.spans.size, rows) * self.row_bytes  # of all but the last
         self.fetched, self.lock = 0, threading.Lock()
-        cache.fill_file(f"{name}{PRESENT}", lambda path: set_size(path, len(sums.crc32)))
+        cache.fill_file(f"{name}{PRESENT}", lambda path: set_size(path, self.count))
         self.path = cache.fill_file(name, self.make)
         self.files = [self.path, self.path.with_name(f"{self.path.name}{PRESENT}")]
         self.descriptors = [os.open(path, os.O_RDWR | os.O_CLOEXEC) for path in self.files]
-        self.known = np.zeros(len(sums.crc32), bool)
+        self.known = np.zeros(self.count, bool)
 
     def __del__(self, close: Callable[[int], None] = os.close) -> None:
         for descriptor in self.__dict__.get("descriptors", ()):
@@ -63,9 +69,8 @@ class TableParts:
 
     def missing(self, blocks: np.ndarray) -> np.ndarray:
         """Which of some blocks are not there."""
-        if not self.known[blocks].all():
-            present = os.pread(self.descriptors[1], len(self.known), 0)
-            self.known = np.frombuffer(present.ljust(len(self.known), b"\0"), np.uint8) == 1
+        for block in blocks[~self.known[blocks]].tolist():
+            self.known[block] = os.pread(self.descriptors[1], 1, block) == b"\1"
         missing: np.ndarray = blocks[~self.known[blocks]]
         return missing
 
@@ -75,45 +80,46 @@ class TableParts:
             missing = self.missing(blocks)
             if not len(missing):
                 return []
-            doublings = min(self.fetched // GROWTH, 20)
-            width = max(1, min(1 << doublings, PART_BYTES // self.block_bytes))
+            most = max(1, min(PART_BYTES // self.block_bytes, self.sums.together))
+            width = min(1 << min(self.fetched // GROWTH, 20), 1 << (most.bit_length() - 1))
             parts = np.unique(missing // width)
             self.fetched += len(parts)
         most = max(1, RANGE_BYTES // self.block_bytes // width)
         return [
-            (first * width, min((last + 1) * width, len(self.known)))
+            (first * width, min((last + 1) * width, self.count))
             for first, last in neighbours(parts.tolist(), most)
         ]
 
-    def bring(self, blocks: np.ndarray, pool: Executor, ahead: bool) -> None:
-        """Have blocks in the file, fetched side by side; with `ahead` return at once."""
-        tasks = [pool.submit(self.fill, *each) for each in self.wanted(blocks)]
-        for task in [] if ahead else tasks:
-            task.result()
+    def bring(self, blocks: np.ndarray, pool: Executor) -> list[Future[None]]:
+        """Begin to fetch blocks that are not in the file, side by side.
 
-    def fill(self, first: int, end: int) -> None:
+        Their checksums are looked up here: in the pool a table that fetches them would wait for
+        room in it.
+        """
+        return [
+            pool.submit(self.fill, first, end, self.sums.recorded(np.arange(first, end)))
+            for first, end in self.wanted(blocks)
+        ]
+
+    def fill(self, first: int, end: int, recorded: list[bytes]) -> None:
         """Fetch blocks `first` to `end`, unless another process has meanwhile."""
         with self.cache.lock(f"locks/{zlib.crc32(f'{self.name} {first}'.encode()) % 1024}"):
             if not len(self.missing(np.arange(first, end))):
                 return
-            start = self.head + first * self.block_bytes
-            size = min(end * self.block_bytes, self.rows * self.row_bytes)
-            size -= first * self.block_bytes
-            content = self.fetch(start, size, lambda found: self.is_sound(found, first))
+            edges = self.sums.spans[np.arange(first, end + 1)] * self.row_bytes
+            start, places = self.head + int(edges[0]), (edges - edges[0]).tolist()
+
+            def is_sound(content: bytes) -> bool:
+                view = memoryview(content)
+                ranges = zip(places[:-1], places[1:], recorded, strict=True)
+                return all(self.sums.of(view[begin:stop]) == each for begin, stop, each in ranges)
+
+            content = self.fetch(start, places[-1], is_sound)
             try:
                 write_all(self.descriptors[0], content, start)
                 write_all(self.descriptors[1], b"\1" * (end - first), first)
             except OSError as error:
                 raise self.cache.judged(error) from error
-
-    def is_sound(self, content: bytes, first: int) -> bool:
-        """Whether fetched blocks have their checksums."""
-        view = memoryview(content)
-        parts = (view[at : at + self.block_bytes] for at in range(0, len(view), self.block_bytes))
-        sums = self.sums.crc32[first:]
-        return all(
-            zlib.crc32(part) == recorded for part, recorded in zip(parts, sums, strict=False)
-        )
 
 
 def neighbours(parts: Iterable[int], most: int) -> list[tuple[int, int]]:

@@ -1,186 +1,96 @@
-"""The npy tables beside the shards: read where they are wanted, blocks checked before first use.
-
-Opening costs nothing whatever the size. What contradicts the manifest is refused.
-"""
+"""The npy tables beside the shards: opened, checked against the manifest, read where wanted."""
 
 from __future__ import annotations
 
 import base64
 import functools
 import hashlib
-import io
 import logging
-import threading
-import zlib
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from latentds.core.untrusted_files import open_regular
-from latentds.errors import FormatError, first_words
-from latentds.store.files import OF_PATCHES, TABLES, Files
+from latentds.errors import FormatError
+from latentds.store.files import OF_PATCHES, TABLES, Extent, Files
 from latentds.store.format import (
     CHECKSUMS,
-    NPY_ERRORS,
+    CODES,
+    DIGESTS,
+    MASKS,
+    MAX_BLOCK_ROWS,
     PACKS_TABLE,
+    PATCHES,
     PATCHES_TABLE,
-    TABLE_HEAD_BYTES,
-    BlockSums,
-    block_sums,
+    Spans,
 )
 from latentds.store.manifest import Manifest
-from latentds.store.open_files import OpenFile, Signature, signature_of
+from latentds.store.open_files import (
+    BLOCK_ROWS,
+    KINDS,
+    BlockSums,
+    OpenFile,
+    Signature,
+    Table,
+    block_sums,
+    check_head,
+    signature_of,
+    wait_for,
+)
 
-BLOCK_ROWS = 512  # of the patch table 12 KiB, read and checked as one
-MAX_BLOCKS = 4096  # of a table in memory: two windows of the order touch some 500
+PACK_BLOCK_ROWS = 64  # of the pack table 4 KiB, of its digests 6: a pack of a window needs one each
+WANTED_BLOCKS = 256  # of a table before a first shuffled batch: two windows of the order
+PACK_SUMS_FROM = 1 << 26  # patches from which a patch table's sums are in the pack table
+AS_BLOCKS = range(64, 1025)  # patches of packs that do for blocks of the patch table
+PART_ROWS = 1 << 16  # of a table that is read as a whole
+FIELDS = {CODES: "codes", PATCHES: "patches", MASKS: "masks"}
 logger = logging.getLogger(__name__)
 
 MAX_HASHED_BYTES = 1 << 25  # of a patch table without block checksums: hashed when it is opened
 
 
-def summarize_blocks(path: Path, dtype: np.dtype[Any], rows: int) -> dict[str, Any]:
+def summarize_blocks(
+    path: Path, dtype: np.dtype[Any], rows: int, kind: str = "crc32"
+) -> dict[str, Any]:
     """Fields of a table's entry in the manifest that let blocks of it be checked alone."""
-    table = Table(path, dtype, rows)
-    sums = [zlib.crc32(table.load(number).data) for number in range(-(-rows // BLOCK_ROWS))]
-    packed = np.array(sums, "<u4").tobytes()
-    return {"block_rows": BLOCK_ROWS, "block_crc32": base64.b64encode(packed).decode()}
+    size = block_rows_of(dtype, rows, kind)
+    sums = BlockSums(Spans.even(rows, size), kind, lambda _: [])
+    table = Table(path, dtype, rows, sums)
+    packed = b"".join(sums.of(table.read(number)) for number in range(len(sums.spans)))
+    return {"block_rows": size, f"block_{kind}": base64.b64encode(packed).decode()}
 
 
-def nothing(blocks: np.ndarray, ahead: bool = False) -> None:
-    """Of a folder, all blocks are there."""
-    del blocks, ahead
+def summarize_patches(out: Path, manifest: Manifest, size: int | None) -> dict[str, Any]:
+    """The same of the patch table; of very large sets the pack table has the sums.
 
-
-class Table:
-    """A table of just the expected columns, rows and bytes, indexed as an array is.
-
-    sums   of its blocks; None trusts the file
-    renew  fetches the file anew and says where it is; None where that cannot be done
-    check  raises for rows whose values cannot be; called with all that are handed out
-    fill   puts blocks into the file that are not there yet; `ahead` returns at once
-
-    `table[rows]` and `table[first:end]` give rows, `table[name]` reads a field of all of them.
-    raises  FormatError where the file is not what was expected or a block is damaged
+    size  patches of every pack, as `even_size` found it
     """
+    if size is not None and manifest.patches > PACK_SUMS_FROM and size in AS_BLOCKS:
+        return {"blocks": "packs"}
+    return summarize_blocks(out / PATCHES_TABLE, TABLES[PATCHES_TABLE], manifest.patches)
 
-    def __init__(
-        self,
-        path: Path,
-        dtype: np.dtype[Any],
-        rows: int,
-        sums: BlockSums | None = None,
-        renew: Callable[[], Path | None] = lambda: None,
-        check: Callable[[np.ndarray], None] = lambda _: None,
-        fill: Callable[..., None] = nothing,
-    ) -> None:
-        self.dtype, self.count, self.sums = dtype, rows, sums
-        self.renew, self.check, self.fill = renew, check, fill
-        self.block_rows = sums.rows if sums else BLOCK_ROWS
-        blocks = -(-rows // self.block_rows)
-        # Memory that is not touched costs nothing: it is taken as blocks come.
-        self.held = np.empty((min(blocks, MAX_BLOCKS), self.block_rows), dtype)
-        self.slots = np.full(blocks, -1, np.int32)  # of every block, -1 where it is not held
-        self.holds = np.full(len(self.held), -1, np.int64)  # which block a slot has
-        self.next_slot = 0
-        self.lock = threading.RLock()  # blocks come and go while rows are gathered
-        self.open(path)
 
-    def open(self, path: Path) -> None:
-        """Take the file at `path`."""
-        self.head = check_head(path, self.dtype, self.count)
-        self.file = OpenFile(path)
+def even_size(out: Path, manifest: Manifest) -> int | None:
+    """Patches of every pack but the last of its shard; None where they are not alike."""
+    table = Table(out / PACKS_TABLE, TABLES[PACKS_TABLE], manifest.packs)
+    parts = range(0, manifest.packs, PART_ROWS)
+    counts = np.concatenate([table[part : part + PART_ROWS]["count"] for part in parts])
+    size, ends = int(counts.max()), np.cumsum([shard.packs for shard in manifest.shards])
+    return size if (np.delete(counts, ends - 1) == size).all() else None
 
-    def __len__(self) -> int:
-        return self.count
 
-    def __getitem__(self, wanted: Any) -> Any:
-        if isinstance(wanted, str):
-            return self[:][wanted]
-        if isinstance(wanted, slice):
-            wanted = np.arange(*wanted.indices(self.count))
-        rows = np.asarray(wanted)
-        with self.lock:
-            found = self.gather(np.flatnonzero(rows) if rows.dtype == bool else rows.reshape(-1))
-        return found if rows.ndim else found[0]
+def block_rows_of(dtype: np.dtype[Any], rows: int, kind: str) -> int:
+    """Rows of a block, a power of two: about as many as make a first batch cost least.
 
-    def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
-        del copy  # it always is one
-        return np.asarray(self[:], dtype)
-
-    def gather(self, rows: np.ndarray) -> np.ndarray:
-        """Rows, in the order asked for."""
-        if not len(rows):
-            return np.empty(0, self.dtype)
-        if rows.min() < 0 or rows.max() >= self.count:
-            raise IndexError(f"rows {rows.min()}..{rows.max()} of a table of {self.count}")
-        numbers, within = np.divmod(rows.astype(np.int64), self.block_rows)
-        wanted = np.unique(numbers)
-        if len(self.held) // 2 < len(wanted) and len(self.held) < len(self.slots):  # a scan
-            middle = len(rows) // 2
-            return np.concatenate([self.gather(rows[:middle]), self.gather(rows[middle:])])
-        new = wanted[self.slots[wanted] < 0]
-        if len(new):
-            self.fill(new)
-        for number in new.tolist():
-            self.hold(number)
-        if (self.slots[numbers] < 0).any():  # this one's making room took another's
-            return self.gather(rows)
-        found: np.ndarray = self.held[self.slots[numbers], within]
-        self.check(found)
-        return found
-
-    def hold(self, number: int) -> None:
-        """Put a block among those in memory, in place of the one that came first."""
-        block, slot = self.load(number), self.next_slot
-        if self.holds[slot] >= 0:
-            self.slots[self.holds[slot]] = -1
-        self.held[slot, : len(block)] = block
-        self.slots[number], self.holds[slot] = slot, number
-        self.next_slot = (slot + 1) % len(self.held)
-
-    def load(self, number: int) -> np.ndarray:
-        """A block from the file, or from one fetched anew."""
-        try:
-            return self.sound(number)
-        except FormatError:
-            path = self.renew()
-            if path is None:
-                raise
-        self.open(path)
-        self.fill(np.array([number]))
-        return self.sound(number)
-
-    def sound(self, number: int) -> np.ndarray:
-        """A block from the file; FormatError where it does not have its checksum."""
-        first = number * self.block_rows
-        rows = min(self.block_rows, self.count - first)
-        size = self.dtype.itemsize
-        content = self.file.read(self.head + first * size, rows * size)
-        if self.sums is not None and zlib.crc32(content) != self.sums.crc32[number]:
-            raise FormatError(
-                f"{self.file.path}: rows {first} to {first + rows - 1} do not have the recorded "
-                "checksum; damaged, fetch the table anew ('latentds verify' lists all damage)"
-            )
-        return np.frombuffer(content, self.dtype)
-
-    def bring(self, firsts: np.ndarray, counts: np.ndarray, ahead: bool = False) -> None:
-        """Have stretches of rows fetched that are not there; `ahead` returns at once."""
-        begins = firsts.astype(np.int64) // self.block_rows
-        ends = (firsts.astype(np.int64) + counts.astype(np.int64) - 1) // self.block_rows
-        longest = int((ends - begins).max(initial=0))
-        blocks = np.minimum(begins[:, None] + np.arange(longest + 1), ends[:, None])
-        new = np.unique(blocks)
-        new = new[self.slots[new] < 0]
-        if len(new):
-            self.fill(new, ahead=ahead)
-
-    def will_need(self, first: int, count: int) -> None:
-        """Rows that will be read soon."""
-        size = self.dtype.itemsize
-        if self.slots[first // self.block_rows] < 0:
-            self.file.will_need(self.head + first * size, count * size)
+    That fetches the manifest, with 4/3 of a sum's bytes (base64) a block, and WANTED_BLOCKS.
+    """
+    size = BLOCK_ROWS if kind == "crc32" else PACK_BLOCK_ROWS
+    best = math.sqrt(KINDS[kind][0] * 4 / 3 * rows / (WANTED_BLOCKS * dtype.itemsize))
+    while size * math.sqrt(2) < best and size < MAX_BLOCK_ROWS:
+        size *= 2
+    return size
 
 
 def read_whole(path: Path, dtype: np.dtype[Any], rows: int, sha256: str | None) -> np.ndarray:
@@ -192,24 +102,6 @@ def read_whole(path: Path, dtype: np.dtype[Any], rows: int, sha256: str | None) 
             f"{path}: not of the hash that the manifest records; damaged, fetch it anew"
         )
     return np.frombuffer(content, dtype, rows, head)
-
-
-def check_head(path: Path, dtype: np.dtype[Any], rows: int) -> int:
-    """Length of a table's header; FormatError where the file is not what was expected."""
-    try:
-        with open_regular(path, str(path)) as file:
-            head = io.BytesIO(file.read(TABLE_HEAD_BYTES))
-        if np.lib.format.read_magic(head) != (1, 0):
-            raise ValueError("npy version is not 1.0")
-        shape, fortran, found = np.lib.format.read_array_header_1_0(head)
-    except (*NPY_ERRORS, OSError) as error:
-        raise FormatError(f"{path}: not a table ({first_words(error)}); fetch it anew") from error
-    size = path.stat().st_size
-    if found != dtype or fortran or shape != (rows,):
-        raise FormatError(f"{path}: {found} {shape}, expected {rows} rows of {dtype}")
-    if size != head.tell() + rows * dtype.itemsize:
-        raise FormatError(f"{path}: {size} bytes are not {rows} rows; truncated, fetch it anew")
-    return head.tell()
 
 
 def rows_of(manifest: Manifest, name: str) -> int:
@@ -234,58 +126,158 @@ def open_table(
     files: Files,
     manifest: Manifest,
     name: str,
-    check: Callable[[np.ndarray], None] = lambda _: None,
+    check: Callable[[np.ndarray, np.ndarray], None] = lambda *_: None,
+    sums: BlockSums | None = None,
 ) -> Table:
-    """A table whose rows are read when they are wanted, checked by their blocks' checksums."""
+    """A table whose rows are read when they are wanted, checked by their blocks' checksums.
+
+    sums  of its blocks, where they are not in the manifest
+    """
     rows = rows_of(manifest, name)
-    sums = block_sums(manifest.tables.get(name, {}), rows)
-    renew = functools.partial(files.renew, name, manifest)
-    fill = functools.partial(files.fill_table, name)
-    return Table(files.table(name, manifest), TABLES[name], rows, sums, renew, check, fill)
+    sums = sums or block_sums(manifest.tables.get(name, {}), rows)
+    parts = (functools.partial(files.fill_table, name), functools.partial(files.missing, name))
+    renew = functools.partial(files.renew, name, manifest, sums)
+    settings: tuple[Any, ...] = (TABLES[name], rows, sums, renew, check, *parts)
+    try:
+        return Table(files.table(name, manifest, sums), *settings)
+    except FormatError:
+        path = renew()
+        if path is None:
+            raise
+    return Table(path, *settings)
 
 
-def check_unsummed(files: Files, manifest: Manifest) -> None:
+class PackTable:
+    """Where packs begin in the patch table and where their members lie, checked where it is read.
+
+    first_pack, first_patches  number of every shard's first, and one past the last, int64 (S + 1,)
+    spans    rows of the patch table that packs have; by arithmetic where the manifest has their
+             size, else held
+    rows     PACK_DTYPE by pack: a Table, where the manifest lacks their size or sums an array
+    """
+
+    def __init__(self, files: Files, manifest: Manifest) -> None:
+        self.files, self.manifest, self.is_local = files, manifest, files.revision is None
+        shards = manifest.shards
+        self.first_pack = np.cumsum([0, *(shard.packs for shard in shards)])
+        firsts = self.first_patches = np.cumsum([0, *(shard.patches for shard in shards)])
+        self.room = np.array([shard.bytes for shard in shards], np.uint64)
+        self.rows: Table | np.ndarray
+        if self.is_parted(PACKS_TABLE):
+            assert manifest.pack_patches is not None
+            self.spans = Spans(firsts, self.first_pack, manifest.pack_patches)
+            self.rows = open_table(files, manifest, PACKS_TABLE, self.check)
+        else:
+            self.rows = read_table(files, manifest, PACKS_TABLE)
+            edges = np.cumsum([0, *self.rows["count"]], dtype=np.int64)
+            if not np.array_equal(edges[self.first_pack], firsts):
+                raise self.contradiction()
+            self.spans = Spans.listed(edges)
+            self.check(self.rows, np.arange(len(self.rows)))
+
+    def is_parted(self, name: str) -> bool:
+        """Whether a table of packs can be read by blocks."""
+        sums = block_sums(self.manifest.tables.get(name, {}), self.manifest.packs)
+        return self.manifest.pack_patches is not None and sums is not None
+
+    @functools.cached_property
+    def digests(self) -> Table | np.ndarray | None:
+        """sha256 of every pack's members, DIGEST_DTYPE; None in sets without."""
+        if DIGESTS not in self.manifest.tables:
+            return None
+        opened = open_table if self.is_parted(DIGESTS) else read_table
+        return opened(self.files, self.manifest, DIGESTS)
+
+    def open_patches(
+        self, check: Callable[[np.ndarray, np.ndarray], None] = lambda *_: None
+    ) -> Table:
+        """The patch table; of very large sets its blocks are the packs, whose rows have sums."""
+        sums = None
+        if self.manifest.tables.get(PATCHES_TABLE, {}).get("blocks") == "packs":
+            together = self.rows.spans.size if isinstance(self.rows, Table) else len(self.rows)
+            sums = BlockSums(self.spans, "crc32", self.sums_of_patches, together)
+        return open_table(self.files, self.manifest, PATCHES_TABLE, check, sums)
+
+    def sums_of_patches(self, packs: np.ndarray) -> list[bytes]:
+        """CRC-32 of packs' rows of the patch table."""
+        sums = self.rows[packs]["rows_crc32"].astype("<u4").view("V4")
+        return [each.tobytes() for each in sums]
+
+    def shards_of(self, packs: Any) -> Any:
+        """Index of the shard that packs lie in, int64."""
+        return np.searchsorted(self.first_pack, packs, side="right") - 1
+
+    def extents(self, packs: Sequence[int] | np.ndarray, kind: str) -> list[Extent]:
+        """Where packs' codes, columns or masks lie."""
+        numbers, field = np.asarray(packs, np.int64), FIELDS[kind]
+        rows, names = self.rows[numbers], self.manifest.shards
+        sizes = rows["count"].astype(np.int64) * self.manifest.contract.bytes_per_patch
+        columns = [rows["shard"], rows[f"{field}_offset"], rows[f"{field}_crc32"],
+                   sizes if kind == CODES else rows[f"{field}_bytes"]]  # fmt: skip
+        hashes: list[bytes | None] = [None] * len(rows)
+        if not self.is_local and self.digests is not None:
+            hashes = [each.tobytes() for each in self.digests[numbers][field]]
+        return [
+            Extent(names[shard].name, offset, size, crc32, sha256)
+            for shard, offset, crc32, size, sha256 in zip(
+                *(column.tolist() for column in columns), hashes, strict=True
+            )
+        ]
+
+    def bring(self, packs: np.ndarray, ahead: bool = False) -> None:
+        """Fetch what is not there of packs' rows and digests, side by side."""
+        ones, tasks = np.ones(len(packs), np.int64), []
+        for table in (self.rows, self.digests):
+            tasks += table.bring(packs, ones, ahead) if isinstance(table, Table) else []
+        wait_for([] if ahead else tasks)
+
+    def has(self, packs: np.ndarray) -> np.ndarray:
+        """Of which packs rows and digests are there, bool (N,)."""
+        parted = [table for table in (self.rows, self.digests) if isinstance(table, Table)]
+        there: np.ndarray = np.all([packs >= 0, *(table.has(packs) for table in parted)], axis=0)
+        return there
+
+    def check(self, rows: np.ndarray, packs: np.ndarray) -> None:
+        """Refuse rows that contradict counts and sizes of the manifest."""
+        shards = self.shards_of(packs)
+        if not (
+            np.array_equal(rows["shard"], shards)
+            and np.array_equal(rows["first_patch"].astype(np.int64), self.spans[packs])
+            and np.array_equal(rows["count"], self.spans.counts(packs))
+            and rows["count"].all()
+        ):
+            raise self.contradiction()
+        room = self.room[shards]
+        size = np.uint64(self.manifest.contract.bytes_per_patch)
+        beyond = ends_past(rows["codes_offset"], rows["count"].astype(np.uint64) * size, room)
+        for kind in ("patches", "masks"):
+            beyond |= ends_past(rows[f"{kind}_offset"], rows[f"{kind}_bytes"], room)
+        if beyond.any():
+            place = int(np.argmax(beyond))
+            raise FormatError(
+                f"{self.files.where}/{PACKS_TABLE}: pack {packs[place]} lies behind the "
+                f"{room[place]} bytes of its shard; fetch the table anew"
+            )
+
+    def contradiction(self) -> FormatError:
+        """The error of a table that is not what the manifest counts."""
+        return FormatError(
+            f"{self.files.where}/{PACKS_TABLE}: shards do not start and end where the manifest "
+            "says; fetch both anew"
+        )
+
+
+def check_unsummed(files: Files, manifest: Manifest, patches: Table) -> None:
     """Hash a patch table that has no block checksums, if it is small; say what is not checked."""
-    entry = manifest.tables[PATCHES_TABLE]
-    has_sums = block_sums(entry, manifest.patches) is not None
-    if has_sums and manifest.has_digest and CHECKSUMS in manifest.tables:
+    if patches.sums is not None and manifest.has_digest and CHECKSUMS in manifest.tables:
         return
     logger.warning(
         "%s: of a time before tables, patches and the manifest had checksums of their own: damage "
         "may go unnoticed, and checking reads whole packs; 'latentds verify' finds all damage, "
         "'latentds repack' writes a set that has them", files.where,
     )  # fmt: skip
-    if not has_sums and manifest.patches * TABLES[PATCHES_TABLE].itemsize <= MAX_HASHED_BYTES:
+    if not patches.sums and manifest.patches * patches.dtype.itemsize <= MAX_HASHED_BYTES:
         read_table(files, manifest, PATCHES_TABLE)
-
-
-def check_packs(packs: np.ndarray, manifest: Manifest, where: str) -> None:
-    """Refuse a pack table that contradicts itself, or the counts and sizes of the manifest."""
-    shards = manifest.shards
-    numbers = np.repeat(np.arange(len(shards)), [shard.packs for shard in shards])
-    last_of_shards = np.cumsum([shard.packs for shard in shards]) - 1
-    ends = np.cumsum(packs["count"].astype(np.int64))
-    if not (
-        np.array_equal(packs["shard"], numbers)
-        and packs["count"].all()
-        and np.array_equal(packs["first_patch"].astype(np.int64), ends - packs["count"])
-        and np.array_equal(ends[last_of_shards], np.cumsum([shard.patches for shard in shards]))
-    ):
-        raise FormatError(
-            f"{where}/{PACKS_TABLE}: shards do not start and end where the manifest says; fetch "
-            "both anew"
-        )
-    room = np.array([shard.bytes for shard in shards], np.uint64)[numbers]
-    size = np.uint64(manifest.contract.bytes_per_patch)
-    beyond = ends_past(packs["codes_offset"], packs["count"].astype(np.uint64) * size, room)
-    for kind in ("patches", "masks"):
-        beyond |= ends_past(packs[f"{kind}_offset"], packs[f"{kind}_bytes"], room)
-    if beyond.any():
-        pack = int(np.argmax(beyond))
-        raise FormatError(
-            f"{where}/{PACKS_TABLE}: pack {pack} lies behind the {room[pack]} bytes of its shard; "
-            "fetch the table anew"
-        )
 
 
 def ends_past(offsets: np.ndarray, sizes: np.ndarray, room: np.ndarray) -> np.ndarray:
@@ -294,8 +286,9 @@ def ends_past(offsets: np.ndarray, sizes: np.ndarray, room: np.ndarray) -> np.nd
     return found
 
 
-def check_rows(table: np.ndarray, manifest: Manifest, where: str) -> None:
+def check_rows(table: np.ndarray, rows: np.ndarray, manifest: Manifest, where: str) -> None:
     """Refuse labels and slides that the manifest does not list: a GPU would die of them."""
+    del rows
     for field, names in (("label", manifest.classes), ("slide", manifest.slides)):
         least, most = table[field].min(), table[field].max()
         if least < -1 or most >= len(names):

@@ -165,7 +165,7 @@ def damaged_packs(
     shards: ShardSet, number: int, found: Sequence[ScannedPack], path: Path
 ) -> list[str]:
     """A line for every pack of a shard whose members do not have the recorded checksums."""
-    listed = shards.packs[shards.packs["shard"] == number]
+    listed = shards.packs[slice(*shards.first_pack[number : number + 2])]
     if len(found) != len(listed):
         return [f"{path}: {len(found)} packs, {PACKS_TABLE} lists {len(listed)}"]
     rows = pack_rows(found)
@@ -183,15 +183,17 @@ def compare(shards: ShardSet, number: int, index: ShardIndex, path: Path) -> Ite
     if set(index.classes) - set(manifest.classes) or set(index.slides) - set(manifest.slides):
         yield "problem", f"{path}: has labels or slides the manifest does not list"
         return
-    rows = np.flatnonzero(shards.packs["shard"] == number)
-    first = int(shards.packs["first_patch"][rows[0]]) if len(rows) else 0
+    own = slice(*shards.first_pack[number : number + 2])
+    stored_packs, first = shards.packs[own], int(shards.pack_table.first_patches[number])
     packs, patches = renumber(index, number, first, manifest.classes, manifest.slides)
-    if not np.array_equal(packs, shards.packs[rows]):
+    if not stored_packs["rows_crc32"].any():  # of before it was recorded
+        packs["rows_crc32"] = 0
+    if not np.array_equal(packs, stored_packs):
         yield (
             "problem",
             f"{path}: packs are not as {PACKS_TABLE} says (offsets, counts or checksums)",
         )
-    if shards.digests is not None and not np.array_equal(shards.digests[rows], index.digests):
+    if shards.digests is not None and not np.array_equal(shards.digests[own], index.digests):
         yield "problem", f"{path}: packs do not have the sha256 that {DIGESTS} lists"
     stored = shards.patches[first : first + len(patches)]
     if stored.tobytes() != patches.tobytes():

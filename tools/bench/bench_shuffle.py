@@ -161,8 +161,8 @@ def count_reads(
                 stretches = batching.stretches(number, rank)
                 rows = np.concatenate([data.sampler.draw(0, *s).rows for s in stretches])
                 delivered += len(rows) * size
-                packs = np.searchsorted(shards.first_patch, rows.astype(np.uint64), side="right")
-                fetched += fetch(cache, np.unique(packs - 1), shards.packs["count"], capacity)
+                packs = np.unique(shards.packs_of(rows))
+                fetched += fetch(cache, packs, shards.first_patch.counts(packs), capacity)
         shares.append(fetched * size / delivered)
     return {
         "ranks": ranks,
@@ -189,12 +189,12 @@ def read_sequence(batches: int, workers: int) -> list[int]:
 def fetch(cache: OrderedDict[int, None], packs: Any, counts: Any, capacity: int) -> int:
     """Patches fetched, their packs not being in the cache; afterwards they are."""
     fetched = 0
-    for pack in packs.tolist():
+    for pack, count in zip(packs.tolist(), counts.tolist(), strict=True):
         if pack in cache:
             cache.move_to_end(pack)
             continue
         cache[pack] = None
-        fetched += int(counts[pack])
+        fetched += count
         if len(cache) > capacity:
             cache.popitem(last=False)
     return fetched

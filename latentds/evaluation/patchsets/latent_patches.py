@@ -65,7 +65,7 @@ class Shards:
         rows, sources = self.ordered
         manifest, table = self.shards.manifest, self.shards.patches[rows]
         slides: list[str | None] = [*manifest.slides, None]  # the last for -1
-        shard_of = self.shards.packs["shard"][self.shards.packs_of(rows)]
+        shard_of = self.shards.shards_of(self.shards.packs_of(rows))
         return PatchTable(
             sources=sources,
             slides=[slides[number] for number in table["slide"].tolist()],

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +31,16 @@ from latentds.store.format import (
     PACKS_TABLE,
     PATCHES_TABLE,
     SHARD_PATTERN,
-    SPLIT_PATTERN,
     Contract,
     check_format,
 )
 from latentds.store.open_files import block_sums
 
 MAX_MANIFEST_BYTES = 1 << 28
+MANY_SHARDS = 1000  # from which the text is for machines: a tenth of it would be spaces
 SHA256 = re.compile(r"[0-9a-f]{64}")
 NUMBER = (int, float)
+COUNTS = ("bytes", "packs", "patches")  # of a shard
 # Of what tells how a set was made, the parts that commands show or go by.
 MADE_KINDS: dict[str, Kind] = {
     **dict.fromkeys(("options", "source", "converted_to_rgb", "source_encodings"), dict),
@@ -54,7 +56,7 @@ CODEBOOK_KINDS: dict[str, Kind] = {
 }
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ShardRecord:
     """One shard: path in the folder, split, size, hash, codebook, counts, and patches a class."""
 
@@ -183,7 +185,8 @@ class Manifest:
         if self.statistics is not None:
             record["channel_statistics"] = self.statistics.to_json()
         record["digest"] = digest_json(record)
-        return json.dumps(record, indent=1, sort_keys=True, allow_nan=False) + "\n"
+        indent = 1 if len(self.shards) < MANY_SHARDS else None
+        return json.dumps(record, indent=indent, sort_keys=True, allow_nan=False) + "\n"
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -274,22 +277,22 @@ def parse_shard(record: Any, where: str) -> ShardRecord:
     name = record["name"]
     if not isinstance(name, str) or not SHARD_PATTERN.fullmatch(name):
         raise FormatError(f"{where}: shard name {name!r} is not data/SPLIT-000000.tar; refused")
-    split = name.removeprefix("data/").rpartition("-")[0]
-    if record["split"] != split or not SPLIT_PATTERN.fullmatch(split):
+    split = name[5:-11]  # of data/SPLIT-000000.tar
+    if record["split"] != split:
         raise FormatError(f"{where}: {name} is listed under split {record['split']!r}")
-    counts = {field: record[field] for field in ("bytes", "packs", "patches")}
-    if any(type(value) is not int or value < 1 for value in counts.values()):
+    counts = {field: record[field] for field in COUNTS}
+    if set(map(type, counts.values())) != {int} or min(counts.values()) < 1:
         raise FormatError(f"{where}: {name} has counts {counts}; all must be positive integers")
     if not SHA256.fullmatch(record["sha256"]):
         raise FormatError(f"{where}: {name} has sha256 {record['sha256']!r}")
     labels = dict(record["labels"])
-    if any(type(value) is not int or value < 0 for value in labels.values()):
+    if labels and any(type(value) is not int or value < 0 for value in labels.values()):
         raise FormatError(f"{where}: {name} has label counts {labels}")
     return ShardRecord(
         name=name,
-        split=split,
+        split=sys.intern(split),
         sha256=record["sha256"],
-        codebook_id=str(record["codebook_id"]),
+        codebook_id=sys.intern(str(record["codebook_id"])),
         labels=labels,
         **counts,
     )

@@ -17,7 +17,7 @@ from latentds.store.open_files import BlockSums
 WHOLE_BYTES = 1 << 21  # up to so many, one request for all is quicker than many for parts
 PART_BYTES = 1 << 20  # of a part, once many were wanted; a block at first
 RANGE_BYTES = 1 << 23  # of a request, where parts that are wanted lie side by side
-GROWTH = 256  # parts of a size before the next ones are twice as large
+GROWTH = 1024  # parts of a size before the next ones are twice as large
 PRESENT = ".parts"  # suffix of the file that has a byte for every block: 1 once it is there
 
 Fetch = Callable[[int, int, Callable[[bytes], bool]], bytes]  # start, size, is it sound

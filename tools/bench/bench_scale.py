@@ -26,7 +26,8 @@ class Config:
 
     patches: tuple[int, ...] = (100_000, 1_000_000, 24_000_000)
     """Sizes. Shards of random codes up to --written patches; beyond, shards are holes in the file
-    system, and tables and manifest are whole."""
+    system, and tables and manifest are whole. Beyond 100 million the patch table is a hole too:
+    1,000,000,000 patches need 1 GB of disk."""
     written: int = 1_000_000
     """Patches up to which codes are written (2 KiB each)."""
     batch_size: int = 256
@@ -35,6 +36,8 @@ class Config:
     """Batches to read before memory is looked at."""
     rounds: int = 3
     """Every set is opened so often; medians are reported."""
+    location: bool = True
+    """Also open each as a location (file://) with an empty cache, and count what is fetched."""
     work: Path | None = None
     """Folder for the sets; a temporary one by default."""
     json: bool = False
@@ -62,7 +65,50 @@ def open_once(folder: Path, config: Config) -> dict[str, float]:
 
     drop_page_cache(folder)
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(look, (folder, config.batch_size, config.batches))
+        found = pool.apply(look, (folder, config.batch_size, config.batches))
+    if config.location:
+        with (
+            tempfile.TemporaryDirectory(dir=config.work) as cache,
+            multiprocessing.get_context("spawn").Pool(1) as pool,
+        ):
+            found |= pool.apply(count_fetched, (folder, config.batch_size, Path(cache)))
+    return found
+
+
+def count_fetched(folder: Path, batch_size: int, cache: Path) -> dict[str, float]:
+    """What is fetched of a set's location until its first batch is there: MB, requests, packs.
+
+    Counted in `Transport.fetch`; tables that are fetched ahead meanwhile count.
+    """
+    from latentds import LatentLoader
+    from latentds.store.cache import CacheConfig
+    from latentds.store.transport import Transport
+
+    fetched: list[tuple[str, int]] = []
+    fetch = Transport.fetch
+
+    def counted(self: Any, name: str, *rest: Any) -> bytes:
+        content = fetch(self, name, *rest)
+        fetched.append((name, len(content)))
+        return content
+
+    Transport.fetch = counted  # type: ignore[method-assign, assignment]
+    loader = LatentLoader(
+        f"file://{folder.resolve()}",
+        batch_size=batch_size,
+        shuffle=True,
+        decode="codes",
+        cache=CacheConfig(dir=cache),
+    )
+    opened = sum(size for _, size in fetched)
+    next(iter(loader))
+    tables = [size for name, size in fetched if not name.startswith("data/")]
+    return {
+        "opened_mb": opened / 1e6,
+        "fetched_mb": sum(tables) / 1e6,
+        "requests": len(tables),
+        "packs": len(fetched) - len(tables),
+    }
 
 
 def look(folder: Path, batch_size: int, batches: int) -> dict[str, float]:
@@ -122,6 +168,9 @@ def as_text(rows: list[dict[str, Any]]) -> str:
         "first batch s": ("first_batch_s", ".3f"),
         "own memory MB": ("private_mb", ".1f"),
         "mapped MB": ("mapped_mb", ".1f"),
+        "fetched opening MB": ("opened_mb", ".2f"),
+        "before a batch MB": ("fetched_mb", ".2f"),
+        "requests": ("requests", ".0f"),
         "state save ms": ("save_ms", ".3f"),
         "load ms": ("load_ms", ".3f"),
         "state bytes": ("state_bytes", ".0f"),

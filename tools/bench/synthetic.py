@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 
 SHAPE = (32, 8, 8)  # 2,048 bytes: DC-AE-f32's latents of a 256 px patch
-PACK, SHARD_PATCHES = 256, 256 * 256
+PACK, SHARD_PATCHES = 256, 256 * 488  # the default 256 MB of codes a shard
 PATCHES_A_SLIDE = 5000
+MAX_SLIDES = 30_000  # TCGA has as many
+WHOLE_TABLES = 10**8  # patches up to which the patch table has values
 CLASSES = ("ADI", "BACK", "DEB", "LYM", "MUC", "MUS", "NORM", "STR", "TUM")  # NCT-CRC's nine
 MADE: dict[str, Any] = {"synthetic": True}
 
@@ -104,7 +106,11 @@ def filled_parts(
 
 
 def write_sparse(out: Path, patches: int) -> None:
-    """Tables, manifest and shards that are holes: every code reads as 0 and no disk is needed."""
+    """Tables, manifest and shards that are holes: every code reads as 0 and no disk is needed.
+
+    Beyond WHOLE_TABLES patches the tables of patches are holes too: all are of the first class and
+    slide, and the checksums of single patches are wrong.
+    """
     from latentds.core.storage import write_atomically
     from latentds.store.composing import complete
     from latentds.store.format import GOLDEN
@@ -133,7 +139,8 @@ def write_sparse(out: Path, patches: int) -> None:
         )
     write_atomically(out / GOLDEN, empty_golden())
     write_sparse_tables(out, patches, contract.bytes_per_patch)
-    slides = tuple(f"slide{number:05d}" for number in range(-(-patches // PATCHES_A_SLIDE)))
+    count = min(-(-patches // PATCHES_A_SLIDE), MAX_SLIDES)
+    slides = tuple(f"slide{number:05d}" for number in range(count))
     manifest = Manifest(
         contract=contract,
         shards=tuple(records),
@@ -160,19 +167,38 @@ def write_sparse_tables(out: Path, patches: int, patch_bytes: int) -> None:
         zeros, same = bytes(count * patch_bytes), packs["count"] == count
         packs["codes_crc32"][same] = zlib.crc32(zeros)
         digests["codes"][same] = np.frombuffer(hashlib.sha256(zeros).digest(), np.uint8)
+    write_sparse_rows(out, packs, patches, zlib.crc32(bytes(patch_bytes)))
     with TableWriter(out / layout.PACKS_TABLE, layout.PACK_DTYPE, len(first)) as writer:
         writer.write(packs)
     with TableWriter(out / layout.DIGESTS, layout.DIGEST_DTYPE, len(first)) as writer:
         writer.write(digests)
-    crc = zlib.crc32(bytes(patch_bytes))
+
+
+def write_sparse_rows(out: Path, packs: np.ndarray, patches: int, crc32: int) -> None:
+    """The tables of patches; what of them is in the pack table is put into `packs`.
+
+    crc32  of a patch's codes
+    """
+    from latentds.store import format as layout
+    from latentds.store.index import TableWriter
+
     with (
         TableWriter(out / layout.PATCHES_TABLE, layout.PATCH_DTYPE, patches) as rows,
         TableWriter(out / layout.CHECKSUMS, layout.CHECKSUM_DTYPE, patches) as checksums,
     ):
+        if patches > WHOLE_TABLES:
+            for writer, row_bytes in ((rows, 24), (checksums, 4)):
+                writer.file.flush()
+                writer.file.truncate(writer.file.tell() + patches * row_bytes)
+            for count in np.unique(packs["count"]).tolist():
+                packs["rows_crc32"][packs["count"] == count] = zlib.crc32(bytes(24 * count))
+            return
         for start in range(0, patches, SHARD_PATCHES):
-            count = min(SHARD_PATCHES, patches - start)
-            rows.write(sparse_columns(start, count))
-            checksums.write(np.full(count, crc, layout.CHECKSUM_DTYPE))
+            part = sparse_columns(start, min(SHARD_PATCHES, patches - start))
+            sums = [zlib.crc32(part[at : at + PACK].data) for at in range(0, len(part), PACK)]
+            packs["rows_crc32"][start // PACK :][: len(sums)] = sums
+            rows.write(part)
+            checksums.write(np.full(len(part), crc32, layout.CHECKSUM_DTYPE))
 
 
 def sparse_columns(first: int, count: int) -> np.ndarray:

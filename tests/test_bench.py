@@ -18,6 +18,7 @@ from latentds_tools.bench.synthetic import write_sparse, write_synthetic
 from latentds.errors import InputError
 from latentds.loading.dataset import LatentDataset
 from latentds.loading.loader import LatentLoader
+from latentds.store.format import PATCHES_TABLE
 from latentds.store.reader import ShardSet
 from latentds.store.verification import verify
 
@@ -136,6 +137,18 @@ def test_sets_of_holes_read_as_others_do(tmp_path):
     assert (batch.latents == -3).all() and batch.slides[0] == "slide00000"
 
 
+def test_sets_whose_patch_tables_are_holes_read_as_others_do(tmp_path, monkeypatch):
+    monkeypatch.setattr("latentds_tools.bench.synthetic.WHOLE_TABLES", 1)
+    monkeypatch.setattr("latentds.store.tables.PACK_SUMS_FROM", 1)
+    write_sparse(tmp_path, 130_000)  # of two shards
+    assert (tmp_path / PATCHES_TABLE).stat().st_blocks < 100
+    shards = ShardSet(tmp_path)
+    assert shards.manifest.tables[PATCHES_TABLE]["blocks"] == "packs"
+    batch = next(iter(LatentDataset(tmp_path, batch_size=1000, shuffle=True)))
+    assert (batch.slides[0], batch.labels.max()) == ("slide00000", 0)
+    assert not shards.patches[:]["slide"].any()
+
+
 @pytest.mark.slow
 def test_bench_loader_measures_ours_and_peers(tmp_path, capsys):
     words = ["bench", "loader", "--patches", 4096, "--rounds", 1, "--seconds", 0.5, "--json"]
@@ -174,3 +187,4 @@ def test_bench_scale_tells_every_size(tmp_path, capsys):
     rows = call(capsys, "bench", "scale", *words)
     assert [row["patches"] for row in rows] == [600, 70_000]
     assert all(row["state_bytes"] < 1024 and row["first_batch_s"] > 0 for row in rows)
+    assert all(0 < row["opened_mb"] <= row["fetched_mb"] < 10 for row in rows)

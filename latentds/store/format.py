@@ -60,6 +60,7 @@ SPLIT_PATTERN = re.compile(r"[a-z0-9_]{1,32}")
 SHARD_PATTERN = re.compile(r"data/[a-z0-9_]{1,32}-\d{6}\.tar")
 MEMBER_PATTERN = re.compile(r"([A-Za-z0-9_-]{1,80})\.([a-z0-9.]{1,40})")
 
+ROWS_CRC32 = "reserved"  # the field's name in every set, which the table's header has
 PACK_DTYPE = np.dtype(
     [
         ("first_patch", "<u8"),  # row of the pack's first patch in the patch table
@@ -73,7 +74,7 @@ PACK_DTYPE = np.dtype(
         ("codes_crc32", "<u4"),  # zlib's, of the N*C*h*w code bytes
         ("patches_crc32", "<u4"),  # of the Parquet bytes: a parser is never fed damaged ones
         ("masks_crc32", "<u4"),
-        ("rows_crc32", "<u4"),  # of the pack's rows in the patch table; 0 in sets of before
+        (ROWS_CRC32, "<u4"),  # of the pack's rows in the patch table; 0 in sets of before
     ]
 )
 DIGEST_DTYPE = np.dtype(  # sha256 of what CRC-32 stands for above; zeros for masks a pack has not

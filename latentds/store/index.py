@@ -27,6 +27,7 @@ from latentds.store.format import (
     PACKS_TABLE,
     PATCH_DTYPE,
     PATCHES_TABLE,
+    ROWS_CRC32,
     Contract,
     pack_key,
     sorted_names,
@@ -257,5 +258,5 @@ def renumber(
         position = {name: number for number, name in enumerate(all_names)}
         lookup = np.array([*(position[name] for name in own), NO_LABEL], np.int32)
         patches[field] = lookup[patches[field]]  # -1 picks the last entry, which is -1
-    packs["rows_crc32"] = [zlib.crc32(part.data) for part in np.split(patches, ends[:-1])]
+    packs[ROWS_CRC32] = [zlib.crc32(part.data) for part in np.split(patches, ends[:-1])]
     return packs, patches

@@ -24,6 +24,7 @@ from latentds.store.format import (
     PACKS_TABLE,
     PATCHES,
     PATCHES_TABLE,
+    ROWS_CRC32,
     Spans,
 )
 from latentds.store.manifest import Manifest
@@ -200,7 +201,7 @@ class PackTable:
 
     def sums_of_patches(self, packs: np.ndarray) -> list[bytes]:
         """CRC-32 of packs' rows of the patch table."""
-        sums = self.rows[packs]["rows_crc32"].astype("<u4").view("V4")
+        sums = self.rows[packs][ROWS_CRC32].astype("<u4").view("V4")
         return [each.tobytes() for each in sums]
 
     def shards_of(self, packs: Any) -> Any:

@@ -15,7 +15,14 @@ from latentds.core.json_text import canonical_json
 from latentds.core.storage import sha256_file
 from latentds.errors import FormatError, LatentdsError
 from latentds.store.channel_statistics import measure_statistics
-from latentds.store.format import DIGESTS, MANIFEST, MASKS, PACKS_TABLE, PATCHES_TABLE
+from latentds.store.format import (
+    DIGESTS,
+    MANIFEST,
+    MASKS,
+    PACKS_TABLE,
+    PATCHES_TABLE,
+    ROWS_CRC32,
+)
 from latentds.store.golden import THUMBNAIL_SLACK_DB, decode_pixels, likeness_db, read_golden
 from latentds.store.index import ShardIndex, index_shard, pack_rows, renumber
 from latentds.store.manifest import left_out_text, read_manifest
@@ -186,8 +193,8 @@ def compare(shards: ShardSet, number: int, index: ShardIndex, path: Path) -> Ite
     own = slice(*shards.first_pack[number : number + 2])
     stored_packs, first = shards.packs[own], int(shards.pack_table.first_patches[number])
     packs, patches = renumber(index, number, first, manifest.classes, manifest.slides)
-    if not stored_packs["rows_crc32"].any():  # of before it was recorded
-        packs["rows_crc32"] = 0
+    if not stored_packs[ROWS_CRC32].any():  # of before it was recorded
+        packs[ROWS_CRC32] = 0
     if not np.array_equal(packs, stored_packs):
         yield (
             "problem",

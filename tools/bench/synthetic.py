@@ -191,12 +191,12 @@ def write_sparse_rows(out: Path, packs: np.ndarray, patches: int, crc32: int) ->
                 writer.file.flush()
                 writer.file.truncate(writer.file.tell() + patches * row_bytes)
             for count in np.unique(packs["count"]).tolist():
-                packs["rows_crc32"][packs["count"] == count] = zlib.crc32(bytes(24 * count))
+                packs[layout.ROWS_CRC32][packs["count"] == count] = zlib.crc32(bytes(24 * count))
             return
         for start in range(0, patches, SHARD_PATCHES):
             part = sparse_columns(start, min(SHARD_PATCHES, patches - start))
             sums = [zlib.crc32(part[at : at + PACK].data) for at in range(0, len(part), PACK)]
-            packs["rows_crc32"][start // PACK :][: len(sums)] = sums
+            packs[layout.ROWS_CRC32][start // PACK :][: len(sums)] = sums
             rows.write(part)
             checksums.write(np.full(len(part), crc32, layout.CHECKSUM_DTYPE))
 

@@ -17,6 +17,7 @@ from latentds.store.format import DIGESTS, PACK_DTYPE, PACKS_TABLE, PATCHES_TABL
 from latentds.store.manifest import read_manifest
 from latentds.store.open_files import Table
 from latentds.store.reader import ShardSet
+from latentds.store.set_measures import stored_resolutions
 from latentds.store.tables import block_rows_of, even_size
 from latentds.store.verification import verify
 from tests.bad_shards import describe_file, edit_manifest, edit_table
@@ -180,6 +181,8 @@ def test_a_set_whose_packs_have_the_sums_of_patches_reads_the_same(large, folder
     assert entry["blocks"] == "packs" and "block_crc32" not in entry
     rows = np.arange(200)
     assert ShardSet(large).patches[rows].tobytes() == ShardSet(folder).patches[rows].tobytes()
+    manifest = read_manifest(large)
+    assert stored_resolutions(large, manifest) == stored_resolutions(folder, read_manifest(folder))
     with serving(large) as server:
         assert batches(server.url, cache=cache, num_workers=workers) == batches(folder)
         remote = ShardSet(server.url, cache=cache)

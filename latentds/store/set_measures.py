@@ -11,10 +11,11 @@ import numpy as np
 from latentds.quantizers.entropy.record_codebook import EntropyCodebook
 from latentds.store.channel_statistics import sample_rows
 from latentds.store.files import LocalFiles
+from latentds.store.format import PATCHES_TABLE
 from latentds.store.manifest import Manifest
 from latentds.store.open_files import Table
 from latentds.store.reader import ShardSet
-from latentds.store.tables import PackTable
+from latentds.store.tables import PackTable, open_table
 
 SHARES = (0, 5, 25, 50, 75, 95, 100)  # per cent of the patches
 
@@ -49,7 +50,10 @@ def slide_entropies(folder: Path, manifest: Manifest) -> dict[str, dict[str, flo
 
 def patch_table(folder: Path, manifest: Manifest) -> Table:
     """The patch table, checked as it is read."""
-    return PackTable(LocalFiles(folder), manifest).open_patches()
+    files = LocalFiles(folder)
+    if "blocks" in manifest.tables.get(PATCHES_TABLE, {}):  # its sums are in the pack table
+        return PackTable(files, manifest).open_patches()
+    return open_table(files, manifest, PATCHES_TABLE)
 
 
 def resolutions(mpp: np.ndarray) -> dict[str, int]:

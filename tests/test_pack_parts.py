@@ -254,6 +254,18 @@ def test_rows_that_contradict_the_arithmetic_are_refused(copy, cache, field, val
             shards.read_codes(np.array([60]))
 
 
+def test_a_whole_table_that_contradicts_the_arithmetic_is_refused(copy):
+    def move(table: np.ndarray) -> None:
+        table["count"][2:4], table["first_patch"][3] = (3, 5), 11
+
+    sums = edit_sums(copy, move)
+    edit_manifest(copy, lambda record: record["tables"].update({PACKS_TABLE: sums}))
+    fields = ("block_rows", "block_sha256")
+    edit_manifest(copy, lambda record: [record["tables"][PACKS_TABLE].pop(f) for f in fields])
+    with pytest.raises(FormatError, match=r"packs\.npy: shards do not start .* fetch both anew"):
+        ShardSet(copy)
+
+
 @pytest.mark.parametrize("field", ["codes_offset", "patches_offset"])
 def test_rows_that_point_outside_their_shard_are_refused(copy, field):
     lie(copy, field, 15, (1 << 64) - 1)

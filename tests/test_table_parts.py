@@ -141,6 +141,14 @@ def test_offline_what_is_there_is_read_and_the_rest_is_named(folder, server, cac
         offline.patches[100]
 
 
+def test_a_table_that_lies_there_whole_is_read_offline(folder, server, cache, monkeypatch):
+    monkeypatch.setattr("latentds.store.files.WHOLE_BYTES", 1 << 30)  # as of before, by one request
+    ShardSet(server.url, cache=cache)
+    monkeypatch.setattr("latentds.store.files.WHOLE_BYTES", 0)
+    offline = ShardSet(server.url, cache=CacheConfig(dir=cache.dir, offline=True))
+    assert same(offline.patches[:], ShardSet(folder).patches[:])
+
+
 def test_a_full_disk_names_the_cache_and_the_remedy(server, cache, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")

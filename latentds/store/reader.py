@@ -158,9 +158,14 @@ class ShardSet:
 
     def prepare(self, rows: np.ndarray, packs: np.ndarray, size: int) -> None:
         """Have the system, or the network, fetch what will be read, side by side."""
-        new = [pack for pack in np.unique(packs).tolist() if pack not in self.near]
+        wanted = dict.fromkeys(np.unique(packs).tolist())
+        new = [pack for pack in wanted if pack not in self.near]
         if new:
             self.look_up(np.array(new))
+            # What this batch wants stays, however many packs it touches.
+            excess = max(0, len(self.near) - MAX_NEAR)
+            for pack in [pack for pack in self.near if pack not in wanted][:excess]:
+                del self.near[pack]
         # A part has no hash of its own: from a location whole packs come, which have one.
         if self.is_local and (self.checksums is not None or not self.check_codes):
             self.files.fetch(self.parts(rows, packs, size))
@@ -177,8 +182,6 @@ class ShardSet:
             self.pack_table.bring(new)
             wait_for(self.patches.bring(firsts, counts))
         extents = self.pack_table.extents(new, CODES)
-        for pack in list(self.near)[: max(0, len(self.near) + len(new) - MAX_NEAR)]:
-            del self.near[pack]
         self.near.update(zip(new.tolist(), extents, strict=True))
 
     def doubtful(self, rows: np.ndarray, packs: np.ndarray) -> np.ndarray:
@@ -307,9 +310,13 @@ class ShardSet:
 
     def read(self, pack: int, kind: str) -> memoryview:
         """A pack's codes, columns or masks, as they are."""
-        file, start = self.open(pack, kind)
+        return self.read_extent(pack, self.extent(pack, kind))
+
+    def read_extent(self, pack: int, extent: Extent) -> memoryview:
+        """Bytes of a pack's member, as they are."""
         with self.blaming(pack):
-            return file.read(start, self.extent(pack, kind).size)
+            file, start = self.files.open(extent)
+            return file.read(start, extent.size)
 
     def read_sound(self, pack: int, kind: str) -> memoryview:
         """A pack's codes, columns or masks, of the recorded checksum, read anew where that helps.
@@ -317,9 +324,9 @@ class ShardSet:
         raises  DamagedPackError
         """
         extent = self.extent(pack, kind)
-        content = self.read(pack, kind)
+        content = self.read_extent(pack, extent)
         if zlib.crc32(content) != extent.crc32 and self.files.drop(extent):
-            content = self.read(pack, kind)
+            content = self.read_extent(pack, extent)
         if zlib.crc32(content) != extent.crc32:
             raise self.damaged(pack, kind)
         return content

@@ -50,7 +50,7 @@ class TableParts:
         self.head, self.count = size - rows * self.row_bytes, len(sums.spans)
         self.block_bytes = min(sums.spans.size, rows) * self.row_bytes  # of all but the last
         self.fetched, self.lock = 0, threading.Lock()
-        cache.fill_file(f"{name}{PRESENT}", lambda path: set_size(path, self.count))
+        cache.fill_file(f"{name}{PRESENT}", self.mark)
         self.path = cache.fill_file(name, self.make)
         self.files = [self.path, self.path.with_name(f"{self.path.name}{PRESENT}")]
         self.descriptors = [os.open(path, os.O_RDWR | os.O_CLOEXEC) for path in self.files]
@@ -59,6 +59,19 @@ class TableParts:
     def __del__(self, close: Callable[[int], None] = os.close) -> None:
         for descriptor in self.__dict__.get("descriptors", ()):
             close(descriptor)
+
+    def mark(self, path: Path) -> None:
+        """Note no block as there; all, where a table lies there whole, fetched so before.
+
+        A file of holes takes less room than it is long. What is noted wrongly has another checksum.
+        """
+        set_size(path, self.count)
+        try:
+            status = (self.cache.folder / self.name).stat()
+        except FileNotFoundError:
+            return
+        if status.st_size == self.size and status.st_blocks * 512 >= self.size:
+            path.write_bytes(b"\1" * self.count)
 
     def make(self, path: Path) -> None:
         """A file of nothing but holes behind its header."""

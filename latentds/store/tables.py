@@ -170,10 +170,13 @@ class PackTable:
             self.rows = open_table(files, manifest, PACKS_TABLE, self.check)
         else:
             self.rows = read_table(files, manifest, PACKS_TABLE)
-            edges = np.cumsum([0, *self.rows["count"]], dtype=np.int64)
-            if not np.array_equal(edges[self.first_pack], firsts):
-                raise self.contradiction()
-            self.spans = Spans.listed(edges)
+            if manifest.pack_patches is not None:
+                self.spans = Spans(firsts, self.first_pack, manifest.pack_patches)
+            else:
+                edges = np.concatenate([[0], np.cumsum(self.rows["count"], dtype=np.int64)])
+                if not np.array_equal(edges[self.first_pack], firsts):
+                    raise self.contradiction()
+                self.spans = Spans.listed(edges)
             self.check(self.rows, np.arange(len(self.rows)))
 
     def is_parted(self, name: str) -> bool:

@@ -46,6 +46,11 @@ EQUAL_BYTES = {"MoNuSeg": "results/fidelity-monuseg.json", "UCSB": "results/fide
 REFERENCES = ("avif444@1024", "avif444@2048", "avif444@4096", "avif@8192")
 UNTRAINED = "timm:tf_efficientnet_lite0"  # what reports call it, whatever file its weights are of
 SHUFFLED = "-shuffled"  # what a folder is called whose pictures were dealt to classes by chance
+DOWNSTREAM = (  # a report's name, its table's, and the score shown
+    ("patches-ucsb", "UCSB breast", "accuracy"),
+    ("patches-oral", "oral mucosa", "accuracy"),
+    ("slides-ucsb", "UCSB breast as bags", "auc"),
+)
 CALLED = {"tiny+kmeans": "`tiny-v1`", "jxl": "JPEG XL"}
 
 
@@ -134,8 +139,8 @@ def tables_of_equal_bytes() -> Iterator[Traced]:
             yield Traced("docs/fidelity.md", f"| {title} |", source, make)
 
 
-def downstream_table(source: Path) -> str:
-    """Accuracies of a comparison: a source a row, an embedder a column, nulls beside them."""
+def downstream_table(title: str, score: str, source: Path) -> str:
+    """Scores of a comparison: a source a row, an embedder a column, nulls beside them."""
     families = json.loads(source.read_text())["families"]
     whole = [f for f in families if not f["data"].endswith(SHUFFLED)]
     by_chance = {f["embedder"]: f["rows"][0] for f in families if f["data"].endswith(SHUFFLED)}
@@ -143,16 +148,18 @@ def downstream_table(source: Path) -> str:
     lines = []
     for rows in zip(*(family["rows"] for family in whole), strict=True):
         first = rows[0]
-        figures = [accuracy(row) for row in rows]
+        figures = [in_per_cent(row, score) for row in rows]
         lines.append([f"`{first['source']}`", f"{first['kilobytes']:.1f}", *figures])
-    lines.append(["labels shuffled", "", *(accuracy(by_chance[name]) for name in embedders)])
-    return table(["UCSB breast", "KB", *embedders], lines).replace(UNTRAINED, "random weights")
+    lines.append(
+        ["labels shuffled", "", *(in_per_cent(by_chance[name], score) for name in embedders)]
+    )
+    return table([title, "KB", *embedders], lines).replace(UNTRAINED, "random weights")
 
 
-def accuracy(row: dict[str, Any]) -> str:
-    """In per cent over folds, behind it the paired difference with its interval."""
-    score, difference = row["scores"]["accuracy"], row["difference"]
-    found = f"{100 * score['mean']:.1f} ± {100 * score['sd']:.1f}"
+def in_per_cent(row: dict[str, Any], score: str) -> str:
+    """A score over folds, behind it the paired difference with its interval."""
+    over_folds, difference = row["scores"][score], row["difference"]
+    found = f"{100 * over_folds['mean']:.1f} ± {100 * over_folds['sd']:.1f}"
     if difference is None:
         return found
     mean, low, high = (100 * difference[name] for name in ("mean", "low", "high"))
@@ -169,7 +176,15 @@ TABLES = (
             equal_bytes, "MoNuSeg, null", functools.partial(fidelity_page.main_table, group="all")
         ),
     ),
-    Traced("docs/downstream.md", "| UCSB breast |", "results/patches-ucsb.json", downstream_table),
+    *(
+        Traced(
+            "docs/downstream.md",
+            f"| {title} |",
+            f"results/{name}.json",
+            functools.partial(downstream_table, title, score),
+        )
+        for name, title, score in DOWNSTREAM
+    ),
     Traced(
         "README.md",
         "| stored as |",

@@ -25,7 +25,7 @@ from tests.loaders import grouped
 
 def codes_at(shards: ShardSet, row: int) -> int:
     """Offset of a patch's codes in the first shard."""
-    pack = shards.pack_of(row)
+    pack = int(shards.packs_of(row))
     local = row - int(shards.packs["first_patch"][pack])
     return (
         int(shards.packs["codes_offset"][pack]) + local * shards.manifest.contract.bytes_per_patch

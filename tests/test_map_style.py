@@ -70,7 +70,7 @@ def test_damage_is_told_when_a_patch_is_read(dataset):
     extent = array.shards.extent(0, CODES)
     with (dataset / extent.shard).open("r+b") as file:
         file.seek(extent.offset)
-        file.write(bytes(255 - byte for byte in array.shards.read(0, CODES)[:4]))
+        file.write(bytes(255 - byte for byte in array.shards.read(0, extent)[:4]))
     with pytest.raises(DamagedPackError, match="checksum"):
         array[0]
 

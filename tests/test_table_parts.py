@@ -1,6 +1,7 @@
 """A large patch table of a location: read as the folder's, fetched by parts, each once a node."""
 
 import errno
+import os
 import shutil
 from pathlib import Path
 
@@ -130,6 +131,19 @@ def test_what_the_cache_lost_is_fetched_anew(folder, server, cache):
     path.unlink()
     again = ShardSet(server.url, cache=cache)
     assert same(again.patches[ROWS], ShardSet(folder).patches[ROWS])
+
+
+def test_of_one_torn_block_that_alone_is_fetched_anew(folder, server, cache, caplog):
+    ShardSet(server.url, cache=cache).patches[:]
+    with table_file(cache).open("r+b") as file:
+        file.seek(-200 * 24, os.SEEK_END)
+        file.write(b"\xff")
+    again = ShardSet(server.url, cache=cache)
+    before = server.requests[PATCHES_TABLE]
+    assert same(again.patches[:], ShardSet(folder).patches[:])
+    assert server.requests[PATCHES_TABLE] == before + 1
+    assert caplog.text.count("block 0 torn in the cache, fetched anew") == 1
+    assert blocks_there(cache) == list(range(25))
 
 
 def test_offline_what_is_there_is_read_and_the_rest_is_named(folder, server, cache):

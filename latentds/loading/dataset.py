@@ -292,7 +292,7 @@ class LatentDataset(IterableDataset[Batch]):
         rows = drawn.rows.copy()
         for place, (which, row) in enumerate(zip(drawn.sets.tolist(), rows.tolist(), strict=True)):
             attempt, chosen = 0, row
-            while (which, self.sets[which].pack_of(chosen)) in self.bad:
+            while (which, int(self.sets[which].packs_of(chosen))) in self.bad:
                 attempt += 1
                 if attempt > MIN_REPLACEMENTS + len(self.bad):
                     raise TooManyBadSamplesError(

@@ -85,8 +85,13 @@ class Files(Protocol):
         """A table as a local file, with or without the blocks that `sums` are of."""
         ...
 
-    def renew(self, name: str, manifest: Manifest, sums: BlockSums | None = None) -> Path | None:
-        """A table found damaged, fetched anew; None where there is nowhere to fetch it from."""
+    def renew(
+        self, name: str, manifest: Manifest, sums: BlockSums | None = None, block: int | None = None
+    ) -> Path | None:
+        """A table found damaged, fetched anew; None where there is nowhere to fetch it from.
+
+        block  that alone is damaged: where the table comes by parts, it is `fill_table`'s to fetch
+        """
         ...
 
     def fill_table(self, name: str, blocks: np.ndarray, ahead: bool = False) -> Tasks:
@@ -140,8 +145,8 @@ class LocalFiles:
         del manifest, sums
         return self.folder / name
 
-    def renew(self, name: str, manifest: Manifest, sums: BlockSums | None = None) -> None:
-        del name, manifest, sums
+    def renew(self, *_: Any, **__: Any) -> None:
+        """There is nowhere to fetch it from."""
 
     def fill_table(self, name: str, blocks: np.ndarray, ahead: bool = False) -> Tasks:
         del name, blocks, ahead
@@ -276,9 +281,15 @@ class RemoteFiles:
             path = self.cache.fill_file(f"{self.name}/{name}", download)
         return path
 
-    def renew(self, name: str, manifest: Manifest, sums: BlockSums | None = None) -> Path | None:
+    def renew(
+        self, name: str, manifest: Manifest, sums: BlockSums | None = None, block: int | None = None
+    ) -> Path | None:
         if self.offline:
             return None
+        parts = self.parted.get(name)
+        if parts is not None and block is not None and parts.forget(block):
+            logger.warning("%s: block %s torn in the cache, fetched anew", parts.path, block)
+            return parts.path
         logger.warning("%s: torn in the cache, fetched anew", self.cache.folder / self.name / name)
         self.parted.pop(name, None)
         for file in (f"{name}{PRESENT}", name):

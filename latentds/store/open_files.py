@@ -223,7 +223,8 @@ class Table:
     """A table of just the expected columns, rows and bytes, indexed as an array is.
 
     sums     of its blocks; None trusts the file
-    renew    fetches the file anew and says where it is; None where that cannot be done
+    renew    fetches the file anew, or just the block it is given, and says where the file is; None
+             where that cannot be done
     check    raises for rows whose values cannot be; called with all that are handed out, and with
              their numbers
     fill     begins to put blocks into the file that are not there yet
@@ -239,7 +240,7 @@ class Table:
         dtype: np.dtype[Any],
         rows: int,
         sums: BlockSums | None = None,
-        renew: Callable[[], Path | None] = lambda: None,
+        renew: Callable[..., Path | None] = lambda _=None: None,
         check: Callable[[np.ndarray, np.ndarray], None] = lambda *_: None,
         fill: Callable[..., list[Future[None]]] = nothing,
         missing: Callable[[np.ndarray], np.ndarray] = none_missing,
@@ -274,10 +275,6 @@ class Table:
         with self.lock:
             found = self.gather(np.flatnonzero(rows) if rows.dtype == bool else rows.reshape(-1))
         return found if rows.ndim else found[0]
-
-    def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
-        del copy  # it always is one
-        return np.asarray(self[:], dtype)
 
     def gather(self, rows: np.ndarray) -> np.ndarray:
         """Rows, in the order asked for."""
@@ -317,7 +314,7 @@ class Table:
         try:
             return self.sound(number, expected)
         except FormatError:
-            path = self.renew()
+            path = self.renew(number)
             if path is None:
                 raise
         self.open(path)

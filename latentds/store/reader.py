@@ -181,8 +181,7 @@ class ShardSet:
         else:
             self.pack_table.bring(new)
             wait_for(self.patches.bring(firsts, counts))
-        extents = self.pack_table.extents(new, CODES)
-        self.near.update(zip(new.tolist(), extents, strict=True))
+        self.near.update(zip(new.tolist(), self.pack_table.extents(new, CODES), strict=True))
 
     def doubtful(self, rows: np.ndarray, packs: np.ndarray) -> np.ndarray:
         """Places of patches to check when they are read; packs that are read whole are checked now.
@@ -294,8 +293,8 @@ class ShardSet:
             found.append(whole._replace(offset=offset, size=length))
         return found
 
-    def packs_of(self, rows: np.ndarray) -> np.ndarray:
-        """The packs that hold rows of the patch table."""
+    def packs_of(self, rows: np.ndarray | int) -> np.ndarray:
+        """The packs that hold rows of the patch table, int64, of the shape of `rows`."""
         return np.asarray(self.first_patch.find(rows))
 
     def group_by_pack(self, rows: np.ndarray) -> list[tuple[int, np.ndarray]]:
@@ -308,12 +307,8 @@ class ShardSet:
         places = np.split(order, starts[1:])
         return [(int(pack), place) for pack, place in zip(touched, places, strict=True)]
 
-    def read(self, pack: int, kind: str) -> memoryview:
+    def read(self, pack: int, extent: Extent) -> memoryview:
         """A pack's codes, columns or masks, as they are."""
-        return self.read_extent(pack, self.extent(pack, kind))
-
-    def read_extent(self, pack: int, extent: Extent) -> memoryview:
-        """Bytes of a pack's member, as they are."""
         with self.blaming(pack):
             file, start = self.files.open(extent)
             return file.read(start, extent.size)
@@ -324,9 +319,9 @@ class ShardSet:
         raises  DamagedPackError
         """
         extent = self.extent(pack, kind)
-        content = self.read_extent(pack, extent)
+        content = self.read(pack, extent)
         if zlib.crc32(content) != extent.crc32 and self.files.drop(extent):
-            content = self.read_extent(pack, extent)
+            content = self.read(pack, extent)
         if zlib.crc32(content) != extent.crc32:
             raise self.damaged(pack, kind)
         return content
@@ -356,10 +351,6 @@ class ShardSet:
             counts = self.first_patch.counts(packs)
             self.patches.bring(self.first_patch[packs], counts, ahead=True)
             self.files.fetch(self.pack_table.extents(packs, CODES), ahead=True)
-
-    def pack_of(self, row: int) -> int:
-        """The pack that holds a row of the patch table."""
-        return int(self.first_patch.find(row))
 
     def shard_path(self, pack: int) -> str:
         """A pack's shard, for messages."""

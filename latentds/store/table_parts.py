@@ -87,6 +87,18 @@ class TableParts:
         missing: np.ndarray = blocks[~self.known[blocks]]
         return missing
 
+    def forget(self, block: int) -> bool:
+        """Note that a block is not there; False where the file is gone, cut, or another's now."""
+        try:
+            status = self.path.stat()
+        except FileNotFoundError:
+            return False
+        if status.st_size != self.size or status.st_ino != os.fstat(self.descriptors[0]).st_ino:
+            return False
+        write_all(self.descriptors[1], b"\0", block)
+        self.known[block] = False
+        return True
+
     def wanted(self, blocks: np.ndarray) -> list[tuple[int, int]]:
         """First block and end of every range to fetch, so that `blocks` are there."""
         with self.lock:

@@ -22,6 +22,7 @@ Standard ones stay standard: `FileNotFoundError`, and `ValueError` for a plainly
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from typing import Literal, get_args
 
@@ -116,6 +117,17 @@ class WorkerError(LatentdsError):
 
 class TooManyBadSamplesError(LatentdsError):
     """More unreadable inputs than the budget allows."""
+
+
+def no_folder(path: object) -> FileNotFoundError:
+    """The error of a folder that is not there; of a location, with how to have one."""
+    hint = ""
+    if re.match(r"[a-z][a-z0-9+.-]+:/", str(path)):  # pathlib leaves one slash of two
+        hint = (
+            "; loaders read locations, this reads folders: 'latentds fetch ORG/NAME --out DIR' "
+            "makes one of a set on the Hub"
+        )
+    return FileNotFoundError(f"{path}: no such folder{hint}")
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UnknownNameError:

@@ -266,6 +266,17 @@ def test_a_whole_table_that_contradicts_the_arithmetic_is_refused(copy):
         ShardSet(copy)
 
 
+def test_a_table_of_other_columns_or_rows_is_refused_by_what_differs(copy):
+    table = np.load(copy / PACKS_TABLE)
+    np.save(copy / PACKS_TABLE, table[:-1])
+    with pytest.raises(FormatError, match=r"packs\.npy: shape \(50,\), 51 rows are wanted; .*anew"):
+        ShardSet(copy)
+    renamed = [("place" if name == "shard" else name, kind) for name, kind in PACK_DTYPE.descr]
+    np.save(copy / PACKS_TABLE, table.astype(renamed))
+    with pytest.raises(FormatError, match=r"other columns than wanted \(shard\); .* fetch it anew"):
+        ShardSet(copy)
+
+
 @pytest.mark.parametrize("field", ["codes_offset", "patches_offset"])
 def test_rows_that_point_outside_their_shard_are_refused(copy, field):
     lie(copy, field, 15, (1 << 64) - 1)

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from latentds.core.untrusted_files import check_regular
-from latentds.errors import InputError
+from latentds.errors import InputError, no_folder
 from latentds.sources.data_cards import CARD, card_files
 from latentds.sources.names import is_identifier, path_fields
 from latentds.sources.picture import Header, Listing, Picture
@@ -46,7 +46,7 @@ def list_pictures(root: Path, use_labels: bool = True, use_splits: bool = True) 
             "picture's folder"
         )
     if not root.is_dir():
-        raise FileNotFoundError(f"{root}: no such folder")
+        raise no_folder(root)
     suffixes = picture_suffixes()
     found: list[str] = []
     ignored: list[str] = []

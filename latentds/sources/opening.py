@@ -7,7 +7,7 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 
-from latentds.errors import InputError
+from latentds.errors import InputError, no_folder
 from latentds.sources.coordinates import CoordinateJob
 from latentds.sources.cut_options import SourceOptions
 from latentds.sources.hugging_face import HubDataset, SavedDataset
@@ -49,7 +49,7 @@ def open_source(options: SourceOptions) -> Source:
     )
     source = next((source for source in found if source is not None), None)
     if source is None:
-        raise FileNotFoundError(f"{options.source}: no such folder")
+        raise no_folder(options.source)
     if options.regions is not None and not source.has_looks:
         raise InputError(
             f"--regions {options.regions} is of slides, {options.source} is {source.kind}; leave it"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from latentds.core.json_text import Kind, check_kinds, digest_json, read_json
-from latentds.errors import FormatError, unknown_name
+from latentds.errors import FormatError, no_folder, unknown_name
 from latentds.quantizers.codebooks import (
     ChannelStatistics,
     check_encoding,
@@ -193,7 +193,7 @@ def read_manifest(folder: Path) -> Manifest:
     """The checked manifest of a data set's folder."""
     path = folder / MANIFEST
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder")
+        raise no_folder(folder)
     if not path.is_file():
         hint = (
             "its conversion has not ended; run it again"

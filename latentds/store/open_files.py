@@ -379,7 +379,11 @@ def check_head(path: Path, dtype: np.dtype[Any], rows: int) -> int:
         raise FormatError(f"{path}: not a table ({first_words(error)}); fetch it anew") from error
     size = path.stat().st_size
     if found != dtype or fortran or shape != (rows,):
-        raise FormatError(f"{path}: {found} {shape}, expected {rows} rows of {dtype}")
+        unlike = set(dtype.names or [str(dtype)]) - set(found.names or [str(found)])
+        what = f"shape {shape}, {rows} rows are wanted"
+        if found != dtype:
+            what = f"other columns than wanted ({', '.join(sorted(unlike)) or 'types or order'})"
+        raise FormatError(f"{path}: {what}; damaged or another set's, fetch it anew")
     if size != head.tell() + rows * dtype.itemsize:
         raise FormatError(f"{path}: {size} bytes are not {rows} rows; truncated, fetch it anew")
     return head.tell()

@@ -277,8 +277,7 @@ class ShardSet:
         """Which of the manifest's codebooks each patch at `rows` has, int64 (N,)."""
         if len(self.manifest.codebooks) == 1:
             return np.zeros(len(rows), np.int64)
-        numbers: np.ndarray = self.books[self.shards_of(self.packs_of(rows))]
-        return numbers
+        return np.asarray(self.books[self.shards_of(self.packs_of(rows))])
 
     def parts(self, rows: np.ndarray, packs: np.ndarray, size: int) -> list[Extent]:
         """The bytes of just these patches, neighbours as one."""

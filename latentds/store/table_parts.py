@@ -84,8 +84,7 @@ class TableParts:
         """Which of some blocks are not there."""
         for block in blocks[~self.known[blocks]].tolist():
             self.known[block] = os.pread(self.descriptors[1], 1, block) == b"\1"
-        missing: np.ndarray = blocks[~self.known[blocks]]
-        return missing
+        return np.asarray(blocks[~self.known[blocks]])
 
     def forget(self, block: int) -> bool:
         """Note that a block is not there; False where the file is gone, cut, or another's now."""

@@ -238,8 +238,7 @@ class PackTable:
     def has(self, packs: np.ndarray) -> np.ndarray:
         """Of which packs rows and digests are there, bool (N,)."""
         parted = [table for table in (self.rows, self.digests) if isinstance(table, Table)]
-        there: np.ndarray = np.all([packs >= 0, *(table.has(packs) for table in parted)], axis=0)
-        return there
+        return np.asarray(np.all([packs >= 0, *(table.has(packs) for table in parted)], axis=0))
 
     def check(self, rows: np.ndarray, packs: np.ndarray) -> None:
         """Refuse rows that contradict counts and sizes of the manifest."""
@@ -286,8 +285,7 @@ def check_unsummed(files: Files, manifest: Manifest, patches: Table) -> None:
 
 def ends_past(offsets: np.ndarray, sizes: np.ndarray, room: np.ndarray) -> np.ndarray:
     """Whether stretches of a file end behind its `room`, bool (N,); uint64, without overflow."""
-    found: np.ndarray = (offsets > room) | (sizes > room - np.minimum(offsets, room))
-    return found
+    return np.asarray((offsets > room) | (sizes > room - np.minimum(offsets, room)))
 
 
 def check_rows(table: np.ndarray, rows: np.ndarray, manifest: Manifest, where: str) -> None:

@@ -13,7 +13,7 @@ from latentds.autoencoders import load_autoencoder, load_for_decoding
 from latentds.autoencoders.autoencoder import Autoencoder, check_decoder
 from latentds.core.json_text import canonical_json
 from latentds.core.storage import sha256_file
-from latentds.errors import FormatError, LatentdsError
+from latentds.errors import FormatError, LatentdsError, no_folder
 from latentds.store.channel_statistics import measure_statistics
 from latentds.store.format import (
     DIGESTS,
@@ -72,7 +72,7 @@ def verify(
     if level not in LEVELS:
         raise ValueError(f"unknown level {level!r}; one of {', '.join(LEVELS)}")
     if not Path(folder).is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder")
+        raise no_folder(folder)
     checks: dict[str, Callable[[Path], Iterator[Finding]]] = {
         "manifest": check_manifest,
         "sha256": check_hashes,

@@ -1,9 +1,5 @@
 """One rank of a real run of the pretraining models. Started by test_pretraining_ranks."""
 
-import json
-import os
-import sys
-import types
 from pathlib import Path
 
 import torch
@@ -76,22 +72,13 @@ def sharded_steps(kind: str, stage: int, rank: int, ranks: int, out: Path) -> di
     return network.weights()
 
 
-def main() -> None:
-    task = types.SimpleNamespace(**json.loads(sys.argv[1]))
-    torch.set_num_threads(1)
-    os.environ["LOCAL_RANK"] = str(task.rank)  # DeepSpeed asks for it
-    rendezvous = f"file://{task.out}/rendezvous"
-    torch.distributed.init_process_group("gloo", rendezvous, rank=task.rank, world_size=task.ranks)
-    out = Path(task.out)
-    found = {kind: steps(kind, task.rank, task.ranks) for kind in MODELS}
-    found["dino in passes"] = steps("dino", task.rank, task.ranks, passes=2)
-    for stage in task.stages:
+def save_steps(stages: tuple[int, ...], out: Path) -> None:
+    """What this rank found, saved as OUT/RANK.pt."""
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    found = {kind: steps(kind, rank, ranks) for kind in MODELS}
+    found["dino in passes"] = steps("dino", rank, ranks, passes=2)
+    for stage in stages:
         for kind in MODELS:
-            found[f"{kind} {stage}"] = sharded_steps(kind, stage, task.rank, task.ranks, out)
-    torch.save(found, out / f"{task.rank}.pt")
+            found[f"{kind} {stage}"] = sharded_steps(kind, stage, rank, ranks, out)
+    torch.save(found, out / f"{rank}.pt")
     torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

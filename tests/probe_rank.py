@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -20,19 +19,12 @@ class Colours(torch.nn.Module):
         return self.scale * torch.cat([images.mean((2, 3)), images.std((2, 3))], 1)
 
 
-def main(data: str, rendezvous: str, rank: int, ranks: int, out: str) -> None:
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=ranks
-    )
+def save_figures(data: Path, out: Path) -> None:
+    """What this rank found, saved as OUT/RANK.json."""
     from latentds_trainers.pretrain.probe import Probe
     from latentds_trainers.pretrain.probe_config import ProbeConfig
 
     config = ProbeConfig(probe=data, probe_neighbours=3)
     figures = Probe(config, torch.device("cpu"))(Colours(), lambda images: images)
-    Path(out).write_text(json.dumps(figures))
+    (out / f"{torch.distributed.get_rank()}.json").write_text(json.dumps(figures))
     torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5])

@@ -1,8 +1,6 @@
 """The main job on real material: real tissue, real weights, awkward tiles, the trainer."""
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +16,7 @@ from latentds.loading.loader import LatentLoader
 from latentds.quantizers.scalar import Codebook, dequantize, quantize
 from latentds.store.reader import ShardSet
 from latentds.store.verification import verify
+from tests.trainer_ranks import run_words, succeed
 
 pytestmark = pytest.mark.assets
 
@@ -134,19 +133,18 @@ def test_no_codec_is_trained_on_a_test_set(assets, monkeypatch):
     assert not [path for path in opened if "monuseg" in path or "ucsb" in path]
 
 
-def test_trainer_runs_resumes_and_writes_a_codec(assets, tmp_path):
+def test_trainer_runs_resumes_and_writes_a_codec(assets, tmp_path, processes):
+    out = tmp_path / "run"
     options = [
         *("--tiles", str(assets / "segmentation" / "dsb2018_he" / "images")),
-        *("--out", str(tmp_path), "--save-every", "2"),
-        *("--batch-size", "2", "--crop-px", "32", "--encoder-widths", "16", "24"),
-        *("--init", "cold"),
+        *("--save-every", "2", "--batch-size", "2", "--crop-px", "32"),
+        *("--encoder-widths", "16", "24", "--init", "cold"),
     ]
-    command = [sys.executable, "-m", "latentds_trainers.train_codec", *options]
     for steps in ("2", "4"):
-        run = subprocess.run(
-            [*command, "--steps", steps], capture_output=True, text=True, check=True
-        )
-    assert "going on after step 2" in run.stderr and "\nstep 4 codec/loss" in run.stderr
-    assert "\nstep 2 codec/loss" not in run.stderr
-    assert run.stdout.strip().endswith("codec")
-    assert load_autoencoder(tmp_path / "codec").card.channels == 32
+        module = "latentds_trainers.train_codec"
+        (ended,) = run_words(processes, out, 1, module, *options, "--steps", steps)
+        succeed([ended])
+    assert "going on after step 2" in ended.text and "\nstep 4 codec/loss" in ended.text
+    assert "\nstep 2 codec/loss" not in ended.text
+    assert ended.text.strip().endswith("codec")
+    assert load_autoencoder(out / "codec").card.channels == 32

@@ -175,7 +175,7 @@ def test_wrong_numbers_are_wrong_usage(work, tmp_path, capsys, option):
 def test_ranks_under_torchrun_share_the_slides(work, tmp_path, capsys):
     call(capsys, words_of(work, tmp_path / "one"))
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
-              "--master_port", "29717", "-m", "latentds_tools.features"]  # fmt: skip
+              "--standalone", "-m", "latentds_tools.features"]  # fmt: skip
     words = words_of(work, tmp_path / "two", "--json")[1:]
     run = subprocess.run(
         [*launch, *words], capture_output=True, text=True, check=True, env=same_threads()
@@ -193,7 +193,7 @@ def test_ranks_that_leave_slides_out_wait_for_the_others_and_say_so(work, tmp_pa
     path = tmp_path / "pictures" / "slide.1" / "p003.png"  # the second rank's
     path.write_bytes(path.read_bytes()[:200])
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
-              "--master_port", "29719", "-m", "latentds_tools.features"]  # fmt: skip
+              "--standalone", "-m", "latentds_tools.features"]  # fmt: skip
     more = ("--name-pattern", PATTERN, "--no-use-labels", "--max-bad", 1, "--json")
     words = words_of(tmp_path, tmp_path / "out", *more, data="pictures")[1:]
     words[words.index("--embedder") + 1] = str(work / "small.safetensors")

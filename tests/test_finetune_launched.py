@@ -1,38 +1,37 @@
 """Fine-tuning as a user starts it: DeepSpeed's launcher, two ranks, real tiles and encoders."""
 
 import json
-import os
-import subprocess
 from pathlib import Path
 
 import pytest
 
 from latentds.autoencoders.decoders import load_decoder
-from tests.launched import deepspeed_command
+from tests.launched import deepspeed_command, run_launched
+from tests.trainer_ranks import run_words
 
 pytestmark = [pytest.mark.slow, pytest.mark.assets]
 
 
-def start(assets: Path, out: Path, *options: str) -> subprocess.CompletedProcess:
-    """The recipe on two ranks of one core each."""
+MODULE = "latentds_trainers.finetune_decoder"
+
+
+def words_of(assets: Path, *options: str) -> list[str]:
     nic = assets / "features" / "nic_pathology"
-    words = [
+    return [
         *("--pictures", str(assets / "tiles" / "tcga_gbm"), "--held-out", "TCGA-FG-A4MU"),
-        *("--embedder", "efficientnet-lite0", "--out", str(out), "--batch-size", "1"),
+        *("--embedder", "efficientnet-lite0", "--batch-size", "1"),
         *("--judges", str(nic / "encoder_bigan.safetensors")),
         *("--crop-px", "128", "--validate-px", "128", "--validate-crops", "4", "--lr", "1e-4"),
         *("--steps", "8", "--save-every", "4", "--log-every", "1", "--disc-start", "5"),
         *("--warmup-steps", "2", "--precision", "fp32"),
         *options,
     ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = deepspeed_command(2, "latentds_trainers.finetune_decoder", *words)
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
 
 
 def test_eight_steps_on_two_ranks_leave_a_decoder_and_a_report(assets, tmp_path):
-    done = start(assets, tmp_path / "run", "--sample-every", "4")
-    assert done.returncode == 0, done.stderr[-3000:]
+    words = ["--out", str(tmp_path / "run"), *words_of(assets, "--sample-every", "4")]
+    done = run_launched(deepspeed_command(2, MODULE, *words))
+    assert done.returncode == 0, done.stdout[-3000:]
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert set(report["after"]) == {
         "psnr_db",
@@ -47,8 +46,9 @@ def test_eight_steps_on_two_ranks_leave_a_decoder_and_a_report(assets, tmp_path)
     assert load_decoder(tmp_path / "run").card.name == "run"
 
 
-def test_a_missing_embedder_is_one_line_and_exit_code_1(assets, tmp_path):
-    done = start(assets, tmp_path / "run", "--embedder", "efficientnet-lite0@none.pth")
-    assert done.returncode == 1
-    told = [line for line in done.stderr.splitlines() if "none.pth" in line]
-    assert told and "Traceback" not in done.stderr
+def test_a_missing_embedder_is_one_line_and_exit_code_1(assets, tmp_path, processes):
+    words = words_of(assets, "--embedder", "efficientnet-lite0@none.pth")
+    ended = run_words(processes, tmp_path / "run", 2, MODULE, *words)
+    assert [rank.code for rank in ended] == [1, 1]
+    told = [line for rank in ended for line in rank.text.splitlines() if "none.pth" in line]
+    assert len(told) == 1 and not any("Traceback" in rank.text for rank in ended)

@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +20,8 @@ from PIL import Image
 from latentds.embedders.latent_stem import LatentStemConfig
 from latentds.errors import ContractError, InputError, ShapeError
 from tests.conftest import smooth_picture
-from tests.probe_rank import Colours
+from tests.probe_rank import Colours, save_figures
+from tests.trainer_ranks import started_ranks, succeed
 
 CPU = torch.device("cpu")
 PATTERN = r"(?P<label>[a-z]+)/(?P<slide>slide\d+)/p(?P<x>\d\d)(?P<y>\d)"
@@ -167,16 +166,9 @@ def test_a_rare_class_stays_in_the_sample():
 
 
 @pytest.mark.slow
-def test_two_ranks_have_the_figures_of_one(split_folder, tmp_path):
+def test_two_ranks_have_the_figures_of_one(split_folder, tmp_path, processes):
     alone = probe(split_folder)(Colours(), plain)
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.probe_rank", str(split_folder), str(tmp_path / "meet"),
-             str(rank), "2", str(tmp_path / f"{rank}.json")]
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    assert [process.wait(120) for process in running] == [0, 0]
+    succeed(started_ranks(processes, tmp_path / "ranks", 2, save_figures, split_folder, tmp_path))
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert found == [alone, alone]
 

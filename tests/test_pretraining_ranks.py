@@ -1,27 +1,19 @@
 """Two ranks reach the losses, gradients and centres of one with the same global batch."""
 
-import json
-import subprocess
-import sys
-
 import pytest
 import torch
 
-from tests.pretraining_rank import MODELS, STEPS, build, loss_of, seeds_of, steps
+from tests.pretraining_rank import MODELS, STEPS, build, loss_of, save_steps, seeds_of, steps
+from tests.trainer_ranks import started_ranks, succeed
 
 pytestmark = pytest.mark.slow
 STAGES = (0, 1, 2)
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory) -> list[dict]:
+def two_ranks(tmp_path_factory, processes) -> list[dict]:
     out = tmp_path_factory.mktemp("ranks")
-    tasks = [{"rank": rank, "ranks": 2, "stages": STAGES, "out": str(out)} for rank in (0, 1)]
-    ranks = [
-        subprocess.Popen([sys.executable, "-m", "tests.pretraining_rank", json.dumps(task)])
-        for task in tasks
-    ]
-    assert [rank.wait(240) for rank in ranks] == [0, 0]
+    succeed(started_ranks(processes, out, 2, save_steps, STAGES, out))
     return [torch.load(out / f"{rank}.pt") for rank in (0, 1)]
 
 

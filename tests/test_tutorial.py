@@ -6,18 +6,19 @@ import json
 import os
 import re
 import shlex
-import subprocess
 import sys
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
 import pytest
 from latentds_tools import cli
 
+from tests.trainer_ranks import by_words, started_ranks, succeed
+
 PAGES = sorted((Path(__file__).parents[1] / "docs").glob("tutorial*.md"))
 CELL = re.compile(r"```(\w+)\n(.*?)```", re.DOTALL)
 NUMBER = re.compile(r"[-+]?\d[\d.,]*")
-VARIABLES = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 NEEDS = {"tutorial_slides": ("openslide", "tifffile"),
          "tutorial_features": ("deepspeed", "sklearn", "timm", "h5py"),
          "tutorial_decoder": ("deepspeed",)}  # fmt: skip
@@ -28,21 +29,28 @@ def masked(text: str) -> list[str]:
     return [" ".join(NUMBER.sub("#", line).split()) for line in text.splitlines()]
 
 
-def run_line(line: str) -> None:
+def run_line(line: str, processes: ForkServerContext) -> None:
     """A command of a page: ours in this process, which has the local Hub, trainers in their own."""
     command, *words = shlex.split(line)
     if command == "latentds":
         with pytest.raises(SystemExit, match="0"):
             cli.main(words)
         return
-    assert command == "python"
-    ran = subprocess.run([sys.executable, *words], env=os.environ | VARIABLES, check=False,
-                         capture_output=True, text=True)  # fmt: skip
-    assert ran.returncode == 0, ran.stderr
-    sys.stdout.write(ran.stdout + ran.stderr)
+    assert (command, words[0]) == ("python", "-m")
+    here = Path.cwd()
+    ended = started_ranks(processes, here.with_name("rank"), 1, by_words_in, here, *words[1:])
+    succeed(ended)
+    sys.stdout.write(ended[0].text)
 
 
-def run_page(page: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+def by_words_in(folder: Path, *words: str) -> None:
+    os.chdir(folder)
+    by_words(*words)
+
+
+def run_page(
+    page: Path, capsys: pytest.CaptureFixture[str], processes: ForkServerContext | None = None
+) -> dict[str, Any]:
     """The names that the cells of a page leave; every line that it shows was printed."""
     names: dict[str, Any] = {}
     printed: list[str] = []
@@ -53,7 +61,8 @@ def run_page(page: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
         if language == "python":
             exec(compile(text, str(page), "exec"), names)
         else:
-            list(map(run_line, text.replace("\\\n", " ").splitlines()))
+            for line in text.replace("\\\n", " ").splitlines():
+                run_line(line, processes)
         out, err = capsys.readouterr()
         printed = masked(out) + masked(err)
     return names
@@ -85,12 +94,12 @@ JUDGES = {"tutorial": judge_classes, "tutorial_slides": judge_slides,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_a_tutorial_runs_and_does_what_it_says(page, tmp_path, monkeypatch, capsys, hub):
+def test_a_tutorial_runs_and_does_what_it_says(page, tmp_path, monkeypatch, capsys, processes, hub):
     for package in NEEDS.get(page.stem, ()):
         pytest.importorskip(package)
     (tmp_path / "run").mkdir()
     monkeypatch.chdir(tmp_path / "run")
-    JUDGES[page.stem](run_page(page, capsys))
+    JUDGES[page.stem](run_page(page, capsys, processes))
 
 
 @pytest.mark.parametrize(("shown", "is_printed"), [("made 4.5 MB", True), ("lost 3 MB", False)])

@@ -113,12 +113,12 @@ class Manifest:
         book = self.codebooks[self.codebook_numbers[shard]]
         return dataclasses.replace(self.contract, codebook=book)
 
-    @property
+    @functools.cached_property
     def patches(self) -> int:
         """Patches of all splits."""
         return sum(shard.patches for shard in self.shards)
 
-    @property
+    @functools.cached_property
     def packs(self) -> int:
         """Packs of all splits."""
         return sum(shard.packs for shard in self.shards)

@@ -23,7 +23,7 @@ from latentds.core.json_text import parse_json
 from latentds.core.storage import write_atomically
 from latentds.errors import ContractError, FormatError, InputError
 from latentds.quantizers.additive import AdditiveCodebook
-from latentds.quantizers.entropy.record_checks import MAX_RECORD_BYTES
+from latentds.quantizers.entropy.record_checks import LEAST_SIDE, MAX_RECORD_BYTES
 from latentds.quantizers.entropy.record_codebook import EntropyCodebook
 from latentds.quantizers.scalar import AnyCodebook, Codebook
 from latentds.version import __version__
@@ -116,6 +116,11 @@ def sized_records(
     own, cells = math.prod(book.latents_shape[1:]), math.prod(latents_shape[1:])
     if latents_shape[0] != book.latents_shape[0]:
         book.codes_shape_of(latents_shape)  # says so
+    if min(latents_shape[1:]) < LEAST_SIDE:
+        raise InputError(
+            f"patches of {latents_shape[1]} x {latents_shape[2]} latent cells: entropy-coded "
+            f"records need {LEAST_SIDE} x {LEAST_SIDE}; take --codebook scalar or larger patches"
+        )
     wanted = record_bytes or max(1, book.record_bytes * cells // own)
     if (latents_shape, wanted) == (book.latents_shape, book.record_bytes):
         return book

@@ -305,16 +305,15 @@ def check_sizes(folder: Path, manifest: Manifest) -> list[Signature]:
     """Every shard's signature; refuses missing, truncated or grown ones before anything is read."""
     found = []
     for shard in manifest.shards:
+        path = f"{folder}/{shard.name}"  # a Path for each of 8,000 costs as much as all else
         try:
-            status = os.stat(f"{folder}/{shard.name}")  # noqa: PTH116  # a Path each costs as much
+            status = os.stat(path)  # noqa: PTH116
         except FileNotFoundError as error:
-            raise FormatError(
-                f"{folder / shard.name}: missing; the manifest lists it, fetch it"
-            ) from error
+            raise FormatError(f"{path}: missing; the manifest lists it, fetch it") from error
         if status.st_size != shard.bytes:
             raise FormatError(
-                f"{folder / shard.name}: {status.st_size} bytes, the manifest says {shard.bytes}; "
-                "truncated or replaced, fetch it anew"
+                f"{path}: {status.st_size} bytes, the manifest says {shard.bytes}; truncated or "
+                "replaced, fetch it anew"
             )
         found.append(signature_of(status))
     return found

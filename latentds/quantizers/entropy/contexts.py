@@ -143,11 +143,3 @@ def activity(weights: Tensor, around: Tensor | None, parents: list[Tensor]) -> T
     for weight, blurred in zip(weights[2:], parents, strict=True):
         total = total + weight * blurred
     return total
-
-
-def classes_of(activities: Tensor, thresholds: Tensor) -> Tensor:
-    """int32 in 0..K-1, as activities: how many thresholds int32 (K - 1, C, 1) are not above."""
-    classes = (activities >= thresholds[0]).int()
-    for threshold in thresholds[1:]:
-        classes += activities >= threshold
-    return classes

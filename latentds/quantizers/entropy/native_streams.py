@@ -1,7 +1,6 @@
 """Integers into records and back on the CPU, a patch at a time, in machine code by Numba.
 
-The torch loop in `entropy_decoding` decodes the same integers on every device; it needs ten small
-operations a turn, where this needs some twenty instructions a value.
+Some twenty instructions a value; on a GPU the kernel of `triton_streams` decodes the same integers.
 """
 # B patches, C latent channels, N h*w cells in scan order, n cells of a phase, K classes,
 # R record bytes, L lanes, T turns

@@ -13,6 +13,7 @@ from latentds.quantizers.entropy.record_model import RecordModel
 MAX_STEPS = 256  # one byte of the record
 MAX_RECORD_BYTES = 1 << 20
 MAX_CHANNELS = 1024
+LEAST_SIDE = 2  # cells of a single line would be their own neighbours: unknown when decoded
 MAX_CELLS = 1 << 16
 MAX_CLASSES = 64
 MAX_PARENTS = 16
@@ -53,10 +54,11 @@ def check_array(
 def check_shape(codebook: RecordModel) -> None:
     """Refuse sizes that are not positive, too large, or do not go together."""
     channels, rows, columns = codebook.latents_shape
-    if not 0 < channels <= MAX_CHANNELS or min(rows, columns) < 1 or rows * columns > MAX_CELLS:
+    is_wide = min(rows, columns) >= LEAST_SIDE
+    if not 0 < channels <= MAX_CHANNELS or not is_wide or rows * columns > MAX_CELLS:
         raise ValueError(
             f"codebook is for latents of {codebook.latents_shape}; at most {MAX_CHANNELS} channels "
-            f"of {MAX_CELLS} cells are allowed"
+            f"of {LEAST_SIDE} x {LEAST_SIDE} to {MAX_CELLS} cells are allowed"
         )
     if not 0 < codebook.lanes <= MAX_LANES:
         raise ValueError(f"codebook has {codebook.lanes} lanes; 1 to {MAX_LANES} are allowed")

@@ -1,23 +1,25 @@
-"""Records into integers and latents: the same integers from compiled code on the CPU as from a loop
-in torch on other devices."""
-# B patches, C latent channels, h w latent cells, L lanes, T turns, R record bytes
+"""Records into integers and latents: the same integers from a GPU's kernel as from a CPU's code."""
+# B patches, C latent channels, h w latent cells, R record bytes
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import logging
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from latentds.errors import ShapeError
-from latentds.quantizers.entropy import rans
-from latentds.quantizers.entropy.coder_tables import decoding_table, model_tables
-from latentds.quantizers.entropy.contexts import around_of, blur
+from latentds.errors import ShapeError, first_words
 from latentds.quantizers.entropy.native_model import decoded_values, native_model
-from latentds.quantizers.entropy.rans import HEAD_BYTES
-from latentds.quantizers.entropy.record_encoding import by_patch, check_of
+from latentds.quantizers.entropy.record_encoding import by_patch
 from latentds.quantizers.entropy.record_model import RecordModel
+
+logger = logging.getLogger(__name__)
+TRIED = 32  # records of chance that the kernel has to decode before it is used
+Reader = Callable[[Tensor, RecordModel], tuple[Tensor, Tensor]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -55,8 +57,7 @@ def check_records(records: Tensor, codebook: RecordModel) -> None:
 def decode_records(records: Tensor, codebook: RecordModel) -> DecodedRecords:
     """See `EntropyCodebook.integers`."""
     check_records(records, codebook)
-    decode = decode_natively if records.device.type == "cpu" else decode_in_torch
-    integers, intact = decode(records, codebook)
+    integers, intact = reader_on(records.device, codebook)(records, codebook)
     return DecodedRecords(
         integers=integers.view(-1, *codebook.latents_shape),
         step_index=records[:, 0].long(),
@@ -64,12 +65,40 @@ def decode_records(records: Tensor, codebook: RecordModel) -> DecodedRecords:
     )
 
 
+@functools.lru_cache(maxsize=16)
+def reader_on(device: torch.device, codebook: RecordModel) -> Reader:
+    """What decodes records of a device: the kernel on a GPU, compiled code of the CPU elsewhere."""
+    return tried_kernel(device, codebook) if device.type == "cuda" else decode_natively
+
+
+def tried_kernel(device: torch.device, codebook: RecordModel) -> Reader:
+    """The Triton kernel, if it decodes records of chance as the CPU does; else the CPU's code.
+
+    A driver, a compiler or a card that nobody tried must not change a bit of what is trained from.
+    """
+    octets = np.random.default_rng(0).integers(0, 256, (TRIED, codebook.record_bytes), np.uint8)
+    octets[:, 0] = 0
+    records = torch.from_numpy(octets)
+    try:
+        from latentds.quantizers.entropy.triton_streams import read_records
+
+        found = read_records(records.to(device), codebook)
+        pairs = zip(found, decode_natively(records, codebook), strict=True)
+        if all(torch.equal(ours.cpu(), expected) for ours, expected in pairs):
+            return read_records
+        reason = "it decodes other integers than the CPU"
+    except Exception as error:  # no Triton, no compiler, another version: whatever it raises
+        reason = f"{type(error).__name__}: {first_words(error)}"
+    logger.warning("records are decoded on the CPU: %s's Triton kernel failed (%s)", device, reason)
+    return decode_natively
+
+
 def decode_natively(records: Tensor, codebook: RecordModel) -> tuple[Tensor, Tensor]:
-    """Integers int32 (B, C, h*w) and which records are intact, of records on the CPU."""
+    """Integers int32 (B, C, h*w) and which records are intact, decoded on the CPU."""
     from latentds.quantizers.entropy import native_streams as streams
 
     channels, height, width = codebook.latents_shape
-    octets = np.ascontiguousarray(records.numpy())
+    octets = np.ascontiguousarray(records.cpu().numpy())
     integers = np.empty((len(octets), channels, height * width), np.int32)
     intact = np.empty(len(octets), np.bool_)
     by_patch(
@@ -78,109 +107,17 @@ def decode_natively(records: Tensor, codebook: RecordModel) -> tuple[Tensor, Ten
         ),
         len(octets),
     )
-    return torch.from_numpy(integers), torch.from_numpy(intact)
-
-
-def decode_in_torch(records: Tensor, codebook: RecordModel) -> tuple[Tensor, Tensor]:
-    """As `decode_natively`, on any device."""
-    lanes = open_lanes(records, codebook)
-    symbols = decode_symbols(lanes, codebook)
-    integers, fits = with_escapes(symbols, records, lanes, codebook)
-    scan = model_tables(codebook, records.device).scan
-    order = torch.from_numpy(codebook.order.argsort()).to(records.device)
-    integers = integers.index_select(1, order)
-    intact = fits & (check_of(integers) == records[:, 1])
-    return integers.index_select(2, scan.inverse), intact
-
-
-def turns_of(codebook: RecordModel) -> list[int]:
-    """Turns of a channel's phases."""
-    _, height, width = codebook.latents_shape
-    even = ((height + 1) // 2) * ((width + 1) // 2)
-    odd = (height // 2) * (width // 2)
-    return [-(-n // codebook.lanes) for n in (even, odd, height * width - even - odd)]
-
-
-def open_lanes(records: Tensor, codebook: RecordModel) -> rans.Lanes:
-    """The lanes before the first turn."""
-    head = HEAD_BYTES + rans.STATE_BYTES * codebook.lanes
-    states = numbers_of(records[:, HEAD_BYTES:head], rans.STATE_BYTES) & (rans.HIGH - 1)
-    whole = (codebook.record_bytes - head) // 2 * 2
-    quiet = numbers_of(records[:, 2:HEAD_BYTES], 2)[:, 0]
-    turns = codebook.latents_shape[0] * sum(turns_of(codebook))
-    lowest = rans.lowest_states(turns, quiet)
-    return rans.Lanes(states, numbers_of(records[:, head : head + whole], 2), lowest)
-
-
-def decode_symbols(lanes: rans.Lanes, codebook: RecordModel) -> Tensor:
-    """Symbols int32 (B, C, h*w), channels in the order of coding, cells in scan order."""
-    channels, height, width = codebook.latents_shape
-    device = lanes.words.device
-    model, table = model_tables(codebook, device), decoding_table(codebook, device)
-    batch = len(lanes.words)
-    symbols = torch.empty((batch, channels, height * width), dtype=torch.int32, device=device)
-    blurred = torch.zeros((channels, batch, 1, height * width), dtype=torch.int32, device=device)
-    wanted = set(codebook.parents.reshape(-1).tolist())
-    for place, channel in enumerate(codebook.order.tolist()):
-        part = slice(channel, channel + 1)
-        magnitudes = torch.zeros((batch, 1, height * width), dtype=torch.int32, device=device)
-        for phase, turns in enumerate(turns_of(codebook)):
-            cells = model.scan.phase(phase)
-            rows = channel
-            if len(codebook.tables) > 1:
-                around = around_of(magnitudes, model.scan, phase)
-                above = [
-                    blurred[max(p, 0)][:, :, cells] for p in codebook.parents[channel].tolist()
-                ]
-                rows = model.classes(phase, around, above, part)[:, 0] * channels + channel
-            found = decode_phase(lanes, table, rows, turns, cells.stop - cells.start)
-            symbols[:, place, cells] = found
-            magnitudes[:, 0, cells] = model.magnitudes(found - codebook.magnitude, part)
-        if channel in wanted:
-            blurred[channel] = blur(magnitudes, model.scan, height, width)
-    return symbols
-
-
-def decode_phase(
-    lanes: rans.Lanes, table: Tensor, rows: Tensor | int, turns: int, cells: int
-) -> Tensor:
-    """Symbols int32 (B, cells): `rows` says which table codes each, int32 (B, cells) or one."""
-    batch, count = lanes.state.shape
-    idle = table.numel() - rans.TOTAL
-    first = torch.full((batch, turns * count), idle, dtype=torch.int32, device=table.device)
-    first[:, :cells] = rows * rans.TOTAL
-    entries = torch.empty_like(first)
-    for turn in range(turns):
-        part = slice(turn * count, (turn + 1) * count)
-        entries[:, part] = lanes.turn(table, first[:, part])
-    return rans.symbols_of(entries[:, :cells])
-
-
-def with_escapes(
-    symbols: Tensor, records: Tensor, lanes: rans.Lanes, codebook: RecordModel
-) -> tuple[Tensor, Tensor]:
-    """Integers int32 (B, C, h*w) of symbols, and bool (B,): streams and escapes fit the record."""
-    room = codebook.record_bytes
-    escapes = (symbols == codebook.tables.shape[2] - 1).flatten(1)
-    integers = symbols - codebook.magnitude
-    flat = integers.view(len(symbols), -1)
-    patch, place = escapes.nonzero(as_tuple=True)
-    if len(patch):
-        rank = escapes.cumsum(1)[patch, place]
-        octets = records[patch, (room - rank).clamp(min=0)]
-        flat[patch, place] = octets.view(torch.int8).int()
-    head = HEAD_BYTES + rans.STATE_BYTES * codebook.lanes
-    return integers, head + 2 * lanes.taken[:, 0] + escapes.sum(1) <= room
-
-
-def numbers_of(octets: Tensor, width: int) -> Tensor:
-    """int32 (B, n) of uint8 (B, n * width), lowest byte first."""
-    parts = octets.reshape(len(octets), octets.shape[1] // width, width).int()
-    shifts = 8 * torch.arange(width, dtype=torch.int32, device=octets.device)
-    return (parts << shifts).sum(2, dtype=torch.int32)
+    found = torch.from_numpy(integers), torch.from_numpy(intact)
+    return found[0].to(records.device), found[1].to(records.device)
 
 
 def latents_of(decoded: DecodedRecords, codebook: RecordModel) -> Tensor:
     """float32 (B, C, h, w): every integer times its patch's step over its channel's gain."""
-    scales = torch.from_numpy(decoded_values(codebook)).to(decoded.integers.device)
+    scales = values_on(decoded.integers.device, codebook)
     return decoded.integers.float() * scales[decoded.step_index][:, :, None, None]
+
+
+@functools.lru_cache(maxsize=16)
+def values_on(device: torch.device, codebook: RecordModel) -> Tensor:
+    """`decoded_values` there: copied for every batch they would make the host wait."""
+    return torch.from_numpy(decoded_values(codebook)).to(device)

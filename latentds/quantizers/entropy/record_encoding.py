@@ -212,13 +212,6 @@ def least_bytes(codebook: RecordModel) -> int:
     return int(expected_bytes(zeros, level, codebook, 0)[0]) + MARGIN_BYTES
 
 
-def check_of(integers: Tensor) -> Tensor:
-    """uint8 (B,): sum of integer * (2 * place + 1), places through (C, h*w) in scan order."""
-    flat = integers.flatten(1)
-    odd = 2 * torch.arange(flat.shape[1], dtype=torch.int32, device=flat.device) + 1
-    return ((flat * odd).sum(1, dtype=torch.int64) & 0xFF).to(torch.uint8)
-
-
 def round_at_steps(
     latents: Tensor, step_index: Tensor, codebook: RecordModel
 ) -> tuple[Tensor, Tensor]:

@@ -60,6 +60,13 @@ class RecordModel:
         """Largest absolute integer the tables hold; others are escapes."""
         return (int(self.tables.shape[2]) - 2) // 2
 
+    @property
+    def turns(self) -> list[int]:
+        """Turns of a channel's three phases: every lane codes a value in each."""
+        _, height, width = self.latents_shape
+        even, odd = -(-height // 2) * -(-width // 2), (height // 2) * (width // 2)
+        return [-(-n // self.lanes) for n in (even, odd, height * width - even - odd)]
+
     @functools.cached_property
     def extents(self) -> np.ndarray:
         """int32 (C,): largest absolute integer of each channel that is no escape."""

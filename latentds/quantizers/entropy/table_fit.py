@@ -7,8 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentds.quantizers.entropy.coder_tables import model_tables
-from latentds.quantizers.entropy.contexts import CAP, PHASES, activity, around_of, blur
+from latentds.quantizers.entropy.contexts import CAP, PHASES, activity, around_of, blur, scan_of
 from latentds.quantizers.entropy.rans import LARGEST, TOTAL
 from latentds.quantizers.entropy.record_model import RecordModel
 
@@ -33,9 +32,10 @@ def fit_model(
 
     codebook  whose size, order and extents are used
     """
-    model = model_tables(codebook, integers.device)
-    magnitudes = model.magnitudes(integers)
-    blurred = blur(magnitudes, model.scan, *model.size)
+    scan = scan_of(*codebook.latents_shape[1:], integers.device)
+    caps = torch.from_numpy(np.minimum(codebook.extents + 1, CAP)).to(integers)
+    magnitudes = integers.abs().minimum(caps[:, None])
+    blurred = blur(magnitudes, scan, *codebook.latents_shape[1:])
     channels = integers.shape[1]
     found: dict[str, np.ndarray] = {
         "parents": np.full((channels, parents), -1, np.int16),
@@ -52,8 +52,8 @@ def fit_model(
         names = [earlier[i] for i in chosen]
         found["parents"][channel, : len(names)] = names
         for phase in range(PHASES):
-            part = model.scan.phase(phase)
-            around = around_of(target, model.scan, phase)
+            part = scan.phase(phase)
+            around = around_of(target, scan, phase)
             above = [blurred[:, name : name + 1, part] for name in names]
             weights = fit_weights(target[:, :, part], around, above, stride)
             found["weights"][channel, phase, : len(weights)] = weights

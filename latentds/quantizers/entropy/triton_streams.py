@@ -30,8 +30,8 @@ LOW = tl.constexpr(rans.LOW)
 WORD_BITS = tl.constexpr(rans.WORD_BITS)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def smooth(seen, blurred, inverse, N, W, BLUR: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit
+def smooth(seen, blurred, inverse, N, W, BLUR: tl.constexpr):
     """`contexts.blur` of one channel; at most 16 times `contexts.CAP`, so a byte holds it."""
     for start in range(0, N, BLUR):
         cell = start + tl.arange(0, BLUR)
@@ -49,8 +49,8 @@ def smooth(seen, blurred, inverse, N, W, BLUR: tl.constexpr):  # type: ignore[no
         tl.store(blurred + place, sums.to(tl.uint8), mask=is_cell)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def read_kernel(  # type: ignore[no-untyped-def]
+@triton.jit
+def read_kernel(
     records, integers, intact, seen, blurred,
     order, parents, weights, thresholds, caps, is_parent, decoding,
     cells, inverse, neighbours, ends,

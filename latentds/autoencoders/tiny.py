@@ -157,10 +157,9 @@ def shipped_records(
         return None
     cells = latents_shape[1] * latents_shape[2]
     usual = USUAL_BYTES * cells // USUAL_CELLS
-    wanted = record_bytes or usual
-    share = wanted / usual * USUAL_BYTES  # of a patch of 256 px
+    share = (record_bytes or usual) / usual * USUAL_BYTES  # of a patch of 256 px
     stored = min(books, key=lambda s: abs(math.log(math.prod(codes_of(s)) / share)))
-    return sized(stored, latents_shape, wanted)
+    return sized(stored, latents_shape, record_bytes)
 
 
 @functools.cache

@@ -90,7 +90,7 @@ def sized_book(
     """The codebook for patches of these latents (C, h, w).
 
     patch_bytes  of the codes; None for what they take, of entropy-coded records in proportion to
-                 the cells. Records alone can be made of other bytes than a codebook's own, by
+                 the cells, or the least that those can be coded in. Records alone can be made of other bytes than a codebook's own, by
                  another step with the same tables
     raises       ShapeError for other channels; InputError for bytes that the codes cannot have,
                  with those that they can
@@ -121,14 +121,15 @@ def sized_records(
             f"patches of {latents_shape[1]} x {latents_shape[2]} latent cells: entropy-coded "
             f"records need {LEAST_SIDE} x {LEAST_SIDE}; take --codebook scalar or larger patches"
         )
-    wanted = record_bytes or max(1, book.record_bytes * cells // own)
-    if (latents_shape, wanted) == (book.latents_shape, book.record_bytes):
+    usual = book.record_bytes * cells // own
+    if (latents_shape, record_bytes or usual) == (book.latents_shape, book.record_bytes):
         return book
     lanes, most = min(book.lanes, max(1, cells // 4)), most_bytes(latents_shape)
     roomy = dataclasses.replace(
         book, latents_shape=latents_shape, lanes=lanes, record_bytes=MAX_RECORD_BYTES
     )
     least = least_bytes(roomy)
+    wanted = record_bytes or min(max(usual, least), most)
     if not least <= wanted <= most:
         raise InputError(
             f"--bytes {wanted}: by these tables a patch of {cells:,} cells takes {least:,} to "

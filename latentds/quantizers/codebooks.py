@@ -90,8 +90,8 @@ def sized_book(
     """The codebook for patches of these latents (C, h, w).
 
     patch_bytes  of the codes; None for what they take, of entropy-coded records in proportion to
-                 the cells, or the least that those can be coded in. Records alone can be made of other bytes than a codebook's own, by
-                 another step with the same tables
+                 the cells, or the least that those can be coded in. Records alone can be made of
+                 other bytes than a codebook's own, by another step with the same tables
     raises       ShapeError for other channels; InputError for bytes that the codes cannot have,
                  with those that they can
     """

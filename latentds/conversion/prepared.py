@@ -166,7 +166,8 @@ def check_not_too_small(plan: Plan, autoencoder: Autoencoder) -> None:
     if any(-edge % factor >= edge for edge in plan.patch_px):
         raise InputError(
             f"{plan.pictures[0].source}: patches of {width}x{height} px are too small for "
-            f"{autoencoder.card.name} (factor {factor}); use --resize --patch-size {2 * factor} or more"
+            f"{autoencoder.card.name} (factor {factor}); use --resize --patch-size {2 * factor} or "
+            "more"
         )
 
 

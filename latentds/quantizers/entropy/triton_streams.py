@@ -171,6 +171,7 @@ def read_records(records: Tensor, codebook: RecordModel) -> tuple[Tensor, Tensor
             *(codebook.record_bytes, channels, height * width, width),
             *(channels * sum(codebook.turns), codebook.magnitude, codebook.tables.shape[2] - 1),
             L=codebook.lanes, K=len(codebook.tables), P=codebook.parents.shape[1],
-            WIDTH=triton.next_power_of_2(codebook.lanes), BLUR=BLUR_CELLS, num_warps=1, num_stages=1,
+            WIDTH=triton.next_power_of_2(codebook.lanes), BLUR=BLUR_CELLS,
+            num_warps=1, num_stages=1,
         )  # fmt: skip
     return integers, intact

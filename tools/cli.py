@@ -296,7 +296,6 @@ def unknown_command(words: list[str], is_group: bool) -> str:
 
 
 def overview(group: str) -> str:
-    """The list of commands, or of one group's."""
     chosen = [name for name in COMMANDS if not group or name.startswith(f"{group} ")]
     lines = [f"  {name:<16} {COMMANDS[name].text}" for name in chosen]
     title = "Pathology patches as autoencoder latents: convert, check, look, load."

@@ -263,7 +263,6 @@ def in_short(summary: dict[str, Any]) -> str:
 
 
 def page_of(out: str) -> str:
-    """A name for the page of a set's patches."""
     return f"{out.rstrip('/').rpartition('/')[2] or 'set'}.html"
 
 

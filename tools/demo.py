@@ -183,7 +183,6 @@ def at_equal_bytes(originals: list[Any], target: int) -> dict[str, tuple[int, li
 
 
 def judge(size: int, pictures: list[Any], originals: list[Any]) -> dict[str, float]:
-    """Bytes, mean PSNR and mean SSIM."""
     from latentds.core.metrics import psnr_db, ssim
 
     pairs = list(zip(pictures, originals, strict=True))

@@ -146,7 +146,6 @@ def make_page(config: Config) -> str:
 
 
 def make_slide_page(config: Config) -> str:
-    """The HTML of the page of slides."""
     from latentds_tools.reports.slide_pages import slide_page
 
     from latentds.errors import unknown_name

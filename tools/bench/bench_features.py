@@ -94,7 +94,6 @@ def run(config: Config) -> None:
 
 
 def measure(config: Config) -> dict[str, Any]:
-    """All figures, a row a batch size."""
     import torch
 
     from latentds.embedders import load_embedder
@@ -278,7 +277,6 @@ def as_text(report: dict[str, Any]) -> str:
 
 
 def rate_and_cost(row: dict[str, Any], name: str) -> list[str]:
-    """Two cells of a way that embeds."""
     low, high = row[f"{name}_cost_range"]
     cost = f"{row[f'{name}_cost_percent']:.1f} % ({low:.1f} to {high:.1f})"
     return [f"{row[f'{name}_patches_per_s']:,.1f}", cost]

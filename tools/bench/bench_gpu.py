@@ -52,7 +52,6 @@ def run(config: Config) -> int:
 
 
 def measure(config: Config) -> dict[str, Any]:
-    """Outcomes by part, all of them in --out."""
     import torch
     from latentds_tools.bench.gpu_parts import all_parts
     from latentds_tools.bench.gpu_running import run_parts

@@ -138,7 +138,6 @@ def as_text(report: dict[str, Any]) -> str:
 
 
 def costs_text(report: dict[str, Any]) -> list[str]:
-    """What a loader costs, in three lines."""
 
     def told(name: str) -> str:
         low, high = report[name]["percent_range"]

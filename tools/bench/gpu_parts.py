@@ -143,7 +143,6 @@ def loading_parts(sets: Path, device: str, patches: int) -> list[GpuPart]:
 
 
 def resident_part(sets: Path, device: str, patches: int) -> GpuPart:
-    """The whole set on the device beside the same set on disk."""
     words = bench("loader", sets / "codes", "--against", "latentds-resident", "--decode",
                   "codes,pixels", *loading(device, patches))  # fmt: skip
     return GpuPart("resident", "The whole set on the device", 60, words, uses="inputs")
@@ -190,7 +189,6 @@ def compiled_step(device: str, is_gpu: bool) -> GpuPart:
 
 
 def features_part(device: str, is_gpu: bool) -> GpuPart:
-    """Features of ViT-L, of decoded latents and of pictures that are there."""
     sizes = ("--patches", 8192, "--batch-sizes", 256, "--rounds", 2) if is_gpu else (
         "--patches", 8, "--slides", 2, "--patch-size", 32, "--batch-sizes", 4, "--rounds", 1,
         "--embedder", "timm:test_vit")  # fmt: skip

@@ -84,7 +84,6 @@ def for_device(
 
 
 def report_of(config: Any, **rest: Any) -> dict[str, Any]:
-    """A report's JSON: machine, config, and what was measured."""
     recorded = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     return {"machine": machine(getattr(config, "device", "cpu")), "config": recorded, **rest}
 

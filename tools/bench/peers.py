@@ -82,7 +82,6 @@ def tell(event: str, **values: Any) -> None:
 
 
 def versions(module: str) -> dict[str, str]:
-    """Version of the peer's library and of those below it."""
     import importlib.metadata
 
     found = {}
@@ -312,7 +311,6 @@ def webdataset_packed_loader(spec: Spec) -> Any:
 
 
 def stream_parquet(spec: Spec) -> Any:
-    """Rows of Parquet, streamed by Hugging Face's datasets."""
     from datasets import load_dataset
 
     files = files_of(spec, "*.parquet")
@@ -320,7 +318,6 @@ def stream_parquet(spec: Spec) -> Any:
 
 
 def stream_mds(spec: Spec, batch_size: int) -> Any:
-    """Samples of mosaicml-streaming, its own shuffle."""
     from streaming import StreamingDataset
 
     return StreamingDataset(

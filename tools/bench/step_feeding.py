@@ -155,7 +155,6 @@ class Feeding:
         self.training.step(self.views(values, seeds), seeds)
 
     def step_on_loader(self) -> None:
-        """A step on what the loader brings."""
         batch = next(self.batches)
         assert batch.views is not None
         self.training.step(batch.views, batch.seeds)
@@ -207,13 +206,11 @@ def open_loader(
 
 
 def endless(loader: LatentLoader) -> Generator[Batch, None, None]:
-    """Batches of one epoch after the other."""
     while True:
         yield from loader
 
 
 def pixel_views(config: Config) -> MultiCrop:
-    """The method's augmentation at the config's crops."""
     return MultiCrop.preset(
         "mae" if config.method == "supervised" else config.method,
         globals=config.globals,

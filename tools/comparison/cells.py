@@ -45,7 +45,6 @@ def mean_sd(values: dict[str, Any] | None) -> str:
 
 
 def percent(value: float | None) -> str:
-    """A share in per cent."""
     return number(None if value is None else 100 * value, ".2f")
 
 

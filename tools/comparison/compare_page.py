@@ -30,7 +30,6 @@ SEGMENTATION = (  # titles and scores: correct ones, then what SAM-Path's code w
 
 
 def write_page(report: dict[str, Any]) -> str:
-    """The whole page."""
     families = report["families"]
     segmentations = [family for family in families if family["task"] == "sampath"]
     others = [family for family in families if family["task"] != "sampath"]
@@ -47,7 +46,6 @@ def write_page(report: dict[str, Any]) -> str:
 
 
 def lead(report: dict[str, Any]) -> str:
-    """What the figures are."""
     drawn = report["bootstrap"]
     if drawn["over"] == "folds":
         what = (
@@ -173,7 +171,6 @@ def reasons(family: dict[str, Any]) -> list[str]:
 
 
 def scores_table(family: dict[str, Any]) -> str:
-    """Every score of every row."""
     metrics = list(dict.fromkeys(name for row in family["rows"] for name in row["scores"]))
     rows = [
         [

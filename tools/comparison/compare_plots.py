@@ -69,12 +69,10 @@ def with_legend(figure: Any, rows: Sequence[dict[str, Any]]) -> bytes:
 
 
 def has_difference(row: dict[str, Any]) -> bool:
-    """Whether a row is paired."""
     return row["difference"] is not None and row["difference"]["mean"] is not None
 
 
 def draw_panel(axis: Any, family: dict[str, Any]) -> None:
-    """Bars of a family's sources."""
     metric = family["metric"]
     rows = [r for r in family["rows"] if (r["scores"].get(metric) or {}).get("mean") is not None]
     lefts, widths, total = bar_places([row["kilobytes"] for row in rows])
@@ -130,7 +128,6 @@ def score_limits(scores: Sequence[dict[str, Any]]) -> tuple[float, float]:
 
 
 def bar_label(row: dict[str, Any]) -> str:
-    """Source and size."""
     return (
         f"{row['source']}, {size(row)} KB" if row["kilobytes"] else f"{row['source']}, size unknown"
     )
@@ -146,5 +143,4 @@ def kind_of_bar(row: dict[str, Any]) -> str:
 
 
 def colour(row: dict[str, Any]) -> str:
-    """By what a source is."""
     return COLOURS[kind_of_bar(row)]

@@ -41,7 +41,6 @@ def make_report(
 
 
 def check_names(families: Sequence[Family], reference: str | None, metric: str | None) -> None:
-    """Refuse a reference or metric that nothing has."""
     if reference is not None and not any(family.find(reference) for family in families):
         names = {row.name for family in families for row in family.rows}
         raise unknown_name("reference", reference, names)
@@ -51,7 +50,6 @@ def check_names(families: Sequence[Family], reference: str | None, metric: str |
 
 
 def find_reference(family: Family, name: str | None) -> RunRow | None:
-    """The row that others are set against."""
     if name is not None:
         return family.find(name)
     originals = (row for row in family.rows if kind_of(row.record.source) == "original")
@@ -61,7 +59,6 @@ def find_reference(family: Family, name: str | None) -> RunRow | None:
 def describe_family(
     family: Family, reference: str | None, metric: str | None, paper: str, bootstrap: Bootstrap
 ) -> dict[str, Any]:
-    """One family."""
     against = find_reference(family, reference)
     leading = (against or family.rows[0]).record
     has_metric = any(metric in row.metrics() for row in family.rows)
@@ -87,7 +84,6 @@ def describe_family(
 def describe_row(
     row: RunRow, against: RunRow | None, metric: str, task: str, bootstrap: Bootstrap
 ) -> dict[str, Any]:
-    """One source's figures."""
     facts, cells = row.record.source, row.cells
     stored = facts.get("bytes_per_patch")
     found: Difference | str = "no reference" if against is None else ""

@@ -67,7 +67,6 @@ def metric_title(metric: str | None) -> str:
 def paper_line(
     family: dict[str, Any], paper: dict[str, Any], line: dict[str, Any], row: dict[str, Any] | None
 ) -> list[str]:
-    """One row of it."""
     values, first = line["values"], paper["rows"][0]["values"]
     own = next((r for r in family["rows"] if r["kind"] == "original"), None)
     cells = [line["label"], *paper_flags(line), f"`{row['source']}`" if row else ABSENT]
@@ -89,12 +88,10 @@ def paper_line(
 
 
 def paper_flags(line: dict[str, Any]) -> list[str]:
-    """FT and Quant of a row of the paper."""
     is_network = line["source"] != "original" and ":" not in line["source"]
     return flags(line | {"is_network": is_network})
 
 
 def mean_of(row: dict[str, Any] | None, metric: str | None) -> float | None:
-    """A row's mean."""
     found = None if row is None or metric is None else row["scores"].get(metric)
     return found["mean"] if found else None

@@ -151,7 +151,6 @@ def differing_folds(row: RunRow, reference: RunRow) -> str:
 
 
 def words(values: list[Any]) -> str:
-    """Values with commas between."""
     return ", ".join(str(value) for value in values)
 
 

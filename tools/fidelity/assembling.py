@@ -222,7 +222,6 @@ def encodings(crops: FidelityCrops) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages that figures depend on."""
     found = {}
     for name in PACKAGES:
         try:

@@ -62,7 +62,6 @@ class Codebooks:
         return self.fitted()
 
     def fitted(self) -> dict[str, Any]:
-        """What is fitted to the sample comes from it."""
         return {
             "origin": self.sample.origin,
             "crops": len(self.sample.images),

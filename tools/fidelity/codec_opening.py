@@ -117,5 +117,4 @@ def open_embedders(names: Sequence[str], device: str) -> tuple[dict[str, Any], d
 
 
 def one_line(error: BaseException) -> str:
-    """An error's text without line breaks."""
     return " ".join(str(error).split())

@@ -90,7 +90,6 @@ def encoding_facts(job: FidelityJob, spec: CodecSpec) -> dict[str, Any]:
 
 
 def facts_of(job: FidelityJob, spec: CodecSpec) -> dict[str, Any]:
-    """All that makes a row what it is."""
     card, embedders = job.card(spec), job.plan.embedders
     return encoding_facts(job, spec) | {
         "codec": spec.text,

@@ -36,7 +36,6 @@ def lead(report: dict[str, Any]) -> str:
 
 
 def main_table(report: dict[str, Any], group: str) -> str:
-    """Codecs with their bytes, means and rates."""
     names, figures = embedder_names(report), figure_names(report)
     header = ["codec", "bytes", "in container", "packed", *names, "PSNR, dB", "SSIM", *figures]
     rows = []
@@ -148,7 +147,6 @@ def paper_part(report: dict[str, Any]) -> str:
 
 
 def notes(report: dict[str, Any]) -> list[str]:
-    """Settings, and what a reader must know."""
     settings = report["settings"]
     found = [
         f"Similarity: {settings['similarity']}.",

@@ -92,7 +92,6 @@ class FidelityJob:
     def downstream(
         self, start: int, decoded: Sequence[np.ndarray], embeddings: dict[str, np.ndarray]
     ) -> dict[str, list[Any]]:
-        """Downstream figures of the crops from a place on."""
         found: dict[str, list[Any]] = {}
         if self.finder is not None:
             found[NUCLEI] = self.finder.score(start, decoded)
@@ -149,7 +148,6 @@ def check_tables(plan: FidelityPlan) -> None:
 
 
 def probe_of(config: Config, crops: FidelityCrops, embedders: dict[str, Any]) -> PatchProbe | None:
-    """The probe of --probe-on, None without it."""
     if config.probe_on is None:
         return None
     training = crops_of(config, [config.probe_on], MAX_PROBED)
@@ -157,7 +155,6 @@ def probe_of(config: Config, crops: FidelityCrops, embedders: dict[str, Any]) ->
 
 
 def crops_of(config: Config, folders: Sequence[Path], most: int) -> FidelityCrops:
-    """Crops of folders, as the options say."""
     tables = tuple(read_slides(path) for path in config.slides_table)
     is_tested = folders == config.source
     return read_crops(

@@ -73,7 +73,6 @@ class KeptRows:
 
 
 def key_of(facts: dict[str, Any]) -> str:
-    """Hex hash of facts in JSON values."""
     return hashlib.sha256(canonical_json(facts).encode()).hexdigest()[:24]
 
 

@@ -41,7 +41,6 @@ class SmallUNet(nn.Module):
         self.head = nn.Conv2d(first, 1, 1)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits."""
         fine = self.fine(functional.pixel_unshuffle(images * 2 - 1, 2))
         middle = self.middle(functional.max_pool2d(fine, 2))
         coarse = self.coarse(functional.max_pool2d(middle, 2))

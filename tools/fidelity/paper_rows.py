@@ -40,7 +40,6 @@ class PaperRow:
 
 @functools.cache
 def paper_rows() -> tuple[PaperRow, ...]:
-    """The rows of Table 1, in its order."""
     table = paper_tables("fidelity")
     rows = [dict(zip(table["columns"], row, strict=True)) for row in table["rows"]]
     return tuple(

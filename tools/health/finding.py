@@ -30,7 +30,6 @@ class Finding:
 
     @property
     def breaks_base(self) -> bool:
-        """Whether the base install does not work."""
         return self.is_base and self.state == "problem"
 
 

@@ -46,6 +46,8 @@ class Config:
 
 def run(config: Config) -> None:
     """Run the main job and say where its results lie."""
+    from latentds_tools.reports.commands import picked
+
     from latentds.conversion.convert_config import ConvertConfig
     from latentds.conversion.converting import convert
     from latentds.core.device_choice import choose_device
@@ -67,10 +69,8 @@ def run(config: Config) -> None:
         ConvertConfig(
             source=patches,
             out=folder,
-            autoencoder=config.autoencoder,
-            device=config.device,
             name_pattern=r"_x(?P<x>\d+)_y(?P<y>\d+)",
-            overwrite=config.overwrite,
+            **picked(config, "autoencoder", "device", "overwrite"),
         )
     )
     say(f"data set in {folder}")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
-from latentds_tools.reports.commands import show
+from latentds_tools.reports.commands import picked, show
 
 from latentds.errors import InputError
 from latentds.evaluation.patchsets.patch_set_config import PatchInput, recorded_settings
@@ -122,13 +122,8 @@ def extract(config: Config, rank: int, ranks: int) -> list[dict[str, Any]]:
         raise InputError(f"--embedder {' '.join(config.embedder)}: two go to one folder")
     options = FeatureOptions(
         batch_size=config.batch_size or (GPU_BATCH if device.type == "cuda" else CPU_BATCH),
-        precision=config.precision,
-        saved=config.saved,
-        max_patches=config.max_patches,
-        seed=config.seed,
-        clam=config.clam,
-        max_bad=config.max_bad,
         patches=recorded_settings(config),
+        **picked(config, "precision", "saved", "max_patches", "seed", "clam", "max_bad"),
     )
     started = time.perf_counter()
     with Bar(shown=rank == 0) as bar:

@@ -45,14 +45,13 @@ class Config:
 
 
 def run(config: Config) -> None:
-    from latentds_tools.reports.commands import check_free
+    from latentds_tools.reports.commands import check_free, check_least
 
     from latentds.core.storage import write_atomically
     from latentds.errors import InputError
 
     check_free([config.out], config.overwrite)
-    if config.count < 1:
-        raise InputError(f"--count {config.count}; at least 1")
+    check_least(config, count=1)
     if config.originals is None and (config.slide_folder or config.root or config.anonymize):
         raise InputError("--slide-folder, --root and --anonymize are of --originals; pass it too")
     page = make_slide_page(config) if config.slides else make_page(config)

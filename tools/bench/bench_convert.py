@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import tyro
 from latentds_tools.bench.harness import Case, run_cases
-from latentds_tools.reports.commands import show
+from latentds_tools.reports.commands import picked, show
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,11 +67,8 @@ def measure(config: Config) -> dict[str, Any]:
         settings = ConvertConfig(
             source=config.source,
             out=Path(folder) / "out",
-            autoencoder=config.autoencoder,
-            device=config.device,
-            encode_batch=config.encode_batch,
             labels=False,
-            workers=config.workers,
+            **picked(config, "autoencoder", "device", "encode_batch", "workers"),
         )
         plan = make_plan(settings)
         autoencoder = load_autoencoder(config.autoencoder)

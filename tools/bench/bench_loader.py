@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from latentds_tools.bench import harness
 from latentds_tools.bench.harness import Case, row_cells
-from latentds_tools.reports.commands import show
+from latentds_tools.reports.commands import picked, show
 
 from latentds.errors import InputError, unknown_name
 
@@ -134,10 +134,7 @@ def measure(config: Config) -> dict[str, Any]:
         harness.run_cases(cases, config.rounds)
     return {
         "machine": harness.machine(config.device),
-        "workers": config.workers,
-        "batch_size": config.batch_size,
-        "pixel_batch_size": config.pixel_batch_size,
-        "rounds": config.rounds,
+        **picked(config, "workers", "batch_size", "pixel_batch_size", "rounds"),
         "results": [summarize(case) for case in cases],
     }
 
@@ -210,11 +207,9 @@ def describe_set(config: Config, own: Path, work: Path, count: int) -> dict[str,
     if isinstance(codebook, Codebook):  # for peers in a Python without latentds
         levels = str(work / "levels.npy")
         np.save(levels, codebook.levels)
-    told = ("split", "workers", "device", "autoencoder", "dtype", "seconds")
-    decoding = ("channels_last", "compile", "cuda_graph")
     return {
-        **{name: getattr(config, name) for name in told},
-        "decoding": {name: getattr(config, name) for name in decoding},
+        **picked(config, "split", "workers", "device", "autoencoder", "dtype", "seconds"),
+        "decoding": picked(config, "channels_last", "compile", "cuda_graph"),
         "set": str(own),
         "classes": list(manifest.classes),
         "levels": levels,

@@ -20,6 +20,19 @@ def check_ranges(config: object, **limits: tuple[float, float]) -> None:
             raise InputError(f"--{name.replace('_', '-')} {value} is not between {low} and {high}")
 
 
+def check_least(config: object, **least: float) -> None:
+    """InputError where an option that is given is less than it may be."""
+    for name, low in least.items():
+        value = getattr(config, name)
+        if value is not None and value < low:
+            raise InputError(f"--{name.replace('_', '-')} {value}; at least {low}")
+
+
+def picked(config: object, *names: str) -> dict[str, Any]:
+    """Some options' values by name, for a function or settings that take them as they are."""
+    return {name: getattr(config, name) for name in names}
+
+
 def check_free(paths: Iterable[Path], overwrite: bool) -> None:
     """InputError where one of the files is there already and may not be replaced."""
     there = [path for path in paths if path.exists()]

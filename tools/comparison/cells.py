@@ -15,6 +15,11 @@ NAMES = {
 }
 
 
+def title(metric: str | None) -> str:
+    """What tables and plots call a score."""
+    return NAMES.get(str(metric), str(metric))
+
+
 def flags(row: dict[str, Any]) -> list[str]:
     """FT and Quant; a dash for what is no network."""
     if not row["is_network"]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from latentds_tools.comparison.cells import NAMES, size
+from latentds_tools.comparison.cells import size, title
 from latentds_tools.reports.plots import add_legend, make_panels, saved
 
 PANEL_IN = (6.0, 4.8)  # width and height in inches
@@ -43,9 +43,7 @@ def draw_differences(report: dict[str, Any]) -> bytes | None:
         for place, row in zip(places, rows, strict=True):
             found = row["difference"]
             mean = 100 * found["mean"]
-            ends = [
-                100 * found[name] if found[name] is not None else mean for name in ("low", "high")
-            ]
+            ends = [mean if found[n] is None else 100 * found[n] for n in ("low", "high")]
             axis.plot(ends, [place, place], color=colour(row), linewidth=2)
             axis.plot([mean], [place], "o", color=colour(row))
         axis.axvline(0, color="black", linewidth=0.8)
@@ -53,8 +51,9 @@ def draw_differences(report: dict[str, Any]) -> bytes | None:
         axis.set_ylim(0.4, len(rows) + 0.6)
         low, high = axis.get_xlim()
         axis.set_xlim(min(low, -0.5), max(high, 0.5))
-        what = NAMES.get(family["metric"], family["metric"])
-        axis.set_xlabel(f"{what}: points above {family['reference']}, 95 % interval")
+        axis.set_xlabel(
+            f"{title(family['metric'])}: points above {family['reference']}, 95 % interval"
+        )
         axis.set_title(family["title"], fontsize=10)
         axis.grid(alpha=0.3, axis="x", linewidth=0.5)
     paired = [row for family in families for row in family["rows"] if has_difference(row)]
@@ -87,14 +86,15 @@ def draw_panel(axis: Any, family: dict[str, Any]) -> None:
         axis.errorbar(left + width / 2, mean, yerr=sd or None, color="black", capsize=2, lw=0.8)
     axis.set_xticks(
         [left + width / 2 for left, width in zip(lefts, widths, strict=True)],
-        [bar_label(row) for row in rows],
+        [f"{row['source']}, {f'{size(row)} KB' if row['kilobytes'] else 'size unknown'}"
+         for row in rows],
         rotation=60, ha="right", rotation_mode="anchor", fontsize=8,
     )  # fmt: skip
     axis.set_xlim(0, total)
     low, high = score_limits([row["scores"][metric] for row in rows])
     axis.set_ylim(low, high)
     start = f"; the axis begins at {low:g}" if low else ""
-    axis.set_ylabel(f"{NAMES.get(metric, metric)}, %{start}", fontsize=9)
+    axis.set_ylabel(f"{title(metric)}, %{start}", fontsize=9)
     axis.set_title(f"{family['title']}\nwidth: bytes of a patch", fontsize=10)
     axis.grid(alpha=0.3, axis="y", linewidth=0.5)
 
@@ -125,12 +125,6 @@ def score_limits(scores: Sequence[dict[str, Any]]) -> tuple[float, float]:
     spread = max(highs) - min(lows)
     low = 5 * math.floor((min(lows) - 0.3 * max(spread, 2)) / 5)
     return (float(low) if low > 10 else 0.0), max(highs) + 0.1 * max(spread, 2)
-
-
-def bar_label(row: dict[str, Any]) -> str:
-    return (
-        f"{row['source']}, {size(row)} KB" if row["kilobytes"] else f"{row['source']}, size unknown"
-    )
 
 
 def kind_of_bar(row: dict[str, Any]) -> str:

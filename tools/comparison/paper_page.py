@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from latentds_tools.comparison.cells import NAMES as METRICS
-from latentds_tools.comparison.cells import flags, score, size
+from latentds_tools.comparison.cells import flags, score, size, title
 from latentds_tools.reports.markdown import ABSENT, bullets, table
 
 NAMES = {"dice": "Dice", "f1": "F1", "iou": "IoU"}
@@ -30,15 +29,15 @@ def paper_parts(families: Sequence[dict[str, Any]]) -> list[str]:
         for family in members:
             parts += [f"Ours: {family['title']}.", paper_table(family, family["paper"])]
         remarks = dict.fromkeys(paper["notes"])
-        remarks |= dict.fromkeys(note for family in members for note in own_notes(family["paper"]))
+        lines = [line for family in members for line in family["paper"]["rows"]]
+        remarks |= dict.fromkeys(
+            f"`{own['row']}`: {'; '.join(own['notes'])}."
+            for line in lines
+            for own in line["ours"]
+            if own["notes"]
+        )
         parts.append(bullets(remarks))
     return parts
-
-
-def own_notes(paper: dict[str, Any]) -> list[str]:
-    """How our rows differ from the paper's that they stand beside."""
-    found = [own for line in paper["rows"] for own in line["ours"] if own["notes"]]
-    return [f"`{own['row']}`: {'; '.join(own['notes'])}." for own in found]
 
 
 def paper_table(family: dict[str, Any], paper: dict[str, Any]) -> str:
@@ -61,7 +60,7 @@ def paper_table(family: dict[str, Any], paper: dict[str, Any]) -> str:
 
 def metric_title(metric: str | None) -> str:
     """What a score is called that the paper does not name."""
-    return f"score ({METRICS.get(metric, metric)} here)" if metric else "score"
+    return f"score ({title(metric)} here)" if metric else "score"
 
 
 def paper_line(
@@ -69,7 +68,9 @@ def paper_line(
 ) -> list[str]:
     values, first = line["values"], paper["rows"][0]["values"]
     own = next((r for r in family["rows"] if r["kind"] == "original"), None)
-    cells = [line["label"], *paper_flags(line), f"`{row['source']}`" if row else ABSENT]
+    is_network = line["source"] != "original" and ":" not in line["source"]
+    cells = [line["label"], *flags(line | {"is_network": is_network})]
+    cells.append(f"`{row['source']}`" if row else ABSENT)
     if "kilobytes" in values:
         right = line["derived"].get("kilobytes")
         note = f" ({right:,})" if right else ""
@@ -85,11 +86,6 @@ def paper_line(
         if name in line["derived"]:
             cells.append(f"{line['derived'][name]:.2f} / {score(row, correct)}")
     return cells
-
-
-def paper_flags(line: dict[str, Any]) -> list[str]:
-    is_network = line["source"] != "original" and ":" not in line["source"]
-    return flags(line | {"is_network": is_network})
 
 
 def mean_of(row: dict[str, Any] | None, metric: str | None) -> float | None:

@@ -139,16 +139,12 @@ def make_family(runs: Sequence[Run]) -> Family:
 
 def can_join(row: RunRow, run: Run) -> bool:
     """Whether a run is another seed's of the row's source."""
-    if row.name != run.source or same_seeds(row, run):
+    seeds = {fold["seed"] for other in row.runs for fold in other.record.folds}
+    if row.name != run.source or seeds & {fold["seed"] for fold in run.record.folds}:
         return False
     facts = ("autoencoder", "decoder", "codec", "patch_px")
     ours, theirs = row.record.source, run.record.source
     return all(ours.get(name) == theirs.get(name) for name in facts)
-
-
-def same_seeds(row: RunRow, run: Run) -> bool:
-    seeds = {fold["seed"] for other in row.runs for fold in other.record.folds}
-    return bool(seeds & {fold["seed"] for fold in run.record.folds})
 
 
 def kind_of(facts: dict[str, Any]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import importlib.metadata
 import math
 from collections import Counter
@@ -54,11 +56,6 @@ def container_bytes(
     return [codes + SHARD_BYTES] * len(sizes)
 
 
-def packed_bytes(spec: CodecSpec, sizes: Sequence[int]) -> list[int] | None:
-    """What each picture's file takes in a packed column; None for latents."""
-    return None if isinstance(spec, LatentSpec) else [size + SHARD_BYTES for size in sizes]
-
-
 def fixed_bytes(spec: PictureSpec, patch_px: tuple[int, int]) -> int:
     """Bytes of the file of one flat grey patch: headers and tables, which every file has."""
     rules = FORMATS[spec.name]
@@ -77,7 +74,8 @@ def describe_row(
     """One row of the report; `names` are what its series and it are called."""
     sizes = row.per_crop["bytes"]
     container = container_bytes(spec, card, patch_px, sizes)
-    packed = packed_bytes(spec, sizes) or container
+    is_latent = isinstance(spec, LatentSpec)
+    packed = container if is_latent else [size + SHARD_BYTES for size in sizes]
     described: dict[str, Any] = {"codec": names[1], "kind": spec.family, "series": names[0]}
     described["codebook"] = codebook
     if isinstance(spec, LatentSpec):
@@ -98,7 +96,7 @@ def describe_row(
         "steps": steps_of(row.per_crop),
         "encode_rate": len(sizes) / row.seconds["encode"],
         "decode_rate": len(sizes) / row.seconds["decode"],
-        "paper": found and found[0].to_json() | {"note": found[1]},
+        "paper": found and dataclasses.asdict(found[0]) | {"note": found[1]},
         "per_crop": row.per_crop,
     }
 
@@ -224,8 +222,6 @@ def encodings(crops: FidelityCrops) -> str:
 def versions() -> dict[str, str]:
     found = {}
     for name in PACKAGES:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return found

@@ -78,10 +78,10 @@ def measure(
         began = time.perf_counter()
         decoded = codec.decode_batch(encoded.files[start : start + CHUNK])
         seconds["decode"] += time.perf_counter() - began
-        columns["psnr_db"] += [
-            finite_psnr(d, image) for d, image in zip(decoded, part, strict=True)
-        ]
-        columns["ssim"] += [measure_ssim(d, i, ssim) for d, i in zip(decoded, part, strict=True)]
+        for made, image in zip(decoded, part, strict=True):
+            psnr = psnr_db(made, image)
+            columns["psnr_db"].append(psnr if math.isfinite(psnr) else None)  # as JSON has it
+            columns["ssim"].append(measure_ssim(made, image, ssim))
         embeddings = {name: embed(e, decoded) for name, e in originals.embedders.items()}
         for name, vectors in embeddings.items():
             wanted = originals.embeddings(name)[start : start + len(part)]
@@ -95,9 +95,3 @@ def measure(
     )
     found = {**columns, "similarity": similarity, "downstream": figures}
     return Measured(found, seconds, pictures)
-
-
-def finite_psnr(image: np.ndarray, reference: np.ndarray) -> float | None:
-    """PSNR in dB, None where the pictures are equal: JSON has no infinity."""
-    value = psnr_db(image, reference)
-    return value if math.isfinite(value) else None

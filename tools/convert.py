@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import json
 import logging
 import math
 import shlex
@@ -19,6 +18,7 @@ from latentds_tools.reports.commands import show
 
 from latentds.conversion.convert_config import ConvertConfig
 from latentds.core.display import visible
+from latentds.core.randomness import digest_of
 from latentds.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -110,9 +110,8 @@ def staging_of(config: Config, location: str) -> Path:
     """The local folder where a location's data set is made; another for other input or options."""
     from latentds.store.cache import CacheConfig
 
-    what = [location, str(config.source.absolute()), config.recorded()]
-    digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
-    return (config.work or CacheConfig().resolve()[0] / "staging") / digest
+    what = digest_of([location, str(config.source.absolute()), config.recorded()])
+    return (config.work or CacheConfig().resolve()[0] / "staging") / what
 
 
 def estimate(config: Config) -> dict[str, Any]:

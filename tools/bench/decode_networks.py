@@ -15,7 +15,7 @@ from latentds_tools.bench.decode_shapes import find_decoder, gigaflops
 from latentds_tools.bench.harness import Case, engaged, no_fallback, sustained
 from torch import Tensor
 
-from latentds.errors import InputError, unknown_name
+from latentds.errors import InputError, first_words, unknown_name
 from latentds.loading.decoding import Decode, Decoder
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def guarded(once: Callable[[], Figures], device: str) -> Figures:
     except InputError as error:
         return {"error": str(error), "never_engaged": True}
     except torch.OutOfMemoryError as error:
-        return {"error": " ".join(str(error).split())[:120]}
+        return {"error": first_words(error)}
     finally:  # weights, graphs, and code, which counts against the next case's recompilations
         torch.compiler.reset()
         gc.collect()

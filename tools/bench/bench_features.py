@@ -199,7 +199,10 @@ def measure_size(bench: Bench, rounds: int) -> dict[str, Any]:
     row |= {f"{name}_patches_per_s": total / way.median for name, way in ways.items()}
     for name in (LOADED, WRITTEN):
         found = harness.cost(ways[name], ways[ALONE])
-        row[f"{name}_cost_percent"], row[f"{name}_cost_range"] = found
+        row |= {
+            f"{name}_cost_percent": found["percent"],
+            f"{name}_cost_range": found["percent_range"],
+        }
     return row
 
 

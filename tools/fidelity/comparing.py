@@ -61,9 +61,8 @@ def measure_rows(job: FidelityJob) -> list[Measured]:
                 else:
                     bar.update(len(images))
                 row = measure(
-                    codec, encoded, originals, job.config.ssim, job.contact, bar.update,
-                    job.downstream,
-                )  # fmt: skip
+                    codec, encoded, originals, job.config.ssim, job.contact, bar.update, job.judges
+                )
                 check_finite(row.per_crop, spec.text)
                 kept.keep(facts, row)
             else:

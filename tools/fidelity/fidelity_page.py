@@ -43,9 +43,7 @@ def main_table(report: dict[str, Any], group: str) -> str:
         values = row["groups"][group]
         rows.append([
             f"`{row['codec']}`",
-            number(values["bytes"], ",.0f"),
-            number(values["container_bytes"], ",.0f"),
-            number(values["packed_bytes"], ",.0f"),
+            *(number(values[n], ",.0f") for n in ("bytes", "container_bytes", "packed_bytes")),
             *(interval(values["similarity"][name], 4) for name in names),
             psnr(values["psnr_db"]),
             interval(values["ssim"], 3),

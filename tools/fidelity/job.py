@@ -21,7 +21,6 @@ from latentds_tools.fidelity.fidelity_crops import FidelityCrops, read_crops
 from latentds_tools.fidelity.fidelity_plan import FidelityPlan, make_plan, parse
 from latentds_tools.fidelity.jpeg_tables import NAME as FITTED
 from latentds_tools.fidelity.jpeg_tables import FittedTables
-from latentds_tools.fidelity.nuclei import NAME as NUCLEI
 from latentds_tools.fidelity.nuclei import NucleiFinder
 from latentds_tools.fidelity.picture_slides import SlideOptions, read_slides
 from latentds_tools.fidelity.probing import PatchProbe
@@ -49,8 +48,7 @@ class FidelityJob:
     contact: list[int]
     device: str
     tables: FittedTables
-    finder: NucleiFinder | None
-    probe: PatchProbe | None
+    judges: tuple[NucleiFinder | PatchProbe, ...]
 
     @property
     def patch_px(self) -> tuple[int, int]:
@@ -84,21 +82,6 @@ class FidelityJob:
             "weights": card.weights_id,
         }
 
-    @property
-    def judges(self) -> list[NucleiFinder | PatchProbe]:
-        """Those of reconstructions that were asked for."""
-        return [judge for judge in (self.finder, self.probe) if judge is not None]
-
-    def downstream(
-        self, start: int, decoded: Sequence[np.ndarray], embeddings: dict[str, np.ndarray]
-    ) -> dict[str, list[Any]]:
-        found: dict[str, list[Any]] = {}
-        if self.finder is not None:
-            found[NUCLEI] = self.finder.score(start, decoded)
-        if self.probe is not None:
-            found |= self.probe.score(start, embeddings)
-        return found
-
     def card(self, spec: CodecSpec) -> Any:
         """The card of a row's autoencoder, None for pictures."""
         return self.codebooks.autoencoders.cards.get(spec.name)
@@ -120,6 +103,12 @@ def prepare(config: Config) -> FidelityJob:
     stored = stored_codebooks(config.codebook, autoencoders.cards, config.refit)
     sample = fit_sample(config, crops)
     check_tables(plan)
+    judges: list[NucleiFinder | PatchProbe] = []
+    if config.nuclei is not None:
+        judges.append(NucleiFinder(config.nuclei, crops.crops, config.seed))
+    if config.probe_on is not None:
+        training = crops_of(config, [config.probe_on], MAX_PROBED)
+        judges.append(PatchProbe(training, crops.crops, plan.embedders))
     return FidelityJob(
         config=config,
         plan=plan,
@@ -130,8 +119,7 @@ def prepare(config: Config) -> FidelityJob:
         contact=pick_crops(config.contact, crops.crops),
         device=device,
         tables=FittedTables(sample.images, plan.embedders),
-        finder=NucleiFinder(config.nuclei, crops.crops, config.seed) if config.nuclei else None,
-        probe=probe_of(config, crops, plan.embedders),
+        judges=tuple(judges),
     )
 
 
@@ -145,13 +133,6 @@ def check_tables(plan: FidelityPlan) -> None:
                              "the last of them")  # fmt: skip
         if isinstance(spec, PictureSpec) and spec.quality is not None:
             raise InputError(f"--codecs: {spec.text} needs bytes, as {FITTED}@4096")
-
-
-def probe_of(config: Config, crops: FidelityCrops, embedders: dict[str, Any]) -> PatchProbe | None:
-    if config.probe_on is None:
-        return None
-    training = crops_of(config, [config.probe_on], MAX_PROBED)
-    return PatchProbe(training, crops.crops, embedders)
 
 
 def crops_of(config: Config, folders: Sequence[Path], most: int) -> FidelityCrops:

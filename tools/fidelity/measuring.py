@@ -7,7 +7,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from latentds_tools.fidelity.encoded import CHUNK, Encoded
@@ -16,7 +16,14 @@ from latentds_tools.fidelity.quality import cosines, embed, measure_ssim
 from latentds.codecs import LatentCodec, PictureCodec
 from latentds.core.metrics import psnr_db
 
-Downstream = Callable[[int, Sequence[np.ndarray], dict[str, np.ndarray]], dict[str, list[Any]]]
+
+class Judge(Protocol):
+    """Tells how well reconstructions serve a task."""
+
+    def score(
+        self, start: int, decoded: Sequence[np.ndarray], embeddings: dict[str, np.ndarray], /
+    ) -> dict[str, list[float | None]]:
+        """Figures by name of the crops from a place on; embeddings (n, D) by embedder."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,11 +60,11 @@ class MeasuredOriginals:
 
 def measure(
     codec: PictureCodec | LatentCodec, encoded: Encoded, originals: MeasuredOriginals, ssim: str,
-    contact: Sequence[int], tick: Callable[[int], object], downstream: Downstream | None = None,
+    contact: Sequence[int], tick: Callable[[int], object], judges: Sequence[Judge] = (),
 ) -> Measured:  # fmt: skip
     """All figures of one codec's files; `tick` is told how many crops are done.
 
-    downstream  figures of reconstructions and their embeddings by name, from a place on
+    judges  have downstream figures of reconstructions and their embeddings
     """
     images = originals.images
     codec.decode_batch(encoded.files[:1])  # first calls set things up
@@ -86,8 +93,9 @@ def measure(
         for name, vectors in embeddings.items():
             wanted = originals.embeddings(name)[start : start + len(part)]
             similarity[name] += cosines(vectors, wanted).tolist()
-        for name, values in (downstream(start, decoded, embeddings) if downstream else {}).items():
-            figures.setdefault(name, []).extend(values)
+        for judge in judges:
+            for name, values in judge.score(start, decoded, embeddings).items():
+                figures.setdefault(name, []).extend(values)
         shown |= {n: decoded[n - start] for n in contact if start <= n < start + len(part)}
         tick(len(part))
     pictures = (

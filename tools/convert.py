@@ -271,26 +271,24 @@ def as_text(summary: dict[str, Any]) -> str:
 
     lines = []
     for name, value in summary.items():
+        label = f"{name.replace('_', ' '):<16}"
         if name in ("left_out", "without_patches") and isinstance(value, list):
-            lines.append(f"{name.replace('_', ' '):<16} {len(value)}")
+            lines.append(f"{label} {len(value)}")
             lines += [f"  {entry['source']}: {left_out_text(entry)}" for entry in value[:10]]
         elif name == "notes":
             lines += [f"note             {note}" for note in value]
         elif name == "slides":
-            lines.append(f"{name:<16} {len(value):,}")
             told = [f"  {slide}: {slide_text(found)}" for slide, found in value.items()]
             more = len(told) - SLIDES_SHOWN
-            lines += told[:SLIDES_SHOWN]
+            lines += [f"{label} {len(value):,}", *told[:SLIDES_SHOWN]]
             lines += [f"  and {more:,} more; the page and --json have all"] if more > 0 else []
         elif name == "mpp":
-            lines.append(f"mpp              {mpp_text(value)}")
+            lines.append(f"{label} {mpp_text(value)}")
         elif isinstance(value, dict):
             shown = ", ".join(f"{k} {said(v)}" for k, v in value.items())
-            lines.append(f"{name.replace('_', ' '):<16} {shown or 'none'}")
+            lines.append(f"{label} {shown or 'none'}")
         else:
-            lines.append(
-                f"{name.replace('_', ' '):<16} {f'{value:,}' if type(value) is int else value}"
-            )
+            lines.append(f"{label} {f'{value:,}' if type(value) is int else value}")
     return "\n".join(lines)
 
 

@@ -140,17 +140,16 @@ def make_page(config: Config) -> str:
 
 
 def make_slide_page(config: Config) -> str:
+    from latentds_tools.reports.commands import check_known
     from latentds_tools.reports.slide_pages import slide_page
 
-    from latentds.errors import unknown_name
     from latentds.store.manifest import read_manifest
     from latentds.store.slide_records import need_slide_records
 
     records = need_slide_records(config.folder)
     splits = list(read_manifest(config.folder).splits)
     if config.split is not None:
-        if config.split not in splits:
-            raise unknown_name("split", config.split, splits)
+        check_known("split", [config.split], splits)
         splits = [config.split]
     figures: dict[str, list[str]] = {}
     split_of: dict[str, str] = {}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from latentds_tools.bench import harness
 from latentds_tools.bench.harness import Way
-from latentds_tools.reports.commands import show
+from latentds_tools.reports.commands import check_known, show
 
 from latentds.errors import InputError
 
@@ -139,10 +139,8 @@ def write_set(folder: Path, config: Config) -> None:
     from latentds.autoencoders.autoencoder import AutoencoderCard, latent_cells
     from latentds.autoencoders.decoders import save_decoder
     from latentds.autoencoders.students import STUDENTS, build_student
-    from latentds.errors import unknown_name
 
-    if config.student not in STUDENTS:
-        raise unknown_name("student", config.student, STUDENTS)
+    check_known("student", [config.student], STUDENTS)
     factor, edge = STUDENTS[config.student].factor, config.patch_size
     shape = (CHANNELS[factor], *latent_cells((edge, edge), factor))
     patches = int(config.patches or 0)

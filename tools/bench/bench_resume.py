@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from latentds_tools.bench import harness
-from latentds_tools.reports.commands import check_ranges, show
+from latentds_tools.reports.commands import check_known, check_ranges, listed, show
 
-from latentds.errors import InputError, unknown_name
+from latentds.errors import InputError
 
 SCRIPT = Path(__file__).with_name("resuming.py")
 GIVE_UP_S = 300
@@ -69,9 +69,7 @@ class Config:
 
     def __post_init__(self) -> None:
         check_ranges(self, samples=(10, 10**7), batch_size=(1, 10**5), buffer=(1, 10**7))
-        for peer in self.peers():
-            if peer not in PEERS:
-                raise unknown_name("peer", peer, {*PEERS} - {"latentds"})
+        check_known("peer", self.peers()[1:], {*PEERS} - {"latentds"})
         for before, after in self.pairs():
             for ranks, _ in (before, after):
                 if self.batch_size % ranks:
@@ -82,7 +80,7 @@ class Config:
         self.shares()
 
     def peers(self) -> list[str]:
-        return ["latentds", *(name for name in self.against.split(",") if name)]
+        return ["latentds", *listed(self.against)]
 
     def pairs(self) -> list[tuple[tuple[int, int], tuple[int, int]]]:
         """Ranks and workers before and after the stop."""

@@ -8,6 +8,7 @@ from typing import Any
 from latentds_tools.comparison.paper_columns import paper_key, paper_part
 from latentds_tools.comparison.run_pairing import Bootstrap, pair, setting_notes
 from latentds_tools.comparison.run_reading import Family, RunRow, kind_of
+from latentds_tools.reports.commands import check_known
 
 from latentds.errors import unknown_name
 from latentds.evaluation.statistics import Difference
@@ -45,8 +46,7 @@ def check_names(families: Sequence[Family], reference: str | None, metric: str |
         names = {row.name for family in families for row in family.rows}
         raise unknown_name("reference", reference, names)
     metrics = {name for family in families for row in family.rows for name in row.metrics()}
-    if metric is not None and metric not in metrics:
-        raise unknown_name("metric", metric, metrics)
+    check_known("metric", [metric] if metric is not None else [], metrics)
 
 
 def find_reference(family: Family, name: str | None) -> RunRow | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from latentds_tools.reports.commands import check_least
+from latentds_tools.reports.commands import check_least, listed
 
 from latentds.errors import InputError
 
@@ -119,4 +119,4 @@ class Config:
         )
 
     def embedder_names(self) -> list[str]:
-        return [name.strip() for name in (self.embedders or "").split(",") if name.strip()]
+        return listed(self.embedders)

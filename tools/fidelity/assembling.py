@@ -15,6 +15,7 @@ import numpy as np
 from latentds_tools.fidelity import jpeg_tables
 from latentds_tools.fidelity.codebook_fitting import ON_TESTED, FitSample
 from latentds_tools.fidelity.fidelity_crops import FidelityCrops
+from latentds_tools.fidelity.fidelity_plan import last_part
 from latentds_tools.fidelity.measuring import Measured
 from latentds_tools.fidelity.paper_rows import find_paper_row
 from latentds_tools.fidelity.picture_slides import RULES
@@ -172,11 +173,9 @@ def fitted_to(
     found = set()
     if any(spec.name == jpeg_tables.NAME for spec in specs):
         found.add(next(reversed(embedders), ""))
-    for how in trained.values():
-        config = how.get("config")
-        text = config.get("embedder") if isinstance(config, dict) else None
-        if text:
-            last = str(text).rstrip("/").rpartition("/")[2].removesuffix(".safetensors")
+    for config in trained.values():
+        if text := str(config.get("embedder") or ""):
+            last = last_part(text).removesuffix(".safetensors")
             found |= {name for name in embedders if name.rpartition(":")[2] in (text, last)}
     return [name for name in embedders if name in found]
 
@@ -192,9 +191,7 @@ def seen_notes(
     tested = dict.fromkeys(path.resolve().name for path in folders)
     tested |= dict.fromkeys(part for crop in crops.crops for part in Path(crop.source).parts[:-1])
     notes = []
-    for decoder, how in trained.items():
-        config = how.get("config")
-        config = config if isinstance(config, dict) else {}
+    for decoder, config in trained.items():
         seen = names_in(config.get("pictures")) | names_in(config.get("data"))
         held_out = config.get("held_out")
         but = f" but for held_out {held_out}" if held_out and isinstance(held_out, str) else ""
@@ -210,7 +207,7 @@ def seen_notes(
 def names_in(value: Any) -> set[str]:
     """Last parts of the paths in a recorded value."""
     values = value if isinstance(value, list) else [value]
-    return {text.rstrip("/").rpartition("/")[2] for text in values if isinstance(text, str)} - {""}
+    return {last_part(text) for text in values if isinstance(text, str)} - {""}
 
 
 def encodings(crops: FidelityCrops) -> str:

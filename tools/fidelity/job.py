@@ -56,10 +56,10 @@ class FidelityJob:
         return self.config.crop_px, self.config.crop_px
 
     def trained(self) -> dict[str, dict[str, Any]]:
-        """For the decoders among the rows, by what they are called: how they were trained."""
+        """Settings that the decoders among the rows were trained with, by what they are called."""
         series = {row.name: self.plan.series(row) for row in self.plan.rows}
         trained = self.codebooks.autoencoders.trained
-        return {series[name]: how for name, how in trained.items() if name in series}
+        return {series[name]: config for name, config in trained.items() if name in series}
 
     def codec(self, spec: CodecSpec) -> PictureCodec | LatentCodec:
         """A row's codec, fitted where it has to be."""

@@ -15,7 +15,6 @@ from latentds_tools.fidelity.codebook_fitting import (
     stored_codebooks,
 )
 from latentds_tools.fidelity.codec_opening import Autoencoders
-from latentds_tools.fidelity.contact import pick_crops
 from latentds_tools.fidelity.fidelity_config import Config
 from latentds_tools.fidelity.fidelity_crops import FidelityCrops, read_crops
 from latentds_tools.fidelity.fidelity_plan import FidelityPlan, make_plan, parse
@@ -24,6 +23,7 @@ from latentds_tools.fidelity.jpeg_tables import FittedTables
 from latentds_tools.fidelity.nuclei import NucleiFinder
 from latentds_tools.fidelity.picture_slides import SlideOptions, read_slides
 from latentds_tools.fidelity.probing import PatchProbe
+from latentds_tools.fidelity.report_pictures import pick_crops
 
 from latentds.codecs import (
     CodecSpec,

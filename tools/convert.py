@@ -202,7 +202,7 @@ def describe(config: Config, manifest: Any, seconds: float) -> dict[str, Any]:
     from latentds.store.set_measures import slide_entropies, stored_resolutions
 
     stored = sum(shard.bytes for shard in manifest.shards)
-    summary = {
+    return {
         "out": str(config.out),
         "patches": manifest.patches,
         "splits": manifest.splits,
@@ -222,7 +222,6 @@ def describe(config: Config, manifest: Any, seconds: float) -> dict[str, Any]:
         "notes": manifest.made["source"].get("notes", []),
         "has_slides": (config.out / SLIDES_TABLE).is_file(),
     }
-    return summary
 
 
 def planned_resolutions(plan: Any) -> dict[str, int]:

@@ -168,20 +168,22 @@ def measure_topology(
 ) -> list[dict[str, Any]]:
     """Rows of a topology: a stop each, compared with one run that nobody stopped."""
     logger.info("%s, %dx%d, resumed %dx%d", spec["peer"], *before, *after)
+
+    def deliver(topology: tuple[int, int], **phase: Any) -> Ranks:
+        return run_ranks(python, spec | phase, config, topology, work)
+
     rows = []
+    head: dict[str, Any] = {"before": before, "after": after}
     try:
-        whole = run_ranks(python, spec | {"phase": "whole"}, config, before, work)
+        whole = deliver(before, phase="whole")
     except InputError as error:
-        return [{"before": before, "after": after, "error": str(error)}]
+        return [head | {"error": str(error)}]
     steps = min(map(len, whole))
     for share in config.shares():
-        stop = max(1, round(share * steps))
-        row: dict[str, Any] = {"before": before, "after": after, "stop": stop}
+        row = head | {"stop": max(1, round(share * steps))}
         try:
-            first = run_ranks(
-                python, spec | {"phase": "stopped", "stop": stop}, config, before, work
-            )
-            rest = run_ranks(python, spec | {"phase": "resumed", "stop": stop}, config, after, work)
+            first = deliver(before, phase="stopped", stop=row["stop"])
+            rest = deliver(after, phase="resumed", stop=row["stop"])
             row |= compare(whole, first, rest, config.samples)
         except InputError as error:
             row["error"] = str(error)

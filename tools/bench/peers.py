@@ -6,6 +6,7 @@ Run by path, with any Python that has torch, numpy and the peer: it imports noth
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import io
@@ -84,12 +85,10 @@ def tell(event: str, **values: Any) -> None:
 def versions(module: str) -> dict[str, str]:
     import importlib.metadata
 
-    found = {}
-    for name in (module, "torch", "numpy"):
-        try:
+    found = dict.fromkeys((module, "torch", "numpy"), "?")
+    for name in found:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "?"
     return found
 
 

@@ -75,5 +75,4 @@ def run(config: Config) -> None:
     pictures: dict[str, bytes | None] = {}
     if config.out is not None:
         pictures = {BARS: draw_bars(report), DIFFERENCES: draw_differences(report)}
-    page = write_page(report)
-    deliver(report, page, "comparison", config.out, pictures, as_json=config.json)
+    deliver(report, write_page(report), "comparison", config.out, pictures, as_json=config.json)

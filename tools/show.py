@@ -125,16 +125,10 @@ def make_page(config: Config) -> str:
     ]
     sections = [html_pages.table(["", "data set"], facts)]
     if manifest.classes:
-        sections += [
-            html_pages.heading(f"Labels in {split}"),
-            html_pages.bars(manifest.labels(split)),
-        ]
-    sections += [
-        html_pages.heading(
-            f"{len(figures)} decoded patches of {split}, drawn with seed {config.seed}"
-        )
-    ]
-    sections += [html_pages.grid(figures, patches.figure_px)]
+        sections.append(html_pages.heading(f"Labels in {split}"))
+        sections.append(html_pages.bars(manifest.labels(split)))
+    drawn = f"{len(figures)} decoded patches of {split}, drawn with seed {config.seed}"
+    sections += [html_pages.heading(drawn), html_pages.grid(figures, patches.figure_px)]
     lead = "Decoded from latents: detail is lost, and some is made up. Not for diagnosis."
     return html_pages.page(config.folder.resolve().name, lead, sections)
 

@@ -90,7 +90,7 @@ def encode_searched(
     return Encoded(files, [found.quality for found in fitted], time.perf_counter() - began)
 
 
-class Judge(Protocol):
+class DownstreamJudge(Protocol):
     """Tells how well reconstructions serve a task."""
 
     def score(
@@ -133,7 +133,7 @@ class MeasuredOriginals:
 
 def measure(
     codec: PictureCodec | LatentCodec, encoded: Encoded, originals: MeasuredOriginals, ssim: str,
-    contact: Sequence[int], tick: Callable[[int], object], judges: Sequence[Judge] = (),
+    contact: Sequence[int], tick: Callable[[int], object], judges: Sequence[DownstreamJudge] = (),
 ) -> Measured:  # fmt: skip
     """All figures of one codec's files; `tick` is told how many crops are done.
 

@@ -65,6 +65,10 @@ def load_patches(folder: Path | None, patch_px: int) -> list[np.ndarray]:
     return patches[:MOST_PATCHES]
 
 
+def encode(patch: np.ndarray) -> bytes:
+    return formats.save_with_pillow(patch, "JPEG", quality=QUALITY, subsampling=SUBSAMPLING)
+
+
 def encode_avif(patch: np.ndarray) -> bytes:
     """A patch as AVIF within AVIF_BYTES for 256 px, in proportion for other sizes."""
     fast = functools.partial(formats.encode_avif, subsampling="4:4:4", speed=AVIF_SPEED)
@@ -166,8 +170,7 @@ def picture_cases(
         files[name] = {"coded": coded, "patches": len(encoded), "mean_bytes": mean}
 
     if config.jpeg:
-        as_usual = {"quality": QUALITY, "subsampling": SUBSAMPLING}
-        jpegs = [formats.save_with_pillow(patch, "JPEG", **as_usual) for patch in patches()]
+        jpegs = [encode(patch) for patch in patches()]
         describe("JPEG", f"quality {QUALITY}, {SUBSAMPLING}", jpegs)
         made += cases(jpegs, config.seconds, cores, config.device)
     if config.avif:

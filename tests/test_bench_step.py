@@ -147,7 +147,7 @@ def test_hidden_time_is_what_the_parts_take_less_what_was_added():
     found = bench_step.overlap(step, loaded, [part])
     assert found["one_after_another_ms"] == pytest.approx(1400)
     assert found["hidden_percent"] == pytest.approx(75)
-    assert bench_step.cost(loaded, step)["percent"] == pytest.approx(10)
+    assert harness.cost(loaded, step)["percent"] == pytest.approx(10)
 
 
 @pytest.mark.gpu

@@ -11,7 +11,6 @@ from typing import Annotated
 import pytest
 import tyro
 from latentds_tools.cli import COMMANDS
-from latentds_tools.helps import HELPS
 
 from latentds.core.command_line import FLAT, make_form, parse
 from latentds.errors import InputError
@@ -80,8 +79,9 @@ def test_values_that_cannot_be_are_one_line_and_exit_code_2(capsys):
 def settings_of(name: str) -> tuple[type, tuple[str, ...], list[str]]:
     """A command's or recipe's settings, usual options and examples."""
     if name in COMMANDS:
-        module = importlib.import_module(f"latentds_tools.{COMMANDS[name][0]}")
-        return module.Config, HELPS[name].usual, list(HELPS[name].examples)
+        command = COMMANDS[name]
+        module = importlib.import_module(f"latentds_tools.{command.module}")
+        return module.Config, command.usual, [f"latentds {name} {w}" for w in command.examples]
     from latentds_trainers.engine.launching import parted
 
     main = importlib.import_module(f"latentds_trainers.{name}.__main__")
@@ -105,7 +105,3 @@ def test_every_help_shows_what_is_required_first_and_two_examples_that_parse(nam
         own = words[start + 1 + (len(name.split()) if name in COMMANDS else 0) :]
         filled = tyro.cli(form, args=own, config=FLAT)
         assert filled is not None
-
-
-def test_every_command_has_a_help():
-    assert list(HELPS) == list(COMMANDS)

@@ -19,13 +19,12 @@ from latentds_tools.fidelity import (
     job,
     quality,
 )
-from latentds_tools.fidelity.contact import pick_crops
-from latentds_tools.fidelity.encoded import encode_all
 from latentds_tools.fidelity.fidelity_config import Config
 from latentds_tools.fidelity.fidelity_crops import read_crops
 from latentds_tools.fidelity.fidelity_plan import make_plan, spread
-from latentds_tools.fidelity.measuring import MeasuredOriginals, measure
+from latentds_tools.fidelity.measuring import MeasuredOriginals, encode_all, measure
 from latentds_tools.fidelity.paper_rows import find_paper_row, paper_rows
+from latentds_tools.fidelity.report_pictures import pick_crops
 from latentds_tools.fidelity.summaries import confidence_interval, drawn_means, summarize
 from latentds_tools.reports.paper_tables import paper_tables
 from PIL import Image

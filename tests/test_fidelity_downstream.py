@@ -135,8 +135,9 @@ def test_nuclei_are_found_in_what_codecs_keep(tmp_path, quick):
     kept = report["rows"][0]["groups"]["all"]["downstream"][nuclei.NAME]
     assert any("6 original pictures of others" in note for note in report["notes"])
     assert kept["mean"] > 0.8 and kept["n"] == 2
-    finder = prepare(config).finder
-    assert max(finder.score(0, [np.full((64, 64, 3), 200, np.uint8)] * 2)) < 0.6
+    (finder,) = prepare(config).judges
+    white = [np.full((64, 64, 3), 200, np.uint8)] * 2
+    assert max(finder.score(0, white, {})[nuclei.NAME]) < 0.6
 
 
 @pytest.mark.parametrize("part", ["tested", "others"])

@@ -7,8 +7,7 @@ import importlib
 import logging
 import sys
 from collections.abc import Sequence
-
-from latentds_tools.helps import HELPS
+from typing import NamedTuple
 
 from latentds.core.command_line import parse
 from latentds.core.display import say, start_logging, visible
@@ -16,70 +15,213 @@ from latentds.core.extras import check_extras
 from latentds.errors import LatentdsError
 from latentds.version import __version__
 
-# command: (module, what it does). Modules are imported when their command is used: help stays fast.
+
+class Command(NamedTuple):
+    """A command; its module is imported when it is used: help stays fast.
+
+    usual     fields that its help shows behind the required ones
+    examples  what stands behind its name in the command lines that its help ends with
+    """
+
+    module: str
+    text: str
+    usual: tuple[str, ...]
+    examples: tuple[str, ...]
+
+
 COMMANDS = {
-    "convert": ("convert", "convert slides or patches into a data set"),
-    "fit-codebook": ("fit_codebook", "fit a codebook to a sample of pictures"),
-    "info": ("info", "say what a data set holds and what loading it takes"),
-    "verify": (
+    "convert": Command(
+        "convert",
+        "convert slides or patches into a data set",
+        ("autoencoder", "bytes", "patch_size", "mpp", "device"),
+        ("patches/ --out crc/", "slides/ --out brca/ --patch-size 256 --mpp 0.5"),
+    ),
+    "fit-codebook": Command(
+        "fit_codebook",
+        "fit a codebook to a sample of pictures",
+        ("autoencoder", "kind", "bytes", "fit_patches", "device"),
+        (
+            "patches/ --out book.safetensors",
+            "patches/ --autoencoder sd3 --kind additive --bytes 8192 --out book.safetensors",
+        ),
+    ),
+    "info": Command(
+        "info",
+        "say what a data set holds and what loading it takes",
+        ("batch_size", "num_workers"),
+        ("crc/", "crc/ --json"),
+    ),
+    "verify": Command(
         "verify",
         "check a data set against its manifest, its hashes and its golden patches",
+        ("level",),
+        ("crc/", "crc/ --level manifest --json"),
     ),
-    "show": ("show", "write a page of decoded patches with their columns"),
-    "upload": ("upload", "copy a data set to an object store, the manifest last"),
-    "publish": ("publish", "put a data set on the Hub, with a card and a preview"),
-    "publish-decoder": ("publish_decoder", "put a decoder on the Hub, with a card"),
-    "publish-model": (
+    "show": Command(
+        "show",
+        "write a page of decoded patches with their columns",
+        ("slides", "split", "count"),
+        ("crc/ --out crc.html", "brca/ --slides --out slides.html"),
+    ),
+    "upload": Command(
+        "upload",
+        "copy a data set to an object store, the manifest last",
+        ("overwrite",),
+        ("crc/ s3://bucket/crc", "crc/ s3://bucket/crc --overwrite --json"),
+    ),
+    "publish": Command(
+        "publish",
+        "put a data set on the Hub, with a card and a preview",
+        ("license", "dry_run", "private"),
+        ("crc/ ORG/crc --license cc-by-4.0 --dry-run", "crc/ ORG/crc --license cc-by-4.0"),
+    ),
+    "publish-decoder": Command(
+        "publish_decoder",
+        "put a decoder on the Hub, with a card",
+        ("license", "dry_run", "private"),
+        ("runs/path ORG/path --license mit --dry-run", "runs/path ORG/path --license mit"),
+    ),
+    "publish-model": Command(
         "publish_model",
         "put a trained backbone on the Hub, with a card; timm loads it",
+        ("license", "dry_run", "private"),
+        ("runs/ssl ORG/vit --license mit --dry-run", "runs/ssl ORG/vit --license mit"),
     ),
-    "fetch": ("fetch", "fetch a published data set into a folder, checked by its hashes"),
-    "merge": ("merge", "one data set of several of the same latents, codebooks side by side"),
-    "repack": ("repack", "the same codes in other packs, order or splits, slides left out"),
-    "extract": ("extract", "decoded pictures in class folders, with a table"),
-    "export": ("export_to", "to Parquet, a tree of npy files, or an index for wids"),
-    "import": ("import_latents", "a data set of latents that others made"),
-    "features": ("features", "embed the patches of every slide, in TRIDENT's and CLAM's layout"),
-    "compare": (
+    "fetch": Command(
+        "fetch",
+        "fetch a published data set into a folder, checked by its hashes",
+        ("out",),
+        ("ORG/crc", "ORG/crc@v2 --out crc/"),
+    ),
+    "merge": Command(
+        "merge",
+        "one data set of several of the same latents, codebooks side by side",
+        ("overwrite",),
+        ("brca/ crc/ --out both/", "brca/ crc/ --out both/ --overwrite --json"),
+    ),
+    "repack": Command(
+        "repack",
+        "the same codes in other packs, order or splits, slides left out",
+        ("encoding", "bytes", "splits", "exclude_slides", "pack_size"),
+        (
+            "crc/ --out half/ --encoding rans --bytes 2048",
+            "brca/ --out fold0/ --splits splits_0.csv",
+        ),
+    ),
+    "extract": Command(
+        "extract",
+        "decoded pictures in class folders, with a table",
+        ("split", "where", "format", "device"),
+        ("crc/ --out pictures/", "crc/ --out tumour/ --where \"label == 'TUM'\" --format png"),
+    ),
+    "export": Command(
+        "export_to",
+        "to Parquet, a tree of npy files, or an index for wids",
+        ("split",),
+        ("crc/ --out parquet/ --to parquet", "crc/ --out npy/ --to npy --split val"),
+    ),
+    "import": Command(
+        "import_latents",
+        "a data set of latents that others made",
+        ("autoencoder", "layout", "scale", "shift", "codebook"),
+        (
+            "latents/ --out set/ --autoencoder sd3",
+            "arrays/ --out set/ --autoencoder sd15 --scale 5.489 --shift 0",
+        ),
+    ),
+    "features": Command(
+        "features",
+        "embed the patches of every slide, in TRIDENT's and CLAM's layout",
+        ("device", "batch_size", "codec", "split", "clam"),
+        (
+            "brca/ --embedder uni phikon-v2 --out brca-features/",
+            "slides/ --patch-size 256 --mpp 0.5 --embedder efficientnet-lite0 --out features/ "
+            "--clam",
+        ),
+    ),
+    "compare": Command(
         "compare",
         "tables and plots of evaluations on several sources of the same patches",
+        ("out", "reference", "metric"),
+        ("runs/original runs/latents --out table/", "runs/* --reference runs/original --json"),
     ),
-    "doctor": ("doctor", "say what is installed, missing or in the way on this machine"),
-    "demo": ("demo", "run the main job on real H&E pictures and write a page about it"),
-    "bench shuffle": (
+    "doctor": Command(
+        "doctor", "say what is installed, missing or in the way on this machine", (), ("", "--json")
+    ),
+    "demo": Command(
+        "demo",
+        "run the main job on real H&E pictures and write a page about it",
+        ("out", "autoencoder", "device"),
+        ("", "--out demo --overwrite"),
+    ),
+    "bench shuffle": Command(
         "bench.bench_shuffle",
         "how far an order is from uniform, what it makes ranks read",
+        ("split", "global_batch_size"),
+        ("crc/", "crc/ --global-batch-size 1024 --json"),
     ),
-    "bench loader": (
+    "bench loader": Command(
         "bench.bench_loader",
         "rates of loaders over the same patches, ours and others",
+        ("folder", "against", "decode", "workers", "device"),
+        ("", "crc/ --device cuda --json"),
     ),
-    "bench resume": (
+    "bench resume": Command(
         "bench.bench_resume",
         "what loaders lose, repeat and move when killed and resumed",
+        ("against", "topologies", "stops", "peer_python"),
+        ("", "--against mds,litdata --peer-python peer/bin/python --json"),
     ),
-    "bench scale": (
+    "bench scale": Command(
         "bench.bench_scale",
         "what opening, a first batch and a state cost as sets grow",
+        ("patches",),
+        ("", "--patches 24000000 --json"),
     ),
-    "bench decode": (
+    "bench decode": Command(
         "bench.bench_decode",
         "decoders under their options, beside JPEG, on a device",
+        ("decoders", "device", "batch_sizes", "compile"),
+        ("", "--decoders tiny,turbo-s --device cuda"),
     ),
-    "bench features": (
+    "bench features": Command(
         "bench.bench_features",
         "what decoding adds to embedding, in a feature extraction from latents",
+        ("embedder", "device", "patches"),
+        ("", "--embedder vit_large --device cuda"),
     ),
-    "bench step": ("bench.bench_step", "what loading and decoding add to a step of training"),
-    "bench gpu": (
+    "bench step": Command(
+        "bench.bench_step",
+        "what loading and decoding add to a step of training",
+        ("arch", "method", "device", "batch_size", "steps"),
+        ("", "--arch vit_small --device cuda --json"),
+    ),
+    "bench gpu": Command(
         "bench.bench_gpu",
         "all that a machine with a GPU can tell, in so many minutes",
+        ("minutes", "only", "device"),
+        ("--out results/gpu-h100/", "--out miniature/ --device cpu --only decode,resident"),
     ),
-    "bench convert": ("bench.bench_convert", "rate of a conversion beside the encoder's alone"),
-    "bench container": ("bench.bench_container", "container overhead for patch and pack sizes"),
-    "bench fidelity": (
+    "bench convert": Command(
+        "bench.bench_convert",
+        "rate of a conversion beside the encoder's alone",
+        ("autoencoder", "device", "workers"),
+        ("patches/", "patches/ --autoencoder tiny"),
+    ),
+    "bench container": Command(
+        "bench.bench_container",
+        "container overhead for patch and pack sizes",
+        ("patches",),
+        ("", "--small --json"),
+    ),
+    "bench fidelity": Command(
         "bench.bench_fidelity",
         "what codecs and autoencoders keep of patches, at how many bytes",
+        ("codecs", "embedders", "out", "crops", "fit_on"),
+        (
+            "pictures/ --codecs tiny-v2+rans:4096,avif@4096,jpeg@4096 --out fidelity/",
+            "pictures/ --embedders uni --codecs sd15+kmeans --out uni/",
+        ),
     ),
 }
 
@@ -93,7 +235,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not words or words[0] in ("-h", "--help"):
         say(overview(""))
         return
-    command = find_command(words)
+    names = (" ".join(words[:length]) for length in (2, 1))
+    command = next((name for name in names if name in COMMANDS), None)
     if command is None:
         is_group = words[0] in {name.split()[0] for name in COMMANDS if " " in name}
         if is_group and words[1:2] in ([], ["-h"], ["--help"]):
@@ -108,22 +251,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.exit(run(command, words[len(command.split()) :]))
 
 
-def run(command: str, words: list[str]) -> int:
+def run(name: str, words: list[str]) -> int:
     """Parse and run one command; returns the exit code."""
-    module = importlib.import_module(f"latentds_tools.{COMMANDS[command][0]}")
+    command = COMMANDS[name]
+    module = importlib.import_module(f"latentds_tools.{command.module}")
     try:
         for word, answer in getattr(module, "ANSWERS", {}).items():
             if word in {given.replace("_", "-") for given in words}:
                 say(answer())
                 return 0
+        examples = [f"latentds {name} {rest}".rstrip() for rest in command.examples]
         config = parse(
-            module.Config,
-            words,
-            prog=f"latentds {command}",
-            usual=HELPS[command].usual,
-            examples=HELPS[command].examples,
+            module.Config, words, prog=f"latentds {name}", usual=command.usual, examples=examples
         )
-        check_extras(command, config)
+        check_extras(name, config)
         return int(module.run(config) or 0)
     except LatentdsError as error:
         return complain(str(error))
@@ -145,15 +286,6 @@ def complain(line: str) -> int:
     return 1
 
 
-def find_command(words: list[str]) -> str | None:
-    """The command the first words name, None where they name none."""
-    for length in (2, 1):
-        name = " ".join(words[:length])
-        if name in COMMANDS:
-            return name
-    return None
-
-
 def unknown_command(words: list[str], is_group: bool) -> str:
     """That there is no such command, with the nearest one, or its group's."""
     given = " ".join(words[: 2 if is_group else 1])
@@ -164,11 +296,8 @@ def unknown_command(words: list[str], is_group: bool) -> str:
 
 
 def overview(group: str) -> str:
-    """The list of commands, or of one group's."""
-    chosen = {
-        n: text for n, (_, text) in COMMANDS.items() if not group or n.startswith(f"{group} ")
-    }
-    lines = [f"  {name:<16} {text}" for name, text in chosen.items()]
+    chosen = [name for name in COMMANDS if not group or name.startswith(f"{group} ")]
+    lines = [f"  {name:<16} {COMMANDS[name].text}" for name in chosen]
     title = "Pathology patches as autoencoder latents: convert, check, look, load."
     usage = f"usage: latentds {group or 'COMMAND'} [-h] ..."
     return "\n".join(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+from latentds_tools.reports.commands import check_free, check_least, deliver
 
 from latentds.errors import InputError
 
@@ -47,8 +48,7 @@ class Config:
     def __post_init__(self) -> None:
         if not self.runs:
             raise InputError("no run folder given")
-        if self.draws is not None and self.draws < 0:
-            raise InputError(f"--draws {self.draws}; 0 or more")
+        check_least(self, draws=0)
 
 
 def run(config: Config) -> None:
@@ -58,7 +58,6 @@ def run(config: Config) -> None:
     from latentds_tools.comparison.paper_columns import check_columns
     from latentds_tools.comparison.run_pairing import Bootstrap
     from latentds_tools.comparison.run_reading import make_families, read_runs
-    from latentds_tools.reports.commands import check_free, deliver
     from latentds_tools.reports.plots import check_matplotlib
 
     if config.out is not None:
@@ -76,5 +75,4 @@ def run(config: Config) -> None:
     pictures: dict[str, bytes | None] = {}
     if config.out is not None:
         pictures = {BARS: draw_bars(report), DIFFERENCES: draw_differences(report)}
-    page = write_page(report)
-    deliver(report, page, "comparison", config.out, pictures, as_json=config.json)
+    deliver(report, write_page(report), "comparison", config.out, pictures, as_json=config.json)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import json
 import logging
 import math
 import shlex
@@ -19,6 +18,7 @@ from latentds_tools.reports.commands import show
 
 from latentds.conversion.convert_config import ConvertConfig
 from latentds.core.display import visible
+from latentds.core.randomness import digest_of
 from latentds.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -110,9 +110,8 @@ def staging_of(config: Config, location: str) -> Path:
     """The local folder where a location's data set is made; another for other input or options."""
     from latentds.store.cache import CacheConfig
 
-    what = [location, str(config.source.absolute()), config.recorded()]
-    digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
-    return (config.work or CacheConfig().resolve()[0] / "staging") / digest
+    what = digest_of([location, str(config.source.absolute()), config.recorded()])
+    return (config.work or CacheConfig().resolve()[0] / "staging") / what
 
 
 def estimate(config: Config) -> dict[str, Any]:
@@ -203,7 +202,7 @@ def describe(config: Config, manifest: Any, seconds: float) -> dict[str, Any]:
     from latentds.store.set_measures import slide_entropies, stored_resolutions
 
     stored = sum(shard.bytes for shard in manifest.shards)
-    summary = {
+    return {
         "out": str(config.out),
         "patches": manifest.patches,
         "splits": manifest.splits,
@@ -223,7 +222,6 @@ def describe(config: Config, manifest: Any, seconds: float) -> dict[str, Any]:
         "notes": manifest.made["source"].get("notes", []),
         "has_slides": (config.out / SLIDES_TABLE).is_file(),
     }
-    return summary
 
 
 def planned_resolutions(plan: Any) -> dict[str, int]:
@@ -263,7 +261,6 @@ def in_short(summary: dict[str, Any]) -> str:
 
 
 def page_of(out: str) -> str:
-    """A name for the page of a set's patches."""
     return f"{out.rstrip('/').rpartition('/')[2] or 'set'}.html"
 
 
@@ -273,26 +270,24 @@ def as_text(summary: dict[str, Any]) -> str:
 
     lines = []
     for name, value in summary.items():
+        label = f"{name.replace('_', ' '):<16}"
         if name in ("left_out", "without_patches") and isinstance(value, list):
-            lines.append(f"{name.replace('_', ' '):<16} {len(value)}")
+            lines.append(f"{label} {len(value)}")
             lines += [f"  {entry['source']}: {left_out_text(entry)}" for entry in value[:10]]
         elif name == "notes":
             lines += [f"note             {note}" for note in value]
         elif name == "slides":
-            lines.append(f"{name:<16} {len(value):,}")
             told = [f"  {slide}: {slide_text(found)}" for slide, found in value.items()]
             more = len(told) - SLIDES_SHOWN
-            lines += told[:SLIDES_SHOWN]
+            lines += [f"{label} {len(value):,}", *told[:SLIDES_SHOWN]]
             lines += [f"  and {more:,} more; the page and --json have all"] if more > 0 else []
         elif name == "mpp":
-            lines.append(f"mpp              {mpp_text(value)}")
+            lines.append(f"{label} {mpp_text(value)}")
         elif isinstance(value, dict):
             shown = ", ".join(f"{k} {said(v)}" for k, v in value.items())
-            lines.append(f"{name.replace('_', ' '):<16} {shown or 'none'}")
+            lines.append(f"{label} {shown or 'none'}")
         else:
-            lines.append(
-                f"{name.replace('_', ' '):<16} {f'{value:,}' if type(value) is int else value}"
-            )
+            lines.append(f"{label} {f'{value:,}' if type(value) is int else value}")
     return "\n".join(lines)
 
 

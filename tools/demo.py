@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import time
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
@@ -46,6 +45,8 @@ class Config:
 
 def run(config: Config) -> None:
     """Run the main job and say where its results lie."""
+    from latentds_tools.reports.commands import picked
+
     from latentds.conversion.convert_config import ConvertConfig
     from latentds.conversion.converting import convert
     from latentds.core.device_choice import choose_device
@@ -67,10 +68,8 @@ def run(config: Config) -> None:
         ConvertConfig(
             source=patches,
             out=folder,
-            autoencoder=config.autoencoder,
-            device=config.device,
             name_pattern=r"_x(?P<x>\d+)_y(?P<y>\d+)",
-            overwrite=config.overwrite,
+            **picked(config, "autoencoder", "device", "overwrite"),
         )
     )
     say(f"data set in {folder}")
@@ -154,14 +153,14 @@ def measure(folder: Path, patches: Path, autoencoder: str, device: str) -> dict[
 
 def read_back(folder: Path, autoencoder: str, device: str) -> tuple[LatentLoader, dict[str, Any]]:
     """The loader, and what it decodes: uint8 (H, W, 3) by the patch's source."""
+    from latentds.codecs.latent import to_pictures
     from latentds.loading.loader import LatentLoader
 
     loader = LatentLoader(folder, "train", batch_size=16, device=device, autoencoder=autoencoder,
                           columns=("source",))  # fmt: skip
     decoded: dict[str, Any] = {}
     for batch in loader:
-        pixels = batch.images.mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-        decoded |= dict(zip(batch.columns["source"], pixels, strict=True))
+        decoded |= dict(zip(batch.columns["source"], to_pictures(batch.images), strict=True))
     return loader, decoded
 
 
@@ -183,7 +182,6 @@ def at_equal_bytes(originals: list[Any], target: int) -> dict[str, tuple[int, li
 
 
 def judge(size: int, pictures: list[Any], originals: list[Any]) -> dict[str, float]:
-    """Bytes, mean PSNR and mean SSIM."""
     from latentds.core.metrics import psnr_db, ssim
 
     pairs = list(zip(pictures, originals, strict=True))
@@ -195,18 +193,10 @@ def judge(size: int, pictures: list[Any], originals: list[Any]) -> dict[str, flo
 
 
 def rate(work: Callable[[], object], count: int, device: str) -> float:
-    """Patches a second, the best of three runs after one to warm up."""
-    import torch
+    """Patches a second, the best of three runs, each behind one to warm up."""
+    from latentds_tools.bench.harness import sustained
 
-    def once() -> float:
-        started = time.perf_counter()
-        work()
-        if "cuda" in device:
-            torch.cuda.synchronize()
-        return time.perf_counter() - started
-
-    once()
-    return count / min(once() for _ in range(3))
+    return max(sustained(work, 0.0, count, device)["patches_per_s"] for _ in range(3))
 
 
 def print_figures(figures: dict[str, Any]) -> None:

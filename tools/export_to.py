@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from latentds_tools.reports.commands import show
+from latentds_tools.reports.commands import picked, show
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ def run(config: Config) -> None:
     if config.to == "parquet":
         count = exporting.export_parquet(*where, overwrite=config.overwrite)
     elif config.to == "npy":
-        given = {name: getattr(config, name) for name in ("latents", "integers", "overwrite")}
+        given = picked(config, "latents", "integers", "overwrite")
         count = exporting.export_npy(*where, **given)
     else:
         count = exporting.export_wids(*where, overwrite=config.overwrite)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from latentds_tools.reports.commands import show
+from latentds_tools.reports.commands import check_ranges, picked, show
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,21 +45,15 @@ def run(config: Config) -> None:
     from latentds.core.device_choice import choose_device
     from latentds.edit.extracting import extract
     from latentds.edit.slide_lists import read_slide_list
-    from latentds.errors import InputError
 
-    if not 1 <= config.quality <= 100:
-        raise InputError(f"--quality {config.quality} is not between 1 and 100")
+    check_ranges(config, quality=(1, 100))
     counts = extract(
         config.folder,
         config.out,
         picture_format=config.format,
-        quality=config.quality,
-        split=config.split,
-        where=config.where,
         slides=read_slide_list(config.slides) if config.slides else None,
-        autoencoder=config.autoencoder,
         device=choose_device(config.device),
-        overwrite=config.overwrite,
+        **picked(config, "quality", "split", "where", "autoencoder", "overwrite"),
     )
     summary = {"out": str(config.out), **counts}
     text = f"{config.out}: {counts['written']:,} pictures written, {counts['found']:,} were there"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
-from latentds_tools.reports.commands import show
+from latentds_tools.reports.commands import picked, show
 
 from latentds.errors import InputError
 from latentds.evaluation.patchsets.patch_set_config import PatchInput, recorded_settings
@@ -110,6 +110,7 @@ def extract(config: Config, rank: int, ranks: int) -> list[dict[str, Any]]:
     from latentds.embedders import load_embedder
     from latentds.evaluation.features.extraction import extract_several, named_slides
     from latentds.evaluation.features.extraction_options import FeatureOptions
+    from latentds.evaluation.features.layout import plain
     from latentds.evaluation.patchsets import open_patches
 
     device = choose_device(config.device)
@@ -117,18 +118,14 @@ def extract(config: Config, rank: int, ranks: int) -> list[dict[str, Any]]:
     patches = open_patches(dataclasses.replace(config, device=str(device), keep_mb=0))
     named_slides(patches)  # before weights are fetched, which may take long and fail
     loaded = [load_embedder(name, native=config.native) for name in config.embedder]
-    embedders = {out_of(config, embedder.card.name): embedder for embedder in loaded}
+    outs = [config.out / plain(embedder.card.name) for embedder in loaded]
+    embedders = dict(zip(outs if len(outs) > 1 else [config.out], loaded, strict=True))
     if len(embedders) < len(loaded):
         raise InputError(f"--embedder {' '.join(config.embedder)}: two go to one folder")
     options = FeatureOptions(
         batch_size=config.batch_size or (GPU_BATCH if device.type == "cuda" else CPU_BATCH),
-        precision=config.precision,
-        saved=config.saved,
-        max_patches=config.max_patches,
-        seed=config.seed,
-        clam=config.clam,
-        max_bad=config.max_bad,
         patches=recorded_settings(config),
+        **picked(config, "precision", "saved", "max_patches", "seed", "clam", "max_bad"),
     )
     started = time.perf_counter()
     with Bar(shown=rank == 0) as bar:
@@ -137,30 +134,16 @@ def extract(config: Config, rank: int, ranks: int) -> list[dict[str, Any]]:
             progress=bar.advance,
         )  # fmt: skip
     seconds = time.perf_counter() - started
-    return [
-        summarize(out, done, seconds,
-                  {"source": patches.name, "embedder": name, "device": str(device)}, (rank, ranks))
-        for (out, name), done in zip(
-            ((out, embedder.card.name) for out, embedder in embedders.items()), made, strict=True
-        )
-    ]  # fmt: skip
+    place = {"rank": rank, "ranks": ranks} if ranks > 1 else {}
+    summaries = []
+    for (out, embedder), done in zip(embedders.items(), made, strict=True):
+        about = {"out": str(out), "source": patches.name, "embedder": embedder.card.name}
+        summaries.append(about | {"device": str(device)} | summarize(done, seconds) | place)
+    return summaries
 
 
-def out_of(config: Config, name: str) -> Path:
-    """The folder of an embedder's features: --out, or of several one in it."""
-    from latentds.evaluation.features.layout import plain
-
-    return config.out if len(config.embedder) == 1 else config.out / plain(name)
-
-
-def summarize(
-    out: Path,
-    done: Extraction,
-    seconds: float,
-    about: dict[str, Any],
-    place: tuple[int, int],
-) -> dict[str, Any]:
-    summary = {"out": str(out)} | about | {
+def summarize(done: Extraction, seconds: float) -> dict[str, Any]:
+    return {
         "dim": done.dim,
         "slides": len(done.slides),
         "there_before": done.skipped,
@@ -168,8 +151,7 @@ def summarize(
         "seconds": round(seconds, 1),
         "patches_per_s": round(done.patches / seconds, 1) if done.patches else None,
         "left_out": [{"slide": s, "reason": reason} for s, reason in sorted(done.bad.items())],
-    }  # fmt: skip
-    return summary | ({"rank": place[0], "ranks": place[1]} if place[1] > 1 else {})
+    }
 
 
 def as_text(summary: dict[str, Any] | list[dict[str, Any]]) -> str:

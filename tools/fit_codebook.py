@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-from latentds_tools.reports.commands import check_free, show
+from latentds_tools.reports.commands import check_free, picked, show
 
 from latentds.quantizers.scalar_fit import KindName
 
@@ -101,16 +101,9 @@ def fit(config: Config) -> Any:
     settings = ConvertConfig(
         source=config.source,
         out=Path(tempfile.gettempdir()),  # nothing is written there: only the plan and the fit run
-        quantizer=config.quantizer,
-        levels=config.levels,
-        fit_patches=config.fit_patches,
-        patch_size=config.patch_size,
-        resize=config.resize,
-        tile=config.tile,
-        seed=config.seed,
-        device=config.device,
-        max_bad=config.max_bad,
         labels=False,
+        **picked(config, "quantizer", "levels", "fit_patches", "patch_size", "resize", "tile"),
+        **picked(config, "seed", "device", "max_bad"),
     )
     plan = make_plan(settings)
     autoencoder = load_autoencoder(config.autoencoder)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-from latentds_tools.reports.commands import check_ranges, show
+from latentds_tools.reports.commands import check_ranges, picked, show
 
 from latentds.quantizers.scalar_fit import KindName
 
@@ -103,13 +103,10 @@ def options(config: Config) -> Any:
         mpp=(0.01, 100), scale=(-1e6, 1e6), shift=(-1e6, 1e6),
     )  # fmt: skip
     of_listing = ("layout", "labels", "split_folders", "name_pattern", "tile_step", "mpp")
-    listing = ListingOptions(**{name: getattr(config, name) for name in of_listing})
-    same = ("scale", "shift", "codebook", "quantizer", "levels", "fit_patches", "shape", "order")
+    of_codes = ("scale", "shift", "codebook", "quantizer", "levels", "fit_patches", "shape")
     return ImportOptions(
-        listing=listing,
+        listing=ListingOptions(**picked(config, *of_listing)),
         patch_px=config.patch_size,
-        pack_size=config.pack_size,
         shard_bytes=config.shard_mb * 1_000_000,
-        seed=config.seed,
-        **{name: getattr(config, name) for name in same},
+        **picked(config, *of_codes, "order", "pack_size", "seed"),
     )

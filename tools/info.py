@@ -200,5 +200,4 @@ def tcga_text(tcga: dict[str, Any]) -> str:
 
 
 def megabytes(count: int) -> str:
-    """Bytes as MB with sensible digits."""
     return f"{count / 1e6:,.1f} MB"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from latentds_tools.reports.commands import show, tell
+from latentds_tools.reports.commands import picked, show, tell
 
 from latentds.core.display import say
 from latentds.errors import InputError
@@ -68,14 +68,11 @@ def run(config: Config) -> None:
     result = publish(
         config.folder,
         publication(config),
-        private=config.private,
         pull_request=config.pr,
-        overwrite=config.overwrite,
-        dry_run=config.dry_run,
         look=config.look
         or (Path(f"{config.repository.partition('/')[2]}-look") if config.dry_run else None),
-        thumbnails=config.thumbnails,
         tell=tell,
+        **picked(config, "private", "overwrite", "dry_run", "thumbnails"),
     )
     say_published(result, config.json, as_text)
 
@@ -97,10 +94,8 @@ def publish_model_folder(
             revision=config.revision,
             notes=read_markdown(config.notes),
         ),
-        private=config.private,
-        overwrite=config.overwrite,
-        dry_run=config.dry_run,
         tell=tell,
+        **picked(config, "private", "overwrite", "dry_run"),
     )
     say_published(result, config.json, summary_text)
 

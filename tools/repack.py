@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-from latentds_tools.reports.commands import check_ranges, show
+from latentds_tools.reports.commands import check_ranges, picked, show
 
 from latentds.core.display import say
 
@@ -93,15 +93,12 @@ def options(config: Config) -> Any:
     if config.splits:
         split_by, splits = read_splits(config.splits)
     return Repacking(
-        pack_size=config.pack_size,
-        group_by=config.group_by,
-        order=config.order,
-        seed=config.seed,
         exclude_slides=read_slide_list(config.exclude_slides) if config.exclude_slides else (),
         splits=splits,
         split_by=split_by,
         shard_bytes=config.shard_mb * 1_000_000,
         recoding=recoding(config),
+        **picked(config, "pack_size", "group_by", "order", "seed"),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,14 +46,13 @@ class Config:
 
 
 def run(config: Config) -> None:
-    from latentds_tools.reports.commands import check_free
+    from latentds_tools.reports.commands import check_free, check_least
 
     from latentds.core.storage import write_atomically
     from latentds.errors import InputError
 
     check_free([config.out], config.overwrite)
-    if config.count < 1:
-        raise InputError(f"--count {config.count}; at least 1")
+    check_least(config, count=1)
     if config.originals is None and (config.slide_folder or config.root or config.anonymize):
         raise InputError("--slide-folder, --root and --anonymize are of --originals; pass it too")
     page = make_slide_page(config) if config.slides else make_page(config)
@@ -65,8 +65,8 @@ class ShownPatches:
 
     def __init__(self, config: Config, split: str) -> None:
         from latentds.loading.loader import LatentLoader
+        from latentds.sources.originals import Originals
 
-        self.config, self.split = config, split
         self.loader = LatentLoader(
             config.folder,
             split,
@@ -74,35 +74,29 @@ class ShownPatches:
             columns=("source", "source_encoding"),
         )
         self.shards = self.loader.dataset.shards
-        self.originals = self.open_originals()
+        self.originals = None
+        if config.originals is not None:
+            self.originals = Originals(
+                self.shards, config.originals, slides=config.slide_folder, root=config.root,
+                anonymize=config.anonymize,
+            )  # fmt: skip
         self.figure_px = 200 if self.originals is None else 380
-
-    def open_originals(self) -> Any:
-        """What --originals gives, None without it."""
-        from latentds.sources.originals import Originals
-
-        config = self.config
-        if config.originals is None:
-            return None
-        return Originals(
-            self.shards, config.originals, slides=config.slide_folder, root=config.root,
-            anonymize=config.anonymize,
-        )  # fmt: skip
 
     def figures(self, rows: Any) -> list[tuple[str, str]]:
         """Slide ("" for none) and HTML of the patches at rows."""
+        from latentds.codecs.latent import to_pictures
+
         made = []
         for start in range(0, len(rows), 16):
             batch = self.loader.prepare(self.loader.dataset.read(rows[start : start + 16]))
-            pixels = None
+            originals: Any = itertools.repeat(None)
             if self.originals is not None:
                 coords = batch.coords.cpu().numpy()
-                pixels = self.originals.read(batch.columns["source"], coords)
-            for place in range(len(batch)):
-                original = None if pixels is None else pixels[place]
-                classes = self.shards.manifest.classes
-                figure = patch_figure(batch, place, classes, original)
-                made.append((batch.slides[place] or "", figure))
+                originals = self.originals.read(batch.columns["source"], coords)
+            pairs = zip(to_pictures(batch.images), originals, strict=False)
+            for place, (image, original) in enumerate(pairs):
+                caption = caption_of(batch, place, self.shards.manifest.classes)
+                made.append((batch.slides[place] or "", patch_figure(image, caption, original)))
         return made
 
 
@@ -131,33 +125,25 @@ def make_page(config: Config) -> str:
     ]
     sections = [html_pages.table(["", "data set"], facts)]
     if manifest.classes:
-        sections += [
-            html_pages.heading(f"Labels in {split}"),
-            html_pages.bars(manifest.labels(split)),
-        ]
-    sections += [
-        html_pages.heading(
-            f"{len(figures)} decoded patches of {split}, drawn with seed {config.seed}"
-        )
-    ]
-    sections += [html_pages.grid(figures, patches.figure_px)]
+        sections.append(html_pages.heading(f"Labels in {split}"))
+        sections.append(html_pages.bars(manifest.labels(split)))
+    drawn = f"{len(figures)} decoded patches of {split}, drawn with seed {config.seed}"
+    sections += [html_pages.heading(drawn), html_pages.grid(figures, patches.figure_px)]
     lead = "Decoded from latents: detail is lost, and some is made up. Not for diagnosis."
     return html_pages.page(config.folder.resolve().name, lead, sections)
 
 
 def make_slide_page(config: Config) -> str:
-    """The HTML of the page of slides."""
+    from latentds_tools.reports.commands import check_known
     from latentds_tools.reports.slide_pages import slide_page
 
-    from latentds.errors import unknown_name
     from latentds.store.manifest import read_manifest
     from latentds.store.slide_records import need_slide_records
 
     records = need_slide_records(config.folder)
     splits = list(read_manifest(config.folder).splits)
     if config.split is not None:
-        if config.split not in splits:
-            raise unknown_name("split", config.split, splits)
+        check_known("split", [config.split], splits)
         splits = [config.split]
     figures: dict[str, list[str]] = {}
     split_of: dict[str, str] = {}
@@ -196,15 +182,8 @@ def dealt_rows(shards: Any, split: str, count: int, seed: int) -> Any:
     return np.sort(rows[np.argsort(turns, kind="stable")[:count]])
 
 
-def patch_figure(
-    batch: Any, place: int, classes: tuple[str, ...], original: Any | None = None
-) -> str:
-    """One decoded patch with its columns, beside its original where that is given."""
-    from latentds_tools.reports import html_pages
-
-    from latentds.core.metrics import psnr_db
-
-    image = batch.images[place].mul(255).round().byte().permute(1, 2, 0).cpu().numpy()
+def caption_of(batch: Any, place: int, classes: tuple[str, ...]) -> str:
+    """A patch's columns."""
     label, (x, y) = int(batch.labels[place]), batch.coords[place].tolist()
     parts = [
         classes[label] if label >= 0 else "",
@@ -213,7 +192,15 @@ def patch_figure(
         batch.columns["source"][place],
         batch.columns["source_encoding"][place],
     ]
-    caption = " · ".join(part for part in parts if part)
+    return " · ".join(part for part in parts if part)
+
+
+def patch_figure(image: Any, caption: str, original: Any | None) -> str:
+    """One decoded patch, beside its original where that is given."""
+    from latentds_tools.reports import html_pages
+
+    from latentds.core.metrics import psnr_db
+
     if original is None:
         return html_pages.figure(image, caption)
     decoded = f"decoded, {psnr_db(original, image):.1f} dB · {caption}"

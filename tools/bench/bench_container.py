@@ -33,14 +33,12 @@ class Config:
 
 
 def run(config: Config) -> None:
-    """Print overhead for every patch size and pack size."""
     count = config.patches // 12 if config.small else config.patches
     results = [overhead(count, size, pack) for size in SHAPES for pack in PACK_SIZES]
     show(results, config.json, as_text)
 
 
 def as_text(results: list[dict[str, Any]]) -> str:
-    """The table, a row a patch size."""
     head = (
         f"{results[0]['patches']:,} patches, every column filled; shard over raw codes, and tables "
         "beside the shards over raw codes"

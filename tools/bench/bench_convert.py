@@ -11,7 +11,9 @@ from typing import Annotated, Any
 
 import tyro
 from latentds_tools.bench.harness import Case, run_cases
-from latentds_tools.reports.commands import show
+from latentds_tools.reports.commands import picked, show
+
+LEAST_PATCHES = 128  # that the encoder is timed on, where there are as many
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,11 +69,8 @@ def measure(config: Config) -> dict[str, Any]:
         settings = ConvertConfig(
             source=config.source,
             out=Path(folder) / "out",
-            autoencoder=config.autoencoder,
-            device=config.device,
-            encode_batch=config.encode_batch,
             labels=False,
-            workers=config.workers,
+            **picked(config, "autoencoder", "device", "encode_batch", "workers"),
         )
         plan = make_plan(settings)
         autoencoder = load_autoencoder(config.autoencoder)
@@ -90,12 +89,12 @@ def measure(config: Config) -> dict[str, Any]:
     }
 
 
-def encode_from_memory(conversion: Any, patches: int = 128) -> float:
+def encode_from_memory(conversion: Any) -> float:
     """Patches a second of the encoder and quantizer alone, over batches already decoded."""
     import numpy as np
 
     encoder, count = conversion.encoder, len(conversion.plan.regions)
-    count = min(max(patches, 2 * encoder.batch), count)
+    count = min(max(LEAST_PATCHES, 2 * encoder.batch), count)
     groups = [
         np.arange(first, min(first + encoder.batch, count))
         for first in range(0, count, encoder.batch)

@@ -7,7 +7,7 @@ from typing import Any
 
 from latentds_tools.bench import harness
 from latentds_tools.bench.decode_config import Config
-from latentds_tools.reports.commands import show
+from latentds_tools.reports.commands import listed, show
 
 COLUMNS: dict[str, harness.Column] = {
     "decoder": ("decoder", ""),
@@ -40,7 +40,7 @@ def measure(config: Config) -> dict[str, Any]:
     from latentds_tools.bench import decode_networks, decode_shapes, jpeg_decoding
 
     config = harness.on_device(config)
-    names = [name.strip() for name in config.decoders.split(",") if name.strip()]
+    names = listed(config.decoders)
     for name in names:
         decode_shapes.check_known(name)
     patches = functools.cache(

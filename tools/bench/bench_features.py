@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from latentds_tools.bench import harness
 from latentds_tools.bench.harness import Way
-from latentds_tools.reports.commands import show
+from latentds_tools.reports.commands import check_known, show
 
 from latentds.errors import InputError
 
@@ -94,7 +94,6 @@ def run(config: Config) -> None:
 
 
 def measure(config: Config) -> dict[str, Any]:
-    """All figures, a row a batch size."""
     import torch
 
     from latentds.embedders import load_embedder
@@ -140,10 +139,8 @@ def write_set(folder: Path, config: Config) -> None:
     from latentds.autoencoders.autoencoder import AutoencoderCard, latent_cells
     from latentds.autoencoders.decoders import save_decoder
     from latentds.autoencoders.students import STUDENTS, build_student
-    from latentds.errors import unknown_name
 
-    if config.student not in STUDENTS:
-        raise unknown_name("student", config.student, STUDENTS)
+    check_known("student", [config.student], STUDENTS)
     factor, edge = STUDENTS[config.student].factor, config.patch_size
     shape = (CHANNELS[factor], *latent_cells((edge, edge), factor))
     patches = int(config.patches or 0)
@@ -200,7 +197,10 @@ def measure_size(bench: Bench, rounds: int) -> dict[str, Any]:
     row |= {f"{name}_patches_per_s": total / way.median for name, way in ways.items()}
     for name in (LOADED, WRITTEN):
         found = harness.cost(ways[name], ways[ALONE])
-        row[f"{name}_cost_percent"], row[f"{name}_cost_range"] = found
+        row |= {
+            f"{name}_cost_percent": found["percent"],
+            f"{name}_cost_range": found["percent_range"],
+        }
     return row
 
 
@@ -278,7 +278,6 @@ def as_text(report: dict[str, Any]) -> str:
 
 
 def rate_and_cost(row: dict[str, Any], name: str) -> list[str]:
-    """Two cells of a way that embeds."""
     low, high = row[f"{name}_cost_range"]
     cost = f"{row[f'{name}_cost_percent']:.1f} % ({low:.1f} to {high:.1f})"
     return [f"{row[f'{name}_patches_per_s']:,.1f}", cost]

@@ -29,5 +29,4 @@ def run(config: Config) -> None:
         check_free([out / name for name in OUTPUTS], config.overwrite)
     with exclusive_lock(out / "rows" / "lock") if out else contextlib.nullcontext():
         report, pictures = compare(config)
-        page = write_page(report)
-        deliver(report, page, "fidelity", out, pictures, as_json=config.json)
+        deliver(report, write_page(report), "fidelity", out, pictures, as_json=config.json)

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from latentds_tools.bench.harness import write_report
-from latentds_tools.reports.commands import check_free, show, tell
+from latentds_tools.reports.commands import check_free, check_known, listed, show, tell
 
-from latentds.errors import InputError, unknown_name
+from latentds.errors import InputError
 
 PATCHES = {True: 65_536, False: 64}  # of the sets that loaders read, by whether there is a GPU
 
@@ -52,7 +52,6 @@ def run(config: Config) -> int:
 
 
 def measure(config: Config) -> dict[str, Any]:
-    """Outcomes by part, all of them in --out."""
     import torch
     from latentds_tools.bench.gpu_parts import all_parts
     from latentds_tools.bench.gpu_running import run_parts
@@ -86,9 +85,7 @@ def measure(config: Config) -> dict[str, Any]:
 
 def chosen(parts: list[Any], only: str) -> list[Any]:
     """The parts asked for and those they read from; UnknownNameError for one there is not."""
-    wanted = {name for name in only.split(",") if name}
-    names = {part.name for part in parts}
-    for name in wanted - names:
-        raise unknown_name("part", name, names)
+    wanted = {*listed(only)}
+    check_known("part", wanted, {part.name for part in parts})
     wanted |= {part.uses for part in parts if part.name in wanted}
     return [part for part in parts if not only or part.name in wanted]

@@ -14,9 +14,9 @@ from typing import Annotated, Any, Literal
 import tyro
 from latentds_tools.bench import harness
 from latentds_tools.bench.harness import Case, row_cells
-from latentds_tools.reports.commands import show
+from latentds_tools.reports.commands import check_known, listed, picked, show
 
-from latentds.errors import InputError, unknown_name
+from latentds.errors import InputError
 
 logger = logging.getLogger(__name__)
 
@@ -88,12 +88,8 @@ class Config:
     """Print JSON."""
 
     def __post_init__(self) -> None:
-        for peer in self.peers():
-            if peer not in {*PEERS} - {"latentds"}:
-                raise unknown_name("peer", peer, {*PEERS} - {"latentds"})
-        for decode in self.decodes():
-            if decode not in DECODES:
-                raise unknown_name("--decode", decode, DECODES)
+        check_known("peer", self.peers(), {*PEERS} - {"latentds"})
+        check_known("--decode", self.decodes(), DECODES)
         if "mds" in self.peers() and self.peer_python is None:
             raise InputError(
                 "mds needs an environment of its own (it pins other versions): 'python -m venv "
@@ -102,12 +98,11 @@ class Config:
             )
 
     def peers(self) -> list[str]:
-        return [name for name in self.against.split(",") if name not in ("", "none")]
+        return [name for name in listed(self.against) if name != "none"]
 
     def decodes(self) -> list[str]:
         """Names in --decode; no pixels without a set."""
-        names = [name for name in self.decode.split(",") if name]
-        return names if self.folder else [name for name in names if name != "pixels"]
+        return [name for name in listed(self.decode) if self.folder or name != "pixels"]
 
     def contenders(self) -> list[tuple[str, str]]:
         """Who is measured with batches of what; files that are pictures give pixels alone."""
@@ -134,10 +129,7 @@ def measure(config: Config) -> dict[str, Any]:
         harness.run_cases(cases, config.rounds)
     return {
         "machine": harness.machine(config.device),
-        "workers": config.workers,
-        "batch_size": config.batch_size,
-        "pixel_batch_size": config.pixel_batch_size,
-        "rounds": config.rounds,
+        **picked(config, "workers", "batch_size", "pixel_batch_size", "rounds"),
         "results": [summarize(case) for case in cases],
     }
 
@@ -210,11 +202,9 @@ def describe_set(config: Config, own: Path, work: Path, count: int) -> dict[str,
     if isinstance(codebook, Codebook):  # for peers in a Python without latentds
         levels = str(work / "levels.npy")
         np.save(levels, codebook.levels)
-    told = ("split", "workers", "device", "autoencoder", "dtype", "seconds")
-    decoding = ("channels_last", "compile", "cuda_graph")
     return {
-        **{name: getattr(config, name) for name in told},
-        "decoding": {name: getattr(config, name) for name in decoding},
+        **picked(config, "split", "workers", "device", "autoencoder", "dtype", "seconds"),
+        "decoding": picked(config, "channels_last", "compile", "cuda_graph"),
         "set": str(own),
         "classes": list(manifest.classes),
         "levels": levels,

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from latentds_tools.bench import harness
-from latentds_tools.reports.commands import check_ranges, show
+from latentds_tools.reports.commands import check_known, check_ranges, listed, show
 
-from latentds.errors import InputError, unknown_name
+from latentds.errors import InputError
 
 SCRIPT = Path(__file__).with_name("resuming.py")
 GIVE_UP_S = 300
@@ -69,9 +69,7 @@ class Config:
 
     def __post_init__(self) -> None:
         check_ranges(self, samples=(10, 10**7), batch_size=(1, 10**5), buffer=(1, 10**7))
-        for peer in self.peers():
-            if peer not in PEERS:
-                raise unknown_name("peer", peer, {*PEERS} - {"latentds"})
+        check_known("peer", self.peers()[1:], {*PEERS} - {"latentds"})
         for before, after in self.pairs():
             for ranks, _ in (before, after):
                 if self.batch_size % ranks:
@@ -82,7 +80,7 @@ class Config:
         self.shares()
 
     def peers(self) -> list[str]:
-        return ["latentds", *(name for name in self.against.split(",") if name)]
+        return ["latentds", *listed(self.against)]
 
     def pairs(self) -> list[tuple[tuple[int, int], tuple[int, int]]]:
         """Ranks and workers before and after the stop."""
@@ -170,20 +168,22 @@ def measure_topology(
 ) -> list[dict[str, Any]]:
     """Rows of a topology: a stop each, compared with one run that nobody stopped."""
     logger.info("%s, %dx%d, resumed %dx%d", spec["peer"], *before, *after)
+
+    def deliver(topology: tuple[int, int], **phase: Any) -> Ranks:
+        return run_ranks(python, spec | phase, config, topology, work)
+
     rows = []
+    head: dict[str, Any] = {"before": before, "after": after}
     try:
-        whole = run_ranks(python, spec | {"phase": "whole"}, config, before, work)
+        whole = deliver(before, phase="whole")
     except InputError as error:
-        return [{"before": before, "after": after, "error": str(error)}]
+        return [head | {"error": str(error)}]
     steps = min(map(len, whole))
     for share in config.shares():
-        stop = max(1, round(share * steps))
-        row: dict[str, Any] = {"before": before, "after": after, "stop": stop}
+        row = head | {"stop": max(1, round(share * steps))}
         try:
-            first = run_ranks(
-                python, spec | {"phase": "stopped", "stop": stop}, config, before, work
-            )
-            rest = run_ranks(python, spec | {"phase": "resumed", "stop": stop}, config, after, work)
+            first = deliver(before, phase="stopped", stop=row["stop"])
+            rest = deliver(after, phase="resumed", stop=row["stop"])
             row |= compare(whole, first, rest, config.samples)
         except InputError as error:
             row["error"] = str(error)

@@ -75,9 +75,9 @@ def summarize(ways: dict[str, Way], batch_size: int) -> dict[str, Any]:
     return {
         "steps": {name: times[name] for name in steps},
         "alone": {name: found for name, found in times.items() if name not in steps},
-        "loader_over_cached_views": cost(ways[LOADER], ways[STEP]),
-        "loader_over_cached_images": cost(ways[LOADER], ways[VIEWS_TOO]),
-        "views_over_cached_views": cost(ways[VIEWS_TOO], ways[STEP]),
+        "loader_over_cached_views": harness.cost(ways[LOADER], ways[STEP]),
+        "loader_over_cached_images": harness.cost(ways[LOADER], ways[VIEWS_TOO]),
+        "views_over_cached_views": harness.cost(ways[VIEWS_TOO], ways[STEP]),
         "overlap": overlap(ways[STEP], ways[LOADER], parts),
     }
 
@@ -90,11 +90,6 @@ def describe_time(way: Way, count: int) -> dict[str, Any]:
         "patches_per_s": count / way.median,
         "peak_gb": way.peak / 1e9 if way.peak else None,
     }
-
-
-def cost(slower: Way, base: Way) -> dict[str, Any]:
-    """Percent that one way takes more than another, of the middle round and of all."""
-    return dict(zip(("percent", "percent_range"), harness.cost(slower, base), strict=True))
 
 
 def overlap(step: Way, loaded: Way, parts: Sequence[Way]) -> dict[str, float]:
@@ -138,7 +133,6 @@ def as_text(report: dict[str, Any]) -> str:
 
 
 def costs_text(report: dict[str, Any]) -> list[str]:
-    """What a loader costs, in three lines."""
 
     def told(name: str) -> str:
         low, high = report[name]["percent_range"]

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from latentds_tools.bench.decode_shapes import find_decoder, gigaflops
 from latentds_tools.bench.harness import Case, engaged, no_fallback, sustained
+from latentds_tools.reports.commands import check_known, listed
 from torch import Tensor
 
-from latentds.errors import InputError, unknown_name
+from latentds.errors import InputError, first_words
 from latentds.loading.decoding import Decode, Decoder
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def guarded(once: Callable[[], Figures], device: str) -> Figures:
     except InputError as error:
         return {"error": str(error), "never_engaged": True}
     except torch.OutOfMemoryError as error:
-        return {"error": " ".join(str(error).split())[:120]}
+        return {"error": first_words(error)}
     finally:  # weights, graphs, and code, which counts against the next case's recompilations
         torch.compiler.reset()
         gc.collect()
@@ -85,10 +86,8 @@ def chosen(config: Config) -> list[Decode]:
     if config.options is None:
         return every
     known = {describe(options): options for options in every}
-    names = [" ".join(name.split()) for name in config.options.split(",")]
-    for name in names:
-        if name not in known:
-            raise unknown_name("options", name, known)
+    names = listed(config.options)
+    check_known("options", names, known)
     return [known[name] for name in names]
 
 

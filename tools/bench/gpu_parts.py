@@ -78,16 +78,31 @@ def all_parts(work: Path, device: str, patches: int) -> list[GpuPart]:
     edge = 256 if is_gpu else 64
     sets = work / "sets"
     made = ("-m", "latentds_tools.bench.gpu_sets", str(sets), str(edge), str(patches), device)
+    large = step(
+        "step-vit-l", "A DINO step of ViT-L with views", device,
+        "--arch", "vit_large_patch16_224", "--batch-size", 64, "--steps", 6, "--rounds", 2,
+    )  # fmt: skip
+    compiled = step(
+        "step-vit-s-compiled", "A DINO step of ViT-S, views compiled", device, "--batch-size", 128,
+        "--steps", 10, "--rounds", 2, "--compile-views", "--compile",
+    )  # fmt: skip
+    over_decoder = ("--against", "none", "--decode", "pixels")
     return [
         GpuPart("inputs", "Inputs", 40, made),
         tests_part(is_gpu),
         *decode_parts(work, device, edge),
-        *loading_parts(sets, device, patches),
-        *step_parts(device, is_gpu),
+        loader("loader", "The loader over its decoder, one byte a value", device, patches,
+               sets / "codes", *over_decoder),
+        loader("loader-records", "The loader over its decoder, entropy-coded records", device,
+               patches, sets / "records", *over_decoder, "--autoencoder", "tiny-v2-fast"),
+        step("step-vit-s", "A DINO step of ViT-S with views", device,
+             "--batch-size", 128, "--steps", 10, "--rounds", 3),
+        *([large] if is_gpu else []),
         features_part(device, is_gpu),
-        resident_part(sets, device, patches),
-        compiled_step(device, is_gpu),
-    ]
+        loader("resident", "The whole set on the device", device, patches, sets / "codes",
+               "--against", "latentds-resident", "--decode", "codes,pixels", share=60),
+        compiled if is_gpu else dataclasses.replace(compiled, missing="a CPU compiles for minutes"),
+    ]  # fmt: skip
 
 
 def tests_part(is_gpu: bool) -> GpuPart:
@@ -128,36 +143,19 @@ def decode_parts(work: Path, device: str, edge: int) -> list[GpuPart]:
     return parts
 
 
-def loading_parts(sets: Path, device: str, patches: int) -> list[GpuPart]:
-    """The loader end to end over the decoder alone: of bytes, and of entropy-coded records."""
-    common = loading(device, patches)
-    return [
-        GpuPart("loader", "The loader over its decoder, one byte a value", 40,
-             bench("loader", sets / "codes", "--against", "none", "--decode", "pixels", *common),
-             uses="inputs"),
-        GpuPart("loader-records", "The loader over its decoder, entropy-coded records", 40,
-             bench("loader", sets / "records", "--against", "none", "--decode", "pixels",
-                   "--autoencoder", "tiny-v2-fast", *common),
-             uses="inputs"),
-    ]  # fmt: skip
-
-
-def resident_part(sets: Path, device: str, patches: int) -> GpuPart:
-    """The whole set on the device beside the same set on disk."""
-    words = bench("loader", sets / "codes", "--against", "latentds-resident", "--decode",
-                  "codes,pixels", *loading(device, patches))  # fmt: skip
-    return GpuPart("resident", "The whole set on the device", 60, words, uses="inputs")
-
-
-def loading(device: str, patches: int) -> tuple[object, ...]:
+def loader(
+    name: str, title: str, device: str, patches: int, *words: object, share: float = 40
+) -> GpuPart:
+    """A bench of loaders over one of the sets, end to end over the decoder alone."""
     is_gpu = device.startswith("cuda")
     batch, seconds, workers = (256, 1.5, 4) if is_gpu else (8, 0.05, 1)
-    return (
+    common = (
         *("--device", device, "--patches", patches, "--pixel-patches", patches),
         *("--batch-size", batch, "--pixel-batch-size", batch, "--workers", workers),
         *("--seconds", seconds, "--rounds", 1),
         *(FAST if is_gpu else ()),
     )
+    return GpuPart(name, title, share, bench("loader", *words, *common), uses="inputs")
 
 
 def step(name: str, title: str, device: str, *words: object) -> GpuPart:
@@ -171,26 +169,7 @@ def step(name: str, title: str, device: str, *words: object) -> GpuPart:
     return GpuPart(name, title, 50, bench("step", *words), ("timm", "lightly"), "train")
 
 
-def step_parts(device: str, is_gpu: bool) -> list[GpuPart]:
-    parts = [
-        step("step-vit-s", "A DINO step of ViT-S with views", device,
-             "--batch-size", 128, "--steps", 10, "--rounds", 3),
-        step("step-vit-l", "A DINO step of ViT-L with views", device,
-             "--arch", "vit_large_patch16_224", "--batch-size", 64, "--steps", 6, "--rounds", 2),
-    ]  # fmt: skip
-    return parts[: 1 + is_gpu]
-
-
-def compiled_step(device: str, is_gpu: bool) -> GpuPart:
-    """The same with views and decoder compiled: what no table has yet, and what may fail."""
-    part = step("step-vit-s-compiled", "A DINO step of ViT-S, views compiled", device,
-                "--batch-size", 128, "--steps", 10, "--rounds", 2, "--compile-views",
-                "--compile")  # fmt: skip
-    return part if is_gpu else dataclasses.replace(part, missing="a CPU compiles for minutes")
-
-
 def features_part(device: str, is_gpu: bool) -> GpuPart:
-    """Features of ViT-L, of decoded latents and of pictures that are there."""
     sizes = ("--patches", 8192, "--batch-sizes", 256, "--rounds", 2) if is_gpu else (
         "--patches", 8, "--slides", 2, "--patch-size", 32, "--batch-sizes", 4, "--rounds", 1,
         "--embedder", "timm:test_vit")  # fmt: skip

@@ -84,7 +84,6 @@ def for_device(
 
 
 def report_of(config: Any, **rest: Any) -> dict[str, Any]:
-    """A report's JSON: machine, config, and what was measured."""
     recorded = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     return {"machine": machine(getattr(config, "device", "cpu")), "config": recorded, **rest}
 
@@ -275,11 +274,11 @@ def extent(values: Sequence[float]) -> list[float]:
     return [min(values), max(values)]
 
 
-def cost(slower: Way, base: Way) -> tuple[float, list[float]]:
+def cost(slower: Way, base: Way) -> dict[str, Any]:
     """Percent that one way takes more than another: of the middle round, least and greatest."""
     pairs = zip(slower.seconds, base.seconds, strict=True)
     percents = [100 * (one / other - 1) for one, other in pairs]
-    return statistics.median(percents), extent(percents)
+    return {"percent": statistics.median(percents), "percent_range": extent(percents)}
 
 
 def report_text(head: str, header: Sequence[str], rows: Iterable[Sequence[str]], *rest: str) -> str:

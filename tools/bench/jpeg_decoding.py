@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import io
 import multiprocessing
 import statistics
 import threading
@@ -16,12 +15,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from latentds_tools.bench.harness import Case, rate_of, sustained, usable_cores
-from PIL import Image
 
 from latentds.codecs import PictureCodec, formats
 from latentds.core.extras import is_here
 from latentds.core.untrusted_files import pixels_of
-from latentds.errors import InputError, missing_extra
+from latentds.errors import InputError, first_words, missing_extra
 
 if TYPE_CHECKING:
     from latentds_tools.bench.decode_config import Config
@@ -68,9 +66,7 @@ def load_patches(folder: Path | None, patch_px: int) -> list[np.ndarray]:
 
 
 def encode(patch: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(patch).save(file, "JPEG", quality=QUALITY, subsampling=SUBSAMPLING)
-    return file.getvalue()
+    return formats.save_with_pillow(patch, "JPEG", quality=QUALITY, subsampling=SUBSAMPLING)
 
 
 def encode_avif(patch: np.ndarray) -> bytes:
@@ -158,7 +154,7 @@ def rate_on_gpu(jpegs: Sequence[bytes], seconds: float, device: str) -> Figures:
     try:
         return sustained(decode, seconds, GPU_BATCH, device) | {"device": "cuda"}
     except (RuntimeError, AssertionError) as error:  # what torch raises without CUDA or nvJPEG
-        return {"error": " ".join(str(error).split())[:120]}
+        return {"error": first_words(error)}
 
 
 def picture_cases(

@@ -113,7 +113,6 @@ class Watch:
         self.thread.join()
 
     def sample(self) -> None:
-        """Look every SAMPLE_S seconds until told to end."""
         while not self.ended.wait(SAMPLE_S):
             self.peak = max(self.peak, self.total(memory_of))
 
@@ -122,7 +121,6 @@ class Watch:
         return {"cpu_s": self.total(cpu_of), "bytes_read": self.total(bytes_of)}
 
     def total(self, figure: Any) -> float:
-        """The sum of a figure over the process and its children."""
         if self.root is None:
             return math.nan
         total = 0.0

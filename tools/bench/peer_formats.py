@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import io
 import itertools
 import json
 import subprocess
@@ -20,8 +19,9 @@ import pyarrow.parquet as pq
 import torch
 import webdataset as wds
 from latentds_tools.bench.measuring_loaders import SCRIPT
-from PIL import Image
 
+from latentds.codecs.formats import save_with_pillow
+from latentds.codecs.latent import to_pictures
 from latentds.errors import InputError
 from latentds.loading.decoding import Decoder, find_autoencoder
 from latentds.store.composing import compose
@@ -132,11 +132,8 @@ def decoded_jpegs(patches: Patches, folder: Path, autoencoder: str | None) -> li
     shards = ShardSet(folder)
     contract = shards.manifest.contract
     decoder = Decoder(find_autoencoder(shards, autoencoder), [contract.codebook], contract.patch_px)
-    encoded = []
-    for codes in torch.split(torch.from_numpy(patches.codes), 32):
-        images = decoder(codes).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-        for image in images:
-            buffer = io.BytesIO()
-            Image.fromarray(image).save(buffer, "JPEG", quality=JPEG_QUALITY)
-            encoded.append(buffer.getvalue())
-    return encoded
+    return [
+        save_with_pillow(picture, "JPEG", quality=JPEG_QUALITY)
+        for codes in torch.split(torch.from_numpy(patches.codes), 32)
+        for picture in to_pictures(decoder(codes))
+    ]

@@ -6,6 +6,7 @@ Run by path, with any Python that has torch, numpy and the peer: it imports noth
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import io
@@ -82,15 +83,12 @@ def tell(event: str, **values: Any) -> None:
 
 
 def versions(module: str) -> dict[str, str]:
-    """Version of the peer's library and of those below it."""
     import importlib.metadata
 
-    found = {}
-    for name in (module, "torch", "numpy"):
-        try:
+    found = dict.fromkeys((module, "torch", "numpy"), "?")
+    for name in found:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "?"
     return found
 
 
@@ -312,7 +310,6 @@ def webdataset_packed_loader(spec: Spec) -> Any:
 
 
 def stream_parquet(spec: Spec) -> Any:
-    """Rows of Parquet, streamed by Hugging Face's datasets."""
     from datasets import load_dataset
 
     files = files_of(spec, "*.parquet")
@@ -320,7 +317,6 @@ def stream_parquet(spec: Spec) -> Any:
 
 
 def stream_mds(spec: Spec, batch_size: int) -> Any:
-    """Samples of mosaicml-streaming, its own shuffle."""
     from streaming import StreamingDataset
 
     return StreamingDataset(

@@ -6,6 +6,7 @@ Run by path, with any Python that has torch and the peer: only its own loader im
 from __future__ import annotations
 
 import json
+import operator
 import os
 import signal
 import sys
@@ -96,11 +97,7 @@ def webdataset_samples(spec: Spec) -> Any:
     options = {"shardshuffle": len(urls), "detshuffle": True, "seed": spec["seed"]}
     data = wds.WebDataset(urls, nodesplitter=wds.split_by_node, **options)
     shuffled = data.compose(wds.filters.detshuffle(spec["buffer"], seed=spec["seed"]))
-    return shuffled.decode().to_tuple("cls").map(first)
-
-
-def first(sample: Any) -> Any:
-    return sample[0]
+    return shuffled.decode().to_tuple("cls").map(operator.itemgetter(0))
 
 
 def webdataset_loader(spec: Spec) -> Any:
@@ -216,15 +213,11 @@ def write_litdata(spec: Spec) -> None:
     writer.merge()
 
 
-def write_nothing(spec: Spec) -> None:
-    """Samples that are their own numbers."""
-
-
 WRITERS: dict[str, Callable[[Spec], None]] = {
     "webdataset": write_webdataset,
     "webdataset-stateful": write_webdataset,
     "datasets": write_parquet,
-    "torchdata": write_nothing,
+    "torchdata": lambda _: None,  # its samples are their own numbers
     "mds": write_mds,
     "litdata": write_litdata,
 }

@@ -98,7 +98,6 @@ class Config:
 
 
 def with_defaults(config: Config, is_gpu: bool) -> Config:
-    """The config with what suits device and method where nothing is given."""
     config = for_device(config, is_gpu, GPU, CPU)
     if config.method in ONE_CROP:
         config = dataclasses.replace(config, globals=1, locals=0)

@@ -14,6 +14,7 @@ from latentds_tools.bench.decode_shapes import check_known, find_decoder
 from latentds_tools.bench.harness import engaged
 from latentds_tools.bench.step_training import Training
 from latentds_tools.bench.synthetic import random_contract, write_synthetic
+from latentds_tools.reports.commands import picked
 from torch import Tensor
 
 from latentds.autoencoders.autoencoder import Autoencoder, latent_cells
@@ -155,7 +156,6 @@ class Feeding:
         self.training.step(self.views(values, seeds), seeds)
 
     def step_on_loader(self) -> None:
-        """A step on what the loader brings."""
         batch = next(self.batches)
         assert batch.views is not None
         self.training.step(batch.views, batch.seeds)
@@ -188,9 +188,6 @@ def open_loader(
 
     options  decode and views
     """
-    decoding = Decode(
-        channels_last=config.channels_last, compile=config.compile, cuda_graph=config.cuda_graph
-    )
     return LatentLoader(
         source.folder,
         config.split,
@@ -201,26 +198,21 @@ def open_loader(
         num_workers=config.num_workers or 0,
         autoencoder=source.autoencoder,
         dtype=getattr(torch, str(config.dtype)),
-        decoding=decoding,
+        decoding=Decode(**picked(config, "channels_last", "compile", "cuda_graph")),
         **options,
     )
 
 
 def endless(loader: LatentLoader) -> Generator[Batch, None, None]:
-    """Batches of one epoch after the other."""
     while True:
         yield from loader
 
 
 def pixel_views(config: Config) -> MultiCrop:
-    """The method's augmentation at the config's crops."""
     return MultiCrop.preset(
         "mae" if config.method == "supervised" else config.method,
-        globals=config.globals,
-        locals=config.locals,
-        global_px=config.global_px,
-        local_px=config.local_px,
         compile=config.compile_views,
+        **picked(config, "globals", "locals", "global_px", "local_px"),
     )
 
 

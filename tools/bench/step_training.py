@@ -67,7 +67,6 @@ class Training:
 
 
 def build_model(config: Config, stem: LatentStemConfig | None) -> nn.Module:
-    """The method's module around backbones of random weights."""
     assert config.arch is not None and config.out_dim is not None
     options: dict[str, Any] = {"stem": stem, "img_px": config.global_px}
     if config.method == "supervised":

@@ -37,7 +37,6 @@ def random_contract(shape: tuple[int, int, int] = SHAPE, patch_px: int = 256) ->
 def write_synthetic(
     out: Path,
     patches: int,
-    seed: int = 0,
     *,
     shape: tuple[int, int, int] = SHAPE,
     patch_px: int = 256,
@@ -51,7 +50,7 @@ def write_synthetic(
     from latentds.store.composing import compose
 
     made = MADE | {"patches": patches}
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     parts = filled_parts(
         patches, a_slide, lambda places: rng.integers(0, 256, (len(places), *shape), np.uint8)
     )

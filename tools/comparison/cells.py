@@ -15,6 +15,11 @@ NAMES = {
 }
 
 
+def title(metric: str | None) -> str:
+    """What tables and plots call a score."""
+    return NAMES.get(str(metric), str(metric))
+
+
 def flags(row: dict[str, Any]) -> list[str]:
     """FT and Quant; a dash for what is no network."""
     if not row["is_network"]:
@@ -45,7 +50,6 @@ def mean_sd(values: dict[str, Any] | None) -> str:
 
 
 def percent(value: float | None) -> str:
-    """A share in per cent."""
     return number(None if value is None else 100 * value, ".2f")
 
 

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from latentds_tools.comparison.cells import (
-    NAMES,
     difference,
     flags,
     mean_sd,
     percent,
     score,
     size,
+    title,
 )
 from latentds_tools.comparison.paper_page import paper_parts
 from latentds_tools.reports.markdown import ABSENT, bullets, table
@@ -30,7 +30,6 @@ SEGMENTATION = (  # titles and scores: correct ones, then what SAM-Path's code w
 
 
 def write_page(report: dict[str, Any]) -> str:
-    """The whole page."""
     families = report["families"]
     segmentations = [family for family in families if family["task"] == "sampath"]
     others = [family for family in families if family["task"] != "sampath"]
@@ -47,7 +46,6 @@ def write_page(report: dict[str, Any]) -> str:
 
 
 def lead(report: dict[str, Any]) -> str:
-    """What the figures are."""
     drawn = report["bootstrap"]
     if drawn["over"] == "folds":
         what = (
@@ -87,9 +85,7 @@ def classification_table(families: Sequence[dict[str, Any]]) -> str:
     header = ["compression", "FT", "Quant", *(["Size, KB"] if is_one_size else [])]
     for family in families:
         header += [] if is_one_size else ["Size, KB"]
-        header += [
-            f"{family['title']}: {NAMES.get(family['metric'], family['metric'])}", "difference",
-        ]  # fmt: skip
+        header += [f"{family['title']}: {title(family['metric'])}", "difference"]
     rows = []
     for name in names:
         line = [f"`{name}`", *flags(first_row(families, name))]
@@ -146,9 +142,8 @@ def sizes(families: Sequence[dict[str, Any]], name: str) -> list[str]:
 def segmentation_table(family: dict[str, Any]) -> str:
     """Table 3: correct scores, then what SAM-Path's code would report of the same predictions."""
     metrics = {name for row in family["rows"] for name in row["scores"]}
-    columns = [(title, metric) for title, metric in SEGMENTATION if metric in metrics]
-    leading = NAMES.get(family["metric"], family["metric"])
-    header = ["compression", "FT", "Quant", "Size, KB", *(title for title, _ in columns)]
+    columns = [(heading, metric) for heading, metric in SEGMENTATION if metric in metrics]
+    header = ["compression", "FT", "Quant", "Size, KB", *(heading for heading, _ in columns)]
     rows = [
         [
             *(f"`{row['source']}`", *flags(row), size(row)),
@@ -157,7 +152,7 @@ def segmentation_table(family: dict[str, Any]) -> str:
         ]
         for row in family["rows"]
     ]
-    return table([*header, f"difference in {leading}"], rows)
+    return table([*header, f"difference in {title(family['metric'])}"], rows)
 
 
 def reasons(family: dict[str, Any]) -> list[str]:
@@ -173,7 +168,6 @@ def reasons(family: dict[str, Any]) -> list[str]:
 
 
 def scores_table(family: dict[str, Any]) -> str:
-    """Every score of every row."""
     metrics = list(dict.fromkeys(name for row in family["rows"] for name in row["scores"]))
     rows = [
         [
@@ -187,7 +181,7 @@ def scores_table(family: dict[str, Any]) -> str:
         + [mean_sd(other["scores"].get(metric)) for metric in metrics]
         for other in family["related"]
     ]
-    header = [family["title"], "folds", "seeds", *(NAMES.get(m, m) for m in metrics)]
+    header = [family["title"], "folds", "seeds", *map(title, metrics)]
     return table(header, rows)
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from latentds_tools.comparison.cells import NAMES, size
+from latentds_tools.comparison.cells import size, title
 from latentds_tools.reports.plots import add_legend, make_panels, saved
 
 PANEL_IN = (6.0, 4.8)  # width and height in inches
@@ -43,9 +43,7 @@ def draw_differences(report: dict[str, Any]) -> bytes | None:
         for place, row in zip(places, rows, strict=True):
             found = row["difference"]
             mean = 100 * found["mean"]
-            ends = [
-                100 * found[name] if found[name] is not None else mean for name in ("low", "high")
-            ]
+            ends = [mean if found[n] is None else 100 * found[n] for n in ("low", "high")]
             axis.plot(ends, [place, place], color=colour(row), linewidth=2)
             axis.plot([mean], [place], "o", color=colour(row))
         axis.axvline(0, color="black", linewidth=0.8)
@@ -53,8 +51,9 @@ def draw_differences(report: dict[str, Any]) -> bytes | None:
         axis.set_ylim(0.4, len(rows) + 0.6)
         low, high = axis.get_xlim()
         axis.set_xlim(min(low, -0.5), max(high, 0.5))
-        what = NAMES.get(family["metric"], family["metric"])
-        axis.set_xlabel(f"{what}: points above {family['reference']}, 95 % interval")
+        axis.set_xlabel(
+            f"{title(family['metric'])}: points above {family['reference']}, 95 % interval"
+        )
         axis.set_title(family["title"], fontsize=10)
         axis.grid(alpha=0.3, axis="x", linewidth=0.5)
     paired = [row for family in families for row in family["rows"] if has_difference(row)]
@@ -69,12 +68,10 @@ def with_legend(figure: Any, rows: Sequence[dict[str, Any]]) -> bytes:
 
 
 def has_difference(row: dict[str, Any]) -> bool:
-    """Whether a row is paired."""
     return row["difference"] is not None and row["difference"]["mean"] is not None
 
 
 def draw_panel(axis: Any, family: dict[str, Any]) -> None:
-    """Bars of a family's sources."""
     metric = family["metric"]
     rows = [r for r in family["rows"] if (r["scores"].get(metric) or {}).get("mean") is not None]
     lefts, widths, total = bar_places([row["kilobytes"] for row in rows])
@@ -89,14 +86,15 @@ def draw_panel(axis: Any, family: dict[str, Any]) -> None:
         axis.errorbar(left + width / 2, mean, yerr=sd or None, color="black", capsize=2, lw=0.8)
     axis.set_xticks(
         [left + width / 2 for left, width in zip(lefts, widths, strict=True)],
-        [bar_label(row) for row in rows],
+        [f"{row['source']}, {f'{size(row)} KB' if row['kilobytes'] else 'size unknown'}"
+         for row in rows],
         rotation=60, ha="right", rotation_mode="anchor", fontsize=8,
     )  # fmt: skip
     axis.set_xlim(0, total)
     low, high = score_limits([row["scores"][metric] for row in rows])
     axis.set_ylim(low, high)
     start = f"; the axis begins at {low:g}" if low else ""
-    axis.set_ylabel(f"{NAMES.get(metric, metric)}, %{start}", fontsize=9)
+    axis.set_ylabel(f"{title(metric)}, %{start}", fontsize=9)
     axis.set_title(f"{family['title']}\nwidth: bytes of a patch", fontsize=10)
     axis.grid(alpha=0.3, axis="y", linewidth=0.5)
 
@@ -129,13 +127,6 @@ def score_limits(scores: Sequence[dict[str, Any]]) -> tuple[float, float]:
     return (float(low) if low > 10 else 0.0), max(highs) + 0.1 * max(spread, 2)
 
 
-def bar_label(row: dict[str, Any]) -> str:
-    """Source and size."""
-    return (
-        f"{row['source']}, {size(row)} KB" if row["kilobytes"] else f"{row['source']}, size unknown"
-    )
-
-
 def kind_of_bar(row: dict[str, Any]) -> str:
     """What a source is, as the legend has it."""
     if row["kind"] == "original":
@@ -146,5 +137,4 @@ def kind_of_bar(row: dict[str, Any]) -> str:
 
 
 def colour(row: dict[str, Any]) -> str:
-    """By what a source is."""
     return COLOURS[kind_of_bar(row)]

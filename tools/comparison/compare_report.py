@@ -8,6 +8,7 @@ from typing import Any
 from latentds_tools.comparison.paper_columns import paper_key, paper_part
 from latentds_tools.comparison.run_pairing import Bootstrap, pair, setting_notes
 from latentds_tools.comparison.run_reading import Family, RunRow, kind_of
+from latentds_tools.reports.commands import check_known
 
 from latentds.errors import unknown_name
 from latentds.evaluation.statistics import Difference
@@ -41,17 +42,14 @@ def make_report(
 
 
 def check_names(families: Sequence[Family], reference: str | None, metric: str | None) -> None:
-    """Refuse a reference or metric that nothing has."""
     if reference is not None and not any(family.find(reference) for family in families):
         names = {row.name for family in families for row in family.rows}
         raise unknown_name("reference", reference, names)
     metrics = {name for family in families for row in family.rows for name in row.metrics()}
-    if metric is not None and metric not in metrics:
-        raise unknown_name("metric", metric, metrics)
+    check_known("metric", [metric] if metric is not None else [], metrics)
 
 
 def find_reference(family: Family, name: str | None) -> RunRow | None:
-    """The row that others are set against."""
     if name is not None:
         return family.find(name)
     originals = (row for row in family.rows if kind_of(row.record.source) == "original")
@@ -61,7 +59,6 @@ def find_reference(family: Family, name: str | None) -> RunRow | None:
 def describe_family(
     family: Family, reference: str | None, metric: str | None, paper: str, bootstrap: Bootstrap
 ) -> dict[str, Any]:
-    """One family."""
     against = find_reference(family, reference)
     leading = (against or family.rows[0]).record
     has_metric = any(metric in row.metrics() for row in family.rows)
@@ -87,7 +84,6 @@ def describe_family(
 def describe_row(
     row: RunRow, against: RunRow | None, metric: str, task: str, bootstrap: Bootstrap
 ) -> dict[str, Any]:
-    """One source's figures."""
     facts, cells = row.record.source, row.cells
     stored = facts.get("bytes_per_patch")
     found: Difference | str = "no reference" if against is None else ""

@@ -33,7 +33,6 @@ def paper_column(family: Family, table: str) -> str | None:
 
 
 def is_of(family: Family, column: dict[str, Any]) -> bool:
-    """Whether a family's data set is the column's."""
     if column["classes"] and set(family.rows[0].record.classes) == set(column["classes"]):
         return True
     names = [family.data, *(row.record.data for row in family.rows)]

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from latentds_tools.comparison.cells import NAMES as METRICS
-from latentds_tools.comparison.cells import flags, score, size
+from latentds_tools.comparison.cells import flags, score, size, title
 from latentds_tools.reports.markdown import ABSENT, bullets, table
 
 NAMES = {"dice": "Dice", "f1": "F1", "iou": "IoU"}
@@ -30,15 +29,15 @@ def paper_parts(families: Sequence[dict[str, Any]]) -> list[str]:
         for family in members:
             parts += [f"Ours: {family['title']}.", paper_table(family, family["paper"])]
         remarks = dict.fromkeys(paper["notes"])
-        remarks |= dict.fromkeys(note for family in members for note in own_notes(family["paper"]))
+        lines = [line for family in members for line in family["paper"]["rows"]]
+        remarks |= dict.fromkeys(
+            f"`{own['row']}`: {'; '.join(own['notes'])}."
+            for line in lines
+            for own in line["ours"]
+            if own["notes"]
+        )
         parts.append(bullets(remarks))
     return parts
-
-
-def own_notes(paper: dict[str, Any]) -> list[str]:
-    """How our rows differ from the paper's that they stand beside."""
-    found = [own for line in paper["rows"] for own in line["ours"] if own["notes"]]
-    return [f"`{own['row']}`: {'; '.join(own['notes'])}." for own in found]
 
 
 def paper_table(family: dict[str, Any], paper: dict[str, Any]) -> str:
@@ -61,16 +60,17 @@ def paper_table(family: dict[str, Any], paper: dict[str, Any]) -> str:
 
 def metric_title(metric: str | None) -> str:
     """What a score is called that the paper does not name."""
-    return f"score ({METRICS.get(metric, metric)} here)" if metric else "score"
+    return f"score ({title(metric)} here)" if metric else "score"
 
 
 def paper_line(
     family: dict[str, Any], paper: dict[str, Any], line: dict[str, Any], row: dict[str, Any] | None
 ) -> list[str]:
-    """One row of it."""
     values, first = line["values"], paper["rows"][0]["values"]
     own = next((r for r in family["rows"] if r["kind"] == "original"), None)
-    cells = [line["label"], *paper_flags(line), f"`{row['source']}`" if row else ABSENT]
+    is_network = line["source"] != "original" and ":" not in line["source"]
+    cells = [line["label"], *flags(line | {"is_network": is_network})]
+    cells.append(f"`{row['source']}`" if row else ABSENT)
     if "kilobytes" in values:
         right = line["derived"].get("kilobytes")
         note = f" ({right:,})" if right else ""
@@ -88,13 +88,6 @@ def paper_line(
     return cells
 
 
-def paper_flags(line: dict[str, Any]) -> list[str]:
-    """FT and Quant of a row of the paper."""
-    is_network = line["source"] != "original" and ":" not in line["source"]
-    return flags(line | {"is_network": is_network})
-
-
 def mean_of(row: dict[str, Any] | None, metric: str | None) -> float | None:
-    """A row's mean."""
     found = None if row is None or metric is None else row["scores"].get(metric)
     return found["mean"] if found else None

@@ -101,11 +101,8 @@ def pair_folds(row: RunRow, reference: RunRow, metric: str, bootstrap: Bootstrap
     for cells in units.values():
         scores = [(ours[c]["scores"].get(metric), theirs[c]["scores"].get(metric)) for c in cells]
         kept = [(a, b) for a, b in scores if a is not None and b is not None]
-        means.append(
-            (sum(a for a, _ in kept) / len(kept), sum(b for _, b in kept) / len(kept))
-            if kept
-            else (None, None)
-        )
+        pair_of_means = [sum(one) / len(kept) for one in zip(*kept, strict=True)]
+        means.append((pair_of_means[0], pair_of_means[1]) if kept else (None, None))
     draws = FOLD_DRAWS if bootstrap.draws is None else bootstrap.draws
     first, second = [a for a, _ in means], [b for _, b in means]
     found = paired_difference(first, second, seed=bootstrap.seed, draws=draws)
@@ -151,7 +148,6 @@ def differing_folds(row: RunRow, reference: RunRow) -> str:
 
 
 def words(values: list[Any]) -> str:
-    """Values with commas between."""
     return ", ".join(str(value) for value in values)
 
 

@@ -16,8 +16,6 @@ Cell = tuple[str, int, int]  # split_id, fold, seed
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run folder."""
-
     folder: Path
     record: RunRecord
 
@@ -36,7 +34,6 @@ class RunRow:
 
     @property
     def record(self) -> RunRecord:
-        """The first run's."""
         return self.runs[0].record
 
     @property
@@ -49,7 +46,6 @@ class RunRow:
         }
 
     def metrics(self) -> list[str]:
-        """Names of the scores."""
         return list(dict.fromkeys(name for run in self.runs for name in run.record.metrics()))
 
     def summarize(self, metric: str) -> Summary:
@@ -113,7 +109,6 @@ def make_families(runs: Sequence[Run]) -> list[Family]:
 
 
 def belongs(one: Run, other: Run) -> bool:
-    """Whether two runs are of one family."""
     ours, theirs = one.record, other.record
     if any(getattr(ours, n) != getattr(theirs, n) for n in ("task", "model", "embedder")):
         return False
@@ -144,17 +139,12 @@ def make_family(runs: Sequence[Run]) -> Family:
 
 def can_join(row: RunRow, run: Run) -> bool:
     """Whether a run is another seed's of the row's source."""
-    if row.name != run.source or same_seeds(row, run):
+    seeds = {fold["seed"] for other in row.runs for fold in other.record.folds}
+    if row.name != run.source or seeds & {fold["seed"] for fold in run.record.folds}:
         return False
     facts = ("autoencoder", "decoder", "codec", "patch_px")
     ours, theirs = row.record.source, run.record.source
     return all(ours.get(name) == theirs.get(name) for name in facts)
-
-
-def same_seeds(row: RunRow, run: Run) -> bool:
-    """Whether a seed of the run is one of the row's."""
-    seeds = {fold["seed"] for other in row.runs for fold in other.record.folds}
-    return bool(seeds & {fold["seed"] for fold in run.record.folds})
 
 
 def kind_of(facts: dict[str, Any]) -> str:

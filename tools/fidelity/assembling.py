@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import importlib.metadata
 import math
 from collections import Counter
@@ -13,6 +15,7 @@ import numpy as np
 from latentds_tools.fidelity import jpeg_tables
 from latentds_tools.fidelity.codebook_fitting import ON_TESTED, FitSample
 from latentds_tools.fidelity.fidelity_crops import FidelityCrops
+from latentds_tools.fidelity.fidelity_plan import last_part
 from latentds_tools.fidelity.measuring import Measured
 from latentds_tools.fidelity.paper_rows import find_paper_row
 from latentds_tools.fidelity.picture_slides import RULES
@@ -54,11 +57,6 @@ def container_bytes(
     return [codes + SHARD_BYTES] * len(sizes)
 
 
-def packed_bytes(spec: CodecSpec, sizes: Sequence[int]) -> list[int] | None:
-    """What each picture's file takes in a packed column; None for latents."""
-    return None if isinstance(spec, LatentSpec) else [size + SHARD_BYTES for size in sizes]
-
-
 def fixed_bytes(spec: PictureSpec, patch_px: tuple[int, int]) -> int:
     """Bytes of the file of one flat grey patch: headers and tables, which every file has."""
     rules = FORMATS[spec.name]
@@ -77,7 +75,8 @@ def describe_row(
     """One row of the report; `names` are what its series and it are called."""
     sizes = row.per_crop["bytes"]
     container = container_bytes(spec, card, patch_px, sizes)
-    packed = packed_bytes(spec, sizes) or container
+    is_latent = isinstance(spec, LatentSpec)
+    packed = container if is_latent else [size + SHARD_BYTES for size in sizes]
     described: dict[str, Any] = {"codec": names[1], "kind": spec.family, "series": names[0]}
     described["codebook"] = codebook
     if isinstance(spec, LatentSpec):
@@ -98,7 +97,7 @@ def describe_row(
         "steps": steps_of(row.per_crop),
         "encode_rate": len(sizes) / row.seconds["encode"],
         "decode_rate": len(sizes) / row.seconds["decode"],
-        "paper": found and found[0].to_json() | {"note": found[1]},
+        "paper": found and dataclasses.asdict(found[0]) | {"note": found[1]},
         "per_crop": row.per_crop,
     }
 
@@ -174,11 +173,9 @@ def fitted_to(
     found = set()
     if any(spec.name == jpeg_tables.NAME for spec in specs):
         found.add(next(reversed(embedders), ""))
-    for how in trained.values():
-        config = how.get("config")
-        text = config.get("embedder") if isinstance(config, dict) else None
-        if text:
-            last = str(text).rstrip("/").rpartition("/")[2].removesuffix(".safetensors")
+    for config in trained.values():
+        if text := str(config.get("embedder") or ""):
+            last = last_part(text).removesuffix(".safetensors")
             found |= {name for name in embedders if name.rpartition(":")[2] in (text, last)}
     return [name for name in embedders if name in found]
 
@@ -194,9 +191,7 @@ def seen_notes(
     tested = dict.fromkeys(path.resolve().name for path in folders)
     tested |= dict.fromkeys(part for crop in crops.crops for part in Path(crop.source).parts[:-1])
     notes = []
-    for decoder, how in trained.items():
-        config = how.get("config")
-        config = config if isinstance(config, dict) else {}
+    for decoder, config in trained.items():
         seen = names_in(config.get("pictures")) | names_in(config.get("data"))
         held_out = config.get("held_out")
         but = f" but for held_out {held_out}" if held_out and isinstance(held_out, str) else ""
@@ -212,7 +207,7 @@ def seen_notes(
 def names_in(value: Any) -> set[str]:
     """Last parts of the paths in a recorded value."""
     values = value if isinstance(value, list) else [value]
-    return {text.rstrip("/").rpartition("/")[2] for text in values if isinstance(text, str)} - {""}
+    return {last_part(text) for text in values if isinstance(text, str)} - {""}
 
 
 def encodings(crops: FidelityCrops) -> str:
@@ -222,11 +217,8 @@ def encodings(crops: FidelityCrops) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages that figures depend on."""
     found = {}
     for name in PACKAGES:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return found

@@ -16,7 +16,6 @@ from latentds.codecs import LatentCodec, LatentSpec, draw_samples, with_quantize
 from latentds.codecs.quantizers import latent_shape
 from latentds.errors import ContractError, InputError
 from latentds.quantizers.codebooks import StoredCodebook, load_codebook
-from latentds.quantizers.entropy.record_codebook import EntropyCodebook
 from latentds.quantizers.entropy.record_fit import fit_entropy_codebook
 
 ENCODE_BATCH = 16
@@ -62,7 +61,6 @@ class Codebooks:
         return self.fitted()
 
     def fitted(self) -> dict[str, Any]:
-        """What is fitted to the sample comes from it."""
         return {
             "origin": self.sample.origin,
             "crops": len(self.sample.images),
@@ -89,20 +87,16 @@ class Codebooks:
         book = found[1].codebook if found else None
         samples = None
         if book is None and quantizer.record_bytes is not None:
-            book = self.fit_records(spec, quantizer.record_bytes)
+            try:
+                book = fit_entropy_codebook(self.encode_sample(spec), quantizer.record_bytes)[0]
+            except ValueError as error:  # bytes that records cannot have
+                raise InputError(f"{spec.text}: {error}") from error
         elif book is None and quantizer.is_fitted:
             samples = draw_samples(self.encode_sample(spec))
         return with_quantizer(
             autoencoder, quantizer, patch_px=self.patch_px, samples=samples, codebook=book,
             seed=self.seed,
         )  # fmt: skip
-
-    def fit_records(self, spec: LatentSpec, record_bytes: int) -> EntropyCodebook:
-        """Entropy-coded records for the fit sample; InputError for bytes they cannot have."""
-        try:
-            return fit_entropy_codebook(self.encode_sample(spec), record_bytes)[0]
-        except ValueError as error:
-            raise InputError(f"{spec.text}: {error}") from error
 
     def encode_sample(self, spec: LatentSpec) -> Any:
         """Latents (N, C, h, w) of the fit sample; encoded once for the rows of one autoencoder."""

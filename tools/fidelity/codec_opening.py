@@ -6,6 +6,7 @@ latents.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -29,7 +30,7 @@ class Autoencoders:
     cards   card of every autoencoder that can be had
     bases   decoder: the listed autoencoder whose encoder it takes
     absent  name: why it cannot be had
-    trained decoder: how its record says it was trained
+    trained decoder: the settings that its record says it was trained with
     """
 
     def __init__(self, device: str) -> None:
@@ -53,7 +54,11 @@ class Autoencoders:
                 self.bases[name] = base
                 self.cards[name] = self.get(name).card
                 del self.absent[name]
-        self.trained = {name: how for name in self.cards if (how := self.how_trained(name))}
+        for name in (name for name, card in self.cards.items() if card.encoder):
+            with contextlib.suppress(LatentdsError, FileNotFoundError):
+                config = (find_record(name).trained or {}).get("config")
+                if isinstance(config, dict):
+                    self.trained[name] = config
 
     def find_base(self, name: str) -> str | None:
         """An autoencoder with an encoder for this decoder's latents.
@@ -75,15 +80,6 @@ class Autoencoders:
         if is_hub_name(name):
             self.absent[name] = reason
         return None
-
-    def how_trained(self, name: str) -> dict[str, Any] | None:
-        """What a decoder's record says of its training, None for what is no decoder."""
-        if not self.cards[name].encoder:
-            return None
-        try:
-            return find_record(name).trained
-        except (LatentdsError, FileNotFoundError):
-            return None
 
     def get(self, name: str) -> Any:
         """The autoencoder, on the device."""
@@ -117,5 +113,4 @@ def open_embedders(names: Sequence[str], device: str) -> tuple[dict[str, Any], d
 
 
 def one_line(error: BaseException) -> str:
-    """An error's text without line breaks."""
     return " ".join(str(error).split())

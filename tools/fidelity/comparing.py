@@ -9,15 +9,13 @@ from typing import Any
 
 from latentds_tools.bench.harness import machine
 from latentds_tools.fidelity import assembling
-from latentds_tools.fidelity.contact import draw_sheet
-from latentds_tools.fidelity.encoded import encode_all
 from latentds_tools.fidelity.fidelity_config import Config
-from latentds_tools.fidelity.fidelity_plots import draw_plots
 from latentds_tools.fidelity.job import FidelityJob, prepare
 from latentds_tools.fidelity.keeping import KeptRows, check_finite
-from latentds_tools.fidelity.measuring import Measured, MeasuredOriginals, measure
+from latentds_tools.fidelity.measuring import Measured, MeasuredOriginals, encode_all, measure
 from latentds_tools.fidelity.paper_rows import differences
 from latentds_tools.fidelity.quality import PSNR_SETTINGS, SIMILARITY_SETTINGS, SSIM_SETTINGS
+from latentds_tools.fidelity.report_pictures import draw_plots, draw_sheet
 from latentds_tools.fidelity.summaries import Groups, budget_of
 from latentds_tools.reports.paper_tables import paper_tables
 
@@ -61,9 +59,8 @@ def measure_rows(job: FidelityJob) -> list[Measured]:
                 else:
                     bar.update(len(images))
                 row = measure(
-                    codec, encoded, originals, job.config.ssim, job.contact, bar.update,
-                    job.downstream,
-                )  # fmt: skip
+                    codec, encoded, originals, job.config.ssim, job.contact, bar.update, job.judges
+                )
                 check_finite(row.per_crop, spec.text)
                 kept.keep(facts, row)
             else:
@@ -90,7 +87,6 @@ def encoding_facts(job: FidelityJob, spec: CodecSpec) -> dict[str, Any]:
 
 
 def facts_of(job: FidelityJob, spec: CodecSpec) -> dict[str, Any]:
-    """All that makes a row what it is."""
     card, embedders = job.card(spec), job.plan.embedders
     return encoding_facts(job, spec) | {
         "codec": spec.text,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+from latentds_tools.reports.commands import check_least, listed
 
 from latentds.errors import InputError
 
@@ -94,15 +95,7 @@ class Config:
     """Print JSON."""
 
     def __post_init__(self) -> None:
-        if self.crop_px < MIN_CROP_PX:
-            raise InputError(f"--crop-px {self.crop_px}; at least {MIN_CROP_PX}")
-        for name in ("crops", "fit_patches"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}; at least 1")
-        if self.patches is not None and self.patches < 1:
-            raise InputError(f"--patches {self.patches}; at least 1")
-        if self.bootstrap < 0:
-            raise InputError(f"--bootstrap {self.bootstrap}; 0 or more")
+        check_least(self, crop_px=MIN_CROP_PX, crops=1, fit_patches=1, patches=1, bootstrap=0)
         if self.probe_on is not None and not self.embedder_names():
             raise InputError("--probe-on: no --embedders to probe")
         if not self.source:
@@ -126,4 +119,4 @@ class Config:
         )
 
     def embedder_names(self) -> list[str]:
-        return [name.strip() for name in (self.embedders or "").split(",") if name.strip()]
+        return listed(self.embedders)

@@ -36,7 +36,6 @@ def lead(report: dict[str, Any]) -> str:
 
 
 def main_table(report: dict[str, Any], group: str) -> str:
-    """Codecs with their bytes, means and rates."""
     names, figures = embedder_names(report), figure_names(report)
     header = ["codec", "bytes", "in container", "packed", *names, "PSNR, dB", "SSIM", *figures]
     rows = []
@@ -44,9 +43,7 @@ def main_table(report: dict[str, Any], group: str) -> str:
         values = row["groups"][group]
         rows.append([
             f"`{row['codec']}`",
-            number(values["bytes"], ",.0f"),
-            number(values["container_bytes"], ",.0f"),
-            number(values["packed_bytes"], ",.0f"),
+            *(number(values[n], ",.0f") for n in ("bytes", "container_bytes", "packed_bytes")),
             *(interval(values["similarity"][name], 4) for name in names),
             psnr(values["psnr_db"]),
             interval(values["ssim"], 3),
@@ -148,7 +145,6 @@ def paper_part(report: dict[str, Any]) -> str:
 
 
 def notes(report: dict[str, Any]) -> list[str]:
-    """Settings, and what a reader must know."""
     settings = report["settings"]
     found = [
         f"Similarity: {settings['similarity']}.",

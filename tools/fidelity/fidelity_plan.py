@@ -100,7 +100,6 @@ def why_not(spec: CodecSpec, autoencoders: Autoencoders) -> str | None:
 
 
 def tell(missing: dict[str, str]) -> str:
-    """One line that lists what is missing."""
     # Most errors begin with the name that was asked for.
     parts = "; ".join(
         f"{name}: {why.removeprefix(f'{name}: ').rstrip('.')}" for name, why in missing.items()

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from latentds_tools.fidelity.fidelity_plots import MARKERS
+from latentds_tools.fidelity.report_pictures import MARKERS
 from latentds_tools.reports.markdown import table
 from latentds_tools.reports.plots import make_panels, saved
 
@@ -79,7 +79,9 @@ def read_rows(report: Path, section: str = SECTION) -> dict[str, dict[str, str]]
     """Cells by codec and column, of all tables in the section; InputError where there are none."""
     rows: dict[str, dict[str, str]] = {}
     header: list[str] = []
-    for line in section_of(report.read_text(), section):
+    parts = re.split(r"^## ", report.read_text(), flags=re.MULTILINE)
+    found = next((part for part in parts if part.startswith(section)), "")
+    for line in found.splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if not line.startswith("|"):
             header = []
@@ -90,12 +92,6 @@ def read_rows(report: Path, section: str = SECTION) -> dict[str, dict[str, str]]
     if not rows:
         raise InputError(f"{report}: no table in a section {section!r}")
     return rows
-
-
-def section_of(text: str, section: str) -> list[str]:
-    """Lines under the heading that starts with `section`."""
-    parts = re.split(r"^## ", text, flags=re.MULTILINE)
-    return next((part for part in parts if part.startswith(section)), "").splitlines()
 
 
 def cell(rows: dict[str, dict[str, str]], codec: str, column: str) -> str:

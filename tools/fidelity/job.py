@@ -15,16 +15,15 @@ from latentds_tools.fidelity.codebook_fitting import (
     stored_codebooks,
 )
 from latentds_tools.fidelity.codec_opening import Autoencoders
-from latentds_tools.fidelity.contact import pick_crops
 from latentds_tools.fidelity.fidelity_config import Config
 from latentds_tools.fidelity.fidelity_crops import FidelityCrops, read_crops
 from latentds_tools.fidelity.fidelity_plan import FidelityPlan, make_plan, parse
 from latentds_tools.fidelity.jpeg_tables import NAME as FITTED
 from latentds_tools.fidelity.jpeg_tables import FittedTables
-from latentds_tools.fidelity.nuclei import NAME as NUCLEI
 from latentds_tools.fidelity.nuclei import NucleiFinder
 from latentds_tools.fidelity.picture_slides import SlideOptions, read_slides
 from latentds_tools.fidelity.probing import PatchProbe
+from latentds_tools.fidelity.report_pictures import pick_crops
 
 from latentds.codecs import (
     CodecSpec,
@@ -49,8 +48,7 @@ class FidelityJob:
     contact: list[int]
     device: str
     tables: FittedTables
-    finder: NucleiFinder | None
-    probe: PatchProbe | None
+    judges: tuple[NucleiFinder | PatchProbe, ...]
 
     @property
     def patch_px(self) -> tuple[int, int]:
@@ -58,10 +56,10 @@ class FidelityJob:
         return self.config.crop_px, self.config.crop_px
 
     def trained(self) -> dict[str, dict[str, Any]]:
-        """For the decoders among the rows, by what they are called: how they were trained."""
+        """Settings that the decoders among the rows were trained with, by what they are called."""
         series = {row.name: self.plan.series(row) for row in self.plan.rows}
         trained = self.codebooks.autoencoders.trained
-        return {series[name]: how for name, how in trained.items() if name in series}
+        return {series[name]: config for name, config in trained.items() if name in series}
 
     def codec(self, spec: CodecSpec) -> PictureCodec | LatentCodec:
         """A row's codec, fitted where it has to be."""
@@ -84,22 +82,6 @@ class FidelityJob:
             "weights": card.weights_id,
         }
 
-    @property
-    def judges(self) -> list[NucleiFinder | PatchProbe]:
-        """Those of reconstructions that were asked for."""
-        return [judge for judge in (self.finder, self.probe) if judge is not None]
-
-    def downstream(
-        self, start: int, decoded: Sequence[np.ndarray], embeddings: dict[str, np.ndarray]
-    ) -> dict[str, list[Any]]:
-        """Downstream figures of the crops from a place on."""
-        found: dict[str, list[Any]] = {}
-        if self.finder is not None:
-            found[NUCLEI] = self.finder.score(start, decoded)
-        if self.probe is not None:
-            found |= self.probe.score(start, embeddings)
-        return found
-
     def card(self, spec: CodecSpec) -> Any:
         """The card of a row's autoencoder, None for pictures."""
         return self.codebooks.autoencoders.cards.get(spec.name)
@@ -121,6 +103,12 @@ def prepare(config: Config) -> FidelityJob:
     stored = stored_codebooks(config.codebook, autoencoders.cards, config.refit)
     sample = fit_sample(config, crops)
     check_tables(plan)
+    judges: list[NucleiFinder | PatchProbe] = []
+    if config.nuclei is not None:
+        judges.append(NucleiFinder(config.nuclei, crops.crops, config.seed))
+    if config.probe_on is not None:
+        training = crops_of(config, [config.probe_on], MAX_PROBED)
+        judges.append(PatchProbe(training, crops.crops, plan.embedders))
     return FidelityJob(
         config=config,
         plan=plan,
@@ -131,8 +119,7 @@ def prepare(config: Config) -> FidelityJob:
         contact=pick_crops(config.contact, crops.crops),
         device=device,
         tables=FittedTables(sample.images, plan.embedders),
-        finder=NucleiFinder(config.nuclei, crops.crops, config.seed) if config.nuclei else None,
-        probe=probe_of(config, crops, plan.embedders),
+        judges=tuple(judges),
     )
 
 
@@ -148,16 +135,7 @@ def check_tables(plan: FidelityPlan) -> None:
             raise InputError(f"--codecs: {spec.text} needs bytes, as {FITTED}@4096")
 
 
-def probe_of(config: Config, crops: FidelityCrops, embedders: dict[str, Any]) -> PatchProbe | None:
-    """The probe of --probe-on, None without it."""
-    if config.probe_on is None:
-        return None
-    training = crops_of(config, [config.probe_on], MAX_PROBED)
-    return PatchProbe(training, crops.crops, embedders)
-
-
 def crops_of(config: Config, folders: Sequence[Path], most: int) -> FidelityCrops:
-    """Crops of folders, as the options say."""
     tables = tuple(read_slides(path) for path in config.slides_table)
     is_tested = folders == config.source
     return read_crops(

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from latentds_tools.fidelity.encoded import Encoded
-from latentds_tools.fidelity.measuring import Measured
+from latentds_tools.fidelity.measuring import Encoded, Measured
 
 from latentds.core.json_text import canonical_json
 from latentds.core.storage import write_atomically
@@ -73,7 +72,6 @@ class KeptRows:
 
 
 def key_of(facts: dict[str, Any]) -> str:
-    """Hex hash of facts in JSON values."""
     return hashlib.sha256(canonical_json(facts).encode()).hexdigest()[:24]
 
 

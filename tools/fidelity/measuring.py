@@ -1,22 +1,102 @@
-"""One row: decode what a codec made of every crop, compare what comes out with the original."""
-# k crops shown on the contact sheet, D embedding dimensions, H W pixels
+"""One row: what a codec makes of every crop, and what comes out beside the original."""
+# n crops, k of them shown on the contact sheet, D embedding dimensions, H W pixels
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
-from latentds_tools.fidelity.encoded import CHUNK, Encoded
 from latentds_tools.fidelity.quality import cosines, embed, measure_ssim
 
-from latentds.codecs import LatentCodec, PictureCodec
+from latentds.codecs import FittedQuality, LatentCodec, PictureCodec
 from latentds.core.metrics import psnr_db
 
-Downstream = Callable[[int, Sequence[np.ndarray], dict[str, np.ndarray]], dict[str, list[Any]]]
+CHUNK = 16  # crops that are encoded or decoded at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """The files of all crops, in their order.
+
+    qualities  those that were searched for, None where none was
+    seconds    of encoding all, without the search
+    """
+
+    files: list[bytes]
+    qualities: list[float | None]
+    seconds: float
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """As a file keeps it: the bytes end to end with the sizes (n,); NaN for no quality."""
+        return {
+            "bytes": np.frombuffer(b"".join(self.files), np.uint8),
+            "sizes": np.array([len(file) for file in self.files]),
+            "qualities": np.array(self.qualities, np.float64),
+            "seconds": np.array(self.seconds),
+        }
+
+    @staticmethod
+    def from_arrays(arrays: dict[str, np.ndarray]) -> Encoded:
+        """What `to_arrays` laid out; KeyError or ValueError where it is none."""
+        ends = np.cumsum(arrays["sizes"])
+        octets = arrays["bytes"].tobytes()
+        if len(octets) != ends[-1]:
+            raise ValueError(f"{len(octets)} bytes for files of {ends[-1]} together")
+        starts = (ends - arrays["sizes"]).tolist()
+        files = [octets[start:end] for start, end in zip(starts, ends.tolist(), strict=True)]
+        qualities = [None if np.isnan(q) else float(q) for q in arrays["qualities"]]
+        return Encoded(files, qualities, float(arrays["seconds"]))
+
+
+def encode_all(
+    codec: PictureCodec | LatentCodec, images: Sequence[np.ndarray], tick: Callable[[int], object]
+) -> Encoded:
+    """The files of all crops; `tick` is told how many are done."""
+    if isinstance(codec, PictureCodec) and codec.quality is None:
+        return encode_searched(codec, images, tick)
+    codec.encode_batch(images[:1])  # first calls set things up
+    files: list[bytes] = []
+    began = time.perf_counter()
+    for start in range(0, len(images), CHUNK):
+        files += codec.encode_batch(images[start : start + CHUNK])
+        tick(len(files) - start)
+    return Encoded(files, [None] * len(files), time.perf_counter() - began)
+
+
+def encode_searched(
+    codec: PictureCodec, images: Sequence[np.ndarray], tick: Callable[[int], object]
+) -> Encoded:
+    """The files at the qualities that a search finds, of each crop or of all together."""
+    fitted: list[FittedQuality] = []
+    if codec.mean_bytes is not None:
+        fitted = codec.fit_all(images)
+        tick(len(images))
+    else:
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            for found in pool.map(codec.fit, images):  # up to 14 files a picture are made
+                fitted.append(found)
+                tick(1)
+    began = time.perf_counter()
+    files = [
+        codec.coding.encode(image, found.quality or 0)
+        for image, found in zip(images, fitted, strict=True)
+    ]
+    return Encoded(files, [found.quality for found in fitted], time.perf_counter() - began)
+
+
+class DownstreamJudge(Protocol):
+    """Tells how well reconstructions serve a task."""
+
+    def score(
+        self, start: int, decoded: Sequence[np.ndarray], embeddings: dict[str, np.ndarray], /
+    ) -> dict[str, list[float | None]]:
+        """Figures by name of the crops from a place on; embeddings (n, D) by embedder."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,11 +133,11 @@ class MeasuredOriginals:
 
 def measure(
     codec: PictureCodec | LatentCodec, encoded: Encoded, originals: MeasuredOriginals, ssim: str,
-    contact: Sequence[int], tick: Callable[[int], object], downstream: Downstream | None = None,
+    contact: Sequence[int], tick: Callable[[int], object], judges: Sequence[DownstreamJudge] = (),
 ) -> Measured:  # fmt: skip
     """All figures of one codec's files; `tick` is told how many crops are done.
 
-    downstream  figures of reconstructions and their embeddings by name, from a place on
+    judges  have downstream figures of reconstructions and their embeddings
     """
     images = originals.images
     codec.decode_batch(encoded.files[:1])  # first calls set things up
@@ -78,16 +158,17 @@ def measure(
         began = time.perf_counter()
         decoded = codec.decode_batch(encoded.files[start : start + CHUNK])
         seconds["decode"] += time.perf_counter() - began
-        columns["psnr_db"] += [
-            finite_psnr(d, image) for d, image in zip(decoded, part, strict=True)
-        ]
-        columns["ssim"] += [measure_ssim(d, i, ssim) for d, i in zip(decoded, part, strict=True)]
+        for made, image in zip(decoded, part, strict=True):
+            psnr = psnr_db(made, image)
+            columns["psnr_db"].append(psnr if math.isfinite(psnr) else None)  # as JSON has it
+            columns["ssim"].append(measure_ssim(made, image, ssim))
         embeddings = {name: embed(e, decoded) for name, e in originals.embedders.items()}
         for name, vectors in embeddings.items():
             wanted = originals.embeddings(name)[start : start + len(part)]
             similarity[name] += cosines(vectors, wanted).tolist()
-        for name, values in (downstream(start, decoded, embeddings) if downstream else {}).items():
-            figures.setdefault(name, []).extend(values)
+        for judge in judges:
+            for name, values in judge.score(start, decoded, embeddings).items():
+                figures.setdefault(name, []).extend(values)
         shown |= {n: decoded[n - start] for n in contact if start <= n < start + len(part)}
         tick(len(part))
     pictures = (
@@ -95,9 +176,3 @@ def measure(
     )
     found = {**columns, "similarity": similarity, "downstream": figures}
     return Measured(found, seconds, pictures)
-
-
-def finite_psnr(image: np.ndarray, reference: np.ndarray) -> float | None:
-    """PSNR in dB, None where the pictures are equal: JSON has no infinity."""
-    value = psnr_db(image, reference)
-    return value if math.isfinite(value) else None

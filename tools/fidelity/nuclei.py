@@ -41,7 +41,6 @@ class SmallUNet(nn.Module):
         self.head = nn.Conv2d(first, 1, 1)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits."""
         fine = self.fine(functional.pixel_unshuffle(images * 2 - 1, 2))
         middle = self.middle(functional.max_pool2d(fine, 2))
         coarse = self.coarse(functional.max_pool2d(middle, 2))
@@ -93,13 +92,16 @@ class NucleiFinder:
         self.seed = seed
         self._network: SmallUNet | None = None
 
-    def score(self, start: int, decoded: Sequence[np.ndarray]) -> list[float | None]:
+    def score(
+        self, start: int, decoded: Sequence[np.ndarray], _: dict[str, np.ndarray]
+    ) -> dict[str, list[float | None]]:
         """Dice of the crops from `start` on; None for those without nuclei in truth and found."""
         if self._network is None:
             self._network = train(self.pairs, self.seed)
         with torch.no_grad():
             found = (self._network(to_images(decoded))[:, 0] > 0).numpy()
-        return [dice(f, t) for f, t in zip(found, self.truths[start:], strict=False)]
+        pairs = zip(found, self.truths[start:], strict=False)
+        return {NAME: [dice(mask, truth) for mask, truth in pairs]}
 
 
 def train(pairs: Sequence[tuple[np.ndarray, np.ndarray]], seed: int) -> SmallUNet:

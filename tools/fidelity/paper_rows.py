@@ -34,24 +34,13 @@ class PaperRow:
         own, _, own_quantizer = self.codec.partition("+")
         return own == name and parse_quantizer(own_quantizer or "none").text == quantizer
 
-    def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
 
 @functools.cache
 def paper_rows() -> tuple[PaperRow, ...]:
-    """The rows of Table 1, in its order."""
     table = paper_tables("fidelity")
     rows = [dict(zip(table["columns"], row, strict=True)) for row in table["rows"]]
     return tuple(
-        PaperRow(
-            codec=row["codec"],
-            label=row["label"],
-            kilobytes=row["kilobytes"],
-            similarity={name: row[name] for name in table["embedders"]},
-            ssim=row["ssim"],
-            psnr_db=row["psnr_db"],
-        )
+        PaperRow(similarity={name: row.pop(name) for name in table["embedders"]}, **row)
         for row in rows
     )
 

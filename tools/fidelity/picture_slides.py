@@ -5,6 +5,7 @@ A pattern, a table, TCGA barcodes, folders, or each picture for itself.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 from collections.abc import Sequence
@@ -94,17 +95,17 @@ def find_slides(
     for folder, label in zip(folders, labels, strict=True):
         listed = list_pictures(folder, use_labels=False, use_splits=False).pictures
         names = [picture.source for picture in listed]
-        fulls = [f"{label}/{name}" if len(folders) > 1 else name for name in names]
-        rule, by, words = choose_rule(folder, names, options, pattern)
+        rule, by, rules[label] = choose_rule(folder, names, options, pattern)
         used.add(by)
-        slides = slides_of(folder, names, fulls, rule, by)
-        found += [
-            Found(folder / name, full, slide, rule)
-            for name, full, slide in zip(names, fulls, slides, strict=True)
-        ]
-        rules[label] = words
-    if must_match:
-        check_used(pattern, options.tables, used)
+        for name in names:
+            full = f"{label}/{name}" if len(folders) > 1 else name
+            slide = find_slide(folder / name, name, full, rule, by)
+            found.append(Found(folder / name, full, slide, rule))
+    if must_match and pattern is not None and pattern not in used:
+        raise InputError(f"--name-pattern {pattern.pattern!r}: matches no picture's path")
+    for table in options.tables if must_match else ():
+        if table not in used:
+            raise InputError(f"{table.name}: lists none of the pictures")
     return found, rules
 
 
@@ -150,24 +151,22 @@ def rule_of_names(names: Sequence[str]) -> str:
     return "folder" if is_deep else "picture"
 
 
-def slides_of(
-    folder: Path, names: Sequence[str], fulls: Sequence[str], rule: str,
-    by: re.Pattern[str] | SlideColumns | None,
-) -> list[str]:  # fmt: skip
-    """The slide of every picture of a folder; InputError where a pattern does not match."""
+def find_slide(
+    path: Path, name: str, full: str, rule: str, by: re.Pattern[str] | SlideColumns | None
+) -> str:
+    """The slide of a picture by its folder's rule; InputError where a pattern does not match."""
     if isinstance(by, SlideColumns):
-        return [str(by.slide_of(folder / name)) for name in names]
+        return str(by.slide_of(path))
     if by is not None:
-        matches = {name: by.search(name) for name in names}
-        for name, match in matches.items():
-            if match is None or not match["slide"]:
-                raise InputError(f"{name}: does not match --name-pattern {by.pattern!r}")
-        return [match["slide"] for match in matches.values() if match is not None]
+        match = by.search(name)
+        if match is None or not match["slide"]:
+            raise InputError(f"{name}: does not match --name-pattern {by.pattern!r}")
+        return match["slide"]
     if rule == "tcga":
-        return [barcode_in(name) for name in names]
+        return barcode_in(name)
     if rule == "patient":
-        return [patient_in(name) for name in names]
-    return [str(PurePosixPath(full).parent) if rule == "folder" else full for full in fulls]
+        return patient_in(name)
+    return str(PurePosixPath(full).parent) if rule == "folder" else full
 
 
 def barcode_in(name: str) -> str:
@@ -196,17 +195,6 @@ def compile_pattern(text: str) -> re.Pattern[str]:
     return pattern
 
 
-def check_used(
-    pattern: re.Pattern[str] | None, tables: Sequence[SlideColumns], used: set[object]
-) -> None:
-    """Refuse a pattern or a table that is of no folder."""
-    if pattern is not None and pattern not in used:
-        raise InputError(f"--name-pattern {pattern.pattern!r}: matches no picture's path")
-    for table in tables:
-        if table not in used:
-            raise InputError(f"{table.name}: lists none of the pictures")
-
-
 def read_slides(path: Path) -> SlideColumns:
     """A table; InputError where it has not the columns, or says two things of one picture."""
     table = read_table(path)
@@ -225,10 +213,6 @@ def read_slides(path: Path) -> SlideColumns:
 
 def own_table(folder: Path) -> SlideColumns | None:
     """The labels.csv of a folder, None where there is none or it says nothing of slides."""
-    path = folder / OWN
-    if not path.is_file():
-        return None
-    try:
-        return read_slides(path)
-    except InputError:
-        return None  # labels of something else
+    with contextlib.suppress(InputError):  # labels of something else, or none
+        return read_slides(folder / OWN)
+    return None

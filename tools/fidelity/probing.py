@@ -48,9 +48,11 @@ class PatchProbe:
         self._models: dict[tuple[str, str], Any] = {}
         self._originals = MeasuredOriginals([crop.image for crop in self.training], embedders)
 
-    def score(self, start: int, embeddings: dict[str, np.ndarray]) -> dict[str, list[float]]:
+    def score(
+        self, start: int, _: Sequence[np.ndarray], embeddings: dict[str, np.ndarray]
+    ) -> dict[str, list[float | None]]:
         """1 for a class told, else 0, of the crops from `start` on; embeddings (n, D) by name."""
-        scores: dict[str, list[float]] = {}
+        scores: dict[str, list[float | None]] = {}
         for name, vectors in embeddings.items():
             part = self.crops[start : start + len(vectors)]
             told = [

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from typing import Any
 
 import torch
+from latentds_tools.bench.harness import sustained
 
 from latentds.autoencoders import load_autoencoder
 from latentds.core.display import say
+from latentds.errors import first_words
 from latentds.loading.decoding import Decode, Decoder
 from latentds.quantizers.scalar import Codebook
 
@@ -28,7 +29,7 @@ def main(seconds: float) -> None:
         try:
             tell({"device": device} | describe(device) | {"rate": decode_rate(device, seconds)})
         except (RuntimeError, OSError) as error:  # a GPU that is taken, too new, or out of memory
-            tell({"device": device, "error": " ".join(str(error).split())[:300]})
+            tell({"device": device, "error": first_words(error, 300)})
     if count_gpus():
         tell({"compile": try_compile(), "cuda_graph": try_graph()})
 
@@ -69,12 +70,7 @@ def make_decoder(device: str, **options: Any) -> tuple[Decoder, torch.Tensor]:
 def decode_rate(device: str, seconds: float) -> float:
     """Patches of 256 px a second that `tiny` decodes, the first batch not counted."""
     decoder, codes = make_decoder(device)
-    decoder(codes).float().sum().item()
-    count, started = 0, time.perf_counter()
-    while time.perf_counter() - started < seconds or not count:
-        decoder(codes).float().sum().item()  # waits for the device
-        count += len(codes)
-    return count / (time.perf_counter() - started)
+    return sustained(lambda: decoder(codes), seconds, len(codes), device)["patches_per_s"]
 
 
 def try_compile() -> str:
@@ -84,7 +80,7 @@ def try_compile() -> str:
     try:
         torch.compile(lambda values: values.sin() + 1)(torch.zeros(8, device="cuda"))
     except (TorchDynamoException, RuntimeError, ImportError, OSError) as error:
-        return " ".join(str(error).split())[:200] or type(error).__name__
+        return first_words(error, 200)
     return ""
 
 
@@ -95,7 +91,7 @@ def try_graph() -> str:
         for _ in range(2):
             decoder(codes).float().sum().item()
     except RuntimeError as error:
-        return " ".join(str(error).split())[:200]
+        return first_words(error, 200)
     return ""
 
 

@@ -79,7 +79,6 @@ def examine_build(line: dict[str, Any]) -> Iterator[Finding]:
 
 
 def examine_device(line: dict[str, Any]) -> Finding:
-    """What a device is and its rate."""
     name = line["device"]
     if "error" in line:
         remedy = "free its memory, or choose another device"

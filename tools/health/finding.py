@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import threading
 from collections.abc import Callable
@@ -30,7 +31,6 @@ class Finding:
 
     @property
     def breaks_base(self) -> bool:
-        """Whether the base install does not work."""
         return self.is_base and self.state == "problem"
 
 
@@ -59,18 +59,14 @@ def within(timeout_s: float, ask: Callable[[], Found]) -> Found | None:
 
     A thread that hangs (a name server that never answers) is left behind and dies with the process.
     """
-    results: list[Found] = []
-    errors: list[Exception] = []
+    answer: concurrent.futures.Future[Found] = concurrent.futures.Future()
 
     def work() -> None:
         try:
-            results.append(ask())
+            answer.set_result(ask())
         except Exception as error:  # raised again by the thread that waits
-            errors.append(error)
+            answer.set_exception(error)
 
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(timeout_s)
-    if errors:
-        raise errors[0]
-    return results[0] if results else None
+    threading.Thread(target=work, daemon=True).start()
+    concurrent.futures.wait([answer], timeout_s)
+    return answer.result() if answer.done() else None

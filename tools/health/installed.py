@@ -53,8 +53,7 @@ def examine_extras(requirements: list[Requirement]) -> Iterator[Finding]:
     """A finding an extra: its packages with versions, or those that are missing."""
     metadata = importlib.metadata.metadata(PACKAGE)
     for extra in metadata.get_all("Provides-Extra") or ():
-        wanted = [one for one in requirements if one.marker and is_wanted(one, extra)]
-        wanted = [one for one in wanted if not is_wanted(one, "")]
+        wanted = [r for r in requirements if is_wanted(r, extra) and not is_wanted(r, "")]
         if extra in FOR_DEVELOPERS or not wanted:
             continue
         lacks = [f"{one.name} {lack}" for one in wanted if (lack := lack_of(one))]

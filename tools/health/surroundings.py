@@ -158,7 +158,6 @@ def examine_shm(size: int) -> Finding:
 
 
 def examine_files() -> Finding:
-    """How many files may be open."""
     import resource  # not on Windows, where nothing else of this package works either
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

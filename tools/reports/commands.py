@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from latentds.core.display import say
-from latentds.errors import InputError
+from latentds.errors import InputError, unknown_name
 
 
 def check_ranges(config: object, **limits: tuple[float, float]) -> None:
@@ -18,6 +18,31 @@ def check_ranges(config: object, **limits: tuple[float, float]) -> None:
         value = getattr(config, name)
         if value is not None and not low <= value <= high:
             raise InputError(f"--{name.replace('_', '-')} {value} is not between {low} and {high}")
+
+
+def check_least(config: object, **least: float) -> None:
+    """InputError where an option that is given is less than it may be."""
+    for name, low in least.items():
+        value = getattr(config, name)
+        if value is not None and value < low:
+            raise InputError(f"--{name.replace('_', '-')} {value}; at least {low}")
+
+
+def check_known(kind: str, names: Iterable[str], known: Collection[str]) -> None:
+    """UnknownNameError for the first name that is not among the known ones."""
+    for name in names:
+        if name not in known:
+            raise unknown_name(kind, name, known)
+
+
+def listed(text: str | None) -> list[str]:
+    """The names that an option lists with commas between."""
+    return [" ".join(name.split()) for name in (text or "").split(",") if name.strip()]
+
+
+def picked(config: object, *names: str) -> dict[str, Any]:
+    """Some options' values by name, for a function or settings that take them as they are."""
+    return {name: getattr(config, name) for name in names}
 
 
 def check_free(paths: Iterable[Path], overwrite: bool) -> None:

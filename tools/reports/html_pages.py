@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import base64
-import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
-from PIL import Image
 
+from latentds.codecs.formats import save_with_pillow
 from latentds.core.display import html_text
 
 STYLE = """
@@ -83,9 +82,7 @@ def bars(counts: Mapping[str, int]) -> str:
 
 def figure(image: np.ndarray, caption: str) -> str:
     """A picture, uint8 (H, W, 3), losslessly inside the page, with text below it."""
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "PNG")
-    return png_figure(buffer.getvalue(), caption)
+    return png_figure(save_with_pillow(image, "PNG"), caption)
 
 
 def png_figure(png: bytes, caption: str) -> str:

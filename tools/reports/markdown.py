@@ -13,9 +13,9 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def number(value: float | None, form: str, absent: str = ABSENT) -> str:
+def number(value: float | None, form: str) -> str:
     """A figure in a format such as `.2f`, or a dash."""
-    return absent if value is None else format(value, form)
+    return ABSENT if value is None else format(value, form)
 
 
 def bracketed(mean: float | None, low: float | None, high: float | None, form: str) -> str:

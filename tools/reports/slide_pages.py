@@ -74,7 +74,6 @@ def slide_page(
 
 
 def summary(records: Sequence[SlideRecord]) -> str:
-    """Counts over all slides, as a table."""
     taken = [record for record in records if record.patches]
     rows = [
         ("slides", f"{len(records):,}"),
@@ -104,7 +103,6 @@ def card(record: SlideRecord, number: int, decoded: int) -> str:
 
 
 def facts(record: SlideRecord) -> list[str]:
-    """What is known of a slide, in lines."""
     kind = " · ".join(word for word in (record.split, record.label) if word)
     if not record.places:
         return [kind] if kind else []

@@ -168,7 +168,6 @@ class FinetuneConfig(TrainConfig):
             self.check_paper()
 
     def check_inputs(self) -> None:
-        """Refuse a choice of inputs that is none or two."""
         if (self.data is None) == (not self.pictures):
             raise ValueError("give either --data with --originals, or --pictures")
         if self.data is not None and self.originals is None:
@@ -216,7 +215,6 @@ class FinetuneConfig(TrainConfig):
                 raise ValueError(f"--{option} shows held-out pictures and there are none; {remedy}")
 
     def check_networks(self) -> None:
-        """Refuse networks and losses that exclude each other."""
         if self.embedder is None and self.embedding_weight is not None:
             raise ValueError(f"--embedding-weight {self.embedding_weight} without an --embedder")
         if self.zero_stage not in (0, 1, 2):

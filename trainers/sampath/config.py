@@ -144,7 +144,6 @@ class SampathConfig(PatchInput, EngineOptions):
         return self.steps or self.settings.epochs * epoch_steps
 
     def of_fold(self, out: Path, seed: int, steps: int) -> TrainConfig:
-        """What the engine reads of a fold."""
         options = {f.name: getattr(self, f.name) for f in dataclasses.fields(EngineOptions)}
         schedule = {name: getattr(self.settings, name) for name in SCHEDULE}
         return TrainConfig(**options | schedule | {"out": out, "seed": seed, "steps": steps})

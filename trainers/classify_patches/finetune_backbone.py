@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from latentds.core.randomness import key_of, patch_seeds, permute, uniform
 from latentds.models.backbones import build_classifier, build_latent_classifier
+from latentds.views.colour import luminance
 
 if TYPE_CHECKING:
     from latentds_trainers.classify_patches.config import ClassifyConfig
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
     from latentds.embedders.latent_stem import LatentStemConfig
 
-LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, what torchvision's saturation and contrast weigh by
 QUARTERS = 4
 
 
@@ -158,14 +158,8 @@ def jittered(images: Tensor, draws: Tensor, jitter: float) -> Tensor:
     factors = 1 + jitter * (2 * draws - 1)
     brightness, contrast, saturation = (f.view(-1, 1, 1, 1) for f in factors.unbind(1))
     images = images * brightness
-    grey = luma(images)
+    grey = luminance(images)
     mean = grey.mean((2, 3), keepdim=True)
     images = mean + (images - mean) * contrast
-    grey = luma(images)
+    grey = luminance(images)
     return (grey + (images - grey) * saturation).clamp(0, 1)
-
-
-def luma(images: Tensor) -> Tensor:
-    """Grey (B, 1, H, W)."""
-    weights = torch.tensor(LUMA, device=images.device).view(1, 3, 1, 1)
-    return (images * weights).sum(1, keepdim=True)

@@ -186,21 +186,14 @@ class ClassifyTask:
         return probabilities
 
     def probe(self, fold: Fold, features: PatchFeatures) -> FittedProbe:
-        config = self.config
-        assert features.features is not None
+        config, found = self.config, features.features
+        assert found is not None
         if config.probe == "eva":
-            return self.eva_probe(fold, features.features)
+            return self.eva_probe(fold, found)
         if config.probe == "knn":
-            return self.fit(
-                features.features, fold, nearest_neighbours, neighbours=config.neighbours
-            )
-        return self.fit(
-            features.features,
-            fold,
-            linear_probe,
-            penalty=config.penalty,
-            standardize=config.standardize,
-        )
+            return self.fit(found, fold, nearest_neighbours, neighbours=config.neighbours)
+        options = {"penalty": config.penalty, "standardize": config.standardize}
+        return self.fit(found, fold, linear_probe, **options)
 
     def eva_probe(self, fold: Fold, features: np.ndarray) -> FittedProbe:
         """A linear layer trained on the fold, stopped by its validation part."""
@@ -208,14 +201,9 @@ class ClassifyTask:
         train, val = (
             Examples(features=features[r], labels=labels[r]) for r in (fold.train, fold.val)
         )
-        return eva_probe(
-            train,
-            val,
-            features[fold.test],
-            len(self.patches.classes),
-            seed=self.config.seed,
-            standardize=self.config.standardize,
-        )
+        test, classes = features[fold.test], len(self.patches.classes)
+        seed, standardize = self.config.seed, self.config.standardize
+        return eva_probe(train, val, test, classes, seed=seed, standardize=standardize)
 
     def fit(
         self, features: np.ndarray, fold: Fold, probe: Callable[..., FittedProbe], **options: object

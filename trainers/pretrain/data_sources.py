@@ -87,27 +87,24 @@ def open_originals(config: SizedConfig, device: torch.device, rank: int, ranks: 
     return FeedSource(feed=feed, data_id=data_id, patches=count)
 
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
 def open_sets(config: SizedConfig, device: torch.device, rank: int, ranks: int) -> FeedSource:
     """Data sets of latents: in one loader where one decoder reads them all."""
     sets = [ShardSet(location) for location in config.data]
     weights = weights_of(config, sets)
     settings = order_settings(config, sets, rank, ranks)
     settings |= {"device": device, "num_workers": config.num_workers, "max_bad": config.max_bad}
-    if config.input == "latents":
+    is_latents = config.input == "latents"
+    if is_latents:
         settings |= {"decode": "latents", "normalize": True}
     else:
-        settings["dtype"] = DTYPES[config.decode_dtype]
-    chunk = None if config.input == "latents" else config.batch_size
+        settings["dtype"] = getattr(torch, config.decode_dtype)
     # static: a step is done with its patches before it asks for more
-    settings["decoding"] = Decode(chunk=chunk, static=True)
+    settings["decoding"] = Decode(chunk=None if is_latents else config.batch_size, static=True)
     loader: Any
     try:
         check_mixable(sets)
     except ContractError as reason:
-        if config.input == "latents":
+        if is_latents:
             words = f"{reason}; without --input latents, as pixels, others mix too"
             raise ContractError(words) from reason
         from latentds.loading.mixing import MixedLoader
@@ -126,7 +123,6 @@ def open_sets(config: SizedConfig, device: torch.device, rank: int, ranks: int) 
     share, decoders = (config.global_batch_size or 0) // ranks, decoders_of(loader, sets)
     feed = LoaderFeed(loader, share, facts_of(config, sets, weights, decoders))
     manifests = [shards.manifest for shards in sets]
-    is_latents = config.input == "latents"
     return FeedSource(
         feed=feed,
         data_id=digest_of([manifest.dataset_id for manifest in manifests]),

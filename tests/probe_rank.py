@@ -21,8 +21,8 @@ class Colours(torch.nn.Module):
 
 def save_figures(data: Path, out: Path) -> None:
     """What this rank found, saved as OUT/RANK.json."""
+    from latentds_trainers.pretrain.pretrain_options import ProbeConfig
     from latentds_trainers.pretrain.probe import Probe
-    from latentds_trainers.pretrain.probe_config import ProbeConfig
 
     config = ProbeConfig(probe=data, probe_neighbours=3)
     figures = Probe(config, torch.device("cpu"))(Colours(), lambda images: images)

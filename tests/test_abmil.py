@@ -20,10 +20,8 @@ pytest.importorskip("deepspeed")
 pytest.importorskip("sklearn")
 
 from latentds_trainers.abmil import bag_source
-from latentds_trainers.abmil.bag_draws import draw_bags, loss_weights
-from latentds_trainers.abmil.bag_presets import PRESETS
-from latentds_trainers.abmil.bag_training import KeepingBest, Stopping
-from latentds_trainers.abmil.config import AbmilConfig
+from latentds_trainers.abmil.bag_training import KeepingBest, Stopping, draw_bags, loss_weights
+from latentds_trainers.abmil.config import PRESETS, AbmilConfig
 
 from tests.bag_files import DIM, SLIDES, bag_of, make_job, reader_of, save_bag, settings
 
@@ -76,6 +74,7 @@ def test_a_bag_of_one_patch_has_all_the_attention():
 def test_weights_come_back_with_what_they_are_of(tmp_path, gated):
     network = GatedABMIL(DIM, 2, hidden=6, attention=4, gated=gated).eval()
     facts = {"dim": DIM, "hidden": 6, "attention": 4, "dropout": 0.0, "gated": gated}
+    facts |= {"attention_dropout": 0.0, "activation": "relu", "post_attention": False}
     save_abmil(tmp_path / "w.safetensors", network.state_dict(), facts | {"classes": ["a", "b"]})
     loaded, found = load_abmil(tmp_path / "w.safetensors")
     features = torch.randn(3, DIM)

@@ -1,13 +1,10 @@
 """Presets with a published name build the published network, layer by layer, in training."""
 
-import json
-
 import pytest
 import torch
-from latentds_trainers.abmil.bag_presets import PRESETS
 from latentds_trainers.abmil.bag_report import best_is_last, table
 from latentds_trainers.abmil.bag_training import build_network
-from latentds_trainers.abmil.config import AbmilConfig
+from latentds_trainers.abmil.config import PRESETS, AbmilConfig
 from torch import nn
 
 from latentds.evaluation.records import RunRecord
@@ -83,25 +80,6 @@ def test_networks_of_presets_are_saved_read_and_run_in_parts(tmp_path, preset):
     assert torch.equal(loaded(bag)[0], network(bag)[0]) and found["gated"] == made.settings.gated
     parts = loaded.in_parts([bag[:3], bag[3:]])
     assert torch.allclose(parts[0], network(bag)[0], atol=1e-5)  # sums in another order
-
-
-def test_weights_of_before_the_branches_had_dropouts_are_read(tmp_path):
-    made = config(tmp_path, preset="clam")
-    network = build_network(made, 8, 2).eval()
-    old = {
-        name.replace("tanh.0.", "tanh.").replace("gate.0.", "gate."): tensor
-        for name, tensor in network.state_dict().items()
-    }
-    facts = {
-        name: made.settings.layers[name] for name in ("hidden", "attention", "dropout", "gated")
-    }
-    save_abmil(
-        tmp_path / "w", old, json.loads(json.dumps(facts | {"dim": 8, "classes": ["a", "b"]}))
-    )
-    bag = torch.randn(5, 8)
-    assert "tanh.weight" in old and torch.equal(
-        load_abmil(tmp_path / "w")[0](bag)[0], network(bag)[0]
-    )
 
 
 def test_folds_together_have_no_auc():

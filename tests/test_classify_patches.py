@@ -656,7 +656,7 @@ def test_a_finetuning_that_was_stopped_equals_one_that_never_was(
     step = FoldTraining.step
 
     def stop(training: FoldTraining, number: int) -> dict[str, torch.Tensor]:
-        if training.config.fold == 1 and number == 3:
+        if training.engine.config.out.name == "fold-1" and number == 3:
             raise KeyboardInterrupt
         return step(training, number)
 

@@ -11,15 +11,14 @@ import numpy as np
 import pytest
 import torch
 from latentds_trainers.finetune_decoder.config import PAPER, FinetuneConfig
-from latentds_trainers.finetune_decoder.decoder_inputs import (
+from latentds_trainers.finetune_decoder.decoder_losses import DecoderLosses, evaluating
+from latentds_trainers.finetune_decoder.decoder_parts import (
     open_codebook,
     open_picture_pairs,
     read_validation,
 )
-from latentds_trainers.finetune_decoder.decoder_losses import DecoderLosses, evaluating
-from latentds_trainers.finetune_decoder.judging import Judge
 from latentds_trainers.finetune_decoder.pairs import Pair, PicturePairs
-from latentds_trainers.finetune_decoder.task import DecoderTask, without_places
+from latentds_trainers.finetune_decoder.task import DecoderTask, Judge, without_places
 from torch import nn
 
 from latentds.autoencoders import load_autoencoder
@@ -399,13 +398,13 @@ def test_autocast_trains_against_a_discriminator(folder, held_out, tmp_path):
 
 
 def test_bf16_is_refused_for_a_decoder_with_batch_norm(tmp_path):
-    from latentds_trainers.finetune_decoder import decoder_networks
+    from latentds_trainers.finetune_decoder import decoder_parts
 
     config = settings(tmp_path, **BF16)
     base = load_autoencoder("tiny")
     base.decoder.add_module("norm", nn.BatchNorm2d(3))
     with pytest.raises(InputError, match="take --precision autocast"):
-        decoder_networks.open_decoder(config, base, torch.device("cpu"))
+        decoder_parts.open_decoder(config, base, torch.device("cpu"))
 
 
 def test_batch_norm_over_ranks_is_refused_without_a_gpu(folder, tmp_path, monkeypatch):

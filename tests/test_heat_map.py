@@ -17,8 +17,8 @@ pytest.importorskip("deepspeed")
 pytest.importorskip("sklearn")
 
 from latentds_trainers.abmil import heat_map
-from latentds_trainers.abmil.bag_heat_maps import chosen_slides
-from latentds_trainers.crossval.run_folders import read_fold
+from latentds_trainers.abmil.heat_map import chosen_slides
+from latentds_trainers.crossval.cross_validation import read_fold
 
 from tests.bag_files import make_job, run, settings
 
@@ -91,8 +91,8 @@ def test_heat_maps_of_names_that_look_alike_stay_apart(tmp_path):
 
 def test_places_cover_the_picture_without_gaps():
     coords = np.array([[x * 100, y * 100] for y in range(7) for x in range(7)]) + 50
-    places = heat_map.place_patches(coords, 100, np.array([50, 50]), scale=0.0371)
-    covered = np.zeros(places.size, int)
-    for row in range(len(coords)):
-        covered[places.box(row)] += 1
+    boxes, size = heat_map.place_patches(coords, 100, np.array([50, 50]), scale=0.0371)
+    covered = np.zeros(size, int)
+    for box in boxes:
+        covered[box] += 1
     assert (covered == 1).all()

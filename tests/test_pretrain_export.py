@@ -308,7 +308,7 @@ def test_features_of_a_data_set_are_made_by_its_folder(folder, tmp_path):
 
 def test_the_recipe_notes_versions_and_method(backbone, tmp_path):
     pytest.importorskip("deepspeed")
-    from latentds_trainers.pretrain.pretrain_result import export_backbone
+    from latentds_trainers.pretrain.task import export_backbone
 
     folder = export_backbone(tmp_path / "b", backbone, arch=ARCH, record=TRAINED)
     trained = read_record(folder).trained

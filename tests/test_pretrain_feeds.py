@@ -20,8 +20,7 @@ pytest.importorskip("deepspeed")
 pytest.importorskip("lightly")
 
 from latentds_trainers.pretrain.data_sources import open_source
-from latentds_trainers.pretrain.feeds import FeedBatch, LoaderFeed, micro_batch
-from latentds_trainers.pretrain.picture_feed import OwnOrder
+from latentds_trainers.pretrain.feeds import FeedBatch, LoaderFeed, OwnOrder, micro_batch
 from latentds_trainers.pretrain.schedules import settle_batch
 
 from tests.conftest import convert_with_mean, save_pictures

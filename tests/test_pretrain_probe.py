@@ -12,9 +12,8 @@ pytest.importorskip("sklearn")
 pytest.importorskip("deepspeed")
 
 from latentds_tools import cli
-from latentds_trainers.pretrain.probe import Probe
-from latentds_trainers.pretrain.probe_config import ProbeConfig
-from latentds_trainers.pretrain.probe_rows import FOLDS, sample
+from latentds_trainers.pretrain.pretrain_options import ProbeConfig
+from latentds_trainers.pretrain.probe import FOLDS, Probe, sample
 from PIL import Image
 
 from latentds.embedders.latent_stem import LatentStemConfig

@@ -29,8 +29,8 @@ from latentds_trainers.sampath.__main__ import main
 from latentds_trainers.sampath.config import SampathConfig
 from latentds_trainers.sampath.segmentation_data import CropDraws, jitter
 from latentds_trainers.sampath.segmentation_folds import group_plan
-from latentds_trainers.sampath.segmentation_pictures import picture_name
 from latentds_trainers.sampath.segmentation_presets import SegmentationSettings
+from latentds_trainers.sampath.segmentation_report import picture_name
 from latentds_trainers.sampath.task import spread_over
 
 from tests.nuclei import one_fold, save_nuclei
@@ -173,11 +173,11 @@ def test_training_moves_the_head_and_leaves_the_encoders(nuclei, sam_run):
     from latentds_trainers.sampath.segmentation_fold import build_network
 
     config = config_of(nuclei, sam_run, **({"model": "sampath"} | SAM))
-    network = build_network(config, 3, config.seed)
-    before, after = network.trained.state_dict(), weights(sam_run / "fold-0")
+    model, trained, _ = build_network(config, 3, config.seed)
+    before, after = trained.state_dict(), weights(sam_run / "fold-0")
     assert set(before) == set(after)
     assert any(not torch.equal(before[name], after[name]) for name in before)
-    assert not any(p.requires_grad for p in network.model.encoders.parameters())
+    assert not any(p.requires_grad for p in model.encoders.parameters())
 
 
 # Going on

@@ -214,7 +214,7 @@ def test_a_rerun_trains_to_the_same_weights():
 
 def test_a_local_folder_is_the_model_it_was_saved_from(folder):
     loaded = build_sampath(str(folder), labels=3)
-    assert loaded.facts.sam_weights_id == tiny().facts.sam_weights_id
+    assert loaded.facts["sam_weights_id"] == tiny().facts["sam_weights_id"]
     images = random_images(1, 256, 256)
     torch.testing.assert_close(loaded(images)[0], tiny()(images)[0])
 

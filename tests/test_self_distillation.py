@@ -8,8 +8,13 @@ from torch.nn import functional
 
 from latentds.embedders.latent_stem import LatentStemConfig, build_vit
 from latentds.errors import InputError, ShapeError
-from latentds.models.distillation_losses import Hidden, class_loss, patch_loss
-from latentds.models.self_distillation import SelfDistillation, is_last_layer
+from latentds.models.self_distillation import (
+    Hidden,
+    SelfDistillation,
+    class_loss,
+    is_last_layer,
+    patch_loss,
+)
 from latentds.models.token_masks import global_masks
 from latentds.views.view_batch import Views
 from tests.small_vits import HEADS, SMALL, small_vit, wave_views

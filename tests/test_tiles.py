@@ -7,16 +7,18 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from latentds_trainers.train_codec.tile_pack import (
+from latentds_trainers.train_codec.tile_sources import DEMO_HELD_OUT, HELD_OUT, SOURCES, list_tiles
+from latentds_trainers.train_codec.tiles import (
     budgets,
     decoded,
+    middles,
+    pack_tiles,
     read_pack,
+    read_tiles,
     spread,
     webp,
     write_pack,
 )
-from latentds_trainers.train_codec.tile_sources import DEMO_HELD_OUT, HELD_OUT, SOURCES, list_tiles
-from latentds_trainers.train_codec.tiles import middles, pack_tiles, read_tiles
 from PIL import Image
 
 from latentds.errors import InputError

@@ -27,9 +27,7 @@ from latentds_trainers.train_codec.codec_product import (
     table_bits,
 )
 from latentds_trainers.train_codec.config import PRESETS, TrainCodecConfig
-from latentds_trainers.train_codec.student_task import StudentTask, codec_folder_of
-from latentds_trainers.train_codec.task import CodecTask
-from latentds_trainers.train_codec.tile_task import draws
+from latentds_trainers.train_codec.task import CodecTask, StudentTask, codec_folder_of, draws
 
 from latentds.autoencoders import load_autoencoder
 from latentds.autoencoders.codec_folder import is_codec_folder, read_counts

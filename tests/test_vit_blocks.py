@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from latentds.models.vit_blocks import add_layer_scales, even_drop_path, fold_layer_scales
+from latentds.models.vit_tokens import add_layer_scales, even_drop_path, fold_layer_scales
 from tests.small_vits import small_vit, waves
 
 IMAGES = waves(torch.arange(3))

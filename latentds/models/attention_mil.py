@@ -17,8 +17,10 @@ from latentds.core.storage import write_atomically
 from latentds.errors import WeightsError
 
 METADATA = "abmil"  # key of a weights file's metadata
-SIZES = ("dim", "hidden", "attention", "dropout", "gated")
-LATER = ("attention_dropout", "activation", "post_attention")  # not in files of before they were
+SIZES = (
+    *("dim", "hidden", "attention", "dropout", "gated"),
+    *("attention_dropout", "activation", "post_attention"),
+)
 ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU}
 
 
@@ -124,18 +126,10 @@ def load_abmil(path: Path) -> tuple[GatedABMIL, dict[str, Any]]:
         with safe_open(path, "pt") as file:
             facts = json.loads((file.metadata() or {})[METADATA])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        sizes = {n: facts[n] for n in SIZES} | {n: facts[n] for n in LATER if n in facts}
+        sizes = {name: facts[name] for name in SIZES}
         network = GatedABMIL(classes=len(facts["classes"]), **sizes)
-        network.load_state_dict({present(name): tensor for name, tensor in tensors.items()})
+        network.load_state_dict(tensors)
     except (SafetensorError, RuntimeError, KeyError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:160]
         raise WeightsError(f"{path}: no weights of attention over bags ({reason})") from error
     return network.eval(), facts
-
-
-def present(name: str) -> str:
-    """A tensor's name as it is now; files of before the branches had dropouts lack a number."""
-    branch, _, kind = name.partition(".")
-    return (
-        f"{branch}.0.{kind}" if branch in ("tanh", "gate") and kind in ("weight", "bias") else name
-    )

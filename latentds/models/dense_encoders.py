@@ -1,14 +1,20 @@
 """Pathology encoders that give a map of features of an image, for SAM-Path to put beside SAM's.
 
-HIPT's ViT-S/16 from its published file, or any embedder whose network has such a map: timm's
-vision transformers and CNNs, Phikon-v2's Dinov2, the encoders of Neural Image Compression.
+HIPT's ViT-S/16 (Chen et al., CVPR 2022) from its published file, github.com/mahmoodlab/HIPT's
+`vit256_small_dino.pth`, a checkpoint of DINO: timm's network carries the same tensor names, and its
+table of positions is of 14x14 cells where HIPT's patches have 16x16. Or any embedder whose network
+has such a map: timm's vision transformers and CNNs, Phikon-v2's Dinov2, the encoders of Neural
+Image Compression.
 """
 # B batch, C channels, H W pixels, h w cells
 
 from __future__ import annotations
 
+import argparse
 import math
-from collections.abc import Callable
+import pickle
+import zipfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +26,18 @@ from latentds.autoencoders.autoencoder import hash_tensors
 from latentds.embedders import NetworkEmbedder, load_embedder
 from latentds.embedders.nic import FIELD_PX, SEEN_PX, NicEncoder
 from latentds.embedders.positions import resample_positions
+from latentds.embedders.timm_models import outline
 from latentds.errors import ShapeError, WeightsError
 
 Mapper = Callable[[Any, Tensor], Tensor]  # network, prepared images -> (B, C, h, w)
 
-HIPT = "hipt"
+HIPT, HIPT_NETWORK, WHAT = "hipt", "vit_small_patch16_224", "HIPT's ViT-S/16"
+HIPT_MEAN = HIPT_STD = (0.5, 0.5, 0.5)
+HEADS = ("head.", "classifier.", "fc.")  # of DINO's training, or of whoever fine-tuned it
+WRAPPERS = ("teacher", "student", "state_dict", "model")  # where a file may keep the tensors
+PREFIXES = ("module.", "backbone.", "encoder.")
+NAMED = 3  # tensors that an error lists
+READ_ERRORS = (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, OSError)
 NIC_CELL_PX = 16  # stride of its four convolutions, in pixels after pooling
 
 
@@ -33,9 +46,9 @@ class DenseEncoder(nn.Module):
 
     name        for records, with `weights_id`, a hash of the tensors as they were loaded
     channels    C
-    input_px    (H, W) that images are resized to (bilinearly): the size asked for, or the nearest
-                one that the network takes
-    grid        (h, w) that maps are resized to
+    input_px    edge of the square that images are resized to (bilinearly): the one asked for, or
+                the nearest that the network takes
+    grid        edge of the maps, to which they are resized, in cells
     """
 
     mean: Tensor
@@ -49,8 +62,8 @@ class DenseEncoder(nn.Module):
         name: str,
         weights_id: str,
         channels: int,
-        input_px: tuple[int, int],
-        grid: tuple[int, int],
+        input_px: int,
+        grid: int,
         mean: tuple[float, ...],
         std: tuple[float, ...],
     ) -> None:
@@ -69,14 +82,14 @@ class DenseEncoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        prepared = (fitted(images, self.input_px) - self.mean) / self.std
+        prepared = (fitted(images, (self.input_px, self.input_px)) - self.mean) / self.std
         cells = self.mapper(self.network, prepared)
         if cells.ndim != 4 or cells.shape[1] != self.channels:
             raise ShapeError(
                 f"{self.name}: its features are {tuple(cells.shape)}, "
                 f"not a map of {self.channels} channels"
             )
-        return fitted(cells, self.grid)
+        return fitted(cells, (self.grid, self.grid))
 
 
 def load_dense_encoder(name: str, input_px: int, grid: int) -> DenseEncoder:
@@ -94,14 +107,12 @@ def load_dense_encoder(name: str, input_px: int, grid: int) -> DenseEncoder:
             "hipt: its weights come from a local file; pass 'hipt@FILE' with the "
             "vit256_small_dino.pth of github.com/mahmoodlab/HIPT"
         )
-    from latentds.models import hipt
-
-    network = hipt.load_hipt(Path(path))
+    network = load_hipt(Path(path))
     facts = {
         "name": f"{HIPT}:{Path(path).stem}",
         "weights_id": hash_tensors(network.state_dict(), {}),
-        "mean": hipt.MEAN,
-        "std": hipt.STD,
+        "mean": HIPT_MEAN,
+        "std": HIPT_STD,
     }
     return of_dino(network, network.pos_embed.detach().clone(), input_px, grid, facts)
 
@@ -120,13 +131,9 @@ def of_embedder(embedder: NetworkEmbedder, input_px: int, grid: int) -> DenseEnc
         return of_timm(network, input_px, grid, facts)
     if hasattr(network, "config") and hasattr(network.config, "patch_size"):
         edge = nearest_multiple(input_px, int(network.config.patch_size))
+        channels = int(network.config.hidden_size)
         return DenseEncoder(
-            network,
-            dinov2_map,
-            channels=int(network.config.hidden_size),
-            input_px=(edge, edge),
-            grid=(grid, grid),
-            **facts,
+            network, dinov2_map, channels=channels, input_px=edge, grid=grid, **facts
         )
     encoder: Any = getattr(network, "encoder", network)  # nic-quarters wraps its encoder
     if isinstance(encoder, NicEncoder):
@@ -157,14 +164,8 @@ def of_timm(network: Any, input_px: int, grid: int, facts: dict[str, Any]) -> De
     if hasattr(network, "set_input_size"):  # transformers; CNNs take any size
         edge = nearest_multiple(input_px, int(network.patch_embed.patch_size[0]))
         network.set_input_size(img_size=(edge, edge))
-    return DenseEncoder(
-        network,
-        timm_map,
-        channels=int(network.num_features),
-        input_px=(edge, edge),
-        grid=(grid, grid),
-        **facts,
-    )
+    channels = int(network.num_features)
+    return DenseEncoder(network, timm_map, channels=channels, input_px=edge, grid=grid, **facts)
 
 
 def of_nic(
@@ -176,14 +177,8 @@ def of_nic(
     def mapper(encoder: NicEncoder, prepared: Tensor) -> Tensor:
         return nic_map(encoder, functional.avg_pool2d(prepared, pooled_px))
 
-    return DenseEncoder(
-        network,
-        mapper,
-        channels=network.fc.out_features,
-        input_px=(edge, edge),
-        grid=(grid, grid),
-        **facts,
-    )
+    channels = network.fc.out_features
+    return DenseEncoder(network, mapper, channels=channels, input_px=edge, grid=grid, **facts)
 
 
 def timm_map(network: Any, prepared: Tensor) -> Tensor:
@@ -229,3 +224,61 @@ def fitted(maps: Tensor, size: tuple[int, int]) -> Tensor:
     if tuple(maps.shape[-2:]) == size:
         return maps
     return functional.interpolate(maps, size, mode="bilinear", align_corners=False)
+
+
+def load_hipt(path: Path) -> Any:
+    """The network with the file's weights, without a head; WeightsError names what is missing."""
+    network = outline(HIPT_NETWORK)
+    tensors = read_checkpoint(path)
+    wanted = network.state_dict()
+    missing = [name for name in wanted if name not in tensors]
+    foreign = [name for name in tensors if name not in wanted]
+    odd = [n for n, t in tensors.items() if n in wanted and t.shape != wanted[n].shape]
+    for names, what in ((missing, "are missing"), (foreign, "have no place in it")):
+        if names:
+            raise WeightsError(f"{path}: tensors of {WHAT} {what}: {some(names)}")
+    if odd:
+        seen, right = (tuple(of[odd[0]].shape) for of in (tensors, wanted))
+        raise WeightsError(f"{path}: tensor {odd[0]!r} is {seen}, {WHAT} needs {right}")
+    network.load_state_dict(tensors, assign=True)
+    return network
+
+
+def read_checkpoint(path: Path) -> dict[str, Tensor]:
+    """The encoder's float32 tensors in a file, named as timm names them.
+
+    path    a checkpoint of DINO (its teacher's backbone is taken) or a plain state dict; no code
+            in it is run
+    """
+    if not path.is_file():
+        raise WeightsError(f"{path}: no such file of weights")
+    try:
+        # DINO's checkpoints hold the arguments of their training; a Namespace runs no code.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except READ_ERRORS as error:
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise WeightsError(f"{path}: not a file of tensors ({reason})") from error
+    if not isinstance(state, Mapping):
+        raise WeightsError(f"{path}: holds a {type(state).__name__}, not tensors by name")
+    inner = next((state[key] for key in WRAPPERS if isinstance(state.get(key), Mapping)), state)
+    tensors = {
+        plain_name(str(name)): tensor.float()
+        for name, tensor in inner.items()
+        if isinstance(tensor, Tensor)
+    }
+    if not tensors:
+        raise WeightsError(f"{path}: no tensors by name; it holds {some(list(inner))}")
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(HEADS)}
+
+
+def plain_name(name: str) -> str:
+    """A tensor's name without what wrappers put before it."""
+    for prefix in PREFIXES:
+        name = name.removeprefix(prefix)
+    return name
+
+
+def some(names: list[str]) -> str:
+    listed = ", ".join(map(str, names[:NAMED])) or "nothing"
+    return listed if len(names) <= NAMED else f"{listed} and {len(names) - NAMED} more"

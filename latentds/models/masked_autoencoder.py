@@ -27,9 +27,6 @@ class MaskedAutoencoder(nn.Module):
 
     backbone    timm ViT, num_classes=0; with average pooling fc_norm=False, so that its last norm
                 is trained. A class token, where it has one, goes through the decoder too
-    channels    C of the input; None: what patch_embed.proj takes
-    token_size  edge of a token in the input's own cells (pixels, or latent cells under a latent
-                stem); None: patch_embed.patch_size
     width       of the decoder: 512; depth 8, heads 16: the paper's best in table 1, and its code's
     ratio       share of tokens hidden, 0.75 in the paper; fixes how many, so that nothing waits for
                 the device
@@ -48,8 +45,6 @@ class MaskedAutoencoder(nn.Module):
         self,
         backbone: nn.Module,
         *,
-        channels: int | None = None,
-        token_size: int | None = None,
         width: int = 512,
         depth: int = 8,
         heads: int = 16,
@@ -62,8 +57,9 @@ class MaskedAutoencoder(nn.Module):
         network: Any = backbone
         self.backbone, self.norm_pix = network, norm_pix
         self.grid: tuple[int, int] = tuple(network.patch_embed.grid_size)
-        self.token_size = token_size or network.patch_embed.patch_size[0]
-        self.channels = channels or network.patch_embed.proj.in_channels
+        # in the input's own cells: pixels, or latent cells under a latent stem
+        self.token_size = network.patch_embed.patch_size[0]
+        self.channels = network.patch_embed.proj.in_channels
         self.check_network(network.patch_embed)
         self.masked = masked_count(self.grid[0] * self.grid[1], ratio)
         if not 0 < self.masked < self.grid[0] * self.grid[1]:
@@ -95,7 +91,6 @@ class MaskedAutoencoder(nn.Module):
             return {"loss": functional.mse_loss(predicted.float(), targets)}
 
     def check_network(self, patch_embed: nn.Module) -> None:
-        """Raise InputError for tokens that the decoder cannot paint."""
         if self.grid[0] != self.grid[1]:  # lightly's position embedding
             raise InputError(f"backbone of {self.grid} tokens; the decoder takes square grids")
         if isinstance(patch_embed, SplitCells):

@@ -9,7 +9,6 @@ transformers (Apache-2.0).
 from __future__ import annotations
 
 import copy
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -20,26 +19,7 @@ from latentds.embedders.embedder import IMAGENET_MEAN, IMAGENET_STD
 from latentds.embedders.weights import fill, read_weights
 from latentds.errors import ShapeError
 from latentds.models.dense_encoders import DenseEncoder, fitted, load_dense_encoder
-from latentds.models.sam_weights import SAM_SIZES, load_sam, mask_decoder, vision_neck
-
-__all__ = ["SAM_SIZES", "SamPath", "SamPathFacts", "build_sampath"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SamPathFacts:
-    """What a model was built of, for records.
-
-    image_px  edge of the square that images are resized to for the encoders
-    grid      edge of the encoders' map, in cells
-    """
-
-    sam: str
-    sam_weights_id: str
-    pathology: str | None
-    pathology_weights_id: str | None
-    labels: int
-    image_px: int
-    grid: int
+from latentds.models.sam_weights import load_sam, mask_decoder, vision_neck
 
 
 class FrozenEncoders(nn.Module):
@@ -117,11 +97,13 @@ class SamPath(nn.Module):
 
     encoders  frozen; not for a checkpoint or an optimizer
     head      all that is trained; its state dict, with `facts`, is the whole result of a training
-    facts     what the model was built of
+    facts     what the model was built of, JSON values: sam, sam_weights_id, pathology,
+              pathology_weights_id, labels, image_px (edge of the square that images are resized to
+              for the encoders), grid (edge of the encoders' map in cells)
     """
 
     def __init__(
-        self, encoders: FrozenEncoders, head: SegmentationHead, facts: SamPathFacts
+        self, encoders: FrozenEncoders, head: SegmentationHead, facts: dict[str, Any]
     ) -> None:
         super().__init__()
         self.encoders, self.head, self.facts = encoders, head, facts
@@ -182,15 +164,15 @@ def build_sampath(
         places = model.get_image_wide_positional_embeddings()
         blank = model.prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)
     head = SegmentationHead(neck, decoder, places.clone(), blank.clone()).requires_grad_(True)
-    facts = SamPathFacts(
-        sam=sam,
-        sam_weights_id=weights_id,
-        pathology=beside.name if beside else None,
-        pathology_weights_id=beside.weights_id if beside else None,
-        labels=labels,
-        image_px=edge,
-        grid=grid,
-    )
+    facts = {
+        "sam": sam,
+        "sam_weights_id": weights_id,
+        "pathology": beside.name if beside else None,
+        "pathology_weights_id": beside.weights_id if beside else None,
+        "labels": labels,
+        "image_px": edge,
+        "grid": grid,
+    }
     return SamPath(encoders, head.train(), facts)
 
 

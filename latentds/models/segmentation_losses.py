@@ -131,7 +131,6 @@ def predict_labels(logits: Tensor) -> Tensor:
 
 
 def check_shapes(logits: Tensor, labels: Tensor, iou: Tensor | None) -> None:
-    """ShapeError where the three do not fit together."""
     if logits.ndim != 4 or logits.shape[1] < 2:
         raise ShapeError(f"logits are {tuple(logits.shape)}; (B, K, H, W) with K > 1 are wanted")
     batch, size, *edges = logits.shape

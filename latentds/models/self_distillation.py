@@ -3,13 +3,16 @@
 DINO: Caron et al. 2021, "Emerging Properties in Self-Supervised Vision Transformers". DINOv2-like:
 Oquab et al. 2023, in its short setup: DINO's loss on class tokens, iBOT's (Zhou et al. 2022) on
 masked patch tokens, KoLeo (Sablayrolles et al. 2019) on class tokens. Heads and KoLeo are
-lightly's (MIT).
+lightly's (MIT); so are the formulas of the losses, whose classes DINOLoss and IBOTPatchLoss move a
+centre in every forward pass and wait for the device.
 """
 # B batch of a rank, G global and L local views, C channels, H W pixels or latent cells, T patch
-# tokens, D features, K prototypes (out_dim), n hidden tokens
+# tokens, D features, K prototypes (out_dim), S views of the student, globals first, N = G B images,
+# n hidden tokens of all of them
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import warnings
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from latentds.errors import ShapeError, missing_extra
-from latentds.models.distillation_losses import Hidden, class_loss, patch_loss
 from latentds.models.gathering import GatheredCenter, gather_rows
 from latentds.models.vit_tokens import encode, require_vit
 
@@ -27,6 +29,60 @@ if TYPE_CHECKING:
 
 CENTER_MOMENTUM = 0.9  # DINO main_dino.py, DINOLoss; DINOv2 loss/dino_clstoken_loss.py
 IBOT_WEIGHT = 1.0  # DINOv2 ssl_default_config.yaml, ibot.loss_weight
+STUDENT_TEMP = 0.1  # DINO main_dino.py, DINOLoss; DINOv2 loss/dino_clstoken_loss.py
+
+
+@dataclasses.dataclass(frozen=True)
+class Hidden:
+    """The tokens that the student does not see.
+
+    masks    bool (N, T), True for hidden
+    places   int64 (n,), where they are in N * T tokens
+    weights  float32 (n,), each one's share of the loss: an image's sum to 1 / N
+    """
+
+    masks: Tensor
+    places: Tensor
+    weights: Tensor
+
+    @staticmethod
+    def of(masks: Tensor) -> Hidden:
+        """Those of masks; counting them waits for the device, so once a forward pass."""
+        images, tokens = masks.shape
+        places = masks.flatten().nonzero()[:, 0]
+        counts = masks.sum(1).index_select(0, places // tokens)
+        return Hidden(masks, places, 1 / (counts * images))
+
+    def among(self, tokens: Tensor) -> Tensor:
+        """The hidden ones (n, D) of patch tokens (N, T, D)."""
+        return tokens.flatten(0, 1).index_select(0, self.places)
+
+
+def class_loss(teacher: Tensor, student: Tensor, center: Tensor, teacher_temp: float) -> Tensor:
+    """Mean over patches, and over pairs of different views.
+
+    teacher, student  logits (G, B, K) and (S, B, K)
+    center            of the teacher's, (1, K)
+    """
+    targets = ((teacher - center) / teacher_temp).softmax(-1)
+    logs = (student / STUDENT_TEMP).log_softmax(-1)
+    pairs = -torch.einsum("gbk,sbk->gs", targets, logs)
+    pairs.fill_diagonal_(0)  # a view with itself
+    return pairs.sum() / ((pairs.numel() - len(teacher)) * teacher.shape[1])
+
+
+def patch_loss(
+    teacher: Tensor, student: Tensor, center: Tensor, teacher_temp: float, weights: Tensor
+) -> Tensor:
+    """Mean over the hidden tokens of an image, then over all images; 0 of one that hides none.
+
+    teacher, student  logits (n, K)
+    center            of the teacher's, (1, K)
+    weights           (n,), of `Hidden`
+    """
+    targets = ((teacher - center) / teacher_temp).softmax(-1)
+    losses = -(targets * (student / STUDENT_TEMP).log_softmax(-1)).sum(-1)
+    return (losses * weights).sum()
 
 
 class Branch(nn.Module):
@@ -125,7 +181,6 @@ class SelfDistillation(nn.Module):
         self.start_teacher()
 
     def start_teacher(self) -> None:
-        """Make the teacher the student's copy, without gradients."""
         try:
             self.teacher.load_state_dict(self.student.state_dict())
         except RuntimeError as error:
@@ -164,7 +219,12 @@ class SelfDistillation(nn.Module):
             parts = {"dino": class_loss(targets, logits, self.center.value, teacher_temp)}
             self.center.add(targets.flatten(0, 1))
             if hidden is not None:
-                parts["ibot"] = self.compare_patches(patch_targets, patches, hidden, teacher_temp)
+                assert patch_targets is not None and patches is not None and self.patch_center
+                self.patch_center.add(patch_targets)
+                center = self.patch_center.value
+                parts["ibot"] = patch_loss(
+                    patch_targets, patches, center, teacher_temp, hidden.weights
+                )
                 parts["koleo"] = torch.stack([self.koleo(view) for view in features]).sum()
             loss = parts["dino"] + IBOT_WEIGHT * parts.get("ibot", 0)
             loss = loss + self.koleo_weight * parts.get("koleo", 0)
@@ -205,14 +265,6 @@ class SelfDistillation(nn.Module):
         if hidden is None:
             return features, None, logits
         return features, self.student.patch_logits(hidden.among(patches)).float(), logits
-
-    def compare_patches(
-        self, targets: Tensor | None, logits: Tensor | None, hidden: Hidden, teacher_temp: float
-    ) -> Tensor:
-        """iBOT's loss of the teacher's and the student's logits (n, K) of the hidden tokens."""
-        assert targets is not None and logits is not None and self.patch_center is not None
-        self.patch_center.add(targets)
-        return patch_loss(targets, logits, self.patch_center.value, teacher_temp, hidden.weights)
 
     def koleo(self, features: Tensor) -> Tensor:
         """KoLeo of the class tokens (B, D) of one view, among those of all ranks."""

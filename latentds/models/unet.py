@@ -10,12 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from latentds.embedders.embedder import IMAGENET_MEAN, IMAGENET_STD
 from latentds.errors import missing_extra, unknown_name
 from latentds.views.mask_geometry import pad_to_multiple
 
 MULTIPLE_PX = 32  # of the images that an encoder of depth 5 takes
 DECODER_CHANNELS = (256, 128, 64, 32, 16)  # segmentation_models_pytorch's own default
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class SegmentationUNet(nn.Module):

@@ -21,7 +21,6 @@ USUAL = ("bags", "labels", "data", "embedder", "preset", "folds", "device")  # o
 
 
 def main(config: AbmilConfig) -> None:
-    """Features where they are to be made, the folds, the result."""
     take_device(config.device)
     from latentds_trainers.abmil.task import BagTask
 

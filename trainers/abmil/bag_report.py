@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from latentds_trainers.abmil.bag_source import LabelledBags
 from latentds_trainers.abmil.config import AbmilConfig
-from latentds_trainers.crossval.cross_validation import CrossValidation
-from latentds_trainers.crossval.run_folders import FoldOutcome
+from latentds_trainers.crossval.cross_validation import CrossValidation, FoldOutcome
 from latentds_trainers.crossval.run_report import (
-    by_last_part,
     figure,
     pooled_predictions,
     run_record,
     run_table,
+    told_settings,
     write_result,
 )
-from latentds_trainers.engine.settings import jsonable
 
 from latentds.evaluation.features.features_record import flat
 from latentds.evaluation.features.folder import FeatureFolder
@@ -50,34 +47,15 @@ def report(
     outcomes: Sequence[FoldOutcome],
     bags_a_step: int,
 ) -> None:
-    """Write result.json and predictions.csv, and print the result."""
-    slides = labelled.slides
+    folder, slides = labelled.bags.folder, labelled.slides
     predictions = pooled_predictions(run, outcomes, slides.targets, slides.classes)
     write_predictions(config.out, predictions)
-    together = classification_scores(
-        predictions.labels, predictions.probabilities, predictions.classes
-    )
-    record = record_of(config, labelled, run, outcomes, bags_a_step)
-    text = table(record, together.values)
-    write_result(config.out, record, text, is_json=config.json)
-
-
-def record_of(
-    config: AbmilConfig,
-    labelled: LabelledBags,
-    run: CrossValidation,
-    outcomes: Sequence[FoldOutcome],
-    bags_a_step: int,
-) -> RunRecord:
-    folder, slides = labelled.bags.folder, labelled.slides
     place = config.data or config.bags
-    rule = f"{len(set(slides.groups))} groups: {slides.group_rule}"
     made = f"splits of {config.splits.name}" if config.splits else f"{config.folds} folds by seed"
     source = folder.source or {"name": "features", "kind": "features"}
     book = codebook_note(source.get("codebook") or {}, test_is_apart=False)
     lost, found = folder.left_out, dict.fromkeys(n for o in outcomes for n in o.notes)
-    settings = dataclasses.asdict(config) | dataclasses.asdict(config.settings)
-    return run_record(
+    record = run_record(
         run,
         outcomes,
         data=place.name if place else "",
@@ -85,11 +63,9 @@ def record_of(
         embedder=str(folder.embedder.get("name") or "") or None,
         model="abmil",
         classes=slides.classes,
-        split_rule=f"{made}; {rule}",
+        split_rule=f"{made}; {len(set(slides.groups))} groups: {slides.group_rule}",
         primary=SHOWN[0],
-        settings=jsonable(by_last_part(settings))
-        | feature_settings(folder)
-        | {"bags_a_step": bags_a_step},
+        settings=told_settings(config) | feature_settings(folder) | {"bags_a_step": bags_a_step},
         notes=[
             *slides.notes,
             *([book] if book else []),
@@ -97,6 +73,10 @@ def record_of(
             *found,
         ],
     )
+    together = classification_scores(
+        predictions.labels, predictions.probabilities, predictions.classes
+    )
+    write_result(config.out, record, table(record, together.values), is_json=config.json)
 
 
 def feature_settings(folder: FeatureFolder | LiveFeatures) -> dict[str, Any]:

@@ -198,27 +198,25 @@ def tell_memory(live: LiveFeatures, cache_gb: float) -> None:
 def label_slides(
     config: AbmilConfig, folder: FeatureFolder | LiveFeatures, patches: PatchSet | None
 ) -> LabelledSlides:
-    """Labels and patients of the slides with features."""
+    patients: list[str | None] = []
     if config.labels is not None:
-        return match_labels(
-            read_labels(config.labels),
-            folder.slides,
-            allow_subset=config.allow_subset,
-            groups=config.groups,
-            patients=patients_of(patches, folder.slides) if config.bags is None else (),
-        )
-    if config.bags is not None:
+        table = read_labels(config.labels)
+        if config.bags is None:
+            patients = patients_of(patches, folder.slides)
+    elif config.bags is not None:
         assert isinstance(folder, FeatureFolder)
-        table, patients = labels_beside(folder.folder.parent if folder.record else config.bags)
-        return match_labels(
-            table,
-            folder.slides,
-            allow_subset=config.allow_subset,
-            groups=config.groups,
-            patients=[patients.get(slide) for slide in folder.slides],
-        )
-    assert patches is not None
-    return recorded_labels(patches, folder.slides, config.groups)
+        table, known = labels_beside(folder.folder.parent if folder.record else config.bags)
+        patients = [known.get(slide) for slide in folder.slides]
+    else:
+        assert patches is not None
+        return recorded_labels(patches, folder.slides, config.groups)
+    return match_labels(
+        table,
+        folder.slides,
+        allow_subset=config.allow_subset,
+        groups=config.groups,
+        patients=patients,
+    )
 
 
 def patients_of(patches: PatchSet | None, slides: list[str]) -> list[str | None]:

@@ -1,5 +1,5 @@
 """One fold of a bag classifier: draws, steps, validation, early stopping, the weights kept."""
-# N patches of a bag, D dimensions, C classes
+# N patches of a bag, D dimensions, n bags, C classes
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from latentds_trainers.abmil.bag_draws import Part, draw_bags, loss_weights, seed_draws
 from latentds_trainers.abmil.config import AbmilConfig
+from latentds_trainers.engine.ranks import gathered
 from latentds_trainers.engine.training import Engine, TrainConfig
 from torch import Tensor, nn
 from torch.nn import functional
 
-from latentds.core.randomness import key_of, shuffled
+from latentds.core.randomness import key_of, mix, shuffled
+from latentds.errors import InputError
 from latentds.models.attention_mil import GatedABMIL
 
 if TYPE_CHECKING:
@@ -28,11 +29,14 @@ SEEDS = 2**63  # torch takes seeds below
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Outcome:
-    """Probabilities (n, C) of bags, and the mean cross entropy."""
+class Part:
+    """Slides of a fold's part, and their classes int64."""
 
-    probabilities: np.ndarray
-    loss: float
+    slides: list[str]
+    targets: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.slides)
 
 
 class KeepingBest(nn.Module):
@@ -61,16 +65,16 @@ def best_name(name: str) -> str:
     return "best_" + name.replace(".", "__")
 
 
+@dataclasses.dataclass
 class Stopping:
     """Early stopping's memory: the lowest validation loss, its epoch, epochs since then.
 
     Goes into checkpoints as the engine's `loader`.
     """
 
-    def __init__(self) -> None:
-        self.lowest: float | None = None
-        self.epoch = 0
-        self.waited = 0
+    lowest: float | None = None
+    epoch: int = 0
+    waited: int = 0
 
     def is_better(self, loss: float, epoch: int) -> bool:
         """Take in an epoch's loss; whether it is the lowest so far."""
@@ -81,10 +85,10 @@ class Stopping:
         return False
 
     def state_dict(self) -> dict[str, Any]:
-        return {"lowest": self.lowest, "epoch": self.epoch, "waited": self.waited}
+        return dataclasses.asdict(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.lowest, self.epoch, self.waited = state["lowest"], state["epoch"], state["waited"]
+        vars(self).update(state)
 
 
 def build_network(config: AbmilConfig, dim: int, classes: int) -> GatedABMIL:
@@ -95,20 +99,17 @@ def build_network(config: AbmilConfig, dim: int, classes: int) -> GatedABMIL:
 def fold_settings(config: AbmilConfig, out: Path, seed: int, epoch_steps: int) -> TrainConfig:
     """The engine's settings of a fold, counted in steps."""
     settings = config.settings
+    same = ("batch_size", "accumulation", "clip", "precision", "tensorboard")
     return TrainConfig(
+        **{name: getattr(config, name) for name in same},
         out=out,
         steps=settings.epochs * epoch_steps,
-        batch_size=config.batch_size,
-        accumulation=config.accumulation,
         lr=settings.lr,
         schedule=settings.schedule,
-        clip=config.clip,
-        precision=config.precision,
         seed=seed,
         save_every=config.save_every * epoch_steps,
         keep=1,
         log_every=epoch_steps,
-        tensorboard=config.tensorboard,
     )
 
 
@@ -160,12 +161,8 @@ class BagFoldTraining:
     def run(self) -> dict[str, Tensor]:
         """Train; the chosen weights, on the device."""
         self.engine.run(self.step)
-        network = self.network
-        chosen = (
-            network.network.state_dict()
-            if self.config.settings.select == "last"
-            else network.best()
-        )
+        is_last = self.config.settings.select == "last"
+        chosen = self.network.network.state_dict() if is_last else self.network.best()
         return {name: tensor.detach() for name, tensor in chosen.items()}
 
     def step(self, number: int) -> dict[str, Tensor | float]:
@@ -210,7 +207,7 @@ class BagFoldTraining:
 
     def validate(self, epoch: int) -> float:
         """Validation loss after an epoch, from 1; keeps the best weights, may end the fold."""
-        loss = predict(self.network.network, self.reader, self.val, self.engine.device).loss
+        _, loss = predict(self.network.network, self.reader, self.val, self.engine.device)
         settings, stopping = self.config.settings, self.stopping
         if not math.isfinite(loss):
             return loss  # the engine stops the run and says so
@@ -230,18 +227,18 @@ def build_optimizer(config: AbmilConfig, network: KeepingBest) -> torch.optim.Op
     )  # fused: 1 ms less of a step of 6 on a CPU
 
 
-def predict(network: nn.Module, reader: FeatureBags, bags: Part, device: torch.device) -> Outcome:
-    """Probabilities of every bag, shared by the ranks and the same on all of them. Collective."""
+def predict(
+    network: nn.Module, reader: FeatureBags, bags: Part, device: torch.device
+) -> tuple[np.ndarray, float]:
+    """Probabilities (n, C) of bags and the mean cross entropy, the work shared. Collective."""
     assert isinstance(network, GatedABMIL)
     network.eval()
-    own = range(dist.get_rank(), len(bags), dist.get_world_size())
-    rows = {number: logits_of(network, reader, bags.slides[number], device)[0] for number in own}
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, {number: row.tolist() for number, row in rows.items()})
-    gathered = {number: row for part in found for number, row in part.items()}
-    logits = torch.tensor([gathered[number] for number in range(len(bags))], dtype=torch.float64)
+    own = bags.slides[dist.get_rank() :: dist.get_world_size()]
+    rows = {slide: logits_of(network, reader, slide, device)[0].tolist() for slide in own}
+    found = {slide: row for part in gathered(rows) for slide, row in part.items()}
+    logits = torch.tensor([found[slide] for slide in bags.slides], dtype=torch.float64)
     loss = functional.cross_entropy(logits, torch.from_numpy(bags.targets))
-    return Outcome(probabilities=logits.softmax(1).numpy(), loss=float(loss))
+    return logits.softmax(1).numpy(), float(loss)
 
 
 def logits_of(
@@ -250,3 +247,53 @@ def logits_of(
     """Logits (C,) and attention (N,) of a slide's whole bag, on the CPU."""
     logits, attention = network.in_parts(part.to(device) for part in reader.parts(slide))
     return logits.cpu(), attention.cpu()
+
+
+def check_parts(fold: int, train: Part, val: Part, test: Part, config: AbmilConfig) -> None:
+    """InputError where a part that is needed is empty, or training knows one class only."""
+    remedy = "give other splits, or fewer folds"
+    if not len(train) or not len(test):
+        raise InputError(
+            f"fold {fold}: {len(train)} slides to train on and {len(test)} to test; {remedy}"
+        )
+    if not len(val) and config.settings.select == "best":
+        raise InputError(
+            f"fold {fold}: no slide to validate on, by which the best weights are chosen; "
+            "give splits that have some, or --select last"
+        )
+    missing = set(test.targets.tolist()) - set(train.targets.tolist())
+    if missing or len(set(train.targets.tolist())) < 2:
+        raise InputError(f"fold {fold}: a class is not among the slides trained on; {remedy}")
+
+
+def seed_draws(device: torch.device, seed: int) -> None:
+    """Set torch's generator of the device: a tenth of what `torch.manual_seed` takes.
+
+    That one also keeps a stack trace for a GPU that is not in use, at every call.
+    """
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+    else:
+        torch.default_generator.manual_seed(seed)
+
+
+def draw_bags(targets: np.ndarray, count: int, key: int, *, is_balanced: bool) -> np.ndarray:
+    """Places int64 (count,) of an epoch's bags: permutations, or each class equally often.
+
+    Balanced, bags are drawn with replacement, as CLAM's weighted sampler does.
+    """
+    if not is_balanced:
+        rounds = math.ceil(count / len(targets))
+        orders = [shuffled(len(targets), key_of("round", key, number)) for number in range(rounds)]
+        return np.concatenate(orders)[:count]
+    shares = 1.0 / np.bincount(targets)[targets]
+    numbers = mix(np.arange(count, dtype=np.uint64) + np.uint64(key)) / 2.0**64
+    edges = np.cumsum(shares) / shares.sum()
+    return np.minimum(np.searchsorted(edges, numbers, side="right"), len(targets) - 1)
+
+
+def loss_weights(targets: np.ndarray, classes: int, *, is_weighted: bool) -> Tensor:
+    """Weight of a bag's loss by class, float32 (C,): 1 on average over the bags."""
+    counts = np.bincount(targets, minlength=classes)
+    weights = len(targets) / (classes * np.maximum(counts, 1)) if is_weighted else np.ones(classes)
+    return torch.from_numpy(np.asarray(weights, np.float32))

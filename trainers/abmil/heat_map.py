@@ -3,19 +3,30 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
+import logging
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from latentds_trainers.abmil.bag_source import LabelledBags
+from latentds_trainers.abmil.bag_training import logits_of
+from latentds_trainers.abmil.config import AbmilConfig
+from latentds_trainers.crossval.cross_validation import CrossValidation, FoldOutcome
+from latentds_trainers.engine.ranks import from_first
 from torch.nn import functional
 
 from latentds.core.storage import write_atomically
 from latentds.errors import InputError, missing_extra
 from latentds.evaluation.features.layout import file_name
 from latentds.evaluation.patchsets.patches import PatchSet
+from latentds.models.attention_mil import load_abmil
 
+logger = logging.getLogger(__name__)
+
+WEIGHTS = "model.safetensors"  # of a fold
 LONGEST_PX = 1600  # edge of the slide in the picture
 CHUNK = 64  # patches decoded at a time
 SHARES = (0.1, 10.0)  # ends of the colour bar, as multiples of an even share
@@ -23,33 +34,22 @@ TICKS = (0.1, 0.3, 1, 3, 10)
 BLANK = 255
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Places:
-    """Where patches lie in the picture: pixel edges (N,) of each, and the picture's (H, W)."""
+def place_patches(
+    coords: np.ndarray, size_px: int, origin: np.ndarray, scale: float
+) -> tuple[list[tuple[slice, slice]], tuple[int, int]]:
+    """Rows and columns of every patch in the picture, and the picture's (H, W).
 
-    left: np.ndarray
-    top: np.ndarray
-    right: np.ndarray
-    bottom: np.ndarray
-    size: tuple[int, int]
+    coords, size_px  corners (N, 2) and edge of patches in pixels of level 0
 
-    def box(self, patch: int) -> tuple[slice, slice]:
-        """Rows and columns of a patch; empty where it lies above or left of the picture."""
-        return (
-            slice(max(0, int(self.top[patch])), max(0, int(self.bottom[patch]))),
-            slice(max(0, int(self.left[patch])), max(0, int(self.right[patch]))),
-        )
-
-
-def place_patches(coords: np.ndarray, size_px: int, origin: np.ndarray, scale: float) -> Places:
-    """Places of patches whose corner `coords` (N, 2) and edge count pixels of level 0."""
+    Where a patch lies above or left of the picture, its rows or columns are none.
+    """
     near = np.round((coords - origin) * scale).astype(np.int64)
     far = np.round((coords + size_px - origin) * scale).astype(np.int64)
     far = np.maximum(far, near + 1)
     width, height = far.max(0).tolist()
-    return Places(
-        left=near[:, 0], top=near[:, 1], right=far[:, 0], bottom=far[:, 1], size=(height, width)
-    )
+    edges = np.concatenate([near, far], 1).clip(0).tolist()
+    boxes = [(slice(top, bottom), slice(left, right)) for left, top, right, bottom in edges]
+    return boxes, (height, width)
 
 
 def patch_edge(slide: str, coords: np.ndarray, recorded: int | None) -> int:
@@ -78,13 +78,12 @@ def slide_thumbnail(patches: PatchSet, slide: str) -> tuple[np.ndarray, np.ndarr
     check_coords(slide, coords)
     edge = patch_edge(slide, coords, int(own.table.size_px.max()))
     origin, scale = frame_of(coords, edge)
-    places = place_patches(coords, edge, origin, scale)
-    picture = np.full((*places.size, 3), BLANK, np.uint8)
+    boxes, size = place_patches(coords, edge, origin, scale)
+    picture = np.full((*size, 3), BLANK, np.uint8)
     requests = np.split(np.arange(len(own)), range(CHUNK, len(own), CHUNK))
     for rows, images in zip(requests, own.stream(requests), strict=True):
         for row, image in zip(rows.tolist(), images, strict=True):
-            box = places.box(row)
-            picture[box] = shrunk(image, picture[box].shape[:2])
+            picture[boxes[row]] = shrunk(image, picture[boxes[row]].shape[:2])
     return picture, origin, scale
 
 
@@ -129,11 +128,10 @@ def draw_heat_map(
         picture, origin, scale = slide_thumbnail(patches, slide)
     else:
         (origin, scale), picture = frame_of(coords, edge), None
-    places = place_patches(coords, edge, origin, scale)
-    shape = places.size if picture is None else picture.shape[:2]
-    shares = np.full(shape, np.nan, np.float32)
-    for row, share in enumerate((attention * len(attention)).tolist()):
-        shares[places.box(row)] = share
+    boxes, size = place_patches(coords, edge, origin, scale)
+    shares = np.full(size if picture is None else picture.shape[:2], np.nan, np.float32)
+    for box, share in zip(boxes, (attention * len(attention)).tolist(), strict=True):
+        shares[box] = share
     if np.isnan(shares).all():
         raise InputError(
             f"{slide}: none of its features' patches lies where the patches of --data do; they are "
@@ -187,3 +185,61 @@ def write_heat_map(
     write_atomically(folder / f"{name}.csv", ("\n".join(lines) + "\n").encode())
     write_atomically(folder / f"{name}.png", png)
     return folder / f"{name}.png"
+
+
+def draw_heat_maps(
+    config: AbmilConfig,
+    labelled: LabelledBags,
+    run: CrossValidation,
+    outcomes: Sequence[FoldOutcome],
+    device: torch.device,
+) -> None:
+    """Draw the slides that are asked for, each with the weights of a fold that tested it.
+
+    Rank 0 does. Collective, slide by slide: embedding one on the fly may take a while.
+    """
+    classes, slides = labelled.slides.classes, labelled.slides.slides
+    truths = dict(zip(slides, labelled.slides.targets.tolist(), strict=True))
+
+    def draw(slide: str, outcome: FoldOutcome) -> None:
+        weights = run.cell(outcome.fold, outcome.seed).folder / WEIGHTS
+        network, _ = load_abmil(weights)
+        logits, attention = logits_of(network.to(device), labelled.bags, slide, device)
+        chances = torch.softmax(logits.double(), 0).tolist()
+        best = chances.index(max(chances))
+        title = (
+            f"{slide}: {classes[truths[slide]]}, predicted {classes[best]} ({chances[best]:.2f}), "
+            f"tested in fold {outcome.fold}"
+        )
+        coords, size_px = labelled.bags.coords(slide)
+        shares = attention.double().numpy()
+        patches = labelled.patches
+        png = draw_heat_map(slide, shares, coords, title=title, size_px=size_px, patches=patches)
+        path = write_heat_map(config.out / "heat_maps", slide, png, shares, coords)
+        logger.info("heat map in %s", path)
+
+    for slide, outcome in chosen_slides(config, outcomes, truths):
+        from_first(partial(draw, slide, outcome))
+
+
+def chosen_slides(
+    config: AbmilConfig, outcomes: Sequence[FoldOutcome], truths: Mapping[str, int]
+) -> list[tuple[str, FoldOutcome]]:
+    """Slides to draw, with the fold that tested them: those named, and some of every class.
+
+    Of the others, folds and classes take turns.
+
+    truths  class of every slide
+    """
+    tested: dict[str, FoldOutcome] = {}
+    for outcome in outcomes:
+        for slide in outcome.items:
+            tested.setdefault(slide, outcome)
+    ranks: dict[tuple[int, int], int] = {}
+    order = []
+    for slide, outcome in tested.items():
+        key = (outcome.fold, truths[slide])
+        ranks[key] = ranks.get(key, -1) + 1
+        order.append((ranks[key], *key, slide))
+    names = [*config.heat_map_slides, *(row[-1] for row in sorted(order)[: config.heat_maps])]
+    return [(slide, tested[slide]) for slide in dict.fromkeys(names)]

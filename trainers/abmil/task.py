@@ -8,12 +8,17 @@ import logging
 from typing import Any
 
 import torch.distributed as dist
-from latentds_trainers.abmil.bag_draws import Part, check_parts
-from latentds_trainers.abmil.bag_heat_maps import WEIGHTS, draw_heat_maps
 from latentds_trainers.abmil.bag_report import best_is_last, report
 from latentds_trainers.abmil.bag_source import LabelledBags, open_labelled
-from latentds_trainers.abmil.bag_training import BagFoldTraining, build_network, predict
+from latentds_trainers.abmil.bag_training import (
+    BagFoldTraining,
+    Part,
+    build_network,
+    check_parts,
+    predict,
+)
 from latentds_trainers.abmil.config import AbmilConfig
+from latentds_trainers.abmil.heat_map import WEIGHTS, draw_heat_maps
 from latentds_trainers.crossval.cross_validation import Cell, CrossValidation, Tested
 from latentds_trainers.engine.ranks import from_first, join_ranks, on_all_ranks
 
@@ -42,8 +47,6 @@ REMEDIES = {  # by what differs; a setting is set back
 
 
 class BagTask:
-    """A run over all folds: opens bags and labels, trains, tests, reports."""
-
     def __init__(self, config: AbmilConfig) -> None:
         self.config = config
         # An epoch is a line of log.jsonl; of some thousands, the terminal is told the folds alone.
@@ -64,7 +67,6 @@ class BagTask:
         self.claim()
 
     def make_folds(self) -> list[Fold]:
-        """The folds, from the split files or drawn; each checked."""
         config, slides = self.config, self.labelled.slides
         if config.splits is not None:
             folds = read_splits(
@@ -130,7 +132,6 @@ class BagTask:
         )
 
     def run(self) -> None:
-        """Train and test what is not finished; write and print the result; draw heat maps."""
         outcomes = self.crossval.outcomes(self.test, keeps_checkpoints=False)  # 20 MB a fold
         from_first(
             lambda: report(self.config, self.labelled, self.crossval, outcomes, self.bags_a_step)
@@ -138,7 +139,6 @@ class BagTask:
         draw_heat_maps(self.config, self.labelled, self.crossval, outcomes, self.device)
 
     def test(self, cell: Cell) -> Tested:
-        """Train a fold, keep its weights, test it."""
         train, val, test = self.parts(cell.fold)
         bags, classes = self.labelled.bags, self.labelled.slides.classes
         training = BagFoldTraining(
@@ -153,8 +153,11 @@ class BagTask:
         weights = training.run()
         network = build_network(self.config, bags.dim, len(classes)).to(self.device)
         network.load_state_dict(weights)
-        probabilities = predict(network, bags, test, self.device).probabilities
-        from_first(lambda: save_abmil(cell.folder / WEIGHTS, weights, self.network_facts))
+        probabilities = predict(network, bags, test, self.device)[0]
+        embedder = bags.folder.embedder.get("name")
+        facts = {"classes": classes, "dim": bags.dim, "embedder": embedder}
+        facts |= self.config.settings.layers
+        from_first(lambda: save_abmil(cell.folder / WEIGHTS, weights, facts))
         scores = classification_scores(test.targets, probabilities, classes)
         epochs, stopping = training.epochs, training.stopping
         select = self.config.settings.select
@@ -173,16 +176,6 @@ class BagTask:
             },
             seconds=training.engine.seconds,
         )
-
-    @property
-    def network_facts(self) -> dict[str, Any]:
-        """What a fold's weights say of their network."""
-        return {
-            "classes": self.labelled.slides.classes,
-            "dim": self.labelled.bags.dim,
-            "embedder": self.labelled.bags.folder.embedder.get("name"),
-            **self.config.settings.layers,
-        }
 
     def check_heat_maps(self) -> None:
         """UnknownNameError for a slide that is not there, before hours of training."""

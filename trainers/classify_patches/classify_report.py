@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 from latentds_trainers.classify_patches.config import ClassifyConfig
 from latentds_trainers.classify_patches.patch_inputs import LabelledPatches
-from latentds_trainers.crossval.cross_validation import CrossValidation, Tested
-from latentds_trainers.crossval.run_folders import FoldOutcome
+from latentds_trainers.crossval.cross_validation import CrossValidation, FoldOutcome, Tested
 from latentds_trainers.crossval.run_report import (
     pooled_predictions,
     run_record,

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from latentds_trainers.engine.settings import check_ranges
+from latentds_trainers.engine.settings import check_ranges, refuse_given
 
 from latentds.evaluation.patchsets.patch_set_config import PatchInput
 
@@ -130,16 +130,13 @@ class ClassifyConfig(PatchInput):
         if self.probe != "finetune" and self.arch is not None:
             raise ValueError(f"--arch is for --probe finetune; leave it with {self.probe}")
         for probe, names in OF_PROBES.items():
-            for name in names if probe != self.probe else ():
-                if getattr(self, name) != getattr(type(self), name):
-                    raise ValueError(
-                        f"--{name.replace('_', '-')} is of --probe {probe}; leave it with "
-                        f"{self.probe}"
-                    )
+            if probe != self.probe:
+                refuse_given(self, names, f"is of --probe {probe}; leave it with {self.probe}")
         if self.probe == "eva" and self.protocol != "val7k" and self.folds < 3:
             raise ValueError(f"--probe eva validates on a fold; folds is {self.folds}, at least 3")
-        if self.input == "latents" and self.jitter != type(self).jitter:
-            raise ValueError("--jitter changes colours, which latents have not; leave it")
+        if self.input == "latents":
+            words = "changes colours, which latents have not; leave it"
+            refuse_given(self, ("jitter",), words)
         if self.test_data is not None and self.protocol != "val7k":
             raise ValueError("--test-data is for --protocol val7k")
         if self.split is not None and self.test_data is None and self.protocol != "kfold":

@@ -3,16 +3,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from latentds_trainers.classify_patches.patch_features import as_input, split_rows
-from latentds_trainers.engine.ranks import on_all_ranks
+from latentds_trainers.engine.ranks import gathered, on_all_ranks
 from latentds_trainers.engine.settings import TrainConfig
 from latentds_trainers.engine.training import Engine
 from torch import Tensor, nn
@@ -20,6 +18,7 @@ from torch.nn import functional
 
 from latentds.core.randomness import key_of, patch_seeds, permute, uniform
 from latentds.models.backbones import build_classifier, build_latent_classifier
+from latentds.views.colour import luminance
 
 if TYPE_CHECKING:
     from latentds_trainers.classify_patches.config import ClassifyConfig
@@ -27,42 +26,28 @@ if TYPE_CHECKING:
     from latentds_trainers.crossval.cross_validation import Cell
 
     from latentds.embedders.latent_stem import LatentStemConfig
-    from latentds.evaluation.folds import Fold
 
-LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, what torchvision's saturation and contrast weigh by
 QUARTERS = 4
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FoldConfig(TrainConfig):
-    """What the engine has to know of a fold, and what its checkpoints are checked against."""
-
-    arch: str
-    weights: str
-    split_id: str
-    source: str
-    fold: int
-    weight_decay: float
-    jitter: float
-    augment: bool
-
-
-def fold_config(config: ClassifyConfig, cell: Cell, *, split_id: str, source: str) -> FoldConfig:
-    shared = ("batch_size", "accumulation", "lr", "warmup_steps", "schedule", "clip", "zero_stage")
-    more = ("precision", "seed", "save_every", "log_every", "tensorboard", "weights", "jitter")
+def fold_config(config: ClassifyConfig, cell: Cell) -> TrainConfig:
+    """The engine's settings of a fold; that it is of the same run, the run's folder has told."""
+    names = ("batch_size", "accumulation", "lr", "warmup_steps", "schedule", "clip", "zero_stage")
+    more = ("precision", "seed", "save_every", "log_every", "tensorboard")
     images = config.batch_size * config.accumulation * dist.get_world_size()
-    return FoldConfig(
-        **{name: getattr(config, name) for name in (*shared, *more)},
-        weight_decay=config.weight_decay,
-        augment=config.augment,
-        arch=config.arch or "",
-        out=cell.folder,
-        steps=config.epochs * math.ceil(len(cell.fold.train) / images),
-        keep=1,
-        split_id=split_id,
-        source=source,
-        fold=cell.number,
-    )
+    steps = config.epochs * math.ceil(len(cell.fold.train) / images)
+    values = {name: getattr(config, name) for name in (*names, *more)}
+    return TrainConfig(**values, out=cell.folder, steps=steps, keep=1)
+
+
+def build_network(
+    config: ClassifyConfig, classes: int, stem: LatentStemConfig | None, seed: int = 0
+) -> nn.Module:
+    """The classifier of the config: of latents where there is a stem, else of images."""
+    arch = config.arch or ""
+    if stem is None:
+        return build_classifier(arch, classes, weights=config.weights, seed=seed)
+    return build_latent_classifier(arch, classes, stem, weights=config.weights, seed=seed)
 
 
 class FoldTraining:
@@ -77,46 +62,33 @@ class FoldTraining:
 
     def __init__(
         self,
-        config: FoldConfig,
+        config: ClassifyConfig,
+        cell: Cell,
         patches: LabelledPatches,
-        fold: Fold,
         stem: LatentStemConfig | None = None,
     ) -> None:
-        self.config, self.patches, self.fold, self.stem = config, patches, fold, stem
+        self.config, self.patches, self.fold, self.stem = config, patches, cell.fold, stem
         model = on_all_ranks(self.build)
         optimizer = torch.optim.AdamW(
             model.parameters(), lr=config.lr, weight_decay=config.weight_decay
         )
-        self.engine = Engine(config, "classify_patches", {"classifier": (model, optimizer)})
+        settings = fold_config(config, cell)
+        self.engine = Engine(settings, "classify_patches", {"classifier": (model, optimizer)})
         self.labels = torch.from_numpy(patches.labels).to(self.engine.device)
 
     def build(self) -> nn.Module:
-        config, classes = self.config, len(self.patches.classes)
-        if self.stem is not None:
-            return build_latent_classifier(
-                config.arch, classes, self.stem, weights=config.weights, seed=config.seed
-            )
-        return build_classifier(config.arch, classes, weights=config.weights, seed=config.seed)
+        return build_network(self.config, len(self.patches.classes), self.stem, self.config.seed)
 
     def run(self) -> np.ndarray:
         """Train to the last step; probabilities (n, K) of the fold's test patches."""
         self.engine["classifier"].train()
-        self.images = self.patches.stream(self.requests())
+        self.images = self.patches.stream(map(self.rows, self.engine.places_left()))
         self.engine.run(self.step)
         return self.test()
 
-    def requests(self) -> Iterator[np.ndarray]:
-        """Rows of the forward passes that are left, of this rank."""
-        engine, size = self.engine, self.config.batch_size
-        for step in range(engine.step, self.config.steps):
-            for micro in range(self.config.accumulation):
-                first = (micro * engine.world_size + engine.rank) * size
-                yield self.rows(step, range(first, first + size))
-
-    def rows(self, step: int, places: range) -> np.ndarray:
-        """Training patches at places of a step's global batch."""
+    def rows(self, drawn: np.ndarray) -> np.ndarray:
+        """Training patches at places of the whole run."""
         train = self.fold.train
-        drawn = step * self.engine.global_batch + np.array(places, np.int64)
         keys = [key_of("epoch", self.config.seed, int(e)) for e in drawn // len(train)]
         places_of = permute(drawn % len(train), len(train), np.array(keys, np.uint64))
         rows: np.ndarray = train[places_of]
@@ -125,7 +97,8 @@ class FoldTraining:
     def step(self, step: int) -> dict[str, Tensor]:
         engine, places = self.engine, self.engine.rows
         images = as_input(next(self.images).to(engine.device))
-        labels = self.labels[torch.from_numpy(self.rows(step, places)).to(engine.device)]
+        rows = self.rows(step * engine.global_batch + np.array(places, np.int64))
+        labels = self.labels[torch.from_numpy(rows).to(engine.device)]
         if self.config.augment:
             zeros = np.zeros(len(places), np.int64)
             seeds = patch_seeds(self.config.seed, zeros + step, zeros, np.array(places))
@@ -152,10 +125,8 @@ class FoldTraining:
             with engine.autocast():
                 logits = model(as_input(images.to(engine.device)))
             found.append(logits.float().softmax(1).cpu().numpy())
-        parts: list[np.ndarray | None] = [None] * engine.world_size
-        dist.all_gather_object(parts, np.concatenate(found))
         probabilities = np.empty((len(rows), len(self.patches.classes)))
-        for rank, part in enumerate(parts):
+        for rank, part in enumerate(gathered(np.concatenate(found))):
             probabilities[rank :: engine.world_size] = part
         return probabilities
 
@@ -187,14 +158,8 @@ def jittered(images: Tensor, draws: Tensor, jitter: float) -> Tensor:
     factors = 1 + jitter * (2 * draws - 1)
     brightness, contrast, saturation = (f.view(-1, 1, 1, 1) for f in factors.unbind(1))
     images = images * brightness
-    grey = luma(images)
+    grey = luminance(images)
     mean = grey.mean((2, 3), keepdim=True)
     images = mean + (images - mean) * contrast
-    grey = luma(images)
+    grey = luminance(images)
     return (grey + (images - grey) * saturation).clamp(0, 1)
-
-
-def luma(images: Tensor) -> Tensor:
-    """Grey (B, 1, H, W)."""
-    weights = torch.tensor(LUMA, device=images.device).view(1, 3, 1, 1)
-    return (images * weights).sum(1, keepdim=True)

@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import logging
 import re
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_safetensors
 from torch import Tensor
 
+from latentds.core.display import progress
 from latentds.core.randomness import digest_of
 from latentds.core.storage import write_atomically
 from latentds.embedders.latent_backbone import LatentBackbone
@@ -35,11 +34,8 @@ if TYPE_CHECKING:
 
     from latentds.embedders import EmbedderCard, NetworkEmbedder
 
-logger = logging.getLogger(__name__)
-
 BLOCK = 1024
 COLOURS, FEATURES = "colours", "features"
-LOG_S = 10.0  # seconds between lines of progress
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -80,7 +76,6 @@ class FeatureStore:
         return self.folder / f"block-{number:06d}.safetensors"
 
     def missing(self, rank: int, ranks: int) -> list[int]:
-        """Blocks of this rank that are still to be made."""
         return [n for n in range(rank, len(self.blocks), ranks) if not self.path(n).exists()]
 
     def write(self, number: int, tensors: dict[str, np.ndarray]) -> None:
@@ -116,7 +111,6 @@ class FeatureStore:
 
 
 def damaged(path: Path, what: str) -> InputError:
-    """The error of a block that cannot be used."""
     return InputError(f"{path}: {what}; delete the file, and the same command makes it again")
 
 
@@ -151,16 +145,17 @@ def make_features(
     seen = images
     if embed is not None and inputs is not None:
         seen = inputs.stream(rows for number in numbers for rows in parts[number])
-    progress = Progress(sum(len(store.blocks[number]) for number in numbers))
-    for number in numbers:
-        found = []
-        for rows in parts[number]:
-            pixels = next(images)
-            found.append(describe(pixels, pixels if seen is images else next(seen), embed))
-            progress.advance(len(rows))
-        arrays = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
-        check_finite(arrays, [patches.items[row] for row in store.blocks[number].tolist()])
-        store.write(number, arrays)
+    total = sum(len(store.blocks[number]) for number in numbers)
+    with progress(total=total, desc="features", unit="patch", disable=rank > 0) as bar:
+        for number in numbers:
+            found = []
+            for rows in parts[number]:
+                pixels = next(images)
+                found.append(describe(pixels, pixels if seen is images else next(seen), embed))
+                bar.update(len(rows))
+            arrays = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
+            check_finite(arrays, [patches.items[row] for row in store.blocks[number].tolist()])
+            store.write(number, arrays)
 
 
 def check_finite(arrays: dict[str, np.ndarray], items: list[str]) -> None:
@@ -208,20 +203,3 @@ def embedding(embedder: NetworkEmbedder, precision: str) -> Callable[[Tensor], T
 def as_input(values: Tensor) -> Tensor:
     """What a network reads: images in [0, 1] of uint8, or latents as they are."""
     return values.float() / 255 if values.dtype == torch.uint8 else values
-
-
-class Progress:
-    """Lines that tell how many patches are done, and how fast."""
-
-    def __init__(self, total: int) -> None:
-        self.total, self.done = total, 0
-        self.start = self.told = time.monotonic()
-
-    def advance(self, count: int) -> None:
-        """Count patches; log a line now and then, and at the end."""
-        self.done += count
-        now = time.monotonic()
-        if now - self.told > LOG_S or self.done == self.total:
-            self.told = now
-            rate = self.done / max(now - self.start, 1e-9)
-            logger.info("features: %d of %d patches, %.0f a second", self.done, self.total, rate)

@@ -80,7 +80,6 @@ class LabelledPatches:
             yield from self.sets[number].stream(rows - start for _, rows in run)
 
     def set_of(self, rows: np.ndarray) -> int:
-        """Number of the set that rows are of."""
         first, last = np.searchsorted(self.starts, [rows.min(), rows.max()], "right") - 1
         assert first == last
         return int(first)
@@ -93,34 +92,30 @@ def open_labelled(config: ClassifyConfig) -> LabelledPatches:
             another size, a group in both, and what `groups_of` refuses
     """
     train = open_patches(config)
-    tables, sets = [train.table], [train]
-    table = train.table
+    sets, table = [train], train.table
     groups, rule = groups_of(table.slides, table.sources, config.groups, table.patients)
     notes: list[str] = []
-    items, is_test = list(train.table.names), [name == TEST for name in train.table.splits]
+    items, is_test = list(table.names), [name == TEST for name in table.splits]
     if config.test_data is not None:
         test = open_test_set(config, train, config.test_data)
         prefix = config.test_data.name
         own, notes = groups_of_test_set(test, prefix, config.groups)
         if config.groups is not None:
             check_apart(groups, own, config)
-        tables, sets = [*tables, test.table], [*sets, test]
+        sets.append(test)
         items += [f"{prefix}/{name}" for name in test.table.names]
         groups += own
         is_test = [False] * len(train) + [True] * len(test)
     named = [
         name
-        for patches, table, where in zip(
-            sets, tables, (config.data, config.test_data), strict=False
-        )
-        for name in table.class_names(patches.classes, str(where), LABEL_THEM)
+        for patches, where in zip(sets, (config.data, config.test_data), strict=False)
+        for name in patches.table.class_names(patches.classes, str(where), LABEL_THEM)
     ]
-    classes = sorted(set(named))
-    places = {name: number for number, name in enumerate(classes)}
+    classes, labels = np.unique(named, return_inverse=True)
     found = LabelledPatches(
         sets=sets,
-        classes=classes,
-        labels=np.array([places[name] for name in named], np.int64),
+        classes=classes.tolist(),
+        labels=labels.astype(np.int64),
         items=items,
         groups=groups,
         group_rule=rule,

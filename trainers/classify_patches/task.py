@@ -11,7 +11,7 @@ import numpy as np
 import torch.distributed as dist
 from latentds_trainers.classify_patches.classify_report import report, score_fold, source_identity
 from latentds_trainers.classify_patches.config import MAY_CHANGE, ClassifyConfig
-from latentds_trainers.classify_patches.finetune_backbone import FoldTraining, fold_config
+from latentds_trainers.classify_patches.finetune_backbone import FoldTraining, build_network
 from latentds_trainers.classify_patches.patch_features import (
     FeatureStore,
     PatchFeatures,
@@ -43,7 +43,6 @@ from latentds.evaluation.probes import (
     linear_probe,
     nearest_neighbours,
 )
-from latentds.models.backbones import build_classifier, build_latent_classifier
 
 
 class ClassifyTask:
@@ -71,12 +70,12 @@ class ClassifyTask:
         self.facts = from_first(lambda: self.inputs.sets[0].facts())
         self.source = source_identity(self.facts)
         self.content = from_first(lambda: [part.fingerprint() for part in self.patches.sets])
-        self.pixels = self.source | {"content": self.content}
+        pixels = self.source | {"content": self.content}
         if self.embedder is None:
             on_all_ranks(self.check_arch)
         card = None if self.embedder is None else self.embedder.card
         self.claim()
-        self.store = FeatureStore(config.out, self.patches, self.pixels, card, config.precision)
+        self.store = FeatureStore(config.out, self.patches, pixels, card, config.precision)
 
     def open_inputs(self) -> tuple[LabelledPatches, UndecodedPatches | None]:
         """What networks read of the patches, and how latents are laid out where those are it."""
@@ -100,7 +99,6 @@ class ClassifyTask:
         return self.config.batch_size * self.config.accumulation * self.ranks
 
     def claim(self) -> None:
-        """Make the run's folder this run's. Collective."""
         config, content = self.config, self.content
         settings = {n: v for n, v in plain(config).items() if n not in MAY_CHANGE}
         identity = {
@@ -123,17 +121,13 @@ class ClassifyTask:
 
     def check_arch(self) -> None:
         """Build the network once, so that a wrong name or file is told before anything is done."""
-        config, classes = self.config, len(self.patches.classes)
-        if self.latents is None:
-            build_classifier(config.arch or "", classes, weights=config.weights)
-            return
-        arch, stem = config.arch or "", self.latents.stem
-        network = build_latent_classifier(arch, classes, stem, weights=config.weights)
-        patch_embed: Any = network.patch_embed
-        check_cells(arch, patch_embed.patch_size[0], self.latents.cells)
+        classes, latents = len(self.patches.classes), self.latents
+        network: Any = build_network(self.config, classes, latents.stem if latents else None)
+        if latents is not None:
+            patch_px = network.patch_embed.patch_size[0]
+            check_cells(self.config.arch or "", patch_px, latents.cells)
 
     def run(self) -> None:
-        """Do the folds that are left, write the record, print it."""
         features = self.features()
         outcomes = self.crossval.outcomes(lambda cell: self.test(cell, features))
         from_first(
@@ -186,31 +180,20 @@ class ClassifyTask:
 
     def finetune(self, cell: Cell) -> np.ndarray:
         """Probabilities (n, K) of a network trained on the fold. Collective."""
-        settings = fold_config(
-            self.config, cell, split_id=self.crossval.split_id, source=digest_of(self.pixels)
-        )
         stem = None if self.latents is None else self.latents.stem
-        probabilities = FoldTraining(settings, self.inputs, cell.fold, stem).run()
+        probabilities = FoldTraining(self.config, cell, self.inputs, stem).run()
         gc.collect()  # DeepSpeed's engine refers to itself: its memory is wanted for the next fold
         return probabilities
 
     def probe(self, fold: Fold, features: PatchFeatures) -> FittedProbe:
-        """The probe of frozen features that the config names."""
-        config = self.config
-        assert features.features is not None
+        config, found = self.config, features.features
+        assert found is not None
         if config.probe == "eva":
-            return self.eva_probe(fold, features.features)
+            return self.eva_probe(fold, found)
         if config.probe == "knn":
-            return self.fit(
-                features.features, fold, nearest_neighbours, neighbours=config.neighbours
-            )
-        return self.fit(
-            features.features,
-            fold,
-            linear_probe,
-            penalty=config.penalty,
-            standardize=config.standardize,
-        )
+            return self.fit(found, fold, nearest_neighbours, neighbours=config.neighbours)
+        options = {"penalty": config.penalty, "standardize": config.standardize}
+        return self.fit(found, fold, linear_probe, **options)
 
     def eva_probe(self, fold: Fold, features: np.ndarray) -> FittedProbe:
         """A linear layer trained on the fold, stopped by its validation part."""
@@ -218,14 +201,9 @@ class ClassifyTask:
         train, val = (
             Examples(features=features[r], labels=labels[r]) for r in (fold.train, fold.val)
         )
-        return eva_probe(
-            train,
-            val,
-            features[fold.test],
-            len(self.patches.classes),
-            seed=self.config.seed,
-            standardize=self.config.standardize,
-        )
+        test, classes = features[fold.test], len(self.patches.classes)
+        seed, standardize = self.config.seed, self.config.standardize
+        return eva_probe(train, val, test, classes, seed=seed, standardize=standardize)
 
     def fit(
         self, features: np.ndarray, fold: Fold, probe: Callable[..., FittedProbe], **options: object

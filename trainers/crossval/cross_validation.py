@@ -4,12 +4,17 @@ run = CrossValidation(task="abmil", out=out, items=slides, groups=patients, fold
                       cells=[(0, seed), (1, seed)])
 run.claim(settings | {"labels_id": ...})   # the folder is of this run
 outcomes = run.outcomes(test)              # test: a Cell to what its test items came to
+
+    OUT/run.json           settings, data and folds that the folder belongs to
+    OUT/fold-3/fold.json   what a fold came to; written last: the fold is finished
+    OUT/splits/            the folds as CLAM reads them
 """
 # n tested items of a fold
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -17,18 +22,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from latentds_trainers.crossval.run_folders import (
-    FoldOutcome,
-    claim_folder,
-    read_fold,
-    write_fold,
-)
 from latentds_trainers.engine.ranks import from_first
 
+from latentds.core.storage import write_atomically
+from latentds.errors import ContractError, InputError
 from latentds.evaluation.folds import Fold, split_id
+from latentds.evaluation.records import FoldResult
 from latentds.evaluation.splits import write_clam_splits
 
 logger = logging.getLogger(__name__)
+
+RUN, FOLD, FORMAT = "run.json", "fold.json", "latentds-fold/2"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -51,6 +55,43 @@ class Tested:
     notes: list[str] = dataclasses.field(default_factory=list)
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
     seconds: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FoldOutcome:
+    """A finished fold, JSON values.
+
+    items, groups  tested, n of each
+    found          of every one of them: probabilities (n, C), or counts (n, K, K)
+    scores         of all of them; one that is undefined is None
+    notes          what the scores leave out, in sentences
+    facts          what the recipe's own report says of the fold beside
+    seconds        spent training
+    """
+
+    fold: int
+    seed: int
+    train: int
+    val: int
+    items: list[str]
+    groups: list[str]
+    found: list[Any]
+    scores: dict[str, float | None]
+    per_class: dict[str, dict[str, float | None]]
+    notes: list[str]
+    facts: dict[str, Any]
+    seconds: float
+
+    def result(self) -> FoldResult:
+        return FoldResult(
+            fold=self.fold,
+            seed=self.seed,
+            train=self.train,
+            val=self.val,
+            test=len(self.items),
+            scores=self.scores,
+            per_class=self.per_class,
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -109,7 +150,6 @@ class CrossValidation:
     def outcome(
         self, cell: Cell, test: Callable[[Cell], Tested], keeps_checkpoints: bool
     ) -> FoldOutcome:
-        """What a fold came to: as it was found finished, or trained and tested now."""
         found: FoldOutcome | None = from_first(lambda: read_fold(cell.folder))
         if found is not None:
             logger.info("fold %d, seed %d: finished before", cell.number, cell.seed)
@@ -117,7 +157,8 @@ class CrossValidation:
         outcome = self.outcome_of(cell, test(cell))
 
         def keep() -> None:
-            write_fold(cell.folder, outcome)
+            text = json.dumps({"format": FORMAT} | dataclasses.asdict(outcome), allow_nan=False)
+            write_atomically(cell.folder / FOLD, text.encode())
             if not keeps_checkpoints:
                 shutil.rmtree(cell.folder / "checkpoints", ignore_errors=True)
             known = [f"{n} {v:.4f}" for n, v in outcome.scores.items() if v is not None]
@@ -129,6 +170,7 @@ class CrossValidation:
 
     def outcome_of(self, cell: Cell, tested: Tested) -> FoldOutcome:
         rows, sizes = cell.fold.test.tolist(), cell.fold.sizes()
+        found = {"found": tested.found.tolist(), "seconds": round(tested.seconds, 2)}
         return FoldOutcome(
             fold=cell.number,
             seed=cell.seed,
@@ -136,10 +178,53 @@ class CrossValidation:
             val=sizes["val"],
             items=[self.items[row] for row in rows],
             groups=[self.groups[row] for row in rows],
-            found=tested.found.tolist(),
-            scores=tested.scores,
-            per_class=tested.per_class,
-            notes=tested.notes,
-            facts=tested.facts,
-            seconds=round(tested.seconds, 2),
+            **vars(tested) | found,
         )
+
+
+def claim_folder(
+    out: Path, wanted: Mapping[str, Any], remedies: Mapping[str, str] | None = None
+) -> None:
+    """Write what the run in `out` is of, or see that the folder is of the same one.
+
+    wanted    settings, data and folds, as JSON values
+    remedies  by name, what to do where it differs, if not to set it back
+    raises    ContractError that names what differs
+    """
+    values, path = json.loads(json.dumps(wanted)), out / RUN
+    if not path.exists():
+        write_atomically(path, json.dumps(values, indent=1).encode())
+        return
+    try:
+        found = dict(json.loads(path.read_bytes()))
+    except (ValueError, TypeError) as error:
+        raise ContractError(f"{path} is damaged ({error}); give another --out") from error
+    for name, value in values.items():
+        if name not in found or found[name] != value:
+            remedy = (remedies or {}).get(name, "set it back")
+            raise ContractError(
+                f"{path}: the run there has {name} {found.get(name)!r}, this one {value!r}; "
+                f"{remedy}, or give another --out"
+            )
+
+
+def read_fold(folder: Path) -> FoldOutcome | None:
+    """What a finished fold came to; None for one that is not.
+
+    raises  InputError for a file that is damaged
+    """
+    path = folder / FOLD
+    if not path.exists():
+        return None
+    try:
+        values = json.loads(path.read_bytes())
+        if values.pop("format") != FORMAT:
+            raise ValueError("another format")
+        outcome = FoldOutcome(**values)
+        if len(outcome.found) != len(outcome.items):
+            raise ValueError(f"{len(outcome.found)} rows for {len(outcome.items)} items")
+        return outcome
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(
+            f"{path} is damaged ({error}); delete {folder} to train the fold again"
+        ) from error

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shlex
 import sys
@@ -11,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from latentds_trainers.crossval.cross_validation import CrossValidation
-from latentds_trainers.crossval.run_folders import FoldOutcome
+from latentds_trainers.crossval.cross_validation import CrossValidation, FoldOutcome
 from latentds_trainers.engine.checkpoints import package_versions
+from latentds_trainers.engine.settings import jsonable
 
 from latentds.core.display import say
 from latentds.evaluation.predictions import Predictions, fold_predictions, join_predictions
@@ -41,9 +42,11 @@ def run_record(run: CrossValidation, outcomes: Sequence[FoldOutcome], **values: 
     )
 
 
-def by_last_part(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings with paths by their last part: what a record tells of a machine's folders."""
-    return {n: v.name if isinstance(v, Path) else v for n, v in settings.items()}
+def told_settings(config: Any) -> dict[str, Any]:
+    """A config's settings with those of its preset, paths by their last part, as JSON values."""
+    settings = dataclasses.asdict(config) | dataclasses.asdict(config.settings)
+    told = {n: v.name if isinstance(v, Path) else v for n, v in settings.items()}
+    return {name: jsonable(value) for name, value in told.items()}
 
 
 def pooled_predictions(
@@ -72,7 +75,6 @@ def pooled_predictions(
 
 
 def write_result(out: Path, record: RunRecord, table: str, *, is_json: bool) -> None:
-    """Write result.json, and print it or the table."""
     path = write_record(out, record)
     say(json.dumps(record.to_json(), indent=1) if is_json else f"{table}\n\n{path}")
 
@@ -115,7 +117,6 @@ def run_table(
 
 
 def line_of(cells: Sequence[str]) -> str:
-    """Cells of a row, to the right of their columns."""
     return "".join(f"{cell:>19}" for cell in cells)
 
 
@@ -126,7 +127,6 @@ def class_line(record: RunRecord, name: str, metrics: Sequence[str]) -> str:
 
 
 def spread(values: Summary) -> str:
-    """Mean and sd."""
     mean, sd = figure(values.mean), figure(values.sd)
     return mean if values.sd is None else f"{mean} ± {sd}"
 

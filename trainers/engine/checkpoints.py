@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from latentds_trainers.engine.launching import same_on_all_ranks
+from latentds_trainers.engine.ranks import failure_of
 
 from latentds.core.storage import rename_durably, write_atomically
 from latentds.errors import ContractError, InputError
@@ -34,20 +35,9 @@ UNIVERSAL = "universal"  # inside a checkpoint: its DeepSpeed files for any numb
 NAME = re.compile(r"step-(\d{6,})")
 # What may differ when a run goes on. Of batch_size, accumulation and the number of ranks only the
 # product matters: the images of an optimizer step.
-MAY_CHANGE = frozenset(
-    {
-        *(
-            "out",
-            "steps",
-            "save_every",
-            "save_minutes",
-            "keep",
-            "log_every",
-            "sample_every",
-            "tensorboard",
-        ),
-        *("batch_size", "accumulation"),
-    }
+MAY_CHANGE = (
+    *("out", "steps", "save_every", "save_minutes", "keep", "log_every", "sample_every"),
+    *("tensorboard", "batch_size", "accumulation"),
 )
 
 
@@ -69,7 +59,6 @@ class RunState:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> RunState:
-        """The state `dataclasses.asdict` and JSON made of it."""
         tuples = {name: tuple(values[name]) for name in ("networks", "bad_packs")}
         return cls(**(values | tuples))
 
@@ -127,16 +116,11 @@ def check_same_run(
 
 
 def write_checkpoint(
-    out: Path,
-    state: RunState,
-    write_networks: Callable[[Path], None],
-    is_first: bool,
-    agree: Callable[[OSError | None], str | None],
+    out: Path, state: RunState, write_networks: Callable[[Path], None], is_first: bool
 ) -> Path:
     """Write a checkpoint whole or not at all. Collective; rank 0 does what is done once.
 
     write_networks  writes every network's files below a folder
-    agree           takes this rank's error, gives back any rank's in words, the same on every rank
     raises          InputError on every rank where any of them could not write; the checkpoints
                     before this one stay
     """
@@ -148,7 +132,7 @@ def write_checkpoint(
         lambda: finish_folder(partial, final, state) if is_first else None,
     ]
     for step in steps:
-        failure = agree(error_of(step))
+        failure = failure_of(step)
         if failure is not None:
             if is_first:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -161,17 +145,7 @@ def write_checkpoint(
     return final
 
 
-def error_of(write: Callable[[], None]) -> OSError | None:
-    """Do it; the error where the file system refused."""
-    try:
-        write()
-    except OSError as error:
-        return error
-    return None
-
-
 def prepare_folder(partial: Path, networks: Collection[str]) -> None:
-    """An empty folder with one for every network."""
     shutil.rmtree(partial, ignore_errors=True)
     for name in networks:
         (partial / name).mkdir(parents=True)

@@ -14,6 +14,7 @@ have not ended 30 s after the signal: a step and a checkpoint have to fit in.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import logging
 import os
@@ -32,7 +33,6 @@ from latentds.errors import LatentdsError
 
 STOPPED = 128 + signal.SIGTERM  # exit code, as a shell tells it
 TELLING_S = 1.0  # what rank 0 has for telling an error, before a rank's end ends all
-LOCAL_RANK_OPTION = re.compile(r"--local[-_]rank(=.*)?")
 
 Config = TypeVar("Config")
 
@@ -96,15 +96,9 @@ def parted(docstring: str) -> tuple[str, list[str]]:
 
 def without_local_rank(words: Sequence[str]) -> list[str]:
     """The arguments without the `--local_rank` that launchers add; LOCAL_RANK says the same."""
-    kept, skip = [], False
-    for word in words:
-        if skip and not word.startswith("-"):
-            skip = False
-            continue
-        skip = word in ("--local_rank", "--local-rank")
-        if not LOCAL_RANK_OPTION.fullmatch(word):
-            kept.append(word)
-    return kept
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--local_rank", "--local-rank", nargs="?")
+    return parser.parse_known_args(words)[1]
 
 
 def same_on_all_ranks(error: LatentdsError) -> LatentdsError:

@@ -36,11 +36,21 @@ def join_ranks() -> torch.device:
     return device
 
 
-def any_error(error: OSError | None) -> str | None:
-    """Any rank's error in words, the same on every rank. Collective."""
-    texts: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(texts, None if error is None else str(error))
-    return next((text for text in texts if text is not None), None)
+def gathered(own: Any) -> list[Any]:
+    """What every rank has, in their order. Collective."""
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, own)
+    return parts
+
+
+def failure_of(write: Callable[[], None]) -> str | None:
+    """Do it; what any rank's file system refused, the same on every rank. Collective."""
+    own = None
+    try:
+        write()
+    except OSError as error:
+        own = str(error)
+    return next((text for text in gathered(own) if text is not None), None)
 
 
 def from_first(make: Callable[[], Any]) -> Any:
@@ -75,8 +85,7 @@ def on_all_ranks(make: Callable[[], Made]) -> Made:
         own = error
     except OSError as error:
         own = InputError(str(error))
-    texts: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(texts, None if own is None else str(own))
+    texts = gathered(None if own is None else str(own))
     if own is not None:
         raise same_on_all_ranks(own)
     for rank, text in enumerate(texts):

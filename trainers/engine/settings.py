@@ -7,7 +7,7 @@ import functools
 import math
 import operator
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -135,6 +135,13 @@ def check_ranges(
     refuse(not_negative, "0 or more", lambda value: 0 <= value < math.inf)
     refuse(shares, "a share from 0 to 1", lambda value: 0 <= value <= 1)
     refuse(below_one, "from 0 to below 1", lambda value: 0 <= value < 1)
+
+
+def refuse_given(settings: object, names: Iterable[str], words: str) -> None:
+    """ValueError, `--name words`, for one of these options that is not what it is by default."""
+    for name in names:
+        if getattr(settings, name) != getattr(type(settings), name):
+            raise ValueError(f"--{name.replace('_', '-')} {words}")
 
 
 def check_schedule(settings: Any) -> None:

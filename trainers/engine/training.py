@@ -29,13 +29,13 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from latentds_trainers.engine.checkpoints import (
     RunState,
     check_same_run,
     convert_to_universal,
-    error_of,
     last_good,
     package_versions,
     read_newest,
@@ -43,7 +43,7 @@ from latentds_trainers.engine.checkpoints import (
     write_checkpoint,
 )
 from latentds_trainers.engine.launching import STOPPED, StopRequest, launch, same_on_all_ranks
-from latentds_trainers.engine.ranks import any_error, from_first, join_ranks
+from latentds_trainers.engine.ranks import failure_of, from_first, join_ranks
 from latentds_trainers.engine.settings import TrainConfig, defaults, plain
 from latentds_trainers.engine.training_log import TrainingLog
 from latentds_trainers.engine.wrapping import WrappedNetwork
@@ -128,8 +128,20 @@ class Engine:
     @property
     def rows(self) -> range:
         """Places of this forward pass's images in the step's global batch."""
-        start = (self.micro * self.world_size + self.rank) * self.config.batch_size
+        return self.rows_of(self.micro)
+
+    def rows_of(self, micro: int) -> range:
+        start = (micro * self.world_size + self.rank) * self.config.batch_size
         return range(start, start + self.config.batch_size)
+
+    def places_left(self) -> Iterator[np.ndarray]:
+        """For every forward pass that is left, places int64 of this rank's images in the whole run.
+
+        Image `row` of step `number` is at `number * global_batch + row`.
+        """
+        for number in range(self.step, self.config.steps):
+            for micro in range(self.config.accumulation):
+                yield number * self.global_batch + np.array(self.rows_of(micro), np.int64)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Where forward passes run: bfloat16 operations unless precision is fp32."""
@@ -278,7 +290,7 @@ class Engine:
             if self.log is not None and figures is not None:
                 self.log.write(self.step, figures)
 
-        failure = any_error(error_of(write))
+        failure = failure_of(write)
         if failure is not None:
             raise same_on_all_ranks(
                 InputError(
@@ -340,9 +352,7 @@ class Engine:
             for failure in itertools.chain(*failures):
                 raise failure
 
-        folder = write_checkpoint(
-            self.config.out, self.state(), write_networks, self.is_first, any_error
-        )
+        folder = write_checkpoint(self.config.out, self.state(), write_networks, self.is_first)
         if self.is_first:
             remove_old(self.config.out, self.config.keep)
         dist.barrier()

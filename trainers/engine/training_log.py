@@ -42,11 +42,9 @@ class TrainingLog:
 
     @property
     def seconds(self) -> float:
-        """Spent training, by this and earlier runs of the command."""
         return time.perf_counter() - self.started
 
     def advance(self, figures: dict[str, float]) -> None:
-        """Move the progress line on by one step."""
         self.progress.update()
         shown = {name: f"{value:.4g}" for name, value in list(figures.items())[:4]}
         self.progress.set_postfix(shown, refresh=False)
@@ -77,7 +75,6 @@ class TrainingLog:
             self.events.add_image("samples", grid, step, dataformats="HWC")
 
     def close(self) -> None:
-        """End the progress line and the events."""
         self.progress.close()
         if self.events is not None:
             self.events.close()

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-from latentds_trainers.engine.settings import TrainConfig, check_ranges
+from latentds_trainers.engine.settings import TrainConfig, check_ranges, refuse_given
 
 # What the paper states (section 3.2), and what the code it builds on has where it does not. Not
 # among them: how equation 1 is read (see `readings`); both readings are the paper's preset.
@@ -168,7 +168,6 @@ class FinetuneConfig(TrainConfig):
             self.check_paper()
 
     def check_inputs(self) -> None:
-        """Refuse a choice of inputs that is none or two."""
         if (self.data is None) == (not self.pictures):
             raise ValueError("give either --data with --originals, or --pictures")
         if self.data is not None and self.originals is None:
@@ -210,13 +209,10 @@ class FinetuneConfig(TrainConfig):
 
     def refuse_unvalidated(self, remedy: str) -> None:
         """ValueError for what needs held-out pictures where there are none."""
-        for name in ("sample_every", "judges"):
-            if getattr(self, name):
-                option = name.replace("_", "-")
-                raise ValueError(f"--{option} shows held-out pictures and there are none; {remedy}")
+        words = f"shows held-out pictures and there are none; {remedy}"
+        refuse_given(self, ("sample_every", "judges"), words)
 
     def check_networks(self) -> None:
-        """Refuse networks and losses that exclude each other."""
         if self.embedder is None and self.embedding_weight is not None:
             raise ValueError(f"--embedding-weight {self.embedding_weight} without an --embedder")
         if self.zero_stage not in (0, 1, 2):

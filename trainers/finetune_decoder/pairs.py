@@ -1,5 +1,8 @@
-"""What decoders are fine-tuned on: latents, as a data set stores them, with their originals."""
-# B patches of this rank, C latent channels, h w latent cells, H W pixels
+"""What decoders are fine-tuned on: latents, as a data set stores them, with their originals.
+
+Crops of pictures are encoded on the fly; patches of a data set are read ahead of the training.
+"""
+# B patches of a forward pass of this rank, C latent channels, h w latent cells, H W pixels
 
 from __future__ import annotations
 
@@ -7,9 +10,11 @@ import dataclasses
 import logging
 import re
 import threading
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,8 +23,11 @@ from torch import Tensor
 from latentds.autoencoders.autoencoder import NetworkAutoencoder
 from latentds.codecs.formats import DECODE_ERRORS
 from latentds.errors import InputError
-from latentds.quantizers.scalar import AnyCodebook, dequantize, quantize
+from latentds.loading.batch import Batch
+from latentds.loading.loader import LatentLoader
+from latentds.quantizers.scalar import AnyCodebook, dequantize, dequantize_each, quantize
 from latentds.sources.image_folder import walk
+from latentds.sources.originals import Originals
 from latentds.sources.picture_decoding import first_line, picture_suffixes, read_picture
 
 logger = logging.getLogger(__name__)
@@ -28,6 +36,7 @@ MAX_PX = 1 << 28
 KEPT_BYTES = 4 << 30  # decoded pictures kept in memory, over all of them
 SAMPLE_STEP = 1 << 40  # no run comes to such a step: crops of their own
 SAMPLED_AT_ONCE = 8
+AHEAD = 2  # steps whose originals are read while another is trained on
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -121,6 +130,135 @@ class PicturePairs:
                     self.kept[path] = found
                     self.kept_bytes += found.nbytes
         return found
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ReadBatch:
+    """What one step of this rank takes, and where the loader stood behind it.
+
+    latents  float32 (N, C, h, w), dequantized
+    images   uint8 (N, H, W, 3)
+    """
+
+    latents: Tensor
+    images: np.ndarray
+    state: dict[str, Any]
+
+
+class ShardPairs:
+    """Patches of a data set with the pictures they were cut from, epoch after epoch.
+
+    loader   its batches are an optimizer step's: of all forward passes of this rank
+    crop_px  edge of the windows trained on, a multiple of the factor; None for whole patches
+
+    A thread reads two steps ahead. `state_dict` counts what was taken, not what was read. Windows
+    are a function of seed, step and the patch's place in the global batch.
+    """
+
+    def __init__(
+        self,
+        loader: LatentLoader,
+        originals: Originals,
+        device: torch.device,
+        *,
+        crop_px: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.loader, self.originals, self.device = loader, originals, device
+        self.crop_px, self.seed = crop_px, seed
+        contract = loader.contract
+        self.factor = int(contract.autoencoder["factor"])
+        if crop_px is not None and crop_px > min(contract.patch_px):
+            height, width = contract.patch_px
+            raise InputError(
+                f"--crop-px {crop_px}: patches of {loader.dataset.shards.folder} are "
+                f"{width}x{height} px; choose a smaller one"
+            )
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
+        self.coming: deque[Future[ReadBatch]] = deque()
+        self.batches = self.endless()
+        self.step: ReadBatch | None = None
+        self.taken = 0  # patches of it
+        self.state: dict[str, Any] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The loader's state behind the last step taken."""
+        return self.loader.state_dict() if self.state is None else self.state
+
+    def load_state_dict(self, state: dict[str, Any], bad_packs: Sequence[str] = ()) -> None:
+        """Go on after the steps `state` counts; before the first batch is asked for."""
+        self.loader.load_state_dict(state, bad_packs)
+        self.state = state
+
+    def gather_bad_packs(self) -> list[str]:
+        return self.loader.gather_bad_packs()
+
+    def batch(self, step: int, rows: range) -> Pair:
+        if self.step is None or self.taken == len(self.step.images):
+            self.step, self.taken = self.next_step(), 0
+            self.state = self.step.state
+        part = slice(self.taken, self.taken + len(rows))
+        first = self.loader.dataset.rank * len(self.step.images) + self.taken
+        self.taken += len(rows)
+        latents, images = self.step.latents[part], self.step.images[part]
+        if self.crop_px is not None:
+            draws = [[self.seed, step, first + number] for number in range(len(images))]
+            latents, images = self.windows(latents, images, draws)
+        return self.pair(latents, images)
+
+    def next_step(self) -> ReadBatch:
+        while len(self.coming) <= AHEAD:
+            self.coming.append(self.thread.submit(next, self.batches))
+        return self.coming.popleft().result()
+
+    def endless(self) -> Iterator[ReadBatch]:
+        """Batches of all epochs with their originals; the loader counts what it hands out."""
+        while True:
+            for batch in self.loader:
+                state = self.loader.state_dict()
+                assert batch.latents is not None  # the loader decodes to latents
+                yield ReadBatch(batch.latents, self.read(batch), state)
+
+    def close(self) -> None:
+        self.thread.shutdown(cancel_futures=True)
+
+    def sample(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for pair in self.spread(self.loader.dataset.split, count):
+            yield pair.latents, pair.images
+
+    def spread(self, split: str, count: int) -> Iterator[Pair]:
+        """Whole patches spread over a split, a few at a time, the same on every rank."""
+        dataset = self.loader.dataset
+        first, end = dataset.shards.patch_range(split)
+        rows = np.unique(np.linspace(first, end - 1, count).astype(np.int64))
+        for start in range(0, len(rows), SAMPLED_AT_ONCE):
+            part = rows[start : start + SAMPLED_AT_ONCE]
+            batch = dataset.read(part)
+            books = dataset.shards.codebook_numbers(part)
+            latents = dequantize_each(batch.codes, books, dataset.shards.manifest.codebooks)
+            yield self.pair(latents, self.read(batch))
+
+    def read(self, batch: Batch) -> np.ndarray:
+        return self.originals.read(batch.columns["source"], batch.coords.cpu().numpy())
+
+    def pair(self, latents: Tensor, images: np.ndarray) -> Pair:
+        """Latents and pixels uint8 (B, H, W, 3) on the device."""
+        pixels = torch.from_numpy(images).permute(0, 3, 1, 2).to(self.device)
+        return Pair(latents.to(self.device), pixels.float().div(255))
+
+    def windows(
+        self, latents: Tensor, images: np.ndarray, draws: Sequence[list[int]]
+    ) -> tuple[Tensor, np.ndarray]:
+        """The same window of each patch's latents and pixels, one a draw."""
+        assert self.crop_px is not None
+        cells, factor = self.crop_px // self.factor, self.factor
+        kept: list[tuple[Tensor, np.ndarray]] = []
+        for latent, image, draw in zip(latents, images, draws, strict=True):
+            rng = np.random.default_rng(draw)
+            y, x = (int(rng.integers(side // factor - cells + 1)) for side in image.shape[:2])
+            window = image[y * factor :, x * factor :][: self.crop_px, : self.crop_px]
+            kept.append((latent[:, y : y + cells, x : x + cells], window))
+        return torch.stack([part for part, _ in kept]), np.stack([part for _, part in kept])
 
 
 def mean_of_four(picture: np.ndarray) -> np.ndarray:

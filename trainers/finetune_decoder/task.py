@@ -1,4 +1,5 @@
 """A decoder fine-tuning run: what it is made of, and what it leaves behind."""
+# V validation crops, C latent channels, h w latent cells, H W pixels
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import dataclasses
 import json
 import logging
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +16,19 @@ import torch.distributed as dist
 from latentds_trainers.engine.ranks import from_first, join_ranks, on_all_ranks
 from latentds_trainers.engine.training import Engine
 from latentds_trainers.finetune_decoder.config import FinetuneConfig, readings
-from latentds_trainers.finetune_decoder.decoder_inputs import (
+from latentds_trainers.finetune_decoder.decoder_losses import DecoderLosses, cropped, evaluating
+from latentds_trainers.finetune_decoder.decoder_parts import (
     check_sizes,
     open_autoencoder,
     open_codebook,
+    open_decoder,
+    open_embedder,
     open_picture_pairs,
     open_shard_pairs,
     read_validation,
-)
-from latentds_trainers.finetune_decoder.decoder_losses import DecoderLosses, cropped, evaluating
-from latentds_trainers.finetune_decoder.decoder_networks import (
-    open_decoder,
-    open_embedder,
     trained_networks,
 )
-from latentds_trainers.finetune_decoder.judging import Judge
-from latentds_trainers.finetune_decoder.pairs import PicturePairs
-from latentds_trainers.finetune_decoder.shard_pairs import ShardPairs
+from latentds_trainers.finetune_decoder.pairs import PicturePairs, ShardPairs
 from torch import Tensor, nn
 
 from latentds.autoencoders.architectures import build
@@ -38,11 +36,12 @@ from latentds.autoencoders.autoencoder import last_layer
 from latentds.autoencoders.decoders import save_decoder
 from latentds.autoencoders.students import fit_shortcut
 from latentds.core.storage import write_atomically
-from latentds.embedders import load_embedder
+from latentds.embedders import Embedder, load_embedder
 
 logger = logging.getLogger(__name__)
 
 SHORTCUT_PATCHES = 128
+JUDGED_AT_ONCE = 4
 SAMPLES = 4  # held-out pictures in a sample picture
 # When a run goes on: where things lie, how they are read, what is only judged.
 MAY_CHANGE = (
@@ -54,9 +53,60 @@ NAMES_OR_PATHS = ("autoencoder", "init", "embedder", "judges", "data")
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
 
 
-class DecoderTask:
-    """A fine-tuning run: opens what the config names, trains, saves OUT/decoder and report.json."""
+class Judge:
+    """Judges a decoder on held-out crops, shared out among ranks; some may have none.
 
+    images     (V, 3, H, W) in [0, 1]
+    latents    (V, C, h, w) of them, as stored
+    embedders  by name
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        latents: Tensor,
+        embedders: Mapping[str, Embedder],
+        rank: int,
+        ranks: int,
+    ) -> None:
+        self.images, self.latents = images[rank::ranks], latents[rank::ranks]
+        self.embedders, self.count = embedders, len(images)
+        with torch.no_grad():
+            self.wanted = {
+                name: [embedder.embed(images) for images, _ in self.parts()]
+                for name, embedder in embedders.items()
+            }
+
+    def parts(self) -> list[tuple[Tensor, Tensor]]:
+        starts = range(0, len(self.images), JUDGED_AT_ONCE)
+        ends = [slice(start, start + JUDGED_AT_ONCE) for start in starts]
+        return [(self.images[part], self.latents[part]) for part in ends]
+
+    @torch.no_grad()
+    def __call__(self, decode: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """Mean PSNR in dB and 1 - cosine similarity by embedder, over all ranks.
+
+        Pictures are rounded to 8 bits first, as a user gets them. Every rank has to call it.
+        """
+        names = ["psnr_db", *(f"one_minus_cos/{name}" for name in self.embedders)]
+        totals = torch.zeros(len(names), dtype=torch.float64)
+        for number, (images, latents) in enumerate(self.parts()):
+            decoded = cropped(decode(latents).float(), images)
+            decoded = decoded.clamp(0, 1).mul(255).round().div(255)
+            error = (decoded - images).square().mean((1, 2, 3)).clamp_min(1e-10)
+            sums = [(-10 * error.log10()).sum()]
+            for name, embedder in self.embedders.items():
+                wanted = self.wanted[name][number]
+                similar = torch.cosine_similarity(embedder.embed(decoded), wanted)
+                sums.append((1 - similar).sum())
+            totals += torch.stack(sums).double().cpu()
+        totals = totals.to(self.images.device)
+        if dist.is_initialized():
+            dist.all_reduce(totals)
+        return dict(zip(names, (totals / self.count).tolist(), strict=True))
+
+
+class DecoderTask:
     def __init__(self, config: FinetuneConfig) -> None:
         self.config = config
         self.device = join_ranks()
@@ -100,7 +150,6 @@ class DecoderTask:
         return Judge(images, latents, embedders, self.engine.rank, self.engine.world_size)
 
     def run(self) -> None:
-        """Train to the last step, save the decoder and the report."""
         teacher = self.base.decoder if self.config.teacher else None
         losses = DecoderLosses(
             self.config, self.engine, last_layer(self.decoder), self.embedder, teacher
@@ -126,13 +175,11 @@ class DecoderTask:
             found = from_first(lambda: json.loads(path.read_text()) if path.exists() else None)
         else:
             found = self.validate()
-            text = json.dumps(found, indent=1).encode()
-            from_first(lambda: write_atomically(path, text))
+            from_first(lambda: write_atomically(path, json.dumps(found, indent=1).encode()))
         return found
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Images of the network as it stands."""
         network = self.engine["decoder"]
         with evaluating(network), self.engine.autocast():
             images: Tensor = network(latents.to(last_layer(network).dtype))

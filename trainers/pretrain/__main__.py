@@ -20,7 +20,6 @@ USUAL = ("data", "method", "arch", "global_batch_size", "steps", "device")  # op
 
 
 def main(config: PretrainConfig) -> None:
-    """Train, export the backbone, write the result."""
     take_device(config.device)
     from latentds_trainers.pretrain.task import PretrainTask
 

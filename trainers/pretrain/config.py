@@ -7,10 +7,21 @@ import functools
 import math
 from typing import Literal
 
-from latentds_trainers.engine.settings import EngineOptions, check_ranges, check_schedule, settled
-from latentds_trainers.pretrain.pretrain_options import PretrainOptions
-from latentds_trainers.pretrain.probe_config import ProbeConfig
-from latentds_trainers.pretrain.ssl_presets import METHODS, OF_DINOS, OF_MAE, MethodSettings
+from latentds_trainers.engine.settings import (
+    EngineOptions,
+    check_ranges,
+    check_schedule,
+    refuse_given,
+    settled,
+)
+from latentds_trainers.pretrain.pretrain_options import (
+    METHODS,
+    OF_DINOS,
+    OF_MAE,
+    MethodSettings,
+    PretrainOptions,
+    ProbeConfig,
+)
 
 from latentds.sources.cut_options import CutOptions
 
@@ -95,11 +106,9 @@ class PretrainConfig(PretrainOptions):
         if (self.originals is None) == (not self.data):
             raise ValueError("give either --data or --originals")
         if self.originals is None:
-            unset = {field.name: field.default for field in dataclasses.fields(CutOptions)}
-            unset |= {"codec": "original", "codebook": None, "paired_with": None}
-            for name, value in unset.items():
-                if getattr(self, name) != value:
-                    raise ValueError(f"--{name.replace('_', '-')} is of --originals; leave it")
+            cut = [field.name for field in dataclasses.fields(CutOptions)]
+            names = [*cut, "codec", "codebook", "paired_with"]
+            refuse_given(self, names, "is of --originals; leave it")
         elif self.input == "latents" or self.decoder:
             raise ValueError("--input latents and --decoder are of --data; leave them")
         if len(set(self.data)) < len(self.data):
@@ -154,12 +163,8 @@ class PretrainConfig(PretrainOptions):
                 "which stage 3 parts; take 0, 1 or 2"
             )
         if self.input == "latents":
-            for name in ("sample_every", "global_scale", "local_scale", "stain"):
-                if getattr(self, name) is not None:
-                    raise ValueError(
-                        f"--{name.replace('_', '-')} is of pictures; --input latents has none, "
-                        "leave it"
-                    )
+            names = ("sample_every", "global_scale", "local_scale", "stain")
+            refuse_given(self, names, "is of pictures; --input latents has none, leave it")
         if self.probe is None and self.probe_every is not None:
             raise ValueError("--probe-every without a --probe")
         if self.probe_every is not None and self.probe_every % self.save_every:
@@ -170,12 +175,9 @@ class PretrainConfig(PretrainOptions):
     def check_method(self) -> None:
         """Refuse options of another method, and sizes that mae's decoder cannot have."""
         is_mae = self.method == "mae"
-        for name in OF_DINOS if is_mae else OF_MAE:
-            if getattr(self, name) != getattr(type(self), name):
-                raise ValueError(
-                    f"--{name.replace('_', '-')} is of {'dino and dinov2' if is_mae else 'mae'}; "
-                    f"--method {self.method} has none, leave it"
-                )
+        names, owner = (OF_DINOS, "dino and dinov2") if is_mae else (OF_MAE, "mae")
+        words = f"is of {owner}; --method {self.method} has none, leave it"
+        refuse_given(self, names, words)
         if not is_mae:
             return
         if not 0 < self.mask_ratio < 1:

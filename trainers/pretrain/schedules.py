@@ -11,13 +11,13 @@ from typing import Any
 from latentds_trainers.engine.checkpoints import read_newest
 from latentds_trainers.engine.settings import TrainConfig, defaults, plain
 from latentds_trainers.pretrain.config import PretrainConfig
-from latentds_trainers.pretrain.pretrain_options import PretrainOptions
-from latentds_trainers.pretrain.ssl_presets import (
+from latentds_trainers.pretrain.pretrain_options import (
     EPOCHS,
     GLOBAL_BATCH,
     LARGEST_BATCH,
     LEAST_BATCH,
     MethodSettings,
+    PretrainOptions,
 )
 
 from latentds.autoencoders.autoencoder import short
@@ -154,6 +154,8 @@ def settle(
     steps, own = config.steps or (config.epochs or EPOCHS) * epoch_steps, config.settings
     given = {f.name: getattr(config, f.name) for f in dataclasses.fields(PretrainOptions)}
     given |= {f.name: getattr(own, f.name) for f in dataclasses.fields(own)}
+    sizes = ("global_batch_size", "batch_size", "accumulation", "schedule")
+    given |= {name: getattr(config, name) for name in sizes}
 
     def counted(name: str, share: float) -> int:
         count: int | None = getattr(config, name)
@@ -163,11 +165,7 @@ def settle(
         return RunConfig(
             **given,
             steps=steps,
-            global_batch_size=config.global_batch_size,
-            batch_size=config.batch_size,
-            accumulation=config.accumulation,
             lr=scaled_lr(config.global_batch_size, own) if config.lr is None else config.lr,
-            schedule=config.schedule,
             warmup_steps=counted("warmup_steps", own.warmup_share),
             freeze_last_steps=counted("freeze_last_steps", own.freeze_last_share),
             teacher_temp_steps=counted("teacher_temp_steps", own.teacher_temp_share),
@@ -181,7 +179,6 @@ def settle(
 
 
 def scaled_lr(images: int, settings: MethodSettings) -> float:
-    """The learning rate of a step of so many images."""
     ratio = images / settings.base_images
     return settings.base_lr * (ratio if settings.lr_rule == "linear" else math.sqrt(ratio))
 

@@ -17,7 +17,7 @@ from latentds.embedders.latent_stem import LatentStemConfig, build_vit, timm_arg
 from latentds.errors import InputError, ShapeError
 from latentds.models.masked_autoencoder import MaskedAutoencoder
 from latentds.models.self_distillation import SelfDistillation, is_last_layer
-from latentds.models.vit_blocks import add_layer_scales, even_drop_path, fold_layer_scales
+from latentds.models.vit_tokens import add_layer_scales, even_drop_path, fold_layer_scales
 from latentds.views.multicrop import MultiCrop
 
 if TYPE_CHECKING:

@@ -1,24 +1,37 @@
-"""A pretraining run: what it is made of, its step, and what it leaves behind."""
+"""A pretraining run: what it is made of, its step, and what it leaves behind.
+
+It leaves OUT/backbone, a model of timm with a card, and OUT/result.json:
+
+    timm.create_model("local-dir:OUT/backbone", pretrained=True)
+    latentds features SET --embedder timm-dir:OUT/backbone --out FEATURES
+    latentds publish-model OUT/backbone ORG/NAME --license ID
+"""
 # B patches of a forward pass, G global and L local crops, C channels, H W pixels or latent cells
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from latentds_trainers.engine.checkpoints import package_versions
 from latentds_trainers.engine.ranks import from_first, join_ranks, on_all_ranks
 from latentds_trainers.engine.training import Engine
 from latentds_trainers.engine.wrapping import gather_with
 from latentds_trainers.pretrain.config import PretrainConfig
 from latentds_trainers.pretrain.data_sources import open_source
-from latentds_trainers.pretrain.feeds import micro_batch
-from latentds_trainers.pretrain.pretrain_result import FOLDER, export_backbone, result_of
-from latentds_trainers.pretrain.schedules import RECIPE, check_before, settle, settle_batch
+from latentds_trainers.pretrain.feeds import FeedSource, TimeLedger, micro_batch
+from latentds_trainers.pretrain.schedules import (
+    RECIPE,
+    RunConfig,
+    check_before,
+    settle,
+    settle_batch,
+)
 from latentds_trainers.pretrain.ssl_networks import (
     build_model,
     build_optimizer,
@@ -29,14 +42,16 @@ from latentds_trainers.pretrain.ssl_networks import (
     token_grid,
     trained_backbone,
 )
-from latentds_trainers.pretrain.time_ledger import TimeLedger
 from torch import Tensor, nn
 from torch.nn import functional
 
 from latentds.core.storage import write_atomically
+from latentds.embedders.backbone_record import CODEBOOK
 from latentds.errors import InputError
+from latentds.models.backbone_folder import write_backbone
 from latentds.models.masked_autoencoder import MaskedAutoencoder
 from latentds.models.token_masks import global_masks, random_masks
+from latentds.quantizers.codebooks import StoredCodebook, save_codebook
 from latentds.views.view_batch import Views
 
 if TYPE_CHECKING:
@@ -44,8 +59,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-NETWORK = "model"
+NETWORK, FOLDER, FORMAT = "model", "backbone", "latentds-pretrain/1"
 SAMPLES = 4  # patches in a sample picture
+RECORDED = ("method", "source", "views", "steps", "images")  # of the result, in the backbone
 # When a run goes on: where things lie, how they are read, what is only looked at. Which patches
 # there are `data_id` tells.
 MAY_CHANGE = (
@@ -58,8 +74,6 @@ MAY_CHANGE = (
 
 
 class PretrainTask:
-    """A pretraining run: opens what the config names, trains, saves backbone and result.json."""
-
     def __init__(self, config: PretrainConfig) -> None:
         self.device = join_ranks()
         rank, ranks = dist.get_rank(), dist.get_world_size()
@@ -95,7 +109,6 @@ class PretrainTask:
         self.probed: dict[str, float] = {}
 
     def open_probe(self) -> Probe | None:
-        """What the backbone is judged with while it trains; None without."""
         if self.config.probe is None:
             return None
         from latentds_trainers.pretrain.probe import Probe
@@ -103,7 +116,6 @@ class PretrainTask:
         return Probe(self.config, self.device, self.stem, self.config.arch)
 
     def run(self) -> None:
-        """Train to the last step, export the backbone, write the result."""
         self.model.train()
         self.patches = iter(self.ledger)
         self.engine.run(
@@ -128,10 +140,8 @@ class PretrainTask:
         with seeded(self.device, *words), engine.autocast():
             losses = self.losses(views, seeds, number)
         engine.update(NETWORK, losses.pop("loss"))
-        figures: dict[str, Tensor | float] = {
-            **losses,
-            "weight_decay": config.weight_decay_at(number),
-        }
+        decay = config.weight_decay_at(number)
+        figures: dict[str, Tensor | float] = {**losses, "weight_decay": decay}
         if config.method == "mae":
             return figures
         momentum = config.momentum_at(number)
@@ -144,7 +154,6 @@ class PretrainTask:
         return crops.to(torch.bfloat16 if self.config.precision == "bf16" else torch.float32)
 
     def set_schedules(self, number: int) -> None:
-        """What a step has besides its learning rate."""
         decay, is_frozen = self.config.weight_decay_at(number), self.config.is_last_frozen(number)
         groups = self.engine.groups(NETWORK)
         for group, decays, is_last in zip(groups, self.decays, self.are_last, strict=True):
@@ -221,25 +230,16 @@ class PretrainTask:
         totals, backbone = self.ledger.totals(), self.backbone()
         if self.probe is not None and not self.probed:  # a run that had its last step before
             self.probed = self.probe(backbone, self.prepare)
-        result = result_of(
-            self.config,
-            self.source,
-            self.engine,
-            totals,
-            probed=self.probed,
-            probe_facts=None if self.probe is None else self.probe.facts,
-        )
+        facts = None if self.probe is None else self.probe.facts
+        result = result_of(self.config, self.source, self.engine, totals, self.probed, facts)
 
         def write() -> None:
-            record = {
-                name: result[name] for name in ("method", "source", "views", "steps", "images")
-            }
             mean, std = self.normalization()
             export_backbone(
                 self.config.out / FOLDER,
                 backbone,
                 arch=self.config.arch,
-                record=record,
+                record={name: result[name] for name in RECORDED},
                 stem=self.stem,
                 codebook=self.source.codebook,
                 mean=mean,
@@ -272,3 +272,65 @@ def join(parts: Sequence[Views]) -> Views:
         torch.cat([part.globals for part in parts], dim=1),
         torch.cat([part.locals for part in parts], dim=1),
     )
+
+
+def export_backbone(
+    folder: Path,
+    backbone: nn.Module,
+    *,
+    record: Mapping[str, Any],
+    codebook: StoredCodebook | None = None,
+    **settings: Any,
+) -> Path:
+    """Write the backbone of a run as a folder that timm and latentds load; returns the folder.
+
+    record    what it was trained on: sets, latent_id, decoder, method, steps, images, ...
+    codebook  that its latents were rounded to, as pictures are then before they go in
+    settings  see `write_backbone`, and what it raises
+    """
+    trained = {"recipe": "pretrain", **record, "versions": package_versions()}
+    written = write_backbone(folder, backbone, trained=trained, **settings)
+    if codebook is not None:
+        save_codebook(codebook, written / CODEBOOK)
+    return written
+
+
+def result_of(
+    config: RunConfig,
+    source: FeedSource,
+    engine: Engine,
+    totals: Mapping[str, float],
+    probed: Mapping[str, float],
+    probe_facts: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """What result.json says of a finished run.
+
+    totals  seconds by what they were spent on
+    """
+    facts = source.feed.facts
+    images = engine.step * config.global_batch_size
+    stored, log = facts["bytes_per_patch"], config.out / "log.jsonl"
+    return {
+        "format": FORMAT,
+        "method": config.method,
+        "arch": config.arch,
+        "input": config.input,
+        "source": facts,
+        "views": config.views_record,
+        "seed": config.seed,
+        "steps": engine.step,
+        "global_batch_size": config.global_batch_size,
+        "images": images,
+        "epochs": images / source.patches,
+        "bytes_of_patches": None if stored is None else round(images * stored),
+        "wall_s": engine.seconds - totals["aside_s"],
+        "probe_s": totals["aside_s"],
+        "waited_s": totals["waited_s"],
+        "ranks": engine.world_size,
+        "device": torch.cuda.get_device_name() if engine.device.type == "cuda" else "cpu",
+        "last": json.loads(log.read_text().splitlines()[-1]) if log.exists() else {},
+        "probe": probed,
+        "probed": probe_facts,
+        "backbone": FOLDER,
+        "versions": package_versions(),
+    }

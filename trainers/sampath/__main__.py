@@ -24,7 +24,6 @@ USUAL = ("data", "masks", "preset", "model", "folds", "device")  # options
 
 
 def main(config: SampathConfig) -> None:
-    """Train and test every fold, write and print the result."""
     take_device(config.device)
     from latentds_trainers.sampath.task import SegmentationRun
 

@@ -112,7 +112,6 @@ class SampathConfig(PatchInput, EngineOptions):
     pictures: int = 4
     """Tested images of every fold that are drawn with their true and predicted labels."""
     keep: int = 1
-    """Checkpoints kept of a fold, the newest ones."""
     json: bool = False
     """Print the result as JSON instead of tables."""
 
@@ -144,7 +143,6 @@ class SampathConfig(PatchInput, EngineOptions):
         return self.steps or self.settings.epochs * epoch_steps
 
     def of_fold(self, out: Path, seed: int, steps: int) -> TrainConfig:
-        """What the engine reads of a fold."""
         options = {f.name: getattr(self, f.name) for f in dataclasses.fields(EngineOptions)}
         schedule = {name: getattr(self.settings, name) for name in SCHEDULE}
         return TrainConfig(**options | schedule | {"out": out, "seed": seed, "steps": steps})

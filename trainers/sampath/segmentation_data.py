@@ -131,13 +131,8 @@ def recoloured(image: Tensor, draws: list[float], strength: float) -> Tensor:
         from torchvision.transforms import functional
     except ImportError as error:
         raise missing_extra("torchvision", "evaluate") from error
-    changes = {
-        "brightness": functional.adjust_brightness,
-        "contrast": functional.adjust_contrast,
-        "saturation": functional.adjust_saturation,
-        "hue": functional.adjust_hue,
-    }
     for place in shuffled(len(COLOURS), int(draws[len(COLOURS)] * (1 << 24))).tolist():
         name, shift = COLOURS[place], (2 * draws[place] - 1) * strength
-        image = changes[name](image, shift if name == "hue" else 1 + shift)
+        change = getattr(functional, f"adjust_{name}")
+        image = change(image, shift if name == "hue" else 1 + shift)
     return image

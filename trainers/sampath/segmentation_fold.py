@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from latentds_trainers.engine.ranks import from_first
+from latentds_trainers.engine.ranks import from_first, gathered
 from latentds_trainers.engine.settings import TrainConfig, plain
 from latentds_trainers.engine.training import Engine
 from latentds_trainers.sampath.segmentation_data import CropDraws, LabelledImages
@@ -33,22 +32,13 @@ WEIGHTS = "weights.safetensors"
 TORCH_SEEDS = 2**63  # torch takes seeds below
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SegmentationNetwork:
-    """A model, and its part that goes to the optimizer and into checkpoints.
+def build_network(
+    config: SampathConfig, labels: int, seed: int
+) -> tuple[nn.Module, nn.Module, dict[str, Any]]:
+    """The config's model, all that is trained of it, and what the rest was made of, JSON values.
 
-    model    images float (B, 3, H, W) in [0, 1] to logits (B, K, H, W) and IoU predictions or None
-    trained  all that is trained of it
-    frozen   what the rest was made of, JSON values
-    """
-
-    model: nn.Module
-    trained: nn.Module
-    frozen: dict[str, Any]
-
-
-def build_network(config: SampathConfig, labels: int, seed: int) -> SegmentationNetwork:
-    """The config's network; what is random follows from the seed.
+    The model takes images float (B, 3, H, W) in [0, 1] to logits (B, K, H, W) and IoU predictions
+    or None. What is random follows from the seed.
 
     raises  WeightsError, UnknownNameError, MissingExtraError for encoders that cannot be had
     """
@@ -58,12 +48,11 @@ def build_network(config: SampathConfig, labels: int, seed: int) -> Segmentation
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             unet = build_unet(labels, config.unet_encoder, config.unet_channels)
-        return SegmentationNetwork(model=unet, trained=unet, frozen={})
+        return unet, unet, {}
     from latentds.models.sampath_network import build_sampath
 
     model = build_sampath(config.sam, config.pathology_encoder, labels=labels, seed=seed)
-    frozen = dataclasses.asdict(model.facts)
-    return SegmentationNetwork(model=model, trained=model.head, frozen=frozen)
+    return model, model.head, model.facts
 
 
 class SegmentationFold:
@@ -79,15 +68,14 @@ class SegmentationFold:
         self.config, self.train, self.images, self.fold = config, train, images, fold
         settings = config.settings
         self.names = images.values.names
-        self.network: SegmentationNetwork = build_network(config, len(self.names), train.seed)
-        trained = self.network.trained
+        self.model, trained, self.frozen = build_network(config, len(self.names), train.seed)
         optimizer = torch.optim.AdamW(
             [p for p in trained.parameters() if p.requires_grad],
             lr=settings.lr,
             weight_decay=settings.weight_decay,
         )
         self.engine = Engine(train, "sampath", {NETWORK: (trained, optimizer)})
-        self.network.model.to(self.engine.device)
+        self.model.to(self.engine.device)
         self.draws = CropDraws(fold.train, train.seed)
 
     def run(self) -> np.ndarray:
@@ -102,28 +90,19 @@ class SegmentationFold:
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Crops and labels of the forward passes that are left, images read ahead."""
-        left = [self.draws.at(places) for places in self.places()]
+        left = [self.draws.at(places) for places in self.engine.places_left()]
         stream = self.images.patches.stream(rows for rows, _ in left)
         for images, (rows, seeds) in zip(stream, left, strict=True):
             crops, labels = self.images.crops(images, rows, seeds)
             yield crops.to(self.engine.device), labels.to(self.engine.device)
 
-    def places(self) -> Iterator[np.ndarray]:
-        """Places of this rank's images, one array a forward pass."""
-        engine, config = self.engine, self.train
-        first = engine.rank * config.batch_size
-        for step in range(engine.step, config.steps):
-            for micro in range(config.accumulation):
-                start = micro * engine.world_size * config.batch_size + first
-                yield step * engine.global_batch + start + np.arange(config.batch_size)
-
     def step(self, number: int, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         crops, labels = batch
-        self.network.model.train()
+        self.model.train()
         key = key_of("network", self.train.seed, number, self.engine.rows.start)
         torch.manual_seed(key % TORCH_SEEDS)  # of encoders that drop paths
         with self.engine.autocast():
-            logits, iou = self.network.model(crops)
+            logits, iou = self.model(crops)
         settings = self.config.settings
         weights = LossWeights(
             dice=settings.dice_weight,
@@ -138,13 +117,13 @@ class SegmentationFold:
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
         """Batch statistics and dropout off, no gradients."""
-        self.network.model.eval()
+        self.model.eval()
         with torch.no_grad(), self.engine.autocast():
             yield
 
     def predict(self, image: Tensor) -> Tensor:
         """Labels uint8 (h, w) on the CPU of a whole image float (1, 3, h, w)."""
-        logits, _ = self.network.model(image.to(self.engine.device))
+        logits, _ = self.model(image.to(self.engine.device))
         return predict_labels(logits.float())[0].cpu()
 
     def test(self, rows: np.ndarray) -> np.ndarray:
@@ -152,7 +131,7 @@ class SegmentationFold:
 
         Collective.
         """
-        share_statistics(self.network.model)
+        share_statistics(self.model)
         own = rows[self.engine.rank :: self.engine.world_size]
         counted: list[tuple[int, np.ndarray]] = []
         with self.evaluating():
@@ -160,9 +139,7 @@ class SegmentationFold:
                 confusion = Confusion(self.names)
                 confusion.add(self.predict(image).numpy(), labels.cpu().numpy(), ignore=0)
                 counted.append((row, confusion.counts))
-        parts: list[Any] = [None] * self.engine.world_size
-        dist.all_gather_object(parts, counted)
-        found = dict(pair for part in parts for pair in part)
+        found = dict(pair for part in gathered(counted) for pair in part)
         return np.stack([found[row] for row in rows.tolist()])
 
     def validate(self) -> dict[str, float]:
@@ -185,7 +162,7 @@ class SegmentationFold:
         weights = {name: t.contiguous() for name, t in self.engine.weights(NETWORK).items()}
         facts = {
             "labels": list(self.names),
-            "frozen": self.network.frozen,
+            "frozen": self.frozen,
             "settings": self.config.to_json() | plain(self.train),
             "steps": self.engine.step,
         }

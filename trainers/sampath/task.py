@@ -22,13 +22,17 @@ from latentds_trainers.sampath.segmentation_folds import (
     named_plan,
     table_plan,
 )
-from latentds_trainers.sampath.segmentation_pictures import picture_name, write_picture
 from latentds_trainers.sampath.segmentation_presets import (
     PRESETS,
     SIZES_PX,
     schedule_notes,
 )
-from latentds_trainers.sampath.segmentation_report import report, score_fold
+from latentds_trainers.sampath.segmentation_report import (
+    picture_name,
+    report,
+    score_fold,
+    write_picture,
+)
 
 from latentds.errors import InputError
 from latentds.evaluation.groups import count_alone, groups_of
@@ -45,7 +49,8 @@ logger = logging.getLogger(__name__)
 MAY_CHANGE = (
     *("data", "masks", "groups", "fold_table", "slides", "root", "only", "splits", "codebook_from"),
     *("device", "workers", "keep_mb", "max_px", "pictures", "json", "seeds"),
-    "allow_shared_groups",
+    *("allow_shared_groups", "out", "save_every", "keep", "log_every", "sample_every"),
+    "tensorboard",
     *("batch_size", "accumulation"),  # of which images_a_step tells
 )
 REMEDIES = {  # by what differs; a setting is set back
@@ -53,12 +58,9 @@ REMEDIES = {  # by what differs; a setting is set back
     "labels": "give the masks it was started with",
     "images_a_step": "choose --batch-size and --accumulation for as many on these ranks",
 }
-OF_ENGINE = ("out", "save_every", "keep", "log_every", "sample_every", "tensorboard")
 
 
 class SegmentationRun:
-    """A run over all folds and seeds: opens images and masks, trains, tests, reports."""
-
     def __init__(self, config: SampathConfig) -> None:
         self.config, self.device = config, join_ranks()
         patches = on_all_ranks(self.open)
@@ -97,7 +99,6 @@ class SegmentationRun:
         return patches
 
     def make_plan(self, rule: str) -> FoldPlan:
-        """The folds that the config asks for."""
         config, table = self.config, self.table
         shared = config.allow_shared_groups
         if config.fold_table is not None:
@@ -142,9 +143,7 @@ class SegmentationRun:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What the run is of: settings, images, masks."""
-        left_out = {*MAY_CHANGE, *OF_ENGINE}
-        settings = {n: v for n, v in self.config.to_json().items() if n not in left_out}
+        settings = {n: v for n, v in self.config.to_json().items() if n not in MAY_CHANGE}
         return settings | {
             "source": self.source["name"],
             "codebook": self.source.get("codebook"),
@@ -154,7 +153,6 @@ class SegmentationRun:
         }
 
     def run(self) -> None:
-        """Train and test what is not finished; write and print the result."""
         outcomes = self.crossval.outcomes(self.test)
         from_first(
             lambda: report(
@@ -169,7 +167,6 @@ class SegmentationRun:
         )
 
     def test(self, cell: Cell) -> Tested:
-        """Train a fold, test it, draw pictures."""
         config, fold = self.config, cell.fold
         steps = config.steps_of(len(fold.train), dist.get_world_size())
         train = config.of_fold(cell.folder, cell.seed, steps)

@@ -23,15 +23,13 @@ USUAL = ("tiles", "preset", "bytes", "channels", "steps")  # options
 
 
 def main(config: TrainCodecConfig) -> None:
-    """Run to the last step and print the product's folder, or pack tiles."""
     if config.pack is not None:
         from latentds_trainers.train_codec.tiles import pack_tiles
 
         pack_tiles(config.tiles, config.pack)
         say(config.pack)
         return
-    from latentds_trainers.train_codec.student_task import StudentTask
-    from latentds_trainers.train_codec.task import CodecTask
+    from latentds_trainers.train_codec.task import CodecTask, StudentTask
 
     task = CodecTask if config.students_of is None else StudentTask
     path = task(config.settings).run()

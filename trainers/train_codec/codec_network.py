@@ -10,6 +10,7 @@ the entropy coder has, in a form that has gradients.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -83,40 +84,19 @@ def rounded(latents: Tensor, steps: Tensor) -> Tensor:
 @torch.no_grad()
 def warm_start(network: CodecNetwork) -> None:
     """Take the layers of `tiny-v1`; its latent channels are spread over the network's."""
-    tiny = load_tiny()
-    assert isinstance(tiny.encoder, TinyEncoder) and isinstance(tiny.decoder, TinyDecoder)
-    channels = network.channels
-    places = [index * channels // CHANNELS for index in range(CHANNELS)]
-    _copy_rows(tiny.encoder.layers, network.encoder.layers, places)
-    _copy_columns(tiny.decoder.layers, network.decoder.layers, places)
-
-
-def _copy_rows(source: nn.Sequential, target: nn.Sequential, places: list[int]) -> None:
-    """An encoder's layers; of the last, rows at these places are the source's."""
-    target[:-1].load_state_dict(source[:-1].state_dict())
-    last, trained = target[-1], source[-1]
-    assert isinstance(last, nn.Conv2d) and isinstance(trained, nn.Conv2d)
-    assert last.bias is not None and trained.bias is not None
-    last.weight.mul_(NEW_ROWS)
-    last.weight[places] = trained.weight
-    last.bias[places] = trained.bias
-
-
-def _copy_columns(source: nn.Sequential, target: nn.Sequential, places: list[int]) -> None:
-    """A decoder's layers; of the first, columns at these places are the source's."""
-    target[1:].load_state_dict(_later_layers(source))
-    first, trained = target[0], source[0]
-    assert isinstance(first, nn.Conv2d) and isinstance(trained, nn.Conv2d)
-    assert first.bias is not None and trained.bias is not None
-    first.weight.mul_(NEW_COLUMNS)
-    first.weight[:, places] = trained.weight
-    first.bias.copy_(trained.bias)
-
-
-def _later_layers(layers: nn.Sequential) -> dict[str, Tensor]:
-    """The state of all layers but the first."""
-    state: dict[str, Tensor] = layers[1:].state_dict()
-    return state
+    tiny: Any = load_tiny()
+    places = [index * network.channels // CHANNELS for index in range(CHANNELS)]
+    wanted: Any = network.encoder.layers
+    given = tiny.encoder.layers
+    wanted[:-1].load_state_dict(given[:-1].state_dict())
+    wanted[-1].weight.mul_(NEW_ROWS)
+    wanted[-1].weight[places] = given[-1].weight
+    wanted[-1].bias[places] = given[-1].bias
+    wanted, given = network.decoder.layers, tiny.decoder.layers
+    wanted[1:].load_state_dict(given[1:].state_dict())
+    wanted[0].weight.mul_(NEW_COLUMNS)
+    wanted[0].weight[:, places] = given[0].weight
+    wanted[0].bias.copy_(given[0].bias)
 
 
 def mse(images: Tensor, wanted: Tensor) -> Tensor:

@@ -92,21 +92,25 @@ def step_for(latents: Tensor, counts: Tensor, size: float) -> float:
 
 @torch.no_grad()
 def held_out_figures(
-    latents: Tensor, decoders: Mapping[str, nn.Module], counts: Tensor, images: Tensor
+    latents: Tensor,
+    decoder: nn.Module,
+    students: Mapping[str, nn.Module],
+    counts: Tensor,
+    images: Tensor,
 ) -> dict[str, float]:
-    """Bytes at step 1 by tables; PSNR in dB at 4,096 and 2,048 bytes.
+    """Bytes at step 1 by tables; PSNR in dB at 4,096 and 2,048 bytes, of every decoder.
 
-    latents   (B, C, 32, 32) of the images
-    decoders  by what stands before their figures' names
-    images    (B, 3, 256, 256) in [0, 1], of held-out patients
+    latents  (B, C, 32, 32) of the images
+    images   (B, 3, 256, 256) in [0, 1], of held-out patients
     """
+    decoders = {"": decoder} | {f"{name}_": student for name, student in students.items()}
     figures = {"bytes_at_step_1": patch_bytes(latents, counts, 1.0)}
     for size in JUDGED_BYTES:
         step = step_for(latents, counts, size)
         coded = rounded(latents, torch.full((len(latents),), step).to(latents))
         figures[f"step_at_{size}"] = step
-        for name, decoder in decoders.items():
-            figures[f"{name}psnr_db_at_{size}"] = psnr(decoder, coded, images)
+        for name, judged in decoders.items():
+            figures[f"{name}psnr_db_at_{size}"] = psnr(judged, coded, images)
     return figures
 
 
@@ -162,7 +166,6 @@ def save_students(
     card: AutoencoderCard,
     figures: Mapping[str, float],
 ) -> None:
-    """Write fast decoders of a codec into the product's folder."""
     by = {"recipe": "train_codec", "figures": dict(figures)}
     for place, student in students.items():
         architecture = {"class": "student", "name": STUDENTS[place]}

@@ -7,7 +7,7 @@ import functools
 from pathlib import Path
 from typing import Literal
 
-from latentds_trainers.engine.settings import TrainConfig, settled
+from latentds_trainers.engine.settings import EngineOptions, TrainConfig, settled
 
 USUAL_BYTES, USUAL_RATE_WEIGHT = 4096, 2.2e-3  # what this weight came to in a first run
 
@@ -82,7 +82,7 @@ class CodecSettings(CodecOptions, CodecPreset, TrainConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainCodecConfig(CodecOptions):
+class TrainCodecConfig(CodecOptions, EngineOptions):
     """Settings of the run; None is the preset's. The weights that ship: preset `cpu`."""
 
     out: Path
@@ -102,24 +102,11 @@ class TrainCodecConfig(CodecOptions):
     schedule: Literal["constant", "cosine", "multistep"] = "cosine"
     clip: float | None = 0.3
     spike: float | None = 10.0
-    """Leave out a step whose gradient norm is beyond this many times `clip`."""
-    precision: Literal["fp32", "autocast", "bf16"] | None = None
-    save_every: int | None = None
+    precision: Literal["fp32", "autocast", "bf16"] | None = None  # type: ignore[assignment]
+    save_every: int | None = None  # type: ignore[assignment]
     sample_every: int | None = 1000
-    save_minutes: float | None = None
-    """Minutes after which a checkpoint is due as well: for time that may be cut off."""
-    zero_stage: Literal[0, 1, 2, 3] = 0
-    """What DeepSpeed spreads over the ranks: 0 nothing, 1 optimizer state, 2 gradients too, 3
-    weights too."""
     accumulation: int = 1
     """Forward passes whose gradients are averaged into one optimizer step."""
-    seed: int = 0
-    keep: int = 2
-    """Checkpoints kept, the newest ones."""
-    log_every: int = 10
-    """Steps between lines of log.jsonl."""
-    tensorboard: bool = False
-    """Write TensorBoard events to tensorboard/ as well."""
 
     def __post_init__(self) -> None:
         _ = self.settings  # refuses what cannot be

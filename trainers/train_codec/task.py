@@ -1,38 +1,155 @@
-"""What `train_codec` does in a step and with a checkpoint."""
+"""What `train_codec` does in a step and with a checkpoint: a codec, or fast decoders of one."""
 # B crops, C latent channels, h w latent cells, H W pixels
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
+from latentds_trainers.engine.ranks import join_ranks, on_all_ranks
 from latentds_trainers.engine.training import Engine
 from latentds_trainers.train_codec.codec_network import CodecNetwork, mse, rounded, warm_start
 from latentds_trainers.train_codec.codec_product import (
+    PRODUCT,
+    STUDENTS,
     count_integers,
     encoded,
     estimated_bytes,
     held_out_figures,
     save_product,
+    save_students,
 )
-from latentds_trainers.train_codec.tile_task import (
-    BETAS,
-    DECAY,
-    MAY_CHANGE,
-    TileTask,
-    draws,
-)
-from torch import Tensor
+from latentds_trainers.train_codec.tile_crops import CropConfig, Crops
+from latentds_trainers.train_codec.tiles import read_tiles
+from torch import Tensor, nn
+
+from latentds.autoencoders.autoencoder import NetworkAutoencoder
+from latentds.autoencoders.codec_folder import is_codec_folder, load_codec, read_counts
+from latentds.autoencoders.decoders import find_decoder_folder, load_decoder
+from latentds.autoencoders.students import build_student, fit_shortcut
+from latentds.autoencoders.tiny import weights_folder
+from latentds.errors import WeightsError
 
 if TYPE_CHECKING:
     from latentds_trainers.train_codec.config import CodecSettings
 
+Network = TypeVar("Network", bound=nn.Module)
+FACTOR = 8
+SHORTCUT_CROPS = 64
+SHORTCUT_STEP = 2**32 - 1  # whose crops no training step draws
+SAMPLES = 4
+MAY_CHANGE = ("tiles", "pack", "name", "licence")
+BETAS, DECAY = (0.9, 0.98), 1e-4
 EARLY_SHARE = 8  # one part in so many of the steps has the early rate weight
 
 
-class CodecTask(TileTask):
-    """The network, its fast decoders and their step."""
+class TileTask:
+    """What trains on tiles: their crops, fast decoders, the way of a run.
 
+    engine  set by the task, with its fast decoders by their folder in the product
+    """
+
+    engine: Engine
+
+    def __init__(self, config: CodecSettings) -> None:
+        self.config = config
+        self.device = join_ranks()
+        self.tiles = on_all_ranks(lambda: read_tiles(config.tiles))
+        self.held_out = self.tiles.held_out.to(self.device)
+        names = [field.name for field in dataclasses.fields(CropConfig)]
+        crops = CropConfig(**{name: getattr(config, name) for name in names})
+        self.crops = Crops(self.tiles.pictures, self.tiles.shares, crops, self.device)
+
+    @torch.no_grad()
+    def new_students(self, encoder: nn.Module, channels: int) -> dict[str, nn.Module]:
+        """Fast decoders, each from the linear decoder of the encoder's latents."""
+        students = {}
+        for place, name in STUDENTS.items():
+            students[place] = build_student(name, channels, FACTOR, self.config.seed)
+            batches = (self.crops.batch(SHORTCUT_STEP, [row]) for row in range(SHORTCUT_CROPS))
+            fit_shortcut(students[place], ((encoder(images), images) for images in batches))
+        return students
+
+    def with_optimizers(
+        self, students: Mapping[str, nn.Module]
+    ) -> dict[str, tuple[nn.Module, torch.optim.Optimizer]]:
+        """What the engine takes of fast decoders."""
+
+        def adamw(student: nn.Module) -> torch.optim.AdamW:
+            lr = self.config.lr
+            return torch.optim.AdamW(student.parameters(), lr=lr, betas=BETAS, weight_decay=DECAY)
+
+        return {name: (student, adamw(student)) for name, student in students.items()}
+
+    def batch(self, step: int) -> Tensor:
+        """Crops (B, 3, s, s) of a step."""
+        crops = self.crops.batch(step, self.engine.rows)
+        return crops.contiguous(memory_format=torch.channels_last)
+
+    def update_students(self, coded: Tensor, wanted: Tensor) -> dict[str, Tensor]:
+        """A step of every fast decoder from latents to what they are to become; their errors."""
+        errors = {}
+        for name in STUDENTS:
+            with self.engine.autocast():
+                error = mse(self.engine[name](coded), wanted)
+            self.engine.update(name, error)
+            errors[f"{name}_mse"] = error
+        return errors
+
+    def copied(self, network: Network, name: str) -> Network:
+        """The network with the engine's weights, in float32 on the device, in eval mode."""
+        network.load_state_dict({k: v.float() for k, v in self.engine.weights(name).items()})
+        return network.to(self.device).eval().requires_grad_(False)
+
+    def copied_students(self, channels: int) -> dict[str, nn.Module]:
+        fresh = {place: build_student(name, channels, FACTOR) for place, name in STUDENTS.items()}
+        return {place: self.copied(network, place) for place, network in fresh.items()}
+
+    def shown(self) -> Tensor:
+        return self.held_out[:: max(1, len(self.held_out) // SAMPLES)][:SAMPLES]
+
+    def run(self) -> Path | None:
+        """Train to the last step; rank 0 returns the product's folder."""
+        self.engine.run(self.step, samples=self.samples, validate=self.validate)
+        self.validate()
+        return self.config.out / PRODUCT if self.engine.is_first else None
+
+    def step(self, step: int) -> dict[str, Tensor]:
+        """Train a step; what to log."""
+        raise NotImplementedError
+
+    def samples(self) -> Tensor:
+        """Held-out pictures above what becomes of them."""
+        raise NotImplementedError
+
+    def validate(self) -> dict[str, float]:
+        """Write the product; figures of held-out patients."""
+        raise NotImplementedError
+
+
+def draws(
+    config: CodecSettings, step: int, places: Iterable[int], latents: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Quantization steps (B,) and noise like the latents, each crop's from its seed alone."""
+    low, high = (math.log(bound) for bound in config.step_range)
+    steps, noise = [], []
+    for place in places:
+        generator = torch.Generator().manual_seed((config.seed << 48) + (step << 16) + place)
+        share = float(torch.rand((), generator=generator))
+        steps.append(math.exp(low + share * (high - low)))
+        noise.append(torch.rand(latents.shape[1:], generator=generator) - 0.5)
+    return torch.tensor(steps).to(latents), torch.stack(noise).to(latents)
+
+
+def rounded_values(figures: Mapping[str, float]) -> dict[str, float]:
+    return {name: round(value, 3) for name, value in figures.items()}
+
+
+class CodecTask(TileTask):
     def __init__(self, config: CodecSettings) -> None:
         super().__init__(config)
         torch.manual_seed(config.seed)
@@ -70,10 +187,8 @@ class CodecTask(TileTask):
         return config.early_rate_weight if is_early else config.rate_weight
 
     def network(self) -> CodecNetwork:
-        """A copy of the network."""
-        network = CodecNetwork(self.config.channels, self.config.encoder_widths)
-        self.copied(network, "codec")
-        return network
+        fresh = CodecNetwork(self.config.channels, self.config.encoder_widths)
+        return self.copied(fresh, "codec")
 
     def samples(self) -> Tensor:
         """Held-out pictures above their reconstructions at step 1."""
@@ -89,12 +204,10 @@ class CodecTask(TileTask):
             return {}
         counts = count_integers(network.encoder, self.crops, self.config, self.engine.is_done)
         latents = encoded(network.encoder, self.held_out)
-        decoders = {"": network.decoder} | {f"{name}_": s for name, s in students.items()}
         figures = {"bytes_at_step_1_estimated": estimated_bytes(network, latents)}
-        figures |= held_out_figures(latents, decoders, counts, self.held_out)
-        rounded_figures = {name: round(value, 3) for name, value in figures.items()}
+        figures |= held_out_figures(latents, network.decoder, students, counts, self.held_out)
         made = {"steps": self.engine.step, "seconds": round(self.engine.state().seconds)}
-        trained = {"shares": self.tiles.shares, "figures": rounded_figures} | made
+        trained = {"shares": self.tiles.shares, "figures": rounded_values(figures)} | made
         save_product(self.config, network, students, counts, trained)
         return figures
 
@@ -108,3 +221,63 @@ def optimizer_of(network: CodecNetwork, config: CodecSettings) -> torch.optim.Ad
         {"params": rate, "lr": config.rate_lr, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, betas=BETAS)
+
+
+class StudentTask(TileTask):
+    """Fast decoders for the latents of a codec whose networks stay as they are.
+
+    They learn what the codec's decoder makes of rounded latents: that is what pictures look like on
+    average at these latents, so its difference to one picture does not disturb them.
+    """
+
+    def __init__(self, config: CodecSettings) -> None:
+        super().__init__(config)
+        assert config.students_of is not None
+        self.folder = codec_folder_of(config.students_of)
+        self.codec: NetworkAutoencoder = load_codec(self.folder).to(self.device)
+        students = self.new_students(self.codec.encoder, self.codec.card.channels)
+        for place in STUDENTS:
+            if find_decoder_folder(self.folder / place):  # goes on from what the codec has
+                known = load_decoder(self.folder / place).decoder.state_dict()
+                students[place].load_state_dict(known)
+        networks = self.with_optimizers(students)
+        self.engine = Engine(config, "train_codec", networks, may_change=MAY_CHANGE)
+
+    def step(self, step: int) -> dict[str, Tensor]:
+        """Distortion of the students, to the codec's decoder."""
+        with torch.no_grad(), self.engine.autocast():
+            latents = self.codec.encoder(self.batch(step)).float()
+            coded = rounded(latents, draws(self.config, step, self.engine.rows, latents)[0])
+            wanted = self.codec.decoder(coded).float()
+        return self.update_students(coded, wanted)
+
+    @torch.no_grad()
+    def samples(self) -> Tensor:
+        """Held-out pictures above what the decoders make of them at step 1."""
+        images = self.shown()
+        coded = rounded(self.codec.encoder(images), torch.ones(len(images)).to(images))
+        decoders = [self.codec.decoder, *self.copied_students(self.codec.card.channels).values()]
+        return torch.cat([images, *(decoder(coded).clamp(0, 1) for decoder in decoders)])
+
+    def validate(self) -> dict[str, float]:
+        """Distortion on the held-out patients; writes the fast decoders."""
+        students = self.copied_students(self.codec.card.channels)
+        if not self.engine.is_first:
+            return {}
+        latents = encoded(self.codec.encoder, self.held_out)
+        counts = read_counts(self.folder).counts_SCT
+        figures = held_out_figures(latents, self.codec.decoder, students, counts, self.held_out)
+        told = rounded_values(figures)
+        save_students(self.config.out / PRODUCT, students, self.codec.card, told)
+        return figures
+
+
+def codec_folder_of(name: str) -> Path:
+    """The folder of a codec: `tiny-v2`'s own, or a path; WeightsError for what is none."""
+    folder: Path = weights_folder() / name if name == "tiny-v2" else Path(name)
+    if not is_codec_folder(folder):
+        raise WeightsError(
+            f"{name}: no codec's folder (codec.json); for decoders of other autoencoders: "
+            "python -m latentds_trainers.finetune_decoder --student turbo-s"
+        )
+    return folder

@@ -134,5 +134,4 @@ def attribution_of(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def shares_of(sources: dict[str, list[Path]]) -> dict[str, float]:
-    """Share of the crops by source."""
     return {name: SOURCES[name].share if name in SOURCES else 1.0 for name in sources}

@@ -1,27 +1,43 @@
-"""What a decoder fine-tuning run reads: a data set with its originals, or pictures; codebooks."""
+"""What a decoder fine-tuning run is made of: what it reads, codebooks, the networks it trains."""
 # V held-out pictures, C latent channels, h w latent cells, H W pixels
 
 from __future__ import annotations
 
+import copy
+import re
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from latentds_trainers.engine.checkpoints import complete_checkpoints
 from latentds_trainers.engine.launching import same_on_all_ranks
 from latentds_trainers.engine.ranks import from_first
-from latentds_trainers.finetune_decoder.config import FinetuneConfig
-from latentds_trainers.finetune_decoder.judging import read_held_out
-from latentds_trainers.finetune_decoder.pairs import Pair, PicturePairs, find_pictures
-from latentds_trainers.finetune_decoder.shard_pairs import ShardPairs
+from latentds_trainers.finetune_decoder.config import ADAM_BETAS, FinetuneConfig
+from latentds_trainers.finetune_decoder.pairs import (
+    Pair,
+    PicturePairs,
+    ShardPairs,
+    find_pictures,
+    list_pictures,
+    open_picture,
+    size_of,
+)
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from latentds.autoencoders import load_autoencoder
+from latentds.autoencoders.architectures import architecture_of
 from latentds.autoencoders.autoencoder import NetworkAutoencoder
+from latentds.autoencoders.decoders import load_decoder
+from latentds.autoencoders.students import build_student
 from latentds.autoencoders.tiny import shipped_records, tiny_codebook
+from latentds.embedders import Embedder, load_embedder
 from latentds.errors import ContractError, InputError, ShapeError
 from latentds.loading.decoding import find_autoencoder
 from latentds.loading.loader import LatentLoader
 from latentds.loading.options import Order
+from latentds.models.discriminator import PatchDiscriminator
 from latentds.quantizers.codebooks import (
     StoredCodebook,
     load_codebook,
@@ -41,7 +57,6 @@ VALIDATED = ("val", "test")  # splits taken where none is named, the first there
 
 
 def check_sizes(config: FinetuneConfig, factor: int) -> None:
-    """Refuse crops that cut through latent cells."""
     for name in ("crop_px", "validate_px"):
         edge = getattr(config, name)
         if name == "validate_px" and config.held_out is None and not config.validate_on:
@@ -109,14 +124,15 @@ def open_codebook(
     card = base.card
     cells = pairs.crop_px // card.factor
     shape = (card.channels, cells, cells)
-    shipped = None
-    if config.codebook is None:
-        shipped = fitting_crops(pairs.crop_px, lambda: shipped_records(card.latent_id, shape, None))
+
+    def shipped() -> StoredCodebook | None:
+        return shipped_records(card.latent_id, shape, None)
+
     if config.codebook is not None:
         path = config.codebook
         stored = from_first(lambda: load_codebook(path))
-    elif shipped is not None:
-        stored = shipped
+    elif (known := fitting_crops(pairs.crop_px, shipped)) is not None:
+        stored = known
     elif card.latent_id == tiny_codebook().latent_id:
         stored = tiny_codebook()
     else:
@@ -180,6 +196,30 @@ def read_validation(
     return Pair(latents, images)
 
 
+def read_held_out(config: FinetuneConfig) -> Tensor | None:
+    """Centre crops (V, 3, H, W) in [0, 1] of held-out pictures, spread evenly; None for none."""
+    edge, paths = config.validate_px, []
+    if config.held_out is not None:
+        pattern = re.compile(config.held_out)
+        for folder in config.pictures:
+            matching = find_pictures(folder, lambda name: bool(pattern.search(name)))
+            paths += [path for path in matching if min(size_of(path)) >= edge]
+        if not paths:
+            raise InputError(f"--held-out {config.held_out!r} matches no picture of {edge} px")
+    for folder in config.validate_on:
+        paths += list_pictures(folder, edge)
+    if not paths:
+        return None
+    chosen = [paths[i] for i in np.linspace(0, len(paths) - 1, config.validate_crops).astype(int)]
+    crops = [centre_crop(open_picture(path), edge) for path in dict.fromkeys(chosen)]
+    return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).float() / 255
+
+
+def centre_crop(picture: np.ndarray, edge: int) -> np.ndarray:
+    y, x = ((side - edge) // 2 for side in picture.shape[:2])
+    return picture[y : y + edge, x : x + edge]
+
+
 def read_split(config: FinetuneConfig, pairs: ShardPairs) -> Pair | None:
     """Whole patches of the split to validate on; None where there is none."""
     splits = pairs.loader.dataset.shards.manifest.splits
@@ -195,3 +235,74 @@ def read_split(config: FinetuneConfig, pairs: ShardPairs) -> Pair | None:
     return Pair(
         torch.cat([part.latents for part in parts]), torch.cat([part.images for part in parts])
     )
+
+
+def open_decoder(
+    config: FinetuneConfig, base: NetworkAutoencoder, device: torch.device
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The network to be trained, and what it is built from.
+
+    raises  ContractError for a decoder of other latents; InputError where its BatchNorm does not go
+            with the settings
+    """
+    network, architecture = untrained_decoder(config, base)
+    if config.precision == "bf16" and any(isinstance(m, _BatchNorm) for m in network.modules()):
+        raise InputError(
+            "--precision bf16: the decoder has BatchNorm, whose statistics stay in float32; take "
+            "--precision autocast"
+        )
+    if config.batch_norm == "sync":
+        if device.type != "cuda":
+            raise InputError("--batch-norm sync needs a GPU; take --batch-norm eval")
+        convert: Callable[[nn.Module], nn.Module] = nn.SyncBatchNorm.convert_sync_batchnorm
+        network = convert(network).train()
+    return network, architecture
+
+
+def untrained_decoder(
+    config: FinetuneConfig, base: NetworkAutoencoder
+) -> tuple[nn.Module, dict[str, Any]]:
+    card = base.card
+    if config.student is not None:
+        student = build_student(config.student, card.channels, card.factor, config.seed)
+        return student.eval(), {"class": "student", "name": config.student}
+    source = base
+    if config.init is not None:
+        source = load_decoder(config.init)
+        if source.card.latent_id != card.latent_id:
+            raise ContractError(
+                f"{config.init}: reads latents {source.card.latent_id}, {card.name} makes "
+                f"{card.latent_id}; give a decoder of these"
+            )
+    elif config.teacher:
+        source = copy.deepcopy(base)  # the teacher stays as it is
+    # DeepSpeed sends weights as rows of bytes: no channels last.
+    network = source.decoder.requires_grad_(True).to(memory_format=torch.contiguous_format)
+    return network, architecture_of(source)
+
+
+def trained_networks(
+    config: FinetuneConfig, decoder: nn.Module
+) -> dict[str, tuple[nn.Module, torch.optim.Optimizer]]:
+    """What the engine trains: the decoder and, where it has a weight, a discriminator."""
+
+    def adam(network: nn.Module, lr: float) -> torch.optim.Optimizer:
+        trained = [p for p in network.parameters() if p.requires_grad]
+        return torch.optim.Adam(trained, lr=lr, betas=ADAM_BETAS, weight_decay=0.0)
+
+    found = {"decoder": (decoder, adam(decoder, config.lr))}
+    if config.gan_weight > 0:
+        generator = torch.Generator().manual_seed(config.seed)
+        network = PatchDiscriminator().initialize(generator).train()
+        found["discriminator"] = (network, adam(network, config.disc_lr or config.lr))
+    return found
+
+
+def open_embedder(config: FinetuneConfig, device: torch.device) -> Embedder | None:
+    """The embedder of the embedding loss; None where the loss has none."""
+    if config.embedder is None or not config.embedding_weight:
+        return None
+    embedder = load_embedder(config.embedder, native=config.embedder_input == "native")
+    if config.checkpoint_embedder:
+        embedder.checkpoint_gradients()
+    return embedder.to(device)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from latentds.autoencoders.foreign_networks import opened_tensors
 from latentds.errors import WeightsError
 
 WEIGHTS_FILE = "model.safetensors"  # what PyTorchModelHubMixin writes
@@ -85,25 +86,14 @@ def find_weights(folder: Path) -> Path | None:
 
 def names_of(path: Path) -> list[str]:
     """Names of the tensors in a safetensors file; WeightsError where it is none."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as opened:
-            return list(opened.keys())
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{path}: not a safetensors file ({error})") from error
+    with opened_tensors(path) as file:
+        return list(file.keys())
 
 
 def count_values(path: Path) -> int:
     """Numbers in a safetensors file, by its header; WeightsError where it is none."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as opened:
-            shapes = [opened.get_slice(name).get_shape() for name in opened.keys()]  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{path}: not a safetensors file ({error})") from error
-    return sum(math.prod(shape) for shape in shapes)
+    with opened_tensors(path) as file:
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
 
 
 def read_converted(path: Path) -> dict[str, Tensor]:

@@ -11,8 +11,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from latentds.autoencoders.autoencoder import short
 from latentds.autoencoders.downloads import download
+from latentds.autoencoders.foreign_networks import check_hash
 from latentds.embedders.backbone_record import (
     CONFIG,
     LATENTS,
@@ -86,7 +86,9 @@ def load_folder(folder: Path, text: str, native: bool) -> NetworkEmbedder:
     )
     card = card_for(card, native)
     embedder = load(card, network, folder, config["architecture"])
-    check_identity(folder, embedder.card)
+    if (folder / RECORD).is_file():
+        stated = read_record(folder).weights_id
+        check_hash(folder / WEIGHTS, embedder.card.weights_id, folder / RECORD, stated)
     return embedder
 
 
@@ -136,15 +138,3 @@ def read_config(folder: Path) -> dict[str, Any]:
 def patch_edge(network: Any) -> int:
     """Edge of a ViT's patch in pixels."""
     return int(network.patch_embed.patch_size[0])
-
-
-def check_identity(folder: Path, card: EmbedderCard) -> None:
-    """WeightsError where the tensors are not those that latentds.json was written with."""
-    if not (folder / RECORD).is_file():
-        return
-    wanted = read_record(folder).weights_id
-    if card.weights_id != wanted:
-        raise WeightsError(
-            f"{folder / WEIGHTS}: the tensors hash to {short(card.weights_id)}, {RECORD} says "
-            f"{short(wanted)}; damaged, export or fetch the backbone anew"
-        )

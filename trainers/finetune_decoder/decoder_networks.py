@@ -11,9 +11,8 @@ from latentds_trainers.finetune_decoder.config import ADAM_BETAS, FinetuneConfig
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from latentds.autoencoders.architectures import architecture_of
 from latentds.autoencoders.autoencoder import NetworkAutoencoder
-from latentds.autoencoders.decoders import load_decoder
+from latentds.autoencoders.decoders import architecture_of, load_decoder
 from latentds.autoencoders.students import build_student
 from latentds.embedders import Embedder, load_embedder
 from latentds.errors import ContractError, InputError

@@ -55,7 +55,7 @@ HEAVY = {  # heavy libraries and the only modules that may import them
     "imagecodecs": {"latentds.codecs.formats"},
     "timm": {
         "latentds.embedders.conch",
-        *("latentds.embedders.efficientnet_lite", "latentds.embedders.timm_models"),
+        "latentds.embedders.timm_models",
         "latentds.models.vit_tokens",
     },
     "lightly": {"latentds.models.self_distillation", "latentds.models.masked_autoencoder"},
@@ -77,7 +77,6 @@ HEAVY = {  # heavy libraries and the only modules that may import them
     "huggingface_hub": {
         "latentds_tools.health.surroundings",
         "latentds.autoencoders.downloads",
-        "latentds.embedders.weights",
         "latentds.store.transport",
         "latentds.hub.client",
     },

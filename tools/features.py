@@ -96,7 +96,7 @@ def run(config: Config) -> int:
 
 def list_embedders() -> str:
     """The embedders known by name, for --list-embedders."""
-    from latentds.embedders.catalogue import describe
+    from latentds.embedders.embedder_cards import describe
 
     return describe()
 

@@ -6,9 +6,8 @@ import dataclasses
 import os
 from pathlib import Path
 
-from latentds.embedders.catalogue import ALIASES, ELSEWHERE
 from latentds.embedders.embedder import Embedder, EmbedderCard, NetworkEmbedder
-from latentds.embedders.embedder_cards import CARDS
+from latentds.embedders.embedder_cards import ALIASES, CARDS, ELSEWHERE
 from latentds.embedders.exported import LATENT_PREFIX, is_exported, load_exported
 from latentds.embedders.own_code import load_own_code
 from latentds.errors import ShapeError, WeightsError, unknown_name

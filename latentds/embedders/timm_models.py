@@ -24,7 +24,7 @@ from latentds.embedders.embedder import (
     without_resizing,
 )
 from latentds.embedders.embedder_cards import CARDS
-from latentds.embedders.weights import fetch, fill, read_weights
+from latentds.embedders.weights import fill, find_weights, read_weights
 from latentds.errors import ShapeError, UnknownNameError, WeightsError, missing_extra
 
 INTERPOLATIONS = ("bicubic", "bilinear")
@@ -165,10 +165,7 @@ def configured_card(text: str, network: Any) -> EmbedderCard:
 
 def load(card: EmbedderCard, network: Any, path: Path | None, what: str) -> NetworkEmbedder:
     """The embedder of a network whose weights are still to be read."""
-    revision = card.revision
-    if path is None:
-        (path,), revision = fetch(card, (card.file,))
-    path = path / card.file if path.is_dir() else path
+    path, revision = find_weights(card, path)
     classifier = network.pretrained_cfg.get("classifier") or ()
     heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
     prefixes = tuple(f"{head}." for head in heads)

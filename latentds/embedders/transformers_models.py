@@ -79,8 +79,7 @@ def load_dinov2(name: str, folder: Path | None = None, native: bool = False) -> 
     card, has_mean = CARDS[name], name == "midnight"
     revision = card.revision
     if folder is None:  # the page of midnight states its preparation, no file of its does
-        paths, revision = fetch(card, tuple(f for f in FILES if not (has_mean and f == PUBLISHED)))
-        folder = paths[0].parent
+        folder, revision = fetch(card, [f for f in FILES if not (has_mean and f == PUBLISHED)])
     network = load_network(folder)
     card = dataclasses.replace(
         card,

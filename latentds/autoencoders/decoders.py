@@ -146,10 +146,10 @@ def load_decoder(
     return load_folder(folder, repository=repository, revision=commit)
 
 
-def find_record(name_or_path: str | os.PathLike[str], revision: str | None = None) -> DecoderRecord:
+def find_record(name_or_path: str | os.PathLike[str]) -> DecoderRecord:
     """What a decoder's decoder.json says, without its weights; raises as `load_decoder` does."""
     folder = find_decoder_folder(name_or_path)
-    return read_record(folder or fetch(name_or_path, (RECORD,), revision)[0])
+    return read_record(folder or fetch(name_or_path, (RECORD,), None)[0])
 
 
 def fetch(

@@ -18,8 +18,6 @@ from latentds.codecs.quantizers import (
     Codes,
     Floats,
     Quantizer,
-    RecordQuantizer,
-    SumQuantizer,
     latent_shape,
     packed_bytes,
 )
@@ -27,7 +25,6 @@ from latentds.codecs.refining import refine
 from latentds.errors import ContractError, FormatError, ShapeError, WeightsError
 from latentds.quantizers.additive import AdditiveCodebook
 from latentds.quantizers.additive_fit import AdditiveReport, fit_additive
-from latentds.quantizers.entropy.record_codebook import EntropyCodebook
 from latentds.quantizers.scalar import MAX_LEVELS, AnyCodebook, Codebook
 from latentds.quantizers.scalar_fit import FitReport, fit_codebook
 
@@ -152,15 +149,21 @@ def with_quantizer(
     """
     spec = parse_quantizer(quantizer) if isinstance(quantizer, str) else quantizer
     card = autoencoder.card
-    if spec.kind == RECORDS and codebook is None:
-        return LatentCodec(autoencoder, make_records(spec, card, patch_px), patch_px)
-    if spec.is_fitted and codebook is None:
+    if not (spec.is_fitted or spec.kind == RECORDS):
+        return LatentCodec(autoencoder, Floats(spec), patch_px)
+    if codebook is None and spec.kind == RECORDS:
+        codebook = shipped(spec, card, patch_px)
+    elif codebook is None:
         if samples is None:
             raise ValueError(f"{card.name}+{spec.text}: needs a sample of latents or a codebook")
         if len(samples) != card.channels:
             raise ShapeError(f"samples have {len(samples)} channels, {card.name} {card.channels}")
         codebook = fit_quantizer(samples, spec, seed)[0]
-    return LatentCodec(autoencoder, make_quantizer(spec, card, codebook), patch_px)
+    if codebook.text != spec.coder:
+        raise ContractError(
+            f"{card.name}+{spec.text}: the codebook is {codebook.text}, {codebook.summary}"
+        )
+    return LatentCodec(autoencoder, Codes(spec, codebook), patch_px)
 
 
 def fit_quantizer(
@@ -172,36 +175,15 @@ def fit_quantizer(
     return fit_codebook(samples, spec.kind, spec.levels or MAX_LEVELS, seed)
 
 
-def make_records(
-    spec: QuantizerSpec, card: AutoencoderCard, patch_px: tuple[int, int]
-) -> RecordQuantizer:
-    """Records by the tables that ship with the autoencoder; ContractError where none do."""
+def shipped(spec: QuantizerSpec, card: AutoencoderCard, patch_px: tuple[int, int]) -> AnyCodebook:
+    """The tables of records that ship with the autoencoder; ContractError where none do."""
     stored = shipped_records(card.latent_id, latent_shape(card, patch_px), spec.record_bytes)
     if stored is None:
         raise ContractError(
             f"{card.name}+{spec.text}: no tables for entropy-coded records ship with it; tiny-v2 "
             "has some, and 'latentds convert --codebook rans' fits them to its input"
         )
-    assert isinstance(stored.codebook, EntropyCodebook)
-    return RecordQuantizer(spec, stored.codebook)
-
-
-def make_quantizer(
-    spec: QuantizerSpec, card: AutoencoderCard, codebook: AnyCodebook | None
-) -> Quantizer:
-    """Floats, or codes of the codebook; ContractError for one of another kind."""
-    if codebook is None or not (spec.is_fitted or spec.kind == RECORDS):
-        return Floats(spec)
-    if codebook.text != spec.coder:
-        raise ContractError(
-            f"{card.name}+{spec.text}: the codebook is {codebook.text}, {codebook.summary}"
-        )
-    if isinstance(codebook, EntropyCodebook):
-        return RecordQuantizer(spec, codebook)
-    if isinstance(codebook, AdditiveCodebook):
-        return SumQuantizer(spec, codebook)
-    assert isinstance(codebook, Codebook)
-    return Codes(spec, codebook)
+    return stored.codebook
 
 
 def draw_samples(latents: Tensor) -> np.ndarray:

@@ -79,7 +79,7 @@ class Config(PatchInput):
 def run(config: Config) -> int:
     """Extract, and say what was made; returns 3 where this rank left a slide out."""
     from latentds.core.processes import find_rank, meeting
-    from latentds.evaluation.features.slides_left_out import read_left_out
+    from latentds.evaluation.features.slide_labels import read_left_out
 
     rank, ranks = find_rank(None, None)
     summaries = extract(config, rank, ranks)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -73,6 +74,12 @@ def is_count(value: Any, limit: int) -> bool:
     return type(value) is int and 0 < value <= limit
 
 
+def is_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        type(number) in (int, float) and math.isfinite(number) for number in value
+    )
+
+
 @contextlib.contextmanager
 def opened_tensors(path: Path) -> Iterator[Any]:
     """A safetensors file, open; WeightsError where it is none, or cannot be read."""
@@ -81,6 +88,12 @@ def opened_tensors(path: Path) -> Iterator[Any]:
             yield file
     except (OSError, safetensors.SafetensorError) as error:
         raise WeightsError(f"{path}: not a safetensors file ({error})") from error
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file; WeightsError where it is none, or cannot be read."""
+    with opened_tensors(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 def check_hash(path: Path, found: str, record: Path, stated: str) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 from latentds.autoencoders.foreign_networks import (
     is_count,
     is_identity,
+    is_numbers,
     is_object,
     is_words,
     read_fields,
@@ -28,12 +28,6 @@ MAX_WIDTH, MAX_CHANNELS, MAX_PX = 1 << 16, 4096, 1 << 14
 
 def is_object_or_none(value: Any) -> bool:
     return value is None or is_object(value)
-
-
-def is_numbers(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        type(number) in (int, float) and math.isfinite(number) for number in value
-    )
 
 
 CHECKS = {

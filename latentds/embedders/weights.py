@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from latentds.autoencoders.downloads import download, login_hint
-from latentds.autoencoders.foreign_networks import opened_tensors
+from latentds.autoencoders.foreign_networks import load_tensors
 from latentds.autoencoders.taesd import read_tensors
 from latentds.embedders.embedder import EmbedderCard
 from latentds.errors import WeightsError
@@ -21,8 +21,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise WeightsError(f"{path}: no such file of weights")
     if path.suffix != ".safetensors":
         return read_tensors(path)
-    with opened_tensors(path) as file:
-        return {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+    return {name: tensor.float() for name, tensor in load_tensors(path).items()}
 
 
 def fill(network: nn.Module, tensors: Mapping[str, Tensor], path: Path, what: str) -> None:

@@ -10,9 +10,13 @@ of CONCH v1.5 is taken from TRIDENT alone.
 
 from __future__ import annotations
 
+from typing import Any
+
 from latentds.embedders.embedder import EmbedderCard
 
 IMAGENET = "ImageNet mean and std"
+TO_224 = f"shorter edge to 224 px (bilinear), centre crop of 224 px, {IMAGENET}; class token"
+GATED: Any = {"file": "pytorch_model.bin", "licence": "CC-BY-NC-ND-4.0", "gated": True}
 # No commit of the gated repositories could be confirmed offline: the commit that was loaded is
 # recorded on the card, and weights_id pins the weights themselves.
 CARDS = {
@@ -20,25 +24,21 @@ CARDS = {
         name="uni",
         class_name="vit_large_patch16_224",
         dim=1024,
-        rule=f"shorter edge to 224 px (bilinear), centre crop of 224 px, {IMAGENET}; class token",
+        rule=TO_224,
         interpolation="bilinear",
         multiple_px=16,
         repository="MahmoodLab/UNI",
-        file="pytorch_model.bin",
-        licence="CC-BY-NC-ND-4.0",
-        gated=True,
+        **GATED,
     ),
     "uni2-h": EmbedderCard(
         name="uni2-h",
         class_name="vit_giant_patch14_224",
         dim=1536,
-        rule=f"shorter edge to 224 px (bilinear), centre crop of 224 px, {IMAGENET}; class token",
+        rule=TO_224,
         interpolation="bilinear",
         multiple_px=14,
         repository="MahmoodLab/UNI2-h",
-        file="pytorch_model.bin",
-        licence="CC-BY-NC-ND-4.0",
-        gated=True,
+        **GATED,
     ),
     "conch-v1.5": EmbedderCard(
         name="conch-v1.5",
@@ -74,9 +74,7 @@ CARDS = {
         "beside the mean of the patch tokens, registers left out",
         multiple_px=14,
         repository="paige-ai/Virchow2",
-        file="pytorch_model.bin",
-        licence="CC-BY-NC-ND-4.0",
-        gated=True,
+        **GATED,
     ),
     **{
         name: EmbedderCard(

@@ -65,34 +65,32 @@ class Together:
 def embed_pieces(
     pieces: Iterator[Piece], embedder: Embeds, device: torch.device
 ) -> Generator[Piece, None, None]:
-    """The pieces with features instead of images, in order."""
-    is_gpu = device.type == "cuda"
+    """The pieces with features instead of images, in order; those of an error as they are."""
+    behind = BEHIND if device.type == "cuda" else 0
     queued: deque[tuple[Piece, Callable[[], np.ndarray] | None]] = deque()
+
+    def oldest() -> Piece:
+        piece, take = queued.popleft()
+        return dataclasses.replace(piece, images=None, features=take()) if take else piece
+
     for piece in pieces:
-        begin = start if is_gpu else embed
-        queued.append((piece, None if piece.images is None else begin(embedder, piece.images)))
-        if len(queued) > (BEHIND if is_gpu else 0):
-            yield with_features(*queued.popleft())
+        queued.append((piece, None if piece.images is None else embed(embedder, piece.images)))
+        if len(queued) > behind:
+            yield oldest()
     while queued:
-        yield with_features(*queued.popleft())
+        yield oldest()
 
 
-def with_features(piece: Piece, take: Callable[[], np.ndarray] | None) -> Piece:
-    """The piece with the features that `take` brings; one that tells an error as it is."""
-    if take is None:
-        return piece
-    return dataclasses.replace(piece, images=None, features=take())
-
-
+@torch.inference_mode()
 def embed(embedder: Embeds, images: Tensor) -> Callable[[], np.ndarray]:
-    """Features of a batch, at once."""
-    features = run(embedder, images).cpu().numpy()
-    return lambda: features
+    """What gives features float32 (n, D) of images uint8 (n, 3, H, W), on their device.
 
-
-def start(embedder: Embeds, images: Tensor) -> Callable[[], np.ndarray]:
-    """Queue a batch's embedding and its copy to pinned memory; the result waits for that copy."""
-    features = run(embedder, images)
+    On a GPU their embedding is queued, and their copy to pinned memory, which the result waits for.
+    """
+    features = embedder.embed(images.float().div_(255))
+    if features.device.type != "cuda":
+        made: np.ndarray = features.cpu().numpy()
+        return lambda: made
     host = torch.empty(features.shape, dtype=features.dtype, pin_memory=True)
     host.copy_(features, non_blocking=True)
     done = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -104,12 +102,6 @@ def start(embedder: Embeds, images: Tensor) -> Callable[[], np.ndarray]:
         return features
 
     return take
-
-
-@torch.inference_mode()
-def run(embedder: Embeds, images: Tensor) -> Tensor:
-    """Features float32 (n, D) of images uint8 (n, 3, H, W), on their device."""
-    return embedder.embed(images.float().div_(255))
 
 
 def in_background(items: Iterable[Item], depth: int) -> Generator[Item, None, None]:

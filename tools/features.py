@@ -110,7 +110,7 @@ def extract(config: Config, rank: int, ranks: int) -> list[dict[str, Any]]:
     from latentds.embedders import load_embedder
     from latentds.evaluation.features.extraction import extract_several, named_slides
     from latentds.evaluation.features.extraction_options import FeatureOptions
-    from latentds.evaluation.patchsets import open_patches
+    from latentds.evaluation.patchsets.open_patch_sets import open_patches
 
     device = choose_device(config.device)
     # Every patch is read once: none is worth keeping.

@@ -90,7 +90,6 @@ class CodecRecord:
     trained: dict[str, Any]
 
     def to_json(self) -> str:
-        """The text of codec.json."""
         values = {"format": FORMAT} | dataclasses.asdict(self)
         return json.dumps(values | {"factor": FACTOR}, indent=1) + "\n"
 
@@ -169,7 +168,6 @@ def identities(state: dict[str, Tensor]) -> dict[str, str]:
 
 
 def card_of(record: CodecRecord) -> AutoencoderCard:
-    """The card of a codec."""
     return AutoencoderCard(
         name=record.name,
         class_name="Tiny",
@@ -232,7 +230,6 @@ def read_counts(folder: Path) -> SymbolCounts:
 
 
 def is_codec_folder(path: Path) -> bool:
-    """Whether there is a codec.json."""
     return (path / RECORD).is_file()
 
 

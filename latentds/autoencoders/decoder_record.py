@@ -59,7 +59,6 @@ class DecoderRecord:
     trained: dict[str, Any]
 
     def to_json(self) -> str:
-        """The text of decoder.json."""
         return json.dumps({"format": FORMAT} | dataclasses.asdict(self), indent=1) + "\n"
 
 

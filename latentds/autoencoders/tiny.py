@@ -107,7 +107,6 @@ class TinyDecoder(nn.Module):
 
 
 def weights_folder() -> Any:
-    """Where the embedded weights lie."""
     return resources.files("latentds.autoencoders") / "weights"
 
 

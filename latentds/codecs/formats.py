@@ -64,7 +64,6 @@ class Format:
 
 
 def save_with_pillow(image: np.ndarray, format: str, **options: object) -> bytes:
-    """A file's bytes by Pillow."""
     buffer = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(image)).save(buffer, format, **options)
     return buffer.getvalue()
@@ -141,7 +140,6 @@ def encode_jpegxl(image: np.ndarray, quality: float) -> bytes:
 
 
 def decode_jpegxl(encoded: bytes) -> np.ndarray:
-    """The picture of JPEG XL bytes."""
     import imagecodecs
 
     try:

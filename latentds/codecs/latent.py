@@ -45,7 +45,6 @@ class LatentCodec:
 
     @property
     def card(self) -> AutoencoderCard:
-        """The autoencoder's card."""
         return self.autoencoder.card
 
     @property
@@ -55,12 +54,10 @@ class LatentCodec:
 
     @property
     def patch_bytes(self) -> int:
-        """Bytes of every patch, by arithmetic."""
         shape = latent_shape(self.card, self.patch_px)
         return packed_bytes(self.quantizer.spec, shape)
 
     def encode(self, image: np.ndarray) -> bytes:
-        """The bytes of one picture's latents."""
         return self.encode_batch([image])[0]
 
     def decode(self, encoded: bytes) -> np.ndarray:

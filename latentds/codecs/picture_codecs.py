@@ -75,7 +75,6 @@ class PictureCodec:
 
     @property
     def coding(self) -> Format:
-        """How files are made and read."""
         return self.rules or FORMATS[self.format]
 
     def fit(self, image: np.ndarray) -> FittedQuality:

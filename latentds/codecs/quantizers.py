@@ -65,7 +65,6 @@ class Floats:
         return [patch.tobytes() for patch in values]
 
     def unpack(self, files: Sequence[bytes], shape: LatentShape) -> Tensor:
-        """The values, in float32."""
         values = np.frombuffer(b"".join(files), self.dtype).astype(np.float32)
         return torch.from_numpy(values).view(-1, *shape)
 
@@ -79,7 +78,6 @@ class Codes:
 
     @property
     def bits(self) -> int:
-        """Of a code."""
         return self.spec.bits if isinstance(self.codebook, Codebook) else 8
 
     def pack(self, latents: Tensor) -> list[bytes]:

@@ -41,7 +41,6 @@ class Draws:
         return cls(uniform_each(seeds, names, sum(DRAWS.values())))
 
     def part(self, views: slice) -> Draws:
-        """Those of some views."""
         return Draws(self.values[views])
 
     def __getitem__(self, name: str) -> Tensor:
@@ -72,7 +71,6 @@ class Boxes:
     turns: Tensor
 
     def part(self, views: slice) -> Boxes:
-        """Those of some views."""
         return Boxes(*(getattr(self, field.name)[views] for field in dataclasses.fields(self)))
 
 

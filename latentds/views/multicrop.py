@@ -78,7 +78,6 @@ def ranges(most: float | None = None, **values: tuple[float, float] | None) -> N
 
 
 def strengths(**values: float | Sequence[float]) -> None:
-    """Refuse a negative strength."""
     for name, value in values.items():
         several = value if isinstance(value, Sequence) else (value,)
         if not all(one >= 0 for one in several):
@@ -86,7 +85,6 @@ def strengths(**values: float | Sequence[float]) -> None:
 
 
 def threes(**values: Sequence[float] | None) -> None:
-    """Refuse what does not have three numbers."""
     for name, value in values.items():
         if value is not None and len(value) != 3:
             raise ValueError(f"{name}={value}; three numbers")

@@ -141,7 +141,7 @@ def open_labelled(config: AbmilConfig, device: torch.device) -> LabelledBags:
 
 def open_data(config: AbmilConfig, device: torch.device) -> PatchSet:
     """The patches that --data and its options name; recorded splits play no part."""
-    from latentds.evaluation.patchsets import open_patches
+    from latentds.evaluation.patchsets.open_patch_sets import open_patches
 
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(PatchInput)}
     # A pass to embed them, and one for a heat map: no pixels are worth keeping. On the fly they are

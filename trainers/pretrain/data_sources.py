@@ -11,7 +11,7 @@ from latentds_trainers.pretrain.schedules import SizedConfig
 from latentds_trainers.pretrain.training_sets import open_sets, order_settings
 
 from latentds.core.randomness import digest_of
-from latentds.evaluation.patchsets import open_patches
+from latentds.evaluation.patchsets.open_patch_sets import open_patches
 from latentds.evaluation.patchsets.patch_set_config import PatchInput
 from latentds.loading.dataset import LatentDataset
 from latentds.sources.cut_options import CutOptions

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from latentds.embedders.latent_stem import LatentStemConfig, check_cells, timm_arguments
 from latentds.errors import InputError, ShapeError
-from latentds.evaluation.patchsets import open_patches
+from latentds.evaluation.patchsets.open_patch_sets import open_patches
 from latentds.evaluation.patchsets.patch_set_config import PatchInput
 from latentds.evaluation.patchsets.patches import PatchSet
 from latentds.evaluation.patchsets.undecoded import open_undecoded

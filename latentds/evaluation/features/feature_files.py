@@ -186,7 +186,6 @@ class FeatureFile:
         return found
 
     def check(self) -> None:
-        """Refuse arrays of other shapes."""
         shape, dtype = self._features.shape, self._features.dtype
         if dtype.kind != "f" or len(shape) != 2 or not 0 < shape[1] <= MAX_DIM:
             raise FormatError(f"{self.path}: 'features' is {dtype} {shape}, not floats (N, D)")
@@ -205,11 +204,9 @@ class FeatureFile:
 
     @property
     def dim(self) -> int:
-        """D."""
         return int(self._features.shape[1])
 
     def __len__(self) -> int:
-        """N."""
         return int(self._features.shape[0])
 
     def features(self, rows: np.ndarray | slice = slice(None)) -> np.ndarray:
@@ -238,7 +235,6 @@ class FeatureFile:
 
     @property
     def attributes(self) -> dict[str, dict[str, Any]]:
-        """Attributes of `features` and of `coords`."""
         found = {FEATURES: self._features, COORDS: self._coords}
         return {name: dict(part.attrs) for name, part in found.items() if part is not None}
 

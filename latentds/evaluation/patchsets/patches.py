@@ -37,7 +37,6 @@ class Memory:
         self.arrays: dict[Hashable, np.ndarray] = {}
 
     def get(self, key: Hashable) -> np.ndarray | None:
-        """The array kept under a key."""
         return self.arrays.get(key)
 
     def keep(self, key: Hashable, array: np.ndarray) -> None:

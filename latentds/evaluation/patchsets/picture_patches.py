@@ -64,7 +64,6 @@ class Pictures:
 
     @property
     def where(self) -> str:
-        """The input, for messages."""
         return str(self.options.source)
 
     @property
@@ -75,7 +74,6 @@ class Pictures:
 
     @functools.cached_property
     def patch_px(self) -> tuple[int, int]:
-        """(H, W) of all patches."""
         headers = self.headers or ()
         return self.source.patch_px(
             {
@@ -86,17 +84,14 @@ class Pictures:
 
     @functools.cached_property
     def has_masks(self) -> bool:
-        """Whether any picture has a mask."""
         return self.options.masks is not None or any(p.mask is not None for p in self.pictures)
 
     @property
     def table(self) -> PatchTable:
-        """All patches, in canonical order."""
         return self.layout.table
 
     @functools.cached_property
     def layout(self) -> PictureLayout:
-        """Where all patches lie."""
         headers = self.headers or read_headers(self.reader, self.pictures, self.root)
         numbers, regions, places = [], [np.zeros((0, 2), np.int32)], list[Place]()
         for number, (picture, header) in enumerate(zip(self.pictures, headers, strict=True)):
@@ -154,7 +149,6 @@ class Pictures:
         return part
 
     def fingerprint(self) -> str:
-        """Identity of the pictures' bytes."""
         try:
             return fingerprint_pictures(self.source, self.pictures, self.headers)
         except (InputError, OSError) as error:

@@ -79,7 +79,6 @@ def open_undecoded(
 def of_shards(
     config: PatchInput, shards: Shards, device: torch.device, stem: LatentStemConfig | None
 ) -> UndecodedPatches:
-    """The stored latents of a data set."""
     facts = stored_facts(config, shards)
     manifest = shards.shards.manifest
     contract = manifest.contract

@@ -94,13 +94,10 @@ def extract_features(
     device: torch.device | str = "auto",
     rank: int | None = None,
     world_size: int | None = None,
-    progress: Progress | None = None,
 ) -> Extraction:
     """Write the features of one embedder below `out`; see `extract_several`."""
     ranks = {"rank": rank, "world_size": world_size}
-    (made,) = extract_several(
-        patches, {out: embedder}, options, device=device, progress=progress, **ranks
-    )
+    (made,) = extract_several(patches, {out: embedder}, options, device=device, **ranks)
     return made
 
 

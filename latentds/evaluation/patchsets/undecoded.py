@@ -7,7 +7,7 @@ import dataclasses
 
 import torch
 
-from latentds.autoencoders.autoencoder import Autoencoder, short
+from latentds.autoencoders.autoencoder import short
 from latentds.codecs import LatentSpec
 from latentds.codecs.naming import latent_text
 from latentds.codecs.quantizers import latent_shape
@@ -51,17 +51,12 @@ class UndecodedPatches:
     cells: tuple[int, int]
 
 
-def open_undecoded(
-    config: PatchInput,
-    autoencoder: Autoencoder | None = None,
-    stem: LatentStemConfig | None = None,
-) -> UndecodedPatches:
+def open_undecoded(config: PatchInput, stem: LatentStemConfig | None = None) -> UndecodedPatches:
     """The latents of a data set, or of originals through an autoencoder's codec.
 
-    autoencoder  an object instead of the one that a codec names
-    stem         of a network that is there already: latents are normalized as it has them
-    raises       InputError for originals without a codec that makes latents, or for a decoder;
-                 ContractError for other latents than the stem's, and what `open_patches` raises
+    stem    of a network that is there already: latents are normalized as it has them
+    raises  InputError for originals without a codec that makes latents, or for a decoder;
+            ContractError for other latents than the stem's, and what `open_patches` raises
     """
     refuse(config, ("decoder",), "for latents that go in as they are")
     device, shards = choose_device(config.device), find_shards(config)
@@ -73,7 +68,7 @@ def open_undecoded(
             f"{config.location}: originals have no latents (--codec {config.codec}); convert them "
             "and give the data set, or name an autoencoder, as --codec tiny+kmeans"
         )
-    return of_originals(config, spec, autoencoder, device, stem)
+    return of_originals(config, spec, device, stem)
 
 
 def of_shards(
@@ -97,12 +92,11 @@ def of_shards(
 def of_originals(
     config: PatchInput,
     spec: LatentSpec,
-    autoencoder: Autoencoder | None,
     device: torch.device,
     stem: LatentStemConfig | None,
 ) -> UndecodedPatches:
     """Latents made of pictures, patch by patch, as a data set would store them."""
-    pictures, codec, decoded = make_codec(config, spec, autoencoder, device)
+    pictures, codec, decoded = make_codec(config, spec, None, device)
     making = LatentsOnTheFly(codec, device)
     channels, *cells = latent_shape(codec.card, pictures.patch_px)
     if stem is None:

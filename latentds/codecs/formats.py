@@ -225,14 +225,11 @@ def is_available(format: str) -> bool:
     """Whether the libraries installed here write and read the format."""
     needs = FORMATS[format].needs
     if needs == "imagecodecs":
-        return importlib.util.find_spec(needs) is not None and has_jpegxl()
+        if importlib.util.find_spec(needs) is None:
+            return False
+        import imagecodecs
+
+        return bool(imagecodecs.JPEGXL.available)  # not all are built with libjxl
     from PIL import features
 
     return needs is None or bool(features.check(needs))
-
-
-def has_jpegxl() -> bool:
-    """Whether this imagecodecs was built with libjxl."""
-    import imagecodecs
-
-    return bool(imagecodecs.JPEGXL.available)

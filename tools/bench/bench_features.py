@@ -228,7 +228,7 @@ def embed_all(bench: Bench, pieces: Iterator[Any]) -> None:
     """Embed pieces and bring the features to the host."""
     from latentds.evaluation.features.embedding_pipeline import embed_pieces
 
-    with contextlib.closing(embed_pieces(pieces, bench.embedder, bench.device)) as embedded:
+    with contextlib.closing(embed_pieces(pieces, [bench.embedder], bench.device)) as embedded:
         for piece in embedded:
             if piece.error is not None:
                 raise piece.error

@@ -14,11 +14,13 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from latentds.embedders.embedder import Embedder
 
 BEHIND = 2  # batches queued on a GPU behind the one whose features are awaited
 Item = TypeVar("Item")
@@ -42,28 +44,8 @@ class Piece:
     error: Exception | None = None
 
 
-class Embeds(Protocol):
-    """The part of an Embedder that is needed here."""
-
-    def embed(self, images: Tensor) -> Tensor:
-        """Features float32 (n, D) of images (n, 3, H, W) in [0, 1]."""
-        ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Together:
-    """Several embedders as one: their features side by side, of images that are made once."""
-
-    embedders: Sequence[Embeds]
-
-    def embed(self, images: Tensor) -> Tensor:
-        """Features float32 (n, sum of D)."""
-        features = [embedder.embed(images) for embedder in self.embedders]
-        return features[0] if len(features) == 1 else torch.cat(features, 1)
-
-
 def embed_pieces(
-    pieces: Iterator[Piece], embedder: Embeds, device: torch.device
+    pieces: Iterator[Piece], embedders: Sequence[Embedder], device: torch.device
 ) -> Generator[Piece, None, None]:
     """The pieces with features instead of images, in order; those of an error as they are."""
     behind = BEHIND if device.type == "cuda" else 0
@@ -74,7 +56,7 @@ def embed_pieces(
         return dataclasses.replace(piece, images=None, features=take()) if take else piece
 
     for piece in pieces:
-        queued.append((piece, None if piece.images is None else embed(embedder, piece.images)))
+        queued.append((piece, None if piece.images is None else embed(embedders, piece.images)))
         if len(queued) > behind:
             yield oldest()
     while queued:
@@ -82,12 +64,14 @@ def embed_pieces(
 
 
 @torch.inference_mode()
-def embed(embedder: Embeds, images: Tensor) -> Callable[[], np.ndarray]:
-    """What gives features float32 (n, D) of images uint8 (n, 3, H, W), on their device.
+def embed(embedders: Sequence[Embedder], images: Tensor) -> Callable[[], np.ndarray]:
+    """What gives features float32 (n, sum of D) of images uint8 (n, 3, H, W), side by side.
 
     On a GPU their embedding is queued, and their copy to pinned memory, which the result waits for.
     """
-    features = embedder.embed(images.float().div_(255))
+    prepared = images.float().div_(255)
+    parts = [embedder.embed(prepared) for embedder in embedders]
+    features = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
     if features.device.type != "cuda":
         made: np.ndarray = features.cpu().numpy()
         return lambda: made

@@ -22,7 +22,6 @@ from latentds.embedders.embedder import Embedder
 from latentds.errors import ContractError, InputError, LatentdsError, TooManyBadSamplesError
 from latentds.evaluation.features.embedding_pipeline import (
     Piece,
-    Together,
     embed_pieces,
     in_background,
 )
@@ -142,9 +141,9 @@ def extract_several(
         targets.append(Target(embedder, places, done))
     wanted = sorted(slide for slide in mine if any(slide not in t.done for t in targets))
     open_targets = [target for target in targets if len(target.done) < len(mine)]
-    together = Together([target.embedder for target in open_targets])
+    opened = [target.embedder for target in open_targets]
     count, bad, labels = 0, dict[str, str](), dict[str, SlideLabel]()
-    pieces = embed_pieces(read_slides(patches, wanted, options), together, device)
+    pieces = embed_pieces(read_slides(patches, wanted, options), opened, device)
     with contextlib.closing(pieces):
         for bag, group in itertools.groupby(pieces, key=lambda piece: piece.bag):
             try:

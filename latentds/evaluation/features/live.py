@@ -117,7 +117,7 @@ class LiveBag:
         found = np.empty((len(chosen), self.dim), np.float32)
         done = 0
         for images in self.own.stream(parts):
-            made = embed(self.network, images.to(self.device))()
+            made = embed([self.network], images.to(self.device))()
             # As files would have them: the same bag trains the same network either way.
             found[done : done + len(made)] = made.astype(self.options.saved)
             done += len(made)

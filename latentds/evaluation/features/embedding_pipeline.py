@@ -8,13 +8,11 @@ when `BEHIND` later ones are queued, and written while those are computed.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import queue
-import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -88,40 +86,17 @@ def embed(embedders: Sequence[Embedder], images: Tensor) -> Callable[[], np.ndar
     return take
 
 
-def in_background(items: Iterable[Item], depth: int) -> Generator[Item, None, None]:
-    """The items, made by a thread up to `depth` ahead; an error of it is raised here.
+def in_background(items: Iterable[Item], ahead: int) -> Generator[Item, None, None]:
+    """The items, made by a thread up to `ahead` before them; an error of it is raised here.
 
     Closing the generator ends the thread.
     """
-    made: queue.Queue[tuple[Item | None, BaseException | None]] = queue.Queue(depth)
-    stopped = threading.Event()
-
-    def put(item: Item | None, error: BaseException | None = None) -> None:
-        while not stopped.is_set():
-            with contextlib.suppress(queue.Full):
-                made.put((item, error), timeout=0.1)
-                return
-
-    def work() -> None:
-        try:
-            for item in items:
-                put(item)
-                if stopped.is_set():
-                    return
-            put(None)
-        except BaseException as error:  # raised by the caller
-            put(None, error)
-
-    thread = threading.Thread(target=work, name="slides-ahead", daemon=True)
-    thread.start()
+    source, end = iter(items), object()
+    thread = ThreadPoolExecutor(1, thread_name_prefix="slides-ahead")
     try:
-        while True:
-            item, error = made.get()
-            if error is not None:
-                raise error
-            if item is None:
-                return
-            yield item
+        waiting = deque(thread.submit(next, source, end) for _ in range(ahead + 1))
+        while (item := waiting.popleft().result()) is not end:
+            waiting.append(thread.submit(next, source, end))
+            yield cast(Item, item)
     finally:
-        stopped.set()
-        thread.join()
+        thread.shutdown(cancel_futures=True)

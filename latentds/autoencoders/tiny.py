@@ -112,18 +112,10 @@ def weights_folder() -> Any:
 
 def load_tiny(card: AutoencoderCard = TINY) -> NetworkAutoencoder:
     """`tiny-v1` with the weights that ship with latentds."""
-    tensors = load((weights_folder() / "tiny-v1.safetensors").read_bytes())
-    return build_tiny({name: tensor.float() for name, tensor in tensors.items()}, card)
-
-
-def build_tiny(tensors: dict[str, Tensor], card: AutoencoderCard) -> NetworkAutoencoder:
-    """A tiny autoencoder from fp32 tensors named `encoder.*` and `decoder.*`."""
-    parts = {
-        part: {
-            name.removeprefix(f"{part}."): t for name, t in tensors.items() if name.startswith(part)
-        }
-        for part in ("encoder", "decoder")
-    }
+    parts: dict[str, dict[str, Tensor]] = {"encoder": {}, "decoder": {}}
+    for name, tensor in load((weights_folder() / "tiny-v1.safetensors").read_bytes()).items():
+        part, _, own = name.partition(".")
+        parts[part][own] = tensor.float()
     with torch.device("meta"):  # random weights, to be replaced, took most of the time
         encoder, decoder = TinyEncoder(), TinyDecoder()
     encoder.load_state_dict(parts["encoder"], assign=True)

@@ -88,9 +88,17 @@ class LatentCodec:
         ]
         return torch.cat(parts).cpu()
 
+    @torch.no_grad()
     def decode_batch(self, files: Sequence[bytes]) -> list[np.ndarray]:
         """The pictures uint8 (H, W, 3) of such bytes; FormatError where they are none."""
-        return to_pictures(self.pictures_of(self.latents_of(files))) if files else []
+        if not files:
+            return []
+        height, width = self.patch_px
+        parts = torch.split(self.latents_of(files), self.batch_size)
+        images = torch.cat([self.autoencoder.decode(part) for part in parts])
+        images = images[:, :, :height, :width].float().clamp(0, 1)  # the padding cut off
+        pixels = images.mul(255).round().byte().permute(0, 2, 3, 1).cpu()
+        return list(pixels.contiguous().numpy())
 
     @torch.no_grad()
     def latents(self, images: Sequence[np.ndarray]) -> Tensor:
@@ -118,13 +126,6 @@ class LatentCodec:
             )
         error = FormatError(f"not the bytes of {self.name}: they stand for NaN or infinity")
         return check_finite(self.quantizer.unpack(files, shape), error)
-
-    @torch.no_grad()
-    def pictures_of(self, latents: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] of latents, the autoencoder's padding cut off."""
-        height, width = self.patch_px
-        images = [self.autoencoder.decode(part) for part in torch.split(latents, self.batch_size)]
-        return torch.cat(images)[:, :, :height, :width].float()
 
 
 def with_quantizer(
@@ -187,12 +188,6 @@ def draw_samples(latents: Tensor) -> np.ndarray:
     """Latents (B, C, h, w) as `fit_codebook` takes them: float32 (C, B * h * w)."""
     samples: np.ndarray = latents.float().cpu().transpose(0, 1).flatten(1).numpy()
     return samples
-
-
-def to_pictures(images: Tensor) -> list[np.ndarray]:
-    """Pictures uint8 (H, W, 3) of images (B, 3, H, W) in [0, 1]."""
-    pixels = images.clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).cpu()
-    return list(pixels.contiguous().numpy())
 
 
 def check_finite(latents: Tensor, error: Exception) -> Tensor:

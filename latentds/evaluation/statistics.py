@@ -169,16 +169,8 @@ def paired_images(
 
 def check_same_items(one: Predictions, two: Predictions) -> None:
     """InputError unless both predict the same items of the same folds, labels and groups."""
-    same = (
-        one.items == two.items
-        and one.groups == two.groups
-        and one.classes == two.classes
-        and all(
-            np.array_equal(getattr(one, name), getattr(two, name))
-            for name in ("folds", "seeds", "labels")
-        )
-    )
-    if not same:
+    compared = ("items", "groups", "classes", "folds", "seeds", "labels")
+    if not all(np.array_equal(getattr(one, name), getattr(two, name)) for name in compared):
         raise InputError(
             "the two runs' predictions are of other items, folds, seeds, labels or groups"
         )

@@ -95,9 +95,10 @@ def extract_features(
     world_size: int | None = None,
 ) -> Extraction:
     """Write the features of one embedder below `out`; see `extract_several`."""
-    ranks = {"rank": rank, "world_size": world_size}
-    (made,) = extract_several(patches, {out: embedder}, options, device=device, **ranks)
-    return made
+    embedders = {out: embedder}
+    return extract_several(
+        patches, embedders, options, device=device, rank=rank, world_size=world_size
+    )[0]
 
 
 def extract_several(

@@ -37,7 +37,7 @@ def save_bag(path: Path, features: np.ndarray, encoder: str = "toy") -> None:
         "features": {"encoder": encoder, "name": path.stem},
         "coords": {"patch_size_level0": 256},
     }
-    write_features(path, [(features, coords)], attributes)
+    write_features({path: (slice(None), attributes)}, [(features, coords)])
 
 
 def make_job(job: Path) -> Path:

@@ -10,9 +10,8 @@ from latentds_tools import cli
 from latentds.autoencoders.autoencoder import hash_tensors
 from latentds.core.extras import modules_of_embedder
 from latentds.embedders import NetworkEmbedder, load_embedder
-from latentds.embedders.catalogue import ALIASES, ELSEWHERE
 from latentds.embedders.embedder import Preparation
-from latentds.embedders.embedder_cards import CARDS
+from latentds.embedders.embedder_cards import ALIASES, CARDS, ELSEWHERE
 from latentds.embedders.positions import resample_positions
 from latentds.embedders.weights import read_weights
 from latentds.errors import InputError, UnknownNameError, WeightsError

@@ -55,7 +55,7 @@ def content(out: Path) -> dict[str, bytes]:
 
 def write(path: Path, rows: int = 3, dim: int = 6, encoder: str = "projection") -> Path:
     chunks = [(np.ones((rows, dim), np.float32), np.zeros((rows, 2), np.int64))] if rows else []
-    write_features(path, chunks, {"features": {"encoder": encoder}})
+    write_features({path: (slice(None), {"features": {"encoder": encoder}})}, chunks)
     return path
 
 
@@ -439,10 +439,10 @@ def test_an_identity_of_features_is_of_their_content(tmp_path):
     write(tmp_path / "two" / "features_uni" / "s.h5")
     one, two = (FeatureFolder(tmp_path / name).content_id(["s"]) for name in ("one", "two"))
     assert one == two
+    attributes = {"features": {"encoder": "projection"}}
     write_features(
-        tmp_path / "two" / "features_uni" / "s.h5",
+        {tmp_path / "two" / "features_uni" / "s.h5": (slice(None), attributes)},
         [(np.eye(3, 6, dtype=np.float32), np.zeros((3, 2), np.int64))],
-        {"features": {"encoder": "projection"}},
     )
     assert FeatureFolder(tmp_path / "two").content_id(["s"]) != one
 

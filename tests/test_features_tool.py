@@ -229,7 +229,7 @@ def pieces(count: int):
 def test_pieces_come_out_in_order_and_errors_among_them():
     error = Piece(9, np.empty((0, 2), np.int64), error=ValueError())
     mixed = iter([*pieces(2), error, *pieces(1)])
-    found = list(embed_pieces(mixed, ProjectionEmbedder(), torch.device("cpu")))
+    found = list(embed_pieces(mixed, [ProjectionEmbedder()], torch.device("cpu")))
     assert [piece.bag for piece in found] == [0, 1, 9, 0] and found[2] is error
     assert np.array_equal(found[0].features, found[3].features) and found[0].images is None
 
@@ -238,11 +238,11 @@ def test_pieces_come_out_in_order_and_errors_among_them():
 def test_a_gpu_gives_the_same_features():
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    cpu = list(embed_pieces(pieces(7), ProjectionEmbedder(), torch.device("cpu")))
+    cpu = list(embed_pieces(pieces(7), [ProjectionEmbedder()], torch.device("cpu")))
     embedder = ProjectionEmbedder()
     embedder.weights = embedder.weights.cuda()
     sent = (Piece(p.bag, p.coords, images=p.images.cuda()) for p in pieces(7))
-    gpu = list(embed_pieces(sent, embedder, torch.device("cuda")))
+    gpu = list(embed_pieces(sent, [embedder], torch.device("cuda")))
     assert [piece.bag for piece in gpu] == list(range(7))
     for one, other in zip(cpu, gpu, strict=True):
         np.testing.assert_allclose(one.features, other.features, atol=1e-4)  # float32 sums of 192

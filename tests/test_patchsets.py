@@ -27,8 +27,8 @@ from latentds.errors import (
     UnknownNameError,
     WeightsError,
 )
-from latentds.evaluation.patchsets import open_patches
 from latentds.evaluation.patchsets.developing import in_chunks
+from latentds.evaluation.patchsets.open_patch_sets import open_patches
 from latentds.evaluation.patchsets.patch_set_config import PatchInput
 from latentds.evaluation.patchsets.patches import PatchSet
 from latentds.quantizers.codebooks import StoredCodebook, save_codebook

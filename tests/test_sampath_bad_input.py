@@ -23,7 +23,7 @@ from latentds_trainers.sampath.segmentation_folds import FoldPlan, check_classes
 from latentds_trainers.sampath.segmentation_presets import parse_mask_values
 
 from latentds.evaluation.folds import Fold
-from latentds.evaluation.patchsets import open_patches
+from latentds.evaluation.patchsets.open_patch_sets import open_patches
 from tests.nuclei import save_nuclei
 from tests.test_sampath import config_of, run
 

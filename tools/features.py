@@ -79,7 +79,7 @@ class Config(PatchInput):
 def run(config: Config) -> int:
     """Extract, and say what was made; returns 3 where this rank left a slide out."""
     from latentds.core.processes import find_rank, meeting
-    from latentds.evaluation.features.slides_left_out import read_left_out
+    from latentds.evaluation.features.slide_labels import read_left_out
 
     rank, ranks = find_rank(None, None)
     summaries = extract(config, rank, ranks)
@@ -96,7 +96,7 @@ def run(config: Config) -> int:
 
 def list_embedders() -> str:
     """The embedders known by name, for --list-embedders."""
-    from latentds.embedders.catalogue import describe
+    from latentds.embedders.embedder_cards import describe
 
     return describe()
 
@@ -111,7 +111,7 @@ def extract(config: Config, rank: int, ranks: int) -> list[dict[str, Any]]:
     from latentds.evaluation.features.extraction import extract_several, named_slides
     from latentds.evaluation.features.extraction_options import FeatureOptions
     from latentds.evaluation.features.layout import plain
-    from latentds.evaluation.patchsets import open_patches
+    from latentds.evaluation.patchsets.open_patch_sets import open_patches
 
     device = choose_device(config.device)
     # Every patch is read once: none is worth keeping.

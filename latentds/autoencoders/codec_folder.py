@@ -18,7 +18,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -30,10 +29,17 @@ from latentds.autoencoders.autoencoder import (
     latent_identity,
     short,
 )
-from latentds.autoencoders.decoder_record import is_count, is_identity, is_name, is_object, is_words
 from latentds.autoencoders.decoders import load_decoder, read_tensors, replace_decoder
+from latentds.autoencoders.foreign_networks import (
+    is_count,
+    is_identity,
+    is_name,
+    is_object,
+    is_words,
+    opened_tensors,
+    read_fields,
+)
 from latentds.autoencoders.tiny import TinyDecoder, TinyEncoder, weights_folder
-from latentds.core.json_text import read_json
 from latentds.core.storage import write_together
 from latentds.errors import FormatError, WeightsError
 
@@ -42,7 +48,22 @@ RECORD, WEIGHTS, TABLES = "codec.json", "weights.safetensors", "tables.safetenso
 FAST, CPU = "fast", "cpu"  # folders of decoders that cost less, one for CPUs
 FACTOR = 8
 LARGEST = 15  # symbols are integers -15 .. 15 and, last of all, one for what lies beyond
-MAX_RECORD_BYTES, MAX_CHANNELS, MAX_WIDTH, MAX_STEPS = 1 << 20, 512, 4096, 1024
+MAX_CHANNELS, MAX_WIDTH, MAX_STEPS = 512, 4096, 1024
+CHECKS = {
+    "name": is_name,
+    "channels": lambda value: is_count(value, MAX_CHANNELS),
+    "factor": lambda value: value == FACTOR,
+    "widths": lambda value: (
+        isinstance(value, list)
+        and len(value) == 2
+        and all(is_count(width, MAX_WIDTH) for width in value)
+    ),
+    "latent_id": is_identity,
+    "decoder_id": is_identity,
+    "licence": is_words,
+    "attribution": lambda value: isinstance(value, list) and all(map(is_words, value)),
+    "trained": is_object,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,7 +90,6 @@ class CodecRecord:
     trained: dict[str, Any]
 
     def to_json(self) -> str:
-        """The text of codec.json."""
         values = {"format": FORMAT} | dataclasses.asdict(self)
         return json.dumps(values | {"factor": FACTOR}, indent=1) + "\n"
 
@@ -148,7 +168,6 @@ def identities(state: dict[str, Tensor]) -> dict[str, str]:
 
 
 def card_of(record: CodecRecord) -> AutoencoderCard:
-    """The card of a codec."""
     return AutoencoderCard(
         name=record.name,
         class_name="Tiny",
@@ -188,12 +207,9 @@ def read_counts(folder: Path) -> SymbolCounts:
     raises  FormatError where they do not fit the codec, WeightsError where they cannot be read
     """
     record, path = read_record(folder), folder / TABLES
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            counts, steps, gains = (file.get_tensor(name) for name in ("counts", "steps", "gains"))
-            stated = (file.metadata() or {}).get("latent_id")
-    except (OSError, safetensors.SafetensorError) as error:
-        raise WeightsError(f"{path}: cannot be read as safetensors ({error})") from error
+    with opened_tensors(path) as file:
+        counts, steps, gains = (file.get_tensor(name) for name in ("counts", "steps", "gains"))
+        stated = (file.metadata() or {}).get("latent_id")
     shape = (len(steps), record.channels, 2 * LARGEST + 2)
     kinds = (counts.dtype, steps.dtype, gains.dtype)
     is_fitting = counts.shape == shape and gains.shape == shape[1:2] and len(steps) <= MAX_STEPS
@@ -214,46 +230,15 @@ def read_counts(folder: Path) -> SymbolCounts:
 
 
 def is_codec_folder(path: Path) -> bool:
-    """Whether there is a codec.json."""
     return (path / RECORD).is_file()
 
 
 def read_record(folder: Path) -> CodecRecord:
     """What the codec.json of a folder says, every value checked; FormatError where it is none."""
-    path = folder / RECORD
-    values = read_json(path, MAX_RECORD_BYTES)
-    stated = values.get("format") if isinstance(values, dict) else None
-    if stated != FORMAT:
-        raise FormatError(f"{path}: is {stated!r:.60}, this version reads {FORMAT}")
-    for field, is_good in CHECKS.items():
-        if not is_good(values.get(field)):
-            raise FormatError(f"{path}: {field} is {values.get(field)!r:.60}; refused")
-    fields = {field: values[field] for field in CHECKS if field != "factor"}
+    fields = read_fields(folder / RECORD, FORMAT, CHECKS)
+    del fields["factor"]
     lists = {name: tuple(fields[name]) for name in ("widths", "attribution")}
     return CodecRecord(**(fields | lists))
-
-
-def is_widths(value: Any) -> bool:
-    return (
-        isinstance(value, list) and len(value) == 2 and all(is_count(v, MAX_WIDTH) for v in value)
-    )
-
-
-def is_lines(value: Any) -> bool:
-    return isinstance(value, list) and all(is_words(line) for line in value)
-
-
-CHECKS = {
-    "name": is_name,
-    "channels": lambda value: is_count(value, MAX_CHANNELS),
-    "factor": lambda value: value == FACTOR,
-    "widths": is_widths,
-    "latent_id": is_identity,
-    "decoder_id": is_identity,
-    "licence": is_words,
-    "attribution": is_lines,
-    "trained": is_object,
-}
 
 
 def load_embedded(card: AutoencoderCard) -> NetworkAutoencoder:

@@ -14,50 +14,52 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from latentds.autoencoders.architectures import architecture_of, build
 from latentds.autoencoders.autoencoder import (
     AutoencoderCard,
     NetworkAutoencoder,
     hash_tensors,
     short,
 )
-from latentds.autoencoders.bounded_configs import check_placed
 from latentds.autoencoders.decoder_record import (
     FORMAT,
     RECORD,
     WEIGHTS,
     DecoderRecord,
-    parse_record,
+    check_readable,
     read_record,
 )
 from latentds.autoencoders.downloads import download
-from latentds.autoencoders.students import Student
+from latentds.autoencoders.foreign_networks import (
+    BUILD_ERRORS,
+    check_bounded,
+    check_hash,
+    check_placed,
+    opened_tensors,
+)
+from latentds.autoencoders.students import STUDENTS, Student, build_student
+from latentds.autoencoders.taesd import Clamp, build_decoder, has_pool
 from latentds.autoencoders.tiny import TinyDecoder
 from latentds.core.storage import write_together
-from latentds.errors import ContractError, UnknownNameError, WeightsError
-
-__all__ = [
-    "architecture_of",
-    "find_decoder_folder",
-    "find_record",
-    "is_hub_name",
-    "load_decoder",
-    "replace_decoder",
-    "save_decoder",
-]
+from latentds.errors import (
+    ContractError,
+    UnknownNameError,
+    WeightsError,
+    first_words,
+    unknown_name,
+)
 
 RUN_FOLDER = "decoder"  # of a training run, where its decoder lies
 HUB_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*(@[\w./-]+)?", re.ASCII)
 FLOATS = ("F32", "F16", "BF16")
+CELLS = 4  # latent cells each way of the trial that tells a decoder's factor
 
 
 def save_decoder(
@@ -100,7 +102,7 @@ def save_decoder(
         licence=card.licence,
         trained=trained,
     )
-    parse_record(json.loads(record.to_json()), folder / RECORD)  # what is written can be read
+    check_readable(record, folder / RECORD)
     header = {"format": FORMAT, "latent_id": card.latent_id}
     write_together(
         {folder / WEIGHTS: save(tensors, header), folder / RECORD: record.to_json().encode()}
@@ -144,15 +146,15 @@ def load_decoder(
     return load_folder(folder, repository=repository, revision=commit)
 
 
-def find_record(name_or_path: str | os.PathLike[str], revision: str | None = None) -> DecoderRecord:
+def find_record(name_or_path: str | os.PathLike[str]) -> DecoderRecord:
     """What a decoder's decoder.json says, without its weights; raises as `load_decoder` does."""
     folder = find_decoder_folder(name_or_path)
-    return read_record(folder or fetch(name_or_path, (RECORD,), revision)[0])
+    return read_record(folder or fetch(name_or_path, (RECORD,), None)[0])
 
 
 def fetch(
     name: str | os.PathLike[str], files: Sequence[str], revision: str | None
-) -> tuple[Path, str, str]:
+) -> tuple[Path, str, str | None]:
     """Files of a decoder on the Hub: their folder, the repository, the commit."""
     if not is_hub_name(name):
         raise FileNotFoundError(f"{name}: no {RECORD} there or in its {RUN_FOLDER}/")
@@ -173,11 +175,7 @@ def load_folder(
         raise type(error)(f"{folder / RECORD}: {error}") from error
     tensors = read_tensors(folder / WEIGHTS, decoder.state_dict(), record.latent_id)
     found = hash_tensors(tensors, {})
-    if found != record.decoder_id:
-        raise WeightsError(
-            f"{folder / WEIGHTS}: the tensors hash to {short(found)}, {RECORD} says "
-            f"{short(record.decoder_id)}; damaged, fetch or save the decoder anew"
-        )
+    check_hash(folder / WEIGHTS, found, folder / RECORD, record.decoder_id)
     decoder.load_state_dict(tensors, assign=True)
     card = AutoencoderCard(
         name=record.name,
@@ -233,15 +231,16 @@ def read_tensors(path: Path, expected: Mapping[str, Tensor], latent_id: str) -> 
 
     Names, shapes and dtypes are compared in the file's header, before a tensor is read.
     """
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            check_placed(expected, {n: list(s.get_shape()) for n, s in slices.items()}, str(path))
-            check_dtypes(expected, {n: s.get_dtype() for n, s in slices.items()}, path)
-            stated = (file.metadata() or {}).get("latent_id", latent_id)
-            tensors = {name: file.get_tensor(name) for name in slices}
-    except (OSError, safetensors.SafetensorError) as error:
-        raise WeightsError(f"{path}: cannot be read as safetensors ({error})") from error
+    with opened_tensors(path) as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        check_placed(expected, {n: list(s.get_shape()) for n, s in slices.items()}, str(path))
+        for name, tensor in expected.items():
+            dtype = slices[name].get_dtype()
+            allowed = FLOATS if tensor.is_floating_point() else ("I64",)  # as BatchNorm counts
+            if dtype not in allowed:
+                raise WeightsError(f"{path}: {name} is {dtype}, not {' or '.join(allowed)}")
+        stated = (file.metadata() or {}).get("latent_id", latent_id)
+        tensors = {name: file.get_tensor(name) for name in slices}
     if stated != latent_id:
         raise WeightsError(
             f"{path}: reads latents with latent_id {short(stated)}, {RECORD} says "
@@ -250,9 +249,69 @@ def read_tensors(path: Path, expected: Mapping[str, Tensor], latent_id: str) -> 
     return {name: t.to(expected[name].dtype) for name, t in tensors.items()}
 
 
-def check_dtypes(expected: Mapping[str, Tensor], dtypes: Mapping[str, str], path: Path) -> None:
-    """Refuse numbers of another kind: floats of 16 or 32 bits, int64 where BatchNorm counts."""
-    for name, tensor in expected.items():
-        allowed = FLOATS if tensor.is_floating_point() else ("I64",)
-        if dtypes[name] not in allowed:
-            raise WeightsError(f"{path}: {name} is {dtypes[name]}, not {' or '.join(allowed)}")
+def architecture_of(autoencoder: NetworkAutoencoder) -> dict[str, Any]:
+    """JSON values that `build` makes the autoencoder's decoder from again.
+
+    raises  WeightsError where its decoder is of no class known here
+    """
+    decoder = autoencoder.decoder
+    if isinstance(decoder, TinyDecoder):
+        return {"class": "tiny"}
+    if isinstance(decoder, Student):
+        names = [name for name, spec in STUDENTS.items() if spec == decoder.spec]
+        if names:
+            return {"class": "student", "name": names[0]}
+    if isinstance(decoder, nn.Sequential) and len(decoder) and isinstance(decoder[0], Clamp):
+        return {"class": "taesd", "has_pool": has_pool(decoder.state_dict())}
+    architecture = getattr(decoder, "architecture", None)
+    if isinstance(architecture, dict):
+        described: dict[str, Any] = json.loads(json.dumps(architecture))  # tuples become lists
+        return described
+    raise WeightsError(f"a decoder of class {type(decoder).__name__} cannot be described in JSON")
+
+
+def build(architecture: Mapping[str, Any], channels: int, factor: int) -> nn.Module:
+    """The decoder of an architecture on the meta device, in eval mode: shapes, no weights.
+
+    Nothing is allocated for it: its shapes are compared with the tensors of a file first, so that a
+    foreign decoder.json costs no more memory than its file has bytes.
+
+    channels, factor  of the latents; checked by a trial on the meta device
+    raises            UnknownNameError for a class not known here, WeightsError for values that do
+                      not fit, MissingExtraError
+    """
+    class_name = str(architecture.get("class"))
+    if class_name not in BUILDERS:
+        raise unknown_name("decoder class", class_name, BUILDERS)
+    check_bounded(architecture, "architecture")
+    pixels = CELLS * factor
+    try:
+        with torch.device("meta"), torch.no_grad():
+            decoder = BUILDERS[class_name](architecture, channels, factor).eval()
+            shape = list(decoder(torch.zeros(1, channels, CELLS, CELLS)).shape)
+    except BUILD_ERRORS as error:
+        reason = first_words(error, 200)
+        raise WeightsError(f"cannot build a decoder of class {class_name} ({reason})") from error
+    if shape != [1, 3, pixels, pixels]:
+        raise WeightsError(
+            f"a decoder of class {class_name} makes {shape} of {CELLS}x{CELLS} latents; factor "
+            f"{factor} asks for {[1, 3, pixels, pixels]}"
+        )
+    return decoder
+
+
+def build_diffusers(architecture: Mapping[str, Any], *_: int) -> nn.Module:
+    from latentds.autoencoders.diffusers_ae import build_decoder
+
+    return build_decoder(str(architecture["class"]), dict(architecture["config"]))
+
+
+# A closed list: functions of the architecture, the latents' channels and their factor.
+BUILDERS: dict[str, Callable[[Mapping[str, Any], int, int], nn.Module]] = {
+    "student": lambda words, *shape: build_student(str(words["name"]), *shape),
+    "tiny": lambda _, channels, __: TinyDecoder(channels),
+    "taesd": lambda words, channels, _: build_decoder(channels, words["has_pool"] is True),
+    "AutoencoderKL": build_diffusers,
+    "AutoencoderDC": build_diffusers,
+    "AutoencoderTiny": build_diffusers,
+}

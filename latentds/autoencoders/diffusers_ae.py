@@ -23,8 +23,8 @@ from latentds.autoencoders.autoencoder import (
     hash_tensors,
     latent_identity,
 )
-from latentds.autoencoders.bounded_configs import BUILD_ERRORS, check_bounded, check_placed
-from latentds.autoencoders.downloads import download
+from latentds.autoencoders.downloads import download, login_hint
+from latentds.autoencoders.foreign_networks import BUILD_ERRORS, check_bounded, check_placed
 from latentds.errors import WeightsError, first_words, missing_extra, unknown_name
 
 CLASSES = ("AutoencoderKL", "AutoencoderDC", "AutoencoderTiny")
@@ -107,7 +107,7 @@ def load_from_hub(card: AutoencoderCard) -> NetworkAutoencoder:
     return wrap(load_network(folder), dataclasses.replace(card, revision=revision))
 
 
-def fetch(card: AutoencoderCard) -> tuple[Path, str]:
+def fetch(card: AutoencoderCard) -> tuple[Path, str | None]:
     """Download a card's config and safetensors; returns their folder and the commit they are of.
 
     A DC-AE may lie there as efficientvit writes it: with another config, or with none.
@@ -115,15 +115,8 @@ def fetch(card: AutoencoderCard) -> tuple[Path, str]:
     repository, prefix = card.repository or "", f"{card.subfolder}/" if card.subfolder else ""
     config, weights = f"{prefix}{CONFIG_FILE}", f"{prefix}{WEIGHTS_FILE}"
     others = f"{prefix}{efficientvit_keys.WEIGHTS_FILE}"
-    login = (
-        f"It is gated: accept its licence on the Hub page of {card.repository}, "
-        "then run 'hf auth login'. "
-        if card.gated
-        else ""
-    )
-    advice = (
-        f"{login}Without the Hub, copy the repository's folder here and pass its path as the "
-        "autoencoder."
+    advice = login_hint(card.repository, card.gated) + (
+        "Without the Hub, copy the repository's folder here and pass its path as the autoencoder."
     )
     try:
         folder, _ = download(repository, [config], card.revision, advice)

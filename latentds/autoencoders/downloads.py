@@ -12,9 +12,10 @@ SNAPSHOTS = "snapshots"  # the folder of the Hub's cache that has a folder a com
 
 def download(
     repository: str, files: Sequence[str], revision: str | None, advice: str
-) -> tuple[Path, str]:
+) -> tuple[Path, str | None]:
     """The folder the files lie in, and the commit they are of: all of one commit.
 
+    returns None for the commit where neither a revision was given nor the path tells one
     raises  WeightsError: which file, why, and `advice`
     """
     from huggingface_hub import hf_hub_download
@@ -31,7 +32,15 @@ def download(
         raise WeightsError(
             f"cannot get {file} of {repository} at {revision or 'main'} ({reason}). {advice}"
         ) from error
-    return path.parent, str(commit)
+    return path.parent, commit
+
+
+def login_hint(repository: str | None, gated: bool) -> str:
+    """How to get files that ask for a login; nothing for others."""
+    if not gated:
+        return ""
+    page = f"https://huggingface.co/{repository}"
+    return f"It is gated: accept its licence at {page}, then run 'hf auth login'. "
 
 
 def commit_of(path: Path) -> str | None:

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from latentds.autoencoders.foreign_networks import load_tensors, opened_tensors
 from latentds.errors import WeightsError
 
 WEIGHTS_FILE = "model.safetensors"  # what PyTorchModelHubMixin writes
@@ -72,47 +73,30 @@ QKV = ".context_module.qkv.conv.weight"  # (3 C, C, 1, 1): queries, keys, values
 AS_LINEAR = ".attn.to_out.weight"  # 1x1 convolution there, a matrix in diffusers
 
 
-def is_efficientvit(names: Iterable[str]) -> bool:
-    """Whether a state dict's names are those of a DC-AE in efficientvit."""
-    return any(name.startswith(("encoder.", "decoder.")) and ".op_list." in name for name in names)
-
-
 def find_weights(folder: Path) -> Path | None:
     """The one safetensors file of a folder, if it holds a DC-AE named so; else None."""
     files = sorted(folder.glob("*.safetensors"))
-    return files[0] if len(files) == 1 and is_efficientvit(names_of(files[0])) else None
-
-
-def names_of(path: Path) -> list[str]:
-    """Names of the tensors in a safetensors file; WeightsError where it is none."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as opened:
-            return list(opened.keys())
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{path}: not a safetensors file ({error})") from error
+    if len(files) != 1:
+        return None
+    with opened_tensors(files[0]) as file:
+        is_one = any(
+            name.startswith(("encoder.", "decoder.")) and ".op_list." in name
+            for name in file.keys()  # noqa: SIM118
+        )
+    return files[0] if is_one else None
 
 
 def count_values(path: Path) -> int:
     """Numbers in a safetensors file, by its header; WeightsError where it is none."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as opened:
-            shapes = [opened.get_slice(name).get_shape() for name in opened.keys()]  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{path}: not a safetensors file ({error})") from error
-    return sum(math.prod(shape) for shape in shapes)
+    with opened_tensors(path) as file:
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
 
 
 def read_converted(path: Path) -> dict[str, Tensor]:
     """Tensors of a file, named as AutoencoderDC names them."""
-    from safetensors.torch import load_file
-
-    names_of(path)  # tells a damaged file
+    tensors = load_tensors(path)
     try:
-        return convert(load_file(path))
+        return convert(tensors)
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from error
 

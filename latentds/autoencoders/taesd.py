@@ -48,7 +48,14 @@ class TaesdBlock(nn.Module):
         self.conv = nn.Sequential(
             conv(WIDTH, WIDTH), nn.ReLU(), conv(WIDTH, WIDTH), nn.ReLU(), conv(WIDTH, WIDTH)
         )
-        self.pool = mid_block() if has_pool else None
+        self.pool = None
+        if has_pool:
+            self.pool = nn.Sequential(
+                nn.Conv2d(WIDTH, 4 * WIDTH, 1, bias=False),
+                nn.GroupNorm(4, 4 * WIDTH),
+                nn.ReLU(),
+                nn.Conv2d(4 * WIDTH, WIDTH, 1, bias=False),
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         if self.pool is not None:
@@ -58,15 +65,6 @@ class TaesdBlock(nn.Module):
 
 def conv(inputs: int, outputs: int, stride: int = 1, bias: bool = True) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, 3, padding=1, stride=stride, bias=bias)
-
-
-def mid_block() -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(WIDTH, 4 * WIDTH, 1, bias=False),
-        nn.GroupNorm(4, 4 * WIDTH),
-        nn.ReLU(),
-        nn.Conv2d(4 * WIDTH, WIDTH, 1, bias=False),
-    )
 
 
 def build_encoder(channels: int, has_pool: bool) -> nn.Sequential:

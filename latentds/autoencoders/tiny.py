@@ -31,7 +31,7 @@ CHANNELS = 4  # of tiny-v1
 WIDTHS = (96, 160)  # of its encoder
 BOUND = 3.0  # latents lie in (-3, 3)
 USUAL_BYTES, USUAL_CELLS = 4096, 1024  # of a record of a patch of 256 px
-RECORDS = ("records-4096.safetensors", "records-2048.safetensors")
+RECORDS = ("tiny-v2/records-4096.safetensors", "tiny-v2/records-2048.safetensors")
 
 
 class ResidualBlock(nn.Module):
@@ -107,24 +107,15 @@ class TinyDecoder(nn.Module):
 
 
 def weights_folder() -> Any:
-    """Where the embedded weights lie."""
     return resources.files("latentds.autoencoders") / "weights"
 
 
 def load_tiny(card: AutoencoderCard = TINY) -> NetworkAutoencoder:
     """`tiny-v1` with the weights that ship with latentds."""
-    tensors = load((weights_folder() / "tiny-v1.safetensors").read_bytes())
-    return build_tiny({name: tensor.float() for name, tensor in tensors.items()}, card)
-
-
-def build_tiny(tensors: dict[str, Tensor], card: AutoencoderCard) -> NetworkAutoencoder:
-    """A tiny autoencoder from fp32 tensors named `encoder.*` and `decoder.*`."""
-    parts = {
-        part: {
-            name.removeprefix(f"{part}."): t for name, t in tensors.items() if name.startswith(part)
-        }
-        for part in ("encoder", "decoder")
-    }
+    parts: dict[str, dict[str, Tensor]] = {"encoder": {}, "decoder": {}}
+    for name, tensor in load((weights_folder() / "tiny-v1.safetensors").read_bytes()).items():
+        part, _, own = name.partition(".")
+        parts[part][own] = tensor.float()
     with torch.device("meta"):  # random weights, to be replaced, took most of the time
         encoder, decoder = TinyEncoder(), TinyDecoder()
     encoder.load_state_dict(parts["encoder"], assign=True)
@@ -139,9 +130,8 @@ def build_tiny(tensors: dict[str, Tensor], card: AutoencoderCard) -> NetworkAuto
 
 
 def tiny_codebook() -> StoredCodebook:
-    """The codebook that ships with `tiny-v1`, the latents it belongs to, and how it was fitted."""
-    with resources.as_file(weights_folder() / "tiny-v1-codebook.safetensors") as path:
-        return load_codebook(path)
+    """The codebook that ships with `tiny-v1`."""
+    return shipped_codebook("tiny-v1-codebook.safetensors")
 
 
 def shipped_records(
@@ -152,23 +142,19 @@ def shipped_records(
     record_bytes  of a patch; None for 4,096 a patch of 256 px, in proportion to other patches' area
     raises        InputError for bytes that these latents cannot be coded in
     """
-    books = [stored_records(name) for name in RECORDS]
+    books = [shipped_codebook(name) for name in RECORDS]
     if latent_id != books[0].latent_id:
         return None
     cells = latents_shape[1] * latents_shape[2]
     usual = USUAL_BYTES * cells // USUAL_CELLS
     share = (record_bytes or usual) / usual * USUAL_BYTES  # of a patch of 256 px
-    stored = min(books, key=lambda s: abs(math.log(math.prod(codes_of(s)) / share)))
-    return sized(stored, latents_shape, record_bytes)
+    sizes = [math.prod(book.codebook.codes_shape_of((32, 32, 32))) for book in books]
+    nearest = min(range(len(books)), key=lambda place: abs(math.log(sizes[place] / share)))
+    return sized(books[nearest], latents_shape, record_bytes)
 
 
 @functools.cache
-def stored_records(name: str) -> StoredCodebook:
-    """A codebook file that ships."""
-    with resources.as_file(weights_folder() / "tiny-v2" / name) as path:
+def shipped_codebook(name: str) -> StoredCodebook:
+    """The codebook of a file that ships, the latents it belongs to, and how it was fitted."""
+    with resources.as_file(weights_folder() / name) as path:
         return load_codebook(path)
-
-
-def codes_of(stored: StoredCodebook) -> tuple[int, ...]:
-    """Shape of the codes of a patch of 256 px."""
-    return stored.codebook.codes_shape_of((32, 32, 32))

@@ -1,11 +1,6 @@
-"""Image codecs behind one protocol, to set latents beside what everyone has."""
+"""Image codecs with the same methods, to set latents beside what everyone has."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-from typing import Protocol
-
-import numpy as np
 
 from latentds.codecs.formats import FORMATS, is_available
 from latentds.codecs.latent import LatentCodec, draw_samples, fit_quantizer, with_quantizer
@@ -22,7 +17,6 @@ from latentds.codecs.picture_codecs import FittedQuality, PictureCodec, fit_to_b
 from latentds.codecs.quantizers import latent_bytes
 
 __all__ = [
-    "Codec",
     "CodecSpec",
     "FORMATS",
     "FittedQuality",
@@ -42,31 +36,6 @@ __all__ = [
     "parse_quantizer",
     "with_quantizer",
 ]
-
-
-class Codec(Protocol):
-    """Pictures to bytes and back."""
-
-    @property
-    def name(self) -> str:
-        """What its row is called, for example jpeg:75 or tiny-v1+kmeans."""
-        ...
-
-    def encode(self, image: np.ndarray) -> bytes:
-        """Bytes of a uint8 (H, W, 3) picture."""
-        ...
-
-    def decode(self, encoded: bytes) -> np.ndarray:
-        """Picture uint8 (H, W, 3) of those bytes; FormatError where they are not a codec's own."""
-        ...
-
-    def encode_batch(self, images: Sequence[np.ndarray]) -> list[bytes]:
-        """Bytes of every picture; faster than one by one where there is a network."""
-        ...
-
-    def decode_batch(self, files: Sequence[bytes]) -> list[np.ndarray]:
-        """Pictures of all those bytes."""
-        ...
 
 
 def make_picture_codec(spec: PictureSpec) -> PictureCodec:

@@ -15,7 +15,6 @@ import numpy as np
 from PIL import Image
 
 from latentds.core.untrusted_files import open_picture
-from latentds.errors import unknown_name
 
 DECODE_ERRORS = (
     OSError,
@@ -65,7 +64,6 @@ class Format:
 
 
 def save_with_pillow(image: np.ndarray, format: str, **options: object) -> bytes:
-    """A file's bytes by Pillow."""
     buffer = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(image)).save(buffer, format, **options)
     return buffer.getvalue()
@@ -75,11 +73,6 @@ def open_with_pillow(encoded: bytes, format: str) -> np.ndarray:
     """The picture of a file's bytes by Pillow, which may hold that format only."""
     with open_picture(io.BytesIO(encoded), [format]) as image:
         return np.asarray(image.convert("RGB"))
-
-
-def encode_png(image: np.ndarray, _: float) -> bytes:
-    """PNG at zlib's highest level."""
-    return save_with_pillow(image, "PNG", optimize=True)
 
 
 def encode_jpeg(
@@ -99,11 +92,6 @@ def encode_jpeg(
 def encode_unfitted(_: np.ndarray, __: float) -> bytes:
     """No picture: what fits the tables puts `encode_jpeg` with them in this one's place."""
     raise ValueError("jpeg-fitted: has no tables; 'latentds bench fidelity' fits some")
-
-
-def encode_webp(image: np.ndarray, quality: float) -> bytes:
-    """Lossy WebP by libwebp's most thorough method."""
-    return save_with_pillow(image, "WEBP", quality=quality, method=6)
 
 
 def encode_avif(image: np.ndarray, quality: float, subsampling: str, speed: int) -> bytes:
@@ -152,7 +140,6 @@ def encode_jpegxl(image: np.ndarray, quality: float) -> bytes:
 
 
 def decode_jpegxl(encoded: bytes) -> np.ndarray:
-    """The picture of JPEG XL bytes."""
     import imagecodecs
 
     try:
@@ -164,67 +151,54 @@ def decode_jpegxl(encoded: bytes) -> np.ndarray:
     return image
 
 
-def pillow_format(name: str) -> Callable[[bytes], np.ndarray]:
-    """The decoder of one of Pillow's formats."""
-    return functools.partial(open_with_pillow, format=name)
-
-
+JPEG = functools.partial(
+    Format,
+    decode=functools.partial(open_with_pillow, format="JPEG"),
+    qualities=(1, 100),
+    step=0.1,
+)
+AVIF = functools.partial(Format, decode=decode_avif, qualities=(0, 100), needs="avif")
 FORMATS = {
     "png": Format(
         label="PNG",
         settings="lossless, zlib level 9",
-        encode=encode_png,
-        decode=pillow_format("PNG"),
+        encode=lambda image, _: save_with_pillow(image, "PNG", optimize=True),
+        decode=functools.partial(open_with_pillow, format="PNG"),
         qualities=None,
     ),
-    "jpeg": Format(
+    "jpeg": JPEG(
         label="JPEG 4:2:0",
         settings="libjpeg's tables, 4:2:0, baseline, optimized Huffman tables",
         encode=functools.partial(encode_jpeg, subsampling="4:2:0"),
-        decode=pillow_format("JPEG"),
-        qualities=(1, 100),
-        step=0.1,
     ),
-    "jpeg444": Format(
+    "jpeg444": JPEG(
         label="JPEG 4:4:4",
         settings="libjpeg's tables, 4:4:4, baseline, optimized Huffman tables",
         encode=functools.partial(encode_jpeg, subsampling="4:4:4"),
-        decode=pillow_format("JPEG"),
-        qualities=(1, 100),
-        step=0.1,
     ),
-    "jpeg-fitted": Format(
+    "jpeg-fitted": JPEG(
         label="JPEG, fitted tables",
         settings="4:2:0, baseline, optimized Huffman tables; quantization tables fitted",
         encode=encode_unfitted,
-        decode=pillow_format("JPEG"),
-        qualities=(1, 100),
-        step=0.1,
     ),
     "webp": Format(
         label="WebP",
-        settings="libwebp, lossy, 4:2:0, method 6",
-        encode=encode_webp,
-        decode=pillow_format("WEBP"),
+        settings="libwebp, lossy, 4:2:0, method 6",  # the most thorough one
+        encode=lambda image, quality: save_with_pillow(image, "WEBP", quality=quality, method=6),
+        decode=functools.partial(open_with_pillow, format="WEBP"),
         qualities=(0, 100),
         step=0.05,
         needs="webp",
     ),
-    "avif": Format(
+    "avif": AVIF(
         label="AVIF",
         settings="libavif, 4:2:0, 8 bits, speed 4, one thread both ways",
         encode=functools.partial(encode_avif, subsampling="4:2:0", speed=4),
-        decode=decode_avif,
-        qualities=(0, 100),
-        needs="avif",
     ),
-    "avif444": Format(  # the best that AVIF does
+    "avif444": AVIF(  # the best that AVIF does
         label="AVIF 4:4:4",
         settings="libavif, 4:4:4, 8 bits, speed 2, one thread both ways",
         encode=functools.partial(encode_avif, subsampling="4:4:4", speed=2),
-        decode=decode_avif,
-        qualities=(0, 100),
-        needs="avif",
     ),
     "jxl": Format(
         label="JPEG XL",
@@ -239,7 +213,7 @@ FORMATS = {
         label="JPEG 2000",
         settings="OpenJPEG, 9/7, one tile, 64x64 blocks, qualities in dB, no container",
         encode=encode_jpeg2000,
-        decode=pillow_format("JPEG2000"),
+        decode=functools.partial(open_with_pillow, format="JPEG2000"),
         qualities=(10, 60),
         step=0.01,
         needs="jpg_2000",
@@ -251,47 +225,11 @@ def is_available(format: str) -> bool:
     """Whether the libraries installed here write and read the format."""
     needs = FORMATS[format].needs
     if needs == "imagecodecs":
-        return importlib.util.find_spec(needs) is not None and has_jpegxl()
+        if importlib.util.find_spec(needs) is None:
+            return False
+        import imagecodecs
+
+        return bool(imagecodecs.JPEGXL.available)  # not all are built with libjxl
     from PIL import features
 
     return needs is None or bool(features.check(needs))
-
-
-def has_jpegxl() -> bool:
-    """Whether this imagecodecs was built with libjxl."""
-    import imagecodecs
-
-    return bool(imagecodecs.JPEGXL.available)
-
-
-def picture_text(
-    format: str, quality: float | None, max_bytes: int | None, mean_bytes: int | None = None
-) -> str:
-    """jpeg:75, avif@4096, avif~4096, or the format alone."""
-    if mean_bytes is not None:
-        return f"{format}~{mean_bytes}"
-    if max_bytes is not None:
-        return f"{format}@{max_bytes}"
-    return format if quality is None else f"{format}:{quality:g}"
-
-
-def check_choice(
-    format: str, quality: float | None, max_bytes: int | None, mean_bytes: int | None = None
-) -> None:
-    """Refuse formats that are not known, and qualities or bytes that they do not have."""
-    if format not in FORMATS:
-        raise unknown_name("picture format", format, FORMATS)
-    text = picture_text(format, quality, max_bytes, mean_bytes)
-    range_, sizes = FORMATS[format].qualities, [n for n in (max_bytes, mean_bytes) if n is not None]
-    if range_ is None and (quality is not None or sizes):
-        raise ValueError(f"{text}: {format} is lossless and has neither qualities nor a size")
-    if quality is not None and sizes:
-        raise ValueError(
-            f"{text}: a quality ({quality:g}) and a number of bytes exclude each other"
-        )
-    if len(sizes) > 1:
-        raise ValueError(f"{text}: bytes of each picture and bytes on average exclude each other")
-    if quality is not None and range_ and not range_[0] <= quality <= range_[1]:
-        raise ValueError(f"{text}: qualities of {format} are {range_[0]:g} to {range_[1]:g}")
-    if sizes and sizes[0] < 1:
-        raise ValueError(f"{text}: a picture has at least 1 byte")

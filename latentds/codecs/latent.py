@@ -18,8 +18,6 @@ from latentds.codecs.quantizers import (
     Codes,
     Floats,
     Quantizer,
-    RecordQuantizer,
-    SumQuantizer,
     latent_shape,
     packed_bytes,
 )
@@ -27,7 +25,6 @@ from latentds.codecs.refining import refine
 from latentds.errors import ContractError, FormatError, ShapeError, WeightsError
 from latentds.quantizers.additive import AdditiveCodebook
 from latentds.quantizers.additive_fit import AdditiveReport, fit_additive
-from latentds.quantizers.entropy.record_codebook import EntropyCodebook
 from latentds.quantizers.scalar import MAX_LEVELS, AnyCodebook, Codebook
 from latentds.quantizers.scalar_fit import FitReport, fit_codebook
 
@@ -48,7 +45,6 @@ class LatentCodec:
 
     @property
     def card(self) -> AutoencoderCard:
-        """The autoencoder's card."""
         return self.autoencoder.card
 
     @property
@@ -58,12 +54,10 @@ class LatentCodec:
 
     @property
     def patch_bytes(self) -> int:
-        """Bytes of every patch, by arithmetic."""
         shape = latent_shape(self.card, self.patch_px)
         return packed_bytes(self.quantizer.spec, shape)
 
     def encode(self, image: np.ndarray) -> bytes:
-        """The bytes of one picture's latents."""
         return self.encode_batch([image])[0]
 
     def decode(self, encoded: bytes) -> np.ndarray:
@@ -94,9 +88,15 @@ class LatentCodec:
         ]
         return torch.cat(parts).cpu()
 
+    @torch.no_grad()
     def decode_batch(self, files: Sequence[bytes]) -> list[np.ndarray]:
         """The pictures uint8 (H, W, 3) of such bytes; FormatError where they are none."""
-        return to_pictures(self.pictures_of(self.latents_of(files))) if files else []
+        if not files:
+            return []
+        height, width = self.patch_px
+        parts = torch.split(self.latents_of(files), self.batch_size)
+        images = torch.cat([self.autoencoder.decode(part) for part in parts])
+        return to_pictures(images[:, :, :height, :width].float())  # the padding cut off
 
     @torch.no_grad()
     def latents(self, images: Sequence[np.ndarray]) -> Tensor:
@@ -125,13 +125,6 @@ class LatentCodec:
         error = FormatError(f"not the bytes of {self.name}: they stand for NaN or infinity")
         return check_finite(self.quantizer.unpack(files, shape), error)
 
-    @torch.no_grad()
-    def pictures_of(self, latents: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] of latents, the autoencoder's padding cut off."""
-        height, width = self.patch_px
-        images = [self.autoencoder.decode(part) for part in torch.split(latents, self.batch_size)]
-        return torch.cat(images)[:, :, :height, :width].float()
-
 
 def with_quantizer(
     autoencoder: Autoencoder,
@@ -152,15 +145,21 @@ def with_quantizer(
     """
     spec = parse_quantizer(quantizer) if isinstance(quantizer, str) else quantizer
     card = autoencoder.card
-    if spec.kind == RECORDS and codebook is None:
-        return LatentCodec(autoencoder, make_records(spec, card, patch_px), patch_px)
-    if spec.is_fitted and codebook is None:
+    if not (spec.is_fitted or spec.kind == RECORDS):
+        return LatentCodec(autoencoder, Floats(spec), patch_px)
+    if codebook is None and spec.kind == RECORDS:
+        codebook = shipped(spec, card, patch_px)
+    elif codebook is None:
         if samples is None:
             raise ValueError(f"{card.name}+{spec.text}: needs a sample of latents or a codebook")
         if len(samples) != card.channels:
             raise ShapeError(f"samples have {len(samples)} channels, {card.name} {card.channels}")
         codebook = fit_quantizer(samples, spec, seed)[0]
-    return LatentCodec(autoencoder, make_quantizer(spec, card, codebook), patch_px)
+    if codebook.text != spec.coder:
+        raise ContractError(
+            f"{card.name}+{spec.text}: the codebook is {codebook.text}, {codebook.summary}"
+        )
+    return LatentCodec(autoencoder, Codes(spec, codebook), patch_px)
 
 
 def fit_quantizer(
@@ -172,36 +171,15 @@ def fit_quantizer(
     return fit_codebook(samples, spec.kind, spec.levels or MAX_LEVELS, seed)
 
 
-def make_records(
-    spec: QuantizerSpec, card: AutoencoderCard, patch_px: tuple[int, int]
-) -> RecordQuantizer:
-    """Records by the tables that ship with the autoencoder; ContractError where none do."""
+def shipped(spec: QuantizerSpec, card: AutoencoderCard, patch_px: tuple[int, int]) -> AnyCodebook:
+    """The tables of records that ship with the autoencoder; ContractError where none do."""
     stored = shipped_records(card.latent_id, latent_shape(card, patch_px), spec.record_bytes)
     if stored is None:
         raise ContractError(
             f"{card.name}+{spec.text}: no tables for entropy-coded records ship with it; tiny-v2 "
             "has some, and 'latentds convert --codebook rans' fits them to its input"
         )
-    assert isinstance(stored.codebook, EntropyCodebook)
-    return RecordQuantizer(spec, stored.codebook)
-
-
-def make_quantizer(
-    spec: QuantizerSpec, card: AutoencoderCard, codebook: AnyCodebook | None
-) -> Quantizer:
-    """Floats, or codes of the codebook; ContractError for one of another kind."""
-    if codebook is None or not (spec.is_fitted or spec.kind == RECORDS):
-        return Floats(spec)
-    if codebook.text != spec.coder:
-        raise ContractError(
-            f"{card.name}+{spec.text}: the codebook is {codebook.text}, {codebook.summary}"
-        )
-    if isinstance(codebook, EntropyCodebook):
-        return RecordQuantizer(spec, codebook)
-    if isinstance(codebook, AdditiveCodebook):
-        return SumQuantizer(spec, codebook)
-    assert isinstance(codebook, Codebook)
-    return Codes(spec, codebook)
+    return stored.codebook
 
 
 def draw_samples(latents: Tensor) -> np.ndarray:

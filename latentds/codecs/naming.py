@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from latentds.autoencoders.cards import ALIASES, CARDS
-from latentds.codecs.formats import FORMATS, check_choice, picture_text
+from latentds.codecs.formats import FORMATS
 from latentds.codecs.refining import MAX_STEPS
 from latentds.errors import unknown_name
 from latentds.quantizers.additive import MAX_PLANES
@@ -81,12 +81,37 @@ class PictureSpec:
     mean_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        check_choice(self.name, self.quality, self.max_bytes, self.mean_bytes)
+        if self.name not in FORMATS:
+            raise unknown_name("picture format", self.name, FORMATS)
+        known, quality = FORMATS[self.name].qualities, self.quality
+        sizes = [size for size in (self.max_bytes, self.mean_bytes) if size is not None]
+        if known is None and (quality is not None or sizes):
+            raise ValueError(
+                f"{self.text}: {self.name} is lossless and has neither qualities nor a size"
+            )
+        if quality is not None and sizes:
+            raise ValueError(
+                f"{self.text}: a quality ({quality:g}) and a number of bytes exclude each other"
+            )
+        if len(sizes) > 1:
+            raise ValueError(
+                f"{self.text}: bytes of each picture and bytes on average exclude each other"
+            )
+        if quality is not None and known and not known[0] <= quality <= known[1]:
+            raise ValueError(
+                f"{self.text}: qualities of {self.name} are {known[0]:g} to {known[1]:g}"
+            )
+        if sizes and sizes[0] < 1:
+            raise ValueError(f"{self.text}: a picture has at least 1 byte")
 
     @property
     def text(self) -> str:
-        """As it is written, for example jpeg:75."""
-        return picture_text(self.name, self.quality, self.max_bytes, self.mean_bytes)
+        """As it is written: jpeg:75, avif@4096, avif~4096, or the format alone."""
+        if self.mean_bytes is not None:
+            return f"{self.name}~{self.mean_bytes}"
+        if self.max_bytes is not None:
+            return f"{self.name}@{self.max_bytes}"
+        return self.name if self.quality is None else f"{self.name}:{self.quality:g}"
 
     @property
     def at_equal_bytes(self) -> bool:

@@ -13,10 +13,9 @@ from latentds.codecs.formats import (
     DECODE_ERRORS,
     FORMATS,
     Format,
-    check_choice,
     is_available,
-    picture_text,
 )
+from latentds.codecs.naming import PictureSpec
 from latentds.errors import FormatError, ShapeError, missing_extra
 
 logger = logging.getLogger(__name__)
@@ -56,21 +55,26 @@ class PictureCodec:
     rules: Format | None = None
 
     def __post_init__(self) -> None:
-        check_choice(self.format, self.quality, self.max_bytes, self.mean_bytes)
-        lossy = FORMATS[self.format].qualities is not None
-        if lossy and (self.quality, self.max_bytes, self.mean_bytes) == (None, None, None):
+        if self.spec.at_equal_bytes:
             raise ValueError(f"{self.format}: needs a quality or a number of bytes")
         if not is_available(self.format):
             raise missing_extra(f"{FORMATS[self.format].label}'s library", "bench")
 
     @property
+    def spec(self) -> PictureSpec:
+        """What it is, checked."""
+        return PictureSpec(
+            name=self.format, quality=self.quality,
+            max_bytes=self.max_bytes, mean_bytes=self.mean_bytes,
+        )  # fmt: skip
+
+    @property
     def name(self) -> str:
         """As it is written, for example jpeg:75 or avif@4096."""
-        return picture_text(self.format, self.quality, self.max_bytes, self.mean_bytes)
+        return self.spec.text
 
     @property
     def coding(self) -> Format:
-        """How files are made and read."""
         return self.rules or FORMATS[self.format]
 
     def fit(self, image: np.ndarray) -> FittedQuality:
@@ -150,7 +154,7 @@ def fit_to_bytes(
     Sizes grow with quality but for a few bytes here and there, so the search ends at, or within
     such a ripple of, the largest file that fits. The smallest file, where even that is larger.
     """
-    check_choice(format, None, max_bytes)
+    PictureSpec(name=format, max_bytes=max_bytes)  # refuses what cannot be
     check_picture(image)
     rules = coding or FORMATS[format]
     assert rules.qualities is not None

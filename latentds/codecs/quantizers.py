@@ -19,9 +19,8 @@ from torch import Tensor
 from latentds.autoencoders.autoencoder import AutoencoderCard, latent_cells
 from latentds.codecs.naming import QuantizerSpec, parse_quantizer
 from latentds.errors import ContractError, FormatError, ShapeError
-from latentds.quantizers.additive import AdditiveCodebook
 from latentds.quantizers.entropy.record_codebook import EntropyCodebook
-from latentds.quantizers.scalar import Codebook, dequantize, quantize
+from latentds.quantizers.scalar import AnyCodebook, Codebook
 
 LatentShape = tuple[int, int, int]  # C, h, w
 
@@ -66,71 +65,40 @@ class Floats:
         return [patch.tobytes() for patch in values]
 
     def unpack(self, files: Sequence[bytes], shape: LatentShape) -> Tensor:
-        """The values, in float32."""
         values = np.frombuffer(b"".join(files), self.dtype).astype(np.float32)
         return torch.from_numpy(values).view(-1, *shape)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Codes:
-    """The nearest level of a codebook, in as many bits as tell its levels apart."""
+    """The codes of a codebook: levels in as many bits as tell them apart, all others in bytes."""
 
     spec: QuantizerSpec
-    codebook: Codebook
+    codebook: AnyCodebook
+
+    @property
+    def bits(self) -> int:
+        return self.spec.bits if isinstance(self.codebook, Codebook) else 8
 
     def pack(self, latents: Tensor) -> list[bytes]:
         """Packed codes, each patch filled up to a whole byte."""
-        codes = quantize(latents, self.codebook).flatten(1).numpy()
-        return [patch.tobytes() for patch in pack_bits(codes, self.spec.bits)]
+        codes = self.codebook.quantize(latents).flatten(1).numpy()
+        return [patch.tobytes() for patch in pack_bits(codes, self.bits)]
 
     def unpack(self, files: Sequence[bytes], shape: LatentShape) -> Tensor:
-        """The levels of the codes."""
+        """What the codes stand for; FormatError for codes that the codebook has not."""
+        codes_shape = self.codebook.codes_shape_of(shape)
         packed = np.frombuffer(b"".join(files), np.uint8).reshape(len(files), -1)
-        unpacked = unpack_bits(packed, self.spec.bits, math.prod(shape))
-        codes = torch.from_numpy(unpacked).view(-1, *shape)
-        try:
-            return dequantize(codes, self.codebook)
-        except IndexError as error:
-            raise FormatError(f"not the bytes of {self.spec.text}: {error}") from error
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class SumQuantizer:
-    """Additive codes, a byte a plane and latent cell."""
-
-    spec: QuantizerSpec
-    codebook: AdditiveCodebook
-
-    def pack(self, latents: Tensor) -> list[bytes]:
-        """The codes of every patch, plane by plane."""
-        return [codes.tobytes() for codes in self.codebook.quantize(latents).numpy()]
-
-    def unpack(self, files: Sequence[bytes], shape: LatentShape) -> Tensor:
-        """The sums of the codes."""
-        values = np.frombuffer(b"".join(files), np.uint8).copy()
-        codes = torch.from_numpy(values).view(-1, *self.codebook.codes_shape_of(shape))
-        return self.codebook.dequantize(codes)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class RecordQuantizer:
-    """Entropy-coded records of one size."""
-
-    spec: QuantizerSpec
-    codebook: EntropyCodebook
-
-    def pack(self, latents: Tensor) -> list[bytes]:
-        """The record of every patch."""
-        return [record.tobytes() for record in self.codebook.quantize(latents).numpy()]
-
-    def unpack(self, files: Sequence[bytes], shape: LatentShape) -> Tensor:
-        """The latents of the records; FormatError where one is damaged."""
-        values = np.frombuffer(b"".join(files), np.uint8).reshape(len(files), -1).copy()
-        records = torch.from_numpy(values)
-        fault = self.codebook.find_fault(values)
-        if fault or not bool(self.codebook.integers(records).intact.all()):
-            raise FormatError(f"not the bytes of {self.spec.text}: {fault or 'a damaged record'}")
-        return self.codebook.dequantize(records).view(-1, *shape)
+        unpacked = unpack_bits(packed, self.bits, math.prod(codes_shape))
+        codes = unpacked.reshape(-1, *codes_shape)
+        fault = self.codebook.find_fault(codes)
+        stored = torch.from_numpy(codes)
+        if not fault and isinstance(self.codebook, EntropyCodebook):
+            is_whole = bool(self.codebook.integers(stored).intact.all())
+            fault = None if is_whole else "a damaged record"
+        if fault:
+            raise FormatError(f"not the bytes of {self.spec.text}: {fault}")
+        return self.codebook.dequantize(stored)
 
 
 def pack_bits(codes: np.ndarray, bits: int) -> np.ndarray:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import os
+import sys
 from pathlib import Path
 
-from latentds.embedders.catalogue import ALIASES, ELSEWHERE
+from latentds.autoencoders.autoencoder import hash_tensors
 from latentds.embedders.embedder import Embedder, EmbedderCard, NetworkEmbedder
-from latentds.embedders.embedder_cards import CARDS
+from latentds.embedders.embedder_cards import ALIASES, CARDS, ELSEWHERE
 from latentds.embedders.exported import LATENT_PREFIX, is_exported, load_exported
-from latentds.embedders.own_code import load_own_code
-from latentds.errors import ShapeError, WeightsError, unknown_name
+from latentds.errors import InputError, ShapeError, WeightsError, unknown_name
 
 __all__ = ["Embedder", "EmbedderCard", "NetworkEmbedder", "load_embedder"]
 
@@ -66,10 +67,11 @@ def load_embedder(name_or_path: str | os.PathLike[str], *, native: bool = False)
         return load_named(name.removeprefix("timm:"), path)
     if name in CARDS:
         return load_card(name, path, native)
-    if kind in ("nic", "nic-quarters") and rest:
-        return load_file(Path(rest), kind)
-    if text.endswith(".safetensors"):
-        return load_file(Path(text), "nic")
+    is_nic = kind in ("nic", "nic-quarters") and bool(rest)
+    if is_nic or text.endswith(".safetensors"):
+        from latentds.embedders.nic import load_nic
+
+        return load_nic(Path(rest), kind) if is_nic else load_nic(Path(text))
     if os.sep in text:
         raise WeightsError(f"{text}: which network is it of? Pass its name too, as in 'uni@{text}'")
     raise unknown_name("embedder", name, [*CARDS, *ALIASES, *PATTERNS])
@@ -93,7 +95,33 @@ def load_card(name: str, path: Path | None, native: bool) -> NetworkEmbedder:
     return load_known(name, path, native)
 
 
-def load_file(path: Path, rule: str) -> NetworkEmbedder:
-    from latentds.embedders.nic import load_nic
+def load_own_code(text: str) -> NetworkEmbedder:
+    """What FUNCTION of FILE.py returns, called without arguments; the file's code is run.
 
-    return load_nic(path, rule)
+    Its card takes the name FILE:FUNCTION where it has none, and the hash of the weights.
+    raises  InputError for no such file or what is no NetworkEmbedder, UnknownNameError for no such
+            function
+    """
+    file, _, function = text.rpartition(":")
+    path = Path(file)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; --embedder FILE.py:FUNCTION needs a local file")
+    name = f"latentds_own_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where dataclasses of the file look their names up
+    spec.loader.exec_module(module)
+    known = [name for name, value in vars(module).items() if callable(value)]
+    if function not in known:
+        raise unknown_name(f"function of {path}", function, known)
+    made = vars(module)[function]()
+    if not isinstance(made, NetworkEmbedder):
+        raise InputError(
+            f"{text} returned {type(made).__name__}; a latentds.embedders.NetworkEmbedder(card, "
+            "network, prepare) is wanted"
+        )
+    weights_id = made.card.weights_id or hash_tensors(made.network.state_dict(), {})
+    own = made.card.name or f"{path.stem}:{function}"
+    made.card = dataclasses.replace(made.card, name=own, weights_id=weights_id)
+    return made

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from pathlib import Path
 from typing import Any
 
-from latentds.autoencoders.decoder_record import is_count, is_identity, is_object, is_words
+from latentds.autoencoders.foreign_networks import (
+    is_count,
+    is_identity,
+    is_numbers,
+    is_object,
+    is_words,
+    read_fields,
+)
 from latentds.core import json_text
 from latentds.errors import FormatError
 
@@ -16,9 +22,27 @@ FORMAT = "latentds-backbone/1"
 RECORD, WEIGHTS, CONFIG = "latentds.json", "model.safetensors", "config.json"
 CODEBOOK = "codebook.safetensors"  # that latents were rounded to, where it is there
 READS, LATENTS = "latentds_input", "latents"  # in config.json, which timm leaves alone
-MAX_RECORD_BYTES = 1 << 20
 MAX_JSON_BYTES = 1 << 24  # a configuration of timm's may name 20,000 classes
 MAX_WIDTH, MAX_CHANNELS, MAX_PX = 1 << 16, 4096, 1 << 14
+
+
+def is_object_or_none(value: Any) -> bool:
+    return value is None or is_object(value)
+
+
+CHECKS = {
+    "arch": is_words,
+    "model_args": is_object_or_none,
+    "channels": lambda value: is_count(value, MAX_CHANNELS),
+    "input_px": lambda value: is_count(value, MAX_PX),
+    "mean": is_numbers,
+    "std": lambda value: is_numbers(value) and all(number > 0 for number in value),
+    "interpolation": is_words,
+    "dim": lambda value: is_count(value, MAX_WIDTH),
+    "weights_id": is_identity,
+    "stem": is_object_or_none,
+    "trained": is_object,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,10 +79,9 @@ class BackboneRecord:
 
 def read_record(folder: Path) -> BackboneRecord:
     """What the latentds.json of a folder says; FormatError where it is none."""
-    path = folder / RECORD
-    if path.stat().st_size > MAX_RECORD_BYTES:
-        raise FormatError(f"{path}: {path.stat().st_size:,} bytes; no {FORMAT}")
-    return parse_record(read_json(path), path)
+    fields = read_fields(folder / RECORD, FORMAT, CHECKS)
+    fields |= {name: tuple(map(float, fields[name])) for name in ("mean", "std")}
+    return BackboneRecord(**fields)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -67,42 +90,3 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise FormatError(f"{path}: a JSON object is wanted, not {type(values).__name__}")
     return values
-
-
-def parse_record(values: dict[str, Any], path: Path) -> BackboneRecord:
-    """A record of JSON values, all of them checked."""
-    stated = values.get("format")
-    if stated != FORMAT:
-        raise FormatError(
-            f"{path}: format is {stated!r:.60}, this version reads {FORMAT}; update latentds, or "
-            "export the backbone with this version"
-        )
-    checks = {
-        "arch": is_words,
-        "model_args": is_object_or_none,
-        "channels": lambda value: is_count(value, MAX_CHANNELS),
-        "input_px": lambda value: is_count(value, MAX_PX),
-        "mean": is_numbers,
-        "std": lambda value: is_numbers(value) and all(number > 0 for number in value),
-        "interpolation": is_words,
-        "dim": lambda value: is_count(value, MAX_WIDTH),
-        "weights_id": is_identity,
-        "stem": is_object_or_none,
-        "trained": is_object,
-    }
-    for field, is_good in checks.items():
-        if not is_good(values.get(field)):
-            raise FormatError(f"{path}: {field} is {values.get(field)!r:.60}; refused")
-    fields = {field: values[field] for field in checks}
-    fields |= {name: tuple(map(float, values[name])) for name in ("mean", "std")}
-    return BackboneRecord(**fields)
-
-
-def is_object_or_none(value: Any) -> bool:
-    return value is None or is_object(value)
-
-
-def is_numbers(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        type(number) in (int, float) and math.isfinite(number) for number in value
-    )

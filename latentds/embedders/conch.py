@@ -20,7 +20,7 @@ from latentds.embedders.embedder import NetworkEmbedder, Preparation
 from latentds.embedders.embedder_cards import CARDS
 from latentds.embedders.positions import resample_positions
 from latentds.embedders.timm_models import outline
-from latentds.embedders.weights import fetch, fill, read_weights
+from latentds.embedders.weights import fill, find_weights, read_weights
 from latentds.errors import WeightsError
 
 NAME, HEADS = "conch-v1.5", 8
@@ -82,10 +82,7 @@ def load_conch(path: Path | None = None, *, width: int = 768, **changes: Any) ->
     raises          WeightsError, MissingExtraError
     """
     card = CARDS[NAME]
-    revision = card.revision
-    if path is None:
-        (path,), revision = fetch(card, (card.file,))
-    path = path / card.file if path.is_dir() else path
+    path, revision = find_weights(card, path)
     network, tensors = Tower(width, **changes), read_weights(path)
     identity = hash_tensors(tensors, {})  # of the file: a processor's bits are in what is resampled
     if POSITIONS in tensors:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from latentds.autoencoders.autoencoder import hash_tensors
 from latentds.embedders.embedder import NetworkEmbedder, Preparation
 from latentds.embedders.embedder_cards import CARDS
+from latentds.embedders.timm_models import create
 from latentds.embedders.weights import fill, read_weights
 from latentds.errors import WeightsError, missing_extra
 
@@ -66,11 +67,7 @@ def load_efficientnet_lite(path: Path | None = None) -> NetworkEmbedder:
 
 def build_classifier(path: Path) -> nn.Module:
     """The whole network with its head of 1000 ImageNet classes, from a `.pth` file."""
-    try:
-        import timm
-    except ImportError as error:
-        raise missing_extra("timm", "embedders") from error
-    network: nn.Module = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+    network: nn.Module = create("tf_efficientnet_lite0", num_classes=1000)
     fill(network, rename(read_weights(path), path), path, "EfficientNet-Lite0")
     return network.eval()
 

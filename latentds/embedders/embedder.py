@@ -110,7 +110,9 @@ class Preparation(nn.Module):
 
 
 def without_resizing(card: EmbedderCard) -> EmbedderCard:
-    """The card of the same network fed whole images, as networks of any size allow."""
+    """The card of the same network fed whole images; ShapeError where it takes one size alone."""
+    if card.multiple_px == 1:
+        raise ShapeError(f"{card.name}: made for one size of input; it cannot be loaded as native")
     rule = f"whole images, edges multiples of {card.multiple_px} px, neither resized nor cropped"
     return dataclasses.replace(card, rule=rule, resize_px=None, input_px=None)
 
@@ -144,20 +146,22 @@ def centre_crop(images: Tensor, edge_px: int) -> Tensor:
     return images[..., top : top + edge_px, left : left + edge_px]
 
 
-class TokenAndMean(nn.Module):
-    """The class token beside the mean of the patch tokens, (B, 2 D), of a network of tokens.
+class ClassToken(nn.Module):
+    """The class token of a network of tokens, (B, D), or the mean of others beside it, (B, 2 D).
 
-    network   prepared images to tokens (B, T, D), the class token first
-    prefixes  tokens before those of patches: the class token, and registers
+    network    prepared images to tokens (B, T, D), the class token first
+    mean_from  the first of the tokens that the mean is of: that of a patch, behind registers
     """
 
-    def __init__(self, network: nn.Module, prefixes: int = 1) -> None:
+    def __init__(self, network: nn.Module, mean_from: int | None) -> None:
         super().__init__()
-        self.network, self.prefixes = network, prefixes
+        self.network, self.mean_from = network, mean_from
 
     def forward(self, prepared: Tensor) -> Tensor:
         tokens: Tensor = self.network(prepared)
-        return torch.cat([tokens[:, 0], tokens[:, self.prefixes :].mean(1)], 1)
+        if self.mean_from is None:
+            return tokens[:, 0]
+        return torch.cat([tokens[:, 0], tokens[:, self.mean_from :].mean(1)], 1)
 
 
 class NetworkEmbedder:

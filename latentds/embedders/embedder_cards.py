@@ -1,4 +1,4 @@
-"""Cards of the embedders known by name.
+"""Cards of the embedders known by name, and those whose code is not ours to run.
 
 Rules as the authors publish them: UNI and UNI 2 in their README (torchvision's Resize(224), thus
 bilinear), Prov-GigaPath in its README (a 256 px patch is cropped, not resized), Phikon-v2 in the
@@ -10,9 +10,13 @@ of CONCH v1.5 is taken from TRIDENT alone.
 
 from __future__ import annotations
 
+from typing import Any
+
 from latentds.embedders.embedder import EmbedderCard
 
 IMAGENET = "ImageNet mean and std"
+TO_224 = f"shorter edge to 224 px (bilinear), centre crop of 224 px, {IMAGENET}; class token"
+GATED: Any = {"file": "pytorch_model.bin", "licence": "CC-BY-NC-ND-4.0", "gated": True}
 # No commit of the gated repositories could be confirmed offline: the commit that was loaded is
 # recorded on the card, and weights_id pins the weights themselves.
 CARDS = {
@@ -20,25 +24,21 @@ CARDS = {
         name="uni",
         class_name="vit_large_patch16_224",
         dim=1024,
-        rule=f"shorter edge to 224 px (bilinear), centre crop of 224 px, {IMAGENET}; class token",
+        rule=TO_224,
         interpolation="bilinear",
         multiple_px=16,
         repository="MahmoodLab/UNI",
-        file="pytorch_model.bin",
-        licence="CC-BY-NC-ND-4.0",
-        gated=True,
+        **GATED,
     ),
     "uni2-h": EmbedderCard(
         name="uni2-h",
         class_name="vit_giant_patch14_224",
         dim=1536,
-        rule=f"shorter edge to 224 px (bilinear), centre crop of 224 px, {IMAGENET}; class token",
+        rule=TO_224,
         interpolation="bilinear",
         multiple_px=14,
         repository="MahmoodLab/UNI2-h",
-        file="pytorch_model.bin",
-        licence="CC-BY-NC-ND-4.0",
-        gated=True,
+        **GATED,
     ),
     "conch-v1.5": EmbedderCard(
         name="conch-v1.5",
@@ -74,9 +74,7 @@ CARDS = {
         "beside the mean of the patch tokens, registers left out",
         multiple_px=14,
         repository="paige-ai/Virchow2",
-        file="pytorch_model.bin",
-        licence="CC-BY-NC-ND-4.0",
-        gated=True,
+        **GATED,
     ),
     **{
         name: EmbedderCard(
@@ -130,3 +128,36 @@ CARDS = {
         licence="Apache-2.0",
     ),
 }
+KAIKO = "timm:hf-hub:1aurent/{}.kaiko_ai_towards_large_pathology_fms"
+# Names for repositories in timm's format, whose own configuration says how to prepare images.
+ALIASES = {
+    "kaiko-vits8": KAIKO.format("vit_small_patch8_224"),
+    "kaiko-vits16": KAIKO.format("vit_small_patch16_224"),
+    "kaiko-vitb8": KAIKO.format("vit_base_patch8_224"),
+    "kaiko-vitb16": KAIKO.format("vit_base_patch16_224"),
+    "kaiko-vitl14": KAIKO.format("vit_large_patch14_reg4_dinov2"),
+}
+OWN_CODE = (
+    "its network is code of its repository ({}), which is not run from here; install it, and pass "
+    "'--embedder FILE.py:FUNCTION' with a function of yours that makes it (docs/downstream.md)"
+)
+ELSEWHERE = {
+    "hibou-b": OWN_CODE.format("histai/hibou-b"),
+    "hibou-l": OWN_CODE.format("histai/hibou-L, gated"),
+}
+
+
+def describe() -> str:
+    """The list: name, dimensions, licence, preparation and pooling, and how to get the weights."""
+    lines = []
+    for name, card in CARDS.items():
+        place = card.repository or "comes with a package"
+        access = f"gated: accept its licence at https://huggingface.co/{place}, 'hf auth login'"
+        lines += [
+            f"{name:<20} {card.dim:>5}  {card.licence}",
+            f"    {card.rule}",
+            f"    {access if card.gated else place}",
+        ]
+    lines += [f"{name:<20}        {place}" for name, place in ALIASES.items()]
+    lines += [f"{name:<20}        {reason}" for name, reason in ELSEWHERE.items()]
+    return "\n".join(lines)

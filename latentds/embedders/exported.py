@@ -11,8 +11,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from latentds.autoencoders.autoencoder import short
 from latentds.autoencoders.downloads import download
+from latentds.autoencoders.foreign_networks import check_hash
 from latentds.embedders.backbone_record import (
     CONFIG,
     LATENTS,
@@ -22,21 +22,17 @@ from latentds.embedders.backbone_record import (
     read_json,
     read_record,
 )
-from latentds.embedders.embedder import EmbedderCard, NetworkEmbedder, without_resizing
+from latentds.embedders.embedder import NetworkEmbedder, without_resizing
 from latentds.embedders.foreign_config import (
     checked_arguments,
     checked_settings,
     create_foreign,
 )
 from latentds.embedders.timm_models import configured_card, load
-from latentds.errors import FormatError, ShapeError, WeightsError
+from latentds.errors import FormatError, WeightsError
 
 PREFIX, HUB_PREFIX = "timm-dir:", "timm:hf-hub:"
 LATENT_PREFIX = "latent-dir:"
-PASSED_ON = (  # of pretrained_cfg, what a network's card is made from
-    *("input_size", "fixed_input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std"),
-    *("classifier", "first_conv", "license"),
-)
 
 
 def is_exported(text: str) -> bool:
@@ -82,21 +78,19 @@ def load_folder(folder: Path, text: str, native: bool) -> NetworkEmbedder:
         class_name=config["architecture"],
         repository=None,
         file=WEIGHTS,
-        multiple_px=patch_edge(network) if getattr(network, "dynamic_img_size", False) else 1,
+        multiple_px=(
+            int(network.patch_embed.patch_size[0])
+            if getattr(network, "dynamic_img_size", False)
+            else 1
+        ),
     )
-    card = card_for(card, native)
+    if native:
+        card = without_resizing(card)
     embedder = load(card, network, folder, config["architecture"])
-    check_identity(folder, embedder.card)
+    if (folder / RECORD).is_file():
+        stated = read_record(folder).weights_id
+        check_hash(folder / WEIGHTS, embedder.card.weights_id, folder / RECORD, stated)
     return embedder
-
-
-def card_for(card: EmbedderCard, native: bool) -> EmbedderCard:
-    """The card of a network fed whole images, where that was asked for and can be."""
-    if not native:
-        return card
-    if card.multiple_px == 1:
-        raise ShapeError(f"{card.name}: made for one size of input; it cannot be loaded as native")
-    return without_resizing(card)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -127,24 +121,5 @@ def read_config(folder: Path) -> dict[str, Any]:
     arguments = checked_arguments(config.get("model_args") or {}, path)
     if arguments.get("in_chans", 3) != 3:
         raise WeightsError(f"{path}: the network reads {arguments['in_chans']} channels, not RGB")
-    kept = {name: settings[name] for name in PASSED_ON if settings.get(name) is not None}
-    kept = checked_settings(kept, path)
-    arguments = {name: value for name, value in arguments.items() if name != "num_classes"}
-    return config | {"pretrained_cfg": kept, "model_args": arguments}
-
-
-def patch_edge(network: Any) -> int:
-    """Edge of a ViT's patch in pixels."""
-    return int(network.patch_embed.patch_size[0])
-
-
-def check_identity(folder: Path, card: EmbedderCard) -> None:
-    """WeightsError where the tensors are not those that latentds.json was written with."""
-    if not (folder / RECORD).is_file():
-        return
-    wanted = read_record(folder).weights_id
-    if card.weights_id != wanted:
-        raise WeightsError(
-            f"{folder / WEIGHTS}: the tensors hash to {short(card.weights_id)}, {RECORD} says "
-            f"{short(wanted)}; damaged, export or fetch the backbone anew"
-        )
+    arguments.pop("num_classes", None)
+    return config | {"pretrained_cfg": checked_settings(settings, path), "model_args": arguments}

@@ -7,11 +7,13 @@ it: arguments of its own never come from a file.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from latentds.autoencoders.foreign_networks import is_numbers
 from latentds.embedders.timm_models import create
 from latentds.errors import FormatError, LatentdsError, WeightsError
 
@@ -52,25 +54,16 @@ def is_plain(value: Any) -> bool:
 
 
 def checked_settings(settings: dict[str, Any], path: Path) -> dict[str, Any]:
-    """`pretrained_cfg` as it came; FormatError where a value cannot be."""
-    for name, value in settings.items():
-        is_good = SETTINGS.get(name, is_plain)
-        if not is_good(value):
+    """Of `pretrained_cfg`, what a network's card is made from; FormatError for what cannot be."""
+    kept = {name: settings[name] for name in SETTINGS if settings.get(name) is not None}
+    for name, value in kept.items():
+        if not SETTINGS[name](value):
             raise FormatError(f"{path}: pretrained_cfg has {name} {value!r:.60}; refused")
-    return settings
+    return kept
 
 
 def is_triple(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 3 and all(map(is_number, value))
-
-
-def is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
-
-
-def is_size(value: Any) -> bool:
-    """Channels, height and width."""
-    return is_triple(value) and all(type(n) is int and 0 < n <= MAX_PX for n in value)
+    return is_numbers(value) and len(value) == 3
 
 
 def is_word(value: Any) -> bool:
@@ -81,11 +74,13 @@ def is_word_or_words(value: Any) -> bool:
     return is_word(value) or (isinstance(value, list) and all(map(is_word, value)))
 
 
-SETTINGS = {
-    "input_size": is_size,
+SETTINGS: dict[str, Callable[[Any], bool]] = {
+    "input_size": lambda value: (
+        is_triple(value) and all(type(n) is int and 0 < n <= MAX_PX for n in value)
+    ),
     "fixed_input_size": lambda value: isinstance(value, bool),
     "interpolation": is_word,
-    "crop_pct": lambda value: is_number(value) and 0 < value <= 1,
+    "crop_pct": lambda value: is_numbers([value]) and 0 < value <= 1,
     "crop_mode": is_word,
     "mean": is_triple,
     "std": lambda value: is_triple(value) and min(value) > 0,

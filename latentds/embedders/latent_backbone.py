@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from latentds.autoencoders import load_autoencoder
 from latentds.autoencoders.autoencoder import Autoencoder, hash_tensors, short
+from latentds.autoencoders.foreign_networks import check_hash
 from latentds.autoencoders.tiny import load_tiny, tiny_codebook
 from latentds.embedders.backbone_record import (
     CODEBOOK,
@@ -121,7 +122,8 @@ def load_latent_backbone(text: str, autoencoder: Autoencoder | None = None) -> L
         )
     network = build_network(folder, record, stem)
     fill(network, read_weights(folder / WEIGHTS), folder / WEIGHTS, record.arch)
-    check_weights(folder, record, network)
+    found = hash_tensors(network.state_dict(), {})
+    check_hash(folder / WEIGHTS, found, folder / RECORD, record.weights_id)
     stored = find_codebook(folder, encoder)
     card = make_card(f"{PREFIX}{folder}", record, network, stem, encoder, stored)
     return LatentBackbone(card, network, stem, encoder, stored.codebook if stored else None)
@@ -184,16 +186,6 @@ def build_network(folder: Path, record: BackboneRecord, stem: LatentStemConfig) 
     if record.model_args is None:
         return build_vit(record.arch, stem=stem, img_px=record.input_px)
     return create_foreign(folder / RECORD, record.arch, record.model_args)
-
-
-def check_weights(folder: Path, record: BackboneRecord, network: nn.Module) -> None:
-    """WeightsError where the tensors are not those that the record was written with."""
-    found = hash_tensors(network.state_dict(), {})
-    if found != record.weights_id:
-        raise WeightsError(
-            f"{folder / WEIGHTS}: the tensors hash to {short(found)}, its record says "
-            f"{short(record.weights_id)}; damaged, export or fetch the backbone anew"
-        )
 
 
 def make_card(

@@ -17,17 +17,30 @@ from torch.overrides import TorchFunctionMode
 
 from latentds.autoencoders.autoencoder import hash_tensors
 from latentds.embedders.embedder import (
+    ClassToken,
     EmbedderCard,
     NetworkEmbedder,
     Preparation,
-    TokenAndMean,
     without_resizing,
 )
 from latentds.embedders.embedder_cards import CARDS
-from latentds.embedders.weights import fetch, fill, read_weights
+from latentds.embedders.weights import fill, find_weights, read_weights
 from latentds.errors import ShapeError, UnknownNameError, WeightsError, missing_extra
 
 INTERPOLATIONS = ("bicubic", "bilinear")
+# Of networks known by name, as their authors publish them. TRIDENT asks for timm 0.9.16 with
+# Prov-GigaPath; the network is the same in timm 1.
+GIANT: dict[str, Any] = {"num_heads": 24, "embed_dim": 1536}
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "uni": {"patch_size": 16},
+    "uni2-h": GIANT
+    | {"patch_size": 14, "depth": 24, "mlp_ratio": 2.66667 * 2}
+    | {"no_embed_class": True, "reg_tokens": 8},
+    "gigapath": GIANT | {"patch_size": 16, "depth": 40, "mlp_ratio": 5.33334},
+    "virchow2": {"mlp_ratio": 5.3375, "reg_tokens": 4, "global_pool": ""},
+    "h-optimus-0": {},
+    "h-optimus-1": {},
+}
 
 
 def load_known(
@@ -43,7 +56,7 @@ def load_known(
     network = outline(card.class_name, **(arguments(name) | changes))
     embedder = load(card, network, path, f"{name} ({card.class_name})")
     if name == "virchow2":
-        embedder.network = TokenAndMean(network, network.num_prefix_tokens).eval()
+        embedder.network = ClassToken(network, network.num_prefix_tokens).eval()
         embedder.card = dataclasses.replace(embedder.card, dim=2 * embedder.card.dim)
     return embedder
 
@@ -100,35 +113,13 @@ class Undrawn(TorchFunctionMode):
 
 
 def arguments(name: str) -> dict[str, Any]:
-    """timm's arguments of a network known by name, as its authors publish them.
-
-    TRIDENT asks for timm 0.9.16 with Prov-GigaPath; the network is the same in timm 1.
-    """
-    if name == "uni":
-        return {"img_size": 224, "patch_size": 16, "init_values": 1e-5, "dynamic_img_size": True}
-    if name in ("h-optimus-0", "h-optimus-1"):
-        return {"img_size": 224, "init_values": 1e-5, "dynamic_img_size": True}
-    if name == "virchow2":
-        from timm.layers import SwiGLUPacked
-
-        gated = {"mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU, "mlp_ratio": 5.3375}
-        whole = {"img_size": 224, "init_values": 1e-5, "reg_tokens": 4, "global_pool": ""}
-        return gated | whole | {"dynamic_img_size": True}
-    common = {"img_size": 224, "num_heads": 24, "embed_dim": 1536, "dynamic_img_size": True}
-    if name == "gigapath":
-        return common | {"patch_size": 16, "depth": 40, "init_values": 1e-5, "mlp_ratio": 5.33334}
+    """timm's arguments of a network known by name."""
+    own = {"img_size": 224, "init_values": 1e-5, "dynamic_img_size": True} | ARGUMENTS[name]
+    if name not in ("virchow2", "uni2-h"):
+        return own
     from timm.layers import SwiGLUPacked
 
-    return common | {
-        "patch_size": 14,
-        "depth": 24,
-        "init_values": 1e-5,
-        "mlp_ratio": 2.66667 * 2,
-        "no_embed_class": True,
-        "mlp_layer": SwiGLUPacked,
-        "act_layer": nn.SiLU,
-        "reg_tokens": 8,
-    }
+    return own | {"mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU}
 
 
 def configured_card(text: str, network: Any) -> EmbedderCard:
@@ -165,10 +156,7 @@ def configured_card(text: str, network: Any) -> EmbedderCard:
 
 def load(card: EmbedderCard, network: Any, path: Path | None, what: str) -> NetworkEmbedder:
     """The embedder of a network whose weights are still to be read."""
-    revision = card.revision
-    if path is None:
-        (path,), revision = fetch(card, (card.file,))
-    path = path / card.file if path.is_dir() else path
+    path, revision = find_weights(card, path)
     classifier = network.pretrained_cfg.get("classifier") or ()
     heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
     prefixes = tuple(f"{head}." for head in heads)

@@ -18,15 +18,15 @@ from torch.utils.checkpoint import checkpoint
 
 from latentds.autoencoders.autoencoder import hash_tensors
 from latentds.embedders.embedder import (
+    ClassToken,
     EmbedderCard,
     NetworkEmbedder,
     Preparation,
-    TokenAndMean,
     without_resizing,
 )
 from latentds.embedders.embedder_cards import CARDS
 from latentds.embedders.weights import fetch, read_weights
-from latentds.errors import WeightsError, missing_extra
+from latentds.errors import WeightsError, first_words, missing_extra
 
 PUBLISHED = "preprocessor_config.json"
 FILES = ("config.json", PUBLISHED, "model.safetensors")
@@ -50,18 +50,6 @@ class Tokens(nn.Module):
             layer.forward = functools.partial(recomputed, layer.forward)
 
 
-class ClassToken(nn.Module):
-    """The class token (B, D) alone."""
-
-    def __init__(self, network: Tokens) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, prepared: Tensor) -> Tensor:
-        tokens: Tensor = self.network(prepared)
-        return tokens[:, 0]
-
-
 def recomputed(forward: Any, *arguments: Any, **named: Any) -> Any:
     """What a layer returns, its activations dropped where gradients are wanted."""
     if not torch.is_grad_enabled():
@@ -79,8 +67,7 @@ def load_dinov2(name: str, folder: Path | None = None, native: bool = False) -> 
     card, has_mean = CARDS[name], name == "midnight"
     revision = card.revision
     if folder is None:  # the page of midnight states its preparation, no file of its does
-        paths, revision = fetch(card, tuple(f for f in FILES if not (has_mean and f == PUBLISHED)))
-        folder = paths[0].parent
+        folder, revision = fetch(card, [f for f in FILES if not (has_mean and f == PUBLISHED)])
     network = load_network(folder)
     card = dataclasses.replace(
         card,
@@ -95,7 +82,7 @@ def load_dinov2(name: str, folder: Path | None = None, native: bool = False) -> 
     if native:
         card, stretch_px = without_resizing(card), None
     prepare, tokens = Preparation(card, stretch_px), Tokens(network)
-    pooled = TokenAndMean(tokens) if has_mean else ClassToken(tokens)
+    pooled = ClassToken(tokens, mean_from=1 if has_mean else None)
     return NetworkEmbedder(card, pooled, prepare, checkpoint=tokens.checkpoint_gradients)
 
 
@@ -140,8 +127,7 @@ def pretrained(folder: Path, model_type: str, what: str, extra: str) -> tuple[An
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise WeightsError(f"{folder}: cannot load {what} ({reason})") from error
+        raise WeightsError(f"{folder}: cannot load {what} ({first_words(error, 300)})") from error
     return network, sorted(report["missing_keys"])
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from latentds.autoencoders.downloads import commit_of
+from latentds.autoencoders.downloads import download, login_hint
+from latentds.autoencoders.foreign_networks import load_tensors
 from latentds.autoencoders.taesd import read_tensors
 from latentds.embedders.embedder import EmbedderCard
 from latentds.errors import WeightsError
@@ -20,13 +21,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise WeightsError(f"{path}: no such file of weights")
     if path.suffix != ".safetensors":
         return read_tensors(path)
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return {name: tensor.float() for name, tensor in load_file(path).items()}
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{path}: not a safetensors file ({error})") from error
+    return {name: tensor.float() for name, tensor in load_tensors(path).items()}
 
 
 def fill(network: nn.Module, tensors: Mapping[str, Tensor], path: Path, what: str) -> None:
@@ -55,31 +50,17 @@ def fill(network: nn.Module, tensors: Mapping[str, Tensor], path: Path, what: st
     network.load_state_dict(tensors, assign=is_empty)
 
 
-def fetch(card: EmbedderCard, files: tuple[str, ...]) -> tuple[list[Path], str | None]:
-    """Files of a card's repository, from the Hub or its cache, and the commit they are of."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    paths, file = [], ""
-    try:
-        for file in files:
-            path = hf_hub_download(card.repository or "", file, revision=card.revision)
-            paths.append(Path(path))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise WeightsError(fetch_advice(card, file, error)) from error
-    return paths, commit_of(paths[-1]) or card.revision
-
-
-def fetch_advice(card: EmbedderCard, file: str, error: Exception) -> str:
-    """Which file is missing, and the ways to get it."""
-    login = (
-        f"It is gated: accept its licence at https://huggingface.co/{card.repository}, "
-        "then run 'hf auth login'. "
-        if card.gated
-        else ""
-    )
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return (
-        f"cannot get {file} of {card.repository} at {card.revision or 'main'} ({reason}). {login}"
+def fetch(card: EmbedderCard, files: Sequence[str]) -> tuple[Path, str | None]:
+    """The folder of files of a card's repository, from the Hub or its cache, and their commit."""
+    advice = login_hint(card.repository, card.gated) + (
         f"Without the Hub, pass a local copy as '{card.name}@PATH'."
     )
+    return download(card.repository or "", files, card.revision, advice)
+
+
+def find_weights(card: EmbedderCard, path: Path | None) -> tuple[Path, str | None]:
+    """The file of a card's weights: a local one, or its folder, or the Hub's; and the commit."""
+    if path is None:
+        folder, revision = fetch(card, (card.file,))
+        return folder / Path(card.file).name, revision
+    return (path / card.file if path.is_dir() else path), card.revision

@@ -79,7 +79,6 @@ def fixed_test_folds(
     *,
     folds: int,
     seed: int,
-    allow_missing: bool = False,
     classes: Sequence[str] | None = None,
 ) -> list[Fold]:
     """Folds that train on all but one part of the training items and share one test set.
@@ -94,7 +93,7 @@ def fixed_test_folds(
         raise InputError(f"{len(rest)} items to train on and {len(fixed)} to test on; both needed")
     own = [groups[row] for row in rest.tolist()]
     check_counts(targets[rest], own, folds, least=2)
-    check_classes(targets[rest], own, folds, classes, allow_missing=allow_missing)
+    check_classes(targets[rest], own, folds, classes)
     made = []
     for held in draw_tests(targets[rest], own, folds, seed):
         train = np.delete(rest, held)
@@ -159,7 +158,7 @@ def check_classes(
     folds: int,
     classes: Sequence[str] | None,
     *,
-    allow_missing: bool,
+    allow_missing: bool = False,
 ) -> None:
     """InputError where there is one class, or one with too few groups."""
     numbers, labelled = np.unique(targets).tolist(), np.asarray(groups, str)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -58,18 +58,14 @@ def own_groups(
 ) -> Iterator[tuple[str, str]]:
     """What kind of group every item's names tell, and the group."""
     known = patients or [None] * len(slides)
-    return map(own_group, slides, sources, known)
-
-
-def own_group(slide: str | None, source: str, patient: str | None = None) -> tuple[str, str]:
-    """What kind of group an item's names tell, and the group."""
-    if patient:
-        return "recorded patient", patient
-    name = plain_name(slide or source)
-    last = name.rpartition("/")[2]
-    if found := known_patient(last):
-        return f"{found[0]} patient", found[1]
-    return ("slide", name) if slide else ("item", source)
+    for slide, source, patient in zip(slides, sources, known, strict=True):
+        name = plain_name(slide or source)
+        if patient:
+            yield "recorded patient", patient
+        elif found := known_patient(name.rpartition("/")[2]):
+            yield f"{found[0]} patient", found[1]
+        else:
+            yield ("slide", name) if slide else ("item", source)
 
 
 def count_alone(
@@ -213,7 +209,7 @@ def match_labels(
     if notes and (not allow_subset or not found):
         raise InputError(f"{table.path}: {'; '.join(notes)}. {SUBSET_HINT.capitalize()}")
     kept = list(found)
-    classes = sorted_classes(table.labels[found[slide]] for slide in kept)
+    classes = sorted_names(table.labels[found[slide]] for slide in kept)
     places = {name: number for number, name in enumerate(classes)}
     targets = np.array([places[table.labels[found[slide]]] for slide in kept], np.int64)
     if groups is None and table.cases:
@@ -224,8 +220,3 @@ def match_labels(
     return LabelledSlides(
         slides=kept, classes=classes, targets=targets, groups=own, group_rule=rule, notes=notes
     )
-
-
-def sorted_classes(labels: Iterable[str]) -> list[str]:
-    """Distinct labels in ascending order, as numbers where all are."""
-    return sorted_names(labels)

@@ -39,7 +39,6 @@ class Predictions:
         return len(self.items)
 
     def select(self, rows: np.ndarray) -> Predictions:
-        """Those of some rows, in their order."""
         return Predictions(
             folds=self.folds[rows],
             seeds=self.seeds[rows],

@@ -116,11 +116,8 @@ def read_record(folder: Path) -> RunRecord:
         raise InputError(f"{path}: format is {found!r}, expected {FORMAT!r}")
     fields = {field.name: field for field in dataclasses.fields(RunRecord)}
     for name, field in fields.items():
-        if (
-            name not in values
-            and field.default_factory is dataclasses.MISSING
-            and name != "command"
-        ):
+        is_needed = field.default is field.default_factory is dataclasses.MISSING
+        if is_needed and name not in values:
             raise InputError(f"{path}: key {name!r} is missing; run the evaluation again")
     record = RunRecord(**{name: value for name, value in values.items() if name in fields})
     check_record(record, str(path))

@@ -105,7 +105,6 @@ def count_confusions(targets: np.ndarray, predicted: np.ndarray, classes: int) -
 def per_class_scores(
     counts: np.ndarray, classes: Sequence[str]
 ) -> dict[str, dict[str, float | None]]:
-    """Recall, precision, F1 and support by class."""
     found: dict[str, dict[str, float | None]] = {}
     for number, name in enumerate(classes):
         hits = int(counts[number, number])

@@ -90,8 +90,8 @@ def read_clam(path: Path, slides: Sequence[str]) -> tuple[list[Fold], list[str]]
     """Folds in the order of the files' numbers, and the slides that are not there."""
     files = [path]
     if path.is_dir():
-        numbered = [(found, file) for file in path.iterdir() if (found := is_split(file)) >= 0]
-        files = [file for _, file in sorted(numbered)]
+        named = [(CLAM_FILE.fullmatch(file.name), file) for file in path.iterdir()]
+        files = [file for _, file in sorted((int(m[1]), file) for m, file in named if m)]
         if not files:
             raise InputError(f"{path}: no splits_0.csv, splits_1.csv, ... in it")
     folds, lost = [], dict[str, None]()
@@ -99,16 +99,10 @@ def read_clam(path: Path, slides: Sequence[str]) -> tuple[list[Fold], list[str]]
         table = read_table(file)
         for part in ("train", "test"):
             table.need_column([part], f"the {part} slides")
-        named = {part: table.values(part) if part in table.columns else [] for part in PARTS}
-        pairs = [(name, part) for part, names in named.items() for name in names if name]
+        own = [part for part in PARTS if part in table.columns]
+        pairs = [(name, part) for part in own for name in table.values(part) if name]
         folds.append(assign(pairs, slides, str(file), lost))
     return folds, list(lost)
-
-
-def is_split(path: Path) -> int:
-    """The number in a split file's name, -1 for another file."""
-    found = CLAM_FILE.fullmatch(path.name)
-    return int(found[1]) if found else -1
 
 
 def read_patho_bench(path: Path, slides: Sequence[str]) -> tuple[list[Fold], list[str]]:

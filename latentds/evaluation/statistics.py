@@ -83,8 +83,6 @@ def paired_difference(
         raise InputError(f"{len(first)} folds against {len(second)}; pairs need the same folds")
     pairs = [(a, b) for a, b in zip(first, second, strict=True) if a is not None and b is not None]
     found = np.array([a - b for a, b in pairs])
-    if not len(found):
-        return Difference(None, None, None, 0, 0, 0)
     means = np.empty(0)
     if len(found) >= LEAST and draws:
         picks = np.random.default_rng(seed).integers(len(found), size=(draws, len(found)))
@@ -92,12 +90,14 @@ def paired_difference(
     return difference_of(found, means, "folds")
 
 
-def difference_of(found: np.ndarray, means: np.ndarray, unit: str) -> Difference:
-    """The record of differences by fold and of the drawn means."""
+def difference_of(
+    found: np.ndarray, means: np.ndarray, unit: str, counted: str = "folds"
+) -> Difference:
+    """The record of differences and of the drawn means; None for the mean of none."""
     kept = means[np.isfinite(means)]
     low, high = np.percentile(kept, INTERVAL).tolist() if len(kept) else (None, None)
     return Difference(
-        mean=float(found.mean()),
+        mean=float(found.mean()) if len(found) else None,
         low=low,
         high=high,
         wins=int((found > 0).sum()),
@@ -105,6 +105,7 @@ def difference_of(found: np.ndarray, means: np.ndarray, unit: str) -> Difference
         n=len(found),
         unit=unit,
         draws=len(kept),
+        counted=counted,
     )
 
 
@@ -131,10 +132,8 @@ def paired_bootstrap_groups(
     cells = list(fold_rows(one))
     found = cell_differences(one, two, metric, cells, np.ones((1, len(one))))[:, 0]
     found = found[np.isfinite(found)]
-    if not len(found):
-        return Difference(None, None, None, 0, 0, 0, "groups")
     means = [np.empty(0)]
-    if len(names) >= LEAST:
+    if len(names) >= LEAST and len(found):
         for counts in drawn_counts(len(names), len(one), draws, seed):
             values = cell_differences(one, two, metric, cells, counts[:, places])
             is_defined = np.isfinite(values)
@@ -159,30 +158,19 @@ def paired_images(
     """
     is_both = np.isfinite(first) & np.isfinite(second)
     found = (first - second)[is_both]
-    if not len(found):
-        return Difference(None, None, None, 0, 0, 0, "groups", counted="images")
     names, places = np.unique(np.array(groups)[is_both], return_inverse=True)
     means = [np.empty(0)]
     if len(names) >= LEAST:
         sums, sizes = np.bincount(places, found), np.bincount(places)
         for counts in drawn_counts(len(names), len(names), draws, seed):
             means.append((counts @ sums) / (counts @ sizes))
-    difference = difference_of(found, np.concatenate(means), "groups")
-    return dataclasses.replace(difference, counted="images")
+    return difference_of(found, np.concatenate(means), "groups", "images")
 
 
 def check_same_items(one: Predictions, two: Predictions) -> None:
     """InputError unless both predict the same items of the same folds, labels and groups."""
-    same = (
-        one.items == two.items
-        and one.groups == two.groups
-        and one.classes == two.classes
-        and all(
-            np.array_equal(getattr(one, name), getattr(two, name))
-            for name in ("folds", "seeds", "labels")
-        )
-    )
-    if not same:
+    compared = ("items", "groups", "classes", "folds", "seeds", "labels")
+    if not all(np.array_equal(getattr(one, name), getattr(two, name)) for name in compared):
         raise InputError(
             "the two runs' predictions are of other items, folds, seeds, labels or groups"
         )

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
 METRICS = ("accuracy", "balanced_accuracy", "macro_f1", "auc")
@@ -22,25 +20,24 @@ def weighted_score(
     weights        (B, n), not negative; whole numbers for items drawn so many times
     """
     step = max(1, CHUNK // max(1, len(labels)))
-    parts = [weights[start : start + step] for start in range(0, len(weights), step)]
-    score = weighted_auc if metric == "auc" else confusion_metric(metric)
-    return np.concatenate([score(labels, probabilities, np.asarray(w, np.float64)) for w in parts])
+    found = []
+    for start in range(0, len(weights), step):
+        part = np.asarray(weights[start : start + step], np.float64)
+        if metric == "auc":
+            found.append(weighted_auc(labels, probabilities, part))
+        else:
+            found.append(score_confusions(metric, confusions(labels, probabilities, part)))
+    return np.concatenate(found)
 
 
-def confusion_metric(
-    metric: str,
-) -> Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]:
-    """The metric as a function of labels, probabilities and weights."""
-
-    def score(labels: np.ndarray, probabilities: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        classes = probabilities.shape[1]
-        cells = labels * classes + probabilities.argmax(axis=1)
-        counts = np.zeros((len(weights), classes * classes))
-        for cell in np.unique(cells):
-            counts[:, cell] = weights[:, cells == cell].sum(axis=1)
-        return score_confusions(metric, counts.reshape(-1, classes, classes))
-
-    return score
+def confusions(labels: np.ndarray, probabilities: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Weights (B, C, C) of the items of every true (row) and predicted class."""
+    classes = probabilities.shape[1]
+    cells = labels * classes + probabilities.argmax(axis=1)
+    counts = np.zeros((len(weights), classes * classes))
+    for cell in np.unique(cells):
+        counts[:, cell] = weights[:, cells == cell].sum(axis=1)
+    return counts.reshape(-1, classes, classes)
 
 
 def score_confusions(metric: str, counts: np.ndarray) -> np.ndarray:

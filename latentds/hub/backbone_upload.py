@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from latentds.autoencoders.autoencoder import hash_tensors, short
+from latentds.autoencoders.autoencoder import hash_tensors
+from latentds.autoencoders.foreign_networks import check_hash
 from latentds.embedders.backbone_record import (
     CODEBOOK,
     CONFIG,
@@ -98,11 +99,7 @@ def check_backbone(folder: Path) -> BackboneRecord:
     """
     record = read_record(folder)
     found = hash_tensors(read_weights(folder / WEIGHTS), {})
-    if found != record.weights_id:
-        raise WeightsError(
-            f"{folder / WEIGHTS}: the tensors hash to {short(found)}, {RECORD} says "
-            f"{short(record.weights_id)}; damaged, export the backbone anew"
-        )
+    check_hash(folder / WEIGHTS, found, folder / RECORD, record.weights_id)
     if record.model_args is None:
         return record
     if not (folder / CONFIG).is_file():

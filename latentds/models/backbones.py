@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from latentds.embedders.embedder import resize
 from latentds.embedders.latent_stem import LatentStemConfig, build_vit, image_px
 from latentds.embedders.timm_models import configured_card, create
-from latentds.embedders.weights import fetch, fill, read_weights
+from latentds.embedders.weights import fill, find_weights, read_weights
 from latentds.errors import WeightsError
 
 RANDOM, PUBLISHED = "random", "timm"  # weights to start from, beside a file
@@ -84,8 +84,7 @@ def weights_path(arch: str, network: Any, weights: str) -> Path:
     if not network.pretrained_cfg.get("hf_hub_id"):
         raise WeightsError(f"timm model {arch!r}: no weights on the Hub; give a file of them")
     card = configured_card(arch, network)
-    (path,), _ = fetch(card, (card.file,))
-    return path
+    return find_weights(card, None)[0]
 
 
 def load_body(network: Any, arch: str, path: Path, stem: str | None = None) -> None:

@@ -84,8 +84,7 @@ def find_folder(name: str) -> Path:
             raise WeightsError(f"{name}: no such folder; one with {' and '.join(FILES)} is wanted")
         sizes = [f"{size}{RANDOM}" for size in SAM_SIZES]
         raise unknown_name("SAM", name, [*HUB, *sizes, "FOLDER"])
-    paths, _ = fetch(HUB[known], FILES)
-    return paths[0].parent
+    return fetch(HUB[known], FILES)[0]
 
 
 def read_folder(folder: Path) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -41,7 +41,6 @@ class Draws:
         return cls(uniform_each(seeds, names, sum(DRAWS.values())))
 
     def part(self, views: slice) -> Draws:
-        """Those of some views."""
         return Draws(self.values[views])
 
     def __getitem__(self, name: str) -> Tensor:
@@ -71,9 +70,8 @@ class Boxes:
     mirrored: Tensor
     turns: Tensor
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> Boxes:
-        """The boxes with `change` applied to every tensor."""
-        return Boxes(*(change(getattr(self, field.name)) for field in dataclasses.fields(self)))
+    def part(self, views: slice) -> Boxes:
+        return Boxes(*(getattr(self, field.name)[views] for field in dataclasses.fields(self)))
 
 
 def draw_boxes(

@@ -104,7 +104,6 @@ def blur(images: Tensor, sigma: Tensor) -> Tensor:
 
 
 def solarize(images: Tensor) -> Tensor:
-    """Images with bright pixels inverted."""
     return torch.where(images >= SOLARIZE_FROM, 1 - images, images)
 
 

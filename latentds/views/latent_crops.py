@@ -13,7 +13,7 @@ from torch import Tensor
 
 from latentds.core.randomness import uniform
 from latentds.errors import ShapeError
-from latentds.views.view_batch import Views
+from latentds.views.view_batch import Views, at_least, probabilities
 
 QUARTERS = 4
 
@@ -50,15 +50,11 @@ class LatentCrops:
     reads: ClassVar[str] = "latents"  # what of a batch it takes: LatentLoader's `decode`
 
     def __post_init__(self) -> None:
-        least = {"globals": 0, "locals": 0, "global_cells": 1, "local_cells": 1, "align": 1}
-        for name, smallest in least.items():
-            if getattr(self, name) < smallest:
-                raise ValueError(f"{name}={getattr(self, name)}; at least {smallest}")
+        at_least(0, globals=self.globals, locals=self.locals)
+        at_least(1, global_cells=self.global_cells, local_cells=self.local_cells, align=self.align)
+        probabilities(flip=self.flip, drop=self.drop)
         if self.globals + self.locals < 1:
             raise ValueError("globals=0 and locals=0; at least one window is wanted")
-        for name in ("flip", "drop"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)}; a probability, from 0 to 1")
         if not 0 <= self.noise < math.inf:
             raise ValueError(f"noise={self.noise}; 0 or a positive number")
 

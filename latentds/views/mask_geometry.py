@@ -64,7 +64,6 @@ class View:
         return pixels[..., self.top : ends[0], self.left : ends[1]]
 
     def oriented(self, pixels: Tensor) -> Tensor:
-        """Flipped and turned."""
         axes = [-1] * self.is_mirrored + [-2] * self.is_upended
         flipped = pixels.flip(axes) if axes else pixels
         return torch.rot90(flipped, self.quarter_turns, (-2, -1)).contiguous()
@@ -77,7 +76,6 @@ class View:
 
 
 def whole(image_px: tuple[int, int], size_px: tuple[int, int]) -> View:
-    """The whole image, resized."""
     return View(top=0, left=0, height=image_px[0], width=image_px[1], size_px=size_px)
 
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from latentds.errors import ShapeError, unknown_name
-from latentds.views.boxes import Boxes, Draws, draw_boxes, native_boxes
+from latentds.views.boxes import Draws, draw_boxes, native_boxes
 from latentds.views.painting import PAINTED, Paint, compiled
 from latentds.views.resampling import SUPPORT, resized_crops
-from latentds.views.view_batch import Views
+from latentds.views.view_batch import Views, at_least, probabilities
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # torchvision's, as most timm backbones have them
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -69,21 +69,6 @@ Three = tuple[float, float, float]
 CHUNK_BYTES = 1 << 28  # of crops in float32 that are augmented at once; temporaries are some more
 
 
-def at_least(least: int, **values: int) -> None:
-    """Refuse a whole number below `least`, by its field."""
-    for name, value in values.items():
-        if value < least:
-            raise ValueError(f"{name}={value}; at least {least}")
-
-
-def probabilities(**values: float | Sequence[float]) -> None:
-    """Refuse what is no probability, or are none."""
-    for name, value in values.items():
-        several = value if isinstance(value, Sequence) else (value,)
-        if not all(0 <= one <= 1 for one in several):
-            raise ValueError(f"{name}={value}; probabilities lie between 0 and 1")
-
-
 def ranges(most: float | None = None, **values: tuple[float, float] | None) -> None:
     """Refuse a (from, to) that runs backwards, is not above 0, or goes beyond `most`."""
     for name, value in values.items():
@@ -93,7 +78,6 @@ def ranges(most: float | None = None, **values: tuple[float, float] | None) -> N
 
 
 def strengths(**values: float | Sequence[float]) -> None:
-    """Refuse a negative strength."""
     for name, value in values.items():
         several = value if isinstance(value, Sequence) else (value,)
         if not all(one >= 0 for one in several):
@@ -101,7 +85,6 @@ def strengths(**values: float | Sequence[float]) -> None:
 
 
 def threes(**values: Sequence[float] | None) -> None:
-    """Refuse what does not have three numbers."""
     for name, value in values.items():
         if value is not None and len(value) != 3:
             raise ValueError(f"{name}={value}; three numbers")
@@ -214,58 +197,39 @@ class MultiCrop:
         size = (images.shape[2], images.shape[3])
         if not all(size):
             raise ShapeError(f"views of patches of {size[1]}x{size[0]} px; at least one pixel")
-        draws = self.draw(seeds.to(images.device))
-        with torch.autocast(images.device.type, enabled=False):  # a trainer's own may be around us
-            return self.render(images, draws, self.boxes(draws, size))
-
-    def draw(self, seeds: Tensor) -> list[Draws]:
-        """The random numbers of the global and of the local views."""
         names = [f"global {number}" for number in range(self.globals)]
         names += [f"local {number}" for number in range(self.locals)]
-        drawn = Draws.of(seeds, names)
-        return [drawn.part(slice(self.globals)), drawn.part(slice(self.globals, None))]
+        draws = Draws.of(seeds.to(images.device), names)
+        own, rest = draws.part(slice(self.globals)), draws.part(slice(self.globals, None))
+        with torch.autocast(images.device.type, enabled=False):  # a trainer's own may be around us
+            return Views(
+                self.views(images, own, self.global_px, self.global_scale, is_local=False),
+                self.views(images, rest, self.local_px, self.local_scale, is_local=True),
+            )
 
-    def boxes(self, draws: list[Draws], size: tuple[int, int]) -> list[Boxes]:
-        """Where the global and the local views lie in patches of a size (H, W)."""
-        kinds = ((self.global_px, self.global_scale), (self.local_px, self.local_scale))
-        found = []
-        for drawn, (edge_px, scale) in zip(draws, kinds, strict=True):
-            if scale is None:
-                found.append(native_boxes(drawn, size, edge_px, self.flip, self.turns))
-            else:
-                found.append(draw_boxes(drawn, size, scale, self.ratio, self.flip, self.turns))
-        return found
-
-    def render(self, images: Tensor, draws: list[Draws], boxes: list[Boxes]) -> Views:
-        """The views in given boxes of the images, in the working precision."""
-        working = images.to(working_dtype(images))
-        made = []
-        for kind, edge_px in enumerate((self.global_px, self.local_px)):
-            parts = [
-                self.crops(working, draws[kind], boxes[kind], kind, part).to(images.dtype)
-                for part in self.parts(kind, len(images))
-            ]
-            empty = images.new_empty((0, len(images), 3, edge_px, edge_px))
-            made.append(torch.cat([empty, *parts]) if len(parts) != 1 else parts[0])
-        return Views(*made)
-
-    def parts(self, kind: int, batch: int) -> list[slice]:
-        """Views that are augmented together."""
-        edge_px, number = ((self.global_px, self.globals), (self.local_px, self.locals))[kind]
-        views = max(CHUNK_BYTES // max(12 * batch * edge_px**2, 1), 1)
-        return [slice(start, min(start + views, number)) for start in range(0, number, views)]
-
-    def crops(self, images: Tensor, draws: Draws, boxes: Boxes, kind: int, part: slice) -> Tensor:
-        """Augmented crops (V, B, 3, P, P) of some views of a kind, global or local."""
-        edge_px = (self.global_px, self.local_px)[kind]
-        boxes, draws = boxes.map(lambda tensor: tensor[part]), draws.part(part)
-        crops = resized_crops(images, boxes, edge_px, self.interpolation).clamp_(0, 1)
-        if not crops.numel():
-            return crops
-        places = [2 if kind else min(view, 1) for view in range(part.start, part.stop)]
-        paint = self.paint(places)
-        change = compiled(paint) if self.compile else paint
-        return change(crops, *(draws[name] for name in PAINTED))
+    def views(
+        self, images: Tensor, draws: Draws, edge_px: int, scale: Two | None, *, is_local: bool
+    ) -> Tensor:
+        """Augmented crops (V, B, 3, P, P) of one kind, some views at a time."""
+        size, working = (images.shape[2], images.shape[3]), images.to(working_dtype(images))
+        if scale is None:
+            boxes = native_boxes(draws, size, edge_px, self.flip, self.turns)
+        else:
+            boxes = draw_boxes(draws, size, scale, self.ratio, self.flip, self.turns)
+        number = len(draws.values)
+        step = max(CHUNK_BYTES // max(12 * len(images) * edge_px**2, 1), 1)
+        parts = [images.new_empty((0, len(images), 3, edge_px, edge_px))]
+        for start in range(0, number, step):
+            part = slice(start, min(start + step, number))
+            shown = boxes.part(part)
+            crops = resized_crops(working, shown, edge_px, self.interpolation).clamp_(0, 1)
+            if crops.numel():
+                places = [2 if is_local else min(view, 1) for view in range(part.start, part.stop)]
+                paint = self.paint(places)
+                change, numbers = compiled(paint) if self.compile else paint, draws.part(part)
+                crops = change(crops, *(numbers[name] for name in PAINTED))
+            parts.append(crops.to(images.dtype))
+        return torch.cat(parts) if len(parts) != 2 else parts[1]
 
     def paint(self, places: Sequence[int]) -> Paint:
         """Changes of colour of views, each the first global (0), a further one (1), or local."""

@@ -68,7 +68,6 @@ class Taps:
     weights: Tensor
 
     def part(self, views: slice) -> Taps:
-        """Those of some views."""
         return Taps(self.first[views], self.weights[views])
 
     def matrices(self, size: int, dtype: torch.dtype) -> Tensor:

@@ -1,10 +1,10 @@
-"""Views: several crops of every patch of a batch, crop-major."""
+"""Views: several crops of every patch of a batch, crop-major; checks of what makes them."""
 # B patches, G global crops, L local crops, C channels, H W and h w pixels (or cells) of a crop
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -34,3 +34,18 @@ class Views:
     def map(self, change: Callable[[Tensor], Tensor]) -> Views:
         """The views with `change` applied to both tensors."""
         return Views(change(self.globals), change(self.locals))
+
+
+def at_least(least: int, **values: int) -> None:
+    """Refuse a whole number below `least`, by its field."""
+    for name, value in values.items():
+        if value < least:
+            raise ValueError(f"{name}={value}; at least {least}")
+
+
+def probabilities(**values: float | Sequence[float]) -> None:
+    """Refuse what is no probability, or are none."""
+    for name, value in values.items():
+        several = value if isinstance(value, Sequence) else (value,)
+        if not all(0 <= one <= 1 for one in several):
+            raise ValueError(f"{name}={value}; probabilities lie between 0 and 1")

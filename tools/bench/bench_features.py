@@ -164,7 +164,7 @@ def open_bench(
 
     from latentds.evaluation.features.extraction import DTYPES
     from latentds.evaluation.features.extraction_options import FeatureOptions
-    from latentds.evaluation.patchsets import open_patches
+    from latentds.evaluation.patchsets.open_patch_sets import open_patches
     from latentds.evaluation.patchsets.patch_set_config import PatchInput
 
     precision = config.precision or "float32"
@@ -228,7 +228,7 @@ def embed_all(bench: Bench, pieces: Iterator[Any]) -> None:
     """Embed pieces and bring the features to the host."""
     from latentds.evaluation.features.embedding_pipeline import embed_pieces
 
-    with contextlib.closing(embed_pieces(pieces, bench.embedder, bench.device)) as embedded:
+    with contextlib.closing(embed_pieces(pieces, [bench.embedder], bench.device)) as embedded:
         for piece in embedded:
             if piece.error is not None:
                 raise piece.error

@@ -26,11 +26,11 @@ from latentds.evaluation.groups import (
     groups_of,
     match_labels,
     read_labels,
-    sorted_classes,
 )
 from latentds.evaluation.patchsets.patch_set_config import PatchInput, recorded_settings
 from latentds.evaluation.patchsets.patches import PatchSet
 from latentds.sources.slide_names import some
+from latentds.store.format import sorted_names
 
 logger = logging.getLogger(__name__)
 
@@ -141,7 +141,7 @@ def open_labelled(config: AbmilConfig, device: torch.device) -> LabelledBags:
 
 def open_data(config: AbmilConfig, device: torch.device) -> PatchSet:
     """The patches that --data and its options name; recorded splits play no part."""
-    from latentds.evaluation.patchsets import open_patches
+    from latentds.evaluation.patchsets.open_patch_sets import open_patches
 
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(PatchInput)}
     # A pass to embed them, and one for a heat map: no pixels are worth keeping. On the fly they are
@@ -240,7 +240,7 @@ def recorded_labels(patches: PatchSet, slides: list[str], groups: Path | None) -
         if left:
             raise InputError(f"{len(left):,} slides {what}: {some(left)}; give --labels, a CSV")
     names = {slide: patches.classes[int(labels[0])] for slide, labels in found.items()}
-    classes = sorted_classes(names.values())
+    classes = sorted_names(names.values())
     targets = np.array([classes.index(names[slide]) for slide in slides], np.int64)
     own, rule = groups_of(slides, slides, groups, patients_of(patches, slides))
     return LabelledSlides(

@@ -16,7 +16,7 @@ from torch import Tensor
 from latentds.errors import InputError
 from latentds.evaluation.folds import Fold, fixed_test_folds, stratified_group_folds
 from latentds.evaluation.groups import groups_of
-from latentds.evaluation.patchsets import open_patches
+from latentds.evaluation.patchsets.open_patch_sets import open_patches
 from latentds.sources.slide_names import some
 
 if TYPE_CHECKING:

@@ -27,9 +27,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from latentds.autoencoders import load_autoencoder
-from latentds.autoencoders.architectures import architecture_of
 from latentds.autoencoders.autoencoder import NetworkAutoencoder
-from latentds.autoencoders.decoders import load_decoder
+from latentds.autoencoders.decoders import architecture_of, load_decoder
 from latentds.autoencoders.students import build_student
 from latentds.autoencoders.tiny import shipped_records, tiny_codebook
 from latentds.embedders import Embedder, load_embedder

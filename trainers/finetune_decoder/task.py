@@ -31,9 +31,8 @@ from latentds_trainers.finetune_decoder.decoder_parts import (
 from latentds_trainers.finetune_decoder.pairs import PicturePairs, ShardPairs
 from torch import Tensor, nn
 
-from latentds.autoencoders.architectures import build
 from latentds.autoencoders.autoencoder import last_layer
-from latentds.autoencoders.decoders import save_decoder
+from latentds.autoencoders.decoders import build, save_decoder
 from latentds.autoencoders.students import fit_shortcut
 from latentds.core.storage import write_atomically
 from latentds.embedders import Embedder, load_embedder

@@ -24,7 +24,7 @@ from latentds.codecs.naming import latent_text
 from latentds.core.randomness import digest_of
 from latentds.embedders.latent_stem import LatentStemConfig
 from latentds.errors import ContractError, InputError, ShapeError, unknown_name
-from latentds.evaluation.patchsets import open_patches
+from latentds.evaluation.patchsets.open_patch_sets import open_patches
 from latentds.evaluation.patchsets.patch_set_config import PatchInput
 from latentds.hub.licences import recorded_licences
 from latentds.loading.dataset import LatentDataset

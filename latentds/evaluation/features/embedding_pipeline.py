@@ -8,17 +8,17 @@ when `BEHIND` later ones are queued, and written while those are computed.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import queue
-import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from typing import Any, Protocol, TypeVar
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from latentds.embedders.embedder import Embedder
 
 BEHIND = 2  # batches queued on a GPU behind the one whose features are awaited
 Item = TypeVar("Item")
@@ -42,57 +42,37 @@ class Piece:
     error: Exception | None = None
 
 
-class Embeds(Protocol):
-    """The part of an Embedder that is needed here."""
-
-    def embed(self, images: Tensor) -> Tensor:
-        """Features float32 (n, D) of images (n, 3, H, W) in [0, 1]."""
-        ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Together:
-    """Several embedders as one: their features side by side, of images that are made once."""
-
-    embedders: Sequence[Embeds]
-
-    def embed(self, images: Tensor) -> Tensor:
-        """Features float32 (n, sum of D)."""
-        features = [embedder.embed(images) for embedder in self.embedders]
-        return features[0] if len(features) == 1 else torch.cat(features, 1)
-
-
 def embed_pieces(
-    pieces: Iterator[Piece], embedder: Embeds, device: torch.device
+    pieces: Iterator[Piece], embedders: Sequence[Embedder], device: torch.device
 ) -> Generator[Piece, None, None]:
-    """The pieces with features instead of images, in order."""
-    is_gpu = device.type == "cuda"
+    """The pieces with features instead of images, in order; those of an error as they are."""
+    behind = BEHIND if device.type == "cuda" else 0
     queued: deque[tuple[Piece, Callable[[], np.ndarray] | None]] = deque()
+
+    def oldest() -> Piece:
+        piece, take = queued.popleft()
+        return dataclasses.replace(piece, images=None, features=take()) if take else piece
+
     for piece in pieces:
-        begin = start if is_gpu else embed
-        queued.append((piece, None if piece.images is None else begin(embedder, piece.images)))
-        if len(queued) > (BEHIND if is_gpu else 0):
-            yield with_features(*queued.popleft())
+        queued.append((piece, None if piece.images is None else embed(embedders, piece.images)))
+        if len(queued) > behind:
+            yield oldest()
     while queued:
-        yield with_features(*queued.popleft())
+        yield oldest()
 
 
-def with_features(piece: Piece, take: Callable[[], np.ndarray] | None) -> Piece:
-    """The piece with the features that `take` brings; one that tells an error as it is."""
-    if take is None:
-        return piece
-    return dataclasses.replace(piece, images=None, features=take())
+@torch.inference_mode()
+def embed(embedders: Sequence[Embedder], images: Tensor) -> Callable[[], np.ndarray]:
+    """What gives features float32 (n, sum of D) of images uint8 (n, 3, H, W), side by side.
 
-
-def embed(embedder: Embeds, images: Tensor) -> Callable[[], np.ndarray]:
-    """Features of a batch, at once."""
-    features = run(embedder, images).cpu().numpy()
-    return lambda: features
-
-
-def start(embedder: Embeds, images: Tensor) -> Callable[[], np.ndarray]:
-    """Queue a batch's embedding and its copy to pinned memory; the result waits for that copy."""
-    features = run(embedder, images)
+    On a GPU their embedding is queued, and their copy to pinned memory, which the result waits for.
+    """
+    prepared = images.float().div_(255)
+    parts = [embedder.embed(prepared) for embedder in embedders]
+    features = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    if features.device.type != "cuda":
+        made: np.ndarray = features.cpu().numpy()
+        return lambda: made
     host = torch.empty(features.shape, dtype=features.dtype, pin_memory=True)
     host.copy_(features, non_blocking=True)
     done = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -106,46 +86,17 @@ def start(embedder: Embeds, images: Tensor) -> Callable[[], np.ndarray]:
     return take
 
 
-@torch.inference_mode()
-def run(embedder: Embeds, images: Tensor) -> Tensor:
-    """Features float32 (n, D) of images uint8 (n, 3, H, W), on their device."""
-    return embedder.embed(images.float().div_(255))
-
-
-def in_background(items: Iterable[Item], depth: int) -> Generator[Item, None, None]:
-    """The items, made by a thread up to `depth` ahead; an error of it is raised here.
+def in_background(items: Iterable[Item], ahead: int) -> Generator[Item, None, None]:
+    """The items, made by a thread up to `ahead` before them; an error of it is raised here.
 
     Closing the generator ends the thread.
     """
-    made: queue.Queue[tuple[Item | None, BaseException | None]] = queue.Queue(depth)
-    stopped = threading.Event()
-
-    def put(item: Item | None, error: BaseException | None = None) -> None:
-        while not stopped.is_set():
-            with contextlib.suppress(queue.Full):
-                made.put((item, error), timeout=0.1)
-                return
-
-    def work() -> None:
-        try:
-            for item in items:
-                put(item)
-                if stopped.is_set():
-                    return
-            put(None)
-        except BaseException as error:  # raised by the caller
-            put(None, error)
-
-    thread = threading.Thread(target=work, name="slides-ahead", daemon=True)
-    thread.start()
+    source, end = iter(items), object()
+    thread = ThreadPoolExecutor(1, thread_name_prefix="slides-ahead")
     try:
-        while True:
-            item, error = made.get()
-            if error is not None:
-                raise error
-            if item is None:
-                return
-            yield item
+        waiting = deque(thread.submit(next, source, end) for _ in range(ahead + 1))
+        while (item := waiting.popleft().result()) is not end:
+            waiting.append(thread.submit(next, source, end))
+            yield cast(Item, item)
     finally:
-        stopped.set()
-        thread.join()
+        thread.shutdown(cancel_futures=True)

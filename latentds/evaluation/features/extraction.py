@@ -9,7 +9,7 @@ import itertools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,10 +20,8 @@ from latentds.core.randomness import key_of, shuffled
 from latentds.core.storage import passing_lock
 from latentds.embedders.embedder import Embedder
 from latentds.errors import ContractError, InputError, LatentdsError, TooManyBadSamplesError
-from latentds.evaluation.features import clam, layout
 from latentds.evaluation.features.embedding_pipeline import (
     Piece,
-    Together,
     embed_pieces,
     in_background,
 )
@@ -36,17 +34,17 @@ from latentds.evaluation.features.extraction_options import (
 from latentds.evaluation.features.feature_files import (
     FeatureFile,
     write_coordinates,
-    write_side_by_side,
+    write_features,
 )
 from latentds.evaluation.features.features_record import FeaturesRecord, claim, versions_of
-from latentds.evaluation.features.layout import FeaturePlaces
+from latentds.evaluation.features.layout import FeaturePlaces, add_clam, coords_attributes
 from latentds.evaluation.features.slide_labels import (
     SlideLabel,
     label_of,
     note_labels,
+    note_left_out,
     read_lines,
 )
-from latentds.evaluation.features.slides_left_out import note_left_out
 from latentds.evaluation.patchsets.patches import PatchSet
 
 logger = logging.getLogger(__name__)
@@ -95,14 +93,12 @@ def extract_features(
     device: torch.device | str = "auto",
     rank: int | None = None,
     world_size: int | None = None,
-    progress: Progress | None = None,
 ) -> Extraction:
     """Write the features of one embedder below `out`; see `extract_several`."""
-    ranks = {"rank": rank, "world_size": world_size}
-    (made,) = extract_several(
-        patches, {out: embedder}, options, device=device, progress=progress, **ranks
-    )
-    return made
+    embedders = {out: embedder}
+    return extract_several(
+        patches, embedders, options, device=device, rank=rank, world_size=world_size
+    )[0]
 
 
 def extract_several(
@@ -146,14 +142,13 @@ def extract_several(
         targets.append(Target(embedder, places, done))
     wanted = sorted(slide for slide in mine if any(slide not in t.done for t in targets))
     open_targets = [target for target in targets if len(target.done) < len(mine)]
-    together = Together([target.embedder for target in open_targets])
+    opened = [target.embedder for target in open_targets]
     count, bad, labels = 0, dict[str, str](), dict[str, SlideLabel]()
-    pieces = embed_pieces(read_slides(patches, wanted, options), together, device)
+    pieces = embed_pieces(read_slides(patches, wanted, options), opened, device)
     with contextlib.closing(pieces):
-        for bag, group in itertools.groupby(pieces, key=bag_of):
+        for bag, group in itertools.groupby(pieces, key=lambda piece: piece.bag):
             try:
                 count += write_slide(open_targets, bag, group, options, progress)
-                assert bag.label is not None
                 labels[bag.slide] = bag.label
             except UnreadableSlideError as error:
                 bad[bag.slide] = str(error)
@@ -178,7 +173,7 @@ def finish(
     lines = {s: known.get(s) or own_label(patches.of_slide(s), s) for s in found}
     note_labels(out, mine, lines)
     for slide in found if with_clam else ():
-        clam.add(target.places, slide, patches.patch_px[1])
+        add_clam(target.places, slide, patches.patch_px[1])
     return Extraction(
         slides=found,
         skipped=len(target.done),
@@ -208,11 +203,6 @@ def record_of(
         options=options.decisive(),
         versions=versions_of(device.type),
     )
-
-
-def bag_of(piece: Piece) -> SlideBag:
-    """The slide a piece is of."""
-    return cast(SlideBag, piece.bag)
 
 
 def own_label(own: PatchSet, slide: str) -> SlideLabel:
@@ -283,7 +273,7 @@ def open_bag(own: PatchSet, bag: SlideBag, options: FeatureOptions) -> tuple[np.
     rows = choose(len(table), bag.slide, options)
     coords = np.stack([table.x, table.y], 1).astype(np.int64)
     size_px, mpp = int(table.size_px[0]), float(table.mpp[0])
-    attributes = layout.coords_attributes(bag.slide, coords, size_px, edge_px, mpp)
+    attributes = coords_attributes(bag.slide, coords, size_px, edge_px, mpp)
     label = own_label(own, bag.slide)
     return rows, dataclasses.replace(bag, coords=coords[rows], attributes=attributes, label=label)
 
@@ -328,7 +318,7 @@ def write_slide(
     with contextlib.ExitStack() as locks:
         for path in files:
             locks.enter_context(passing_lock(path.with_name(f".{path.name}.lock")))
-        count = write_side_by_side(files, chunks())
+        count = write_features(files, chunks())
         for target in targets:
             if bag.slide not in target.done:
                 place = target.places.coords_file(bag.slide)

@@ -18,7 +18,7 @@ import numpy as np
 
 from latentds.core.storage import naming, rename_durably
 from latentds.core.untrusted_files import check_regular, expands_to
-from latentds.errors import FormatError, InputError, missing_extra
+from latentds.errors import FormatError, InputError, first_words, missing_extra
 
 FEATURES, COORDS = "features", "coords"
 BLOCK_ROWS = 1024  # HDF5 takes 6 KB a chunk that it moves at once, and here a chunk is a row
@@ -79,21 +79,15 @@ class HeldBackErrors(io.RawIOBase):
 
 
 def write_features(
-    path: Path, chunks: Iterable[tuple[np.ndarray, np.ndarray]], attributes: Attributes
-) -> int:
-    """Write a feature file and return N; it appears whole or not at all.
-
-    chunks      (features float (n, D), coords int64 (n, 2)) of the slide's parts, one at a time
-    attributes  of `features` and of `coords`
-    raises      InputError for no patch at all; OSError for a full disk; what `chunks` raises
-    """
-    return write_side_by_side({path: (slice(None), attributes)}, chunks)
-
-
-def write_side_by_side(
     files: Mapping[Path, tuple[slice, Attributes]], chunks: Iterable[tuple[np.ndarray, np.ndarray]]
 ) -> int:
-    """Write some dimensions of the features to each of several files; see write_features."""
+    """Write a slide's feature files and return N; each appears whole or not at all.
+
+    files   the dimensions that each has of the features, and the attributes of `features` and of
+            `coords` there
+    chunks  (features float (n, D), coords int64 (n, 2)) of the slide's parts, one at a time
+    raises  InputError for no patch at all; OSError for a full disk; what `chunks` raises
+    """
     with contextlib.ExitStack() as opened:
         places = [(*opened.enter_context(new_file(path)), *own) for path, own in files.items()]
         rows = 0
@@ -192,7 +186,6 @@ class FeatureFile:
         return found
 
     def check(self) -> None:
-        """Refuse arrays of other shapes."""
         shape, dtype = self._features.shape, self._features.dtype
         if dtype.kind != "f" or len(shape) != 2 or not 0 < shape[1] <= MAX_DIM:
             raise FormatError(f"{self.path}: 'features' is {dtype} {shape}, not floats (N, D)")
@@ -211,11 +204,9 @@ class FeatureFile:
 
     @property
     def dim(self) -> int:
-        """D."""
         return int(self._features.shape[1])
 
     def __len__(self) -> int:
-        """N."""
         return int(self._features.shape[0])
 
     def features(self, rows: np.ndarray | slice = slice(None)) -> np.ndarray:
@@ -244,7 +235,6 @@ class FeatureFile:
 
     @property
     def attributes(self) -> dict[str, dict[str, Any]]:
-        """Attributes of `features` and of `coords`."""
         found = {FEATURES: self._features, COORDS: self._coords}
         return {name: dict(part.attrs) for name, part in found.items() if part is not None}
 
@@ -265,7 +255,7 @@ class FeatureFile:
 
 def unreadable(path: Path, error: Exception) -> FormatError:
     """What h5py says of a damaged file, with its name."""
-    reason = " ".join(str(error).split())[:160]
+    reason = first_words(error, 160)
     return FormatError(f"{path}: no whole HDF5 file ({reason}); remove it and make it again")
 
 

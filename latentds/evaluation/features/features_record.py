@@ -8,9 +8,10 @@ import platform
 from pathlib import Path
 from typing import Any
 
+from latentds.autoencoders.foreign_networks import checked_fields, is_object
 from latentds.core.json_text import read_json
 from latentds.core.storage import passing_lock, write_atomically
-from latentds.errors import ContractError, FormatError
+from latentds.errors import ContractError
 from latentds.evaluation.features.layout import RECORD
 from latentds.version import __version__
 
@@ -18,6 +19,12 @@ FORMAT = "latentds-features/1"
 MAX_BYTES = 1 << 22
 PATIENCE_S = 60.0  # ranks that start together take turns
 MOST_TOLD = 4
+CHECKS = {
+    "embedder": lambda value: is_object(value) and isinstance(value.get("name"), str),
+    "source": is_object,
+    "options": is_object,
+    "versions": is_object,
+}
 # Of the source: it may be measured on a sample, or lie elsewhere today.
 NOT_COMPARED = ("source.bytes_per_patch", "source.data")
 
@@ -106,13 +113,4 @@ def flat(values: dict[str, Any], before: str) -> dict[str, Any]:
 def read_record(folder: Path) -> FeaturesRecord:
     """What the features.json of a folder says; FormatError where it is none."""
     path = folder / RECORD
-    values = read_json(path, MAX_BYTES)
-    stated = values.get("format") if isinstance(values, dict) else None
-    if stated != FORMAT:
-        raise FormatError(f"{path}: format is {stated!r:.60}, this version reads {FORMAT}")
-    for field in dataclasses.fields(FeaturesRecord):
-        if not isinstance(values.get(field.name), dict):
-            raise FormatError(f"{path}: {field.name} is {values.get(field.name)!r:.60}; refused")
-    if not isinstance(values["embedder"].get("name"), str):
-        raise FormatError(f"{path}: embedder.name is {values['embedder'].get('name')!r:.60}")
-    return FeaturesRecord(**{f.name: values[f.name] for f in dataclasses.fields(FeaturesRecord)})
+    return FeaturesRecord(**checked_fields(read_json(path, MAX_BYTES), path, FORMAT, CHECKS))

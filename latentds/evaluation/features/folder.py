@@ -16,7 +16,7 @@ from latentds.errors import ContractError, FormatError, InputError, unknown_name
 from latentds.evaluation.features.feature_files import FEATURES, FeatureFile
 from latentds.evaluation.features.features_record import FeaturesRecord, comparable, read_record
 from latentds.evaluation.features.layout import RECORD, SUFFIX, plain, slide_name
-from latentds.evaluation.features.slides_left_out import read_left_out
+from latentds.evaluation.features.slide_labels import read_left_out
 
 PREFIX = "features_"
 

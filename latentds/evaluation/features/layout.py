@@ -4,15 +4,20 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import math
+import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
 import numpy as np
 
+from latentds.core.storage import write_atomically
 from latentds.errors import InputError
+from latentds.evaluation.features.feature_files import FeatureFile, write_coordinates
 
 RECORD = "features.json"
 SUFFIX, COORDS_SUFFIX = ".h5", "_patches.h5"
@@ -118,3 +123,38 @@ def overlap_px(coords: np.ndarray, size_px: int, patch_px: int) -> int:
     along = steps[(steps[:, 1] == 0) & (steps[:, 0] > 0), 0]
     step = int(along.min()) if len(along) else size_px
     return max(0, round((size_px - step) * patch_px / size_px))
+
+
+def add_clam(places: FeaturePlaces, slide: str, patch_px: int) -> None:
+    """Make a slide's files for CLAM from its feature file, those that are missing.
+
+    h5_files takes no room: it is the same file by another name, where the disk allows it. A tensor
+    is held in memory as a whole.
+    """
+    import torch
+
+    source = places.features_file(slide)
+    tensor = places.clam / "pt_files" / f"{source.stem}.pt"
+    linked = places.clam / "h5_files" / source.name
+    coords = places.clam / "patches" / source.name
+    if tensor.exists() and linked.exists() and coords.exists():
+        return
+    with FeatureFile(source) as file:
+        size = int(file.attributes["coords"].get("patch_size_level0", patch_px))
+        # CLAM's patch_size counts pixels of patch_level: patches of half the resolution are 512 px
+        # of level 0 here, which TRIDENT calls 256. A slide's size is not known.
+        attributes = {
+            "patch_size": size or patch_px, "patch_level": 0, "downsample": (1.0, 1.0),
+            "downsampled_level_dim": (0, 0), "level_dim": (0, 0), "name": slide,
+            "save_path": "patches",
+        }  # fmt: skip
+        write_coordinates(coords, file.coords(), attributes)
+        content = io.BytesIO()
+        torch.save(torch.from_numpy(file.features()), content)
+    linked.unlink(missing_ok=True)
+    linked.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, linked)
+    except OSError:  # a file system without links
+        shutil.copyfile(source, linked)
+    write_atomically(tensor, content.getvalue())

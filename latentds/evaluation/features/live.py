@@ -74,7 +74,6 @@ class LiveFeatures:
 
     @property
     def source(self) -> dict[str, Any]:
-        """SourceFacts of the patches as JSON."""
         return dict(self.record.source)
 
     def content_id(self, slides: Sequence[str]) -> str:
@@ -106,7 +105,6 @@ class LiveBag:
         self.rows, self.bag = open_bag(self.own, SlideBag(slide, 1, 1), features.options)
 
     def __len__(self) -> int:
-        """N."""
         return len(self.rows)
 
     def features(self, rows: np.ndarray | slice = slice(None)) -> np.ndarray:
@@ -119,19 +117,17 @@ class LiveBag:
         found = np.empty((len(chosen), self.dim), np.float32)
         done = 0
         for images in self.own.stream(parts):
-            made = embed(self.network, images.to(self.device))()
+            made = embed([self.network], images.to(self.device))()
             # As files would have them: the same bag trains the same network either way.
             found[done : done + len(made)] = made.astype(self.options.saved)
             done += len(made)
         return found
 
     def coords(self, rows: np.ndarray | slice = slice(None)) -> np.ndarray:
-        """Coordinates int64 (n, 2) at level 0."""
         return self.bag.coords[rows]
 
     @property
     def attributes(self) -> dict[str, dict[str, Any]]:
-        """Attributes of `coords`."""
         return {"coords": dict(self.bag.attributes)}
 
     def __enter__(self) -> LiveBag:

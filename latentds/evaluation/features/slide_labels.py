@@ -1,21 +1,24 @@
-"""labels.csv beside features: slide, patient, split and label, in the columns that CLAM reads."""
+"""labels.csv beside features, in the columns that CLAM reads; left_out.json: slides without any."""
 # N patches of a slide
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from latentds.core.display import csv_text
-from latentds.core.storage import passing_lock
-from latentds.errors import InputError
+from latentds.core.json_text import read_json
+from latentds.core.storage import passing_lock, write_atomically
+from latentds.errors import FormatError, InputError
 from latentds.evaluation.groups import LabelTable
 from latentds.evaluation.patchsets.patch_set import PatchTable
 from latentds.sources.csv_tables import read_table, write_table
 from latentds.sources.names import patient_of
 
-FILE = "labels.csv"
+FILE, LEFT_OUT = "labels.csv", "left_out.json"
+MAX_BYTES = 1 << 26
 COLUMNS = ("slide_id", "case_id", "split", "label")
 PATIENCE_S = 60.0  # ranks that end together take turns
 
@@ -79,3 +82,25 @@ def labels_beside(folder: Path) -> tuple[LabelTable, dict[str, str | None]]:
         line.slide: None if line.patient == line.slide else line.patient for line in lines.values()
     }
     return LabelTable(path, labels, {}), patients
+
+
+def note_left_out(folder: Path, tried: Sequence[str], bad: Mapping[str, str]) -> None:
+    """Record that of the slides `tried` by a rank, the `bad` ones failed; others' are kept."""
+    with passing_lock(folder / f".{LEFT_OUT}.lock", PATIENCE_S):
+        found = read_left_out(folder)
+        kept = {slide: reason for slide, reason in found.items() if slide not in set(tried)}
+        if now := dict(sorted((kept | dict(bad)).items())):
+            write_atomically(folder / LEFT_OUT, json.dumps(now, indent=1).encode())
+        else:
+            (folder / LEFT_OUT).unlink(missing_ok=True)
+
+
+def read_left_out(folder: Path) -> dict[str, str]:
+    """The slides left out and why; FormatError where the file is damaged."""
+    path = folder / LEFT_OUT
+    if not path.exists():
+        return {}
+    values = read_json(path, MAX_BYTES, "delete it")
+    if not isinstance(values, dict) or not all(isinstance(v, str) for v in values.values()):
+        raise FormatError(f"{path}: not reasons by slide; delete it")
+    return values

@@ -54,36 +54,10 @@ class PictureRoundTrip(PlainPixels):
         return float(np.mean(sizes))
 
 
-class LatentRoundTrip(Developer):
-    """Every patch through the bytes of its latents.
-
-    Encoded and decoded in chunks of one size, whatever was asked for together.
-    """
-
-    def __init__(
-        self,
-        codec: LatentCodec,
-        device: torch.device,
-        dtype: torch.dtype,
-        *,
-        compile: bool = False,
-    ) -> None:
-        self.codec, self.device = codec, device
-        autoencoder = codec.autoencoder
-        # Moving one to another dtype would move the encoder with it.
-        decoder = autoencoder if dtype == torch.float32 else copy.deepcopy(autoencoder)
-        self.encoding = Encoding(autoencoder, codec.patch_px, device)
-        self.decoding = Decoding(decoder, codec.patch_px, device, dtype, compile=compile)
-        self.together = self.decoding.chunk
-
-    def develop(self, raw: np.ndarray) -> Tensor:
-        files = self.codec.quantizer.pack(self.encoding(raw))
-        return self.decoding(self.codec.latents_of(files))
-
-
 class LatentsOnTheFly(Developer):
     """Every patch's latents, through their bytes, not decoded.
 
+    Encoded in chunks of one size, whatever was asked for together.
     normalize  what is done to them last
     """
 
@@ -99,6 +73,27 @@ class LatentsOnTheFly(Developer):
     def stored(self, raw: np.ndarray) -> Tensor:
         """Latents float32 (n, C, h, w) as their bytes give them back, on the CPU."""
         return self.codec.latents_of(self.codec.quantizer.pack(self.encoding(raw)))
+
+
+class LatentRoundTrip(LatentsOnTheFly):
+    """Every patch through the bytes of its latents, decoded in chunks of the same size."""
+
+    def __init__(
+        self,
+        codec: LatentCodec,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        compile: bool = False,
+    ) -> None:
+        super().__init__(codec, device)
+        autoencoder = codec.autoencoder
+        # Moving one to another dtype would move the encoder with it.
+        decoder = autoencoder if dtype == torch.float32 else copy.deepcopy(autoencoder)
+        self.decoding = Decoding(decoder, codec.patch_px, device, dtype, compile=compile)
+
+    def develop(self, raw: np.ndarray) -> Tensor:
+        return self.decoding(self.stored(raw))
 
 
 class Encoding:

@@ -93,9 +93,11 @@ def sent(values: np.ndarray, device: torch.device) -> Tensor:
 class Developer:
     """How pixels, or latents, come of what is stored.
 
+    device    where they come on
     together  patches that cost no more than one: a stream's small requests are put together
     """
 
+    device: torch.device
     together: int
 
     def prepare(self, raw: Any) -> Any:
@@ -126,10 +128,7 @@ class UndecodedCodes(Developer):
     together = GPU_CHUNK
 
     def __init__(
-        self,
-        codebooks: Sequence[AnyCodebook],
-        device: torch.device,
-        dtype: torch.dtype = torch.float32,
+        self, codebooks: Sequence[AnyCodebook], device: torch.device, dtype: torch.dtype
     ) -> None:
         self.has_many, self.device = len(codebooks) > 1, device
         self.lookup = make_lookup(codebooks, device, dtype)

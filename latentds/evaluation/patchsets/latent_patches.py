@@ -32,22 +32,18 @@ class Shards:
 
     @property
     def where(self) -> str:
-        """The data set, for messages."""
         return self.shards.folder
 
     @property
     def patch_px(self) -> tuple[int, int]:
-        """(H, W) of all patches."""
         return self.shards.manifest.contract.patch_px
 
     @property
     def classes(self) -> list[str]:
-        """Class names, sorted."""
         return list(self.shards.manifest.classes)
 
     @functools.cached_property
     def has_masks(self) -> bool:
-        """Whether any pack has masks."""
         return bool(self.shards.packs["masks_bytes"].any())
 
     @functools.cached_property
@@ -61,7 +57,6 @@ class Shards:
 
     @functools.cached_property
     def table(self) -> PatchTable:
-        """All patches, in canonical order."""
         rows, sources = self.ordered
         manifest, table = self.shards.manifest, self.shards.patches[rows]
         slides: list[str | None] = [*manifest.slides, None]  # the last for -1
@@ -93,7 +88,6 @@ class Shards:
         return sorted(self.by_slide[0])
 
     def of_slide(self, slide: str) -> Shards:
-        """The patches of one slide."""
         places, rows, ends = self.by_slide
         if slide not in places:
             raise unknown_name("slide", slide, places)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -12,6 +13,7 @@ from latentds.autoencoders import load_autoencoder, load_for_decoding
 from latentds.autoencoders.autoencoder import Autoencoder, AutoencoderCard, NetworkAutoencoder
 from latentds.autoencoders.decoders import replace_decoder
 from latentds.codecs import (
+    CodecSpec,
     LatentCodec,
     LatentSpec,
     PictureSpec,
@@ -27,7 +29,12 @@ from latentds.evaluation.patchsets.coded_patches import LatentRoundTrip, Picture
 from latentds.evaluation.patchsets.developing import DecodedCodes, Decoding, PlainPixels
 from latentds.evaluation.patchsets.latent_patches import Shards, open_shards
 from latentds.evaluation.patchsets.patch_set import SourceFacts
-from latentds.evaluation.patchsets.patch_set_config import OF_ORIGINALS, ORIGINAL, PatchInput
+from latentds.evaluation.patchsets.patch_set_config import (
+    OF_ORIGINALS,
+    ORIGINAL,
+    PatchInput,
+    given_settings,
+)
 from latentds.evaluation.patchsets.patches import Memory, PatchSet
 from latentds.evaluation.patchsets.picture_patches import Pictures, count_workers, open_pictures
 from latentds.loading.decoding import find_autoencoder
@@ -36,7 +43,6 @@ from latentds.store.format import MANIFEST
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PATHOLOGY = ("sd15-path", "sd3-path", "dcae-f32-path")  # decoders trained anew, by their cards
-Opened = tuple[torch.device, Memory]
 
 
 def open_patches(config: PatchInput, autoencoder: Autoencoder | None = None) -> PatchSet:
@@ -47,21 +53,28 @@ def open_patches(config: PatchInput, autoencoder: Autoencoder | None = None) -> 
                  FileNotFoundError, FormatError, ContractError, UnknownNameError,
                  WeightsError, MissingExtraError
     """
-    opened = choose_device(config.device), Memory(config.keep_mb * 1_000_000)
-    shards = find_shards(config)
+    device, shards = choose_device(config.device), find_shards(config)
     if shards is not None:
-        return open_latents(config, shards, autoencoder, opened)
-    if config.codec == ORIGINAL:
-        refuse(config, ("decoder", "codebook", "codebook_from"), "for originals as they are")
-        return open_originals(config, opened)
+        return open_latents(config, shards, autoencoder, device)
+    spec = find_codec(config)
+    if isinstance(spec, LatentSpec):
+        pictures, codec, facts = make_codec(config, spec, autoencoder, device)
+        dtype = DTYPES[config.decode_dtype]
+        pixels = LatentRoundTrip(codec, device, dtype, compile=config.decode_compile)
+        return PatchSet(pictures, pixels, facts, memory_of(config))
+    return open_originals(config, spec, device)
+
+
+def find_codec(config: PatchInput) -> CodecSpec | None:
+    """What originals go through; None for nothing."""
     try:
-        spec = parse_codec(config.codec)
+        return parse_codec(config.codec) if config.codec != ORIGINAL else None
     except ValueError as error:
         raise InputError(f"--codec {error}") from error
-    if isinstance(spec, PictureSpec):
-        refuse(config, ("decoder", "codebook", "codebook_from"), f"for {config.codec}")
-        return open_format(config, spec, opened)
-    return open_codec(config, spec, autoencoder, opened)
+
+
+def memory_of(config: PatchInput) -> Memory:
+    return Memory(config.keep_mb * 1_000_000)
 
 
 def find_shards(config: PatchInput) -> Shards | None:
@@ -87,57 +100,33 @@ def find_shards(config: PatchInput) -> Shards | None:
 
 def refuse(config: PatchInput, names: tuple[str, ...], why: str) -> None:
     """Refuse settings that do not belong to the input."""
-    defaults = {field.name: field.default for field in dataclasses.fields(PatchInput)}
-    for name in names:
-        value = getattr(config, name)
-        if value != defaults[name]:
-            option = name.replace("_", "-")
-            raise InputError(f"--{option} {value}: not {why} ({config.location}); leave it")
+    for name, value in given_settings(config, names).items():
+        option = name.replace("_", "-")
+        raise InputError(f"--{option} {value}: not {why} ({config.location}); leave it")
 
 
-def open_originals(config: PatchInput, opened: Opened) -> PatchSet:
-    device, memory = opened
-    pictures = open_pictures(config)
-    pixels = PlainPixels(device, count_workers(config.workers))
-    measure = functools.cache(pictures.bytes_per_patch)
-    facts = picture_facts(config, pictures, "original", ORIGINAL)
-    return PatchSet(pictures, pixels, facts, measure, memory, device)
-
-
-def open_format(config: PatchInput, spec: PictureSpec, opened: Opened) -> PatchSet:
-    device, memory = opened
-    if spec.at_equal_bytes:
+def open_originals(config: PatchInput, spec: PictureSpec | None, device: torch.device) -> PatchSet:
+    """Originals as they are, or through a picture format."""
+    refused = ("decoder", "codebook", "codebook_from")
+    refuse(config, refused, f"for {config.codec}" if spec else "for originals as they are")
+    if spec is not None and spec.at_equal_bytes:
         raise InputError(
             f"--codec {spec.name}: say at which quality or within how many bytes, for example "
             f"{spec.name}:50 or {spec.name}@4096"
         )
-    codec = make_picture_codec(spec)
-    pictures = open_pictures(config)
-    pixels = PictureRoundTrip(codec, device, count_workers(config.workers))
-    measure = functools.cache(lambda: pixels.mean_bytes(pictures))
-    facts = picture_facts(config, pictures, "codec", codec.name)
-    return PatchSet(pictures, pixels, facts, measure, memory, device)
-
-
-def picture_facts(
-    config: PatchInput, pictures: Pictures, kind: Literal["original", "codec"], codec: str
-) -> SourceFacts:
-    """The facts of pictures that no autoencoder sees."""
-    return SourceFacts(
-        name=codec, kind=kind, codec=codec, autoencoder=None, decoder=None, fine_tuned=False,
-        quantized=False, bytes_per_patch=None, patch_px=pictures.patch_px, data=config.location,
+    codec = make_picture_codec(spec) if spec else None
+    pictures, workers = open_pictures(config), count_workers(config.workers)
+    pixels = PlainPixels(device, workers)
+    measure: Callable[[], float] = pictures.bytes_per_patch
+    if codec is not None:
+        pixels = through = PictureRoundTrip(codec, device, workers)
+        measure = functools.partial(through.mean_bytes, pictures)
+    name = codec.name if codec else ORIGINAL
+    facts = SourceFacts(
+        name=name, kind="codec" if codec else "original", codec=name, patch_px=pictures.patch_px,
+        data=config.location,
     )  # fmt: skip
-
-
-def open_codec(
-    config: PatchInput, spec: LatentSpec, autoencoder: Autoencoder | None, opened: Opened
-) -> PatchSet:
-    """Pictures through the latents of an autoencoder."""
-    device, memory = opened
-    pictures, codec, facts = make_codec(config, spec, autoencoder, device)
-    dtype = DTYPES[config.decode_dtype]
-    pixels = LatentRoundTrip(codec, device, dtype, compile=config.decode_compile)
-    return PatchSet(pictures, pixels, facts, lambda: None, memory, device)
+    return PatchSet(pictures, pixels, facts, memory_of(config), functools.cache(measure))
 
 
 def make_codec(
@@ -182,19 +171,21 @@ def with_decoder(network: Autoencoder, decoder: str) -> Autoencoder:
 
 
 def open_latents(
-    config: PatchInput, shards: Shards, autoencoder: Autoencoder | None, opened: Opened
+    config: PatchInput, shards: Shards, autoencoder: Autoencoder | None, device: torch.device
 ) -> PatchSet:
-    device, memory = opened
     stored = stored_facts(config, shards)
     manifest = shards.shards.manifest
     contract = manifest.contract
     network = find_autoencoder(shards.shards, autoencoder or config.decoder)
-    card = recorded_card(network.card, contract.decoder_id, str(contract.autoencoder.get("name")))
+    card = network.card
+    recorded = str(contract.autoencoder.get("name"))
+    if not card.encoder and card.decoder_id != contract.decoder_id and card.name != recorded:
+        card = dataclasses.replace(card, encoder=recorded)
     facts = latent_facts(card, contract.codebook.text, **stored)
     dtype, compile = DTYPES[config.decode_dtype], config.decode_compile
     decoding = Decoding(network, contract.patch_px, device, dtype, compile=compile)
     pixels = DecodedCodes(decoding, manifest.codebooks)
-    return PatchSet(shards, pixels, facts, lambda: None, memory, device)
+    return PatchSet(shards, pixels, facts, memory_of(config))
 
 
 def stored_facts(config: PatchInput, shards: Shards) -> dict[str, Any]:
@@ -207,13 +198,6 @@ def stored_facts(config: PatchInput, shards: Shards) -> dict[str, Any]:
         "kind": "latents", "quantized": True, "bytes_per_patch": contract.bytes_per_patch,
         "patch_px": contract.patch_px, "data": config.location, "codebook": origin,
     }  # fmt: skip
-
-
-def recorded_card(card: AutoencoderCard, decoder_id: str, encoder: str) -> AutoencoderCard:
-    """A card that names the encoder where its decoder is not the one recorded."""
-    if card.encoder or card.decoder_id == decoder_id or card.name == encoder:
-        return card
-    return dataclasses.replace(card, encoder=encoder)
 
 
 def latent_facts(card: AutoencoderCard, quantizer: str, **facts: Any) -> SourceFacts:

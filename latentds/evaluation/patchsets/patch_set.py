@@ -84,11 +84,11 @@ class SourceFacts:
     name: str
     kind: Literal["original", "codec", "latents"]
     codec: str
-    autoencoder: str | None
-    decoder: str | None
-    fine_tuned: bool
-    quantized: bool
-    bytes_per_patch: float | None
+    autoencoder: str | None = None
+    decoder: str | None = None
+    fine_tuned: bool = False
+    quantized: bool = False
+    bytes_per_patch: float | None = None
     patch_px: tuple[int, int]
     data: str
     codebook: dict[str, Any] = dataclasses.field(default_factory=dict)

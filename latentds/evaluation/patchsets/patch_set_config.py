@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -102,19 +103,17 @@ class PatchInput(CutOptions, PatchSource):
         )
 
 
-def patch_settings(config: PatchInput) -> dict[str, Any]:
-    """Settings of originals that were given: those that are not what they are by default."""
-    fields = {field.name: field.default for field in dataclasses.fields(PatchInput)}
-    return {
-        name: getattr(config, name)
-        for name in OF_ORIGINALS
-        if getattr(config, name) != fields[name]
-    }
+def given_settings(config: PatchInput, names: Sequence[str]) -> dict[str, Any]:
+    """Those of some settings that are not what they are by default."""
+    defaults = {field.name: field.default for field in dataclasses.fields(PatchInput)}
+    values = {name: getattr(config, name) for name in names}
+    return {name: value for name, value in values.items() if value != defaults[name]}
 
 
 def recorded_settings(config: PatchInput) -> dict[str, Any]:
     """What decides which patches there are and how latents are decoded, as JSON values."""
-    chosen = patch_settings(config) | {"split": config.split, "decode_dtype": config.decode_dtype}
+    chosen = given_settings(config, OF_ORIGINALS)
+    chosen |= {"split": config.split, "decode_dtype": config.decode_dtype}
     if config.decode_compile:
         chosen["decode_compile"] = True
     return {name: str(v) if isinstance(v, Path) else v for name, v in chosen.items()}

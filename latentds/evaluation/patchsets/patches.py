@@ -37,7 +37,6 @@ class Memory:
         self.arrays: dict[Hashable, np.ndarray] = {}
 
     def get(self, key: Hashable) -> np.ndarray | None:
-        """The array kept under a key."""
         return self.arrays.get(key)
 
     def keep(self, key: Hashable, array: np.ndarray) -> None:
@@ -51,16 +50,16 @@ class Memory:
 class Fetched:
     """A request whose stored bytes are in memory.
 
-    places  of its patches among the distinct ones
-    known   pixels of the distinct rows that were kept, uint8 (3, H, W), None for the others
-    rows    the others
-    raw     what is stored of them, prepared; None where there is none
+    rows    distinct ones that were not kept
+    raw     what is stored of them, prepared; None where there are none
+    kept    pixels uint8 (3, H, W) of the other distinct rows
+    places  of the request's patches among those of `raw` and, behind them, of `kept`
     """
 
-    places: np.ndarray
-    known: list[np.ndarray | None]
     rows: np.ndarray
     raw: Any
+    kept: list[np.ndarray]
+    places: np.ndarray
 
 
 class PatchSet:
@@ -69,7 +68,7 @@ class PatchSet:
     contents   what is read of distinct ascending rows, from several threads
     developer  what makes pixels of it
     facts      all but the bytes, where those have to be measured
-    measure    mean bytes of a patch of the whole input, asked when the facts are
+    measure    mean bytes of a patch of the whole input, asked for facts without
     slide      name of the one slide that this is of, None for all
     """
 
@@ -78,14 +77,13 @@ class PatchSet:
         contents: Pictures | Shards,
         developer: Developer,
         facts: SourceFacts,
-        measure: Callable[[], float | None],
         memory: Memory,
-        device: torch.device,
+        measure: Callable[[], float | None] = lambda: None,
         slide: str | None = None,
     ) -> None:
-        self.contents, self.developer = contents, developer
+        self.contents, self.developer, self.device = contents, developer, developer.device
         self.described, self.measure = facts, measure
-        self.memory, self.device, self.slide = memory, device, slide
+        self.memory, self.slide = memory, slide
 
     @property
     def name(self) -> str:
@@ -147,27 +145,22 @@ class PatchSet:
         """Read what a request needs and memory does not have."""
         distinct, places = np.unique(self.checked(rows), return_inverse=True)
         known = [self.memory.get((self.slide, row, "image")) for row in distinct.tolist()]
-        missing = distinct[[pixels is None for pixels in known]]
+        is_kept = np.array([pixels is not None for pixels in known])
+        missing = distinct[~is_kept]
         raw = self.developer.prepare(self.contents.read(missing)) if len(missing) else None
-        return Fetched(places, known, missing, raw)
+        order = np.argsort(np.argsort(is_kept, kind="stable"))
+        kept = [pixels for pixels in known if pixels is not None]
+        return Fetched(missing, raw, kept, order[places].astype(np.int64))
 
     def finish(self, fetched: Fetched) -> Tensor:
-        if fetched.raw is None:
-            stacked = np.stack([pixels for pixels in fetched.known if pixels is not None])
-            return torch.from_numpy(stacked).to(self.device)[self.index(fetched.places)]
-        made = self.developer.develop(fetched.raw)
-        self.keep("image", fetched.rows, made)
-        old = [pixels for pixels in fetched.known if pixels is not None]
-        order = np.argsort(
-            np.argsort([pixels is not None for pixels in fetched.known], kind="stable")
-        )
-        if old:
-            made = torch.cat([made, torch.from_numpy(np.stack(old)).to(self.device)])
-        return made[self.index(order[fetched.places])]
-
-    def index(self, places: np.ndarray) -> Tensor:
-        """Places as an index on the device."""
-        return sent(places.astype(np.int64), self.device)
+        parts = []
+        if fetched.raw is not None:
+            parts.append(self.developer.develop(fetched.raw))
+            self.keep("image", fetched.rows, parts[0])
+        if fetched.kept:
+            parts.append(torch.from_numpy(np.stack(fetched.kept)).to(self.device))
+        made = torch.cat(parts) if len(parts) > 1 else parts[0]
+        return made[sent(fetched.places, self.device)]
 
     def keep(self, kind: str, rows: np.ndarray, pixels: Tensor | np.ndarray) -> None:
         if self.memory.held + pixels[0].nbytes > self.memory.limit:
@@ -226,9 +219,7 @@ class PatchSet:
         if slide not in self.slides():
             raise unknown_name("slide", slide, self.slides())
         contents = self.contents if self.slide is not None else self.contents.of_slide(slide)
-        return PatchSet(
-            contents, self.developer, self.described, self.measure, self.memory, self.device, slide
-        )
+        return PatchSet(contents, self.developer, self.described, self.memory, self.measure, slide)
 
     def fingerprint(self) -> str:
         """Identity of what is stored behind the table, 16 hex digits; the same once moved.

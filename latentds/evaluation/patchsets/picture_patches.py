@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from latentds.core.untrusted_files import open_regular
 from latentds.errors import InputError, unknown_name
-from latentds.evaluation.patchsets.fingerprints import fingerprint_pictures
 from latentds.evaluation.patchsets.patch_set import PatchTable, canonical_order
 from latentds.evaluation.patchsets.patch_set_config import PatchInput
 from latentds.sources.cut_options import SourceOptions
@@ -27,6 +28,8 @@ from latentds.store.patch_record import Patch, Place
 MAX_WORKERS = 16  # threads where --workers is not given
 SAMPLED_SLIDES = 16  # whose tissue is found to draw a sample of patches
 BAD_NAMED = 3
+HASHED = 64  # pictures whose bytes are read, spread evenly over all
+READ_BYTES = 1 << 16  # of each, from its start
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -61,7 +64,6 @@ class Pictures:
 
     @property
     def where(self) -> str:
-        """The input, for messages."""
         return str(self.options.source)
 
     @property
@@ -72,7 +74,6 @@ class Pictures:
 
     @functools.cached_property
     def patch_px(self) -> tuple[int, int]:
-        """(H, W) of all patches."""
         headers = self.headers or ()
         return self.source.patch_px(
             {
@@ -83,17 +84,14 @@ class Pictures:
 
     @functools.cached_property
     def has_masks(self) -> bool:
-        """Whether any picture has a mask."""
         return self.options.masks is not None or any(p.mask is not None for p in self.pictures)
 
     @property
     def table(self) -> PatchTable:
-        """All patches, in canonical order."""
         return self.layout.table
 
     @functools.cached_property
     def layout(self) -> PictureLayout:
-        """Where all patches lie."""
         headers = self.headers or read_headers(self.reader, self.pictures, self.root)
         numbers, regions, places = [], [np.zeros((0, 2), np.int32)], list[Place]()
         for number, (picture, header) in enumerate(zip(self.pictures, headers, strict=True)):
@@ -151,7 +149,6 @@ class Pictures:
         return part
 
     def fingerprint(self) -> str:
-        """Identity of the pictures' bytes."""
         try:
             return fingerprint_pictures(self.source, self.pictures, self.headers)
         except (InputError, OSError) as error:
@@ -206,9 +203,9 @@ class Pictures:
         ]
         return [(self.of_slide(slide), -(-count // len(slides))) for slide in slides]
 
-    def bytes_per_patch(self, seed: int = 0) -> float:
-        """Mean bytes of the files a patch; of slides, of a few drawn by the seed."""
-        rng = np.random.default_rng([seed, 2])
+    def bytes_per_patch(self) -> float:
+        """Mean bytes of the files a patch; of slides, of a few."""
+        rng = np.random.default_rng([0, 2])
         parts = [part for part, _ in self.drawn_parts(SAMPLED_SLIDES, rng)]
         held = sum(header.bytes for part in parts for header in part.layout.headers)
         return held / sum(len(part.table) for part in parts)
@@ -267,3 +264,45 @@ def read_headers(reader: PatchReader, pictures: Sequence[Picture], root: Path) -
             "--only"
         )
     return [outcome for outcome in outcomes if isinstance(outcome, Header)]
+
+
+def fingerprint_pictures(
+    source: Source, pictures: Sequence[Picture], headers: Sequence[Header] | None
+) -> str:
+    """Hash, 16 hex digits, of the sizes of all files and the first bytes of some, with masks.
+
+    headers  of the pictures, None where they are not known: then files are asked for their size
+    raises   InputError, OSError for a file that cannot be read
+    """
+    known = [None] * len(pictures) if headers is None else headers
+    sizes = [
+        (size_of(source, picture), 0) if header is None else (header.bytes, header.mask_bytes)
+        for picture, header in zip(pictures, known, strict=True)
+    ]
+    digest = hashlib.sha256(np.array(sizes, np.int64).tobytes())
+    chosen = np.linspace(0, len(pictures) - 1, min(HASHED, len(pictures))).round().astype(int)
+    for number in chosen.tolist():
+        try:
+            contents = first_bytes(source, pictures[number], known[number])
+        except InputError as error:
+            raise InputError(f"{pictures[number].source}: {error}") from error
+        for content in contents:
+            digest.update(hashlib.sha256(content).digest())
+    return digest.hexdigest()[:16]
+
+
+def size_of(source: Source, picture: Picture) -> int:
+    """Bytes of a picture's file, 0 for one in an archive."""
+    file = source.file(picture)
+    return file.stat().st_size if isinstance(file, Path) else 0
+
+
+def first_bytes(source: Source, picture: Picture, header: Header | None) -> list[bytes]:
+    """What the files of a picture and of its mask, where it has one, start with."""
+    mask = None if header is None else source.mask_file(picture, header.size_px)
+    found = []
+    for file in (source.file(picture), mask):
+        if file is not None:
+            with open_regular(file) if isinstance(file, Path) else file as content:
+                found.append(content.read(READ_BYTES))
+    return found

@@ -7,8 +7,8 @@ import dataclasses
 
 import torch
 
-from latentds.autoencoders.autoencoder import Autoencoder, short
-from latentds.codecs import LatentSpec, parse_codec
+from latentds.autoencoders.autoencoder import short
+from latentds.codecs import LatentSpec
 from latentds.codecs.naming import latent_text
 from latentds.codecs.quantizers import latent_shape
 from latentds.core.device_choice import choose_device
@@ -19,15 +19,16 @@ from latentds.evaluation.patchsets.coded_patches import SEED, LatentsOnTheFly
 from latentds.evaluation.patchsets.developing import UndecodedCodes
 from latentds.evaluation.patchsets.latent_patches import Shards
 from latentds.evaluation.patchsets.open_patch_sets import (
-    Opened,
+    find_codec,
     find_shards,
     make_codec,
+    memory_of,
     refuse,
     stored_facts,
 )
 from latentds.evaluation.patchsets.patch_set import SourceFacts
-from latentds.evaluation.patchsets.patch_set_config import ORIGINAL, PatchInput
-from latentds.evaluation.patchsets.patches import Memory, PatchSet
+from latentds.evaluation.patchsets.patch_set_config import PatchInput
+from latentds.evaluation.patchsets.patches import PatchSet
 from latentds.evaluation.patchsets.picture_patches import Pictures
 from latentds.quantizers.codebooks import ChannelStatistics, rounded
 from latentds.store.channel_statistics import channel_statistics
@@ -50,31 +51,29 @@ class UndecodedPatches:
     cells: tuple[int, int]
 
 
-def open_undecoded(
-    config: PatchInput,
-    autoencoder: Autoencoder | None = None,
-    stem: LatentStemConfig | None = None,
-) -> UndecodedPatches:
+def open_undecoded(config: PatchInput, stem: LatentStemConfig | None = None) -> UndecodedPatches:
     """The latents of a data set, or of originals through an autoencoder's codec.
 
-    autoencoder  an object instead of the one that a codec names
-    stem         of a network that is there already: latents are normalized as it has them
-    raises       InputError for originals without a codec that makes latents, or for a decoder;
-                 ContractError for other latents than the stem's, and what `open_patches` raises
+    stem    of a network that is there already: latents are normalized as it has them
+    raises  InputError for originals without a codec that makes latents, or for a decoder;
+            ContractError for other latents than the stem's, and what `open_patches` raises
     """
     refuse(config, ("decoder",), "for latents that go in as they are")
-    opened = choose_device(config.device), Memory(config.keep_mb * 1_000_000)
-    shards = find_shards(config)
+    device, shards = choose_device(config.device), find_shards(config)
     if shards is not None:
-        return of_shards(config, shards, opened, stem)
-    return of_originals(config, latent_codec(config), autoencoder, opened, stem)
+        return of_shards(config, shards, device, stem)
+    spec = find_codec(config)
+    if not isinstance(spec, LatentSpec):
+        raise InputError(
+            f"{config.location}: originals have no latents (--codec {config.codec}); convert them "
+            "and give the data set, or name an autoencoder, as --codec tiny+kmeans"
+        )
+    return of_originals(config, spec, device, stem)
 
 
 def of_shards(
-    config: PatchInput, shards: Shards, opened: Opened, stem: LatentStemConfig | None
+    config: PatchInput, shards: Shards, device: torch.device, stem: LatentStemConfig | None
 ) -> UndecodedPatches:
-    """The stored latents of a data set."""
-    device, memory = opened
     facts = stored_facts(config, shards)
     manifest = shards.shards.manifest
     contract = manifest.contract
@@ -83,26 +82,21 @@ def of_shards(
     check_latents(stem, contract.latent_id, config.location)
     encoder = str(contract.autoencoder.get("encoder") or contract.autoencoder["name"])
     codec = latent_text(encoder, contract.codebook.text)
-    described = SourceFacts(
-        name=f"{PREFIX}{codec}", codec=codec, autoencoder=encoder, decoder=None, fine_tuned=False,
-        **facts,
-    )  # fmt: skip
+    described = SourceFacts(name=f"{PREFIX}{codec}", codec=codec, autoencoder=encoder, **facts)
     books = [stem.statistics.normalized(book) for book in manifest.codebooks]
-    latents = UndecodedCodes(books, device)
-    patches = PatchSet(shards, latents, described, lambda: None, memory, device)
+    latents = UndecodedCodes(books, device, torch.float32)
+    patches = PatchSet(shards, latents, described, memory_of(config))
     return UndecodedPatches(patches, stem, contract.latents_shape[1:])
 
 
 def of_originals(
     config: PatchInput,
     spec: LatentSpec,
-    autoencoder: Autoencoder | None,
-    opened: Opened,
+    device: torch.device,
     stem: LatentStemConfig | None,
 ) -> UndecodedPatches:
     """Latents made of pictures, patch by patch, as a data set would store them."""
-    device, memory = opened
-    pictures, codec, decoded = make_codec(config, spec, autoencoder, device)
+    pictures, codec, decoded = make_codec(config, spec, None, device)
     making = LatentsOnTheFly(codec, device)
     channels, *cells = latent_shape(codec.card, pictures.patch_px)
     if stem is None:
@@ -114,23 +108,8 @@ def of_originals(
     check_latents(stem, codec.card.latent_id, config.location)
     making.normalize = stem.normalize
     facts = dataclasses.replace(decoded, name=f"{PREFIX}{decoded.codec}", decoder=None)
-    patches = PatchSet(pictures, making, facts, lambda: None, memory, device)
+    patches = PatchSet(pictures, making, facts, memory_of(config))
     return UndecodedPatches(patches, stem, (cells[0], cells[1]))
-
-
-def latent_codec(config: PatchInput) -> LatentSpec:
-    """The codec of latents that a config names; InputError where it names none."""
-    spec = None
-    try:
-        spec = parse_codec(config.codec) if config.codec != ORIGINAL else None
-    except ValueError as error:
-        raise InputError(f"--codec {error}") from error
-    if not isinstance(spec, LatentSpec):
-        raise InputError(
-            f"{config.location}: originals have no latents (--codec {config.codec}); convert them "
-            "and give the data set, or name an autoencoder, as --codec tiny+kmeans"
-        )
-    return spec
 
 
 def sampled_statistics(

@@ -19,7 +19,7 @@ import numpy as np
 from latentds.conversion import workdir
 from latentds.core.storage import exclusive_lock, naming, write_atomically
 from latentds.errors import InputError
-from latentds.sources.picture import Header, Listing, Picture
+from latentds.sources.picture import Header, Listing, Picture, Regions
 from latentds.sources.source import Source
 from latentds.store.format import SPLIT_PATTERN, patch_key
 from latentds.store.patch_record import Patch
@@ -211,11 +211,7 @@ class SpooledPatches(Source):
         return Header(self.size_px, "RGB", self.given[self.rows[picture.source]].encoding, size)
 
     def read(
-        self,
-        picture: Picture,
-        header: Header,
-        patch_px: tuple[int, int],
-        regions: Sequence[tuple[int, int]],
+        self, picture: Picture, header: Header, patch_px: tuple[int, int], regions: Regions
     ) -> list[Patch]:
         del patch_px, regions
         row = self.rows[picture.source]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
+Regions = Sequence[tuple[int, int]]  # x and y of patches in their picture's own pixels
 MIXED_CHUNKS = 4  # pictures of so many chunks are shuffled among each other
 
 

@@ -18,7 +18,7 @@ from latentds.errors import InputError, UnusableError
 from latentds.sources.cut_options import SourceOptions
 from latentds.sources.image_folder import check_labels, check_sizes, list_pictures, name_fields
 from latentds.sources.names import note_numbers, path_fields
-from latentds.sources.picture import Header, Listing, Picture
+from latentds.sources.picture import Header, Listing, Picture, Regions
 from latentds.sources.picture_decoding import find_mask, read_header, read_mask, read_picture
 from latentds.sources.side_tables import with_tables
 from latentds.sources.source import Inspection, Kept, Source
@@ -149,11 +149,7 @@ class PictureFiles(Source):
         return (picture.x or 0) + round(x * scale), (picture.y or 0) + round(y * scale)
 
     def whereabouts(
-        self,
-        picture: Picture,
-        header: Header,
-        patch_px: tuple[int, int],
-        regions: Sequence[tuple[int, int]],
+        self, picture: Picture, header: Header, patch_px: tuple[int, int], regions: Regions
     ) -> list[Place]:
         options, width = self.options, patch_px[1]
         region_width = width if options.tile else header.size_px[1]
@@ -176,11 +172,7 @@ class PictureFiles(Source):
         return super().locate(picture, patch_px, place)
 
     def read(
-        self,
-        picture: Picture,
-        header: Header,
-        patch_px: tuple[int, int],
-        regions: Sequence[tuple[int, int]],
+        self, picture: Picture, header: Header, patch_px: tuple[int, int], regions: Regions
     ) -> list[Patch]:
         image, mask = self.decode(picture, header)
         return [self.cut(picture, header, patch_px, at, image, mask) for at in regions]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from PIL import Image
 from latentds.core.untrusted_files import check_whole, tiles_file
 from latentds.errors import UnusableError
 from latentds.sources.cut_options import MAGNIFICATION_MPP
+from latentds.sources.picture import Regions
 from latentds.sources.slide_probe import open_whole
 from latentds.sources.slide_ranges import RangedSlide
 from latentds.store.transport import Transport
@@ -200,7 +201,7 @@ def shrink_level(
     return np.concatenate(strips), width / columns
 
 
-def bring_regions(slide: Any, regions: Sequence[tuple[int, int]], scale: float, edge: int) -> None:
+def bring_regions(slide: Any, regions: Regions, scale: float, edge: int) -> None:
     """Fetch what `cut_region` will read of a location's slide, all of it side by side."""
     if isinstance(slide, RangedSlide):
         level = slide.get_best_level_for_downsample(scale * LEVEL_SLACK)

@@ -8,7 +8,7 @@ import dataclasses
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from latentds.errors import InputError, UnusableError
 from latentds.sources.cut_options import SourceOptions
 from latentds.sources.image_folder import check_labels, check_names, read_folders, walk
 from latentds.sources.kinds import one_a_series, sort_files
-from latentds.sources.picture import Header, Listing, Picture
+from latentds.sources.picture import Header, Listing, Picture, Regions
 from latentds.sources.side_tables import with_tables
 from latentds.sources.slide_looks import LOOK_PX, Overview, SlideLook, draw_look
 from latentds.sources.slide_names import check_slide_names
@@ -334,11 +334,7 @@ class Slides(Source):
         return Header(size_px=(0, 0), mode="RGB", encoding="", bytes=0), place
 
     def whereabouts(
-        self,
-        picture: Picture,
-        header: Header,
-        patch_px: tuple[int, int],
-        regions: Sequence[tuple[int, int]],
+        self, picture: Picture, header: Header, patch_px: tuple[int, int], regions: Regions
     ) -> list[Place]:
         del header, patch_px
         with self.reading(picture):
@@ -348,11 +344,7 @@ class Slides(Source):
         return [Place(x, y, size, mpp) for x, y in regions]
 
     def read(
-        self,
-        picture: Picture,
-        header: Header,
-        patch_px: tuple[int, int],
-        regions: Sequence[tuple[int, int]],
+        self, picture: Picture, header: Header, patch_px: tuple[int, int], regions: Regions
     ) -> list[Patch]:
         with self.reading(picture):
             slide = self.open(picture)

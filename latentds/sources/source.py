@@ -21,7 +21,7 @@ from latentds.sources.cut_options import SourceOptions
 from latentds.sources.image_folder import check_sizes, walk
 from latentds.sources.kinds import Choice, Kinds, choose, sort_files
 from latentds.sources.parquet_files import has_pictures
-from latentds.sources.picture import Header, Listing, Picture
+from latentds.sources.picture import Header, Listing, Picture, Regions
 from latentds.sources.picture_decoding import picture_suffixes
 from latentds.sources.slide_looks import SlideLook
 from latentds.sources.tars import tar_members
@@ -33,8 +33,6 @@ LOOK_AT = 20  # members, before it is settled that a tar is none of pictures
 Value = TypeVar("Value")
 HEADERS_AT_ONCE = 4096  # a task is larger than a header
 TASK_REGIONS = 4  # of a picture or slide that a thread reads at a time
-
-Regions = Sequence[tuple[int, int]]
 
 
 class Inspection:
@@ -157,11 +155,7 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def read(
-        self,
-        picture: Picture,
-        header: Header,
-        patch_px: tuple[int, int],
-        regions: Sequence[tuple[int, int]],
+        self, picture: Picture, header: Header, patch_px: tuple[int, int], regions: Regions
     ) -> list[Patch]:
         """The patches at regions; InputError (without the name) where it cannot be decoded."""
 
@@ -224,11 +218,7 @@ class Source(abc.ABC):
         return None
 
     def whereabouts(
-        self,
-        picture: Picture,
-        header: Header,
-        patch_px: tuple[int, int],
-        regions: Sequence[tuple[int, int]],
+        self, picture: Picture, header: Header, patch_px: tuple[int, int], regions: Regions
     ) -> list[Place]:
         """Where the patches at regions lie, as `read` records it."""
         return [

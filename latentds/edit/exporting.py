@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +36,22 @@ FIELDS = (
 )
 
 
-def blocks(shards: ShardSet, splits: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
-    """Rows of the splits in their stored order, so many at a time, with a progress bar."""
-    ranges = [(split, *shards.patch_range(split)) for split in splits]
-    total = sum(end - first for _, first, end in ranges)
-    with progress(total=total, desc="patches", unit="patch") as bar:
-        for split, first, end in ranges:
-            for start in range(first, end, BLOCK_PATCHES):
-                rows = np.arange(start, min(start + BLOCK_PATCHES, end))
-                yield split, rows
-                bar.update(len(rows))
+def blocks(
+    chosen: Mapping[str, np.ndarray | range], most: int, **words: str
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Rows by split, at most so many at a time, with a progress bar that says `words`."""
+    with progress(total=sum(map(len, chosen.values())), **words) as bar:
+        for split, rows in chosen.items():
+            for start in range(0, len(rows), most):
+                part = np.asarray(rows[start : start + most])
+                yield split, part
+                bar.update(len(part))
+
+
+def stored_blocks(shards: ShardSet, splits: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
+    """All rows of the splits in their stored order."""
+    chosen = {split: range(*shards.patch_range(split)) for split in splits}
+    return blocks(chosen, BLOCK_PATCHES, desc="patches", unit="patch")
 
 
 def export_parquet(
@@ -70,7 +76,7 @@ def export_parquet(
         count, written, held = 0, dict.fromkeys(splits, 0), 0
         writer: pq.ParquetWriter | None = None
         open_split = ""
-        for name, rows in blocks(shards, splits):
+        for name, rows in stored_blocks(shards, splits):
             if writer is None or name != open_split or held * size >= file_bytes:
                 if writer is not None:
                     writer.close()
@@ -171,7 +177,7 @@ def export_npy(
         with (target / TABLE).open("w", newline="", encoding="utf-8") as file:
             table = csv.writer(file)
             table.writerow((*FIELDS, "step") if integers else FIELDS)
-            for name, rows in blocks(shards, splits):
+            for name, rows in stored_blocks(shards, splits):
                 known = read_rows(shards, name, rows)
                 for row, value, more in zip(known, *values_of(rows), strict=True):
                     path = f"{name}/{patch_path(row.label, row.slide, row.key, '.npy')}"

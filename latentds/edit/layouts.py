@@ -39,23 +39,16 @@ TILE_FOLDER = re.compile(r"single(_\d+)?")  # between class and slide in trees o
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ForeignPatch:
+class ForeignPatch(Picture):
     """One patch's latents in someone's file, and what names and tables say of it.
 
     path  file relative to the input; row  of the file's array, None where the file is one patch
     codebook_id  that an export's table tells of its codes; empty where nothing does
     """
 
-    source: str
+    split: str = DEFAULT_SPLIT
     path: str
     row: int | None = None
-    split: str = DEFAULT_SPLIT
-    label: str | None = None
-    slide: str | None = None
-    x: int | None = None
-    y: int | None = None
-    mpp: float | None = None
-    size_px: int | None = None
     source_encoding: str = ""
     codebook_id: str = ""
 
@@ -101,7 +94,7 @@ def list_latents(root: Path, options: ListingOptions) -> tuple[str, list[Foreign
         raise InputError(f"{root}: no latents of layout {layout!r} in it ({len(paths)} files)")
     if options.name_pattern:
         find = name_fields(options.name_pattern)
-        patches = [renamed(patch, find(patch.source)) for patch in patches]
+        patches = [dataclasses.replace(patch, **find(patch.source)) for patch in patches]
     return layout, [dataclasses.replace(p, mpp=p.mpp or options.mpp) for p in patches]
 
 
@@ -146,8 +139,7 @@ def list_pixcell(base: Path, paths: list[str], options: ListingOptions) -> list[
                 size_px=options.tile_step if place_px[0] is not None else None,
             )
         )
-    check_labels(base, [Picture(p.source, p.split, p.label, p.slide) for p in patches],
-                 options.labels)  # fmt: skip
+    check_labels(base, patches, options.labels)
     return patches
 
 
@@ -252,8 +244,7 @@ def list_arrays(base: Path, paths: list[str], options: ListingOptions) -> list[F
             )
             for row in range(rows)
         ]
-    check_labels(base, [Picture(p.source, p.split, p.label, None) for p in patches],
-                 options.labels)  # fmt: skip
+    check_labels(base, patches, options.labels)
     return pad_numbers(patches)
 
 
@@ -266,11 +257,3 @@ def pad_numbers(patches: list[ForeignPatch]) -> list[ForeignPatch]:
     return [
         dataclasses.replace(p, label=p.label.zfill(width) if p.label else None) for p in patches
     ]
-
-
-def renamed(patch: ForeignPatch, fields: dict[str, str]) -> ForeignPatch:
-    """The patch with what a name pattern found."""
-    found: dict[str, Any] = {name: fields[name] for name in ("label", "slide") if name in fields}
-    found |= {name: int(fields[name]) for name in ("x", "y") if name in fields}
-    found |= {"mpp": float(fields["mpp"])} if "mpp" in fields else {}
-    return dataclasses.replace(patch, **found)

@@ -8,7 +8,6 @@ import os
 import shutil
 import zlib
 from pathlib import Path, PurePath
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -238,12 +237,7 @@ class Writer:
     def __enter__(self) -> Writer:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self.close()
         else:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Sequence
 import numpy as np
 
 from latentds.conversion.convert_config import ConvertConfig
-from latentds.conversion.workdir import LeftOut, record_of, sources_of
+from latentds.conversion.workdir import LeftOut, record_of
 from latentds.core.json_text import canonical_json
 from latentds.errors import InputError, TooManyBadSamplesError
 from latentds.sources.image_folder import half_labelled
@@ -71,8 +71,7 @@ class Plan:
     regions: np.ndarray
     splits: dict[str, tuple[int, int]]
     bad: tuple[LeftOut, ...]
-    ignored: int
-    ignored_example: str
+    ignored: int = 0
     empty: tuple[tuple[str, str], ...] = ()
     notes: tuple[str, ...] = ()
     classes: tuple[str, ...] = ()
@@ -117,7 +116,6 @@ def make_plan(config: ConvertConfig, source: Source | None = None) -> Plan:
         splits={},
         bad=bad,
         ignored=listing.ignored,
-        ignored_example=listing.ignored_example,
         notes=listing.notes,
         classes=listing.classes,
     )
@@ -162,7 +160,7 @@ def read_headers(
 
 def check_budget(config: ConvertConfig, bad: Collection[LeftOut]) -> None:
     """Raise once more pictures are bad than --max-bad allows; names a few."""
-    sources = sources_of(bad)
+    sources = {one.source for one in bad}
     if len(sources) > config.max_bad:
         root = config.source.parent if config.source.is_file() else config.source
         named = [f"{root / str(one)}: {one.detail}" for one in itertools.islice(bad, BAD_NAMED)]

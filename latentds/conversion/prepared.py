@@ -174,6 +174,8 @@ def describe(
     config: ConvertConfig, plan: Plan, encoder: Encoder, stored: StoredCodebook
 ) -> dict[str, Any]:
     """How the run is made, for the manifest: nothing that names a place, a host or a person."""
+    is_told = plan.notes and config.anonymize is None  # notes are sentences, which have names
+    noted = {"notes": list(plan.notes)} if is_told else {}
     return {
         "options": config.recorded(),
         "input": input_identity(config, plan),
@@ -183,16 +185,11 @@ def describe(
         "versions": versions(),
         "codebook": stored.made,
         "masks": any(header.mask_bytes for header in plan.headers),
-        "source": {"kind": plan.source.kind, **plan.source.facts(), **noted(config, plan)},
+        "source": {"kind": plan.source.kind, **plan.source.facts(), **noted},
         "converted_to_rgb": plan.modes(),
         "source_encodings": plan.encodings(),
         "ignored_files": plan.ignored,
     }
-
-
-def noted(config: ConvertConfig, plan: Plan) -> dict[str, Any]:
-    """What was assumed of the input; nothing where names are hidden, for sentences have names."""
-    return {"notes": list(plan.notes)} if plan.notes and config.anonymize is None else {}
 
 
 def versions() -> dict[str, str]:

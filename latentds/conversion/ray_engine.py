@@ -24,6 +24,8 @@ from latentds.conversion.work_units import (
     Node,
     Unit,
     check_deaths,
+    check_kind,
+    check_place,
     cpus_of_worker,
     for_workers,
     make_job,
@@ -114,10 +116,11 @@ class Worker:
     """An encoder on a node: an actor, not a task, for it keeps its GPU and its weights."""
 
     def prepare(self, job: Job) -> None:
-        """Take a job on; raises what its `check_node` does."""
+        """Take a job on; refuses one that sees or computes something else on this node."""
         own = ray.get_runtime_context().get_node_id()[:8]
         self.job, self.node = job, f"node {platform.node()} ({own})"
-        job.check_node(self.node)
+        check_place(job, self.node)
+        check_kind(job, self.node)
 
     def write(self, unit: Unit) -> list[LeftOut]:
         """What `write_unit` returns."""
@@ -144,7 +147,7 @@ class Handout:
         """Hand out until all is written."""
         with patches_bar(len(self.plan.regions)) as bar:
             bar.initial = bar.n = self.ledger.total
-            while self.ledger.has_more or self.running:
+            while self.ledger.waiting or self.ledger.resting or self.running:
                 self.hand_out()
                 self.wait()
                 if time.monotonic() - self.looked_s >= POLL_S:

@@ -51,10 +51,6 @@ class LeftOut:
         """What is left out, for people."""
         return self.source if self.x == self.y == 0 else f"{self.source} at ({self.x}, {self.y})"
 
-    def to_json(self) -> list[Any]:
-        """A line of a journal."""
-        return list(dataclasses.astuple(self))
-
 
 def record_of(source: str, place: tuple[int, int], error: InputError) -> LeftOut:
     """The record of why a patch or picture cannot be had."""
@@ -65,11 +61,6 @@ def record_of(source: str, place: tuple[int, int], error: InputError) -> LeftOut
 def by_region(records: Iterable[LeftOut]) -> dict[Region, LeftOut]:
     """Records by what they are about, each once."""
     return {record.region: record for record in records}
-
-
-def sources_of(records: Iterable[LeftOut]) -> set[str]:
-    """Distinct sources."""
-    return {record.source for record in records}
 
 
 def describe_left_out(
@@ -96,16 +87,18 @@ def describe_left_out(
 class Journal:
     """What of a shard is durable: one line each time the shard was synced.
 
+    is_ours        whether no other process may be writing it: a torn last line is taken away
+
     blocks, packs  so many are written; end  the shard's length after them (0 where nothing is)
     bad            what is left out
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, is_ours: bool = True) -> None:
         self.path = path
         self.blocks = self.packs = self.end = 0
         self.bad: list[LeftOut] = []
         text, whole = read_lines(path)
-        if whole != text:
+        if is_ours and whole != text:
             write_atomically(path, whole.encode())
         for line in whole.splitlines():
             self.take(json.loads(line))
@@ -123,7 +116,7 @@ class Journal:
             "end": end,
             "blocks": blocks,
             "packs": packs,
-            "bad": [one.to_json() for one in bad],
+            "bad": [dataclasses.astuple(one) for one in bad],
         }
         with naming(self.path), self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
@@ -144,13 +137,6 @@ def read_lines(path: Path) -> tuple[str, str]:
     except FileNotFoundError:
         text = ""
     return text, text[: text.rfind("\n") + 1]
-
-
-def look_at_journal(path: Path) -> tuple[int, list[LeftOut]]:
-    """Blocks and bad pictures in a journal that another process may be writing."""
-    records = [json.loads(line) for line in read_lines(path)[1].splitlines()]
-    bad = [LeftOut(*entry) for record in records for entry in record["bad"]]
-    return sum(record["blocks"] for record in records), bad
 
 
 class Pending:

@@ -36,15 +36,19 @@ class NpyHeader(NamedTuple):
     fortran: bool
     offset: int
 
+    @property
+    def size(self) -> int:
+        """Bytes of the whole file."""
+        return self.offset + math.prod(self.shape) * self.dtype.itemsize
+
 
 def read_npy_header(path: Path) -> NpyHeader:
     """The header of an npy file whose content has just the bytes it announces."""
     with open_regular(path, str(path)) as file:
         header = parse_npy_header(file, str(path))
-    expected = header.offset + math.prod(header.shape) * header.dtype.itemsize
-    if path.stat().st_size != expected:
+    if path.stat().st_size != header.size:
         raise InputError(
-            f"{path}: {path.stat().st_size} bytes, its header announces {expected} "
+            f"{path}: {path.stat().st_size} bytes, its header announces {header.size} "
             f"({header.dtype} {header.shape}); truncated or damaged"
         )
     return header
@@ -156,10 +160,9 @@ def zipped_header(archive: zipfile.ZipFile, path: Path, name: str) -> NpyHeader:
     entry = archive.getinfo(f"{name}.npy")
     with archive.open(entry) as stream:
         header = parse_npy_header(stream, f"{path}, {name}")  # type: ignore[arg-type]
-    expected = header.offset + math.prod(header.shape) * header.dtype.itemsize
-    if entry.file_size != expected:
+    if entry.file_size != header.size:
         raise InputError(
-            f"{path}, {name}: {entry.file_size} bytes, its header announces {expected}"
+            f"{path}, {name}: {entry.file_size} bytes, its header announces {header.size}"
         )
     return header
 
@@ -185,7 +188,10 @@ def read_labels(path: Path, rows: int) -> list[str] | None:
         with open_zip(path) as archive:
             name = next((name for name in LABELS if f"{name}.npy" in archive.namelist()), None)
             if name is not None:
-                check_labels_size(path, zipped_header(archive, path, name))
+                header = zipped_header(archive, path, name)
+                if header.size > MAX_LABELS_BYTES:
+                    shape = f"{header.shape} of {header.dtype}"
+                    raise InputError(f"{path}: labels {shape} are too large; refused")
                 values = np.load(archive.open(f"{name}.npy"), allow_pickle=False)
     if values is None:
         return None
@@ -194,12 +200,6 @@ def read_labels(path: Path, rows: int) -> list[str] | None:
             f"{path}: labels are {values.dtype} {values.shape}, the latents {rows} rows"
         )
     return [value.decode() if isinstance(value, bytes) else str(value) for value in values.tolist()]
-
-
-def check_labels_size(path: Path, header: NpyHeader) -> None:
-    """Refuse labels that would not fit into memory before they are read."""
-    if math.prod(header.shape) * header.dtype.itemsize > MAX_LABELS_BYTES:
-        raise InputError(f"{path}: labels {header.shape} of {header.dtype} are too large; refused")
 
 
 class ArrayRows:

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -215,16 +215,9 @@ def append_rest(
 ) -> None:
     """Append what a file lacks to its first bytes."""
     with naming(partial), partial.open("ab") as target:
-        for start, wanted in parts(target.tell(), size):
+        while (start := target.tell()) < size:
+            wanted = min(PART_BYTES, size - start)
             target.write(transport.read(name, start, wanted, wanted))
             count(wanted)
         target.flush()
         os.fsync(target.fileno())
-
-
-def parts(start: int, size: int) -> Iterator[tuple[int, int]]:
-    """(first byte, bytes) of what is asked for at once."""
-    while start < size:
-        wanted = min(PART_BYTES, size - start)
-        yield start, wanted
-        start += wanted

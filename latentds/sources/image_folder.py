@@ -71,7 +71,7 @@ def list_pictures(root: Path, use_labels: bool = True, use_splits: bool = True) 
         named = {path: SPLITS.get(split.lower(), split) for path, split in card.splits.items()}
         pictures = tuple(dataclasses.replace(p, split=named[p.source]) for p in pictures)
     notes = (*(card.notes if card else ()), *folders.notes)
-    return Listing(pictures, len(ignored), ignored[0] if ignored else "", notes, tuple(ignored))
+    return Listing(pictures, len(ignored), notes, tuple(ignored))
 
 
 def packed_among(paths: Sequence[str]) -> str:

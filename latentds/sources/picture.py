@@ -57,7 +57,7 @@ class Header:
 
 @dataclasses.dataclass(frozen=True)
 class Listing:
-    """Pictures in a fixed order, and how many other files were passed over (with one of them).
+    """Pictures in a fixed order, and how many other files were passed over.
 
     notes    what was assumed, and what was found and not read, in sentences without an end
     others   the files passed over
@@ -66,7 +66,6 @@ class Listing:
 
     pictures: tuple[Picture, ...]
     ignored: int = 0
-    ignored_example: str = ""
     notes: tuple[str, ...] = ()
     others: tuple[str, ...] = ()
     classes: tuple[str, ...] = ()

@@ -39,7 +39,7 @@ class PictureTars(PicturesInFiles):
 
     def __init__(self, options: SourceOptions, files: Sequence[str]) -> None:
         super().__init__(options, files)
-        self.ignored, self.ignored_example = 0, ""
+        self.ignored = 0
         self.unused: set[str] = set()  # keys of records that nobody reads
 
     @classmethod
@@ -59,7 +59,7 @@ class PictureTars(PicturesInFiles):
             )
         check_names(self.root, [picture.source for picture in pictures])
         notes = (*archives.notes, *note_columns(self.unused))
-        found = self.named(Listing(tuple(pictures), self.ignored, self.ignored_example, notes))
+        found = self.named(Listing(tuple(pictures), self.ignored, notes))
         return dataclasses.replace(found, notes=(*found.notes, *self.note_twice(found.pictures)))
 
     def note_twice(self, pictures: Sequence[Picture]) -> tuple[str, ...]:
@@ -82,10 +82,7 @@ class PictureTars(PicturesInFiles):
         suffixes = picture_suffixes()
         names = [name for name in members if PurePosixPath(name).suffix.lower() in suffixes]
         kinds = suffixes | set(SIDECARS)
-        others = [name for name in members if PurePosixPath(name).suffix.lower() not in kinds]
-        self.ignored += len(others)
-        if others:
-            self.ignored_example = self.ignored_example or f"{archive}/{others[0]}"
+        self.ignored += sum(PurePosixPath(name).suffix.lower() not in kinds for name in members)
         records = self.records(archive, members, names)
         for name in names:
             source, record = f"{archive}/{name}", records[name]

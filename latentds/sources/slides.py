@@ -101,9 +101,7 @@ class Slides(Source):
         found = self.placed(names)
         check_slide_names(self.root, found.pictures)
         others = sorted(set(paths) - wanted)
-        found = dataclasses.replace(
-            found, ignored=len(others), ignored_example=others[0] if others else ""
-        )
+        found = dataclasses.replace(found, ignored=len(others))
         return with_tables(self.root, found, others, self.options.labels)
 
     def placed(self, names: Mapping[str, str]) -> Listing:

@@ -91,7 +91,6 @@ class Plan:
         return dict(sorted(counts.items()))
 
     def encodings(self) -> dict[str, int]:
-        """Pictures by source coding."""
         return dict(sorted(Counter(header.encoding for header in self.headers).items()))
 
 
@@ -222,7 +221,6 @@ def order_regions(plan: Plan, config: ConvertConfig) -> Plan:
 
 
 def without_patches(plan: Plan, regions: np.ndarray) -> tuple[tuple[str, str], ...]:
-    """Pictures that gave no patch, and why."""
     held = np.bincount(regions["picture"], minlength=len(plan.pictures))
     empty = [plan.pictures[number] for number in np.flatnonzero(held == 0).tolist()]
     return tuple((p.source, plan.source.empty_reason(p)) for p in empty)
@@ -251,7 +249,6 @@ def shuffle_pictures(plan: Plan, members: np.ndarray, rng: np.random.Generator) 
 
 
 def picture_regions(plan: Plan, picture: int) -> np.ndarray:
-    """REGION_DTYPE rows of one picture."""
     places = plan.source.regions(plan.pictures[picture], plan.headers[picture], plan.patch_px)
     rows = np.zeros(len(places), REGION_DTYPE)
     rows["picture"], rows["x"], rows["y"] = picture, places[:, 0], places[:, 1]
@@ -259,7 +256,6 @@ def picture_regions(plan: Plan, picture: int) -> np.ndarray:
 
 
 def mix_regions(parts: list[np.ndarray], rng: np.random.Generator) -> np.ndarray:
-    """Regions of several pictures, shuffled among each other."""
     joined = np.concatenate(parts)
     shuffled: np.ndarray = joined[rng.permutation(len(joined))]
     return shuffled
@@ -282,7 +278,6 @@ def plan_shards(plan: Plan, config: ConvertConfig, bytes_per_patch: int) -> list
 
 
 def block_ranges(plan: Plan, split: str, config: ConvertConfig) -> list[tuple[int, int]]:
-    """Rows [start, stop) of the blocks of a split."""
     start, stop = plan.splits[split]
     if config.pack_by_slide:
         slides = [plan.pictures[int(i)].slide for i in plan.regions["picture"][start:stop]]

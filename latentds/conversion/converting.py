@@ -94,7 +94,6 @@ def convert_with(
     source: Source | None,
     codebook: StoredCodebook | None,
 ) -> Manifest:
-    """Plan, write the shards by `write`, finish."""
     plan = make_plan(config, source)
     autoencoder = autoencoder or load_autoencoder(config.autoencoder)
     with (

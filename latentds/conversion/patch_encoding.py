@@ -77,7 +77,6 @@ class PlanReader:
             yield waiting.popleft().result()
 
     def submit(self, rows: np.ndarray) -> list[Task]:
-        """A few regions of one picture a task."""
         regions, plan = self.plan.regions[rows], self.plan
         tasks = []
         for places in tasks_of(regions["picture"]):
@@ -89,7 +88,6 @@ class PlanReader:
         return tasks
 
     def collate(self, tasks: list[Task]) -> Chunk:
-        """The chunk of a list of tasks, pixels in one array."""
         patches, bad = list[Patch](), list[LeftOut]()
         for source, places, future in tasks:
             for place, outcome in zip(places, future.result(), strict=True):
@@ -111,7 +109,6 @@ class PlanReader:
         return dataclasses.replace(patch, image=NO_PIXELS, slide=slide, source=source)
 
     def close(self) -> None:
-        """Stop the threads; what is waiting is dropped."""
         self.reader.close()
         self.collator.shutdown(wait=True, cancel_futures=True)
 

@@ -50,7 +50,6 @@ def input_stamp(plan: Plan, config: ConvertConfig) -> str:
 
 
 def input_files(plan: Plan, config: ConvertConfig) -> list[Path]:
-    """Every file that pictures and masks come from."""
     root = Path(getattr(plan.source, "root", config.source))
     files = {file: None for picture in plan.pictures for file in files_of(root, picture.source)}
     if config.masks is not None:

@@ -64,7 +64,6 @@ def open_cluster(config: ConvertConfig) -> Iterator[tuple[ConvertConfig, WriteSh
 
 
 def connect(address: str) -> None:
-    """Join the cluster; InputError where there is none."""
     options: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a cluster of ours tells nobody
     try:
@@ -106,7 +105,6 @@ def read_back(conversion: Conversion) -> None:
 
 
 def nodes() -> list[Node]:
-    """What every living node has."""
     found: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     return [node["Resources"] for node in found if node["Alive"]]
 
@@ -123,7 +121,6 @@ class Worker:
         check_kind(job, self.node)
 
     def write(self, unit: Unit) -> list[LeftOut]:
-        """What `write_unit` returns."""
         return write_unit(self.job, unit, self.node)
 
 
@@ -144,7 +141,6 @@ class Handout:
         self.job = put_job(make_job(conversion))
 
     def run(self) -> None:
-        """Hand out until all is written."""
         with patches_bar(len(self.plan.regions)) as bar:
             bar.initial = bar.n = self.ledger.total
             while self.ledger.waiting or self.ledger.resting or self.running:
@@ -234,7 +230,6 @@ class Handout:
         self.ledger.check_budget()
 
     def stop(self) -> None:
-        """End the workers."""
         busy = [worker for worker, _ in self.running.values()]
         for worker in (*self.idle, *self.starting.values(), *busy):
             with contextlib.suppress(RayError, ConnectionError):
@@ -255,7 +250,6 @@ def put_job(job: Job) -> Any:
 
 
 def cause_of(error: RayError) -> str:
-    """Why a worker died, in a few words."""
     if isinstance(error, OutOfMemoryError):
         return "killed for memory"
     return first_words(error, 300)

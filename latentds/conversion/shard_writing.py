@@ -111,7 +111,6 @@ class ShardJob:
             save_index(index_shard(self.config.out, self.shard.name, self.contract), self.index)
 
     def close(self) -> None:
-        """Sync what is pending and end the tar."""
         writer = self.writer or ShardWriter(self.path, self.contract, self.journal.end)
         with writer:
             self.journal.append(writer.sync(), *self.pending.take())
@@ -173,7 +172,6 @@ def write_shards(
 
 
 def patches_bar(total: int, is_quiet: bool = False) -> tqdm[Any]:
-    """The progress bar of a conversion."""
     return progress(total=total, desc="patches", unit="patch", smoothing=0.05, disable=is_quiet)
 
 

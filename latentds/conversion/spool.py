@@ -45,7 +45,6 @@ class Given:
 
     @property
     def key(self) -> str:
-        """The patch's key in the data set."""
         return patch_key(self.source, self.x, self.y)
 
 
@@ -138,7 +137,6 @@ class Spool:
 
     @property
     def patch_bytes(self) -> int:
-        """Bytes of a patch's pixels."""
         return 0 if self.patch_px is None else self.patch_px[0] * self.patch_px[1] * 3
 
     def append(self, one: Given, pixels: np.ndarray) -> None:
@@ -164,7 +162,6 @@ class Spool:
         self.synced_at = time.monotonic()
 
     def close(self) -> None:
-        """Sync, and let others in."""
         with self.locked, self.pixels, self.records:
             self.sync()
 

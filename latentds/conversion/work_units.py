@@ -90,7 +90,6 @@ class Ledger:
         self.patches[shard.name] = patches_of(shard)
 
     def check_budget(self) -> None:
-        """Raise once more pictures are bad, over all shards, than --max-bad allows."""
         check_budget(self.config, self.bad.values())
 
     def note_death(self, shard: PlannedShard, why: str) -> None:
@@ -186,7 +185,6 @@ def for_workers(config: ConvertConfig) -> ConvertConfig:
 
 
 def make_job(conversion: Conversion) -> Job:
-    """The job of a prepared conversion."""
     config = conversion.config
     return Job(
         config=config,
@@ -299,7 +297,6 @@ def cpus_of_worker(config: ConvertConfig, nodes: Sequence[Node]) -> float:
 
 
 def room(config: ConvertConfig, nodes: Sequence[Node]) -> int:
-    """How many workers the nodes have room for."""
     wanted = {"CPU": config.cpus_per_worker, "GPU": config.gpus_per_worker}
     return sum(
         # Fractions: 0.3 goes into 0.9 three times.
@@ -309,7 +306,6 @@ def room(config: ConvertConfig, nodes: Sequence[Node]) -> int:
 
 
 def no_room(config: ConvertConfig, nodes: Sequence[Node]) -> str:
-    """That no node has room for a worker, in words."""
     sizes = [f"{n.get('CPU', 0):g} CPUs and {n.get('GPU', 0):g} GPUs" for n in nodes]
     return (
         f"no node of the Ray cluster has room for a worker of {config.cpus_per_worker:g} CPUs and "

@@ -44,11 +44,9 @@ class LeftOut:
 
     @property
     def region(self) -> Region:
-        """What is left out, as a key."""
         return self.source, self.x, self.y
 
     def __str__(self) -> str:
-        """What is left out, for people."""
         return self.source if self.x == self.y == 0 else f"{self.source} at ({self.x}, {self.y})"
 
 
@@ -104,7 +102,6 @@ class Journal:
             self.take(json.loads(line))
 
     def take(self, record: dict[str, Any]) -> None:
-        """Account for one line."""
         self.blocks += record["blocks"]
         self.packs += record["packs"]
         self.end = record["end"]
@@ -148,13 +145,11 @@ class Pending:
         self.since = time.monotonic()
 
     def add(self, packs: int, bad: list[LeftOut]) -> None:
-        """Count one more block."""
         self.blocks += 1
         self.packs += packs
         self.bad += bad
 
     def is_due(self) -> bool:
-        """Whether it is time to sync."""
         return time.monotonic() - self.since >= SYNC_SECONDS
 
     def take(self) -> tuple[int, int, list[LeftOut]]:
@@ -177,11 +172,9 @@ class WorkFolder:
         self.is_finished = False  # the manifest is there
 
     def journal(self, shard: str) -> Journal:
-        """The journal of a shard."""
         return self.journals.setdefault(shard, Journal(self.journal_path(shard)))
 
     def journal_path(self, shard: str) -> Path:
-        """Where a shard's progress is noted."""
         return self.folder / f"{Path(shard).stem}.jsonl"
 
     def shard_lock(self, shard: str) -> Path:
@@ -193,7 +186,6 @@ class WorkFolder:
         return self.folder / f"{Path(shard).stem}.index.npz"
 
     def all_bad(self) -> list[LeftOut]:
-        """What is left out of the shards so far."""
         return [bad for journal in self.journals.values() for bad in journal.bad]
 
     def read_plan(self) -> dict[str, Any]:

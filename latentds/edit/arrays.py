@@ -71,7 +71,6 @@ def parse_npy_header(file: BinaryIO, where: str) -> NpyHeader:
 
 
 def read_npy(path: Path) -> np.ndarray:
-    """A whole small npy file."""
     header = read_npy_header(path)
     with open_regular(path, str(path)) as file:
         file.seek(header.offset)
@@ -120,7 +119,6 @@ def facts_of(
 
 
 def inspect_safetensors(path: Path) -> ArrayFacts:
-    """The facts of a safetensors file."""
     check_regular(path, str(path))
     try:
         with safe_open(path, framework="pt") as file:
@@ -147,7 +145,6 @@ def inspect_npz(path: Path) -> ArrayFacts:
 
 
 def open_zip(path: Path) -> zipfile.ZipFile:
-    """An npz archive; InputError where it is none."""
     check_regular(path, str(path))
     try:
         return zipfile.ZipFile(path)
@@ -249,6 +246,5 @@ class ArrayRows:
         return target
 
     def close(self) -> None:
-        """Let go of what was unpacked."""
         if self.unpacked is not None:
             self.unpacked.cleanup()

@@ -119,7 +119,6 @@ def parquet_schema(shards: ShardSet) -> pa.Schema:
 
 
 def parquet_rows(shards: ShardSet, split: str, rows: np.ndarray, schema: pa.Schema) -> pa.Table:
-    """Rows of a block of patches."""
     known = read_rows(shards, split, rows)
     columns: dict[str, Any] = {n: [getattr(r, n) for r in known] for n in Row._fields}
     codes = shards.read_codes(rows)
@@ -145,7 +144,6 @@ def contracts(shards: ShardSet) -> dict[str, Any]:
 
 
 def write_contract(shards: ShardSet, target: Path) -> None:
-    """The contracts beside what was exported."""
     text = json.dumps(contracts(shards), indent=1, sort_keys=True) + "\n"
     write_atomically(target / CONTRACT, text.encode())
 

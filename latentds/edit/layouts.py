@@ -190,7 +190,6 @@ def is_export(base: Path) -> bool:
 
 
 def read_table(base: Path) -> list[ForeignPatch]:
-    """The patches of an export's table.csv."""
     with (base / TABLE).open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         return [

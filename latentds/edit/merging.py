@@ -163,7 +163,6 @@ def copy_shard(source: Path, contract: Contract, split: str, path: Path, number:
 
 
 def copy_bytes(source: BinaryIO, target: BinaryIO, offset: int, size: int) -> None:
-    """Append `size` bytes from `offset` of one file to another."""
     source.seek(offset)
     while size and (block := source.read(min(size, READ_BYTES))):
         target.write(block)

@@ -86,7 +86,6 @@ class Recoder:
         self.decoder = golden_decoder(shards, recoding)
 
     def recoded(self, packs: Iterator[Part], before: AnyCodebook) -> Iterator[Part]:
-        """The packs with new codes for those of the codebook `before`."""
         for codes, columns in packs:
             blocks = np.split(codes, np.arange(BLOCK_PATCHES, len(codes), BLOCK_PATCHES))
             yield np.concatenate([self.recode(block, before) for block in blocks]), columns

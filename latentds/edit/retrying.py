@@ -75,7 +75,6 @@ def wholly_left_out(manifest: Manifest) -> list[str]:
 
 
 def check_options(config: ConvertConfig, manifest: Manifest) -> None:
-    """Refuse options other than those that made the set."""
     made, asked = dict(manifest.made.get("options", {})), config.recorded()
     for name in ("quantizer", "levels", "fit_patches"):  # the set's codebook says all of it
         made.pop(name, None)

@@ -34,7 +34,6 @@ class Row(NamedTuple):
 
 
 def read_rows(shards: ShardSet, split: str, rows: np.ndarray) -> list[Row]:
-    """What is known of patches of a split."""
     manifest, table = shards.manifest, shards.patches[rows]
     columns = shards.read_columns(rows, ("key", "source", "source_encoding"))
     books = [book.codebook_id for book in manifest.codebooks]

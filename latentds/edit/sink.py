@@ -256,7 +256,6 @@ def folder_of(out: str | os.PathLike[str], part: str | None) -> Path:
 
 
 def parts_of(out: str | os.PathLike[str]) -> Path:
-    """The folder of a set's parts."""
     return Path(out).with_name(f"{Path(out).name}.parts")
 
 

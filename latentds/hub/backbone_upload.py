@@ -118,7 +118,6 @@ def check_backbone(folder: Path) -> BackboneRecord:
 
 
 def published_card(record: BackboneRecord, publication: Publication) -> str:
-    """The text of a published backbone's README.md."""
     head = front_matter(publication, TAGS, library="timm")
     return backbone_card(
         record,

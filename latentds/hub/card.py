@@ -116,7 +116,6 @@ def size_category(manifest: Manifest) -> str:
 
 
 def facts(manifest: Manifest) -> dict[str, str]:
-    """Sizes and identities, as the manifest has them."""
     contract, card, made = manifest.contract, manifest.contract.autoencoder, manifest.made
     stored = sum(shard.bytes for shard in manifest.shards)
     tables = sum(int(entry.get("bytes") or 0) for entry in manifest.tables.values())
@@ -141,7 +140,6 @@ def facts(manifest: Manifest) -> dict[str, str]:
 
 
 def describe_autoencoder(card: dict[str, Any]) -> str:
-    """Name, shape and place of an autoencoder."""
     text = (
         f"{code_span(card.get('name'))} ({markdown(card.get('class_name'))}, factor "
         f"{card.get('factor')}, "

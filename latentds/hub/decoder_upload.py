@@ -174,7 +174,6 @@ def find_embedder(record: DecoderRecord) -> EmbedderCard | None:
 
 
 def decoder_card(record: DecoderRecord, publication: Publication) -> str:
-    """The text of a published decoder's README.md."""
     licence = publication.licence_name or publication.licence
     base = CARDS.get(record.autoencoder)
     tags = ("pathology", "latents", "decoder")
@@ -197,7 +196,6 @@ def decoder_card(record: DecoderRecord, publication: Publication) -> str:
 
 
 def network(architecture: Mapping[str, Any]) -> str:
-    """Class, and name where it has one."""
     return str(architecture.get("name") or architecture["class"])
 
 

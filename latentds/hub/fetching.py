@@ -113,7 +113,6 @@ def wanted_files(manifest: Manifest, listed: dict[str, HubFile], name: str) -> d
 
 
 def table_bytes(entry: dict[str, Any], where: str) -> int:
-    """Size of a table, as the manifest has it."""
     size = entry.get("bytes")
     if type(size) is not int or size < 1:
         raise FormatError(f"{where}: the manifest gives {size!r} bytes; tell the publisher")
@@ -175,7 +174,6 @@ def fetch_files(
 
 
 def is_here(path: Path, file: HubFile) -> bool:
-    """Whether a file lies in the folder with just those bytes."""
     return path.is_file() and file.holds(path)
 
 
@@ -213,7 +211,6 @@ def fetch_file(
 def append_rest(
     transport: Transport, name: str, partial: Path, size: int, count: Callable[[int], None]
 ) -> None:
-    """Append what a file lacks to its first bytes."""
     with naming(partial), partial.open("ab") as target:
         while (start := target.tell()) < size:
             wanted = min(PART_BYTES, size - start)

@@ -215,7 +215,6 @@ def write_look(folder: Path, contents: dict[str, Path | bytes]) -> None:
 
 
 def edited_card(folder: Path, manifest: Manifest) -> Iterator[str]:
-    """A warning where the folder's README.md is not as latentds wrote it."""
     path = folder / README
     if path.is_file() and path.read_text() != dataset_card(manifest):
         yield f"{path} is not published, a card is made anew; pass your own words with --notes"

@@ -273,5 +273,4 @@ def by_name(
 
 
 def name_of(path: str) -> str:
-    """Slide of a coordinates file."""
     return Path(path).stem.removesuffix(SUFFIX)

@@ -53,7 +53,6 @@ class TextTable:
         return found
 
     def values(self, column: str) -> list[str]:
-        """A column's values without spaces around them."""
         return [row[column].strip() for row in self.rows]
 
 

@@ -55,7 +55,6 @@ class SavedDataset(PictureFiles):
         return cls(found.options) if is_saved else None
 
     def load(self) -> Any:
-        """A Dataset or DatasetDict."""
         import datasets
 
         return datasets.load_from_disk(str(self.root))
@@ -65,7 +64,6 @@ class SavedDataset(PictureFiles):
         return [self.root]
 
     def load_parts(self) -> dict[str, DatasetPart]:
-        """Its parts by name."""
         with loading(self.root):
             loaded = self.load()
             parts = loaded if isinstance(loaded, dict) else {DEFAULT_SPLIT: loaded}
@@ -83,7 +81,6 @@ class SavedDataset(PictureFiles):
         return self.named(Listing(tuple(pictures), notes=note_columns(unused), classes=classes))
 
     def rows_of(self, name: str, part: DatasetPart) -> Iterator[Picture]:
-        """The pictures of a part of the data set, a row each."""
         split = SPLITS.get(name.lower(), name) if self.options.split_folders else DEFAULT_SPLIT
         for number, record in enumerate(records_of(part.rows)):
             source, fields = f"{name}/{number}", {}
@@ -155,7 +152,6 @@ def loading(root: Path) -> Iterator[None]:
 
 
 def part_of(dataset: Any, root: Path) -> DatasetPart:
-    """A Dataset as a part."""
     import datasets
 
     column = image_column(dataset, root)

@@ -119,7 +119,6 @@ class Folders:
     notes: tuple[str, ...] = ()
 
     def place(self, path: str) -> Picture:
-        """What the folders of a path say."""
         split, folders = self.parts(path)
         label = folders.pop(0) if folders and self.use_labels else None
         return Picture(path, split, label, "/".join(folders) or None)

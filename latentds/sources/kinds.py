@@ -43,7 +43,6 @@ class Choice(NamedTuple):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """The note, if there is one."""
         return (self.note,) if self.note else ()
 
 

@@ -84,7 +84,6 @@ def list_source(source: Source, options: SourceOptions) -> Listing:
 
 
 def choose(pictures: Sequence[Picture], options: SourceOptions) -> tuple[Picture, ...]:
-    """The pictures that --only names."""
     assert options.only is not None
     names = {line.strip() for line in options.only.read_text().splitlines() if line.strip()}
     hide = options.hide

@@ -70,7 +70,6 @@ class EncodedTable:
     own_path: str | None = None
 
     def group_of(self, row: int) -> int:
-        """Row group of a row."""
         return bisect.bisect_right(self.starts, row) - 1
 
     def rows(self) -> Iterator[dict[str, Any]]:
@@ -111,7 +110,6 @@ class EncodedTable:
         return RowGroup(parts, starts, self.column.partition(".")[0])
 
     def open(self) -> Any:
-        """The file, its footer known."""
         import pyarrow.parquet as pq
 
         return pq.ParquetFile(self.path, metadata=self.footer, pre_buffer=False)
@@ -143,7 +141,6 @@ def has_pictures(path: Path) -> bool:
 
 
 def read_footer(path: Path) -> tuple[Any, Any]:
-    """A Parquet file's footer and its Arrow schema."""
     import pyarrow.parquet as pq
 
     check_regular(path, str(path))
@@ -200,7 +197,6 @@ def picture_column(schema: Any, path: Path) -> str | None:
 
 
 def is_bytes(kind: Any) -> bool:
-    """Whether an Arrow type is a run of bytes."""
     import pyarrow.types as types
 
     return bool(
@@ -230,7 +226,6 @@ def check_footer(path: Path, footer: Any, column: str) -> None:
 
 
 def leaf_index(footer: Any, column: str) -> int:
-    """Place of a column among a file's leaves."""
     schema = footer.schema
     return next(i for i in range(len(schema)) if schema.column(i).path == column)
 

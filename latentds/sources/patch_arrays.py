@@ -84,7 +84,6 @@ class PatchArrays(PicturesInFiles):
         return self.named(Listing(tuple(pictures), notes=notes))
 
     def rows_of(self, file: str, split: str) -> Iterator[Picture]:
-        """The pictures of an array, a row each."""
         shape, path = self.shape(file), self.root / file
         labels = read_labels(path, shape.rows) if self.options.labels else None
         shared = {"mpp": next((mpp for name, mpp in KNOWN_MPP.items() if name in file), None)}

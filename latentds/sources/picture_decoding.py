@@ -50,7 +50,6 @@ def read_header(file: Path | BinaryIO, max_px: int) -> Header:
 
 
 def size_of(file: Path | BinaryIO) -> int:
-    """Bytes of a path or an open file."""
     return file.stat().st_size if isinstance(file, Path) else file.seek(0, io.SEEK_END)
 
 
@@ -205,7 +204,6 @@ def jpeg_quality(tables: dict[int, Any]) -> str:
 
 
 def reason_of(error: Exception) -> Reason:
-    """Which of the closed reasons Pillow's error is."""
     return "truncated" if "truncated" in str(error) else "unreadable"
 
 

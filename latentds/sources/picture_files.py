@@ -184,7 +184,6 @@ class PictureFiles(Source):
         return self.decoded.get(picture.source, lambda: self.decode_file(picture, header))
 
     def decode_file(self, picture: Picture, header: Header) -> Pixels:
-        """Pixels and mask of a picture, from its files."""
         image, _ = read_picture(self.file(picture), self.options.max_px)
         if image.shape[:2] != header.size_px:
             raise UnusableError("changed its size while the conversion ran", "changed")
@@ -201,7 +200,6 @@ class PictureFiles(Source):
         image: np.ndarray,
         mask: np.ndarray | None,
     ) -> Patch:
-        """One patch of a decoded picture."""
         (x, y), options = at, self.options
         (place,) = self.whereabouts(picture, header, patch_px, [at])
         fitted = None if mask is None else fit(mask, x, y, patch_px, options)
@@ -229,7 +227,6 @@ class PicturesInFiles(PictureFiles):
         return type(self), (self.options, tuple(self.files))
 
     def row_of(self, picture: Picture) -> tuple[str, int]:
-        """File and row of a picture, where pictures are rows."""
         file, _, row = picture.source.rpartition("/")
         return file, int(row)
 
@@ -278,7 +275,6 @@ def fit(
 
 
 def encode_png(mask: np.ndarray) -> bytes:
-    """A mask (H, W) as PNG bytes."""
     buffer = io.BytesIO()
     Image.fromarray(mask).save(buffer, "PNG", optimize=False, compress_level=6)
     return buffer.getvalue()

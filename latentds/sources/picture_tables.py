@@ -27,7 +27,6 @@ FOLDS = {"-1": "test", "0": "val"}
 
 
 def is_table(path: Path) -> bool:
-    """Whether an input is a table file."""
     return path.is_file() and path.suffix.lower() in SUFFIXES
 
 
@@ -80,7 +79,6 @@ def path_columns(table: TextTable) -> dict[str, str]:
 
 
 def row_picture(where: str, root: Path, row: dict[str, str], use_labels: bool) -> Picture:
-    """The picture that a row names."""
     if "path" not in row:
         raise InputError(f"{where}: no path")
     split = row.get("split", DEFAULT_SPLIT)

@@ -77,7 +77,6 @@ class PictureTars(PicturesInFiles):
                 f"{apart:,} of them in several splits: perhaps the same",)  # fmt: skip
 
     def samples(self, archive: str, split: str) -> Iterator[Picture]:
-        """The pictures of an archive, in its order."""
         members = self.members(archive)
         suffixes = picture_suffixes()
         names = [name for name in members if PurePosixPath(name).suffix.lower() in suffixes]
@@ -129,7 +128,6 @@ class PictureTars(PicturesInFiles):
         return open_member(self.root / self.archive_of(picture), picture.span)
 
     def archive_of(self, picture: Picture) -> str:
-        """The archive that a picture is in."""
         above = (str(folder) for folder in PurePosixPath(picture.source).parents)
         return next(path for path in above if path in self.files)
 

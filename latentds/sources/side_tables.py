@@ -63,7 +63,6 @@ def with_tables(root: Path, found: Listing, others: Sequence[str], use_labels: b
 
 
 def is_side_table(path: str) -> bool:
-    """Whether a file beside pictures may be a table of them."""
     name = PurePosixPath(path)
     return name.suffix.lower() in SUFFIXES or name.name in READ
 
@@ -160,7 +159,6 @@ def json_list(path: Path) -> TextTable:
 
 
 def table_of(path: Path, records: Sequence[tuple[int, Any]]) -> TextTable:
-    """Objects by line as a table."""
     rows, lines = [], []
     for number, record in records:
         if not isinstance(record, dict):

@@ -93,7 +93,6 @@ class NameIndex:
 
 
 def places_by(names: Iterable[str], key: Callable[[str], str]) -> dict[str, list[int]]:
-    """Places of names by a form of them."""
     found: dict[str, list[int]] = defaultdict(list)
     for place, name in enumerate(names):
         found[key(name)].append(place)

@@ -45,7 +45,6 @@ class Directory(SeekableFile):
         self.blocks: dict[int, bytes] = {}
 
     def block(self, number: int) -> bytes:
-        """A block, fetched once."""
         if number not in self.blocks:
             start = number * BLOCK_BYTES
             if (len(self.blocks) + 1) * BLOCK_BYTES > MAX_DIRECTORY_BYTES:
@@ -157,7 +156,6 @@ def levels_of(path: Path) -> list[Level] | None:
 
 
 def described(pages: Iterable[Any]) -> Iterator[Level]:
-    """The levels of these pages."""
     first = 0
     for page in pages:
         across, down = (
@@ -207,7 +205,6 @@ class RangedSlide:
         self.slide.close()
 
     def read_region(self, location: tuple[int, int], level: int, size: tuple[int, int]) -> Any:
-        """OpenSlide's."""
         self.bring(level, [location], size)
         return self.slide.read_region(location, level, size)
 

@@ -46,7 +46,6 @@ def open_slide(path: Path, transport: Transport | None = None, name: str = "") -
 
 
 def is_slide_error(error: Exception) -> bool:
-    """Whether an error is of a file that cannot be read."""
     return type(error).__module__.startswith("openslide") or isinstance(error, OSError)
 
 
@@ -88,7 +87,6 @@ def slide_mpp(slide: Any, assumed: float | None, given: float | None = None) -> 
 
 
 def number(text: str | None) -> float | None:
-    """A positive number of a property, None where there is none."""
     try:
         value = float(text) if text is not None else 0.0
     except ValueError:

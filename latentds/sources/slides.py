@@ -132,7 +132,6 @@ class Slides(Source):
         return Header((height, width), "RGB", encoding, path.stat().st_size)
 
     def file(self, picture: Picture) -> Path:
-        """A slide's file."""
         return self.root / picture.source
 
     def open(self, picture: Picture) -> Any:
@@ -174,11 +173,9 @@ class Slides(Source):
 
     @property
     def rule(self) -> str:
-        """What decides about tissue."""
         return f"--tissue {self.options.tissue}, --min-tissue {self.options.min_tissue}"
 
     def empty_reason(self, picture: Picture) -> str:
-        """Why a slide has no patches."""
         return self.empty.get(picture.source, "no places in it")
 
     def look(self, picture: Picture) -> SlideLook | None:

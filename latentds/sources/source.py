@@ -43,12 +43,10 @@ class Inspection:
 
     @functools.cached_property
     def is_folder(self) -> bool:
-        """Whether the input is a folder."""
         return self.root.is_dir()
 
     @functools.cached_property
     def is_file(self) -> bool:
-        """Whether the input is a file."""
         return self.root.is_file()
 
     @property
@@ -58,7 +56,6 @@ class Inspection:
 
     @functools.cached_property
     def paths(self) -> list[str]:
-        """Files of a folder, by name."""
         return list(walk(self.root))
 
     @functools.cached_property
@@ -69,7 +66,6 @@ class Inspection:
 
     @functools.cached_property
     def kinds(self) -> Kinds:
-        """A folder's files by kind."""
         return sort_files(self.root, self.paths)
 
     @functools.cached_property
@@ -103,7 +99,6 @@ class Inspection:
 
 
 def is_archive(path: str) -> bool:
-    """Whether a file is named as an archive of pictures may be."""
     return PurePosixPath(path).suffix.lower() in ARCHIVES
 
 
@@ -296,7 +291,6 @@ class PatchReader:
             yield from self.pool.map(self.header, pictures[start : start + HEADERS_AT_ONCE])
 
     def header(self, picture: Picture) -> Header | InputError:
-        """A picture's header, or why it has none."""
         try:
             return self.source.header(picture)
         except (InputError, OSError) as error:
@@ -305,7 +299,6 @@ class PatchReader:
     def submit(
         self, picture: Picture, header: Header, patch_px: tuple[int, int], regions: Regions
     ) -> Future[list[Patch | InputError]]:
-        """What `read` will return."""
         return self.pool.submit(self.read, picture, header, patch_px, regions)
 
     def read(
@@ -321,7 +314,6 @@ class PatchReader:
         return [one for at in regions for one in self.read(picture, header, patch_px, [at])]
 
     def close(self) -> None:
-        """Stop the threads; what is waiting is dropped."""
         self.pool.shutdown(wait=True, cancel_futures=True)
 
 
@@ -344,7 +336,6 @@ def without_name(error: InputError | OSError) -> InputError:
 
 
 def of_file(path: object, error: InputError) -> InputError:
-    """The error with the name of the picture."""
     return InputError(f"{path}: {error}")
 
 

@@ -66,7 +66,6 @@ class TileTars(PictureTars):
 
 
 def sample_of(archive: str) -> str:
-    """Slide of a tile tar."""
     return PurePosixPath(archive).name.removesuffix(TILE_TAR)
 
 
@@ -97,7 +96,6 @@ def read_places(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def read_row(where: str, row: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The member a row is about, and its place."""
     if any(row.get(name) is None for name in COLUMNS):
         raise InputError(f"{where}: needs {', '.join(COLUMNS)}")
     if not row["tile_index"].isdecimal():

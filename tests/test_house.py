@@ -66,8 +66,7 @@ HEAVY = {  # heavy libraries and the only modules that may import them
     "deepspeed": {"latentds_trainers.engine.wrapping"},
     "segmentation_models_pytorch": {"latentds.models.unet"},
     "h5py": {
-        *("latentds.sources.coordinates", "latentds.sources.patch_arrays"),
-        "latentds.evaluation.features.feature_files",
+        *("latentds.sources.patch_arrays", "latentds.evaluation.features.feature_files"),
     },
     "datasets": {
         *("latentds.sources.hugging_face", "latentds_tools.bench.peers"),

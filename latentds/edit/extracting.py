@@ -16,9 +16,16 @@ from PIL import Image
 from latentds.autoencoders.autoencoder import Autoencoder
 from latentds.core.device_choice import choose_device
 from latentds.core.storage import exclusive_lock, naming, write_atomically
-from latentds.edit.exporting import TABLE, blocks, sources_of
+from latentds.edit.exporting import (
+    TABLE,
+    Row,
+    blocks,
+    patch_path,
+    read_rows,
+    sources_of,
+    table_line,
+)
 from latentds.edit.outputs import MARK, check_apart, refuse_foreign
-from latentds.edit.rows import Row, patch_path, read_rows, table_line
 from latentds.errors import InputError
 from latentds.loading.decoding import Decoder, find_autoencoder
 from latentds.loading.selection import select_rows

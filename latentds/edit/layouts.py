@@ -21,7 +21,7 @@ from latentds.edit.exporting import TABLE
 from latentds.errors import InputError
 from latentds.sources.image_folder import (
     DEFAULT_SPLIT,
-    SPLITS,
+    Folders,
     are_splits,
     check_labels,
     check_names,
@@ -120,12 +120,12 @@ def detect(base: Path, paths: Sequence[str]) -> str:
 def list_pixcell(base: Path, paths: list[str], options: ListingOptions) -> list[ForeignPatch]:
     """`.../CLASS/[single_1024/]SLIDE/COL_ROW_sd3_vae.npy`."""
     found = [path for path in paths if PIXCELL.search(path)]
-    has_splits = options.split_folders and bool(found) and are_splits(base, found)
+    rule = split_rule(base, found, options)
     patches = []
     for path in found:
         match = PIXCELL.search(path)
-        folders = [f for f in PurePosixPath(path).parts[:-1] if not TILE_FOLDER.fullmatch(f)]
-        split = SPLITS[folders.pop(0).lower()] if has_splits else DEFAULT_SPLIT
+        split, folders = rule.parts(path)
+        folders = [folder for folder in folders if not TILE_FOLDER.fullmatch(folder)]
         place_px = tile_place(match, options.tile_step)
         patches.append(
             ForeignPatch(
@@ -143,6 +143,11 @@ def list_pixcell(base: Path, paths: list[str], options: ListingOptions) -> list[
     return patches
 
 
+def split_rule(base: Path, paths: list[str], options: ListingOptions) -> Folders:
+    """What top folders say of splits, where that is asked for."""
+    return Folders(options.split_folders and are_splits(base, paths), options.labels)
+
+
 def tile_place(match: re.Match[str] | None, step: int | None) -> tuple[int | None, int | None]:
     """x and y of a tile named `<col>_<row>`; unknown where the step is, which no name tells."""
     if match is None or match[1] is None or step is None:
@@ -153,17 +158,9 @@ def tile_place(match: re.Match[str] | None, step: int | None) -> tuple[int | Non
 def list_zoomldm(base: Path, paths: list[str], options: ListingOptions) -> list[ForeignPatch]:
     """`[SPLIT/]MAG/MILLION/INDEX_vae.npy`, by folder and number."""
     found = [(path, match) for path in paths if (match := ZOOMLDM.search(path))]
-    paths = [path for path, _ in found]
-    has_splits = options.split_folders and bool(found) and are_splits(base, paths)
+    rule = split_rule(base, [path for path, _ in found], options)
     found.sort(key=lambda pair: (str(PurePosixPath(pair[0]).parent), int(pair[1][1])))
-    return [
-        ForeignPatch(
-            source=path,
-            path=path,
-            split=SPLITS[path.partition("/")[0].lower()] if has_splits else DEFAULT_SPLIT,
-        )
-        for path, _ in found
-    ]
+    return [ForeignPatch(source=p, path=p, split=rule.parts(p)[0]) for p, _ in found]
 
 
 def list_npy(base: Path, paths: list[str], options: ListingOptions) -> list[ForeignPatch]:
@@ -226,10 +223,9 @@ def list_arrays(base: Path, paths: list[str], options: ListingOptions) -> list[F
     """Every row of every array file; its source is `FILE/NNNNNN.SUFFIX`."""
     found = [path for path in paths if PurePosixPath(path).suffix in ARRAY_SUFFIXES]
     found = [path for path in found if not PurePosixPath(path).name.startswith("codebook-")]
-    has_splits = options.split_folders and bool(found) and are_splits(base, found)
+    rule = split_rule(base, found, options)
     patches = []
     for path in found:
-        split = SPLITS[PurePosixPath(path).parts[0].lower()] if has_splits else DEFAULT_SPLIT
         rows = inspect_array(base / path).rows
         labels = read_labels(base / path, rows) if options.labels else None
         stem, suffix = path.rpartition(".")[0], PurePosixPath(path).suffix
@@ -238,7 +234,7 @@ def list_arrays(base: Path, paths: list[str], options: ListingOptions) -> list[F
                 source=f"{stem}/{row:06d}{suffix}",
                 path=path,
                 row=row,
-                split=split,
+                split=rule.parts(path)[0],
                 label=labels[row] if labels else None,
             )
             for row in range(rows)

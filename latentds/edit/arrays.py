@@ -11,7 +11,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -29,17 +29,11 @@ MAX_LABELS_BYTES = 1 << 30
 
 
 class NpyHeader(NamedTuple):
-    """What an npy header says, and its length."""
+    """What an npy header says, and the bytes that the whole file has by it."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
-    fortran: bool
-    offset: int
-
-    @property
-    def size(self) -> int:
-        """Bytes of the whole file."""
-        return self.offset + math.prod(self.shape) * self.dtype.itemsize
+    size: int
 
 
 def read_npy_header(path: Path) -> NpyHeader:
@@ -62,20 +56,18 @@ def parse_npy_header(file: BinaryIO, where: str) -> NpyHeader:
             (1, 0): np.lib.format.read_array_header_1_0,
             (2, 0): np.lib.format.read_array_header_2_0,
         }[version]
-        shape, fortran, dtype = read(file)
+        shape, _, dtype = read(file)
     except NPY_ERRORS as error:
         raise InputError(f"{where}: not an npy array ({first_words(error, 100)})") from error
     if dtype.hasobject or dtype.kind not in "fuiUSb":
         raise InputError(f"{where}: an array of {dtype}; only plain numbers are read, no pickles")
-    return NpyHeader(tuple(shape), dtype, fortran, file.tell())
+    return NpyHeader(tuple(shape), dtype, file.tell() + math.prod(shape) * dtype.itemsize)
 
 
 def read_npy(path: Path) -> np.ndarray:
-    header = read_npy_header(path)
-    with open_regular(path, str(path)) as file:
-        file.seek(header.offset)
-        values = np.frombuffer(file.read(), header.dtype)
-    return values.reshape(header.shape, order="F" if header.fortran else "C")
+    read_npy_header(path)
+    values: np.ndarray = np.load(path, allow_pickle=False)
+    return values
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -210,9 +202,8 @@ class ArrayRows:
             return
         if path.suffix == ".npz":
             path = self.unpack(path, facts.name)
-        header = read_npy_header(path)
-        order: Literal["C", "F"] = "F" if header.fortran else "C"
-        rows = np.memmap(path, header.dtype, "r", header.offset, header.shape, order)
+        read_npy_header(path)
+        rows = np.load(path, mmap_mode="r", allow_pickle=False)
         self.read = lambda row: np.array(rows[row])
 
     def open_safetensors(self, path: Path, name: str) -> Callable[[int], np.ndarray]:

@@ -6,8 +6,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import threading
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -41,7 +39,7 @@ from latentds.sources.slide_reading import (
     thumbnail_of,
 )
 from latentds.sources.slide_regions import note_unused_regions, open_regions
-from latentds.sources.source import Inspection, Source
+from latentds.sources.source import Inspection, Kept, Source
 from latentds.sources.tissue import has_edges, tissue_mask, tissue_shares
 from latentds.store.patch_record import Patch, Place
 from latentds.store.transport import Transport
@@ -68,8 +66,7 @@ class Slides(Source):
     def __init__(self, options: SourceOptions) -> None:
         self.options, self.root = options, options.source
         self.edge = options.patch_size or DEFAULT_PATCH_PX
-        self.handles: OrderedDict[str, Any] = OrderedDict()
-        self.lock = threading.Lock()
+        self.handles: Kept[Any] = Kept(OPEN_SLIDES)
         self.transport = Transport(options.location) if options.location else None
         self.places: dict[str, np.ndarray] = {}
         self.empty: dict[str, str] = {}  # slides without a patch, and why
@@ -80,7 +77,7 @@ class Slides(Source):
         self.repaired: set[str] = set()  # slides whose overview could not be read everywhere
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Without lock and handles, for a worker elsewhere.
+        # Without handles and what was found, for a worker elsewhere.
         return type(self), (self.options,), {"chosen": self.chosen}
 
     @classmethod
@@ -135,16 +132,9 @@ class Slides(Source):
         return self.root / picture.source
 
     def open(self, picture: Picture) -> Any:
-        """A slide's handle; the least recently used of many is closed."""
-        with self.lock:
-            handle = self.handles.pop(picture.source, None)
-        if handle is None:
-            handle = open_slide(self.file(picture), self.transport, picture.source)
-        with self.lock:
-            self.handles[picture.source] = handle
-            if len(self.handles) > OPEN_SLIDES:
-                self.handles.popitem(last=False)  # closed when its last reader is done
-        return handle
+        """A slide's handle; the least recently used of many is closed by its last reader."""
+        path, name = self.file(picture), picture.source
+        return self.handles.get(name, lambda: open_slide(path, self.transport, name))
 
     def find_places(self, picture: Picture, slide: Any) -> np.ndarray:
         """int32 (n, 2): x and y at level 0 of the patches that hold tissue."""
@@ -293,8 +283,7 @@ class Slides(Source):
         """Drop a handle that an error of OpenSlide broke; any other error is raised."""
         if not is_slide_error(error):
             raise error
-        with self.lock:
-            self.handles.pop(picture.source, None)
+        self.handles.drop(picture.source)
 
     def check_enlarging(self, scale: float) -> None:
         """Refuse patches finer than the slide; InputError (without the name)."""
@@ -372,8 +361,7 @@ class Slides(Source):
         except InputError:
             raise
         except Exception as error:
-            with self.lock:
-                self.handles.pop(picture.source, None)
+            self.handles.drop(picture.source)
             if is_slide_error(error):
                 raise UnusableError(f"{UNREADABLE} ({reason_of(error)})") from error
             raise

@@ -273,6 +273,10 @@ class Kept(Generic[Value]):
                 future.set_exception(error)
         return future.result()
 
+    def drop(self, name: str) -> None:
+        with self.lock:
+            self.futures.pop(name, None)
+
 
 class PatchReader:
     """Reads for whoever wants pixels: conversions, patch sets, originals of a data set.

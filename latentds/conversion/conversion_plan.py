@@ -8,7 +8,6 @@ import functools
 import hashlib
 import itertools
 import operator
-from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
@@ -84,14 +83,6 @@ class Plan:
             digest.update(canonical_json(facts).encode())
         digest.update(canonical_json([[bad.source, bad.detail] for bad in self.bad]).encode())
         return f"sha256:{digest.hexdigest()}"
-
-    def modes(self) -> dict[str, int]:
-        """Pictures by Pillow mode that are converted to RGB."""
-        counts = Counter(header.mode for header in self.headers if header.mode != "RGB")
-        return dict(sorted(counts.items()))
-
-    def encodings(self) -> dict[str, int]:
-        return dict(sorted(Counter(header.encoding for header in self.headers).items()))
 
 
 def make_plan(config: ConvertConfig, source: Source | None = None) -> Plan:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -173,6 +174,8 @@ def describe(
     config: ConvertConfig, plan: Plan, encoder: Encoder, stored: StoredCodebook
 ) -> dict[str, Any]:
     """How the run is made, for the manifest: nothing that names a place, a host or a person."""
+    modes = Counter(header.mode for header in plan.headers if header.mode != "RGB")
+    encodings = Counter(header.encoding for header in plan.headers)
     is_told = plan.notes and config.anonymize is None  # notes are sentences, which have names
     noted = {"notes": list(plan.notes)} if is_told else {}
     return {
@@ -185,8 +188,8 @@ def describe(
         "codebook": stored.made,
         "masks": any(header.mask_bytes for header in plan.headers),
         "source": {"kind": plan.source.kind, **plan.source.facts(), **noted},
-        "converted_to_rgb": plan.modes(),
-        "source_encodings": plan.encodings(),
+        "converted_to_rgb": dict(sorted(modes.items())),
+        "source_encodings": dict(sorted(encodings.items())),
         "ignored_files": plan.ignored,
     }
 

@@ -72,14 +72,18 @@ def hub_card(
     manifest: Manifest, golden: Golden, publication: Publication, warnings: Sequence[str] = ()
 ) -> str:
     """The text of a published set's README.md."""
-    contract = manifest.contract
+    contract, title = manifest.contract, publication.repository.partition("/")[2]
     return CARD.format(
         front_matter=front_matter(
             manifest,
-            head(manifest, publication),
+            [
+                *publication.licence_lines,
+                f"pretty_name: {json.dumps(title)}",
+                f"size_categories: [{size_category(manifest)}]",
+            ],
             (PREVIEW_CONFIG, PREVIEW_FEATURES) if len(golden.rows) else ((), ()),
         ),
-        title=publication.repository.partition("/")[2],
+        title=title,
         notes=f"\n{publication.notes.strip()}\n" if publication.notes.strip() else "",
         patches=manifest.patches,
         height=contract.patch_px[0],
@@ -95,15 +99,6 @@ def hub_card(
         loading=loading(manifest, publication),
         citation=citation(manifest, publication),
     )
-
-
-def head(manifest: Manifest, publication: Publication) -> list[str]:
-    title = json.dumps(publication.repository.partition("/")[2])
-    return [
-        *publication.licence_lines,
-        f"pretty_name: {title}",
-        f"size_categories: [{size_category(manifest)}]",
-    ]
 
 
 def size_category(manifest: Manifest) -> str:

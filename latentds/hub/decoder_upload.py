@@ -6,7 +6,6 @@ import dataclasses
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from latentds.autoencoders.cards import CARDS
 from latentds.autoencoders.decoder_record import RECORD, WEIGHTS, DecoderRecord, read_record
@@ -183,7 +182,7 @@ def decoder_card(record: DecoderRecord, publication: Publication) -> str:
         autoencoder=code_span(record.autoencoder),
         channels=record.channels,
         factor=record.factor,
-        network=code_span(network(record.architecture)),
+        network=code_span(record.architecture.get("name") or record.architecture["class"]),
         latent_id=code_span(record.latent_id),
         decoder_id=code_span(record.decoder_id),
         base=describe_base(record),
@@ -193,10 +192,6 @@ def decoder_card(record: DecoderRecord, publication: Publication) -> str:
         trained=facts_table(record.trained, RECORD),
         notes=f"\n{publication.notes.strip()}\n" if publication.notes.strip() else "",
     )
-
-
-def network(architecture: Mapping[str, Any]) -> str:
-    return str(architecture.get("name") or architecture["class"])
 
 
 def describe_base(record: DecoderRecord) -> str:

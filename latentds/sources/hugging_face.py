@@ -111,6 +111,12 @@ class HubDataset(SavedDataset):
     suffixes = frozenset[str]()
     is_remote = True
 
+    def __init__(self, options: SourceOptions) -> None:
+        super().__init__(options)
+        found = hub_id(self.root)
+        assert found is not None  # that is how this source was chosen
+        self.name, self.revision = found
+
     @classmethod
     def detect(cls, found: Inspection) -> Source | None:
         return cls(found.options) if hub_id(found.root) is not None else None
@@ -118,16 +124,12 @@ class HubDataset(SavedDataset):
     def load(self) -> Any:
         import datasets
 
-        found = hub_id(self.root)
-        assert found is not None  # that is how this source was chosen
-        return datasets.load_dataset(found[0], revision=found[1])
+        return datasets.load_dataset(self.name, revision=self.revision)
 
     def roots(self) -> list[Path]:
         import datasets
 
-        found = hub_id(self.root)
-        assert found is not None
-        cache = [datasets.config.HF_DATASETS_CACHE, datasets.config.HF_CACHE_HOME, found[0]]
+        cache = [datasets.config.HF_DATASETS_CACHE, datasets.config.HF_CACHE_HOME, self.name]
         return [Path(folder) for folder in cache]
 
 

@@ -102,11 +102,9 @@ class PlanReader:
 
     def stored(self, patch: Patch) -> Patch:
         """A patch without its pixels, and without the names it came from where they are hidden."""
-        if self.hide is None:
-            return dataclasses.replace(patch, image=NO_PIXELS)
-        slide = None if patch.slide is None else self.hide(patch.slide)
-        source = self.hide(patch.source)
-        return dataclasses.replace(patch, image=NO_PIXELS, slide=slide, source=source)
+        hide = self.hide or str
+        slide = None if patch.slide is None else hide(patch.slide)
+        return dataclasses.replace(patch, image=NO_PIXELS, slide=slide, source=hide(patch.source))
 
     def close(self) -> None:
         self.reader.close()

@@ -138,7 +138,15 @@ class Handout:
         self.running: dict[Any, tuple[Any, PlannedShard]] = {}
         self.failed_starts, self.most_started = 0, 1
         self.worked_s = self.looked_s = self.started_s = time.monotonic()
-        self.job = put_job(make_job(conversion))
+        try:
+            self.job = ray.put(make_job(conversion))
+        except TypeError as error:
+            reason = first_words(error, 160)
+            name = conversion.contract.autoencoder["name"]
+            raise InputError(
+                f"autoencoder {name!r} cannot be sent to workers ({reason}); make it picklable, or "
+                "use --engine local"
+            ) from error
 
     def run(self) -> None:
         with patches_bar(len(self.plan.regions)) as bar:
@@ -234,19 +242,6 @@ class Handout:
         for worker in (*self.idle, *self.starting.values(), *busy):
             with contextlib.suppress(RayError, ConnectionError):
                 ray.kill(worker)
-
-
-def put_job(job: Job) -> Any:
-    """A reference to the job; InputError where the autoencoder cannot travel."""
-    try:
-        return ray.put(job)
-    except TypeError as error:
-        reason = first_words(error, 160)
-        name = job.contract.autoencoder["name"]
-        raise InputError(
-            f"autoencoder {name!r} cannot be sent to workers ({reason}); make it picklable, or use "
-            "--engine local"
-        ) from error
 
 
 def cause_of(error: RayError) -> str:

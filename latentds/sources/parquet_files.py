@@ -206,7 +206,8 @@ def is_bytes(kind: Any) -> bool:
 
 def check_footer(path: Path, footer: Any, column: str) -> None:
     """Refuse sizes that would not fit in memory, before a byte of them is read."""
-    index, size = leaf_index(footer, column), path.stat().st_size
+    schema, size = footer.schema, path.stat().st_size
+    index = next(i for i in range(len(schema)) if schema.column(i).path == column)
     for number in range(footer.num_row_groups):
         group = footer.row_group(number)
         chunk = group.column(index)
@@ -223,11 +224,6 @@ def check_footer(path: Path, footer: Any, column: str) -> None:
                 f"{path}: row group {number} announces {group.num_rows:,} pictures in "
                 f"{chunk.total_compressed_size:,} bytes; refused"
             )
-
-
-def leaf_index(footer: Any, column: str) -> int:
-    schema = footer.schema
-    return next(i for i in range(len(schema)) if schema.column(i).path == column)
 
 
 def class_names(metadata: dict[bytes, bytes]) -> dict[str, list[str]]:

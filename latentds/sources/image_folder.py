@@ -267,6 +267,16 @@ def name_fields(pattern: str) -> Callable[[str], dict[str, Any]]:
     return fields
 
 
+def facts_of(row: Mapping[str, str], where: str, use_labels: bool) -> dict[str, Any]:
+    """A row's cells as fields of a Picture, empty ones left out; InputError for bad numbers."""
+    found: dict[str, Any] = {name: value for name, value in row.items() if value}
+    if not use_labels:
+        found.pop("label", None)
+    if "split" in found:
+        found["split"] = SPLITS.get(found["split"].lower(), found["split"])
+    return found | numbers_of(where, found)
+
+
 def numbers_of(source: str, fields: dict[str, str]) -> dict[str, float]:
     """Places and resolutions; InputError for one that no table can hold."""
     numbers: dict[str, float] = {}

@@ -152,8 +152,8 @@ def choose(root: Path, found: Kinds) -> Choice:
     what, other = ("slides", "pictures") if is_slides else ("pictures", "slides")
     among = f" among {what}" if is_mixed else ""
     note = (
-        f"{len(found.unsure)} TIFF that could be either{among} are taken for {what}; --kind {other} "
-        "takes them for the other"
+        f"{len(found.unsure)} TIFF that could be either{among} are taken for {what}; --kind "
+        f"{other} takes them for the other"
     )
     return Choice(is_slides, (note,))
 

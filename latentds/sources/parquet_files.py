@@ -27,16 +27,14 @@ RAW = ("image_dtype", "tile_size")  # OpenMidnight's: how image_bytes are coded,
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RowGroup:
-    """A row group in memory: Arrow record batches, first row of each, and the pictures' column."""
+    """A row group in memory, an Arrow table, and its column of pictures."""
 
-    parts: list[Any]
-    starts: list[int]
+    table: Any
     column: str
 
     def picture(self, row: int) -> bytes:
         """A picture's file; InputError (without the name) where its row holds none."""
-        part = bisect.bisect_right(self.starts, row) - 1
-        (found,) = self.parts[part].slice(row - self.starts[part], 1).to_pylist()
+        (found,) = self.table.slice(row, 1).to_pylist()
         picture = found[self.column]
         if isinstance(picture, dict):
             picture = picture["bytes"]
@@ -98,7 +96,9 @@ class EncodedTable:
 
         InputError (without the name) where they are damaged, or more than the footer announced.
         """
-        parts, starts, held = [], [0], 0
+        import pyarrow as pa
+
+        parts, held = [], 0
         columns = [self.column, *(name for name in RAW if name in self.facts)]
         with reading(None), self.open() as file:
             for batch in file.iter_batches(BATCH_ROWS, row_groups=[number], columns=columns):
@@ -106,8 +106,7 @@ class EncodedTable:
                 if held > MAX_GROUP_BYTES:
                     raise UnusableError(f"its row group {number} has more bytes than it announces")
                 parts.append(batch)
-                starts.append(starts[-1] + len(batch))
-        return RowGroup(parts, starts, self.column.partition(".")[0])
+        return RowGroup(pa.Table.from_batches(parts), self.column.partition(".")[0])
 
     def open(self) -> Any:
         import pyarrow.parquet as pq

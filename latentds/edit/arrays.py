@@ -99,7 +99,7 @@ def inspect_array(path: Path) -> ArrayFacts:
 
 
 def facts_of(
-    path: Path, shape: tuple[int, ...], dtype: str, name: str = "", extras: tuple[str, ...] = ()
+    path: Path, shape: tuple[int, ...], dtype: str, name: str = "", names: Sequence[str] = ()
 ) -> ArrayFacts:
     """The facts, once it is sure that there are rows."""
     if len(shape) not in (2, 4) or min(shape) < 1:
@@ -107,6 +107,7 @@ def facts_of(
             f"{path}: an array of shape {shape}; latents are (N, C, h, w), or "
             "(N, C*h*w) with --shape"
         )
+    extras = tuple(other for other in names if other != name and other not in LABELS)
     return ArrayFacts(rows=shape[0], shape=shape[1:], dtype=dtype, name=name, extras=extras)
 
 
@@ -122,8 +123,7 @@ def inspect_safetensors(path: Path) -> ArrayFacts:
         raise InputError(f"{path}: not a safetensors file ({error}); fetch it anew") from error
     if dtype is None:
         raise InputError(f"{path}: {name} is {view.get_dtype()}; known: {', '.join(DTYPES)}")
-    extras = tuple(other for other in names if other != name and other not in LABELS)
-    return facts_of(path, shape, dtype, name, extras)
+    return facts_of(path, shape, dtype, name, names)
 
 
 def inspect_npz(path: Path) -> ArrayFacts:
@@ -132,8 +132,7 @@ def inspect_npz(path: Path) -> ArrayFacts:
         names = [name.removesuffix(".npy") for name in archive.namelist()]
         name = choose_name(path, names)
         header = zipped_header(archive, path, name)
-    extras = tuple(other for other in names if other != name and other not in LABELS)
-    return facts_of(path, header.shape, str(header.dtype), name, extras)
+    return facts_of(path, header.shape, str(header.dtype), name, names)
 
 
 def open_zip(path: Path) -> zipfile.ZipFile:

@@ -79,10 +79,7 @@ def publish_decoder(
 
     The same call takes up a run that was cut off. `load_decoder` reads it from the Hub.
 
-    private    for a repository that is made now
-    overwrite  replace another decoder, or whatever else the repository holds
-    dry_run    look, plan, write nothing
-    tell       called with what is being done
+    private, overwrite, dry_run, tell  as of `set_upload.publish`
     raises     FileNotFoundError where there is no decoder; WeightsError where it is damaged;
                InputError without licence, login or rights, or where the repository holds something
                else; FormatError where the Hub holds other bytes after the upload

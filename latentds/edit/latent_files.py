@@ -131,7 +131,7 @@ class LatentFiles:
     def __enter__(self) -> LatentFiles:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *rest: object) -> None:
         for _, rows in self.files.values():
             rows.close()
 

@@ -72,20 +72,7 @@ def convert(
                  disk. After any of them the same call goes on where it stopped.
     """
     with open_engine(config) as (config, write):
-        plan = make_plan(config, source)
-        autoencoder = autoencoder or load_autoencoder(config.autoencoder)
-        with (
-            prepare_output(config) as work,
-            contextlib.closing(make_reader(plan, config)) as reader,
-            recorded_threads(work),
-        ):
-            if work.is_finished:
-                return finished_before(config, plan, autoencoder, codebook, work)
-            conversion = prepare(config, reader, autoencoder, work, codebook)
-            write(conversion)
-            manifest = finish(conversion)
-            shutil.rmtree(work.folder)
-        return manifest
+        return convert_with(write, config, autoencoder, source, codebook)
 
 
 @contextlib.contextmanager
@@ -98,6 +85,29 @@ def open_engine(config: ConvertConfig) -> Iterator[tuple[ConvertConfig, WriteSha
 
     with open_cluster(config) as opened:
         yield opened
+
+
+def convert_with(
+    write: WriteShards,
+    config: ConvertConfig,
+    autoencoder: Autoencoder | None,
+    source: Source | None,
+    codebook: StoredCodebook | None,
+) -> Manifest:
+    plan = make_plan(config, source)
+    autoencoder = autoencoder or load_autoencoder(config.autoencoder)
+    with (
+        prepare_output(config) as work,
+        contextlib.closing(make_reader(plan, config)) as reader,
+        recorded_threads(work),
+    ):
+        if work.is_finished:
+            return finished_before(config, plan, autoencoder, codebook, work)
+        conversion = prepare(config, reader, autoencoder, work, codebook)
+        write(conversion)
+        manifest = finish(conversion)
+        shutil.rmtree(work.folder)
+    return manifest
 
 
 def finished_before(

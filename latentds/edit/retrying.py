@@ -11,7 +11,7 @@ from typing import Any
 from latentds.conversion.convert_config import ConvertConfig
 from latentds.core.storage import write_atomically
 from latentds.edit.merging import merge
-from latentds.errors import ContractError, InputError
+from latentds.errors import REASONS, ContractError, InputError
 from latentds.quantizers.codebooks import StoredCodebook, save_codebook
 from latentds.store.composing import complete
 from latentds.store.format import MANIFEST
@@ -65,6 +65,12 @@ def recover(out: Path, new: Path, old: Path) -> None:
 def wholly_left_out(manifest: Manifest) -> list[str]:
     """Sources of which nothing is stored, by the names the manifest has for them."""
     entries = manifest.made["left_out"]
+    old = next((entry for entry in entries if entry["reason"] not in REASONS), None)
+    if old is not None:  # a sentence, which may stand for some patches of its source
+        raise InputError(
+            f"{old['source']}: left out for {old['reason']!r}; newer sets give a reason in a word "
+            f"({', '.join(REASONS)}), and only those are retried; convert the input anew"
+        )
     return [str(entry["source"]) for entry in entries if entry.get("patches") == entry.get("of")]
 
 

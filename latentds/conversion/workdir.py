@@ -87,14 +87,18 @@ class Journal:
 
     is_ours        whether no other process may be writing it: a torn last line is taken away
 
-    blocks, packs  so many are written; end  the shard's length after them (0 where nothing is)
+    blocks, packs  so many are durable; end  the shard's length after them (0 where nothing is)
     bad            what is left out
+    written        likewise of blocks written since; a sync every two seconds costs a fast encoder
+                   nothing
     """
 
     def __init__(self, path: Path, is_ours: bool = True) -> None:
         self.path = path
         self.blocks = self.packs = self.end = 0
         self.bad: list[LeftOut] = []
+        self.written: dict[str, Any] = {"blocks": 0, "packs": 0, "bad": []}
+        self.synced_at = time.monotonic()
         text, whole = read_lines(path)
         if is_ours and whole != text:
             write_atomically(path, whole.encode())
@@ -107,19 +111,22 @@ class Journal:
         self.end = record["end"]
         self.bad += [LeftOut(*entry) for entry in record["bad"]]
 
-    def append(self, end: int, blocks: int, packs: int, bad: list[LeftOut]) -> None:
-        """Note that the shard is durable to `end`, so many blocks and packs further than before."""
-        record = {
-            "end": end,
-            "blocks": blocks,
-            "packs": packs,
-            "bad": [dataclasses.astuple(one) for one in bad],
-        }
+    def add(self, packs: int, bad: Iterable[LeftOut]) -> bool:
+        """Account for one more block that is written; whether it is time to sync."""
+        self.written["blocks"] += 1
+        self.written["packs"] += packs
+        self.written["bad"] += map(dataclasses.astuple, bad)
+        return time.monotonic() - self.synced_at >= SYNC_SECONDS
+
+    def append(self, end: int) -> None:
+        """Note that the shard, and so all that was written, is durable to `end`."""
+        record = {"end": end, **self.written}
         with naming(self.path), self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
             file.flush()
             os.fsync(file.fileno())
         self.take(record)
+        self.written, self.synced_at = {"blocks": 0, "packs": 0, "bad": []}, time.monotonic()
 
     def reset(self) -> None:
         """Forget everything: the shard's bytes are gone."""
@@ -134,29 +141,6 @@ def read_lines(path: Path) -> tuple[str, str]:
     except FileNotFoundError:
         text = ""
     return text, text[: text.rfind("\n") + 1]
-
-
-class Pending:
-    """Blocks written but not yet synced; a sync every two seconds costs a fast encoder nothing."""
-
-    def __init__(self) -> None:
-        self.blocks = self.packs = 0
-        self.bad: list[LeftOut] = []
-        self.since = time.monotonic()
-
-    def add(self, packs: int, bad: list[LeftOut]) -> None:
-        self.blocks += 1
-        self.packs += packs
-        self.bad += bad
-
-    def is_due(self) -> bool:
-        return time.monotonic() - self.since >= SYNC_SECONDS
-
-    def take(self) -> tuple[int, int, list[LeftOut]]:
-        """Blocks, packs and bad pictures so far; starts anew."""
-        taken = (self.blocks, self.packs, self.bad)
-        self.__init__()  # type: ignore[misc]
-        return taken
 
 
 class WorkFolder:

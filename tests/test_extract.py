@@ -10,10 +10,9 @@ import torch
 from PIL import Image
 
 from latentds.edit import extracting
-from latentds.edit.exporting import export_npy, export_parquet, export_wids
+from latentds.edit.exporting import export_npy, export_parquet, export_wids, file_stem, patch_path
 from latentds.edit.extracting import extract
 from latentds.edit.merging import merge
-from latentds.edit.rows import file_stem, patch_path
 from latentds.errors import InputError, UnknownNameError
 from latentds.quantizers.scalar import dequantize
 from latentds.store.golden import decode_pixels

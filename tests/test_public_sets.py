@@ -19,7 +19,7 @@ from latentds.sources import patch_arrays
 from latentds.sources.data_cards import card_files
 from latentds.sources.names import known_patient
 from latentds.sources.opening import list_source, open_source
-from latentds.sources.tile_tars import read_scale
+from latentds.sources.picture_tars import read_scale
 from latentds.store.reader import ShardSet
 from tests.archives import encoded, rows_of, write_samples
 from tests.conftest import convert_with_mean, smooth_picture

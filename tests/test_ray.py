@@ -93,8 +93,8 @@ def wait_for_blocks(out: Path, shards: int) -> None:
     work = workdir.WorkFolder(out)
 
     def are_there() -> bool:
-        found = [workdir.look_at_journal(work.journal_path(f"data/{s}-000000.tar")) for s in SPLITS]
-        return sum(blocks > 0 for blocks, _ in found) >= shards
+        paths = [work.journal_path(f"data/{split}-000000.tar") for split in SPLITS]
+        return sum(workdir.Journal(path, is_ours=False).blocks > 0 for path in paths) >= shards
 
     wait_until(are_there)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from latentds.errors import ContractError, InputError, ShapeError
 from latentds.quantizers.additive_fit import fit_additive, plane_range
 from latentds.quantizers.codebooks import StoredCodebook, load_codebook, sized
 from latentds.quantizers.entropy.record_fit import fit_entropy_codebook
+from latentds.quantizers.scalar import AnyCodebook
 from latentds.quantizers.scalar_fit import fit_codebook
 from latentds.store.format import Contract
 
@@ -40,7 +42,8 @@ def find_codebook(
             or the codebook cannot have, with those that they can
     """
     card = encoder.autoencoder.card
-    given = given_codebook(config, codebook, card, encoder.check_shape(reader.plan.patch_px))
+    shape = encoder.check_shape(reader.plan.patch_px)
+    given = given_codebook(config, codebook, card, shape)
     if given is not None:
         return given
     if earlier:
@@ -50,24 +53,19 @@ def find_codebook(
             latent_id=contract.latent_id,
             made=earlier["made"]["codebook"],
         )
-    kind = config.codebook_kind
+    kind, patch_bytes = config.codebook_kind, config.bytes
     is_usual = config.quantizer == "kmeans" and config.levels == 256
     if kind == "rans" or (kind is None and is_usual):
-        shape = encoder.check_shape(reader.plan.patch_px)
-        records = shipped_records(card.latent_id, shape, config.bytes)
+        records = shipped_records(card.latent_id, shape, patch_bytes)
         if records is not None:
             return records
-    if kind == "rans":
-        if config.bytes is None:
-            raise InputError("--codebook rans needs --bytes, how many a patch is to take")
-        return fit_records_to_sample(config, encoder, reader, config.bytes)
+    if kind in ("additive", "rans") or patch_bytes is not None:
+        if patch_bytes is None:
+            raise InputError(f"--codebook {kind} needs --bytes, how many a patch is to take")
+        if kind == "rans":
+            return fit_records_to_sample(config, encoder, reader, patch_bytes)
+        return fit_additive_to_sample(config, encoder, reader, patch_bytes=patch_bytes)
     shipped = tiny_codebook()
-    if kind == "additive" or (kind is None and config.bytes is not None):
-        if config.bytes is None:
-            raise InputError("--codebook additive needs --bytes, how many a patch is to take")
-        return fit_additive_to_sample(
-            config, encoder, reader, patch_bytes=config.bytes, method="auto"
-        )
     if is_usual and shipped.latent_id == card.latent_id:
         return shipped
     return fit_to_sample(config, encoder, reader)
@@ -83,15 +81,21 @@ def given_codebook(
 
     raises  ContractError for one fitted to other latents, InputError for two, or other bytes
     """
-    if codebook is not None:
-        if config.codebook is not None:
-            raise InputError(f"a codebook, and --codebook {config.codebook}; give one of them")
-        check_latents(codebook, "codebook", card.latent_id, card.name)
-        return fitting(codebook, "codebook", shape, config.bytes)
-    if config.codebook_file is None:
-        return None
-    stored = codebook_of_file(config.codebook_file, card.latent_id, card.name)
-    return fitting(stored, config.codebook_file, shape, config.bytes)
+    file, where = config.codebook_file, "codebook"
+    if codebook is not None and config.codebook is not None:
+        raise InputError(f"a codebook, and --codebook {config.codebook}; give one of them")
+    if codebook is None:
+        if file is None:
+            return None
+        codebook, where = load_codebook(file), str(file)
+        made = {"origin": "from a codebook file", "file": file.name, "fit": codebook.made}
+        codebook = dataclasses.replace(codebook, made=made)
+    if codebook.latent_id != card.latent_id:
+        raise ContractError(
+            f"{where}: fitted to other latents than {card.name!r} makes; fit one with "
+            "'latentds fit-codebook'"
+        )
+    return fitting(codebook, where, shape, config.bytes)
 
 
 def fitting(
@@ -104,36 +108,20 @@ def fitting(
         raise InputError(f"{path}: {error}") from error
 
 
-def codebook_of_file(path: Path, latent_id: str, name: str) -> StoredCodebook:
-    """The codebook in a file; ContractError where it was fitted to other latents."""
-    stored = load_codebook(path)
-    check_latents(stored, path, latent_id, name)
-    made = {"origin": "from a codebook file", "file": path.name, "fit": stored.made}
-    return StoredCodebook(codebook=stored.codebook, latent_id=latent_id, made=made)
-
-
-def check_latents(stored: StoredCodebook, where: Path | str, latent_id: str, name: str) -> None:
-    """ContractError for a codebook that was fitted to other latents than an autoencoder's."""
-    if stored.latent_id != latent_id:
-        raise ContractError(
-            f"{where}: fitted to other latents than {name!r} makes; fit one with "
-            "'latentds fit-codebook'"
-        )
-
-
 def fit_to_sample(config: ConvertConfig, encoder: Encoder, reader: PlanReader) -> StoredCodebook:
     """A codebook fitted to patches drawn from the training split, the first where there is none."""
     samples, drawn = draw_sample(config, encoder, reader)
     codebook, report = fit_codebook(samples, config.quantizer, config.levels, config.seed)
-    return StoredCodebook(
-        codebook=codebook,
-        latent_id=encoder.autoencoder.card.latent_id,
-        made=drawn | report.to_json(),
-    )
+    return fitted(encoder, codebook, drawn | report.to_json())
 
 
 def fit_additive_to_sample(
-    config: ConvertConfig, encoder: Encoder, reader: PlanReader, *, patch_bytes: int, method: str
+    config: ConvertConfig,
+    encoder: Encoder,
+    reader: PlanReader,
+    *,
+    patch_bytes: int,
+    method: str = "auto",
 ) -> StoredCodebook:
     """An additive codebook of as many planes as make `patch_bytes` a patch, fitted likewise.
 
@@ -143,11 +131,7 @@ def fit_additive_to_sample(
     planes = planes_of(patch_bytes, channels, rows * columns, method)
     samples, drawn = draw_sample(config, encoder, reader)
     codebook, report = fit_additive(samples.T, planes, method, config.levels, config.seed)
-    return StoredCodebook(
-        codebook=codebook,
-        latent_id=encoder.autoencoder.card.latent_id,
-        made=drawn | report.to_json(),
-    )
+    return fitted(encoder, codebook, drawn | report.to_json())
 
 
 def fit_records_to_sample(
@@ -164,11 +148,12 @@ def fit_records_to_sample(
         codebook, report = fit_entropy_codebook(batches, record_bytes)
     except ValueError as error:
         raise InputError(f"--bytes {record_bytes}: {error}") from error
-    return StoredCodebook(
-        codebook=codebook,
-        latent_id=encoder.autoencoder.card.latent_id,
-        made=drawn | {"record_fit": report.to_json()},
-    )
+    return fitted(encoder, codebook, drawn | {"record_fit": report.to_json()})
+
+
+def fitted(encoder: Encoder, codebook: AnyCodebook, made: dict[str, Any]) -> StoredCodebook:
+    latent_id = encoder.autoencoder.card.latent_id
+    return StoredCodebook(codebook=codebook, latent_id=latent_id, made=made)
 
 
 def planes_of(patch_bytes: int, channels: int, cells: int, method: str = "auto") -> int:

@@ -8,13 +8,12 @@ import functools
 import hashlib
 import itertools
 import operator
-from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 
 from latentds.conversion.convert_config import ConvertConfig
-from latentds.conversion.workdir import LeftOut, record_of, sources_of
+from latentds.conversion.workdir import LeftOut, record_of
 from latentds.core.json_text import canonical_json
 from latentds.errors import InputError, TooManyBadSamplesError
 from latentds.sources.image_folder import half_labelled
@@ -71,8 +70,7 @@ class Plan:
     regions: np.ndarray
     splits: dict[str, tuple[int, int]]
     bad: tuple[LeftOut, ...]
-    ignored: int
-    ignored_example: str
+    ignored: int = 0
     empty: tuple[tuple[str, str], ...] = ()
     notes: tuple[str, ...] = ()
     classes: tuple[str, ...] = ()
@@ -85,15 +83,6 @@ class Plan:
             digest.update(canonical_json(facts).encode())
         digest.update(canonical_json([[bad.source, bad.detail] for bad in self.bad]).encode())
         return f"sha256:{digest.hexdigest()}"
-
-    def modes(self) -> dict[str, int]:
-        """Pictures by Pillow mode that are converted to RGB."""
-        counts = Counter(header.mode for header in self.headers if header.mode != "RGB")
-        return dict(sorted(counts.items()))
-
-    def encodings(self) -> dict[str, int]:
-        """Pictures by source coding."""
-        return dict(sorted(Counter(header.encoding for header in self.headers).items()))
 
 
 def make_plan(config: ConvertConfig, source: Source | None = None) -> Plan:
@@ -117,7 +106,6 @@ def make_plan(config: ConvertConfig, source: Source | None = None) -> Plan:
         splits={},
         bad=bad,
         ignored=listing.ignored,
-        ignored_example=listing.ignored_example,
         notes=listing.notes,
         classes=listing.classes,
     )
@@ -162,7 +150,7 @@ def read_headers(
 
 def check_budget(config: ConvertConfig, bad: Collection[LeftOut]) -> None:
     """Raise once more pictures are bad than --max-bad allows; names a few."""
-    sources = sources_of(bad)
+    sources = {one.source for one in bad}
     if len(sources) > config.max_bad:
         root = config.source.parent if config.source.is_file() else config.source
         named = [f"{root / str(one)}: {one.detail}" for one in itertools.islice(bad, BAD_NAMED)]
@@ -224,7 +212,6 @@ def order_regions(plan: Plan, config: ConvertConfig) -> Plan:
 
 
 def without_patches(plan: Plan, regions: np.ndarray) -> tuple[tuple[str, str], ...]:
-    """Pictures that gave no patch, and why."""
     held = np.bincount(regions["picture"], minlength=len(plan.pictures))
     empty = [plan.pictures[number] for number in np.flatnonzero(held == 0).tolist()]
     return tuple((p.source, plan.source.empty_reason(p)) for p in empty)
@@ -253,7 +240,6 @@ def shuffle_pictures(plan: Plan, members: np.ndarray, rng: np.random.Generator) 
 
 
 def picture_regions(plan: Plan, picture: int) -> np.ndarray:
-    """REGION_DTYPE rows of one picture."""
     places = plan.source.regions(plan.pictures[picture], plan.headers[picture], plan.patch_px)
     rows = np.zeros(len(places), REGION_DTYPE)
     rows["picture"], rows["x"], rows["y"] = picture, places[:, 0], places[:, 1]
@@ -261,7 +247,6 @@ def picture_regions(plan: Plan, picture: int) -> np.ndarray:
 
 
 def mix_regions(parts: list[np.ndarray], rng: np.random.Generator) -> np.ndarray:
-    """Regions of several pictures, shuffled among each other."""
     joined = np.concatenate(parts)
     shuffled: np.ndarray = joined[rng.permutation(len(joined))]
     return shuffled
@@ -284,7 +269,6 @@ def plan_shards(plan: Plan, config: ConvertConfig, bytes_per_patch: int) -> list
 
 
 def block_ranges(plan: Plan, split: str, config: ConvertConfig) -> list[tuple[int, int]]:
-    """Rows [start, stop) of the blocks of a split."""
     start, stop = plan.splits[split]
     if config.pack_by_slide:
         slides = [plan.pictures[int(i)].slide for i in plan.regions["picture"][start:stop]]

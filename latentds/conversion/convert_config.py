@@ -23,9 +23,7 @@ NOT_RECORDED = (
     "root",
     "splits",
     "slide_table",
-    "kind",  # these three told where given: plans of before them are compared with
-    "enlarge",
-    "patient_pattern",
+    "enlarge",  # told where given, as refine is: plans of before them are compared with
     "magnification",  # told as mpp
     "mpp_tolerance",
     "only",
@@ -38,7 +36,6 @@ NOT_RECORDED = (
     "device",
     "workers",
     "max_bad",
-    "bytes",  # told by hand, as codebook and refine are
     "refine",
     "overwrite",
     "engine",
@@ -194,8 +191,6 @@ class ConvertConfig(SourceOptions, CodeOptions):
         if self.codebook_file is not None:
             names -= {"quantizer", "levels", "fit_patches"}  # the codebook's own record tells
         found = {name: getattr(self, name) for name in sorted(names)}
-        # None where not given: plans of before these options were there have them as None, too.
-        found |= {name: getattr(self, name) for name in ("bytes", "kind", "patient_pattern")}
         found |= {name: getattr(self, name) or None for name in ("enlarge", "refine")}
         # Without --mpp it decides nothing.
         found["mpp_tolerance"] = None if self.mpp is None else self.mpp_tolerance or None

@@ -94,7 +94,6 @@ def convert_with(
     source: Source | None,
     codebook: StoredCodebook | None,
 ) -> Manifest:
-    """Plan, write the shards by `write`, finish."""
     plan = make_plan(config, source)
     autoencoder = autoencoder or load_autoencoder(config.autoencoder)
     with (
@@ -297,12 +296,6 @@ def slide_record(
         slide=None if picture.slide is None else name(picture.slide),
         split=picture.split,
         label=picture.label,
-        mpp_level0=look.mpp_level0,
-        mpp=look.mpp,
-        size_px=look.size_px,
-        tissue=look.tissue,
-        places=look.places,
         patches=planned - lost,
-        left_out=(*look.left_out, *told),
-        picture_jpeg=look.picture_jpeg,
+        **(vars(look) | {"left_out": (*look.left_out, *told)}),
     )

@@ -77,7 +77,6 @@ class PlanReader:
             yield waiting.popleft().result()
 
     def submit(self, rows: np.ndarray) -> list[Task]:
-        """A few regions of one picture a task."""
         regions, plan = self.plan.regions[rows], self.plan
         tasks = []
         for places in tasks_of(regions["picture"]):
@@ -89,7 +88,6 @@ class PlanReader:
         return tasks
 
     def collate(self, tasks: list[Task]) -> Chunk:
-        """The chunk of a list of tasks, pixels in one array."""
         patches, bad = list[Patch](), list[LeftOut]()
         for source, places, future in tasks:
             for place, outcome in zip(places, future.result(), strict=True):
@@ -104,14 +102,11 @@ class PlanReader:
 
     def stored(self, patch: Patch) -> Patch:
         """A patch without its pixels, and without the names it came from where they are hidden."""
-        if self.hide is None:
-            return dataclasses.replace(patch, image=NO_PIXELS)
-        slide = None if patch.slide is None else self.hide(patch.slide)
-        source = self.hide(patch.source)
-        return dataclasses.replace(patch, image=NO_PIXELS, slide=slide, source=source)
+        hide = self.hide or str
+        slide = None if patch.slide is None else hide(patch.slide)
+        return dataclasses.replace(patch, image=NO_PIXELS, slide=slide, source=hide(patch.source))
 
     def close(self) -> None:
-        """Stop the threads; what is waiting is dropped."""
         self.reader.close()
         self.collator.shutdown(wait=True, cancel_futures=True)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,6 @@ def input_stamp(plan: Plan, config: ConvertConfig) -> str:
 
 
 def input_files(plan: Plan, config: ConvertConfig) -> list[Path]:
-    """Every file that pictures and masks come from."""
     root = Path(getattr(plan.source, "root", config.source))
     files = {file: None for picture in plan.pictures for file in files_of(root, picture.source)}
     if config.masks is not None:
@@ -175,6 +175,10 @@ def describe(
     config: ConvertConfig, plan: Plan, encoder: Encoder, stored: StoredCodebook
 ) -> dict[str, Any]:
     """How the run is made, for the manifest: nothing that names a place, a host or a person."""
+    modes = Counter(header.mode for header in plan.headers if header.mode != "RGB")
+    encodings = Counter(header.encoding for header in plan.headers)
+    is_told = plan.notes and config.anonymize is None  # notes are sentences, which have names
+    noted = {"notes": list(plan.notes)} if is_told else {}
     return {
         "options": config.recorded(),
         "input": input_identity(config, plan),
@@ -184,16 +188,11 @@ def describe(
         "versions": versions(),
         "codebook": stored.made,
         "masks": any(header.mask_bytes for header in plan.headers),
-        "source": {"kind": plan.source.kind, **plan.source.facts(), **noted(config, plan)},
-        "converted_to_rgb": plan.modes(),
-        "source_encodings": plan.encodings(),
+        "source": {"kind": plan.source.kind, **plan.source.facts(), **noted},
+        "converted_to_rgb": dict(sorted(modes.items())),
+        "source_encodings": dict(sorted(encodings.items())),
         "ignored_files": plan.ignored,
     }
-
-
-def noted(config: ConvertConfig, plan: Plan) -> dict[str, Any]:
-    """What was assumed of the input; nothing where names are hidden, for sentences have names."""
-    return {"notes": list(plan.notes)} if plan.notes and config.anonymize is None else {}
 
 
 def versions() -> dict[str, str]:

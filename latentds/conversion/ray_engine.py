@@ -24,6 +24,8 @@ from latentds.conversion.work_units import (
     Node,
     Unit,
     check_deaths,
+    check_kind,
+    check_place,
     cpus_of_worker,
     for_workers,
     make_job,
@@ -62,7 +64,6 @@ def open_cluster(config: ConvertConfig) -> Iterator[tuple[ConvertConfig, WriteSh
 
 
 def connect(address: str) -> None:
-    """Join the cluster; InputError where there is none."""
     options: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a cluster of ours tells nobody
     try:
@@ -104,7 +105,6 @@ def read_back(conversion: Conversion) -> None:
 
 
 def nodes() -> list[Node]:
-    """What every living node has."""
     found: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     return [node["Resources"] for node in found if node["Alive"]]
 
@@ -114,13 +114,13 @@ class Worker:
     """An encoder on a node: an actor, not a task, for it keeps its GPU and its weights."""
 
     def prepare(self, job: Job) -> None:
-        """Take a job on; raises what its `check_node` does."""
+        """Take a job on; refuses one that sees or computes something else on this node."""
         own = ray.get_runtime_context().get_node_id()[:8]
         self.job, self.node = job, f"node {platform.node()} ({own})"
-        job.check_node(self.node)
+        check_place(job, self.node)
+        check_kind(job, self.node)
 
     def write(self, unit: Unit) -> list[LeftOut]:
-        """What `write_unit` returns."""
         return write_unit(self.job, unit, self.node)
 
 
@@ -138,13 +138,20 @@ class Handout:
         self.running: dict[Any, tuple[Any, PlannedShard]] = {}
         self.failed_starts, self.most_started = 0, 1
         self.worked_s = self.looked_s = self.started_s = time.monotonic()
-        self.job = put_job(make_job(conversion))
+        try:
+            self.job = ray.put(make_job(conversion))
+        except TypeError as error:
+            reason = first_words(error, 160)
+            name = conversion.contract.autoencoder["name"]
+            raise InputError(
+                f"autoencoder {name!r} cannot be sent to workers ({reason}); make it picklable, or "
+                "use --engine local"
+            ) from error
 
     def run(self) -> None:
-        """Hand out until all is written."""
         with patches_bar(len(self.plan.regions)) as bar:
             bar.initial = bar.n = self.ledger.total
-            while self.ledger.has_more or self.running:
+            while self.ledger.waiting or self.ledger.resting or self.running:
                 self.hand_out()
                 self.wait()
                 if time.monotonic() - self.looked_s >= POLL_S:
@@ -231,28 +238,13 @@ class Handout:
         self.ledger.check_budget()
 
     def stop(self) -> None:
-        """End the workers."""
         busy = [worker for worker, _ in self.running.values()]
         for worker in (*self.idle, *self.starting.values(), *busy):
             with contextlib.suppress(RayError, ConnectionError):
                 ray.kill(worker)
 
 
-def put_job(job: Job) -> Any:
-    """A reference to the job; InputError where the autoencoder cannot travel."""
-    try:
-        return ray.put(job)
-    except TypeError as error:
-        reason = first_words(error, 160)
-        name = job.contract.autoencoder["name"]
-        raise InputError(
-            f"autoencoder {name!r} cannot be sent to workers ({reason}); make it picklable, or use "
-            "--engine local"
-        ) from error
-
-
 def cause_of(error: RayError) -> str:
-    """Why a worker died, in a few words."""
     if isinstance(error, OutOfMemoryError):
         return "killed for memory"
     return first_words(error, 300)

@@ -17,7 +17,7 @@ from latentds.conversion.conversion_plan import PlannedShard, check_budget
 from latentds.conversion.convert_config import ConvertConfig
 from latentds.conversion.patch_encoding import Chunk
 from latentds.conversion.prepared import Conversion
-from latentds.conversion.workdir import LeftOut, Pending, Region, WorkFolder, by_region
+from latentds.conversion.workdir import LeftOut, Region, WorkFolder, by_region
 from latentds.core.display import progress
 from latentds.errors import ContractError
 from latentds.store.format import Contract, pack_key
@@ -78,7 +78,6 @@ class ShardJob:
         self.journal, self.index = work.journal(shard.name), work.index(shard.name)
         self.path = config.out / shard.name
         self.writer: ShardWriter | None = None
-        self.pending = Pending()
         if not (self.index.is_file() or self.is_written()):
             partial = self.path.with_name(f"{self.path.name}.partial")
             if not partial.is_file() or partial.stat().st_size < self.journal.end:
@@ -97,9 +96,8 @@ class ShardJob:
         packs = self.make_packs(block)
         for pack in packs:
             self.writer.add(pack)
-        self.pending.add(len(packs), list(block.bad.values()))
-        if self.pending.is_due():
-            self.journal.append(self.writer.sync(), *self.pending.take())
+        if self.journal.add(len(packs), block.bad.values()):
+            self.journal.append(self.writer.sync())
 
     def finish(self) -> None:
         """Give the shard its name and keep its index; one of bad pictures only leaves nothing."""
@@ -111,10 +109,9 @@ class ShardJob:
             save_index(index_shard(self.config.out, self.shard.name, self.contract), self.index)
 
     def close(self) -> None:
-        """Sync what is pending and end the tar."""
         writer = self.writer or ShardWriter(self.path, self.contract, self.journal.end)
         with writer:
-            self.journal.append(writer.sync(), *self.pending.take())
+            self.journal.append(writer.sync())
             if self.journal.packs:
                 writer.finish()
             else:
@@ -127,7 +124,7 @@ class ShardJob:
         patches, codes = block.patches, np.concatenate(block.codes)
         size = len(patches) if self.config.pack_by_slide else self.config.pack_size
         number = int(Path(self.shard.name).stem.rpartition("-")[2])
-        first = self.journal.packs + self.pending.packs
+        first = self.journal.packs + self.journal.written["packs"]
         packs = []
         for place, start in enumerate(range(0, len(patches), size)):
             part = patches[start : start + size]
@@ -173,7 +170,6 @@ def write_shards(
 
 
 def patches_bar(total: int, is_quiet: bool = False) -> tqdm[Any]:
-    """The progress bar of a conversion."""
     return progress(total=total, desc="patches", unit="patch", smoothing=0.05, disable=is_quiet)
 
 

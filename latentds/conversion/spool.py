@@ -19,7 +19,7 @@ import numpy as np
 from latentds.conversion import workdir
 from latentds.core.storage import exclusive_lock, naming, write_atomically
 from latentds.errors import InputError
-from latentds.sources.picture import Header, Listing, Picture
+from latentds.sources.picture import Header, Listing, Picture, Regions
 from latentds.sources.source import Source
 from latentds.store.format import SPLIT_PATTERN, patch_key
 from latentds.store.patch_record import Patch
@@ -45,7 +45,6 @@ class Given:
 
     @property
     def key(self) -> str:
-        """The patch's key in the data set."""
         return patch_key(self.source, self.x, self.y)
 
 
@@ -138,7 +137,6 @@ class Spool:
 
     @property
     def patch_bytes(self) -> int:
-        """Bytes of a patch's pixels."""
         return 0 if self.patch_px is None else self.patch_px[0] * self.patch_px[1] * 3
 
     def append(self, one: Given, pixels: np.ndarray) -> None:
@@ -164,7 +162,6 @@ class Spool:
         self.synced_at = time.monotonic()
 
     def close(self) -> None:
-        """Sync, and let others in."""
         with self.locked, self.pixels, self.records:
             self.sync()
 
@@ -211,11 +208,7 @@ class SpooledPatches(Source):
         return Header(self.size_px, "RGB", self.given[self.rows[picture.source]].encoding, size)
 
     def read(
-        self,
-        picture: Picture,
-        header: Header,
-        patch_px: tuple[int, int],
-        regions: Sequence[tuple[int, int]],
+        self, picture: Picture, header: Header, patch_px: tuple[int, int], regions: Regions
     ) -> list[Patch]:
         del patch_px, regions
         row = self.rows[picture.source]

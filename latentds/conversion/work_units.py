@@ -24,7 +24,7 @@ from latentds.conversion.convert_config import ConvertConfig
 from latentds.conversion.patch_encoding import Encoder, device_model
 from latentds.conversion.prepared import MAX_WORKERS, Conversion, make_reader, versions
 from latentds.conversion.shard_writing import write_shards
-from latentds.conversion.workdir import LeftOut, WorkFolder, by_region, look_at_journal
+from latentds.conversion.workdir import Journal, LeftOut, WorkFolder, by_region
 from latentds.core.device_choice import choose_device
 from latentds.core.storage import exclusive_lock, sha256_file
 from latentds.errors import ContractError, InputError, LatentdsError
@@ -67,11 +67,6 @@ class Ledger:
                 self.waiting.append(shard)
 
     @property
-    def has_more(self) -> bool:
-        """Whether there is a shard that nobody works on."""
-        return bool(self.waiting or self.resting)
-
-    @property
     def total(self) -> int:
         """Patches that are durable."""
         return sum(self.patches.values())
@@ -84,10 +79,10 @@ class Ledger:
 
     def look_at(self, shard: PlannedShard) -> int:
         """Blocks of a shard that are durable; they and its bad pictures are accounted for."""
-        blocks, bad = look_at_journal(self.work.journal_path(shard.name))
-        self.bad |= by_region(bad)
-        self.patches[shard.name] = patches_of(shard, blocks)
-        return blocks
+        journal = Journal(self.work.journal_path(shard.name), is_ours=False)
+        self.bad |= by_region(journal.bad)
+        self.patches[shard.name] = patches_of(shard, journal.blocks)
+        return journal.blocks
 
     def note_done(self, shard: PlannedShard, bad: list[LeftOut]) -> None:
         """Account for a finished shard; `look_at` might see an older journal on another node."""
@@ -95,7 +90,6 @@ class Ledger:
         self.patches[shard.name] = patches_of(shard)
 
     def check_budget(self) -> None:
-        """Raise once more pictures are bad, over all shards, than --max-bad allows."""
         check_budget(self.config, self.bad.values())
 
     def note_death(self, shard: PlannedShard, why: str) -> None:
@@ -159,11 +153,6 @@ class Job:
         batch = self.made["encode_batch"]
         return Encoder(self.autoencoder, device, batch, self.config.refine)
 
-    def check_node(self, node: str) -> None:
-        """Refuse a node that sees other folders, or whose codes would differ from the others'."""
-        check_place(self, node)
-        check_kind(self, node)
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Unit:
@@ -196,7 +185,6 @@ def for_workers(config: ConvertConfig) -> ConvertConfig:
 
 
 def make_job(conversion: Conversion) -> Job:
-    """The job of a prepared conversion."""
     config = conversion.config
     return Job(
         config=config,
@@ -240,17 +228,26 @@ def write_unit(job: Job, unit: Unit, node: str) -> list[LeftOut]:
     raises   InputError with the node where it does not see what the driver sees
     """
     work = WorkFolder(job.config.out)
+    plan = Plan(
+        source=job.source,
+        pictures=unit.pictures,
+        headers=unit.headers,
+        patch_px=job.contract.patch_px,
+        regions=unit.regions,
+        splits={},
+        bad=job.bad,
+    )
     Image.MAX_IMAGE_PIXELS = job.max_px
     check_place(job, node)
     with (
         # A lost node's worker may still run: two never write one shard.
         exclusive_lock(work.shard_lock(unit.shard.name), LOCK_PATIENCE_S),
-        contextlib.closing(make_reader(plan_of(job, unit), job.config)) as reader,
+        contextlib.closing(make_reader(plan, job.config)) as reader,
     ):
         check_place(job, node)  # the run may have ended while it waited
         conversion = Conversion(
             config=job.config,
-            plan=reader.plan,
+            plan=plan,
             encoder=job.encoder,
             reader=reader,
             work=work,
@@ -260,21 +257,6 @@ def write_unit(job: Job, unit: Unit, node: str) -> list[LeftOut]:
         )
         write_shards(conversion, is_quiet=True, on_bad=lambda: check_place(job, node))
         return work.journal(unit.shard.name).bad
-
-
-def plan_of(job: Job, unit: Unit) -> Plan:
-    """The plan of a unit alone."""
-    return Plan(
-        source=job.source,
-        pictures=unit.pictures,
-        headers=unit.headers,
-        patch_px=job.contract.patch_px,
-        regions=unit.regions,
-        splits={},
-        bad=job.bad,
-        ignored=0,
-        ignored_example="",
-    )
 
 
 def check_place(job: Job, node: str) -> None:
@@ -315,7 +297,6 @@ def cpus_of_worker(config: ConvertConfig, nodes: Sequence[Node]) -> float:
 
 
 def room(config: ConvertConfig, nodes: Sequence[Node]) -> int:
-    """How many workers the nodes have room for."""
     wanted = {"CPU": config.cpus_per_worker, "GPU": config.gpus_per_worker}
     return sum(
         # Fractions: 0.3 goes into 0.9 three times.
@@ -325,7 +306,6 @@ def room(config: ConvertConfig, nodes: Sequence[Node]) -> int:
 
 
 def no_room(config: ConvertConfig, nodes: Sequence[Node]) -> str:
-    """That no node has room for a worker, in words."""
     sizes = [f"{n.get('CPU', 0):g} CPUs and {n.get('GPU', 0):g} GPUs" for n in nodes]
     return (
         f"no node of the Ray cluster has room for a worker of {config.cpus_per_worker:g} CPUs and "

@@ -44,16 +44,10 @@ class LeftOut:
 
     @property
     def region(self) -> Region:
-        """What is left out, as a key."""
         return self.source, self.x, self.y
 
     def __str__(self) -> str:
-        """What is left out, for people."""
         return self.source if self.x == self.y == 0 else f"{self.source} at ({self.x}, {self.y})"
-
-    def to_json(self) -> list[Any]:
-        """A line of a journal."""
-        return list(dataclasses.astuple(self))
 
 
 def record_of(source: str, place: tuple[int, int], error: InputError) -> LeftOut:
@@ -65,11 +59,6 @@ def record_of(source: str, place: tuple[int, int], error: InputError) -> LeftOut
 def by_region(records: Iterable[LeftOut]) -> dict[Region, LeftOut]:
     """Records by what they are about, each once."""
     return {record.region: record for record in records}
-
-
-def sources_of(records: Iterable[LeftOut]) -> set[str]:
-    """Distinct sources."""
-    return {record.source for record in records}
 
 
 def describe_left_out(
@@ -96,40 +85,48 @@ def describe_left_out(
 class Journal:
     """What of a shard is durable: one line each time the shard was synced.
 
-    blocks, packs  so many are written; end  the shard's length after them (0 where nothing is)
+    is_ours        whether no other process may be writing it: a torn last line is taken away
+
+    blocks, packs  so many are durable; end  the shard's length after them (0 where nothing is)
     bad            what is left out
+    written        likewise of blocks written since; a sync every two seconds costs a fast encoder
+                   nothing
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, is_ours: bool = True) -> None:
         self.path = path
         self.blocks = self.packs = self.end = 0
         self.bad: list[LeftOut] = []
+        self.written: dict[str, Any] = {"blocks": 0, "packs": 0, "bad": []}
+        self.synced_at = time.monotonic()
         text, whole = read_lines(path)
-        if whole != text:
+        if is_ours and whole != text:
             write_atomically(path, whole.encode())
         for line in whole.splitlines():
             self.take(json.loads(line))
 
     def take(self, record: dict[str, Any]) -> None:
-        """Account for one line."""
         self.blocks += record["blocks"]
         self.packs += record["packs"]
         self.end = record["end"]
         self.bad += [LeftOut(*entry) for entry in record["bad"]]
 
-    def append(self, end: int, blocks: int, packs: int, bad: list[LeftOut]) -> None:
-        """Note that the shard is durable to `end`, so many blocks and packs further than before."""
-        record = {
-            "end": end,
-            "blocks": blocks,
-            "packs": packs,
-            "bad": [one.to_json() for one in bad],
-        }
+    def add(self, packs: int, bad: Iterable[LeftOut]) -> bool:
+        """Account for one more block that is written; whether it is time to sync."""
+        self.written["blocks"] += 1
+        self.written["packs"] += packs
+        self.written["bad"] += map(dataclasses.astuple, bad)
+        return time.monotonic() - self.synced_at >= SYNC_SECONDS
+
+    def append(self, end: int) -> None:
+        """Note that the shard, and so all that was written, is durable to `end`."""
+        record = {"end": end, **self.written}
         with naming(self.path), self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
             file.flush()
             os.fsync(file.fileno())
         self.take(record)
+        self.written, self.synced_at = {"blocks": 0, "packs": 0, "bad": []}, time.monotonic()
 
     def reset(self) -> None:
         """Forget everything: the shard's bytes are gone."""
@@ -146,38 +143,6 @@ def read_lines(path: Path) -> tuple[str, str]:
     return text, text[: text.rfind("\n") + 1]
 
 
-def look_at_journal(path: Path) -> tuple[int, list[LeftOut]]:
-    """Blocks and bad pictures in a journal that another process may be writing."""
-    records = [json.loads(line) for line in read_lines(path)[1].splitlines()]
-    bad = [LeftOut(*entry) for record in records for entry in record["bad"]]
-    return sum(record["blocks"] for record in records), bad
-
-
-class Pending:
-    """Blocks written but not yet synced; a sync every two seconds costs a fast encoder nothing."""
-
-    def __init__(self) -> None:
-        self.blocks = self.packs = 0
-        self.bad: list[LeftOut] = []
-        self.since = time.monotonic()
-
-    def add(self, packs: int, bad: list[LeftOut]) -> None:
-        """Count one more block."""
-        self.blocks += 1
-        self.packs += packs
-        self.bad += bad
-
-    def is_due(self) -> bool:
-        """Whether it is time to sync."""
-        return time.monotonic() - self.since >= SYNC_SECONDS
-
-    def take(self) -> tuple[int, int, list[LeftOut]]:
-        """Blocks, packs and bad pictures so far; starts anew."""
-        taken = (self.blocks, self.packs, self.bad)
-        self.__init__()  # type: ignore[misc]
-        return taken
-
-
 class WorkFolder:
     """`.latentds/work` of a data set that is being made.
 
@@ -191,11 +156,9 @@ class WorkFolder:
         self.is_finished = False  # the manifest is there
 
     def journal(self, shard: str) -> Journal:
-        """The journal of a shard."""
         return self.journals.setdefault(shard, Journal(self.journal_path(shard)))
 
     def journal_path(self, shard: str) -> Path:
-        """Where a shard's progress is noted."""
         return self.folder / f"{Path(shard).stem}.jsonl"
 
     def shard_lock(self, shard: str) -> Path:
@@ -207,7 +170,6 @@ class WorkFolder:
         return self.folder / f"{Path(shard).stem}.index.npz"
 
     def all_bad(self) -> list[LeftOut]:
-        """What is left out of the shards so far."""
         return [bad for journal in self.journals.values() for bad in journal.bad]
 
     def read_plan(self) -> dict[str, Any]:

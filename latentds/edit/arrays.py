@@ -11,7 +11,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -29,22 +29,20 @@ MAX_LABELS_BYTES = 1 << 30
 
 
 class NpyHeader(NamedTuple):
-    """What an npy header says, and its length."""
+    """What an npy header says, and the bytes that the whole file has by it."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
-    fortran: bool
-    offset: int
+    size: int
 
 
 def read_npy_header(path: Path) -> NpyHeader:
     """The header of an npy file whose content has just the bytes it announces."""
     with open_regular(path, str(path)) as file:
         header = parse_npy_header(file, str(path))
-    expected = header.offset + math.prod(header.shape) * header.dtype.itemsize
-    if path.stat().st_size != expected:
+    if path.stat().st_size != header.size:
         raise InputError(
-            f"{path}: {path.stat().st_size} bytes, its header announces {expected} "
+            f"{path}: {path.stat().st_size} bytes, its header announces {header.size} "
             f"({header.dtype} {header.shape}); truncated or damaged"
         )
     return header
@@ -58,21 +56,18 @@ def parse_npy_header(file: BinaryIO, where: str) -> NpyHeader:
             (1, 0): np.lib.format.read_array_header_1_0,
             (2, 0): np.lib.format.read_array_header_2_0,
         }[version]
-        shape, fortran, dtype = read(file)
+        shape, _, dtype = read(file)
     except NPY_ERRORS as error:
         raise InputError(f"{where}: not an npy array ({first_words(error, 100)})") from error
     if dtype.hasobject or dtype.kind not in "fuiUSb":
         raise InputError(f"{where}: an array of {dtype}; only plain numbers are read, no pickles")
-    return NpyHeader(tuple(shape), dtype, fortran, file.tell())
+    return NpyHeader(tuple(shape), dtype, file.tell() + math.prod(shape) * dtype.itemsize)
 
 
 def read_npy(path: Path) -> np.ndarray:
-    """A whole small npy file."""
-    header = read_npy_header(path)
-    with open_regular(path, str(path)) as file:
-        file.seek(header.offset)
-        values = np.frombuffer(file.read(), header.dtype)
-    return values.reshape(header.shape, order="F" if header.fortran else "C")
+    read_npy_header(path)
+    values: np.ndarray = np.load(path, allow_pickle=False)
+    return values
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,7 +99,7 @@ def inspect_array(path: Path) -> ArrayFacts:
 
 
 def facts_of(
-    path: Path, shape: tuple[int, ...], dtype: str, name: str = "", extras: tuple[str, ...] = ()
+    path: Path, shape: tuple[int, ...], dtype: str, name: str = "", names: Sequence[str] = ()
 ) -> ArrayFacts:
     """The facts, once it is sure that there are rows."""
     if len(shape) not in (2, 4) or min(shape) < 1:
@@ -112,11 +107,11 @@ def facts_of(
             f"{path}: an array of shape {shape}; latents are (N, C, h, w), or "
             "(N, C*h*w) with --shape"
         )
+    extras = tuple(other for other in names if other != name and other not in LABELS)
     return ArrayFacts(rows=shape[0], shape=shape[1:], dtype=dtype, name=name, extras=extras)
 
 
 def inspect_safetensors(path: Path) -> ArrayFacts:
-    """The facts of a safetensors file."""
     check_regular(path, str(path))
     try:
         with safe_open(path, framework="pt") as file:
@@ -128,8 +123,7 @@ def inspect_safetensors(path: Path) -> ArrayFacts:
         raise InputError(f"{path}: not a safetensors file ({error}); fetch it anew") from error
     if dtype is None:
         raise InputError(f"{path}: {name} is {view.get_dtype()}; known: {', '.join(DTYPES)}")
-    extras = tuple(other for other in names if other != name and other not in LABELS)
-    return facts_of(path, shape, dtype, name, extras)
+    return facts_of(path, shape, dtype, name, names)
 
 
 def inspect_npz(path: Path) -> ArrayFacts:
@@ -138,12 +132,10 @@ def inspect_npz(path: Path) -> ArrayFacts:
         names = [name.removesuffix(".npy") for name in archive.namelist()]
         name = choose_name(path, names)
         header = zipped_header(archive, path, name)
-    extras = tuple(other for other in names if other != name and other not in LABELS)
-    return facts_of(path, header.shape, str(header.dtype), name, extras)
+    return facts_of(path, header.shape, str(header.dtype), name, names)
 
 
 def open_zip(path: Path) -> zipfile.ZipFile:
-    """An npz archive; InputError where it is none."""
     check_regular(path, str(path))
     try:
         return zipfile.ZipFile(path)
@@ -156,10 +148,9 @@ def zipped_header(archive: zipfile.ZipFile, path: Path, name: str) -> NpyHeader:
     entry = archive.getinfo(f"{name}.npy")
     with archive.open(entry) as stream:
         header = parse_npy_header(stream, f"{path}, {name}")  # type: ignore[arg-type]
-    expected = header.offset + math.prod(header.shape) * header.dtype.itemsize
-    if entry.file_size != expected:
+    if entry.file_size != header.size:
         raise InputError(
-            f"{path}, {name}: {entry.file_size} bytes, its header announces {expected}"
+            f"{path}, {name}: {entry.file_size} bytes, its header announces {header.size}"
         )
     return header
 
@@ -185,7 +176,10 @@ def read_labels(path: Path, rows: int) -> list[str] | None:
         with open_zip(path) as archive:
             name = next((name for name in LABELS if f"{name}.npy" in archive.namelist()), None)
             if name is not None:
-                check_labels_size(path, zipped_header(archive, path, name))
+                header = zipped_header(archive, path, name)
+                if header.size > MAX_LABELS_BYTES:
+                    shape = f"{header.shape} of {header.dtype}"
+                    raise InputError(f"{path}: labels {shape} are too large; refused")
                 values = np.load(archive.open(f"{name}.npy"), allow_pickle=False)
     if values is None:
         return None
@@ -194,12 +188,6 @@ def read_labels(path: Path, rows: int) -> list[str] | None:
             f"{path}: labels are {values.dtype} {values.shape}, the latents {rows} rows"
         )
     return [value.decode() if isinstance(value, bytes) else str(value) for value in values.tolist()]
-
-
-def check_labels_size(path: Path, header: NpyHeader) -> None:
-    """Refuse labels that would not fit into memory before they are read."""
-    if math.prod(header.shape) * header.dtype.itemsize > MAX_LABELS_BYTES:
-        raise InputError(f"{path}: labels {header.shape} of {header.dtype} are too large; refused")
 
 
 class ArrayRows:
@@ -213,9 +201,8 @@ class ArrayRows:
             return
         if path.suffix == ".npz":
             path = self.unpack(path, facts.name)
-        header = read_npy_header(path)
-        order: Literal["C", "F"] = "F" if header.fortran else "C"
-        rows = np.memmap(path, header.dtype, "r", header.offset, header.shape, order)
+        read_npy_header(path)
+        rows = np.load(path, mmap_mode="r", allow_pickle=False)
         self.read = lambda row: np.array(rows[row])
 
     def open_safetensors(self, path: Path, name: str) -> Callable[[int], np.ndarray]:
@@ -249,6 +236,5 @@ class ArrayRows:
         return target
 
     def close(self) -> None:
-        """Let go of what was unpacked."""
         if self.unpacked is not None:
             self.unpacked.cleanup()

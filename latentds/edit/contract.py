@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 
 from latentds.autoencoders import load_autoencoder
 from latentds.autoencoders.autoencoder import Autoencoder, latent_cells
 from latentds.autoencoders.cards import ALIASES, CARDS
+from latentds.conversion.prepared import versions
 from latentds.core.display import progress
 from latentds.edit.latent_files import LatentFiles
 from latentds.edit.layouts import ForeignPatch, ListingOptions
@@ -118,8 +118,6 @@ def decide(
     files: LatentFiles, patches: Sequence[ForeignPatch], identity: Identity, options: ImportOptions
 ) -> tuple[Contract, dict[str, Any]]:
     """What the codes will mean, and how that came about."""
-    from latentds.version import __version__
-
     codebook, origin = choose_codebook(files, patches, identity, options)
     if files.dtype == "uint8":
         check_codebook(patches, codebook.codebook_id)
@@ -152,7 +150,7 @@ def decide(
         },
         "options": {n: getattr(options, n) for n in ("order", "pack_size", "seed")},
         "codebook": origin,
-        "versions": {"latentds": __version__, "torch": torch.__version__, "numpy": np.__version__},
+        "versions": versions(),
         "left_out": [],
     }
     return contract, made

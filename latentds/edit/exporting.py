@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -18,12 +20,12 @@ from latentds.core.display import csv_cell, progress
 from latentds.core.json_text import canonical_json
 from latentds.core.storage import write_atomically
 from latentds.edit.outputs import local_folder, new_folder
-from latentds.edit.rows import Row, patch_path, read_rows, table_line
 from latentds.errors import InputError
 from latentds.quantizers.codebooks import StoredCodebook, save_codebook
 from latentds.quantizers.lookup import make_integers
 from latentds.quantizers.scalar import dequantize_each
-from latentds.store.format import FORMAT
+from latentds.store.format import FORMAT, NO_LABEL
+from latentds.store.index import UNKNOWN_PX
 from latentds.store.reader import ShardSet
 
 BLOCK_PATCHES = 1024
@@ -34,18 +36,26 @@ FIELDS = (
     *("path", "label", "slide", "x", "y", "mpp", "split", "source"),
     *("source_encoding", "size_px", "codebook_id"),
 )
+MAX_NAME = 120  # characters a folder or file may have here; most file systems end at 255 bytes
+AMBIGUOUS = re.compile(r"__|_/|/_|^/|/$")  # where `/` as `__` could be read in two ways
 
 
-def blocks(shards: ShardSet, splits: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
-    """Rows of the splits in their stored order, so many at a time, with a progress bar."""
-    ranges = [(split, *shards.patch_range(split)) for split in splits]
-    total = sum(end - first for _, first, end in ranges)
-    with progress(total=total, desc="patches", unit="patch") as bar:
-        for split, first, end in ranges:
-            for start in range(first, end, BLOCK_PATCHES):
-                rows = np.arange(start, min(start + BLOCK_PATCHES, end))
-                yield split, rows
-                bar.update(len(rows))
+def blocks(
+    chosen: Mapping[str, np.ndarray | range], most: int, **words: str
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Rows by split, at most so many at a time, with a progress bar that says `words`."""
+    with progress(total=sum(map(len, chosen.values())), **words) as bar:
+        for split, rows in chosen.items():
+            for start in range(0, len(rows), most):
+                part = np.asarray(rows[start : start + most])
+                yield split, part
+                bar.update(len(part))
+
+
+def stored_blocks(shards: ShardSet, splits: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
+    """All rows of the splits in their stored order."""
+    chosen = {split: range(*shards.patch_range(split)) for split in splits}
+    return blocks(chosen, BLOCK_PATCHES, desc="patches", unit="patch")
 
 
 def export_parquet(
@@ -70,7 +80,7 @@ def export_parquet(
         count, written, held = 0, dict.fromkeys(splits, 0), 0
         writer: pq.ParquetWriter | None = None
         open_split = ""
-        for name, rows in blocks(shards, splits):
+        for name, rows in stored_blocks(shards, splits):
             if writer is None or name != open_split or held * size >= file_bytes:
                 if writer is not None:
                     writer.close()
@@ -113,7 +123,6 @@ def parquet_schema(shards: ShardSet) -> pa.Schema:
 
 
 def parquet_rows(shards: ShardSet, split: str, rows: np.ndarray, schema: pa.Schema) -> pa.Table:
-    """Rows of a block of patches."""
     known = read_rows(shards, split, rows)
     columns: dict[str, Any] = {n: [getattr(r, n) for r in known] for n in Row._fields}
     codes = shards.read_codes(rows)
@@ -139,7 +148,6 @@ def contracts(shards: ShardSet) -> dict[str, Any]:
 
 
 def write_contract(shards: ShardSet, target: Path) -> None:
-    """The contracts beside what was exported."""
     text = json.dumps(contracts(shards), indent=1, sort_keys=True) + "\n"
     write_atomically(target / CONTRACT, text.encode())
 
@@ -171,7 +179,7 @@ def export_npy(
         with (target / TABLE).open("w", newline="", encoding="utf-8") as file:
             table = csv.writer(file)
             table.writerow((*FIELDS, "step") if integers else FIELDS)
-            for name, rows in blocks(shards, splits):
+            for name, rows in stored_blocks(shards, splits):
                 known = read_rows(shards, name, rows)
                 for row, value, more in zip(known, *values_of(rows), strict=True):
                     path = f"{name}/{patch_path(row.label, row.slide, row.key, '.npy')}"
@@ -256,3 +264,77 @@ def export_wids(
 def sources_of(folder: str | os.PathLike[str]) -> list[Path]:
     """The folder that must not be written into; none where it is a location."""
     return [] if "://" in str(folder) else [Path(folder)]
+
+
+class Row(NamedTuple):
+    """What is known of a patch, None where it is not."""
+
+    key: str
+    label: str | None
+    slide: str | None
+    x: int | None
+    y: int | None
+    mpp: float | None
+    size_px: int | None
+    split: str
+    source: str
+    source_encoding: str
+    codebook_id: str
+
+
+def read_rows(shards: ShardSet, split: str, rows: np.ndarray) -> list[Row]:
+    manifest, table = shards.manifest, shards.patches[rows]
+    columns = shards.read_columns(rows, ("key", "source", "source_encoding"))
+    books = [book.codebook_id for book in manifest.codebooks]
+    return [
+        Row(
+            key=columns["key"][place],
+            label=manifest.classes[row["label"]] if row["label"] != NO_LABEL else None,
+            slide=manifest.slides[row["slide"]] if row["slide"] >= 0 else None,
+            x=int(row["x"]) if row["x"] != UNKNOWN_PX else None,
+            y=int(row["y"]) if row["y"] != UNKNOWN_PX else None,
+            mpp=None if np.isnan(row["mpp"]) else float(row["mpp"]),
+            size_px=int(row["size_px"]) or None,
+            split=split,
+            source=columns["source"][place],
+            source_encoding=columns["source_encoding"][place],
+            codebook_id=books[book],
+        )
+        for place, (row, book) in enumerate(
+            zip(table, shards.codebook_numbers(rows).tolist(), strict=True)
+        )
+    ]
+
+
+def table_line(path: str, row: Row, fields: Sequence[str]) -> list[Any]:
+    """A patch's line in table.csv, empty where something is unknown."""
+    known = row._asdict() | {"path": path}
+    return ["" if known[name] is None else known[name] for name in fields]
+
+
+def patch_path(label: str | None, slide: str | None, key: str, suffix: str) -> str:
+    """`LABEL/SLIDE/KEY.SUFFIX`, levels that are None left out: distinct for distinct keys.
+
+    Every part is ASCII letters, digits, `_`, `-` and inner dots: none leads out of its folder.
+    """
+    folders = [folder_name(name) for name in (label, slide) if name is not None]
+    return "/".join([*folders, f"{file_stem(key)}{suffix}"])
+
+
+def folder_name(name: str) -> str:
+    """A name as one plain folder's; a hash tells apart what had to be changed."""
+    plain = re.sub(r"[^A-Za-z0-9._-]", "_", name)[:MAX_NAME].strip(".")
+    return plain if plain == name and plain else f"{plain or '_'}-{short_hash(name)}"
+
+
+def file_stem(key: str) -> str:
+    """A patch's key as one file name without a suffix: folders of its source become `__`."""
+    plain = re.sub(r"[^A-Za-z0-9_-]", "_", key.replace("/", "__"))
+    if plain and not AMBIGUOUS.search(key) and len(plain) <= MAX_NAME:
+        return plain
+    return f"{plain[-MAX_NAME:] or '_'}-{short_hash(key)}"
+
+
+def short_hash(text: str) -> str:
+    """12 hex digits of the sha256."""
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import os
@@ -16,14 +15,21 @@ from PIL import Image
 
 from latentds.autoencoders.autoencoder import Autoencoder
 from latentds.core.device_choice import choose_device
-from latentds.core.display import csv_cell, progress
 from latentds.core.storage import exclusive_lock, naming, write_atomically
-from latentds.edit.exporting import TABLE, sources_of
+from latentds.edit.exporting import (
+    TABLE,
+    Row,
+    blocks,
+    patch_path,
+    read_rows,
+    sources_of,
+    table_line,
+)
 from latentds.edit.outputs import MARK, check_apart, refuse_foreign
-from latentds.edit.rows import Row, patch_path, read_rows, table_line
 from latentds.errors import InputError
 from latentds.loading.decoding import Decoder, find_autoencoder
 from latentds.loading.selection import select_rows
+from latentds.sources.csv_tables import write_table
 from latentds.store.reader import ShardSet
 
 BLOCK_PATCHES = 256
@@ -126,28 +132,18 @@ def write_pictures(
 ) -> dict[str, int]:
     """Write what is not there yet, then the table of all; counts of both."""
     lines, counts = [], {"written": 0, "found": 0}
-    total = sum(len(rows) for rows in chosen.values())
-    with progress(total=total, desc="pictures", unit="picture") as bar:
-        for split, rows in named_blocks(chosen):
-            known = read_rows(shards, split, rows)
-            paths = [picture_path(shards, row, len(chosen) > 1, picture_format) for row in known]
-            missing = np.array([not is_there(out / path) for path in paths])
-            images = decode(shards, decoder, rows[missing])
-            for path, image in zip(np.array(paths)[missing], images, strict=True):
-                write_whole(out / path, encode(image, picture_format, quality))
-            lines += [table_line(path, row, FIELDS) for path, row in zip(paths, known, strict=True)]
-            counts["written"] += int(missing.sum())
-            counts["found"] += int((~missing).sum())
-            bar.update(len(rows))
-    write_table(out, lines)
+    for split, rows in blocks(chosen, BLOCK_PATCHES, desc="pictures", unit="picture"):
+        known = read_rows(shards, split, rows)
+        paths = [picture_path(shards, row, len(chosen) > 1, picture_format) for row in known]
+        missing = np.array([not is_there(out / path) for path in paths])
+        images = decode(shards, decoder, rows[missing])
+        for path, image in zip(np.array(paths)[missing], images, strict=True):
+            write_whole(out / path, encode(image, picture_format, quality))
+        lines += [table_line(path, row, FIELDS) for path, row in zip(paths, known, strict=True)]
+        counts["written"] += int(missing.sum())
+        counts["found"] += int((~missing).sum())
+    write_table(out / TABLE, FIELDS, lines, line_end="\r\n")  # last: all pictures are there
     return counts
-
-
-def named_blocks(chosen: dict[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
-    """The chosen rows, so many at a time, with their split."""
-    for split, rows in chosen.items():
-        for start in range(0, len(rows), BLOCK_PATCHES):
-            yield split, rows[start : start + BLOCK_PATCHES]
 
 
 def picture_path(shards: ShardSet, row: Row, has_splits: bool, picture_format: str) -> str:
@@ -190,12 +186,3 @@ def encode(image: np.ndarray, picture_format: str, quality: int) -> bytes:
         options = {"quality": quality, "subsampling": 0}
     Image.fromarray(image).save(buffer, picture_format, **options)
     return buffer.getvalue()
-
-
-def write_table(out: Path, lines: Sequence[Sequence[Any]]) -> None:
-    """Write table.csv, whose presence says that all pictures are there."""
-    text = io.StringIO(newline="")
-    table = csv.writer(text)
-    table.writerow(FIELDS)
-    table.writerows(map(csv_cell, line) for line in lines)
-    write_atomically(out / TABLE, text.getvalue().encode())

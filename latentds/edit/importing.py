@@ -125,7 +125,6 @@ def read_packs(
     loss: Distortion,
     bar: tqdm[Any],
 ) -> Iterator[Part]:
-    """Codes and columns of the packs."""
     for start in range(0, len(patches), pack_size):
         part = patches[start : start + pack_size]
         codes = np.stack([read_codes(files, patch, contract, loss) for patch in part])

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 
@@ -132,12 +131,7 @@ class LatentFiles:
     def __enter__(self) -> LatentFiles:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *rest: object) -> None:
         for _, rows in self.files.values():
             rows.close()
 

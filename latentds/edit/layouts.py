@@ -21,7 +21,7 @@ from latentds.edit.exporting import TABLE
 from latentds.errors import InputError
 from latentds.sources.image_folder import (
     DEFAULT_SPLIT,
-    SPLITS,
+    Folders,
     are_splits,
     check_labels,
     check_names,
@@ -39,23 +39,16 @@ TILE_FOLDER = re.compile(r"single(_\d+)?")  # between class and slide in trees o
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ForeignPatch:
+class ForeignPatch(Picture):
     """One patch's latents in someone's file, and what names and tables say of it.
 
     path  file relative to the input; row  of the file's array, None where the file is one patch
     codebook_id  that an export's table tells of its codes; empty where nothing does
     """
 
-    source: str
+    split: str = DEFAULT_SPLIT
     path: str
     row: int | None = None
-    split: str = DEFAULT_SPLIT
-    label: str | None = None
-    slide: str | None = None
-    x: int | None = None
-    y: int | None = None
-    mpp: float | None = None
-    size_px: int | None = None
     source_encoding: str = ""
     codebook_id: str = ""
 
@@ -101,7 +94,7 @@ def list_latents(root: Path, options: ListingOptions) -> tuple[str, list[Foreign
         raise InputError(f"{root}: no latents of layout {layout!r} in it ({len(paths)} files)")
     if options.name_pattern:
         find = name_fields(options.name_pattern)
-        patches = [renamed(patch, find(patch.source)) for patch in patches]
+        patches = [dataclasses.replace(patch, **find(patch.source)) for patch in patches]
     return layout, [dataclasses.replace(p, mpp=p.mpp or options.mpp) for p in patches]
 
 
@@ -127,12 +120,12 @@ def detect(base: Path, paths: Sequence[str]) -> str:
 def list_pixcell(base: Path, paths: list[str], options: ListingOptions) -> list[ForeignPatch]:
     """`.../CLASS/[single_1024/]SLIDE/COL_ROW_sd3_vae.npy`."""
     found = [path for path in paths if PIXCELL.search(path)]
-    has_splits = options.split_folders and bool(found) and are_splits(base, found)
+    rule = split_rule(base, found, options)
     patches = []
     for path in found:
         match = PIXCELL.search(path)
-        folders = [f for f in PurePosixPath(path).parts[:-1] if not TILE_FOLDER.fullmatch(f)]
-        split = SPLITS[folders.pop(0).lower()] if has_splits else DEFAULT_SPLIT
+        split, folders = rule.parts(path)
+        folders = [folder for folder in folders if not TILE_FOLDER.fullmatch(folder)]
         place_px = tile_place(match, options.tile_step)
         patches.append(
             ForeignPatch(
@@ -146,9 +139,13 @@ def list_pixcell(base: Path, paths: list[str], options: ListingOptions) -> list[
                 size_px=options.tile_step if place_px[0] is not None else None,
             )
         )
-    check_labels(base, [Picture(p.source, p.split, p.label, p.slide) for p in patches],
-                 options.labels)  # fmt: skip
+    check_labels(base, patches, options.labels)
     return patches
+
+
+def split_rule(base: Path, paths: list[str], options: ListingOptions) -> Folders:
+    """What top folders say of splits, where that is asked for."""
+    return Folders(options.split_folders and are_splits(base, paths), options.labels)
 
 
 def tile_place(match: re.Match[str] | None, step: int | None) -> tuple[int | None, int | None]:
@@ -161,17 +158,9 @@ def tile_place(match: re.Match[str] | None, step: int | None) -> tuple[int | Non
 def list_zoomldm(base: Path, paths: list[str], options: ListingOptions) -> list[ForeignPatch]:
     """`[SPLIT/]MAG/MILLION/INDEX_vae.npy`, by folder and number."""
     found = [(path, match) for path in paths if (match := ZOOMLDM.search(path))]
-    paths = [path for path, _ in found]
-    has_splits = options.split_folders and bool(found) and are_splits(base, paths)
+    rule = split_rule(base, [path for path, _ in found], options)
     found.sort(key=lambda pair: (str(PurePosixPath(pair[0]).parent), int(pair[1][1])))
-    return [
-        ForeignPatch(
-            source=path,
-            path=path,
-            split=SPLITS[path.partition("/")[0].lower()] if has_splits else DEFAULT_SPLIT,
-        )
-        for path, _ in found
-    ]
+    return [ForeignPatch(source=p, path=p, split=rule.parts(p)[0]) for p, _ in found]
 
 
 def list_npy(base: Path, paths: list[str], options: ListingOptions) -> list[ForeignPatch]:
@@ -198,7 +187,6 @@ def is_export(base: Path) -> bool:
 
 
 def read_table(base: Path) -> list[ForeignPatch]:
-    """The patches of an export's table.csv."""
     with (base / TABLE).open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         return [
@@ -235,10 +223,9 @@ def list_arrays(base: Path, paths: list[str], options: ListingOptions) -> list[F
     """Every row of every array file; its source is `FILE/NNNNNN.SUFFIX`."""
     found = [path for path in paths if PurePosixPath(path).suffix in ARRAY_SUFFIXES]
     found = [path for path in found if not PurePosixPath(path).name.startswith("codebook-")]
-    has_splits = options.split_folders and bool(found) and are_splits(base, found)
+    rule = split_rule(base, found, options)
     patches = []
     for path in found:
-        split = SPLITS[PurePosixPath(path).parts[0].lower()] if has_splits else DEFAULT_SPLIT
         rows = inspect_array(base / path).rows
         labels = read_labels(base / path, rows) if options.labels else None
         stem, suffix = path.rpartition(".")[0], PurePosixPath(path).suffix
@@ -247,13 +234,12 @@ def list_arrays(base: Path, paths: list[str], options: ListingOptions) -> list[F
                 source=f"{stem}/{row:06d}{suffix}",
                 path=path,
                 row=row,
-                split=split,
+                split=rule.parts(path)[0],
                 label=labels[row] if labels else None,
             )
             for row in range(rows)
         ]
-    check_labels(base, [Picture(p.source, p.split, p.label, None) for p in patches],
-                 options.labels)  # fmt: skip
+    check_labels(base, patches, options.labels)
     return pad_numbers(patches)
 
 
@@ -266,11 +252,3 @@ def pad_numbers(patches: list[ForeignPatch]) -> list[ForeignPatch]:
     return [
         dataclasses.replace(p, label=p.label.zfill(width) if p.label else None) for p in patches
     ]
-
-
-def renamed(patch: ForeignPatch, fields: dict[str, str]) -> ForeignPatch:
-    """The patch with what a name pattern found."""
-    found: dict[str, Any] = {name: fields[name] for name in ("label", "slide") if name in fields}
-    found |= {name: int(fields[name]) for name in ("x", "y") if name in fields}
-    found |= {"mpp": float(fields["mpp"])} if "mpp" in fields else {}
-    return dataclasses.replace(patch, **found)

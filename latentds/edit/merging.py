@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import os
 from collections.abc import Sequence
@@ -103,21 +102,29 @@ def copy_shards(composer: Composer, sets: Sequence[ShardSet]) -> None:
                 for number, record in enumerate(shards.manifest.shards):
                     if record.split != split:
                         continue
-                    # Only the codebook may differ from shard to shard; each set's decoder and card
-                    # stay in the manifest's `made`.
-                    codebook = shards.manifest.contract_of(number).codebook
-                    contract = dataclasses.replace(composer.contract, codebook=codebook)
-                    source = Path(shards.folder) / record.name
-                    digests: list[str] = []
-                    copy = functools.partial(copy_noting, digests, source, contract, split)
-                    check_copy(shards, number, composer.add_shard(split, contract, copy))
-                    check_sha256(source, digests[0], record.sha256)
+                    add_copy(composer, shards, number)
                     bar.update(record.bytes)
 
 
-def copy_noting(digests: list[str], *words: Any) -> None:
-    """`copy_shard`, its result appended: a composer's copy gives none."""
-    digests.append(copy_shard(*words))
+def add_copy(composer: Composer, shards: ShardSet, number: int) -> None:
+    """Copy a set's shard; one that is not as its set recorded it is refused: no damage goes on."""
+    record = shards.manifest.shards[number]
+    source, found = Path(shards.folder) / record.name, ""
+    # Only the codebook may differ from shard to shard; each set's decoder and card stay in the
+    # manifest's `made`.
+    codebook = shards.manifest.contract_of(number).codebook
+    contract = dataclasses.replace(composer.contract, codebook=codebook)
+
+    def copy(path: Path, place: int) -> None:
+        nonlocal found
+        found = copy_shard(source, contract, record.split, path, place)
+
+    check_copy(shards, number, composer.add_shard(record.split, contract, copy))
+    if found != record.sha256:
+        raise FormatError(
+            f"{source}: sha256 is {found[:12]}..., its manifest records {record.sha256[:12]}...; "
+            "damaged or replaced, fetch it anew"
+        )
 
 
 def copy_hashed(source: Path, target: Path) -> str:
@@ -130,15 +137,6 @@ def copy_hashed(source: Path, target: Path) -> str:
         copy.flush()
         os.fsync(copy.fileno())
     return digest.hexdigest()
-
-
-def check_sha256(source: Path, found: str, recorded: str) -> None:
-    """Refuse a shard that is not the one its set's manifest lists; damage is not passed on."""
-    if found != recorded:
-        raise FormatError(
-            f"{source}: sha256 is {found[:12]}..., its manifest records {recorded[:12]}...; "
-            "damaged or replaced, fetch it anew"
-        )
 
 
 def copy_shard(source: Path, contract: Contract, split: str, path: Path, number: int) -> str:
@@ -165,7 +163,6 @@ def copy_shard(source: Path, contract: Contract, split: str, path: Path, number:
 
 
 def copy_bytes(source: BinaryIO, target: BinaryIO, offset: int, size: int) -> None:
-    """Append `size` bytes from `offset` of one file to another."""
     source.seek(offset)
     while size and (block := source.read(min(size, READ_BYTES))):
         target.write(block)

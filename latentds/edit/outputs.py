@@ -42,14 +42,9 @@ def new_data_set(out: Path, overwrite: bool, sources: Sequence[Path] = ()) -> It
             raise
         finally:
             shutil.rmtree(work)
-            remove_empty(out)
-
-
-def remove_empty(out: Path) -> None:
-    """Remove the folders of a data set that came to nothing."""
-    for folder in (out / SIDECARS, out / "data", out):
-        with contextlib.suppress(OSError):
-            folder.rmdir()
+            for folder in (out / SIDECARS, out / "data", out):
+                with contextlib.suppress(OSError):  # not empty: the set was made
+                    folder.rmdir()
 
 
 @contextlib.contextmanager

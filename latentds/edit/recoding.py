@@ -17,19 +17,18 @@ from torch import Tensor
 
 from latentds.autoencoders.autoencoder import Autoencoder
 from latentds.autoencoders.tiny import shipped_records
-from latentds.conversion.codebook_choice import planes_of
+from latentds.conversion.codebook_choice import fitting, planes_of
 from latentds.core.metrics import Distortion
 from latentds.errors import (
     ContractError,
     FormatError,
     InputError,
     MissingExtraError,
-    ShapeError,
     WeightsError,
 )
 from latentds.loading.decoding import find_autoencoder
 from latentds.quantizers.additive_fit import fit_additive
-from latentds.quantizers.codebooks import StoredCodebook, load_codebook, sized
+from latentds.quantizers.codebooks import StoredCodebook, load_codebook
 from latentds.quantizers.entropy.record_codebook import EntropyCodebook
 from latentds.quantizers.entropy.record_fit import MAX_FIT_PATCHES, fit_entropy_codebook
 from latentds.quantizers.scalar import AnyCodebook, dequantize_each
@@ -87,7 +86,6 @@ class Recoder:
         self.decoder = golden_decoder(shards, recoding)
 
     def recoded(self, packs: Iterator[Part], before: AnyCodebook) -> Iterator[Part]:
-        """The packs with new codes for those of the codebook `before`."""
         for codes, columns in packs:
             blocks = np.split(codes, np.arange(BLOCK_PATCHES, len(codes), BLOCK_PATCHES))
             yield np.concatenate([self.recode(block, before) for block in blocks]), columns
@@ -172,10 +170,7 @@ def codebook_of_file(
         wanted = recoding.encoding or "u8-sum or rans"
         raise InputError(f"{path}: its codes are encoded as {found!r}, wanted are {wanted}; give "
                          "another --codebook, or leave it")  # fmt: skip
-    try:
-        return sized(stored, shape, recoding.patch_bytes)
-    except (ShapeError, InputError) as error:
-        raise InputError(f"{path}: {error}") from error
+    return fitting(stored, path, shape, recoding.patch_bytes)
 
 
 def check_fewer(shards: ShardSet, encoding: str, patch_bytes: int) -> None:

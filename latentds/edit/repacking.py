@@ -208,7 +208,6 @@ def arrange(
 def read_packs(
     shards: ShardSet, columns: pa.Table, stretch: Stretch, options: Repacking, bar: tqdm[Any]
 ) -> Iterator[Part]:
-    """Stored codes, columns and masks of the new packs of a stretch."""
     rows = stretch.rows
     if options.group_by == "slide":
         ends = np.flatnonzero(np.diff(shards.patches[rows]["slide"])) + 1

@@ -40,7 +40,11 @@ def retry(config: ConvertConfig, convert: Callable[[ConvertConfig], Manifest]) -
     helper = out.with_name(f"{out.name}.retry-files")
     write_atomically(helper / "only.txt", "\n".join(wanted).encode())
     added = convert(for_retry(config, manifest, part, helper))
-    check_same(manifest, added, config)
+    if added.contract.patch_px != manifest.contract.patch_px:
+        raise ContractError(
+            f"{out}: patches of {manifest.contract.patch_px} px, what was left out has "
+            f"{added.contract.patch_px}; pass the options that made the set"
+        )
     merged = merge([out, part], new, overwrite=True)
     merged = complete(new, dataclasses.replace(merged, made=made_after(manifest, added, wanted)))
     out.rename(old)
@@ -71,7 +75,6 @@ def wholly_left_out(manifest: Manifest) -> list[str]:
 
 
 def check_options(config: ConvertConfig, manifest: Manifest) -> None:
-    """Refuse options other than those that made the set."""
     made, asked = dict(manifest.made.get("options", {})), config.recorded()
     for name in ("quantizer", "levels", "fit_patches"):  # the set's codebook says all of it
         made.pop(name, None)
@@ -103,15 +106,6 @@ def for_retry(config: ConvertConfig, manifest: Manifest, part: Path, helper: Pat
         levels=256,
         overwrite=(part / MANIFEST).is_file(),  # of a run that was killed later
     )
-
-
-def check_same(manifest: Manifest, added: Manifest, config: ConvertConfig) -> None:
-    """Refuse to add patches of another size."""
-    if added.contract.patch_px != manifest.contract.patch_px:
-        raise ContractError(
-            f"{config.out}: patches of {manifest.contract.patch_px} px, what was left out has "
-            f"{added.contract.patch_px}; pass the options that made the set"
-        )
 
 
 def made_after(manifest: Manifest, added: Manifest, wanted: list[str]) -> dict[str, Any]:

@@ -8,7 +8,6 @@ import os
 import shutil
 import zlib
 from pathlib import Path, PurePath
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -238,12 +237,7 @@ class Writer:
     def __enter__(self) -> Writer:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self.close()
         else:
@@ -262,7 +256,6 @@ def folder_of(out: str | os.PathLike[str], part: str | None) -> Path:
 
 
 def parts_of(out: str | os.PathLike[str]) -> Path:
-    """The folder of a set's parts."""
     return Path(out).with_name(f"{Path(out).name}.parts")
 
 

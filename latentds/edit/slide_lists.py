@@ -45,7 +45,6 @@ def read_splits(path: Path) -> tuple[Literal["slide", "patient"], dict[str, str]
 
 
 def read_text(path: Path) -> str:
-    """A file's text; InputError where it is not UTF-8."""
     try:
         check_regular(path, str(path))
         return path.read_text("utf-8-sig")

@@ -46,10 +46,7 @@ def publish_model(
     The same call takes up a run that was cut off. `timm:hf-hub:ORG/NAME` embeds with it, and timm
     itself loads `hf-hub:ORG/NAME`.
 
-    private    for a repository that is made now
-    overwrite  replace another backbone, or whatever else the repository holds
-    dry_run    look, plan, write nothing
-    tell       called with what is being done
+    private, overwrite, dry_run, tell  as of `set_upload.publish`
     raises     FileNotFoundError where there is no backbone; WeightsError, FormatError where it is
                damaged; InputError without licence, login or rights, or where the repository holds
                something else; FormatError where the Hub holds other bytes after the upload
@@ -115,7 +112,6 @@ def check_backbone(folder: Path) -> BackboneRecord:
 
 
 def published_card(record: BackboneRecord, publication: Publication) -> str:
-    """The text of a published backbone's README.md."""
     head = front_matter(publication, TAGS, library="timm")
     return backbone_card(
         record,

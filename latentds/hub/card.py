@@ -72,14 +72,18 @@ def hub_card(
     manifest: Manifest, golden: Golden, publication: Publication, warnings: Sequence[str] = ()
 ) -> str:
     """The text of a published set's README.md."""
-    contract = manifest.contract
+    contract, title = manifest.contract, publication.repository.partition("/")[2]
     return CARD.format(
         front_matter=front_matter(
             manifest,
-            head(manifest, publication),
+            [
+                *publication.licence_lines,
+                f"pretty_name: {json.dumps(title)}",
+                f"size_categories: [{size_category(manifest)}]",
+            ],
             (PREVIEW_CONFIG, PREVIEW_FEATURES) if len(golden.rows) else ((), ()),
         ),
-        title=publication.repository.partition("/")[2],
+        title=title,
         notes=f"\n{publication.notes.strip()}\n" if publication.notes.strip() else "",
         patches=manifest.patches,
         height=contract.patch_px[0],
@@ -97,15 +101,6 @@ def hub_card(
     )
 
 
-def head(manifest: Manifest, publication: Publication) -> list[str]:
-    title = json.dumps(publication.repository.partition("/")[2])
-    return [
-        *publication.licence_lines,
-        f"pretty_name: {title}",
-        f"size_categories: [{size_category(manifest)}]",
-    ]
-
-
 def size_category(manifest: Manifest) -> str:
     """The Hub's word for a number of rows; ours are packs, patches are what people look for."""
     names = ("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T")
@@ -116,7 +111,6 @@ def size_category(manifest: Manifest) -> str:
 
 
 def facts(manifest: Manifest) -> dict[str, str]:
-    """Sizes and identities, as the manifest has them."""
     contract, card, made = manifest.contract, manifest.contract.autoencoder, manifest.made
     stored = sum(shard.bytes for shard in manifest.shards)
     tables = sum(int(entry.get("bytes") or 0) for entry in manifest.tables.values())
@@ -141,7 +135,6 @@ def facts(manifest: Manifest) -> dict[str, str]:
 
 
 def describe_autoencoder(card: dict[str, Any]) -> str:
-    """Name, shape and place of an autoencoder."""
     text = (
         f"{code_span(card.get('name'))} ({markdown(card.get('class_name'))}, factor "
         f"{card.get('factor')}, "

@@ -52,7 +52,6 @@ class HubFile:
 
 
 def digest(content: Path | bytes, hasher: hashlib._Hash) -> str:
-    """Hex digest of bytes, or of a file read in blocks."""
     if isinstance(content, bytes):
         hasher.update(content)
         return hasher.hexdigest()
@@ -118,7 +117,6 @@ class Repository:
             return None
 
     def is_private(self) -> bool:
-        """Whether only its members see it."""
         with self.asking("look at the repository"):
             return bool(self.api.repo_info(**self.options).private)
 
@@ -189,7 +187,6 @@ class Repository:
         return f"{how}, what was sent is kept"
 
     def explain_status(self, error: HfHubHTTPError, what: str) -> Exception:
-        """The error a user sees for an answer of the Hub."""
         status = error.response.status_code
         if isinstance(error, RepositoryNotFoundError | RevisionNotFoundError) or status == 404:
             return FileNotFoundError(

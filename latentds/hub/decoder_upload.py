@@ -6,7 +6,6 @@ import dataclasses
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from latentds.autoencoders.cards import CARDS
 from latentds.autoencoders.decoder_record import RECORD, WEIGHTS, DecoderRecord, read_record
@@ -80,10 +79,7 @@ def publish_decoder(
 
     The same call takes up a run that was cut off. `load_decoder` reads it from the Hub.
 
-    private    for a repository that is made now
-    overwrite  replace another decoder, or whatever else the repository holds
-    dry_run    look, plan, write nothing
-    tell       called with what is being done
+    private, overwrite, dry_run, tell  as of `set_upload.publish`
     raises     FileNotFoundError where there is no decoder; WeightsError where it is damaged;
                InputError without licence, login or rights, or where the repository holds something
                else; FormatError where the Hub holds other bytes after the upload
@@ -174,7 +170,6 @@ def find_embedder(record: DecoderRecord) -> EmbedderCard | None:
 
 
 def decoder_card(record: DecoderRecord, publication: Publication) -> str:
-    """The text of a published decoder's README.md."""
     licence = publication.licence_name or publication.licence
     base = CARDS.get(record.autoencoder)
     tags = ("pathology", "latents", "decoder")
@@ -184,7 +179,7 @@ def decoder_card(record: DecoderRecord, publication: Publication) -> str:
         autoencoder=code_span(record.autoencoder),
         channels=record.channels,
         factor=record.factor,
-        network=code_span(network(record.architecture)),
+        network=code_span(record.architecture.get("name") or record.architecture["class"]),
         latent_id=code_span(record.latent_id),
         decoder_id=code_span(record.decoder_id),
         base=describe_base(record),
@@ -194,11 +189,6 @@ def decoder_card(record: DecoderRecord, publication: Publication) -> str:
         trained=facts_table(record.trained, RECORD),
         notes=f"\n{publication.notes.strip()}\n" if publication.notes.strip() else "",
     )
-
-
-def network(architecture: Mapping[str, Any]) -> str:
-    """Class, and name where it has one."""
-    return str(architecture.get("name") or architecture["class"])
 
 
 def describe_base(record: DecoderRecord) -> str:

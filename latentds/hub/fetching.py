@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -113,7 +113,6 @@ def wanted_files(manifest: Manifest, listed: dict[str, HubFile], name: str) -> d
 
 
 def table_bytes(entry: dict[str, Any], where: str) -> int:
-    """Size of a table, as the manifest has it."""
     size = entry.get("bytes")
     if type(size) is not int or size < 1:
         raise FormatError(f"{where}: the manifest gives {size!r} bytes; tell the publisher")
@@ -175,7 +174,6 @@ def fetch_files(
 
 
 def is_here(path: Path, file: HubFile) -> bool:
-    """Whether a file lies in the folder with just those bytes."""
     return path.is_file() and file.holds(path)
 
 
@@ -213,18 +211,10 @@ def fetch_file(
 def append_rest(
     transport: Transport, name: str, partial: Path, size: int, count: Callable[[int], None]
 ) -> None:
-    """Append what a file lacks to its first bytes."""
     with naming(partial), partial.open("ab") as target:
-        for start, wanted in parts(target.tell(), size):
+        while (start := target.tell()) < size:
+            wanted = min(PART_BYTES, size - start)
             target.write(transport.read(name, start, wanted, wanted))
             count(wanted)
         target.flush()
         os.fsync(target.fileno())
-
-
-def parts(start: int, size: int) -> Iterator[tuple[int, int]]:
-    """(first byte, bytes) of what is asked for at once."""
-    while start < size:
-        wanted = min(PART_BYTES, size - start)
-        yield start, wanted
-        start += wanted

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from latentds.hub.client import HubFile, Repository
-from latentds.hub.publish_plan import HUB_OWN, README, PublishPlan, holds_other
+from latentds.hub.client import Repository
+from latentds.hub.publish_plan import HUB_OWN, README, plan_missing
 from latentds.hub.set_upload import Published, carry_out, have_repository
 from latentds.hub.snippets import Publication
 
@@ -45,35 +44,13 @@ def publish_files(
              FormatError where the Hub holds other bytes after the upload
     """
     remote = have_repository(repository, private, dry_run)
-    plan = plan_files(repository, contents, remote, overwrite, weights=weights, page=page)
+    plan = plan_missing(contents, remote, {})
+    foreign: list[str] = []  # beside their model people may put what they like
+    if page not in remote or weights in plan.missing:
+        foreign = [path for path in remote if path not in contents and path not in HUB_OWN]
+        foreign += [path for path in plan.missing if path in remote and path != README]
+    plan = plan.replacing(repository, sorted(foreign), page, overwrite)
     return carry_out(repository, plan, {weights}, warnings, tell, dry_run=dry_run)
-
-
-def plan_files(
-    repository: Repository,
-    contents: dict[str, Path | bytes],
-    remote: Mapping[str, HubFile],
-    overwrite: bool,
-    *,
-    weights: str,
-    page: str,
-) -> PublishPlan:
-    """What is to be sent and removed; InputError where the repository holds something else."""
-    listed = dict(remote)
-    plan = PublishPlan(contents=contents, sha256={}, missing=[], deleted=[])
-    missing = [path for path in contents if not plan.is_there(path, listed)]
-    foreign = [path for path in listed if path not in contents and path not in HUB_OWN]
-    is_same = page in listed and weights not in missing
-    if is_same:
-        foreign = []  # beside their model people may put what they like
-    else:
-        others = [path for path in missing if path in listed and path != README]
-        foreign += sorted(others)
-    if foreign and not overwrite:
-        raise holds_other(repository, sorted(foreign))
-    # Without its page nobody takes what is half replaced for the old model.
-    deleted = [path for path in foreign if path not in contents or path == page]
-    return dataclasses.replace(plan, missing=missing, deleted=deleted)
 
 
 def summary_text(summary: dict[str, Any]) -> str:

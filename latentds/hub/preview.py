@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import io
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 
 from PIL import Image
@@ -35,19 +34,15 @@ def make_preview(folder: Path) -> bytes:
         for place, row in enumerate(golden.rows):
             patch = shards.patches[row]
             sample = {PICTURE: encode_picture(Image.fromarray(golden.decoded[place]))}
-            sample |= dict(words(LABEL, int(patch["label"]), manifest.classes))
-            sample |= dict(words(SLIDE, int(patch["slide"]), manifest.slides))
+            if patch["label"] >= 0:  # one that has none reads as null
+                sample[LABEL] = manifest.classes[patch["label"]].encode()
+            if patch["slide"] >= 0:
+                sample[SLIDE] = manifest.slides[patch["slide"]].encode()
             for name, content in sample.items():
                 member = tarfile.TarInfo(f"{place:06d}.{name}")  # mtime 0, no owner: same bytes
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
     return buffer.getvalue()
-
-
-def words(member: str, place: int, names: tuple[str, ...]) -> Iterator[tuple[str, bytes]]:
-    """A member with a name; none where a patch has none, which reads as null."""
-    if place >= 0:
-        yield member, names[place].encode()
 
 
 def encode_picture(picture: Image.Image) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 
 from latentds.core.json_text import parse_json
@@ -38,9 +39,37 @@ class PublishPlan:
         content = self.contents[path]
         return len(content) if isinstance(content, bytes) else content.stat().st_size
 
-    def is_there(self, path: str, remote: dict[str, HubFile]) -> bool:
+    def is_there(self, path: str, remote: Mapping[str, HubFile]) -> bool:
         """Whether the Hub has just these bytes at a path."""
         return path in remote and remote[path].holds(self.contents[path], self.sha256.get(path))
+
+    def replacing(
+        self, repository: Repository, foreign: list[str], page: str, overwrite: bool, what: str = ""
+    ) -> PublishPlan:
+        """The plan with what is to go first; InputError for that where nothing may be overwritten.
+
+        foreign  what the repository holds of something else
+        page     without which nobody takes what is half replaced for the old thing
+        what     the something else, where that is known
+        """
+        if foreign and not overwrite:
+            shown = ", ".join(foreign[:SHOWN]) + (", ..." if len(foreign) > SHOWN else "")
+            raise InputError(
+                f"{repository.name}@{repository.revision}: holds "
+                f"{what or f'{len(foreign)} file(s) of something else'} ({shown}); choose another "
+                "repository or --revision, or pass --overwrite to replace it (its history keeps it)"
+            )
+        deleted = [path for path in foreign if path not in self.contents or path == page]
+        return dataclasses.replace(self, deleted=deleted)
+
+
+def plan_missing(
+    contents: dict[str, Path | bytes], remote: Mapping[str, HubFile], sha256: dict[str, str]
+) -> PublishPlan:
+    """The plan that sends what the Hub lacks, and removes nothing."""
+    plan = PublishPlan(contents=contents, sha256=sha256, missing=[], deleted=[])
+    missing = [path for path in contents if not plan.is_there(path, remote)]
+    return dataclasses.replace(plan, missing=missing)
 
 
 def make_plan(
@@ -53,34 +82,16 @@ def make_plan(
     """What is to be sent and removed; InputError where the repository holds something else."""
     sha256 = {shard.name: shard.sha256 for shard in manifest.shards}
     sha256 |= {name: str(entry["sha256"]) for name, entry in manifest.tables.items()}
-    plan = PublishPlan(contents=contents, sha256=sha256, missing=[], deleted=[])
-    missing = [path for path in contents if not plan.is_there(path, remote)]
+    plan = plan_missing(contents, remote, sha256)
     found = remote_dataset_id(repository) if MANIFEST in remote else None
-    foreign = find_foreign(plan, missing, remote, is_same=found == manifest.dataset_id)
+    foreign = find_foreign(plan, remote, is_same=found == manifest.dataset_id)
     is_other = MANIFEST in remote and found != manifest.dataset_id
     foreign = [MANIFEST, *foreign] if is_other else foreign
-    if foreign and not overwrite:
-        raise holds_other(
-            repository, foreign, f"the data set {found}" if found and is_other else ""
-        )
-    # Without its manifest nobody takes what is half replaced for the old set.
-    deleted = [path for path in foreign if path not in contents or path == MANIFEST]
-    return dataclasses.replace(plan, missing=missing, deleted=deleted)
+    what = f"the data set {found}" if found and is_other else ""
+    return plan.replacing(repository, foreign, MANIFEST, overwrite, what)
 
 
-def holds_other(repository: Repository, foreign: list[str], what: str = "") -> InputError:
-    """The error for a repository that holds something else; `what`, where that is known."""
-    shown = ", ".join(foreign[:SHOWN]) + (", ..." if len(foreign) > SHOWN else "")
-    return InputError(
-        f"{repository.name}@{repository.revision}: holds "
-        f"{what or f'{len(foreign)} file(s) of something else'} ({shown}); choose another "
-        "repository or --revision, or pass --overwrite to replace it (its history keeps it)"
-    )
-
-
-def find_foreign(
-    plan: PublishPlan, missing: list[str], remote: dict[str, HubFile], is_same: bool
-) -> list[str]:
+def find_foreign(plan: PublishPlan, remote: dict[str, HubFile], is_same: bool) -> list[str]:
     """Paths in a repository that are no part of this set.
 
     Beside the same set people may have put what they like, but not where readers look for shards;
@@ -90,7 +101,8 @@ def find_foreign(
     if is_same:
         ours = ("data/", "preview/", SLIDES_TABLE)  # thumbnails that are no longer to be there
         return sorted(path for path in extra if path.startswith(ours))
-    others = [path for path in missing if path in remote and path not in (*MADE_HERE, MANIFEST)]
+    free = (*MADE_HERE, MANIFEST)
+    others = [path for path in plan.missing if path in remote and path not in free]
     return sorted(extra + others)
 
 

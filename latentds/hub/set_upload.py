@@ -100,7 +100,10 @@ def publish(
     manifest = check_folder(Path(folder))
     warnings = tuple(licence_warnings(manifest, identifier))
     contents = gather(Path(folder), manifest, publication, warnings, thumbnails)
-    warnings += tuple(edited_card(Path(folder), manifest))
+    card = Path(folder) / README
+    if card.is_file() and card.read_text() != dataset_card(manifest):
+        warnings += (f"{card} is not published, a card is made anew; pass your own words with "
+                     "--notes",)  # fmt: skip
     if look is not None:
         write_look(look, contents)
         tell(f"card and preview, to be looked at: {look}")
@@ -212,13 +215,6 @@ def write_look(folder: Path, contents: dict[str, Path | bytes]) -> None:
         content = contents.get(name)
         if isinstance(content, bytes):
             write_atomically(folder / name, content)
-
-
-def edited_card(folder: Path, manifest: Manifest) -> Iterator[str]:
-    """A warning where the folder's README.md is not as latentds wrote it."""
-    path = folder / README
-    if path.is_file() and path.read_text() != dataset_card(manifest):
-        yield f"{path} is not published, a card is made anew; pass your own words with --notes"
 
 
 def send(

@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from latentds.core.untrusted_files import check_regular, expands_to
-from latentds.errors import InputError, UnusableError, missing_extra
+from latentds.core.untrusted_files import expands_to
+from latentds.errors import InputError, UnusableError
 from latentds.sources.cut_options import SourceOptions
 from latentds.sources.image_folder import walk
 from latentds.sources.kinds import sort_files
+from latentds.sources.patch_arrays import open_h5, own_dataset
 from latentds.sources.picture import Header, Listing, Picture
 from latentds.sources.slide_reading import distinct, slide_mpp
 from latentds.sources.slides import Slides
@@ -52,38 +53,29 @@ def job_files(paths: Iterable[str]) -> list[str]:
 def read_coordinates(path: Path) -> Coordinates:
     """What a coordinates file says; InputError (without the name) where it is none."""
     try:
-        import h5py
-    except ImportError as error:
-        raise missing_extra("h5py", "slides") from error
-    check_regular(path)
-    try:
-        with h5py.File(path, "r") as file:
-            link = file.get("coords", getlink=True)
-            # Links and external storage would read files that were not asked for.
-            if not isinstance(link, h5py.HardLink):
-                raise UnusableError("has no data set 'coords' of its own", "coordinates")
-            coords = file["coords"]
+        with open_h5(path, "coordinates") as file:
+            coords = own_dataset(file, "coords")
+            if coords is None:
+                raise misfit("has no data set 'coords' of its own")
             check_dataset(coords, path)
             places, attributes = coords[:], dict(coords.attrs)
     except (OSError, KeyError, RuntimeError) as error:
-        raise UnusableError(
-            f"is no readable h5 file ({type(error).__name__})", "coordinates"
-        ) from error
+        raise misfit(f"is no readable h5 file ({type(error).__name__})") from error
     return Coordinates(places.astype(np.int64), *sizes_of(attributes))
+
+
+def misfit(words: str) -> UnusableError:
+    return UnusableError(words, "coordinates")
 
 
 def check_dataset(coords: Any, path: Path) -> None:
     """Refuse what is not a bounded array of whole numbers inside the file."""
-    if getattr(coords, "external", None) or getattr(coords, "is_virtual", False):
-        raise UnusableError("keeps 'coords' in other files; refused", "coordinates")
     if coords.dtype.kind not in "iu" or len(coords.shape) != 2 or coords.shape[1] != 2:
-        raise UnusableError(
-            f"'coords' is {coords.dtype} {coords.shape}, not integers (n, 2)", "coordinates"
-        )
+        raise misfit(f"'coords' is {coords.dtype} {coords.shape}, not integers (n, 2)")
     if len(coords) > MAX_COORDINATES:
-        raise UnusableError(f"'coords' has {len(coords)} rows; refused", "coordinates")
+        raise misfit(f"'coords' has {len(coords)} rows; refused")
     if wrong := expands_to(coords, path):
-        raise UnusableError(f"'coords' {wrong}", "coordinates")
+        raise misfit(f"'coords' {wrong}")
 
 
 def sizes_of(attributes: dict[str, Any]) -> tuple[int, int, tuple[int, int] | None, int]:
@@ -100,14 +92,12 @@ def sizes_of(attributes: dict[str, Any]) -> tuple[int, int, tuple[int, int] | No
         # Fishing-Rod's CLAM resamples by whole steps where a slide lacks the level asked for.
         custom = int(attributes.get("custom_downsample", 1))
         if not 1 <= custom <= MAX_CUSTOM:
-            raise UnusableError(
-                f"'coords' has custom_downsample {custom}, not 1 to {MAX_CUSTOM}", "coordinates"
-            )
+            raise misfit(f"'coords' has custom_downsample {custom}, not 1 to {MAX_CUSTOM}")
         factor = float(np.ravel(1.0 if downsample is None else downsample)[0]) * custom
         return round(patch * factor), patch, None, size_unknown
     except (KeyError, TypeError, ValueError) as error:
-        raise UnusableError(
-            f"'coords' has no usable attribute {error}; not TRIDENT's or CLAM's", "coordinates"
+        raise misfit(
+            f"'coords' has no usable attribute {error}; not TRIDENT's or CLAM's"
         ) from error
 
 
@@ -187,24 +177,21 @@ class CoordinateJob(Slides):
         found = at_level_0(read_coordinates(file), slide)
         size = (int(slide.dimensions[0]), int(slide.dimensions[1]))
         if found.slide_px is not None and found.slide_px != size:
-            raise UnusableError(
+            raise misfit(
                 f"its coordinates are of a slide of {found.slide_px[0]}x{found.slide_px[1]} px, "
-                f"this one has {size[0]}x{size[1]} ({file.name})",
-                "coordinates",
+                f"this one has {size[0]}x{size[1]} ({file.name})"
             )
         if self.options.patch_size is None and found.patch_px != self.edge:
-            raise UnusableError(
+            raise misfit(
                 f"its coordinates ask for patches of {found.patch_px} px, the first file for "
-                f"{self.edge}; pass --patch-size to resample all ({file.name})",
-                "coordinates",
+                f"{self.edge}; pass --patch-size to resample all ({file.name})"
             )
         outside = ((found.places < 0) | (found.places >= np.array(size))).any(1)
         if outside.any():
             x, y = found.places[int(np.argmax(outside))].tolist()
-            raise UnusableError(
+            raise misfit(
                 f"its coordinates lie outside of it, x {x} y {y} of {size[0]}x{size[1]} "
-                f"({file.name})",
-                "coordinates",
+                f"({file.name})"
             )
         if self.options.edges == "drop":
             reach = (found.places + found.size_px > np.array(size)).any(1)
@@ -251,9 +238,7 @@ def at_level_0(found: Coordinates, slide: Any) -> Coordinates:
         return found
     factors = slide.level_downsamples
     if not 0 < found.level < len(factors):
-        raise UnusableError(
-            f"its coordinates are of level {found.level}, it has {len(factors)}", "coordinates"
-        )
+        raise misfit(f"its coordinates are of level {found.level}, it has {len(factors)}")
     return found._replace(size_px=round(found.size_px * factors[found.level]), level=0)
 
 
@@ -273,5 +258,4 @@ def by_name(
 
 
 def name_of(path: str) -> str:
-    """Slide of a coordinates file."""
     return Path(path).stem.removesuffix(SUFFIX)

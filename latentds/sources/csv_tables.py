@@ -53,7 +53,6 @@ class TextTable:
         return found
 
     def values(self, column: str) -> list[str]:
-        """A column's values without spaces around them."""
         return [row[column].strip() for row in self.rows]
 
 
@@ -190,10 +189,11 @@ def write_table(
     columns: Sequence[str],
     rows: Iterable[Sequence[object]],
     delimiter: str = ",",
+    line_end: str = "\n",
 ) -> None:
     """Write it atomically; floats in full precision, text as `display.csv_cell` has it."""
     text = io.StringIO(newline="")
-    writer = csv.writer(text, delimiter=delimiter, lineterminator="\n")
+    writer = csv.writer(text, delimiter=delimiter, lineterminator=line_end)
     writer.writerow(map(csv_cell, columns))
     writer.writerows(map(csv_cell, row) for row in rows)
     write_atomically(path, text.getvalue().encode())

@@ -146,7 +146,6 @@ class SourceOptions(CutOptions):
         object.__setattr__(self, "magnification", None)  # a copy with other settings has one, too
 
     def check_cutting(self) -> None:
-        """Refuse ways of cutting that exclude each other."""
         if self.resize + self.tile + self.pad > 1:
             raise InputError("choose one of --resize, --tile and --pad")
         if (self.resize or self.tile or self.pad) and self.patch_size is None:
@@ -155,7 +154,6 @@ class SourceOptions(CutOptions):
             raise InputError("--stride is the step of --tile; pass both")
 
     def check_files(self) -> None:
-        """Refuse folders and files that are not there."""
         if self.label_from is not None and self.regions is None:
             raise InputError(f"--label-from {self.label_from} needs --regions FOLDER; pass both")
         for name in ("masks", "slides", "root", "regions"):
@@ -185,7 +183,6 @@ class SourceOptions(CutOptions):
             ) from error
 
     def check_limits(self, limits: Mapping[str, tuple[float, float]], unit: str = "") -> None:
-        """Refuse numbers out of their bounds."""
         for name, (low, high) in limits.items():
             value = getattr(self, name)
             if value is not None and not low <= value <= high:

@@ -74,7 +74,6 @@ def refuse_misspelt(table: TextTable, found: Mapping[str, str], fields: Sequence
 
 
 def unused(table: TextTable, used: Iterable[str]) -> list[str]:
-    """Columns that nobody reads, in the table's order."""
     taken = set(used)
     return [column for column in table.columns if column not in taken]
 

@@ -55,7 +55,6 @@ class SavedDataset(PictureFiles):
         return cls(found.options) if is_saved else None
 
     def load(self) -> Any:
-        """A Dataset or DatasetDict."""
         import datasets
 
         return datasets.load_from_disk(str(self.root))
@@ -65,7 +64,6 @@ class SavedDataset(PictureFiles):
         return [self.root]
 
     def load_parts(self) -> dict[str, DatasetPart]:
-        """Its parts by name."""
         with loading(self.root):
             loaded = self.load()
             parts = loaded if isinstance(loaded, dict) else {DEFAULT_SPLIT: loaded}
@@ -83,7 +81,6 @@ class SavedDataset(PictureFiles):
         return self.named(Listing(tuple(pictures), notes=note_columns(unused), classes=classes))
 
     def rows_of(self, name: str, part: DatasetPart) -> Iterator[Picture]:
-        """The pictures of a part of the data set, a row each."""
         split = SPLITS.get(name.lower(), name) if self.options.split_folders else DEFAULT_SPLIT
         for number, record in enumerate(records_of(part.rows)):
             source, fields = f"{name}/{number}", {}
@@ -114,6 +111,12 @@ class HubDataset(SavedDataset):
     suffixes = frozenset[str]()
     is_remote = True
 
+    def __init__(self, options: SourceOptions) -> None:
+        super().__init__(options)
+        found = hub_id(self.root)
+        assert found is not None  # that is how this source was chosen
+        self.name, self.revision = found
+
     @classmethod
     def detect(cls, found: Inspection) -> Source | None:
         return cls(found.options) if hub_id(found.root) is not None else None
@@ -121,16 +124,12 @@ class HubDataset(SavedDataset):
     def load(self) -> Any:
         import datasets
 
-        found = hub_id(self.root)
-        assert found is not None  # that is how this source was chosen
-        return datasets.load_dataset(found[0], revision=found[1])
+        return datasets.load_dataset(self.name, revision=self.revision)
 
     def roots(self) -> list[Path]:
         import datasets
 
-        found = hub_id(self.root)
-        assert found is not None
-        cache = [datasets.config.HF_DATASETS_CACHE, datasets.config.HF_CACHE_HOME, found[0]]
+        cache = [datasets.config.HF_DATASETS_CACHE, datasets.config.HF_CACHE_HOME, self.name]
         return [Path(folder) for folder in cache]
 
 
@@ -155,7 +154,6 @@ def loading(root: Path) -> Iterator[None]:
 
 
 def part_of(dataset: Any, root: Path) -> DatasetPart:
-    """A Dataset as a part."""
     import datasets
 
     column = image_column(dataset, root)

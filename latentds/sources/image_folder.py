@@ -71,7 +71,7 @@ def list_pictures(root: Path, use_labels: bool = True, use_splits: bool = True) 
         named = {path: SPLITS.get(split.lower(), split) for path, split in card.splits.items()}
         pictures = tuple(dataclasses.replace(p, split=named[p.source]) for p in pictures)
     notes = (*(card.notes if card else ()), *folders.notes)
-    return Listing(pictures, len(ignored), ignored[0] if ignored else "", notes, tuple(ignored))
+    return Listing(pictures, len(ignored), notes, tuple(ignored))
 
 
 def packed_among(paths: Sequence[str]) -> str:
@@ -119,7 +119,6 @@ class Folders:
     notes: tuple[str, ...] = ()
 
     def place(self, path: str) -> Picture:
-        """What the folders of a path say."""
         split, folders = self.parts(path)
         label = folders.pop(0) if folders and self.use_labels else None
         return Picture(path, split, label, "/".join(folders) or None)
@@ -266,6 +265,16 @@ def name_fields(pattern: str) -> Callable[[str], dict[str, Any]]:
         return found | numbers_of(source, found)
 
     return fields
+
+
+def facts_of(row: Mapping[str, str], where: str, use_labels: bool) -> dict[str, Any]:
+    """A row's cells as fields of a Picture, empty ones left out; InputError for bad numbers."""
+    found: dict[str, Any] = {name: value for name, value in row.items() if value}
+    if not use_labels:
+        found.pop("label", None)
+    if "split" in found:
+        found["split"] = SPLITS.get(found["split"].lower(), found["split"])
+    return found | numbers_of(where, found)
 
 
 def numbers_of(source: str, fields: dict[str, str]) -> dict[str, float]:

@@ -39,12 +39,7 @@ class Choice(NamedTuple):
     """Whether a folder's files are slides, and what that assumes (nothing where all is plain)."""
 
     is_slides: bool
-    note: str = ""
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """The note, if there is one."""
-        return (self.note,) if self.note else ()
+    notes: tuple[str, ...] = ()
 
 
 def sort_files(root: Path, paths: Sequence[str]) -> Kinds:
@@ -149,20 +144,18 @@ def choose(root: Path, found: Kinds) -> Choice:
         )
     if not found.unsure:
         return Choice(bool(found.slides))
-    tiffs = f"{len(found.unsure)} TIFF that could be either"
-    if found.slides or found.pictures:
-        what = "slides" if found.slides else "pictures"
-        return Choice(bool(found.slides), f"{tiffs} among {what} are taken for {what}{other(what)}")
-    sizes = {size_of(root / path)[0] for path in found.unsure}
-    is_one_size = len(sizes) == 1 and len(found.unsure) > 1
-    if is_one_size or max(max(size) for size in sizes) <= PATCH_PX:
-        return Choice(False, f"{tiffs} are taken for pictures{other('pictures')}")
-    return Choice(True, f"{tiffs} are taken for slides{other('slides')}")
-
-
-def other(what: str) -> str:
-    """The option that overrules a guess."""
-    return f"; --kind {'pictures' if what == 'slides' else 'slides'} takes them for the other"
+    is_slides, is_mixed = bool(found.slides), bool(found.slides or found.pictures)
+    if not is_mixed:
+        sizes = {size_of(root / path)[0] for path in found.unsure}
+        is_one_size = len(sizes) == 1 and len(found.unsure) > 1
+        is_slides = not is_one_size and max(max(size) for size in sizes) > PATCH_PX
+    what, other = ("slides", "pictures") if is_slides else ("pictures", "slides")
+    among = f" among {what}" if is_mixed else ""
+    note = (
+        f"{len(found.unsure)} TIFF that could be either{among} are taken for {what}; --kind "
+        f"{other} takes them for the other"
+    )
+    return Choice(is_slides, (note,))
 
 
 def one_a_series(root: Path, paths: Sequence[str], opened: Any) -> dict[str, str]:

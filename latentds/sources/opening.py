@@ -18,12 +18,11 @@ from latentds.sources.picture import Listing, Picture
 from latentds.sources.picture_files import PictureFiles
 from latentds.sources.picture_parquet import PictureParquet
 from latentds.sources.picture_tables import PictureTable, SamPathFolder
-from latentds.sources.picture_tars import PictureTars
+from latentds.sources.picture_tars import PictureTars, TileTars
 from latentds.sources.slide_names import some
 from latentds.sources.slide_tables import ListedSlides, apply_slide_table
 from latentds.sources.slides import Slides
 from latentds.sources.source import Inspection, Source
-from latentds.sources.tile_tars import TileTars
 from latentds.sources.tile_trees import TileTree
 from latentds.store.format import SPLIT_PATTERN
 
@@ -84,7 +83,6 @@ def list_source(source: Source, options: SourceOptions) -> Listing:
 
 
 def choose(pictures: Sequence[Picture], options: SourceOptions) -> tuple[Picture, ...]:
-    """The pictures that --only names."""
     assert options.only is not None
     names = {line.strip() for line in options.only.read_text().splitlines() if line.strip()}
     hide = options.hide

@@ -76,7 +76,6 @@ class Originals:
         return np.stack(list(self.reader.pool.map(self.read_one, places)))
 
     def read_one(self, place: Place) -> np.ndarray:
-        """Pixels uint8 (H, W, 3) of one patch."""
         picture, header, region = self.located(place)
         (found,) = self.reader.read(picture, header, self.patch_px, [region])
         if isinstance(found, Patch):
@@ -89,7 +88,6 @@ class Originals:
         raise of_file(self.folder / picture.source, found) from found
 
     def locate(self, place: Place) -> tuple[Picture, Header, tuple[int, int]]:
-        """The picture, its header and the region of a patch."""
         source, x, y = place
         picture = self.find(source)
         try:

@@ -27,16 +27,14 @@ RAW = ("image_dtype", "tile_size")  # OpenMidnight's: how image_bytes are coded,
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RowGroup:
-    """A row group in memory: Arrow record batches, first row of each, and the pictures' column."""
+    """A row group in memory, an Arrow table, and its column of pictures."""
 
-    parts: list[Any]
-    starts: list[int]
+    table: Any
     column: str
 
     def picture(self, row: int) -> bytes:
         """A picture's file; InputError (without the name) where its row holds none."""
-        part = bisect.bisect_right(self.starts, row) - 1
-        (found,) = self.parts[part].slice(row - self.starts[part], 1).to_pylist()
+        (found,) = self.table.slice(row, 1).to_pylist()
         picture = found[self.column]
         if isinstance(picture, dict):
             picture = picture["bytes"]
@@ -70,7 +68,6 @@ class EncodedTable:
     own_path: str | None = None
 
     def group_of(self, row: int) -> int:
-        """Row group of a row."""
         return bisect.bisect_right(self.starts, row) - 1
 
     def rows(self) -> Iterator[dict[str, Any]]:
@@ -99,7 +96,9 @@ class EncodedTable:
 
         InputError (without the name) where they are damaged, or more than the footer announced.
         """
-        parts, starts, held = [], [0], 0
+        import pyarrow as pa
+
+        parts, held = [], 0
         columns = [self.column, *(name for name in RAW if name in self.facts)]
         with reading(None), self.open() as file:
             for batch in file.iter_batches(BATCH_ROWS, row_groups=[number], columns=columns):
@@ -107,11 +106,9 @@ class EncodedTable:
                 if held > MAX_GROUP_BYTES:
                     raise UnusableError(f"its row group {number} has more bytes than it announces")
                 parts.append(batch)
-                starts.append(starts[-1] + len(batch))
-        return RowGroup(parts, starts, self.column.partition(".")[0])
+        return RowGroup(pa.Table.from_batches(parts), self.column.partition(".")[0])
 
     def open(self) -> Any:
-        """The file, its footer known."""
         import pyarrow.parquet as pq
 
         return pq.ParquetFile(self.path, metadata=self.footer, pre_buffer=False)
@@ -143,7 +140,6 @@ def has_pictures(path: Path) -> bool:
 
 
 def read_footer(path: Path) -> tuple[Any, Any]:
-    """A Parquet file's footer and its Arrow schema."""
     import pyarrow.parquet as pq
 
     check_regular(path, str(path))
@@ -200,7 +196,6 @@ def picture_column(schema: Any, path: Path) -> str | None:
 
 
 def is_bytes(kind: Any) -> bool:
-    """Whether an Arrow type is a run of bytes."""
     import pyarrow.types as types
 
     return bool(
@@ -210,7 +205,8 @@ def is_bytes(kind: Any) -> bool:
 
 def check_footer(path: Path, footer: Any, column: str) -> None:
     """Refuse sizes that would not fit in memory, before a byte of them is read."""
-    index, size = leaf_index(footer, column), path.stat().st_size
+    schema, size = footer.schema, path.stat().st_size
+    index = next(i for i in range(len(schema)) if schema.column(i).path == column)
     for number in range(footer.num_row_groups):
         group = footer.row_group(number)
         chunk = group.column(index)
@@ -227,12 +223,6 @@ def check_footer(path: Path, footer: Any, column: str) -> None:
                 f"{path}: row group {number} announces {group.num_rows:,} pictures in "
                 f"{chunk.total_compressed_size:,} bytes; refused"
             )
-
-
-def leaf_index(footer: Any, column: str) -> int:
-    """Place of a column among a file's leaves."""
-    schema = footer.schema
-    return next(i for i in range(len(schema)) if schema.column(i).path == column)
 
 
 def class_names(metadata: dict[bytes, bytes]) -> dict[str, list[str]]:

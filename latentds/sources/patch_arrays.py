@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from latentds.core.untrusted_files import check_regular, expands_to
-from latentds.errors import InputError, UnusableError, missing_extra
+from latentds.errors import InputError, Reason, UnusableError, missing_extra
 from latentds.sources.csv_tables import read_table
 from latentds.sources.cut_options import SourceOptions
 from latentds.sources.field_names import note_columns
@@ -84,7 +84,6 @@ class PatchArrays(PicturesInFiles):
         return self.named(Listing(tuple(pictures), notes=notes))
 
     def rows_of(self, file: str, split: str) -> Iterator[Picture]:
-        """The pictures of an array, a row each."""
         shape, path = self.shape(file), self.root / file
         labels = read_labels(path, shape.rows) if self.options.labels else None
         shared = {"mpp": next((mpp for name, mpp in KNOWN_MPP.items() if name in file), None)}
@@ -165,7 +164,7 @@ def path_stem(path: str) -> str:
     return str(PurePosixPath(path).with_suffix("")).removesuffix(OF_ARRAY)
 
 
-def open_h5(path: Path) -> Any:
+def open_h5(path: Path, reason: Reason = "unreadable") -> Any:
     """An HDF5 file, open for reading; InputError (without the name) where it cannot be read."""
     try:
         import h5py
@@ -175,7 +174,7 @@ def open_h5(path: Path) -> Any:
     try:
         return h5py.File(path, "r")
     except OSError as error:
-        raise UnusableError("is no readable h5 file", "unreadable") from error
+        raise UnusableError(f"is no readable h5 file ({type(error).__name__})", reason) from error
 
 
 def own_dataset(file: Any, name: str) -> Any:

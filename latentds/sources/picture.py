@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
+Regions = Sequence[tuple[int, int]]  # x and y of patches in their picture's own pixels
 MIXED_CHUNKS = 4  # pictures of so many chunks are shuffled among each other
 
 
@@ -55,7 +57,7 @@ class Header:
 
 @dataclasses.dataclass(frozen=True)
 class Listing:
-    """Pictures in a fixed order, and how many other files were passed over (with one of them).
+    """Pictures in a fixed order, and how many other files were passed over.
 
     notes    what was assumed, and what was found and not read, in sentences without an end
     others   the files passed over
@@ -64,7 +66,6 @@ class Listing:
 
     pictures: tuple[Picture, ...]
     ignored: int = 0
-    ignored_example: str = ""
     notes: tuple[str, ...] = ()
     others: tuple[str, ...] = ()
     classes: tuple[str, ...] = ()

@@ -50,7 +50,6 @@ def read_header(file: Path | BinaryIO, max_px: int) -> Header:
 
 
 def size_of(file: Path | BinaryIO) -> int:
-    """Bytes of a path or an open file."""
     return file.stat().st_size if isinstance(file, Path) else file.seek(0, io.SEEK_END)
 
 
@@ -109,27 +108,29 @@ def read_mask(path: Path, size_px: tuple[int, int]) -> np.ndarray:
         raise UnusableError(f"its mask cannot be decoded ({first_line(error)})", "mask") from error
 
 
+def unsupported(words: str) -> UnusableError:
+    return UnusableError(words, "unsupported")
+
+
 def check_mode(mode: str) -> None:
     """Refuse what has more than 8 bits or no way to RGB."""
-    if mode != "RGB" and mode not in CONVERTED and mode[0] not in "IF":
-        raise UnusableError(f"mode {mode}; convert to RGB", "unsupported")
     if mode[0] in "IF":
-        raise UnusableError(
-            f"mode {mode} (16-bit or float); convert to 8-bit RGB with a scaling you choose",
-            "unsupported",
+        raise unsupported(
+            f"mode {mode} (16-bit or float); convert to 8-bit RGB with a scaling you choose"
         )
+    if mode not in ("RGB", *CONVERTED):
+        raise unsupported(f"mode {mode}; convert to RGB")
 
 
 def check_depth(image: Image.Image) -> None:
     """Refuse several pages, and 16 bits a channel, which Pillow opens as 8-bit all the same."""
     pages = getattr(image, "n_frames", 1)
     if pages > 1:
-        raise UnusableError(f"has {pages} pages; split it into one file a page", "unsupported")
+        raise unsupported(f"has {pages} pages; split it into one file a page")
     bits = bits_a_channel(image)
     if bits > 8:
-        raise UnusableError(
-            f"has {bits} bits a channel; convert to 8-bit RGB with a scaling you choose",
-            "unsupported",
+        raise unsupported(
+            f"has {bits} bits a channel; convert to 8-bit RGB with a scaling you choose"
         )
 
 
@@ -175,9 +176,7 @@ def check_alpha(image: Image.Image) -> None:
     """Refuse real transparency: which colour lies behind it is not ours to guess."""
     transparent = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
     if transparent and image.convert("RGBA").getchannel("A").getextrema()[0] != 255:
-        raise UnusableError(
-            "has transparent pixels; flatten it onto a background first", "unsupported"
-        )
+        raise unsupported("has transparent pixels; flatten it onto a background first")
 
 
 def describe_encoding(image: Image.Image) -> str:
@@ -205,7 +204,6 @@ def jpeg_quality(tables: dict[int, Any]) -> str:
 
 
 def reason_of(error: Exception) -> Reason:
-    """Which of the closed reasons Pillow's error is."""
     return "truncated" if "truncated" in str(error) else "unreadable"
 
 

@@ -18,7 +18,7 @@ from latentds.errors import InputError, UnusableError
 from latentds.sources.cut_options import SourceOptions
 from latentds.sources.image_folder import check_labels, check_sizes, list_pictures, name_fields
 from latentds.sources.names import note_numbers, path_fields
-from latentds.sources.picture import Header, Listing, Picture
+from latentds.sources.picture import Header, Listing, Picture, Regions
 from latentds.sources.picture_decoding import find_mask, read_header, read_mask, read_picture
 from latentds.sources.side_tables import with_tables
 from latentds.sources.source import Inspection, Kept, Source
@@ -149,11 +149,7 @@ class PictureFiles(Source):
         return (picture.x or 0) + round(x * scale), (picture.y or 0) + round(y * scale)
 
     def whereabouts(
-        self,
-        picture: Picture,
-        header: Header,
-        patch_px: tuple[int, int],
-        regions: Sequence[tuple[int, int]],
+        self, picture: Picture, header: Header, patch_px: tuple[int, int], regions: Regions
     ) -> list[Place]:
         options, width = self.options, patch_px[1]
         region_width = width if options.tile else header.size_px[1]
@@ -176,11 +172,7 @@ class PictureFiles(Source):
         return super().locate(picture, patch_px, place)
 
     def read(
-        self,
-        picture: Picture,
-        header: Header,
-        patch_px: tuple[int, int],
-        regions: Sequence[tuple[int, int]],
+        self, picture: Picture, header: Header, patch_px: tuple[int, int], regions: Regions
     ) -> list[Patch]:
         image, mask = self.decode(picture, header)
         return [self.cut(picture, header, patch_px, at, image, mask) for at in regions]
@@ -192,7 +184,6 @@ class PictureFiles(Source):
         return self.decoded.get(picture.source, lambda: self.decode_file(picture, header))
 
     def decode_file(self, picture: Picture, header: Header) -> Pixels:
-        """Pixels and mask of a picture, from its files."""
         image, _ = read_picture(self.file(picture), self.options.max_px)
         if image.shape[:2] != header.size_px:
             raise UnusableError("changed its size while the conversion ran", "changed")
@@ -209,7 +200,6 @@ class PictureFiles(Source):
         image: np.ndarray,
         mask: np.ndarray | None,
     ) -> Patch:
-        """One patch of a decoded picture."""
         (x, y), options = at, self.options
         (place,) = self.whereabouts(picture, header, patch_px, [at])
         fitted = None if mask is None else fit(mask, x, y, patch_px, options)
@@ -237,7 +227,6 @@ class PicturesInFiles(PictureFiles):
         return type(self), (self.options, tuple(self.files))
 
     def row_of(self, picture: Picture) -> tuple[str, int]:
-        """File and row of a picture, where pictures are rows."""
         file, _, row = picture.source.rpartition("/")
         return file, int(row)
 
@@ -286,7 +275,6 @@ def fit(
 
 
 def encode_png(mask: np.ndarray) -> bytes:
-    """A mask (H, W) as PNG bytes."""
     buffer = io.BytesIO()
     Image.fromarray(mask).save(buffer, "PNG", optimize=False, compress_level=6)
     return buffer.getvalue()

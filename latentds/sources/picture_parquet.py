@@ -38,7 +38,6 @@ class PictureParquet(PicturesInFiles):
         self.groups: Kept[RowGroup] = Kept(GROUPS_KEPT)
 
     def table(self, file: str) -> EncodedTable:
-        """An opened file; InputError where it has no pictures."""
         if file not in self.tables:
             self.tables[file] = open_table(self.root / file)
         return self.tables[file]
@@ -75,11 +74,9 @@ class PictureParquet(PicturesInFiles):
         return orders.pop() if self.options.labels and len(orders) == 1 else ()
 
     def unused(self) -> tuple[str, ...]:
-        """That columns are not read, for people."""
         return note_columns(name for table in self.tables.values() for name in table.unused)
 
     def rows_of(self, file: str, split: str) -> Iterator[Picture]:
-        """The pictures of a file, a row each."""
         for number, row in enumerate(self.table(file).rows()):
             source, fields = f"{file}/{number}", {}
             try:

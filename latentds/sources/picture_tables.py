@@ -5,13 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from latentds.errors import InputError
 from latentds.sources.csv_tables import SUFFIXES, TextTable, read_table
 from latentds.sources.cut_options import SourceOptions
 from latentds.sources.field_names import columns_of, note_unused
-from latentds.sources.image_folder import DEFAULT_SPLIT, SPLITS, check_labels, numbers_of, walk
+from latentds.sources.image_folder import DEFAULT_SPLIT, SPLITS, check_labels, facts_of, walk
 from latentds.sources.kinds import SUFFIXES as SLIDE_SUFFIXES
 from latentds.sources.picture import Listing, Picture
 from latentds.sources.picture_decoding import MASK_SUFFIXES, picture_suffixes
@@ -27,7 +26,6 @@ FOLDS = {"-1": "test", "0": "val"}
 
 
 def is_table(path: Path) -> bool:
-    """Whether an input is a table file."""
     return path.is_file() and path.suffix.lower() in SUFFIXES
 
 
@@ -59,10 +57,7 @@ def list_table(options: SourceOptions) -> Listing:
         raise InputError(f"{table.path}: no rows")
     columns = path_columns(table)
     root = options.root or options.source.parent
-    rows = [
-        {field: row[column].strip() for field, column in columns.items() if row[column].strip()}
-        for row in table.rows
-    ]
+    rows = [{field: row[c].strip() for field, c in columns.items()} for row in table.rows]
     pictures = tuple(
         row_picture(f"{table.path}, row {number}", root, row, options.labels)
         for number, row in enumerate(rows, 1)
@@ -80,24 +75,14 @@ def path_columns(table: TextTable) -> dict[str, str]:
 
 
 def row_picture(where: str, root: Path, row: dict[str, str], use_labels: bool) -> Picture:
-    """The picture that a row names."""
-    if "path" not in row:
+    if not row.get("path"):
         raise InputError(f"{where}: no path")
-    split = row.get("split", DEFAULT_SPLIT)
-    texts: dict[str, Any] = {name: row[name] for name in ("patient",) if name in row}
-    if "slide" in row:
-        is_file = PurePosixPath(row["slide"]).suffix.lower() in SLIDE_SUFFIXES
-        texts["slide"] = slide_name(row["slide"], is_path=True) if is_file else row["slide"]
-    if use_labels and "label" in row:
-        texts["label"] = row["label"]
-    numbers: dict[str, Any] = numbers_of(where, row)
-    return Picture(
-        inside(row["path"], root, where),
-        SPLITS.get(split.lower(), split),
-        **texts,
-        **numbers,
-        mask=inside(row["mask"], root, where) if "mask" in row else None,
-    )
+    own = {"split": DEFAULT_SPLIT} | facts_of(row, where, use_labels)
+    if PurePosixPath(own.get("slide", "")).suffix.lower() in SLIDE_SUFFIXES:
+        own["slide"] = slide_name(own["slide"], is_path=True)
+    if "mask" in own:
+        own["mask"] = inside(own["mask"], root, where)
+    return Picture(inside(own.pop("path"), root, where), **own)
 
 
 def inside(path: str, root: Path, where: str) -> str:

@@ -44,13 +44,11 @@ def fields_of(record: Mapping[str, Any], use_labels: bool) -> dict[str, Any]:
 
 
 def first_of(record: Mapping[str, Any], names: Sequence[str]) -> Any:
-    """The first value that is there, None where none is."""
     values = (record.get(name) for name in names)
     return next((value for value in values if value is not None and value != ""), None)
 
 
 def product(scale: Sequence[Any]) -> int:
-    """Pixels of level 0 of tile size and downsample; InputError where they are no numbers."""
     try:
         return round(float(scale[0]) * float(scale[1]))
     except (TypeError, ValueError, OverflowError) as error:

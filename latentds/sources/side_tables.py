@@ -11,7 +11,7 @@ from latentds.core.json_text import parse_json, read_json
 from latentds.errors import FormatError, InputError
 from latentds.sources.csv_tables import TextTable, decoded, read_table, text_lines
 from latentds.sources.field_names import ALIASES, columns_of, note_unused
-from latentds.sources.image_folder import SPLITS, numbers_of
+from latentds.sources.image_folder import facts_of
 from latentds.sources.picture import Listing, Picture
 from latentds.sources.slide_names import plain_name
 
@@ -63,7 +63,6 @@ def with_tables(root: Path, found: Listing, others: Sequence[str], use_labels: b
 
 
 def is_side_table(path: str) -> bool:
-    """Whether a file beside pictures may be a table of them."""
     name = PurePosixPath(path)
     return name.suffix.lower() in SUFFIXES or name.name in READ
 
@@ -116,12 +115,7 @@ def metadata_of(
     for line, row in zip(table.lines, table.rows, strict=True):
         where = f"{full}, line {line}"
         cells = {field: row[column].strip() for field, column in columns.items()}
-        own: dict[str, Any] = {field: cell for field, cell in cells.items() if cell}
-        own |= numbers_of(where, own)
-        if not use_labels:
-            own.pop("label", None)
-        if "split" in own:
-            own["split"] = SPLITS.get(own["split"].lower(), own["split"])
+        own = facts_of(cells, where, use_labels)
         source = placed(root, folder, row[name].strip().replace("\\", "/"))
         if facts.setdefault(source, own) != own:
             raise InputError(f"{where}: {source} is there twice, in different ways; keep one line")
@@ -160,7 +154,6 @@ def json_list(path: Path) -> TextTable:
 
 
 def table_of(path: Path, records: Sequence[tuple[int, Any]]) -> TextTable:
-    """Objects by line as a table."""
     rows, lines = [], []
     for number, record in records:
         if not isinstance(record, dict):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -29,8 +30,6 @@ class NameIndex:
         self.names = names
         self.exact = places_by(names, lambda name: name)
         self.plain = places_by(names, plain_name)
-        self.ends: dict[str, list[int]] | None = None
-        self.barcodes: dict[str, list[int]] | None = None
 
     def find_all(self, name: str) -> list[int]:
         """Places of all known names that it may mean, ascending; more than one is ambiguous."""
@@ -40,22 +39,23 @@ class NameIndex:
         for end in path_ends(plain):
             if end in self.plain:
                 return self.plain[end]
-        return self.find_longer(plain) or self.find_barcode(plain)
+        return self.ends.get(plain) or self.find_barcode(plain)
 
-    def find_longer(self, plain: str) -> list[int]:
-        """Places of the known paths that end in this one."""
-        if self.ends is None:
-            ends: dict[str, list[int]] = defaultdict(list)
-            for place, known in enumerate(self.names):
-                for end in path_ends(plain_name(known))[1:]:
-                    ends[end].append(place)
-            self.ends = dict(ends)
-        return self.ends.get(plain, [])
+    @functools.cached_property
+    def ends(self) -> dict[str, list[int]]:
+        """Places of the known paths by each shorter path in which they end."""
+        ends: dict[str, list[int]] = defaultdict(list)
+        for place, known in enumerate(self.names):
+            for end in path_ends(plain_name(known))[1:]:
+                ends[end].append(place)
+        return dict(ends)
+
+    @functools.cached_property
+    def barcodes(self) -> dict[str, list[int]]:
+        return places_by(self.names, lambda name: barcode_of(name)[0])
 
     def find_barcode(self, plain: str) -> list[int]:
         """Places of the known names of the same TCGA slide, none of which is another file of it."""
-        if self.barcodes is None:
-            self.barcodes = places_by(self.names, lambda name: barcode_of(name)[0])
         slide, uuid = barcode_of(plain)
         places = self.barcodes.get(slide, []) if slide else []
         own = {place: barcode_of(self.names[place])[1] for place in places}
@@ -93,7 +93,6 @@ class NameIndex:
 
 
 def places_by(names: Iterable[str], key: Callable[[str], str]) -> dict[str, list[int]]:
-    """Places of names by a form of them."""
     found: dict[str, list[int]] = defaultdict(list)
     for place, name in enumerate(names):
         found[key(name)].append(place)

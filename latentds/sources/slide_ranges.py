@@ -23,6 +23,7 @@ import numpy as np
 from latentds.core.untrusted_files import tiles_file
 from latentds.errors import InputError, LocationError, UnusableError
 from latentds.sources.slide_probe import open_whole
+from latentds.sources.tars import SeekableFile
 from latentds.store.transport import Transport
 
 SUFFIXES = {None: (".svs",), "slides": (".svs", ".tif", ".tiff")}  # by --kind
@@ -35,15 +36,15 @@ REQUESTS = 8  # at a time
 EDGE = 1  # pixels around a region that OpenSlide may look at
 
 
-class Directory(io.RawIOBase):
+class Directory(SeekableFile):
     """A remote file for whoever reads its directory; keeps the blocks that were read."""
 
     def __init__(self, transport: Transport, name: str, size: int) -> None:
-        self.transport, self.name, self.size, self.place = transport, name, size, 0
+        super().__init__(size)
+        self.transport, self.name = transport, name
         self.blocks: dict[int, bytes] = {}
 
     def block(self, number: int) -> bytes:
-        """A block, fetched once."""
         if number not in self.blocks:
             start = number * BLOCK_BYTES
             if (len(self.blocks) + 1) * BLOCK_BYTES > MAX_DIRECTORY_BYTES:
@@ -63,20 +64,6 @@ class Directory(io.RawIOBase):
             done += len(part)
         self.place += count
         return count
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        start = {os.SEEK_SET: 0, os.SEEK_CUR: self.place, os.SEEK_END: self.size}[whence]
-        self.place = max(0, start + offset)
-        return self.place
-
-    def tell(self) -> int:
-        return self.place
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -169,7 +156,6 @@ def levels_of(path: Path) -> list[Level] | None:
 
 
 def described(pages: Iterable[Any]) -> Iterator[Level]:
-    """The levels of these pages."""
     first = 0
     for page in pages:
         across, down = (
@@ -219,7 +205,6 @@ class RangedSlide:
         self.slide.close()
 
     def read_region(self, location: tuple[int, int], level: int, size: tuple[int, int]) -> Any:
-        """OpenSlide's."""
         self.bring(level, [location], size)
         return self.slide.read_region(location, level, size)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from PIL import Image
 from latentds.core.untrusted_files import check_whole, tiles_file
 from latentds.errors import UnusableError
 from latentds.sources.cut_options import MAGNIFICATION_MPP
+from latentds.sources.picture import Regions
 from latentds.sources.slide_probe import open_whole
 from latentds.sources.slide_ranges import RangedSlide
 from latentds.store.transport import Transport
@@ -45,7 +46,6 @@ def open_slide(path: Path, transport: Transport | None = None, name: str = "") -
 
 
 def is_slide_error(error: Exception) -> bool:
-    """Whether an error is of a file that cannot be read."""
     return type(error).__module__.startswith("openslide") or isinstance(error, OSError)
 
 
@@ -87,7 +87,6 @@ def slide_mpp(slide: Any, assumed: float | None, given: float | None = None) -> 
 
 
 def number(text: str | None) -> float | None:
-    """A positive number of a property, None where there is none."""
     try:
         value = float(text) if text is not None else 0.0
     except ValueError:
@@ -200,7 +199,7 @@ def shrink_level(
     return np.concatenate(strips), width / columns
 
 
-def bring_regions(slide: Any, regions: Sequence[tuple[int, int]], scale: float, edge: int) -> None:
+def bring_regions(slide: Any, regions: Regions, scale: float, edge: int) -> None:
     """Fetch what `cut_region` will read of a location's slide, all of it side by side."""
     if isinstance(slide, RangedSlide):
         level = slide.get_best_level_for_downsample(scale * LEVEL_SLACK)

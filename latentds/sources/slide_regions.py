@@ -64,19 +64,16 @@ class PlaceLabels(NamedTuple):
 
     @classmethod
     def of(cls, places: np.ndarray, found: Taken) -> PlaceLabels:
-        """Of the places that were kept."""
         keys = place_keys(places[found.kept])
         order = np.argsort(keys)
         return cls(keys[order], found.numbers[found.kept][order], found.classes)
 
     def at(self, place: tuple[int, int]) -> str:
-        """The class at one of the places."""
         row = np.searchsorted(self.keys, place_keys(np.array([place])))[0]
         return self.classes[int(self.numbers[row])]
 
 
 def place_keys(places: np.ndarray) -> np.ndarray:
-    """int64 (n,) of places (n, 2)."""
     keys: np.ndarray = (places[:, 0].astype(np.int64) << 32) | places[:, 1].astype(np.int64)
     return keys
 
@@ -305,5 +302,4 @@ def even_odd(outlines: Sequence[np.ndarray], width: int, height: int) -> np.ndar
 
 
 def bad(path: Path, words: str) -> UnusableError:
-    """The error of a file of regions."""
     return UnusableError(f"its file of regions ({path.name}) {words}", "mask")

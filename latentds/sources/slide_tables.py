@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -11,7 +11,7 @@ from latentds.errors import InputError
 from latentds.sources.csv_tables import TextTable, read_table
 from latentds.sources.cut_options import SourceOptions
 from latentds.sources.field_names import columns_of, note_unused
-from latentds.sources.image_folder import SPLITS, numbers_of
+from latentds.sources.image_folder import facts_of
 from latentds.sources.kinds import sort_files
 from latentds.sources.names import patient_of
 from latentds.sources.picture import Listing, Picture
@@ -66,16 +66,6 @@ def read_slide_table(path: Path, use_labels: bool = True) -> SlideTable:
             raise InputError(f"{where}: {name} is there twice, in different ways")
     used = [columns[name] for name in (by, *wanted)]
     return SlideTable(path, by, facts, note_unused(table, used))
-
-
-def facts_of(row: Mapping[str, str], where: str, use_labels: bool) -> Facts:
-    """A row's cells as fields, empty ones left out."""
-    found: Facts = {name: value for name, value in row.items() if value}
-    if not use_labels:
-        found.pop("label", None)
-    if "split" in found:
-        found["split"] = SPLITS.get(found["split"].lower(), found["split"])
-    return found | numbers_of(where, {n: v for n, v in found.items() if n == "mpp"})
 
 
 def clam_parts(table: TextTable) -> dict[str, Facts]:

@@ -6,9 +6,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import threading
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ from latentds.errors import InputError, UnusableError
 from latentds.sources.cut_options import SourceOptions
 from latentds.sources.image_folder import check_labels, check_names, read_folders, walk
 from latentds.sources.kinds import one_a_series, sort_files
-from latentds.sources.picture import Header, Listing, Picture
+from latentds.sources.picture import Header, Listing, Picture, Regions
 from latentds.sources.side_tables import with_tables
 from latentds.sources.slide_looks import LOOK_PX, Overview, SlideLook, draw_look
 from latentds.sources.slide_names import check_slide_names
@@ -41,7 +39,7 @@ from latentds.sources.slide_reading import (
     thumbnail_of,
 )
 from latentds.sources.slide_regions import note_unused_regions, open_regions
-from latentds.sources.source import Inspection, Source
+from latentds.sources.source import Inspection, Kept, Source
 from latentds.sources.tissue import has_edges, tissue_mask, tissue_shares
 from latentds.store.patch_record import Patch, Place
 from latentds.store.transport import Transport
@@ -68,8 +66,7 @@ class Slides(Source):
     def __init__(self, options: SourceOptions) -> None:
         self.options, self.root = options, options.source
         self.edge = options.patch_size or DEFAULT_PATCH_PX
-        self.handles: OrderedDict[str, Any] = OrderedDict()
-        self.lock = threading.Lock()
+        self.handles: Kept[Any] = Kept(OPEN_SLIDES)
         self.transport = Transport(options.location) if options.location else None
         self.places: dict[str, np.ndarray] = {}
         self.empty: dict[str, str] = {}  # slides without a patch, and why
@@ -80,7 +77,7 @@ class Slides(Source):
         self.repaired: set[str] = set()  # slides whose overview could not be read everywhere
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Without lock and handles, for a worker elsewhere.
+        # Without handles and what was found, for a worker elsewhere.
         return type(self), (self.options,), {"chosen": self.chosen}
 
     @classmethod
@@ -101,9 +98,7 @@ class Slides(Source):
         found = self.placed(names)
         check_slide_names(self.root, found.pictures)
         others = sorted(set(paths) - wanted)
-        found = dataclasses.replace(
-            found, ignored=len(others), ignored_example=others[0] if others else ""
-        )
+        found = dataclasses.replace(found, ignored=len(others))
         return with_tables(self.root, found, others, self.options.labels)
 
     def placed(self, names: Mapping[str, str]) -> Listing:
@@ -134,20 +129,12 @@ class Slides(Source):
         return Header((height, width), "RGB", encoding, path.stat().st_size)
 
     def file(self, picture: Picture) -> Path:
-        """A slide's file."""
         return self.root / picture.source
 
     def open(self, picture: Picture) -> Any:
-        """A slide's handle; the least recently used of many is closed."""
-        with self.lock:
-            handle = self.handles.pop(picture.source, None)
-        if handle is None:
-            handle = open_slide(self.file(picture), self.transport, picture.source)
-        with self.lock:
-            self.handles[picture.source] = handle
-            if len(self.handles) > OPEN_SLIDES:
-                self.handles.popitem(last=False)  # closed when its last reader is done
-        return handle
+        """A slide's handle; the least recently used of many is closed by its last reader."""
+        path, name = self.file(picture), picture.source
+        return self.handles.get(name, lambda: open_slide(path, self.transport, name))
 
     def find_places(self, picture: Picture, slide: Any) -> np.ndarray:
         """int32 (n, 2): x and y at level 0 of the patches that hold tissue."""
@@ -176,11 +163,9 @@ class Slides(Source):
 
     @property
     def rule(self) -> str:
-        """What decides about tissue."""
         return f"--tissue {self.options.tissue}, --min-tissue {self.options.min_tissue}"
 
     def empty_reason(self, picture: Picture) -> str:
-        """Why a slide has no patches."""
         return self.empty.get(picture.source, "no places in it")
 
     def look(self, picture: Picture) -> SlideLook | None:
@@ -298,8 +283,7 @@ class Slides(Source):
         """Drop a handle that an error of OpenSlide broke; any other error is raised."""
         if not is_slide_error(error):
             raise error
-        with self.lock:
-            self.handles.pop(picture.source, None)
+        self.handles.drop(picture.source)
 
     def check_enlarging(self, scale: float) -> None:
         """Refuse patches finer than the slide; InputError (without the name)."""
@@ -334,11 +318,7 @@ class Slides(Source):
         return Header(size_px=(0, 0), mode="RGB", encoding="", bytes=0), place
 
     def whereabouts(
-        self,
-        picture: Picture,
-        header: Header,
-        patch_px: tuple[int, int],
-        regions: Sequence[tuple[int, int]],
+        self, picture: Picture, header: Header, patch_px: tuple[int, int], regions: Regions
     ) -> list[Place]:
         del header, patch_px
         with self.reading(picture):
@@ -348,11 +328,7 @@ class Slides(Source):
         return [Place(x, y, size, mpp) for x, y in regions]
 
     def read(
-        self,
-        picture: Picture,
-        header: Header,
-        patch_px: tuple[int, int],
-        regions: Sequence[tuple[int, int]],
+        self, picture: Picture, header: Header, patch_px: tuple[int, int], regions: Regions
     ) -> list[Patch]:
         with self.reading(picture):
             slide = self.open(picture)
@@ -385,8 +361,7 @@ class Slides(Source):
         except InputError:
             raise
         except Exception as error:
-            with self.lock:
-                self.handles.pop(picture.source, None)
+            self.handles.drop(picture.source)
             if is_slide_error(error):
                 raise UnusableError(f"{UNREADABLE} ({reason_of(error)})") from error
             raise

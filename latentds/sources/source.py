@@ -21,7 +21,7 @@ from latentds.sources.cut_options import SourceOptions
 from latentds.sources.image_folder import check_sizes, walk
 from latentds.sources.kinds import Choice, Kinds, choose, sort_files
 from latentds.sources.parquet_files import has_pictures
-from latentds.sources.picture import Header, Listing, Picture
+from latentds.sources.picture import Header, Listing, Picture, Regions
 from latentds.sources.picture_decoding import picture_suffixes
 from latentds.sources.slide_looks import SlideLook
 from latentds.sources.tars import tar_members
@@ -34,8 +34,6 @@ Value = TypeVar("Value")
 HEADERS_AT_ONCE = 4096  # a task is larger than a header
 TASK_REGIONS = 4  # of a picture or slide that a thread reads at a time
 
-Regions = Sequence[tuple[int, int]]
-
 
 class Inspection:
     """An input as a source's `detect` sees it; what costs a look at all files is looked at once."""
@@ -45,12 +43,10 @@ class Inspection:
 
     @functools.cached_property
     def is_folder(self) -> bool:
-        """Whether the input is a folder."""
         return self.root.is_dir()
 
     @functools.cached_property
     def is_file(self) -> bool:
-        """Whether the input is a file."""
         return self.root.is_file()
 
     @property
@@ -60,7 +56,6 @@ class Inspection:
 
     @functools.cached_property
     def paths(self) -> list[str]:
-        """Files of a folder, by name."""
         return list(walk(self.root))
 
     @functools.cached_property
@@ -71,7 +66,6 @@ class Inspection:
 
     @functools.cached_property
     def kinds(self) -> Kinds:
-        """A folder's files by kind."""
         return sort_files(self.root, self.paths)
 
     @functools.cached_property
@@ -105,7 +99,6 @@ class Inspection:
 
 
 def is_archive(path: str) -> bool:
-    """Whether a file is named as an archive of pictures may be."""
     return PurePosixPath(path).suffix.lower() in ARCHIVES
 
 
@@ -157,11 +150,7 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def read(
-        self,
-        picture: Picture,
-        header: Header,
-        patch_px: tuple[int, int],
-        regions: Sequence[tuple[int, int]],
+        self, picture: Picture, header: Header, patch_px: tuple[int, int], regions: Regions
     ) -> list[Patch]:
         """The patches at regions; InputError (without the name) where it cannot be decoded."""
 
@@ -224,11 +213,7 @@ class Source(abc.ABC):
         return None
 
     def whereabouts(
-        self,
-        picture: Picture,
-        header: Header,
-        patch_px: tuple[int, int],
-        regions: Sequence[tuple[int, int]],
+        self, picture: Picture, header: Header, patch_px: tuple[int, int], regions: Regions
     ) -> list[Place]:
         """Where the patches at regions lie, as `read` records it."""
         return [
@@ -288,6 +273,10 @@ class Kept(Generic[Value]):
                 future.set_exception(error)
         return future.result()
 
+    def drop(self, name: str) -> None:
+        with self.lock:
+            self.futures.pop(name, None)
+
 
 class PatchReader:
     """Reads for whoever wants pixels: conversions, patch sets, originals of a data set.
@@ -306,7 +295,6 @@ class PatchReader:
             yield from self.pool.map(self.header, pictures[start : start + HEADERS_AT_ONCE])
 
     def header(self, picture: Picture) -> Header | InputError:
-        """A picture's header, or why it has none."""
         try:
             return self.source.header(picture)
         except (InputError, OSError) as error:
@@ -315,7 +303,6 @@ class PatchReader:
     def submit(
         self, picture: Picture, header: Header, patch_px: tuple[int, int], regions: Regions
     ) -> Future[list[Patch | InputError]]:
-        """What `read` will return."""
         return self.pool.submit(self.read, picture, header, patch_px, regions)
 
     def read(
@@ -331,7 +318,6 @@ class PatchReader:
         return [one for at in regions for one in self.read(picture, header, patch_px, [at])]
 
     def close(self) -> None:
-        """Stop the threads; what is waiting is dropped."""
         self.pool.shutdown(wait=True, cancel_futures=True)
 
 
@@ -354,7 +340,6 @@ def without_name(error: InputError | OSError) -> InputError:
 
 
 def of_file(path: object, error: InputError) -> InputError:
-    """The error with the name of the picture."""
     return InputError(f"{path}: {error}")
 
 

@@ -95,7 +95,6 @@ class TileTree(PictureFiles):
         raise InputError(f"{self.root}: none of {len(pictures)} tiles can be read")
 
     def placed(self, picture: Picture, width: int, height: int, has_splits: bool) -> Picture:
-        """What a tile's path says."""
         path = PurePosixPath(picture.source)
         match = TILE_NAME.fullmatch(path.name)
         if match is None or len(path.parts) < 2 + has_splits:

@@ -292,10 +292,10 @@ def test_what_fails_on_all_ranks_is_told_once(tmp_path, processes):
 
 
 def test_crops_that_no_record_is_made_for_are_refused(folder, tmp_path):
-    config = settings(tmp_path, pictures=(folder,), autoencoder="tiny-v2", crop_px=16)
+    config = settings(tmp_path, pictures=(folder,), autoencoder="tiny-v2", crop_px=8)
     base = load_autoencoder("tiny-v2")
     pairs = open_picture_pairs(config, base)
-    with pytest.raises(InputError, match=r"crops of 16 px: --bytes 16: .*another --crop-px"):
+    with pytest.raises(InputError, match=r"crops of 8 px: .*1 x 1 .*another --crop-px"):
         open_codebook(config, base, pairs)
 
 

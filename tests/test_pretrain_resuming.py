@@ -131,6 +131,14 @@ def test_a_finished_run_whose_set_moved_is_finished_again(dino_run, tiny_latents
     assert results[0]["last"] == results[1]["last"]
 
 
+def test_a_run_whose_log_a_full_disk_left_empty_is_finished(dino_run, tiny_latents, tmp_path):
+    copy = shutil.copytree(dino_run, tmp_path / "run")
+    (copy / "result.json").unlink()
+    (copy / "log.jsonl").write_text("")
+    main(config_of(copy, data=(tiny_latents,)))
+    assert json.loads((copy / "result.json").read_text())["last"] == {}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("method", "batch"), [("dinov2", 4), ("mae", 8)])
 def test_a_killed_run_goes_on_to_the_same_losses(

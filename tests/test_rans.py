@@ -138,7 +138,9 @@ def test_rounding_goes_towards_zero_where_that_costs_less(codebook):
 def test_latents_of_a_single_line_are_refused(codebook):
     """Their cells are their own neighbours, which a decoder does not know yet."""
     latent_id = load_autoencoder("tiny-v2").card.latent_id
-    with pytest.raises(InputError, match=r"1 x 8 latent cells: .* need 2 x 2; take --codebook"):
+    with pytest.raises(
+        InputError, match=r"1 x 8 latent cells are too small.*; take --codebook scalar"
+    ):
         shipped_records(latent_id, (32, 1, 8), None)
     with pytest.raises(ValueError, match=r"latents of \(6, 8, 1\); .* of 2 x 2 to 65536 cells"):
         dataclasses.replace(codebook, latents_shape=(6, 8, 1))

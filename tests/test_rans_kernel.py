@@ -107,15 +107,19 @@ def test_the_kernel_compiles_for_gpus(capability, codebook):
     assert compiled.asm["cubin"] and compiled.metadata.shared == 0
 
 
-@pytest.mark.parametrize("is_wrong", [True, False])
-def test_a_kernel_that_fails_or_decodes_otherwise_is_not_used(
-    is_wrong, codebook, monkeypatch, caplog
-):
+FAULTS = {"error": "RuntimeError: no compiler here", "integer": "other integers", "words": "other"}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_kernel_that_fails_or_decodes_otherwise_is_not_used(fault, codebook, monkeypatch, caplog):
     def read_records(records, book):
-        if not is_wrong:
+        if fault == "error":
             raise RuntimeError("no compiler\nhere")
+        if fault == "words":  # read as if there were none
+            records = records.clone()
+            records[:, 4 + 4 * book.lanes :] = 0
         integers, intact = record_decoding.decode_natively(records, book)
-        integers[5, 0, 0] ^= 1
+        integers[5, 0, 0] ^= fault == "integer"
         return integers, intact
 
     module = ModuleType("triton_streams")
@@ -123,8 +127,7 @@ def test_a_kernel_that_fails_or_decodes_otherwise_is_not_used(
     monkeypatch.setitem(sys.modules, MODULE, module)
     with caplog.at_level(logging.WARNING):
         assert record_decoding.tried_kernel(CPU, codebook) is record_decoding.decode_natively
-    reason = "decodes other integers" if is_wrong else "RuntimeError: no compiler here"
-    assert reason in caplog.text
+    assert FAULTS[fault] in caplog.text
 
 
 @pytest.mark.slow

@@ -9,8 +9,9 @@ from PIL import Image
 
 from latentds.conversion.conversion_plan import make_plan
 from latentds.conversion.convert_config import ConvertConfig
-from latentds.errors import InputError, TooManyBadSamplesError
+from latentds.errors import InputError, TooManyBadSamplesError, UnusableError
 from latentds.sources.coordinates import read_coordinates
+from latentds.sources.cut_options import SourceOptions
 from latentds.sources.slide_reading import (
     cut_region,
     grid,
@@ -18,6 +19,7 @@ from latentds.sources.slide_reading import (
     slide_mpp,
     thumbnail_of,
 )
+from latentds.sources.slides import Slides
 from latentds.sources.tissue import otsu, tissue_mask, tissue_shares
 from latentds.store.manifest import left_out_text
 from latentds.store.reader import ShardSet
@@ -145,6 +147,20 @@ def test_a_slide_that_breaks_half_way_loses_only_what_cannot_be_read(slides, tmp
     (entry,) = shards.manifest.made["left_out"]
     assert left_out_text(entry).startswith("4 of 192 patches: OpenSlide cannot read it")
     assert (entry["reason"], entry["patches"], entry["of"]) == ("unreadable", 4, 192)
+
+
+def test_a_slide_that_did_not_open_is_tried_again(slides, monkeypatch):
+    source = Slides(SourceOptions(source=slides, patch_size=64))
+    (picture,) = source.listing().pictures
+
+    def busy(*_):
+        raise UnusableError("too many open files")
+
+    with monkeypatch.context() as context:
+        context.setattr("latentds.sources.slides.open_slide", busy)
+        with pytest.raises(InputError, match="too many open files"):
+            source.open(picture)
+    assert source.open(picture).dimensions == (WIDTH, HEIGHT)
 
 
 @pytest.mark.parametrize("at", [(129, 257), (131, 256), (128, 258)])

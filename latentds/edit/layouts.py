@@ -229,12 +229,13 @@ def list_arrays(base: Path, paths: list[str], options: ListingOptions) -> list[F
         rows = inspect_array(base / path).rows
         labels = read_labels(base / path, rows) if options.labels else None
         stem, suffix = path.rpartition(".")[0], PurePosixPath(path).suffix
+        split = rule.parts(path)[0]
         patches += [
             ForeignPatch(
                 source=f"{stem}/{row:06d}{suffix}",
                 path=path,
                 row=row,
-                split=rule.parts(path)[0],
+                split=split,
                 label=labels[row] if labels else None,
             )
             for row in range(rows)

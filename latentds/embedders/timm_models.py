@@ -1,6 +1,6 @@
 """Embedders that are timm networks: UNI, Virchow2, H-optimus, ..., and any other by timm's name.
 
-Only the network comes from timm; weights are read by `weights.py`, from the Hub or a local file,
+Only the network comes from timm; weights are read by `weights`, from the Hub or a local file,
 and every tensor must find its place.
 """
 

@@ -116,11 +116,12 @@ def sized_records(
     own, cells = math.prod(book.latents_shape[1:]), math.prod(latents_shape[1:])
     if latents_shape[0] != book.latents_shape[0]:
         book.codes_shape_of(latents_shape)  # says so
+    small = InputError(
+        f"patches of {latents_shape[1]} x {latents_shape[2]} latent cells are too small for "
+        "entropy-coded records; take --codebook scalar or larger patches"
+    )
     if min(latents_shape[1:]) < LEAST_SIDE:
-        raise InputError(
-            f"patches of {latents_shape[1]} x {latents_shape[2]} latent cells: entropy-coded "
-            f"records need {LEAST_SIDE} x {LEAST_SIDE}; take --codebook scalar or larger patches"
-        )
+        raise small
     usual = book.record_bytes * cells // own
     if (latents_shape, record_bytes or usual) == (book.latents_shape, book.record_bytes):
         return book
@@ -129,6 +130,8 @@ def sized_records(
         book, latents_shape=latents_shape, lanes=lanes, record_bytes=MAX_RECORD_BYTES
     )
     least = least_bytes(roomy)
+    if least > most:
+        raise small
     wanted = record_bytes or min(max(usual, least), most)
     if not least <= wanted <= most:
         raise InputError(

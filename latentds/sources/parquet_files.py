@@ -106,7 +106,8 @@ class EncodedTable:
                 if held > MAX_GROUP_BYTES:
                     raise UnusableError(f"its row group {number} has more bytes than it announces")
                 parts.append(batch)
-        return RowGroup(pa.Table.from_batches(parts), self.column.partition(".")[0])
+            rows = pa.Table.from_batches(parts)
+        return RowGroup(rows, self.column.partition(".")[0])
 
     def open(self) -> Any:
         import pyarrow.parquet as pq

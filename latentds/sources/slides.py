@@ -134,7 +134,11 @@ class Slides(Source):
     def open(self, picture: Picture) -> Any:
         """A slide's handle; the least recently used of many is closed by its last reader."""
         path, name = self.file(picture), picture.source
-        return self.handles.get(name, lambda: open_slide(path, self.transport, name))
+        try:
+            return self.handles.get(name, lambda: open_slide(path, self.transport, name))
+        except BaseException:
+            self.handles.drop(name)  # a moment later it may open
+            raise
 
     def find_places(self, picture: Picture, slide: Any) -> np.ndarray:
         """int32 (n, 2): x and y at level 0 of the patches that hold tissue."""

@@ -146,7 +146,8 @@ def make_features(
     if embed is not None and inputs is not None:
         seen = inputs.stream(rows for number in numbers for rows in parts[number])
     total = sum(len(store.blocks[number]) for number in numbers)
-    with progress(total=total, desc="features", unit="patch", disable=rank > 0) as bar:
+    desc = f"features, rank 0 of {ranks}" if ranks > 1 else "features"
+    with progress(total=total, desc=desc, unit="patch", disable=rank > 0) as bar:
         for number in numbers:
             found = []
             for rows in parts[number]:

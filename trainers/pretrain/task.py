@@ -310,6 +310,7 @@ def result_of(
     facts = source.feed.facts
     images = engine.step * config.global_batch_size
     stored, log = facts["bytes_per_patch"], config.out / "log.jsonl"
+    lines = log.read_text().splitlines() if log.exists() else []  # a full disk may leave none
     return {
         "format": FORMAT,
         "method": config.method,
@@ -328,7 +329,7 @@ def result_of(
         "waited_s": totals["waited_s"],
         "ranks": engine.world_size,
         "device": torch.cuda.get_device_name() if engine.device.type == "cuda" else "cpu",
-        "last": json.loads(log.read_text().splitlines()[-1]) if log.exists() else {},
+        "last": json.loads(lines[-1]) if lines else {},
         "probe": probed,
         "probed": probe_facts,
         "backbone": FOLDER,

@@ -112,6 +112,7 @@ class SampathConfig(PatchInput, EngineOptions):
     pictures: int = 4
     """Tested images of every fold that are drawn with their true and predicted labels."""
     keep: int = 1
+    """Checkpoints kept of a fold, the newest ones."""
     json: bool = False
     """Print the result as JSON instead of tables."""
 

@@ -11,7 +11,7 @@ from typing import Any
 from latentds.autoencoders.foreign_networks import checked_fields, is_object
 from latentds.core.json_text import read_json
 from latentds.core.storage import passing_lock, write_atomically
-from latentds.errors import ContractError
+from latentds.errors import ContractError, FormatError
 from latentds.evaluation.features.layout import RECORD
 from latentds.version import __version__
 
@@ -20,7 +20,7 @@ MAX_BYTES = 1 << 22
 PATIENCE_S = 60.0  # ranks that start together take turns
 MOST_TOLD = 4
 CHECKS = {
-    "embedder": lambda value: is_object(value) and isinstance(value.get("name"), str),
+    "embedder": is_object,
     "source": is_object,
     "options": is_object,
     "versions": is_object,
@@ -113,4 +113,7 @@ def flat(values: dict[str, Any], before: str) -> dict[str, Any]:
 def read_record(folder: Path) -> FeaturesRecord:
     """What the features.json of a folder says; FormatError where it is none."""
     path = folder / RECORD
-    return FeaturesRecord(**checked_fields(read_json(path, MAX_BYTES), path, FORMAT, CHECKS))
+    fields = checked_fields(read_json(path, MAX_BYTES), path, FORMAT, CHECKS)
+    if not isinstance(name := fields["embedder"].get("name"), str):
+        raise FormatError(f"{path}: embedder.name is {name!r:.60}; refused")
+    return FeaturesRecord(**fields)

@@ -1,6 +1,6 @@
 """Latents into integers and classes on the CPU, a patch at a time, in machine code by Numba.
 
-Compiled at the first use, some 20 seconds with `entropy_streams`, and kept in the cache folder
+Compiled at the first use, some 20 seconds with `native_streams`, and kept in the cache folder
 beside this file (or in the user's, if that is read-only).
 """
 # B patches, C latent channels, N h*w cells in scan order, P parents of a channel, K classes,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from latentds.errors import ShapeError, first_words
 from latentds.quantizers.entropy.native_model import decoded_values, native_model
+from latentds.quantizers.entropy.rans import MAX_QUIET
 from latentds.quantizers.entropy.record_encoding import by_patch
 from latentds.quantizers.entropy.record_model import RecordModel
 
@@ -65,7 +66,7 @@ def decode_records(records: Tensor, codebook: RecordModel) -> DecodedRecords:
     )
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=256)
 def reader_on(device: torch.device, codebook: RecordModel) -> Reader:
     """What decodes records of a device: the kernel on a GPU, compiled code of the CPU elsewhere."""
     return tried_kernel(device, codebook) if device.type == "cuda" else decode_natively
@@ -76,8 +77,12 @@ def tried_kernel(device: torch.device, codebook: RecordModel) -> Reader:
 
     A driver, a compiler or a card that nobody tried must not change a bit of what is trained from.
     """
-    octets = np.random.default_rng(0).integers(0, 256, (TRIED, codebook.record_bytes), np.uint8)
-    octets[:, 0] = 0
+    rng = np.random.default_rng(0)
+    octets = rng.integers(0, 256, (TRIED, codebook.record_bytes), np.uint8)
+    turns = codebook.latents_shape[0] * sum(codebook.turns)
+    quiet = rng.integers(0, min(turns, MAX_QUIET), TRIED, "<u2")
+    quiet[::2] = 0  # no turn is: every lane takes words until they run out
+    octets[:, 0], octets[:, 2:4] = 0, quiet.view(np.uint8).reshape(-1, 2)
     records = torch.from_numpy(octets)
     try:
         from latentds.quantizers.entropy.triton_streams import read_records

@@ -165,7 +165,9 @@ def read_records(records: Tensor, codebook: RecordModel) -> tuple[Tensor, Tensor
     integers = torch.empty(shape, dtype=torch.int32, device=device)
     intact = torch.empty(len(records), dtype=torch.bool, device=device)
     seen, blurred = torch.empty((2, *shape), dtype=torch.uint8, device=device)
-    if len(records):
+    if not len(records):
+        return integers, intact
+    with torch.cuda.device_of(records):  # Triton launches on the current device
         read_kernel[(len(records),)](
             records.contiguous(), integers, intact, seen, blurred, *model_on(codebook, device),
             *(codebook.record_bytes, channels, height * width, width),

@@ -1,7 +1,6 @@
 """Features of slides: TRIDENT's and CLAM's layouts, resuming, ranks, damage, bounded memory."""
 
 import json
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -542,17 +541,18 @@ def test_options_out_of_range_are_refused(bad):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc tells a peak")
 def test_memory_is_bounded_whatever_a_bags_length(tmp_path):
-    """Peak memory of writing 100,000 patches over that of 10,000: the 45 MB more are not held."""
+    """Peak memory of writing 150,000 patches over that of 10,000: the 72 MB more are not held."""
     peaks = [
         int(subprocess.run(
             [sys.executable, "-m", "tests.test_features", str(count), str(tmp_path / str(count))],
             capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1],
         ).stdout)
-        for count in (10_000, 100_000)
+        for count in (10_000, 150_000)
     ]  # fmt: skip
-    assert FeatureFolder(tmp_path / "100000").sizes == {"s": 100_000}
-    assert peaks[1] - peaks[0] < 20_000  # kB; the coordinates and the table take 9 MB
+    assert FeatureFolder(tmp_path / "150000").sizes == {"s": 150_000}
+    assert peaks[1] - peaks[0] < 65_000  # kB; coordinates and tables take some 30 MB
 
 
 if __name__ == "__main__":
@@ -564,7 +564,8 @@ if __name__ == "__main__":
         embedder=ProjectionEmbedder(dim=128),
         options=FeatureOptions(batch_size=1024),
     )
-    sys.stdout.write(str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
+    # Not getrusage's: a child begins with its parent's peak, and that is larger.
+    sys.stdout.write(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 
 
 def test_a_folder_that_is_not_there_is_told_with_what_makes_one(tmp_path):

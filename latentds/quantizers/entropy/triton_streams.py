@@ -167,7 +167,7 @@ def read_records(records: Tensor, codebook: RecordModel) -> tuple[Tensor, Tensor
     seen, blurred = torch.empty((2, *shape), dtype=torch.uint8, device=device)
     if not len(records):
         return integers, intact
-    with torch.cuda.device_of(records):  # Triton launches on the current device
+    with torch.cuda.device(records.get_device()):  # Triton launches on the current one
         read_kernel[(len(records),)](
             records.contiguous(), integers, intact, seen, blurred, *model_on(codebook, device),
             *(codebook.record_bytes, channels, height * width, width),

@@ -201,34 +201,36 @@ class MultiCrop:
         names += [f"local {number}" for number in range(self.locals)]
         draws = Draws.of(seeds.to(images.device), names)
         own, rest = draws.part(slice(self.globals)), draws.part(slice(self.globals, None))
+        working, dtype = images.to(working_dtype(images)), images.dtype
         with torch.autocast(images.device.type, enabled=False):  # a trainer's own may be around us
             return Views(
-                self.views(images, own, self.global_px, self.global_scale, is_local=False),
-                self.views(images, rest, self.local_px, self.local_scale, is_local=True),
+                self.views(working, dtype, own, self.global_px, self.global_scale, is_local=False),
+                self.views(working, dtype, rest, self.local_px, self.local_scale, is_local=True),
             )
 
     def views(
-        self, images: Tensor, draws: Draws, edge_px: int, scale: Two | None, *, is_local: bool
-    ) -> Tensor:
-        """Augmented crops (V, B, 3, P, P) of one kind, some views at a time."""
-        size, working = (images.shape[2], images.shape[3]), images.to(working_dtype(images))
+        self, images: Tensor, dtype: torch.dtype, draws: Draws, edge_px: int, scale: Two | None,
+        *, is_local: bool,
+    ) -> Tensor:  # fmt: skip
+        """Augmented crops (V, B, 3, P, P) of one kind and of a dtype, some views at a time."""
+        size = (images.shape[2], images.shape[3])
         if scale is None:
             boxes = native_boxes(draws, size, edge_px, self.flip, self.turns)
         else:
             boxes = draw_boxes(draws, size, scale, self.ratio, self.flip, self.turns)
         number = len(draws.values)
         step = max(CHUNK_BYTES // max(12 * len(images) * edge_px**2, 1), 1)
-        parts = [images.new_empty((0, len(images), 3, edge_px, edge_px))]
+        parts = [images.new_empty((0, len(images), 3, edge_px, edge_px), dtype=dtype)]
         for start in range(0, number, step):
             part = slice(start, min(start + step, number))
             shown = boxes.part(part)
-            crops = resized_crops(working, shown, edge_px, self.interpolation).clamp_(0, 1)
+            crops = resized_crops(images, shown, edge_px, self.interpolation).clamp_(0, 1)
             if crops.numel():
                 places = [2 if is_local else min(view, 1) for view in range(part.start, part.stop)]
                 paint = self.paint(places)
                 change, numbers = compiled(paint) if self.compile else paint, draws.part(part)
                 crops = change(crops, *(numbers[name] for name in PAINTED))
-            parts.append(crops.to(images.dtype))
+            parts.append(crops.to(dtype))
         return torch.cat(parts) if len(parts) != 2 else parts[1]
 
     def paint(self, places: Sequence[int]) -> Paint:

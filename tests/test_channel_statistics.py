@@ -158,8 +158,8 @@ def test_an_older_set_reads_as_before_and_has_the_statistics_it_would_record(dat
 )
 def test_statistics_that_cannot_be_are_refused_with_the_file(dataset, record):
     manifest = json.loads((dataset / MANIFEST).read_text()) | {"channel_statistics": record}
-    with pytest.raises(FormatError, match=r"manifest\.json: manifest is damaged"):
-        parse_manifest(manifest, str(dataset / MANIFEST))
+    with pytest.raises(FormatError, match=r"manifest\.json: (manifest is damaged|no JSON \(NaN)"):
+        parse_manifest(json.dumps(manifest).encode(), str(dataset / MANIFEST))
 
 
 def test_verify_tells_statistics_that_are_not_those_of_the_codes(dataset):

@@ -1,5 +1,6 @@
 """Bytes are checked before their first use, and again when their file has changed."""
 
+import json
 import logging
 import os
 import pickle
@@ -15,7 +16,7 @@ from latentds.loading.bags import SlideBags
 from latentds.loading.dataset import LatentDataset
 from latentds.loading.loader import LatentLoader
 from latentds.loading.options import Select
-from latentds.store.format import CHECKSUMS, GOLDEN, PACKS_TABLE, PATCHES_TABLE
+from latentds.store.format import CHECKSUMS, GOLDEN, MANIFEST, PACKS_TABLE, PATCHES_TABLE
 from latentds.store.manifest import read_manifest
 from latentds.store.open_files import RECHECK_EPOCHS
 from latentds.store.reader import ShardSet
@@ -69,6 +70,30 @@ def test_names_in_another_order_are_refused(dataset, field):
     path.write_text(path.read_text().replace("{", f'{{"digest": "{digest[0]}", ', 1))
     with pytest.raises(FormatError, match="not of the digest it records"):
         ShardSet(dataset)
+
+
+def test_many_shards_are_written_as_the_text_that_the_digest_is_of(dataset, monkeypatch):
+    monkeypatch.setattr("latentds.store.manifest.MANY_SHARDS", 1)
+    manifest = read_manifest(dataset)
+    path = dataset / MANIFEST
+    path.write_text(manifest.to_json())
+    record = json.loads(path.read_text())
+    stated = record.pop("digest")
+    rest = json.dumps(record, sort_keys=True, separators=(",", ":"))
+    assert path.read_text() == rest.replace('"format":', f'"digest":"{stated}","format":', 1) + "\n"
+    monkeypatch.setattr("latentds.store.manifest.digest_json", None)  # nothing is written anew
+    again = read_manifest(dataset)
+    assert again.has_digest and again.shards == manifest.shards
+
+
+def test_a_value_changed_in_the_text_of_many_shards_is_told(dataset, monkeypatch):
+    monkeypatch.setattr("latentds.store.manifest.MANY_SHARDS", 1)
+    path = dataset / MANIFEST
+    text = read_manifest(dataset).to_json()
+    path.write_text(text.replace('"seed":0', '"seed":1', 1))
+    assert path.read_text() != text
+    with pytest.raises(FormatError, match="not of the digest it records"):
+        read_manifest(dataset)
 
 
 def test_single_reads_are_checked_patch_by_patch(dataset):

@@ -62,11 +62,16 @@ def parse_json(
 
 def read_json(path: Path, limit: int, remedy: str = "fetch it anew", times: int = TIMES) -> Any:
     """`parse_json` of a regular file of at most `limit` bytes."""
+    return parse_json(read_bytes(path, limit, remedy), str(path), remedy, times)
+
+
+def read_bytes(path: Path, limit: int, remedy: str = "fetch it anew") -> bytes:
+    """The content of a regular file of at most `limit` bytes (FormatError)."""
     with open_regular(path, str(path)) as file:
         content = file.read(limit + 1)
     if len(content) > limit:
         raise FormatError(f"{path}: over {limit:,} bytes, no such file has; {remedy}")
-    return parse_json(content, str(path), remedy, times)
+    return content
 
 
 def check_cost(content: bytes, where: str, times: int) -> None:

@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from latentds.core.json_text import parse_json
 from latentds.core.storage import (
     exclusive_lock,
     naming,
@@ -83,7 +82,7 @@ def fetch(
         )
     transport = Transport(f"hf://datasets/{name}@{remote.head}")
     content = transport.read(MANIFEST, 0, None, MAX_MANIFEST_BYTES)
-    manifest = parse_manifest(parse_json(content, f"{name}/{MANIFEST}"), name)
+    manifest = parse_manifest(content, f"{name}/{MANIFEST}")
     wanted = wanted_files(manifest, listed, name)
     check_folder(folder, set(wanted), content)
     (folder / SIDECARS).mkdir(parents=True, exist_ok=True)

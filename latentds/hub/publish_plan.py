@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
-from latentds.core.json_text import parse_json
 from latentds.errors import FormatError, InputError
 from latentds.hub.client import HubFile, Repository
 from latentds.hub.preview import PREVIEW
@@ -112,6 +111,6 @@ def remote_dataset_id(repository: Repository) -> str | None:
     where = f"{transport.shown}/{MANIFEST}"
     content = transport.read(MANIFEST, 0, None, MAX_MANIFEST_BYTES)
     try:
-        return parse_manifest(parse_json(content, where), where).dataset_id
+        return parse_manifest(content, where).dataset_id
     except FormatError:
         return None

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from latentds.core.json_text import parse_json
 from latentds.errors import DamagedPackError, FormatError, InputError
 from latentds.store.cache import Cache, CacheConfig
 from latentds.store.format import (
@@ -243,7 +242,7 @@ class RemoteFiles:
         """Ask what the location is now, and remember it."""
         self.transport.resolve()
         content = self.transport.read(MANIFEST, 0, None, MAX_MANIFEST_BYTES)
-        parse_manifest(parse_json(content, f"{self.where}/{MANIFEST}"), self.where)
+        parse_manifest(content, f"{self.where}/{MANIFEST}")
         digest = hashlib.sha256(content).hexdigest()
         name, revision = folder_of(content), self.transport.revision or digest
         if self.kept_manifest(name) is None:
@@ -256,7 +255,7 @@ class RemoteFiles:
         content = self.kept_manifest(self.name)
         if content is None:  # torn since it was looked at, a moment ago
             raise FormatError(f"{self.cache.folder / self.name / MANIFEST}: torn; open it again")
-        return parse_manifest(parse_json(content, f"{self.where}/{MANIFEST}"), self.where)
+        return parse_manifest(content, f"{self.where}/{MANIFEST}")
 
     def table(self, name: str, manifest: Manifest, sums: BlockSums | None = None) -> Path:
         """A table in the cache: a large one that has sums with holes, for `fill_table` to fill."""

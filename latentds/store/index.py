@@ -147,7 +147,7 @@ def digest_rows(packs: Sequence[ScannedPack]) -> np.ndarray:
 def save_index(index: ShardIndex, path: Path) -> None:
     """Keep a shard's index until all shards are there."""
     names = {
-        "record": dataclasses.asdict(index.record),
+        "record": index.record._asdict(),
         "classes": index.classes,
         "slides": index.slides,
     }

@@ -206,11 +206,10 @@ def compare(shards: ShardSet, number: int, index: ShardIndex, path: Path) -> Ite
     if stored.tobytes() != patches.tobytes():
         yield "problem", f"{path}: columns are not as {PATCHES_TABLE} says"
     listed = manifest.shards[number]
-    listed = dataclasses.replace(listed, labels={k: v for k, v in listed.labels.items() if v})
-    for field in dataclasses.fields(listed):
-        found, said = getattr(index.record, field.name), getattr(listed, field.name)
+    listed = listed._replace(labels={k: v for k, v in listed.labels.items() if v})
+    for field, found, said in zip(listed._fields, index.record, listed, strict=True):
         if found != said:
-            yield "problem", f"{path}: {field.name} is {found}, the manifest says {said}"
+            yield "problem", f"{path}: {field} is {found}, the manifest says {said}"
 
 
 def check_masks(path: Path, packs: Sequence[ScannedPack], patch_px: tuple[int, int]) -> None:

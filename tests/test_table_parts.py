@@ -26,7 +26,7 @@ ROWS = np.array([3, 170, 60])
 @pytest.fixture(autouse=True)
 def quick_retries(monkeypatch):
     monkeypatch.setattr(latentds.store.transport, "FIRST_DELAY_S", 0.01)
-    monkeypatch.setattr("latentds.store.files.WHOLE_BYTES", 0)
+    monkeypatch.setattr("latentds.store.remote_files.WHOLE_BYTES", 0)
 
 
 @pytest.fixture(scope="module")
@@ -156,9 +156,11 @@ def test_offline_what_is_there_is_read_and_the_rest_is_named(folder, server, cac
 
 
 def test_a_table_that_lies_there_whole_is_read_offline(folder, server, cache, monkeypatch):
-    monkeypatch.setattr("latentds.store.files.WHOLE_BYTES", 1 << 30)  # as of before, by one request
+    monkeypatch.setattr(
+        "latentds.store.remote_files.WHOLE_BYTES", 1 << 30
+    )  # as of before, by one request
     ShardSet(server.url, cache=cache)
-    monkeypatch.setattr("latentds.store.files.WHOLE_BYTES", 0)
+    monkeypatch.setattr("latentds.store.remote_files.WHOLE_BYTES", 0)
     offline = ShardSet(server.url, cache=CacheConfig(dir=cache.dir, offline=True))
     assert same(offline.patches[:], ShardSet(folder).patches[:])
 

@@ -14,10 +14,10 @@ import torch
 
 from latentds.errors import FormatError, InputError
 from latentds.quantizers.scalar import AnyCodebook
-from latentds.store.files import open_files
 from latentds.store.format import CODES, MASKS, PATCHES, Contract, check_npy, patch_key
 from latentds.store.manifest import Manifest
 from latentds.store.packs import MASK_SCHEMA, SCHEMA, decode_table
+from latentds.store.reader import open_files
 from latentds.store.scan import read_contract
 
 Sample = dict[str, Any]

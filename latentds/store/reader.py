@@ -9,13 +9,14 @@ import os
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from latentds.errors import DamagedPackError, FormatError, unknown_name
 from latentds.store.cache import CacheConfig
-from latentds.store.files import Extent, LocalFiles, open_files
+from latentds.store.files import Extent, Files, LocalFiles
 from latentds.store.format import (
     CHECKSUMS,
     CODES,
@@ -26,6 +27,7 @@ from latentds.store.format import (
 )
 from latentds.store.manifest import Manifest
 from latentds.store.open_files import CodeChecks, OpenFile, Signature, Table, wait_for
+from latentds.store.remote_files import RemoteFiles
 from latentds.store.tables import (
     PackTable,
     check_rows,
@@ -433,3 +435,10 @@ class ShardSet:
                 elif required:
                     raise no_mask(f"{where}, patch {int(rows[place]) - first}")
         return masks
+
+
+def open_files(folder: str | os.PathLike[str], cache: CacheConfig | None = None) -> Files:
+    """A folder's files, or a location's (anything with ://)."""
+    if "://" in str(folder):
+        return RemoteFiles(str(folder), cache or CacheConfig())
+    return LocalFiles(Path(folder))

@@ -67,10 +67,14 @@ class Handler(BaseHTTPRequestHandler):
         file = self.server.root / path
         if not file.is_file():
             return self.answer(404, b"")
-        content, status = file.read_bytes(), 200
         wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("range", ""))
+        start, status, length = 0, 200, -1
         if wanted and fault != "whole":
-            content, status = content[int(wanted[1]) : int(wanted[2]) + 1], 206
+            start, status = int(wanted[1]), 206
+            length = int(wanted[2]) + 1 - start
+        with file.open("rb") as opened:
+            opened.seek(start)
+            content = opened.read(length)
         if fault == "wrong":
             content = bytes([content[0] ^ 1]) + content[1:]
         if fault == "short":

@@ -130,6 +130,9 @@ class LatentDataset(IterableDataset[Batch]):
         if isinstance(folder, Mixture):
             parts = (self.samplers, folder.weights, seed, folder.epoch_patches)
             self.sampler = MixtureSampler(*parts)
+        if not select.chooses and balance is None and order.lanes == 1:  # a lane takes some packs
+            for shards in self.sets:
+                shards.pack_table.want_all(split, share=1 / len(self.sets))
         self.batching = Batching(
             size=self.sampler.size,
             global_batch=global_size(batch_size, order.global_batch_size, self.world_size),

@@ -91,7 +91,7 @@ class Cache:
                 self.write_by(path, download)
         return path
 
-    def write(self, path: Path, content: bytes) -> None:
+    def write(self, path: Path, content: bytes | memoryview) -> None:
         """Write `content`; see `write_by`."""
 
         def write(temporary: Path) -> None:

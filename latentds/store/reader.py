@@ -172,7 +172,7 @@ class ShardSet:
         if self.is_local and (self.checksums is not None or not self.check_codes):
             self.files.fetch(self.parts(rows, packs, size))
         elif new:
-            self.files.fetch([self.extent(pack, CODES) for pack in new])
+            self.pack_table.fetch(np.array(new))
 
     def look_up(self, new: np.ndarray) -> None:
         """Note where packs' codes are, and have what the tables say of their patches at hand."""
@@ -351,7 +351,7 @@ class ShardSet:
             packs = packs[self.pack_table.has(packs)]
             counts = self.first_patch.counts(packs)
             self.patches.bring(self.first_patch[packs], counts, ahead=True)
-            self.files.fetch(self.pack_table.extents(packs, CODES), ahead=True)
+            self.pack_table.fetch(packs, ahead=True)
 
     def shard_path(self, pack: int) -> str:
         """A pack's shard, for messages."""

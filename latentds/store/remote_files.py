@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from latentds.errors import DamagedPackError, FormatError, InputError
-from latentds.store.cache import Cache, CacheConfig
+from latentds.store.cache import LOCKS, Cache, CacheConfig
 from latentds.store.files import OF_PATCHES, TABLES, Extent, Tasks, keep
 from latentds.store.format import MANIFEST, TABLE_HEAD_BYTES
 from latentds.store.manifest import MAX_MANIFEST_BYTES, Manifest, parse_manifest
@@ -30,6 +30,9 @@ from latentds.store.transport import ATTEMPTS, Transport
 logger = logging.getLogger(__name__)
 
 THREADS = 16  # ranges fetched at once by a process
+RUN_BYTES = 32_000_000  # of neighbouring packs that come by one request: the Hub counts requests
+RUN_THREADS = 2  # such requests at once: each is held in memory
+ALONE = 256  # packs that a process fetches by themselves first: a look at a set costs little
 MAX_PENDING = 256  # of them asked for ahead
 
 
@@ -47,10 +50,13 @@ class RemoteFiles:
         self.parted: dict[str, TableParts] = {}  # large tables, by name
         self.pools: dict[str, Any] = {}
         self.waiting = 0  # extents asked for ahead that no thread has begun with
+        self.asked: set[str] = set()  # first extents of runs that are on their way
+        self.run_packs = 1  # packs of a run; see PackTable.want_all
+        self.fetched_alone = 0
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {
-            "opened": OrderedDict(), "parted": {}, "pools": {}, "waiting": 0
+            "opened": OrderedDict(), "parted": {}, "pools": {}, "waiting": 0, "asked": set()
         }  # fmt: skip
 
     def resolve(self) -> tuple[str, str]:
@@ -185,6 +191,7 @@ class RemoteFiles:
 
         def fetch() -> bytes:
             self.refuse_offline(extent.shard)
+            self.fetched_alone += 1
             shard, offset, size, _, _ = extent
             check = functools.partial(is_sound, extent=extent)
             return self.transport.read(shard, offset, size, size, check, attempts)
@@ -231,12 +238,55 @@ class RemoteFiles:
                 self.waiting += 1
                 self.threads("ahead").submit(fill, extent)
 
-    def threads(self, name: str) -> ThreadPoolExecutor:
+    def holds(self, extent: Extent) -> bool:
+        """Whether an extent is in the cache."""
+        return (self.cache.folder / self.member(extent)).is_file()
+
+    def fetch_runs(self, runs: Sequence[Sequence[Extent]], ahead: bool = False) -> None:
+        """As `fetch`, of neighbours in a shard: each run by one request."""
+        tasks = []
+        for run in runs:
+            name = self.member(run[0])
+            if ahead and (self.offline or name in self.asked):
+                continue
+            self.asked.add(name)
+            pool = self.threads("runs-ahead" if ahead else "runs", RUN_THREADS)
+            tasks.append(pool.submit(self.fill_run, run, name, 1 if ahead else ATTEMPTS))
+        if not ahead:
+            wait(tasks)
+
+    def fill_run(self, run: Sequence[Extent], name: str, attempts: int) -> None:
+        """Put what the cache lacks of a run there; a pack that does not come `open` will ask for.
+
+        The table is another's: what does not lie close together is left to `open` as well.
+        """
+        number = int(hashlib.sha256(name.encode()).hexdigest(), 16) % LOCKS
+        try:
+            with self.cache.lock(f"locks/run-{number}"):
+                missing = [extent for extent in run if not self.holds(extent)]
+                start = min((extent.offset for extent in missing), default=0)
+                length = max((each.offset + each.size for each in missing), default=0) - start
+                # A process that ends waits for its threads.
+                if not 0 < length <= 2 * RUN_BYTES or not threading.main_thread().is_alive():
+                    return
+                shard = run[0].shard
+                content = self.transport.read(shard, start, length, length, attempts=attempts)
+                kept = 0
+                for extent in missing:
+                    part = memoryview(content)[extent.offset - start :][: extent.size]
+                    if is_sound(part, extent):
+                        self.cache.write(self.cache.folder / self.member(extent), part)
+                        kept += extent.size
+                self.cache.account(kept)
+        finally:
+            self.asked.discard(name)
+
+    def threads(self, name: str, number: int = THREADS) -> ThreadPoolExecutor:
         """A pool of this process; what is needed now does not queue behind what is for later."""
         if self.pools.get("pid") != os.getpid():  # threads do not survive a fork
-            self.pools, self.waiting = {"pid": os.getpid()}, 0
+            self.pools, self.waiting, self.asked = {"pid": os.getpid()}, 0, set()
         if name not in self.pools:
-            self.pools[name] = ThreadPoolExecutor(THREADS, f"latentds-{name}")
+            self.pools[name] = ThreadPoolExecutor(number, f"latentds-{name}")
         pool: ThreadPoolExecutor = self.pools[name]
         return pool
 
@@ -254,7 +304,7 @@ def folder_of(content: bytes) -> str:
     return f"sets/{hashlib.sha256(content).hexdigest()[:32]}"
 
 
-def is_sound(content: bytes, extent: Extent) -> bool:
+def is_sound(content: bytes | memoryview, extent: Extent) -> bool:
     """Whether fetched bytes are those recorded: by sha256, or by CRC-32 in sets without."""
     if extent.sha256 is not None:
         return hashlib.sha256(content).digest() == extent.sha256

@@ -14,10 +14,10 @@ import numpy as np
 from latentds.store.cache import Cache
 from latentds.store.open_files import BlockSums
 
-WHOLE_BYTES = 1 << 21  # up to so many, one request for all is quicker than many for parts
-PART_BYTES = 1 << 20  # of a part, once many were wanted; a block at first
+WHOLE_BYTES = 1 << 23  # up to so many, one request for all is quicker than many for parts
+PART_BYTES = 1 << 20  # of a part, once many blocks were wanted
 RANGE_BYTES = 1 << 23  # of a request, where parts that are wanted lie side by side
-GROWTH = 1024  # parts of a size before the next ones are twice as large
+BLOCKS_ALONE = 256  # that are parts of their own, before: two windows of the order
 PRESENT = ".parts"  # suffix of the file that has a byte for every block: 1 once it is there
 
 Fetch = Callable[[int, int, Callable[[bytes], bool]], bytes]  # start, size, is it sound
@@ -105,7 +105,7 @@ class TableParts:
             if not len(missing):
                 return []
             most = max(1, min(PART_BYTES // self.block_bytes, self.sums.together))
-            width = min(1 << min(self.fetched // GROWTH, 20), 1 << (most.bit_length() - 1))
+            width = 1 if self.fetched < BLOCKS_ALONE else 1 << (most.bit_length() - 1)
             parts = np.unique(missing // width)
             self.fetched += len(parts)
         most = max(1, RANGE_BYTES // self.block_bytes // width)

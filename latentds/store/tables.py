@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from latentds.errors import FormatError
+from latentds.store.cache import KEPT_SHARE
 from latentds.store.files import OF_PATCHES, TABLES, Extent, Files
 from latentds.store.format import (
     CHECKSUMS,
@@ -41,7 +42,9 @@ from latentds.store.open_files import (
     signature_of,
     wait_for,
 )
+from latentds.store.remote_files import ALONE, RUN_BYTES, RemoteFiles
 
+MANY_REQUESTS = 3000  # about what the Hub takes in five minutes
 PACK_BLOCK_ROWS = 64  # of the pack table 4 KiB, of its digests 6: a pack of a window needs one each
 WANTED_BLOCKS = 256  # of a table before a first shuffled batch: two windows of the order
 PACK_SUMS_FROM = 1 << 26  # patches from which a patch table's sums are in the pack table
@@ -235,6 +238,42 @@ class PackTable:
         for table in (self.rows, self.digests):
             tasks += table.bring(packs, ones, ahead) if isinstance(table, Table) else []
         wait_for([] if ahead else tasks)
+
+    def want_all(self, split: str, share: float) -> None:
+        """Say that every pack of a split will be wanted: those of the Hub then come in runs.
+
+        share  part of the cache that the split may fill; where it does not fit, neighbours would be
+               thrown away before their turn, so packs come one by one
+        """
+        shards = [shard for shard in self.manifest.shards if shard.split == split]
+        if not isinstance(self.files, RemoteFiles) or self.files.transport.hub is None:
+            return
+        size, packs = sum(shard.bytes for shard in shards), sum(shard.packs for shard in shards)
+        room = int(self.files.cache.limit * KEPT_SHARE * share)
+        if size <= room:
+            self.files.run_packs = max(1, RUN_BYTES * packs // size)
+        elif packs > MANY_REQUESTS:
+            logger.warning(
+                "%s: an epoch of %s is %s requests, as its %.1f GB are more than the cache keeps "
+                "(%.1f GB), and the Hub may ask to wait; give a larger cache (CacheConfig(limit=), "
+                "LATENTDS_CACHE_LIMIT), run 'latentds fetch', or have larger packs (repack "
+                "--pack-size)", self.files.where, split, f"{packs:,}", size / 1e9, room / 1e9,
+            )  # fmt: skip
+
+    def fetch(self, packs: np.ndarray, ahead: bool = False) -> None:
+        """Have packs' codes at hand; with `ahead` return at once."""
+        extents, files = self.extents(packs, CODES), self.files
+        if isinstance(files, RemoteFiles) and files.run_packs > 1 and files.fetched_alone >= ALONE:
+            absent = packs[[not files.holds(extent) for extent in extents]]
+            starts = self.first_pack[self.shards_of(absent)]
+            firsts = np.unique(absent - (absent - starts) % files.run_packs)
+            ends = self.first_pack[self.shards_of(firsts) + 1].clip(max=firsts + files.run_packs)
+            runs = [np.arange(*run) for run in zip(firsts, ends, strict=True)]
+            # Neighbours whose rows are not here are left out: no time to wait for them.
+            near = [self.extents(run[self.has(run)], CODES) for run in runs]
+            files.fetch_runs([run for run in near if run], ahead)
+        else:
+            files.fetch(extents, ahead)
 
     def has(self, packs: np.ndarray) -> np.ndarray:
         """Of which packs rows and digests are there, bool (N,)."""

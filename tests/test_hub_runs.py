@@ -1,0 +1,159 @@
+"""Packs of the Hub with their neighbours: few requests an epoch, the same patches."""
+
+import contextlib
+import logging
+
+import numpy as np
+import pytest
+
+import latentds.store.transport
+from latentds.errors import DamagedPackError
+from latentds.loading.dataset import LatentDataset
+from latentds.loading.loader import LatentLoader
+from latentds.loading.options import Select
+from latentds.store.cache import CacheConfig
+from latentds.store.reader import ShardSet
+from tests.bad_shards import flip_bit
+from tests.flaky_server import serving
+from tests.hub_requests import rows_of
+
+SHARD = "data/train-000000.tar"  # 500 patches in 32 packs
+HUB = "hf://datasets/org/name@main"
+PACK_BYTES = 16 * 48
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Runs of 8 packs after the first 4, windows of 64 patches, quick retries."""
+    monkeypatch.setattr(latentds.store.transport, "FIRST_DELAY_S", 0.01)
+    monkeypatch.setattr("latentds.store.tables.ALONE", 4)
+    monkeypatch.setattr("latentds.loading.order.MIN_WINDOW", 64)
+    monkeypatch.setattr("latentds.loading.order.WINDOW_PACKS", 4)
+
+
+@contextlib.contextmanager
+def serve(folder, monkeypatch):
+    """A server of a set as the Hub has it, runs of 8 of its packs."""
+    from huggingface_hub import constants
+
+    size = ShardSet(folder).manifest.shards[0].bytes
+    monkeypatch.setattr("latentds.store.tables.RUN_BYTES", 8 * size // 32 + 1)
+    with serving(folder) as running:
+        monkeypatch.setattr(constants, "ENDPOINT", running.url)
+        yield running
+
+
+@pytest.fixture
+def hub(shared_dataset, monkeypatch):
+    with serve(shared_dataset, monkeypatch) as running:
+        yield running
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return CacheConfig(dir=tmp_path / "cache")
+
+
+def codes_of(data):
+    return np.concatenate([batch.codes.numpy() for batch in data])
+
+
+def kept_packs(cache):
+    return sorted(path.name for path in cache.dir.glob("sets/*/data/*/*"))
+
+
+def test_an_epoch_takes_a_request_a_run_beyond_the_first_packs(hub, cache, shared_dataset):
+    data = LatentDataset(HUB, cache=cache, batch_size=20, shuffle=True)
+    local = LatentDataset(shared_dataset, batch_size=20, shuffle=True)
+    assert data.sets[0].files.run_packs == 8
+    assert np.array_equal(codes_of(data), codes_of(local))
+    assert len(kept_packs(cache)) == 32
+    # The first packs, those that were asked for meanwhile, and four runs.
+    assert hub.requests[SHARD] <= 4 + 4 + 4
+    before = hub.requests[SHARD]
+    data.set_epoch(1)
+    codes_of(data)
+    assert hub.requests[SHARD] == before
+
+
+def test_a_look_fetches_what_it_looks_at(hub, cache, monkeypatch):
+    monkeypatch.setattr("latentds.store.tables.ALONE", 256)
+    data = LatentDataset(HUB, cache=cache, batch_size=20)
+    data.batch(0, 0)
+    data.sets[0].files.threads("ahead").shutdown(wait=True)
+    assert hub.requests[SHARD] == len(kept_packs(cache)) < 10
+
+
+def test_workers_share_what_came_along(hub, cache):
+    loader = LatentLoader(
+        HUB, cache=cache, decode="codes", shuffle=True, num_workers=2, batch_size=20
+    )
+    loader.dataset.sets[0].files.fetched_alone = 4
+    rows = [row for batch in loader for row in batch.rows.tolist()]
+    assert sorted(rows) == list(range(500)) and len(kept_packs(cache)) == 32
+    assert hub.requests[SHARD] <= 4 + 2 * 4  # both may have asked
+
+
+@pytest.mark.parametrize("fault", ["drop", "short", "429", "503"])
+def test_a_run_that_fails_is_asked_for_again(hub, cache, shared_dataset, fault):
+    data = LatentDataset(HUB, cache=cache, batch_size=20, shuffle=True)
+    data.sets[0].files.fetched_alone = 4
+    hub.faults[SHARD] = [fault]
+    assert np.array_equal(
+        codes_of(data), codes_of(LatentDataset(shared_dataset, batch_size=20, shuffle=True))
+    )
+
+
+def test_a_damaged_neighbour_is_not_kept_and_is_named_when_its_turn_comes(
+    dataset, cache, monkeypatch
+):
+    shards = ShardSet(dataset)
+    extent = shards.extent(9, "codes.npy")
+    flip_bit(dataset / SHARD, extent.offset + 5)
+    with serve(dataset, monkeypatch) as running:
+        data = LatentDataset(HUB, cache=cache, batch_size=20)
+        data.sets[0].files.fetched_alone = 4
+        data.sets[0].pack_table.fetch(np.array([8]))
+        assert running.requests[SHARD] == 1
+        assert f"{extent.offset}-{extent.size}" not in kept_packs(cache)
+        assert len(kept_packs(cache)) == 7
+        with pytest.raises(DamagedPackError, match="key train-000000-000009"):
+            codes_of(data)
+        replaced = LatentDataset(HUB, cache=cache, batch_size=20, max_bad=1)
+        local = LatentDataset(dataset, batch_size=20, max_bad=1)
+        assert np.array_equal(codes_of(replaced), codes_of(local))
+
+
+@pytest.mark.parametrize("kind", ["small cache", "selection", "server"])
+def test_packs_come_alone_where_neighbours_would_not_be_used(
+    hub, tmp_path, monkeypatch, caplog, kind
+):
+    monkeypatch.setattr("latentds.store.tables.MANY_REQUESTS", 20)
+    limit = 40_000 if kind == "small cache" else "1GB"
+    cache = CacheConfig(dir=tmp_path / "cache", limit=limit)
+    select = Select(where="label == 'tumour'") if kind == "selection" else Select()
+    where = hub.url if kind == "server" else HUB
+    with caplog.at_level(logging.WARNING):
+        data = LatentDataset(where, cache=cache, batch_size=20, select=select)
+    assert data.sets[0].files.run_packs == 1
+    told = "an epoch of train is 32 requests" in caplog.text and "latentds fetch" in caplog.text
+    assert told == (kind == "small cache")
+
+
+def test_a_run_that_a_table_spreads_wide_is_left_alone(hub, cache):
+    data = LatentDataset(HUB, cache=cache, batch_size=20)
+    files = data.sets[0].files
+    run = data.sets[0].pack_table.extents([0, 1], "codes.npy")
+    files.fill_run([run[0], run[1]._replace(offset=1 << 40)], "x", 1)
+    assert hub.requests[SHARD] == 0 and kept_packs(cache) == []
+
+
+@pytest.mark.slow
+def test_the_table_of_requests_counts_whole_epochs_of_both_readers(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", constants.ENDPOINT)
+    ours, theirs = rows_of(3000, tmp_path)
+    assert (ours[2], theirs[2]) == ("latentds", "datasets")
+    # Manifest, three tables and a few packs; a shard, asked for its size and its bytes.
+    assert 5 <= int(ours[4]) <= 40 and 1 <= int(theirs[4]) <= 6

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from latentds_tools import info
 
-from latentds.core.json_text import FREE_BYTES, MAX_DEPTH, parse_json, read_json
+from latentds.core.storage import FREE_BYTES, MAX_DEPTH, parse_json, read_json
 from latentds.errors import FormatError, InputError
 from latentds.evaluation.features.feature_files import FeatureFile
 from latentds.hub.card import facts

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
-from latentds.core.json_text import canonical_json
+from latentds.core.storage import canonical_json
 from latentds.errors import ContractError, ShapeError
 
 if TYPE_CHECKING:

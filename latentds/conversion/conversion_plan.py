@@ -14,7 +14,7 @@ import numpy as np
 
 from latentds.conversion.convert_config import ConvertConfig
 from latentds.conversion.workdir import LeftOut, record_of
-from latentds.core.json_text import canonical_json
+from latentds.core.storage import canonical_json
 from latentds.errors import InputError, TooManyBadSamplesError
 from latentds.sources.image_folder import half_labelled
 from latentds.sources.opening import list_source, open_source

@@ -12,10 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from latentds.core.json_text import parse_json
 from latentds.core.storage import (
     exclusive_lock,
     naming,
+    parse_json,
     rename_durably,
     sha256_file,
     write_atomically,

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
-from latentds.core.json_text import parse_json
+from latentds.core.storage import parse_json
 from latentds.errors import FormatError, InputError
 from latentds.hub.client import HubFile, Repository
 from latentds.hub.preview import PREVIEW

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from latentds.core.json_text import digest_json
 from latentds.core.processes import (
     Sealed,
     find_rank,
@@ -25,6 +24,7 @@ from latentds.core.processes import (
     this_worker,
 )
 from latentds.core.randomness import digest_of
+from latentds.core.storage import digest_json
 from latentds.errors import DamagedPackError, TooManyBadSamplesError
 from latentds.loading.batch import Batch, Collator
 from latentds.loading.mixture import Mixture

@@ -19,8 +19,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from latentds.core.json_text import parse_json
-from latentds.core.storage import write_atomically
+from latentds.core.storage import parse_json, write_atomically
 from latentds.errors import ContractError, FormatError, InputError
 from latentds.quantizers.additive import AdditiveCodebook
 from latentds.quantizers.entropy.record_checks import LEAST_SIDE, MAX_RECORD_BYTES

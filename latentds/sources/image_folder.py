@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from latentds.core.untrusted_files import check_regular
+from latentds.core.storage import check_regular
 from latentds.errors import InputError, no_folder
 from latentds.sources.data_cards import CARD, card_files
 from latentds.sources.names import is_identifier, path_fields

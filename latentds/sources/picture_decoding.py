@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from latentds.codecs.formats import DECODE_ERRORS
-from latentds.core.untrusted_files import known_formats, open_picture
+from latentds.core.storage import known_formats, open_picture
 from latentds.errors import Reason, UnusableError
 from latentds.sources.picture import Header
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from latentds.core.json_text import parse_json
+from latentds.core.storage import parse_json
 from latentds.errors import DamagedPackError, FormatError, InputError
 from latentds.store.cache import Cache, CacheConfig
 from latentds.store.format import (

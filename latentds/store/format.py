@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from latentds.core.json_text import Kind, canonical_json, check_kinds
+from latentds.core.storage import Kind, canonical_json, check_kinds
 from latentds.errors import FormatError
 from latentds.quantizers.codebooks import check_encoding, codebook_from_json
 from latentds.quantizers.scalar import AnyCodebook

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from latentds.core.json_text import Kind, check_kinds, digest_json, read_json
+from latentds.core.storage import Kind, check_kinds, digest_json, read_json
 from latentds.errors import FormatError, no_folder, unknown_name
 from latentds.quantizers.codebooks import (
     ChannelStatistics,

@@ -11,8 +11,7 @@ import numpy as np
 
 from latentds.autoencoders import load_autoencoder, load_for_decoding
 from latentds.autoencoders.autoencoder import Autoencoder, check_decoder
-from latentds.core.json_text import canonical_json
-from latentds.core.storage import sha256_file
+from latentds.core.storage import canonical_json, sha256_file
 from latentds.errors import FormatError, LatentdsError, no_folder
 from latentds.store.channel_statistics import measure_statistics
 from latentds.store.format import (

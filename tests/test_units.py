@@ -18,7 +18,7 @@ from latentds.conversion.converting import convert_with
 from latentds.conversion.patch_encoding import device_model
 from latentds.conversion.prepared import versions
 from latentds.conversion.work_units import cpus_of_worker, room
-from latentds.core.device_choice import choose_device
+from latentds.core.processes import choose_device
 from latentds.core.storage import exclusive_lock
 from latentds.errors import ContractError, InputError
 from tests.conftest import convert_with_mean

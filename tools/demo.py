@@ -49,7 +49,7 @@ def run(config: Config) -> None:
 
     from latentds.conversion.convert_config import ConvertConfig
     from latentds.conversion.converting import convert
-    from latentds.core.device_choice import choose_device
+    from latentds.core.processes import choose_device
     from latentds.core.storage import write_atomically
     from latentds.errors import InputError
 

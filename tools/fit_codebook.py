@@ -96,7 +96,7 @@ def fit(config: Config) -> Any:
     from latentds.conversion.convert_config import ConvertConfig
     from latentds.conversion.patch_encoding import Encoder, choose_batch
     from latentds.conversion.prepared import make_reader
-    from latentds.core.device_choice import choose_device
+    from latentds.core.processes import choose_device
 
     settings = ConvertConfig(
         source=config.source,

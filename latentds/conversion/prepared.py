@@ -25,7 +25,7 @@ from latentds.conversion.patch_encoding import (
     device_model,
 )
 from latentds.conversion.workdir import WorkFolder
-from latentds.core.device_choice import choose_device
+from latentds.core.processes import choose_device
 from latentds.errors import InputError
 from latentds.quantizers.codebooks import StoredCodebook
 from latentds.sources.image_folder import walk

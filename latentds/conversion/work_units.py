@@ -25,7 +25,7 @@ from latentds.conversion.patch_encoding import Encoder, device_model
 from latentds.conversion.prepared import MAX_WORKERS, Conversion, make_reader, versions
 from latentds.conversion.shard_writing import write_shards
 from latentds.conversion.workdir import Journal, LeftOut, WorkFolder, by_region
-from latentds.core.device_choice import choose_device
+from latentds.core.processes import choose_device
 from latentds.core.storage import exclusive_lock, sha256_file
 from latentds.errors import ContractError, InputError, LatentdsError
 from latentds.sources.hugging_face import hub_id

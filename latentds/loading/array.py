@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from latentds.autoencoders.autoencoder import Autoencoder
-from latentds.core.device_choice import choose_device
 from latentds.core.display import progress
+from latentds.core.processes import choose_device
 from latentds.errors import DamagedPackError, InputError, unknown_name
 from latentds.loading.batch import check_codes
 from latentds.loading.dataset import LatentDataset

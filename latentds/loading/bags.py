@@ -14,8 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from latentds.autoencoders.autoencoder import Autoencoder
-from latentds.core.device_choice import choose_device
-from latentds.core.processes import shared_zeros
+from latentds.core.processes import choose_device, shared_zeros
 from latentds.core.randomness import key_of, shuffled
 from latentds.errors import InputError
 from latentds.loading.batch import check_codes

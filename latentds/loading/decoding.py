@@ -15,7 +15,7 @@ from latentds.autoencoders import load_autoencoder, load_for_decoding
 from latentds.autoencoders.autoencoder import Autoencoder, NetworkAutoencoder, check_decoder
 from latentds.autoencoders.cards import CARDS
 from latentds.core.compiling import Compiled
-from latentds.core.device_choice import warn_of_slow_decoding
+from latentds.core.processes import warn_of_slow_decoding
 from latentds.errors import ContractError, WeightsError
 from latentds.quantizers.lookup import make_lookup
 from latentds.quantizers.scalar import AnyCodebook

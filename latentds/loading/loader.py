@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from latentds.autoencoders.autoencoder import Autoencoder
-from latentds.core.device_choice import choose_device
-from latentds.core.processes import REMEDY, describe_shm, gather, of_dead_worker
+from latentds.core.processes import REMEDY, choose_device, describe_shm, gather, of_dead_worker
 from latentds.errors import WorkerError
 from latentds.loading.array import Resident
 from latentds.loading.augmenting import Watched, find_augment

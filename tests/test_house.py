@@ -26,17 +26,17 @@ LOOSE = {"errors", "version"}  # modules beside the rooms
 RECIPE_FILES = {"config", "task", "__main__"}
 # Lines a room may have, some 1 % above what it has: growth is a decision that a diff shows.
 LINES = {
-    "latentds/autoencoders": 2_200,
+    "latentds/autoencoders": 2_180,
     "latentds/codecs": 1_270,
-    "latentds/conversion": 2_730,
-    "latentds/core": 1_300,
+    "latentds/conversion": 2_720,
+    "latentds/core": 1_260,
     "latentds/edit": 2_960,
     "latentds/embedders": 2_100,
     "latentds/evaluation": 5_060,
     "latentds/hub": 1_760,
-    "latentds/loading": 4_400,
+    "latentds/loading": 4_540,
     "latentds/models": 2_390,
-    "latentds/quantizers": 3_800,
+    "latentds/quantizers": 3_660,
     "latentds/sources": 6_480,
     "latentds/store": 5_400,
     "latentds/views": 1_205,

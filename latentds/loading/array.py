@@ -22,11 +22,17 @@ from latentds.core.processes import choose_device
 from latentds.errors import DamagedPackError, InputError, unknown_name
 from latentds.loading.batch import check_codes
 from latentds.loading.dataset import LatentDataset
-from latentds.loading.decoding import Decode, Decoder, check_decode, find_autoencoder
+from latentds.loading.decoding import (
+    Decode,
+    Decoder,
+    Integers,
+    check_decode,
+    find_autoencoder,
+    make_integers,
+)
 from latentds.loading.mixture import Vocabulary
 from latentds.loading.options import Select, check_group
 from latentds.loading.selection import select_rows
-from latentds.quantizers.lookup import Integers, make_integers
 from latentds.store.cache import CacheConfig
 from latentds.store.reader import ShardSet
 

@@ -22,13 +22,14 @@ from latentds.loading.decoding import (
     DECODES,
     Decode,
     Decoder,
+    Integers,
     check_decode,
     find_autoencoder,
+    make_integers,
 )
 from latentds.loading.mixture import Vocabulary
 from latentds.loading.options import Select, check_group
 from latentds.loading.selection import select_rows
-from latentds.quantizers.lookup import Integers, make_integers
 from latentds.store.cache import CacheConfig
 from latentds.store.reader import ShardSet
 

@@ -12,7 +12,7 @@ from latentds.core.compiling import Compiled
 from latentds.errors import FormatError
 from latentds.loading.decoding import Decode, Decoder, Levels
 from latentds.loading.loader import LatentLoader
-from latentds.loading.mixture import Mixture
+from latentds.loading.options import Mixture
 from latentds.quantizers.scalar import Codebook, dequantize
 from tests.conftest import convert_with_mean, save_pictures
 from tests.fakes import MeanAutoencoder

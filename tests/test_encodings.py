@@ -19,7 +19,7 @@ from latentds.loading.array import LatentArray
 from latentds.loading.bags import SlideBags
 from latentds.loading.dataset import LatentDataset
 from latentds.loading.loader import LatentLoader
-from latentds.loading.mixture import Mixture
+from latentds.loading.options import Mixture
 from latentds.loading.stage import HostLanes
 from latentds.quantizers.additive_fit import fit_additive
 from latentds.quantizers.codebooks import StoredCodebook, load_codebook, save_codebook

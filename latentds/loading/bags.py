@@ -27,8 +27,7 @@ from latentds.loading.decoding import (
     find_autoencoder,
     make_integers,
 )
-from latentds.loading.mixture import Vocabulary
-from latentds.loading.options import Select, check_group
+from latentds.loading.options import Select, Vocabulary, check_group
 from latentds.loading.selection import select_rows
 from latentds.store.cache import CacheConfig
 from latentds.store.reader import ShardSet

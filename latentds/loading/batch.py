@@ -18,7 +18,7 @@ from latentds.core.processes import shared_buffer
 from latentds.core.randomness import patch_seeds
 from latentds.errors import FormatError
 from latentds.loading.decoding import make_integers
-from latentds.loading.mixture import Vocabulary
+from latentds.loading.options import Vocabulary
 from latentds.loading.sampling import Drawn
 from latentds.quantizers.scalar import AnyCodebook, dequantize_each
 from latentds.store.reader import ShardSet

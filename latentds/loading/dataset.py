@@ -27,8 +27,7 @@ from latentds.core.randomness import digest_of
 from latentds.core.storage import digest_json
 from latentds.errors import DamagedPackError, TooManyBadSamplesError
 from latentds.loading.batch import Batch, Collator
-from latentds.loading.mixture import Mixture
-from latentds.loading.options import Order, Select, answering, check_group
+from latentds.loading.options import Mixture, Order, Select, answering, check_group
 from latentds.loading.order import STATE_VERSION, Batching, LoaderState, check_state
 from latentds.loading.sampling import (
     BALANCED,

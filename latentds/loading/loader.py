@@ -22,8 +22,7 @@ from latentds.loading.augmenting import Watched, find_augment
 from latentds.loading.batch import Batch
 from latentds.loading.dataset import LatentDataset, Transfer, Transfers, check_bad
 from latentds.loading.decoding import Decode, Decoder, check_decode, find_autoencoder, make_integers
-from latentds.loading.mixture import Mixture
-from latentds.loading.options import Order, Select, Workers, answering, check_group
+from latentds.loading.options import Mixture, Order, Select, Workers, answering, check_group
 from latentds.loading.stage import CopyLanes, CudaLanes, DecodeStage
 from latentds.quantizers.codebooks import ChannelStatistics
 from latentds.quantizers.scalar import AnyCodebook

@@ -26,7 +26,7 @@ LOOSE = {"errors", "version"}  # modules beside the rooms
 RECIPE_FILES = {"config", "task", "__main__"}
 # Lines a room may have, some 1 % above what it has: growth is a decision that a diff shows.
 LINES = {
-    "latentds/autoencoders": 2_180,
+    "latentds/autoencoders": 2_170,
     "latentds/codecs": 1_270,
     "latentds/conversion": 2_720,
     "latentds/core": 1_260,
@@ -38,7 +38,7 @@ LINES = {
     "latentds/models": 2_390,
     "latentds/quantizers": 3_660,
     "latentds/sources": 6_480,
-    "latentds/store": 5_400,
+    "latentds/store": 5_410,
     "latentds/views": 1_205,
     "tools": 12_600,
     "trainers": 10_500,

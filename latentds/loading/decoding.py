@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from latentds.autoencoders import load_autoencoder, load_for_decoding
-from latentds.autoencoders.autoencoder import Autoencoder, NetworkAutoencoder, check_decoder
+from latentds.autoencoders.autoencoder import Autoencoder, NetworkAutoencoder
 from latentds.autoencoders.cards import CARDS
 from latentds.core.compiling import Compiled
 from latentds.core.processes import warn_of_slow_decoding
@@ -390,7 +390,7 @@ def find_autoencoder(
         autoencoder = load_for_decoding(given)
     else:
         autoencoder = given
-    check_decoder(autoencoder.card, contract.latent_id, str(shards.folder))
+    contract.check_decoder(autoencoder.card, shards.folder)
     if autoencoder.card.decoder_id != contract.decoder_id:
         logger.info("decoding with %s, not with the decoder the data set was checked with",
                     autoencoder.card.name)  # fmt: skip

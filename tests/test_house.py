@@ -38,7 +38,7 @@ LINES = {
     "latentds/models": 2_390,
     "latentds/quantizers": 3_660,
     "latentds/sources": 6_480,
-    "latentds/store": 5_410,
+    "latentds/store": 5_400,
     "latentds/views": 1_205,
     "tools": 12_600,
     "trainers": 10_500,

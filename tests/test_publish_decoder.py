@@ -21,7 +21,7 @@ from latentds.hub.decoder_upload import (
 )
 from latentds.hub.snippets import Publication
 from latentds.loading.loader import LatentLoader
-from latentds.store.set_card import MAX_FACTS, facts_table
+from latentds.store.composing import MAX_FACTS, facts_table
 from tests.bad_shards import flip_bit
 
 NAME = "org/name"

@@ -20,7 +20,7 @@ from latentds.hub.model_files import front_matter, publish_files
 from latentds.hub.publish_plan import README
 from latentds.hub.set_upload import Published
 from latentds.hub.snippets import Publication
-from latentds.store.set_card import MAX_FACT, facts_table
+from latentds.store.composing import MAX_FACT, facts_table
 
 CARD = """---
 {front_matter}

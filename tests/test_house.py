@@ -37,7 +37,7 @@ LINES = {
     "latentds/loading": 4_530,
     "latentds/models": 2_390,
     "latentds/quantizers": 3_660,
-    "latentds/sources": 6_480,
+    "latentds/sources": 6_470,
     "latentds/store": 5_400,
     "latentds/views": 1_205,
     "tools": 12_600,

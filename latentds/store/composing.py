@@ -5,10 +5,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import shutil
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +46,6 @@ from latentds.store.tables import even_size, summarize_blocks, summarize_patches
 
 Part = tuple[np.ndarray, pa.Table]  # codes and columns; a column mask_png becomes the masks member
 SHARD_BYTES = 256 * 1_000_000  # of codes, as `convert --shard-mb` has it
-MAX_FACTS, MAX_FACT = 60, 200  # rows and characters a row of a card's table
 
 # Lines that turn `codes` into `latents`, and what they import, by encoding.
 DEQUANTIZE = {
@@ -328,29 +326,6 @@ def label_table(manifest: Manifest) -> str:
         return ""
     lines = "\n".join(f"| {markdown(name)} | {count:,} |" for name, count in counts.items())
     return f"\n| label | patches |\n|---|---|\n{lines}\n"
-
-
-def facts_table(facts: Mapping[str, Any], more_in: str) -> str:
-    """A Markdown table of nested JSON values; `more_in` names the file that has all of them."""
-    rows = list(flatten(facts))
-    if not rows:
-        return "Nothing was recorded."
-    lines = [f"| {markdown(name)} | {markdown(value)} |" for name, value in rows[:MAX_FACTS]]
-    more = [f"\n{len(rows) - MAX_FACTS} more in `{more_in}`."] if len(rows) > MAX_FACTS else []
-    return "\n".join(["| | |", "|---|---|", *lines, *more])
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """(dotted name, value) of nested JSON, values shortened."""
-    for name, value in values.items():
-        if isinstance(value, list) and any(isinstance(part, Mapping) for part in value):
-            value = {str(number): part for number, part in enumerate(value)}
-        if isinstance(value, Mapping):
-            yield from flatten(value, f"{prefix}{name}.")
-        else:
-            text = value if isinstance(value, str) else json.dumps(value)
-            shown = text if len(text) <= MAX_FACT else f"{text[:MAX_FACT]}..."
-            yield f"{prefix}{name}"[:MAX_FACT], shown
 
 
 def front_matter(

@@ -28,9 +28,9 @@ RECIPE_FILES = {"config", "task", "__main__"}
 LINES = {
     "latentds/autoencoders": 2_170,
     "latentds/codecs": 1_270,
-    "latentds/conversion": 2_720,
+    "latentds/conversion": 2_700,
     "latentds/core": 1_290,
-    "latentds/edit": 2_960,
+    "latentds/edit": 2_950,
     "latentds/embedders": 2_100,
     "latentds/evaluation": 5_060,
     "latentds/hub": 1_760,

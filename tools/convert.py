@@ -181,7 +181,7 @@ def planned_slides(config: Config, plan: Any) -> dict[str, Any]:
 def planned_bytes(config: Config, latents_shape: tuple[int, int, int]) -> int:
     from latentds.autoencoders.cards import ALIASES
     from latentds.autoencoders.tiny import USUAL_BYTES, USUAL_CELLS
-    from latentds.conversion.codebook_choice import fitting, planes_of
+    from latentds.conversion.prepared import fitting, planes_of
     from latentds.quantizers.codebooks import load_codebook
 
     channels, rows, columns = latents_shape

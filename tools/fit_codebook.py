@@ -87,15 +87,15 @@ def run(config: Config) -> None:
 def fit(config: Config) -> Any:
     """The codebook, fitted as a conversion of the same folder would."""
     from latentds.autoencoders import load_autoencoder
-    from latentds.conversion.codebook_choice import (
-        fit_additive_to_sample,
-        fit_records_to_sample,
-        fit_to_sample,
-    )
     from latentds.conversion.conversion_plan import make_plan
     from latentds.conversion.convert_config import ConvertConfig
     from latentds.conversion.patch_encoding import Encoder, choose_batch
-    from latentds.conversion.prepared import make_reader
+    from latentds.conversion.prepared import (
+        fit_additive_to_sample,
+        fit_records_to_sample,
+        fit_to_sample,
+        make_reader,
+    )
     from latentds.core.processes import choose_device
 
     settings = ConvertConfig(

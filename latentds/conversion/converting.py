@@ -17,12 +17,12 @@ import torch
 
 from latentds.autoencoders import load_autoencoder
 from latentds.autoencoders.autoencoder import Autoencoder
-from latentds.conversion.codebook_choice import given_codebook
 from latentds.conversion.conversion_plan import Plan, input_files, make_plan
 from latentds.conversion.convert_config import ConvertConfig
 from latentds.conversion.prepared import (
     Conversion,
     WriteShards,
+    given_codebook,
     input_identity,
     make_reader,
     prepare,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -198,32 +198,3 @@ def choose_batch(
             torch.cuda.empty_cache()
             logger.info("an encode batch of %d does not fit; trying half", batch)
     raise ContractError(f"{device}: not even one patch of {patch_px} can be encoded in its memory")
-
-
-def sample_latents(
-    encoder: Encoder,
-    chunks: Iterable[np.ndarray],
-    cells_per_patch: int,
-    rng: np.random.Generator,
-    progress: Callable[[int], object],
-) -> np.ndarray:
-    """Latent values float32 (C, M) of chunks of uint8 (N, H, W, 3) pixels.
-
-    All cells of every patch, or `cells_per_patch` drawn ones a patch.
-    """
-    parts: list[np.ndarray] = []
-    for chunk in chunks:
-        if not len(chunk):
-            continue
-        latents = encoder.latents(chunk)
-        cells = latents.shape[2] * latents.shape[3]
-        values = latents.transpose(0, 1).flatten(1).cpu().numpy()
-        if cells_per_patch < cells:
-            values = values[
-                :, rng.choice(values.shape[1], cells_per_patch * len(chunk), replace=False)
-            ]
-        parts.append(values)
-        progress(len(chunk))
-    if not parts:
-        raise InputError("none of the patches drawn for the codebook can be read")
-    return np.concatenate(parts, axis=1)

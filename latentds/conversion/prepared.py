@@ -5,17 +5,19 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from latentds.autoencoders.autoencoder import Autoencoder
-from latentds.conversion.codebook_choice import find_codebook
+from latentds.autoencoders.autoencoder import Autoencoder, AutoencoderCard
+from latentds.autoencoders.tiny import shipped_records, tiny_codebook
 from latentds.conversion.conversion_plan import (
     Plan,
     PlannedShard,
+    check_budget,
     input_stamp,
     plan_shards,
 )
@@ -27,13 +29,19 @@ from latentds.conversion.patch_encoding import (
     choose_batch,
     device_model,
 )
-from latentds.conversion.workdir import WorkFolder
+from latentds.conversion.workdir import WorkFolder, by_region
+from latentds.core.display import progress
 from latentds.core.processes import choose_device
-from latentds.errors import InputError
-from latentds.quantizers.codebooks import StoredCodebook
+from latentds.errors import ContractError, InputError, ShapeError
+from latentds.quantizers.additive_fit import fit_additive, plane_range
+from latentds.quantizers.codebooks import StoredCodebook, load_codebook, sized
+from latentds.quantizers.entropy.record_fit import fit_entropy_codebook
+from latentds.quantizers.scalar import AnyCodebook
+from latentds.quantizers.scalar_fit import fit_codebook
 from latentds.store.format import Contract
 
 MAX_WORKERS = 16  # decode threads where --workers is not given
+MAX_SAMPLE_VALUES = 16_000_000  # latent values held while fitting: 64 MB
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -161,3 +169,220 @@ def versions() -> dict[str, str]:
     from latentds.version import __version__
 
     return {"latentds": __version__, "torch": torch.__version__, "numpy": np.__version__}
+
+
+def find_codebook(
+    config: ConvertConfig,
+    codebook: StoredCodebook | None,
+    encoder: Encoder,
+    reader: PlanReader,
+    earlier: dict[str, Any],
+) -> StoredCodebook:
+    """The one given, that of the run that is resumed, shipped with the autoencoder, or fitted.
+
+    codebook  an object that the caller gave
+
+    raises  ContractError for a file fitted to other latents, InputError for bytes that the latents
+            or the codebook cannot have, with those that they can
+    """
+    card = encoder.autoencoder.card
+    shape = encoder.check_shape(reader.plan.patch_px)
+    given = given_codebook(config, codebook, card, shape)
+    if given is not None:
+        return given
+    if earlier:
+        contract = Contract.from_json(earlier["contract"], "plan.json")
+        return StoredCodebook(
+            codebook=contract.codebook,
+            latent_id=contract.latent_id,
+            made=earlier["made"]["codebook"],
+        )
+    kind, patch_bytes = config.codebook_kind, config.bytes
+    is_usual = config.quantizer == "kmeans" and config.levels == 256
+    if kind == "rans" or (kind is None and is_usual):
+        records = shipped_records(card.latent_id, shape, patch_bytes)
+        if records is not None:
+            return records
+    if kind in ("additive", "rans") or patch_bytes is not None:
+        if patch_bytes is None:
+            raise InputError(f"--codebook {kind} needs --bytes, how many a patch is to take")
+        if kind == "rans":
+            return fit_records_to_sample(config, encoder, reader, patch_bytes)
+        return fit_additive_to_sample(config, encoder, reader, patch_bytes=patch_bytes)
+    shipped = tiny_codebook()
+    if is_usual and shipped.latent_id == card.latent_id:
+        return shipped
+    return fit_to_sample(config, encoder, reader)
+
+
+def given_codebook(
+    config: ConvertConfig,
+    codebook: StoredCodebook | None,
+    card: AutoencoderCard,
+    shape: tuple[int, int, int],
+) -> StoredCodebook | None:
+    """The caller's own codebook, or that of --codebook FILE, of --bytes; None where there is none.
+
+    raises  ContractError for one fitted to other latents, InputError for two, or other bytes
+    """
+    file, where = config.codebook_file, "codebook"
+    if codebook is not None and config.codebook is not None:
+        raise InputError(f"a codebook, and --codebook {config.codebook}; give one of them")
+    if codebook is None:
+        if file is None:
+            return None
+        codebook, where = load_codebook(file), str(file)
+        made = {"origin": "from a codebook file", "file": file.name, "fit": codebook.made}
+        codebook = dataclasses.replace(codebook, made=made)
+    if codebook.latent_id != card.latent_id:
+        raise ContractError(
+            f"{where}: fitted to other latents than {card.name!r} makes; fit one with "
+            "'latentds fit-codebook'"
+        )
+    return fitting(codebook, where, shape, config.bytes)
+
+
+def fitting(
+    stored: StoredCodebook, path: Path | str, shape: tuple[int, int, int], patch_bytes: int | None
+) -> StoredCodebook:
+    """The codebook of a file for these latents and --bytes; errors name the file or object."""
+    try:
+        return sized(stored, shape, patch_bytes)
+    except (ShapeError, InputError) as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def fit_to_sample(config: ConvertConfig, encoder: Encoder, reader: PlanReader) -> StoredCodebook:
+    """A codebook fitted to patches drawn from the training split, the first where there is none."""
+    samples, drawn = draw_sample(config, encoder, reader)
+    codebook, report = fit_codebook(samples, config.quantizer, config.levels, config.seed)
+    return fitted(encoder, codebook, drawn | report.to_json())
+
+
+def fit_additive_to_sample(
+    config: ConvertConfig,
+    encoder: Encoder,
+    reader: PlanReader,
+    *,
+    patch_bytes: int,
+    method: str = "auto",
+) -> StoredCodebook:
+    """An additive codebook of as many planes as make `patch_bytes` a patch, fitted likewise.
+
+    raises  InputError for bytes that are no whole planes, or more or fewer than `method` can
+    """
+    channels, rows, columns = encoder.check_shape(reader.plan.patch_px)
+    planes = planes_of(patch_bytes, channels, rows * columns, method)
+    samples, drawn = draw_sample(config, encoder, reader)
+    codebook, report = fit_additive(samples.T, planes, method, config.levels, config.seed)
+    return fitted(encoder, codebook, drawn | report.to_json())
+
+
+def fit_records_to_sample(
+    config: ConvertConfig, encoder: Encoder, reader: PlanReader, record_bytes: int
+) -> StoredCodebook:
+    """The codebook of entropy-coded records of so many bytes, fitted to patches of the input.
+
+    raises  InputError for bytes that these latents cannot be coded in, with those that they can
+    """
+    rows, rng, drawn = draw_rows(config, reader)
+    chunks = sample_chunks(reader, rng.permutation(rows), encoder.batch)
+    batches = (encoder.latents(chunk).cpu() for chunk in chunks if len(chunk))
+    try:
+        codebook, report = fit_entropy_codebook(batches, record_bytes)
+    except ValueError as error:
+        raise InputError(f"--bytes {record_bytes}: {error}") from error
+    return fitted(encoder, codebook, drawn | {"record_fit": report.to_json()})
+
+
+def fitted(encoder: Encoder, codebook: AnyCodebook, made: dict[str, Any]) -> StoredCodebook:
+    latent_id = encoder.autoencoder.card.latent_id
+    return StoredCodebook(codebook=codebook, latent_id=latent_id, made=made)
+
+
+def planes_of(patch_bytes: int, channels: int, cells: int, method: str = "auto") -> int:
+    """Code planes that take so many bytes a patch; InputError that says what is possible."""
+    least, most = plane_range(method, channels)
+    most = min(most, channels)  # a byte a value is what scalar codes take, without any search
+    planes, rest = divmod(patch_bytes, cells)
+    if rest == 0 and least <= planes <= most:
+        return planes
+    possible = f"{least * cells:,} alone" if least == most else (
+        f"{', '.join(f'{n * cells:,}' for n in range(least, min(most, least + 3)))}"
+        f"{', ...' if most > least + 3 else ''} or {most * cells:,}"
+    )  # fmt: skip
+    raise InputError(
+        f"--bytes {patch_bytes}: additive codes ({method}) of latents of {channels} channels x "
+        f"{cells:,} cells take {possible}, a byte a cell and plane, at most one a value; "
+        "entropy-coded records, --codebook rans, are not bound to cells"
+    )
+
+
+def draw_sample(
+    config: ConvertConfig, encoder: Encoder, reader: PlanReader
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Latents float32 (C, M) of the patches a codebook is fitted to, and how they were drawn."""
+    rows, rng, drawn = draw_rows(config, reader)
+    cells = max(16, MAX_SAMPLE_VALUES // (encoder.autoencoder.card.channels * len(rows)))
+    with progress(total=len(rows), desc="codebook", unit="patch") as bar:
+        chunks = sample_chunks(reader, rows, encoder.batch)
+        samples = sample_latents(encoder, chunks, cells, rng, bar.update)
+    return samples, drawn
+
+
+def draw_rows(
+    config: ConvertConfig, reader: PlanReader
+) -> tuple[np.ndarray, np.random.Generator, dict[str, Any]]:
+    """Rows of the patches a codebook is fitted to, the generator that drew them, and how."""
+    splits = reader.plan.splits
+    split = "train" if "train" in splits else next(iter(splits))
+    start, stop = splits[split]
+    rng = np.random.default_rng([config.seed, 1])
+    count = min(config.fit_patches, stop - start)
+    rows = np.sort(rng.choice(np.arange(start, stop), count, replace=False))
+    drawn = {
+        "origin": "fitted to a sample of the input",
+        "split": split,
+        "patches": count,
+        "seed": config.seed,
+    }
+    return rows, rng, drawn
+
+
+def sample_chunks(reader: PlanReader, rows: np.ndarray, batch: int) -> Iterator[np.ndarray]:
+    """Pixels of the readable patches at `rows`, at most a batch at a time."""
+    bad = by_region(reader.plan.bad)
+    groups = [rows[start : start + batch] for start in range(0, len(rows), batch)]
+    for chunk in reader.chunks(groups):
+        bad.update(chunk.bad)
+        check_budget(reader.config, bad.values())  # they will fail later too: say so now
+        yield chunk.pixels
+
+
+def sample_latents(
+    encoder: Encoder,
+    chunks: Iterable[np.ndarray],
+    cells_per_patch: int,
+    rng: np.random.Generator,
+    progress: Callable[[int], object],
+) -> np.ndarray:
+    """Latent values float32 (C, M) of chunks of uint8 (N, H, W, 3) pixels.
+
+    All cells of every patch, or `cells_per_patch` drawn ones a patch.
+    """
+    parts: list[np.ndarray] = []
+    for chunk in chunks:
+        if not len(chunk):
+            continue
+        latents = encoder.latents(chunk)
+        cells = latents.shape[2] * latents.shape[3]
+        values = latents.transpose(0, 1).flatten(1).cpu().numpy()
+        if cells_per_patch < cells:
+            values = values[
+                :, rng.choice(values.shape[1], cells_per_patch * len(chunk), replace=False)
+            ]
+        parts.append(values)
+        progress(len(chunk))
+    if not parts:
+        raise InputError("none of the patches drawn for the codebook can be read")
+    return np.concatenate(parts, axis=1)

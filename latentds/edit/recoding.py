@@ -17,15 +17,9 @@ from torch import Tensor
 
 from latentds.autoencoders.autoencoder import Autoencoder
 from latentds.autoencoders.tiny import shipped_records
-from latentds.conversion.codebook_choice import fitting, planes_of
+from latentds.conversion.prepared import fitting, planes_of
 from latentds.core.metrics import Distortion
-from latentds.errors import (
-    ContractError,
-    FormatError,
-    InputError,
-    MissingExtraError,
-    WeightsError,
-)
+from latentds.errors import ContractError, FormatError, InputError, MissingExtraError, WeightsError
 from latentds.loading.decoding import find_autoencoder
 from latentds.quantizers.additive_fit import fit_additive
 from latentds.quantizers.codebooks import StoredCodebook, load_codebook

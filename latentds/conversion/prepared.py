@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -287,7 +287,7 @@ def fit_records_to_sample(
     """
     rows, rng, drawn = draw_rows(config, reader)
     chunks = sample_chunks(reader, rng.permutation(rows), encoder.batch)
-    batches = (encoder.latents(chunk).cpu() for chunk in chunks if len(chunk))
+    batches = (encoder.latents(chunk).cpu() for chunk in chunks)
     try:
         codebook, report = fit_entropy_codebook(batches, record_bytes)
     except ValueError as error:
@@ -321,13 +321,25 @@ def planes_of(patch_bytes: int, channels: int, cells: int, method: str = "auto")
 def draw_sample(
     config: ConvertConfig, encoder: Encoder, reader: PlanReader
 ) -> tuple[np.ndarray, dict[str, Any]]:
-    """Latents float32 (C, M) of the patches a codebook is fitted to, and how they were drawn."""
+    """Latents float32 (C, M) of the patches a codebook is fitted to, and how they were drawn.
+
+    All cells of every patch, or as many drawn ones of each as may be held together.
+    """
     rows, rng, drawn = draw_rows(config, reader)
-    cells = max(16, MAX_SAMPLE_VALUES // (encoder.autoencoder.card.channels * len(rows)))
+    most = max(16, MAX_SAMPLE_VALUES // (encoder.autoencoder.card.channels * len(rows)))
+    parts: list[np.ndarray] = []
     with progress(total=len(rows), desc="codebook", unit="patch") as bar:
-        chunks = sample_chunks(reader, rows, encoder.batch)
-        samples = sample_latents(encoder, chunks, cells, rng, bar.update)
-    return samples, drawn
+        for chunk in sample_chunks(reader, rows, encoder.batch):
+            latents = encoder.latents(chunk)
+            values = latents.transpose(0, 1).flatten(1).cpu().numpy()
+            if most < latents[0, 0].numel():
+                chosen = rng.choice(values.shape[1], most * len(chunk), replace=False)
+                values = values[:, chosen]
+            parts.append(values)
+            bar.update(len(chunk))
+    if not parts:
+        raise InputError("none of the patches drawn for the codebook can be read")
+    return np.concatenate(parts, axis=1), drawn
 
 
 def draw_rows(
@@ -356,33 +368,5 @@ def sample_chunks(reader: PlanReader, rows: np.ndarray, batch: int) -> Iterator[
     for chunk in reader.chunks(groups):
         bad.update(chunk.bad)
         check_budget(reader.config, bad.values())  # they will fail later too: say so now
-        yield chunk.pixels
-
-
-def sample_latents(
-    encoder: Encoder,
-    chunks: Iterable[np.ndarray],
-    cells_per_patch: int,
-    rng: np.random.Generator,
-    progress: Callable[[int], object],
-) -> np.ndarray:
-    """Latent values float32 (C, M) of chunks of uint8 (N, H, W, 3) pixels.
-
-    All cells of every patch, or `cells_per_patch` drawn ones a patch.
-    """
-    parts: list[np.ndarray] = []
-    for chunk in chunks:
-        if not len(chunk):
-            continue
-        latents = encoder.latents(chunk)
-        cells = latents.shape[2] * latents.shape[3]
-        values = latents.transpose(0, 1).flatten(1).cpu().numpy()
-        if cells_per_patch < cells:
-            values = values[
-                :, rng.choice(values.shape[1], cells_per_patch * len(chunk), replace=False)
-            ]
-        parts.append(values)
-        progress(len(chunk))
-    if not parts:
-        raise InputError("none of the patches drawn for the codebook can be read")
-    return np.concatenate(parts, axis=1)
+        if len(chunk.pixels):
+            yield chunk.pixels

@@ -78,11 +78,11 @@ class ShardJob:
         self.journal, self.index = work.journal(shard.name), work.index(shard.name)
         self.path = config.out / shard.name
         self.writer: ShardWriter | None = None
-        if not (self.index.is_file() or self.is_written()):
+        is_done = self.index.is_file() or self.is_written()
+        if not is_done:
             partial = self.path.with_name(f"{self.path.name}.partial")
             if not partial.is_file() or partial.stat().st_size < self.journal.end:
                 self.journal.reset()
-        is_done = self.index.is_file() or self.is_written()
         self.blocks_left = () if is_done else shard.blocks[self.journal.blocks :]
 
     def is_written(self) -> bool:

@@ -26,7 +26,7 @@ LOOSE = {"errors", "version"}  # modules beside the rooms
 RECIPE_FILES = {"config", "task", "__main__"}
 # Lines a room may have, some 1 % above what it has: growth is a decision that a diff shows.
 LINES = {
-    "latentds/autoencoders": 2_170,
+    "latentds/autoencoders": 2_130,
     "latentds/codecs": 1_270,
     "latentds/conversion": 2_680,
     "latentds/core": 1_290,
@@ -36,7 +36,7 @@ LINES = {
     "latentds/hub": 1_760,
     "latentds/loading": 4_530,
     "latentds/models": 2_390,
-    "latentds/quantizers": 3_660,
+    "latentds/quantizers": 3_690,
     "latentds/sources": 6_470,
     "latentds/store": 5_390,
     "latentds/views": 1_205,

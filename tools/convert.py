@@ -180,9 +180,8 @@ def planned_slides(config: Config, plan: Any) -> dict[str, Any]:
 
 def planned_bytes(config: Config, latents_shape: tuple[int, int, int]) -> int:
     from latentds.autoencoders.cards import ALIASES
-    from latentds.autoencoders.tiny import USUAL_BYTES, USUAL_CELLS
     from latentds.conversion.prepared import fitting, planes_of
-    from latentds.quantizers.codebooks import load_codebook
+    from latentds.quantizers.codebooks import USUAL_BYTES, USUAL_CELLS, load_codebook
 
     channels, rows, columns = latents_shape
     is_tiny2 = ALIASES.get(config.autoencoder, config.autoencoder).startswith("tiny-v2")

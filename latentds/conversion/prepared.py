@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from latentds.autoencoders.autoencoder import Autoencoder, AutoencoderCard
-from latentds.autoencoders.tiny import shipped_records, tiny_codebook
 from latentds.conversion.conversion_plan import (
     Plan,
     PlannedShard,
@@ -34,7 +33,13 @@ from latentds.core.display import progress
 from latentds.core.processes import choose_device
 from latentds.errors import ContractError, InputError, ShapeError
 from latentds.quantizers.additive_fit import fit_additive, plane_range
-from latentds.quantizers.codebooks import StoredCodebook, load_codebook, sized
+from latentds.quantizers.codebooks import (
+    StoredCodebook,
+    load_codebook,
+    shipped_records,
+    sized,
+    tiny_codebook,
+)
 from latentds.quantizers.entropy.record_fit import fit_entropy_codebook
 from latentds.quantizers.scalar import AnyCodebook
 from latentds.quantizers.scalar_fit import fit_codebook

@@ -89,13 +89,14 @@ def fit(config: Config) -> Any:
     from latentds.autoencoders import load_autoencoder
     from latentds.conversion.conversion_plan import make_plan
     from latentds.conversion.convert_config import ConvertConfig
-    from latentds.conversion.patch_encoding import Encoder, choose_batch
     from latentds.conversion.prepared import (
+        choose_batch,
         fit_additive_to_sample,
         fit_records_to_sample,
         fit_to_sample,
         make_reader,
     )
+    from latentds.conversion.shard_writing import Encoder
     from latentds.core.processes import choose_device
 
     settings = ConvertConfig(

@@ -19,15 +19,8 @@ from latentds.autoencoders import load_autoencoder
 from latentds.autoencoders.autoencoder import Autoencoder
 from latentds.conversion.conversion_plan import Plan, input_files, make_plan
 from latentds.conversion.convert_config import ConvertConfig
-from latentds.conversion.prepared import (
-    Conversion,
-    WriteShards,
-    given_codebook,
-    input_identity,
-    make_reader,
-    prepare,
-)
-from latentds.conversion.shard_writing import write_shards
+from latentds.conversion.prepared import given_codebook, input_identity, make_reader, prepare
+from latentds.conversion.shard_writing import Conversion, WriteShards, write_shards
 from latentds.conversion.workdir import (
     LeftOut,
     Region,

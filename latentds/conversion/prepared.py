@@ -1,11 +1,12 @@
-"""A conversion ready to run: codebook, contract, shards, and how it will be recorded."""
+"""What a conversion settles before it runs: batch, codebook, contract, and how it is recorded."""
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +14,13 @@ import numpy as np
 import torch
 
 from latentds.autoencoders.autoencoder import Autoencoder, AutoencoderCard
-from latentds.conversion.conversion_plan import (
-    Plan,
-    PlannedShard,
-    check_budget,
-    input_stamp,
-    plan_shards,
-)
+from latentds.conversion.conversion_plan import Plan, check_budget, input_stamp, plan_shards
 from latentds.conversion.convert_config import ConvertConfig
-from latentds.conversion.patch_encoding import (
+from latentds.conversion.shard_writing import (
     CHUNKS_AHEAD,
+    Conversion,
     Encoder,
     PlanReader,
-    choose_batch,
     device_model,
 )
 from latentds.conversion.workdir import WorkFolder, by_region
@@ -45,25 +40,11 @@ from latentds.quantizers.scalar import AnyCodebook
 from latentds.quantizers.scalar_fit import fit_codebook
 from latentds.store.format import Contract
 
+logger = logging.getLogger(__name__)
 MAX_WORKERS = 16  # decode threads where --workers is not given
 MAX_SAMPLE_VALUES = 16_000_000  # latent values held while fitting: 64 MB
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Conversion:
-    """A conversion ready to run."""
-
-    config: ConvertConfig
-    plan: Plan
-    encoder: Encoder
-    reader: PlanReader
-    work: WorkFolder
-    contract: Contract
-    shards: list[PlannedShard]
-    made: dict[str, Any]
-
-
-WriteShards = Callable[[Conversion], None]  # an engine
+CPU_BATCH = 16
+CUDA_BATCHES = (256, 128, 64, 32, 16, 8, 4, 2, 1)  # the largest that fits is chosen
 
 
 def input_identity(config: ConvertConfig, plan: Plan) -> str:
@@ -132,6 +113,22 @@ def prepare(
         shards=plan_shards(plan, config, contract.bytes_per_patch),
         made=made,
     )
+
+
+def choose_batch(
+    autoencoder: Autoencoder, device: torch.device, patch_px: tuple[int, int], steps: int = 0
+) -> int:
+    """Encode batch for this machine: 16 on a CPU, else the largest of 256, 128, ... that fits."""
+    if device.type != "cuda":
+        return CPU_BATCH
+    for batch in CUDA_BATCHES:
+        try:
+            Encoder(autoencoder, device, batch, steps).check_shape(patch_px)
+            return batch
+        except torch.cuda.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            logger.info("an encode batch of %d does not fit; trying half", batch)
+    raise ContractError(f"{device}: not even one patch of {patch_px} can be encoded in its memory")
 
 
 def check_not_too_small(plan: Plan, autoencoder: Autoencoder) -> None:

@@ -21,9 +21,8 @@ from PIL import Image
 from latentds.autoencoders.autoencoder import Autoencoder
 from latentds.conversion.conversion_plan import Plan, PlannedShard, check_budget
 from latentds.conversion.convert_config import ConvertConfig
-from latentds.conversion.patch_encoding import Encoder, device_model
-from latentds.conversion.prepared import MAX_WORKERS, Conversion, make_reader, versions
-from latentds.conversion.shard_writing import write_shards
+from latentds.conversion.prepared import MAX_WORKERS, make_reader, versions
+from latentds.conversion.shard_writing import Conversion, Encoder, device_model, write_shards
 from latentds.conversion.workdir import Journal, LeftOut, WorkFolder, by_region
 from latentds.core.processes import choose_device
 from latentds.core.storage import exclusive_lock, sha256_file

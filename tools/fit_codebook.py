@@ -94,9 +94,8 @@ def fit(config: Config) -> Any:
         fit_additive_to_sample,
         fit_records_to_sample,
         fit_to_sample,
-        make_reader,
     )
-    from latentds.conversion.shard_writing import Encoder
+    from latentds.conversion.shard_writing import Encoder, PlanReader
     from latentds.core.processes import choose_device
 
     settings = ConvertConfig(
@@ -110,7 +109,7 @@ def fit(config: Config) -> Any:
     autoencoder = load_autoencoder(config.autoencoder)
     device = choose_device(config.device)
     encoder = Encoder(autoencoder, device, choose_batch(autoencoder, device, plan.patch_px))
-    reader = make_reader(plan, settings)
+    reader = PlanReader(plan, settings)
     try:
         if config.bytes is None:
             return fit_to_sample(settings, encoder, reader)

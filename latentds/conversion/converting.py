@@ -19,8 +19,8 @@ from latentds.autoencoders import load_autoencoder
 from latentds.autoencoders.autoencoder import Autoencoder
 from latentds.conversion.conversion_plan import Plan, input_files, make_plan
 from latentds.conversion.convert_config import ConvertConfig
-from latentds.conversion.prepared import given_codebook, input_identity, make_reader, prepare
-from latentds.conversion.shard_writing import Conversion, WriteShards, write_shards
+from latentds.conversion.prepared import given_codebook, input_identity, prepare
+from latentds.conversion.shard_writing import Conversion, PlanReader, WriteShards, write_shards
 from latentds.conversion.workdir import (
     LeftOut,
     Region,
@@ -90,7 +90,7 @@ def convert_with(
     autoencoder = autoencoder or load_autoencoder(config.autoencoder)
     with (
         prepare_output(config) as work,
-        contextlib.closing(make_reader(plan, config)) as reader,
+        contextlib.closing(PlanReader(plan, config)) as reader,
         recorded_threads(work),
     ):
         if work.is_finished:

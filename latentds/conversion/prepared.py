@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,13 +15,7 @@ import torch
 from latentds.autoencoders.autoencoder import Autoencoder, AutoencoderCard
 from latentds.conversion.conversion_plan import Plan, check_budget, input_stamp, plan_shards
 from latentds.conversion.convert_config import ConvertConfig
-from latentds.conversion.shard_writing import (
-    CHUNKS_AHEAD,
-    Conversion,
-    Encoder,
-    PlanReader,
-    device_model,
-)
+from latentds.conversion.shard_writing import Conversion, Encoder, PlanReader, device_model
 from latentds.conversion.workdir import WorkFolder, by_region
 from latentds.core.display import progress
 from latentds.core.processes import choose_device
@@ -41,7 +34,6 @@ from latentds.quantizers.scalar_fit import fit_codebook
 from latentds.store.format import Contract
 
 logger = logging.getLogger(__name__)
-MAX_WORKERS = 16  # decode threads where --workers is not given
 MAX_SAMPLE_VALUES = 16_000_000  # latent values held while fitting: 64 MB
 CPU_BATCH = 16
 CUDA_BATCHES = (256, 128, 64, 32, 16, 8, 4, 2, 1)  # the largest that fits is chosen
@@ -50,17 +42,6 @@ CUDA_BATCHES = (256, 128, 64, 32, 16, 8, 4, 2, 1)  # the largest that fits is ch
 def input_identity(config: ConvertConfig, plan: Plan) -> str:
     """What tells an input from another; under a key where names are hidden by it."""
     return config.hide(plan.digest())
-
-
-def make_reader(plan: Plan, config: ConvertConfig) -> PlanReader:
-    """The plan's reader; on a CPU without reading ahead, which would hold the encoder up.
-
-    Two cores, PNG patches: pictures decoded between two batches cost 9 % of the encoder's rate,
-    pictures decoded during them 10 to 19 %, because every layer ends at a barrier of all threads.
-    """
-    workers = config.workers or min(MAX_WORKERS, os.cpu_count() or 1)
-    is_cpu = choose_device(config.device).type == "cpu"
-    return PlanReader(plan, config, workers, ahead=0 if is_cpu else CHUNKS_AHEAD)
 
 
 def prepare(

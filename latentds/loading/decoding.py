@@ -17,7 +17,7 @@ from torch.nn import functional
 from latentds.autoencoders import load_autoencoder, load_for_decoding
 from latentds.autoencoders.autoencoder import Autoencoder, NetworkAutoencoder
 from latentds.autoencoders.cards import CARDS
-from latentds.core.compiling import Compiled
+from latentds.core.compiling import Compiled, Graphed
 from latentds.core.processes import warn_of_slow_decoding
 from latentds.errors import ContractError, WeightsError
 from latentds.quantizers.additive import AdditiveCodebook
@@ -29,7 +29,6 @@ logger = logging.getLogger(__name__)
 Lookup = Callable[[Tensor, Tensor | None], Tensor]
 
 DECODES = ("pixels", "latents", "codes", "stored")
-WARMUP_RUNS = 3  # of a decoder before its CUDA graph is captured, as PyTorch's notes ask for
 CPU_OUT_OF_MEMORY = "can't allocate memory"  # torch's words in a plain RuntimeError
 
 
@@ -330,41 +329,6 @@ class Decoder:
         )  # fmt: skip
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-class Graphed:
-    """A function of CUDA tensors replayed from a graph, one a shape.
-
-    The result is a copy: the graph's own output is overwritten by its next replay.
-    """
-
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        self.function = function
-        self.graphs: dict[torch.Size, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
-        self.replays = 0
-
-    def __call__(self, values: Tensor) -> Tensor:
-        if values.shape not in self.graphs:
-            self.graphs[values.shape] = self.capture(values)
-        graph, source, result = self.graphs[values.shape]
-        source.copy_(values)
-        graph.replay()
-        self.replays += 1
-        return result.clone()
-
-    def capture(self, values: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
-        """Warm up on a side stream, then record."""
-        source, side = values.clone(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(WARMUP_RUNS):
-                self.function(source)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        # The thread that pins the next batches allocates meanwhile, which a global check refuses.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            result = self.function(source)
-        return graph, source, result
 
 
 def find_autoencoder(

@@ -24,10 +24,8 @@ from latentds.loading.batch import check_codes
 from latentds.loading.dataset import LatentDataset
 from latentds.loading.decoding import (
     Decode,
-    Decoder,
-    Integers,
     check_decode,
-    find_autoencoder,
+    make_decoder,
     make_integers,
 )
 from latentds.loading.options import Select, Vocabulary, check_group
@@ -92,17 +90,9 @@ class LatentArray(Dataset[Tensor]):
             rows = np.arange(*(self.shards.patch_range(split) if split else (0, len(self.shards))))
         each = 8 + (manifest.contract.bytes_per_patch if resident else 0)  # 8 of a label
         self.memory_bytes = check_fits(self.shards, len(rows), self.device, each)
-        integers = make_integers(manifest.codebooks)
-        self.decoder: Decoder | Integers | None = integers if decode == "codes" else None
-        if decode in ("pixels", "latents"):
-            pixels = decode == "pixels"
-            self.decoder = Decoder(
-                find_autoencoder(self.shards, autoencoder) if pixels else None,
-                manifest.codebooks,
-                manifest.contract.patch_px,
-                self.device,
-                Decode(dtype=dtype),
-            )
+        self.decoder = make_decoder(
+            self.shards, decode, autoencoder, self.device, Decode(dtype=dtype)
+        )
         table = self.shards.patches[rows]
         self.rows = torch.from_numpy(rows)
         self.vocabulary = Vocabulary([self.shards], select.class_to_idx)

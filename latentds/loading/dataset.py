@@ -97,26 +97,11 @@ class LatentDataset(IterableDataset[Batch]):
         select: Select = Select(),
         order: Order = Order(),
     ) -> None:
-        check_group(select, Select, "select")
-        check_group(order, Order, "order")
-        balance = select.balance
-        if decode not in ("codes", "latents", "stored"):
-            raise ValueError(
-                f"decode={decode!r}; a LatentDataset gives 'codes', 'latents' or 'stored', use "
-                "LatentLoader for pixels"
-            )
-        if normalize and decode != "latents":
-            raise ValueError(
-                "normalize= is for decode='latents'; pixels and codes stay as they are"
-            )
-        if balance is not None and (balance not in BALANCED or not shuffle):
-            raise ValueError(
-                f"balance={balance!r}; one of {', '.join(BALANCED)}, with shuffle=True"
-            )
+        check_asked(decode, bool(normalize), shuffle, select, order)
         self.mixture = folder if isinstance(folder, Mixture) else Mixture({folder: 1.0})
         self.sets = [ShardSet(part, cache=cache) for part in self.mixture.folders]
         self.split, self.shuffle, self.seed, self.max_bad = split, shuffle, seed, max_bad
-        self.where, self.balance = select.where, balance
+        self.where, self.balance = select.where, select.balance
         self.slides = None if select.slides is None else list(select.slides)
         self.is_mixture = isinstance(folder, Mixture)
         self.rank, self.world_size = find_rank(order.rank, order.world_size)
@@ -344,6 +329,22 @@ class LatentDataset(IterableDataset[Batch]):
             self.set_epoch(*(loaded.epoch + 1, 0) if is_over else (loaded.epoch, loaded.batch))
         elif not (is_over and state["worker"][1] == 1):  # of several, others may not be done
             self.cursor, self.resumed = (loaded.epoch, loaded.batch), True
+
+
+def check_asked(decode: str, normalize: bool, shuffle: bool, select: Select, order: Order) -> None:
+    """Refuse options that are none, or contradict each other."""
+    check_group(select, Select, "select")
+    check_group(order, Order, "order")
+    if decode not in ("codes", "latents", "stored"):
+        raise ValueError(
+            f"decode={decode!r}; a LatentDataset gives 'codes', 'latents' or 'stored', use "
+            "LatentLoader for pixels"
+        )
+    if normalize and decode != "latents":
+        raise ValueError("normalize= is for decode='latents'; pixels and codes stay as they are")
+    balance = select.balance
+    if balance is not None and (balance not in BALANCED or not shuffle):
+        raise ValueError(f"balance={balance!r}; one of {', '.join(BALANCED)}, with shuffle=True")
 
 
 def global_size(batch_size: int | None, global_batch_size: int | None, ranks: int) -> int:

@@ -359,3 +359,24 @@ def find_autoencoder(
         logger.info("decoding with %s, not with the decoder the data set was checked with",
                     autoencoder.card.name)  # fmt: skip
     return autoencoder
+
+
+def make_decoder(
+    shards: ShardSet,
+    decode: str,
+    given: Autoencoder | str | os.PathLike[str] | None = None,
+    device: torch.device | str = "cpu",
+    options: Decode | None = None,
+    codebooks: Sequence[AnyCodebook] | None = None,
+) -> Decoder | Integers | None:
+    """What makes pixels, latents or codes of a set's stored bytes; None for the bytes themselves.
+
+    decode     of DECODES
+    given      whose decoder is used instead of the recorded one; see `find_autoencoder`
+    codebooks  other ones than the set's own: a mixture's, or those of normalized latents
+    """
+    books = shards.manifest.codebooks if codebooks is None else codebooks
+    if decode in ("codes", "stored"):
+        return make_integers(books) if decode == "codes" else None
+    autoencoder = find_autoencoder(shards, given) if decode == "pixels" else None
+    return Decoder(autoencoder, books, shards.manifest.contract.patch_px, device, options)

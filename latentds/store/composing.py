@@ -45,6 +45,7 @@ from latentds.store.reader import ShardSet
 from latentds.store.tables import even_size, summarize_blocks, summarize_patches
 
 Part = tuple[np.ndarray, pa.Table]  # codes and columns; a column mask_png becomes the masks member
+PACK_PATCHES = 256
 SHARD_BYTES = 256 * 1_000_000  # of codes, as `convert --shard-mb` has it
 
 # Lines that turn `codes` into `latents`, and what they import, by encoding.
@@ -121,8 +122,6 @@ def compose(
     splits: dict[str, Iterable[Part]],
     made: dict[str, Any],
     golden: bytes,
-    pack_size: int = 256,
-    shard_bytes: int = SHARD_BYTES,
 ) -> Manifest:
     """Write a whole data set.
 
@@ -135,7 +134,7 @@ def compose(
         raise InputError(f"{out}: not empty; choose another folder")
     composer = Composer(out, contract)
     for split, parts in sorted(splits.items()):
-        composer.add_packs(split, contract, cut(parts, pack_size), shard_bytes)
+        composer.add_packs(split, contract, cut(parts, PACK_PATCHES))
     manifest = composer.tables(made)
     shutil.rmtree(composer.work)
     write_atomically(out / GOLDEN, golden)

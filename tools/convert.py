@@ -229,9 +229,8 @@ def planned_resolutions(plan: Any) -> dict[str, int]:
 
     from latentds.store.set_measures import resolutions
 
-    counts = np.bincount(plan.regions["picture"], minlength=len(plan.pictures)).tolist()
     mpp: list[float] = []
-    for picture, header, count in zip(plan.pictures, plan.headers, counts, strict=True):
+    for picture, header, count in zip(plan.pictures, plan.headers, plan.counts(), strict=True):
         if count:
             (place,) = plan.source.whereabouts(picture, header, plan.patch_px, [(0, 0)])
             mpp += [np.nan if place.mpp is None else place.mpp] * count

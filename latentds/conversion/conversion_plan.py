@@ -77,6 +77,13 @@ class Plan:
     notes: tuple[str, ...] = ()
     classes: tuple[str, ...] = ()
 
+    def counts(self) -> list[int]:
+        """Planned patches of every picture."""
+        counts: list[int] = np.bincount(
+            self.regions["picture"], minlength=len(self.pictures)
+        ).tolist()
+        return counts
+
     def digest(self) -> str:
         """Hash of files, headers and order: what a resumed run must find unchanged."""
         digest = hashlib.sha256(self.regions.tobytes())
@@ -247,16 +254,10 @@ def order_regions(plan: Plan, config: ConvertConfig) -> Plan:
             f"{config.source}: {len(plan.pictures)} pictures, but no patch in them "
             f"({plan.pictures[0].source}: {reason})"
         )
-    regions = np.concatenate(parts)
-    return dataclasses.replace(
-        plan, regions=regions, splits=splits, empty=without_patches(plan, regions)
-    )
-
-
-def without_patches(plan: Plan, regions: np.ndarray) -> tuple[tuple[str, str], ...]:
-    held = np.bincount(regions["picture"], minlength=len(plan.pictures))
-    empty = [plan.pictures[number] for number in np.flatnonzero(held == 0).tolist()]
-    return tuple((p.source, plan.source.empty_reason(p)) for p in empty)
+    plan = dataclasses.replace(plan, regions=np.concatenate(parts), splits=splits)
+    empty = (p for p, count in zip(plan.pictures, plan.counts(), strict=True) if not count)
+    reasons = tuple((p.source, plan.source.empty_reason(p)) for p in empty)
+    return dataclasses.replace(plan, empty=reasons)
 
 
 def slide_and_chunk(plan: Plan, hide: Callable[[str], str], picture: int) -> tuple[str, str]:

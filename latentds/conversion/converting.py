@@ -25,7 +25,6 @@ from latentds.conversion.workdir import (
     LeftOut,
     Region,
     WorkFolder,
-    by_region,
     describe_left_out,
     differences,
     prepare_output,
@@ -169,7 +168,7 @@ def finish(conversion: Conversion) -> Manifest:
     names = sorted(shard.name for shard in conversion.shards if work.index(shard.name).is_file())
     paths = [work.index(name) for name in names]
     records, classes, slides = write_tables(out, paths, conversion.plan.classes)
-    bad = by_region([*conversion.plan.bad, *work.all_bad()])
+    bad = conversion.bad()
     manifest = Manifest(
         contract=conversion.contract,
         shards=records,
@@ -189,8 +188,7 @@ def finish(conversion: Conversion) -> Manifest:
 def left_out(conversion: Conversion, bad: dict[Region, LeftOut]) -> list[dict[str, Any]]:
     """Sources left out and why, by name, or what stands for it."""
     plan = conversion.plan
-    counts = np.bincount(plan.regions["picture"], minlength=len(plan.pictures)).tolist()
-    patches = {p.source: count for p, count in zip(plan.pictures, counts, strict=True)}
+    patches = dict(zip((p.source for p in plan.pictures), plan.counts(), strict=True))
     return describe_left_out(bad.values(), patches, conversion.reader.hide)
 
 
@@ -259,9 +257,8 @@ def slide_records(
     hide      what stands for names
     """
     name, words = hide or str, {str(entry["source"]): entry for entry in left_out}
-    counts = np.bincount(plan.regions["picture"], minlength=len(plan.pictures)).tolist()
     records = []
-    for picture, count in zip(plan.pictures, counts, strict=True):
+    for picture, count in zip(plan.pictures, plan.counts(), strict=True):
         look = plan.source.look(picture)
         if look is not None:
             entry = words.pop(name(picture.source), None)

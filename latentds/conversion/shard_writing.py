@@ -205,6 +205,10 @@ class Conversion:
     shards: list[PlannedShard]
     made: dict[str, Any]
 
+    def bad(self) -> dict[Region, LeftOut]:
+        """What is left out so far, of all shards."""
+        return by_region([*self.plan.bad, *self.work.all_bad()])
+
 
 WriteShards = Callable[[Conversion], None]  # an engine
 
@@ -331,7 +335,7 @@ def write_shards(
     """
     work, total = conversion.work, len(conversion.plan.regions)
     jobs = [ShardJob(conversion.config, conversion.contract, s, work) for s in conversion.shards]
-    bad = by_region([*conversion.plan.bad, *work.all_bad()])
+    bad = conversion.bad()
     with (
         patches_bar(total, is_quiet) as bar,
         WriterThread() as writer,

@@ -98,20 +98,10 @@ class LatentLoader:
         decoding: Decode = Decode(),
     ) -> None:
         check_asked(decode, bool(normalize), views, decoding, (autoencoder, decoder))
-        self.dataset = LatentDataset(
-            folder,
-            split,
-            batch_size=batch_size,
-            shuffle=shuffle,
-            seed=seed,
-            decode="stored",  # records cross to this process as they are: a sixteenth of integers
-            columns=columns,
-            masks=masks,
-            max_bad=max_bad,
-            cache=cache,
-            select=select,
-            order=order,
-        )
+        self.dataset = LatentDataset(  # records cross as they are: a sixteenth of their integers
+            folder, split, batch_size=batch_size, shuffle=shuffle, seed=seed, decode="stored",
+            columns=columns, masks=masks, max_bad=max_bad, cache=cache, select=select, order=order,
+        )  # fmt: skip
         check_filled_up(self.dataset, as_tuple)
         if isinstance(normalize, ChannelStatistics):
             self.dataset.statistics_given = checked_statistics(normalize, self.dataset.shards)

@@ -21,7 +21,7 @@ _HOMES = {
     "LatentDataset": "latentds.loading.dataset",
     "LatentLoader": "latentds.loading.loader",
     "LatentdsError": "latentds.errors",
-    "Mixture": "latentds.loading.mixture",
+    "Mixture": "latentds.loading.options",
     "MultiCrop": "latentds.views.multicrop",
     "Order": "latentds.loading.options",
     "Select": "latentds.loading.options",

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from latentds.conversion.codebook_choice import planes_of
+from latentds.conversion.prepared import planes_of
 from latentds.errors import InputError, ShapeError
 from latentds.quantizers.additive_fit import allocate, distortion, fit_additive, group_distortion
 from latentds.quantizers.scalar_fit import fit_codebook

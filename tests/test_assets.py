@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 
 from latentds.autoencoders import load_autoencoder
-from latentds.autoencoders.tiny import tiny_codebook
 from latentds.conversion.convert_config import ConvertConfig
 from latentds.conversion.converting import convert
 from latentds.loading.loader import LatentLoader
+from latentds.quantizers.codebooks import tiny_codebook
 from latentds.quantizers.scalar import Codebook, dequantize, quantize
 from latentds.store.reader import ShardSet
 from latentds.store.verification import verify

@@ -308,7 +308,7 @@ def test_tiny_has_a_pinned_identity():
 def test_tiny_codebook_fits_its_latents():
     from skimage.data import immunohistochemistry
 
-    from latentds.autoencoders.tiny import tiny_codebook
+    from latentds.quantizers.codebooks import tiny_codebook
     from latentds.quantizers.scalar import dequantize, quantize
 
     pixels = immunohistochemistry()[:256, :256]

@@ -10,8 +10,7 @@ import pytest
 from latentds.errors import DamagedPackError, TooManyBadSamplesError
 from latentds.loading.dataset import LatentDataset
 from latentds.loading.loader import LatentLoader
-from latentds.loading.mixture import Mixture
-from latentds.loading.options import Select
+from latentds.loading.options import Mixture, Select
 from latentds.store.reader import ShardSet
 from tests.bad_shards import flip_bit
 from tests.conftest import convert_with_mean, save_pictures

@@ -11,7 +11,7 @@ from latentds_tools.cli import COMMANDS
 from latentds_trainers.engine.launching import take_device
 
 from latentds import LatentArray, LatentLoader, SlideBags
-from latentds.core.device_choice import available, choose_device, warn_of_slow_decoding
+from latentds.core.processes import available, choose_device, warn_of_slow_decoding
 from latentds.edit.extracting import extract
 from latentds.errors import InputError
 from tests.fakes import MeanAutoencoder

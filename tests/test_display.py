@@ -19,8 +19,8 @@ from latentds.core.display import (
 )
 from latentds.hub.card import describe_autoencoder
 from latentds.sources.csv_tables import read_table, write_table
+from latentds.store.composing import dataset_card
 from latentds.store.manifest import read_manifest
-from latentds.store.set_card import dataset_card
 from tests.bad_shards import edit_manifest
 
 EVIL = "\x1b]0;owned\x07\x1b[2J\ra\u202egnp\u2028|[x](http://e)<img src=x>`y`"

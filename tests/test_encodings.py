@@ -19,16 +19,16 @@ from latentds.loading.array import LatentArray
 from latentds.loading.bags import SlideBags
 from latentds.loading.dataset import LatentDataset
 from latentds.loading.loader import LatentLoader
-from latentds.loading.mixture import Mixture
+from latentds.loading.options import Mixture
 from latentds.loading.stage import HostLanes
 from latentds.quantizers.additive_fit import fit_additive
 from latentds.quantizers.codebooks import StoredCodebook, load_codebook, save_codebook
 from latentds.quantizers.entropy.record_fit import fit_entropy_codebook
 from latentds.quantizers.scalar import dequantize_each
+from latentds.store.composing import DEQUANTIZE, dataset_card
 from latentds.store.format import Contract
 from latentds.store.reader import ShardSet
 from latentds.store.scan import read_contract
-from latentds.store.set_card import DEQUANTIZE, dataset_card
 from latentds.store.verification import verify
 from tests.bad_shards import edit_manifest, first_shard
 from tests.conftest import convert_with_mean, save_pictures

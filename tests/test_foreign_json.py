@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from latentds_tools import info
 
-from latentds.core.json_text import FREE_BYTES, MAX_DEPTH, parse_json, read_json
+from latentds.core.storage import FREE_BYTES, MAX_DEPTH, parse_json, read_json
 from latentds.errors import FormatError, InputError
 from latentds.evaluation.features.feature_files import FeatureFile
 from latentds.hub.card import facts
 from latentds.sources.coordinates import read_coordinates
+from latentds.store.composing import dataset_card
 from latentds.store.manifest import parse_manifest, read_manifest
-from latentds.store.set_card import dataset_card
 
 h5py = pytest.importorskip("h5py")
 STRANGE = (None, True, 10**17, "\x1b[2J", [[]], {"a": None})

@@ -26,19 +26,19 @@ LOOSE = {"errors", "version"}  # modules beside the rooms
 RECIPE_FILES = {"config", "task", "__main__"}
 # Lines a room may have, some 1 % above what it has: growth is a decision that a diff shows.
 LINES = {
-    "latentds/autoencoders": 2_200,
+    "latentds/autoencoders": 2_130,
     "latentds/codecs": 1_270,
-    "latentds/conversion": 2_730,
-    "latentds/core": 1_300,
-    "latentds/edit": 2_960,
+    "latentds/conversion": 2_650,
+    "latentds/core": 1_320,
+    "latentds/edit": 2_950,
     "latentds/embedders": 2_100,
     "latentds/evaluation": 5_060,
     "latentds/hub": 1_760,
-    "latentds/loading": 4_400,
+    "latentds/loading": 4_480,
     "latentds/models": 2_390,
-    "latentds/quantizers": 3_800,
-    "latentds/sources": 6_480,
-    "latentds/store": 5_540,
+    "latentds/quantizers": 3_690,
+    "latentds/sources": 6_470,
+    "latentds/store": 5_490,
     "latentds/views": 1_205,
     "tools": 12_600,
     "trainers": 10_500,
@@ -268,6 +268,23 @@ def test_rooms_keep_to_their_lines():
     assert {path.parent.name for path in (ROOT / "latentds").glob("*/__init__.py")} == {
         room.partition("/")[2] for room in LINES if "/" in room
     }
+
+
+def test_files_stay_short():
+    """Four hundred lines; the reader of sets is over by some."""
+    long = {m for m, path in modules().items() if len(path.read_text().splitlines()) > 400}
+    assert long == {"latentds.store.reader"}
+
+
+def test_functions_stay_short():
+    """Sixty lines; a kernel is one function to its compiler."""
+    long = {
+        f"{module}.{node.name}"
+        for module in modules()
+        for node in statements(tree(module))
+        if isinstance(node, ast.FunctionDef) and (node.end_lineno or 0) - node.lineno >= 60
+    }
+    assert long == {"latentds.quantizers.entropy.triton_streams.read_kernel"}
 
 
 def test_few_modules_lie_beside_the_rooms():

@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("timm")
 
-from latentds.autoencoders.tiny import load_tiny, tiny_codebook
+from latentds.autoencoders.tiny import load_tiny
 from latentds.embedders import load_embedder
 from latentds.embedders.latent_backbone import load_latent_backbone
 from latentds.embedders.latent_stem import (
@@ -37,6 +37,7 @@ from latentds.quantizers.codebooks import (
     StoredCodebook,
     save_codebook,
     sized_book,
+    tiny_codebook,
 )
 from latentds.quantizers.entropy.record_fit import fit_entropy_codebook
 from latentds.quantizers.scalar import Codebook, dequantize, quantize

@@ -11,7 +11,7 @@ from PIL import Image
 
 from latentds.conversion.conversion_plan import make_plan
 from latentds.conversion.convert_config import ConvertConfig
-from latentds.core import untrusted_files
+from latentds.core import storage
 from latentds.edit.arrays import read_npy_header
 from latentds.errors import InputError, TooManyBadSamplesError
 from latentds.evaluation.features.feature_files import FeatureFile
@@ -55,8 +55,8 @@ def test_only_one_helper_opens_pictures_and_it_names_their_formats():
     found = [  # without the word there is nothing to find
         name for name, text in texts.items() if "Image" in text and opens_pictures(ast.parse(text))
     ]
-    assert found == ["latentds/core/untrusted_files.py"] and len(files) > 100
-    assert "EPS" not in untrusted_files.known_formats() and "PNG" in untrusted_files.known_formats()
+    assert found == ["latentds/core/storage.py"] and len(files) > 100
+    assert "EPS" not in storage.known_formats() and "PNG" in storage.known_formats()
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_postscript_under_a_picture_s_name_is_no_picture(tmp_path, name):
     assert ".eps" not in picture_suffixes() and ".wmf" not in picture_suffixes()
 
 
-@pytest.mark.parametrize("format", [f for f in untrusted_files.known_formats() if f != "QOI"])
+@pytest.mark.parametrize("format", [f for f in storage.known_formats() if f != "QOI"])
 def test_every_named_format_is_read(tmp_path, format):
     Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(tmp_path / "x", format)
     assert read_header(tmp_path / "x", 10**6).size_px == (32, 32)

@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from latentds.autoencoders.tiny import tiny_codebook
 from latentds.core.randomness import patch_seeds
 from latentds.errors import ContractError, InputError, UnknownNameError
-from latentds.quantizers.codebooks import save_codebook
+from latentds.quantizers.codebooks import save_codebook, tiny_codebook
 
 pytest.importorskip("deepspeed")
 pytest.importorskip("lightly")

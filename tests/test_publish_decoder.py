@@ -12,6 +12,7 @@ from latentds.autoencoders import load_autoencoder
 from latentds.autoencoders.autoencoder import last_layer
 from latentds.autoencoders.decoder_record import RECORD, WEIGHTS, read_record
 from latentds.autoencoders.decoders import architecture_of, load_decoder, save_decoder
+from latentds.core.display import MAX_FACTS, facts_table
 from latentds.errors import FormatError, InputError, WeightsError
 from latentds.hub.decoder_upload import (
     choose_licence,
@@ -21,7 +22,6 @@ from latentds.hub.decoder_upload import (
 )
 from latentds.hub.snippets import Publication
 from latentds.loading.loader import LatentLoader
-from latentds.store.set_card import MAX_FACTS, facts_table
 from tests.bad_shards import flip_bit
 
 NAME = "org/name"

@@ -9,9 +9,13 @@ import torch
 from safetensors.numpy import save_file
 
 from latentds.autoencoders import load_autoencoder
-from latentds.autoencoders.tiny import shipped_records
 from latentds.errors import FormatError, InputError, ShapeError
-from latentds.quantizers.codebooks import StoredCodebook, load_codebook, save_codebook
+from latentds.quantizers.codebooks import (
+    StoredCodebook,
+    load_codebook,
+    save_codebook,
+    shipped_records,
+)
 from latentds.quantizers.entropy import native_rounding
 from latentds.quantizers.entropy import record_encoding as encoding
 from latentds.quantizers.entropy.native_model import native_model

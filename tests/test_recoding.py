@@ -14,7 +14,7 @@ from latentds.edit.recoding import Recoding
 from latentds.edit.repacking import Repacking, repack
 from latentds.errors import ContractError, FormatError, InputError, WeightsError
 from latentds.loading.loader import LatentLoader
-from latentds.loading.mixture import Mixture
+from latentds.loading.options import Mixture
 from latentds.quantizers.additive_fit import fit_additive
 from latentds.quantizers.codebooks import StoredCodebook, save_codebook
 from latentds.quantizers.entropy.record_fit import fit_entropy_codebook

@@ -11,8 +11,7 @@ import pytest
 from latentds.errors import ContractError
 from latentds.loading.dataset import LatentDataset
 from latentds.loading.loader import LatentLoader
-from latentds.loading.mixture import Mixture
-from latentds.loading.options import Order
+from latentds.loading.options import Mixture, Order
 from tests import gloo_rank
 from tests.conftest import convert_with_mean, save_pictures
 from tests.loaders import grouped

@@ -8,8 +8,7 @@ from latentds.loading.array import LatentArray
 from latentds.loading.bags import SlideBags
 from latentds.loading.dataset import LatentDataset
 from latentds.loading.loader import LatentLoader
-from latentds.loading.mixture import Mixture
-from latentds.loading.options import Select
+from latentds.loading.options import Mixture, Select
 from latentds.loading.selection import patient_of, select_rows, split_patients
 from latentds.store.files import LocalFiles
 from latentds.store.format import PATCHES_TABLE

@@ -9,7 +9,7 @@ from latentds_tools.convert import Config, with_local_source
 
 from latentds import ShardSet
 from latentds.conversion.converting import convert
-from latentds.core.untrusted_files import open_picture, tiles_file
+from latentds.core.storage import open_picture, tiles_file
 from latentds.errors import InputError, LocationError
 from latentds.sources import slide_ranges
 from latentds.sources.slide_ranges import Level, joined

@@ -10,12 +10,12 @@ import torch
 
 from latentds.autoencoders import load_autoencoder
 from latentds.autoencoders.codec_folder import read_counts, save_codec
-from latentds.autoencoders.tiny import shipped_records
 from latentds.codecs import with_quantizer
 from latentds.conversion.convert_config import ConvertConfig
 from latentds.conversion.converting import convert
 from latentds.errors import ContractError, FormatError, InputError
 from latentds.loading.loader import LatentLoader
+from latentds.quantizers.codebooks import shipped_records
 from latentds.store.verification import verify
 from tests.conftest import save_pictures, smooth_picture
 

@@ -15,10 +15,10 @@ from latentds.conversion import work_units, workdir
 from latentds.conversion.conversion_plan import make_plan, plan_shards
 from latentds.conversion.convert_config import ConvertConfig
 from latentds.conversion.converting import convert_with
-from latentds.conversion.patch_encoding import device_model
 from latentds.conversion.prepared import versions
+from latentds.conversion.shard_writing import device_model
 from latentds.conversion.work_units import cpus_of_worker, room
-from latentds.core.device_choice import choose_device
+from latentds.core.processes import choose_device
 from latentds.core.storage import exclusive_lock
 from latentds.errors import ContractError, InputError
 from tests.conftest import convert_with_mean

@@ -180,9 +180,8 @@ def planned_slides(config: Config, plan: Any) -> dict[str, Any]:
 
 def planned_bytes(config: Config, latents_shape: tuple[int, int, int]) -> int:
     from latentds.autoencoders.cards import ALIASES
-    from latentds.autoencoders.tiny import USUAL_BYTES, USUAL_CELLS
-    from latentds.conversion.codebook_choice import fitting, planes_of
-    from latentds.quantizers.codebooks import load_codebook
+    from latentds.conversion.prepared import fitting, planes_of
+    from latentds.quantizers.codebooks import USUAL_BYTES, USUAL_CELLS, load_codebook
 
     channels, rows, columns = latents_shape
     is_tiny2 = ALIASES.get(config.autoencoder, config.autoencoder).startswith("tiny-v2")
@@ -230,9 +229,8 @@ def planned_resolutions(plan: Any) -> dict[str, int]:
 
     from latentds.store.set_measures import resolutions
 
-    counts = np.bincount(plan.regions["picture"], minlength=len(plan.pictures)).tolist()
     mpp: list[float] = []
-    for picture, header, count in zip(plan.pictures, plan.headers, counts, strict=True):
+    for picture, header, count in zip(plan.pictures, plan.headers, plan.counts(), strict=True):
         if count:
             (place,) = plan.source.whereabouts(picture, header, plan.patch_px, [(0, 0)])
             mpp += [np.nan if place.mpp is None else place.mpp] * count

@@ -49,7 +49,7 @@ def run(config: Config) -> None:
 
     from latentds.conversion.convert_config import ConvertConfig
     from latentds.conversion.converting import convert
-    from latentds.core.device_choice import choose_device
+    from latentds.core.processes import choose_device
     from latentds.core.storage import write_atomically
     from latentds.errors import InputError
 
@@ -84,7 +84,7 @@ def cut_patches(folder: Path) -> int:
     import numpy as np
     from PIL import Image
 
-    from latentds.core.untrusted_files import open_picture
+    from latentds.core.storage import open_picture
     from latentds.views.colour import DARKEST, RGB_TO_STAINS
 
     cut = {}
@@ -114,7 +114,7 @@ def measure(folder: Path, patches: Path, autoencoder: str, device: str) -> dict[
     import numpy as np
     import torch
 
-    from latentds.core.untrusted_files import pixels_of
+    from latentds.core.storage import pixels_of
 
     loader, decoded = read_back(folder, autoencoder, device)
     sources = sorted(decoded)

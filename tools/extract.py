@@ -42,7 +42,7 @@ class Config:
 
 
 def run(config: Config) -> None:
-    from latentds.core.device_choice import choose_device
+    from latentds.core.processes import choose_device
     from latentds.edit.extracting import extract
     from latentds.edit.slide_lists import read_slide_list
 

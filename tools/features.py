@@ -106,7 +106,7 @@ ANSWERS = {"--list-embedders": list_embedders}  # options that ask, and need no 
 
 def extract(config: Config, rank: int, ranks: int) -> list[dict[str, Any]]:
     """Write this rank's feature files; a summary for each embedder."""
-    from latentds.core.device_choice import choose_device
+    from latentds.core.processes import choose_device
     from latentds.embedders import load_embedder
     from latentds.evaluation.features.extraction import extract_several, named_slides
     from latentds.evaluation.features.extraction_options import FeatureOptions

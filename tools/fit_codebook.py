@@ -87,16 +87,16 @@ def run(config: Config) -> None:
 def fit(config: Config) -> Any:
     """The codebook, fitted as a conversion of the same folder would."""
     from latentds.autoencoders import load_autoencoder
-    from latentds.conversion.codebook_choice import (
+    from latentds.conversion.conversion_plan import make_plan
+    from latentds.conversion.convert_config import ConvertConfig
+    from latentds.conversion.prepared import (
+        choose_batch,
         fit_additive_to_sample,
         fit_records_to_sample,
         fit_to_sample,
     )
-    from latentds.conversion.conversion_plan import make_plan
-    from latentds.conversion.convert_config import ConvertConfig
-    from latentds.conversion.patch_encoding import Encoder, choose_batch
-    from latentds.conversion.prepared import make_reader
-    from latentds.core.device_choice import choose_device
+    from latentds.conversion.shard_writing import Encoder, PlanReader
+    from latentds.core.processes import choose_device
 
     settings = ConvertConfig(
         source=config.source,
@@ -109,7 +109,7 @@ def fit(config: Config) -> Any:
     autoencoder = load_autoencoder(config.autoencoder)
     device = choose_device(config.device)
     encoder = Encoder(autoencoder, device, choose_batch(autoencoder, device, plan.patch_px))
-    reader = make_reader(plan, settings)
+    reader = PlanReader(plan, settings)
     try:
         if config.bytes is None:
             return fit_to_sample(settings, encoder, reader)

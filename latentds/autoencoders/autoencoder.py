@@ -10,8 +10,8 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
-from latentds.core.json_text import canonical_json
-from latentds.errors import ContractError, ShapeError
+from latentds.core.storage import canonical_json
+from latentds.errors import ShapeError
 
 if TYPE_CHECKING:
     import torch
@@ -205,19 +205,6 @@ def last_layer(decoder: nn.Module) -> nn.Parameter:
     weight = convolutions[-1].weight
     assert isinstance(weight, nn.Parameter)
     return weight
-
-
-def check_decoder(card: AutoencoderCard, latent_id: str, where: str) -> None:
-    """Refuse a decoder of other latents than those stored.
-
-    Any decoder of the same latents is welcome.
-    """
-    if card.latent_id != latent_id:
-        raise ContractError(
-            f"{where}: stored latents have latent_id {short(latent_id)}, autoencoder {card.name!r} "
-            f"reads {short(card.latent_id)}; pass the autoencoder they were made with, or a "
-            "decoder trained for it"
-        )
 
 
 def short(identity: str) -> str:

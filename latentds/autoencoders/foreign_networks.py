@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import safetensors
 
 from latentds.autoencoders.autoencoder import short
-from latentds.core.json_text import read_json
+from latentds.core.storage import read_json
 from latentds.errors import FormatError, WeightsError
 
 if TYPE_CHECKING:

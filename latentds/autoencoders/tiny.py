@@ -8,8 +8,6 @@ against 622 for SD-1.5's decoder).
 from __future__ import annotations
 
 import dataclasses
-import functools
-import math
 from importlib import resources
 from typing import Any
 
@@ -25,13 +23,10 @@ from latentds.autoencoders.autoencoder import (
     latent_identity,
 )
 from latentds.autoencoders.cards import TINY
-from latentds.quantizers.codebooks import StoredCodebook, load_codebook, sized
 
 CHANNELS = 4  # of tiny-v1
 WIDTHS = (96, 160)  # of its encoder
 BOUND = 3.0  # latents lie in (-3, 3)
-USUAL_BYTES, USUAL_CELLS = 4096, 1024  # of a record of a patch of 256 px
-RECORDS = ("tiny-v2/records-4096.safetensors", "tiny-v2/records-2048.safetensors")
 
 
 class ResidualBlock(nn.Module):
@@ -127,34 +122,3 @@ def load_tiny(card: AutoencoderCard = TINY) -> NetworkAutoencoder:
     )
     # Two CPU cores decode up to 1.4 times as fast so; pictures to encode come with channels last.
     return NetworkAutoencoder(card, encoder, decoder.to(memory_format=torch.channels_last))
-
-
-def tiny_codebook() -> StoredCodebook:
-    """The codebook that ships with `tiny-v1`."""
-    return shipped_codebook("tiny-v1-codebook.safetensors")
-
-
-def shipped_records(
-    latent_id: str, latents_shape: tuple[int, int, int], record_bytes: int | None
-) -> StoredCodebook | None:
-    """The entropy codebook that ships with these latents; None where none does.
-
-    record_bytes  of a patch; None for 4,096 a patch of 256 px, in proportion to other patches' area
-    raises        InputError for bytes that these latents cannot be coded in
-    """
-    books = [shipped_codebook(name) for name in RECORDS]
-    if latent_id != books[0].latent_id:
-        return None
-    cells = latents_shape[1] * latents_shape[2]
-    usual = USUAL_BYTES * cells // USUAL_CELLS
-    share = (record_bytes or usual) / usual * USUAL_BYTES  # of a patch of 256 px
-    sizes = [math.prod(book.codebook.codes_shape_of((32, 32, 32))) for book in books]
-    nearest = min(range(len(books)), key=lambda place: abs(math.log(sizes[place] / share)))
-    return sized(books[nearest], latents_shape, record_bytes)
-
-
-@functools.cache
-def shipped_codebook(name: str) -> StoredCodebook:
-    """The codebook of a file that ships, the latents it belongs to, and how it was fitted."""
-    with resources.as_file(weights_folder() / name) as path:
-        return load_codebook(path)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image
 
-from latentds.core.untrusted_files import open_picture
+from latentds.core.storage import open_picture
 
 DECODE_ERRORS = (
     OSError,

@@ -11,20 +11,14 @@ import torch
 from torch import Tensor
 
 from latentds.autoencoders.autoencoder import Autoencoder, AutoencoderCard
-from latentds.autoencoders.tiny import shipped_records
 from latentds.codecs.naming import RECORDS, QuantizerSpec, latent_text, parse_quantizer
 from latentds.codecs.picture_codecs import check_picture
-from latentds.codecs.quantizers import (
-    Codes,
-    Floats,
-    Quantizer,
-    latent_shape,
-    packed_bytes,
-)
+from latentds.codecs.quantizers import Codes, Floats, Quantizer, latent_shape, packed_bytes
 from latentds.codecs.refining import refine
 from latentds.errors import ContractError, FormatError, ShapeError, WeightsError
 from latentds.quantizers.additive import AdditiveCodebook
 from latentds.quantizers.additive_fit import AdditiveReport, fit_additive
+from latentds.quantizers.codebooks import shipped_records
 from latentds.quantizers.scalar import MAX_LEVELS, AnyCodebook, Codebook
 from latentds.quantizers.scalar_fit import FitReport, fit_codebook
 

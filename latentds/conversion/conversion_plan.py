@@ -8,17 +8,19 @@ import functools
 import hashlib
 import itertools
 import operator
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from latentds.conversion.convert_config import ConvertConfig
 from latentds.conversion.workdir import LeftOut, record_of
-from latentds.core.json_text import canonical_json
+from latentds.core.storage import canonical_json
 from latentds.errors import InputError, TooManyBadSamplesError
-from latentds.sources.image_folder import half_labelled
+from latentds.sources.image_folder import half_labelled, walk
 from latentds.sources.opening import list_source, open_source
 from latentds.sources.picture import MIXED_CHUNKS, Header, Listing, Picture
+from latentds.sources.picture_decoding import MASK_SUFFIXES
 from latentds.sources.source import PatchReader, Source
 from latentds.store.format import shard_name
 
@@ -75,6 +77,13 @@ class Plan:
     notes: tuple[str, ...] = ()
     classes: tuple[str, ...] = ()
 
+    def counts(self) -> list[int]:
+        """Planned patches of every picture."""
+        counts: list[int] = np.bincount(
+            self.regions["picture"], minlength=len(self.pictures)
+        ).tolist()
+        return counts
+
     def digest(self) -> str:
         """Hash of files, headers and order: what a resumed run must find unchanged."""
         digest = hashlib.sha256(self.regions.tobytes())
@@ -83,6 +92,46 @@ class Plan:
             digest.update(canonical_json(facts).encode())
         digest.update(canonical_json([[bad.source, bad.detail] for bad in self.bad]).encode())
         return f"sha256:{digest.hexdigest()}"
+
+
+def input_stamp(plan: Plan, config: ConvertConfig) -> str:
+    """Hash of name, size and time of change of every file that pictures and masks come from.
+
+    A file that was replaced by one of the same size would else give a set of two inputs. It says
+    something of this machine's copy only: it is compared by a resumed run and stored in no set.
+    """
+    digest = hashlib.sha256()
+    for path in input_files(plan, config):
+        found = path.stat()
+        digest.update(
+            f"{path.name}\0{found.st_size}\0{found.st_mtime_ns}\n".encode(errors="replace")
+        )
+    return f"sha256:{digest.hexdigest()}"
+
+
+def input_files(plan: Plan, config: ConvertConfig) -> list[Path]:
+    root = Path(getattr(plan.source, "root", config.source))
+    files = {file: None for picture in plan.pictures for file in files_of(root, picture.source)}
+    if config.masks is not None:
+        stems = [config.masks / picture.source for picture in plan.pictures]
+        masks = [stem.with_suffix(suffix) for stem in stems for suffix in MASK_SUFFIXES]
+        files |= dict.fromkeys(path for path in masks if path.is_file())
+    if config.regions is not None:
+        files |= dict.fromkeys(config.regions / path for path in walk(config.regions))
+    files |= dict.fromkeys(root / p.mask for p in plan.pictures if p.mask is not None)
+    if not files:  # rows of a data set of Hugging Face's, or of a file
+        paths = [root / path for path in walk(root)] if root.is_dir() else [root]
+        files = dict.fromkeys(path for path in paths if path.is_file())
+    return list(files)
+
+
+def files_of(root: Path, source: str) -> Iterator[Path]:
+    """The file that a source names, or the archive that it is in."""
+    path = root / source
+    while path != root and not path.is_file():
+        path = path.parent
+    if path != root:
+        yield path
 
 
 def make_plan(config: ConvertConfig, source: Source | None = None) -> Plan:
@@ -205,16 +254,10 @@ def order_regions(plan: Plan, config: ConvertConfig) -> Plan:
             f"{config.source}: {len(plan.pictures)} pictures, but no patch in them "
             f"({plan.pictures[0].source}: {reason})"
         )
-    regions = np.concatenate(parts)
-    return dataclasses.replace(
-        plan, regions=regions, splits=splits, empty=without_patches(plan, regions)
-    )
-
-
-def without_patches(plan: Plan, regions: np.ndarray) -> tuple[tuple[str, str], ...]:
-    held = np.bincount(regions["picture"], minlength=len(plan.pictures))
-    empty = [plan.pictures[number] for number in np.flatnonzero(held == 0).tolist()]
-    return tuple((p.source, plan.source.empty_reason(p)) for p in empty)
+    plan = dataclasses.replace(plan, regions=np.concatenate(parts), splits=splits)
+    empty = (p for p, count in zip(plan.pictures, plan.counts(), strict=True) if not count)
+    reasons = tuple((p.source, plan.source.empty_reason(p)) for p in empty)
+    return dataclasses.replace(plan, empty=reasons)
 
 
 def slide_and_chunk(plan: Plan, hide: Callable[[str], str], picture: int) -> tuple[str, str]:

@@ -17,23 +17,14 @@ import torch
 
 from latentds.autoencoders import load_autoencoder
 from latentds.autoencoders.autoencoder import Autoencoder
-from latentds.conversion.codebook_choice import given_codebook
-from latentds.conversion.conversion_plan import Plan, make_plan
+from latentds.conversion.conversion_plan import Plan, input_files, make_plan
 from latentds.conversion.convert_config import ConvertConfig
-from latentds.conversion.prepared import (
-    Conversion,
-    WriteShards,
-    input_files,
-    input_identity,
-    make_reader,
-    prepare,
-)
-from latentds.conversion.shard_writing import write_shards
+from latentds.conversion.prepared import given_codebook, input_identity, prepare
+from latentds.conversion.shard_writing import Conversion, PlanReader, WriteShards, write_shards
 from latentds.conversion.workdir import (
     LeftOut,
     Region,
     WorkFolder,
-    by_region,
     describe_left_out,
     differences,
     prepare_output,
@@ -98,7 +89,7 @@ def convert_with(
     autoencoder = autoencoder or load_autoencoder(config.autoencoder)
     with (
         prepare_output(config) as work,
-        contextlib.closing(make_reader(plan, config)) as reader,
+        contextlib.closing(PlanReader(plan, config)) as reader,
         recorded_threads(work),
     ):
         if work.is_finished:
@@ -177,7 +168,7 @@ def finish(conversion: Conversion) -> Manifest:
     names = sorted(shard.name for shard in conversion.shards if work.index(shard.name).is_file())
     paths = [work.index(name) for name in names]
     records, classes, slides = write_tables(out, paths, conversion.plan.classes)
-    bad = by_region([*conversion.plan.bad, *work.all_bad()])
+    bad = conversion.bad()
     manifest = Manifest(
         contract=conversion.contract,
         shards=records,
@@ -197,8 +188,7 @@ def finish(conversion: Conversion) -> Manifest:
 def left_out(conversion: Conversion, bad: dict[Region, LeftOut]) -> list[dict[str, Any]]:
     """Sources left out and why, by name, or what stands for it."""
     plan = conversion.plan
-    counts = np.bincount(plan.regions["picture"], minlength=len(plan.pictures)).tolist()
-    patches = {p.source: count for p, count in zip(plan.pictures, counts, strict=True)}
+    patches = dict(zip((p.source for p in plan.pictures), plan.counts(), strict=True))
     return describe_left_out(bad.values(), patches, conversion.reader.hide)
 
 
@@ -267,9 +257,8 @@ def slide_records(
     hide      what stands for names
     """
     name, words = hide or str, {str(entry["source"]): entry for entry in left_out}
-    counts = np.bincount(plan.regions["picture"], minlength=len(plan.pictures)).tolist()
     records = []
-    for picture, count in zip(plan.pictures, counts, strict=True):
+    for picture, count in zip(plan.pictures, plan.counts(), strict=True):
         look = plan.source.look(picture)
         if look is not None:
             entry = words.pop(name(picture.source), None)

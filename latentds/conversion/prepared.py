@@ -1,111 +1,47 @@
-"""A conversion ready to run: codebook, contract, shards, and how it will be recorded."""
+"""What a conversion settles before it runs: batch, codebook, contract, and how it is recorded."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import os
+import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from latentds.autoencoders.autoencoder import Autoencoder
-from latentds.conversion.codebook_choice import find_codebook
-from latentds.conversion.conversion_plan import Plan, PlannedShard, plan_shards
+from latentds.autoencoders.autoencoder import Autoencoder, AutoencoderCard
+from latentds.conversion.conversion_plan import Plan, check_budget, input_stamp, plan_shards
 from latentds.conversion.convert_config import ConvertConfig
-from latentds.conversion.patch_encoding import (
-    CHUNKS_AHEAD,
-    Encoder,
-    PlanReader,
-    choose_batch,
-    device_model,
+from latentds.conversion.shard_writing import Conversion, Encoder, PlanReader, device_model
+from latentds.conversion.workdir import WorkFolder, by_region
+from latentds.core.display import progress
+from latentds.core.processes import choose_device
+from latentds.errors import ContractError, InputError, ShapeError
+from latentds.quantizers.additive_fit import fit_additive, plane_range
+from latentds.quantizers.codebooks import (
+    StoredCodebook,
+    load_codebook,
+    shipped_records,
+    sized,
+    tiny_codebook,
 )
-from latentds.conversion.workdir import WorkFolder
-from latentds.core.device_choice import choose_device
-from latentds.errors import InputError
-from latentds.quantizers.codebooks import StoredCodebook
-from latentds.sources.image_folder import walk
-from latentds.sources.picture_decoding import MASK_SUFFIXES
+from latentds.quantizers.entropy.record_fit import fit_entropy_codebook
+from latentds.quantizers.scalar import AnyCodebook
+from latentds.quantizers.scalar_fit import fit_codebook
 from latentds.store.format import Contract
 
-MAX_WORKERS = 16  # decode threads where --workers is not given
-
-
-def input_stamp(plan: Plan, config: ConvertConfig) -> str:
-    """Hash of name, size and time of change of every file that pictures and masks come from.
-
-    A file that was replaced by one of the same size would else give a set of two inputs. It says
-    something of this machine's copy only: it is compared by a resumed run and stored in no set.
-    """
-    digest = hashlib.sha256()
-    for path in input_files(plan, config):
-        found = path.stat()
-        digest.update(
-            f"{path.name}\0{found.st_size}\0{found.st_mtime_ns}\n".encode(errors="replace")
-        )
-    return f"sha256:{digest.hexdigest()}"
-
-
-def input_files(plan: Plan, config: ConvertConfig) -> list[Path]:
-    root = Path(getattr(plan.source, "root", config.source))
-    files = {file: None for picture in plan.pictures for file in files_of(root, picture.source)}
-    if config.masks is not None:
-        stems = [config.masks / picture.source for picture in plan.pictures]
-        masks = [stem.with_suffix(suffix) for stem in stems for suffix in MASK_SUFFIXES]
-        files |= dict.fromkeys(path for path in masks if path.is_file())
-    if config.regions is not None:
-        files |= dict.fromkeys(config.regions / path for path in walk(config.regions))
-    files |= dict.fromkeys(root / p.mask for p in plan.pictures if p.mask is not None)
-    if not files:  # rows of a data set of Hugging Face's, or of a file
-        paths = [root / path for path in walk(root)] if root.is_dir() else [root]
-        files = dict.fromkeys(path for path in paths if path.is_file())
-    return list(files)
-
-
-def files_of(root: Path, source: str) -> Iterator[Path]:
-    """The file that a source names, or the archive that it is in."""
-    path = root / source
-    while path != root and not path.is_file():
-        path = path.parent
-    if path != root:
-        yield path
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Conversion:
-    """A conversion ready to run."""
-
-    config: ConvertConfig
-    plan: Plan
-    encoder: Encoder
-    reader: PlanReader
-    work: WorkFolder
-    contract: Contract
-    shards: list[PlannedShard]
-    made: dict[str, Any]
-
-
-WriteShards = Callable[[Conversion], None]  # an engine
+logger = logging.getLogger(__name__)
+MAX_SAMPLE_VALUES = 16_000_000  # latent values held while fitting: 64 MB
+CPU_BATCH = 16
+CUDA_BATCHES = (256, 128, 64, 32, 16, 8, 4, 2, 1)  # the largest that fits is chosen
 
 
 def input_identity(config: ConvertConfig, plan: Plan) -> str:
     """What tells an input from another; under a key where names are hidden by it."""
     return config.hide(plan.digest())
-
-
-def make_reader(plan: Plan, config: ConvertConfig) -> PlanReader:
-    """The plan's reader; on a CPU without reading ahead, which would hold the encoder up.
-
-    Two cores, PNG patches: pictures decoded between two batches cost 9 % of the encoder's rate,
-    pictures decoded during them 10 to 19 %, because every layer ends at a barrier of all threads.
-    """
-    workers = config.workers or min(MAX_WORKERS, os.cpu_count() or 1)
-    is_cpu = choose_device(config.device).type == "cpu"
-    return PlanReader(plan, config, workers, ahead=0 if is_cpu else CHUNKS_AHEAD)
 
 
 def prepare(
@@ -160,6 +96,22 @@ def prepare(
     )
 
 
+def choose_batch(
+    autoencoder: Autoencoder, device: torch.device, patch_px: tuple[int, int], steps: int = 0
+) -> int:
+    """Encode batch for this machine: 16 on a CPU, else the largest of 256, 128, ... that fits."""
+    if device.type != "cuda":
+        return CPU_BATCH
+    for batch in CUDA_BATCHES:
+        try:
+            Encoder(autoencoder, device, batch, steps).check_shape(patch_px)
+            return batch
+        except torch.cuda.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            logger.info("an encode batch of %d does not fit; trying half", batch)
+    raise ContractError(f"{device}: not even one patch of {patch_px} can be encoded in its memory")
+
+
 def check_not_too_small(plan: Plan, autoencoder: Autoencoder) -> None:
     """Refuse patches that cannot be reflected up to the autoencoder's factor."""
     factor, (height, width) = autoencoder.card.factor, plan.patch_px
@@ -200,3 +152,204 @@ def versions() -> dict[str, str]:
     from latentds.version import __version__
 
     return {"latentds": __version__, "torch": torch.__version__, "numpy": np.__version__}
+
+
+def find_codebook(
+    config: ConvertConfig,
+    codebook: StoredCodebook | None,
+    encoder: Encoder,
+    reader: PlanReader,
+    earlier: dict[str, Any],
+) -> StoredCodebook:
+    """The one given, that of the run that is resumed, shipped with the autoencoder, or fitted.
+
+    codebook  an object that the caller gave
+
+    raises  ContractError for a file fitted to other latents, InputError for bytes that the latents
+            or the codebook cannot have, with those that they can
+    """
+    card = encoder.autoencoder.card
+    shape = encoder.check_shape(reader.plan.patch_px)
+    given = given_codebook(config, codebook, card, shape)
+    if given is not None:
+        return given
+    if earlier:
+        contract = Contract.from_json(earlier["contract"], "plan.json")
+        return StoredCodebook(
+            codebook=contract.codebook,
+            latent_id=contract.latent_id,
+            made=earlier["made"]["codebook"],
+        )
+    kind, patch_bytes = config.codebook_kind, config.bytes
+    is_usual = config.quantizer == "kmeans" and config.levels == 256
+    if kind == "rans" or (kind is None and is_usual):
+        records = shipped_records(card.latent_id, shape, patch_bytes)
+        if records is not None:
+            return records
+    if kind in ("additive", "rans") or patch_bytes is not None:
+        if patch_bytes is None:
+            raise InputError(f"--codebook {kind} needs --bytes, how many a patch is to take")
+        if kind == "rans":
+            return fit_records_to_sample(config, encoder, reader, patch_bytes)
+        return fit_additive_to_sample(config, encoder, reader, patch_bytes=patch_bytes)
+    shipped = tiny_codebook()
+    if is_usual and shipped.latent_id == card.latent_id:
+        return shipped
+    return fit_to_sample(config, encoder, reader)
+
+
+def given_codebook(
+    config: ConvertConfig,
+    codebook: StoredCodebook | None,
+    card: AutoencoderCard,
+    shape: tuple[int, int, int],
+) -> StoredCodebook | None:
+    """The caller's own codebook, or that of --codebook FILE, of --bytes; None where there is none.
+
+    raises  ContractError for one fitted to other latents, InputError for two, or other bytes
+    """
+    file, where = config.codebook_file, "codebook"
+    if codebook is not None and config.codebook is not None:
+        raise InputError(f"a codebook, and --codebook {config.codebook}; give one of them")
+    if codebook is None:
+        if file is None:
+            return None
+        codebook, where = load_codebook(file), str(file)
+        made = {"origin": "from a codebook file", "file": file.name, "fit": codebook.made}
+        codebook = dataclasses.replace(codebook, made=made)
+    if codebook.latent_id != card.latent_id:
+        raise ContractError(
+            f"{where}: fitted to other latents than {card.name!r} makes; fit one with "
+            "'latentds fit-codebook'"
+        )
+    return fitting(codebook, where, shape, config.bytes)
+
+
+def fitting(
+    stored: StoredCodebook, path: Path | str, shape: tuple[int, int, int], patch_bytes: int | None
+) -> StoredCodebook:
+    """The codebook of a file for these latents and --bytes; errors name the file or object."""
+    try:
+        return sized(stored, shape, patch_bytes)
+    except (ShapeError, InputError) as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def fit_to_sample(config: ConvertConfig, encoder: Encoder, reader: PlanReader) -> StoredCodebook:
+    """A codebook fitted to patches drawn from the training split, the first where there is none."""
+    samples, drawn = draw_sample(config, encoder, reader)
+    codebook, report = fit_codebook(samples, config.quantizer, config.levels, config.seed)
+    return fitted(encoder, codebook, drawn | report.to_json())
+
+
+def fit_additive_to_sample(
+    config: ConvertConfig,
+    encoder: Encoder,
+    reader: PlanReader,
+    *,
+    patch_bytes: int,
+    method: str = "auto",
+) -> StoredCodebook:
+    """An additive codebook of as many planes as make `patch_bytes` a patch, fitted likewise.
+
+    raises  InputError for bytes that are no whole planes, or more or fewer than `method` can
+    """
+    channels, rows, columns = encoder.check_shape(reader.plan.patch_px)
+    planes = planes_of(patch_bytes, channels, rows * columns, method)
+    samples, drawn = draw_sample(config, encoder, reader)
+    codebook, report = fit_additive(samples.T, planes, method, config.levels, config.seed)
+    return fitted(encoder, codebook, drawn | report.to_json())
+
+
+def fit_records_to_sample(
+    config: ConvertConfig, encoder: Encoder, reader: PlanReader, record_bytes: int
+) -> StoredCodebook:
+    """The codebook of entropy-coded records of so many bytes, fitted to patches of the input.
+
+    raises  InputError for bytes that these latents cannot be coded in, with those that they can
+    """
+    rows, rng, drawn = draw_rows(config, reader)
+    chunks = sample_chunks(reader, rng.permutation(rows), encoder.batch)
+    batches = (encoder.latents(chunk).cpu() for chunk in chunks)
+    try:
+        codebook, report = fit_entropy_codebook(batches, record_bytes)
+    except ValueError as error:
+        raise InputError(f"--bytes {record_bytes}: {error}") from error
+    return fitted(encoder, codebook, drawn | {"record_fit": report.to_json()})
+
+
+def fitted(encoder: Encoder, codebook: AnyCodebook, made: dict[str, Any]) -> StoredCodebook:
+    latent_id = encoder.autoencoder.card.latent_id
+    return StoredCodebook(codebook=codebook, latent_id=latent_id, made=made)
+
+
+def planes_of(patch_bytes: int, channels: int, cells: int, method: str = "auto") -> int:
+    """Code planes that take so many bytes a patch; InputError that says what is possible."""
+    least, most = plane_range(method, channels)
+    most = min(most, channels)  # a byte a value is what scalar codes take, without any search
+    planes, rest = divmod(patch_bytes, cells)
+    if rest == 0 and least <= planes <= most:
+        return planes
+    possible = f"{least * cells:,} alone" if least == most else (
+        f"{', '.join(f'{n * cells:,}' for n in range(least, min(most, least + 3)))}"
+        f"{', ...' if most > least + 3 else ''} or {most * cells:,}"
+    )  # fmt: skip
+    raise InputError(
+        f"--bytes {patch_bytes}: additive codes ({method}) of latents of {channels} channels x "
+        f"{cells:,} cells take {possible}, a byte a cell and plane, at most one a value; "
+        "entropy-coded records, --codebook rans, are not bound to cells"
+    )
+
+
+def draw_sample(
+    config: ConvertConfig, encoder: Encoder, reader: PlanReader
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Latents float32 (C, M) of the patches a codebook is fitted to, and how they were drawn.
+
+    All cells of every patch, or as many drawn ones of each as may be held together.
+    """
+    rows, rng, drawn = draw_rows(config, reader)
+    most = max(16, MAX_SAMPLE_VALUES // (encoder.autoencoder.card.channels * len(rows)))
+    parts: list[np.ndarray] = []
+    with progress(total=len(rows), desc="codebook", unit="patch") as bar:
+        for chunk in sample_chunks(reader, rows, encoder.batch):
+            latents = encoder.latents(chunk)
+            values = latents.transpose(0, 1).flatten(1).cpu().numpy()
+            if most < latents[0, 0].numel():
+                chosen = rng.choice(values.shape[1], most * len(chunk), replace=False)
+                values = values[:, chosen]
+            parts.append(values)
+            bar.update(len(chunk))
+    if not parts:
+        raise InputError("none of the patches drawn for the codebook can be read")
+    return np.concatenate(parts, axis=1), drawn
+
+
+def draw_rows(
+    config: ConvertConfig, reader: PlanReader
+) -> tuple[np.ndarray, np.random.Generator, dict[str, Any]]:
+    """Rows of the patches a codebook is fitted to, the generator that drew them, and how."""
+    splits = reader.plan.splits
+    split = "train" if "train" in splits else next(iter(splits))
+    start, stop = splits[split]
+    rng = np.random.default_rng([config.seed, 1])
+    count = min(config.fit_patches, stop - start)
+    rows = np.sort(rng.choice(np.arange(start, stop), count, replace=False))
+    drawn = {
+        "origin": "fitted to a sample of the input",
+        "split": split,
+        "patches": count,
+        "seed": config.seed,
+    }
+    return rows, rng, drawn
+
+
+def sample_chunks(reader: PlanReader, rows: np.ndarray, batch: int) -> Iterator[np.ndarray]:
+    """Pixels of the readable patches at `rows`, at most a batch at a time."""
+    bad = by_region(reader.plan.bad)
+    groups = [rows[start : start + batch] for start in range(0, len(rows), batch)]
+    for chunk in reader.chunks(groups):
+        bad.update(chunk.bad)
+        check_budget(reader.config, bad.values())  # they will fail later too: say so now
+        if len(chunk.pixels):
+            yield chunk.pixels

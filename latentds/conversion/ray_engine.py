@@ -16,8 +16,7 @@ from tqdm import tqdm
 
 from latentds.conversion.conversion_plan import PlannedShard
 from latentds.conversion.convert_config import ConvertConfig
-from latentds.conversion.prepared import MAX_WORKERS, Conversion, WriteShards
-from latentds.conversion.shard_writing import patches_bar
+from latentds.conversion.shard_writing import MAX_WORKERS, Conversion, WriteShards, patches_bar
 from latentds.conversion.work_units import (
     Job,
     Ledger,

@@ -21,11 +21,17 @@ from PIL import Image
 from latentds.autoencoders.autoencoder import Autoencoder
 from latentds.conversion.conversion_plan import Plan, PlannedShard, check_budget
 from latentds.conversion.convert_config import ConvertConfig
-from latentds.conversion.patch_encoding import Encoder, device_model
-from latentds.conversion.prepared import MAX_WORKERS, Conversion, make_reader, versions
-from latentds.conversion.shard_writing import write_shards
+from latentds.conversion.prepared import versions
+from latentds.conversion.shard_writing import (
+    MAX_WORKERS,
+    Conversion,
+    Encoder,
+    PlanReader,
+    device_model,
+    write_shards,
+)
 from latentds.conversion.workdir import Journal, LeftOut, WorkFolder, by_region
-from latentds.core.device_choice import choose_device
+from latentds.core.processes import choose_device
 from latentds.core.storage import exclusive_lock, sha256_file
 from latentds.errors import ContractError, InputError, LatentdsError
 from latentds.sources.hugging_face import hub_id
@@ -242,7 +248,7 @@ def write_unit(job: Job, unit: Unit, node: str) -> list[LeftOut]:
     with (
         # A lost node's worker may still run: two never write one shard.
         exclusive_lock(work.shard_lock(unit.shard.name), LOCK_PATIENCE_S),
-        contextlib.closing(make_reader(plan, job.config)) as reader,
+        contextlib.closing(PlanReader(plan, job.config)) as reader,
     ):
         check_place(job, node)  # the run may have ended while it waited
         conversion = Conversion(

@@ -9,11 +9,12 @@ csv_cell     tables: no formula for a spreadsheet; `csv_text` undoes it
 from __future__ import annotations
 
 import html
+import json
 import logging
 import re
 import sys
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TextIO, TypeVar
 
 from tqdm import tqdm
@@ -21,6 +22,7 @@ from tqdm import tqdm
 HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}  # Unicode categories of what shows nothing
 MARKS = re.compile(r"([\\`*\[\]<>|~$])")
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
+MAX_FACTS, MAX_FACT = 60, 200  # rows and characters a row of a card's table
 Shown = TypeVar("Shown")
 OURS = ("latentds", "latentds_tools", "latentds_trainers")  # packages whose logs are shown
 LINE_S = 30.0
@@ -92,6 +94,29 @@ def markdown(text: object) -> str:
 def code_span(text: object) -> str:
     """Text between backticks, inside a line or cell."""
     return f"`{visible(' '.join(str(text).split())).replace('`', chr(39)).replace('|', '')}`"
+
+
+def facts_table(facts: Mapping[str, Any], more_in: str) -> str:
+    """A Markdown table of nested JSON values; `more_in` names the file that has all of them."""
+    rows = list(flatten(facts))
+    if not rows:
+        return "Nothing was recorded."
+    lines = [f"| {markdown(name)} | {markdown(value)} |" for name, value in rows[:MAX_FACTS]]
+    more = [f"\n{len(rows) - MAX_FACTS} more in `{more_in}`."] if len(rows) > MAX_FACTS else []
+    return "\n".join(["| | |", "|---|---|", *lines, *more])
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted name, value) of nested JSON, values shortened."""
+    for name, value in values.items():
+        if isinstance(value, list) and any(isinstance(part, Mapping) for part in value):
+            value = {str(number): part for number, part in enumerate(value)}
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            text = value if isinstance(value, str) else json.dumps(value)
+            shown = text if len(text) <= MAX_FACT else f"{text[:MAX_FACT]}..."
+            yield f"{prefix}{name}"[:MAX_FACT], shown
 
 
 def html_text(text: object) -> str:

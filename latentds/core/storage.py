@@ -1,20 +1,50 @@
-"""Files that appear whole or not at all, their hashes, and a lock a killed process gives back."""
+"""Files on disks: ours written whole or not at all, those of others read at a bounded cost.
+
+Others' are regular ones only (a named pipe would be waited for for ever), as pictures only formats
+that are read here (Pillow left to choose starts Ghostscript), as JSON only values that everything
+here can print. Our own JSON is one text, so that a digest of it can be an identity.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import hashlib
+import json
+import math
 import os
+import stat
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, BinaryIO
 
-from latentds.errors import InputError
+import numpy as np
+from PIL import Image
+
+from latentds.errors import FormatError, InputError, first_words
 
 READ_BYTES = 1 << 20
 LOCK_POLL_S = 0.2
+# What patches are kept in. Each is decoded inside this process by a library made for that alone.
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "QOI", "TIFF", "WEBP")
+H5_FREE_BYTES, H5_TIMES = 1 << 24, 64  # of a dataset: so much in any case, and times what is stored
+MAX_CHUNK_BYTES = 1 << 28  # is decompressed at once, whatever is asked for
+KINDS = (
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+FREE_BYTES = 1 << 20  # of text whatever is in it: some 40 MB of values at most
+TIMES = 8  # so many bytes of values a byte of text beyond that
+# What CPython takes for a value, at most: a list, a dict with a key, a number or short text.
+COSTS = {b"[": 64, b"{": 240, b",": 64}
+MAX_DEPTH = 200  # a set merged of merged ones nests; json.dumps gives up at some 300
+MAX_DIGITS = 18  # a whole number of more is none of ours, and past 4300 cannot be printed
+Kind = type | tuple[type, ...]
 
 
 @contextlib.contextmanager
@@ -106,3 +136,200 @@ def try_lock(path: Path) -> IO[str] | None:
         pass
     file.close()
     return None
+
+
+def other_kind(mode: int) -> str | None:
+    """What a file of that st_mode is where it is no regular one."""
+    if stat.S_ISREG(mode):
+        return None
+    return next((name for is_kind, name in KINDS if is_kind(mode)), "no file")
+
+
+def check_regular(path: Path, where: str = "") -> None:
+    """Refuse all but a regular file (links are followed); for libraries that open it themselves.
+
+    where   what the message starts with; nothing where the caller adds the name
+    raises  InputError; FileNotFoundError and the like where there is nothing to look at
+    """
+    check_kind(path.stat().st_mode, where)
+
+
+def check_kind(mode: int, where: str) -> None:
+    """Refuse the st_mode of all but a regular file."""
+    kind = other_kind(mode)
+    if kind:
+        raise InputError(f"{where}{': ' * bool(where)}{kind}, not a regular file; take it out")
+
+
+def open_regular(path: Path, where: str = "", buffering: int = -1) -> BinaryIO:
+    """A regular file, open for reading; InputError for another kind, which is not waited for.
+
+    where  what the message starts with; nothing where the caller adds the name
+    """
+    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        check_kind(os.fstat(file).st_mode, where)
+        os.set_blocking(file, True)
+        return open(file, "rb", buffering)  # noqa: PTH123
+    except BaseException:
+        os.close(file)
+        raise
+
+
+def tiles_file(path: Path) -> Path:
+    """Beside a slide that is read in place: a byte for every tile, 1 once it is no hole."""
+    return path.with_name(f".{path.name}.tiles")
+
+
+def check_whole(path: Path) -> None:
+    """Refuse a file with holes, which only `sources.slide_ranges` fills before it is read."""
+    if tiles_file(path).is_file():
+        raise InputError("has holes that only its location can fill; convert that")
+
+
+def expands_to(dataset: Any, path: Path) -> str | None:
+    """What is wrong with how an h5 dataset is stored, None where nothing is.
+
+    Rows that compress to nothing, or were never written, take memory that the file does not have.
+    """
+    held, stored = dataset.nbytes, min(dataset.id.get_storage_size(), path.stat().st_size)
+    if held > H5_FREE_BYTES + H5_TIMES * stored:
+        return f"announces {held:,} bytes, of which {stored:,} are stored; refused"
+    chunk = math.prod(dataset.chunks or ()) * dataset.dtype.itemsize
+    if chunk > MAX_CHUNK_BYTES:
+        return f"is stored in chunks of {chunk:,} bytes; refused"
+    return None
+
+
+@functools.cache
+def known_formats() -> tuple[str, ...]:
+    """Those of FORMATS that this Pillow was built with."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def pixels_of(path: Path) -> np.ndarray:
+    """Pixels uint8 (H, W, 3) of a picture of our own choice; what Pillow raises where it is none.
+
+    Other people's are read by `sources.pictures`, which bounds their size and judges their mode.
+    """
+    with open_picture(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+@contextlib.contextmanager
+def open_picture(
+    file: Path | BinaryIO, formats: list[str] | tuple[str, ...] | None = None
+) -> Iterator[Image.Image]:
+    """A picture of a path or an open file, of FORMATS or just the formats named.
+
+    raises  InputError (without the name) for what is no regular file; for what is no such picture
+            one of codecs.formats.DECODE_ERRORS
+    """
+    with contextlib.ExitStack() as opened:
+        if isinstance(file, Path):
+            check_whole(file)
+        content = opened.enter_context(open_regular(file)) if isinstance(file, Path) else file
+        yield opened.enter_context(Image.open(content, formats=formats or known_formats()))
+
+
+def canonical_json(record: Any) -> str:
+    """JSON with sorted keys and no spaces, ASCII only: the same text for the same values."""
+    return json.dumps(record, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def digest_json(record: Any) -> str:
+    """`sha256:...` of the canonical JSON."""
+    return f"sha256:{hashlib.sha256(canonical_json(record).encode()).hexdigest()}"
+
+
+def parse_json(
+    content: bytes, where: str, remedy: str = "fetch it anew", times: int = TIMES
+) -> Any:
+    """The values of untrusted bytes, UTF-8.
+
+    times   bytes of values that a byte of text may take
+    raises  FormatError for what is no JSON, or would take many times its size in memory, nests
+            deeper than MAX_DEPTH, or holds what cannot be printed: halves of characters, numbers
+            that are not finite or of more than MAX_DIGITS digits
+    """
+    check_cost(content, where, times)
+    try:
+        values = json.loads(
+            content.decode("utf-8-sig"),
+            parse_int=whole_number,
+            parse_float=finite_number,
+            parse_constant=finite_number,
+        )
+        check_depth(values)
+        if b"\\ud" in content or b"\\uD" in content:  # may be the half of a character
+            json.dumps(values, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{where}: no JSON ({first_words(error)}); {remedy}") from error
+    return values
+
+
+def read_json(path: Path, limit: int, remedy: str = "fetch it anew", times: int = TIMES) -> Any:
+    """`parse_json` of a regular file of at most `limit` bytes."""
+    return parse_json(read_bytes(path, limit, remedy), str(path), remedy, times)
+
+
+def read_bytes(path: Path, limit: int, remedy: str = "fetch it anew") -> bytes:
+    """The content of a regular file of at most `limit` bytes (FormatError)."""
+    with open_regular(path, str(path)) as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise FormatError(f"{path}: over {limit:,} bytes, no such file has; {remedy}")
+    return content
+
+
+def check_cost(content: bytes, where: str, times: int) -> None:
+    """Refuse text whose values would take many times its size: 45 MB of `[],` took 1.7 GB."""
+    if len(content) <= FREE_BYTES:
+        return
+    cost = sum(content.count(mark) * bytes_each for mark, bytes_each in COSTS.items())
+    if cost > times * len(content):
+        raise FormatError(
+            f"{where}: {len(content):,} bytes of JSON would take about {cost:,} in memory; refused"
+        )
+
+
+def check_depth(values: Any) -> None:
+    """Refuse nesting that recursive code would not survive (ValueError)."""
+    level = [values] if isinstance(values, (dict, list)) else []
+    for _ in range(MAX_DEPTH):
+        level = [
+            child
+            for node in level
+            for child in (node.values() if isinstance(node, dict) else node)
+            if isinstance(child, (dict, list))
+        ]
+    if level:
+        raise ValueError(f"nested over {MAX_DEPTH} deep")
+
+
+def whole_number(text: str) -> int:
+    """A whole number of a sensible size (ValueError otherwise)."""
+    if len(text) > MAX_DIGITS + 1:
+        raise ValueError(f"a number of {len(text)} digits")
+    return int(text)
+
+
+def finite_number(text: str) -> float:
+    """A number that is one (ValueError otherwise)."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:40]} is no number")
+    return value
+
+
+def check_kinds(record: Mapping[str, Any], kinds: Mapping[str, Kind], where: str = "") -> None:
+    """Refuse fields of other types than those that are shown or counted with (ValueError).
+
+    A field that is missing or null is fine: older versions did not record all of them.
+    """
+    for name, kind in kinds.items():
+        value = record.get(name)
+        wrong_flag = isinstance(value, bool) and kind is not bool
+        if value is not None and (wrong_flag or not isinstance(value, kind)):
+            raise ValueError(f"{where}{name} is {str(value)[:60]!r}, of another type than it has")

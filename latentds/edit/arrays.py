@@ -16,8 +16,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from latentds.core.storage import naming
-from latentds.core.untrusted_files import check_regular, open_regular
+from latentds.core.storage import check_regular, naming, open_regular
 from latentds.errors import InputError, first_words
 from latentds.store.format import NPY_ERRORS
 

@@ -17,12 +17,11 @@ import pyarrow.parquet as pq
 import torch
 
 from latentds.core.display import csv_cell, progress
-from latentds.core.json_text import canonical_json
-from latentds.core.storage import write_atomically
+from latentds.core.storage import canonical_json, write_atomically
 from latentds.edit.outputs import local_folder, new_folder
 from latentds.errors import InputError
+from latentds.loading.decoding import make_integers
 from latentds.quantizers.codebooks import StoredCodebook, save_codebook
-from latentds.quantizers.lookup import make_integers
 from latentds.quantizers.scalar import dequantize_each
 from latentds.store.format import FORMAT, NO_LABEL
 from latentds.store.index import UNKNOWN_PX

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from latentds.autoencoders.autoencoder import Autoencoder
-from latentds.core.device_choice import choose_device
+from latentds.core.processes import choose_device
 from latentds.core.storage import exclusive_lock, naming, write_atomically
 from latentds.edit.exporting import (
     TABLE,

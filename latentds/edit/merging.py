@@ -16,7 +16,7 @@ from latentds.core.display import progress
 from latentds.core.storage import READ_BYTES, naming, rename_durably, sha256_file, write_atomically
 from latentds.edit.outputs import local_folder, new_data_set
 from latentds.errors import DamagedPackError, FormatError, InputError
-from latentds.loading.mixture import check_mixable
+from latentds.loading.options import check_mixable
 from latentds.store.composing import Composer, complete
 from latentds.store.format import GOLDEN, Contract, joined_names, pack_key
 from latentds.store.golden import MAX_GOLDEN, read_golden_table, renumbered

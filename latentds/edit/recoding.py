@@ -16,19 +16,12 @@ import torch
 from torch import Tensor
 
 from latentds.autoencoders.autoencoder import Autoencoder
-from latentds.autoencoders.tiny import shipped_records
-from latentds.conversion.codebook_choice import fitting, planes_of
+from latentds.conversion.prepared import fitting, planes_of
 from latentds.core.metrics import Distortion
-from latentds.errors import (
-    ContractError,
-    FormatError,
-    InputError,
-    MissingExtraError,
-    WeightsError,
-)
+from latentds.errors import ContractError, FormatError, InputError, MissingExtraError, WeightsError
 from latentds.loading.decoding import find_autoencoder
 from latentds.quantizers.additive_fit import fit_additive
-from latentds.quantizers.codebooks import StoredCodebook, load_codebook
+from latentds.quantizers.codebooks import StoredCodebook, load_codebook, shipped_records
 from latentds.quantizers.entropy.record_codebook import EntropyCodebook
 from latentds.quantizers.entropy.record_fit import MAX_FIT_PATCHES, fit_entropy_codebook
 from latentds.quantizers.scalar import AnyCodebook, dequantize_each

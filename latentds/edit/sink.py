@@ -17,8 +17,8 @@ from latentds.autoencoders.autoencoder import Autoencoder
 from latentds.conversion.convert_config import ConvertConfig
 from latentds.conversion.converting import convert
 from latentds.conversion.spool import RECORDS, Given, Spool, SpooledPatches, checked, spread
-from latentds.core.device_choice import choose_device
 from latentds.core.extras import check_extras
+from latentds.core.processes import choose_device
 from latentds.edit.merging import merge
 from latentds.edit.outputs import check_apart, refuse_foreign
 from latentds.errors import InputError, ShapeError

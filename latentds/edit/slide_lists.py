@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from latentds.core.untrusted_files import check_regular
+from latentds.core.storage import check_regular
 from latentds.errors import InputError
 from latentds.sources.csv_tables import read_table
 from latentds.sources.field_names import columns_of

@@ -15,7 +15,7 @@ from latentds.autoencoders.foreign_networks import (
     is_words,
     read_fields,
 )
-from latentds.core import json_text
+from latentds.core import storage
 from latentds.errors import FormatError
 
 FORMAT = "latentds-backbone/1"
@@ -86,7 +86,7 @@ def read_record(folder: Path) -> BackboneRecord:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A file's JSON object; FormatError where it has none, or is larger than any such file."""
-    values = json_text.read_json(path, MAX_JSON_BYTES)
+    values = storage.read_json(path, MAX_JSON_BYTES)
     if not isinstance(values, dict):
         raise FormatError(f"{path}: a JSON object is wanted, not {type(values).__name__}")
     return values

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from latentds.autoencoders import load_autoencoder
 from latentds.autoencoders.autoencoder import Autoencoder, hash_tensors, short
 from latentds.autoencoders.foreign_networks import check_hash
-from latentds.autoencoders.tiny import load_tiny, tiny_codebook
+from latentds.autoencoders.tiny import load_tiny
 from latentds.embedders.backbone_record import (
     CODEBOOK,
     RECORD,
@@ -29,7 +29,7 @@ from latentds.embedders.foreign_config import create_foreign
 from latentds.embedders.latent_stem import LatentStemConfig, build_vit
 from latentds.embedders.weights import fill, read_weights
 from latentds.errors import ContractError, ShapeError, WeightsError
-from latentds.quantizers.codebooks import StoredCodebook, load_codebook, sized_book
+from latentds.quantizers.codebooks import StoredCodebook, load_codebook, sized_book, tiny_codebook
 from latentds.quantizers.scalar import AnyCodebook, dequantize, quantize
 
 

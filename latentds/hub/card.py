@@ -9,10 +9,10 @@ from typing import Any
 from latentds.core.display import code_span, markdown
 from latentds.hub.preview import LABEL, PICTURE, PREVIEW, SLIDE
 from latentds.hub.snippets import Publication, loading
+from latentds.store.composing import front_matter, has_masks, label_table
 from latentds.store.format import FORMAT
 from latentds.store.golden import Golden
 from latentds.store.manifest import Manifest
-from latentds.store.set_card import front_matter, has_masks, label_table
 
 PREVIEW_CONFIG = (
     "- config_name: preview",

@@ -10,7 +10,7 @@ from pathlib import Path
 from latentds.autoencoders.cards import CARDS
 from latentds.autoencoders.decoder_record import RECORD, WEIGHTS, DecoderRecord, read_record
 from latentds.autoencoders.decoders import find_decoder_folder, load_decoder
-from latentds.core.display import code_span, markdown
+from latentds.core.display import MAX_FACT, code_span, facts_table, markdown
 from latentds.embedders.embedder import EmbedderCard
 from latentds.embedders.embedder_cards import CARDS as EMBEDDERS
 from latentds.errors import InputError
@@ -20,7 +20,6 @@ from latentds.hub.model_files import front_matter, publish_files
 from latentds.hub.publish_plan import README
 from latentds.hub.set_upload import Published
 from latentds.hub.snippets import Publication
-from latentds.store.set_card import MAX_FACT, facts_table
 
 CARD = """---
 {front_matter}

@@ -20,10 +20,10 @@ from latentds.hub.licences import check_licence, licence_warnings
 from latentds.hub.preview import PREVIEW, make_preview
 from latentds.hub.publish_plan import README, PublishPlan, make_plan
 from latentds.hub.snippets import Publication
+from latentds.store.composing import dataset_card
 from latentds.store.format import MANIFEST, SLIDES_TABLE
 from latentds.store.golden import read_golden
 from latentds.store.manifest import Manifest, read_manifest
-from latentds.store.set_card import dataset_card
 from latentds.store.slide_records import need_slide_records
 from latentds.store.verification import verify
 

@@ -6,9 +6,9 @@ import dataclasses
 import json
 
 from latentds.autoencoders.cards import CARDS
+from latentds.store.composing import DEQUANTIZE
 from latentds.store.format import CODES, PATCHES, SIDECARS
 from latentds.store.manifest import Manifest
-from latentds.store.set_card import DEQUANTIZE
 
 MORE_BOOKS = (
     "This set has {} codebooks (`codebooks` in the manifest), and each shard names its own by "

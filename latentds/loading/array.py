@@ -17,16 +17,19 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from latentds.autoencoders.autoencoder import Autoencoder
-from latentds.core.device_choice import choose_device
 from latentds.core.display import progress
+from latentds.core.processes import choose_device
 from latentds.errors import DamagedPackError, InputError, unknown_name
 from latentds.loading.batch import check_codes
 from latentds.loading.dataset import LatentDataset
-from latentds.loading.decoding import Decode, Decoder, check_decode, find_autoencoder
-from latentds.loading.mixture import Vocabulary
-from latentds.loading.options import Select, check_group
+from latentds.loading.decoding import (
+    Decode,
+    check_decode,
+    make_decoder,
+    make_integers,
+)
+from latentds.loading.options import Select, Vocabulary, check_group
 from latentds.loading.selection import select_rows
-from latentds.quantizers.lookup import Integers, make_integers
 from latentds.store.cache import CacheConfig
 from latentds.store.reader import ShardSet
 
@@ -87,17 +90,9 @@ class LatentArray(Dataset[Tensor]):
             rows = np.arange(*(self.shards.patch_range(split) if split else (0, len(self.shards))))
         each = 8 + (manifest.contract.bytes_per_patch if resident else 0)  # 8 of a label
         self.memory_bytes = check_fits(self.shards, len(rows), self.device, each)
-        integers = make_integers(manifest.codebooks)
-        self.decoder: Decoder | Integers | None = integers if decode == "codes" else None
-        if decode in ("pixels", "latents"):
-            pixels = decode == "pixels"
-            self.decoder = Decoder(
-                find_autoencoder(self.shards, autoencoder) if pixels else None,
-                manifest.codebooks,
-                manifest.contract.patch_px,
-                self.device,
-                Decode(dtype=dtype),
-            )
+        self.decoder = make_decoder(
+            self.shards, decode, autoencoder, self.device, Decode(dtype=dtype)
+        )
         table = self.shards.patches[rows]
         self.rows = torch.from_numpy(rows)
         self.vocabulary = Vocabulary([self.shards], select.class_to_idx)

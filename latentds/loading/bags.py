@@ -14,8 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from latentds.autoencoders.autoencoder import Autoencoder
-from latentds.core.device_choice import choose_device
-from latentds.core.processes import shared_zeros
+from latentds.core.processes import choose_device, shared_zeros
 from latentds.core.randomness import key_of, shuffled
 from latentds.errors import InputError
 from latentds.loading.batch import check_codes
@@ -23,13 +22,13 @@ from latentds.loading.decoding import (
     DECODES,
     Decode,
     Decoder,
+    Integers,
     check_decode,
-    find_autoencoder,
+    make_decoder,
+    make_integers,
 )
-from latentds.loading.mixture import Vocabulary
-from latentds.loading.options import Select, check_group
+from latentds.loading.options import Select, Vocabulary, check_group
 from latentds.loading.selection import select_rows
-from latentds.quantizers.lookup import Integers, make_integers
 from latentds.store.cache import CacheConfig
 from latentds.store.reader import ShardSet
 
@@ -194,23 +193,12 @@ class SlideBags(Dataset[Bag]):
 
         yields  images float (n, 3, H, W) in [0, 1]; or latents float32, or codes, as asked for
         """
-        decoder = self.decoder = self.decoder or self.make_decoder()
+        given, dtype = self.decoding
+        decoder = self.decoder = self.decoder or make_decoder(
+            self.shards, self.wanted, given, self.device, Decode(dtype=dtype)
+        )
         for start in range(0, len(bag), chunk):
             part = slice(start, start + chunk)
             books = None if bag.codebooks is None else bag.codebooks[part].to(self.device)
             codes = bag.codes[part].to(self.device)
             yield codes if decoder is None else decoder(codes, books)
-
-    def make_decoder(self) -> Decoder | Integers | None:
-        """What `decode` decodes by; None where codes are wanted and the bytes are those."""
-        given, dtype = self.decoding
-        manifest = self.shards.manifest
-        if self.wanted == "codes":
-            return make_integers(manifest.codebooks)
-        return Decoder(
-            find_autoencoder(self.shards, given) if self.wanted == "pixels" else None,
-            manifest.codebooks,
-            manifest.contract.patch_px,
-            self.device,
-            Decode(dtype=dtype),
-        )

@@ -17,9 +17,9 @@ from torch import Tensor
 from latentds.core.processes import shared_buffer
 from latentds.core.randomness import patch_seeds
 from latentds.errors import FormatError
-from latentds.loading.mixture import Vocabulary
+from latentds.loading.decoding import make_integers
+from latentds.loading.options import Vocabulary
 from latentds.loading.sampling import Drawn
-from latentds.quantizers.lookup import make_integers
 from latentds.quantizers.scalar import AnyCodebook, dequantize_each
 from latentds.store.reader import ShardSet
 from latentds.views.view_batch import Views
@@ -223,7 +223,7 @@ class Collator:
                 )
                 for which in np.unique(drawn.sets).tolist()
             ]
-        fields = scatter(parts, len(drawn))
+        fields = scatter(parts)
         mixed = len(self.sets) > 1
         return Batch(
             **fields,
@@ -265,8 +265,8 @@ class Collator:
         return {"codes": self.integers(codes, books), "steps": self.integers.steps(codes, books)}
 
 
-def scatter(parts: list[tuple[np.ndarray, dict[str, Any]]], count: int) -> dict[str, Any]:
-    """Fields of several sets' patches, each part put to its places among `count`."""
+def scatter(parts: list[tuple[np.ndarray, dict[str, Any]]]) -> dict[str, Any]:
+    """Fields of several sets' patches, each part put to its places."""
     if len(parts) == 1:
         return parts[0][1]
     back = torch.from_numpy(np.argsort(np.concatenate([places for places, _ in parts])))
@@ -280,7 +280,7 @@ def scatter(parts: list[tuple[np.ndarray, dict[str, Any]]], count: int) -> dict[
             joined[name] = [flat[place] for place in back.tolist()]
         elif isinstance(sample, dict):
             parts_of = [(places, fields[name]) for places, fields in parts]
-            joined[name] = scatter(parts_of, count) if sample else {}
+            joined[name] = scatter(parts_of) if sample else {}
         else:
             joined[name] = None
     return joined

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from latentds.core.json_text import digest_json
 from latentds.core.processes import (
     Sealed,
     find_rank,
@@ -25,10 +24,10 @@ from latentds.core.processes import (
     this_worker,
 )
 from latentds.core.randomness import digest_of
+from latentds.core.storage import digest_json
 from latentds.errors import DamagedPackError, TooManyBadSamplesError
 from latentds.loading.batch import Batch, Collator
-from latentds.loading.mixture import Mixture
-from latentds.loading.options import Order, Select, answering, check_group
+from latentds.loading.options import Mixture, Order, Select, answering, check_group
 from latentds.loading.order import STATE_VERSION, Batching, LoaderState, check_state
 from latentds.loading.sampling import (
     BALANCED,
@@ -98,41 +97,22 @@ class LatentDataset(IterableDataset[Batch]):
         select: Select = Select(),
         order: Order = Order(),
     ) -> None:
-        check_group(select, Select, "select")
-        check_group(order, Order, "order")
-        balance = select.balance
-        if decode not in ("codes", "latents", "stored"):
-            raise ValueError(
-                f"decode={decode!r}; a LatentDataset gives 'codes', 'latents' or 'stored', use "
-                "LatentLoader for pixels"
-            )
-        if normalize and decode != "latents":
-            raise ValueError(
-                "normalize= is for decode='latents'; pixels and codes stay as they are"
-            )
-        if balance is not None and (balance not in BALANCED or not shuffle):
-            raise ValueError(
-                f"balance={balance!r}; one of {', '.join(BALANCED)}, with shuffle=True"
-            )
+        check_asked(decode, bool(normalize), shuffle, select, order)
         self.mixture = folder if isinstance(folder, Mixture) else Mixture({folder: 1.0})
         self.sets = [ShardSet(part, cache=cache) for part in self.mixture.folders]
         self.split, self.shuffle, self.seed, self.max_bad = split, shuffle, seed, max_bad
-        self.where, self.balance = select.where, balance
+        self.where, self.balance = select.where, select.balance
         self.slides = None if select.slides is None else list(select.slides)
         self.is_mixture = isinstance(folder, Mixture)
         self.rank, self.world_size = find_rank(order.rank, order.world_size)
-        self.samplers = [self.set_sampler(index, select) for index in range(len(self.sets))]
+        self.samplers = [self.set_sampler(index, select, order) for index in range(len(self.sets))]
         chosen = [self.where, self.slides]
         if select.rows is not None:
             chosen.append(np.sort(np.asarray(select.rows)).tolist())
         self.selection = digest_of(chosen) if select.chooses else None
         self.sampler: Sampler = self.samplers[0]
         if isinstance(folder, Mixture):
-            parts = (self.samplers, folder.weights, seed, folder.epoch_patches)
-            self.sampler = MixtureSampler(*parts)
-        if not select.chooses and balance is None and order.lanes == 1:  # a lane takes some packs
-            for shards in self.sets:
-                shards.pack_table.want_all(split, share=1 / len(self.sets))
+            self.sampler = MixtureSampler(self.samplers, folder.weights, seed, folder.epoch_patches)
         self.batching = Batching(
             size=self.sampler.size,
             global_batch=global_size(batch_size, order.global_batch_size, self.world_size),
@@ -154,13 +134,15 @@ class LatentDataset(IterableDataset[Batch]):
         self.cursor: tuple[int, int] | None = None  # epoch, batch this worker comes to next
         self.resumed = False
 
-    def set_sampler(self, index: int, select: Select) -> SetSampler:
+    def set_sampler(self, index: int, select: Select, order: Order) -> SetSampler:
         """The sampler of one set; a mixture's sets must not run through like orders."""
         shards, seed = self.sets[index], self.seed + (index << 32)
         rows = None
         if select.chooses:
             rows = select_rows(shards, self.split, self.where, self.slides, select.rows, self.sets)
         if self.balance is None:
+            if rows is None and order.lanes == 1:  # a lane takes some packs
+                shards.pack_table.want_all(self.split, share=1 / len(self.sets))
             return PackSampler(shards, self.split, rows, seed, self.shuffle)
         rows = np.arange(*shards.patch_range(self.split)) if rows is None else rows
         return BalancedSampler(shards, self.balance, rows, seed)
@@ -348,6 +330,22 @@ class LatentDataset(IterableDataset[Batch]):
             self.set_epoch(*(loaded.epoch + 1, 0) if is_over else (loaded.epoch, loaded.batch))
         elif not (is_over and state["worker"][1] == 1):  # of several, others may not be done
             self.cursor, self.resumed = (loaded.epoch, loaded.batch), True
+
+
+def check_asked(decode: str, normalize: bool, shuffle: bool, select: Select, order: Order) -> None:
+    """Refuse options that are none, or contradict each other."""
+    check_group(select, Select, "select")
+    check_group(order, Order, "order")
+    if decode not in ("codes", "latents", "stored"):
+        raise ValueError(
+            f"decode={decode!r}; a LatentDataset gives 'codes', 'latents' or 'stored', use "
+            "LatentLoader for pixels"
+        )
+    if normalize and decode != "latents":
+        raise ValueError("normalize= is for decode='latents'; pixels and codes stay as they are")
+    balance = select.balance
+    if balance is not None and (balance not in BALANCED or not shuffle):
+        raise ValueError(f"balance={balance!r}; one of {', '.join(BALANCED)}, with shuffle=True")
 
 
 def global_size(batch_size: int | None, global_batch_size: int | None, ranks: int) -> int:

@@ -1,5 +1,6 @@
-"""Decoder: uint8 codes on a device to latents and to images."""
-# B batch, C latent channels, S codebooks, h w latent cells, H W pixels
+"""Decoder: uint8 codes on a device to latents, or a record's integers, and to images."""
+# B batch, C latent channels, R K rows and levels of a codebook, S code planes or codebooks,
+# h w latent cells, H W pixels
 
 from __future__ import annotations
 
@@ -7,25 +8,166 @@ import dataclasses
 import logging
 import os
 from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from latentds.autoencoders import load_autoencoder, load_for_decoding
-from latentds.autoencoders.autoencoder import Autoencoder, NetworkAutoencoder, check_decoder
+from latentds.autoencoders.autoencoder import Autoencoder, NetworkAutoencoder
 from latentds.autoencoders.cards import CARDS
-from latentds.core.compiling import Compiled
-from latentds.core.device_choice import warn_of_slow_decoding
+from latentds.core.compiling import Compiled, Graphed
+from latentds.core.processes import warn_of_slow_decoding
 from latentds.errors import ContractError, WeightsError
-from latentds.quantizers.lookup import make_lookup
-from latentds.quantizers.scalar import AnyCodebook
+from latentds.quantizers.additive import AdditiveCodebook
+from latentds.quantizers.entropy.record_codebook import EntropyCodebook
+from latentds.quantizers.scalar import MAX_LEVELS, AnyCodebook, Codebook
 from latentds.store.reader import ShardSet
 
 logger = logging.getLogger(__name__)
+Lookup = Callable[[Tensor, Tensor | None], Tensor]
 
 DECODES = ("pixels", "latents", "codes", "stored")
-WARMUP_RUNS = 3  # of a decoder before its CUDA graph is captured, as PyTorch's notes ask for
 CPU_OUT_OF_MEMORY = "can't allocate memory"  # torch's words in a plain RuntimeError
+
+
+def make_lookup(
+    codebooks: Sequence[AnyCodebook], device: torch.device, dtype: torch.dtype
+) -> Lookup:
+    """Latents (B, C, h, w) of codes uint8 (B, *codes_shape) on `device`, in `dtype`.
+
+    codebooks  of one encoding and one shape of latents
+    The second argument of what is returned, (B,), says which codebook a patch has; None: the first.
+    """
+    kind = type(codebooks[0])
+    if kind is Codebook:
+        return Levels(cast(Sequence[Codebook], codebooks), device, dtype)
+    if kind is AdditiveCodebook:
+        return Sums(cast(Sequence[AdditiveCodebook], codebooks), device, dtype)
+    return Records(codebooks, dtype)
+
+
+class Levels:
+    """Level tables of one or more codebooks on a device: codes to latents.
+
+    Tables are padded to 256 levels (a code beyond a shorter codebook's end gives its last level;
+    readers check codes) and to as many rows as the largest has.
+    """
+
+    def __init__(
+        self, codebooks: Sequence[Codebook], device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.rows = max(len(codebook.levels) for codebook in codebooks)
+        padded = [pad(book.table(), 1).expand(self.rows, -1) for book in codebooks]
+        self.table = torch.stack(padded).reshape(-1).to(device, dtype)
+        self.row_offset = MAX_LEVELS * torch.arange(self.rows, device=device, dtype=torch.int32)
+
+    def __call__(self, codes: Tensor, codebooks: Tensor | None = None) -> Tensor:
+        """Latents (B, C, h, w) of codes uint8 (B, C, h, w); `codebooks` (B,) picks the table."""
+        index = codes.int()
+        if self.rows > 1:
+            index = index + self.row_offset.view(1, -1, 1, 1)
+        if codebooks is not None:
+            index = index + (MAX_LEVELS * self.rows * codebooks.int()).view(-1, 1, 1, 1)
+        return self.table[index]
+
+
+class Sums:
+    """Tables of one or more additive codebooks: one gather, one sum over planes.
+
+    Padded to 256 rows a plane, as `Levels` are; summed in float32.
+    """
+
+    def __init__(
+        self, codebooks: Sequence[AdditiveCodebook], device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.planes, self.dtype = codebooks[0].planes, dtype
+        self.table = torch.cat([pad(book.table(), 1).flatten(0, 1) for book in codebooks]).to(
+            device
+        )
+        self.first = MAX_LEVELS * torch.arange(self.planes, device=device, dtype=torch.int32)
+
+    def __call__(self, codes: Tensor, codebooks: Tensor | None = None) -> Tensor:
+        """Latents (B, C, h, w) of codes uint8 (B, S, h, w); `codebooks` (B,) picks the tables."""
+        batch, planes, height, width = codes.shape
+        index = codes.permute(0, 2, 3, 1).int() + self.first
+        if codebooks is not None:
+            index = index + (MAX_LEVELS * planes * codebooks.int()).view(-1, 1, 1, 1)
+        sums = functional.embedding_bag(index.reshape(-1, planes), self.table, mode="sum")
+        return sums.view(batch, height, width, -1).permute(0, 3, 1, 2).contiguous().to(self.dtype)
+
+
+class Records:
+    """Codebooks that decode by themselves, patch by patch: entropy-coded records."""
+
+    def __init__(self, codebooks: Sequence[AnyCodebook], dtype: torch.dtype) -> None:
+        self.codebooks, self.dtype = codebooks, dtype
+
+    def __call__(self, codes: Tensor, codebooks: Tensor | None = None) -> Tensor:
+        """Latents (B, C, h, w) of records uint8 (B, bytes); `codebooks` (B,) picks the tables."""
+
+        def latents(book: AnyCodebook, part: Tensor) -> Tensor:
+            return book.dequantize(part).to(self.dtype)
+
+        return by_book(self.codebooks, codes, codebooks, latents)
+
+
+class Integers:
+    """What entropy-coded records hold before it becomes latents; see `make_integers`."""
+
+    def __init__(self, codebooks: Sequence[EntropyCodebook]) -> None:
+        self.codebooks = codebooks
+
+    def __call__(self, codes: Tensor, codebooks: Tensor | None = None) -> Tensor:
+        """Integers int16 (B, C, h, w) of records uint8 (B, bytes), within -128..127."""
+
+        def integers(book: EntropyCodebook, part: Tensor) -> Tensor:
+            if not len(part):
+                size = (0, *book.latents_shape)
+                return torch.zeros(size, dtype=torch.int16, device=part.device)
+            return book.integers(part).integers.to(torch.int16)
+
+        return by_book(self.codebooks, codes, codebooks, integers)
+
+    def steps(self, codes: Tensor, codebooks: Tensor | None = None) -> Tensor:
+        """Quantization steps float32 (B,) of records: latents are integers * (step / gains)."""
+
+        def steps(book: EntropyCodebook, part: Tensor) -> Tensor:
+            # A step that is not there is decoding's to refuse: a GPU would die of it here.
+            index = part[:, 0].long().clamp(max=len(book.steps) - 1)
+            return torch.from_numpy(book.steps.copy()).to(part.device)[index]
+
+        return by_book(self.codebooks, codes, codebooks, steps)
+
+
+def make_integers(codebooks: Sequence[AnyCodebook]) -> Integers | None:
+    """What gives the integers of stored bytes; None where the bytes are the codes themselves.
+
+    codebooks  of one encoding and one shape of latents
+    """
+    if isinstance(codebooks[0], EntropyCodebook):
+        return Integers(cast(Sequence[EntropyCodebook], codebooks))
+    return None
+
+
+def by_book(
+    books: Sequence[Any], codes: Tensor, numbers: Tensor | None, decode: Callable[..., Tensor]
+) -> Tensor:
+    """`decode(book, codes)` of every patch by its own book; `numbers` (B,), None for the first."""
+    if numbers is None or len(books) == 1:
+        return decode(books[0], codes)
+    places = [(numbers == number).nonzero()[:, 0] for number in range(len(books))]
+    parts = [decode(book, codes[own]) for book, own in zip(books, places, strict=True)]
+    return torch.cat(parts)[torch.cat(places).argsort()]
+
+
+def pad(table: Tensor, axis: int) -> Tensor:
+    """A table whose `axis` has 256 entries, the last one repeated."""
+    last = table.narrow(axis, table.shape[axis] - 1, 1)
+    sizes = list(table.shape)
+    sizes[axis] = MAX_LEVELS - table.shape[axis]
+    return torch.cat([table, last.expand(sizes)], axis)
 
 
 def check_decode(decode: str, known: Sequence[str] = DECODES) -> None:
@@ -73,7 +215,7 @@ class Decoder:
 
     autoencoder  whose decoder is used; its weights are moved there, as `Module.to` does. None gives
                  latents only.
-    codebooks    (S,)
+    codebooks    (S,); their tables are kept on the device
     patch_px     (H, W), what padding is cropped to
 
     decoded, ran_on   patches so far, and the device that the last of them came out on
@@ -189,41 +331,6 @@ class Decoder:
             torch.cuda.empty_cache()
 
 
-class Graphed:
-    """A function of CUDA tensors replayed from a graph, one a shape.
-
-    The result is a copy: the graph's own output is overwritten by its next replay.
-    """
-
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        self.function = function
-        self.graphs: dict[torch.Size, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
-        self.replays = 0
-
-    def __call__(self, values: Tensor) -> Tensor:
-        if values.shape not in self.graphs:
-            self.graphs[values.shape] = self.capture(values)
-        graph, source, result = self.graphs[values.shape]
-        source.copy_(values)
-        graph.replay()
-        self.replays += 1
-        return result.clone()
-
-    def capture(self, values: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
-        """Warm up on a side stream, then record."""
-        source, side = values.clone(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(WARMUP_RUNS):
-                self.function(source)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        # The thread that pins the next batches allocates meanwhile, which a global check refuses.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            result = self.function(source)
-        return graph, source, result
-
-
 def find_autoencoder(
     shards: ShardSet, given: Autoencoder | str | os.PathLike[str] | None = None
 ) -> Autoencoder:
@@ -247,8 +354,29 @@ def find_autoencoder(
         autoencoder = load_for_decoding(given)
     else:
         autoencoder = given
-    check_decoder(autoencoder.card, contract.latent_id, str(shards.folder))
+    contract.check_decoder(autoencoder.card, shards.folder)
     if autoencoder.card.decoder_id != contract.decoder_id:
         logger.info("decoding with %s, not with the decoder the data set was checked with",
                     autoencoder.card.name)  # fmt: skip
     return autoencoder
+
+
+def make_decoder(
+    shards: ShardSet,
+    decode: str,
+    given: Autoencoder | str | os.PathLike[str] | None = None,
+    device: torch.device | str = "cpu",
+    options: Decode | None = None,
+    codebooks: Sequence[AnyCodebook] | None = None,
+) -> Decoder | Integers | None:
+    """What makes pixels, latents or codes of a set's stored bytes; None for the bytes themselves.
+
+    decode     of DECODES
+    given      whose decoder is used instead of the recorded one; see `find_autoencoder`
+    codebooks  other ones than the set's own: a mixture's, or those of normalized latents
+    """
+    books = shards.manifest.codebooks if codebooks is None else codebooks
+    if decode in ("codes", "stored"):
+        return make_integers(books) if decode == "codes" else None
+    autoencoder = find_autoencoder(shards, given) if decode == "pixels" else None
+    return Decoder(autoencoder, books, shards.manifest.contract.patch_px, device, options)

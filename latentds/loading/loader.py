@@ -15,19 +15,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from latentds.autoencoders.autoencoder import Autoencoder
-from latentds.core.device_choice import choose_device
-from latentds.core.processes import REMEDY, describe_shm, gather, of_dead_worker
+from latentds.core.processes import REMEDY, choose_device, describe_shm, gather, of_dead_worker
 from latentds.errors import WorkerError
 from latentds.loading.array import Resident
 from latentds.loading.augmenting import Watched, find_augment
 from latentds.loading.batch import Batch
 from latentds.loading.dataset import LatentDataset, Transfer, Transfers, check_bad
-from latentds.loading.decoding import Decode, Decoder, check_decode, find_autoencoder
-from latentds.loading.mixture import Mixture
-from latentds.loading.options import Order, Select, Workers, answering, check_group
+from latentds.loading.decoding import Decode, Decoder, Integers, check_decode, make_decoder
+from latentds.loading.options import Mixture, Order, Select, Workers, answering, check_group
 from latentds.loading.stage import CopyLanes, CudaLanes, DecodeStage
 from latentds.quantizers.codebooks import ChannelStatistics
-from latentds.quantizers.lookup import make_integers
 from latentds.quantizers.scalar import AnyCodebook
 from latentds.store.cache import CacheConfig
 from latentds.store.channel_statistics import checked_statistics
@@ -100,35 +97,15 @@ class LatentLoader:
         order: Order = Order(),
         decoding: Decode = Decode(),
     ) -> None:
-        check_decode(decode)
-        if normalize and decode != "latents":
-            raise ValueError(f"normalize= is for decode='latents', not decode={decode!r}")
-        check_views(views, decode)
-        check_group(decoding, Decode, "decoding")
-        if autoencoder is not None and decoder is not None:
-            raise ValueError("autoencoder= and decoder= both name what decodes; pass one of them")
-        self.dataset = LatentDataset(
-            folder,
-            split,
-            batch_size=batch_size,
-            shuffle=shuffle,
-            seed=seed,
-            decode="stored",  # records cross to this process as they are: a sixteenth of integers
-            columns=columns,
-            masks=masks,
-            max_bad=max_bad,
-            cache=cache,
-            select=select,
-            order=order,
-        )
-        if as_tuple and not shuffle and order.last == "pad" and self.dataset.world_size > 1:
-            raise ValueError(
-                "as_tuple cannot tell which patches only fill up a rank's last batch; take Batch "
-                "and its `valid`, or Order(last='drop') or 'repeat'"
-            )
+        check_asked(decode, bool(normalize), views, decoding, (autoencoder, decoder))
+        self.dataset = LatentDataset(  # records cross as they are: a sixteenth of their integers
+            folder, split, batch_size=batch_size, shuffle=shuffle, seed=seed, decode="stored",
+            columns=columns, masks=masks, max_bad=max_bad, cache=cache, select=select, order=order,
+        )  # fmt: skip
+        check_filled_up(self.dataset, as_tuple)
         if isinstance(normalize, ChannelStatistics):
             self.dataset.statistics_given = checked_statistics(normalize, self.dataset.shards)
-        self.device, self.decode, self.normalize = choose_device(device), decode, bool(normalize)
+        self.decode, self.device = decode, choose_device(device)
         self.decode_device = choose_device(decoding.device or device)
         self.transform = Watched(transform) if transform else None
         self.views, self.as_tuple = views, as_tuple
@@ -137,22 +114,23 @@ class LatentLoader:
         self.augment: MultiCrop | None = None
         if augment is not False:
             self.augment = find_augment(augment, self.contract.patch_px, decode, beside)
-        options = decoding.with_dtype(dtype)
-        self.decoder = self.make_decoder(autoencoder if decoder is None else decoder, options)
-        self.integers = make_integers(self.codebooks) if decode == "codes" else None
+        books = self.dataset.normalized_codebooks() if normalize else self.codebooks
+        given, options = decoder if autoencoder is None else autoencoder, decoding.with_dtype(dtype)
+        made = make_decoder(self.dataset.shards, decode, given, self.decode_device, options, books)
+        self.decoder = made if isinstance(made, Decoder) else None
+        self.integers = made if isinstance(made, Integers) else None
         self.resident = Resident(self.dataset, self.decode_device) if resident else None
         self.stage: DecodeStage | None = None
         if self.decode_device.type == "cuda":
             self.stage = self.make_stage(decoding.static, CudaLanes(self.decode_device))
-        workers = Workers(count=num_workers) if isinstance(num_workers, int) else num_workers
-        self.transfers = self.make_transfers(workers)
-        self.epoch, self.handed_out = 0, 0
-        self.resuming = False
+        self.transfers = self.make_transfers(num_workers)
+        self.epoch, self.handed_out, self.resuming = 0, 0, False
         # Damaged ones this rank has met, and replaced.
         self.bad_packs: list[str] = list(self.dataset.bad.values())
 
-    def make_transfers(self, workers: Workers) -> DataLoader[Transfer]:
+    def make_transfers(self, asked: int | Workers) -> DataLoader[Transfer]:
         """What brings codes from the processes that read them."""
+        workers = Workers(count=asked) if isinstance(asked, int) else asked
         return DataLoader(
             Transfers(self.dataset),
             batch_size=None,
@@ -162,16 +140,6 @@ class LatentLoader:
             persistent_workers=workers.count > 0,
             multiprocessing_context=workers.multiprocessing_context if workers.count else None,
         )
-
-    def make_decoder(self, given: Any, options: Decode) -> Decoder | None:
-        """The decoder on its device, None where codes are wanted."""
-        if self.decode in ("codes", "stored"):
-            return None
-        autoencoder = None
-        if self.decode == "pixels":
-            autoencoder = find_autoencoder(self.dataset.shards, given)
-        books = self.dataset.normalized_codebooks() if self.normalize else self.codebooks
-        return Decoder(autoencoder, books, self.contract.patch_px, self.decode_device, options)
 
     def make_stage(self, static: bool, lanes: CopyLanes) -> DecodeStage:
         """The ring that decodes ahead on a GPU."""
@@ -382,11 +350,29 @@ class LatentLoader:
         self.resuming = True
 
 
-def check_views(views: Any, decode: str) -> None:
-    """Refuse views of what is not decoded."""
+def check_asked(
+    decode: str, normalize: bool, views: Any, decoding: Decode, decoders: tuple[Any, Any]
+) -> None:
+    """Refuse options that contradict each other, and views of what is not decoded."""
+    check_decode(decode)
+    check_group(decoding, Decode, "decoding")
+    if normalize and decode != "latents":
+        raise ValueError(f"normalize= is for decode='latents', not decode={decode!r}")
+    if None not in decoders:
+        raise ValueError("autoencoder= and decoder= both name what decodes; pass one of them")
     if views is not None and getattr(views, "reads", decode) != decode:
         raise ValueError(
             f"views of {views.reads} need decode={views.reads!r}, not decode={decode!r}"
         )
     if views is not None and decode not in ("pixels", "latents"):
         raise ValueError(f"views are made of pixels or latents, not of decode={decode!r}")
+
+
+def check_filled_up(dataset: LatentDataset, as_tuple: bool) -> None:
+    """Refuse tuples, which have no `valid`, where that alone tells what fills up a batch."""
+    last = dataset.batching.last
+    if as_tuple and not dataset.shuffle and last == "pad" and dataset.world_size > 1:
+        raise ValueError(
+            "as_tuple cannot tell which patches only fill up a rank's last batch; take Batch "
+            "and its `valid`, or Order(last='drop') or 'repeat'"
+        )

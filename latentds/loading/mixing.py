@@ -28,8 +28,7 @@ from latentds.loading.dataset import check_bad
 from latentds.loading.decoding import find_autoencoder
 from latentds.loading.fields_of_view import check_fields
 from latentds.loading.loader import LatentLoader
-from latentds.loading.mixture import Mixture
-from latentds.loading.options import Order, Select
+from latentds.loading.options import Mixture, Order, Select
 from latentds.store.cache import CacheConfig
 from latentds.store.format import joined_names
 from latentds.store.reader import ShardSet

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from latentds.core.display import code_span, markdown
+from latentds.core.display import code_span, facts_table, markdown
 from latentds.embedders.backbone_record import RECORD, BackboneRecord
-from latentds.store.set_card import facts_table
 
 CARD = """---
 {front_matter}

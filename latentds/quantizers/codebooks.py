@@ -1,7 +1,7 @@
 """The codebook of every encoding of latentds/1, the one place that knows them all.
 
-From and to files (safetensors whose metadata tell kind, latents and fit), sized for patches,
-normalized by mean and spread of every latent channel.
+From and to files (safetensors whose metadata tell kind, latents and fit), some of which ship; sized
+for patches, normalized by mean and spread of every latent channel.
 """
 # C latent channels, R K rows and levels of a codebook, S sets
 
@@ -12,6 +12,7 @@ import functools
 import json
 import math
 from collections.abc import Sequence
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +20,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from latentds.core.json_text import parse_json
-from latentds.core.storage import write_atomically
+from latentds.core.storage import parse_json, write_atomically
 from latentds.errors import ContractError, FormatError, InputError
 from latentds.quantizers.additive import AdditiveCodebook
 from latentds.quantizers.entropy.record_checks import LEAST_SIDE, MAX_RECORD_BYTES
@@ -35,6 +35,9 @@ ENCODINGS: dict[str, type[Codebook] | type[AdditiveCodebook] | type[EntropyCodeb
     book.encoding: book for book in (Codebook, AdditiveCodebook, EntropyCodebook)
 }
 DIGITS = 7  # what a float32 holds
+WEIGHTS = "latentds.autoencoders"  # what ships lies beside the networks whose latents it codes
+USUAL_BYTES, USUAL_CELLS = 4096, 1024  # of a record of a patch of 256 px
+RECORDS = ("tiny-v2/records-4096.safetensors", "tiny-v2/records-2048.safetensors")
 
 
 def check_encoding(value: object, where: str, made_by: object = None) -> None:
@@ -139,6 +142,37 @@ def sized_records(
             f"{most:,}"
         )
     return dataclasses.replace(roomy, record_bytes=wanted)
+
+
+def tiny_codebook() -> StoredCodebook:
+    """The codebook that ships with `tiny-v1`."""
+    return shipped_codebook("tiny-v1-codebook.safetensors")
+
+
+def shipped_records(
+    latent_id: str, latents_shape: tuple[int, int, int], record_bytes: int | None
+) -> StoredCodebook | None:
+    """The entropy codebook that ships with these latents; None where none does.
+
+    record_bytes  of a patch; None for 4,096 a patch of 256 px, in proportion to other patches' area
+    raises        InputError for bytes that these latents cannot be coded in
+    """
+    books = [shipped_codebook(name) for name in RECORDS]
+    if latent_id != books[0].latent_id:
+        return None
+    cells = latents_shape[1] * latents_shape[2]
+    usual = USUAL_BYTES * cells // USUAL_CELLS
+    share = (record_bytes or usual) / usual * USUAL_BYTES  # of a patch of 256 px
+    sizes = [math.prod(book.codebook.codes_shape_of((32, 32, 32))) for book in books]
+    nearest = min(range(len(books)), key=lambda place: abs(math.log(sizes[place] / share)))
+    return sized(books[nearest], latents_shape, record_bytes)
+
+
+@functools.cache
+def shipped_codebook(name: str) -> StoredCodebook:
+    """The codebook of a file that ships, the latents it belongs to, and how it was fitted."""
+    with resources.as_file(resources.files(WEIGHTS) / "weights" / name) as path:
+        return load_codebook(path)
 
 
 def save_codebook(stored: StoredCodebook, path: Path) -> None:

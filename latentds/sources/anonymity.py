@@ -8,7 +8,7 @@ import os
 import secrets
 from pathlib import Path
 
-from latentds.core.untrusted_files import check_regular
+from latentds.core.storage import check_regular
 from latentds.errors import InputError
 
 KEY_BYTES = 32

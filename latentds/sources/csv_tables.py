@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from latentds.core.display import csv_cell, csv_text
-from latentds.core.storage import write_atomically
-from latentds.core.untrusted_files import check_regular
+from latentds.core.storage import check_regular, write_atomically
 from latentds.errors import InputError, first_words
 
 SEPARATORS = ",;\t|"

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from latentds.core.untrusted_files import open_regular
+from latentds.core.storage import open_regular
 from latentds.errors import InputError
 from latentds.sources.slide_names import some
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from latentds.core.untrusted_files import check_regular
+from latentds.core.storage import check_regular
 from latentds.errors import InputError, no_folder
 from latentds.sources.data_cards import CARD, card_files
 from latentds.sources.names import is_identifier, path_fields
@@ -33,6 +33,9 @@ PACKED = re.compile(r"\.(?:gz|tgz|bz2|xz|zst|zip|7z|rar|tar\.\w+|part\d+)$")
 NO_LABELS = "--no-labels (--no-use-labels in an evaluation)"
 # Folders that only hold: `images` alone at its place is no class.
 HOLDERS = {"images", "image", "img", "imgs", "slides", "wsi", "wsis", "patches", "tiles", "data"}
+# SAM-Path's folds: -1 is the test set, 0 validation, the others training.
+FOLDS = {"-1": "test", "0": "val"}
+LABELLED = re.compile(r"(.+\])-labelled\.\w+")  # a mask of QuPath's TileExporter
 
 
 def list_pictures(root: Path, use_labels: bool = True, use_splits: bool = True) -> Listing:
@@ -92,6 +95,19 @@ def are_splits(root: Path, paths: Sequence[str]) -> bool:
         )
     check_words(root, {top: top.lower() for top in named})
     return bool(named)
+
+
+def split_of_fold(fold: str, where: Path) -> str:
+    """Split of a fold, a number (pandas writes -1.0 for -1) or a split's name."""
+    if fold.lower() in SPLITS:
+        return SPLITS[fold.lower()]
+    try:
+        number = float(fold)
+    except ValueError as error:
+        raise InputError(f"{where}: fold {fold!r} is no number") from error
+    if number < -1 or number != int(number):
+        raise InputError(f"{where}: fold {fold!r}; -1 is test, 0 val, others train")
+    return FOLDS.get(str(int(number)), DEFAULT_SPLIT)
 
 
 def check_words(root: Path, words: Mapping[str, str]) -> None:
@@ -161,6 +177,27 @@ def read_folders(root: Path, paths: Sequence[str], use_labels: bool, use_splits:
             f"({odd[0]}); {NO_LABELS} takes none for a class"
         )
     return dataclasses.replace(rule, notes=tuple(notes))
+
+
+def with_labelled(found: Listing) -> Listing:
+    """Tiles of QuPath with the masks that its exporter wrote beside them, which are no tiles."""
+    masks = {match[1]: p.source for p in found.pictures if (match := LABELLED.fullmatch(p.source))}
+    if not masks:
+        return found
+    pictures = tuple(
+        dataclasses.replace(p, mask=masks.get(str(PurePosixPath(p.source).with_suffix(""))))
+        for p in found.pictures
+        if not LABELLED.fullmatch(p.source)
+    )
+    note = f"{len(masks):,} pictures named ]-labelled are taken for masks, as QuPath writes them"
+    return dataclasses.replace(found, pictures=pictures, notes=(*found.notes, note))
+
+
+def with_path_fields(picture: Picture) -> Picture:
+    """A picture with what its source tells by known rules, and nothing else has told."""
+    told = path_fields(picture.source).items()
+    missing = {field: value for field, value in told if getattr(picture, field) is None}
+    return dataclasses.replace(picture, **missing) if missing else picture
 
 
 def walk(root: Path) -> Iterator[str]:

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
 
 from latentds.codecs.formats import DECODE_ERRORS
-from latentds.core.untrusted_files import open_picture, open_regular
+from latentds.core.storage import open_picture, open_regular
 from latentds.errors import InputError
 from latentds.sources.picture_decoding import picture_suffixes
 

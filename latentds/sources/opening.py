@@ -15,15 +15,14 @@ from latentds.sources.image_folder import check_keys
 from latentds.sources.names import known_patient, parse_shares, pattern_patient, split_patients
 from latentds.sources.patch_arrays import PatchArrays
 from latentds.sources.picture import Listing, Picture
-from latentds.sources.picture_files import PictureFiles
+from latentds.sources.picture_files import PictureFiles, SamPathFolder, TileTree
 from latentds.sources.picture_parquet import PictureParquet
-from latentds.sources.picture_tables import PictureTable, SamPathFolder
+from latentds.sources.picture_tables import PictureTable
 from latentds.sources.picture_tars import PictureTars, TileTars
 from latentds.sources.slide_names import some
 from latentds.sources.slide_tables import ListedSlides, apply_slide_table
 from latentds.sources.slides import Slides
 from latentds.sources.source import Inspection, Source
-from latentds.sources.tile_trees import TileTree
 from latentds.store.format import SPLIT_PATTERN
 
 logger = logging.getLogger(__name__)

@@ -10,8 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from latentds.core.json_text import parse_json
-from latentds.core.untrusted_files import check_regular
+from latentds.core.storage import check_regular, parse_json
 from latentds.errors import FormatError, InputError, UnusableError
 from latentds.sources.side_records import COLUMNS
 from latentds.sources.slide_probe import reason_of

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from latentds.core.untrusted_files import check_regular, expands_to
+from latentds.core.storage import check_regular, expands_to
 from latentds.errors import InputError, Reason, UnusableError, missing_extra
 from latentds.sources.csv_tables import read_table
 from latentds.sources.cut_options import SourceOptions

@@ -1,4 +1,4 @@
-"""One picture file to uint8 RGB, or a reason why not; and how the file was coded."""
+"""One picture file to uint8 RGB, or a reason why not; how the file was coded; a patch of it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import numpy as np
 from PIL import Image
 
 from latentds.codecs.formats import DECODE_ERRORS
-from latentds.core.untrusted_files import known_formats, open_picture
+from latentds.core.storage import known_formats, open_picture
 from latentds.errors import Reason, UnusableError
+from latentds.sources.cut_options import SourceOptions
 from latentds.sources.picture import Header
 
 MASK_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif")
@@ -214,3 +215,26 @@ def first_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         line = error.strerror
     return "not a picture Pillow knows" if line.startswith("cannot identify image") else line
+
+
+def fit(
+    pixels: np.ndarray, x: int, y: int, size_px: tuple[int, int], options: SourceOptions
+) -> np.ndarray:
+    """The patch (H, W[, 3]) of a picture or mask: its tile, resized, padded, or as it is."""
+    height, width = size_px
+    if options.tile:
+        return np.ascontiguousarray(pixels[y : y + height, x : x + width])
+    if options.resize and pixels.shape[:2] != size_px:
+        # Nearest for masks keeps their values; Lanczos in Pillow widens its kernel when it shrinks.
+        kernel = Image.Resampling.LANCZOS if pixels.ndim == 3 else Image.Resampling.NEAREST
+        return np.asarray(Image.fromarray(pixels).resize((width, height), kernel))
+    if options.pad:
+        missing = [(0, height - pixels.shape[0]), (0, width - pixels.shape[1])]
+        return np.pad(pixels, missing + [(0, 0)] * (pixels.ndim - 2), mode="reflect")
+    return pixels
+
+
+def encode_png(mask: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(mask).save(buffer, "PNG", optimize=False, compress_level=6)
+    return buffer.getvalue()

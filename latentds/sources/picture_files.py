@@ -1,32 +1,51 @@
-"""Folders of picture files as a source: whole pictures, or tiles of them, with masks."""
+"""Folders of picture files as sources: plain ones, SAM-Path's, trees of tiles named by place."""
 # H W pixels
 
 from __future__ import annotations
 
 import dataclasses
-import io
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image
 
 from latentds.errors import InputError, UnusableError
+from latentds.sources.csv_tables import read_table
 from latentds.sources.cut_options import SourceOptions
-from latentds.sources.image_folder import check_labels, check_sizes, list_pictures, name_fields
-from latentds.sources.names import note_numbers, path_fields
+from latentds.sources.image_folder import (
+    DEFAULT_SPLIT,
+    are_splits,
+    check_labels,
+    check_sizes,
+    list_pictures,
+    name_fields,
+    split_of_fold,
+    walk,
+    with_labelled,
+    with_path_fields,
+)
+from latentds.sources.names import is_identifier, note_numbers
 from latentds.sources.picture import Header, Listing, Picture, Regions
-from latentds.sources.picture_decoding import find_mask, read_header, read_mask, read_picture
+from latentds.sources.picture_decoding import (
+    MASK_SUFFIXES,
+    encode_png,
+    find_mask,
+    fit,
+    picture_suffixes,
+    read_header,
+    read_mask,
+    read_picture,
+)
 from latentds.sources.side_tables import with_tables
 from latentds.sources.source import Inspection, Kept, Source
 from latentds.store.patch_record import Patch, Place
 
-LABELLED = re.compile(r"(.+\])-labelled\.\w+")  # a mask of QuPath's TileExporter
 TILED_PICTURES = 2  # decoded pictures kept while their tiles are cut
-
+TILE_NAME = re.compile(r"(\d+)_(\d+)\.(?:jpe?g|png)")
+MAX_PX = 2**31 - 1
 Pixels = tuple[np.ndarray, np.ndarray | None]  # picture and mask
 
 
@@ -231,50 +250,145 @@ class PicturesInFiles(PictureFiles):
         return file, int(row)
 
 
-def with_labelled(found: Listing) -> Listing:
-    """Tiles of QuPath with the masks that its exporter wrote beside them, which are no tiles."""
-    masks = {match[1]: p.source for p in found.pictures if (match := LABELLED.fullmatch(p.source))}
-    if not masks:
-        return found
-    pictures = tuple(
-        dataclasses.replace(p, mask=masks.get(str(PurePosixPath(p.source).with_suffix(""))))
-        for p in found.pictures
-        if not LABELLED.fullmatch(p.source)
-    )
-    note = f"{len(masks):,} pictures named ]-labelled are taken for masks, as QuPath writes them"
-    return dataclasses.replace(found, pictures=pictures, notes=(*found.notes, note))
-
-
-def with_path_fields(picture: Picture) -> Picture:
-    """A picture with what its source tells by known rules, and nothing else has told."""
-    told = path_fields(picture.source).items()
-    missing = {field: value for field, value in told if getattr(picture, field) is None}
-    return dataclasses.replace(picture, **missing) if missing else picture
-
-
 def pixel_scale(picture: Picture, header: Header) -> float:
     """Pixels of level 0 a pixel of the picture."""
     return (picture.size_px or header.size_px[1]) / header.size_px[1]
 
 
-def fit(
-    pixels: np.ndarray, x: int, y: int, size_px: tuple[int, int], options: SourceOptions
-) -> np.ndarray:
-    """The patch (H, W[, 3]) of a picture or mask: its tile, resized, padded, or as it is."""
-    height, width = size_px
-    if options.tile:
-        return np.ascontiguousarray(pixels[y : y + height, x : x + width])
-    if options.resize and pixels.shape[:2] != size_px:
-        # Nearest for masks keeps their values; Lanczos in Pillow widens its kernel when it shrinks.
-        kernel = Image.Resampling.LANCZOS if pixels.ndim == 3 else Image.Resampling.NEAREST
-        return np.asarray(Image.fromarray(pixels).resize((width, height), kernel))
-    if options.pad:
-        missing = [(0, height - pixels.shape[0]), (0, width - pixels.shape[1])]
-        return np.pad(pixels, missing + [(0, 0)] * (pixels.ndim - 2), mode="reflect")
-    return pixels
+class SamPathFolder(PictureFiles):
+    """img/NAME, mask/NAME.png and a CSV (img_id, fold): fold -1 is test, 0 val, others train."""
+
+    kind = "img/, mask/ and a CSV of folds (SAM-Path's layout)"
+
+    @classmethod
+    def detect(cls, found: Inspection) -> Source | None:
+        has_both = all((found.root / name).is_dir() for name in ("img", "mask"))
+        return cls(found.options) if has_both else None
+
+    def listing(self) -> Listing:
+        images, masks = list(walk(self.root / "img")), list(walk(self.root / "mask"))
+        suffixes = picture_suffixes()
+        found = [p for p in images if PurePosixPath(p).suffix.lower() in suffixes]
+        by_stem = {
+            str(PurePosixPath(p).with_suffix("")): p
+            for p in masks
+            if PurePosixPath(p).suffix.lower() in MASK_SUFFIXES
+        }
+        folds = dict(self.folds())
+        pictures = []
+        for path in found:
+            stem = str(PurePosixPath(path).with_suffix(""))
+            if stem not in by_stem:
+                raise InputError(f"{self.root}: img/{path} has no mask/{stem}.png")
+            fold = folds.get(path, folds.get(stem))
+            if folds and fold is None:
+                raise InputError(f"{self.root}: img/{path} is in no row of the CSV of folds")
+            split = DEFAULT_SPLIT if fold is None else split_of_fold(fold, self.root)
+            pictures.append(Picture(f"img/{path}", split, mask=f"mask/{by_stem[stem]}"))
+        if not pictures:
+            raise InputError(f"{self.root}/img: no pictures in it")
+        return Listing(tuple(pictures), len(images) - len(found))
+
+    def folds(self) -> Iterator[tuple[str, str]]:
+        """Picture (with or without suffix) and fold, of the only CSV there."""
+        tables = sorted(self.root.glob("*.csv"))
+        if len(tables) > 1:
+            raise InputError(f"{self.root}: {tables[0].name} and {tables[1].name}; keep one CSV")
+        if tables:
+            table = read_table(tables[0])
+            columns = [table.need_column([name], "folds") for name in ("img_id", "fold")]
+            for line, row in zip(table.lines, table.rows, strict=True):
+                image, fold = (row[column].strip() for column in columns)
+                if not image or not fold:
+                    raise InputError(f"{table.path}, line {line}: needs img_id and fold")
+                yield image, fold
 
 
-def encode_png(mask: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(mask).save(buffer, "PNG", optimize=False, compress_level=6)
-    return buffer.getvalue()
+def is_tile_tree(options: SourceOptions, pictures: Sequence[str]) -> bool:
+    """Whether all pictures of a folder are tiles, in a folder a slide.
+
+    raises  InputError where the folders may as well be classes
+    """
+    if not pictures or not all("/" in p and TILE_NAME.fullmatch(Path(p).name) for p in pictures):
+        return False
+    has_splits = options.split_folders and are_splits(options.source, pictures)
+    folders = [PurePosixPath(path).parts[has_splits:-1] for path in pictures]
+    is_told = options.tile_downsample != 1 or min(map(len, folders)) > 1
+    if is_told or all(parts and is_identifier(parts[-1]) for parts in folders):
+        return True
+    raise InputError(
+        f"{options.source}: {pictures[0]} is named like a tile, <column>_<row> of a slide, and its "
+        "folder may be a slide or a class; pass --kind tiles for slides with places, or --kind "
+        "pictures for classes"
+    )
+
+
+class TileTree(PictureFiles):
+    """[.../][class/]slide/<column>_<row>.jpeg: the slide is the folder, the class the one above.
+
+    x and y are column and row times the tile's width times --tile-downsample: DSMIL's tiler does
+    not record level 0, which for tiles of 20x from a slide of 40x has twice their pixels.
+    """
+
+    kind = "a tree of tiles named <column>_<row>"
+
+    def __init__(self, options: SourceOptions) -> None:
+        super().__init__(options)
+        if options.name_pattern:
+            raise InputError("--name-pattern and tiles named <column>_<row>; leave the pattern")
+
+    @classmethod
+    def detect(cls, found: Inspection) -> Source | None:
+        options, kind = found.options, found.options.kind
+        if not found.is_folder or kind is not None:
+            return cls(options) if found.is_folder and kind == "tiles" else None
+        if found.kinds.slides or options.name_pattern:
+            return None
+        pictures = sorted([*found.kinds.pictures, *found.kinds.unsure])
+        return cls(options) if is_tile_tree(options, pictures) else None
+
+    def listing(self) -> Listing:
+        found = list_pictures(self.root, use_labels=False, use_splits=self.options.split_folders)
+        height, width = self.first_size(found.pictures)
+        has_splits = self.options.split_folders and are_splits(
+            self.root, [p.source for p in found.pictures]
+        )
+        pictures = tuple(self.placed(p, width, height, has_splits) for p in found.pictures)
+        slides: dict[str, str] = {}
+        for picture in pictures:
+            folder = str(PurePosixPath(picture.source).parent)
+            other = slides.setdefault(str(picture.slide), folder)
+            if other != folder:
+                raise InputError(
+                    f"{self.root}: {other} and {folder} are both slide {picture.slide!r}; rename "
+                    "or remove one"
+                )
+        note = (
+            "names <column>_<row> are taken for places, their folders for slides and those above "
+            "for classes; --kind pictures takes them for names"
+        )
+        return dataclasses.replace(found, pictures=pictures, notes=(note,))
+
+    def first_size(self, pictures: tuple[Picture, ...]) -> tuple[int, int]:
+        """(H, W) of the first tile that can be read; all must be alike, as headers will show."""
+        for picture in pictures:
+            try:
+                return read_header(self.root / picture.source, self.options.max_px).size_px
+            except InputError:
+                continue
+        raise InputError(f"{self.root}: none of {len(pictures)} tiles can be read")
+
+    def placed(self, picture: Picture, width: int, height: int, has_splits: bool) -> Picture:
+        path = PurePosixPath(picture.source)
+        match = TILE_NAME.fullmatch(path.name)
+        if match is None or len(path.parts) < 2 + has_splits:
+            raise InputError(f"{picture.source}: not <column>_<row>; move it, or rename its folder")
+        factor = self.options.tile_downsample
+        x, y = round(int(match[1]) * width * factor), round(int(match[2]) * height * factor)
+        if max(x, y) > MAX_PX:
+            raise InputError(f"{picture.source}: lies at ({x}, {y}); no slide is so large")
+        above = path.parts[has_splits:-2]
+        label = above[-1] if above and self.options.labels else None
+        return dataclasses.replace(
+            picture, label=label, slide=path.parts[-2], x=x, y=y, size_px=round(width * factor)
+        )

@@ -1,19 +1,17 @@
-"""Pictures listed in a table (CSV, TSV, Parquet), and SAM-Path's img/ mask/ csv folders."""
+"""Pictures listed in a table: CSV, TSV or Parquet."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from latentds.errors import InputError
 from latentds.sources.csv_tables import SUFFIXES, TextTable, read_table
 from latentds.sources.cut_options import SourceOptions
 from latentds.sources.field_names import columns_of, note_unused
-from latentds.sources.image_folder import DEFAULT_SPLIT, SPLITS, check_labels, facts_of, walk
+from latentds.sources.image_folder import DEFAULT_SPLIT, check_labels, facts_of
 from latentds.sources.kinds import SUFFIXES as SLIDE_SUFFIXES
 from latentds.sources.picture import Listing, Picture
-from latentds.sources.picture_decoding import MASK_SUFFIXES, picture_suffixes
 from latentds.sources.picture_files import PictureFiles
 from latentds.sources.side_records import slide_name
 from latentds.sources.slide_names import path_ends
@@ -21,8 +19,6 @@ from latentds.sources.source import Inspection, Source
 
 FIELDS = ("path", "label", "slide", "patient", "x", "y", "mpp", "size_px", "split", "mask")
 DRIVE = re.compile(r"[A-Za-z]:/|//")  # how Windows begins a whole path, slashes turned
-# SAM-Path's folds: -1 is the test set, 0 validation, the others training.
-FOLDS = {"-1": "test", "0": "val"}
 
 
 def is_table(path: Path) -> bool:
@@ -105,65 +101,3 @@ def inside(path: str, root: Path, where: str) -> str:
             "pictures"
         )
     return full.as_posix()
-
-
-class SamPathFolder(PictureFiles):
-    """img/NAME, mask/NAME.png and a CSV (img_id, fold): fold -1 is test, 0 val, others train."""
-
-    kind = "img/, mask/ and a CSV of folds (SAM-Path's layout)"
-
-    @classmethod
-    def detect(cls, found: Inspection) -> Source | None:
-        has_both = all((found.root / name).is_dir() for name in ("img", "mask"))
-        return cls(found.options) if has_both else None
-
-    def listing(self) -> Listing:
-        images, masks = list(walk(self.root / "img")), list(walk(self.root / "mask"))
-        suffixes = picture_suffixes()
-        found = [p for p in images if PurePosixPath(p).suffix.lower() in suffixes]
-        by_stem = {
-            str(PurePosixPath(p).with_suffix("")): p
-            for p in masks
-            if PurePosixPath(p).suffix.lower() in MASK_SUFFIXES
-        }
-        folds = dict(self.folds())
-        pictures = []
-        for path in found:
-            stem = str(PurePosixPath(path).with_suffix(""))
-            if stem not in by_stem:
-                raise InputError(f"{self.root}: img/{path} has no mask/{stem}.png")
-            fold = folds.get(path, folds.get(stem))
-            if folds and fold is None:
-                raise InputError(f"{self.root}: img/{path} is in no row of the CSV of folds")
-            split = DEFAULT_SPLIT if fold is None else split_of_fold(fold, self.root)
-            pictures.append(Picture(f"img/{path}", split, mask=f"mask/{by_stem[stem]}"))
-        if not pictures:
-            raise InputError(f"{self.root}/img: no pictures in it")
-        return Listing(tuple(pictures), len(images) - len(found))
-
-    def folds(self) -> Iterator[tuple[str, str]]:
-        """Picture (with or without suffix) and fold, of the only CSV there."""
-        tables = sorted(self.root.glob("*.csv"))
-        if len(tables) > 1:
-            raise InputError(f"{self.root}: {tables[0].name} and {tables[1].name}; keep one CSV")
-        if tables:
-            table = read_table(tables[0])
-            columns = [table.need_column([name], "folds") for name in ("img_id", "fold")]
-            for line, row in zip(table.lines, table.rows, strict=True):
-                image, fold = (row[column].strip() for column in columns)
-                if not image or not fold:
-                    raise InputError(f"{table.path}, line {line}: needs img_id and fold")
-                yield image, fold
-
-
-def split_of_fold(fold: str, where: Path) -> str:
-    """Split of a fold, a number (pandas writes -1.0 for -1) or a split's name."""
-    if fold.lower() in SPLITS:
-        return SPLITS[fold.lower()]
-    try:
-        number = float(fold)
-    except ValueError as error:
-        raise InputError(f"{where}: fold {fold!r} is no number") from error
-    if number < -1 or number != int(number):
-        raise InputError(f"{where}: fold {fold!r}; -1 is test, 0 val, others train")
-    return FOLDS.get(str(int(number)), DEFAULT_SPLIT)

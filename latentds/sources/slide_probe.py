@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from latentds.core.untrusted_files import check_regular
+from latentds.core.storage import check_regular
 from latentds.errors import UnusableError, missing_extra
 
 UNREADABLE = "OpenSlide cannot read it"

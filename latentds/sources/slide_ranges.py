@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from latentds.core.untrusted_files import tiles_file
+from latentds.core.storage import tiles_file
 from latentds.errors import InputError, LocationError, UnusableError
 from latentds.sources.slide_probe import open_whole
 from latentds.sources.tars import SeekableFile

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from latentds.core.untrusted_files import check_whole, tiles_file
+from latentds.core.storage import check_whole, tiles_file
 from latentds.errors import UnusableError
 from latentds.sources.cut_options import MAGNIFICATION_MPP
 from latentds.sources.picture import Regions

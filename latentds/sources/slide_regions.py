@@ -12,8 +12,7 @@ import numpy as np
 from PIL import Image
 
 from latentds.codecs.formats import DECODE_ERRORS
-from latentds.core.json_text import read_json
-from latentds.core.untrusted_files import open_picture
+from latentds.core.storage import open_picture, read_json
 from latentds.errors import FormatError, InputError, UnusableError
 from latentds.sources.cut_options import SourceOptions
 from latentds.sources.field_names import ALIASES

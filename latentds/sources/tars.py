@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple, cast
 
-from latentds.core.untrusted_files import open_regular
+from latentds.core.storage import open_regular
 from latentds.errors import InputError
 from latentds.store.format import HEADER_PREFIX
 

@@ -20,8 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from latentds.core.json_text import Kind, canonical_json, check_kinds
-from latentds.errors import FormatError
+from latentds.autoencoders.autoencoder import AutoencoderCard, short
+from latentds.core.storage import Kind, canonical_json, check_kinds
+from latentds.errors import ContractError, FormatError
 from latentds.quantizers.codebooks import check_encoding, codebook_from_json
 from latentds.quantizers.scalar import AnyCodebook
 
@@ -151,6 +152,15 @@ class Contract:
     def bytes_per_patch(self) -> int:
         """Code bytes of one patch."""
         return math.prod(self.codes_shape)
+
+    def check_decoder(self, card: AutoencoderCard, where: object) -> None:
+        """Refuse a decoder of other latents; any of the same latents is welcome."""
+        if card.latent_id != self.latent_id:
+            raise ContractError(
+                f"{where}: stored latents have latent_id {short(self.latent_id)}, autoencoder "
+                f"{card.name!r} reads {short(card.latent_id)}; pass the autoencoder they were made "
+                "with, or a decoder trained for it"
+            )
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values, codebook included."""

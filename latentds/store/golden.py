@@ -19,7 +19,7 @@ from PIL import Image
 
 from latentds.autoencoders.autoencoder import Autoencoder, exact_arithmetic
 from latentds.core.metrics import psnr_db
-from latentds.core.untrusted_files import open_picture
+from latentds.core.storage import open_picture
 from latentds.errors import FormatError
 from latentds.quantizers.scalar import AnyCodebook, dequantize
 from latentds.store.format import GOLDEN, Contract

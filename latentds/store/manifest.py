@@ -14,14 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from latentds.core.json_text import (
-    Kind,
-    canonical_json,
-    check_kinds,
-    digest_json,
-    parse_json,
-    read_bytes,
-)
+from latentds.core.storage import Kind, check_kinds, digest_json, parse_json, read_bytes
 from latentds.errors import FormatError, no_folder, unknown_name
 from latentds.quantizers.codebooks import (
     ChannelStatistics,
@@ -47,7 +40,6 @@ from latentds.store.open_files import block_sums
 MAX_MANIFEST_BYTES = 1 << 28
 MANY_SHARDS = 1000  # from which the text is for machines: a tenth of it would be spaces
 SHA256 = re.compile(r"[0-9a-f]{64}")
-NUMBER = (int, float)
 COUNTS = ("bytes", "packs", "patches")  # of a shard
 # Of what tells how a set was made, the parts that commands show or go by.
 MADE_KINDS: dict[str, Kind] = {
@@ -58,17 +50,14 @@ MADE_KINDS: dict[str, Kind] = {
 }
 LEFT_OUT_KINDS: dict[str, Kind] = {"detail": str, "patches": int, "of": int}
 CODEBOOK_KINDS: dict[str, Kind] = {
-    **dict.fromkeys(("snr_db", "saturated_share"), NUMBER),
+    **dict.fromkeys(("snr_db", "saturated_share"), (int, float)),
     **dict.fromkeys(("values", "seed", "dead_levels"), int),
     **dict.fromkeys(("origin", "file"), str),
 }
 
 
-class ShardRecord(NamedTuple):
-    """One shard: path in the folder, split, size, hash, codebook, counts, and patches a class.
-
-    A tuple, because a set may have 8,000: frozen dataclasses take longer to make.
-    """
+class ShardRecord(NamedTuple):  # of 8,000, frozen dataclasses would take longer to make
+    """One shard: path in the folder, split, size, hash, codebook, counts, and patches a class."""
 
     name: str
     split: str
@@ -195,9 +184,9 @@ class Manifest:
         if self.statistics is not None:
             record["channel_statistics"] = self.statistics.to_json()
         record["digest"] = digest_json(record)
-        if len(self.shards) >= MANY_SHARDS:
-            return canonical_json(record) + "\n"
-        return json.dumps(record, indent=1, sort_keys=True, allow_nan=False) + "\n"
+        plain: Any = {"separators": (",", ":")}  # the text that its digest is of
+        layout = {"indent": 1} if len(self.shards) < MANY_SHARDS else plain
+        return json.dumps(record, sort_keys=True, allow_nan=False, **layout) + "\n"
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -206,11 +195,8 @@ def read_manifest(folder: Path) -> Manifest:
     if not folder.is_dir():
         raise no_folder(folder)
     if not path.is_file():
-        hint = (
-            "its conversion has not ended; run it again"
-            if (folder / ".latentds").exists()
-            else "convert first"
-        )
+        begun = path.parent.exists()
+        hint = "its conversion has not ended; run it again" if begun else "convert first"
         raise FormatError(f"{folder}: no {MANIFEST}; not a complete latentds data set ({hint})")
     return parse_manifest(read_bytes(path, MAX_MANIFEST_BYTES), str(path))
 
@@ -256,9 +242,8 @@ def check_digest(record: dict[str, Any], content: bytes, where: str) -> bool:
     rest = content.replace(f'"digest":"{record["digest"]}",'.encode(), b"").removesuffix(b"\n")
     if record["digest"] == f"sha256:{hashlib.sha256(rest).hexdigest()}":
         return True
-    others = {name: value for name, value in record.items() if name != "digest"}
     try:
-        digest = digest_json(others)
+        digest = digest_json({name: record[name] for name in record if name != "digest"})
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{where}: manifest is damaged ({error}); fetch it anew") from error
     if record["digest"] != digest:

@@ -9,8 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from latentds.core.json_text import parse_json
-from latentds.core.storage import write_atomically
+from latentds.core.storage import parse_json, write_atomically
 from latentds.errors import InputError, first_words
 from latentds.store.format import MANIFEST, SLIDES_TABLE
 from latentds.store.manifest import Manifest, read_manifest

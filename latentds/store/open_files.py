@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from latentds.core.untrusted_files import check_kind, open_regular
+from latentds.core.storage import check_kind, open_regular
 from latentds.errors import FormatError, first_words
 from latentds.store.format import (
     MAX_BLOCK_ROWS,

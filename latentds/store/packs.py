@@ -16,8 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from latentds.core.storage import naming, rename_durably
-from latentds.core.untrusted_files import open_picture
+from latentds.core.storage import naming, open_picture, rename_durably
 from latentds.errors import FormatError, InputError, first_words
 from latentds.store.format import CODES, MASKS, PATCHES, Contract, npy_header, shard_headers
 from latentds.store.manifest import Manifest

@@ -13,8 +13,7 @@ from typing import BinaryIO
 import numpy as np
 import pyarrow as pa
 
-from latentds.core.json_text import parse_json
-from latentds.core.untrusted_files import open_regular
+from latentds.core.storage import open_regular, parse_json
 from latentds.errors import FormatError
 from latentds.store.format import (
     CODES,

@@ -14,8 +14,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from latentds.core.storage import write_atomically
-from latentds.core.untrusted_files import check_regular
+from latentds.core.storage import check_regular, write_atomically
 from latentds.errors import FormatError, InputError
 from latentds.store.format import SLIDES_TABLE
 from latentds.store.packs import decode_table, encode_table

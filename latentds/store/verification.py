@@ -10,9 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from latentds.autoencoders import load_autoencoder, load_for_decoding
-from latentds.autoencoders.autoencoder import Autoencoder, check_decoder
-from latentds.core.json_text import canonical_json
-from latentds.core.storage import sha256_file
+from latentds.autoencoders.autoencoder import Autoencoder
+from latentds.core.storage import canonical_json, sha256_file
 from latentds.errors import FormatError, LatentdsError, no_folder
 from latentds.store.channel_statistics import measure_statistics
 from latentds.store.format import (
@@ -245,7 +244,7 @@ def check_golden(
             f"{NOT_DECODED}: made with a local autoencoder, pass --autoencoder PATH",
         )
         return
-    check_decoder(autoencoder.card, contract.latent_id, str(folder))
+    contract.check_decoder(autoencoder.card, folder)
     books, numbers = shards.manifest.codebooks, shards.codebook_numbers(golden.rows)
     try:
         decoded = decode_pixels(golden.codes, books, autoencoder, contract.patch_px, numbers)

@@ -75,7 +75,7 @@ def measure(config: Config) -> dict[str, Any]:
         plan = make_plan(settings)
         autoencoder = load_autoencoder(config.autoencoder)
         with prepare_output(settings) as work:
-            reader = prepared.make_reader(plan, settings)
+            reader = shard_writing.PlanReader(plan, settings)
             conversion = prepared.prepare(settings, reader, autoencoder, work)
             encoder_rate = encode_from_memory(conversion)
             started = time.perf_counter()

@@ -171,7 +171,7 @@ def timed(
 def shipped_book(autoencoder: NetworkAutoencoder, patch_px: int) -> EntropyCodebook | None:
     """The entropy codebook that ships for an autoencoder's latents of such patches."""
     from latentds.autoencoders.autoencoder import latent_cells
-    from latentds.autoencoders.tiny import shipped_records
+    from latentds.quantizers.codebooks import shipped_records
     from latentds.quantizers.entropy.record_codebook import EntropyCodebook
 
     card = autoencoder.card

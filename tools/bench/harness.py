@@ -66,7 +66,7 @@ def machine_text(where: Mapping[str, Any]) -> str:
 
 def on_device(config: AnyConfig) -> AnyConfig:
     """The config with `auto` settled; InputError where a CUDA graph is asked for elsewhere."""
-    from latentds.core.device_choice import choose_device
+    from latentds.core.processes import choose_device
 
     device = str(choose_device(config.device))
     if getattr(config, "cuda_graph", False) and not device.startswith("cuda"):

@@ -18,7 +18,7 @@ from latentds_tools.bench.harness import Case, rate_of, sustained, usable_cores
 
 from latentds.codecs import PictureCodec, formats
 from latentds.core.extras import is_here
-from latentds.core.untrusted_files import pixels_of
+from latentds.core.storage import pixels_of
 from latentds.errors import InputError, first_words, missing_extra
 
 if TYPE_CHECKING:

@@ -11,11 +11,15 @@ import numpy as np
 import torch
 from latentds_tools.fidelity.codec_opening import Autoencoders
 
-from latentds.autoencoders.tiny import shipped_records, tiny_codebook
 from latentds.codecs import LatentCodec, LatentSpec, draw_samples, with_quantizer
 from latentds.codecs.quantizers import latent_shape
 from latentds.errors import ContractError, InputError
-from latentds.quantizers.codebooks import StoredCodebook, load_codebook
+from latentds.quantizers.codebooks import (
+    StoredCodebook,
+    load_codebook,
+    shipped_records,
+    tiny_codebook,
+)
 from latentds.quantizers.entropy.record_fit import fit_entropy_codebook
 
 ENCODE_BATCH = 16

@@ -14,7 +14,7 @@ import numpy as np
 from latentds_tools.fidelity.picture_slides import NAMING, Found, SlideOptions, find_slides
 
 from latentds.codecs import PictureSpec, make_picture_codec
-from latentds.core.untrusted_files import open_picture
+from latentds.core.storage import open_picture
 from latentds.errors import InputError
 from latentds.sources.names import patient_of
 from latentds.sources.picture_decoding import read_header, read_picture

@@ -33,7 +33,7 @@ from latentds.codecs import (
     PictureSpec,
     make_picture_codec,
 )
-from latentds.core.device_choice import choose_device
+from latentds.core.processes import choose_device
 from latentds.errors import InputError
 
 MAX_PROBED = 5000  # crops that probes are fitted to

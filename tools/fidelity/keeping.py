@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 from latentds_tools.fidelity.measuring import Encoded, Measured
 
-from latentds.core.json_text import canonical_json
-from latentds.core.storage import write_atomically
+from latentds.core.storage import canonical_json, write_atomically
 from latentds.errors import InputError
 
 

@@ -15,7 +15,7 @@ from latentds_tools.fidelity.quality import to_images
 from torch import Tensor, nn
 from torch.nn import functional
 
-from latentds.core.untrusted_files import open_picture
+from latentds.core.storage import open_picture
 from latentds.errors import InputError
 from latentds.sources.picture_decoding import read_picture
 

@@ -81,7 +81,7 @@ def take_device(name: str) -> None:
     if name == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     elif name != "auto":
-        from latentds.core.device_choice import choose_device
+        from latentds.core.processes import choose_device
 
         choose_device(name)
 

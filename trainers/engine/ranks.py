@@ -11,7 +11,7 @@ import torch.distributed as dist
 from latentds_trainers.engine.launching import same_on_all_ranks
 from latentds_trainers.engine.wrapping import load_deepspeed
 
-from latentds.core.device_choice import choose_device
+from latentds.core.processes import choose_device
 from latentds.errors import InputError, LatentdsError
 
 Made = TypeVar("Made")

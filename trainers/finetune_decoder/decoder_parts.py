@@ -30,7 +30,6 @@ from latentds.autoencoders import load_autoencoder
 from latentds.autoencoders.autoencoder import NetworkAutoencoder
 from latentds.autoencoders.decoders import architecture_of, load_decoder
 from latentds.autoencoders.students import build_student
-from latentds.autoencoders.tiny import shipped_records, tiny_codebook
 from latentds.embedders import Embedder, load_embedder
 from latentds.errors import ContractError, InputError, ShapeError
 from latentds.loading.decoding import find_autoencoder
@@ -41,7 +40,9 @@ from latentds.quantizers.codebooks import (
     StoredCodebook,
     load_codebook,
     save_codebook,
+    shipped_records,
     sized_book,
+    tiny_codebook,
 )
 from latentds.quantizers.scalar import AnyCodebook, dequantize, quantize
 from latentds.quantizers.scalar_fit import fit_codebook

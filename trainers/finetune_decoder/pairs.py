@@ -309,10 +309,10 @@ def find_pictures(folder: Path, is_wanted: Callable[[str], bool]) -> list[Path]:
 
 def size_of(path: Path) -> tuple[int, int]:
     """Width and height of a picture; InputError that names one which cannot be read."""
-    from latentds.core import untrusted_files
+    from latentds.core import storage
 
     try:
-        with untrusted_files.open_picture(path) as picture:
+        with storage.open_picture(path) as picture:
             return picture.size
     except DECODE_ERRORS as error:
         raise unreadable(path, f"cannot be read ({first_line(error)})") from error

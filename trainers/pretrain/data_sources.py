@@ -31,8 +31,7 @@ from latentds.loading.dataset import LatentDataset
 from latentds.loading.decoding import Decode
 from latentds.loading.fields_of_view import check_fields
 from latentds.loading.loader import LatentLoader
-from latentds.loading.mixture import Mixture, check_mixable
-from latentds.loading.options import Order
+from latentds.loading.options import Mixture, Order, check_mixable
 from latentds.quantizers.codebooks import StoredCodebook
 from latentds.sources.cut_options import CutOptions
 from latentds.store.reader import ShardSet

@@ -14,7 +14,7 @@ from latentds.core.randomness import key_of
 from latentds.errors import InputError
 from latentds.evaluation.folds import Fold, check_disjoint, predefined_fold
 from latentds.sources.csv_tables import read_table
-from latentds.sources.picture_tables import split_of_fold
+from latentds.sources.image_folder import split_of_fold
 from latentds.sources.slide_names import NameIndex, some
 
 NO_FOLDS = (

@@ -23,8 +23,7 @@ from latentds_trainers.train_codec.tile_sources import list_tiles, shares_of
 from PIL import Image
 from torch import Tensor
 
-from latentds.core.storage import write_atomically
-from latentds.core.untrusted_files import open_picture, pixels_of
+from latentds.core.storage import open_picture, pixels_of, write_atomically
 from latentds.errors import InputError, missing_extra
 
 JUDGED_PX = 256  # edge of what is judged, cut from a picture's middle

@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from latentds.core.device_choice import choose_device
-from latentds.core.processes import find_rank
+from latentds.core.processes import choose_device, find_rank
 from latentds.core.randomness import key_of, shuffled
 from latentds.core.storage import passing_lock
 from latentds.embedders.embedder import Embedder

@@ -16,8 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from latentds.core.storage import naming, rename_durably
-from latentds.core.untrusted_files import check_regular, expands_to
+from latentds.core.storage import check_regular, expands_to, naming, rename_durably
 from latentds.errors import FormatError, InputError, first_words, missing_extra
 
 FEATURES, COORDS = "features", "coords"

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from latentds.autoencoders.foreign_networks import checked_fields, is_object
-from latentds.core.json_text import read_json
-from latentds.core.storage import passing_lock, write_atomically
+from latentds.core.storage import passing_lock, read_json, write_atomically
 from latentds.errors import ContractError, FormatError
 from latentds.evaluation.features.layout import RECORD
 from latentds.version import __version__

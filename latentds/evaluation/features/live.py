@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from latentds.core.device_choice import choose_device
+from latentds.core.processes import choose_device
 from latentds.embedders.embedder import Embedder
 from latentds.errors import InputError, LatentdsError, unknown_name
 from latentds.evaluation.features.embedding_pipeline import embed

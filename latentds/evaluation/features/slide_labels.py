@@ -9,8 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from latentds.core.display import csv_text
-from latentds.core.json_text import read_json
-from latentds.core.storage import passing_lock, write_atomically
+from latentds.core.storage import passing_lock, read_json, write_atomically
 from latentds.errors import FormatError, InputError
 from latentds.evaluation.groups import LabelTable
 from latentds.evaluation.patchsets.patch_set import PatchTable

@@ -10,13 +10,12 @@ from typing import Any
 import torch
 
 from latentds.autoencoders.autoencoder import Autoencoder
-from latentds.autoencoders.tiny import tiny_codebook
 from latentds.codecs import QuantizerSpec, draw_samples, fit_quantizer
 from latentds.errors import ContractError, InputError
 from latentds.evaluation.patchsets.coded_patches import SEED, Encoding
 from latentds.evaluation.patchsets.patch_set_config import PatchInput
 from latentds.evaluation.patchsets.picture_patches import Pictures, open_pictures
-from latentds.quantizers.codebooks import StoredCodebook, load_codebook
+from latentds.quantizers.codebooks import StoredCodebook, load_codebook, tiny_codebook
 
 FITTED_TO = 128  # patches
 OF_ALL = "fitted to a sample of the patches"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from latentds.autoencoders.autoencoder import Autoencoder, NetworkAutoencoder, exact_arithmetic
 from latentds.core.compiling import Compiled
-from latentds.quantizers.lookup import make_lookup
+from latentds.loading.decoding import make_lookup
 from latentds.quantizers.scalar import AnyCodebook
 
 CHUNK_PX = 256 * 256  # what one patch of a chunk has, at most; larger patches, fewer of them

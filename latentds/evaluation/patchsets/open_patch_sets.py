@@ -22,7 +22,7 @@ from latentds.codecs import (
     with_quantizer,
 )
 from latentds.codecs.naming import FLOAT_BITS, latent_text
-from latentds.core.device_choice import choose_device
+from latentds.core.processes import choose_device
 from latentds.errors import InputError
 from latentds.evaluation.patchsets.codec_fitting import find_codebook
 from latentds.evaluation.patchsets.coded_patches import LatentRoundTrip, PictureRoundTrip

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from latentds.core.untrusted_files import open_regular
+from latentds.core.storage import open_regular
 from latentds.errors import InputError, unknown_name
 from latentds.evaluation.patchsets.patch_set import PatchTable, canonical_order
 from latentds.evaluation.patchsets.patch_set_config import PatchInput

@@ -11,7 +11,7 @@ from latentds.autoencoders.autoencoder import short
 from latentds.codecs import LatentSpec
 from latentds.codecs.naming import latent_text
 from latentds.codecs.quantizers import latent_shape
-from latentds.core.device_choice import choose_device
+from latentds.core.processes import choose_device
 from latentds.embedders.latent_stem import LatentStemConfig
 from latentds.errors import ContractError, InputError
 from latentds.evaluation.patchsets.codec_fitting import FITTED_TO, fit_sample

@@ -1,5 +1,6 @@
 """The benchmarks that compare loaders: every peer gives the same patches, failures are told."""
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -81,6 +82,13 @@ def test_batches_other_than_those_recorded_are_refused(shared_dataset, tmp_path)
     np.save(spec["order"], np.load(spec["order"])[::-1])
     with pytest.raises(RuntimeError, match="not those that were recorded"):
         peers.replayed(peer_loaders.BUILDERS["npy"](spec), spec)
+
+
+def test_fewer_patches_than_a_batch_are_told(shared_dataset, tmp_path):
+    patches, config = read_patches(shared_dataset, "train"), bench_loader.Config(against="none")
+    few = dataclasses.replace(patches, codes=patches.codes[:9], labels=patches.labels[:9])
+    with pytest.raises(InputError, match="9 patches are less than a batch of 256"):
+        bench_loader.describe_order(config, "codes", shared_dataset, tmp_path, few)
 
 
 def test_a_process_that_dies_is_told_by_its_last_words(tmp_path):

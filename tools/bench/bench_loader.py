@@ -179,7 +179,7 @@ def prepare(config: Config, work: Path) -> list[dict[str, Any]]:
     else:
         synthetic.write_synthetic(own, config.patches)
         patches = peer_formats.read_patches(own, config.split)
-    common = describe_set(config, own, work, len(patches))
+    common = describe_set(config, own, work)
     most = config.pixel_patches
     few = peer_formats.Patches(patches.codes[:most], patches.labels[:most])
     sizes = {decode: few if decode == "pixels" else patches for decode in config.decodes()}
@@ -213,6 +213,11 @@ def describe_order(
     from latentds_tools.bench import peer_formats, peers
 
     size = config.pixel_batch_size if decode == "pixels" else config.batch_size
+    if len(patches) < size:
+        raise InputError(
+            f"{config.folder}: {len(patches)} patches are less than a batch of {size}; a smaller "
+            "--batch-size or --pixel-batch-size"
+        )
     order = peer_formats.record_order(folder, config.split, size)
     np.save(work / f"order-{decode}.npy", order)
     batches = order[: COMPARED * size].reshape(-1, size)
@@ -244,18 +249,13 @@ def describe_one(peer: str, decode: str, folder: Path, count: int) -> dict[str, 
     }
 
 
-def describe_set(config: Config, own: Path, work: Path, count: int) -> dict[str, Any]:
+def describe_set(config: Config, own: Path, work: Path) -> dict[str, Any]:
     """What all processes are told: options, and what the set is like."""
     import numpy as np
 
     from latentds.quantizers.scalar import Codebook
     from latentds.store.reader import ShardSet
 
-    if count < config.batch_size:
-        raise InputError(
-            f"{config.folder}: {count} patches are less than a batch of {config.batch_size}; "
-            "a smaller --batch-size"
-        )
     manifest = ShardSet(own).manifest
     codebook, levels = manifest.contract.codebook, None
     if isinstance(codebook, Codebook):  # for peers in a Python without latentds
@@ -334,20 +334,19 @@ def warm_text(row: dict[str, Any]) -> str:
 
 def order_text(row: dict[str, Any]) -> str:
     count = row["recorded_batches"]
-    return "its own" if count is None else f"recorded ({count} batches compared)"
+    return "its own" if count is None else f"recorded, {count} compared"
 
 
 COLUMNS: dict[str, harness.Column] = {
     "batches of": ("decode", ""),
     "loader": ("peer", ""),
-    "patches": ("stored_patches", ","),
     "order": ("warm", order_text),
     "stored B": ("stored_bytes_per_patch", ",.0f"),
     "warm patches/s (range)": ("warm_range", warm_text),
     "cold patches/s": ("cold", lambda row: f"{row['cold']['patches_per_s']:,.0f}"),
     "first batch s": ("cold", lambda row: f"{row['cold']['first_batch_s']:.2f}"),
     "cores": ("warm", lambda row: f"{row['warm']['cores']:.2f}"),
-    "CPU s/1000": ("warm", lambda row: f"{row['warm']['cpu_s_per_1000']:.3f}"),
+    "CPU µs a patch": ("warm", lambda row: f"{row['warm']['cpu_s_per_1000'] * 1000:,.1f}"),
     "disk B read, cold": ("cold", lambda row: f"{row['cold']['bytes_read_per_patch']:,.0f}"),
     "peak MB": ("peak_mb", ",.0f"),
 }
@@ -356,10 +355,12 @@ COLUMNS: dict[str, harness.Column] = {
 def as_text(report: dict[str, Any]) -> str:
     """The table, best rates first within what batches hold."""
     where = report["machine"]
+    counts = {row["decode"]: row["stored_patches"] for row in report["results"]}
+    told = ", ".join(f"{count:,} patches as {decode}" for decode, count in counts.items())
     head = (
         f"{where['gpu'] or where['cpu']}, {where['cores']} cores; {report['workers']} workers, "
-        f"batches of {report['batch_size']} ({report['pixel_batch_size']} of pixels), medians of "
-        f"{report['rounds']} rounds"
+        f"{told}; batches of {report['batch_size']} ({report['pixel_batch_size']} of pixels), "
+        f"medians of {report['rounds']} rounds"
     )
     rows = sorted(
         report["results"],

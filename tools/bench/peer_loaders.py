@@ -215,7 +215,8 @@ def ray_loader(spec: Spec) -> Any:
         def __call__(self, batch: dict[str, Any]) -> Any:
             return unpacked(batch["codes"], shape), torch.from_numpy(batch["label"].copy())
 
-    ray.init(num_cpus=spec["workers"], include_dashboard=False, log_to_driver=False)
+    alone = {"address": "local", "include_dashboard": False, "log_to_driver": False}
+    ray.init(num_cpus=spec["workers"], **alone)
     rows = ray.data.read_parquet(spec["folder"], shuffle="files")
     return rows.iter_torch_batches(
         batch_size=spec["batch_size"],

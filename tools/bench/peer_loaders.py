@@ -215,8 +215,8 @@ def ray_loader(spec: Spec) -> Any:
         def __call__(self, batch: dict[str, Any]) -> Any:
             return unpacked(batch["codes"], shape), torch.from_numpy(batch["label"].copy())
 
-    alone = {"address": "local", "include_dashboard": False, "log_to_driver": False}
-    ray.init(num_cpus=spec["workers"], **alone)
+    # One of its own, whatever Ray runs here besides.
+    ray.init("local", num_cpus=spec["workers"], include_dashboard=False, log_to_driver=False)
     rows = ray.data.read_parquet(spec["folder"], shuffle="files")
     return rows.iter_torch_batches(
         batch_size=spec["batch_size"],

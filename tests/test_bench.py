@@ -1,5 +1,6 @@
 """The benchmarks that compare loaders: every peer gives the same patches, failures are told."""
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -10,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 from latentds_tools import cli
-from latentds_tools.bench import bench_scale, peers
+from latentds_tools.bench import bench_loader, bench_scale, peer_loaders, peers
 from latentds_tools.bench.measuring_loaders import Watch, measure_loader
-from latentds_tools.bench.peer_formats import read_patches, write_parquet, write_webdataset
+from latentds_tools.bench.peer_formats import read_patches
 from latentds_tools.bench.synthetic import write_sparse, write_synthetic
 
 from latentds.errors import InputError
@@ -48,28 +49,46 @@ def call(capsys, *words) -> dict:
     "peer",
     [
         *("latentds", "latentds-resident", "webdataset-packed", "datasets-packed"),
+        *("latentds-rows", "npy", "hdf5", "datasets-rows"),
         *(pytest.param(name, marks=pytest.mark.slow) for name in ("webdataset", "datasets")),
     ],
 )
 def test_every_peer_delivers_the_same_patches_shuffled(shared_dataset, tmp_path, peer):
     patches = read_patches(shared_dataset, "train")
-    folder = tmp_path
-    if peer == "webdataset":
-        write_webdataset(patches, tmp_path, "npy", patches.codes)
-    elif peer.startswith("datasets"):
-        write_parquet(patches, tmp_path, 16 if peer == "datasets-packed" else 1)
-    else:
-        folder = shared_dataset
-    classes = list(ShardSet(shared_dataset).manifest.classes)
-    spec = SPEC | {"peer": peer, "folder": str(folder), "classes": classes, "set": str(folder)}
-    spec |= {"resident": peer == "latentds-resident", "module": peer.partition("-")[0]}
+    spec = spec_of(peer, shared_dataset, tmp_path, patches)
     ready, seen = peers.Ready(spec), []
-    for batch in peers.BUILDERS[peer](spec):
+    loader = peer_loaders.BUILDERS[peer](spec)
+    for batch in loader:
         codes, labels = ready(batch)
         seen += [(c.numpy().tobytes(), int(n)) for c, n in zip(codes, labels, strict=True)]
     expected = [(c.tobytes(), int(n)) for c, n in zip(patches.codes, patches.labels, strict=True)]
     assert set(seen) <= set(expected) and seen != expected[: len(seen)]
     assert len(seen) > len(expected) - 100  # packed peers drop what does not fill a batch
+    assert not spec["replays"] or peers.replayed(loader, spec) == 8
+
+
+def spec_of(peer, own, work, patches) -> dict:
+    """What a process is told of a peer, whose files are written into the folder `work`."""
+    config, about = bench_loader.Config(against="none", batch_size=50), bench_loader.PEERS[peer]
+    if about.files != "latentds":
+        bench_loader.write_format(config, about.files, patches, work, own)
+    spec = bench_loader.describe_one(peer, "codes", own if about.files == "latentds" else work, 500)
+    spec |= {"classes": list(ShardSet(own).manifest.classes), "set": str(own)}
+    return SPEC | spec | bench_loader.describe_order(config, "codes", own, work, patches)
+
+
+def test_batches_other_than_those_recorded_are_refused(shared_dataset, tmp_path):
+    spec = spec_of("npy", shared_dataset, tmp_path, read_patches(shared_dataset, "train"))
+    np.save(spec["order"], np.load(spec["order"])[::-1])
+    with pytest.raises(RuntimeError, match="not those that were recorded"):
+        peers.replayed(peer_loaders.BUILDERS["npy"](spec), spec)
+
+
+def test_fewer_patches_than_a_batch_are_told(shared_dataset, tmp_path):
+    patches, config = read_patches(shared_dataset, "train"), bench_loader.Config(against="none")
+    few = dataclasses.replace(patches, codes=patches.codes[:9], labels=patches.labels[:9])
+    with pytest.raises(InputError, match="9 patches are less than a batch of 256"):
+        bench_loader.describe_order(config, "codes", shared_dataset, tmp_path, few)
 
 
 def test_a_process_that_dies_is_told_by_its_last_words(tmp_path):
@@ -83,10 +102,10 @@ def test_a_process_that_dies_is_told_by_its_last_words(tmp_path):
 
 @pytest.mark.slow
 def test_a_loader_that_dies_is_told_by_its_last_words(tmp_path):
-    spec = SPEC | {"peer": "jpeg-folder", "module": "torchvision", "folder": str(tmp_path / "no")}
+    spec = SPEC | bench_loader.describe_one("jpeg-folder", "pixels", tmp_path / "no", 1)
     with pytest.raises(InputError, match=r"jpeg-folder: .*no"):
         measure_loader(
-            spec | {"seconds": 1, "epoch_patches": 1, "ceiling_rounds": 0}, sys.executable
+            spec | {"seconds": 1, "epoch_patches": 1, "order": str(tmp_path)}, sys.executable
         )
 
 
@@ -118,7 +137,7 @@ def test_nothing_gathered_is_not_resident():
 
 def test_peers_of_other_environments_are_asked_for_by_name(capsys):
     with pytest.raises(SystemExit):
-        cli.main(["bench", "loader", "--against", "mds"])
+        cli.main(["bench", "loader", "--against", "litdata"])
     assert "--peer-python" in capsys.readouterr().err
 
 
@@ -152,10 +171,13 @@ def test_sets_whose_patch_tables_are_holes_read_as_others_do(tmp_path, monkeypat
 @pytest.mark.slow
 def test_bench_loader_measures_ours_and_peers(tmp_path, capsys):
     words = ["bench", "loader", "--patches", 4096, "--rounds", 1, "--seconds", 0.5, "--json"]
-    result = call(capsys, *words, "--against", "webdataset", "--decode", "codes")
+    result = call(capsys, *words, "--against", "webdataset,ray", "--decode", "codes")
     rows = {row["peer"]: row for row in result["results"]}
-    assert set(rows) == {"latentds", "webdataset", "webdataset-packed"}
+    assert set(rows) == {"latentds", "webdataset", "webdataset-packed", "ray"}
+    assert not any("error" in row for row in rows.values())
     assert rows["latentds"]["warm"]["patches_per_s"] > 0 and rows["latentds"]["peak_mb"] > 50
+    assert rows["latentds"]["recorded_batches"] == 8 and rows["latentds"]["warm"]["cores"] > 0
+    assert rows["webdataset"]["recorded_batches"] is None
     assert rows["webdataset"]["stored_bytes_per_patch"] > 4000 and result["machine"]["cores"]
 
 

@@ -40,7 +40,7 @@ LINES = {
     "latentds/sources": 6_470,
     "latentds/store": 5_490,
     "latentds/views": 1_205,
-    "tools": 12_600,
+    "tools": 12_865,
     "trainers": 10_500,
 }
 HEAVY = {  # heavy libraries and the only modules that may import them
@@ -67,12 +67,13 @@ HEAVY = {  # heavy libraries and the only modules that may import them
     "segmentation_models_pytorch": {"latentds.models.unet"},
     "h5py": {
         *("latentds.sources.patch_arrays", "latentds.evaluation.features.feature_files"),
+        *("latentds_tools.bench.peer_loaders", "latentds_tools.bench.peer_writers"),
     },
     "datasets": {
-        *("latentds.sources.hugging_face", "latentds_tools.bench.peers"),
-        "latentds_tools.bench.resuming",
+        *("latentds.sources.hugging_face", "latentds_tools.bench.peer_loaders"),
+        *("latentds_tools.bench.peer_writers", "latentds_tools.bench.resuming"),
     },
-    "ray": {"latentds.conversion.ray_engine"},
+    "ray": {"latentds.conversion.ray_engine", "latentds_tools.bench.peer_loaders"},
     "huggingface_hub": {
         "latentds_tools.health.surroundings",
         "latentds.autoencoders.downloads",

@@ -20,21 +20,50 @@ from latentds.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-# name: (stored bytes are pictures, distribution whose version is told)
+OURS = "latentds.loading.loader"
+
+
+@dataclasses.dataclass(frozen=True)
+class Peer:
+    """A loader to compare.
+
+    distribution  whose version is told
+    imports   what is imported before a clock starts
+    files     the format that it reads
+    replays   it delivers the recorded order, and not one of its own
+    images    its stored bytes are pictures
+    """
+
+    distribution: str
+    imports: str
+    files: str
+    replays: bool = False
+    images: bool = False
+
+
 PEERS = {
-    "latentds": (False, "latentds"),
-    "latentds-resident": (False, "latentds"),
-    "webdataset": (False, "webdataset"),
-    "webdataset-packed": (False, "webdataset"),
-    "datasets": (False, "datasets"),
-    "datasets-packed": (False, "datasets"),
-    "mds": (False, "mosaicml-streaming"),
-    "mds-packed": (False, "mosaicml-streaming"),
-    "jpeg-folder": (True, "torchvision"),
-    "jpeg-webdataset": (True, "webdataset"),
+    "latentds": Peer("latentds", OURS, "latentds", replays=True),
+    "latentds-resident": Peer("latentds", OURS, "latentds", replays=True),
+    "latentds-rows": Peer("latentds", OURS, "latentds", replays=True),
+    "npy": Peer("numpy", "numpy", "npy", replays=True),
+    "hdf5": Peer("h5py", "h5py", "hdf5", replays=True),
+    "webdataset": Peer("webdataset", "webdataset", "webdataset"),
+    "webdataset-packed": Peer("webdataset", "webdataset", "latentds"),
+    "datasets": Peer("datasets", "datasets", "parquet"),
+    "datasets-packed": Peer("datasets", "datasets", "parquet-packed"),
+    "datasets-rows": Peer("datasets", "datasets", "arrow", replays=True),
+    "ray": Peer("ray", "ray.data", "parquet"),
+    "mds": Peer("mosaicml-streaming", "streaming", "mds"),
+    "mds-packed": Peer("mosaicml-streaming", "streaming", "mds-packed"),
+    "mds-rows": Peer("mosaicml-streaming", "streaming", "mds", replays=True),
+    "litdata": Peer("litdata", "litdata", "litdata"),
+    "litdata-rows": Peer("litdata", "litdata", "litdata", replays=True),
+    "energon": Peer("megatron-energon", "megatron.energon", "energon"),
+    "jpeg-folder": Peer("torchvision", "torchvision.datasets", "jpeg-folder", True, True),
+    "jpeg-webdataset": Peer("webdataset", "webdataset", "jpeg-webdataset", images=True),
 }
-READS = {"webdataset-packed": "latentds", "latentds-resident": "latentds"}  # others' files
-HAVE_PACKED = ("webdataset", "datasets", "mds")
+FOREIGN = ("mds", "litdata", "energon")  # of --peer-python
+COMPARED = 8  # batches of a loader that are compared with the recorded ones
 DECODES = ("codes", "latents", "pixels")
 BUFFER = 5000  # samples that peers without an order of their own shuffle among
 
@@ -48,9 +77,10 @@ class Config:
     split: str = "train"
     """Split."""
     against: str = "jpeg-folder,jpeg-webdataset,webdataset,datasets"
-    """Peers with commas between: jpeg-folder, jpeg-webdataset, webdataset, datasets, mds. Those of
-    latents are measured with one patch a sample and with packs of 256. latentds-resident is ours
-    with all stored bytes on the device. 'none' measures ours alone."""
+    """Peers with commas between: jpeg-folder, jpeg-webdataset, webdataset, datasets, ray, mds,
+    litdata, energon, npy, hdf5. Some are measured with one patch a sample, with packs of 256 and
+    by rows. latentds-resident is ours with all stored bytes on the device, latentds-rows ours by
+    rows. 'none' measures ours alone. All that are addressed by rows replay the order of ours."""
     decode: str = "codes,latents,pixels"
     """What batches are to hold, with commas between."""
     patches: int = 131_072
@@ -81,7 +111,7 @@ class Config:
     rounds: int = 3
     """All loaders are measured so often, in turn; medians are reported."""
     peer_python: Path | None = None
-    """Python of another environment, with torch and mosaicml-streaming, for mds."""
+    """Python of another environment, with torch and what mds, litdata and energon need."""
     work: Path | None = None
     """Folder for the peers' files; a temporary one by default."""
     json: bool = False
@@ -90,11 +120,12 @@ class Config:
     def __post_init__(self) -> None:
         check_known("peer", self.peers(), {*PEERS} - {"latentds"})
         check_known("--decode", self.decodes(), DECODES)
-        if "mds" in self.peers() and self.peer_python is None:
+        foreign = [name for name in self.peers() if is_foreign(name)]
+        if foreign and self.peer_python is None:
             raise InputError(
-                "mds needs an environment of its own (it pins other versions): 'python -m venv "
-                "peer; peer/bin/pip install torch mosaicml-streaming', then --peer-python "
-                "peer/bin/python"
+                f"{foreign[0]} needs an environment of its own (it pins other versions): 'python "
+                "-m venv peer; peer/bin/pip install torch "
+                f"{PEERS[foreign[0]].distribution}', then --peer-python peer/bin/python"
             )
 
     def peers(self) -> list[str]:
@@ -108,13 +139,17 @@ class Config:
         """Who is measured with batches of what; files that are pictures give pixels alone."""
         names = ["latentds"]
         for peer in self.peers():
-            names += [peer, f"{peer}-packed"] if peer in HAVE_PACKED else [peer]
+            names += [name for name in PEERS if name == peer or name.startswith(f"{peer}-")]
         return [
-            (peer, decode)
-            for peer in names
+            (name, decode)
+            for name in names
             for decode in self.decodes()
-            if decode == "pixels" or not PEERS[peer][0]
+            if decode == "pixels" or not PEERS[name].images
         ]
+
+
+def is_foreign(peer: str) -> bool:
+    return peer.partition("-")[0] in FOREIGN
 
 
 def run(config: Config) -> None:
@@ -144,7 +179,7 @@ def prepare(config: Config, work: Path) -> list[dict[str, Any]]:
     else:
         synthetic.write_synthetic(own, config.patches)
         patches = peer_formats.read_patches(own, config.split)
-    common = describe_set(config, own, work, len(patches))
+    common = describe_set(config, own, work)
     most = config.pixel_patches
     few = peer_formats.Patches(patches.codes[:most], patches.labels[:most])
     sizes = {decode: few if decode == "pixels" else patches for decode in config.decodes()}
@@ -152,51 +187,75 @@ def prepare(config: Config, work: Path) -> list[dict[str, Any]]:
     if "pixels" in sizes and len(few) < len(patches):
         folders["latentds", len(few)] = work / "latentds-few"
         peer_formats.write_subset(own, work / "latentds-few", config.split, len(few))
+    told = {
+        decode: describe_order(config, decode, folders["latentds", len(some)], work, some)
+        for decode, some in sizes.items()
+    }
     specs = []
     for peer, decode in config.contenders():
-        some, where = sizes[decode], READS.get(peer, peer)
-        if (where, len(some)) not in folders:
-            folders[where, len(some)] = folder = work / f"{peer}-{len(some)}"
+        some, form = sizes[decode], PEERS[peer].files
+        if (form, len(some)) not in folders:
+            folders[form, len(some)] = folder = work / f"{form}-{len(some)}"
             folder.mkdir()
-            logger.info("writing %s", peer)
-            write_format(config, peer, some, folder, own)
-        specs.append(describe_one(config, peer, decode, folders[where, len(some)], some) | common)
+            logger.info("writing %s", form)
+            write_format(config, form, some, folder, own)
+        spec = describe_one(peer, decode, folders[form, len(some)], len(some))
+        specs.append(spec | common | told[decode])
     return specs
 
 
-def describe_one(
-    config: Config, peer: str, decode: str, folder: Path, patches: Any
+def describe_order(
+    config: Config, decode: str, folder: Path, work: Path, patches: Any
 ) -> dict[str, Any]:
+    """The order that is replayed: our own of epoch 0, and its first batches' checksums."""
+    import numpy as np
+    import torch
+    from latentds_tools.bench import peer_formats, peers
+
     size = config.pixel_batch_size if decode == "pixels" else config.batch_size
-    count = len(patches)
-    stored = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    if len(patches) < size:
+        raise InputError(
+            f"{config.folder}: {len(patches)} patches are less than a batch of {size}; a smaller "
+            "--batch-size or --pixel-batch-size"
+        )
+    order = peer_formats.record_order(folder, config.split, size)
+    np.save(work / f"order-{decode}.npy", order)
+    batches = order[: COMPARED * size].reshape(-1, size)
+    arrays = torch.from_numpy(patches.codes), torch.from_numpy(patches.labels)
     return {
-        "peer": peer,
-        "module": PEERS[peer][1],
-        "images": PEERS[peer][0],
-        "folder": str(folder),
-        "decode": decode,
+        "order": str(work / f"order-{decode}.npy"),
+        "epoch_patches": len(order),
         "batch_size": size,
-        "epoch_patches": count - count % size,
-        "stored_patches": count,
-        "stored_bytes_per_patch": stored / count,
-        "resident": peer == "latentds-resident",
-        "ceiling_rounds": 3 if PEERS[peer][1] == "latentds" and decode == "pixels" else 0,
+        "recorded": [peers.checksums(*(array[rows] for array in arrays)) for rows in batches],
     }
 
 
-def describe_set(config: Config, own: Path, work: Path, count: int) -> dict[str, Any]:
+def describe_one(peer: str, decode: str, folder: Path, count: int) -> dict[str, Any]:
+    stored = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    about, ours = PEERS[peer], peer in ("latentds", "latentds-resident")
+    return {
+        "peer": peer,
+        "distribution": about.distribution,
+        "imports": about.imports,
+        "images": about.images,
+        "replays": about.replays,
+        "ours": ours,
+        "folder": str(folder),
+        "decode": decode,
+        "stored_patches": count,
+        "stored_bytes_per_patch": stored / count,
+        "resident": peer == "latentds-resident",
+        "ceiling_rounds": 3 if ours and decode == "pixels" else 0,
+    }
+
+
+def describe_set(config: Config, own: Path, work: Path) -> dict[str, Any]:
     """What all processes are told: options, and what the set is like."""
     import numpy as np
 
     from latentds.quantizers.scalar import Codebook
     from latentds.store.reader import ShardSet
 
-    if count < config.batch_size:
-        raise InputError(
-            f"{config.folder}: {count} patches are less than a batch of {config.batch_size}; "
-            "a smaller --batch-size"
-        )
     manifest = ShardSet(own).manifest
     codebook, levels = manifest.contract.codebook, None
     if isinstance(codebook, Codebook):  # for peers in a Python without latentds
@@ -213,29 +272,33 @@ def describe_set(config: Config, own: Path, work: Path, count: int) -> dict[str,
     }
 
 
-def write_format(config: Config, peer: str, patches: Any, folder: Path, own: Path) -> None:
-    from latentds_tools.bench import peer_formats
+def write_format(config: Config, form: str, patches: Any, folder: Path, own: Path) -> None:
+    from latentds_tools.bench import peer_formats, peer_writers
 
-    pack = peer_formats.PACK if peer.endswith("-packed") else 1
-    if peer.startswith("jpeg"):
-        peer_formats.write_jpegs(patches, peer, folder, own, config.autoencoder)
-    elif peer == "webdataset":
-        peer_formats.write_webdataset(patches, folder, "npy", patches.codes)
-    elif peer.startswith("datasets"):
+    kind, _, packed = form.partition("-")
+    pack = peer_formats.PACK if packed else 1
+    if kind == "jpeg":
+        peer_formats.write_jpegs(patches, form, folder, own, config.autoencoder)
+    elif kind == "parquet":
         peer_formats.write_parquet(patches, folder, pack)
-    else:
-        peer_formats.write_mds(patches, folder, pack, str(config.peer_python))
+    if kind in ("webdataset", "energon"):
+        peer_formats.write_webdataset(patches, folder, "npy", patches.codes)
+    if form in peer_writers.WRITERS:
+        peer_formats.write_by(python_of(config, form), form, patches, folder, pack)
+
+
+def python_of(config: Config, peer: str) -> str:
+    return str(config.peer_python) if is_foreign(peer) else sys.executable
 
 
 def measure_one(config: Config, spec: dict[str, Any]) -> dict[str, Any]:
     """Figures of one contender; its error where it fails, so that the others are still told."""
     from latentds_tools.bench.measuring_loaders import measure_loader
 
-    python = str(config.peer_python) if spec["peer"].startswith("mds") else sys.executable
-    if spec["peer"].startswith("mds") and spec["decode"] == "pixels":
+    if is_foreign(spec["peer"]) and spec["decode"] == "pixels":
         return {"error": "its Python has no latentds to decode with"}
     try:
-        return measure_loader(spec, python)
+        return measure_loader(spec, python_of(config, spec["peer"]))
     except InputError as error:
         logger.warning("%s", error)
         return {"error": str(error)}
@@ -253,7 +316,8 @@ def summarize(case: Case) -> dict[str, Any]:
         "warm_range": harness.extent([found["warm"]["patches_per_s"] for found in sound]),
         "versions": sound[0]["versions"],
         "peak_mb": statistics.median(found["peak_mb"] for found in sound),
-        "counters": sound[-1].get("counters"),
+        "counters": (counters := dict(sound[-1]["counters"])),
+        "recorded_batches": counters.pop("replayed", None),
     }
     pairs = [pair for found in sound for pair in found["ceilings"]]
     if pairs:
@@ -268,15 +332,21 @@ def warm_text(row: dict[str, Any]) -> str:
     return f"{row['warm']['patches_per_s']:,.0f} ({low:,.0f}-{high:,.0f})"
 
 
+def order_text(row: dict[str, Any]) -> str:
+    count = row["recorded_batches"]
+    return "its own" if count is None else f"recorded, {count} compared"
+
+
 COLUMNS: dict[str, harness.Column] = {
     "batches of": ("decode", ""),
     "loader": ("peer", ""),
-    "patches": ("stored_patches", ","),
+    "order": ("warm", order_text),
     "stored B": ("stored_bytes_per_patch", ",.0f"),
     "warm patches/s (range)": ("warm_range", warm_text),
     "cold patches/s": ("cold", lambda row: f"{row['cold']['patches_per_s']:,.0f}"),
     "first batch s": ("cold", lambda row: f"{row['cold']['first_batch_s']:.2f}"),
-    "CPU s/1000": ("warm", lambda row: f"{row['warm']['cpu_s_per_1000']:.3f}"),
+    "cores": ("warm", lambda row: f"{row['warm']['cores']:.2f}"),
+    "CPU µs a patch": ("warm", lambda row: f"{row['warm']['cpu_s_per_1000'] * 1000:,.1f}"),
     "disk B read, cold": ("cold", lambda row: f"{row['cold']['bytes_read_per_patch']:,.0f}"),
     "peak MB": ("peak_mb", ",.0f"),
 }
@@ -285,10 +355,12 @@ COLUMNS: dict[str, harness.Column] = {
 def as_text(report: dict[str, Any]) -> str:
     """The table, best rates first within what batches hold."""
     where = report["machine"]
+    counts = {row["decode"]: row["stored_patches"] for row in report["results"]}
+    told = ", ".join(f"{count:,} patches as {decode}" for decode, count in counts.items())
     head = (
         f"{where['gpu'] or where['cpu']}, {where['cores']} cores; {report['workers']} workers, "
-        f"batches of {report['batch_size']} ({report['pixel_batch_size']} of pixels), medians of "
-        f"{report['rounds']} rounds"
+        f"{told}; batches of {report['batch_size']} ({report['pixel_batch_size']} of pixels), "
+        f"medians of {report['rounds']} rounds"
     )
     rows = sorted(
         report["results"],

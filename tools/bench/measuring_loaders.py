@@ -9,6 +9,7 @@ import os
 import subprocess
 import tempfile
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from latentds_tools.bench.harness import child, last_words
 from latentds.core.extras import is_here
 from latentds.errors import InputError
 
-SCRIPT = Path(__file__).with_name("peers.py")
+TOOLS = Path(__file__).parents[1]
 SAMPLE_S = 0.2
 GIVE_UP_S = 600  # without an event
 
@@ -34,12 +35,27 @@ def drop_page_cache(folder: Path) -> None:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
+@contextlib.contextmanager
+def importable() -> Iterator[dict[str, str]]:
+    """Environment variables by which any Python finds this package, and nothing beside it."""
+    with tempfile.TemporaryDirectory() as names:
+        Path(names, "latentds_tools").symlink_to(TOOLS, target_is_directory=True)
+        paths = [names, *filter(None, [os.environ.get("PYTHONPATH")])]
+        yield os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+
+
+def words_of(python: str, module: str, spec: dict[str, Any]) -> list[str]:
+    """The command that runs a module of this folder."""
+    return [python, "-m", f"latentds_tools.bench.{module}", json.dumps(spec)]
+
+
 def measure_loader(spec: dict[str, Any], python: str) -> dict[str, Any]:
     """Figures of one run of a loader; InputError with its last words where it dies."""
     drop_page_cache(Path(spec["folder"]))
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with tempfile.TemporaryFile("w+") as errors:
-        with child([python, str(SCRIPT), json.dumps(spec)], stderr=errors, **pipes) as process:
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with tempfile.TemporaryFile("w+") as errors, importable() as env:
+        words = words_of(python, "peers", spec)
+        with child(words, stderr=errors, env=env, **pipes) as process:
             figures = follow(process, Watch(process.pid))
         errors.seek(0)
         if figures is None:
@@ -84,6 +100,7 @@ def note(figures: dict[str, Any], event: dict[str, Any], spent: dict[str, float]
             "patches": patches,
             "patches_per_s": patches / event["seconds"],
             "cpu_s_per_1000": spent["cpu_s"] / patches * 1000,
+            "cores": spent["cpu_s"] / event["seconds"],
             "bytes_read_per_patch": spent["bytes_read"] / patches,
             "first_batch_s": event["first_batch_s"],
         }

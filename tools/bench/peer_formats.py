@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import json
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -18,11 +17,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import webdataset as wds
-from latentds_tools.bench.measuring_loaders import SCRIPT
+from latentds_tools.bench.harness import last_words
+from latentds_tools.bench.measuring_loaders import importable, words_of
 
 from latentds.codecs.formats import save_with_pillow
 from latentds.codecs.latent import to_pictures
 from latentds.errors import InputError
+from latentds.loading.dataset import LatentDataset
 from latentds.loading.decoding import Decoder, find_autoencoder
 from latentds.store.composing import compose
 from latentds.store.format import GOLDEN
@@ -64,6 +65,13 @@ def read_patches(folder: Path, split: str, count: int | None = None) -> Patches:
     return Patches(shards.read_codes(rows), shards.patches[rows]["label"].astype(np.int64))
 
 
+def record_order(folder: Path, split: str, size: int) -> np.ndarray:
+    """Places in a split of the patches of our first epoch's whole batches, in its order."""
+    data = LatentDataset(folder, split, batch_size=size, shuffle=True)
+    rows = [batch.rows.numpy() for batch in data if batch.valid.all() and len(batch.rows) == size]
+    return np.concatenate(rows) - data.shards.patch_range(split)[0]
+
+
 def write_subset(folder: Path, out: Path, split: str, count: int) -> Patches:
     """A latentds set of the first `count` patches of a split, and those patches."""
     shards, patches = ShardSet(folder), read_patches(folder, split, count)
@@ -102,16 +110,17 @@ def write_parquet(patches: Patches, out: Path, pack: int) -> None:
         pq.write_table(pa.table(columns), out / f"{number:06d}.parquet", row_group_size=rows)
 
 
-def write_mds(patches: Patches, out: Path, pack: int, python: str) -> None:
-    spec: dict[str, Any] = {"peer": "write-mds", "folder": str(out), "pack": pack}
-    with tempfile.TemporaryDirectory(dir=out.parent) as work:
+def write_by(python: str, form: str, patches: Patches, out: Path, pack: int) -> None:
+    """Have a peer's own library write, or index, what it reads."""
+    with tempfile.TemporaryDirectory(dir=out.parent) as work, importable() as env:
+        spec: dict[str, Any] = {"format": form, "folder": str(out), "pack": pack}
         for name, values in (("codes", patches.codes), ("labels", patches.labels)):
             spec[name] = f"{work}/{name}.npy"
             np.save(spec[name], values)
-        words = [python, str(SCRIPT), json.dumps(spec)]
-        run = subprocess.run(words, capture_output=True, text=True)
+        words = words_of(python, "peer_writers", spec)
+        run = subprocess.run(words, capture_output=True, text=True, env=env)
     if run.returncode:
-        raise InputError(f"{python}: mosaicml-streaming cannot write: {run.stderr.strip()[-300:]}")
+        raise InputError(f"{python} cannot write {form}: {last_words(run.stderr)}")
 
 
 def write_jpegs(patches: Patches, peer: str, out: Path, own: Path, autoencoder: str | None) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from latentds_tools.bench import bench_resume
+from latentds_tools.bench import bench_loader, bench_resume
 from latentds_tools.fidelity import fidelity_page
 from latentds_tools.fidelity.front import cell, cost_table, read_rows
 from latentds_tools.reports.markdown import table
@@ -105,8 +105,9 @@ def called(codec: str) -> str:
     return CALLED.get(codec, CALLED.get(name, f"`{name}`"))
 
 
-def resume_table(source: Path) -> str:
-    return table_in(bench_resume.as_text(json.loads(source.read_text())), "| loader |", str(source))
+def bench_table(as_text: Callable[[Any], str], start: str, source: Path) -> str:
+    """The table that a bench prints of its report."""
+    return table_in(as_text(json.loads(source.read_text())), start, str(source))
 
 
 def equal_bytes(title: str, part: Callable[[dict[str, Any]], str], source: Path) -> str:
@@ -184,7 +185,18 @@ TABLES = (
         lambda source: cost_table(read_rows(source)),
     ),
     Traced("docs/autoencoders.md", "|  | bytes | EfficientNet", "docs/fidelity.md", kept_rows),
-    Traced("docs/reliability.md", "| loader | ranks", "results/resume.json", resume_table),
+    *(
+        Traced(
+            f"docs/{page}.md",
+            start,
+            f"results/{name}.json",
+            functools.partial(bench_table, as_text, start),
+        )
+        for page, start, name, as_text in (
+            ("reliability", "| loader | ranks", "resume", bench_resume.as_text),
+            ("benchmarks", "| batches of | loader | order", "loaders", bench_loader.as_text),
+        )
+    ),
 )
 
 if __name__ == "__main__":

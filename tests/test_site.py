@@ -1,5 +1,6 @@
 """The site: every page has its place, and references come from the code."""
 
+import ast
 import re
 import sys
 from pathlib import Path
@@ -102,3 +103,34 @@ def test_the_site_is_built_without_a_warning(tmp_path):
 
     build(load_config(str(ROOT / "mkdocs.yml"), site_dir=str(tmp_path), strict=True))
     assert "LatentLoader" in (tmp_path / "api" / "index.html").read_text()
+
+
+def names_of(module: str) -> set[str]:
+    """What a module of ours defines or imports, and the modules of a package."""
+    root = {"latentds_tools": "tools", "latentds_trainers": "trainers"}
+    first, *rest = module.split(".")
+    place = ROOT.joinpath(root.get(first, first), *rest)
+    file = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+    found = {path.stem for path in place.glob("*")} if place.is_dir() else set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        elif isinstance(node, ast.alias):
+            found.add(node.asname or node.name)
+        elif isinstance(node, ast.Constant) and place.is_dir():  # a package's lazy names are text
+            found.add(str(node.value))
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_what_a_page_imports_of_ours_is_there(page):
+    imports = re.findall(r"^ *from (latentds[\w.]*) import ([\w, ]+)", page.read_text(), re.M)
+    lost = [
+        (module, name)
+        for module, names in imports
+        for name in (each.split(" as ")[0].strip() for each in names.split(","))
+        if name and name not in names_of(module)
+    ]
+    assert lost == []

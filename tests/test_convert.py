@@ -340,3 +340,23 @@ def test_bytes_that_codes_cannot_have_are_refused_with_those_they_can(
 ):
     with pytest.raises(InputError, match=words):
         convert_with_mean(pictures, tmp_path / "out", **options)
+
+
+class Inverting(MeanAutoencoder):
+    """Decodes to what is wrong, as damaged weights do."""
+
+    def decode(self, latents):
+        return 1 - super().decode(latents)
+
+
+@pytest.mark.parametrize("network", [MeanAutoencoder, Inverting])
+def test_stored_patches_that_decode_to_other_pictures_are_told(tmp_path, caplog, network):
+    options = {"fit_patches": 16, "encode_batch": 4, "device": "cpu"}
+    dark = tmp_path / "dark"
+    dark.mkdir()
+    for number in range(8):
+        Image.new("RGB", (32, 32), (20, number, 30)).save(dark / f"{number}.png")
+    with caplog.at_level("WARNING"):
+        convert(ConvertConfig(source=dark, out=tmp_path / "out", **options), network())
+    told = "what stored patches decode to is unlike the pictures" in caplog.text
+    assert told == (network is Inverting)

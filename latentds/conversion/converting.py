@@ -37,7 +37,14 @@ from latentds.sources.slide_looks import SlideLook
 from latentds.sources.source import Source
 from latentds.store.composing import complete
 from latentds.store.format import GOLDEN, MANIFEST
-from latentds.store.golden import choose_rows, decode_pixels, encode_golden
+from latentds.store.golden import (
+    THUMBNAIL_PX,
+    choose_rows,
+    decode_pixels,
+    encode_golden,
+    likeness_db,
+    shrink,
+)
 from latentds.store.index import write_tables
 from latentds.store.manifest import Manifest, left_out_text, read_manifest
 from latentds.store.reader import ShardSet
@@ -45,6 +52,7 @@ from latentds.store.slide_records import SlideRecord, write_slide_records
 
 logger = logging.getLogger(__name__)
 NO_PATCH = "no patch in it"
+UNLIKE_DB = 12.0  # of golden patches as thumbnails, below which little can be recognised
 
 
 def convert(
@@ -245,6 +253,15 @@ def write_golden(conversion: Conversion, manifest: Manifest, bad: Collection[Reg
     decoded = decode_pixels(
         codes, [manifest.contract.codebook], conversion.encoder.autoencoder, plan.patch_px
     )
+    pairs = zip(decoded, originals, strict=True)
+    found_db = float(np.median([likeness_db(ours, shrink(its)) for ours, its in pairs]))
+    if found_db < UNLIKE_DB:
+        logger.warning(
+            "%s: what stored patches decode to is unlike the pictures (%.1f dB at %s px, 20 and "
+            "more are usual); is %s whole, and made for such pictures? 'latentds show --originals' "
+            "shows both",
+            config.out, found_db, THUMBNAIL_PX, conversion.encoder.autoencoder.card.name,
+        )  # fmt: skip
     write_atomically(config.out / GOLDEN, encode_golden(rows, codes, originals, decoded))
 
 

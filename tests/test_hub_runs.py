@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import latentds.store.transport
-from latentds.errors import DamagedPackError
+from latentds.errors import DamagedPackError, InputError
 from latentds.loading.dataset import LatentDataset
 from latentds.loading.loader import LatentLoader
 from latentds.loading.options import Select
@@ -95,13 +95,70 @@ def test_workers_share_what_came_along(hub, cache):
 
 
 @pytest.mark.parametrize("fault", ["drop", "short", "429", "503"])
-def test_a_run_that_fails_is_asked_for_again(hub, cache, shared_dataset, fault):
+def test_a_run_that_fails_is_replaced_by_its_packs(hub, cache, shared_dataset, fault):
     data = LatentDataset(HUB, cache=cache, batch_size=20, shuffle=True)
     data.sets[0].files.fetched_alone = 4
     hub.faults[SHARD] = [fault]
-    assert np.array_equal(
-        codes_of(data), codes_of(LatentDataset(shared_dataset, batch_size=20, shuffle=True))
-    )
+    local = LatentDataset(shared_dataset, batch_size=20, shuffle=True)
+    assert np.array_equal(codes_of(data), codes_of(local))
+    assert hub.requests[SHARD] <= 1 + 4 + 8  # the fault, runs, and what of one is wanted at once
+    assert data.sets[0].files.fetched_alone <= 4 + 8
+
+
+def test_a_server_that_stays_away_ends_the_first_batch_soon(hub, cache):
+    data = LatentDataset(HUB, cache=cache, batch_size=200, shuffle=True)
+    data.sets[0].files.fetched_alone = 4
+    hub.faults[SHARD] = ["503!"]
+    with pytest.raises(InputError, match="after 8 tries"):
+        data.batch(0, 0)
+    assert hub.requests[SHARD] <= 2 + 8  # the rest of the runs was called off
+
+
+@pytest.mark.parametrize("options", [{"columns": ("source",)}, {"masks": True}])
+def test_columns_and_masks_come_along(hub, cache, shared_dataset, options):
+    data = LatentDataset(HUB, cache=cache, batch_size=20, **options)
+    data.sets[0].files.fetched_alone = 4
+    local = LatentDataset(shared_dataset, batch_size=20, **options)
+    for ours, its in zip(data, local, strict=True):
+        assert ours.columns == its.columns
+        assert (ours.masks is None) == (its.masks is None)
+        assert ours.masks is None or (ours.masks == its.masks).all()
+    assert hub.requests[SHARD] <= 4
+
+
+def test_an_unknown_split_is_named(hub, cache):
+    with pytest.raises(KeyError, match="did you mean 'train'"):
+        LatentDataset(HUB, "trian", cache=cache)
+
+
+def test_packs_of_unlike_sizes_come_side_by_side(hub, cache, monkeypatch):
+    data = LatentDataset(HUB, cache=cache, batch_size=20)
+    files, packs = data.sets[0].files, np.arange(8)
+    files.fetched_alone = 4
+    monkeypatch.setattr("latentds.store.tables.RUN_BYTES", PACK_BYTES)  # none fits
+    data.sets[0].pack_table.fetch(packs)
+    assert len(kept_packs(cache)) == hub.requests[SHARD] == 8
+
+
+def test_neighbours_that_are_evicted_before_their_turn_end_the_runs(hub, cache, caplog):
+    data = LatentDataset(HUB, cache=cache, batch_size=20)
+    table, files = data.sets[0].pack_table, data.sets[0].files
+    files.fetched_alone = 4
+    table.fetch(np.array([0]))
+    for path in cache.dir.glob("sets/*/data/*/*"):
+        path.unlink()  # as another reader's packs would have it
+    table.fetch(np.array([1]))
+    assert files.run_packs == 1 and "evicted before their turn" in caplog.text
+    assert hub.requests[SHARD] == 1
+
+
+def test_few_runs_are_asked_for_ahead(hub, cache, monkeypatch):
+    data = LatentDataset(HUB, cache=cache, batch_size=20)
+    files = data.sets[0].files
+    files.fetched_alone = 4
+    data.sets[0].pack_table.fetch(np.array([0, 8, 16, 24]), ahead=True)
+    files.threads("runs-ahead").shutdown(wait=True)
+    assert hub.requests[SHARD] == 2 and not files.asked
 
 
 def test_a_damaged_neighbour_is_not_kept_and_is_named_when_its_turn_comes(
@@ -138,14 +195,6 @@ def test_packs_come_alone_where_neighbours_would_not_be_used(
     assert data.sets[0].files.run_packs == 1
     told = "an epoch of train is 32 requests" in caplog.text and "latentds fetch" in caplog.text
     assert told == (kind == "small cache")
-
-
-def test_a_run_that_a_table_spreads_wide_is_left_alone(hub, cache):
-    data = LatentDataset(HUB, cache=cache, batch_size=20)
-    files = data.sets[0].files
-    run = data.sets[0].pack_table.extents([0, 1], "codes.npy")
-    files.fill_run([run[0], run[1]._replace(offset=1 << 40)], "x", 1)
-    assert hub.requests[SHARD] == 0 and kept_packs(cache) == []
 
 
 @pytest.mark.slow

@@ -82,13 +82,12 @@ def test_a_scan_asks_for_neighbours_at_once(folder, server, cache):
     assert server.requests[PATCHES_TABLE] == 2
 
 
-def test_parts_are_large_once_many_blocks_were_wanted(server, cache, monkeypatch):
-    monkeypatch.setattr(latentds.store.table_parts, "BLOCKS_ALONE", 2)
-    monkeypatch.setattr(latentds.store.table_parts, "PART_BYTES", 8 * 8 * 24)
+def test_parts_grow_with_their_number(server, cache, monkeypatch):
+    monkeypatch.setattr(latentds.store.table_parts, "GROWTH", 2)
     remote = ShardSet(server.url, cache=cache)
     for row in range(200):
         remote.patches[row]
-    assert server.requests[PATCHES_TABLE] - 1 == 2 + 4  # of 1 and 8 blocks, of 25
+    assert server.requests[PATCHES_TABLE] - 1 == 2 + 2 + 2  # of 1, 4 and 16 blocks
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -105,7 +105,7 @@ class LatentDataset(IterableDataset[Batch]):
         self.slides = None if select.slides is None else list(select.slides)
         self.is_mixture = isinstance(folder, Mixture)
         self.rank, self.world_size = find_rank(order.rank, order.world_size)
-        self.samplers = [self.set_sampler(index, select, order) for index in range(len(self.sets))]
+        self.samplers = [self.set_sampler(index, select) for index in range(len(self.sets))]
         chosen = [self.where, self.slides]
         if select.rows is not None:
             chosen.append(np.sort(np.asarray(select.rows)).tolist())
@@ -113,6 +113,9 @@ class LatentDataset(IterableDataset[Batch]):
         self.sampler: Sampler = self.samplers[0]
         if isinstance(folder, Mixture):
             self.sampler = MixtureSampler(self.samplers, folder.weights, seed, folder.epoch_patches)
+        if not select.chooses and self.balance is None and order.lanes == 1:  # all packs, here
+            for shards in self.sets:
+                shards.pack_table.want_all(split, len(self.sets), bool(columns), masks)
         self.batching = Batching(
             size=self.sampler.size,
             global_batch=global_size(batch_size, order.global_batch_size, self.world_size),
@@ -123,9 +126,8 @@ class LatentDataset(IterableDataset[Batch]):
         self.collator = Collator(
             self.sets, seed, decode, tuple(columns), masks, select.class_to_idx
         )
-        self.statistics_given: ChannelStatistics | None = None
-        if isinstance(normalize, ChannelStatistics):
-            self.statistics_given = checked_statistics(normalize, self.shards)
+        given = normalize if isinstance(normalize, ChannelStatistics) else None
+        self.statistics_given = given and checked_statistics(given, self.shards)
         if normalize:
             self.collator.decoders = self.normalized_codebooks()
         self.bad: dict[tuple[int, int], str] = {}  # (set, pack): what is wrong with it
@@ -134,15 +136,13 @@ class LatentDataset(IterableDataset[Batch]):
         self.cursor: tuple[int, int] | None = None  # epoch, batch this worker comes to next
         self.resumed = False
 
-    def set_sampler(self, index: int, select: Select, order: Order) -> SetSampler:
+    def set_sampler(self, index: int, select: Select) -> SetSampler:
         """The sampler of one set; a mixture's sets must not run through like orders."""
         shards, seed = self.sets[index], self.seed + (index << 32)
         rows = None
         if select.chooses:
             rows = select_rows(shards, self.split, self.where, self.slides, select.rows, self.sets)
         if self.balance is None:
-            if rows is None and order.lanes == 1:  # a lane takes some packs
-                shards.pack_table.want_all(self.split, share=1 / len(self.sets))
             return PackSampler(shards, self.split, rows, seed, self.shuffle)
         rows = np.arange(*shards.patch_range(self.split)) if rows is None else rows
         return BalancedSampler(shards, self.balance, rows, seed)

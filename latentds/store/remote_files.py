@@ -11,7 +11,7 @@ import os
 import threading
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 THREADS = 16  # ranges fetched at once by a process
 RUN_BYTES = 32_000_000  # of neighbouring packs that come by one request: the Hub counts requests
-RUN_THREADS = 2  # such requests at once: each is held in memory
+RUNS_AHEAD = 2  # such requests that wait or are on their way; one at a time is held in memory
 ALONE = 256  # packs that a process fetches by themselves first: a look at a set costs little
 MAX_PENDING = 256  # of them asked for ahead
 
@@ -50,8 +50,10 @@ class RemoteFiles:
         self.parted: dict[str, TableParts] = {}  # large tables, by name
         self.pools: dict[str, Any] = {}
         self.waiting = 0  # extents asked for ahead that no thread has begun with
-        self.asked: set[str] = set()  # first extents of runs that are on their way
+        self.asked: set[str] = set()  # runs that wait or are on their way
+        self.fetched: set[str] = set()  # runs that this process has fetched
         self.run_packs = 1  # packs of a run; see PackTable.want_all
+        self.run_kinds: tuple[str, ...] = ()  # which of their members come along
         self.fetched_alone = 0
 
     def __getstate__(self) -> dict[str, Any]:
@@ -242,44 +244,60 @@ class RemoteFiles:
         """Whether an extent is in the cache."""
         return (self.cache.folder / self.member(extent)).is_file()
 
-    def fetch_runs(self, runs: Sequence[Sequence[Extent]], ahead: bool = False) -> None:
-        """As `fetch`, of neighbours in a shard: each run by one request."""
-        tasks = []
-        for run in runs:
-            name = self.member(run[0])
-            if ahead and (self.offline or name in self.asked):
+    def fetch_runs(self, runs: Mapping[str, Sequence[Extent]], ahead: bool = False) -> None:
+        """As `fetch`, of neighbours in a shard, by a name of their own: a run is one request."""
+        pool, tasks = self.threads("runs-ahead" if ahead else "runs", 1), []
+        for name, run in runs.items():
+            # A process that ends waits for those that it asked for ahead.
+            if ahead and (self.offline or name in self.asked or len(self.asked) >= RUNS_AHEAD):
                 continue
             self.asked.add(name)
-            pool = self.threads("runs-ahead" if ahead else "runs", RUN_THREADS)
-            tasks.append(pool.submit(self.fill_run, run, name, 1 if ahead else ATTEMPTS))
+            tasks.append(pool.submit(self.fill_run, name, run))
         if not ahead:
-            wait(tasks)
+            rest = wait(tasks, return_when=FIRST_EXCEPTION).not_done
+            self.asked -= {name for name, task in zip(runs, tasks, strict=True) if task.cancel()}
+            wait(rest)
 
-    def fill_run(self, run: Sequence[Extent], name: str, attempts: int) -> None:
-        """Put what the cache lacks of a run there; a pack that does not come `open` will ask for.
+    def fill_run(self, name: str, run: Sequence[Extent]) -> None:
+        """Put what the cache lacks of a run there, in one try.
 
-        The table is another's: what does not lie close together is left to `open` as well.
+        What does not come, or comes damaged, is left to `open`, which has more tries and knows the
+        pack.
         """
         number = int(hashlib.sha256(name.encode()).hexdigest(), 16) % LOCKS
         try:
             with self.cache.lock(f"locks/run-{number}"):
                 missing = [extent for extent in run if not self.holds(extent)]
-                start = min((extent.offset for extent in missing), default=0)
-                length = max((each.offset + each.size for each in missing), default=0) - start
-                # A process that ends waits for its threads.
-                if not 0 < length <= 2 * RUN_BYTES or not threading.main_thread().is_alive():
+                if not missing:
                     return
-                shard = run[0].shard
-                content = self.transport.read(shard, start, length, length, attempts=attempts)
-                kept = 0
-                for extent in missing:
-                    part = memoryview(content)[extent.offset - start :][: extent.size]
-                    if is_sound(part, extent):
-                        self.cache.write(self.cache.folder / self.member(extent), part)
-                        kept += extent.size
-                self.cache.account(kept)
+                if name in self.fetched and len(missing) > len(run) // 2 and self.run_packs > 1:
+                    self.run_packs = 1
+                    logger.warning(
+                        "%s: neighbours of packs are evicted before their turn, so packs come one "
+                        "by one from now on; the cache has %s bytes, and all that is read through "
+                        "it needs room (CacheConfig(limit=), LATENTDS_CACHE_LIMIT)",
+                        self.where, f"{self.cache.limit:,}",
+                    )  # fmt: skip
+                    return
+                self.keep_run(missing)
+                self.fetched.add(name)
         finally:
             self.asked.discard(name)
+
+    def keep_run(self, missing: Sequence[Extent]) -> None:
+        """Fetch extents of a shard that lie close together by one request, and keep the sound."""
+        start = min(extent.offset for extent in missing)
+        length = max(extent.offset + extent.size for extent in missing) - start
+        content = memoryview(self.transport.read(missing[0].shard, start, length, length, bool, 1))
+        kept = 0
+        try:
+            for extent in missing:
+                part = content[extent.offset - start :][: extent.size]
+                if is_sound(part, extent):
+                    self.cache.write(self.cache.folder / self.member(extent), part)
+                    kept += extent.size
+        finally:
+            self.cache.account(kept)
 
     def threads(self, name: str, number: int = THREADS) -> ThreadPoolExecutor:
         """A pool of this process; what is needed now does not queue behind what is for later."""

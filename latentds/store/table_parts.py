@@ -17,7 +17,7 @@ from latentds.store.open_files import BlockSums
 WHOLE_BYTES = 1 << 23  # up to so many, one request for all is quicker than many for parts
 PART_BYTES = 1 << 20  # of a part, once many blocks were wanted
 RANGE_BYTES = 1 << 23  # of a request, where parts that are wanted lie side by side
-BLOCKS_ALONE = 256  # that are parts of their own, before: two windows of the order
+GROWTH = 256  # parts of a size, two windows of the order, before the next are four times as large
 PRESENT = ".parts"  # suffix of the file that has a byte for every block: 1 once it is there
 
 Fetch = Callable[[int, int, Callable[[bytes], bool]], bytes]  # start, size, is it sound
@@ -105,7 +105,7 @@ class TableParts:
             if not len(missing):
                 return []
             most = max(1, min(PART_BYTES // self.block_bytes, self.sums.together))
-            width = 1 if self.fetched < BLOCKS_ALONE else 1 << (most.bit_length() - 1)
+            width = 1 << min(2 * (self.fetched // GROWTH), most.bit_length() - 1)
             parts = np.unique(missing // width)
             self.fetched += len(parts)
         most = max(1, RANGE_BYTES // self.block_bytes // width)

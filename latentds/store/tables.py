@@ -239,41 +239,55 @@ class PackTable:
             tasks += table.bring(packs, ones, ahead) if isinstance(table, Table) else []
         wait_for([] if ahead else tasks)
 
-    def want_all(self, split: str, share: float) -> None:
+    def want_all(self, split: str, sets: int, columns: bool, masks: bool) -> None:
         """Say that every pack of a split will be wanted: those of the Hub then come in runs.
 
-        share  part of the cache that the split may fill; where it does not fit, neighbours would be
-               thrown away before their turn, so packs come one by one
+        sets            that share the cache; where a split does not fit into its part, neighbours
+                        would be evicted before their turn, so packs come one by one
+        columns, masks  whether those will be wanted, too
         """
-        shards = [shard for shard in self.manifest.shards if shard.split == split]
-        if not isinstance(self.files, RemoteFiles) or self.files.transport.hub is None:
+        files, shards = self.files, [s for s in self.manifest.shards if s.split == split]
+        if not isinstance(files, RemoteFiles) or files.transport.hub is None or files.offline:
             return
         size, packs = sum(shard.bytes for shard in shards), sum(shard.packs for shard in shards)
-        room = int(self.files.cache.limit * KEPT_SHARE * share)
+        room = int(files.cache.limit * KEPT_SHARE / sets)
         if size <= room:
-            self.files.run_packs = max(1, RUN_BYTES * packs // size)
+            files.run_packs = max(1, RUN_BYTES * packs // size)
+            files.run_kinds = (CODES, *([PATCHES] if columns else ()), *([MASKS] if masks else ()))
         elif packs > MANY_REQUESTS:
             logger.warning(
                 "%s: an epoch of %s is %s requests, as its %.1f GB are more than the cache keeps "
                 "(%.1f GB), and the Hub may ask to wait; give a larger cache (CacheConfig(limit=), "
                 "LATENTDS_CACHE_LIMIT), run 'latentds fetch', or have larger packs (repack "
-                "--pack-size)", self.files.where, split, f"{packs:,}", size / 1e9, room / 1e9,
+                "--pack-size)", files.where, split, f"{packs:,}", size / 1e9, room / 1e9,
             )  # fmt: skip
 
     def fetch(self, packs: np.ndarray, ahead: bool = False) -> None:
         """Have packs' codes at hand; with `ahead` return at once."""
         extents, files = self.extents(packs, CODES), self.files
-        if isinstance(files, RemoteFiles) and files.run_packs > 1 and files.fetched_alone >= ALONE:
-            absent = packs[[not files.holds(extent) for extent in extents]]
-            starts = self.first_pack[self.shards_of(absent)]
-            firsts = np.unique(absent - (absent - starts) % files.run_packs)
-            ends = self.first_pack[self.shards_of(firsts) + 1].clip(max=firsts + files.run_packs)
-            runs = [np.arange(*run) for run in zip(firsts, ends, strict=True)]
+        if (
+            not isinstance(files, RemoteFiles)
+            or files.run_packs == 1
+            or files.fetched_alone < ALONE
+        ):
+            return files.fetch(extents, ahead)
+        absent = packs[[not files.holds(extent) for extent in extents]]
+        starts = self.first_pack[self.shards_of(absent)]
+        firsts = absent - (absent - starts) % files.run_packs
+        runs: dict[str, list[Extent]] = {}
+        alone: list[Extent] = []
+        for first in np.unique(firsts).tolist():
+            end = min(first + files.run_packs, int(self.first_pack[self.shards_of(first) + 1]))
             # Neighbours whose rows are not here are left out: no time to wait for them.
-            near = [self.extents(run[self.has(run)], CODES) for run in runs]
-            files.fetch_runs([run for run in near if run], ahead)
-        else:
-            files.fetch(extents, ahead)
+            near = np.flatnonzero(self.has(np.arange(first, end))) + first
+            run = [e for kind in files.run_kinds for e in self.extents(near, kind) if e.size]
+            # Packs may be of unlike sizes, and the table is another's.
+            if max(e.offset + e.size for e in run) - min(e.offset for e in run) <= 2 * RUN_BYTES:
+                runs[f"{run[0].shard} {first}"] = run
+            else:
+                alone += self.extents(absent[firsts == first], CODES)
+        files.fetch_runs(runs, ahead)
+        files.fetch(alone, ahead)
 
     def has(self, packs: np.ndarray) -> np.ndarray:
         """Of which packs rows and digests are there, bool (N,)."""

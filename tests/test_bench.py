@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from latentds_tools import cli
-from latentds_tools.bench import bench_loader, bench_scale, peer_loaders, peers
+from latentds_tools.bench import bench_loader, bench_scale, measuring_loaders, peer_loaders, peers
 from latentds_tools.bench.measuring_loaders import Watch, measure_loader
 from latentds_tools.bench.peer_formats import read_patches
 from latentds_tools.bench.synthetic import write_sparse, write_synthetic
@@ -107,6 +107,22 @@ def test_a_loader_that_dies_is_told_by_its_last_words(tmp_path):
         measure_loader(
             spec | {"seconds": 1, "epoch_patches": 1, "order": str(tmp_path)}, sys.executable
         )
+
+
+def test_counters_of_the_warm_phase_begin_behind_its_first_batch(monkeypatch):
+    told, made = [], []
+    monkeypatch.setattr(peers, "tell", lambda event: told.append((event, len(made))))
+
+    def batches():
+        for number in range(4):
+            made.append(number)
+            yield torch.zeros(8, 1), torch.zeros(8)
+
+    found = peers.run_phase(batches(), lambda batch: batch, 60.0, None, 16)
+    assert told == [("begun", 1)] and found["patches"] == 16
+    figures = {}
+    measuring_loaders.note(figures, {"event": "begun"}, {"cpu_s": 9.0, "bytes_read": 1.0})
+    assert figures == {}
 
 
 def test_without_psutil_memory_and_cpu_are_not_told(monkeypatch):

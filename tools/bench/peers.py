@@ -110,13 +110,14 @@ def run_phase(
     """Take batches for `seconds` (through epochs), or until `most` patches came.
 
     The clock runs from `started`, or from behind the first batch: who fills a buffer at the start
-    of an epoch has filled it then.
+    of an epoch has filled it then. That moment is an event, so that counters begin there, too.
     """
     patches, first = 0, 0.0
     while True:
         for batch in loader:
             tensors = ready(batch)
             if started is None:
+                tell("begun")
                 started = time.perf_counter()
                 continue
             patches += len(tensors[0])

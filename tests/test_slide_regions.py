@@ -241,3 +241,49 @@ def test_a_mask_or_annotation_beyond_bounds_is_refused(tmp_path, monkeypatch):
     write_regions(tmp_path / "c.geojson", *features)
     with pytest.raises(UnusableError, match="polygons of more than 64 classes"):
         slide_regions.polygon_regions(tmp_path / "c.geojson", (64, 64), (8, 8), True)
+
+
+@pytest.mark.parametrize("names", [("Tissue", "Tumor"), ("Tumor", "Necrosis"), ("A", "Z")])
+def test_the_inner_of_two_annotations_labels_what_it_covers(folder, names):
+    outer, inner = names
+    write_regions(
+        folder / "regions/a.b.geojson",
+        annotation(inner, square(0, 0, 256, 128)),
+        annotation(outer, square(0, 0, 384, 128)),
+    )
+    found = places_of(folder, label_from="regions")
+    assert found == {(0, 0): inner, (128, 0): inner, (256, 0): outer}
+
+
+@pytest.mark.parametrize("label_from", [None, "regions"])
+def test_what_is_to_be_ignored_is_not_taken(folder, label_from):
+    write_regions(
+        folder / "regions/a.b.geojson",
+        annotation("Ignore*", square(0, 0, 128, 768)),
+        annotation("Tumor", square(0, 0, 384, 128)),
+    )
+    found = places_of(folder, label_from=label_from)
+    assert sorted(found) == [(128, 0), (256, 0)] and set(found.values()) == {label_from and "Tumor"}
+
+
+def test_a_region_of_interest_is_no_class(folder):
+    write_regions(
+        folder / "regions/a.b.geojson",
+        annotation("Region*", square(0, 0, 384, 128)),
+        annotation("Tumor", square(0, 0, 128, 128)),
+    )
+    assert len(places_of(folder)) == 3
+    assert places_of(folder, "labels", label_from="regions") == {(0, 0): "Tumor"}
+
+
+def test_a_class_that_labels_no_patch_is_told(folder):
+    write_regions(
+        folder / "regions/a.b.geojson",
+        annotation("Tumor", square(0, 0, 384, 128)),
+        annotation("Mitosis", square(10, 10, 30, 30)),
+    )
+    shards, _ = convert(
+        folder / "in", folder / "out", regions=folder / "regions", label_from="regions", **MPP
+    )
+    told = " ".join(read_slide_records(folder / "out")[0].left_out)
+    assert "no patch of class Mitosis" in told and set(shards.manifest.classes) == {"Tumor"}

@@ -33,6 +33,9 @@ MAX_MASK_PX = 1 << 28  # decoded whole: a slide of 100,000 px edge at a sixth
 RUN_CROSSINGS = 1 << 20  # of outlines with rows of the raster, computed at once
 MAX_CROSSINGS = 1 << 28  # of a polygon; honest ones have some millions
 MASK_MODES = ("1", "L", "P")
+IGNORED = (
+    "ignore*"  # QuPath's class of what is to be left out; other names with a star are no class
+)
 
 Rings = Sequence[Sequence[Sequence[float]]]
 
@@ -86,7 +89,8 @@ class SlideRegions:
 
     least     share of a patch that must lie in regions
     by_class  whether only regions with a class count, and label what lies in them
-    labels, outside  of slides seen so far, by source: classes of places, and how many lie outside
+    labels, outside, bare  of slides seen so far, by source: classes of places, how many places lie
+                           outside, and classes that no place has
     raises    InputError for a folder without such files
     """
 
@@ -99,6 +103,7 @@ class SlideRegions:
         self.index = NameIndex([str(PurePosixPath(path).with_suffix("")) for path in paths])
         self.labels: dict[str, PlaceLabels] = {}
         self.outside: dict[str, int] = {}
+        self.bare: dict[str, list[str]] = {}
 
     def file_of(self, slide: str) -> Path | None:
         """The file of a slide's regions, None for none; UnusableError where it may be several."""
@@ -118,6 +123,9 @@ class SlideRegions:
         found = taken(file, slide_px, places, edge, self.least, by_class=self.by_class)
         if self.by_class:
             self.labels[picture.source] = PlaceLabels.of(places, found)
+            used = set(found.numbers[found.kept].tolist())
+            bare = [name for number, name in enumerate(found.classes) if number not in used]
+            self.bare[picture.source] = bare
         if lost := int((~found.kept).sum()):
             self.outside[picture.source] = lost
         return places[found.kept], f"none of {len(places)} places lies in its regions"
@@ -208,27 +216,45 @@ def mask_regions(
 def polygon_regions(
     path: Path, slide_px: tuple[int, int], size: tuple[int, int], by_class: bool
 ) -> dict[str, np.ndarray]:
-    """bool (H, W) masks by class of a GeoJSON's polygons, drawn at `size` (W, H)."""
+    """bool (H, W) masks by class of a GeoJSON's polygons, drawn at `size` (W, H).
+
+    Where polygons of several classes overlap, a pixel is of the smallest: annotations are drawn
+    within others. What QuPath's class Ignore* covers is in no mask.
+    """
     scale = (size[0] / slide_px[0], size[1] / slide_px[1])
-    masks: dict[str, np.ndarray] = {}
+    found: list[tuple[bool, float, str, list[np.ndarray]]] = []
     try:
         values = read_json(path, MAX_JSON_BYTES, "export it anew", times=JSON_TIMES)
-        for name, polygon in polygons_of(values):
-            if by_class and not name:
-                continue
-            name = name if by_class else ""
-            if name not in masks:
-                masks[name] = np.zeros(size[::-1], bool)
-            if len(masks) > MAX_CLASSES:
-                raise bad(path, f"has polygons of more than {MAX_CLASSES} classes")
-            draw_polygon(masks[name], polygon, scale)
+        for name, rings in polygons_of(values):
+            is_ignored, name = name.lower() == IGNORED, name if not name.endswith("*") else ""
+            outlines = outlines_of(rings, scale)
+            if outlines and (name or is_ignored or not by_class):
+                found.append((is_ignored, -area_of(outlines[0]), name * by_class, outlines))
+        classes = sorted({name for is_ignored, _, name, _ in found if not is_ignored})
+        if len(classes) > MAX_CLASSES:
+            raise bad(path, f"has polygons of more than {MAX_CLASSES} classes")
+        drawn = np.zeros(size[::-1], np.uint8)
+        for is_ignored, _, name, outlines in sorted(found, key=lambda one: one[:2]):
+            draw_polygon(drawn, outlines, 0 if is_ignored else classes.index(name) + 1)
     except FormatError as error:
         raise bad(path, str(error).removeprefix(f"{path}: ")) from error
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise bad(path, f"is no GeoJSON ({type(error).__name__}: {str(error)[:80]})") from error
-    if not masks:
+    if not classes:
         raise bad(path, f"has no {'polygons with a class' if by_class else 'polygons'}")
-    return dict(sorted(masks.items()))
+    return {name: drawn == number for number, name in enumerate(classes, 1)}
+
+
+def outlines_of(rings: Rings, scale: tuple[float, float]) -> list[np.ndarray]:
+    """Closed outlines of a polygon, float (n, 2) of x and y in pixels of the raster."""
+    outlines = [np.asarray([point[:2] for point in ring], np.float64) * scale for ring in rings]
+    return [outline for outline in outlines if len(outline) > 2]
+
+
+def area_of(outline: np.ndarray) -> float:
+    """What an outline encloses, in pixels of the raster."""
+    (x, y), (to_x, to_y) = outline.T, np.roll(outline, -1, 0).T
+    return float(abs((x * to_y - to_x * y).sum()) / 2)
 
 
 def polygons_of(values: Any) -> Iterator[tuple[str, Rings]]:
@@ -262,17 +288,13 @@ def rings_of(geometry: Mapping[str, Any], depth: int = 0) -> Iterator[Rings]:
             yield from rings_of(part, depth + 1)
 
 
-def draw_polygon(mask: np.ndarray, rings: Rings, scale: tuple[float, float]) -> None:
-    """Set the pixels of a mask whose middles a polygon covers; its holes stay as they are."""
-    outlines = [np.asarray([point[:2] for point in ring], np.float64) * scale for ring in rings]
-    outlines = [outline for outline in outlines if len(outline) > 2]
-    if not outlines:
-        return
-    points, room = np.concatenate(outlines), np.array(mask.shape[::-1])
+def draw_polygon(drawn: np.ndarray, outlines: Sequence[np.ndarray], number: int) -> None:
+    """Set the pixels whose middles a polygon covers to a number; its holes stay as they are."""
+    points, room = np.concatenate(outlines), np.array(drawn.shape[::-1])
     low = np.clip(np.floor(points.min(0)), 0, room - 1).astype(int)
     high = np.clip(np.ceil(points.max(0)), low + 1, room).astype(int)
     inside = even_odd([outline - low for outline in outlines], *(high - low).tolist())
-    mask[low[1] : high[1], low[0] : high[0]] |= inside
+    drawn[low[1] : high[1], low[0] : high[0]][inside] = number
 
 
 def even_odd(outlines: Sequence[np.ndarray], width: int, height: int) -> np.ndarray:

@@ -232,6 +232,8 @@ class Slides(Source):
             yield f"{lost:,} of {places:,} places: too little tissue ({self.rule})"
         if outside:
             yield f"{outside:,} of {places:,} places: too little of it in its regions"
+        if bare := self.chosen.bare.get(picture.source) if self.chosen else None:
+            yield f"no patch of class {', '.join(bare)}: no region of it is a patch's largest share"
         if picture.source in self.repaired:
             yield "its overview cannot be read everywhere; what cannot counts as background"
 

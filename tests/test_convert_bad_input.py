@@ -486,3 +486,31 @@ def test_a_codebook_file_and_quantizer_options_exclude_each_other(tmp_path):
         ConvertConfig(source=tmp_path, out=tmp_path, codebook=tmp_path / "c", levels=16)
     with pytest.raises(InputError, match=r"--bytes 2048 is of additive .* Leave one of them"):
         ConvertConfig(source=tmp_path, out=tmp_path, bytes=2048, quantizer="kmeans-channel")
+
+
+@pytest.mark.parametrize(
+    ("pictures", "masks"),
+    [
+        ("images/a.png", "masks/a.png"),
+        ("train/images/tumour/a.png", "train/Masks/tumour/a_mask.png"),
+        ("img/a.png", "gt/a.png"),
+    ],
+)
+@pytest.mark.parametrize("options", [{}, {"labels": False}])
+def test_masks_beside_pictures_are_no_patches(tmp_path, pictures, masks, options):
+    for path in (pictures, masks):
+        save_pictures((tmp_path / "in" / path).parent, 1)
+        (tmp_path / "in" / path).parent.joinpath("p000.png").rename(tmp_path / "in" / path)
+    with pytest.raises(InputError, match=r"no patches; pass .*, and --masks .* where they"):
+        convert_with_mean(tmp_path / "in", tmp_path / "out", **options)
+
+
+def test_classes_that_share_a_few_names_are_classes(tmp_path):
+    save_pictures(tmp_path / "in/images", 4)
+    save_pictures(tmp_path / "in/labels", 1)
+    for number in range(4):
+        (tmp_path / f"in/labels/other{number}.png").write_bytes(
+            (tmp_path / "in/images/p000.png").read_bytes()
+        )
+    manifest = convert_with_mean(tmp_path / "in", tmp_path / "out")
+    assert manifest.classes == ("images", "labels")

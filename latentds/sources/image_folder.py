@@ -6,6 +6,7 @@ Class folders as labels, train/val/test folders as splits, a slide folder below.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import re
 from collections import Counter
@@ -33,6 +34,12 @@ PACKED = re.compile(r"\.(?:gz|tgz|bz2|xz|zst|zip|7z|rar|tar\.\w+|part\d+)$")
 NO_LABELS = "--no-labels (--no-use-labels in an evaluation)"
 # Folders that only hold: `images` alone at its place is no class.
 HOLDERS = {"images", "image", "img", "imgs", "slides", "wsi", "wsis", "patches", "tiles", "data"}
+# What holds the masks of the pictures in a folder of HOLDERS beside it.
+MASK_FOLDERS = {
+    *("mask", "masks", "label", "labels", "gt", "groundtruth", "ground_truth", "instances"),
+    *("annotation", "annotations", "segmentation", "segmentations"),
+}
+MASK_SUFFIX = re.compile(r"[_-](?:masks?|labels?|seg|gt|instances?)$", re.IGNORECASE)
 # SAM-Path's folds: -1 is the test set, 0 validation, the others training.
 FOLDS = {"-1": "test", "0": "val"}
 LABELLED = re.compile(r"(.+\])-labelled\.\w+")  # a mask of QuPath's TileExporter
@@ -61,6 +68,7 @@ def list_pictures(root: Path, use_labels: bool = True, use_splits: bool = True) 
             "a folder of pictures or slides"
         )
     check_names(root, found)
+    check_masks_apart(root, found)
     has_card = CARD in ignored or root.name == "data"  # the one above that folder, too
     card = card_files(root, found) if use_splits and has_card else None
     if card is not None:
@@ -230,6 +238,30 @@ def check_names(root: Path, paths: Sequence[str]) -> None:
             path.encode()
         except UnicodeEncodeError as error:
             raise InputError(f"{root}: file name {path!r} is not UTF-8; rename it") from error
+
+
+def check_masks_apart(root: Path, paths: Sequence[str]) -> None:
+    """Refuse a folder of pictures beside one of their masks, which would be a class of patches."""
+    stems: dict[str, dict[str, set[str]]] = {}
+    for path in paths:
+        *folders, name = PurePosixPath(path).parts
+        for place, folder in enumerate(folders):
+            if folder.lower() in HOLDERS | MASK_FOLDERS:
+                below = (*folders[place + 1 :], MASK_SUFFIX.sub("", PurePosixPath(name).stem))
+                beside = stems.setdefault("/".join(folders[:place]), {})
+                beside.setdefault(folder, set()).add("/".join(below))
+                break
+    for above, beside in stems.items():
+        holders = sorted(folder for folder in beside if folder.lower() in HOLDERS)
+        for pictures, masks in itertools.product(holders, sorted(beside.keys() - set(holders))):
+            common = beside[pictures] & beside[masks]
+            if 2 * len(common) > min(len(beside[pictures]), len(beside[masks])):
+                where = root / above
+                raise InputError(
+                    f"{where}: {masks}/ has files of the same names as {pictures}/ (first: "
+                    f"{min(common)}), as masks have, which are no patches; pass "
+                    f"{where / pictures}, and --masks {where / masks} where they are to be kept"
+                )
 
 
 def check_keys(root: Path, sources: Sequence[str]) -> None:

@@ -72,6 +72,7 @@ def list_source(source: Source, options: SourceOptions) -> Listing:
         pictures, told = deal_patients(pictures, options)
         notes += told
     notes += unlabelled(pictures) if options.labels else ()
+    notes += patients_apart(pictures)
     for picture in pictures:
         if not SPLIT_PATTERN.fullmatch(picture.split):
             raise InputError(f"{picture.source}: split {picture.split!r}; use [a-z0-9_] only")
@@ -97,6 +98,25 @@ def unlabelled(pictures: Sequence[Picture]) -> tuple[str, ...]:
     if sum(bare.values()) == len(pictures):
         return ()
     return tuple(f"split {split} has no labels ({count:,})" for split, count in bare.items())
+
+
+def patients_apart(pictures: Sequence[Picture]) -> tuple[str, ...]:
+    """That patients are in several splits, for people; by slides, as no set names a patient."""
+    places = dict.fromkeys((p.patient, p.slide or p.source, p.split) for p in pictures
+                           if p.patient or p.slide)  # fmt: skip
+    first: dict[str, tuple[str, str]] = {}  # slide and split by patient
+    apart: dict[str, str] = {}
+    for told, name, split in places:
+        known = known_patient(name)
+        patient = told or (known[1] if known else None)
+        if patient and first.setdefault(patient, (name, split))[1] != split:
+            other, its = first[patient]
+            apart.setdefault(patient, f"{other!r} in {its} and {name!r} in {split}")
+    if not apart:
+        return ()
+    example = next(iter(apart.values()))
+    return (f"{len(apart):,} patients are in more than one split (one has {example}); "
+            "--split-patients, in place of these splits, keeps patients whole",)  # fmt: skip
 
 
 def deal_patients(

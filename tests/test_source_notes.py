@@ -6,6 +6,7 @@ import pytest
 
 from latentds.conversion.convert_config import ConvertConfig
 from latentds.sources.opening import list_source, open_source
+from tests.archives import write_members
 from tests.conftest import save_pictures
 
 
@@ -52,3 +53,68 @@ def test_whole_patients_are_no_note(tmp_path):
     assert listed(table).notes == ()
     dealt = listed(table, split_patients="train=0.5,val=0.5")
     assert not any("more than one" in note for note in dealt.notes)
+
+
+def tar_of(path: Path, names: list[str]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    write_members(path, [(name, b"not looked into") for name in names])
+
+
+def labels_of(root: Path, **options):
+    """Split and label by source, and all notes as one text."""
+    found = listed(root, **options)
+    return {p.source: (p.split, p.label) for p in found.pictures}, "; ".join(found.notes)
+
+
+IN_TARS = [  # archives and members, and what they are
+    ({"all.tar": ["a/0.png", "b/1.png"]}, {"all.tar/a/0.png": ("train", "a"),
+                                           "all.tar/b/1.png": ("train", "b")}),
+    ({"0.tar": ["top/a/0.png"], "1.tar": ["top/b/1.png"]}, {"0.tar/top/a/0.png": ("train", "a"),
+                                                            "1.tar/top/b/1.png": ("train", "b")}),
+    ({"train.tar": ["train/a/0.png", "train/b/0.png"], "val.tar": ["val/b/0.png"]},
+     {"train.tar/train/a/0.png": ("train", "a"), "train.tar/train/b/0.png": ("train", "b"),
+      "val.tar/val/b/0.png": ("val", "b")}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("archives", "expected"), IN_TARS)
+def test_class_folders_inside_tars_are_classes(tmp_path, archives, expected):
+    for name, members in archives.items():
+        tar_of(tmp_path / "in" / name, members)
+    found, notes = labels_of(tmp_path / "in")
+    assert found == expected and "are taken for classes ('" in notes
+    bare, notes = labels_of(tmp_path / "in", labels=False)
+    assert {label for _, label in bare.values()} == {None} and notes == ""
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        ["train/0.png", "val/1.png"],
+        ["train/a/0.png", "val/a/1.png"],
+        ["val/a/0.png", "val/b/1.png"],
+        ["a/s1/0.png", "b/s2/1.png"],
+        ["a/0.png", "b/1.png", "2.png"],
+    ],
+)
+def test_other_folders_inside_tars_are_told(tmp_path, members):
+    tar_of(tmp_path / "in" / "all.tar", members)
+    found, notes = labels_of(tmp_path / "in")
+    assert {label for _, label in found.values()} == {None}
+    first = members[0].rpartition("/")[0]
+    assert f"no classes and splits ({first!r}, " in notes and "(?P<label>...)" in notes
+
+
+def test_folders_of_patients_inside_tars_are_no_classes(tmp_path):
+    tar_of(tmp_path / "in" / "all.tar", ["TCGA-3C-AALI/0.png", "TCGA-3C-AALJ/1.png"])
+    found, notes = labels_of(tmp_path / "in")
+    assert {label for _, label in found.values()} == {None} and "no labels: the 2 folders" in notes
+
+
+def test_labels_beside_pictures_and_of_a_pattern_count_more_than_folders(tmp_path):
+    write_members(tmp_path / "a.tar", [("a/0.png", b""), ("b/1.png", b""), ("a/0.cls", b"x")])
+    found, notes = labels_of(tmp_path / "a.tar")
+    assert set(found.values()) == {("train", "x"), ("train", None)} and "folders" not in notes
+    tar_of(tmp_path / "in/b.tar", ["a/0.png", "b/1.png"])
+    found, notes = labels_of(tmp_path / "in", name_pattern=r"(?P<label>\d)\.png")
+    assert set(found.values()) == {("train", "0"), ("train", "1")} and notes == ""

@@ -118,3 +118,34 @@ def test_labels_beside_pictures_and_of_a_pattern_count_more_than_folders(tmp_pat
     tar_of(tmp_path / "in/b.tar", ["a/0.png", "b/1.png"])
     found, notes = labels_of(tmp_path / "in", name_pattern=r"(?P<label>\d)\.png")
     assert set(found.values()) == {("train", "0"), ("train", "1")} and notes == ""
+
+
+WORDS = ["train", "VAL", "valid", "tuning", "0"]
+TAKEN = ("split names taken for others: 'VAL' for val, 'valid' for val",
+         "splits beside train, val and test: 0, tuning")  # fmt: skip
+
+
+def test_split_words_of_a_table_are_told(tmp_path):
+    found = listed(picture_table(tmp_path / "in", "split", [*WORDS, ""]))
+    assert [p.split for p in found.pictures] == ["train", "val", "val", "tuning", "0", "train"]
+    first = TAKEN[0].replace("'VAL'", "'' for train, 'VAL'")
+    assert found.notes == (f"t.csv: {first}", f"t.csv: {TAKEN[1]}")
+
+
+def test_split_words_of_a_table_beside_pictures_are_told(tmp_path):
+    picture_table(tmp_path / "in", "split", WORDS).rename(tmp_path / "in/metadata.csv")
+    notes = listed(tmp_path / "in").notes
+    assert notes == tuple(f"metadata.csv: {words}" for words in TAKEN)
+
+
+@pytest.mark.parametrize("option", ["splits", "slide_table"])
+def test_split_words_of_slides_are_told(tmp_path, option):
+    table = picture_table(tmp_path / "in", "slide", list("abcde"))
+    rows = [f"{slide},{word}\n" for slide, word in zip("abcde", WORDS, strict=True)]
+    (tmp_path / "s.csv").write_text(f"slide,split\n{''.join(rows)}")
+    notes = listed(table, **{option: tmp_path / "s.csv"}).notes
+    assert notes == tuple(f"s.csv: {words}" for words in TAKEN)
+
+
+def test_usual_splits_are_no_note(tmp_path):
+    assert listed(picture_table(tmp_path / "in", "split", ["train", "val", "test"])).notes == ()

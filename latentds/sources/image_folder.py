@@ -9,7 +9,7 @@ import dataclasses
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -312,6 +312,18 @@ def facts_of(row: Mapping[str, str], where: str, use_labels: bool) -> dict[str, 
     if "split" in found:
         found["split"] = SPLITS.get(found["split"].lower(), found["split"])
     return found | numbers_of(where, found)
+
+
+def note_splits(table: str, words: Iterable[str]) -> tuple[str, ...]:
+    """Words of a table that are taken for another split, and splits of unusual names, for people.
+
+    No word is the default split.
+    """
+    meant = {word: SPLITS.get(word.lower(), word or DEFAULT_SPLIT) for word in words}
+    others = [f"{word!r} for {split}" for word, split in sorted(meant.items()) if word != split]
+    own = sorted({*meant.values()} - {*SPLITS.values()})
+    told = {"split names taken for others": others, "splits beside train, val and test": own}
+    return tuple(f"{table}: {what}: {', '.join(names)}" for what, names in told.items() if names)
 
 
 def numbers_of(source: str, fields: dict[str, str]) -> dict[str, float]:

@@ -9,7 +9,7 @@ from latentds.errors import InputError
 from latentds.sources.csv_tables import SUFFIXES, TextTable, read_table
 from latentds.sources.cut_options import SourceOptions
 from latentds.sources.field_names import columns_of, note_unused
-from latentds.sources.image_folder import DEFAULT_SPLIT, check_labels, facts_of
+from latentds.sources.image_folder import DEFAULT_SPLIT, check_labels, facts_of, note_splits
 from latentds.sources.kinds import SUFFIXES as SLIDE_SUFFIXES
 from latentds.sources.picture import Listing, Picture
 from latentds.sources.picture_files import PictureFiles
@@ -59,7 +59,9 @@ def list_table(options: SourceOptions) -> Listing:
         for number, row in enumerate(rows, 1)
     )
     check_labels(table.path, pictures, options.labels)
-    return Listing(pictures, notes=note_unused(table, columns.values()))
+    words = [row["split"] for row in rows] if "split" in columns else []
+    notes = note_unused(table, columns.values()) + note_splits(table.path.name, words)
+    return Listing(pictures, notes=notes)
 
 
 def path_columns(table: TextTable) -> dict[str, str]:

@@ -2,11 +2,15 @@
 
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
+from pyarrow import csv
 
+from latentds.conversion.conversion_plan import make_plan
 from latentds.conversion.convert_config import ConvertConfig
+from latentds.errors import InputError
 from latentds.sources.opening import list_source, open_source
-from tests.archives import write_members
+from tests.archives import encoded, write_members, write_samples
 from tests.conftest import save_pictures
 
 
@@ -176,3 +180,56 @@ def test_pictures_without_class_folders_have_no_empty_ones(tmp_path):
     save_pictures(tmp_path / "in", 2)
     (tmp_path / "in/c").mkdir()
     assert listed(tmp_path / "in").notes == ()
+
+
+ROWS = ["a,train", ",train", "b,train", ",train", ",test"]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_rows_without_a_label_are_refused_by_table_and_line(tmp_path, suffix):
+    table = picture_table(tmp_path / "in", "Class,split", ROWS)
+    line = 3
+    if suffix == ".parquet":
+        nulls = csv.ConvertOptions(strings_can_be_null=True)
+        pq.write_table(csv.read_csv(table, convert_options=nulls), table.with_suffix(suffix))
+        table, line = table.with_suffix(suffix), 2
+    message = rf"in/t{suffix}: 2 of its 5 rows have no label.*line {line}, p001\.png.*--no-labels"
+    with pytest.raises(InputError, match=message) as caught:
+        listed(table)
+    assert "folder" not in str(caught.value)
+    assert len(listed(table, labels=False).pictures) == 5
+
+
+def test_a_table_beside_pictures_that_lacks_a_label_is_named(tmp_path):
+    picture_table(tmp_path / "in", "label", ["a", "", "b"]).rename(tmp_path / "in/metadata.csv")
+    message = (
+        r"1 of 3 pictures.*no label in metadata\.csv \(first: p001\.png\); give them one there"
+    )
+    with pytest.raises(InputError, match=message):
+        listed(tmp_path / "in")
+
+
+def tar_with_a_gap(path: Path) -> Path:
+    """A tar of three samples, the last of which has no label."""
+    path.mkdir()
+    samples = {f"{n}": {"png": encoded(n), "cls": "a"} for n in range(3)}
+    del samples["2"]["cls"]
+    write_samples(path / "a.tar", samples)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("options", "way"),
+    [
+        ({}, r"give them one in a \.cls or \.json beside each, or pass --no-labels"),
+        ({"name_pattern": r"(?P<label>0)?"}, r"mend --name-pattern, or pass --no-labels"),
+        ({"slide_table": "s.csv"}, r"beside each or in \S+s\.csv, or pass --no-labels"),
+    ],
+)
+def test_a_sample_without_a_label_is_told_what_it_lacks(tmp_path, options, way):
+    root = tar_with_a_gap(tmp_path / "in")
+    (tmp_path / "s.csv").write_text("slide,label\nx,a\n")
+    options = {k: tmp_path / v if k == "slide_table" else v for k, v in options.items()}
+    config = ConvertConfig(source=root, out=tmp_path / "out", **options)
+    with pytest.raises(InputError, match=rf"1 of 3 pictures.*\(first: a\.tar/2\.png\); .*{way}"):
+        make_plan(config)

@@ -263,13 +263,20 @@ def check_keys(root: Path, sources: Sequence[str]) -> None:
             )
 
 
-def check_labels(root: Path, pictures: Sequence[Picture], use_labels: bool) -> None:
-    """Refuse a folder where some pictures of a split have a class and others none."""
+def check_labels(
+    root: Path, pictures: Sequence[Picture], use_labels: bool, tables: Sequence[str] = ()
+) -> None:
+    """Refuse a folder where some pictures of a split have a class and others none.
+
+    tables  files there that may have told the others'
+    """
     bare = half_labelled(pictures) if use_labels else []
     if bare:
+        place = " and have no label in ".join(["lie in no class folder", *tables[:1]])
+        way = "give them one there, or move them into one" if tables else "move them into one"
         raise InputError(
-            f"{root}: {len(bare)} of {len(pictures)} pictures lie in no class folder (first: "
-            f"{bare[0]}); move them into one, or pass {NO_LABELS}"
+            f"{root}: {len(bare)} of {len(pictures)} pictures {place} (first: {bare[0]}); {way}, "
+            f"or pass {NO_LABELS}"
         )
 
 

@@ -43,6 +43,7 @@ class PictureTars(PicturesInFiles):
     """
 
     kind = "tars of pictures (WebDataset)"
+    labels_lie = "in a .cls or .json beside each"
     suffixes = frozenset({".tar"})
 
     def __init__(self, options: SourceOptions, files: Sequence[str]) -> None:

@@ -233,3 +233,9 @@ def test_a_sample_without_a_label_is_told_what_it_lacks(tmp_path, options, way):
     config = ConvertConfig(source=root, out=tmp_path / "out", **options)
     with pytest.raises(InputError, match=rf"1 of 3 pictures.*\(first: a\.tar/2\.png\); .*{way}"):
         make_plan(config)
+
+
+def test_a_class_called_na_is_told(tmp_path):
+    found = listed(picture_table(tmp_path / "in", "label", ["a", "NA", "NA"]))
+    assert [p.label for p in found.pictures] == ["a", "NA", "NA"]
+    assert found.notes[0].startswith("label 'NA' (2) is taken for a class; where it means none")

@@ -35,6 +35,8 @@ SOURCES: tuple[type[Source], ...] = (
     *(PictureTars, PictureParquet, ListedSlides, PictureTable, Slides, PictureFiles),
 )
 
+NO_CLASS = {"na", "n/a", "#n/a", "nan", "null", "none"}  # what programs write for no value
+
 
 def open_source(options: SourceOptions) -> Source:
     """The source of an input, by SOURCES; FileNotFoundError where there is nothing."""
@@ -93,11 +95,14 @@ def choose(pictures: Sequence[Picture], options: SourceOptions) -> tuple[Picture
 
 
 def unlabelled(pictures: Sequence[Picture]) -> tuple[str, ...]:
-    """The splits without labels beside splits with some, for people."""
+    """The splits without labels beside splits with some, and classes that say none, for people."""
     bare = Counter(p.split for p in pictures if p.label is None)
     if sum(bare.values()) == len(pictures):
         return ()
-    return tuple(f"split {split} has no labels ({count:,})" for split, count in bare.items())
+    counts = Counter(p.label for p in pictures if p.label and p.label.casefold() in NO_CLASS)
+    words = tuple(f"label {word!r} ({count:,}) is taken for a class; where it means none, leave it "
+                  "empty or take those out" for word, count in counts.items())  # fmt: skip
+    return *(f"split {split} has no labels ({count:,})" for split, count in bare.items()), *words
 
 
 def patients_apart(pictures: Sequence[Picture]) -> tuple[str, ...]:

@@ -212,12 +212,16 @@ def check_budget(config: ConvertConfig, bad: Collection[LeftOut]) -> None:
 
 
 def check_labels(plan: Plan, config: ConvertConfig) -> None:
-    """Refuse labels or slides that a name pattern left on some pictures of a split only."""
+    """Refuse labels or slides that only some pictures of a split have."""
     unlabelled = half_labelled(plan.pictures)
     if config.labels and unlabelled:
+        table = config.slide_table or config.splits
+        way = f"give them one {plan.source.labels_lie}{f' or in {table}' if table else ''}"
+        if "(?P<label>" in (config.name_pattern or ""):
+            way = "mend --name-pattern"
         raise InputError(
-            f"{len(unlabelled)} of {len(plan.pictures)} pictures have no label "
-            f"(first: {unlabelled[0]}); mend --name-pattern or pass --no-labels"
+            f"{len(unlabelled)} of {len(plan.pictures)} pictures have no label, though others of "
+            f"their split have (first: {unlabelled[0]}); {way}, or pass --no-labels"
         )
     if config.pack_by_slide:
         bare = [p.source for p in plan.pictures if p.slide is None]

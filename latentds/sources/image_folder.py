@@ -10,7 +10,7 @@ import itertools
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -20,6 +20,7 @@ from latentds.sources.data_cards import CARD, card_files
 from latentds.sources.names import is_identifier, path_fields
 from latentds.sources.picture import Header, Listing, Picture
 from latentds.sources.picture_decoding import picture_suffixes
+from latentds.sources.slide_names import some
 from latentds.store.format import patch_key
 
 SPLITS = {
@@ -81,7 +82,7 @@ def list_pictures(root: Path, use_labels: bool = True, use_splits: bool = True) 
     if card is not None:
         named = {path: SPLITS.get(split.lower(), split) for path, split in card.splits.items()}
         pictures = tuple(dataclasses.replace(p, split=named[p.source]) for p in pictures)
-    notes = (*(card.notes if card else ()), *folders.notes)
+    notes = (*(card.notes if card else ()), *folders.notes, *note_empty(root, found, folders))
     return Listing(pictures, len(ignored), notes, tuple(ignored))
 
 
@@ -187,6 +188,21 @@ def read_folders(root: Path, paths: Sequence[str], use_labels: bool, use_splits:
     return dataclasses.replace(rule, notes=tuple(notes))
 
 
+def note_empty(root: Path, paths: Iterable[str], rule: Folders) -> tuple[str, ...]:
+    """Folders beside class folders that hold none of these files, for people."""
+    taken: dict[str, set[str]] = {}  # classes by the folder above them
+    for folder in {path.rpartition("/")[0] for path in paths if "/" in path}:
+        parts = folder.split("/")
+        if below := rule.parts(f"{folder}/_")[1]:
+            taken.setdefault("/".join(parts[: -len(below)]), set()).add(below[0])
+    bare: list[str] = []
+    for above, classes in sorted(taken.items()) if rule.use_labels else ():
+        with os.scandir(root / above) as entries:
+            seen = {entry.name for entry in entries if entry.is_dir() and entry.name[0] != "."}
+        bare += [f"{above}/{name}".lstrip("/") for name in sorted(seen - classes)]
+    return (f"no classes, as nothing in them is taken: folders {some(bare)}",) if bare else ()
+
+
 def with_labelled(found: Listing) -> Listing:
     """Tiles of QuPath with the masks that its exporter wrote beside them, which are no tiles."""
     masks = {match[1]: p.source for p in found.pictures if (match := LABELLED.fullmatch(p.source))}
@@ -279,13 +295,20 @@ def check_keys(root: Path, sources: Sequence[str]) -> None:
             )
 
 
-def check_labels(root: Path, pictures: Sequence[Picture], use_labels: bool) -> None:
-    """Refuse a folder where some pictures of a split have a class and others none."""
+def check_labels(
+    root: Path, pictures: Sequence[Picture], use_labels: bool, tables: Sequence[str] = ()
+) -> None:
+    """Refuse a folder where some pictures of a split have a class and others none.
+
+    tables  files there that may have told the others'
+    """
     bare = half_labelled(pictures) if use_labels else []
     if bare:
+        place = " and have no label in ".join(["lie in no class folder", *tables[:1]])
+        way = "give them one there, or move them into one" if tables else "move them into one"
         raise InputError(
-            f"{root}: {len(bare)} of {len(pictures)} pictures lie in no class folder (first: "
-            f"{bare[0]}); move them into one, or pass {NO_LABELS}"
+            f"{root}: {len(bare)} of {len(pictures)} pictures {place} (first: {bare[0]}); {way}, "
+            f"or pass {NO_LABELS}"
         )
 
 
@@ -344,6 +367,18 @@ def facts_of(row: Mapping[str, str], where: str, use_labels: bool) -> dict[str, 
     if "split" in found:
         found["split"] = SPLITS.get(found["split"].lower(), found["split"])
     return found | numbers_of(where, found)
+
+
+def note_splits(table: str, words: Iterable[str]) -> tuple[str, ...]:
+    """Words of a table that are taken for another split, and splits of unusual names, for people.
+
+    No word is the default split.
+    """
+    meant = {word: SPLITS.get(word.lower(), word or DEFAULT_SPLIT) for word in words}
+    others = [f"{word!r} for {split}" for word, split in sorted(meant.items()) if word != split]
+    own = sorted({*meant.values()} - {*SPLITS.values()})
+    told = {"split names taken for others": others, "splits beside train, val and test": own}
+    return tuple(f"{table}: {what}: {', '.join(names)}" for what, names in told.items() if names)
 
 
 def numbers_of(source: str, fields: dict[str, str]) -> dict[str, float]:

@@ -35,6 +35,8 @@ SOURCES: tuple[type[Source], ...] = (
     *(PictureTars, PictureParquet, ListedSlides, PictureTable, Slides, PictureFiles),
 )
 
+NO_CLASS = {"na", "n/a", "#n/a", "nan", "null", "none"}  # what programs write for no value
+
 
 def open_source(options: SourceOptions) -> Source:
     """The source of an input, by SOURCES; FileNotFoundError where there is nothing."""
@@ -72,6 +74,7 @@ def list_source(source: Source, options: SourceOptions) -> Listing:
         pictures, told = deal_patients(pictures, options)
         notes += told
     notes += unlabelled(pictures) if options.labels else ()
+    notes += patients_apart(pictures)
     for picture in pictures:
         if not SPLIT_PATTERN.fullmatch(picture.split):
             raise InputError(f"{picture.source}: split {picture.split!r}; use [a-z0-9_] only")
@@ -92,11 +95,33 @@ def choose(pictures: Sequence[Picture], options: SourceOptions) -> tuple[Picture
 
 
 def unlabelled(pictures: Sequence[Picture]) -> tuple[str, ...]:
-    """The splits without labels beside splits with some, for people."""
+    """The splits without labels beside splits with some, and classes that say none, for people."""
     bare = Counter(p.split for p in pictures if p.label is None)
     if sum(bare.values()) == len(pictures):
         return ()
-    return tuple(f"split {split} has no labels ({count:,})" for split, count in bare.items())
+    counts = Counter(p.label for p in pictures if p.label and p.label.casefold() in NO_CLASS)
+    words = tuple(f"label {word!r} ({count:,}) is taken for a class; where it means none, leave it "
+                  "empty or take those out" for word, count in counts.items())  # fmt: skip
+    return *(f"split {split} has no labels ({count:,})" for split, count in bare.items()), *words
+
+
+def patients_apart(pictures: Sequence[Picture]) -> tuple[str, ...]:
+    """That patients are in several splits, for people; by slides, as no set names a patient."""
+    places = dict.fromkeys((p.patient, p.slide or p.source, p.split) for p in pictures
+                           if p.patient or p.slide)  # fmt: skip
+    first: dict[str, tuple[str, str]] = {}  # slide and split by patient
+    apart: dict[str, str] = {}
+    for told, name, split in places:
+        known = known_patient(name)
+        patient = told or (known[1] if known else None)
+        if patient and first.setdefault(patient, (name, split))[1] != split:
+            other, its = first[patient]
+            apart.setdefault(patient, f"{other!r} in {its} and {name!r} in {split}")
+    if not apart:
+        return ()
+    example = next(iter(apart.values()))
+    return (f"{len(apart):,} patients are in more than one split (one has {example}); "
+            "--split-patients, in place of these splits, keeps patients whole",)  # fmt: skip
 
 
 def deal_patients(

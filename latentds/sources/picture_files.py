@@ -39,7 +39,7 @@ from latentds.sources.picture_decoding import (
     read_mask,
     read_picture,
 )
-from latentds.sources.side_tables import with_tables
+from latentds.sources.side_tables import PAIRS, READ, with_tables
 from latentds.sources.source import Inspection, Kept, Source
 from latentds.store.patch_record import Patch, Place
 
@@ -78,7 +78,8 @@ class PictureFiles(Source):
         found = with_labelled(list_pictures(self.root, options.labels, options.split_folders))
         if found.others:  # tables may be among them
             found = with_tables(self.root, found, found.others, options.labels)
-        check_labels(self.root, found.pictures, options.labels)
+        tables = [path for path in found.others if PurePosixPath(path).name in READ | PAIRS]
+        check_labels(self.root, found.pictures, options.labels, tables)
         return self.named(found)
 
     def named(self, found: Listing) -> Listing:

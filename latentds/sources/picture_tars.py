@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
@@ -12,11 +12,12 @@ from latentds.core.storage import parse_json
 from latentds.errors import FormatError, InputError
 from latentds.sources.cut_options import SourceOptions
 from latentds.sources.field_names import note_columns
-from latentds.sources.image_folder import check_names, numbers_of
+from latentds.sources.image_folder import NO_LABELS, SPLITS, check_names, numbers_of, read_folders
 from latentds.sources.picture import Listing, Picture
 from latentds.sources.picture_decoding import picture_suffixes
 from latentds.sources.picture_files import PicturesInFiles
 from latentds.sources.side_records import COLUMNS, fields_of, splits_of
+from latentds.sources.slide_names import some
 from latentds.sources.source import TILE_TAR, Inspection, Source
 from latentds.sources.tars import TarMember, open_member, read_member, tar_members
 
@@ -36,11 +37,13 @@ Record = dict[str, Any] | str  # fields of a Picture, or why it has none
 class PictureTars(PicturesInFiles):
     """Every *.tar of a folder, or one tar. A picture's source is `archive/member`.
 
-    Labels are KEY.cls (a number or a name) or KEY.json's; splits those of names like train-*.tar.
+    Labels are KEY.cls (a number or a name) or KEY.json's, else class folders inside; splits those
+    of names like train-*.tar.
     Members that are neither are passed over, unread: pickles above all.
     """
 
     kind = "tars of pictures (WebDataset)"
+    labels_lie = "in a .cls or .json beside each"
     suffixes = frozenset({".tar"})
 
     def __init__(self, options: SourceOptions, files: Sequence[str]) -> None:
@@ -55,18 +58,45 @@ class PictureTars(PicturesInFiles):
 
     def listing(self) -> Listing:
         archives = splits_of(self.root, list(self.files), self.options.split_folders)
-        pictures = [
-            p for archive, split in archives.splits.items() for p in self.samples(archive, split)
-        ]
+        own = {archive: [*self.samples(archive, split)]
+               for archive, split in archives.splits.items()}  # fmt: skip
+        pictures, told = self.with_classes(own)
         if not pictures:
             raise InputError(
                 f"{self.root}: {len(self.files)} tars, no picture in them "
                 f"({self.ignored} other members); name others"
             )
         check_names(self.root, [picture.source for picture in pictures])
-        notes = (*archives.notes, *note_columns(self.unused))
-        found = self.named(Listing(tuple(pictures), self.ignored, notes))
+        notes = (*archives.notes, *note_columns(self.unused), *told)
+        found = self.named(Listing(pictures, self.ignored, notes))
         return dataclasses.replace(found, notes=(*found.notes, *self.note_twice(found.pictures)))
+
+    def with_classes(
+        self, own: Mapping[str, Sequence[Picture]]
+    ) -> tuple[tuple[Picture, ...], tuple[str, ...]]:
+        """Pictures by archive, their folders inside taken for classes where nothing tells others.
+
+        A note says so, or that there are folders which tell no class, as they lie.
+        """
+        pictures = tuple(picture for members in own.values() for picture in members)
+        is_told = any(picture.label is not None for picture in pictures)
+        if is_told or not self.options.labels or "(?P<label>" in (self.options.name_pattern or ""):
+            return pictures, ()
+        inside = [p.source[len(archive) + 1 :] for archive, members in own.items() for p in members]
+        folders = [name.rpartition("/")[0] for name in inside]
+        names = some(sorted({*folders} - {""}))
+        if len({*folders} - {""}) < 2:
+            return pictures, ()
+        if not are_classes(pictures, folders, self.options.split_folders):
+            return pictures, (f"folders inside tars are taken for no classes and splits ({names}): "
+                              "--name-pattern '(?P<label>...)' reads classes, a folder with the "
+                              "tars unpacked both",)  # fmt: skip
+        paths = ["/".join(name.split("/")[-2:]) for name in inside]
+        rule = read_folders(self.root, paths, True, False)
+        told = (f"folders inside tars are taken for classes ({names}); {NO_LABELS} takes none",)
+        labelled = tuple(dataclasses.replace(picture, label=rule.place(path).label)
+                         for picture, path in zip(pictures, paths, strict=True))  # fmt: skip
+        return labelled, (*rule.notes, *(told if rule.use_labels and not rule.held else ()))
 
     def note_twice(self, pictures: Sequence[Picture]) -> tuple[str, ...]:
         """That pictures of named slides stand in several archives by one name, for people."""
@@ -136,6 +166,23 @@ class PictureTars(PicturesInFiles):
     def archive_of(self, picture: Picture) -> str:
         above = (str(folder) for folder in PurePosixPath(picture.source).parents)
         return next(path for path in above if path in self.files)
+
+
+def are_classes(pictures: Sequence[Picture], folders: Sequence[str], use_splits: bool) -> bool:
+    """Whether folders, one a picture, all lie in one, and none is named like a split or a slide.
+
+    The one that they lie in may have the name of the pictures' own split.
+    """
+    roots = set()
+    for picture, folder in zip(pictures, folders, strict=True):
+        *above, name = folder.split("/")
+        if above and SPLITS.get(above[-1].lower()) == picture.split:
+            above.pop()
+        words = {part.lower() for part in (*above, name)} if use_splits else set()
+        if not name or name == picture.slide or words & SPLITS.keys():
+            return False
+        roots.add("/".join(above))
+    return len(roots) == 1
 
 
 def stem_of(name: str) -> str:

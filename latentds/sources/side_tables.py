@@ -11,7 +11,7 @@ from latentds.core.storage import parse_json, read_json
 from latentds.errors import FormatError, InputError
 from latentds.sources.csv_tables import TextTable, decoded, read_table, text_lines
 from latentds.sources.field_names import ALIASES, columns_of, note_unused
-from latentds.sources.image_folder import facts_of
+from latentds.sources.image_folder import facts_of, note_splits
 from latentds.sources.picture import Listing, Picture
 from latentds.sources.slide_names import plain_name
 
@@ -119,7 +119,9 @@ def metadata_of(
         source = placed(root, folder, row[name].strip().replace("\\", "/"))
         if facts.setdefault(source, own) != own:
             raise InputError(f"{where}: {source} is there twice, in different ways; keep one line")
-    return facts, note_unused(table, [name, *columns.values()])
+    words = table.values(columns["split"]) if "split" in columns else []
+    notes = note_unused(table, [name, *columns.values()])
+    return facts, notes + note_splits(path, filter(None, words))
 
 
 def placed(root: Path, folder: PurePosixPath, name: str) -> str:

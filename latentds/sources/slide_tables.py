@@ -11,7 +11,7 @@ from latentds.errors import InputError
 from latentds.sources.csv_tables import TextTable, read_table
 from latentds.sources.cut_options import SourceOptions
 from latentds.sources.field_names import columns_of, note_unused
-from latentds.sources.image_folder import facts_of
+from latentds.sources.image_folder import facts_of, note_splits
 from latentds.sources.kinds import sort_files
 from latentds.sources.names import patient_of
 from latentds.sources.picture import Listing, Picture
@@ -65,7 +65,9 @@ def read_slide_table(path: Path, use_labels: bool = True) -> SlideTable:
         if facts.setdefault(name, own) != own:
             raise InputError(f"{where}: {name} is there twice, in different ways")
     used = [columns[name] for name in (by, *wanted)]
-    return SlideTable(path, by, facts, note_unused(table, used))
+    words = table.values(columns["split"]) if "split" in columns else []
+    notes = note_unused(table, used) + note_splits(path.name, filter(None, words))
+    return SlideTable(path, by, facts, notes)
 
 
 def clam_parts(table: TextTable) -> dict[str, Facts]:

@@ -131,6 +131,7 @@ class Source(abc.ABC):
     is_remote  whether its inputs lie on no disk; `detect` is asked only for those, or others'
     has_looks    whether its pictures are slides, which `look` shows
     keeps_looks  whether `look` will be asked for: what it needs is kept when headers are read
+    labels_lie   in words, for a message: where a picture without a label could have one
     """
 
     kind: str = "a source of its own"
@@ -139,6 +140,7 @@ class Source(abc.ABC):
     is_remote: bool = False
     has_looks: bool = False
     keeps_looks: bool = False
+    labels_lie: str = "where the others have theirs"
 
     @abc.abstractmethod
     def listing(self) -> Listing:

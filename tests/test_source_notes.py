@@ -1,0 +1,241 @@
+"""What is assumed of splits and classes is said: nothing is merged or lost in silence."""
+
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from pyarrow import csv
+
+from latentds.conversion.conversion_plan import make_plan
+from latentds.conversion.convert_config import ConvertConfig
+from latentds.errors import InputError
+from latentds.sources.opening import list_source, open_source
+from tests.archives import encoded, write_members, write_samples
+from tests.conftest import save_pictures
+
+
+def listed(root: Path, **options):
+    """The listing of an input; nothing is decoded."""
+    config = ConvertConfig(source=root, out=root.parent / "out", **options)
+    return list_source(open_source(config), config)
+
+
+def picture_table(root: Path, columns: str, cells: list[str]) -> Path:
+    """A table of a picture a row: its path, then these cells."""
+    save_pictures(root, len(cells))
+    rows = [f"p{number:03d}.png,{cell}" for number, cell in enumerate(cells)]
+    (root / "t.csv").write_text("\n".join([f"path,{columns}", *rows, ""]))
+    return root / "t.csv"
+
+
+APART = [
+    ("slide,patient,split", ["a,Bob,train", "b,Bob,test", "c,Eve,train"]),
+    ("slide,split", ["GTEX-1117F-0126,train", "GTEX-1117F-0226,test", "c,test"]),
+]
+
+
+@pytest.mark.parametrize(("columns", "cells"), APART)
+def test_a_patient_in_two_splits_is_told_by_slides(tmp_path, columns, cells):
+    table = picture_table(tmp_path / "in", columns, cells)
+    slides = [cell.partition(",")[0] for cell in cells]
+    (told,) = [note for note in listed(table).notes if "more than one split" in note]
+    assert told.startswith(f"1 patients are in more than one split (one has {slides[0]!r} in train "
+                           f"and {slides[1]!r} in test)")  # fmt: skip
+    assert "--split-patients" in told and "Bob" not in told
+
+
+@pytest.mark.parametrize("option", ["splits", "slide_table"])
+def test_tables_of_slides_tell_patients_in_two_splits(tmp_path, option):
+    table = picture_table(tmp_path / "in", "slide", ["a", "b", "c"])
+    (tmp_path / "s.csv").write_text("slide,patient,split\na,p,train\nb,p,val\nc,q,val\n")
+    notes = listed(table, **{option: tmp_path / "s.csv"}).notes
+    assert any("(one has 'a' in train and 'b' in val)" in note for note in notes)
+
+
+def test_whole_patients_are_no_note(tmp_path):
+    table = picture_table(tmp_path / "in", "patient,split", ["p,train", "p,train", "q,test"])
+    assert listed(table).notes == ()
+    dealt = listed(table, split_patients="train=0.5,val=0.5")
+    assert not any("more than one" in note for note in dealt.notes)
+
+
+def tar_of(path: Path, names: list[str]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    write_members(path, [(name, b"not looked into") for name in names])
+
+
+def labels_of(root: Path, **options):
+    """Split and label by source, and all notes as one text."""
+    found = listed(root, **options)
+    return {p.source: (p.split, p.label) for p in found.pictures}, "; ".join(found.notes)
+
+
+IN_TARS = [  # archives and members, and what they are
+    ({"all.tar": ["a/0.png", "b/1.png"]}, {"all.tar/a/0.png": ("train", "a"),
+                                           "all.tar/b/1.png": ("train", "b")}),
+    ({"0.tar": ["top/a/0.png"], "1.tar": ["top/b/1.png"]}, {"0.tar/top/a/0.png": ("train", "a"),
+                                                            "1.tar/top/b/1.png": ("train", "b")}),
+    ({"train.tar": ["train/a/0.png", "train/b/0.png"], "val.tar": ["val/b/0.png"]},
+     {"train.tar/train/a/0.png": ("train", "a"), "train.tar/train/b/0.png": ("train", "b"),
+      "val.tar/val/b/0.png": ("val", "b")}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("archives", "expected"), IN_TARS)
+def test_class_folders_inside_tars_are_classes(tmp_path, archives, expected):
+    for name, members in archives.items():
+        tar_of(tmp_path / "in" / name, members)
+    found, notes = labels_of(tmp_path / "in")
+    assert found == expected and "are taken for classes ('" in notes
+    bare, notes = labels_of(tmp_path / "in", labels=False)
+    assert {label for _, label in bare.values()} == {None} and notes == ""
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        ["train/0.png", "val/1.png"],
+        ["train/a/0.png", "val/a/1.png"],
+        ["val/a/0.png", "val/b/1.png"],
+        ["a/s1/0.png", "b/s2/1.png"],
+        ["a/0.png", "b/1.png", "2.png"],
+    ],
+)
+def test_other_folders_inside_tars_are_told(tmp_path, members):
+    tar_of(tmp_path / "in" / "all.tar", members)
+    found, notes = labels_of(tmp_path / "in")
+    assert {label for _, label in found.values()} == {None}
+    first = members[0].rpartition("/")[0]
+    assert f"no classes and splits ({first!r}, " in notes and "(?P<label>...)" in notes
+
+
+def test_folders_of_patients_inside_tars_are_no_classes(tmp_path):
+    tar_of(tmp_path / "in" / "all.tar", ["TCGA-3C-AALI/0.png", "TCGA-3C-AALJ/1.png"])
+    found, notes = labels_of(tmp_path / "in")
+    assert {label for _, label in found.values()} == {None} and "no labels: the 2 folders" in notes
+
+
+def test_labels_beside_pictures_and_of_a_pattern_count_more_than_folders(tmp_path):
+    write_members(tmp_path / "a.tar", [("a/0.png", b""), ("b/1.png", b""), ("a/0.cls", b"x")])
+    found, notes = labels_of(tmp_path / "a.tar")
+    assert set(found.values()) == {("train", "x"), ("train", None)} and "folders" not in notes
+    tar_of(tmp_path / "in/b.tar", ["a/0.png", "b/1.png"])
+    found, notes = labels_of(tmp_path / "in", name_pattern=r"(?P<label>\d)\.png")
+    assert set(found.values()) == {("train", "0"), ("train", "1")} and notes == ""
+
+
+WORDS = ["train", "VAL", "valid", "tuning", "0"]
+TAKEN = ("split names taken for others: 'VAL' for val, 'valid' for val",
+         "splits beside train, val and test: 0, tuning")  # fmt: skip
+
+
+def test_split_words_of_a_table_are_told(tmp_path):
+    found = listed(picture_table(tmp_path / "in", "split", [*WORDS, ""]))
+    assert [p.split for p in found.pictures] == ["train", "val", "val", "tuning", "0", "train"]
+    first = TAKEN[0].replace("'VAL'", "'' for train, 'VAL'")
+    assert found.notes == (f"t.csv: {first}", f"t.csv: {TAKEN[1]}")
+
+
+def test_split_words_of_a_table_beside_pictures_are_told(tmp_path):
+    picture_table(tmp_path / "in", "split", WORDS).rename(tmp_path / "in/metadata.csv")
+    notes = listed(tmp_path / "in").notes
+    assert notes == tuple(f"metadata.csv: {words}" for words in TAKEN)
+
+
+@pytest.mark.parametrize("option", ["splits", "slide_table"])
+def test_split_words_of_slides_are_told(tmp_path, option):
+    table = picture_table(tmp_path / "in", "slide", list("abcde"))
+    rows = [f"{slide},{word}\n" for slide, word in zip("abcde", WORDS, strict=True)]
+    (tmp_path / "s.csv").write_text(f"slide,split\n{''.join(rows)}")
+    notes = listed(table, **{option: tmp_path / "s.csv"}).notes
+    assert notes == tuple(f"s.csv: {words}" for words in TAKEN)
+
+
+def test_usual_splits_are_no_note(tmp_path):
+    assert listed(picture_table(tmp_path / "in", "split", ["train", "val", "test"])).notes == ()
+
+
+def test_empty_class_folders_are_told(tmp_path):
+    for folder in ("train/a", "train/b/slide", "val/a"):
+        save_pictures(tmp_path / "in" / folder, 1)
+    for folder in ("train/c", "val/b", "val/.hidden", "train/b/none"):
+        (tmp_path / "in" / folder).mkdir()
+    (tmp_path / "in/train/c/t.txt").write_text("no picture")
+    told = "no classes, as nothing in them is taken: folders 'train/c', 'val/b'"
+    assert listed(tmp_path / "in").notes == (told,)
+    assert listed(tmp_path / "in", labels=False).notes == ()
+
+
+@pytest.mark.parametrize("folder", ["", "images/"])
+def test_an_empty_class_folder_without_splits_is_told(tmp_path, folder):
+    save_pictures(tmp_path / f"in/{folder}a", 1)
+    save_pictures(tmp_path / f"in/{folder}b", 1)
+    (tmp_path / f"in/{folder}c").mkdir()
+    assert f"nothing in them is taken: folders '{folder}c'" in listed(tmp_path / "in").notes[-1]
+    (tmp_path / f"in/{folder}c").rmdir()
+    assert "nothing in them" not in " ".join(listed(tmp_path / "in").notes)
+
+
+def test_pictures_without_class_folders_have_no_empty_ones(tmp_path):
+    save_pictures(tmp_path / "in", 2)
+    (tmp_path / "in/c").mkdir()
+    assert listed(tmp_path / "in").notes == ()
+
+
+ROWS = ["a,train", ",train", "b,train", ",train", ",test"]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_rows_without_a_label_are_refused_by_table_and_line(tmp_path, suffix):
+    table = picture_table(tmp_path / "in", "Class,split", ROWS)
+    line = 3
+    if suffix == ".parquet":
+        nulls = csv.ConvertOptions(strings_can_be_null=True)
+        pq.write_table(csv.read_csv(table, convert_options=nulls), table.with_suffix(suffix))
+        table, line = table.with_suffix(suffix), 2
+    message = rf"in/t{suffix}: 2 of its 5 rows have no label.*line {line}, p001\.png.*--no-labels"
+    with pytest.raises(InputError, match=message) as caught:
+        listed(table)
+    assert "folder" not in str(caught.value)
+    assert len(listed(table, labels=False).pictures) == 5
+
+
+def test_a_table_beside_pictures_that_lacks_a_label_is_named(tmp_path):
+    picture_table(tmp_path / "in", "label", ["a", "", "b"]).rename(tmp_path / "in/metadata.csv")
+    message = (
+        r"1 of 3 pictures.*no label in metadata\.csv \(first: p001\.png\); give them one there"
+    )
+    with pytest.raises(InputError, match=message):
+        listed(tmp_path / "in")
+
+
+def tar_with_a_gap(path: Path) -> Path:
+    """A tar of three samples, the last of which has no label."""
+    path.mkdir()
+    samples = {f"{n}": {"png": encoded(n), "cls": "a"} for n in range(3)}
+    del samples["2"]["cls"]
+    write_samples(path / "a.tar", samples)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("options", "way"),
+    [
+        ({}, r"give them one in a \.cls or \.json beside each, or pass --no-labels"),
+        ({"name_pattern": r"(?P<label>0)?"}, r"mend --name-pattern, or pass --no-labels"),
+        ({"slide_table": "s.csv"}, r"beside each or in \S+s\.csv, or pass --no-labels"),
+    ],
+)
+def test_a_sample_without_a_label_is_told_what_it_lacks(tmp_path, options, way):
+    root = tar_with_a_gap(tmp_path / "in")
+    (tmp_path / "s.csv").write_text("slide,label\nx,a\n")
+    options = {k: tmp_path / v if k == "slide_table" else v for k, v in options.items()}
+    config = ConvertConfig(source=root, out=tmp_path / "out", **options)
+    with pytest.raises(InputError, match=rf"1 of 3 pictures.*\(first: a\.tar/2\.png\); .*{way}"):
+        make_plan(config)
+
+
+def test_a_class_called_na_is_told(tmp_path):
+    found = listed(picture_table(tmp_path / "in", "label", ["a", "NA", "NA"]))
+    assert [p.label for p in found.pictures] == ["a", "NA", "NA"]
+    assert found.notes[0].startswith("label 'NA' (2) is taken for a class; where it means none")

@@ -37,7 +37,7 @@ LINES = {
     "latentds/loading": 4_480,
     "latentds/models": 2_390,
     "latentds/quantizers": 3_690,
-    "latentds/sources": 6_551,
+    "latentds/sources": 6_610,
     "latentds/store": 5_570,
     "latentds/views": 1_205,
     "tools": 12_865,

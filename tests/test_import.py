@@ -13,6 +13,7 @@ from latentds.edit.exporting import export_npy
 from latentds.edit.extracting import extract
 from latentds.edit.importing import import_latents
 from latentds.edit.layouts import ListingOptions
+from latentds.edit.merging import merge
 from latentds.errors import ContractError, FormatError, InputError, WeightsError
 from latentds.loading.loader import LatentLoader
 from latentds.quantizers.codebooks import StoredCodebook, save_codebook
@@ -110,12 +111,27 @@ def test_safetensors_keep_latents_and_labels(tmp_path, dtype):
     save_file(tensors, tmp_path / "latents_00.safetensors")
     manifest = bring(tmp_path / "latents_00.safetensors", tmp_path / "out", order="path")
     shards = ShardSet(tmp_path / "out")
-    assert manifest.classes == tuple(f"{label:02d}" for label in range(12))
+    assert manifest.classes == tuple(map(str, range(12)))  # in numeric order, as convert has them
     assert shards.patches["label"].tolist() == labels.tolist()
     found = np.stack(list(values_by_source(tmp_path / "out").values()))
     assert np.abs(found - stored.float().numpy()).max() < 0.05
     assert manifest.made["imported"]["not_taken"] == ["latents_flip"]
     assert is_good(tmp_path / "out")
+
+
+def test_numbers_as_labels_are_one_class_with_those_of_folders(tmp_path):
+    for label in (2, 10):
+        (tmp_path / "in" / str(label)).mkdir(parents=True)
+        np.save(tmp_path / "in" / str(label) / "a.npy", latents(label))
+    arrays = {"latents": latents(3, 3), "labels": np.array([10, 2, 10])}
+    np.savez(tmp_path / "x.npz", **arrays)
+    book = tmp_path / "book.safetensors"
+    codebook = Codebook(np.linspace(-3, 3, 256, dtype=np.float32)[None], "affine")
+    save_codebook(StoredCodebook(codebook=codebook, latent_id=LATENT_ID, made={}), book)
+    bring(tmp_path / "in", tmp_path / "a", codebook=book)
+    bring(tmp_path / "x.npz", tmp_path / "b", codebook=book, order="path")
+    assert merge([tmp_path / "a", tmp_path / "b"], tmp_path / "ab").classes == ("2", "10")
+    assert ShardSet(tmp_path / "b").patches["label"].tolist() == [1, 0, 1]
 
 
 @pytest.mark.parametrize("compressed", [False, True])
@@ -196,8 +212,6 @@ def test_exported_latents_come_back_with_their_codebook(tmp_path):
 
 
 def test_codes_of_two_codebooks_are_not_taken_as_one(tmp_path):
-    from latentds.edit.merging import merge
-
     parts = [make_set(tmp_path, "a", 3, 0), make_set(tmp_path, "b", 3, 5000, levels=32)]
     merge(parts, tmp_path / "ab")
     export_npy(tmp_path / "ab", tmp_path / "npy")

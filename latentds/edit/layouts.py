@@ -241,15 +241,4 @@ def list_arrays(base: Path, paths: list[str], options: ListingOptions) -> list[F
             for row in range(rows)
         ]
     check_labels(base, patches, options.labels)
-    return pad_numbers(patches)
-
-
-def pad_numbers(patches: list[ForeignPatch]) -> list[ForeignPatch]:
-    """Integer labels with leading zeros: class names are sorted as text."""
-    labels = {patch.label for patch in patches if patch.label is not None}
-    if not labels or not all(label.isdigit() for label in labels):
-        return patches
-    width = max(len(label) for label in labels)
-    return [
-        dataclasses.replace(p, label=p.label.zfill(width) if p.label else None) for p in patches
-    ]
+    return patches

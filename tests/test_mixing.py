@@ -14,7 +14,7 @@ from latentds.autoencoders.decoders import architecture_of, save_decoder
 from latentds.conversion.convert_config import ConvertConfig
 from latentds.conversion.converting import convert
 from latentds.errors import ContractError, InputError, UnknownNameError, WeightsError
-from latentds.loading.fields_of_view import check_fields, field_of
+from latentds.loading.fields_of_view import check_fields, field_of, warn_of_fields
 from latentds.loading.mixing import MixedLoader, apportion, fix_shares, group_sets
 from latentds.loading.options import Order
 from latentds.store.reader import ShardSet
@@ -242,6 +242,11 @@ def test_fields_of_unlike_size_are_refused_by_name_unless_allowed(sets):
     assert "tiny-a: patches of 32x32 px at 0.5 um a pixel show 16 um" in text
     assert "coarse: patches of 32x32 px at 1 um a pixel show 32 um" in text
     assert len(mixed(parts, decoder=None, allow_mixed_mpp=True)) == 3
+
+
+def test_sets_of_like_fields_and_sets_that_do_not_tell_are_joined_without_a_word(sets, caplog):
+    warn_of_fields([ShardSet(sets[name]) for name in ("tiny-a", "tiny-b", "unknown")])
+    assert not caplog.messages
 
 
 def test_fields_agree_whatever_the_pixels(sets):

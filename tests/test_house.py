@@ -30,7 +30,7 @@ LINES = {
     "latentds/codecs": 1_270,
     "latentds/conversion": 2_650,
     "latentds/core": 1_320,
-    "latentds/edit": 2_950,
+    "latentds/edit": 2_960,
     "latentds/embedders": 2_100,
     "latentds/evaluation": 5_060,
     "latentds/hub": 1_760,

@@ -134,6 +134,47 @@ def test_numbers_as_labels_are_one_class_with_those_of_folders(tmp_path):
     assert ShardSet(tmp_path / "b").patches["label"].tolist() == [1, 0, 1]
 
 
+def with_columns(path, **arrays) -> None:
+    """A file of six latents and arrays beside them."""
+    arrays = {"latents": latents(1, 6), "label": np.arange(6) % 2} | arrays
+    if path.suffix == ".npz":
+        np.savez(path, **arrays)
+    else:
+        save_file({name: torch.from_numpy(values) for name, values in arrays.items()}, path)
+
+
+@pytest.mark.parametrize("name", ["x.npz", "x.safetensors"])
+def test_arrays_of_slides_and_places_are_taken_and_others_named(tmp_path, name):
+    coords, slides = np.arange(12).reshape(6, 2) * 512, np.array([7, 7, 7, 7, 9, 9])
+    extras = {"coords": coords, "slide": slides, "stain": np.zeros(6)}
+    with_columns(tmp_path / name, **extras)
+    manifest = bring(tmp_path / name, tmp_path / "out", order="path")
+    table = ShardSet(tmp_path / "out").patches[:]
+    assert np.stack([table["x"], table["y"]], 1).tolist() == coords.tolist()
+    assert [manifest.slides[number] for number in table["slide"]] == list("777799")
+    assert table["label"].tolist() == [0, 1] * 3
+    imported = manifest.made["imported"]
+    assert (imported["not_taken"], imported["other_arrays"]) == (["stain"], 0)
+
+
+@pytest.mark.parametrize(
+    "extras",
+    [
+        {"coords": np.zeros((6, 3), np.int64)},
+        {"coords": np.full((6, 2), -5)},
+        {"coords": np.full((6, 2), 0.5)},
+        {"slides": np.array(["a"] * 6, dtype=object)},
+        {"slides": np.array(["a", "b"])},
+    ],
+)
+def test_arrays_that_are_no_slides_or_places_are_named_as_not_taken(tmp_path, extras):
+    with_columns(tmp_path / "x.npz", **extras)
+    manifest = bring(tmp_path / "x.npz", tmp_path / "out")
+    assert manifest.made["imported"]["not_taken"] == list(extras)
+    assert not manifest.slides
+    assert set(ShardSet(tmp_path / "out").patches[:]["x"].tolist()) == {-1}
+
+
 @pytest.mark.parametrize("compressed", [False, True])
 def test_bytes_with_a_scale_are_kept_as_they_are(tmp_path, compressed):
     stored = np.random.default_rng(0).integers(0, 256, (20, 48), np.uint8)

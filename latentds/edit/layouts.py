@@ -14,6 +14,7 @@ from latentds.core.display import csv_text
 from latentds.edit.arrays import (
     ARRAY_SUFFIXES,
     inspect_array,
+    read_columns,
     read_labels,
     read_npy_header,
 )
@@ -220,14 +221,19 @@ def table_patch(base: Path, record: dict[str, Any], line: int) -> ForeignPatch:
 
 
 def list_arrays(base: Path, paths: list[str], options: ListingOptions) -> list[ForeignPatch]:
-    """Every row of every array file; its source is `FILE/NNNNNN.SUFFIX`."""
+    """Every row of every array file, with the slide and place that arrays beside tell.
+
+    Its source is `FILE/NNNNNN.SUFFIX`.
+    """
     found = [path for path in paths if PurePosixPath(path).suffix in ARRAY_SUFFIXES]
     found = [path for path in found if not PurePosixPath(path).name.startswith("codebook-")]
     rule = split_rule(base, found, options)
     patches = []
     for path in found:
         rows = inspect_array(base / path).rows
-        labels = read_labels(base / path, rows) if options.labels else None
+        columns: dict[str, list[Any]] = dict(read_columns(base / path, rows)[0])
+        if options.labels and (labels := read_labels(base / path, rows)):
+            columns["label"] = labels
         stem, suffix = path.rpartition(".")[0], PurePosixPath(path).suffix
         split = rule.parts(path)[0]
         patches += [
@@ -236,7 +242,7 @@ def list_arrays(base: Path, paths: list[str], options: ListingOptions) -> list[F
                 path=path,
                 row=row,
                 split=split,
-                label=labels[row] if labels else None,
+                **{name: values[row] for name, values in columns.items()},
             )
             for row in range(rows)
         ]

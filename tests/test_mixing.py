@@ -355,6 +355,13 @@ def test_options_without_a_meaning_are_refused(weights, options):
         mixed(weights, **options)
 
 
+def test_codes_are_refused_with_what_gives_them_of_sets_of_one_kind(sets):
+    parts = {sets["tiny-a"]: 1.0, sets["tiny-b"]: 1.0}
+    with pytest.raises(ValueError, match=r"pixels only.*LatentLoader\(Mixture\(\.\.\.\)\)"):
+        mixed(parts, decode="codes")
+    assert next(iter(LatentLoader(Mixture(parts), decode="codes", batch_size=4))).codes.ndim == 4
+
+
 def test_a_split_that_is_not_there_is_named(weights):
     with pytest.raises(UnknownNameError, match="test"):
         mixed(weights, split="test")

@@ -34,7 +34,7 @@ LINES = {
     "latentds/embedders": 2_100,
     "latentds/evaluation": 5_060,
     "latentds/hub": 1_760,
-    "latentds/loading": 4_480,
+    "latentds/loading": 4_482,
     "latentds/models": 2_390,
     "latentds/quantizers": 3_690,
     "latentds/sources": 6_470,

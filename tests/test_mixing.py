@@ -279,6 +279,12 @@ def test_a_set_whose_own_patches_differ_is_warned_of(sets, caplog):
     assert "tiny-a: patches from 0.25 to 0.5 um a pixel in one set" in caplog.text
 
 
+def test_a_small_sample_looks_at_rows_far_apart_alone(sets):
+    shards = with_mpp(sets["tiny-a"], [9.0], rows=slice(1, None, 4))
+    assert len(shards) == 18
+    assert field_of(shards, sample=4).most == 0.5 and field_of(shards).most == 9.0
+
+
 def test_fields_are_those_of_the_split_that_is_trained_on(shared_dataset, caplog):
     shards = with_mpp(shared_dataset, [0.5])
     shards.patches["mpp"][slice(*shards.patch_range("val"))] = 2.0

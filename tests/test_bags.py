@@ -62,6 +62,16 @@ def test_a_bag_is_its_slide_in_raster_order(slides):
         assert np.array_equal(bag.labels, table["label"][bag.rows.numpy()])
 
 
+def test_slides_of_several_labels_are_told_with_one_of_them(slides, caplog):
+    bags = SlideBags(slides)
+    words = "patches of 1 of 3 slides differ in label, among them 'three'"
+    assert words in caplog.text
+    assert bags[1].label == -1 and set(bags[1].labels.tolist()) == {0, 1}
+    caplog.clear()
+    SlideBags(slides, select=Select(slides=["one", "two"]))
+    assert "differ in label" not in caplog.text
+
+
 def test_a_bound_chooses_anew_every_epoch_and_alike_everywhere(slides):
     bags, other = (SlideBags(slides, max_patches=9, seed=s) for s in (0, 1))
     first = [bag.rows.tolist() for bag in bags]

@@ -409,6 +409,8 @@ def test_labels_without_slides_and_the_reverse_are_refused_unless_a_subset_is_as
     table = read_labels(labels_csv)
     with pytest.raises(InputError, match=message):
         match_labels(table, slides)
+    with pytest.raises(InputError, match=r"\. Mend the names, or pass --allow-subset$"):
+        match_labels(table, slides)
     found = match_labels(table, slides, allow_subset=True)
     assert len(found.slides) == len(set(slides) - {"s5"}) and len(found.notes) == 1
 

@@ -21,6 +21,7 @@ from latentds.store.reader import ShardSet
 from tests.conftest import convert_with_mean, save_pictures
 from tests.fakes import MeanAutoencoder
 from tests.test_merge import codes_by_key, make_set
+from tests.test_source_kinds import listed
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +81,21 @@ def test_extracted_pictures_convert_to_the_same_labels_and_slides(small, tmp_pat
     again, before = read_manifest(tmp_path / "again"), read_manifest(small)
     assert (again.splits, again.classes, again.slides) == (
         before.splits, before.classes, before.slides)  # fmt: skip
+
+
+def test_converting_an_extracted_folder_names_the_table_that_keeps_all(tmp_path):
+    lines = ["path,label,slide,x,y,mpp", "a.png,IDC / grade 2,s 1,512,0,0.25"]
+    save_pictures(tmp_path / "in", 1)
+    next((tmp_path / "in").glob("*.png")).rename(tmp_path / "in/a.png")
+    (tmp_path / "in/own.csv").write_text("\n".join(lines))
+    convert_with_mean(tmp_path / "in/own.csv", tmp_path / "set")
+    extract(tmp_path / "set", tmp_path / "png", autoencoder=MeanAutoencoder())
+    (note,) = (note for note in listed(tmp_path / "png")[1].notes if "not read" in note)
+    assert f"convert {tmp_path / 'png/table.csv'}, which keeps class names, mpp, slides" in note
+    convert_with_mean(tmp_path / "png/table.csv", tmp_path / "again")
+    again, before = ShardSet(tmp_path / "again"), ShardSet(tmp_path / "set")
+    assert (again.manifest.classes, again.manifest.slides) == (("IDC / grade 2",), ("s 1",))
+    assert again.patches[:].tolist() == before.patches[:].tolist()
 
 
 def test_a_killed_run_goes_on_where_it_stopped(small, tmp_path, monkeypatch):

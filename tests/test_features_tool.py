@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from latentds.embedders.nic import NicEncoder
 from latentds.evaluation.features.embedding_pipeline import Piece, embed_pieces, in_background
 from latentds.evaluation.features.folder import FeatureFolder
+from latentds.evaluation.features.slide_labels import read_lines
 from tests.conftest import save_pictures
 from tests.small_patches import ProjectionEmbedder
 
@@ -43,7 +44,7 @@ def work(tmp_path_factory) -> Path:
     return root
 
 
-def words_of(work: Path, out: Path, *more: object, data: str = "latents") -> list[str]:
+def words_of(work: Path, out: Path, *more: object, data: str | Path = "latents") -> list[str]:
     words = (work / data, "--embedder", work / "small.safetensors", "--out", out, *more)
     return ["features", *(str(word) for word in words), "--device", "cpu", "--batch-size", "3"]
 
@@ -142,6 +143,17 @@ def test_a_broken_picture_is_counted_through_a_codec_too(work, tmp_path, capsys)
     call(capsys, words_of(work, tmp_path, *more, data="torn"), 3)
     folder = FeatureFolder(tmp_path)
     assert folder.slides == ["slide.0", "slide.2"] and folder.source["bytes_per_patch"] is None
+
+
+def test_slides_without_one_label_are_told(work, tmp_path, capsys, caplog):
+    for number, place in enumerate(("a/s1", "a/s2", "b/s2")):
+        save_pictures(tmp_path / "in" / place, 2, first_seed=100 * number, edge=128)
+    words = ["convert", str(tmp_path / "in"), "--out", str(tmp_path / "set"), "--device", "cpu"]
+    call(capsys, words)
+    call(capsys, words_of(work, tmp_path / "out", data=tmp_path / "set"))
+    assert f"{tmp_path / 'out/labels.csv'}: 1 of 2 slides have no label" in caplog.text
+    assert "among them 's2'" in caplog.text
+    assert [line.label for line in read_lines(tmp_path / "out").values()] == ["a", ""]
 
 
 def test_errors_are_one_line(work, tmp_path, capsys):

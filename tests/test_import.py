@@ -13,6 +13,7 @@ from latentds.edit.exporting import export_npy
 from latentds.edit.extracting import extract
 from latentds.edit.importing import import_latents
 from latentds.edit.layouts import ListingOptions
+from latentds.edit.merging import merge
 from latentds.errors import ContractError, FormatError, InputError, WeightsError
 from latentds.loading.loader import LatentLoader
 from latentds.quantizers.codebooks import StoredCodebook, save_codebook
@@ -110,12 +111,68 @@ def test_safetensors_keep_latents_and_labels(tmp_path, dtype):
     save_file(tensors, tmp_path / "latents_00.safetensors")
     manifest = bring(tmp_path / "latents_00.safetensors", tmp_path / "out", order="path")
     shards = ShardSet(tmp_path / "out")
-    assert manifest.classes == tuple(f"{label:02d}" for label in range(12))
+    assert manifest.classes == tuple(map(str, range(12)))  # in numeric order, as convert has them
     assert shards.patches["label"].tolist() == labels.tolist()
     found = np.stack(list(values_by_source(tmp_path / "out").values()))
     assert np.abs(found - stored.float().numpy()).max() < 0.05
     assert manifest.made["imported"]["not_taken"] == ["latents_flip"]
     assert is_good(tmp_path / "out")
+
+
+def test_numbers_as_labels_are_one_class_with_those_of_folders(tmp_path):
+    for label in (2, 10):
+        (tmp_path / "in" / str(label)).mkdir(parents=True)
+        np.save(tmp_path / "in" / str(label) / "a.npy", latents(label))
+    arrays = {"latents": latents(3, 3), "labels": np.array([10, 2, 10])}
+    np.savez(tmp_path / "x.npz", **arrays)
+    book = tmp_path / "book.safetensors"
+    codebook = Codebook(np.linspace(-3, 3, 256, dtype=np.float32)[None], "affine")
+    save_codebook(StoredCodebook(codebook=codebook, latent_id=LATENT_ID, made={}), book)
+    bring(tmp_path / "in", tmp_path / "a", codebook=book)
+    bring(tmp_path / "x.npz", tmp_path / "b", codebook=book, order="path")
+    assert merge([tmp_path / "a", tmp_path / "b"], tmp_path / "ab").classes == ("2", "10")
+    assert ShardSet(tmp_path / "b").patches["label"].tolist() == [1, 0, 1]
+
+
+def with_columns(path, **arrays) -> None:
+    """A file of six latents and arrays beside them."""
+    arrays = {"latents": latents(1, 6), "label": np.arange(6) % 2} | arrays
+    if path.suffix == ".npz":
+        np.savez(path, **arrays)
+    else:
+        save_file({name: torch.from_numpy(values) for name, values in arrays.items()}, path)
+
+
+@pytest.mark.parametrize("name", ["x.npz", "x.safetensors"])
+def test_arrays_of_slides_and_places_are_taken_and_others_named(tmp_path, name):
+    coords, slides = np.arange(12).reshape(6, 2) * 512, np.array([7, 7, 7, 7, 9, 9])
+    extras = {"coords": coords, "slide": slides, "stain": np.zeros(6)}
+    with_columns(tmp_path / name, **extras)
+    manifest = bring(tmp_path / name, tmp_path / "out", order="path")
+    table = ShardSet(tmp_path / "out").patches[:]
+    assert np.stack([table["x"], table["y"]], 1).tolist() == coords.tolist()
+    assert [manifest.slides[number] for number in table["slide"]] == list("777799")
+    assert table["label"].tolist() == [0, 1] * 3
+    imported = manifest.made["imported"]
+    assert (imported["not_taken"], imported["other_arrays"]) == (["stain"], 0)
+
+
+@pytest.mark.parametrize(
+    "extras",
+    [
+        {"coords": np.zeros((6, 3), np.int64)},
+        {"coords": np.full((6, 2), -5)},
+        {"coords": np.full((6, 2), 0.5)},
+        {"slides": np.array(["a"] * 6, dtype=object)},
+        {"slides": np.array(["a", "b"])},
+    ],
+)
+def test_arrays_that_are_no_slides_or_places_are_named_as_not_taken(tmp_path, extras):
+    with_columns(tmp_path / "x.npz", **extras)
+    manifest = bring(tmp_path / "x.npz", tmp_path / "out")
+    assert manifest.made["imported"]["not_taken"] == list(extras)
+    assert not manifest.slides
+    assert set(ShardSet(tmp_path / "out").patches[:]["x"].tolist()) == {-1}
 
 
 @pytest.mark.parametrize("compressed", [False, True])
@@ -196,8 +253,6 @@ def test_exported_latents_come_back_with_their_codebook(tmp_path):
 
 
 def test_codes_of_two_codebooks_are_not_taken_as_one(tmp_path):
-    from latentds.edit.merging import merge
-
     parts = [make_set(tmp_path, "a", 3, 0), make_set(tmp_path, "b", 3, 5000, levels=32)]
     merge(parts, tmp_path / "ab")
     export_npy(tmp_path / "ab", tmp_path / "npy")

@@ -17,6 +17,7 @@ from latentds.loading.array import LatentArray
 from latentds.loading.bags import SlideBags
 from latentds.loading.dataset import LatentDataset
 from latentds.loading.loader import LatentLoader
+from latentds.loading.options import Mixture
 from latentds.quantizers.scalar import dequantize
 from latentds.store.format import MANIFEST
 from latentds.store.golden import read_golden_table
@@ -71,6 +72,22 @@ def latents_by_key(folder) -> dict[str, bytes]:
 
 def test_merged_codes_are_those_of_the_parts(parts, merged):
     assert codes_by_key(merged) == codes_by_key(parts[0]) | codes_by_key(parts[1])
+
+
+def test_fields_of_unlike_size_are_told_by_a_mixture_and_a_merge(tmp_path, caplog):
+    fine, coarse = (
+        make_set(tmp_path, name, 3, first, mpp=mpp)
+        for name, first, mpp in (("fine", 0, 0.25), ("coarse", 5000, 0.5))
+    )
+    caplog.clear()
+    LatentDataset(Mixture({fine: 1.0, coarse: 1.0}), "val")
+    (mixing,) = caplog.messages
+    caplog.clear()
+    merge([fine, coarse], tmp_path / "out")
+    (merging,) = caplog.messages
+    assert merging == mixing
+    assert f"{fine}: patches of 32x32 px at 0.25 um a pixel show 8 um" in mixing
+    assert f"{coarse}: patches of 32x32 px at 0.5 um a pixel show 16 um" in mixing
 
 
 def test_verify_passes_on_the_result(merged):

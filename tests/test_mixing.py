@@ -14,7 +14,7 @@ from latentds.autoencoders.decoders import architecture_of, save_decoder
 from latentds.conversion.convert_config import ConvertConfig
 from latentds.conversion.converting import convert
 from latentds.errors import ContractError, InputError, UnknownNameError, WeightsError
-from latentds.loading.fields_of_view import check_fields, field_of
+from latentds.loading.fields_of_view import check_fields, field_of, warn_of_fields
 from latentds.loading.mixing import MixedLoader, apportion, fix_shares, group_sets
 from latentds.loading.options import Order
 from latentds.store.reader import ShardSet
@@ -244,6 +244,11 @@ def test_fields_of_unlike_size_are_refused_by_name_unless_allowed(sets):
     assert len(mixed(parts, decoder=None, allow_mixed_mpp=True)) == 3
 
 
+def test_sets_of_like_fields_and_sets_that_do_not_tell_are_joined_without_a_word(sets, caplog):
+    warn_of_fields([ShardSet(sets[name]) for name in ("tiny-a", "tiny-b", "unknown")])
+    assert not caplog.messages
+
+
 def test_fields_agree_whatever_the_pixels(sets):
     fields = [field_of(ShardSet(sets[name])).edge_um for name in ("tiny-a", "tiny-large", "mean")]
     assert fields == pytest.approx([16, 16, 16])
@@ -272,6 +277,12 @@ def test_a_set_whose_own_patches_differ_is_warned_of(sets, caplog):
     assert not caplog.records
     check_fields([with_mpp(sets["tiny-a"], [0.5, 0.25, 0.5])])
     assert "tiny-a: patches from 0.25 to 0.5 um a pixel in one set" in caplog.text
+
+
+def test_a_small_sample_looks_at_rows_far_apart_alone(sets):
+    shards = with_mpp(sets["tiny-a"], [9.0], rows=slice(1, None, 4))
+    assert len(shards) == 18
+    assert field_of(shards, sample=4).most == 0.5 and field_of(shards).most == 9.0
 
 
 def test_fields_are_those_of_the_split_that_is_trained_on(shared_dataset, caplog):
@@ -348,6 +359,13 @@ def test_groups_are_found_by_what_one_decoder_reads(sets):
 def test_options_without_a_meaning_are_refused(weights, options):
     with pytest.raises(ValueError, match=next(iter(options))):
         mixed(weights, **options)
+
+
+def test_codes_are_refused_with_what_gives_them_of_sets_of_one_kind(sets):
+    parts = {sets["tiny-a"]: 1.0, sets["tiny-b"]: 1.0}
+    with pytest.raises(ValueError, match=r"pixels only.*LatentLoader\(Mixture\(\.\.\.\)\)"):
+        mixed(parts, decode="codes")
+    assert next(iter(LatentLoader(Mixture(parts), decode="codes", batch_size=4))).codes.ndim == 4
 
 
 def test_a_split_that_is_not_there_is_named(weights):

@@ -15,6 +15,7 @@ from latentds_tools.bench import bench_container
 from PIL import Image
 
 from latentds.core.display import start_logging
+from latentds.version import __version__
 from tests.conftest import convert_with_mean, save_pictures
 
 
@@ -124,6 +125,16 @@ def test_info_tells_codebook_and_memory(tiny_set, capsys):
     assert code == 0 and "ships with tiny-v2" in out and "loader memory" in out
     code, out, _ = call(capsys, "info", tiny_set, "--json", "--batch-size", "10")
     assert json.loads(out)["loader_memory"]["decoded_batch_fp32"] == 10 * 3 * 32 * 32 * 4
+
+
+def test_info_leaves_out_what_a_merged_set_does_not_record(tiny_set, tmp_path, capsys):
+    save_pictures(tmp_path / "in" / "new", 2)
+    call(capsys, "convert", tmp_path / "in", "--out", tmp_path / "b", "--device", "cpu")
+    call(capsys, "merge", tiny_set, tmp_path / "b", "--out", tmp_path / "ab")
+    (whole,) = re.findall("^made with +(.*)$", call(capsys, "info", tiny_set)[1], re.M)
+    assert re.search(r"; cpu[^,]*, encode batch \d+, \d+ threads$", whole)
+    (line,) = re.findall("^made with +(.*)$", call(capsys, "info", tmp_path / "ab")[1], re.M)
+    assert line == f"latentds {__version__}"
 
 
 def test_info_counts_slides_by_project_where_a_map_is_given(tmp_path, capsys):

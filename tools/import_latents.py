@@ -17,7 +17,7 @@ class Config:
     """Make a data set of latents that lie in files already; their scale is recorded.
 
     Read are PixCell and ZoomLDM trees, one .npy a patch in class folders (or as `latentds export`
-    wrote them), and .npy, .npz or .safetensors of (N, C, h, w) with labels. No pickles.
+    wrote them), and .npy, .npz or .safetensors of (N, C, h, w) with labels, slides, coords.
     """
 
     source: Annotated[Path, tyro.conf.Positional]

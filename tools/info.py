@@ -157,16 +157,20 @@ def as_text(summary: dict[str, Any]) -> str:
         ),
         "left out": f"{summary['left_out']} pictures",
         "refined": f"{summary['refine']} gradient steps a patch" if summary["refine"] else "no",
-        "made with": ", ".join(
-            f"{name} {value}" for name, value in (summary["made"]["versions"] or {}).items()
-        )
-        + f"; {summary['made']['device']}, encode batch {summary['made']['encode_batch']}, "
-        f"{summary['made']['threads']} threads",
+        "made with": made_text(summary["made"]),
         "loader memory": ", ".join(
             f"{n.replace('_', ' ')} {megabytes(v)}" for n, v in memory.items()
         ),
     }
     return "\n".join(f"{name:<14} {text}" for name, text in lines.items() if text)
+
+
+def made_text(made: dict[str, Any]) -> str:
+    """Versions, device and sizes that a set was made with, of those that it records."""
+    versions = ", ".join(f"{name} {value}" for name, value in (made["versions"] or {}).items())
+    words = {"device": "{}", "encode_batch": "encode batch {}", "threads": "{} threads"}
+    told = [text.format(made[name]) for name, text in words.items() if made[name] is not None]
+    return "; ".join(part for part in (versions, ", ".join(told)) if part)
 
 
 def steps_text(steps: dict[str, Any] | None) -> str:

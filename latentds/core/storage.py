@@ -27,6 +27,7 @@ from latentds.errors import FormatError, InputError, first_words
 
 READ_BYTES = 1 << 20
 LOCK_POLL_S = 0.2
+MARK = ".latentds-made"  # lies in every folder made by export or extract: it may be replaced
 # What patches are kept in. Each is decoded inside this process by a library made for that alone.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "QOI", "TIFF", "WEBP")
 H5_FREE_BYTES, H5_TIMES = 1 << 24, 64  # of a dataset: so much in any case, and times what is stored

@@ -22,9 +22,11 @@ from latentds.store.format import NPY_ERRORS
 
 ARRAY_SUFFIXES = (".npy", ".npz", ".safetensors")
 LATENTS, LABELS = ("latents", "codes", "arr_0"), ("labels", "label", "y")  # names looked for
+SLIDES, COORDS = ("slides", "slide"), ("coords",)
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "U8": "uint8"}
 FREE_SHARE = 0.9  # of the free disk that an unpacked npz may take
 MAX_LABELS_BYTES = 1 << 30
+MAX_PLACE_PX = (1 << 31) - 1
 
 
 class NpyHeader(NamedTuple):
@@ -166,26 +168,62 @@ def choose_name(path: Path, names: Sequence[str]) -> str:
 
 def read_labels(path: Path, rows: int) -> list[str] | None:
     """A label a row, as text; None where the file has none."""
-    values: np.ndarray | None = None
+    found = read_array(path, LABELS)
+    if found is None:
+        return None
+    if found[1].shape != (rows,) or found[1].dtype.kind not in "iuUS":
+        raise InputError(
+            f"{path}: labels are {found[1].dtype} {found[1].shape}, the latents {rows} rows"
+        )
+    return as_text(found[1])
+
+
+def read_columns(path: Path, rows: int) -> tuple[dict[str, list[Any]], tuple[str, ...]]:
+    """Slide, x and y of every row, and the names of the arrays that tell them.
+
+    What is no array of text or whole numbers, one (of `coords` two) a row, is left.
+    """
+    columns: dict[str, list[Any]] = {}
+    names = []
+    for known, kinds, width in ((SLIDES, "iuUS", ()), (COORDS, "iu", (2,))):
+        try:
+            found = read_array(path, known)
+        except (InputError, TypeError):  # of objects, too large, or bfloat16
+            continue
+        if found is None or found[1].shape != (rows, *width) or found[1].dtype.kind not in kinds:
+            continue
+        name, values = found
+        if known is SLIDES:
+            columns["slide"] = [text or None for text in as_text(values)]
+        elif values.min() < 0 or values.max() > MAX_PLACE_PX:
+            continue
+        else:
+            columns["x"], columns["y"] = values.T.tolist()
+        names.append(name)
+    return columns, tuple(names)
+
+
+def read_array(path: Path, known: Sequence[str]) -> tuple[str, np.ndarray] | None:
+    """The first of some arrays that a file has, and its name; None where it has none of them."""
     if path.suffix == ".safetensors":
         with safe_open(path, framework="numpy") as file:
-            name = next((name for name in LABELS if name in file.keys()), None)  # noqa: SIM118
-            values = None if name is None else file.get_tensor(name)
-    elif path.suffix == ".npz":
-        with open_zip(path) as archive:
-            name = next((name for name in LABELS if f"{name}.npy" in archive.namelist()), None)
-            if name is not None:
-                header = zipped_header(archive, path, name)
-                if header.size > MAX_LABELS_BYTES:
-                    shape = f"{header.shape} of {header.dtype}"
-                    raise InputError(f"{path}: labels {shape} are too large; refused")
-                values = np.load(archive.open(f"{name}.npy"), allow_pickle=False)
-    if values is None:
+            name = next((name for name in known if name in file.keys()), None)  # noqa: SIM118
+            return None if name is None else (name, file.get_tensor(name))
+    if path.suffix != ".npz":
         return None
-    if values.shape != (rows,) or values.dtype.kind not in "iuUS":
-        raise InputError(
-            f"{path}: labels are {values.dtype} {values.shape}, the latents {rows} rows"
-        )
+    with open_zip(path) as archive:
+        name = next((name for name in known if f"{name}.npy" in archive.namelist()), None)
+        if name is None:
+            return None
+        header = zipped_header(archive, path, name)
+        if header.size > MAX_LABELS_BYTES:
+            shape = f"{header.shape} of {header.dtype}"
+            raise InputError(f"{path}: {name} {shape} are too large; refused")
+        return name, np.load(archive.open(f"{name}.npy"), allow_pickle=False)
+
+
+def as_text(values: np.ndarray) -> list[str]:
+    """Numbers and names as text."""
     return [value.decode() if isinstance(value, bytes) else str(value) for value in values.tolist()]
 
 

@@ -33,7 +33,7 @@ from latentds.store.composing import SHARD_BYTES
 from latentds.store.format import MAX_PATCH_BYTES, Contract
 
 MAX_SAMPLE_VALUES = 16_000_000  # latent values held while fitting: 64 MB
-KNOWN_EXTRAS = ("std", "latents_flip")  # other names in someone's files are not passed on
+MAX_NAMED, MAX_NAME = 16, 64  # arrays not taken that are named, letters of a name
 LATENT_ID = re.compile(r"sha256:[0-9a-f]{64}")
 
 
@@ -142,8 +142,8 @@ def decide(
         "imported": {
             "layout": files.layout,
             "stored_dtype": files.dtype,
-            "not_taken": [name for name in files.not_taken if name in KNOWN_EXTRAS],
-            "other_arrays": len(set(files.not_taken) - set(KNOWN_EXTRAS)),
+            "not_taken": [name[:MAX_NAME] for name in files.not_taken[:MAX_NAMED]],
+            "other_arrays": len(files.not_taken[MAX_NAMED:]),
             "scale": files.scale,
             "shift": files.shift,
             "scale_was_given": options.scale is not None,

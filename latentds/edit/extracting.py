@@ -15,7 +15,7 @@ from PIL import Image
 
 from latentds.autoencoders.autoencoder import Autoencoder
 from latentds.core.processes import choose_device
-from latentds.core.storage import exclusive_lock, naming, write_atomically
+from latentds.core.storage import MARK, exclusive_lock, naming, write_atomically
 from latentds.edit.exporting import (
     TABLE,
     Row,
@@ -25,7 +25,7 @@ from latentds.edit.exporting import (
     sources_of,
     table_line,
 )
-from latentds.edit.outputs import MARK, check_apart, refuse_foreign
+from latentds.edit.outputs import check_apart, refuse_foreign
 from latentds.errors import InputError
 from latentds.loading.decoding import Decoder, find_autoencoder
 from latentds.loading.selection import select_rows

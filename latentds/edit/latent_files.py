@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from latentds.edit.arrays import ArrayFacts, ArrayRows, inspect_array, read_npy
+from latentds.edit.arrays import ArrayFacts, ArrayRows, inspect_array, read_columns, read_npy
 from latentds.edit.layouts import ForeignPatch
 from latentds.errors import InputError
 
@@ -63,7 +63,9 @@ class LatentFiles:
             self.not_taken = ("std",) if self.layout == "pixcell" else ()
         else:
             facts, _ = self.array(patch.path)
-            self.dtype, self.not_taken = facts.dtype, facts.extras
+            _, taken = read_columns(self.base / patch.path, facts.rows)
+            self.dtype = facts.dtype
+            self.not_taken = tuple(name for name in facts.extras if name not in taken)
         return self.read(patch)
 
     def read(self, patch: ForeignPatch) -> np.ndarray:

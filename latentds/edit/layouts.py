@@ -14,6 +14,7 @@ from latentds.core.display import csv_text
 from latentds.edit.arrays import (
     ARRAY_SUFFIXES,
     inspect_array,
+    read_columns,
     read_labels,
     read_npy_header,
 )
@@ -220,14 +221,19 @@ def table_patch(base: Path, record: dict[str, Any], line: int) -> ForeignPatch:
 
 
 def list_arrays(base: Path, paths: list[str], options: ListingOptions) -> list[ForeignPatch]:
-    """Every row of every array file; its source is `FILE/NNNNNN.SUFFIX`."""
+    """Every row of every array file, with the slide and place that arrays beside tell.
+
+    Its source is `FILE/NNNNNN.SUFFIX`.
+    """
     found = [path for path in paths if PurePosixPath(path).suffix in ARRAY_SUFFIXES]
     found = [path for path in found if not PurePosixPath(path).name.startswith("codebook-")]
     rule = split_rule(base, found, options)
     patches = []
     for path in found:
         rows = inspect_array(base / path).rows
-        labels = read_labels(base / path, rows) if options.labels else None
+        columns: dict[str, list[Any]] = dict(read_columns(base / path, rows)[0])
+        if options.labels and (labels := read_labels(base / path, rows)):
+            columns["label"] = labels
         stem, suffix = path.rpartition(".")[0], PurePosixPath(path).suffix
         split = rule.parts(path)[0]
         patches += [
@@ -236,20 +242,9 @@ def list_arrays(base: Path, paths: list[str], options: ListingOptions) -> list[F
                 path=path,
                 row=row,
                 split=split,
-                label=labels[row] if labels else None,
+                **{name: values[row] for name, values in columns.items()},
             )
             for row in range(rows)
         ]
     check_labels(base, patches, options.labels)
-    return pad_numbers(patches)
-
-
-def pad_numbers(patches: list[ForeignPatch]) -> list[ForeignPatch]:
-    """Integer labels with leading zeros: class names are sorted as text."""
-    labels = {patch.label for patch in patches if patch.label is not None}
-    if not labels or not all(label.isdigit() for label in labels):
-        return patches
-    width = max(len(label) for label in labels)
-    return [
-        dataclasses.replace(p, label=p.label.zfill(width) if p.label else None) for p in patches
-    ]
+    return patches

@@ -16,6 +16,7 @@ from latentds.core.display import progress
 from latentds.core.storage import READ_BYTES, naming, rename_durably, sha256_file, write_atomically
 from latentds.edit.outputs import local_folder, new_data_set
 from latentds.errors import DamagedPackError, FormatError, InputError
+from latentds.loading.fields_of_view import warn_of_fields
 from latentds.loading.options import check_mixable
 from latentds.store.composing import Composer, complete
 from latentds.store.format import GOLDEN, Contract, joined_names, pack_key
@@ -44,6 +45,7 @@ def merge(
         raise InputError(f"{len(paths)} data sets to merge; name two or more")
     sets = [ShardSet(path) for path in paths]
     check_mixable(sets)
+    warn_of_fields(sets)
     with new_data_set(out, overwrite, paths):
         check_distinct(sets)
         classes = joined_names(shards.manifest.classes for shards in sets)

@@ -9,11 +9,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from latentds.conversion.workdir import remove_data_set
-from latentds.core.storage import exclusive_lock
+from latentds.core.storage import MARK, exclusive_lock
 from latentds.errors import InputError
 from latentds.store.format import MANIFEST, SIDECARS
-
-MARK = ".latentds-made"  # lies in every folder made by export or extract: it may be replaced
 
 
 @contextlib.contextmanager

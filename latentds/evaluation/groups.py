@@ -21,7 +21,7 @@ SLIDE_COLUMNS = ALIASES["slide"]
 SOURCE_COLUMNS = ("source", *ALIASES["path"])
 GROUP_COLUMNS = ("group", *ALIASES["patient"])
 LABEL_COLUMNS = ALIASES["label"]
-SUBSET_HINT = "mend the names, or pass --allow-subset (allow_subset=True)"
+SUBSET_HINT = "Mend the names, or pass --allow-subset"
 
 
 def groups_of(
@@ -207,7 +207,7 @@ def match_labels(
         if left
     ]  # fmt: skip
     if notes and (not allow_subset or not found):
-        raise InputError(f"{table.path}: {'; '.join(notes)}. {SUBSET_HINT.capitalize()}")
+        raise InputError(f"{table.path}: {'; '.join(notes)}. {SUBSET_HINT}")
     kept = list(found)
     classes = sorted_names(table.labels[found[slide]] for slide in kept)
     places = {name: number for number, name in enumerate(classes)}

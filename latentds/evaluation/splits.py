@@ -74,8 +74,8 @@ def read_splits(
     for left, what in ((lost, "are not there"), (bare, "are in no fold")):
         if left and not allow_subset:
             raise InputError(
-                f"{path}: {len(left):,} slides {what}: {some(left)}. Mend the names, or allow a "
-                "subset"
+                f"{path}: {len(left):,} slides {what}: {some(left)}. Mend the names, or pass "
+                "--allow-subset"
             )
     for number, fold in enumerate(folds):
         if not len(fold.train) or not len(fold.test):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -32,6 +33,7 @@ from latentds.loading.selection import select_rows
 from latentds.store.cache import CacheConfig
 from latentds.store.reader import ShardSet
 
+logger = logging.getLogger(__name__)
 DECODE_CHUNK = 64
 
 
@@ -117,15 +119,30 @@ class SlideBags(Dataset[Bag]):
         self.decoder: Decoder | Integers | None = None
         rows = select_rows(self.shards, split, *select.unbalanced("SlideBags"))
         rows = np.arange(*self.shards.patch_range(split)) if rows is None else rows
-        numbers = self.shards.patches[rows]["slide"]
-        rows, numbers = rows[numbers >= 0], numbers[numbers >= 0]
+        table = self.shards.patches[rows]
+        named = table["slide"] >= 0
+        rows, numbers, labels = rows[named], table["slide"][named], table["label"][named]
         if not len(rows):
             raise InputError(f"{folder}: no patch of split {split!r} has a slide; bags need them")
-        self.rows = rows[np.argsort(numbers, kind="stable")]
+        order = np.argsort(numbers, kind="stable")
+        self.rows = rows[order]
         present, counts = np.unique(numbers, return_counts=True)
         self.slides = [self.shards.manifest.slides[number] for number in present]
         self.ends = np.cumsum(counts)
+        self.note_differing(labels[order])
         self.position = shared_zeros(1, torch.int64)
+
+    def note_differing(self, labels: np.ndarray) -> None:
+        """Tell of slides whose patches, in the order of `rows`, have no one label."""
+        starts = np.append(0, self.ends[:-1])
+        least, most = (f.reduceat(labels, starts) for f in (np.minimum, np.maximum))
+        differing = np.flatnonzero(least < most)
+        if len(differing):
+            logger.warning(
+                "%s: patches of %d of %d slides differ in label, among them %r: the label of such "
+                "a bag is -1, its `labels` are the patches' own", self.shards.folder,
+                len(differing), len(self), self.slides[differing[0]],
+            )  # fmt: skip
 
     @property
     def classes(self) -> list[str]:

@@ -27,6 +27,7 @@ from latentds.core.randomness import digest_of
 from latentds.core.storage import digest_json
 from latentds.errors import DamagedPackError, TooManyBadSamplesError
 from latentds.loading.batch import Batch, Collator
+from latentds.loading.fields_of_view import warn_of_fields
 from latentds.loading.options import Mixture, Order, Select, answering, check_group
 from latentds.loading.order import STATE_VERSION, Batching, LoaderState, check_state
 from latentds.loading.sampling import (
@@ -112,6 +113,7 @@ class LatentDataset(IterableDataset[Batch]):
         self.selection = digest_of(chosen) if select.chooses else None
         self.sampler: Sampler = self.samplers[0]
         if isinstance(folder, Mixture):
+            warn_of_fields(self.sets, split)
             self.sampler = MixtureSampler(self.samplers, folder.weights, seed, folder.epoch_patches)
         if not select.chooses and self.balance is None and order.lanes == 1:  # all packs, here
             for shards in self.sets:
@@ -293,7 +295,7 @@ class LatentDataset(IterableDataset[Batch]):
         manifests = [shards.manifest for shards in self.sets]
         ids = [manifest.dataset_id for manifest in manifests]
         revisions = [shards.revision for shards in self.sets]
-        mixture, single = self.mixture, len(ids) == 1
+        drawn, single = [self.mixture.weights, self.mixture.epoch_patches], len(ids) == 1
         return LoaderState(
             version=STATE_VERSION,
             dataset_id=ids[0] if single else digest_json(ids),
@@ -307,9 +309,7 @@ class LatentDataset(IterableDataset[Batch]):
             lanes=self.batching.lanes,
             balance=self.balance,
             selection=self.selection,
-            mixture=digest_of([mixture.weights, mixture.epoch_patches])
-            if self.is_mixture
-            else None,
+            mixture=digest_of(drawn) if self.is_mixture else None,
             epoch=epoch,
             batch=batch,
         )

@@ -15,6 +15,7 @@ logger = logging.getLogger(__name__)
 
 TOLERANCE = 0.05  # scanners of one magnification differ by that much
 SAMPLE = 4096  # patches of a set
+FEW = 16  # patches of a set to warn by: of a large remote one each is a request
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,13 +34,14 @@ class Field:
     edge_um: float
 
 
-def field_of(shards: ShardSet, split: str | None = None) -> Field | None:
+def field_of(shards: ShardSet, split: str | None = None, sample: int = SAMPLE) -> Field | None:
     """The field of a split, or of the whole set; None where no patch tells its mpp.
 
+    sample  patches to look at, about
     raises  UnknownNameError for a split that is not there
     """
     first, end = (0, len(shards)) if split is None else shards.patch_range(split)
-    step = max((end - first) // SAMPLE, 1)
+    step = max((end - first) // sample, 1)
     values = np.asarray(shards.patches[first:end:step]["mpp"], np.float64)
     known = values[np.isfinite(values) & (values > 0)]
     if not len(known):
@@ -74,13 +76,33 @@ def check_fields(sets: Sequence[ShardSet], allow: bool = False, split: str | Non
         return
     for field in known:
         warn_of_spread(field)
-    small, large = min(known, key=edge_of), max(known, key=edge_of)
-    if large.edge_um > small.edge_um * (1 + TOLERANCE):
+    if are_unlike(known):
+        small, large = min(known, key=edge_of), max(known, key=edge_of)
         raise ContractError(
             f"{describe(small)}, {describe(large)}: a pixel of a view would have two sizes. "
             "Convert them at one --mpp, or mix them so with allow_mixed_mpp=True "
             "(--allow-mixed-mpp)"
         )
+
+
+def warn_of_fields(sets: Sequence[ShardSet], split: str | None = None) -> None:
+    """Tell of sets joined whose patches show fields of unlike size; reads a few rows of each.
+
+    Sets that do not record micrometres a pixel are not compared.
+    """
+    found = [field_of(shards, split, FEW) for shards in sets] if len(sets) > 1 else []
+    known = [field for field in found if field is not None]
+    if known and are_unlike(known):
+        logger.warning(
+            "%s: their pixels are of unlike size, and are mixed so; where that is not meant, "
+            "convert them at one --mpp", "; ".join(map(describe, known)),
+        )  # fmt: skip
+
+
+def are_unlike(fields: Sequence[Field]) -> bool:
+    """Whether the largest of some fields is larger than the smallest by more than 5 %."""
+    edges = [field.edge_um for field in fields]
+    return max(edges) > min(edges) * (1 + TOLERANCE)
 
 
 def warn_of_spread(field: Field) -> None:

@@ -329,5 +329,6 @@ def refuse_options(options: Mapping[str, Any]) -> None:
         raise ValueError("balance= is not for a mixed loader; leave it")
     if options.get("decode", "pixels") != "pixels":
         raise ValueError(
-            f"decode={options['decode']!r}; latents of several kinds are one input as pixels only"
+            f"decode={options['decode']!r}; a mixed loader gives pixels only. Of sets of one "
+            "latent_id, encoding, shape and patch size, LatentLoader(Mixture(...)) gives it"
         )

@@ -147,7 +147,8 @@ class Mixture:
     epoch_patches  draws an epoch; None takes the number of patches of all sets
 
     Every set runs through its own epochs at its own pace: it is not shortened or padded, a small
-    set of large weight comes round more often. Codebooks may differ, the latent_id may not.
+    set of large weight comes round more often. Codebooks may differ, the latent_id may not; fields
+    of unlike size in micrometres are warned of.
     """
 
     def __init__(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from latentds.core.storage import parse_json, read_json
+from latentds.core.storage import MARK, parse_json, read_json
 from latentds.errors import FormatError, InputError
 from latentds.sources.csv_tables import TextTable, decoded, read_table, text_lines
 from latentds.sources.field_names import ALIASES, columns_of, note_unused
@@ -22,6 +22,7 @@ PAIRS = {"reference.csv", "stages.csv"}  # CAMELYON16's and CAMELYON17's: a slid
 SUFFIXES = {".csv", ".tsv", ".jsonl", ".parquet", ".xlsx", ".xls"}
 MAX_JSON_BYTES = 1 << 28
 FIELDS = ("path", "label", "slide", "patient", "x", "y", "mpp", "size_px", "split")
+EXTRACTED = "table.csv"  # beside the pictures that `latentds extract` wrote
 SHOWN = 3  # tables that a note names
 
 
@@ -174,14 +175,21 @@ def plain(value: Any) -> str:
 def note_unread(root: Path, paths: Sequence[str], pictures: Sequence[Picture]) -> tuple[str, ...]:
     """That tables were not read, with their rows; that labels may be in them where there are none.
 
-    Of a table with columns that could be read, the option that reads it.
+    Of a table with columns that could be read, the option that reads it; of an extracted set's, to
+    convert that.
     """
     if not paths:
         return ()
     shown = ", ".join(f"{path}{counted_rows(root / path)}" for path in paths[:SHOWN])
     more = f" and {len(paths) - SHOWN} more" if len(paths) > SHOWN else ""
     bare = "" if any(picture.label is not None for picture in pictures) else "no labels; "
-    return (f"{bare}not read: {shown}{more}; --slide-table reads one, or convert it itself",)
+    what = "--slide-table reads one, or convert it itself"
+    if EXTRACTED in paths and (root / MARK).is_file():
+        what = (
+            f"'latentds extract' made this folder: convert {root / EXTRACTED}, which keeps class "
+            "names, mpp, slides and places"
+        )
+    return (f"{bare}not read: {shown}{more}; {what}",)
 
 
 def counted_rows(path: Path) -> str:

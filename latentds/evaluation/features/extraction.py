@@ -38,6 +38,7 @@ from latentds.evaluation.features.feature_files import (
 from latentds.evaluation.features.features_record import FeaturesRecord, claim, versions_of
 from latentds.evaluation.features.layout import FeaturePlaces, add_clam, coords_attributes
 from latentds.evaluation.features.slide_labels import (
+    FILE,
     SlideLabel,
     label_of,
     note_labels,
@@ -171,6 +172,12 @@ def finish(
     note_left_out(out, mine, own)
     lines = {s: known.get(s) or own_label(patches.of_slide(s), s) for s in found}
     note_labels(out, mine, lines)
+    bare = [slide for slide, line in lines.items() if patches.classes and not line.label]
+    if bare:
+        logger.warning(
+            "%s: %d of %d slides have no label, as their patches differ in it or lack one, among "
+            "them %r", out / FILE, len(bare), len(lines), bare[0],
+        )  # fmt: skip
     for slide in found if with_clam else ():
         add_clam(target.places, slide, patches.patch_px[1])
     return Extraction(

@@ -157,6 +157,15 @@ def test_arrays_of_slides_and_places_are_taken_and_others_named(tmp_path, name):
     assert (imported["not_taken"], imported["other_arrays"]) == (["stain"], 0)
 
 
+def test_y_is_a_label_only_where_there_is_no_x(tmp_path):
+    values = latents(1, 6)
+    np.savez(tmp_path / "xy.npz", latents=values, x=np.arange(6), y=np.arange(6) * 512)
+    manifest = bring(tmp_path / "xy.npz", tmp_path / "places")
+    assert manifest.classes == () and "x" in manifest.made["imported"]["not_taken"]
+    np.savez(tmp_path / "y.npz", latents=values, y=np.arange(6) % 2)
+    assert bring(tmp_path / "y.npz", tmp_path / "labels").classes == ("0", "1")
+
+
 @pytest.mark.parametrize(
     "extras",
     [

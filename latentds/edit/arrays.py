@@ -168,7 +168,8 @@ def choose_name(path: Path, names: Sequence[str]) -> str:
 
 def read_labels(path: Path, rows: int) -> list[str] | None:
     """A label a row, as text; None where the file has none."""
-    found = read_array(path, LABELS)
+    # Beside an array x, y is a place.
+    found = read_array(path, LABELS if read_array(path, ("x",)) is None else LABELS[:-1])
     if found is None:
         return None
     if found[1].shape != (rows,) or found[1].dtype.kind not in "iuUS":

@@ -14,7 +14,7 @@ import numpy as np
 from latentds.store.cache import Cache
 from latentds.store.open_files import BlockSums
 
-WHOLE_BYTES = 1 << 23  # up to so many, one request for all is quicker than many for parts
+WHOLE_BYTES = 1 << 22  # up to so many, one request for all is quicker than many for parts
 PART_BYTES = 1 << 20  # of a part, once many blocks were wanted
 RANGE_BYTES = 1 << 23  # of a request, where parts that are wanted lie side by side
 GROWTH = 256  # parts of a size, two windows of the order, before the next are four times as large

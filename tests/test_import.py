@@ -162,6 +162,9 @@ def test_y_is_a_label_only_where_there_is_no_x(tmp_path):
     np.savez(tmp_path / "xy.npz", latents=values, x=np.arange(6), y=np.arange(6) * 512)
     manifest = bring(tmp_path / "xy.npz", tmp_path / "places")
     assert manifest.classes == () and "x" in manifest.made["imported"]["not_taken"]
+    tensors = {"latents": torch.from_numpy(values), "x": torch.zeros(6, dtype=torch.bfloat16)}
+    save_file(tensors, tmp_path / "x.safetensors")  # numpy has no such numbers
+    assert bring(tmp_path / "x.safetensors", tmp_path / "other").patches == 6
     np.savez(tmp_path / "y.npz", latents=values, y=np.arange(6) % 2)
     assert bring(tmp_path / "y.npz", tmp_path / "labels").classes == ("0", "1")
 

@@ -169,7 +169,7 @@ def choose_name(path: Path, names: Sequence[str]) -> str:
 def read_labels(path: Path, rows: int) -> list[str] | None:
     """A label a row, as text; None where the file has none."""
     # Beside an array x, y is a place.
-    found = read_array(path, LABELS if read_array(path, ("x",)) is None else LABELS[:-1])
+    found = read_array(path, LABELS[:-1] if "x" in names_in(path) else LABELS)
     if found is None:
         return None
     if found[1].shape != (rows,) or found[1].dtype.kind not in "iuUS":
@@ -204,18 +204,27 @@ def read_columns(path: Path, rows: int) -> tuple[dict[str, list[Any]], tuple[str
     return columns, tuple(names)
 
 
-def read_array(path: Path, known: Sequence[str]) -> tuple[str, np.ndarray] | None:
-    """The first of some arrays that a file has, and its name; None where it has none of them."""
+def names_in(path: Path) -> list[str]:
+    """Names of a file's arrays; none of npy."""
     if path.suffix == ".safetensors":
         with safe_open(path, framework="numpy") as file:
-            name = next((name for name in known if name in file.keys()), None)  # noqa: SIM118
-            return None if name is None else (name, file.get_tensor(name))
+            return list(file.keys())
     if path.suffix != ".npz":
-        return None
+        return []
     with open_zip(path) as archive:
-        name = next((name for name in known if f"{name}.npy" in archive.namelist()), None)
-        if name is None:
-            return None
+        return [name.removesuffix(".npy") for name in archive.namelist()]
+
+
+def read_array(path: Path, known: Sequence[str]) -> tuple[str, np.ndarray] | None:
+    """The first of some arrays that a file has, and its name; None where it has none of them."""
+    there = names_in(path)
+    name = next((name for name in known if name in there), None)
+    if name is None:
+        return None
+    if path.suffix == ".safetensors":
+        with safe_open(path, framework="numpy") as file:
+            return name, file.get_tensor(name)
+    with open_zip(path) as archive:
         header = zipped_header(archive, path, name)
         if header.size > MAX_LABELS_BYTES:
             shape = f"{header.shape} of {header.dtype}"

@@ -76,7 +76,7 @@ class Cache:
             with contextlib.suppress(FileNotFoundError):
                 os.utime(path)  # used now: among the last to go
             return path
-        with self.lock(f"locks/{int(hashlib.sha256(name.encode()).hexdigest(), 16) % LOCKS}"):
+        with self.lock_of(name):
             if not path.is_file():
                 content = fetch()
                 self.write(path, content)
@@ -160,6 +160,10 @@ class Cache:
                 yield status.st_mtime, status.st_size, path
             elif time.time() - status.st_mtime > STALE_S:
                 path.unlink(missing_ok=True)
+
+    def lock_of(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """Hold the lock of what has a name: one of LOCKS, so few names share one."""
+        return self.lock(f"locks/{int(hashlib.sha256(name.encode()).hexdigest(), 16) % LOCKS}")
 
     @contextlib.contextmanager
     def lock(self, name: str) -> Iterator[None]:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from latentds.errors import DamagedPackError, FormatError, InputError
-from latentds.store.cache import LOCKS, Cache, CacheConfig
+from latentds.store.cache import Cache, CacheConfig
 from latentds.store.files import OF_PATCHES, TABLES, Extent, Tasks, keep
 from latentds.store.format import MANIFEST, TABLE_HEAD_BYTES
 from latentds.store.manifest import MAX_MANIFEST_BYTES, Manifest, parse_manifest
@@ -264,9 +264,8 @@ class RemoteFiles:
         What does not come, or comes damaged, is left to `open`, which has more tries and knows the
         pack.
         """
-        number = int(hashlib.sha256(name.encode()).hexdigest(), 16) % LOCKS
         try:
-            with self.cache.lock(f"locks/run-{number}"):
+            with self.cache.lock_of(name):
                 missing = [extent for extent in run if not self.holds(extent)]
                 if not missing:
                     return

@@ -6,7 +6,6 @@ Class folders as labels, train/val/test folders as splits, a slide folder below.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import os
 import re
 from collections import Counter
@@ -17,7 +16,7 @@ from typing import Any
 from latentds.core.storage import check_regular
 from latentds.errors import InputError, no_folder
 from latentds.sources.data_cards import CARD, card_files
-from latentds.sources.names import is_identifier, path_fields
+from latentds.sources.names import HOLDERS, check_masks_apart, is_identifier, path_fields
 from latentds.sources.picture import Header, Listing, Picture
 from latentds.sources.picture_decoding import picture_suffixes
 from latentds.sources.slide_names import some
@@ -33,14 +32,6 @@ SPLITS = {
 DEFAULT_SPLIT = "train"
 PACKED = re.compile(r"\.(?:gz|tgz|bz2|xz|zst|zip|7z|rar|tar\.\w+|part\d+)$")
 NO_LABELS = "--no-labels (--no-use-labels in an evaluation)"
-# Folders that only hold: `images` alone at its place is no class.
-HOLDERS = {"images", "image", "img", "imgs", "slides", "wsi", "wsis", "patches", "tiles", "data"}
-# What holds the masks of the pictures in a folder of HOLDERS beside it.
-MASK_FOLDERS = {
-    *("mask", "masks", "label", "labels", "gt", "groundtruth", "ground_truth", "instances"),
-    *("annotation", "annotations", "segmentation", "segmentations"),
-}
-MASK_SUFFIX = re.compile(r"[_-](?:masks?|labels?|seg|gt|instances?)$", re.IGNORECASE)
 # SAM-Path's folds: -1 is the test set, 0 validation, the others training.
 FOLDS = {"-1": "test", "0": "val"}
 LABELLED = re.compile(r"(.+\])-labelled\.\w+")  # a mask of QuPath's TileExporter
@@ -254,30 +245,6 @@ def check_names(root: Path, paths: Sequence[str]) -> None:
             path.encode()
         except UnicodeEncodeError as error:
             raise InputError(f"{root}: file name {path!r} is not UTF-8; rename it") from error
-
-
-def check_masks_apart(root: Path, paths: Sequence[str]) -> None:
-    """Refuse a folder of pictures beside one of their masks, which would be a class of patches."""
-    stems: dict[str, dict[str, set[str]]] = {}
-    for path in paths:
-        *folders, name = PurePosixPath(path).parts
-        for place, folder in enumerate(folders):
-            if folder.lower() in HOLDERS | MASK_FOLDERS:
-                below = (*folders[place + 1 :], MASK_SUFFIX.sub("", PurePosixPath(name).stem))
-                beside = stems.setdefault("/".join(folders[:place]), {})
-                beside.setdefault(folder, set()).add("/".join(below))
-                break
-    for above, beside in stems.items():
-        holders = sorted(folder for folder in beside if folder.lower() in HOLDERS)
-        for pictures, masks in itertools.product(holders, sorted(beside.keys() - set(holders))):
-            common = beside[pictures] & beside[masks]
-            if 2 * len(common) > min(len(beside[pictures]), len(beside[masks])):
-                where = root / above
-                raise InputError(
-                    f"{where}: {masks}/ has files of the same names as {pictures}/ (first: "
-                    f"{min(common)}), as masks have, which are no patches; pass "
-                    f"{where / pictures}, and --masks {where / masks} where they are to be kept"
-                )
 
 
 def check_keys(root: Path, sources: Sequence[str]) -> None:

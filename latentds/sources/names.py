@@ -1,10 +1,12 @@
-"""What names say: TCGA barcodes, splits of patients."""
+"""What names say: TCGA barcodes, splits of patients, folders of masks."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,14 @@ PATIENTS = {
         r"(?:camelyon16_(?:train_)?)?((?:normal|tumor|test)_\d{3})(?:_mask)?$"
     ),
 }
+# Folders that only hold: `images` alone at its place is no class.
+HOLDERS = {"images", "image", "img", "imgs", "slides", "wsi", "wsis", "patches", "tiles", "data"}
+# What holds the masks of the pictures in a folder of HOLDERS beside it.
+MASK_FOLDERS = {
+    *("mask", "masks", "label", "labels", "gt", "groundtruth", "ground_truth", "instances"),
+    *("annotation", "annotations", "segmentation", "segmentations"),
+}
+MASK_SUFFIX = re.compile(r"[_-](?:masks?|labels?|seg|gt|instances?)$", re.IGNORECASE)
 # A slide of those at the beginning of a tile's or folder's name; of TCGA with its UUID.
 SLIDE_IN_NAME = re.compile(
     r"(TCGA-[0-9A-Z]{2}-[0-9A-Z]{4}-\d{2}[A-Z]?-\d{2}[A-Z]?-(?:DX|TS|BS|MS)[0-9A-Z]+"
@@ -197,3 +207,37 @@ def describe_barcodes(slides: Iterable[str], projects: Mapping[str, str]) -> dic
         "frozen_slides": sum(code.is_frozen for code in found),
         "projects": dict(sorted(counts.items())),
     }
+
+
+def check_masks_apart(root: Path, paths: Sequence[str]) -> None:
+    """Refuse a folder of pictures beside one of their masks, which would be a class of patches."""
+    beside: dict[str, set[str]] = {}  # folders of pictures or masks, by the one above them
+    for folder in {path.rpartition("/")[0] for path in paths}:
+        above, name = held_in(folder)
+        beside.setdefault(above, set()).add(name)
+    for above, names in beside.items():
+        holders = sorted(name for name in names if name.lower() in HOLDERS)
+        for pictures, masks in itertools.product(holders, sorted(names - {*holders, ""})):
+            ours, theirs = (stems_in(f"{above}{name}/", paths) for name in (pictures, masks))
+            if 2 * len(ours & theirs) > min(len(ours), len(theirs)):
+                where = root / above
+                raise InputError(
+                    f"{where}: {masks}/ has files of the same names as {pictures}/ (first: "
+                    f"{min(ours & theirs)}), as masks have, which are no patches; pass "
+                    f"{where / pictures}, and --masks {where / masks} where they are to be kept"
+                )
+
+
+def held_in(folder: str) -> tuple[str, str]:
+    """The uppermost folder in a path that only holds pictures or masks, behind what is above it."""
+    parts = folder.split("/")
+    place = next(
+        (p for p, name in enumerate(parts) if name.lower() in MASK_FOLDERS | HOLDERS), None
+    )
+    return ("", "") if place is None else ("".join(f"{n}/" for n in parts[:place]), parts[place])
+
+
+def stems_in(folder: str, paths: Sequence[str]) -> set[str]:
+    """Paths below a folder without their suffixes, and without what names a mask."""
+    below = (PurePosixPath(path[len(folder) :]) for path in paths if path.startswith(folder))
+    return {str(path.with_name(MASK_SUFFIX.sub("", path.stem))) for path in below}

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import operator
 import re
 import sys
 from pathlib import Path
@@ -40,7 +41,6 @@ from latentds.store.open_files import block_sums
 MAX_MANIFEST_BYTES = 1 << 28
 MANY_SHARDS = 1000  # from which the text is for machines: a tenth of it would be spaces
 SHA256 = re.compile(r"[0-9a-f]{64}")
-COUNTS = ("bytes", "packs", "patches")  # of a shard
 # Of what tells how a set was made, the parts that commands show or go by.
 MADE_KINDS: dict[str, Kind] = {
     **dict.fromkeys(("options", "source", "converted_to_rgb", "source_encodings"), dict),
@@ -67,6 +67,9 @@ class ShardRecord(NamedTuple):  # of 8,000, frozen dataclasses would take longer
     packs: int
     patches: int
     labels: dict[str, int]
+
+
+SHARD_FIELDS = operator.itemgetter(*ShardRecord._fields)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -223,25 +226,26 @@ def parse_manifest(content: bytes, where: str) -> Manifest:
             statistics=parse_statistics(
                 record.get("channel_statistics"), contract.latents_shape[0]
             ),
+            has_digest="digest" in record,
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise FormatError(f"{where}: manifest is damaged ({error!r}); fetch it anew") from error
     check_counts(manifest, record, where)
-    return dataclasses.replace(manifest, has_digest=check_digest(record, content, where))
+    if manifest.has_digest:
+        check_digest(record, content, where)
+    return manifest
 
 
-def check_digest(record: dict[str, Any], content: bytes, where: str) -> bool:
-    """Whether a manifest has a digest of itself; FormatError where it is another's.
+def check_digest(record: dict[str, Any], content: bytes, where: str) -> None:
+    """Refuse a manifest that is not of the digest it records.
 
     Last, so that what can be told more precisely is. Values that were exchanged, as class names,
     contradict nothing else.
     """
-    if "digest" not in record:
-        return False
     # Text that is canonical but for its digest is hashed as it is: to write it anew takes longer.
     rest = content.replace(f'"digest":"{record["digest"]}",'.encode(), b"").removesuffix(b"\n")
     if record["digest"] == f"sha256:{hashlib.sha256(rest).hexdigest()}":
-        return True
+        return
     try:
         digest = digest_json({name: record[name] for name in record if name != "digest"})
     except (ValueError, RecursionError) as error:
@@ -250,7 +254,6 @@ def check_digest(record: dict[str, Any], content: bytes, where: str) -> bool:
         raise FormatError(
             f"{where}: not of the digest it records; damaged or edited by hand, fetch it anew"
         )
-    return True
 
 
 def version_of(record: dict[str, Any]) -> object:
@@ -275,28 +278,23 @@ def parse_codebooks(records: Any, contract: Contract) -> tuple[AnyCodebook, ...]
 
 def parse_shard(record: Any, where: str) -> ShardRecord:
     """One shard's record; its name may not lead out of the folder."""
-    name = record["name"]
+    name, split, size, sha256, codebook_id, packs, patches, labels = SHARD_FIELDS(record)
     if not isinstance(name, str) or not SHARD_PATTERN.fullmatch(name):
         raise FormatError(f"{where}: shard name {name!r} is not data/SPLIT-000000.tar; refused")
-    split = name[5:-11]  # of data/SPLIT-000000.tar
-    if record["split"] != split:
-        raise FormatError(f"{where}: {name} is listed under split {record['split']!r}")
-    counts = {field: record[field] for field in COUNTS}
-    if set(map(type, counts.values())) != {int} or min(counts.values()) < 1:
+    if split != name[5:-11]:  # of data/SPLIT-000000.tar
+        raise FormatError(f"{where}: {name} is listed under split {split!r}")
+    if not (
+        type(size) is type(packs) is type(patches) is int and packs > 0 and min(size, patches) > 0
+    ):
+        counts = {"bytes": size, "packs": packs, "patches": patches}
         raise FormatError(f"{where}: {name} has counts {counts}; all must be positive integers")
-    if not SHA256.fullmatch(record["sha256"]):
-        raise FormatError(f"{where}: {name} has sha256 {record['sha256']!r}")
-    labels = dict(record["labels"])
-    if labels and any(type(value) is not int or value < 0 for value in labels.values()):
+    if not SHA256.fullmatch(sha256):
+        raise FormatError(f"{where}: {name} has sha256 {sha256!r}")
+    labels = dict(labels)
+    if labels and (set(map(type, labels.values())) != {int} or min(labels.values()) < 0):
         raise FormatError(f"{where}: {name} has label counts {labels}")
-    return ShardRecord(
-        name=name,
-        split=sys.intern(split),
-        sha256=record["sha256"],
-        codebook_id=sys.intern(str(record["codebook_id"])),
-        labels=labels,
-        **counts,
-    )
+    codebook_id = sys.intern(str(codebook_id))
+    return ShardRecord(name, sys.intern(split), size, sha256, codebook_id, packs, patches, labels)
 
 
 def parse_made(record: Any) -> dict[str, Any]:
@@ -331,7 +329,7 @@ def parse_tables(record: Any) -> dict[str, dict[str, Any]]:
 
 def names(values: Any) -> tuple[str, ...]:
     """A list of distinct strings as a tuple (ValueError otherwise)."""
-    are_texts = type(values) is list and all(isinstance(value, str) for value in values)
+    are_texts = type(values) is list and set(map(type, values)) <= {str}
     if not are_texts or len(set(values)) != len(values):
         raise ValueError("classes and slides must be distinct strings")
     return tuple(values)
@@ -354,9 +352,7 @@ def check_counts(manifest: Manifest, record: dict[str, Any], where: str) -> None
         if not SHA256.fullmatch(str(manifest.tables.get(name, {}).get("sha256"))):
             raise FormatError(f"{where}: tables do not list {name} with its sha256")
     check_tables(manifest, where)
-    known = {book.codebook_id for book in manifest.codebooks}
-    for shard in manifest.shards:
-        check_shard(manifest, shard, known, where)
+    check_shards(manifest, where)
 
 
 def check_tables(manifest: Manifest, where: str) -> None:
@@ -385,15 +381,18 @@ def check_tables(manifest: Manifest, where: str) -> None:
             raise FormatError(f"{where}: {name}: {error}; fetch it anew") from error
 
 
-def check_shard(manifest: Manifest, shard: ShardRecord, known: set[str], where: str) -> None:
-    """Refuse a shard whose record contradicts itself, the contract or the known codebooks."""
-    if shard.codebook_id not in known:
-        raise FormatError(
-            f"{where}: {shard.name} has codebook {shard.codebook_id!r}, which the manifest does "
-            "not list; fetch both anew"
-        )
-    if shard.patches * manifest.contract.bytes_per_patch >= shard.bytes:
-        raise FormatError(f"{where}: {shard.name} cannot hold {shard.patches} patches")
-    unknown = set(shard.labels) - set(manifest.classes)
-    if unknown or sum(shard.labels.values()) > shard.patches or shard.packs > shard.patches:
-        raise FormatError(f"{where}: counts of {shard.name} contradict each other")
+def check_shards(manifest: Manifest, where: str) -> None:
+    """Refuse shards whose records contradict themselves, the contract or the known codebooks."""
+    known = {book.codebook_id for book in manifest.codebooks}
+    classes, size = set(manifest.classes), manifest.contract.bytes_per_patch
+    for shard in manifest.shards:
+        if shard.codebook_id not in known:
+            raise FormatError(
+                f"{where}: {shard.name} has codebook {shard.codebook_id!r}, which the manifest "
+                "does not list; fetch both anew"
+            )
+        if shard.patches * size >= shard.bytes:
+            raise FormatError(f"{where}: {shard.name} cannot hold {shard.patches} patches")
+        labelled = sum(shard.labels.values())
+        if not classes.issuperset(shard.labels) or max(labelled, shard.packs) > shard.patches:
+            raise FormatError(f"{where}: counts of {shard.name} contradict each other")

@@ -60,13 +60,6 @@ def readme_blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 
 
-def test_readme_names_every_command():
-    from latentds_tools.cli import COMMANDS
-
-    text = (ROOT / "README.md").read_text()
-    assert [command for command in COMMANDS if f"latentds {command}" not in text] == []
-
-
 @pytest.mark.slow
 def test_readme_python_runs_as_it_stands(tmp_path, monkeypatch):
     from tests.conftest import save_pictures

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -93,6 +94,18 @@ def test_links_of_the_first_page_lead_on():
 def test_links_out_of_the_site_are_names():
     text = "[a test](../tests/a.py), [CHANGELOG](CHANGELOG.md), [loading](loading.md)"
     assert site_hooks.unlinked(text) == "`a test`, `CHANGELOG`, [loading](loading.md)"
+
+
+@pytest.mark.slow
+def test_a_warning_ends_make_docs(tmp_path):
+    pytest.importorskip("mkdocs")
+    (options,) = re.findall(r"-m mkdocs (build .*) --site-dir", (ROOT / "Makefile").read_text())
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "index.md").write_text("[lost](lost.md)")
+    (tmp_path / "mkdocs.yml").write_text("site_name: small\n")
+    command = [sys.executable, "-m", "mkdocs", *options.split()]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == 1 and "lost.md" in ended.stderr
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""What mkdocs adds to the pages of this folder: the first page, helps of commands.
+"""What mkdocs adds to the pages of this folder: the first page, helps of commands, notebooks.
 
 mkdocs.yml names this file as a hook.
 """
@@ -15,22 +15,34 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+TUTORIALS = sorted((ROOT / "docs").glob("tutorial*.md"))
 RECIPES = ("abmil", "classify_patches", "finetune_decoder", "pretrain", "sampath", "train_codec")
 WIDTH = "100"  # characters of a help
+LINK = r"\[([^\]]+)\]\((?:%s)\)"
+KERNEL = """---
+jupyter:
+  kernelspec: {name: python3, language: python, display_name: Python 3}
+---
+"""
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Add the pages that no file of this folder holds."""
+    """Add what no file of this folder holds."""
     from mkdocs.structure.files import File
 
     made = {"index.md": first_page((ROOT / "README.md").read_text()), "helps.md": help_page()}
+    made |= {f"{page.stem}.ipynb": notebook(page.read_text()) for page in TUTORIALS}
     for path, content in made.items():
         files.append(File.generated(config, path, content=content))
     return files
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
-    """A page whose links to files outside of the site are names of them."""
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """A page whose links to files outside of the site are names; a tutorial tells its notebook."""
+    path = ROOT / "docs" / page.file.src_uri
+    if path in TUTORIALS:
+        said = f"[This page as a notebook]({path.stem}.ipynb), to be run in an empty folder."
+        markdown = markdown.replace("\n\n", f"\n\n{said}\n\n", 1)
     return unlinked(markdown)
 
 
@@ -39,10 +51,17 @@ def first_page(readme: str) -> str:
     return re.sub(r"\]\(docs/", "](", readme)
 
 
-def unlinked(markdown: str) -> str:
-    """Links to files of the repository that are no pages, as code."""
-    outside = r"\[([^\]]+)\]\((?:\.\./[^)]*|LICENSE|[A-Z]+\.md)\)"
-    return re.sub(outside, lambda found: f"`{found[1].strip('`')}`", markdown)
+def unlinked(markdown: str, target: str = r"\.\./[^)]*|LICENSE|[A-Z]+\.md") -> str:
+    """Links to such targets, by default files of the repository that are no pages, as code."""
+    return re.sub(LINK % target, lambda found: f"`{found[1].strip('`')}`", markdown)
+
+
+def notebook(markdown: str) -> str:
+    """A page's cells, bash by its magic, and the text between them, without links to pages."""
+    import jupytext
+
+    read = jupytext.reads(KERNEL + unlinked(markdown, r"[\w.#-]+"), "md")
+    return str(jupytext.writes(read, "ipynb"))
 
 
 def code(text: str) -> str:

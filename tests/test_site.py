@@ -3,6 +3,7 @@
 import ast
 import html
 import inspect
+import json
 import re
 import subprocess
 import sys
@@ -141,6 +142,12 @@ def test_private_names_are_not_told(site):
     page = (site / "api" / "index.html").read_text()
     names = re.findall(r'<h\d id="(latentds\.[\w.]+)"', page)
     assert len(names) > 150 and [name for name in names if "._" in name] == []
+
+
+@pytest.mark.slow
+def test_a_tutorial_leads_to_its_notebook(site):
+    assert 'href="../tutorial.ipynb"' in (site / "tutorial" / "index.html").read_text()
+    assert json.loads((site / "tutorial.ipynb").read_text())["nbformat"] == 4
 
 
 def names_of(module: str) -> set[str]:

@@ -1,4 +1,7 @@
-"""docs/tutorial*.md: their cells run as they stand, in an empty folder, and show what they say."""
+"""docs/tutorial*.md: their cells run as they stand, in an empty folder, and show what they say.
+
+Their notebooks have the same cells; the first runs as a notebook, too.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,10 @@ from typing import Any
 import pytest
 from latentds_tools import cli
 
+from tests.test_site import site_hooks
 from tests.trainer_ranks import by_words, started_ranks, succeed
 
-PAGES = sorted((Path(__file__).parents[1] / "docs").glob("tutorial*.md"))
+PAGES = site_hooks.TUTORIALS
 CELL = re.compile(r"```(\w+)\n(.*?)```", re.DOTALL)
 NUMBER = re.compile(r"[-+]?\d[\d.,]*")
 NEEDS = {"tutorial_slides": ("openslide", "tifffile"),
@@ -100,6 +104,38 @@ def test_a_tutorial_runs_and_does_what_it_says(page, tmp_path, monkeypatch, caps
     (tmp_path / "run").mkdir()
     monkeypatch.chdir(tmp_path / "run")
     JUDGES[page.stem](run_page(page, capsys, processes))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_notebook_has_the_cells_of_its_page(page):
+    pytest.importorskip("jupytext")
+    cells = json.loads(site_hooks.notebook(page.read_text()))["cells"]
+    magic = {"python": "", "bash": "%%bash\n"}
+    wanted = [
+        (magic[kind] + text).strip()
+        for kind, text in CELL.findall(page.read_text())
+        if kind in magic
+    ]
+    assert ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"] == wanted
+    assert not any("](tutorial" in line for cell in cells for line in cell["source"])
+
+
+@pytest.mark.slow
+def test_a_tutorial_runs_as_a_notebook(tmp_path, monkeypatch):
+    nbclient, nbformat = map(pytest.importorskip, ("nbclient", "nbformat"))
+    for package in ("jupytext", "ipykernel"):
+        pytest.importorskip(package)
+    for place in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR"):
+        monkeypatch.setenv(place, str(tmp_path / place))
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
+    (tmp_path / "run").mkdir()
+    page = PAGES[0].read_text()
+    notebook = nbformat.reads(site_hooks.notebook(page), as_version=4)
+    nbclient.NotebookClient(notebook, resources={"metadata": {"path": tmp_path / "run"}}).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    printed = [line for output in outputs for line in masked(output.get("text", ""))]
+    shown = [line for kind, text in CELL.findall(page) if kind == "text" for line in masked(text)]
+    assert shown and [line for line in shown if line not in printed] == []
 
 
 @pytest.mark.parametrize(("shown", "is_printed"), [("made 4.5 MB", True), ("lost 3 MB", False)])

@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from latentds.autoencoders.autoencoder import AutoencoderCard, pad_to_factor
+from latentds.core.compiling import Graphed
+from latentds.views.view_batch import Views
 
 CARD = AutoencoderCard(
     name="mean8",
@@ -41,6 +44,31 @@ class MeanAutoencoder:
 
     def to(self, device: object = None, dtype: object = None) -> MeanAutoencoder:
         return self
+
+
+class HostGraph:
+    """A CUDA graph's stand-in: a replay computes anew, into the memory of the first result."""
+
+    def __init__(self, compute: Callable[[], object], result: object) -> None:
+        self.compute, self.result = compute, result
+
+    def replay(self) -> None:
+        for own, new in zip(tensors(self.result), tensors(self.compute()), strict=True):
+            own.copy_(new)
+
+
+def tensors(result: object) -> list[Tensor]:
+    """Those of a tensor, or of Views."""
+    return [result.globals, result.locals] if isinstance(result, Views) else [result]
+
+
+class HostGraphed(Graphed):
+    """`Graphed` on a CPU: its memory and its copies are real."""
+
+    def capture(self, values: tuple[Tensor, ...]) -> tuple[HostGraph, list[Tensor], object]:
+        sources = [value.clone() for value in values]
+        result = self.function(*sources)
+        return HostGraph(lambda: self.function(*sources), result), sources, result
 
 
 class FakeLane:

@@ -15,7 +15,7 @@ from latentds.loading.loader import LatentLoader
 from latentds.loading.options import Mixture
 from latentds.quantizers.scalar import Codebook, dequantize
 from tests.conftest import convert_with_mean, save_pictures
-from tests.fakes import MeanAutoencoder
+from tests.fakes import HostGraphed, MeanAutoencoder
 
 
 def codebook(rows: int, levels: int, seed: int) -> Codebook:
@@ -78,6 +78,14 @@ def test_out_of_memory_halves_the_chunk_once_and_says_so(caplog, error, text):
     assert [record.getMessage()[:59] for record in caplog.records] == [
         "out of memory decoding 6 patches at once on cpu: decoding 3"
     ]
+
+
+def test_half_a_chunk_does_not_run_in_the_memory_of_the_whole_ones_graph():
+    decoder = make_decoder(Hungry(3))
+    decoder.graphed = HostGraphed(torch.neg, lambda made, size: made[:size].clone())
+    decoder.graphed(CODES)
+    decoder(CODES)
+    assert decoder.chunk == 3 and not decoder.graphed.graphs
 
 
 def test_a_second_out_of_memory_tells_the_remedy():
@@ -180,7 +188,7 @@ def test_cuda_decodes_as_the_cpu_does(tiny, options):
         pytest.skip("no CUDA device")
     _, book, codes, images = tiny
     decoder = Decoder(load_autoencoder("tiny"), [book], (64, 64), "cuda", Decode(**options))
-    for size in (4, 4, 3):  # a graph is captured, replayed, and captured for another size
+    for size in (4, 4, 3):  # a graph is captured, replayed, and lent to a smaller batch
         found = decoder(codes[:size].cuda())
         torch.testing.assert_close(found.cpu(), images[:size], atol=1e-3, rtol=0)
 

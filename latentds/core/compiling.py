@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from latentds.errors import first_words
 
-WARMUP_RUNS = 3  # of a decoder before its CUDA graph is captured, as PyTorch's notes ask for
+R = TypeVar("R")
+WARMUP_RUNS = 3  # of a function before its CUDA graph is captured, as PyTorch's notes ask for
 
 
 class Compiled:
@@ -32,36 +34,43 @@ class Compiled:
             return self.function(*values)
 
 
-class Graphed:
-    """A function of CUDA tensors replayed from a graph, one a shape.
+class Graphed(Generic[R]):
+    """A function of CUDA tensors (B, ...) replayed from a graph, of the largest batch so far.
 
-    The result is a copy: the graph's own output is overwritten by its next replay.
+    A smaller batch takes the first places of the graph's memory, and its time.
+
+    function  never waits for the device; what it gives of a patch depends on that patch alone
+    take      the first so many patches of a result, copied: the next replay overwrites it
     """
 
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        self.function = function
-        self.graphs: dict[torch.Size, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+    def __init__(self, function: Callable[..., R], take: Callable[[R, int], R]) -> None:
+        self.function, self.take = function, take
+        self.graphs: dict[Any, tuple[torch.cuda.CUDAGraph, list[Tensor], R]] = {}
         self.replays = 0
 
-    def __call__(self, values: Tensor) -> Tensor:
-        if values.shape not in self.graphs:
-            self.graphs[values.shape] = self.capture(values)
-        graph, source, result = self.graphs[values.shape]
-        source.copy_(values)
+    def __call__(self, *values: Tensor) -> R:
+        size, kind = len(values[0]), tuple((value.shape[1:], value.dtype) for value in values)
+        if kind not in self.graphs or size > len(self.graphs[kind][1][0]):
+            self.graphs.pop(kind, None)  # its memory is free before more is taken
+            self.graphs[kind] = self.capture(values)
+        graph, sources, result = self.graphs[kind]
+        for source, value in zip(sources, values, strict=True):
+            source[:size].copy_(value)
         graph.replay()
         self.replays += 1
-        return result.clone()
+        return self.take(result, size)
 
-    def capture(self, values: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
+    def capture(self, values: tuple[Tensor, ...]) -> tuple[torch.cuda.CUDAGraph, list[Tensor], R]:
         """Warm up on a side stream, then record."""
-        source, side = values.clone(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        sources = [value.clone() for value in values]
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(WARMUP_RUNS):
-                self.function(source)
+                self.function(*sources)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         # The thread that pins the next batches allocates meanwhile, which a global check refuses.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            result = self.function(source)
-        return graph, source, result
+            result = self.function(*sources)
+        return graph, sources, result

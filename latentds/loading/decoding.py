@@ -185,7 +185,8 @@ class Decode:
     chunk          patches decoded at once, to bound memory; None decodes a batch whole
     channels_last  memory layout of weights and activations
     compile        torch.compile; a warning, and eager, where no compiler works
-    cuda_graph     capture and replay batches of one size; CUDA only
+    cuda_graph     replay decoding, and the MultiCrop or LatentCrops of a LatentLoader, from CUDA
+                   graphs, which hold the memory of the largest batch and take its time; CUDA only
     device         of a LatentLoader: where it decodes, if not where batches end up
     static         of a LatentLoader on a GPU: hand out memory that the next batch may reuse; see
                    DecodeStage
@@ -235,7 +236,7 @@ class Decoder:
         self.patch_px, self.autoencoder = patch_px, autoencoder
         self.chunk, self.has_halved = self.options.chunk, False
         self.decoded, self.ran_on = 0, ""
-        self.graphed: Graphed | None = None
+        self.graphed: Graphed[Tensor] | None = None
         dtype = self.options.dtype if autoencoder is not None else torch.float32
         self.lookup = make_lookup(codebooks, self.device, dtype)
         if autoencoder is not None:
@@ -258,7 +259,7 @@ class Decoder:
         if self.options.compile:
             network = Compiled(network)
         if self.options.cuda_graph:
-            self.graphed = Graphed(network)
+            self.graphed = Graphed(network, lambda images, size: images[:size].clone())
         return self.graphed or network
 
     @torch.no_grad()  # not inference_mode: its tensors could not enter the trainer's graph
@@ -323,6 +324,8 @@ class Decoder:
                 "Decode(chunk=...), or a smaller batch"
             ) from error
         self.chunk, self.has_halved = before // 2, True
+        if self.graphed is not None:
+            self.graphed.graphs.clear()  # or smaller chunks would run in the memory of the larger
         logger.warning(
             "out of memory decoding %d patches at once on %s: decoding %d at once from now on; set "
             "Decode(chunk=...) to choose yourself", before, self.device, self.chunk,

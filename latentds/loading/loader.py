@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from latentds.autoencoders.autoencoder import Autoencoder
+from latentds.core.compiling import Graphed
 from latentds.core.processes import REMEDY, choose_device, describe_shm, gather, of_dead_worker
 from latentds.errors import WorkerError
 from latentds.loading.array import Resident
@@ -28,10 +29,12 @@ from latentds.quantizers.codebooks import ChannelStatistics
 from latentds.quantizers.scalar import AnyCodebook
 from latentds.store.cache import CacheConfig
 from latentds.store.channel_statistics import checked_statistics
+from latentds.views.latent_crops import LatentCrops
 from latentds.views.multicrop import MultiCrop
 from latentds.views.view_batch import Views
 
 logger = logging.getLogger(__name__)
+Making = Callable[[Tensor, Tensor], Views]
 
 
 class LatentLoader:
@@ -85,7 +88,7 @@ class LatentLoader:
         decoder: Autoencoder | str | os.PathLike[str] | None = None,
         dtype: torch.dtype = torch.float32,
         transform: Callable[[Tensor], Any] | None = None,
-        views: Callable[[Tensor, Tensor], Views] | None = None,
+        views: Making | None = None,
         augment: bool | MultiCrop = False,
         resident: bool = False,
         as_tuple: bool = False,
@@ -111,9 +114,11 @@ class LatentLoader:
         self.views, self.as_tuple = views, as_tuple
         self.contract = self.dataset.shards.manifest.contract
         beside = {"views": views is not None, "masks": masks}
-        self.augment: MultiCrop | None = None
+        self.augment: Making | None = None
         if augment is not False:
             self.augment = find_augment(augment, self.contract.patch_px, decode, beside)
+        if decoding.cuda_graph and self.device.type == "cuda":
+            self.views, self.augment = replayed(self.views), replayed(self.augment)
         books = self.dataset.normalized_codebooks() if normalize else self.codebooks
         given, options = decoder if autoencoder is None else autoencoder, decoding.with_dtype(dtype)
         made = make_decoder(self.dataset.shards, decode, given, self.decode_device, options, books)
@@ -366,6 +371,13 @@ def check_asked(
         )
     if views is not None and decode not in ("pixels", "latents"):
         raise ValueError(f"views are made of pixels or latents, not of decode={decode!r}")
+
+
+def replayed(views: Making | None) -> Making | None:
+    """Ours from a CUDA graph; another's as they are, as those may wait for the GPU."""
+    if isinstance(views, MultiCrop | LatentCrops):
+        return Graphed(views, lambda made, size: made[:size].map(Tensor.clone))
+    return views
 
 
 def check_filled_up(dataset: LatentDataset, as_tuple: bool) -> None:

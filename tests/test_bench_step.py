@@ -2,11 +2,16 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from latentds_tools import cli
-from latentds_tools.bench import bench_step, harness
+from latentds_tools.bench import bench_step, harness, step_feeding
+
+from latentds.errors import InputError
+from latentds.loading import loader as loading
+from tests.fakes import HostGraphed
 
 for library in ("timm", "lightly"):
     pytest.importorskip(library)
@@ -15,6 +20,8 @@ QUICK = (
     *("--arch", "test_vit", "--batch-size", 2, "--steps", 1, "--rounds", 2),
     *("--global-px", 32, "--local-px", 16, "--locals", 2, "--patch-size", 32, "--out-dim", 16),
 )
+SIZES = {"global_px": 32, "local_px": 16, "locals": 2, "patch_size": 32, "out_dim": 16}
+OPTIONS = {"arch": "test_vit", "batch_size": 2, "steps": 1, "rounds": 2}
 STEPS = [bench_step.STEP, bench_step.VIEWS_TOO, bench_step.LOADER]
 
 
@@ -30,9 +37,7 @@ def call(capsys, *words, code: int = 0) -> str:
 def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, Path]:
     """A report and the folder it worked in."""
     work = tmp_path_factory.mktemp("work")
-    sizes = {"global_px": 32, "local_px": 16, "locals": 2, "patch_size": 32, "out_dim": 16}
-    options = {"arch": "test_vit", "batch_size": 2, "steps": 1, "rounds": 2, "work": work}
-    return bench_step.measure(bench_step.Config(**options, **sizes)), work
+    return bench_step.measure(bench_step.Config(**OPTIONS, **SIZES, work=work)), work
 
 
 def test_costs_are_those_of_the_same_round(measured):
@@ -150,11 +155,43 @@ def test_hidden_time_is_what_the_parts_take_less_what_was_added():
     assert harness.cost(loaded, step)["percent"] == pytest.approx(10)
 
 
+def test_replayed_views_are_measured_beside_launched_ones(monkeypatch):
+    """As --cuda-graph on a GPU: graphs are simulated."""
+    opened = step_feeding.open_loader
+
+    def open_loader(*given, **options):
+        loader = opened(*given, **options)
+        loader.views = loading.replayed(loader.views)
+        return loader
+
+    monkeypatch.setattr(loading, "Graphed", HostGraphed)
+    monkeypatch.setattr(step_feeding, "open_loader", open_loader)
+    report = bench_step.measure(bench_step.Config(**SIZES, **OPTIONS))
+    assert list(report["steps"]) == [*STEPS[:2], bench_step.REPLAYED_TOO, STEPS[2]]
+    assert {bench_step.VIEWS, bench_step.REPLAYED} < set(report["alone"])
+    assert report["counters"]["view_replays"] == 3 * 3  # of three ways, a lead and two rounds
+    alone = [report["alone"][name]["ms"] for name in (bench_step.DECODE, bench_step.REPLAYED)]
+    assert report["overlap"]["parts_ms"] == pytest.approx(sum(alone))
+    assert "views replayed over views made: " in bench_step.as_text(report)
+
+
+def test_a_graph_of_views_that_is_never_replayed_fails():
+    counters = {"decoded": 4, "device": "cuda:0", "graphs": 1, "graph_replays": 2}
+    decoder = SimpleNamespace(counters=lambda: counters)
+    feeding = SimpleNamespace(has_decoder=False, decoder=decoder, replayed=None, wants_graphs=True)
+    with pytest.raises(InputError, match="never engaged: no views were replayed"):
+        step_feeding.Feeding.counters(feeding)
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("words", [(), ("--input", "latents"), ("--cuda-graph",)])
+@pytest.mark.parametrize(
+    "words",
+    [(), ("--input", "latents"), ("--cuda-graph",), ("--input", "latents", "--cuda-graph")],
+)
 def test_the_loader_is_measured_on_a_gpu(capsys, words):
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     words = (*QUICK, *words, "--device", "cuda", "--num-workers", 1, "--json")
     report = json.loads(call(capsys, *words))
     assert report["steps"][bench_step.LOADER]["peak_gb"] > 0
+    assert (bench_step.REPLAYED in report["alone"]) == ("--cuda-graph" in words)

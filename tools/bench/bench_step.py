@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from latentds_tools.reports.commands import show
 
 STEP, VIEWS_TOO, LOADER = "cached views", "cached images, views made", "loader, views made"
 READ, DECODE, VIEWS = "reading codes", "decoding", "making views"
+REPLAYED_TOO, REPLAYED = "cached images, views replayed", "replaying views"  # of --cuda-graph
 COLUMNS: dict[str, harness.Column] = {
     "ms a step (range)": (
         "ms",
@@ -57,11 +59,14 @@ def make_ways(feeding: Any) -> dict[str, Way]:
     """What is timed, by name: steps, then the parts of a loader alone."""
     timed = {
         STEP: feeding.step_on_cached_views,
-        VIEWS_TOO: feeding.step_on_cached_images,
+        VIEWS_TOO: functools.partial(feeding.step_on_cached_images, feeding.views),
         LOADER: feeding.step_on_loader,
         READ: feeding.read,
-        VIEWS: feeding.make_views,
+        VIEWS: functools.partial(feeding.make_views, feeding.views),
     }
+    if feeding.replayed is not None:
+        timed[REPLAYED_TOO] = functools.partial(feeding.step_on_cached_images, feeding.replayed)
+        timed[REPLAYED] = functools.partial(feeding.make_views, feeding.replayed)
     if feeding.has_decoder:
         timed[DECODE] = feeding.decode
     return {name: Way(name, once) for name, once in timed.items()}
@@ -69,15 +74,18 @@ def make_ways(feeding: Any) -> dict[str, Way]:
 
 def summarize(ways: dict[str, Way], batch_size: int) -> dict[str, Any]:
     """Times, costs and the arithmetic of what ran at the same time."""
-    steps = (STEP, VIEWS_TOO, LOADER)
+    steps = [name for name in (STEP, VIEWS_TOO, REPLAYED_TOO, LOADER) if name in ways]
     times = {name: describe_time(way, batch_size) for name, way in ways.items()}
-    parts = [ways[name] for name in (DECODE, VIEWS) if name in ways]
-    return {
+    has_graph = REPLAYED in ways  # as the loader then has
+    made, alone = (REPLAYED_TOO, REPLAYED) if has_graph else (VIEWS_TOO, VIEWS)
+    parts = [ways[name] for name in (DECODE, alone) if name in ways]
+    graph = {"replayed_over_made": harness.cost(ways[made], ways[VIEWS_TOO])} if has_graph else {}
+    return graph | {
         "steps": {name: times[name] for name in steps},
         "alone": {name: found for name, found in times.items() if name not in steps},
         "loader_over_cached_views": harness.cost(ways[LOADER], ways[STEP]),
-        "loader_over_cached_images": harness.cost(ways[LOADER], ways[VIEWS_TOO]),
-        "views_over_cached_views": harness.cost(ways[VIEWS_TOO], ways[STEP]),
+        "loader_over_cached_images": harness.cost(ways[LOADER], ways[made]),
+        "views_over_cached_views": harness.cost(ways[made], ways[STEP]),
         "overlap": overlap(ways[STEP], ways[LOADER], parts),
     }
 
@@ -141,7 +149,9 @@ def costs_text(report: dict[str, Any]) -> list[str]:
     found = report["overlap"]
     hidden = min(max(found["hidden_percent"], 0.0), 100.0)  # beyond is noise
     parts = "decoding and views" if DECODE in report["alone"] else "views"
+    graph = "replayed_over_made"
     return [
+        *([f"views replayed over views made: {told(graph)}"] if graph in report else []),
         f"the loader over cached images, whose views are made: {told('loader_over_cached_images')}",
         f"the loader over cached views: {told('loader_over_cached_views')}, of which views "
         f"{told('views_over_cached_views')}",

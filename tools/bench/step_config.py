@@ -58,7 +58,7 @@ class Config:
     compile: bool = False
     """Compile the decoder."""
     cuda_graph: bool = False
-    """Decode through a CUDA graph."""
+    """Decode and make views through CUDA graphs; views are timed without one too."""
     compile_views: bool = False
     """Compile the views' colour arithmetic."""
     num_workers: int | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,16 +18,16 @@ from latentds_tools.reports.commands import picked
 from torch import Tensor
 
 from latentds.autoencoders.autoencoder import Autoencoder, latent_cells
+from latentds.core.compiling import Graphed
 from latentds.embedders.latent_stem import LatentStemConfig
 from latentds.errors import InputError
 from latentds.loading.batch import Batch
 from latentds.loading.decoding import Decode
-from latentds.loading.loader import LatentLoader
+from latentds.loading.loader import LatentLoader, Making
 from latentds.loading.options import Order
 from latentds.store.manifest import read_manifest
 from latentds.views.latent_crops import LatentCrops
 from latentds.views.multicrop import MultiCrop
-from latentds.views.view_batch import Views
 
 if TYPE_CHECKING:
     from latentds_tools.bench.step_config import Config
@@ -98,6 +98,8 @@ class Feeding:
     """One training that is fed in several ways; every method but `facts` does one step's part.
 
     has_decoder  whether anything is decoded
+    views        as they are
+    replayed     the loader's, from a graph; None without --cuda-graph
     raises       InputError where the split does not fill a batch
     """
 
@@ -111,7 +113,7 @@ class Feeding:
         self.has_decoder = config.input == "pixels"
         codes_loader = open_loader(source, config, device, decode="stored")
         stem = None
-        self.views: Callable[[Tensor, Tensor], Views]
+        self.views: Making
         if self.has_decoder:
             self.views = pixel_views(config)
             self.loader = open_loader(source, config, device, views=self.views)
@@ -121,7 +123,9 @@ class Feeding:
             options = {"decode": "latents", "normalize": True, "views": self.views}
             self.loader = open_loader(source, config, device, **options)
         assert self.loader.decoder is not None
-        self.decoder = self.loader.decoder
+        self.decoder, views = self.loader.decoder, self.loader.views
+        self.wants_graphs = config.cuda_graph
+        self.replayed = views if isinstance(views, Graphed) else None
         self.batches, self.codes = endless(self.loader), endless(codes_loader)
         held = [self.hold(next(self.codes)) for _ in range(CACHED)]
         self.held_codes = itertools.cycle([codes for codes, _, _ in held])
@@ -150,10 +154,10 @@ class Feeding:
         """A step of which nothing but the network is timed."""
         self.training.step(*next(self.made))
 
-    def step_on_cached_images(self) -> None:
+    def step_on_cached_images(self, views: Making) -> None:
         """A step that makes its views of images, or latents, that lie there."""
         values, seeds = next(self.images)
-        self.training.step(self.views(values, seeds), seeds)
+        self.training.step(views(values, seeds), seeds)
 
     def step_on_loader(self) -> None:
         batch = next(self.batches)
@@ -164,9 +168,9 @@ class Feeding:
         """A batch of codes read and brought to the device."""
         next(self.codes)
 
-    def make_views(self) -> None:
+    def make_views(self, views: Making) -> None:
         """Views of a batch that lies there."""
-        self.views(*next(self.images))
+        views(*next(self.images))
 
     def decode(self) -> None:
         """A batch of codes that lies there, decoded."""
@@ -174,7 +178,11 @@ class Feeding:
 
     def counters(self) -> dict[str, Any]:
         """What decoded, where; InputError where an option for it never engaged."""
-        return engaged(self.decoder) if self.has_decoder else self.decoder.counters()
+        found = engaged(self.decoder) if self.has_decoder else self.decoder.counters()
+        replays = self.replayed.replays if self.replayed else 0
+        if self.wants_graphs and not replays:
+            raise InputError(f"never engaged: no views were replayed from a CUDA graph ({found})")
+        return found | {"view_replays": replays}
 
     def facts(self) -> dict[str, Any]:
         contract = self.loader.contract

@@ -13,7 +13,7 @@ import latentds
 from latentds.conversion.convert_config import ConvertConfig
 from latentds.conversion.converting import convert
 from latentds.embedders.latent_backbone import load_latent_backbone
-from latentds.errors import ContractError
+from latentds.errors import ContractError, InputError
 from latentds.store.reader import ShardSet
 
 pytest.importorskip("deepspeed")
@@ -86,6 +86,11 @@ def test_latents_are_trained_on_without_decoding_and_without_a_decoder(tmp_path,
     embedder = load_latent_backbone(f"latent-dir:{tmp_path / 'backbone'}", MeanAutoencoder())
     codebook = ShardSet(mean_latents).manifest.contract.codebook
     assert embedder.prepare.codebook.codebook_id == codebook.codebook_id
+
+
+def test_graphs_are_for_a_gpu_and_told_so_before_data_are_read(tmp_path):
+    with pytest.raises(InputError, match="--cuda-graph needs a CUDA device, not cpu"):
+        main(config_of(tmp_path, data=("nowhere",), cuda_graph=True))
 
 
 @pytest.mark.slow

@@ -98,7 +98,8 @@ def open_sets(config: SizedConfig, device: torch.device, rank: int, ranks: int) 
     else:
         settings["dtype"] = getattr(torch, config.decode_dtype)
     # static: a step is done with its patches before it asks for more
-    settings["decoding"] = Decode(chunk=None if is_latents else config.batch_size, static=True)
+    chunk = None if is_latents else config.batch_size
+    settings["decoding"] = Decode(chunk=chunk, static=True, cuda_graph=config.cuda_graph)
     loader: Any
     try:
         check_mixable(sets)

@@ -48,6 +48,7 @@ from torch.nn import functional
 from latentds.core.storage import write_atomically
 from latentds.embedders.backbone_record import CODEBOOK
 from latentds.errors import InputError
+from latentds.loading.loader import replayed
 from latentds.models.backbone_folder import write_backbone
 from latentds.models.masked_autoencoder import MaskedAutoencoder
 from latentds.models.token_masks import global_masks, random_masks
@@ -69,18 +70,21 @@ MAY_CHANGE = (
     *("slides", "root", "only", "splits", "max_px"),
     "decoder",  # where it lies; what it is, decoder_ids tell
     *("device", "probe", "probe_every", "probe_groups", "probe_decoder", "probe_patches"),
-    "probe_neighbours",
+    *("probe_neighbours", "cuda_graph"),
 )
 
 
 class PretrainTask:
     def __init__(self, config: PretrainConfig) -> None:
         self.device = join_ranks()
+        if config.cuda_graph and self.device.type != "cuda":
+            raise InputError(f"--cuda-graph needs a CUDA device, not {self.device}")
         rank, ranks = dist.get_rank(), dist.get_world_size()
         sized = on_all_ranks(lambda: settle_batch(config, ranks))
         self.source = on_all_ranks(lambda: open_source(sized, self.device, rank, ranks))
         self.stem = self.source.stem
         self.views = on_all_ranks(lambda: build_views(sized, self.stem))
+        self.make_views = (config.cuda_graph and replayed(self.views)) or self.views
         self.config = on_all_ranks(
             lambda: settle(
                 sized,
@@ -131,7 +135,8 @@ class PretrainTask:
             self.groups = next(self.patches)
             self.set_schedules(number)
         parts = micro_batch(self.groups, engine.micro, config.accumulation)
-        views = join([self.views(part.values, part.seeds) for part in parts]).map(self.as_input)
+        made = [self.make_views(part.values, part.seeds) for part in parts]
+        views = join(made).map(self.as_input)
         if config.sample_every and not engine.micro and not (number + 1) % config.sample_every:
             images = parts[0].values[:SAMPLES].clone()  # a slice would keep the whole step's memory
             self.shown = (images, views[: len(images)].map(Tensor.clone))

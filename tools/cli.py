@@ -47,7 +47,7 @@ COMMANDS = {
     ),
     "info": Command(
         "info",
-        "say what a data set holds and what loading it takes",
+        "describe a data set, and what loading it takes",
         ("batch_size", "num_workers"),
         ("crc/", "crc/ --json"),
     ),
@@ -95,13 +95,13 @@ COMMANDS = {
     ),
     "merge": Command(
         "merge",
-        "one data set of several of the same latents, codebooks side by side",
+        "make one data set of several with the same latents",
         ("overwrite",),
         ("brca/ crc/ --out both/", "brca/ crc/ --out both/ --overwrite --json"),
     ),
     "repack": Command(
         "repack",
-        "the same codes in other packs, order or splits, slides left out",
+        "write a data set anew in other packs, order or splits, or in fewer bytes",
         ("encoding", "bytes", "splits", "exclude_slides", "pack_size"),
         (
             "crc/ --out half/ --encoding rans --bytes 2048",
@@ -110,19 +110,19 @@ COMMANDS = {
     ),
     "extract": Command(
         "extract",
-        "decoded pictures in class folders, with a table",
+        "write decoded pictures in class folders, with a table",
         ("split", "where", "format", "device"),
         ("crc/ --out pictures/", "crc/ --out tumour/ --where \"label == 'TUM'\" --format png"),
     ),
     "export": Command(
         "export_to",
-        "to Parquet, a tree of npy files, or an index for wids",
+        "write Parquet, npy files, or an index for wids",
         ("split",),
         ("crc/ --out parquet/ --to parquet", "crc/ --out npy/ --to npy --split val"),
     ),
     "import": Command(
         "import_latents",
-        "a data set of latents that others made",
+        "make a data set of latents from other programs",
         ("autoencoder", "layout", "scale", "shift", "codebook"),
         (
             "latents/ --out set/ --autoencoder sd3",
@@ -141,12 +141,12 @@ COMMANDS = {
     ),
     "compare": Command(
         "compare",
-        "tables and plots of evaluations on several sources of the same patches",
+        "compare evaluations on several sources of the same patches",
         ("out", "reference", "metric"),
         ("runs/original runs/latents --out table/", "runs/* --reference runs/original --json"),
     ),
     "doctor": Command(
-        "doctor", "say what is installed, missing or in the way on this machine", (), ("", "--json")
+        "doctor", "report what is installed, missing or broken on this machine", (), ("", "--json")
     ),
     "demo": Command(
         "demo",
@@ -156,67 +156,67 @@ COMMANDS = {
     ),
     "bench shuffle": Command(
         "bench.bench_shuffle",
-        "how far an order is from uniform, what it makes ranks read",
+        "measure how far an order is from uniform, and what ranks read",
         ("split", "global_batch_size"),
         ("crc/", "crc/ --global-batch-size 1024 --json"),
     ),
     "bench loader": Command(
         "bench.bench_loader",
-        "rates of loaders over the same patches, ours and others",
+        "compare the rates of loaders on the same patches",
         ("folder", "against", "decode", "workers", "device"),
         ("", "crc/ --device cuda --json"),
     ),
     "bench resume": Command(
         "bench.bench_resume",
-        "what loaders lose, repeat and move when killed and resumed",
+        "compare what loaders lose, repeat and move when killed and resumed",
         ("against", "topologies", "stops", "peer_python"),
         ("", "--against mds,litdata --peer-python peer/bin/python --json"),
     ),
     "bench scale": Command(
         "bench.bench_scale",
-        "what opening, a first batch and a state cost as sets grow",
+        "measure opening, a first batch and a state as sets grow",
         ("patches",),
         ("", "--patches 24000000 --json"),
     ),
     "bench decode": Command(
         "bench.bench_decode",
-        "decoders under their options, beside JPEG, on a device",
+        "measure decoders under their options, beside JPEG",
         ("decoders", "device", "batch_sizes", "compile"),
         ("", "--decoders tiny,turbo-s --device cuda"),
     ),
     "bench features": Command(
         "bench.bench_features",
-        "what decoding adds to embedding, in a feature extraction from latents",
+        "measure what decoding adds to an extraction of features",
         ("embedder", "device", "patches"),
         ("", "--embedder vit_large --device cuda"),
     ),
     "bench step": Command(
         "bench.bench_step",
-        "what loading and decoding add to a step of training",
+        "measure what loading and decoding add to a training step",
         ("arch", "method", "device", "batch_size", "steps"),
         ("", "--arch vit_small --device cuda --json"),
     ),
     "bench gpu": Command(
         "bench.bench_gpu",
-        "all that a machine with a GPU can tell, in so many minutes",
+        "measure what a machine with a GPU can tell, within a time limit",
         ("minutes", "only", "device"),
         ("--out results/gpu-h100/", "--out miniature/ --device cpu --only decode,resident"),
     ),
     "bench convert": Command(
         "bench.bench_convert",
-        "rate of a conversion beside the encoder's alone",
+        "compare the rate of a conversion with the encoder's alone",
         ("autoencoder", "device", "workers"),
         ("patches/", "patches/ --autoencoder tiny"),
     ),
     "bench container": Command(
         "bench.bench_container",
-        "container overhead for patch and pack sizes",
+        "measure container overhead for patch and pack sizes",
         ("patches",),
         ("", "--small --json"),
     ),
     "bench fidelity": Command(
         "bench.bench_fidelity",
-        "what codecs and autoencoders keep of patches, at how many bytes",
+        "measure what codecs and autoencoders keep of patches, at which bytes",
         ("codecs", "embedders", "out", "crops", "fit_on"),
         (
             "pictures/ --codecs tiny-v2+rans:4096,avif@4096,jpeg@4096 --out fidelity/",

@@ -20,26 +20,24 @@ class Config:
     """Compare evaluations of originals, codecs and latents over the same folds."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Run folders of abmil, classify_patches and sampath, each with a result.json; of any tasks,
-    data sets, models, embedders and seeds."""
+    """Run folders of abmil, classify_patches and sampath, each with a result.json. They may differ
+    in task, data set, model, embedder and seed."""
     out: Path | None = None
     """Folder for comparison.html, .md and .json, bars.png and differences.png."""
     reference: str | None = None
-    """Source (or run folder) that others are set against; by default the originals, else the first
-    run."""
+    """Source, or run folder, to compare with. By default the originals, else the first run."""
     metric: str | None = None
-    """Score that tables lead with, such as balanced_accuracy; by default the runs' own choice."""
+    """Score that comes first in tables, such as balanced_accuracy. By default the runs' own."""
     over: Literal["folds", "groups"] = "folds"
-    """What the bootstrap of differences draws: folds (seeds of a fold averaged; seeds where there
-    is one fold), or groups (patients) of predictions.csv or, for segmentations, images.csv."""
+    """What the bootstrap of differences draws: folds, with their seeds averaged (seeds where there
+    is one fold), or groups: patients of predictions.csv or, for segmentations, images.csv."""
     draws: int | None = None
-    """Draws of the bootstrap; 10,000 over folds and 2,000 over groups by default, 0 for no
-    intervals."""
+    """Draws of the bootstrap, 0 for none. By default 10,000 over folds, 2,000 over groups."""
     seed: int = 0
     """Seed of the bootstrap."""
     paper: Literal["auto", "table2", "table3", "none"] = "auto"
-    """The paper's figures beside ours: where the data set's classes or name say that it is the
-    paper's, of one of its tables only, or none."""
+    """Figures of the paper beside the runs: where the data set's classes or name say that it is the
+    paper's (auto), of one of its tables only, or none."""
     overwrite: bool = False
     """Replace a comparison in --out."""
     json: bool = False

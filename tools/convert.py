@@ -30,17 +30,17 @@ class Config(ConvertConfig):
     __doc__ = ConvertConfig.__doc__
 
     work: Path | None = None
-    """Folder for what is made locally before it is uploaded; latentds' cache folder by default."""
+    """Folder for copies of input locations, and for sets before upload. By default a cache."""
     retry: bool = False
     """Convert what the finished set in --out had to leave out, with the options that made it, and
-    add what can be read by now."""
+    add what can be read now."""
     dry_run: bool = False
-    """Read headers only, say what would be made and how large; of slides write a page
+    """Read headers only, and print what would be made and how large. For slides, also write a page
     to look at, OUT.slides.html."""
     json: bool = False
     """Print the summary as JSON."""
     verbose: bool = False
-    """Print all of the summary; by default four lines and what to do next."""
+    """Print the whole summary. By default four lines and the next steps are printed."""
 
 
 def run(config: Config) -> None:

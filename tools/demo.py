@@ -30,7 +30,7 @@ for batch in loader: print(batch.images.shape, batch.labels)"""
 class Config:
     """Cut patches from four H&E pictures that ship with latentds, convert and load them.
 
-    Then write a page with the figures, beside JPEG, WebP and AVIF of the same bytes.
+    Then write a page that compares the result with JPEG, WebP and AVIF of the same bytes.
     """
 
     out: Path = Path("demo")
@@ -38,7 +38,7 @@ class Config:
     autoencoder: str = "tiny-v2"
     """Name or local folder, as for convert."""
     device: str = "auto"
-    """cpu, cuda, ...; auto takes a GPU where there is one."""
+    """Device: cpu, cuda, cuda:1, mps; auto takes a GPU if there is one."""
     overwrite: bool = False
     """Replace what an earlier demo left in --out."""
 

@@ -26,14 +26,15 @@ WIDTH = 28  # of state and name
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Look at this machine: versions, GPUs, Hub, disks, limits, extras that are missing.
+    """Check this machine: versions, GPUs, the Hub, disks, limits and missing extras.
 
-    Says ok, missing (something optional is not here) or problem, with what to do. Changes nothing,
-    shows no token. The exit code is 1 where the base install does not work, else 0.
+    Each line says ok, missing (something optional is not installed) or problem, with what to do.
+    Nothing is changed, and no token is shown. The exit code is 1 where the base install does not
+    work, else 0.
     """
 
     hub_timeout_s: float = 4.0
-    """How long to wait for the Hub."""
+    """Seconds to wait for the Hub."""
     json: bool = False
     """Print JSON."""
 

@@ -12,27 +12,27 @@ from latentds_tools.reports.commands import picked, show
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Write a data set's codes as other tools read them.
+    """Write a data set's codes in a format that other tools read.
 
-    parquet: a row a patch, for `datasets`; npy: a file a patch and table.csv; wids: an index over
-    the shards as they are, for webdataset's ShardListDataset.
+    parquet has a row a patch, for `datasets`; npy has a file a patch and table.csv; wids is an
+    index over the unchanged shards, for webdataset's ShardListDataset.
     """
 
     folder: Annotated[str, tyro.conf.Positional]
     """Folder or location of a data set."""
     out: Path
-    """Folder to be made; of wids, the JSON file."""
+    """Folder to be made; for wids, the JSON file."""
     to: Literal["parquet", "npy", "wids"]
-    """What to write."""
+    """Format to write."""
     latents: bool = False
-    """npy: float32 latents instead of codes."""
+    """For npy: write float32 latents instead of codes."""
     integers: bool = False
-    """npy, of entropy-coded records: the int16 integers (C, h, w) they hold, instead of the records
-    as stored; table.csv then tells the step they count in."""
+    """For npy, of entropy-coded records: write the int16 integers (C, h, w) that the records hold.
+    table.csv then has the step that the integers count."""
     split: str | None = None
-    """One split; all by default."""
+    """Split to write. By default all splits."""
     overwrite: bool = False
-    """Replace what an earlier export wrote there."""
+    """Replace an earlier export in --out."""
     json: bool = False
     """Print JSON."""
 

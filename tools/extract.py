@@ -14,7 +14,7 @@ from latentds_tools.reports.commands import check_ranges, picked, show
 class Config:
     """Decode patches to picture files, [SPLIT/]LABEL/SLIDE/KEY.png, and write table.csv.
 
-    A killed run is resumed by the same command: pictures that are there are not decoded again.
+    A killed run is resumed by the same command, which does not decode existing pictures again.
     """
 
     folder: Annotated[str, tyro.conf.Positional]
@@ -26,15 +26,15 @@ class Config:
     quality: int = 95
     """Quality of JPEG files, 1 to 100."""
     split: str | None = None
-    """One split; all by default, each in a folder of its own."""
+    """Split to decode. By default all splits, each in a folder of its own."""
     where: str | None = None
-    """Condition on label, slide, patient, x, y, mpp, size_px, as in "label == 'TUM'"."""
+    """Condition on label, slide, patient, x, y, mpp or size_px, such as "label == 'TUM'"."""
     slides: Path | None = None
-    """Text file of slide names, one a line, to take only those."""
+    """Text file of the slides to take, one name a line."""
     autoencoder: Annotated[str | None, tyro.conf.arg(aliases=["--decoder"])] = None
-    """Name, folder or ORG/NAME of the decoder, where the recorded one is local or not wanted."""
+    """Decoder to use where the recorded one is local or not wanted: name, folder or ORG/NAME."""
     device: str = "auto"
-    """cpu, cuda, ...; auto takes a GPU where there is one."""
+    """Device: cpu, cuda, cuda:1, mps; auto takes a GPU if there is one."""
     overwrite: bool = False
     """Replace the pictures of another extraction in --out."""
     json: bool = False

@@ -26,40 +26,41 @@ class Config(PatchInput):
     """Embed the patches of every slide and write one feature file a slide, in TRIDENT's layout.
 
     Latents are decoded on the fly; originals are taken as they are, or through --codec. A killed
-    run goes on by the same command. Under torchrun (-m latentds_tools.features) the slides are
-    split among the ranks.
+    run is resumed by the same command. Under torchrun (-m latentds_tools.features) the ranks share
+    the slides.
     """
 
     data: Annotated[Path, tyro.conf.Positional]
     """A latentds data set (its folder, hf://datasets/ORG/NAME[@REVISION], s3://...), or originals
     as 'latentds convert' takes them: slides, folders of pictures, archives, a table of paths."""
     embedder: tuple[str, ...]
-    """One or several, for which patches are decoded once: uni, virchow2, ... (--list-embedders),
-    timm:NAME, each with @FILE for weights in a local file; timm-dir:FOLDER, timm:hf-hub:ORG/NAME;
-    nic:FILE, nic-quarters:FILE; FILE.py:FUNCTION, a local file whose function makes one."""
+    """One or several embedders, for which patches are decoded once: uni, virchow2, ...
+    (--list-embedders) or timm:NAME, each with @FILE for weights in a local file; timm-dir:FOLDER,
+    timm:hf-hub:ORG/NAME; nic:FILE, nic-quarters:FILE; or FILE.py:FUNCTION, a local file whose
+    function makes an embedder."""
     out: Path
     """Folder to write: features_<embedder>/SLIDE.h5, patches/SLIDE_patches.h5, labels.csv,
-    features.json; of several embedders a folder each, OUT/<embedder>/, with all of these.
-    Exit code 3: done, but slides were left out."""
+    features.json. Several embedders get a folder each, OUT/<embedder>/, with all of these. Exit
+    code 3 means: done, but slides were left out."""
     list_embedders: bool = False
-    """Only list the embedders known by name: dimensions, preparation, licence, where they are."""
+    """Only list the known embedders: dimensions, preparation, licence, and where they are."""
     native: bool = False
-    """Feed whole patches to the embedder, neither resized nor cropped."""
+    """Give the embedder whole patches, neither resized nor cropped."""
     batch_size: int | None = None
-    """Patches embedded at once; 256 on a GPU and 32 elsewhere by default. Part of the record, as
-    the last bits depend on it."""
+    """Patches embedded at once. By default 256 on a GPU and 32 elsewhere. The number is recorded,
+    because the last bits of features depend on it."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Numbers of the embedder; bfloat16 is faster on a GPU. --decode-dtype is the decoder's."""
+    """Number format of the embedder; bfloat16 is faster on a GPU. See also --decode-dtype."""
     saved: Literal["float32", "float16"] = "float32"
-    """Numbers in the files; float16 takes half the room."""
+    """Number format of the files; float16 takes half the space."""
     max_patches: int | None = None
-    """At most so many patches a slide, drawn by --seed; no others are read."""
+    """Patches a slide at most, drawn by --seed. No others are read."""
     seed: int = 0
     """Seed of the patches that --max-patches draws."""
     clam: bool = False
     """Also write CLAM's layout: clam_<embedder>/ with pt_files, h5_files and coordinates."""
     max_bad: int = 0
-    """Slides that a rank may fail at; each is named with its reason, listed in OUT/left_out.json,
+    """Slides that may fail on a rank. Each is named with its reason, listed in OUT/left_out.json,
     and tried again by the next run."""
     json: bool = False
     """Print the summary as JSON."""

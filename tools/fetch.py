@@ -14,14 +14,14 @@ from latentds_tools.reports.commands import show
 class Config:
     """Fetch a published data set from the Hub into a folder, every file checked by its sha256.
 
-    A run that was cut off is taken up by the same command. To read one split, or a few patches,
-    nothing need be fetched: LatentLoader("hf://datasets/ORG/NAME") reads by range.
+    An interrupted run is continued by the same command. To read one split, or a few patches, there
+    is no need to fetch: LatentLoader("hf://datasets/ORG/NAME") reads by range.
     """
 
     repository: Annotated[str, tyro.conf.Positional]
     """ORG/NAME, or ORG/NAME@REVISION (branch, tag, commit, refs/pr/N)."""
     out: Path | None = None
-    """Folder to fetch into; NAME by default."""
+    """Folder to fetch into. By default NAME."""
     json: bool = False
     """Print JSON."""
 

@@ -15,7 +15,7 @@ from latentds.quantizers.scalar_fit import KindName
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Fit a codebook to a seeded sample of pictures and report what it does to their latents."""
+    """Fit a codebook to a seeded sample of pictures, and report its distortion of their latents."""
 
     source: Annotated[Path, tyro.conf.Positional]
     """Folder of 8-bit pictures."""
@@ -24,32 +24,34 @@ class Config:
     autoencoder: str = "tiny-v2"
     """Name or local folder, as for convert."""
     kind: Literal["scalar", "additive", "rans"] = "scalar"
-    """scalar: levels that single values are rounded to; additive: vectors added up; rans: steps,
-    model and tables of entropy-coded records. The last two take --bytes a patch."""
+    """scalar: levels for single values. additive: vectors that are added up. rans: steps, model and
+    tables of entropy-coded records. The last two take --bytes."""
     bytes: int | None = None
-    """Bytes a patch: of additive codes a multiple of its latent cells, of which a patch of 256 px
-    has 1,024 at f8; of records any number, and convert may ask for others with the same tables."""
+    """Bytes a patch. Additive codes need a multiple of the latent cells, of which a patch of 256 px
+    has 1,024 at f8. Records can have any number, and convert can make other sizes with the same
+    tables."""
     method: Literal["auto", "grouped", "residual", "scalar"] = "auto"
-    """How additive tables are made: K-means of groups of principal axes, K-means of what the planes
-    before leave, or of each channel; auto takes the better of the first two."""
+    """K-means for additive tables: of groups of principal axes (grouped), of what the planes before
+    leave (residual), or of each channel (scalar). auto takes the better of the first two."""
     quantizer: KindName = "kmeans"
     levels: int = 256
-    """Levels, 2 to 256."""
+    """Levels of the codebook, 2 to 256."""
     fit_patches: int = 1000
-    """Patches drawn."""
+    """Patches in the sample."""
     patch_size: int | None = None
-    """Edge of a patch in pixels, with --resize or --tile where pictures differ."""
+    """Edge of a patch in pixels. If pictures differ in size, pass --resize or --tile, too."""
     resize: bool = False
     """Scale every picture to the patch size."""
     tile: bool = False
     """Cut every picture into a grid of patches."""
     seed: int = 0
+    """Seed of the sample."""
     device: str = "auto"
-    """cpu, cuda, ...; auto takes a GPU where there is one."""
+    """Device: cpu, cuda, cuda:1, mps; auto takes a GPU if there is one."""
     max_bad: int = 0
-    """Pictures that may be unreadable."""
+    """Unreadable pictures that may be left out."""
     overwrite: bool = False
-    """Replace --out where it is there."""
+    """Replace an existing file --out."""
     json: bool = False
     """Print JSON."""
 

@@ -14,10 +14,11 @@ from latentds.quantizers.scalar_fit import KindName
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Make a data set of latents that lie in files already; their scale is recorded.
+    """Make a data set of latents that other programs wrote to files.
 
-    Read are PixCell and ZoomLDM trees, one .npy a patch in class folders (or as `latentds export`
-    wrote them), and .npy, .npz or .safetensors of (N, C, h, w) with labels, slides, coords.
+    It reads PixCell and ZoomLDM trees, one .npy a patch in class folders (or as `latentds export`
+    wrote them), and .npy, .npz or .safetensors of (N, C, h, w) with labels, slides, coords. The
+    scale of the latents is recorded.
     """
 
     source: Annotated[Path, tyro.conf.Positional]
@@ -25,43 +26,45 @@ class Config:
     out: Path
     """Folder of the data set to be made."""
     autoencoder: str | None = None
-    """Name or local folder of the autoencoder whose latents these are."""
+    """Name or local folder of the autoencoder that made these latents."""
     latent_id: str | None = None
     """latent_id (sha256:...) of the autoencoder, where its weights cannot be loaded here."""
     layout: Literal["pixcell", "zoomldm", "npy", "arrays"] | None = None
-    """How the files lie; found out by their names where not given."""
+    """Layout of the files. By default it is recognized by their names."""
     scale: float | None = None
-    """latent = stored * scale + shift; needed for bytes, 1 for floats."""
+    """Factor in latent = stored * scale + shift. Bytes need it; for floats the default is 1."""
     shift: float | None = None
-    """Likewise; needed for bytes, 0 for floats."""
+    """Summand in latent = stored * scale + shift. Bytes need it; for floats the default is 0."""
     codebook: Path | None = None
-    """Codebook file: floats are quantized with it, bytes are its codes, or its records."""
+    """Codebook file. Floats are quantized with it; bytes are taken as its codes, or its records."""
     quantizer: KindName = "kmeans"
     levels: int = 256
     """Levels of the fitted codebook, 2 to 256."""
     fit_patches: int = 1000
-    """Patches the codebook is fitted to, drawn by --seed."""
+    """Patches that the codebook is fitted to, drawn by --seed."""
     patch_size: int | None = None
-    """Edge of a patch in pixels; latent cells times the autoencoder's factor by default."""
+    """Edge of a patch in pixels. By default latent cells times the autoencoder's factor."""
     shape: tuple[int, int, int] | None = None
-    """C h w of array rows that are stored flat."""
+    """C h w of arrays whose rows are stored flat."""
     labels: bool = True
-    """Take class folders, or the files' labels."""
+    """Take class folders, or the files' labels, as labels."""
     split_folders: bool = True
     """Take top folders named train, val, valid, validation and test as splits."""
     name_pattern: str | None = None
-    """Regular expression with groups among label, slide, x, y, mpp, searched in relative paths."""
+    """Regular expression that is searched in relative paths. Its groups among label, slide, x, y
+    and mpp describe the patch."""
     tile_step: int | None = None
-    """Level-0 pixels a step of PixCell's COL_ROW names; without it places stay unknown."""
+    """Level-0 pixels a step of PixCell's COL_ROW names. By default places stay unknown."""
     mpp: float | None = None
     """Micrometres a pixel, recorded with every patch."""
     order: Literal["shuffle", "path"] = "shuffle"
     """Order on disk: shuffled by --seed, or by path."""
     pack_size: int = 256
-    """Patches stored as one record."""
+    """Patches in a pack, which is stored as one record."""
     shard_mb: int = 256
     """Size of a shard in MB of codes."""
     seed: int = 0
+    """Seed of the order and of the codebook's sample."""
     overwrite: bool = False
     """Replace a data set that lies in --out."""
     json: bool = False

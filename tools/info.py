@@ -17,22 +17,22 @@ FITTED = ("values", "seed", "snr_db", "dead_levels", "saturated_share")  # of a 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Say what a data set holds.
+    """Print what a data set holds.
 
-    Contract, splits, labels, how it was made, and the memory a loader needs.
+    That is its contract, splits and labels, how it was made, and the memory a loader needs.
     """
 
     folder: Annotated[Path, tyro.conf.Positional]
     """Folder of a data set."""
     batch_size: int = 256
-    """Batch size of the loader whose memory is reckoned."""
+    """Batch size of the loader whose memory is estimated."""
     num_workers: int = 4
     """Workers of that loader."""
     prefetch_factor: int = 2
-    """Batches that each of its workers prepares ahead."""
+    """Batches that each of these workers prepares ahead."""
     projects: Path | None = None
-    """CSV with columns key and project, the key a TCGA patient, slide or tissue source site: count
-    slides by project, which no barcode tells."""
+    """CSV with columns key and project, to count slides by project, which no barcode tells. The key
+    is a TCGA patient, slide or tissue source site."""
     json: bool = False
     """Print JSON."""
 

@@ -12,13 +12,15 @@ from latentds_tools.reports.commands import show
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Merge data sets of one latent_id and patch size; nothing is decoded or quantized anew.
+    """Merge data sets of one latent_id and patch size, without decoding or quantizing anything
+    anew.
 
-    Shards are copied, codebooks stay side by side. A patch that two sets have is refused by name.
+    Shards are copied, and codebooks stay side by side. If two sets have the same patch, merge stops
+    and names it.
     """
 
     folders: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Two or more data sets; the first one's decoder is the recorded one."""
+    """Two or more data sets. The decoder of the first is recorded."""
     out: Path
     """Folder of the data set to be made."""
     overwrite: bool = False

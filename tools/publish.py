@@ -20,24 +20,24 @@ from latentds.hub.model_options import PublishOptions
 class Config:
     """Publish a data set on the Hub, with a card and a preview.
 
-    Sends what the repository lacks, shards first, the manifest last, then compares checksums. A run
-    that was cut off is taken up by the same command.
+    Files that the repository lacks are sent, shards first, the manifest last. Then checksums are
+    compared. An interrupted run is continued by the same command.
     """
 
     folder: Annotated[Path, tyro.conf.Positional]
     """Folder of a data set."""
     repository: Annotated[str, tyro.conf.Positional]
-    """ORG/NAME on the Hub; made where it is not there."""
+    """ORG/NAME on the Hub. A missing repository is made."""
     license: str | None = None
     """Licence of the set, as the Hub names it: cc0-1.0, cc-by-4.0, ... Required."""
     license_name: str | None = None
-    """Name of the licence, with --license other."""
+    """Name of the licence, where --license is other."""
     license_link: str | None = None
-    """Where to read the licence, with --license other."""
+    """Where to read the licence, where --license is other."""
     private: bool = False
     """Make a new repository private."""
     revision: str | None = None
-    """Branch to publish to (made from main where it is not there), or refs/pr/N to go on with."""
+    """Branch to publish to, made from main where it is missing; or refs/pr/N, a pull request."""
     pr: bool = False
     """Open a pull request instead of committing to the branch."""
     citation: Path | None = None
@@ -45,15 +45,15 @@ class Config:
     notes: Path | None = None
     """Markdown file for the card: where the slides come from, consent, intended use."""
     thumbnails: bool = False
-    """Send the small pictures of slides, too ('latentds show --slides'). Look at them before: they
-    show pen, glass and stickers beside the tissue, which patches do not."""
+    """Also send the small pictures of slides ('latentds show --slides'). Look at these first:
+    unlike patches, they show pen, glass and stickers beside the tissue."""
     overwrite: bool = False
-    """Replace what else the repository holds; its history keeps it."""
+    """Replace other files in the repository. Its history keeps them."""
     dry_run: bool = False
-    """Check, plan and write card and preview to --look; nothing goes to the Hub, which is compared
-    with where it can be reached."""
+    """Check, plan, and write card and preview to --look. Nothing is sent to the Hub, but the plan
+    compares with it where it can be reached."""
     look: Path | None = None
-    """Folder for a look at card and preview, NAME-look where a dry run is given none."""
+    """Folder in which a dry run writes card and preview. By default NAME-look."""
     json: bool = False
     """Print JSON."""
 

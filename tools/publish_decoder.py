@@ -16,14 +16,14 @@ from latentds.hub.model_options import PublishOptions
 class Config(PublishOptions):
     """Publish a decoder on the Hub, with a card.
 
-    Checks its tensors, sends weights first, decoder.json last, then compares checksums. A run that
-    was cut off is taken up by the same command.
+    Its tensors are checked. Weights are sent first, decoder.json last, and then checksums are
+    compared. An interrupted run is continued by the same command.
     """
 
     folder: Annotated[Path, tyro.conf.Positional]
     """Folder of a decoder (decoder.json, decoder.safetensors), or of the run that trained it."""
     repository: Annotated[str, tyro.conf.Positional]
-    """ORG/NAME on the Hub; made where it is not there."""
+    """ORG/NAME on the Hub. A missing repository is made."""
 
 
 def run(config: Config) -> None:

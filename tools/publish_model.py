@@ -16,14 +16,14 @@ from latentds.hub.model_options import PublishOptions
 class Config(PublishOptions):
     """Publish a backbone that `pretrain` has trained on the Hub, with a card; timm loads it.
 
-    Checks its tensors, sends weights first, configuration and card in one last commit, then
-    compares checksums. A run that was cut off is taken up by the same command.
+    Its tensors are checked. Weights are sent first, configuration and card in one last commit, and
+    then checksums are compared. An interrupted run is continued by the same command.
     """
 
     folder: Annotated[Path, tyro.conf.Positional]
     """Folder of a backbone (latentds.json, model.safetensors), or of the run that trained it."""
     repository: Annotated[str, tyro.conf.Positional]
-    """ORG/NAME on the Hub; made where it is not there."""
+    """ORG/NAME on the Hub. A missing repository is made."""
 
 
 def run(config: Config) -> None:

@@ -15,10 +15,11 @@ from latentds.core.display import say
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Write a data set anew: codes, columns and masks stay what they are, the old folder too.
+    """Write a data set anew in other packs, order or splits; the old folder stays as it is.
 
-    With --encoding and --bytes, or a --codebook, codes are made anew of the stored latents, fewer
-    bytes a patch; what that loses is told, and recorded. No picture is needed.
+    Codes, columns and masks are copied. With --encoding and --bytes, or a --codebook, the stored
+    latents are coded anew in fewer bytes a patch, without the pictures. The loss is printed and
+    recorded.
     """
 
     folder: Annotated[Path, tyro.conf.Positional]
@@ -26,28 +27,29 @@ class Config:
     out: Path
     """Folder of the data set to be made."""
     pack_size: int = 256
-    """Patches stored as one record."""
+    """Patches in a pack, which is stored as one record."""
     group_by: Literal["slide", "none"] = "none"
-    """slide: all patches of a slide as one record."""
+    """slide: store all patches of a slide as one pack."""
     order: Literal["shuffle", "path", "stored"] = "shuffle"
     """Order on disk: shuffled by --seed, by source path, or as it was."""
     seed: int = 0
+    """Seed of the order."""
     exclude_slides: Path | None = None
-    """Text file of slide names, one a line, whose patches are left out."""
+    """Text file of the slides to leave out, one name a line."""
     splits: Path | None = None
-    """CSV of slide,split or patient,split that takes the place of the old splits."""
+    """CSV of slide,split or patient,split, in place of the old splits."""
     shard_mb: int = 256
     """Size of a shard in MB of codes."""
     encoding: Literal["u8-sum", "rans"] | None = None
-    """Other codes: u8-sum, additive codebooks fitted to the set's own latents, or rans,
-    entropy-coded records, of a coarser step where the set has records already."""
+    """Kind of new codes. u8-sum: additive codebooks fitted to the set's own latents. rans:
+    entropy-coded records, with a coarser step where the set has records already."""
     bytes: int | None = None
-    """Bytes a patch of the other codes: of u8-sum a multiple of the latent cells, of rans any."""
+    """Bytes a patch of the new codes: for u8-sum a multiple of the latent cells, for rans any."""
     codebook: Path | None = None
-    """Codebook file for the other codes, as 'latentds fit-codebook --kind additive' makes."""
+    """Codebook file for the new codes, as 'latentds fit-codebook --kind additive' makes it."""
     autoencoder: str | None = None
-    """Local folder of the set's autoencoder, where other codes are made and it is not one by name:
-    golden patches are decoded anew."""
+    """Local folder of the set's autoencoder, for new codes, where it has no known name. Golden
+    patches are decoded anew."""
     overwrite: bool = False
     """Replace a data set that lies in --out."""
     json: bool = False

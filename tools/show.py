@@ -14,10 +14,10 @@ from latentds.core.display import say
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Write one self-contained HTML page: decoded patches, their columns, label counts.
+    """Write one self-contained HTML page of decoded patches, their columns and label counts.
 
-    With --slides a page of all slides: what was taken of each, why the rest was not, and some of
-    their patches.
+    With --slides the page shows every slide: what was taken, why the rest was not, and some
+    patches.
     """
 
     folder: Annotated[Path, tyro.conf.Positional]
@@ -27,22 +27,23 @@ class Config:
     slides: bool = False
     """Show every slide, sorted and searchable, with links to its decoded patches."""
     split: str | None = None
-    """Split to show; the first by default, all with --slides."""
+    """Split to show. By default the first, and with --slides all."""
     count: int = 48
-    """Patches, drawn by --seed; with --slides dealt over the slides."""
+    """Patches, drawn by --seed. With --slides they are spread over the slides."""
     seed: int = 0
+    """Seed of the patches that are shown."""
     originals: Path | None = None
-    """Input that the set was converted from: sets the source's pixels beside the decoded ones."""
+    """Input that the set was converted from. Its pixels are shown beside the decoded ones."""
     slide_folder: Path | None = None
-    """Folder of the slides, where --originals are TRIDENT's or CLAM's coordinates."""
+    """Folder of the slides, where --originals is a TRIDENT or CLAM job."""
     root: Path | None = None
-    """Folder that paths start from, where --originals are a table."""
+    """Folder from which paths start, where --originals is a table."""
     anonymize: Path | None = None
-    """Key file of a set whose names are hashes, for --originals."""
+    """Key file of --anonymize, for --originals of a set whose names are hashes."""
     autoencoder: Annotated[str | None, tyro.conf.arg(aliases=["--decoder"])] = None
-    """Name, folder or ORG/NAME of the decoder, where the recorded one is local or not wanted."""
+    """Decoder to use where the recorded one is local or not wanted: name, folder or ORG/NAME."""
     overwrite: bool = False
-    """Replace --out where it is there."""
+    """Replace an existing file --out."""
 
 
 def run(config: Config) -> None:

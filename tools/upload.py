@@ -12,17 +12,17 @@ from latentds_tools.reports.commands import show
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Copy a data set to s3://BUCKET/PATH or what else fsspec writes: shards first, manifest last.
+    """Copy a data set to s3://BUCKET/PATH, or another location that fsspec writes to.
 
-    Run the same command again where it was cut off.
+    Shards are copied first, the manifest last. An interrupted run is continued by the same command.
     """
 
     folder: Annotated[Path, tyro.conf.Positional]
     """Folder of a data set."""
     location: Annotated[str, tyro.conf.Positional]
-    """Where to, for example s3://bucket/brca."""
+    """Location to copy to, for example s3://bucket/brca."""
     overwrite: bool = False
-    """Replace another data set that lies there."""
+    """Replace another data set at that location."""
     json: bool = False
     """Print JSON."""
 

@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 class Config:
     """Check a data set: its manifest, every hash, every member, golden patches decoded.
 
-    Exit code 1 on damage.
+    The exit code is 1 if anything is damaged.
     """
 
     folder: Annotated[Path, tyro.conf.Positional]
     """Folder of a data set."""
     level: Literal["manifest", "sha256", "members", "golden"] = "golden"
-    """How far to go; each level includes the ones before it."""
+    """Last check to run; each level includes the ones before it."""
     autoencoder: Annotated[str | None, tyro.conf.arg(aliases=["--decoder"])] = None
-    """Name, folder or ORG/NAME of the decoder to check with, where the recorded one is local."""
+    """Decoder to check with, where the recorded one is local: name, folder or ORG/NAME."""
     json: bool = False
     """Print JSON."""
 

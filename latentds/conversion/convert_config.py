@@ -56,27 +56,29 @@ class CodeOptions:
     panel = "codes"
 
     out: Path
-    """Folder of the data set to be made, or a location such as s3://bucket/brca: then it is made in
-    a local folder first, and uploaded."""
+    """Folder of the data set to make, or a location such as s3://bucket/brca. For a location, the
+    set is made in a local folder first, and then uploaded."""
     autoencoder: str = "tiny-v2"
-    """tiny-v2, tiny-v2-fast, tiny-v2-cpu, tiny-v1, sd15, sd3, dcae-f32, dcae-f32-mix, taesd,
-    taesd3, sd15-path, sd3-path, dcae-f32-path; or a local folder of weights."""
+    """Autoencoder that encodes the patches: tiny-v2, tiny-v2-fast, tiny-v2-cpu, tiny-v1, sd15, sd3,
+    dcae-f32, dcae-f32-mix, taesd, taesd3, sd15-path, sd3-path, dcae-f32-path; or a local folder of
+    weights."""
     quantizer: KindName = "kmeans"
     levels: int = 256
     """Levels of the codebook, 2 to 256."""
     codebook: Path | None = None
-    """Kind of codes: scalar (a byte a latent value), additive (sums of vectors, whose bytes --bytes
-    chooses), rans (entropy-coded records of --bytes); or a file made by 'latentds fit-codebook'. By
-    default what ships with the autoencoder, else scalar, or additive where --bytes is given."""
+    """Kind of codes, or a codebook file of 'latentds fit-codebook'. The kind scalar stores a byte a
+    latent value, additive stores sums of vectors in --bytes, and rans stores entropy-coded records
+    of --bytes. By default what ships with the autoencoder, else scalar, or additive where --bytes
+    is given."""
     bytes: int | None = None
-    """Bytes a patch. Records (rans) take any number; additive codes take a multiple of the latent
-    cells, of which a patch of 256 px has 1,024 at f8."""
+    """Bytes a patch. Entropy-coded records (rans) can have any number. Additive codes need a
+    multiple of the latent cells, of which a patch of 256 px has 1,024 at f8."""
     refine: int = 0
-    """Gradient steps on the latents of every patch, through the decoder, before they are coded:
-    codes that keep more in the same bytes, for a step's time of some three decodings each. 4 bring
-    most of it."""
+    """Gradient steps on the latents of every patch, through the decoder, before they are coded. The
+    codes then keep more in the same bytes. A step takes as long as some three decodings; 4 steps
+    bring most of the gain."""
     fit_patches: int = 1000
-    """Patches the codebook is fitted to, drawn by --seed."""
+    """Patches that the codebook is fitted to, drawn by --seed."""
 
     @property
     def codebook_kind(self) -> str | None:
@@ -107,10 +109,10 @@ class CodeOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ConvertConfig(SourceOptions, CodeOptions):
-    """Convert a folder of pictures into a latentds data set.
+    """Convert pictures or slides into a latentds data set.
 
-    Class folders become labels, train/val/test folders splits. A killed run is resumed by the same
-    command.
+    Class folders become labels, and train/val/test folders become splits. A killed run is resumed
+    by the same command.
     """
 
     PANELS: ClassVar[dict[str, tuple[str, ...]]] = {
@@ -120,49 +122,50 @@ class ConvertConfig(SourceOptions, CodeOptions):
     panel = "run"
 
     source: Annotated[Path, tyro.conf.Positional]
-    """Folder of 8-bit pictures, slides or archives of them (tar, Parquet), a table of paths, a data
-    set saved by Hugging Face's save_to_disk, hf://datasets/ORG/NAME[@REVISION], or a location such
-    as s3://bucket/slides, which is copied to --work first; of tiled slides, only what is read."""
+    """Input: a folder of 8-bit pictures, slides or archives of them (tar, Parquet), a table of
+    paths, a data set saved by Hugging Face's save_to_disk, hf://datasets/ORG/NAME[@REVISION], or a
+    location such as s3://bucket/slides. A location is copied to --work first; of tiled slides, only
+    the tiles that are read."""
     preset: Literal["paper"] | None = None
-    """paper: slides as Yellapragada et al. cut them (DSMIL's tiler -m 0 -b 20 -s 256): 256 px at
-    20x, edges rule; but at 0.5 mpp within --mpp-tolerance, else resampled to it, where DSMIL takes
-    the nearest level by magnification, and without its stretched tiles at the edges. Sets
-    --patch-size, --mpp and --tissue."""
+    """paper: cut slides as Yellapragada et al. did with DSMIL's tiler (-m 0 -b 20 -s 256), which is
+    256 px at 20x with the edges rule. Sets --patch-size, --mpp and --tissue. Two things differ:
+    slides are cut at 0.5 mpp within --mpp-tolerance or resampled to it, where DSMIL takes the
+    nearest level by magnification, and DSMIL's stretched tiles at the edges are left out."""
     order: Literal["shuffle", "path"] = "shuffle"
-    """Order of the pictures on disk: shuffled by --seed, or by path. Tiles of one stay together."""
+    """Order of the pictures on disk: by --seed, or by path. Tiles of one picture stay together."""
     mix: int | None = None
-    """Shuffle the patches of so many pictures (tiled ones, slides) among each other, so that packs
-    hold patches of many."""
+    """Shuffle the patches of this many slides or tiled pictures among each other, so that every
+    pack holds patches of many."""
     pack_size: int = 256
-    """Patches stored as one record."""
+    """Patches in a pack, which is stored as one record."""
     pack_by_slide: bool = False
-    """All patches of a slide as one record (order is then by slide)."""
+    """Store all patches of a slide as one pack; the order is then by slide."""
     shard_mb: int = 256
     """Size of a shard in MB of codes."""
     encode_batch: int | None = None
-    """Patches encoded at once; chosen once and recorded where not given."""
+    """Patches encoded at once. By default the number is chosen once and recorded."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, mps; auto takes a GPU where there is one."""
+    """Device: cpu, cuda, cuda:1, mps; auto takes a GPU if there is one."""
     workers: int | None = None
-    """Threads that read and decode pictures; the number of cores, at most 16, by default."""
+    """Threads that read and decode pictures. By default the number of cores, at most 16."""
     max_bad: int = 0
-    """Pictures that may be left out as unreadable; listed with reasons in the manifest."""
+    """Unreadable pictures that may be left out. The manifest lists them with reasons."""
     overwrite: bool = False
     """Replace what lies in --out."""
     engine: Literal["local", "ray"] = "local"
-    """Where pictures are encoded: in this process, or by workers on a Ray cluster, a shard each at
-    a time. Every node must see the input and --out under the same paths (a shared file system), be
-    of one kind, and have latentds installed. Killed, it goes on by the same command, on either."""
+    """Where pictures are encoded: in this process (local), or by workers on a Ray cluster, a shard
+    each at a time. All nodes must be of one kind, have latentds installed, and see the input and
+    --out under the same paths (a shared file system). A killed run resumes on either engine."""
     address: str = "auto"
-    """Ray cluster: auto for the one this machine belongs to, local to start one on this machine, or
+    """Ray cluster: auto for the cluster of this machine, local to start one on this machine, or
     ray://host:10001."""
     ray_workers: int | None = None
-    """Most workers at once; as many as the cluster has room for by default."""
+    """Ray workers at once, at most. By default as many as the cluster has room for."""
     gpus_per_worker: float | None = None
-    """GPUs a Ray worker takes, 0 to 1; 1 by default where --device is a GPU."""
+    """GPUs that a Ray worker takes, 0 to 1. By default 1 where --device is a GPU."""
     cpus_per_worker: float | None = None
-    """CPUs a Ray worker takes; by default a GPU's share of the node's, or, without GPUs, as many as
-    the encoder has threads."""
+    """CPUs that a Ray worker takes. By default a GPU's share of the node's CPUs; without GPUs, as
+    many as the encoder has threads."""
 
     def __post_init__(self) -> None:
         if self.preset == "paper":

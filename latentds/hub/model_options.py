@@ -11,18 +11,18 @@ class PublishOptions:
     """What a tool that publishes a model inherits."""
 
     license: str | None = None
-    """Licence, as the Hub names it: mit, cc-by-nc-4.0, ...; by default the one recorded, if any."""
+    """Licence, as the Hub names it: mit, cc-by-nc-4.0, ... By default the recorded one, if any."""
     license_name: str | None = None
-    """Name of the licence, with --license other."""
+    """Name of the licence, where --license is other."""
     private: bool = False
     """Make a new repository private."""
     revision: str | None = None
-    """Branch to publish to (made from main where it is not there)."""
+    """Branch to publish to. A missing branch is made from main."""
     notes: Path | None = None
-    """Markdown file for the card: what it was measured on, intended use."""
+    """Markdown file for the card: what the model was measured on, intended use."""
     overwrite: bool = False
-    """Replace another model there; its history keeps it."""
+    """Replace another model in the repository. Its history keeps the old one."""
     dry_run: bool = False
-    """Check, look and print the plan; write nothing."""
+    """Check the model and print the plan, without writing to the Hub."""
     json: bool = False
     """Print JSON."""

@@ -30,50 +30,51 @@ class CutOptions:
     panel = "pictures"
 
     patch_size: int | None = None
-    """Edge of a patch in pixels; with --resize, --tile or --pad where pictures differ."""
+    """Edge of a patch in pixels. If pictures differ in size, pass --resize, --tile or --pad."""
     resize: bool = False
-    """Scale every picture to the patch size (area and Lanczos, proportions not kept)."""
+    """Scale every picture to the patch size (area and Lanczos), without keeping proportions."""
     tile: bool = False
-    """Cut every picture into a grid of patches; remainders at the right and bottom are dropped."""
+    """Cut every picture into a grid of patches. Remainders at the right and bottom are dropped."""
     stride: int | None = None
-    """Step of the tiles' grid in pixels; the patch size by default, smaller for overlap."""
+    """Step of the grid of --tile in pixels. By default the patch size; smaller steps overlap."""
     pad: bool = False
-    """Reflect smaller pictures at the right and bottom up to the patch size."""
+    """Enlarge smaller pictures to the patch size by reflection at the right and bottom."""
     name_pattern: str | None = None
-    """Regular expression with groups among label, slide, x, y, mpp, searched in relative paths."""
+    """Regular expression that is searched in relative paths. Its groups among label, slide, x, y
+    and mpp describe the patch."""
     kind: Literal["pictures", "slides", "tiles"] | None = None
-    """What a folder's files are, where a look at all of them does not tell, or tells wrong."""
+    """Kind of a folder's files, where it is not recognized, or recognized wrongly."""
     mpp: float | None = None
-    """Micrometres a pixel. For pictures it is recorded with every patch; patches of slides are cut
-    at it (0.5 is 20x), or at the slides' own where it is not given."""
+    """Resolution in micrometres a pixel. Slides are cut at it (0.5 is 20x), by default at their own
+    resolution. For pictures it is recorded with every patch."""
     magnification: float | None = None
-    """--mpp in a microscope's words, which is 10 / magnification: 20 is --mpp 0.5, 40 is 0.25."""
+    """Magnification that sets --mpp to 10 / magnification: 20 is --mpp 0.5, 40 is 0.25."""
     mpp_tolerance: float = 0.05
-    """Share of --mpp by which a slide's own pixels, of any level, may differ from it: then they are
-    taken as they are, and their true mpp is recorded. 0 resamples to just --mpp."""
+    """Share of --mpp by which a level of a slide may differ from it. The level's pixels are then
+    taken as they are, and their true mpp is recorded. 0 resamples to exactly --mpp."""
     slides: Path | None = None
-    """Folder of the slides that a TRIDENT or CLAM job's coordinates belong to."""
+    """Folder of the slides to which the coordinates of a TRIDENT or CLAM job belong."""
     root: Path | None = None
-    """Folder that a table's paths start from; the table's own by default."""
+    """Folder from which a table's paths start. By default the table's own folder."""
     splits: Path | None = None
-    """CSV with columns slide or patient, split, and label if it is to set labels: splits of the
-    slides, instead of split folders; or CLAM's splits_0.csv."""
+    """CSV that assigns slides to splits, in place of split folders: columns slide or patient,
+    split, and label if it is to set labels. CLAM's splits_0.csv is read, too."""
     only: Path | None = None
-    """File of sources, one a line as a manifest names them: take these and no others."""
+    """File of the sources to take, one a line as a manifest names them. All others are left out."""
     tile_downsample: float = 1.0
     """Pixels of level 0 a pixel of tiles named <column>_<row>: 2 for tiles of 20x from 40x."""
     assume_mpp: float | None = None
-    """Micrometres a pixel of slides that record neither it nor a magnification, or pixels that are
-    not square."""
+    """Micrometres a pixel of slides that record neither this nor a magnification, and of slides
+    whose pixels are not square."""
     tissue: Literal["otsu", "clam", "dsmil", "none"] = "otsu"
-    """What of a slide is tissue: saturation above Otsu's threshold, above CLAM's, patches with
-    edges as DSMIL's tiler keeps them, or everything."""
+    """Rule for tissue: saturation above Otsu's threshold (otsu) or above CLAM's (clam), patches
+    with edges as DSMIL's tiler keeps them (dsmil), or everything (none)."""
     min_tissue: float = 0.25
-    """Share of tissue a patch of a slide must have."""
+    """Share of tissue that a patch of a slide must have."""
     edges: Literal["drop", "pad"] = "drop"
-    """Patches that reach beyond a slide: left out, or filled up with white."""
+    """Patches that reach beyond a slide: drop leaves them out, pad fills them up with white."""
     max_px: int = MAX_PX
-    """Pixels above which a picture is refused (Pillow's own limit against decompression bombs)."""
+    """Largest picture, in pixels. The default is Pillow's limit against decompression bombs."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,28 +94,31 @@ class SourceOptions(CutOptions):
     split_folders: bool = True
     """Take top folders named train, val, valid, validation and test as splits."""
     masks: Path | None = None
-    """Mask folder: 8-bit PNG or TIFF, same relative path and size, suffix aside; kept lossless."""
+    """Folder of masks, 8-bit PNG or TIFF, which are stored losslessly. A mask has the relative path
+    of its picture, suffix aside, and the same size."""
     slide_table: Path | None = None
-    """CSV, TSV or Parquet with a column slide (or patient) and any of mpp, label, patient, split:
-    what it says of a slide counts more than its file and folders."""
+    """CSV, TSV or Parquet with facts about slides, which take precedence over files and folders.
+    Its columns are slide (or patient) and any of mpp, label, patient, split."""
     split_patients: str | None = None
-    """Splits by patient, shares of the patients: train=0.8,val=0.1,test=0.1."""
+    """Divide the patients into splits of these shares: train=0.8,val=0.1,test=0.1."""
     patient_pattern: str | None = None
-    """Regular expression that finds the patient in a slide's name (a picture's path where it has no
-    slide): its group patient, else its first, else all of it; '.*' where each slide is a patient.
-    Names of TCGA, CPTAC, GTEx and CAMELYON need none."""
+    """Regular expression that finds the patient in a slide's name, or in a picture's path where it
+    has no slide. The patient is the group patient, else the first group, else the whole match; '.*'
+    makes each slide a patient. Names of TCGA, CPTAC, GTEx and CAMELYON need no pattern."""
     regions: Path | None = None
-    """Folder of regions of slides, the only ones to be taken: SLIDE.geojson (QuPath, TRIDENT's
-    contours) or SLIDE.png, a mask at any scale. Of a patch --min-tissue must lie in them."""
+    """Folder of annotated regions, from which alone patches are taken: SLIDE.geojson (QuPath,
+    TRIDENT's contours) or SLIDE.png, a mask at any scale. A share --min-tissue of a patch must lie
+    in regions."""
     label_from: Literal["regions"] | None = None
-    """regions: label every patch with the class, of --regions, that has the largest share of it;
-    a QuPath classification, or a mask's value."""
+    """regions: label every patch with the class of --regions that has the largest share of it. A
+    class is a QuPath classification, or a mask's value."""
     enlarge: bool = False
-    """Cut patches finer than a slide is: enlarged by more than 5 %, they show nothing new."""
+    """Allow patches that enlarge a slide by more than 5 %, although they show nothing new."""
     anonymize: Path | None = None
-    """File of a secret key, made where there is none: slide and source names are stored as keyed
-    hashes. Keep it: with it the same slide gets the same name again."""
+    """File of a secret key, which is made if it is missing. Slide and source names are stored as
+    hashes under this key. Keep the file: with it, the same slide gets the same name again."""
     seed: int = 0
+    """Seed of all random choices."""
     location: Annotated[str | None, tyro.conf.Suppress] = None
     """Where the input lies, if `source` is a copy whose slides are filled from there."""
 

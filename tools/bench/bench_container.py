@@ -22,12 +22,12 @@ PACK_SIZES = (1, 16, 256, 4096)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Write shards of random codes, all columns filled, and set their size beside the codes'."""
+    """Write shards of random codes with all columns, and compare their size with the codes'."""
 
     patches: int = 49_152
     """Patches in a shard."""
     small: bool = False
-    """A twelfth of the patches: the shares of small shards, for a quick look."""
+    """Take a twelfth of the patches, for a quick look at the shares of small shards."""
     json: bool = False
     """Print JSON."""
 

@@ -25,13 +25,13 @@ class Config:
     autoencoder: str = "tiny-v2"
     """Name or local folder, as for convert."""
     device: str = "auto"
-    """cpu, cuda, ...; auto takes a GPU where there is one."""
+    """Device: cpu, cuda, cuda:1, mps; auto takes a GPU if there is one."""
     encode_batch: int | None = None
-    """As for convert."""
+    """Patches encoded at once, as for convert."""
     workers: int | None = None
-    """As for convert."""
+    """Threads that read and decode pictures, as for convert."""
     rounds: int = 3
-    """Both are measured so often, in turn; medians are reported."""
+    """Rounds in which everything is measured in turn; medians are reported."""
     json: bool = False
     """Print JSON."""
 

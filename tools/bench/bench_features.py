@@ -40,29 +40,28 @@ class Config:
     """Embed the same number of patches from cached pictures and from latents, in turn."""
 
     embedder: str | None = None
-    """timm:NAME, with random weights: time does not depend on them. Or what 'latentds features'
-    takes, loaded. By default timm:vit_large_patch16_224 on a GPU, timm:vit_tiny_patch16_224
-    elsewhere."""
+    """Embedder: timm:NAME with random weights, on which time does not depend, or a loaded one that
+    'latentds features' takes. By default timm:vit_large_patch16_224 on a GPU, else vit_tiny."""
     student: str = "turbo-s"
     """Decoder, with random weights: turbo-xs, turbo-s, turbo-m, turbo-f32, taesd."""
     patches: int | None = None
-    """Patches of the random data set; 16,384 on a GPU, 64 elsewhere by default."""
+    """Patches of the random data set. By default 16,384 on a GPU, 64 elsewhere."""
     slides: int = 4
-    """Slides they belong to."""
+    """Slides that these patches belong to."""
     patch_size: int = 256
     """Edge of a patch in pixels."""
     batch_sizes: tuple[int, ...] | None = None
-    """Patches embedded at once; 256 on a GPU, 16 elsewhere by default."""
+    """Patches embedded at once. By default 256 on a GPU, 16 elsewhere."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, mps; auto takes a GPU where there is one."""
+    """Device: cpu, cuda, cuda:1, mps; auto takes a GPU if there is one."""
     precision: Literal["float32", "bfloat16"] | None = None
-    """Numbers of embedder and decoder; bfloat16 on a GPU, float32 elsewhere by default."""
+    """Number format of embedder and decoder. By default bfloat16 on a GPU, else float32."""
     compile: bool = False
     """Compile the decoder, as 'latentds features --decode-compile' does."""
     rounds: int = 3
-    """All are measured so often, in turn; medians are reported."""
+    """Rounds in which everything is measured in turn; medians are reported."""
     work: Path | None = None
-    """Folder for the data set and the feature files; a temporary one by default."""
+    """Folder for the data set and the feature files. By default a temporary one."""
     json: bool = False
     """Print JSON."""
 

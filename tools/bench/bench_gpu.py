@@ -17,21 +17,21 @@ PATCHES = {True: 65_536, False: 64}  # of the sets that loaders read, by whether
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Run every bench that a GPU tells something by, most important first.
+    """Run every benchmark that a GPU matters for, the most important first.
 
-    Each has a process of its own and its share of the time, and is in its file before the next
-    begins: a run that is cut short leaves the rest whole. What failed, was cut or could not be run
-    is recorded with its reason. Inputs are made of pictures that ship; nothing is fetched.
+    Each runs in its own process within its share of the time, and writes its file before the next
+    begins. An interrupted run therefore leaves whole files. What failed, was cut or could not be
+    run is recorded with its reason. Inputs are made of pictures that ship; nothing is fetched.
     """
 
     out: Path
     """Folder for a JSON file a part, and summary.json."""
     minutes: float = 8.0
-    """All of it takes no longer."""
+    """Minutes that all parts together may take."""
     device: str = "cuda"
-    """cuda, cuda:1; cpu runs a miniature whose figures say nothing."""
+    """cuda, cuda:1; cpu runs a miniature whose figures mean nothing."""
     only: str = ""
-    """Parts, with commas between; all by default."""
+    """Comma-separated parts. By default all."""
     overwrite: bool = False
     """Replace what an earlier run left in --out."""
     json: bool = False

@@ -73,33 +73,33 @@ class Config:
     """Measure loaders on the same patches, machine and number of workers; all of them shuffle."""
 
     folder: Annotated[Path | None, tyro.conf.Positional] = None
-    """Data set; without one, random codes of 2,048 bytes a patch (no pixels)."""
+    """Data set. By default random codes of 2,048 bytes a patch (no pixels)."""
     split: str = "train"
-    """Split."""
+    """Split to read."""
     against: str = "jpeg-folder,jpeg-webdataset,webdataset,datasets"
-    """Peers with commas between: jpeg-folder, jpeg-webdataset, webdataset, datasets, ray, mds,
-    litdata, energon, npy, hdf5. Some are measured with one patch a sample, with packs of 256 and
-    by rows. latentds-resident is ours with all stored bytes on the device, latentds-rows ours by
-    rows. 'none' measures ours alone. All that are addressed by rows replay the order of ours."""
+    """Comma-separated peers: jpeg-folder, jpeg-webdataset, webdataset, datasets, ray, mds, litdata,
+    energon, npy, hdf5; 'none' for latentds alone. Some are measured with one patch a sample, with
+    packs of 256 and by rows. latentds-resident keeps all stored bytes on the device, and
+    latentds-rows reads by rows. All peers that are addressed by rows replay latentds' order."""
     decode: str = "codes,latents,pixels"
-    """What batches are to hold, with commas between."""
+    """Comma-separated contents of batches."""
     patches: int = 131_072
     """Patches to measure with, the first of the split."""
     pixel_patches: int = 2048
-    """Patches that pixels are measured with, by all loaders: JPEG peers' files are decoded
-    first, which is slow on a CPU."""
+    """Patches to measure pixels with, by all loaders. JPEG files are made first, slowly on a
+    CPU."""
     batch_size: int = 256
     """Patches a batch."""
     pixel_batch_size: int = 64
-    """Patches a batch where pixels are wanted."""
+    """Patches a batch when pixels are measured."""
     workers: int = 2
     """Worker processes of every loader."""
     device: str = "auto"
-    """Where batches end up and are decoded; auto takes a GPU where there is one."""
+    """Device on which batches end up and are decoded; auto takes a GPU if there is one."""
     autoencoder: str | None = None
-    """Decoder instead of the recorded one."""
+    """Decoder to use instead of the recorded one."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Numbers of the decoder and its images."""
+    """Number format of the decoder and its images."""
     channels_last: bool = False
     """Decode with channels last."""
     compile: bool = False
@@ -107,13 +107,13 @@ class Config:
     cuda_graph: bool = False
     """Decode through a CUDA graph."""
     seconds: float = 5.0
-    """Length of the warm phase; the cold one ends with the epoch, or after six times as long."""
+    """Length of the warm phase. The cold one ends with the epoch, or after six times as long."""
     rounds: int = 3
-    """All loaders are measured so often, in turn; medians are reported."""
+    """Rounds in which everything is measured in turn; medians are reported."""
     peer_python: Path | None = None
     """Python of another environment, with torch and what mds, litdata and energon need."""
     work: Path | None = None
-    """Folder for the peers' files; a temporary one by default."""
+    """Folder for the peers' files. By default a temporary one."""
     json: bool = False
     """Print JSON."""
 

@@ -41,27 +41,26 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Kill runs behind a checkpoint, resume them, and compare with a run that nobody stopped."""
+    """Kill runs after a checkpoint, resume them, and compare them with an uninterrupted run."""
 
     against: str = "webdataset,webdataset-stateful,datasets,torchdata"
-    """Peers with commas between: webdataset, webdataset-stateful, datasets, torchdata, mds,
-    litdata."""
+    """Peers, of webdataset, webdataset-stateful, datasets, torchdata, mds, litdata."""
     topologies: str = "1x0,1x2,2x2,2x2-1x2"
-    """Ranks x workers with commas between; A-B is stopped as A and resumed as B."""
+    """Comma-separated ranks x workers; A-B is stopped as A and resumed as B."""
     stops: str = "0.2,0.7"
-    """Checkpoints, as shares of an epoch, with commas between."""
+    """Comma-separated checkpoints, as shares of an epoch."""
     samples: int = 2000
     """Samples of an epoch."""
     batch_size: int = 16
     """Samples a step, over all ranks."""
     buffer: int = 200
-    """Samples that peers without an order of their own shuffle among."""
+    """Shuffle buffer, in samples, of peers without an order of their own."""
     seed: int = 0
     """Seed of the orders."""
     peer_python: Path | None = None
     """Python of another environment for mds and litdata."""
     work: Path | None = None
-    """Folder for the peers' files; a temporary one by default."""
+    """Folder for the peers' files. By default a temporary one."""
     out: Path | None = None
     """Write the report to this JSON file too."""
     json: bool = False

@@ -25,21 +25,21 @@ class Config:
     """Open synthetic sets of growing size, each in a fresh process with the page cache dropped."""
 
     patches: tuple[int, ...] = (100_000, 1_000_000, 24_000_000)
-    """Sizes. Shards of random codes up to --written patches; beyond, shards are holes in the file
-    system, and tables and manifest are whole. Beyond 100 million the patch table is a hole too:
-    1,000,000,000 patches need 1 GB of disk."""
+    """Sizes of the sets. Beyond --written patches, shards are holes in the file system, but tables
+    and manifest are whole. Beyond 100 million the patch table is a hole too: 1,000,000,000 patches
+    need 1 GB of disk."""
     written: int = 1_000_000
-    """Patches up to which codes are written (2 KiB each)."""
+    """Patches up to which random codes are written (2 KiB each)."""
     batch_size: int = 256
     """Patches a batch."""
     batches: int = 200
-    """Batches to read before memory is looked at."""
+    """Batches to read before memory is measured."""
     rounds: int = 3
-    """Every set is opened so often; medians are reported."""
+    """Rounds in which every set is opened; medians are reported."""
     location: bool = True
-    """Also open each as a location (file://) with an empty cache, and count what is fetched."""
+    """Also open each set as a location (file://) with an empty cache, and count what is fetched."""
     work: Path | None = None
-    """Folder for the sets; a temporary one by default."""
+    """Folder for the sets. By default a temporary one."""
     json: bool = False
     """Print JSON."""
 

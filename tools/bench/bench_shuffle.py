@@ -41,7 +41,7 @@ class Config:
     folder: tyro.conf.Positional[Path]
     """Data set."""
     split: str = "train"
-    """Split."""
+    """Split to read."""
     global_batch_size: int = 256
     """Patches a global batch."""
     seed: int = 0
@@ -49,7 +49,7 @@ class Config:
     cache_share: float = 0.1
     """A node's cache, as a share of the split's packs; at least two windows of the order."""
     max_patches: int = 2_000_000
-    """Look at so many places of the epoch at most."""
+    """Places of the epoch to look at, at most."""
     json: bool = False
     """Print JSON."""
 

@@ -14,39 +14,39 @@ DEFAULT_DECODERS = (
 class Config:
     """Decode latents under every option, and JPEG and AVIF of real patches, on one machine.
 
-    Latents are random: time does not depend on them. Of autoencoders with entropy-coded records,
-    records of the patches are decoded too, alone and to pixels.
+    Latents are random, because time does not depend on them. For autoencoders with entropy-coded
+    records, records of the patches are decoded too, alone and to pixels.
     """
 
     decoders: str = DEFAULT_DECODERS
-    """Decoders with commas between: shapes with random weights (taesd, sd15, sd3, dcae-f32,
-    turbo-s, turbo-m, turbo-f32: time does not depend on them), tiny, the name or folder of an
+    """Comma-separated decoders: shapes with random weights (taesd, sd15, sd3, dcae-f32, turbo-s,
+    turbo-m, turbo-f32; time does not depend on weights), tiny, the name or folder of an
     autoencoder, or a decoder's folder."""
     patch_size: int = 256
     """Edge of a patch in pixels."""
     batch_sizes: tuple[int, ...] | None = None
-    """Patches decoded at once. By default 64 on a GPU; on a CPU 16, and 1 for decoders of more than
-    50 GFLOP a patch."""
+    """Patches decoded at once. By default 64 on a GPU; on a CPU 16, or 1 beyond 50 GFLOP a
+    patch."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, mps; auto takes a GPU where there is one."""
+    """Device: cpu, cuda, cuda:1, mps; auto takes a GPU if there is one."""
     compile: bool = False
     """Also measure torch.compile (a C++ compiler on a CPU, minutes for large decoders)."""
     options: str | None = None
-    """Only these, named as in the table, with commas between: 'float32,bfloat16 channels_last'."""
+    """Measure only these, comma-separated, as in the table: 'float32,bfloat16 channels_last'."""
     jpeg: bool = True
-    """Also measure JPEG decoders: simplejpeg and torchvision, or Pillow where neither is there."""
+    """Also measure JPEG decoders: simplejpeg and torchvision, or Pillow if neither is installed."""
     avif: bool = False
     """Also measure AVIF of at most 4,096 bytes a patch of 256 px, decoded by Pillow."""
     pictures: Path | None = None
-    """Folder of pictures whose patches are decoded; by default scikit-image's immunostain."""
+    """Folder of pictures whose patches are decoded. By default scikit-image's immunostain."""
     cores: int | None = None
-    """Cores of the JPEG rows on several; by default all."""
+    """Cores of the JPEG rows on several cores. By default all."""
     seconds: float = 3.0
-    """Length of a measurement."""
+    """Seconds of a measurement."""
     rounds: int = 3
-    """All are measured so often, in turn; medians are reported."""
+    """Rounds in which everything is measured in turn; medians are reported."""
     out: Path | None = None
-    """File for the JSON, written after every measurement: a run that is cut short leaves it."""
+    """JSON file, written after every measurement: an interrupted run keeps its results."""
     json: bool = False
     """Print JSON."""
 

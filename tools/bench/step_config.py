@@ -28,31 +28,31 @@ AHEAD = 8  # batches more than are taken: at an epoch's end nothing is decoded a
 class Config:
     """Train on cached batches and on the loader's, in turn, on one device.
 
-    The step is a ViT of timm under a method's losses with AdamW, in bfloat16 on a GPU. It is fed
-    with views that lie on the device, with views made of decoded images that lie there, and by the
-    loader, which reads, decodes and makes views. Weights are random: time does not depend on them.
+    The step is a ViT of timm under a method's losses with AdamW, in bfloat16 on a GPU. Its input is
+    cached views, views made of cached images, or the loader, which reads, decodes and makes views.
+    Weights are random, because time does not depend on them.
     """
 
     folder: Annotated[Path | None, tyro.conf.Positional] = None
-    """Data set; without one, random codes of the decoder's shape."""
+    """Data set. By default random codes of the decoder's shape."""
     split: str = "train"
-    """Split."""
+    """Split to read."""
     arch: str | None = None
-    """ViT of timm; vit_small_patch16_224 on a GPU, vit_tiny_patch16_224 elsewhere by default."""
+    """ViT of timm. By default vit_small_patch16_224 on a GPU, vit_tiny_patch16_224 elsewhere."""
     method: Literal["dino", "dinov2", "mae", "supervised"] = "dino"
-    """Losses; mae and supervised see one global crop and no local ones."""
+    """Losses. mae and supervised see one global crop and no local ones."""
     input: Literal["pixels", "latents"] = "pixels"
-    """What the network reads: decoded patches, or latents without decoding, through a stem."""
+    """Input of the network: decoded patches, or latents without decoding, through a stem."""
     decoder: str | None = None
-    """turbo-s, turbo-m, turbo-f32, taesd, sd15, sd3, dcae-f32 (random weights), tiny, or a
-    decoder's folder or name; by default a set's own, turbo-s for random codes, whose shape it gives
-    with --input latents too."""
+    """Decoder: turbo-s, turbo-m, turbo-f32, taesd, sd15, sd3, dcae-f32 (random weights), tiny, or a
+    decoder's folder or name. By default the set's own, or turbo-s for random codes. It gives the
+    shape of random codes with --input latents, too."""
     batch_size: int | None = None
-    """Patches a step; 128 on a GPU, 2 elsewhere by default."""
+    """Patches a step. By default 128 on a GPU, 2 elsewhere."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, mps; auto takes a GPU where there is one."""
+    """Device: cpu, cuda, cuda:1, mps; auto takes a GPU if there is one."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Numbers of the decoder and its images; bfloat16 on a GPU, float32 elsewhere by default."""
+    """Number format of decoder and images. By default bfloat16 on a GPU, float32 elsewhere."""
     channels_last: bool = False
     """Decode with channels last."""
     compile: bool = False
@@ -62,7 +62,7 @@ class Config:
     compile_views: bool = False
     """Compile the views' colour arithmetic."""
     num_workers: int | None = None
-    """Processes that read codes; 4 on a GPU, none elsewhere by default."""
+    """Processes that read codes. By default 4 on a GPU, none elsewhere."""
     globals: int = 2
     """Global crops of a patch."""
     locals: int = 8
@@ -72,17 +72,17 @@ class Config:
     local_px: int = 96
     """Edge of a local crop in pixels."""
     out_dim: int | None = None
-    """Prototypes of DINO's heads; 65,536 on a GPU, 4,096 elsewhere by default."""
+    """Prototypes of DINO's heads. By default 65,536 on a GPU, 4,096 elsewhere."""
     patch_size: int = 256
     """Edge of a random patch in pixels."""
     patches: int | None = None
-    """Random patches; by default as many as all rounds take."""
+    """Random patches. By default as many as all rounds take."""
     steps: int | None = None
-    """Steps of every kind in a round; 30 on a GPU, 1 elsewhere by default."""
+    """Steps of every kind in a round. By default 30 on a GPU, 1 elsewhere."""
     rounds: int = 3
-    """All are measured so often, in turn; medians are reported."""
+    """Rounds in which everything is measured in turn; medians are reported."""
     work: Path | None = None
-    """Folder for the random set; a temporary one by default."""
+    """Folder for the random set. By default a temporary one."""
     json: bool = False
     """Print JSON."""
 

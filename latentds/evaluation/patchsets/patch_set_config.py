@@ -26,28 +26,29 @@ class PatchSource:
     """Originals as 'latentds convert' takes them (a folder of pictures or slides, archives, a table
     of paths), or a latentds data set: its folder, hf://datasets/ORG/NAME[@REVISION], s3://..."""
     codec: str = ORIGINAL
-    """What originals go through, patch by patch: original (nothing), a picture format (jpeg:10,
-    avif@4096 for at most so many bytes), or an autoencoder with or without a quantizer (dcae-f32,
-    tiny+kmeans, FOLDER+kmeans). Latents have theirs."""
+    """Codec that originals go through, patch by patch: original (none), a picture format (jpeg:10,
+    or avif@4096 for at most so many bytes), or an autoencoder with or without a quantizer
+    (dcae-f32, tiny+kmeans, FOLDER+kmeans). A data set has its own codec."""
     decoder: str | None = None
-    """Decode with this decoder instead of the recorded one: a decoder's folder, an autoencoder's
-    name, ORG/NAME[@REVISION]. For latents, and for codecs of latents."""
+    """Decoder to use instead of the recorded one: a decoder's folder, an autoencoder's name, or
+    ORG/NAME[@REVISION]. For latents, and for codecs of latents."""
     codebook: Path | None = None
-    """Codebook of a codec such as dcae-f32+kmeans, made by 'latentds fit-codebook', instead of one
-    fitted to a sample of the patches."""
+    """Codebook file of 'latentds fit-codebook' for a codec such as dcae-f32+kmeans. By default a
+    codebook is fitted to a sample of the patches."""
     codebook_from: Path | None = None
     """Folder of other pictures to fit that codebook to."""
     split: str | None = None
-    """Take the patches of this split alone."""
+    """Take only the patches of this split."""
     groups: Path | None = None
-    """CSV of what must stay together in folds: a column slide, source, bag or path, and one of
-    group, patient, case_id or tma_core."""
+    """CSV of the groups that must stay together in folds: a column slide, source, bag or path, and
+    one of group, patient, case_id or tma_core."""
     use_labels: bool = True
     """Take class folders, or the label of tables and archives, as labels."""
     split_folders: bool = True
     """Take top folders named train, val, valid, validation and test as splits."""
     masks: Path | None = None
-    """Mask folder of originals: 8-bit PNG or TIFF, same relative path and size, suffix aside."""
+    """Folder of the originals' masks, 8-bit PNG or TIFF. A mask has the relative path of its
+    picture, suffix aside, and the same size."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,19 +59,18 @@ class PatchInput(CutOptions, PatchSource):
     """
 
     decode_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Numbers that latents are decoded in; bfloat16 for speed on a GPU."""
+    """Number format in which latents are decoded. bfloat16 is faster on a GPU."""
     decode_compile: bool = False
-    """Compile the decoder with torch.compile: a start-up of a minute or so, then faster on a
-    GPU."""
+    """Compile the decoder with torch.compile. Starting then takes a minute or so longer, and
+    decoding on a GPU is faster."""
     check_codes: bool = True
     """Compare the checksums of latents when they are first read."""
     keep_mb: int = 2048
-    """Pixels kept in memory for the next epoch, in MB; 0 keeps none."""
+    """MB of pixels kept in memory for the next epoch; 0 keeps none."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, mps; auto takes a GPU where there is one."""
+    """Device: cpu, cuda, cuda:1, mps; auto takes a GPU if there is one."""
     workers: int | None = None
-    """Threads that read, decode and encode pictures; the number of cores, at most 16, by
-    default."""
+    """Threads that read, decode and encode pictures. By default the number of cores, at most 16."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "data", Path(self.data))

@@ -182,6 +182,44 @@ def test_pictures_without_class_folders_have_no_empty_ones(tmp_path):
     assert listed(tmp_path / "in").notes == ()
 
 
+def test_hidden_pictures_are_told(tmp_path):
+    root = tmp_path / "in"
+    for folder in ("a", "b", "a/.thumbs/small", ".git"):
+        save_pictures(root / folder, 1)
+    (root / ".git/p000.png").rename(root / ".git/config")
+    for hidden in (".p.png", "._p000.png", ".DS_Store"):  # the second is macOS's, no picture
+        (root / "b" / hidden).write_bytes(b"")
+    found = listed(root)
+    assert [p.source for p in found.pictures] == ["a/p000.png", "b/p000.png"]
+    told = "not taken, as names with a dot in front are hidden: 'a/.thumbs/', 'b/.p.png'"
+    assert found.notes == (told,)
+
+
+def test_pictures_that_links_list_again_are_told(tmp_path):
+    save_pictures(tmp_path / "in/a", 2)
+    (tmp_path / "in/b").mkdir()
+    (tmp_path / "in/b/same.png").symlink_to(tmp_path / "in/a/p000.png")
+    (tmp_path / "in/a/again.png").symlink_to("p001.png")
+    save_pictures(tmp_path / "elsewhere", 1)
+    (tmp_path / "in/b/other.png").symlink_to(tmp_path / "elsewhere/p000.png")
+    (told,) = listed(tmp_path / "in").notes
+    assert told == (
+        "2 pictures are there more than once, by links, 1 of them in several classes or splits: "
+        "'a/again.png', 'a/p001.png'"
+    )
+
+
+def test_a_folder_that_two_classes_link_to_is_told(tmp_path):
+    save_pictures(tmp_path / "store", 3)
+    for label in ("a", "b"):
+        (tmp_path / "in" / label).mkdir(parents=True)
+        (tmp_path / "in" / label / "s1").symlink_to(tmp_path / "store")
+    assert listed(tmp_path / "in").notes[0].startswith("3 pictures are there more than once")
+    (tmp_path / "in/b/s1").unlink()
+    save_pictures(tmp_path / "in/b", 1)
+    assert listed(tmp_path / "in").notes == ()
+
+
 ROWS = ["a,train", ",train", "b,train", ",train", ",test"]
 
 

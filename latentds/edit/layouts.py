@@ -26,11 +26,10 @@ from latentds.sources.image_folder import (
     are_splits,
     check_labels,
     check_names,
-    name_fields,
-    numbers_of,
     read_folders,
     walk,
 )
+from latentds.sources.names import name_fields, numbers_of
 from latentds.sources.picture import Picture
 
 logger = logging.getLogger(__name__)

@@ -9,14 +9,20 @@ import dataclasses
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from latentds.core.storage import check_regular
 from latentds.errors import InputError, no_folder
 from latentds.sources.data_cards import CARD, card_files
-from latentds.sources.names import HOLDERS, check_masks_apart, is_identifier, path_fields
+from latentds.sources.names import (
+    HOLDERS,
+    check_masks_apart,
+    is_identifier,
+    numbers_of,
+    path_fields,
+)
 from latentds.sources.picture import Header, Listing, Picture
 from latentds.sources.picture_decoding import picture_suffixes
 from latentds.sources.slide_names import some
@@ -52,7 +58,8 @@ def list_pictures(root: Path, use_labels: bool = True, use_splits: bool = True) 
     suffixes = picture_suffixes()
     found: list[str] = []
     ignored: list[str] = []
-    for path in walk(root):
+    met = Met()
+    for path in walk(root, met):
         (found if PurePosixPath(path).suffix.lower() in suffixes else ignored).append(path)
     if not found:
         raise InputError(
@@ -74,6 +81,7 @@ def list_pictures(root: Path, use_labels: bool = True, use_splits: bool = True) 
         named = {path: SPLITS.get(split.lower(), split) for path, split in card.splits.items()}
         pictures = tuple(dataclasses.replace(p, split=named[p.source]) for p in pictures)
     notes = (*(card.notes if card else ()), *folders.notes, *note_empty(root, found, folders))
+    notes += note_hidden(root, met.hidden) + note_links(root, pictures, met.links)
     return Listing(pictures, len(ignored), notes, tuple(ignored))
 
 
@@ -215,24 +223,75 @@ def with_path_fields(picture: Picture) -> Picture:
     return dataclasses.replace(picture, **missing) if missing else picture
 
 
-def walk(root: Path) -> Iterator[str]:
+@dataclasses.dataclass(frozen=True)
+class Met:
+    """What a walk meets beside the files that it names.
+
+    hidden  paths whose names begin with a dot; of a folder with a slash at the end
+    links   where the files lie that links led to, by path
+    """
+
+    hidden: list[str] = dataclasses.field(default_factory=list)
+    links: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+def note_hidden(root: Path, hidden: Iterable[str]) -> tuple[str, ...]:
+    """Hidden pictures and folders with some, for people; macOS's `._x.png` are no pictures."""
+    suffixes = picture_suffixes()
+
+    def holds(path: str) -> bool:
+        below = (name for _, _, names in os.walk(root / path) for name in names)
+        names = (PurePosixPath(name) for name in (below if path.endswith("/") else [path]))
+        return any(n.suffix.lower() in suffixes and n.name[:2] != "._" for n in names)
+
+    found = sorted(filter(holds, hidden))
+    if not found:
+        return ()
+    return (f"not taken, as names with a dot in front are hidden: {some(found)}",)
+
+
+def note_links(
+    root: Path, pictures: Sequence[Picture], links: Mapping[str, str]
+) -> tuple[str, ...]:
+    """That links lead to pictures which are listed elsewhere too, for people."""
+    own, files = os.path.realpath(root), dict[str, list[Picture]]()
+    for picture in pictures if links else ():
+        real = links.get(picture.source, f"{own}/{picture.source}")
+        files.setdefault(real, []).append(picture)
+    twice = [same for same in files.values() if len(same) > 1]
+    if not twice:
+        return ()
+    apart = sum(len({(p.split, p.label) for p in same}) > 1 for same in twice)
+    return (f"{len(twice):,} pictures are there more than once, by links, {apart:,} of them in "
+            f"several classes or splits: {some([p.source for p in twice[0]])}",)  # fmt: skip
+
+
+def walk(root: Path, met: Met | None = None) -> Iterator[str]:
     """Posix paths of the files below `root`, by name in every folder; links followed, loops not.
 
+    met     is told of what is hidden and where links lead
     raises  InputError for a named pipe, a device or a socket among them
     """
+    met, top = met or Met(), os.path.realpath(root)
 
     def visit(folder: str, prefix: str, above: tuple[str, ...]) -> Iterator[str]:
         real = os.path.realpath(folder)
         if real in above:
             return
+        is_linked = real != f"{top}/{prefix}".rstrip("/")
         with os.scandir(folder) as entries:
-            visible = [entry for entry in entries if not entry.name.startswith(".")]
-        for entry in sorted(visible, key=lambda e: e.name):
+            found = sorted(entries, key=lambda e: e.name)
+        for entry in found:
+            if entry.name.startswith("."):
+                met.hidden.append(f"{prefix}{entry.name}{'/' if entry.is_dir() else ''}")
+                continue
             if entry.is_dir():
                 yield from visit(entry.path, f"{prefix}{entry.name}/", (*above, real))
                 continue
             if not entry.is_file() and Path(entry.path).exists():  # a broken link is told later
                 check_regular(Path(entry.path), entry.path)
+            if is_linked or entry.is_symlink():
+                met.links[f"{prefix}{entry.name}"] = os.path.realpath(entry.path)
             yield f"{prefix}{entry.name}"
 
     yield from visit(str(root), "", ())
@@ -301,31 +360,6 @@ def check_sizes(headers: dict[str, Header]) -> tuple[int, int]:
     )
 
 
-def name_fields(pattern: str) -> Callable[[str], dict[str, Any]]:
-    """A function from a source path to the fields a `--name-pattern` finds in it.
-
-    Groups may be called label, slide, x, y and mpp; a path that does not match is an InputError.
-    """
-    known = {"label", "slide", "x", "y", "mpp"}
-    try:
-        compiled = re.compile(pattern)
-    except re.error as error:
-        raise InputError(
-            f"--name-pattern {pattern!r} is not a regular expression ({error})"
-        ) from error
-    if not compiled.groupindex or set(compiled.groupindex) - known:
-        raise InputError(f"--name-pattern {pattern!r} needs named groups among {sorted(known)}")
-
-    def fields(source: str) -> dict[str, Any]:
-        match = compiled.search(source)
-        if match is None:
-            raise InputError(f"{source}: does not match --name-pattern {pattern!r}")
-        found = {name: value for name, value in match.groupdict().items() if value is not None}
-        return found | numbers_of(source, found)
-
-    return fields
-
-
 def facts_of(row: Mapping[str, str], where: str, use_labels: bool) -> dict[str, Any]:
     """A row's cells as fields of a Picture, empty ones left out; InputError for bad numbers."""
     found: dict[str, Any] = {name: value for name, value in row.items() if value}
@@ -346,21 +380,3 @@ def note_splits(table: str, words: Iterable[str]) -> tuple[str, ...]:
     own = sorted({*meant.values()} - {*SPLITS.values()})
     told = {"split names taken for others": others, "splits beside train, val and test": own}
     return tuple(f"{table}: {what}: {', '.join(names)}" for what, names in told.items() if names)
-
-
-def numbers_of(source: str, fields: dict[str, str]) -> dict[str, float]:
-    """Places and resolutions; InputError for one that no table can hold."""
-    numbers: dict[str, float] = {}
-    for name in fields.keys() & {"x", "y", "mpp", "size_px"}:
-        try:
-            number = float(fields[name])
-            number = number if name == "mpp" or number % 1 else int(number)
-        except (ValueError, OverflowError) as error:
-            raise InputError(f"{source}: {name} is {fields[name]!r}, not a number") from error
-        low, high = (0.01, 100) if name == "mpp" else (0, 2**31 - 1)
-        if not low <= number <= high:
-            raise InputError(f"{source}: {name} is {number}, not between {low} and {high}")
-        if name != "mpp" and number % 1:
-            raise InputError(f"{source}: {name} is {fields[name]!r}, not a whole number")
-        numbers[name] = number
-    return numbers

@@ -141,6 +141,49 @@ def note_numbers(paths: Iterable[str]) -> tuple[str, ...]:
     return (f"names end in {forms.pop()}, which is not read; --name-pattern reads places, slides",)
 
 
+def name_fields(pattern: str) -> Callable[[str], dict[str, Any]]:
+    """A function from a source path to the fields a `--name-pattern` finds in it.
+
+    Groups may be called label, slide, x, y and mpp; a path that does not match is an InputError.
+    """
+    known = {"label", "slide", "x", "y", "mpp"}
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise InputError(
+            f"--name-pattern {pattern!r} is not a regular expression ({error})"
+        ) from error
+    if not compiled.groupindex or set(compiled.groupindex) - known:
+        raise InputError(f"--name-pattern {pattern!r} needs named groups among {sorted(known)}")
+
+    def fields(source: str) -> dict[str, Any]:
+        match = compiled.search(source)
+        if match is None:
+            raise InputError(f"{source}: does not match --name-pattern {pattern!r}")
+        found = {name: value for name, value in match.groupdict().items() if value is not None}
+        return found | numbers_of(source, found)
+
+    return fields
+
+
+def numbers_of(source: str, fields: dict[str, str]) -> dict[str, float]:
+    """Places and resolutions; InputError for one that no table can hold."""
+    numbers: dict[str, float] = {}
+    for name in fields.keys() & {"x", "y", "mpp", "size_px"}:
+        try:
+            number = float(fields[name])
+            number = number if name == "mpp" or number % 1 else int(number)
+        except (ValueError, OverflowError) as error:
+            raise InputError(f"{source}: {name} is {fields[name]!r}, not a number") from error
+        low, high = (0.01, 100) if name == "mpp" else (0, 2**31 - 1)
+        if not low <= number <= high:
+            raise InputError(f"{source}: {name} is {number}, not between {low} and {high}")
+        if name != "mpp" and number % 1:
+            raise InputError(f"{source}: {name} is {fields[name]!r}, not a whole number")
+        numbers[name] = number
+    return numbers
+
+
 def pattern_patient(pattern: str, name: str) -> str:
     """What --patient-pattern finds: its group `patient`, else its first group, else all of it.
 

@@ -15,7 +15,7 @@ from latentds.errors import InputError, Reason, UnusableError, missing_extra
 from latentds.sources.csv_tables import read_table
 from latentds.sources.cut_options import SourceOptions
 from latentds.sources.field_names import note_columns
-from latentds.sources.image_folder import numbers_of
+from latentds.sources.names import numbers_of
 from latentds.sources.picture import MIXED_CHUNKS, Header, Listing, Picture
 from latentds.sources.picture_files import PicturesInFiles
 from latentds.sources.side_records import COLUMNS, fields_of, splits_of

@@ -21,13 +21,12 @@ from latentds.sources.image_folder import (
     check_labels,
     check_sizes,
     list_pictures,
-    name_fields,
     split_of_fold,
     walk,
     with_labelled,
     with_path_fields,
 )
-from latentds.sources.names import is_identifier, note_numbers
+from latentds.sources.names import is_identifier, name_fields, note_numbers
 from latentds.sources.picture import Header, Listing, Picture, Regions
 from latentds.sources.picture_decoding import (
     MASK_SUFFIXES,
@@ -368,7 +367,7 @@ class TileTree(PictureFiles):
             "names <column>_<row> are taken for places, their folders for slides and those above "
             "for classes; --kind pictures takes them for names"
         )
-        return dataclasses.replace(found, pictures=pictures, notes=(note,))
+        return dataclasses.replace(found, pictures=pictures, notes=(*found.notes, note))
 
     def first_size(self, pictures: tuple[Picture, ...]) -> tuple[int, int]:
         """(H, W) of the first tile that can be read; all must be alike, as headers will show."""

@@ -12,7 +12,8 @@ from latentds.core.storage import parse_json
 from latentds.errors import FormatError, InputError
 from latentds.sources.cut_options import SourceOptions
 from latentds.sources.field_names import note_columns
-from latentds.sources.image_folder import NO_LABELS, SPLITS, check_names, numbers_of, read_folders
+from latentds.sources.image_folder import NO_LABELS, SPLITS, check_names, read_folders
+from latentds.sources.names import numbers_of
 from latentds.sources.picture import Listing, Picture
 from latentds.sources.picture_decoding import picture_suffixes
 from latentds.sources.picture_files import PicturesInFiles

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 from latentds.errors import InputError
 from latentds.sources.data_cards import card_files
 from latentds.sources.field_names import ALIASES
-from latentds.sources.image_folder import DEFAULT_SPLIT, SPLITS, check_words, numbers_of
+from latentds.sources.image_folder import DEFAULT_SPLIT, SPLITS, check_words
 from latentds.sources.kinds import MAYBE, SUFFIXES
+from latentds.sources.names import numbers_of
 
 NAMES = {
     field: ALIASES[field] for field in ("label", "slide", "patient", "x", "y", "mpp", "size_px")

@@ -37,7 +37,7 @@ LINES = {
     "latentds/loading": 4_500,
     "latentds/models": 2_390,
     "latentds/quantizers": 3_690,
-    "latentds/sources": 6_690,
+    "latentds/sources": 6_719,
     "latentds/store": 5_570,
     "latentds/views": 1_205,
     "tools": 12_890,

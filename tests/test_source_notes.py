@@ -91,22 +91,61 @@ def test_class_folders_inside_tars_are_classes(tmp_path, archives, expected):
     assert {label for _, label in bare.values()} == {None} and notes == ""
 
 
+DEEPER = [  # members, and what they are taken for
+    ["train/0.png", "val/1.png"],
+    ["top/train/a/0.png", "top/train/b/0.png", "top/val/a/1.png"],
+    ["val/a/0.png", "val/b/1.png"],
+    ["a/s1/0.png", "b/s2/1.png"],
+    ["top/a/s1/x/0.png", "top/b/s2/y/1.png"],
+    ["train/images/0.png", "val/images/1.png"],
+    ["train/a/s1/0.png", "train/b/s2/1.png", "test/a/s3/0.png"],
+]
+
+
+@pytest.mark.parametrize("members", DEEPER)
+def test_folders_inside_tars_mean_what_they_mean_on_a_disk(tmp_path, members):
+    tar_of(tmp_path / "in" / "all.tar", members)
+    root = tmp_path / "disk"
+    for member in members:
+        (root / member).parent.mkdir(parents=True, exist_ok=True)
+        (root / member).write_bytes(b"not looked into")
+    wanted = listed(root / "top" if members[0].startswith("top/") else root).pictures
+    found = listed(tmp_path / "in")
+    facts = [{(Path(p.source).name, p.split, p.label, p.slide) for p in pictures}
+             for pictures in (found.pictures, wanted)]  # fmt: skip
+    assert facts[0] == facts[1]
+    assert "folders inside tars are taken for " in "; ".join(found.notes)
+
+
+def test_split_folders_inside_tars_can_be_left(tmp_path):
+    tar_of(tmp_path / "in" / "all.tar", ["train/0.png", "val/1.png"])
+    found, _ = labels_of(tmp_path / "in", split_folders=False)
+    assert [*found.values()] == [("train", "train"), ("train", "val")]
+    write_members(tmp_path / "b.tar", [(f"val/{n}", b"x") for n in ("0.png", "0.cls")])
+    found, notes = labels_of(tmp_path / "b.tar")
+    assert [*found.values()] == [("val", "x")] and "taken for splits ('val')" in notes
+
+
+def test_hidden_pictures_inside_tars_are_told(tmp_path):
+    tar_of(tmp_path / "a.tar", ["a/0.png", "b/.x.png", "b/._1.png", "b/1.png", ".thumbs/a/2.png"])
+    found, notes = labels_of(tmp_path / "a.tar")
+    assert [*found] == ["a.tar/a/0.png", "a.tar/b/1.png"]
+    assert "are hidden: 'a.tar/.thumbs/a/2.png', 'a.tar/b/.x.png'" in notes
+
+
 @pytest.mark.parametrize(
-    "members",
+    "archives",
     [
-        ["train/0.png", "val/1.png"],
-        ["train/a/0.png", "val/a/1.png"],
-        ["val/a/0.png", "val/b/1.png"],
-        ["a/s1/0.png", "b/s2/1.png"],
-        ["a/0.png", "b/1.png", "2.png"],
+        {"all.tar": ["a/0.png", "b/1.png", "2.png"]},
+        {"train.tar": ["val/a/0.png", "val/b/1.png"], "val.tar": ["train/a/2.png"]},
     ],
 )
-def test_other_folders_inside_tars_are_told(tmp_path, members):
-    tar_of(tmp_path / "in" / "all.tar", members)
+def test_other_folders_inside_tars_are_told(tmp_path, archives):
+    for name, members in archives.items():
+        tar_of(tmp_path / "in" / name, members)
     found, notes = labels_of(tmp_path / "in")
     assert {label for _, label in found.values()} == {None}
-    first = members[0].rpartition("/")[0]
-    assert f"no classes and splits ({first!r}, " in notes and "(?P<label>...)" in notes
+    assert "no classes and splits ('" in notes and "(?P<label>...)" in notes
 
 
 def test_folders_of_patients_inside_tars_are_no_classes(tmp_path):

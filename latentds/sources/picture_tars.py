@@ -12,7 +12,14 @@ from latentds.core.storage import parse_json
 from latentds.errors import FormatError, InputError
 from latentds.sources.cut_options import SourceOptions
 from latentds.sources.field_names import note_columns
-from latentds.sources.image_folder import NO_LABELS, SPLITS, check_names, read_folders
+from latentds.sources.image_folder import (
+    NO_LABELS,
+    SPLITS,
+    check_names,
+    half_labelled,
+    note_hidden,
+    read_folders,
+)
 from latentds.sources.names import numbers_of
 from latentds.sources.picture import Listing, Picture
 from latentds.sources.picture_decoding import picture_suffixes
@@ -38,8 +45,8 @@ Record = dict[str, Any] | str  # fields of a Picture, or why it has none
 class PictureTars(PicturesInFiles):
     """Every *.tar of a folder, or one tar. A picture's source is `archive/member`.
 
-    Labels are KEY.cls (a number or a name) or KEY.json's, else class folders inside; splits those
-    of names like train-*.tar.
+    Labels are KEY.cls (a number or a name) or KEY.json's, splits those of names like train-*.tar;
+    where these tell none, folders inside do.
     Members that are neither are passed over, unread: pickles above all.
     """
 
@@ -50,6 +57,7 @@ class PictureTars(PicturesInFiles):
     def __init__(self, options: SourceOptions, files: Sequence[str]) -> None:
         super().__init__(options, files)
         self.ignored = 0
+        self.hidden: list[str] = []
         self.unused: set[str] = set()  # keys of records that nobody reads
 
     @classmethod
@@ -61,43 +69,59 @@ class PictureTars(PicturesInFiles):
         archives = splits_of(self.root, list(self.files), self.options.split_folders)
         own = {archive: [*self.samples(archive, split)]
                for archive, split in archives.splits.items()}  # fmt: skip
-        pictures, told = self.with_classes(own)
-        if not pictures:
+        if not any(own.values()):
             raise InputError(
                 f"{self.root}: {len(self.files)} tars, no picture in them "
                 f"({self.ignored} other members); name others"
             )
+        pictures, told = self.with_folders(own, archives.are_told)
         check_names(self.root, [picture.source for picture in pictures])
         notes = (*archives.notes, *note_columns(self.unused), *told)
+        notes += note_hidden(self.root, self.hidden)
         found = self.named(Listing(pictures, self.ignored, notes))
         return dataclasses.replace(found, notes=(*found.notes, *self.note_twice(found.pictures)))
 
-    def with_classes(
-        self, own: Mapping[str, Sequence[Picture]]
+    def with_folders(
+        self, own: Mapping[str, Sequence[Picture]], is_split: bool
     ) -> tuple[tuple[Picture, ...], tuple[str, ...]]:
-        """Pictures by archive, their folders inside taken for classes where nothing tells others.
+        """Pictures by archive, with what folders inside say by the rule of folders on a disk.
 
-        A note says so, or that there are folders which tell no class, as they lie.
+        A note says so, or that there are folders which tell nothing, as they lie.
+        is_split  whether the archives' names tell splits: folders do where nothing else does, as
+                  they tell classes
         """
-        pictures = tuple(picture for members in own.values() for picture in members)
+        pictures, options = tuple(p for members in own.values() for p in members), self.options
         is_told = any(picture.label is not None for picture in pictures)
-        if is_told or not self.options.labels or "(?P<label>" in (self.options.name_pattern or ""):
-            return pictures, ()
+        is_told |= "(?P<label>" in (options.name_pattern or "")
+        use_labels = options.labels and not is_told
+        use_splits = options.split_folders and not is_split
         inside = [p.source[len(archive) + 1 :] for archive, members in own.items() for p in members]
-        folders = [name.rpartition("/")[0] for name in inside]
-        names = some(sorted({*folders} - {""}))
-        if len({*folders} - {""}) < 2:
+        paths = below_shared(pictures, inside, use_splits, is_split)
+        rule = read_folders(self.root, paths, use_labels, use_splits)
+        placed = [rule.place(path) for path in paths]
+        folders = {path.rpartition("/")[0] for path in paths} - {""}
+        if not folders or not (use_labels or rule.has_splits):
             return pictures, ()
-        if not are_classes(pictures, folders, self.options.split_folders):
+        names = some(sorted(folders))
+        is_odd = is_split and any(path.split("/")[0].lower() in SPLITS for path in folders)
+        if is_odd or (use_labels and half_labelled(placed)):
             return pictures, (f"folders inside tars are taken for no classes and splits ({names}): "
                               "--name-pattern '(?P<label>...)' reads classes, a folder with the "
                               "tars unpacked both",)  # fmt: skip
-        paths = ["/".join(name.split("/")[-2:]) for name in inside]
-        rule = read_folders(self.root, paths, True, False)
-        told = (f"folders inside tars are taken for classes ({names}); {NO_LABELS} takes none",)
-        labelled = tuple(dataclasses.replace(picture, label=rule.place(path).label)
-                         for picture, path in zip(pictures, paths, strict=True))  # fmt: skip
-        return labelled, (*rule.notes, *(told if rule.use_labels and not rule.held else ()))
+        what = ["splits"] * rule.has_splits + ["classes"] * any(place.label for place in placed)
+        what += ["slides"] * (use_labels and any(place.slide for place in placed))
+        told = (f"folders inside tars are taken for {' and '.join(what)} ({names}); {NO_LABELS} "
+                "takes no class, --no-split-folders no split",)  # fmt: skip
+        found = tuple(
+            dataclasses.replace(
+                picture,
+                split=place.split if rule.has_splits else picture.split,
+                label=place.label if use_labels else picture.label,
+                slide=picture.slide or (place.slide if use_labels else None),
+            )
+            for picture, place in zip(pictures, placed, strict=True)
+        )
+        return found, (*rule.notes, *(told if what else ()))
 
     def note_twice(self, pictures: Sequence[Picture]) -> tuple[str, ...]:
         """That pictures of named slides stand in several archives by one name, for people."""
@@ -132,7 +156,9 @@ class PictureTars(PicturesInFiles):
         for member in tar_members(path):
             if member.name in found:
                 raise InputError(f"{path}, {member.name}: there twice; which of them is not said")
-            if not PurePosixPath(member.name).name.startswith("."):
+            if any(part.startswith(".") for part in member.name.split("/")):
+                self.hidden.append(f"{archive}/{member.name}")
+            else:
                 found[member.name] = member
         return found
 
@@ -169,21 +195,25 @@ class PictureTars(PicturesInFiles):
         return next(path for path in above if path in self.files)
 
 
-def are_classes(pictures: Sequence[Picture], folders: Sequence[str], use_splits: bool) -> bool:
-    """Whether folders, one a picture, all lie in one, and none is named like a split or a slide.
+def below_shared(
+    pictures: Sequence[Picture], names: Sequence[str], use_splits: bool, is_split: bool
+) -> list[str]:
+    """Members' names below the folder that all lie in, as that is what was packed.
 
-    The one that they lie in may have the name of the pictures' own split.
+    use_splits  that folder is left where it has a split's name
+    is_split    a folder with the name of a picture's own split, which its archive tells, says
+                nothing more
     """
-    roots = set()
-    for picture, folder in zip(pictures, folders, strict=True):
-        *above, name = folder.split("/")
-        if above and SPLITS.get(above[-1].lower()) == picture.split:
-            above.pop()
-        words = {part.lower() for part in (*above, name)} if use_splits else set()
-        if not name or name == picture.slide or words & SPLITS.keys():
-            return False
-        roots.add("/".join(above))
-    return len(roots) == 1
+    parts = [name.split("/") for name in names]
+    first, last = (edge(part[:-1] for part in parts) for edge in (min, max))
+    shared = 0
+    for name, other in zip(first, last, strict=False):
+        if name != other or (use_splits and name.lower() in SPLITS):
+            break
+        shared += 1
+    below = [part[shared:] for part in parts]
+    return ["/".join(part[is_split and SPLITS.get(part[0].lower()) == picture.split :])
+            for picture, part in zip(pictures, below, strict=True)]  # fmt: skip
 
 
 def stem_of(name: str) -> str:

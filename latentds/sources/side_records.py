@@ -76,9 +76,13 @@ def slide_name(text: str, is_path: bool) -> str:
 
 
 class ArchiveSplits(NamedTuple):
-    """Split by archive, those that a card leaves out not among them, and what that assumes."""
+    """Split by archive, those that a card leaves out not among them, and what that assumes.
+
+    are_told  whether a card or names tell them
+    """
 
     splits: dict[str, str]
+    are_told: bool
     notes: tuple[str, ...] = ()
 
 
@@ -89,11 +93,11 @@ def splits_of(root: Path, archives: Sequence[str], use_splits: bool) -> ArchiveS
             different words would make one split
     """
     if not use_splits:
-        return ArchiveSplits(dict.fromkeys(archives, DEFAULT_SPLIT))
+        return ArchiveSplits(dict.fromkeys(archives, DEFAULT_SPLIT), are_told=False)
     card = card_files(root, archives)
     if card is not None:
         named = {path: SPLITS.get(split.lower(), split) for path, split in card.splits.items()}
-        return ArchiveSplits(named, card.notes)
+        return ArchiveSplits(named, True, card.notes)
     words = {path: split_word(path) for path in archives}
     bare = [path for path, word in words.items() if word is None]
     if bare and len(bare) < len(words):
@@ -104,7 +108,7 @@ def splits_of(root: Path, archives: Sequence[str], use_splits: bool) -> ArchiveS
         )
     check_words(root, {path: word for path, word in words.items() if word})
     return ArchiveSplits({path: SPLITS[word] if word else DEFAULT_SPLIT
-                          for path, word in words.items()})  # fmt: skip
+                          for path, word in words.items()}, not bare)  # fmt: skip
 
 
 def split_word(path: str) -> str | None:

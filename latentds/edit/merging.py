@@ -73,7 +73,7 @@ def key_hashes(shards: ShardSet) -> np.ndarray:
     hashes = np.zeros(len(shards), np.uint64)
     for pack in progress(range(len(shards.packs)), desc="keys", unit="pack"):
         first = int(shards.first_patch[pack])
-        keys = shards.pack_columns(pack)["key"]
+        keys = shards.columns.of_pack(pack)["key"]
         digests = b"".join(hashlib.blake2b(key.encode(), digest_size=8).digest() for key in keys)
         hashes[first : first + len(keys)] = np.frombuffer(digests, "<u8")
     return hashes

@@ -236,10 +236,10 @@ def read_columns(shards: ShardSet) -> pa.Table:
 def read_mask_bytes(shards: ShardSet, rows: np.ndarray) -> pa.Array:
     """The PNG bytes of patches' masks, null where one has none."""
     masks: list[bytes | None] = [None] * len(rows)
-    for pack, places in shards.group_by_pack(rows):
+    for pack, places in shards.first_patch.group(rows):
         if not shards.packs[pack]["masks_bytes"]:
             continue
-        stored = shards.parsed_table(pack, MASKS, MASK_SCHEMA)["mask_png"]
+        stored = shards.columns.parse(pack, MASKS, MASK_SCHEMA)["mask_png"]
         for place in places.tolist():
             masks[place] = stored[int(rows[place]) - int(shards.first_patch[pack])]
     return pa.array(masks, pa.binary())

@@ -105,7 +105,7 @@ def evenly(size: int, wanted: int) -> np.ndarray:
 
 def split_by_pack(shards: ShardSet, rows: np.ndarray) -> list[tuple[int, np.ndarray]]:
     """(pack, its rows) for every pack that the rows are of."""
-    return [(pack, rows[places]) for pack, places in shards.group_by_pack(rows)]
+    return [(pack, rows[places]) for pack, places in shards.first_patch.group(rows)]
 
 
 def count_codes(codes: np.ndarray) -> np.ndarray:

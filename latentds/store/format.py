@@ -345,6 +345,16 @@ class Spans:
         runs = np.searchsorted(self.firsts, rows, side="right") - 1
         return self.starts[runs] + (rows - self.firsts[runs]) // self.size
 
+    def group(self, rows: np.ndarray) -> list[tuple[int, np.ndarray]]:
+        """(span, places in `rows` that lie in it) for every span that is touched."""
+        if not len(rows):
+            return []
+        spans = self.find(rows)
+        order = np.argsort(spans, kind="stable")
+        touched, starts = np.unique(spans[order], return_index=True)
+        places = np.split(order, starts[1:])
+        return [(int(span), place) for span, place in zip(touched, places, strict=True)]
+
     def part(self, first: int, end: int) -> Spans:
         """The spans [first, end) of whole runs, numbered from 0; rows keep their numbers."""
         begin, last = np.searchsorted(self.starts, (first, end)).tolist()

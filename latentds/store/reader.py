@@ -7,26 +7,19 @@ import contextlib
 import functools
 import os
 import zlib
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from latentds.errors import DamagedPackError, FormatError, unknown_name
+from latentds.errors import DamagedPackError, FormatError
 from latentds.store.cache import CacheConfig
 from latentds.store.files import Extent, Files, LocalFiles
-from latentds.store.format import (
-    CHECKSUMS,
-    CODES,
-    MASKS,
-    PATCHES,
-    pack_key,
-    patch_key,
-)
+from latentds.store.format import CHECKSUMS, CODES
 from latentds.store.manifest import Manifest
 from latentds.store.open_files import CodeChecks, OpenFile, Signature, Table, wait_for
+from latentds.store.pack_columns import PackColumns
 from latentds.store.remote_files import RemoteFiles
 from latentds.store.tables import (
     PackTable,
@@ -37,7 +30,6 @@ from latentds.store.tables import (
 )
 
 MAX_NEAR = 256  # packs that the system was asked to read: two windows of the order
-MAX_CACHED_TABLES = 256  # Parquet members that stay parsed
 
 
 class ShardSet:
@@ -94,12 +86,16 @@ class ShardSet:
         if CHECKSUMS in self.manifest.tables and self.reads_parts and self.is_local:
             self.checksums = open_table(self.files, self.manifest, CHECKSUMS)
         self.near: dict[int, Extent] = {}  # codes of packs that were wanted last
-        self.parsed: OrderedDict[tuple[int, str], dict[str, list[Any]]] = OrderedDict()
 
     @property
     def is_local(self) -> bool:
         """Whether shards lie in a folder, rather than packs in a cache."""
         return isinstance(self.files, LocalFiles)
+
+    @functools.cached_property
+    def columns(self) -> PackColumns:
+        """What the packs hold beside codes."""
+        return PackColumns(self.pack_table, self.read_sound)
 
     @property
     def digests(self) -> Table | np.ndarray | None:
@@ -113,7 +109,7 @@ class ShardSet:
     def __getstate__(self) -> dict[str, Any]:
         own = (
             *("pack_table", "packs", "first_patch", "first_pack", "shards_of"),
-            *("patches", "checksums", "near", "parsed"),
+            *("patches", "checksums", "near", "columns"),
         )
         return {name: value for name, value in self.__dict__.items() if name not in own}
 
@@ -136,10 +132,7 @@ class ShardSet:
 
     def key(self, pack: int) -> str:
         """Key of a pack: split, shard number and place in the shard."""
-        place = int(self.shards_of(pack))
-        shard = self.manifest.shards[place]
-        number = int(shard.name.removesuffix(".tar").rpartition("-")[2])
-        return pack_key(shard.split, number, pack - int(self.first_pack[place]))
+        return self.pack_table.key(pack)
 
     def patch_range(self, split: str) -> tuple[int, int]:
         """First row of a split in the patch table, and one past its last."""
@@ -298,16 +291,6 @@ class ShardSet:
         """The packs that hold rows of the patch table, int64, of the shape of `rows`."""
         return np.asarray(self.first_patch.find(rows))
 
-    def group_by_pack(self, rows: np.ndarray) -> list[tuple[int, np.ndarray]]:
-        """(pack, places in `rows` that it serves) for every pack that is touched."""
-        if not len(rows):
-            return []
-        packs = self.packs_of(rows)
-        order = np.argsort(packs, kind="stable")
-        touched, starts = np.unique(packs[order], return_index=True)
-        places = np.split(order, starts[1:])
-        return [(int(pack), place) for pack, place in zip(touched, places, strict=True)]
-
     def read(self, pack: int, extent: Extent) -> memoryview:
         """A pack's codes, columns or masks, as they are."""
         with self.blaming(pack):
@@ -355,20 +338,11 @@ class ShardSet:
 
     def shard_path(self, pack: int) -> str:
         """A pack's shard, for messages."""
-        return f"{self.folder}/{self.manifest.shards[int(self.shards_of(pack))].name}"
+        return self.pack_table.shard_path(pack)
 
     def read_columns(self, rows: np.ndarray, names: Sequence[str]) -> dict[str, list[Any]]:
         """Values of Parquet columns (key, source, source_encoding, ...) of patches at `rows`."""
-        values: dict[str, list[Any]] = {name: [None] * len(rows) for name in names}
-        for pack, places in self.group_by_pack(rows):
-            columns = self.pack_columns(pack)
-            first = int(self.first_patch[pack])
-            for name in names:
-                if name not in columns:
-                    raise unknown_name("column", name, columns)
-                for place in places:
-                    values[name][place] = columns[name][int(rows[place]) - first]
-        return values
+        return self.columns.read(rows, names)
 
     def table(self, split: str | None = None, columns: Sequence[str] = ()) -> Any:
         """The patches as a pyarrow.Table, `.to_pandas()` away from a data frame.
@@ -387,54 +361,12 @@ class ShardSet:
             table = table.append_column(name, [values])
         return table
 
-    def pack_columns(self, pack: int) -> dict[str, list[Any]]:
-        """All Parquet columns of a pack, and the key that follows from them."""
-        from latentds.store.packs import SCHEMA
-
-        columns = self.parsed_table(pack, PATCHES, SCHEMA)
-        if "key" not in columns:
-            places = zip(columns["source"], columns["x"], columns["y"], strict=True)
-            columns["key"] = [patch_key(*place) for place in places]
-        return columns
-
-    def parsed_table(self, pack: int, kind: str, schema: Any) -> dict[str, list[Any]]:
-        """A Parquet member of a pack as lists, parsed once and kept for a while."""
-        from latentds.store.packs import decode_table
-
-        table = self.parsed.pop((pack, kind), None)
-        if table is None:
-            where = f"{self.shard_path(pack)}, {self.key(pack)}.{kind}"
-            content = self.read_sound(pack, kind)
-            count = int(self.first_patch.counts(pack))
-            table = decode_table(bytes(content), where, schema, count).to_pydict()
-            if len(self.parsed) >= MAX_CACHED_TABLES:
-                self.parsed.popitem(last=False)
-        self.parsed[pack, kind] = table
-        return table
-
     def read_masks(self, rows: np.ndarray, *, required: bool = False) -> np.ndarray:
         """Masks uint8 (N, H, W) of the patches at `rows`; zeros where a patch has none.
 
         required  InputError for a patch that has none instead
         """
-        from latentds.store.packs import MASK_SCHEMA, decode_mask, no_mask
-
-        height, width = self.manifest.contract.patch_px
-        masks = np.zeros((len(rows), height, width), np.uint8)
-        for pack, places in self.group_by_pack(rows):
-            if not self.packs[pack]["masks_bytes"]:
-                if required and len(places):
-                    raise no_mask(f"{self.shard_path(pack)}, {self.key(pack)}")
-                continue
-            encoded = self.parsed_table(pack, MASKS, MASK_SCHEMA)["mask_png"]
-            first, where = int(self.first_patch[pack]), f"{self.shard_path(pack)}, {self.key(pack)}"
-            for place in places:
-                png = encoded[int(rows[place]) - first]
-                if png is not None:
-                    masks[place] = decode_mask(png, (height, width), where)
-                elif required:
-                    raise no_mask(f"{where}, patch {int(rows[place]) - first}")
-        return masks
+        return self.columns.masks(rows, required)
 
 
 def open_files(folder: str | os.PathLike[str], cache: CacheConfig | None = None) -> Files:

@@ -28,6 +28,7 @@ from latentds.store.format import (
     PATCHES_TABLE,
     ROWS_CRC32,
     Spans,
+    pack_key,
 )
 from latentds.store.manifest import Manifest
 from latentds.store.open_files import (
@@ -214,6 +215,17 @@ class PackTable:
     def shards_of(self, packs: Any) -> Any:
         """Index of the shard that packs lie in, int64."""
         return np.searchsorted(self.first_pack, packs, side="right") - 1
+
+    def key(self, pack: int) -> str:
+        """Key of a pack: split, shard number and place in the shard."""
+        place = int(self.shards_of(pack))
+        shard = self.manifest.shards[place]
+        number = int(shard.name.removesuffix(".tar").rpartition("-")[2])
+        return pack_key(shard.split, number, pack - int(self.first_pack[place]))
+
+    def shard_path(self, pack: int) -> str:
+        """A pack's shard, for messages."""
+        return f"{self.files.where}/{self.manifest.shards[int(self.shards_of(pack))].name}"
 
     def extents(self, packs: Sequence[int] | np.ndarray, kind: str) -> list[Extent]:
         """Where packs' codes, columns or masks lie."""

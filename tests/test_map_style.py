@@ -80,6 +80,12 @@ def table(shared_dataset):
     return ShardSet(shared_dataset).table()
 
 
+def test_the_table_alone_reads_no_pack(dataset):
+    for shard in (dataset / "data").iterdir():
+        shard.write_bytes(bytes(shard.stat().st_size))
+    assert len(ShardSet(dataset).table()) == len(ShardSet(dataset))
+
+
 def test_a_table_has_a_row_a_patch(table, shared_dataset):
     shards = ShardSet(shared_dataset)
     assert table.column_names == ["row", "split", "label", "slide", "x", "y", "mpp", "size_px"]

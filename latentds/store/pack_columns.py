@@ -29,7 +29,7 @@ class PackColumns:
     def read(self, rows: np.ndarray, names: Sequence[str]) -> dict[str, list[Any]]:
         """Values of Parquet columns (key, source, source_encoding, ...) of patches at `rows`."""
         values: dict[str, list[Any]] = {name: [None] * len(rows) for name in names}
-        for pack, places in self.packs.spans.group(rows):
+        for pack, places in self.packs.spans.group(rows) if names else ():
             columns = self.of_pack(pack)
             first = int(self.packs.spans[pack])
             for name in names:

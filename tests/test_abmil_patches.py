@@ -283,7 +283,7 @@ def test_features_of_another_place_than_the_patches_are_refused(tiles):
 
 
 def test_patches_without_slides_are_refused(run, tiles, tmp_path):
-    with pytest.raises(InputError, match="no patch names its slide.*--name-pattern"):
+    with pytest.raises(InputError, match="no patch names a slide.*--name-pattern"):
         run(tiles, tmp_path / "run")
 
 

@@ -169,8 +169,22 @@ def test_errors_are_one_line(work, tmp_path, capsys):
     assert "no patch names a slide" in error and not (tmp_path / "none").exists()
 
 
-def test_missing_data_are_told_before_a_wrong_embedder(work, tmp_path, capsys):
-    words = ["features", str(work / "nowhere"), "--embedder", "unii", "--out", str(tmp_path)]
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("unii", "unknown embedder 'unii'"),
+        ("timm:vit_smal", "unknown timm model 'vit_smal'"),
+        ("uni@gone.bin", "gone.bin: no such file of weights"),
+        ("timm-dir:gone", "gone: no config.json there"),
+    ],
+)
+def test_a_wrong_embedder_is_told_before_patches_are_opened(tmp_path, capsys, name, told):
+    words = ["features", str(tmp_path / "nowhere"), "--embedder", name, "--out", str(tmp_path)]
+    assert told in call(capsys, words, 1)
+
+
+def test_missing_data_are_told_before_weights_are_fetched(work, tmp_path, capsys):
+    words = ["features", str(work / "nowhere"), "--embedder", "uni", "--out", str(tmp_path)]
     assert "nowhere: no such file or folder" in call(capsys, words, 1)
     words[1] = str(work / "pictures")
     error = call(capsys, [*words, "--name-pattern", r"(?P<label>slide)"], 1)

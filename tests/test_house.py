@@ -31,7 +31,7 @@ LINES = {
     "latentds/conversion": 2_650,
     "latentds/core": 1_325,
     "latentds/edit": 2_970,
-    "latentds/embedders": 2_100,
+    "latentds/embedders": 2_120,
     "latentds/evaluation": 5_060,
     "latentds/hub": 1_760,
     "latentds/loading": 4_500,

@@ -108,17 +108,18 @@ ANSWERS = {"--list-embedders": list_embedders}  # options that ask, and need no 
 def extract(config: Config, rank: int, ranks: int) -> list[dict[str, Any]]:
     """Write this rank's feature files; a summary for each embedder."""
     from latentds.core.processes import choose_device
-    from latentds.embedders import load_embedder
+    from latentds.embedders import embedder_loader
     from latentds.evaluation.features.extraction import extract_several, named_slides
     from latentds.evaluation.features.extraction_options import FeatureOptions
     from latentds.evaluation.features.layout import plain
     from latentds.evaluation.patchsets.open_patch_sets import open_patches
 
     device = choose_device(config.device)
+    loaders = [embedder_loader(name, native=config.native) for name in config.embedder]
     # Every patch is read once: none is worth keeping.
     patches = open_patches(dataclasses.replace(config, device=str(device), keep_mb=0))
     named_slides(patches)  # before weights are fetched, which may take long and fail
-    loaded = [load_embedder(name, native=config.native) for name in config.embedder]
+    loaded = [load() for load in loaders]
     outs = [config.out / plain(embedder.card.name) for embedder in loaded]
     embedders = dict(zip(outs if len(outs) > 1 else [config.out], loaded, strict=True))
     if len(embedders) < len(loaded):

@@ -6,15 +6,22 @@ import dataclasses
 import importlib.util
 import os
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from latentds.autoencoders.autoencoder import hash_tensors
 from latentds.embedders.embedder import Embedder, EmbedderCard, NetworkEmbedder
 from latentds.embedders.embedder_cards import ALIASES, CARDS, ELSEWHERE
-from latentds.embedders.exported import LATENT_PREFIX, is_exported, load_exported
+from latentds.embedders.exported import (
+    LATENT_PREFIX,
+    check_exported,
+    is_exported,
+    load_exported,
+)
 from latentds.errors import InputError, ShapeError, WeightsError, unknown_name
 
-__all__ = ["Embedder", "EmbedderCard", "NetworkEmbedder", "load_embedder"]
+__all__ = ["Embedder", "EmbedderCard", "NetworkEmbedder", "embedder_loader", "load_embedder"]
 
 PATTERNS = (  # beside the names on the cards
     *("nic:FILE", "nic-quarters:FILE", "timm:NAME", "timm-dir:FOLDER", "timm:hf-hub:ORG/NAME"),
@@ -39,6 +46,17 @@ def load_embedder(name_or_path: str | os.PathLike[str], *, native: bool = False)
     raises        UnknownNameError, WeightsError (what is missing, how to get it),
                   MissingExtraError, ShapeError (`native` for a network that has one size)
     """
+    return embedder_loader(name_or_path, native=native)()
+
+
+def embedder_loader(
+    name_or_path: str | os.PathLike[str], *, native: bool = False
+) -> Callable[[], NetworkEmbedder]:
+    """What loads the embedder of `load_embedder`: its name and files looked at, no weights read.
+
+    For whoever has long work to do before: a wrong name is told first.
+    raises  as load_embedder, for what a name and the presence of files tell
+    """
     text = os.fspath(name_or_path)
     kind, _, rest = text.partition(":")
     name, _, file = text.partition("@")
@@ -46,35 +64,43 @@ def load_embedder(name_or_path: str | os.PathLike[str], *, native: bool = False)
     if text.startswith(LATENT_PREFIX):
         from latentds.embedders.latent_backbone import load_latent_backbone
 
-        return load_latent_backbone(text)
+        return partial(load_latent_backbone, text)
     if text in ALIASES:
-        embedder = load_exported(ALIASES[text], native=native)
-        embedder.card = dataclasses.replace(embedder.card, name=text)
-        return embedder
+        return partial(load_alias, text, native)
     if name in ALIASES:
         raise WeightsError(f"{text}: takes no @FILE; name its folder, timm-dir:FOLDER")
     if name in ELSEWHERE:
         raise WeightsError(f"{name}: {ELSEWHERE[name]}")
     if text.rpartition(":")[0].endswith(".py"):
-        return load_own_code(text)
+        return partial(load_own_code, text)
     if text not in CARDS and is_exported(text):
-        return load_exported(text, native=native)
+        check_exported(text)
+        return partial(load_exported, text, native=native)
     if native and (name not in CARDS or CARDS[name].multiple_px == 1):
         raise ShapeError(f"{text}: made for one size of input; it cannot be loaded as native")
+    if path is not None and not path.exists():
+        raise WeightsError(f"{path}: no such file of weights")
     if kind == "timm" and rest:
-        from latentds.embedders.timm_models import load_named
+        from latentds.embedders.timm_models import check_name, load_named
 
-        return load_named(name.removeprefix("timm:"), path)
+        check_name(name.removeprefix("timm:"))
+        return partial(load_named, name.removeprefix("timm:"), path)
     if name in CARDS:
-        return load_card(name, path, native)
+        return partial(load_card, name, path, native)
     is_nic = kind in ("nic", "nic-quarters") and bool(rest)
     if is_nic or text.endswith(".safetensors"):
         from latentds.embedders.nic import load_nic
 
-        return load_nic(Path(rest), kind) if is_nic else load_nic(Path(text))
+        return partial(load_nic, Path(rest), kind) if is_nic else partial(load_nic, Path(text))
     if os.sep in text:
         raise WeightsError(f"{text}: which network is it of? Pass its name too, as in 'uni@{text}'")
     raise unknown_name("embedder", name, [*CARDS, *ALIASES, *PATTERNS])
+
+
+def load_alias(name: str, native: bool) -> NetworkEmbedder:
+    embedder = load_exported(ALIASES[name], native=native)
+    embedder.card = dataclasses.replace(embedder.card, name=name)
+    return embedder
 
 
 def load_card(name: str, path: Path | None, native: bool) -> NetworkEmbedder:

@@ -42,6 +42,12 @@ def is_exported(text: str) -> bool:
     return any((Path(text) / name).is_file() for name in (CONFIG, RECORD))
 
 
+def check_exported(text: str) -> None:
+    """Raise as `load_exported` does for a folder that is not there, or has no configuration."""
+    if not text.startswith(HUB_PREFIX):
+        read_config(Path(text.removeprefix(PREFIX)))
+
+
 def load_exported(text: str, *, native: bool = False) -> NetworkEmbedder:
     """The embedder of `timm-dir:FOLDER`, of the folder alone, of `timm:hf-hub:ORG/NAME[@REV]`.
 

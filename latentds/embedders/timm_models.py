@@ -73,8 +73,8 @@ def load_named(text: str, path: Path | None = None) -> NetworkEmbedder:
     return load(configured_card(text, network), network, path, text)
 
 
-def create(timm_name: str, **arguments: Any) -> Any:
-    """The network of that name in timm, without a classifier, its weights random."""
+def check_name(timm_name: str) -> Any:
+    """timm itself, which has a network of that name; UnknownNameError, MissingExtraError."""
     try:
         import timm
     except ImportError as error:
@@ -83,6 +83,12 @@ def create(timm_name: str, **arguments: Any) -> Any:
     if not timm.is_model(base):
         near = ", ".join(timm.list_models(f"{base.partition('_')[0]}*")[:5])
         raise UnknownNameError(f"unknown timm model {timm_name!r}; near it: {near or 'none'}")
+    return timm
+
+
+def create(timm_name: str, **arguments: Any) -> Any:
+    """The network of that name in timm, without a classifier, its weights random."""
+    timm = check_name(timm_name)
     try:
         return timm.create_model(timm_name, pretrained=False, **({"num_classes": 0} | arguments))
     except RuntimeError as error:  # a tag that this network does not have

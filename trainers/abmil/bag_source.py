@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from latentds_trainers.engine.ranks import on_all_ranks
 from torch import Tensor
 
 from latentds.errors import FormatError, InputError
-from latentds.evaluation.features.extraction import extract_features
+from latentds.evaluation.features.extraction import extract_features, named_slides
 from latentds.evaluation.features.extraction_options import FeatureOptions
 from latentds.evaluation.features.folder import FeatureFolder
 from latentds.evaluation.features.live import LiveFeatures
@@ -123,19 +123,32 @@ class LabelledBags:
     patches: PatchSet | None
 
 
-def open_labelled(config: AbmilConfig, device: torch.device) -> LabelledBags:
-    """Bags and labels as the settings say, features made first where there are none. Collective."""
-    patches = None
+def open_labelled(
+    config: AbmilConfig, device: torch.device, plan: Callable[[LabelledSlides], None]
+) -> LabelledBags:
+    """Bags and labels as the settings say, features made where there are none. Collective.
+
+    plan  is told the slides before features are made, which may take hours
+    """
+    from latentds.embedders import embedder_loader
+
+    name, patches, place = config.embedder, None, config.bags
+    if place is None:
+        assert name is not None
+        on_all_ranks(lambda: embedder_loader(name))
     if config.data is not None:
         patches = on_all_ranks(lambda: open_data(config, device))
     folder: FeatureFolder | LiveFeatures
-    if config.bags is None:
+    if place is None:
         assert patches is not None
+        names = on_all_ranks(lambda: named_slides(patches))
+        slides = on_all_ranks(lambda: label_slides(config, names, None, patches))
+        plan(slides)
         folder = make_features(config, patches, device)
     else:
-        place = config.bags
-        folder = on_all_ranks(lambda: FeatureFolder(place, embedder=config.embedder))
-    slides = on_all_ranks(lambda: label_slides(config, folder, patches))
+        folder = given = on_all_ranks(lambda: FeatureFolder(place, embedder=name))
+        slides = on_all_ranks(lambda: label_slides(config, given.slides, given, patches))
+        plan(slides)
     return LabelledBags(bags=FeatureBags(folder, config.cache_gb), slides=slides, patches=patches)
 
 
@@ -160,11 +173,6 @@ def make_features(
 
     assert config.embedder is not None
     name, kept = config.embedder, config.out / "features"
-    if not on_all_ranks(patches.slides):
-        raise InputError(
-            f"{config.data}: no patch names its slide, and bags are slides; give a "
-            "--name-pattern with a group 'slide'"
-        )
     embedder = on_all_ranks(lambda: load_embedder(name))
     options = FeatureOptions(batch_size=config.embed_batch, patches=recorded_settings(config))
     if config.on_the_fly:
@@ -196,23 +204,27 @@ def tell_memory(live: LiveFeatures, cache_gb: float) -> None:
 
 
 def label_slides(
-    config: AbmilConfig, folder: FeatureFolder | LiveFeatures, patches: PatchSet | None
+    config: AbmilConfig, slides: list[str], folder: FeatureFolder | None, patches: PatchSet | None
 ) -> LabelledSlides:
+    """The slides' labels and patients.
+
+    folder  of features that were given, None where patches are
+    """
     patients: list[str | None] = []
     if config.labels is not None:
         table = read_labels(config.labels)
         if config.bags is None:
-            patients = patients_of(patches, folder.slides)
-    elif config.bags is not None:
-        assert isinstance(folder, FeatureFolder)
+            patients = patients_of(patches, slides)
+    elif folder is not None:
+        assert config.bags is not None
         table, known = labels_beside(folder.folder.parent if folder.record else config.bags)
-        patients = [known.get(slide) for slide in folder.slides]
+        patients = [known.get(slide) for slide in slides]
     else:
         assert patches is not None
-        return recorded_labels(patches, folder.slides, config.groups)
+        return recorded_labels(patches, slides, config.groups)
     return match_labels(
         table,
-        folder.slides,
+        slides,
         allow_subset=config.allow_subset,
         groups=config.groups,
         patients=patients,

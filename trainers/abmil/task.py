@@ -24,6 +24,7 @@ from latentds_trainers.engine.ranks import from_first, join_ranks, on_all_ranks
 
 from latentds.errors import unknown_name
 from latentds.evaluation.folds import Fold, stratified_group_folds
+from latentds.evaluation.groups import LabelledSlides
 from latentds.evaluation.scores import classification_scores
 from latentds.evaluation.splits import PATHO_BENCH, read_splits, write_patho_bench
 from latentds.models.attention_mil import save_abmil
@@ -52,10 +53,8 @@ class BagTask:
         # An epoch is a line of log.jsonl; of some thousands, the terminal is told the folds alone.
         logging.getLogger("latentds_trainers.engine.training_log").setLevel(logging.WARNING)
         self.device = join_ranks()
-        self.labelled: LabelledBags = open_labelled(config, self.device)
-        self.folds = on_all_ranks(self.make_folds)
-        on_all_ranks(self.check_heat_maps)
-        slides, seeds = self.labelled.slides, range(config.seed, config.seed + config.repeats)
+        self.labelled: LabelledBags = open_labelled(config, self.device, self.plan)
+        slides, seeds = self.slides, range(config.seed, config.seed + config.repeats)
         self.crossval = CrossValidation(
             task="abmil",
             out=config.out,
@@ -66,8 +65,14 @@ class BagTask:
         )
         self.claim()
 
+    def plan(self, slides: LabelledSlides) -> None:
+        """Make the folds of these slides. Collective."""
+        self.slides = slides
+        self.folds = on_all_ranks(self.make_folds)
+        on_all_ranks(self.check_heat_maps)
+
     def make_folds(self) -> list[Fold]:
-        config, slides = self.config, self.labelled.slides
+        config, slides = self.config, self.slides
         if config.splits is not None:
             folds = read_splits(
                 config.splits, slides.slides, slides.groups, allow_subset=config.allow_subset
@@ -87,7 +92,7 @@ class BagTask:
 
     def parts(self, fold: Fold) -> tuple[Part, Part, Part]:
         """Bags to train on, to validate on, to test."""
-        slides = self.labelled.slides
+        slides = self.slides
         train, val, test = (
             Part(slides=[slides.slides[row] for row in rows.tolist()], targets=slides.targets[rows])
             for rows in (fold.train, fold.val, fold.test)
@@ -102,7 +107,7 @@ class BagTask:
     @property
     def identity(self) -> dict[str, Any]:
         """What the run is of: settings, features, labels; the patches whose features it makes."""
-        folder, slides, patches = self.labelled.bags.folder, self.labelled.slides, None
+        folder, slides, patches = self.labelled.bags.folder, self.slides, None
         if self.config.bags is None:
             patches = self.labelled.patches
         settings = {n: v for n, v in self.config.to_json().items() if n not in MAY_CHANGE}
@@ -123,7 +128,7 @@ class BagTask:
     def claim(self) -> None:
         """Make the folder this run's, with its folds as CLAM and Patho-Bench read them."""
         self.crossval.claim(from_first(lambda: self.identity), REMEDIES)
-        slides, path = self.labelled.slides, self.config.out / "splits" / PATHO_BENCH
+        slides, path = self.slides, self.config.out / "splits" / PATHO_BENCH
         labels = [slides.classes[target] for target in slides.targets.tolist()]
         from_first(
             lambda: write_patho_bench(
@@ -140,7 +145,7 @@ class BagTask:
 
     def test(self, cell: Cell) -> Tested:
         train, val, test = self.parts(cell.fold)
-        bags, classes = self.labelled.bags, self.labelled.slides.classes
+        bags, classes = self.labelled.bags, self.slides.classes
         training = BagFoldTraining(
             self.config,
             bags,

@@ -30,9 +30,10 @@ from latentds_trainers.engine.ranks import from_first, join_ranks, on_all_ranks
 from latentds_trainers.engine.settings import plain
 
 from latentds.core.randomness import digest_of
-from latentds.embedders import load_embedder
+from latentds.embedders import NetworkEmbedder, embedder_loader
 from latentds.embedders.latent_backbone import LatentBackbone
 from latentds.embedders.latent_stem import check_cells
+from latentds.embedders.timm_models import check_name
 from latentds.errors import InputError
 from latentds.evaluation.eva_probe import Examples, eva_probe
 from latentds.evaluation.folds import Fold
@@ -52,6 +53,10 @@ class ClassifyTask:
         self.config = config
         self.device = join_ranks()
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
+        name = config.embedder
+        load = None if name is None else on_all_ranks(lambda: embedder_loader(name))
+        if config.arch is not None:
+            on_all_ranks(lambda: check_name(config.arch or ""))
         self.patches = on_all_ranks(lambda: open_labelled(as_read(config, self.device)))
         self.folds = on_all_ranks(lambda: protocol_folds(config, self.patches))
         self.crossval = CrossValidation(
@@ -62,10 +67,9 @@ class ClassifyTask:
             folds=self.folds,
             cells=[(number, config.seed) for number in range(len(self.folds))],
         )
-        self.embedder = None
-        if config.embedder is not None:
-            name = config.embedder
-            self.embedder = on_all_ranks(lambda: load_embedder(name).to(self.device))
+        self.embedder: NetworkEmbedder | None = None
+        if load is not None:
+            self.embedder = on_all_ranks(lambda: load().to(self.device))
         self.inputs, self.latents = on_all_ranks(self.open_inputs)
         self.facts = from_first(lambda: self.inputs.sets[0].facts())
         self.source = source_identity(self.facts)

@@ -30,7 +30,7 @@ from latentds.autoencoders import load_autoencoder
 from latentds.autoencoders.autoencoder import NetworkAutoencoder
 from latentds.autoencoders.decoders import architecture_of, load_decoder
 from latentds.autoencoders.students import build_student
-from latentds.embedders import Embedder, load_embedder
+from latentds.embedders import Embedder, embedder_loader, load_embedder
 from latentds.errors import ContractError, InputError, ShapeError
 from latentds.loading.decoding import find_autoencoder
 from latentds.loading.loader import LatentLoader
@@ -296,6 +296,14 @@ def trained_networks(
         network = PatchDiscriminator().initialize(generator).train()
         found["discriminator"] = (network, adam(network, config.disc_lr or config.lr))
     return found
+
+
+def check_embedders(config: FinetuneConfig) -> None:
+    """Raise for wrong names of embedders, before pictures are encoded."""
+    if config.embedder is not None and config.embedding_weight:
+        embedder_loader(config.embedder, native=config.embedder_input == "native")
+    for name in config.judges:
+        embedder_loader(name)
 
 
 def open_embedder(config: FinetuneConfig, device: torch.device) -> Embedder | None:

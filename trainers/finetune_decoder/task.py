@@ -18,6 +18,7 @@ from latentds_trainers.engine.training import Engine
 from latentds_trainers.finetune_decoder.config import FinetuneConfig, readings
 from latentds_trainers.finetune_decoder.decoder_losses import DecoderLosses, cropped, evaluating
 from latentds_trainers.finetune_decoder.decoder_parts import (
+    check_embedders,
     check_sizes,
     open_autoencoder,
     open_codebook,
@@ -129,6 +130,7 @@ class DecoderTask:
     def open(self) -> PicturePairs | ShardPairs:
         """The autoencoder, the decoder to be trained, and latents with their originals."""
         config = self.config
+        check_embedders(config)
         self.base = open_autoencoder(config)
         check_sizes(config, self.base.card.factor)
         self.decoder, self.architecture = open_decoder(config, self.base, self.device)

@@ -47,6 +47,7 @@ from torch.nn import functional
 
 from latentds.core.storage import write_atomically
 from latentds.embedders.backbone_record import CODEBOOK
+from latentds.embedders.timm_models import check_name
 from latentds.errors import InputError
 from latentds.loading.loader import replayed
 from latentds.models.backbone_folder import write_backbone
@@ -80,6 +81,7 @@ class PretrainTask:
         if config.cuda_graph and self.device.type != "cuda":
             raise InputError(f"--cuda-graph needs a CUDA device, not {self.device}")
         rank, ranks = dist.get_rank(), dist.get_world_size()
+        on_all_ranks(lambda: check_name(config.arch))
         sized = on_all_ranks(lambda: settle_batch(config, ranks))
         self.source = on_all_ranks(lambda: open_source(sized, self.device, rank, ranks))
         self.stem = self.source.stem

@@ -13,7 +13,7 @@ from latentds_trainers.crossval.cross_validation import Cell, CrossValidation, T
 from latentds_trainers.engine.ranks import from_first, join_ranks, on_all_ranks
 from latentds_trainers.sampath.config import SampathConfig
 from latentds_trainers.sampath.segmentation_data import LabelledImages
-from latentds_trainers.sampath.segmentation_fold import SegmentationFold
+from latentds_trainers.sampath.segmentation_fold import SegmentationFold, build_network
 from latentds_trainers.sampath.segmentation_folds import (
     NO_FOLDS,
     FoldPlan,
@@ -62,6 +62,8 @@ REMEDIES = {  # by what differs; a setting is set back
 class SegmentationRun:
     def __init__(self, config: SampathConfig) -> None:
         self.config, self.device = config, join_ranks()
+        labels = len(config.settings.values.names)
+        on_all_ranks(lambda: build_network(config, labels, config.seed))  # or a wrong name is told
         patches = on_all_ranks(self.open)
         self.images = LabelledImages(config.settings, patches)
         self.table: PatchTable = patches.table

@@ -231,10 +231,11 @@ class StudentTask(TileTask):
     """
 
     def __init__(self, config: CodecSettings) -> None:
-        super().__init__(config)
         assert config.students_of is not None
         self.folder = codec_folder_of(config.students_of)
-        self.codec: NetworkAutoencoder = load_codec(self.folder).to(self.device)
+        codec = load_codec(self.folder)
+        super().__init__(config)
+        self.codec: NetworkAutoencoder = codec.to(self.device)
         students = self.new_students(self.codec.encoder, self.codec.card.channels)
         for place in STUDENTS:
             if find_decoder_folder(self.folder / place):  # goes on from what the codec has

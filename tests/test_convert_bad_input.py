@@ -16,7 +16,14 @@ from PIL import Image
 from latentds.conversion import workdir
 from latentds.conversion.convert_config import ConvertConfig
 from latentds.conversion.converting import convert
-from latentds.errors import REASONS, ContractError, FormatError, InputError, TooManyBadSamplesError
+from latentds.errors import (
+    REASONS,
+    ContractError,
+    FormatError,
+    InputError,
+    LatentdsError,
+    TooManyBadSamplesError,
+)
 from latentds.quantizers.codebooks import StoredCodebook, save_codebook
 from latentds.quantizers.scalar import Codebook
 from latentds.store.format import MANIFEST
@@ -514,3 +521,23 @@ def test_classes_that_share_a_few_names_are_classes(tmp_path):
         )
     manifest = convert_with_mean(tmp_path / "in", tmp_path / "out")
     assert manifest.classes == ("images", "labels")
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"autoencoder": "tyny"}, "unknown autoencoder 'tyny'"),
+        ({"codebook": Path("gone.safetensors")}, r"gone\.safetensors"),
+        ({"device": "gpu"}, "gpu"),
+        ({"out": "taken"}, r"taken: not empty \(notes\)"),
+    ],
+)
+def test_wrong_choices_are_told_before_headers_are_read(tmp_path, options, told):
+    save_pictures(tmp_path / "in", 1)
+    spoil_16_bit(next((tmp_path / "in").iterdir()))
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "notes").touch()
+    out = tmp_path / options.get("out", "out")
+    with pytest.raises((LatentdsError, FileNotFoundError), match=told):
+        convert(ConvertConfig(source=tmp_path / "in", **options | {"out": out}))
+    assert not (tmp_path / "out").exists()

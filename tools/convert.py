@@ -120,11 +120,13 @@ def estimate(config: Config) -> dict[str, Any]:
     from latentds.autoencoders.autoencoder import latent_cells
     from latentds.autoencoders.cards import ALIASES, CARDS
     from latentds.conversion.conversion_plan import make_plan, plan_shards
+    from latentds.sources.opening import open_source
     from latentds.store.format import PATCH_DTYPE
 
-    plan = make_plan(config)
+    source = open_source(config)
     name = ALIASES.get(config.autoencoder, config.autoencoder)
     card = CARDS.get(name) or load_autoencoder(name).card
+    plan = make_plan(config, source)
     rows, columns = latent_cells(plan.patch_px, card.factor)
     bytes_per_patch = planned_bytes(config, (card.channels, rows, columns))
     shards = plan_shards(plan, config, bytes_per_patch)

@@ -99,6 +99,7 @@ def fit(config: Config) -> Any:
     )
     from latentds.conversion.shard_writing import Encoder, PlanReader
     from latentds.core.processes import choose_device
+    from latentds.sources.opening import open_source
 
     settings = ConvertConfig(
         source=config.source,
@@ -107,9 +108,10 @@ def fit(config: Config) -> Any:
         **picked(config, "quantizer", "levels", "fit_patches", "patch_size", "resize", "tile"),
         **picked(config, "seed", "device", "max_bad"),
     )
-    plan = make_plan(settings)
-    autoencoder = load_autoencoder(config.autoencoder)
     device = choose_device(config.device)
+    source = open_source(settings)
+    autoencoder = load_autoencoder(config.autoencoder)  # a wrong name is told before headers
+    plan = make_plan(settings, source)
     encoder = Encoder(autoencoder, device, choose_batch(autoencoder, device, plan.patch_px))
     reader = PlanReader(plan, settings)
     try:

@@ -19,19 +19,22 @@ from latentds.autoencoders import load_autoencoder
 from latentds.autoencoders.autoencoder import Autoencoder
 from latentds.conversion.conversion_plan import Plan, input_files, make_plan
 from latentds.conversion.convert_config import ConvertConfig
-from latentds.conversion.prepared import given_codebook, input_identity, prepare
+from latentds.conversion.prepared import given_codebook, input_identity, own_codebook, prepare
 from latentds.conversion.shard_writing import Conversion, PlanReader, WriteShards, write_shards
 from latentds.conversion.workdir import (
     LeftOut,
     Region,
     WorkFolder,
+    check_output,
     describe_left_out,
     differences,
     prepare_output,
 )
+from latentds.core.processes import choose_device
 from latentds.core.storage import write_atomically
 from latentds.errors import FormatError, InputError
 from latentds.quantizers.codebooks import StoredCodebook
+from latentds.sources.opening import open_source
 from latentds.sources.picture import Picture
 from latentds.sources.slide_looks import SlideLook
 from latentds.sources.source import Source
@@ -93,8 +96,13 @@ def convert_with(
     source: Source | None,
     codebook: StoredCodebook | None,
 ) -> Manifest:
-    plan = make_plan(config, source)
+    # What may be wrong is told before headers are read and tissue is found.
+    check_output(config)
+    choose_device(config.device)
+    source = source or open_source(config)
     autoencoder = autoencoder or load_autoencoder(config.autoencoder)
+    own_codebook(config, codebook, autoencoder.card)
+    plan = make_plan(config, source)
     with (
         prepare_output(config) as work,
         contextlib.closing(PlanReader(plan, config)) as reader,

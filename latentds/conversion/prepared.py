@@ -204,9 +204,18 @@ def given_codebook(
     card: AutoencoderCard,
     shape: tuple[int, int, int],
 ) -> StoredCodebook | None:
-    """The caller's own codebook, or that of --codebook FILE, of --bytes; None where there is none.
+    """The codebook of `own_codebook`, of --bytes; InputError where it cannot be."""
+    own = own_codebook(config, codebook, card)
+    where = str(config.codebook_file or "codebook")
+    return None if own is None else fitting(own, where, shape, config.bytes)
 
-    raises  ContractError for one fitted to other latents, InputError for two, or other bytes
+
+def own_codebook(
+    config: ConvertConfig, codebook: StoredCodebook | None, card: AutoencoderCard
+) -> StoredCodebook | None:
+    """The caller's own codebook, or that of --codebook FILE; None where there is none.
+
+    raises  ContractError for one fitted to other latents, InputError for two
     """
     file, where = config.codebook_file, "codebook"
     if codebook is not None and config.codebook is not None:
@@ -222,7 +231,7 @@ def given_codebook(
             f"{where}: fitted to other latents than {card.name!r} makes; fit one with "
             "'latentds fit-codebook'"
         )
-    return fitting(codebook, where, shape, config.bytes)
+    return codebook
 
 
 def fitting(

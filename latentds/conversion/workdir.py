@@ -231,9 +231,8 @@ def differences(earlier: Any, now: Any, name: str = "") -> list[str]:
     return [f"{name} was {earlier}, is {now}"]
 
 
-@contextlib.contextmanager
-def prepare_output(config: ConvertConfig) -> Iterator[WorkFolder]:
-    """The locked work folder of --out; InputError where --out holds what must not be touched."""
+def check_output(config: ConvertConfig) -> None:
+    """InputError where --out holds what must not be touched."""
     out = config.out
     if config.source.resolve() in (out.resolve(), *out.resolve().parents):
         raise InputError(f"{out}: lies in the input folder {config.source}; choose another --out")
@@ -242,6 +241,13 @@ def prepare_output(config: ConvertConfig) -> Iterator[WorkFolder]:
     foreign = [path for path in out.iterdir() if path.name != SIDECARS] if out.is_dir() else []
     if foreign and not (out / SIDECARS).is_dir():
         raise InputError(f"{out}: not empty ({foreign[0].name}); choose another --out")
+
+
+@contextlib.contextmanager
+def prepare_output(config: ConvertConfig) -> Iterator[WorkFolder]:
+    """The locked work folder of --out; see `check_output`."""
+    check_output(config)
+    out = config.out
     work = WorkFolder(out)
     with exclusive_lock(work.folder / "lock"):
         for path in sorted(work.folder.glob("*.lock")):  # workers of a driver that was killed

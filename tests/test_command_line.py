@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import os
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated
 
 import pytest
 import tyro
-from latentds_tools.cli import COMMANDS
+from latentds_tools.cli import COMMANDS, main
+from latentds_trainers.engine.launching import launch
 
-from latentds.core.command_line import FLAT, make_form, parse
+from latentds.core.command_line import FLAT, check_out, make_form, parse
 from latentds.errors import InputError
 
 RECIPES = {
@@ -105,3 +108,31 @@ def test_every_help_shows_what_is_required_first_and_two_examples_that_parse(nam
         own = words[start + 1 + (len(name.split()) if name in COMMANDS else 0) :]
         filled = tyro.cli(form, args=own, config=FLAT)
         assert filled is not None
+
+
+@pytest.mark.parametrize("out", [None, "s3:/bucket/set", "new/deep/set", "there.json", "."])
+def test_an_out_that_can_be_written_is_taken(tmp_path, monkeypatch, out):
+    monkeypatch.chdir(tmp_path)
+    Path("there.json").touch()
+    check_out(SimpleNamespace(out=out and Path(out)))
+    check_out(SimpleNamespace())
+
+
+def test_an_out_below_a_file_is_refused_before_the_work(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    words = ["--out", str(tmp_path / "file/deep/set")]
+    told = f"{tmp_path / 'file/deep/set'}: {tmp_path / 'file'} is a file; choose another --out"
+    with pytest.raises(SystemExit, match="1"):
+        main(["merge", "nowhere", "nowhere", *words])
+    assert told in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", ["job", "in", *words])
+    with pytest.raises(SystemExit, match="1"):
+        launch(lambda _: pytest.fail("worked"), Job, "A job.")
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_an_out_in_a_folder_of_others_is_refused(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(InputError, match="is not yours to write to; choose another --out"):
+        check_out(SimpleNamespace(out=tmp_path / "set"))

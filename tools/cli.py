@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from latentds.core.command_line import parse
+from latentds.core.command_line import check_out, parse
 from latentds.core.display import say, start_logging, visible
 from latentds.core.extras import check_extras
 from latentds.errors import LatentdsError
@@ -265,6 +265,7 @@ def run(name: str, words: list[str]) -> int:
             module.Config, words, prog=f"latentds {name}", usual=command.usual, examples=examples
         )
         check_extras(name, config)
+        check_out(config)
         return int(module.run(config) or 0)
     except LatentdsError as error:
         return complain(str(error))

@@ -2,7 +2,7 @@
 
 Required options come first, then those that most runs need, then a panel for each class that
 has the attribute `panel`, or several by a table `PANELS`, title to names of fields. Options keep
-the names of their fields.
+the names of their fields. An --out that cannot be written is refused before the work.
 """
 
 from __future__ import annotations
@@ -12,15 +12,17 @@ import dataclasses
 import functools
 import inspect
 import itertools
+import os
 import sys
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
 
 import tyro
 
 from latentds.core.display import say
-from latentds.errors import LatentdsError
+from latentds.errors import InputError, LatentdsError
 
 Settings = TypeVar("Settings")
 FLAT = (tyro.conf.OmitArgPrefixes,)
@@ -152,3 +154,21 @@ def module_classes(name: str) -> dict[str, list[ast.stmt]]:
     """The bodies of a module's classes. `inspect.getsource` takes four times as long for one."""
     parsed = ast.parse(inspect.getsource(sys.modules[name]))
     return {node.name: node.body for node in parsed.body if isinstance(node, ast.ClassDef)}
+
+
+def check_out(config: object) -> None:
+    """Refuse an --out that cannot be written: before long work, not after. Locations are let by.
+
+    raises  InputError, with what is in the way
+    """
+    out = getattr(config, "out", None)
+    if out is None or ":/" in str(out):
+        return
+    path = Path(out).absolute()
+    above = next(p for p in (path, *path.parents) if os.access(p, os.F_OK))
+    if above == path and not path.is_dir():  # a file, which may be replaced
+        above = path.parent
+    if not above.is_dir():
+        raise InputError(f"{out}: {above} is a file; choose another --out")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise InputError(f"{out}: {above} is not yours to write to; choose another --out")

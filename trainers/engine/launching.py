@@ -51,7 +51,7 @@ def launch(
     Runs under `deepspeed --module NAME`, under `torchrun -m NAME` and as `python -m NAME`, which is
     a run of one rank. Ends the process with the exit codes above.
     """
-    from latentds.core.command_line import parse
+    from latentds.core.command_line import check_out, parse
 
     words = without_local_rank(sys.argv[1:])
     about, examples = parted(description or "")
@@ -64,6 +64,7 @@ def launch(
     try:
         recipe = config.__module__.rpartition(".")[0].rpartition(".")[2]  # its folder's name
         check_extras(recipe, settings)
+        check_out(settings)
         main(settings)
     except LatentdsError as error:
         tell(error, rank)

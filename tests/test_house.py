@@ -38,7 +38,7 @@ LINES = {
     "latentds/models": 2_390,
     "latentds/quantizers": 3_690,
     "latentds/sources": 6_719,
-    "latentds/store": 5_570,
+    "latentds/store": 5_575,
     "latentds/views": 1_205,
     "tools": 12_890,
     "trainers": 10_500,

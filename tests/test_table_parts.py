@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +75,21 @@ def test_rows_are_the_folders_and_only_their_blocks_are_fetched(folder, server, 
     assert same(ShardSet(server.url, cache=cache).patches[ROWS], local.patches[ROWS])
     assert server.requests[PATCHES_TABLE] == 1 + 3  # the header
     assert same(remote.patches[:], local.patches[:])
+
+
+@pytest.mark.parametrize("whole", [0, 1 << 22])
+def test_the_tables_are_asked_for_at_once(server, cache, monkeypatch, whole):
+    monkeypatch.setattr("latentds.store.remote_files.WHOLE_BYTES", whole)
+    meeting, answer = threading.Barrier(3, timeout=5), server.next_fault
+
+    def together(path: str) -> str:
+        if path.endswith(".npy"):
+            meeting.wait()
+        return answer(path)
+
+    monkeypatch.setattr(server, "next_fault", together)
+    ShardSet(server.url, cache=cache)
+    assert sorted(n for path, n in server.requests.items() if path.endswith(".npy")) == [1, 1, 1]
 
 
 def test_a_scan_asks_for_neighbours_at_once(folder, server, cache):

@@ -86,7 +86,7 @@ class Cache:
     def fill_file(self, name: str, download: Callable[[Path], None]) -> Path:
         """The file `name`, kept for good, written by `download` to the path it is given."""
         path = self.folder / name
-        with self.lock("tables.lock"):
+        with self.lock_of(name):
             if not path.is_file():
                 self.write_by(path, download)
         return path

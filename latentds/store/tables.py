@@ -9,6 +9,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,8 @@ class PackTable:
         self.first_pack = np.cumsum([0, *(shard.packs for shard in shards)])
         firsts = self.first_patches = np.cumsum([0, *(shard.patches for shard in shards)])
         self.room = np.array([shard.bytes for shard in shards], np.uint64)
+        if isinstance(files, RemoteFiles):
+            self.fetch_others(files)
         self.rows: Table | np.ndarray
         if self.is_parted(PACKS_TABLE):
             assert manifest.pack_patches is not None
@@ -183,6 +186,18 @@ class PackTable:
                     raise self.contradiction()
                 self.spans = Spans.listed(edges)
             self.check(self.rows, np.arange(len(self.rows)))
+
+    def fetch_others(self, files: RemoteFiles) -> None:
+        """Begin to fetch the other tables, or their headers; what fails is told when it is used."""
+        pool = ThreadPoolExecutor(2, "latentds-tables")
+        for name in self.manifest.tables.keys() & {PATCHES_TABLE, DIGESTS}:
+            entry = self.manifest.tables[name]
+            has_parts = name == PATCHES_TABLE or self.is_parted(name)
+            sums = block_sums(entry, rows_of(self.manifest, name)) if has_parts else None
+            if "blocks" not in entry:  # else its sums are in the pack table
+                # Not opened there: Python 3.11 fails where two threads parse (headers) at once.
+                pool.submit(files.table, name, self.manifest, sums)
+        pool.shutdown(wait=False)  # its threads end with what they do
 
     def is_parted(self, name: str) -> bool:
         """Whether a table of packs can be read by blocks."""

@@ -435,6 +435,26 @@ def test_numbers_as_labels_are_sorted_as_numbers(tmp_path: Path) -> None:
     assert found.group_rule == UNKNOWN
 
 
+def test_classes_that_differ_in_case_alone_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "labels.csv"
+    path.write_text("slide,label\na,Tumor\nb,tumor\nc,normal\n")
+    with pytest.raises(InputError, match=r"classes 'Tumor' \(1\) and 'tumor' \(1\) would be two"):
+        match_labels(read_labels(path), ["a", "b", "c"])
+
+
+def test_a_label_that_says_none_is_noted(tmp_path: Path) -> None:
+    path = tmp_path / "labels.csv"
+    path.write_text("slide,label\na,1\nb,0\nc,NA\n")
+    found = match_labels(read_labels(path), ["a", "b", "c"])
+    assert len(found.notes) == 1 and "label 'NA' (1) is taken for a class" in found.notes[0]
+
+
+def test_signs_tell_classes_apart(tmp_path: Path) -> None:
+    path = tmp_path / "labels.csv"
+    path.write_text("slide,label\na,-1\nb,1\nc,1-\n")
+    assert len(match_labels(read_labels(path), ["a", "b", "c"]).classes) == 3
+
+
 def test_a_slide_with_two_labels_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "labels.csv"
     path.write_text("slide_id,label\ns1,a\ns1,b\n")

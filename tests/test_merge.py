@@ -102,6 +102,18 @@ def test_both_codebooks_are_listed_and_every_shard_has_its_own(parts, merged):
     assert {shard.codebook_id for shard in manifest.shards} == set(books)
 
 
+def test_classes_that_differ_in_case_alone_are_warned_of(tmp_path, caplog):
+    folders = []
+    for number, label in enumerate(("Tumor", "tumor")):
+        save_pictures(tmp_path / f"{label}-in" / label, 8, 100 * number)
+        (tmp_path / f"{label}-in" / label).rename(tmp_path / f"{label}-in" / f"{label}.{number}")
+        convert_with_mean(tmp_path / f"{label}-in", tmp_path / label, fit_patches=8,
+                          name_pattern=r"(?P<label>\w+)\.")  # fmt: skip
+        folders.append(tmp_path / label)
+    assert merge(folders, tmp_path / "out").classes == ("Tumor", "tumor")
+    assert "classes 'Tumor' and 'tumor' are two, and differ in case" in caplog.text
+
+
 def test_latents_are_those_of_the_parts(parts, merged):
     assert latents_by_key(merged) == latents_by_key(parts[0]) | latents_by_key(parts[1])
 

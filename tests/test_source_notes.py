@@ -312,6 +312,15 @@ def test_a_sample_without_a_label_is_told_what_it_lacks(tmp_path, options, way):
         make_plan(config)
 
 
+def test_class_folders_that_differ_in_case_alone_are_refused(tmp_path):
+    for number, folder in enumerate(("train/Tumor", "train/Stroma", "test/tumor", "test/Stroma")):
+        save_pictures(tmp_path / "in" / folder, 2, 10 * number)
+    message = r"in: classes 'tumor' \(2\) and 'Tumor' \(2\) would be two.*give them one name"
+    with pytest.raises(InputError, match=message):
+        listed(tmp_path / "in")
+    assert len(listed(tmp_path / "in", labels=False).pictures) == 8
+
+
 def test_a_class_called_na_is_told(tmp_path):
     found = listed(picture_table(tmp_path / "in", "label", ["a", "NA", "NA"]))
     assert [p.label for p in found.pictures] == ["a", "NA", "NA"]

@@ -17,9 +17,9 @@ from latentds.core.storage import READ_BYTES, naming, rename_durably, sha256_fil
 from latentds.edit.outputs import local_folder, new_data_set
 from latentds.errors import DamagedPackError, FormatError, InputError
 from latentds.loading.fields_of_view import warn_of_fields
-from latentds.loading.options import check_mixable
+from latentds.loading.options import check_mixable, joined_classes
 from latentds.store.composing import Composer, complete
-from latentds.store.format import GOLDEN, Contract, joined_names, pack_key
+from latentds.store.format import GOLDEN, Contract, pack_key
 from latentds.store.golden import MAX_GOLDEN, read_golden_table, renumbered
 from latentds.store.index import ShardIndex
 from latentds.store.manifest import Manifest
@@ -48,8 +48,7 @@ def merge(
     warn_of_fields(sets)
     with new_data_set(out, overwrite, paths):
         check_distinct(sets)
-        classes = joined_names(shards.manifest.classes for shards in sets)
-        composer = Composer(out, sets[0].manifest.contract, classes)
+        composer = Composer(out, sets[0].manifest.contract, joined_classes(sets))
         copy_shards(composer, sets)
         manifest = composer.tables(describe([shards.manifest for shards in sets]))
         write_atomically(out / GOLDEN, join_golden(sets, manifest))

@@ -13,7 +13,7 @@ import numpy as np
 from latentds.errors import InputError
 from latentds.sources.csv_tables import TextTable, read_table
 from latentds.sources.field_names import ALIASES
-from latentds.sources.names import known_patient
+from latentds.sources.names import check_class_names, known_patient
 from latentds.sources.slide_names import NameIndex, plain_name, some
 from latentds.store.format import sorted_names
 
@@ -192,7 +192,8 @@ def match_labels(
     groups        table for `groups_of`, instead of the labels' own patients
     patients      of the slides, as their patches record them, where labels tell none
     raises        InputError that lists some labels without a bag or bags without a label; for
-                  names that can mean several; for no slide on both sides
+                  names that can mean several; for no slide on both sides; for two classes whose
+                  names differ in case or spaces alone
     """
     names = list(table.labels)
     matched = NameIndex(names).match(slides, str(table.path))
@@ -209,9 +210,11 @@ def match_labels(
     if notes and (not allow_subset or not found):
         raise InputError(f"{table.path}: {'; '.join(notes)}. {SUBSET_HINT}")
     kept = list(found)
-    classes = sorted_names(table.labels[found[slide]] for slide in kept)
+    labels = [table.labels[found[slide]] for slide in kept]
+    notes += check_class_names(labels, table.path)
+    classes = sorted_names(labels)
     places = {name: number for number, name in enumerate(classes)}
-    targets = np.array([places[table.labels[found[slide]]] for slide in kept], np.int64)
+    targets = np.array([places[label] for label in labels], np.int64)
     if groups is None and table.cases:
         own, rule = [table.cases[found[slide]] for slide in kept], f"patients of {table.path.name}"
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ParamSpec
@@ -12,9 +13,10 @@ import numpy as np
 
 from latentds.errors import ContractError, InputError
 from latentds.quantizers.scalar import AnyCodebook
-from latentds.store.format import joined_names
+from latentds.store.format import alike_names, joined_names
 from latentds.store.reader import ShardSet
 
+logger = logging.getLogger(__name__)
 P = ParamSpec("P")
 BY_SEED = "every random number follows from seed="
 PINNED = "leave it, memory is pinned where a GPU decodes"
@@ -178,7 +180,7 @@ class Vocabulary:
 
     def __init__(self, sets: Sequence[ShardSet], given: Mapping[str, int] | None = None) -> None:
         check_mixable(sets)
-        self.classes = joined_names(shards.manifest.classes for shards in sets)
+        self.classes = joined_classes(sets)
         self.number = {name: index for index, name in enumerate(self.classes)}
         if given is not None:
             self.number = dict(given)
@@ -198,6 +200,18 @@ class Vocabulary:
             np.array([place[book.codebook_id] for book in shards.manifest.codebooks])
             for shards in sets
         ]
+
+
+def joined_classes(sets: Sequence[ShardSet]) -> list[str]:
+    """Label names of all sets; two that differ in case or spaces alone are warned of."""
+    classes = joined_names(shards.manifest.classes for shards in sets)
+    if alike := alike_names(classes):
+        logger.warning(
+            "%s: classes %r and %r are two, and differ in case or spaces alone; where they are "
+            "one, convert anew with one name",
+            ", ".join(str(shards.folder) for shards in sets), *alike,
+        )  # fmt: skip
+    return classes
 
 
 def named_numbers(given: Mapping[str, int], names: Sequence[str], where: str) -> list[str]:

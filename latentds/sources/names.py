@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 
 from latentds.core.randomness import key_of
 from latentds.errors import InputError
+from latentds.store.format import alike_names
 
 TCGA_PATIENT = re.compile(r"(TCGA-[0-9A-Z]{2}-[0-9A-Z]{4})(?:-|$)")
 # Patients in the names of public slides: the whole match, at the beginning of a name.
@@ -39,6 +41,7 @@ SLIDE_IN_NAME = re.compile(
     r"(?:\.[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12})?"
     r"|C3[LN]-\d{5}-\d+|GTEX-[0-9A-Z]{4,5}-\d{4}|patient_\d{3}_node_\d)(?![0-9A-Za-z])"
 )
+NO_CLASS = {"na", "n/a", "#n/a", "nan", "null", "none"}  # what programs write for no value
 UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 DICOM_UID = re.compile(r"\d+(?:\.\d+){5,}")
 TCGA_SLIDE = re.compile(
@@ -195,6 +198,26 @@ def pattern_patient(pattern: str, name: str) -> str:
     if not patient:
         raise InputError(f"--patient-pattern {pattern!r} finds no patient in {name!r}; mend it")
     return str(patient)
+
+
+def check_class_names(labels: Iterable[str | None], where: object) -> tuple[str, ...]:
+    """Notes for people on labels that say there is none.
+
+    raises  InputError for two classes whose names differ in case or spaces alone
+    """
+    counts = Counter(label for label in labels if label)
+    if alike := alike_names(counts):
+        told = " and ".join(f"{name!r} ({counts[name]:,})" for name in alike)
+        raise InputError(
+            f"{where}: classes {told} would be two, and differ in case or spaces alone; give them "
+            "one name"
+        )
+    return tuple(
+        f"label {word!r} ({count:,}) is taken for a class; where it means none, leave it empty or "
+        "take those out"
+        for word, count in counts.items()
+        if word.casefold() in NO_CLASS
+    )
 
 
 def parse_shares(text: str) -> dict[str, float]:

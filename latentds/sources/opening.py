@@ -12,7 +12,13 @@ from latentds.sources.coordinates import CoordinateJob
 from latentds.sources.cut_options import SourceOptions
 from latentds.sources.hugging_face import HubDataset, SavedDataset
 from latentds.sources.image_folder import check_keys
-from latentds.sources.names import known_patient, parse_shares, pattern_patient, split_patients
+from latentds.sources.names import (
+    check_class_names,
+    known_patient,
+    parse_shares,
+    pattern_patient,
+    split_patients,
+)
 from latentds.sources.patch_arrays import PatchArrays
 from latentds.sources.picture import Listing, Picture
 from latentds.sources.picture_files import PictureFiles, SamPathFolder, TileTree
@@ -34,8 +40,6 @@ SOURCES: tuple[type[Source], ...] = (
     *(HubDataset, SavedDataset, PatchArrays, CoordinateJob, SamPathFolder, TileTree, TileTars),
     *(PictureTars, PictureParquet, ListedSlides, PictureTable, Slides, PictureFiles),
 )
-
-NO_CLASS = {"na", "n/a", "#n/a", "nan", "null", "none"}  # what programs write for no value
 
 
 def open_source(options: SourceOptions) -> Source:
@@ -73,7 +77,9 @@ def list_source(source: Source, options: SourceOptions) -> Listing:
     if options.split_patients is not None:
         pictures, told = deal_patients(pictures, options)
         notes += told
-    notes += unlabelled(pictures) if options.labels else ()
+    if options.labels:
+        notes += unlabelled(pictures)
+        notes += check_class_names((p.label for p in pictures), options.source)
     notes += patients_apart(pictures)
     for picture in pictures:
         if not SPLIT_PATTERN.fullmatch(picture.split):
@@ -95,14 +101,11 @@ def choose(pictures: Sequence[Picture], options: SourceOptions) -> tuple[Picture
 
 
 def unlabelled(pictures: Sequence[Picture]) -> tuple[str, ...]:
-    """The splits without labels beside splits with some, and classes that say none, for people."""
+    """The splits without labels beside splits with some, for people."""
     bare = Counter(p.split for p in pictures if p.label is None)
     if sum(bare.values()) == len(pictures):
         return ()
-    counts = Counter(p.label for p in pictures if p.label and p.label.casefold() in NO_CLASS)
-    words = tuple(f"label {word!r} ({count:,}) is taken for a class; where it means none, leave it "
-                  "empty or take those out" for word, count in counts.items())  # fmt: skip
-    return *(f"split {split} has no labels ({count:,})" for split, count in bare.items()), *words
+    return tuple(f"split {split} has no labels ({count:,})" for split, count in bare.items())
 
 
 def patients_apart(pictures: Sequence[Picture]) -> tuple[str, ...]:

@@ -231,6 +231,16 @@ def sorted_names(names: Iterable[str]) -> list[str]:
     return sorted(found, key=int) if are_numbers else found
 
 
+def alike_names(names: Iterable[str]) -> tuple[str, ...]:
+    """Two of the names that differ in case, spaces, hyphens and underscores alone; none if none."""
+    first: dict[str, str] = {}
+    for name in names:
+        other = first.setdefault(re.sub(r"[\s_-]+", " ", name.strip()).casefold(), name)
+        if other != name:
+            return other, name
+    return ()
+
+
 def joined_names(lists: Iterable[Sequence[str]]) -> list[str]:
     """Distinct names of several lists: in the longest one's own order, where one has an order."""
     known = [list(names) for names in lists]

@@ -435,6 +435,36 @@ def test_numbers_as_labels_are_sorted_as_numbers(tmp_path: Path) -> None:
     assert found.group_rule == UNKNOWN
 
 
+SLIDES = ["TCGA-3C-AALI-01Z-00-DX1", "TCGA-3C-AALI-01Z-00-DX2", "TCGA-AO-A0J4-01Z-00-DX1"]
+
+
+@pytest.mark.parametrize(
+    ("column", "groups", "is_cut"),
+    [
+        ("case_id", SLIDES, True),
+        ("case_id", ["a", "a", "b"], False),
+        ("group", ["a", "b", "a"], True),
+        ("group", ["a", "a", "a"], False),
+    ],
+)
+def test_a_table_that_parts_a_patient_whom_names_tell_is_refused(
+    tmp_path: Path, column: str, groups: list[str], is_cut: bool
+) -> None:
+    path = tmp_path / "labels.csv"
+    rows = zip(SLIDES, groups, "xyx", strict=True)
+    path.write_text(f"slide_id,{column},label\n" + "".join(f"{','.join(row)}\n" for row in rows))
+    ways = (
+        lambda: match_labels(read_labels(path), SLIDES).groups,
+        lambda: groups_of(SLIDES, SLIDES, path)[0],
+    )
+    for way in ways:
+        if not is_cut:
+            assert way() == groups
+            continue
+        with pytest.raises(InputError, match="both are of patient TCGA-3C-AALI, who has to be on"):
+            way()
+
+
 def test_classes_that_differ_in_case_alone_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "labels.csv"
     path.write_text("slide,label\na,Tumor\nb,tumor\nc,normal\n")

@@ -21,6 +21,8 @@ SLIDE_COLUMNS = ALIASES["slide"]
 SOURCE_COLUMNS = ("source", *ALIASES["path"])
 GROUP_COLUMNS = ("group", *ALIASES["patient"])
 LABEL_COLUMNS = ALIASES["label"]
+# Patients whose names mean the same person everywhere; patient_001 may be anyone.
+UNIQUE = ("TCGA", "CPTAC", "GTEx")
 SUBSET_HINT = "Mend the names, or pass --allow-subset"
 
 
@@ -40,7 +42,7 @@ def groups_of(
              file's; else the slide, else the item itself
     patients name of every item's patient where one is recorded; may be empty
     raises   InputError for a table without such columns, one that lacks an item, gives a name two
-             groups, or has names that can mean several
+             groups, has names that can mean several, or parts a patient that names tell
     """
     if len(slides) != len(sources):
         raise InputError(f"{len(slides)} slides for {len(sources)} sources")
@@ -101,6 +103,7 @@ def table_groups(
         found = match_values(names, known, f"{table.path}, column {key!r}")
         lost = [name for name in dict.fromkeys(names) if name not in found]
         if not lost:
+            check_patients(names, [found[name] for name in names], f"{table.path}, {column!r}")
             rule = f"column {column!r} of {table.path.name}, by {key!r}"
             return [found[name] for name in names], rule
         tried[key] = lost
@@ -126,6 +129,25 @@ def column_values(table: TextTable, key: str, column: str) -> dict[str, str]:
                 f"{where}: {name!r} has the {column} {value!r}, before it had {found[name]!r}"
             )
     return found
+
+
+def check_patients(names: Sequence[str], groups: Sequence[str], where: str) -> None:
+    """InputError where a patient that names tell is in two groups, and so could be on both sides.
+
+    names  of slides or files, as many as groups
+    """
+    first: dict[str, tuple[str, str]] = {}
+    for name, group in dict.fromkeys(zip(names, groups, strict=True)):
+        found = known_patient(plain_name(name))
+        if found is None or found[0] not in UNIQUE:
+            continue
+        other, before = first.setdefault(found[1], (name, group))
+        if before != group:
+            raise InputError(
+                f"{where}: {other!r} is of {before!r} and {name!r} of {group!r}, but both are of "
+                f"patient {found[1]}, who has to be on one side; name patients there, or take the "
+                "column out"
+            )
 
 
 def match_values(names: Sequence[str], known: Mapping[str, str], where: str) -> dict[str, str]:
@@ -217,6 +239,7 @@ def match_labels(
     targets = np.array([places[label] for label in labels], np.int64)
     if groups is None and table.cases:
         own, rule = [table.cases[found[slide]] for slide in kept], f"patients of {table.path.name}"
+        check_patients(kept, own, f"{table.path}, patients")
     else:
         known = dict(zip(slides, patients, strict=True)) if patients else {}
         own, rule = groups_of(kept, kept, groups, [known.get(slide) for slide in kept])

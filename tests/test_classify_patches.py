@@ -511,6 +511,29 @@ def test_intra100k_leaves_the_test_split_and_tells_that_it_leaks(halves, embedde
     assert any("patches of one patient are in training and test sets" in n for n in record.notes)
 
 
+@pytest.mark.parametrize(
+    ("options", "is_told"),
+    [({}, True), ({"split": "train"}, False), ({"protocol": "val7k"}, False)],
+)
+def test_folds_drawn_across_the_sets_own_splits_are_told(halves, options, is_told):
+    found = open_labelled(settings(halves, Path("out"), embedder="uni", **options))
+    told = [note for note in found.notes if "(test 11, train 33) play no part: kfold" in note]
+    assert bool(told) is is_told and len(found.notes) == len(told)
+
+
+def test_copies_that_are_trained_on_and_tested_are_told(halves, val7k_run, embedder, tmp_path):
+    root = Path(shutil.copytree(halves, tmp_path / "pictures"))
+    with Image.open(root / "train" / "tumour" / "p003.png") as picture:
+        picture.transpose(Image.Transpose.ROTATE_90).save(root / "test" / "stroma" / "turned.png")
+    for split in ("train", "test"):  # no copy: nothing can be seen on glass
+        Image.new("RGB", (EDGE, EDGE), "white").save(root / split / "stroma" / "glass.png")
+    record = classify(root, tmp_path / "run", embedder=embedder, protocol="val7k")
+    (told,) = (note for note in record.notes if "copies" in note)
+    assert told.startswith("1 tested patches are in training too")
+    assert "'test/stroma/turned.png'" in told
+    assert not any("copies" in note for note in read_record(val7k_run).notes)
+
+
 @pytest.mark.parametrize("protocol", ["val7k", "intra100k"])
 def test_protocols_without_a_test_split_are_refused(classes, embedder, tmp_path, protocol):
     with pytest.raises(InputError, match=f"--protocol {protocol} needs folders train and test"):

@@ -30,6 +30,7 @@ from latentds.evaluation.records import RunRecord
 from latentds.evaluation.scores import classification_scores
 from latentds.evaluation.statistics import summary
 from latentds.sources.csv_tables import write_table
+from latentds.sources.slide_names import some
 
 CONFUSION = "confusion.csv"
 PRIMARY = "accuracy"
@@ -51,9 +52,13 @@ MEASURED = ("data", "bytes_per_patch", "codebook")  # do not say which source it
 
 
 def score_fold(
-    patches: LabelledPatches, fold: Fold, fitted: FittedProbe, colour: FittedProbe
+    patches: LabelledPatches,
+    fold: Fold,
+    fitted: FittedProbe,
+    colour: FittedProbe,
+    colours: np.ndarray,
 ) -> Tested:
-    """The scores of what was fitted; beside them, those of colour histograms."""
+    """The scores of what was fitted; beside them, those of colour histograms (N, 96)."""
     labels, classes = patches.labels[fold.test], patches.classes
     own = classification_scores(labels, fitted.probabilities, classes)
     histogram = classification_scores(labels, colour.probabilities, classes)
@@ -63,8 +68,25 @@ def score_fold(
         scores=own.values,
         per_class=own.per_class,
         notes=[*own.notes, *filter(None, remarks)],
-        facts={"confusion": own.confusion, "colour": histogram.values},
+        facts={
+            "confusion": own.confusion,
+            "colour": histogram.values,
+            "copies": [patches.items[row] for row in find_copies(fold, colours)],
+        },
     )
+
+
+def find_copies(fold: Fold, colours: np.ndarray) -> list[int]:
+    """Tested rows that have the very colour histogram of a patch trained on, as copies have.
+
+    Copies that are turned or mirrored are found too; patches of one colour level are left out.
+    """
+    trained = {colours[row].tobytes() for row in fold.train.tolist()}
+    return [
+        row
+        for row in fold.test.tolist()
+        if np.count_nonzero(colours[row]) > len("RGB") and colours[row].tobytes() in trained
+    ]
 
 
 def source_identity(facts: SourceFacts) -> dict[str, Any]:
@@ -150,6 +172,13 @@ def notes_of(
         notes.append(LEAK)
     if config.protocol == "val7k":
         notes.append(SHARED_TEST)
+    copies = list(dict.fromkeys(n for outcome in outcomes for n in outcome.facts.get("copies", ())))
+    if copies:
+        notes.append(
+            f"{len(copies):,} tested patches are in training too, it seems, as copies that may be "
+            f"turned or mirrored (every colour is as frequent in both): {some(copies)}. Take them "
+            "out, or name in --groups what belongs together"
+        )
     if config.test_data is None:  # else the codebook is fitted to the training set alone
         codebook = patches.sets[0].facts().codebook
         notes += filter(None, [codebook_note(codebook, test_is_apart=config.protocol == "val7k")])

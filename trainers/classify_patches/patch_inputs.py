@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -123,7 +124,21 @@ def open_labelled(config: ClassifyConfig) -> LabelledPatches:
         notes=notes,
     )
     check_classes(found, config.protocol, config.test_data)
+    found.notes.extend(note_splits(table.splits, config.protocol))
     return found
+
+
+def note_splits(splits: Sequence[str], protocol: str) -> list[str]:
+    """That folds are drawn across the set's own splits, where it has several."""
+    counts = Counter(name for name in splits if protocol == "kfold" or name != TEST)
+    if len(counts) < 2:
+        return []
+    told = ", ".join(f"{name} {count:,}" for name, count in sorted(counts.items()))
+    remedy = "--protocol val7k tests on the split test, " if TEST in counts else ""
+    return [
+        f"the set's own splits ({told}) play no part: {protocol} draws its folds from all of them; "
+        f"{remedy}--split NAME takes one"
+    ]
 
 
 def groups_of_test_set(

@@ -177,7 +177,7 @@ class ClassifyTask:
             assert features is not None
             fitted = tuned or self.probe(cell.fold, features)
             colour = self.fit(features.colours, cell.fold, colour_probe)
-            return score_fold(self.patches, cell.fold, fitted, colour)
+            return score_fold(self.patches, cell.fold, fitted, colour, features.colours)
 
         tested: Tested = from_first(score)
         return tested

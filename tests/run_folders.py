@@ -59,13 +59,16 @@ def classify(
     fold_seed: int = 0,
     seeds: tuple[int, ...] = (0,),
     bias: float = 0.0,
+    other_labels: int = 0,
     **changes: Any,
 ) -> Path:
     """A run of abmil whose predictions are the better the higher `strength` is.
 
     bias  added to the logits of the second class
+    other_labels  how many of the first class are said to be of the second, in the same folds
     """
     labels, patients, slides, made = cohort(folds, fold_seed)
+    labels[np.flatnonzero(labels == 0)[:other_labels]] = 1
     classes = ["IDC", "ILC"]
     parts, results = [], []
     for seed in seeds:

@@ -151,6 +151,7 @@ def test_the_bootstrap_follows_its_seed(runs: list[Path]) -> None:
             "folds differ: '5 folds by seed; 40 groups: slide' here, '",
         ),
         ({"seeds": (0, 1)}, "other seeds: 0, 1 against 0"),
+        ({"other_labels": 1}, "labels differ: fold 3 tests IDC 15, ILC 9 / IDC 16, ILC 8"),
         ({"classes": ["IDC", "other"]}, "other classes: IDC, other / IDC, ILC"),
     ],
 )
@@ -241,6 +242,15 @@ def test_settings_that_differ_are_told(tmp_path: Path) -> None:
     ]
     (note,) = [n for n in report_of(*folders)["families"][0]["notes"] if "settings" in n]
     assert note == "dcae-f32+kmeans: other settings than original: lr 0.001 against 0.0001."
+
+
+def test_patches_of_another_size_are_told(tmp_path: Path) -> None:
+    folders = [
+        classify(tmp_path / "original", ORIGINAL | {"patch_px": [224, 256]}),
+        classify(tmp_path / "dcae", network(patch_px=[128, 128])),
+    ]
+    (note,) = [n for n in report_of(*folders)["families"][0]["notes"] if "px" in n]
+    assert note.startswith("dcae-f32+kmeans: patches of 128x128 px against 256x224 px of original")
 
 
 # --- the paper

@@ -11,6 +11,7 @@ from latentds_tools.comparison.run_reading import Cell, RunRow
 from latentds.errors import InputError
 from latentds.evaluation.patchsets.patch_set_config import PatchInput
 from latentds.evaluation.predictions import join_predictions, read_predictions
+from latentds.evaluation.records import FoldResult
 from latentds.evaluation.statistics import (
     FOLD_DRAWS,
     GROUP_DRAWS,
@@ -126,9 +127,20 @@ def why_not(row: RunRow, reference: RunRow, metric: str) -> str:
         if seeds[0] != seeds[1]:
             return f"other seeds: {words(seeds[0])} against {words(seeds[1])}"
         return f"{len(ours)} results against {len(theirs)}: some folds lack"
+    for cell in ours:
+        counts = [class_counts(one.cells[cell]) for one in (row, reference)]
+        if all(counts) and counts[0] != counts[1]:
+            told = " / ".join(words([f"{n} {c}" for n, c in each.items()]) for each in counts)
+            return f"labels differ: fold {cell[1]} tests {told}"
     if metric not in row.metrics() or metric not in reference.metrics():
         return f"{metric} is not among the scores of both"
     return ""
+
+
+def class_counts(fold: FoldResult) -> dict[str, Any]:
+    """Tested items by class; empty where a run does not tell."""
+    counted = {name: values.get("support") for name, values in fold["per_class"].items()}
+    return {name: count for name, count in counted.items() if count is not None}
 
 
 def differing_folds(row: RunRow, reference: RunRow) -> str:
@@ -159,8 +171,14 @@ def is_nested(value: Any) -> bool:
 
 
 def setting_notes(row: RunRow, reference: RunRow) -> list[str]:
-    """Settings and versions in which the two differ, in sentences."""
+    """Patch sizes, settings and versions in which the two differ, in sentences."""
     found = []
+    edges = [one.record.source.get("patch_px") for one in (row, reference)]
+    if all(edges) and edges[0] != edges[1]:
+        sizes = " px against ".join("x".join(map(str, reversed(px))) for px in edges)
+        found.append(
+            f"{row.name}: patches of {sizes} px of {reference.name}: a difference is of size too."
+        )
     for what in ("settings", "versions"):
         ours, theirs = getattr(row.record, what), getattr(reference.record, what)
         names = sorted(name for name in ours.keys() & theirs.keys() - FREE_SETTINGS)

@@ -425,6 +425,41 @@ def test_other_tools_folders_are_read(tmp_path):
         FeatureFolder(tmp_path / "20x", "uni")
 
 
+def test_a_batch_of_one_bag_is_a_bag(tmp_path):
+    import h5py
+
+    features, coords = np.random.rand(9, 6).astype(np.float32), np.arange(18).reshape(9, 2)
+    with h5py.File(tmp_path / "s.h5", "w") as file:
+        file["features"], file["coords"] = features[None], coords[None]
+    folder = FeatureFolder(tmp_path)
+    assert folder.sizes == {"s": 9} and folder.dim == 6
+    for rows in (None, np.array([7, 0, 3]), np.arange(2, 5)):
+        found = folder.bag("s", rows)
+        wanted = slice(None) if rows is None else rows
+        assert np.array_equal(found[0], features[wanted])
+        assert np.array_equal(found[1], coords[wanted])
+
+
+def test_a_job_is_found_by_the_folder_above_its_features(tmp_path):
+    write(tmp_path / "job" / "20x_256px" / "features_uni_v1" / "s.1.h5", encoder="uni_v1")
+    assert FeatureFolder(tmp_path / "job").embedder["name"] == "uni_v1"
+    extract(tmp_path / "ours" / "projection")
+    assert FeatureFolder(tmp_path / "ours").record is not None
+    write(tmp_path / "job" / "10x_256px" / "features_uni_v1" / "s.1.h5", encoder="uni_v1")
+    several = r"several folders \(10x_256px/features_uni_v1, 20x_256px/features_uni_v1\); give one"
+    with pytest.raises(InputError, match=several):
+        FeatureFolder(tmp_path / "job", "uni_v1")
+
+
+def test_clams_folder_is_found_and_its_tensors_are_told(tmp_path):
+    write(tmp_path / "clam" / "h5_files" / "s.h5")
+    (tmp_path / "clam" / "pt_files").mkdir()
+    torch.save(torch.ones(3, 6), tmp_path / "clam" / "pt_files" / "s.pt")
+    assert FeatureFolder(tmp_path / "clam", "uni").slides == ["s"]
+    with pytest.raises(InputError, match=r"have no coordinates: name the folder h5_files beside"):
+        FeatureFolder(tmp_path / "clam" / "pt_files")
+
+
 def test_another_tools_folder_beside_ours_is_its_own(tmp_path):
     extract(tmp_path)
     write(tmp_path / "features_res" / "s.h5", dim=4, encoder="res")

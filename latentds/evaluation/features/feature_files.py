@@ -146,7 +146,7 @@ def append(file: Any, name: str, part: np.ndarray, attributes: Mapping[str, Any]
 
 
 class FeatureFile:
-    """A feature file open for reading, ours or another tool's; a context manager.
+    """A feature file open for reading, ours or another tool's, (1, N, D) too; a context manager.
 
     raises  FormatError (with the path) for what is no such file: truncated, or features that are
             no float (N, D), or coordinates that are no (N, 2) of whole numbers
@@ -185,16 +185,18 @@ class FeatureFile:
         return found
 
     def check(self) -> None:
-        shape, dtype = self._features.shape, self._features.dtype
+        shape, dtype = rows_of(self._features), self._features.dtype
         if dtype.kind != "f" or len(shape) != 2 or not 0 < shape[1] <= MAX_DIM:
-            raise FormatError(f"{self.path}: 'features' is {dtype} {shape}, not floats (N, D)")
+            raise FormatError(
+                f"{self.path}: 'features' is {dtype} {shape}, not floats (N, D), a patch a row"
+            )
         for dataset in [part for part in (self._features, self._coords) if part is not None]:
             if wrong := expands_to(dataset, self.path):
                 raise FormatError(f"{self.path}: {dataset.name} {wrong}")
         if shape[0] > MAX_ROWS:
             raise FormatError(f"{self.path}: 'features' has {shape[0]} rows; refused")
         if self._coords is not None and (
-            self._coords.dtype.kind not in "iu" or self._coords.shape != (shape[0], 2)
+            self._coords.dtype.kind not in "iu" or rows_of(self._coords) != (shape[0], 2)
         ):
             raise FormatError(
                 f"{self.path}: 'coords' is {self._coords.dtype} {self._coords.shape}, not whole "
@@ -203,10 +205,10 @@ class FeatureFile:
 
     @property
     def dim(self) -> int:
-        return int(self._features.shape[1])
+        return int(self._features.shape[-1])
 
     def __len__(self) -> int:
-        return int(self._features.shape[0])
+        return int(self._features.shape[-2])
 
     def features(self, rows: np.ndarray | slice = slice(None)) -> np.ndarray:
         """Features float32 (n, D) of the rows asked for, in their order; no others are read."""
@@ -220,14 +222,15 @@ class FeatureFile:
 
     def read(self, dataset: Any, rows: np.ndarray | slice) -> np.ndarray:
         """Rows of a dataset, a block at a time; h5py takes ascending ones without repetitions."""
-        wanted, places = np.unique(np.arange(len(dataset))[rows], return_inverse=True)
-        found = np.empty((len(wanted), *dataset.shape[1:]), dataset.dtype)
+        wanted, places = np.unique(np.arange(len(self))[rows], return_inverse=True)
+        found = np.empty((len(wanted), dataset.shape[-1]), dataset.dtype)
         try:
             for start in range(0, len(wanted), BLOCK_ROWS):
                 block = wanted[start : start + BLOCK_ROWS]
                 is_run = block[-1] - block[0] == len(block) - 1
                 chosen = slice(block[0], block[-1] + 1) if is_run else block
-                found[start : start + len(block)] = dataset[chosen]
+                where = (0, chosen) if dataset.ndim > 2 else chosen
+                found[start : start + len(block)] = dataset[where]
         except (OSError, RuntimeError) as error:
             raise unreadable(self.path, error) from error
         return found if isinstance(rows, slice) and (rows.step or 1) > 0 else found[places]
@@ -250,6 +253,12 @@ class FeatureFile:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def rows_of(dataset: Any) -> tuple[int, ...]:
+    """Its shape, without the axis of length 1 that files of a batch of one bag have before rows."""
+    shape = tuple(dataset.shape)
+    return shape[1:] if len(shape) == 3 and shape[0] == 1 else shape
 
 
 def unreadable(path: Path, error: Exception) -> FormatError:

@@ -18,14 +18,15 @@ from latentds.evaluation.features.features_record import FeaturesRecord, compara
 from latentds.evaluation.features.layout import RECORD, SUFFIX, plain, slide_name
 from latentds.evaluation.features.slide_labels import read_left_out
 
-PREFIX = "features_"
+PREFIX, CLAM = "features_", "h5_files"
 
 
 class FeatureFolder:
     """Slides with features, each a bag.
 
     path      folder of `latentds features`, a job's folder of TRIDENT (`features_<embedder>/`
-              in it), or a folder of feature files itself (`features_uni/`, CLAM's `h5_files/`)
+              in it or in a folder below), a folder of feature files itself (`features_uni/`), or
+              CLAM's (`h5_files/`, or what has that)
     embedder  which features, where a folder has those of several embedders
     raises    InputError for no folder or no features in it, several embedders to choose from, an
               empty bag; FormatError for a damaged file; ContractError where files have features of
@@ -45,8 +46,7 @@ class FeatureFolder:
         self.record, self.folder = find_features(self.path, embedder)
         files = sorted(self.folder.glob(f"*{SUFFIX}"))
         if not files:
-            raise InputError(f"{self.folder}: no feature file ({SUFFIX}); make some with 'latentds "
-                             "features'")  # fmt: skip
+            raise InputError(f"{self.folder}: no feature file ({SUFFIX}); {remedy(self.folder)}")
         named = {slide_name(file) if self.record else file.stem: file for file in files}
         self.files = dict(sorted(named.items()))
         self.sizes: dict[str, int] = {}
@@ -145,18 +145,38 @@ def find_features(path: Path, embedder: str | None) -> tuple[FeaturesRecord | No
         if embedder is not None and embedder != name:
             raise ContractError(f"{place / RECORD}: features of {name!r}, not of {embedder!r}")
         return record, folder
-    folders = sorted(f for f in path.glob(f"{PREFIX}*") if f.is_dir()) or [path]
-    return None, choose_folder(path, folders, embedder)
+    chosen = choose_folder(path, feature_folders(path), embedder)
+    if path in (chosen, chosen.parent):
+        return None, chosen
+    return find_features(chosen, None)
+
+
+def feature_folders(path: Path) -> list[Path]:
+    """Folders of features in a folder or one below it, else itself."""
+    for pattern in (f"{PREFIX}*", CLAM, f"*/{PREFIX}*"):
+        if found := sorted(folder for folder in path.glob(pattern) if folder.is_dir()):
+            return found
+    return [path]
+
+
+def remedy(folder: Path) -> str:
+    """What to do about a folder without feature files."""
+    if any(folder.glob("*.pt")):
+        return f"its .pt files have no coordinates: name the folder {CLAM} beside it"
+    return "make some with 'latentds features'"
 
 
 def choose_folder(path: Path, folders: Sequence[Path], embedder: str | None) -> Path:
     """The folder of an embedder's features among those there."""
-    if embedder is not None and folders[0] != path:
+    if embedder is not None and folders[0].name.startswith(PREFIX) and folders[0] != path:
         wanted = f"{PREFIX}{plain(embedder)}"
         folders = [folder for folder in folders if folder.name == wanted] or folders[:0]
         if not folders:
             raise InputError(f"{path}: no folder {wanted}; name an embedder that is there")
     if len(folders) > 1:
-        names = ", ".join(folder.name.removeprefix(PREFIX) for folder in folders)
+        places = (folder.relative_to(path).as_posix() for folder in folders)
+        names = ", ".join(place.removeprefix(PREFIX) for place in places)
+        if len({folder.name for folder in folders}) < len(folders):
+            raise InputError(f"{path}: features in several folders ({names}); give one of these")
         raise InputError(f"{path}: features of several embedders ({names}); name one of them")
     return folders[0]

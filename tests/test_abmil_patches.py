@@ -243,6 +243,21 @@ def test_slides_left_out_of_the_features_are_told(run, original_run, tmp_path):
     assert record.notes == ["1 slides have no features: 's99'."]
 
 
+@pytest.mark.parametrize("is_on_the_fly", [False, True])
+def test_folds_drawn_across_the_sets_own_splits_are_told(
+    run, shared_tiles, tmp_path, is_on_the_fly
+):
+    for path in sorted(shared_tiles.rglob("*.png")):
+        part = "test" if "s03" in path.name else "train"
+        (tmp_path / "in" / part / path.parent.name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, tmp_path / "in" / part / path.parent.name)
+    options: dict[str, Any] = {"epochs": 1, "folds": 2, "select": "last", "name_pattern": PATTERN}
+    record = read_record(
+        run(tmp_path / "in", tmp_path / "run", on_the_fly=is_on_the_fly, **options)
+    )
+    assert any("own splits (test 1, train 11) play no part" in note for note in record.notes)
+
+
 def test_no_pixels_are_kept_where_they_are_read_once(shared_tiles, tmp_path):
     config = AbmilConfig(data=shared_tiles, embedder="uni", out=tmp_path, name_pattern=PATTERN)
     patches = open_data(config, torch.device("cpu"))

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,15 @@ from latentds.sources.slide_names import NameIndex, some
 CLAM_FILE = re.compile(r"splits_(\d+)\.csv")
 FOLD_COLUMN = re.compile(r"fold_(\d+)")
 PATHO_BENCH = "k=all.tsv"  # the name that Patho-Bench gives it
+
+
+def note_splits(own: Iterable[str], remedy: str) -> list[str]:
+    """That folds are drawn across a set's own splits, where it has several."""
+    counts = Counter(name for name in own if name)
+    if len(counts) < 2:
+        return []
+    told = ", ".join(f"{name} {count:,}" for name, count in sorted(counts.items()))
+    return [f"the set's own splits ({told}) play no part, folds are drawn from all; {remedy}"]
 
 
 def write_clam_splits(folder: Path, folds: Sequence[Fold], slides: Sequence[str]) -> list[Path]:

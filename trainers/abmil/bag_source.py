@@ -20,7 +20,7 @@ from latentds.evaluation.features.extraction import extract_features, named_slid
 from latentds.evaluation.features.extraction_options import FeatureOptions
 from latentds.evaluation.features.folder import FeatureFolder
 from latentds.evaluation.features.live import LiveFeatures
-from latentds.evaluation.features.slide_labels import labels_beside
+from latentds.evaluation.features.slide_labels import labels_beside, read_lines
 from latentds.evaluation.groups import (
     LabelledSlides,
     groups_of,
@@ -29,6 +29,7 @@ from latentds.evaluation.groups import (
 )
 from latentds.evaluation.patchsets.patch_set_config import PatchInput, recorded_settings
 from latentds.evaluation.patchsets.patches import PatchSet
+from latentds.evaluation.splits import note_splits
 from latentds.sources.slide_names import some
 from latentds.store.format import sorted_names
 
@@ -149,6 +150,9 @@ def open_labelled(
         folder = given = on_all_ranks(lambda: FeatureFolder(place, embedder=name))
         slides = on_all_ranks(lambda: label_slides(config, given.slides, given, patches))
         plan(slides)
+    if config.splits is None:
+        own = on_all_ranks(lambda: own_splits(slides.slides, folder, patches))
+        slides.notes.extend(note_splits(own, "--splits takes files of CLAM's or Patho-Bench's"))
     return LabelledBags(bags=FeatureBags(folder, config.cache_gb), slides=slides, patches=patches)
 
 
@@ -229,6 +233,18 @@ def label_slides(
         groups=config.groups,
         patients=patients,
     )
+
+
+def own_splits(
+    slides: list[str], folder: FeatureFolder | LiveFeatures, patches: PatchSet | None
+) -> list[str]:
+    """The split that is recorded with every slide, of all its patches; "" where none is."""
+    if isinstance(folder, FeatureFolder) and folder.record:
+        lines = read_lines(folder.folder.parent)
+        return [lines[slide].split if slide in lines else "" for slide in slides]
+    if patches is None:
+        return []
+    return [patches.table.splits[patches.rows_of(slide)[0]] for slide in slides]
 
 
 def patients_of(patches: PatchSet | None, slides: list[str]) -> list[str | None]:

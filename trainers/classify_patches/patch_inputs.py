@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,7 @@ from latentds.errors import InputError
 from latentds.evaluation.folds import Fold, fixed_test_folds, stratified_group_folds
 from latentds.evaluation.groups import groups_of
 from latentds.evaluation.patchsets.open_patch_sets import open_patches
+from latentds.evaluation.splits import note_splits
 from latentds.sources.slide_names import some
 
 if TYPE_CHECKING:
@@ -124,21 +124,10 @@ def open_labelled(config: ClassifyConfig) -> LabelledPatches:
         notes=notes,
     )
     check_classes(found, config.protocol, config.test_data)
-    found.notes.extend(note_splits(table.splits, config.protocol))
+    drawn = [name for name in table.splits if config.protocol == "kfold" or name != TEST]
+    remedy = "--protocol val7k tests on the split test, --split NAME takes one"
+    found.notes.extend(note_splits(drawn, remedy))
     return found
-
-
-def note_splits(splits: Sequence[str], protocol: str) -> list[str]:
-    """That folds are drawn across the set's own splits, where it has several."""
-    counts = Counter(name for name in splits if protocol == "kfold" or name != TEST)
-    if len(counts) < 2:
-        return []
-    told = ", ".join(f"{name} {count:,}" for name, count in sorted(counts.items()))
-    remedy = "--protocol val7k tests on the split test, " if TEST in counts else ""
-    return [
-        f"the set's own splits ({told}) play no part: {protocol} draws its folds from all of them; "
-        f"{remedy}--split NAME takes one"
-    ]
 
 
 def groups_of_test_set(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -51,8 +53,24 @@ def test_of_ones_own_pictures_every_twentieth_is_judged_by(own_tiles):
     assert torch.equal(tiles.held_out, middles([smooth_picture(19, 264)]))
 
 
+def test_pictures_of_any_suffix_are_tiles(tmp_path):
+    for number, suffix in enumerate(["jpeg", "JPG", "tif", "webp"] * 5):
+        picture = Image.fromarray(smooth_picture(number, 264))
+        picture.save(tmp_path / f"{number:02d}.{suffix}")
+    (tmp_path / "labels.csv").write_text("path\n")
+    tiles = read_tiles(tmp_path)
+    assert len(tiles.pictures["tiles"]) == 19 and len(tiles.held_out) == 1
+
+
+def test_a_picture_of_no_use_is_named(own_tiles, tmp_path):
+    folder = Path(shutil.copytree(own_tiles, tmp_path / "tiles"))
+    Image.fromarray(np.zeros((264, 264), np.uint16)).save(folder / "03.png")
+    with pytest.raises(InputError, match=r"03\.png: mode I;16.*; repair it or take it out"):
+        read_tiles(folder)
+
+
 def test_too_few_pictures_are_refused(tmp_path):
-    with pytest.raises(InputError, match=r"too few pictures .*; at least 20"):
+    with pytest.raises(InputError, match="too few pictures; at least 20"):
         read_tiles(tmp_path)
 
 

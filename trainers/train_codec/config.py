@@ -46,7 +46,7 @@ class CodecOptions:
 
     tiles: Path
     """The assets' folder (segmentation/, classification/, tiles/, tiles_open/, wsi/), any folder of
-    PNG and JPEG pictures of 256 px or more (every twentieth is judged by), or a file that `--pack`
+    pictures of 256 px or more (every twentieth is judged by), or a file that `--pack`
     wrote."""
     pack: Path | None = None
     """Write what fits of the tiles into this file, at most 55 MB, and end."""

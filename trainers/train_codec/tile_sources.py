@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from latentds.errors import InputError
+from latentds.sources.picture_decoding import picture_suffixes
 
 # Patients that no crop is drawn from: glioblastoma, and breast of three hospitals.
 HELD_OUT = ("TCGA-FG-A4MU", "TCGA-A7-A0DB", "TCGA-OL-A66N", "TCGA-A8-A08B")
@@ -90,7 +91,7 @@ def list_tiles(root: Path) -> tuple[dict[str, list[Path]], list[Path]]:
     is_open = all((root / folder).exists() for s in SOURCES.values() for folder in s.folders)
     sources, held_out = list_open(root) if is_open else list_own(root)
     if not held_out or not all(sources.values()):
-        raise InputError(f"{root}: too few pictures (.png, .jpg); at least {OWN_HELD_OUT}")
+        raise InputError(f"{root}: too few pictures; at least {OWN_HELD_OUT}")
     return sources, held_out
 
 
@@ -123,8 +124,11 @@ def list_own(root: Path) -> tuple[dict[str, list[Path]], list[Path]]:
 
 
 def picture_files(path: Path) -> list[Path]:
-    """PNG and JPEG files below a folder, sorted; a file is itself."""
-    return [path] if path.is_file() else sorted(path.rglob("*.[pj][np]g"))
+    """Pictures below a folder, sorted; a file is itself."""
+    if path.is_file():
+        return [path]
+    suffixes = picture_suffixes()
+    return sorted(file for file in path.rglob("*") if file.suffix.lower() in suffixes)
 
 
 def attribution_of(names: Iterable[str]) -> tuple[str, ...]:

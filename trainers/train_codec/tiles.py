@@ -23,8 +23,9 @@ from latentds_trainers.train_codec.tile_sources import list_tiles, shares_of
 from PIL import Image
 from torch import Tensor
 
-from latentds.core.storage import open_picture, pixels_of, write_atomically
+from latentds.core.storage import open_picture, write_atomically
 from latentds.errors import InputError, missing_extra
+from latentds.sources.picture_decoding import read_picture
 
 JUDGED_PX = 256  # edge of what is judged, cut from a picture's middle
 HELD_OUT = "held_out"  # what a pack calls the pictures that are judged by
@@ -64,7 +65,7 @@ def read_tiles(path: Path) -> Tiles:
         name: [picture for file in files for picture in read_pictures(file)]
         for name, files in sources.items()
     }
-    return Tiles(pictures, shares_of(sources), middles([pixels_of(file) for file in held_out]))
+    return Tiles(pictures, shares_of(sources), middles([pixels_in(file) for file in held_out]))
 
 
 def pack_tiles(path: Path, pack: Path) -> None:
@@ -77,7 +78,7 @@ def pack_tiles(path: Path, pack: Path) -> None:
         name: [piece for file in files for piece in pieces_of(file)]
         for name, files in sources.items()
     }
-    judged = middles([pixels_of(file) for file in held_out]).mul(255).round().byte()
+    judged = middles([pixels_in(file) for file in held_out]).mul(255).round().byte()
     kept = [webp(picture) for picture in judged.permute(0, 2, 3, 1).numpy()]
     write_pack(pack, pieces, shares_of(sources), {HELD_OUT: kept})
 
@@ -85,13 +86,21 @@ def pack_tiles(path: Path, pack: Path) -> None:
 def read_pictures(path: Path) -> list[np.ndarray]:
     """The picture of a file; of a slide, all of its finest level."""
     if path.suffix != ".svs":
-        return [pixels_of(path)]
+        return [pixels_in(path)]
     try:
         import openslide
     except ModuleNotFoundError as error:
         raise missing_extra("openslide-python", "slides") from error
     with openslide.OpenSlide(path) as slide:
         return [np.asarray(slide.read_region((0, 0), 0, slide.dimensions).convert("RGB"))]
+
+
+def pixels_in(path: Path) -> np.ndarray:
+    """Pixels uint8 (H, W, 3) of a picture; InputError that names one of no use."""
+    try:
+        return read_picture(path, MAX_PIXELS)[0]
+    except InputError as error:
+        raise InputError(f"{path}: {error}; repair it or take it out of the folder") from error
 
 
 def middles(pictures: list[np.ndarray]) -> Tensor:
@@ -110,7 +119,7 @@ def middles(pictures: list[np.ndarray]) -> Tensor:
 
 def pieces_of(path: Path) -> list[bytes]:
     """What a pack holds of a file: a JPEG as it is, another picture in squares without loss."""
-    if path.suffix in (".jpg", ".jpeg"):
+    if path.suffix.lower() in (".jpg", ".jpeg"):
         return [path.read_bytes()]
     return [webp(square) for picture in read_pictures(path) for square in squares(picture)]
 

@@ -255,6 +255,12 @@ def test_fields_agree_whatever_the_pixels(sets):
     check_fields([ShardSet(sets[name]) for name in ("tiny-a", "tiny-b", "tiny-large", "mean")])
 
 
+@pytest.mark.parametrize("kind", [list, lambda folders: dict.fromkeys(folders, 1.0)])
+def test_several_sets_that_are_no_mixture_are_refused(sets, kind):
+    with pytest.raises(TypeError, match=r"or Mixture\(\{folder: weight, \.\.\.\}\)$"):
+        LatentLoader(kind([sets["tiny-a"], sets["tiny-b"]]))
+
+
 def test_what_is_not_recorded_is_warned_of_once(sets, caplog):
     shards = [ShardSet(sets[name]) for name in ("tiny-a", "unknown")]
     with caplog.at_level(logging.WARNING):

@@ -28,7 +28,7 @@ from latentds.core.storage import digest_json
 from latentds.errors import DamagedPackError, TooManyBadSamplesError
 from latentds.loading.batch import Batch, Collator
 from latentds.loading.fields_of_view import warn_of_fields
-from latentds.loading.options import Mixture, Order, Select, answering, check_group
+from latentds.loading.options import Mixture, Order, Select, answering, as_mixture, check_group
 from latentds.loading.order import STATE_VERSION, Batching, LoaderState, check_state
 from latentds.loading.sampling import (
     BALANCED,
@@ -99,7 +99,7 @@ class LatentDataset(IterableDataset[Batch]):
         order: Order = Order(),
     ) -> None:
         check_asked(decode, bool(normalize), shuffle, select, order)
-        self.mixture = folder if isinstance(folder, Mixture) else Mixture({folder: 1.0})
+        self.mixture = as_mixture(folder)
         self.sets = [ShardSet(part, cache=cache) for part in self.mixture.folders]
         self.split, self.shuffle, self.seed, self.max_bad = split, shuffle, seed, max_bad
         self.where, self.balance = select.where, select.balance

@@ -167,6 +167,15 @@ class Mixture:
         self.epoch_patches = epoch_patches
 
 
+def as_mixture(folder: str | os.PathLike[str] | Mixture) -> Mixture:
+    """A mixture, or one of a single set; TypeError for several sets that are none."""
+    if isinstance(folder, Mixture):
+        return folder
+    if not isinstance(folder, (str, os.PathLike)):
+        raise TypeError(f"{folder!r}: pass a set's folder, or Mixture({{folder: weight, ...}})")
+    return Mixture({folder: 1.0})
+
+
 class Vocabulary:
     """What the numbers of several sets mean together.
 

@@ -1,14 +1,14 @@
-"""Attention-based multiple-instance learning over folds: what a slide's patches say of its label.
+"""Attention-based multiple-instance learning over folds: a slide's label from its patches.
 
     deepspeed --module latentds_trainers.abmil --bags brca-features/ --labels labels.csv \\
         --folds 10 --out runs/abmil
     python -m latentds_trainers.abmil --data tma-latents/ --embedder uni --labels labels.csv \\
         --folds 5 --heat-maps 4 --out runs/tma
 
-A bag is a slide's features, one vector a patch: from files in TRIDENT's or CLAM's layout, or made
-of patches, once and for OUT/features or each time anew (--on-the-fly). Folds keep patients
-together; the fold after the tested one validates. Every fold is a run of its own in OUT/fold-<i>,
-skipped when it is finished; the same command goes on after an interruption. The result lands in
+A bag is the features of one slide, one vector a patch. Features come from files in TRIDENT's or
+CLAM's layout, or from patches, once for OUT/features or at every draw (--on-the-fly). Folds keep
+patients together; the fold after the tested one validates. Every fold has its folder OUT/fold-<i>.
+The same command resumes after an interruption and skips finished folds. The result is in
 OUT/result.json, predictions.csv and splits/.
 """
 

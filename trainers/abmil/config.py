@@ -82,59 +82,59 @@ PRESETS = {
 class AbmilConfig(PatchInput):
     """Classify slides by attention over their patches' features, in a cross-validation.
 
-    Options of a model or a schedule that are not given are the preset's: `settings` has them all.
+    The preset sets the options of model and schedule that are not given; `settings` has them all.
     """
 
     out: Path
-    """Folder of the run. The same command run again goes on, and skips folds that are finished."""
+    """Folder of the run. The same command continues the run and skips finished folds."""
     bags: Path | None = None
-    """Features, one file a slide: what 'latentds features' wrote, TRIDENT's job or features folder,
-    CLAM's h5_files folder."""
+    """Features, one file a slide: a folder of 'latentds features', TRIDENT's job or features
+    folder, or CLAM's h5_files folder."""
     data: Path | None = None  # type: ignore[assignment]
-    """Instead of --bags: patches (originals as 'latentds convert' takes them, or latents), whose
-    features are made once and kept in OUT/features, or see --on-the-fly. With --bags: what heat
-    maps show."""
+    """Patches instead of --bags: originals as 'latentds convert' takes them, or latents. Their
+    features are computed once and kept in OUT/features (but see --on-the-fly). With --bags: the
+    patches that heat maps show."""
     embedder: str | None = None
-    """With --data: what makes the features (uni, phikon-v2, efficientnet-lite0, timm:NAME, ...).
-    With --bags: whose features, where the folder has several."""
+    """With --data: the embedder of the features (uni, phikon-v2, efficientnet-lite0, timm:NAME,
+    ...). With --bags: which features to take, if the folder has several."""
     on_the_fly: bool = False
-    """With --data: keep no features on the disk. Bags that fit --cache-gb are embedded once and
-    stay in memory; of the others the patches drawn (--max-patches) are embedded anew at every draw,
-    and all of them at every validation."""
+    """With --data: write no features to disk. Bags that fit --cache-gb are embedded once and stay
+    in memory. Patches of other bags (--max-patches) are embedded at every draw, and all of them at
+    every validation."""
     labels: Path | None = None
-    """CSV: slide_id (or slide, bag), label, and case_id (or patient, group, tma_core) where that is
-    known. Without, the labels that --data records, or the labels.csv that 'latentds features' left
-    in --bags."""
+    """CSV: slide_id (or slide, bag), label, and case_id (or patient, group, tma_core) if known. By
+    default the labels recorded in --data, or the labels.csv that 'latentds features' wrote to
+    --bags."""
     allow_subset: bool = False
-    """Go on where slides have no label or labels no slide; without, that is refused."""
+    """Permit slides without a label and labels without a slide, which are refused otherwise."""
     folds: int = 10
-    """Folds of the cross-validation, patients kept together and classes balanced."""
+    """Folds of the cross-validation; patients stay together, classes are balanced."""
     splits: Path | None = None
-    """Instead of --folds: a folder of CLAM's splits_<i>.csv, one such file, or Patho-Bench's
+    """Splits instead of --folds: a folder of CLAM's splits_<i>.csv, one such file, or Patho-Bench's
     TSV."""
     seed: int = 0
     """Seed of the folds, the first weights and the draws."""
     repeats: int = 1
-    """Trainings of every fold, with seeds from --seed upwards; the folds stay."""
+    """Trainings of every fold on the same split, with seeds from --seed upwards."""
     preset: Literal["clam", "patho-bench", "ilse"] = "clam"
     """clam: gated, hidden 512, attention 256, three dropouts of 0.25, Adam 1e-4, weight decay 1e-5,
-    up to 200 epochs, stopped after 50 at the earliest when validation loss has not fallen for 20,
-    best weights, classes drawn equally often. patho-bench: not gated, attention 512 between layers
-    of GELU as wide as the features, dropouts 0.1, 0.25, 0.1, AdamW 3e-4, cosine, 20 epochs, 2048
+    at most 200 epochs, stopped after epoch 50 if validation loss has not fallen for 20, best
+    weights, classes drawn equally often. patho-bench: not gated, attention 512 between layers of
+    GELU as wide as the features, dropouts 0.1, 0.25, 0.1, AdamW 3e-4, cosine, 20 epochs, 2048
     patches a bag, weighted loss, last weights. ilse: gated, hidden 500, attention 128, no dropout,
     Adam 5e-4, weight decay 1e-4, 20 epochs, last weights."""
     hidden: int | None = None
-    """Width of the layer that features go through first; by patho-bench the features' own."""
+    """Width of the first layer; with patho-bench that of the features."""
     attention: int | None = None
-    """Width of the attention's own layer."""
+    """Width of the attention layer."""
     dropout: float | None = None
-    """Dropout of the first layer, and of the one after the mean."""
+    """Dropout of the first layer, and of the layer after the mean."""
     attention_dropout: float | None = None
     """Dropout of the attention's branches."""
     activation: Literal["relu", "gelu"] | None = None
-    """Activation of the first layer, and of the one after the mean."""
+    """Activation of the first layer, and of the layer after the mean."""
     post_attention: bool | None = None
-    """A layer between the weighted mean and the logits."""
+    """Add a layer between the weighted mean and the logits."""
     gated: bool | None = None
     """Multiply the attention's tanh branch by a sigmoid one."""
     optimizer: Literal["adam", "adamw"] | None = None
@@ -142,40 +142,40 @@ class AbmilConfig(PatchInput):
     weight_decay: float | None = None
     schedule: Literal["constant", "cosine"] | None = None
     epochs: int | None = None
-    """At most; an epoch draws as many bags as the fold trains on."""
+    """Epochs at most; an epoch draws as many bags as the fold trains on."""
     min_epochs: int | None = None
-    """Epochs before which early stopping does not end a fold."""
+    """Epochs before early stopping may end a fold."""
     patience: int | None = None
-    """Epochs without a lower validation loss after which it does."""
+    """Epochs without a lower validation loss before early stopping ends a fold."""
     select: Literal["best", "last"] | None = None
-    """best: weights of the lowest validation loss, with early stopping; last: those of the last
-    epoch, validation figures only told."""
+    """best: weights of the lowest validation loss, with early stopping; last: weights of the last
+    epoch."""
     balance: Literal["draws", "loss", "none"] | None = None
-    """Against unequal classes: draw bags of each equally often, or weigh the loss."""
+    """How to balance unequal classes: draw bags of each class equally often, or weigh the loss."""
     max_patches: int | None = None
-    """Patches of a bag in training, chosen anew at every draw; validation and test take all."""
+    """Patches of a bag in training, drawn again each time; validation and test take all."""
     batch_size: int = 1
-    """Bags a rank takes in one forward pass."""
+    """Bags of a rank in one forward pass."""
     accumulation: int = 1
     """Forward passes whose gradients are averaged into one step."""
     clip: float | None = None
-    """Gradient norm beyond which gradients are scaled down to it."""
+    """Gradient norm at most; larger gradients are scaled down to it."""
     precision: Literal["fp32", "autocast"] = "fp32"
-    """autocast: training in bfloat16 where torch holds that safe; figures are always float32."""
+    """autocast: training in bfloat16 where torch holds that safe; scores are always float32."""
     save_every: int = 10
     """Epochs between checkpoints of a fold."""
     cache_gb: float = 4.0
-    """Features a rank keeps in memory, in GB; the others are read from their files each time, or
-    made anew (--on-the-fly)."""
+    """Features that a rank keeps in memory, in GB; other features are read from their files each
+    time, or computed again (--on-the-fly)."""
     embed_batch: int = 64
     """Patches embedded at a time, with --data."""
     heat_maps: int = 0
-    """Draw the attention of so many tested slides, spread over folds and classes, to
-    OUT/heat_maps."""
+    """Number of tested slides whose attention is drawn to OUT/heat_maps, spread over folds and
+    classes."""
     heat_map_slides: tuple[str, ...] = ()
-    """Draw the attention of these slides."""
+    """Slides whose attention is drawn."""
     tensorboard: bool = False
-    """Write TensorBoard events of every fold as well."""
+    """Also write TensorBoard events of every fold."""
     json: bool = False
     """Print the result as JSON instead of a table."""
 

@@ -7,10 +7,10 @@
         --arch resnet18 --epochs 10 --out runs/nct-jpeg10-resnet18
 
 Data are originals, originals through a codec, or latents: with the same folds, seed and settings
-only the source of the pixels differs. Folds keep groups together wherever groups are known. Colour
-histograms are classified beside, which tells what colour alone reaches. One process (`python -m`)
-or many ranks; a killed run goes on by the same command. The result lands in OUT/result.json and
-predictions.csv; 'latentds compare' sets runs side by side.
+only the source of the pixels differs. Folds keep groups together if groups are known. Colour
+histograms are classified as well, as a baseline of colour alone. One process (`python -m`) or many
+ranks; the same command resumes a killed run. The result is in OUT/result.json and predictions.csv;
+'latentds compare' sets runs side by side.
 """
 
 from __future__ import annotations

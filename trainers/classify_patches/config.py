@@ -35,44 +35,45 @@ class ClassifyConfig(PatchInput):
     """Classify patches: a probe of frozen features, or a network of timm trained as a whole."""
 
     out: Path
-    """Folder of the run. The same command run again goes on, and skips folds that are finished.
-    With several nodes, a folder all of them see."""
+    """Folder of the run. The same command continues the run and skips finished folds. Several nodes
+    need a folder that all of them see."""
     probe: Literal["linear", "eva", "knn", "finetune"] = "linear"
     """linear: logistic regression of an embedder's features, as UNI's authors do; eva: a linear
     layer trained by AdamW and stopped by validation, as the eva benchmark does; knn: nearest
-    neighbours of the features; finetune: all of a network of timm."""
+    neighbours of the features; finetune: a whole network of timm."""
     embedder: str | None = None
-    """Whose features are probed: uni, phikon-v2, efficientnet-lite0, timm:NAME, nic:FILE, ..., each
-    with @PATH for local weights; or a backbone's folder, as 'pretrain' leaves it."""
+    """Embedder whose features are probed: uni, phikon-v2, efficientnet-lite0, timm:NAME, nic:FILE,
+    ..., each with @PATH for local weights; or a backbone folder of 'pretrain'."""
     input: Literal["images", "latents"] = "images"
-    """latents: the network reads latents, nothing is decoded. With --probe finetune a ViT of timm
-    behind a latent stem; else a backbone that was pretrained on latents. Colour histograms are of
-    decoded pixels all the same."""
+    """latents: the network reads latents without decoding: with --probe finetune a ViT of timm
+    behind a latent stem, else a backbone that was pretrained on latents. Colour histograms still
+    use decoded pixels."""
     protocol: Literal["kfold", "val7k", "intra100k"] = "kfold"
-    """kfold: every patch is tested once. val7k: trained on all folds but one, tested on the test
-    split or --test-data each time, as with CRC-VAL-HE-7K. intra100k: kfold without the test
+    """kfold: every patch is tested once. val7k: each fold trains on all folds but one and tests on
+    the test split or --test-data, as with CRC-VAL-HE-7K. intra100k: kfold without the test
     split."""
     test_data: Path | None = None
-    """Test set of --protocol val7k where it is a folder of its own; all of --data is trained on."""
+    """Test set of --protocol val7k, if it is a separate folder; training then uses all of
+    --data."""
     folds: int = 10
-    """Folds; classes balanced over them, groups kept together. With --probe eva the fold after the
-    tested one validates; under val7k the one that is left out does."""
+    """Folds; classes are balanced, groups stay together. With --probe eva the fold after the tested
+    one validates; under val7k the fold that is left out validates."""
     seed: int = 0
     """Seed of the folds, the first weights and the draws."""
     penalty: Literal["norm", "squared"] = "norm"
     """Penalty of --probe linear, with cost = features * classes / 100. norm: mean cross-entropy +
-    |W| / (2 cost), as UNI's code has it. squared: + |W|^2 / (2 cost), scikit-learn's with
-    C = cost / patches."""
+    |W| / (2 cost), as in UNI's code. squared: + |W|^2 / (2 cost), scikit-learn's with C = cost /
+    patches."""
     standardize: bool = False
-    """Bring features to mean 0 and deviation 1 over the training patches first; UNI does not."""
+    """First scale features to mean 0 and deviation 1 over the training patches; UNI does not."""
     neighbours: int = 20
     """Neighbours that vote in --probe knn; UNI's authors take 20."""
     arch: str | None = None
-    """With --probe finetune: resnet18, vit_small_patch16_224, or any other network of timm."""
+    """Network of timm for --probe finetune: resnet18, vit_small_patch16_224, ..."""
     weights: str = "random"
-    """What --probe finetune starts from: random, timm (its pretrained weights, from the Hub), or a
+    """First weights of --probe finetune: random, timm (its pretrained weights, from the Hub), or a
     file (.safetensors, or a torch file of tensors). The head is always new. The options from here
-    to --zero-stage, but for --batch-size, are of --probe finetune too."""
+    to --zero-stage, except --batch-size, also belong to --probe finetune."""
     epochs: int = 10
     """Passes over a fold's training patches; the last weights are tested."""
     lr: float = 3e-4
@@ -83,19 +84,19 @@ class ClassifyConfig(PatchInput):
     schedule: Literal["constant", "cosine"] = "cosine"
     """After the warm-up: constant, or half a cosine to zero at the last step."""
     jitter: float = 0.1
-    """Share by which brightness, contrast and saturation of training images change at most. They
-    are flipped, and turned by right angles, besides; nothing else is done to latents."""
+    """Largest share by which brightness, contrast and saturation of training images change. Images
+    are also flipped and turned by right angles; latents are only flipped and turned."""
     augment: bool = True
-    """Change training images at all."""
+    """Augment training images."""
     batch_size: int = 64
-    """Images a rank takes at once, in training and to make features."""
+    """Images of a rank in one forward pass, in training and for features."""
     accumulation: int = 1
     """Forward passes whose gradients are averaged into one step."""
     clip: float | None = None
-    """Gradient norm beyond which gradients are scaled down to it."""
+    """Gradient norm at most; larger gradients are scaled down to it."""
     zero_stage: Literal[0, 1, 2, 3] = 0
-    """What DeepSpeed spreads over the ranks: 0 nothing, 1 optimizer state, 2 gradients too, 3
-    weights too."""
+    """What DeepSpeed divides among the ranks: 0 nothing, 1 optimizer state, 2 also gradients, 3
+    also weights."""
     precision: Literal["fp32", "autocast"] = "fp32"
     """autocast: operations in bfloat16 where torch holds that safe, of the embedder too."""
     save_every: int = 1000
@@ -103,7 +104,7 @@ class ClassifyConfig(PatchInput):
     log_every: int = 10
     """Steps between lines of a fold's log.jsonl."""
     tensorboard: bool = False
-    """Write TensorBoard events of every fold as well."""
+    """Also write TensorBoard events of every fold."""
     json: bool = False
     """Print the result as JSON instead of a table."""
 

@@ -24,31 +24,31 @@ class EngineOptions:
     panel = "engine"
 
     out: Path
-    """Folder of the run: checkpoints/, log.jsonl, config.json, samples/. The same command run again
-    goes on from its newest checkpoint. With several nodes, a folder all of them see."""
+    """Folder of the run: checkpoints/, log.jsonl, config.json, samples/. The same command continues
+    from its newest checkpoint. Several nodes need a folder that all of them see."""
     clip: float | None = None
-    """Gradient norm beyond which gradients are scaled down to it."""
+    """Gradient norm at most; larger gradients are scaled down to it."""
     spike: float | None = None
-    """Leave out a step whose gradient norm is beyond this many times `clip` (ZeRO 0 only)."""
+    """Skip a step whose gradient norm exceeds this many times `clip` (ZeRO 0 only)."""
     zero_stage: Literal[0, 1, 2, 3] = 0
-    """What DeepSpeed spreads over the ranks: 0 nothing, 1 optimizer state, 2 gradients too, 3
-    weights too."""
+    """What DeepSpeed divides among the ranks: 0 nothing, 1 optimizer state, 2 also gradients, 3
+    also weights."""
     precision: Literal["fp32", "autocast", "bf16"] = "fp32"
     """autocast: float32 weights, operations in bfloat16 where torch holds that safe; bf16: weights
     in bfloat16 with a float32 copy in the optimizer (ZeRO 1 to 3)."""
     seed: int = 0
     save_every: int = 1000
-    """Steps between checkpoints; validation figures are taken then too."""
+    """Steps between checkpoints, which also compute validation figures."""
     save_minutes: float | None = None
-    """Minutes after which a checkpoint is due as well: for time that may be cut off."""
+    """Save a checkpoint after so many minutes as well, for jobs with a time limit."""
     keep: int = 2
-    """Checkpoints kept, the newest ones."""
+    """Newest checkpoints to keep."""
     log_every: int = 10
     """Steps between lines of log.jsonl."""
     sample_every: int | None = None
-    """Steps between sample pictures; none without."""
+    """Steps between sample pictures; no pictures by default."""
     tensorboard: bool = False
-    """Write TensorBoard events to tensorboard/ as well."""
+    """Also write TensorBoard events to tensorboard/."""
 
     def __post_init__(self) -> None:
         check_ranges(
@@ -74,9 +74,9 @@ class TrainConfig(EngineOptions):
     """
 
     steps: int
-    """Optimizer steps; warm-up, schedule and every `..._every` count in them too."""
+    """Optimizer steps; warm-up, schedule and every `..._every` count in the same steps."""
     batch_size: int
-    """Images a rank takes in one forward pass."""
+    """Images of a rank in one forward pass."""
     accumulation: int = 1
     """Forward passes whose gradients are averaged into one optimizer step."""
     lr: float

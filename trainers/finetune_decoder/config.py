@@ -41,69 +41,69 @@ ADAM_BETAS = (0.5, 0.9)  # latent-diffusion, ldm/models/autoencoder.py
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(TrainConfig):
-    """Fine-tune a decoder for latents that stay as they are.
+    """Fine-tune a decoder for latents that do not change.
 
-    Defaults are the paper's where it tells, else those of the code it builds on.
+    Defaults are the paper's, or those of the code it builds on if the paper states none.
     """
 
     data: str | None = None
-    """Data set of latents (folder, hf://, s3://), with --originals; the decoder then learns to undo
-    its quantizer too."""
+    """Data set of latents (folder, hf://, s3://), with --originals; the decoder then also learns to
+    undo the set's quantizer."""
     split: str = "train"
     """Split of --data to train on."""
     originals: Path | None = None
-    """What --data was converted from: pictures, slides, coordinates, archives. Checked by the set's
-    golden patches."""
+    """Source of --data: pictures, slides, coordinates, archives. The set's golden patches are
+    compared with it."""
     slides: Path | None = None
-    """As for convert: slides that coordinates belong to."""
+    """Slides that coordinates belong to, as for convert."""
     root: Path | None = None
-    """As for convert: folder that a table's paths start from."""
+    """Folder to which a table's paths are relative, as for convert."""
     anonymize: Path | None = None
     """Key file of a set whose names are hashes."""
     pictures: tuple[Path, ...] = ()
-    """Instead of --data: folders of pictures, cropped at random and encoded on the fly; every
-    folder is drawn from equally often."""
+    """Folders of pictures instead of --data, cropped at random and encoded on the fly; every folder
+    is drawn from equally often."""
     picture_weights: tuple[float, ...] = ()
-    """How often each folder of --pictures is drawn from, relative to the others."""
+    """Relative frequency of each folder of --pictures."""
     held_out: str | None = None
-    """Regular expression: pictures of --pictures whose relative path matches are never trained on,
-    and are validated on."""
+    """Regular expression: pictures of --pictures whose relative path matches are used for
+    validation, never for training."""
     validate_on: tuple[Path, ...] = ()
-    """Further folders of held-out pictures to validate on."""
+    """More folders of held-out pictures for validation."""
     validate_split: str | None = None
-    """Split of --data to validate on, whole patches from its codes and originals; val or test where
-    the set has one and --validate-on is not given."""
+    """Split of --data for validation, as whole patches with their originals; by default val or
+    test, if the set has one and --validate-on is not given."""
     validate_crops: int = 24
-    """Pictures to validate on, one centre crop of each (or patches), spread over all that there
-    are."""
+    """Pictures (or patches) for validation, spread over all available ones, with one centre crop of
+    each picture."""
     validate_px: int = 256
-    """Edge of the crops of pictures, a multiple of the autoencoder's factor."""
+    """Edge of a picture's crop, a multiple of the autoencoder's factor."""
     quantize: bool = True
-    """Quantize what is encoded on the fly, by --codebook, by what ships with the autoencoder
-    (tiny-v1's levels, tiny-v2's records), or by levels fitted to crops of the pictures."""
+    """Quantize latents that are encoded on the fly, by --codebook, by the autoencoder's own
+    codebook (tiny-v1's levels, tiny-v2's records), or by levels fitted to crops of the pictures."""
     codebook: Path | None = None
     """Codebook file of the latents, for --pictures."""
     crop_px: int | None = None
-    """Edge of the crops or windows trained on, a multiple of the autoencoder's factor; whole
-    patches of --data and 256 px of --pictures where not given."""
+    """Edge of the training crops or windows, a multiple of the autoencoder's factor; by default
+    whole patches of --data and 256 px of --pictures."""
     half_scale: float = 0.0
-    """Share of the crops of --pictures taken at half resolution."""
+    """Share of the crops of --pictures at half resolution."""
     autoencoder: str | None = None
-    """Whose latents they are: name, or local folder; by default what --data records, and tiny-v1
-    for --pictures."""
+    """Autoencoder of the latents: name or local folder; by default the one that --data records, and
+    tiny-v1 for --pictures."""
     init: str | None = None
-    """Decoder to start from instead of the autoencoder's own: a decoder folder."""
+    """Decoder folder to start from instead of the autoencoder's own decoder."""
     student: Literal["turbo-xs", "turbo-s", "turbo-m", "turbo-f32", "taesd"] | None = None
     """Train this small decoder instead. turbo-xs (for CPUs), turbo-s, turbo-m and turbo-f32 start
-    from the linear decoder of least squares, what else they have from random weights, as all of
-    taesd."""
+    from the linear least-squares decoder and random weights elsewhere; taesd starts from random
+    weights."""
     teacher: bool = False
-    """Also approach what the autoencoder's own decoder makes of the latents."""
+    """Also learn from the output of the autoencoder's own decoder."""
     teacher_weight: float = 1.0
     """Weight of the L1 distance to the teacher's output."""
     zero_stage: Literal[0, 1, 2] = 0
-    """What DeepSpeed spreads over the ranks: 0 nothing, 1 optimizer state, 2 gradients too. 3 would
-    part the last layer, which the adaptive weight needs whole."""
+    """What DeepSpeed divides among the ranks: 0 nothing, 1 optimizer state, 2 also gradients. 3
+    would divide the last layer, which the adaptive weight needs whole."""
     embedder: str | None = None
     """Frozen encoder of the embedding loss: uni, phikon-v2, efficientnet-lite0, timm:NAME, ..."""
     embedder_input: Literal["card", "native"] = "card"
@@ -112,38 +112,38 @@ class FinetuneConfig(TrainConfig):
     checkpoint_embedder: bool = False
     """Recompute the embedder's activations in the backward pass: less memory, more time."""
     judges: tuple[str, ...] = ()
-    """Embedders that only judge held-out pictures."""
+    """Embedders that judge held-out pictures and take no part in training."""
     l1_weight: float = 1.0
     gan_weight: float = 0.5
-    """Multiplies the adaptive ratio; 0 trains without a discriminator."""
+    """Factor of the adaptive ratio; 0 trains without a discriminator."""
     embedding_weight: float | None = None
-    """Weight of the embedding loss; 1 where an --embedder is given."""
+    """Weight of the embedding loss; 1 by default with an --embedder."""
     gan_weight_mode: Literal["adaptive", "fixed"] = "adaptive"
     """adaptive: the ratio of gradient norms at the decoder's last layer, as in the reference;
     fixed: the weight itself, in proportion to --l1-weight under either --reduction."""
     disc_start: int = 50_001
-    """Step from which the discriminator counts and learns (reference; the paper does not tell)."""
+    """First step of the discriminator (from the reference; the paper does not state it)."""
     disc_lr: float | None = None
-    """Learning rate of the discriminator; the decoder's where not given."""
+    """Learning rate of the discriminator; by default that of the decoder."""
     reduction: Literal["sum", "mean"] = "sum"
-    """sum: the reconstruction loss is summed over an image's values, as in the reference, against
-    which the adaptive ratio's limit of 10,000 and its 1e-4 are meant."""
+    """sum: the reconstruction loss is summed over an image's values, as in the reference, to which
+    the adaptive ratio's limit of 10,000 and its 1e-4 refer."""
     embedding_reduction: Literal["mean", "sum"] = "mean"
-    """L1 over an embedding's dimensions. Equation 1 of the paper is a sum; taken so it weighs some
-    1,000 times the pixels' L1, which is a mean. The run records which reading it took."""
+    """L1 over an embedding's dimensions. Equation 1 of the paper is a sum; as a sum it weighs some
+    1,000 times the pixels' L1, which is a mean. The run records the choice."""
     batch_norm: Literal["eval", "sync"] = "eval"
-    """BatchNorm of decoders that have it (DC-AE): frozen statistics, or trained over all ranks
-    (GPU only)."""
+    """BatchNorm of decoders that have it (DC-AE): eval for frozen statistics, sync to train them
+    over all ranks (GPU only)."""
     workers: int = 4
     """Threads that read originals and pictures."""
     half: bool = False
     """Save the decoder in fp16."""
     name: str | None = None
-    """Name on the decoder's card; the output folder's where not given."""
+    """Name on the decoder's card; by default that of the output folder."""
     licence: str = "unknown"
     """Licence of the trained decoder, on its card."""
     preset: Literal["paper-finetune"] | None = None
-    """paper-finetune: the paper's settings; refuses others for what they fix."""
+    """paper-finetune: the paper's settings; other values of the same options are refused."""
 
     steps: int = 120_000
     batch_size: int = 12

@@ -5,10 +5,10 @@
     python -m latentds_trainers.pretrain --data brca/ --method mae --input latents \\
         --global-batch-size 64 --steps 1000 --device cpu --out runs/mae
 
-Patches are decoded latents, latents without decoding (--input latents), or, to compare with,
+Patches are decoded latents, latents without decoding (--input latents), or, as a baseline,
 originals as they are or through a codec (--originals). One process (`python -m`) or many ranks; the
-same command goes on from the newest checkpoint, on any number of ranks. OUT/backbone is a model of
-timm, OUT/result.json tells what the run read, took and reached.
+same command continues from the newest checkpoint, on any number of ranks. OUT/backbone is a model
+of timm; OUT/result.json has the run's images, bytes, seconds and probe scores.
 """
 
 from __future__ import annotations

@@ -30,62 +30,62 @@ SUM_TOLERANCE = 1e-6  # of weights that sum to 1
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PretrainConfig(PretrainOptions):
-    """Train a foundation model without labels. What is not given follows from the method."""
+    """Train a foundation model without labels. The method sets the options that are not given."""
 
     global_batch_size: int | None = None
-    """Images of an optimizer step over all ranks; 1024 where neither this nor --batch-size is
-    given. Forward passes a step follow from it, --batch-size and the ranks."""
+    """Images of an optimizer step over all ranks; 1024 unless this or --batch-size is given. The
+    number of forward passes follows from this, --batch-size and the ranks."""
     batch_size: int | None = None
-    """Images a rank takes in one forward pass; with --global-batch-size, the largest divisor of a
-    rank's share up to 64 where not given."""
+    """Images of a rank in one forward pass; by default, with --global-batch-size, the largest
+    divisor of a rank's share up to 64."""
     accumulation: int | None = None
-    """Forward passes a step, where --global-batch-size is not given; else it follows."""
+    """Forward passes of a step without --global-batch-size, from which they follow otherwise."""
     epochs: int | None = None
-    """Passes over the patches; 100 where neither this nor --steps is given."""
+    """Passes over the patches; 100 unless this or --steps is given."""
     steps: int | None = None
     """Optimizer steps, instead of --epochs."""
     lr: float | None = None
     """Learning rate after the warm-up, instead of --base-lr."""
     base_lr: float | None = None
-    """Learning rate for --base-images images a step."""
+    """Learning rate at --base-images images a step."""
     base_images: int | None = None
-    """Images a step that --base-lr is meant for."""
+    """Images a step to which --base-lr refers."""
     lr_rule: Literal["linear", "sqrt"] | None = None
-    """How the learning rate follows the images of a step: in proportion, or as their root."""
+    """Growth of the learning rate with the images of a step: in proportion, or as their root."""
     min_lr: float | None = None
-    """Where half a cosine takes the learning rate by the last step."""
+    """Learning rate at the last step, at the end of half a cosine."""
     warmup_steps: int | None = None
-    """Steps over which the learning rate rises linearly; a tenth of all (mae: a twentieth) where
-    not given."""
+    """Steps over which the learning rate rises linearly; by default a tenth of all steps (mae: a
+    twentieth)."""
     schedule: Literal["constant", "cosine"] = "cosine"
     """After the warm-up: constant, or half a cosine down to --min-lr."""
     layer_decay: float | None = None
-    """Factor of the learning rate from each block of the ViT to the one before it."""
+    """Factor of the learning rate from each block of the ViT to the block before."""
     stem_lr: float | None = None
     """Factor of the learning rate of the patch embedding."""
     weight_decay: float | None = None
     """Weight decay of AdamW at the first step; biases and norms have none."""
     weight_decay_end: float | None = None
-    """Weight decay at the last step, half a cosine away."""
+    """Weight decay at the last step, after half a cosine."""
     beta2: float | None = None
     """Second beta of AdamW."""
     drop_path: float | None = None
-    """Stochastic depth of the student: share of the last block's residuals left out."""
+    """Stochastic depth of the student: dropped share of the last block's residuals."""
     clip: float | None = None
-    """Gradient norm (of all weights together) beyond which gradients are scaled down to it; 3 for
-    dino and dinov2 where not given."""
+    """Gradient norm at most, of all weights together; larger gradients are scaled down. By default
+    3 for dino and dinov2."""
     momentum: float | None = None
-    """Momentum at the first step of the teacher, which follows the student."""
+    """Momentum of the teacher at the first step; the teacher is a moving average of the student."""
     teacher_temp_steps: int | None = None
-    """Steps from one to the other, linearly; three tenths of all where not given."""
+    """Steps of the teacher's temperature warm-up; by default three tenths of all steps."""
     freeze_last_steps: int | None = None
-    """Steps in which the heads' last layers stay as they are; a hundredth of all if not given."""
+    """Steps in which the heads' last layers are frozen; by default a hundredth of all steps."""
     out_dim: int | None = None
-    """Prototypes of the heads; 65,536 where not given."""
+    """Prototypes of the heads; 65,536 by default."""
     views: Literal["dino", "dinov2", "openmidnight", "mae", "none"] | None = None
-    """Preset of the augmentation; the method's own where not given."""
+    """Preset of the augmentation; by default that of the method."""
     global_px: int | None = None
-    """Edge of the global crops in pixels (with --input latents: of what their cells stand for)."""
+    """Edge of the global crops in pixels (with --input latents: in pixels that the cells cover)."""
 
     def __post_init__(self) -> None:
         ProbeConfig.__post_init__(self)

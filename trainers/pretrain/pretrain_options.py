@@ -19,17 +19,17 @@ class ProbeConfig:
     """What a pretraining's settings inherit; it calls `ProbeConfig.__post_init__` in its own."""
 
     probe: str | None = None
-    """Labelled data set, or originals in class folders, whose features are probed while training:
-    nearest neighbours and a linear probe. Its train split is fitted to and its test split scored;
-    without a test split, a fifth of the groups is held out."""
+    """Labelled data set, or originals in class folders, to probe during training by nearest
+    neighbours and a linear probe. The train split is fitted to and the test split scored; without a
+    test split, a fifth of the groups is held out."""
     probe_groups: Path | None = None
-    """CSV of what must stay together in the probe: a column slide, source, bag or path, and one of
-    group, patient, case_id or tma_core. By default TCGA patients or slides, where they are
+    """CSV of the probe's groups, which stay together: a column slide, source, bag or path, and one
+    of group, patient, case_id or tma_core. By default TCGA patients, or slides if they are
     known."""
     probe_decoder: str | None = None
-    """Decode the probe's latents with this decoder instead of the recorded one."""
+    """Decoder of the probe's latents, instead of the recorded one."""
     probe_patches: int = 4096
-    """Patches of the probe at most, half of them to fit to, half to score: always the same ones."""
+    """Patches of the probe at most, always the same: half to fit to, half to score."""
     probe_neighbours: int = 20
     """Nearest neighbours that vote."""
 
@@ -46,56 +46,56 @@ class PretrainOptions(CutOptions, ProbeConfig, EngineOptions):
     data: tuple[str, ...] = ()
     """Data sets of latents: folders, hf://datasets/ORG/NAME[@REVISION], s3://..."""
     weights: tuple[float, ...] = ()
-    """Share of every data set among the patches; they sum to 1. By number of patches where not
-    given."""
+    """Share of every data set among the patches; shares sum to 1. By default every patch is drawn
+    equally often."""
     split: str = "train"
     """Split of --data to train on."""
     originals: Path | None = None
-    """Instead of --data: pictures, slides or archives as 'latentds convert' takes them, with its
+    """Pictures, slides or archives instead of --data, as 'latentds convert' takes them, with its
     options (--patch-size to --max-px)."""
     codec: str = "original"
-    """What --originals go through: original (nothing), jpeg@4096, tiny+kmeans, ..."""
+    """Codec for --originals: original (none), jpeg@4096, tiny+kmeans, ..."""
     codebook: Path | None = None
-    """Codebook of a codec such as tiny+kmeans, instead of one fitted to a sample."""
+    """Codebook of a codec such as tiny+kmeans; by default fitted to a sample."""
     paired_with: str | None = None
-    """Take --originals in the order and with the random numbers that this data set, converted from
-    them, would have as --data: runs that differ in nothing but the pixels."""
+    """Data set that was converted from --originals. They take its order and the random numbers that
+    it has as --data, so two runs differ in nothing but the pixels."""
     keep_mb: int = 2048
     """Pixels of --originals kept in memory for the next epoch, in MB."""
     num_workers: int = 4
     """Processes that read latents, or threads that read originals."""
     max_bad: int = 0
-    """Damaged packs of --data to replace by others before giving up."""
+    """Damaged packs of --data that may be replaced before the run fails."""
     method: Literal["dino", "dinov2", "mae"] = "dino"
-    """dino: self-distillation of crops; dinov2: with iBOT's masked patches and KoLeo besides; mae:
-    a masked autoencoder."""
+    """dino: self-distillation of crops; dinov2: also iBOT's masked patches and KoLeo; mae: a masked
+    autoencoder."""
     arch: str = "vit_small_patch16_224"
-    """A plain ViT of timm."""
+    """Name of a plain ViT of timm."""
     input: Literal["images", "latents"] = "images"
-    """images: decoded pixels; latents: the latents themselves, through a stem of their own."""
+    """images: decoded pixels; latents: the stored latents, through their own stem."""
     decoder: tuple[str, ...] = ()
-    """Decode with this decoder instead of the recorded one: its folder, an autoencoder's name,
-    ORG/NAME[@REVISION]; several for sets of several kinds of latents."""
+    """Decoder instead of the recorded one: its folder, an autoencoder's name, or
+    ORG/NAME[@REVISION]; one for each kind of latents among the sets."""
     allow_mixed_mpp: bool = False
-    """Mix sets whose patches show fields of unlike size, in micrometres."""
+    """Permit sets whose patches differ in their field of view in micrometres."""
     decode_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Numbers that latents are decoded in; bfloat16 for speed on a GPU."""
+    """Precision of decoding; bfloat16 is faster on a GPU."""
     cuda_graph: bool = False
     """Replay decoding and views from CUDA graphs: one launch in place of hundreds, on a GPU."""
     device: Literal["auto", "cpu"] = "auto"
-    """auto: a GPU where there is one."""
+    """auto: a GPU if there is one."""
     momentum_end: float = 1.0
-    """At the last step, half a cosine away."""
+    """Momentum of the teacher at the last step, after half a cosine."""
     teacher_temp: float = 0.07
     """Temperature of the teacher's outputs after its warm-up."""
     teacher_temp_start: float = 0.04
-    """At the first step."""
+    """Temperature of the teacher's outputs at the first step."""
     hidden_dim: int = 2048
     """Width of the heads' hidden layers."""
     bottleneck_dim: int = 256
     """Width before the heads' last layers."""
     mask_ratio: float = 0.75
-    """Share of the tokens that mae masks."""
+    """Share of tokens that mae masks."""
     mae_dim: int = 512
     """Width of mae's decoder."""
     mae_depth: int = 8
@@ -103,21 +103,21 @@ class PretrainOptions(CutOptions, ProbeConfig, EngineOptions):
     mae_heads: int = 16
     """Attention heads of mae's decoder."""
     local_px: int | None = None
-    """Edge of the local crops."""
+    """Edge of the local crops in pixels."""
     globals: int | None = None
     """Global crops of a patch."""
     locals: int | None = None
     """Local crops of a patch."""
     global_scale: tuple[float, float] | None = None
-    """Share of a patch's area that a global crop has, from and to."""
+    """Smallest and largest share of a patch's area in a global crop."""
     local_scale: tuple[float, float] | None = None
-    """The same of local crops."""
+    """Smallest and largest share of a patch's area in a local crop."""
     turns: bool | None = None
     """Turn crops by right angles."""
     stain: float | None = None
     """Strength of stain changes: 0 for none, 0.1 for a tenth more or less of each stain."""
     probe_every: int | None = None
-    """Steps between probes, a multiple of --save-every; at every checkpoint where not given."""
+    """Steps between probes, a multiple of --save-every; by default every checkpoint."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -5,14 +5,14 @@
     python -m latentds_trainers.sampath --data images/ --masks masks/ --folds 4 --model unet \\
         --out runs/nuclei-unet
 
-Images are originals, originals through a codec, or latents, their masks lossless: give the same
-folds and settings and only the source differs. Every fold is a run of its own in OUT/fold-<i>,
-skipped when it is finished; the same command goes on after an interruption. Whole images are
-tested with the weights of the last step. Scores land in OUT/result.json, correct ones and those
-SAM-Path's own code would report, per image in OUT/images.csv, pictures in OUT/predictions/.
+Images are originals, originals through a codec, or latents; masks are lossless. With the same
+folds and settings only the source of the images differs. Every fold has its folder OUT/fold-<i>.
+The same command resumes after an interruption and skips finished folds. Whole images are tested
+with the weights of the last step. OUT/result.json has correct scores and those that SAM-Path's own
+code would report, OUT/images.csv scores per image, OUT/predictions/ pictures.
 
-SAM-Path's warm-up and milestones are steps of its batches: with more ranks, a smaller --batch-size
-or --accumulation keeps them; a run that departs from them says so.
+SAM-Path's warm-up and milestones count steps of its batches. With more ranks, a smaller
+--batch-size or --accumulation keeps them; a run that departs from them says so.
 """
 
 from __future__ import annotations

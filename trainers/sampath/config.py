@@ -26,7 +26,7 @@ SCHEDULE = ("batch_size", "accumulation", "lr", "warmup_steps", "schedule", "mil
 class SampathConfig(PatchInput, EngineOptions):
     """Label every pixel: SAM-Path, or a plain U-Net.
 
-    Options that are not given are the preset's: `settings` has them all.
+    The preset sets the options that are not given; `settings` has them all.
     """
 
     preset: Literal["bcss", "crag", "binary"] = "binary"
@@ -38,46 +38,46 @@ class SampathConfig(PatchInput, EngineOptions):
     weights, as a baseline."""
     sam: str = "facebook/sam-vit-base"
     """SAM: a name on the Hub, a folder with config.json and model.safetensors, NAME@FOLDER, or
-    tiny-random and the like to try things out."""
+    tiny-random for a quick try."""
     pathology_encoder: str | None = None
-    """Encoder beside SAM's: hipt@FILE for HIPT's vit256_small_dino.pth, or an embedder with a map
-    of features (uni, phikon-v2, nic:FILE, timm:NAME, ...)."""
+    """Encoder beside SAM's: hipt@FILE for HIPT's vit256_small_dino.pth, or an embedder with a
+    feature map (uni, phikon-v2, nic:FILE, timm:NAME, ...)."""
     unet_encoder: str = "resnet18"
-    """Encoder of --model unet: a name of segmentation_models_pytorch's."""
+    """Encoder of --model unet, by its name in segmentation_models_pytorch."""
     unet_channels: tuple[int, ...] = (256, 128, 64, 32, 16)
-    """Channels of the U-Net's decoder, coarsest first, one a level."""
+    """Channels of each level of the U-Net's decoder, coarsest first."""
     classes: tuple[str, ...] | None = None
     """Names of the classes."""
     mask_values: str | None = None
-    """What values in masks mean: VALUE:CLASS by name or by number from 1 on, or VALUE:ignore, with
-    commas between, such as 0:ignore,255:nuclei. A value that is not named is refused."""
+    """Meaning of the values in masks: VALUE:CLASS by name or by number from 1 on, or VALUE:ignore,
+    separated by commas, such as 0:ignore,255:nuclei. Other values are refused."""
     unscored: tuple[str, ...] | None = None
     """Classes that are predicted but count in no score, such as background."""
     image_size: int | None = None
-    """Edge of the squares the network is trained on, in pixels."""
+    """Edge of the training squares in pixels."""
     odd_size: Literal["pad", "resize"] | None = None
     """Images that are no square of --image-size: pad keeps their pixels (autoencoders and the U-Net
-    mirror the edges up to their multiple and cut back); resize brings them to that square, as
+    mirror the edges up to their multiple and cut back); resize brings images to that square, as
     SAM-Path does, originals before their codec."""
     fold_table: Path | None = None
     """CSV of img_id and fold (-1 test, 0 val, others train): one fold."""
     folds: int | None = None
-    """Folds of a cross-validation that keeps groups together; without it and --fold-table, the
+    """Folds of a cross-validation that keeps groups together; by default, without --fold-table, the
     data's own splits train and test."""
     allow_shared_groups: bool = False
-    """Take a --fold-table or splits that test a group (a patient or slide, see --groups) which is
-    trained or validated on too."""
+    """Permit a --fold-table or splits in which a tested group (a patient or slide, see --groups) is
+    also trained or validated on."""
     seeds: tuple[int, ...] = ()
-    """Train every fold with each of these; --seed alone where not given. Three are advised: the
-    paper ran one."""
+    """Train every fold once with each seed; --seed alone by default. Three are advised: the paper
+    ran one."""
     seed: int = 0
-    """Seed of the folds, and of the training where --seeds is not given."""
+    """Seed of the folds, and of the training without --seeds."""
     epochs: int | None = None
     """Passes over a fold's training images."""
     steps: int | None = None
     """Optimizer steps instead of --epochs."""
     batch_size: int | None = None
-    """Images a rank takes in one forward pass."""
+    """Images of a rank in one forward pass."""
     accumulation: int | None = None
     """Forward passes whose gradients are averaged into one optimizer step."""
     lr: float | None = None
@@ -94,25 +94,25 @@ class SampathConfig(PatchInput, EngineOptions):
     dice_weight: float | None = None
     focal_weight: float | None = None
     iou_weight: float | None = None
-    """Weight of the error of SAM's own guess of the IoU."""
+    """Weight of the error of SAM's IoU prediction."""
     ce_weight: float | None = None
     """Weight of the cross entropy."""
     unlabelled: Literal["zeroed", "left-out"] = "zeroed"
-    """Pixels without a label: their logits set to 0, as SAM-Path does, or left out of every
-    loss."""
+    """Pixels without a label: zeroed sets their logits to 0, as SAM-Path does; left-out leaves them
+    out of every loss."""
     crop_scale: tuple[float, float] | None = None
-    """Share of an image's area that a training crop has, from and to, before it is resized to
+    """Smallest and largest share of an image's area in a training crop, before it is resized to
     --image-size."""
     flip: float | None = None
-    """Share of the crops that are flipped, either way or both."""
+    """Share of the crops that are flipped, along one axis or both."""
     turn: float | None = None
     """Share of the crops that are turned by 0 to 3 right angles."""
     jitter: float | None = None
-    """How far brightness, contrast, saturation and hue of half of the crops change."""
+    """Strength of the change of brightness, contrast, saturation and hue in half of the crops."""
     pictures: int = 4
-    """Tested images of every fold that are drawn with their true and predicted labels."""
+    """Tested images of every fold to draw with their true and predicted labels."""
     keep: int = 1
-    """Checkpoints kept of a fold, the newest ones."""
+    """Newest checkpoints to keep of a fold."""
     json: bool = False
     """Print the result as JSON instead of tables."""
 

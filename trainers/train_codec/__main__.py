@@ -4,12 +4,11 @@
     deepspeed --num_gpus 1 --module latentds_trainers.train_codec --tiles packed.tiles \\
         --preset gpu-10min --out runs/codec
 
-Learns from openly licensed tiles only (`tile_sources.py`); UCSB and MoNuSeg stay test sets and
-are never opened, nor are the pictures that the demo shows. Loss: mean squared error plus
-`rate_weight` times bits a pixel. The same command goes on from the newest checkpoint. With every
-checkpoint, OUT/codec is written anew: encoder, decoder, two fast decoders, tables, card; it is what
-`--autoencoder OUT/codec` takes. Under `deepspeed` or `torchrun`, any number of ranks draws the same
-crops.
+Training uses openly licensed tiles only (`tile_sources.py`). UCSB, MoNuSeg and the pictures of the
+demo stay test sets and are never opened. The loss is mean squared error plus `rate_weight` times
+bits a pixel. The same command continues from the newest checkpoint. Every checkpoint also replaces
+OUT/codec, which has encoder, decoder, two fast decoders, tables and card, for `--autoencoder
+OUT/codec`. Under `deepspeed` or `torchrun`, any number of ranks draws the same crops.
 """
 
 from __future__ import annotations

@@ -46,13 +46,12 @@ class CodecOptions:
 
     tiles: Path
     """The assets' folder (segmentation/, classification/, tiles/, tiles_open/, wsi/), any folder of
-    pictures of 256 px or more (every twentieth is judged by), or a file that `--pack`
-    wrote."""
+    pictures of 256 px or more (every twentieth is held out), or a file of `--pack`."""
     pack: Path | None = None
-    """Write what fits of the tiles into this file, at most 55 MB, and end."""
+    """Write as many tiles as fit into this file, at most 55 MB, and end."""
     students_of: str | None = None
-    """Train only fast decoders, for the latents of this codec (a name or a folder): they learn what
-    its own decoder makes of them, and OUT/codec has nothing else."""
+    """Train only fast decoders, for the latents of this codec (a name or a folder). They learn from
+    the codec's own decoder, and OUT/codec has nothing else."""
     name: str | None = None
     """Name of the autoencoder; by default that of the run's folder."""
     licence: str = "unknown"
@@ -61,17 +60,19 @@ class CodecOptions:
     """Sizes for two cores and at most two hours, or for one H100-class GPU and ten minutes."""
     channels: int = 32
     bytes: int = USUAL_BYTES
-    """Size of a 256 px patch at step 1 that the rate's weight is chosen for."""
+    """Size of a 256 px patch at step 1, from which the rate's weight follows."""
     early_rate_weight: float = 5e-4
-    """The weight for the first eighth of the steps: channels that start cheap are kept."""
+    """Weight of the rate in the first eighth of the steps, which keeps channels that start
+    cheap."""
     rate_lr: float = 4e-3
     """Peak learning rate of the rate's mixtures, which have to follow the latents."""
     step_range: tuple[float, float] = (0.7, 2.8)
-    """Quantization steps that the crops take, evenly in their logarithm: about 4.5 to 1.4 KB."""
+    """Smallest and largest quantization step of the crops, evenly distributed in logarithm: about
+    4.5 to 1.4 KB."""
     half_scale_share: float = 0.25
-    """Share of the crops that are taken at half resolution (area filter)."""
+    """Share of the crops at half resolution (area filter)."""
     stain_share: float = 0.3
-    """Share of the crops whose colours are mixed, so that stains other than H&E are not foreign."""
+    """Share of the crops with mixed colours, to prepare for stains other than H&E."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,10 +87,10 @@ class TrainCodecConfig(CodecOptions, EngineOptions):
     """Settings of the run; None is the preset's. The weights that ship: preset `cpu`."""
 
     out: Path
-    """Folder of the run: codec/, checkpoints/, log.jsonl, samples/. The same command run again goes
-    on from its newest checkpoint."""
+    """Folder of the run: codec/, checkpoints/, log.jsonl, samples/. The same command continues from
+    its newest checkpoint."""
     rate_weight: float | None = None
-    """Weight of bits a pixel beside the mean squared error; follows from `bytes`."""
+    """Weight of bits a pixel beside the mean squared error; by default it follows from `bytes`."""
     steps: int | None = None
     batch_size: int | None = None
     crop_px: int | None = None

@@ -282,7 +282,7 @@ def test_a_network_without_one_vector_a_patch_is_refused(split_folder):
     [
         ({"probe_patches": 3}, "probe_patches is 3"),
         ({"probe_neighbours": 0}, "probe_neighbours is 0"),
-        ({"probe": None, "probe_decoder": "x"}, "--probe-decoder without a --probe"),
+        ({"probe": None, "probe_decoder": "x"}, "--probe-decoder needs a --probe"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(change, words):

@@ -125,23 +125,24 @@ class ClassifyConfig(PatchInput):
         if self.probe == "finetune" and self.arch is None:
             raise ValueError("--probe finetune needs --arch, such as resnet18")
         if self.probe == "finetune" and self.embedder is not None:
-            raise ValueError("--embedder is for probes of its features; leave it with finetune")
+            raise ValueError("--embedder belongs to the other probes; leave it out with finetune")
         if self.probe != "finetune" and self.embedder is None:
             raise ValueError(f"--probe {self.probe} needs an --embedder, such as uni")
         if self.probe != "finetune" and self.arch is not None:
-            raise ValueError(f"--arch is for --probe finetune; leave it with {self.probe}")
+            raise ValueError(f"--arch belongs to --probe finetune; leave it out with {self.probe}")
         for probe, names in OF_PROBES.items():
             if probe != self.probe:
-                refuse_given(self, names, f"is of --probe {probe}; leave it with {self.probe}")
+                words = f"belongs to --probe {probe}; leave it out with {self.probe}"
+                refuse_given(self, names, words)
         if self.probe == "eva" and self.protocol != "val7k" and self.folds < 3:
             raise ValueError(f"--probe eva validates on a fold; folds is {self.folds}, at least 3")
         if self.input == "latents":
-            words = "changes colours, which latents have not; leave it"
+            words = "changes colours, which latents do not have; leave it out"
             refuse_given(self, ("jitter",), words)
         if self.test_data is not None and self.protocol != "val7k":
-            raise ValueError("--test-data is for --protocol val7k")
+            raise ValueError("--test-data belongs to --protocol val7k; add it, or leave this out")
         if self.split is not None and self.test_data is None and self.protocol != "kfold":
-            raise ValueError(f"--protocol {self.protocol} needs train and test; leave --split")
+            raise ValueError(f"--protocol {self.protocol} needs train and test; leave out --split")
 
     @property
     def model(self) -> str:

@@ -150,7 +150,7 @@ def check_schedule(settings: Any) -> None:
     check_ranges(settings, {**least, "warmup_steps": 0}, positive=("lr",))
     milestones = getattr(settings, "milestones", ())
     if bool(milestones) != (settings.schedule == "multistep"):
-        raise ValueError(f"milestones {milestones} with schedule {settings.schedule}")
+        raise ValueError(f"milestones {milestones} need --schedule multistep")
     if list(milestones) != sorted({step for step in milestones if step > 0}):
         raise ValueError(f"milestones are {milestones}; positive and ascending")
 

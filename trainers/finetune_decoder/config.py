@@ -178,7 +178,7 @@ class FinetuneConfig(TrainConfig):
                 f"{len(weights)} --picture-weights for {len(self.pictures)} --pictures"
             )
         if weights and not (all(0 <= w < math.inf for w in weights) and sum(weights) > 0):
-            raise ValueError(f"--picture-weights are {weights}; none below 0, not all 0")
+            raise ValueError(f"--picture-weights are {weights}; none below 0, one above")
 
     def check_validation(self) -> None:
         """Refuse options of a validation that does not take place."""
@@ -198,26 +198,26 @@ class FinetuneConfig(TrainConfig):
             if self.validate_split is not None and self.validate_on:
                 raise ValueError("give --validate-split or --validate-on, not both")
             if self.validate_split == self.split:
-                raise ValueError(f"--validate-split {self.split} is the split trained on")
+                raise ValueError(f"--validate-split {self.split} is the training split too")
             return
         if self.validate_split is not None:
             raise ValueError(
-                "--validate-split is of --data; with --pictures give --held-out or --validate-on"
+                "--validate-split belongs to --data; --pictures takes --held-out or --validate-on"
             )
         if self.held_out is None and not self.validate_on:
             self.refuse_unvalidated("give --held-out or --validate-on")
 
     def refuse_unvalidated(self, remedy: str) -> None:
         """ValueError for what needs held-out pictures where there are none."""
-        words = f"shows held-out pictures and there are none; {remedy}"
+        words = f"needs held-out pictures, and there are none; {remedy}"
         refuse_given(self, ("sample_every", "judges"), words)
 
     def check_networks(self) -> None:
         if self.embedder is None and self.embedding_weight is not None:
-            raise ValueError(f"--embedding-weight {self.embedding_weight} without an --embedder")
+            raise ValueError(f"--embedding-weight {self.embedding_weight} needs an --embedder")
         if self.zero_stage not in (0, 1, 2):
             raise ValueError(
-                "--zero-stage 3 parts the last layer, which the adaptive weight needs whole; "
+                "--zero-stage 3 divides the last layer, which the adaptive weight needs whole; "
                 "choose 0, 1 or 2"
             )
         if self.precision == "bf16" and self.gan_weight > 0:
@@ -226,7 +226,7 @@ class FinetuneConfig(TrainConfig):
                 "float32; take autocast, or --gan-weight 0"
             )
         if self.student and self.init:
-            raise ValueError("--student brings its own first weights; leave --init")
+            raise ValueError("--student has its own first weights; leave out --init")
 
     def check_paper(self) -> None:
         if self.embedder is None:
@@ -234,7 +234,7 @@ class FinetuneConfig(TrainConfig):
         changed = [name for name, value in PAPER.items() if getattr(self, name) != value]
         if changed:
             wanted = ", ".join(f"{name}={PAPER[name]}" for name in changed)
-            raise ValueError(f"--preset paper-finetune has {wanted}; leave these or the preset")
+            raise ValueError(f"--preset paper-finetune has {wanted}; leave out these or the preset")
 
 
 def readings(config: FinetuneConfig) -> dict[str, str]:

@@ -108,11 +108,11 @@ class PretrainConfig(PretrainOptions):
         if self.originals is None:
             cut = [field.name for field in dataclasses.fields(CutOptions)]
             names = [*cut, "codec", "codebook", "paired_with"]
-            refuse_given(self, names, "is of --originals; leave it")
+            refuse_given(self, names, "belongs to --originals; leave it out")
         elif self.input == "latents" or self.decoder:
-            raise ValueError("--input latents and --decoder are of --data; leave them")
+            raise ValueError("--input latents and --decoder belong to --data; leave them out")
         if len(set(self.data)) < len(self.data):
-            raise ValueError(f"--data {' '.join(self.data)}: each set once")
+            raise ValueError(f"--data {' '.join(self.data)}: name each set once")
 
     def check_weights(self) -> None:
         """Refuse weights that are not one a set, positive, and 1 together."""
@@ -160,32 +160,32 @@ class PretrainConfig(PretrainOptions):
         if self.method != "mae" and self.zero_stage == 3:
             raise ValueError(
                 f"--zero-stage 3 with --method {self.method}: the teacher follows whole weights, "
-                "which stage 3 parts; take 0, 1 or 2"
+                "which stage 3 divides; take 0, 1 or 2"
             )
         if self.input == "latents":
             names = ("sample_every", "global_scale", "local_scale", "stain")
-            refuse_given(self, names, "is of pictures; --input latents has none, leave it")
+            refuse_given(self, names, "belongs to pictures; leave it out with --input latents")
         if self.probe is None and self.probe_every is not None:
-            raise ValueError("--probe-every without a --probe")
+            raise ValueError("--probe-every needs a --probe")
         if self.probe_every is not None and self.probe_every % self.save_every:
             raise ValueError(
-                f"probe_every is {self.probe_every}; a multiple of save_every {self.save_every}"
+                f"probe_every is {self.probe_every}, no multiple of save_every {self.save_every}"
             )
 
     def check_method(self) -> None:
         """Refuse options of another method, and sizes that mae's decoder cannot have."""
         is_mae = self.method == "mae"
         names, owner = (OF_DINOS, "dino and dinov2") if is_mae else (OF_MAE, "mae")
-        words = f"is of {owner}; --method {self.method} has none, leave it"
+        words = f"belongs to {owner}; leave it out with --method {self.method}"
         refuse_given(self, names, words)
         if not is_mae:
             return
         if not 0 < self.mask_ratio < 1:
-            raise ValueError(f"mask_ratio is {self.mask_ratio}; above 0 and below 1")
+            raise ValueError(f"mask_ratio is {self.mask_ratio}; take a share above 0 and below 1")
         unit = math.lcm(self.mae_heads, 4)  # its positions are sines and cosines of two edges
         if self.mae_dim % unit:
             near = max(round(self.mae_dim / unit), 1) * unit
             raise ValueError(
-                f"mae_dim is {self.mae_dim}, with mae_heads {self.mae_heads} a multiple of {unit} "
-                f"is wanted: --mae-dim {near}"
+                f"mae_dim is {self.mae_dim}; mae_heads {self.mae_heads} needs a multiple of {unit} "
+                f"(--mae-dim {near})"
             )

@@ -36,7 +36,7 @@ class ProbeConfig:
     def __post_init__(self) -> None:
         check_ranges(self, {"probe_patches": 4, "probe_neighbours": 1})
         if self.probe is None:
-            refuse_given(self, ("probe_groups", "probe_decoder"), "without a --probe")
+            refuse_given(self, ("probe_groups", "probe_decoder"), "needs a --probe")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -131,7 +131,7 @@ def estimate(config: Config) -> dict[str, Any]:
     bytes_per_patch = planned_bytes(config, (card.channels, rows, columns))
     shards = plan_shards(plan, config, bytes_per_patch)
     patches = len(plan.regions)
-    source = sum(header.bytes for header in plan.headers)
+    read = sum(header.bytes for header in plan.headers)
     labels = [plan.source.label(plan.pictures[n], (x, y)) for n, x, y in plan.regions.tolist()]
     return {
         "dry_run": True,
@@ -142,8 +142,8 @@ def estimate(config: Config) -> dict[str, Any]:
         "bytes_per_patch": bytes_per_patch,
         "code_bytes": patches * bytes_per_patch,
         "table_bytes": patches * PATCH_DTYPE.itemsize,
-        "source_bytes": source,
-        "times_smaller": round(source / (patches * bytes_per_patch), 1),
+        "source_bytes": read,
+        "times_smaller": round(read / (patches * bytes_per_patch), 1),
         "shards": len(shards),
         "mpp": planned_resolutions(plan),
         "left_out": len(plan.bad),

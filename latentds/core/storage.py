@@ -298,7 +298,7 @@ def check_cost(content: bytes, where: str, times: int) -> None:
 
 def check_depth(values: Any) -> None:
     """Refuse nesting that recursive code would not survive (ValueError)."""
-    level = [[values]]
+    level: list[Any] = [[values]]
     for _ in range(MAX_DEPTH + 1):
         inside = (node.values() if type(node) is dict else node for node in level)
         # By maps, because a manifest of 10^9 patches has 150,000 values.

@@ -173,7 +173,7 @@ def is_nested(value: Any) -> bool:
 def setting_notes(row: RunRow, reference: RunRow) -> list[str]:
     """Patch sizes, settings and versions in which the two differ, in sentences."""
     found = []
-    edges = [one.record.source.get("patch_px") for one in (row, reference)]
+    edges = [one.record.source.get("patch_px") or () for one in (row, reference)]
     if all(edges) and edges[0] != edges[1]:
         sizes = " px against ".join("x".join(map(str, reversed(px))) for px in edges)
         found.append(

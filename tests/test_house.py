@@ -60,7 +60,7 @@ HEAVY = {  # heavy libraries and the only modules that may import them
     },
     "lightly": {"latentds.models.self_distillation", "latentds.models.masked_autoencoder"},
     "transformers": {
-        *("latentds.embedders.transformers_models", "latentds.models.sam_weights"),
+        *("latentds.embedders.transformers_models", "latentds.models.sampath_network"),
         "latentds.loading.adapters",
     },
     "deepspeed": {"latentds_trainers.engine.wrapping"},

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from latentds_trainers.sampath.segmentation_fold import LossWeights, segmentation_loss
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from latentds.embedders import EmbedderCard, NetworkEmbedder, load_embedder
 from latentds.errors import ShapeError, UnknownNameError, WeightsError
 from latentds.models.dense_encoders import DenseEncoder, load_dense_encoder, of_embedder
-from latentds.models.segmentation_losses import LossWeights, segmentation_loss
 from tests.small_embedders import MAKERS, random_images, save_nic, save_phikon
 
 pytest.importorskip("transformers")

@@ -17,10 +17,9 @@ from latentds.sources.patch_arrays import PatchArrays
 from latentds.sources.picture import Listing, Picture
 from latentds.sources.picture_files import PictureFiles, SamPathFolder, TileTree
 from latentds.sources.picture_parquet import PictureParquet
-from latentds.sources.picture_tables import PictureTable
+from latentds.sources.picture_tables import ListedSlides, PictureTable, apply_slide_table
 from latentds.sources.picture_tars import PictureTars, TileTars
 from latentds.sources.slide_names import some
-from latentds.sources.slide_tables import ListedSlides, apply_slide_table
 from latentds.sources.slides import Slides
 from latentds.sources.source import Inspection, Source
 from latentds.store.format import SPLIT_PATTERN

@@ -12,8 +12,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from latentds.errors import ContractError, InputError, UnusableError
-from latentds.sources.anonymity import Anonymizer
-from latentds.sources.cut_options import SourceOptions
+from latentds.sources.cut_options import Anonymizer, SourceOptions
 from latentds.sources.opening import list_source, open_source
 from latentds.sources.picture import Header, Picture
 from latentds.sources.source import PatchReader, of_file

@@ -33,7 +33,7 @@ from latentds.evaluation.predictions import (
     write_predictions,
 )
 from latentds.evaluation.records import RunRecord, read_record, write_record
-from latentds.evaluation.scores import classification_scores
+from latentds.evaluation.scores import METRICS, classification_scores, weighted_score
 from latentds.evaluation.splits import (
     PATHO_BENCH,
     read_splits,
@@ -46,7 +46,6 @@ from latentds.evaluation.statistics import (
     paired_images,
     summary,
 )
-from latentds.evaluation.weighing import METRICS, weighted_score
 from latentds.sources.csv_tables import read_table
 from latentds.sources.slide_names import NameIndex
 

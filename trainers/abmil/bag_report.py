@@ -20,7 +20,7 @@ from latentds_trainers.crossval.run_report import (
 from latentds.evaluation.features.features_record import flat
 from latentds.evaluation.features.folder import FeatureFolder
 from latentds.evaluation.features.live import LiveFeatures
-from latentds.evaluation.patchsets.codec_fitting import codebook_note
+from latentds.evaluation.patchsets.coded_patches import codebook_note
 from latentds.evaluation.predictions import write_predictions
 from latentds.evaluation.records import RunRecord
 from latentds.evaluation.scores import classification_scores

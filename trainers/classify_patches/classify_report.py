@@ -22,7 +22,7 @@ from latentds_trainers.engine.settings import plain
 
 from latentds.embedders import EmbedderCard
 from latentds.evaluation.folds import Fold
-from latentds.evaluation.patchsets.codec_fitting import codebook_note
+from latentds.evaluation.patchsets.coded_patches import codebook_note
 from latentds.evaluation.patchsets.patch_set import SourceFacts
 from latentds.evaluation.predictions import write_predictions
 from latentds.evaluation.probes import FittedProbe

@@ -36,7 +36,7 @@ from latentds_trainers.sampath.segmentation_report import (
 
 from latentds.errors import InputError
 from latentds.evaluation.groups import count_alone, groups_of
-from latentds.evaluation.patchsets.codec_fitting import codebook_note
+from latentds.evaluation.patchsets.coded_patches import codebook_note
 from latentds.evaluation.patchsets.open_patch_sets import find_shards, open_patches
 from latentds.evaluation.patchsets.patch_set import PatchTable
 from latentds.evaluation.patchsets.patches import PatchSet

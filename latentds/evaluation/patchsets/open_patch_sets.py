@@ -24,8 +24,11 @@ from latentds.codecs import (
 from latentds.codecs.naming import FLOAT_BITS, latent_text
 from latentds.core.processes import choose_device
 from latentds.errors import InputError
-from latentds.evaluation.patchsets.codec_fitting import find_codebook
-from latentds.evaluation.patchsets.coded_patches import LatentRoundTrip, PictureRoundTrip
+from latentds.evaluation.patchsets.coded_patches import (
+    LatentRoundTrip,
+    PictureRoundTrip,
+    find_codebook,
+)
 from latentds.evaluation.patchsets.developing import DecodedCodes, Decoding, PlainPixels
 from latentds.evaluation.patchsets.latent_patches import Shards, open_shards
 from latentds.evaluation.patchsets.patch_set import SourceFacts

@@ -14,8 +14,7 @@ from latentds.codecs.quantizers import latent_shape
 from latentds.core.processes import choose_device
 from latentds.embedders.latent_stem import LatentStemConfig
 from latentds.errors import ContractError, InputError
-from latentds.evaluation.patchsets.codec_fitting import FITTED_TO, fit_sample
-from latentds.evaluation.patchsets.coded_patches import SEED, LatentsOnTheFly
+from latentds.evaluation.patchsets.coded_patches import FITTED_TO, SEED, LatentsOnTheFly, fit_sample
 from latentds.evaluation.patchsets.developing import UndecodedCodes
 from latentds.evaluation.patchsets.latent_patches import Shards
 from latentds.evaluation.patchsets.open_patch_sets import (

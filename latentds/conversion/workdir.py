@@ -64,7 +64,7 @@ def by_region(records: Iterable[LeftOut]) -> dict[Region, LeftOut]:
 def describe_left_out(
     records: Iterable[LeftOut], patches: Mapping[str, int], hide: Callable[[str], str] | None
 ) -> list[dict[str, Any]]:
-    """Sources with reasons, sorted, for the manifest; `manifest.left_out_text` has it in words.
+    """Sources with reasons, sorted, for the manifest; `display.left_out_text` has it in words.
 
     patches  planned patches by source: of one with several it is said how many were left out
     hide     what stands for a source's name; then no detail is stored, for it may have names

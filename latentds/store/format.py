@@ -23,7 +23,7 @@ import numpy as np
 from latentds.autoencoders.autoencoder import AutoencoderCard, short
 from latentds.core.storage import Kind, canonical_json, check_kinds
 from latentds.errors import ContractError, FormatError
-from latentds.quantizers.codebooks import check_encoding, codebook_from_json
+from latentds.quantizers.codebooks import ENCODINGS, unknown_encoding
 from latentds.quantizers.scalar import AnyCodebook
 
 FORMAT = "latentds/1"
@@ -179,15 +179,19 @@ class Contract:
         return record
 
     @staticmethod
-    def from_json(record: Any, where: str) -> Contract:
-        """The contract that `to_json` wrote; FormatError names what is wrong in `where`."""
+    def from_json(record: Any, where: str, made_by: object = None) -> Contract:
+        """The contract that `to_json` wrote; FormatError names what is wrong in `where`.
+
+        made_by  version of latentds that wrote it, where a manifest tells
+        """
         try:
             encoding = record["encoding"]
-            check_encoding(encoding, where)
+            if encoding not in [*ENCODINGS]:
+                raise unknown_encoding(encoding, where, made_by)
             contract = Contract(
                 latent_id=str(record["latent_id"]),
                 decoder_id=str(record["decoder_id"]),
-                codebook=codebook_from_json(encoding, record["codebook"]),
+                codebook=ENCODINGS[encoding].from_json(record["codebook"]),
                 autoencoder=dict(record["autoencoder"]),
                 patch_px=positive(record["patch_px"], 2, 2),
                 codes_shape=positive(record["codes_shape"]),

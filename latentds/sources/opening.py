@@ -44,7 +44,9 @@ def open_source(options: SourceOptions) -> Source:
     found = (
         kind.detect(inspection)
         for kind in SOURCES
-        if exists != kind.is_remote and (not kind.suffixes or kind.suffixes & inspection.suffixes)
+        if exists != kind.is_remote
+        and (not kind.suffixes or kind.suffixes & inspection.suffixes)
+        and not (kind is Slides and inspection.is_plain)
     )
     source = next((source for source in found if source is not None), None)
     if source is None:

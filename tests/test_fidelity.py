@@ -32,9 +32,9 @@ from PIL import Image
 from latentds.autoencoders.autoencoder import AutoencoderCard
 from latentds.autoencoders.cards import CARDS
 from latentds.codecs import latent_bytes, make_picture_codec, parse_codec
-from latentds.core import metrics
 from latentds.embedders.embedder import EmbedderCard
 from latentds.errors import InputError, ShapeError, UnknownNameError, WeightsError
+from latentds.store.golden import psnr_db
 from tests.conftest import save_pictures, smooth_picture
 from tests.fakes import MeanAutoencoder
 
@@ -231,14 +231,14 @@ def test_ssim_and_psnr_are_scikit_images(name, options):
         a, b, channel_axis=2, data_range=255, **options
     )
     assert quality.measure_ssim(b, a, name) == pytest.approx(expected, abs=1e-12)
-    assert metrics.psnr_db(b, a) == pytest.approx(
+    assert psnr_db(b, a) == pytest.approx(
         skimage.metrics.peak_signal_noise_ratio(a, b, data_range=255), abs=1e-12
     )
 
 
 def test_ssim_of_a_picture_smaller_than_its_window_is_refused():
     with pytest.raises(ShapeError, match="64x10 px; its window is 11 px"):
-        metrics.ssim(smooth_picture(0, 64)[:10], smooth_picture(1, 64)[:10])
+        quality.ssim(smooth_picture(0, 64)[:10], smooth_picture(1, 64)[:10])
 
 
 @pytest.mark.parametrize("name", quality.SSIM_SETTINGS)

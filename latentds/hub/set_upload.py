@@ -14,10 +14,9 @@ from typing import Any
 
 from latentds.core.storage import write_atomically
 from latentds.errors import FormatError, InputError, UnreachableError
-from latentds.hub.card import hub_card
+from latentds.hub.card import PREVIEW, hub_card, make_preview
 from latentds.hub.client import HubFile, Repository
 from latentds.hub.licences import check_licence, licence_warnings
-from latentds.hub.preview import PREVIEW, make_preview
 from latentds.hub.publish_plan import README, PublishPlan, make_plan
 from latentds.hub.snippets import Publication
 from latentds.store.composing import dataset_card

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from latentds_trainers.classify_patches.config import ClassifyConfig
 
     from latentds.embedders.latent_stem import LatentStemConfig
+    from latentds.evaluation.patchsets.open_patch_sets import UndecodedPatches
     from latentds.evaluation.patchsets.patches import PatchSet
-    from latentds.evaluation.patchsets.undecoded import UndecodedPatches
 
 TEST = "test"
 LABEL_THEM = "put patches into class folders, or name --name-pattern or --splits that label them"
@@ -174,7 +174,7 @@ def open_latents(
     raises  InputError for originals without a codec of latents; ContractError for latents of
             another autoencoder, than the stem's or in the test set
     """
-    from latentds.evaluation.patchsets.undecoded import open_undecoded
+    from latentds.evaluation.patchsets.open_patch_sets import open_undecoded
 
     train = open_undecoded(config, stem=stem)
     sets = [train.patches]

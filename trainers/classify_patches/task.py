@@ -35,7 +35,7 @@ from latentds.embedders.latent_backbone import LatentBackbone
 from latentds.embedders.latent_stem import check_cells
 from latentds.errors import InputError
 from latentds.evaluation.folds import Fold
-from latentds.evaluation.patchsets.undecoded import UndecodedPatches
+from latentds.evaluation.patchsets.open_patch_sets import UndecodedPatches
 from latentds.evaluation.probes import (
     Examples,
     FittedProbe,

@@ -28,7 +28,7 @@ from latentds_trainers.classify_patches.patch_inputs import open_labelled, open_
 
 from latentds.embedders.latent_stem import LatentStemConfig, build_vit
 from latentds.evaluation.patchsets.open_patch_sets import open_undecoded
-from latentds.evaluation.patchsets.patch_set_config import PatchInput
+from latentds.evaluation.patchsets.patch_set import PatchInput
 from latentds.loading.loader import LatentLoader
 from latentds.models.backbone_folder import write_backbone
 

@@ -9,7 +9,7 @@ import numpy as np
 from latentds_tools.comparison.run_reading import Cell, RunRow
 
 from latentds.errors import InputError
-from latentds.evaluation.patchsets.patch_set_config import PatchInput
+from latentds.evaluation.patchsets.patch_set import PatchInput
 from latentds.evaluation.predictions import join_predictions, read_predictions
 from latentds.evaluation.scores import METRICS
 from latentds.evaluation.statistics import (

@@ -27,7 +27,7 @@ from latentds.evaluation.groups import (
     match_labels,
     read_labels,
 )
-from latentds.evaluation.patchsets.patch_set_config import PatchInput, recorded_settings
+from latentds.evaluation.patchsets.patch_set import PatchInput, recorded_settings
 from latentds.evaluation.patchsets.patches import PatchSet
 from latentds.sources.slide_names import some
 from latentds.store.format import sorted_names

@@ -26,8 +26,7 @@ from latentds.errors import InputError, ShapeError
 from latentds.evaluation.folds import SPLIT_WORDS, Fold, check_disjoint, stratified_group_folds
 from latentds.evaluation.groups import groups_of, own_groups
 from latentds.evaluation.patchsets.open_patch_sets import open_patches, open_undecoded
-from latentds.evaluation.patchsets.patch_set import PatchTable
-from latentds.evaluation.patchsets.patch_set_config import PatchInput
+from latentds.evaluation.patchsets.patch_set import PatchInput, PatchTable
 from latentds.evaluation.patchsets.patches import PatchSet
 from latentds.evaluation.probes import (
     FittedProbe,

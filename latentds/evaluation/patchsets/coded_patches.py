@@ -25,7 +25,7 @@ from latentds.evaluation.patchsets.developing import (
     chunk_size,
     in_chunks,
 )
-from latentds.evaluation.patchsets.patch_set_config import PatchInput
+from latentds.evaluation.patchsets.patch_set import PatchInput
 from latentds.evaluation.patchsets.picture_patches import Pictures, open_pictures
 from latentds.quantizers.codebooks import StoredCodebook, load_codebook, tiny_codebook
 

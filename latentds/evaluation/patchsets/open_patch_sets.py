@@ -48,11 +48,11 @@ from latentds.evaluation.patchsets.developing import (
     UndecodedCodes,
 )
 from latentds.evaluation.patchsets.latent_patches import Shards, open_shards
-from latentds.evaluation.patchsets.patch_set import SourceFacts
-from latentds.evaluation.patchsets.patch_set_config import (
+from latentds.evaluation.patchsets.patch_set import (
     OF_ORIGINALS,
     ORIGINAL,
     PatchInput,
+    SourceFacts,
     given_settings,
 )
 from latentds.evaluation.patchsets.patches import Memory, PatchSet

@@ -14,8 +14,7 @@ import numpy as np
 
 from latentds.core.storage import open_regular
 from latentds.errors import InputError, unknown_name
-from latentds.evaluation.patchsets.patch_set import PatchTable, canonical_order
-from latentds.evaluation.patchsets.patch_set_config import PatchInput
+from latentds.evaluation.patchsets.patch_set import PatchInput, PatchTable, canonical_order
 from latentds.sources.cut_options import SourceOptions
 from latentds.sources.opening import list_source, open_source
 from latentds.sources.picture import Header, Picture

@@ -64,7 +64,7 @@ HEAVY = {  # heavy libraries and the only modules that may import them
         "latentds.loading.adapters",
     },
     "deepspeed": {"latentds_trainers.engine.wrapping"},
-    "segmentation_models_pytorch": {"latentds.models.unet"},
+    "segmentation_models_pytorch": {"latentds_trainers.sampath.segmentation_fold"},
     "h5py": {
         *("latentds.sources.patch_arrays", "latentds.evaluation.features.feature_files"),
         *("latentds_tools.bench.peer_loaders", "latentds_tools.bench.peer_writers"),

@@ -23,9 +23,11 @@ from torch.nn import functional
 
 from latentds.core.randomness import key_of
 from latentds.core.storage import write_atomically
-from latentds.errors import ShapeError
+from latentds.embedders.embedder import IMAGENET_MEAN, IMAGENET_STD
+from latentds.errors import ShapeError, missing_extra, unknown_name
 from latentds.evaluation.folds import Fold
 from latentds.evaluation.segmentation import Confusion, correct_scores
+from latentds.views.mask_geometry import pad_to_multiple
 
 if TYPE_CHECKING:
     from latentds_trainers.sampath.config import SampathConfig
@@ -38,6 +40,8 @@ GAMMA = 2.0  # MONAI's default for the focal loss
 IOU_THRESHOLD = 0.5  # probability from which a pixel counts for a class in the true IoU
 IOU_EPSILON = 1e-7
 Unlabelled = Literal["zeroed", "left-out"]
+MULTIPLE_PX = 32  # of the images that an encoder of depth 5 takes
+DECODER_CHANNELS = (256, 128, 64, 32, 16)  # segmentation_models_pytorch's own default
 
 
 def build_network(
@@ -51,8 +55,6 @@ def build_network(
     raises  WeightsError, UnknownNameError, MissingExtraError for encoders that cannot be had
     """
     if config.model == "unet":
-        from latentds.models.unet import build_unet
-
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             unet = build_unet(labels, config.unet_encoder, config.unet_channels)
@@ -303,3 +305,55 @@ def check_shapes(logits: Tensor, labels: Tensor, iou: Tensor | None) -> None:
         raise ShapeError(f"labels are {tuple(labels.shape)}, logits {tuple(logits.shape)}")
     if iou is not None and tuple(iou.shape) != (batch, size):
         raise ShapeError(f"IoU predictions are {tuple(iou.shape)}; {(batch, size)} are wanted")
+
+
+class SegmentationUNet(nn.Module):
+    """Logits of images, normalized as for ImageNet inside; any size, padded and cut back.
+
+    network  of segmentation_models_pytorch, K channels out
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        for name, values in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
+            self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, None]:
+        """Logits float (B, K, H, W) of images float (B, 3, H, W) in [0, 1]; no IoU predictions."""
+        height, width = images.shape[-2:]
+        padded = pad_to_multiple(images, MULTIPLE_PX)
+        logits: Tensor = self.network((padded - self.mean) / self.std)
+        return logits[..., :height, :width], None
+
+
+def build_unet(
+    labels: int, encoder: str = "resnet18", channels: tuple[int, ...] = DECODER_CHANNELS
+) -> SegmentationUNet:
+    """A U-Net with random weights; seed torch's generator before for the same ones again.
+
+    labels    K: channels out, 0 being of no class
+    encoder   a name of segmentation_models_pytorch's: resnet18, mobilenet_v2, efficientnet-b0, ...
+    channels  of the decoder, coarsest first
+    raises    MissingExtraError; UnknownNameError for an encoder it does not have
+    """
+    try:
+        import segmentation_models_pytorch as networks
+    except ImportError as error:
+        raise missing_extra("segmentation-models-pytorch", "evaluate") from error
+    known = networks.encoders.get_encoder_names()
+    if encoder not in known:
+        small = ("resnet", "mobilenet", "efficientnet", "vgg")  # of more than a hundred
+        known = [name for name in known if name.startswith(small)]
+        raise unknown_name("encoder of the U-Net", encoder, known)
+    network = networks.Unet(
+        encoder,
+        encoder_depth=len(channels),
+        encoder_weights=None,
+        decoder_channels=channels,
+        classes=labels,
+    )
+    return SegmentationUNet(network)

@@ -12,16 +12,16 @@ import torch.distributed as dist
 from latentds_trainers.crossval.cross_validation import Cell, CrossValidation, Tested
 from latentds_trainers.engine.ranks import from_first, join_ranks, on_all_ranks
 from latentds_trainers.sampath.config import SampathConfig
-from latentds_trainers.sampath.segmentation_data import LabelledImages
-from latentds_trainers.sampath.segmentation_fold import SegmentationFold
-from latentds_trainers.sampath.segmentation_folds import (
+from latentds_trainers.sampath.segmentation_data import (
     NO_FOLDS,
     FoldPlan,
+    LabelledImages,
     check_classes,
     group_plan,
     named_plan,
     table_plan,
 )
+from latentds_trainers.sampath.segmentation_fold import SegmentationFold
 from latentds_trainers.sampath.segmentation_presets import (
     PRESETS,
     SIZES_PX,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from latentds_tools import cli
-from latentds_tools.bench import bench_gpu, gpu_parts, gpu_running, gpu_tables
+from latentds_tools.bench import bench_gpu, gpu_parts, gpu_tables
 from latentds_tools.bench.gpu_parts import GpuPart, all_parts
 from latentds_tools.cli import COMMANDS
 
@@ -22,7 +22,7 @@ def python(name: str, code: str, **options) -> GpuPart:
 
 
 def run(tmp_path, *parts: GpuPart, seconds: float = 600) -> dict:
-    return gpu_running.run_parts(list(parts), tmp_path, tmp_path / "work", seconds)
+    return bench_gpu.run_parts(list(parts), tmp_path, tmp_path / "work", seconds)
 
 
 def statuses(outcomes: dict) -> dict[str, str]:
@@ -71,7 +71,7 @@ def test_what_is_cut_fails_or_is_not_there_leaves_the_rest_whole(tmp_path):
 
 @pytest.mark.slow
 def test_a_part_is_ended_with_what_it_started_and_leaves_what_it_had(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_running, "LEAST_S", 0.0)
+    monkeypatch.setattr(bench_gpu, "LEAST_S", 0.0)
     mark, partial = tmp_path / "alive", tmp_path / "partial.json"
     child = f"import time; time.sleep(4); open({str(mark)!r}, 'w').close()"
     code = (
@@ -113,7 +113,7 @@ def test_tests_are_counted_as_pytest_tells_them(tmp_path):
 
 def test_options_that_never_engaged_are_the_reason():
     row = {"decoder": "tiny", "options": "compile", "error": "no compiler", "never_engaged": True}
-    assert gpu_running.never_engaged({"rows": [row]}) == "tiny, compile: no compiler"
+    assert bench_gpu.never_engaged({"rows": [row]}) == "tiny, compile: no compiler"
 
 
 def test_a_wheel_has_no_tests(monkeypatch, tmp_path):

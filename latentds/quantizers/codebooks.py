@@ -23,8 +23,8 @@ from safetensors.numpy import save
 from latentds.core.storage import parse_json, write_atomically
 from latentds.errors import ContractError, FormatError, InputError
 from latentds.quantizers.additive import AdditiveCodebook
-from latentds.quantizers.entropy.record_checks import LEAST_SIDE, MAX_RECORD_BYTES
 from latentds.quantizers.entropy.record_codebook import EntropyCodebook
+from latentds.quantizers.entropy.record_model import LEAST_SIDE, MAX_RECORD_BYTES
 from latentds.quantizers.scalar import AnyCodebook, Codebook
 from latentds.version import __version__
 

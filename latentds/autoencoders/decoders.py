@@ -115,7 +115,8 @@ def save_decoder(
         licence=card.licence,
         trained=trained,
     )
-    check_readable(record, folder / RECORD)
+    # A record that could not be read back is a FormatError now.
+    checked_fields(json.loads(record.to_json()), folder / RECORD, FORMAT, CHECKS)
     header = {"format": FORMAT, "latent_id": card.latent_id}
     write_together(
         {folder / WEIGHTS: save(tensors, header), folder / RECORD: record.to_json().encode()}
@@ -362,8 +363,3 @@ class DecoderRecord:
 def read_record(folder: Path) -> DecoderRecord:
     """What the decoder.json of a folder says; FormatError where it is none."""
     return DecoderRecord(**read_fields(folder / RECORD, FORMAT, CHECKS))
-
-
-def check_readable(record: DecoderRecord, path: Path) -> None:
-    """FormatError for a record that could not be read back."""
-    checked_fields(json.loads(record.to_json()), path, FORMAT, CHECKS)

@@ -169,9 +169,6 @@ class WorkFolder:
         """Where a finished shard's index is kept."""
         return self.folder / f"{Path(shard).stem}.index.npz"
 
-    def all_bad(self) -> list[LeftOut]:
-        return [bad for journal in self.journals.values() for bad in journal.bad]
-
     def read_plan(self) -> dict[str, Any]:
         """What an earlier run decided; empty where there was none."""
         path = self.folder / "plan.json"

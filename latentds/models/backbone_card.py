@@ -51,7 +51,7 @@ features = embedder.embed(images)
 
     latentds features SET --embedder {embedder} --out FEATURES
 """
-LATENTS = """It reads latents without decoding, of latent_id {latent_id} alone,
+FROM_LATENTS = """It reads latents without decoding, of latent_id {latent_id} alone,
 and no pictures. With latentds:
 
     latentds features SET --embedder latent-dir:{folder} --out FEATURES
@@ -108,7 +108,7 @@ def how_to_load(record: BackboneRecord, repository: str | None) -> str:
         embedder = f"timm:hf-hub:{repository}" if repository else "timm-dir:FOLDER"
         return PICTURES.format(timm_place=timm_place, embedder=embedder)
     builds = TIMM_BUILDS.format(channels=record.channels, timm_place=timm_place)
-    return LATENTS.format(
+    return FROM_LATENTS.format(
         latent_id=code_span(record.stem.get("latent_id") or "not recorded"),
         folder="FOLDER",
         timm=TIMM_CANNOT if record.model_args is None else builds,
@@ -129,8 +129,3 @@ def describe_arguments(record: BackboneRecord) -> str:
 
 def numbers(values: tuple[float, ...]) -> str:
     return ", ".join(f"{value:.6g}" for value in values)
-
-
-def local_front_matter() -> str:
-    """The YAML of a card that is not published yet: no licence is given."""
-    return "\n".join(["library_name: timm", "tags:", *(f"- {tag}" for tag in TAGS)])

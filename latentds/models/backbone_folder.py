@@ -36,7 +36,7 @@ from latentds.embedders.embedder import IMAGENET_MEAN, IMAGENET_STD
 from latentds.embedders.latent_stem import LatentStemConfig, timm_arguments
 from latentds.embedders.timm_models import outline
 from latentds.errors import FormatError, InputError, ShapeError
-from latentds.models.backbone_card import backbone_card, local_front_matter
+from latentds.models.backbone_card import TAGS, backbone_card
 
 README = "README.md"
 OF_TRAINING = {  # of timm's arguments, what no tensor depends on
@@ -104,7 +104,11 @@ def contents_of(
     folder: Path, record: BackboneRecord, backbone: nn.Module, tensors: dict[str, Tensor]
 ) -> dict[Path, bytes]:
     """Bytes of every file; what readers look for first comes last."""
-    card = backbone_card(record, title=f"{record.arch} backbone", front_matter=local_front_matter())
+    card = backbone_card(
+        record,
+        title=f"{record.arch} backbone",
+        front_matter="\n".join(["library_name: timm", "tags:", *(f"- {tag}" for tag in TAGS)]),
+    )
     contents = {
         WEIGHTS: save(tensors, {"format": "pt"}),
         README: card.encode(),

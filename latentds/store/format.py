@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from latentds.autoencoders.autoencoder import AutoencoderCard, short
-from latentds.core.storage import Kind, canonical_json, check_kinds
+from latentds.core.storage import Kind, check_kinds
 from latentds.errors import ContractError, FormatError
 from latentds.quantizers.codebooks import ENCODINGS, unknown_encoding
 from latentds.quantizers.scalar import AnyCodebook
@@ -243,18 +243,6 @@ def joined_names(lists: Iterable[Sequence[str]]) -> list[str]:
         return sorted_names(everything)
     longest = max(known, key=len)
     return [*longest, *sorted_names(everything - set(longest))]
-
-
-def shard_headers(contract: Contract) -> dict[str, str]:
-    """Fields of a shard's PAX global header."""
-    return {
-        f"{HEADER_PREFIX}format": FORMAT,
-        f"{HEADER_PREFIX}encoding": contract.encoding,
-        f"{HEADER_PREFIX}latent_id": contract.latent_id,
-        f"{HEADER_PREFIX}codebook_id": contract.codebook.codebook_id,
-        f"{HEADER_PREFIX}decoder_id": contract.decoder_id,
-        f"{HEADER_PREFIX}contract": canonical_json(contract.to_json()),
-    }
 
 
 def npy_header(shape: tuple[int, ...]) -> bytes:

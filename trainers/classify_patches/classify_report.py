@@ -146,7 +146,7 @@ def notes_of(
     notes = list(patches.notes)
     if {name.upper() for name in patches.classes} == NCT_CRC:
         notes.append(NCT_BIAS)
-    if config.protocol != "val7k" and not patches.has_groups:
+    if config.protocol != "val7k" and len(set(patches.groups)) == len(patches.groups):
         notes.append(LEAK)
     if config.protocol == "val7k":
         notes.append(SHARED_TEST)

@@ -60,11 +60,6 @@ class LabelledPatches:
         return len(self.items)
 
     @property
-    def has_groups(self) -> bool:
-        """Whether any two patches are known to belong together."""
-        return len(set(self.groups)) < len(self.groups)
-
-    @property
     def starts(self) -> np.ndarray:
         """First row of every set, and N."""
         return np.cumsum([0, *(len(patches) for patches in self.sets)])

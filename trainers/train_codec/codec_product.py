@@ -31,7 +31,6 @@ FLOOR = 0.005  # of a geometric law, mixed into counted shares
 COUNTED_PX, COUNTED_CROPS, FINAL_CROPS = 192, 16, 432
 BATCH = 8
 JUDGED_BYTES = (4096, 2048)
-PATCH_PIXELS = 256 * 256
 
 
 @torch.no_grad()

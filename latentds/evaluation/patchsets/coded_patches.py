@@ -196,7 +196,8 @@ def fit_sample(config: PatchInput, pictures: Pictures) -> tuple[Pictures, str]:
         splits = {picture.split for picture in pictures.pictures}
         if "train" not in splits or len(splits) == 1:
             return pictures, OF_ALL
-        return pictures.of_split("train"), OF_TRAIN
+        train = [number for number, p in enumerate(pictures.pictures) if p.split == "train"]
+        return pictures.part(train), OF_TRAIN
     edge = min(pictures.patch_px)
     others = PatchInput(
         data=config.codebook_from, tile=True, patch_size=edge, use_labels=False,

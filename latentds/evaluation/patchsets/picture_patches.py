@@ -136,9 +136,6 @@ class Pictures:
     def of_slide(self, slide: str) -> Pictures:
         return self.part([number for number, p in enumerate(self.pictures) if p.slide == slide])
 
-    def of_split(self, split: str) -> Pictures:
-        return self.part([number for number, p in enumerate(self.pictures) if p.split == split])
-
     def part(self, chosen: Sequence[int]) -> Pictures:
         """Some of the pictures, with the patch size and the classes of all."""
         headers = [self.headers[number] for number in chosen] if self.headers else None

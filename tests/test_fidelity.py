@@ -13,9 +13,9 @@ import torch
 from latentds_tools.bench import bench_fidelity
 from latentds_tools.fidelity import (
     codebook_fitting,
-    codec_opening,
     comparing,
     fidelity_page,
+    fidelity_plan,
     job,
     quality,
 )
@@ -57,7 +57,7 @@ class ColourEmbedder:
 @pytest.fixture
 def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
     """`sd15` is the mean of 8x8 px, `colours` an embedder, `dcae-f32` and `gone` cannot be had."""
-    real = codec_opening.load_autoencoder
+    real = fidelity_plan.load_autoencoder
 
     def autoencoder(name: str, **options: object) -> object:
         if name == "dcae-f32":
@@ -69,8 +69,8 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
             raise WeightsError("gone: gated; ask its authors")
         return ColourEmbedder(name)
 
-    monkeypatch.setattr(codec_opening, "load_autoencoder", autoencoder)
-    monkeypatch.setattr(codec_opening, "load_embedder", embedder)
+    monkeypatch.setattr(fidelity_plan, "load_autoencoder", autoencoder)
+    monkeypatch.setattr(fidelity_plan, "load_embedder", embedder)
 
 
 @pytest.fixture
@@ -318,7 +318,7 @@ def test_bytes_that_every_file_has_are_told(folder, stand_ins):
 def test_formats_at_equal_bytes_need_an_autoencoder(folder, stand_ins):
     with pytest.raises(InputError, match="avif:QUALITY or avif@BYTES"):
         comparing.compare(settings(folder, codecs="avif,jpeg:50"))
-    assert spread([parse_codec("jpeg:50")], codec_opening.Autoencoders("cpu"), (8, 8))
+    assert spread([parse_codec("jpeg:50")], fidelity_plan.Autoencoders("cpu"), (8, 8))
 
 
 def test_codebooks_fitted_on_tested_crops_are_said_to_favour(folder, tmp_path, stand_ins):
@@ -658,7 +658,7 @@ def test_paths_stay_out_of_labels(tmp_path):
         folder = tmp_path / name
         save_decoder(folder, tiny.decoder, tiny.card, architecture_of(tiny), {})
     names = [str(tmp_path / name) for name in ("a/same", "b/same", "other")]
-    autoencoders = codec_opening.Autoencoders("cpu")
+    autoencoders = fidelity_plan.Autoencoders("cpu")
     plan = make_plan(",".join(names), [], autoencoders, patch_px=(8, 8), skip_missing=False)
     assert [plan.label(row) for row in plan.rows] == [*names[:2], "other"]
 

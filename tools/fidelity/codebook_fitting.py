@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from latentds_tools.fidelity.codec_opening import Autoencoders
+from latentds_tools.fidelity.fidelity_plan import Autoencoders
 
 from latentds.codecs import LatentCodec, LatentSpec, draw_samples, with_quantizer
 from latentds.codecs.quantizers import latent_shape

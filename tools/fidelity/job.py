@@ -15,10 +15,9 @@ from latentds_tools.fidelity.codebook_fitting import (
     FitSample,
     stored_codebooks,
 )
-from latentds_tools.fidelity.codec_opening import Autoencoders
 from latentds_tools.fidelity.fidelity_config import Config
 from latentds_tools.fidelity.fidelity_crops import Crop, FidelityCrops, read_crops
-from latentds_tools.fidelity.fidelity_plan import FidelityPlan, make_plan, parse
+from latentds_tools.fidelity.fidelity_plan import Autoencoders, FidelityPlan, make_plan, parse
 from latentds_tools.fidelity.jpeg_tables import NAME as FITTED
 from latentds_tools.fidelity.jpeg_tables import FittedTables
 from latentds_tools.fidelity.measuring import MeasuredOriginals

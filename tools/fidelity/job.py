@@ -10,16 +10,16 @@ from typing import Any
 
 import numpy as np
 from latentds_tools.fidelity.codebook_fitting import (
+    FITTED,
     ON_TESTED,
     Codebooks,
     FitSample,
+    FittedTables,
     stored_codebooks,
 )
 from latentds_tools.fidelity.fidelity_config import Config
 from latentds_tools.fidelity.fidelity_crops import Crop, FidelityCrops, read_crops
 from latentds_tools.fidelity.fidelity_plan import Autoencoders, FidelityPlan, make_plan, parse
-from latentds_tools.fidelity.jpeg_tables import NAME as FITTED
-from latentds_tools.fidelity.jpeg_tables import FittedTables
 from latentds_tools.fidelity.measuring import MeasuredOriginals
 from latentds_tools.fidelity.nuclei import NucleiFinder
 from latentds_tools.fidelity.picture_slides import SlideOptions, read_slides

@@ -76,7 +76,7 @@ HEAVY = {  # heavy libraries and the only modules that may import them
     "ray": {"latentds.conversion.ray_engine", "latentds_tools.bench.peer_loaders"},
     "huggingface_hub": {
         "latentds_tools.health.surroundings",
-        "latentds.autoencoders.downloads",
+        "latentds.autoencoders.foreign_networks",
         "latentds.store.transport",
         "latentds.hub.client",
     },

@@ -28,13 +28,13 @@ from latentds.autoencoders.autoencoder import (
     hash_tensors,
     short,
 )
-from latentds.autoencoders.downloads import download
 from latentds.autoencoders.foreign_networks import (
     BUILD_ERRORS,
     check_bounded,
     check_hash,
     check_placed,
     checked_fields,
+    download,
     is_count,
     is_identity,
     is_name,

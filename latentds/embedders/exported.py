@@ -11,8 +11,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from latentds.autoencoders.downloads import download
-from latentds.autoencoders.foreign_networks import check_hash
+from latentds.autoencoders.foreign_networks import check_hash, download
 from latentds.embedders.backbone_record import (
     CONFIG,
     LATENTS,

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from latentds.autoencoders.downloads import download, login_hint
-from latentds.autoencoders.foreign_networks import load_tensors
+from latentds.autoencoders.foreign_networks import download, load_tensors, login_hint
 from latentds.autoencoders.taesd import read_tensors
 from latentds.embedders.embedder import EmbedderCard
 from latentds.errors import WeightsError

@@ -92,6 +92,13 @@ PATCH_DTYPE = np.dtype(
         ("size_px", "<u4"),  # edge of the region (its width), in the pixels x and y count
     ]
 )
+TABLES = {
+    PACKS_TABLE: PACK_DTYPE,
+    PATCHES_TABLE: PATCH_DTYPE,
+    DIGESTS: DIGEST_DTYPE,
+    CHECKSUMS: CHECKSUM_DTYPE,
+}
+OF_PATCHES = (PATCHES_TABLE, CHECKSUMS)  # tables of a row a patch
 
 
 def pack_key(split: str, shard: int, pack: int) -> str:

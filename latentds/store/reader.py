@@ -16,7 +16,6 @@ import numpy as np
 
 from latentds.errors import DamagedPackError, FormatError, unknown_name
 from latentds.store.cache import CacheConfig
-from latentds.store.files import Extent, Files, LocalFiles
 from latentds.store.format import (
     CHECKSUMS,
     CODES,
@@ -25,10 +24,12 @@ from latentds.store.format import (
     pack_key,
     patch_key,
 )
-from latentds.store.manifest import Manifest
-from latentds.store.open_files import CodeChecks, OpenFile, Signature, Table, wait_for
+from latentds.store.manifest import Manifest, read_manifest
+from latentds.store.open_files import Extent, LocalFiles, OpenFile, Signature, Table, wait_for
 from latentds.store.remote_files import RemoteFiles
 from latentds.store.tables import (
+    CodeChecks,
+    Files,
     PackTable,
     check_rows,
     check_sizes,
@@ -69,7 +70,7 @@ class ShardSet:
     ) -> None:
         self.files = open_files(folder, cache)
         self.folder, self.revision = self.files.where, self.files.revision
-        self.manifest = manifest or self.files.manifest()
+        self.manifest = manifest or manifest_of(self.files)
         self.check_codes, self.reads_parts = check_codes, reads_parts
         signatures: list[Signature] = []
         if isinstance(self.files, LocalFiles):
@@ -442,3 +443,8 @@ def open_files(folder: str | os.PathLike[str], cache: CacheConfig | None = None)
     if "://" in str(folder):
         return RemoteFiles(str(folder), cache or CacheConfig())
     return LocalFiles(Path(folder))
+
+
+def manifest_of(files: Files) -> Manifest:
+    """The checked manifest of a set's files."""
+    return read_manifest(files.folder) if isinstance(files, LocalFiles) else files.manifest()

@@ -24,8 +24,8 @@ CGROUP, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 # A transfer is about 4 MiB, and each of 8 workers has two on the way: 64 MiB, Docker's default,
 # would be full. Twice that is not, and ranks that talk through NCCL take some more.
 ENOUGH_SHM = 256 << 20
-# A rank maps up to 256 shards (latentds.store.files.MAX_OPEN_SHARDS), each an open file, and so
-# does each worker; what workers send is a file a tensor until it is received.
+# A rank maps up to 256 shards (store.open_files.MAX_OPEN_SHARDS), each an open file, and so does
+# each worker; what workers send is a file a tensor until it is received.
 ENOUGH_FILES = 1024
 ENOUGH_DISK = 10 << 30  # the default cache may grow to 50 GB; SD's and DC-AE's weights are 1.3 GB
 PACKAGE = "latentds"

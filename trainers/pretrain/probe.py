@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from latentds_trainers.engine.ranks import from_first, gathered, on_all_ranks
-from latentds_trainers.pretrain.pretrain_options import ProbeConfig
+from latentds_trainers.pretrain.config import ProbeConfig
 from torch import Tensor, nn
 
 from latentds.embedders.latent_stem import LatentStemConfig, check_cells, timm_arguments

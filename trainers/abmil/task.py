@@ -34,12 +34,17 @@ from latentds.errors import unknown_name
 from latentds.evaluation.features.features_record import flat
 from latentds.evaluation.features.folder import FeatureFolder
 from latentds.evaluation.features.live import LiveFeatures
-from latentds.evaluation.folds import Fold, stratified_group_folds
+from latentds.evaluation.folds import (
+    PATHO_BENCH,
+    Fold,
+    read_splits,
+    stratified_group_folds,
+    write_patho_bench,
+)
 from latentds.evaluation.patchsets.coded_patches import codebook_note
 from latentds.evaluation.predictions import write_predictions
 from latentds.evaluation.records import RunRecord
 from latentds.evaluation.scores import classification_scores
-from latentds.evaluation.splits import PATHO_BENCH, read_splits, write_patho_bench
 from latentds.models.attention_mil import save_abmil
 from latentds.sources.slide_names import some
 

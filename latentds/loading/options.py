@@ -178,7 +178,7 @@ class Vocabulary:
 
     def __init__(self, sets: Sequence[ShardSet], given: Mapping[str, int] | None = None) -> None:
         check_mixable(sets)
-        self.classes = joined_names(shards.manifest.classes for shards in sets)
+        self.classes = joined_names([shards.manifest.classes for shards in sets])
         self.number = {name: index for index, name in enumerate(self.classes)}
         if given is not None:
             self.number = dict(given)

@@ -29,17 +29,8 @@ from latentds.errors import DamagedPackError, TooManyBadSamplesError
 from latentds.loading.batch import Batch, Collator
 from latentds.loading.fields_of_view import warn_of_fields
 from latentds.loading.options import Mixture, Order, Select, answering, check_group
-from latentds.loading.order import (
-    Batching,
-    Drawn,
-    LoaderState,
-    PackSampler,
-    Sampler,
-    SetSampler,
-    check_state,
-    join,
-)
-from latentds.loading.sampling import BALANCED, BalancedSampler, MixtureSampler
+from latentds.loading.order import Batching, Drawn, LoaderState, PackSampler, check_state, join
+from latentds.loading.sampling import BALANCED, BalancedSampler, MixtureSampler, Sampler, SetSampler
 from latentds.loading.selection import select_rows
 from latentds.quantizers.codebooks import ChannelStatistics
 from latentds.quantizers.scalar import AnyCodebook

@@ -8,7 +8,7 @@ every label alike, are `sampling.py`'s.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -147,38 +147,6 @@ class Drawn:
         return Drawn(self.sets[places], self.rows[places], self.passes[places])
 
 
-class Sampler(Protocol):
-    """What a loader draws from.
-
-    size   draws an epoch
-    ahead  draws after which other packs are touched, 0 where any may be at any time
-    """
-
-    @property
-    def size(self) -> int: ...
-
-    @property
-    def ahead(self) -> int: ...
-
-    def draw(self, epoch: int, start: int, stop: int) -> Drawn:
-        """The draws [start, stop) of an epoch."""
-        ...
-
-
-class SetSampler(Sampler, Protocol):
-    """A sampler of one set.
-
-    chosen  rows of the patch table that may be drawn, ascending
-    """
-
-    @property
-    def chosen(self) -> np.ndarray | range: ...
-
-    def replacement(self, row: int, attempt: int) -> int:
-        """The row that stands in for a damaged one, the attempt-th choice."""
-        ...
-
-
 class PackSampler:
     """Every patch of a split (or of a selection of it) once an epoch, packs at a time.
 
@@ -200,12 +168,12 @@ class PackSampler:
 
     @property
     def size(self) -> int:
-        """Patches."""
+        """Draws an epoch: the patches."""
         return self.layout.size
 
     @property
     def ahead(self) -> int:
-        """A window."""
+        """Draws after which other packs are touched, 0 where any may be at any time: a window."""
         return self.layout.window
 
     @property

@@ -9,7 +9,7 @@ import numpy as np
 
 from latentds.core.randomness import key_of, permute, shuffled
 from latentds.errors import InputError
-from latentds.loading.order import Drawn, Sampler, join
+from latentds.loading.order import Drawn, PackSampler, join
 from latentds.loading.selection import named_patients, names_of
 from latentds.store.reader import ShardSet
 
@@ -159,6 +159,9 @@ def groups_of(shards: ShardSet, by: str, rows: np.ndarray) -> np.ndarray:
     return grouped
 
 
+SetSampler = PackSampler | BalancedSampler
+
+
 class MixtureSampler:
     """Draws from several sets by weight; each set runs through its own epochs at its own pace.
 
@@ -170,7 +173,7 @@ class MixtureSampler:
 
     def __init__(
         self,
-        samplers: Sequence[Sampler],
+        samplers: Sequence[SetSampler],
         weights: Sequence[float],
         seed: int,
         size: int | None = None,
@@ -201,7 +204,10 @@ class MixtureSampler:
         return Drawn(sets, rows, passes)
 
 
-def draw_on(sampler: Sampler, start: int, stop: int) -> Drawn:
+Sampler = SetSampler | MixtureSampler
+
+
+def draw_on(sampler: SetSampler, start: int, stop: int) -> Drawn:
     """The draws [start, stop) of a sampler's epochs laid end to end."""
     parts = []
     for epoch in range(start // sampler.size, -(-stop // sampler.size)):

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from latentds_trainers.engine.settings import plain
 from latentds_trainers.train_codec.tile_crops import Crops
-from latentds_trainers.train_codec.tile_sources import attribution_of
+from latentds_trainers.train_codec.tiles import attribution_of
 from torch import Tensor, nn
 from torch.nn import functional
 

@@ -4,7 +4,7 @@
     deepspeed --num_gpus 1 --module latentds_trainers.train_codec --tiles packed.tiles \\
         --preset gpu-10min --out runs/codec
 
-Learns from openly licensed tiles only (`tile_sources.py`); UCSB and MoNuSeg stay test sets and
+Learns from openly licensed tiles only (`tiles.py`); UCSB and MoNuSeg stay test sets and
 are never opened, nor are the pictures that the demo shows. Loss: mean squared error plus
 `rate_weight` times bits a pixel. The same command goes on from the newest checkpoint. With every
 checkpoint, OUT/codec is written anew: encoder, decoder, two fast decoders, tables, card; it is what

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from latentds_tools.bench.decode_shapes import check_known, find_decoder
+from latentds_tools.bench.decode_networks import check_decoder, find_decoder
 from latentds_tools.bench.harness import engaged
 from latentds_tools.bench.synthetic import random_contract, write_synthetic
 from latentds_tools.reports.commands import picked
@@ -70,7 +70,7 @@ def open_source(config: Config, work: Path) -> StepSource:
     if folder is not None and config.decoder is None:
         return StepSource(folder, None, "the recorded decoder", "loaded")
     name = config.decoder or "turbo-s"
-    check_known(name)
+    check_decoder(name)
     autoencoder, weights = find_decoder(name)
     card, edge = autoencoder.card, config.patch_size
     if folder is None:

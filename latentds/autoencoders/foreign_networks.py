@@ -1,4 +1,4 @@
-"""Networks that others describe: their JSON and their tensors, checked before they are used."""
+"""Networks that others describe: fetched, their JSON and tensors checked before they are used."""
 
 from __future__ import annotations
 

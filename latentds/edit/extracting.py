@@ -1,4 +1,4 @@
-"""Extract a data set: decoded pictures in class folders, and a table of what is known of them."""
+"""Extract a data set: pictures in class folders, a table of them; lists of slides to do it by."""
 
 from __future__ import annotations
 

@@ -1,6 +1,5 @@
-"""Folds of a cross-validation: every group of patches on one side, drawn by a seed."""
+"""Folds of a cross-validation, every group on one side: drawn by a seed, or read from files."""
 # n items (patches, slides), g groups
-# n slides
 
 from __future__ import annotations
 

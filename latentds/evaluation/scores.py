@@ -1,5 +1,4 @@
-"""Scores of a classifier on one test set, undefined ones with their reason."""
-# n items, C classes
+"""Scores of a classifier on one test set, for one weighting of its items or for many at once."""
 # n items, C classes, B weightings
 
 from __future__ import annotations

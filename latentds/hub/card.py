@@ -1,4 +1,4 @@
-"""The card of a published set: what it is, under which licences, and code that loads it."""
+"""The card of a published set: what it is, its licences, code that loads it; and its preview."""
 # G golden patches
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 Written from the description of Zhang et al., "SAM-Path: A Segment Anything Model for Semantic
 Segmentation in Digital Pathology" (MICCAI workshop MedAGI 2023); the parts of SAM are those of
-transformers (Apache-2.0).
+transformers (Apache-2.0): from the Hub or a folder, safetensors only, no code of a repository, or
+small and random.
 """
 # B batch, K labels with 0 (not labelled), C channels, H W pixels, h w cells of the encoders' map
 

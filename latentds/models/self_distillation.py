@@ -4,12 +4,12 @@ DINO: Caron et al. 2021, "Emerging Properties in Self-Supervised Vision Transfor
 Oquab et al. 2023, in its short setup: DINO's loss on class tokens, iBOT's (Zhou et al. 2022) on
 masked patch tokens, KoLeo (Sablayrolles et al. 2019) on class tokens. Heads and KoLeo are
 lightly's (MIT); so are the formulas of the losses, whose classes DINOLoss and IBOTPatchLoss move a
-centre in every forward pass and wait for the device.
+centre in every forward pass and wait for the device. Features and means are of the global batch,
+gathered over the ranks; without `torch.distributed` everything is this process's own.
 """
 # B batch of a rank, G global and L local views, C channels, H W pixels or latent cells, T patch
 # tokens, D features, K prototypes (out_dim), S views of the student, globals first, N = G B images,
-# n hidden tokens of all of them
-# B batch of a rank, R ranks, D features
+# n hidden tokens of all of them, R ranks
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures listed in a table: CSV, TSV or Parquet."""
+"""Pictures, or slides, listed in a table: CSV, TSV or Parquet."""
 
 from __future__ import annotations
 

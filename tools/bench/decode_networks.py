@@ -1,4 +1,7 @@
-"""Rates of decoders under each of their options: of codes, and of entropy-coded records."""
+"""Decoders, known shapes or loaded ones, and their rates under each option, of records too.
+
+Time does not depend on the weights, so shapes whose weights are not here are built without them.
+"""
 # B batch, R record bytes, C latent channels, h w latent cells
 
 from __future__ import annotations
@@ -29,7 +32,6 @@ from latentds.loading.decoding import Decode, Decoder
 if TYPE_CHECKING:
     from latentds_tools.bench.decode_config import Config
 
-    from latentds.autoencoders.autoencoder import NetworkAutoencoder
     from latentds.quantizers.entropy.record_codebook import EntropyCodebook
 
 # Both configs of diffusers' AutoencoderKL: config.json of stabilityai/sd-vae-ft-ema, and the vae

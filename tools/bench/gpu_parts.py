@@ -1,6 +1,9 @@
 """The parts of `bench gpu`, most important first: each a command, its share of the time, its needs.
 
-Sizes are those of a GPU of the present, or a miniature that a CPU ends in minutes.
+Sizes are those of a GPU of the present, or a miniature that a CPU ends in minutes. What they
+measure on is made in a process of its own, of pictures that ship:
+
+python -m latentds_tools.bench.gpu_parts FOLDER PATCH_PX PATCHES DEVICE
 """
 
 from __future__ import annotations

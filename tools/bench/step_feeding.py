@@ -1,6 +1,5 @@
-"""What feeds a training step: the set, cached views, cached images, the loader; its parts alone."""
-# B batch, C channels of images or latents, H W their size
-# B batch, G global and L local crops, T tokens of a global crop, h w their grid
+"""A training step as a user's would be, and what feeds it: cached views, images, the loader."""
+# B batch, C channels of images or latents, H W their size, G global crops, T tokens of one
 
 from __future__ import annotations
 
@@ -33,8 +32,6 @@ from latentds.views.view_batch import Views
 
 if TYPE_CHECKING:
     from latentds_tools.bench.step_config import Config
-
-    from latentds.views.view_batch import Views
 
 CACHED = 2  # batches that lie on the device, used in turn
 TOKEN_PX = 16  # of a patch16 arch: windows of latents start where its tokens do

@@ -164,7 +164,10 @@ def make_report(job: FidelityJob, rows: Sequence[Measured]) -> dict[str, Any]:
 
 
 class KeptRows:
-    """Rows below a folder; nothing is kept where there is none."""
+    """Rows and their files below a folder, by a hash of all that makes them; none without a folder.
+
+    A killed run goes on after the last; another embedder or decoder does not encode anew.
+    """
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder

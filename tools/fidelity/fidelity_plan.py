@@ -1,4 +1,4 @@
-"""Which rows there will be: codecs as written, those at equal bytes at those of all latents."""
+"""Which rows there will be, what they need opened: codecs, those at equal bytes, embedders."""
 
 from __future__ import annotations
 
@@ -149,6 +149,9 @@ def spread(
 
 class Autoencoders:
     """Opens autoencoders; the last one stays open.
+
+    A decoder alone takes the encoder of the autoencoder it names, or of another listed one of the
+    same latents.
 
     cards   card of every autoencoder that can be had
     bases   decoder: the listed autoencoder whose encoder it takes

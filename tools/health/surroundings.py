@@ -1,4 +1,4 @@
-"""What is around the process: the Hub, disks, shared memory, cores, limits."""
+"""What is around the process: packages, the Hub, disks, shared memory, cores, limits."""
 
 from __future__ import annotations
 

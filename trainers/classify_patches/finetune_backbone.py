@@ -1,6 +1,5 @@
 """One fold of a network that is trained as a whole: an engine run in a folder of its own."""
 # B images of a forward pass, K classes, H W pixels
-# B batch, K classes, H W pixels
 
 from __future__ import annotations
 
@@ -30,8 +29,6 @@ if TYPE_CHECKING:
     from latentds_trainers.classify_patches.config import ClassifyConfig
     from latentds_trainers.classify_patches.patch_inputs import LabelledPatches
     from latentds_trainers.crossval.cross_validation import Cell
-
-    from latentds.embedders.latent_stem import LatentStemConfig
 
 QUARTERS = 4
 RANDOM, PUBLISHED = "random", "timm"  # weights to start from, beside a file

@@ -1,6 +1,10 @@
-"""The losses of decoder fine-tuning, term by term, in the reference's order of steps."""
-# B images of this rank, H W pixels
-# B batch, H W pixels, h w logits
+"""The losses of decoder fine-tuning, term by term, in the reference's order of steps.
+
+PatchGAN discriminator, hinge losses and the adaptive weight between them and the rest are after
+taming-transformers (MIT: taming/modules/discriminator/model.py, losses/vqperceptual.py) and
+latent-diffusion (MIT: ldm/modules/losses/contperceptual.py), whose settings the paper inherits.
+"""
+# B images of this rank, H W pixels, h w logits
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Settings of pretrain. No heavy import: its `--help` is built from this."""
+"""Settings of pretrain, and those of its methods with their sources.
+
+No heavy import: its `--help` is built from this.
+"""
 
 from __future__ import annotations
 

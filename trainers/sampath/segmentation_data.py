@@ -1,6 +1,5 @@
-"""What a segmentation run sees: crops of decoded images with their labels, or images whole."""
+"""What a segmentation run sees: its folds, and crops of images with labels, or images whole."""
 # B images of a forward pass, H W pixels of a patch, h w of what the network sees, K labels with 0
-# N images, K labels with 0
 
 from __future__ import annotations
 

@@ -1,6 +1,11 @@
-"""One fold of a segmentation run: a network trained on its images, then tested on whole ones."""
-# B images of a forward pass, n images tested, K labels with 0, h w pixels
-# B batch, K labels with 0, H W pixels
+"""One fold of a segmentation run: network, losses, training, and a test on whole images.
+
+The formulas of Dice and focal loss are those of MONAI 1.1 (Apache-2.0: DiceLoss and FocalLoss,
+include_background=False), written anew; segmentation_models_pytorch has others (Dice over the
+whole batch, no smoothing). Label 0 is everywhere "not labelled", never a class. The plain U-Net, a
+baseline from random weights, is segmentation_models_pytorch's (MIT): Ronneberger et al. 2015.
+"""
+# B images of a forward pass, n images tested, K labels with 0, H W or h w pixels
 
 from __future__ import annotations
 

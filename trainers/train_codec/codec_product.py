@@ -1,6 +1,5 @@
-"""What a `train_codec` run leaves behind, and how it is judged: OUT/codec, rate and distortion."""
-# B crops, C latent channels, h w latent cells, S steps, T symbols
-# B crops, C latent channels, h w latent cells, K components of a mixture
+"""The network `train_codec` trains, what a run leaves of it in OUT/codec, how that is judged."""
+# B crops, C latent channels, h w latent cells, S steps, T symbols, K components of a mixture
 
 from __future__ import annotations
 
@@ -213,7 +212,13 @@ class Rate(nn.Module):
 
 
 class CodecNetwork(nn.Module):
-    """Encoder, rounding at a step of each crop's own, decoder; the rate."""
+    """Encoder, rounding at a step of each crop's own, decoder; the rate.
+
+    Integers are `round(GAIN * latent / step)`. While training, the decoder sees the rounded values
+    with the encoder's gradient passed straight through, and the rate sees uniform noise instead of
+    rounding (Balle et al. 2017), under a mixture of three Gaussians a channel: one static table a
+    channel, as the entropy coder has, in a form that has gradients.
+    """
 
     def __init__(self, channels: int, widths: tuple[int, int]) -> None:
         super().__init__()

@@ -6,6 +6,9 @@
 
 A pack is a plain zip of pictures, of bounded size, for a machine that has no more. A source gets
 bytes in proportion to its share of the crops; what it does not need, others get.
+
+Tiles are the open ones of the assets' folder (sources and licences: its SOURCES.md), or any folder
+of one's own. UCSB and MoNuSeg are test sets and in no list here.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Originals through a codec on the fly: a picture format, or an autoencoder and a quantizer."""
+"""Originals through a codec on the fly: a picture format, or an autoencoder and a codebook."""
 # n patches of a request, C latent channels, h w latent cells, H W pixels
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a set of patches is to an evaluation, be it of pictures, of a codec, or of latents."""
+"""What a set of patches is to an evaluation, of pictures, a codec or latents; its settings."""
 # N patches of the set, n of a request, H W pixels
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""What entropy-coded records are made with: steps, gains, the model and its tables."""
+"""What entropy-coded records are made with: steps, gains, the model and its tables, checked."""
 # C latent channels, h w latent cells, K classes of tables, P parents of a channel, S symbols,
 # R record bytes, L lanes
-# C latent channels, K classes of tables, P parents of a channel, S symbols, L lanes
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ def publish_model_folder(
 ) -> None:
     """Publish a decoder or a backbone by its own function, and say what was done."""
     from latentds.hub.licences import read_markdown
-    from latentds.hub.model_files import summary_text
+    from latentds.hub.set_upload import summary_text
     from latentds.hub.snippets import Publication
 
     result = send(

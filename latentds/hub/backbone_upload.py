@@ -22,9 +22,8 @@ from latentds.embedders.weights import read_weights
 from latentds.errors import WeightsError
 from latentds.hub.client import Repository
 from latentds.hub.licences import check_licence, is_non_commercial, recorded_licences
-from latentds.hub.model_files import front_matter, publish_files
 from latentds.hub.publish_plan import README
-from latentds.hub.set_upload import Published
+from latentds.hub.set_upload import Published, front_matter, publish_files
 from latentds.hub.snippets import Publication
 from latentds.models.backbone_folder import TAGS, backbone_card
 

@@ -22,9 +22,8 @@ from latentds.embedders.embedder_cards import CARDS as EMBEDDERS
 from latentds.errors import InputError
 from latentds.hub.client import Repository
 from latentds.hub.licences import HUB_LICENCES, check_licence, is_non_commercial
-from latentds.hub.model_files import front_matter, publish_files
 from latentds.hub.publish_plan import README
-from latentds.hub.set_upload import Published
+from latentds.hub.set_upload import Published, front_matter, publish_files
 from latentds.hub.snippets import Publication
 
 CARD = """---

@@ -11,13 +11,7 @@ import pytest
 
 from latentds.errors import FormatError
 from latentds.quantizers.scalar import Codebook
-from latentds.store.format import (
-    Contract,
-    check_format,
-    check_npy,
-    npy_header,
-    patch_key,
-)
+from latentds.store.format import Contract, check_format, check_npy, npy_header, patch_key
 from latentds.store.packs import Pack, ShardWriter, global_header
 from latentds.store.scan import read_contract, scan_shard
 

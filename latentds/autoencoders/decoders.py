@@ -47,13 +47,7 @@ from latentds.autoencoders.students import STUDENTS, Student, build_student
 from latentds.autoencoders.taesd import Clamp, build_decoder, has_pool
 from latentds.autoencoders.tiny import TinyDecoder
 from latentds.core.storage import write_together
-from latentds.errors import (
-    ContractError,
-    UnknownNameError,
-    WeightsError,
-    first_words,
-    unknown_name,
-)
+from latentds.errors import ContractError, UnknownNameError, WeightsError, first_words, unknown_name
 
 RUN_FOLDER = "decoder"  # of a training run, where its decoder lies
 HUB_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*(@[\w./-]+)?", re.ASCII)

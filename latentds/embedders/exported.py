@@ -22,11 +22,7 @@ from latentds.embedders.backbone_record import (
     read_record,
 )
 from latentds.embedders.embedder import NetworkEmbedder, without_resizing
-from latentds.embedders.foreign_config import (
-    checked_arguments,
-    checked_settings,
-    create_foreign,
-)
+from latentds.embedders.foreign_config import checked_arguments, checked_settings, create_foreign
 from latentds.embedders.timm_models import configured_card, load
 from latentds.errors import FormatError, WeightsError
 

@@ -19,15 +19,7 @@ import numpy as np
 from latentds.errors import InputError, UnusableError
 from latentds.sources.cut_options import SourceOptions
 from latentds.sources.image_folder import check_sizes, walk
-from latentds.sources.kinds import (
-    MAYBE,
-    NEVER,
-    SUFFIXES,
-    Choice,
-    Kinds,
-    choose,
-    sort_files,
-)
+from latentds.sources.kinds import MAYBE, NEVER, SUFFIXES, Choice, Kinds, choose, sort_files
 from latentds.sources.parquet_files import has_pictures
 from latentds.sources.picture import Header, Listing, Picture, Regions
 from latentds.sources.picture_decoding import picture_suffixes

@@ -22,13 +22,7 @@ import numpy as np
 
 from latentds.core.storage import check_kind, open_regular
 from latentds.errors import FormatError, first_words
-from latentds.store.format import (
-    MAX_BLOCK_ROWS,
-    NPY_ERRORS,
-    SHA256_BYTES,
-    TABLE_HEAD_BYTES,
-    Spans,
-)
+from latentds.store.format import MAX_BLOCK_ROWS, NPY_ERRORS, SHA256_BYTES, TABLE_HEAD_BYTES, Spans
 
 Tasks = list[Future[None]]
 Signature = tuple[int, int, int]  # size, time of the last change in ns, inode

@@ -18,15 +18,7 @@ import pyarrow.parquet as pq
 
 from latentds.core.storage import canonical_json, naming, open_picture, rename_durably
 from latentds.errors import FormatError, InputError, first_words
-from latentds.store.format import (
-    CODES,
-    FORMAT,
-    HEADER_PREFIX,
-    MASKS,
-    PATCHES,
-    Contract,
-    npy_header,
-)
+from latentds.store.format import CODES, FORMAT, HEADER_PREFIX, MASKS, PATCHES, Contract, npy_header
 from latentds.store.manifest import Manifest
 from latentds.store.patch_record import Patch
 

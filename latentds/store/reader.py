@@ -16,14 +16,7 @@ import numpy as np
 
 from latentds.errors import DamagedPackError, FormatError, unknown_name
 from latentds.store.cache import CacheConfig
-from latentds.store.format import (
-    CHECKSUMS,
-    CODES,
-    MASKS,
-    PATCHES,
-    pack_key,
-    patch_key,
-)
+from latentds.store.format import CHECKSUMS, CODES, MASKS, PATCHES, pack_key, patch_key
 from latentds.store.manifest import Manifest, read_manifest
 from latentds.store.open_files import Extent, LocalFiles, OpenFile, Signature, Table, wait_for
 from latentds.store.remote_files import RemoteFiles

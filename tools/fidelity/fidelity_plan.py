@@ -12,12 +12,7 @@ from latentds_tools.fidelity.quality import embed
 
 from latentds.autoencoders import load_autoencoder
 from latentds.autoencoders.cards import CARDS
-from latentds.autoencoders.decoders import (
-    find_record,
-    is_hub_name,
-    load_decoder,
-    replace_decoder,
-)
+from latentds.autoencoders.decoders import find_record, is_hub_name, load_decoder, replace_decoder
 from latentds.codecs import (
     CodecSpec,
     LatentSpec,

@@ -21,12 +21,7 @@ from latentds.evaluation.features.extraction_options import FeatureOptions
 from latentds.evaluation.features.folder import FeatureFolder
 from latentds.evaluation.features.live import LiveFeatures
 from latentds.evaluation.features.slide_labels import labels_beside
-from latentds.evaluation.groups import (
-    LabelledSlides,
-    groups_of,
-    match_labels,
-    read_labels,
-)
+from latentds.evaluation.groups import LabelledSlides, groups_of, match_labels, read_labels
 from latentds.evaluation.patchsets.patch_set import PatchInput, recorded_settings
 from latentds.evaluation.patchsets.patches import PatchSet
 from latentds.sources.slide_names import some

@@ -22,11 +22,7 @@ from latentds_trainers.sampath.segmentation_data import (
     table_plan,
 )
 from latentds_trainers.sampath.segmentation_fold import SegmentationFold
-from latentds_trainers.sampath.segmentation_presets import (
-    PRESETS,
-    SIZES_PX,
-    schedule_notes,
-)
+from latentds_trainers.sampath.segmentation_presets import PRESETS, SIZES_PX, schedule_notes
 from latentds_trainers.sampath.segmentation_report import (
     picture_name,
     report,

@@ -26,21 +26,21 @@ LOOSE = {"errors", "version"}  # modules beside the rooms
 RECIPE_FILES = {"config", "task", "__main__"}
 # Lines a room may have, some 1 % above what it has: growth is a decision that a diff shows.
 LINES = {
-    "latentds/autoencoders": 2_130,
-    "latentds/codecs": 1_270,
+    "latentds/autoencoders": 2_090,
+    "latentds/codecs": 1_240,
     "latentds/conversion": 2_650,
     "latentds/core": 1_240,
     "latentds/edit": 2_985,
-    "latentds/embedders": 2_100,
-    "latentds/evaluation": 5_060,
-    "latentds/hub": 1_760,
-    "latentds/loading": 4_490,
-    "latentds/models": 2_010,
-    "latentds/quantizers": 3_690,
+    "latentds/embedders": 2_080,
+    "latentds/evaluation": 4_970,
+    "latentds/hub": 1_690,
+    "latentds/loading": 4_470,
+    "latentds/models": 1_940,
+    "latentds/quantizers": 3_650,
     "latentds/sources": 6_630,
-    "latentds/store": 5_570,
+    "latentds/store": 5_470,
     "latentds/views": 1_205,
-    "tools": 12_910,
+    "tools": 12_880,
     "trainers": 10_700,
 }
 HEAVY = {  # heavy libraries and the only modules that may import them

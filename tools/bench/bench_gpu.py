@@ -1,4 +1,8 @@
-"""latentds bench gpu: all that a machine with a GPU can tell, in so many minutes."""
+"""latentds bench gpu: all that a machine with a GPU can tell, in so many minutes.
+
+python -m latentds_tools.bench.bench_gpu results/gpu-CARD/ prints its tables, as Markdown for
+docs/benchmarks.md.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +17,17 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from latentds_tools.bench import bench_decode, bench_features, bench_loader, bench_step
 from latentds_tools.bench.gpu_parts import GpuPart
 from latentds_tools.bench.harness import child, last_words, write_report
 from latentds_tools.reports.commands import check_free, check_known, listed, show, tell
+from latentds_tools.reports.markdown import table
 
+from latentds.core.display import say
 from latentds.errors import InputError
 
 PATCHES = {True: 65_536, False: 64}  # of the sets that loaders read, by whether there is a GPU
@@ -28,6 +36,13 @@ DONE, CUT, FAILED, SKIPPED = "done", "cut", "failed", "skipped"
 LEAST_S = 5.0  # less than a process takes to start
 VERDICT = re.compile(r"^\S+::(\S+) (PASSED|FAILED|SKIPPED|ERROR)")
 SHOWN_REASON = 400
+SUMMARY = "summary.json"
+TEXTS: Mapping[str, Callable[[dict[str, Any]], str]] = {
+    "decode": bench_decode.as_text,
+    "loader": bench_loader.as_text,
+    "step": bench_step.as_text,
+    "features": bench_features.as_text,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,8 +74,6 @@ class Config:
 
 def run(config: Config) -> int:
     """Measure, write, print; exit code 1 where a part failed."""
-    from latentds_tools.bench.gpu_tables import as_text
-
     outcomes = measure(config)
     show(list(outcomes.values()), config.json, as_text)
     return int(any(one["status"] == "failed" for one in outcomes.values()))
@@ -69,7 +82,6 @@ def run(config: Config) -> int:
 def measure(config: Config) -> dict[str, Any]:
     import torch
     from latentds_tools.bench.gpu_parts import all_parts
-    from latentds_tools.bench.gpu_tables import SUMMARY
 
     from latentds.edit.outputs import refuse_foreign
 
@@ -197,3 +209,43 @@ def all_failed(report: Any) -> str:
     rows = report.get("results", []) if isinstance(report, dict) else []
     errors = [str(row["error"]) for row in rows if "error" in row]
     return errors[0][:SHOWN_REASON] if errors and len(errors) == len(rows) else ""
+
+
+def main(folder: Path) -> None:
+    say(as_text(read_outcomes(folder)))
+
+
+def read_outcomes(folder: Path) -> list[dict[str, Any]]:
+    """Outcomes of the parts, in the order they were run; InputError where there are none."""
+    summary = folder / SUMMARY
+    if not summary.is_file():
+        raise InputError(f"{folder}: no {SUMMARY}; 'latentds bench gpu --out {folder}' writes it")
+    names = json.loads(summary.read_text())["parts"]
+    files = [folder / f"{name}.json" for name in names]
+    return [json.loads(path.read_text()) for path in files if path.is_file()]
+
+
+def as_text(outcomes: list[dict[str, Any]]) -> str:
+    """What became of every part, then the tables of those that measured."""
+    rows = [
+        [one["part"], one["status"], f"{one['seconds']:.0f} of {one['limit_s']:.0f}", one["reason"]]
+        for one in outcomes
+    ]
+    parts = [table(("part", "", "s", "why"), rows)]
+    parts += [section(one) for one in outcomes if one["report"] is not None]
+    return "\n\n".join(parts)
+
+
+def section(outcome: dict[str, Any]) -> str:
+    report = outcome["report"]
+    if outcome["bench"]:
+        text = TEXTS[outcome["bench"]](report)
+    else:
+        counts = [f"{count} {name}" for name, count in report["counts"].items()]
+        text = ", ".join(counts) + "".join(f"\n- {name}" for name in report["failed"])
+    cut = "" if outcome["status"] == "done" else f"\n\n{outcome['status']}: {outcome['reason']}"
+    return f"## {outcome['title']}\n\n    {outcome['command']}\n\n{text}{cut}"
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -13,8 +13,8 @@ import numpy as np
 
 from latentds.store.composing import describe_file
 from latentds.store.format import CHECKSUMS, MANIFEST, PATCH_DTYPE, PATCHES_TABLE, npy_header
+from latentds.store.index import summarize_blocks
 from latentds.store.packs import BLOCK
-from latentds.store.tables import summarize_blocks
 
 
 def edit_manifest(folder: Path, change: Callable[[dict], None]) -> None:

@@ -21,7 +21,7 @@ class Colours(torch.nn.Module):
 
 def save_figures(data: Path, out: Path) -> None:
     """What this rank found, saved as OUT/RANK.json."""
-    from latentds_trainers.pretrain.pretrain_options import ProbeConfig
+    from latentds_trainers.pretrain.config import ProbeConfig
     from latentds_trainers.pretrain.probe import Probe
 
     config = ProbeConfig(probe=data, probe_neighbours=3)

@@ -16,7 +16,7 @@ from latentds.conversion.convert_config import ConvertConfig
 from latentds.conversion.converting import convert
 from latentds.errors import ContractError, InputError, LatentdsError
 from latentds.evaluation.patchsets.open_patch_sets import open_patches
-from latentds.evaluation.patchsets.patch_set_config import PatchInput
+from latentds.evaluation.patchsets.patch_set import PatchInput
 from latentds.evaluation.patchsets.patches import PatchSet
 from latentds.evaluation.records import read_record
 from tests.conftest import smooth_picture

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from latentds_trainers.abmil.bag_report import best_is_last, table
 from latentds_trainers.abmil.bag_training import build_network
 from latentds_trainers.abmil.config import PRESETS, AbmilConfig
+from latentds_trainers.abmil.task import best_is_last, table
 from torch import nn
 
 from latentds.evaluation.records import RunRecord

@@ -8,11 +8,12 @@ import pytest
 from latentds.conversion.conversion_plan import make_plan
 from latentds.conversion.convert_config import ConvertConfig
 from latentds.conversion.converting import convert
+from latentds.core.display import left_out_text
 from latentds.errors import REASONS, InputError, UnusableError
-from latentds.sources.anonymity import Anonymizer
+from latentds.sources.cut_options import Anonymizer
 from latentds.sources.picture import Header, Listing, Picture
 from latentds.sources.source import Source
-from latentds.store.manifest import Manifest, left_out_text
+from latentds.store.manifest import Manifest
 from latentds.store.patch_record import Patch
 from tests.conftest import save_pictures, smooth_picture
 from tests.fakes import MeanAutoencoder

@@ -10,7 +10,7 @@ from latentds.errors import UnknownNameError, WeightsError
 
 pytest.importorskip("timm")
 
-from latentds.models.backbones import build_classifier
+from latentds_trainers.classify_patches.finetune_backbone import build_classifier
 
 
 def images(height: int, width: int) -> torch.Tensor:

@@ -120,7 +120,7 @@ def test_bags_touch_only_the_bytes_of_their_patches(slides):
     bags = SlideBags(slides, select=Select(slides=["one"]))
     shards = bags.shards
     chosen = set(bags[0].rows.tolist())
-    path = Path(shards.shard_path(0))
+    path = Path(shards.pack_table.shard_path(0))
     content = bytearray(path.read_bytes())
     size = shards.manifest.contract.bytes_per_patch
     for pack in range(len(shards.packs)):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from latentds_tools import cli
 from latentds_tools.bench import bench_decode, decode_networks, harness, jpeg_decoding
-from latentds_tools.bench.decode_shapes import SHAPES, check_known, find_decoder, gigaflops
+from latentds_tools.bench.decode_networks import SHAPES, check_decoder, find_decoder, gigaflops
 from latentds_tools.bench.harness import run_cases
 
 from latentds.errors import InputError, UnknownNameError
@@ -145,9 +145,9 @@ def test_an_unknown_decoder_is_told_before_anything_is_measured(capsys):
 
 def test_names_paths_and_the_hubs_form_pass(tmp_path):
     for name in ("sd15", "tiny", "dcae-f32-path", str(tmp_path), "org/decoder"):
-        check_known(name)
+        check_decoder(name)
     with pytest.raises(UnknownNameError):
-        check_known("nothing")
+        check_decoder("nothing")
 
 
 @pytest.fixture(scope="module")

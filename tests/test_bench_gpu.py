@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from latentds_tools import cli
-from latentds_tools.bench import bench_gpu, gpu_parts, gpu_running, gpu_tables
+from latentds_tools.bench import bench_gpu, gpu_parts
 from latentds_tools.bench.gpu_parts import GpuPart, all_parts
 from latentds_tools.cli import COMMANDS
 
@@ -22,7 +22,7 @@ def python(name: str, code: str, **options) -> GpuPart:
 
 
 def run(tmp_path, *parts: GpuPart, seconds: float = 600) -> dict:
-    return gpu_running.run_parts(list(parts), tmp_path, tmp_path / "work", seconds)
+    return bench_gpu.run_parts(list(parts), tmp_path, tmp_path / "work", seconds)
 
 
 def statuses(outcomes: dict) -> dict[str, str]:
@@ -37,7 +37,7 @@ def test_every_part_is_a_command_that_parses(tmp_path, device):
         config = importlib.import_module(f"latentds_tools.{COMMANDS[command][0]}").Config
         found = parse(config, list(part.words[4:]), prog=command, usual=(), examples=())
         assert found.json and found.device == device
-    assert {part.bench for part in parts} == set(gpu_tables.TEXTS)
+    assert {part.bench for part in parts} == set(bench_gpu.TEXTS)
     assert len({part.name for part in parts}) == len(parts) >= (7 if device == "cpu" else 9)
 
 
@@ -71,7 +71,7 @@ def test_what_is_cut_fails_or_is_not_there_leaves_the_rest_whole(tmp_path):
 
 @pytest.mark.slow
 def test_a_part_is_ended_with_what_it_started_and_leaves_what_it_had(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_running, "LEAST_S", 0.0)
+    monkeypatch.setattr(bench_gpu, "LEAST_S", 0.0)
     mark, partial = tmp_path / "alive", tmp_path / "partial.json"
     child = f"import time; time.sleep(4); open({str(mark)!r}, 'w').close()"
     code = (
@@ -113,7 +113,7 @@ def test_tests_are_counted_as_pytest_tells_them(tmp_path):
 
 def test_options_that_never_engaged_are_the_reason():
     row = {"decoder": "tiny", "options": "compile", "error": "no compiler", "never_engaged": True}
-    assert gpu_running.never_engaged({"rows": [row]}) == "tiny, compile: no compiler"
+    assert bench_gpu.never_engaged({"rows": [row]}) == "tiny, compile: no compiler"
 
 
 def test_a_wheel_has_no_tests(monkeypatch, tmp_path):
@@ -128,12 +128,12 @@ def test_tables_are_written_from_the_files(tmp_path, capsys):
     part = python("decode", code)
     outcome = run(tmp_path, part)["decode"] | {"bench": "decode"}
     (tmp_path / "decode.json").write_text(json.dumps(outcome))
-    (tmp_path / gpu_tables.SUMMARY).write_text(json.dumps({"parts": ["decode", "cut away"]}))
-    gpu_tables.main(tmp_path)
+    (tmp_path / bench_gpu.SUMMARY).write_text(json.dumps({"parts": ["decode", "cut away"]}))
+    bench_gpu.main(tmp_path)
     text = capsys.readouterr().out
     assert "| decode | done |" in text and "## Decode\n" in text and "| turbo-s | random |" in text
     with pytest.raises(InputError, match="no summary.json"):
-        gpu_tables.main(tmp_path / "other")
+        bench_gpu.main(tmp_path / "other")
 
 
 def test_a_machine_without_a_gpu_is_told(capsys, tmp_path, monkeypatch):
@@ -157,7 +157,7 @@ def test_a_cpu_runs_the_miniature(capsys, tmp_path):
     with pytest.raises(SystemExit, match="0"):
         cli.main([*words, "--only", "tests,decode,resident"])
     said = capsys.readouterr()
-    outcomes = {one["part"]: one for one in gpu_tables.read_outcomes(tmp_path / "out")}
+    outcomes = {one["part"]: one for one in bench_gpu.read_outcomes(tmp_path / "out")}
     assert statuses(outcomes) == {
         "inputs": "done", "tests": "skipped", "decode": "done", "resident": "done",
     }  # fmt: skip

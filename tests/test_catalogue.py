@@ -12,8 +12,7 @@ from latentds.core.extras import modules_of_embedder
 from latentds.embedders import NetworkEmbedder, load_embedder
 from latentds.embedders.embedder import Preparation
 from latentds.embedders.embedder_cards import ALIASES, CARDS, ELSEWHERE
-from latentds.embedders.positions import resample_positions
-from latentds.embedders.weights import read_weights
+from latentds.embedders.weights import read_weights, resample_positions
 from latentds.errors import InputError, UnknownNameError, WeightsError
 from latentds.models.dense_encoders import of_embedder
 from tests.small_embedders import (

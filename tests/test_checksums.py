@@ -18,8 +18,8 @@ from latentds.loading.loader import LatentLoader
 from latentds.loading.options import Select
 from latentds.store.format import CHECKSUMS, GOLDEN, MANIFEST, PACKS_TABLE, PATCHES_TABLE
 from latentds.store.manifest import read_manifest
-from latentds.store.open_files import RECHECK_EPOCHS
 from latentds.store.reader import ShardSet
+from latentds.store.tables import RECHECK_EPOCHS
 from tests.bad_shards import edit_manifest, first_shard, flip_bit, make_old
 from tests.loaders import grouped
 

@@ -27,8 +27,8 @@ from latentds_trainers.classify_patches.config import ClassifyConfig
 from latentds_trainers.classify_patches.patch_inputs import open_labelled, open_latents
 
 from latentds.embedders.latent_stem import LatentStemConfig, build_vit
-from latentds.evaluation.patchsets.patch_set_config import PatchInput
-from latentds.evaluation.patchsets.undecoded import open_undecoded
+from latentds.evaluation.patchsets.open_patch_sets import open_undecoded
+from latentds.evaluation.patchsets.patch_set import PatchInput
 from latentds.loading.loader import LatentLoader
 from latentds.models.backbone_folder import write_backbone
 

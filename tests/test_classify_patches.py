@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from latentds.conversion.convert_config import ConvertConfig
 from latentds.conversion.converting import convert
 from latentds.errors import ContractError, InputError, WeightsError
-from latentds.evaluation import eva_probe
+from latentds.evaluation import probes
 from latentds.evaluation.folds import Fold, split_id
 from latentds.evaluation.predictions import read_predictions
 from latentds.evaluation.records import RunRecord, read_record
@@ -380,7 +380,7 @@ def test_val7k_tests_every_fold_on_the_test_set(halves, val7k_run, embedder, tmp
 def test_evas_probe_validates_on_patches_it_does_not_test(
     halves, embedder, tmp_path, monkeypatch, protocol
 ):
-    monkeypatch.setattr(eva_probe, "STEPS", 100)
+    monkeypatch.setattr(probes, "STEPS", 100)
     options = {"protocol": protocol, "embedder": embedder, "probe": "eva", "folds": 3}
     record = classify(halves, tmp_path / "run", **options)
     assert record.model == "eva"

@@ -14,10 +14,10 @@ from latentds import codecs
 from latentds.autoencoders import load_autoencoder
 from latentds.autoencoders.cards import CARDS
 from latentds.codecs import PictureCodec, latent_bytes, parse_codec, with_quantizer
-from latentds.core.metrics import psnr_db
 from latentds.errors import ContractError, FormatError, MissingExtraError, ShapeError, WeightsError
 from latentds.quantizers.codebooks import tiny_codebook
 from latentds.quantizers.scalar_fit import fit_codebook
+from latentds.store.golden import psnr_db
 from tests.fakes import MeanAutoencoder
 
 LOSSY = ["jpeg", "jpeg444", "webp", "avif", "avif444", "jxl", "j2k"]

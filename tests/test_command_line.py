@@ -13,7 +13,7 @@ from typing import Annotated
 import pytest
 import tyro
 from latentds_tools.cli import COMMANDS, main
-from latentds_trainers.engine.launching import launch
+from latentds_trainers.engine import launching
 
 from latentds.core.command_line import FLAT, check_out, make_form, parse
 from latentds.errors import InputError
@@ -126,8 +126,9 @@ def test_an_out_below_a_file_is_refused_before_the_work(tmp_path, monkeypatch, c
         main(["merge", "nowhere", "nowhere", *words])
     assert told in capsys.readouterr().err
     monkeypatch.setattr("sys.argv", ["job", "in", *words])
+    monkeypatch.setattr(launching, "leave_ranks", lambda **_: None)  # engines of other tests
     with pytest.raises(SystemExit, match="1"):
-        launch(lambda _: pytest.fail("worked"), Job, "A job.")
+        launching.launch(lambda _: pytest.fail("worked"), Job, "A job.")
     assert told in capsys.readouterr().err
 
 

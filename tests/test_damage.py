@@ -20,7 +20,10 @@ from tests.loaders import grouped
 def damage(folder, *packs: int, member: str = "codes") -> None:
     shards = ShardSet(folder)
     for pack in packs:
-        flip_bit(Path(shards.shard_path(pack)), int(shards.packs[f"{member}_offset"][pack]) + 10)
+        flip_bit(
+            Path(shards.pack_table.shard_path(pack)),
+            int(shards.packs[f"{member}_offset"][pack]) + 10,
+        )
 
 
 def stream(folder, workers=0, ranks=1, **options):

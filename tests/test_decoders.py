@@ -12,8 +12,14 @@ from torch import nn
 
 from latentds.autoencoders import load_autoencoder
 from latentds.autoencoders.autoencoder import NetworkAutoencoder, hash_tensors, last_layer
-from latentds.autoencoders.decoder_record import RECORD, WEIGHTS
-from latentds.autoencoders.decoders import architecture_of, build, load_decoder, save_decoder
+from latentds.autoencoders.decoders import (
+    RECORD,
+    WEIGHTS,
+    architecture_of,
+    build,
+    load_decoder,
+    save_decoder,
+)
 from latentds.autoencoders.students import STUDENTS, build_student
 from latentds.autoencoders.taesd import build_decoder, build_encoder
 from latentds.core.storage import write_together

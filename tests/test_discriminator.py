@@ -4,14 +4,13 @@ import math
 
 import pytest
 import torch
-from torch import nn
-
-from latentds.models.discriminator import (
+from latentds_trainers.finetune_decoder.decoder_losses import (
     PatchDiscriminator,
     adaptive_weight,
     generator_loss,
     hinge_loss,
 )
+from torch import nn
 
 
 def test_256_px_give_30_by_30_logits():

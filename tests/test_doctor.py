@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 from latentds_tools import cli
-from latentds_tools.health import devices, installed, surroundings
+from latentds_tools.health import devices, surroundings
 from latentds_tools.health.finding import within
 
 
@@ -100,7 +100,7 @@ def test_a_missing_extra_is_named_with_the_way_to_get_it(
 
 def test_every_extra_of_the_metadata_is_told():
     extras = importlib.metadata.metadata("latentds").get_all("Provides-Extra")
-    told = {f.name for f in installed.examine_installed() if f.group == "extras"}
+    told = {f.name for f in surroundings.examine_installed() if f.group == "extras"}
     assert told == set(extras) - {"dev", "all"}
 
 
@@ -112,8 +112,8 @@ def test_a_missing_base_requirement_is_exit_code_1(capsys, monkeypatch, no_netwo
 
 
 def test_a_package_that_is_not_installed_is_said_so(monkeypatch):
-    monkeypatch.setattr(installed, "PACKAGE", "no-such-package")
-    *_, last = installed.examine_installed()
+    monkeypatch.setattr(surroundings, "PACKAGE", "no-such-package")
+    *_, last = surroundings.examine_installed()
     assert last.breaks_base and "not installed" in last.text
 
 
@@ -282,8 +282,8 @@ def test_it_imports_no_network_library_of_a_decoder():
     import subprocess
 
     code = (
-        "import sys; from latentds_tools.health import installed, surroundings\n"
-        "list(installed.examine_installed()), list(surroundings.examine_limits())\n"
+        "import sys; from latentds_tools.health import surroundings\n"
+        "list(surroundings.examine_installed()), list(surroundings.examine_limits())\n"
         "print([n for n in ('torch', 'deepspeed', 'diffusers', 'timm') if n in sys.modules])"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -12,13 +12,7 @@ from latentds.embedders import load_embedder
 from latentds.embedders.embedder import EmbedderCard
 from latentds.embedders.embedder_cards import CARDS
 from latentds.errors import MissingExtraError, ShapeError, UnknownNameError, WeightsError
-from tests.small_embedders import (
-    SMALL,
-    random_images,
-    save_nic,
-    save_phikon,
-    save_vit,
-)
+from tests.small_embedders import SMALL, random_images, save_nic, save_phikon, save_vit
 
 
 def test_a_preprocessor_config_beside_the_weights_is_followed(tmp_path):

@@ -17,12 +17,16 @@ from sklearn.metrics import (
 
 from latentds.errors import InputError, ShapeError
 from latentds.evaluation.folds import (
+    PATHO_BENCH,
     Fold,
     check_disjoint,
     fixed_test_folds,
     predefined_fold,
+    read_splits,
     split_id,
     stratified_group_folds,
+    write_clam_splits,
+    write_patho_bench,
 )
 from latentds.evaluation.groups import count_alone, groups_of, match_labels, read_labels
 from latentds.evaluation.predictions import (
@@ -33,20 +37,13 @@ from latentds.evaluation.predictions import (
     write_predictions,
 )
 from latentds.evaluation.records import RunRecord, read_record, write_record
-from latentds.evaluation.scores import classification_scores
-from latentds.evaluation.splits import (
-    PATHO_BENCH,
-    read_splits,
-    write_clam_splits,
-    write_patho_bench,
-)
+from latentds.evaluation.scores import METRICS, classification_scores, weighted_score
 from latentds.evaluation.statistics import (
     paired_bootstrap_groups,
     paired_difference,
     paired_images,
     summary,
 )
-from latentds.evaluation.weighing import METRICS, weighted_score
 from latentds.sources.csv_tables import read_table
 from latentds.sources.slide_names import NameIndex
 

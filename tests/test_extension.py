@@ -10,7 +10,7 @@ from latentds.conversion.convert_config import ConvertConfig
 from latentds.conversion.converting import convert
 from latentds.errors import ContractError, InputError, TooManyBadSamplesError
 from latentds.evaluation.patchsets.open_patch_sets import open_patches
-from latentds.evaluation.patchsets.patch_set_config import PatchInput
+from latentds.evaluation.patchsets.patch_set import PatchInput
 from latentds.quantizers.codebooks import StoredCodebook
 from latentds.sources import opening
 from latentds.sources.originals import Originals

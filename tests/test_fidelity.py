@@ -13,9 +13,9 @@ import torch
 from latentds_tools.bench import bench_fidelity
 from latentds_tools.fidelity import (
     codebook_fitting,
-    codec_opening,
     comparing,
     fidelity_page,
+    fidelity_plan,
     job,
     quality,
 )
@@ -32,9 +32,9 @@ from PIL import Image
 from latentds.autoencoders.autoencoder import AutoencoderCard
 from latentds.autoencoders.cards import CARDS
 from latentds.codecs import latent_bytes, make_picture_codec, parse_codec
-from latentds.core import metrics
 from latentds.embedders.embedder import EmbedderCard
 from latentds.errors import InputError, ShapeError, UnknownNameError, WeightsError
+from latentds.store.golden import psnr_db
 from tests.conftest import save_pictures, smooth_picture
 from tests.fakes import MeanAutoencoder
 
@@ -57,7 +57,7 @@ class ColourEmbedder:
 @pytest.fixture
 def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
     """`sd15` is the mean of 8x8 px, `colours` an embedder, `dcae-f32` and `gone` cannot be had."""
-    real = codec_opening.load_autoencoder
+    real = fidelity_plan.load_autoencoder
 
     def autoencoder(name: str, **options: object) -> object:
         if name == "dcae-f32":
@@ -69,8 +69,8 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
             raise WeightsError("gone: gated; ask its authors")
         return ColourEmbedder(name)
 
-    monkeypatch.setattr(codec_opening, "load_autoencoder", autoencoder)
-    monkeypatch.setattr(codec_opening, "load_embedder", embedder)
+    monkeypatch.setattr(fidelity_plan, "load_autoencoder", autoencoder)
+    monkeypatch.setattr(fidelity_plan, "load_embedder", embedder)
 
 
 @pytest.fixture
@@ -231,14 +231,14 @@ def test_ssim_and_psnr_are_scikit_images(name, options):
         a, b, channel_axis=2, data_range=255, **options
     )
     assert quality.measure_ssim(b, a, name) == pytest.approx(expected, abs=1e-12)
-    assert metrics.psnr_db(b, a) == pytest.approx(
+    assert psnr_db(b, a) == pytest.approx(
         skimage.metrics.peak_signal_noise_ratio(a, b, data_range=255), abs=1e-12
     )
 
 
 def test_ssim_of_a_picture_smaller_than_its_window_is_refused():
     with pytest.raises(ShapeError, match="64x10 px; its window is 11 px"):
-        metrics.ssim(smooth_picture(0, 64)[:10], smooth_picture(1, 64)[:10])
+        quality.ssim(smooth_picture(0, 64)[:10], smooth_picture(1, 64)[:10])
 
 
 @pytest.mark.parametrize("name", quality.SSIM_SETTINGS)
@@ -318,7 +318,7 @@ def test_bytes_that_every_file_has_are_told(folder, stand_ins):
 def test_formats_at_equal_bytes_need_an_autoencoder(folder, stand_ins):
     with pytest.raises(InputError, match="avif:QUALITY or avif@BYTES"):
         comparing.compare(settings(folder, codecs="avif,jpeg:50"))
-    assert spread([parse_codec("jpeg:50")], codec_opening.Autoencoders("cpu"), (8, 8))
+    assert spread([parse_codec("jpeg:50")], fidelity_plan.Autoencoders("cpu"), (8, 8))
 
 
 def test_codebooks_fitted_on_tested_crops_are_said_to_favour(folder, tmp_path, stand_ins):
@@ -658,7 +658,7 @@ def test_paths_stay_out_of_labels(tmp_path):
         folder = tmp_path / name
         save_decoder(folder, tiny.decoder, tiny.card, architecture_of(tiny), {})
     names = [str(tmp_path / name) for name in ("a/same", "b/same", "other")]
-    autoencoders = codec_opening.Autoencoders("cpu")
+    autoencoders = fidelity_plan.Autoencoders("cpu")
     plan = make_plan(",".join(names), [], autoencoders, patch_px=(8, 8), skip_missing=False)
     assert [plan.label(row) for row in plan.rows] == [*names[:2], "other"]
 

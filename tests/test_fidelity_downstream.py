@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from latentds_tools.fidelity import comparing, fidelity_page, jpeg_tables, nuclei
+from latentds_tools.fidelity import codebook_fitting, comparing, fidelity_page, nuclei
 from latentds_tools.fidelity.fidelity_config import Config
 from latentds_tools.fidelity.fidelity_crops import read_crops
 from latentds_tools.fidelity.job import prepare
@@ -195,13 +195,13 @@ def test_a_probe_needs_classes_slides_and_embedders(tmp_path, folder, stand_ins)
 
 def test_fitted_tables_keep_more_of_their_embedder_at_equal_bytes():
     images = [smooth_picture(number, 64) for number in range(3)]
-    tables = jpeg_tables.FittedTables(images, {"other": None, "colours": ColourEmbedder()})
+    tables = codebook_fitting.FittedTables(images, {"other": None, "colours": ColourEmbedder()})
     assert tables.embedder_name == "colours"
-    wanted = jpeg_tables.embed(tables.embedder, images)
+    wanted = codebook_fitting.embed(tables.embedder, images)
     codec = tables.codec(None, 900)
     fitted, plain = (
-        jpeg_tables.cosines(
-            jpeg_tables.embed(tables.embedder, c.decode_batch(c.encode_batch(images))), wanted
+        codebook_fitting.cosines(
+            codebook_fitting.embed(tables.embedder, c.decode_batch(c.encode_batch(images))), wanted
         ).mean()
         for c in (codec, PictureCodec("jpeg", mean_bytes=900))
     )
@@ -210,7 +210,7 @@ def test_fitted_tables_keep_more_of_their_embedder_at_equal_bytes():
 
 
 def test_the_embedder_that_tables_are_fitted_to_stands_last(folder, stand_ins, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(jpeg_tables, "STEPS", ())
+    monkeypatch.setattr(codebook_fitting, "STEPS", ())
     config = settings(folder, codecs="jpeg-fitted@900", embedders="colours,greys")
     report = report_of(config)
     assert report["fitted_to"] == ["greys"] and fidelity_page.embedder_names(report) == [

@@ -5,8 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from latentds.edit.extracting import extract
-from latentds.edit.slide_lists import read_splits
+from latentds.edit.extracting import extract, read_splits
 from latentds.errors import InputError, UnknownNameError
 from latentds.evaluation.groups import groups_of, read_labels
 from latentds.sources.csv_tables import read_table

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import re
 import tarfile
 from pathlib import Path
 
@@ -10,14 +11,7 @@ import pytest
 
 from latentds.errors import FormatError
 from latentds.quantizers.scalar import Codebook
-from latentds.store.format import (
-    Contract,
-    check_encoding,
-    check_format,
-    check_npy,
-    npy_header,
-    patch_key,
-)
+from latentds.store.format import Contract, check_format, check_npy, npy_header, patch_key
 from latentds.store.packs import Pack, ShardWriter, global_header
 from latentds.store.scan import read_contract, scan_shard
 
@@ -101,9 +95,10 @@ def test_other_formats_are_refused_by_name(value, message):
         check_format(value, "x.tar")
 
 
-def test_unknown_encoding_is_refused_by_name():
-    with pytest.raises(FormatError, match="'u8-later'.*upgrade"):
-        check_encoding("u8-later", "x.tar")
+@pytest.mark.parametrize("encoding", ["u8-later", ["u8"], None])
+def test_unknown_encoding_is_refused_by_name(contract, encoding):
+    with pytest.raises(FormatError, match=f"{re.escape(repr(encoding))}.*upgrade"):
+        Contract.from_json(contract.to_json() | {"encoding": encoding}, "x.tar")
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,8 @@ import torch
 
 pytest.importorskip("timm")
 
+from latentds_trainers.classify_patches.finetune_backbone import build_latent_classifier
+
 from latentds.autoencoders.tiny import load_tiny
 from latentds.embedders import load_embedder
 from latentds.embedders.latent_backbone import load_latent_backbone
@@ -31,7 +33,6 @@ from latentds.errors import (
     WeightsError,
 )
 from latentds.models.backbone_folder import write_backbone
-from latentds.models.backbones import build_latent_classifier
 from latentds.quantizers.codebooks import (
     ChannelStatistics,
     StoredCodebook,

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from latentds.core.randomness import key_of, mix, mix_tensor, permute, shuffled, uniform
-from latentds.loading.order import MIN_WINDOW, WINDOW_PACKS, Batching, Blend, EpochOrder, Layout
+from latentds.loading.order import MIN_WINDOW, WINDOW_PACKS, Batching, EpochOrder, Layout
+from latentds.loading.sampling import Blend
 
 RNG = np.random.default_rng(0)
 COUNTS = {

@@ -97,7 +97,7 @@ def test_hidden_names_need_the_key(pictures, tmp_path):
         Originals(shards, pictures)
     pixels = Originals(shards, pictures, anonymize=tmp_path / "key").read(*everything(shards))
     assert len(pixels) == 8
-    from latentds.sources.anonymity import Anonymizer
+    from latentds.sources.cut_options import Anonymizer
 
     Anonymizer(tmp_path / "other")
     with pytest.raises(ContractError, match="not the key"):

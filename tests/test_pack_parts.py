@@ -14,11 +14,11 @@ from latentds.loading.loader import LatentLoader
 from latentds.loading.order import EpochOrder, Layout
 from latentds.store.cache import CacheConfig
 from latentds.store.format import DIGESTS, PACK_DTYPE, PACKS_TABLE, PATCHES_TABLE, Spans
+from latentds.store.index import block_rows_of, even_size
 from latentds.store.manifest import read_manifest
 from latentds.store.open_files import Table
 from latentds.store.reader import ShardSet
 from latentds.store.set_measures import stored_resolutions
-from latentds.store.tables import block_rows_of, even_size
 from latentds.store.verification import verify
 from tests.bad_shards import describe_file, edit_manifest, edit_table
 from tests.conftest import convert_with_mean, save_pictures
@@ -40,9 +40,9 @@ def write(root: Path, **options) -> Path:
     for split, count in (("train", 170), ("val", 30)):
         save_pictures(root / "in" / split / "tumour", count, first_seed=count)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("latentds.store.tables.PACK_BLOCK_ROWS", 4)
+        patch.setattr("latentds.store.index.PACK_BLOCK_ROWS", 4)
         for name, value in options.items():
-            patch.setattr(f"latentds.store.tables.{name}", value)
+            patch.setattr(f"latentds.store.index.{name}", value)
         convert_with_mean(root / "in", root / "out", pack_size=4)
     return root / "out"
 
@@ -88,7 +88,7 @@ def lie(folder: Path, field: str, row: int, value: int) -> None:
 
 
 def edit_sums(folder: Path, change) -> dict:
-    from latentds.store.tables import summarize_blocks
+    from latentds.store.index import summarize_blocks
 
     table = np.load(folder / PACKS_TABLE)
     change(table)

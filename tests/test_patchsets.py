@@ -29,7 +29,7 @@ from latentds.errors import (
 )
 from latentds.evaluation.patchsets.developing import in_chunks
 from latentds.evaluation.patchsets.open_patch_sets import open_patches
-from latentds.evaluation.patchsets.patch_set_config import PatchInput
+from latentds.evaluation.patchsets.patch_set import PatchInput
 from latentds.evaluation.patchsets.patches import PatchSet
 from latentds.quantizers.codebooks import StoredCodebook, save_codebook
 from latentds.quantizers.scalar import Codebook
@@ -657,9 +657,7 @@ def test_a_data_set_at_a_location_is_read(pictures, tmp_path, monkeypatch):
 
 
 def test_settings_load_no_torch():
-    names = (
-        "latentds.evaluation.patchsets.patch_set_config, latentds.evaluation.patchsets.patch_set"
-    )
+    names = "latentds.evaluation.patchsets.patch_set, latentds.evaluation.patchsets.patch_set"
     code = f"import sys, {names}; print('torch' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "False"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from latentds.embedders.positions import resample_positions
+from latentds.embedders.weights import resample_positions
 from latentds.models.vit_tokens import encode
 
 timm = pytest.importorskip("timm")

@@ -14,6 +14,7 @@ pytest.importorskip("timm")
 
 import timm
 from latentds_tools import cli
+from latentds_trainers.classify_patches.finetune_backbone import build_classifier
 
 from latentds.embedders import load_embedder
 from latentds.embedders.backbone_record import CONFIG, RECORD, WEIGHTS, read_record
@@ -21,7 +22,6 @@ from latentds.embedders.embedder import resize
 from latentds.embedders.latent_stem import LatentStemConfig, build_vit
 from latentds.errors import FormatError, InputError, ShapeError, WeightsError
 from latentds.models.backbone_folder import write_backbone
-from latentds.models.backbones import build_classifier
 from tests.conftest import save_pictures
 from tests.small_embedders import random_images
 

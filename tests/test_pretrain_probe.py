@@ -12,7 +12,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("deepspeed")
 
 from latentds_tools import cli
-from latentds_trainers.pretrain.pretrain_options import ProbeConfig
+from latentds_trainers.pretrain.config import ProbeConfig
 from latentds_trainers.pretrain.probe import FOLDS, Probe, sample
 from PIL import Image
 

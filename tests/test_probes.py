@@ -15,7 +15,7 @@ pytest.importorskip("deepspeed")
 
 from latentds_trainers.classify_patches.finetune_backbone import augmented
 
-from latentds.evaluation import eva_probe, probes
+from latentds.evaluation import probes
 
 
 def separable(count: int, dim: int, classes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -93,30 +93,30 @@ def test_standardized_features_take_no_scale_along():
     assert np.abs(one.probabilities - other.probabilities).max() < 1e-3  # float32 inputs
 
 
-def examples(count: int, seed: int = 0) -> eva_probe.Examples:
+def examples(count: int, seed: int = 0) -> probes.Examples:
     features, labels = separable(count, 24, 3, seed)
-    return eva_probe.Examples(features=features, labels=labels)
+    return probes.Examples(features=features, labels=labels)
 
 
 @pytest.fixture
 def brisk(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tenth of eva's steps, and with them of its patience, each ten times as long."""
-    monkeypatch.setattr(eva_probe, "STEPS", eva_probe.STEPS // 10)
-    monkeypatch.setattr(eva_probe, "LEARNING_RATE", eva_probe.LEARNING_RATE * 10)
+    monkeypatch.setattr(probes, "STEPS", probes.STEPS // 10)
+    monkeypatch.setattr(probes, "LEARNING_RATE", probes.LEARNING_RATE * 10)
 
 
 @pytest.mark.usefixtures("brisk")
 def test_evas_probe_learns_and_tests_the_weights_that_validated_best(monkeypatch):
     train, val, test = examples(600), examples(100, seed=2), examples(300, seed=3)
     reached = []
-    judge = eva_probe.balanced_accuracy
+    judge = probes.balanced_accuracy
     monkeypatch.setattr(
-        eva_probe, "balanced_accuracy", lambda *args: reached.append(judge(*args)) or reached[-1]
+        probes, "balanced_accuracy", lambda *args: reached.append(judge(*args)) or reached[-1]
     )
     features = np.concatenate([test.features, val.features])
-    fitted = eva_probe.eva_probe(train, val, features, 3, seed=0)
+    fitted = probes.eva_probe(train, val, features, 3, seed=0)
     assert fitted.remark == ""
-    assert len(reached) == reached.index(max(reached)) + 1 + eva_probe.patience_of(600)
+    assert len(reached) == reached.index(max(reached)) + 1 + probes.patience_of(600)
     assert np.allclose(fitted.probabilities.sum(1), 1)
     on_test, on_val = np.split(fitted.probabilities.argmax(1), [len(test)])
     assert (on_test == test.labels).mean() > 0.6  # chance is a third
@@ -125,29 +125,27 @@ def test_evas_probe_learns_and_tests_the_weights_that_validated_best(monkeypatch
 
 
 def test_evas_probe_is_the_same_for_a_seed_whatever_torch_drew_before(monkeypatch):
-    monkeypatch.setattr(eva_probe, "STEPS", 100)
+    monkeypatch.setattr(probes, "STEPS", 100)
     train, val = examples(300), examples(60, seed=2)
     torch.manual_seed(7)
-    one = eva_probe.eva_probe(train, val, val.features, 3, seed=0).probabilities
+    one = probes.eva_probe(train, val, val.features, 3, seed=0).probabilities
     drawn = torch.rand(1)
     torch.manual_seed(7)
     assert torch.equal(drawn, torch.rand(1))  # the process's generator was left alone
-    assert np.array_equal(
-        one, eva_probe.eva_probe(train, val, val.features, 3, seed=0).probabilities
-    )
-    other = eva_probe.eva_probe(train, val, val.features, 3, seed=1).probabilities
+    assert np.array_equal(one, probes.eva_probe(train, val, val.features, 3, seed=0).probabilities)
+    other = probes.eva_probe(train, val, val.features, 3, seed=1).probabilities
     assert not np.array_equal(one, other)
 
 
 @pytest.mark.parametrize(("patches", "epochs"), [(90_000, 7), (2_175, 70), (100, 625)])
 def test_evas_patience_is_that_of_its_configurations(patches, epochs):
-    assert eva_probe.patience_of(patches) == epochs  # NCT-CRC, MHIST, and what has one step
+    assert probes.patience_of(patches) == epochs  # NCT-CRC, MHIST, and what has one step
 
 
 @pytest.mark.usefixtures("brisk")
 def test_evas_probe_learns_from_few_patches_too():
     train, val, test = examples(240), examples(60, seed=2), examples(300, seed=3)
-    fitted = eva_probe.eva_probe(train, val, test.features, 3, seed=0)
+    fitted = probes.eva_probe(train, val, test.features, 3, seed=0)
     linear = probes.linear_probe(train.features, train.labels, test.features, 3, penalty="squared")
     reached, wanted = (
         (found.probabilities.argmax(1) == test.labels).mean() for found in (fitted, linear)
@@ -165,17 +163,17 @@ def test_a_feature_that_is_constant_in_training_says_nothing_of_others():
     ]
     test = parts[1].features.copy()
     test[:, -1] = 0.1001
-    one = eva_probe.eva_probe(*parts, parts[1].features, 3, seed=0, standardize=True)
-    other = eva_probe.eva_probe(*parts, test, 3, seed=0, standardize=True)
+    one = probes.eva_probe(*parts, parts[1].features, 3, seed=0, standardize=True)
+    other = probes.eva_probe(*parts, test, 3, seed=0, standardize=True)
     assert np.abs(one.probabilities - other.probabilities).max() < 1e-3
 
 
 def test_steps_of_evas_probe_that_ran_out_are_told(monkeypatch):
-    monkeypatch.setattr(eva_probe, "STEPS", 5)
+    monkeypatch.setattr(probes, "STEPS", 5)
     steps = []
     monkeypatch.setattr(torch.optim.AdamW, "step", counted(torch.optim.AdamW.step, steps))
     train, val = examples(600), examples(60, seed=2)
-    fitted = eva_probe.eva_probe(train, val, val.features, 3, seed=0)
+    fitted = probes.eva_probe(train, val, val.features, 3, seed=0)
     assert "ended after" in fitted.remark and len(steps) == 5  # 3 batches an epoch: one and a part
 
 
@@ -192,16 +190,16 @@ def test_evas_probe_with_standardized_features_takes_no_scale_along():
     train, val = examples(300), examples(60, seed=2)
     scales = np.geomspace(1e-2, 1e2, 24).astype(np.float32)
     wide = [dataclasses.replace(part, features=part.features * scales) for part in (train, val)]
-    one = eva_probe.eva_probe(train, val, val.features, 3, seed=0, standardize=True)
-    other = eva_probe.eva_probe(*wide, wide[1].features, 3, seed=0, standardize=True)
+    one = probes.eva_probe(train, val, val.features, 3, seed=0, standardize=True)
+    other = probes.eva_probe(*wide, wide[1].features, 3, seed=0, standardize=True)
     assert np.abs(one.probabilities - other.probabilities).max() < 1e-3
 
 
 def test_evas_probe_needs_patches_to_validate_on():
     train = examples(30)
-    nothing = eva_probe.Examples(features=train.features[:0], labels=train.labels[:0])
+    nothing = probes.Examples(features=train.features[:0], labels=train.labels[:0])
     with pytest.raises(InputError, match="no patch to validate on"):
-        eva_probe.eva_probe(train, nothing, train.features, 3, seed=0)
+        probes.eva_probe(train, nothing, train.features, 3, seed=0)
 
 
 def test_neighbours_vote():

@@ -17,9 +17,9 @@ from latentds_tools import cli
 
 from latentds.errors import FormatError, InputError, UnknownNameError
 from latentds.hub import set_upload
+from latentds.hub.card import PREVIEW
 from latentds.hub.fetching import fetch
 from latentds.hub.licences import check_licence, is_non_commercial, licence_warnings
-from latentds.hub.preview import PREVIEW
 from latentds.hub.set_upload import publish
 from latentds.hub.snippets import Publication
 from latentds.loading.loader import LatentLoader
@@ -535,7 +535,7 @@ def test_tables_outside_of_the_sidecars_are_refused(dataset, hub, tmp_path):
 def test_previews_are_the_same_bytes_each_time(shared_dataset):
     import tarfile
 
-    from latentds.hub.preview import make_preview
+    from latentds.hub.card import make_preview
 
     first = make_preview(shared_dataset)
     assert hashlib.sha256(first).digest() == hashlib.sha256(make_preview(shared_dataset)).digest()

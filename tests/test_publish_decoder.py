@@ -10,8 +10,14 @@ from latentds_tools import cli
 
 from latentds.autoencoders import load_autoencoder
 from latentds.autoencoders.autoencoder import last_layer
-from latentds.autoencoders.decoder_record import RECORD, WEIGHTS, read_record
-from latentds.autoencoders.decoders import architecture_of, load_decoder, save_decoder
+from latentds.autoencoders.decoders import (
+    RECORD,
+    WEIGHTS,
+    architecture_of,
+    load_decoder,
+    read_record,
+    save_decoder,
+)
 from latentds.core.display import MAX_FACTS, facts_table
 from latentds.errors import FormatError, InputError, WeightsError
 from latentds.hub.decoder_upload import (

@@ -64,7 +64,7 @@ def test_a_pickled_set_reads_the_same(shared_dataset):
 
 
 def test_more_shards_than_may_be_open_are_read(shared_dataset, monkeypatch):
-    monkeypatch.setattr("latentds.store.files.MAX_OPEN_SHARDS", 1)
+    monkeypatch.setattr("latentds.store.open_files.MAX_OPEN_SHARDS", 1)
     shards = ShardSet(shared_dataset)
     rows = np.array([0, 599, 1, 598])
     assert np.array_equal(shards.read_codes(rows), ShardSet(shared_dataset).read_codes(rows))

@@ -15,7 +15,6 @@ from latentds.codecs.refining import MAX_STEPS, errors, refine
 from latentds.conversion import shard_writing as conversion_shards
 from latentds.conversion.convert_config import ConvertConfig
 from latentds.conversion.converting import convert
-from latentds.core.metrics import psnr_db
 from latentds.errors import ContractError, InputError
 from latentds.quantizers.additive_fit import fit_additive
 from latentds.quantizers.entropy.native_model import native_model
@@ -24,6 +23,7 @@ from latentds.quantizers.entropy.record_encoding import round_at_steps
 from latentds.quantizers.entropy.record_fit import fit_entropy_codebook
 from latentds.quantizers.entropy.record_model import RATE_WEIGHT
 from latentds.quantizers.scalar_fit import fit_codebook
+from latentds.store.golden import psnr_db
 from latentds.store.manifest import read_manifest
 from tests.conftest import save_pictures, smooth_picture
 from tests.fakes import CARD, MeanAutoencoder

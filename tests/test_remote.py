@@ -132,7 +132,9 @@ def test_a_wait_of_hours_is_not_sat_out(server, cache):
 def test_damaged_packs_of_a_location_are_replaced_as_in_a_folder(dataset, cache):
     shards = ShardSet(dataset)
     for pack in (1, 5):
-        flip_bit(Path(shards.shard_path(pack)), int(shards.packs["codes_offset"][pack]) + 10)
+        flip_bit(
+            Path(shards.pack_table.shard_path(pack)), int(shards.packs["codes_offset"][pack]) + 10
+        )
     options = {"max_bad": 2, "batch_size": 100, "shuffle": True}
     local = [batch.rows.tolist() for batch in LatentDataset(dataset, **grouped(**options))]
     with serving(dataset) as server:

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from latentds.edit.extracting import read_slide_list, read_splits
 from latentds.edit.merging import merge
 from latentds.edit.repacking import Repacking, repack
-from latentds.edit.slide_lists import read_slide_list, read_splits
 from latentds.errors import FormatError, InputError, UnknownNameError
 from latentds.loading.loader import LatentLoader
 from latentds.store.format import MANIFEST

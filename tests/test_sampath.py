@@ -27,8 +27,7 @@ from latentds_trainers.engine.settings import TrainConfig
 from latentds_trainers.sampath import segmentation_fold
 from latentds_trainers.sampath.__main__ import main
 from latentds_trainers.sampath.config import SampathConfig
-from latentds_trainers.sampath.segmentation_data import CropDraws, jitter
-from latentds_trainers.sampath.segmentation_folds import group_plan
+from latentds_trainers.sampath.segmentation_data import CropDraws, group_plan, jitter
 from latentds_trainers.sampath.segmentation_presets import SegmentationSettings
 from latentds_trainers.sampath.segmentation_report import picture_name
 from latentds_trainers.sampath.task import spread_over

@@ -18,8 +18,12 @@ pytest.importorskip("segmentation_models_pytorch")
 
 from latentds_trainers.sampath.__main__ import main
 from latentds_trainers.sampath.config import SampathConfig
-from latentds_trainers.sampath.segmentation_data import LabelledImages
-from latentds_trainers.sampath.segmentation_folds import FoldPlan, check_classes, named_plan
+from latentds_trainers.sampath.segmentation_data import (
+    FoldPlan,
+    LabelledImages,
+    check_classes,
+    named_plan,
+)
 from latentds_trainers.sampath.segmentation_presets import parse_mask_values
 
 from latentds.evaluation.folds import Fold

@@ -7,20 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from latentds_trainers.sampath.segmentation_fold import LossWeights, segmentation_loss
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from latentds.embedders import EmbedderCard, NetworkEmbedder, load_embedder
 from latentds.errors import ShapeError, UnknownNameError, WeightsError
 from latentds.models.dense_encoders import DenseEncoder, load_dense_encoder, of_embedder
-from latentds.models.segmentation_losses import LossWeights, segmentation_loss
 from tests.small_embedders import MAKERS, random_images, save_nic, save_phikon
 
 pytest.importorskip("transformers")
 pytest.importorskip("timm")
 
-from latentds.models.sam_weights import SAM_SIZES, load_sam
-from latentds.models.sampath_network import SamPath, build_sampath
+from latentds.models.sampath_network import SAM_SIZES, SamPath, build_sampath, load_sam
 
 TINY = "tiny-random"
 GRID = SAM_SIZES["tiny"].image_px // 16
@@ -189,7 +188,7 @@ def test_the_fusion_neck_takes_both_maps_to_the_width_of_the_decoder():
 
 
 def test_base_has_the_dimensions_of_the_published_model():
-    from latentds.models.sam_weights import random_sam
+    from latentds.models.sampath_network import random_sam
 
     with torch.device("meta"):
         sam = random_sam(SAM_SIZES["base"], 0)

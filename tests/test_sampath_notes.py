@@ -21,7 +21,7 @@ from latentds_trainers.crossval.cross_validation import CrossValidation
 from latentds_trainers.engine.ranks import join_ranks
 from latentds_trainers.sampath import segmentation_fold
 from latentds_trainers.sampath.config import SampathConfig
-from latentds_trainers.sampath.segmentation_folds import FoldPlan
+from latentds_trainers.sampath.segmentation_data import FoldPlan
 from latentds_trainers.sampath.segmentation_presets import schedule_notes
 from latentds_trainers.sampath.segmentation_report import report, score_fold
 

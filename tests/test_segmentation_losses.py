@@ -4,14 +4,14 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
-
-from latentds.errors import ShapeError
-from latentds.models.segmentation_losses import (
+from latentds_trainers.sampath.segmentation_fold import (
     LossWeights,
     predict_labels,
     segmentation_loss,
 )
+from torch import Tensor
+
+from latentds.errors import ShapeError
 
 ALL = LossWeights(dice=1, focal=1, iou=1, ce=1)
 HALF = math.log(2) / 4  # focal loss of a logit of 0: (1 / 2) ** 2 * log 2

@@ -10,8 +10,8 @@ from latentds.loading.dataset import LatentDataset
 from latentds.loading.loader import LatentLoader
 from latentds.loading.options import Mixture, Select
 from latentds.loading.selection import patient_of, select_rows, split_patients
-from latentds.store.files import LocalFiles
 from latentds.store.format import PATCHES_TABLE
+from latentds.store.open_files import LocalFiles
 from latentds.store.reader import ShardSet
 from tests.bad_shards import edit_table
 from tests.conftest import convert_with_mean, save_pictures

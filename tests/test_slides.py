@@ -9,19 +9,13 @@ from PIL import Image
 
 from latentds.conversion.conversion_plan import make_plan
 from latentds.conversion.convert_config import ConvertConfig
+from latentds.core.display import left_out_text
 from latentds.errors import InputError, TooManyBadSamplesError, UnusableError
 from latentds.sources.coordinates import read_coordinates
 from latentds.sources.cut_options import SourceOptions
-from latentds.sources.slide_reading import (
-    cut_region,
-    grid,
-    open_slide,
-    slide_mpp,
-    thumbnail_of,
-)
+from latentds.sources.slide_reading import cut_region, grid, open_slide, slide_mpp, thumbnail_of
 from latentds.sources.slides import Slides
 from latentds.sources.tissue import otsu, tissue_mask, tissue_shares
-from latentds.store.manifest import left_out_text
 from latentds.store.reader import ShardSet
 from tests.conftest import convert_with_mean
 

@@ -44,6 +44,14 @@ def labels_of(root: Path, **options):
     return {p.source: (p.split, p.label, p.slide) for p in found.pictures}
 
 
+def test_no_look_into_files_that_are_pictures_by_their_names(tmp_path, monkeypatch):
+    save_pictures(tmp_path / "in" / "a", 3, edge=64)
+    (tmp_path / "in" / "notes.txt").write_text("H&E")
+    monkeypatch.setattr("latentds.sources.source.sort_files", None)
+    source, found = listed(tmp_path / "in")
+    assert source.kind == "a folder of pictures" and len(found.pictures) == 3
+
+
 @pytest.mark.parametrize("others", [0, 1])
 def test_tiled_tiff_patches_are_pictures_alone_and_among_others(tmp_path, others):
     for number in range(3):

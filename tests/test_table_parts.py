@@ -37,7 +37,7 @@ def folder(tmp_path_factory) -> Path:
     for label in ("stroma", "tumour"):
         save_pictures(root / "in" / label, 100, first_seed=len(label) * 100)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("latentds.store.tables.BLOCK_ROWS", 8)
+        patch.setattr("latentds.store.index.BLOCK_ROWS", 8)
         convert_with_mean(root / "in", root / "out", pack_size=16)
     return root / "out"
 

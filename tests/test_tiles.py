@@ -9,10 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from latentds_trainers.train_codec.tile_sources import DEMO_HELD_OUT, HELD_OUT, SOURCES, list_tiles
 from latentds_trainers.train_codec.tiles import (
+    DEMO_HELD_OUT,
+    HELD_OUT,
+    SOURCES,
     budgets,
     decoded,
+    list_tiles,
     middles,
     pack_tiles,
     read_pack,

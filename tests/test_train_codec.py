@@ -12,19 +12,17 @@ from PIL import Image
 pytest.importorskip("deepspeed")
 
 from latentds_trainers.train_codec import codec_product
-from latentds_trainers.train_codec.codec_network import (
+from latentds_trainers.train_codec.codec_product import (
     GAIN,
+    STEPS,
     CodecNetwork,
     Rate,
-    rounded,
-    warm_start,
-)
-from latentds_trainers.train_codec.codec_product import (
-    STEPS,
     patch_bytes,
+    rounded,
     step_for,
     symbol_counts,
     table_bits,
+    warm_start,
 )
 from latentds_trainers.train_codec.config import PRESETS, TrainCodecConfig
 from latentds_trainers.train_codec.task import CodecTask, StudentTask, codec_folder_of, draws

@@ -52,8 +52,7 @@ class Config:
 def run(config: Config) -> None:
     from latentds_tools.comparison.compare_page import write_page
     from latentds_tools.comparison.compare_plots import draw_bars, draw_differences
-    from latentds_tools.comparison.compare_report import make_report
-    from latentds_tools.comparison.paper_columns import check_columns
+    from latentds_tools.comparison.compare_report import check_columns, make_report
     from latentds_tools.comparison.run_pairing import Bootstrap
     from latentds_tools.comparison.run_reading import make_families, read_runs
     from latentds_tools.reports.plots import check_matplotlib

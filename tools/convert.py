@@ -17,7 +17,7 @@ from typing import Any
 from latentds_tools.reports.commands import show
 
 from latentds.conversion.convert_config import ConvertConfig
-from latentds.core.display import visible
+from latentds.core.display import left_out_text, visible
 from latentds.core.randomness import digest_of
 from latentds.errors import InputError
 
@@ -241,8 +241,6 @@ def planned_resolutions(plan: Any) -> dict[str, int]:
 
 def in_short(summary: dict[str, Any]) -> str:
     """A finished conversion in four lines, and the next command."""
-    from latentds.store.manifest import left_out_text
-
     splits = ", ".join(f"{split} {count:,}" for split, count in summary["splits"].items())
     classes = len(summary["classes"])
     size, seconds = summary["shard_bytes"] / 1e6, summary["seconds"]
@@ -266,8 +264,6 @@ def page_of(out: str) -> str:
 
 def as_text(summary: dict[str, Any]) -> str:
     """A summary for people: one fact a line, lists of left-out pictures cut short."""
-    from latentds.store.manifest import left_out_text
-
     lines = []
     for name, value in summary.items():
         label = f"{name.replace('_', ' '):<16}"

@@ -182,7 +182,9 @@ def at_equal_bytes(originals: list[Any], target: int) -> dict[str, tuple[int, li
 
 
 def judge(size: int, pictures: list[Any], originals: list[Any]) -> dict[str, float]:
-    from latentds.core.metrics import psnr_db, ssim
+    from latentds_tools.fidelity.quality import ssim
+
+    from latentds.store.golden import psnr_db
 
     pairs = list(zip(pictures, originals, strict=True))
     return {
@@ -271,7 +273,7 @@ def patch_row(figures: dict[str, Any], place: int) -> str:
     import numpy as np
     from latentds_tools.reports import html_pages
 
-    from latentds.core.metrics import psnr_db
+    from latentds.store.golden import psnr_db
 
     original = figures["originals"][place]
     decoded = figures["pictures"][figures["autoencoder"]][place]

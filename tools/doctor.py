@@ -54,8 +54,12 @@ def run(config: Config) -> int:
 def examine(config: Config) -> Iterator[Finding]:
     """All findings, in the order they are told."""
     from latentds_tools.health.devices import examine_devices
-    from latentds_tools.health.installed import examine_installed
-    from latentds_tools.health.surroundings import examine_disks, examine_hub, examine_limits
+    from latentds_tools.health.surroundings import (
+        examine_disks,
+        examine_hub,
+        examine_installed,
+        examine_limits,
+    )
 
     yield from examine_installed()
     yield from examine_devices(DECODE_S, PROBE_TIMEOUT_S)

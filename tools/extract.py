@@ -43,8 +43,7 @@ class Config:
 
 def run(config: Config) -> None:
     from latentds.core.processes import choose_device
-    from latentds.edit.extracting import extract
-    from latentds.edit.slide_lists import read_slide_list
+    from latentds.edit.extracting import extract, read_slide_list
 
     check_ranges(config, quality=(1, 100))
     counts = extract(

@@ -12,7 +12,7 @@ import tyro
 from latentds_tools.reports.commands import picked, show
 
 from latentds.errors import InputError
-from latentds.evaluation.patchsets.patch_set_config import PatchInput, recorded_settings
+from latentds.evaluation.patchsets.patch_set import PatchInput, recorded_settings
 
 if TYPE_CHECKING:
     from latentds.evaluation.features.extraction_options import Extraction, Step

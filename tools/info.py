@@ -80,7 +80,7 @@ def summarize(config: Config) -> dict[str, Any]:
             **made.get("codebook", {}),
         },
         "record_steps": measure_steps(ShardSet(config.folder, manifest=manifest)),
-        "channel_statistics": manifest.statistics and manifest.statistics.to_json(),
+        "channel_statistics": manifest.statistics and dataclasses.asdict(manifest.statistics),
         "left_out": len(made.get("left_out", [])),
         "refine": (made.get("options") or {}).get("refine") or 0,
         "made": {

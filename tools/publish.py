@@ -13,7 +13,6 @@ from latentds_tools.reports.commands import picked, show, tell
 
 from latentds.core.display import say
 from latentds.errors import InputError
-from latentds.hub.model_options import PublishOptions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,7 +81,7 @@ def publish_model_folder(
 ) -> None:
     """Publish a decoder or a backbone by its own function, and say what was done."""
     from latentds.hub.licences import read_markdown
-    from latentds.hub.model_files import summary_text
+    from latentds.hub.set_upload import summary_text
     from latentds.hub.snippets import Publication
 
     result = send(
@@ -141,3 +140,25 @@ def as_text(summary: dict[str, Any]) -> str:
             "those of the card and the preview"
         )
     return "\n".join(lines)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PublishOptions:
+    """What a tool that publishes a model inherits."""
+
+    license: str | None = None
+    """Licence, as the Hub names it: mit, cc-by-nc-4.0, ... By default the recorded one, if any."""
+    license_name: str | None = None
+    """Name of the licence, where --license is other."""
+    private: bool = False
+    """Make a new repository private."""
+    revision: str | None = None
+    """Branch to publish to. A missing branch is made from main."""
+    notes: Path | None = None
+    """Markdown file for the card: what the model was measured on, intended use."""
+    overwrite: bool = False
+    """Replace another model in the repository. Its history keeps the old one."""
+    dry_run: bool = False
+    """Check the model and print the plan, without writing to the Hub."""
+    json: bool = False
+    """Print JSON."""

@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from latentds_tools.publish import publish_model_folder
-
-from latentds.hub.model_options import PublishOptions
+from latentds_tools.publish import PublishOptions, publish_model_folder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

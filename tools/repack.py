@@ -84,8 +84,8 @@ def run(config: Config) -> None:
 
 def options(config: Config) -> Any:
     """What is to be different, lists read."""
+    from latentds.edit.extracting import read_slide_list, read_splits
     from latentds.edit.repacking import Repacking
-    from latentds.edit.slide_lists import read_slide_list, read_splits
 
     check_ranges(
         config, pack_size=(1, 65536), shard_mb=(1, 65536), seed=(0, 2**31), bytes=(16, 1 << 20)

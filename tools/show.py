@@ -200,7 +200,7 @@ def patch_figure(image: Any, caption: str, original: Any | None) -> str:
     """One decoded patch, beside its original where that is given."""
     from latentds_tools.reports import html_pages
 
-    from latentds.core.metrics import psnr_db
+    from latentds.store.golden import psnr_db
 
     if original is None:
         return html_pages.figure(image, caption)

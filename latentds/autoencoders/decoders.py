@@ -28,38 +28,45 @@ from latentds.autoencoders.autoencoder import (
     hash_tensors,
     short,
 )
-from latentds.autoencoders.decoder_record import (
-    FORMAT,
-    RECORD,
-    WEIGHTS,
-    DecoderRecord,
-    check_readable,
-    read_record,
-)
-from latentds.autoencoders.downloads import download
 from latentds.autoencoders.foreign_networks import (
     BUILD_ERRORS,
     check_bounded,
     check_hash,
     check_placed,
+    checked_fields,
+    download,
+    is_count,
+    is_identity,
+    is_name,
+    is_object,
+    is_words,
     opened_tensors,
+    read_fields,
 )
 from latentds.autoencoders.students import STUDENTS, Student, build_student
 from latentds.autoencoders.taesd import Clamp, build_decoder, has_pool
 from latentds.autoencoders.tiny import TinyDecoder
 from latentds.core.storage import write_together
-from latentds.errors import (
-    ContractError,
-    UnknownNameError,
-    WeightsError,
-    first_words,
-    unknown_name,
-)
+from latentds.errors import ContractError, UnknownNameError, WeightsError, first_words, unknown_name
 
 RUN_FOLDER = "decoder"  # of a training run, where its decoder lies
 HUB_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*(@[\w./-]+)?", re.ASCII)
 FLOATS = ("F32", "F16", "BF16")
 CELLS = 4  # latent cells each way of the trial that tells a decoder's factor
+FORMAT = "latentds-decoder/1"
+RECORD, WEIGHTS = "decoder.json", "decoder.safetensors"
+MAX_CHANNELS, MAX_FACTOR = 4096, 256
+CHECKS = {
+    "name": is_name,
+    "architecture": is_object,
+    "autoencoder": is_words,
+    "latent_id": is_identity,
+    "decoder_id": is_identity,
+    "channels": lambda value: is_count(value, MAX_CHANNELS),
+    "factor": lambda value: is_count(value, MAX_FACTOR),
+    "licence": is_words,
+    "trained": is_object,
+}
 
 
 def save_decoder(
@@ -102,7 +109,8 @@ def save_decoder(
         licence=card.licence,
         trained=trained,
     )
-    check_readable(record, folder / RECORD)
+    # A record that could not be read back is a FormatError now.
+    checked_fields(json.loads(record.to_json()), folder / RECORD, FORMAT, CHECKS)
     header = {"format": FORMAT, "latent_id": card.latent_id}
     write_together(
         {folder / WEIGHTS: save(tensors, header), folder / RECORD: record.to_json().encode()}
@@ -315,3 +323,37 @@ BUILDERS: dict[str, Callable[[Mapping[str, Any], int, int], nn.Module]] = {
     "AutoencoderDC": build_diffusers,
     "AutoencoderTiny": build_diffusers,
 }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderRecord:
+    """What a decoder.json says.
+
+    name          of the decoder
+    architecture  what `decoders.build` makes it from
+    autoencoder   name of the autoencoder whose encoder makes the latents
+    latent_id     of the latents it reads
+    decoder_id    hash of its tensors
+    channels      of the latents
+    factor        pixels a latent cell, each way
+    licence       of the weights
+    trained       how: JSON values, for people
+    """
+
+    name: str
+    architecture: dict[str, Any]
+    autoencoder: str
+    latent_id: str
+    decoder_id: str
+    channels: int
+    factor: int
+    licence: str
+    trained: dict[str, Any]
+
+    def to_json(self) -> str:
+        return json.dumps({"format": FORMAT} | dataclasses.asdict(self), indent=1) + "\n"
+
+
+def read_record(folder: Path) -> DecoderRecord:
+    """What the decoder.json of a folder says; FormatError where it is none."""
+    return DecoderRecord(**read_fields(folder / RECORD, FORMAT, CHECKS))

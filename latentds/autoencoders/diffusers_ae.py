@@ -23,8 +23,13 @@ from latentds.autoencoders.autoencoder import (
     hash_tensors,
     latent_identity,
 )
-from latentds.autoencoders.downloads import download, login_hint
-from latentds.autoencoders.foreign_networks import BUILD_ERRORS, check_bounded, check_placed
+from latentds.autoencoders.foreign_networks import (
+    BUILD_ERRORS,
+    check_bounded,
+    check_placed,
+    download,
+    login_hint,
+)
 from latentds.errors import WeightsError, first_words, missing_extra, unknown_name
 
 CLASSES = ("AutoencoderKL", "AutoencoderDC", "AutoencoderTiny")

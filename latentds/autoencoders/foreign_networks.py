@@ -1,11 +1,11 @@
-"""Networks that others describe: their JSON and their tensors, checked before they are used."""
+"""Networks that others describe: fetched, their JSON and tensors checked before they are used."""
 
 from __future__ import annotations
 
 import contextlib
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 MAX_RECORD_BYTES, MAX_WORDS = 1 << 20, 200
 NAME = re.compile(r"[A-Za-z0-9_][\w.-]{0,99}", re.ASCII)
 IDENTITY = re.compile(r"sha256:[0-9a-f]{64}")
-
 MAX_NUMBER = 16_384  # of a config: no known decoder is wider
 MAX_LAYERS, MAX_ENTRIES, MAX_DEPTH = 64, 64, 6
 # What networks and diffusers raise for values that do not fit.
@@ -29,6 +28,7 @@ BUILD_ERRORS = (
     *(ArithmeticError, AssertionError, AttributeError, LookupError),
     *(NotImplementedError, RuntimeError, TypeError, ValueError),
 )
+SNAPSHOTS = "snapshots"  # the folder of the Hub's cache that has a folder a commit
 
 
 def read_fields(
@@ -138,3 +138,42 @@ def check_placed(
             raise WeightsError(
                 f"{where}: {name} is {shapes[name]}, the architecture has {list(tensor.shape)}"
             )
+
+
+def download(
+    repository: str, files: Sequence[str], revision: str | None, advice: str
+) -> tuple[Path, str | None]:
+    """The folder the files lie in, and the commit they are of: all of one commit.
+
+    returns None for the commit where neither a revision was given nor the path tells one
+    raises  WeightsError: which file, why, and `advice`
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    file, commit = "", revision
+    path = Path()
+    try:
+        for file in files:
+            path = Path(hf_hub_download(repository, file, revision=commit))
+            commit = commit_of(path) or commit
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise WeightsError(
+            f"cannot get {file} of {repository} at {revision or 'main'} ({reason}). {advice}"
+        ) from error
+    return path.parent, commit
+
+
+def login_hint(repository: str | None, gated: bool) -> str:
+    """How to get files that ask for a login; nothing for others."""
+    if not gated:
+        return ""
+    page = f"https://huggingface.co/{repository}"
+    return f"It is gated: accept its licence at {page}, then run 'hf auth login'. "
+
+
+def commit_of(path: Path) -> str | None:
+    """The commit a file in the Hub's cache is of."""
+    parts = path.parts[::-1]
+    return parts[parts.index(SNAPSHOTS) - 1] if SNAPSHOTS in parts[1:] else None

@@ -9,12 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from latentds.codecs.formats import (
-    DECODE_ERRORS,
-    FORMATS,
-    Format,
-    is_available,
-)
+from latentds.codecs.formats import DECODE_ERRORS, FORMATS, Format, is_available
 from latentds.codecs.naming import PictureSpec
 from latentds.errors import FormatError, ShapeError, missing_extra
 

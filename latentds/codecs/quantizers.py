@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -23,23 +22,6 @@ from latentds.quantizers.entropy.record_codebook import EntropyCodebook
 from latentds.quantizers.scalar import AnyCodebook, Codebook
 
 LatentShape = tuple[int, int, int]  # C, h, w
-
-
-class Quantizer(Protocol):
-    """Latents of patches to bytes and back."""
-
-    @property
-    def spec(self) -> QuantizerSpec:
-        """What it is, its levels included."""
-        ...
-
-    def pack(self, latents: Tensor) -> list[bytes]:
-        """The bytes of every patch of float32 latents (B, C, h, w), all finite."""
-        ...
-
-    def unpack(self, files: Sequence[bytes], shape: LatentShape) -> Tensor:
-        """Float32 (B, C, h, w) of such bytes, whose number is right."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +81,9 @@ class Codes:
         if fault:
             raise FormatError(f"not the bytes of {self.spec.text}: {fault}")
         return self.codebook.dequantize(stored)
+
+
+Quantizer = Floats | Codes  # latents of patches to bytes and back
 
 
 def pack_bits(codes: np.ndarray, bits: int) -> np.ndarray:

@@ -30,6 +30,7 @@ from latentds.conversion.workdir import (
     differences,
     prepare_output,
 )
+from latentds.core.display import left_out_text
 from latentds.core.processes import choose_device
 from latentds.core.storage import write_atomically
 from latentds.errors import FormatError, InputError
@@ -49,7 +50,7 @@ from latentds.store.golden import (
     shrink,
 )
 from latentds.store.index import write_tables
-from latentds.store.manifest import Manifest, left_out_text, read_manifest
+from latentds.store.manifest import Manifest, read_manifest
 from latentds.store.reader import ShardSet
 from latentds.store.slide_records import SlideRecord, write_slide_records
 

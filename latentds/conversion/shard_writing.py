@@ -207,7 +207,8 @@ class Conversion:
 
     def bad(self) -> dict[Region, LeftOut]:
         """What is left out so far, of all shards."""
-        return by_region([*self.plan.bad, *self.work.all_bad()])
+        journals = self.work.journals.values()
+        return by_region([*self.plan.bad, *(bad for journal in journals for bad in journal.bad)])
 
 
 WriteShards = Callable[[Conversion], None]  # an engine

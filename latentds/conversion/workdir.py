@@ -64,7 +64,7 @@ def by_region(records: Iterable[LeftOut]) -> dict[Region, LeftOut]:
 def describe_left_out(
     records: Iterable[LeftOut], patches: Mapping[str, int], hide: Callable[[str], str] | None
 ) -> list[dict[str, Any]]:
-    """Sources with reasons, sorted, for the manifest; `manifest.left_out_text` has it in words.
+    """Sources with reasons, sorted, for the manifest; `display.left_out_text` has it in words.
 
     patches  planned patches by source: of one with several it is said how many were left out
     hide     what stands for a source's name; then no detail is stored, for it may have names
@@ -168,9 +168,6 @@ class WorkFolder:
     def index(self, shard: str) -> Path:
         """Where a finished shard's index is kept."""
         return self.folder / f"{Path(shard).stem}.index.npz"
-
-    def all_bad(self) -> list[LeftOut]:
-        return [bad for journal in self.journals.values() for bad in journal.bad]
 
     def read_plan(self) -> dict[str, Any]:
         """What an earlier run decided; empty where there was none."""

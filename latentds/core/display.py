@@ -178,3 +178,9 @@ def progress(steps: Iterable[Any] | None = None, **words: Any) -> tqdm[Any]:
 
     bar.set_description = describe
     return bar
+
+
+def left_out_text(entry: dict[str, Any]) -> str:
+    """Why an entry of `left_out` is, for people; sets made before have a sentence as its reason."""
+    text = str(entry.get("detail") or str(entry.get("reason")).replace("_", " "))
+    return f"{entry['patches']} of {entry['of']} patches: {text}" if "of" in entry else text

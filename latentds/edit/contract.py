@@ -19,13 +19,7 @@ from latentds.conversion.prepared import versions
 from latentds.core.display import progress
 from latentds.edit.latent_files import LatentFiles
 from latentds.edit.layouts import ForeignPatch, ListingOptions
-from latentds.errors import (
-    ContractError,
-    InputError,
-    MissingExtraError,
-    ShapeError,
-    WeightsError,
-)
+from latentds.errors import ContractError, InputError, MissingExtraError, ShapeError, WeightsError
 from latentds.quantizers.codebooks import load_codebook
 from latentds.quantizers.scalar import AnyCodebook, Codebook
 from latentds.quantizers.scalar_fit import fit_codebook

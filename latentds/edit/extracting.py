@@ -1,4 +1,4 @@
-"""Extract a data set: decoded pictures in class folders, and a table of what is known of them."""
+"""Extract a data set: pictures in class folders, a table of them; lists of slides to do it by."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from PIL import Image
 
 from latentds.autoencoders.autoencoder import Autoencoder
 from latentds.core.processes import choose_device
-from latentds.core.storage import MARK, exclusive_lock, naming, write_atomically
+from latentds.core.storage import MARK, check_regular, exclusive_lock, naming, write_atomically
 from latentds.edit.exporting import (
     TABLE,
     Row,
@@ -29,7 +29,9 @@ from latentds.edit.outputs import check_apart, refuse_foreign
 from latentds.errors import InputError
 from latentds.loading.decoding import Decoder, find_autoencoder
 from latentds.loading.selection import select_rows
-from latentds.sources.csv_tables import write_table
+from latentds.sources.csv_tables import read_table, write_table
+from latentds.sources.field_names import columns_of
+from latentds.store.format import SPLIT_PATTERN
 from latentds.store.reader import ShardSet
 
 BLOCK_PATCHES = 256
@@ -186,3 +188,43 @@ def encode(image: np.ndarray, picture_format: str, quality: int) -> bytes:
         options = {"quality": quality, "subsampling": 0}
     Image.fromarray(image).save(buffer, picture_format, **options)
     return buffer.getvalue()
+
+
+def read_slide_list(path: Path) -> list[str]:
+    """Slide names, one a line; empty lines and those that begin with # are passed over."""
+    lines = [line.strip() for line in read_text(path).splitlines()]
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def read_splits(path: Path) -> tuple[Literal["slide", "patient"], dict[str, str]]:
+    """What a CSV of `slide,split` or `patient,split` assigns, and which of the two it names.
+
+    raises  InputError with the line for a missing column, a split's name that no shard can have,
+            or a name in two splits
+    """
+    table = read_table(path)
+    columns = columns_of(table, ("slide", "patient", "split"))
+    by: Literal["slide", "patient"] = "slide" if "slide" in columns else "patient"
+    if by not in columns or "split" not in columns:
+        raise InputError(
+            f"{path}: columns are {list(table.columns)}; it needs slide or patient, and split"
+        )
+    splits: dict[str, str] = {}
+    for line, row in zip(table.lines, table.rows, strict=True):
+        name, split = row[columns[by]].strip(), row[columns["split"]].strip()
+        where = f"{path}, line {line}"
+        if not name or not SPLIT_PATTERN.fullmatch(split):
+            raise InputError(
+                f"{where}: {by} {name!r}, split {split!r}; a split is a-z, 0-9 and _, up to 32"
+            )
+        if splits.setdefault(name, split) != split:
+            raise InputError(f"{where}: {name!r} is in {splits[name]!r} too; a {by} has one split")
+    return by, splits
+
+
+def read_text(path: Path) -> str:
+    try:
+        check_regular(path, str(path))
+        return path.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text ({error.reason}); save it as such") from error

@@ -16,12 +16,12 @@ from tqdm import tqdm
 
 from latentds.autoencoders.autoencoder import Autoencoder
 from latentds.core.display import progress
-from latentds.core.metrics import Distortion
 from latentds.core.storage import write_atomically
 from latentds.edit.contract import Identity, ImportOptions, decide, identify
 from latentds.edit.latent_files import LatentFiles
 from latentds.edit.layouts import ForeignPatch, list_latents
 from latentds.edit.outputs import new_data_set
+from latentds.edit.recoding import Distortion
 from latentds.errors import InputError
 from latentds.quantizers.entropy.record_codebook import EntropyCodebook
 from latentds.quantizers.scalar import AnyCodebook, dequantize, quantize

@@ -185,8 +185,8 @@ def check_copy(shards: ShardSet, number: int, index: ShardIndex) -> None:
     if not same.all():
         pack = first + int(np.argmin(same))
         raise DamagedPackError(
-            f"{shards.shard_path(pack)}, key {shards.key(pack)}: not what its data set recorded; "
-            "damaged, fetch it anew ('latentds verify' lists all damage)",
+            f"{shards.pack_table.where(pack)}: not what its data set recorded; damaged, fetch it "
+            "anew ('latentds verify' lists all damage)",
             shards,
             pack,
         )

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from latentds.autoencoders.autoencoder import Autoencoder
 from latentds.conversion.prepared import fitting, planes_of
-from latentds.core.metrics import Distortion
 from latentds.errors import ContractError, FormatError, InputError, MissingExtraError, WeightsError
 from latentds.loading.decoding import find_autoencoder
 from latentds.quantizers.additive_fit import fit_additive
@@ -245,3 +244,25 @@ def golden_decoder(shards: ShardSet, recoding: Recoding) -> Autoencoder | None:
             f"{found.card.decoder_id}; golden patches need the recorded one"
         )
     return found
+
+
+class Distortion:
+    """What coding does to latents: sums for their variance and mean squared error."""
+
+    def __init__(self) -> None:
+        self.values, self.sums = 0, np.zeros(3)  # of values, their squares, squared errors
+
+    def add(self, latents: np.ndarray, stored: np.ndarray) -> None:
+        """Count latents, and those that the codes stand for, of one shape."""
+        exact = latents.astype(np.float64)
+        self.values += exact.size
+        self.sums += exact.sum(), np.square(exact).sum(), np.square(exact - stored).sum()
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; no SNR where nothing was lost."""
+        if not self.values:
+            return {"mse": 0.0, "snr_db": None}
+        mean, square, mse = (self.sums / self.values).tolist()
+        variance = square - mean * mean
+        snr_db = 10 * float(np.log10(variance / mse)) if mse > 0 and variance > 0 else None
+        return {"mse": float(f"{mse:.4g}"), "snr_db": None if snr_db is None else round(snr_db, 2)}

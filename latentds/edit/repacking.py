@@ -226,7 +226,7 @@ def read_columns(shards: ShardSet) -> pa.Table:
     """All columns of all patches, in the order of the patch table."""
     tables = []
     for pack in range(len(shards.packs)):
-        where = f"{shards.shard_path(pack)}, {shards.key(pack)}.{PATCHES}"
+        where = f"{shards.pack_table.shard_path(pack)}, {shards.pack_table.key(pack)}.{PATCHES}"
         content = shards.read_sound(pack, PATCHES)
         table = decode_table(bytes(content), where, SCHEMA, int(shards.first_patch.counts(pack)))
         tables.append(table.cast(LARGE))

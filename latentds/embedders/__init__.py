@@ -13,12 +13,7 @@ from pathlib import Path
 from latentds.autoencoders.autoencoder import hash_tensors
 from latentds.embedders.embedder import Embedder, EmbedderCard, NetworkEmbedder
 from latentds.embedders.embedder_cards import ALIASES, CARDS, ELSEWHERE
-from latentds.embedders.exported import (
-    LATENT_PREFIX,
-    check_exported,
-    is_exported,
-    load_exported,
-)
+from latentds.embedders.exported import LATENT_PREFIX, check_exported, is_exported, load_exported
 from latentds.errors import InputError, ShapeError, WeightsError, unknown_name
 
 __all__ = ["Embedder", "EmbedderCard", "NetworkEmbedder", "embedder_loader", "load_embedder"]

@@ -18,9 +18,8 @@ from torch.nn import functional
 from latentds.autoencoders.autoencoder import hash_tensors
 from latentds.embedders.embedder import NetworkEmbedder, Preparation
 from latentds.embedders.embedder_cards import CARDS
-from latentds.embedders.positions import resample_positions
 from latentds.embedders.timm_models import outline
-from latentds.embedders.weights import fill, find_weights, read_weights
+from latentds.embedders.weights import fill, find_weights, read_weights, resample_positions
 from latentds.errors import WeightsError
 
 NAME, HEADS = "conch-v1.5", 8

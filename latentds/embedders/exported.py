@@ -11,8 +11,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from latentds.autoencoders.downloads import download
-from latentds.autoencoders.foreign_networks import check_hash
+from latentds.autoencoders.foreign_networks import check_hash, download
 from latentds.embedders.backbone_record import (
     CONFIG,
     LATENTS,
@@ -23,11 +22,7 @@ from latentds.embedders.backbone_record import (
     read_record,
 )
 from latentds.embedders.embedder import NetworkEmbedder, without_resizing
-from latentds.embedders.foreign_config import (
-    checked_arguments,
-    checked_settings,
-    create_foreign,
-)
+from latentds.embedders.foreign_config import checked_arguments, checked_settings, create_foreign
 from latentds.embedders.timm_models import configured_card, load
 from latentds.errors import FormatError, WeightsError
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from latentds.errors import InputError
 from latentds.evaluation.predictions import Predictions
-from latentds.evaluation.weighing import CHUNK, weighted_score
+from latentds.evaluation.scores import CHUNK, weighted_score
 
 INTERVAL = (2.5, 97.5)  # percentiles: 95 %
 FOLD_DRAWS, GROUP_DRAWS = 10_000, 2_000

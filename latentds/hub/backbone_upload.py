@@ -22,11 +22,10 @@ from latentds.embedders.weights import read_weights
 from latentds.errors import WeightsError
 from latentds.hub.client import Repository
 from latentds.hub.licences import check_licence, is_non_commercial, recorded_licences
-from latentds.hub.model_files import front_matter, publish_files
 from latentds.hub.publish_plan import README
-from latentds.hub.set_upload import Published
+from latentds.hub.set_upload import Published, front_matter, publish_files
 from latentds.hub.snippets import Publication
-from latentds.models.backbone_card import TAGS, backbone_card
+from latentds.models.backbone_folder import TAGS, backbone_card
 
 RUN_FOLDER = "backbone"  # where a pretraining's folder has it
 NETWORKS = ("autoencoder", "decoder")  # fields of a record that tell of no data

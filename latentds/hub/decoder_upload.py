@@ -8,17 +8,22 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from latentds.autoencoders.cards import CARDS
-from latentds.autoencoders.decoder_record import RECORD, WEIGHTS, DecoderRecord, read_record
-from latentds.autoencoders.decoders import find_decoder_folder, load_decoder
+from latentds.autoencoders.decoders import (
+    RECORD,
+    WEIGHTS,
+    DecoderRecord,
+    find_decoder_folder,
+    load_decoder,
+    read_record,
+)
 from latentds.core.display import MAX_FACT, code_span, facts_table, markdown
 from latentds.embedders.embedder import EmbedderCard
 from latentds.embedders.embedder_cards import CARDS as EMBEDDERS
 from latentds.errors import InputError
 from latentds.hub.client import Repository
 from latentds.hub.licences import HUB_LICENCES, check_licence, is_non_commercial
-from latentds.hub.model_files import front_matter, publish_files
 from latentds.hub.publish_plan import README
-from latentds.hub.set_upload import Published
+from latentds.hub.set_upload import Published, front_matter, publish_files
 from latentds.hub.snippets import Publication
 
 CARD = """---

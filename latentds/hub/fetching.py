@@ -20,8 +20,8 @@ from latentds.core.storage import (
     write_atomically,
 )
 from latentds.errors import FormatError, InputError
+from latentds.hub.card import PREVIEW
 from latentds.hub.client import NAME, HubFile, Repository
-from latentds.hub.preview import PREVIEW
 from latentds.hub.publish_plan import README
 from latentds.store.format import MANIFEST, SIDECARS, SLIDES_TABLE
 from latentds.store.manifest import MAX_MANIFEST_BYTES, Manifest, parse_manifest

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from latentds.errors import FormatError, InputError
+from latentds.hub.card import PREVIEW
 from latentds.hub.client import HubFile, Repository
-from latentds.hub.preview import PREVIEW
 from latentds.store.format import MANIFEST, SLIDES_TABLE
 from latentds.store.manifest import MAX_MANIFEST_BYTES, Manifest, parse_manifest
 from latentds.store.transport import Transport

@@ -22,12 +22,7 @@ from latentds.core.processes import choose_device
 from latentds.errors import DamagedPackError, InputError, unknown_name
 from latentds.loading.batch import check_codes
 from latentds.loading.dataset import LatentDataset
-from latentds.loading.decoding import (
-    Decode,
-    check_decode,
-    make_decoder,
-    make_integers,
-)
+from latentds.loading.decoding import Decode, check_decode, make_decoder, make_integers
 from latentds.loading.options import Select, Vocabulary, check_group
 from latentds.loading.selection import select_rows
 from latentds.store.cache import CacheConfig

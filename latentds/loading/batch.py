@@ -19,7 +19,7 @@ from latentds.core.randomness import patch_seeds
 from latentds.errors import FormatError
 from latentds.loading.decoding import make_integers
 from latentds.loading.options import Vocabulary
-from latentds.loading.sampling import Drawn
+from latentds.loading.order import Drawn
 from latentds.quantizers.scalar import AnyCodebook, dequantize_each
 from latentds.store.reader import ShardSet
 from latentds.views.view_batch import Views

@@ -29,17 +29,8 @@ from latentds.errors import DamagedPackError, TooManyBadSamplesError
 from latentds.loading.batch import Batch, Collator
 from latentds.loading.fields_of_view import warn_of_fields
 from latentds.loading.options import Mixture, Order, Select, answering, as_mixture, check_group
-from latentds.loading.order import STATE_VERSION, Batching, LoaderState, check_state
-from latentds.loading.sampling import (
-    BALANCED,
-    BalancedSampler,
-    Drawn,
-    MixtureSampler,
-    PackSampler,
-    Sampler,
-    SetSampler,
-    join,
-)
+from latentds.loading.order import Batching, Drawn, LoaderState, PackSampler, check_state, join
+from latentds.loading.sampling import BALANCED, BalancedSampler, MixtureSampler, Sampler, SetSampler
 from latentds.loading.selection import select_rows
 from latentds.quantizers.codebooks import ChannelStatistics
 from latentds.quantizers.scalar import AnyCodebook
@@ -297,7 +288,6 @@ class LatentDataset(IterableDataset[Batch]):
         revisions = [shards.revision for shards in self.sets]
         drawn, single = [self.mixture.weights, self.mixture.epoch_patches], len(ids) == 1
         return LoaderState(
-            version=STATE_VERSION,
             dataset_id=ids[0] if single else digest_json(ids),
             latent_id=manifests[0].contract.latent_id,
             revision=revisions[0] if single else digest_of(revisions) if all(revisions) else None,

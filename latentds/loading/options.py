@@ -213,7 +213,7 @@ class Vocabulary:
 
 def joined_classes(sets: Sequence[ShardSet]) -> list[str]:
     """Label names of all sets; two that differ in case or spaces alone are warned of."""
-    classes = joined_names(shards.manifest.classes for shards in sets)
+    classes = joined_names([shards.manifest.classes for shards in sets])
     if alike := alike_names(classes):
         logger.warning(
             "%s: classes %r and %r are two, and differ in case or spaces alone; where they are "

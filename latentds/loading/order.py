@@ -1,8 +1,9 @@
 """Which patch stands at which place of an epoch, and which places a rank has in a batch.
 
-Pure functions of (seed, epoch, place) and of the numbers of batch and rank.
+Pure functions of (seed, epoch, place) and of the numbers of batch and rank. Draws by weight, or of
+every label alike, are `sampling.py`'s.
 """
-# B patches of a rank's batch
+# B patches of a rank's batch, D draws
 
 from __future__ import annotations
 
@@ -14,10 +15,11 @@ import numpy as np
 from latentds.core.randomness import key_of, permute, shuffled
 from latentds.errors import ContractError
 from latentds.store.format import Spans
+from latentds.store.reader import ShardSet
 
 WINDOW_PACKS = 128  # packs whose patches are shuffled among each other
 MIN_WINDOW, MAX_WINDOW = 1 << 14, 1 << 18  # patches; packs of one patch, packs of whole slides
-CACHED_WINDOWS = 4
+CACHED_ORDERS, CACHED_WINDOWS = 2, 4
 LAST = ("pad", "drop", "repeat")
 STATE_VERSION = 2
 
@@ -130,64 +132,87 @@ class EpochOrder:
         return positions
 
 
-class Blend:
-    """Which of several sources every draw comes from, and the how manieth of that source it is.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Drawn:
+    """D draws: the set (index), the row of its patch table, and the pass over it, int64 (D,)."""
 
-    weights  positive, one a source
-    seed     of the pattern
+    sets: np.ndarray
+    rows: np.ndarray
+    passes: np.ndarray
 
-    In every block each source has its share, rounded so that the error never adds up; the sequence
-    inside a block is shuffled. A block is 1,024 draws, or as many as give every source one: with
-    less, differences of rounded sums could be negative.
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, places: np.ndarray) -> Drawn:
+        return Drawn(self.sets[places], self.rows[places], self.passes[places])
+
+
+class PackSampler:
+    """Every patch of a split (or of a selection of it) once an epoch, packs at a time.
+
+    rows  selected rows of the patch table, ascending; None for the whole split
     """
 
-    MIN_BLOCK, MAX_BLOCK = 1 << 10, 1 << 20
+    def __init__(
+        self, shards: ShardSet, split: str, rows: np.ndarray | None, seed: int, shuffle: bool
+    ) -> None:
+        self.seed, self.shuffle, self.rows = seed, shuffle, rows
+        self.first_row, end = shards.patch_range(split)
+        if rows is None:
+            packs = shards.first_patch.part(*shards.manifest.pack_range(split))
+            self.layout = Layout(packs, end - self.first_row, base=self.first_row)
+        else:
+            first = np.flatnonzero(np.diff(shards.packs_of(rows), prepend=-1))
+            self.layout = Layout(first, len(rows))
+        self.orders: dict[int, EpochOrder] = {}
 
-    def __init__(self, weights: np.ndarray, seed: int) -> None:
-        shares = np.cumsum(weights / np.sum(weights))
-        # Whole numbers of 2^-32: counts of any block are exact on every machine.
-        self.shares = [0, *(round(share * (1 << 32)) for share in shares[:-1].tolist()), 1 << 32]
-        least = min(np.diff(self.shares).tolist())
-        if least * self.MAX_BLOCK < 1 << 32:
-            raise ValueError(
-                f"weight {least / (1 << 32):.1e} of all draws; {1 / self.MAX_BLOCK:.1e} at least"
-            )
-        self.block_size = max(self.MIN_BLOCK, -(-(1 << 32) // least))
-        self.seed = seed
-        self.blocks: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    @property
+    def size(self) -> int:
+        """Draws an epoch: the patches."""
+        return self.layout.size
 
-    def draws(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Source and number in the source of the draws [start, stop), both int64."""
-        blocks = range(start // self.block_size, -(-stop // self.block_size))
-        parts = [self.block(block) for block in blocks] or [(np.zeros(0, int), np.zeros(0, int))]
-        offset = blocks.start * self.block_size
-        cut = slice(start - offset, stop - offset)
-        return (
-            np.concatenate([sources for sources, _ in parts])[cut],
-            np.concatenate([numbers for _, numbers in parts])[cut],
-        )
+    @property
+    def ahead(self) -> int:
+        """Draws after which other packs are touched, 0 where any may be at any time: a window."""
+        return self.layout.window
 
-    def block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """Sources and numbers of a block's draws."""
-        if block not in self.blocks:
-            before, after = self.counts(block), self.counts(block + 1)
-            repeats = after - before
-            sources = np.repeat(np.arange(len(repeats)), repeats)
-            numbers = np.arange(self.block_size) - np.repeat(np.cumsum(repeats) - repeats, repeats)
-            numbers += before[sources]
-            # Sources are shuffled; inside a source the numbers stay ascending.
-            shown = sources[shuffled(self.block_size, key_of("blend", self.seed, block))]
-            back = np.argsort(np.argsort(shown, kind="stable"), kind="stable")
-            if len(self.blocks) >= CACHED_WINDOWS:
-                self.blocks.pop(next(iter(self.blocks)))
-            self.blocks[block] = (shown, numbers[back])
-        return self.blocks[block]
+    @property
+    def chosen(self) -> np.ndarray | range:
+        """The split's rows, or those selected."""
+        own = range(self.first_row, self.first_row + self.size)
+        return own if self.rows is None else self.rows
 
-    def counts(self, block: int) -> np.ndarray:
-        """Draws of every source before a block."""
-        total = block * self.block_size
-        ends = [total * share >> 32 for share in self.shares]
-        return np.diff(np.array(ends, np.int64))
+    def order(self, epoch: int) -> EpochOrder:
+        """The order of an epoch; the last two are kept."""
+        if epoch not in self.orders:
+            if len(self.orders) >= CACHED_ORDERS:
+                self.orders.pop(next(iter(self.orders)))
+            self.orders[epoch] = EpochOrder(self.layout, self.seed, epoch, self.shuffle)
+        return self.orders[epoch]
+
+    def draw(self, epoch: int, start: int, stop: int) -> Drawn:
+        """The draws [start, stop) of an epoch."""
+        rows = self.row_at(self.order(epoch).positions(start, stop))
+        return Drawn(np.zeros_like(rows), rows, np.full_like(rows, epoch))
+
+    def row_at(self, positions: np.ndarray) -> np.ndarray:
+        """Rows of the patch table at positions of the selection."""
+        return positions + self.first_row if self.rows is None else self.rows[positions]
+
+    def replacement(self, row: int, attempt: int) -> int:
+        """The patch as far into the selection's next pack, or the attempt-th next."""
+        position = row - self.first_row
+        if self.rows is not None:
+            position = int(np.searchsorted(self.rows, row))
+        pack, offset = self.layout.find(position)
+        start, count = self.layout.span((pack + attempt) % len(self.layout))
+        return int(self.row_at(np.array([start + offset % count]))[0])
+
+
+def join(parts: list[Drawn]) -> Drawn:
+    """Draws end to end."""
+    fields = (np.concatenate([getattr(p, f) for p in parts]) for f in ("sets", "rows", "passes"))
+    return Drawn(*fields)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -291,7 +316,7 @@ class LoaderState:
     epoch, batch   the next global batch
     """
 
-    version: int
+    version: int = STATE_VERSION
     dataset_id: str
     latent_id: str
     revision: str | None

@@ -17,7 +17,7 @@ from latentds.quantizers.scalar import AnyCodebook
 from latentds.store.format import CODES, MASKS, PATCHES, Contract, check_npy, patch_key
 from latentds.store.manifest import Manifest
 from latentds.store.packs import MASK_SCHEMA, SCHEMA, decode_table
-from latentds.store.reader import open_files
+from latentds.store.reader import manifest_of, open_files
 from latentds.store.scan import read_contract
 
 Sample = dict[str, Any]
@@ -87,7 +87,7 @@ class Unpacking:
             )
         where = os.fspath(head if self.folder is None else self.folder)
         if where not in self.manifests:
-            self.manifests[where] = open_files(where).manifest()
+            self.manifests[where] = manifest_of(open_files(where))
         manifest = self.manifests[where]
         numbers = [n for n, s in enumerate(manifest.shards) if s.name == f"data/{name.split()[0]}"]
         if not numbers:

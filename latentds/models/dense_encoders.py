@@ -25,8 +25,8 @@ from torch.nn import functional
 from latentds.autoencoders.autoencoder import hash_tensors
 from latentds.embedders import NetworkEmbedder, load_embedder
 from latentds.embedders.nic import FIELD_PX, SEEN_PX, NicEncoder
-from latentds.embedders.positions import resample_positions
 from latentds.embedders.timm_models import outline
+from latentds.embedders.weights import resample_positions
 from latentds.errors import ShapeError, WeightsError
 
 Mapper = Callable[[Any, Tensor], Tensor]  # network, prepared images -> (B, C, h, w)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from latentds.embedders.positions import add_positions
+from latentds.embedders.weights import add_positions
 from latentds.errors import InputError, ShapeError, missing_extra
 
 SCALED = {"ls1.gamma": "attn.proj", "ls2.gamma": "mlp.fc2"}  # scale -> the layer it comes behind

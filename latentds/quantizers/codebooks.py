@@ -23,8 +23,8 @@ from safetensors.numpy import save
 from latentds.core.storage import parse_json, write_atomically
 from latentds.errors import ContractError, FormatError, InputError
 from latentds.quantizers.additive import AdditiveCodebook
-from latentds.quantizers.entropy.record_checks import LEAST_SIDE, MAX_RECORD_BYTES
 from latentds.quantizers.entropy.record_codebook import EntropyCodebook
+from latentds.quantizers.entropy.record_model import LEAST_SIDE, MAX_RECORD_BYTES
 from latentds.quantizers.scalar import AnyCodebook, Codebook
 from latentds.version import __version__
 
@@ -40,23 +40,17 @@ USUAL_BYTES, USUAL_CELLS = 4096, 1024  # of a record of a patch of 256 px
 RECORDS = ("tiny-v2/records-4096.safetensors", "tiny-v2/records-2048.safetensors")
 
 
-def check_encoding(value: object, where: str, made_by: object = None) -> None:
-    """Refuse codes that are packed in a way this reader does not know.
+def unknown_encoding(value: object, where: str, made_by: object = None) -> FormatError:
+    """The error of codes that are packed in a way this reader does not know.
 
     made_by  version of latentds that wrote them, where a manifest tells
     """
-    if not isinstance(value, str) or value not in ENCODINGS:
-        known = ", ".join(map(repr, ENCODINGS))
-        needed = f" to {made_by:.40} or later, which made them" if isinstance(made_by, str) else ""
-        raise FormatError(
-            f"{where}: codes are encoded as {value!r}, this reader (latentds {__version__}) knows "
-            f"{known}; upgrade latentds{needed}"
-        )
-
-
-def codebook_from_json(encoding: str, record: Any) -> AnyCodebook:
-    """The codebook inside a contract's JSON; KeyError, TypeError or ValueError if damaged."""
-    return ENCODINGS[encoding].from_json(record)
+    known = ", ".join(map(repr, ENCODINGS))
+    needed = f" to {made_by:.40} or later, which made them" if isinstance(made_by, str) else ""
+    return FormatError(
+        f"{where}: codes are encoded as {value!r}, this reader (latentds {__version__}) knows "
+        f"{known}; upgrade latentds{needed}"
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -198,7 +192,8 @@ def load_codebook(path: Path) -> StoredCodebook:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
             encoding = metadata.get("encoding", Codebook.encoding)
-            check_encoding(encoding, str(path))
+            if encoding not in ENCODINGS:
+                raise unknown_encoding(encoding, str(path))
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             codebook = ENCODINGS[encoding].from_arrays(arrays, metadata["kind"])
         return StoredCodebook(
@@ -223,10 +218,6 @@ class ChannelStatistics:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     count: int
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return {"mean": list(self.mean), "std": list(self.std), "count": self.count}
 
     @property
     def divisors(self) -> tuple[float, ...]:
@@ -270,19 +261,6 @@ class Normalized:
             for values in (self.statistics.mean, self.statistics.divisors)
         )
         return (latents - mean) / std
-
-
-def parse_statistics(record: Any, channels: int) -> ChannelStatistics | None:
-    """The statistics in a manifest, None where it has none; ValueError for what cannot be."""
-    if record is None:
-        return None
-    mean, std = (tuple(float(value) for value in record[name]) for name in ("mean", "std"))
-    count = record["count"]
-    if len(mean) != channels or len(std) != channels or type(count) is not int or count < 0:
-        raise ValueError(f"channel_statistics are not of {channels} channels")
-    if not all(map(math.isfinite, mean + std)) or min(std) < 0:
-        raise ValueError("channel_statistics must be finite, deviations not negative")
-    return ChannelStatistics(mean, std, count)
 
 
 def rounded(value: float) -> float:

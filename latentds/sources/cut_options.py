@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import hmac
+import os
 import re
+import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 import tyro
 
+from latentds.core.storage import check_regular
 from latentds.errors import InputError
-from latentds.sources.anonymity import Anonymizer
 
 MAGNIFICATION_MPP = 10.0  # mpp of 1x: 40x is 0.25, 20x 0.5, as TRIDENT and most others have it
 MAX_PX = 89_478_485  # Pillow's own limit against decompression bombs
+KEY_BYTES = 32
+SHOWN_DIGITS = 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -205,3 +211,35 @@ class SourceOptions(CutOptions):
     def key_check(self) -> str | None:
         """Which key names are hidden with, None where they are not: a resumed run must have it."""
         return Anonymizer(self.anonymize).check if self.anonymize else None
+
+
+class Anonymizer:
+    """HMAC-SHA256 of names under a key that stays at home.
+
+    A plain hash would not do: there are few barcodes, all of them can be tried.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+                file.write(secrets.token_hex(KEY_BYTES))
+                file.flush()
+                os.fsync(file.fileno())
+        check_regular(path, str(path))
+        text = path.read_text().strip()
+        if len(text) < KEY_BYTES:
+            raise InputError(
+                f"{path}: {len(text)} characters are no key; name a file that is not there yet, "
+                "and one is made"
+            )
+        self.key = text.encode()
+
+    @property
+    def check(self) -> str:
+        """What tells one key from another and nothing else of it."""
+        return self("latentds: which key is this?")
+
+    def __call__(self, name: str) -> str:
+        """What stands for a name; the same name gets the same under the same key."""
+        return hmac.new(self.key, name.encode(), hashlib.sha256).hexdigest()[:SHOWN_DIGITS]

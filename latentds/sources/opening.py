@@ -23,10 +23,9 @@ from latentds.sources.patch_arrays import PatchArrays
 from latentds.sources.picture import Listing, Picture
 from latentds.sources.picture_files import PictureFiles, SamPathFolder, TileTree
 from latentds.sources.picture_parquet import PictureParquet
-from latentds.sources.picture_tables import PictureTable
+from latentds.sources.picture_tables import ListedSlides, PictureTable, apply_slide_table
 from latentds.sources.picture_tars import PictureTars, TileTars
 from latentds.sources.slide_names import some
-from latentds.sources.slide_tables import ListedSlides, apply_slide_table
 from latentds.sources.slides import Slides
 from latentds.sources.source import Inspection, Source
 from latentds.store.format import SPLIT_PATTERN
@@ -49,7 +48,9 @@ def open_source(options: SourceOptions) -> Source:
     found = (
         kind.detect(inspection)
         for kind in SOURCES
-        if exists != kind.is_remote and (not kind.suffixes or kind.suffixes & inspection.suffixes)
+        if exists != kind.is_remote
+        and (not kind.suffixes or kind.suffixes & inspection.suffixes)
+        and not (kind is Slides and inspection.is_plain)
     )
     source = next((source for source in found if source is not None), None)
     if source is None:

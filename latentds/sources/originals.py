@@ -12,13 +12,12 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from latentds.errors import ContractError, InputError, UnusableError
-from latentds.sources.anonymity import Anonymizer
-from latentds.sources.cut_options import SourceOptions
+from latentds.sources.cut_options import Anonymizer, SourceOptions
 from latentds.sources.opening import list_source, open_source
 from latentds.sources.picture import Header, Picture
 from latentds.sources.source import PatchReader, of_file
-from latentds.store.files import LocalFiles
 from latentds.store.golden import likeness_db, read_golden
+from latentds.store.open_files import LocalFiles
 from latentds.store.patch_record import Patch
 from latentds.store.reader import ShardSet
 from latentds.store.slide_records import read_slide_records

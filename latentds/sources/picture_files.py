@@ -342,7 +342,9 @@ class TileTree(PictureFiles):
         options, kind = found.options, found.options.kind
         if not found.is_folder or kind is not None:
             return cls(options) if found.is_folder and kind == "tiles" else None
-        if found.kinds.slides or options.name_pattern:
+        if options.name_pattern or not any(TILE_NAME.search(path) for path in found.paths):
+            return None
+        if found.kinds.slides:
             return None
         pictures = sorted([*found.kinds.pictures, *found.kinds.unsure])
         return cls(options) if is_tile_tree(options, pictures) else None

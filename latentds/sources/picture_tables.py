@@ -1,10 +1,12 @@
-"""Pictures listed in a table: CSV, TSV or Parquet."""
+"""Pictures, or slides, listed in a table: CSV, TSV or Parquet."""
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from latentds.errors import InputError
 from latentds.sources.csv_tables import SUFFIXES, TextTable, read_table
@@ -18,14 +20,21 @@ from latentds.sources.image_folder import (
     note_splits,
 )
 from latentds.sources.kinds import SUFFIXES as SLIDE_SUFFIXES
+from latentds.sources.kinds import sort_files
+from latentds.sources.names import patient_of
 from latentds.sources.picture import Listing, Picture
 from latentds.sources.picture_files import PictureFiles
 from latentds.sources.side_records import slide_name
-from latentds.sources.slide_names import path_ends
+from latentds.sources.slide_names import NameIndex, check_slide_names, path_ends, some
+from latentds.sources.slide_regions import note_unused_regions
+from latentds.sources.slides import Slides
 from latentds.sources.source import Inspection, Source
 
 FIELDS = ("path", "label", "slide", "patient", "x", "y", "mpp", "size_px", "split", "mask")
 DRIVE = re.compile(r"[A-Za-z]:/|//")  # how Windows begins a whole path, slashes turned
+FACTS = ("split", "label", "patient", "mpp")
+CLAM_PARTS = ("train", "val", "test")
+Facts = dict[str, Any]  # fields of a Picture
 
 
 def is_table(path: Path) -> bool:
@@ -123,3 +132,140 @@ def inside(path: str, root: Path, where: str) -> str:
             "pictures"
         )
     return full.as_posix()
+
+
+@dataclasses.dataclass(frozen=True)
+class SlideTable:
+    """Facts by the name of a slide, or of a patient where `by` says so."""
+
+    path: Path
+    by: str
+    facts: dict[str, Facts]
+    notes: tuple[str, ...]
+
+
+def read_slide_table(path: Path, use_labels: bool = True) -> SlideTable:
+    """slide or patient, and any of split, label, patient, mpp; or CLAM's train, val, test.
+
+    raises  InputError for a table that names neither, a row without a name, or a name with two
+            different rows
+    """
+    table = read_table(path)
+    if table.find_column(["train"]) and table.find_column(["test"]):
+        return SlideTable(path, "slide", clam_parts(table), ())
+    columns = columns_of(table, ("slide", *FACTS, "path"))
+    if "slide" not in columns and "path" in columns:
+        columns["slide"] = columns["path"]
+    by = "slide" if "slide" in columns else "patient"
+    if by not in columns or not columns.keys() & set(FACTS) - {by}:
+        raise InputError(
+            f"{path}: needs a column slide or patient, and of split, label, mpp, patient what it "
+            f"is to set; it has {', '.join(table.columns)[:200]}"
+        )
+    wanted = [name for name in FACTS if name in columns and name != by]
+    facts: dict[str, Facts] = {}
+    for line, row in zip(table.lines, table.rows, strict=True):
+        name, where = row[columns[by]].strip(), f"{path}, line {line}"
+        if not name:
+            raise InputError(f"{where}: no {by}; fill it, or take the line out")
+        own = facts_of({f: row[columns[f]].strip() for f in wanted}, where, use_labels)
+        if facts.setdefault(name, own) != own:
+            raise InputError(f"{where}: {name} is there twice, in different ways")
+    used = [columns[name] for name in (by, *wanted)]
+    words = table.values(columns["split"]) if "split" in columns else []
+    notes = note_unused(table, used) + note_splits(path.name, filter(None, words))
+    return SlideTable(path, by, facts, notes)
+
+
+def clam_parts(table: TextTable) -> dict[str, Facts]:
+    """Splits by slide of CLAM's splits_0.csv: a column a split."""
+    facts: dict[str, Facts] = {}
+    for part in CLAM_PARTS:
+        column = table.find_column([part])
+        for name in table.values(column) if column else []:
+            if name and facts.setdefault(name, {"split": part}) != {"split": part}:
+                raise InputError(f"{table.path}: {name} is in {part} and another split")
+    return facts
+
+
+def apply_slide_table(
+    pictures: Sequence[Picture], path: Path, *, use_labels: bool, is_split_file: bool
+) -> tuple[tuple[Picture, ...], tuple[str, ...]]:
+    """The pictures with what the table says of their slide or patient, and notes for people.
+
+    is_split_file  whether every picture needs a split in it: InputError for one that has none
+    """
+    table = read_slide_table(path, use_labels)
+    index = NameIndex(list(table.facts))
+    changed, places, bare = [], dict[tuple[str | None, ...], int | None](), dict[str, None]()
+    for picture in pictures:
+        key = (picture.slide, picture.patient, None if picture.slide else picture.source)
+        if key not in places:
+            places[key] = find(picture, table, index)
+        place = places[key]
+        facts = table.facts[index.names[place]] if place is not None else {}
+        if is_split_file and "split" not in facts:
+            what = "no split of" if facts else "names neither"
+            raise InputError(f"{path}: {what} slide {picture.slide!r} nor its patient")
+        if not facts:
+            bare[picture.slide or picture.source] = None
+        changed.append(dataclasses.replace(picture, **facts))
+    seen = {place for place in places.values() if place is not None}
+    lost = [name for place, name in enumerate(index.names) if place not in seen]
+    told = {"slides are not in it": list(bare), "of its rows are of no slide here": lost}
+    notes = [f"{path.name}: {len(names):,} {words}: {some(names)}"
+             for words, names in told.items() if names]  # fmt: skip
+    return tuple(changed), (*table.notes, *notes)
+
+
+def find(picture: Picture, table: SlideTable, index: NameIndex) -> int | None:
+    """The row that means a picture's slide, else its patient."""
+    own = picture.slide or picture.source
+    if table.by == "slide":
+        found = index.find(own, str(table.path))
+        if found is not None:
+            return found
+    patients = [name for name in (picture.patient, patient_of(own)) if name]
+    return next((index.exact[name][0] for name in patients if name in index.exact), None)
+
+
+class ListedSlides(Slides):
+    """Slides that a table names by path, with their labels, patients, splits and mpp."""
+
+    kind = "a table of slides"
+    suffixes = PictureTable.suffixes
+
+    def __init__(self, options: SourceOptions) -> None:
+        super().__init__(options)
+        self.root = options.root or options.source.parent
+
+    @classmethod
+    def detect(cls, found: Inspection) -> Source | None:
+        is_list = found.is_file and is_table(found.root) and lists_slides(found.options)
+        return cls(found.options) if is_list else None
+
+    def listing(self) -> Listing:
+        found = list_table(self.options)
+        pictures = tuple(
+            dataclasses.replace(p, slide=p.slide or PurePosixPath(p.source).stem)
+            for p in found.pictures
+        )
+        check_slide_names(self.root, pictures)
+        told = note_unused_regions(self.chosen, [str(p.slide) for p in pictures])
+        return dataclasses.replace(found, pictures=pictures, notes=(*found.notes, *told))
+
+    def lookup(self, source: str) -> Picture | None:
+        del source  # the table tells its resolution
+        return None
+
+
+def lists_slides(options: SourceOptions) -> bool:
+    """Whether the first row of a table that names a file names a slide."""
+    table = read_table(options.source)
+    column = path_columns(table).get("path")
+    root = options.root or options.source.parent
+    names = [row[column].strip().replace("\\", "/") for row in table.rows] if column else []
+    first = next((name for name in names if name and (root / name).is_file()), None)
+    if first is None or options.kind is not None:
+        return first is not None and options.kind == "slides"
+    return bool(sort_files(root, [first]).slides)  # a tiled TIFF of one level is a patch

@@ -19,7 +19,7 @@ import numpy as np
 from latentds.errors import InputError, UnusableError
 from latentds.sources.cut_options import SourceOptions
 from latentds.sources.image_folder import check_sizes, walk
-from latentds.sources.kinds import Choice, Kinds, choose, sort_files
+from latentds.sources.kinds import MAYBE, NEVER, SUFFIXES, Choice, Kinds, choose, sort_files
 from latentds.sources.parquet_files import has_pictures
 from latentds.sources.picture import Header, Listing, Picture, Regions
 from latentds.sources.picture_decoding import picture_suffixes
@@ -65,13 +65,18 @@ class Inspection:
         return {os.path.splitext(name)[1].lower() for name in names}  # noqa: PTH122  # of many
 
     @functools.cached_property
+    def is_plain(self) -> bool:
+        """Whether a folder's files are pictures, or nothing, by their names: no look is needed."""
+        return self.is_open and self.suffixes <= (picture_suffixes() | NEVER) - MAYBE - SUFFIXES
+
+    @functools.cached_property
     def kinds(self) -> Kinds:
         return sort_files(self.root, self.paths)
 
     @functools.cached_property
     def choice(self) -> Choice:
         """Whether a folder is one of slides; InputError where it holds slides and pictures."""
-        return choose(self.root, self.kinds)
+        return Choice(False) if self.is_plain else choose(self.root, self.kinds)
 
     @functools.cached_property
     def archives(self) -> tuple[str, ...]:

@@ -20,7 +20,6 @@ from latentds.core.storage import sha256_file, write_atomically
 from latentds.errors import InputError
 from latentds.quantizers.scalar import AnyCodebook
 from latentds.store.channel_statistics import measure_statistics
-from latentds.store.files import TABLES
 from latentds.store.format import (
     CHECKSUMS,
     CODES,
@@ -34,15 +33,23 @@ from latentds.store.format import (
     PATCHES_TABLE,
     SIDECARS,
     SPLIT_PATTERN,
+    TABLES,
     Contract,
     pack_key,
     shard_name,
 )
-from latentds.store.index import ShardIndex, index_shard, save_index, write_tables
+from latentds.store.index import (
+    ShardIndex,
+    even_size,
+    index_shard,
+    save_index,
+    summarize_blocks,
+    summarize_patches,
+    write_tables,
+)
 from latentds.store.manifest import Manifest
 from latentds.store.packs import Pack, ShardWriter, encode_masks, encode_table
 from latentds.store.reader import ShardSet
-from latentds.store.tables import even_size, summarize_blocks, summarize_patches
 
 Part = tuple[np.ndarray, pa.Table]  # codes and columns; a column mask_png becomes the masks member
 PACK_PATCHES = 256

@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 
 from latentds.autoencoders.autoencoder import AutoencoderCard, short
-from latentds.core.storage import Kind, canonical_json, check_kinds
+from latentds.core.storage import Kind, check_kinds
 from latentds.errors import ContractError, FormatError
-from latentds.quantizers.codebooks import check_encoding, codebook_from_json
+from latentds.quantizers.codebooks import ENCODINGS, unknown_encoding
 from latentds.quantizers.scalar import AnyCodebook
 
 FORMAT = "latentds/1"
@@ -92,6 +92,13 @@ PATCH_DTYPE = np.dtype(
         ("size_px", "<u4"),  # edge of the region (its width), in the pixels x and y count
     ]
 )
+TABLES = {
+    PACKS_TABLE: PACK_DTYPE,
+    PATCHES_TABLE: PATCH_DTYPE,
+    DIGESTS: DIGEST_DTYPE,
+    CHECKSUMS: CHECKSUM_DTYPE,
+}
+OF_PATCHES = (PATCHES_TABLE, CHECKSUMS)  # tables of a row a patch
 
 
 def pack_key(split: str, shard: int, pack: int) -> str:
@@ -179,15 +186,19 @@ class Contract:
         return record
 
     @staticmethod
-    def from_json(record: Any, where: str) -> Contract:
-        """The contract that `to_json` wrote; FormatError names what is wrong in `where`."""
+    def from_json(record: Any, where: str, made_by: object = None) -> Contract:
+        """The contract that `to_json` wrote; FormatError names what is wrong in `where`.
+
+        made_by  version of latentds that wrote it, where a manifest tells
+        """
         try:
             encoding = record["encoding"]
-            check_encoding(encoding, where)
+            if encoding not in [*ENCODINGS]:
+                raise unknown_encoding(encoding, where, made_by)
             contract = Contract(
                 latent_id=str(record["latent_id"]),
                 decoder_id=str(record["decoder_id"]),
-                codebook=codebook_from_json(encoding, record["codebook"]),
+                codebook=ENCODINGS[encoding].from_json(record["codebook"]),
                 autoencoder=dict(record["autoencoder"]),
                 patch_px=positive(record["patch_px"], 2, 2),
                 codes_shape=positive(record["codes_shape"]),
@@ -249,18 +260,6 @@ def joined_names(lists: Iterable[Sequence[str]]) -> list[str]:
         return sorted_names(everything)
     longest = max(known, key=len)
     return [*longest, *sorted_names(everything - set(longest))]
-
-
-def shard_headers(contract: Contract) -> dict[str, str]:
-    """Fields of a shard's PAX global header."""
-    return {
-        f"{HEADER_PREFIX}format": FORMAT,
-        f"{HEADER_PREFIX}encoding": contract.encoding,
-        f"{HEADER_PREFIX}latent_id": contract.latent_id,
-        f"{HEADER_PREFIX}codebook_id": contract.codebook.codebook_id,
-        f"{HEADER_PREFIX}decoder_id": contract.decoder_id,
-        f"{HEADER_PREFIX}contract": canonical_json(contract.to_json()),
-    }
 
 
 def npy_header(shape: tuple[int, ...]) -> bytes:

@@ -18,7 +18,6 @@ import pyarrow as pa
 from PIL import Image
 
 from latentds.autoencoders.autoencoder import Autoencoder, exact_arithmetic
-from latentds.core.metrics import psnr_db
 from latentds.core.storage import open_picture
 from latentds.errors import FormatError
 from latentds.quantizers.scalar import AnyCodebook, dequantize
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
 MIN_GOLDEN, MAX_GOLDEN = 8, 32
 PATCHES_A_GOLDEN = 1000
 THUMBNAIL_PX = 64
+PEAK = 255
 # Largest difference of a decoded value, of 255, that another machine may show: fp32 sums in another
 # order move values by far less than half a level, but rounding can then tip either way.
 TOLERANCE_LEVELS = 2
@@ -188,6 +188,14 @@ def shrink(image: np.ndarray) -> np.ndarray:
     scale = THUMBNAIL_PX / max(picture.size)
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
     return np.asarray(picture.resize(size, Image.Resampling.BOX))
+
+
+def psnr_db(image: np.ndarray, reference: np.ndarray) -> float:
+    """PSNR in dB of uint8 (H, W, 3) pictures, peak 255; infinite for equal ones."""
+    if np.array_equal(image, reference):
+        return float("inf")
+    error = np.square(reference.astype(np.float64) - image).mean()
+    return float(10 * np.log10(PEAK**2 / error))
 
 
 def likeness_db(decoded: np.ndarray, thumbnail: np.ndarray) -> float:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import io
 import json
+import math
 import os
 import zlib
 from collections.abc import Sequence
@@ -22,19 +24,28 @@ from latentds.store.format import (
     CHECKSUMS,
     DIGEST_DTYPE,
     DIGESTS,
+    MAX_BLOCK_ROWS,
     NO_LABEL,
     PACK_DTYPE,
     PACKS_TABLE,
     PATCH_DTYPE,
     PATCHES_TABLE,
     ROWS_CRC32,
+    TABLES,
     Contract,
+    Spans,
     pack_key,
     sorted_names,
 )
-from latentds.store.manifest import ShardRecord
+from latentds.store.manifest import Manifest, ShardRecord
+from latentds.store.open_files import BLOCK_ROWS, KINDS, BlockSums, Table
 from latentds.store.scan import ScannedPack, read_patches, scan_shard
 
+PART_ROWS = 1 << 16  # of a table that is read as a whole
+AS_BLOCKS = range(64, 1025)  # patches of packs that do for blocks of the patch table
+PACK_SUMS_FROM = 1 << 26  # patches from which a patch table's sums are in the pack table
+WANTED_BLOCKS = 256  # of a table before a first shuffled batch: two windows of the order
+PACK_BLOCK_ROWS = 64  # of the pack table 4 KiB, of its digests 6: a pack of a window needs one each
 UNKNOWN_PX = -1  # x and y where a source has none
 ARRAYS = ("packs", "digests", "patches", "checksums")
 INDEXED = ("label", "slide", "x", "y", "mpp", "size_px")  # columns that the patch table holds
@@ -260,3 +271,45 @@ def renumber(
         patches[field] = lookup[patches[field]]  # -1 picks the last entry, which is -1
     packs[ROWS_CRC32] = [zlib.crc32(part.data) for part in np.split(patches, ends[:-1])]
     return packs, patches
+
+
+def summarize_blocks(
+    path: Path, dtype: np.dtype[Any], rows: int, kind: str = "crc32"
+) -> dict[str, Any]:
+    """Fields of a table's entry in the manifest that let blocks of it be checked alone."""
+    size = block_rows_of(dtype, rows, kind)
+    sums = BlockSums(Spans.even(rows, size), kind, lambda _: [])
+    table = Table(path, dtype, rows, sums)
+    packed = b"".join(sums.of(table.read(number)) for number in range(len(sums.spans)))
+    return {"block_rows": size, f"block_{kind}": base64.b64encode(packed).decode()}
+
+
+def summarize_patches(out: Path, manifest: Manifest, size: int | None) -> dict[str, Any]:
+    """The same of the patch table; of very large sets the pack table has the sums.
+
+    size  patches of every pack, as `even_size` found it
+    """
+    if size is not None and manifest.patches > PACK_SUMS_FROM and size in AS_BLOCKS:
+        return {"blocks": "packs"}
+    return summarize_blocks(out / PATCHES_TABLE, TABLES[PATCHES_TABLE], manifest.patches)
+
+
+def even_size(out: Path, manifest: Manifest) -> int | None:
+    """Patches of every pack but the last of its shard; None where they are not alike."""
+    table = Table(out / PACKS_TABLE, TABLES[PACKS_TABLE], manifest.packs)
+    parts = range(0, manifest.packs, PART_ROWS)
+    counts = np.concatenate([table[part : part + PART_ROWS]["count"] for part in parts])
+    size, ends = int(counts.max()), np.cumsum([shard.packs for shard in manifest.shards])
+    return size if (np.delete(counts, ends - 1) == size).all() else None
+
+
+def block_rows_of(dtype: np.dtype[Any], rows: int, kind: str) -> int:
+    """Rows of a block, a power of two: about as many as make a first batch cost least.
+
+    That fetches the manifest, with 4/3 of a sum's bytes (base64) a block, and WANTED_BLOCKS.
+    """
+    size = BLOCK_ROWS if kind == "crc32" else PACK_BLOCK_ROWS
+    best = math.sqrt(KINDS[kind][0] * 4 / 3 * rows / (WANTED_BLOCKS * dtype.itemsize))
+    while size * math.sqrt(2) < best and size < MAX_BLOCK_ROWS:
+        size *= 2
+    return size

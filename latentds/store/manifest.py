@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import operator
 import re
 import sys
@@ -17,12 +18,7 @@ from typing import Any, NamedTuple
 
 from latentds.core.storage import Kind, check_kinds, digest_json, parse_json, read_bytes
 from latentds.errors import FormatError, no_folder, unknown_name
-from latentds.quantizers.codebooks import (
-    ChannelStatistics,
-    check_encoding,
-    codebook_from_json,
-    parse_statistics,
-)
+from latentds.quantizers.codebooks import ENCODINGS, ChannelStatistics
 from latentds.quantizers.scalar import AnyCodebook
 from latentds.store.format import (
     DIGESTS,
@@ -185,7 +181,7 @@ class Manifest:
         if self.pack_patches is not None:
             record["pack_patches"] = self.pack_patches
         if self.statistics is not None:
-            record["channel_statistics"] = self.statistics.to_json()
+            record["channel_statistics"] = dataclasses.asdict(self.statistics)
         record["digest"] = digest_json(record)
         plain: Any = {"separators": (",", ":")}  # the text that its digest is of
         layout = {"indent": 1} if len(self.shards) < MANY_SHARDS else plain
@@ -210,9 +206,7 @@ def parse_manifest(content: bytes, where: str) -> Manifest:
     if not isinstance(record, dict):
         raise FormatError(f"{where}: not a JSON object; not a latentds data set")
     check_format(record.get("format"), where)
-    if isinstance(stated := record.get("contract"), dict) and "encoding" in stated:
-        check_encoding(stated["encoding"], where, version_of(record))
-    contract = Contract.from_json(stated, where)
+    contract = Contract.from_json(record.get("contract"), where, version_of(record))
     try:
         manifest = Manifest(
             contract=contract,
@@ -266,7 +260,7 @@ def parse_codebooks(records: Any, contract: Contract) -> tuple[AnyCodebook, ...]
     """The codebooks beside the contract's own (ValueError where they do not belong to it)."""
     if records is None:
         return ()
-    books = [codebook_from_json(contract.encoding, record) for record in records]
+    books = [ENCODINGS[contract.encoding].from_json(record) for record in records]
     distinct = {book.codebook_id for book in books}
     own = contract.codebook.codebook_id
     if not books or len(distinct) != len(books) or books[0].codebook_id != own:
@@ -313,10 +307,17 @@ def parse_made(record: Any) -> dict[str, Any]:
     return made
 
 
-def left_out_text(entry: dict[str, Any]) -> str:
-    """Why an entry of `left_out` is, for people; sets made before have a sentence as its reason."""
-    text = str(entry.get("detail") or str(entry.get("reason")).replace("_", " "))
-    return f"{entry['patches']} of {entry['of']} patches: {text}" if "of" in entry else text
+def parse_statistics(record: Any, channels: int) -> ChannelStatistics | None:
+    """The statistics in a manifest, None where it has none; ValueError for what cannot be."""
+    if record is None:
+        return None
+    mean, std = (tuple(float(value) for value in record[name]) for name in ("mean", "std"))
+    count = record["count"]
+    if len(mean) != channels or len(std) != channels or type(count) is not int or count < 0:
+        raise ValueError(f"channel_statistics are not of {channels} channels")
+    if not all(map(math.isfinite, mean + std)) or min(std) < 0:
+        raise ValueError("channel_statistics must be finite, deviations not negative")
+    return ChannelStatistics(mean, std, count)
 
 
 def parse_tables(record: Any) -> dict[str, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Files and tables read by calls that report what goes wrong, and marks of what was found sound.
+"""Files of a folder, and tables in them, read by calls that report what goes wrong.
 
 A map dies of what goes wrong, and names no file. Opening a table costs nothing whatever its size.
 """
@@ -9,34 +9,26 @@ import base64
 import binascii
 import hashlib
 import io
-import mmap
 import os
 import threading
 import zlib
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from latentds.core.storage import check_kind, open_regular
 from latentds.errors import FormatError, first_words
-from latentds.store.format import (
-    MAX_BLOCK_ROWS,
-    NPY_ERRORS,
-    SHA256_BYTES,
-    TABLE_HEAD_BYTES,
-    Spans,
-)
+from latentds.store.format import MAX_BLOCK_ROWS, NPY_ERRORS, SHA256_BYTES, TABLE_HEAD_BYTES, Spans
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
+Tasks = list[Future[None]]
 Signature = tuple[int, int, int]  # size, time of the last change in ns, inode
 BLOCK_ROWS = 512  # of the patch table 12 KiB, read and checked as one
 MAX_HELD_BYTES = 1 << 24  # of a table in memory: two windows of the order touch some 3 MB
-RECHECK_EPOCHS = 10  # a disk may lose what it was read from without telling
+MAX_OPEN_SHARDS = 256
 
 
 class OpenFile:
@@ -105,63 +97,79 @@ def signature_of(status: os.stat_result) -> Signature:
     return status.st_size, status.st_mtime_ns, status.st_ino
 
 
-class CodeChecks:
-    """Marks of patches that had their checksum.
+class Extent(NamedTuple):
+    """Bytes of a shard: what a pack's codes, columns or masks are.
 
-    A patch is checked when it is first read, by whichever process does, again when its shard's
-    size, time or inode is another, and every RECHECK_EPOCHS epochs.
-
-    first_patches  row of every shard's first patch, and one past the last
-    signatures     of the shards as they were when the set was opened; none for a location, whose
-                   packs lie in a cache that others clear: they are checked when they are opened
+    sha256  of them, None where the set does not record it
     """
 
-    def __init__(self, first_patches: np.ndarray, signatures: list[Signature]) -> None:
-        self.first_patches, self.signatures = first_patches, signatures
-        self.round = 0
-        self.shared: Tensor | None = None
-        size = -(-int(first_patches[-1]) // 8) if signatures else 0
-        # A bit a patch. Forked workers see such memory change, without torch; see `__getstate__`.
-        self.marks = np.frombuffer(mmap.mmap(-1, max(size, 1)), np.uint8)
+    shard: str
+    offset: int
+    size: int
+    crc32: int
+    sha256: bytes | None
+
+
+class LocalFiles:
+    """A folder.
+
+    where        for messages
+    revision     commit or manifest that a location is resolved to, none of a folder
+    reads_parts  whether single patches are read rather than many of a pack
+    """
+
+    revision: str | None = None
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.where = folder, str(folder)
+        self.reads_parts = False
+        self.opened: OrderedDict[str, OpenFile] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
-        """For another process, which shares memory by torch's handles: the marks move there."""
-        import torch
+        return self.__dict__ | {"opened": OrderedDict()}
 
-        from latentds.core.processes import shared_zeros
+    def table(self, name: str, *_: Any) -> Path:
+        """A table as a local file."""
+        return self.folder / name
 
-        if self.shared is None:
-            self.shared = shared_zeros(len(self.marks), torch.uint8)
-            moved = self.shared.numpy()
-            moved[:] = self.marks
-            self.marks = moved
-        return self.__dict__ | {"marks": None}
+    def renew(self, *_: Any) -> Path | None:
+        """A table found damaged, fetched anew: of a folder, from nowhere."""
+        return None
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        assert self.shared is not None
-        self.marks = self.shared.numpy()
+    def fill_table(self, *_: Any, **__: Any) -> Tasks:
+        """Begin to put blocks of a table into its file: of a folder, all are there."""
+        return []
 
-    def look_at(self, shard: int, signature: Signature) -> None:
-        """Forget a shard's marks where it has changed."""
-        if signature != self.signatures[shard]:
-            self.signatures[shard] = signature
-            first, end = self.first_patches[shard : shard + 2].tolist()
-            self.marks[first // 8 : -(-end // 8)] = 0
+    def missing(self, _: str, blocks: np.ndarray) -> np.ndarray:
+        """Which of some blocks of a table are not in its file."""
+        return blocks[:0]
 
-    def begin_epoch(self, epoch: int) -> None:
-        """Forget all marks every few epochs."""
-        if epoch // RECHECK_EPOCHS != self.round:
-            self.round = epoch // RECHECK_EPOCHS
-            self.marks[:] = 0
+    def open(self, extent: Extent) -> tuple[OpenFile, int]:
+        """The file with an extent's bytes, and where in it they begin."""
+        file = self.opened.pop(extent.shard, None)
+        if file is None:
+            file = OpenFile(self.folder / extent.shard)
+            if self.reads_parts:
+                file.single_reads()
+        keep(self.opened, extent.shard, file)
+        return file, extent.offset
 
-    def doubtful(self, rows: np.ndarray) -> np.ndarray:
-        """Places of rows that are not marked, int64."""
-        return np.flatnonzero(~(self.marks[rows >> 3] >> (rows & 7).astype(np.uint8)) & 1)
+    def fetch(self, extents: Sequence[Extent], ahead: bool = False) -> None:
+        """Let the system read them from disk side by side."""
+        del ahead
+        for extent in extents:
+            self.open(extent)[0].will_need(extent.offset, extent.size)
 
-    def found_sound(self, rows: np.ndarray) -> None:
-        """Mark rows. Two processes may lose each other's marks: those are checked once more."""
-        np.bitwise_or.at(self.marks, rows >> 3, np.left_shift(1, rows & 7).astype(np.uint8))
+    def drop(self, _: Extent) -> bool:
+        """Forget bytes that were found damaged; whether reading again may help."""
+        return False
+
+
+def keep(opened: OrderedDict[str, OpenFile], name: str, file: OpenFile) -> None:
+    """Put an open file last; the least recently used of many goes, closed with its last user."""
+    if len(opened) >= MAX_OPEN_SHARDS:
+        opened.popitem(last=False)
+    opened[name] = file
 
 
 class BlockSums(NamedTuple):
@@ -208,17 +216,6 @@ def block_sums(entry: dict[str, Any], rows: int) -> BlockSums | None:
     return BlockSums(spans, kind, lambda numbers: [each.tobytes() for each in sums[numbers]])
 
 
-def nothing(blocks: np.ndarray, ahead: bool = False) -> list[Future[None]]:
-    """Of a folder, all blocks are there."""
-    del blocks, ahead
-    return []
-
-
-def none_missing(blocks: np.ndarray) -> np.ndarray:
-    """Of a folder, no block is missing."""
-    return blocks[:0]
-
-
 class Table:
     """A table of just the expected columns, rows and bytes, indexed as an array is.
 
@@ -242,8 +239,8 @@ class Table:
         sums: BlockSums | None = None,
         renew: Callable[..., Path | None] = lambda _=None: None,
         check: Callable[[np.ndarray, np.ndarray], None] = lambda *_: None,
-        fill: Callable[..., list[Future[None]]] = nothing,
-        missing: Callable[[np.ndarray], np.ndarray] = none_missing,
+        fill: Callable[..., Tasks] = lambda *_, **__: [],
+        missing: Callable[[np.ndarray], np.ndarray] = lambda blocks: blocks[:0],
     ) -> None:
         self.dtype, self.count, self.sums = dtype, rows, sums
         self.renew, self.check, self.fill, self.missing = renew, check, fill, missing
@@ -338,9 +335,7 @@ class Table:
         size = self.dtype.itemsize
         return self.file.read(self.head + first * size, (end - first) * size)
 
-    def bring(
-        self, firsts: np.ndarray, counts: np.ndarray, ahead: bool = False
-    ) -> list[Future[None]]:
+    def bring(self, firsts: np.ndarray, counts: np.ndarray, ahead: bool = False) -> Tasks:
         """Begin to fetch stretches of rows that are not there."""
         begins, ends = self.spans.find(firsts), self.spans.find(firsts + counts - 1)
         longest = int((ends - begins).max(initial=0))
@@ -361,7 +356,7 @@ class Table:
             self.file.will_need(self.head + first * size, count * size)
 
 
-def wait_for(tasks: list[Future[None]]) -> None:
+def wait_for(tasks: Tasks) -> None:
     """Wait for what was begun, and raise what it raised."""
     for task in tasks:
         task.result()

@@ -16,9 +16,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from latentds.core.storage import naming, open_picture, rename_durably
+from latentds.core.storage import canonical_json, naming, open_picture, rename_durably
 from latentds.errors import FormatError, InputError, first_words
-from latentds.store.format import CODES, MASKS, PATCHES, Contract, npy_header, shard_headers
+from latentds.store.format import CODES, FORMAT, HEADER_PREFIX, MASKS, PATCHES, Contract, npy_header
 from latentds.store.manifest import Manifest
 from latentds.store.patch_record import Patch
 
@@ -188,7 +188,17 @@ class Pack:
 
 def global_header(contract: Contract) -> bytes:
     """The PAX global header that opens a shard: other tar readers skip it."""
-    return tarfile.TarInfo.create_pax_global_header(shard_headers(contract))
+    fields = {
+        "format": FORMAT,
+        "encoding": contract.encoding,
+        "latent_id": contract.latent_id,
+        "codebook_id": contract.codebook.codebook_id,
+        "decoder_id": contract.decoder_id,
+        "contract": canonical_json(contract.to_json()),
+    }
+    return tarfile.TarInfo.create_pax_global_header(
+        {f"{HEADER_PREFIX}{name}": value for name, value in fields.items()}
+    )
 
 
 def member_bytes(name: str, content: bytes) -> bytes:

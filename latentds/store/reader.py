@@ -15,16 +15,24 @@ import numpy as np
 
 from latentds.errors import DamagedPackError, FormatError
 from latentds.store.cache import CacheConfig
-from latentds.store.files import Extent, Files, LocalFiles
 from latentds.store.format import CHECKSUMS, CODES
-from latentds.store.manifest import Manifest
-from latentds.store.open_files import CodeChecks, OpenFile, Signature, Table, wait_for
+from latentds.store.manifest import Manifest, read_manifest
+from latentds.store.open_files import (
+    Extent,
+    LocalFiles,
+    OpenFile,
+    Signature,
+    Table,
+    signature_of,
+    wait_for,
+)
 from latentds.store.pack_columns import PackColumns
 from latentds.store.remote_files import RemoteFiles
 from latentds.store.tables import (
+    CodeChecks,
+    Files,
     PackTable,
     check_rows,
-    check_sizes,
     check_unsummed,
     open_table,
 )
@@ -61,7 +69,7 @@ class ShardSet:
     ) -> None:
         self.files = open_files(folder, cache)
         self.folder, self.revision = self.files.where, self.files.revision
-        self.manifest = manifest or self.files.manifest()
+        self.manifest = manifest or manifest_of(self.files)
         self.check_codes, self.reads_parts = check_codes, reads_parts
         signatures: list[Signature] = []
         if isinstance(self.files, LocalFiles):
@@ -129,10 +137,6 @@ class ShardSet:
             f"{len(manifest.slides):,} slides, {len(manifest.classes)} classes, "
             f"{contract.bytes_per_patch:,} bytes a patch)"
         )
-
-    def key(self, pack: int) -> str:
-        """Key of a pack: split, shard number and place in the shard."""
-        return self.pack_table.key(pack)
 
     def patch_range(self, split: str) -> tuple[int, int]:
         """First row of a split in the patch table, and one past its last."""
@@ -261,7 +265,8 @@ class ShardSet:
         try:
             yield
         except FormatError as error:
-            raise DamagedPackError(f"key {self.key(pack)}: {error}", self, pack) from error
+            key = self.pack_table.key(pack)
+            raise DamagedPackError(f"key {key}: {error}", self, pack) from error
 
     def open(self, pack: int, kind: str) -> tuple[OpenFile, int]:
         """The file with a pack's codes, columns or masks, and where in it they begin."""
@@ -313,8 +318,8 @@ class ShardSet:
     def damaged(self, pack: int, kind: str) -> DamagedPackError:
         """The error of a pack that is not what was recorded."""
         return DamagedPackError(
-            f"{self.shard_path(pack)}, key {self.key(pack)}: {kind} does not have the recorded "
-            "checksum; the shard is damaged, fetch it anew ('latentds verify' lists all damage)",
+            f"{self.pack_table.where(pack)}: {kind} does not have the recorded checksum; the shard "
+            "is damaged, fetch it anew ('latentds verify' lists all damage)",
             self,
             pack,
         )
@@ -335,10 +340,6 @@ class ShardSet:
             counts = self.first_patch.counts(packs)
             self.patches.bring(self.first_patch[packs], counts, ahead=True)
             self.pack_table.fetch(packs, ahead=True)
-
-    def shard_path(self, pack: int) -> str:
-        """A pack's shard, for messages."""
-        return self.pack_table.shard_path(pack)
 
     def read_columns(self, rows: np.ndarray, names: Sequence[str]) -> dict[str, list[Any]]:
         """Values of Parquet columns (key, source, source_encoding, ...) of patches at `rows`."""
@@ -374,3 +375,26 @@ def open_files(folder: str | os.PathLike[str], cache: CacheConfig | None = None)
     if "://" in str(folder):
         return RemoteFiles(str(folder), cache or CacheConfig())
     return LocalFiles(Path(folder))
+
+
+def manifest_of(files: Files) -> Manifest:
+    """The checked manifest of a set's files."""
+    return read_manifest(files.folder) if isinstance(files, LocalFiles) else files.manifest()
+
+
+def check_sizes(folder: Path, manifest: Manifest) -> list[Signature]:
+    """Every shard's signature; refuses missing, truncated or grown ones before anything is read."""
+    found = []
+    for shard in manifest.shards:
+        path = f"{folder}/{shard.name}"  # a Path for each of 8,000 costs as much as all else
+        try:
+            status = os.stat(path)  # noqa: PTH116
+        except FileNotFoundError as error:
+            raise FormatError(f"{path}: missing; the manifest lists it, fetch it") from error
+        if status.st_size != shard.bytes:
+            raise FormatError(
+                f"{path}: {status.st_size} bytes, the manifest says {shard.bytes}; truncated or "
+                "replaced, fetch it anew"
+            )
+        found.append(signature_of(status))
+    return found

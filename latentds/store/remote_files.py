@@ -20,10 +20,9 @@ import numpy as np
 
 from latentds.errors import DamagedPackError, FormatError, InputError
 from latentds.store.cache import Cache, CacheConfig
-from latentds.store.files import OF_PATCHES, TABLES, Extent, Tasks, keep
-from latentds.store.format import MANIFEST, TABLE_HEAD_BYTES
+from latentds.store.format import MANIFEST, OF_PATCHES, TABLE_HEAD_BYTES, TABLES
 from latentds.store.manifest import MAX_MANIFEST_BYTES, Manifest, parse_manifest
-from latentds.store.open_files import BlockSums, OpenFile
+from latentds.store.open_files import BlockSums, Extent, OpenFile, Tasks, keep
 from latentds.store.table_parts import PRESENT, WHOLE_BYTES, TableParts
 from latentds.store.transport import ATTEMPTS, Transport
 

@@ -10,10 +10,9 @@ import numpy as np
 
 from latentds.quantizers.entropy.record_codebook import EntropyCodebook
 from latentds.store.channel_statistics import sample_rows
-from latentds.store.files import LocalFiles
 from latentds.store.format import PATCHES_TABLE
 from latentds.store.manifest import Manifest
-from latentds.store.open_files import Table
+from latentds.store.open_files import LocalFiles, Table
 from latentds.store.reader import ShardSet
 from latentds.store.tables import PackTable, open_table
 

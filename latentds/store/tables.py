@@ -2,102 +2,57 @@
 
 from __future__ import annotations
 
-import base64
 import functools
 import hashlib
 import logging
-import math
-import os
+import mmap
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from latentds.errors import FormatError
 from latentds.store.cache import KEPT_SHARE
-from latentds.store.files import OF_PATCHES, TABLES, Extent, Files
 from latentds.store.format import (
     CHECKSUMS,
     CODES,
     DIGESTS,
     MASKS,
-    MAX_BLOCK_ROWS,
+    OF_PATCHES,
     PACKS_TABLE,
     PATCHES,
     PATCHES_TABLE,
     ROWS_CRC32,
+    TABLES,
     Spans,
     pack_key,
 )
 from latentds.store.manifest import Manifest
 from latentds.store.open_files import (
-    BLOCK_ROWS,
-    KINDS,
     BlockSums,
+    Extent,
+    LocalFiles,
     OpenFile,
     Signature,
     Table,
     block_sums,
     check_head,
-    signature_of,
     wait_for,
 )
 from latentds.store.remote_files import ALONE, RUN_BYTES, RemoteFiles
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 MANY_REQUESTS = 3000  # about what the Hub takes in five minutes
-PACK_BLOCK_ROWS = 64  # of the pack table 4 KiB, of its digests 6: a pack of a window needs one each
-WANTED_BLOCKS = 256  # of a table before a first shuffled batch: two windows of the order
-PACK_SUMS_FROM = 1 << 26  # patches from which a patch table's sums are in the pack table
-AS_BLOCKS = range(64, 1025)  # patches of packs that do for blocks of the patch table
-PART_ROWS = 1 << 16  # of a table that is read as a whole
 FIELDS = {CODES: "codes", PATCHES: "patches", MASKS: "masks"}
+RECHECK_EPOCHS = 10  # a disk may lose what it was read from without telling
+Files = LocalFiles | RemoteFiles
 logger = logging.getLogger(__name__)
 
 MAX_HASHED_BYTES = 1 << 25  # of a patch table without block checksums: hashed when it is opened
-
-
-def summarize_blocks(
-    path: Path, dtype: np.dtype[Any], rows: int, kind: str = "crc32"
-) -> dict[str, Any]:
-    """Fields of a table's entry in the manifest that let blocks of it be checked alone."""
-    size = block_rows_of(dtype, rows, kind)
-    sums = BlockSums(Spans.even(rows, size), kind, lambda _: [])
-    table = Table(path, dtype, rows, sums)
-    packed = b"".join(sums.of(table.read(number)) for number in range(len(sums.spans)))
-    return {"block_rows": size, f"block_{kind}": base64.b64encode(packed).decode()}
-
-
-def summarize_patches(out: Path, manifest: Manifest, size: int | None) -> dict[str, Any]:
-    """The same of the patch table; of very large sets the pack table has the sums.
-
-    size  patches of every pack, as `even_size` found it
-    """
-    if size is not None and manifest.patches > PACK_SUMS_FROM and size in AS_BLOCKS:
-        return {"blocks": "packs"}
-    return summarize_blocks(out / PATCHES_TABLE, TABLES[PATCHES_TABLE], manifest.patches)
-
-
-def even_size(out: Path, manifest: Manifest) -> int | None:
-    """Patches of every pack but the last of its shard; None where they are not alike."""
-    table = Table(out / PACKS_TABLE, TABLES[PACKS_TABLE], manifest.packs)
-    parts = range(0, manifest.packs, PART_ROWS)
-    counts = np.concatenate([table[part : part + PART_ROWS]["count"] for part in parts])
-    size, ends = int(counts.max()), np.cumsum([shard.packs for shard in manifest.shards])
-    return size if (np.delete(counts, ends - 1) == size).all() else None
-
-
-def block_rows_of(dtype: np.dtype[Any], rows: int, kind: str) -> int:
-    """Rows of a block, a power of two: about as many as make a first batch cost least.
-
-    That fetches the manifest, with 4/3 of a sum's bytes (base64) a block, and WANTED_BLOCKS.
-    """
-    size = BLOCK_ROWS if kind == "crc32" else PACK_BLOCK_ROWS
-    best = math.sqrt(KINDS[kind][0] * 4 / 3 * rows / (WANTED_BLOCKS * dtype.itemsize))
-    while size * math.sqrt(2) < best and size < MAX_BLOCK_ROWS:
-        size *= 2
-    return size
 
 
 def read_whole(path: Path, dtype: np.dtype[Any], rows: int, sha256: str | None) -> np.ndarray:
@@ -152,6 +107,65 @@ def open_table(
         if path is None:
             raise
     return Table(path, *settings)
+
+
+class CodeChecks:
+    """Marks of patches that had their checksum.
+
+    A patch is checked when it is first read, by whichever process does, again when its shard's
+    size, time or inode is another, and every RECHECK_EPOCHS epochs.
+
+    first_patches  row of every shard's first patch, and one past the last
+    signatures     of the shards as they were when the set was opened; none for a location, whose
+                   packs lie in a cache that others clear: they are checked when they are opened
+    """
+
+    def __init__(self, first_patches: np.ndarray, signatures: list[Signature]) -> None:
+        self.first_patches, self.signatures = first_patches, signatures
+        self.round = 0
+        self.shared: Tensor | None = None
+        size = -(-int(first_patches[-1]) // 8) if signatures else 0
+        # A bit a patch. Forked workers see such memory change, without torch; see `__getstate__`.
+        self.marks = np.frombuffer(mmap.mmap(-1, max(size, 1)), np.uint8)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process, which shares memory by torch's handles: the marks move there."""
+        import torch
+
+        from latentds.core.processes import shared_zeros
+
+        if self.shared is None:
+            self.shared = shared_zeros(len(self.marks), torch.uint8)
+            moved = self.shared.numpy()
+            moved[:] = self.marks
+            self.marks = moved
+        return self.__dict__ | {"marks": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        assert self.shared is not None
+        self.marks = self.shared.numpy()
+
+    def look_at(self, shard: int, signature: Signature) -> None:
+        """Forget a shard's marks where it has changed."""
+        if signature != self.signatures[shard]:
+            self.signatures[shard] = signature
+            first, end = self.first_patches[shard : shard + 2].tolist()
+            self.marks[first // 8 : -(-end // 8)] = 0
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Forget all marks every few epochs."""
+        if epoch // RECHECK_EPOCHS != self.round:
+            self.round = epoch // RECHECK_EPOCHS
+            self.marks[:] = 0
+
+    def doubtful(self, rows: np.ndarray) -> np.ndarray:
+        """Places of rows that are not marked, int64."""
+        return np.flatnonzero(~(self.marks[rows >> 3] >> (rows & 7).astype(np.uint8)) & 1)
+
+    def found_sound(self, rows: np.ndarray) -> None:
+        """Mark rows. Two processes may lose each other's marks: those are checked once more."""
+        np.bitwise_or.at(self.marks, rows >> 3, np.left_shift(1, rows & 7).astype(np.uint8))
 
 
 class PackTable:
@@ -241,6 +255,10 @@ class PackTable:
     def shard_path(self, pack: int) -> str:
         """A pack's shard, for messages."""
         return f"{self.files.where}/{self.manifest.shards[int(self.shards_of(pack))].name}"
+
+    def where(self, pack: int) -> str:
+        """A pack's shard and key, for messages."""
+        return f"{self.shard_path(pack)}, key {self.key(pack)}"
 
     def extents(self, packs: Sequence[int] | np.ndarray, kind: str) -> list[Extent]:
         """Where packs' codes, columns or masks lie."""
@@ -379,21 +397,3 @@ def check_rows(table: np.ndarray, rows: np.ndarray, manifest: Manifest, where: s
                 f"{where}/{PATCHES_TABLE}: {field} {least if least < -1 else most}, but the "
                 f"manifest lists {len(names)}; damaged, fetch it anew"
             )
-
-
-def check_sizes(folder: Path, manifest: Manifest) -> list[Signature]:
-    """Every shard's signature; refuses missing, truncated or grown ones before anything is read."""
-    found = []
-    for shard in manifest.shards:
-        path = f"{folder}/{shard.name}"  # a Path for each of 8,000 costs as much as all else
-        try:
-            status = os.stat(path)  # noqa: PTH116
-        except FileNotFoundError as error:
-            raise FormatError(f"{path}: missing; the manifest lists it, fetch it") from error
-        if status.st_size != shard.bytes:
-            raise FormatError(
-                f"{path}: {status.st_size} bytes, the manifest says {shard.bytes}; truncated or "
-                "replaced, fetch it anew"
-            )
-        found.append(signature_of(status))
-    return found

@@ -11,20 +11,14 @@ import numpy as np
 
 from latentds.autoencoders import load_autoencoder, load_for_decoding
 from latentds.autoencoders.autoencoder import Autoencoder
+from latentds.core.display import left_out_text
 from latentds.core.storage import canonical_json, sha256_file
 from latentds.errors import FormatError, LatentdsError, no_folder
 from latentds.store.channel_statistics import measure_statistics
-from latentds.store.format import (
-    DIGESTS,
-    MANIFEST,
-    MASKS,
-    PACKS_TABLE,
-    PATCHES_TABLE,
-    ROWS_CRC32,
-)
+from latentds.store.format import DIGESTS, MANIFEST, MASKS, PACKS_TABLE, PATCHES_TABLE, ROWS_CRC32
 from latentds.store.golden import THUMBNAIL_SLACK_DB, decode_pixels, likeness_db, read_golden
 from latentds.store.index import ShardIndex, index_shard, pack_rows, renumber
-from latentds.store.manifest import left_out_text, read_manifest
+from latentds.store.manifest import read_manifest
 from latentds.store.packs import MASK_SCHEMA, decode_mask, decode_table
 from latentds.store.reader import ShardSet
 from latentds.store.scan import ScannedPack, read_contract, read_member, scan_shard

@@ -37,12 +37,12 @@ def run(config: Config) -> int:
 
 def measure(config: Config) -> dict[str, Any]:
     """All figures: every picture decoder and every network in turn, round by round."""
-    from latentds_tools.bench import decode_networks, decode_shapes, jpeg_decoding
+    from latentds_tools.bench import decode_networks, jpeg_decoding
 
     config = harness.on_device(config)
     names = listed(config.decoders)
     for name in names:
-        decode_shapes.check_known(name)
+        decode_networks.check_decoder(name)
     patches = functools.cache(
         lambda: jpeg_decoding.load_patches(config.pictures, config.patch_size)
     )

@@ -164,7 +164,7 @@ def open_bench(
     from latentds.evaluation.features.extraction import DTYPES
     from latentds.evaluation.features.extraction_options import FeatureOptions
     from latentds.evaluation.patchsets.open_patch_sets import open_patches
-    from latentds.evaluation.patchsets.patch_set_config import PatchInput
+    from latentds.evaluation.patchsets.patch_set import PatchInput
 
     precision = config.precision or "float32"
     given = PatchInput(

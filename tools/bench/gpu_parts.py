@@ -1,16 +1,19 @@
 """The parts of `bench gpu`, most important first: each a command, its share of the time, its needs.
 
-Sizes are those of a GPU of the present, or a miniature that a CPU ends in minutes.
+Sizes are those of a GPU of the present, or a miniature that a CPU ends in minutes. What they
+measure on is made in a process of its own, of pictures that ship:
+
+python -m latentds_tools.bench.gpu_parts FOLDER PATCH_PX PATCHES DEVICE
 """
 
 from __future__ import annotations
 
 import dataclasses
 import sys
+from importlib import resources
 from pathlib import Path
 
-from latentds_tools.bench.gpu_sets import demo_pictures
-
+from latentds.core.display import say
 from latentds.core.extras import is_here
 
 BEST = "bfloat16 channels_last"
@@ -19,6 +22,7 @@ NETWORKS = ("tiny-v2-fast", "turbo-s", "tiny-v2", "taesd", "turbo-m", "sd15", "d
 BY_DIFFUSERS = ("sd15", "dcae-f32")
 MARK = "pytest.mark.gpu"
 FAST = ("--dtype", "bfloat16", "--channels-last", "--cuda-graph")  # of a loader's decoder
+SETS = {"codes": "tiny-v1", "records": "tiny-v2"}  # folder: autoencoder; bytes, and entropy-coded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +81,7 @@ def all_parts(work: Path, device: str, patches: int) -> list[GpuPart]:
     is_gpu = device.startswith("cuda")
     edge = 256 if is_gpu else 64
     sets = work / "sets"
-    made = ("-m", "latentds_tools.bench.gpu_sets", str(sets), str(edge), str(patches), device)
+    made = ("-m", "latentds_tools.bench.gpu_parts", str(sets), str(edge), str(patches), device)
     large = step(
         "step-vit-l", "A DINO step of ViT-L with views", device,
         "--arch", "vit_large_patch16_224", "--batch-size", 64, "--steps", 6, "--rounds", 2,
@@ -175,3 +179,32 @@ def features_part(device: str, is_gpu: bool) -> GpuPart:
         "--embedder", "timm:test_vit")  # fmt: skip
     words = bench("features", "--device", device, *sizes)
     return GpuPart("features", "Features of ViT-L", 45, words, ("timm", "h5py"), "evaluate")
+
+
+def demo_pictures() -> Path:
+    """The folder of H&E pictures that ships."""
+    return Path(str(resources.files("latentds_tools") / "demo_pictures"))
+
+
+def main(folder: Path, patch_px: int, patches: int, device: str) -> None:
+    """Cut pictures, convert them with both autoencoders, repeat what came out."""
+    from latentds_tools.bench.jpeg_decoding import load_patches
+    from latentds_tools.bench.synthetic import write_repeated
+    from PIL import Image
+
+    from latentds.conversion.convert_config import ConvertConfig
+    from latentds.conversion.converting import convert
+
+    cut = folder / "pictures" / "a"
+    cut.mkdir(parents=True)
+    for number, patch in enumerate(load_patches(demo_pictures(), patch_px)[:16]):
+        Image.fromarray(patch).save(cut / f"p{number:02d}.png")
+    for name, autoencoder in SETS.items():
+        few = folder / f"few-{name}"
+        convert(ConvertConfig(source=cut.parent, out=few, autoencoder=autoencoder, device=device))
+        write_repeated(folder / name, few, patches)
+        say(f"{folder / name}: {patches:,} patches of {patch_px} px by {autoencoder}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])

@@ -1,8 +1,9 @@
-"""What feeds a training step: the set, cached views, cached images, the loader; its parts alone."""
-# B batch, C channels of images or latents, H W their size
+"""A training step as a user's would be, and what feeds it: cached views, images, the loader."""
+# B batch, C channels of images or latents, H W their size, G global crops, T tokens of one
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 from collections.abc import Generator
@@ -10,30 +11,34 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from latentds_tools.bench.decode_shapes import check_known, find_decoder
+from latentds_tools.bench.decode_networks import check_decoder, find_decoder
 from latentds_tools.bench.harness import engaged
-from latentds_tools.bench.step_training import Training
 from latentds_tools.bench.synthetic import random_contract, write_synthetic
 from latentds_tools.reports.commands import picked
-from torch import Tensor
+from torch import Tensor, nn
 
 from latentds.autoencoders.autoencoder import Autoencoder, latent_cells
 from latentds.core.compiling import Graphed
-from latentds.embedders.latent_stem import LatentStemConfig
+from latentds.embedders.latent_stem import LatentStemConfig, build_vit
 from latentds.errors import InputError
 from latentds.loading.batch import Batch
 from latentds.loading.decoding import Decode
 from latentds.loading.loader import LatentLoader, Making
 from latentds.loading.options import Order
+from latentds.models.token_masks import global_masks, random_masks
 from latentds.store.manifest import read_manifest
 from latentds.views.latent_crops import LatentCrops
 from latentds.views.multicrop import MultiCrop
+from latentds.views.view_batch import Views
 
 if TYPE_CHECKING:
     from latentds_tools.bench.step_config import Config
 
 CACHED = 2  # batches that lie on the device, used in turn
 TOKEN_PX = 16  # of a patch16 arch: windows of latents start where its tokens do
+TEMPERATURE, MOMENTUM = 0.04, 0.996  # of the teacher; DINO's, and no time depends on them
+DISTILLING = ("dino", "dinov2")
+CLASSES = 9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +68,7 @@ def open_source(config: Config, work: Path) -> StepSource:
     if folder is not None and config.decoder is None:
         return StepSource(folder, None, "the recorded decoder", "loaded")
     name = config.decoder or "turbo-s"
-    check_known(name)
+    check_decoder(name)
     autoencoder, weights = find_decoder(name)
     card, edge = autoencoder.card, config.patch_size
     if folder is None:
@@ -233,3 +238,62 @@ def latent_views(config: Config, stem: LatentStemConfig) -> LatentCrops:
         local_cells=config.local_px // stem.factor,
         align=max(1, TOKEN_PX // stem.factor),
     )
+
+
+class Training:
+    """A model of random weights and its optimizer; `step` takes views.
+
+    stem  what latents are like where they are the input, None for pixels
+    """
+
+    def __init__(self, config: Config, stem: LatentStemConfig | None, device: torch.device) -> None:
+        self.method, self.device = config.method, device
+        self.model = build_model(config, stem).to(device)
+        wanted = [weight for weight in self.model.parameters() if weight.requires_grad]
+        self.optimizer = torch.optim.AdamW(wanted, lr=1e-5, fused=device.type == "cuda")
+        edge = config.global_px // (stem.factor if stem else 1)
+        embedding: Any = getattr(self.model, "backbone", self.model).patch_embed
+        self.grid: tuple[int, int] = embedding.dynamic_feat_size((edge, edge))
+
+    def step(self, views: Views, seeds: Tensor) -> None:
+        """Masks where the method has them, forward, backward, update, and the teacher's."""
+        self.optimizer.zero_grad(set_to_none=True)
+        on_gpu = self.device.type == "cuda"
+        with torch.autocast("cuda", torch.bfloat16) if on_gpu else contextlib.nullcontext():
+            loss = self.loss(views, seeds)
+        torch.autograd.backward(loss)
+        self.optimizer.step()
+        if self.method in DISTILLING:
+            distilling: Any = self.model
+            distilling.update_teacher(MOMENTUM)
+
+    def loss(self, views: Views, seeds: Tensor) -> Tensor:
+        """The method's loss; labels are made up."""
+        if self.method == "supervised":
+            logits = self.model(views.globals[0]).float()
+            labels = torch.arange(len(logits), device=self.device) % CLASSES
+            return nn.functional.cross_entropy(logits, labels)
+        if self.method == "mae":
+            hidden = random_masks(seeds, self.grid[0] * self.grid[1])
+            found: dict[str, Tensor] = self.model(views.globals[0], hidden)
+        else:
+            hidden = None
+            if self.method == "dinov2":  # bool (G, B, T)
+                hidden = global_masks(seeds, len(views.globals), self.grid)
+            found = self.model(views, teacher_temp=TEMPERATURE, masks=hidden)
+        return found["loss"]
+
+
+def build_model(config: Config, stem: LatentStemConfig | None) -> nn.Module:
+    assert config.arch is not None and config.out_dim is not None
+    options: dict[str, Any] = {"stem": stem, "img_px": config.global_px}
+    if config.method == "supervised":
+        return build_vit(config.arch, **options, num_classes=CLASSES)
+    if config.method == "mae":
+        from latentds.models.masked_autoencoder import MaskedAutoencoder
+
+        return MaskedAutoencoder(build_vit(config.arch, **options))
+    from latentds.models.self_distillation import SelfDistillation
+
+    student, teacher = (build_vit(config.arch, **options) for _ in range(2))
+    return SelfDistillation(student, teacher, method=config.method, out_dim=config.out_dim)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from latentds_tools.comparison.cells import size, title
+from latentds_tools.comparison.compare_page import size, title
 from latentds_tools.reports.plots import add_legend, make_panels, saved
 
 PANEL_IN = (6.0, 4.8)  # width and height in inches

@@ -9,9 +9,10 @@ import numpy as np
 from latentds_tools.comparison.run_reading import Cell, RunRow
 
 from latentds.errors import InputError
-from latentds.evaluation.patchsets.patch_set_config import PatchInput
+from latentds.evaluation.patchsets.patch_set import PatchInput
 from latentds.evaluation.predictions import join_predictions, read_predictions
 from latentds.evaluation.records import FoldResult
+from latentds.evaluation.scores import METRICS
 from latentds.evaluation.statistics import (
     FOLD_DRAWS,
     GROUP_DRAWS,
@@ -20,7 +21,6 @@ from latentds.evaluation.statistics import (
     paired_difference,
     paired_images,
 )
-from latentds.evaluation.weighing import METRICS
 from latentds.sources.csv_tables import read_table
 
 IMAGES = "images.csv"  # of a segmentation's run folder: scores of single images

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from latentds_tools.fidelity import jpeg_tables
-from latentds_tools.fidelity.codebook_fitting import ON_TESTED, FitSample
+from latentds_tools.fidelity.codebook_fitting import FITTED, ON_TESTED, FitSample
 from latentds_tools.fidelity.fidelity_crops import FidelityCrops
 from latentds_tools.fidelity.fidelity_plan import last_part
 from latentds_tools.fidelity.measuring import Measured
@@ -63,7 +62,7 @@ def fixed_bytes(spec: PictureSpec, patch_px: tuple[int, int]) -> int:
     quality = spec.quality
     if quality is None:
         quality = sum(rules.qualities) / 2 if rules.qualities else 0
-    if spec.name == jpeg_tables.NAME:
+    if spec.name == FITTED:
         rules = FORMATS["jpeg"]  # tables of the same size
     return len(rules.encode(np.full((*patch_px, 3), 128, np.uint8), quality))
 
@@ -171,7 +170,7 @@ def fitted_to(
 ) -> list[str]:
     """Names of the embedders that a row's tables or decoder were fitted to, in their order."""
     found = set()
-    if any(spec.name == jpeg_tables.NAME for spec in specs):
+    if any(spec.name == FITTED for spec in specs):
         found.add(next(reversed(embedders), ""))
     for config in trained.values():
         if text := str(config.get("embedder") or ""):

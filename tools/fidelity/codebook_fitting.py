@@ -1,17 +1,29 @@
-"""Codecs of latents with their codebooks: stored ones, or fitted on other pictures or these."""
+"""Codecs with their codebooks, and JPEG with its tables: stored, or fitted on pictures."""
+# n pictures
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from latentds_tools.fidelity.codec_opening import Autoencoders
+from latentds_tools.fidelity.fidelity_plan import Autoencoders
+from latentds_tools.fidelity.quality import cosines, embed
 
-from latentds.codecs import LatentCodec, LatentSpec, draw_samples, with_quantizer
+from latentds.codecs import (
+    FORMATS,
+    LatentCodec,
+    LatentSpec,
+    PictureCodec,
+    draw_samples,
+    with_quantizer,
+)
+from latentds.codecs.formats import JPEG_TABLES_AT_50, Format, encode_jpeg
+from latentds.codecs.picture_codecs import fit_to_mean
 from latentds.codecs.quantizers import latent_shape
 from latentds.errors import ContractError, InputError
 from latentds.quantizers.codebooks import (
@@ -24,6 +36,10 @@ from latentds.quantizers.entropy.record_fit import fit_entropy_codebook
 
 ENCODE_BATCH = 16
 ON_TESTED = "fitted on the tested crops themselves"
+FITTED = "jpeg-fitted"
+BANDS = (0, 1, 3, 6)  # sums of both frequencies at which a band begins
+STEPS = (1.6, 1.25)  # factors tried up and down, one round each
+PICTURES = 16
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -130,3 +146,57 @@ def stored_codebooks(
     if not refit:
         found["shipped with tiny"] = tiny_codebook()
     return found
+
+
+class FittedTables:
+    """JPEG's quantization tables by number of bytes, each fitted when it is first asked for.
+
+    A factor for each band of frequencies, of luma and of chroma, by coordinate search for the
+    embedder's highest mean similarity at equal mean bytes.
+    """
+
+    def __init__(self, images: Sequence[np.ndarray], embedders: dict[str, Any]) -> None:
+        places = np.linspace(0, len(images) - 1, min(PICTURES, len(images))).round().astype(int)
+        self.images = [images[place] for place in dict.fromkeys(places.tolist())]
+        self.embedder_name = next(reversed(embedders), "")
+        self.embedder = embedders.get(self.embedder_name)
+        self._rules: dict[int, Format] = {}
+
+    def codec(self, max_bytes: int | None, mean_bytes: int | None) -> PictureCodec:
+        """JPEG within so many bytes, or of so many on average, with tables fitted at as many."""
+        size = max_bytes or mean_bytes or 0
+        if size not in self._rules:
+            self._rules[size] = self.fit(size)
+        return PictureCodec(FITTED, None, max_bytes, mean_bytes, self._rules[size])
+
+    def fit(self, mean_bytes: int) -> Format:
+        """JPEG with the tables that keep most."""
+        wanted = embed(self.embedder, self.images)
+        factors = np.ones((2, len(BANDS)))
+        best = self.score(factors, mean_bytes, wanted)
+        for step in STEPS:
+            for place in np.ndindex(factors.shape):
+                for factor in (step, 1 / step):
+                    tried = factors.copy()
+                    tried[place] *= factor
+                    score = self.score(tried, mean_bytes, wanted)
+                    if score > best:
+                        factors, best = tried, score
+        return rules_of(factors)
+
+    def score(self, factors: np.ndarray, mean_bytes: int, wanted: np.ndarray) -> float:
+        """Mean similarity of the pictures at one quality and so many bytes on average."""
+        rules = rules_of(factors)
+        files = fit_to_mean(rules, self.images, mean_bytes)
+        decoded = [rules.decode(file.encoded) for file in files]
+        return float(cosines(embed(self.embedder, decoded), wanted).mean())
+
+
+def rules_of(factors: np.ndarray) -> Format:
+    """JPEG 4:2:0 with its usual tables times a factor a band; factors (2, bands)."""
+    sums = np.add.outer(np.arange(8), np.arange(8)).ravel()
+    bands = np.searchsorted(BANDS, sums, side="right") - 1
+    encode = functools.partial(
+        encode_jpeg, subsampling="4:2:0", shapes=JPEG_TABLES_AT_50 * factors[:, bands]
+    )
+    return dataclasses.replace(FORMATS[FITTED], encode=encode)

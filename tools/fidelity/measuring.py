@@ -15,7 +15,7 @@ import numpy as np
 from latentds_tools.fidelity.quality import cosines, embed, measure_ssim
 
 from latentds.codecs import FittedQuality, LatentCodec, PictureCodec
-from latentds.core.metrics import psnr_db
+from latentds.store.golden import psnr_db
 
 CHUNK = 16  # crops that are encoded or decoded at a time
 

@@ -21,15 +21,10 @@ from latentds.evaluation.features.extraction_options import FeatureOptions
 from latentds.evaluation.features.folder import FeatureFolder
 from latentds.evaluation.features.live import LiveFeatures
 from latentds.evaluation.features.slide_labels import labels_beside, read_lines
-from latentds.evaluation.groups import (
-    LabelledSlides,
-    groups_of,
-    match_labels,
-    read_labels,
-)
-from latentds.evaluation.patchsets.patch_set_config import PatchInput, recorded_settings
+from latentds.evaluation.folds import note_splits
+from latentds.evaluation.groups import LabelledSlides, groups_of, match_labels, read_labels
+from latentds.evaluation.patchsets.patch_set import PatchInput, recorded_settings
 from latentds.evaluation.patchsets.patches import PatchSet
-from latentds.evaluation.splits import note_splits
 from latentds.sources.slide_names import some
 from latentds.store.format import sorted_names
 

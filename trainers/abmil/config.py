@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from latentds_trainers.engine.settings import check_ranges, plain, settled
 
-from latentds.evaluation.patchsets.patch_set_config import PatchInput
+from latentds.evaluation.patchsets.patch_set import PatchInput
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ from latentds_trainers.engine.settings import plain
 
 from latentds.embedders import EmbedderCard
 from latentds.evaluation.folds import Fold
-from latentds.evaluation.patchsets.codec_fitting import codebook_note
+from latentds.evaluation.patchsets.coded_patches import codebook_note
 from latentds.evaluation.patchsets.patch_set import SourceFacts
 from latentds.evaluation.predictions import write_predictions
 from latentds.evaluation.probes import FittedProbe
@@ -168,7 +168,7 @@ def notes_of(
     notes = list(patches.notes)
     if {name.upper() for name in patches.classes} == NCT_CRC:
         notes.append(NCT_BIAS)
-    if config.protocol != "val7k" and not patches.has_groups:
+    if config.protocol != "val7k" and len(set(patches.groups)) == len(patches.groups):
         notes.append(LEAK)
     if config.protocol == "val7k":
         notes.append(SHARED_TEST)

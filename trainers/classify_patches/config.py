@@ -8,7 +8,7 @@ from typing import Literal
 
 from latentds_trainers.engine.settings import check_ranges, refuse_given
 
-from latentds.evaluation.patchsets.patch_set_config import PatchInput
+from latentds.evaluation.patchsets.patch_set import PatchInput
 
 # When a run goes on: where things lie, how they are read, what is shown. Of batch_size and
 # accumulation only the images of an optimizer step matter.

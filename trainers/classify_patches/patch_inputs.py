@@ -14,18 +14,17 @@ import torch
 from torch import Tensor
 
 from latentds.errors import InputError
-from latentds.evaluation.folds import Fold, fixed_test_folds, stratified_group_folds
+from latentds.evaluation.folds import Fold, fixed_test_folds, note_splits, stratified_group_folds
 from latentds.evaluation.groups import groups_of
 from latentds.evaluation.patchsets.open_patch_sets import open_patches
-from latentds.evaluation.splits import note_splits
 from latentds.sources.slide_names import some
 
 if TYPE_CHECKING:
     from latentds_trainers.classify_patches.config import ClassifyConfig
 
     from latentds.embedders.latent_stem import LatentStemConfig
+    from latentds.evaluation.patchsets.open_patch_sets import UndecodedPatches
     from latentds.evaluation.patchsets.patches import PatchSet
-    from latentds.evaluation.patchsets.undecoded import UndecodedPatches
 
 TEST = "test"
 LABEL_THEM = "put patches into class folders, or name --name-pattern or --splits that label them"
@@ -59,11 +58,6 @@ class LabelledPatches:
 
     def __len__(self) -> int:
         return len(self.items)
-
-    @property
-    def has_groups(self) -> bool:
-        """Whether any two patches are known to belong together."""
-        return len(set(self.groups)) < len(self.groups)
 
     @property
     def starts(self) -> np.ndarray:
@@ -178,7 +172,7 @@ def open_latents(
     raises  InputError for originals without a codec of latents; ContractError for latents of
             another autoencoder, than the stem's or in the test set
     """
-    from latentds.evaluation.patchsets.undecoded import open_undecoded
+    from latentds.evaluation.patchsets.open_patch_sets import open_undecoded
 
     train = open_undecoded(config, stem=stem)
     sets = [train.patches]

@@ -35,12 +35,13 @@ from latentds.embedders.latent_backbone import LatentBackbone
 from latentds.embedders.latent_stem import check_cells
 from latentds.embedders.timm_models import check_name
 from latentds.errors import InputError
-from latentds.evaluation.eva_probe import Examples, eva_probe
 from latentds.evaluation.folds import Fold
-from latentds.evaluation.patchsets.undecoded import UndecodedPatches
+from latentds.evaluation.patchsets.open_patch_sets import UndecodedPatches
 from latentds.evaluation.probes import (
+    Examples,
     FittedProbe,
     colour_probe,
+    eva_probe,
     linear_probe,
     nearest_neighbours,
 )

@@ -26,9 +26,8 @@ from latentds_trainers.engine.ranks import from_first
 
 from latentds.core.storage import write_atomically
 from latentds.errors import ContractError, InputError
-from latentds.evaluation.folds import Fold, split_id
+from latentds.evaluation.folds import Fold, split_id, write_clam_splits
 from latentds.evaluation.records import FoldResult
-from latentds.evaluation.splits import write_clam_splits
 
 logger = logging.getLogger(__name__)
 

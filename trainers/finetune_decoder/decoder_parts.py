@@ -14,6 +14,7 @@ from latentds_trainers.engine.checkpoints import complete_checkpoints
 from latentds_trainers.engine.launching import same_on_all_ranks
 from latentds_trainers.engine.ranks import from_first
 from latentds_trainers.finetune_decoder.config import ADAM_BETAS, FinetuneConfig
+from latentds_trainers.finetune_decoder.decoder_losses import PatchDiscriminator
 from latentds_trainers.finetune_decoder.pairs import (
     Pair,
     PicturePairs,
@@ -35,7 +36,6 @@ from latentds.errors import ContractError, InputError, ShapeError
 from latentds.loading.decoding import find_autoencoder
 from latentds.loading.loader import LatentLoader
 from latentds.loading.options import Order
-from latentds.models.discriminator import PatchDiscriminator
 from latentds.quantizers.codebooks import (
     StoredCodebook,
     load_codebook,

@@ -1,10 +1,14 @@
-"""Settings of pretrain. No heavy import: its `--help` is built from this."""
+"""Settings of pretrain, and those of its methods with their sources.
+
+No heavy import: its `--help` is built from this.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import math
+from pathlib import Path
 from typing import Literal
 
 from latentds_trainers.engine.settings import (
@@ -14,18 +18,201 @@ from latentds_trainers.engine.settings import (
     refuse_given,
     settled,
 )
-from latentds_trainers.pretrain.pretrain_options import (
-    METHODS,
-    OF_DINOS,
-    OF_MAE,
-    MethodSettings,
-    PretrainOptions,
-    ProbeConfig,
-)
 
 from latentds.sources.cut_options import CutOptions
 
 SUM_TOLERANCE = 1e-6  # of weights that sum to 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProbeConfig:
+    """What a pretraining's settings inherit; it calls `ProbeConfig.__post_init__` in its own."""
+
+    probe: str | None = None
+    """Labelled data set, or originals in class folders, to probe during training by nearest
+    neighbours and a linear probe. The train split is fitted to and the test split scored; without a
+    test split, a fifth of the groups is held out."""
+    probe_groups: Path | None = None
+    """CSV of the probe's groups, which stay together: a column slide, source, bag or path, and one
+    of group, patient, case_id or tma_core. By default TCGA patients, or slides if they are
+    known."""
+    probe_decoder: str | None = None
+    """Decoder of the probe's latents, instead of the recorded one."""
+    probe_patches: int = 4096
+    """Patches of the probe at most, always the same: half to fit to, half to score."""
+    probe_neighbours: int = 20
+    """Nearest neighbours that vote."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, {"probe_patches": 4, "probe_neighbours": 1})
+        if self.probe is None:
+            refuse_given(self, ("probe_groups", "probe_decoder"), "needs a --probe")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PretrainOptions(CutOptions, ProbeConfig, EngineOptions):
+    """What a pretraining's settings and what they come to have in common."""
+
+    data: tuple[str, ...] = ()
+    """Data sets of latents: folders, hf://datasets/ORG/NAME[@REVISION], s3://..."""
+    weights: tuple[float, ...] = ()
+    """Share of every data set among the patches; shares sum to 1. By default every patch is drawn
+    equally often."""
+    split: str = "train"
+    """Split of --data to train on."""
+    originals: Path | None = None
+    """Pictures, slides or archives instead of --data, as 'latentds convert' takes them, with its
+    options (--patch-size to --max-px)."""
+    codec: str = "original"
+    """Codec for --originals: original (none), jpeg@4096, tiny+kmeans, ..."""
+    codebook: Path | None = None
+    """Codebook of a codec such as tiny+kmeans; by default fitted to a sample."""
+    paired_with: str | None = None
+    """Data set that was converted from --originals. They take its order and the random numbers that
+    it has as --data, so two runs differ in nothing but the pixels."""
+    keep_mb: int = 2048
+    """Pixels of --originals kept in memory for the next epoch, in MB."""
+    num_workers: int = 4
+    """Processes that read latents, or threads that read originals."""
+    max_bad: int = 0
+    """Damaged packs of --data that may be replaced before the run fails."""
+    method: Literal["dino", "dinov2", "mae"] = "dino"
+    """dino: self-distillation of crops; dinov2: also iBOT's masked patches and KoLeo; mae: a masked
+    autoencoder."""
+    arch: str = "vit_small_patch16_224"
+    """Name of a plain ViT of timm."""
+    input: Literal["images", "latents"] = "images"
+    """images: decoded pixels; latents: the stored latents, through their own stem."""
+    decoder: tuple[str, ...] = ()
+    """Decoder instead of the recorded one: its folder, an autoencoder's name, or
+    ORG/NAME[@REVISION]; one for each kind of latents among the sets."""
+    allow_mixed_mpp: bool = False
+    """Permit sets whose patches differ in their field of view in micrometres."""
+    decode_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of decoding; bfloat16 is faster on a GPU."""
+    cuda_graph: bool = False
+    """Replay decoding and views from CUDA graphs: one launch in place of hundreds, on a GPU."""
+    device: Literal["auto", "cpu"] = "auto"
+    """auto: a GPU if there is one."""
+    momentum_end: float = 1.0
+    """Momentum of the teacher at the last step, after half a cosine."""
+    teacher_temp: float = 0.07
+    """Temperature of the teacher's outputs after its warm-up."""
+    teacher_temp_start: float = 0.04
+    """Temperature of the teacher's outputs at the first step."""
+    hidden_dim: int = 2048
+    """Width of the heads' hidden layers."""
+    bottleneck_dim: int = 256
+    """Width before the heads' last layers."""
+    mask_ratio: float = 0.75
+    """Share of tokens that mae masks."""
+    mae_dim: int = 512
+    """Width of mae's decoder."""
+    mae_depth: int = 8
+    """Blocks of mae's decoder."""
+    mae_heads: int = 16
+    """Attention heads of mae's decoder."""
+    local_px: int | None = None
+    """Edge of the local crops in pixels."""
+    globals: int | None = None
+    """Global crops of a patch."""
+    locals: int | None = None
+    """Local crops of a patch."""
+    global_scale: tuple[float, float] | None = None
+    """Smallest and largest share of a patch's area in a global crop."""
+    local_scale: tuple[float, float] | None = None
+    """Smallest and largest share of a patch's area in a local crop."""
+    turns: bool | None = None
+    """Turn crops by right angles."""
+    stain: float | None = None
+    """Strength of stain changes: 0 for none, 0.1 for a tenth more or less of each stain."""
+    probe_every: int | None = None
+    """Steps between probes, a multiple of --save-every; by default every checkpoint."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MethodSettings:
+    """Settings that a method has and most of which may be given instead; see `PretrainConfig`.
+
+    warmup_share, freeze_last_share, teacher_temp_share   of the steps, where counts of steps are
+                                                          not given
+    raises   ValueError for numbers that make no sense
+    """
+
+    views: Literal["dino", "dinov2", "openmidnight", "mae", "none"]
+    base_lr: float
+    base_images: int = 256
+    lr_rule: Literal["linear", "sqrt"] = "linear"
+    min_lr: float = 1e-6
+    weight_decay: float = 0.04
+    weight_decay_end: float = 0.4
+    clip: float | None = 3.0
+    beta2: float = 0.999
+    layer_decay: float = 1.0
+    stem_lr: float = 1.0
+    drop_path: float
+    momentum: float
+    out_dim: int = 65_536
+    warmup_share: float = 0.1
+    freeze_last_share: float = 0.01
+    teacher_temp_share: float = 0.3  # 30 epochs of 100 in both DINOs
+
+    def __post_init__(self) -> None:
+        check_ranges(
+            self,
+            {"base_images": 1, "out_dim": 0},
+            positive=("base_lr", "layer_decay"),
+            not_negative=("min_lr", "stem_lr", "weight_decay", "weight_decay_end"),
+            shares=("momentum", "drop_path", "beta2"),
+        )
+
+    def check_rate(self, lr: float, schedule: str) -> None:
+        """ValueError for a learning rate that would rise to its end."""
+        if schedule == "cosine" and lr < self.min_lr:
+            raise ValueError(
+                f"lr is {lr:g} and min_lr {self.min_lr:g}: the cosine would rise; a --min-lr of "
+                f"{lr:g} at most"
+            )
+
+
+# dino: main_dino.py of facebookresearch/dino (Caron et al. 2021), its advice for ViT-S included.
+# dinov2: ssl_default_config.yaml of facebookresearch/dinov2 (Oquab et al. 2024).
+# mae: section A of He et al. 2022. Epochs of theirs are shares of the steps here.
+METHODS = {
+    "dino": MethodSettings(views="dino", base_lr=5e-4, drop_path=0.1, momentum=0.996),
+    "dinov2": MethodSettings(
+        views="dinov2", base_lr=4e-3, base_images=1024, lr_rule="sqrt",
+        layer_decay=0.9, stem_lr=0.2, drop_path=0.3, momentum=0.992,
+    ),
+    "mae": MethodSettings(
+        views="mae", base_lr=1.5e-4, min_lr=0.0, weight_decay=0.05, weight_decay_end=0.05,
+        clip=None, beta2=0.95, drop_path=0.0, momentum=1.0, out_dim=0,
+        warmup_share=0.05, freeze_last_share=0.0, teacher_temp_share=0.0,
+    ),
+}  # fmt: skip
+
+
+# Options that other methods have no use for.
+OF_DINOS = (
+    *("momentum", "momentum_end", "teacher_temp", "teacher_temp_start", "teacher_temp_steps"),
+    *("freeze_last_steps", "out_dim", "hidden_dim", "bottleneck_dim"),
+    *("globals", "locals", "local_px", "local_scale"),  # mae takes one crop
+)
+
+
+OF_MAE = ("mask_ratio", "mae_dim", "mae_depth", "mae_heads")
+
+
+GLOBAL_BATCH = 1024  # where neither size is given
+
+
+LARGEST_BATCH = 64  # images of a forward pass where batch_size is not given: DINO's of a GPU
+
+
+LEAST_BATCH = 8  # less is refused where it only comes of how a step divides
+
+
+EPOCHS = 100  # where neither epochs nor steps are given
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,7 @@ from latentds.core.randomness import digest_of
 from latentds.embedders.latent_stem import LatentStemConfig
 from latentds.errors import ContractError, InputError, ShapeError, unknown_name
 from latentds.evaluation.patchsets.open_patch_sets import open_patches
-from latentds.evaluation.patchsets.patch_set_config import PatchInput
+from latentds.evaluation.patchsets.patch_set import PatchInput
 from latentds.hub.licences import recorded_licences
 from latentds.loading.dataset import LatentDataset
 from latentds.loading.decoding import Decode

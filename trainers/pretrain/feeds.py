@@ -24,7 +24,7 @@ from latentds.core.randomness import key_of, patch_seeds, permute
 from latentds.embedders.latent_stem import LatentStemConfig
 from latentds.errors import ContractError, InputError
 from latentds.loading.dataset import LatentDataset
-from latentds.loading.sampling import join
+from latentds.loading.order import join
 from latentds.quantizers.codebooks import StoredCodebook
 from latentds.sources.slide_names import some
 

@@ -18,18 +18,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from latentds_trainers.engine.ranks import from_first, gathered, on_all_ranks
-from latentds_trainers.pretrain.pretrain_options import ProbeConfig
+from latentds_trainers.pretrain.config import ProbeConfig
 from torch import Tensor, nn
 
 from latentds.embedders.latent_stem import LatentStemConfig, check_cells, timm_arguments
 from latentds.errors import InputError, ShapeError
 from latentds.evaluation.folds import SPLIT_WORDS, Fold, check_disjoint, stratified_group_folds
 from latentds.evaluation.groups import groups_of, own_groups
-from latentds.evaluation.patchsets.open_patch_sets import open_patches
-from latentds.evaluation.patchsets.patch_set import PatchTable
-from latentds.evaluation.patchsets.patch_set_config import PatchInput
+from latentds.evaluation.patchsets.open_patch_sets import open_patches, open_undecoded
+from latentds.evaluation.patchsets.patch_set import PatchInput, PatchTable
 from latentds.evaluation.patchsets.patches import PatchSet
-from latentds.evaluation.patchsets.undecoded import open_undecoded
 from latentds.evaluation.probes import (
     FittedProbe,
     linear_probe,

@@ -10,13 +10,13 @@ from typing import Any
 
 from latentds_trainers.engine.checkpoints import read_newest
 from latentds_trainers.engine.settings import TrainConfig, defaults, plain
-from latentds_trainers.pretrain.config import PretrainConfig
-from latentds_trainers.pretrain.pretrain_options import (
+from latentds_trainers.pretrain.config import (
     EPOCHS,
     GLOBAL_BATCH,
     LARGEST_BATCH,
     LEAST_BATCH,
     MethodSettings,
+    PretrainConfig,
     PretrainOptions,
 )
 

@@ -17,7 +17,7 @@ from latentds_trainers.engine.settings import (
 )
 from latentds_trainers.sampath.segmentation_presets import PRESETS, SegmentationSettings
 
-from latentds.evaluation.patchsets.patch_set_config import PatchInput
+from latentds.evaluation.patchsets.patch_set import PatchInput
 
 SCHEDULE = ("batch_size", "accumulation", "lr", "warmup_steps", "schedule", "milestones")
 

@@ -20,7 +20,7 @@ from latentds_trainers.crossval.run_report import (
     write_result,
 )
 from latentds_trainers.sampath.config import SampathConfig
-from latentds_trainers.sampath.segmentation_folds import FoldPlan
+from latentds_trainers.sampath.segmentation_data import FoldPlan
 from latentds_trainers.sampath.segmentation_presets import SegmentationSettings
 from PIL import Image, ImageDraw
 

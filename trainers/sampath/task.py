@@ -12,21 +12,17 @@ import torch.distributed as dist
 from latentds_trainers.crossval.cross_validation import Cell, CrossValidation, Tested
 from latentds_trainers.engine.ranks import from_first, join_ranks, on_all_ranks
 from latentds_trainers.sampath.config import SampathConfig
-from latentds_trainers.sampath.segmentation_data import LabelledImages
-from latentds_trainers.sampath.segmentation_fold import SegmentationFold, build_network
-from latentds_trainers.sampath.segmentation_folds import (
+from latentds_trainers.sampath.segmentation_data import (
     NO_FOLDS,
     FoldPlan,
+    LabelledImages,
     check_classes,
     group_plan,
     named_plan,
     table_plan,
 )
-from latentds_trainers.sampath.segmentation_presets import (
-    PRESETS,
-    SIZES_PX,
-    schedule_notes,
-)
+from latentds_trainers.sampath.segmentation_fold import SegmentationFold, build_network
+from latentds_trainers.sampath.segmentation_presets import PRESETS, SIZES_PX, schedule_notes
 from latentds_trainers.sampath.segmentation_report import (
     picture_name,
     report,
@@ -36,7 +32,7 @@ from latentds_trainers.sampath.segmentation_report import (
 
 from latentds.errors import InputError
 from latentds.evaluation.groups import count_alone, groups_of
-from latentds.evaluation.patchsets.codec_fitting import codebook_note
+from latentds.evaluation.patchsets.coded_patches import codebook_note
 from latentds.evaluation.patchsets.open_patch_sets import find_shards, open_patches
 from latentds.evaluation.patchsets.patch_set import PatchTable
 from latentds.evaluation.patchsets.patches import PatchSet

@@ -4,7 +4,7 @@
     deepspeed --num_gpus 1 --module latentds_trainers.train_codec --tiles packed.tiles \\
         --preset gpu-10min --out runs/codec
 
-Training uses openly licensed tiles only (`tile_sources.py`). UCSB, MoNuSeg and the pictures of the
+Training uses openly licensed tiles only (`tiles.py`). UCSB, MoNuSeg and the pictures of the
 demo stay test sets and are never opened. The loss is mean squared error plus `rate_weight` times
 bits a pixel. The same command continues from the newest checkpoint. Every checkpoint also replaces
 OUT/codec, which has encoder, decoder, two fast decoders, tables and card, for `--autoencoder

@@ -12,16 +12,19 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from latentds_trainers.engine.ranks import join_ranks, on_all_ranks
 from latentds_trainers.engine.training import Engine
-from latentds_trainers.train_codec.codec_network import CodecNetwork, mse, rounded, warm_start
 from latentds_trainers.train_codec.codec_product import (
     PRODUCT,
     STUDENTS,
+    CodecNetwork,
     count_integers,
     encoded,
     estimated_bytes,
     held_out_figures,
+    mse,
+    rounded,
     save_product,
     save_students,
+    warm_start,
 )
 from latentds_trainers.train_codec.tile_crops import CropConfig, Crops
 from latentds_trainers.train_codec.tiles import read_tiles

@@ -6,6 +6,9 @@
 
 A pack is a plain zip of pictures, of bounded size, for a machine that has no more. A source gets
 bytes in proportion to its share of the crops; what it does not need, others get.
+
+Tiles are the open ones of the assets' folder (sources and licences: its SOURCES.md), or any folder
+of one's own. UCSB and MoNuSeg are test sets and in no list here.
 """
 
 from __future__ import annotations
@@ -14,18 +17,17 @@ import dataclasses
 import io
 import json
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
-from latentds_trainers.train_codec.tile_sources import list_tiles, shares_of
 from PIL import Image
 from torch import Tensor
 
 from latentds.core.storage import open_picture, write_atomically
 from latentds.errors import InputError, missing_extra
-from latentds.sources.picture_decoding import read_picture
+from latentds.sources.picture_decoding import picture_suffixes, read_picture
 
 JUDGED_PX = 256  # edge of what is judged, cut from a picture's middle
 HELD_OUT = "held_out"  # what a pack calls the pictures that are judged by
@@ -35,6 +37,14 @@ MAX_BYTES = 54_000_000
 SQUARE_PX = 256
 LEAST_PX = 96  # of a square at a picture's right and bottom edge
 MAX_PICTURES, MAX_PIXELS = 100_000, 64_000_000
+# Patients that no crop is drawn from: glioblastoma, and breast of three hospitals.
+HELD_OUT_PATIENTS = ("TCGA-FG-A4MU", "TCGA-A7-A0DB", "TCGA-OL-A66N", "TCGA-A8-A08B")
+# Pictures of dsb2018_he that the demo shows. They are its only ones in pink and purple H&E (the
+# others are purple only, or cells on glass); all four show the same tissue with the same red
+# vessels, so they are taken for one specimen, and no other picture of it is left to train on.
+DEMO_HELD_OUT = ("4193474b2f1c72f7", "57bd029b19c1b382", "87ea72894f6534b2", "8f27ebc74164eddf")
+JUDGED_TILES = 2  # of a held-out patient
+OWN, OWN_HELD_OUT, OWN_JUDGED = "tiles", 20, 16  # one's own: every 20th is judged by, 16 at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,3 +233,121 @@ def decoded(content: bytes) -> np.ndarray:
         if picture.width * picture.height > MAX_PIXELS:
             raise ValueError(f"a picture of {picture.width}x{picture.height} px")
         return np.asarray(picture.convert("RGB"))
+
+
+@dataclasses.dataclass(frozen=True)
+class TileSource:
+    """Where tiles lie below the assets' folder, their share of the crops, whom they are owed to.
+
+    attribution  as their licence asks for; empty where it asks for nothing
+    """
+
+    folders: tuple[str, ...]
+    share: float
+    attribution: str = ""
+
+
+# Many kinds of stain and camera matter more than many pictures: none rules, and JPEG sources,
+# whose block noise is learned too, stay below a fifth.
+SOURCES = {
+    "tcga_gbm": TileSource(("tiles/tcga_gbm",), 0.22, "images from The Cancer Genome Atlas"),
+    "brca_m2c": TileSource(
+        ("tiles_open/brca_m2c_tcga",),
+        0.22,
+        "BRCA-M2C, Copyright (c) 2022 TopoXLab, BSD-3-Clause; Abousamra et al., ICCV 2021; images "
+        "from The Cancer Genome Atlas",
+    ),
+    "dsb2018_he": TileSource(
+        ("segmentation/dsb2018_he/images",), 0.12, "Data Science Bowl 2018 / BBBC038 (CC0)"
+    ),
+    "md_midogpp": TileSource(
+        ("tiles_open/atnorm_md_midogpp",),
+        0.12,
+        "AtNorM-MD, Banerjee et al. 2025 (MIT, Copyright (c) 2025 DeepMicroscopy); MIDOG++, "
+        "Aubreville et al. 2023",
+    ),
+    "slide": TileSource(("wsi/CMU-1-Small-Region.svs",), 0.10, "OpenSlide test data, CMU-1 (CC0)"),
+    "oral": TileSource(
+        ("classification/oral_cc0_jpeg", "tiles_open/oral_cc0_originals_jpeg"),
+        0.06,
+        "Oral Cancer Images, ashenafifasilkebede (CC0)",
+    ),
+    "osteosarcoma": TileSource(
+        ("tiles_open/osteosarcoma_tcia_jpeg",),
+        0.05,
+        "Leavey et al. 2019, Osteosarcoma data from UT Southwestern/UT Dallas, The Cancer Imaging "
+        "Archive, doi 10.7937/tcia.2019.bvhjhdas, CC BY 3.0",
+    ),
+    "atnorm_br": TileSource(
+        ("tiles_open/atnorm_br_tcga",),
+        0.05,
+        "AtNorM-Br, Banerjee et al. 2025 (MIT, Copyright (c) 2025 DeepMicroscopy); images from The "
+        "Cancer Genome Atlas",
+    ),
+    "brecahad": TileSource(
+        ("tiles_open/brecahad_jpeg",),
+        0.04,
+        "Aksac, Demetrick, Ozyer, Alhajj 2019, BreCaHAD, doi 10.6084/m9.figshare.7379186.v3, CC BY "
+        "4.0",
+    ),
+    "singles": TileSource(
+        ("tiles_open/singles",),
+        0.02,
+        "images from The Cancer Genome Atlas; OpenSlide test data, OS-1.ndpi",
+    ),
+}
+
+
+def list_tiles(root: Path) -> tuple[dict[str, list[Path]], list[Path]]:
+    """Files to train on by source, and files to judge by."""
+    is_open = all((root / folder).exists() for s in SOURCES.values() for folder in s.folders)
+    sources, held_out = list_open(root) if is_open else list_own(root)
+    if not held_out or not all(sources.values()):
+        raise InputError(f"{root}: too few pictures; at least {OWN_HELD_OUT}")
+    return sources, held_out
+
+
+def list_open(root: Path) -> tuple[dict[str, list[Path]], list[Path]]:
+    """The open tiles in the assets' folder, without held-out patients and the demo's specimen."""
+    files = {
+        name: [file for folder in source.folders for file in picture_files(root / folder)]
+        for name, source in SOURCES.items()
+    }
+    left_out = HELD_OUT_PATIENTS + DEMO_HELD_OUT
+    sources = {
+        name: [file for file in found if not file.name.startswith(left_out)]
+        for name, found in files.items()
+    }
+    held_out = [
+        file
+        for patient in HELD_OUT_PATIENTS
+        for file in [f for found in files.values() for f in found if f.name.startswith(patient)][
+            :JUDGED_TILES
+        ]
+    ]
+    return sources, held_out
+
+
+def list_own(root: Path) -> tuple[dict[str, list[Path]], list[Path]]:
+    """Any other folder's pictures as one source; every twentieth is judged by."""
+    files = picture_files(root)
+    held_out = files[OWN_HELD_OUT - 1 :: OWN_HELD_OUT][:OWN_JUDGED]
+    return {OWN: [file for file in files if file not in set(held_out)]}, held_out
+
+
+def picture_files(path: Path) -> list[Path]:
+    """Pictures below a folder, sorted; a file is itself."""
+    if path.is_file():
+        return [path]
+    suffixes = picture_suffixes()
+    return sorted(file for file in path.rglob("*") if file.suffix.lower() in suffixes)
+
+
+def attribution_of(names: Iterable[str]) -> tuple[str, ...]:
+    """What the licences of these sources ask to be said, a line each, none twice."""
+    lines = [SOURCES[name].attribution for name in names if name in SOURCES]
+    return tuple(dict.fromkeys(line for line in lines if line))
+
+
+def shares_of(sources: dict[str, list[Path]]) -> dict[str, float]:
+    return {name: SOURCES[name].share if name in SOURCES else 1.0 for name in sources}

@@ -19,11 +19,7 @@ from latentds.core.randomness import key_of, shuffled
 from latentds.core.storage import passing_lock
 from latentds.embedders.embedder import Embedder
 from latentds.errors import ContractError, InputError, LatentdsError, TooManyBadSamplesError
-from latentds.evaluation.features.embedding_pipeline import (
-    Piece,
-    embed_pieces,
-    in_background,
-)
+from latentds.evaluation.features.embedding_pipeline import Piece, embed_pieces, in_background
 from latentds.evaluation.features.extraction_options import (
     Extraction,
     FeatureOptions,

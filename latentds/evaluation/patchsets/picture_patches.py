@@ -14,8 +14,7 @@ import numpy as np
 
 from latentds.core.storage import open_regular
 from latentds.errors import InputError, unknown_name
-from latentds.evaluation.patchsets.patch_set import PatchTable, canonical_order
-from latentds.evaluation.patchsets.patch_set_config import PatchInput
+from latentds.evaluation.patchsets.patch_set import PatchInput, PatchTable, canonical_order
 from latentds.sources.cut_options import SourceOptions
 from latentds.sources.opening import list_source, open_source
 from latentds.sources.picture import Header, Picture
@@ -136,9 +135,6 @@ class Pictures:
 
     def of_slide(self, slide: str) -> Pictures:
         return self.part([number for number, p in enumerate(self.pictures) if p.slide == slide])
-
-    def of_split(self, split: str) -> Pictures:
-        return self.part([number for number, p in enumerate(self.pictures) if p.split == split])
 
     def part(self, chosen: Sequence[int]) -> Pictures:
         """Some of the pictures, with the patch size and the classes of all."""

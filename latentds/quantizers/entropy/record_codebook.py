@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from latentds.errors import ShapeError
-from latentds.quantizers.entropy import record_checks
 from latentds.quantizers.entropy.record_model import (
     ARRAYS,
     DTYPES,
     KIND,
     RATE_WEIGHT,
     RecordModel,
+    check_codebook,
 )
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class EntropyCodebook(RecordModel):
     """A record model that was checked, and what it does."""
 
     def __post_init__(self) -> None:
-        record_checks.check_codebook(self)
+        check_codebook(self)
 
     @property
     def text(self) -> str:

@@ -16,9 +16,8 @@ from latentds.quantizers.entropy import record_encoding as encoding
 from latentds.quantizers.entropy.contexts import scan_of
 from latentds.quantizers.entropy.native_model import native_model
 from latentds.quantizers.entropy.rans import COST_BITS, HEAD_BYTES, LARGEST
-from latentds.quantizers.entropy.record_checks import MAX_STEPS
 from latentds.quantizers.entropy.record_codebook import EntropyCodebook
-from latentds.quantizers.entropy.record_model import RATE_WEIGHT
+from latentds.quantizers.entropy.record_model import MAX_STEPS, RATE_WEIGHT
 from latentds.quantizers.entropy.table_fit import count_integers, count_tables, fit_model
 
 MAX_FIT_PATCHES = 512  # 1,024 change the bytes of other patches by less than 0.1 %

@@ -4,7 +4,9 @@ import errno
 import os
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ import latentds.store.table_parts
 import latentds.store.transport
 from latentds.errors import FormatError, InputError
 from latentds.loading.loader import LatentLoader
-from latentds.store.cache import CacheConfig
+from latentds.store.cache import Cache, CacheConfig
 from latentds.store.format import PATCHES_TABLE
 from latentds.store.reader import ShardSet
 from tests.bad_shards import edit_manifest
@@ -75,6 +77,25 @@ def test_rows_are_the_folders_and_only_their_blocks_are_fetched(folder, server, 
     assert same(ShardSet(server.url, cache=cache).patches[ROWS], local.patches[ROWS])
     assert server.requests[PATCHES_TABLE] == 1 + 3  # the header
     assert same(remote.patches[:], local.patches[:])
+
+
+def test_a_table_that_another_process_renews_can_be_opened(folder, server, cache, monkeypatch):
+    other, fill, renewals = ShardSet(server.url, cache=cache), Cache.fill_file, list[Thread]()
+    monkeypatch.setattr(other.files, "table", lambda *_: None)  # dropped, and not there yet
+
+    def filled(self: Cache, name: str, download: Callable[[Path], None]) -> Path:
+        path = fill(self, name, download)
+        if path.name == Path(PATCHES_TABLE).name and not renewals:
+            renewals.append(Thread(target=other.files.renew, args=(PATCHES_TABLE, other.manifest)))
+            renewals[0].start()
+            renewals[0].join(0.5)
+        return path
+
+    monkeypatch.setattr(Cache, "fill_file", filled)
+    shards = ShardSet(server.url, cache=cache)
+    renewals[0].join()
+    assert not (cache.dir / other.files.name / PATCHES_TABLE).exists()
+    assert same(shards.patches[ROWS], ShardSet(folder).patches[ROWS])
 
 
 @pytest.mark.parametrize("whole", [0, 1 << 22])

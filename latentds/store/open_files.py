@@ -367,12 +367,12 @@ def check_head(path: Path, dtype: np.dtype[Any], rows: int) -> int:
     try:
         with open_regular(path, str(path)) as file:
             head = io.BytesIO(file.read(TABLE_HEAD_BYTES))
+            size = os.fstat(file.fileno()).st_size
         if np.lib.format.read_magic(head) != (1, 0):
             raise ValueError("npy version is not 1.0")
         shape, fortran, found = np.lib.format.read_array_header_1_0(head)
     except (*NPY_ERRORS, OSError) as error:
         raise FormatError(f"{path}: not a table ({first_words(error)}); fetch it anew") from error
-    size = path.stat().st_size
     if found != dtype or fortran or shape != (rows,):
         unlike = set(dtype.names or [str(dtype)]) - set(found.names or [str(found)])
         what = f"shape {shape}, {rows} rows are wanted"

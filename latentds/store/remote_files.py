@@ -125,18 +125,27 @@ class RemoteFiles:
         if sums is not None and size > WHOLE_BYTES:
             if size <= rows * TABLES[name].itemsize:
                 raise FormatError(f"{self.where}/{name}: {size} bytes, not {rows} rows; refused")
-            return self.parts_of(name, size, rows, sums).path
+            with self.table_lock(name):
+                return self.parts_of(name, size, rows, sums).path
 
         def download(path: Path) -> None:
             self.refuse_offline(name)
             self.transport.download(name, path, size, str(digest))
 
         # Hashed when it is filled; its size tells most torn writes, its checksums the others.
-        path = self.cache.fill_file(f"{self.name}/{name}", download)
-        if path.stat().st_size != size:
-            self.cache.drop(f"{self.name}/{name}")
+        with self.table_lock(name):
             path = self.cache.fill_file(f"{self.name}/{name}", download)
+            if path.stat().st_size != size:
+                self.cache.drop(f"{self.name}/{name}")
+                path = self.cache.fill_file(f"{self.name}/{name}", download)
         return path
+
+    def table_lock(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """Held while a table's files are made and opened, or dropped: never the one amid the other.
+
+        A table that is open stays what it was, whoever renews it.
+        """
+        return self.cache.lock(f"{self.name}/{name}.lock")
 
     def renew(
         self, name: str, manifest: Manifest, sums: BlockSums | None = None, block: int | None = None
@@ -149,8 +158,9 @@ class RemoteFiles:
             return parts.path
         logger.warning("%s: torn in the cache, fetched anew", self.cache.folder / self.name / name)
         self.parted.pop(name, None)
-        for file in (f"{name}{PRESENT}", name):
-            self.cache.drop(f"{self.name}/{file}")
+        with self.table_lock(name):
+            for file in (f"{name}{PRESENT}", name):
+                self.cache.drop(f"{self.name}/{file}")
         return self.table(name, manifest, sums)
 
     def parts_of(self, name: str, size: int, rows: int, sums: BlockSums) -> TableParts:

@@ -32,6 +32,13 @@ def test_flipped_code_bit_is_caught_by_hash_and_by_member(dataset):
     assert {"sha256", "members"} <= level_of_damage(dataset)
 
 
+@pytest.mark.parametrize("table", [PACKS_TABLE, PATCHES_TABLE])
+def test_a_flipped_bit_of_a_table_is_caught_by_its_hash(dataset, table):
+    flip_bit(dataset / table, (dataset / table).stat().st_size - 1)
+    assert verify(dataset, "manifest").is_good
+    assert "sha256" in level_of_damage(dataset)
+
+
 def test_truncated_shard_is_caught_by_the_manifest(dataset):
     path = first_shard(dataset)
     path.write_bytes(path.read_bytes()[:-512])

@@ -26,7 +26,9 @@ class Config:
     folder: Annotated[Path, tyro.conf.Positional]
     """Folder of a data set."""
     level: Literal["manifest", "sha256", "members", "golden"] = "golden"
-    """Last check to run; each level includes the ones before it."""
+    """Last check to run; each level includes the ones before it. manifest: its own counts, sizes of
+    the files; sha256: every shard and table; members: headers, checksums and columns against the
+    tables; golden: stored patches decode to the recorded pixels."""
     autoencoder: Annotated[str | None, tyro.conf.arg(aliases=["--decoder"])] = None
     """Decoder to check with, where the recorded one is local: name, folder or ORG/NAME."""
     json: bool = False

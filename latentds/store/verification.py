@@ -56,9 +56,9 @@ def verify(
 ) -> Verification:
     """Check a data set up to a level; damage is collected, not raised.
 
-    level        manifest (its own counts, sizes of the shards), sha256 (every file), members (every
-                 header, checksum and column against the tables), golden (stored patches decode to
-                 the recorded pixels)
+    level        manifest (its own counts, sizes of the files), sha256 (every shard and table),
+                 members (every header, checksum and column against the tables), golden (stored
+                 patches decode to the recorded pixels)
     autoencoder  whose decoder checks the golden patches; the recorded one by default
     raises       ValueError for an unknown level; FileNotFoundError where there is no folder
     """
@@ -92,7 +92,7 @@ def verify(
 
 
 def check_manifest(folder: Path) -> Iterator[Finding]:
-    """The manifest's own sense, the presence and size of every file, the tables' shape and sums."""
+    """The manifest's own sense, the presence and size of every file, the tables' headers."""
     manifest = read_manifest(folder)
     ShardSet(folder)  # refuses sizes and tables that are not what the manifest says
     listed = {shard.name for shard in manifest.shards}

@@ -10,12 +10,13 @@ import torch
 from latentds.autoencoders import load_autoencoder
 from latentds.core.compiling import Compiled
 from latentds.errors import FormatError
-from latentds.loading.decoding import Decode, Decoder, Levels
+from latentds.loading.decoding import Decode, Decoder, Integers, Levels
 from latentds.loading.loader import LatentLoader
 from latentds.loading.options import Mixture
 from latentds.quantizers.scalar import Codebook, dequantize
 from tests.conftest import convert_with_mean, save_pictures
 from tests.fakes import HostGraphed, MeanAutoencoder
+from tests.test_encodings import entropy_book
 
 
 def codebook(rows: int, levels: int, seed: int) -> Codebook:
@@ -214,3 +215,13 @@ def test_codes_beyond_a_short_codebook_are_refused(tmp_path, monkeypatch):
     loader.codebooks[0] = Codebook(loader.codebooks[0].levels[:, :3], "kmeans")
     with pytest.raises(FormatError, match="the codebook has 3 levels"):
         next(iter(loader))
+
+
+def test_steps_of_records_are_copied_to_a_device_once(monkeypatch):
+    book = entropy_book(3)
+    records = torch.zeros(2, book.record_bytes, dtype=torch.uint8)
+    records[1, 0] = 7
+    steps = Integers([book]).steps(records)
+    assert steps.tolist() == [book.steps[0], book.steps[7]]
+    monkeypatch.setattr(torch, "from_numpy", lambda _: pytest.fail("copied again"))
+    assert torch.equal(Integers([book]).steps(records), steps)

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -136,9 +137,15 @@ class Integers:
         def steps(book: EntropyCodebook, part: Tensor) -> Tensor:
             # A step that is not there is decoding's to refuse: a GPU would die of it here.
             index = part[:, 0].long().clamp(max=len(book.steps) - 1)
-            return torch.from_numpy(book.steps.copy()).to(part.device)[index]
+            return steps_on(part.device, book)[index]
 
         return by_book(self.codebooks, codes, codebooks, steps)
+
+
+@functools.lru_cache(maxsize=16)
+def steps_on(device: torch.device, book: EntropyCodebook) -> Tensor:
+    """A book's steps there: copied for every batch they would make the host wait."""
+    return torch.from_numpy(book.steps.copy()).to(device)
 
 
 def make_integers(codebooks: Sequence[AnyCodebook]) -> Integers | None:

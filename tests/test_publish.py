@@ -218,8 +218,10 @@ def test_a_damaged_folder_is_not_published(dataset, hub):
 def test_without_a_login_the_way_to_one_is_told(shared_dataset, hub, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", "/nowhere")
+    told: list[str] = []
     with pytest.raises(InputError, match="not logged in to the Hub; log in with 'hf auth login'"):
-        publish(shared_dataset, CC0)
+        publish(shared_dataset, CC0, tell=told.append)
+    assert told == []  # before the folder is hashed
 
 
 @pytest.mark.parametrize(

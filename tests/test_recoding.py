@@ -258,6 +258,39 @@ def test_another_decoder_makes_no_golden_patches(sets, tmp_path):
         repack(sets["u8"], tmp_path / "out", Repacking(recoding=recoding))
 
 
+def other_decoder(out):
+    other = MeanAutoencoder(decoder_id="sha256:" + "d" * 64)
+    return Repacking(recoding=Recoding(encoding="u8-sum", patch_bytes=32, autoencoder=other))
+
+
+def splits_that_lack_a_slide(out):
+    recoding = Recoding(encoding="u8-sum", patch_bytes=32, autoencoder=MeanAutoencoder())
+    return Repacking(recoding=recoding, splits={"s.1": "train"})
+
+
+def taken_out(out):
+    convert_with_mean(out.parent / "in", out)
+    return Repacking(recoding=Recoding(encoding="u8-sum", patch_bytes=32))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        (other_decoder, "golden patches need the recorded one"),
+        (splits_that_lack_a_slide, r"have no split, first: 's\.2'"),
+        (taken_out, "holds a finished data set"),
+    ],
+)
+def test_wrong_choices_are_told_before_a_codebook_is_fitted(
+    sets, tmp_path, monkeypatch, wrong, told
+):
+    save_pictures(tmp_path / "in", 3)
+    options = wrong(tmp_path / "out")
+    monkeypatch.setattr(module, "fit_codebook", lambda *_: pytest.fail("fitted"))
+    with pytest.raises((ContractError, InputError), match=told):
+        repack(sets["u8"], tmp_path / "out", options)
+
+
 def test_the_command_halves_the_bytes_and_tells_the_loss(tiny_latents, tmp_path, capsys):
     words = ["repack", tiny_latents, "--out", tmp_path / "half", "--json"]
     code, out, _ = call(capsys, *words, "--encoding", "u8-sum", "--bytes", 128)

@@ -20,7 +20,7 @@ from latentds.core.storage import write_atomically
 from latentds.edit.contract import Identity, ImportOptions, decide, identify
 from latentds.edit.latent_files import LatentFiles
 from latentds.edit.layouts import ForeignPatch, list_latents
-from latentds.edit.outputs import new_data_set
+from latentds.edit.outputs import check_new, new_data_set
 from latentds.edit.recoding import Distortion
 from latentds.errors import InputError
 from latentds.quantizers.entropy.record_codebook import EntropyCodebook
@@ -57,6 +57,7 @@ def import_latents(
                  codebook of other latents
     """
     source, out, options = Path(source), Path(out), options or ImportOptions()
+    check_new(out, overwrite, [source])
     identity = identify(autoencoder, latent_id)
     layout, patches = list_latents(source, options.listing)
     logger.info("%s: %d patches, read as layout %r", source, len(patches), layout)

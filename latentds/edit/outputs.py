@@ -14,6 +14,15 @@ from latentds.errors import InputError
 from latentds.store.format import MANIFEST, SIDECARS
 
 
+def check_new(out: Path, overwrite: bool, sources: Sequence[Path] = ()) -> None:
+    """InputError where `new_data_set` would refuse: for whoever has long work to do before."""
+    check_apart(out, sources)
+    refuse_foreign(out, SIDECARS)
+    if not overwrite and (out / MANIFEST).is_file():
+        raise InputError(f"{out}: holds a finished data set; choose another --out, or pass "
+                         "--overwrite")  # fmt: skip
+
+
 @contextlib.contextmanager
 def new_data_set(out: Path, overwrite: bool, sources: Sequence[Path] = ()) -> Iterator[None]:
     """Hold an empty folder for a data set; what fails while it is held leaves nothing there.
@@ -21,15 +30,14 @@ def new_data_set(out: Path, overwrite: bool, sources: Sequence[Path] = ()) -> It
     overwrite  a data set that lies there, finished or not, is deleted
     sources    what is read: `out` may neither lie in one nor hold one
     """
-    check_apart(out, sources)
-    refuse_foreign(out, SIDECARS)
+    check_new(out, overwrite, sources)
     work = out / SIDECARS / "work"
     with exclusive_lock(work / "lock"):
         if any(path.is_file() for path in out.rglob("*") if path != work / "lock"):
             if not overwrite:
-                state = "a finished" if (out / MANIFEST).is_file() else "an unfinished"
                 raise InputError(
-                    f"{out}: holds {state} data set; choose another --out, or pass --overwrite"
+                    f"{out}: holds an unfinished data set; choose another --out, or pass "
+                    "--overwrite"
                 )
             remove_data_set(out)
         try:

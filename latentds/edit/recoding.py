@@ -71,11 +71,11 @@ class Recoder:
 
     def __init__(self, shards: ShardSet, recoding: Recoding, seed: int) -> None:
         self.shards, self.loss = shards, Distortion()
+        self.decoder = golden_decoder(shards, recoding)  # first: a codebook may take long to fit
         self.stored = choose_codebook(shards, recoding, seed)
         before, book = shards.manifest.contract, self.stored.codebook
         codes_shape = book.codes_shape_of(before.latents_shape)
         self.contract = dataclasses.replace(before, codebook=book, codes_shape=codes_shape)
-        self.decoder = golden_decoder(shards, recoding)
 
     def recoded(self, packs: Iterator[Part], before: AnyCodebook) -> Iterator[Part]:
         for codes, columns in packs:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from latentds.core.display import progress
 from latentds.core.storage import write_atomically
-from latentds.edit.outputs import local_folder, new_data_set
+from latentds.edit.outputs import check_new, local_folder, new_data_set
 from latentds.edit.recoding import Recoder, Recoding
 from latentds.errors import InputError, unknown_name
 from latentds.sources.names import patient_of
@@ -87,15 +87,17 @@ def repack(
     patches are those of the old set that are still there, which may be none.
     """
     out, source, options = Path(out), local_folder(folder), options or Repacking()
+    check_new(out, overwrite, [source])
     shards = ShardSet(source)
     manifest = shards.manifest
     kept = remaining_rows(shards, options.exclude_slides)
+    divided = divide(shards, kept, options)  # before a codebook is fitted
     recoder = Recoder(shards, options.recoding, options.seed) if options.recoding else None
     with new_data_set(out, overwrite, [source]):
         columns = read_columns(shards)
         stretches = [
             Stretch(stretch.split, stretch.book, arrange(shards, columns, stretch.rows, options))
-            for stretch in divide(shards, kept, options)
+            for stretch in divided
         ]
         contracts = [
             dataclasses.replace(manifest.contract, codebook=book) for book in manifest.codebooks

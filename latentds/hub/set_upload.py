@@ -95,6 +95,8 @@ def publish(
     """
     identifier = check_licence(publication.licence, publication.licence_name)
     repository = Repository(publication.repository, publication.revision)
+    if not dry_run:
+        repository.check_login()  # before hundreds of GB are hashed
     tell("checking the folder's sha256")
     manifest = check_folder(Path(folder))
     warnings = tuple(licence_warnings(manifest, identifier))

@@ -534,6 +534,19 @@ def test_copies_that_are_trained_on_and_tested_are_told(halves, val7k_run, embed
     assert not any("copies" in note for note in read_record(val7k_run).notes)
 
 
+@pytest.mark.parametrize(("mpp", "is_told"), [(0.25, True), (0.51, False), (None, False)])
+def test_a_test_set_at_another_scale_is_told(halves, tmp_path, mpp, is_told):
+    root = Path(shutil.copytree(halves, tmp_path / "halves"))
+    for split, own in {"train": 0.5, "test": mpp}.items():
+        paths = sorted((root / split).rglob("*.png"))
+        lines = [f"{path},{path.parent.name},{own or ''}\n" for path in paths]
+        (tmp_path / f"{split}.csv").write_text("path,label,mpp\n" + "".join(lines))
+    options = {"protocol": "val7k", "test_data": tmp_path / "test.csv", "embedder": "uni"}
+    found = open_labelled(settings(tmp_path / "train.csv", tmp_path / "run", **options))
+    told = [note for note in found.notes if "0.5 um a pixel, those of --test-data 0.25" in note]
+    assert bool(told) is is_told and len(found.notes) == len(told)
+
+
 @pytest.mark.parametrize("protocol", ["val7k", "intra100k"])
 def test_protocols_without_a_test_split_are_refused(classes, embedder, tmp_path, protocol):
     with pytest.raises(InputError, match=f"--protocol {protocol} needs folders train and test"):

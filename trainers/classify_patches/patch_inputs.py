@@ -17,6 +17,7 @@ from latentds.errors import InputError
 from latentds.evaluation.folds import Fold, fixed_test_folds, note_splits, stratified_group_folds
 from latentds.evaluation.groups import groups_of
 from latentds.evaluation.patchsets.open_patch_sets import open_patches
+from latentds.loading.fields_of_view import TOLERANCE
 from latentds.sources.slide_names import some
 
 if TYPE_CHECKING:
@@ -95,6 +96,7 @@ def open_labelled(config: ClassifyConfig) -> LabelledPatches:
         test = open_test_set(config, train, config.test_data)
         prefix = config.test_data.name
         own, notes = groups_of_test_set(test, prefix, config.groups)
+        notes += note_scale(table.mpp, test.table.mpp)
         if config.groups is not None:
             check_apart(groups, own, config)
         sets.append(test)
@@ -122,6 +124,18 @@ def open_labelled(config: ClassifyConfig) -> LabelledPatches:
     remedy = "--protocol val7k tests on the split test, --split NAME takes one"
     found.notes.extend(note_splits(drawn, remedy))
     return found
+
+
+def note_scale(train_mpp: np.ndarray, test_mpp: np.ndarray) -> list[str]:
+    """That tissue is seen at another scale in the test set, where both sets tell theirs (N,)."""
+    known = [mpp[np.isfinite(mpp)] for mpp in (train_mpp, test_mpp)]
+    if not all(map(len, known)):
+        return []
+    train, test = (float(np.median(mpp)) for mpp in known)
+    if max(train, test) <= min(train, test) * (1 + TOLERANCE):
+        return []
+    told = f"patches of --data have {train:.4g} um a pixel, those of --test-data {test:.4g}"
+    return [f"{told}: tissue is tested at another scale than it is trained at"]
 
 
 def groups_of_test_set(

@@ -406,7 +406,7 @@ def test_labels_without_slides_and_the_reverse_are_refused_unless_a_subset_is_as
     table = read_labels(labels_csv)
     with pytest.raises(InputError, match=message):
         match_labels(table, slides)
-    with pytest.raises(InputError, match=r"\. Mend the names, or pass --allow-subset$"):
+    with pytest.raises(InputError, match=r"\. Mend the table, or pass --allow-subset$"):
         match_labels(table, slides)
     found = match_labels(table, slides, allow_subset=True)
     assert len(found.slides) == len(set(slides) - {"s5"}) and len(found.notes) == 1
@@ -480,6 +480,16 @@ def test_signs_tell_classes_apart(tmp_path: Path) -> None:
     path = tmp_path / "labels.csv"
     path.write_text("slide,label\na,-1\nb,1\nc,1-\n")
     assert len(match_labels(read_labels(path), ["a", "b", "c"]).classes) == 3
+
+
+def test_slides_whose_label_is_empty_have_none(tmp_path: Path) -> None:
+    path = tmp_path / "labels.csv"
+    path.write_text("slide_id,case_id,label\ns1,p1,a\ns2,p1,\ns3,p2,b\n")
+    table = read_labels(path)
+    with pytest.raises(InputError, match="1 slides have no label: 's2'. Mend the table, or pass"):
+        match_labels(table, ["s1", "s2", "s3"])
+    found = match_labels(table, ["s1", "s2", "s3"], allow_subset=True)
+    assert found.slides == ["s1", "s3"] and found.notes == ["1 slides have no label: 's2'"]
 
 
 def test_a_slide_with_two_labels_is_refused(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ GROUP_COLUMNS = ("group", *ALIASES["patient"])
 LABEL_COLUMNS = ALIASES["label"]
 # Patients whose names mean the same person everywhere; patient_001 may be anyone.
 UNIQUE = ("TCGA", "CPTAC", "GTEx")
-SUBSET_HINT = "Mend the names, or pass --allow-subset"
+SUBSET_HINT = "Mend the table, or pass --allow-subset"
 
 
 def groups_of(
@@ -172,6 +172,8 @@ class LabelTable:
 def read_labels(path: Path) -> LabelTable:
     """CLAM's case_id, slide_id, label; or slide or bag, label, and one of group, patient, tma_core.
 
+    Lines without a label are left out: their slides have none.
+
     raises  InputError for missing columns or values, and for a slide with two labels or patients
     """
     table = read_table(path)
@@ -179,7 +181,10 @@ def read_labels(path: Path) -> LabelTable:
     label = table.need_column(LABEL_COLUMNS, "labels")
     case = table.find_column([name for name in GROUP_COLUMNS if name != key])
     cases = column_values(table, key, case) if case else {}
-    return LabelTable(path, column_values(table, key, label), cases)
+    told = [place for place, row in enumerate(table.rows) if row[label].strip()]
+    rows, lines = [table.rows[place] for place in told], [table.lines[place] for place in told]
+    labelled = dataclasses.replace(table, rows=rows, lines=lines)
+    return LabelTable(path, column_values(labelled, key, label), cases)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -47,7 +47,7 @@ class TextTable:
         if found is None:
             raise InputError(
                 f"{self.path}: no column for {what} ({', '.join(names)}); it has "
-                f"{', '.join(self.columns)[:200] or 'none'}"
+                f"{', '.join(self.columns)[:200] or 'none'}; rename one of those"
             )
         return found
 

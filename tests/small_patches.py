@@ -65,6 +65,9 @@ class SmallPatches:
     def slides(self) -> list[str]:
         return sorted(self.sizes)
 
+    def nameless(self) -> int:
+        return 0
+
     def of_slide(self, slide: str) -> SmallPatches:
         if slide not in self.sizes:
             raise UnknownNameError(slide)

@@ -17,10 +17,15 @@ import torch
 from latentds_tools import cli
 from safetensors.torch import save_file
 
+from latentds.conversion.convert_config import ConvertConfig
+from latentds.conversion.converting import convert
 from latentds.embedders.nic import NicEncoder
 from latentds.evaluation.features.embedding_pipeline import Piece, embed_pieces, in_background
 from latentds.evaluation.features.folder import FeatureFolder
 from latentds.evaluation.features.slide_labels import read_lines
+from latentds.evaluation.patchsets.open_patch_sets import open_patches
+from latentds.evaluation.patchsets.patch_set_config import PatchInput
+from latentds.loading.bags import SlideBags
 from tests.conftest import save_pictures
 from tests.small_patches import ProjectionEmbedder
 
@@ -154,6 +159,29 @@ def test_slides_without_one_label_are_told(work, tmp_path, capsys, caplog):
     assert f"{tmp_path / 'out/labels.csv'}: 1 of 2 slides have no label" in caplog.text
     assert "among them 's2'" in caplog.text
     assert [line.label for line in read_lines(tmp_path / "out").values()] == ["a", ""]
+
+
+@pytest.fixture
+def two_cohorts(tmp_path) -> Path:
+    """Two tiles whose names tell a slide, and three of another house that tell none."""
+    save_pictures(tmp_path / "in", 5, edge=128)
+    for x in (0, 1):
+        name = f"TCGA-3C-AALI-01Z-00-DX1_x{x}_y0.png"
+        (tmp_path / "in" / f"p00{x}.png").rename(tmp_path / "in" / name)
+    return tmp_path / "in"
+
+
+def test_pictures_without_a_slide_are_told(work, two_cohorts, tmp_path, capsys, caplog):
+    call(capsys, words_of(work, tmp_path / "out", data=two_cohorts))
+    assert FeatureFolder(tmp_path / "out").sizes == {"TCGA-3C-AALI-01Z-00-DX1": 2}
+    assert "in: 3 of its patches or pictures name no slide and are left out" in caplog.text
+
+
+def test_latents_without_a_slide_are_told(two_cohorts, tmp_path, caplog):
+    convert(ConvertConfig(source=two_cohorts, out=tmp_path / "set", device="cpu"))
+    assert open_patches(PatchInput(data=tmp_path / "set")).nameless() == 3
+    assert len(SlideBags(tmp_path / "set")) == 1
+    assert "set: 3 patches name no slide and are in no bag" in caplog.text
 
 
 def test_errors_are_one_line(work, tmp_path, capsys):

@@ -124,6 +124,8 @@ class SlideBags(Dataset[Bag]):
         rows, numbers, labels = rows[named], table["slide"][named], table["label"][named]
         if not len(rows):
             raise InputError(f"{folder}: no patch of split {split!r} has a slide; bags need them")
+        if not named.all():
+            logger.warning("%s: %d patches name no slide and are in no bag", folder, sum(~named))
         order = np.argsort(numbers, kind="stable")
         self.rows = rows[order]
         present, counts = np.unique(numbers, return_counts=True)

@@ -128,6 +128,8 @@ def extract_several(
     device = choose_device(device)
     names = named_slides(patches)
     rank, world_size = find_rank(rank, world_size)
+    if rank == 0:
+        tell_nameless(patches)
     mine = names[rank::world_size]
     targets = []
     for out, embedder in embedders.items():
@@ -194,6 +196,15 @@ def named_slides(patches: PatchSet) -> list[str]:
             "give originals a --name-pattern with a group 'slide'"
         )
     return names
+
+
+def tell_nameless(patches: PatchSet) -> None:
+    """Warn of patches that are of no slide, and so of no bag."""
+    if lost := patches.nameless():
+        logger.warning(
+            "%s: %d of its patches or pictures name no slide and are left out; give originals a "
+            "--name-pattern with a group 'slide'", patches.facts().data, lost,
+        )  # fmt: skip
 
 
 def record_of(

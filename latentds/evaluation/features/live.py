@@ -21,6 +21,7 @@ from latentds.evaluation.features.extraction import (
     named_slides,
     open_bag,
     record_of,
+    tell_nameless,
 )
 from latentds.evaluation.features.extraction_options import FeatureOptions
 from latentds.evaluation.features.features_record import comparable
@@ -54,6 +55,7 @@ class LiveFeatures:
         self.dim = embedder.card.dim
         self.left_out: dict[str, str] = {}  # a slide that fails is an error here
         self.bags: dict[str, LiveBag] = {}
+        tell_nameless(patches)
         for slide in named_slides(patches):
             try:
                 self.bags[slide] = LiveBag(self, slide)

@@ -87,6 +87,10 @@ class Shards:
         """Sorted names of the slides that have patches here."""
         return sorted(self.by_slide[0])
 
+    def nameless(self) -> int:
+        """How many patches name no slide."""
+        return int((self.shards.patches[self.chosen]["slide"] < 0).sum())
+
     def of_slide(self, slide: str) -> Shards:
         places, rows, ends = self.by_slide
         if slide not in places:

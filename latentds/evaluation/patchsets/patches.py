@@ -196,6 +196,10 @@ class PatchSet:
         """Sorted names of the slides; empty where patches name none."""
         return [self.slide] if self.slide is not None else self.contents.slides()
 
+    def nameless(self) -> int:
+        """How many patches, or pictures of several, are of no slide that is known."""
+        return self.contents.nameless()
+
     def rows_of(self, slide: str) -> np.ndarray:
         """Rows of a slide's patches, ascending; UnknownNameError for one that is not there."""
         found = self.rows_by_slide.get(slide)

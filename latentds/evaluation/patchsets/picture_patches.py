@@ -133,6 +133,10 @@ class Pictures:
     def slides(self) -> list[str]:
         return sorted({picture.slide for picture in self.pictures if picture.slide is not None})
 
+    def nameless(self) -> int:
+        """How many pictures name no slide."""
+        return sum(picture.slide is None for picture in self.pictures)
+
     def of_slide(self, slide: str) -> Pictures:
         return self.part([number for number, p in enumerate(self.pictures) if p.slide == slide])
 

@@ -212,6 +212,18 @@ def test_repeats_train_with_further_seeds_on_the_same_folds(job, short, copy):
     assert set(first) < set(table_of(copy).decode().splitlines())
 
 
+def test_slides_that_several_folds_test_are_told(job, short, tmp_path):
+    assert not any("more than one fold" in note for note in read_record(short).notes)
+    first = (short / "splits" / "splits_0.csv").read_text()
+    for number in range(2):
+        path = tmp_path / "splits" / f"splits_{number}.csv"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(first)
+    record = read_record(run(job, tmp_path / "run", splits=tmp_path / "splits", **SHORT))
+    (told,) = (note for note in record.notes if "more than one fold" in note)
+    assert told.startswith("6 of 6 slides are tested in more than one fold")
+
+
 @pytest.mark.parametrize("kind", ["splits", "splits/k=all.tsv"])
 def test_split_files_give_the_same_folds(job, short, tmp_path, kind):
     again = run(job, tmp_path / "run", splits=short / kind, **SHORT)

@@ -63,6 +63,9 @@ MAY_CHANGE = frozenset(
 REMEDIES = {  # by what differs; a setting is set back
     "bags_a_step": "choose --batch-size and --accumulation for as many on these ranks",
     "data_content": "give the patches it was started with",
+    "features": "give the features it was started with",
+    "labels_id": "give the --labels and --groups it was started with",
+    "split_id": "give the slides and --splits it was started with",
 }
 OF_RANKS = ("auc",)  # by the order of probabilities, not by the class each gives
 SHOWN = ("auc", "balanced_accuracy", "accuracy", "macro_f1")
@@ -221,6 +224,21 @@ def best_is_last(number: int, epochs: int, best: int, select: str) -> list[str]:
     ]
 
 
+def tested_again(outcomes: Sequence[FoldOutcome]) -> list[str]:
+    """That several folds test the same slides, as Monte-Carlo splits and shared test sets do."""
+    folds: dict[str, set[int]] = {}
+    for outcome in outcomes:
+        for slide in outcome.items:
+            folds.setdefault(slide, set()).add(outcome.fold)
+    again = sum(len(found) > 1 for found in folds.values())
+    if not again:
+        return []
+    return [
+        f"{again:,} of {len(folds):,} slides are tested in more than one fold: folds are no "
+        "independent test sets, and deviation and interval over them are too small"
+    ]
+
+
 def report(
     config: AbmilConfig,
     labelled: LabelledBags,
@@ -251,6 +269,7 @@ def report(
             *slides.notes,
             *([book] if book else []),
             *([f"{len(lost):,} slides have no features: {some(list(lost))}."] if lost else []),
+            *tested_again(outcomes),
             *found,
         ],
     )

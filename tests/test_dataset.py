@@ -149,6 +149,21 @@ def test_unlabelled_sets_have_no_classes(tmp_path):
     assert data.classes == [] and next(iter(data)).labels.tolist() == [-1] * 5
 
 
+@pytest.mark.parametrize(
+    ("is_labelled", "as_tuple", "warnings"), [(0, True, 1), (0, False, 0), (1, True, 0)]
+)
+def test_tuples_of_patches_without_labels_are_warned_of_once(
+    tmp_path, shared_dataset, caplog, is_labelled, as_tuple, warnings
+):
+    if not is_labelled:
+        save_pictures(tmp_path / "in", 6)
+        convert_with_mean(tmp_path / "in", tmp_path / "out")
+    folder = shared_dataset if is_labelled else tmp_path / "out"
+    loader = LatentLoader(folder, batch_size=2, decode="codes", as_tuple=as_tuple)
+    assert len([*loader, *loader]) == 2 * len(loader)
+    assert caplog.text.count("Select(where='label is not None') leaves them out") == warnings
+
+
 def test_latents_are_the_codebook_levels_of_the_codes(shared_dataset):
     data = LatentDataset(shared_dataset, batch_size=8, decode="latents")
     batch = next(iter(data))

@@ -111,7 +111,7 @@ class LatentLoader:
         self.decode, self.device = decode, choose_device(device)
         self.decode_device = choose_device(decoding.device or device)
         self.transform = Watched(transform) if transform else None
-        self.views, self.as_tuple = views, as_tuple
+        self.views, self.as_tuple, self.has_told = views, as_tuple, False
         self.contract = self.dataset.shards.manifest.contract
         beside = {"views": views is not None, "masks": masks}
         self.augment: Making | None = None
@@ -248,10 +248,22 @@ class LatentLoader:
     def received(self) -> Iterator[Batch]:
         """Batches as the workers' transfers bring them."""
         for transfer, sizes in self.counted():
+            self.tell_unlabelled(transfer)
             start = 0
             for size in sizes:
                 yield transfer[start : start + size]
                 start += size
+
+    def tell_unlabelled(self, transfer: Batch) -> None:
+        """Warn, once, that tuples of (images, labels) have patches without a label."""
+        asks = self.as_tuple and self.views is None and not self.has_told
+        if asks and bool((transfer.labels < 0).any()):
+            self.has_told = True
+            logger.warning(
+                "%s: as_tuple=True gives labels, and patches of split %r have none, -1; "
+                "Select(where='label is not None') leaves them out",
+                self.dataset.shards.folder, self.dataset.split,
+            )  # fmt: skip
 
     def counted(self) -> Iterator[tuple[Batch, list[int]]]:
         """The transfers of an epoch, each at its place; WorkerError where one is missing."""

@@ -1,12 +1,12 @@
 """Entropy of slides within shards, and where it is told."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from latentds.store.format import PATCH_DTYPE
-from latentds.store.manifest import read_manifest
+from latentds.store.reader import ShardSet
 from latentds.store.set_measures import slide_entropies, slide_entropy
 from tests.test_tools import call
 
@@ -18,21 +18,16 @@ def test_entropy_of_known_distributions(slides, bits):
     assert slide_entropy(np.array(slides, np.int32)) == bits
 
 
-def test_shards_of_one_slide_each_have_no_entropy(tmp_path):
-    from types import SimpleNamespace
-
-    table = np.zeros(8, PATCH_DTYPE)
-    table["slide"] = [0, 0, 1, 1, 0, 1, 0, 1]
-    (tmp_path / ".latentds").mkdir()
-    np.save(tmp_path / ".latentds" / "patches.npy", table)
+def test_shards_of_one_slide_each_have_no_entropy():
+    table = {"slide": np.array([0, 0, 1, 1, 0, 1, 0, 1])}
     names = ["train", "train", "val"]
     shards = [SimpleNamespace(split=s, patches=n) for s, n in zip(names, (2, 2, 4), strict=True)]
-    found = slide_entropies(tmp_path, SimpleNamespace(shards=shards, tables={}, patches=8))
+    found = slide_entropies(SimpleNamespace(manifest=SimpleNamespace(shards=shards), patches=table))
     assert found == {"train": {"shards": 0, "split": 1}, "val": {"shards": 1, "split": 1}}
 
 
 def test_a_shuffled_set_is_as_mixed_as_its_split(shared_dataset):
-    found = slide_entropies(shared_dataset, read_manifest(shared_dataset))
+    found = slide_entropies(ShardSet(shared_dataset))
     assert found == {s: {"shards": 1.0, "split": 1.0} for s in ("train", "val")}
 
 

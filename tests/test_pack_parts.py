@@ -18,7 +18,6 @@ from latentds.store.index import block_rows_of, even_size
 from latentds.store.manifest import read_manifest
 from latentds.store.open_files import Table
 from latentds.store.reader import ShardSet
-from latentds.store.set_measures import stored_resolutions
 from latentds.store.verification import verify
 from tests.bad_shards import describe_file, edit_manifest, edit_table
 from tests.conftest import convert_with_mean, save_pictures
@@ -181,8 +180,6 @@ def test_a_set_whose_packs_have_the_sums_of_patches_reads_the_same(large, folder
     assert entry["blocks"] == "packs" and "block_crc32" not in entry
     rows = np.arange(200)
     assert ShardSet(large).patches[rows].tobytes() == ShardSet(folder).patches[rows].tobytes()
-    manifest = read_manifest(large)
-    assert stored_resolutions(large, manifest) == stored_resolutions(folder, read_manifest(folder))
     with serving(large) as server:
         assert batches(server.url, cache=cache, num_workers=workers) == batches(folder)
         remote = ShardSet(server.url, cache=cache)

@@ -200,22 +200,24 @@ def planned_bytes(config: Config, latents_shape: tuple[int, int, int]) -> int:
 
 def describe(config: Config, manifest: Any, seconds: float) -> dict[str, Any]:
     from latentds.store.format import SLIDES_TABLE
-    from latentds.store.set_measures import slide_entropies, stored_resolutions
+    from latentds.store.reader import ShardSet
+    from latentds.store.set_measures import resolutions, slide_entropies
 
+    shards = ShardSet(config.out, manifest=manifest)
     stored = sum(shard.bytes for shard in manifest.shards)
     return {
         "out": str(config.out),
         "patches": manifest.patches,
         "splits": manifest.splits,
         "classes": manifest.labels(),
-        "slide_entropy_bits": slide_entropies(config.out, manifest),
+        "slide_entropy_bits": slide_entropies(shards),
         "bytes_per_patch": manifest.contract.bytes_per_patch,
         "shards": len(manifest.shards),
         "shard_bytes": stored,
         "seconds": round(seconds, 1),
         "codebook": manifest.made["codebook"],
         "converted_to_rgb": manifest.made["converted_to_rgb"],
-        "mpp": stored_resolutions(config.out, manifest),
+        "mpp": resolutions(shards.patches["mpp"]),
         "converted": manifest.made.get("converted"),
         "left_out": manifest.made["left_out"],
         "without_patches": manifest.made.get("without_patches", []),

@@ -45,9 +45,10 @@ def summarize(config: Config) -> dict[str, Any]:
     from latentds.sources.names import describe_barcodes
     from latentds.store.manifest import read_manifest
     from latentds.store.reader import ShardSet
-    from latentds.store.set_measures import measure_steps, slide_entropies, stored_resolutions
+    from latentds.store.set_measures import measure_steps, resolutions, slide_entropies
 
     manifest = read_manifest(config.folder)
+    shards = ShardSet(config.folder, manifest=manifest)
     contract, made = manifest.contract, manifest.made
     stored = sum(shard.bytes for shard in manifest.shards)
     codes = manifest.patches * contract.bytes_per_patch
@@ -58,8 +59,8 @@ def summarize(config: Config) -> dict[str, Any]:
         "labels": manifest.labels(),
         "slides": len(manifest.slides),
         "tcga": describe_barcodes(manifest.slides, read_projects(config.projects)),
-        "slide_entropy_bits": slide_entropies(config.folder, manifest),
-        "mpp": stored_resolutions(config.folder, manifest),
+        "slide_entropy_bits": slide_entropies(shards),
+        "mpp": resolutions(shards.patches["mpp"]),
         "patch_px": list(contract.patch_px),
         "codes_shape": list(contract.codes_shape),
         "bytes_per_patch": contract.bytes_per_patch,
@@ -79,7 +80,7 @@ def summarize(config: Config) -> dict[str, Any]:
             "more": len(manifest.more_codebooks),
             **made.get("codebook", {}),
         },
-        "record_steps": measure_steps(ShardSet(config.folder, manifest=manifest)),
+        "record_steps": measure_steps(shards),
         "channel_statistics": manifest.statistics and dataclasses.asdict(manifest.statistics),
         "left_out": len(made.get("left_out", [])),
         "refine": (made.get("options") or {}).get("refine") or 0,

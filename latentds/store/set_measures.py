@@ -3,18 +3,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from latentds.quantizers.entropy.record_codebook import EntropyCodebook
 from latentds.store.channel_statistics import sample_rows
-from latentds.store.format import PATCHES_TABLE
-from latentds.store.manifest import Manifest
-from latentds.store.open_files import LocalFiles, Table
 from latentds.store.reader import ShardSet
-from latentds.store.tables import PackTable, open_table
 
 SHARES = (0, 5, 25, 50, 75, 95, 100)  # per cent of the patches
 
@@ -28,15 +23,15 @@ def slide_entropy(slides: np.ndarray) -> float | None:
     return float(-(shares * np.log2(shares)).sum()) + 0.0  # -0.0 for one slide
 
 
-def slide_entropies(folder: Path, manifest: Manifest) -> dict[str, dict[str, float]]:
+def slide_entropies(shards: ShardSet) -> dict[str, dict[str, float]]:
     """Of every split with slides: the mean over its shards, and the split's own entropy, in bits.
 
     Equal where every shard is like the whole; 0 within shards of one slide each.
     """
-    stops = np.cumsum([shard.patches for shard in manifest.shards])
-    slides = patch_table(folder, manifest)["slide"]
+    records = shards.manifest.shards
+    stops = np.cumsum([record.patches for record in records])
     parts: dict[str, list[np.ndarray]] = {}
-    for shard, part in zip(manifest.shards, np.split(slides, stops[:-1]), strict=True):
+    for shard, part in zip(records, np.split(shards.patches["slide"], stops[:-1]), strict=True):
         parts.setdefault(shard.split, []).append(part)
     found = {}
     for split, held in parts.items():
@@ -47,14 +42,6 @@ def slide_entropies(folder: Path, manifest: Manifest) -> dict[str, dict[str, flo
     return found
 
 
-def patch_table(folder: Path, manifest: Manifest) -> Table:
-    """The patch table, checked as it is read."""
-    files = LocalFiles(folder)
-    if "blocks" in manifest.tables.get(PATCHES_TABLE, {}):  # its sums are in the pack table
-        return PackTable(files, manifest).open_patches()
-    return open_table(files, manifest, PATCHES_TABLE)
-
-
 def resolutions(mpp: np.ndarray) -> dict[str, int]:
     """Patches by micrometres a pixel in three digits, ascending; `unknown` for NaN."""
     values, counts = np.unique(mpp, return_counts=True)  # NaN is one value
@@ -63,11 +50,6 @@ def resolutions(mpp: np.ndarray) -> dict[str, int]:
         name = "unknown" if np.isnan(value) else f"{value:.3g}"
         found[name] = found.get(name, 0) + count
     return found
-
-
-def stored_resolutions(folder: Path, manifest: Manifest) -> dict[str, int]:
-    """Patches of a finished set by micrometres a pixel."""
-    return resolutions(patch_table(folder, manifest)["mpp"])
 
 
 def are_several(found: dict[str, int]) -> bool:

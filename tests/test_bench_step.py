@@ -10,7 +10,7 @@ from latentds_tools import cli
 from latentds_tools.bench import bench_step, harness, step_feeding
 
 from latentds.errors import InputError
-from latentds.loading import loader as loading
+from latentds.loading import augmenting
 from tests.fakes import HostGraphed
 
 for library in ("timm", "lightly"):
@@ -161,10 +161,10 @@ def test_replayed_views_are_measured_beside_launched_ones(monkeypatch):
 
     def open_loader(*given, **options):
         loader = opened(*given, **options)
-        loader.views = loading.replayed(loader.views)
+        loader.views = augmenting.replayed(loader.views)
         return loader
 
-    monkeypatch.setattr(loading, "Graphed", HostGraphed)
+    monkeypatch.setattr(augmenting, "Graphed", HostGraphed)
     monkeypatch.setattr(step_feeding, "open_loader", open_loader)
     report = bench_step.measure(bench_step.Config(**SIZES, **OPTIONS))
     assert list(report["steps"]) == [*STEPS[:2], bench_step.REPLAYED_TOO, STEPS[2]]

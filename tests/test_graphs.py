@@ -8,7 +8,7 @@ import torch
 
 from latentds import LatentLoader, MultiCrop
 from latentds.core.compiling import Graphed
-from latentds.loading import loader as loading
+from latentds.loading import augmenting
 from latentds.loading.decoding import Decode
 from latentds.views.latent_crops import LatentCrops
 from latentds.views.view_batch import Views
@@ -31,12 +31,12 @@ def batches_of(shape, *sizes):
 @pytest.fixture
 def on_host(monkeypatch):
     """Graphs of loaders are simulated."""
-    monkeypatch.setattr(loading, "Graphed", HostGraphed)
+    monkeypatch.setattr(augmenting, "Graphed", HostGraphed)
 
 
 @pytest.mark.parametrize(("views", "shape"), BOTH)
 def test_replayed_views_are_kept_and_smaller_batches_share_the_graph(on_host, views, shape):
-    graphed, batches = loading.replayed(views), list(batches_of(shape, 6, 6, 4, 6))
+    graphed, batches = augmenting.replayed(views), list(batches_of(shape, 6, 6, 4, 6))
     made = [graphed(*batch) for batch in batches]
     for found, batch in zip(made, batches, strict=True):
         expected = views(*batch)
@@ -57,7 +57,7 @@ def test_views_that_are_not_ours_are_called_as_they_are():
     def own(images, seeds):
         return Views(images[None], images[None, :, :, :2, :2])
 
-    assert loading.replayed(own) is own and loading.replayed(None) is None
+    assert augmenting.replayed(own) is own and augmenting.replayed(None) is None
 
 
 def test_views_on_a_cpu_are_not_replayed(shared_dataset):
@@ -73,7 +73,7 @@ def test_batches_of_a_loader_keep_their_replayed_views(on_host, shared_dataset, 
     name = "augment" if augment else "views"
     views = loaders[0].augment if augment else MULTICROP
     setattr(loaders[0], name, views)
-    setattr(loaders[1], name, loading.replayed(views))
+    setattr(loaders[1], name, augmenting.replayed(views))
     for plain, graphed in zip(*map(list, loaders), strict=True):
         shown = [(one.images,) if augment else one.views.crops() for one in (plain, graphed)]
         for crop, other in zip(*shown, strict=True):
@@ -94,7 +94,7 @@ def close_on_gpu(found: Views, expected: Views) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("views", "shape"), BOTH)
 def test_views_replayed_on_a_gpu_are_those_launched(views, shape, dtype):
-    graphed = loading.replayed(views)
+    graphed = augmenting.replayed(views)
     assert isinstance(graphed, Graphed)
     batches = [(v.to("cuda", dtype), s.cuda()) for v, s in batches_of(shape, 6, 6, 4, 6)]
     made = [graphed(*batch) for batch in batches]  # kept over other replays

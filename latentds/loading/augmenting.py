@@ -1,4 +1,4 @@
-"""What `augment=` of a loader means: a changed picture of every patch, drawn from its seed.
+"""What changes patches in a loader: `augment=`, drawn from each patch's seed, and views replayed.
 
 And a look at `transform=`: whether its random numbers are the batch's, not the patches'.
 """
@@ -15,10 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from latentds.core.compiling import Graphed
 from latentds.errors import InputError
+from latentds.views.latent_crops import LatentCrops
 from latentds.views.multicrop import MultiCrop
+from latentds.views.view_batch import Views
 
 logger = logging.getLogger(__name__)
+Making = Callable[[Tensor, Tensor], Views]
 
 COPIES, TRIALS = 8, 4  # one patch several times over, several times
 ONCE = (
@@ -127,3 +131,10 @@ def generators_kept(device: torch.device) -> Iterator[None]:
         yield
     random.setstate(python)
     np.random.set_state(numpy)
+
+
+def replayed(views: Making | None) -> Making | None:
+    """Ours from a CUDA graph; another's as they are, as those may wait for the GPU."""
+    if isinstance(views, MultiCrop | LatentCrops):
+        return Graphed(views, lambda made, size: made[:size].map(Tensor.clone))
+    return views

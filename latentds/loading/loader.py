@@ -15,11 +15,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from latentds.autoencoders.autoencoder import Autoencoder
-from latentds.core.compiling import Graphed
 from latentds.core.processes import REMEDY, choose_device, describe_shm, gather, of_dead_worker
 from latentds.errors import WorkerError
 from latentds.loading.array import Resident
-from latentds.loading.augmenting import Watched, find_augment
+from latentds.loading.augmenting import Making, Watched, find_augment, replayed
 from latentds.loading.batch import Batch
 from latentds.loading.dataset import LatentDataset, Transfer, Transfers, check_bad
 from latentds.loading.decoding import Decode, Decoder, Integers, check_decode, make_decoder
@@ -29,12 +28,9 @@ from latentds.quantizers.codebooks import ChannelStatistics
 from latentds.quantizers.scalar import AnyCodebook
 from latentds.store.cache import CacheConfig
 from latentds.store.channel_statistics import checked_statistics
-from latentds.views.latent_crops import LatentCrops
 from latentds.views.multicrop import MultiCrop
-from latentds.views.view_batch import Views
 
 logger = logging.getLogger(__name__)
-Making = Callable[[Tensor, Tensor], Views]
 
 
 class LatentLoader:
@@ -383,13 +379,6 @@ def check_asked(
         )
     if views is not None and decode not in ("pixels", "latents"):
         raise ValueError(f"views are made of pixels or latents, not of decode={decode!r}")
-
-
-def replayed(views: Making | None) -> Making | None:
-    """Ours from a CUDA graph; another's as they are, as those may wait for the GPU."""
-    if isinstance(views, MultiCrop | LatentCrops):
-        return Graphed(views, lambda made, size: made[:size].map(Tensor.clone))
-    return views
 
 
 def check_filled_up(dataset: LatentDataset, as_tuple: bool) -> None:

@@ -21,9 +21,10 @@ from latentds.autoencoders.autoencoder import Autoencoder, latent_cells
 from latentds.core.compiling import Graphed
 from latentds.embedders.latent_stem import LatentStemConfig, build_vit
 from latentds.errors import InputError
+from latentds.loading.augmenting import Making
 from latentds.loading.batch import Batch
 from latentds.loading.decoding import Decode
-from latentds.loading.loader import LatentLoader, Making
+from latentds.loading.loader import LatentLoader
 from latentds.loading.options import Order
 from latentds.models.token_masks import global_masks, random_masks
 from latentds.store.manifest import read_manifest

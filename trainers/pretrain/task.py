@@ -49,7 +49,7 @@ from latentds.core.storage import write_atomically
 from latentds.embedders.backbone_record import CODEBOOK
 from latentds.embedders.timm_models import check_name
 from latentds.errors import InputError
-from latentds.loading.loader import replayed
+from latentds.loading.augmenting import replayed
 from latentds.models.backbone_folder import write_backbone
 from latentds.models.masked_autoencoder import MaskedAutoencoder
 from latentds.models.token_masks import global_masks, random_masks

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from latentds.evaluation.patchsets.patch_set_config import PatchInput
 from latentds_tools import cli
 from safetensors.torch import save_file
 
@@ -25,6 +24,7 @@ from latentds.evaluation.features.embedding_pipeline import Piece, embed_pieces,
 from latentds.evaluation.features.folder import FeatureFolder
 from latentds.evaluation.features.slide_labels import read_lines
 from latentds.evaluation.patchsets.open_patch_sets import open_patches
+from latentds.evaluation.patchsets.patch_set import PatchInput
 from latentds.loading.bags import SlideBags
 from tests.conftest import save_pictures
 from tests.small_patches import ProjectionEmbedder

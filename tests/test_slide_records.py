@@ -114,7 +114,7 @@ def test_sets_of_pictures_keep_nothing_of_slides(tmp_path):
     convert_with_mean(tmp_path / "in", tmp_path / "set")
     assert not (tmp_path / "set" / SLIDES_TABLE).exists()
     with pytest.raises(InputError, match="it was not made of slides"):
-        publish(tmp_path / "set", CC0, thumbnails=True)
+        publish(tmp_path / "set", CC0, thumbnails=True, dry_run=True)
 
 
 def test_merged_sets_keep_the_slides_of_all(slide_set, tmp_path):

@@ -98,7 +98,7 @@ def publish(
     if not dry_run:
         repository.check_login()  # before hundreds of GB are hashed
     tell("checking the folder's sha256")
-    manifest = check_folder(Path(folder))
+    manifest = check_folder(Path(folder), thumbnails)
     warnings = tuple(licence_warnings(manifest, identifier))
     contents = gather(Path(folder), manifest, publication, warnings, thumbnails)
     card = Path(folder) / README
@@ -173,8 +173,10 @@ def have_repository(
     return remote or {}
 
 
-def check_folder(folder: Path) -> Manifest:
-    """The manifest of a folder whose files are what it says."""
+def check_folder(folder: Path, thumbnails: bool) -> Manifest:
+    """The manifest of a folder whose files are what it says; thumbnails only where it has some."""
+    if thumbnails:
+        need_slide_records(folder)
     result = verify(folder, "sha256")
     if not result.is_good:
         more = f" (and {len(result.problems) - 1} more)" if len(result.problems) > 1 else ""
@@ -199,7 +201,6 @@ def gather(
     }
     contents |= {name: folder / name for name in manifest.tables}
     if thumbnails:
-        need_slide_records(folder)
         contents[SLIDES_TABLE] = folder / SLIDES_TABLE
     if len(golden.rows):
         contents[PREVIEW] = make_preview(folder)

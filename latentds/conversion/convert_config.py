@@ -132,7 +132,7 @@ class ConvertConfig(SourceOptions, CodeOptions):
     slides are cut at 0.5 mpp within --mpp-tolerance or resampled to it, where DSMIL takes the
     nearest level by magnification, and DSMIL's stretched tiles at the edges are left out."""
     order: Literal["shuffle", "path"] = "shuffle"
-    """Order of the pictures on disk: by --seed, or by path. Tiles of one picture stay together."""
+    """Order on disk: shuffled by --seed, or by path. Tiles of one picture stay together."""
     mix: int | None = None
     """Shuffle the patches of this many slides or tiled pictures among each other, so that every
     pack holds patches of many."""

@@ -44,7 +44,7 @@ class Config:
     """Kill runs after a checkpoint, resume them, and compare them with an uninterrupted run."""
 
     against: str = "webdataset,webdataset-stateful,datasets,torchdata"
-    """Peers, of webdataset, webdataset-stateful, datasets, torchdata, mds, litdata."""
+    """Comma-separated, of webdataset, webdataset-stateful, datasets, torchdata, mds, litdata."""
     topologies: str = "1x0,1x2,2x2,2x2-1x2"
     """Comma-separated ranks x workers; A-B is stopped as A and resumed as B."""
     stops: str = "0.2,0.7"

@@ -118,7 +118,7 @@ class AbmilConfig(PatchInput):
     """Trainings of every fold on the same split, with seeds from --seed upwards."""
     preset: Literal["clam", "patho-bench", "ilse"] = "clam"
     """clam: gated, hidden 512, attention 256, three dropouts of 0.25, Adam 1e-4, weight decay 1e-5,
-    at most 200 epochs, stopped after epoch 50 if validation loss has not fallen for 20, best
+    at most 200 epochs, ended after epoch 50 once 20 epochs brought no lower validation loss, best
     weights, classes drawn equally often. patho-bench: not gated, attention 512 between layers of
     GELU as wide as the features, dropouts 0.1, 0.25, 0.1, AdamW 3e-4, cosine, 20 epochs, 2048
     patches a bag, weighted loss, last weights. ilse: gated, hidden 500, attention 128, no dropout,

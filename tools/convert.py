@@ -30,7 +30,7 @@ class Config(ConvertConfig):
     __doc__ = ConvertConfig.__doc__
 
     work: Path | None = None
-    """Folder for copies of input locations, and for sets before upload. By default a cache."""
+    """Folder for copies of input locations, and sets before upload; latentds' cache by default."""
     retry: bool = False
     """Convert what the finished set in --out had to leave out, with the options that made it, and
     add what can be read now."""

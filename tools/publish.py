@@ -52,7 +52,7 @@ class Config:
     """Check, plan, and write card and preview to --look. Nothing is sent to the Hub, but the plan
     compares with it where it can be reached."""
     look: Path | None = None
-    """Folder in which a dry run writes card and preview. By default NAME-look."""
+    """Folder to write card and preview to as well. By default NAME-look in a dry run, else none."""
     json: bool = False
     """Print JSON."""
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from latentds_trainers.train_codec.tiles import (
     DEMO_HELD_OUT,
-    HELD_OUT,
+    HELD_OUT_PATIENTS,
     SOURCES,
     budgets,
     decoded,
@@ -140,7 +140,7 @@ def test_the_open_tiles_leave_out_held_out_patients_and_the_demos_specimen(asset
     sources, held_out = list_tiles(assets)
     names = {file.name for files in sources.values() for file in files}
     assert len(names) > 1000
-    assert not [name for name in names if name.startswith(HELD_OUT + DEMO_HELD_OUT)]
+    assert not [name for name in names if name.startswith(HELD_OUT_PATIENTS + DEMO_HELD_OUT)]
     assert len(held_out) == 6 and not names & {file.name for file in held_out}
     demo = assets / "segmentation" / "dsb2018_he" / "images"
     assert all((demo / f"{name}.png").is_file() for name in DEMO_HELD_OUT)

@@ -246,6 +246,13 @@ def test_nic_pools_a_patch_to_one_field(tmp_path):
     torch.testing.assert_close(embedder.embed(half), embedder.embed(images), atol=1e-5, rtol=0)
 
 
+def test_nic_is_loaded_from_a_path_with_an_at_sign(tmp_path):
+    (tmp_path / "me@site").mkdir()
+    path = save_nic(tmp_path / "me@site" / "n.safetensors")
+    for name in (str(path), f"nic:{path}", f"nic-quarters:{path}"):
+        assert load_embedder(name).card.dim
+
+
 def test_nic_quarters_average_four_fields(tmp_path):
     path = save_nic(tmp_path / "n.safetensors")
     whole, quarters = load_embedder(f"nic:{path}"), load_embedder(f"nic-quarters:{path}")

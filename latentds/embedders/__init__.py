@@ -73,9 +73,10 @@ def embedder_loader(
         return partial(load_exported, text, native=native)
     if native and (name not in CARDS or CARDS[name].multiple_px == 1):
         raise ShapeError(f"{text}: made for one size of input; it cannot be loaded as native")
-    if path is not None and not path.exists():
+    is_timm = kind == "timm" and bool(rest)
+    if path is not None and (is_timm or name in CARDS) and not path.exists():
         raise WeightsError(f"{path}: no such file of weights")
-    if kind == "timm" and rest:
+    if is_timm:
         from latentds.embedders.timm_models import check_name, load_named
 
         check_name(name.removeprefix("timm:"))

@@ -1,5 +1,6 @@
 """What is assumed of splits and classes is said: nothing is merged or lost in silence."""
 
+import os
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -9,6 +10,7 @@ from pyarrow import csv
 from latentds.conversion.conversion_plan import make_plan
 from latentds.conversion.convert_config import ConvertConfig
 from latentds.errors import InputError
+from latentds.sources.image_folder import Met, walk
 from latentds.sources.opening import list_source, open_source
 from tests.archives import encoded, write_members, write_samples
 from tests.conftest import save_pictures
@@ -257,6 +259,19 @@ def test_a_folder_that_two_classes_link_to_is_told(tmp_path):
     (tmp_path / "in/b/s1").unlink()
     save_pictures(tmp_path / "in/b", 1)
     assert listed(tmp_path / "in").notes == ()
+
+
+def test_the_files_of_a_linked_folder_are_not_resolved_one_by_one(tmp_path, monkeypatch):
+    (tmp_path / "store").mkdir()
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a").symlink_to(tmp_path / "store")
+    for number in range(50):
+        (tmp_path / "store" / f"{number}.png").touch()
+    resolved, realpath = list[str](), os.path.realpath
+    monkeypatch.setattr(os.path, "realpath", lambda path: resolved.append(path) or realpath(path))
+    met = Met()
+    assert len(list(walk(tmp_path / "in", met))) == 50 and len(resolved) == 3
+    assert met.links["a/7.png"] == str(tmp_path / "store/7.png")
 
 
 ROWS = ["a,train", ",train", "b,train", ",train", ",test"]

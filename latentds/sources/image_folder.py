@@ -290,8 +290,10 @@ def walk(root: Path, met: Met | None = None) -> Iterator[str]:
                 continue
             if not entry.is_file() and Path(entry.path).exists():  # a broken link is told later
                 check_regular(Path(entry.path), entry.path)
-            if is_linked or entry.is_symlink():
+            if entry.is_symlink():
                 met.links[f"{prefix}{entry.name}"] = os.path.realpath(entry.path)
+            elif is_linked:
+                met.links[f"{prefix}{entry.name}"] = f"{real}/{entry.name}"
             yield f"{prefix}{entry.name}"
 
     yield from visit(str(root), "", ())

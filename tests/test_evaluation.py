@@ -458,8 +458,10 @@ def test_a_table_that_parts_a_patient_whom_names_tell_is_refused(
         if not is_cut:
             assert way() == groups
             continue
-        with pytest.raises(InputError, match="both are of patient TCGA-3C-AALI, who has to be on"):
+        told = "both are of patient TCGA-3C-AALI, who has to be on one side; name.*or give none"
+        with pytest.raises(InputError, match=told):
             way()
+    assert groups_of(SLIDES, SLIDES, None)[0][0] == "TCGA-3C-AALI"  # as the error promises
 
 
 def test_classes_that_differ_in_case_alone_are_refused(tmp_path: Path) -> None:

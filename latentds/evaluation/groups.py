@@ -145,8 +145,8 @@ def check_patients(names: Sequence[str], groups: Sequence[str], where: str) -> N
         if before != group:
             raise InputError(
                 f"{where}: {other!r} is of {before!r} and {name!r} of {group!r}, but both are of "
-                f"patient {found[1]}, who has to be on one side; name patients there, or take the "
-                "column out"
+                f"patient {found[1]}, who has to be on one side; name patients there, or give "
+                "none: the names of these tell them"
             )
 
 

@@ -451,6 +451,13 @@ def test_a_job_is_found_by_the_folder_above_its_features(tmp_path):
         FeatureFolder(tmp_path / "job", "uni_v1")
 
 
+@pytest.mark.parametrize("below", ["backup/features_uni", "h5_files"])
+def test_a_folder_with_feature_files_is_itself_whatever_lies_below(tmp_path, below):
+    write(tmp_path / "s.h5")
+    write(tmp_path / below / "older.h5")
+    assert FeatureFolder(tmp_path).slides == ["s"]
+
+
 def test_clams_folder_is_found_and_its_tensors_are_told(tmp_path):
     write(tmp_path / "clam" / "h5_files" / "s.h5")
     (tmp_path / "clam" / "pt_files").mkdir()

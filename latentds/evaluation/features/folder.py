@@ -152,8 +152,9 @@ def find_features(path: Path, embedder: str | None) -> tuple[FeaturesRecord | No
 
 
 def feature_folders(path: Path) -> list[Path]:
-    """Folders of features in a folder or one below it, else itself."""
-    for pattern in (f"{PREFIX}*", CLAM, f"*/{PREFIX}*"):
+    """Folders of features in a folder; where it has no feature file, in one below it; or itself."""
+    below = () if any(path.glob(f"*{SUFFIX}")) else (CLAM, f"*/{PREFIX}*")
+    for pattern in (f"{PREFIX}*", *below):
         if found := sorted(folder for folder in path.glob(pattern) if folder.is_dir()):
             return found
     return [path]

@@ -3,6 +3,8 @@
 On a CPU HostGraphed simulates the replay.
 """
 
+from unittest.mock import MagicMock
+
 import pytest
 import torch
 
@@ -51,6 +53,24 @@ def test_a_larger_batch_has_the_graph_and_another_kind_its_own():
         assert torch.equal(graphed(torch.ones(size, 4)), -torch.ones(size, 4))
     assert [len(sources[0]) for _, sources, _ in graphed.graphs.values()] == [3]
     assert graphed(torch.ones(2, 4).double()).dtype == torch.float64 and len(graphed.graphs) == 2
+
+
+def test_a_graph_is_recorded_on_the_gpu_of_its_values(monkeypatch):
+    cuda, entered = MagicMock(), list[torch.device]()
+    cuda.graph.side_effect = lambda *_, **__: entered.append(cuda.device.call_args.args[0]) or cuda
+    monkeypatch.setattr(torch, "cuda", cuda)
+    values = torch.ones(2, 4)
+    Graphed(torch.neg, lambda made, size: made[:size]).capture((values,))
+    assert entered == [values.device] and cuda.device.return_value.__exit__.called
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no second CUDA device")
+def test_views_are_replayed_on_a_gpu_that_is_not_the_current_one():
+    graphed = augmenting.replayed(MULTICROP)
+    for values, seeds in batches_of((3, 48, 48), 6, 6):
+        batch = values.to("cuda:1"), seeds.to("cuda:1")
+        close_on_gpu(graphed(*batch), MULTICROP(*batch))
 
 
 def test_views_that_are_not_ours_are_called_as_they_are():

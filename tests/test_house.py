@@ -29,7 +29,7 @@ LINES = {
     "latentds/autoencoders": 2_090,
     "latentds/codecs": 1_240,
     "latentds/conversion": 2_670,
-    "latentds/core": 1_260,
+    "latentds/core": 1_261,
     "latentds/edit": 2_985,
     "latentds/embedders": 2_100,
     "latentds/evaluation": 5_030,

@@ -61,16 +61,17 @@ class Graphed(Generic[R]):
         return self.take(result, size)
 
     def capture(self, values: tuple[Tensor, ...]) -> tuple[torch.cuda.CUDAGraph, list[Tensor], R]:
-        """Warm up on a side stream, then record."""
+        """Warm up on a side stream, then record: on the GPU of the values, whichever is current."""
         sources = [value.clone() for value in values]
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(WARMUP_RUNS):
-                self.function(*sources)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        # The thread that pins the next batches allocates meanwhile, which a global check refuses.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            result = self.function(*sources)
+        with torch.cuda.device(sources[0].device):  # work of another would not be recorded
+            side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(WARMUP_RUNS):
+                    self.function(*sources)
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            # The thread that pins the next batches allocates meanwhile: a global check refuses it.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                result = self.function(*sources)
         return graph, sources, result

@@ -181,7 +181,7 @@ def test_latents_without_a_slide_are_told(two_cohorts, tmp_path, caplog):
     convert(ConvertConfig(source=two_cohorts, out=tmp_path / "set", device="cpu"))
     assert open_patches(PatchInput(data=tmp_path / "set")).nameless() == 3
     assert len(SlideBags(tmp_path / "set")) == 1
-    assert "set: 3 patches name no slide and are in no bag" in caplog.text
+    assert "set: 3 patches without a slide are in no bag" in caplog.text
 
 
 def test_errors_are_one_line(work, tmp_path, capsys):

@@ -125,7 +125,7 @@ class SlideBags(Dataset[Bag]):
         if not len(rows):
             raise InputError(f"{folder}: no patch of split {split!r} has a slide; bags need them")
         if not named.all():
-            logger.warning("%s: %d patches name no slide and are in no bag", folder, sum(~named))
+            logger.warning("%s: %d patches without a slide are in no bag", folder, (~named).sum())
         order = np.argsort(numbers, kind="stable")
         self.rows = rows[order]
         present, counts = np.unique(numbers, return_counts=True)

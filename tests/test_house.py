@@ -37,7 +37,7 @@ LINES = {
     "latentds/loading": 4_500,
     "latentds/models": 1_940,
     "latentds/quantizers": 3_650,
-    "latentds/sources": 6_731,
+    "latentds/sources": 6_736,
     "latentds/store": 5_510,
     "latentds/views": 1_205,
     "tools": 12_880,

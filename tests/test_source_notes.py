@@ -128,6 +128,13 @@ def test_split_folders_inside_tars_can_be_left(tmp_path):
     assert [*found.values()] == [("val", "x")] and "taken for splits ('val')" in notes
 
 
+def test_masks_beside_pictures_inside_a_tar_are_refused(tmp_path):
+    names = [f"{folder}/{number}.png" for folder in ("images", "masks") for number in range(3)]
+    tar_of(tmp_path / "in" / "a.tar", names)
+    with pytest.raises(InputError, match=r"no patches; unpack the tar, then pass .*a\.tar/images"):
+        listed(tmp_path / "in")
+
+
 def test_hidden_pictures_inside_tars_are_told(tmp_path):
     tar_of(tmp_path / "a.tar", ["a/0.png", "b/.x.png", "b/._1.png", "b/1.png", ".thumbs/a/2.png"])
     found, notes = labels_of(tmp_path / "a.tar")

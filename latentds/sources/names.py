@@ -275,8 +275,11 @@ def describe_barcodes(slides: Iterable[str], projects: Mapping[str, str]) -> dic
     }
 
 
-def check_masks_apart(root: Path, paths: Sequence[str]) -> None:
-    """Refuse a folder of pictures beside one of their masks, which would be a class of patches."""
+def check_masks_apart(root: Path, paths: Sequence[str], first: str = "") -> None:
+    """Refuse a folder of pictures beside one of their masks, which would be a class of patches.
+
+    first  what has to be done before the folders can be passed
+    """
     beside: dict[str, set[str]] = {}  # folders of pictures or masks, by the one above them
     for folder in {path.rpartition("/")[0] for path in paths}:
         above, name = held_in(folder)
@@ -289,7 +292,7 @@ def check_masks_apart(root: Path, paths: Sequence[str]) -> None:
                 where = root / above
                 raise InputError(
                     f"{where}: {masks}/ has files of the same names as {pictures}/ (first: "
-                    f"{min(ours & theirs)}), as masks have, which are no patches; pass "
+                    f"{min(ours & theirs)}), as masks have, which are no patches; {first}pass "
                     f"{where / pictures}, and --masks {where / masks} where they are to be kept"
                 )
 

@@ -20,7 +20,7 @@ from latentds.sources.image_folder import (
     note_hidden,
     read_folders,
 )
-from latentds.sources.names import numbers_of
+from latentds.sources.names import check_masks_apart, numbers_of
 from latentds.sources.picture import Listing, Picture
 from latentds.sources.picture_decoding import picture_suffixes
 from latentds.sources.picture_files import PicturesInFiles
@@ -75,7 +75,9 @@ class PictureTars(PicturesInFiles):
                 f"({self.ignored} other members); name others"
             )
         pictures, told = self.with_folders(own, archives.are_told)
-        check_names(self.root, [picture.source for picture in pictures])
+        sources = [picture.source for picture in pictures]
+        check_names(self.root, sources)
+        check_masks_apart(self.root, sources, "unpack the tar, then ")
         notes = (*archives.notes, *note_columns(self.unused), *told)
         notes += note_hidden(self.root, self.hidden)
         found = self.named(Listing(pictures, self.ignored, notes))

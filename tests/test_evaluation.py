@@ -466,9 +466,11 @@ def test_a_table_that_parts_a_patient_whom_names_tell_is_refused(
 
 def test_classes_that_differ_in_case_alone_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "labels.csv"
-    path.write_text("slide,label\na,Tumor\nb,tumor\nc,normal\n")
-    with pytest.raises(InputError, match=r"classes 'Tumor' \(1\) and 'tumor' \(1\) would be two"):
-        match_labels(read_labels(path), ["a", "b", "c"])
+    for one, other in (("Tumor", "tumor"), ("low_grade", "low-grade")):
+        path.write_text(f"slide,label\na,{one}\nb,{other}\nc,normal\n")
+        told = rf"classes '{one}' \(1\) and '{other}' \(1\) would be two.*, spaces, - or _ alone"
+        with pytest.raises(InputError, match=told):
+            match_labels(read_labels(path), ["a", "b", "c"])
 
 
 def test_a_label_that_says_none_is_noted(tmp_path: Path) -> None:

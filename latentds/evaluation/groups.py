@@ -220,7 +220,7 @@ def match_labels(
     patients      of the slides, as their patches record them, where labels tell none
     raises        InputError that lists some labels without a bag or bags without a label; for
                   names that can mean several; for no slide on both sides; for two classes whose
-                  names differ in case or spaces alone
+                  names differ in case, spaces, - or _ alone
     """
     names = list(table.labels)
     matched = NameIndex(names).match(slides, str(table.path))

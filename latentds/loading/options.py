@@ -212,12 +212,12 @@ class Vocabulary:
 
 
 def joined_classes(sets: Sequence[ShardSet]) -> list[str]:
-    """Label names of all sets; two that differ in case or spaces alone are warned of."""
+    """Label names of all sets; two that differ in case, spaces, - or _ alone are warned of."""
     classes = joined_names([shards.manifest.classes for shards in sets])
     if alike := alike_names(classes):
         logger.warning(
-            "%s: classes %r and %r are two, and differ in case or spaces alone; where they are "
-            "one, convert anew with one name",
+            "%s: classes %r and %r are two, and differ in case, spaces, - or _ alone; where they "
+            "are one, convert anew with one name",
             ", ".join(str(shards.folder) for shards in sets), *alike,
         )  # fmt: skip
     return classes

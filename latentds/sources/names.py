@@ -203,14 +203,14 @@ def pattern_patient(pattern: str, name: str) -> str:
 def check_class_names(labels: Iterable[str | None], where: object) -> tuple[str, ...]:
     """Notes for people on labels that say there is none.
 
-    raises  InputError for two classes whose names differ in case or spaces alone
+    raises  InputError for two classes whose names differ in case, spaces, - or _ alone
     """
     counts = Counter(label for label in labels if label)
     if alike := alike_names(counts):
         told = " and ".join(f"{name!r} ({counts[name]:,})" for name in alike)
         raise InputError(
-            f"{where}: classes {told} would be two, and differ in case or spaces alone; give them "
-            "one name"
+            f"{where}: classes {told} would be two, and differ in case, spaces, - or _ alone; give "
+            "them one name"
         )
     return tuple(
         f"label {word!r} ({count:,}) is taken for a class; where it means none, leave it empty or "

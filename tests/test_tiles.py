@@ -18,6 +18,7 @@ from latentds_trainers.train_codec.tiles import (
     list_tiles,
     middles,
     pack_tiles,
+    picture_files,
     read_pack,
     read_tiles,
     spread,
@@ -63,6 +64,14 @@ def test_pictures_of_any_suffix_are_tiles(tmp_path):
     (tmp_path / "labels.csv").write_text("path\n")
     tiles = read_tiles(tmp_path)
     assert len(tiles.pictures["tiles"]) == 19 and len(tiles.held_out) == 1
+
+
+def test_hidden_pictures_are_no_tiles(own_tiles, tmp_path):
+    folder = Path(shutil.copytree(own_tiles, tmp_path / "tiles"))
+    (folder / ".thumbs").mkdir()
+    shutil.copy(min(folder.glob("*.png")), folder / ".thumbs" / "0.png")
+    (folder / "._0.png").write_bytes(b"what macOS keeps beside a file")
+    assert picture_files(folder) == sorted(folder / p.name for p in picture_files(own_tiles))
 
 
 def test_a_picture_of_no_use_is_named(own_tiles, tmp_path):

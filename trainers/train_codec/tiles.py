@@ -336,11 +336,12 @@ def list_own(root: Path) -> tuple[dict[str, list[Path]], list[Path]]:
 
 
 def picture_files(path: Path) -> list[Path]:
-    """Pictures below a folder, sorted; a file is itself."""
+    """Pictures below a folder, sorted, hidden ones left out; a file is itself."""
     if path.is_file():
         return [path]
     suffixes = picture_suffixes()
-    return sorted(file for file in path.rglob("*") if file.suffix.lower() in suffixes)
+    found = (file for file in path.rglob("*") if "/." not in f"/{file.relative_to(path)}")
+    return sorted(file for file in found if file.suffix.lower() in suffixes)
 
 
 def attribution_of(names: Iterable[str]) -> tuple[str, ...]:

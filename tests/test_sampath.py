@@ -100,6 +100,14 @@ def images_csv(out: Path) -> list[dict[str, str]]:
 # What a run leaves
 
 
+def test_a_finished_run_is_reported_without_its_networks(nuclei, copy, monkeypatch):
+    def gone(*_):
+        pytest.fail("a network was built")
+
+    monkeypatch.setattr("latentds_trainers.sampath.task.build_network", gone)
+    assert run(nuclei, copy) == read_record(copy)
+
+
 def test_a_run_records_folds_scores_classes_and_pictures(nuclei, copy, capsys):
     record = run(nuclei, copy)
     assert (record.task, record.model, record.classes) == ("sampath", "unet", ["foreground"])

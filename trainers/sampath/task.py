@@ -36,6 +36,7 @@ from latentds.evaluation.patchsets.coded_patches import codebook_note
 from latentds.evaluation.patchsets.open_patch_sets import find_shards, open_patches
 from latentds.evaluation.patchsets.patch_set import PatchTable
 from latentds.evaluation.patchsets.patches import PatchSet
+from latentds.evaluation.records import FILE as RESULT
 
 logger = logging.getLogger(__name__)
 
@@ -58,8 +59,7 @@ REMEDIES = {  # by what differs; a setting is set back
 class SegmentationRun:
     def __init__(self, config: SampathConfig) -> None:
         self.config, self.device = config, join_ranks()
-        labels = len(config.settings.values.names)
-        on_all_ranks(lambda: build_network(config, labels, config.seed))  # or a wrong name is told
+        on_all_ranks(self.check_network)
         patches = on_all_ranks(self.open)
         self.images = LabelledImages(config.settings, patches)
         self.table: PatchTable = patches.table
@@ -83,6 +83,11 @@ class SegmentationRun:
             cells=[(number, seed) for seed in seeds for number in folds],
         )
         self.crossval.claim(self.identity, REMEDIES)
+
+    def check_network(self) -> None:
+        """Raise for a network that cannot be had; a finished run needs none."""
+        if not (self.config.out / RESULT).is_file():
+            build_network(self.config, len(self.config.settings.values.names), self.config.seed)
 
     def open(self) -> PatchSet:
         """The images; InputError for those without masks or of another size than the preset's."""

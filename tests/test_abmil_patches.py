@@ -243,6 +243,15 @@ def test_slides_left_out_of_the_features_are_told(run, original_run, tmp_path):
     assert record.notes == ["1 slides have no features: 's99'."]
 
 
+def test_labels_may_lie_in_the_place_of_those_that_features_wrote(run, original_run, tmp_path):
+    features = Path(shutil.copytree(original_run / "features", tmp_path / "features"))
+    lines = [f"s{n:02d},{'ab'[n % 2]}" for n in range(12)]
+    (features / "labels.csv").write_text("\n".join(["slide_id,label", *lines]))
+    options: dict[str, Any] = {"bags": features, "labels": features / "labels.csv", "epochs": 1}
+    options |= {"embedder": None, "folds": 2, "select": "last"}
+    assert read_record(run(None, tmp_path / "two", **options)).classes == ["a", "b"]
+
+
 @pytest.mark.parametrize("is_on_the_fly", [False, True])
 def test_folds_drawn_across_the_sets_own_splits_are_told(
     run, shared_tiles, tmp_path, is_on_the_fly

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 from collections.abc import Callable, Iterator
@@ -235,8 +236,9 @@ def own_splits(
 ) -> list[str]:
     """The split that is recorded with every slide, of all its patches; "" where none is."""
     if isinstance(folder, FeatureFolder) and folder.record:
-        lines = read_lines(folder.folder.parent)
-        return [lines[slide].split if slide in lines else "" for slide in slides]
+        with contextlib.suppress(InputError):  # --labels may lie there, a table without splits
+            lines = read_lines(folder.folder.parent)
+            return [lines[slide].split if slide in lines else "" for slide in slides]
     if patches is None:
         return []
     return [patches.table.splits[patches.rows_of(slide)[0]] for slide in slides]

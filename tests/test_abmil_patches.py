@@ -252,6 +252,18 @@ def test_labels_may_lie_in_the_place_of_those_that_features_wrote(run, original_
     assert read_record(run(None, tmp_path / "two", **options)).classes == ["a", "b"]
 
 
+def test_pictures_beside_other_tools_bags_may_be_of_some_slides(run, original_run, tiles, tmp_path):
+    (folder,) = (original_run / "features").glob("features_*")
+    bags = Path(shutil.copytree(folder, tmp_path / "features_other"))
+    for path in tiles.rglob("s03_*"):
+        path.unlink()
+    lines = [f"s{n:02d},{'ab'[n % 2]}" for n in range(12)]
+    (tmp_path / "labels.csv").write_text("\n".join(["slide_id,label", *lines]))
+    options: dict[str, Any] = {"bags": bags, "labels": tmp_path / "labels.csv", "epochs": 1}
+    options |= {"embedder": None, "folds": 2, "select": "last", "name_pattern": PATTERN}
+    assert read_record(run(tiles, tmp_path / "two", **options)).classes == ["a", "b"]
+
+
 @pytest.mark.parametrize("is_on_the_fly", [False, True])
 def test_folds_drawn_across_the_sets_own_splits_are_told(
     run, shared_tiles, tmp_path, is_on_the_fly

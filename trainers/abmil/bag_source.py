@@ -21,7 +21,7 @@ from latentds.evaluation.features.extraction import extract_features, named_slid
 from latentds.evaluation.features.extraction_options import FeatureOptions
 from latentds.evaluation.features.folder import FeatureFolder
 from latentds.evaluation.features.live import LiveFeatures
-from latentds.evaluation.features.slide_labels import labels_beside, read_lines
+from latentds.evaluation.features.slide_labels import SlideLabel, labels_beside, read_lines
 from latentds.evaluation.folds import note_splits
 from latentds.evaluation.groups import LabelledSlides, groups_of, match_labels, read_labels
 from latentds.evaluation.patchsets.patch_set import PatchInput, recorded_settings
@@ -147,7 +147,7 @@ def open_labelled(
         slides = on_all_ranks(lambda: label_slides(config, given.slides, given, patches))
         plan(slides)
     if config.splits is None:
-        own = on_all_ranks(lambda: own_splits(slides.slides, folder, patches))
+        own = on_all_ranks(lambda: own_splits(slides.slides, folder))
         slides.notes.extend(note_splits(own, "--splits takes files of CLAM's or Patho-Bench's"))
     return LabelledBags(bags=FeatureBags(folder, config.cache_gb), slides=slides, patches=patches)
 
@@ -231,17 +231,15 @@ def label_slides(
     )
 
 
-def own_splits(
-    slides: list[str], folder: FeatureFolder | LiveFeatures, patches: PatchSet | None
-) -> list[str]:
+def own_splits(slides: list[str], folder: FeatureFolder | LiveFeatures) -> list[str]:
     """The split that is recorded with every slide, of all its patches; "" where none is."""
-    if isinstance(folder, FeatureFolder) and folder.record:
-        with contextlib.suppress(InputError):  # --labels may lie there, a table without splits
-            lines = read_lines(folder.folder.parent)
-            return [lines[slide].split if slide in lines else "" for slide in slides]
-    if patches is None:
-        return []
-    return [patches.table.splits[patches.rows_of(slide)[0]] for slide in slides]
+    if isinstance(folder, LiveFeatures):
+        patches = folder.patches
+        return [patches.table.splits[patches.rows_of(slide)[0]] for slide in slides]
+    lines = dict[str, SlideLabel]()
+    with contextlib.suppress(InputError):  # --labels may lie there, a table without splits
+        lines = read_lines(folder.folder.parent) if folder.record else lines
+    return [lines[slide].split if slide in lines else "" for slide in slides]
 
 
 def patients_of(patches: PatchSet | None, slides: list[str]) -> list[str | None]:

@@ -17,7 +17,7 @@ from latentds.loading.array import LatentArray
 from latentds.loading.bags import SlideBags
 from latentds.loading.dataset import LatentDataset
 from latentds.loading.loader import LatentLoader
-from latentds.loading.options import Mixture
+from latentds.loading.options import Mixture, Select
 from latentds.quantizers.scalar import dequantize
 from latentds.store.format import MANIFEST
 from latentds.store.golden import read_golden_table
@@ -112,6 +112,9 @@ def test_classes_that_differ_in_case_alone_are_warned_of(tmp_path, caplog):
         folders.append(tmp_path / label)
     assert merge(folders, tmp_path / "out").classes == ("Tumor", "tumor")
     assert "classes 'Tumor' and 'tumor' are two, and differ in case" in caplog.text
+    caplog.clear()
+    LatentDataset(tmp_path / "out", select=Select(class_to_idx={"Tumor": 0, "tumor": 1}))
+    assert "differ in case" not in caplog.text  # who numbers both knows both
 
 
 def test_latents_are_those_of_the_parts(parts, merged):

@@ -157,12 +157,14 @@ def module_classes(name: str) -> dict[str, list[ast.stmt]]:
 
 
 def check_out(config: object) -> None:
-    """Refuse an --out that cannot be written: before long work, not after. Locations are let by.
+    """Refuse an --out that cannot be written: before long work, not after.
+
+    Locations are let by, and a --dry-run, which writes nothing there.
 
     raises  InputError, with what is in the way
     """
     out = getattr(config, "out", None)
-    if out is None or ":/" in str(out):
+    if out is None or ":/" in str(out) or getattr(config, "dry_run", False):
         return
     path = Path(out).absolute()
     above = next(p for p in (path, *path.parents) if os.access(p, os.F_OK))

@@ -189,7 +189,7 @@ class Vocabulary:
 
     def __init__(self, sets: Sequence[ShardSet], given: Mapping[str, int] | None = None) -> None:
         check_mixable(sets)
-        self.classes = joined_classes(sets)
+        self.classes = joined_classes(sets, is_told=given is None)
         self.number = {name: index for index, name in enumerate(self.classes)}
         if given is not None:
             self.number = dict(given)
@@ -211,10 +211,10 @@ class Vocabulary:
         ]
 
 
-def joined_classes(sets: Sequence[ShardSet]) -> list[str]:
+def joined_classes(sets: Sequence[ShardSet], is_told: bool = True) -> list[str]:
     """Label names of all sets; two that differ in case, spaces, - or _ alone are warned of."""
     classes = joined_names([shards.manifest.classes for shards in sets])
-    if alike := alike_names(classes):
+    if is_told and (alike := alike_names(classes)):
         logger.warning(
             "%s: classes %r and %r are two, and differ in case, spaces, - or _ alone; where they "
             "are one, convert anew with one name",

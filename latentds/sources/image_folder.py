@@ -6,6 +6,7 @@ Class folders as labels, train/val/test folders as splits, a slide folder below.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import re
 from collections import Counter
@@ -37,6 +38,7 @@ SPLITS = {
 }
 DEFAULT_SPLIT = "train"
 PACKED = re.compile(r"\.(?:gz|tgz|bz2|xz|zst|zip|7z|rar|tar\.\w+|part\d+)$")
+LOOKED_AT = 10_000  # files of a hidden folder: a .git or .cache may have millions
 NO_LABELS = "--no-labels (--no-use-labels in an evaluation)"
 # SAM-Path's folds: -1 is the test set, 0 validation, the others training.
 FOLDS = {"-1": "test", "0": "val"}
@@ -241,7 +243,8 @@ def note_hidden(root: Path, hidden: Iterable[str]) -> tuple[str, ...]:
 
     def holds(path: str) -> bool:
         below = (name for _, _, names in os.walk(root / path) for name in names)
-        names = (PurePosixPath(name) for name in (below if path.endswith("/") else [path]))
+        seen = itertools.islice(below, LOOKED_AT) if path.endswith("/") else [path]
+        names = map(PurePosixPath, seen)
         return any(n.suffix.lower() in suffixes and n.name[:2] != "._" for n in names)
 
     found = sorted(filter(holds, hidden))

@@ -34,7 +34,7 @@ LINES = {
     "latentds/embedders": 2_100,
     "latentds/evaluation": 5_030,
     "latentds/hub": 1_690,
-    "latentds/loading": 4_500,
+    "latentds/loading": 4_510,
     "latentds/models": 1_940,
     "latentds/quantizers": 3_650,
     "latentds/sources": 6_740,

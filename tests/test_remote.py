@@ -189,9 +189,12 @@ def test_what_comes_later_is_fetched_ahead(server, cache, monkeypatch):
     monkeypatch.setattr("latentds.loading.order.MIN_WINDOW", 100)
     monkeypatch.setattr("latentds.loading.order.WINDOW_PACKS", 4)
     data = LatentDataset(server.url, cache=cache, batch_size=50, shuffle=True)
-    assert data.sampler.ahead < data.patches
-    data.batch(0, 0)
-    wanted = data.sampler.draw(0, data.sampler.ahead, data.sampler.ahead + 50).rows
+    ahead = data.sampler.ahead
+    assert 50 < ahead < data.patches - 100
+    data.batch(0, 0)  # a look: what comes later is not asked for
+    assert "ahead" not in data.sets[0].files.pools
+    data.batch(0, 1)
+    wanted = data.sampler.draw(0, ahead + 50, ahead + 100).rows
     data.sets[0].files.threads("ahead").shutdown(wait=True)
     before = server.requests[SHARD]
     data.sets[0].read_codes(wanted)

@@ -120,6 +120,7 @@ def test_a_scan_asks_for_neighbours_at_once(folder, server, cache):
 
 def test_parts_grow_with_their_number(server, cache, monkeypatch):
     monkeypatch.setattr(latentds.store.table_parts, "GROWTH", 2)
+    monkeypatch.setattr(latentds.store.table_parts, "PART_BYTES", 16 * 8 * 24)  # blocks, rows, B
     remote = ShardSet(server.url, cache=cache)
     for row in range(200):
         remote.patches[row]

@@ -39,6 +39,7 @@ from latentds.store.channel_statistics import checked_statistics, pool_sets
 from latentds.store.reader import ShardSet
 
 DEFAULT_BATCH = 256
+LOOK = 8  # one part in so many of a window passes before the next window is asked for
 MIN_REPLACEMENTS = 64  # tries to find a sound pack, besides one for each that is damaged
 Transfer = tuple[int, Batch, list[int]]
 TRANSFER_BYTES = 1 << 22  # 256 patches of 2 KiB alone: 130k/s from two workers; 2,048: 330k/s
@@ -242,11 +243,16 @@ class LatentDataset(IterableDataset[Batch]):
         return self.collator.collate(Drawn(zeros, rows, zeros), np.ones(len(rows), bool))
 
     def prefetch(self, epoch: int, stretches: list[tuple[int, int]]) -> None:
-        """Start to fetch what remote sets will need one window of the order later."""
+        """Start to fetch what remote sets will need one window of the order later.
+
+        Not so during an epoch's first batches: who looks at a few fetches what those have.
+        """
         ahead = self.sampler.ahead
         if not ahead or all(shards.revision is None for shards in self.sets):
             return
         for start, stop in stretches:
+            if start < ahead // LOOK:
+                continue
             later = (min(start + ahead, self.patches), min(stop + ahead, self.patches))
             drawn = self.sampler.draw(epoch, *later)
             for which in np.unique(drawn.sets).tolist():

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 THREADS = 16  # ranges fetched at once by a process
 RUN_BYTES = 32_000_000  # of neighbouring packs that come by one request: the Hub counts requests
 RUNS_AHEAD = 2  # such requests that wait or are on their way; one at a time is held in memory
-ALONE = 256  # packs that a process fetches by themselves first: a look at a set costs little
+ALONE = 128  # packs, a window of the order, that a process fetches by themselves first
 MAX_PENDING = 256  # of them asked for ahead
 
 

@@ -15,9 +15,10 @@ from latentds.store.cache import Cache
 from latentds.store.open_files import BlockSums
 
 WHOLE_BYTES = 1 << 22  # up to so many, one request for all is quicker than many for parts
-PART_BYTES = 1 << 20  # of a part, once many blocks were wanted
+PART_BYTES = 1 << 20  # of a part, at most
+SECOND = 4  # a part of the second window of the order is so many times smaller: 32 MB a window
 RANGE_BYTES = 1 << 23  # of a request, where parts that are wanted lie side by side
-GROWTH = 256  # parts of a size, two windows of the order, before the next are four times as large
+GROWTH = 128  # parts, a window of the order, that are a block each: a look at a set costs little
 PRESENT = ".parts"  # suffix of the file that has a byte for every block: 1 once it is there
 
 Fetch = Callable[[int, int, Callable[[bytes], bool]], bytes]  # start, size, is it sound
@@ -105,7 +106,8 @@ class TableParts:
             if not len(missing):
                 return []
             most = max(1, min(PART_BYTES // self.block_bytes, self.sums.together))
-            width = 1 << min(2 * (self.fetched // GROWTH), most.bit_length() - 1)
+            widths = (1, max(1, most // SECOND), most)  # of the first, the second, later windows
+            width = 1 << widths[min(self.fetched // GROWTH, 2)].bit_length() - 1
             parts = np.unique(missing // width)
             self.fetched += len(parts)
         most = max(1, RANGE_BYTES // self.block_bytes // width)

@@ -15,6 +15,7 @@ TURBO = [name for name in STUDENTS if name.startswith("turbo")]
 BUDGETS = {  # GFLOP a 256 px patch, parameters in millions, at four channels
     "turbo-xs": (0.36, 0.14),
     "turbo-s": (2.1, 0.75),
+    "turbo-s32": (1.96, 0.71),
     "turbo-m": (7.3, 2.5),
     "turbo-f32": (7.1, 20.0),
     "taesd": (35.3, 1.22),
@@ -109,14 +110,15 @@ def test_turbo_m_is_the_decoder_tiny_has_beside_a_shortcut():
     assert {name: t.shape for name, t in own if not name.startswith("shortcut")} == names
 
 
+@pytest.mark.parametrize("name", ["turbo-s", "turbo-s32"])
 @torch.no_grad()
-def test_the_shortcut_fits_a_linear_decoder_exactly():
+def test_the_shortcut_fits_a_linear_decoder_exactly(name):
     """Latents that hold their cell's pixels: decoding is linear, so least squares finds it."""
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(8, 3, 64, 64, generator=generator)
     images = torch.nn.functional.interpolate(images[:, :, ::8, ::8], scale_factor=8.0)
     latents = torch.nn.functional.avg_pool2d(images, 8)
-    student = build_student("turbo-s", 3, 8)
+    student = build_student(name, 3, 8)
     before = (student(latents) - images).abs().mean()
     fit_shortcut(student, [(latents[:4], images[:4]), (latents[4:], images[4:])])
     after = (student(latents) - images).abs().mean()

@@ -125,7 +125,7 @@ def test_presets_give_what_is_not_given(preset, tiles, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_resumes_and_leaves_a_folder_that_loads(tiles, tmp_path, monkeypatch):
+def test_a_run_resumes_and_leaves_a_folder_that_loads(tiles, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(codec_product, "COUNTED_CROPS", 8)
     monkeypatch.setattr(codec_product, "FINAL_CROPS", 8)
     monkeypatch.setattr(codec_product, "COUNTED_PX", 64)
@@ -146,6 +146,11 @@ def test_a_run_resumes_and_leaves_a_folder_that_loads(tiles, tmp_path, monkeypat
     assert (decoder.card.name, decoder.card.latent_id) == ("mine-fast", codec.card.latent_id)
     ends = [network.decoder.state_dict() for network in (decoder, fast)]
     assert all(torch.allclose(ends[0][name], ends[1][name], atol=1e-3) for name in ends[1])
+
+    monkeypatch.setitem(codec_product.STUDENTS, "fast", "turbo-s")  # as codecs had it before
+    config = settings(tiles, tmp_path / "others", students_of=str(product), steps=1)
+    assert load_decoder(StudentTask(config).run() / "fast").decoder.spec.rank is None
+    assert f"{product / 'fast'} is a turbo-s32; a new turbo-s starts" in caplog.text
 
 
 def test_students_are_of_a_codec_of_this_recipe():

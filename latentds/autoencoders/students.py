@@ -34,11 +34,14 @@ class StudentSpec:
     stages    (width, blocks) at the latents' resolution, then at twice each time; empty for TAESD's
               own shape
     shortcut  cells the linear shortcut sees, each way
+    rank      of the shortcut, which then is two convolutions with so many channels between them:
+              with many latent channels, one convolution costs more than a block
     """
 
     factor: int
     stages: tuple[tuple[int, int], ...] = ()
     shortcut: int = 5
+    rank: int | None = None
 
 
 # GFLOP a 256 px patch and parameters, counted by torch's FlopCounterMode (tests/test_students.py)
@@ -46,6 +49,8 @@ STUDENTS = {
     # 0.38 GFLOP and 0.15 M for 32 channels: 2,900 multiply-adds a pixel, for CPUs
     "turbo-xs": StudentSpec(factor=8, stages=((64, 1), (24, 1)), shortcut=1),
     "turbo-s": StudentSpec(factor=8, stages=((128, 2), (64, 1))),  # 2.1 GFLOP, 0.73 M
+    # 2.1 GFLOP and 0.77 M for 32 channels, of which turbo-s makes 2.5
+    "turbo-s32": StudentSpec(factor=8, stages=((128, 2), (56, 1)), rank=32),
     "turbo-m": StudentSpec(factor=8, stages=((192, 3), (96, 2))),  # 7.3 GFLOP, 2.5 M
     # 7.1 GFLOP, 20.0 M
     "turbo-f32": StudentSpec(factor=32, stages=((512, 3), (256, 3), (128, 4), (64, 1))),
@@ -59,10 +64,13 @@ class Student(nn.Module):
     def __init__(self, channels: int, spec: StudentSpec) -> None:
         super().__init__()
         self.spec = spec
-        shortcut = nn.Conv2d(
-            channels, 3 * spec.factor**2, spec.shortcut, padding=spec.shortcut // 2
-        )
-        self.shortcut = nn.Sequential(shortcut, nn.PixelShuffle(spec.factor))
+        pixels, edge = 3 * spec.factor**2, spec.shortcut
+        if spec.rank is None:
+            shortcut = [nn.Conv2d(channels, pixels, edge, padding=edge // 2)]
+        else:
+            inner = nn.Conv2d(channels, spec.rank, edge, padding=edge // 2, bias=False)
+            shortcut = [inner, nn.Conv2d(spec.rank, pixels, 1)]
+        self.shortcut = nn.Sequential(*shortcut, nn.PixelShuffle(spec.factor))
         width = spec.stages[0][0]
         layers: list[nn.Module] = [nn.Conv2d(channels, width, 3, padding=1)]
         for stage_width, blocks in spec.stages:
@@ -74,7 +82,7 @@ class Student(nn.Module):
         self.layers = nn.Sequential(*layers, output, nn.PixelShuffle(PIXELS))
         with torch.no_grad():
             output.weight.mul_(OUTPUT_SCALE)
-            shortcut.weight.mul_(OUTPUT_SCALE)
+            shortcut[-1].weight.mul_(OUTPUT_SCALE)
 
     def forward(self, latents: Tensor) -> Tensor:
         images: Tensor = (self.shortcut(latents) + self.layers(latents)) * 0.5 + 0.5
@@ -100,12 +108,12 @@ def fit_shortcut(student: nn.Module, pairs: Iterable[tuple[Tensor, Tensor]]) -> 
     """
     if not isinstance(student, Student):
         return
-    layer = student.shortcut[0]
-    assert isinstance(layer, nn.Conv2d) and layer.bias is not None
+    *inner, outer = (layer for layer in student.shortcut if isinstance(layer, nn.Conv2d))
+    assert outer.bias is not None
     factor, edge = student.spec.factor, student.spec.shortcut
-    size = layer.in_channels * edge**2 + 1
+    size = (inner or [outer])[0].in_channels * edge**2 + 1
     normal = torch.zeros(size, size, dtype=torch.float64)
-    right = torch.zeros(size, layer.out_channels, dtype=torch.float64)
+    right = torch.zeros(size, outer.out_channels, dtype=torch.float64)
     for latents, images in pairs:
         seen = functional.unfold(latents.cpu().double(), edge, padding=edge // 2)
         rows = seen.transpose(1, 2).flatten(0, 1)
@@ -114,9 +122,15 @@ def fit_shortcut(student: nn.Module, pairs: Iterable[tuple[Tensor, Tensor]]) -> 
         normal += rows.T @ rows
         right += rows.T @ wanted.flatten(2).transpose(1, 2).flatten(0, 1)
     normal += RIDGE * normal.diagonal().mean() * torch.eye(size, dtype=torch.float64)
-    solution = torch.linalg.solve(normal, right).float()
-    layer.weight.copy_(solution[:-1].T.reshape(layer.weight.shape))
-    layer.bias.copy_(solution[-1])
+    solution = torch.linalg.solve(normal, right)
+    weight, bias = solution[:-1], solution[-1]
+    outer.bias.copy_(bias)
+    for layer in inner:  # reduced rank regression: the directions in which predictions vary most
+        scatter = weight.T @ normal[:-1, :-1] @ weight
+        directions = torch.linalg.eigh(scatter).eigenvectors[:, -layer.out_channels :]
+        layer.weight.copy_((weight @ directions).T.reshape(layer.weight.shape))
+        weight = directions.T
+    outer.weight.copy_(weight.T.reshape(outer.weight.shape))
 
 
 def build_student(name: str, channels: int, factor: int, seed: int = 0) -> nn.Module:

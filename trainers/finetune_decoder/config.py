@@ -38,6 +38,8 @@ PAPER: dict[str, Any] = {
 }
 ADAM_BETAS = (0.5, 0.9)  # latent-diffusion, ldm/models/autoencoder.py
 
+StudentName = Literal["turbo-xs", "turbo-s", "turbo-s32", "turbo-m", "turbo-f32", "taesd"]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(TrainConfig):
@@ -93,10 +95,10 @@ class FinetuneConfig(TrainConfig):
     tiny-v1 for --pictures."""
     init: str | None = None
     """Decoder folder to start from instead of the autoencoder's own decoder."""
-    student: Literal["turbo-xs", "turbo-s", "turbo-m", "turbo-f32", "taesd"] | None = None
-    """Train this small decoder instead. turbo-xs (for CPUs), turbo-s, turbo-m and turbo-f32 start
-    from the linear least-squares decoder and random weights elsewhere; taesd starts from random
-    weights."""
+    student: StudentName | None = None
+    """Train this small decoder instead. turbo-xs (for CPUs), turbo-s, turbo-s32 (for many
+    channels), turbo-m and turbo-f32 start from the linear least-squares decoder and random weights
+    elsewhere; taesd starts from random weights."""
     teacher: bool = False
     """Also learn from the output of the autoencoder's own decoder."""
     teacher_weight: float = 1.0

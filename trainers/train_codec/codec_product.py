@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 ESCAPE_BITS = 8
 PRODUCT = "codec"  # folder of a run
-STUDENTS = {FAST: "turbo-s", CPU: "turbo-xs"}  # fast decoders, by their folder in the product
+STUDENTS = {FAST: "turbo-s32", CPU: "turbo-xs"}  # fast decoders, by their folder in the product
 STEPS = tuple(0.5 * 2 ** (k / 8) for k in range(33))  # 0.5 to 8; the ninth is 1
 FLOOR = 0.005  # of a geometric law, mixed into counted shares
 COUNTED_PX, COUNTED_CROPS, FINAL_CROPS = 192, 16, 432

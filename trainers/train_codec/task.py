@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -32,7 +33,7 @@ from torch import Tensor, nn
 
 from latentds.autoencoders.autoencoder import NetworkAutoencoder
 from latentds.autoencoders.codec_folder import is_codec_folder, load_codec, read_counts
-from latentds.autoencoders.decoders import find_decoder_folder, load_decoder
+from latentds.autoencoders.decoders import find_decoder_folder, load_decoder, read_record
 from latentds.autoencoders.students import build_student, fit_shortcut
 from latentds.autoencoders.tiny import weights_folder
 from latentds.errors import WeightsError
@@ -40,6 +41,7 @@ from latentds.errors import WeightsError
 if TYPE_CHECKING:
     from latentds_trainers.train_codec.config import CodecSettings
 
+logger = logging.getLogger(__name__)
 Network = TypeVar("Network", bound=nn.Module)
 FACTOR = 8
 SHORTCUT_CROPS = 64
@@ -240,10 +242,15 @@ class StudentTask(TileTask):
         super().__init__(config)
         self.codec: NetworkAutoencoder = codec.to(self.device)
         students = self.new_students(self.codec.encoder, self.codec.card.channels)
-        for place in STUDENTS:
-            if find_decoder_folder(self.folder / place):  # goes on from what the codec has
+        for place, name in STUDENTS.items():
+            if not find_decoder_folder(self.folder / place):
+                continue
+            shape = read_record(self.folder / place).architecture.get("name")
+            if shape == name:  # goes on from what the codec has
                 known = load_decoder(self.folder / place).decoder.state_dict()
                 students[place].load_state_dict(known)
+            else:
+                logger.warning("%s is a %s; a new %s starts", self.folder / place, shape, name)
         networks = self.with_optimizers(students)
         self.engine = Engine(config, "train_codec", networks, may_change=MAY_CHANGE)
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from latentds_trainers.sampath.segmentation_fold import LossWeights, segmentation_loss
+from latentds_trainers.sampath.segmentation_fold import segmentation_loss
+from latentds_trainers.sampath.segmentation_presets import PRESETS
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -85,7 +86,7 @@ def take_steps(model: SamPath, count: int) -> list[float]:
     losses = []
     for _ in range(count):
         logits, iou = model(images)
-        loss, _ = segmentation_loss(logits, labels, LossWeights(), iou)
+        loss, _ = segmentation_loss(logits, labels, PRESETS["bcss"].loss_weights, iou)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -97,9 +97,6 @@ class SampathConfig(PatchInput, EngineOptions):
     """Weight of the error of SAM's IoU prediction."""
     ce_weight: float | None = None
     """Weight of the cross entropy."""
-    unlabelled: Literal["zeroed", "left-out"] = "zeroed"
-    """Pixels without a label: zeroed sets their logits to 0, as SAM-Path does; left-out leaves them
-    out of every loss."""
     crop_scale: tuple[float, float] | None = None
     """Smallest and largest share of an image's area in a training crop, before it is resized to
     --image-size."""

@@ -10,10 +10,9 @@ baseline from random weights, is segmentation_models_pytorch's (MIT): Ronneberge
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,7 +28,7 @@ from torch.nn import functional
 from latentds.core.randomness import key_of
 from latentds.core.storage import write_atomically
 from latentds.embedders.embedder import IMAGENET_MEAN, IMAGENET_STD
-from latentds.errors import ShapeError, missing_extra, unknown_name
+from latentds.errors import missing_extra, unknown_name
 from latentds.evaluation.folds import Fold
 from latentds.evaluation.segmentation import Confusion, correct_scores
 from latentds.views.mask_geometry import pad_to_multiple
@@ -44,7 +43,6 @@ SMOOTH = 1e-5  # MONAI's smooth_nr and smooth_dr
 GAMMA = 2.0  # MONAI's default for the focal loss
 IOU_THRESHOLD = 0.5  # probability from which a pixel counts for a class in the true IoU
 IOU_EPSILON = 1e-7
-Unlabelled = Literal["zeroed", "left-out"]
 MULTIPLE_PX = 32  # of the images that an encoder of depth 5 takes
 DECODER_CHANNELS = (256, 128, 64, 32, 16)  # segmentation_models_pytorch's own default
 
@@ -118,14 +116,7 @@ class SegmentationFold:
         torch.manual_seed(key % TORCH_SEEDS)  # of encoders that drop paths
         with self.engine.autocast():
             logits, iou = self.model(crops)
-        settings = self.config.settings
-        weights = LossWeights(
-            dice=settings.dice_weight,
-            focal=settings.focal_weight,
-            iou=settings.iou_weight,
-            ce=settings.ce_weight,
-        )
-        loss, terms = segmentation_loss(logits, labels, weights, iou, self.config.unlabelled)
+        loss, terms = segmentation_loss(logits, labels, self.config.settings.loss_weights, iou)
         self.engine.update(NETWORK, loss)
         return terms
 
@@ -197,58 +188,33 @@ def share_statistics(model: nn.Module) -> None:
                 dist.broadcast(buffer, 0)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LossWeights:
-    """How much each loss counts; 0 leaves it out. Defaults: SAM-Path's for BCSS."""
-
-    dice: float = 0.75
-    focal: float = 0.25
-    iou: float = 0.0625
-    ce: float = 0.0
-
-    def __post_init__(self) -> None:
-        values = dataclasses.asdict(self)
-        if min(values.values()) < 0 or not any((self.dice, self.focal, self.ce)):
-            raise ValueError(
-                f"loss weights {values}: none may be below 0, one of dice, focal and ce above"
-            )
-
-
 def segmentation_loss(
-    logits: Tensor,
-    labels: Tensor,
-    weights: LossWeights,
-    iou: Tensor | None = None,
-    unlabelled: Unlabelled = "zeroed",
+    logits: Tensor, labels: Tensor, weights: Mapping[str, float], iou: Tensor | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted sum of the losses, and each before weighing, detached.
 
-    A loss of weight 0 is left out; that of the IoU only where the model makes no guess of it.
+    Logits of pixels without a label are set to 0, as SAM-Path does. They pull at nothing, but each
+    adds 1/K of a pixel to every class's area in the Dice loss and a constant to the focal loss.
 
-    logits      float (B, K, H, W); channel 0 is of no class and takes part in the softmax only
-    labels      integers (B, H, W) in 0 .. K - 1, 0 for pixels that are not labelled
-    iou         (B, K), the model's own guess of each class's IoU; None for models without one
-    unlabelled  zeroed: logits of such pixels are set to 0, as SAM-Path does. They pull at
-                nothing, but each adds 1/K of a pixel to every class's area in the Dice loss and a
-                constant to the focal loss. left-out: they count nowhere
+    logits   float (B, K, H, W); channel 0 is of no class and takes part in the softmax only
+    labels   integers (B, H, W) in 0 .. K - 1, 0 for pixels that are not labelled
+    weights  of dice, focal, iou and ce. A loss of weight 0 is left out; that of the IoU only where
+             the model makes no guess of it
+    iou      (B, K), the model's own guess of each class's IoU; None for models without one
     """
-    check_shapes(logits, labels, iou)
-    labelled = (labels > 0)[:, None]
-    logits = (logits * labelled).float()
+    logits = (logits * (labels > 0)[:, None]).float()
     truth = one_hot(labels, logits.shape[1])
     chances = logits.softmax(1)[:, 1:]
-    counted = labelled.float() if unlabelled == "left-out" else torch.ones_like(labelled.float())
     terms: dict[str, Tensor] = {}
-    if weights.dice:
-        terms["dice"] = dice_loss(chances * counted, truth)
-    if weights.focal:
-        terms["focal"] = focal_loss(logits[:, 1:], truth, counted)
+    if weights["dice"]:
+        terms["dice"] = dice_loss(chances, truth)
+    if weights["focal"]:
+        terms["focal"] = focal_loss(logits[:, 1:], truth)
     if iou is not None:  # at weight 0 too, so that its head has a gradient on every rank
-        goal = true_iou(chances * counted, truth)
-        terms["iou"] = functional.mse_loss(iou[:, 1:].float(), goal)
-    if weights.ce:
+        terms["iou"] = functional.mse_loss(iou[:, 1:].float(), true_iou(chances, truth))
+    if weights["ce"]:
         terms["ce"] = cross_entropy(logits, labels)
-    parts = [getattr(weights, name) * term for name, term in terms.items()]
+    parts = [weights[name] * term for name, term in terms.items()]
     return torch.stack(parts).sum(), {name: term.detach() for name, term in terms.items()}
 
 
@@ -262,19 +228,15 @@ def dice_loss(chances: Tensor, truth: Tensor) -> Tensor:
     return (1 - (2 * overlap + SMOOTH) / (areas + SMOOTH)).mean()
 
 
-def focal_loss(logits: Tensor, truth: Tensor, counted: Tensor | None = None) -> Tensor:
+def focal_loss(logits: Tensor, truth: Tensor) -> Tensor:
     """Mean of -(1 - p_t)^2 log(p_t) over pixels and classes, p the sigmoid of each class alone.
 
     logits, truth  (B, classes, H, W)
-    counted        1 for pixels in the mean, 0 for others, (B, 1, H, W); None for all
     """
     entropy = functional.binary_cross_entropy_with_logits(logits, truth, reduction="none")
     # (1 - p_t)^gamma through the log-sigmoid, which neither overflows nor loses its gradient.
     miss = functional.logsigmoid(-logits * (2 * truth - 1))
-    losses = (GAMMA * miss).exp() * entropy
-    if counted is None:
-        return losses.mean()
-    return (losses * counted).sum() / (counted.sum() * losses.shape[1]).clamp(min=1)
+    return ((GAMMA * miss).exp() * entropy).mean()
 
 
 def true_iou(chances: Tensor, truth: Tensor) -> Tensor:
@@ -300,16 +262,6 @@ def one_hot(labels: Tensor, size: int) -> Tensor:
 def predict_labels(logits: Tensor) -> Tensor:
     """Labels uint8 (B, H, W) in 1 .. K - 1 of logits (B, K, H, W): never 0, "not labelled"."""
     return (logits[:, 1:].argmax(1) + 1).to(torch.uint8)
-
-
-def check_shapes(logits: Tensor, labels: Tensor, iou: Tensor | None) -> None:
-    if logits.ndim != 4 or logits.shape[1] < 2:
-        raise ShapeError(f"logits are {tuple(logits.shape)}; (B, K, H, W) with K > 1 are wanted")
-    batch, size, *edges = logits.shape
-    if tuple(labels.shape) != (batch, *edges):
-        raise ShapeError(f"labels are {tuple(labels.shape)}, logits {tuple(logits.shape)}")
-    if iou is not None and tuple(iou.shape) != (batch, size):
-        raise ShapeError(f"IoU predictions are {tuple(iou.shape)}; {(batch, size)} are wanted")
 
 
 class SegmentationUNet(nn.Module):

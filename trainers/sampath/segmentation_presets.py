@@ -154,11 +154,13 @@ class SegmentationSettings:
             raise ValueError(
                 f"unscored is {self.unscored}; some of the classes {', '.join(known)}, not all"
             )
-        weights = [self.dice_weight, self.focal_weight, self.ce_weight]
-        if min(*weights, self.iou_weight) < 0 or not any(weights):
-            raise ValueError(
-                f"weights of dice, focal and ce are {weights}; none below 0, one above"
-            )
+        weights = self.loss_weights
+        if min(weights.values()) < 0 or not any(w for name, w in weights.items() if name != "iou"):
+            raise ValueError(f"weights are {weights}; none below 0, of dice, focal, ce one above")
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        return {name: getattr(self, f"{name}_weight") for name in ("dice", "focal", "iou", "ce")}
 
     @property
     def values(self) -> MaskValues:

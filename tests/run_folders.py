@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from latentds.evaluation.folds import Fold, split_id, stratified_group_folds
-from latentds.evaluation.predictions import fold_predictions, join_predictions, write_predictions
+from latentds.evaluation.predictions import Predictions, join_predictions, write_predictions
 from latentds.evaluation.records import RunRecord, write_record
 from latentds.evaluation.scores import classification_scores
 from latentds.evaluation.segmentation import (
@@ -50,6 +50,30 @@ def cohort(folds: int, fold_seed: int) -> tuple[np.ndarray, list[str], list[str]
     return labels, patients, slides, made
 
 
+def fold_predictions(
+    number: int,
+    seed: int,
+    fold: Fold,
+    *,
+    items: list[str],
+    groups: list[str],
+    labels: np.ndarray,
+    probabilities: np.ndarray,
+    classes: list[str],
+) -> Predictions:
+    """The predictions of one fold's test items, of values of all items."""
+    rows = fold.test
+    return Predictions(
+        folds=np.full(len(rows), number, np.int64),
+        seeds=np.full(len(rows), seed, np.int64),
+        items=[items[row] for row in rows],
+        groups=[groups[row] for row in rows],
+        labels=labels[rows],
+        probabilities=probabilities[rows].astype(np.float64),
+        classes=classes,
+    )
+
+
 def classify(
     folder: Path,
     source: dict[str, Any],
@@ -84,9 +108,8 @@ def classify(
             )
             parts.append(
                 fold_predictions(
-                    number, seed, items=[slides[row] for row in fold.test],
-                    groups=[patients[row] for row in fold.test],
-                    labels=labels[fold.test], probabilities=values[fold.test], classes=classes,
+                    number, seed, fold, items=slides, groups=patients, labels=labels,
+                    probabilities=values, classes=classes,
                 )
             )  # fmt: skip
     values_of = {

@@ -129,7 +129,7 @@ def test_best_weights_need_slides_to_validate_on(job, tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"lr": 0.5}, r"has lr 0\.03, this one 0\.5; set it back"),
+        ({"lr": 0.5}, r"has lr 0\.03, this one 0\.5; give what"),
         ({"seed": 3}, "has seed 0, this one 3"),
         ({"folds": 4}, "has folds 3, this one 4"),
     ],

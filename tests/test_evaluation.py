@@ -31,7 +31,6 @@ from latentds.evaluation.folds import (
 from latentds.evaluation.groups import count_alone, groups_of, match_labels, read_labels
 from latentds.evaluation.predictions import (
     Predictions,
-    fold_predictions,
     join_predictions,
     read_predictions,
     write_predictions,
@@ -46,6 +45,7 @@ from latentds.evaluation.statistics import (
 )
 from latentds.sources.csv_tables import read_table
 from latentds.sources.slide_names import NameIndex
+from tests.run_folders import fold_predictions
 
 CLASSES = ["a", "b", "c"]
 
@@ -642,9 +642,8 @@ def predictions_of(cohort: Cohort, strength: float, seed: int = 0) -> Prediction
     return join_predictions(
         [
             fold_predictions(
-                number, 0, items=[cohort.slides[row] for row in fold.test],
-                groups=[cohort.patients[row] for row in fold.test],
-                labels=cohort.labels[fold.test], probabilities=values[fold.test], classes=CLASSES,
+                number, 0, fold, items=cohort.slides, groups=cohort.patients,
+                labels=cohort.labels, probabilities=values, classes=CLASSES,
             )
             for number, fold in enumerate(cohort.folds())
         ]

@@ -54,28 +54,6 @@ class Predictions:
         return self.select(np.lexsort((np.array(self.items), self.seeds, self.folds)))
 
 
-def fold_predictions(
-    fold: int,
-    seed: int,
-    *,
-    items: Sequence[str],
-    groups: Sequence[str],
-    labels: Sequence[int] | np.ndarray,
-    probabilities: np.ndarray,
-    classes: Sequence[str],
-) -> Predictions:
-    """The predictions of one fold's test set."""
-    return Predictions(
-        folds=np.full(len(items), fold, np.int64),
-        seeds=np.full(len(items), seed, np.int64),
-        items=list(items),
-        groups=list(groups),
-        labels=np.asarray(labels, np.int64),
-        probabilities=np.asarray(probabilities, np.float64),
-        classes=list(classes),
-    )
-
-
 def join_predictions(parts: Sequence[Predictions]) -> Predictions:
     """All of them, one after another; they have the same classes."""
     return Predictions(

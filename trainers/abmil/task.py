@@ -19,8 +19,11 @@ from latentds_trainers.abmil.bag_training import (
 )
 from latentds_trainers.abmil.config import AbmilConfig
 from latentds_trainers.abmil.heat_map import WEIGHTS, draw_heat_maps
-from latentds_trainers.crossval.cross_validation import Cell, CrossValidation, FoldOutcome, Tested
-from latentds_trainers.crossval.run_report import (
+from latentds_trainers.crossval.cross_validation import (
+    Cell,
+    CrossValidation,
+    FoldOutcome,
+    Tested,
     figure,
     pooled_predictions,
     run_record,
@@ -50,23 +53,6 @@ from latentds.models.attention_mil import save_abmil
 from latentds.sources.slide_names import some
 
 logger = logging.getLogger(__name__)
-# When a run goes on: where things lie, how they are read, what is shown. What lies there is
-# compared by its names and facts.
-MAY_CHANGE = frozenset(
-    {
-        *("out", "bags", "data", "labels", "groups", "splits", "slides", "root", "workers"),
-        *("device", "keep_mb", "cache_gb", "save_every", "heat_maps", "heat_map_slides"),
-        *("tensorboard", "json", "embed_batch", "repeats"),
-        *("batch_size", "accumulation"),  # of which bags_a_step tells
-    }
-)
-REMEDIES = {  # by what differs; a setting is set back
-    "bags_a_step": "choose --batch-size and --accumulation for as many on these ranks",
-    "data_content": "give the patches it was started with",
-    "features": "give the features it was started with",
-    "labels_id": "give the --labels and --groups it was started with",
-    "split_id": "give the slides and --splits it was started with",
-}
 OF_RANKS = ("auc",)  # by the order of probabilities, not by the class each gives
 SHOWN = ("auc", "balanced_accuracy", "accuracy", "macro_f1")
 
@@ -130,13 +116,12 @@ class BagTask:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What the run is of: settings, features, labels; the patches whose features it makes."""
+        """What the run is of: features, labels; the patches whose features it makes."""
         folder, slides, patches = self.labelled.bags.folder, self.slides, None
         if self.config.bags is None:
             patches = self.labelled.patches
-        settings = {n: v for n, v in self.config.to_json().items() if n not in MAY_CHANGE}
         rows = [slides.slides, slides.groups, slides.targets.tolist(), slides.classes]
-        return settings | {
+        return {
             "features": {
                 "embedder": folder.embedder.get("name"),
                 "weights_id": folder.embedder.get("weights_id", ""),
@@ -151,7 +136,7 @@ class BagTask:
 
     def claim(self) -> None:
         """Make the folder this run's, with its folds as CLAM and Patho-Bench read them."""
-        self.crossval.claim(from_first(lambda: self.identity), REMEDIES)
+        self.crossval.claim(self.config.to_json(), from_first(lambda: self.identity))
         slides, path = self.slides, self.config.out / "splits" / PATHO_BENCH
         labels = [slides.classes[target] for target in slides.targets.tolist()]
         from_first(

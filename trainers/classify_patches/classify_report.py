@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 from latentds_trainers.classify_patches.config import ClassifyConfig
 from latentds_trainers.classify_patches.patch_inputs import LabelledPatches
-from latentds_trainers.crossval.cross_validation import CrossValidation, FoldOutcome, Tested
-from latentds_trainers.crossval.run_report import (
+from latentds_trainers.crossval.cross_validation import (
+    CrossValidation,
+    FoldOutcome,
+    Tested,
     pooled_predictions,
     run_record,
     run_table,

@@ -10,15 +10,6 @@ from latentds_trainers.engine.settings import check_ranges, refuse_given
 
 from latentds.evaluation.patchsets.patch_set import PatchInput
 
-# When a run goes on: where things lie, how they are read, what is shown. Of batch_size and
-# accumulation only the images of an optimizer step matter.
-MAY_CHANGE = frozenset(
-    {
-        *("out", "data", "test_data", "groups", "slides", "root", "masks", "max_px", "keep_mb"),
-        *("device", "workers", "save_every", "log_every", "tensorboard", "json"),
-        *("batch_size", "accumulation"),
-    }
-)
 # What only one probe has.
 OF_PROBES: dict[str, tuple[str, ...]] = {
     "linear": ("penalty",),

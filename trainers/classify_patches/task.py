@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 from latentds_trainers.classify_patches.classify_report import report, score_fold, source_identity
-from latentds_trainers.classify_patches.config import MAY_CHANGE, ClassifyConfig
+from latentds_trainers.classify_patches.config import ClassifyConfig
 from latentds_trainers.classify_patches.finetune_backbone import FoldTraining, build_network
 from latentds_trainers.classify_patches.patch_features import (
     FeatureStore,
@@ -104,25 +104,14 @@ class ClassifyTask:
         return self.config.batch_size * self.config.accumulation * self.ranks
 
     def claim(self) -> None:
-        config, content = self.config, self.content
-        settings = {n: v for n, v in plain(config).items() if n not in MAY_CHANGE}
         identity = {
-            "data_content": content[0],
-            "test_data_content": content[1] if len(content) > 1 else None,
+            "data_content": self.content[0],
+            "test_data_content": self.content[1] if len(self.content) > 1 else None,
             "source": digest_of(self.source),
             "embedder_weights": None if self.embedder is None else self.embedder.card.weights_id,
             "images_a_step": self.images_a_step,
         }
-        others = "files of other content lie in"
-        remedies = {
-            "data_content": f"{others} {config.location}; give the patches it was started with",
-            "test_data_content": f"{others} {config.test_data}; give those it was started with",
-            "source": "give the pixels it was started with",
-            "embedder_weights": "give the weights it was started with",
-            "images_a_step": "choose --batch-size and --accumulation for as many on these ranks",
-            "split_id": "give the patches and --groups it was started with",
-        }
-        self.crossval.claim(settings | identity, remedies)
+        self.crossval.claim(plain(self.config), identity)
 
     def check_arch(self) -> None:
         """Build the network once, so that a wrong name or file is told before anything is done."""

@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from latentds_trainers.crossval.cross_validation import Cell, CrossValidation, FoldOutcome, Tested
-from latentds_trainers.crossval.run_report import (
+from latentds_trainers.crossval.cross_validation import (
+    Cell,
+    CrossValidation,
+    FoldOutcome,
+    Tested,
     run_record,
     run_table,
     spread,

@@ -40,21 +40,6 @@ from latentds.evaluation.records import FILE as RESULT
 
 logger = logging.getLogger(__name__)
 
-# When a run goes on: where things lie, how they are read, what is shown. What lies there is
-# compared by its content.
-MAY_CHANGE = (
-    *("data", "masks", "groups", "fold_table", "slides", "root", "only", "splits", "codebook_from"),
-    *("device", "workers", "keep_mb", "max_px", "pictures", "json", "seeds"),
-    *("allow_shared_groups", "out", "save_every", "keep", "log_every", "sample_every"),
-    "tensorboard",
-    *("batch_size", "accumulation"),  # of which images_a_step tells
-)
-REMEDIES = {  # by what differs; a setting is set back
-    "content": "give the data it was started with",
-    "labels": "give the masks it was started with",
-    "images_a_step": "choose --batch-size and --accumulation for as many on these ranks",
-}
-
 
 class SegmentationRun:
     def __init__(self, config: SampathConfig) -> None:
@@ -82,7 +67,14 @@ class SegmentationRun:
             folds=self.plan.folds,
             cells=[(number, seed) for seed in seeds for number in folds],
         )
-        self.crossval.claim(self.identity, REMEDIES)
+        identity = {
+            "source": self.source["name"],
+            "codebook": self.source.get("codebook"),
+            "content": self.content,
+            "labels": self.labels_id,
+            "images_a_step": self.images_a_step,
+        }
+        self.crossval.claim(config.to_json(), identity)
 
     def check_network(self) -> None:
         """Raise for a network that cannot be had; a finished run needs none."""
@@ -142,17 +134,6 @@ class SegmentationRun:
     def images_a_step(self) -> int:
         """Images of an optimizer step, over all ranks."""
         return self.config.settings.images * dist.get_world_size()
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        settings = {n: v for n, v in self.config.to_json().items() if n not in MAY_CHANGE}
-        return settings | {
-            "source": self.source["name"],
-            "codebook": self.source.get("codebook"),
-            "content": self.content,
-            "labels": self.labels_id,
-            "images_a_step": self.images_a_step,
-        }
 
     def run(self) -> None:
         outcomes = self.crossval.outcomes(self.test)

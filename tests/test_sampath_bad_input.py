@@ -17,14 +17,13 @@ pytest.importorskip("deepspeed")
 pytest.importorskip("segmentation_models_pytorch")
 
 from latentds_trainers.sampath.__main__ import main
-from latentds_trainers.sampath.config import SampathConfig
+from latentds_trainers.sampath.config import SampathConfig, parse_mask_values
 from latentds_trainers.sampath.segmentation_data import (
     FoldPlan,
     LabelledImages,
     check_classes,
     named_plan,
 )
-from latentds_trainers.sampath.segmentation_presets import parse_mask_values
 
 from latentds.evaluation.folds import Fold
 from latentds.evaluation.patchsets.open_patch_sets import open_patches
@@ -78,7 +77,7 @@ def test_a_mask_of_another_size_names_the_file(nuclei, tmp_path):
 def test_unknown_values_name_the_file_the_values_and_the_remedy(nuclei, tmp_path):
     root = save_nuclei(tmp_path / "other", 4, values=(0, 1))
     text = (
-        r"n00\.png: its mask has the values 0, 1, and .* does not say what 1 stands for.*"
+        r"n00\.png: its mask has the values \[0, 1\], and .* does not say what \[1\] stand for.*"
         r"--mask-values 0:background,255:foreground,1:ignore"
     )
     refused(root, tmp_path, InputError, text)

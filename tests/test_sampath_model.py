@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from latentds_trainers.sampath.config import PRESETS
 from latentds_trainers.sampath.segmentation_fold import segmentation_loss
-from latentds_trainers.sampath.segmentation_presets import PRESETS
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 

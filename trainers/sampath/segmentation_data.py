@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from latentds_trainers.sampath.segmentation_presets import SegmentationSettings
+from latentds_trainers.sampath.config import SegmentationSettings
 from torch import Tensor
 
 from latentds.core.randomness import key_of, patch_seeds, shuffled, uniform
@@ -90,33 +91,26 @@ class LabelledImages:
             yield row, view.image(image[0])[None], view.mask(labels)
 
 
-class CropDraws:
-    """Which image is at a place of the training's long row of images, and by which seed it is cut.
+def draw_crops(rows: np.ndarray, seed: int, places: np.ndarray) -> tuple[np.ndarray, Tensor]:
+    """Which image is at places of the training's long row of images, and by which seed it is cut.
 
     Every epoch is a permutation of `rows`; a place's draw follows from (seed, place) alone.
+
+    places   int64 (B,), counted from the first step on
+    returns  rows int64 (B,) and seeds int64 (B,)
     """
+    epochs, within = np.divmod(places, len(rows))
+    chosen = np.empty_like(places)
+    for epoch in np.unique(epochs).tolist():
+        here = epochs == epoch
+        chosen[here] = rows[epoch_order(len(rows), seed, epoch)[within[here]]]
+    seeds = patch_seeds(seed, epochs, np.zeros_like(epochs), chosen)
+    return chosen, torch.from_numpy(seeds)
 
-    def __init__(self, rows: np.ndarray, seed: int) -> None:
-        if not len(rows):
-            raise InputError("no images to train on")
-        self.rows, self.seed = rows, seed
-        self.orders: dict[int, np.ndarray] = {}
 
-    def at(self, places: np.ndarray) -> tuple[np.ndarray, Tensor]:
-        """Rows int64 (B,) and seeds int64 (B,) of places counted from the first step on."""
-        epochs, within = np.divmod(places, len(self.rows))
-        chosen = [self.order(e)[i] for e, i in zip(epochs.tolist(), within.tolist(), strict=True)]
-        rows = self.rows[chosen]
-        seeds = patch_seeds(self.seed, epochs, np.zeros_like(epochs), rows)
-        return rows, torch.from_numpy(seeds)
-
-    def order(self, epoch: int) -> np.ndarray:
-        """Places in `rows` of the images of an epoch."""
-        if epoch not in self.orders:
-            for old in [number for number in self.orders if number < epoch - 1]:
-                del self.orders[old]
-            self.orders[epoch] = shuffled(len(self.rows), key_of("images", self.seed, epoch))
-        return self.orders[epoch]
+@functools.lru_cache(maxsize=2)
+def epoch_order(images: int, seed: int, epoch: int) -> np.ndarray:
+    return shuffled(images, key_of("images", seed, epoch))
 
 
 def jitter(images: Tensor, seeds: Tensor, strength: float) -> Tensor:

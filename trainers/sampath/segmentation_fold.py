@@ -20,7 +20,7 @@ import torch.distributed as dist
 from latentds_trainers.engine.ranks import from_first, gathered
 from latentds_trainers.engine.settings import TrainConfig, plain
 from latentds_trainers.engine.training import Engine
-from latentds_trainers.sampath.segmentation_data import CropDraws, LabelledImages
+from latentds_trainers.sampath.segmentation_data import LabelledImages, draw_crops
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 from torch.nn import functional
@@ -89,7 +89,6 @@ class SegmentationFold:
         )
         self.engine = Engine(train, "sampath", {NETWORK: (trained, optimizer)})
         self.model.to(self.engine.device)
-        self.draws = CropDraws(fold.train, train.seed)
 
     def run(self) -> np.ndarray:
         """Train to the last step, save the trained weights, test: see `test`."""
@@ -103,7 +102,8 @@ class SegmentationFold:
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Crops and labels of the forward passes that are left, images read ahead."""
-        left = [self.draws.at(places) for places in self.engine.places_left()]
+        train, seed = self.fold.train, self.train.seed
+        left = [draw_crops(train, seed, places) for places in self.engine.places_left()]
         stream = self.images.patches.stream(rows for rows, _ in left)
         for images, (rows, seeds) in zip(stream, left, strict=True):
             crops, labels = self.images.crops(images, rows, seeds)

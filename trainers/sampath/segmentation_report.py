@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,9 +20,8 @@ from latentds_trainers.crossval.cross_validation import (
     told_settings,
     write_result,
 )
-from latentds_trainers.sampath.config import SampathConfig
+from latentds_trainers.sampath.config import SampathConfig, SegmentationSettings
 from latentds_trainers.sampath.segmentation_data import FoldPlan
-from latentds_trainers.sampath.segmentation_presets import SegmentationSettings
 from PIL import Image, ImageDraw
 
 from latentds.core.storage import write_atomically
@@ -61,7 +58,6 @@ COLOURS = (  # of the labels 1, 2, ...; told apart by colour-blind readers too (
 )  # fmt: skip
 OPACITY = 0.5
 GAP_PX, LINE_PX, LEGEND_PX = 8, 14, 20
-HASH_DIGITS = 12
 
 
 def score_fold(
@@ -221,15 +217,3 @@ def draw_legend(
         draw.rectangle((x, y + 2, x + 8, y + 10), fill=colour)
         draw.text((x + 12, y), name, fill=(0, 0, 0))
         x += 20 + int(draw.textlength(name))
-
-
-def picture_name(fold: int, item: str) -> str:
-    """File name of a tested image's picture, another for every item.
-
-    The item's own where that is a PNG's; others are made plain and end in a hash of the item.
-    """
-    plain = re.sub(r"\.(png|jpe?g|tiff?|webp|bmp)(?=@|$)", "", item, flags=re.IGNORECASE)
-    plain = re.sub(r"[^A-Za-z0-9.@,_-]+", "_", plain)
-    if f"{plain}.png" != item:
-        plain += f"-{hashlib.sha256(item.encode()).hexdigest()[:HASH_DIGITS]}"
-    return f"fold-{fold}_{plain}.png"

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch.distributed as dist
 from latentds_trainers.crossval.cross_validation import Cell, CrossValidation, Tested
 from latentds_trainers.engine.ranks import from_first, join_ranks, on_all_ranks
-from latentds_trainers.sampath.config import SampathConfig
+from latentds_trainers.sampath.config import PRESETS, SIZES_PX, SampathConfig, SegmentationSettings
 from latentds_trainers.sampath.segmentation_data import (
     NO_FOLDS,
     FoldPlan,
@@ -22,15 +23,10 @@ from latentds_trainers.sampath.segmentation_data import (
     table_plan,
 )
 from latentds_trainers.sampath.segmentation_fold import SegmentationFold, build_network
-from latentds_trainers.sampath.segmentation_presets import PRESETS, SIZES_PX, schedule_notes
-from latentds_trainers.sampath.segmentation_report import (
-    picture_name,
-    report,
-    score_fold,
-    write_picture,
-)
+from latentds_trainers.sampath.segmentation_report import report, score_fold, write_picture
 
 from latentds.errors import InputError
+from latentds.evaluation.features.layout import file_name
 from latentds.evaluation.groups import count_alone, groups_of
 from latentds.evaluation.patchsets.coded_patches import codebook_note
 from latentds.evaluation.patchsets.open_patch_sets import find_shards, open_patches
@@ -164,7 +160,7 @@ class SegmentationRun:
         settings = self.config.settings
         rows = spread_over(cell.fold.test, self.config.pictures)
         for row, image, truth, prediction in training.pictures(rows):
-            name = picture_name(cell.number, self.table.names[row])
+            name = f"fold-{cell.number}_{file_name(self.table.names[row])}.png"
             path = self.config.out / "predictions" / name
             write_picture(path, image, truth, prediction, settings.classes, settings.unscored)
 
@@ -179,6 +175,28 @@ def resized_before(config: SampathConfig, device: str) -> SampathConfig:
     if resizes and find_shards(config) is None:
         changed |= {"patch_size": config.settings.image_size, "resize": True}
     return dataclasses.replace(config, **changed)
+
+
+def schedule_notes(
+    preset: str, settings: SegmentationSettings, steps: Sequence[int], ranks: int
+) -> list[str]:
+    """Where the training departs from the schedule it is set to.
+
+    steps  of every fold
+    """
+    notes, taken, meant = [], settings.images * ranks, PRESETS[preset].images
+    if preset in SIZES_PX and taken != meant:
+        notes.append(
+            f"a step takes {taken} images (batch size x accumulation x {ranks} ranks), those of "
+            f"preset {preset} {meant}: warm-up, milestones and learning rate are for the latter"
+        )
+    missed = [place for place in settings.milestones if place >= min(steps)]
+    if settings.schedule == "multistep" and missed:
+        notes.append(
+            f"training ends after {min(steps)} steps, before the milestones {missed}: the learning "
+            "rate does not fall there"
+        )
+    return notes
 
 
 def resize_notes(config: SampathConfig, source: dict[str, Any]) -> list[str]:

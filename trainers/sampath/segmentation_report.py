@@ -56,8 +56,7 @@ COLOURS = (  # of the labels 1, 2, ...; told apart by colour-blind readers too (
     (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66),
     (0, 114, 178), (213, 94, 0), (204, 121, 167),
 )  # fmt: skip
-OPACITY = 0.5
-GAP_PX, LINE_PX, LEGEND_PX = 8, 14, 20
+GAP_PX, LEGEND_PX = 8, 20
 
 
 def score_fold(
@@ -166,54 +165,30 @@ def write_picture(
     image: np.ndarray,
     truth: np.ndarray,
     prediction: np.ndarray,
-    classes: Sequence[str],
-    unscored: Sequence[str] = (),
+    settings: SegmentationSettings,
 ) -> None:
-    """A PNG with three parts on white and a line that names the colours.
+    """A PNG: the image, and twice the image under half transparent labels, with a line of names.
 
     image              uint8 (h, w, 3)
     truth, prediction  labels uint8 (h, w): 0 not labelled, then the classes
-    unscored           classes that are left without a colour
     """
-    shown = {
-        label: COLOURS[(label - 1) % len(COLOURS)]
-        for label, name in enumerate(classes, 1)
-        if name not in unscored
-    }
-    parts = [image, painted(image, truth, shown), painted(image, prediction, shown)]
+    palette, is_shown = np.zeros((256, 3), np.uint16), np.zeros((256, 1), bool)
     height, width = image.shape[:2]
-    sheet = np.full((height + LEGEND_PX, 3 * width + 2 * GAP_PX, 3), 255, np.uint8)
-    for number, part in enumerate(parts):
+    sheet = Image.new("RGB", (3 * width + 2 * GAP_PX, height + LEGEND_PX), "white")
+    draw, top, right = ImageDraw.Draw(sheet), height + 3, 3 * width + 2 * GAP_PX
+    for label, name in reversed([*enumerate(settings.classes, 1)]):
+        if name not in settings.unscored:
+            palette[label], is_shown[label] = COLOURS[(label - 1) % len(COLOURS)], True
+            right -= 12 + int(draw.textlength(name))
+            draw.text((right, top), name, fill=tuple(palette[label].tolist()))
+    parts = {"image": image}
+    for name, labels in (("truth", truth), ("prediction", prediction)):
+        mixed = (image + palette[labels]) // 2
+        parts[name] = np.where(is_shown[labels], mixed, image).astype(np.uint8)
+    for number, (name, part) in enumerate(parts.items()):
         left = number * (width + GAP_PX)
-        sheet[:height, left : left + width] = part
-    picture = Image.fromarray(sheet)
-    draw_legend(picture, height, width, {classes[label - 1]: c for label, c in shown.items()})
+        sheet.paste(Image.fromarray(part), (left, 0))
+        draw.text((left + 2, top), name, fill="black")
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
+    sheet.save(buffer, "PNG")
     write_atomically(path, buffer.getvalue())
-
-
-def painted(
-    image: np.ndarray, labels: np.ndarray, shown: dict[int, tuple[int, int, int]]
-) -> np.ndarray:
-    """The image with its labels as half transparent colours, uint8 (h, w, 3)."""
-    pixels = image.astype(np.float32)
-    for label, colour in shown.items():
-        where = labels == label
-        pixels[where] = (1 - OPACITY) * pixels[where] + OPACITY * np.array(colour, np.float32)
-    rounded: np.ndarray = pixels.round().astype(np.uint8)
-    return rounded
-
-
-def draw_legend(
-    picture: Image.Image, top: int, width: int, colours: dict[str, tuple[int, int, int]]
-) -> None:
-    """What the three parts are, and a square of every class's colour with its name."""
-    draw, y = ImageDraw.Draw(picture), top + (LEGEND_PX - LINE_PX) // 2
-    for number, name in enumerate(("image", "truth", "prediction")):
-        draw.text((number * (width + GAP_PX) + 2, y), name, fill=(0, 0, 0))
-    x = width + GAP_PX + 60
-    for name, colour in colours.items():
-        draw.rectangle((x, y + 2, x + 8, y + 10), fill=colour)
-        draw.text((x + 12, y), name, fill=(0, 0, 0))
-        x += 20 + int(draw.textlength(name))

@@ -78,14 +78,9 @@ class SegmentationRun:
             build_network(self.config, len(self.config.settings.values.names), self.config.seed)
 
     def open(self) -> PatchSet:
-        """The images; InputError for those without masks or of another size than the preset's."""
-        config = self.config
-        patches = open_patches(resized_before(config, str(self.device)))
-        if not patches.has_masks:
-            raise InputError(
-                f"{config.location}: has no masks; give --masks FOLDER, or convert with it"
-            )
-        check_size(config, patches.patch_px)
+        """The images; InputError for those of another size than the preset's."""
+        patches = open_patches(resized_before(self.config, str(self.device)))
+        check_size(self.config, patches.patch_px)
         return patches
 
     def make_plan(self, rule: str) -> FoldPlan:
@@ -157,12 +152,11 @@ class SegmentationRun:
 
     def draw(self, training: SegmentationFold, cell: Cell) -> None:
         """Pictures of tested images. On rank 0."""
-        settings = self.config.settings
         rows = spread_over(cell.fold.test, self.config.pictures)
         for row, image, truth, prediction in training.pictures(rows):
             name = f"fold-{cell.number}_{file_name(self.table.names[row])}.png"
             path = self.config.out / "predictions" / name
-            write_picture(path, image, truth, prediction, settings.classes, settings.unscored)
+            write_picture(path, image, truth, prediction, self.config.settings)
 
 
 def resized_before(config: SampathConfig, device: str) -> SampathConfig:

@@ -149,7 +149,7 @@ def test_a_run_goes_on_with_as_many_bags_a_step_and_no_others(job, tmp_path):
 
 def test_a_run_folder_of_other_labels_is_refused(run_job):
     edit_labels(run_job, "p0,s00.svs,IDC", "p0,s00.svs,ILC")
-    with pytest.raises(ContractError, match="has labels_id '.*; give the --labels and"):
+    with pytest.raises(ContractError, match="has labels_id '.*; give what"):
         run(run_job, **SHORT)
 
 

@@ -279,7 +279,8 @@ def test_other_pixels_under_the_same_names_are_refused_and_moved_data_go_on(
     options |= {"data": moved / "train", "test_data": moved / "test"}
     assert classify(**options).folds == read_record(val7k_run).folds
     change_pixels(moved / changed)
-    with pytest.raises(ContractError, match=f"other content lie in .*moved/{changed};"):
+    name = "data_content" if changed == "train" else "test_data_content"
+    with pytest.raises(ContractError, match=f" has {name} "):
         classify(**options)
 
 
@@ -555,7 +556,7 @@ def test_protocols_without_a_test_split_are_refused(classes, embedder, tmp_path,
 
 def test_a_test_set_with_other_classes_is_refused(classes, embedder, tmp_path):
     save_class(tmp_path / "test" / "necrosis", 4, 700, 2)
-    with pytest.raises(InputError, match="has class 'necrosis'.*never trained on"):
+    with pytest.raises(InputError, match="fold 0 tests 'necrosis' and does not train on it"):
         classify(
             classes,
             tmp_path / "run",

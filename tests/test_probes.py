@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -93,9 +94,21 @@ def test_standardized_features_take_no_scale_along():
     assert np.abs(one.probabilities - other.probabilities).max() < 1e-3  # float32 inputs
 
 
-def examples(count: int, seed: int = 0) -> probes.Examples:
+class Examples(NamedTuple):
+    features: np.ndarray
+    labels: np.ndarray
+
+
+def eva(
+    train: Examples, val: Examples, test: np.ndarray, classes: int, **options: Any
+) -> probes.FittedProbe:
+    own = (train.features, train.labels)
+    return probes.eva_probe(*own, test, classes, val=(val.features, val.labels), **options)
+
+
+def examples(count: int, seed: int = 0) -> Examples:
     features, labels = separable(count, 24, 3, seed)
-    return probes.Examples(features=features, labels=labels)
+    return Examples(features=features, labels=labels)
 
 
 @pytest.fixture
@@ -114,7 +127,7 @@ def test_evas_probe_learns_and_tests_the_weights_that_validated_best(monkeypatch
         probes, "balanced_accuracy", lambda *args: reached.append(judge(*args)) or reached[-1]
     )
     features = np.concatenate([test.features, val.features])
-    fitted = probes.eva_probe(train, val, features, 3, seed=0)
+    fitted = eva(train, val, features, 3, seed=0)
     assert fitted.remark == ""
     assert len(reached) == reached.index(max(reached)) + 1 + probes.patience_of(600)
     assert np.allclose(fitted.probabilities.sum(1), 1)
@@ -128,12 +141,12 @@ def test_evas_probe_is_the_same_for_a_seed_whatever_torch_drew_before(monkeypatc
     monkeypatch.setattr(probes, "STEPS", 100)
     train, val = examples(300), examples(60, seed=2)
     torch.manual_seed(7)
-    one = probes.eva_probe(train, val, val.features, 3, seed=0).probabilities
+    one = eva(train, val, val.features, 3, seed=0).probabilities
     drawn = torch.rand(1)
     torch.manual_seed(7)
     assert torch.equal(drawn, torch.rand(1))  # the process's generator was left alone
-    assert np.array_equal(one, probes.eva_probe(train, val, val.features, 3, seed=0).probabilities)
-    other = probes.eva_probe(train, val, val.features, 3, seed=1).probabilities
+    assert np.array_equal(one, eva(train, val, val.features, 3, seed=0).probabilities)
+    other = eva(train, val, val.features, 3, seed=1).probabilities
     assert not np.array_equal(one, other)
 
 
@@ -145,7 +158,7 @@ def test_evas_patience_is_that_of_its_configurations(patches, epochs):
 @pytest.mark.usefixtures("brisk")
 def test_evas_probe_learns_from_few_patches_too():
     train, val, test = examples(240), examples(60, seed=2), examples(300, seed=3)
-    fitted = probes.eva_probe(train, val, test.features, 3, seed=0)
+    fitted = eva(train, val, test.features, 3, seed=0)
     linear = probes.linear_probe(train.features, train.labels, test.features, 3, penalty="squared")
     reached, wanted = (
         (found.probabilities.argmax(1) == test.labels).mean() for found in (fitted, linear)
@@ -163,8 +176,8 @@ def test_a_feature_that_is_constant_in_training_says_nothing_of_others():
     ]
     test = parts[1].features.copy()
     test[:, -1] = 0.1001
-    one = probes.eva_probe(*parts, parts[1].features, 3, seed=0, standardize=True)
-    other = probes.eva_probe(*parts, test, 3, seed=0, standardize=True)
+    one = eva(*parts, parts[1].features, 3, seed=0, standardize=True)
+    other = eva(*parts, test, 3, seed=0, standardize=True)
     assert np.abs(one.probabilities - other.probabilities).max() < 1e-3
 
 
@@ -173,7 +186,7 @@ def test_steps_of_evas_probe_that_ran_out_are_told(monkeypatch):
     steps = []
     monkeypatch.setattr(torch.optim.AdamW, "step", counted(torch.optim.AdamW.step, steps))
     train, val = examples(600), examples(60, seed=2)
-    fitted = probes.eva_probe(train, val, val.features, 3, seed=0)
+    fitted = eva(train, val, val.features, 3, seed=0)
     assert "ended after" in fitted.remark and len(steps) == 5  # 3 batches an epoch: one and a part
 
 
@@ -190,16 +203,16 @@ def test_evas_probe_with_standardized_features_takes_no_scale_along():
     train, val = examples(300), examples(60, seed=2)
     scales = np.geomspace(1e-2, 1e2, 24).astype(np.float32)
     wide = [dataclasses.replace(part, features=part.features * scales) for part in (train, val)]
-    one = probes.eva_probe(train, val, val.features, 3, seed=0, standardize=True)
-    other = probes.eva_probe(*wide, wide[1].features, 3, seed=0, standardize=True)
+    one = eva(train, val, val.features, 3, seed=0, standardize=True)
+    other = eva(*wide, wide[1].features, 3, seed=0, standardize=True)
     assert np.abs(one.probabilities - other.probabilities).max() < 1e-3
 
 
 def test_evas_probe_needs_patches_to_validate_on():
     train = examples(30)
-    nothing = probes.Examples(features=train.features[:0], labels=train.labels[:0])
+    nothing = Examples(features=train.features[:0], labels=train.labels[:0])
     with pytest.raises(InputError, match="no patch to validate on"):
-        probes.eva_probe(train, nothing, train.features, 3, seed=0)
+        eva(train, nothing, train.features, 3, seed=0)
 
 
 def test_neighbours_vote():

@@ -218,30 +218,20 @@ def load_scikit_learn() -> tuple[Any, Any]:
     return LogisticRegression, ConvergenceWarning
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Examples:
-    """Features float32 (N, D) and labels int64 (N,)."""
-
-    features: np.ndarray
-    labels: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-
 def eva_probe(
-    train: Examples,
-    val: Examples,
+    train: np.ndarray,
+    labels: np.ndarray,
     test: np.ndarray,
     classes: int,
     *,
+    val: tuple[np.ndarray, np.ndarray],
     seed: int,
     standardize: bool = False,
 ) -> FittedProbe:
     """Class probabilities of test features (n, D) by a linear layer on features as they are.
 
-    val          which epoch's weights are tested, and when training ends; eva takes the test set
-                 itself (CRC-VAL-HE-7K) for it, which flatters: here they are other patches
+    val          features and labels, by which the weights are chosen and training ends; eva takes
+                 the test set itself (CRC-VAL-HE-7K), which flatters: here they are other patches
     seed         of the first weights and the order of patches
     standardize  mean 0 and deviation 1 of every feature over the training patches first
     raises       InputError where there is nothing to validate on
@@ -253,17 +243,18 @@ def eva_probe(
     """
     import torch
 
-    if not len(val):
+    val_features, val_labels = val
+    if not len(val_labels):
         raise InputError("no patch to validate on, by which eva's probe chooses its weights")
-    features = [train.features, val.features, test]
+    features = [train, val_features, test]
     if standardize:
         wide = [part.astype(np.float64) for part in features]  # sums over 90,000 patches
         features = [*standardized(wide[0], wide[1]), standardized(wide[0], wide[2])[1]]
     fitted, held, tested = (torch.from_numpy(np.asarray(f, np.float32)) for f in features)
     head = new_head(fitted.shape[1], classes, seed)
-    epochs = trained(head, fitted, torch.from_numpy(train.labels.astype(np.int64)), seed)
-    patience = patience_of(len(train))
-    remark = kept_best(head, epochs, patience, lambda: balanced_accuracy(head, held, val.labels))
+    epochs = trained(head, fitted, torch.from_numpy(labels.astype(np.int64)), seed)
+    patience = patience_of(len(labels))
+    remark = kept_best(head, epochs, patience, lambda: balanced_accuracy(head, held, val_labels))
     with torch.no_grad():
         return FittedProbe(head(tested).double().softmax(1).numpy(), remark)
 

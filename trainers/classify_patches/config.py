@@ -15,7 +15,7 @@ OF_PROBES: dict[str, tuple[str, ...]] = {
     "linear": ("penalty",),
     "knn": ("neighbours",),
     "finetune": (
-        *("weights", "epochs", "lr", "weight_decay", "warmup_steps", "schedule", "jitter"),
+        *("arch", "weights", "epochs", "lr", "weight_decay", "warmup_steps", "schedule", "jitter"),
         *("augment", "accumulation", "clip", "zero_stage", "tensorboard"),
     ),
 }
@@ -115,12 +115,10 @@ class ClassifyConfig(PatchInput):
         """Refuse a probe without its network, and test sets that no protocol uses."""
         if self.probe == "finetune" and self.arch is None:
             raise ValueError("--probe finetune needs --arch, such as resnet18")
-        if self.probe == "finetune" and self.embedder is not None:
-            raise ValueError("--embedder belongs to the other probes; leave it out with finetune")
+        if self.probe == "finetune":
+            refuse_given(self, ("embedder",), "belongs to the other probes; leave it out")
         if self.probe != "finetune" and self.embedder is None:
             raise ValueError(f"--probe {self.probe} needs an --embedder, such as uni")
-        if self.probe != "finetune" and self.arch is not None:
-            raise ValueError(f"--arch belongs to --probe finetune; leave it out with {self.probe}")
         for probe, names in OF_PROBES.items():
             if probe != self.probe:
                 words = f"belongs to --probe {probe}; leave it out with {self.probe}"

@@ -9,7 +9,6 @@ block holds the patches' colour histograms and, where there is an embedder, its 
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import re
 from collections.abc import Callable
@@ -38,14 +37,6 @@ BLOCK = 1024
 COLOURS, FEATURES = "colours", "features"
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class PatchFeatures:
-    """Of all patches, float32: colour histograms (N, 96), features (N, D); None for no embedder."""
-
-    colours: np.ndarray
-    features: np.ndarray | None
-
-
 class FeatureStore:
     """The blocks of a source's features by an embedder.
 
@@ -64,7 +55,9 @@ class FeatureStore:
         embedder: EmbedderCard | None,
         precision: str,
     ) -> None:
-        self.dim = None if embedder is None else embedder.dim
+        self.widths = {COLOURS: 3 * COLOUR_BINS}
+        if embedder is not None:
+            self.widths[FEATURES] = embedder.dim
         self.blocks = blocks_of(patches.starts)
         names = hashlib.sha256("\n".join(patches.items).encode()).hexdigest()
         card = None if embedder is None else embedder.to_json()
@@ -82,36 +75,30 @@ class FeatureStore:
         content = to_safetensors(tensors, {"identity": self.identity})
         write_atomically(self.path(number), content)
 
-    def read(self) -> PatchFeatures:
-        """All blocks; InputError that names one that is damaged."""
+    def read(self) -> dict[str, np.ndarray]:
+        """Of all patches, float32: `colours` (N, 96) and, where there is an embedder, `features`
+        (N, D). InputError that names a block that is damaged.
+        """
         parts = [self.read_block(number) for number in range(len(self.blocks))]
-        features = None
-        if self.dim is not None:
-            features = np.concatenate([part[FEATURES] for part in parts])
-        return PatchFeatures(np.concatenate([part[COLOURS] for part in parts]), features)
+        return {name: np.concatenate([part[name] for part in parts]) for name in self.widths}
 
     def read_block(self, number: int) -> dict[str, np.ndarray]:
-        path, wanted = self.path(number), {COLOURS: 3 * COLOUR_BINS}
-        if self.dim is not None:
-            wanted[FEATURES] = self.dim
+        path, rows = self.path(number), len(self.blocks[number])
         try:
             with safe_open(path, "numpy") as file:
                 identity = (file.metadata() or {}).get("identity")
-                arrays = {name: file.get_tensor(name) for name in wanted}
+                arrays = {name: file.get_tensor(name) for name in self.widths}
+            is_whole = identity == self.identity and all(
+                arrays[name].shape == (rows, width) and np.isfinite(arrays[name]).all()
+                for name, width in self.widths.items()
+            )
+            if not is_whole:
+                raise ValueError(f"made for {identity}, or no finite {rows} rows {self.widths}")
         except (SafetensorError, OSError, ValueError) as error:
-            raise damaged(path, str(error)) from error
-        rows = len(self.blocks[number])
-        for name, width in wanted.items():
-            if arrays[name].shape != (rows, width) or not np.isfinite(arrays[name]).all():
-                seen = arrays[name].shape
-                raise damaged(path, f"{name} {seen}, finite {(rows, width)} wanted")
-        if identity != self.identity:
-            raise damaged(path, f"made for {identity}, this run's are {self.identity}")
+            raise InputError(
+                f"{path}: {error}; delete the file, and the same command makes it again"
+            ) from error
         return arrays
-
-
-def damaged(path: Path, what: str) -> InputError:
-    return InputError(f"{path}: {what}; delete the file, and the same command makes it again")
 
 
 def blocks_of(starts: np.ndarray) -> list[np.ndarray]:

@@ -119,7 +119,6 @@ def open_labelled(config: ClassifyConfig) -> LabelledPatches:
         is_test=np.array(is_test, bool),
         notes=notes,
     )
-    check_classes(found, config.protocol, config.test_data)
     drawn = [name for name in table.splits if config.protocol == "kfold" or name != TEST]
     remedy = "--protocol val7k tests on the split test, --split NAME takes one"
     found.notes.extend(note_splits(drawn, remedy))
@@ -229,20 +228,6 @@ def open_test_set(config: ClassifyConfig, train: PatchSet, folder: Path) -> Patc
     return test
 
 
-def check_classes(patches: LabelledPatches, protocol: str, test_data: Path | None) -> None:
-    """InputError where the test patches have a class that is never trained on."""
-    if protocol != "val7k":
-        return
-    used = {part: set(patches.labels[patches.is_test == part].tolist()) for part in (False, True)}
-    foreign = [patches.classes[number] for number in sorted(used[True] - used[False])]
-    if used[False] and foreign:
-        where = test_data or "the test split"
-        raise InputError(
-            f"{where}: has class {foreign[0]!r} ({len(foreign)} such), which is never trained on; "
-            "training and test set need the same class folders"
-        )
-
-
 def protocol_folds(config: ClassifyConfig, patches: LabelledPatches) -> list[Fold]:
     """The folds of the protocol, as row numbers.
 
@@ -257,8 +242,8 @@ def protocol_folds(config: ClassifyConfig, patches: LabelledPatches) -> list[Fol
         if lost:
             raise InputError(
                 f"fold {number} tests {some([patches.classes[label] for label in lost])} and does "
-                "not train on it: its groups are all in the tested or validating part. Take fewer "
-                "folds, or finer groups"
+                "not train on it: its groups are all in the tested or validating part, or no "
+                "training patch has it. Take fewer folds, finer groups, or the same classes"
             )
     return folds
 

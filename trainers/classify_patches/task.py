@@ -13,8 +13,9 @@ from latentds_trainers.classify_patches.classify_report import report, score_fol
 from latentds_trainers.classify_patches.config import ClassifyConfig
 from latentds_trainers.classify_patches.finetune_backbone import FoldTraining, build_network
 from latentds_trainers.classify_patches.patch_features import (
+    COLOURS,
+    FEATURES,
     FeatureStore,
-    PatchFeatures,
     embedding,
     make_features,
 )
@@ -38,7 +39,6 @@ from latentds.errors import InputError
 from latentds.evaluation.folds import Fold
 from latentds.evaluation.patchsets.open_patch_sets import UndecodedPatches
 from latentds.evaluation.probes import (
-    Examples,
     FittedProbe,
     colour_probe,
     eva_probe,
@@ -136,8 +136,8 @@ class ClassifyTask:
             )
         )
 
-    def features(self) -> PatchFeatures | None:
-        """Features of all patches on rank 0, once all ranks have made theirs."""
+    def features(self) -> dict[str, np.ndarray]:
+        """Features of all patches, once all ranks have made theirs; on rank 0 alone."""
         embed = None if self.embedder is None else embedding(self.embedder, self.config.precision)
         on_all_ranks(
             lambda: make_features(
@@ -150,11 +150,11 @@ class ClassifyTask:
                 inputs=None if self.latents is None else self.inputs,
             )
         )
-        found: list[PatchFeatures] = []
-        from_first(lambda: found.append(self.store.read()))
-        return found[0] if found else None
+        found: dict[str, np.ndarray] = {}
+        from_first(lambda: found.update(self.store.read()))
+        return found
 
-    def test(self, cell: Cell, features: PatchFeatures | None) -> Tested:
+    def test(self, cell: Cell, features: dict[str, np.ndarray]) -> Tested:
         """A fold's probe or network on its test patches. Collective.
 
         features  on rank 0
@@ -164,10 +164,9 @@ class ClassifyTask:
             tuned = FittedProbe(self.finetune(cell))
 
         def score() -> Tested:
-            assert features is not None
-            fitted = tuned or self.probe(cell.fold, features)
-            colour = self.fit(features.colours, cell.fold, colour_probe)
-            return score_fold(self.patches, cell.fold, fitted, colour, features.colours)
+            fitted = tuned or self.probe(cell.fold, features[FEATURES])
+            colour = self.fit(features[COLOURS], cell.fold, colour_probe)
+            return score_fold(self.patches, cell.fold, fitted, colour, features[COLOURS])
 
         tested: Tested = from_first(score)
         return tested
@@ -179,25 +178,16 @@ class ClassifyTask:
         gc.collect()  # DeepSpeed's engine refers to itself: its memory is wanted for the next fold
         return probabilities
 
-    def probe(self, fold: Fold, features: PatchFeatures) -> FittedProbe:
-        config, found = self.config, features.features
-        assert found is not None
+    def probe(self, fold: Fold, features: np.ndarray) -> FittedProbe:
+        config = self.config
         if config.probe == "eva":
-            return self.eva_probe(fold, found)
+            val = features[fold.val], self.patches.labels[fold.val]
+            options: dict[str, Any] = {"seed": config.seed, "standardize": config.standardize}
+            return self.fit(features, fold, eva_probe, val=val, **options)
         if config.probe == "knn":
-            return self.fit(found, fold, nearest_neighbours, neighbours=config.neighbours)
+            return self.fit(features, fold, nearest_neighbours, neighbours=config.neighbours)
         options = {"penalty": config.penalty, "standardize": config.standardize}
-        return self.fit(found, fold, linear_probe, **options)
-
-    def eva_probe(self, fold: Fold, features: np.ndarray) -> FittedProbe:
-        """A linear layer trained on the fold, stopped by its validation part."""
-        labels = self.patches.labels
-        train, val = (
-            Examples(features=features[r], labels=labels[r]) for r in (fold.train, fold.val)
-        )
-        test, classes = features[fold.test], len(self.patches.classes)
-        seed, standardize = self.config.seed, self.config.standardize
-        return eva_probe(train, val, test, classes, seed=seed, standardize=standardize)
+        return self.fit(features, fold, linear_probe, **options)
 
     def fit(
         self, features: np.ndarray, fold: Fold, probe: Callable[..., FittedProbe], **options: object

@@ -33,9 +33,9 @@ pytest.importorskip("timm")
 
 from latentds_trainers.classify_patches import patch_inputs
 from latentds_trainers.classify_patches.__main__ import main
-from latentds_trainers.classify_patches.classify_report import notes_of
 from latentds_trainers.classify_patches.config import ClassifyConfig
 from latentds_trainers.classify_patches.patch_inputs import open_labelled, protocol_folds
+from latentds_trainers.classify_patches.task import notes_of
 from latentds_trainers.engine.checkpoints import complete_checkpoints
 
 EDGE = 32

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -171,7 +170,7 @@ def test_a_feature_that_is_constant_in_training_says_nothing_of_others():
     train, val = examples(300), examples(60, seed=2)
     constant = [np.full((len(part), 1), 0.1, np.float32) for part in (train, val)]
     parts = [
-        dataclasses.replace(part, features=np.hstack([part.features, more]))
+        part._replace(features=np.hstack([part.features, more]))
         for part, more in zip((train, val), constant, strict=True)
     ]
     test = parts[1].features.copy()
@@ -202,7 +201,7 @@ def counted(function, calls: list[int]):
 def test_evas_probe_with_standardized_features_takes_no_scale_along():
     train, val = examples(300), examples(60, seed=2)
     scales = np.geomspace(1e-2, 1e2, 24).astype(np.float32)
-    wide = [dataclasses.replace(part, features=part.features * scales) for part in (train, val)]
+    wide = [part._replace(features=part.features * scales) for part in (train, val)]
     one = eva(train, val, val.features, 3, seed=0, standardize=True)
     other = eva(*wide, wide[1].features, 3, seed=0, standardize=True)
     assert np.abs(one.probabilities - other.probabilities).max() < 1e-3

@@ -228,7 +228,7 @@ def test_a_run_folder_of_other_settings_is_refused(nuclei, out, changed, name):
 
 @pytest.mark.parametrize(
     ("folder", "text"),
-    [("images", "content .*give the data it was"), ("masks", "(content|labels) .*give the ")],
+    [("images", "content .*give what it was"), ("masks", "(content|labels) .*give what ")],
 )
 def test_a_rerun_with_other_files_of_the_same_names_is_refused(nuclei, out, tmp_path, folder, text):
     other = save_nuclei(tmp_path / "other", 4, first=9)

@@ -28,7 +28,6 @@ SPLIT_WORDS = {
 }
 CLAM_FILE = re.compile(r"splits_(\d+)\.csv")
 FOLD_COLUMN = re.compile(r"fold_(\d+)")
-PATHO_BENCH = "k=all.tsv"  # the name that Patho-Bench gives it
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -245,24 +244,6 @@ def write_clam_splits(folder: Path, folds: Sequence[Fold], slides: Sequence[str]
         paths.append(folder / f"splits_{number}.csv")
         write_table(paths[-1], ["", *PARTS], [[line, *cells] for line, cells in rows])
     return paths
-
-
-def write_patho_bench(
-    path: Path,
-    folds: Sequence[Fold],
-    slides: Sequence[str],
-    *,
-    cases: Sequence[str],
-    labels: Sequence[str],
-) -> None:
-    """A table with tabs: case_id, slide_id, label, and fold_<i>: train, val, test or nothing."""
-    places = np.full((len(slides), len(folds)), "", dtype="<U5")
-    for number, fold in enumerate(folds):
-        for part, own in fold.parts().items():
-            places[own, number] = part
-    columns = ["case_id", "slide_id", "label", *(f"fold_{i}" for i in range(len(folds)))]
-    rows = zip(cases, slides, labels, places.tolist(), strict=True)
-    write_table(path, columns, [[*row[:3], *row[3]] for row in rows], "\t")
 
 
 def read_splits(

@@ -37,13 +37,7 @@ from latentds.errors import unknown_name
 from latentds.evaluation.features.features_record import flat
 from latentds.evaluation.features.folder import FeatureFolder
 from latentds.evaluation.features.live import LiveFeatures
-from latentds.evaluation.folds import (
-    PATHO_BENCH,
-    Fold,
-    read_splits,
-    stratified_group_folds,
-    write_patho_bench,
-)
+from latentds.evaluation.folds import Fold, read_splits, stratified_group_folds
 from latentds.evaluation.groups import LabelledSlides
 from latentds.evaluation.patchsets.coded_patches import codebook_note
 from latentds.evaluation.predictions import write_predictions
@@ -135,22 +129,49 @@ class BagTask:
         }
 
     def claim(self) -> None:
-        """Make the folder this run's, with its folds as CLAM and Patho-Bench read them."""
         self.crossval.claim(self.config.to_json(), from_first(lambda: self.identity))
-        slides, path = self.slides, self.config.out / "splits" / PATHO_BENCH
-        labels = [slides.classes[target] for target in slides.targets.tolist()]
-        from_first(
-            lambda: write_patho_bench(
-                path, self.folds, slides.slides, cases=slides.groups, labels=labels
-            )
-        )
 
     def run(self) -> None:
         outcomes = self.crossval.outcomes(self.test, keeps_checkpoints=False)  # 20 MB a fold
-        from_first(
-            lambda: report(self.config, self.labelled, self.crossval, outcomes, self.bags_a_step)
-        )
+        from_first(lambda: self.report(outcomes))
         draw_heat_maps(self.config, self.labelled, self.crossval, outcomes, self.device)
+
+    def report(self, outcomes: Sequence[FoldOutcome]) -> None:
+        config, slides, folder = self.config, self.slides, self.labelled.bags.folder
+        predictions = pooled_predictions(self.crossval, outcomes, slides.targets, slides.classes)
+        write_predictions(config.out, predictions)
+        place = config.data or config.bags
+        made = f"{config.folds} folds by seed"
+        if config.splits:
+            made = f"splits of {config.splits.name}"
+        source = folder.source or {"name": "features", "kind": "features"}
+        book = codebook_note(source.get("codebook") or {}, test_is_apart=False)
+        lost, found = folder.left_out, dict.fromkeys(n for o in outcomes for n in o.notes)
+        record = run_record(
+            self.crossval,
+            outcomes,
+            data=place.name if place else "",
+            source=source,
+            embedder=str(folder.embedder.get("name") or "") or None,
+            model="abmil",
+            classes=slides.classes,
+            split_rule=f"{made}; {len(set(slides.groups))} groups: {slides.group_rule}",
+            primary=SHOWN[0],
+            settings=told_settings(config)
+            | feature_settings(folder)
+            | {"bags_a_step": self.bags_a_step},
+            notes=[
+                *slides.notes,
+                *([book] if book else []),
+                *([f"{len(lost):,} slides have no features: {some(list(lost))}."] if lost else []),
+                *tested_again(outcomes),
+                *found,
+            ],
+        )
+        together = classification_scores(
+            predictions.labels, predictions.probabilities, predictions.classes
+        )
+        write_result(config.out, record, table(record, together.values), is_json=config.json)
 
     def test(self, cell: Cell) -> Tested:
         train, val, test = self.parts(cell.fold)
@@ -222,46 +243,6 @@ def tested_again(outcomes: Sequence[FoldOutcome]) -> list[str]:
         f"{again:,} of {len(folds):,} slides are tested in more than one fold: folds are no "
         "independent test sets, and deviation and interval over them are too small"
     ]
-
-
-def report(
-    config: AbmilConfig,
-    labelled: LabelledBags,
-    run: CrossValidation,
-    outcomes: Sequence[FoldOutcome],
-    bags_a_step: int,
-) -> None:
-    folder, slides = labelled.bags.folder, labelled.slides
-    predictions = pooled_predictions(run, outcomes, slides.targets, slides.classes)
-    write_predictions(config.out, predictions)
-    place = config.data or config.bags
-    made = f"splits of {config.splits.name}" if config.splits else f"{config.folds} folds by seed"
-    source = folder.source or {"name": "features", "kind": "features"}
-    book = codebook_note(source.get("codebook") or {}, test_is_apart=False)
-    lost, found = folder.left_out, dict.fromkeys(n for o in outcomes for n in o.notes)
-    record = run_record(
-        run,
-        outcomes,
-        data=place.name if place else "",
-        source=source,
-        embedder=str(folder.embedder.get("name") or "") or None,
-        model="abmil",
-        classes=slides.classes,
-        split_rule=f"{made}; {len(set(slides.groups))} groups: {slides.group_rule}",
-        primary=SHOWN[0],
-        settings=told_settings(config) | feature_settings(folder) | {"bags_a_step": bags_a_step},
-        notes=[
-            *slides.notes,
-            *([book] if book else []),
-            *([f"{len(lost):,} slides have no features: {some(list(lost))}."] if lost else []),
-            *tested_again(outcomes),
-            *found,
-        ],
-    )
-    together = classification_scores(
-        predictions.labels, predictions.probabilities, predictions.classes
-    )
-    write_result(config.out, record, table(record, together.values), is_json=config.json)
 
 
 def feature_settings(folder: FeatureFolder | LiveFeatures) -> dict[str, Any]:

@@ -715,7 +715,7 @@ def test_records_come_back_as_they_were_written(tmp_path: Path) -> None:
 def test_a_figure_that_is_not_finite_is_not_written(tmp_path: Path) -> None:
     bad = record()
     bad.folds[0]["scores"]["auc"] = float("nan")
-    with pytest.raises(InputError, match=r"folds\[0\]: scores, auc: nan"):
+    with pytest.raises(InputError, match=r"folds\[0\], scores, auc is nan"):
         write_record(tmp_path, bad)
     assert list(tmp_path.iterdir()) == []
 
@@ -725,13 +725,13 @@ def test_a_figure_that_is_not_finite_is_not_written(tmp_path: Path) -> None:
     [
         ({"format": "latentds-run/9"}, "format is 'latentds-run/9'"),
         ({"task": "survival"}, "task is 'survival'"),
-        ({"folds": []}, "folds are empty"),
-        ({"primary": "dice"}, "primary is 'dice'; scores are auc, accuracy"),
+        ({"folds": []}, "primary is 'auc'"),
+        ({"primary": "dice"}, "primary is 'dice'"),
         ({"classes": "IDC"}, "classes is 'IDC'"),
-        ({"folds": [{"fold": 0}]}, r"folds\[0\]: seed is None"),
-        ({"source": {"bytes_per_patch": "2 KB"}}, "source, bytes_per_patch: '2 KB'"),
+        ({"folds": [{"fold": 0}]}, r"folds\[0\], seed is None"),
+        ({"source": {"bytes_per_patch": "2 KB"}}, "source, bytes_per_patch is '2 KB'"),
         ({"related": {"colour": {"auc": 0.5}}}, "related, colour, auc is 0.5"),
-        ({"related": {"colour": {"auc": {"mean": "high"}}}}, "auc, mean: 'high'"),
+        ({"related": {"colour": {"auc": {"mean": "high"}}}}, "auc, mean is 'high'"),
     ],
 )
 def test_damaged_records_name_file_and_key(
@@ -748,7 +748,7 @@ def test_records_without_a_key_or_cut_short_are_refused(tmp_path: Path) -> None:
     values = json.loads(path.read_text())
     del values["split_id"]
     path.write_text(json.dumps(values))
-    with pytest.raises(InputError, match="key 'split_id' is missing"):
+    with pytest.raises(InputError, match="a key is missing .*split_id"):
         read_record(tmp_path)
     path.write_text(json.dumps(values)[:-20])
     with pytest.raises(InputError, match="not JSON"):

@@ -16,6 +16,13 @@ from latentds.evaluation.statistics import Summary, summary
 FORMAT = "latentds-run/1"
 FILE = "result.json"
 TASKS = ("abmil", "classify_patches", "sampath")
+TEXTS = ("task", "data", "model", "split_id", "split_rule", "primary", "command")
+KINDS: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(TEXTS, str),
+    **dict.fromkeys(("source", "settings", "related", "versions"), dict),
+    **dict.fromkeys(("classes", "seeds", "folds", "notes"), list),
+    "embedder": (str, type(None)),
+}
 
 
 class FoldResult(TypedDict):
@@ -114,74 +121,46 @@ def read_record(folder: Path) -> RunRecord:
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         found = values.get("format") if isinstance(values, dict) else type(values).__name__
         raise InputError(f"{path}: format is {found!r}, expected {FORMAT!r}")
-    fields = {field.name: field for field in dataclasses.fields(RunRecord)}
-    for name, field in fields.items():
-        is_needed = field.default is field.default_factory is dataclasses.MISSING
-        if is_needed and name not in values:
-            raise InputError(f"{path}: key {name!r} is missing; run the evaluation again")
-    record = RunRecord(**{name: value for name, value in values.items() if name in fields})
+    names = {field.name for field in dataclasses.fields(RunRecord)}
+    try:
+        record = RunRecord(**{name: value for name, value in values.items() if name in names})
+    except TypeError as error:
+        raise InputError(f"{path}: a key is missing ({error}); run the evaluation again") from error
     check_record(record, str(path))
     return record
 
 
 def check_record(record: RunRecord, where: str) -> None:
-    """InputError with the key of what is not as `RunRecord` says."""
-    check_kinds(record, where)
-    if record.task not in TASKS:
-        raise InputError(f"{where}: task is {record.task!r}; one of {', '.join(TASKS)}")
-    if not record.folds:
-        raise InputError(f"{where}: folds are empty; run the evaluation again")
-    stored = record.source.get("bytes_per_patch")
-    check_numbers({"bytes_per_patch": stored}, f"{where}: source")
+    """InputError with the key of what is not as `RunRecord` and `FoldResult` say."""
+
+    def check(is_good: bool, key: str, value: object) -> None:
+        if not is_good:
+            raise InputError(f"{where}: {key} is {value!r:.80}; run the evaluation again")
+
+    def check_table(key: str, values: Any) -> None:
+        check(isinstance(values, dict), key, values)
+        for name, value in values.items():
+            is_number = isinstance(value, (int, float)) and math.isfinite(value)
+            check(value is None or is_number, f"{key}, {name}", value)
+
+    for name, kind in KINDS.items():
+        check(isinstance(getattr(record, name), kind), name, getattr(record, name))
+    check(record.task in TASKS, "task", record.task)
+    check_table("source", {"bytes_per_patch": record.source.get("bytes_per_patch")})
     for name, scores in record.related.items():
-        for metric, values in scores.items() if isinstance(scores, dict) else [("", scores)]:
-            check_numbers(values, f"{where}: related, {name}, {metric}")
+        check(isinstance(scores, dict), f"related, {name}", scores)
+        for metric, values in scores.items():
+            check_table(f"related, {name}, {metric}", values)
     for place, fold in enumerate(record.folds):
-        check_fold(fold, f"{where}: folds[{place}]")
+        check(isinstance(fold, dict), f"folds[{place}]", fold)
+        for name in ("fold", "seed", "train", "val", "test"):
+            check(isinstance(fold.get(name), int), f"folds[{place}], {name}", fold.get(name))
+        check_table(f"folds[{place}], scores", fold.get("scores"))
+        check(isinstance(fold.get("per_class"), dict), f"folds[{place}], per_class", fold)
+        for name, values in fold["per_class"].items():
+            check_table(f"folds[{place}], per_class, {name}", values)
+    check(record.primary in record.metrics(), "primary", record.primary)
     cells = Counter((fold["fold"], fold["seed"]) for fold in record.folds)
     (number, seed), count = cells.most_common(1)[0]
     if count > 1:
         raise InputError(f"{where}: fold {number} with seed {seed} is there {count} times")
-    if record.primary not in record.metrics():
-        known = ", ".join(record.metrics())
-        raise InputError(f"{where}: primary is {record.primary!r}; scores are {known}")
-
-
-def check_kinds(record: RunRecord, where: str) -> None:
-    """InputError with the key of what is of another JSON type."""
-    texts = ("task", "data", "model", "split_id", "split_rule", "primary", "command")
-    kinds: dict[str, type | tuple[type, ...]] = {
-        **dict.fromkeys(texts, str),
-        **dict.fromkeys(("source", "settings", "related", "versions"), dict),
-        **dict.fromkeys(("classes", "seeds", "folds", "notes"), list),
-        "embedder": (str, type(None)),
-    }
-    for name, kind in kinds.items():
-        value = getattr(record, name)
-        if not isinstance(value, kind):
-            raise InputError(f"{where}: {name} is {value!r}, of another type than expected")
-
-
-def check_fold(fold: Any, where: str) -> None:
-    """InputError with the key of what is not as `FoldResult` says."""
-    if not isinstance(fold, dict):
-        raise InputError(f"{where} is {fold!r}; a table of scores was expected")
-    for name in ("fold", "seed", "train", "val", "test"):
-        if not isinstance(fold.get(name), int):
-            raise InputError(f"{where}: {name} is {fold.get(name)!r}; a whole number was expected")
-    for name in ("scores", "per_class"):
-        if not isinstance(fold.get(name), dict):
-            raise InputError(f"{where}: {name} is {fold.get(name)!r}; a table was expected")
-    check_numbers(fold["scores"], f"{where}: scores")
-    for name, values in fold["per_class"].items():
-        check_numbers(values, f"{where}: per_class, {name}")
-
-
-def check_numbers(values: Any, where: str) -> None:
-    """InputError unless these are finite numbers or null, by name."""
-    if not isinstance(values, dict):
-        raise InputError(f"{where} is {values!r}; a table of numbers was expected")
-    for name, value in values.items():
-        is_number = isinstance(value, (int, float)) and math.isfinite(value)
-        if value is not None and not is_number:
-            raise InputError(f"{where}, {name}: {value!r} is no finite number or null")

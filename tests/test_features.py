@@ -16,11 +16,11 @@ from latentds.errors import (
     TooManyBadSamplesError,
     UnknownNameError,
 )
-from latentds.evaluation.features.extraction import extract_features, extract_several
+from latentds.evaluation.features.extraction import extract_features
 from latentds.evaluation.features.extraction_options import FeatureOptions
 from latentds.evaluation.features.feature_files import FeatureFile, write_features
-from latentds.evaluation.features.features_record import read_record
 from latentds.evaluation.features.folder import FeatureFolder
+from latentds.evaluation.features.folder_records import read_record
 from latentds.evaluation.features.layout import file_name, magnification, overlap_px, slide_name
 from tests.processes import call_apart, limit_file_size
 from tests.small_patches import ProjectionEmbedder, SmallPatches
@@ -45,7 +45,7 @@ TRIDENT_COORDS = {  # names and values of trident/IO.py: coords_to_h5, for 8 px 
 def extract(out: Path, patches: SmallPatches | None = None, **changes: object):
     options = changes.pop("options", OPTIONS)
     embedder = changes.pop("embedder", None) or ProjectionEmbedder()
-    return extract_features(patches or SmallPatches(SIZES), embedder, out, options, **changes)
+    return extract_features(patches or SmallPatches(SIZES), {out: embedder}, options, **changes)[0]
 
 
 def content(out: Path) -> dict[str, bytes]:
@@ -621,7 +621,7 @@ def test_a_folder_that_is_not_there_is_told_with_what_makes_one(tmp_path):
 def extract_both(out: Path, patches: SmallPatches, **changes: object) -> list:
     embedders = {out / "a": ProjectionEmbedder(6, "a"), out / "b": ProjectionEmbedder(3, "b")}
     options = FeatureOptions(batch_size=4)
-    return extract_several(patches, embedders, options, rank=0, world_size=1, **changes)
+    return extract_features(patches, embedders, options, rank=0, world_size=1, **changes)
 
 
 def test_several_embedders_read_every_patch_once_and_write_what_each_alone_does(tmp_path):
@@ -631,7 +631,7 @@ def test_several_embedders_read_every_patch_once_and_write_what_each_alone_does(
     for name, dim, done in (("a", 6, made[0]), ("b", 3, made[1])):
         alone, embedder = tmp_path / "alone" / name, ProjectionEmbedder(dim, name)
         options = FeatureOptions(batch_size=4)
-        extract_features(SmallPatches(SIZES), embedder, alone, options, rank=0, world_size=1)
+        extract_features(SmallPatches(SIZES), {alone: embedder}, options, rank=0, world_size=1)
         assert content(tmp_path / name) == content(alone)
         assert (done.dim, done.patches) == (dim, sum(SIZES.values()))
 
@@ -639,7 +639,7 @@ def test_several_embedders_read_every_patch_once_and_write_what_each_alone_does(
 def test_an_embedder_that_comes_later_reads_for_itself_alone(tmp_path):
     first = ProjectionEmbedder(6, "a")
     options = FeatureOptions(batch_size=4)
-    extract_features(SmallPatches(SIZES), first, tmp_path / "a", options, rank=0, world_size=1)
+    extract_features(SmallPatches(SIZES), {tmp_path / "a": first}, options, rank=0, world_size=1)
     before = content(tmp_path / "a")
     made = extract_both(tmp_path, SmallPatches(SIZES))
     assert [(done.skipped, done.patches) for done in made] == [

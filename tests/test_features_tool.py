@@ -22,7 +22,7 @@ from latentds.conversion.converting import convert
 from latentds.embedders.nic import NicEncoder
 from latentds.evaluation.features.embedding_pipeline import Piece, embed_pieces, in_background
 from latentds.evaluation.features.folder import FeatureFolder
-from latentds.evaluation.features.slide_labels import read_lines
+from latentds.evaluation.features.folder_records import read_lines
 from latentds.evaluation.patchsets.open_patch_sets import open_patches
 from latentds.evaluation.patchsets.patch_set import PatchInput
 from latentds.loading.bags import SlideBags

@@ -13,7 +13,7 @@ from latentds.embedders.nic import NicEncoder
 from latentds.errors import InputError
 from latentds.evaluation.features.extraction import extract_features
 from latentds.evaluation.features.extraction_options import FeatureOptions
-from latentds.evaluation.features.slide_labels import (
+from latentds.evaluation.features.folder_records import (
     FILE,
     SlideLabel,
     label_of,
@@ -75,10 +75,10 @@ def test_ranks_write_one_table_and_names_survive_it(tmp_path):
 def test_slides_that_were_there_before_get_their_lines(tmp_path):
     patches = SmallPatches({"s0": 2, "s1": 3})
     options = FeatureOptions(batch_size=2)
-    extract_features(patches, ProjectionEmbedder(), tmp_path, options, rank=0, world_size=1)
+    extract_features(patches, {tmp_path: ProjectionEmbedder()}, options, rank=0, world_size=1)
     expected = (tmp_path / FILE).read_bytes()
     (tmp_path / FILE).unlink()  # as of a run that was killed before its end
-    extract_features(patches, ProjectionEmbedder(), tmp_path, options, rank=0, world_size=1)
+    extract_features(patches, {tmp_path: ProjectionEmbedder()}, options, rank=0, world_size=1)
     assert (tmp_path / FILE).read_bytes() == expected and b"s1,s1,train," in expected
 
 
@@ -129,7 +129,7 @@ def dotted_features(tmp_path, monkeypatch) -> None:
     out, options = Path("brca-features"), FeatureOptions(batch_size=4, clam=True)
     patches = SmallPatches(dict(zip(DOTTED, (3, 5, 4), strict=True)))
     embedder = ProjectionEmbedder(6, "uni")
-    extract_features(patches, embedder, out, options, rank=0, world_size=1)
+    extract_features(patches, {out: embedder}, options, rank=0, world_size=1)
     lines = [SlideLabel(s, s[:12], "train", "ab"[n % 2]) for n, s in enumerate(DOTTED)]
     note_labels(out, DOTTED, {line.slide: line for line in lines})
 

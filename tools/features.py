@@ -15,7 +15,8 @@ from latentds.errors import InputError
 from latentds.evaluation.patchsets.patch_set import PatchInput, recorded_settings
 
 if TYPE_CHECKING:
-    from latentds.evaluation.features.extraction_options import Extraction, Step
+    from latentds.evaluation.features.extraction import SlideBag
+    from latentds.evaluation.features.extraction_options import Extraction
 
 LEFT_OUT = 3  # exit code: done, but not of all slides
 GPU_BATCH, CPU_BATCH = 256, 32
@@ -80,7 +81,7 @@ class Config(PatchInput):
 def run(config: Config) -> int:
     """Extract, and say what was made; returns 3 where this rank left a slide out."""
     from latentds.core.processes import find_rank, meeting
-    from latentds.evaluation.features.slide_labels import read_left_out
+    from latentds.evaluation.features.folder_records import read_left_out
 
     rank, ranks = find_rank(None, None)
     summaries = extract(config, rank, ranks)
@@ -109,7 +110,7 @@ def extract(config: Config, rank: int, ranks: int) -> list[dict[str, Any]]:
     """Write this rank's feature files; a summary for each embedder."""
     from latentds.core.processes import choose_device
     from latentds.embedders import embedder_loader
-    from latentds.evaluation.features.extraction import extract_several, named_slides
+    from latentds.evaluation.features.extraction import extract_features, named_slides
     from latentds.evaluation.features.extraction_options import FeatureOptions
     from latentds.evaluation.features.layout import plain
     from latentds.evaluation.patchsets.open_patch_sets import open_patches
@@ -131,7 +132,7 @@ def extract(config: Config, rank: int, ranks: int) -> list[dict[str, Any]]:
     )
     started = time.perf_counter()
     with Bar(shown=rank == 0) as bar:
-        made = extract_several(
+        made = extract_features(
             patches, embedders, options, device=device, rank=rank, world_size=ranks,
             progress=bar.advance,
         )  # fmt: skip
@@ -176,12 +177,12 @@ class Bar:
         self.bar = progress(total=0, desc="features", unit="patch", disable=not shown)
         self.slide, self.patches = 0, 0
 
-    def advance(self, step: Step) -> None:
-        if step.number != self.slide:
-            self.slide, self.patches = step.number, self.patches + step.size
-            self.bar.total = round(self.patches / step.number * step.slides)
-            self.bar.set_description(f"{step.slide[:40]} ({step.number} of {step.slides} slides)")
-        self.bar.update(step.patches)
+    def advance(self, bag: SlideBag, patches: int) -> None:
+        if bag.number != self.slide:
+            self.slide, self.patches = bag.number, self.patches + len(bag.coords)
+            self.bar.total = round(self.patches / bag.number * bag.slides)
+            self.bar.set_description(f"{bag.slide[:40]} ({bag.number} of {bag.slides} slides)")
+        self.bar.update(patches)
 
     def __enter__(self) -> Bar:
         return self

@@ -238,7 +238,7 @@ def write_files(bench: Bench) -> None:
 
     with tempfile.TemporaryDirectory(dir=bench.folder) as out:
         extract_features(
-            bench.patches, bench.embedder, Path(out), bench.options, device=bench.device,
+            bench.patches, {Path(out): bench.embedder}, bench.options, device=bench.device,
             rank=0, world_size=1,
         )  # fmt: skip
 

@@ -20,8 +20,8 @@ from latentds.errors import FormatError, InputError
 from latentds.evaluation.features.extraction import extract_features, named_slides
 from latentds.evaluation.features.extraction_options import FeatureOptions
 from latentds.evaluation.features.folder import FeatureFolder
+from latentds.evaluation.features.folder_records import SlideLabel, labels_beside, read_lines
 from latentds.evaluation.features.live import LiveFeatures
-from latentds.evaluation.features.slide_labels import SlideLabel, labels_beside, read_lines
 from latentds.evaluation.folds import note_splits
 from latentds.evaluation.groups import LabelledSlides, groups_of, match_labels, read_labels
 from latentds.evaluation.patchsets.patch_set import PatchInput, recorded_settings
@@ -182,8 +182,7 @@ def make_features(
     on_all_ranks(
         lambda: extract_features(
             patches,
-            embedder,
-            kept,
+            {kept: embedder},
             options,
             device=device,
             rank=dist.get_rank(),

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import itertools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,30 +20,28 @@ from latentds.core.storage import passing_lock
 from latentds.embedders.embedder import Embedder
 from latentds.errors import ContractError, InputError, LatentdsError, TooManyBadSamplesError
 from latentds.evaluation.features.embedding_pipeline import Piece, embed_pieces, in_background
-from latentds.evaluation.features.extraction_options import (
-    Extraction,
-    FeatureOptions,
-    Progress,
-    Step,
-)
+from latentds.evaluation.features.extraction_options import Extraction, FeatureOptions
 from latentds.evaluation.features.feature_files import (
     FeatureFile,
     write_coordinates,
     write_features,
 )
-from latentds.evaluation.features.features_record import FeaturesRecord, claim, versions_of
-from latentds.evaluation.features.layout import FeaturePlaces, add_clam, coords_attributes
-from latentds.evaluation.features.slide_labels import (
+from latentds.evaluation.features.folder_records import (
     FILE,
+    FeaturesRecord,
     SlideLabel,
+    claim,
     label_of,
     note_labels,
     note_left_out,
     read_lines,
+    versions_of,
 )
+from latentds.evaluation.features.layout import FeaturePlaces, add_clam, coords_attributes
 from latentds.evaluation.patchsets.patches import PatchSet
 
 logger = logging.getLogger(__name__)
+Progress = Callable[["SlideBag", int], None]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -82,23 +80,6 @@ class Target:
 
 def extract_features(
     patches: PatchSet,
-    embedder: Embedder,
-    out: Path,
-    options: FeatureOptions,
-    *,
-    device: torch.device | str = "auto",
-    rank: int | None = None,
-    world_size: int | None = None,
-) -> Extraction:
-    """Write the features of one embedder below `out`; see `extract_several`."""
-    embedders = {out: embedder}
-    return extract_several(
-        patches, embedders, options, device=device, rank=rank, world_size=world_size
-    )[0]
-
-
-def extract_several(
-    patches: PatchSet,
     embedders: Mapping[Path, Embedder],
     options: FeatureOptions,
     *,
@@ -112,7 +93,7 @@ def extract_several(
     patches    whose images come on `device`; they are read and decoded once for all embedders
     embedders  by the folder that its features go to
     device     where images are embedded
-    progress   called after every batch that was written
+    progress   called after every batch that was written: its slide's bag, how many patches
 
     A slide's file appears whole; those that are there are left alone, so a killed run goes on by
     the same call. The features depend neither on ranks, nor on where a run was cut off, nor on
@@ -168,7 +149,9 @@ def finish(
     known = read_lines(out) | dict(labels)
     found = [slide for slide in mine if slide not in own]
     note_left_out(out, mine, own)
-    lines = {s: known.get(s) or own_label(patches.of_slide(s), s) for s in found}
+    lines = {
+        s: known.get(s) or label_of(s, patches.of_slide(s).table, patches.classes) for s in found
+    }
     note_labels(out, mine, lines)
     bare = [slide for slide, line in lines.items() if patches.classes and not line.label]
     if bare:
@@ -216,11 +199,6 @@ def record_of(
         options=options.decisive(),
         versions=versions_of(device.type),
     )
-
-
-def own_label(own: PatchSet, slide: str) -> SlideLabel:
-    """A slide's line of labels.csv, by its own set of patches."""
-    return label_of(slide, own.table, own.classes)
 
 
 def is_done(places: FeaturePlaces, slide: str, dim: int) -> bool:
@@ -287,7 +265,7 @@ def open_bag(own: PatchSet, bag: SlideBag, options: FeatureOptions) -> tuple[np.
     coords = np.stack([table.x, table.y], 1).astype(np.int64)
     size_px, mpp = int(table.size_px[0]), float(table.mpp[0])
     attributes = coords_attributes(bag.slide, coords, size_px, edge_px, mpp)
-    label = own_label(own, bag.slide)
+    label = label_of(bag.slide, table, own.classes)
     return rows, dataclasses.replace(bag, coords=coords[rows], attributes=attributes, label=label)
 
 
@@ -325,8 +303,7 @@ def write_slide(
             features = checked(piece, options.saved, spans)
             yield features, piece.coords
             if progress is not None:
-                progress(Step(slide=bag.slide, number=bag.number, slides=bag.slides,
-                              size=len(bag.coords), patches=len(features)))  # fmt: skip
+                progress(bag, len(features))
 
     with contextlib.ExitStack() as locks:
         for path in files:

@@ -1,9 +1,8 @@
-"""What a run that extracts features is told, tells meanwhile, and gives back."""
+"""What a run that extracts features is told and gives back."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, Literal
 
 PRECISIONS, SAVED = ("float32", "bfloat16"), ("float32", "float16")
@@ -66,24 +65,3 @@ class Extraction:
     patches: int
     bad: dict[str, str]
     dim: int
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Step:
-    """Patches just written.
-
-    slide    name of their slide
-    number   its place among those of this run, from 1
-    slides   how many those are
-    size     N of the slide, those chosen of it
-    patches  how many were written
-    """
-
-    slide: str
-    number: int
-    slides: int
-    size: int
-    patches: int
-
-
-Progress = Callable[[Step], None]

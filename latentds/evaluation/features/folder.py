@@ -14,9 +14,13 @@ import numpy as np
 
 from latentds.errors import ContractError, FormatError, InputError, unknown_name
 from latentds.evaluation.features.feature_files import FEATURES, FeatureFile
-from latentds.evaluation.features.features_record import FeaturesRecord, comparable, read_record
+from latentds.evaluation.features.folder_records import (
+    FeaturesRecord,
+    comparable,
+    read_left_out,
+    read_record,
+)
 from latentds.evaluation.features.layout import RECORD, SUFFIX, plain, slide_name
-from latentds.evaluation.features.slide_labels import read_left_out
 
 PREFIX, CLAM = "features_", "h5_files"
 

@@ -24,7 +24,7 @@ from latentds.evaluation.features.extraction import (
     tell_nameless,
 )
 from latentds.evaluation.features.extraction_options import FeatureOptions
-from latentds.evaluation.features.features_record import comparable
+from latentds.evaluation.features.folder_records import comparable
 from latentds.evaluation.patchsets.patches import PatchSet
 
 

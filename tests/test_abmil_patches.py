@@ -325,13 +325,17 @@ def test_patches_without_slides_are_refused(run, tiles, tmp_path):
 
 def test_slides_of_two_labels_are_refused(run, tiles, tmp_path):
     (tiles / "tumour" / "s03_y0_x0.png").rename(tiles / "stroma" / "s03_y0_x0.png")
-    with pytest.raises(InputError, match="1 slides have patches of several: 's03'"):
+    with pytest.raises(
+        InputError, match="1 slides have no label that all their patches share: 's03'"
+    ):
         run(tiles, tmp_path / "run", name_pattern=PATTERN)
 
 
 def test_slides_without_labels_are_refused(run, tiles, tmp_path):
     options: dict[str, Any] = {"name_pattern": PATTERN, "use_labels": False}
-    with pytest.raises(InputError, match="12 slides have patches without a label: 's00'"):
+    with pytest.raises(
+        InputError, match="12 slides have no label that all their patches share: 's00'"
+    ):
         run(tiles, tmp_path / "run", **options)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,6 @@ from latentds.evaluation.features.folder_records import (
     FILE,
     SlideLabel,
     label_of,
-    labels_beside,
     note_labels,
     read_lines,
 )
@@ -82,12 +82,17 @@ def test_slides_that_were_there_before_get_their_lines(tmp_path):
     assert (tmp_path / FILE).read_bytes() == expected and b"s1,s1,train," in expected
 
 
-def test_slides_without_a_label_ask_for_a_table(tmp_path):
-    with pytest.raises(InputError, match=r"labels\.csv: no such file; give --labels"):
-        labels_beside(tmp_path)
-    note_labels(tmp_path, ["s"], {"s": SlideLabel("s", "s", "train", "")})
-    with pytest.raises(InputError, match="no slide has a label there; give --labels"):
-        labels_beside(tmp_path)
+def test_slides_without_a_label_ask_for_a_table(features, tmp_path):
+    pytest.importorskip("deepspeed")
+    from tests.bag_files import run
+
+    copy = Path(shutil.copytree(features, tmp_path / "features"))
+    note_labels(copy, [NAMES[0]], {NAMES[0]: SlideLabel(NAMES[0], NAMES[0], "train", "")})
+    with pytest.raises(InputError, match=r"labels\.csv: 1 slides have no label .*give --labels"):
+        run(copy, labels=None)
+    (copy / FILE).unlink()
+    with pytest.raises(InputError, match=r"labels\.csv: 12 slides have no label .*give --labels"):
+        run(copy, labels=None)
 
 
 @pytest.fixture(scope="module")

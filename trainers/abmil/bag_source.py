@@ -3,10 +3,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -20,14 +19,14 @@ from latentds.errors import FormatError, InputError
 from latentds.evaluation.features.extraction import extract_features, named_slides
 from latentds.evaluation.features.extraction_options import FeatureOptions
 from latentds.evaluation.features.folder import FeatureFolder
-from latentds.evaluation.features.folder_records import SlideLabel, labels_beside, read_lines
+from latentds.evaluation.features.folder_records import FILE as LABELS
+from latentds.evaluation.features.folder_records import SlideLabel, label_of, read_lines
 from latentds.evaluation.features.live import LiveFeatures
 from latentds.evaluation.folds import note_splits
-from latentds.evaluation.groups import LabelledSlides, groups_of, match_labels, read_labels
+from latentds.evaluation.groups import LabelledSlides, LabelTable, match_labels, read_labels
 from latentds.evaluation.patchsets.patch_set import PatchInput, recorded_settings
 from latentds.evaluation.patchsets.patches import PatchSet
 from latentds.sources.slide_names import some
-from latentds.store.format import sorted_names
 
 logger = logging.getLogger(__name__)
 
@@ -138,16 +137,19 @@ def open_labelled(
     folder: FeatureFolder | LiveFeatures
     if place is None:
         assert patches is not None
-        names = on_all_ranks(lambda: named_slides(patches))
-        slides = on_all_ranks(lambda: label_slides(config, names, None, patches))
+        lines = on_all_ranks(lambda: recorded_lines(patches))
+        slides = on_all_ranks(lambda: label_slides(config, list(lines), lines, config.location))
         plan(slides)
         folder = make_features(config, patches, device)
     else:
         folder = given = on_all_ranks(lambda: FeatureFolder(place, embedder=name))
-        slides = on_all_ranks(lambda: label_slides(config, given.slides, given, patches))
+        beside = given.folder.parent if given.record else place
+        lines = on_all_ranks(lambda: lines_beside(config, beside))
+        where = str(beside / LABELS)
+        slides = on_all_ranks(lambda: label_slides(config, given.slides, lines, where))
         plan(slides)
     if config.splits is None:
-        own = on_all_ranks(lambda: own_splits(slides.slides, folder))
+        own = [lines[slide].split for slide in slides.slides if slide in lines]
         slides.notes.extend(note_splits(own, "--splits takes files of CLAM's or Patho-Bench's"))
     return LabelledBags(bags=FeatureBags(folder, config.cache_gb), slides=slides, patches=patches)
 
@@ -202,69 +204,48 @@ def tell_memory(live: LiveFeatures, cache_gb: float) -> None:
     logger.info("on the fly: features of %.3g GB, --cache-gb is %g: %s", size_gb, cache_gb, told)
 
 
-def label_slides(
-    config: AbmilConfig, slides: list[str], folder: FeatureFolder | None, patches: PatchSet | None
-) -> LabelledSlides:
-    """The slides' labels and patients.
+def recorded_lines(patches: PatchSet) -> dict[str, SlideLabel]:
+    """What is recorded of every slide with its patches; the slide itself for no patient."""
+    table, classes = patches.table, patches.classes
+    lines = {s: label_of(s, table, classes, patches.rows_of(s)) for s in named_slides(patches)}
+    if not any(table.patients):  # names tell the rest, and the rule says that they do
+        lines = {s: dataclasses.replace(line, patient=s) for s, line in lines.items()}
+    return lines
 
-    folder  of features that were given, None where patches are
-    """
-    patients: list[str | None] = []
+
+def lines_beside(config: AbmilConfig, folder: Path) -> dict[str, SlideLabel]:
+    """What labels.csv beside features says of every slide; with --labels not of its patient."""
+    try:
+        lines = read_lines(folder)
+    except InputError:
+        if config.labels is None:
+            raise
+        return {}  # --labels may lie there, a table without splits
+    if config.labels is not None:
+        lines = {s: dataclasses.replace(line, patient=s) for s, line in lines.items()}
+    return lines
+
+
+def label_slides(
+    config: AbmilConfig, slides: list[str], lines: Mapping[str, SlideLabel], where: str
+) -> LabelledSlides:
+    """The slides' labels and patients: of --labels, else as recorded in `where`."""
     if config.labels is not None:
         table = read_labels(config.labels)
-        if config.bags is None:
-            patients = patients_of(patches, slides)
-    elif folder is not None:
-        assert config.bags is not None
-        table, known = labels_beside(folder.folder.parent if folder.record else config.bags)
-        patients = [known.get(slide) for slide in slides]
     else:
-        assert patches is not None
-        return recorded_labels(patches, slides, config.groups)
+        labels = {slide: line.label for slide, line in lines.items() if line.label}
+        bare = [slide for slide in slides if slide not in labels]
+        if bare and not config.allow_subset:
+            raise InputError(
+                f"{where}: {len(bare):,} slides have no label that all their patches share: "
+                f"{some(bare)}; give --labels, a CSV of slide_id and label, or --allow-subset"
+            )
+        table = LabelTable(Path(where), labels, {})
+    known = {slide: line.patient for slide, line in lines.items() if line.patient != slide}
     return match_labels(
         table,
         slides,
         allow_subset=config.allow_subset,
         groups=config.groups,
-        patients=patients,
-    )
-
-
-def own_splits(slides: list[str], folder: FeatureFolder | LiveFeatures) -> list[str]:
-    """The split that is recorded with every slide, of all its patches; "" where none is."""
-    if isinstance(folder, LiveFeatures):
-        patches = folder.patches
-        return [patches.table.splits[patches.rows_of(slide)[0]] for slide in slides]
-    lines = dict[str, SlideLabel]()
-    with contextlib.suppress(InputError):  # --labels may lie there, a table without splits
-        lines = read_lines(folder.folder.parent) if folder.record else lines
-    return [lines[slide].split if slide in lines else "" for slide in slides]
-
-
-def patients_of(patches: PatchSet | None, slides: list[str]) -> list[str | None]:
-    """The patient that is recorded with every slide's patches, where there is one and no other."""
-    known = [] if patches is None else patches.table.patients
-    if patches is None or not any(known):
-        return []
-    named = [{known[row] for row in patches.rows_of(slide).tolist()} for slide in slides]
-    return [next(iter(found)) if len(found) == 1 else None for found in named]
-
-
-def recorded_labels(patches: PatchSet, slides: list[str], groups: Path | None) -> LabelledSlides:
-    """Labels that the patches record, one a slide.
-
-    raises  InputError for slides without one, or with several
-    """
-    found = {slide: np.unique(patches.table.labels[patches.rows_of(slide)]) for slide in slides}
-    bare = [slide for slide, labels in found.items() if labels[0] < 0]
-    torn = [slide for slide, labels in found.items() if len(labels) > 1 and slide not in bare]
-    for left, what in ((bare, "have patches without a label"), (torn, "have patches of several")):
-        if left:
-            raise InputError(f"{len(left):,} slides {what}: {some(left)}; give --labels, a CSV")
-    names = {slide: patches.classes[int(labels[0])] for slide, labels in found.items()}
-    classes = sorted_names(names.values())
-    targets = np.array([classes.index(names[slide]) for slide in slides], np.int64)
-    own, rule = groups_of(slides, slides, groups, patients_of(patches, slides))
-    return LabelledSlides(
-        slides=slides, classes=classes, targets=targets, groups=own, group_rule=rule, notes=[]
+        patients=[known.get(slide) for slide in slides],
     )

@@ -10,16 +10,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
 from latentds.autoencoders.foreign_networks import checked_fields, is_object
 from latentds.core.display import csv_text
 from latentds.core.storage import passing_lock, read_json, write_atomically
-from latentds.errors import ContractError, FormatError, InputError
+from latentds.errors import ContractError, FormatError
 from latentds.evaluation.features.layout import RECORD
-from latentds.evaluation.groups import LabelTable
 from latentds.evaluation.patchsets.patch_set import PatchTable
 from latentds.sources.csv_tables import read_table, write_table
 from latentds.sources.names import patient_of
@@ -132,14 +131,18 @@ class SlideLabel:
     label: str
 
 
-def label_of(slide: str, table: PatchTable, classes: Sequence[str]) -> SlideLabel:
-    """The line of a slide with these patches (N)."""
-    labels = {classes[number] if number >= 0 else None for number in set(table.labels.tolist())}
-    patient = agreed(set(table.patients)) or patient_of(slide)
-    return SlideLabel(slide, patient, agreed(set(table.splits)), agreed(labels))
+def label_of(
+    slide: str, table: PatchTable, classes: Sequence[str], rows: Sequence[int] | None = None
+) -> SlideLabel:
+    """The line of a slide with these patches of a table, all where no rows are given."""
+    rows = range(len(table)) if rows is None else rows
+    labels = {classes[label] if label >= 0 else None for label in set(table.labels[rows].tolist())}
+    recorded = {table.patients[row] for row in rows} if table.patients else set()
+    splits = {table.splits[row] for row in rows}
+    return SlideLabel(slide, agreed(recorded) or patient_of(slide), agreed(splits), agreed(labels))
 
 
-def agreed(found: set[str | None] | set[str]) -> str:
+def agreed(found: Set[str | None]) -> str:
     """The one value that all have, "" where they differ or one has none."""
     return (next(iter(found)) or "") if len(found) == 1 else ""
 
@@ -162,22 +165,6 @@ def read_lines(folder: Path) -> dict[str, SlideLabel]:
                for name in COLUMNS]  # fmt: skip
     rows = ([csv_text(row[column]) for column in columns] for row in table.rows)
     return {row[0]: SlideLabel(*row) for row in rows}
-
-
-def labels_beside(folder: Path) -> tuple[LabelTable, dict[str, str | None]]:
-    """Labels of the slides that have one, and every slide's patient, None where none is known.
-
-    raises  InputError where the folder has no labels.csv, or no slide in it a label
-    """
-    lines, path = read_lines(folder), folder / FILE
-    labels = {line.slide: line.label for line in lines.values() if line.label}
-    if not labels:
-        what = "no slide has a label there" if lines else "no such file"
-        raise InputError(f"{path}: {what}; give --labels, a CSV of slide_id and label")
-    patients = {
-        line.slide: None if line.patient == line.slide else line.patient for line in lines.values()
-    }
-    return LabelTable(path, labels, {}), patients
 
 
 def note_left_out(folder: Path, tried: Sequence[str], bad: Mapping[str, str]) -> None:

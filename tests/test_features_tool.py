@@ -20,11 +20,12 @@ from safetensors.torch import save_file
 from latentds.conversion.convert_config import ConvertConfig
 from latentds.conversion.converting import convert
 from latentds.embedders.nic import NicEncoder
-from latentds.evaluation.features.embedding_pipeline import Piece, embed_pieces, in_background
+from latentds.evaluation.features.embedding_pipeline import Piece, embed_pieces
 from latentds.evaluation.features.folder import FeatureFolder
 from latentds.evaluation.features.folder_records import read_lines
 from latentds.evaluation.patchsets.open_patch_sets import open_patches
 from latentds.evaluation.patchsets.patch_set import PatchInput
+from latentds.evaluation.patchsets.patches import in_background
 from latentds.loading.bags import SlideBags
 from tests.conftest import save_pictures
 from tests.small_patches import ProjectionEmbedder
@@ -317,7 +318,7 @@ def test_leaving_early_ends_the_thread():
     made = in_background(itertools.count(), 2)
     assert next(made) == 0
     made.close()
-    assert "slides-ahead" not in [thread.name for thread in threading.enumerate()]
+    assert "patches-ahead" not in [thread.name for thread in threading.enumerate()]
 
 
 def test_several_embedders_have_a_folder_each(work, tmp_path, capsys):

@@ -590,17 +590,6 @@ def test_several_unreadable_pictures_are_counted(pictures):
         opened(pictures)
 
 
-@pytest.mark.parametrize("rows", [[-1], [33], [0, 99]])
-def test_rows_that_are_not_there_are_an_index_error(pictures, rows):
-    with pytest.raises(IndexError, match="of 33 patches"):
-        opened(pictures).images(np.array(rows))
-
-
-def test_no_rows_are_refused(pictures):
-    with pytest.raises(ValueError, match="no rows"):
-        opened(pictures).images(np.zeros(0, np.int64))
-
-
 def test_damaged_codes_are_found_when_asked_for(pictures, tmp_path):
     manifest = convert_with_mean(pictures, tmp_path / "out")
     shard = tmp_path / "out" / manifest.shards[0].name

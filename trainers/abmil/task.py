@@ -39,7 +39,7 @@ from latentds.evaluation.features.folder_records import flat
 from latentds.evaluation.features.live import LiveFeatures
 from latentds.evaluation.folds import Fold, read_splits, stratified_group_folds
 from latentds.evaluation.groups import LabelledSlides
-from latentds.evaluation.patchsets.coded_patches import codebook_note
+from latentds.evaluation.patchsets.developing import codebook_note
 from latentds.evaluation.predictions import write_predictions
 from latentds.evaluation.records import RunRecord
 from latentds.evaluation.scores import classification_scores
@@ -145,7 +145,6 @@ class BagTask:
         if config.splits:
             made = f"splits of {config.splits.name}"
         source = folder.source or {"name": "features", "kind": "features"}
-        book = codebook_note(source.get("codebook") or {}, test_is_apart=False)
         lost, found = folder.left_out, dict.fromkeys(n for o in outcomes for n in o.notes)
         record = run_record(
             self.crossval,
@@ -162,7 +161,7 @@ class BagTask:
             | {"bags_a_step": self.bags_a_step},
             notes=[
                 *slides.notes,
-                *([book] if book else []),
+                *codebook_note(source.get("codebook"), test_is_apart=False),
                 *([f"{len(lost):,} slides have no features: {some(list(lost))}."] if lost else []),
                 *tested_again(outcomes),
                 *found,

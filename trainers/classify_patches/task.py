@@ -47,7 +47,7 @@ from latentds.embedders.latent_stem import check_cells
 from latentds.embedders.timm_models import check_name
 from latentds.errors import InputError
 from latentds.evaluation.folds import Fold
-from latentds.evaluation.patchsets.coded_patches import codebook_note
+from latentds.evaluation.patchsets.developing import codebook_note
 from latentds.evaluation.patchsets.open_patch_sets import UndecodedPatches
 from latentds.evaluation.patchsets.patch_set import SourceFacts
 from latentds.evaluation.predictions import write_predictions
@@ -341,7 +341,7 @@ def notes_of(
         )
     if config.test_data is None:  # else the codebook is fitted to the training set alone
         codebook = patches.sets[0].facts().codebook
-        notes += filter(None, [codebook_note(codebook, test_is_apart=config.protocol == "val7k")])
+        notes += codebook_note(codebook, test_is_apart=config.protocol == "val7k")
     for text in dict.fromkeys(note for outcome in outcomes for note in outcome.notes):
         folds = [str(outcome.fold) for outcome in outcomes if text in outcome.notes]
         notes.append(f"fold {', '.join(folds)}: {text}")

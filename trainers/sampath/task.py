@@ -28,7 +28,7 @@ from latentds_trainers.sampath.segmentation_report import report, score_fold, wr
 from latentds.errors import InputError
 from latentds.evaluation.features.layout import file_name
 from latentds.evaluation.groups import count_alone, groups_of
-from latentds.evaluation.patchsets.coded_patches import codebook_note
+from latentds.evaluation.patchsets.developing import codebook_note
 from latentds.evaluation.patchsets.open_patch_sets import find_shards, open_patches
 from latentds.evaluation.patchsets.patch_set import PatchTable
 from latentds.evaluation.patchsets.patches import PatchSet
@@ -113,9 +113,7 @@ class SegmentationRun:
         notes += schedule_notes(config.preset, config.settings, steps, ranks)
         notes += resize_notes(config, self.source)
         tested = {table.splits[row] for fold in self.plan.folds for row in fold.test.tolist()}
-        codebook = self.source.get("codebook") or {}
-        if note := codebook_note(codebook, test_is_apart="train" not in tested):
-            notes.append(note)
+        notes += codebook_note(self.source.get("codebook"), test_is_apart="train" not in tested)
         if dist.get_rank() == 0:
             for note in notes:
                 logger.warning("%s", note)

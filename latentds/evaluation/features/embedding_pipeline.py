@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar, cast
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +20,6 @@ from torch import Tensor
 from latentds.embedders.embedder import Embedder
 
 BEHIND = 2  # batches queued on a GPU behind the one whose features are awaited
-Item = TypeVar("Item")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -84,19 +82,3 @@ def embed(embedders: Sequence[Embedder], images: Tensor) -> Callable[[], np.ndar
         return features
 
     return take
-
-
-def in_background(items: Iterable[Item], ahead: int) -> Generator[Item, None, None]:
-    """The items, made by a thread up to `ahead` before them; an error of it is raised here.
-
-    Closing the generator ends the thread.
-    """
-    source, end = iter(items), object()
-    thread = ThreadPoolExecutor(1, thread_name_prefix="slides-ahead")
-    try:
-        waiting = deque(thread.submit(next, source, end) for _ in range(ahead + 1))
-        while (item := waiting.popleft().result()) is not end:
-            waiting.append(thread.submit(next, source, end))
-            yield cast(Item, item)
-    finally:
-        thread.shutdown(cancel_futures=True)

@@ -19,7 +19,7 @@ from latentds.core.randomness import key_of, shuffled
 from latentds.core.storage import passing_lock
 from latentds.embedders.embedder import Embedder
 from latentds.errors import ContractError, InputError, LatentdsError, TooManyBadSamplesError
-from latentds.evaluation.features.embedding_pipeline import Piece, embed_pieces, in_background
+from latentds.evaluation.features.embedding_pipeline import Piece, embed_pieces
 from latentds.evaluation.features.extraction_options import Extraction, FeatureOptions
 from latentds.evaluation.features.feature_files import (
     FeatureFile,
@@ -38,7 +38,7 @@ from latentds.evaluation.features.folder_records import (
     versions_of,
 )
 from latentds.evaluation.features.layout import FeaturePlaces, add_clam, coords_attributes
-from latentds.evaluation.patchsets.patches import PatchSet
+from latentds.evaluation.patchsets.patches import PatchSet, in_background
 
 logger = logging.getLogger(__name__)
 Progress = Callable[["SlideBag", int], None]

@@ -32,20 +32,18 @@ from latentds.codecs.quantizers import latent_shape
 from latentds.core.processes import choose_device
 from latentds.embedders.latent_stem import LatentStemConfig
 from latentds.errors import ContractError, InputError
-from latentds.evaluation.patchsets.coded_patches import (
+from latentds.evaluation.patchsets.developing import (
     FITTED_TO,
     SEED,
+    DecodedCodes,
+    Decoding,
     LatentRoundTrip,
     LatentsOnTheFly,
     PictureRoundTrip,
-    find_codebook,
-    fit_sample,
-)
-from latentds.evaluation.patchsets.developing import (
-    DecodedCodes,
-    Decoding,
     PlainPixels,
     UndecodedCodes,
+    find_codebook,
+    fit_sample,
 )
 from latentds.evaluation.patchsets.latent_patches import Shards, open_shards
 from latentds.evaluation.patchsets.patch_set import (
@@ -55,7 +53,7 @@ from latentds.evaluation.patchsets.patch_set import (
     SourceFacts,
     given_settings,
 )
-from latentds.evaluation.patchsets.patches import Memory, PatchSet
+from latentds.evaluation.patchsets.patches import PatchSet
 from latentds.evaluation.patchsets.picture_patches import Pictures, count_workers, open_pictures
 from latentds.loading.decoding import find_autoencoder
 from latentds.quantizers.codebooks import ChannelStatistics, rounded
@@ -84,7 +82,7 @@ def open_patches(config: PatchInput, autoencoder: Autoencoder | None = None) -> 
         pictures, codec, facts = make_codec(config, spec, autoencoder, device)
         dtype = DTYPES[config.decode_dtype]
         pixels = LatentRoundTrip(codec, device, dtype, compile=config.decode_compile)
-        return PatchSet(pictures, pixels, facts, memory_of(config))
+        return PatchSet(pictures, pixels, facts, config.keep_mb)
     return open_originals(config, spec, device)
 
 
@@ -94,10 +92,6 @@ def find_codec(config: PatchInput) -> CodecSpec | None:
         return parse_codec(config.codec) if config.codec != ORIGINAL else None
     except ValueError as error:
         raise InputError(f"--codec {error}") from error
-
-
-def memory_of(config: PatchInput) -> Memory:
-    return Memory(config.keep_mb * 1_000_000)
 
 
 def find_shards(config: PatchInput) -> Shards | None:
@@ -149,7 +143,7 @@ def open_originals(config: PatchInput, spec: PictureSpec | None, device: torch.d
         name=name, kind="codec" if codec else "original", codec=name, patch_px=pictures.patch_px,
         data=config.location,
     )  # fmt: skip
-    return PatchSet(pictures, pixels, facts, memory_of(config), functools.cache(measure))
+    return PatchSet(pictures, pixels, facts, config.keep_mb, functools.cache(measure))
 
 
 def make_codec(
@@ -208,7 +202,7 @@ def open_latents(
     dtype, compile = DTYPES[config.decode_dtype], config.decode_compile
     decoding = Decoding(network, contract.patch_px, device, dtype, compile=compile)
     pixels = DecodedCodes(decoding, manifest.codebooks)
-    return PatchSet(shards, pixels, facts, memory_of(config))
+    return PatchSet(shards, pixels, facts, config.keep_mb)
 
 
 def stored_facts(config: PatchInput, shards: Shards) -> dict[str, Any]:
@@ -287,7 +281,7 @@ def of_shards(
     described = SourceFacts(name=f"{PREFIX}{codec}", codec=codec, autoencoder=encoder, **facts)
     books = [stem.statistics.normalized(book) for book in manifest.codebooks]
     latents = UndecodedCodes(books, device, torch.float32)
-    patches = PatchSet(shards, latents, described, memory_of(config))
+    patches = PatchSet(shards, latents, described, config.keep_mb)
     return UndecodedPatches(patches, stem, contract.latents_shape[1:])
 
 
@@ -310,7 +304,7 @@ def of_originals(
     check_latents(stem, codec.card.latent_id, config.location)
     making.normalize = stem.normalize
     facts = dataclasses.replace(decoded, name=f"{PREFIX}{decoded.codec}", decoder=None)
-    patches = PatchSet(pictures, making, facts, memory_of(config))
+    patches = PatchSet(pictures, making, facts, config.keep_mb)
     return UndecodedPatches(patches, stem, (cells[0], cells[1]))
 
 

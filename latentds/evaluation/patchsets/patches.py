@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from latentds.evaluation.patchsets.picture_patches import Pictures
 
 AHEAD = 2  # requests of a stream that are read while another is used
+Item = TypeVar("Item")
 
 
 class Memory:
@@ -68,8 +70,8 @@ class PatchSet:
     contents   what is read of distinct ascending rows, from several threads
     developer  what makes pixels of it
     facts      all but the bytes, where those have to be measured
+    keep_mb    MB of pixels kept in memory
     measure    mean bytes of a patch of the whole input, asked for facts without
-    slide      name of the one slide that this is of, None for all
     """
 
     def __init__(
@@ -77,13 +79,13 @@ class PatchSet:
         contents: Pictures | Shards,
         developer: Developer,
         facts: SourceFacts,
-        memory: Memory,
+        keep_mb: int,
         measure: Callable[[], float | None] = lambda: None,
-        slide: str | None = None,
     ) -> None:
         self.contents, self.developer, self.device = contents, developer, developer.device
         self.described, self.measure = facts, measure
-        self.memory, self.slide = memory, slide
+        self.memory = Memory(keep_mb * 1_000_000)
+        self.slide: str | None = None  # the one that all patches are of
 
     @property
     def name(self) -> str:
@@ -123,27 +125,19 @@ class PatchSet:
         return self.finish(self.fetch(rows))
 
     def stream(self, requests: Iterable[np.ndarray]) -> Iterator[Tensor]:
-        """`images` of one request after the other, the next ones read in threads meanwhile."""
-        waiting: deque[tuple[list[int], Future[Fetched]]] = deque()
+        """`images` of one request after the other, the next ones read in a thread meanwhile."""
 
-        def oldest() -> Iterator[Tensor]:
-            sizes, future = waiting.popleft()
-            yield from torch.split(self.finish(future.result()), sizes)
-
-        with contextlib.ExitStack() as stack:
-            thread = ThreadPoolExecutor(1, thread_name_prefix="patches-ahead")
-            stack.callback(thread.shutdown, wait=True, cancel_futures=True)
+        def fetched() -> Iterator[tuple[list[int], Fetched]]:
             for group in put_together(requests, self.developer.together):
-                rows = np.concatenate(group)
-                waiting.append((list(map(len, group)), thread.submit(self.fetch, rows)))
-                if len(waiting) > AHEAD:
-                    yield from oldest()
-            while waiting:
-                yield from oldest()
+                yield list(map(len, group)), self.fetch(np.concatenate(group))
+
+        with contextlib.closing(in_background(fetched(), AHEAD)) as ready:
+            for sizes, group in ready:
+                yield from torch.split(self.finish(group), sizes)
 
     def fetch(self, rows: np.ndarray) -> Fetched:
         """Read what a request needs and memory does not have."""
-        distinct, places = np.unique(self.checked(rows), return_inverse=True)
+        distinct, places = np.unique(rows, return_inverse=True)
         known = [self.memory.get((self.slide, row, "image")) for row in distinct.tolist()]
         is_kept = np.array([pixels is not None for pixels in known])
         missing = distinct[~is_kept]
@@ -174,7 +168,7 @@ class PatchSet:
         if not self.has_masks:
             raise InputError(f"{self.contents.where}: has no masks; give --masks FOLDER, or shards "
                              "that were converted with them")  # fmt: skip
-        distinct, places = np.unique(self.checked(rows), return_inverse=True)
+        distinct, places = np.unique(rows, return_inverse=True)
         kept = [self.memory.get((self.slide, row, "mask")) for row in distinct.tolist()]
         if any(mask is None for mask in kept):
             masks = self.contents.read_masks(distinct)
@@ -182,15 +176,6 @@ class PatchSet:
         else:
             masks = np.stack([mask for mask in kept if mask is not None])
         return masks[places]
-
-    def checked(self, rows: np.ndarray | Sequence[int]) -> np.ndarray:
-        """Rows as int64; IndexError for one that is not there, ValueError for none at all."""
-        found = np.asarray(rows, np.int64).reshape(-1)
-        if not len(found):
-            raise ValueError("no rows asked for")
-        if found.min() < 0 or found.max() >= len(self):
-            raise IndexError(f"rows {found.min()} to {found.max()} of {len(self)} patches")
-        return found
 
     def slides(self) -> list[str]:
         """Sorted names of the slides; empty where patches name none."""
@@ -222,8 +207,10 @@ class PatchSet:
         """
         if slide not in self.slides():
             raise unknown_name("slide", slide, self.slides())
-        contents = self.contents if self.slide is not None else self.contents.of_slide(slide)
-        return PatchSet(contents, self.developer, self.described, self.memory, self.measure, slide)
+        part = copy.copy(self)
+        part.contents, part.slide = self.contents.of_slide(slide), slide
+        vars(part).pop("rows_by_slide", None)
+        return part
 
     def fingerprint(self) -> str:
         """Identity of what is stored behind the table, 16 hex digits; the same once moved.
@@ -255,3 +242,19 @@ def put_together(requests: Iterable[np.ndarray], least: int) -> Iterator[list[np
             group = []
     if group:
         yield group
+
+
+def in_background(items: Iterable[Item], ahead: int) -> Generator[Item, None, None]:
+    """The items, made by a thread up to `ahead` before them; an error of it is raised here.
+
+    Closing the generator ends the thread.
+    """
+    source, end = iter(items), object()
+    thread = ThreadPoolExecutor(1, thread_name_prefix="patches-ahead")
+    try:
+        waiting = deque(thread.submit(next, source, end) for _ in range(ahead + 1))
+        while (item := waiting.popleft().result()) is not end:
+            waiting.append(thread.submit(next, source, end))
+            yield cast(Item, item)
+    finally:
+        thread.shutdown(cancel_futures=True)

@@ -16,7 +16,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from latentds.core.randomness import patch_seeds
-from latentds.evaluation.folds import Fold
 from latentds.evaluation.records import read_record
 
 pytest.importorskip("deepspeed")
@@ -28,7 +27,6 @@ from latentds_trainers.sampath import segmentation_fold
 from latentds_trainers.sampath.__main__ import main
 from latentds_trainers.sampath.config import SampathConfig, SegmentationSettings
 from latentds_trainers.sampath.segmentation_data import draw_crops, group_plan, jitter
-from latentds_trainers.sampath.task import spread_over
 
 from tests.nuclei import one_fold, save_nuclei
 from tests.trainer_ranks import run_ranks
@@ -474,10 +472,3 @@ def test_folds_of_groups_are_about_equal_and_whole():
         assert not {groups[row] for row in fold.test} & {groups[row] for row in fold.train}
     other = group_plan(groups, 4, seed=2, rule="group")
     assert [f.test.tolist() for f in plan.folds] != [f.test.tolist() for f in other.folds]
-
-
-def test_pictures_are_spread_over_the_tested_images():
-    fold = Fold(np.arange(3), np.arange(0), np.arange(10, 30))
-    assert spread_over(fold.test, 3).tolist() == [10, 20, 29]
-    assert spread_over(fold.test[:2], 4).tolist() == [10, 11]
-    assert spread_over(fold.test, 0).tolist() == []

@@ -22,8 +22,7 @@ from latentds_trainers.engine.ranks import join_ranks
 from latentds_trainers.sampath import segmentation_fold
 from latentds_trainers.sampath.config import SampathConfig
 from latentds_trainers.sampath.segmentation_data import FoldPlan
-from latentds_trainers.sampath.segmentation_report import report, score_fold
-from latentds_trainers.sampath.task import schedule_notes
+from latentds_trainers.sampath.task import report, schedule_notes, score_fold
 
 from tests.nuclei import one_fold, save_nuclei
 from tests.test_sampath import config_of, images_csv, run

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import io
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,9 +15,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from latentds_trainers.sampath.config import SegmentationSettings
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from latentds.core.randomness import key_of, patch_seeds, shuffled, uniform
+from latentds.core.storage import write_atomically
 from latentds.errors import InputError, missing_extra
 from latentds.evaluation.folds import Fold, check_disjoint, predefined_fold
 from latentds.sources.csv_tables import read_table
@@ -29,7 +32,12 @@ if TYPE_CHECKING:
 
 JITTERED = 0.5  # share of the crops whose colours change: albumentations' default
 COUNTED_AT_ONCE = 16
-COLOURS = ("brightness", "contrast", "saturation", "hue")
+CHANGES = ("brightness", "contrast", "saturation", "hue")
+COLOURS = (  # of the labels 1, 2, ...; told apart by colour-blind readers too (Okabe and Ito 2008)
+    (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66),
+    (0, 114, 178), (213, 94, 0), (204, 121, 167),
+)  # fmt: skip
+GAP_PX, LEGEND_PX = 8, 20
 NO_FOLDS = (
     "say what is tested: --folds N for a cross-validation, --fold-table CSV, or data with splits "
     "train and test"
@@ -121,7 +129,7 @@ def jitter(images: Tensor, seeds: Tensor, strength: float) -> Tensor:
     """
     if not strength:
         return images
-    draws = uniform(seeds, "jitter", len(COLOURS) + 2).tolist()
+    draws = uniform(seeds, "jitter", len(CHANGES) + 2).tolist()
     return torch.stack(
         [
             recoloured(image, numbers, strength) if numbers[-1] < JITTERED else image
@@ -136,8 +144,8 @@ def recoloured(image: Tensor, draws: list[float], strength: float) -> Tensor:
         from torchvision.transforms import functional
     except ImportError as error:
         raise missing_extra("torchvision", "evaluate") from error
-    for place in shuffled(len(COLOURS), int(draws[len(COLOURS)] * (1 << 24))).tolist():
-        name, shift = COLOURS[place], (2 * draws[place] - 1) * strength
+    for place in shuffled(len(CHANGES), int(draws[len(CHANGES)] * (1 << 24))).tolist():
+        name, shift = CHANGES[place], (2 * draws[place] - 1) * strength
         change = getattr(functional, f"adjust_{name}")
         image = change(image, shift if name == "hue" else 1 + shift)
     return image
@@ -262,3 +270,37 @@ def check_classes(plan: FoldPlan, counts: np.ndarray, names: Sequence[str]) -> t
             if not has["test"][label]:
                 notes.append(f"fold {number} tests no pixel of class {names[label]!r}")
     return tuple(notes)
+
+
+def write_picture(
+    path: Path,
+    image: np.ndarray,
+    truth: np.ndarray,
+    prediction: np.ndarray,
+    settings: SegmentationSettings,
+) -> None:
+    """A PNG: the image, and twice the image under half transparent labels, with a line of names.
+
+    image              uint8 (h, w, 3)
+    truth, prediction  labels uint8 (h, w): 0 not labelled, then the classes
+    """
+    palette, is_shown = np.zeros((256, 3), np.uint16), np.zeros((256, 1), bool)
+    height, width = image.shape[:2]
+    sheet = Image.new("RGB", (3 * width + 2 * GAP_PX, height + LEGEND_PX), "white")
+    draw, top, right = ImageDraw.Draw(sheet), height + 3, 3 * width + 2 * GAP_PX
+    for label, name in reversed([*enumerate(settings.classes, 1)]):
+        if name not in settings.unscored:
+            palette[label], is_shown[label] = COLOURS[(label - 1) % len(COLOURS)], True
+            right -= 12 + int(draw.textlength(name))
+            draw.text((right, top), name, fill=tuple(palette[label].tolist()))
+    parts = {"image": image}
+    for name, labels in (("truth", truth), ("prediction", prediction)):
+        mixed = (image + palette[labels]) // 2
+        parts[name] = np.where(is_shown[labels], mixed, image).astype(np.uint8)
+    for number, (name, part) in enumerate(parts.items()):
+        left = number * (width + GAP_PX)
+        sheet.paste(Image.fromarray(part), (left, 0))
+        draw.text((left + 2, top), name, fill="black")
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG")
+    write_atomically(path, buffer.getvalue())

@@ -6,11 +6,22 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch.distributed as dist
-from latentds_trainers.crossval.cross_validation import Cell, CrossValidation, Tested
+from latentds_trainers.crossval.cross_validation import (
+    Cell,
+    CrossValidation,
+    FoldOutcome,
+    Tested,
+    run_record,
+    run_table,
+    spread,
+    told_settings,
+    write_result,
+)
 from latentds_trainers.engine.ranks import from_first, join_ranks, on_all_ranks
 from latentds_trainers.sampath.config import PRESETS, SIZES_PX, SampathConfig, SegmentationSettings
 from latentds_trainers.sampath.segmentation_data import (
@@ -21,9 +32,9 @@ from latentds_trainers.sampath.segmentation_data import (
     group_plan,
     named_plan,
     table_plan,
+    write_picture,
 )
 from latentds_trainers.sampath.segmentation_fold import SegmentationFold, build_network
-from latentds_trainers.sampath.segmentation_report import report, score_fold, write_picture
 
 from latentds.errors import InputError
 from latentds.evaluation.features.layout import file_name
@@ -33,8 +44,34 @@ from latentds.evaluation.patchsets.open_patch_sets import find_shards, open_patc
 from latentds.evaluation.patchsets.patch_set import PatchTable
 from latentds.evaluation.patchsets.patches import PatchSet
 from latentds.evaluation.records import FILE as RESULT
+from latentds.evaluation.records import RunRecord
+from latentds.evaluation.segmentation import (
+    COMPAT_REASON,
+    SCORES,
+    Confusion,
+    correct_scores,
+    sampath_compat_scores,
+)
+from latentds.sources.csv_tables import write_table
 
 logger = logging.getLogger(__name__)
+PRIMARY, COMPAT = "dice_macro", "sampath_"
+SIDE_BY_SIDE = (  # correct scores, and what SAM-Path's code calls by their names
+    ("dice_macro", "Dice_Bal"),
+    ("dice_micro", "Dice"),
+    ("f1_micro", "F1"),
+    ("jaccard_macro", "IOU_Jaccard_Bal"),
+    ("jaccard_micro", "IOU_Jaccard"),
+    ("recall_micro", None),
+    ("precision_micro", None),
+    ("pixel_accuracy", None),
+)
+NOT_TELLING = ("images", "image", "img")  # folders that are named after what is in them
+IMAGE_SCORES = ("dice_macro", "jaccard_macro", "pixel_accuracy")
+ONE_SEED = (
+    "one training a fold: SAM-Path's authors and the paper have one too, and differences below "
+    "half a point are then no evidence; --seeds 0 1 2 trains three"
+)
 
 
 class SegmentationRun:
@@ -78,9 +115,20 @@ class SegmentationRun:
             build_network(self.config, len(self.config.settings.values.names), self.config.seed)
 
     def open(self) -> PatchSet:
-        """The images; InputError for those of another size than the preset's."""
-        patches = open_patches(resized_before(self.config, str(self.device)))
-        check_size(self.config, patches.patch_px)
+        """The images; InputError for those of another size than the preset's.
+
+        With --odd-size resize, originals go to a codec in the size of the preset. A data set of
+        latents keeps the size it was converted with.
+        """
+        config = self.config
+        changed: dict[str, Any] = {}
+        if config.device == "auto":
+            changed["device"] = str(self.device)
+        resizes = config.settings.odd_size == "resize" and config.patch_size is None
+        if resizes and find_shards(config) is None:
+            changed |= {"patch_size": config.settings.image_size, "resize": True}
+        patches = open_patches(dataclasses.replace(config, **changed))
+        check_size(config, patches.patch_px)
         return patches
 
     def make_plan(self, rule: str) -> FoldPlan:
@@ -150,23 +198,13 @@ class SegmentationRun:
 
     def draw(self, training: SegmentationFold, cell: Cell) -> None:
         """Pictures of tested images. On rank 0."""
-        rows = spread_over(cell.fold.test, self.config.pictures)
+        tested = cell.fold.test
+        count = min(self.config.pictures, len(tested))
+        rows = tested[np.linspace(0, len(tested) - 1, count).round().astype(int)]
         for row, image, truth, prediction in training.pictures(rows):
             name = f"fold-{cell.number}_{file_name(self.table.names[row])}.png"
             path = self.config.out / "predictions" / name
             write_picture(path, image, truth, prediction, self.config.settings)
-
-
-def resized_before(config: SampathConfig, device: str) -> SampathConfig:
-    """The config that opens images: with --odd-size resize, originals go to a codec in their size.
-
-    A data set of latents keeps the size it was converted with.
-    """
-    changed: dict[str, Any] = {"device": device if config.device == "auto" else config.device}
-    resizes = config.settings.odd_size == "resize" and config.patch_size is None
-    if resizes and find_shards(config) is None:
-        changed |= {"patch_size": config.settings.image_size, "resize": True}
-    return dataclasses.replace(config, **changed)
 
 
 def schedule_notes(
@@ -222,8 +260,102 @@ def check_size(config: SampathConfig, patch_px: tuple[int, int]) -> None:
     )
 
 
-def spread_over(rows: np.ndarray, count: int) -> np.ndarray:
-    """So many of the rows, or all, evenly spread."""
-    places = np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int)
-    chosen: np.ndarray = rows[places]
-    return chosen
+def score_fold(
+    settings: SegmentationSettings, cell: Cell, counts: np.ndarray, *, seconds: float = 0.0
+) -> Tested:
+    """What a fold's test came to: correct scores, then SAM-Path's, named `sampath_...`.
+
+    counts  int64 (n, K, K): pixels by true and predicted label, image by image
+    """
+    confusion = Confusion(settings.values.names, counts.sum(0))
+    correct = correct_scores(confusion, settings.left_out)
+    unscored = settings.left_out[1:]
+    compat = sampath_compat_scores(confusion, unscored[0] if unscored else None)
+    scores: dict[str, float | None] = dict.fromkeys(SCORES) | correct.scores
+    undefined = (
+        f"fold {cell.number}, seed {cell.seed}: no scored class has a pixel in truth or "
+        "prediction; its scores are undefined and count in no mean (SAM-Path's code calls them 0)"
+    )
+    return Tested(
+        found=counts,
+        scores=scores | {COMPAT + name: value for name, value in compat.items()},
+        per_class={name: dict(values) for name, values in correct.per_class.items()},
+        notes=[] if correct.per_class else [undefined],
+        seconds=seconds,
+    )
+
+
+def report(
+    config: SampathConfig,
+    run: CrossValidation,
+    plan: FoldPlan,
+    outcomes: Sequence[FoldOutcome],
+    *,
+    source: dict[str, Any],
+    images_a_step: int,
+    notes: Sequence[str] = (),
+) -> None:
+    undefined = [note for outcome in outcomes for note in outcome.notes]
+    one_seed = [ONE_SEED] if len(run.seeds) == 1 else []
+    own = config.settings
+    record = run_record(
+        run,
+        outcomes,
+        data=data_name(config.data),
+        source=source,
+        embedder=encoder_name(config),
+        model="unet" if config.model == "unet" else "sam-path",
+        classes=[name for name in own.classes if name not in own.unscored],
+        split_rule=plan.rule,
+        primary=PRIMARY,
+        settings=told_settings(config) | {"images_a_step": images_a_step},
+        notes=[*plan.notes, *notes, *undefined, COMPAT_REASON, *one_seed],
+    )
+    write_images(config.out, own, outcomes)
+    write_result(config.out, record, table(record), is_json=config.json)
+
+
+def encoder_name(config: SampathConfig) -> str | None:
+    """The pathology encoder, without the place of its file: two runs of one are of one family."""
+    if config.model != "sampath" or config.pathology_encoder is None:
+        return None
+    kind, colon, rest = config.pathology_encoder.partition("@")[0].partition(":")
+    return f"{kind}:{Path(rest).name}" if colon and "/" in rest else f"{kind}{colon}{rest}"
+
+
+def data_name(data: Path) -> str:
+    """Name of the data set's folder; its parent's where it only says that images are in it."""
+    path = data.resolve() if data.exists() else data
+    return path.parent.name if path.name.lower() in NOT_TELLING else path.name
+
+
+def write_images(
+    out: Path, settings: SegmentationSettings, outcomes: Sequence[FoldOutcome]
+) -> None:
+    """images.csv: fold, seed, item, group and scores of every tested image."""
+    rows: list[list[object]] = []
+    for outcome in outcomes:
+        for item, group, counts in zip(outcome.items, outcome.groups, outcome.found, strict=True):
+            confusion = Confusion(settings.values.names, counts)
+            scores = correct_scores(confusion, settings.left_out).scores
+            figures = [f"{scores[name]:.6f}" if name in scores else "" for name in IMAGE_SCORES]
+            rows.append([outcome.fold, outcome.seed, item, group, *figures])
+    columns = ["fold", "seed", "item", "group", *IMAGE_SCORES]
+    write_table(out / "images.csv", columns, rows)
+
+
+def table(record: RunRecord) -> str:
+    """The record as text, correct scores and SAM-Path's side by side."""
+    means = [f"{'mean ± sd':<18}{'correct':>18}    {'sampath-compat':<16}"]
+    for name, compat in SIDE_BY_SIDE:
+        line = f"{name:<18}{spread(record.summarize(name)):>18}"
+        if compat is not None:
+            line += f"    {compat:<16}{spread(record.summarize(COMPAT + compat)):>18}"
+        means.append(line)
+    return run_table(
+        record,
+        f"{record.data}: {', '.join(record.classes)}; {record.model} on {record.source['name']}",
+        shown=(PRIMARY, "dice_micro", "jaccard_macro", "jaccard_micro", "pixel_accuracy"),
+        per_class=("dice", "jaccard", "recall", "precision"),
+        more=means,
+    )

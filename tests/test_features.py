@@ -17,10 +17,9 @@ from latentds.errors import (
     UnknownNameError,
 )
 from latentds.evaluation.features.extraction import extract_features
-from latentds.evaluation.features.extraction_options import FeatureOptions
 from latentds.evaluation.features.feature_files import FeatureFile, write_features
 from latentds.evaluation.features.folder import FeatureFolder
-from latentds.evaluation.features.folder_records import read_record
+from latentds.evaluation.features.folder_records import FeatureOptions, read_record
 from latentds.evaluation.features.layout import file_name, magnification, overlap_px, slide_name
 from tests.processes import call_apart, limit_file_size
 from tests.small_patches import ProjectionEmbedder, SmallPatches
@@ -573,13 +572,6 @@ def test_magnifications_are_tridents(mpp, power):
 def test_overlap_is_told_in_pixels_of_a_patch(step, overlap):
     coords = np.array([[x * step, y * step] for x in range(4) for y in range(4)])
     assert overlap_px(coords, 16, 8) == overlap
-
-
-@pytest.mark.parametrize("bad", [{"batch_size": 0}, {"max_patches": 0}, {"max_bad": -1},
-                                 {"precision": "int8"}, {"saved": "bfloat16"}])  # fmt: skip
-def test_options_out_of_range_are_refused(bad):
-    with pytest.raises(ValueError):
-        FeatureOptions(**bad)
 
 
 @pytest.mark.slow

@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from latentds.embedders.nic import NicEncoder
 from latentds.errors import InputError
 from latentds.evaluation.features.extraction import extract_features
-from latentds.evaluation.features.extraction_options import FeatureOptions
 from latentds.evaluation.features.folder_records import (
     FILE,
+    FeatureOptions,
     SlideLabel,
     label_of,
     note_labels,

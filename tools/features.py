@@ -16,7 +16,7 @@ from latentds.evaluation.patchsets.patch_set import PatchInput, recorded_setting
 
 if TYPE_CHECKING:
     from latentds.evaluation.features.extraction import SlideBag
-    from latentds.evaluation.features.extraction_options import Extraction
+    from latentds.evaluation.features.folder_records import Extraction
 
 LEFT_OUT = 3  # exit code: done, but not of all slides
 GPU_BATCH, CPU_BATCH = 256, 32
@@ -111,7 +111,7 @@ def extract(config: Config, rank: int, ranks: int) -> list[dict[str, Any]]:
     from latentds.core.processes import choose_device
     from latentds.embedders import embedder_loader
     from latentds.evaluation.features.extraction import extract_features, named_slides
-    from latentds.evaluation.features.extraction_options import FeatureOptions
+    from latentds.evaluation.features.folder_records import FeatureOptions
     from latentds.evaluation.features.layout import plain
     from latentds.evaluation.patchsets.open_patch_sets import open_patches
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
 
     from latentds.embedders import NetworkEmbedder
-    from latentds.evaluation.features.extraction_options import FeatureOptions
+    from latentds.evaluation.features.folder_records import FeatureOptions
     from latentds.evaluation.patchsets.patches import PatchSet
 
 CHANNELS = {8: 4, 32: 32}  # of latents by their factor, as SD-1.5 and DC-AE-f32 have them
@@ -162,7 +162,7 @@ def open_bench(
     import numpy as np
 
     from latentds.evaluation.features.extraction import DTYPES
-    from latentds.evaluation.features.extraction_options import FeatureOptions
+    from latentds.evaluation.features.folder_records import FeatureOptions
     from latentds.evaluation.patchsets.open_patch_sets import open_patches
     from latentds.evaluation.patchsets.patch_set import PatchInput
 

@@ -20,7 +20,6 @@ from latentds.core.storage import passing_lock
 from latentds.embedders.embedder import Embedder
 from latentds.errors import ContractError, InputError, LatentdsError, TooManyBadSamplesError
 from latentds.evaluation.features.embedding_pipeline import Piece, embed_pieces
-from latentds.evaluation.features.extraction_options import Extraction, FeatureOptions
 from latentds.evaluation.features.feature_files import (
     FeatureFile,
     write_coordinates,
@@ -28,6 +27,8 @@ from latentds.evaluation.features.feature_files import (
 )
 from latentds.evaluation.features.folder_records import (
     FILE,
+    Extraction,
+    FeatureOptions,
     FeaturesRecord,
     SlideLabel,
     claim,

@@ -1,4 +1,4 @@
-"""What lies beside features: features.json, labels.csv and left_out.json.
+"""What is extracted, and what lies beside features: features.json, labels.csv, left_out.json.
 
 features.json says what made them: another run's features are not mixed in. labels.csv has the
 columns that CLAM reads, left_out.json the slides without features.
@@ -12,7 +12,7 @@ import json
 import platform
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from latentds.autoencoders.foreign_networks import checked_fields, is_object
 from latentds.core.display import csv_text
@@ -33,6 +33,55 @@ CHECKS = dict.fromkeys(("embedder", "source", "options", "versions"), is_object)
 # Of the source: it may be measured on a sample, or lie elsewhere today.
 NOT_COMPARED = ("source.bytes_per_patch", "source.data")
 COLUMNS = ("slide_id", "case_id", "split", "label")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FeatureOptions:
+    """What is extracted, and how.
+
+    batch_size   patches embedded at once; fixed within a slide, for its last bits depend on it
+    precision    of the embedder: float32, or bfloat16 for speed
+    saved        numbers of the files: float32, or float16 for half the room
+    max_patches  at most so many patches a slide, drawn by `seed`; None takes all
+    seed         of that choice, which is a function of seed and slide
+    clam         CLAM's layout too: pt_files, h5_files and coordinates
+    max_bad      slides that may fail, each reported; one more ends the run
+    patches      settings that decide which patches there are and how they are decoded, to be
+                 recorded: JSON values
+    """
+
+    batch_size: int = 64
+    precision: Literal["float32", "bfloat16"] = "float32"
+    saved: Literal["float32", "float16"] = "float32"
+    max_patches: int | None = None
+    seed: int = 0
+    clam: bool = False
+    max_bad: int = 0
+    patches: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def decisive(self) -> dict[str, Any]:
+        """What decides about the numbers, as JSON: a resumed run must have the same."""
+        names = ("batch_size", "precision", "saved", "max_patches", "patches")
+        found = {name: getattr(self, name) for name in names}
+        return found | {"seed": None if self.max_patches is None else self.seed}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Extraction:
+    """What a rank did.
+
+    slides   names of its slides with features now, sorted
+    skipped  how many of them were there before
+    patches  embedded in this run
+    bad      slides that failed, with the reason
+    dim      D
+    """
+
+    slides: list[str]
+    skipped: int
+    patches: int
+    bad: dict[str, str]
+    dim: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -23,8 +23,7 @@ from latentds.evaluation.features.extraction import (
     record_of,
     tell_nameless,
 )
-from latentds.evaluation.features.extraction_options import FeatureOptions
-from latentds.evaluation.features.folder_records import comparable
+from latentds.evaluation.features.folder_records import FeatureOptions, comparable
 from latentds.evaluation.patchsets.patches import PatchSet
 
 

@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("timm")
 
-from latentds_trainers.classify_patches.finetune_backbone import build_latent_classifier
+from latentds_trainers.classify_patches.finetune_backbone import build_classifier
 
 from latentds.autoencoders.tiny import load_tiny
 from latentds.embedders import load_embedder
@@ -176,8 +176,8 @@ def test_a_classifier_starts_from_weights_of_pixels_all_but_its_stem(tmp_path):
     pixels = build_vit(ARCH, seed=9, img_px=image_px(ARCH), num_classes=7)
     save_file(pixels.state_dict(), tmp_path / "w.safetensors")
     path = str(tmp_path / "w.safetensors")
-    found = build_latent_classifier(ARCH, 2, stem_of(8), weights=path, seed=1).state_dict()
-    fresh = build_latent_classifier(ARCH, 2, stem_of(8), seed=1).state_dict()
+    found = build_classifier(ARCH, 2, stem_of(8), weights=path, seed=1).state_dict()
+    fresh = build_classifier(ARCH, 2, stem_of(8), seed=1).state_dict()
     for name, tensor in found.items():
         is_new = name.startswith(("patch_embed.", "head."))
         assert torch.equal(tensor, (fresh if is_new else pixels.state_dict())[name]), name
@@ -189,7 +189,7 @@ def test_a_classifier_keeps_the_stem_of_a_backbone_trained_on_latents(tmp_path):
     backbone = build_vit(ARCH, seed=9, img_px=image_px(ARCH), stem=stem_of(8))
     save_file(backbone.state_dict(), tmp_path / "w.safetensors")
     path = str(tmp_path / "w.safetensors")
-    found = build_latent_classifier(ARCH, 2, stem_of(8), weights=path).state_dict()
+    found = build_classifier(ARCH, 2, stem_of(8), weights=path).state_dict()
     name = "patch_embed.proj.weight"
     assert torch.equal(found[name], backbone.state_dict()[name])
 

@@ -201,6 +201,20 @@ def check_disjoint(folds: Sequence[Fold], groups: Sequence[str], where: str = "f
                 )
 
 
+def check_trained(folds: Sequence[Fold], targets: np.ndarray, classes: Sequence[str]) -> None:
+    """InputError for a fold that tests a class it does not train on, or trains on one alone."""
+    for number, fold in enumerate(folds):
+        trained = set(targets[fold.train].tolist())
+        lost = sorted(set(targets[fold.test].tolist()) - trained)
+        if lost or len(trained) < 2:
+            names = [classes[label] for label in (lost or trained)]
+            told = f"tests {some(names)} and does not train on it" if lost else f"trains on {names}"
+            raise InputError(
+                f"fold {number} {told}: the other groups are in the tested or validating part, or "
+                "no training item has the class. Give other splits, fewer folds or finer groups"
+            )
+
+
 def split_id(folds: Sequence[Fold], items: Sequence[str]) -> str:
     """Identity of folds, 16 hex digits: of which named item is where, whatever their order.
 

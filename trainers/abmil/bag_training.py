@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from latentds.core.randomness import key_of, mix, shuffled
-from latentds.errors import InputError
 from latentds.models.attention_mil import GatedABMIL
 
 if TYPE_CHECKING:
@@ -247,23 +246,6 @@ def logits_of(
     """Logits (C,) and attention (N,) of a slide's whole bag, on the CPU."""
     logits, attention = network.in_parts(part.to(device) for part in reader.parts(slide))
     return logits.cpu(), attention.cpu()
-
-
-def check_parts(fold: int, train: Part, val: Part, test: Part, config: AbmilConfig) -> None:
-    """InputError where a part that is needed is empty, or training knows one class only."""
-    remedy = "give other splits, or fewer folds"
-    if not len(train) or not len(test):
-        raise InputError(
-            f"fold {fold}: {len(train)} slides to train on and {len(test)} to test; {remedy}"
-        )
-    if not len(val) and config.settings.select == "best":
-        raise InputError(
-            f"fold {fold}: no slide to validate on, by which the best weights are chosen; "
-            "give splits that have some, or --select last"
-        )
-    missing = set(test.targets.tolist()) - set(train.targets.tolist())
-    if missing or len(set(train.targets.tolist())) < 2:
-        raise InputError(f"fold {fold}: a class is not among the slides trained on; {remedy}")
 
 
 def seed_draws(device: torch.device, seed: int) -> None:

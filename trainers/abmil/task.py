@@ -10,13 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 from latentds_trainers.abmil.bag_source import LabelledBags, open_labelled
-from latentds_trainers.abmil.bag_training import (
-    BagFoldTraining,
-    Part,
-    build_network,
-    check_parts,
-    predict,
-)
+from latentds_trainers.abmil.bag_training import BagFoldTraining, Part, build_network, predict
 from latentds_trainers.abmil.config import AbmilConfig
 from latentds_trainers.abmil.heat_map import WEIGHTS, draw_heat_maps
 from latentds_trainers.crossval.cross_validation import (
@@ -33,11 +27,11 @@ from latentds_trainers.crossval.cross_validation import (
 )
 from latentds_trainers.engine.ranks import from_first, join_ranks, on_all_ranks
 
-from latentds.errors import unknown_name
+from latentds.errors import InputError, unknown_name
 from latentds.evaluation.features.folder import FeatureFolder
 from latentds.evaluation.features.folder_records import flat
 from latentds.evaluation.features.live import LiveFeatures
-from latentds.evaluation.folds import Fold, read_splits, stratified_group_folds
+from latentds.evaluation.folds import Fold, check_trained, read_splits, stratified_group_folds
 from latentds.evaluation.groups import LabelledSlides
 from latentds.evaluation.patchsets.developing import codebook_note
 from latentds.evaluation.predictions import write_predictions
@@ -90,8 +84,13 @@ class BagTask:
                 val=config.folds > 2,
                 classes=slides.classes,
             )
-        for number, fold in enumerate(folds):
-            check_parts(number, *self.parts(fold), config)
+        check_trained(folds, slides.targets, slides.classes)
+        bare = [number for number, fold in enumerate(folds) if not len(fold.val)]
+        if bare and config.settings.select == "best":
+            raise InputError(
+                f"fold {bare[0]}: no slide to validate on, by which the best weights are chosen; "
+                "give splits that have some, or --select last"
+            )
         return folds
 
     def parts(self, fold: Fold) -> tuple[Part, Part, Part]:
@@ -196,7 +195,7 @@ class BagTask:
         epochs, stopping = training.epochs, training.stopping
         select = self.config.settings.select
         return Tested(
-            found=probabilities,
+            found=probabilities.tolist(),
             scores=scores.values,
             per_class=scores.per_class,
             notes=[
@@ -208,7 +207,7 @@ class BagTask:
                 "chosen_epoch": stopping.epoch if select == "best" else epochs,
                 "validation_loss": stopping.lowest,
             },
-            seconds=training.engine.seconds,
+            seconds=round(training.engine.seconds, 2),
         )
 
     def check_heat_maps(self) -> None:

@@ -44,16 +44,6 @@ def fold_config(config: ClassifyConfig, cell: Cell) -> TrainConfig:
     return TrainConfig(**values, out=cell.folder, steps=steps, keep=1)
 
 
-def build_network(
-    config: ClassifyConfig, classes: int, stem: LatentStemConfig | None, seed: int = 0
-) -> nn.Module:
-    """The classifier of the config: of latents where there is a stem, else of images."""
-    arch = config.arch or ""
-    if stem is None:
-        return build_classifier(arch, classes, weights=config.weights, seed=seed)
-    return build_latent_classifier(arch, classes, stem, weights=config.weights, seed=seed)
-
-
 class FoldTraining:
     """A classifier trained on a fold's training patches; collective, the same on every rank.
 
@@ -81,7 +71,9 @@ class FoldTraining:
         self.labels = torch.from_numpy(patches.labels).to(self.engine.device)
 
     def build(self) -> nn.Module:
-        return build_network(self.config, len(self.patches.classes), self.stem, self.config.seed)
+        config, classes = self.config, len(self.patches.classes)
+        weights, seed = config.weights, config.seed
+        return build_classifier(config.arch or "", classes, self.stem, weights=weights, seed=seed)
 
     def run(self) -> np.ndarray:
         """Train to the last step; probabilities (n, K) of the fold's test patches."""
@@ -195,37 +187,36 @@ class PatchClassifier(nn.Module):
 
 
 def build_classifier(
-    arch: str, classes: int, *, weights: str = RANDOM, seed: int = 0
-) -> PatchClassifier:
+    arch: str,
+    classes: int,
+    stem: LatentStemConfig | None = None,
+    *,
+    weights: str = RANDOM,
+    seed: int = 0,
+) -> nn.Module:
     """A classifier whose head, and whatever else `weights` leaves out, is drawn from the seed.
 
     arch     timm's name of the network, a tag included where weights are timm's
+    stem     of normalized latents (B, C, h, w), which a ViT of timm then takes instead of images
     weights  random, timm (its pretrained ones, from the Hub), or a file of tensors of this network;
-             a classifier among them is left out
-    raises   UnknownNameError, WeightsError, MissingExtraError
+             a classifier among them is left out, and a patch embedding for pixels where latents
+             are read
+    raises   UnknownNameError, WeightsError, MissingExtraError, and as `build_vit`
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        network = create(arch, num_classes=classes)
+    if stem is None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            network = create(arch, num_classes=classes)
+    else:
+        network = build_vit(arch, stem=stem, img_px=image_px(arch), seed=seed, num_classes=classes)
     if weights != RANDOM:
-        load_body(network, arch, weights_path(arch, network, weights))
+        path = weights_path(arch, network, weights)
+        load_body(network, arch, path, stem=None if stem is None else "patch_embed.")
+    if stem is not None:
+        return network
     config = network.pretrained_cfg
     size_px = tuple(config["input_size"][1:]) if config.get("fixed_input_size") else None
     return PatchClassifier(network, size_px)
-
-
-def build_latent_classifier(
-    arch: str, classes: int, stem: LatentStemConfig, *, weights: str = RANDOM, seed: int = 0
-) -> nn.Module:
-    """Logits (B, K) of normalized latents (B, C, h, w): a ViT of timm behind a latent stem.
-
-    weights  as of `build_classifier`; a patch embedding for pixels among them is left out
-    raises   as `build_vit`, and WeightsError
-    """
-    network = build_vit(arch, stem=stem, img_px=image_px(arch), seed=seed, num_classes=classes)
-    if weights != RANDOM:
-        load_body(network, arch, weights_path(arch, network, weights), stem="patch_embed.")
-    return network
 
 
 def weights_path(arch: str, network: Any, weights: str) -> Path:

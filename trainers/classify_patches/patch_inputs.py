@@ -14,7 +14,13 @@ import torch
 from torch import Tensor
 
 from latentds.errors import InputError
-from latentds.evaluation.folds import Fold, fixed_test_folds, note_splits, stratified_group_folds
+from latentds.evaluation.folds import (
+    Fold,
+    check_trained,
+    fixed_test_folds,
+    note_splits,
+    stratified_group_folds,
+)
 from latentds.evaluation.groups import groups_of
 from latentds.evaluation.patchsets.open_patch_sets import open_patches
 from latentds.loading.fields_of_view import TOLERANCE
@@ -236,15 +242,7 @@ def protocol_folds(config: ClassifyConfig, patches: LabelledPatches) -> list[Fol
             not train on
     """
     folds = drawn_folds(config, patches)
-    for number, fold in enumerate(folds):
-        trained = set(patches.labels[fold.train].tolist())
-        lost = sorted(set(patches.labels[fold.test].tolist()) - trained)
-        if lost:
-            raise InputError(
-                f"fold {number} tests {some([patches.classes[label] for label in lost])} and does "
-                "not train on it: its groups are all in the tested or validating part, or no "
-                "training patch has it. Take fewer folds, finer groups, or the same classes"
-            )
+    check_trained(folds, patches.labels, patches.classes)
     return folds
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 from latentds_trainers.classify_patches.config import ClassifyConfig
-from latentds_trainers.classify_patches.finetune_backbone import FoldTraining, build_network
+from latentds_trainers.classify_patches.finetune_backbone import FoldTraining, build_classifier
 from latentds_trainers.classify_patches.patch_features import (
     COLOURS,
     FEATURES,
@@ -151,11 +151,12 @@ class ClassifyTask:
 
     def check_arch(self) -> None:
         """Build the network once, so that a wrong name or file is told before anything is done."""
-        classes, latents = len(self.patches.classes), self.latents
-        network: Any = build_network(self.config, classes, latents.stem if latents else None)
+        classes, latents, arch = len(self.patches.classes), self.latents, self.config.arch or ""
+        stem = latents.stem if latents else None
+        network: Any = build_classifier(arch, classes, stem, weights=self.config.weights)
         if latents is not None:
             patch_px = network.patch_embed.patch_size[0]
-            check_cells(self.config.arch or "", patch_px, latents.cells)
+            check_cells(arch, patch_px, latents.cells)
 
     def run(self) -> None:
         features = self.features()
@@ -271,7 +272,7 @@ def score_fold(
     histogram = classification_scores(labels, colour.probabilities, classes)
     remarks = [f"{COLOUR}: {colour.remark}" if colour.remark else "", fitted.remark]
     return Tested(
-        found=np.asarray(fitted.probabilities, np.float64),
+        found=np.asarray(fitted.probabilities, np.float64).tolist(),
         scores=own.values,
         per_class=own.per_class,
         notes=[*own.notes, *filter(None, remarks)],

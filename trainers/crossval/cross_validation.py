@@ -64,11 +64,18 @@ class Cell:
     folder: Path
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Tested:
-    """What a recipe found on a fold's test items, in their order; see `FoldOutcome`."""
+    """What a recipe found on a fold's test items, in their order (n); JSON values.
 
-    found: np.ndarray
+    found      of every item: probabilities (n, C), or counts (n, K, K)
+    scores     of all of them; one that is undefined is None
+    notes      what the scores leave out, in sentences
+    facts      what the recipe's own report says of the fold beside
+    seconds    spent training
+    """
+
+    found: list[Any]
     scores: dict[str, float | None]
     per_class: dict[str, dict[str, float | None]]
     notes: list[str] = dataclasses.field(default_factory=list)
@@ -77,16 +84,8 @@ class Tested:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FoldOutcome:
-    """A finished fold, JSON values.
-
-    items, groups  tested, n of each
-    found          of every one of them: probabilities (n, C), or counts (n, K, K)
-    scores         of all of them; one that is undefined is None
-    notes          what the scores leave out, in sentences
-    facts          what the recipe's own report says of the fold beside
-    seconds        spent training
-    """
+class FoldOutcome(Tested):
+    """A finished fold: sizes of its parts, names of what it tested (n)."""
 
     fold: int
     seed: int
@@ -94,12 +93,6 @@ class FoldOutcome:
     val: int
     items: list[str]
     groups: list[str]
-    found: list[Any]
-    scores: dict[str, float | None]
-    per_class: dict[str, dict[str, float | None]]
-    notes: list[str]
-    facts: dict[str, Any]
-    seconds: float
 
     def result(self) -> FoldResult:
         return FoldResult(
@@ -190,7 +183,6 @@ class CrossValidation:
 
     def outcome_of(self, cell: Cell, tested: Tested) -> FoldOutcome:
         rows, sizes = cell.fold.test.tolist(), cell.fold.sizes()
-        found = {"found": tested.found.tolist(), "seconds": round(tested.seconds, 2)}
         return FoldOutcome(
             fold=cell.number,
             seed=cell.seed,
@@ -198,7 +190,7 @@ class CrossValidation:
             val=sizes["val"],
             items=[self.items[row] for row in rows],
             groups=[self.groups[row] for row in rows],
-            **vars(tested) | found,
+            **vars(tested),
         )
 
 

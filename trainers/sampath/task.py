@@ -277,11 +277,11 @@ def score_fold(
         "prediction; its scores are undefined and count in no mean (SAM-Path's code calls them 0)"
     )
     return Tested(
-        found=counts,
+        found=counts.tolist(),
         scores=scores | {COMPAT + name: value for name, value in compat.items()},
         per_class={name: dict(values) for name, values in correct.per_class.items()},
         notes=[] if correct.per_class else [undefined],
-        seconds=seconds,
+        seconds=round(seconds, 2),
     )
 
 

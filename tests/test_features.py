@@ -417,7 +417,9 @@ def test_other_tools_folders_are_read(tmp_path):
     assert folder.slides == ["s.1"] and folder.embedder == {"name": "uni_v1", "weights_id": ""}
     assert folder.source == {} and FeatureFolder(tmp_path / "20x" / "features_uni_v1").dim == 6
     write(tmp_path / "20x" / "features_conch" / "s.1.h5", dim=4, encoder="conch")
-    with pytest.raises(InputError, match=r"several embedders \(conch, uni_v1\); name one"):
+    with pytest.raises(
+        InputError, match=r"several embedders .*\(features_conch, features_uni_v1\); name one"
+    ):
         FeatureFolder(tmp_path / "20x")
     assert FeatureFolder(tmp_path / "20x", "conch").dim == 4
     with pytest.raises(InputError, match="no folder features_uni;"):
@@ -445,7 +447,7 @@ def test_a_job_is_found_by_the_folder_above_its_features(tmp_path):
     extract(tmp_path / "ours" / "projection")
     assert FeatureFolder(tmp_path / "ours").record is not None
     write(tmp_path / "job" / "10x_256px" / "features_uni_v1" / "s.1.h5", encoder="uni_v1")
-    several = r"several folders \(10x_256px/features_uni_v1, 20x_256px/features_uni_v1\); give one"
+    several = r"several folders \(10x_256px/features_uni_v1, 20x_256px/features_uni_v1\); name one"
     with pytest.raises(InputError, match=several):
         FeatureFolder(tmp_path / "job", "uni_v1")
 
@@ -457,12 +459,12 @@ def test_a_folder_with_feature_files_is_itself_whatever_lies_below(tmp_path, bel
     assert FeatureFolder(tmp_path).slides == ["s"]
 
 
-def test_clams_folder_is_found_and_its_tensors_are_told(tmp_path):
+def test_clams_folder_is_found_and_its_tensors_are_not_taken(tmp_path):
     write(tmp_path / "clam" / "h5_files" / "s.h5")
     (tmp_path / "clam" / "pt_files").mkdir()
     torch.save(torch.ones(3, 6), tmp_path / "clam" / "pt_files" / "s.pt")
     assert FeatureFolder(tmp_path / "clam", "uni").slides == ["s"]
-    with pytest.raises(InputError, match=r"have no coordinates: name the folder h5_files beside"):
+    with pytest.raises(InputError, match=r"pt_files: no feature file"):
         FeatureFolder(tmp_path / "clam" / "pt_files")
 
 

@@ -166,11 +166,6 @@ def test_probabilities_are_not_labels():
         Confusion(CRAG).add(np.zeros((4, 4)), np.zeros((4, 4), int))
 
 
-def test_counts_of_other_classes_are_not_added():
-    with pytest.raises(InputError, match="cannot be added up"):
-        Confusion(CRAG) + Confusion(BCSS)
-
-
 def test_scores_without_a_pixel_of_a_scored_class_are_undefined():
     correct = correct_scores(Confusion(CRAG, [[0, 0, 0], [0, 9, 0], [0, 0, 0]]), left_out=(0, 1))
     assert correct.scores == {"pixel_accuracy": 1.0} and correct.per_class == {}

@@ -76,12 +76,6 @@ class Confusion:
         places = true.ravel().astype(np.int64) * size + predicted.ravel()
         self.counts += np.bincount(places, minlength=size * size).reshape(size, size)
 
-    def __add__(self, other: Confusion) -> Confusion:
-        """The counts of both, as of two ranks."""
-        if self.classes != other.classes:
-            raise InputError(f"classes {self.classes} and {other.classes} cannot be added up")
-        return Confusion(self.classes, self.counts + other.counts)
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SegmentationScores:

@@ -182,9 +182,7 @@ def make_features(
     embedder = on_all_ranks(lambda: load_embedder(name))
     options = FeatureOptions(batch_size=config.embed_batch, patches=recorded_settings(config))
     if config.on_the_fly:
-        live = on_all_ranks(lambda: LiveFeatures(patches, embedder, options, device=device))
-        tell_memory(live, config.cache_gb)
-        return live
+        return on_all_ranks(lambda: LiveFeatures(patches, embedder, options, device=device))
     on_all_ranks(
         lambda: extract_features(
             patches,
@@ -196,16 +194,6 @@ def make_features(
         )
     )
     return on_all_ranks(lambda: FeatureFolder(kept))
-
-
-def tell_memory(live: LiveFeatures, cache_gb: float) -> None:
-    """Say what is embedded again and again, before hours are spent on it."""
-    size_gb = sum(live.sizes.values()) * live.dim * np.dtype(np.float32).itemsize / GB
-    told = "every bag is embedded once" if size_gb <= cache_gb else (
-        "what does not fit is embedded anew in every epoch; a larger --cache-gb, or features kept "
-        "on the disk (without --on-the-fly), avoid that"
-    )  # fmt: skip
-    logger.info("on the fly: features of %.3g GB, --cache-gb is %g: %s", size_gb, cache_gb, told)
 
 
 def recorded_lines(patches: PatchSet) -> dict[str, SlideLabel]:

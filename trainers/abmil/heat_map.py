@@ -23,6 +23,7 @@ from latentds.errors import InputError, missing_extra
 from latentds.evaluation.features.layout import file_name
 from latentds.evaluation.patchsets.patches import PatchSet
 from latentds.models.attention_mil import load_abmil
+from latentds.sources.csv_tables import write_table
 
 logger = logging.getLogger(__name__)
 
@@ -179,10 +180,9 @@ def write_heat_map(
 ) -> Path:
     """Write the picture, and beside it a CSV of x, y and attention; returns the picture's path."""
     name = file_name(slide)
-    lines = ["x,y,attention"]
-    for (x, y), share in zip(coords.tolist(), attention.tolist(), strict=True):
-        lines.append(f"{x},{y},{share:.6g}")
-    write_atomically(folder / f"{name}.csv", ("\n".join(lines) + "\n").encode())
+    shares = attention.tolist()
+    rows = [[x, y, f"{s:.6g}"] for (x, y), s in zip(coords.tolist(), shares, strict=True)]
+    write_table(folder / f"{name}.csv", ["x", "y", "attention"], rows)
     write_atomically(folder / f"{name}.png", png)
     return folder / f"{name}.png"
 

@@ -50,7 +50,9 @@ class FeatureFolder:
         self.record, self.folder = find_features(self.path, embedder)
         files = sorted(self.folder.glob(f"*{SUFFIX}"))
         if not files:
-            raise InputError(f"{self.folder}: no feature file ({SUFFIX}); {remedy(self.folder)}")
+            raise InputError(
+                f"{self.folder}: no feature file ({SUFFIX}); make some with 'latentds features'"
+            )
         named = {slide_name(file) if self.record else file.stem: file for file in files}
         self.files = dict(sorted(named.items()))
         self.sizes: dict[str, int] = {}
@@ -164,13 +166,6 @@ def feature_folders(path: Path) -> list[Path]:
     return [path]
 
 
-def remedy(folder: Path) -> str:
-    """What to do about a folder without feature files."""
-    if any(folder.glob("*.pt")):
-        return f"its .pt files have no coordinates: name the folder {CLAM} beside it"
-    return "make some with 'latentds features'"
-
-
 def choose_folder(path: Path, folders: Sequence[Path], embedder: str | None) -> Path:
     """The folder of an embedder's features among those there."""
     if embedder is not None and folders[0].name.startswith(PREFIX) and folders[0] != path:
@@ -179,9 +174,8 @@ def choose_folder(path: Path, folders: Sequence[Path], embedder: str | None) -> 
         if not folders:
             raise InputError(f"{path}: no folder {wanted}; name an embedder that is there")
     if len(folders) > 1:
-        places = (folder.relative_to(path).as_posix() for folder in folders)
-        names = ", ".join(place.removeprefix(PREFIX) for place in places)
-        if len({folder.name for folder in folders}) < len(folders):
-            raise InputError(f"{path}: features in several folders ({names}); give one of these")
-        raise InputError(f"{path}: features of several embedders ({names}); name one of them")
+        names = ", ".join(folder.relative_to(path).as_posix() for folder in folders)
+        raise InputError(
+            f"{path}: features of several embedders or in several folders ({names}); name one"
+        )
     return folders[0]

@@ -38,9 +38,6 @@ class Memory:
         self.limit, self.held = limit, 0
         self.arrays: dict[Hashable, np.ndarray] = {}
 
-    def get(self, key: Hashable) -> np.ndarray | None:
-        return self.arrays.get(key)
-
     def keep(self, key: Hashable, array: np.ndarray) -> None:
         """Keep a copy of an array while there is room."""
         if self.held + array.nbytes <= self.limit and key not in self.arrays:
@@ -138,7 +135,7 @@ class PatchSet:
     def fetch(self, rows: np.ndarray) -> Fetched:
         """Read what a request needs and memory does not have."""
         distinct, places = np.unique(rows, return_inverse=True)
-        known = [self.memory.get((self.slide, row, "image")) for row in distinct.tolist()]
+        known = [self.memory.arrays.get((self.slide, row, "image")) for row in distinct.tolist()]
         is_kept = np.array([pixels is not None for pixels in known])
         missing = distinct[~is_kept]
         raw = self.developer.prepare(self.contents.read(missing)) if len(missing) else None
@@ -169,7 +166,7 @@ class PatchSet:
             raise InputError(f"{self.contents.where}: has no masks; give --masks FOLDER, or shards "
                              "that were converted with them")  # fmt: skip
         distinct, places = np.unique(rows, return_inverse=True)
-        kept = [self.memory.get((self.slide, row, "mask")) for row in distinct.tolist()]
+        kept = [self.memory.arrays.get((self.slide, row, "mask")) for row in distinct.tolist()]
         if any(mask is None for mask in kept):
             masks = self.contents.read_masks(distinct)
             self.keep("mask", distinct, masks)

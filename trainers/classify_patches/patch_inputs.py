@@ -24,7 +24,6 @@ from latentds.evaluation.folds import (
 from latentds.evaluation.groups import groups_of
 from latentds.evaluation.patchsets.open_patch_sets import open_patches
 from latentds.loading.fields_of_view import TOLERANCE
-from latentds.sources.slide_names import some
 
 if TYPE_CHECKING:
     from latentds_trainers.classify_patches.config import ClassifyConfig
@@ -91,7 +90,7 @@ def open_labelled(config: ClassifyConfig) -> LabelledPatches:
     """The patches of the config's protocol.
 
     raises  InputError for patches without a label, a test set with other classes or patches of
-            another size, a group in both, and what `groups_of` refuses
+            another size, and what `groups_of` refuses
     """
     train = open_patches(config)
     sets, table = [train], train.table
@@ -103,8 +102,6 @@ def open_labelled(config: ClassifyConfig) -> LabelledPatches:
         prefix = config.test_data.name
         own, notes = groups_of_test_set(test, prefix, config.groups)
         notes += note_scale(table.mpp, test.table.mpp)
-        if config.groups is not None:
-            check_apart(groups, own, config)
         sets.append(test)
         items += [f"{prefix}/{name}" for name in test.table.names]
         groups += own
@@ -162,17 +159,6 @@ def groups_of_test_set(
             continue
     own, _ = groups_of(slides, sources, None, patients)
     return [f"{prefix}/{name}" for name in own], [NOT_COMPARED]
-
-
-def check_apart(train: list[str], test: list[str], config: ClassifyConfig) -> None:
-    """InputError where a group of the table has patches in the training and in the test set."""
-    both = sorted(set(train) & set(test))
-    if both:
-        raise InputError(
-            f"{config.groups}: {len(both):,} of its groups are in --data and in --test-data: "
-            f"{some(both)}. Take them out of one; where only file names are the same, give those "
-            f"of the test set in the table as {Path(str(config.test_data)).name}/..."
-        )
 
 
 def as_read(config: ClassifyConfig, device: torch.device) -> ClassifyConfig:

@@ -51,6 +51,7 @@ class LiveFeatures:
         self.network = embedder
         embedder.to(self.device, DTYPES[options.precision])
         self.record = record_of(patches, embedder, options, self.device)
+        self.embedder, self.source = self.record.embedder, self.record.source
         self.dim = embedder.card.dim
         self.left_out: dict[str, str] = {}  # a slide that fails is an error here
         self.bags: dict[str, LiveBag] = {}
@@ -62,21 +63,6 @@ class LiveFeatures:
                 raise InputError(f"slide {slide}: {error}") from error
         self.sizes = {slide: len(bag) for slide, bag in self.bags.items()}
 
-    def __len__(self) -> int:
-        return len(self.sizes)
-
-    @property
-    def slides(self) -> list[str]:
-        return list(self.sizes)
-
-    @property
-    def embedder(self) -> dict[str, Any]:
-        return dict(self.record.embedder)
-
-    @property
-    def source(self) -> dict[str, Any]:
-        return dict(self.record.source)
-
     def content_id(self, slides: Sequence[str]) -> str:
         """Identity of slides' features: what makes them, and what is stored of the patches."""
         sizes = [[slide, self.sizes[slide]] for slide in slides]
@@ -87,7 +73,7 @@ class LiveFeatures:
 
     def where(self, slide: str) -> str:
         """Where a slide's features are from, for messages."""
-        return f"slide {slide} of {self.record.source['data']}, by {self.record.embedder['name']}"
+        return f"slide {slide} of {self.source['data']}, by {self.embedder['name']}"
 
     def file(self, slide: str) -> LiveBag:
         """A slide's bag, as FeatureFolder opens its file; for use in a `with`."""

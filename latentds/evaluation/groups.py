@@ -44,8 +44,6 @@ def groups_of(
     raises   InputError for a table without such columns, one that lacks an item, gives a name two
              groups, has names that can mean several, or parts a patient that names tell
     """
-    if len(slides) != len(sources):
-        raise InputError(f"{len(slides)} slides for {len(sources)} sources")
     if table is not None:
         return table_groups(slides, sources, read_table(table))
     groups, kinds = [], Counter[str]()

@@ -61,7 +61,7 @@ class BagTask:
             folds=self.folds,
             cells=[(number, seed) for number in range(len(self.folds)) for seed in seeds],
         )
-        self.claim()
+        self.crossval.claim(config.to_json(), from_first(lambda: self.identity))
 
     def plan(self, slides: LabelledSlides) -> None:
         """Make the folds of these slides. Collective."""
@@ -126,9 +126,6 @@ class BagTask:
             "bags_a_step": self.bags_a_step,
             "data_content": patches.fingerprint() if patches is not None else None,
         }
-
-    def claim(self) -> None:
-        self.crossval.claim(self.config.to_json(), from_first(lambda: self.identity))
 
     def run(self) -> None:
         outcomes = self.crossval.outcomes(self.test, keeps_checkpoints=False)  # 20 MB a fold

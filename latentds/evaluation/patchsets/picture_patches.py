@@ -91,6 +91,7 @@ class Pictures:
 
     @functools.cached_property
     def layout(self) -> PictureLayout:
+        """The patches found picture by picture, in canonical order."""
         headers = self.headers or read_headers(self.reader, self.pictures, self.root)
         numbers, regions, places = [], [np.zeros((0, 2), np.int32)], list[Place]()
         for number, (picture, header) in enumerate(zip(self.pictures, headers, strict=True)):
@@ -102,18 +103,8 @@ class Pictures:
             )
         if not places:
             raise InputError(f"{self.where}: {len(self.pictures)} pictures, but no patch in them")
-        return self.ordered(np.array(numbers, np.int64), headers, np.concatenate(regions), places)
-
-    def ordered(
-        self,
-        numbers: np.ndarray,
-        headers: Sequence[Header],
-        regions: np.ndarray,
-        places: Sequence[Place],
-    ) -> PictureLayout:
-        """The layout of patches found picture by picture, in canonical order."""
         x, y = (column(places, name, -1) for name in ("x_px_level0", "y_px_level0"))
-        pictures = [self.pictures[number] for number in numbers.tolist()]
+        pictures = [self.pictures[number] for number in numbers]
         order = canonical_order([picture.source for picture in pictures], y, x)
         pictures = [pictures[row] for row in order.tolist()]
         labels = {None: -1} | {label: place for place, label in enumerate(self.classes)}
@@ -128,7 +119,8 @@ class Pictures:
             splits=[picture.split for picture in pictures],
             patients=[picture.patient for picture in pictures],
         )
-        return PictureLayout(table, numbers[order], headers, regions[order])
+        numbered = np.array(numbers, np.int64)[order]
+        return PictureLayout(table, numbered, headers, np.concatenate(regions)[order])
 
     def slides(self) -> list[str]:
         return sorted({picture.slide for picture in self.pictures if picture.slide is not None})
@@ -149,10 +141,26 @@ class Pictures:
         return part
 
     def fingerprint(self) -> str:
+        """Hash, 16 hex digits, of the sizes of all files and the first bytes of some, with masks.
+
+        raises  InputError for a file that cannot be read
+        """
+        known = self.headers or [None] * len(self.pictures)
+        chosen = np.linspace(0, len(known) - 1, min(HASHED, len(known))).round().astype(int)
         try:
-            return fingerprint_pictures(self.source, self.pictures, self.headers)
+            sizes = [
+                (size_of(self.source, p), 0)
+                if header is None
+                else (header.bytes, header.mask_bytes)
+                for p, header in zip(self.pictures, known, strict=True)
+            ]
+            digest = hashlib.sha256(np.array(sizes, np.int64).tobytes())
+            for number in chosen.tolist():
+                for content in first_bytes(self.source, self.pictures[number], known[number]):
+                    digest.update(hashlib.sha256(content).digest())
         except (InputError, OSError) as error:
             raise InputError(f"{self.where}: cannot be read ({error})") from error
+        return digest.hexdigest()[:16]
 
     def read(self, rows: np.ndarray) -> np.ndarray:
         """Pixels uint8 (n, H, W, 3) of distinct ascending rows."""
@@ -264,31 +272,6 @@ def read_headers(reader: PatchReader, pictures: Sequence[Picture], root: Path) -
             "--only"
         )
     return [outcome for outcome in outcomes if isinstance(outcome, Header)]
-
-
-def fingerprint_pictures(
-    source: Source, pictures: Sequence[Picture], headers: Sequence[Header] | None
-) -> str:
-    """Hash, 16 hex digits, of the sizes of all files and the first bytes of some, with masks.
-
-    headers  of the pictures, None where they are not known: then files are asked for their size
-    raises   InputError, OSError for a file that cannot be read
-    """
-    known = [None] * len(pictures) if headers is None else headers
-    sizes = [
-        (size_of(source, picture), 0) if header is None else (header.bytes, header.mask_bytes)
-        for picture, header in zip(pictures, known, strict=True)
-    ]
-    digest = hashlib.sha256(np.array(sizes, np.int64).tobytes())
-    chosen = np.linspace(0, len(pictures) - 1, min(HASHED, len(pictures))).round().astype(int)
-    for number in chosen.tolist():
-        try:
-            contents = first_bytes(source, pictures[number], known[number])
-        except InputError as error:
-            raise InputError(f"{pictures[number].source}: {error}") from error
-        for content in contents:
-            digest.update(hashlib.sha256(content).digest())
-    return digest.hexdigest()[:16]
 
 
 def size_of(source: Source, picture: Picture) -> int:

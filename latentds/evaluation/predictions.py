@@ -50,7 +50,6 @@ class Predictions:
         )
 
     def sorted(self) -> Predictions:
-        """In the order of fold, seed and item."""
         return self.select(np.lexsort((np.array(self.items), self.seeds, self.folds)))
 
 

@@ -74,7 +74,6 @@ def describe_missing(absent: Sequence[str], classes: Sequence[str]) -> list[str]
 def check_predictions(
     targets: np.ndarray, probabilities: np.ndarray, classes: Sequence[str]
 ) -> None:
-    """Refuse what no score can be computed from."""
     if targets.ndim != 1 or probabilities.shape != (len(targets), len(classes)):
         raise ShapeError(
             f"probabilities {probabilities.shape} for labels {targets.shape} of {len(classes)} "

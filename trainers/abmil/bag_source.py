@@ -54,11 +54,9 @@ class FeatureBags:
 
     @property
     def dim(self) -> int:
-        """D."""
         return self.folder.dim
 
     def count(self, slide: str) -> int:
-        """N."""
         return self.folder.sizes[slide]
 
     def read(self, slide: str, rows: np.ndarray | None = None) -> Tensor:

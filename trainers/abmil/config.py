@@ -200,5 +200,4 @@ class AbmilConfig(PatchInput):
         return settled(PRESETS[self.preset], self)
 
     def to_json(self) -> dict[str, Any]:
-        """All settings, those of the preset filled in."""
         return plain(self) | plain(self.settings)

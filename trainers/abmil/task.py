@@ -104,7 +104,6 @@ class BagTask:
 
     @property
     def bags_a_step(self) -> int:
-        """Bags of an optimizer step, over all ranks."""
         return self.config.batch_size * self.config.accumulation * dist.get_world_size()
 
     @property

@@ -164,7 +164,6 @@ class ClassifyTask:
         from_first(lambda: self.report(outcomes))
 
     def report(self, outcomes: Sequence[FoldOutcome]) -> None:
-        """Write result.json, predictions.csv and confusion.csv, and print the result."""
         config, patches, embedder = self.config, self.patches, self.embedder
         colours = [outcome.facts["colour"] for outcome in outcomes]
         colour = {name: summary(row[name] for row in colours) for name in colours[0]}
@@ -254,7 +253,6 @@ class ClassifyTask:
     def fit(
         self, features: np.ndarray, fold: Fold, probe: Callable[..., FittedProbe], **options: object
     ) -> FittedProbe:
-        """A probe of features (N, D) on the fold."""
         labels, classes = self.patches.labels[fold.train], len(self.patches.classes)
         return probe(features[fold.train], labels, features[fold.test], classes, **options)
 
@@ -325,7 +323,6 @@ def write_confusion(out: Path, classes: Sequence[str], outcomes: Sequence[FoldOu
 def notes_of(
     config: ClassifyConfig, patches: LabelledPatches, outcomes: Sequence[FoldOutcome]
 ) -> list[str]:
-    """What a reader of the figures has to know."""
     notes = list(patches.notes)
     if {name.upper() for name in patches.classes} == NCT_CRC:
         notes.append(NCT_BIAS)

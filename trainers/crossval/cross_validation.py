@@ -128,7 +128,6 @@ class CrossValidation:
 
     @property
     def seeds(self) -> list[int]:
-        """Each once."""
         return list(dict.fromkeys(seed for _, seed in self.cells))
 
     def cell(self, number: int, seed: int) -> Cell:

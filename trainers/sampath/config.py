@@ -334,5 +334,4 @@ class SampathConfig(PatchInput, EngineOptions):
         return TrainConfig(**options | schedule | {"out": out, "seed": seed, "steps": steps})
 
     def to_json(self) -> dict[str, Any]:
-        """All settings, those of the preset filled in."""
         return plain(self) | plain(self.settings)

@@ -169,7 +169,6 @@ class SegmentationRun:
 
     @property
     def images_a_step(self) -> int:
-        """Images of an optimizer step, over all ranks."""
         return self.config.settings.images * dist.get_world_size()
 
     def run(self) -> None:
@@ -197,7 +196,6 @@ class SegmentationRun:
         return score_fold(config.settings, cell, counts, seconds=training.engine.seconds)
 
     def draw(self, training: SegmentationFold, cell: Cell) -> None:
-        """Pictures of tested images. On rank 0."""
         tested = cell.fold.test
         count = min(self.config.pictures, len(tested))
         rows = tested[np.linspace(0, len(tested) - 1, count).round().astype(int)]

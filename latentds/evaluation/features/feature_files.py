@@ -268,7 +268,6 @@ def unreadable(path: Path, error: Exception) -> FormatError:
 
 
 def load_h5py() -> Any:
-    """The h5py module; importing it takes a while."""
     try:
         import h5py
     except ImportError as error:

@@ -84,11 +84,9 @@ class Shards:
         return places, rows, np.cumsum([0, *counts])
 
     def slides(self) -> list[str]:
-        """Sorted names of the slides that have patches here."""
         return sorted(self.by_slide[0])
 
     def nameless(self) -> int:
-        """How many patches name no slide."""
         return int((self.shards.patches[self.chosen]["slide"] < 0).sum())
 
     def of_slide(self, slide: str) -> Shards:

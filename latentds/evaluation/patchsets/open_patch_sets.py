@@ -116,14 +116,12 @@ def find_shards(config: PatchInput) -> Shards | None:
 
 
 def refuse(config: PatchInput, names: tuple[str, ...], why: str) -> None:
-    """Refuse settings that do not belong to the input."""
     for name, value in given_settings(config, names).items():
         option = name.replace("_", "-")
         raise InputError(f"--{option} {value}: not {why} ({config.location}); leave it")
 
 
 def open_originals(config: PatchInput, spec: PictureSpec | None, device: torch.device) -> PatchSet:
-    """Originals as they are, or through a picture format."""
     refused = ("decoder", "codebook", "codebook_from")
     refuse(config, refused, f"for {config.codec}" if spec else "for originals as they are")
     if spec is not None and spec.at_equal_bytes:

@@ -101,7 +101,6 @@ class PatchSet:
 
     @property
     def has_masks(self) -> bool:
-        """Whether `masks` tells something."""
         return self.contents.has_masks
 
     @property

@@ -126,7 +126,6 @@ class Pictures:
         return sorted({picture.slide for picture in self.pictures if picture.slide is not None})
 
     def nameless(self) -> int:
-        """How many pictures name no slide."""
         return sum(picture.slide is None for picture in self.pictures)
 
     def of_slide(self, slide: str) -> Pictures:
@@ -145,14 +144,12 @@ class Pictures:
 
         raises  InputError for a file that cannot be read
         """
-        known = self.headers or [None] * len(self.pictures)
+        known: Sequence[Header | None] = self.headers or [None] * len(self.pictures)
         chosen = np.linspace(0, len(known) - 1, min(HASHED, len(known))).round().astype(int)
         try:
             sizes = [
-                (size_of(self.source, p), 0)
-                if header is None
-                else (header.bytes, header.mask_bytes)
-                for p, header in zip(self.pictures, known, strict=True)
+                (head.bytes, head.mask_bytes) if head else (size_of(self.source, picture), 0)
+                for picture, head in zip(self.pictures, known, strict=True)
             ]
             digest = hashlib.sha256(np.array(sizes, np.int64).tobytes())
             for number in chosen.tolist():

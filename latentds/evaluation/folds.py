@@ -100,12 +100,10 @@ def fixed_test_folds(
     if not len(fixed) or not len(rest):
         raise InputError(f"{len(rest)} items to train on and {len(fixed)} to test on; both needed")
     own = [groups[row] for row in rest.tolist()]
-    check_counts(targets[rest], own, folds, least=2)
-    check_classes(targets[rest], own, folds, classes)
-    made = []
-    for held in draw_tests(targets[rest], own, folds, seed):
-        train = np.delete(rest, held)
-        made.append(Fold(train, rest[held], fixed))
+    inner = stratified_group_folds(
+        targets[rest], own, folds=folds, seed=seed, val=False, classes=classes
+    )
+    made = [Fold(rest[fold.train], rest[fold.test], fixed) for fold in inner]
     check_disjoint(made, groups)
     return made
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from latentds.errors import FormatError, InputError
 from latentds.evaluation.features.extraction import extract_features, named_slides
-from latentds.evaluation.features.folder import FeatureFolder
+from latentds.evaluation.features.folder import FeatureFolder, LiveFeatures
 from latentds.evaluation.features.folder_records import FILE as LABELS
 from latentds.evaluation.features.folder_records import (
     FeatureOptions,
@@ -25,7 +25,6 @@ from latentds.evaluation.features.folder_records import (
     label_of,
     read_lines,
 )
-from latentds.evaluation.features.live import LiveFeatures
 from latentds.evaluation.folds import note_splits
 from latentds.evaluation.groups import LabelledSlides, LabelTable, match_labels, read_labels
 from latentds.evaluation.patchsets.patch_set import PatchInput, recorded_settings

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -56,8 +57,10 @@ def place_patches(
 def patch_edge(slide: str, coords: np.ndarray, recorded: int | None) -> int:
     """Edge of a patch in pixels of level 0: as recorded, else the smallest step of the grid.
 
-    raises  InputError where neither tells
+    raises  InputError where neither tells, or patches do not say where they lie
     """
+    if (coords < 0).any():
+        raise InputError(f"{slide}: patches without x and y; a heat map needs them")
     if recorded:
         return recorded
     steps = np.concatenate([np.diff(np.unique(coords[:, axis])) for axis in (0, 1)])
@@ -76,7 +79,6 @@ def slide_thumbnail(patches: PatchSet, slide: str) -> tuple[np.ndarray, np.ndarr
     """
     own = patches.of_slide(slide)
     coords = np.stack([own.table.x, own.table.y], 1)
-    check_coords(slide, coords)
     edge = patch_edge(slide, coords, int(own.table.size_px.max()))
     origin, scale = frame_of(coords, edge)
     boxes, size = place_patches(coords, edge, origin, scale)
@@ -102,12 +104,6 @@ def frame_of(coords: np.ndarray, edge: int) -> tuple[np.ndarray, float]:
     return origin, min(1.0, LONGEST_PX / extent)
 
 
-def check_coords(slide: str, coords: np.ndarray) -> None:
-    """InputError where patches do not say where they lie."""
-    if (coords < 0).any():
-        raise InputError(f"{slide}: patches without x and y; a heat map needs them")
-
-
 def draw_heat_map(
     slide: str,
     attention: np.ndarray,
@@ -123,7 +119,6 @@ def draw_heat_map(
     coords     int64 (N, 2), left and top in pixels of level 0
     size_px    edge of a patch in the same pixels, where that is recorded
     """
-    check_coords(slide, coords)
     edge = patch_edge(slide, coords, size_px)
     if patches is not None:
         picture, origin, scale = slide_thumbnail(patches, slide)
@@ -235,11 +230,11 @@ def chosen_slides(
     for outcome in outcomes:
         for slide in outcome.items:
             tested.setdefault(slide, outcome)
-    ranks: dict[tuple[int, int], int] = {}
+    count = Counter[tuple[int, int]]()
     order = []
     for slide, outcome in tested.items():
         key = (outcome.fold, truths[slide])
-        ranks[key] = ranks.get(key, -1) + 1
-        order.append((ranks[key], *key, slide))
+        order.append((count[key], *key, slide))
+        count[key] += 1
     names = [*config.heat_map_slides, *(row[-1] for row in sorted(order)[: config.heat_maps])]
     return [(slide, tested[slide]) for slide in dict.fromkeys(names)]

@@ -28,9 +28,8 @@ from latentds_trainers.crossval.cross_validation import (
 from latentds_trainers.engine.ranks import from_first, join_ranks, on_all_ranks
 
 from latentds.errors import InputError, unknown_name
-from latentds.evaluation.features.folder import FeatureFolder
+from latentds.evaluation.features.folder import FeatureFolder, LiveFeatures
 from latentds.evaluation.features.folder_records import flat
-from latentds.evaluation.features.live import LiveFeatures
 from latentds.evaluation.folds import Fold, check_trained, read_splits, stratified_group_folds
 from latentds.evaluation.groups import LabelledSlides
 from latentds.evaluation.patchsets.developing import codebook_note

@@ -143,7 +143,7 @@ def test_a_fold_table_that_lacks_images_is_refused(nuclei, tmp_path):
     table = tmp_path / "cv.csv"
     table.write_text("img_id,fold\nn00,-1\nn01,1\n")
     refused(
-        nuclei, tmp_path, InputError, r"lacks 2 images.*'n02\.png', 'n03\.png'", fold_table=table
+        nuclei, tmp_path, InputError, r"2 images it lacks.*'n02\.png', 'n03\.png'", fold_table=table
     )
 
 

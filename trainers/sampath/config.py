@@ -80,30 +80,24 @@ def parse_mask_values(text: str, classes: tuple[str, ...]) -> MaskValues:
     if not classes or len(set(classes)) < len(classes) or IGNORE in classes:
         raise ValueError(f"classes are {classes}; names, each once, none of them {IGNORE!r}")
     table = np.full(256, FOREIGN, np.uint8)
+    labels = {str(label): label for label, _ in enumerate(classes, 1)}
+    labels |= {name: label for label, name in enumerate(classes, 1)} | {IGNORE: UNLABELLED}
     for part in filter(None, (part.strip() for part in text.split(","))):
         value, colon, name = (word.strip() for word in part.partition(":"))
         if not colon or not value.isdecimal() or int(value) > 255:
             raise ValueError(f"mask_values {text!r}: {part!r} is not VALUE:CLASS, 0 to 255")
         if table[int(value)] != FOREIGN:
             raise ValueError(f"mask_values {text!r}: the value {value} is there twice")
-        table[int(value)] = label_of(name, classes, text)
+        if name not in labels:
+            raise ValueError(
+                f"mask_values {text!r}: no class {name!r}; there are {', '.join(classes)}, "
+                f"numbered from 1, and {IGNORE!r}"
+            )
+        table[int(value)] = labels[name]
     missing = [name for label, name in enumerate(classes, 1) if label not in table]
     if missing:
         raise ValueError(f"mask_values {text!r}: no value stands for {', '.join(missing)}")
     return MaskValues(text, classes, table)
-
-
-def label_of(name: str, classes: tuple[str, ...], text: str) -> int:
-    if name == IGNORE:
-        return UNLABELLED
-    if name in classes:
-        return classes.index(name) + 1
-    if name.isdecimal() and 1 <= int(name) <= len(classes):
-        return int(name)
-    raise ValueError(
-        f"mask_values {text!r}: no class {name!r}; there are {', '.join(classes)}, numbered from "
-        f"1, and {IGNORE!r}"
-    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -176,23 +176,19 @@ def table_plan(
     image, fold = (table.need_column([name], f"{name} of an image") for name in ("img_id", "fold"))
     known = list(dict.fromkeys(sources))
     matched = NameIndex(known).match(table.values(image), str(path))
-    lost = [name for name, place in matched.items() if place is None]
-    if lost:
-        raise InputError(
-            f"{path}: {len(lost):,} of its images are not in the data: {some(lost)}; take those "
-            "lines out, or give the data it is for"
-        )
     splits = {
         known[place]: split_of_fold(value, path)
         for name, value in zip(table.values(image), table.values(fold), strict=True)
         if (place := matched[name]) is not None
     }
+    lost = [name for name, place in matched.items() if place is None]
     missing = [source for source in known if source not in splits]
-    if missing:
-        raise InputError(
-            f"{path}: lacks {len(missing):,} images of the data: {some(missing)}; every image "
-            "needs a line"
-        )
+    for left, what in ((lost, "of its images are not in the data"), (missing, "images it lacks")):
+        if left:
+            raise InputError(
+                f"{path}: {len(left):,} {what}: {some(left)}; every image needs a line, and every "
+                "line an image"
+            )
     named, rule = [splits[source] for source in sources], f"fold table {path.name}"
     return named_plan(named, groups, rule, allow_shared=allow_shared)
 

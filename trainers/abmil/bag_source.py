@@ -108,24 +108,14 @@ class FeatureBags:
             return file.coords(), int(found) if found else None
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class LabelledBags:
-    """What a cross-validation is over: bags, their labels and patients, where they are from.
-
-    patches   the pixels behind them; None where only features were given
-    """
-
-    bags: FeatureBags
-    slides: LabelledSlides
-    patches: PatchSet | None
-
-
-def open_labelled(
+def open_bags(
     config: AbmilConfig, device: torch.device, plan: Callable[[LabelledSlides], None]
-) -> LabelledBags:
-    """Bags and labels as the settings say, features made where there are none. Collective.
+) -> tuple[FeatureBags, PatchSet | None]:
+    """Bags as the settings say, features made where there are none, and the pixels behind them.
 
-    plan  is told the slides before features are made, which may take hours
+    Pixels are None where only features were given. Collective.
+
+    plan  is told the slides and labels before features are made, which may take hours
     """
     from latentds.embedders import embedder_loader
 
@@ -152,7 +142,7 @@ def open_labelled(
     if config.splits is None:
         own = [lines[slide].split for slide in slides.slides if slide in lines]
         slides.notes.extend(note_splits(own, "--splits takes files of CLAM's or Patho-Bench's"))
-    return LabelledBags(bags=FeatureBags(folder, config.cache_gb), slides=slides, patches=patches)
+    return FeatureBags(folder, config.cache_gb), patches
 
 
 def open_data(config: AbmilConfig, device: torch.device) -> PatchSet:

@@ -4,31 +4,22 @@
 from __future__ import annotations
 
 import io
-import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from latentds_trainers.abmil.bag_source import LabelledBags
-from latentds_trainers.abmil.bag_training import logits_of
 from latentds_trainers.abmil.config import AbmilConfig
-from latentds_trainers.crossval.cross_validation import CrossValidation, FoldOutcome
-from latentds_trainers.engine.ranks import from_first
+from latentds_trainers.crossval.cross_validation import FoldOutcome
 from torch.nn import functional
 
 from latentds.core.storage import write_atomically
 from latentds.errors import InputError, missing_extra
 from latentds.evaluation.features.layout import file_name
 from latentds.evaluation.patchsets.patches import PatchSet
-from latentds.models.attention_mil import load_abmil
 from latentds.sources.csv_tables import write_table
 
-logger = logging.getLogger(__name__)
-
-WEIGHTS = "model.safetensors"  # of a fold
 LONGEST_PX = 1600  # edge of the slide in the picture
 CHUNK = 64  # patches decoded at a time
 SHARES = (0.1, 10.0)  # ends of the colour bar, as multiples of an even share
@@ -180,41 +171,6 @@ def write_heat_map(
     write_table(folder / f"{name}.csv", ["x", "y", "attention"], rows)
     write_atomically(folder / f"{name}.png", png)
     return folder / f"{name}.png"
-
-
-def draw_heat_maps(
-    config: AbmilConfig,
-    labelled: LabelledBags,
-    run: CrossValidation,
-    outcomes: Sequence[FoldOutcome],
-    device: torch.device,
-) -> None:
-    """Draw the slides that are asked for, each with the weights of a fold that tested it.
-
-    Rank 0 does. Collective, slide by slide: embedding one on the fly may take a while.
-    """
-    classes, slides = labelled.slides.classes, labelled.slides.slides
-    truths = dict(zip(slides, labelled.slides.targets.tolist(), strict=True))
-
-    def draw(slide: str, outcome: FoldOutcome) -> None:
-        weights = run.cell(outcome.fold, outcome.seed).folder / WEIGHTS
-        network, _ = load_abmil(weights)
-        logits, attention = logits_of(network.to(device), labelled.bags, slide, device)
-        chances = torch.softmax(logits.double(), 0).tolist()
-        best = chances.index(max(chances))
-        title = (
-            f"{slide}: {classes[truths[slide]]}, predicted {classes[best]} ({chances[best]:.2f}), "
-            f"tested in fold {outcome.fold}"
-        )
-        coords, size_px = labelled.bags.coords(slide)
-        shares = attention.double().numpy()
-        patches = labelled.patches
-        png = draw_heat_map(slide, shares, coords, title=title, size_px=size_px, patches=patches)
-        path = write_heat_map(config.out / "heat_maps", slide, png, shares, coords)
-        logger.info("heat map in %s", path)
-
-    for slide, outcome in chosen_slides(config, outcomes, truths):
-        from_first(partial(draw, slide, outcome))
 
 
 def chosen_slides(

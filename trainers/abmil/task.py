@@ -6,13 +6,21 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
+import torch
 import torch.distributed as dist
-from latentds_trainers.abmil.bag_source import LabelledBags, open_labelled
-from latentds_trainers.abmil.bag_training import BagFoldTraining, Part, build_network, predict
+from latentds_trainers.abmil.bag_source import open_bags
+from latentds_trainers.abmil.bag_training import (
+    BagFoldTraining,
+    Part,
+    build_network,
+    logits_of,
+    predict,
+)
 from latentds_trainers.abmil.config import AbmilConfig
-from latentds_trainers.abmil.heat_map import WEIGHTS, draw_heat_maps
+from latentds_trainers.abmil.heat_map import chosen_slides, draw_heat_map, write_heat_map
 from latentds_trainers.crossval.cross_validation import (
     Cell,
     CrossValidation,
@@ -36,10 +44,11 @@ from latentds.evaluation.patchsets.developing import codebook_note
 from latentds.evaluation.predictions import write_predictions
 from latentds.evaluation.records import RunRecord
 from latentds.evaluation.scores import classification_scores
-from latentds.models.attention_mil import save_abmil
+from latentds.models.attention_mil import load_abmil, save_abmil
 from latentds.sources.slide_names import some
 
 logger = logging.getLogger(__name__)
+WEIGHTS = "model.safetensors"  # of a fold
 OF_RANKS = ("auc",)  # by the order of probabilities, not by the class each gives
 SHOWN = ("auc", "balanced_accuracy", "accuracy", "macro_f1")
 
@@ -50,7 +59,7 @@ class BagTask:
         # An epoch is a line of log.jsonl; of some thousands, the terminal is told the folds alone.
         logging.getLogger("latentds_trainers.engine.training_log").setLevel(logging.WARNING)
         self.device = join_ranks()
-        self.labelled: LabelledBags = open_labelled(config, self.device, self.plan)
+        self.bags, self.patches = open_bags(config, self.device, self.plan)
         slides, seeds = self.slides, range(config.seed, config.seed + config.repeats)
         self.crossval = CrossValidation(
             task="abmil",
@@ -108,9 +117,8 @@ class BagTask:
     @property
     def identity(self) -> dict[str, Any]:
         """What the run is of: features, labels; the patches whose features it makes."""
-        folder, slides, patches = self.labelled.bags.folder, self.slides, None
-        if self.config.bags is None:
-            patches = self.labelled.patches
+        folder, slides = self.bags.folder, self.slides
+        patches = self.patches if self.config.bags is None else None
         rows = [slides.slides, slides.groups, slides.targets.tolist(), slides.classes]
         return {
             "features": {
@@ -128,10 +136,12 @@ class BagTask:
     def run(self) -> None:
         outcomes = self.crossval.outcomes(self.test, keeps_checkpoints=False)  # 20 MB a fold
         from_first(lambda: self.report(outcomes))
-        draw_heat_maps(self.config, self.labelled, self.crossval, outcomes, self.device)
+        truths = dict(zip(self.slides.slides, self.slides.targets.tolist(), strict=True))
+        for slide, outcome in chosen_slides(self.config, outcomes, truths):
+            from_first(partial(self.draw, slide, truths[slide], outcome))
 
     def report(self, outcomes: Sequence[FoldOutcome]) -> None:
-        config, slides, folder = self.config, self.slides, self.labelled.bags.folder
+        config, slides, folder = self.config, self.slides, self.bags.folder
         predictions = pooled_predictions(self.crossval, outcomes, slides.targets, slides.classes)
         write_predictions(config.out, predictions)
         place = config.data or config.bags
@@ -166,9 +176,28 @@ class BagTask:
         )
         write_result(config.out, record, table(record, together.values), is_json=config.json)
 
+    def draw(self, slide: str, truth: int, outcome: FoldOutcome) -> None:
+        """A slide's heat map with the weights of a fold that tested it. On rank 0."""
+        config, classes = self.config, self.slides.classes
+        weights = self.crossval.cell(outcome.fold, outcome.seed).folder / WEIGHTS
+        network, _ = load_abmil(weights)
+        logits, attention = logits_of(network.to(self.device), self.bags, slide, self.device)
+        chances = torch.softmax(logits.double(), 0).tolist()
+        best = chances.index(max(chances))
+        title = (
+            f"{slide}: {classes[truth]}, predicted {classes[best]} ({chances[best]:.2f}), "
+            f"tested in fold {outcome.fold}"
+        )
+        (coords, size_px), shares = self.bags.coords(slide), attention.double().numpy()
+        png = draw_heat_map(
+            slide, shares, coords, title=title, size_px=size_px, patches=self.patches
+        )
+        path = write_heat_map(config.out / "heat_maps", slide, png, shares, coords)
+        logger.info("heat map in %s", path)
+
     def test(self, cell: Cell) -> Tested:
         train, val, test = self.parts(cell.fold)
-        bags, classes = self.labelled.bags, self.slides.classes
+        bags, classes = self.bags, self.slides.classes
         training = BagFoldTraining(
             self.config,
             bags,

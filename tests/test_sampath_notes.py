@@ -58,7 +58,7 @@ def test_a_fold_without_a_scored_pixel_has_no_scores_and_says_so(tmp_path):
     found = read_record(tmp_path / "out")
     assert found.folds[0]["scores"]["dice_macro"] is None
     assert found.folds[0]["scores"]["pixel_accuracy"] == 1
-    assert found.summary["dice_macro"][0] == found.folds[1]["scores"]["dice_macro"]
+    assert found.summarize("dice_macro").mean == found.folds[1]["scores"]["dice_macro"]
     assert [n for n in found.notes if n.startswith("fold 0, seed 0: no scored class has a pixel")]
     assert images_csv(tmp_path / "out")[0]["dice_macro"] == ""
 

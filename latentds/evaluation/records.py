@@ -82,12 +82,6 @@ class RunRecord:
         """Mean and sd over folds and seeds."""
         return summary(self.values(metric))
 
-    @property
-    def summary(self) -> dict[str, tuple[float | None, float | None]]:
-        """Mean and sd (ddof 1) of every metric over the folds and seeds where it is defined."""
-        found = {name: self.summarize(name) for name in self.metrics()}
-        return {name: (values.mean, values.sd) for name, values in found.items()}
-
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values, with the format's name and the summary."""
         found = {name: self.summarize(name).to_json() for name in self.metrics()}

@@ -24,7 +24,7 @@ MAX_DIM, MAX_ROWS = 1 << 20, 10**9  # beyond them a header is taken to be damage
 Attributes = Mapping[str, Mapping[str, Any]]  # dataset: its attributes
 
 
-class HeldBackErrors(io.RawIOBase):
+class HeldBackErrors(io.FileIO):
     """A file for h5py to write to, which keeps a failed write's error for `check` to raise.
 
     Told of a full disk, HDF5 2.0 cannot close its file and ends the process with a segmentation
@@ -33,8 +33,8 @@ class HeldBackErrors(io.RawIOBase):
     """
 
     def __init__(self, path: Path) -> None:
+        super().__init__(path, "w+")
         self.path = path
-        self.file = path.open("w+b", buffering=0)
         self.error: OSError | None = None
 
     def write(self, content: Any) -> int:
@@ -43,7 +43,7 @@ class HeldBackErrors(io.RawIOBase):
         written = 0
         try:
             while self.error is None and written < len(view):
-                written += self.file.write(view[written:])
+                written += super().write(view[written:])
         except OSError as error:
             self.error = error
         return len(view)
@@ -51,29 +51,16 @@ class HeldBackErrors(io.RawIOBase):
     def truncate(self, size: int | None = None) -> int:
         """Cut or extend the file, or note why not."""
         try:
-            return self.file.truncate(size) if self.error is None else size or 0
+            return super().truncate(size) if self.error is None else size or 0
         except OSError as error:
             self.error = error
             return size or 0
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        return self.file.seek(offset, whence)
-
-    def tell(self) -> int:
-        return self.file.tell()
-
-    def readinto(self, buffer: Any) -> int:
-        return self.file.readinto(buffer)
 
     def check(self) -> None:
         """Raise the error of the first write that failed."""
         if self.error is not None:
             with naming(self.path):
                 raise self.error
-
-    def close(self) -> None:
-        self.file.close()
-        super().close()
 
 
 def write_features(
@@ -121,7 +108,7 @@ def new_file(path: Path) -> Iterator[tuple[Any, HeldBackErrors]]:
                     yield file, sink
             finally:
                 sink.check()  # what else went wrong came of it
-            os.fsync(sink.file.fileno())
+            os.fsync(sink.fileno())
         rename_durably(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -47,8 +47,8 @@ def classification_scores(
     """
     targets, values = np.asarray(labels, np.int64), np.asarray(probabilities, np.float64)
     check_predictions(targets, values, classes)
-    counts = count_confusions(targets, values.argmax(axis=1), len(classes))
     ones = np.ones((1, len(targets)))
+    counts = confusions(targets, values, ones)[0].astype(np.int64)
     found = {name: float(weighted_score(name, targets, values, ones)[0]) for name in METRICS}
     support = counts.sum(axis=1)
     return Scores(
@@ -94,12 +94,6 @@ def check_predictions(
             f"probabilities from {probabilities.min():.3g}, rows that add up to "
             f"{sums.min():.3g} to {sums.max():.3g}; pass probabilities, not logits"
         )
-
-
-def count_confusions(targets: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
-    """Int64 (C, C): how often a class (row) was taken for another (column)."""
-    cells = np.bincount(targets * classes + predicted, minlength=classes * classes)
-    return cells.reshape(classes, classes)
 
 
 def per_class_scores(

@@ -130,7 +130,6 @@ def draw_heat_map(
 def render(picture: np.ndarray | None, shares: np.ndarray, title: str) -> bytes:
     """The PNG: the slide, and beside it the slide under its attention, with a colour bar."""
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.colors import LogNorm
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -139,7 +138,6 @@ def render(picture: np.ndarray | None, shares: np.ndarray, title: str) -> bytes:
     height, width = shares.shape
     size = (6 * panels + 1.2, max(3.0, 6 * height / width) + 0.6)  # inches
     figure = Figure(figsize=size, dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(1, panels, squeeze=False)[0]
     figure.suptitle(title)
     for axis in axes:

@@ -58,7 +58,6 @@ from latentds.evaluation.probes import (
     linear_probe,
     nearest_neighbours,
 )
-from latentds.evaluation.records import RunRecord
 from latentds.evaluation.scores import classification_scores
 from latentds.evaluation.statistics import summary
 from latentds.sources.csv_tables import write_table
@@ -188,9 +187,12 @@ class ClassifyTask:
         write_confusion(config.out, patches.classes, outcomes)
         predictions = pooled_predictions(self.crossval, outcomes, patches.labels, patches.classes)
         write_predictions(config.out, predictions)
+        height, width = record.source["patch_px"]
+        with_what = f"{record.model} of {record.embedder}" if embedder else record.model
         text = run_table(
             record,
-            heading(record, len(patches)),
+            f"{record.data}: {len(patches):,} patches of {width}x{height} px, "
+            f"{len(record.classes)} classes; {with_what}",
             shown=record.metrics(),
             rows={COLOUR: {name: spread(found) for name, found in colour.items()}},
             per_class=("recall", "precision", "f1"),
@@ -299,15 +301,6 @@ def source_identity(facts: SourceFacts) -> dict[str, Any]:
     """The facts that say which pixels they are."""
     kept = {name: value for name, value in facts.to_json().items() if name not in MEASURED}
     return kept | {"codebook_id": facts.codebook.get("codebook_id")}
-
-
-def heading(record: RunRecord, patches: int) -> str:
-    with_what = f"{record.model} of {record.embedder}" if record.embedder else record.model
-    height, width = record.source["patch_px"]
-    return (
-        f"{record.data}: {patches:,} patches of {width}x{height} px, {len(record.classes)} "
-        f"classes; {with_what}"
-    )
 
 
 def write_confusion(out: Path, classes: Sequence[str], outcomes: Sequence[FoldOutcome]) -> None:

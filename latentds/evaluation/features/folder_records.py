@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from latentds.autoencoders.foreign_networks import checked_fields, is_object
 from latentds.core.display import csv_text
 from latentds.core.storage import passing_lock, read_json, write_atomically
@@ -26,7 +28,7 @@ from latentds.version import __version__
 
 FORMAT = "latentds-features/1"
 FILE, LEFT_OUT = "labels.csv", "left_out.json"
-MAX_BYTES = 1 << 26
+MAX_BYTES, MAX_LEFT_OUT_BYTES = 1 << 22, 1 << 26
 PATIENCE_S = 60.0  # ranks that start or end together take turns
 MOST_TOLD = 4
 CHECKS = dict.fromkeys(("embedder", "source", "options", "versions"), is_object)
@@ -150,11 +152,8 @@ def flat(values: dict[str, Any], before: str) -> dict[str, Any]:
     """Values of nested dictionaries by dotted names."""
     found: dict[str, Any] = {}
     for name, value in values.items():
-        found |= (
-            flat(value, f"{before}{name}.")
-            if isinstance(value, dict)
-            else {f"{before}{name}": value}
-        )
+        key = f"{before}{name}"
+        found |= flat(value, f"{key}.") if isinstance(value, dict) else {key: value}
     return found
 
 
@@ -181,14 +180,14 @@ class SlideLabel:
 
 
 def label_of(
-    slide: str, table: PatchTable, classes: Sequence[str], rows: Sequence[int] | None = None
+    slide: str, table: PatchTable, classes: Sequence[str], rows: np.ndarray | None = None
 ) -> SlideLabel:
     """The line of a slide with these patches of a table, all where no rows are given."""
-    rows = range(len(table)) if rows is None else rows
-    labels = {classes[label] if label >= 0 else None for label in set(table.labels[rows].tolist())}
-    recorded = {table.patients[row] for row in rows} if table.patients else set()
-    splits = {table.splits[row] for row in rows}
-    return SlideLabel(slide, agreed(recorded) or patient_of(slide), agreed(splits), agreed(labels))
+    chosen = np.arange(len(table)) if rows is None else rows
+    labels = {classes[n] if n >= 0 else None for n in set(table.labels[chosen].tolist())}
+    patients = {table.patients[row] for row in chosen.tolist()} if table.patients else set()
+    splits = {table.splits[row] for row in chosen.tolist()}
+    return SlideLabel(slide, agreed(patients) or patient_of(slide), agreed(splits), agreed(labels))
 
 
 def agreed(found: Set[str | None]) -> str:
@@ -232,7 +231,7 @@ def read_left_out(folder: Path) -> dict[str, str]:
     path = folder / LEFT_OUT
     if not path.exists():
         return {}
-    values = read_json(path, MAX_BYTES, "delete it")
+    values = read_json(path, MAX_LEFT_OUT_BYTES, "delete it")
     if not isinstance(values, dict) or not all(isinstance(v, str) for v in values.values()):
         raise FormatError(f"{path}: not reasons by slide; delete it")
     return values

@@ -4,10 +4,9 @@ import pytest
 import torch
 from latentds_trainers.abmil.bag_training import build_network
 from latentds_trainers.abmil.config import PRESETS, AbmilConfig
-from latentds_trainers.abmil.task import best_is_last, table
+from latentds_trainers.abmil.task import best_is_last
 from torch import nn
 
-from latentds.evaluation.records import RunRecord
 from latentds.models.attention_mil import load_abmil, save_abmil
 
 DIM, CLASSES = 1024, 2
@@ -80,19 +79,6 @@ def test_networks_of_presets_are_saved_read_and_run_in_parts(tmp_path, preset):
     assert torch.equal(loaded(bag)[0], network(bag)[0]) and found["gated"] == made.settings.gated
     parts = loaded.in_parts([bag[:3], bag[3:]])
     assert torch.allclose(parts[0], network(bag)[0], atol=1e-5)  # sums in another order
-
-
-def test_folds_together_have_no_auc():
-    scores = dict.fromkeys(("auc", "balanced_accuracy", "accuracy", "macro_f1"), 0.9)
-    fold = {"fold": 0, "seed": 0, "train": 1, "val": 1, "test": 1, "scores": scores}
-    record = RunRecord(
-        task="abmil", data="d", source={"name": "s"}, embedder=None, model="abmil", classes=["a"],
-        seeds=[0], split_id="", split_rule="r", primary="auc", folds=[fold | {"per_class": {}}],
-    )  # fmt: skip
-    together = {"auc": 0.678, "balanced_accuracy": 0.6, "accuracy": 0.7, "macro_f1": 0.5}
-    lines = table(record, together).splitlines()
-    (line,) = [line for line in lines if line.startswith("all folds together")]
-    assert line.split()[3:] == ["-", "0.6000", "0.7000", "0.5000"]
 
 
 @pytest.mark.parametrize(("epochs", "best", "select", "told"), [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -26,7 +26,6 @@ from latentds_trainers.crossval.cross_validation import (
     CrossValidation,
     FoldOutcome,
     Tested,
-    figure,
     pooled_predictions,
     run_record,
     run_table,
@@ -42,14 +41,12 @@ from latentds.evaluation.folds import Fold, check_trained, read_splits, stratifi
 from latentds.evaluation.groups import LabelledSlides
 from latentds.evaluation.patchsets.developing import codebook_note
 from latentds.evaluation.predictions import write_predictions
-from latentds.evaluation.records import RunRecord
 from latentds.evaluation.scores import classification_scores
 from latentds.models.attention_mil import load_abmil, save_abmil
 from latentds.sources.slide_names import some
 
 logger = logging.getLogger(__name__)
 WEIGHTS = "model.safetensors"  # of a fold
-OF_RANKS = ("auc",)  # by the order of probabilities, not by the class each gives
 SHOWN = ("auc", "balanced_accuracy", "accuracy", "macro_f1")
 
 
@@ -171,10 +168,13 @@ class BagTask:
                 *found,
             ],
         )
-        together = classification_scores(
-            predictions.labels, predictions.probabilities, predictions.classes
+        text = run_table(
+            record,
+            f"{record.data}: {len(record.classes)} classes ({', '.join(record.classes)}), features "
+            f"{record.embedder or 'unknown'} of {source['name']}",
+            shown=SHOWN,
         )
-        write_result(config.out, record, table(record, together.values), is_json=config.json)
+        write_result(config.out, record, text, is_json=config.json)
 
     def draw(self, slide: str, truth: int, outcome: FoldOutcome) -> None:
         """A slide's heat map with the weights of a fold that tested it. On rank 0."""
@@ -271,18 +271,3 @@ def feature_settings(folder: FeatureFolder | LiveFeatures) -> dict[str, Any]:
     """The embedder's weights, and the options that features.json records, by dotted names."""
     options = flat(folder.record.options, "features.") if folder.record else {}
     return {"embedder.weights_id": folder.embedder.get("weights_id", ""), **options}
-
-
-def table(record: RunRecord, together: Mapping[str, float | None]) -> str:
-    """The record as text, with the scores of all folds' predictions taken together.
-
-    No AUC of those: the folds' networks are not on one scale, their ranks do not mix.
-    """
-    counted = {name: None if name in OF_RANKS else together.get(name) for name in SHOWN}
-    return run_table(
-        record,
-        f"{record.data}: {len(record.classes)} classes ({', '.join(record.classes)}), features "
-        f"{record.embedder or 'unknown'} of {record.source['name']}",
-        shown=SHOWN,
-        rows={"all folds together": {name: figure(value) for name, value in counted.items()}},
-    )

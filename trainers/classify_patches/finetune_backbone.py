@@ -213,7 +213,8 @@ def build_classifier(
         path = weights_path(arch, network, weights)
         load_body(network, arch, path, stem=None if stem is None else "patch_embed.")
     if stem is not None:
-        return network
+        classifier: nn.Module = network
+        return classifier
     config = network.pretrained_cfg
     size_px = tuple(config["input_size"][1:]) if config.get("fixed_input_size") else None
     return PatchClassifier(network, size_px)

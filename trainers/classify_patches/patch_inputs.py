@@ -234,29 +234,19 @@ def protocol_folds(config: ClassifyConfig, patches: LabelledPatches) -> list[Fol
 
 def drawn_folds(config: ClassifyConfig, patches: LabelledPatches) -> list[Fold]:
     """The folds of the protocol, not checked for classes."""
-    labels, groups, classes = patches.labels, patches.groups, patches.classes
-    validates = config.probe == "eva"  # the other probes have nothing to choose
-    if config.protocol == "kfold":
-        return stratified_group_folds(
-            labels, groups, folds=config.folds, seed=config.seed, val=validates, classes=classes
-        )
-    if not patches.is_test.any() or patches.is_test.all():
+    labels, groups, is_test = patches.labels, patches.groups, patches.is_test
+    options: dict[str, Any] = {"folds": config.folds, "seed": config.seed}
+    options["classes"] = patches.classes
+    if config.protocol != "kfold" and (not is_test.any() or is_test.all()):
         raise InputError(
-            f"{config.location}: {int((~patches.is_test).sum()):,} patches to train on and "
-            f"{int(patches.is_test.sum()):,} in a test split; --protocol {config.protocol} needs "
+            f"{config.location}: {int((~is_test).sum()):,} patches to train on and "
+            f"{int(is_test.sum()):,} in a test split; --protocol {config.protocol} needs "
             "folders train and test, or --test-data"
         )
     if config.protocol == "val7k":
-        return fixed_test_folds(
-            labels, groups, patches.is_test, folds=config.folds, seed=config.seed, classes=classes
-        )
-    rows = np.flatnonzero(~patches.is_test)
-    inner = stratified_group_folds(
-        labels[rows],
-        [groups[row] for row in rows.tolist()],
-        folds=config.folds,
-        seed=config.seed,
-        val=validates,
-        classes=classes,
-    )
+        return fixed_test_folds(labels, groups, is_test, **options)
+    rows = np.arange(len(labels)) if config.protocol == "kfold" else np.flatnonzero(~is_test)
+    own = [groups[row] for row in rows.tolist()]
+    validates = config.probe == "eva"  # the other probes have nothing to choose
+    inner = stratified_group_folds(labels[rows], own, val=validates, **options)
     return [Fold(rows[fold.train], rows[fold.val], rows[fold.test]) for fold in inner]

@@ -166,7 +166,16 @@ class CrossValidation:
         if found is not None:
             logger.info("fold %d, seed %d: finished before", cell.number, cell.seed)
             return found
-        outcome = self.outcome_of(cell, test(cell))
+        rows, sizes = cell.fold.test.tolist(), cell.fold.sizes()
+        outcome = FoldOutcome(
+            fold=cell.number,
+            seed=cell.seed,
+            train=sizes["train"],
+            val=sizes["val"],
+            items=[self.items[row] for row in rows],
+            groups=[self.groups[row] for row in rows],
+            **vars(test(cell)),
+        )
 
         def keep() -> None:
             text = json.dumps({"format": FORMAT} | dataclasses.asdict(outcome), allow_nan=False)
@@ -180,25 +189,9 @@ class CrossValidation:
         from_first(keep)
         return outcome
 
-    def outcome_of(self, cell: Cell, tested: Tested) -> FoldOutcome:
-        rows, sizes = cell.fold.test.tolist(), cell.fold.sizes()
-        return FoldOutcome(
-            fold=cell.number,
-            seed=cell.seed,
-            train=sizes["train"],
-            val=sizes["val"],
-            items=[self.items[row] for row in rows],
-            groups=[self.groups[row] for row in rows],
-            **vars(tested),
-        )
-
 
 def claim_folder(out: Path, wanted: Mapping[str, Any]) -> None:
-    """Write what the run in `out` is of, or see that the folder is of the same one.
-
-    wanted  settings, data and folds, as JSON values
-    raises  ContractError that names what differs
-    """
+    """Write what the run in `out` is of, or see that the folder is of the same one."""
     values, path = json.loads(json.dumps(wanted)), out / RUN
     if not path.exists():
         write_atomically(path, json.dumps(values, indent=1).encode())

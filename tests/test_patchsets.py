@@ -586,7 +586,7 @@ def test_pictures_in_no_class_folder_are_told_in_these_words(pictures):
 def test_several_unreadable_pictures_are_counted(pictures):
     for number in range(5):
         (pictures / "tumour" / f"p00{number}.png").write_bytes(b"none")
-    with pytest.raises(InputError, match=r"tumour/p000.png.*; and 2 more"):
+    with pytest.raises(InputError, match=r"tumour/p000.png.*; in all 5 of 33"):
         opened(pictures)
 
 

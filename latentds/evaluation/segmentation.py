@@ -83,13 +83,12 @@ class SegmentationScores:
 
     scores     those of SCORES that are defined; no more than pixel_accuracy where no scored class
                has a pixel, in truth or prediction
-    per_class  the same of each class, and its number of true pixels as `pixels`
-    empty      classes scored that neither truth nor prediction has; no mean counts them
+    per_class  the same of each class that truth or prediction has, and its number of true pixels as
+               `pixels`
     """
 
     scores: dict[str, float]
     per_class: dict[str, dict[str, float]]
-    empty: tuple[str, ...]
 
 
 def correct_scores(confusion: Confusion, left_out: Collection[int] = ()) -> SegmentationScores:
@@ -101,10 +100,9 @@ def correct_scores(confusion: Confusion, left_out: Collection[int] = ()) -> Segm
               for which it is defined; a class predicted and never true has Dice 0. F1 is Dice by
               another name. `pixel_accuracy` is over all counted pixels, whatever is left out
     """
-    scored = [label for label in range(len(confusion.classes)) if label not in left_out]
     hits, false, missed = outcomes(confusion.counts)
-    has_pixels = hits + false + missed > 0
-    present = [label for label in scored if has_pixels[label]]
+    found = np.flatnonzero(hits + false + missed)
+    present = [label for label in found.tolist() if label not in left_out]
     per_class = {
         confusion.classes[label]: ratios(hits[label], false[label], missed[label])
         | {"pixels": float(hits[label] + missed[label])}
@@ -119,8 +117,7 @@ def correct_scores(confusion: Confusion, left_out: Collection[int] = ()) -> Segm
             scores[f"{name}_macro"] = float(np.mean(values))
         if name in micro:
             scores[f"{name}_micro"] = micro[name]
-    empty = tuple(confusion.classes[label] for label in scored if not has_pixels[label])
-    return SegmentationScores(scores=scores, per_class=per_class, empty=empty)
+    return SegmentationScores(scores=scores, per_class=per_class)
 
 
 def sampath_compat_scores(

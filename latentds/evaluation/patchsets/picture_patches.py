@@ -26,7 +26,6 @@ from latentds.store.patch_record import Patch, Place
 
 MAX_WORKERS = 16  # threads where --workers is not given
 SAMPLED_SLIDES = 16  # whose tissue is found to draw a sample of patches
-BAD_NAMED = 3
 HASHED = 64  # pictures whose bytes are read, spread evenly over all
 READ_BYTES = 1 << 16  # of each, from its start
 
@@ -263,10 +262,9 @@ def read_headers(reader: PatchReader, pictures: Sequence[Picture], root: Path) -
         if isinstance(outcome, InputError)
     ]
     if bad:
-        more = f"; and {len(bad) - BAD_NAMED} more" if len(bad) > BAD_NAMED else ""
         raise InputError(
-            f"{'; '.join(bad[:BAD_NAMED])}{more}. Repair or remove them, or name the others with "
-            "--only"
+            f"{bad[0]}; in all {len(bad)} of {len(pictures)} pictures cannot be used. Repair or "
+            "remove them, or name the others with --only"
         )
     return [outcome for outcome in outcomes if isinstance(outcome, Header)]
 

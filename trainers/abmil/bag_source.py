@@ -185,8 +185,14 @@ def make_features(
 
 def recorded_lines(patches: PatchSet) -> dict[str, SlideLabel]:
     """What is recorded of every slide with its patches; the slide itself for no patient."""
-    table, classes = patches.table, patches.classes
-    lines = {s: label_of(s, table, classes, patches.rows_of(s)) for s in named_slides(patches)}
+    table = patches.table
+    rows: dict[str | None, list[int]] = {}
+    for row, slide in enumerate(table.slides):
+        rows.setdefault(slide, []).append(row)
+    lines = {
+        slide: label_of(slide, table, patches.classes, np.array(rows[slide]))
+        for slide in named_slides(patches)
+    }
     if not any(table.patients):  # names tell the rest, and the rule says that they do
         lines = {s: dataclasses.replace(line, patient=s) for s, line in lines.items()}
     return lines

@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import functools
 from collections import deque
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -181,21 +180,6 @@ class PatchSet:
         """How many patches, or pictures of several, are of no slide that is known."""
         return self.contents.nameless()
 
-    def rows_of(self, slide: str) -> np.ndarray:
-        """Rows of a slide's patches, ascending; UnknownNameError for one that is not there."""
-        found = self.rows_by_slide.get(slide)
-        if found is None:
-            raise unknown_name("slide", slide, self.slides())
-        return found
-
-    @functools.cached_property
-    def rows_by_slide(self) -> dict[str, np.ndarray]:
-        found: dict[str, list[int]] = {}
-        for row, slide in enumerate(self.table.slides):
-            if slide is not None:
-                found.setdefault(slide, []).append(row)
-        return {slide: np.array(rows, np.int64) for slide, rows in found.items()}
-
     def of_slide(self, slide: str) -> PatchSet:
         """The patches of one slide as a set of their own, rows from 0.
 
@@ -205,7 +189,6 @@ class PatchSet:
             raise unknown_name("slide", slide, self.slides())
         part = copy.copy(self)
         part.contents, part.slide = self.contents.of_slide(slide), slide
-        vars(part).pop("rows_by_slide", None)
         return part
 
     def fingerprint(self) -> str:

@@ -247,6 +247,13 @@ def test_a_folder_of_other_settings_is_refused(classes, embedder, probed, change
         classify(classes, probed, embedder=embedder, **change)
 
 
+def test_a_table_of_splits_that_may_have_set_labels_is_of_the_run(classes, embedder, copy):
+    values = json.loads((copy / "run.json").read_text())
+    (copy / "run.json").write_text(json.dumps(values | {"splits": "other.csv"}))
+    with pytest.raises(ContractError, match="has splits 'other.csv', this one None"):
+        classify(classes, copy, embedder=embedder)
+
+
 def test_a_folder_of_other_patches_is_refused(classes, embedder, probed, tmp_path):
     other = Path(shutil.copytree(classes, tmp_path / "other"))
     save_class(other / "tumour", 2, 500, 1, stem="q")

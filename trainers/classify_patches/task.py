@@ -145,6 +145,7 @@ class ClassifyTask:
             "source": digest_of(self.source),
             "embedder_weights": None if self.embedder is None else self.embedder.card.weights_id,
             "images_a_step": self.images_a_step,
+            "splits": plain(self.config)["splits"],  # a table of them may set labels
         }
         self.crossval.claim(plain(self.config), identity)
 

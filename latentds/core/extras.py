@@ -102,8 +102,6 @@ def wanted(command: str, config: object) -> Iterator[tuple[str, str]]:
             yield "torchvision", "evaluate"
     if told("probe_on") or (command == "pretrain" and told("probe")):
         yield "sklearn", "evaluate"
-    if told("ssim") == "torchmetrics":
-        yield "torchmetrics", "bench"
 
 
 def has_coordinates(config: object) -> bool:

@@ -36,7 +36,7 @@ PACKED = (
     "of a packed table such as Parquet"
 )
 PACKAGES = (
-    *("latentds", "torch", "numpy", "pillow", "imagecodecs", "torchmetrics"),
+    *("latentds", "torch", "numpy", "pillow", "imagecodecs"),
     *("timm", "transformers", "diffusers", "faiss-cpu"),
 )
 

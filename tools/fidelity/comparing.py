@@ -71,9 +71,7 @@ def measure_rows(job: FidelityJob) -> list[Measured]:
                     kept.keep_encoded(made, encoded)
                 else:
                     bar.update(len(images))
-                row = measure(
-                    codec, encoded, originals, job.config.ssim, job.contact, bar.update, job.judges
-                )
+                row = measure(codec, encoded, originals, job.contact, bar.update, job.judges)
                 check_finite(row.per_crop, spec.text)
                 kept.keep(facts, row)
             else:
@@ -105,7 +103,6 @@ def facts_of(job: FidelityJob, spec: CodecSpec) -> dict[str, Any]:
         "codec": spec.text,
         "autoencoder": [card.latent_id, card.decoder_id] if card else None,
         "embedders": {name: e.card.to_json() for name, e in embedders.items()},
-        "ssim": job.config.ssim,
         "contact": job.contact,
         "downstream": [judge.facts for judge in job.judges],
     }
@@ -137,7 +134,7 @@ def make_report(job: FidelityJob, rows: Sequence[Measured]) -> dict[str, Any]:
         "settings": {
             "similarity": SIMILARITY_SETTINGS,
             "psnr": PSNR_SETTINGS,
-            "ssim": SSIM_SETTINGS[config.ssim],
+            "ssim": SSIM_SETTINGS,
             "container": assembling.CONTAINER,
             "packed": assembling.PACKED,
         },

@@ -79,9 +79,6 @@ class Config:
     share of coded pictures whose class is recognized."""
     refit: bool = False
     """Also fit tiny's codebook, instead of taking the one that ships."""
-    ssim: Literal["gaussian", "uniform", "torchmetrics"] = "gaussian"
-    """Settings of SSIM: gaussian (Wang et al. 2004), uniform (scikit-image's defaults), or
-    torchmetrics' defaults."""
     bootstrap: int = 1000
     """Rounds of the bootstrap over slides, seeded by --seed; 0 for no intervals."""
     contact: str | None = None

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
-from latentds_tools.fidelity.quality import cosines, embed, measure_ssim
+from latentds_tools.fidelity.quality import cosines, embed, ssim
 
 from latentds.codecs import FittedQuality, LatentCodec, PictureCodec
 from latentds.store.golden import psnr_db
@@ -132,7 +132,7 @@ class MeasuredOriginals:
 
 
 def measure(
-    codec: PictureCodec | LatentCodec, encoded: Encoded, originals: MeasuredOriginals, ssim: str,
+    codec: PictureCodec | LatentCodec, encoded: Encoded, originals: MeasuredOriginals,
     contact: Sequence[int], tick: Callable[[int], object], judges: Sequence[DownstreamJudge] = (),
 ) -> Measured:  # fmt: skip
     """All figures of one codec's files; `tick` is told how many crops are done.
@@ -161,7 +161,7 @@ def measure(
         for made, image in zip(decoded, part, strict=True):
             psnr = psnr_db(made, image)
             columns["psnr_db"].append(psnr if math.isfinite(psnr) else None)  # as JSON has it
-            columns["ssim"].append(measure_ssim(made, image, ssim))
+            columns["ssim"].append(ssim(made, image))
         embeddings = {name: embed(e, decoded) for name, e in originals.embedders.items()}
         for name, vectors in embeddings.items():
             wanted = originals.embeddings(name)[start : start + len(part)]

@@ -1,4 +1,4 @@
-"""SSIM with stated settings, and the similarity of embeddings."""
+"""SSIM, and the similarity of embeddings."""
 # B batch, D embedding dimensions, H W pixels, n pixels of a window's edge
 
 from __future__ import annotations
@@ -15,51 +15,24 @@ PEAK = 255
 SMALL = ((0.01 * PEAK) ** 2, (0.03 * PEAK) ** 2)  # Wang et al. 2004: keep quotients from 0 / 0
 SIGMA, REACH = 1.5, 5  # of their Gaussian window, pixels
 
-SSIM_SETTINGS = {
-    "gaussian": "Gaussian window with sigma 1.5 (11x11), population covariance, mean "
-    "over RGB channels, data range 255 (Wang et al. 2004)",
-    "uniform": "scikit-image's defaults: 7x7 uniform window, sample covariance, mean over RGB "
-    "channels, data range 255",
-    "torchmetrics": "torchmetrics' defaults, Gaussian 11x11 window with sigma 1.5, mean over RGB "
-    "channels, data range 1",
-}
+SSIM_SETTINGS = (
+    "Gaussian window with sigma 1.5 (11x11), population covariance, mean over RGB channels, data "
+    "range 255 (Wang et al. 2004)"
+)
 PSNR_SETTINGS = "8-bit RGB, data range 255, from the squared error of all three channels of a patch"
 SIMILARITY_SETTINGS = (
     "cosine of the embeddings of the original and of the reconstruction rounded to 8 bits"
 )
 
 
-def measure_ssim(image: np.ndarray, reference: np.ndarray, settings: str) -> float:
-    """SSIM of uint8 (H, W, 3) pictures by one of SSIM_SETTINGS."""
-    if settings == "uniform":
-        return similarity(image, reference, np.full(7, 1 / 7), 49 / 48)
-    if settings == "torchmetrics":
-        from torchmetrics.functional.image import structural_similarity_index_measure
-
-        pair = to_images([image, reference])
-        measured: Any = structural_similarity_index_measure(pair[:1], pair[1:], data_range=1.0)
-        return float(measured)
-    return ssim(image, reference)
-
-
 def ssim(image: np.ndarray, reference: np.ndarray) -> float:
-    """SSIM of uint8 (H, W, 3) pictures as Wang et al. 2004.
+    """SSIM of uint8 (H, W, 3) pictures as Wang et al. 2004, mean over all windows within them.
 
     Gaussian window of 11x11, sigma 1.5, population covariance, mean over channels.
+    raises  ShapeError for pictures smaller than a window
     """
     weights = np.exp(-np.square(np.arange(-REACH, REACH + 1)) / (2 * SIGMA**2))
-    return similarity(image, reference, weights / weights.sum())
-
-
-def similarity(
-    image: np.ndarray, reference: np.ndarray, weights: np.ndarray, unbiased: float = 1.0
-) -> float:
-    """Mean SSIM over all windows within uint8 (H, W, 3) pictures.
-
-    weights   (n,) of a window's rows and columns, adding up to 1
-    unbiased  what variances are multiplied by
-    raises    ShapeError for pictures smaller than a window
-    """
+    weights /= weights.sum()
     if min(image.shape[:2]) < len(weights):
         raise ShapeError(
             f"SSIM of a picture of {image.shape[1]}x{image.shape[0]} px; its window is "
@@ -68,8 +41,8 @@ def similarity(
     a, b = image.astype(np.float64), reference.astype(np.float64)
     maps = [window_means(values, weights) for values in (a, b, a * a, b * b, a * b)]
     mean_a, mean_b, square_a, square_b, product = maps
-    variances = unbiased * (square_a - mean_a**2 + square_b - mean_b**2)
-    covariance = unbiased * (product - mean_a * mean_b)
+    variances = square_a - mean_a**2 + square_b - mean_b**2
+    covariance = product - mean_a * mean_b
     above = (2 * mean_a * mean_b + SMALL[0]) * (2 * covariance + SMALL[1])
     below = (mean_a**2 + mean_b**2 + SMALL[0]) * (variances + SMALL[1])
     return float((above / below).mean())

@@ -4,8 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from latentds_tools.fidelity.fidelity_crops import read_crops
-from latentds_tools.fidelity.picture_slides import SlideOptions, find_slides, read_slides
+from latentds_tools.fidelity.fidelity_crops import find_slides, read_crops
 from PIL import Image
 
 from latentds.errors import InputError
@@ -57,37 +56,28 @@ def test_files_that_were_jpeg_are_told_apart(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("names", "pattern", "slides", "rule"),
+    ("names", "slides", "rule"),
     [
-        (["TCGA-3C-AALI-01Z-00-DX1.abc/1_2.png", "x/TCGA-3C-AALI-01Z-00-DX2.png"], None,
+        (["TCGA-3C-AALI-01Z-00-DX1.abc/1_2.png", "x/TCGA-3C-AALI-01Z-00-DX2.png"],
          ["TCGA-3C-AALI-01Z-00-DX1", "TCGA-3C-AALI-01Z-00-DX2"], "barcode"),
-        (["TCGA-DB-5270-R01.tif_a.png"], None, ["TCGA-DB-5270"], "patient"),
-        (["c/s1/1.png", "c/s2/1.png"], None, ["c/s1", "c/s2"], "folder"),
-        (["c/1.png", "d/1.png"], None, ["c/1.png", "d/1.png"], "each picture"),
-        (["ytma10_x__y0.png"], "(?P<slide>ytma[0-9]+)_", ["ytma10"], "--name-pattern"),
+        (["TCGA-DB-5270-R01.tif_a.png"], ["TCGA-DB-5270"], "patient"),
+        (["c/s1/1.png", "c/s2/1.png"], ["c/s1", "c/s2"], "folder"),
+        (["c/1.png", "d/1.png"], ["c/1.png", "d/1.png"], "each picture"),
     ],
 )  # fmt: skip
-def test_slides_of_names(tmp_path, names, pattern, slides, rule):
+def test_slides_of_names(tmp_path, names, slides, rule):
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"")
-    found, said = find_slides([tmp_path], SlideOptions(pattern))
+    found, said = find_slides([tmp_path], "auto")
     assert sorted(f.slide for f in found) == slides and rule in said[tmp_path.name]
 
 
 def test_equal_folders_of_two_sources_are_two_slides(tmp_path):
     for name in ("one", "two"):
         save_pictures(tmp_path / name / "c" / "s", 1)
-    options = SlideOptions(slides="folder")
-    found, _ = find_slides([tmp_path / "one", tmp_path / "two"], options)
+    found, _ = find_slides([tmp_path / "one", tmp_path / "two"], "folder")
     assert [f.slide for f in found] == ["one/c/s", "two/c/s"]
-
-
-@pytest.mark.parametrize("pattern", ["[", "(?P<x>a)", "(?P<slide>nothing)"])
-def test_bad_patterns_are_told(tmp_path, pattern):
-    save_pictures(tmp_path, 1)
-    with pytest.raises(InputError, match="--name-pattern"):
-        find_slides([tmp_path], SlideOptions(pattern))
 
 
 def save_mixed(root: Path) -> list[Path]:
@@ -103,42 +93,33 @@ def save_mixed(root: Path) -> list[Path]:
 
 
 def test_every_folder_has_its_own_rule(tmp_path):
-    found, rules = find_slides(save_mixed(tmp_path), SlideOptions())
+    found, rules = find_slides(save_mixed(tmp_path), "auto")
     assert [f.slide for f in found] == ["TCGA-DB-5270"] * 2 + ["1", "2", "1", "plain/1.png"]
     assert list(rules) == ["gbm", "tma", "plain"]
     assert "patient" in rules["gbm"] and "'tma_core' of labels.csv" in rules["tma"]
     assert "slide of its own" in rules["plain"]
 
 
-def test_tables_and_patterns_are_for_the_folders_they_know(tmp_path):
-    folders = save_mixed(tmp_path)
-    (tmp_path / "t.csv").write_text("name,slide\nc1_x,s1\nc2_x,s1\nc1_y,s2\n")
-    table = read_slides(tmp_path / "t.csv")
-    options = SlideOptions(r"^(?P<slide>\d)\.png", (table,))
-    found, rules = find_slides(folders, options)
-    assert [f.slide for f in found[2:]] == ["s1", "s1", "s2", "1"]
-    assert "--name-pattern" in rules["plain"] and "t.csv" in rules["tma"]
-    with pytest.raises(InputError, match="lists none"):
-        find_slides(folders[:1], SlideOptions(tables=(table,)))
-    (tmp_path / "part.csv").write_text("name,slide\nc1_x,s1\n")
-    with pytest.raises(InputError, match="lists 1 of 3 pictures"):
-        find_slides(folders, SlideOptions(tables=(read_slides(tmp_path / "part.csv"),)))
+@pytest.mark.parametrize("text", ["a,b\n1,2\n", "path,slide\nx.png,\n", "path,slide\nz,1\n"])
+def test_a_table_that_does_not_tell_all_slides_is_left(tmp_path, text):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "x.png").write_bytes(b"")
+    (tmp_path / "in" / "labels.csv").write_text(text)
+    assert [f.rule for f in find_slides([tmp_path / "in"], "auto")[0]] == ["picture"]
 
 
-@pytest.mark.parametrize(
-    "text", ["a,b\n1,2\n", "path,slide\nx.png,\n", "path,slide\nx,1\nx,2\n", ""]
-)
-def test_tables_that_tell_no_slides_are_refused(tmp_path, text):
-    (tmp_path / "t.csv").write_text(text)
-    with pytest.raises(InputError, match=r"t\.csv"):
-        read_slides(tmp_path / "t.csv")
+def test_a_table_with_two_slides_of_a_picture_is_refused(tmp_path):
+    (tmp_path / "x.png").write_bytes(b"")
+    (tmp_path / "labels.csv").write_text("path,slide\nx,1\nx,2\n")
+    with pytest.raises(InputError, match=r"labels\.csv: two slides for x"):
+        find_slides([tmp_path], "auto")
 
 
 def test_folders_of_one_name_are_told_apart(tmp_path):
     folders = [tmp_path / "one" / "images", tmp_path / "two" / "images"]
     for folder in folders:
         save_pictures(folder, 1)
-    found, _ = find_slides(folders, SlideOptions())
+    found, _ = find_slides(folders, "auto")
     assert [f.slide for f in found] == ["one/images/p000.png", "two/images/p000.png"]
     with pytest.raises(InputError, match="given twice"):
-        find_slides([folders[0]] * 2, SlideOptions())
+        find_slides([folders[0]] * 2, "auto")

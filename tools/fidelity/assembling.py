@@ -13,11 +13,10 @@ from typing import Any
 
 import numpy as np
 from latentds_tools.fidelity.codebook_fitting import FITTED, ON_TESTED, FitSample
-from latentds_tools.fidelity.fidelity_crops import FidelityCrops
+from latentds_tools.fidelity.fidelity_crops import RULES, FidelityCrops
 from latentds_tools.fidelity.fidelity_plan import last_part
 from latentds_tools.fidelity.measuring import Measured
 from latentds_tools.fidelity.paper_rows import find_paper_row
-from latentds_tools.fidelity.picture_slides import RULES
 
 from latentds.autoencoders.autoencoder import latent_cells
 from latentds.codecs import FORMATS, CodecSpec, LatentSpec, PictureSpec

@@ -50,16 +50,11 @@ class Config:
     """Crops at most, by default 1000. Pictures are drawn if there are more."""
     seed: int = 0
     """Seed of the crops and pictures."""
-    name_pattern: str | None = None
-    """Regular expression with (?P<slide>...) that is searched in each path below its folder. It
-    serves the folders with a path that it matches."""
-    slides_table: tuple[Path, ...] = ()
-    """CSV files with a column path, name or file and one of slide, tma_core or patient. Each serves
-    the folders whose pictures it lists."""
     slides: Literal["auto", "folder", "picture"] = "auto"
-    """What counts as a slide in the other folders: the folder that a picture lies in (folder), or
-    each picture (picture). auto takes a labels.csv that says so, else TCGA barcodes in all names,
-    else folders that lie two deep, else each picture."""
+    """What counts as a slide: the folder that a picture lies in (folder), or each picture
+    (picture). auto takes the folder's labels.csv that lists all pictures (a column path, name or
+    file, and one of slide, tma_core or patient), else TCGA barcodes in all names, else folders that
+    lie two deep, else each picture."""
     fit_on: Path | None = None
     """Folder of other pictures to fit codebooks and tables on. By default the tested crops, which
     favours fitted codecs."""

@@ -1,4 +1,8 @@
-"""The crops that codecs are judged on: drawn from folders of pictures, with slide and coding."""
+"""The crops that codecs are judged on: drawn from folders of pictures, with slide and coding.
+
+Slides are named by a rule for each folder: its labels.csv, TCGA barcodes, folders, or each picture
+for itself.
+"""
 # H W pixels
 
 from __future__ import annotations
@@ -7,25 +11,35 @@ import dataclasses
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-from latentds_tools.fidelity.picture_slides import NAMING, Found, SlideOptions, find_slides
 
 from latentds.codecs import PictureSpec, make_picture_codec
 from latentds.core.storage import open_picture
 from latentds.errors import InputError
-from latentds.sources.names import patient_of
+from latentds.sources.csv_tables import read_table
+from latentds.sources.image_folder import list_pictures
+from latentds.sources.names import TCGA_SLIDE, parse_barcode, patient_of
 from latentds.sources.picture_decoding import read_header, read_picture
 
 MAX_PX = 1 << 28
-DEFAULT_SLIDES = SlideOptions()
 LOSSLESS = ("png", "bmp", "ppm", "tga", "gif", "pcx", "sgi")
 LOSSLESS_TIFF = (
     *("raw", "packbits", "tiff_lzw", "tiff_adobe_deflate", "tiff_deflate", "lzma", "zstd"),
     *("tiff_ccitt", "group3", "group4"),
 )
+RULES = {
+    "table": "the column {column!r} of labels.csv",
+    "tcga": "the TCGA slide barcode in each name",
+    "patient": "the TCGA patient in each name",
+    "folder": "the folder each picture lies in",
+    "picture": "each picture is taken for a slide of its own",
+}
+NAMING = ("table", "tcga", "patient")  # rules whose slides mean the same everywhere
+PICTURES = ("path", "name", "file", "filename")
+SLIDES = ("slide", "tma_core", "patient")  # the first that is there
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -101,15 +115,16 @@ class FidelityCrops:
 
 def read_crops(
     folders: Sequence[Path], *, crop_px: int, per_picture: int, most: int, seed: int,
-    slides: SlideOptions = DEFAULT_SLIDES, must_match: bool = True,
-    recode: Sequence[PictureSpec] = (),
+    slides: str = "auto", recode: Sequence[PictureSpec] = (),
 ) -> FidelityCrops:  # fmt: skip
     """At most `most` crops, `per_picture` of each picture, one of a picture that is just as large.
 
+    slides  what a picture's slide is: auto (the folder's own labels.csv, TCGA barcodes, else
+            folders where pictures lie two deep, else pictures), folder or picture
     recode  at qualities: each crop is taken once more from its picture coded so, beyond `most`
     InputError where no picture is large enough. Where there are too many pictures, some are drawn.
     """
-    found, rules = find_slides(folders, slides, must_match)
+    found, rules = find_slides(folders, slides)
     order = np.arange(len(found))
     if len(found) * per_picture > most:
         order = np.random.default_rng([seed, 1]).permutation(len(found))
@@ -170,3 +185,104 @@ def kind_of(path: Path, encoding: str) -> str:
             return "jpeg"
         return "lossless" if compression in LOSSLESS_TIFF else "other"
     return "lossless" if encoding in LOSSLESS else "other"
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """A picture in one of the folders: where it lies, what it is called, its slide and its rule."""
+
+    path: Path
+    source: str
+    slide: str
+    rule: str
+
+
+def find_slides(folders: Sequence[Path], slides: str) -> tuple[list[Found], dict[str, str]]:
+    """All pictures below the folders with their slides; by folder's name, the rule in words."""
+    found: list[Found] = []
+    rules: dict[str, str] = {}
+    for folder, label in zip(folders, label_folders(folders), strict=True):
+        listed = list_pictures(folder, use_labels=False, use_splits=False).pictures
+        names = [picture.source for picture in listed]
+        full = [f"{label}/{name}" if len(folders) > 1 else name for name in names]
+        rule, rules[label], named = name_slides(folder, names, full, slides)
+        found += [
+            Found(folder / name, source, slide, rule)
+            for name, source, slide in zip(names, full, named, strict=True)
+        ]
+    return found, rules
+
+
+def label_folders(folders: Sequence[Path]) -> list[str]:
+    """What folders are called: their names, with as much before them as tells them apart."""
+    paths = [folder.resolve() for folder in folders]
+    for length in range(1, max(len(path.parts) for path in paths) + 1):
+        labels = ["/".join(path.parts[-length:]).lstrip("/") for path in paths]
+        if len(set(labels)) == len(set(paths)):
+            break
+    if len(set(labels)) < len(labels):
+        raise InputError(f"{labels[0]}: a folder is given twice")
+    return labels
+
+
+def name_slides(
+    folder: Path, names: Sequence[str], full: Sequence[str], slides: str
+) -> tuple[str, str, list[str]]:
+    """A folder's rule, the rule in words, and the slides of its pictures.
+
+    names, full  paths of the pictures below the folder, and what reports call them
+    """
+    if slides == "auto":
+        column, tabled = table_slides(folder, names)
+        if column:
+            return "table", RULES["table"].format(column=column), tabled
+        barcodes = [barcode_in(name) for name in names]
+        if all(barcodes):
+            return "tcga", RULES["tcga"], barcodes
+        patients = [patient_in(name) for name in names]
+        if all(patients):
+            return "patient", RULES["patient"], patients
+        # One level of folders is classes far more often than slides.
+        is_deep = all(len(PurePosixPath(name).parts) > 2 for name in names)
+        slides = "folder" if is_deep else "picture"
+    parents = [str(PurePosixPath(name).parent) for name in full]
+    return slides, RULES[slides], parents if slides == "folder" else list(full)
+
+
+def table_slides(folder: Path, names: Sequence[str]) -> tuple[str, list[str]]:
+    """The column of the folder's labels.csv that says slides, and each picture's by the longest end
+    of its path that has a line; no column where there is no such table, or it lacks pictures.
+
+    raises  InputError for two slides of one picture
+    """
+    path = folder / "labels.csv"
+    if not path.is_file():
+        return "", []
+    table = read_table(path)
+    picture, slide = table.find_column(PICTURES), table.find_column(SLIDES)
+    if picture is None or slide is None:  # labels of something else
+        return "", []
+    slides: dict[str, str] = {}
+    for name, own in zip(table.values(picture), table.values(slide), strict=True):
+        key = name.replace("\\", "/").removeprefix("./").lstrip("/")
+        if key and own and slides.setdefault(key, own) != own:
+            raise InputError(f"{path}: two slides for {key}")
+    found = []
+    for parts in ((folder / name).absolute().parts[1:] for name in names):
+        ends = ["/".join(parts[start:]) for start in range(len(parts))]
+        found += [slides[end] for end in (*ends, Path(parts[-1]).stem) if end in slides][:1]
+    return (slide, found) if len(found) == len(names) else ("", [])
+
+
+def barcode_in(name: str) -> str:
+    """The TCGA slide in a path, empty where there is none."""
+    match = TCGA_SLIDE.search(name)
+    barcode = parse_barcode(match[0]) if match else None
+    return barcode.slide if barcode else ""
+
+
+def patient_in(name: str) -> str:
+    """The TCGA patient in a path, empty where there is none."""
+    start = name.find("TCGA-")
+    patient = patient_of(name[start:]) if start >= 0 else ""
+    return patient if patient != name[start:] else ""

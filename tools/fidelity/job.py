@@ -22,7 +22,6 @@ from latentds_tools.fidelity.fidelity_crops import Crop, FidelityCrops, read_cro
 from latentds_tools.fidelity.fidelity_plan import Autoencoders, FidelityPlan, make_plan, parse
 from latentds_tools.fidelity.measuring import MeasuredOriginals
 from latentds_tools.fidelity.nuclei import NucleiFinder
-from latentds_tools.fidelity.picture_slides import SlideOptions, read_slides
 from latentds_tools.fidelity.report_pictures import pick_crops
 
 from latentds.codecs import (
@@ -138,12 +137,10 @@ def check_tables(plan: FidelityPlan) -> None:
 
 
 def crops_of(config: Config, folders: Sequence[Path], most: int) -> FidelityCrops:
-    tables = tuple(read_slides(path) for path in config.slides_table)
-    is_tested = folders == config.source
     return read_crops(
         folders, crop_px=config.crop_px, per_picture=config.crops, most=most, seed=config.seed,
-        slides=SlideOptions(config.name_pattern, tables, config.slides),
-        must_match=is_tested, recode=recodings(config.recode) if is_tested else (),
+        slides=config.slides,
+        recode=recodings(config.recode) if folders == config.source else (),
     )  # fmt: skip
 
 

@@ -359,13 +359,11 @@ def test_decoders_trained_on_a_folder_of_the_tested_name_are_told(tmp_path):
         assert (wanted in fidelity_page.write_page(report)) == bool(count)
 
 
-def test_tiny_uses_the_codebook_it_ships_unless_told(folder):
+def test_tiny_uses_the_codebook_it_ships(folder):
     config = settings(folder, codecs="tiny+kmeans,tiny+kmeans:16", embedders="")
     shipped, fitted = rows_of(config).values()
     assert shipped["codebook"]["origin"] == "shipped with tiny"
     assert fitted["codebook"]["origin"] == codebook_fitting.ON_TESTED
-    again = rows_of(dataclasses.replace(config, refit=True))["tiny+kmeans"]
-    assert again["codebook"]["origin"] == codebook_fitting.ON_TESTED
 
 
 def test_groups_by_coding_stand_apart(tmp_path, stand_ins):
@@ -481,12 +479,9 @@ def test_an_embedder_that_gives_nan_stops_the_run(folder, stand_ins, monkeypatch
         comparing.compare(settings(folder))
 
 
-@pytest.mark.parametrize("text", ["x", "99", "-1", ","])
-def test_contact_takes_numbers_of_crops(folder, text):
+def test_a_crop_of_each_slide_is_shown(folder):
     crops = read_crops([folder], crop_px=EDGE, per_picture=1, most=9, seed=0).crops
-    with pytest.raises(InputError, match="--contact"):
-        pick_crops(text, crops)
-    assert pick_crops(None, crops) == [0, 2, 4] and pick_crops("5,1,5", crops) == [5, 1]
+    assert pick_crops(crops) == [0, 2, 4]
 
 
 @pytest.mark.parametrize(
@@ -531,7 +526,7 @@ def test_page_has_the_figures_of_the_json(folder, tmp_path, stand_ins, capsys):
 
 
 def test_plots_and_sheet_show_something(folder, tmp_path, stand_ins):
-    _, files = comparing.compare(settings(folder, out=tmp_path / "out", contact="1,4"))
+    _, files = comparing.compare(settings(folder, out=tmp_path / "out"))
     assert set(files) == {name for name in bench_fidelity.OUTPUTS if name.endswith(("png", "svg"))}
     for name in ("rate_fidelity.png", "contact_sheet.png"):
         (tmp_path / name).write_bytes(files[name])
@@ -542,11 +537,11 @@ def test_plots_and_sheet_show_something(folder, tmp_path, stand_ins):
 
 
 def test_contact_sheet_holds_originals_and_reconstructions_as_they_are(folder, tmp_path, stand_ins):
-    config = settings(folder, out=tmp_path / "out", codecs="png", contact="3")
+    config = settings(folder, out=tmp_path / "out", codecs="png")
     _, files = comparing.compare(config)
     (tmp_path / "sheet.png").write_bytes(files["contact_sheet.png"])
     sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
-    crop = read_crops([folder], crop_px=EDGE, per_picture=1, most=9, seed=0).crops[3].image
+    crop = read_crops([folder], crop_px=EDGE, per_picture=1, most=9, seed=0).crops[0].image
     large = crop.repeat(7, axis=0).repeat(7, axis=1)  # to at least 200 px
     for place in range(2):
         left = 6 + place * (224 + 6)

@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,13 +24,8 @@ from latentds.codecs import (
 from latentds.codecs.formats import JPEG_TABLES_AT_50, Format, encode_jpeg
 from latentds.codecs.picture_codecs import fit_to_mean
 from latentds.codecs.quantizers import latent_shape
-from latentds.errors import ContractError, InputError
-from latentds.quantizers.codebooks import (
-    StoredCodebook,
-    load_codebook,
-    shipped_records,
-    tiny_codebook,
-)
+from latentds.errors import InputError
+from latentds.quantizers.codebooks import StoredCodebook, shipped_records, tiny_codebook
 from latentds.quantizers.entropy.record_fit import fit_entropy_codebook
 
 ENCODE_BATCH = 16
@@ -59,14 +53,12 @@ class Codebooks:
     """Makes codecs of latents; the latents of one autoencoder's fit sample are kept.
 
     sample  pictures to fit on
-    stored  codebooks used for latents of their latent_id, kind, and levels, planes or bytes
     """
 
     def __init__(
-        self, autoencoders: Autoencoders, sample: FitSample, stored: dict[str, StoredCodebook],
-        seed: int, patch_px: tuple[int, int],
-    ) -> None:  # fmt: skip
-        self.autoencoders, self.sample, self.stored, self.seed = autoencoders, sample, stored, seed
+        self, autoencoders: Autoencoders, sample: FitSample, seed: int, patch_px: tuple[int, int]
+    ) -> None:
+        self.autoencoders, self.sample, self.seed = autoencoders, sample, seed
         self.patch_px = patch_px
         self._samples: tuple[str, Any] | None = None
 
@@ -89,17 +81,15 @@ class Codebooks:
         }
 
     def find_stored(self, spec: LatentSpec) -> tuple[str, StoredCodebook] | None:
-        """The stored codebook that fits a row, and its name."""
-        latent_id, wanted = self.autoencoders.cards[spec.name].latent_id, spec.quantizer
-        for name, stored in self.stored.items():
-            if (stored.latent_id, stored.codebook.text) == (latent_id, wanted.text):
-                return name, stored
-        if wanted.record_bytes is not None:
-            card = self.autoencoders.cards[spec.name]
-            shape = latent_shape(card, self.patch_px)
-            shipped = shipped_records(latent_id, shape, wanted.record_bytes)
-            return (f"shipped with {card.encoder or card.name}", shipped) if shipped else None
-        return None
+        """The codebook that ships for a row, and its name."""
+        card, wanted, tiny = self.autoencoders.cards[spec.name], spec.quantizer, tiny_codebook()
+        if (tiny.latent_id, tiny.codebook.text) == (card.latent_id, wanted.text):
+            return "shipped with tiny", tiny
+        if wanted.record_bytes is None:
+            return None
+        shape = latent_shape(card, self.patch_px)
+        shipped = shipped_records(card.latent_id, shape, wanted.record_bytes)
+        return (f"shipped with {card.encoder or card.name}", shipped) if shipped else None
 
     def make(self, spec: LatentSpec) -> LatentCodec:
         autoencoder, quantizer = self.autoencoders.get(spec.name), spec.quantizer
@@ -129,23 +119,6 @@ class Codebooks:
             ]
             self._samples = (spec.name, torch.cat(parts))
         return self._samples[1]
-
-
-def stored_codebooks(
-    path: Path | None, cards: dict[str, Any], refit: bool
-) -> dict[str, StoredCodebook]:
-    """The codebook of --codebook, and tiny's own unless `refit`; by what they are called.
-
-    raises  ContractError for a codebook of latents that no listed autoencoder makes
-    """
-    found = {}
-    if path is not None:
-        found[path.name] = load_codebook(path)
-        if found[path.name].latent_id not in {card.latent_id for card in cards.values()}:
-            raise ContractError(f"{path}: fitted to latents that none of --codecs makes")
-    if not refit:
-        found["shipped with tiny"] = tiny_codebook()
-    return found
 
 
 class FittedTables:

@@ -60,8 +60,6 @@ class Config:
     favours fitted codecs."""
     fit_patches: int = 256
     """Crops to fit codebooks on, at most."""
-    codebook: Path | None = None
-    """Codebook file, used for the rows with its latents, kind and levels."""
     recode: str | None = None
     """Comma-separated codings such as jpeg:80,j2k:38. Every crop is tested again as cut from its
     picture in this coding. Tables keep these rows apart, as they do files of other codings."""
@@ -72,12 +70,8 @@ class Config:
     """Folder of pictures in class folders, with the classes of the tested pictures. Linear probes
     of each embedder are fitted on these originals, without the slide that is tested. Reports the
     share of coded pictures whose class is recognized."""
-    refit: bool = False
-    """Also fit tiny's codebook, instead of taking the one that ships."""
     bootstrap: int = 1000
     """Rounds of the bootstrap over slides, seeded by --seed; 0 for no intervals."""
-    contact: str | None = None
-    """Comma-separated numbers of crops on the contact sheet. By default 3 of different slides."""
     device: str = "auto"
     """Device: cpu, cuda, cuda:1, mps; auto takes a GPU if there is one."""
     skip_missing: bool = False

@@ -15,7 +15,6 @@ from latentds_tools.fidelity.codebook_fitting import (
     Codebooks,
     FitSample,
     FittedTables,
-    stored_codebooks,
 )
 from latentds_tools.fidelity.fidelity_config import Config
 from latentds_tools.fidelity.fidelity_crops import Crop, FidelityCrops, read_crops
@@ -101,7 +100,6 @@ def prepare(config: Config) -> FidelityJob:
         patch_px=(config.crop_px, config.crop_px), skip_missing=config.skip_missing,
     )  # fmt: skip
     crops = crops_of(config, config.source, config.patches or 1)
-    stored = stored_codebooks(config.codebook, autoencoders.cards, config.refit)
     sample = fit_sample(config, crops)
     check_tables(plan)
     judges: list[NucleiFinder | PatchProbe] = []
@@ -114,10 +112,8 @@ def prepare(config: Config) -> FidelityJob:
         config=config,
         plan=plan,
         crops=crops,
-        codebooks=Codebooks(
-            autoencoders, sample, stored, config.seed, (config.crop_px, config.crop_px)
-        ),
-        contact=pick_crops(config.contact, crops.crops),
+        codebooks=Codebooks(autoencoders, sample, config.seed, (config.crop_px, config.crop_px)),
+        contact=pick_crops(crops.crops),
         device=device,
         tables=FittedTables(sample.images, plan.embedders),
         judges=tuple(judges),

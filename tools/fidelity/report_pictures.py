@@ -11,8 +11,6 @@ import numpy as np
 from latentds_tools.fidelity.fidelity_crops import Crop
 from latentds_tools.reports.plots import make_panels, saved
 
-from latentds.errors import InputError
-
 CAPTION_PX, MARGIN_PX, FONT_PX = 34, 6, 12
 MIN_CELL_PX = 200  # captions need so much
 SHOWN = 3
@@ -20,20 +18,11 @@ PANEL_IN, DPI = (5.2, 4.2), 150  # width and height in inches
 MARKERS = {"picture": "s", "latent": "o"}
 
 
-def pick_crops(text: str | None, crops: Sequence[Crop]) -> list[int]:
-    """Numbers of the crops to show: those given, else SHOWN of different slides, evenly spread."""
-    if text is None:
-        firsts = sorted({crop.slide: n for n, crop in reversed(list(enumerate(crops)))}.values())
-        places = np.linspace(0, len(firsts) - 1, min(SHOWN, len(firsts)))
-        return [firsts[round(place)] for place in places.tolist()]
-    try:
-        numbers = list(dict.fromkeys(int(part) for part in text.split(",") if part.strip()))
-    except ValueError as error:
-        raise InputError(f"--contact {text!r}: numbers with commas between") from error
-    wrong = [number for number in numbers if not 0 <= number < len(crops)]
-    if wrong or not numbers:
-        raise InputError(f"--contact {text!r}: crops are 0 to {len(crops) - 1}")
-    return numbers
+def pick_crops(crops: Sequence[Crop]) -> list[int]:
+    """Numbers of the crops to show: SHOWN of different slides, evenly spread."""
+    firsts = sorted({crop.slide: n for n, crop in reversed(list(enumerate(crops)))}.values())
+    places = np.linspace(0, len(firsts) - 1, min(SHOWN, len(firsts)))
+    return [firsts[round(place)] for place in places.tolist()]
 
 
 def draw_sheet(

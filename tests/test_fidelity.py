@@ -527,13 +527,11 @@ def test_page_has_the_figures_of_the_json(folder, tmp_path, stand_ins, capsys):
 
 def test_plots_and_sheet_show_something(folder, tmp_path, stand_ins):
     _, files = comparing.compare(settings(folder, out=tmp_path / "out"))
-    assert set(files) == {name for name in bench_fidelity.OUTPUTS if name.endswith(("png", "svg"))}
+    assert set(files) == {name for name in bench_fidelity.OUTPUTS if name.endswith("png")}
     for name in ("rate_fidelity.png", "contact_sheet.png"):
         (tmp_path / name).write_bytes(files[name])
         with Image.open(tmp_path / name) as image:
             assert len(np.unique(np.asarray(image.convert("L")))) > 20
-    svg = files["rate_fidelity.svg"].decode()
-    assert "cosine similarity" in svg and "jpeg" in svg and "colours" in svg
 
 
 def test_contact_sheet_holds_originals_and_reconstructions_as_they_are(folder, tmp_path, stand_ins):
@@ -570,7 +568,7 @@ def test_killed_run_goes_on_after_its_last_row(folder, tmp_path, stand_ins, monk
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests of kept rows draw no plots of them."""
-    monkeypatch.setattr(comparing, "draw_plots", lambda report: {})
+    monkeypatch.setattr(comparing, "draw_plots", lambda report: b"")
     monkeypatch.setattr(comparing, "draw_sheet", lambda *_: b"")
 
 
@@ -622,7 +620,7 @@ def test_another_decoder_of_the_same_latents_reads_the_same_files(
 def test_damaged_row_is_measured_again(folder, tmp_path, stand_ins, undrawn):
     config = settings(folder, out=tmp_path / "out")
     first = rows_of(config)
-    for path in (tmp_path / "out" / "rows").glob("*.npy"):
+    for path in (tmp_path / "out" / "rows").glob("*.npz"):
         path.write_bytes(path.read_bytes()[:20])
     again = rows_of(config)
     assert [row["per_crop"] for row in again.values()] == [r["per_crop"] for r in first.values()]

@@ -8,7 +8,7 @@ from latentds_tools.fidelity.fidelity_config import Config
 
 OUTPUTS = (
     *("fidelity.json", "fidelity.md", "fidelity.html"),
-    *("rate_fidelity.png", "rate_fidelity.svg", "contact_sheet.png"),
+    *("rate_fidelity.png", "contact_sheet.png"),
 )
 
 __all__ = ["Config", "run"]

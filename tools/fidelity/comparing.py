@@ -10,7 +10,7 @@ import math
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from latentds_tools.bench.harness import machine
@@ -36,6 +36,7 @@ from latentds.core.storage import canonical_json, write_atomically
 from latentds.errors import InputError
 
 FORMAT = "latentds-fidelity/1"
+Kept = TypeVar("Kept", Encoded, Measured)
 
 
 def compare(config: Config) -> tuple[dict[str, Any], dict[str, bytes]]:
@@ -47,7 +48,7 @@ def compare(config: Config) -> tuple[dict[str, Any], dict[str, bytes]]:
         return report, {}
     originals = [job.crops.crops[number].image for number in job.contact]
     sheet = draw_sheet(report, originals, [row.shown for row in rows])
-    return report, draw_plots(report) | {"contact_sheet.png": sheet}
+    return report, {"rate_fidelity.png": draw_plots(report), "contact_sheet.png": sheet}
 
 
 def measure_rows(job: FidelityJob) -> list[Measured]:
@@ -61,14 +62,14 @@ def measure_rows(job: FidelityJob) -> list[Measured]:
         for spec in job.plan.in_working_order():
             bar.set_description(spec.text[-24:])
             facts = facts_of(job, spec)
-            row = kept.find(facts)
+            row = kept.find(facts, Measured)
             if row is None:
                 codec = job.codec(spec)
                 made = encoding_facts(job, spec)
-                encoded = kept.find_encoded(made)
+                encoded = kept.find(made, Encoded)
                 if encoded is None:
                     encoded = encode_all(codec, images, bar.update)
-                    kept.keep_encoded(made, encoded)
+                    kept.keep(made, encoded)
                 else:
                     bar.update(len(images))
                 row = measure(codec, encoded, originals, job.contact, bar.update, job.judges)
@@ -169,48 +170,23 @@ class KeptRows:
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
 
-    def find(self, facts: dict[str, Any]) -> Measured | None:
-        """The row that was measured with just these facts, None where there is none."""
-        if self.folder is None:
-            return None
-        path = self.folder / f"{key_of(facts)}.json"
-        if not path.is_file():
-            return None
-        try:
-            values = json.loads(path.read_bytes())
-            shown = np.load(path.with_suffix(".npy"), allow_pickle=False)
-            return Measured(values["per_crop"], values["seconds"], shown)
-        except (ValueError, KeyError, EOFError, FileNotFoundError):
-            return None  # not one that this version wrote whole: measured again
-
-    def find_encoded(self, facts: dict[str, Any]) -> Encoded | None:
-        """The files that a codec made under just these facts, None where there are none."""
+    def find(self, facts: dict[str, Any], kind: type[Kept]) -> Kept | None:
+        """What was kept under just these facts, None where nothing whole was."""
         if self.folder is None:
             return None
         try:
             with np.load(self.folder / f"{key_of(facts)}.npz", allow_pickle=False) as arrays:
-                return Encoded.from_arrays(dict(arrays))
+                return kind.from_arrays(dict(arrays))
         except (ValueError, KeyError, EOFError, FileNotFoundError, zipfile.BadZipFile):
             return None
 
-    def keep_encoded(self, facts: dict[str, Any], encoded: Encoded) -> None:
+    def keep(self, facts: dict[str, Any], found: Encoded | Measured) -> None:
         if self.folder is None:
             return
         content = io.BytesIO()
-        arrays: dict[str, Any] = encoded.to_arrays()
+        arrays: dict[str, Any] = found.to_arrays()
         np.savez(content, **arrays)
         write_atomically(self.folder / f"{key_of(facts)}.npz", content.getvalue())
-
-    def keep(self, facts: dict[str, Any], row: Measured) -> None:
-        """Write a row, its pictures first: the JSON's presence means both."""
-        if self.folder is None:
-            return
-        path = self.folder / f"{key_of(facts)}.json"
-        pictures = io.BytesIO()
-        np.save(pictures, row.shown, allow_pickle=False)
-        write_atomically(path.with_suffix(".npy"), pictures.getvalue())
-        values = {"facts": facts, "per_crop": row.per_crop, "seconds": row.seconds}
-        write_atomically(path, json.dumps(values, allow_nan=False).encode())
 
 
 def key_of(facts: dict[str, Any]) -> str:

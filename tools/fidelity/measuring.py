@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import json
 import math
 import os
 import time
@@ -43,15 +44,10 @@ class Encoded:
 
     @staticmethod
     def from_arrays(arrays: dict[str, np.ndarray]) -> Encoded:
-        """What `to_arrays` laid out; KeyError or ValueError where it is none."""
-        ends = np.cumsum(arrays["sizes"])
-        octets = arrays["bytes"].tobytes()
-        if len(octets) != ends[-1]:
-            raise ValueError(f"{len(octets)} bytes for files of {ends[-1]} together")
-        starts = (ends - arrays["sizes"]).tolist()
-        files = [octets[start:end] for start, end in zip(starts, ends.tolist(), strict=True)]
+        """What `to_arrays` laid out; KeyError where it is none."""
+        parts = np.split(arrays["bytes"], np.cumsum(arrays["sizes"])[:-1])
         qualities = [None if np.isnan(q) else float(q) for q in arrays["qualities"]]
-        return Encoded(files, qualities, float(arrays["seconds"]))
+        return Encoded([part.tobytes() for part in parts], qualities, float(arrays["seconds"]))
 
 
 def encode_all(
@@ -113,6 +109,16 @@ class Measured:
     per_crop: dict[str, Any]
     seconds: dict[str, float]
     shown: np.ndarray
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """As a file keeps it: all but the pictures as JSON."""
+        text = json.dumps({"per_crop": self.per_crop, "seconds": self.seconds}, allow_nan=False)
+        return {"shown": self.shown, "figures": np.frombuffer(text.encode(), np.uint8)}
+
+    @staticmethod
+    def from_arrays(arrays: dict[str, np.ndarray]) -> Measured:
+        """What `to_arrays` laid out; KeyError where it is none."""
+        return Measured(shown=arrays["shown"], **json.loads(arrays["figures"].tobytes()))
 
 
 class MeasuredOriginals:

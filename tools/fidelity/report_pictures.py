@@ -81,15 +81,15 @@ def shorten(text: str, font: Any, width: int) -> str:
     return "\n".join(lines)
 
 
-def draw_plots(report: dict[str, Any]) -> dict[str, bytes]:
-    """rate_fidelity.png and .svg; PSNR where no embedder was asked for."""
+def draw_plots(report: dict[str, Any]) -> bytes:
+    """PNG of rate against fidelity; PSNR where no embedder was asked for."""
     panels = [("similarity", name) for name in report["embedders"]] or [("psnr_db", "")]
     figure, axes = make_panels(len(panels), PANEL_IN)
     for axis, (column, name) in zip(axes, panels, strict=True):
         draw_panel(axis, report["rows"], column, name)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False)
-    return {f"rate_fidelity.{suffix}": saved(figure, DPI, suffix) for suffix in ("png", "svg")}
+    return saved(figure, DPI)
 
 
 def draw_panel(axis: Any, rows: list[dict[str, Any]], column: str, name: str) -> None:

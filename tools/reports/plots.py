@@ -46,12 +46,8 @@ def add_legend(figure: Any, colours: Mapping[str, str]) -> None:
     figure.legend(handles=patches, loc="outside lower center", ncols=4, frameon=False)
 
 
-def saved(figure: Any, dpi: int, suffix: str = "png") -> bytes:
-    """The figure's file, png or svg: the same figure gives the same bytes."""
-    import matplotlib
-
-    undated = {"png": {"Software": None}, "svg": {"Date": None}}[suffix]
+def saved(figure: Any, dpi: int) -> bytes:
+    """The figure's PNG: the same figure gives the same bytes."""
     buffer = io.BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": "latentds", "svg.fonttype": "none"}):
-        figure.savefig(buffer, format=suffix, dpi=dpi, metadata=undated)
+    figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""The report as Markdown: the table, the spreads, the paper's figures beside ours, the notes."""
+"""The report as Markdown: the tables, the paper's figures beside ours, the notes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ def write_page(report: dict[str, Any]) -> str:
             parts.append(f"## Crops of {name} files only")
             parts.append(f"Crops: {counts['crops']:,}; slides: {counts['slides']:,}.")
         parts.append(main_table(report, name))
-        parts += [spread_table(report, name)] if name == "all" else []
     parts += [differences_part(report, name) for name in references(report)]
     parts += [steps_part(report)] if any(row["steps"] for row in report["rows"]) else []
     parts += [paper_part(report)] if any(row["paper"] for row in report["rows"]) else []
@@ -51,20 +50,6 @@ def main_table(report: dict[str, Any], group: str) -> str:
             *([rate(row["encode_rate"]), rate(row["decode_rate"])] if group == "all" else []),
         ])  # fmt: skip
     return table([*header, *(["encode/s", "decode/s"] if group == "all" else [])], rows)
-
-
-def spread_table(report: dict[str, Any], group: str) -> str:
-    """Standard deviation and 5th percentile over crops."""
-    names = embedder_names(report)
-    rows = []
-    for row in report["rows"]:
-        values = row["groups"][group]
-        columns = [(values["similarity"][name], ".4f") for name in names]
-        columns += [(values["psnr_db"], ".2f"), (values["ssim"], ".3f")]
-        cells = [f"{number(v['sd'], d)}, {number(v['p5'], d)}, {v['n']:,}" for v, d in columns]
-        rows.append([f"`{row['codec']}`", *cells])
-    header = ["sd, 5th percentile, n", *names, "PSNR, dB", "SSIM"]
-    return table(header, rows)
 
 
 def embedder_names(report: dict[str, Any]) -> list[str]:
@@ -169,7 +154,7 @@ def notes(report: dict[str, Any]) -> list[str]:
         f"Codebook or tables of {', '.join(rows)}: {origin}." for origin, rows in codebooks.items()
     ]
     formats = {row["series"]: row["settings"] for row in report["rows"] if "settings" in row}
-    found += [f"{name}: {text}; {fixed_part(report, name)}." for name, text in formats.items()]
+    found += [f"{name}: {text}." for name, text in formats.items()]
     found.append(", ".join(f"{name} {v}" for name, v in report["versions"].items()) + ".")
     return found
 
@@ -178,13 +163,6 @@ def describe_embedder(name: str, card: dict[str, Any]) -> str:
     rule = f"; {card['rule']}" if card.get("rule") else ""
     weights = str(card.get("weights_id", "")).removeprefix("sha256:")[:12]
     return f"{name}: {card.get('dim')} dimensions{rule}; weights {weights or 'unknown'}."
-
-
-def fixed_part(report: dict[str, Any], series: str) -> str:
-    """What every file of a format has, whatever is in the picture."""
-    sizes = [row["fixed_bytes"] for row in report["rows"] if row["series"] == series]
-    several = f"{min(sizes):,} to {max(sizes):,}" if len(set(sizes)) > 1 else f"{sizes[0]:,}"
-    return f"of a file's bytes, of which fixed: {several} (a flat grey patch has so many)"
 
 
 def rate(value: float) -> str:

@@ -16,16 +16,15 @@ from latentds_tools.fidelity import (
     comparing,
     fidelity_page,
     fidelity_plan,
-    job,
-    quality,
+    measuring,
 )
+from latentds_tools.fidelity.assembling import confidence_interval, drawn_means, summarize
 from latentds_tools.fidelity.fidelity_config import Config
 from latentds_tools.fidelity.fidelity_crops import read_crops
+from latentds_tools.fidelity.fidelity_page import pick_crops
 from latentds_tools.fidelity.fidelity_plan import make_plan, spread
 from latentds_tools.fidelity.measuring import MeasuredOriginals, encode_all, measure
 from latentds_tools.fidelity.paper_rows import find_paper_row, paper_rows
-from latentds_tools.fidelity.report_pictures import pick_crops
-from latentds_tools.fidelity.summaries import confidence_interval, drawn_means, summarize
 from latentds_tools.reports.paper_tables import paper_tables
 from PIL import Image
 
@@ -214,7 +213,9 @@ def test_equal_reconstructions_are_left_out_of_psnr_and_said(tmp_path, stand_ins
 
 
 def test_cosines_of_zeros_are_one_only_for_equal_vectors():
-    values = quality.cosines(np.array([[0, 0], [0, 0], [3, 4]]), np.array([[0, 0], [1, 0], [6, 8]]))
+    values = measuring.cosines(
+        np.array([[0, 0], [0, 0], [3, 4]]), np.array([[0, 0], [1, 0], [6, 8]])
+    )
     assert values.tolist() == [1, 0, pytest.approx(1)]
 
 
@@ -224,7 +225,7 @@ def test_ssim_and_psnr_are_scikit_images():
     expected = skimage.metrics.structural_similarity(
         a, b, channel_axis=2, data_range=255, **options
     )
-    assert quality.ssim(b, a) == pytest.approx(expected, abs=1e-12)
+    assert measuring.ssim(b, a) == pytest.approx(expected, abs=1e-12)
     assert psnr_db(b, a) == pytest.approx(
         skimage.metrics.peak_signal_noise_ratio(a, b, data_range=255), abs=1e-12
     )
@@ -232,14 +233,14 @@ def test_ssim_and_psnr_are_scikit_images():
 
 def test_ssim_of_a_picture_smaller_than_its_window_is_refused():
     with pytest.raises(ShapeError, match="64x10 px; its window is 11 px"):
-        quality.ssim(smooth_picture(0, 64)[:10], smooth_picture(1, 64)[:10])
+        measuring.ssim(smooth_picture(0, 64)[:10], smooth_picture(1, 64)[:10])
 
 
 def test_similarity_is_of_the_picture_rounded_to_8_bits(folder, stand_ins):
     row = rows_of(settings(folder))["sd15+kmeans"]
     crops = read_crops([folder], crop_px=EDGE, per_picture=2, most=9, seed=0)
     mean = MeanAutoencoder()
-    images = quality.to_images(crops.images)
+    images = measuring.to_images(crops.images)
     decoded = mean.decode(mean.encode(images)).mul(255).round().div(255)
     own = ColourEmbedder()
     wanted = torch.cosine_similarity(own.embed(decoded), own.embed(images))
@@ -674,6 +675,6 @@ def test_an_embedder_that_cannot_take_the_size_is_told_before_any_work(
         raise ShapeError(f"no {images.shape[-1]} px")
 
     monkeypatch.setattr(ColourEmbedder, "embed", refuse)
-    monkeypatch.setattr(job, "read_crops", lambda *args, **options: pytest.fail("read"))
+    monkeypatch.setattr(comparing, "read_crops", lambda *args, **options: pytest.fail("read"))
     with pytest.raises(ShapeError, match="no 32 px"):
         comparing.compare(settings(folder))

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from latentds_tools.fidelity import codebook_fitting, comparing, fidelity_page, nuclei
+from latentds_tools.fidelity import codebook_fitting, comparing, fidelity_page, judges
+from latentds_tools.fidelity.assembling import Groups
+from latentds_tools.fidelity.comparing import prepare
 from latentds_tools.fidelity.fidelity_config import Config
 from latentds_tools.fidelity.fidelity_crops import read_crops
-from latentds_tools.fidelity.job import prepare
-from latentds_tools.fidelity.summaries import Groups
 from PIL import Image
 
 from latentds.codecs import PictureCodec
@@ -47,7 +47,7 @@ def classes(root: Path) -> Path:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """A U-Net that is trained in a second: all that drawn discs need."""
     for name, value in {"STEPS": 30, "BATCH": 2, "CROP_PX": 64}.items():
-        monkeypatch.setattr(nuclei, name, value)
+        monkeypatch.setattr(judges, name, value)
 
 
 def report_of(config: Config) -> dict:
@@ -132,12 +132,12 @@ def test_nuclei_are_found_in_what_codecs_keep(tmp_path, quick):
     others = save_nuclei(tmp_path / "others", 6)
     config = settings(tested / "images", codecs="png", embedders="", crop_px=64, nuclei=others)
     report = report_of(config)
-    kept = report["rows"][0]["groups"]["all"]["downstream"][nuclei.NAME]
+    kept = report["rows"][0]["groups"]["all"]["downstream"][judges.NAME]
     assert any("6 original pictures of others" in note for note in report["notes"])
     assert kept["mean"] > 0.8 and kept["n"] == 2
     (finder,) = prepare(config).judges
     white = [np.full((64, 64, 3), 200, np.uint8)] * 2
-    assert max(finder.score(0, white, {})[nuclei.NAME]) < 0.6
+    assert max(finder.score(0, white, {})[judges.NAME]) < 0.6
 
 
 @pytest.mark.parametrize("part", ["tested", "others"])
@@ -155,7 +155,7 @@ def test_real_nuclei_have_masks_of_their_pictures_sizes(assets):
     folder = assets / "segmentation"
     options = {"crop_px": 256, "per_picture": 1, "most": 14, "seed": 0}
     crops = read_crops([folder / "monuseg" / "images"], **options).crops
-    finder = nuclei.NucleiFinder(folder / "dsb2018_he", crops, 0)
+    finder = judges.NucleiFinder(folder / "dsb2018_he", crops, 0)
     assert len(finder.pairs) == 72 and len(finder.truths) == 14
     shares = [truth.mean() for truth in finder.truths]
     assert 0.02 < min(shares) < max(shares) < 0.6
@@ -170,8 +170,8 @@ def test_training_on_tested_pictures_is_refused(tmp_path):
 
 def test_dice_of_nothing_found_where_nothing_is_stays_out():
     empty, full = np.zeros((4, 4), bool), np.ones((4, 4), bool)
-    assert nuclei.dice(empty, empty) is None
-    assert (nuclei.dice(full, empty), nuclei.dice(full, full)) == (0, 1)
+    assert judges.dice(empty, empty) is None
+    assert (judges.dice(full, empty), judges.dice(full, full)) == (0, 1)
 
 
 def test_a_probe_of_originals_tells_the_classes_that_codecs_keep(tmp_path, stand_ins):  # noqa: F811

@@ -182,7 +182,7 @@ def at_equal_bytes(originals: list[Any], target: int) -> dict[str, tuple[int, li
 
 
 def judge(size: int, pictures: list[Any], originals: list[Any]) -> dict[str, float]:
-    from latentds_tools.fidelity.quality import ssim
+    from latentds_tools.fidelity.measuring import ssim
 
     from latentds.store.golden import psnr_db
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from latentds_tools.fidelity.fidelity_plan import Autoencoders
-from latentds_tools.fidelity.quality import cosines, embed
+from latentds_tools.fidelity.measuring import cosines, embed
 
 from latentds.codecs import (
     FORMATS,

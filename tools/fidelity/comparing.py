@@ -15,9 +15,23 @@ from typing import Any, TypeVar
 import numpy as np
 from latentds_tools.bench.harness import machine
 from latentds_tools.fidelity import assembling
+from latentds_tools.fidelity.assembling import Groups, budget_of
+from latentds_tools.fidelity.codebook_fitting import (
+    FITTED,
+    ON_TESTED,
+    Codebooks,
+    FitSample,
+    FittedTables,
+)
 from latentds_tools.fidelity.fidelity_config import Config
-from latentds_tools.fidelity.job import FidelityJob, prepare
+from latentds_tools.fidelity.fidelity_crops import FidelityCrops, read_crops
+from latentds_tools.fidelity.fidelity_page import draw_plots, draw_sheet, pick_crops
+from latentds_tools.fidelity.fidelity_plan import Autoencoders, FidelityPlan, make_plan, parse
+from latentds_tools.fidelity.judges import NucleiFinder, PatchProbe
 from latentds_tools.fidelity.measuring import (
+    PSNR_SETTINGS,
+    SIMILARITY_SETTINGS,
+    SSIM_SETTINGS,
     Encoded,
     Measured,
     MeasuredOriginals,
@@ -25,18 +39,24 @@ from latentds_tools.fidelity.measuring import (
     measure,
 )
 from latentds_tools.fidelity.paper_rows import differences
-from latentds_tools.fidelity.quality import PSNR_SETTINGS, SIMILARITY_SETTINGS, SSIM_SETTINGS
-from latentds_tools.fidelity.report_pictures import draw_plots, draw_sheet
-from latentds_tools.fidelity.summaries import Groups, budget_of
 from latentds_tools.reports.paper_tables import paper_tables
 
-from latentds.codecs import CodecSpec, LatentSpec, PictureSpec
+from latentds.codecs import (
+    CodecSpec,
+    LatentCodec,
+    LatentSpec,
+    PictureCodec,
+    PictureSpec,
+    make_picture_codec,
+)
 from latentds.core.display import progress
+from latentds.core.processes import choose_device
 from latentds.core.storage import canonical_json, write_atomically
 from latentds.errors import InputError
 
 FORMAT = "latentds-fidelity/1"
 Kept = TypeVar("Kept", Encoded, Measured)
+MAX_PROBED = 5000  # crops that probes are fitted to
 
 
 def compare(config: Config) -> tuple[dict[str, Any], dict[str, bytes]]:
@@ -200,3 +220,145 @@ def check_finite(values: dict[str, Any], where: str) -> None:
             check_finite(column, where)
         elif any(isinstance(v, float) and not math.isfinite(v) for v in column):
             raise InputError(f"{where}: {name} is not finite for some crop; check its weights")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FidelityJob:
+    config: Config
+    plan: FidelityPlan
+    crops: FidelityCrops
+    codebooks: Codebooks
+    contact: list[int]
+    device: str
+    tables: FittedTables
+    judges: tuple[NucleiFinder | PatchProbe, ...]
+
+    @property
+    def patch_px(self) -> tuple[int, int]:
+        """(H, W) of every crop."""
+        return self.config.crop_px, self.config.crop_px
+
+    def trained(self) -> dict[str, dict[str, Any]]:
+        """Settings that the decoders among the rows were trained with, by what they are called."""
+        series = {row.name: self.plan.series(row) for row in self.plan.rows}
+        trained = self.codebooks.autoencoders.trained
+        return {series[name]: config for name, config in trained.items() if name in series}
+
+    def codec(self, spec: CodecSpec) -> PictureCodec | LatentCodec:
+        """A row's codec, fitted where it has to be."""
+        if isinstance(spec, LatentSpec):
+            return self.codebooks.make(spec)
+        if spec.name == FITTED:
+            return self.tables.codec(spec.max_bytes, spec.mean_bytes)
+        return make_picture_codec(spec)
+
+    def origin(self, spec: CodecSpec) -> dict[str, Any] | None:
+        """Where a row's codebook or its tables come from, None for neither."""
+        if isinstance(spec, LatentSpec):
+            return self.codebooks.origin(spec)
+        if spec.name != FITTED:
+            return None
+        card = self.plan.embedders[self.tables.embedder_name].card
+        return self.codebooks.fitted() | {
+            "pictures": len(self.tables.images),
+            "embedder": self.tables.embedder_name,
+            "weights": card.weights_id,
+        }
+
+    def card(self, spec: CodecSpec) -> Any:
+        """The card of a row's autoencoder, None for pictures."""
+        return self.codebooks.autoencoders.cards.get(spec.name)
+
+
+def prepare(config: Config) -> FidelityJob:
+    """Open all that is needed, and read the crops."""
+    others = (config.fit_on, config.nuclei, config.probe_on)
+    for folder in (*config.source, *(folder for folder in others if folder)):
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder}: no such folder")
+    device = str(choose_device(config.device))
+    autoencoders = Autoencoders(device)
+    plan = make_plan(
+        config.codecs or "", config.embedder_names(), autoencoders,
+        patch_px=(config.crop_px, config.crop_px), skip_missing=config.skip_missing,
+    )  # fmt: skip
+    crops = crops_of(config, config.source, config.patches or 1)
+    sample = fit_sample(config, crops)
+    check_tables(plan)
+    judges: list[NucleiFinder | PatchProbe] = []
+    if config.nuclei is not None:
+        judges.append(NucleiFinder(config.nuclei, crops.crops, config.seed))
+    if config.probe_on is not None:
+        training = crops_of(config, [config.probe_on], MAX_PROBED)
+        judges.append(PatchProbe(training, crops.crops, plan.embedders))
+    return FidelityJob(
+        config=config,
+        plan=plan,
+        crops=crops,
+        codebooks=Codebooks(autoencoders, sample, config.seed, (config.crop_px, config.crop_px)),
+        contact=pick_crops(crops.crops),
+        device=device,
+        tables=FittedTables(sample.images, plan.embedders),
+        judges=tuple(judges),
+    )
+
+
+def check_tables(plan: FidelityPlan) -> None:
+    """InputError for JPEG's tables fitted to no embedder, or at a quality in place of bytes."""
+    for spec in plan.rows:
+        if spec.name != FITTED:
+            continue
+        if not plan.embedders:
+            raise InputError(f"--codecs: {spec.text} needs --embedders; its tables are fitted to "
+                             "the last of them")  # fmt: skip
+        if isinstance(spec, PictureSpec) and spec.quality is not None:
+            raise InputError(f"--codecs: {spec.text} needs bytes, as {FITTED}@4096")
+
+
+def crops_of(config: Config, folders: Sequence[Path], most: int) -> FidelityCrops:
+    return read_crops(
+        folders, crop_px=config.crop_px, per_picture=config.crops, most=most, seed=config.seed,
+        slides=config.slides,
+        recode=recodings(config.recode) if folders == config.source else (),
+    )  # fmt: skip
+
+
+def fit_sample(config: Config, crops: FidelityCrops) -> FitSample:
+    """Pictures to fit codebooks on; InputError where they hold tested ones."""
+    if config.fit_on is None:
+        count = min(config.fit_patches, len(crops.crops))
+        places = np.linspace(0, len(crops.crops) - 1, count).round().astype(int)
+        images = [crops.crops[place].image for place in places.tolist()]
+        return FitSample(images, ON_TESTED, crops.digest())
+    check_apart(config.fit_on, config.source)
+    others = crops_of(config, [config.fit_on], config.fit_patches)
+    tested = {crop.picture for crop in crops.crops} | {image.tobytes() for image in crops.images}
+    for crop in others.crops:
+        if crop.picture in tested or crop.image.tobytes() in tested:
+            raise InputError(
+                f"--fit-on {config.fit_on}: holds tested pictures ({crop.source}); leave it out "
+                "to fit on the tested crops"
+            )
+    shared = tuple(sorted(crops.known_slides() & others.known_slides()))
+    origin = f"fitted on pictures of {config.fit_on.resolve().name}"
+    return FitSample(others.images, origin, others.digest(), shared)
+
+
+def check_apart(other: Path, tested: Sequence[Path]) -> None:
+    """InputError where a folder is a tested one, lies in one or holds one."""
+    own = other.resolve()
+    for folder in (path.resolve() for path in tested):
+        if own == folder or own in folder.parents or folder in own.parents:
+            raise InputError(
+                f"--fit-on {other}: holds tested pictures, or lies where they do ({folder.name}); "
+                "leave it out to fit on the tested crops"
+            )
+
+
+def recodings(text: str | None) -> list[PictureSpec]:
+    """Codecs in --recode; InputError for what is no picture format at a quality."""
+    specs = parse(text, "--recode") if text else []
+    found = [s for s in specs if isinstance(s, PictureSpec) and s.quality is not None]
+    if len(found) < len(specs):
+        raise InputError(f"--recode {text}: takes picture formats at a quality, as jpeg:80")
+    return found

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from latentds_tools.fidelity.quality import embed
+from latentds_tools.fidelity.measuring import embed
 
 from latentds.autoencoders import load_autoencoder
 from latentds.autoencoders.cards import CARDS

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from latentds_tools.fidelity.report_pictures import MARKERS
+from latentds_tools.fidelity.fidelity_page import MARKERS
 from latentds_tools.reports.markdown import table
 from latentds_tools.reports.plots import make_panels, saved
 

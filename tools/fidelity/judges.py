@@ -1,5 +1,8 @@
-"""Nuclei found in reconstructions by a small U-Net that was trained on original pictures."""
-# B batch, h w half of H W pixels
+"""Judges of reconstructions that were fitted to originals: a U-Net that finds nuclei, a probe.
+
+A judge has `score`, a `note` for the report, and `facts`: all that its figures depend on.
+"""
+# B batch, h w half of H W pixels, n crops, D embedding dimensions
 
 from __future__ import annotations
 
@@ -10,20 +13,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from latentds_tools.fidelity.fidelity_crops import Crop
-from latentds_tools.fidelity.quality import to_images
+from latentds_tools.fidelity.fidelity_crops import MAX_PX, Crop, FidelityCrops
+from latentds_tools.fidelity.measuring import MeasuredOriginals, to_images
 from torch import Tensor, nn
 from torch.nn import functional
 
 from latentds.core.storage import open_picture
 from latentds.errors import InputError
+from latentds.evaluation.probes import load_scikit_learn
 from latentds.sources.picture_decoding import read_picture
 
 NAME = "nuclei, Dice"
 WIDTHS = (16, 32, 64)
 STEPS, BATCH, CROP_PX, RATE = 200, 8, 128, 5e-3
 JITTER = 0.35  # of a channel's optical density: stains differ more than cameras
-MAX_PX = 1 << 28
+MAX_ITERATIONS = 500  # of a probe
 
 
 class SmallUNet(nn.Module):
@@ -180,3 +184,71 @@ def read_mask(path: Path) -> np.ndarray:
         values: Any = np.asarray(image)
     mask: np.ndarray = (values if values.ndim == 2 else values.max(2)) > 0
     return mask
+
+
+class PatchProbe:
+    """Whether a probe tells the class of each reconstruction, one probe an embedder and slide left.
+
+    A crop is judged by a probe that saw no crop of its slide.
+    training  crops of labelled pictures: the folder that a picture lies in is its class
+    crops     the tested ones, of the same slides and classes
+    raises    InputError for fewer than two classes or slides, or a tested class not among them
+    """
+
+    def __init__(
+        self, training: FidelityCrops, crops: Sequence[Crop], embedders: dict[str, Any]
+    ) -> None:
+        self.training = training.crops
+        self.classes = sorted({class_of(crop) for crop in self.training})
+        slides = {crop.slide for crop in self.training}
+        unknown = {class_of(crop) for crop in crops} - set(self.classes)
+        if len(self.classes) < 2 or len(slides) < 2 or unknown:
+            raise InputError(
+                f"--probe-on: {len(self.classes)} classes ({', '.join(self.classes)[:80]}) of "
+                f"{len(slides)} slides; at least two of each are needed, and the tested pictures' "
+                f"own ({', '.join(sorted(unknown)) or 'all there'})"
+            )
+        self.crops, self.embedders = crops, embedders
+        self.note = (
+            "Accuracy: of logistic regression of standardized embeddings of "
+            f"{len(self.training):,} originals ({len(self.classes)} classes, {len(slides):,} "
+            "slides), each slide by a probe without it; png's row is the originals'"
+        )
+        self.facts = {"probe": training.digest(), "slides": [c.slide for c in self.training]}
+        self._models: dict[tuple[str, str], Any] = {}
+        self._originals = MeasuredOriginals([crop.image for crop in self.training], embedders)
+
+    def score(
+        self, start: int, _: Sequence[np.ndarray], embeddings: dict[str, np.ndarray]
+    ) -> dict[str, list[float | None]]:
+        """1 for a class told, else 0, of the crops from `start` on; embeddings (n, D) by name."""
+        scores: dict[str, list[float | None]] = {}
+        for name, vectors in embeddings.items():
+            part = self.crops[start : start + len(vectors)]
+            told = [
+                self.model(name, crop.slide).predict(vector[None])[0] == class_of(crop)
+                for crop, vector in zip(part, vectors, strict=True)
+            ]
+            scores[f"{name}, accuracy"] = [float(is_told) for is_told in told]
+        return scores
+
+    def model(self, name: str, slide: str) -> Any:
+        """The probe of an embedder without a slide."""
+        if (name, slide) not in self._models:
+            from sklearn.pipeline import make_pipeline
+            from sklearn.preprocessing import StandardScaler
+
+            LogisticRegression, _ = load_scikit_learn()
+            kept = [n for n, crop in enumerate(self.training) if crop.slide != slide]
+            labels = [class_of(self.training[n]) for n in kept]
+            if len(set(labels)) < 2:
+                raise InputError(f"--probe-on: without slide {slide} a single class is left")
+            model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=MAX_ITERATIONS))
+            model.fit(self._originals.embeddings(name)[kept], labels)
+            self._models[name, slide] = model
+        return self._models[name, slide]
+
+
+def class_of(crop: Crop) -> str:
+    """The folder a crop's picture lies in."""
+    return crop.path.parent.name

@@ -388,15 +388,17 @@ def test_two_embedders_share_a_table(tmp_path: Path) -> None:
     assert head.count("Size, KB") == 1
 
 
-def test_sizes_that_differ_by_data_set_get_a_column_each(tmp_path: Path) -> None:
+def test_data_sets_have_a_table_each_and_sizes_that_differ_in_one_are_all_shown(
+    tmp_path: Path,
+) -> None:
     small = ORIGINAL | {"bytes_per_patch": 50 * 1024.0}
     folders = [
         classify(tmp_path / "a", ORIGINAL),
-        classify(tmp_path / "b", small, data="lung", fold_seed=1),
+        classify(tmp_path / "b", small, embedder="phikon-v2"),
+        classify(tmp_path / "c", small, data="lung", fold_seed=1),
     ]
     page = write_page(report_of(*folders))
-    head = next(line for line in page.splitlines() if line.startswith("| compression"))
-    assert head.count("Size, KB") == 2
+    assert page.count("| compression") == 2 and "| `original` | - | - | 100 / 50.0 |" in page
 
 
 def test_notes_of_runs_are_told_once(tmp_path: Path) -> None:
@@ -457,7 +459,7 @@ def test_the_command_writes_report_page_and_plots(
             assert image.width > 500
     page = (out / "comparison.html").read_text()
     assert page.count("data:image/png;base64,") == 2 and "http" not in page
-    assert "<td>original</td>" in page and "<h2>By class</h2>" in page and "`" not in page
+    assert "<td>original</td>" in page and "<h2>All scores</h2>" in page and "`" not in page
 
 
 def test_what_a_report_quotes_does_nothing_in_its_page() -> None:
@@ -505,7 +507,7 @@ def test_a_folder_without_a_result_is_named(
     [
         ({"reference": "orignal"}, UnknownNameError, "did you mean 'original'"),
         ({"metric": "dice"}, UnknownNameError, "known: accuracy, auc"),
-        ({"paper": "table3"}, InputError, r"it is of BCSS \(sampath\), CRAG \(sampath\)"),
+        ({"paper": "table3"}, InputError, r"no run is of BCSS \(sampath\), CRAG \(sampath\)"),
     ],
 )
 def test_what_no_run_has_is_refused(

@@ -36,13 +36,12 @@ def write_page(report: dict[str, Any]) -> str:
     segmentations = [family for family in families if family["task"] == "sampath"]
     others = [family for family in families if family["task"] != "sampath"]
     parts = ["# Evaluations compared", lead(report)]
-    parts += ["## Classification", *tables_of(others)] if others else []
+    parts += ["## Classification", *classification_tables(others)] if others else []
     for family in segmentations:
         parts += [f"## Segmentation: {family['title']}", segmentation_table(family)]
     for family in families:
         parts += reasons(family)
     parts += ["## All scores", *(scores_table(f) for f in others)] if others else []
-    parts += ["## By class", *(class_table(family) for family in families)]
     parts += [*paper_parts(families), *notes(families)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -69,10 +68,8 @@ def lead(report: dict[str, Any]) -> str:
     )
 
 
-def tables_of(families: Sequence[dict[str, Any]]) -> list[str]:
-    """One table of all of them; where they are more than three, one a task and data set."""
-    if len(families) <= 3:
-        return [classification_table(families)]
+def classification_tables(families: Sequence[dict[str, Any]]) -> list[str]:
+    """Table 2, one of each task and data set."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for family in families:
         groups.setdefault((family["task"], family["data"]), []).append(family)
@@ -80,24 +77,23 @@ def tables_of(families: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def classification_table(families: Sequence[dict[str, Any]]) -> str:
-    """Table 2: a row a source, a pair of columns a family."""
-    names = list(dict.fromkeys(row["source"] for f in families for row in f["rows"]))
-    names.sort(key=lambda name: first_row(families, name)["kind"] != "original")
-    is_one_size = all(len(set(sizes(families, name))) == 1 for name in names)
-    header = ["compression", "FT", "Quant", *(["Size, KB"] if is_one_size else [])]
+    """A row a source, a pair of columns a family."""
+    found: dict[str, list[dict[str, Any] | None]] = {}
+    for place, family in enumerate(families):
+        for row in family["rows"]:
+            found.setdefault(row["source"], [None] * len(families))[place] = row
+    originals, others = [], []
+    for name, rows in found.items():
+        there = [row for row in rows if row is not None]
+        sizes = dict.fromkeys(size(row) for row in there)
+        line = [f"`{name}`", *flags(there[0]), " / ".join(sizes)]
+        for family, row_of in zip(families, rows, strict=True):
+            line += [score(row_of, family["metric"]), difference(row_of)]
+        (originals if there[0]["kind"] == "original" else others).append(line)
+    header = ["compression", "FT", "Quant", "Size, KB"]
     for family in families:
-        header += [] if is_one_size else ["Size, KB"]
         header += [f"{family['title']}: {title(family['metric'])}", "difference"]
-    rows = []
-    for name in names:
-        line = [f"`{name}`", *flags(first_row(families, name))]
-        line += [sizes(families, name)[0]] if is_one_size else []
-        for family in families:
-            row = next((row for row in family["rows"] if row["source"] == name), None)
-            line += [] if is_one_size else [size(row)]
-            line += [score(row, family["metric"]), difference(row)]
-        rows.append(line)
-    return table(header, rows + related_rows(families, is_one_size))
+    return table(header, originals + others + related_rows(families))
 
 
 def notes(families: Sequence[dict[str, Any]]) -> list[str]:
@@ -113,7 +109,7 @@ def notes(families: Sequence[dict[str, Any]]) -> list[str]:
     return ["## Notes", bullets(lines)] if lines else []
 
 
-def related_rows(families: Sequence[dict[str, Any]], is_one_size: bool) -> list[list[str]]:
+def related_rows(families: Sequence[dict[str, Any]]) -> list[list[str]]:
     """Rows that runs bring along, such as a baseline, under the sources."""
     found: dict[str, dict[str, str]] = {}  # by the row's name, scores by the family's title
     for family in families:
@@ -121,24 +117,13 @@ def related_rows(families: Sequence[dict[str, Any]], is_one_size: bool) -> list[
             own = mean_sd(other["scores"].get(family["metric"]))
             name = f"{other['name']} of `{other['of']}`"
             found.setdefault(name, {})[family["title"]] = own
-    before = [] if is_one_size else [ABSENT]
     rows = []
     for name, scores in found.items():
-        line = [name, *[ABSENT] * (3 if is_one_size else 2)]
+        line = [name, *[ABSENT] * 3]
         for family in families:
-            line += [*before, scores.get(family["title"], ABSENT), ABSENT]
+            line += [scores.get(family["title"], ABSENT), ABSENT]
         rows.append(line)
     return rows
-
-
-def first_row(families: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:
-    """The first row of a source."""
-    return next(row for f in families for row in f["rows"] if row["source"] == name)
-
-
-def sizes(families: Sequence[dict[str, Any]], name: str) -> list[str]:
-    """A source's sizes as they are shown, of the families that have it."""
-    return [size(row) for f in families for row in f["rows"] if row["source"] == name]
 
 
 def segmentation_table(family: dict[str, Any]) -> str:
@@ -185,19 +170,6 @@ def scores_table(family: dict[str, Any]) -> str:
     ]
     header = [family["title"], "folds", "seeds", *map(title, metrics)]
     return table(header, rows)
-
-
-def class_table(family: dict[str, Any]) -> str:
-    """Means over folds of each class's F1 or Dice; empty where runs have none."""
-    classes = list(dict.fromkeys(name for row in family["rows"] for name in row["per_class"]))
-    if not classes:
-        return ""
-    what = "Dice" if family["task"] == "sampath" else "F1"
-    rows = [
-        [f"`{row['source']}`", *(percent(row["per_class"].get(name)) for name in classes)]
-        for row in family["rows"]
-    ]
-    return table([f"{family['title']}: {what}", *classes], rows)
 
 
 def paper_parts(families: Sequence[dict[str, Any]]) -> list[str]:

@@ -120,10 +120,9 @@ def describe_related(row: RunRow) -> list[dict[str, Any]]:
             "name": name,
             "of": row.name,
             "scores": scores,
-            "is_row": all(value.get("n") == len(run.record.folds) for value in scores.values()),
+            "is_row": all(value.get("n") == len(row.record.folds) for value in scores.values()),
         }
-        for run in row.runs[:1]
-        for name, scores in run.record.related.items()
+        for name, scores in row.record.related.items()
     ]
 
 
@@ -196,13 +195,11 @@ def is_of(family: Family, column: dict[str, Any]) -> bool:
 def check_columns(families: Sequence[Family], table: str) -> None:
     """InputError where a table was asked for and no family has a column of it."""
     if table in ("table2", "table3") and not any(paper_column(f, table) for f in families):
-        known_columns = paper_tables("evaluations")["columns"].values()
-        columns = [c for c in known_columns if c["table"] == table]
-        known = ", ".join(f"{c['title']} ({c['task']})" for c in columns)
-        own = "; ".join(f"{family.task}, {family.title}" for family in families)
+        columns = paper_tables("evaluations")["columns"].values()
+        known = ", ".join(f"{c['title']} ({c['task']})" for c in columns if c["table"] == table)
         raise InputError(
-            f"--paper {table}: it is of {known}; the runs are of {own}. Name the data set's folder "
-            "after it, or leave --paper out"
+            f"--paper {table}: no run is of {known}. Name the data set's folder after it, or leave "
+            "--paper out"
         )
 
 

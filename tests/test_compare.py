@@ -8,8 +8,7 @@ from latentds_tools import cli, compare
 from latentds_tools.comparison.compare_page import write_page
 from latentds_tools.comparison.compare_plots import bar_places, score_limits
 from latentds_tools.comparison.compare_report import make_report
-from latentds_tools.comparison.run_pairing import Bootstrap, pair
-from latentds_tools.comparison.run_reading import Family, make_families, read_runs
+from latentds_tools.comparison.run_pairing import Bootstrap, Family, make_families, pair, read_runs
 from latentds_tools.reports import html_pages
 from latentds_tools.reports.paper_tables import paper_tables
 from PIL import Image

@@ -53,8 +53,7 @@ def run(config: Config) -> None:
     from latentds_tools.comparison.compare_page import write_page
     from latentds_tools.comparison.compare_plots import draw_bars, draw_differences
     from latentds_tools.comparison.compare_report import check_columns, make_report
-    from latentds_tools.comparison.run_pairing import Bootstrap
-    from latentds_tools.comparison.run_reading import make_families, read_runs
+    from latentds_tools.comparison.run_pairing import Bootstrap, make_families, read_runs
     from latentds_tools.reports.plots import check_matplotlib
 
     if config.out is not None:

@@ -5,8 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from latentds_tools.comparison.run_pairing import Bootstrap, pair, setting_notes
-from latentds_tools.comparison.run_reading import Family, RunRow, kind_of
+from latentds_tools.comparison.run_pairing import (
+    Bootstrap,
+    Family,
+    RunRow,
+    kind_of,
+    pair,
+    setting_notes,
+)
 from latentds_tools.reports.commands import check_known
 from latentds_tools.reports.paper_tables import paper_tables
 

@@ -343,7 +343,7 @@ def test_demo_runs_the_main_job(tmp_path, capsys, monkeypatch):
     page = (tmp_path / "demo" / "demo.html").read_text()
     assert code == 0 and "8 patches" in out and "LatentLoader(" in out
     assert "JPEG at those bytes" in out and "tiny-v2-fast, same codes" in out
-    assert page.count("<figure>") == 4 * (2 + 2 + 3)
+    assert page.count("<figure>") == 4 * (1 + 2 + 3)
     assert call(capsys, "verify", tmp_path / "demo" / "latents")[0] == 0
     code, _, err = call(capsys, "demo", "--out", tmp_path / "demo")
     assert code == 1 and "--overwrite" in err

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,6 @@ STEP_PX = 32
 SHOWN = 4  # rows of pictures on the page
 PICTURES = "demo_pictures"
 FAST = {"tiny-v2": "tiny-v2-fast"}  # other decoders of the same latents that ship
-DIFFERENCE_GAIN = 4
 SNIPPET = """from latentds import LatentLoader
 loader = LatentLoader("{folder}", split="train", batch_size=16, shuffle=True, device="{device}")
 for batch in loader: print(batch.images.shape, batch.labels)"""
@@ -75,7 +73,8 @@ def run(config: Config) -> None:
     say(f"data set in {folder}")
     figures = measure(folder, patches, config.autoencoder, str(choose_device(config.device)))
     write_atomically(html, make_page(folder, figures).encode())
-    print_figures(figures)
+    for label, size, psnr, ssim in figures["rows"]:
+        say(f"{label:<22} {size:>6} bytes  {psnr} dB  SSIM {ssim}")
     say(f"page at {html}\n\nload it with\n\n{figures['snippet']}")
 
 
@@ -110,43 +109,33 @@ def cut_patches(folder: Path) -> int:
 
 
 def measure(folder: Path, patches: Path, autoencoder: str, device: str) -> dict[str, Any]:
-    """Read everything back through the loader; pictures, bytes, PSNR, SSIM and rates."""
-    import numpy as np
-    import torch
+    """Read everything back through the loader: pictures, and bytes, PSNR and SSIM of each row."""
+    from latentds_tools.fidelity.measuring import ssim
 
     from latentds.core.storage import pixels_of
+    from latentds.store.golden import psnr_db
 
     loader, decoded = read_back(folder, autoencoder, device)
     sources = sorted(decoded)
     originals = [pixels_of(patches / name) for name in sources]
-    network, decoder = loader.autoencoder, loader.decoder
-    assert network is not None and decoder is not None
-    size = loader.contract.bytes_per_patch
-    rows = {network.card.name: (size, [decoded[name] for name in sources])}
-    if fast := FAST.get(network.card.name):
+    assert loader.autoencoder is not None
+    name, size = loader.autoencoder.card.name, loader.contract.bytes_per_patch
+    pictures = {name: (size, [decoded[source] for source in sources])}
+    if fast := FAST.get(name):
         again = read_back(folder, fast, device)[1]
-        rows[fast] = (size, [again[name] for name in sources])
-    rows |= at_equal_bytes(originals, size)
-    images = (
-        torch.from_numpy(np.stack(originals[:16])).permute(0, 3, 1, 2).float().div(255).to(device)
-    )
-    latents = network.encode(images)
-    shards = loader.dataset.shards.manifest.shards
+        pictures[f"{fast}, same codes"] = (size, [again[source] for source in sources])
+    pictures |= at_equal_bytes(originals, size)
+    rows = []
+    for label, (mean_bytes, made) in pictures.items():
+        pairs = list(zip(made, originals, strict=True))
+        psnr, similarity = (sum(score(*pair) for pair in pairs) / len(pairs)
+                            for score in (psnr_db, ssim))  # fmt: skip
+        rows.append((label, f"{mean_bytes:,}", f"{psnr:.2f}", f"{similarity:.3f}"))
     return {
-        "patches": len(sources),
         "originals": originals,
-        "pictures": {name: pictures for name, (_, pictures) in rows.items()},
-        "quality": {
-            name: judge(size, pictures, originals) for name, (size, pictures) in rows.items()
-        },
-        "encode_rate": rate(lambda: network.encode(images), len(images), device),
-        "decode_rate": rate(lambda: decoder.decode(latents), len(images), device),
-        "device": torch.cuda.get_device_name(device)
-        if "cuda" in device
-        else f"{torch.get_num_threads()} CPU threads",
-        "autoencoder": network.card.name,
+        "pictures": {label: made for label, (_, made) in pictures.items()},
+        "rows": rows,
         "source_bytes": sum((patches / name).stat().st_size for name in sources) // len(sources),
-        "stored_bytes": sum(shard.bytes for shard in shards) // len(sources),
         "snippet": SNIPPET.format(folder=folder, device=device),
     }
 
@@ -172,115 +161,45 @@ def at_equal_bytes(originals: list[Any], target: int) -> dict[str, tuple[int, li
     from latentds.codecs import PictureCodec, is_available
 
     rows = {}
-    for format, name in (("jpeg", "JPEG"), ("webp", "WEBP"), ("avif", "AVIF")):
+    for format, name in (("jpeg", "JPEG"), ("webp", "WebP"), ("avif", "AVIF")):
         if is_available(format):
             codec = PictureCodec(format, max_bytes=target)
             files = codec.encode_batch(originals)
             mean = sum(len(encoded) for encoded in files) // len(files)
-            rows[name] = (mean, codec.decode_batch(files))
+            rows[f"{name} at those bytes"] = (mean, codec.decode_batch(files))
     return rows
-
-
-def judge(size: int, pictures: list[Any], originals: list[Any]) -> dict[str, float]:
-    from latentds_tools.fidelity.measuring import ssim
-
-    from latentds.store.golden import psnr_db
-
-    pairs = list(zip(pictures, originals, strict=True))
-    return {
-        "bytes": size,
-        "psnr_db": sum(psnr_db(*pair) for pair in pairs) / len(pairs),
-        "ssim": sum(ssim(*pair) for pair in pairs) / len(pairs),
-    }
-
-
-def rate(work: Callable[[], object], count: int, device: str) -> float:
-    """Patches a second, the best of three runs, each behind one to warm up."""
-    from latentds_tools.bench.harness import sustained
-
-    return max(sustained(work, 0.0, count, device)["patches_per_s"] for _ in range(3))
-
-
-def print_figures(figures: dict[str, Any]) -> None:
-    for name, quality in figures["quality"].items():
-        label = label_of(name, figures)
-        say(
-            f"{label:<22} {quality['bytes']:>6,} bytes  {quality['psnr_db']:.2f} dB  "
-            f"SSIM {quality['ssim']:.3f}"
-        )
-    say(
-        f"{'encode, decode':<22} {figures['encode_rate']:,.0f} and "
-        f"{figures['decode_rate']:,.0f} patches/s on {figures['device']}"
-    )
-
-
-def label_of(name: str, figures: dict[str, Any]) -> str:
-    """What a row is called: a network, another decoder of its codes, or a picture format."""
-    if name == figures["autoencoder"]:
-        return name
-    return f"{name}, same codes" if name in FAST.values() else f"{name} at those bytes"
 
 
 def make_page(folder: Path, figures: dict[str, Any]) -> str:
     from latentds_tools.reports import html_pages
 
-    quality = figures["quality"]
-    size = quality[figures["autoencoder"]]["bytes"]
-    facts = [
-        (
-            label_of(name, figures),
-            f"{q['bytes']:,}",
-            f"{q['psnr_db']:.2f}",
-            f"{q['ssim']:.3f}",
-        )
-        for name, q in quality.items()
-    ]
-    rates = [
-        ("encode", f"{figures['encode_rate']:,.0f} patches/s"),
-        ("decode", f"{figures['decode_rate']:,.0f} patches/s"),
-        ("on", figures["device"]),
-        ("PNG source", f"{figures['source_bytes']:,} bytes a patch"),
-        (
-            "data set's shards",
-            f"{figures['stored_bytes']:,} bytes a patch, container and columns included",
-        ),
-    ]
-    step = max(1, len(figures["originals"]) // SHOWN)
+    from latentds.store.golden import psnr_db
+
+    originals = figures["originals"]
     lead = (
-        f"{figures['patches']} overlapping patches of {EDGE_PX} px from four H&E pictures of one "
-        "specimen (Data Science Bowl 2018, CC0; nothing here was trained on it), stored as "
-        f"{size:,} bytes each. JPEG, WebP and AVIF are the largest files within those bytes. "
-        "Detail is lost; not for diagnosis."
+        f"{len(originals)} overlapping patches of {EDGE_PX} px from four H&E pictures of one "
+        "specimen (Data Science Bowl 2018, CC0; nothing here was trained on it), PNG files of "
+        f"{figures['source_bytes']:,} bytes each. JPEG, WebP and AVIF are the largest files within "
+        "the bytes of the latents. Detail is lost; not for diagnosis."
     )
+    step = max(1, len(originals) // SHOWN)
+    shown = []
+    for place in range(0, step * SHOWN, step):
+        row = [html_pages.figure(originals[place], "original")]
+        for name, pictures in figures["pictures"].items():
+            psnr = psnr_db(pictures[place], originals[place])
+            row.append(html_pages.figure(pictures[place], f"{name}, {psnr:.1f} dB"))
+        shown.append(html_pages.figure_row(row))
+    header = [f"mean of {len(originals)} patches", "bytes", "PSNR, dB", "SSIM"]
     return html_pages.page(
         "latentds demo",
         lead,
         [
-            html_pages.table(
-                [f"mean of {len(figures['originals'])} patches", "bytes", "PSNR, dB", "SSIM"], facts
-            ),
-            html_pages.table(["", "rates and sizes"], rates),
+            html_pages.table(header, figures["rows"]),
             html_pages.heading("Original, reconstructions, and pictures of the same bytes"),
-            *(patch_row(figures, place) for place in range(0, step * SHOWN, step)),
+            *shown,
             html_pages.heading("Where it lies, and how to load it"),
             html_pages.paragraph(f"Shards, tables, manifest and card: {folder}"),
             html_pages.code(figures["snippet"]),
         ],
     )
-
-
-def patch_row(figures: dict[str, Any], place: int) -> str:
-    import numpy as np
-    from latentds_tools.reports import html_pages
-
-    from latentds.store.golden import psnr_db
-
-    original = figures["originals"][place]
-    decoded = figures["pictures"][figures["autoencoder"]][place]
-    difference = 128 + DIFFERENCE_GAIN * (decoded.astype(np.int16) - original)
-    captions = [(original, "original")]
-    for name, pictures in figures["pictures"].items():
-        captions.append((pictures[place], f"{name}, {psnr_db(pictures[place], original):.1f} dB"))
-    shown = np.clip(difference, 0, 255).astype(np.uint8)
-    captions.append((shown, f"difference of {figures['autoencoder']} x{DIFFERENCE_GAIN}"))
-    return html_pages.figure_row([html_pages.figure(image, caption) for image, caption in captions])

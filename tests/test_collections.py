@@ -139,22 +139,21 @@ def test_barcodes_are_parsed():
     assert parse_barcode("slide 7") is None and patient_of("slide 7") == "slide 7"
 
 
-def test_barcodes_together_tell_patients_and_projects():
+def test_barcodes_together_tell_patients():
     slides = [
         "TCGA-3C-AALI-01Z-00-DX1.F6E9",
         "TCGA-3C-AALI-01A-01-TS1",
         "TCGA-AA-0001-01Z-00-DX1",
         "x",
     ]
-    found = describe_barcodes(slides, {"3C": "TCGA-BRCA", "TCGA-AA-0001": "TCGA-COAD"})
+    found = describe_barcodes(slides)
     assert found == {
         "patients": 2,
         "samples": 3,
         "slides": 3,
         "frozen_slides": 1,
-        "projects": {"TCGA-BRCA": 2, "TCGA-COAD": 1},
     }
-    assert describe_barcodes(["slide 7"], {}) == {}
+    assert describe_barcodes(["slide 7"]) == {}
 
 
 @pytest.mark.parametrize("text", ["train", "train=0.5", "train=1.5,val=-0.5", "a=b"])

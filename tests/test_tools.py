@@ -137,16 +137,12 @@ def test_info_leaves_out_what_a_merged_set_does_not_record(tiny_set, tmp_path, c
     assert line == f"latentds {__version__}"
 
 
-def test_info_counts_slides_by_project_where_a_map_is_given(tmp_path, capsys):
+def test_info_tells_patients_of_barcodes(tmp_path, capsys):
     for slide in ("TCGA-3C-AALI-01Z-00-DX1", "TCGA-AA-0001-01A-01-TS1"):
         save_pictures(tmp_path / "in" / "a" / slide, 2, first_seed=len(slide) + ord(slide[5]))
     call(capsys, "convert", tmp_path / "in", "--out", tmp_path / "o", "--device", "cpu")
-    (tmp_path / "map.csv").write_text("key,project\n3C,TCGA-BRCA\n")
-    _, out, _ = call(capsys, "info", tmp_path / "o", "--projects", tmp_path / "map.csv")
-    assert "(TCGA: 2 patients, 1 frozen, TCGA-BRCA 1)" in out
-    (tmp_path / "map.csv").write_text("site\n3C\n")
-    code, _, err = call(capsys, "info", tmp_path / "o", "--projects", tmp_path / "map.csv")
-    assert code == 1 and "no column for keys (key); it has site" in err
+    _, out, _ = call(capsys, "info", tmp_path / "o")
+    assert "(TCGA: 2 patients, 1 frozen)" in out
 
 
 def test_verify_exits_with_1_on_damage(tiny_set, capsys):

@@ -12,6 +12,7 @@ from latentds_tools.reports.commands import show
 
 from latentds.core.display import visible
 
+PREFETCHED = 2  # batches that each worker of a loader prepares ahead
 FITTED = ("values", "seed", "snr_db", "dead_levels", "saturated_share")  # of a fitted codebook
 
 
@@ -28,11 +29,6 @@ class Config:
     """Batch size of the loader whose memory is estimated."""
     num_workers: int = 4
     """Workers of that loader."""
-    prefetch_factor: int = 2
-    """Batches that each of these workers prepares ahead."""
-    projects: Path | None = None
-    """CSV with columns key and project, to count slides by project, which no barcode tells. The key
-    is a TCGA patient, slide or tissue source site."""
     json: bool = False
     """Print JSON."""
 
@@ -58,7 +54,7 @@ def summarize(config: Config) -> dict[str, Any]:
         "splits": manifest.splits,
         "labels": manifest.labels(),
         "slides": len(manifest.slides),
-        "tcga": describe_barcodes(manifest.slides, read_projects(config.projects)),
+        "tcga": describe_barcodes(manifest.slides),
         "slide_entropy_bits": slide_entropies(shards),
         "mpp": resolutions(shards.patches["mpp"]),
         "patch_px": list(contract.patch_px),
@@ -91,17 +87,6 @@ def summarize(config: Config) -> dict[str, Any]:
     }
 
 
-def read_projects(path: Path | None) -> dict[str, str]:
-    """Project by key; empty without a file."""
-    from latentds.sources.csv_tables import read_table
-
-    if path is None:
-        return {}
-    table = read_table(path)
-    key, project = (table.need_column([name], f"{name}s") for name in ("key", "project"))
-    return dict(zip(table.values(key), table.values(project), strict=True))
-
-
 def loader_memory(manifest: Any, config: Config) -> dict[str, int]:
     """Bytes a LatentLoader of these settings holds, the decoder's own activations not counted."""
     from latentds.store.open_files import MAX_HELD_BYTES
@@ -110,7 +95,7 @@ def loader_memory(manifest: Any, config: Config) -> dict[str, int]:
     height, width = contract.patch_px
     codes = config.batch_size * contract.bytes_per_patch
     sizes = (manifest.patches * 24, manifest.packs * 64)
-    waiting = max(1, config.num_workers * config.prefetch_factor)
+    waiting = max(1, config.num_workers * PREFETCHED)
     return {
         "codes_waiting": codes * waiting,
         "decoded_batch_fp32": config.batch_size * 3 * height * width * 4,
@@ -200,8 +185,7 @@ def tcga_text(tcga: dict[str, Any]) -> str:
     """What the barcodes say, in brackets; nothing where there are none."""
     if not tcga:
         return ""
-    projects = "".join(f", {name} {count:,}" for name, count in tcga["projects"].items())
-    return f" (TCGA: {tcga['patients']:,} patients, {tcga['frozen_slides']:,} frozen{projects})"
+    return f" (TCGA: {tcga['patients']:,} patients, {tcga['frozen_slides']:,} frozen)"
 
 
 def megabytes(count: int) -> str:

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -252,26 +252,16 @@ def split_patients(
     }
 
 
-def describe_barcodes(slides: Iterable[str], projects: Mapping[str, str]) -> dict[str, Any]:
-    """What the TCGA barcodes among slide names say together; empty where there are none.
-
-    projects  project by patient (TCGA-3C-AALI), slide or tissue source site (3C)
-    """
+def describe_barcodes(slides: Iterable[str]) -> dict[str, Any]:
+    """What the TCGA barcodes among slide names say together; empty where there are none."""
     found = [code for name in slides if (code := parse_barcode(name)) is not None]
     if not found:
         return {}
-    counts: dict[str, int] = {}
-    for code in found:
-        keys = (code.slide, code.patient, code.site)
-        project = next((projects[key] for key in keys if key in projects), None)
-        if project is not None:
-            counts[project] = counts.get(project, 0) + 1
     return {
         "patients": len({code.patient for code in found}),
         "samples": len({code.sample for code in found}),
         "slides": len({code.slide for code in found}),
         "frozen_slides": sum(code.is_frozen for code in found),
-        "projects": dict(sorted(counts.items())),
     }
 
 

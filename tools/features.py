@@ -108,6 +108,7 @@ ANSWERS = {"--list-embedders": list_embedders}  # options that ask, and need no 
 
 def extract(config: Config, rank: int, ranks: int) -> list[dict[str, Any]]:
     """Write this rank's feature files; a summary for each embedder."""
+    from latentds.core.display import progress
     from latentds.core.processes import choose_device
     from latentds.embedders import embedder_loader
     from latentds.evaluation.features.extraction import extract_features, named_slides
@@ -130,11 +131,20 @@ def extract(config: Config, rank: int, ranks: int) -> list[dict[str, Any]]:
         patches=recorded_settings(config),
         **picked(config, "precision", "saved", "max_patches", "seed", "clam", "max_bad"),
     )
+    sizes: dict[int, int] = {}
     started = time.perf_counter()
-    with Bar(shown=rank == 0) as bar:
+    with progress(total=0, desc="features", unit="patch", disable=rank != 0) as bar:
+
+        def advance(bag: SlideBag, patches: int) -> None:
+            """The bar's end is estimated from the slides so far."""
+            sizes[bag.number] = len(bag.coords)
+            bar.total = round(sum(sizes.values()) / bag.number * bag.slides)
+            bar.set_description(f"{bag.slide[:40]} ({bag.number} of {bag.slides} slides)")
+            bar.update(patches)
+
         made = extract_features(
             patches, embedders, options, device=device, rank=rank, world_size=ranks,
-            progress=bar.advance,
+            progress=advance,
         )  # fmt: skip
     seconds = time.perf_counter() - started
     place = {"rank": rank, "ranks": ranks} if ranks > 1 else {}
@@ -166,29 +176,6 @@ def as_text(summary: dict[str, Any] | list[dict[str, Any]]) -> str:
     bad = summary["left_out"]
     lines += [f"{'left out':<16} {len(bad)}"] if bad else []
     return "\n".join(lines + [f"  {entry['slide']}: {entry['reason']}" for entry in bad])
-
-
-class Bar:
-    """Progress over patches; its end is estimated from the slides so far."""
-
-    def __init__(self, shown: bool) -> None:
-        from latentds.core.display import progress
-
-        self.bar = progress(total=0, desc="features", unit="patch", disable=not shown)
-        self.slide, self.patches = 0, 0
-
-    def advance(self, bag: SlideBag, patches: int) -> None:
-        if bag.number != self.slide:
-            self.slide, self.patches = bag.number, self.patches + len(bag.coords)
-            self.bar.total = round(self.patches / bag.number * bag.slides)
-            self.bar.set_description(f"{bag.slide[:40]} ({bag.number} of {bag.slides} slides)")
-        self.bar.update(patches)
-
-    def __enter__(self) -> Bar:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
 
 
 if __name__ == "__main__":  # torchrun -m latentds_tools.features

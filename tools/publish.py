@@ -16,7 +16,32 @@ from latentds.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
+class PublishOptions:
+    """What every tool that publishes inherits."""
+
+    license: str | None = None
+    """Licence, as the Hub names it: mit, cc-by-4.0, ... Data sets need one; by default a model has
+    the recorded one, if any."""
+    license_name: str | None = None
+    """Name of the licence, where --license is other."""
+    private: bool = False
+    """Make a new repository private."""
+    revision: str | None = None
+    """Branch to publish to, made from main where it is missing; or refs/pr/N, a pull request."""
+    notes: Path | None = None
+    """Markdown file for the card: of data where the slides come from and consent, of a model what
+    it was measured on; intended use."""
+    overwrite: bool = False
+    """Replace other files in the repository. Its history keeps them."""
+    dry_run: bool = False
+    """Check, and print the plan. Nothing is sent to the Hub, but data sets are compared with it
+    where it can be reached."""
+    json: bool = False
+    """Print JSON."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(PublishOptions):
     """Publish a data set on the Hub, with a card and a preview.
 
     Files that the repository lacks are sent, shards first, the manifest last. Then checksums are
@@ -27,34 +52,17 @@ class Config:
     """Folder of a data set."""
     repository: Annotated[str, tyro.conf.Positional]
     """ORG/NAME on the Hub. A missing repository is made."""
-    license: str | None = None
-    """Licence of the set, as the Hub names it: cc0-1.0, cc-by-4.0, ... Required."""
-    license_name: str | None = None
-    """Name of the licence, where --license is other."""
     license_link: str | None = None
     """Where to read the licence, where --license is other."""
-    private: bool = False
-    """Make a new repository private."""
-    revision: str | None = None
-    """Branch to publish to, made from main where it is missing; or refs/pr/N, a pull request."""
     pr: bool = False
     """Open a pull request instead of committing to the branch."""
     citation: Path | None = None
     """BibTeX file for the card."""
-    notes: Path | None = None
-    """Markdown file for the card: where the slides come from, consent, intended use."""
     thumbnails: bool = False
     """Also send the small pictures of slides ('latentds show --slides'). Look at these first:
     unlike patches, they show pen, glass and stickers beside the tissue."""
-    overwrite: bool = False
-    """Replace other files in the repository. Its history keeps them."""
-    dry_run: bool = False
-    """Check, plan, and write card and preview to --look. Nothing is sent to the Hub, but the plan
-    compares with it where it can be reached."""
     look: Path | None = None
     """Folder to write card and preview to as well. By default NAME-look in a dry run, else none."""
-    json: bool = False
-    """Print JSON."""
 
     def __post_init__(self) -> None:
         if self.pr and self.revision:
@@ -140,25 +148,3 @@ def as_text(summary: dict[str, Any]) -> str:
             "those of the card and the preview"
         )
     return "\n".join(lines)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PublishOptions:
-    """What a tool that publishes a model inherits."""
-
-    license: str | None = None
-    """Licence, as the Hub names it: mit, cc-by-nc-4.0, ... By default the recorded one, if any."""
-    license_name: str | None = None
-    """Name of the licence, where --license is other."""
-    private: bool = False
-    """Make a new repository private."""
-    revision: str | None = None
-    """Branch to publish to. A missing branch is made from main."""
-    notes: Path | None = None
-    """Markdown file for the card: what the model was measured on, intended use."""
-    overwrite: bool = False
-    """Replace another model in the repository. Its history keeps the old one."""
-    dry_run: bool = False
-    """Check the model and print the plan, without writing to the Hub."""
-    json: bool = False
-    """Print JSON."""

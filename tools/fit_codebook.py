@@ -30,9 +30,6 @@ class Config:
     """Bytes a patch. Additive codes need a multiple of the latent cells, of which a patch of 256 px
     has 1,024 at f8. Records can have any number, and convert can make other sizes with the same
     tables."""
-    method: Literal["auto", "grouped", "residual", "scalar"] = "auto"
-    """K-means for additive tables: of groups of principal axes (grouped), of what the planes before
-    leave (residual), or of each channel (scalar). auto takes the better of the first two."""
     quantizer: KindName = "kmeans"
     levels: int = 256
     """Levels of the codebook, 2 to 256."""
@@ -66,8 +63,6 @@ class Config:
             raise InputError(f"--kind {self.kind} needs --bytes, how many a patch is to take")
         if not is_scalar and self.quantizer != "kmeans":
             raise InputError(f"--quantizer {self.quantizer} is of scalar codebooks; leave it")
-        if self.kind != "additive" and self.method != "auto":
-            raise InputError(f"--method {self.method} is of additive codebooks; leave it")
         if self.kind == "rans" and self.levels != 256:
             raise InputError(f"--levels {self.levels} is of levels and vectors; leave it")
 
@@ -119,8 +114,6 @@ def fit(config: Config) -> Any:
             return fit_to_sample(settings, encoder, reader)
         if config.kind == "rans":
             return fit_records_to_sample(settings, encoder, reader, config.bytes)
-        return fit_additive_to_sample(
-            settings, encoder, reader, patch_bytes=config.bytes, method=config.method
-        )
+        return fit_additive_to_sample(settings, encoder, reader, patch_bytes=config.bytes)
     finally:
         reader.close()

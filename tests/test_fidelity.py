@@ -1,8 +1,11 @@
 """latentds bench fidelity: sizes, means and intervals, what is refused, resuming, its files."""
 
+import base64
 import dataclasses
+import io
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -524,25 +527,21 @@ def test_page_has_the_figures_of_the_json(folder, tmp_path, stand_ins, capsys):
     assert len(report["rows"][0]["per_crop"]["ssim"]) == len(report["crops"]) == 6
 
 
-def test_plots_and_sheet_show_something(folder, tmp_path, stand_ins):
-    _, files = comparing.compare(settings(folder, out=tmp_path / "out"))
-    assert set(files) == {name for name in bench_fidelity.OUTPUTS if name.endswith("png")}
-    for name in ("rate_fidelity.png", "contact_sheet.png"):
-        (tmp_path / name).write_bytes(files[name])
-        with Image.open(tmp_path / name) as image:
-            assert len(np.unique(np.asarray(image.convert("L")))) > 20
+def test_the_plot_shows_something(folder, tmp_path, stand_ins):
+    bench_fidelity.run(settings(folder, out=tmp_path / "out"))
+    with Image.open(tmp_path / "out" / "rate_fidelity.png") as image:
+        assert len(np.unique(np.asarray(image.convert("L")))) > 20
 
 
-def test_contact_sheet_holds_originals_and_reconstructions_as_they_are(folder, tmp_path, stand_ins):
-    config = settings(folder, out=tmp_path / "out", codecs="png")
-    _, files = comparing.compare(config)
-    (tmp_path / "sheet.png").write_bytes(files["contact_sheet.png"])
-    sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
+def test_the_page_holds_originals_and_reconstructions_as_they_are(folder, tmp_path, stand_ins):
+    bench_fidelity.run(settings(folder, out=tmp_path / "out", codecs="png"))
+    page = (tmp_path / "out" / "fidelity.html").read_text()
+    _, original, coded, *_ = re.findall(r"data:image/png;base64,([^\"]+)", page)
     crop = read_crops([folder], crop_px=EDGE, per_picture=1, most=9, seed=0).crops[0].image
-    large = crop.repeat(7, axis=0).repeat(7, axis=1)  # to at least 200 px
-    for place in range(2):
-        left = 6 + place * (224 + 6)
-        assert np.array_equal(sheet[37 : 37 + 224, left : left + 224], large)
+    for data in (original, coded):
+        with Image.open(io.BytesIO(base64.b64decode(data))) as image:
+            assert np.array_equal(np.asarray(image), crop)
+    assert "original, p000.png" in page and "png, " in page
 
 
 def test_killed_run_goes_on_after_its_last_row(folder, tmp_path, stand_ins, monkeypatch):
@@ -564,14 +563,7 @@ def test_killed_run_goes_on_after_its_last_row(folder, tmp_path, stand_ins, monk
     assert (tmp_path / "out" / "fidelity.json").exists()
 
 
-@pytest.fixture
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tests of kept rows draw no plots of them."""
-    monkeypatch.setattr(comparing, "draw_plots", lambda report: b"")
-    monkeypatch.setattr(comparing, "draw_sheet", lambda *_: b"")
-
-
-def test_rows_made_otherwise_are_measured_again(folder, tmp_path, stand_ins, undrawn, monkeypatch):
+def test_rows_made_otherwise_are_measured_again(folder, tmp_path, stand_ins, monkeypatch):
     config = settings(folder, out=tmp_path / "out")
     comparing.compare(config)
     asked: list[str] = []
@@ -586,7 +578,7 @@ def test_rows_made_otherwise_are_measured_again(folder, tmp_path, stand_ins, und
     assert len(asked) == 2
 
 
-def test_another_embedder_encodes_nothing_anew(folder, tmp_path, stand_ins, undrawn, monkeypatch):
+def test_another_embedder_encodes_nothing_anew(folder, tmp_path, stand_ins, monkeypatch):
     config = settings(folder, out=tmp_path / "out", codecs="sd15+kmeans,jpeg@600,jpeg~500")
     first = rows_of(config)
     monkeypatch.setattr(comparing, "encode_all", lambda *_: pytest.fail("encoded again"))
@@ -599,9 +591,7 @@ def test_another_embedder_encodes_nothing_anew(folder, tmp_path, stand_ins, undr
     assert rows_of(config)["jpeg~500"]["encode_rate"] == first["jpeg~500"]["encode_rate"]
 
 
-def test_another_decoder_of_the_same_latents_reads_the_same_files(
-    folder, tmp_path, undrawn, monkeypatch
-):
+def test_another_decoder_of_the_same_latents_reads_the_same_files(folder, tmp_path, monkeypatch):
     asked: list[str] = []
     monkeypatch.setattr(
         comparing,
@@ -616,7 +606,7 @@ def test_another_decoder_of_the_same_latents_reads_the_same_files(
     assert one["per_crop"]["psnr_db"] != two["per_crop"]["psnr_db"]
 
 
-def test_damaged_row_is_measured_again(folder, tmp_path, stand_ins, undrawn):
+def test_damaged_row_is_measured_again(folder, tmp_path, stand_ins):
     config = settings(folder, out=tmp_path / "out")
     first = rows_of(config)
     for path in (tmp_path / "out" / "rows").glob("*.npz"):

@@ -6,17 +6,15 @@ import contextlib
 
 from latentds_tools.fidelity.fidelity_config import Config
 
-OUTPUTS = (
-    *("fidelity.json", "fidelity.md", "fidelity.html"),
-    *("rate_fidelity.png", "contact_sheet.png"),
-)
+PLOT = "rate_fidelity.png"
+OUTPUTS = ("fidelity.json", "fidelity.md", "fidelity.html", PLOT)
 
 __all__ = ["Config", "run"]
 
 
 def run(config: Config) -> None:
     from latentds_tools.fidelity.comparing import compare
-    from latentds_tools.fidelity.fidelity_page import write_page
+    from latentds_tools.fidelity.fidelity_page import draw_plot, write_page
     from latentds_tools.reports.commands import check_free, deliver
     from latentds_tools.reports.plots import check_matplotlib
 
@@ -28,5 +26,7 @@ def run(config: Config) -> None:
         check_matplotlib("bench")
         check_free([out / name for name in OUTPUTS], config.overwrite)
     with exclusive_lock(out / "rows" / "lock") if out else contextlib.nullcontext():
-        report, pictures = compare(config)
-        deliver(report, write_page(report), "fidelity", out, pictures, as_json=config.json)
+        report, crops = compare(config)
+        pictures = {PLOT: draw_plot(report)} if out else {}
+        page = write_page(report)
+        deliver(report, page, "fidelity", out, pictures, figures=crops, as_json=config.json)

@@ -25,7 +25,7 @@ from latentds_tools.fidelity.codebook_fitting import (
 )
 from latentds_tools.fidelity.fidelity_config import Config
 from latentds_tools.fidelity.fidelity_crops import FidelityCrops, read_crops
-from latentds_tools.fidelity.fidelity_page import draw_plots, draw_sheet, pick_crops
+from latentds_tools.fidelity.fidelity_page import crop_figures, pick_crops
 from latentds_tools.fidelity.fidelity_plan import Autoencoders, FidelityPlan, make_plan, parse
 from latentds_tools.fidelity.judges import NucleiFinder, PatchProbe
 from latentds_tools.fidelity.measuring import (
@@ -59,16 +59,13 @@ Kept = TypeVar("Kept", Encoded, Measured)
 MAX_PROBED = 5000  # crops that probes are fitted to
 
 
-def compare(config: Config) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """The report, and the pictures to write beside it (none without --out)."""
+def compare(config: Config) -> tuple[dict[str, Any], list[str]]:
+    """The report, and HTML of the crops that its page shows."""
     job = prepare(config)
     rows = measure_rows(job)
     report = make_report(job, rows)
-    if config.out is None:
-        return report, {}
     originals = [job.crops.crops[number].image for number in job.contact]
-    sheet = draw_sheet(report, originals, [row.shown for row in rows])
-    return report, {"rate_fidelity.png": draw_plots(report), "contact_sheet.png": sheet}
+    return report, crop_figures(report, originals, [row.shown for row in rows])
 
 
 def measure_rows(job: FidelityJob) -> list[Measured]:

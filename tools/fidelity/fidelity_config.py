@@ -38,8 +38,8 @@ class Config:
     preset: Literal["paper-table1"] | None = None
     """paper-table1: the paper's codecs, embedders and number of patches, where not given here."""
     out: Path | None = None
-    """Folder for fidelity.html, .md and .json, the plots and the contact sheet. It keeps finished
-    rows, so the same command resumes a killed run."""
+    """Folder for fidelity.html, .md and .json, and the plot. It keeps finished rows, so the same
+    command resumes a killed run."""
     overwrite: bool = False
     """Replace a finished report in --out. Rows that would be the same are not measured again."""
     crop_px: int = 256

@@ -1,22 +1,20 @@
 """The report as Markdown: the tables, the paper's figures beside ours, the notes; and its pictures.
 
-These are a contact sheet, as Fig. 1 of the paper, originals beside what every codec makes of them;
-and rate against fidelity, as its Fig. 2, a panel an embedder.
+These are some crops, as Fig. 1 of the paper, originals beside what every codec makes of them; and
+rate against fidelity, as its Fig. 2, a panel an embedder.
 """
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from latentds_tools.fidelity.fidelity_crops import Crop
+from latentds_tools.reports import html_pages
 from latentds_tools.reports.markdown import bracketed, bullets, number, table
 from latentds_tools.reports.plots import make_panels, saved
 
-CAPTION_PX, MARGIN_PX, FONT_PX = 34, 6, 12
-MIN_CELL_PX = 200  # captions need so much
 SHOWN = 3
 PANEL_IN, DPI = (5.2, 4.2), 150  # width and height in inches
 MARKERS = {"picture": "s", "latent": "o"}
@@ -210,38 +208,22 @@ def pick_crops(crops: Sequence[Crop]) -> list[int]:
     return [firsts[round(place)] for place in places.tolist()]
 
 
-def draw_sheet(
+def crop_figures(
     report: dict[str, Any], originals: Sequence[np.ndarray], shown: Sequence[np.ndarray]
-) -> bytes:
-    """A PNG: a line a crop, a column a codec, pixels as they are.
+) -> list[str]:
+    """HTML: a grid a crop, the original and what every codec makes of it, pixels as they are.
 
     originals  uint8 (H, W, 3), of the crops in report["contact"]
     shown      for every row of the report, uint8 (k, H, W, 3)
     """
-    from PIL import Image, ImageDraw, ImageFont
-
-    edge = originals[0].shape[0]
-    scale = -(-MIN_CELL_PX // edge)
-    cell = edge * scale
-    width, height = cell + MARGIN_PX, cell + CAPTION_PX
-    size = (width * (1 + len(shown)) + MARGIN_PX, height * len(originals) + MARGIN_PX)
-    sheet = Image.new("RGB", size, "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(FONT_PX)
-    for line, (crop, original) in enumerate(zip(report["contact"], originals, strict=True)):
+    grids = []
+    for place, (crop, original) in enumerate(zip(report["contact"], originals, strict=True)):
         source = report["crops"][crop]["source"].rpartition("/")[2]
-        cells = [(original, f"original\n{source}")]
-        cells += [
-            (pictures[line], caption(row, crop))
-            for row, pictures in zip(report["rows"], shown, strict=True)
-        ]
-        for place, (picture, text) in enumerate(cells):
-            left, top = MARGIN_PX + place * width, MARGIN_PX + line * height
-            draw.text((left, top), shorten(text, font, cell), "black", font=font, spacing=1)
-            image = Image.fromarray(picture).resize((cell, cell), Image.Resampling.NEAREST)
-            sheet.paste(image, (left, top + CAPTION_PX - 3))
-    buffer = io.BytesIO()
-    sheet.save(buffer, "PNG")
-    return buffer.getvalue()
+        figures = [html_pages.figure(original, f"original, {source}")]
+        for row, pictures in zip(report["rows"], shown, strict=True):
+            figures.append(html_pages.figure(pictures[place], caption(row, crop)))
+        grids.append(html_pages.grid(figures))
+    return grids
 
 
 def caption(row: dict[str, Any], crop: int) -> str:
@@ -253,20 +235,10 @@ def caption(row: dict[str, Any], crop: int) -> str:
     else:
         psnr = values["psnr_db"][crop]
         figure = "equal" if psnr is None else f"{psnr:.1f} dB"
-    return f"{row['codec']}\n{values['bytes'][crop]:,} B, {figure}"
+    return f"{row['codec']}, {values['bytes'][crop]:,} B, {figure}"
 
 
-def shorten(text: str, font: Any, width: int) -> str:
-    lines = []
-    for line in text.split("\n"):
-        whole = line
-        while line and font.getlength(line) > width:
-            line = line[:-1]
-        lines.append(line if line == whole else f"{line[:-2]}..")
-    return "\n".join(lines)
-
-
-def draw_plots(report: dict[str, Any]) -> bytes:
+def draw_plot(report: dict[str, Any]) -> bytes:
     """PNG of rate against fidelity; PSNR where no embedder was asked for."""
     panels = [("similarity", name) for name in report["embedders"]] or [("psnr_db", "")]
     figure, axes = make_panels(len(panels), PANEL_IN)

@@ -1,5 +1,5 @@
 """One row: what a codec makes of every crop, and what comes out beside the original."""
-# n crops (B of a batch), k of them shown on the contact sheet, D embedding dimensions, H W pixels
+# n crops (B of a batch), k of them shown on the page, D embedding dimensions, H W pixels
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ class Measured:
               it was not searched), similarity by embedder, downstream by figure, and for
               entropy-coded records step, its index: lists in the order of the crops
     seconds   encode, decode: time for all crops
-    shown     uint8 (k, H, W, 3): reconstructions for the contact sheet
+    shown     uint8 (k, H, W, 3): reconstructions for the page
     """
 
     per_crop: dict[str, Any]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,12 +75,14 @@ def deliver(
     out: Path | None,
     pictures: Mapping[str, bytes | None],
     *,
+    figures: Sequence[str] = (),
     as_json: bool,
 ) -> None:
     """Write OUT/name.json, .md, .html and the pictures at once; print the page, or the JSON.
 
     page      Markdown; the HTML is it with the pictures inside
     pictures  by file name; None for one that this report has not, whose old file is removed
+    figures   HTML of further pictures, which only the HTML has
     """
     from latentds_tools.reports.html_pages import of_markdown
 
@@ -91,7 +93,7 @@ def deliver(
         files = {out / file: made for file, made in pictures.items() if made is not None}
         # The report comes last: where it is there, all are whole.
         files[out / f"{name}.md"] = page.encode()
-        files[out / f"{name}.html"] = of_markdown(page, pictures).encode()
+        files[out / f"{name}.html"] = of_markdown(page, pictures, figures).encode()
         files[out / f"{name}.json"] = text.encode()
         write_together(files)
         for file in pictures.keys() - {path.name for path in files}:

@@ -106,15 +106,16 @@ def figure_row(figures: Sequence[str]) -> str:
     return f'<div class="row" style="{columns}">{"".join(figures)}</div>'
 
 
-def of_markdown(text: str, pictures: Mapping[str, bytes | None]) -> str:
+def of_markdown(
+    text: str, pictures: Mapping[str, bytes | None], figures: Sequence[str] = ()
+) -> str:
     """The page of a report's Markdown: a title, headings, tables, lists and paragraphs.
 
-    pictures  PNG files by name, below the first paragraph; others are left out
+    pictures  PNG files by name, below the first paragraph
+    figures   HTML of further ones below these
     """
     title, lead, *blocks = text.strip().split("\n\n")
-    shown = [
-        png_figure(file, name) for name, file in pictures.items() if file and name.endswith(".png")
-    ]
+    shown = [*(png_figure(file, name) for name, file in pictures.items() if file), *figures]
     return page(title.removeprefix("# "), lead, [*shown, *map(block_of_markdown, blocks)])
 
 

@@ -37,16 +37,16 @@ def test_sizes_have_three_digits(count, text):
 def test_the_picture_shows_every_curve(rows, monkeypatch):
     drawn = []
     real = front.draw_curve
-    monkeypatch.setattr(front, "draw_curve", lambda axis, curve: drawn.append(curve.label)
-                        or real(axis, curve))  # fmt: skip
-    content = front.draw_front([front.curve(label, rows) for label in front.CURVES], "an embedder")
+    monkeypatch.setattr(front, "draw_curve", lambda axis, label, points: drawn.append(label)
+                        or real(axis, label, points))  # fmt: skip
+    content = front.draw_front(rows)
     assert Image.open(io.BytesIO(content)).size == (1600, 860) and drawn == list(front.CURVES)
 
 
 def test_points_are_the_recorded_means_with_their_intervals(rows):
-    (point,) = front.curve("tiny-v1", rows).points
+    (point,) = front.points_of("tiny-v1", rows)
     assert point == (4096.0, 0.7777, 0.7504, 0.8128)
-    assert front.curve("tiny-v2", rows).points[1] == (4096.0, 0.9142, 0.9010, 0.9273)
+    assert front.points_of("tiny-v2", rows)[1] == (4096.0, 0.9142, 0.9010, 0.9273)
 
 
 def test_the_picture_is_there_and_small():

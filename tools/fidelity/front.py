@@ -7,12 +7,11 @@ Nothing is measured here: figures are those that were recorded there with their 
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from latentds_tools.fidelity.fidelity_page import MARKERS
 from latentds_tools.reports.markdown import table
@@ -24,15 +23,6 @@ from latentds.errors import InputError
 SECTION, EMBEDDER = "MoNuSeg", "efficientnet-lite0"
 PATCHES = 24_000_000
 CONTAINER = 53  # bytes a patch: columns, tables, tar (`latentds bench container`)
-CURVES = {  # label: (kind, codecs)
-    "AVIF": ("picture", ("avif@2048", "avif@4096", "avif:60", "avif:80", "avif:90")),
-    "JPEG XL": ("picture", ("jxl@2048", "jxl@4096", "jxl@8192", "jxl@16384", "jxl@32768")),
-    "JPEG": ("picture", ("jpeg:10", "jpeg@4096", "jpeg:20", "jpeg:50", "jpeg:75", "jpeg:95")),
-    "WebP": ("picture", ("webp@2048", "webp@4096", "webp:75", "webp:95")),
-    "tiny-v2": ("latent", ("tiny-v2+rans:2048", "tiny-v2+rans:4096")),
-    "tiny-v1": ("latent", ("tiny+kmeans",)),
-    "TAEF2": ("latent", ("taef2+kmeans",)),
-}
 COSTS: dict[str, str | int] = {  # what it is called: the codec whose files were measured, or bytes
     "PNG": "png",
     "JPEG, quality 95": "jpeg:95",
@@ -44,34 +34,42 @@ COSTS: dict[str, str | int] = {  # what it is called: the codec whose files were
     "latents of DC-AE f32": 2_048,
 }
 FRONT_IN, FRONT_DPI = (8.0, 4.3), 200
-# Colours of Okabe and Ito, told apart by all; point whose label it is, its place, its side.
-FRONT_STYLE: dict[str, tuple[str, int, tuple[int, int], str]] = {
-    "AVIF": ("#0072B2", -2, (-2, 12), "right"),
-    "JPEG XL": ("#56B4E9", -1, (10, 0), "left"),
-    "JPEG": ("#555555", 2, (9, -8), "left"),
-    "WebP": ("#CC79A7", 1, (12, -6), "left"),
-    "tiny-v2": ("#D55E00", 1, (-8, 12), "right"),
-    "tiny-v1": ("#D55E00", 0, (12, -4), "left"),
-    "TAEF2": ("#D55E00", 0, (0, -18), "center"),
-}
 
 
-@dataclasses.dataclass(frozen=True)
-class Curve:
-    """A codec on the first page.
+class Curve(NamedTuple):
+    """A codec's line: its kind (picture or latent) and codecs, by bytes; how it is drawn.
 
-    kind    picture or latent
-    points  (bytes, mean, low, high), sorted
+    color  of Okabe and Ito, told apart by all
+    point, shift, side  whose label it is, where that stands from it, which side is there
     """
 
-    label: str
     kind: str
-    points: tuple[tuple[float, float, float, float], ...]
+    codecs: tuple[str, ...]
+    color: str
+    point: int
+    shift: tuple[int, int]
+    side: str
+
+
+CURVES = {
+    "AVIF": Curve("picture", ("avif@2048", "avif@4096", "avif:60", "avif:80", "avif:90"),
+                  "#0072B2", -2, (-2, 12), "right"),
+    "JPEG XL": Curve("picture", ("jxl@2048", "jxl@4096", "jxl@8192", "jxl@16384", "jxl@32768"),
+                     "#56B4E9", -1, (10, 0), "left"),
+    "JPEG": Curve("picture", ("jpeg:10", "jpeg@4096", "jpeg:20", "jpeg:50", "jpeg:75", "jpeg:95"),
+                  "#555555", 2, (9, -8), "left"),
+    "WebP": Curve("picture", ("webp@2048", "webp@4096", "webp:75", "webp:95"),
+                  "#CC79A7", 1, (12, -6), "left"),
+    "tiny-v2": Curve("latent", ("tiny-v2+rans:2048", "tiny-v2+rans:4096"),
+                     "#D55E00", 1, (-8, 12), "right"),
+    "tiny-v1": Curve("latent", ("tiny+kmeans",), "#D55E00", 0, (12, -4), "left"),
+    "TAEF2": Curve("latent", ("taef2+kmeans",), "#D55E00", 0, (0, -18), "center"),
+}  # fmt: skip
 
 
 def main(report: Path, picture: Path) -> None:
     rows = read_rows(report)
-    picture.write_bytes(draw_front([curve(label, rows) for label in CURVES], EMBEDDER))
+    picture.write_bytes(draw_front(rows))
     say(cost_table(rows))
 
 
@@ -101,15 +99,13 @@ def cell(rows: dict[str, dict[str, str]], codec: str, column: str) -> str:
     return rows[codec][column]
 
 
-def curve(label: str, rows: dict[str, dict[str, str]]) -> Curve:
-    """A codec's points: bytes, mean, and the ends of its interval."""
-    kind, codecs = CURVES[label]
+def points_of(label: str, rows: dict[str, dict[str, str]]) -> list[tuple[float, ...]]:
+    """A codec's points, sorted: bytes, mean, and the ends of its interval."""
     points = []
-    for codec in codecs:
+    for codec in CURVES[label].codecs:
         numbers = re.findall(r"[\d.]+", cell(rows, codec, EMBEDDER))
-        mean, low, high = map(float, numbers)
-        points.append((float(stored(rows, codec)), mean, low, high))
-    return Curve(label, kind, tuple(sorted(points)))
+        points.append((float(stored(rows, codec)), *map(float, numbers)))
+    return sorted(points)
 
 
 def stored(rows: dict[str, dict[str, str]], codec: str) -> int:
@@ -117,11 +113,11 @@ def stored(rows: dict[str, dict[str, str]], codec: str) -> int:
     return int(cell(rows, codec, "bytes").replace(",", ""))
 
 
-def draw_front(curves: Sequence[Curve], embedder: str) -> bytes:
+def draw_front(rows: dict[str, dict[str, str]]) -> bytes:
     """The first page's picture: one panel, labels beside the curves, PNG."""
     figure, (axis,) = make_panels(1, FRONT_IN)
-    for curve in curves:
-        draw_curve(axis, curve)
+    for label in CURVES:
+        draw_curve(axis, label, points_of(label, rows))
     axis.set_xscale("log", base=2)
     sizes = [1024 * 2**power for power in range(1, 6)]
     axis.set_xticks(sizes, [f"{size // 1024} KiB" for size in sizes])
@@ -129,7 +125,7 @@ def draw_front(curves: Sequence[Curve], embedder: str) -> bytes:
     axis.set_xlim(1700, 50_000)
     axis.set_xlabel("a 256 px patch takes", fontsize=12)
     axis.set_title(
-        f"Cosine similarity of {embedder} embeddings to those of the original",
+        f"Cosine similarity of {EMBEDDER} embeddings to those of the original",
         fontsize=12, loc="left",
     )  # fmt: skip
     axis.tick_params(labelsize=11, length=3)
@@ -138,18 +134,18 @@ def draw_front(curves: Sequence[Curve], embedder: str) -> bytes:
     return saved(figure, FRONT_DPI)
 
 
-def draw_curve(axis: Any, curve: Curve) -> None:
+def draw_curve(axis: Any, label: str, points: Sequence[tuple[float, ...]]) -> None:
     """Line, markers, intervals and label of one codec; latents stand out."""
-    color, point, shift, side = FRONT_STYLE[curve.label]
-    sizes, means, lows, highs = zip(*curve.points, strict=True)
-    is_latent = curve.kind == "latent"
+    kind, _, color, point, shift, side = CURVES[label]
+    sizes, means, lows, highs = zip(*points, strict=True)
+    is_latent = kind == "latent"
     below = [mean - low for mean, low in zip(means, lows, strict=True)]
     above = [high - mean for mean, high in zip(means, highs, strict=True)]
     axis.errorbar(
-        sizes, means, yerr=(below, above), color=color, marker=MARKERS[curve.kind],
+        sizes, means, yerr=(below, above), color=color, marker=MARKERS[kind],
         markersize=11 if is_latent else 6, linewidth=1.6, elinewidth=1.0, zorder=3 + is_latent,
     )  # fmt: skip
-    text = f"{curve.label} latents" if is_latent else curve.label
+    text = f"{label} latents" if is_latent else label
     axis.annotate(
         text, (sizes[point], means[point]), shift, textcoords="offset points", color=color,
         fontsize=13, fontweight="bold" if is_latent else "normal", ha=side, va="center",

@@ -120,9 +120,7 @@ def steps_of(per_crop: dict[str, Any]) -> dict[str, Any] | None:
     return {"quantiles": quantiles, "counts": {str(s): counts[s] for s in sorted(counts)}}
 
 
-def notes(
-    crops: FidelityCrops, groups: dict[str, dict[str, int]], rows: Sequence[dict[str, Any]]
-) -> list[str]:
+def notes(crops: FidelityCrops, sample: FitSample, rows: Sequence[dict[str, Any]]) -> list[str]:
     """What a reader must know of this run, in sentences."""
     found = []
     kinds = crops.kinds()
@@ -142,14 +140,17 @@ def notes(
         for folder, rule in crops.slide_rules.items()
         if rule == RULES["picture"]
     ]
-    if any((row.get("codebook") or {}).get("origin") == ON_TESTED for row in rows):
+    is_fitted = any((row["codebook"] or {}).get("origin") == sample.origin for row in rows)
+    if is_fitted and sample.origin == ON_TESTED:
         found.append(
             "Codebooks fitted on the tested crops themselves favour their rows; --fit-on takes "
             "other pictures"
         )
-    single = [name for name, counts in groups.items() if counts["slides"] < 2]
-    if single:
-        found.append(f"No intervals where there is a single slide ({', '.join(single)})")
+    if is_fitted and sample.shared:
+        found.append(
+            f"{len(sample.shared):,} slides or patients of the tested pictures "
+            f"({sample.shared[0]}, ...) are among those that codebooks are fitted on, too"
+        )
     if crops.too_small:
         found.append(f"{crops.too_small:,} pictures are too small and were passed over")
     found += [
@@ -158,17 +159,6 @@ def notes(
         if row.get("over_budget")
     ]
     return [f"{note}." for note in found]
-
-
-def fit_notes(sample: FitSample, rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Which slides stand among the tested pictures and among those that codebooks are of."""
-    is_used = any((row.get("codebook") or {}).get("origin") == sample.origin for row in rows)
-    if not (sample.shared and is_used):
-        return []
-    return [
-        f"{len(sample.shared):,} slides or patients of the tested pictures ({sample.shared[0]}, "
-        "...) are among those that codebooks are fitted on, too."
-    ]
 
 
 def fitted_to(

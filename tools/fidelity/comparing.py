@@ -165,8 +165,7 @@ def make_report(job: FidelityJob, rows: Sequence[Measured]) -> dict[str, Any]:
         "fitted_to": assembling.fitted_to(job.plan.rows, job.trained(), job.plan.embedders),
         "missing": job.plan.missing,
         "notes": [
-            *assembling.notes(crops, groups.counts(), described),
-            *assembling.fit_notes(job.codebooks.sample, described),
+            *assembling.notes(crops, job.codebooks.sample, described),
             *(f"{judge.note}." for judge in job.judges),
             *assembling.seen_notes(config.source, crops, job.trained()),
         ],

@@ -11,8 +11,7 @@ import numpy as np
 from latentds_tools.fidelity.measuring import embed
 
 from latentds.autoencoders import load_autoencoder
-from latentds.autoencoders.cards import CARDS
-from latentds.autoencoders.decoders import find_record, is_hub_name, load_decoder, replace_decoder
+from latentds.autoencoders.decoders import find_record, load_decoder, replace_decoder
 from latentds.codecs import (
     CodecSpec,
     LatentSpec,
@@ -145,8 +144,8 @@ def spread(
 class Autoencoders:
     """Opens autoencoders; the last one stays open.
 
-    A decoder alone takes the encoder of the autoencoder it names, or of another listed one of the
-    same latents.
+    A decoder's folder takes the encoder of the autoencoder it names, a decoder on the Hub or of
+    another name that of a listed one of the same latents.
 
     cards   card of every autoencoder that can be had
     bases   decoder: the listed autoencoder whose encoder it takes
@@ -182,25 +181,13 @@ class Autoencoders:
                     self.trained[name] = config
 
     def find_base(self, name: str) -> str | None:
-        """An autoencoder with an encoder for this decoder's latents.
-
-        A listed one; or, for a decoder on the Hub, the known one it names. None where there is
-        none, with the reason in `absent`.
-        """
+        """A listed autoencoder with an encoder for this decoder's latents, None for none."""
         try:
-            decoder = load_decoder(name).card
-            for other, card in self.cards.items():
-                if card.latent_id == decoder.latent_id and other not in self.bases:
-                    return other
-            if is_hub_name(name) and decoder.encoder in CARDS:
-                load_autoencoder(decoder.encoder)
-                return decoder.encoder
-            reason = f"a decoder for latents of {decoder.encoder!r}; list that autoencoder, too"
-        except (LatentdsError, FileNotFoundError) as error:
-            reason = one_line(error)
-        if is_hub_name(name):
-            self.absent[name] = reason
-        return None
+            latent_id = load_decoder(name).card.latent_id
+        except (LatentdsError, FileNotFoundError):
+            return None
+        same = (n for n, c in self.cards.items() if c.latent_id == latent_id)
+        return next((other for other in same if other not in self.bases), None)
 
     def get(self, name: str) -> Any:
         """The autoencoder, on the device."""

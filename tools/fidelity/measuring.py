@@ -10,7 +10,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -99,15 +99,6 @@ def encode_searched(
     return Encoded(files, [found.quality for found in fitted], time.perf_counter() - began)
 
 
-class DownstreamJudge(Protocol):
-    """Tells how well reconstructions serve a task."""
-
-    def score(
-        self, start: int, decoded: Sequence[np.ndarray], embeddings: dict[str, np.ndarray], /
-    ) -> dict[str, list[float | None]]:
-        """Figures by name of the crops from a place on; embeddings (n, D) by embedder."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Measured:
     """What a row's codec did to every crop.
@@ -152,11 +143,11 @@ class MeasuredOriginals:
 
 def measure(
     codec: PictureCodec | LatentCodec, encoded: Encoded, originals: MeasuredOriginals,
-    contact: Sequence[int], tick: Callable[[int], object], judges: Sequence[DownstreamJudge] = (),
+    contact: Sequence[int], tick: Callable[[int], object], judges: Sequence[Any] = (),
 ) -> Measured:  # fmt: skip
     """All figures of one codec's files; `tick` is told how many crops are done.
 
-    judges  have downstream figures of reconstructions and their embeddings
+    judges  of judges.py: have downstream figures of reconstructions and their embeddings
     """
     images = originals.images
     codec.decode_batch(encoded.files[:1])  # first calls set things up
@@ -190,11 +181,8 @@ def measure(
                 figures.setdefault(name, []).extend(values)
         shown |= {n: decoded[n - start] for n in contact if start <= n < start + len(part)}
         tick(len(part))
-    pictures = (
-        np.stack([shown[n] for n in contact]) if contact else np.zeros((0, 1, 1, 3), np.uint8)
-    )
     found = {**columns, "similarity": similarity, "downstream": figures}
-    return Measured(found, seconds, pictures)
+    return Measured(found, seconds, np.stack([shown[n] for n in contact]))
 
 
 def ssim(image: np.ndarray, reference: np.ndarray) -> float:

@@ -127,7 +127,8 @@ def make_page(config: Config) -> str:
     sections = [html_pages.table(["", "data set"], facts)]
     if manifest.classes:
         sections.append(html_pages.heading(f"Labels in {split}"))
-        sections.append(html_pages.bars(manifest.labels(split)))
+        counts = ((label, f"{count:,}") for label, count in manifest.labels(split).items())
+        sections.append(html_pages.table(["label", "patches"], counts))
     drawn = f"{len(figures)} decoded patches of {split}, drawn with seed {config.seed}"
     sections += [html_pages.heading(drawn), html_pages.grid(figures, patches.figure_px)]
     lead = "Decoded from latents: detail is lost, and some is made up. Not for diagnosis."

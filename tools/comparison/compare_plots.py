@@ -28,26 +28,28 @@ def draw_bars(report: dict[str, Any]) -> bytes:
     figure, axes = make_panels(len(families), PANEL_IN, COLUMNS)
     for axis, family in zip(axes, families, strict=True):
         draw_panel(axis, family)
-    return with_legend(figure, [row for family in families for row in family["rows"]])
+    return saved_with_legend(figure, [row for family in families for row in family["rows"]])
 
 
 def draw_differences(report: dict[str, Any]) -> bytes | None:
     """PNG: a panel a family, differences with their intervals; None where nothing is paired."""
-    families = [f for f in report["families"] if any(has_difference(r) for r in f["rows"])]
-    if not families:
+    paired = []
+    for family in report["families"]:
+        rows = [row for row in family["rows"] if row["difference"] is not None]
+        rows = [row for row in rows if row["difference"]["mean"] is not None]
+        paired += [(family, rows)] if rows else []
+    if not paired:
         return None
-    figure, axes = make_panels(len(families), PANEL_IN, COLUMNS)
-    for axis, family in zip(axes, families, strict=True):
-        rows = [row for row in family["rows"] if has_difference(row)]
-        places = range(len(rows), 0, -1)
-        for place, row in zip(places, rows, strict=True):
+    figure, axes = make_panels(len(paired), PANEL_IN, COLUMNS)
+    for axis, (family, rows) in zip(axes, paired, strict=True):
+        for place, row in enumerate(reversed(rows), 1):
             found = row["difference"]
             mean = 100 * found["mean"]
             ends = [mean if found[n] is None else 100 * found[n] for n in ("low", "high")]
             axis.plot(ends, [place, place], color=colour(row), linewidth=2)
             axis.plot([mean], [place], "o", color=colour(row))
         axis.axvline(0, color="black", linewidth=0.8)
-        axis.set_yticks(list(places), [row["source"] for row in rows])
+        axis.set_yticks(range(len(rows), 0, -1), [row["source"] for row in rows])
         axis.set_ylim(0.4, len(rows) + 0.6)
         low, high = axis.get_xlim()
         axis.set_xlim(min(low, -0.5), max(high, 0.5))
@@ -56,19 +58,14 @@ def draw_differences(report: dict[str, Any]) -> bytes | None:
         )
         axis.set_title(family["title"], fontsize=10)
         axis.grid(alpha=0.3, axis="x", linewidth=0.5)
-    paired = [row for family in families for row in family["rows"] if has_difference(row)]
-    return with_legend(figure, paired)
+    return saved_with_legend(figure, [row for _, rows in paired for row in rows])
 
 
-def with_legend(figure: Any, rows: Sequence[dict[str, Any]]) -> bytes:
+def saved_with_legend(figure: Any, rows: Sequence[dict[str, Any]]) -> bytes:
     """The figure's file with a legend of the colours that its rows have."""
-    kinds = {kind_of_bar(row) for row in rows}
-    add_legend(figure, {kind: colour for kind, colour in COLOURS.items() if kind in kinds})
+    colours = {colour(row) for row in rows}
+    add_legend(figure, {kind: shade for kind, shade in COLOURS.items() if shade in colours})
     return saved(figure, DPI)
-
-
-def has_difference(row: dict[str, Any]) -> bool:
-    return row["difference"] is not None and row["difference"]["mean"] is not None
 
 
 def draw_panel(axis: Any, family: dict[str, Any]) -> None:
@@ -127,14 +124,10 @@ def score_limits(scores: Sequence[dict[str, Any]]) -> tuple[float, float]:
     return (float(low) if low > 10 else 0.0), max(highs) + 0.1 * max(spread, 2)
 
 
-def kind_of_bar(row: dict[str, Any]) -> str:
-    """What a source is, as the legend has it."""
-    if row["kind"] == "original":
-        return "original"
-    if not row["is_network"]:
-        return "picture format"
-    return "latents, decoder fine-tuned" if row["fine_tuned"] else "latents"
-
-
 def colour(row: dict[str, Any]) -> str:
-    return COLOURS[kind_of_bar(row)]
+    """Of what a source is."""
+    if row["kind"] == "original":
+        return COLOURS["original"]
+    if not row["is_network"]:
+        return COLOURS["picture format"]
+    return COLOURS["latents, decoder fine-tuned" if row["fine_tuned"] else "latents"]

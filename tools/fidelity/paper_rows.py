@@ -29,11 +29,6 @@ class PaperRow:
     ssim: float
     psnr_db: float
 
-    def matches(self, name: str, quantizer: str) -> bool:
-        """Whether it is of that autoencoder (jpeg:75 for pictures) and quantizer's text."""
-        own, _, own_quantizer = self.codec.partition("+")
-        return own == name and parse_quantizer(own_quantizer or "none").text == quantizer
-
 
 @functools.cache
 def paper_rows() -> tuple[PaperRow, ...]:
@@ -62,7 +57,8 @@ def find_paper_row(
     own = [(f"{encoder}-path", "a decoder of one's own")] if is_own else []
     for name, note in ((spec.name, ""), *own):
         for row in paper_rows():
-            if row.matches(name, spec.quantizer.text):
+            theirs, _, quantizer = row.codec.partition("+")
+            if theirs == name and parse_quantizer(quantizer or "none").text == spec.quantizer.text:
                 return row, note
     return None
 

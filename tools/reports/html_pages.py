@@ -24,7 +24,6 @@ pre{background:#f3f5f9;padding:.8rem;overflow-x:auto}
 figure{margin:0} figure img{width:100%;image-rendering:auto;display:block;border:1px solid #dde2ea}
 figcaption{font-size:12px;color:#4b5567;overflow-wrap:anywhere}
 .row{display:grid;gap:10px;margin-bottom:14px}
-.bar{background:#4a72b8;height:.8rem;display:inline-block;vertical-align:middle;margin-right:.4rem}
 """
 
 
@@ -66,18 +65,6 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
         return f"<tr>{shown}</tr>"
 
     return f"<table>{line(header, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"
-
-
-def bars(counts: Mapping[str, int]) -> str:
-    """A bar chart of counts, as a table."""
-    most = max(counts.values(), default=0) or 1
-    rows = "".join(
-        f"<tr><td>{html_text(name)}</td><td>"
-        f"<span class=bar style='width:{300 * count / most:.0f}px'></span>"
-        f"{count:,}</td></tr>"
-        for name, count in counts.items()
-    )
-    return f"<table>{rows}</table>"
 
 
 def figure(image: np.ndarray, caption: str) -> str:

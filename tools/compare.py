@@ -1,4 +1,4 @@
-"""latentds compare: tables and plots of evaluations on several sources of the same patches."""
+"""latentds compare: tables and a plot of evaluations on several sources of the same patches."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from latentds_tools.reports.commands import check_free, check_least, deliver
 
 from latentds.errors import InputError
 
-BARS, DIFFERENCES = "bars.png", "differences.png"
-OUTPUTS = ("comparison.json", "comparison.md", "comparison.html", BARS, DIFFERENCES)
+DIFFERENCES = "differences.png"
+OUTPUTS = ("comparison.json", "comparison.md", "comparison.html", DIFFERENCES)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,7 @@ class Config:
     """Run folders of abmil, classify_patches and sampath, each with a result.json. They may differ
     in task, data set, model, embedder and seed."""
     out: Path | None = None
-    """Folder for comparison.html, .md and .json, bars.png and differences.png."""
+    """Folder for comparison.html, .md and .json, and differences.png."""
     reference: str | None = None
     """Source, or run folder, to compare with. By default the originals, else the first run."""
     metric: str | None = None
@@ -50,8 +50,7 @@ class Config:
 
 
 def run(config: Config) -> None:
-    from latentds_tools.comparison.compare_page import write_page
-    from latentds_tools.comparison.compare_plots import draw_bars, draw_differences
+    from latentds_tools.comparison.compare_page import draw_differences, write_page
     from latentds_tools.comparison.compare_report import check_columns, make_report
     from latentds_tools.comparison.run_pairing import Bootstrap, make_families, read_runs
     from latentds_tools.reports.plots import check_matplotlib
@@ -68,7 +67,5 @@ def run(config: Config) -> None:
         paper=config.paper,
         bootstrap=Bootstrap(config.over, config.draws, config.seed),
     )
-    pictures: dict[str, bytes | None] = {}
-    if config.out is not None:
-        pictures = {BARS: draw_bars(report), DIFFERENCES: draw_differences(report)}
+    pictures = {DIFFERENCES: draw_differences(report)} if config.out is not None else {}
     deliver(report, write_page(report), "comparison", config.out, pictures, as_json=config.json)

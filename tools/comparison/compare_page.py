@@ -1,4 +1,4 @@
-"""The comparison as Markdown, in the shape of the paper's Tables 2 and 3."""
+"""The comparison as Markdown, in the shape of the paper's Tables 2 and 3; its plot."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from latentds_tools.reports.markdown import ABSENT, bracketed, bullets, number, table
+from latentds_tools.reports.plots import add_legend, make_panels, saved
 
 SEGMENTATION = (  # titles and scores: correct ones, then what SAM-Path's code would report
     ("Dice macro", "dice_macro"),
@@ -28,6 +29,16 @@ METRIC_NAMES = {
     "balanced_accuracy": "balanced accuracy",
     "macro_f1": "macro F1",
     "dice_macro": "Dice macro",
+}
+
+
+PANEL_IN = (6.0, 4.8)  # width and height in inches
+COLUMNS, DPI = 2, 130
+COLOURS = {
+    "original": "C7",
+    "picture format": "C1",
+    "latents": "C0",
+    "latents, decoder fine-tuned": "C2",
 }
 
 
@@ -299,3 +310,44 @@ def difference(row: dict[str, Any] | None) -> str:
     text = bracketed(mean, low, high, "+.2f")
     ties = f", {found['ties']} equal" if found["ties"] else ""
     return f"{text}, {found['wins']} of {found['n']}{ties}"
+
+
+def draw_differences(report: dict[str, Any]) -> bytes | None:
+    """PNG: a panel a family, differences with their intervals; None where nothing is paired."""
+    paired = []
+    for family in report["families"]:
+        rows = [row for row in family["rows"] if row["difference"] is not None]
+        rows = [row for row in rows if row["difference"]["mean"] is not None]
+        paired += [(family, rows)] if rows else []
+    if not paired:
+        return None
+    figure, axes = make_panels(len(paired), PANEL_IN, COLUMNS)
+    for axis, (family, rows) in zip(axes, paired, strict=True):
+        for place, row in enumerate(reversed(rows), 1):
+            found = row["difference"]
+            mean = 100 * found["mean"]
+            ends = [mean if found[n] is None else 100 * found[n] for n in ("low", "high")]
+            axis.plot(ends, [place, place], color=colour(row), linewidth=2)
+            axis.plot([mean], [place], "o", color=colour(row))
+        axis.axvline(0, color="black", linewidth=0.8)
+        axis.set_yticks(range(len(rows), 0, -1), [row["source"] for row in rows])
+        axis.set_ylim(0.4, len(rows) + 0.6)
+        low, high = axis.get_xlim()
+        axis.set_xlim(min(low, -0.5), max(high, 0.5))
+        axis.set_xlabel(
+            f"{title(family['metric'])}: points above {family['reference']}, 95 % interval"
+        )
+        axis.set_title(family["title"], fontsize=10)
+        axis.grid(alpha=0.3, axis="x", linewidth=0.5)
+    colours = {colour(row) for _, rows in paired for row in rows}
+    add_legend(figure, {kind: shade for kind, shade in COLOURS.items() if shade in colours})
+    return saved(figure, DPI)
+
+
+def colour(row: dict[str, Any]) -> str:
+    """Of what a source is."""
+    if row["kind"] == "original":
+        return COLOURS["original"]
+    if not row["is_network"]:
+        return COLOURS["picture format"]
+    return COLOURS["latents, decoder fine-tuned" if row["fine_tuned"] else "latents"]

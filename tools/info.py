@@ -13,7 +13,6 @@ from latentds_tools.reports.commands import show
 from latentds.core.display import visible
 
 PREFETCHED = 2  # batches that each worker of a loader prepares ahead
-FITTED = ("values", "seed", "snr_db", "dead_levels", "saturated_share")  # of a fitted codebook
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,16 +111,13 @@ def as_text(summary: dict[str, Any]) -> str:
     origin = codebook.get("origin") or "origin not recorded"
     if codebook["more"]:
         origin += f", and {codebook['more']} more beside it"
-    if all(codebook.get(name) is not None for name in FITTED):
-        origin += (
-            f" ({codebook['values']:,} latent values, seed {codebook['seed']}): "
-            f"{codebook['snr_db']} dB, {codebook['dead_levels']} dead levels, "
-            f"{codebook['saturated_share']:.2%} saturated"
-        )
+    slides = f"{summary['slides']:,}"
+    if tcga := summary["tcga"]:
+        slides += f" (TCGA: {tcga['patients']:,} patients, {tcga['frozen_slides']:,} frozen)"
     lines = {
         "patches": f"{summary['patches']:,} of {width}x{height} px ({splits})",
         "labels": labels,
-        "slides": f"{summary['slides']:,}{tcga_text(summary['tcga'])}",
+        "slides": slides,
         "slide entropy": ", ".join(
             f"{split} {bits['shards']} bits a shard of {bits['split']}"
             for split, bits in summary["slide_entropy_bits"].items()
@@ -137,7 +133,6 @@ def as_text(summary: dict[str, Any]) -> str:
         "decoder_id": summary["decoder_id"],
         "codebook": f"{codebook['kind']}, {codebook['summary']}, {origin}",
         "steps": steps_text(summary["record_steps"]),
-        "channels": channels_text(summary["channel_statistics"]),
         "resolution": ", ".join(
             f"{mpp} ({count:,})" for mpp, count in list(summary["mpp"].items())[:8]
         ),
@@ -169,23 +164,6 @@ def steps_text(steps: dict[str, Any] | None) -> str:
         f"the finest, {steps['coarsest']:.1%} at the coarsest ({steps['patches']:,} of "
         f"{steps['of']:,} patches sampled)"
     )
-
-
-def channels_text(statistics: dict[str, Any] | None) -> str:
-    """Mean and standard deviation of every channel, of the first eight where there are more."""
-    if statistics is None:
-        return "no statistics recorded (made by an older version)"
-    pairs = list(zip(statistics["mean"], statistics["std"], strict=True))
-    shown = ", ".join(f"{mean:.3g} ± {std:.3g}" for mean, std in pairs[:8])
-    more = f", and {len(pairs) - 8} more" if len(pairs) > 8 else ""
-    return f"{shown}{more} (latents, {statistics['count']:,} values a channel)"
-
-
-def tcga_text(tcga: dict[str, Any]) -> str:
-    """What the barcodes say, in brackets; nothing where there are none."""
-    if not tcga:
-        return ""
-    return f" (TCGA: {tcga['patients']:,} patients, {tcga['frozen_slides']:,} frozen)"
 
 
 def megabytes(count: int) -> str:

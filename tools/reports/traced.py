@@ -34,10 +34,9 @@ KEPT_CODECS = (
     "avif444@4096", "avif@4096", "jxl@4096", "tiny-v2+rans:2048", "tiny-v2-fast+rans:2048",
     "tiny-v2-cpu+rans:2048", "avif444@2048", "avif@2048", "jxl@2048",
 )  # fmt: skip
-EQUAL_BYTES = {"MoNuSeg": "results/fidelity-monuseg.json", "UCSB": "results/fidelity-ucsb.json"}
 REFERENCES = ("avif444@1024", "avif444@2048", "avif444@4096", "avif444@8192")
 # AVIF at its best and 8,192 bytes was measured later than the other rows, by itself.
-LATER = {("MoNuSeg", "avif444@8192"): "results/fidelity-monuseg-8192.json"}
+LATER = {("monuseg", "avif444@8192"): "monuseg-8192"}
 UNTRAINED = "timm:tf_efficientnet_lite0"  # what reports call it, whatever file its weights are of
 SHUFFLED = "-shuffled"  # what a folder is called whose pictures were dealt to classes by chance
 DOWNSTREAM = (  # a report's name, its table's, and the score shown
@@ -119,20 +118,18 @@ def equal_bytes(title: str, part: Callable[[dict[str, Any]], str], source: Path)
     return found.replace("| codec |", f"| {title} |", 1)
 
 
-def tables_of_equal_bytes() -> Iterator[Traced]:
-    """What docs/fidelity.md has of the runs at equal bytes."""
-    for name, source in EQUAL_BYTES.items():
-        parts: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
-            name: (functools.partial(fidelity_page.main_table, group="all"), source),
-            f"{name}, steps": (fidelity_page.steps_part, source),
-        }
+def fidelity_tables() -> Iterator[Traced]:
+    """What docs/fidelity.md has of the runs at equal bytes, and of the null."""
+    whole = functools.partial(fidelity_page.main_table, group="all")
+    parts: list[tuple[str, Callable[[dict[str, Any]], str], str]] = []
+    for name, run in (("MoNuSeg", "monuseg"), ("UCSB", "ucsb")):
+        parts += [(name, whole, run), (f"{name}, steps", fidelity_page.steps_part, run)]
         for reference in REFERENCES:
             less = functools.partial(fidelity_page.differences_part, reference=reference)
-            own = LATER.get((name, reference), source)
-            parts[f"{name}, less `{reference}`"] = less, own
-        for title, (part, own) in parts.items():
-            make = functools.partial(equal_bytes, title, part)
-            yield Traced("docs/fidelity.md", f"| {title} |", own, make)
+            parts.append((f"{name}, less `{reference}`", less, LATER.get((run, reference), run)))
+    for title, part, run in (*parts, ("MoNuSeg, null", whole, "null")):
+        make = functools.partial(equal_bytes, title, part)
+        yield Traced("docs/fidelity.md", f"| {title} |", f"results/fidelity-{run}.json", make)
 
 
 def downstream_table(title: str, score: str, source: Path) -> str:
@@ -163,15 +160,7 @@ def in_per_cent(row: dict[str, Any], score: str) -> str:
 
 
 TABLES = (
-    *tables_of_equal_bytes(),
-    Traced(
-        "docs/fidelity.md",
-        "| MoNuSeg, null |",
-        "results/fidelity-null.json",
-        functools.partial(
-            equal_bytes, "MoNuSeg, null", functools.partial(fidelity_page.main_table, group="all")
-        ),
-    ),
+    *fidelity_tables(),
     *(
         Traced(
             "docs/downstream.md",

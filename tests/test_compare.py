@@ -485,7 +485,6 @@ def test_a_folder_without_a_result_is_named(
     [
         ({"reference": "orignal"}, UnknownNameError, "did you mean 'original'"),
         ({"metric": "dice"}, UnknownNameError, "known: accuracy, auc"),
-        ({"paper": "table3"}, InputError, r"no run is of BCSS \(sampath\), CRAG \(sampath\)"),
     ],
 )
 def test_what_no_run_has_is_refused(

@@ -51,7 +51,7 @@ class Config:
 
 def run(config: Config) -> None:
     from latentds_tools.comparison.compare_page import draw_differences, write_page
-    from latentds_tools.comparison.compare_report import check_columns, make_report
+    from latentds_tools.comparison.compare_report import make_report
     from latentds_tools.comparison.run_pairing import Bootstrap, make_families, read_runs
     from latentds_tools.reports.plots import check_matplotlib
 
@@ -59,7 +59,6 @@ def run(config: Config) -> None:
         check_matplotlib("evaluate")
         check_free([config.out / name for name in OUTPUTS], config.overwrite)
     families = make_families(read_runs(config.runs))
-    check_columns(families, config.paper)
     report = make_report(
         families,
         reference=config.reference,

@@ -16,7 +16,7 @@ from latentds_tools.comparison.run_pairing import (
 from latentds_tools.reports.commands import check_known
 from latentds_tools.reports.paper_tables import paper_tables
 
-from latentds.errors import InputError, unknown_name
+from latentds.errors import unknown_name
 from latentds.evaluation.segmentation import derive_iou, derive_precision
 from latentds.evaluation.statistics import Difference
 from latentds.version import __version__
@@ -196,17 +196,6 @@ def is_of(family: Family, column: dict[str, Any]) -> bool:
     names = [family.data, *(row.record.data for row in family.rows)]
     names += [str(row.record.settings.get("preset") or "") for row in family.rows]
     return any(word in name.lower() for name in names for word in column["words"])
-
-
-def check_columns(families: Sequence[Family], table: str) -> None:
-    """InputError where a table was asked for and no family has a column of it."""
-    if table in ("table2", "table3") and not any(paper_column(f, table) for f in families):
-        columns = paper_tables("evaluations")["columns"].values()
-        known = ", ".join(f"{c['title']} ({c['task']})" for c in columns if c["table"] == table)
-        raise InputError(
-            f"--paper {table}: no run is of {known}. Name the data set's folder after it, or leave "
-            "--paper out"
-        )
 
 
 def paper_key(row: RunRow) -> tuple[str, bool, bool]:

@@ -110,12 +110,8 @@ class Family:
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """The runs in the folders; InputError where one is given twice."""
-    seen: dict[Path, Path] = {}
-    for folder in folders:
-        other = seen.setdefault(folder.resolve(), folder)
-        if other is not folder:
-            raise InputError(f"{folder}: given twice; a run is compared with others")
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise InputError("a run folder is given twice; a run is compared with others")
     return [Run(folder, read_record(folder)) for folder in folders]
 
 

@@ -221,9 +221,8 @@ def test_missing_data_are_told_before_weights_are_fetched(work, tmp_path, capsys
 
 
 @pytest.mark.parametrize("option", ["--batch-size", "--max-patches"])
-def test_wrong_numbers_are_wrong_usage(work, tmp_path, capsys, option):
-    with pytest.raises(SystemExit, match="2"):
-        cli.main([*words_of(work, tmp_path), option, "0"])
+def test_wrong_numbers_are_refused(work, tmp_path, capsys, option):
+    assert f"{option} 0; at least 1" in call(capsys, [*words_of(work, tmp_path), option, "0"], 1)
 
 
 @pytest.mark.slow

@@ -44,7 +44,6 @@ class Config(ConvertConfig):
 
 
 def run(config: Config) -> None:
-    """Convert, and say what was made and what was left out."""
     from PIL import Image
 
     # --max-px is checked before a pixel is decoded; Pillow's own limit would cap it at twice the

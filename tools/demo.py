@@ -42,7 +42,6 @@ class Config:
 
 
 def run(config: Config) -> None:
-    """Run the main job and say where its results lie."""
     from latentds_tools.reports.commands import picked
 
     from latentds.conversion.convert_config import ConvertConfig

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
-from latentds_tools.reports.commands import picked, show
+from latentds_tools.reports.commands import check_least, picked, show
 
 from latentds.errors import InputError
 from latentds.evaluation.patchsets.patch_set import PatchInput, recorded_settings
@@ -70,12 +70,7 @@ class Config(PatchInput):
         PatchInput.__post_init__(self)
         if not self.embedder or len(set(self.embedder)) < len(self.embedder):
             raise ValueError(f"--embedder {' '.join(self.embedder)}: at least one, each once")
-        for name in ("batch_size", "max_patches"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; at least 1")
-        if self.max_bad < 0:
-            raise ValueError(f"max_bad is {self.max_bad}; 0 or more")
+        check_least(self, batch_size=1, max_patches=1, max_bad=0)
 
 
 def run(config: Config) -> int:

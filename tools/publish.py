@@ -17,8 +17,6 @@ from latentds.errors import InputError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PublishOptions:
-    """What every tool that publishes inherits."""
-
     license: str | None = None
     """Licence, as the Hub names it: mit, cc-by-4.0, ... Data sets need one; by default a model has
     the recorded one, if any."""
@@ -108,7 +106,6 @@ def publish_model_folder(
 
 
 def say_published(result: Any, as_json: bool, text: Callable[[Any], str]) -> None:
-    """Warnings to stderr, then what lies on the Hub now."""
     for warning in result.warnings:
         say(f"warning: {warning}", file=sys.stderr)
     show(result.summary(), as_json, text)

@@ -163,7 +163,6 @@ def make_slide_page(config: Config) -> str:
 
 
 def slides_of(shards: Any, split: str) -> list[str]:
-    """Names of the slides that a split has patches of."""
     import numpy as np
 
     slides = np.unique(shards.patches["slide"][slice(*shards.patch_range(split))])
@@ -185,7 +184,6 @@ def dealt_rows(shards: Any, split: str, count: int, seed: int) -> Any:
 
 
 def caption_of(batch: Any, place: int, classes: tuple[str, ...]) -> str:
-    """A patch's columns."""
     label, (x, y) = int(batch.labels[place]), batch.coords[place].tolist()
     parts = [
         classes[label] if label >= 0 else "",

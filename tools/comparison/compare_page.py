@@ -154,7 +154,6 @@ def segmentation_table(family: dict[str, Any]) -> str:
 
 
 def reasons(family: dict[str, Any]) -> list[str]:
-    """Why rows have no difference."""
     lines = [
         f"`{row['source']}`: not paired, {row['not_paired']}."
         for row in family["rows"]
@@ -274,7 +273,6 @@ def flags(row: dict[str, Any]) -> list[str]:
 
 
 def size(row: dict[str, Any] | None) -> str:
-    """Kilobytes of a patch."""
     value = None if row is None else row["kilobytes"]
     if value is None:
         return ABSENT

@@ -279,7 +279,6 @@ def why_not(row: RunRow, reference: RunRow, metric: str) -> str:
 
 
 def class_counts(fold: FoldResult) -> dict[str, Any]:
-    """Tested items by class; empty where a run does not tell."""
     counted = {name: values.get("support") for name, values in fold["per_class"].items()}
     return {name: count for name, count in counted.items() if count is not None}
 

@@ -121,7 +121,6 @@ def steps_of(per_crop: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def notes(crops: FidelityCrops, sample: FitSample, rows: Sequence[dict[str, Any]]) -> list[str]:
-    """What a reader must know of this run, in sentences."""
     found = []
     kinds = crops.kinds()
     if "lossless" in kinds:

@@ -143,7 +143,6 @@ class FittedTables:
         return PictureCodec(FITTED, None, max_bytes, mean_bytes, self._rules[size])
 
     def fit(self, mean_bytes: int) -> Format:
-        """JPEG with the tables that keep most."""
         wanted = embed(self.embedder, self.images)
         factors = np.ones((2, len(BANDS)))
         best = self.score(factors, mean_bytes, wanted)

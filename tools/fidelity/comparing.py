@@ -241,7 +241,6 @@ class FidelityJob:
         return {series[name]: config for name, config in trained.items() if name in series}
 
     def codec(self, spec: CodecSpec) -> PictureCodec | LatentCodec:
-        """A row's codec, fitted where it has to be."""
         if isinstance(spec, LatentSpec):
             return self.codebooks.make(spec)
         if spec.name == FITTED:
@@ -267,7 +266,6 @@ class FidelityJob:
 
 
 def prepare(config: Config) -> FidelityJob:
-    """Open all that is needed, and read the crops."""
     others = (config.fit_on, config.nuclei, config.probe_on)
     for folder in (*config.source, *(folder for folder in others if folder)):
         if not folder.is_dir():

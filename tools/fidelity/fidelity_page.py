@@ -100,7 +100,6 @@ def differences_part(report: dict[str, Any], reference: str) -> str:
 
 
 def steps_part(report: dict[str, Any]) -> str:
-    """How fine the records of entropy-coded rows are."""
     rows = []
     for row in report["rows"]:
         if row["steps"]:
@@ -189,7 +188,6 @@ def interval(values: dict[str, Any], digits: int) -> str:
 
 
 def difference(values: dict[str, Any], digits: int) -> str:
-    """A signed mean difference and its interval."""
     return bracketed(values["mean"], values["low"], values["high"], f"+.{digits}f")
 
 

@@ -92,7 +92,6 @@ def last_part(name: str) -> str:
 
 
 def parse(text: str, option: str = "--codecs") -> list[CodecSpec]:
-    """Codecs of the list; InputError where it is written wrongly."""
     try:
         return parse_codecs(text)
     except LatentdsError:
@@ -190,7 +189,6 @@ class Autoencoders:
         return next((other for other in same if other not in self.bases), None)
 
     def get(self, name: str) -> Any:
-        """The autoencoder, on the device."""
         if self._open and self._open[0] == name:
             return self._open[1]
         self._open = None  # the old one's memory first

@@ -93,7 +93,6 @@ def read_rows(report: Path, section: str = SECTION) -> dict[str, dict[str, str]]
 
 
 def cell(rows: dict[str, dict[str, str]], codec: str, column: str) -> str:
-    """One cell; InputError where it was not recorded."""
     if codec not in rows or column not in rows[codec]:
         raise InputError(f"{SECTION}: no {column!r} of {codec!r} is recorded; measure it first")
     return rows[codec][column]

@@ -54,7 +54,6 @@ class SmallUNet(nn.Module):
 
 
 def block(channels: int, width: int) -> nn.Sequential:
-    """Two convolutions with batch norm."""
     return nn.Sequential(
         nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
         nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),

@@ -73,7 +73,6 @@ def figure(image: np.ndarray, caption: str) -> str:
 
 
 def png_figure(png: bytes, caption: str) -> str:
-    """A PNG file's picture inside the page, with text below it."""
     data = base64.b64encode(png).decode()
     return (
         f'<figure><img alt="" src="data:image/png;base64,{data}">'
@@ -88,7 +87,6 @@ def grid(figures: Iterable[str], least_px: int = 200) -> str:
 
 
 def figure_row(figures: Sequence[str]) -> str:
-    """Figures in one row of equal columns."""
     columns = f"grid-template-columns:repeat({len(figures)},1fr)"
     return f'<div class="row" style="{columns}">{"".join(figures)}</div>'
 

@@ -39,7 +39,6 @@ def make_panels(
 
 
 def add_legend(figure: Any, colours: Mapping[str, str]) -> None:
-    """A legend of colours below the panels."""
     from matplotlib.patches import Patch
 
     patches = [Patch(color=colour, label=label) for label, colour in colours.items()]

@@ -107,7 +107,6 @@ def called(codec: str) -> str:
 
 
 def bench_table(as_text: Callable[[Any], str], start: str, source: Path) -> str:
-    """The table that a bench prints of its report."""
     return table_in(as_text(json.loads(source.read_text())), start, str(source))
 
 

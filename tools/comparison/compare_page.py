@@ -93,7 +93,8 @@ def classification_table(families: Sequence[dict[str, Any]]) -> str:
     for place, family in enumerate(families):
         for row in family["rows"]:
             found.setdefault(row["source"], [None] * len(families))[place] = row
-    originals, others = [], []
+    originals: list[list[str]] = []
+    others: list[list[str]] = []
     for name, rows in found.items():
         there = [row for row in rows if row is not None]
         sizes = dict.fromkeys(size(row) for row in there)

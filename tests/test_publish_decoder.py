@@ -294,7 +294,7 @@ def test_the_commands_dry_run_lists_what_would_be_sent(run, hub, capsys):
     with pytest.raises(SystemExit, match="0"):
         cli.main(["publish-decoder", str(run), NAME, "--dry-run"])
     out = capsys.readouterr().out
-    assert "nothing written" in out and f"to send {WEIGHTS}" in out
+    assert "nothing written" in out and f"send   {WEIGHTS}" in out
 
 
 def test_the_command_tells_an_error_in_one_line(tmp_path, hub, capsys):

@@ -206,7 +206,7 @@ def test_the_commands_dry_run_lists_what_would_be_sent(run, hub, capsys):
     with pytest.raises(SystemExit, match="0"):
         cli.main(["publish-model", str(run), NAME, "--license", "mit", "--dry-run"])
     captured = capsys.readouterr()
-    assert "nothing written" in captured.out and f"to send {WEIGHTS}" in captured.out
+    assert "nothing written" in captured.out and f"send   {WEIGHTS}" in captured.out
     assert "warning: trained on what is non-commercial" in captured.err and NAME not in hub.repos
 
 

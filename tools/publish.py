@@ -79,7 +79,7 @@ def run(config: Config) -> None:
         tell=tell,
         **picked(config, "private", "overwrite", "dry_run", "thumbnails"),
     )
-    say_published(result, config.json, as_text)
+    say_published(result, config.json)
 
 
 def publish_model_folder(
@@ -87,7 +87,6 @@ def publish_model_folder(
 ) -> None:
     """Publish a decoder or a backbone by its own function, and say what was done."""
     from latentds.hub.licences import read_markdown
-    from latentds.hub.set_upload import summary_text
     from latentds.hub.snippets import Publication
 
     result = send(
@@ -102,13 +101,13 @@ def publish_model_folder(
         tell=tell,
         **picked(config, "private", "overwrite", "dry_run"),
     )
-    say_published(result, config.json, summary_text)
+    say_published(result, config.json)
 
 
-def say_published(result: Any, as_json: bool, text: Callable[[Any], str]) -> None:
+def say_published(result: Any, as_json: bool) -> None:
     for warning in result.warnings:
         say(f"warning: {warning}", file=sys.stderr)
-    show(result.summary(), as_json, text)
+    show(result.summary(), as_json, as_text)
 
 
 def publication(config: Config) -> Any:
@@ -140,8 +139,5 @@ def as_text(summary: dict[str, Any]) -> str:
     if summary["not_compared"]:
         lines.append(f"not compared with what the Hub holds: {summary['not_compared']}")
     if is_done:
-        lines.append(
-            f"checksums of {summary['checksums_compared']} files on the Hub are the manifest's and "
-            "those of the card and the preview"
-        )
+        lines.append(f"checksums of {summary['checksums_compared']} files on the Hub are ours")
     return "\n".join(lines)

@@ -313,17 +313,3 @@ def publish_files(
         foreign += [path for path in plan.missing if path in remote and path != README]
     plan = plan.replacing(repository, sorted(foreign), page, overwrite)
     return carry_out(repository, plan, {weights}, warnings, tell, dry_run=dry_run)
-
-
-def summary_text(summary: dict[str, Any]) -> str:
-    """The summary of a publication for people."""
-    is_done = summary["commit"] is not None
-    sent, removed = ("sent", "removed") if is_done else ("to_send", "to_remove")
-    lines = [f"{summary['url']}  {summary['commit'] or '(dry run, nothing written)'}"]
-    lines += [
-        f"  {sent.replace('_', ' ')} {path}  {n:,} bytes" for path, n in summary[sent].items()
-    ]
-    lines += [f"  {removed.replace('_', ' ')} {path}" for path in summary[removed]]
-    if is_done:
-        lines.append(f"checksums of {summary['checksums_compared']} files on the Hub are ours")
-    return "\n".join(lines)

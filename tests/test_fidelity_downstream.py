@@ -12,7 +12,7 @@ from latentds_tools.fidelity.fidelity_config import Config
 from latentds_tools.fidelity.fidelity_crops import read_crops
 from PIL import Image
 
-from latentds.codecs import PictureCodec
+from latentds.codecs import PictureCodec, parse_codec
 from latentds.errors import InputError
 from tests.conftest import save_pictures, smooth_picture
 from tests.nuclei import save_nuclei
@@ -198,7 +198,8 @@ def test_fitted_tables_keep_more_of_their_embedder_at_equal_bytes():
     tables = codebook_fitting.FittedTables(images, {"other": None, "colours": ColourEmbedder()})
     assert tables.embedder_name == "colours"
     wanted = codebook_fitting.embed(tables.embedder, images)
-    codec = tables.codec(None, 900)
+    spec = parse_codec("jpeg-fitted~900")
+    codec = tables.codec(spec)
     fitted, plain = (
         codebook_fitting.cosines(
             codebook_fitting.embed(tables.embedder, c.decode_batch(c.encode_batch(images))), wanted
@@ -206,7 +207,7 @@ def test_fitted_tables_keep_more_of_their_embedder_at_equal_bytes():
         for c in (codec, PictureCodec("jpeg", mean_bytes=900))
     )
     assert fitted > plain
-    assert codec.name == "jpeg-fitted~900" and tables.codec(None, 900).rules is codec.rules
+    assert codec.name == "jpeg-fitted~900" and tables.codec(spec).rules is codec.rules
 
 
 def test_the_embedder_that_tables_are_fitted_to_stands_last(folder, stand_ins, monkeypatch):  # noqa: F811

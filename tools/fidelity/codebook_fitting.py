@@ -15,10 +15,13 @@ from latentds_tools.fidelity.measuring import cosines, embed
 
 from latentds.codecs import (
     FORMATS,
+    CodecSpec,
     LatentCodec,
     LatentSpec,
     PictureCodec,
+    PictureSpec,
     draw_samples,
+    make_picture_codec,
     with_quantizer,
 )
 from latentds.codecs.formats import JPEG_TABLES_AT_50, Format, encode_jpeg
@@ -50,34 +53,41 @@ class FitSample:
 
 
 class Codebooks:
-    """Makes codecs of latents; the latents of one autoencoder's fit sample are kept.
+    """Makes codecs; the latents of one autoencoder's fit sample are kept.
 
-    sample  pictures to fit on
+    sample     pictures to fit on
+    embedders  by name; JPEG's tables are fitted to the last
     """
 
     def __init__(
-        self, autoencoders: Autoencoders, sample: FitSample, seed: int, patch_px: tuple[int, int]
-    ) -> None:
+        self, autoencoders: Autoencoders, sample: FitSample, seed: int, patch_px: tuple[int, int],
+        embedders: dict[str, Any],
+    ) -> None:  # fmt: skip
         self.autoencoders, self.sample, self.seed = autoencoders, sample, seed
         self.patch_px = patch_px
+        self.tables = FittedTables(sample.images, embedders)
         self._samples: tuple[str, Any] | None = None
 
-    def origin(self, spec: LatentSpec) -> dict[str, Any] | None:
-        """Where a row's codebook comes from, known before anything is encoded; None for none."""
-        if not spec.quantizer.is_fitted and spec.quantizer.record_bytes is None:
-            return None
-        found = self.find_stored(spec)
-        if found is not None:
-            name, stored = found
-            return {"origin": name, "codebook_id": stored.codebook.codebook_id}
-        return self.fitted()
-
-    def fitted(self) -> dict[str, Any]:
-        return {
+    def origin(self, spec: CodecSpec) -> dict[str, Any] | None:
+        """Where a row's codebook or its tables come from, known before anything is encoded; None
+        for neither."""
+        fitted = {
             "origin": self.sample.origin,
             "crops": len(self.sample.images),
             "digest": self.sample.digest,
             "seed": self.seed,
+        }
+        if isinstance(spec, LatentSpec):
+            if found := self.find_stored(spec):
+                return {"origin": found[0], "codebook_id": found[1].codebook.codebook_id}
+            has_codebook = spec.quantizer.is_fitted or spec.quantizer.record_bytes is not None
+            return fitted if has_codebook else None
+        if spec.name != FITTED:
+            return None
+        return fitted | {
+            "pictures": len(self.tables.images),
+            "embedder": self.tables.embedder_name,
+            "weights": self.tables.embedder.card.weights_id,
         }
 
     def find_stored(self, spec: LatentSpec) -> tuple[str, StoredCodebook] | None:
@@ -91,7 +101,11 @@ class Codebooks:
         shipped = shipped_records(card.latent_id, shape, wanted.record_bytes)
         return (f"shipped with {card.encoder or card.name}", shipped) if shipped else None
 
-    def make(self, spec: LatentSpec) -> LatentCodec:
+    def codec(self, spec: CodecSpec) -> PictureCodec | LatentCodec:
+        """A row's codec, fitted where it has to be."""
+        if isinstance(spec, PictureSpec):
+            is_fitted = spec.name == FITTED
+            return self.tables.codec(spec) if is_fitted else make_picture_codec(spec)
         autoencoder, quantizer = self.autoencoders.get(spec.name), spec.quantizer
         found = self.find_stored(spec)
         book = found[1].codebook if found else None
@@ -135,12 +149,12 @@ class FittedTables:
         self.embedder = embedders.get(self.embedder_name)
         self._rules: dict[int, Format] = {}
 
-    def codec(self, max_bytes: int | None, mean_bytes: int | None) -> PictureCodec:
+    def codec(self, spec: PictureSpec) -> PictureCodec:
         """JPEG within so many bytes, or of so many on average, with tables fitted at as many."""
-        size = max_bytes or mean_bytes or 0
+        size = spec.max_bytes or spec.mean_bytes or 0
         if size not in self._rules:
             self._rules[size] = self.fit(size)
-        return PictureCodec(FITTED, None, max_bytes, mean_bytes, self._rules[size])
+        return PictureCodec(FITTED, None, spec.max_bytes, spec.mean_bytes, self._rules[size])
 
     def fit(self, mean_bytes: int) -> Format:
         wanted = embed(self.embedder, self.images)

@@ -16,13 +16,7 @@ import numpy as np
 from latentds_tools.bench.harness import machine
 from latentds_tools.fidelity import assembling
 from latentds_tools.fidelity.assembling import Groups, budget_of
-from latentds_tools.fidelity.codebook_fitting import (
-    FITTED,
-    ON_TESTED,
-    Codebooks,
-    FitSample,
-    FittedTables,
-)
+from latentds_tools.fidelity.codebook_fitting import FITTED, ON_TESTED, Codebooks, FitSample
 from latentds_tools.fidelity.fidelity_config import Config
 from latentds_tools.fidelity.fidelity_crops import FidelityCrops, read_crops
 from latentds_tools.fidelity.fidelity_page import crop_figures, pick_crops
@@ -41,14 +35,7 @@ from latentds_tools.fidelity.measuring import (
 from latentds_tools.fidelity.paper_rows import differences
 from latentds_tools.reports.paper_tables import paper_tables
 
-from latentds.codecs import (
-    CodecSpec,
-    LatentCodec,
-    LatentSpec,
-    PictureCodec,
-    PictureSpec,
-    make_picture_codec,
-)
+from latentds.codecs import CodecSpec, LatentSpec, PictureSpec
 from latentds.core.display import progress
 from latentds.core.processes import choose_device
 from latentds.core.storage import canonical_json, write_atomically
@@ -81,7 +68,7 @@ def measure_rows(job: FidelityJob) -> list[Measured]:
             facts = facts_of(job, spec)
             row = kept.find(facts, Measured)
             if row is None:
-                codec = job.codec(spec)
+                codec = job.codebooks.codec(spec)
                 made = encoding_facts(job, spec)
                 encoded = kept.find(made, Encoded)
                 if encoded is None:
@@ -106,7 +93,7 @@ def encoding_facts(job: FidelityJob, spec: CodecSpec) -> dict[str, Any]:
     return {
         "codec": spec.quantizer.text if isinstance(spec, LatentSpec) else spec.text,
         "latents": job.card(spec).latent_id if is_latent else None,
-        "codebook": job.origin(spec),
+        "codebook": job.codebooks.origin(spec),
         **({"decoder": job.card(spec).decoder_id} if is_refined else {}),
         "crops": job.crops.digest(),
         "machine": machine_of(job),
@@ -138,7 +125,7 @@ def make_report(job: FidelityJob, rows: Sequence[Measured]) -> dict[str, Any]:
     described = []
     for spec, row in zip(job.plan.rows, rows, strict=True):
         names = (job.plan.series(spec), job.plan.label(spec))
-        card, codebook = job.card(spec), job.origin(spec)
+        card, codebook = job.card(spec), job.codebooks.origin(spec)
         described.append(
             assembling.describe_row(spec, names, card, codebook, row, job.patch_px, groups)
         )
@@ -226,7 +213,6 @@ class FidelityJob:
     codebooks: Codebooks
     contact: list[int]
     device: str
-    tables: FittedTables
     judges: tuple[NucleiFinder | PatchProbe, ...]
 
     @property
@@ -239,26 +225,6 @@ class FidelityJob:
         series = {row.name: self.plan.series(row) for row in self.plan.rows}
         trained = self.codebooks.autoencoders.trained
         return {series[name]: config for name, config in trained.items() if name in series}
-
-    def codec(self, spec: CodecSpec) -> PictureCodec | LatentCodec:
-        if isinstance(spec, LatentSpec):
-            return self.codebooks.make(spec)
-        if spec.name == FITTED:
-            return self.tables.codec(spec.max_bytes, spec.mean_bytes)
-        return make_picture_codec(spec)
-
-    def origin(self, spec: CodecSpec) -> dict[str, Any] | None:
-        """Where a row's codebook or its tables come from, None for neither."""
-        if isinstance(spec, LatentSpec):
-            return self.codebooks.origin(spec)
-        if spec.name != FITTED:
-            return None
-        card = self.plan.embedders[self.tables.embedder_name].card
-        return self.codebooks.fitted() | {
-            "pictures": len(self.tables.images),
-            "embedder": self.tables.embedder_name,
-            "weights": card.weights_id,
-        }
 
     def card(self, spec: CodecSpec) -> Any:
         """The card of a row's autoencoder, None for pictures."""
@@ -289,10 +255,11 @@ def prepare(config: Config) -> FidelityJob:
         config=config,
         plan=plan,
         crops=crops,
-        codebooks=Codebooks(autoencoders, sample, config.seed, (config.crop_px, config.crop_px)),
+        codebooks=Codebooks(
+            autoencoders, sample, config.seed, (config.crop_px, config.crop_px), plan.embedders
+        ),
         contact=pick_crops(crops.crops),
         device=device,
-        tables=FittedTables(sample.images, plan.embedders),
         judges=tuple(judges),
     )
 

@@ -40,6 +40,7 @@ def base(monkeypatch) -> None:
         ("pretrain", {"probe": "crc"}, r"lightly, scikit-learn, timm.*\[evaluate,train\]"),
         ("sampath", {"model": "unet"}, "deepspeed, segmentation-models-pytorch, torchvision, "),
         ("sampath", {"model": "sam", "jitter": 0.0}, "deepspeed, transformers, which"),
+        ("bench fidelity", {"out": Path("a")}, r"needs matplotlib, .*\[bench\]"),
         ("bench fidelity", {"probe_on": Path("a")}, r"needs scikit-learn, .*\[evaluate\]"),
         ("compare", {}, "needs matplotlib, which is"),
     ],

@@ -53,10 +53,8 @@ def run(config: Config) -> None:
     from latentds_tools.comparison.compare_page import draw_differences, write_page
     from latentds_tools.comparison.compare_report import make_report
     from latentds_tools.comparison.run_pairing import Bootstrap, make_families, read_runs
-    from latentds_tools.reports.plots import check_matplotlib
 
     if config.out is not None:
-        check_matplotlib("evaluate")
         check_free([config.out / name for name in OUTPUTS], config.overwrite)
     families = make_families(read_runs(config.runs))
     report = make_report(

@@ -100,6 +100,8 @@ def wanted(command: str, config: object) -> Iterator[tuple[str, str]]:
         yield ("segmentation_models_pytorch" if is_unet else "transformers"), "evaluate"
         if told("jitter") != 0:  # colours of the crops, at the first step
             yield "torchvision", "evaluate"
+    if command == "bench fidelity" and told("out"):
+        yield "matplotlib", "bench"
     if told("probe_on") or (command == "pretrain" and told("probe")):
         yield "sklearn", "evaluate"
 

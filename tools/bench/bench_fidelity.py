@@ -16,14 +16,12 @@ def run(config: Config) -> None:
     from latentds_tools.fidelity.comparing import compare
     from latentds_tools.fidelity.fidelity_page import draw_plot, write_page
     from latentds_tools.reports.commands import check_free, deliver
-    from latentds_tools.reports.plots import check_matplotlib
 
     from latentds.core.storage import exclusive_lock
 
     config = config.filled()
     out = config.out
     if out is not None:
-        check_matplotlib("bench")
         check_free([out / name for name in OUTPUTS], config.overwrite)
     with exclusive_lock(out / "rows" / "lock") if out else contextlib.nullcontext():
         report, crops = compare(config)

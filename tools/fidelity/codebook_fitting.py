@@ -146,7 +146,7 @@ class FittedTables:
         places = np.linspace(0, len(images) - 1, min(PICTURES, len(images))).round().astype(int)
         self.images = [images[place] for place in dict.fromkeys(places.tolist())]
         self.embedder_name = next(reversed(embedders), "")
-        self.embedder = embedders.get(self.embedder_name)
+        self.embedder: Any = embedders.get(self.embedder_name)
         self._rules: dict[int, Format] = {}
 
     def codec(self, spec: PictureSpec) -> PictureCodec:

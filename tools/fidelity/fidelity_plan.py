@@ -26,6 +26,7 @@ from latentds.errors import (
     LatentdsError,
     MissingExtraError,
     WeightsError,
+    first_words,
     missing_extra,
 )
 
@@ -166,7 +167,7 @@ class Autoencoders:
             try:
                 self.cards[name] = self.get(name).card
             except ABSENT as error:
-                self.absent[name] = one_line(error)
+                self.absent[name] = first_words(error, 500)
         for name in list(self.absent):
             base = self.find_base(name)
             if base is not None:
@@ -212,11 +213,7 @@ def open_embedders(names: Sequence[str], device: str) -> tuple[dict[str, Any], d
         try:
             found[name] = load_embedder(name).to(device)
         except ABSENT as error:
-            absent[name] = one_line(error)
+            absent[name] = first_words(error, 500)
     known = [embedder.card.name for embedder in found.values()]
     labels = {n: e.card.name if known.count(e.card.name) == 1 else n for n, e in found.items()}
     return {labels[name]: embedder for name, embedder in found.items()}, absent
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())

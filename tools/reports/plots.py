@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import math
 from collections.abc import Mapping
 from typing import Any
-
-from latentds.errors import missing_extra
-
-
-def check_matplotlib(extra: str) -> None:
-    """MissingExtraError, which names the extra, where plots cannot be drawn."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise missing_extra("matplotlib", extra)
 
 
 def make_panels(

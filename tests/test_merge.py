@@ -12,7 +12,7 @@ import torch
 
 from latentds.edit import merging
 from latentds.edit.merging import merge
-from latentds.errors import ContractError, DamagedPackError, FormatError, InputError
+from latentds.errors import ContractError, FormatError, InputError
 from latentds.loading.array import LatentArray
 from latentds.loading.bags import SlideBags
 from latentds.loading.dataset import LatentDataset
@@ -249,7 +249,7 @@ def test_a_damaged_shard_is_not_merged(parts, tmp_path):
     damaged = tmp_path / "damaged"
     shutil.copytree(parts[1], damaged)
     flip_bit(first_shard(damaged), int(ShardSet(damaged).packs["codes_offset"][1]) + 5)
-    with pytest.raises((DamagedPackError, FormatError), match="train-000000-000001|code "):
+    with pytest.raises(FormatError, match="train-000000.tar: sha256 is .*latentds verify"):
         merge([parts[0], damaged], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -13,19 +13,18 @@ import numpy as np
 import pyarrow as pa
 
 from latentds.core.display import progress
-from latentds.core.storage import READ_BYTES, naming, rename_durably, sha256_file, write_atomically
+from latentds.core.storage import READ_BYTES, naming, sha256_file, write_atomically
 from latentds.edit.outputs import local_folder, new_data_set
-from latentds.errors import DamagedPackError, FormatError, InputError
+from latentds.errors import FormatError, InputError
 from latentds.loading.fields_of_view import warn_of_fields
 from latentds.loading.options import check_mixable, joined_classes
 from latentds.store.composing import Composer, complete
 from latentds.store.format import GOLDEN, Contract, pack_key
 from latentds.store.golden import MAX_GOLDEN, read_golden_table, renumbered
-from latentds.store.index import ShardIndex
 from latentds.store.manifest import Manifest
 from latentds.store.packs import BLOCK, ShardWriter, encode_table, member_header
 from latentds.store.reader import ShardSet
-from latentds.store.scan import read_contract, scan_members
+from latentds.store.scan import scan_members
 from latentds.store.slide_records import join_slide_records
 
 
@@ -38,7 +37,7 @@ def merge(
 
     folders  local data sets of one latent_id, codes shape and patch size, without a patch in common
     raises   ContractError for sets that do not belong together, InputError for a patch that two
-             have, DamagedPackError for a pack that is not what its set recorded
+             have, FormatError for a shard that is not what its set recorded
     """
     out, paths = Path(out), [local_folder(folder) for folder in folders]
     if len(paths) < 2:
@@ -110,48 +109,26 @@ def copy_shards(composer: Composer, sets: Sequence[ShardSet]) -> None:
 def add_copy(composer: Composer, shards: ShardSet, number: int) -> None:
     """Copy a set's shard; one that is not as its set recorded it is refused: no damage goes on."""
     record = shards.manifest.shards[number]
-    source, found = Path(shards.folder) / record.name, ""
+    source = Path(shards.folder) / record.name
+    found = sha256_file(source)
+    if found != record.sha256:
+        raise FormatError(
+            f"{source}: sha256 is {found[:12]}..., its manifest records {record.sha256[:12]}...; "
+            "damaged or replaced, fetch it anew ('latentds verify' lists all damage)"
+        )
     # Only the codebook may differ from shard to shard; each set's decoder and card stay in the
     # manifest's `made`.
     codebook = shards.manifest.contract_of(number).codebook
     contract = dataclasses.replace(composer.contract, codebook=codebook)
 
     def copy(path: Path, place: int) -> None:
-        nonlocal found
-        found = copy_shard(source, contract, record.split, path, place)
+        copy_shard(source, contract, record.split, path, place)
 
-    check_copy(shards, number, composer.add_shard(record.split, contract, copy))
-    if found != record.sha256:
-        raise FormatError(
-            f"{source}: sha256 is {found[:12]}..., its manifest records {record.sha256[:12]}...; "
-            "damaged or replaced, fetch it anew"
-        )
+    composer.add_shard(record.split, contract, copy)
 
 
-def copy_hashed(source: Path, target: Path) -> str:
-    """Copy a file durably; returns the hex sha256 of what was read."""
-    digest = hashlib.sha256()
-    with source.open("rb") as file, naming(target), target.open("wb") as copy:
-        while block := file.read(READ_BYTES):
-            digest.update(block)
-            copy.write(block)
-        copy.flush()
-        os.fsync(copy.fileno())
-    return digest.hexdigest()
-
-
-def copy_shard(source: Path, contract: Contract, split: str, path: Path, number: int) -> str:
-    """Copy a shard to be number `number` of its split: as it is where that changes nothing.
-
-    returns  sha256 of the shard that was read
-    """
-    if source.name == path.name and read_contract(source).to_json() == contract.to_json():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.partial")
-        digest = copy_hashed(source, partial)
-        rename_durably(partial, path)
-        return digest
-    digest = sha256_file(source)
+def copy_shard(source: Path, contract: Contract, split: str, path: Path, number: int) -> None:
+    """Copy a shard to be number `number` of its split: only member names and contract change."""
     with source.open("rb") as file, naming(path), ShardWriter(path, contract) as writer:
         places: dict[str, int] = {}
         for member in scan_members(file, str(source)):
@@ -160,7 +137,6 @@ def copy_shard(source: Path, contract: Contract, split: str, path: Path, number:
             writer.file.write(member_header(name, member.size))
             copy_bytes(file, writer.file, member.offset, member.size + -member.size % BLOCK)
         writer.finish()
-    return digest
 
 
 def copy_bytes(source: BinaryIO, target: BinaryIO, offset: int, size: int) -> None:
@@ -168,28 +144,6 @@ def copy_bytes(source: BinaryIO, target: BinaryIO, offset: int, size: int) -> No
     while size and (block := source.read(min(size, READ_BYTES))):
         target.write(block)
         size -= len(block)
-
-
-def check_copy(shards: ShardSet, number: int, index: ShardIndex) -> None:
-    """Refuse a shard whose packs are not what its set's tables say: damage is not passed on."""
-    first = int(shards.first_pack[number])
-    listed = slice(first, first + len(index.packs))
-    same = np.full(len(index.packs), len(index.packs) == shards.manifest.shards[number].packs)
-    packs = shards.packs[listed]
-    for field in ("codes_crc32", "patches_crc32", "masks_crc32"):
-        same &= index.packs[field] == packs[field]
-    if shards.digests is not None:
-        digests = shards.digests[listed]
-        for field in ("codes", "patches", "masks"):
-            same &= (index.digests[field] == digests[field]).all(axis=1)
-    if not same.all():
-        pack = first + int(np.argmin(same))
-        raise DamagedPackError(
-            f"{shards.pack_table.where(pack)}: not what its data set recorded; damaged, fetch it "
-            "anew ('latentds verify' lists all damage)",
-            shards,
-            pack,
-        )
 
 
 def join_golden(sets: Sequence[ShardSet], manifest: Manifest) -> bytes:

@@ -1,4 +1,4 @@
-"""extract and export: decoded pictures, Parquet rows, npy trees, wids indexes."""
+"""extract and export: decoded pictures, Parquet rows, npy trees."""
 
 import csv
 import json
@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from latentds.edit import extracting
-from latentds.edit.exporting import export_npy, export_parquet, export_wids, file_stem, patch_path
+from latentds.edit.exporting import export_npy, export_parquet, file_stem, patch_path
 from latentds.edit.extracting import extract
 from latentds.edit.merging import merge
 from latentds.errors import InputError, UnknownNameError
@@ -292,27 +292,6 @@ def test_exports_replace_exports_with_overwrite_and_nothing_else(small, tmp_path
     (tmp_path / "mine" / "thesis.txt").write_text("x")
     with pytest.raises(InputError, match="not empty"):
         export_parquet(small, tmp_path / "mine", overwrite=True)
-
-
-def test_wids_index_counts_packs_and_names_shards_beside_it(small, tmp_path):
-    packs = export_wids(small, tmp_path / "index.json", split="train")
-    index = json.loads((tmp_path / "index.json").read_text())
-    assert index["wids_version"] == 1 and packs == sum(s["nsamples"] for s in index["shardlist"])
-    for shard in index["shardlist"]:
-        path = tmp_path / shard["url"]
-        assert path.resolve().parent == (small / "data").resolve()
-        assert path.stat().st_size == shard["filesize"]
-    with pytest.raises(InputError, match="--overwrite"):
-        export_wids(small, tmp_path / "index.json")
-
-
-def test_wids_reads_the_index(small, tmp_path):
-    wids = pytest.importorskip("wids")  # part of webdataset until 0.2, no longer of 1.0
-    export_wids(small, tmp_path / "index.json", split="train")
-    packs = wids.ShardListDataset(str(tmp_path / "index.json"), cache_dir=str(tmp_path / "cache"))
-    codes = np.concatenate([packs[place][".codes.npy"] for place in range(len(packs))])
-    shards = ShardSet(small)
-    assert np.array_equal(codes, shards.read_codes(np.arange(*shards.patch_range("train"))))
 
 
 def test_commands_tell_counts(tmp_path, pictures, capsys):

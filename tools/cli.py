@@ -116,7 +116,7 @@ COMMANDS = {
     ),
     "export": Command(
         "export_to",
-        "write Parquet, npy files, or an index for wids",
+        "write Parquet or npy files",
         ("split",),
         ("crc/ --out parquet/ --to parquet", "crc/ --out npy/ --to npy --split val"),
     ),

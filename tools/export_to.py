@@ -1,4 +1,4 @@
-"""latentds export: to Parquet, a tree of npy files, or an index for wids."""
+"""latentds export: to Parquet, or a tree of npy files."""
 
 from __future__ import annotations
 
@@ -14,15 +14,14 @@ from latentds_tools.reports.commands import picked, show
 class Config:
     """Write a data set's codes in a format that other tools read.
 
-    parquet has a row a patch, for `datasets`; npy has a file a patch and table.csv; wids is an
-    index over the unchanged shards, for webdataset's ShardListDataset.
+    parquet has a row a patch, for `datasets`; npy has a file a patch and table.csv.
     """
 
     folder: Annotated[str, tyro.conf.Positional]
     """Folder or location of a data set."""
     out: Path
-    """Folder to be made; for wids, the JSON file."""
-    to: Literal["parquet", "npy", "wids"]
+    """Folder to be made."""
+    to: Literal["parquet", "npy"]
     """Format to write."""
     latents: bool = False
     """For npy: write float32 latents instead of codes."""
@@ -48,11 +47,8 @@ def run(config: Config) -> None:
     where = (config.folder, config.out, config.split)
     if config.to == "parquet":
         count = exporting.export_parquet(*where, overwrite=config.overwrite)
-    elif config.to == "npy":
+    else:
         given = picked(config, "latents", "integers", "overwrite")
         count = exporting.export_npy(*where, **given)
-    else:
-        count = exporting.export_wids(*where, overwrite=config.overwrite)
-    unit = "packs" if config.to == "wids" else "patches"
-    summary = {"out": str(config.out), unit: count}
-    show(summary, config.json, lambda _: f"{config.out}: {count:,} {unit}")
+    summary = {"out": str(config.out), "patches": count}
+    show(summary, config.json, lambda _: f"{config.out}: {count:,} patches")

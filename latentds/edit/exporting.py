@@ -1,4 +1,4 @@
-"""Export a data set to what other tools read: Parquet, a tree of npy files, a wids index."""
+"""Export a data set to what other tools read: Parquet, or a tree of npy files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +18,7 @@ import torch
 
 from latentds.core.display import csv_cell, progress
 from latentds.core.storage import canonical_json, write_atomically
-from latentds.edit.outputs import local_folder, new_folder
+from latentds.edit.outputs import new_folder
 from latentds.errors import InputError
 from latentds.loading.decoding import make_integers
 from latentds.quantizers.codebooks import StoredCodebook, save_codebook
@@ -123,7 +123,7 @@ def parquet_schema(shards: ShardSet) -> pa.Schema:
 
 def parquet_rows(shards: ShardSet, split: str, rows: np.ndarray, schema: pa.Schema) -> pa.Table:
     known = read_rows(shards, split, rows)
-    columns: dict[str, Any] = {n: [getattr(r, n) for r in known] for n in Row._fields}
+    columns: dict[str, Any] = {name: [row[name] for row in known] for name in known[0]}
     codes = shards.read_codes(rows)
     flat = pa.py_buffer(codes.reshape(-1))
     columns["codes"] = pa.FixedSizeBinaryArray.from_buffers(
@@ -181,7 +181,8 @@ def export_npy(
             for name, rows in stored_blocks(shards, splits):
                 known = read_rows(shards, name, rows)
                 for row, value, more in zip(known, *values_of(rows), strict=True):
-                    path = f"{name}/{patch_path(row.label, row.slide, row.key, '.npy')}"
+                    within = patch_path(row["label"], row["slide"], row["key"], ".npy")
+                    path = f"{name}/{within}"
                     (target / path).parent.mkdir(parents=True, exist_ok=True)
                     np.save(target / path, value)
                     table.writerow(map(csv_cell, [*table_line(path, row, FIELDS), *more]))
@@ -224,90 +225,38 @@ def save_codebooks(shards: ShardSet, target: Path) -> None:
         save_codebook(stored, target / name)
 
 
-def export_wids(
-    folder: str | os.PathLike[str],
-    out: str | os.PathLike[str],
-    split: str | None = None,
-    overwrite: bool = False,
-) -> int:
-    """Write a JSON index over the shards as they are, for webdataset's `wids.ShardListDataset`.
-
-    out      file; the shards are named relative to its folder
-    returns  packs indexed: wids counts records, and a record is a pack
-    """
-    source, path = local_folder(folder), Path(out)
-    manifest = ShardSet(source).manifest
-    if split is not None:
-        manifest.pack_range(split)  # says so where there is no such split
-    if path.exists() and (path.is_dir() or not overwrite):
-        raise InputError(f"{path}: is there; name another file, or pass --overwrite")
-    shards = [shard for shard in manifest.shards if split in (None, shard.split)]
-    base = path.resolve().parent
-    index = {
-        "__kind__": "wids-shard-index-v1",
-        "wids_version": 1,
-        "name": manifest.dataset_id,
-        "shardlist": [
-            {
-                "url": Path(os.path.relpath(source.resolve() / shard.name, base)).as_posix(),
-                "nsamples": shard.packs,
-                "filesize": shard.bytes,
-            }
-            for shard in shards
-        ],
-    }
-    write_atomically(path, (json.dumps(index, indent=1) + "\n").encode())
-    return sum(shard.packs for shard in shards)
-
-
 def sources_of(folder: str | os.PathLike[str]) -> list[Path]:
     """The folder that must not be written into; none where it is a location."""
     return [] if "://" in str(folder) else [Path(folder)]
 
 
-class Row(NamedTuple):
-    """What is known of a patch, None where it is not."""
-
-    key: str
-    label: str | None
-    slide: str | None
-    x: int | None
-    y: int | None
-    mpp: float | None
-    size_px: int | None
-    split: str
-    source: str
-    source_encoding: str
-    codebook_id: str
-
-
-def read_rows(shards: ShardSet, split: str, rows: np.ndarray) -> list[Row]:
+def read_rows(shards: ShardSet, split: str, rows: np.ndarray) -> list[dict[str, Any]]:
+    """What is known of every patch, by the names of FIELDS and `key`; None where it is not."""
     manifest, table = shards.manifest, shards.patches[rows]
     columns = shards.read_columns(rows, ("key", "source", "source_encoding"))
     books = [book.codebook_id for book in manifest.codebooks]
+    numbers = shards.codebook_numbers(rows).tolist()
     return [
-        Row(
-            key=columns["key"][place],
-            label=manifest.classes[row["label"]] if row["label"] != NO_LABEL else None,
-            slide=manifest.slides[row["slide"]] if row["slide"] >= 0 else None,
-            x=int(row["x"]) if row["x"] != UNKNOWN_PX else None,
-            y=int(row["y"]) if row["y"] != UNKNOWN_PX else None,
-            mpp=None if np.isnan(row["mpp"]) else float(row["mpp"]),
-            size_px=int(row["size_px"]) or None,
-            split=split,
-            source=columns["source"][place],
-            source_encoding=columns["source_encoding"][place],
-            codebook_id=books[book],
-        )
-        for place, (row, book) in enumerate(
-            zip(table, shards.codebook_numbers(rows).tolist(), strict=True)
-        )
+        {
+            "key": columns["key"][place],
+            "label": manifest.classes[row["label"]] if row["label"] != NO_LABEL else None,
+            "slide": manifest.slides[row["slide"]] if row["slide"] >= 0 else None,
+            "x": int(row["x"]) if row["x"] != UNKNOWN_PX else None,
+            "y": int(row["y"]) if row["y"] != UNKNOWN_PX else None,
+            "mpp": None if np.isnan(row["mpp"]) else float(row["mpp"]),
+            "size_px": int(row["size_px"]) or None,
+            "split": split,
+            "source": columns["source"][place],
+            "source_encoding": columns["source_encoding"][place],
+            "codebook_id": books[numbers[place]],
+        }
+        for place, row in enumerate(table)
     ]
 
 
-def table_line(path: str, row: Row, fields: Sequence[str]) -> list[Any]:
+def table_line(path: str, row: dict[str, Any], fields: Sequence[str]) -> list[Any]:
     """A patch's line in table.csv, empty where something is unknown."""
-    known = row._asdict() | {"path": path}
+    known = row | {"path": path}
     return ["" if known[name] is None else known[name] for name in fields]
 
 

@@ -16,15 +16,7 @@ from PIL import Image
 from latentds.autoencoders.autoencoder import Autoencoder
 from latentds.core.processes import choose_device
 from latentds.core.storage import MARK, check_regular, exclusive_lock, naming, write_atomically
-from latentds.edit.exporting import (
-    TABLE,
-    Row,
-    blocks,
-    patch_path,
-    read_rows,
-    sources_of,
-    table_line,
-)
+from latentds.edit.exporting import TABLE, blocks, patch_path, read_rows, sources_of, table_line
 from latentds.edit.outputs import check_apart, refuse_foreign
 from latentds.errors import InputError
 from latentds.loading.decoding import Decoder, find_autoencoder
@@ -148,12 +140,14 @@ def write_pictures(
     return counts
 
 
-def picture_path(shards: ShardSet, row: Row, has_splits: bool, picture_format: str) -> str:
+def picture_path(
+    shards: ShardSet, row: dict[str, Any], has_splits: bool, picture_format: str
+) -> str:
     """Where a patch's picture goes, relative to the folder."""
-    label = row.label or ("unlabelled" if shards.manifest.classes else None)
-    slide = row.slide or ("no-slide" if shards.manifest.slides else None)
-    path = patch_path(label, slide, row.key, SUFFIXES[picture_format])
-    return f"{row.split}/{path}" if has_splits else path
+    label = row["label"] or ("unlabelled" if shards.manifest.classes else None)
+    slide = row["slide"] or ("no-slide" if shards.manifest.slides else None)
+    path = patch_path(label, slide, row["key"], SUFFIXES[picture_format])
+    return f"{row['split']}/{path}" if has_splits else path
 
 
 def is_there(path: Path) -> bool:

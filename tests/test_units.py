@@ -33,18 +33,10 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_table(tmp_path_factory.mktemp("table"))
 
 
-def test_workers_killed_for_memory_end_the_run_with_what_to_do(tmp_path):
-    conversion = SimpleNamespace(
-        config=None,
-        work=workdir.WorkFolder(tmp_path),
-        plan=SimpleNamespace(bad=()),
-        shards=[SimpleNamespace(name="data/a-000000.tar", blocks=((0, 256),))],
-    )
-    account = work_units.Ledger(conversion)
-    for _ in range(2):
-        account.note_death(account.waiting[0], "killed for memory")
+def test_workers_killed_for_memory_end_the_run_with_what_to_do():
+    work_units.check_deaths(2, "at data/a-000000.tar", "killed for memory")
     with pytest.raises(InputError, match=r"data/a-000000.*killed for memory.*--encode-batch"):
-        account.note_death(account.waiting[0], "killed for memory")
+        work_units.check_deaths(3, "at data/a-000000.tar", "killed for memory")
 
 
 @pytest.mark.parametrize(
@@ -167,14 +159,12 @@ def sent(thing):
 
 def write_apart(conversion) -> None:
     """Every shard as a unit that another process would write; its records come back."""
-    account = work_units.Ledger(conversion)
-    job = sent(work_units.make_job(conversion))
-    while account.waiting:
-        shard = account.waiting.popleft()
+    job, records = sent(work_units.make_job(conversion)), []
+    for shard in conversion.shards:
         unit = sent(work_units.make_unit(conversion.plan, shard))
-        account.note_done(shard, sent(work_units.write_unit(job, unit, "node x")))
+        records += sent(work_units.write_unit(job, unit, "node x"))
         conversion.work.journal(shard.name)
-    assert [record.reason for record in account.bad.values()] == ["truncated"]
+    assert [record.reason for record in records] == ["truncated"]
 
 
 def test_what_units_leave_out_is_recorded_as_by_one_process(pictures, tmp_path):

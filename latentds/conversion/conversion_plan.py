@@ -41,6 +41,11 @@ class PlannedShard:
     split: str
     blocks: tuple[tuple[int, int], ...]
 
+    @property
+    def patches(self) -> int:
+        """Candidates; some may turn out to be bad."""
+        return sum(stop - start for start, stop in self.blocks)
+
 
 # `dataclasses.astuple` copies what it goes through: four times as long a patch.
 PICTURE_FACTS, HEADER_FACTS = (

@@ -7,19 +7,17 @@ import dataclasses
 import logging
 import os
 import platform
-import time
+from collections import Counter, deque
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
-from latentds.conversion.conversion_plan import PlannedShard
+from latentds.conversion.conversion_plan import PlannedShard, check_budget
 from latentds.conversion.convert_config import ConvertConfig
 from latentds.conversion.shard_writing import MAX_WORKERS, Conversion, WriteShards, patches_bar
 from latentds.conversion.work_units import (
     Job,
-    Ledger,
     Node,
     Unit,
     check_deaths,
@@ -34,7 +32,7 @@ from latentds.conversion.work_units import (
     told,
     write_unit,
 )
-from latentds.conversion.workdir import LeftOut
+from latentds.conversion.workdir import LeftOut, by_region
 from latentds.errors import InputError, first_words, missing_extra
 
 try:
@@ -44,7 +42,6 @@ except ImportError as error:
     raise missing_extra("ray", "distributed") from error
 
 logger = logging.getLogger(__name__)
-POLL_S = 1.0
 PATIENCE_S = 600.0  # without any worker alive; a cluster may be growing
 
 
@@ -124,19 +121,24 @@ class Worker:
 
 
 class Handout:
-    """Workers and what each of them does.
+    """Workers and the shard that each of them writes.
 
-    starting, running  workers by the reference that says they are ready, or done with a shard
+    busy    workers and their shards (None while a worker starts), by the reference that says they
+            are done
+    deaths  of workers, by the shard that they died at
     """
 
     def __init__(self, conversion: Conversion) -> None:
         self.plan, self.config = conversion.plan, conversion.config
-        self.ledger = Ledger(conversion)
-        self.idle: list[Any] = []
-        self.starting: dict[Any, Any] = {}
-        self.running: dict[Any, tuple[Any, PlannedShard]] = {}
-        self.failed_starts, self.most_started = 0, 1
-        self.worked_s = self.looked_s = self.started_s = time.monotonic()
+        self.busy: dict[Any, tuple[Any, PlannedShard | None]] = {}
+        self.deaths: Counter[PlannedShard | None] = Counter()
+        self.waiting: deque[PlannedShard] = deque()
+        for shard in conversion.shards:
+            if conversion.work.index(shard.name).is_file():
+                conversion.work.journal(shard.name)  # what it left out counts
+            else:
+                self.waiting.append(shard)
+        self.bad = conversion.bad()
         try:
             self.job = ray.put(make_job(conversion))
         except TypeError as error:
@@ -148,97 +150,67 @@ class Handout:
             ) from error
 
     def run(self) -> None:
-        with patches_bar(len(self.plan.regions)) as bar:
-            bar.initial = bar.n = self.ledger.total
-            while self.ledger.waiting or self.ledger.resting or self.running:
-                self.hand_out()
-                self.wait()
-                if time.monotonic() - self.looked_s >= POLL_S:
-                    self.look(bar)
-            self.look(bar)
+        total = len(self.plan.regions)
+        with patches_bar(total) as bar:
+            bar.initial = bar.n = total - sum(shard.patches for shard in self.waiting)
+            for _ in range(min(self.wanted(), len(self.waiting))):
+                self.start_worker()
+            while self.waiting or any(shard for _, shard in self.busy.values()):
+                done = ray.wait(list(self.busy), timeout=PATIENCE_S)[0]
+                if not done and all(shard is None for _, shard in self.busy.values()):
+                    raise InputError(no_room(self.config, nodes()))
+                for reference in done:
+                    bar.update(self.take(reference))
 
-    def wait(self) -> None:
-        """Take what is done; return after POLL_S at the latest."""
-        if not (self.starting or self.running):
-            time.sleep(POLL_S)  # a shard rests
-        for reference in ray.wait([*self.starting, *self.running], timeout=POLL_S)[0]:
-            self.take(reference)
-
-    def hand_out(self) -> None:
-        """Give every idle worker a shard; start workers for what is left."""
-        waiting = self.ledger.waiting
-        self.ledger.wake()
-        while self.idle and waiting:
-            worker, shard = self.idle.pop(), waiting.popleft()
-            unit = make_unit(self.plan, shard)
-            self.running[worker.write.remote(unit)] = (worker, shard)
-        if waiting and time.monotonic() >= self.started_s:
-            self.started_s = time.monotonic() + POLL_S
-            self.start_workers(len(waiting) - len(self.starting))
-        self.check_patience()
-
-    def start_workers(self, needed: int) -> None:
-        """Start as many as are needed, at most as many as are wanted or have room."""
-        held = len(self.idle) + len(self.starting) + len(self.running)
+    def wanted(self) -> int:
+        """Workers at once: as many as asked for, or as there is room for; Ray waits for more."""
         places = room(self.config, nodes())
-        if not (held or places):
-            logger.warning("%s yet; waiting for one", no_room(self.config, nodes()))
-        count = min((self.config.ray_workers or max(1, places)) - held, needed)
-        self.most_started = max(self.most_started, count)
-        for _ in range(count):
-            worker = Worker.options(  # type: ignore[attr-defined]
-                num_cpus=self.config.cpus_per_worker, num_gpus=self.config.gpus_per_worker
-            ).remote()
-            self.starting[worker.prepare.remote(self.job)] = worker
+        if not places:
+            if self.config.address == "local":
+                raise InputError(no_room(self.config, nodes()))
+            logger.warning("%s; waiting for one", no_room(self.config, nodes()))
+        return self.config.ray_workers or max(1, places)
 
-    def check_patience(self) -> None:
-        """InputError where no worker has been found a place for long, or none ever will."""
-        if self.idle or self.running:
-            self.worked_s = time.monotonic()
-        is_hopeless = self.config.address == "local" and not room(self.config, nodes())
-        if is_hopeless or time.monotonic() - self.worked_s > PATIENCE_S:
-            raise InputError(
-                f"{no_room(self.config, nodes())}; pass other --cpus-per-worker and "
-                "--gpus-per-worker. What is finished is kept"
-            )
+    def start_worker(self) -> None:
+        worker = Worker.options(  # type: ignore[attr-defined]
+            num_cpus=self.config.cpus_per_worker, num_gpus=self.config.gpus_per_worker
+        ).remote()
+        self.busy[worker.prepare.remote(self.job)] = worker, None
 
-    def take(self, reference: Any) -> None:
-        """Account for a worker that is ready, or done with its shard, or dead."""
-        if reference in self.running:
-            worker, shard = self.running.pop(reference)
-        else:
-            worker, shard = self.starting.pop(reference), None
+    def take(self, reference: Any) -> int:
+        """Account for a worker that is ready, done with its shard, or dead; patches written."""
+        worker, shard = self.busy.pop(reference)
         try:
             bad = ray.get(reference)
         except RayTaskError as error:
             raise told(error.cause, shard) or error from error
         except RayError as error:
-            self.take_dead(shard, cause_of(error))
-            return
-        self.failed_starts = 0
-        self.idle.append(worker)
-        if shard is not None:
-            self.ledger.note_done(shard, bad)
+            self.replace_dead(shard, cause_of(error))
+            return 0
+        if self.waiting:
+            following = self.waiting.popleft()
+            unit = make_unit(self.plan, following)
+            self.busy[worker.write.remote(unit)] = worker, following
+        else:
+            ray.kill(worker)  # its place may be what another waits for
+        if shard is None:
+            return 0
+        self.bad |= by_region(bad)
+        check_budget(self.config, self.bad.values())
+        return shard.patches
 
-    def take_dead(self, shard: PlannedShard | None, why: str) -> None:
-        """Account for a worker that died; InputError where all do."""
+    def replace_dead(self, shard: PlannedShard | None, why: str) -> None:
+        """Let another worker go on where one died; InputError where all do."""
+        self.deaths[shard] += 1
+        where = f"at {shard.name}" if shard else "as they started"
+        check_deaths(self.deaths[shard], where, why)
+        logger.warning("a worker was lost %s: %s; another goes on", where, why)
         if shard is not None:
-            self.ledger.note_death(shard, why)
-            return
-        self.failed_starts += 1
-        check_deaths(self.failed_starts // self.most_started, "as they started", why)
-
-    def look(self, bar: tqdm[Any]) -> None:
-        """Follow the running shards' journals: progress, and bad pictures over all shards."""
-        self.looked_s = time.monotonic()
-        for _, shard in self.running.values():
-            self.ledger.look_at(shard)
-        bar.update(max(0, self.ledger.total - bar.n))
-        self.ledger.check_budget()
+            self.waiting.appendleft(shard)
+        self.start_worker()
 
     def stop(self) -> None:
-        busy = [worker for worker, _ in self.running.values()]
-        for worker in (*self.idle, *self.starting.values(), *busy):
+        for worker, _ in self.busy.values():
             with contextlib.suppress(RayError, ConnectionError):
                 ray.kill(worker)
 

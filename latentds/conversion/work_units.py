@@ -1,4 +1,4 @@
-"""Planned shards as units of work for processes elsewhere: their ledger, doing one, their room."""
+"""Planned shards as units of work for processes elsewhere: what one takes, and doing it."""
 
 from __future__ import annotations
 
@@ -6,10 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import logging
 import platform
-import time
-from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +16,7 @@ import torch
 from PIL import Image
 
 from latentds.autoencoders.autoencoder import Autoencoder
-from latentds.conversion.conversion_plan import Plan, PlannedShard, check_budget
+from latentds.conversion.conversion_plan import Plan, PlannedShard
 from latentds.conversion.convert_config import ConvertConfig
 from latentds.conversion.prepared import versions
 from latentds.conversion.shard_writing import (
@@ -30,7 +27,7 @@ from latentds.conversion.shard_writing import (
     device_model,
     write_shards,
 )
-from latentds.conversion.workdir import Journal, LeftOut, WorkFolder, by_region
+from latentds.conversion.workdir import LeftOut, WorkFolder
 from latentds.core.processes import choose_device
 from latentds.core.storage import exclusive_lock, sha256_file
 from latentds.errors import ContractError, InputError, LatentdsError
@@ -39,79 +36,14 @@ from latentds.sources.picture import Header, Picture
 from latentds.sources.source import Source
 from latentds.store.format import Contract
 
-logger = logging.getLogger(__name__)
 Node = dict[str, Any]  # CPU, GPU: how many it has
-MAX_DEATHS = 3  # of workers at one block of a shard
-REST_S = 2.0  # before a shard whose worker died is handed out again, times its deaths
+MAX_DEATHS = 3  # of workers at one shard
 LESS_MEMORY = (
     "lower --workers, let a worker take more of a node (--cpus-per-worker), or start anew with a "
     "lower --encode-batch and --overwrite"
 )
 WITNESSES = 20  # entries of an input folder that a worker must see too
 LOCK_PATIENCE_S = 60.0
-
-
-class Ledger:
-    """The shards that are left, and an account of all.
-
-    waiting  shards to be handed out
-    resting  (time, shard) of those whose worker died, until then
-    deaths   block a shard's last worker died at, and how many died there
-    patches  durable ones, by shard; bad  what is left out of all shards
-    """
-
-    def __init__(self, conversion: Conversion) -> None:
-        self.work, self.config = conversion.work, conversion.config
-        self.bad = by_region(conversion.plan.bad)
-        self.patches: dict[str, int] = {}
-        self.deaths: dict[str, tuple[int, int]] = {}
-        self.resting: list[tuple[float, PlannedShard]] = []
-        self.waiting: deque[PlannedShard] = deque()
-        for shard in conversion.shards:
-            self.look_at(shard)
-            if not self.work.index(shard.name).is_file():
-                self.waiting.append(shard)
-
-    @property
-    def total(self) -> int:
-        """Patches that are durable."""
-        return sum(self.patches.values())
-
-    def wake(self) -> None:
-        """Let shards that rested long enough be handed out."""
-        now = time.monotonic()
-        self.waiting.extend(shard for until, shard in self.resting if until <= now)
-        self.resting = [(until, shard) for until, shard in self.resting if until > now]
-
-    def look_at(self, shard: PlannedShard) -> int:
-        """Blocks of a shard that are durable; they and its bad pictures are accounted for."""
-        journal = Journal(self.work.journal_path(shard.name), is_ours=False)
-        self.bad |= by_region(journal.bad)
-        self.patches[shard.name] = patches_of(shard, journal.blocks)
-        return journal.blocks
-
-    def note_done(self, shard: PlannedShard, bad: list[LeftOut]) -> None:
-        """Account for a finished shard; `look_at` might see an older journal on another node."""
-        self.bad |= by_region(bad)
-        self.patches[shard.name] = patches_of(shard)
-
-    def check_budget(self) -> None:
-        check_budget(self.config, self.bad.values())
-
-    def note_death(self, shard: PlannedShard, why: str) -> None:
-        """Let a shard rest whose worker died; InputError where every worker dies of it."""
-        blocks, (last, count) = self.look_at(shard), self.deaths.get(shard.name, (-1, 0))
-        count = count + 1 if last == blocks else 1  # the one before came less far: no sign yet
-        self.deaths[shard.name] = (blocks, count)
-        where = f"at block {blocks + 1} of {len(shard.blocks)} of {shard.name}"
-        check_deaths(count, where, why)
-        logger.warning("a worker was lost %s: %s; another goes on", where, why)
-        self.resting.append((time.monotonic() + REST_S * count, shard))
-
-
-def patches_of(shard: PlannedShard, blocks: int | None = None) -> int:
-    """Candidates in a shard's first blocks, all by default."""
-    return sum(stop - start for start, stop in shard.blocks[:blocks])
 
 
 def check_deaths(count: int, where: str, why: str) -> None:
@@ -315,5 +247,6 @@ def no_room(config: ConvertConfig, nodes: Sequence[Node]) -> str:
     sizes = [f"{n.get('CPU', 0):g} CPUs and {n.get('GPU', 0):g} GPUs" for n in nodes]
     return (
         f"no node of the Ray cluster has room for a worker of {config.cpus_per_worker:g} CPUs and "
-        f"{config.gpus_per_worker:g} GPUs (nodes: {', '.join(sizes) or 'none'})"
+        f"{config.gpus_per_worker:g} GPUs (nodes: {', '.join(sizes) or 'none'}); start such a "
+        "node, or pass other --cpus-per-worker and --gpus-per-worker"
     )

@@ -85,22 +85,20 @@ def describe_left_out(
 class Journal:
     """What of a shard is durable: one line each time the shard was synced.
 
-    is_ours        whether no other process may be writing it: a torn last line is taken away
-
     blocks, packs  so many are durable; end  the shard's length after them (0 where nothing is)
     bad            what is left out
     written        likewise of blocks written since; a sync every two seconds costs a fast encoder
                    nothing
     """
 
-    def __init__(self, path: Path, is_ours: bool = True) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
         self.blocks = self.packs = self.end = 0
         self.bad: list[LeftOut] = []
         self.written: dict[str, Any] = {"blocks": 0, "packs": 0, "bad": []}
         self.synced_at = time.monotonic()
         text, whole = read_lines(path)
-        if is_ours and whole != text:
+        if whole != text:
             write_atomically(path, whole.encode())
         for line in whole.splitlines():
             self.take(json.loads(line))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from latentds.edit.arrays import ArrayFacts, ArrayRows, inspect_array, read_columns, read_npy
+from latentds.edit.arrays import LABELS, ArrayFile, read_npy
 from latentds.edit.layouts import ForeignPatch
 from latentds.errors import InputError
 
@@ -41,9 +41,15 @@ class LatentFiles:
         self.base, self.layout, self.flat = base, layout, flat
         self.scale = 1.0 if scaling[0] is None else scaling[0]
         self.shift = 0.0 if scaling[1] is None else scaling[1]
-        self.files: OrderedDict[str, tuple[ArrayFacts, ArrayRows]] = OrderedDict()
-        self.dtype, self.not_taken = "", tuple[str, ...]()
-        values = self.open(first)
+        self.files: OrderedDict[str, ArrayFile] = OrderedDict()
+        self.dtype, self.not_taken = "", list[str]()
+        if first.row is not None:
+            file = self.array(first.path)
+            taken = {file.name, *LABELS, *file.places()[1]}
+            self.not_taken = [name for name in file.names if name not in taken]
+        elif layout == "pixcell":
+            self.not_taken = ["std"]
+        values = self.read(first)
         if self.dtype not in (*FLOATS, "uint8"):
             raise InputError(
                 f"{base / first.path}: stored as {self.dtype}; latents are {', '.join(FLOATS)} or "
@@ -56,29 +62,17 @@ class LatentFiles:
             )
         self.shape: tuple[int, ...] = values.shape
 
-    def open(self, patch: ForeignPatch) -> np.ndarray:
-        """The stored values of the first patch; notes their type and what is passed over."""
-        if patch.row is None:
-            self.dtype = str(read_npy(self.base / patch.path).dtype)
-            self.not_taken = ("std",) if self.layout == "pixcell" else ()
-        else:
-            facts, _ = self.array(patch.path)
-            _, taken = read_columns(self.base / patch.path, facts.rows)
-            self.dtype = facts.dtype
-            self.not_taken = tuple(name for name in facts.extras if name not in taken)
-        return self.read(patch)
-
     def read(self, patch: ForeignPatch) -> np.ndarray:
         """What of a patch's stored values are its latents, in their own type and shape."""
         path = self.base / patch.path
         if patch.row is not None:
-            facts, rows = self.array(patch.path)
-            values = self.shaped(rows.read(patch.row), path)
-            dtype = facts.dtype
+            file = self.array(patch.path)
+            values, dtype = self.shaped(file.row(patch.row), path), file.dtype
         else:
             values = read_npy(path)
             dtype = str(values.dtype)
             values = mean_of(values, path) if self.layout == "pixcell" else values
+        self.dtype = self.dtype or dtype
         if dtype != self.dtype:
             raise InputError(
                 f"{path}: stored as {dtype}, others as {self.dtype}; import them apart"
@@ -112,13 +106,12 @@ class LatentFiles:
         """How the patch was stored, for its `source_encoding`."""
         return f"{Path(patch.path).suffix.removeprefix('.')}:{self.dtype}"
 
-    def array(self, path: str) -> tuple[ArrayFacts, ArrayRows]:
+    def array(self, path: str) -> ArrayFile:
         """An array file, opened; the last few stay open."""
         if path not in self.files:
             if len(self.files) >= MAX_OPEN_FILES:
-                self.files.popitem(last=False)[1][1].close()
-            facts = inspect_array(self.base / path)
-            self.files[path] = (facts, ArrayRows(self.base / path, facts))
+                self.files.popitem(last=False)[1].close()
+            self.files[path] = ArrayFile(self.base / path)
         self.files.move_to_end(path)
         return self.files[path]
 
@@ -134,8 +127,8 @@ class LatentFiles:
         return self
 
     def __exit__(self, *rest: object) -> None:
-        for _, rows in self.files.values():
-            rows.close()
+        for file in self.files.values():
+            file.close()
 
 
 def mean_of(values: np.ndarray, path: Path) -> np.ndarray:

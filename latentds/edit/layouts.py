@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import logging
@@ -11,13 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from latentds.core.display import csv_text
-from latentds.edit.arrays import (
-    ARRAY_SUFFIXES,
-    inspect_array,
-    read_columns,
-    read_labels,
-    read_npy_header,
-)
+from latentds.edit.arrays import ARRAY_SUFFIXES, ArrayFile, read_npy_header
 from latentds.edit.exporting import TABLE
 from latentds.errors import InputError
 from latentds.sources.image_folder import (
@@ -107,7 +102,7 @@ def detect(base: Path, paths: Sequence[str]) -> str:
     if any(ZOOMLDM.search(path) for path in paths):
         return "zoomldm"
     npy = next((path for path in paths if path.endswith(".npy")), None)
-    if npy is not None and len(read_npy_header(base / npy).shape) in (1, 3):
+    if npy is not None and len(read_npy_header(base / npy)[0]) in (1, 3):
         return "npy"
     if any(PurePosixPath(path).suffix in ARRAY_SUFFIXES for path in paths):
         return "arrays"
@@ -229,10 +224,10 @@ def list_arrays(base: Path, paths: list[str], options: ListingOptions) -> list[F
     rule = split_rule(base, found, options)
     patches = []
     for path in found:
-        rows = inspect_array(base / path).rows
-        columns: dict[str, list[Any]] = dict(read_columns(base / path, rows)[0])
-        if options.labels and (labels := read_labels(base / path, rows)):
-            columns["label"] = labels
+        with contextlib.closing(ArrayFile(base / path)) as file:
+            rows, columns = file.shape[0], file.places()[0]
+            if options.labels and (labels := file.labels()):
+                columns["label"] = labels
         stem, suffix = path.rpartition(".")[0], PurePosixPath(path).suffix
         split = rule.parts(path)[0]
         patches += [

@@ -8,17 +8,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from latentds.edit.contract import ImportOptions, identify
+from latentds.edit.contract import ImportOptions
 from latentds.edit.exporting import export_npy
 from latentds.edit.extracting import extract
 from latentds.edit.importing import import_latents
 from latentds.edit.layouts import ListingOptions
 from latentds.edit.merging import merge
-from latentds.errors import ContractError, FormatError, InputError, WeightsError
+from latentds.errors import ContractError, FormatError, InputError
 from latentds.loading.loader import LatentLoader
 from latentds.quantizers.codebooks import StoredCodebook, save_codebook
 from latentds.quantizers.scalar import Codebook, dequantize
-from latentds.store.golden import latents_pixels, read_golden_table
+from latentds.store.golden import latents_pixels
 from latentds.store.manifest import read_manifest
 from latentds.store.reader import ShardSet
 from latentds.store.verification import verify
@@ -283,44 +283,6 @@ def test_name_patterns_are_searched_in_paths(tmp_path):
     assert ShardSet(tmp_path / "out").patches["y"].tolist() == [7] * 4
 
 
-def test_a_latent_id_alone_makes_a_set_without_golden_patches(tmp_path):
-    np.save(tmp_path / "x.npy", latents(3, 9))
-    import_latents(
-        tmp_path / "x.npy", tmp_path / "out", latent_id=LATENT_ID,
-        options=ImportOptions(patch_px=32, fit_patches=4),
-    )  # fmt: skip
-    assert len(read_golden_table(tmp_path / "out")) == 0
-    result = verify(tmp_path / "out", autoencoder=MeanAutoencoder())
-    assert result.is_good and "no golden patches" in result.notes[0]
-    loader = LatentLoader(tmp_path / "out", batch_size=3, autoencoder=MeanAutoencoder())
-    assert next(iter(loader)).images.shape == (3, 3, 32, 32)
-
-
-@pytest.mark.parametrize(
-    ("autoencoder", "latent_id", "error", "match"),
-    [
-        (None, None, InputError, "--autoencoder that can be loaded, or --latent-id"),
-        ("no/such/folder", None, InputError, "no such folder.*or --latent-id"),
-        (None, "sha256:abc", InputError, "64 hex digits"),
-        (MeanAutoencoder(), "sha256:" + "c" * 64, ContractError, "pass one of the two"),
-    ],
-)
-def test_unknown_identities_are_refused(autoencoder, latent_id, error, match):
-    with pytest.raises(error, match=match):
-        identify(autoencoder, latent_id)
-
-
-def test_a_known_name_whose_weights_cannot_be_had_lends_its_card(monkeypatch):
-    from latentds.edit import contract as import_contract
-
-    def fail(name):
-        raise WeightsError(f"{name}: no network")
-
-    monkeypatch.setattr(import_contract, "load_autoencoder", fail)
-    identity = identify("sd3", LATENT_ID)
-    assert identity.card["factor"] == 8 and identity.autoencoder is None
-
-
 def spoil(folder, name: str, values: np.ndarray) -> None:
     np.save(folder / name, values)
 
@@ -508,5 +470,5 @@ def test_the_command_imports_and_tells_scale_and_loss(tmp_path, capsys):
     assert summary["quantization"]["snr_db"] > 20
     assert verify(tmp_path / "out").is_good
     assert call(capsys, *words)[0] == 1
-    code, _, err = call(capsys, *words[:4], "--overwrite")
-    assert code == 1 and "--latent-id" in err
+    code, _, err = call(capsys, *words[:4], "--overwrite", "--autoencoder", tmp_path / "none")
+    assert code == 1 and "none" in err

@@ -25,10 +25,8 @@ class Config:
     """Folder or file of latents."""
     out: Path
     """Folder of the data set to be made."""
-    autoencoder: str | None = None
+    autoencoder: str
     """Name or local folder of the autoencoder that made these latents."""
-    latent_id: str | None = None
-    """latent_id (sha256:...) of the autoencoder, where its weights cannot be loaded here."""
     layout: Literal["pixcell", "zoomldm", "npy", "arrays"] | None = None
     """Layout of the files. By default it is recognized by their names."""
     scale: float | None = None
@@ -78,7 +76,6 @@ def run(config: Config) -> None:
         config.source,
         config.out,
         config.autoencoder,
-        config.latent_id,
         options(config),
         config.overwrite,
     )

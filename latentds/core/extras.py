@@ -78,7 +78,7 @@ def wanted(command: str, config: object) -> Iterator[tuple[str, str]]:
     for extra, modules in NEEDS.get(command, {}).items():
         yield from ((module, extra) for module in modules)
     autoencoder = str(told("autoencoder") or "")
-    is_built = not (told("dry_run") or told("latent_id"))  # else its card or its identity will do
+    is_built = not told("dry_run")  # else its card will do
     if is_built and autoencoder.startswith(BUILT_BY_DIFFUSERS) and not Path(autoencoder).exists():
         yield "diffusers", "autoencoders"
     extra = "embedders" if command in ("features", "bench features") else "evaluate"

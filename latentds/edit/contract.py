@@ -4,22 +4,18 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from latentds.autoencoders import load_autoencoder
-from latentds.autoencoders.autoencoder import Autoencoder, latent_cells
-from latentds.autoencoders.cards import ALIASES, CARDS
+from latentds.autoencoders.autoencoder import AutoencoderCard, latent_cells
 from latentds.conversion.prepared import versions
 from latentds.core.display import progress
 from latentds.edit.latent_files import LatentFiles
 from latentds.edit.layouts import ForeignPatch, ListingOptions
-from latentds.errors import ContractError, InputError, MissingExtraError, ShapeError, WeightsError
+from latentds.errors import ContractError, InputError, ShapeError
 from latentds.quantizers.codebooks import load_codebook
 from latentds.quantizers.scalar import AnyCodebook, Codebook
 from latentds.quantizers.scalar_fit import fit_codebook
@@ -28,7 +24,6 @@ from latentds.store.format import MAX_PATCH_BYTES, Contract
 
 MAX_SAMPLE_VALUES = 16_000_000  # latent values held while fitting: 64 MB
 MAX_NAMED, MAX_NAME = 16, 64  # arrays not taken that are named, letters of a name
-LATENT_ID = re.compile(r"sha256:[0-9a-f]{64}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,60 +54,14 @@ class ImportOptions:
     seed: int = 0
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Identity:
-    """Whose latents they are; `autoencoder` is None where its weights were not at hand."""
-
-    latent_id: str
-    decoder_id: str
-    card: dict[str, Any]
-    autoencoder: Autoencoder | None
-
-
-def identify(
-    autoencoder: Autoencoder | str | os.PathLike[str] | None, latent_id: str | None
-) -> Identity:
-    """Whose latents they are; InputError where neither weights nor an identity are at hand.
-
-    latent_id is a hash of the encoder's weights: a name alone cannot tell it.
-    """
-    if latent_id is not None and not LATENT_ID.fullmatch(latent_id):
-        raise InputError(
-            f"--latent-id {latent_id!r}; it is sha256: and 64 hex digits, as 'latentds info' shows "
-            "it for a data set of the same autoencoder"
-        )
-    loaded: Autoencoder | None = None
-    if isinstance(autoencoder, (str, os.PathLike)):
-        try:
-            loaded = load_autoencoder(autoencoder)
-        except (WeightsError, MissingExtraError) as error:
-            if latent_id is None:
-                raise InputError(
-                    f"{error}. What latents mean is told by latent_id, a hash of the encoder's "
-                    "weights: pass an --autoencoder that can be loaded, or --latent-id"
-                ) from error
-    elif autoencoder is not None:
-        loaded = autoencoder
-    if loaded is not None:
-        card = loaded.card
-        if latent_id not in (None, card.latent_id):
-            raise ContractError(f"--latent-id {latent_id} is not that of {card.name!r}, "
-                                f"{card.latent_id}; pass one of the two")  # fmt: skip
-        return Identity(latent_id=card.latent_id, decoder_id=card.decoder_id, card=card.to_json(),
-                        autoencoder=loaded)  # fmt: skip
-    if latent_id is None:
-        raise InputError("whose latents are these? Pass an --autoencoder that can be loaded, or "
-                         "--latent-id, the hash of its encoder's weights")  # fmt: skip
-    name = ALIASES.get(str(autoencoder), str(autoencoder))
-    known = CARDS[name].to_json() if name in CARDS else {"name": "unknown", "class_name": "unknown"}
-    return Identity(latent_id=latent_id, decoder_id="", card=known, autoencoder=None)
-
-
 def decide(
-    files: LatentFiles, patches: Sequence[ForeignPatch], identity: Identity, options: ImportOptions
+    files: LatentFiles,
+    patches: Sequence[ForeignPatch],
+    card: AutoencoderCard,
+    options: ImportOptions,
 ) -> tuple[Contract, dict[str, Any]]:
     """What the codes will mean, and how that came about."""
-    codebook, origin = choose_codebook(files, patches, identity, options)
+    codebook, origin = choose_codebook(files, patches, card, options)
     if files.dtype == "uint8":
         check_codebook(patches, codebook.codebook_id)
     try:
@@ -123,11 +72,11 @@ def decide(
     except ShapeError as error:
         raise InputError(f"{patches[0].path}: {error}; pass another --codebook") from error
     contract = Contract(
-        latent_id=identity.latent_id,
-        decoder_id=identity.decoder_id,
+        latent_id=card.latent_id,
+        decoder_id=card.decoder_id,
         codebook=codebook,
-        autoencoder=identity.card,
-        patch_px=patch_size(shape, identity.card, options.patch_px),
+        autoencoder=card.to_json(),
+        patch_px=patch_size(shape, card, options.patch_px),
         codes_shape=codes_shape,
     )
     if contract.bytes_per_patch > MAX_PATCH_BYTES:
@@ -161,37 +110,36 @@ def check_codebook(patches: Sequence[ForeignPatch], codebook_id: str) -> None:
 
 
 def patch_size(
-    shape: tuple[int, int, int], card: dict[str, Any], edge: int | None
+    shape: tuple[int, int, int], card: AutoencoderCard, edge: int | None
 ) -> tuple[int, int]:
     """(H, W) of the patches in pixels; InputError where the latents do not fit the autoencoder."""
     channels, *cells = shape
-    if card.get("channels") not in (None, 0, channels):
-        raise InputError(f"latents have {channels} channels, {card['name']} makes "
-                         f"{card['channels']}; another --autoencoder?")  # fmt: skip
-    factor = int(card.get("factor") or 0)
+    if card.channels != channels:
+        raise InputError(f"latents have {channels} channels, {card.name} makes {card.channels}; "
+                         "another --autoencoder?")  # fmt: skip
     if edge is None:
-        if not factor:
-            raise InputError("pass --patch-size, the edge of a patch in pixels: the autoencoder's "
-                             "factor is not known")  # fmt: skip
-        return cells[0] * factor, cells[1] * factor
-    if factor and latent_cells((edge, edge), factor) != tuple(cells):
+        return cells[0] * card.factor, cells[1] * card.factor
+    if latent_cells((edge, edge), card.factor) != tuple(cells):
         raise InputError(
-            f"--patch-size {edge} makes latents of {latent_cells((edge, edge), factor)} cells, "
-            f"these have {tuple(cells)}"
+            f"--patch-size {edge} makes latents of {latent_cells((edge, edge), card.factor)} "
+            f"cells, these have {tuple(cells)}"
         )
     return edge, edge
 
 
 def choose_codebook(
-    files: LatentFiles, patches: Sequence[ForeignPatch], identity: Identity, options: ImportOptions
+    files: LatentFiles,
+    patches: Sequence[ForeignPatch],
+    card: AutoencoderCard,
+    options: ImportOptions,
 ) -> tuple[AnyCodebook, dict[str, Any]]:
     """The codebook given, the evenly spaced one that bytes with a scale have, or a fitted one."""
     is_scaled = options.scale is not None or options.shift is not None
     if options.codebook is not None:
         stored = load_codebook(options.codebook)
-        if stored.latent_id != identity.latent_id:
+        if stored.latent_id != card.latent_id:
             raise ContractError(f"{options.codebook}: fitted to other latents; the import's are "
-                                f"{identity.latent_id}")  # fmt: skip
+                                f"{card.latent_id}")  # fmt: skip
         if files.dtype == "uint8" and is_scaled:
             raise InputError("bytes are either codes of --codebook or scaled; pass one of the two")
         made = {"origin": "from a codebook file", "file": options.codebook.name, "fit": stored.made}

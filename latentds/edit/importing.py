@@ -14,10 +14,11 @@ import pyarrow as pa
 import torch
 from tqdm import tqdm
 
+from latentds.autoencoders import load_autoencoder
 from latentds.autoencoders.autoencoder import Autoencoder
 from latentds.core.display import progress
 from latentds.core.storage import write_atomically
-from latentds.edit.contract import Identity, ImportOptions, decide, identify
+from latentds.edit.contract import ImportOptions, decide
 from latentds.edit.latent_files import LatentFiles
 from latentds.edit.layouts import ForeignPatch, list_latents
 from latentds.edit.outputs import check_new, new_data_set
@@ -27,13 +28,7 @@ from latentds.quantizers.entropy.record_codebook import EntropyCodebook
 from latentds.quantizers.scalar import AnyCodebook, dequantize, quantize
 from latentds.store.composing import Composer, Part, complete
 from latentds.store.format import GOLDEN, SPLIT_PATTERN, Contract, patch_key
-from latentds.store.golden import (
-    choose_rows,
-    decode_pixels,
-    encode_golden,
-    latents_pixels,
-    no_golden,
-)
+from latentds.store.golden import choose_rows, decode_pixels, encode_golden, latents_pixels
 from latentds.store.manifest import Manifest
 from latentds.store.packs import SCHEMA
 
@@ -43,35 +38,35 @@ logger = logging.getLogger(__name__)
 def import_latents(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],
-    autoencoder: Autoencoder | str | os.PathLike[str] | None = None,
-    latent_id: str | None = None,
+    autoencoder: Autoencoder | str | os.PathLike[str],
     options: ImportOptions | None = None,
     overwrite: bool = False,
 ) -> Manifest:
     """A data set of the latents in `source`.
 
-    autoencoder  whose they are, to be loaded; its decoder makes the golden patches
-    latent_id    instead, where the weights cannot be had: then there are no golden patches
+    autoencoder  whose they are, to be loaded: its weights tell what latents mean, and its decoder
+                 makes the golden patches
     raises       InputError for files that are not what their layout says, that differ in shape or
                  hold NaN, or whose meaning is not told; ContractError for an autoencoder or
                  codebook of other latents
     """
     source, out, options = Path(source), Path(out), options or ImportOptions()
     check_new(out, overwrite, [source])
-    identity = identify(autoencoder, latent_id)
+    if isinstance(autoencoder, (str, os.PathLike)):
+        autoencoder = load_autoencoder(autoencoder)
     layout, patches = list_latents(source, options.listing)
     logger.info("%s: %d patches, read as layout %r", source, len(patches), layout)
     check_patches(patches)
     base = source.parent if source.is_file() else source
     scaling = (options.scale, options.shift)
     with LatentFiles(base, layout, patches[0], scaling, options.shape) as files:
-        contract, made = decide(files, patches, identity, options)
+        contract, made = decide(files, patches, autoencoder.card, options)
         with new_data_set(out, overwrite, [source]):
             composer, ordered = Composer(out, contract), arrange(patches, options)
             loss = write_shards(composer, files, ordered, options)
             manifest = composer.tables(made | {"quantization": loss.to_json()})
             rows = [patch for chosen in ordered.values() for patch in chosen]
-            golden = make_golden(files, rows, contract, identity, options.seed)
+            golden = make_golden(files, rows, contract, autoencoder, options.seed)
             write_atomically(out / GOLDEN, golden)
             return complete(out, manifest)
 
@@ -171,21 +166,19 @@ def make_golden(
     files: LatentFiles,
     patches: Sequence[ForeignPatch],
     contract: Contract,
-    identity: Identity,
+    autoencoder: Autoencoder,
     seed: int,
 ) -> bytes:
     """The golden file; what a thumbnail shows is decoded from the latents before they were bytes.
 
-    Nobody has the pictures. Without a decoder there are no golden patches.
+    Nobody has the pictures.
     """
-    if identity.autoencoder is None:
-        return no_golden()
     rows = choose_rows(len(patches), seed)
     chosen = [patches[row] for row in rows]
     codes = np.stack([read_codes(files, patch, contract, Distortion()) for patch in chosen])
-    decoded = decode_pixels(codes, [contract.codebook], identity.autoencoder, contract.patch_px)
+    decoded = decode_pixels(codes, [contract.codebook], autoencoder, contract.patch_px)
     if files.dtype == "uint8":
         return encode_golden(rows, codes, list(decoded), decoded)
     latents = [torch.from_numpy(files.latents(patch))[None] for patch in chosen]
-    pictures = [latents_pixels(x, identity.autoencoder, contract.patch_px) for x in latents]
+    pictures = [latents_pixels(x, autoencoder, contract.patch_px) for x in latents]
     return encode_golden(rows, codes, pictures, decoded)

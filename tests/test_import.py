@@ -8,10 +8,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from latentds.edit.contract import ImportOptions
 from latentds.edit.exporting import export_npy
 from latentds.edit.extracting import extract
-from latentds.edit.importing import import_latents
+from latentds.edit.importing import ImportOptions, import_latents
 from latentds.edit.layouts import ListingOptions
 from latentds.edit.merging import merge
 from latentds.errors import ContractError, FormatError, InputError

@@ -67,7 +67,7 @@ def convert_to(config: Config) -> dict[str, Any]:
     if config.retry:
         if location is not None:
             raise InputError(f"--retry needs a local --out, not {location}; fetch the set first")
-        manifest = retry(config, convert)
+        manifest = retry(config, lambda rest, book: convert(rest, codebook=book))
         return describe(config, manifest, time.perf_counter() - started)
     if location is None:
         return describe(config, convert(config), time.perf_counter() - started)

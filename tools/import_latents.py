@@ -94,7 +94,7 @@ def run(config: Config) -> None:
 
 def options(config: Config) -> Any:
     """What the files do not say themselves."""
-    from latentds.edit.contract import ImportOptions
+    from latentds.edit.importing import ImportOptions
     from latentds.edit.layouts import ListingOptions
 
     check_ranges(

@@ -9,23 +9,26 @@ from pathlib import Path
 from typing import Any
 
 from latentds.conversion.convert_config import ConvertConfig
+from latentds.conversion.workdir import differences
 from latentds.core.storage import write_atomically
 from latentds.edit.merging import merge
-from latentds.errors import REASONS, ContractError, InputError
-from latentds.quantizers.codebooks import StoredCodebook, save_codebook
+from latentds.errors import InputError
+from latentds.quantizers.codebooks import StoredCodebook
 from latentds.store.composing import complete
 from latentds.store.format import MANIFEST
 from latentds.store.manifest import Manifest, read_manifest
 
 
-def retry(config: ConvertConfig, convert: Callable[[ConvertConfig], Manifest]) -> Manifest:
+def retry(
+    config: ConvertConfig, convert: Callable[[ConvertConfig, StoredCodebook], Manifest]
+) -> Manifest:
     """Add the sources that can be read by now to the set in `config.out`.
 
     Both are merged into a new folder, which then takes the old one's place: until then the old set
     is as it was, so a killed run is just run again.
 
     config   the options that made the set
-    convert  the conversion
+    convert  the conversion by a codebook
     raises   InputError where nothing was left out, or the options are not the set's
     """
     out = config.out
@@ -39,12 +42,20 @@ def retry(config: ConvertConfig, convert: Callable[[ConvertConfig], Manifest]) -
         raise InputError(f"{out}: left out no source as a whole; nothing to try again")
     helper = out.with_name(f"{out.name}.retry-files")
     write_atomically(helper / "only.txt", "\n".join(wanted).encode())
-    added = convert(for_retry(config, manifest, part, helper))
-    if added.contract.patch_px != manifest.contract.patch_px:
-        raise ContractError(
-            f"{out}: patches of {manifest.contract.patch_px} px, what was left out has "
-            f"{added.contract.patch_px}; pass the options that made the set"
-        )
+    contract = manifest.contract
+    stored = StoredCodebook(
+        codebook=contract.codebook, latent_id=contract.latent_id, made=manifest.made["codebook"]
+    )
+    rest = dataclasses.replace(
+        config,
+        out=part,
+        only=helper / "only.txt",
+        codebook=None,
+        quantizer="kmeans",
+        levels=256,
+        overwrite=(part / MANIFEST).is_file(),  # of a run that was killed later
+    )
+    added = convert(rest, stored)
     merged = merge([out, part], new, overwrite=True)
     merged = complete(new, dataclasses.replace(merged, made=made_after(manifest, added, wanted)))
     out.rename(old)
@@ -65,12 +76,6 @@ def recover(out: Path, new: Path, old: Path) -> None:
 def wholly_left_out(manifest: Manifest) -> list[str]:
     """Sources of which nothing is stored, by the names the manifest has for them."""
     entries = manifest.made["left_out"]
-    old = next((entry for entry in entries if entry["reason"] not in REASONS), None)
-    if old is not None:  # a sentence, which may stand for some patches of its source
-        raise InputError(
-            f"{old['source']}: left out for {old['reason']!r}; newer sets give a reason in a word "
-            f"({', '.join(REASONS)}), and only those are retried; convert the input anew"
-        )
     return [str(entry["source"]) for entry in entries if entry.get("patches") == entry.get("of")]
 
 
@@ -79,33 +84,12 @@ def check_options(config: ConvertConfig, manifest: Manifest) -> None:
     for name in ("quantizer", "levels", "fit_patches"):  # the set's codebook says all of it
         made.pop(name, None)
         asked.pop(name, None)
-    changed = sorted(
-        name for name in made.keys() | asked.keys() if made.get(name) != asked.get(name)
-    )
+    changed = differences(made, asked)
     if changed:
-        name = changed[0]
         raise InputError(
-            f"{config.out}: made with {name} {made.get(name)!r}, now {asked.get(name)!r}; pass the "
-            "options that made it"
+            f"{config.out}: made with other options ({', '.join(changed[:5])}); pass those that "
+            "made it"
         )
-
-
-def for_retry(config: ConvertConfig, manifest: Manifest, part: Path, helper: Path) -> ConvertConfig:
-    """The options of the part's conversion: only what was left out, the set's own codebook."""
-    contract = manifest.contract
-    stored = StoredCodebook(
-        codebook=contract.codebook, latent_id=contract.latent_id, made=manifest.made["codebook"]
-    )
-    save_codebook(stored, helper / "codebook.safetensors")
-    return dataclasses.replace(
-        config,
-        out=part,
-        only=helper / "only.txt",
-        codebook=helper / "codebook.safetensors",
-        quantizer="kmeans",
-        levels=256,
-        overwrite=(part / MANIFEST).is_file(),  # of a run that was killed later
-    )
 
 
 def made_after(manifest: Manifest, added: Manifest, wanted: list[str]) -> dict[str, Any]:
@@ -113,12 +97,9 @@ def made_after(manifest: Manifest, added: Manifest, wanted: list[str]) -> dict[s
     tried = set(wanted)
     kept = [entry for entry in manifest.made["left_out"] if entry["source"] not in tried]
     still = [*kept, *added.made["left_out"]]
-    empty = [
-        entry for made in (manifest.made, added.made) for entry in made.get("without_patches", [])
-    ]
-    counts = [made.get("converted", 0) for made in (manifest.made, added.made)]
+    both = (manifest.made, added.made)
     return manifest.made | {
         "left_out": sorted(still, key=lambda entry: str(entry["source"])),
-        "without_patches": empty,
-        "converted": sum(counts),
+        "without_patches": [entry for made in both for entry in made.get("without_patches", [])],
+        "converted": sum(made.get("converted", 0) for made in both),
     }

@@ -127,22 +127,18 @@ def test_bits_go_where_water_filling_puts_them():
 
 
 @pytest.mark.parametrize(
-    ("patch_bytes", "method", "part"),
+    ("patch_bytes", "channels", "part"),
     [
-        (
-            1500,
-            "auto",
-            r"\(auto\) of .* take 1,024, 2,048, 3,072 or 4,096, a byte a cell and plane",
-        ),
-        (8192, "grouped", "take 1,024, 2,048, 3,072 or 4,096, "),
-        (2048, "scalar", "take 4,096 alone"),
-        (0, "auto", "--bytes 0"),
-        (5120, "residual", "at most one a value; entropy-coded records, --codebook rans, are not"),
+        (1500, 4, "take 1,024, 2,048, 3,072 or 4,096, a byte a cell and plane"),
+        (1500, 32, "take 1,024, 2,048, 3,072, ... or 32,768, "),
+        (2048, 1, "take 1,024 alone"),
+        (0, 4, "--bytes 0"),
+        (5120, 4, "at most one a value; entropy-coded records, --codebook rans, are not"),
     ],
 )
-def test_bytes_that_make_no_whole_planes_say_what_is_possible(patch_bytes, method, part):
+def test_bytes_that_make_no_whole_planes_say_what_is_possible(patch_bytes, channels, part):
     with pytest.raises(InputError, match=part):
-        planes_of(patch_bytes, 4, 1024, method)
+        planes_of(patch_bytes, channels, 1024)
 
 
 def test_bytes_are_planes_times_cells():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import tempfile
 from pathlib import Path
@@ -86,12 +87,7 @@ def fit(config: Config) -> Any:
     from latentds.autoencoders import load_autoencoder
     from latentds.conversion.conversion_plan import make_plan
     from latentds.conversion.convert_config import ConvertConfig
-    from latentds.conversion.prepared import (
-        choose_batch,
-        fit_additive_to_sample,
-        fit_records_to_sample,
-        fit_to_sample,
-    )
+    from latentds.conversion.prepared import choose_batch, fit_to_sample
     from latentds.conversion.shard_writing import Encoder, PlanReader
     from latentds.core.processes import choose_device
     from latentds.sources.opening import open_source
@@ -108,12 +104,5 @@ def fit(config: Config) -> Any:
     autoencoder = load_autoencoder(config.autoencoder)  # a wrong name is told before headers
     plan = make_plan(settings, source)
     encoder = Encoder(autoencoder, device, choose_batch(autoencoder, device, plan.patch_px))
-    reader = PlanReader(plan, settings)
-    try:
-        if config.bytes is None:
-            return fit_to_sample(settings, encoder, reader)
-        if config.kind == "rans":
-            return fit_records_to_sample(settings, encoder, reader, config.bytes)
-        return fit_additive_to_sample(settings, encoder, reader, patch_bytes=config.bytes)
-    finally:
-        reader.close()
+    with contextlib.closing(PlanReader(plan, settings)) as reader:
+        return fit_to_sample(settings, encoder, reader, config.kind, config.bytes or 0)

@@ -19,7 +19,7 @@ from latentds.autoencoders import load_autoencoder
 from latentds.autoencoders.autoencoder import Autoencoder
 from latentds.conversion.conversion_plan import Plan, input_files, make_plan
 from latentds.conversion.convert_config import ConvertConfig
-from latentds.conversion.prepared import given_codebook, input_identity, own_codebook, prepare
+from latentds.conversion.prepared import given_codebook, input_identity, prepare
 from latentds.conversion.shard_writing import Conversion, PlanReader, WriteShards, write_shards
 from latentds.conversion.workdir import (
     LeftOut,
@@ -102,7 +102,7 @@ def convert_with(
     choose_device(config.device)
     source = source or open_source(config)
     autoencoder = autoencoder or load_autoencoder(config.autoencoder)
-    own_codebook(config, codebook, autoencoder.card)
+    given_codebook(config, codebook, autoencoder.card)
     plan = make_plan(config, source)
     with (
         prepare_output(config) as work,

@@ -20,7 +20,8 @@ from latentds.conversion.workdir import WorkFolder, by_region
 from latentds.core.display import progress
 from latentds.core.processes import choose_device
 from latentds.errors import ContractError, InputError, ShapeError
-from latentds.quantizers.additive_fit import fit_additive, plane_range
+from latentds.quantizers.additive import MAX_PLANES
+from latentds.quantizers.additive_fit import fit_additive
 from latentds.quantizers.codebooks import (
     StoredCodebook,
     load_codebook,
@@ -76,14 +77,8 @@ def prepare(
         codes_shape=stored.codebook.codes_shape_of(latents_shape),
     )
     made = describe(config, plan, encoder, stored)
-    decided = {
-        "encode_batch": encoder.batch,
-        "input": asked["input"],
-        "input_files": asked["input_files"],
-        "contract": contract.to_json(),
-        "made": made,
-    }
-    work.write_plan(decided, config.overwrite)
+    settled = {"encode_batch": encoder.batch, "contract": contract.to_json(), "made": made}
+    work.write_plan(asked | settled, config.overwrite)
     return Conversion(
         config=config,
         plan=plan,
@@ -189,9 +184,7 @@ def find_codebook(
     if kind in ("additive", "rans") or patch_bytes is not None:
         if patch_bytes is None:
             raise InputError(f"--codebook {kind} needs --bytes, how many a patch is to take")
-        if kind == "rans":
-            return fit_records_to_sample(config, encoder, reader, patch_bytes)
-        return fit_additive_to_sample(config, encoder, reader, patch_bytes=patch_bytes)
+        return fit_to_sample(config, encoder, reader, kind or "additive", patch_bytes)
     shipped = tiny_codebook()
     if is_usual and shipped.latent_id == card.latent_id:
         return shipped
@@ -202,36 +195,29 @@ def given_codebook(
     config: ConvertConfig,
     codebook: StoredCodebook | None,
     card: AutoencoderCard,
-    shape: tuple[int, int, int],
-) -> StoredCodebook | None:
-    """The codebook of `own_codebook`, of --bytes; InputError where it cannot be."""
-    own = own_codebook(config, codebook, card)
-    where = str(config.codebook_file or "codebook")
-    return None if own is None else fitting(own, where, shape, config.bytes)
-
-
-def own_codebook(
-    config: ConvertConfig, codebook: StoredCodebook | None, card: AutoencoderCard
+    shape: tuple[int, int, int] | None = None,
 ) -> StoredCodebook | None:
     """The caller's own codebook, or that of --codebook FILE; None where there is none.
 
-    raises  ContractError for one fitted to other latents, InputError for two
+    shape   of the latents; where it is known the codebook is made to fit them and --bytes
+    raises  ContractError for one fitted to other latents, InputError for two, or where it cannot
+            fit
     """
-    file, where = config.codebook_file, "codebook"
+    where = str(config.codebook_file or "codebook")
     if codebook is not None and config.codebook is not None:
         raise InputError(f"a codebook, and --codebook {config.codebook}; give one of them")
     if codebook is None:
-        if file is None:
+        if config.codebook_file is None:
             return None
-        codebook, where = load_codebook(file), str(file)
-        made = {"origin": "from a codebook file", "file": file.name, "fit": codebook.made}
-        codebook = dataclasses.replace(codebook, made=made)
+        codebook = load_codebook(config.codebook_file)
+        origin = {"origin": "from a codebook file", "file": config.codebook_file.name}
+        codebook = dataclasses.replace(codebook, made=origin | {"fit": codebook.made})
     if codebook.latent_id != card.latent_id:
         raise ContractError(
             f"{where}: fitted to other latents than {card.name!r} makes; fit one with "
             "'latentds fit-codebook'"
         )
-    return codebook
+    return codebook if shape is None else fitting(codebook, where, shape, config.bytes)
 
 
 def fitting(
@@ -244,67 +230,54 @@ def fitting(
         raise InputError(f"{path}: {error}") from error
 
 
-def fit_to_sample(config: ConvertConfig, encoder: Encoder, reader: PlanReader) -> StoredCodebook:
-    """A codebook fitted to patches drawn from the training split, the first where there is none."""
-    samples, drawn = draw_sample(config, encoder, reader)
-    codebook, report = fit_codebook(samples, config.quantizer, config.levels, config.seed)
-    return fitted(encoder, codebook, drawn | report.to_json())
-
-
-def fit_additive_to_sample(
+def fit_to_sample(
     config: ConvertConfig,
     encoder: Encoder,
     reader: PlanReader,
-    *,
-    patch_bytes: int,
-    method: str = "auto",
+    kind: str = "scalar",
+    patch_bytes: int = 0,
 ) -> StoredCodebook:
-    """An additive codebook of as many planes as make `patch_bytes` a patch, fitted likewise.
+    """A codebook fitted to patches drawn from the training split, the first where there is none.
 
-    raises  InputError for bytes that are no whole planes, or more or fewer than `method` can
+    kind         scalar, additive or rans; the last two take `patch_bytes` a patch
+    raises       InputError for bytes that these latents cannot be coded in, with those that they
+                 can
     """
-    channels, rows, columns = encoder.check_shape(reader.plan.patch_px)
-    planes = planes_of(patch_bytes, channels, rows * columns, method)
-    samples, drawn = draw_sample(config, encoder, reader)
-    codebook, report = fit_additive(samples.T, planes, method, config.levels, config.seed)
-    return fitted(encoder, codebook, drawn | report.to_json())
-
-
-def fit_records_to_sample(
-    config: ConvertConfig, encoder: Encoder, reader: PlanReader, record_bytes: int
-) -> StoredCodebook:
-    """The codebook of entropy-coded records of so many bytes, fitted to patches of the input.
-
-    raises  InputError for bytes that these latents cannot be coded in, with those that they can
-    """
-    rows, rng, drawn = draw_rows(config, reader)
-    chunks = sample_chunks(reader, rng.permutation(rows), encoder.batch)
-    batches = (encoder.latents(chunk).cpu() for chunk in chunks)
-    try:
-        codebook, report = fit_entropy_codebook(batches, record_bytes)
-    except ValueError as error:
-        raise InputError(f"--bytes {record_bytes}: {error}") from error
-    return fitted(encoder, codebook, drawn | {"record_fit": report.to_json()})
-
-
-def fitted(encoder: Encoder, codebook: AnyCodebook, made: dict[str, Any]) -> StoredCodebook:
+    channels, height, width = encoder.check_shape(reader.plan.patch_px)
+    codebook: AnyCodebook
+    if kind == "rans":
+        rows, rng, made = draw_rows(config, reader)
+        chunks = sample_chunks(reader, rng.permutation(rows), encoder.batch)
+        batches = (encoder.latents(chunk).cpu() for chunk in chunks)
+        try:
+            codebook, fitted = fit_entropy_codebook(batches, patch_bytes)
+        except ValueError as error:
+            raise InputError(f"--bytes {patch_bytes}: {error}") from error
+        made["record_fit"] = fitted.to_json()
+    elif kind == "additive":
+        planes = planes_of(patch_bytes, channels, height * width)
+        samples, made = draw_sample(config, encoder, reader)
+        codebook, report = fit_additive(samples.T, planes, levels=config.levels, seed=config.seed)
+        made |= report.to_json()
+    else:
+        samples, made = draw_sample(config, encoder, reader)
+        codebook, of_levels = fit_codebook(samples, config.quantizer, config.levels, config.seed)
+        made |= of_levels.to_json()
     latent_id = encoder.autoencoder.card.latent_id
     return StoredCodebook(codebook=codebook, latent_id=latent_id, made=made)
 
 
-def planes_of(patch_bytes: int, channels: int, cells: int, method: str = "auto") -> int:
+def planes_of(patch_bytes: int, channels: int, cells: int) -> int:
     """Code planes that take so many bytes a patch; InputError that says what is possible."""
-    least, most = plane_range(method, channels)
-    most = min(most, channels)  # a byte a value is what scalar codes take, without any search
+    most = min(MAX_PLANES, channels)  # a byte a value is what scalar codes take, without any search
     planes, rest = divmod(patch_bytes, cells)
-    if rest == 0 and least <= planes <= most:
+    if rest == 0 and 1 <= planes <= most:
         return planes
-    possible = f"{least * cells:,} alone" if least == most else (
-        f"{', '.join(f'{n * cells:,}' for n in range(least, min(most, least + 3)))}"
-        f"{', ...' if most > least + 3 else ''} or {most * cells:,}"
-    )  # fmt: skip
+    possible = ", ".join(f"{n * cells:,}" for n in range(1, min(most, 4)))
+    between = ", ..." if most > 4 else ""
+    possible = f"{possible}{between} or {most * cells:,}" if possible else f"{cells:,} alone"
     raise InputError(
-        f"--bytes {patch_bytes}: additive codes ({method}) of latents of {channels} channels x "
+        f"--bytes {patch_bytes}: additive codes of latents of {channels} channels x "
         f"{cells:,} cells take {possible}, a byte a cell and plane, at most one a value; "
         "entropy-coded records, --codebook rans, are not bound to cells"
     )

@@ -55,7 +55,6 @@ class LatentCodec:
         return self.encode_batch([image])[0]
 
     def decode(self, encoded: bytes) -> np.ndarray:
-        """The picture uint8 (H, W, 3) of such bytes."""
         return self.decode_batch([encoded])[0]
 
     def encode_batch(self, images: Sequence[np.ndarray]) -> list[bytes]:

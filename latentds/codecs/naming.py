@@ -121,11 +121,9 @@ class PictureSpec:
 
     @property
     def settings(self) -> str:
-        """What its files depend on beside the quality."""
         return FORMATS[self.name].settings
 
     def at(self, max_bytes: int) -> PictureSpec:
-        """The same format within so many bytes."""
         return PictureSpec(name=self.name, max_bytes=max_bytes)
 
 
@@ -195,7 +193,6 @@ def parse_codec(text: str) -> CodecSpec:
 
 
 def is_refinement(word: str) -> bool:
-    """Whether a word is refineN."""
     return re.fullmatch("refine[0-9]{1,12}", word) is not None
 
 
@@ -210,7 +207,6 @@ def refined(quantizer: QuantizerSpec, word: str, text: str) -> QuantizerSpec:
 
 
 def parse_picture(text: str, name: str, sign: str | None, value: str | None) -> PictureSpec:
-    """A picture format of its name, `:`, `@` or `~`, and a number."""
     if sign is None:
         return PictureSpec(name=name)
     if sign == "@":
@@ -258,7 +254,6 @@ def parse_quantizer(text: str) -> QuantizerSpec:
 
 
 def known_quantizers() -> list[str]:
-    """What may be written after a `+`."""
     return [*FLOAT_BITS, *KINDS, RECORDS, SUM, *QUANTIZER_ALIASES]
 
 
@@ -271,7 +266,6 @@ def known_autoencoder(name: str) -> str:
 
 
 def whole_number(value: str, text: str, what: str) -> int:
-    """The number; ValueError where it is none."""
     if not re.fullmatch(r"[0-9]{1,12}", value):
         raise ValueError(f"{text}: {value!r} is no number of {what}")
     return int(value)

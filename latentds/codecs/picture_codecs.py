@@ -65,7 +65,6 @@ class PictureCodec:
 
     @property
     def name(self) -> str:
-        """As it is written, for example jpeg:75 or avif@4096."""
         return self.spec.text
 
     @property
@@ -73,7 +72,6 @@ class PictureCodec:
         return self.rules or FORMATS[self.format]
 
     def fit(self, image: np.ndarray) -> FittedQuality:
-        """The file of a picture, with the quality it was made at."""
         if self.mean_bytes is not None:
             return self.fit_all([image])[0]
         if self.max_bytes is not None:
@@ -83,7 +81,6 @@ class PictureCodec:
         return FittedQuality(encoded, self.quality, True)
 
     def fit_all(self, images: Sequence[np.ndarray]) -> list[FittedQuality]:
-        """The files of pictures that belong together, with the qualities they were made at."""
         if self.mean_bytes is None or not images:
             return [self.fit(image) for image in images]
         return fit_to_mean(self.coding, images, self.mean_bytes)
@@ -106,13 +103,11 @@ class PictureCodec:
             ) from error
 
     def encode_batch(self, images: Sequence[np.ndarray]) -> list[bytes]:
-        """The files of pictures of any sizes, one after the other."""
         if self.mean_bytes is not None:
             return [fitted.encoded for fitted in self.fit_all(images)]
         return [self.encode(image) for image in images]
 
     def decode_batch(self, files: Sequence[bytes]) -> list[np.ndarray]:
-        """The pictures in files, one after the other."""
         return [self.decode(encoded) for encoded in files]
 
 

@@ -32,7 +32,6 @@ class Floats:
 
     @property
     def dtype(self) -> str:
-        """Little-endian, of the bits that the kind has."""
         return f"<f{self.spec.bits // 8}"
 
     def pack(self, latents: Tensor) -> list[bytes]:
@@ -63,7 +62,6 @@ class Codes:
         return self.spec.bits if isinstance(self.codebook, Codebook) else 8
 
     def pack(self, latents: Tensor) -> list[bytes]:
-        """Packed codes, each patch filled up to a whole byte."""
         codes = self.codebook.quantize(latents).flatten(1).numpy()
         return [patch.tobytes() for patch in pack_bits(codes, self.bits)]
 

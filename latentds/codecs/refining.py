@@ -142,7 +142,6 @@ def error_gradient(points: Tensor, images: Tensor, autoencoder: Autoencoder) -> 
 
 @torch.no_grad()
 def errors(points: Tensor, images: Tensor, autoencoder: Autoencoder) -> Tensor:
-    """Mean squared errors (B,) of decoded points."""
     return errors_of(points, images, autoencoder)
 
 
@@ -159,7 +158,6 @@ def inner(one: Tensor, other: Tensor) -> Tensor:
 
 
 def of_patches(values: Tensor) -> Tensor:
-    """(B, 1, 1, 1) of (B,)."""
     return values[:, None, None, None]
 
 

@@ -83,7 +83,6 @@ class Plan:
     classes: tuple[str, ...] = ()
 
     def counts(self) -> list[int]:
-        """Planned patches of every picture."""
         counts: list[int] = np.bincount(
             self.regions["picture"], minlength=len(self.pictures)
         ).tolist()

@@ -88,7 +88,6 @@ class CodeOptions:
 
     @property
     def codebook_file(self) -> Path | None:
-        """The file that --codebook names, if it does."""
         return None if self.codebook_kind else self.codebook
 
     def check_codes(self) -> None:

@@ -194,8 +194,6 @@ class Encoder:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Conversion:
-    """A conversion ready to run."""
-
     config: ConvertConfig
     plan: Plan
     encoder: Encoder
@@ -206,7 +204,6 @@ class Conversion:
     made: dict[str, Any]
 
     def bad(self) -> dict[Region, LeftOut]:
-        """What is left out so far, of all shards."""
         journals = self.work.journals.values()
         return by_region([*self.plan.bad, *(bad for journal in journals for bad in journal.bad)])
 
@@ -235,7 +232,6 @@ class WriterThread:
         self.waiting: deque[Future[None]] = deque()
 
     def submit(self, task: Callable[..., None], *arguments: object) -> None:
-        """Queue a task; waits while too many are queued."""
         self.waiting.append(self.pool.submit(task, *arguments))
         while len(self.waiting) > BACKLOG:
             self.waiting.popleft().result()

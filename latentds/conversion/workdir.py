@@ -164,7 +164,6 @@ class WorkFolder:
         return self.folder / f"{Path(shard).stem}.lock"
 
     def index(self, shard: str) -> Path:
-        """Where a finished shard's index is kept."""
         return self.folder / f"{Path(shard).stem}.index.npz"
 
     def read_plan(self) -> dict[str, Any]:

@@ -92,13 +92,11 @@ def make_form(
 
 
 def has_default(field: dataclasses.Field[Any]) -> bool:
-    """Whether an option may be left out."""
     missing = dataclasses.MISSING
     return field.default is not missing or field.default_factory is not missing
 
 
 def entry(field: dataclasses.Field[Any], hint: Any, words: str | None) -> tuple[Any, ...]:
-    """A field as `make_dataclass` takes it, with its help."""
     if words is not None:
         hint = Annotated[hint, tyro.conf.arg(help=words)]
     if field.default is not dataclasses.MISSING:
@@ -109,7 +107,6 @@ def entry(field: dataclasses.Field[Any], hint: Any, words: str | None) -> tuple[
 
 
 def make_dataclass(name: str, entries: Iterable[Any]) -> type[Any]:
-    """A dataclass of keyword-only fields."""
     made = dataclasses.make_dataclass(name, list(entries), kw_only=True)
     made.__doc__ = " "
     return made

@@ -151,13 +151,11 @@ class Lines:
     """Standard error for a bar that is no terminal's: what it draws anew becomes a line."""
 
     def write(self, text: str) -> None:
-        """Write a drawing of the bar as a line of its own."""
         line = text.strip("\r\n ")
         if line:
             sys.stderr.write(f"{line}\n")
 
     def flush(self) -> None:
-        """Hand on what was written."""
         sys.stderr.flush()
 
 

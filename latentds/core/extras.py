@@ -112,7 +112,6 @@ def has_coordinates(config: object) -> bool:
 
 
 def names_of(value: Any) -> list[str]:
-    """Names in a setting: none, one or several."""
     if value is None:
         return []
     return [value] if isinstance(value, str) else [str(name) for name in value]

@@ -96,7 +96,6 @@ class Sealed:
 
 
 def unseal(content: bytes) -> Any:
-    """What was sealed."""
     with sharing():
         return pickle.load(io.BytesIO(content))
 
@@ -140,7 +139,6 @@ def sharing(size: int | None = None) -> Iterator[None]:
 
 
 def describe_shm() -> str:
-    """How large and how full /dev/shm is."""
     if not SHM.is_dir():
         return f"{SHM} is not there"
     usage = shutil.disk_usage(SHM)
@@ -203,7 +201,6 @@ def choose_device(name: torch.device | str = "auto") -> torch.device:
 
 
 def available() -> list[str]:
-    """Names of the devices of this machine."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     others = ["mps"] if torch.backends.mps.is_available() else []
     return ["cpu", *(f"cuda:{number}" for number in range(gpus)), *others]

@@ -157,7 +157,6 @@ def check_regular(path: Path, where: str = "") -> None:
 
 
 def check_kind(mode: int, where: str) -> None:
-    """Refuse the st_mode of all but a regular file."""
     kind = other_kind(mode)
     if kind:
         raise InputError(f"{where}{': ' * bool(where)}{kind}, not a regular file; take it out")
@@ -241,7 +240,6 @@ def canonical_json(record: Any) -> str:
 
 
 def digest_json(record: Any) -> str:
-    """`sha256:...` of the canonical JSON."""
     return f"sha256:{hashlib.sha256(canonical_json(record).encode()).hexdigest()}"
 
 

@@ -208,5 +208,4 @@ class ArrayFile:
 
 
 def as_text(values: np.ndarray) -> list[str]:
-    """Numbers and names as text."""
     return [value.decode() if isinstance(value, bytes) else str(value) for value in values.tolist()]

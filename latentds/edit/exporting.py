@@ -52,7 +52,6 @@ def blocks(
 
 
 def stored_blocks(shards: ShardSet, splits: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
-    """All rows of the splits in their stored order."""
     chosen = {split: range(*shards.patch_range(split)) for split in splits}
     return blocks(chosen, BLOCK_PATCHES, desc="patches", unit="patch")
 
@@ -284,5 +283,4 @@ def file_stem(key: str) -> str:
 
 
 def short_hash(text: str) -> str:
-    """12 hex digits of the sha256."""
     return hashlib.sha256(text.encode()).hexdigest()[:12]

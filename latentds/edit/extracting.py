@@ -143,7 +143,6 @@ def write_pictures(
 def picture_path(
     shards: ShardSet, row: dict[str, Any], has_splits: bool, picture_format: str
 ) -> str:
-    """Where a patch's picture goes, relative to the folder."""
     label = row["label"] or ("unlabelled" if shards.manifest.classes else None)
     slide = row["slide"] or ("no-slide" if shards.manifest.slides else None)
     path = patch_path(label, slide, row["key"], SUFFIXES[picture_format])

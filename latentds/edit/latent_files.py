@@ -103,7 +103,6 @@ class LatentFiles:
         return values
 
     def encoding(self, patch: ForeignPatch) -> str:
-        """How the patch was stored, for its `source_encoding`."""
         return f"{Path(patch.path).suffix.removeprefix('.')}:{self.dtype}"
 
     def array(self, path: str) -> ArrayFile:
@@ -116,7 +115,6 @@ class LatentFiles:
         return self.files[path]
 
     def shaped(self, values: np.ndarray, path: Path) -> np.ndarray:
-        """A row as (C, h, w), where it is stored flat."""
         if self.flat is None:
             return values
         if values.size != int(np.prod(self.flat)):

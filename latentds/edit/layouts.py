@@ -139,7 +139,6 @@ def list_pixcell(base: Path, paths: list[str], options: ListingOptions) -> list[
 
 
 def split_rule(base: Path, paths: list[str], options: ListingOptions) -> Folders:
-    """What top folders say of splits, where that is asked for."""
     return Folders(options.split_folders and are_splits(base, paths), options.labels)
 
 

@@ -56,7 +56,6 @@ def merge(
 
 
 def check_distinct(sets: Sequence[ShardSet]) -> None:
-    """Refuse a patch that two sets have, by its key."""
     seen = np.zeros(0, np.uint64)
     for number, shards in enumerate(sets):
         hashes = key_hashes(shards)
@@ -93,7 +92,6 @@ def name_duplicate(
 
 
 def copy_shards(composer: Composer, sets: Sequence[ShardSet]) -> None:
-    """Copy every shard of every split, the first set's first."""
     total = sum(shard.bytes for shards in sets for shard in shards.manifest.shards)
     splits = sorted({shard.split for shards in sets for shard in shards.manifest.shards})
     with progress(total=total, desc="shards", unit="B", unit_scale=True) as bar:

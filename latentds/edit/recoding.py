@@ -148,7 +148,6 @@ def choose_codebook(shards: ShardSet, recoding: Recoding, seed: int) -> StoredCo
 def codebook_of_file(
     recoding: Recoding, latent_id: str, shape: tuple[int, int, int]
 ) -> StoredCodebook:
-    """The codebook of --codebook for latents of this shape; errors name the file."""
     path = recoding.codebook
     assert path is not None
     stored = load_codebook(path)

@@ -189,7 +189,6 @@ def listed_splits(
 def arrange(
     shards: ShardSet, columns: pa.Table, rows: np.ndarray, options: Repacking
 ) -> np.ndarray:
-    """The rows of a stretch in their new order."""
     if options.order == "shuffle":
         rows = np.random.default_rng([options.seed, 3]).permutation(rows)
     elif options.order == "path":
@@ -236,7 +235,6 @@ def read_columns(shards: ShardSet) -> pa.Table:
 
 
 def read_mask_bytes(shards: ShardSet, rows: np.ndarray) -> pa.Array:
-    """The PNG bytes of patches' masks, null where one has none."""
     masks: list[bytes | None] = [None] * len(rows)
     for pack, places in shards.first_patch.group(rows):
         if not shards.packs[pack]["masks_bytes"]:

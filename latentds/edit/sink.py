@@ -144,7 +144,6 @@ class Writer:
         return patch_key(source or slide or "", x, y) in self.spool.given
 
     def __len__(self) -> int:
-        """Patches that are kept."""
         return len(self.spool.given)
 
     def close(self) -> Manifest:

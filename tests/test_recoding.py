@@ -1,7 +1,6 @@
 """repack --encoding: other codes for a set's patches, made of its latents without a picture."""
 
 import json
-import logging
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ from latentds.edit import recoding as module
 from latentds.edit.merging import merge
 from latentds.edit.recoding import Recoding
 from latentds.edit.repacking import Repacking, repack
-from latentds.errors import ContractError, FormatError, InputError, WeightsError
+from latentds.errors import ContractError, FormatError, InputError
 from latentds.loading.loader import LatentLoader
 from latentds.loading.options import Mixture
 from latentds.quantizers.additive_fit import fit_additive
@@ -218,20 +217,6 @@ def test_codebooks_of_other_latents_kinds_and_bytes_are_refused_by_file(sets, tm
         recode(sets["u8"], tmp_path / "out", codebook=own, patch_bytes=32)
     with pytest.raises(FileNotFoundError, match="no such codebook file"):
         recode(sets["u8"], tmp_path / "out", codebook=tmp_path / "none.safetensors")
-
-
-def test_a_decoder_that_is_not_at_hand_costs_the_golden_patches_and_says_so(
-    sets, tmp_path, monkeypatch, caplog
-):
-    def missing(shards, given):
-        raise WeightsError("the decoder is not here")
-
-    monkeypatch.setattr(module, "find_autoencoder", missing)
-    with caplog.at_level(logging.WARNING):
-        recoding = Recoding(encoding="u8-sum", patch_bytes=32)
-        repack(sets["u8"], tmp_path / "out", Repacking(recoding=recoding))
-    assert "no golden patches" in caplog.text and "the decoder is not here" in caplog.text
-    assert verify(tmp_path / "out").is_good
 
 
 def test_codes_that_the_codebook_has_not_are_not_recoded(sets, tmp_path, monkeypatch):

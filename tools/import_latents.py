@@ -51,8 +51,6 @@ class Config:
     name_pattern: str | None = None
     """Regular expression that is searched in relative paths. Its groups among label, slide, x, y
     and mpp describe the patch."""
-    tile_step: int | None = None
-    """Level-0 pixels a step of PixCell's COL_ROW names. By default places stay unknown."""
     mpp: float | None = None
     """Micrometres a pixel, recorded with every patch."""
     order: Literal["shuffle", "path"] = "shuffle"
@@ -99,10 +97,10 @@ def options(config: Config) -> Any:
 
     check_ranges(
         config, levels=(2, 256), fit_patches=(1, 10**7), patch_size=(8, 8192),
-        pack_size=(1, 65536), shard_mb=(1, 65536), tile_step=(1, 65536), seed=(0, 2**31),
+        pack_size=(1, 65536), shard_mb=(1, 65536), seed=(0, 2**31),
         mpp=(0.01, 100), scale=(-1e6, 1e6), shift=(-1e6, 1e6),
     )  # fmt: skip
-    of_listing = ("layout", "labels", "split_folders", "name_pattern", "tile_step", "mpp")
+    of_listing = ("layout", "labels", "split_folders", "name_pattern", "mpp")
     of_codes = ("scale", "shift", "codebook", "quantizer", "levels", "fit_patches", "shape")
     return ImportOptions(
         listing=ListingOptions(**picked(config, *of_listing)),

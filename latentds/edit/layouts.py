@@ -28,7 +28,7 @@ from latentds.sources.names import name_fields, numbers_of
 from latentds.sources.picture import Picture
 
 logger = logging.getLogger(__name__)
-PIXCELL = re.compile(r"(?:^|/)(?:(\d+)_(\d+)|[^/]+)_sd3_vae\.npy$")  # PixCell: extract_features.py
+PIXCELL = re.compile(r"[^/]_sd3_vae\.npy$")  # PixCell: extract_features.py
 ZOOMLDM = re.compile(r"(?:^|/)(\d+)_vae\.npy$")  # ZoomLDM: ldm/data/brca.py
 TILE_FOLDER = re.compile(r"single(_\d+)?")  # between class and slide in trees of DSMIL's tiler
 
@@ -55,7 +55,6 @@ class ListingOptions:
     layout        None: whatever lies there
     labels, split_folders  class folders (and array files' labels) as labels, top folders as splits
     name_pattern  groups among label, slide, x, y, mpp in relative paths
-    tile_step     level-0 pixels a step of PixCell's `<col>_<row>`; None leaves places unknown
     mpp           of every patch
     """
 
@@ -63,7 +62,6 @@ class ListingOptions:
     labels: bool = True
     split_folders: bool = True
     name_pattern: str | None = None
-    tile_step: int | None = None
     mpp: float | None = None
 
 
@@ -118,10 +116,8 @@ def list_pixcell(base: Path, paths: list[str], options: ListingOptions) -> list[
     rule = split_rule(base, found, options)
     patches = []
     for path in found:
-        match = PIXCELL.search(path)
         split, folders = rule.parts(path)
         folders = [folder for folder in folders if not TILE_FOLDER.fullmatch(folder)]
-        place_px = tile_place(match, options.tile_step)
         patches.append(
             ForeignPatch(
                 source=path,
@@ -129,9 +125,6 @@ def list_pixcell(base: Path, paths: list[str], options: ListingOptions) -> list[
                 split=split,
                 label=folders[-2] if options.labels and len(folders) > 1 else None,
                 slide=folders[-1] if folders else None,
-                x=place_px[0],
-                y=place_px[1],
-                size_px=options.tile_step if place_px[0] is not None else None,
             )
         )
     check_labels(base, patches, options.labels)
@@ -140,13 +133,6 @@ def list_pixcell(base: Path, paths: list[str], options: ListingOptions) -> list[
 
 def split_rule(base: Path, paths: list[str], options: ListingOptions) -> Folders:
     return Folders(options.split_folders and are_splits(base, paths), options.labels)
-
-
-def tile_place(match: re.Match[str] | None, step: int | None) -> tuple[int | None, int | None]:
-    """x and y of a tile named `<col>_<row>`; unknown where the step is, which no name tells."""
-    if match is None or match[1] is None or step is None:
-        return None, None
-    return int(match[1]) * step, int(match[2]) * step
 
 
 def list_zoomldm(base: Path, paths: list[str], options: ListingOptions) -> list[ForeignPatch]:

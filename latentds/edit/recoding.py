@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
 import os
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from latentds.autoencoders.autoencoder import Autoencoder
 from latentds.conversion.prepared import fitting, planes_of
-from latentds.errors import ContractError, FormatError, InputError, MissingExtraError, WeightsError
+from latentds.errors import ContractError, FormatError, InputError
 from latentds.loading.decoding import find_autoencoder
 from latentds.quantizers.additive_fit import fit_additive
 from latentds.quantizers.codebooks import StoredCodebook, load_codebook, shipped_records
@@ -27,8 +26,6 @@ from latentds.quantizers.scalar import AnyCodebook, dequantize_each
 from latentds.store.composing import Part
 from latentds.store.golden import decode_pixels, encode_golden, no_golden, read_golden
 from latentds.store.reader import ShardSet
-
-logger = logging.getLogger(__name__)
 
 FIT_PATCHES = 1000
 MAX_SAMPLE_VALUES = 16_000_000  # latent values held while fitting: 64 MB
@@ -65,7 +62,7 @@ class Recoder:
 
     stored    the new codebook
     contract  of the new codes
-    decoder   what golden patches are decoded with; None where it is not at hand
+    decoder   what golden patches are decoded with
     loss      what the new codes lose of the stored latents, over all patches coded so far
     """
 
@@ -104,7 +101,7 @@ class Recoder:
         )
         places = [np.flatnonzero(order == row) for row in golden.rows.tolist()]
         kept = sorted((int(place[0]), n) for n, place in enumerate(places) if len(place))
-        if self.decoder is None or not kept:
+        if not kept:
             return no_golden()
         numbers = [number for _, number in kept]
         latents = latents_of(self.shards, golden.codes[numbers], golden.rows[numbers])
@@ -224,18 +221,9 @@ def latents_of(shards: ShardSet, codes: np.ndarray, rows: np.ndarray) -> Tensor:
     return dequantize_each(torch.from_numpy(codes), numbers, books)
 
 
-def golden_decoder(shards: ShardSet, recoding: Recoding) -> Autoencoder | None:
-    """The recorded decoder, for the golden patches; None, and a warning, where it is not at hand.
-
-    raises  ContractError for one that was given and is another
-    """
-    try:
-        found = find_autoencoder(shards, recoding.autoencoder)
-    except (WeightsError, MissingExtraError) as error:
-        if recoding.autoencoder is not None:
-            raise
-        logger.warning("no golden patches, which 'latentds verify' checks decoders with: %s", error)
-        return None
+def golden_decoder(shards: ShardSet, recoding: Recoding) -> Autoencoder:
+    """The recorded decoder, for the golden patches; ContractError for another."""
+    found = find_autoencoder(shards, recoding.autoencoder)
     decoder_id = shards.manifest.contract.decoder_id
     if found.card.decoder_id != decoder_id:
         raise ContractError(

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from latentds.codecs.formats import FORMATS, is_available
-from latentds.codecs.latent import LatentCodec, draw_samples, fit_quantizer, with_quantizer
+from latentds.codecs.latent import (
+    LatentCodec,
+    draw_samples,
+    fit_quantizer,
+    latent_bytes,
+    with_quantizer,
+)
 from latentds.codecs.naming import (
     CodecSpec,
     LatentSpec,
@@ -14,7 +20,6 @@ from latentds.codecs.naming import (
     parse_quantizer,
 )
 from latentds.codecs.picture_codecs import FittedQuality, PictureCodec, fit_to_bytes
-from latentds.codecs.quantizers import latent_bytes
 
 __all__ = [
     "CodecSpec",

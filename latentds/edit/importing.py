@@ -20,8 +20,7 @@ from latentds.autoencoders.autoencoder import Autoencoder, AutoencoderCard, late
 from latentds.conversion.prepared import versions
 from latentds.core.display import progress
 from latentds.core.storage import write_atomically
-from latentds.edit.latent_files import LatentFiles
-from latentds.edit.layouts import ForeignPatch, ListingOptions, list_latents
+from latentds.edit.layouts import ForeignPatch, LatentFiles, ListingOptions, list_latents
 from latentds.edit.outputs import check_new, new_data_set
 from latentds.edit.recoding import Distortion
 from latentds.errors import ContractError, InputError, ShapeError

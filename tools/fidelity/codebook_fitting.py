@@ -25,8 +25,8 @@ from latentds.codecs import (
     with_quantizer,
 )
 from latentds.codecs.formats import JPEG_TABLES_AT_50, Format, encode_jpeg
+from latentds.codecs.latent import latent_shape
 from latentds.codecs.picture_codecs import fit_to_mean
-from latentds.codecs.quantizers import latent_shape
 from latentds.errors import InputError
 from latentds.quantizers.codebooks import StoredCodebook, shipped_records, tiny_codebook
 from latentds.quantizers.entropy.record_fit import fit_entropy_codebook

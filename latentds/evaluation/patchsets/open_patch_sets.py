@@ -27,8 +27,8 @@ from latentds.codecs import (
     parse_codec,
     with_quantizer,
 )
+from latentds.codecs.latent import latent_shape
 from latentds.codecs.naming import FLOAT_BITS, latent_text
-from latentds.codecs.quantizers import latent_shape
 from latentds.core.processes import choose_device
 from latentds.embedders.latent_stem import LatentStemConfig
 from latentds.errors import ContractError, InputError

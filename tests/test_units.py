@@ -39,18 +39,16 @@ def test_workers_killed_for_memory_end_the_run_with_what_to_do():
         work_units.check_deaths(3, "at data/a-000000.tar", "killed for memory")
 
 
-@pytest.mark.parametrize(
-    ("cpus", "gpus", "places"), [(0.3, 0, 3 + 26), (4, 1, 0 + 2), (1, 0.5, 0 + 4), (16, 0, 0)]
-)
+@pytest.mark.parametrize(("cpus", "gpus", "places"), [(0.3, 0, 3 + 26), (4, 1, 0 + 2), (16, 0, 0)])
 def test_workers_go_where_there_is_room(tmp_path, cpus, gpus, places):
     config = ConvertConfig(
-        source=tmp_path, out=tmp_path, cpus_per_worker=cpus, gpus_per_worker=gpus
+        source=tmp_path, out=tmp_path, cpus_per_worker=cpus, device="cuda" if gpus else "cpu"
     )
     assert room(config, [{"CPU": 0.9}, {"CPU": 8.0, "GPU": 2.0}]) == places
 
 
 def test_a_worker_takes_its_gpus_share_of_the_cpus(tmp_path):
-    config = ConvertConfig(source=tmp_path, out=tmp_path, gpus_per_worker=1)
+    config = ConvertConfig(source=tmp_path, out=tmp_path, device="cuda")
     assert cpus_of_worker(config, [{"CPU": 64, "GPU": 8}, {"CPU": 4}]) == 8
 
 
@@ -114,15 +112,9 @@ def test_a_shard_that_a_lost_worker_still_writes_is_left_alone(pictures, tmp_pat
 
 def test_options_of_the_engine_change_no_record(tmp_path):
     places = {"source": tmp_path, "out": tmp_path / "o"}
-    engine = {"engine": "ray", "address": "local", "ray_workers": 2, "gpus_per_worker": 0}
+    engine = {"engine": "ray", "address": "local", "ray_workers": 2}
     with_ray = ConvertConfig(**places, **engine, cpus_per_worker=0.5)
     assert with_ray.recorded() == ConvertConfig(**places).recorded()
-
-
-def test_gpus_are_not_asked_for_from_a_machine_without_one(pictures, tmp_path):
-    config = ConvertConfig(source=pictures, out=tmp_path / "o", device="cpu", gpus_per_worker=1)
-    with pytest.raises(InputError, match="--gpus-per-worker 1, but .* without a GPU"):
-        work_units.for_workers(config)
 
 
 def convert_without_ray(source: Path, out: Path) -> tuple[int, str]:

@@ -41,7 +41,6 @@ NOT_RECORDED = (
     "engine",
     "address",
     "ray_workers",
-    "gpus_per_worker",
     "cpus_per_worker",
 )
 
@@ -94,14 +93,12 @@ class CodeOptions:
         """Refuse an unknown quantizer, and two choices of codes that exclude each other."""
         check_kind(self.quantizer)
         is_scalar = self.codebook_kind in (None, "scalar") and self.codebook_file is None
-        if not is_scalar and (self.quantizer != "kmeans" or self.levels != 256):
-            raise InputError("--codebook says what the levels are; leave --quantizer and --levels")
-        if self.bytes is not None and (self.quantizer != "kmeans" or self.levels != 256):
-            raise InputError(
-                f"--bytes {self.bytes} is of additive codes and of records; --quantizer and "
-                "--levels choose a byte a latent value. Leave one of them"
-            )
-        if self.bytes is not None and self.codebook_kind == "scalar":
+        if is_scalar and self.bytes is None:
+            return
+        if self.quantizer != "kmeans" or self.levels != 256:
+            raise InputError("--codebook and --bytes say what the codes are; leave --quantizer and "
+                             "--levels, which choose a byte a latent value")  # fmt: skip
+        if self.codebook_kind == "scalar":
             raise InputError("--bytes: scalar codes take a byte a latent value; leave it, or take "
                              "--codebook additive or rans")  # fmt: skip
 
@@ -115,7 +112,7 @@ class ConvertConfig(SourceOptions, CodeOptions):
     """
 
     PANELS: ClassVar[dict[str, tuple[str, ...]]] = {
-        "ray": ("engine", "address", "ray_workers", "gpus_per_worker", "cpus_per_worker"),
+        "ray": ("engine", "address", "ray_workers", "cpus_per_worker"),
         "packs": ("order", "mix", "pack_size", "pack_by_slide", "shard_mb", "encode_batch"),
     }
     panel = "run"
@@ -160,8 +157,6 @@ class ConvertConfig(SourceOptions, CodeOptions):
     ray://host:10001."""
     ray_workers: int | None = None
     """Ray workers at once, at most. By default as many as the cluster has room for."""
-    gpus_per_worker: float | None = None
-    """GPUs that a Ray worker takes, 0 to 1. By default 1 where --device is a GPU."""
     cpus_per_worker: float | None = None
     """CPUs that a Ray worker takes. By default a GPU's share of the node's CPUs; without GPUs, as
     many as the encoder has threads."""
@@ -183,7 +178,7 @@ class ConvertConfig(SourceOptions, CodeOptions):
             "levels": (2, 256), "pack_size": (1, 65536), "shard_mb": (1, 65536),
             "encode_batch": (1, 65536), "bytes": (16, 1 << 20), "refine": (0, 256),
             "fit_patches": (1, 10**7), "workers": (1, 256), "max_bad": (0, 10**9),
-            "mix": (2, 10**6), "ray_workers": (1, 10**5), "gpus_per_worker": (0, 1),
+            "mix": (2, 10**6), "ray_workers": (1, 10**5),
             "cpus_per_worker": (0.01, 1024),
         })  # fmt: skip
 

@@ -25,6 +25,7 @@ from latentds.conversion.work_units import (
     check_place,
     cpus_of_worker,
     for_workers,
+    gpus_of_worker,
     make_job,
     make_unit,
     no_room,
@@ -173,7 +174,7 @@ class Handout:
 
     def start_worker(self) -> None:
         worker = Worker.options(  # type: ignore[attr-defined]
-            num_cpus=self.config.cpus_per_worker, num_gpus=self.config.gpus_per_worker
+            num_cpus=self.config.cpus_per_worker, num_gpus=gpus_of_worker(self.config)
         ).remote()
         self.busy[worker.prepare.remote(self.job)] = worker, None
 

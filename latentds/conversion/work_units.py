@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -103,23 +102,20 @@ class Unit:
 
 
 def for_workers(config: ConvertConfig) -> ConvertConfig:
-    """The config with absolute paths, a device and the GPUs of a worker."""
+    """The config with absolute paths, and the kind of device that this machine has."""
     paths: dict[str, Any] = {
         field.name: value.absolute()
         for field in dataclasses.fields(ConvertConfig)
         if isinstance(value := getattr(config, field.name), Path) and hub_id(value) is None
     }
-    device = "cpu" if config.gpus_per_worker == 0 and config.device == "auto" else config.device
-    is_gpu = choose_device(device).type == "cuda"
-    gpus = float(is_gpu) if config.gpus_per_worker is None else config.gpus_per_worker
-    if gpus and not is_gpu:
-        raise InputError(
-            f"--gpus-per-worker {gpus:g}, but {platform.node()} would fit the codebook without a "
-            "GPU; start the command on a node like the workers', or pass --gpus-per-worker 0"
-        )
-    if is_gpu and device not in ("auto", "cuda"):
-        raise InputError(f"--device {device}: Ray says which GPU a worker takes; pass cuda")
-    return dataclasses.replace(config, **paths, device=device, gpus_per_worker=gpus)
+    device = choose_device(config.device)
+    if device.type == "cuda" and config.device not in ("auto", "cuda"):
+        raise InputError(f"--device {config.device}: Ray says which GPU a worker takes; pass cuda")
+    return dataclasses.replace(config, **paths, device=device.type)
+
+
+def gpus_of_worker(config: ConvertConfig) -> int:
+    return int(config.device == "cuda")
 
 
 def make_job(conversion: Conversion) -> Job:
@@ -227,15 +223,14 @@ def cpus_of_worker(config: ConvertConfig, nodes: Sequence[Node]) -> float:
     """CPUs of a worker: asked for, a GPU's share of its node, or the encoder's threads."""
     if config.cpus_per_worker is not None:
         return config.cpus_per_worker
-    if not config.gpus_per_worker:
+    if not gpus_of_worker(config):
         return float(torch.get_num_threads())
     shares = [node.get("CPU", 1) / node["GPU"] for node in nodes if node.get("GPU")]
-    share: float = min(shares, default=4.0) * config.gpus_per_worker // 1
-    return max(1.0, min(MAX_WORKERS, share))
+    return max(1.0, min(MAX_WORKERS, min(shares, default=4.0) // 1))
 
 
 def room(config: ConvertConfig, nodes: Sequence[Node]) -> int:
-    wanted = {"CPU": config.cpus_per_worker, "GPU": config.gpus_per_worker}
+    wanted = {"CPU": config.cpus_per_worker, "GPU": gpus_of_worker(config)}
     return sum(
         # Fractions: 0.3 goes into 0.9 three times.
         min(int(node.get(name, 0) / count + 1e-6) for name, count in wanted.items() if count)
@@ -247,6 +242,6 @@ def no_room(config: ConvertConfig, nodes: Sequence[Node]) -> str:
     sizes = [f"{n.get('CPU', 0):g} CPUs and {n.get('GPU', 0):g} GPUs" for n in nodes]
     return (
         f"no node of the Ray cluster has room for a worker of {config.cpus_per_worker:g} CPUs and "
-        f"{config.gpus_per_worker:g} GPUs (nodes: {', '.join(sizes) or 'none'}); start such a "
-        "node, or pass other --cpus-per-worker and --gpus-per-worker"
+        f"{gpus_of_worker(config)} GPUs (nodes: {', '.join(sizes) or 'none'}); start such a node, "
+        "or pass another --cpus-per-worker"
     )

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from latentds.edit.exporting import export_npy
-from latentds.edit.importing import ImportOptions, import_latents
+from latentds.edit.importing import import_latents
+from latentds.edit.layouts import ImportOptions
 from latentds.edit.merging import merge
 from latentds.edit.repacking import Repacking, repack
 from latentds.errors import ContractError, FormatError, InputError

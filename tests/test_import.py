@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 
 from latentds.edit.exporting import export_npy
 from latentds.edit.extracting import extract
-from latentds.edit.importing import ImportOptions, import_latents
-from latentds.edit.layouts import ListingOptions
+from latentds.edit.importing import import_latents
+from latentds.edit.layouts import ImportOptions
 from latentds.edit.merging import merge
 from latentds.errors import ContractError, FormatError, InputError
 from latentds.loading.loader import LatentLoader
@@ -49,8 +49,7 @@ def pixcell(root, slides=("TCGA-A1-01.DX1", "TCGA-A2-01.DX1"), project="brca"):
 
 def bring(source, out, autoencoder=None, **options):
     """Import with the fake's identity."""
-    listing = {n: options.pop(n) for n in list(options) if n in ListingOptions.__dataclass_fields__}
-    settings = ImportOptions(listing=ListingOptions(**listing), fit_patches=16, **options)
+    settings = ImportOptions(fit_patches=16, **options)
     return import_latents(source, out, autoencoder or MeanAutoencoder(), options=settings)
 
 

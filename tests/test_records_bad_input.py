@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from latentds.edit.exporting import export_npy
-from latentds.edit.importing import ImportOptions, import_latents
+from latentds.edit.importing import import_latents
+from latentds.edit.layouts import ImportOptions
 from latentds.errors import ContractError, FormatError, InputError
 from latentds.loading.array import LatentArray
 from latentds.loading.bags import SlideBags

@@ -92,8 +92,7 @@ def run(config: Config) -> None:
 
 def options(config: Config) -> Any:
     """What the files do not say themselves."""
-    from latentds.edit.importing import ImportOptions
-    from latentds.edit.layouts import ListingOptions
+    from latentds.edit.layouts import ImportOptions
 
     check_ranges(
         config, levels=(2, 256), fit_patches=(1, 10**7), patch_size=(8, 8192),
@@ -103,8 +102,7 @@ def options(config: Config) -> Any:
     of_listing = ("layout", "labels", "split_folders", "name_pattern", "mpp")
     of_codes = ("scale", "shift", "codebook", "quantizer", "levels", "fit_patches", "shape")
     return ImportOptions(
-        listing=ListingOptions(**picked(config, *of_listing)),
         patch_px=config.patch_size,
         shard_bytes=config.shard_mb * 1_000_000,
-        **picked(config, *of_codes, "order", "pack_size", "seed"),
+        **picked(config, *of_listing, *of_codes, "order", "pack_size", "seed"),
     )

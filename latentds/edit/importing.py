@@ -3,12 +3,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +19,7 @@ from latentds.autoencoders.autoencoder import Autoencoder, AutoencoderCard, late
 from latentds.conversion.prepared import versions
 from latentds.core.display import progress
 from latentds.core.storage import write_atomically
-from latentds.edit.layouts import ForeignPatch, LatentFiles, ListingOptions, list_latents
+from latentds.edit.layouts import ForeignPatch, ImportOptions, LatentFiles, list_latents
 from latentds.edit.outputs import check_new, new_data_set
 from latentds.edit.recoding import Distortion
 from latentds.errors import ContractError, InputError, ShapeError
@@ -28,7 +27,7 @@ from latentds.quantizers.codebooks import load_codebook
 from latentds.quantizers.entropy.record_codebook import EntropyCodebook
 from latentds.quantizers.scalar import AnyCodebook, Codebook, dequantize, quantize
 from latentds.quantizers.scalar_fit import fit_codebook
-from latentds.store.composing import SHARD_BYTES, Composer, Part, complete
+from latentds.store.composing import Composer, Part, complete
 from latentds.store.format import GOLDEN, MAX_PATCH_BYTES, SPLIT_PATTERN, Contract, patch_key
 from latentds.store.golden import choose_rows, decode_pixels, encode_golden, latents_pixels
 from latentds.store.manifest import Manifest
@@ -37,34 +36,6 @@ from latentds.store.packs import SCHEMA
 logger = logging.getLogger(__name__)
 MAX_SAMPLE_VALUES = 16_000_000  # latent values held while fitting: 64 MB
 MAX_NAMED, MAX_NAME = 16, 64  # arrays not taken that are named, letters of a name
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ImportOptions:
-    """What the files do not say themselves.
-
-    scale, shift  a latent is stored value * scale + shift, unscaled encoder output; None: floats
-                  are taken as they are, bytes are refused
-    codebook      file: floats are quantized with it, bytes are its codes
-    quantizer, levels, fit_patches   of the codebook fitted where none is given
-    patch_px      edge of a patch in pixels; None: latent cells times the autoencoder's factor
-    shape         (C, h, w) of rows that are stored flat
-    order         "shuffle" by the seed, or "path"
-    """
-
-    listing: ListingOptions = dataclasses.field(default_factory=ListingOptions)
-    scale: float | None = None
-    shift: float | None = None
-    codebook: Path | None = None
-    quantizer: str = "kmeans"
-    levels: int = 256
-    fit_patches: int = 1000
-    patch_px: int | None = None
-    shape: tuple[int, int, int] | None = None
-    order: Literal["shuffle", "path"] = "shuffle"
-    pack_size: int = 256
-    shard_bytes: int = SHARD_BYTES
-    seed: int = 0
 
 
 def import_latents(
@@ -86,12 +57,11 @@ def import_latents(
     check_new(out, overwrite, [source])
     if isinstance(autoencoder, (str, os.PathLike)):
         autoencoder = load_autoencoder(autoencoder)
-    layout, patches = list_latents(source, options.listing)
+    layout, patches = list_latents(source, options)
     logger.info("%s: %d patches, read as layout %r", source, len(patches), layout)
     check_patches(patches)
     base = source.parent if source.is_file() else source
-    scaling = (options.scale, options.shift)
-    with LatentFiles(base, layout, patches[0], scaling, options.shape) as files:
+    with LatentFiles(base, layout, patches[0], options) as files:
         contract, made = decide(files, patches, autoencoder.card, options)
         with new_data_set(out, overwrite, [source]):
             composer, ordered = Composer(out, contract), arrange(patches, options)

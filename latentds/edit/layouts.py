@@ -11,7 +11,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -30,6 +30,7 @@ from latentds.sources.image_folder import (
 )
 from latentds.sources.names import name_fields, numbers_of
 from latentds.sources.picture import Picture
+from latentds.store.composing import SHARD_BYTES
 
 logger = logging.getLogger(__name__)
 PIXCELL = re.compile(r"[^/]_sd3_vae\.npy$")  # PixCell: extract_features.py
@@ -55,13 +56,20 @@ class ForeignPatch(Picture):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ListingOptions:
-    """How names are read.
+class ImportOptions:
+    """What the files do not say themselves.
 
     layout        None: whatever lies there
     labels, split_folders  class folders (and array files' labels) as labels, top folders as splits
     name_pattern  groups among label, slide, x, y, mpp in relative paths
     mpp           of every patch
+    scale, shift  a latent is stored value * scale + shift, unscaled encoder output; None: floats
+                  are taken as they are, bytes are refused
+    codebook      file: floats are quantized with it, bytes are its codes
+    quantizer, levels, fit_patches   of the codebook fitted where none is given
+    patch_px      edge of a patch in pixels; None: latent cells times the autoencoder's factor
+    shape         (C, h, w) of rows that are stored flat
+    order         "shuffle" by the seed, or "path"
     """
 
     layout: str | None = None
@@ -69,9 +77,21 @@ class ListingOptions:
     split_folders: bool = True
     name_pattern: str | None = None
     mpp: float | None = None
+    scale: float | None = None
+    shift: float | None = None
+    codebook: Path | None = None
+    quantizer: str = "kmeans"
+    levels: int = 256
+    fit_patches: int = 1000
+    patch_px: int | None = None
+    shape: tuple[int, int, int] | None = None
+    order: Literal["shuffle", "path"] = "shuffle"
+    pack_size: int = 256
+    shard_bytes: int = SHARD_BYTES
+    seed: int = 0
 
 
-def list_latents(root: Path, options: ListingOptions) -> tuple[str, list[ForeignPatch]]:
+def list_latents(root: Path, options: ImportOptions) -> tuple[str, list[ForeignPatch]]:
     """The layout found (or asked for) and its patches, in the order of their paths.
 
     raises  InputError where there are none, FileNotFoundError where there is no such input
@@ -82,7 +102,7 @@ def list_latents(root: Path, options: ListingOptions) -> tuple[str, list[Foreign
     base = root.parent if root.is_file() else root
     check_names(base, paths)
     layout = options.layout or detect(base, paths)
-    listers: dict[str, Callable[[Path, list[str], ListingOptions], list[ForeignPatch]]] = {
+    listers: dict[str, Callable[[Path, list[str], ImportOptions], list[ForeignPatch]]] = {
         "pixcell": list_pixcell,
         "zoomldm": list_zoomldm,
         "npy": list_npy,
@@ -116,7 +136,7 @@ def detect(base: Path, paths: Sequence[str]) -> str:
     )
 
 
-def list_pixcell(base: Path, paths: list[str], options: ListingOptions) -> list[ForeignPatch]:
+def list_pixcell(base: Path, paths: list[str], options: ImportOptions) -> list[ForeignPatch]:
     """`.../CLASS/[single_1024/]SLIDE/COL_ROW_sd3_vae.npy`."""
     found = [path for path in paths if PIXCELL.search(path)]
     rule = split_rule(base, found, options)
@@ -137,11 +157,11 @@ def list_pixcell(base: Path, paths: list[str], options: ListingOptions) -> list[
     return patches
 
 
-def split_rule(base: Path, paths: list[str], options: ListingOptions) -> Folders:
+def split_rule(base: Path, paths: list[str], options: ImportOptions) -> Folders:
     return Folders(options.split_folders and are_splits(base, paths), options.labels)
 
 
-def list_zoomldm(base: Path, paths: list[str], options: ListingOptions) -> list[ForeignPatch]:
+def list_zoomldm(base: Path, paths: list[str], options: ImportOptions) -> list[ForeignPatch]:
     """`[SPLIT/]MAG/MILLION/INDEX_vae.npy`, by folder and number."""
     found = [(path, match) for path in paths if (match := ZOOMLDM.search(path))]
     rule = split_rule(base, [path for path, _ in found], options)
@@ -149,7 +169,7 @@ def list_zoomldm(base: Path, paths: list[str], options: ListingOptions) -> list[
     return [ForeignPatch(source=p, path=p, split=rule.parts(p)[0]) for p, _ in found]
 
 
-def list_npy(base: Path, paths: list[str], options: ListingOptions) -> list[ForeignPatch]:
+def list_npy(base: Path, paths: list[str], options: ImportOptions) -> list[ForeignPatch]:
     """One npy a patch in [split/][class/[slide/]] folders, or as `latentds export` wrote them."""
     if TABLE in paths and is_export(base):
         return read_table(base)
@@ -205,7 +225,7 @@ def table_patch(base: Path, record: dict[str, Any], line: int) -> ForeignPatch:
     )
 
 
-def list_arrays(base: Path, paths: list[str], options: ListingOptions) -> list[ForeignPatch]:
+def list_arrays(base: Path, paths: list[str], options: ImportOptions) -> list[ForeignPatch]:
     """Every row of every array file, with the slide and place that arrays beside tell.
 
     Its source is `FILE/NNNNNN.SUFFIX`.
@@ -241,8 +261,6 @@ class LatentFiles:
     base      the folder their paths are relative to
     layout    how they were listed; of PixCell's mean and std the mean is taken
     first     a patch, whose shape and type all others must have
-    scaling   scale and shift from stored values to latents, None for 1 and 0
-    flat      (C, h, w) of rows stored flat
 
     shape      (C, h, w), or (R,) of entropy-coded records
     dtype      as stored
@@ -250,16 +268,11 @@ class LatentFiles:
     """
 
     def __init__(
-        self,
-        base: Path,
-        layout: str,
-        first: ForeignPatch,
-        scaling: tuple[float | None, float | None] = (None, None),
-        flat: tuple[int, int, int] | None = None,
+        self, base: Path, layout: str, first: ForeignPatch, options: ImportOptions
     ) -> None:
-        self.base, self.layout, self.flat = base, layout, flat
-        self.scale = 1.0 if scaling[0] is None else scaling[0]
-        self.shift = 0.0 if scaling[1] is None else scaling[1]
+        self.base, self.layout, self.flat = base, layout, options.shape
+        self.scale = 1.0 if options.scale is None else options.scale
+        self.shift = 0.0 if options.shift is None else options.shift
         self.files: OrderedDict[str, ArrayFile] = OrderedDict()
         self.dtype, self.not_taken = "", list[str]()
         if first.row is not None:

@@ -130,23 +130,24 @@ def finished_before(
     raises  InputError where --out holds a set of other input, options or weights
     """
     manifest = read_manifest(config.out)
-    asked = {
-        "options": config.recorded(),
+    contract, card = manifest.contract, autoencoder.card
+    kept = {
+        "options": manifest.made.get("options"),
+        "input": manifest.made.get("input"),
+        "latent_id": contract.latent_id,
+        "decoder_id": contract.decoder_id,
+        "codebook_id": contract.codebook.codebook_id,
+    }
+    asked = kept | {
+        "options": json.loads(json.dumps(config.recorded())),
         "input": input_identity(config, plan),
-        "latent_id": autoencoder.card.latent_id,
-        "decoder_id": autoencoder.card.decoder_id,
+        "latent_id": card.latent_id,
+        "decoder_id": card.decoder_id,
     }
-    kept = manifest.made | {
-        "latent_id": manifest.contract.latent_id,
-        "decoder_id": manifest.contract.decoder_id,
-    }
-    shape = manifest.contract.latents_shape
-    given = given_codebook(config, codebook, autoencoder.card, shape)
+    given = given_codebook(config, codebook, card, contract.latents_shape)
     if given is not None:
         asked["codebook_id"] = given.codebook.codebook_id
-        kept["codebook_id"] = manifest.contract.codebook.codebook_id
-    found = {name: kept.get(name) for name in asked}
-    changed = differences(found, json.loads(json.dumps(asked)))
+    changed = differences(kept, asked)
     if changed:
         raise InputError(
             f"{config.out}: holds a finished data set of another run ({', '.join(changed[:5])}); "

@@ -48,9 +48,9 @@ def merge(
     with new_data_set(out, overwrite, paths):
         check_distinct(sets)
         composer = Composer(out, sets[0].manifest.contract, joined_classes(sets))
-        copy_shards(composer, sets)
+        copied = copy_shards(composer, sets)
         manifest = composer.tables(describe([shards.manifest for shards in sets]))
-        write_atomically(out / GOLDEN, join_golden(sets, manifest))
+        write_atomically(out / GOLDEN, join_golden(sets, copied, manifest))
         join_slide_records(paths, out)
         return complete(out, manifest)
 
@@ -91,23 +91,25 @@ def name_duplicate(
             )
 
 
-def copy_shards(composer: Composer, sets: Sequence[ShardSet]) -> None:
+def copy_shards(composer: Composer, sets: Sequence[ShardSet]) -> list[list[str]]:
+    """The new names of every set's shards, which are copied: split by split, set by set."""
     total = sum(shard.bytes for shards in sets for shard in shards.manifest.shards)
     splits = sorted({shard.split for shards in sets for shard in shards.manifest.shards})
+    copied: list[list[str]] = [[""] * len(shards.manifest.shards) for shards in sets]
     with progress(total=total, desc="shards", unit="B", unit_scale=True) as bar:
         for split in splits:
-            for shards in sets:
+            for shards, names in zip(sets, copied, strict=True):
                 for number, record in enumerate(shards.manifest.shards):
-                    if record.split != split:
-                        continue
-                    add_copy(composer, shards, number)
-                    bar.update(record.bytes)
+                    if record.split == split:
+                        names[number] = add_copy(composer, shards, number)
+                        bar.update(record.bytes)
+    return copied
 
 
-def add_copy(composer: Composer, shards: ShardSet, number: int) -> None:
-    """Copy a set's shard; one that is not as its set recorded it is refused: no damage goes on."""
+def add_copy(composer: Composer, shards: ShardSet, number: int) -> str:
+    """The new name of a set's shard; one that is not as its set recorded it is refused."""
     record = shards.manifest.shards[number]
-    source = Path(shards.folder) / record.name
+    source, name = Path(shards.folder) / record.name, ""
     found = sha256_file(source)
     if found != record.sha256:
         raise FormatError(
@@ -120,9 +122,12 @@ def add_copy(composer: Composer, shards: ShardSet, number: int) -> None:
     contract = dataclasses.replace(composer.contract, codebook=codebook)
 
     def copy(path: Path, place: int) -> None:
+        nonlocal name
+        name = path.relative_to(composer.out).as_posix()
         copy_shard(source, contract, record.split, path, place)
 
     composer.add_shard(record.split, contract, copy)
+    return name
 
 
 def copy_shard(source: Path, contract: Contract, split: str, path: Path, number: int) -> None:
@@ -144,43 +149,31 @@ def copy_bytes(source: BinaryIO, target: BinaryIO, offset: int, size: int) -> No
         size -= len(block)
 
 
-def join_golden(sets: Sequence[ShardSet], manifest: Manifest) -> bytes:
+def join_golden(
+    sets: Sequence[ShardSet], copied: Sequence[Sequence[str]], manifest: Manifest
+) -> bytes:
     """The golden file of the merged set: patches of every set in turn, at most 32.
 
     Sets with another decoder than the first have none to give: their pixels are not what it makes.
     """
-    tables = []
-    starts = first_rows(sets, manifest)
-    for shards, start in zip(sets, starts, strict=True):
+    first, tables = 0, []
+    first_row: dict[str, int] = {}
+    for shard in manifest.shards:
+        first_row[shard.name] = first
+        first += shard.patches
+    for shards, names in zip(sets, copied, strict=True):
         if shards.manifest.contract.decoder_id != manifest.contract.decoder_id:
             continue
         table = read_golden_table(Path(shards.folder), shards.manifest.golden_sha256)
         rows = np.array(table["row"].to_pylist(), np.int64)
         number = shards.shards_of(shards.packs_of(rows))
         own = np.cumsum([0, *(shard.patches for shard in shards.manifest.shards)])
-        tables.append(renumbered(table, rows - own[number] + start[number]))
+        new = np.array([first_row[name] for name in names], np.int64)
+        tables.append(renumbered(table, rows - own[number] + new[number]))
     turns = np.concatenate([np.arange(len(table)) for table in tables])
     chosen = np.sort(np.argsort(turns, kind="stable")[:MAX_GOLDEN])
     joined = pa.concat_tables(tables).take(chosen)
     return encode_table(joined.sort_by("row"))
-
-
-def first_rows(sets: Sequence[ShardSet], manifest: Manifest) -> list[np.ndarray]:
-    """For every set, the merged set's row at which each of its shards begins."""
-    ends = np.cumsum([shard.patches for shard in manifest.shards])
-    merged = dict(
-        zip((shard.name for shard in manifest.shards), np.append(0, ends[:-1]), strict=True)
-    )
-    numbers: dict[str, int] = {}
-    starts = []
-    for shards in sets:
-        own = []
-        for shard in shards.manifest.shards:
-            number = numbers.get(shard.split, 0)
-            own.append(merged[f"data/{shard.split}-{number:06d}.tar"])
-            numbers[shard.split] = number + 1
-        starts.append(np.array(own, np.int64))
-    return starts
 
 
 def describe(manifests: Sequence[Manifest]) -> dict[str, Any]:

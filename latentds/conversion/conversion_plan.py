@@ -248,8 +248,9 @@ def order_regions(plan: Plan, config: ConvertConfig) -> Plan:
             members = np.array(sorted(members, key=functools.partial(slide_and_chunk, plan, hide)))
         found = [picture_regions(plan, int(i)) for i in members]
         if config.mix:
-            found = [mix_regions(found[i : i + config.mix], rng)
-                     for i in range(0, len(found), config.mix)]  # fmt: skip
+            groups = [found[i : i + config.mix] for i in range(0, len(found), config.mix)]
+            joined = [np.concatenate(group) for group in groups]
+            found = [regions[rng.permutation(len(regions))] for regions in joined]
         regions = np.concatenate(found)
         if not len(regions):
             continue
@@ -295,12 +296,6 @@ def picture_regions(plan: Plan, picture: int) -> np.ndarray:
     rows = np.zeros(len(places), REGION_DTYPE)
     rows["picture"], rows["x"], rows["y"] = picture, places[:, 0], places[:, 1]
     return rows
-
-
-def mix_regions(parts: list[np.ndarray], rng: np.random.Generator) -> np.ndarray:
-    joined = np.concatenate(parts)
-    shuffled: np.ndarray = joined[rng.permutation(len(joined))]
-    return shuffled
 
 
 def plan_shards(plan: Plan, config: ConvertConfig, bytes_per_patch: int) -> list[PlannedShard]:

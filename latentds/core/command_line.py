@@ -74,11 +74,12 @@ def make_form(
     helps = field_helps(settings)
     places: dict[str, list[Any]] = {"": [], "required": [], "usual": []}
     fields = {field.name: field for field in dataclasses.fields(settings) if field.init}
+    missing = dataclasses.MISSING
     for name in dict.fromkeys([*(n for n in usual if n in fields), *fields]):
         field = fields[name]
         if tyro.conf.Positional in getattr(hints[name], "__metadata__", ()):
             panel = ""
-        elif not has_default(field):
+        elif field.default is missing and field.default_factory is missing:
             panel = "required"
         elif name in usual:
             panel = "usual"
@@ -89,11 +90,6 @@ def make_form(
     titled = tyro.conf.arg(help="")  # tyro would look for words in the source, 20 ms a panel
     parts = ((p, Annotated[make_dataclass(p.title(), places[p]), titled]) for p in panels if p)
     return make_dataclass("Form", [*places[""], *parts]), panels
-
-
-def has_default(field: dataclasses.Field[Any]) -> bool:
-    missing = dataclasses.MISSING
-    return field.default is not missing or field.default_factory is not missing
 
 
 def entry(field: dataclasses.Field[Any], hint: Any, words: str | None) -> tuple[Any, ...]:

@@ -140,13 +140,6 @@ def try_lock(path: Path) -> IO[str] | None:
     return None
 
 
-def other_kind(mode: int) -> str | None:
-    """What a file of that st_mode is where it is no regular one."""
-    if stat.S_ISREG(mode):
-        return None
-    return next((name for is_kind, name in KINDS if is_kind(mode)), "no file")
-
-
 def check_regular(path: Path, where: str = "") -> None:
     """Refuse all but a regular file (links are followed); for libraries that open it themselves.
 
@@ -157,8 +150,8 @@ def check_regular(path: Path, where: str = "") -> None:
 
 
 def check_kind(mode: int, where: str) -> None:
-    kind = other_kind(mode)
-    if kind:
+    if not stat.S_ISREG(mode):
+        kind = next((name for is_kind, name in KINDS if is_kind(mode)), "no file")
         raise InputError(f"{where}{': ' * bool(where)}{kind}, not a regular file; take it out")
 
 

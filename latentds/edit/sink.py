@@ -194,14 +194,13 @@ class Writer:
                 f"patch {one.key!r} is given twice; x and y, or a source of its own, tell patches "
                 "apart"
             )
-        earlier = self.spool.given.get(one.key, one)
-        if earlier != one:
-            differ = [f.name for f in dataclasses.fields(one)
-                      if getattr(one, f.name) != getattr(earlier, f.name)]  # fmt: skip
-            what = "pixels" if differ == ["crc32"] else next(n for n in differ if n != "crc32")
+        earlier = dataclasses.asdict(self.spool.given.get(one.key, one))
+        differ = [name for name, value in dataclasses.asdict(one).items() if value != earlier[name]]
+        if differ:
             raise InputError(
-                f"patch {one.key!r} was kept by an earlier run with other {what}; give it as "
-                "before, or pass overwrite=True to start anew"
+                f"patch {one.key!r} was kept by an earlier run with other "
+                f"{differ[0].replace('crc32', 'pixels')}; give it as before, or pass "
+                "overwrite=True to start anew"
             )
 
     @staticmethod

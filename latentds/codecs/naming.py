@@ -89,13 +89,10 @@ class PictureSpec:
             raise ValueError(
                 f"{self.text}: {self.name} is lossless and has neither qualities nor a size"
             )
-        if quality is not None and sizes:
+        if len(sizes) + (quality is not None) > 1:
             raise ValueError(
-                f"{self.text}: a quality ({quality:g}) and a number of bytes exclude each other"
-            )
-        if len(sizes) > 1:
-            raise ValueError(
-                f"{self.text}: bytes of each picture and bytes on average exclude each other"
+                f"{self.text}: a quality, bytes of each picture and bytes on average exclude each "
+                "other"
             )
         if quality is not None and known and not known[0] <= quality <= known[1]:
             raise ValueError(

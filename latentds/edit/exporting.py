@@ -75,21 +75,16 @@ def export_parquet(
         write_contract(shards, target)
         write_atomically(target / "README.md", parquet_card(splits).encode())
         (target / "data").mkdir()
-        count, written, held = 0, dict.fromkeys(splits, 0), 0
-        writer: pq.ParquetWriter | None = None
-        open_split = ""
-        for name, rows in stored_blocks(shards, splits):
-            if writer is None or name != open_split or held * size >= file_bytes:
-                if writer is not None:
-                    writer.close()
-                path = target / "data" / f"{name}-{written[name]:05d}.parquet"
-                writer = pq.ParquetWriter(path, schema, compression="zstd")
-                open_split, held = name, 0
-                written[name] += 1
-            writer.write_table(parquet_rows(shards, name, rows, schema))
-            held, count = held + len(rows), count + len(rows)
-        assert writer is not None  # a data set has at least one patch
-        writer.close()
+        count, rows_a_file = 0, BLOCK_PATCHES * -(-file_bytes // (size * BLOCK_PATCHES))
+        for name in splits:
+            first, end = shards.patch_range(name)
+            for number, start in enumerate(range(first, end, rows_a_file)):
+                path = target / "data" / f"{name}-{number:05d}.parquet"
+                part = {name: range(start, min(start + rows_a_file, end))}
+                with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+                    for _, rows in blocks(part, BLOCK_PATCHES, desc=path.name, unit="patch"):
+                        writer.write_table(parquet_rows(shards, name, rows, schema))
+                        count += len(rows)
     return count
 
 

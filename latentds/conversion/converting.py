@@ -22,7 +22,6 @@ from latentds.conversion.convert_config import ConvertConfig
 from latentds.conversion.prepared import given_codebook, input_identity, prepare
 from latentds.conversion.shard_writing import Conversion, PlanReader, WriteShards, write_shards
 from latentds.conversion.workdir import (
-    LeftOut,
     Region,
     WorkFolder,
     check_output,
@@ -36,8 +35,6 @@ from latentds.core.storage import write_atomically
 from latentds.errors import FormatError, InputError
 from latentds.quantizers.codebooks import StoredCodebook
 from latentds.sources.opening import open_source
-from latentds.sources.picture import Picture
-from latentds.sources.slide_looks import SlideLook
 from latentds.sources.source import Source
 from latentds.store.composing import complete
 from latentds.store.format import GOLDEN, MANIFEST
@@ -186,28 +183,22 @@ def finish(conversion: Conversion) -> Manifest:
     names = sorted(shard.name for shard in conversion.shards if work.index(shard.name).is_file())
     paths = [work.index(name) for name in names]
     records, classes, slides = write_tables(out, paths, conversion.plan.classes)
-    bad = conversion.bad()
+    plan, bad, hide = conversion.plan, conversion.bad(), conversion.reader.hide
+    planned = dict(zip((p.source for p in plan.pictures), plan.counts(), strict=True))
+    left_out = describe_left_out(bad.values(), planned, hide)
     manifest = Manifest(
         contract=conversion.contract,
         shards=records,
         classes=classes,
         slides=slides,
         tables={},
-        made=conversion.made | {"left_out": left_out(conversion, bad)} | counted(conversion, bad),
+        made=conversion.made | {"left_out": left_out} | counted(conversion, bad),
     )
     check_complete(conversion, manifest, bad)
     write_golden(conversion, manifest, bad)
-    if conversion.plan.source.has_looks:
-        hide = conversion.reader.hide
-        write_slide_records(out, slide_records(conversion.plan, manifest.made["left_out"], hide))
+    if plan.source.has_looks:
+        write_slide_records(out, slide_records(plan, left_out, hide))
     return complete(out, manifest)
-
-
-def left_out(conversion: Conversion, bad: dict[Region, LeftOut]) -> list[dict[str, Any]]:
-    """Sources left out and why, by name, or what stands for it."""
-    plan = conversion.plan
-    patches = dict(zip((p.source for p in plan.pictures), plan.counts(), strict=True))
-    return describe_left_out(bad.values(), patches, conversion.reader.hide)
 
 
 def counted(conversion: Conversion, bad: Collection[Region]) -> dict[str, Any]:
@@ -285,33 +276,24 @@ def slide_records(
     """
     name, words = hide or str, {str(entry["source"]): entry for entry in left_out}
     records = []
-    for picture, count in zip(plan.pictures, plan.counts(), strict=True):
+    for picture, planned in zip(plan.pictures, plan.counts(), strict=True):
         look = plan.source.look(picture)
-        if look is not None:
-            entry = words.pop(name(picture.source), None)
-            records.append(slide_record(picture, look, count, entry, name))
+        if look is None:
+            continue
+        entry = words.pop(name(picture.source), None)
+        lost = 0 if entry is None else int(entry.get("patches", planned))
+        told = () if entry is None else (left_out_text(dict(entry)),)
+        record = SlideRecord(
+            source=name(picture.source),
+            slide=None if picture.slide is None else name(picture.slide),
+            split=picture.split,
+            label=picture.label,
+            patches=planned - lost,
+            **(vars(look) | {"left_out": (*look.left_out, *told)}),
+        )
+        records.append(record)
     bare = [
         SlideRecord(source=source, slide=None, left_out=(left_out_text(dict(entry)),))
         for source, entry in words.items()
     ]
     return records + bare
-
-
-def slide_record(
-    picture: Picture,
-    look: SlideLook,
-    planned: int,
-    entry: Mapping[str, Any] | None,
-    name: Callable[[str], str],
-) -> SlideRecord:
-    """The record of a slide of which so many patches were planned and `entry` was left out."""
-    lost = 0 if entry is None else int(entry.get("patches", planned))
-    told = () if entry is None else (left_out_text(dict(entry)),)
-    return SlideRecord(
-        source=name(picture.source),
-        slide=None if picture.slide is None else name(picture.slide),
-        split=picture.split,
-        label=picture.label,
-        patches=planned - lost,
-        **(vars(look) | {"left_out": (*look.left_out, *told)}),
-    )

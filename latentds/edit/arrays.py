@@ -82,7 +82,7 @@ class ArrayFile:
         self.names = [""]
         try:
             if self.kind == "safetensors":
-                self.file = safe_open(path, framework="pt")  # type: ignore[no-untyped-call]
+                self.file = safe_open(path, framework="pt")
                 self.names = list(self.file.keys())
             elif self.kind == "npz":
                 self.file = zipfile.ZipFile(path)

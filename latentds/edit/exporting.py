@@ -51,11 +51,6 @@ def blocks(
                 bar.update(len(part))
 
 
-def stored_blocks(shards: ShardSet, splits: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
-    chosen = {split: range(*shards.patch_range(split)) for split in splits}
-    return blocks(chosen, BLOCK_PATCHES, desc="patches", unit="patch")
-
-
 def export_parquet(
     folder: str | os.PathLike[str],
     out: str | os.PathLike[str],
@@ -172,7 +167,8 @@ def export_npy(
         with (target / TABLE).open("w", newline="", encoding="utf-8") as file:
             table = csv.writer(file)
             table.writerow((*FIELDS, "step") if integers else FIELDS)
-            for name, rows in stored_blocks(shards, splits):
+            chosen = {name: range(*shards.patch_range(name)) for name in splits}
+            for name, rows in blocks(chosen, BLOCK_PATCHES, desc="patches", unit="patch"):
                 known = read_rows(shards, name, rows)
                 for row, value, more in zip(known, *values_of(rows), strict=True):
                     within = patch_path(row["label"], row["slide"], row["key"], ".npy")

@@ -13,8 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 from latentds_tools import cli
-from latentds_tools.health import devices, surroundings
-from latentds_tools.health.finding import within
+from latentds_tools.health import surroundings
 
 
 @pytest.fixture
@@ -39,13 +38,13 @@ def quick_probe(monkeypatch):
         {"device": "cpu", "threads": 2, "rate": 7.0},
     ]
     answer(monkeypatch, "; ".join(f"print({json.dumps(line)!r})" for line in lines))
-    monkeypatch.setattr(devices, "DRIVER", surroundings.SHM / "no-driver")
-    monkeypatch.setattr(devices.shutil, "which", lambda name: None)
+    monkeypatch.setattr(surroundings, "DRIVER", surroundings.SHM / "no-driver")
+    monkeypatch.setattr(surroundings.shutil, "which", lambda name: None)
 
 
 def answer(monkeypatch, code: str) -> None:
     """Let a few words of Python stand for the probe."""
-    monkeypatch.setattr(devices, "PROBE", (sys.executable, "-c", code))
+    monkeypatch.setattr(surroundings, "PROBE", (sys.executable, "-c", code))
 
 
 def pretend(monkeypatch, **versions: str | None) -> None:
@@ -77,14 +76,14 @@ def findings(capsys, code: int = 0) -> dict[str, dict]:
 
 @pytest.mark.slow
 def test_the_probe_decodes_with_torch():
-    found = {finding.name: finding for finding in devices.examine_devices(0.05, 120)}
+    found = {finding.name: finding for finding in surroundings.examine_devices(0.05, 120)}
     assert found["cpu"].state == "ok" and "patches of 256 px a second" in found["cpu"].text
 
 
 def test_a_machine_without_network_is_well(capsys, no_network, quick_probe):
     text = call(capsys)
     assert "`tiny` decodes 7 patches" in text and "The base install works" in text
-    assert "cannot be reached (ConnectionError)" in text and "fork" in text
+    assert "cannot be reached (ConnectionError)" in text
 
 
 def test_a_missing_extra_is_named_with_the_way_to_get_it(
@@ -161,12 +160,6 @@ def test_what_the_hub_answers_is_told(status, failure):
         server.shutdown()
 
 
-def test_a_look_up_that_hangs_is_left_behind():
-    forever = threading.Event()
-    assert within(0.05, forever.wait) is None
-    forever.set()
-
-
 def test_a_probe_that_hangs_keeps_what_it_said(monkeypatch):
     line = json.dumps({"device": "cpu", "threads": 1, "rate": 3.0})
     run = subprocess.run
@@ -177,48 +170,43 @@ def test_a_probe_that_hangs_keeps_what_it_said(monkeypatch):
 
     answer(monkeypatch, f"print({line!r})")
     monkeypatch.setattr(subprocess, "run", hang)
-    cpu, failure = devices.examine_devices(0.0, 3.0)
+    cpu, failure = surroundings.examine_devices(0.0, 3.0)
     assert cpu.state == "ok" and "no answer within" in failure.text and not failure.breaks_base
 
 
 @pytest.mark.slow
 def test_a_process_that_hangs_is_ended_and_what_it_said_kept():
     code = "import time; print('{\"gpus\": 0}', flush=True); time.sleep(600)"
-    lines, failure = devices.run_probe([sys.executable, "-c", code], 10.0)
+    lines, failure = surroundings.run_probe([sys.executable, "-c", code], 10.0)
     assert lines == [{"gpus": 0}] and failure == "no answer within 10 s"
 
 
 def test_talk_among_the_probes_lines_is_left_out():
     text = "loading 3 of 4\n{'not': 'json'}\n7\n" + '{"gpus": 0}\n{"device": "cp'
-    assert devices.parse_lines(text) == [{"gpus": 0}]
+    assert surroundings.parse_lines(text) == [{"gpus": 0}]
 
 
 def test_a_torch_that_cannot_be_imported_breaks_the_base(monkeypatch):
     answer(monkeypatch, "import no_such_torch")
-    (failure,) = devices.examine_devices(0.0, 30.0)
+    (failure,) = surroundings.examine_devices(0.0, 30.0)
     assert failure.breaks_base and "no_such_torch" in failure.text
 
 
 def test_a_driver_that_torch_cannot_use_is_a_problem(monkeypatch, tmp_path):
-    monkeypatch.setattr(devices, "DRIVER", tmp_path)
-    (build,) = devices.examine_build({"torch": "9", "cuda": None, "gpus": 0})
+    monkeypatch.setattr(surroundings, "DRIVER", tmp_path)
+    (build,) = surroundings.examine_build({"torch": "9", "cuda": None, "gpus": 0})
     assert build.state == "problem" and "pytorch.org" in build.remedy
 
 
 def test_a_gpu_is_told_with_its_memory():
     line = {"name": "X1", "capability": "9.0", "free": 2**30, "total": 2**31, "rate": 5000.0}
-    found = devices.examine_device({"device": "cuda:0"} | line)
+    found = surroundings.examine_device({"device": "cuda:0"} | line)
     assert "X1" in found.text and "1.0 of 2.0 GiB free" in found.text and "5,000" in found.text
 
 
 def test_a_gpu_that_fails_leaves_the_base_whole():
-    found = devices.examine_device({"device": "cuda:0", "error": "out of memory"})
+    found = surroundings.examine_device({"device": "cuda:0", "error": "out of memory"})
     assert found.state == "problem" and not found.breaks_base
-
-
-def test_missing_compilers_are_optional():
-    compiled, graph = devices.examine_options({"compile": "no triton", "cuda_graph": ""})
-    assert (compiled.state, graph.state) == ("missing", "ok")
 
 
 @pytest.mark.parametrize(
@@ -227,8 +215,6 @@ def test_missing_compilers_are_optional():
         ({"cpu.max": "150000 100000"}, 1.5),
         ({"cpu.max": "max 100000"}, None),
         ({"job/cpu.max": "50000 100000", "cpu.max": "200000 100000"}, 0.5),
-        ({"cpu/cpu.cfs_quota_us": "300000", "cpu/cpu.cfs_period_us": "100000"}, 3.0),
-        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None),
         ({}, None),
     ],
 )
@@ -273,10 +259,6 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path):
     assert "cannot be written" in surroundings.room("cache", tmp_path, "").text
 
 
-def test_wrong_timeouts_are_wrong_usage(capsys):
-    call(capsys, "--hub-timeout-s", "0", code=2)
-
-
 def test_it_imports_no_network_library_of_a_decoder():
     """Versions come from metadata: torch and the rest are imported by the probe alone."""
     import subprocess
@@ -291,10 +273,10 @@ def test_it_imports_no_network_library_of_a_decoder():
 
 
 @pytest.mark.gpu
-def test_every_gpu_decodes_and_its_options_are_tried():
+def test_every_gpu_decodes():
     import torch
 
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    found = {finding.name: finding for finding in devices.examine_devices(0.2, 180)}
-    assert found["cuda:0"].state == found["cuda_graph"].state == "ok" and "compile" in found
+    found = {finding.name: finding for finding in surroundings.examine_devices(0.2, 180)}
+    assert found["cuda:0"].state == "ok"

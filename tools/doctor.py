@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from latentds_tools.reports.commands import show
 
 if TYPE_CHECKING:
-    from latentds_tools.health.finding import Finding
+    from latentds_tools.health.surroundings import Finding
 
 DECODE_S = 1.0  # on each device
+HUB_TIMEOUT_S = 4.0
 PROBE_TIMEOUT_S = 180.0  # importing torch from a slow network disk takes a minute
 TITLES = {
     "base": "Base install",
@@ -33,39 +33,24 @@ class Config:
     work, else 0.
     """
 
-    hub_timeout_s: float = 4.0
-    """Seconds to wait for the Hub."""
     json: bool = False
     """Print JSON."""
 
-    def __post_init__(self) -> None:
-        if not self.hub_timeout_s > 0:
-            raise ValueError(f"hub_timeout_s={self.hub_timeout_s:g}; more than 0")
-
 
 def run(config: Config) -> int:
-    findings = list(examine(config))
+    from latentds_tools.health import surroundings
+
+    findings = [
+        *surroundings.examine_installed(),
+        *surroundings.examine_devices(DECODE_S, PROBE_TIMEOUT_S),
+        *surroundings.examine_hub(HUB_TIMEOUT_S),
+        *surroundings.examine_disks(),
+        *surroundings.examine_limits(),
+    ]
     broken = any(finding.breaks_base for finding in findings)
     rows = [dataclasses.asdict(finding) for finding in findings]
     show({"works": not broken, "findings": rows}, config.json, lambda _: as_text(findings))
     return int(broken)
-
-
-def examine(config: Config) -> Iterator[Finding]:
-    """All findings, in the order they are told."""
-    from latentds_tools.health.devices import examine_devices
-    from latentds_tools.health.surroundings import (
-        examine_disks,
-        examine_hub,
-        examine_installed,
-        examine_limits,
-    )
-
-    yield from examine_installed()
-    yield from examine_devices(DECODE_S, PROBE_TIMEOUT_S)
-    yield from examine_hub(config.hub_timeout_s)
-    yield from examine_disks()
-    yield from examine_limits()
 
 
 def as_text(findings: list[Finding]) -> str:

@@ -30,8 +30,6 @@ def main(seconds: float) -> None:
             tell({"device": device} | describe(device) | {"rate": decode_rate(device, seconds)})
         except (RuntimeError, OSError) as error:  # a GPU that is taken, too new, or out of memory
             tell({"device": device, "error": first_words(error, 300)})
-    if count_gpus():
-        tell({"compile": try_compile(), "cuda_graph": try_graph()})
 
 
 def count_gpus() -> int:
@@ -53,46 +51,16 @@ def describe(device: str) -> dict[str, Any]:
     return {"name": properties.name, "free": free, "total": total, "capability": capability}
 
 
-def make_decoder(device: str, **options: Any) -> tuple[Decoder, torch.Tensor]:
-    """`tiny` on a device, and a batch of codes for it."""
-    on_gpu = device != "cpu"
-    dtype = torch.bfloat16 if on_gpu else torch.float32
-    codebook = Codebook(torch.linspace(-3, 3, 256).numpy()[None], "kmeans")
-    size = (PATCH_PX, PATCH_PX)
-    decoder = Decoder(
-        load_autoencoder("tiny"), [codebook], size, device, Decode(dtype=dtype, **options)
-    )
-    cells = PATCH_PX // 8
-    shape = (GPU_BATCH if on_gpu else CPU_BATCH, 4, cells, cells)
-    return decoder, torch.zeros(shape, dtype=torch.uint8, device=device)
-
-
 def decode_rate(device: str, seconds: float) -> float:
     """Patches of 256 px a second that `tiny` decodes, the first batch not counted."""
-    decoder, codes = make_decoder(device)
+    on_gpu = device != "cpu"
+    options = Decode(dtype=torch.bfloat16 if on_gpu else torch.float32)
+    codebook = Codebook(torch.linspace(-3, 3, 256).numpy()[None], "kmeans")
+    tiny = load_autoencoder("tiny")
+    decoder = Decoder(tiny, [codebook], (PATCH_PX, PATCH_PX), device, options)
+    shape = (GPU_BATCH if on_gpu else CPU_BATCH, 4, PATCH_PX // 8, PATCH_PX // 8)
+    codes = torch.zeros(shape, dtype=torch.uint8, device=device)
     return sustained(lambda: decoder(codes), seconds, len(codes), device)["patches_per_s"]
-
-
-def try_compile() -> str:
-    """Compile a small function for a GPU and run it; empty, or what went wrong."""
-    from torch._dynamo.exc import TorchDynamoException
-
-    try:
-        torch.compile(lambda values: values.sin() + 1)(torch.zeros(8, device="cuda"))
-    except (TorchDynamoException, RuntimeError, ImportError, OSError) as error:
-        return first_words(error, 200)
-    return ""
-
-
-def try_graph() -> str:
-    """Decode through a CUDA graph; empty, or what went wrong."""
-    try:
-        decoder, codes = make_decoder("cuda", cuda_graph=True)
-        for _ in range(2):
-            decoder(codes).float().sum().item()
-    except RuntimeError as error:
-        return first_words(error, 200)
-    return ""
 
 
 if __name__ == "__main__":

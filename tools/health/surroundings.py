@@ -1,24 +1,29 @@
-"""What is around the process: packages, the Hub, disks, shared memory, cores, limits."""
+"""What is here and what is missing: packages, devices, the Hub, disks, shared memory, limits."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import importlib.metadata
+import json
 import os
 import platform
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
-from latentds_tools.bench.harness import usable_cores
-from latentds_tools.health.finding import Finding, finding, within
+from latentds_tools.bench.harness import last_words, usable_cores
 
 from latentds.store.cache import CacheConfig
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
 
+PROBE = (sys.executable, "-m", "latentds_tools.health.device_probe")
+DRIVER = Path("/proc/driver/nvidia/version")  # there where NVIDIA's kernel module is loaded
 SHM = Path("/dev/shm")
 CGROUP, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 # A transfer is about 4 MiB, and each of 8 workers has two on the way: 64 MiB, Docker's default,
@@ -31,6 +36,42 @@ ENOUGH_DISK = 10 << 30  # the default cache may grow to 50 GB; SD's and DC-AE's 
 PACKAGE = "latentds"
 REINSTALL = "pip install latentds, or 'pip install .' in a checkout, into this Python"
 FOR_DEVELOPERS = ("dev", "all")  # extras that no user of the library lacks
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One line of the report.
+
+    group    heading it stands under
+    state    ok; missing: something optional is not here; problem: something does not work, or will
+             not
+    remedy   what to do; empty where nothing is to be done
+    is_base  whether the base install needs it: a problem with it makes the exit code 1
+    """
+
+    group: str
+    name: str
+    state: Literal["ok", "missing", "problem"]
+    text: str
+    remedy: str = ""
+    is_base: bool = False
+
+    @property
+    def breaks_base(self) -> bool:
+        return self.is_base and self.state == "problem"
+
+
+def finding(
+    group: str,
+    name: str,
+    text: str,
+    bad: Literal["missing", "problem", ""] = "",
+    remedy: str = "",
+    *,
+    is_base: bool = False,
+) -> Finding:
+    """A finding; where nothing is bad it is ok and has no remedy."""
+    return Finding(group, name, bad or "ok", text, remedy if bad else "", is_base)
 
 
 def examine_hub(timeout_s: float) -> Iterator[Finding]:
@@ -60,15 +101,10 @@ def ask(endpoint: str, timeout_s: float) -> str:
     """Why the Hub cannot be used; empty where it answers."""
     import requests
 
-    def head() -> int:
-        return requests.head(endpoint, timeout=timeout_s, allow_redirects=True).status_code
-
     try:
-        status = within(timeout_s, head)  # requests does not count the name's look-up
+        status = requests.head(endpoint, timeout=timeout_s, allow_redirects=True).status_code
     except (requests.RequestException, OSError, ValueError) as error:
         return f"cannot be reached ({type(error).__name__})"
-    if status is None:
-        return f"no answer within {timeout_s:g} s"
     return f"answers with status {status}" if status >= 400 else ""
 
 
@@ -104,12 +140,11 @@ def room(name: str, folder: Path, note: str) -> Finding:
 
 
 def examine_limits() -> Iterator[Finding]:
-    """Cores, shared memory, open files and how workers start: what trips training loops up."""
+    """Cores, shared memory and open files: what trips training loops up."""
     yield examine_cores()
     if SHM.is_dir():
         yield examine_shm(shutil.disk_usage(SHM).total)
     yield examine_files()
-    yield examine_workers()
 
 
 def examine_cores() -> Finding:
@@ -125,34 +160,16 @@ def examine_cores() -> Finding:
 
 
 def cgroup_cores(root: Path = CGROUP, own: Path = OWN_CGROUP) -> float | None:
-    """Cores' worth of time the control groups allow, versions 2 and 1; None without a limit."""
-    shares = [share for path in cgroup_folders(root, own) if (share := quota(path)) is not None]
-    return min(shares, default=None)
-
-
-def cgroup_folders(root: Path, own: Path) -> Iterator[Path]:
-    """This process's control group and those above it, then version 1's for CPUs."""
+    """Cores' worth of time that control groups (version 2) allow; None without a limit."""
     lines = own.read_text().splitlines() if own.is_file() else []
-    inside = [line[3:].strip("/") for line in lines if line.startswith("0::")]
-    folder = root / (inside[0] if inside else "")
-    yield folder
-    while folder != root and root in folder.parents:
-        folder = folder.parent
-        yield folder
-    yield root / "cpu"
-
-
-def quota(folder: Path) -> float | None:
-    """Cores' worth of time of one control group; None where it sets no limit."""
-    try:
-        if (folder / "cpu.max").is_file():
-            limit, period = (folder / "cpu.max").read_text().split()[:2]
-        else:
-            limit = (folder / "cpu.cfs_quota_us").read_text().strip()
-            period = (folder / "cpu.cfs_period_us").read_text().strip()
-        return None if limit in ("max", "-1") else int(limit) / int(period)
-    except (OSError, ValueError, ZeroDivisionError):
-        return None
+    inside = next((line[3:].strip("/") for line in lines if line.startswith("0::")), "")
+    shares = []
+    for folder in (root / inside, *(root / inside).parents):
+        if folder.is_relative_to(root) and (folder / "cpu.max").is_file():
+            limit, period = (folder / "cpu.max").read_text().split()
+            if limit != "max":
+                shares.append(int(limit) / int(period))
+    return min(shares, default=None)
 
 
 def examine_shm(size: int) -> Finding:
@@ -177,32 +194,19 @@ def examine_files() -> Finding:
     return finding("limits", "open files", text, "problem" if small else "", remedy)
 
 
-def examine_workers() -> Finding:
-    """How workers start, and what follows for code of the user's own."""
-    import multiprocessing
-
-    method = multiprocessing.get_start_method(allow_none=True)
-    method = method or ("fork" if sys.platform == "linux" else "spawn")  # up to Python 3.13
-    text = f"started by {method}; those of LatentLoader read codes and never touch a GPU"
-    if method == "fork":
-        text += ". Code of your own in a worker must not either: a forked process cannot use CUDA. "
-        text += "Pass multiprocessing_context='spawn' where it has to"
-    return finding("limits", "workers", text)
-
-
 def examine_installed() -> Iterator[Finding]:
     """Python, latentds, its base requirements with versions, and its extras."""
+    from packaging.requirements import Requirement
+
     python = f"{platform.python_version()} ({sys.executable}), {platform.platform(terse=True)}"
     yield finding("base", "python", python)
     try:
-        requirements = read_requirements()
+        needs = [Requirement(text) for text in importlib.metadata.requires(PACKAGE) or ()]
     except importlib.metadata.PackageNotFoundError:
         yield base_problem(PACKAGE, "not installed: Python knows no metadata of it", REINSTALL)
         return
-    except ImportError as error:
-        yield base_problem(str(error.name), "not installed", f"pip install {error.name}")
-        return
     yield finding("base", PACKAGE, importlib.metadata.version(PACKAGE))
+    requirements = [one for one in needs if one.name != PACKAGE]  # 'all' refers to itself
     for requirement in requirements:
         if is_wanted(requirement, ""):
             name, lack = requirement.name, lack_of(requirement)
@@ -211,14 +215,6 @@ def examine_installed() -> Iterator[Finding]:
             else:
                 yield finding("base", name, str(installed_version(name)))
     yield from examine_extras(requirements)
-
-
-def read_requirements() -> list[Requirement]:
-    """What latentds says it needs, its references to itself ('all') left out."""
-    from packaging.requirements import Requirement
-
-    found = [Requirement(text) for text in importlib.metadata.requires(PACKAGE) or ()]
-    return [requirement for requirement in found if requirement.name != PACKAGE]
 
 
 def examine_extras(requirements: list[Requirement]) -> Iterator[Finding]:
@@ -260,3 +256,73 @@ def installed_version(name: str) -> str | None:
 def base_problem(name: str, text: str, remedy: str) -> Finding:
     """Something the base install cannot do without."""
     return finding("base", name, text, "problem", remedy, is_base=True)
+
+
+def examine_devices(seconds: float, timeout_s: float) -> Iterator[Finding]:
+    """torch's build, and a finding a device.
+
+    seconds    each device decodes for
+    timeout_s  for all of it; what has been said by then is kept
+    """
+    lines, failure = run_probe([*PROBE, str(seconds)], timeout_s)
+    for line in lines:
+        if "torch" in line:
+            yield from examine_build(line)
+        elif "device" in line:
+            yield examine_device(line)
+    if failure:
+        yield finding(
+            "devices", "decoding", failure, "problem",
+            "reinstall torch and latentds; if it hangs on a GPU, look at nvidia-smi, or hide it "
+            "with CUDA_VISIBLE_DEVICES=''",
+            is_base=not any("rate" in line for line in lines),
+        )  # fmt: skip
+
+
+def run_probe(command: list[str], timeout_s: float) -> tuple[list[dict[str, Any]], str]:
+    """The probe's lines, and what went wrong if something did."""
+    try:
+        ended = subprocess.run(command, capture_output=True, timeout=timeout_s, check=False)
+        out, words = ended.stdout, last_words(ended.stderr.decode(errors="replace"))
+        failure = f"exit code {ended.returncode}: {words}" if ended.returncode else ""
+    except subprocess.TimeoutExpired as error:
+        out, failure = error.stdout or b"", f"no answer within {timeout_s:g} s"
+    return parse_lines(out.decode(errors="replace")), failure
+
+
+def parse_lines(text: str) -> list[dict[str, Any]]:
+    """The probe's lines; a library's talk among them, and half a line at the end, are left out."""
+    lines = []
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError):
+            lines.append(json.loads(line))
+    return [line for line in lines if isinstance(line, dict)]
+
+
+def examine_build(line: dict[str, Any]) -> Iterator[Finding]:
+    """Whether torch can use the GPU that is there."""
+    has_driver = DRIVER.exists() or shutil.which("nvidia-smi") is not None
+    build = f"built for CUDA {line['cuda']}" if line["cuda"] else "built without CUDA"
+    text = f"torch {line['torch']}, {build}; GPUs it can use: {line['gpus']}"
+    stranded = has_driver and not line["gpus"]
+    remedy = "install torch for your driver's CUDA version (https://pytorch.org/get-started)"
+    if stranded and line["cuda"]:
+        remedy = "look at nvidia-smi (driver too old?) and at CUDA_VISIBLE_DEVICES; in a container "
+        remedy += "pass --gpus all"
+    text += ", though a driver is here" if stranded else ""
+    yield finding("devices", "torch", text, "problem" if stranded else "", remedy)
+
+
+def examine_device(line: dict[str, Any]) -> Finding:
+    name = line["device"]
+    if "error" in line:
+        remedy = "free its memory, or choose another device"
+        is_base = name == "cpu"
+        return finding("devices", name, line["error"], "problem", remedy, is_base=is_base)
+    if name == "cpu":
+        what = f"{line['threads']} threads of torch"
+    else:
+        memory = f"{line['free'] / 2**30:.1f} of {line['total'] / 2**30:.1f} GiB free"
+        what = f"{line['name']} (compute capability {line['capability']}), {memory}"
+    text = f"{what}; `tiny` decodes {line['rate']:,.0f} patches of 256 px a second"
+    return finding("devices", name, text)
